@@ -1,0 +1,253 @@
+/* nbdserve.h - serve block devices over NBD from your own program.
+ * SPDX-License-Identifier: 0BSD (full text at the end)
+ *
+ * Compile nbdserve.c with -DNBDSERVE_NO_MAIN, include this file, and:
+ *
+ *   1. fill a struct nbdserve_ops with your functions (only read is required)
+ *   2. nbdserve_new, nbdserve_add, nbdserve_listen, nbdserve_run, nbdserve_free
+ *
+ * Every function that can fail returns 0 or a negative errno value.  Zero all
+ * structures, then set what you need: 0 and NULL always mean the default.
+ * Strings are UTF-8, ended by NUL, and copied where they are kept.
+ *
+ * The library installs no signal handlers, prints nothing, never exits, reads
+ * no environment and keeps no global state: several servers may live in one
+ * process.  Its own threads block all signals.  A program that serves pipes
+ * should ignore SIGPIPE (sockets do not need it), and one that serves files
+ * should ignore SIGXFSZ if it may run under a file size limit.
+ */
+#ifndef NBDSERVE_H
+#define NBDSERVE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define NBDSERVE_VERSION "0.1.0"
+#define NBDSERVE_VERSION_NUMBER 100u /* major * 10000 + minor * 100 + patch */
+
+#ifndef NBDSERVE_API
+#define NBDSERVE_API /* storage class or visibility of the public functions */
+#endif
+
+struct nbdserve;
+struct nbdserve_extents;
+struct nbdserve_req;
+
+/* ---- Backends ---------------------------------------------------------- */
+
+/* Flags of one call */
+#define NBDSERVE_FUA 1u       /* durable before it returns (NATIVE_FUA only) */
+#define NBDSERVE_NO_HOLE 2u   /* zero: the range stays allocated */
+#define NBDSERVE_FAST_ZERO 4u /* zero: -ENOTSUP if no faster than write */
+#define NBDSERVE_REQ_ONE 8u   /* extents: the first extent is enough */
+
+/* Status of an extent: 0 is plain data (proto.md, base:allocation) */
+#define NBDSERVE_HOLE 1u /* not allocated */
+#define NBDSERVE_ZERO 2u /* reads as zeroes */
+
+/* What a backend does.  The caller has checked each request: len > 0, off and
+ * len inside the export and multiples of min_block, no writes to a read-only
+ * export, only the flags named here.  len of read and write is at most
+ * max_request; of the others up to the export's size.  Return 0 for the whole
+ * range done, or -errno, of which clients see the nearest NBD error; a short
+ * count does not exist.
+ *
+ * A NULL member is not offered to clients, except zero (done by writes) and
+ * extents (all is data).  Calls come from several threads at once unless the
+ * export says NBDSERVE_SERIAL, and may block for as long as they like.
+ */
+struct nbdserve_ops {
+  int (*read)(void *ctx, void *buf, uint64_t off, uint64_t len, uint32_t flags);
+  int (*write)(void *ctx, const void *buf, uint64_t off, uint64_t len,
+               uint32_t flags);
+  /* All writes that have returned reach permanent storage. */
+  int (*flush)(void *ctx, uint32_t flags);
+  /* The data is no longer needed; may do nothing. */
+  int (*trim)(void *ctx, uint64_t off, uint64_t len, uint32_t flags);
+  /* The range reads as zeroes afterwards. */
+  int (*zero)(void *ctx, uint64_t off, uint64_t len, uint32_t flags);
+  /* The range will be read soon. */
+  int (*cache)(void *ctx, uint64_t off, uint64_t len, uint32_t flags);
+  /* Calls nbdserve_extent for consecutive pieces from off on. */
+  int (*extents)(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
+                 struct nbdserve_extents *out);
+  /* The last call of all: frees ctx. */
+  void (*close)(void *ctx);
+  /* nbdserve's own backends only: keep it NULL. */
+  void (*batch)(void *ctx, struct nbdserve_req *reqs, size_t nreqs);
+};
+
+/* Reports the next extent: len bytes (> 0) with that status.  Returns 0, or 1
+ * when the client has enough: the backend may then return. */
+NBDSERVE_API int nbdserve_extent(struct nbdserve_extents *out, uint64_t len,
+                                 uint32_t status);
+
+/* Flags of an export */
+#define NBDSERVE_READONLY 1u      /* writes are refused with EPERM */
+#define NBDSERVE_SERIAL 2u        /* one call into ops at a time */
+#define NBDSERVE_MULTI_CONN 4u    /* flush covers all connections' writes */
+#define NBDSERVE_ROTATIONAL 8u    /* a hint for the client's scheduler */
+#define NBDSERVE_NATIVE_FUA 16u   /* write, zero, trim do NBDSERVE_FUA; else a
+                                     flush follows them */
+#define NBDSERVE_ANY_NAME 32u     /* reached by every name no other one has */
+#define NBDSERVE_WRITETHROUGH 64u /* every write as if it had FUA */
+#define NBDSERVE_UNSAFE 128u      /* flush and FUA do nothing: not durable */
+
+struct nbdserve_export {
+  const char *name;        /* up to 4096 bytes; "" or NULL: the default one */
+  const char *description; /* for humans, up to 4096 bytes */
+  uint64_t size;           /* bytes, up to INT64_MAX; any number */
+  uint32_t min_block;      /* 1..65536, power of two; 0: 1 */
+  uint32_t preferred_block; /* power of two >= 512 and min; 0: 4096 or min */
+  uint32_t max_request;    /* bytes of one read or write; 0: 32 MiB */
+  uint32_t flags;          /* NBDSERVE_READONLY... */
+  const struct nbdserve_ops *ops;
+  void *ctx;
+};
+
+/* ---- The flat backend: a regular file, a block device, or memory -------- */
+
+struct nbdserve_flat {
+  uint64_t offset; /* serve from this byte on */
+  uint64_t size;   /* and that many bytes; 0: to the end */
+  uint64_t create; /* make the file, sparse, with that size if it is missing */
+  uint32_t flags;  /* NBDSERVE_READONLY */
+};
+
+/* Opens path ("mem:SIZE" is memory of that size) and fills *out; name and
+ * description are the caller's to set, on top of the flags that it finds
+ * there.  options may be NULL.  The export goes to nbdserve_add, or is given
+ * back with out->ops->close(out->ctx).  After a failed flush every write and
+ * flush of it fails with -EIO until it is opened anew.
+ * -ENOENT, -EACCES, -EISDIR...: as open(2).  -EBUSY: another server has it.
+ * -EINVAL: not a file or block device, or the slice is not inside it. */
+NBDSERVE_API int nbdserve_flat_open(const char *path,
+                                    const struct nbdserve_flat *options,
+                                    struct nbdserve_export *out);
+
+/* ---- The server --------------------------------------------------------- */
+
+/* Levels of log messages */
+#define NBDSERVE_LOG_ERROR 0   /* something was refused or lost */
+#define NBDSERVE_LOG_WARNING 1 /* it goes on, but look at it */
+#define NBDSERVE_LOG_INFO 2    /* clients come and go */
+#define NBDSERVE_LOG_TRACE 3   /* every request */
+
+/* Flags of a server */
+#define NBDSERVE_ONCE 1u /* nbdserve_run returns after the last client */
+
+struct nbdserve_config {
+  uint32_t version; /* NBDSERVE_VERSION_NUMBER: header and library must agree */
+  uint32_t flags;   /* NBDSERVE_ONCE */
+  uint32_t threads; /* calls into a backend at a time per client; 0: 16 */
+  uint32_t max_conn;        /* clients at a time; the others wait; 0: 128 */
+  uint32_t handshake_ms;    /* for the whole handshake; 0: 10000 */
+  uint32_t idle_exit_ms;    /* nbdserve_run returns after that time without
+                               clients; 0: never */
+  uint64_t memory;          /* bytes for requests above 256 KiB; 0: 256 MiB */
+  int log_level;            /* highest level wanted; 0: errors only */
+  void (*log)(void *ctx, int level, const char *message); /* NULL: silent; may
+                               be called from several threads at once */
+  /* Exports that are not known beforehand: find fills *out and returns 0 (each
+   * client gets its own; close ends it), or -ENOENT; list calls emit for each
+   * until emit returns non-zero.  Both may be NULL. */
+  int (*find)(void *ctx, const char *name, struct nbdserve_export *out);
+  int (*list)(void *ctx,
+              int (*emit)(void *arg, const char *name, const char *description),
+              void *arg);
+  void *ctx; /* for log, find and list */
+};
+
+/* Makes a server.  config may be NULL.
+ * -EINVAL: another version, or a value out of range.  -ENOMEM, -EMFILE. */
+NBDSERVE_API int nbdserve_new(struct nbdserve **out,
+                              const struct nbdserve_config *config);
+
+/* Adds an export; any time, any thread.  The first one also answers to the
+ * empty name if none has it.  From then on the server owns ctx.
+ * -EINVAL: a value out of range, or no read.  -EEXIST: the name is taken. */
+NBDSERVE_API int nbdserve_add(struct nbdserve *s,
+                              const struct nbdserve_export *ex);
+
+/* Changes the size of an added export: new clients see it, connected ones keep
+ * theirs.  -ENOENT, or -EINVAL for more than INT64_MAX. */
+NBDSERVE_API int nbdserve_resize(struct nbdserve *s, const char *name,
+                                 uint64_t size);
+
+/* Listens on "unix:PATH", "tcp:HOST:PORT" (a numeric address, [IPv6], or
+ * localhost for both loopbacks; port 0: the kernel picks one) or "fd:N" (a
+ * listening socket, or one connected client: nbdserve_run returns when it has
+ * gone).  Before nbdserve_run.
+ * -EINVAL: not one of these.  -ENAMETOOLONG: PATH is over the system's limit.
+ * -EADDRINUSE: someone listens there.  Others as socket(2), bind(2). */
+NBDSERVE_API int nbdserve_listen(struct nbdserve *s, const char *address);
+
+/* The NBD URI of the first listener for the export of that name, into
+ * buf[size].  -ENOENT: there is none.  -ERANGE: size is too small. */
+NBDSERVE_API int nbdserve_uri(struct nbdserve *s, const char *name, char *buf,
+                              size_t size);
+
+/* Serves clients until nbdserve_stop, then lets what is in flight finish,
+ * flushes all added exports and returns 0, or the flush's error.
+ * -EINTR: nbdserve_wake; clients are still served; call it again. */
+NBDSERVE_API int nbdserve_run(struct nbdserve *s);
+
+/* Serves one client in the caller's thread, on sockets or pipes (in_fd and
+ * out_fd may be the same), which stay open.  name: NULL for a normal
+ * handshake, else the export to enter transmission with at once, as for a
+ * socket handed to the kernel.  Returns 0 when the client has left in order,
+ * -ENOENT: no such export, -EPROTO: it broke the protocol, others: I/O. */
+NBDSERVE_API int nbdserve_serve(struct nbdserve *s, int in_fd, int out_fd,
+                                const char *name);
+
+/* Ends nbdserve_run and nbdserve_serve.  From any thread or a signal handler;
+ * may repeat.  There is no way back. */
+NBDSERVE_API void nbdserve_stop(struct nbdserve *s);
+
+/* Makes nbdserve_run return -EINTR.  From any thread or a signal handler. */
+NBDSERVE_API void nbdserve_wake(struct nbdserve *s);
+
+struct nbdserve_stats {
+  uint64_t clients;       /* accepted so far */
+  uint64_t clients_now;   /* connected now */
+  uint64_t requests;      /* answered, failed ones included */
+  uint64_t errors;        /* answered with an error */
+  uint64_t bytes_read;    /* by NBD_CMD_READ */
+  uint64_t bytes_written; /* by NBD_CMD_WRITE */
+  uint64_t flushes;       /* calls of the backends' flush */
+};
+
+/* Totals so far; any thread. */
+NBDSERVE_API void nbdserve_stats(struct nbdserve *s,
+                                 struct nbdserve_stats *out);
+
+/* Closes the listeners (unlinking their sockets) and all exports.  s may be
+ * NULL; nobody may be in another call on s. */
+NBDSERVE_API void nbdserve_free(struct nbdserve *s);
+
+/* NBDSERVE_VERSION of the library. */
+NBDSERVE_API const char *nbdserve_version(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
+
+/*
+ * BSD Zero Clause License (0BSD)
+ *
+ * Permission to use, copy, modify, and/or distribute this software for any
+ * purpose with or without fee is hereby granted.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS" AND THE AUTHOR DISCLAIMS ALL WARRANTIES
+ * WITH REGARD TO THIS SOFTWARE INCLUDING ALL IMPLIED WARRANTIES OF
+ * MERCHANTABILITY AND FITNESS. IN NO EVENT SHALL THE AUTHOR BE LIABLE FOR ANY
+ * SPECIAL, DIRECT, INDIRECT, OR CONSEQUENTIAL DAMAGES OR ANY DAMAGES
+ * WHATSOEVER RESULTING FROM LOSS OF USE, DATA OR PROFITS, WHETHER IN AN ACTION
+ * OF CONTRACT, NEGLIGENCE OR OTHER TORTIOUS ACTION, ARISING OUT OF OR IN
+ * CONNECTION WITH THE USE OR PERFORMANCE OF THIS SOFTWARE.
+ */

@@ -28,10 +28,10 @@
  *
  * ---- Threads ------------------------------------------------------------
  *
- *   nbdserve_run ── accept ──┬─> client thread ── recv, batch, send ─┐
- *   (caller's thread)        │     └─> workers: what may take long ──┤ replies
- *                            └─> client thread ...                   v
- *                                                                  socket
+ *   nbdserve_run -- accept --+-> client thread -- recv, batch, send --+
+ *   (caller's thread)        |     +-> workers: what may take long ---+ replies
+ *                            +-> client thread ...                    v
+ *                                                                   socket
  *
  * One thread serves a client: it takes all that has arrived, does it as one
  * batch and sends all replies at once, so an ordinary request costs no lock
@@ -40,7 +40,7 @@
  *
  * ---- Locks, in the order they may be taken -------------------------------
  *   1. nbdserve.lock   list of exports, list of clients, memory, threads
- *   2. conn.lock       a client's queue, counters and stop flag
+ *   2. conn.lock       a client's queues, counters and stop flag
  *   3. conn.sending    one writer on a client's socket at a time (the only
  *                      lock held while a client is waited for: it is its own)
  *   4. ex.serial       one call into an NBDSERVE_SERIAL backend at a time
@@ -66,9 +66,8 @@
 #ifndef NBDSERVE_POSIX_ONLY
 #define NBDSERVE_POSIX_ONLY 0 /* ignore what Linux and the BSDs add */
 #endif
-#ifndef NBDSERVE_MALLOC /* the three go together */
+#ifndef NBDSERVE_MALLOC /* the two go together */
 #define NBDSERVE_MALLOC malloc
-#define NBDSERVE_REALLOC realloc
 #define NBDSERVE_FREE free
 #endif
 #ifndef NBDSERVE_MAX_REQUEST
@@ -93,8 +92,6 @@
 #define _DARWIN_C_SOURCE 1
 #elif defined __NetBSD__ && !defined _NETBSD_SOURCE
 #define _NETBSD_SOURCE 1
-#elif defined __sun && !defined __EXTENSIONS__
-#define __EXTENSIONS__ 1
 #endif
 #ifndef _FILE_OFFSET_BITS
 #define _FILE_OFFSET_BITS 64
@@ -118,7 +115,6 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/time.h>
-#include <sys/types.h>
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <time.h>
@@ -143,8 +139,9 @@ STATIC_ASSERT(int_has_32_bits, sizeof(int) >= 4);
 #else
 #define OS_LINUX 0
 #endif
-#if !NBDSERVE_POSIX_ONLY && (defined __linux__ || defined __FreeBSD__ || \
-                             defined __NetBSD__ || defined __OpenBSD__)
+#if OS_LINUX || (!NBDSERVE_POSIX_ONLY && (defined __FreeBSD__ || \
+                                          defined __NetBSD__ || \
+                                          defined __OpenBSD__))
 #define OS_PREADV 1
 #else
 #define OS_PREADV 0
@@ -155,86 +152,56 @@ STATIC_ASSERT(int_has_32_bits, sizeof(int) >= 4);
 #define OS_SEEK_HOLE 0
 #endif
 #ifdef SOCK_CLOEXEC
-#define OS_SOCK_CLOEXEC SOCK_CLOEXEC
+#define OS_CLOEXEC SOCK_CLOEXEC
 #else
-#define OS_SOCK_CLOEXEC 0
+#define OS_CLOEXEC 0
 #endif
 #ifdef MSG_NOSIGNAL
 #define OS_MSG_NOSIGNAL MSG_NOSIGNAL
 #else
 #define OS_MSG_NOSIGNAL 0 /* SO_NOSIGPIPE does it: see os_tune */
 #endif
-
-/* Lets printf-like functions be checked by compilers that can. */
-#ifdef __GNUC__
+#ifdef __GNUC__ /* lets printf-like functions be checked */
 #define OS_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
 #else
 #define OS_PRINTF(fmt, args)
 #endif
 
-#if !NBDSERVE_NO_THREADS
-
-struct os_mutex {
-  pthread_mutex_t m;
-};
-
-struct os_cond {
-  pthread_cond_t c;
-};
-
-static int os_mutex_init(struct os_mutex *m) {
-  return -pthread_mutex_init(&m->m, NULL);
-}
-
-static void os_mutex_free(struct os_mutex *m) {
-  int err = pthread_mutex_destroy(&m->m);
-  assert(err == 0);
-  (void)err;
-}
-
-static void os_lock(struct os_mutex *m) {
-  int err = pthread_mutex_lock(&m->m);
-  assert(err == 0);
-  (void)err;
-}
-
-static void os_unlock(struct os_mutex *m) {
-  int err = pthread_mutex_unlock(&m->m);
-  assert(err == 0);
-  (void)err;
-}
-
-static int os_cond_init(struct os_cond *c) {
-  return -pthread_cond_init(&c->c, NULL);
-}
-
-static void os_cond_free(struct os_cond *c) {
-  pthread_cond_destroy(&c->c);
-}
-
-static void os_wait(struct os_cond *c, struct os_mutex *m) {
-  pthread_cond_wait(&c->c, &m->m);
-}
+#if NBDSERVE_NO_THREADS /* nothing to lock, nobody to wait for */
+struct os_mutex { char unused; };
+struct os_cond { char unused; };
+#define os_mutex_init(m) ((m)->unused = 0)
+#define os_mutex_free(m) ((void)(m))
+#define os_lock(m) ((void)(m))
+#define os_unlock(m) ((void)(m))
+#define os_cond_init(c) ((c)->unused = 0)
+#define os_cond_free(c) ((void)(c))
+#define os_wait(c, m) assert(0) /* nobody could end this wait */
+#define os_wait_ms(c, m, ms) ((ms) < 0)
+#define os_wake_one(c) ((void)(c))
+#define os_wake_all(c) ((void)(c))
+#define os_thread(fn, arg) ((void)(fn), (void)(arg), -EAGAIN)
+#else
+struct os_mutex { pthread_mutex_t m; };
+struct os_cond { pthread_cond_t c; };
+#define os_mutex_init(x) (-pthread_mutex_init(&(x)->m, NULL))
+#define os_mutex_free(x) ((void)pthread_mutex_destroy(&(x)->m))
+#define os_lock(x) ((void)pthread_mutex_lock(&(x)->m))
+#define os_unlock(x) ((void)pthread_mutex_unlock(&(x)->m))
+#define os_cond_init(x) (-pthread_cond_init(&(x)->c, NULL))
+#define os_cond_free(x) ((void)pthread_cond_destroy(&(x)->c))
+#define os_wait(x, y) ((void)pthread_cond_wait(&(x)->c, &(y)->m))
+#define os_wake_one(x) ((void)pthread_cond_signal(&(x)->c))
+#define os_wake_all(x) ((void)pthread_cond_broadcast(&(x)->c))
 
 /* Waits up to ms milliseconds; false when they are over. */
 static int os_wait_ms(struct os_cond *c, struct os_mutex *m, int ms) {
   struct timespec t;
   clock_gettime(CLOCK_REALTIME, &t);
-  t.tv_sec += ms / 1000;
   t.tv_nsec += (long)(ms % 1000) * 1000000;
-  if (t.tv_nsec >= 1000000000) {
-    t.tv_sec++;
-    t.tv_nsec -= 1000000000;
-  }
+  t.tv_sec += ms / 1000 + t.tv_nsec / 1000000000;
+  t.tv_nsec %= 1000000000;
   return pthread_cond_timedwait(&c->c, &m->m, &t) == 0;
-}
-
-static void os_wake_one(struct os_cond *c) {
-  pthread_cond_signal(&c->c);
-}
-
-static void os_wake_all(struct os_cond *c) {
-  pthread_cond_broadcast(&c->c);
 }
 
 /* Starts a detached thread that takes no signals: those are the host's.  0, or
@@ -255,70 +222,6 @@ static int os_thread(void *(*fn)(void *), void *arg) {
   pthread_attr_destroy(&attr);
   return -err;
 }
-
-#else /* one thread: nothing to lock, nobody to wait for */
-
-struct os_mutex {
-  char unused;
-};
-
-struct os_cond {
-  char unused;
-};
-
-static int os_mutex_init(struct os_mutex *m) {
-  m->unused = 0;
-  return 0;
-}
-
-static void os_mutex_free(struct os_mutex *m) {
-  (void)m;
-}
-
-static void os_lock(struct os_mutex *m) {
-  (void)m;
-}
-
-static void os_unlock(struct os_mutex *m) {
-  (void)m;
-}
-
-static int os_cond_init(struct os_cond *c) {
-  c->unused = 0;
-  return 0;
-}
-
-static void os_cond_free(struct os_cond *c) {
-  (void)c;
-}
-
-static void os_wait(struct os_cond *c, struct os_mutex *m) {
-  (void)c;
-  (void)m;
-  assert(!"nobody could end this wait");
-}
-
-static int os_wait_ms(struct os_cond *c, struct os_mutex *m, int ms) {
-  (void)c;
-  (void)m;
-  (void)ms;
-  return 0;
-}
-
-static void os_wake_one(struct os_cond *c) {
-  (void)c;
-}
-
-static void os_wake_all(struct os_cond *c) {
-  (void)c;
-}
-
-static int os_thread(void *(*fn)(void *), void *arg) {
-  (void)fn;
-  (void)arg;
-  return -EAGAIN;
-}
-
 #endif
 
 /* Milliseconds of a clock that is never set. */
@@ -331,15 +234,13 @@ static int64_t os_now_ms(void) {
 /* Sets or clears O_NONBLOCK. */
 static void os_nonblock(int fd, int on) {
   int fl = fcntl(fd, F_GETFL);
-  if (fl >= 0 && !(fl & O_NONBLOCK) == !!on)
-    fcntl(fd, F_SETFL, on ? fl | O_NONBLOCK : fl & ~O_NONBLOCK);
+  if (fl >= 0) fcntl(fd, F_SETFL, on ? fl | O_NONBLOCK : fl & ~O_NONBLOCK);
 }
 
 /* A pipe of which neither end blocks or survives exec. */
 static int os_pipe(int fd[2]) {
   int i;
-  if (pipe(fd) < 0)
-    return -errno;
+  if (pipe(fd) < 0) return -errno;
   for (i = 0; i < 2; i++) {
     fcntl(fd[i], F_SETFD, FD_CLOEXEC);
     os_nonblock(fd[i], 1);
@@ -349,27 +250,21 @@ static int os_pipe(int fd[2]) {
 
 /* A stream socket, or -errno. */
 static int os_socket(int family) {
-  int fd = socket(family, SOCK_STREAM | OS_SOCK_CLOEXEC, 0);
-  if (fd < 0)
-    return -errno;
-  fcntl(fd, F_SETFD, FD_CLOEXEC);
-  return fd;
+  int fd = socket(family, SOCK_STREAM | OS_CLOEXEC, 0);
+  if (fd >= 0) fcntl(fd, F_SETFD, FD_CLOEXEC);
+  return fd < 0 ? -errno : fd;
 }
 
 /* The next client of a listening socket, blocking, or -errno. */
 static int os_accept(int fd) {
 #if OS_LINUX
   int c = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
-  if (c < 0)
-    return -errno;
 #else
   int c = accept(fd, NULL, NULL);
-  if (c < 0)
-    return -errno;
-  fcntl(c, F_SETFD, FD_CLOEXEC);
-  os_nonblock(c, 0); /* the BSDs inherit it */
+  if (c >= 0) fcntl(c, F_SETFD, FD_CLOEXEC);
+  if (c >= 0) os_nonblock(c, 0); /* the BSDs inherit it */
 #endif
-  return c;
+  return c < 0 ? -errno : c;
 }
 
 /* Prepares a client's socket: no Nagle delay (proto.md, Protocol phases), no
@@ -386,63 +281,42 @@ static void os_tune(int fd, int ms) {
 #ifdef SO_NOSIGPIPE
   setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &one, sizeof one);
 #endif
+#if !NBDSERVE_NO_TCP
+  setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+#endif
 #ifdef __APPLE__ /* its default makes large replies ten times slower */
   one = 2 << 20;
   setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &one, sizeof one);
-  one = 1;
-#endif
-#if !NBDSERVE_NO_TCP
-  setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
 #endif
 }
 
 /* Takes the first done bytes off the n pieces at v. */
 static void os_advance(struct iovec **v, int *n, size_t done) {
-  while (*n > 0 && done >= (*v)->iov_len) {
-    done -= (*v)->iov_len;
-    ++*v;
-    --*n;
-  }
-  if (done > 0) {
-    assert(*n > 0);
-    (*v)->iov_base = (char *)(*v)->iov_base + done;
-    (*v)->iov_len -= done;
-  }
+  for (; *n > 0 && done >= (*v)->iov_len; ++*v, --*n) done -= (*v)->iov_len;
+  if (!done) return;
+  assert(*n > 0);
+  (*v)->iov_base = (char *)(*v)->iov_base + done;
+  (*v)->iov_len -= done;
 }
 
 #if !NBDSERVE_NO_FLAT
-
-/* Reads at off into v[0..n), or a first part of it. */
-static ssize_t os_preadv(int fd, const struct iovec *v, int n, off_t off) {
-#if OS_PREADV
-  if (n > 1)
-    return preadv(fd, v, n, off);
-#endif
-  (void)n;
-  return pread(fd, v->iov_base, v->iov_len, off);
-}
-
-/* Writes v[0..n), or a first part of it, at off. */
-static ssize_t os_pwritev(int fd, const struct iovec *v, int n, off_t off) {
-#if OS_PREADV
-  if (n > 1)
-    return pwritev(fd, v, n, off);
-#endif
-  (void)n;
-  return pwrite(fd, v->iov_base, v->iov_len, off);
-}
 
 /* Reads or writes all of v[0..n) at off; uses v up.  0 or -errno, -EIO when
  * the file ends before. */
 static int os_transfer(int fd, int writing, struct iovec *v, int n,
                        uint64_t off) {
   while (n > 0) {
-    ssize_t done = writing ? os_pwritev(fd, v, n, (off_t)off)
-                           : os_preadv(fd, v, n, (off_t)off);
-    if (done < 0 && errno == EINTR)
-      continue;
-    if (done <= 0)
-      return done < 0 ? -errno : -EIO;
+    off_t at = (off_t)off;
+    ssize_t done;
+#if OS_PREADV
+    if (n > 1)
+      done = writing ? pwritev(fd, v, n, at) : preadv(fd, v, n, at);
+    else
+#endif
+      done = writing ? pwrite(fd, v->iov_base, v->iov_len, at)
+                     : pread(fd, v->iov_base, v->iov_len, at);
+    if (done < 0 && errno == EINTR) continue;
+    if (done <= 0) return done < 0 ? -errno : -EIO;
     off += (uint64_t)done;
     os_advance(&v, &n, (size_t)done);
   }
@@ -455,8 +329,7 @@ static int os_datasync(int fd) {
   do {
 #ifdef __APPLE__
     r = fcntl(fd, F_FULLFSYNC);
-    if (r < 0 && errno != EINTR && errno != EIO)
-      r = fsync(fd);
+    if (r < 0 && errno != EINTR && errno != EIO) r = fsync(fd);
 #else
     r = fdatasync(fd);
 #endif
@@ -468,117 +341,76 @@ static int os_datasync(int fd) {
 static int os_sync_dir(const char *path) {
   char dir[PATH_MAX];
   const char *slash = strrchr(path, '/');
-  size_t n = slash ? (size_t)(slash - path) + 1 : 0;
-  int fd, err = 0;
+  int n = slash ? (int)(slash - path) + 1 : 0, fd, err = 0;
 
-  if (n >= sizeof dir)
+  if (snprintf(dir, sizeof dir, "%.*s.", n, path) >= (int)sizeof dir)
     return -ENAMETOOLONG;
-  memcpy(dir, path, n);
-  memcpy(dir + n, ".", 2);
   fd = open(dir, O_RDONLY | O_CLOEXEC);
-  if (fd < 0)
-    return -errno;
-  if (fsync(fd) < 0 && errno != EINVAL)
-    err = -errno;
+  if (fd < 0) return -errno;
+  if (fsync(fd) < 0 && errno != EINVAL) err = -errno;
   close(fd);
   return err;
 }
 
-#if OS_LINUX
-enum { OS_KEEP_SIZE = 1, OS_PUNCH_HOLE = 2, OS_ZERO_RANGE = 16 };
+/* The space behind a range: KEEP_SIZE allocates it, with PUNCH_HOLE it is given
+ * back and reads as zeroes, with ZERO_RANGE it reads as zeroes and stays.
+ * -EINVAL: not at these boundaries.  -EOPNOTSUPP: not here. */
+enum { OS_KEEP_SIZE = 1, OS_PUNCH_HOLE = 2 + 1, OS_ZERO_RANGE = 16 + 1 };
 
 static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
+#if OS_LINUX
   while (fallocate(fd, mode, (off_t)off, (off_t)len) < 0)
     if (errno != EINTR)
-      return errno == ENOSYS || errno == EPERM ? -EOPNOTSUPP : -errno;
+      return errno == ENOSYS || errno == EPERM || errno == ENODEV ? -EOPNOTSUPP
+                                                                  : -errno;
   return 0;
-}
-#endif
-
-/* Gives the range's space back; it reads as zeroes then.  -EOPNOTSUPP. */
-static int os_punch(int fd, uint64_t off, uint64_t len) {
-#if OS_LINUX
-  return os_fallocate(fd, OS_KEEP_SIZE | OS_PUNCH_HOLE, off, len);
 #else
-  (void)fd;
-  (void)off;
-  (void)len;
-  return -EOPNOTSUPP;
-#endif
-}
-
-/* The range reads as zeroes, without writing them, and is allocated. */
-static int os_zero_range(int fd, uint64_t off, uint64_t len) {
-#if OS_LINUX
-  int err = os_fallocate(fd, OS_KEEP_SIZE | OS_ZERO_RANGE, off, len);
-  if (err == -EOPNOTSUPP) { /* tmpfs: a hole, and then filled */
-    err = os_punch(fd, off, len);
-    if (!err)
-      err = os_fallocate(fd, OS_KEEP_SIZE, off, len);
-  }
-  return err;
-#else
-  (void)fd;
-  (void)off;
-  (void)len;
+  (void)fd, (void)mode, (void)off, (void)len;
   return -EOPNOTSUPP;
 #endif
 }
 
 /* Is there data at off?  *next: where that answer ends, at most end. */
 static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
+  int is_data = 1;
+  *next = end;
 #if OS_SEEK_HOLE
-  off_t data = lseek(fd, (off_t)off, SEEK_DATA), hole;
-  int is_data = !(data < 0 ? errno == ENXIO : (uint64_t)data > off);
-  *next = end;
-  if (!is_data && data >= 0 && (uint64_t)data < end)
-    *next = (uint64_t)data;
-  if (is_data && data >= 0) {
-    hole = lseek(fd, (off_t)off, SEEK_HOLE);
-    if (hole > data && (uint64_t)hole < end)
-      *next = (uint64_t)hole;
+  {
+    off_t data = lseek(fd, (off_t)off, SEEK_DATA), to = data;
+    is_data = data < 0 ? errno != ENXIO : (uint64_t)data == off;
+    if (data >= 0 && is_data) to = lseek(fd, data, SEEK_HOLE);
+    if (to > (off_t)off && (uint64_t)to < end) *next = (uint64_t)to;
   }
-  return is_data;
-#else
-  (void)fd;
-  (void)off;
-  *next = end;
-  return 1;
 #endif
+  (void)fd, (void)off;
+  return is_data;
 }
 
 /* The range will be read soon.  A hint: nothing can go wrong. */
 static void os_willneed(int fd, uint64_t off, uint64_t len) {
 #if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
   posix_fadvise(fd, (off_t)off, (off_t)len, POSIX_FADV_WILLNEED);
-#else
-  (void)fd;
-  (void)off;
-  (void)len;
 #endif
+  (void)fd, (void)off, (void)len;
 }
 
 /* Keeps other servers out: a writer everyone, a reader writers.  -EBUSY: one
  * is there.  A file system without locks has none. */
 static int os_claim(int fd, int readonly) {
-  if (flock(fd, (readonly ? LOCK_SH : LOCK_EX) | LOCK_NB) < 0)
-    if (errno == EWOULDBLOCK || errno == EAGAIN)
-      return -EBUSY;
-  return 0;
+  int r = flock(fd, (readonly ? LOCK_SH : LOCK_EX) | LOCK_NB);
+  return r < 0 && (errno == EWOULDBLOCK || errno == EAGAIN) ? -EBUSY : 0;
 }
 
-/* A file without a name: in memory, or else in $TMPDIR's stead, /tmp. */
+/* A file without a name: in memory, or else in /tmp. */
 static int os_nameless_file(void) {
   char path[] = "/tmp/nbdserveXXXXXX";
-  int fd;
+  int fd = -1;
 #if OS_LINUX && defined MFD_CLOEXEC
   fd = memfd_create("nbdserve", MFD_CLOEXEC);
-  if (fd >= 0)
-    return fd;
 #endif
+  if (fd >= 0) return fd;
   fd = mkstemp(path);
-  if (fd < 0)
-    return -errno;
+  if (fd < 0) return -errno;
   unlink(path);
   fcntl(fd, F_SETFD, FD_CLOEXEC);
   return fd;
@@ -602,14 +434,14 @@ static uint64_t get64(const unsigned char *p) {
   return (uint64_t)get32(p) << 32 | get32(p + 4);
 }
 
-static void put16(unsigned char *p, uint16_t v) {
+static void put16(unsigned char *p, unsigned v) {
   p[0] = (unsigned char)(v >> 8);
   p[1] = (unsigned char)v;
 }
 
 static void put32(unsigned char *p, uint32_t v) {
-  put16(p, (uint16_t)(v >> 16));
-  put16(p + 2, (uint16_t)v);
+  put16(p, v >> 16);
+  put16(p + 2, v);
 }
 
 static void put64(unsigned char *p, uint64_t v) {
@@ -617,95 +449,46 @@ static void put64(unsigned char *p, uint64_t v) {
   put32(p + 4, (uint32_t)v);
 }
 
-static uint64_t u_min(uint64_t a, uint64_t b) {
-  return a < b ? a : b;
-}
+static uint64_t u_min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
-static int u_is_power_of_2(uint64_t v) {
-  return v && !(v & (v - 1));
+static int u_is_power_of_2(uint64_t v) { return v && !(v & (v - 1)); }
+
+/* Zeroed memory, or NULL. */
+static void *u_zalloc(size_t n) {
+  void *p = NBDSERVE_MALLOC(n);
+  return p ? memset(p, 0, n) : NULL;
 }
 
 /* A copy of s, "" for NULL; NULL without memory. */
 static char *u_copy(const char *s) {
   size_t n = s ? strlen(s) + 1 : 1;
   char *p = NBDSERVE_MALLOC(n);
-  if (p)
-    memcpy(p, s ? s : "", n);
-  return p;
+  return p ? memcpy(p, s ? s : "", n) : NULL;
 }
 
 /* A number with an optional K M G T P E (powers of 1024), up to INT64_MAX.
  * The character behind it, or NULL. */
 static const char *u_size(const char *s, uint64_t *out) {
-  static const char units[] = "KMGTPE";
+  static const char units[] = "KMGTPEkmgtpe";
   const char *unit;
   uint64_t v = 0;
   int shift = 0;
 
-  if (*s < '0' || *s > '9')
-    return NULL;
+  if (*s < '0' || *s > '9') return NULL;
   for (; *s >= '0' && *s <= '9'; s++) {
-    if (v > (INT64_MAX - 9) / 10)
-      return NULL;
+    if (v > (INT64_MAX - 9) / 10) return NULL;
     v = v * 10 + (uint64_t)(*s - '0');
   }
-  unit = *s ? strchr(units, *s >= 'a' && *s <= 'z' ? *s - 32 : *s) : NULL;
-  if (unit) {
-    shift = (int)(unit - units + 1) * 10;
-    s++;
-  }
-  if (v > (uint64_t)INT64_MAX >> shift)
-    return NULL;
+  unit = *s ? strchr(units, *s) : NULL;
+  if (unit) shift = (int)((unit - units) % 6 + 1) * 10;
+  if (v > (uint64_t)INT64_MAX >> shift) return NULL;
   *out = v << shift;
-  return s;
+  return unit ? s + 1 : s;
 }
 
-/* The text of a -errno value.  strerror is not safe in threads everywhere. */
-static const char *u_error(int err) {
-  static const struct {
-    int err;
-    const char *text;
-  } table[] = {
-      {EPERM, "operation not permitted"},
-      {ENOENT, "no such file or directory"},
-      {EIO, "input/output error"},
-      {EAGAIN, "resource temporarily unavailable"},
-      {ENOMEM, "out of memory"},
-      {EACCES, "permission denied"},
-      {EBUSY, "in use by another process"},
-      {EEXIST, "exists already"},
-      {ENOTDIR, "not a directory"},
-      {EISDIR, "is a directory"},
-      {EINVAL, "invalid argument"},
-      {ENFILE, "too many open files in the system"},
-      {EMFILE, "too many open files"},
-      {EFBIG, "file too large"},
-      {ENOSPC, "no space left on device"},
-      {EROFS, "read-only file system"},
-      {EPIPE, "connection closed by the client"},
-      {ENAMETOOLONG, "name too long"},
-      {ENOTSOCK, "not a socket"},
-      {EPROTO, "protocol violation"},
-      {EOPNOTSUPP, "operation not supported"},
-      {EADDRINUSE, "address in use"},
-      {EADDRNOTAVAIL, "address not available"},
-      {EAFNOSUPPORT, "address family not supported"},
-      {ENETUNREACH, "network is unreachable"},
-      {ECONNRESET, "connection reset by the client"},
-      {ETIMEDOUT, "timed out"},
-      {EDQUOT, "disk quota exceeded"},
-      {EOVERFLOW, "value too large"},
-      {ELOOP, "too many symbolic links"},
-      {ENXIO, "no such device or address"},
-      {ENODEV, "no such device"},
-      {ESHUTDOWN, "shutting down"},
-  };
-  size_t i;
-  for (i = 0; i < sizeof table / sizeof *table; i++)
-    if (table[i].err == -err)
-      return table[i].text;
-  return "unknown system error";
-}
+/* The text of a -errno value.  Only for unknown ones some systems' strerror
+ * uses memory that threads share. */
+static const char *u_error(int err) { return strerror(-err); }
 
 /* Appends s to the string in buf[size], with every byte that a URI may not
  * hold as %XX.  False when it does not fit. */
@@ -713,32 +496,25 @@ static int u_append_uri(char *buf, size_t size, const char *s) {
   static const char plain[] = "-._~/0123456789abcdefghijklmnopqrstuvwxyz"
                               "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
   size_t n = strlen(buf);
-  for (; *s; s++) {
-    int ok = strchr(plain, *s) != NULL;
-    if (n + (ok ? 1 : 3) >= size)
-      return 0;
-    n += (size_t)snprintf(buf + n, size - n, ok ? "%c" : "%%%02X",
+  for (; *s && n + 4 < size; s++)
+    n += (size_t)snprintf(buf + n, 4, strchr(plain, *s) ? "%c" : "%%%02X",
                           (unsigned char)*s);
-  }
-  return 1;
+  return !*s;
 }
 
 /* Gives the host a message if it wants that level; control characters, which
  * may come from a client, as '?'. */
-static void OS_PRINTF(3, 4)
-    u_log(const struct nbdserve_config *config, int level, const char *fmt, ...) {
-  char text[512];
+static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
+                                  int level, const char *fmt, ...) {
+  char text[512], *p;
   va_list ap;
-  size_t i;
 
-  if (!config->log || level > config->log_level)
-    return;
+  if (!config->log || level > config->log_level) return;
   va_start(ap, fmt);
   vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
-  for (i = 0; text[i]; i++)
-    if ((unsigned char)text[i] < 32 || text[i] == 127)
-      text[i] = '?';
+  for (p = text; *p; p++)
+    if ((unsigned char)*p < 32 || *p == 127) *p = '?';
   config->log(config->ctx, level, text);
 }
 
@@ -750,78 +526,6 @@ static void OS_PRINTF(3, 4)
 #define NBD_OPTION_MAGIC UINT64_C(0x49484156454f5054) /* "IHAVEOPT" */
 #define NBD_REP_MAGIC UINT64_C(0x0003e889045565a9)
 
-enum {
-  NBD_REQUEST_MAGIC = 0x25609513,
-  NBD_SIMPLE_REPLY_MAGIC = 0x67446698,
-  NBD_STRUCTURED_REPLY_MAGIC = 0x668e33ef,
-
-  NBD_FLAG_FIXED_NEWSTYLE = 1 << 0, /* handshake flags, server and client */
-  NBD_FLAG_NO_ZEROES = 1 << 1,
-  NBD_FLAG_C_FIXED_NEWSTYLE = 1 << 0,
-  NBD_FLAG_C_NO_ZEROES = 1 << 1,
-
-  NBD_FLAG_HAS_FLAGS = 1 << 0, /* transmission flags */
-  NBD_FLAG_READ_ONLY = 1 << 1,
-  NBD_FLAG_SEND_FLUSH = 1 << 2,
-  NBD_FLAG_SEND_FUA = 1 << 3,
-  NBD_FLAG_ROTATIONAL = 1 << 4,
-  NBD_FLAG_SEND_TRIM = 1 << 5,
-  NBD_FLAG_SEND_WRITE_ZEROES = 1 << 6,
-  NBD_FLAG_SEND_DF = 1 << 7,
-  NBD_FLAG_CAN_MULTI_CONN = 1 << 8,
-  NBD_FLAG_SEND_CACHE = 1 << 10,
-  NBD_FLAG_SEND_FAST_ZERO = 1 << 11,
-
-  NBD_OPT_EXPORT_NAME = 1,
-  NBD_OPT_ABORT = 2,
-  NBD_OPT_LIST = 3,
-  NBD_OPT_INFO = 6,
-  NBD_OPT_GO = 7,
-  NBD_OPT_STRUCTURED_REPLY = 8,
-  NBD_OPT_LIST_META_CONTEXT = 9,
-  NBD_OPT_SET_META_CONTEXT = 10,
-
-  NBD_REP_ACK = 1,
-  NBD_REP_SERVER = 2,
-  NBD_REP_INFO = 3,
-  NBD_REP_META_CONTEXT = 4,
-
-  NBD_INFO_EXPORT = 0,
-  NBD_INFO_NAME = 1,
-  NBD_INFO_DESCRIPTION = 2,
-  NBD_INFO_BLOCK_SIZE = 3,
-
-  NBD_CMD_READ = 0,
-  NBD_CMD_WRITE = 1,
-  NBD_CMD_DISC = 2,
-  NBD_CMD_FLUSH = 3,
-  NBD_CMD_TRIM = 4,
-  NBD_CMD_CACHE = 5,
-  NBD_CMD_WRITE_ZEROES = 6,
-  NBD_CMD_BLOCK_STATUS = 7,
-
-  NBD_CMD_FLAG_FUA = 1 << 0,
-  NBD_CMD_FLAG_NO_HOLE = 1 << 1,
-  NBD_CMD_FLAG_DF = 1 << 2,
-  NBD_CMD_FLAG_REQ_ONE = 1 << 3,
-  NBD_CMD_FLAG_FAST_ZERO = 1 << 4,
-
-  NBD_REPLY_FLAG_DONE = 1 << 0,
-  NBD_REPLY_TYPE_NONE = 0,
-  NBD_REPLY_TYPE_OFFSET_DATA = 1,
-  NBD_REPLY_TYPE_BLOCK_STATUS = 5,
-  NBD_REPLY_TYPE_ERROR = (1 << 15) + 1,
-
-  NBD_EPERM = 1,
-  NBD_EIO = 5,
-  NBD_ENOMEM = 12,
-  NBD_EINVAL = 22,
-  NBD_ENOSPC = 28,
-  NBD_EOVERFLOW = 75,
-  NBD_ENOTSUP = 95,
-  NBD_ESHUTDOWN = 108
-};
-
 /* Error replies to options have bit 31 set, which an enum need not hold. */
 #define NBD_REP_ERR_UNSUP 0x80000001u
 #define NBD_REP_ERR_INVALID 0x80000003u
@@ -829,36 +533,66 @@ enum {
 #define NBD_REP_ERR_BLOCK_SIZE_REQD 0x80000008u
 #define NBD_REP_ERR_TOO_BIG 0x80000009u
 
-enum {
-  WIRE_STRING = 4096, /* bytes of the longest name or message */
+enum { /* handshake: flags of server and client, options, replies, infos */
+  NBD_FLAG_FIXED_NEWSTYLE = 1 << 0, NBD_FLAG_NO_ZEROES = 1 << 1,
+  NBD_FLAG_C_FIXED_NEWSTYLE = 1 << 0, NBD_FLAG_C_NO_ZEROES = 1 << 1,
+  NBD_OPT_EXPORT_NAME = 1, NBD_OPT_ABORT = 2, NBD_OPT_LIST = 3,
+  NBD_OPT_INFO = 6, NBD_OPT_GO = 7, NBD_OPT_STRUCTURED_REPLY = 8,
+  NBD_OPT_LIST_META_CONTEXT = 9, NBD_OPT_SET_META_CONTEXT = 10,
+  NBD_REP_ACK = 1, NBD_REP_SERVER = 2, NBD_REP_INFO = 3,
+  NBD_REP_META_CONTEXT = 4,
+  NBD_INFO_EXPORT = 0, NBD_INFO_NAME = 1, NBD_INFO_DESCRIPTION = 2,
+  NBD_INFO_BLOCK_SIZE = 3
+};
+
+enum { /* transmission: magics, flags of the export, commands, replies */
+  NBD_REQUEST_MAGIC = 0x25609513, NBD_SIMPLE_REPLY_MAGIC = 0x67446698,
+  NBD_STRUCTURED_REPLY_MAGIC = 0x668e33ef,
+  NBD_FLAG_HAS_FLAGS = 1 << 0, NBD_FLAG_READ_ONLY = 1 << 1,
+  NBD_FLAG_SEND_FLUSH = 1 << 2, NBD_FLAG_SEND_FUA = 1 << 3,
+  NBD_FLAG_ROTATIONAL = 1 << 4, NBD_FLAG_SEND_TRIM = 1 << 5,
+  NBD_FLAG_SEND_WRITE_ZEROES = 1 << 6, NBD_FLAG_SEND_DF = 1 << 7,
+  NBD_FLAG_CAN_MULTI_CONN = 1 << 8, NBD_FLAG_SEND_CACHE = 1 << 10,
+  NBD_FLAG_SEND_FAST_ZERO = 1 << 11,
+  NBD_CMD_READ = 0, NBD_CMD_WRITE = 1, NBD_CMD_DISC = 2, NBD_CMD_FLUSH = 3,
+  NBD_CMD_TRIM = 4, NBD_CMD_CACHE = 5, NBD_CMD_WRITE_ZEROES = 6,
+  NBD_CMD_BLOCK_STATUS = 7,
+  NBD_CMD_FLAG_FUA = 1 << 0, NBD_CMD_FLAG_NO_HOLE = 1 << 1,
+  NBD_CMD_FLAG_DF = 1 << 2, NBD_CMD_FLAG_REQ_ONE = 1 << 3,
+  NBD_CMD_FLAG_FAST_ZERO = 1 << 4,
+  NBD_REPLY_FLAG_DONE = 1 << 0, NBD_REPLY_TYPE_NONE = 0,
+  NBD_REPLY_TYPE_OFFSET_DATA = 1, NBD_REPLY_TYPE_BLOCK_STATUS = 5,
+  NBD_REPLY_TYPE_ERROR = (1 << 15) + 1,
+  NBD_EPERM = 1, NBD_EIO = 5, NBD_ENOMEM = 12, NBD_EINVAL = 22,
+  NBD_ENOSPC = 28, NBD_EOVERFLOW = 75, NBD_ENOTSUP = 95, NBD_ESHUTDOWN = 108
+};
+
+enum { /* sizes of messages without their data */
   WIRE_OPTION = 16,   /* magic, option, length */
   WIRE_REP = 20,      /* magic, option, type, length */
   WIRE_REQUEST = 28,  /* magic, flags, type, cookie, offset, length */
   WIRE_SIMPLE = 16,   /* magic, error, cookie */
-  WIRE_CHUNK = 20     /* magic, flags, type, cookie, length */
+  WIRE_CHUNK = 20,    /* magic, flags, type, cookie, length */
+  WIRE_STRING = 4096  /* the longest name or message */
 };
-
-STATIC_ASSERT(fast_zero, NBDSERVE_FAST_ZERO << 2 == NBD_CMD_FLAG_FAST_ZERO);
 
 /* What is true of each command: validation and dispatch read it here. */
-struct wire_cmd {
+static const struct wire_cmd {
   const char *name;
-  uint16_t flags;  /* besides FUA, which any command may carry */
-  uint16_t needs;  /* transmission flags it is an answer to; 0: always there */
-  int16_t beyond;  /* error of a range beyond the end, 0: no range */
-  unsigned writes; /* refused on a read-only export */
-};
-
-static const struct wire_cmd wire_cmds[] = {
-    {"NBD_CMD_READ", NBD_CMD_FLAG_DF, 0, EINVAL, 0},
-    {"NBD_CMD_WRITE", 0, 0, ENOSPC, 1},
+  uint16_t flags; /* besides FUA, which any command may carry */
+  uint16_t needs; /* transmission flags it is an answer to; 0: always there */
+  uint8_t writes; /* refused on a read-only export */
+  int beyond;     /* error of a range beyond the end, 0: no range */
+} wire_cmds[] = {
+    {"NBD_CMD_READ", NBD_CMD_FLAG_DF, 0, 0, -EINVAL},
+    {"NBD_CMD_WRITE", 0, 0, 1, -ENOSPC},
     {"NBD_CMD_DISC", 0, 0, 0, 0},
     {"NBD_CMD_FLUSH", 0, NBD_FLAG_SEND_FLUSH, 0, 0},
-    {"NBD_CMD_TRIM", 0, NBD_FLAG_SEND_TRIM, EINVAL, 1},
-    {"NBD_CMD_CACHE", 0, NBD_FLAG_SEND_CACHE, EINVAL, 0},
+    {"NBD_CMD_TRIM", 0, NBD_FLAG_SEND_TRIM, 1, -EINVAL},
+    {"NBD_CMD_CACHE", 0, NBD_FLAG_SEND_CACHE, 0, -EINVAL},
     {"NBD_CMD_WRITE_ZEROES", NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
-     NBD_FLAG_SEND_WRITE_ZEROES, ENOSPC, 1},
-    {"NBD_CMD_BLOCK_STATUS", NBD_CMD_FLAG_REQ_ONE, 0, EINVAL, 0}};
+     NBD_FLAG_SEND_WRITE_ZEROES, 1, -ENOSPC},
+    {"NBD_CMD_BLOCK_STATUS", NBD_CMD_FLAG_REQ_ONE, 0, 0, -EINVAL}};
 
 /* The entry of a command from the network, or NULL. */
 static const struct wire_cmd *wire_cmd(unsigned type) {
@@ -868,46 +602,29 @@ static const struct wire_cmd *wire_cmd(unsigned type) {
 /* The NBD error nearest to a -errno value (proto.md, Error values). */
 static uint32_t wire_error(int err) {
   switch (-err) {
-  case 0:
-    return 0;
-  case EPERM:
-  case EACCES:
-  case EROFS:
-    return NBD_EPERM;
-  case ENOMEM:
-    return NBD_ENOMEM;
-  case EINVAL:
-    return NBD_EINVAL;
-  case ENOSPC:
-  case EDQUOT:
-  case EFBIG:
-    return NBD_ENOSPC;
-  case EOVERFLOW:
-    return NBD_EOVERFLOW;
-  case ENOTSUP:
-#if EOPNOTSUPP != ENOTSUP
-  case EOPNOTSUPP:
-#endif
-    return NBD_ENOTSUP;
-  case ESHUTDOWN:
-    return NBD_ESHUTDOWN;
-  default:
-    return NBD_EIO;
+  case 0: return 0;
+  case EPERM: case EACCES: case EROFS: return NBD_EPERM;
+  case ENOMEM: return NBD_ENOMEM;
+  case EINVAL: return NBD_EINVAL;
+  case ENOSPC: case EDQUOT: case EFBIG: return NBD_ENOSPC;
+  case EOVERFLOW: return NBD_EOVERFLOW;
+  case ENOTSUP: return NBD_ENOTSUP;
+  case ESHUTDOWN: return NBD_ESHUTDOWN;
+  default: return -err == EOPNOTSUPP ? NBD_ENOTSUP : NBD_EIO;
   }
 }
 
-/* The head of one structured reply chunk with len bytes of payload. */
+/* The head of a last chunk with len bytes of payload; the bytes written. */
 static size_t wire_put_chunk(unsigned char *p, unsigned type, uint64_t cookie,
-                             uint32_t len) {
+                             uint64_t len) {
   put32(p, NBD_STRUCTURED_REPLY_MAGIC);
   put16(p + 4, NBD_REPLY_FLAG_DONE);
-  put16(p + 6, (uint16_t)type);
+  put16(p + 6, type);
   put64(p + 8, cookie);
-  put32(p + 16, len);
+  put32(p + 16, (uint32_t)len);
   return WIRE_CHUNK;
 }
 
-/* A simple reply. */
 static size_t wire_put_simple(unsigned char *p, uint64_t cookie, uint32_t err) {
   put32(p, NBD_SIMPLE_REPLY_MAGIC);
   put32(p + 4, err);
@@ -924,12 +641,11 @@ static size_t wire_put_simple(unsigned char *p, uint64_t cookie, uint32_t err) {
 enum { IO_LOOK_AROUND_MS = 10000, IO_GRACE_MS = 5000 };
 
 struct io {
-  int in, out;
-  int in_is_socket, out_is_socket;
-  int stop; /* readable from nbdserve_stop on; -1: shutdown() is used */
+  int in, out; /* sockets or pipes */
+  int stop;    /* readable from nbdserve_stop on; -1: shutdown() is used */
 };
 
-/* Waits until fd can be read or written. */
+/* Waits until the input can be read, or the output written. */
 static int io_wait(const struct io *io, int writing, int64_t deadline) {
   struct pollfd p[2];
   int64_t left;
@@ -937,20 +653,15 @@ static int io_wait(const struct io *io, int writing, int64_t deadline) {
 
   p[0].fd = writing ? io->out : io->in;
   p[0].events = writing ? POLLOUT : POLLIN;
-  p[1].fd = io->stop;
+  p[1].fd = io->stop; /* poll skips a negative one */
   p[1].events = POLLIN;
   for (;;) {
     left = deadline ? deadline - os_now_ms() : -1;
-    if (deadline && left <= 0)
-      return -ETIMEDOUT;
-    p[0].revents = p[1].revents = 0;
-    r = poll(p, io->stop >= 0 ? 2 : 1, left > INT_MAX ? INT_MAX : (int)left);
-    if (r < 0 && errno != EINTR)
-      return -errno;
-    if (r > 0 && p[1].revents && !writing)
-      return -ESHUTDOWN;
-    if (r > 0 && p[0].revents)
-      return 0;
+    if (deadline && left <= 0) return -ETIMEDOUT;
+    r = poll(p, 2, (int)(left > INT_MAX ? INT_MAX : left));
+    if (r < 0 && errno != EINTR) return -errno;
+    if (r > 0 && p[1].revents && !writing) return -ESHUTDOWN;
+    if (r > 0 && p[0].revents) return 0;
     if (r > 0) { /* stopping: what is being sent gets a little longer */
       p[1].fd = -1;
       deadline = os_now_ms() + IO_GRACE_MS;
@@ -958,25 +669,28 @@ static int io_wait(const struct io *io, int writing, int64_t deadline) {
   }
 }
 
+/* After a call that failed: 0 to try again, or -errno. */
+static int io_again(const struct io *io, int writing, int64_t deadline) {
+  if (errno == EINTR) return 0;
+  if (errno != EAGAIN && errno != EWOULDBLOCK) return -errno;
+  return io_wait(io, writing, deadline);
+}
+
 /* Receives up to len bytes, at least one.  Their number, 0 at the end of the
  * stream, or -errno.  all: waits for all of them where that is cheap. */
 static ssize_t io_recv(const struct io *io, void *buf, size_t len, int all,
                        int64_t deadline) {
-  int wait = io->stop >= 0 || deadline, err;
-  ssize_t n;
+  int err = io->stop >= 0 || deadline ? io_wait(io, 0, deadline) : 0;
+  ssize_t n = 0;
 
   assert(len > 0);
-  for (;; wait = 1) {
-    err = wait ? io_wait(io, 0, deadline) : 0;
-    if (err)
-      return err;
-    n = io->in_is_socket ? recv(io->in, buf, len, all ? MSG_WAITALL : 0)
-                         : read(io->in, buf, len);
-    if (n >= 0)
-      return n;
-    if (errno != EINTR && errno != EAGAIN && errno != EWOULDBLOCK)
-      return -errno;
+  while (!err) {
+    n = recv(io->in, buf, len, all ? MSG_WAITALL : 0);
+    if (n < 0 && errno == ENOTSOCK) n = read(io->in, buf, len);
+    if (n >= 0) return n;
+    err = io_again(io, 0, deadline);
   }
+  return err;
 }
 
 /* Receives exactly len bytes: 0, -EPIPE when the stream ends before, or
@@ -986,8 +700,7 @@ static int io_recv_all(const struct io *io, void *buf, size_t len,
   unsigned char *p = buf;
   while (len > 0) {
     ssize_t n = io_recv(io, p, len, 1, deadline);
-    if (n <= 0)
-      return n < 0 ? (int)n : -EPIPE;
+    if (n <= 0) return n < 0 ? (int)n : -EPIPE;
     p += n;
     len -= (size_t)n;
   }
@@ -1010,29 +723,21 @@ static int io_skip(const struct io *io, uint64_t len, unsigned char *scratch,
 static int io_send(const struct io *io, struct iovec *v, int n,
                    int64_t deadline) {
   struct msghdr m;
-  int err;
+  int err = 0;
 
   memset(&m, 0, sizeof m);
-  while (n > 0) {
+  while (n > 0 && !err) {
     ssize_t done;
-    if (io->out_is_socket) {
-      m.msg_iov = v;
-      m.msg_iovlen = (unsigned)n;
-      done = sendmsg(io->out, &m, OS_MSG_NOSIGNAL);
-    } else {
-      done = writev(io->out, v, n);
-    }
-    if (done < 0) {
-      if (errno != EINTR && errno != EAGAIN && errno != EWOULDBLOCK)
-        return -errno;
-      err = io_wait(io, 1, deadline);
-      if (err)
-        return err;
-      continue;
-    }
-    os_advance(&v, &n, (size_t)done);
+    m.msg_iov = v;
+    m.msg_iovlen = (unsigned)n;
+    done = sendmsg(io->out, &m, OS_MSG_NOSIGNAL);
+    if (done < 0 && errno == ENOTSOCK) done = writev(io->out, v, n);
+    if (done < 0)
+      err = io_again(io, 1, deadline);
+    else
+      os_advance(&v, &n, (size_t)done);
   }
-  return 0;
+  return err;
 }
 
 /* ==== [7] EXPORT (ex_) ===================================================
@@ -1049,18 +754,13 @@ static int io_send(const struct io *io, struct iovec *v, int n,
 struct nbdserve_req {
   uint16_t type, flags; /* NBD_CMD_*, NBD_CMD_FLAG_* */
   uint64_t cookie, off, len;
-  unsigned char *buf;  /* data of READ and WRITE; reply of BLOCK_STATUS */
-  size_t buflen;       /* bytes there that were taken from the budget */
-  int err;             /* 0 or -errno */
-  const char *why;     /* of an error, for humans; NULL: u_error */
-  int written;         /* only the flush that FUA asks for is left to do */
-  int deferred;        /* a worker answers it */
+  unsigned char *buf; /* data of READ and WRITE; reply of BLOCK_STATUS */
+  size_t owned;       /* bytes at buf if they are the request's own, else 0 */
+  int err;            /* 0 or -errno */
+  const char *why;    /* of an error, for humans; NULL: u_error */
+  int written;        /* only the flush that FUA asks for is left to do */
+  int deferred;       /* a worker answers it */
   struct nbdserve_req *next;
-};
-
-struct ex_flush { /* one caller that waits for a flush */
-  struct ex_flush *next;
-  int done, err;
 };
 
 struct ex {
@@ -1070,51 +770,59 @@ struct ex {
   struct os_mutex serial;
   struct os_mutex lock; /* guards what follows, and e.size */
   struct os_cond flushed;
-  struct ex_flush *waiting;
-  int flushing;
-  uint64_t nflushes;
+  uint64_t nflushes; /* begun so far */
+  int flushing;      /* the last of them has not returned */
+  uint64_t failed;   /* the number of the last one that failed */
+  int failure;       /* and its error */
+};
+
+enum { SRV_LISTENERS = 32 };
+
+struct srv_listener {
+  int fd;
+  int is_unix;    /* text is a path that is ours to unlink */
+  char text[128]; /* that, HOST:PORT, or "" */
 };
 
 struct nbdserve {
   struct nbdserve_config config; /* fixed; defaults filled in */
   int stop[2];                   /* pipe: readable from nbdserve_stop on */
   int wake[2];                   /* pipe: nbdserve_run looks around */
-  struct srv_listener *listeners;
+  struct srv_listener listeners[SRV_LISTENERS];
+  int nlisteners;
   struct os_mutex lock; /* guards what follows */
   struct os_cond gone;  /* a client, a thread or a request of size is */
+  struct os_cond work;  /* there is a client without a thread */
   struct ex *exports, **last_export;
   struct conn *conns;    /* clients being served */
-  struct conn *accepted; /* clients without a thread yet */
-  struct os_cond work;   /* there is one */
+  struct conn *accepted; /* those of them without a thread yet */
   unsigned nthreads, nidle, nconns, naccepted;
   uint64_t memory; /* of big requests, see tx_take_memory */
   int stopping;
   struct nbdserve_stats stats; /* of clients that have gone */
 };
 
+enum {
+  EX_ZEROES = 1 << 20,             /* bytes of zeroes written at a time */
+  EX_EXTENTS = 2048,               /* in one reply, at most */
+  EX_EXTENT_HEAD = WIRE_CHUNK + 4, /* in front of them: chunk, context id */
+  EX_EXTENTS_SIZE = EX_EXTENT_HEAD + 8 * EX_EXTENTS
+};
+
 /* The extents that a backend reports, in the form of the wire. */
 struct nbdserve_extents {
   uint64_t left;   /* bytes of the request not yet described */
   uint64_t skip;   /* bytes described already, see nbdserve_extent */
-  uint32_t align;  /* boundaries are multiples of it */
-  uint32_t status; /* of the last extent */
-  uint64_t len;    /* and its length */
-  int one;         /* NBD_CMD_FLAG_REQ_ONE */
-  unsigned char *data;
-  size_t size, room;
-  int err;
-};
-
-enum {
-  EX_ZEROES = 1 << 20,           /* bytes of zeroes written at a time */
-  EX_EXTENTS = 16384 * 8,        /* bytes of extents in one reply, at most */
-  EX_EXTENT_HEAD = WIRE_CHUNK + 4 /* in front of them: chunk, context id */
+  uint64_t align;  /* boundaries are multiples of it */
+  uint64_t len;    /* of the last extent */
+  uint32_t status; /* and its status */
+  unsigned n, max;
+  unsigned char *data; /* [EX_EXTENTS_SIZE] */
 };
 
 static void ex_free(struct ex *ex) {
-  assert(!ex->waiting && !ex->flushing);
-  if (ex->e.ops && ex->e.ops->close)
-    ex->e.ops->close(ex->e.ctx);
+  assert(!ex->flushing);
+  if (ex->e.ops && ex->e.ops->close) ex->e.ops->close(ex->e.ctx);
   os_cond_free(&ex->flushed);
   os_mutex_free(&ex->lock);
   os_mutex_free(&ex->serial);
@@ -1125,50 +833,44 @@ static void ex_free(struct ex *ex) {
 
 /* Checks an export as the host describes it and makes a copy with the defaults
  * filled in; the copy owns ctx.  -EINVAL, -ENOMEM: the caller keeps it. */
-static int ex_new(struct ex **out, const struct nbdserve_export *e) {
+static int ex_new(struct ex **out, const struct nbdserve_export *from) {
+  struct nbdserve_export e = *from;
   struct ex *ex;
-  uint32_t min = e->min_block ? e->min_block : 1;
-  uint32_t pref = e->preferred_block ? e->preferred_block
-                                     : (uint32_t)(min > 4096 ? min : 4096);
-  uint32_t max = e->max_request ? e->max_request : 32u << 20;
 
-  if (!e->ops || !e->ops->read || e->size > INT64_MAX)
+  if (!e.min_block) e.min_block = 1;
+  if (!e.preferred_block)
+    e.preferred_block = e.min_block > 4096 ? e.min_block : 4096;
+  if (!e.max_request) e.max_request = 32u << 20;
+  if (!e.ops || !e.ops->read || e.size > INT64_MAX ||
+      !u_is_power_of_2(e.min_block) || e.min_block > 65536 ||
+      !u_is_power_of_2(e.preferred_block) || e.preferred_block < 512 ||
+      e.preferred_block < e.min_block || e.max_request < e.preferred_block ||
+      e.max_request > NBDSERVE_MAX_REQUEST ||
+      (e.name && strlen(e.name) > WIRE_STRING) ||
+      (e.description && strlen(e.description) > WIRE_STRING))
     return -EINVAL;
-  if (!u_is_power_of_2(min) || min > 65536 || !u_is_power_of_2(pref) ||
-      pref < min || pref < 512 || max < pref || max > NBDSERVE_MAX_REQUEST)
-    return -EINVAL;
-  if ((e->name && strlen(e->name) > WIRE_STRING) ||
-      (e->description && strlen(e->description) > WIRE_STRING))
-    return -EINVAL;
-  ex = NBDSERVE_MALLOC(sizeof *ex);
-  if (!ex)
-    return -ENOMEM;
-  memset(ex, 0, sizeof *ex);
-  ex->e = *e;
-  ex->e.name = u_copy(e->name);
-  ex->e.description = u_copy(e->description);
-  ex->e.min_block = min;
-  ex->e.preferred_block = pref;
-  ex->e.max_request = max;
-  if (!e->ops->write)
-    ex->e.flags |= NBDSERVE_READONLY;
+  if (!e.ops->write) e.flags |= NBDSERVE_READONLY;
+  ex = u_zalloc(sizeof *ex);
+  if (!ex) return -ENOMEM;
+  ex->e.name = u_copy(e.name);
+  ex->e.description = u_copy(e.description);
   if (os_mutex_init(&ex->serial) || os_mutex_init(&ex->lock) ||
       os_cond_init(&ex->flushed) || !ex->e.name || !ex->e.description) {
-    ex->e.ops = NULL; /* ctx stays the caller's */
-    ex_free(ex);
+    ex_free(ex); /* without ops: ctx stays the caller's */
     return -ENOMEM;
   }
+  e.name = ex->e.name;
+  e.description = ex->e.description;
+  ex->e = e;
   *out = ex;
   return 0;
 }
 
 /* The added export of exactly that name, or NULL.  Holds s->lock. */
 static struct ex *ex_by_name(struct nbdserve *s, const char *name) {
-  struct ex *ex;
-  for (ex = s->exports; ex; ex = ex->next)
-    if (strcmp(ex->e.name, name) == 0)
-      return ex;
-  return NULL;
+  struct ex *ex = s->exports;
+  while (ex && strcmp(ex->e.name, name) != 0) ex = ex->next;
+  return ex;
 }
 
 /* The export a client means: an added one of that name, what the find callback
@@ -1177,27 +879,22 @@ static struct ex *ex_by_name(struct nbdserve *s, const char *name) {
 static int ex_get(struct nbdserve *s, const char *name, struct ex **out) {
   struct nbdserve_export e;
   struct ex *ex;
-  int err;
+  int err = -ENOENT;
 
   os_lock(&s->lock);
   *out = ex_by_name(s, name);
   os_unlock(&s->lock);
-  if (*out)
-    return 0;
-  if (s->config.find) {
-    memset(&e, 0, sizeof e);
-    err = s->config.find(s->config.ctx, name, &e);
-    if (!err) {
-      err = ex_new(out, &e);
-      if (!err)
-        (*out)->dynamic = 1;
-      else if (e.ops && e.ops->close)
-        e.ops->close(e.ctx);
-      return err;
-    }
-    if (err != -ENOENT)
-      return err;
+  if (*out) return 0;
+  memset(&e, 0, sizeof e);
+  if (s->config.find) err = s->config.find(s->config.ctx, name, &e);
+  if (!err) {
+    err = ex_new(out, &e);
+    if (!err)
+      (*out)->dynamic = 1;
+    else if (e.ops && e.ops->close)
+      e.ops->close(e.ctx);
   }
+  if (err != -ENOENT) return err;
   os_lock(&s->lock);
   for (ex = s->exports; ex; ex = ex->next)
     if ((ex->e.flags & NBDSERVE_ANY_NAME) || (!*name && ex == s->exports))
@@ -1208,8 +905,7 @@ static int ex_get(struct nbdserve *s, const char *name, struct ex **out) {
 }
 
 static void ex_put(struct ex *ex) {
-  if (ex && ex->dynamic) /* (E1) */
-    ex_free(ex);
+  if (ex && ex->dynamic) ex_free(ex); /* (E1) */
 }
 
 /* The export's size now. */
@@ -1221,76 +917,73 @@ static uint64_t ex_size(struct ex *ex) {
   return size;
 }
 
-/* The transmission flags of a client on this export: each exactly when it is
- * so. */
-static uint16_t ex_flags(const struct ex *ex, int structured) {
+/* The transmission flags of a client: each exactly when it is so. */
+static unsigned ex_flags(const struct ex *ex, int structured) {
   const struct nbdserve_ops *ops = ex->e.ops;
   unsigned f = NBD_FLAG_HAS_FLAGS;
   if (ex->e.flags & NBDSERVE_READONLY) {
     f |= NBD_FLAG_READ_ONLY;
   } else {
-    if (ops->flush)
-      f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
-    if (ops->trim)
-      f |= NBD_FLAG_SEND_TRIM;
     f |= NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
+    if (ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
+    if (ops->trim) f |= NBD_FLAG_SEND_TRIM;
   }
-  if (ex->e.flags & NBDSERVE_ROTATIONAL)
-    f |= NBD_FLAG_ROTATIONAL;
-  if (ex->e.flags & NBDSERVE_MULTI_CONN)
-    f |= NBD_FLAG_CAN_MULTI_CONN;
-  if (ops->cache)
-    f |= NBD_FLAG_SEND_CACHE;
-  if (structured)
-    f |= NBD_FLAG_SEND_DF;
-  return (uint16_t)f;
+  if (ex->e.flags & NBDSERVE_ROTATIONAL) f |= NBD_FLAG_ROTATIONAL;
+  if (ex->e.flags & NBDSERVE_MULTI_CONN) f |= NBD_FLAG_CAN_MULTI_CONN;
+  if (ops->cache) f |= NBD_FLAG_SEND_CACHE;
+  if (structured) f |= NBD_FLAG_SEND_DF;
+  return f;
 }
 
-/* Enters and leaves the backend. */
 static void ex_enter(struct ex *ex) {
-  if (ex->e.flags & NBDSERVE_SERIAL)
-    os_lock(&ex->serial);
+  if (ex->e.flags & NBDSERVE_SERIAL) os_lock(&ex->serial);
 }
 
 static void ex_leave(struct ex *ex) {
-  if (ex->e.flags & NBDSERVE_SERIAL)
-    os_unlock(&ex->serial);
+  if (ex->e.flags & NBDSERVE_SERIAL) os_unlock(&ex->serial);
 }
 
 /* All writes that returned before this call are on permanent storage when it
  * returns 0.  One caller flushes for all that wait (E3). */
 static int ex_flush(struct ex *ex) {
-  struct ex_flush me, *group, *w;
+  uint64_t mine;
   int err;
 
-  if (!ex->e.ops->flush || (ex->e.flags & NBDSERVE_UNSAFE))
-    return 0;
-  me.done = me.err = 0;
+  if (!ex->e.ops->flush || (ex->e.flags & NBDSERVE_UNSAFE)) return 0;
   os_lock(&ex->lock);
-  me.next = ex->waiting;
-  ex->waiting = &me;
-  while (!me.done && ex->flushing)
+  mine = ex->nflushes + 1; /* the first that has not begun yet */
+  while (ex->flushing && ex->nflushes <= mine)
     os_wait(&ex->flushed, &ex->lock);
-  if (!me.done) {
-    group = ex->waiting;
-    ex->waiting = NULL;
+  if (ex->nflushes < mine) {
+    ex->nflushes = mine;
     ex->flushing = 1;
-    ex->nflushes++;
     os_unlock(&ex->lock);
     ex_enter(ex);
     err = ex->e.ops->flush(ex->e.ctx, 0);
     ex_leave(ex);
     os_lock(&ex->lock);
     ex->flushing = 0;
-    for (w = group; w; w = w->next) {
-      w->done = 1;
-      w->err = err;
+    if (err) {
+      ex->failed = mine;
+      ex->failure = err;
     }
-    assert(me.done);
     os_wake_all(&ex->flushed);
   }
+  err = ex->failed >= mine ? ex->failure : 0;
   os_unlock(&ex->lock);
-  return me.err;
+  return err;
+}
+
+/* Must r be on permanent storage before it is answered? */
+static int ex_wants_fua(const struct ex *ex, const struct nbdserve_req *r) {
+  return wire_cmd(r->type)->writes && r->len > 0 &&
+         ((r->flags & NBD_CMD_FLAG_FUA) ||
+          (ex->e.flags & NBDSERVE_WRITETHROUGH));
+}
+
+/* And must a flush follow it for that? */
+static int ex_wants_flush(const struct ex *ex, const struct nbdserve_req *r) {
+  return ex_wants_fua(ex, r) && !(ex->e.flags & NBDSERVE_NATIVE_FUA);
 }
 
 /* Zeroes by writing them, for a backend that has nothing better. */
@@ -1300,29 +993,17 @@ static int ex_write_zeroes(struct ex *ex, uint64_t off, uint64_t len,
   unsigned char *zeroes;
   int err = 0;
 
+  if (flags & NBDSERVE_FAST_ZERO) return -ENOTSUP;
   step -= step % ex->e.min_block; /* both are multiples of it */
   assert(step > 0);
-  if (flags & NBDSERVE_FAST_ZERO)
-    return -ENOTSUP;
-  zeroes = NBDSERVE_MALLOC((size_t)step);
-  if (!zeroes)
-    return -ENOMEM;
-  memset(zeroes, 0, (size_t)step);
+  zeroes = u_zalloc((size_t)step);
+  if (!zeroes) return -ENOMEM;
   for (; len > 0 && !err; off += step, len -= step) {
     step = u_min(step, len);
-    err = ex->e.ops->write(ex->e.ctx, zeroes, off, step,
-                           flags & NBDSERVE_FUA);
+    err = ex->e.ops->write(ex->e.ctx, zeroes, off, step, flags & NBDSERVE_FUA);
   }
   NBDSERVE_FREE(zeroes);
   return err;
-}
-
-/* Must the write r be followed by a flush before it is answered? */
-static int ex_wants_flush(const struct ex *ex, const struct nbdserve_req *r) {
-  const struct wire_cmd *cmd = wire_cmd(r->type);
-  if (!cmd->writes || (ex->e.flags & NBDSERVE_NATIVE_FUA))
-    return 0;
-  return (r->flags & NBD_CMD_FLAG_FUA) || (ex->e.flags & NBDSERVE_WRITETHROUGH);
 }
 
 /* Appends one extent in the form of the wire, or makes the last one longer. */
@@ -1330,120 +1011,87 @@ static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
                           uint32_t status) {
   unsigned char *p;
   assert(len > 0 && len <= x->left);
-  x->left -= len;
-  if (x->size > EX_EXTENT_HEAD && x->status == status) {
-    x->len += len;
-  } else {
-    if (x->size + 8 > x->room) {
-      x->room = x->room ? x->room * 4 : 512;
-      p = NBDSERVE_REALLOC(x->data, x->room);
-      if (!p) {
-        x->err = -ENOMEM;
-        x->left = 0;
-        return;
-      }
-      x->data = p;
-      if (!x->size)
-        x->size = EX_EXTENT_HEAD;
+  if (!x->n || x->status != status) {
+    if (x->n == x->max) {
+      x->left = 0;
+      return;
     }
-    x->size += 8;
+    x->n++;
+    x->len = 0;
     x->status = status;
-    x->len = len;
   }
-  assert(x->len <= UINT32_MAX);
-  put32(x->data + x->size - 8, (uint32_t)x->len);
-  put32(x->data + x->size - 4, status);
+  x->left -= len;
+  x->len += len;
+  p = x->data + EX_EXTENT_HEAD + 8 * (x->n - 1);
+  put32(p, (uint32_t)x->len);
+  put32(p + 4, status);
 }
 
-NBDSERVE_API int nbdserve_extent(struct nbdserve_extents *x, uint64_t len,
-                                 uint32_t status) {
+int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
   uint64_t part = u_min(len, x->skip), tail;
   x->skip -= part;
   len = u_min(len - part, x->left);
   tail = len == x->left ? 0 : len % x->align;
-  if (len > tail)
-    ex_put_extent(x, len - tail, status);
+  if (len > tail) ex_put_extent(x, len - tail, status);
   if (tail && x->left) { /* a boundary inside a block: that block is data */
     part = u_min(x->align, x->left);
     x->skip = part - tail;
     ex_put_extent(x, part, 0);
   }
-  if (x->one && x->size > EX_EXTENT_HEAD + 8) { /* two: one was enough */
-    x->size -= 8;
-    x->left = 0;
-  }
-  if (x->size >= EX_EXTENTS)
-    x->left = 0;
   return x->left == 0;
 }
 
-/* The extents of a request, as the reply that goes out: r->buf, r->buflen. */
+/* The extents of a request, as the reply that goes out: r->buf, r->owned. */
 static int ex_extents(struct ex *ex, struct nbdserve_req *r) {
   struct nbdserve_extents x;
-  int err = 0;
+  int one = (r->flags & NBD_CMD_FLAG_REQ_ONE) != 0, err = 0;
 
   memset(&x, 0, sizeof x);
   x.left = r->len;
   x.align = ex->e.min_block;
-  x.one = (r->flags & NBD_CMD_FLAG_REQ_ONE) != 0;
+  x.max = one ? 1 : EX_EXTENTS;
+  x.data = NBDSERVE_MALLOC(EX_EXTENTS_SIZE);
+  if (!x.data) return -ENOMEM;
   if (ex->e.ops->extents)
     err = ex->e.ops->extents(ex->e.ctx, r->off, r->len,
-                             x.one ? NBDSERVE_REQ_ONE : 0, &x);
-  else
-    nbdserve_extent(&x, r->len, 0);
-  if (!err && !x.err && !x.size) /* proto.md: at least one */
-    nbdserve_extent(&x, r->len, 0);
-  if (!err)
-    err = x.err;
+                             one ? NBDSERVE_REQ_ONE : 0, &x);
+  if (!err && !x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
   if (err) {
     NBDSERVE_FREE(x.data);
     return err;
   }
   r->buf = x.data;
-  r->buflen = x.size;
+  r->owned = EX_EXTENT_HEAD + 8 * x.n;
   return 0;
 }
 
-/* Does a request on the backend, but not the flush that may belong to it. */
+/* Does a request on the backend, but not the flush that may have to follow. */
 static int ex_do(struct ex *ex, struct nbdserve_req *r) {
   const struct nbdserve_ops *ops = ex->e.ops;
-  uint32_t fua = 0, zero;
+  void *ctx = ex->e.ctx;
+  uint32_t fua = ex_wants_fua(ex, r) && !ex_wants_flush(ex, r) &&
+                         !(ex->e.flags & NBDSERVE_UNSAFE)
+                     ? NBDSERVE_FUA
+                     : 0;
   int err = -EINVAL;
 
   assert(r->len > 0 && r->off <= INT64_MAX && r->len <= INT64_MAX - r->off);
   assert(r->off % ex->e.min_block == 0); /* (E2) */
   assert(!wire_cmd(r->type)->writes || !(ex->e.flags & NBDSERVE_READONLY));
-  if ((ex->e.flags & NBDSERVE_NATIVE_FUA) &&
-      !(ex->e.flags & NBDSERVE_UNSAFE) &&
-      ((r->flags & NBD_CMD_FLAG_FUA) || (ex->e.flags & NBDSERVE_WRITETHROUGH)))
-    fua = NBDSERVE_FUA;
   ex_enter(ex);
   switch (r->type) {
-  case NBD_CMD_READ:
-    err = ops->read(ex->e.ctx, r->buf, r->off, r->len, 0);
-    break;
-  case NBD_CMD_WRITE:
-    err = ops->write(ex->e.ctx, r->buf, r->off, r->len, fua);
-    break;
-  case NBD_CMD_TRIM:
-    err = ops->trim(ex->e.ctx, r->off, r->len, fua);
-    break;
-  case NBD_CMD_CACHE:
-    err = ops->cache(ex->e.ctx, r->off, r->len, 0);
-    break;
+  case NBD_CMD_READ: err = ops->read(ctx, r->buf, r->off, r->len, 0); break;
+  case NBD_CMD_WRITE: err = ops->write(ctx, r->buf, r->off, r->len, fua); break;
+  case NBD_CMD_TRIM: err = ops->trim(ctx, r->off, r->len, fua); break;
+  case NBD_CMD_CACHE: err = ops->cache(ctx, r->off, r->len, 0); break;
   case NBD_CMD_WRITE_ZEROES:
-    zero = fua | (r->flags & NBD_CMD_FLAG_NO_HOLE ? NBDSERVE_NO_HOLE : 0) |
-           (r->flags & NBD_CMD_FLAG_FAST_ZERO ? NBDSERVE_FAST_ZERO : 0);
-    err = ops->zero ? ops->zero(ex->e.ctx, r->off, r->len, zero)
-                    : ex_write_zeroes(ex, r->off, r->len, zero);
-    if (err == -ENOTSUP && !(zero & NBDSERVE_FAST_ZERO))
-      err = ex_write_zeroes(ex, r->off, r->len, zero);
+    if (r->flags & NBD_CMD_FLAG_NO_HOLE) fua |= NBDSERVE_NO_HOLE;
+    if (r->flags & NBD_CMD_FLAG_FAST_ZERO) fua |= NBDSERVE_FAST_ZERO;
+    err = ops->zero ? ops->zero(ctx, r->off, r->len, fua) : -ENOTSUP;
+    if (err == -ENOTSUP) err = ex_write_zeroes(ex, r->off, r->len, fua);
     break;
-  case NBD_CMD_BLOCK_STATUS:
-    err = ex_extents(ex, r);
-    break;
-  default:
-    assert(!"tx_validate let it pass");
+  case NBD_CMD_BLOCK_STATUS: err = ex_extents(ex, r); break;
+  default: assert(0); /* (E2) */
   }
   ex_leave(ex);
   assert(err <= 0);
@@ -1468,15 +1116,15 @@ enum {
   TX_SMALL = 128 << 10,          /* longer requests are done one by one */
   TX_KEEP = 1 << 20,             /* buffer for those, kept while connected */
   TX_BATCH = 128,                /* requests in a batch */
-  TX_HEAD = WIRE_CHUNK + 6 + 80, /* longest reply without its data */
-  TX_MAX_DEFERRED = 1024,        /* requests waiting for a worker */
-  TX_MAX_LOGGED = 10             /* failures of one client in the log */
+  TX_WHY = 80,                   /* bytes of an error's text */
+  TX_HEAD = WIRE_CHUNK + 6 + TX_WHY, /* longest reply without its data */
+  TX_DEFERRED = 1024,            /* requests waiting for a worker */
+  TX_LOGGED = 10                 /* failures of one client in the log */
 };
 
-STATIC_ASSERT(option_fits, NBDSERVE_MAX_OPTION <= TX_RBUF);
-STATIC_ASSERT(small_fits_in, TX_SMALL + WIRE_REQUEST <= TX_RBUF);
-STATIC_ASSERT(small_fits_out, TX_SMALL + 2 * TX_HEAD <= TX_WBUF);
-STATIC_ASSERT(status_fits_out, EX_EXTENT_HEAD + EX_EXTENTS + 16 <= TX_WBUF);
+STATIC_ASSERT(option_fits, (int)NBDSERVE_MAX_OPTION <= (int)TX_RBUF);
+STATIC_ASSERT(small_fits_in, (int)TX_SMALL + (int)WIRE_REQUEST <= (int)TX_RBUF);
+STATIC_ASSERT(small_fits_out, TX_SMALL + TX_HEAD <= TX_WBUF);
 
 /* One client. */
 struct conn {
@@ -1486,16 +1134,18 @@ struct conn {
   struct io io;
   int fd; /* to close; -1: the caller's */
   unsigned id;
-  char peer[64];
 
-  /* set by the handshake, then fixed */
+  /* the handshake's; what transmission needs is fixed then */
+  int64_t deadline;
+  uint32_t opt; /* the option being answered, and its data */
+  const unsigned char *data;
+  size_t len;
   int no_zeroes, structured;
   char *meta_name; /* export of the last SET_META_CONTEXT that selected */
   int meta;        /* base:allocation may be asked for */
-  int64_t deadline;
   struct ex *ex;
   uint64_t size;
-  uint16_t tflags;
+  unsigned tflags;
   size_t read_head; /* bytes in front of the data of a READ */
   unsigned max_workers, max_deferred;
 
@@ -1518,189 +1168,155 @@ struct conn {
   int flusher;                             /* which is at it */
   unsigned nqueue, ndeferred, nworkers, nidle;
   int closing; /* the client has gone: workers finish and end */
-  int stop;    /* nbdserve_stop: no further requests are taken */
   unsigned nlogged;
   struct nbdserve_stats stats;
 };
 
 enum { HS_MORE, HS_ENTER, HS_END }; /* what follows an option; or -errno */
 
+/* Tells the log about a client; the text begins with its number. */
+#define HS_LOG(c, level, ...) \
+  u_log(&(c)->s->config, level, "client " __VA_ARGS__)
+
 /* Sends the replies that have gathered. */
 static int hs_send(struct conn *c) {
-  struct iovec v;
-  v.iov_base = c->wbuf;
-  v.iov_len = c->wlen;
+  struct iovec v = {c->wbuf, c->wlen};
   c->wlen = 0;
-  return v.iov_len ? io_send(&c->io, &v, 1, c->deadline) : 0;
+  return io_send(&c->io, &v, 1, c->deadline);
 }
 
 /* Room for len more bytes to send, or NULL when the client is gone. */
 static unsigned char *hs_room(struct conn *c, size_t len) {
-  unsigned char *p;
   assert(len <= TX_WBUF);
-  if (c->wlen + len > TX_WBUF && hs_send(c))
-    return NULL;
-  p = c->wbuf + c->wlen;
+  if (c->wlen + len > TX_WBUF && hs_send(c)) return NULL;
   c->wlen += len;
-  return p;
+  return c->wbuf + c->wlen - len;
 }
 
 /* A reply with len bytes of data, which the caller fills in; NULL when the
  * client is gone. */
-static unsigned char *hs_reply(struct conn *c, uint32_t opt, uint32_t type,
-                               size_t len) {
+static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t len) {
   unsigned char *p = hs_room(c, WIRE_REP + len);
-  if (!p)
-    return NULL;
+  if (!p) return NULL;
   put64(p, NBD_REP_MAGIC);
-  put32(p + 8, opt);
+  put32(p + 8, c->opt);
   put32(p + 12, type);
   put32(p + 16, (uint32_t)len);
   return p + WIRE_REP;
 }
 
-static int hs_ack(struct conn *c, uint32_t opt) {
-  return hs_reply(c, opt, NBD_REP_ACK, 0) ? HS_MORE : -EPIPE;
+static int hs_ack(struct conn *c) {
+  return hs_reply(c, NBD_REP_ACK, 0) ? HS_MORE : -EPIPE;
 }
 
 /* An error reply with a message for humans; haggling goes on. */
-static int hs_fail(struct conn *c, uint32_t opt, uint32_t type,
-                   const char *why) {
+static int hs_fail(struct conn *c, uint32_t type, const char *why) {
   size_t n = strlen(why);
-  unsigned char *p = hs_reply(c, opt, type, n);
-  if (!p)
-    return -EPIPE;
+  unsigned char *p = hs_reply(c, type, n);
+  if (!p) return -EPIPE;
   memcpy(p, why, n);
-  u_log(&c->s->config, NBDSERVE_LOG_INFO, "client %u: option %u refused: %s",
-        c->id, (unsigned)opt, why);
+  HS_LOG(c, NBDSERVE_LOG_INFO, "%u: option %" PRIu32 " refused: %s", c->id,
+         c->opt, why);
   return HS_MORE;
 }
 
 /* Copies a string of n bytes from the client to out[WIRE_STRING + 1].  0, or
  * the error reply that it deserves. */
 static uint32_t hs_string(const unsigned char *p, size_t n, char *out) {
-  if (n > WIRE_STRING)
-    return NBD_REP_ERR_TOO_BIG;
+  if (n > WIRE_STRING) return NBD_REP_ERR_TOO_BIG;
   memcpy(out, p, n);
   out[n] = 0;
   return memchr(out, 0, n) ? NBD_REP_ERR_INVALID : 0;
 }
 
-/* Takes a string with its 32-bit length off the data at *p, as hs_string. */
-static uint32_t hs_take_string(const unsigned char **p, size_t *len,
-                               char *out) {
-  const unsigned char *s = *p;
-  uint32_t n;
-  if (*len < 4)
-    return NBD_REP_ERR_INVALID;
-  n = get32(s);
-  if (n > *len - 4)
-    return NBD_REP_ERR_INVALID;
-  *p += 4 + n;
-  *len -= 4 + n;
-  return hs_string(s + 4, n, out);
+/* Takes a string with its 32-bit length off the option's data, likewise. */
+static uint32_t hs_take_string(struct conn *c, char *out) {
+  const unsigned char *p = c->data;
+  if (c->len < 4 || get32(p) > c->len - 4) return NBD_REP_ERR_INVALID;
+  c->data += 4 + get32(p);
+  c->len -= 4 + get32(p);
+  return hs_string(p + 4, get32(p), out);
 }
 
 /* The export is settled: what transmission needs to know of it. */
 static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
-  const struct nbdserve_ops *ops = ex->e.ops;
   unsigned threads = c->s->config.threads;
 
   assert(!c->ex);
   c->ex = ex;
   c->size = ex_size(ex);
   c->tflags = ex_flags(ex, c->structured);
-  c->meta = c->structured && c->meta_name && strcmp(c->meta_name, name) == 0;
+  c->meta = c->meta_name && strcmp(c->meta_name, name) == 0;
+  assert(c->structured || !c->meta);
   c->read_head = c->structured ? WIRE_CHUNK + 8 : WIRE_SIMPLE;
   c->max_workers = threads > 1 ? threads : 0;
-  c->max_deferred = ops->batch ? TX_MAX_DEFERRED : threads;
-  u_log(&c->s->config, NBDSERVE_LOG_INFO,
-        "client %u: export '%s', %" PRIu64 " bytes%s", c->id, name, c->size,
-        c->tflags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
+  c->max_deferred = ex->e.ops->batch ? TX_DEFERRED : threads;
+  HS_LOG(c, NBDSERVE_LOG_INFO, "%u: export '%s', %" PRIu64 " bytes%s", c->id,
+         name, c->size,
+         c->tflags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
 }
 
-static int hs_opt_export_name(struct conn *c, uint32_t opt,
-                              const unsigned char *data, size_t len) {
+/* The options.  Each takes its data and answers: HS_*, or -errno to close. */
+
+static int hs_opt_export_name(struct conn *c) {
+  size_t n = c->no_zeroes ? 10 : 10 + 124;
   char name[WIRE_STRING + 1];
   unsigned char *p;
   struct ex *ex;
-  size_t n = 10 + (c->no_zeroes ? 0 : 124);
 
-  (void)opt;
-  if (hs_string(data, len, name) || ex_get(c->s, name, &ex)) {
-    u_log(&c->s->config, NBDSERVE_LOG_INFO,
-          "client %u: no such export; closed", c->id);
+  if (hs_string(c->data, c->len, name) || ex_get(c->s, name, &ex)) {
+    HS_LOG(c, NBDSERVE_LOG_INFO, "%u: no such export; closed", c->id);
     return -ENOENT; /* this option knows no error reply */
   }
   hs_settle(c, ex, name);
   p = hs_room(c, n);
-  if (!p)
-    return -EPIPE;
+  if (!p) return -EPIPE;
   memset(p, 0, n);
   put64(p, c->size);
   put16(p + 8, c->tflags);
   return HS_ENTER;
 }
 
-static int hs_opt_abort(struct conn *c, uint32_t opt,
-                        const unsigned char *data, size_t len) {
-  (void)data;
-  (void)len;
-  hs_ack(c, opt);
-  return HS_END;
-}
-
 /* One export of LIST; the host's list callback calls it too. */
 static int hs_emit(void *arg, const char *name, const char *description) {
-  struct conn *c = arg;
   size_t n = name ? strlen(name) : 0;
   size_t d = description ? strlen(description) : 0;
   unsigned char *p;
   if (n > WIRE_STRING || d > WIRE_STRING)
-    return 0; /* such a name cannot be asked for: see ex_new */
-  p = hs_reply(c, NBD_OPT_LIST, NBD_REP_SERVER, 4 + n + d);
-  if (!p)
-    return -EPIPE;
+    return 0; /* nobody could ask for it: see ex_new */
+  p = hs_reply(arg, NBD_REP_SERVER, 4 + n + d);
+  if (!p) return -EPIPE;
   put32(p, (uint32_t)n);
-  if (n)
-    memcpy(p + 4, name, n);
-  if (d)
-    memcpy(p + 4 + n, description, d);
+  if (n) memcpy(p + 4, name, n);
+  if (d) memcpy(p + 4 + n, description, d);
   return 0;
 }
 
-static int hs_opt_list(struct conn *c, uint32_t opt, const unsigned char *data,
-                       size_t len) {
+static int hs_opt_list(struct conn *c) {
   struct nbdserve *s = c->s;
   struct ex *ex;
   int err = 0;
 
-  (void)data;
-  (void)len;
   os_lock(&s->lock);
-  ex = s->exports;
-  os_unlock(&s->lock);
-  while (ex && !err) { /* (E1): the list only grows at its end */
+  for (ex = s->exports; ex && !err; ex = ex->next) {
+    os_unlock(&s->lock); /* (E1): the list only grows, at its end */
     err = hs_emit(c, ex->e.name, ex->e.description);
     os_lock(&s->lock);
-    ex = ex->next;
-    os_unlock(&s->lock);
   }
-  if (!err && s->config.list)
-    err = s->config.list(s->config.ctx, hs_emit, c);
-  return err ? -EPIPE : hs_ack(c, opt);
+  os_unlock(&s->lock);
+  if (!err && s->config.list) err = s->config.list(s->config.ctx, hs_emit, c);
+  return err ? -EPIPE : hs_ack(c);
 }
 
-/* One information about an export; text for those that are one. */
-static int hs_info(struct conn *c, uint32_t opt, struct ex *ex, unsigned type,
-                   const char *text) {
+/* One information about an export. */
+static int hs_info(struct conn *c, struct ex *ex, unsigned type) {
+  const char *text = type == NBD_INFO_NAME ? ex->e.name : ex->e.description;
   size_t n = type == NBD_INFO_EXPORT       ? 10
              : type == NBD_INFO_BLOCK_SIZE ? 12
                                            : strlen(text);
-  unsigned char *p = hs_reply(c, opt, NBD_REP_INFO, 2 + n);
-  if (!p)
-    return -EPIPE;
-  put16(p, (uint16_t)type);
+  unsigned char *p = hs_reply(c, NBD_REP_INFO, 2 + n);
+  if (!p) return -EPIPE;
+  put16(p, type);
   if (type == NBD_INFO_EXPORT) {
     put64(p + 2, ex_size(ex));
     put16(p + 10, ex_flags(ex, c->structured));
@@ -1714,120 +1330,92 @@ static int hs_info(struct conn *c, uint32_t opt, struct ex *ex, unsigned type,
   return 0;
 }
 
-/* Are these the block sizes a client expects that was told none? */
-static int hs_default_blocks(const struct ex *ex) {
-  return ex->e.min_block == 1 && ex->e.preferred_block == 4096 &&
-         ex->e.max_request == 32u << 20;
-}
-
 /* INFO and GO differ only in what comes afterwards. */
-static int hs_opt_go(struct conn *c, uint32_t opt, const unsigned char *data,
-                     size_t len) {
+static int hs_opt_go(struct conn *c) {
   char name[WIRE_STRING + 1];
-  unsigned wants = 0, i;
+  unsigned wants = 1u << NBD_INFO_EXPORT, type, i;
   struct ex *ex;
-  uint32_t bad = hs_take_string(&data, &len, name);
+  uint32_t bad = hs_take_string(c, name);
   int err;
 
-  if (!bad && (len < 2 || len != 2 + 2 * (size_t)get16(data)))
+  if (!bad && (c->len < 2 || c->len != 2 + 2 * (size_t)get16(c->data)))
     bad = NBD_REP_ERR_INVALID;
-  if (bad)
-    return hs_fail(c, opt, bad, "malformed request for information");
-  for (i = 2; i < len; i += 2)
-    if (get16(data + i) <= NBD_INFO_BLOCK_SIZE)
-      wants |= 1u << get16(data + i);
+  if (bad) return hs_fail(c, bad, "malformed request for information");
   err = ex_get(c->s, name, &ex);
-  if (err)
-    return hs_fail(c, opt, NBD_REP_ERR_UNKNOWN,
-                   err == -ENOENT ? "no such export" : u_error(err));
-  err = hs_info(c, opt, ex, NBD_INFO_EXPORT, NULL);
-  if (!err && (wants & 1 << NBD_INFO_NAME))
-    err = hs_info(c, opt, ex, NBD_INFO_NAME, ex->e.name);
-  if (!err && (wants & 1 << NBD_INFO_DESCRIPTION) && *ex->e.description)
-    err = hs_info(c, opt, ex, NBD_INFO_DESCRIPTION, ex->e.description);
-  if (!err && ((wants & 1 << NBD_INFO_BLOCK_SIZE) || !hs_default_blocks(ex)))
-    err = hs_info(c, opt, ex, NBD_INFO_BLOCK_SIZE, NULL);
-  if (!err && ex->e.min_block > 1 && !(wants & 1 << NBD_INFO_BLOCK_SIZE))
-    err = hs_fail(c, opt, NBD_REP_ERR_BLOCK_SIZE_REQD,
-                  "this export has a minimum block size: ask for it");
-  else if (!err)
-    err = hs_ack(c, opt) ? -EPIPE : HS_ENTER;
-  if (err == HS_ENTER && opt == NBD_OPT_GO) {
-    hs_settle(c, ex, name);
-  } else {
-    ex_put(ex);
-    if (err == HS_ENTER)
-      err = HS_MORE;
+  if (err == -ENOENT)
+    return hs_fail(c, NBD_REP_ERR_UNKNOWN, "no such export");
+  if (err) return hs_fail(c, NBD_REP_ERR_UNKNOWN, u_error(err));
+  for (i = 2; i < c->len; i += 2) { /* others need not be known */
+    type = get16(c->data + i);
+    if (type <= NBD_INFO_BLOCK_SIZE) wants |= 1u << type;
   }
+  bad = ex->e.min_block > 1 && !(wants & 1u << NBD_INFO_BLOCK_SIZE);
+  if (bad || ex->e.preferred_block != 4096 || ex->e.max_request != 32u << 20)
+    wants |= 1u << NBD_INFO_BLOCK_SIZE; /* not what is taken for granted */
+  if (!*ex->e.description) wants &= ~(1u << NBD_INFO_DESCRIPTION);
+  for (type = 0; type <= NBD_INFO_BLOCK_SIZE && !err; type++)
+    if (wants & 1u << type) err = hs_info(c, ex, type);
+  if (!err && bad)
+    err = hs_fail(c, NBD_REP_ERR_BLOCK_SIZE_REQD, "ask for the block size");
+  else if (!err)
+    err = hs_ack(c);
+  if (!err && !bad && c->opt == NBD_OPT_GO) {
+    hs_settle(c, ex, name);
+    return HS_ENTER;
+  }
+  ex_put(ex);
   return err;
 }
 
-static int hs_opt_structured_reply(struct conn *c, uint32_t opt,
-                                   const unsigned char *data, size_t len) {
-  (void)data;
-  (void)len;
+static int hs_opt_structured_reply(struct conn *c) {
   c->structured = 1;
-  return hs_ack(c, opt);
+  return hs_ack(c);
 }
 
 /* LIST and SET differ in what a query means and in what is remembered. */
-static int hs_opt_meta_context(struct conn *c, uint32_t opt,
-                               const unsigned char *data, size_t len) {
+static int hs_opt_meta_context(struct conn *c) {
   static const char context[] = "base:allocation";
+  const size_t n = sizeof context - 1;
   char name[WIRE_STRING + 1], query[WIRE_STRING + 1];
-  int set = opt == NBD_OPT_SET_META_CONTEXT, found;
-  uint32_t bad, n = 0, i;
+  int set = c->opt == NBD_OPT_SET_META_CONTEXT, found;
+  uint32_t bad, left = 0;
   unsigned char *p;
   struct ex *ex;
 
   if (!c->structured)
-    return hs_fail(c, opt, NBD_REP_ERR_INVALID,
-                   "structured replies come first");
-  bad = hs_take_string(&data, &len, name);
-  if (!bad && len < 4)
-    bad = NBD_REP_ERR_INVALID;
+    return hs_fail(c, NBD_REP_ERR_INVALID, "structured replies come first");
+  bad = hs_take_string(c, name);
+  if (!bad && c->len < 4) bad = NBD_REP_ERR_INVALID;
   if (!bad) {
-    n = get32(data);
-    data += 4;
-    len -= 4;
+    left = get32(c->data);
+    c->data += 4;
+    c->len -= 4;
   }
-  found = !set && n == 0;
-  for (i = 0; i < n && !bad; i++) {
-    bad = hs_take_string(&data, &len, query);
-    if (!bad && (strcmp(query, context) == 0 ||
-                 (!set && strcmp(query, "base:") == 0)))
-      found = 1;
+  for (found = !set && !left; left > 0 && !bad; left--) {
+    bad = hs_take_string(c, query);
+    found |= !bad && (strcmp(query, context) == 0 ||
+                      (!set && strcmp(query, "base:") == 0));
   }
-  if (!bad && len > 0)
-    bad = NBD_REP_ERR_INVALID;
-  if (bad)
-    return hs_fail(c, opt, bad, "malformed query for metadata contexts");
+  if (!bad && c->len > 0) bad = NBD_REP_ERR_INVALID;
+  if (bad) return hs_fail(c, bad, "malformed query for metadata contexts");
   if (ex_get(c->s, name, &ex))
-    return hs_fail(c, opt, NBD_REP_ERR_UNKNOWN, "no such export");
+    return hs_fail(c, NBD_REP_ERR_UNKNOWN, "no such export");
   ex_put(ex);
   if (found) {
-    p = hs_reply(c, opt, NBD_REP_META_CONTEXT, 4 + sizeof context - 1);
-    if (!p)
-      return -EPIPE;
+    p = hs_reply(c, NBD_REP_META_CONTEXT, 4 + n);
+    if (set) c->meta_name = u_copy(name);
+    if (!p || (set && !c->meta_name)) return -ENOMEM;
     put32(p, set ? 1 : 0); /* ids mean something in SET only */
-    memcpy(p + 4, context, sizeof context - 1);
-    if (set) {
-      c->meta_name = u_copy(name);
-      if (!c->meta_name)
-        return -ENOMEM;
-    }
+    memcpy(p + 4, context, n);
   }
-  return hs_ack(c, opt);
+  return hs_ack(c);
 }
 
 static const struct hs_option {
-  uint32_t opt;
-  uint32_t max; /* bytes of data it may have */
-  int (*handler)(struct conn *c, uint32_t opt, const unsigned char *data,
-                 size_t len);
+  uint32_t opt, max; /* bytes of data it may have */
+  int (*handler)(struct conn *c);
 } hs_options[] = {
-    {NBD_OPT_EXPORT_NAME, NBDSERVE_MAX_OPTION, hs_opt_export_name},
-    {NBD_OPT_ABORT, NBDSERVE_MAX_OPTION, hs_opt_abort},
+    {NBD_OPT_EXPORT_NAME, WIRE_STRING, hs_opt_export_name},
     {NBD_OPT_LIST, 0, hs_opt_list},
     {NBD_OPT_INFO, NBDSERVE_MAX_OPTION, hs_opt_go},
     {NBD_OPT_GO, NBDSERVE_MAX_OPTION, hs_opt_go},
@@ -1835,71 +1423,60 @@ static const struct hs_option {
     {NBD_OPT_LIST_META_CONTEXT, NBDSERVE_MAX_OPTION, hs_opt_meta_context},
     {NBD_OPT_SET_META_CONTEXT, NBDSERVE_MAX_OPTION, hs_opt_meta_context}};
 
-/* Takes one option and answers it.  HS_*, or -errno to close. */
+/* Takes one option and answers it. */
 static int hs_option(struct conn *c) {
-  const struct hs_option *o = NULL;
+  const struct hs_option *o = hs_options, *end =
+      hs_options + sizeof hs_options / sizeof *hs_options;
   unsigned char head[WIRE_OPTION];
-  uint32_t opt, len;
-  size_t i;
+  uint32_t len;
   int err = io_recv_all(&c->io, head, sizeof head, c->deadline);
 
-  if (err)
-    return err;
+  if (err) return err;
+  c->opt = get32(head + 8);
+  len = get32(head + 12);
   if (get64(head) != NBD_OPTION_MAGIC) {
-    u_log(&c->s->config, NBDSERVE_LOG_INFO,
-          "client %u: option magic 0x%016" PRIx64 ", expected IHAVEOPT; closed",
-          c->id, get64(head));
+    HS_LOG(c, NBDSERVE_LOG_INFO, "%u: option magic 0x%016" PRIx64
+           ", expected IHAVEOPT; closed", c->id, get64(head));
     return -EPROTO;
   }
-  opt = get32(head + 8);
-  len = get32(head + 12);
-  for (i = 0; i < sizeof hs_options / sizeof *hs_options; i++)
-    if (hs_options[i].opt == opt)
-      o = &hs_options[i];
-  if (len > NBDSERVE_MAX_OPTION) /* (H2) */
-    err = opt == NBD_OPT_EXPORT_NAME
-              ? -ENOENT
-              : io_skip(&c->io, len, c->rbuf, TX_RBUF, c->deadline);
-  else
-    err = io_recv_all(&c->io, c->rbuf, len, c->deadline); /* (H1) */
-  if (err)
-    return err;
-  if (opt == NBD_OPT_SET_META_CONTEXT) { /* replaced, also when it fails */
+  while (o < end && o->opt != c->opt) o++;
+  if (len > WIRE_STRING && c->opt == NBD_OPT_EXPORT_NAME) return -ENOENT;
+  err = len > NBDSERVE_MAX_OPTION /* (H2) */
+            ? io_skip(&c->io, len, c->rbuf, TX_RBUF, c->deadline)
+            : io_recv_all(&c->io, c->rbuf, len, c->deadline); /* (H1) */
+  if (err) return err;
+  if (c->opt == NBD_OPT_SET_META_CONTEXT) { /* replaced, also when it fails */
     NBDSERVE_FREE(c->meta_name);
     c->meta_name = NULL;
   }
-  if (!o)
-    return hs_fail(c, opt, NBD_REP_ERR_UNSUP, "unknown option");
-  if (opt == NBD_OPT_ABORT)
-    return hs_opt_abort(c, opt, NULL, 0);
+  if (c->opt == NBD_OPT_ABORT) return hs_ack(c) ? -EPIPE : HS_END;
+  if (o == end) return hs_fail(c, NBD_REP_ERR_UNSUP, "unknown option");
   if (len > NBDSERVE_MAX_OPTION)
-    return hs_fail(c, opt, NBD_REP_ERR_TOO_BIG, "too much data");
+    return hs_fail(c, NBD_REP_ERR_TOO_BIG, "too much data");
   if (len > o->max)
-    return hs_fail(c, opt, NBD_REP_ERR_INVALID, "data where none belongs");
-  return o->handler(c, opt, c->rbuf, len);
+    return hs_fail(c, NBD_REP_ERR_INVALID, "data where none belongs");
+  c->data = c->rbuf;
+  c->len = len;
+  return o->handler(c);
 }
 
 /* The handshake: HS_ENTER, HS_END when the client has left in order, or
  * -errno. */
 static int hs_run(struct conn *c) {
-  unsigned char hello[18], flags[4];
+  unsigned char *p = hs_room(c, 18), flags[4];
   int r, err;
 
   c->deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
-  put64(hello, NBD_INIT_MAGIC);
-  put64(hello + 8, NBD_OPTION_MAGIC);
-  put16(hello + 16, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
-  memcpy(hs_room(c, sizeof hello), hello, sizeof hello);
+  put64(p, NBD_INIT_MAGIC);
+  put64(p + 8, NBD_OPTION_MAGIC);
+  put16(p + 16, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
   err = hs_send(c);
-  if (!err)
-    err = io_recv_all(&c->io, flags, sizeof flags, c->deadline);
-  if (err)
-    return err;
+  if (!err) err = io_recv_all(&c->io, flags, sizeof flags, c->deadline);
+  if (err) return err;
   if (get32(flags) & ~(unsigned)(NBD_FLAG_C_FIXED_NEWSTYLE |
                                  NBD_FLAG_C_NO_ZEROES)) {
-    u_log(&c->s->config, NBDSERVE_LOG_INFO,
-          "client %u: unknown client flags 0x%08x; closed", c->id,
-          (unsigned)get32(flags));
+    HS_LOG(c, NBDSERVE_LOG_INFO, "%u: unknown client flags 0x%08" PRIx32
+           "; closed", c->id, get32(flags));
     return -EPROTO;
   }
   c->no_zeroes = (get32(flags) & NBD_FLAG_C_NO_ZEROES) != 0;
@@ -1907,15 +1484,15 @@ static int hs_run(struct conn *c) {
     r = hs_option(c);
     err = hs_send(c);
   } while (r == HS_MORE && !err);
-  return r > 0 && err ? err : r ? r : err;
+  return r < 0 || !err ? r : err;
 }
 
 /* ==== [9] TRANSMISSION (tx_) =============================================
  * Requests in, replies out.
  *
- *   recv ─> tx_take: parse, tx_validate ─┬─> batch ─> tx_exec ─> one send
- *                                        ├─> tx_big: one by one
- *                                        └─> tx_defer ─> tx_worker ─> send
+ *   recv -> tx_take: parse, tx_validate -+-> batch -> tx_exec -> one send
+ *                                        +-> tx_big: one by one
+ *                                        +-> tx_defer -> tx_worker -> send
  *
  * (T1) Every request gets exactly one reply, DISC none.  The order is free.
  * (T2) A batch is what one recv brought.  READs get their place in the send
@@ -1933,162 +1510,135 @@ static int hs_run(struct conn *c) {
  *      has a deadline for it.
  */
 
-/* Waits until len bytes fit into the budget; a request alone always does. */
-static int tx_take_memory(struct conn *c, uint64_t len) {
+/* Gives a request a buffer of its own of r->len bytes (T5). */
+static int tx_new_buf(struct conn *c, struct nbdserve_req *r) {
   struct nbdserve *s = c->s;
-  int err = 0;
-  os_lock(&s->lock);
-  while (s->memory > 0 && s->memory + len > s->config.memory && !s->stopping)
-    os_wait(&s->gone, &s->lock);
-  if (s->stopping && s->memory + len > s->config.memory && s->memory > 0)
-    err = -ESHUTDOWN;
-  else
-    s->memory += len;
-  os_unlock(&s->lock);
-  return err;
+  unsigned char *buf;
+  int fits = 1;
+
+  if (r->len > TX_SMALL) {
+    os_lock(&s->lock); /* a request alone always fits */
+    while (!(fits = !s->memory || s->memory + r->len <= s->config.memory) &&
+           !s->stopping)
+      os_wait(&s->gone, &s->lock);
+    if (fits) s->memory += r->len;
+    os_unlock(&s->lock);
+  }
+  if (!fits) return -ESHUTDOWN;
+  buf = NBDSERVE_MALLOC((size_t)r->len);
+  r->buf = buf;
+  r->owned = (size_t)r->len;
+  return buf ? 0 : -ENOMEM;
 }
 
-/* Frees a request's buffer, if it has one of its own. */
+/* Frees what a request owns. */
 static void tx_free_buf(struct conn *c, struct nbdserve_req *r) {
-  if (!r->buflen)
-    return;
+  if (!r->owned) return;
   NBDSERVE_FREE(r->buf);
-  if (r->buflen > TX_SMALL + EX_EXTENT_HEAD) {
+  if (r->owned > TX_SMALL) {
     os_lock(&c->s->lock);
-    assert(c->s->memory >= r->buflen);
-    c->s->memory -= r->buflen;
+    assert(c->s->memory >= r->owned);
+    c->s->memory -= r->owned;
     os_wake_all(&c->s->gone);
     os_unlock(&c->s->lock);
   }
   r->buf = NULL;
-  r->buflen = 0;
+  r->owned = 0;
 }
 
-STATIC_ASSERT(status_is_small, EX_EXTENTS <= TX_SMALL);
-
-/* Gives a request a buffer of its own of len bytes. */
-static int tx_new_buf(struct conn *c, struct nbdserve_req *r) {
-  int err = 0;
-  if (r->len > TX_SMALL + EX_EXTENT_HEAD)
-    err = tx_take_memory(c, r->len);
-  if (err)
-    return err;
-  r->buflen = (size_t)r->len;
-  r->buf = NBDSERVE_MALLOC(r->buflen);
-  if (!r->buf) {
-    tx_free_buf(c, r);
-    return -ENOMEM;
-  }
-  return 0;
-}
+STATIC_ASSERT(status_needs_no_budget, (int)EX_EXTENTS_SIZE <= (int)TX_SMALL);
 
 /* Sends to the client, unless that has failed before. */
 static int tx_send(struct conn *c, struct iovec *v, int n, int64_t deadline) {
-  int err;
+  int err = -EPIPE;
   os_lock(&c->sending);
-  err = c->broken ? -EPIPE : io_send(&c->io, v, n, deadline);
-  if (err && !c->broken) {
-    c->broken = 1;
-    if (c->io.out_is_socket)
-      shutdown(c->io.out, SHUT_RDWR); /* the client's thread sees it so */
-  }
+  if (!c->broken) err = io_send(&c->io, v, n, deadline);
+  if (err && !c->broken)
+    shutdown(c->io.out, SHUT_RDWR); /* the client's thread sees it so */
+  c->broken |= err != 0;
   os_unlock(&c->sending);
   return err;
 }
 
 /* Counts and logs a request that is about to be answered.  Holds c->lock. */
 static void tx_count(struct conn *c, const struct nbdserve_req *r) {
-  const struct nbdserve_config *config = &c->s->config;
   const struct wire_cmd *cmd = wire_cmd(r->type);
-  const char *name = cmd ? cmd->name : "unknown command";
-  const char *why = r->why ? r->why : u_error(r->err);
-  int level = r->err == 0 || r->err == -ENOTSUP ? NBDSERVE_LOG_TRACE
-              : r->why                          ? NBDSERVE_LOG_INFO
-                                                : NBDSERVE_LOG_WARNING;
+  int level = !r->err || r->err == -ENOTSUP ? NBDSERVE_LOG_TRACE
+              : r->why                      ? NBDSERVE_LOG_INFO
+                                            : NBDSERVE_LOG_WARNING;
 
   c->stats.requests++;
   c->stats.errors += r->err != 0;
-  if (!r->err && r->type == NBD_CMD_READ)
-    c->stats.bytes_read += r->len;
-  if (!r->err && r->type == NBD_CMD_WRITE)
-    c->stats.bytes_written += r->len;
-  if (level > config->log_level)
-    return;
-  if (level < NBDSERVE_LOG_TRACE && ++c->nlogged > TX_MAX_LOGGED) {
-    if (c->nlogged == TX_MAX_LOGGED + 1)
-      u_log(config, level, "client %u: further failures are not logged", c->id);
-    return;
-  }
-  u_log(config, level,
-        "client %u: %s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64 ": %s",
-        c->id, name, r->type, r->flags, r->off, r->len, r->err ? why : "ok");
+  if (!r->err && r->type == NBD_CMD_READ) c->stats.bytes_read += r->len;
+  if (!r->err && r->type == NBD_CMD_WRITE) c->stats.bytes_written += r->len;
+  if (level > c->s->config.log_level) return;
+  if (level < NBDSERVE_LOG_TRACE && c->nlogged > TX_LOGGED) return;
+  if (level < NBDSERVE_LOG_TRACE && c->nlogged++ == TX_LOGGED)
+    HS_LOG(c, level, "%u: further failures are not logged", c->id);
+  else
+    HS_LOG(c, level, "%u: %s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64
+           ": %s", c->id, cmd ? cmd->name : "?", r->type, r->flags, r->off,
+           r->len, !r->err ? "ok" : r->why ? r->why : u_error(r->err));
 }
 
 /* Writes all of r's reply but the data of a READ to p[TX_HEAD]; what a
  * BLOCK_STATUS found stays behind its head in r->buf.  The bytes written. */
 static size_t tx_put_head(const struct conn *c, const struct nbdserve_req *r,
                           unsigned char *p) {
-  const char *why = r->why ? r->why : u_error(r->err);
+  const char *why = r->why || !r->err ? r->why : u_error(r->err);
   uint32_t err = wire_error(r->err);
   size_t n;
 
   if (err == NBD_ENOTSUP && !(r->flags & NBD_CMD_FLAG_FAST_ZERO))
     err = NBD_EINVAL; /* proto.md: only an answer to FAST_ZERO */
   if (err && c->structured) {
-    n = strlen(why);
-    assert(WIRE_CHUNK + 6 + n <= TX_HEAD);
-    wire_put_chunk(p, NBD_REPLY_TYPE_ERROR, r->cookie, (uint32_t)(6 + n));
+    n = (size_t)u_min(strlen(why), TX_WHY);
     put32(p + WIRE_CHUNK, err);
-    put16(p + WIRE_CHUNK + 4, (uint16_t)n);
+    put16(p + WIRE_CHUNK + 4, (unsigned)n);
     memcpy(p + WIRE_CHUNK + 6, why, n);
-    return WIRE_CHUNK + 6 + n;
-  }
-  if (!err && c->structured && r->type == NBD_CMD_READ) {
-    if (!r->len)
-      return wire_put_chunk(p, NBD_REPLY_TYPE_NONE, r->cookie, 0);
-    put64(p + WIRE_CHUNK, r->off);
-    return wire_put_chunk(p, NBD_REPLY_TYPE_OFFSET_DATA, r->cookie,
-                          (uint32_t)(8 + r->len)) + 8;
+    return wire_put_chunk(p, NBD_REPLY_TYPE_ERROR, r->cookie, 6 + n) + 6 + n;
   }
   if (!err && r->type == NBD_CMD_BLOCK_STATUS) {
-    assert(r->buflen > EX_EXTENT_HEAD);
+    assert(r->owned > EX_EXTENT_HEAD);
     put32(p + WIRE_CHUNK, 1); /* the id of base:allocation */
     return wire_put_chunk(p, NBD_REPLY_TYPE_BLOCK_STATUS, r->cookie,
-                          (uint32_t)(r->buflen - WIRE_CHUNK)) + 4;
+                          r->owned - WIRE_CHUNK) + 4;
   }
-  return wire_put_simple(p, r->cookie, err);
+  if (err || !c->structured || r->type != NBD_CMD_READ)
+    return wire_put_simple(p, r->cookie, err);
+  if (!r->len) return wire_put_chunk(p, NBD_REPLY_TYPE_NONE, r->cookie, 0);
+  put64(p + WIRE_CHUNK, r->off);
+  return wire_put_chunk(p, NBD_REPLY_TYPE_OFFSET_DATA, r->cookie, 8 + r->len) +
+         8;
 }
 
-/* Answers the requests of a list, in as few sends as possible, and frees what
- * they own. */
-static int tx_answer(struct conn *c, struct nbdserve_req *list,
-                     int64_t deadline) {
-  unsigned char heads[16 * TX_HEAD];
+/* Sends what is ready, answers the requests of a list, in as few sends as
+ * possible, and frees what they own. */
+static int tx_answer(struct conn *c, struct iovec ready,
+                     struct nbdserve_req *list, int64_t deadline) {
+  unsigned char heads[32 * TX_HEAD];
   struct nbdserve_req *r;
-  struct iovec v[2];
-  size_t n = 0;
   int err = 0;
 
-  os_lock(&c->lock);
-  for (r = list; r; r = r->next)
-    tx_count(c, r);
-  os_unlock(&c->lock);
-  for (r = list; r; r = r->next) {
-    int status = r->type == NBD_CMD_BLOCK_STATUS && !r->err;
-    int data = (r->type == NBD_CMD_READ && !r->err && r->len > 0) || status;
-    n += tx_put_head(c, r, heads + n);
-    if (data || !r->next || n + TX_HEAD > sizeof heads) {
-      v[0].iov_base = heads;
-      v[0].iov_len = n;
-      v[1].iov_base = status ? r->buf + EX_EXTENT_HEAD : r->buf;
-      v[1].iov_len = status ? r->buflen - EX_EXTENT_HEAD : (size_t)r->len;
-      n = 0;
-      if (!err)
-        err = tx_send(c, v, data ? 2 : 1, deadline);
+  if (list) os_lock(&c->lock);
+  for (r = list; r; r = r->next) tx_count(c, r);
+  if (list) os_unlock(&c->lock);
+  for (r = list; (r || ready.iov_len) && !err; ready.iov_len = 0) {
+    struct iovec v[3] = {{NULL, 0}, {NULL, 0}, {NULL, 0}};
+    v[0] = ready;
+    v[1].iov_base = heads;
+    for (; r && !v[2].iov_len && v[1].iov_len + TX_HEAD <= sizeof heads;
+         r = r->next) {
+      v[1].iov_len += tx_put_head(c, r, heads + v[1].iov_len);
+      v[2].iov_base = r->buf;
+      if (!r->err && r->type == NBD_CMD_READ) v[2].iov_len = (size_t)r->len;
+      if (r->err || r->type != NBD_CMD_BLOCK_STATUS) continue;
+      v[2].iov_base = r->buf + EX_EXTENT_HEAD;
+      v[2].iov_len = r->owned - EX_EXTENT_HEAD;
     }
+    err = tx_send(c, v, 3, deadline);
   }
-  for (r = list; r; r = r->next)
-    tx_free_buf(c, r);
+  for (r = list; r; r = r->next) tx_free_buf(c, r);
   return err;
 }
 
@@ -2103,33 +1653,32 @@ static int tx_is_flush(const struct nbdserve_req *r) {
   return r->type == NBD_CMD_FLUSH || r->written;
 }
 
-/* Does what a worker took: one request, or any number that want a flush. */
-static void tx_work(struct conn *c, struct nbdserve_req *list) {
+/* Does what a worker took, one request or any number that want a flush, and
+ * answers it.  The number of requests. */
+static unsigned tx_work(struct conn *c, struct nbdserve_req *list) {
+  int64_t deadline = list->owned > TX_SMALL ? tx_deadline(list->len) : 0;
+  struct iovec none = {NULL, 0};
   struct nbdserve_req *r;
-  int err, is_big = list->buflen > TX_SMALL;
+  unsigned n = 0;
+  int err = 0;
 
-  if (tx_is_flush(list)) {
+  assert(tx_is_flush(list) || !list->next);
+  if (!tx_is_flush(list)) err = ex_do(c->ex, list);
+  if (!err && (tx_is_flush(list) || ex_wants_flush(c->ex, list)))
     err = ex_flush(c->ex);
-    for (r = list; r; r = r->next)
-      r->err = err;
-  } else {
-    assert(!list->next);
-    list->err = ex_do(c->ex, list);
-    if (!list->err && ex_wants_flush(c->ex, list))
-      list->err = ex_flush(c->ex);
+  for (r = list; r; r = r->next) r->err = err;
+  tx_answer(c, none, list, deadline);
+  for (; list; list = r, n++) {
+    r = list->next;
+    NBDSERVE_FREE(list);
   }
-  tx_answer(c, list, is_big ? tx_deadline(list->len) : 0);
-  while (list) {
-    r = list;
-    list = r->next;
-    NBDSERVE_FREE(r);
-  }
+  return n;
 }
 
 /* A worker of a client: takes from the queues until the client has gone. */
 static void *tx_worker(void *arg) {
   struct conn *c = arg;
-  struct nbdserve_req *list, *r;
+  struct nbdserve_req *list;
   unsigned n;
 
   os_lock(&c->lock);
@@ -2142,8 +1691,7 @@ static void *tx_worker(void *arg) {
     } else if (c->queue) {
       list = c->queue;
       c->queue = list->next;
-      if (!c->queue)
-        c->queue_end = &c->queue;
+      if (!c->queue) c->queue_end = &c->queue;
       list->next = NULL;
       c->nqueue--;
     } else if (c->closing) {
@@ -2155,12 +1703,9 @@ static void *tx_worker(void *arg) {
       continue;
     }
     os_unlock(&c->lock);
-    for (n = 0, r = list; r; r = r->next)
-      n++;
-    tx_work(c, list);
+    n = tx_work(c, list);
     os_lock(&c->lock);
-    if (flush)
-      c->flusher = 0;
+    if (flush) c->flusher = 0;
     assert(c->ndeferred >= n);
     c->ndeferred -= n;
     os_wake_all(&c->room);
@@ -2174,29 +1719,23 @@ static void *tx_worker(void *arg) {
 /* Hands a request to the workers, with its buffer if that is its own.  False
  * when there are none: then the caller does it. */
 static int tx_defer(struct conn *c, const struct nbdserve_req *r) {
-  struct nbdserve_req *q;
-  unsigned waiting;
+  struct nbdserve_req *q = c->max_workers ? NBDSERVE_MALLOC(sizeof *q) : NULL;
+  unsigned takers; /* workers that are wanted */
 
-  if (!c->max_workers)
-    return 0;
-  q = NBDSERVE_MALLOC(sizeof *q);
-  if (!q)
-    return 0;
+  if (!q) return 0;
   *q = *r;
   q->next = NULL;
   os_lock(&c->lock);
-  while (c->ndeferred >= c->max_deferred)
-    os_wait(&c->room, &c->lock);
-  waiting = c->nqueue + (c->flushes && !c->flusher) +
-            !(tx_is_flush(q) && (c->flushes || c->flusher));
-  if (waiting > c->nidle && c->nworkers < c->max_workers) {
-    if (os_thread(tx_worker, c) == 0) {
-      c->nworkers++;
-    } else if (!c->nworkers) {
-      os_unlock(&c->lock);
-      NBDSERVE_FREE(q);
-      return 0;
-    }
+  while (c->ndeferred >= c->max_deferred) os_wait(&c->room, &c->lock);
+  takers = c->nqueue + !tx_is_flush(q) +
+           (!c->flusher && (c->flushes || tx_is_flush(q)));
+  if (takers > c->nidle && c->nworkers < c->max_workers &&
+      os_thread(tx_worker, c) == 0)
+    c->nworkers++;
+  if (!c->nworkers) {
+    os_unlock(&c->lock);
+    NBDSERVE_FREE(q);
+    return 0;
   }
   c->ndeferred++;
   if (tx_is_flush(q)) {
@@ -2216,226 +1755,167 @@ static int tx_defer(struct conn *c, const struct nbdserve_req *r) {
  * relies on it.  Sets r->err and r->why. */
 static void tx_validate(const struct conn *c, struct nbdserve_req *r) {
   const struct wire_cmd *cmd = wire_cmd(r->type);
-  unsigned allowed = c->tflags & NBD_FLAG_SEND_FUA ? NBD_CMD_FLAG_FUA : 0;
+  int fua = c->tflags & NBD_FLAG_SEND_FUA ? NBD_CMD_FLAG_FUA : 0;
+  int no_df = c->tflags & NBD_FLAG_SEND_DF ? 0 : NBD_CMD_FLAG_DF;
   int is_status = r->type == NBD_CMD_BLOCK_STATUS;
 
   r->err = -EINVAL;
-  r->why = NULL;
   if (!cmd) {
     r->why = "unknown command";
-    return;
-  }
-  allowed |= cmd->flags;
-  if (!(c->tflags & NBD_FLAG_SEND_DF))
-    allowed &= ~(unsigned)NBD_CMD_FLAG_DF;
-  if (cmd->writes && (c->tflags & NBD_FLAG_READ_ONLY)) {
+  } else if (cmd->writes && (c->tflags & NBD_FLAG_READ_ONLY)) {
     r->err = -EPERM;
     r->why = "the export is read-only";
-  } else if (is_status && !c->meta) {
-    r->why = "no metadata context was negotiated";
-  } else if ((c->tflags & cmd->needs) != cmd->needs) {
-    r->why = "the export does not offer this command";
-  } else if (r->flags & ~allowed) {
-    r->why = "a flag that does not apply";
-  } else if (cmd->beyond &&
-             (r->off > c->size || r->len > c->size - r->off)) {
-    r->err = -cmd->beyond;
+  } else if (cmd->beyond && (r->off > c->size || r->len > c->size - r->off)) {
+    r->err = cmd->beyond;
     r->why = "beyond the end of the export";
-  } else if (cmd->beyond && ((r->off | r->len) & (c->ex->e.min_block - 1))) {
-    r->why = "not a multiple of the minimum block size";
-  } else if (r->type <= NBD_CMD_WRITE && r->len > c->ex->e.max_request) {
-    r->why = "longer than the maximum payload size";
-  } else if (is_status && !r->len) {
-    r->why = "nothing to report on";
   } else {
-    r->err = 0;
+    r->why = is_status && !c->meta ? "no metadata context was negotiated"
+             : ~c->tflags & cmd->needs ? "the export does not offer it"
+             : r->flags & ~((cmd->flags & ~no_df) | fua) ? "flag does not apply"
+             : cmd->beyond && (r->off | r->len) & (c->ex->e.min_block - 1)
+                 ? "no multiple of the minimum block size"
+             : r->type <= NBD_CMD_WRITE && r->len > c->ex->e.max_request
+                 ? "longer than the maximum payload size"
+             : is_status && !r->len ? "nothing to report on" : NULL;
+    if (!r->why) r->err = 0;
   }
 }
 
-/* Does the batch's requests, but not the flushes after them.  alone: see
- * (T4). */
+/* Does the batch's requests, and what flushes they want or defers them.
+ * alone: see (T4). */
 static void tx_do(struct conn *c, struct nbdserve_req *r, size_t n, int alone) {
   void (*batch)(void *, struct nbdserve_req *, size_t) = c->ex->e.ops->batch;
   size_t i, j;
 
   for (i = 0; i < n; i = j) {
     j = i + 1;
-    if (r[i].err || !r[i].len || r[i].type == NBD_CMD_FLUSH)
-      continue;
+    if (r[i].err || !r[i].len) continue; /* FLUSH has no length either */
     if (batch && r[i].type <= NBD_CMD_WRITE) {
-      while (j < n && !r[j].err && r[j].len && r[j].type <= NBD_CMD_WRITE)
-        j++;
+      while (j < n && !r[j].err && r[j].len && r[j].type <= NBD_CMD_WRITE) j++;
       batch(c->ex->e.ctx, r + i, j - i);
-    } else if (alone || r[i].type <= NBD_CMD_WRITE || !tx_defer(c, r + i)) {
-      r[i].err = ex_do(c->ex, r + i);
-    } else {
+    } else if (!alone && r[i].type > NBD_CMD_WRITE && tx_defer(c, r + i)) {
       r[i].deferred = 1;
+    } else {
+      r[i].err = ex_do(c->ex, r + i);
     }
   }
   for (i = 0; i < n; i++) { /* (T3) */
-    if (r[i].err || r[i].deferred)
-      continue;
-    r[i].written = r[i].len && ex_wants_flush(c->ex, r + i);
-    if (!tx_is_flush(r + i))
-      continue;
-    if (alone || !tx_defer(c, r + i))
-      r[i].err = ex_flush(c->ex);
-    else
-      r[i].deferred = 1;
+    if (r[i].err || r[i].deferred) continue;
+    r[i].written = ex_wants_flush(c->ex, r + i);
+    if (!tx_is_flush(r + i)) continue;
+    r[i].deferred = !alone && tx_defer(c, r + i);
+    if (!r[i].deferred) r[i].err = ex_flush(c->ex);
   }
 }
 
 /* Takes failed READs out of the send buffer and completes the others (T2). */
 static void tx_settle_reads(struct conn *c, struct nbdserve_req *r, size_t n) {
-  size_t i, gap = 0, head = c->read_head;
-  for (i = 0; i < n; i++) {
-    if (r[i].type != NBD_CMD_READ || !r[i].buf)
-      continue;
-    if (r[i].err) {
-      gap += head + (size_t)r[i].len;
+  size_t gap = 0, head = c->read_head;
+  for (; n > 0; n--, r++) {
+    if (r->type != NBD_CMD_READ || !r->buf) continue;
+    if (r->err) {
+      gap += head + (size_t)r->len;
       continue;
     }
-    if (gap)
-      memmove(r[i].buf - gap, r[i].buf, (size_t)r[i].len);
-    tx_put_head(c, r + i, r[i].buf - gap - head);
+    if (gap) memmove(r->buf - gap, r->buf, (size_t)r->len);
+    tx_put_head(c, r, r->buf - gap - head);
+    tx_count(c, r);
   }
   assert(gap <= c->wlen);
   c->wlen -= gap;
 }
 
-/* Sends what is in the send buffer. */
-static int tx_send_buffer(struct conn *c) {
-  struct iovec v;
-  v.iov_base = c->wbuf;
-  v.iov_len = c->wlen;
-  c->wlen = 0;
-  return v.iov_len ? tx_send(c, &v, 1, 0) : 0;
-}
-
 /* Does the batch and answers it.  0, or -errno to close. */
 static int tx_exec(struct conn *c) {
-  struct nbdserve_req *r = c->reqs;
-  size_t n = c->nreqs, i, len;
-  int err = 0;
+  struct nbdserve_req *r = c->reqs, *list = NULL, **end = &list;
+  struct iovec ready;
+  size_t n = c->nreqs;
 
-  if (!n)
-    return 0;
+  if (!n) return 0;
   tx_do(c, r, n, n == 1 && c->last_nreqs == 1 && c->ex->e.ops->batch);
   c->last_nreqs = n;
   c->nreqs = 0;
-  tx_settle_reads(c, r, n);
   os_lock(&c->lock);
-  for (i = 0; i < n; i++)
-    if (!r[i].deferred)
-      tx_count(c, r + i);
+  tx_settle_reads(c, r, n);
   os_unlock(&c->lock);
-  for (i = 0; i < n; i++) {
-    if (r[i].deferred || (r[i].type == NBD_CMD_READ && r[i].buf && !r[i].err))
-      continue;
-    len = r[i].type == NBD_CMD_BLOCK_STATUS ? r[i].buflen : 0;
-    if (c->wlen + len + TX_HEAD > TX_WBUF && tx_send_buffer(c))
-      err = -EPIPE;
-    c->wlen += tx_put_head(c, r + i, c->wbuf + c->wlen);
-    if (len) {
-      memcpy(c->wbuf + c->wlen, r[i].buf + EX_EXTENT_HEAD,
-             len - EX_EXTENT_HEAD);
-      c->wlen += len - EX_EXTENT_HEAD;
-      tx_free_buf(c, r + i);
-    }
+  for (; n > 0; n--, r++) {
+    if (r->deferred || (r->type == NBD_CMD_READ && r->buf && !r->err)) continue;
+    *end = r;
+    end = &r->next;
   }
-  if (tx_send_buffer(c))
-    err = -EPIPE;
-  return err;
+  ready.iov_base = c->wbuf;
+  ready.iov_len = c->wlen;
+  c->wlen = 0;
+  return tx_answer(c, ready, list, 0);
 }
 
 /* Puts a request into the batch, which is done first if it is full. */
 static int tx_add(struct conn *c, const struct nbdserve_req *r) {
-  size_t slot = r->type == NBD_CMD_READ && !r->err && r->len
-                    ? c->read_head + (size_t)r->len
-                    : 0;
-  size_t room = slot + (c->nreqs + 1) * TX_HEAD;
+  int is_read = r->type == NBD_CMD_READ && !r->err && r->len;
+  size_t slot = is_read ? c->read_head + (size_t)r->len : 0;
   struct nbdserve_req *q;
-  int err;
+  int err = 0;
 
   assert(r->err || r->len <= TX_SMALL || r->type > NBD_CMD_WRITE);
-  if (c->nreqs == TX_BATCH || c->wlen + room > TX_WBUF) {
-    err = tx_exec(c);
-    if (err)
-      return err;
-  }
+  if (c->nreqs == TX_BATCH || c->wlen + slot > TX_WBUF) err = tx_exec(c);
+  if (err) return err;
   q = &c->reqs[c->nreqs++];
   *q = *r;
-  if (slot) {
-    q->buf = c->wbuf + c->wlen + c->read_head;
-    c->wlen += slot;
-  }
+  if (slot) q->buf = c->wbuf + c->wlen + c->read_head;
+  c->wlen += slot;
   assert(c->wlen <= TX_WBUF);
   return 0;
-}
-
-/* Copies len bytes of payload out of what has been received; the rest comes
- * straight from the socket. */
-static int tx_payload(struct conn *c, unsigned char *buf, size_t len,
-                      int64_t deadline) {
-  size_t part = (size_t)u_min(len, c->rend - c->rpos);
-  memcpy(buf, c->rbuf + c->rpos, part);
-  c->rpos += part;
-  return part == len
-             ? 0
-             : io_recv_all(&c->io, buf + part, len - part, deadline);
 }
 
 /* A READ or WRITE that has a buffer of its own: a long one, or one for a
  * worker.  The batch before it has been done. */
 static int tx_big(struct conn *c, struct nbdserve_req *r, int defer) {
-  int keep = !defer && r->len <= TX_KEEP, err;
   int64_t deadline = r->len > TX_SMALL ? tx_deadline(r->len) : 0;
+  size_t len = (size_t)r->len, part = 0;
+  struct iovec none = {NULL, 0};
+  int err = 0;
 
   c->last_nreqs = 0;
-  if (keep) {
-    if (!c->big)
-      c->big = NBDSERVE_MALLOC(TX_KEEP);
+  if (!defer && len <= TX_KEEP) {
+    if (!c->big) c->big = NBDSERVE_MALLOC(TX_KEEP);
     r->buf = c->big;
     r->err = r->buf ? 0 : -ENOMEM;
   } else {
     r->err = tx_new_buf(c, r);
   }
   if (r->type == NBD_CMD_WRITE) {
-    if (r->err) /* without memory there is nothing to carry on with */
-      return r->err;
-    err = tx_payload(c, r->buf, (size_t)r->len, deadline);
-    if (err) {
-      tx_free_buf(c, r);
-      return err;
-    }
-    c->big_write = r->len > TX_SMALL;
+    err = r->err; /* no memory even to carry on */
+    if (!err) part = (size_t)u_min(len, c->rend - c->rpos);
+    if (part) memcpy(r->buf, c->rbuf + c->rpos, part);
+    c->rpos += part;
+    if (!err) err = io_recv_all(&c->io, r->buf + part, len - part, deadline);
+    c->big_write = len > TX_SMALL;
   }
-  if (!r->err && defer && tx_defer(c, r))
-    return 0;
-  if (!r->err)
-    r->err = ex_do(c->ex, r);
+  if (err) {
+    tx_free_buf(c, r);
+    return err;
+  }
+  if (!r->err && defer && tx_defer(c, r)) return 0;
+  if (!r->err) r->err = ex_do(c->ex, r);
   if (!r->err && ex_wants_flush(c->ex, r)) {
     tx_free_buf(c, r);
     r->written = 1;
-    if (tx_defer(c, r))
-      return 0;
+    if (tx_defer(c, r)) return 0;
     r->err = ex_flush(c->ex);
   }
-  return tx_answer(c, r, deadline);
+  return tx_answer(c, none, r, deadline);
 }
 
 /* Throws the payload of a refused WRITE away. */
 static int tx_skip_payload(struct conn *c, uint64_t len) {
   size_t part = (size_t)u_min(len, c->rend - c->rpos);
-  int err;
+  int err = 0;
   c->rpos += part;
-  if (len == part)
-    return 0;
+  len -= part;
+  if (!len) return 0;
   err = tx_exec(c);
   c->rpos = c->rend = 0;
-  return err ? err
-             : io_skip(&c->io, len - part, c->rbuf, TX_RBUF,
-                       tx_deadline(len - part));
+  return err ? err : io_skip(&c->io, len, c->rbuf, TX_RBUF, tx_deadline(len));
 }
 
 enum { TX_MORE, TX_DISC, TX_NEXT };
@@ -2443,83 +1923,56 @@ enum { TX_MORE, TX_DISC, TX_NEXT };
 /* Takes the next request out of the receive buffer.  TX_NEXT, TX_MORE when it
  * is not all there yet, TX_DISC, or -errno to close. */
 static int tx_take(struct conn *c) {
-  const unsigned char *p = c->rbuf + c->rpos;
+  unsigned char *p = c->rbuf + c->rpos;
   struct nbdserve_req r;
-  int err = 0, defer;
   uint64_t payload;
+  int err, defer;
 
-  if (c->rend - c->rpos < WIRE_REQUEST)
-    return TX_MORE;
-  if (get32(p) != NBD_REQUEST_MAGIC) {
-    err = tx_exec(c);
-    u_log(&c->s->config, NBDSERVE_LOG_INFO,
-          "client %u: request magic 0x%08x, expected 0x%08x; closed", c->id,
-          (unsigned)get32(p), (unsigned)NBD_REQUEST_MAGIC);
-    return err ? err : -EPROTO;
-  }
+  if (c->rend - c->rpos < WIRE_REQUEST) return TX_MORE;
   memset(&r, 0, sizeof r);
   r.flags = get16(p + 4);
   r.type = get16(p + 6);
   r.cookie = get64(p + 8);
   r.off = get64(p + 16);
   r.len = get32(p + 24);
-  if (r.type == NBD_CMD_DISC)
-    return TX_DISC;
-  if (r.type == NBD_CMD_FLUSH)
-    r.off = r.len = 0; /* reserved */
   payload = r.type == NBD_CMD_WRITE ? r.len : 0;
-  if (payload > NBDSERVE_MAX_REQUEST) {
-    u_log(&c->s->config, NBDSERVE_LOG_INFO,
-          "client %u: NBD_CMD_WRITE of %" PRIu64 " bytes; closed", c->id,
-          payload);
-    return -EPROTO;
+  if (get32(p) != NBD_REQUEST_MAGIC || payload > NBDSERVE_MAX_REQUEST) {
+    err = tx_exec(c);
+    HS_LOG(c, NBDSERVE_LOG_INFO, "%u: request magic 0x%08" PRIx32 ", %" PRIu64
+           " bytes of payload; closed", c->id, get32(p), payload);
+    return err ? err : -EPROTO;
   }
+  if (r.type == NBD_CMD_DISC) return TX_DISC;
+  if (r.type == NBD_CMD_FLUSH) r.off = r.len = 0; /* reserved */
   tx_validate(c, &r);
-  defer = !c->ex->e.ops->batch && c->max_workers && !r.err && r.len;
+  defer = !c->ex->e.ops->batch && c->max_workers && r.len;
   if (!r.err && r.type <= NBD_CMD_WRITE && (r.len > TX_SMALL || defer)) {
     c->rpos += WIRE_REQUEST;
     err = tx_exec(c);
-    if (!err)
-      err = tx_big(c, &r, defer);
+    if (!err) err = tx_big(c, &r, defer);
     return err ? err : TX_NEXT;
   }
-  if (!r.err && c->rend - c->rpos < WIRE_REQUEST + payload)
-    return TX_MORE;
+  if (!r.err && c->rend - c->rpos < WIRE_REQUEST + payload) return TX_MORE;
   c->rpos += WIRE_REQUEST;
-  if (r.err)
-    err = tx_skip_payload(c, payload);
-  else if (payload)
-    r.buf = c->rbuf + c->rpos;
-  if (!err && !r.err)
-    c->rpos += (size_t)payload;
-  if (!err)
-    err = tx_add(c, &r);
+  if (!r.err && payload) r.buf = p + WIRE_REQUEST;
+  err = tx_skip_payload(c, payload); /* all of it is there if it is wanted */
+  if (!err) err = tx_add(c, &r);
   return err ? err : TX_NEXT;
 }
 
 /* Receives more behind what is there.  0, 1 at the end, or -errno. */
 static int tx_fill(struct conn *c) {
-  size_t left = c->rend - c->rpos, want;
+  size_t left = c->rend - c->rpos, want = TX_RBUF - left;
   ssize_t n;
-  int stop;
 
-  os_lock(&c->lock);
-  stop = c->stop;
-  os_unlock(&c->lock);
-  if (stop)
-    return -ESHUTDOWN;
-  if (c->rpos) {
-    memmove(c->rbuf, c->rbuf + c->rpos, left);
-    c->rpos = 0;
-    c->rend = left;
-  }
-  want = TX_RBUF - left;
+  if (c->rpos) memmove(c->rbuf, c->rbuf + c->rpos, left);
+  c->rpos = 0;
+  c->rend = left;
   if (c->big_write && want > 4096)
     want = 4096; /* so that little of the next payload need be copied */
   c->big_write = 0;
   n = io_recv(&c->io, c->rbuf + left, want, 0, 0);
-  if (n <= 0)
-    return n < 0 ? (int)n : left ? -EPIPE : 1;
+  if (n <= 0) return n < 0 ? (int)n : left ? -EPIPE : 1;
   c->rend += (size_t)n;
   return 0;
 }
@@ -2528,18 +1981,16 @@ static int tx_fill(struct conn *c) {
 static int tx_run(struct conn *c) {
   int r, err;
 
-  c->rpos = c->rend = 0;
   do {
-    do
-      r = tx_take(c);
+    do r = tx_take(c);
     while (r == TX_NEXT);
     err = r < 0 ? r : tx_exec(c);
-  } while (r == TX_MORE && !err && !(err = tx_fill(c)));
+    if (r == TX_MORE && !err) err = tx_fill(c);
+  } while (r == TX_MORE && !err);
   os_lock(&c->lock);
   c->closing = 1;
   os_wake_all(&c->work);
-  while (c->nworkers)
-    os_wait(&c->room, &c->lock);
+  while (c->nworkers) os_wait(&c->room, &c->lock);
   assert(!c->queue && !c->flushes && !c->ndeferred);
   os_unlock(&c->lock);
   return err > 0 ? 0 : err;
@@ -2558,29 +2009,23 @@ static int tx_run(struct conn *c) {
  */
 #if !NBDSERVE_NO_FLAT
 
-enum { FLAT_RUN = 64 }; /* neighbours joined into one call */
+enum { FLAT_RUN = 64 };          /* neighbours joined into one call */
+enum { FLAT_FAILED = 1 << 30 };  /* (F1), beside the modes of os_fallocate */
 
 struct flat {
-  int fd;          /* fixed */
-  uint64_t offset; /* fixed: byte 0 of the export in the file */
-  struct os_mutex lock; /* guards what follows */
-  int failed;           /* (F1) */
-  int no_punch, no_zero;
+  int fd;               /* fixed */
+  uint64_t offset;      /* fixed: byte 0 of the export in the file */
+  struct os_mutex lock; /* guards: */
+  int lacks;            /* FLAT_FAILED, and 1 << mode for each mode (F2) */
 };
 
-/* A flag of f, read or set to 1 under its lock. */
-static int flat_get(struct flat *f, const int *flag) {
-  int v;
+/* What f lacks, after adding to it. */
+static int flat_lacks(struct flat *f, int more) {
+  int lacks;
   os_lock(&f->lock);
-  v = *flag;
+  lacks = f->lacks |= more;
   os_unlock(&f->lock);
-  return v;
-}
-
-static void flat_set(struct flat *f, int *flag) {
-  os_lock(&f->lock);
-  *flag = 1;
-  os_unlock(&f->lock);
+  return lacks;
 }
 
 /* Does r[0..n), all READs or all WRITEs of neighbouring ranges, in one call. */
@@ -2601,13 +2046,12 @@ static int flat_transfer(struct flat *f, const struct nbdserve_req *r,
 /* Does READs and WRITEs in their order, neighbours together. */
 static void flat_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   struct flat *f = ctx;
-  int failed = flat_get(f, &f->failed), err;
+  int failed = flat_lacks(f, 0) & FLAT_FAILED, err;
   size_t i, j, k;
 
   for (i = 0; i < n; i = j) {
-    j = i + 1;
-    while (j < n && j - i < FLAT_RUN && r[j].type == r[i].type &&
-           r[j].off == r[j - 1].off + r[j - 1].len)
+    for (j = i + 1; j < n && j - i < FLAT_RUN && r[j].type == r[i].type &&
+                    r[j].off == r[j - 1].off + r[j - 1].len;)
       j++;
     err = failed && r[i].type == NBD_CMD_WRITE ? -EIO
                                                : flat_transfer(f, r + i, j - i);
@@ -2616,73 +2060,60 @@ static void flat_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   }
 }
 
-/* One request through flat_batch. */
-static int flat_one(void *ctx, uint16_t type, unsigned char *buf, uint64_t off,
-                    uint64_t len) {
-  struct nbdserve_req r;
-  memset(&r, 0, sizeof r);
-  r.type = type;
-  r.buf = buf;
-  r.off = off;
-  r.len = len;
+static int flat_read(void *ctx, void *buf, uint64_t off, uint64_t len,
+                     uint32_t flags) {
+  struct nbdserve_req r = {.type = NBD_CMD_READ, .buf = buf, .off = off,
+                           .len = len};
+  (void)flags;
   flat_batch(ctx, &r, 1);
   return r.err;
 }
 
-static int flat_read(void *ctx, void *buf, uint64_t off, uint64_t len,
-                     uint32_t flags) {
-  (void)flags;
-  return flat_one(ctx, NBD_CMD_READ, buf, off, len);
-}
-
 static int flat_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
                       uint32_t flags) {
+  struct nbdserve_req r = {.type = NBD_CMD_WRITE, .off = off, .len = len};
+  r.buf = (unsigned char *)(uintptr_t)buf;
   assert(!(flags & NBDSERVE_FUA)); /* not NATIVE_FUA: a flush follows */
   (void)flags;
-  return flat_one(ctx, NBD_CMD_WRITE, (unsigned char *)(uintptr_t)buf, off,
-                  len);
+  flat_batch(ctx, &r, 1);
+  return r.err;
 }
 
 static int flat_flush(void *ctx, uint32_t flags) {
   struct flat *f = ctx;
-  int err = flat_get(f, &f->failed) ? -EIO : os_datasync(f->fd);
+  int err = flat_lacks(f, 0) & FLAT_FAILED ? -EIO : os_datasync(f->fd);
   (void)flags;
-  if (err)
-    flat_set(f, &f->failed); /* (F1) */
+  if (err) flat_lacks(f, FLAT_FAILED); /* (F1) */
   return err;
 }
 
+/* os_fallocate on the export's range; -EOPNOTSUPP whenever it has to be done
+ * in another way. */
+static int flat_allocate(struct flat *f, int mode, uint64_t off, uint64_t len) {
+  int lacks = flat_lacks(f, 0), err = -EOPNOTSUPP;
+  if (lacks & FLAT_FAILED) return -EIO;
+  off += f->offset;
+  if (!(lacks & 1 << mode)) err = os_fallocate(f->fd, mode, off, len);
+  if (err == -EOPNOTSUPP) flat_lacks(f, 1 << mode); /* (F2) */
+  return err == -EINVAL ? -EOPNOTSUPP : err;
+}
+
 static int flat_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
-  struct flat *f = ctx;
-  int err;
+  int err = flat_allocate(ctx, OS_PUNCH_HOLE, off, len);
   (void)flags;
-  if (flat_get(f, &f->failed))
-    return -EIO;
-  if (flat_get(f, &f->no_punch))
-    return 0; /* a trim may do nothing */
-  err = os_punch(f->fd, f->offset + off, len);
-  if (err != -EOPNOTSUPP)
-    return err;
-  flat_set(f, &f->no_punch); /* (F2) */
-  return 0;
+  return err == -EOPNOTSUPP ? 0 : err; /* a trim may do nothing */
 }
 
 static int flat_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   struct flat *f = ctx;
   int err = -EOPNOTSUPP;
-
-  off += f->offset;
-  if (flat_get(f, &f->failed))
-    return -EIO;
-  if (!(flags & NBDSERVE_NO_HOLE) && !flat_get(f, &f->no_punch)) {
-    err = os_punch(f->fd, off, len);
-    if (err == -EOPNOTSUPP)
-      flat_set(f, &f->no_punch); /* (F2) */
-  }
-  if (err == -EOPNOTSUPP && !flat_get(f, &f->no_zero)) {
-    err = os_zero_range(f->fd, off, len);
-    if (err == -EOPNOTSUPP)
-      flat_set(f, &f->no_zero);
+  if (!(flags & NBDSERVE_NO_HOLE))
+    err = flat_allocate(f, OS_PUNCH_HOLE, off, len);
+  if (err == -EOPNOTSUPP) err = flat_allocate(f, OS_ZERO_RANGE, off, len);
+  if (err == -EOPNOTSUPP) { /* tmpfs: a hole, filled; first see if it can be */
+    err = flat_allocate(f, OS_KEEP_SIZE, off, len);
+    if (!err) err = flat_allocate(f, OS_PUNCH_HOLE, off, len);
+    if (!err) err = flat_allocate(f, OS_KEEP_SIZE, off, len);
   }
   return err == -EOPNOTSUPP ? -ENOTSUP : err; /* the engine writes them */
 }
@@ -2720,86 +2151,72 @@ static const struct nbdserve_ops flat_ops = {
     flat_read,  flat_write,   flat_flush, flat_trim, flat_zero,
     flat_cache, flat_extents, flat_close, flat_batch};
 
+/* Makes a new file of that size, lasting before a client can rely on it. */
+static int flat_make_lasting(int fd, const char *path, uint64_t size) {
+  int err = ftruncate(fd, (off_t)size) < 0 || fsync(fd) < 0 ? -errno : 0;
+  if (!err) err = os_sync_dir(path);
+  if (err) unlink(path);
+  return err;
+}
+
 /* Opens the file, or makes it if it is missing and may be made; *size is what
  * it holds.  The descriptor or -errno. */
 static int flat_open_file(const char *path, const struct nbdserve_flat *o,
                           uint64_t *size) {
-  int readonly = (o->flags & NBDSERVE_READONLY) != 0, made = 0, err = 0;
+  int readonly = o->flags != 0, made = 0, fd = -1, err = 0;
   int flags = (readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NOCTTY;
   struct stat st;
-  off_t end;
-  int fd = -1;
+  off_t end = -1;
 
   if (strncmp(path, "mem:", 4) == 0) {
     path = u_size(path + 4, size);
-    if (!path || *path)
-      return -EINVAL;
-    fd = os_nameless_file();
-    if (fd >= 0 && ftruncate(fd, (off_t)*size) < 0)
-      err = -errno;
+    fd = path && !*path ? os_nameless_file() : -EINVAL;
+    if (fd < 0) return fd;
+    if (ftruncate(fd, (off_t)*size) < 0) err = -errno;
   } else {
-    if (o->create)
-      fd = open(path, flags | O_CREAT | O_EXCL, 0666);
+    if (o->create) fd = open(path, flags | O_CREAT | O_EXCL, 0666);
     made = fd >= 0;
     if (!made && (!o->create || errno == EEXIST))
       fd = open(path, flags | O_NONBLOCK); /* a FIFO must not hang us */
-    if (fd < 0)
-      return -errno;
+    if (fd < 0) return -errno;
     if (fstat(fd, &st) < 0)
       err = -errno;
     else if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
       err = S_ISDIR(st.st_mode) ? -EISDIR : -EINVAL;
-    else
-      err = os_claim(fd, readonly);
-    if (!err && made) { /* lasting before a client can rely on it */
-      if (ftruncate(fd, (off_t)o->create) < 0 || fsync(fd) < 0)
-        err = -errno;
-      else
-        err = os_sync_dir(path);
-      if (err)
-        unlink(path);
-    }
-    end = err ? 0 : lseek(fd, 0, SEEK_END);
-    if (end < 0)
-      err = -errno;
-    *size = (uint64_t)end;
+    if (!err) err = os_claim(fd, readonly);
+    if (!err && made) err = flat_make_lasting(fd, path, o->create);
   }
-  if (err) {
-    if (fd >= 0)
-      close(fd);
-    return err;
-  }
-  return fd;
+  if (!err && (end = lseek(fd, 0, SEEK_END)) < 0) err = -errno;
+  *size = (uint64_t)end;
+  if (!err) return fd;
+  close(fd);
+  return err;
 }
 
-NBDSERVE_API int nbdserve_flat_open(const char *path,
-                                    const struct nbdserve_flat *options,
-                                    struct nbdserve_export *out) {
-  struct nbdserve_flat o;
+int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
+                       struct nbdserve_export *out) {
+  static const struct nbdserve_flat none;
+  const struct nbdserve_flat *o = options ? options : &none;
   struct flat *f;
-  uint64_t size = 0;
-  int fd;
+  uint64_t size;
+  int fd, err = -EINVAL;
 
-  memset(&o, 0, sizeof o);
-  if (options)
-    o = *options;
-  if (o.create > INT64_MAX || (o.flags & ~NBDSERVE_READONLY))
-    return -EINVAL;
-  fd = flat_open_file(path, &o, &size);
-  if (fd < 0)
-    return fd;
-  f = NBDSERVE_MALLOC(sizeof *f);
-  if (!f || o.offset > size || o.size > size - o.offset ||
-      os_mutex_init(&f->lock)) {
+  if (o->create > INT64_MAX || (o->flags & ~NBDSERVE_READONLY)) return -EINVAL;
+  fd = flat_open_file(path, o, &size);
+  if (fd < 0) return fd;
+  f = u_zalloc(sizeof *f);
+  if (!f) err = -ENOMEM;
+  if (f && o->offset <= size && o->size <= size - o->offset)
+    err = os_mutex_init(&f->lock);
+  if (err) {
     close(fd);
     NBDSERVE_FREE(f);
-    return f ? -EINVAL : -ENOMEM;
+    return err;
   }
   f->fd = fd;
-  f->offset = o.offset;
-  f->failed = f->no_punch = f->no_zero = 0;
-  out->size = o.size ? o.size : size - o.offset;
-  out->flags |= o.flags | NBDSERVE_MULTI_CONN;
+  f->offset = o->offset;
+  out->size = o->size ? o->size : size - o->offset;
+  out->flags |= o->flags | NBDSERVE_MULTI_CONN;
   out->ops = &flat_ops;
   out->ctx = f;
   return 0;
@@ -2818,22 +2235,8 @@ NBDSERVE_API int nbdserve_flat_open(const char *path,
  *      IO_GRACE_MS at most where they do not read; then all exports are
  *      flushed.
  */
-enum {
-  SRV_LISTENERS = 32,
-  SRV_BACKLOG = 128,
-  SRV_PARK_MS = 5000,
-  SRV_PAUSE_MS = 100
-};
-
+enum { SRV_BACKLOG = 128, SRV_PARK_MS = 5000, SRV_PAUSE_MS = 100 };
 enum { SRV_STOP = 's', SRV_WAKE = 'w', SRV_GONE = 'g' }; /* bytes in pipes */
-
-struct srv_listener {
-  struct srv_listener *next;
-  int fd;
-  char *path;     /* of a unix socket that is ours to unlink; NULL */
-  int is_client;  /* a connected socket from "fd:N", served once */
-  char where[64]; /* HOST:PORT of TCP, else "" */
-};
 
 union srv_address {
   struct sockaddr sa;
@@ -2845,282 +2248,224 @@ union srv_address {
   struct sockaddr_storage any;
 };
 
-NBDSERVE_API const char *nbdserve_version(void) {
-  return NBDSERVE_VERSION;
-}
+const char *nbdserve_version(void) { return NBDSERVE_VERSION; }
 
-NBDSERVE_API int nbdserve_new(struct nbdserve **out,
-                              const struct nbdserve_config *config) {
+int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   struct nbdserve *s;
   struct nbdserve_config *k;
   int err = -ENOMEM;
 
   if (config && config->version / 100 != NBDSERVE_VERSION_NUMBER / 100)
     return -EINVAL;
-  s = NBDSERVE_MALLOC(sizeof *s);
-  if (!s)
-    return -ENOMEM;
-  memset(s, 0, sizeof *s);
+  s = u_zalloc(sizeof *s);
+  if (!s) return -ENOMEM;
   s->stop[0] = s->stop[1] = s->wake[0] = s->wake[1] = -1;
   s->last_export = &s->exports;
   k = &s->config;
-  if (config)
-    *k = *config;
-  k->threads = k->threads ? k->threads : 16;
-  k->max_conn = k->max_conn ? k->max_conn : 128;
-  k->handshake_ms = k->handshake_ms ? k->handshake_ms : 10000;
-  k->memory = k->memory ? k->memory : 256u << 20;
-  if (k->threads > 1024 || k->max_conn > 1u << 20 ||
-      (k->flags & ~NBDSERVE_ONCE))
-    err = -EINVAL;
-  else if (!os_mutex_init(&s->lock) && !os_cond_init(&s->gone) &&
-           !os_cond_init(&s->work))
+  if (config) *k = *config;
+  if (!k->threads) k->threads = 16;
+  if (!k->max_conn) k->max_conn = 128;
+  if (!k->handshake_ms) k->handshake_ms = 10000;
+  if (!k->memory) k->memory = 256u << 20;
+  if (!os_mutex_init(&s->lock) && !os_cond_init(&s->gone) &&
+      !os_cond_init(&s->work))
     err = os_pipe(s->stop);
-  if (!err)
-    err = os_pipe(s->wake);
-  if (err) {
+  if (!err) err = os_pipe(s->wake);
+  if (k->threads > 1024 || k->max_conn > 1 << 20 || k->flags & ~NBDSERVE_ONCE)
+    err = -EINVAL;
+  if (err)
     nbdserve_free(s);
-    return err;
-  }
-  *out = s;
-  return 0;
+  else
+    *out = s;
+  return err;
 }
 
-NBDSERVE_API int nbdserve_add(struct nbdserve *s,
-                              const struct nbdserve_export *e) {
+int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
   struct ex *ex;
-  int err = ex_new(&ex, e);
-  if (err)
-    return err;
+  int err = ex_new(&ex, e), taken;
+  if (err) return err;
   os_lock(&s->lock);
-  if (ex_by_name(s, ex->e.name)) {
-    ex->e.ops = NULL; /* ctx stays the caller's */
-    err = -EEXIST;
-  } else {
+  taken = ex_by_name(s, ex->e.name) != NULL;
+  if (!taken) {
     *s->last_export = ex;
     s->last_export = &ex->next;
   }
   os_unlock(&s->lock);
-  if (err)
-    ex_free(ex);
-  return err;
+  if (!taken) return 0;
+  ex->e.ops = NULL; /* ctx stays the caller's */
+  ex_free(ex);
+  return -EEXIST;
 }
 
-NBDSERVE_API int nbdserve_resize(struct nbdserve *s, const char *name,
-                                 uint64_t size) {
+int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
   struct ex *ex;
-  if (size > INT64_MAX)
-    return -EINVAL;
+  if (size > INT64_MAX) return -EINVAL;
   os_lock(&s->lock);
   ex = ex_by_name(s, name);
-  if (ex) {
-    os_lock(&ex->lock);
-    ex->e.size = size;
-    os_unlock(&ex->lock);
-  }
   os_unlock(&s->lock);
-  return ex ? 0 : -ENOENT;
+  if (!ex) return -ENOENT;
+  os_lock(&ex->lock);
+  ex->e.size = size;
+  os_unlock(&ex->lock);
+  return 0;
 }
 
-/* Adds a listener on fd, which it owns from then on, also when it fails. */
-static int srv_add_listener(struct nbdserve *s, int fd, const char *path,
-                            const char *where) {
-  struct srv_listener **end = &s->listeners;
-  struct srv_listener *l = NBDSERVE_MALLOC(sizeof *l);
-  char *copy = path ? u_copy(path) : NULL;
-  int n = 0;
-
-  for (; *end; end = &(*end)->next)
-    n++;
-  if (!l || (path && !copy) || n == SRV_LISTENERS) {
+/* Adds a listener on fd, which it owns from then on, also when it fails; for a
+ * negative fd that is the error. */
+static int srv_add_listener(struct nbdserve *s, int fd, int is_unix,
+                            const char *text) {
+  struct srv_listener *l = &s->listeners[s->nlisteners];
+  if (fd < 0) return fd;
+  if (s->nlisteners == SRV_LISTENERS) {
     close(fd);
-    NBDSERVE_FREE(l);
-    NBDSERVE_FREE(copy);
-    return n == SRV_LISTENERS ? -EMFILE : -ENOMEM;
+    return -EMFILE;
   }
-  memset(l, 0, sizeof *l);
-  l->fd = fd;
-  l->path = copy;
-  snprintf(l->where, sizeof l->where, "%s", where);
   fcntl(fd, F_SETFD, FD_CLOEXEC);
-  *end = l;
+  os_nonblock(fd, 1);
+  l->fd = fd;
+  l->is_unix = is_unix;
+  snprintf(l->text, sizeof l->text, "%s", text);
+  s->nlisteners++;
   return 0;
 }
 
 /* A socket bound to an address and listening, or -errno. */
 static int srv_bind(const union srv_address *a, socklen_t len) {
   int fd = os_socket(a->sa.sa_family), one = 1, err;
-  if (fd < 0)
-    return fd;
+  if (fd < 0) return fd;
+#if !NBDSERVE_NO_TCP
   if (a->sa.sa_family != AF_UNIX)
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
-#if !NBDSERVE_NO_TCP
   if (a->sa.sa_family == AF_INET6)
     setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one);
 #endif
-  if (bind(fd, &a->sa, len) < 0 || listen(fd, SRV_BACKLOG) < 0) {
-    err = -errno;
-    close(fd);
-    return err;
-  }
-  os_nonblock(fd, 1);
-  return fd;
+  (void)one;
+  if (bind(fd, &a->sa, len) == 0 && listen(fd, SRV_BACKLOG) == 0) return fd;
+  err = -errno;
+  close(fd);
+  return err;
 }
 
 /* A socket file that nobody listens on is a leftover: removes it. */
 static int srv_remove_stale(const union srv_address *a) {
   struct stat st;
-  int fd, refused;
-  if (lstat(a->un.sun_path, &st) < 0 || !S_ISSOCK(st.st_mode))
-    return -EADDRINUSE;
-  fd = os_socket(AF_UNIX);
-  if (fd < 0)
-    return fd;
-  refused = connect(fd, &a->sa, sizeof a->un) < 0 && errno == ECONNREFUSED;
+  int fd = os_socket(AF_UNIX), stale;
+  if (fd < 0) return fd;
+  stale = lstat(a->un.sun_path, &st) == 0 && S_ISSOCK(st.st_mode) &&
+          connect(fd, &a->sa, sizeof a->un) < 0 && errno == ECONNREFUSED;
   close(fd);
-  if (!refused)
-    return -EADDRINUSE;
+  if (!stale) return -EADDRINUSE;
   return unlink(a->un.sun_path) < 0 ? -errno : 0;
 }
 
 static int srv_listen_unix(struct nbdserve *s, const char *path) {
   union srv_address a;
+  size_t n = strlen(path);
   int fd;
 
   memset(&a, 0, sizeof a);
-  if (!*path)
-    return -EINVAL;
-  if (strlen(path) >= sizeof a.un.sun_path)
-    return -ENAMETOOLONG;
+  if (!n) return -EINVAL;
+  if (n >= sizeof a.un.sun_path) return -ENAMETOOLONG;
   a.un.sun_family = AF_UNIX;
-  memcpy(a.un.sun_path, path, strlen(path));
+  memcpy(a.un.sun_path, path, n);
   fd = srv_bind(&a, sizeof a.un);
-  if (fd == -EADDRINUSE) {
-    fd = srv_remove_stale(&a);
-    if (!fd)
-      fd = srv_bind(&a, sizeof a.un);
-  }
-  return fd < 0 ? fd : srv_add_listener(s, fd, path, "");
+  if (fd == -EADDRINUSE && (fd = srv_remove_stale(&a)) == 0)
+    fd = srv_bind(&a, sizeof a.un);
+  return srv_add_listener(s, fd, 1, path);
 }
 
 #if NBDSERVE_NO_TCP
 static int srv_listen_tcp(struct nbdserve *s, const char *address) {
-  (void)s;
-  (void)address;
+  (void)s, (void)address;
   return -EAFNOSUPPORT;
 }
+
+static void srv_name(const union srv_address *a, char *out, size_t size) {
+  snprintf(out, size, "%s", a->sa.sa_family == AF_UNIX ? "a unix socket" : "?");
+}
 #else
+/* An address for humans and URIs. */
+static void srv_name(const union srv_address *a, char *out, size_t size) {
+  char host[INET6_ADDRSTRLEN] = "";
+  if (a->sa.sa_family == AF_INET6) {
+    inet_ntop(AF_INET6, &a->in6.sin6_addr, host, sizeof host);
+    snprintf(out, size, "[%s]:%d", host, ntohs(a->in6.sin6_port));
+  } else if (a->sa.sa_family == AF_INET) {
+    inet_ntop(AF_INET, &a->in.sin_addr, host, sizeof host);
+    snprintf(out, size, "%s:%d", host, ntohs(a->in.sin_port));
+  } else {
+    snprintf(out, size, "a unix socket");
+  }
+}
+
 /* Listens on a numeric address; *port 0 becomes what the kernel picked. */
-static int srv_listen_ip(struct nbdserve *s, const char *host, unsigned *port) {
+static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
+  int v6 = strchr(host, ':') != NULL, fd;
   union srv_address a;
-  socklen_t len;
-  char where[64];
-  int fd, v6 = strchr(host, ':') != NULL;
+  socklen_t len = v6 ? sizeof a.in6 : sizeof a.in;
+  char text[64];
 
   memset(&a, 0, sizeof a);
-  if (v6) {
-    a.in6.sin6_family = AF_INET6;
-    a.in6.sin6_port = htons((uint16_t)*port);
-    len = sizeof a.in6;
-  } else {
-    a.in.sin_family = AF_INET;
-    a.in.sin_port = htons((uint16_t)*port);
-    len = sizeof a.in;
-  }
-  if (inet_pton(v6 ? AF_INET6 : AF_INET, host,
+  a.sa.sa_family = v6 ? AF_INET6 : AF_INET;
+  *(v6 ? &a.in6.sin6_port : &a.in.sin_port) = htons((uint16_t)*port);
+  if (inet_pton(a.sa.sa_family, host,
                 v6 ? (void *)&a.in6.sin6_addr : (void *)&a.in.sin_addr) != 1)
     return -EINVAL;
   fd = srv_bind(&a, len);
-  if (fd < 0)
-    return fd;
-  getsockname(fd, &a.sa, &len);
+  if (fd >= 0) getsockname(fd, &a.sa, &len);
   *port = ntohs(v6 ? a.in6.sin6_port : a.in.sin_port);
-  snprintf(where, sizeof where, v6 ? "[%s]:%u" : "%s:%u", host, *port);
-  return srv_add_listener(s, fd, NULL, where);
+  srv_name(&a, text, sizeof text);
+  return srv_add_listener(s, fd, 0, text);
 }
 
 static int srv_listen_tcp(struct nbdserve *s, const char *address) {
   const char *colon = strrchr(address, ':'), *rest;
-  size_t n = colon ? (size_t)(colon - address) : 0;
-  uint64_t number;
-  unsigned port;
+  uint64_t port = 0;
   char host[64];
-  int err;
+  int n = colon ? (int)(colon - address) : 0, err;
 
-  if (!n || n >= sizeof host)
+  rest = colon ? u_size(colon + 1, &port) : NULL;
+  if (n <= 0 || n >= (int)sizeof host || !rest || *rest || port > 65535)
     return -EINVAL;
-  rest = u_size(colon + 1, &number);
-  if (!rest || *rest || number > 65535)
-    return -EINVAL;
-  port = (unsigned)number;
-  memcpy(host, address, n);
-  host[n] = 0;
-  if (strcmp(host, "localhost") == 0) {
-    err = srv_listen_ip(s, "127.0.0.1", &port);
-    if (!err) /* a host without IPv6 has the other one */
-      srv_listen_ip(s, "::1", &port);
-    return err;
-  }
-  if (host[0] == '[' && host[n - 1] == ']') {
-    memmove(host, host + 1, n - 2);
-    host[n - 2] = 0;
-  }
-  return srv_listen_ip(s, host, &port);
+  if (*address == '[' && address[n - 1] == ']')
+    snprintf(host, sizeof host, "%.*s", n - 2, address + 1);
+  else
+    snprintf(host, sizeof host, "%.*s", n, address);
+  if (strcmp(host, "localhost") != 0) return srv_listen_ip(s, host, &port);
+  err = srv_listen_ip(s, "127.0.0.1", &port);
+  if (!err) srv_listen_ip(s, "::1", &port); /* a host may have no IPv6 */
+  return err;
 }
 #endif
 
-/* A descriptor we were given: a listening socket, or a client's. */
-static int srv_listen_fd(struct nbdserve *s, const char *number) {
-  struct srv_listener *l;
+int nbdserve_listen(struct nbdserve *s, const char *address) {
   socklen_t len = sizeof(int);
   const char *rest;
   uint64_t fd;
-  int listening = 0, err;
+  int listens = 0;
 
-  rest = u_size(number, &fd);
-  if (!rest || *rest || fd > INT_MAX)
-    return -EINVAL;
-  if (getsockopt((int)fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &len) < 0)
+  if (strncmp(address, "unix:", 5) == 0) return srv_listen_unix(s, address + 5);
+  if (strncmp(address, "tcp:", 4) == 0) return srv_listen_tcp(s, address + 4);
+  if (strncmp(address, "fd:", 3) != 0) return -EINVAL;
+  rest = u_size(address + 3, &fd);
+  if (!rest || *rest || fd > INT_MAX) return -EINVAL;
+  if (getsockopt((int)fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) < 0)
     return -errno;
-  os_nonblock((int)fd, listening);
-  err = srv_add_listener(s, (int)fd, NULL, "");
-  for (l = s->listeners; l && !err; l = l->next)
-    if (l->fd == (int)fd)
-      l->is_client = !listening;
-  if (!listening)
-    s->config.flags |= NBDSERVE_ONCE;
-  return err;
+  return listens ? srv_add_listener(s, (int)fd, 0, "") : -EINVAL;
 }
 
-NBDSERVE_API int nbdserve_listen(struct nbdserve *s, const char *address) {
-  if (strncmp(address, "unix:", 5) == 0)
-    return srv_listen_unix(s, address + 5);
-  if (strncmp(address, "tcp:", 4) == 0)
-    return srv_listen_tcp(s, address + 4);
-  if (strncmp(address, "fd:", 3) == 0)
-    return srv_listen_fd(s, address + 3);
-  return -EINVAL;
-}
-
-NBDSERVE_API int nbdserve_uri(struct nbdserve *s, const char *name, char *buf,
-                              size_t size) {
+int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
   const struct srv_listener *l = s->listeners;
-  int fits;
-  while (l && !l->path && !*l->where)
-    l = l->next;
-  if (!l)
-    return -ENOENT;
-  if (snprintf(buf, size, l->path ? "nbd+unix:///" : "nbd://%s/", l->where) >=
-      (int)u_min(size, INT_MAX))
-    return -ERANGE;
-  fits = u_append_uri(buf, size, name);
-  if (fits && l->path) {
-    fits = strlen(buf) + 8 < size;
-    if (fits)
-      memcpy(buf + strlen(buf), "?socket=", 9);
-    fits = fits && u_append_uri(buf, size, l->path);
-  }
-  return fits ? 0 : -ERANGE;
+  if (!s->nlisteners || !*l->text) return -ENOENT;
+  if (size < sizeof l->text + 16) return -ERANGE;
+  if (l->is_unix)
+    strcpy(buf, "nbd+unix:///");
+  else
+    sprintf(buf, "nbd://%s/", l->text);
+  if (!u_append_uri(buf, size - 8, name)) return -ERANGE;
+  if (!l->is_unix) return 0;
+  strcat(buf, "?socket=");
+  return u_append_uri(buf, size, l->text) ? 0 : -ERANGE;
 }
 
 /* Puts a byte into a pipe that nbdserve_run looks at.  Keeps errno: it may be
@@ -3132,13 +2477,9 @@ static void srv_poke(int fd, char what) {
   errno = saved;
 }
 
-NBDSERVE_API void nbdserve_stop(struct nbdserve *s) {
-  srv_poke(s->stop[1], SRV_STOP);
-}
+void nbdserve_stop(struct nbdserve *s) { srv_poke(s->stop[1], SRV_STOP); }
 
-NBDSERVE_API void nbdserve_wake(struct nbdserve *s) {
-  srv_poke(s->wake[1], SRV_WAKE);
-}
+void nbdserve_wake(struct nbdserve *s) { srv_poke(s->wake[1], SRV_WAKE); }
 
 static void srv_add_stats(struct nbdserve_stats *to,
                           const struct nbdserve_stats *from) {
@@ -3146,11 +2487,9 @@ static void srv_add_stats(struct nbdserve_stats *to,
   to->errors += from->errors;
   to->bytes_read += from->bytes_read;
   to->bytes_written += from->bytes_written;
-  to->flushes += from->flushes;
 }
 
-NBDSERVE_API void nbdserve_stats(struct nbdserve *s,
-                                 struct nbdserve_stats *out) {
+void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
   struct conn *c;
   struct ex *ex;
   os_lock(&s->lock);
@@ -3169,65 +2508,26 @@ NBDSERVE_API void nbdserve_stats(struct nbdserve *s,
   os_unlock(&s->lock);
 }
 
-/* Who a client is, for the log. */
-static void srv_name_peer(struct conn *c) {
-  union srv_address a;
-  socklen_t len = sizeof a;
-  const char *text = "a pipe";
-
-  memset(&a, 0, sizeof a);
-  if (c->io.in_is_socket)
-    text = "a unix socket";
-#if !NBDSERVE_NO_TCP
-  if (c->io.in_is_socket && getpeername(c->io.in, &a.sa, &len) == 0 &&
-      (a.sa.sa_family == AF_INET || a.sa.sa_family == AF_INET6)) {
-    int v6 = a.sa.sa_family == AF_INET6;
-    char host[INET6_ADDRSTRLEN] = "";
-    inet_ntop(a.sa.sa_family,
-              v6 ? (void *)&a.in6.sin6_addr : (void *)&a.in.sin_addr, host,
-              sizeof host);
-    snprintf(c->peer, sizeof c->peer, v6 ? "[%s]:%u" : "%s:%u", host,
-             (unsigned)ntohs(v6 ? a.in6.sin6_port : a.in.sin_port));
-    return;
-  }
-#endif
-  (void)len;
-  snprintf(c->peer, sizeof c->peer, "%s", text);
-}
-
-static int srv_is_socket(int fd) {
-  struct stat st;
-  return fstat(fd, &st) == 0 && S_ISSOCK(st.st_mode);
-}
-
 /* A client on in and out, registered (S1); NULL without memory.  owned: the
  * descriptor is closed at its end. */
 static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
                                    int owned) {
-  struct conn *c = NBDSERVE_MALLOC(sizeof *c);
+  struct conn *c = u_zalloc(sizeof *c);
 
-  if (!c)
-    return NULL;
-  memset(c, 0, sizeof *c);
+  if (!c) return NULL;
   c->s = s;
   c->fd = owned ? in : -1;
   c->io.in = in;
   c->io.out = out;
-  c->io.in_is_socket = srv_is_socket(in);
-  c->io.out_is_socket = srv_is_socket(out);
-  c->io.stop = owned && c->io.in_is_socket && !NBDSERVE_NO_THREADS
-                   ? -1
-                   : s->stop[0];
+  c->io.stop = owned && !NBDSERVE_NO_THREADS ? -1 : s->stop[0];
   c->queue_end = &c->queue;
   if (os_mutex_init(&c->lock) || os_mutex_init(&c->sending) ||
       os_cond_init(&c->work) || os_cond_init(&c->room)) {
     NBDSERVE_FREE(c);
     return NULL;
   }
-  srv_name_peer(c);
   os_lock(&s->lock);
   c->id = (unsigned)++s->stats.clients;
-  c->stop = s->stopping;
   c->next = s->conns;
   s->conns = c;
   s->nconns++;
@@ -3238,19 +2538,17 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
 /* Forgets a client that has been served. */
 static void srv_free_client(struct conn *c) {
   struct nbdserve *s = c->s;
-  struct conn **p;
+  struct conn **p = &s->conns;
 
   os_lock(&s->lock);
-  for (p = &s->conns; *p != c; p = &(*p)->next)
-    assert(*p);
+  while (*p != c) p = &(*p)->next;
   *p = c->next;
   s->nconns--;
   srv_add_stats(&s->stats, &c->stats);
-  if (c->fd >= 0)
-    close(c->fd); /* under the lock: srv_stop_clients must not hit another */
+  if (c->fd >= 0) close(c->fd); /* locked: srv_finish must not hit another */
   os_wake_all(&s->gone);
-  os_unlock(&s->lock);
   srv_poke(s->wake[1], SRV_GONE);
+  os_unlock(&s->lock);
   NBDSERVE_FREE(c->meta_name);
   NBDSERVE_FREE(c->rbuf);
   NBDSERVE_FREE(c->wbuf);
@@ -3262,15 +2560,17 @@ static void srv_free_client(struct conn *c) {
   NBDSERVE_FREE(c);
 }
 
-/* Serves a client from its first byte to its last.  name: as in
+/* Serves a client from its first byte to its last and forgets it.  name: as in
  * nbdserve_serve.  0 or -errno. */
 static int srv_serve_client(struct conn *c, const char *name) {
-  const struct nbdserve_config *config = &c->s->config;
+  char peer[64] = "a pipe";
+  union srv_address a;
+  socklen_t len = sizeof a;
   struct ex *ex;
-  int r = HS_ENTER, err = 0;
+  int r = HS_ENTER, err = 0, calm;
 
-  u_log(config, NBDSERVE_LOG_INFO, "client %u: connected from %s", c->id,
-        c->peer);
+  if (getpeername(c->io.in, &a.sa, &len) == 0) srv_name(&a, peer, sizeof peer);
+  HS_LOG(c, NBDSERVE_LOG_INFO, "%u: connected from %s", c->id, peer);
   os_tune(c->io.in, IO_LOOK_AROUND_MS);
   os_tune(c->io.out, IO_LOOK_AROUND_MS);
   c->rbuf = NBDSERVE_MALLOC(TX_RBUF);
@@ -3281,19 +2581,16 @@ static int srv_serve_client(struct conn *c, const char *name) {
     r = hs_run(c);
   else if (!(err = ex_get(c->s, name, &ex)))
     hs_settle(c, ex, name);
-  if (r < 0)
-    err = r;
-  if (!err && r == HS_ENTER)
-    err = tx_run(c);
+  if (r < 0) err = r;
+  if (!err && r == HS_ENTER) err = tx_run(c);
   if (c->ex && c->ex->dynamic && !(c->tflags & NBD_FLAG_READ_ONLY))
     ex_flush(c->ex); /* a courtesy before it is closed: nobody waits for it */
   ex_put(c->ex);
-  u_log(config,
-        err == 0 || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN
-            ? NBDSERVE_LOG_INFO
-            : NBDSERVE_LOG_WARNING,
-        "client %u: gone: %s", c->id, err ? u_error(err) : "disconnected");
-  return err;
+  calm = !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
+  HS_LOG(c, calm ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING, "%u: gone: %s",
+         c->id, err ? u_error(err) : "disconnected");
+  srv_free_client(c);
+  return err == -ESHUTDOWN ? 0 : err;
 }
 
 /* A client thread: serves one after the other (S2). */
@@ -3310,7 +2607,6 @@ static void *srv_thread(void *arg) {
       s->naccepted--;
       os_unlock(&s->lock);
       srv_serve_client(c, NULL);
-      srv_free_client(c);
       os_lock(&s->lock);
     } else {
       s->nidle++;
@@ -3326,20 +2622,17 @@ static void *srv_thread(void *arg) {
 }
 
 /* Gives an accepted client to a thread; without one it is turned away. */
-static void srv_start_client(struct conn *c) {
-  struct nbdserve *s = c->s;
+static void srv_start_client(struct nbdserve *s, struct conn *c) {
   int err = 0;
 
   if (NBDSERVE_NO_THREADS) { /* one at a time: here */
     srv_serve_client(c, NULL);
-    srv_free_client(c);
     return;
   }
   os_lock(&s->lock);
   if (s->naccepted + 1 > s->nidle) {
     err = os_thread(srv_thread, s);
-    if (!err)
-      s->nthreads++;
+    if (!err) s->nthreads++;
   }
   if (!err) {
     c->next_accepted = s->accepted;
@@ -3348,62 +2641,27 @@ static void srv_start_client(struct conn *c) {
     os_wake_one(&s->work);
   }
   os_unlock(&s->lock);
-  if (err) {
-    u_log(&s->config, NBDSERVE_LOG_ERROR,
-          "client %u: no thread for it: %s; closed", c->id, u_error(err));
-    srv_free_client(c);
-  }
+  if (!err) return;
+  HS_LOG(c, NBDSERVE_LOG_ERROR, "%u: turned away, no thread: %s", c->id,
+         u_error(err));
+  srv_free_client(c);
 }
 
-/* Takes the next client of a listener.  Out of descriptors or memory: *pause
- * says until when nobody is taken, so that the loop does not spin. */
-static void srv_accept(struct nbdserve *s, struct srv_listener *l,
-                       int64_t *pause) {
-  int fd = l->is_client ? l->fd : os_accept(l->fd);
-  struct conn *c;
+/* Takes the next client of a listener.  Until when nobody is to be taken: out
+ * of descriptors or memory, the loop must not spin. */
+static int64_t srv_accept(struct nbdserve *s, int listener) {
+  int fd = os_accept(listener);
+  struct conn *c = fd >= 0 ? srv_new_client(s, fd, fd, 1) : NULL;
 
-  if (l->is_client)
-    l->fd = -1;
-  if (fd < 0) {
-    if (fd == -EMFILE || fd == -ENFILE || fd == -ENOMEM || fd == -ENOBUFS) {
-      u_log(&s->config, NBDSERVE_LOG_WARNING, "a client has to wait: %s",
-            u_error(fd));
-      *pause = os_now_ms() + SRV_PAUSE_MS;
-    }
-    return;
+  if (c) {
+    srv_start_client(s, c);
+    return 0;
   }
-  c = srv_new_client(s, fd, fd, 1);
-  if (c)
-    srv_start_client(c);
-  else
-    close(fd);
-}
-
-/* How long nbdserve_run may sleep, in ms; -1: for ever; -2: it is done. */
-static int srv_patience(struct nbdserve *s, int64_t *idle_from, int full,
-                        int64_t pause) {
-  int64_t now = os_now_ms(), left = -1;
-  unsigned nconns;
-  uint64_t clients;
-
-  os_lock(&s->lock);
-  nconns = s->nconns;
-  clients = s->stats.clients;
-  os_unlock(&s->lock);
-  if ((s->config.flags & NBDSERVE_ONCE) && clients > 0 && nconns == 0)
-    return -2;
-  if (nconns > 0)
-    *idle_from = 0;
-  else if (!*idle_from)
-    *idle_from = now;
-  if (nconns == 0 && s->config.idle_exit_ms) {
-    left = *idle_from + s->config.idle_exit_ms - now;
-    if (left <= 0)
-      return -2;
-  }
-  if (pause > now && !full && (left < 0 || pause - now < left))
-    left = pause - now;
-  return left > INT_MAX ? INT_MAX : (int)left;
+  if (fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR) return 0;
+  if (fd >= 0) close(fd);
+  u_log(&s->config, NBDSERVE_LOG_WARNING, "clients have to wait: %s",
+        u_error(fd < 0 ? fd : -ENOMEM));
+  return os_now_ms() + SRV_PAUSE_MS;
 }
 
 /* Empties the wake pipe; was nbdserve_wake called? */
@@ -3416,10 +2674,17 @@ static int srv_woken(struct nbdserve *s) {
   return woken;
 }
 
+/* Ends what all clients send (and get): how is that of shutdown(2).  Holds
+ * s->lock. */
+static void srv_shut_clients(struct nbdserve *s, int how) {
+  struct conn *c;
+  for (c = s->conns; c; c = c->next)
+    if (c->fd >= 0) shutdown(c->fd, how);
+}
+
 /* Ends service (S3). */
 static int srv_finish(struct nbdserve *s) {
   int64_t until = os_now_ms() + IO_GRACE_MS, left;
-  struct conn *c;
   struct ex *ex;
   int err = 0, e;
 
@@ -3427,106 +2692,83 @@ static int srv_finish(struct nbdserve *s) {
   s->stopping = 1;
   os_wake_all(&s->work);
   os_wake_all(&s->gone); /* those that wait for memory */
-  for (c = s->conns; c; c = c->next) {
-    os_lock(&c->lock);
-    c->stop = 1;
-    os_unlock(&c->lock);
-    if (c->fd >= 0)
-      shutdown(c->fd, SHUT_RD);
-  }
+  srv_shut_clients(s, SHUT_RD);
   while (s->nconns > 0 && (left = until - os_now_ms()) > 0)
-    os_wait_ms(&s->gone, &s->lock, (int)left);
-  for (c = s->conns; c; c = c->next)
-    if (c->fd >= 0)
-      shutdown(c->fd, SHUT_RDWR);
-  while (s->nconns > 0 || s->nthreads > 0)
-    os_wait(&s->gone, &s->lock);
-  ex = s->exports;
+    (void)os_wait_ms(&s->gone, &s->lock, (int)left);
+  srv_shut_clients(s, SHUT_RDWR);
+  while (s->nconns > 0 || s->nthreads > 0) os_wait(&s->gone, &s->lock);
   os_unlock(&s->lock);
-  for (; ex; ex = ex->next) { /* nobody adds any more */
+  for (ex = s->exports; ex; ex = ex->next) { /* nobody adds any more */
     e = ex->e.flags & NBDSERVE_READONLY ? 0 : ex_flush(ex);
     if (e)
       u_log(&s->config, NBDSERVE_LOG_ERROR,
             "export '%s': the last flush: %s; written data may be lost",
             ex->e.name, u_error(e));
-    err = err ? err : e;
+    if (!err) err = e;
   }
   return err;
 }
 
-NBDSERVE_API int nbdserve_run(struct nbdserve *s) {
+int nbdserve_run(struct nbdserve *s) {
   struct pollfd p[SRV_LISTENERS + 2];
-  struct srv_listener *l;
-  int64_t pause = 0, idle_from = 0;
-  int timeout, full, n, i;
+  int64_t pause = 0, idle_from = os_now_ms(), now, wait;
+  int i, n = s->nlisteners, full, busy, over;
 
   for (;;) {
     os_lock(&s->lock);
+    busy = s->nconns > 0;
     full = s->nconns >= s->config.max_conn;
+    over = !busy && s->stats.clients && (s->config.flags & NBDSERVE_ONCE);
     os_unlock(&s->lock);
-    timeout = srv_patience(s, &idle_from, full, pause);
-    if (timeout == -2)
-      return srv_finish(s);
-    p[0].fd = s->stop[0];
-    p[1].fd = s->wake[0];
-    for (n = 2, l = s->listeners; l; l = l->next)
-      p[n++].fd = full || pause > os_now_ms() ? -1 : l->fd;
-    for (i = 0; i < n; i++) {
+    now = os_now_ms();
+    wait = pause > now ? pause - now : -1; /* -1: until something happens */
+    if (busy) idle_from = now;
+    if (!busy && s->config.idle_exit_ms) {
+      wait = idle_from + s->config.idle_exit_ms - now;
+      over |= wait <= 0;
+    }
+    if (over) return srv_finish(s);
+    for (i = 0; i < n + 2; i++) {
+      p[i].fd = full || pause > now ? -1 : s->listeners[i < n ? i : 0].fd;
       p[i].events = POLLIN;
       p[i].revents = 0;
     }
-    for (i = 2, l = s->listeners; l; l = l->next, i++)
-      if (l->is_client && p[i].fd >= 0)
-        timeout = 0;
-    if (poll(p, (nfds_t)n, timeout) < 0 && errno != EINTR)
+    p[n].fd = s->stop[0];
+    p[n + 1].fd = s->wake[0];
+    if (poll(p, (nfds_t)n + 2, (int)(wait > INT_MAX ? INT_MAX : wait)) < 0 &&
+        errno != EINTR)
       return -errno;
-    if (p[0].revents)
-      return srv_finish(s);
-    if (p[1].revents && srv_woken(s))
-      return -EINTR;
-    for (i = 2, l = s->listeners; l; l = l->next, i++)
-      if (p[i].revents || (l->is_client && p[i].fd >= 0))
-        srv_accept(s, l, &pause);
+    if (p[n].revents) return srv_finish(s);
+    if (p[n + 1].revents && srv_woken(s)) return -EINTR;
+    for (i = 0; i < n; i++)
+      if (p[i].revents) pause = srv_accept(s, p[i].fd);
   }
 }
 
-NBDSERVE_API int nbdserve_serve(struct nbdserve *s, int in_fd, int out_fd,
-                                const char *name) {
+int nbdserve_serve(struct nbdserve *s, int in_fd, int out_fd,
+                   const char *name) {
   struct conn *c = srv_new_client(s, in_fd, out_fd, 0);
-  int err;
-  if (!c)
-    return -ENOMEM;
-  err = srv_serve_client(c, name);
-  srv_free_client(c);
-  return err == -ESHUTDOWN ? 0 : err;
+  return c ? srv_serve_client(c, name) : -ENOMEM;
 }
 
-NBDSERVE_API void nbdserve_free(struct nbdserve *s) {
+void nbdserve_free(struct nbdserve *s) {
   struct srv_listener *l;
   struct ex *ex;
   int i;
 
-  if (!s)
-    return;
+  if (!s) return;
   assert(!s->conns && !s->nthreads && !s->memory);
-  while ((l = s->listeners)) {
-    s->listeners = l->next;
-    if (l->fd >= 0)
-      close(l->fd);
-    if (l->path)
-      unlink(l->path);
-    NBDSERVE_FREE(l->path);
-    NBDSERVE_FREE(l);
+  for (l = s->listeners; l < s->listeners + s->nlisteners; l++) {
+    if (l->fd >= 0) close(l->fd);
+    if (l->is_unix) unlink(l->text);
   }
   while ((ex = s->exports)) {
     s->exports = ex->next;
     ex_free(ex);
   }
   for (i = 0; i < 2; i++) {
-    if (s->stop[i] >= 0)
-      close(s->stop[i]);
-    if (s->wake[i] >= 0)
-      close(s->wake[i]);
+    if (s->stop[i] >= 0) close(s->stop[i]);
+    if (s->wake[i] >= 0) close(s->wake[i]);
   }
   os_cond_free(&s->gone);
   os_cond_free(&s->work);
@@ -3544,493 +2786,417 @@ NBDSERVE_API void nbdserve_free(struct nbdserve *s) {
 #include <grp.h>
 #include <sys/wait.h>
 
-enum { CLI_FAILED = 1, CLI_USAGE = 2, CLI_IN_USE = 4, CLI_LOGLINE = 600 };
+enum { CLI_FAILED = 1, CLI_USAGE = 2, CLI_IN_USE = 4 }; /* exit status */
 
-/* Options without a letter */
-enum {
-  CLI_FD = 256,
-  CLI_SIZE,
-  CLI_CREATE,
-  CLI_CACHE,
-  CLI_IDLE,
-  CLI_RUN,
-  CLI_FORK,
-  CLI_READY,
-  CLI_STATS,
-  CLI_JSON
+enum { /* the options, in the order of the table */
+  OPT_UNIX, OPT_PORT, OPT_BIND, OPT_STDIN, OPT_FD, OPT_READ_ONLY, OPT_EXPORT,
+  OPT_DESCRIPTION, OPT_OFFSET, OPT_SIZE, OPT_BLOCK_SIZE, OPT_CREATE, OPT_CACHE,
+  OPT_THREADS, OPT_MAX_CONN, OPT_ONCE, OPT_IDLE_EXIT, OPT_RUN, OPT_FORK,
+  OPT_PIDFILE, OPT_READY_FD, OPT_USER, OPT_GROUP, OPT_QUIET, OPT_VERBOSE,
+  OPT_STATS, OPT_JSON, OPT_VERSION, OPT_HELP, OPT_COUNT
 };
 
 static const struct cli_option {
-  int key; /* the letter */
-  const char *name, *arg, *help;
+  char letter; /* or ' ' */
+  const char *name, *arg;
+  uint64_t min, max; /* of a number; max 0: it is text */
+  const char *help;
 } cli_options[] = {
-    {'U', "unix", "PATH", "listen on a unix socket (default: a private one)"},
-    {'p', "port", "N", "listen on TCP; 0: any free port (usual: 10809)"},
-    {'i', "bind", "ADDR", "TCP address instead of the two loopbacks"},
-    {'s', "stdin", NULL, "serve one client on standard input and output"},
-    {CLI_FD, "fd", "N", "serve a listening or connected socket"},
-    {'r', "read-only", NULL, "refuse writes"},
-    {'e', "export", "NAME", "export name (default: any name will do)"},
-    {'D', "description", "TEXT", "description for clients that list exports"},
-    {'o', "offset", "N", "serve the target from this byte on"},
-    {CLI_SIZE, "size", "N", "serve that many bytes"},
-    {'b', "block-size", "MIN:PREF:MAX", "block sizes (1:4096:32M)"},
-    {CLI_CREATE, "create", "SIZE", "make the target if it is missing, sparse"},
-    {CLI_CACHE, "cache", "MODE", "writeback, writethrough or unsafe"},
-    {'t', "threads", "N", "requests at a time for each client (16)"},
-    {'m', "max-conn", "N", "clients at a time (128)"},
-    {'1', "once", NULL, "exit when the last client has gone"},
-    {CLI_IDLE, "idle-exit", "SEC", "exit after that time without clients"},
-    {CLI_RUN, "run", "CMD", "serve while a shell command runs ($uri, $nbd)"},
-    {CLI_FORK, "fork", NULL, "go into the background, once listening"},
-    {'P', "pidfile", "FILE", "write the process id there, once listening"},
-    {CLI_READY, "ready-fd", "N", "write the URI there, once listening"},
-    {'u', "user", "USER", "become that user, once listening"},
-    {'g', "group", "GROUP", "become that group"},
-    {'q', "quiet", NULL, "errors only"},
-    {'v', "verbose", NULL, "tell of clients; twice: of every request"},
-    {CLI_STATS, "stats", NULL, "print totals at exit (and on SIGUSR1)"},
-    {CLI_JSON, "json", NULL, "print them as JSON"},
-    {'V', "version", NULL, "print version and features"},
-    {'h', "help", NULL, "print this"}};
+    {'U', "unix", "PATH", 0, 0, "listen on a unix socket (else: private)"},
+    {'p', "port", "N", 0, 65535, "listen on TCP (usual: 10809; 0: any free)"},
+    {'i', "bind", "ADDR", 0, 0, "TCP address instead of the two loopbacks"},
+    {'s', "stdin", NULL, 0, 0, "serve one client on standard input and output"},
+    {' ', "fd", "N", 0, INT_MAX, "serve a listening or a connected socket"},
+    {'r', "read-only", NULL, 0, 0, "refuse writes"},
+    {'e', "export", "NAME", 0, 0, "export name (else: any name will do)"},
+    {'D', "description", "TEXT", 0, 0, "for clients that list the exports"},
+    {'o', "offset", "N", 0, INT64_MAX, "serve the target from this byte on"},
+    {' ', "size", "N", 1, INT64_MAX, "and that many bytes of it"},
+    {'b', "block-size", "SIZES", 0, 0, "MIN:PREFERRED:MAX (1:4096:32M)"},
+    {' ', "create", "SIZE", 1, INT64_MAX, "make a missing target, sparse"},
+    {' ', "cache", "MODE", 0, 0, "writeback (default), writethrough, unsafe"},
+    {'t', "threads", "N", 1, 1024, "slow requests at a time per client (16)"},
+    {'m', "max-conn", "N", 1, 1 << 20, "clients at a time (128)"},
+    {'1', "once", NULL, 0, 0, "exit when the last client has gone"},
+    {' ', "idle-exit", "SEC", 1, 4000000, "exit after a time without clients"},
+    {' ', "run", "CMD", 0, 0, "serve while a shell command runs ($uri, $nbd)"},
+    {' ', "fork", NULL, 0, 0, "go into the background, once listening"},
+    {'P', "pidfile", "FILE", 0, 0, "write the process id there, then"},
+    {' ', "ready-fd", "N", 1, INT_MAX, "write the URI there, once listening"},
+    {'u', "user", "USER", 0, 0, "become that user, once listening"},
+    {'g', "group", "GROUP", 0, 0, "become that group"},
+    {'q', "quiet", NULL, 0, 0, "errors only"},
+    {'v', "verbose", NULL, 0, 0, "tell of clients; twice: of every request"},
+    {' ', "stats", NULL, 0, 0, "print totals at exit (and always on SIGUSR1)"},
+    {' ', "json", NULL, 0, 0, "print them as JSON"},
+    {'V', "version", NULL, 0, 0, "print version and features"},
+    {'h', "help", NULL, 0, 0, "print this"}};
+
+STATIC_ASSERT(every_option, sizeof cli_options / sizeof *cli_options ==
+                                (size_t)OPT_COUNT);
 
 struct cli {
-  const char *unix_path, *port, *bind, *fd;
-  const char *name, *description, *run, *pidfile;
-  char **command;       /* behind --, or NULL */
-  const char **targets; /* [NAME=]TARGET */
+  const char *v[OPT_COUNT]; /* values; NULL: not given */
+  uint64_t n[OPT_COUNT];    /* as numbers; how often, for those without */
+  char **command;           /* behind --, or NULL */
+  char **targets;           /* [NAME=]TARGET */
   int ntargets;
-  struct nbdserve_flat flat;
+  const char *name;          /* -e, or "" */
   struct nbdserve_export ex; /* what all exports have in common */
-  struct nbdserve_config config;
-  int use_stdin, use_activation, background, stats, json, ready_fd;
-  int has_uid, has_gid;
-  uid_t uid;
-  gid_t gid;
-  int report;        /* pipe to the parent of --fork, or -1 */
-  char private_dir[100];
-  pid_t child;       /* of --run and -- */
-  char uri[16384];
+  unsigned uid, gid;
+  int serve[2]; /* one client's input and output, or -1 */
+  int report;   /* pipe to the parent of --fork, or -1 */
+  char dir[100], sock[PATH_MAX]; /* private directory; unix socket */
+  pid_t child;                   /* the captive command */
+  char uri[3 * WIRE_STRING + 1024];
 };
 
 static struct nbdserve *cli_server; /* for the handlers */
 static volatile sig_atomic_t cli_usr1, cli_ending;
 
-/* One line on standard error: "nbdserve: object: what". */
-static int cli_say(const char *object, const char *what, int status) {
-  fprintf(stderr, "nbdserve: %s: %s\n", object, what);
+/* One line on standard error; returns status. */
+static int OS_PRINTF(2, 3) cli_say(int status, const char *fmt, ...) {
+  va_list ap;
+  fputs("nbdserve: ", stderr);
+  va_start(ap, fmt);
+  vfprintf(stderr, fmt, ap);
+  va_end(ap);
+  fputc('\n', stderr);
   return status;
 }
 
+static int cli_say_errno(const char *object) {
+  return cli_say(CLI_FAILED, "%s: %s", object, u_error(-errno));
+}
+
 static void cli_log(void *ctx, int level, const char *message) {
-  char line[CLI_LOGLINE];
-  int n = snprintf(line, sizeof line, "nbdserve: %s\n", message);
-  ssize_t done;
-  (void)ctx;
-  (void)level;
-  done = write(2, line, (size_t)n < sizeof line ? (size_t)n : sizeof line - 1);
-  (void)done; /* there is nobody to tell */
+  (void)ctx, (void)level;
+  cli_say(0, "%s", message);
 }
 
-static int cli_help(void) {
-  size_t i;
-  printf("usage: nbdserve [OPTION]... [NAME=]TARGET... [-- CMD ARG...]\n"
-         "Serves disks over NBD.  TARGET is a file, a block device or mem:SIZE."
-         "\nWith CMD: serves while it runs; {} in an ARG becomes the URI.\n\n");
-  for (i = 0; i < sizeof cli_options / sizeof *cli_options; i++) {
-    const struct cli_option *o = &cli_options[i];
-    char left[40];
-    int n = o->key < 256 ? snprintf(left, sizeof left, "-%c, ", o->key)
-                         : snprintf(left, sizeof left, "    ");
-    snprintf(left + n, sizeof left - (size_t)n, "--%s%s%s", o->name,
-             o->arg ? " " : "", o->arg ? o->arg : "");
-    printf("  %-27s %s\n", left, o->help);
-  }
-  printf("\nSizes take K, M, G, T, P and E (powers of 1024).  When it listens, "
-         "the URI is\nprinted.  Exit status: 0 ok, 1 failed, 2 usage, 4 target "
-         "in use; CMD's with CMD.\n");
-  return 0;
-}
-
-static int cli_version(void) {
-  printf("nbdserve %s (%sflat, %stcp, %sthreads%s)\n", nbdserve_version(),
-         NBDSERVE_NO_FLAT ? "no " : "", NBDSERVE_NO_TCP ? "no " : "",
-         NBDSERVE_NO_THREADS ? "no " : "",
-         NBDSERVE_POSIX_ONLY ? ", POSIX only" : "");
-  return 0;
+static void cli_help(void) {
+  const struct cli_option *o = cli_options;
+  puts("usage: nbdserve [OPTION]... [NAME=]TARGET... [-- CMD ARG...]\n"
+       "Serves disks over NBD.  TARGET is a file, a block device or mem:SIZE.\n"
+       "With CMD: serves while it runs; {} in an ARG becomes the URI.\n");
+  for (; o < cli_options + OPT_COUNT; o++)
+    printf("  %c%c%c --%s %-*s %s\n", o->letter == ' ' ? ' ' : '-', o->letter,
+           o->letter == ' ' ? ' ' : ',', o->name, 18 - (int)strlen(o->name),
+           o->arg ? o->arg : "", o->help);
+  puts("\nNumbers take K, M, G, T, P and E (powers of 1024).  When it listens, "
+       "the URI is\nprinted.  Exit status: 0 ok, 1 failed, 2 usage, 4 target "
+       "in use, or CMD's.");
 }
 
 /* The id of a user or group: a number, or a name in /etc/passwd or /etc/group
  * (getpwnam would not survive static linking).  *gid: a user's group. */
 static int cli_lookup(const char *file, const char *name, unsigned *id,
                       unsigned *gid) {
-  char line[1024];
+  char line[1024], *rest;
   size_t n = strlen(name);
-  uint64_t number;
-  const char *rest = u_size(name, &number);
-  int found = 0;
+  int found;
   FILE *f;
 
-  if (rest && !*rest && number < UINT32_MAX) {
-    *id = (unsigned)number;
-    return 1;
-  }
-  f = fopen(file, "r");
+  *id = (unsigned)strtoul(name, &rest, 10);
+  found = *name >= '0' && *name <= '9' && !*rest;
+  f = found ? NULL : fopen(file, "r");
   while (f && !found && fgets(line, sizeof line, f))
-    if (strncmp(line, name, n) == 0 && line[n] == ':' && strchr(line + n + 1, ':'))
-      found = sscanf(strchr(line + n + 1, ':'), ":%u:%u", id, gid) >= 1;
-  if (f)
-    fclose(f);
+    if (strncmp(line, name, n) == 0 && line[n] == ':')
+      found = sscanf(line + n + 1, "%*[^:]:%u:%u", id, gid) >= 1;
+  if (f) fclose(f);
   return found;
 }
 
-/* A number within min..max, with nothing behind it. */
-static int cli_number(const char *s, uint64_t min, uint64_t max,
-                      uint64_t *out) {
-  const char *rest = u_size(s, out);
-  return rest && !*rest && *out >= min && *out <= max;
-}
-
-/* MIN:PREF:MAX. */
+/* MIN:PREFERRED:MAX. */
 static int cli_block_sizes(const char *s, struct nbdserve_export *ex) {
-  uint64_t v[3] = {0, 0, 0};
+  uint32_t *to[3];
+  uint64_t v;
   int i;
+  to[0] = &ex->min_block;
+  to[1] = &ex->preferred_block;
+  to[2] = &ex->max_request;
   for (i = 0; i < 3; i++) {
-    s = u_size(s, &v[i]);
-    if (!s || v[i] < 1 || v[i] > UINT32_MAX || *s != (i < 2 ? ':' : 0))
-      return 0;
-    s++;
+    s = u_size(s, &v);
+    if (!s || v < 1 || v > UINT32_MAX || *s++ != (i < 2 ? ':' : 0)) return 0;
+    *to[i] = (uint32_t)v;
   }
-  ex->min_block = (uint32_t)v[0];
-  ex->preferred_block = (uint32_t)v[1];
-  ex->max_request = (uint32_t)v[2];
   return 1;
 }
 
-static int cli_cache_mode(const char *s, struct nbdserve_export *ex) {
-  if (strcmp(s, "writethrough") == 0)
-    ex->flags |= NBDSERVE_WRITETHROUGH;
-  else if (strcmp(s, "unsafe") == 0)
-    ex->flags |= NBDSERVE_UNSAFE;
-  else
-    return strcmp(s, "writeback") == 0;
-  return 1;
-}
-
-/* Takes one option.  False: the value is not one for it. */
-static int cli_set(struct cli *k, int key, const char *value) {
-  uint64_t n = 0;
-  unsigned id = 0, gid = 0;
+/* Takes one option with its value.  0, or CLI_USAGE after a message. */
+static int cli_set(struct cli *k, int opt, const char *value) {
+  const struct cli_option *o = &cli_options[opt];
+  const char *rest;
+  unsigned unused;
   int ok = 1;
 
-  switch (key) {
-  case 'U': k->unix_path = value; break;
-  case 'p':
-    ok = cli_number(value, 0, 65535, &n);
-    k->port = value;
-    break;
-  case 'i': k->bind = value; break;
-  case 's': k->use_stdin = 1; break;
-  case CLI_FD:
-    ok = cli_number(value, 0, INT_MAX, &n);
-    k->fd = value;
-    break;
-  case 'r': k->flat.flags |= NBDSERVE_READONLY; break;
-  case 'e': k->name = value; break;
-  case 'D': k->description = value; break;
-  case 'o': ok = cli_number(value, 0, INT64_MAX, &k->flat.offset); break;
-  case CLI_SIZE: ok = cli_number(value, 1, INT64_MAX, &k->flat.size); break;
-  case 'b': ok = cli_block_sizes(value, &k->ex); break;
-  case CLI_CREATE:
-    ok = cli_number(value, 1, INT64_MAX, &k->flat.create);
-    break;
-  case CLI_CACHE: ok = cli_cache_mode(value, &k->ex); break;
-  case 't':
-    ok = cli_number(value, 1, 1024, &n);
-    k->config.threads = (uint32_t)n;
-    break;
-  case 'm':
-    ok = cli_number(value, 1, 1 << 20, &n);
-    k->config.max_conn = (uint32_t)n;
-    break;
-  case '1': k->config.flags |= NBDSERVE_ONCE; break;
-  case CLI_IDLE:
-    ok = cli_number(value, 1, UINT32_MAX / 1000, &n);
-    k->config.idle_exit_ms = (uint32_t)n * 1000;
-    break;
-  case CLI_RUN: k->run = value; break;
-  case CLI_FORK: k->background = 1; break;
-  case 'P': k->pidfile = value; break;
-  case CLI_READY:
-    ok = cli_number(value, 0, INT_MAX, &n);
-    k->ready_fd = (int)n;
-    break;
-  case 'u':
-    ok = k->has_uid = cli_lookup("/etc/passwd", value, &id, &gid);
-    k->uid = (uid_t)id;
-    if (!k->has_gid)
-      k->gid = (gid_t)gid;
-    break;
-  case 'g':
-    ok = k->has_gid = cli_lookup("/etc/group", value, &id, &gid);
-    k->gid = (gid_t)id;
-    break;
-  case 'q': k->config.log_level = NBDSERVE_LOG_ERROR; break;
-  case 'v':
-    if (k->config.log_level < NBDSERVE_LOG_TRACE)
-      k->config.log_level++;
-    break;
-  case CLI_STATS: k->stats = 1; break;
-  case CLI_JSON: k->json = 1; break;
-  default: assert(!"an option of the table has no case");
+  k->v[opt] = value ? value : "";
+  k->n[opt]++;
+  if (o->max) {
+    rest = u_size(value, &k->n[opt]);
+    ok = rest && !*rest && k->n[opt] >= o->min && k->n[opt] <= o->max;
   }
-  return ok;
+  if (opt == OPT_BLOCK_SIZE) ok = cli_block_sizes(value, &k->ex);
+  if (opt == OPT_USER) ok = cli_lookup("/etc/passwd", value, &k->uid, &k->gid);
+  if (opt == OPT_GROUP) ok = cli_lookup("/etc/group", value, &k->gid, &unused);
+  if (opt == OPT_CACHE) {
+    k->ex.flags = strcmp(value, "writethrough") == 0 ? NBDSERVE_WRITETHROUGH
+                  : strcmp(value, "unsafe") == 0     ? NBDSERVE_UNSAFE
+                                                     : 0;
+    ok = k->ex.flags || strcmp(value, "writeback") == 0;
+  }
+  return ok ? 0 : cli_say(CLI_USAGE, "--%s %s: no such %s, or out of range",
+                          o->name, value, o->arg);
 }
 
-/* Finds an option by letter or by name of n bytes. */
-static const struct cli_option *cli_find(int letter, const char *name,
-                                         size_t n) {
-  size_t i;
-  for (i = 0; i < sizeof cli_options / sizeof *cli_options; i++)
-    if (name ? strncmp(cli_options[i].name, name, n) == 0 &&
-                   !cli_options[i].name[n]
-             : cli_options[i].key == letter)
-      return &cli_options[i];
-  return NULL;
+/* The option of that letter, or of that name of n bytes; OPT_COUNT: none. */
+static int cli_find(char letter, const char *name, size_t n) {
+  const struct cli_option *o = cli_options;
+  for (; o < cli_options + OPT_COUNT; o++)
+    if (name ? strncmp(o->name, name, n) == 0 && !o->name[n]
+             : o->letter == letter)
+      break;
+  return (int)(o - cli_options);
 }
 
-/* Reads the command line.  0; CLI_USAGE after a message; -1: all is said. */
+/* Reads the command line.  0, or CLI_USAGE after a message. */
 static int cli_parse(struct cli *k, int argc, char **argv) {
-  const struct cli_option *o;
   const char *a, *value;
-  int i, is_long;
+  int i, opt, is_long, err = 0;
 
-  for (i = 1; i < argc; i++) {
+  for (i = 1; i < argc && !err; i++) {
     a = argv[i];
     if (a[0] != '-' || !a[1]) {
-      k->targets[k->ntargets++] = a;
+      k->targets[k->ntargets++] = argv[i];
       continue;
     }
-    if (strcmp(a, "--") == 0) {
-      k->command = argv + i + 1;
-      return *k->command ? 0 : cli_say("--", "no command behind it", CLI_USAGE);
-    }
     is_long = *++a == '-';
+    if (is_long && !a[1]) {
+      k->command = argv + i + 1;
+      return *k->command ? 0 : cli_say(CLI_USAGE, "--: no command behind it");
+    }
     do {
-      o = is_long ? cli_find(0, a + 1, strcspn(a + 1, "=")) : cli_find(*a, NULL, 0);
-      if (!o)
-        return cli_say(argv[i], "unknown option; try --help", CLI_USAGE);
-      if (o->key == 'h' || o->key == 'V')
-        return (o->key == 'h' ? cli_help() : cli_version()) - 1;
+      opt = cli_find(*a, is_long ? a + 1 : NULL, strcspn(a, "=") - 1);
+      if (opt == OPT_COUNT)
+        return cli_say(CLI_USAGE, "%s: unknown option; try --help", argv[i]);
       value = is_long ? strchr(a, '=') : a[1] ? a : NULL;
       a++;
-      if (!o->arg && value && is_long)
-        return cli_say(argv[i], "this option takes no value", CLI_USAGE);
-      if (o->arg) {
+      if (cli_options[opt].arg) {
         value = value ? value + 1 : argv[++i];
         if (!value)
-          return cli_say(argv[i - 1], "a value is missing", CLI_USAGE);
+          return cli_say(CLI_USAGE, "%s: a value is missing", argv[i - 1]);
+      } else if (is_long && value) {
+        return cli_say(CLI_USAGE, "%s: this option takes no value", argv[i]);
       }
-      if (!cli_set(k, o->key, value)) {
-        fprintf(stderr, "nbdserve: --%s %s: no good value; expected %s\n",
-                o->name, value, o->arg);
-        return CLI_USAGE;
-      }
-    } while (!is_long && !o->arg && *a);
+      err = cli_set(k, opt, value);
+    } while (!err && !is_long && !cli_options[opt].arg && *a);
   }
-  return 0;
+  return err;
 }
 
-/* What does not go together.  0, or CLI_USAGE after a message. */
+/* Refuses what does not go together. */
 static int cli_check(const struct cli *k) {
+  static const struct { int a, b; } apart[] = {
+      {OPT_STDIN, OPT_UNIX}, {OPT_STDIN, OPT_PORT}, {OPT_STDIN, OPT_BIND},
+      {OPT_STDIN, OPT_FD},   {OPT_STDIN, OPT_RUN},  {OPT_STDIN, OPT_FORK},
+      {OPT_RUN, OPT_FORK},   {OPT_CREATE, OPT_READ_ONLY}};
+  size_t i;
+
+  for (i = 0; i < sizeof apart / sizeof *apart; i++)
+    if (k->v[apart[i].a] && k->v[apart[i].b])
+      return cli_say(CLI_USAGE, "--%s: not together with --%s",
+                     cli_options[apart[i].a].name,
+                     cli_options[apart[i].b].name);
   if (!k->ntargets)
-    return cli_say("no target", "a file, a block device or mem:SIZE is needed",
-                   CLI_USAGE);
-  if (k->name && k->ntargets > 1)
-    return cli_say("--export", "only for a single target; use NAME=TARGET",
-                   CLI_USAGE);
-  if (k->run && k->command)
-    return cli_say("--run", "there is a command behind -- already", CLI_USAGE);
-  if (k->background && (k->run || k->command || k->use_stdin))
-    return cli_say("--fork", "not with a command or --stdin", CLI_USAGE);
-  if (k->use_stdin && (k->unix_path || k->port || k->fd || k->run || k->command))
-    return cli_say("--stdin", "not with another way to listen", CLI_USAGE);
-  if ((k->flat.flags & NBDSERVE_READONLY) && k->flat.create)
-    return cli_say("--create", "not with --read-only", CLI_USAGE);
-  if (k->ready_fd == 0)
-    return cli_say("--ready-fd", "0 is standard input", CLI_USAGE);
+    return cli_say(CLI_USAGE, "no target: name a file, a block device or "
+                   "mem:SIZE; try --help");
+  if (k->v[OPT_EXPORT] && k->ntargets > 1)
+    return cli_say(CLI_USAGE, "--export: for a single target; use NAME=TARGET");
+  if (k->command && (k->v[OPT_RUN] || k->v[OPT_FORK] || k->v[OPT_STDIN]))
+    return cli_say(CLI_USAGE, "--: not together with --run, --fork or --stdin");
   return 0;
 }
 
-/* Opens one target and adds it to the server; name: its default name.  0, or
- * the exit status after a message. */
+static int cli_new_server(const struct cli *k) {
+  struct nbdserve_config config;
+  int err, level = NBDSERVE_LOG_WARNING + (int)u_min(k->n[OPT_VERBOSE], 2);
+
+  memset(&config, 0, sizeof config);
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.flags = k->v[OPT_ONCE] ? NBDSERVE_ONCE : 0;
+  config.threads = (uint32_t)k->n[OPT_THREADS];
+  config.max_conn = (uint32_t)k->n[OPT_MAX_CONN];
+  config.idle_exit_ms = (uint32_t)k->n[OPT_IDLE_EXIT] * 1000;
+  config.log = cli_log;
+  config.log_level = k->v[OPT_QUIET] ? NBDSERVE_LOG_ERROR : level;
+  err = nbdserve_new(&cli_server, &config);
+  return err ? cli_say(CLI_FAILED, "start: %s", u_error(err)) : 0;
+}
+
+/* Opens one target and adds it to the server.  0, or the exit status after a
+ * message. */
 static int cli_add(const struct cli *k, const char *path, const char *name) {
   struct nbdserve_export ex = k->ex;
-  int err;
+  struct nbdserve_flat flat;
+  const char *hint = "";
+  int err = -EOPNOTSUPP;
 
+  memset(&flat, 0, sizeof flat);
+  flat.flags = k->v[OPT_READ_ONLY] ? NBDSERVE_READONLY : 0;
+  flat.offset = k->n[OPT_OFFSET];
+  flat.size = k->n[OPT_SIZE];
+  flat.create = k->n[OPT_CREATE];
   ex.name = name;
-  ex.description = k->description;
-  if (!k->name && k->ntargets == 1 && !*name)
+  ex.description = k->v[OPT_DESCRIPTION];
+  if (!*name && k->ntargets == 1 && !k->v[OPT_EXPORT])
     ex.flags |= NBDSERVE_ANY_NAME;
   if (strstr(path, "::"))
-    return cli_say(path, "this build has no stores; a file whose name has :: "
-                   "in it needs a link", CLI_FAILED);
-#if NBDSERVE_NO_FLAT
-  err = -EOPNOTSUPP;
-#else
-  err = nbdserve_flat_open(path, &k->flat, &ex);
+    return cli_say(CLI_FAILED, "%s: a store, and this build has none", path);
+#if !NBDSERVE_NO_FLAT
+  err = nbdserve_flat_open(path, &flat, &ex);
 #endif
-  if (err == -EBUSY)
-    return cli_say(path, "in use by another process; not served", CLI_IN_USE);
-  if (err == -EACCES || err == -EROFS) {
-    fprintf(stderr, "nbdserve: %s: %s%s\n", path, u_error(err),
-            k->flat.flags & NBDSERVE_READONLY ? "" : "; -r serves it read-only");
-    return CLI_FAILED;
-  }
+  if ((err == -EACCES || err == -EROFS) && !flat.flags)
+    hint = "; -r serves it read-only";
+  if (err == -ENOENT && !flat.create) hint = "; --create SIZE makes it";
   if (err == -EINVAL)
-    return cli_say(path, "not a file, a block device or mem:SIZE, or smaller "
-                   "than --offset and --size", CLI_FAILED);
-  if (err == -ENOENT && !k->flat.create)
-    return cli_say(path, "no such file; --create SIZE makes it", CLI_FAILED);
-  if (err)
-    return cli_say(path, u_error(err), CLI_FAILED);
+    hint = ": not a file, a block device or mem:SIZE, or smaller than --offset "
+           "and --size say";
+  if (err == -EBUSY)
+    return cli_say(CLI_IN_USE, "%s: in use by another server", path);
+  if (err) return cli_say(CLI_FAILED, "%s: %s%s", path, u_error(err), hint);
   err = nbdserve_add(cli_server, &ex);
-  if (!err)
-    return 0;
+  if (!err) return 0;
   ex.ops->close(ex.ctx);
   return err == -EEXIST
-             ? cli_say(name, "two targets of that export name", CLI_USAGE)
-             : cli_say(path, "block sizes, name or description out of range",
-                       CLI_USAGE);
+             ? cli_say(CLI_USAGE, "%s: two targets of that export name", name)
+             : cli_say(CLI_USAGE, "%s: --block-size, name or description out "
+                       "of range", path);
 }
 
 /* Opens all targets. */
 static int cli_add_all(const struct cli *k) {
   int i, status = 0;
   for (i = 0; i < k->ntargets && !status; i++) {
-    const char *path = k->targets[i], *equals = strchr(path, '=');
+    char *path = k->targets[i], *equals = strchr(path, '=');
     const char *slash = strrchr(path, '/');
-    char name[WIRE_STRING + 1] = "";
+    const char *base = slash ? slash + 1 : path;
     if (equals && !memchr(path, '/', (size_t)(equals - path))) {
-      snprintf(name, sizeof name, "%.*s", (int)(equals - path), path);
-      path = equals + 1;
-    } else if (k->name || k->ntargets > 1) {
-      snprintf(name, sizeof name, "%s",
-               k->name ? k->name : slash ? slash + 1 : path);
+      *equals = 0;
+      status = cli_add(k, equals + 1, path);
+    } else {
+      status = cli_add(k, path, k->ntargets > 1 ? base : k->name);
     }
-    status = cli_add(k, path, name);
   }
   return status;
 }
 
-/* Listens on one address; text: how the user called it. */
+/* Listens on one address of that kind. */
 static int cli_listen_on(const char *kind, const char *address) {
   char full[PATH_MAX + 8];
-  char what[100];
   int err;
 
-  if (snprintf(full, sizeof full, "%s:%s", kind, address) >= (int)sizeof full)
-    err = -ENAMETOOLONG;
-  else
-    err = nbdserve_listen(cli_server, full);
-  if (!err)
-    return 0;
-  if (err == -ENAMETOOLONG) {
-    snprintf(what, sizeof what, "a socket path has at most %u bytes; this is %u",
-             (unsigned)sizeof(((struct sockaddr_un *)0)->sun_path) - 1,
-             (unsigned)strlen(address));
-    return cli_say(address, what, CLI_FAILED);
-  }
-  if (err == -EADDRINUSE && strcmp(kind, "unix") == 0)
-    return cli_say(address, "a server listens there, or it is no socket; not "
-                   "replaced", CLI_FAILED);
-  return cli_say(address, err == -EINVAL ? "no such kind of address"
-                                         : u_error(err), CLI_FAILED);
+  snprintf(full, sizeof full, "%s:%s", kind, address);
+  err = nbdserve_listen(cli_server, full);
+  if (err == -ENAMETOOLONG)
+    return cli_say(CLI_FAILED, "%s: a socket path has at most %u bytes",
+                   address,
+                   (unsigned)sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
+  if (err == -EADDRINUSE)
+    return cli_say(CLI_FAILED, "%s: a server listens there, or it is something "
+                   "else; not replaced", full);
+  return err ? cli_say(CLI_FAILED, "%s: %s", full, u_error(err)) : 0;
 }
 
 /* A socket only its owner can reach, in a directory that is removed again. */
 static int cli_listen_private(struct cli *k) {
-  static const char *const vars[] = {"XDG_RUNTIME_DIR", "TMPDIR", NULL};
-  char path[sizeof k->private_dir + 8];
-  size_t i;
-  int status;
+  const char *dirs[3];
+  int i, status;
 
-  for (i = 0; i < sizeof vars / sizeof *vars; i++) {
-    const char *dir = vars[i] ? getenv(vars[i]) : "/tmp";
-    if (!dir || !*dir || strlen(dir) > 80)
-      continue; /* the path must fit into a socket address everywhere */
-    snprintf(k->private_dir, sizeof k->private_dir, "%s/nbdXXXXXX", dir);
-    if (mkdtemp(k->private_dir))
-      break;
-    k->private_dir[0] = 0;
+  dirs[0] = getenv("XDG_RUNTIME_DIR");
+  dirs[1] = getenv("TMPDIR");
+  dirs[2] = "/tmp";
+  for (i = 0; i < 3 && !*k->dir; i++) {
+    if (!dirs[i] || *dirs[i] != '/' || strlen(dirs[i]) > 80)
+      continue; /* with the rest it must fit into every system's address */
+    snprintf(k->dir, sizeof k->dir, "%s/nbdXXXXXX", dirs[i]);
+    if (!mkdtemp(k->dir)) *k->dir = 0;
   }
-  if (!k->private_dir[0])
-    return cli_say("private socket", "no directory for it can be made; use -U",
-                   CLI_FAILED);
-  snprintf(path, sizeof path, "%s/sock", k->private_dir);
-  status = cli_listen_on("unix", path);
-  if (!status && (chmod(path, 0600) < 0 ||
-                  (k->has_uid && (chown(path, k->uid, k->gid) < 0 ||
-                                  chown(k->private_dir, k->uid, k->gid) < 0))))
-    return cli_say(path, u_error(-errno), CLI_FAILED);
+  if (!*k->dir)
+    return cli_say(CLI_FAILED, "private socket: no directory for it; use -U");
+  snprintf(k->sock, sizeof k->sock, "%s/sock", k->dir);
+  status = cli_listen_on("unix", k->sock);
+  if (!status && chmod(k->sock, 0600) < 0) status = cli_say_errno(k->sock);
+  if (!status && k->v[OPT_USER] &&
+      (chown(k->sock, k->uid, k->gid) < 0 || chown(k->dir, k->uid, k->gid) < 0))
+    status = cli_say_errno(k->sock);
   return status;
 }
 
-/* Sockets handed over by systemd, or by nbdinfo and its like. */
-static int cli_listen_activated(struct cli *k) {
+/* A socket from whoever started us: one to listen on, or a client. */
+static int cli_take_fd(struct cli *k, const char *number) {
+  int fd = (int)strtol(number, NULL, 10), listens = 0;
+  socklen_t len = sizeof listens;
+  if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) < 0)
+    return cli_say_errno(number);
+  if (listens) return cli_listen_on("fd", number);
+  k->serve[0] = k->serve[1] = fd;
+  return 0;
+}
+
+/* Sockets handed over by systemd, or by nbdinfo and its like; *n: how many. */
+static int cli_listen_activated(struct cli *k, int *n) {
   const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
   char number[16];
-  uint64_t n;
-  unsigned i;
-  int status = 0;
+  int i, status = 0;
 
-  if (!pid || !fds || strtol(pid, NULL, 10) != (long)getpid() ||
-      !cli_number(fds, 1, 1000, &n))
-    return 0;
-  k->use_activation = 1;
-  unsetenv("LISTEN_PID");
-  unsetenv("LISTEN_FDS");
-  unsetenv("LISTEN_FDNAMES");
-  for (i = 3; i < 3 + n && !status; i++) {
-    snprintf(number, sizeof number, "%u", i);
-    status = cli_listen_on("fd", number);
+  *n = pid && fds && strtol(pid, NULL, 10) == (long)getpid()
+           ? (int)strtol(fds, NULL, 10)
+           : 0;
+  if (*n > 0) {
+    unsetenv("LISTEN_PID");
+    unsetenv("LISTEN_FDS");
+    unsetenv("LISTEN_FDNAMES");
+  }
+  for (i = 3; i < 3 + *n && !status; i++) {
+    snprintf(number, sizeof number, "%d", i);
+    status = cli_take_fd(k, number);
   }
   return status;
+}
+
+/* Listens on TCP. */
+static int cli_listen_tcp(const struct cli *k) {
+  const char *host = k->v[OPT_BIND] ? k->v[OPT_BIND] : "localhost";
+  const char *port = k->v[OPT_PORT] ? k->v[OPT_PORT] : "10809";
+  char address[300];
+
+  snprintf(address, sizeof address, strchr(host, ':') ? "[%s]:%s" : "%s:%s",
+           host, port);
+  if (strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
+      strncmp(host, "127.", 4) != 0 && !k->v[OPT_QUIET])
+    cli_say(0, "%s: no authentication: who reaches it reads and writes", host);
+  return cli_listen_on("tcp", address);
 }
 
 /* Listens wherever the command line says. */
 static int cli_listen(struct cli *k) {
-  char address[PATH_MAX];
-  size_t n;
-  int status = cli_listen_activated(k);
+  const char *path = k->v[OPT_UNIX];
+  int is_tcp = k->v[OPT_PORT] || k->v[OPT_BIND], activated, status;
 
-  if (status || k->use_activation)
-    return status;
-  if (k->fd)
-    status = cli_listen_on("fd", k->fd);
-  if (!status && (k->port || k->bind)) {
-    const char *host = k->bind ? k->bind : "localhost";
-    snprintf(address, sizeof address, strchr(host, ':') && *host != '['
-             ? "[%s]:%s" : "%s:%s", host, k->port ? k->port : "10809");
-    status = cli_listen_on("tcp", address);
-    if (!status && strcmp(host, "localhost") && strncmp(host, "127.", 4) &&
-        strcmp(host, "::1") && k->config.log_level > 0)
-      cli_say(host, "no authentication: whoever reaches it reads and writes", 0);
-  }
-  if (!status && k->unix_path && strcmp(k->unix_path, "-") != 0) {
-    address[0] = 0; /* a whole path, so that the URI works from anywhere */
-    if (k->unix_path[0] != '/' && getcwd(address, sizeof address - 2))
-      strcat(address, "/");
-    n = strlen(address) + strlen(k->unix_path);
-    if (n < sizeof(((struct sockaddr_un *)0)->sun_path))
-      status = cli_listen_on("unix", strcat(address, k->unix_path));
-    else
-      status = cli_listen_on("unix", k->unix_path);
-  } else if (!status && (k->unix_path || (!k->fd && !k->port && !k->bind))) {
+  status = cli_listen_activated(k, &activated);
+  if (status || activated) return status;
+  if (k->v[OPT_FD]) status = cli_take_fd(k, k->v[OPT_FD]);
+  if (!status && path && strcmp(path, "-") != 0) {
+    /* a whole path, where it fits, so that the URI works from anywhere */
+    if (*path != '/' && getcwd(k->sock, 100 - u_min(strlen(path), 98)))
+      strcat(k->sock, "/");
+    strncat(k->sock, path, sizeof k->sock / 2);
+    status = cli_listen_on("unix", k->sock);
+  } else if (!status && (path || (!k->v[OPT_FD] && !is_tcp))) {
     status = cli_listen_private(k);
   }
-  if (!status)
-    nbdserve_uri(cli_server, k->name ? k->name : "", k->uri, sizeof k->uri);
+  if (!status && is_tcp) status = cli_listen_tcp(k);
+  if (!status) nbdserve_uri(cli_server, k->name, k->uri, sizeof k->uri);
   return status;
 }
 
@@ -4040,8 +3206,7 @@ static void cli_on_signal(int sig) {
     nbdserve_wake(cli_server);
     return;
   }
-  if (sig == SIGINT && cli_ending)
-    _exit(130);
+  if (sig == SIGINT && cli_ending) _exit(130);
   cli_ending = 1;
   nbdserve_stop(cli_server);
 }
@@ -4061,87 +3226,59 @@ static void cli_catch_signals(void (*handler)(int)) {
 
 /* The ARG with every {} in it replaced by the URI. */
 static char *cli_expand(const char *arg, const char *uri) {
-  size_t n = strlen(arg) + 1, step = strlen(uri);
-  const char *p;
-  char *out, *q;
-  for (p = arg; (p = strstr(p, "{}")); p += 2)
-    n += step;
-  out = q = NBDSERVE_MALLOC(n);
-  for (p = arg; out && *p;) {
-    if (strncmp(p, "{}", 2) == 0) {
-      memcpy(q, uri, step);
-      q += step;
-      p += 2;
-    } else {
-      *q++ = *p++;
-    }
+  size_t max = strlen(arg) * (strlen(uri) + 1) + 1, n = 0;
+  char *out = u_zalloc(max);
+  while (out && *arg) {
+    int hit = strncmp(arg, "{}", 2) == 0;
+    n += (size_t)snprintf(out + n, max - n, hit ? "%s" : "%.1s",
+                          hit ? uri : arg);
+    arg += hit ? 2 : 1;
   }
-  if (out)
-    *q = 0;
   return out;
 }
 
 /* What --run offers to its shell, as nbdkit does. */
 static void cli_set_environment(const struct cli *k) {
-  const char *socket = strstr(k->uri, "?socket=");
-  char nbd[PATH_MAX + 64], host[64] = "";
+  char host[64] = "", nbd[PATH_MAX + 80];
   const char *colon;
 
-  setenv("uri", k->uri, 1);
-  setenv("exportname", k->name ? k->name : "", 1);
-  setenv("unixsocket", "", 1);
-  setenv("port", "", 1);
-  if (socket) {
-    const char *path = k->private_dir[0] ? NULL : k->unix_path;
-    snprintf(nbd, sizeof nbd, "%s%s", path ? path : k->private_dir,
-             path ? "" : "/sock");
-    setenv("unixsocket", nbd, 1);
-    memmove(nbd + 9, nbd, strlen(nbd) + 1);
-    memcpy(nbd, "nbd:unix:", 9);
-  } else {
+  if (!*k->sock)
     snprintf(host, sizeof host, "%.*s", (int)strcspn(k->uri + 6, "/"),
              k->uri + 6);
-    colon = strrchr(host, ':');
-    setenv("port", colon ? colon + 1 : "", 1);
-    snprintf(nbd, sizeof nbd, "nbd:%s", host);
-  }
+  colon = strrchr(host, ':');
+  snprintf(nbd, sizeof nbd, "nbd:%s%s", *k->sock ? "unix:" : host, k->sock);
+  setenv("uri", k->uri, 1);
   setenv("nbd", nbd, 1);
+  setenv("unixsocket", k->sock, 1);
+  setenv("port", colon ? colon + 1 : "", 1);
+  setenv("exportname", k->name, 1);
 }
 
 /* Starts the captive command. */
 static int cli_start_command(struct cli *k) {
-  char *shell[4] = {NULL, NULL, NULL, NULL};
-  char **argv = k->command, **p;
+  char **p;
 
   k->child = fork();
-  if (k->child < 0)
-    return cli_say("--run", u_error(-errno), CLI_FAILED);
-  if (k->child > 0)
-    return 0;
+  if (k->child < 0) return cli_say_errno("fork");
+  if (k->child > 0) return 0;
   cli_catch_signals(SIG_DFL);
-  if (k->run) {
+  if (k->v[OPT_RUN]) {
     cli_set_environment(k);
-    shell[0] = u_copy("/bin/sh");
-    shell[1] = u_copy("-c");
-    shell[2] = u_copy(k->run);
-    argv = shell;
+    execl("/bin/sh", "sh", "-c", k->v[OPT_RUN], (char *)NULL);
   } else {
-    for (p = argv; *p; p++)
-      *p = cli_expand(*p, k->uri);
+    for (p = k->command; *p; p++) *p = cli_expand(*p, k->uri);
+    execvp(k->command[0], k->command);
   }
-  execvp(argv[0], argv);
-  cli_say(argv[0], u_error(-errno), 0);
-  _exit(127);
+  _exit(cli_say_errno(k->v[OPT_RUN] ? "/bin/sh" : k->command[0]) + 126);
+  return 0;
 }
 
 /* Waits for the captive command, ending it if it is still there; its status. */
 static int cli_end_command(const struct cli *k) {
   int st = 0;
   pid_t r = waitpid(k->child, &st, WNOHANG);
-  if (r == 0)
-    kill(k->child, SIGTERM);
-  while (r == 0 || (r < 0 && errno == EINTR))
-    r = waitpid(k->child, &st, 0);
+  if (r == 0) kill(k->child, SIGTERM);
+  while (r == 0 || (r < 0 && errno == EINTR)) r = waitpid(k->child, &st, 0);
   return WIFSIGNALED(st) ? 128 + WTERMSIG(st) : WEXITSTATUS(st);
 }
 
@@ -4150,201 +3287,155 @@ static int cli_write_pidfile(const char *path) {
   char temp[PATH_MAX];
   FILE *f;
   int ok;
-  if (snprintf(temp, sizeof temp, "%s.new", path) >= (int)sizeof temp)
-    return cli_say(path, u_error(-ENAMETOOLONG), CLI_FAILED);
+  snprintf(temp, sizeof temp, "%.*s.new", PATH_MAX - 8, path);
   f = fopen(temp, "w");
-  if (!f)
-    return cli_say(temp, u_error(-errno), CLI_FAILED);
+  if (!f) return cli_say_errno(temp);
   ok = fprintf(f, "%ld\n", (long)getpid()) > 0;
   ok = fclose(f) == 0 && ok && rename(temp, path) == 0;
-  return ok ? 0 : cli_say(path, u_error(-errno), CLI_FAILED);
-}
-
-/* Tells systemd, if it asked. */
-static void cli_notify(void) {
-  const char *path = getenv("NOTIFY_SOCKET");
-  union srv_address a;
-  size_t n = path ? strlen(path) : 0;
-  int fd;
-  memset(&a, 0, sizeof a);
-  if (!n || n >= sizeof a.un.sun_path)
-    return;
-  a.un.sun_family = AF_UNIX;
-  memcpy(a.un.sun_path, path, n);
-  if (*path == '@')
-    a.un.sun_path[0] = 0;
-  fd = socket(AF_UNIX, SOCK_DGRAM, 0);
-  if (fd < 0)
-    return;
-  sendto(fd, "READY=1", 7, OS_MSG_NOSIGNAL, &a.sa,
-         (socklen_t)(offsetof(struct sockaddr_un, sun_path) + n));
-  close(fd);
+  return ok ? 0 : cli_say_errno(path);
 }
 
 /* Gives up root. */
 static int cli_drop_privileges(const struct cli *k) {
-  if (!k->has_uid && !k->has_gid)
-    return 0;
+  int user = k->v[OPT_USER] != NULL;
+  if (!user && !k->v[OPT_GROUP]) return 0;
   if (setgroups(0, NULL) < 0 || setgid(k->gid) < 0 ||
-      (k->has_uid && setuid(k->uid) < 0) ||
-      (k->has_uid && k->uid && setuid(0) == 0))
-    return cli_say("--user", u_error(-errno), CLI_FAILED);
+      (user && setuid(k->uid) < 0))
+    return cli_say_errno("--user");
+  if (user && k->uid && setuid(0) == 0)
+    return cli_say(CLI_FAILED, "--user: root can be had back");
   return 0;
-}
-
-/* Writes the URI line to fd and closes it. */
-static int cli_tell(const struct cli *k, int fd) {
-  size_t n = strlen(k->uri);
-  int ok = write(fd, k->uri, n) == (ssize_t)n && write(fd, "\n", 1) == 1;
-  return close(fd) == 0 && ok ? 0 : cli_say("ready", u_error(-errno), CLI_FAILED);
 }
 
 /* All is open and listening: tells everybody who asked. */
 static int cli_ready(struct cli *k) {
-  int status = k->pidfile ? cli_write_pidfile(k->pidfile) : 0;
-  int null;
+  int to = k->v[OPT_READY_FD] ? (int)k->n[OPT_READY_FD] : -1, null, status = 0;
 
-  if (!status)
-    status = cli_drop_privileges(k);
-  if (!status && (k->run || k->command))
-    status = cli_start_command(k);
-  if (!status && k->ready_fd > 0)
-    status = cli_tell(k, k->ready_fd);
-  if (status)
-    return status;
-  cli_notify();
+  if (k->v[OPT_PIDFILE]) status = cli_write_pidfile(k->v[OPT_PIDFILE]);
+  if (!status) status = cli_drop_privileges(k);
+  if (!status && (k->v[OPT_RUN] || k->command)) status = cli_start_command(k);
+  if (status) return status;
+  if (to >= 0 && (dprintf(to, "%s\n", k->uri) < 0 || close(to) < 0))
+    return cli_say_errno("--ready-fd");
+  if (k->report < 0 && !k->child && *k->uri &&
+      (puts(k->uri) < 0 || fflush(stdout) == EOF))
+    return cli_say_errno("standard output");
   if (k->report >= 0) {
     null = open("/dev/null", O_RDWR);
-    dup2(null, 0);
-    dup2(null, 1);
-    dup2(null, 2);
+    if (dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0 ||
+        dprintf(k->report, "%s\n", k->uri) < 0)
+      return CLI_FAILED;
     close(null);
-    return cli_tell(k, k->report);
+    close(k->report);
   }
-  if (!k->child && !k->use_activation && *k->uri)
-    status = printf("%s\n", k->uri) < 0 || fflush(stdout) == EOF
-                 ? cli_say("standard output", u_error(-errno), CLI_FAILED)
-                 : 0;
-  return status;
+  return 0;
 }
 
 /* --fork: the parent waits until the child listens, passes its URI line on and
  * exits.  The child returns. */
 static int cli_fork(struct cli *k) {
-  int fd[2], st = 0;
+  int fd[2], st = 0, told = 0;
   char buf[1024];
-  ssize_t n, total = 0;
+  ssize_t n;
   pid_t pid;
 
-  if (pipe(fd) < 0 || (pid = fork()) < 0)
-    return cli_say("--fork", u_error(-errno), CLI_FAILED);
+  if (pipe(fd) < 0 || (pid = fork()) < 0) return cli_say_errno("--fork");
   if (pid == 0) {
     close(fd[0]);
     k->report = fd[1];
-    fcntl(fd[1], F_SETFD, FD_CLOEXEC);
-    return setsid() < 0 ? cli_say("--fork", u_error(-errno), CLI_FAILED) : 0;
+    return setsid() < 0 ? cli_say_errno("--fork") : 0;
   }
   close(fd[1]);
   while ((n = read(fd[0], buf, sizeof buf)) > 0 || (n < 0 && errno == EINTR))
-    if (n > 0 && write(1, buf, (size_t)n) == n)
-      total += n;
-  if (total > 0)
-    _exit(0);
+    told |= n > 0 && write(1, buf, (size_t)n) == n;
+  if (told) _exit(0);
   waitpid(pid, &st, 0);
   _exit(WIFEXITED(st) && WEXITSTATUS(st) ? WEXITSTATUS(st) : CLI_FAILED);
+  return 0;
 }
 
 static void cli_print_stats(const struct cli *k) {
   struct nbdserve_stats t;
   nbdserve_stats(cli_server, &t);
   fprintf(stderr,
-          k->json ? "{\"clients\":%" PRIu64 ",\"clients_now\":%" PRIu64
-                    ",\"requests\":%" PRIu64 ",\"errors\":%" PRIu64
-                    ",\"bytes_read\":%" PRIu64 ",\"bytes_written\":%" PRIu64
-                    ",\"flushes\":%" PRIu64 "}\n"
-                  : "nbdserve: %" PRIu64 " clients (%" PRIu64
-                    " now), %" PRIu64 " requests (%" PRIu64
-                    " failed), %" PRIu64 " bytes read, %" PRIu64
-                    " written, %" PRIu64 " flushes\n",
+          k->v[OPT_JSON]
+              ? "{\"clients\":%" PRIu64 ",\"clients_now\":%" PRIu64
+                ",\"requests\":%" PRIu64 ",\"errors\":%" PRIu64
+                ",\"bytes_read\":%" PRIu64 ",\"bytes_written\":%" PRIu64
+                ",\"flushes\":%" PRIu64 "}\n"
+              : "nbdserve: %" PRIu64 " clients (%" PRIu64 " now), %" PRIu64
+                " requests (%" PRIu64 " failed), %" PRIu64
+                " bytes read, %" PRIu64 " written, %" PRIu64 " flushes\n",
           t.clients, t.clients_now, t.requests, t.errors, t.bytes_read,
           t.bytes_written, t.flushes);
 }
 
 /* Serves until it is over; the exit status. */
 static int cli_serve(struct cli *k) {
-  int err = 0, status;
+  int err = 0, run;
 
-  if (k->use_stdin) {
-    err = nbdserve_serve(cli_server, 0, 1, NULL);
+  if (k->serve[0] >= 0) {
+    err = nbdserve_serve(cli_server, k->serve[0], k->serve[1], NULL);
     nbdserve_stop(cli_server); /* what follows only flushes */
   }
-  do {
-    status = nbdserve_run(cli_server);
-    if (status == -EINTR && cli_usr1) {
+  while ((run = nbdserve_run(cli_server)) == -EINTR)
+    if (cli_usr1) {
       cli_usr1 = 0;
       cli_print_stats(k);
     }
-  } while (status == -EINTR);
-  if (k->stats)
-    cli_print_stats(k);
-  if (k->child > 0) {
-    int st = cli_end_command(k);
-    return st ? st : status ? CLI_FAILED : 0;
-  }
-  return err || status ? CLI_FAILED : 0;
+  if (k->v[OPT_STATS]) cli_print_stats(k);
+  if (!err) err = run;
+  run = k->child > 0 ? cli_end_command(k) : 0;
+  return run ? run : err ? CLI_FAILED : 0;
 }
 
-/* Descriptors 0 to 2 are open, so that no file or socket becomes one of them
- * and takes messages for data. */
-static void cli_fill_fds(void) {
-  int fd;
-  do
-    fd = open("/dev/null", O_RDWR);
-  while (fd >= 0 && fd <= 2);
-  if (fd > 2)
-    close(fd);
+/* Everything from the first open file to the last. */
+static int cli_main(struct cli *k) {
+  int status = cli_new_server(k);
+
+  if (status) return status;
+  cli_catch_signals(cli_on_signal);
+  status = cli_add_all(k);
+  if (k->v[OPT_STDIN])
+    k->serve[0] = !(k->serve[1] = 1);
+  else if (!status)
+    status = cli_listen(k);
+  if (!status && !k->v[OPT_STDIN]) status = cli_ready(k);
+  if (!status) status = cli_serve(k);
+  cli_catch_signals(SIG_IGN);
+  if (k->v[OPT_PIDFILE]) unlink(k->v[OPT_PIDFILE]);
+  nbdserve_free(cli_server);
+  if (*k->dir) rmdir(k->dir);
+  return status;
 }
 
 int main(int argc, char **argv) {
-  struct cli *k;
-  int status;
+  struct cli *k = u_zalloc(sizeof *k);
+  int status, fd;
 
-  cli_fill_fds();
-  k = calloc(1, sizeof *k);
-  if (k)
-    k->targets = calloc((size_t)argc + 1, sizeof *k->targets);
-  if (!k || !k->targets)
-    return cli_say("start", u_error(-ENOMEM), CLI_FAILED);
-  k->report = k->ready_fd = -1;
-  k->config.version = NBDSERVE_VERSION_NUMBER;
-  k->config.log = cli_log;
-  k->config.log_level = NBDSERVE_LOG_WARNING;
+  do fd = open("/dev/null", O_RDWR); /* 0 to 2 are open: nothing else becomes */
+  while (fd >= 0 && fd <= 2);        /* one of them and gets messages as data */
+  if (fd > 2) close(fd);
+  if (k) k->targets = u_zalloc(((size_t)argc + 1) * sizeof *k->targets);
+  if (!k || !k->targets) return cli_say(CLI_FAILED, "start: out of memory");
+  k->report = k->serve[0] = k->serve[1] = -1;
   status = cli_parse(k, argc, argv);
-  if (!status)
-    status = cli_check(k);
-  if (!status && k->background)
-    status = cli_fork(k);
-  if (!status && nbdserve_new(&cli_server, &k->config))
-    status = cli_say("start", "no memory or descriptors", CLI_FAILED);
-  if (!status) {
-    cli_catch_signals(cli_on_signal);
-    status = cli_add_all(k);
-    if (!status && !k->use_stdin)
-      status = cli_listen(k);
-    if (!status && !k->use_stdin)
-      status = cli_ready(k);
-    if (!status)
-      status = cli_serve(k);
-    cli_catch_signals(SIG_IGN);
-    if (k->pidfile)
-      unlink(k->pidfile);
-    nbdserve_free(cli_server);
-    if (k->private_dir[0])
-      rmdir(k->private_dir);
+  k->name = k->v[OPT_EXPORT] ? k->v[OPT_EXPORT] : "";
+  if (!status && k->v[OPT_HELP]) {
+    cli_help();
+  } else if (!status && k->v[OPT_VERSION]) {
+    printf("nbdserve %s%s%s%s%s\n", nbdserve_version(),
+           NBDSERVE_NO_FLAT ? "" : " flat", NBDSERVE_NO_TCP ? "" : " tcp",
+           NBDSERVE_NO_THREADS ? "" : " threads",
+           NBDSERVE_POSIX_ONLY ? " posix-only" : "");
+  } else {
+    if (!status) status = cli_check(k);
+    if (!status && k->v[OPT_FORK]) status = cli_fork(k);
+    if (!status) status = cli_main(k);
   }
-  free(k->targets);
-  free(k);
-  return status < 0 ? 0 : status;
+  NBDSERVE_FREE(k->targets);
+  NBDSERVE_FREE(k);
+  return status;
 }
 
 #endif /* !NBDSERVE_NO_MAIN */

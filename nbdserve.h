@@ -180,8 +180,8 @@ NBDSERVE_API int nbdserve_resize(struct nbdserve *s, const char *name,
 
 /* Listens on "unix:PATH", "tcp:HOST:PORT" (a numeric address, [IPv6], or
  * localhost for both loopbacks; port 0: the kernel picks one) or "fd:N" (a
- * listening socket, or one connected client: nbdserve_run returns when it has
- * gone).  Before nbdserve_run.
+ * listening socket; a connected one is for nbdserve_serve).  Before
+ * nbdserve_run.
  * -EINVAL: not one of these.  -ENAMETOOLONG: PATH is over the system's limit.
  * -EADDRINUSE: someone listens there.  Others as socket(2), bind(2). */
 NBDSERVE_API int nbdserve_listen(struct nbdserve *s, const char *address);

@@ -1,0 +1,151 @@
+# nbdserve: `make help` lists what there is to make.
+# SPDX-License-Identifier: 0BSD
+.POSIX:
+
+CC = cc
+CFLAGS = -O2 -g
+CPPFLAGS =
+LDFLAGS =
+LDLIBS = -lpthread
+AR = ar
+PREFIX = /usr/local
+DESTDIR =
+
+# The strict sets: not one warning from either compiler.
+GCC_STRICT = -std=c99 -O2 -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
+  -Wsign-conversion -Wstrict-prototypes -Wmissing-prototypes -Wundef \
+  -Wcast-qual -Wpointer-arith -Wwrite-strings -Wvla -Werror
+CLANG_STRICT = -std=c99 -O2 -Weverything -Wno-padded -Wno-reserved-identifier \
+  -Wno-disabled-macro-expansion -Wno-reserved-macro-identifier \
+  -Wno-unreachable-code -Wno-unreachable-code-return \
+  -Wno-declaration-after-statement -Werror
+SWITCHES = NO_MAIN NO_FLAT NO_TCP NO_THREADS POSIX_ONLY
+
+all: nbdserve ## the server (default)
+
+nbdserve: nbdserve.c nbdserve.h
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ nbdserve.c $(LDLIBS)
+
+lib: libnbdserve.a ## the library, without main()
+
+libnbdserve.a: nbdserve.c nbdserve.h
+	mkdir -p build
+	$(CC) $(CPPFLAGS) $(CFLAGS) -DNBDSERVE_NO_MAIN -c -o build/nbdserve.o \
+	  nbdserve.c
+	$(AR) rcs $@ build/nbdserve.o
+
+install: nbdserve libnbdserve.a ## into $(DESTDIR)$(PREFIX)
+	mkdir -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib \
+	  $(DESTDIR)$(PREFIX)/include
+	cp nbdserve $(DESTDIR)$(PREFIX)/bin/
+	cp libnbdserve.a $(DESTDIR)$(PREFIX)/lib/
+	cp nbdserve.h $(DESTDIR)$(PREFIX)/include/
+
+uninstall: ## remove what install put there
+	rm -f $(DESTDIR)$(PREFIX)/bin/nbdserve \
+	  $(DESTDIR)$(PREFIX)/lib/libnbdserve.a \
+	  $(DESTDIR)$(PREFIX)/include/nbdserve.h
+
+check: nbdserve ## the test suite on ./nbdserve
+	CC="$(CC)" CFLAGS="$(CFLAGS)" LDLIBS="$(LDLIBS)" ./test.sh
+
+check-cc: ## build with every compiler and run the whole suite on each
+	@mkdir -p build; \
+	for c in "gcc -O2" "clang -O2" "tcc" "musl-gcc -static -O2"; do \
+	  set -- $$c; \
+	  command -v $$1 >/dev/null || { echo "SKIP $$1: not installed"; continue; }; \
+	  echo "== $$c"; \
+	  warn=$$($$c -Wall -o build/nbdserve-$$1 nbdserve.c -lpthread 2>&1) || \
+	    exit 1; \
+	  [ -z "$$warn" ] || { echo "$$warn"; exit 1; }; \
+	  NBDSERVE=$$PWD/build/nbdserve-$$1 CC=$$1 CFLAGS= ./test.sh || exit 1; \
+	done
+
+check-strict: ## the strict warning sets of gcc and clang; header as C89, C++98
+	@mkdir -p build; e=; \
+	run() { \
+	  command -v $$1 >/dev/null || { echo "SKIP $$1: not installed"; return; }; \
+	  echo "$$@" | cut -c1-70; "$$@" -o build/strict.o || e=1; }; \
+	for d in -DNBDSERVE_NO_MAIN=0 -DNBDSERVE_NO_MAIN; do \
+	  run gcc $(GCC_STRICT) $$d -c nbdserve.c; \
+	  run clang $(CLANG_STRICT) $$d -c nbdserve.c; \
+	done; \
+	echo '#include "nbdserve.h"' > build/header.c; \
+	cp build/header.c build/header.cc; \
+	run gcc -std=c89 -pedantic -Wall -Wextra -Werror -I. -c build/header.c; \
+	run g++ -std=c++98 -Wall -Wextra -Werror -I. -c build/header.cc; \
+	run clang++ -std=c++20 -Weverything -Wno-c++98-compat-pedantic -Wno-padded \
+	  -Werror -I. -c build/header.cc; \
+	[ -z "$$e" ]
+
+check-config: ## build and test with each switch of [1] by itself
+	@mkdir -p build; \
+	for s in $(SWITCHES); do \
+	  echo "== -DNBDSERVE_$$s"; \
+	  $(CC) -O1 -Wall -Wextra -Werror -DNBDSERVE_NO_MAIN -DNBDSERVE_$$s \
+	    -c -o build/config.o nbdserve.c || exit 1; \
+	  case $$s in \
+	    NO_MAIN) gone=' [TtDd] main$$' ;; \
+	    NO_FLAT) gone=' [Tt] .*flat' ;; \
+	    NO_TCP) gone=' U inet_' ;; \
+	    NO_THREADS) gone=' U pthread_' ;; \
+	    POSIX_ONLY) gone=' U \(fallocate\|accept4\|preadv\|memfd\)' ;; \
+	  esac; \
+	  if nm build/config.o | grep "$$gone"; then \
+	    echo "$$s leaves these symbols"; exit 1; fi; \
+	  case $$s in NO_MAIN | NO_FLAT) continue ;; esac; \
+	  $(CC) -O1 -Wall -Wextra -Werror -DNBDSERVE_$$s -o build/config nbdserve.c \
+	    $(LDLIBS) || exit 1; \
+	  NBDSERVE=$$PWD/build/config SWITCH=$$s ./test.sh || exit 1; \
+	done
+
+check-san: ## the suite under address and undefined behaviour sanitizers
+	mkdir -p build
+	$(CC) -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+	  -o build/nbdserve-san nbdserve.c $(LDLIBS)
+	NBDSERVE=$$PWD/build/nbdserve-san SANITIZER=address CC="$(CC)" \
+	  CFLAGS="-g -O1 -fsanitize=address,undefined" ./test.sh
+
+check-tsan: ## the suite under the thread sanitizer
+	mkdir -p build
+	$(CC) -g -O1 -fsanitize=thread -o build/nbdserve-tsan nbdserve.c $(LDLIBS)
+	NBDSERVE=$$PWD/build/nbdserve-tsan SANITIZER=thread CC="$(CC)" \
+	  CFLAGS="-g -O1 -fsanitize=thread" ./test.sh
+
+check-symbols: libnbdserve.a ## the library defines only nbdserve_*
+	@! nm -g --defined-only libnbdserve.a | grep ' [A-Z] ' | \
+	  grep -v ' nbdserve_'
+	@echo "only nbdserve_* is global"
+
+lint: ## lines, functions, cppcheck, shellcheck
+	@! grep -nE '.{81,}' nbdserve.c nbdserve.h test.sh Makefile || \
+	  { echo 'over 80 columns'; exit 1; }
+	@! grep -nE '[[:space:]]+$$' nbdserve.c nbdserve.h test.sh README || \
+	  { echo 'trailing blanks'; exit 1; }
+	@n=$$(wc -l < nbdserve.c); [ $$n -le 4800 ] || \
+	  { echo "nbdserve.c: $$n lines, over 4800"; exit 1; }
+	@if command -v ctags >/dev/null; then \
+	  ctags -x --c-kinds=f --fields=+ne --_xformat='%N %n %{end}' nbdserve.c | \
+	  awk '$$3 - $$2 > 119 {print "over 120 lines: " $$1; e = 1} END {exit e}'; \
+	  else echo 'SKIP ctags: not installed'; fi
+	@if command -v shellcheck >/dev/null; then \
+	  sed '/^\. shunit2/,$$d' test.sh | shellcheck -s sh -; \
+	  else echo 'SKIP shellcheck: not installed'; fi
+	@if command -v cppcheck >/dev/null; then \
+	  cppcheck --quiet --error-exitcode=1 --std=c99 \
+	    --enable=warning,performance,portability --inline-suppr \
+	    --suppress=missingIncludeSystem --suppress=toomanyconfigs nbdserve.c; \
+	  else echo 'SKIP cppcheck: not installed'; fi
+
+bench: nbdserve ## a table against nbdkit, qemu-nbd and nbd-server
+	CC="$(CC)" LDLIBS="$(LDLIBS)" ./test.sh --bench
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1: \2/p' Makefile | \
+	  awk -F': ' '{printf "%-14s %s\n", $$1, $$2}'
+
+clean: ## remove what was built
+	rm -rf build nbdserve libnbdserve.a
+
+.PHONY: all lib install uninstall check check-cc check-strict check-config \
+  check-san check-tsan check-symbols lint bench help clean

@@ -161,6 +161,11 @@ STATIC_ASSERT(int_has_32_bits, sizeof(int) >= 4);
 #else
 #define OS_MSG_NOSIGNAL 0 /* SO_NOSIGPIPE does it: see os_tune */
 #endif
+#if OS_LINUX
+#define OS_MSG_MORE MSG_MORE
+#else
+#define OS_MSG_MORE 0
+#endif
 #ifdef __GNUC__ /* lets printf-like functions be checked */
 #define OS_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
 #else
@@ -290,6 +295,31 @@ static void os_tune(int fd, int ms) {
 #endif
 }
 
+/* A pipe that holds up to max bytes of file contents without copying them;
+ * *size is what it holds, 0: there is none. */
+static void os_splice_pipe(int fd[2], int max, size_t *size) {
+  *size = 0;
+#if OS_LINUX
+  if (os_pipe(fd) < 0) return;
+  fcntl(fd[1], F_SETPIPE_SZ, max);
+  *size = (size_t)fcntl(fd[1], F_GETPIPE_SZ);
+#endif
+  (void)fd, (void)max;
+}
+
+/* Moves up to len bytes from one descriptor to another, one of which is a pipe,
+ * *off: if not NULL, where in the file from.  Their number or -1 and errno. */
+static ssize_t os_splice(int from, uint64_t *off, int to, size_t len) {
+#if OS_LINUX
+  loff_t at = off ? (loff_t)*off : 0;
+  return splice(from, off ? &at : NULL, to, NULL, len, 0);
+#else
+  (void)from, (void)off, (void)to, (void)len;
+  errno = EOPNOTSUPP;
+  return -1;
+#endif
+}
+
 /* Takes the first done bytes off the n pieces at v. */
 static void os_advance(struct iovec **v, int *n, size_t done) {
   for (; *n > 0 && done >= (*v)->iov_len; ++*v, --*n) done -= (*v)->iov_len;
@@ -319,6 +349,18 @@ static int os_transfer(int fd, int writing, struct iovec *v, int n,
     if (done <= 0) return done < 0 ? -errno : -EIO;
     off += (uint64_t)done;
     os_advance(&v, &n, (size_t)done);
+  }
+  return 0;
+}
+
+/* Puts len bytes at off of a file into a pipe that has room for them. */
+static int os_fill_pipe(int fd, uint64_t off, int pipe, uint64_t len) {
+  while (len > 0) {
+    ssize_t done = os_splice(fd, &off, pipe, (size_t)len);
+    if (done < 0 && errno == EINTR) continue;
+    if (done <= 0) return done < 0 ? -errno : -EIO;
+    off += (uint64_t)done;
+    len -= (uint64_t)done;
   }
   return 0;
 }
@@ -643,6 +685,8 @@ enum { IO_LOOK_AROUND_MS = 10000, IO_GRACE_MS = 5000 };
 struct io {
   int in, out; /* sockets or pipes */
   int stop;    /* readable from nbdserve_stop on; -1: shutdown() is used */
+  int pipe[2]; /* for data that need not be copied */
+  size_t pipe_size; /* what it holds; 0: there is none */
 };
 
 /* Waits until the input can be read, or the output written. */
@@ -719,23 +763,31 @@ static int io_skip(const struct io *io, uint64_t len, unsigned char *scratch,
   return err;
 }
 
-/* Sends all of v[0..n); uses v up. */
-static int io_send(const struct io *io, struct iovec *v, int n,
+/* Sends all of v[0..n), which it uses up, and then piped bytes out of the
+ * pipe. */
+static int io_send(const struct io *io, struct iovec *v, int n, size_t piped,
                    int64_t deadline) {
+  int flags = OS_MSG_NOSIGNAL | (piped ? OS_MSG_MORE : 0), err = 0;
   struct msghdr m;
-  int err = 0;
+  ssize_t done;
 
   memset(&m, 0, sizeof m);
   while (n > 0 && !err) {
-    ssize_t done;
     m.msg_iov = v;
     m.msg_iovlen = (unsigned)n;
-    done = sendmsg(io->out, &m, OS_MSG_NOSIGNAL);
+    done = sendmsg(io->out, &m, flags);
     if (done < 0 && errno == ENOTSOCK) done = writev(io->out, v, n);
     if (done < 0)
       err = io_again(io, 1, deadline);
     else
       os_advance(&v, &n, (size_t)done);
+  }
+  while (piped > 0 && !err) {
+    done = os_splice(io->pipe[0], NULL, io->out, piped);
+    if (done < 0)
+      err = io_again(io, 1, deadline);
+    else
+      piped -= (size_t)done;
   }
   return err;
 }
@@ -756,6 +808,7 @@ struct nbdserve_req {
   uint64_t cookie, off, len;
   unsigned char *buf; /* data of READ and WRITE; reply of BLOCK_STATUS */
   size_t owned;       /* bytes at buf if they are the request's own, else 0 */
+  int pipe;           /* READ: takes the data instead of buf; 0: none */
   int err;            /* 0 or -errno */
   const char *why;    /* of an error, for humans; NULL: u_error */
   int written;        /* only the flush that FUA asks for is left to do */
@@ -1114,6 +1167,7 @@ enum {
   TX_RBUF = 256 << 10,           /* bytes received at a time */
   TX_WBUF = (256 + 32) << 10,    /* bytes sent at a time */
   TX_SMALL = 128 << 10,          /* longer requests are done one by one */
+  TX_SPLICE = 32 << 10,          /* so are READs from here on, if not copied */
   TX_KEEP = 1 << 20,             /* buffer for those, kept while connected */
   TX_BATCH = 128,                /* requests in a batch */
   TX_WHY = 80,                   /* bytes of an error's text */
@@ -1182,7 +1236,7 @@ enum { HS_MORE, HS_ENTER, HS_END }; /* what follows an option; or -errno */
 static int hs_send(struct conn *c) {
   struct iovec v = {c->wbuf, c->wlen};
   c->wlen = 0;
-  return io_send(&c->io, &v, 1, c->deadline);
+  return io_send(&c->io, &v, 1, 0, c->deadline);
 }
 
 /* Room for len more bytes to send, or NULL when the client is gone. */
@@ -1251,6 +1305,8 @@ static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
   c->read_head = c->structured ? WIRE_CHUNK + 8 : WIRE_SIMPLE;
   c->max_workers = threads > 1 ? threads : 0;
   c->max_deferred = ex->e.ops->batch ? TX_DEFERRED : threads;
+  if (ex->e.ops->batch && c->fd >= 0)
+    os_splice_pipe(c->io.pipe, TX_KEEP, &c->io.pipe_size);
   HS_LOG(c, NBDSERVE_LOG_INFO, "%u: export '%s', %" PRIu64 " bytes%s", c->id,
          name, c->size,
          c->tflags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
@@ -1549,10 +1605,11 @@ static void tx_free_buf(struct conn *c, struct nbdserve_req *r) {
 STATIC_ASSERT(status_needs_no_budget, (int)EX_EXTENTS_SIZE <= (int)TX_SMALL);
 
 /* Sends to the client, unless that has failed before. */
-static int tx_send(struct conn *c, struct iovec *v, int n, int64_t deadline) {
+static int tx_send(struct conn *c, struct iovec *v, int n, size_t piped,
+                   int64_t deadline) {
   int err = -EPIPE;
   os_lock(&c->sending);
-  if (!c->broken) err = io_send(&c->io, v, n, deadline);
+  if (!c->broken) err = io_send(&c->io, v, n, piped, deadline);
   if (err && !c->broken)
     shutdown(c->io.out, SHUT_RDWR); /* the client's thread sees it so */
   c->broken |= err != 0;
@@ -1625,18 +1682,21 @@ static int tx_answer(struct conn *c, struct iovec ready,
   if (list) os_unlock(&c->lock);
   for (r = list; (r || ready.iov_len) && !err; ready.iov_len = 0) {
     struct iovec v[3] = {{NULL, 0}, {NULL, 0}, {NULL, 0}};
+    size_t piped = 0;
     v[0] = ready;
     v[1].iov_base = heads;
-    for (; r && !v[2].iov_len && v[1].iov_len + TX_HEAD <= sizeof heads;
-         r = r->next) {
+    for (; r && !piped && !v[2].iov_len &&
+           v[1].iov_len + TX_HEAD <= sizeof heads; r = r->next) {
       v[1].iov_len += tx_put_head(c, r, heads + v[1].iov_len);
       v[2].iov_base = r->buf;
-      if (!r->err && r->type == NBD_CMD_READ) v[2].iov_len = (size_t)r->len;
+      if (!r->err && r->type == NBD_CMD_READ)
+        *(r->pipe ? &piped : &v[2].iov_len) = (size_t)r->len;
       if (r->err || r->type != NBD_CMD_BLOCK_STATUS) continue;
       v[2].iov_base = r->buf + EX_EXTENT_HEAD;
       v[2].iov_len = r->owned - EX_EXTENT_HEAD;
     }
-    err = tx_send(c, v, 3, deadline);
+    err = tx_send(c, v, v[2].iov_len ? 3 : v[1].iov_len ? 2 : 1, piped,
+                  deadline);
   }
   for (r = list; r; r = r->next) tx_free_buf(c, r);
   return err;
@@ -1867,6 +1927,18 @@ static int tx_add(struct conn *c, const struct nbdserve_req *r) {
   return 0;
 }
 
+/* A long READ whose data need not be copied: is it in the pipe? */
+static int tx_splice(struct conn *c, struct nbdserve_req *r) {
+  if (r->type != NBD_CMD_READ || r->off % 4096 + r->len > c->io.pipe_size)
+    return 0; /* or its pages do not fit */
+  r->pipe = c->io.pipe[1];
+  c->ex->e.ops->batch(c->ex->e.ctx, r, 1);
+  if (!r->err) return 1;
+  r->err = r->pipe = 0; /* never again: there may be something left in it */
+  c->io.pipe_size = 0;
+  return 0;
+}
+
 /* A READ or WRITE that has a buffer of its own: a long one, or one for a
  * worker.  The batch before it has been done. */
 static int tx_big(struct conn *c, struct nbdserve_req *r, int defer) {
@@ -1876,6 +1948,7 @@ static int tx_big(struct conn *c, struct nbdserve_req *r, int defer) {
   int err = 0;
 
   c->last_nreqs = 0;
+  if (tx_splice(c, r)) return tx_answer(c, none, r, deadline);
   if (!defer && len <= TX_KEEP) {
     if (!c->big) c->big = NBDSERVE_MALLOC(TX_KEEP);
     r->buf = c->big;
@@ -1946,7 +2019,9 @@ static int tx_take(struct conn *c) {
   if (r.type == NBD_CMD_FLUSH) r.off = r.len = 0; /* reserved */
   tx_validate(c, &r);
   defer = !c->ex->e.ops->batch && c->max_workers && r.len;
-  if (!r.err && r.type <= NBD_CMD_WRITE && (r.len > TX_SMALL || defer)) {
+  if (!r.err && r.type <= NBD_CMD_WRITE &&
+      (r.len > TX_SMALL || defer ||
+       (r.type == NBD_CMD_READ && r.len >= TX_SPLICE && c->io.pipe_size))) {
     c->rpos += WIRE_REQUEST;
     err = tx_exec(c);
     if (!err) err = tx_big(c, &r, defer);
@@ -2034,6 +2109,7 @@ static int flat_transfer(struct flat *f, const struct nbdserve_req *r,
   struct iovec v[FLAT_RUN];
   size_t i;
   assert(n > 0 && n <= FLAT_RUN);
+  if (r->pipe) return os_fill_pipe(f->fd, f->offset + r->off, r->pipe, r->len);
   for (i = 0; i < n; i++) {
     v[i].iov_base = r[i].buf;
     v[i].iov_len = (size_t)r[i].len;
@@ -2519,6 +2595,7 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   c->fd = owned ? in : -1;
   c->io.in = in;
   c->io.out = out;
+  c->io.pipe[0] = c->io.pipe[1] = -1;
   c->io.stop = owned && !NBDSERVE_NO_THREADS ? -1 : s->stop[0];
   c->queue_end = &c->queue;
   if (os_mutex_init(&c->lock) || os_mutex_init(&c->sending) ||
@@ -2545,6 +2622,8 @@ static void srv_free_client(struct conn *c) {
   *p = c->next;
   s->nconns--;
   srv_add_stats(&s->stats, &c->stats);
+  if (c->io.pipe[0] >= 0) close(c->io.pipe[0]);
+  if (c->io.pipe[1] >= 0) close(c->io.pipe[1]);
   if (c->fd >= 0) close(c->fd); /* locked: srv_finish must not hit another */
   os_wake_all(&s->gone);
   srv_poke(s->wake[1], SRV_GONE);

@@ -114,7 +114,6 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/time.h>
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <time.h>
@@ -273,15 +272,9 @@ static int os_accept(int fd) {
 }
 
 /* Prepares a client's socket: no Nagle delay (proto.md, Protocol phases), no
- * SIGPIPE, dead peers noticed, a blocked call returns after ms to look around.
- * Not a socket: nothing happens. */
-static void os_tune(int fd, int ms) {
-  struct timeval t;
+ * SIGPIPE, dead peers noticed.  Not a socket: nothing happens. */
+static void os_tune(int fd) {
   int one = 1;
-  t.tv_sec = ms / 1000;
-  t.tv_usec = ms % 1000 * 1000;
-  setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
-  setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &t, sizeof t);
   setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
 #ifdef SO_NOSIGPIPE
   setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &one, sizeof one);
@@ -538,10 +531,13 @@ static int u_append_uri(char *buf, size_t size, const char *s) {
   static const char plain[] = "-._~/0123456789abcdefghijklmnopqrstuvwxyz"
                               "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
   size_t n = strlen(buf);
-  for (; *s && n + 4 < size; s++)
-    n += (size_t)snprintf(buf + n, 4, strchr(plain, *s) ? "%c" : "%%%02X",
+  for (; *s; s++) {
+    int len = strchr(plain, *s) ? 1 : 3;
+    if (n + (size_t)len >= size) return 0;
+    n += (size_t)snprintf(buf + n, size - n, len == 1 ? "%c" : "%%%02X",
                           (unsigned char)*s);
-  return !*s;
+  }
+  return 1;
 }
 
 /* Gives the host a message if it wants that level; control characters, which
@@ -675,24 +671,24 @@ static size_t wire_put_simple(unsigned char *p, uint64_t cookie, uint32_t err) {
 }
 
 /* ==== [6] SOCKET I/O (io_) ===============================================
- * Whole messages over sockets and pipes.  Deadlines are points of os_now_ms,
- * 0 for none; -ETIMEDOUT when one has passed.  A connection that has a stop
- * pipe looks at it before it waits for input, and gets -ESHUTDOWN; the others
- * are woken by shutdown(2).
+ * Whole messages over sockets and pipes.  -ETIMEDOUT: the deadline has passed.
+ * A connection that has a stop pipe looks at it before it waits for input, and
+ * gets -ESHUTDOWN; the others are woken by shutdown(2).
  */
-enum { IO_LOOK_AROUND_MS = 10000, IO_GRACE_MS = 5000 };
+enum { IO_GRACE_MS = 5000 };
 
 struct io {
-  int in, out; /* sockets or pipes */
-  int stop;    /* readable from nbdserve_stop on; -1: shutdown() is used */
-  int pipe[2]; /* for data that need not be copied */
+  int in, out;      /* sockets or pipes */
+  int stop;         /* readable from nbdserve_stop on; -1: shutdown() is used */
+  int64_t deadline; /* in os_now_ms; 0: none */
+  int pipe[2];      /* for data that need not be copied */
   size_t pipe_size; /* what it holds; 0: there is none */
 };
 
 /* Waits until the input can be read, or the output written. */
-static int io_wait(const struct io *io, int writing, int64_t deadline) {
+static int io_wait(const struct io *io, int writing) {
   struct pollfd p[2];
-  int64_t left;
+  int64_t left, deadline = io->deadline;
   int r;
 
   p[0].fd = writing ? io->out : io->in;
@@ -713,37 +709,41 @@ static int io_wait(const struct io *io, int writing, int64_t deadline) {
   }
 }
 
+/* Flags for a call that may block only if nothing else is to be watched. */
+static int io_flags(const struct io *io, int flags) {
+  return io->stop >= 0 || io->deadline ? MSG_DONTWAIT : flags;
+}
+
 /* After a call that failed: 0 to try again, or -errno. */
-static int io_again(const struct io *io, int writing, int64_t deadline) {
+static int io_again(const struct io *io, int writing) {
   if (errno == EINTR) return 0;
   if (errno != EAGAIN && errno != EWOULDBLOCK) return -errno;
-  return io_wait(io, writing, deadline);
+  return io_wait(io, writing);
 }
 
 /* Receives up to len bytes, at least one.  Their number, 0 at the end of the
  * stream, or -errno.  all: waits for all of them where that is cheap. */
-static ssize_t io_recv(const struct io *io, void *buf, size_t len, int all,
-                       int64_t deadline) {
-  int err = io->stop >= 0 || deadline ? io_wait(io, 0, deadline) : 0;
+static ssize_t io_recv(const struct io *io, void *buf, size_t len, int all) {
+  int flags = io_flags(io, all ? MSG_WAITALL : 0);
+  int err = flags == MSG_DONTWAIT ? io_wait(io, 0) : 0;
   ssize_t n = 0;
 
   assert(len > 0);
   while (!err) {
-    n = recv(io->in, buf, len, all ? MSG_WAITALL : 0);
+    n = recv(io->in, buf, len, flags);
     if (n < 0 && errno == ENOTSOCK) n = read(io->in, buf, len);
     if (n >= 0) return n;
-    err = io_again(io, 0, deadline);
+    err = io_again(io, 0);
   }
   return err;
 }
 
 /* Receives exactly len bytes: 0, -EPIPE when the stream ends before, or
  * -errno. */
-static int io_recv_all(const struct io *io, void *buf, size_t len,
-                       int64_t deadline) {
+static int io_recv_all(const struct io *io, void *buf, size_t len) {
   unsigned char *p = buf;
   while (len > 0) {
-    ssize_t n = io_recv(io, p, len, 1, deadline);
+    ssize_t n = io_recv(io, p, len, 1);
     if (n <= 0) return n < 0 ? (int)n : -EPIPE;
     p += n;
     len -= (size_t)n;
@@ -753,11 +753,11 @@ static int io_recv_all(const struct io *io, void *buf, size_t len,
 
 /* Receives len bytes and forgets them, in pieces of scratch[size]. */
 static int io_skip(const struct io *io, uint64_t len, unsigned char *scratch,
-                   size_t size, int64_t deadline) {
+                   size_t size) {
   int err = 0;
   while (len > 0 && !err) {
     size_t n = (size_t)u_min(len, size);
-    err = io_recv_all(io, scratch, n, deadline);
+    err = io_recv_all(io, scratch, n);
     len -= n;
   }
   return err;
@@ -765,9 +765,8 @@ static int io_skip(const struct io *io, uint64_t len, unsigned char *scratch,
 
 /* Sends all of v[0..n), which it uses up, and then piped bytes out of the
  * pipe. */
-static int io_send(const struct io *io, struct iovec *v, int n, size_t piped,
-                   int64_t deadline) {
-  int flags = OS_MSG_NOSIGNAL | (piped ? OS_MSG_MORE : 0), err = 0;
+static int io_send(const struct io *io, struct iovec *v, int n, size_t piped) {
+  int flags = io_flags(io, piped ? OS_MSG_MORE : 0) | OS_MSG_NOSIGNAL, err = 0;
   struct msghdr m;
   ssize_t done;
 
@@ -778,14 +777,14 @@ static int io_send(const struct io *io, struct iovec *v, int n, size_t piped,
     done = sendmsg(io->out, &m, flags);
     if (done < 0 && errno == ENOTSOCK) done = writev(io->out, v, n);
     if (done < 0)
-      err = io_again(io, 1, deadline);
+      err = io_again(io, 1);
     else
       os_advance(&v, &n, (size_t)done);
   }
   while (piped > 0 && !err) {
     done = os_splice(io->pipe[0], NULL, io->out, piped);
     if (done < 0)
-      err = io_again(io, 1, deadline);
+      err = io_again(io, 1);
     else
       piped -= (size_t)done;
   }
@@ -813,6 +812,7 @@ struct nbdserve_req {
   const char *why;    /* of an error, for humans; NULL: u_error */
   int written;        /* only the flush that FUA asks for is left to do */
   int deferred;       /* a worker answers it */
+  int more;           /* READ: other chunks follow this one */
   struct nbdserve_req *next;
 };
 
@@ -844,18 +844,19 @@ struct nbdserve {
   struct srv_listener listeners[SRV_LISTENERS];
   int nlisteners;
   struct os_mutex lock; /* guards what follows */
-  struct os_cond gone;  /* a client, a thread or a request of size is */
+  struct os_cond gone;  /* a client or a thread is */
   struct os_cond work;  /* there is a client without a thread */
   struct ex *exports, **last_export;
   struct conn *conns;    /* clients being served */
   struct conn *accepted; /* those of them without a thread yet */
   unsigned nthreads, nidle, nconns, naccepted;
-  uint64_t memory; /* of big requests, see tx_take_memory */
+  uint64_t memory; /* of requests, see tx_new_buf */
   int stopping;
   struct nbdserve_stats stats; /* of clients that have gone */
 };
 
 enum {
+  EX_FLAGS = 2 * NBDSERVE_UNSAFE - 1, /* all that there are */
   EX_ZEROES = 1 << 20,             /* bytes of zeroes written at a time */
   EX_EXTENTS = 2048,               /* in one reply, at most */
   EX_EXTENT_HEAD = WIRE_CHUNK + 4, /* in front of them: chunk, context id */
@@ -894,7 +895,7 @@ static int ex_new(struct ex **out, const struct nbdserve_export *from) {
   if (!e.preferred_block)
     e.preferred_block = e.min_block > 4096 ? e.min_block : 4096;
   if (!e.max_request) e.max_request = 32u << 20;
-  if (!e.ops || !e.ops->read || e.size > INT64_MAX ||
+  if (!e.ops || !e.ops->read || e.size > INT64_MAX || e.flags > EX_FLAGS ||
       !u_is_power_of_2(e.min_block) || e.min_block > 65536 ||
       !u_is_power_of_2(e.preferred_block) || e.preferred_block < 512 ||
       e.preferred_block < e.min_block || e.max_request < e.preferred_block ||
@@ -1168,7 +1169,7 @@ enum {
   TX_WBUF = (256 + 32) << 10,    /* bytes sent at a time */
   TX_SMALL = 128 << 10,          /* longer requests are done one by one */
   TX_SPLICE = 32 << 10,          /* so are READs from here on, if not copied */
-  TX_KEEP = 1 << 20,             /* buffer for those, kept while connected */
+  TX_KEEP = 1 << 20,             /* buffer for those; they are in pieces then */
   TX_BATCH = 128,                /* requests in a batch */
   TX_WHY = 80,                   /* bytes of an error's text */
   TX_HEAD = WIRE_CHUNK + 6 + TX_WHY, /* longest reply without its data */
@@ -1190,7 +1191,6 @@ struct conn {
   unsigned id;
 
   /* the handshake's; what transmission needs is fixed then */
-  int64_t deadline;
   uint32_t opt; /* the option being answered, and its data */
   const unsigned char *data;
   size_t len;
@@ -1236,7 +1236,7 @@ enum { HS_MORE, HS_ENTER, HS_END }; /* what follows an option; or -errno */
 static int hs_send(struct conn *c) {
   struct iovec v = {c->wbuf, c->wlen};
   c->wlen = 0;
-  return io_send(&c->io, &v, 1, 0, c->deadline);
+  return io_send(&c->io, &v, 1, 0);
 }
 
 /* Room for len more bytes to send, or NULL when the client is gone. */
@@ -1305,7 +1305,7 @@ static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
   c->read_head = c->structured ? WIRE_CHUNK + 8 : WIRE_SIMPLE;
   c->max_workers = threads > 1 ? threads : 0;
   c->max_deferred = ex->e.ops->batch ? TX_DEFERRED : threads;
-  if (ex->e.ops->batch && c->fd >= 0)
+  if (ex->e.ops->batch && c->io.stop < 0)
     os_splice_pipe(c->io.pipe, TX_KEEP, &c->io.pipe_size);
   HS_LOG(c, NBDSERVE_LOG_INFO, "%u: export '%s', %" PRIu64 " bytes%s", c->id,
          name, c->size,
@@ -1485,7 +1485,7 @@ static int hs_option(struct conn *c) {
       hs_options + sizeof hs_options / sizeof *hs_options;
   unsigned char head[WIRE_OPTION];
   uint32_t len;
-  int err = io_recv_all(&c->io, head, sizeof head, c->deadline);
+  int err = io_recv_all(&c->io, head, sizeof head);
 
   if (err) return err;
   c->opt = get32(head + 8);
@@ -1498,8 +1498,8 @@ static int hs_option(struct conn *c) {
   while (o < end && o->opt != c->opt) o++;
   if (len > WIRE_STRING && c->opt == NBD_OPT_EXPORT_NAME) return -ENOENT;
   err = len > NBDSERVE_MAX_OPTION /* (H2) */
-            ? io_skip(&c->io, len, c->rbuf, TX_RBUF, c->deadline)
-            : io_recv_all(&c->io, c->rbuf, len, c->deadline); /* (H1) */
+            ? io_skip(&c->io, len, c->rbuf, TX_RBUF)
+            : io_recv_all(&c->io, c->rbuf, len); /* (H1) */
   if (err) return err;
   if (c->opt == NBD_OPT_SET_META_CONTEXT) { /* replaced, also when it fails */
     NBDSERVE_FREE(c->meta_name);
@@ -1522,12 +1522,12 @@ static int hs_run(struct conn *c) {
   unsigned char *p = hs_room(c, 18), flags[4];
   int r, err;
 
-  c->deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
+  c->io.deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
   put64(p, NBD_INIT_MAGIC);
   put64(p + 8, NBD_OPTION_MAGIC);
   put16(p + 16, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
   err = hs_send(c);
-  if (!err) err = io_recv_all(&c->io, flags, sizeof flags, c->deadline);
+  if (!err) err = io_recv_all(&c->io, flags, sizeof flags);
   if (err) return err;
   if (get32(flags) & ~(unsigned)(NBD_FLAG_C_FIXED_NEWSTYLE |
                                  NBD_FLAG_C_NO_ZEROES)) {
@@ -1540,6 +1540,7 @@ static int hs_run(struct conn *c) {
     r = hs_option(c);
     err = hs_send(c);
   } while (r == HS_MORE && !err);
+  c->io.deadline = 0;
   return r < 0 || !err ? r : err;
 }
 
@@ -1559,33 +1560,13 @@ static int hs_run(struct conn *c) {
  * (T4) Workers do what may take long: flushes, trims and the like, and all
  *      that a host's own backend does.  A client that has one request at a
  *      time waits for it anyway: then the client's thread does it.
- * (T5) Memory is bounded: a client has its fixed buffers and max_deferred
- *      requests; requests above TX_KEEP, and those of workers above TX_SMALL,
- *      come out of config.memory and wait for it.
- * (T6) Whoever holds memory of that budget while the client sends or receives
- *      has a deadline for it.
+ * (T5) Memory is bounded, whatever a client claims, and nobody waits for it: a
+ *      client has its fixed buffers and max_deferred requests of up to TX_SMALL
+ *      bytes.  Workers' requests above that, up to TX_KEEP, come out of
+ *      config.memory; all others are done in pieces as they arrive and leave.
  */
 
-/* Gives a request a buffer of its own of r->len bytes (T5). */
-static int tx_new_buf(struct conn *c, struct nbdserve_req *r) {
-  struct nbdserve *s = c->s;
-  unsigned char *buf;
-  int fits = 1;
-
-  if (r->len > TX_SMALL) {
-    os_lock(&s->lock); /* a request alone always fits */
-    while (!(fits = !s->memory || s->memory + r->len <= s->config.memory) &&
-           !s->stopping)
-      os_wait(&s->gone, &s->lock);
-    if (fits) s->memory += r->len;
-    os_unlock(&s->lock);
-  }
-  if (!fits) return -ESHUTDOWN;
-  buf = NBDSERVE_MALLOC((size_t)r->len);
-  r->buf = buf;
-  r->owned = (size_t)r->len;
-  return buf ? 0 : -ENOMEM;
-}
+static const struct iovec tx_nothing; /* is ready to be sent */
 
 /* Frees what a request owns. */
 static void tx_free_buf(struct conn *c, struct nbdserve_req *r) {
@@ -1595,21 +1576,37 @@ static void tx_free_buf(struct conn *c, struct nbdserve_req *r) {
     os_lock(&c->s->lock);
     assert(c->s->memory >= r->owned);
     c->s->memory -= r->owned;
-    os_wake_all(&c->s->gone);
     os_unlock(&c->s->lock);
   }
   r->buf = NULL;
   r->owned = 0;
 }
 
+/* Gives a request a buffer of its own, if there is memory for it (T5). */
+static int tx_new_buf(struct conn *c, struct nbdserve_req *r) {
+  struct nbdserve *s = c->s;
+  int fits = 1;
+
+  if (r->len > TX_SMALL) {
+    os_lock(&s->lock);
+    fits = s->memory + r->len <= s->config.memory;
+    if (fits) s->memory += r->len;
+    os_unlock(&s->lock);
+  }
+  if (!fits) return 0;
+  r->buf = NBDSERVE_MALLOC((size_t)r->len);
+  r->owned = (size_t)r->len;
+  if (!r->buf) tx_free_buf(c, r);
+  return r->buf != NULL;
+}
+
 STATIC_ASSERT(status_needs_no_budget, (int)EX_EXTENTS_SIZE <= (int)TX_SMALL);
 
 /* Sends to the client, unless that has failed before. */
-static int tx_send(struct conn *c, struct iovec *v, int n, size_t piped,
-                   int64_t deadline) {
+static int tx_send(struct conn *c, struct iovec *v, int n, size_t piped) {
   int err = -EPIPE;
   os_lock(&c->sending);
-  if (!c->broken) err = io_send(&c->io, v, n, piped, deadline);
+  if (!c->broken) err = io_send(&c->io, v, n, piped);
   if (err && !c->broken)
     shutdown(c->io.out, SHUT_RDWR); /* the client's thread sees it so */
   c->broken |= err != 0;
@@ -1664,15 +1661,16 @@ static size_t tx_put_head(const struct conn *c, const struct nbdserve_req *r,
   if (err || !c->structured || r->type != NBD_CMD_READ)
     return wire_put_simple(p, r->cookie, err);
   if (!r->len) return wire_put_chunk(p, NBD_REPLY_TYPE_NONE, r->cookie, 0);
-  put64(p + WIRE_CHUNK, r->off);
-  return wire_put_chunk(p, NBD_REPLY_TYPE_OFFSET_DATA, r->cookie, 8 + r->len) +
-         8;
+  n = wire_put_chunk(p, NBD_REPLY_TYPE_OFFSET_DATA, r->cookie, 8 + r->len);
+  if (r->more) put16(p + 4, 0); /* not NBD_REPLY_FLAG_DONE */
+  put64(p + n, r->off);
+  return n + 8;
 }
 
 /* Sends what is ready, answers the requests of a list, in as few sends as
  * possible, and frees what they own. */
 static int tx_answer(struct conn *c, struct iovec ready,
-                     struct nbdserve_req *list, int64_t deadline) {
+                     struct nbdserve_req *list) {
   unsigned char heads[32 * TX_HEAD];
   struct nbdserve_req *r;
   int err = 0;
@@ -1695,17 +1693,10 @@ static int tx_answer(struct conn *c, struct iovec ready,
       v[2].iov_base = r->buf + EX_EXTENT_HEAD;
       v[2].iov_len = r->owned - EX_EXTENT_HEAD;
     }
-    err = tx_send(c, v, v[2].iov_len ? 3 : v[1].iov_len ? 2 : 1, piped,
-                  deadline);
+    err = tx_send(c, v, v[2].iov_len ? 3 : v[1].iov_len ? 2 : 1, piped);
   }
   for (r = list; r; r = r->next) tx_free_buf(c, r);
   return err;
-}
-
-/* When a request of len bytes must be in, and its answer out (T6): half a
- * minute, and as long as 16 KiB a second take. */
-static int64_t tx_deadline(uint64_t len) {
-  return os_now_ms() + 30000 + (int64_t)(len / 16);
 }
 
 /* Is only a flush left to do for r? */
@@ -1716,8 +1707,6 @@ static int tx_is_flush(const struct nbdserve_req *r) {
 /* Does what a worker took, one request or any number that want a flush, and
  * answers it.  The number of requests. */
 static unsigned tx_work(struct conn *c, struct nbdserve_req *list) {
-  int64_t deadline = list->owned > TX_SMALL ? tx_deadline(list->len) : 0;
-  struct iovec none = {NULL, 0};
   struct nbdserve_req *r;
   unsigned n = 0;
   int err = 0;
@@ -1727,7 +1716,7 @@ static unsigned tx_work(struct conn *c, struct nbdserve_req *list) {
   if (!err && (tx_is_flush(list) || ex_wants_flush(c->ex, list)))
     err = ex_flush(c->ex);
   for (r = list; r; r = r->next) r->err = err;
-  tx_answer(c, none, list, deadline);
+  tx_answer(c, tx_nothing, list);
   for (; list; list = r, n++) {
     r = list->next;
     NBDSERVE_FREE(list);
@@ -1838,6 +1827,10 @@ static void tx_validate(const struct conn *c, struct nbdserve_req *r) {
                  ? "longer than the maximum payload size"
              : is_status && !r->len ? "nothing to report on" : NULL;
     if (!r->why) r->err = 0;
+    if (!r->err && r->flags & NBD_CMD_FLAG_DF && r->len > TX_KEEP) {
+      r->err = -EOVERFLOW;
+      r->why = "too long for a single chunk";
+    }
   }
 }
 
@@ -1906,7 +1899,7 @@ static int tx_exec(struct conn *c) {
   ready.iov_base = c->wbuf;
   ready.iov_len = c->wlen;
   c->wlen = 0;
-  return tx_answer(c, ready, list, 0);
+  return tx_answer(c, ready, list);
 }
 
 /* Puts a request into the batch, which is done first if it is full. */
@@ -1939,44 +1932,88 @@ static int tx_splice(struct conn *c, struct nbdserve_req *r) {
   return 0;
 }
 
-/* A READ or WRITE that has a buffer of its own: a long one, or one for a
- * worker.  The batch before it has been done. */
-static int tx_big(struct conn *c, struct nbdserve_req *r, int defer) {
-  int64_t deadline = r->len > TX_SMALL ? tx_deadline(r->len) : 0;
-  size_t len = (size_t)r->len, part = 0;
-  struct iovec none = {NULL, 0};
+/* Takes len bytes of payload: what has been received, and the rest straight
+ * from the socket. */
+static int tx_payload(struct conn *c, unsigned char *buf, uint64_t len) {
+  size_t part = (size_t)u_min(len, c->rend - c->rpos);
+  memcpy(buf, c->rbuf + c->rpos, part);
+  c->rpos += part;
+  return io_recv_all(&c->io, buf + part, (size_t)len - part);
+}
+
+/* A long WRITE, in pieces.  -errno: its payload did not come. */
+static int tx_long_write(struct conn *c, struct nbdserve_req *r) {
+  struct nbdserve_req p = *r;
+  uint64_t end = r->off + r->len;
   int err = 0;
 
+  p.buf = c->big;
+  for (; p.off < end && !err; p.off += p.len) {
+    p.len = u_min(end - p.off, TX_KEEP);
+    err = tx_payload(c, p.buf, p.len);
+    if (!err && !r->err) r->err = ex_do(c->ex, &p);
+  }
+  c->big_write = 1;
+  return err;
+}
+
+/* A long READ, in pieces: as chunks of a structured reply.  A simple one cannot
+ * be taken back, so one of several pieces is read twice, to see that it can. */
+static int tx_long_read(struct conn *c, struct nbdserve_req *r) {
+  int pass = !c->structured && r->len > TX_KEEP ? 0 : 1, err = 0;
+  uint64_t end = r->off + r->len;
+  struct nbdserve_req p = *r;
+  struct iovec v;
+  size_t head;
+
+  p.buf = c->big + TX_HEAD;
+  for (; pass < 2; pass++)
+    for (p.off = r->off; p.off < end; p.off += p.len) {
+      p.len = u_min(end - p.off, TX_KEEP);
+      p.more = p.off + p.len < end;
+      r->err = ex_do(c->ex, &p);
+      head = c->structured || p.off == r->off ? c->read_head : 0;
+      if (r->err && !head) return r->err; /* proto.md: disconnect */
+      if (r->err) return tx_answer(c, tx_nothing, r);
+      if (head) tx_put_head(c, &p, p.buf - head);
+      v.iov_base = p.buf - head;
+      v.iov_len = head + (size_t)p.len;
+      if (pass) err = tx_send(c, &v, 1, 0);
+      if (err) return err;
+    }
+  os_lock(&c->lock);
+  tx_count(c, r);
+  os_unlock(&c->lock);
+  return 0;
+}
+
+/* A READ or WRITE outside the batch, which has been done: a long one, or one
+ * for a worker. */
+static int tx_big(struct conn *c, struct nbdserve_req *r, int defer) {
+  int is_write = r->type == NBD_CMD_WRITE, err = 0;
+
   c->last_nreqs = 0;
-  if (tx_splice(c, r)) return tx_answer(c, none, r, deadline);
-  if (!defer && len <= TX_KEEP) {
-    if (!c->big) c->big = NBDSERVE_MALLOC(TX_KEEP);
-    r->buf = c->big;
-    r->err = r->buf ? 0 : -ENOMEM;
+  if (defer && r->len <= TX_KEEP && tx_new_buf(c, r)) {
+    if (is_write) err = tx_payload(c, r->buf, r->len);
+    if (!err && tx_defer(c, r)) return 0;
+    if (!err) r->err = ex_do(c->ex, r);
+  } else if (tx_splice(c, r)) {
+    return tx_answer(c, tx_nothing, r);
   } else {
-    r->err = tx_new_buf(c, r);
+    if (!c->big) c->big = NBDSERVE_MALLOC(TX_HEAD + TX_KEEP);
+    if (!c->big) return -ENOMEM; /* for not even a megabyte */
+    if (!is_write) return tx_long_read(c, r);
+    err = tx_long_write(c, r);
   }
-  if (r->type == NBD_CMD_WRITE) {
-    err = r->err; /* no memory even to carry on */
-    if (!err) part = (size_t)u_min(len, c->rend - c->rpos);
-    if (part) memcpy(r->buf, c->rbuf + c->rpos, part);
-    c->rpos += part;
-    if (!err) err = io_recv_all(&c->io, r->buf + part, len - part, deadline);
-    c->big_write = len > TX_SMALL;
-  }
-  if (err) {
-    tx_free_buf(c, r);
-    return err;
-  }
-  if (!r->err && defer && tx_defer(c, r)) return 0;
-  if (!r->err) r->err = ex_do(c->ex, r);
-  if (!r->err && ex_wants_flush(c->ex, r)) {
+  if (!err && !r->err && ex_wants_flush(c->ex, r)) {
     tx_free_buf(c, r);
     r->written = 1;
     if (tx_defer(c, r)) return 0;
     r->err = ex_flush(c->ex);
   }
-  return tx_answer(c, none, r, deadline);
+  if (!err) return tx_answer(c, tx_nothing, r);
+  tx_free_buf(c, r);
+  return err;
 }
 
 /* Throws the payload of a refused WRITE away. */
@@ -1988,7 +2025,7 @@ static int tx_skip_payload(struct conn *c, uint64_t len) {
   if (!len) return 0;
   err = tx_exec(c);
   c->rpos = c->rend = 0;
-  return err ? err : io_skip(&c->io, len, c->rbuf, TX_RBUF, tx_deadline(len));
+  return err ? err : io_skip(&c->io, len, c->rbuf, TX_RBUF);
 }
 
 enum { TX_MORE, TX_DISC, TX_NEXT };
@@ -2046,7 +2083,7 @@ static int tx_fill(struct conn *c) {
   if (c->big_write && want > 4096)
     want = 4096; /* so that little of the next payload need be copied */
   c->big_write = 0;
-  n = io_recv(&c->io, c->rbuf + left, want, 0, 0);
+  n = io_recv(&c->io, c->rbuf + left, want, 0);
   if (n <= 0) return n < 0 ? (int)n : left ? -EPIPE : 1;
   c->rend += (size_t)n;
   return 0;
@@ -2532,16 +2569,17 @@ int nbdserve_listen(struct nbdserve *s, const char *address) {
 
 int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
   const struct srv_listener *l = s->listeners;
+  int fits, n;
   if (!s->nlisteners || !*l->text) return -ENOENT;
-  if (size < sizeof l->text + 16) return -ERANGE;
-  if (l->is_unix)
-    strcpy(buf, "nbd+unix:///");
-  else
-    sprintf(buf, "nbd://%s/", l->text);
-  if (!u_append_uri(buf, size - 8, name)) return -ERANGE;
-  if (!l->is_unix) return 0;
-  strcat(buf, "?socket=");
-  return u_append_uri(buf, size, l->text) ? 0 : -ERANGE;
+  n = snprintf(buf, size, "nbd%s://%s/", l->is_unix ? "+unix" : "",
+               l->is_unix ? "" : l->text);
+  fits = (size_t)n < size && u_append_uri(buf, size, name);
+  if (fits && l->is_unix) {
+    fits = strlen(buf) + 8 < size;
+    if (fits) strcat(buf, "?socket=");
+    fits = fits && u_append_uri(buf, size, l->text);
+  }
+  return fits ? 0 : -ERANGE;
 }
 
 /* Puts a byte into a pipe that nbdserve_run looks at.  Keeps errno: it may be
@@ -2650,8 +2688,8 @@ static int srv_serve_client(struct conn *c, const char *name) {
 
   if (getpeername(c->io.in, &a.sa, &len) == 0) srv_name(&a, peer, sizeof peer);
   HS_LOG(c, NBDSERVE_LOG_INFO, "%u: connected from %s", c->id, peer);
-  os_tune(c->io.in, IO_LOOK_AROUND_MS);
-  os_tune(c->io.out, IO_LOOK_AROUND_MS);
+  os_tune(c->io.in);
+  os_tune(c->io.out);
   c->rbuf = NBDSERVE_MALLOC(TX_RBUF);
   c->wbuf = NBDSERVE_MALLOC(TX_WBUF);
   if (!c->rbuf || !c->wbuf)
@@ -2770,7 +2808,6 @@ static int srv_finish(struct nbdserve *s) {
   os_lock(&s->lock);
   s->stopping = 1;
   os_wake_all(&s->work);
-  os_wake_all(&s->gone); /* those that wait for memory */
   srv_shut_clients(s, SHUT_RD);
   while (s->nconns > 0 && (left = until - os_now_ms()) > 0)
     (void)os_wait_ms(&s->gone, &s->lock, (int)left);
@@ -2925,13 +2962,14 @@ struct cli {
   unsigned uid, gid;
   int serve[2]; /* one client's input and output, or -1 */
   int report;   /* pipe to the parent of --fork, or -1 */
+  int wrote_pidfile;
   char dir[100], sock[PATH_MAX]; /* private directory; unix socket */
-  pid_t child;                   /* the captive command */
   char uri[3 * WIRE_STRING + 1024];
 };
 
-static struct nbdserve *cli_server; /* for the handlers */
-static volatile sig_atomic_t cli_usr1, cli_ending;
+static struct nbdserve *cli_server; /* for the handlers, as what follows */
+static volatile sig_atomic_t cli_usr1, cli_ending, cli_ended, cli_status;
+static pid_t cli_child; /* the captive command */
 
 /* One line on standard error; returns status. */
 static int OS_PRINTF(2, 3) cli_say(int status, const char *fmt, ...) {
@@ -3280,14 +3318,20 @@ static int cli_listen(struct cli *k) {
 }
 
 static void cli_on_signal(int sig) {
+  int saved = errno, st;
   if (sig == SIGUSR1) {
     cli_usr1 = 1;
     nbdserve_wake(cli_server);
-    return;
+  } else if (sig != SIGCHLD) {
+    if (sig == SIGINT && cli_ending) _exit(130);
+    cli_ending = 1;
+    nbdserve_stop(cli_server);
+  } else if (cli_child > 0 && waitpid(cli_child, &st, WNOHANG) == cli_child) {
+    cli_status = WIFSIGNALED(st) ? 128 + WTERMSIG(st) : WEXITSTATUS(st);
+    cli_ended = 1; /* and nobody else's child */
+    nbdserve_stop(cli_server);
   }
-  if (sig == SIGINT && cli_ending) _exit(130);
-  cli_ending = 1;
-  nbdserve_stop(cli_server);
+  errno = saved;
 }
 
 static void cli_catch_signals(void (*handler)(int)) {
@@ -3335,12 +3379,18 @@ static void cli_set_environment(const struct cli *k) {
 
 /* Starts the captive command. */
 static int cli_start_command(struct cli *k) {
+  sigset_t chld, old;
   char **p;
 
-  k->child = fork();
-  if (k->child < 0) return cli_say_errno("fork");
-  if (k->child > 0) return 0;
+  sigemptyset(&chld);
+  sigaddset(&chld, SIGCHLD);
+  sigprocmask(SIG_BLOCK, &chld, &old); /* until cli_child is known */
+  cli_child = fork();
+  if (cli_child) sigprocmask(SIG_SETMASK, &old, NULL);
+  if (cli_child < 0) return cli_say_errno("fork");
+  if (cli_child > 0) return 0;
   cli_catch_signals(SIG_DFL);
+  sigprocmask(SIG_SETMASK, &old, NULL);
   if (k->v[OPT_RUN]) {
     cli_set_environment(k);
     execl("/bin/sh", "sh", "-c", k->v[OPT_RUN], (char *)NULL);
@@ -3353,12 +3403,15 @@ static int cli_start_command(struct cli *k) {
 }
 
 /* Waits for the captive command, ending it if it is still there; its status. */
-static int cli_end_command(const struct cli *k) {
-  int st = 0;
-  pid_t r = waitpid(k->child, &st, WNOHANG);
-  if (r == 0) kill(k->child, SIGTERM);
-  while (r == 0 || (r < 0 && errno == EINTR)) r = waitpid(k->child, &st, 0);
-  return WIFSIGNALED(st) ? 128 + WTERMSIG(st) : WEXITSTATUS(st);
+static int cli_end_command(void) {
+  sigset_t chld, old;
+  sigemptyset(&chld);
+  sigaddset(&chld, SIGCHLD);
+  sigprocmask(SIG_BLOCK, &chld, &old); /* so that none comes before we sleep */
+  if (!cli_ended) kill(cli_child, SIGTERM);
+  while (!cli_ended) sigsuspend(&old);
+  sigprocmask(SIG_SETMASK, &old, NULL);
+  return cli_status;
 }
 
 /* Writes the pidfile in one step: who sees it may connect. */
@@ -3391,12 +3444,13 @@ static int cli_ready(struct cli *k) {
   int to = k->v[OPT_READY_FD] ? (int)k->n[OPT_READY_FD] : -1, null, status = 0;
 
   if (k->v[OPT_PIDFILE]) status = cli_write_pidfile(k->v[OPT_PIDFILE]);
+  k->wrote_pidfile = k->v[OPT_PIDFILE] && !status;
   if (!status) status = cli_drop_privileges(k);
-  if (!status && (k->v[OPT_RUN] || k->command)) status = cli_start_command(k);
   if (status) return status;
   if (to >= 0 && (dprintf(to, "%s\n", k->uri) < 0 || close(to) < 0))
     return cli_say_errno("--ready-fd");
-  if (k->report < 0 && !k->child && *k->uri &&
+  if (k->v[OPT_RUN] || k->command) return cli_start_command(k);
+  if (k->report < 0 && *k->uri &&
       (puts(k->uri) < 0 || fflush(stdout) == EOF))
     return cli_say_errno("standard output");
   if (k->report >= 0) {
@@ -3464,7 +3518,7 @@ static int cli_serve(struct cli *k) {
     }
   if (k->v[OPT_STATS]) cli_print_stats(k);
   if (!err) err = run;
-  run = k->child > 0 ? cli_end_command(k) : 0;
+  run = cli_child > 0 ? cli_end_command() : 0;
   return run ? run : err ? CLI_FAILED : 0;
 }
 
@@ -3482,7 +3536,7 @@ static int cli_main(struct cli *k) {
   if (!status && !k->v[OPT_STDIN]) status = cli_ready(k);
   if (!status) status = cli_serve(k);
   cli_catch_signals(SIG_IGN);
-  if (k->v[OPT_PIDFILE]) unlink(k->v[OPT_PIDFILE]);
+  if (k->wrote_pidfile) unlink(k->v[OPT_PIDFILE]);
   nbdserve_free(cli_server);
   if (*k->dir) rmdir(k->dir);
   return status;

@@ -52,7 +52,8 @@ struct nbdserve_req;
 /* What a backend does.  The caller has checked each request: len > 0, off and
  * len inside the export and multiples of min_block, no writes to a read-only
  * export, only the flags named here.  len of read and write is at most
- * max_request; of the others up to the export's size.  Return 0 for the whole
+ * max_request, and 1 MiB: longer ones come in pieces; of the others up to the
+ * export's size.  Return 0 for the whole
  * range done, or -errno, of which clients see the nearest NBD error; a short
  * count does not exist.
  *
@@ -148,7 +149,9 @@ struct nbdserve_config {
   uint32_t handshake_ms;    /* for the whole handshake; 0: 10000 */
   uint32_t idle_exit_ms;    /* nbdserve_run returns after that time without
                                clients; 0: never */
-  uint64_t memory;          /* bytes for requests above 256 KiB; 0: 256 MiB */
+  uint64_t memory;          /* bytes for requests above 128 KiB that wait for a
+                               backend; beyond it they are done one by one;
+                               0: 256 MiB */
   int log_level;            /* highest level wanted; 0: errors only */
   void (*log)(void *ctx, int level, const char *message); /* NULL: silent; may
                                be called from several threads at once */

@@ -39,12 +39,12 @@
  * own backend does go to that client's workers, which answer by themselves.
  *
  * ---- Locks, in the order they may be taken -------------------------------
- *   1. nbdserve.lock   list of exports, list of clients, memory, threads
+ *   1. nbdserve.lock   exports and their sizes, clients, memory, threads
  *   2. conn.lock       a client's queues, counters and stop flag
  *   3. conn.sending    one writer on a client's socket at a time (the only
  *                      lock held while a client is waited for: it is its own)
  *   4. ex.serial       one call into an NBDSERVE_SERIAL backend at a time
- *   5. ex.lock         an export's size and its group of waiting flushes
+ *   5. ex.lock         an export's group of waiting flushes
  *   6. flat.lock       what a file has turned out not to support
  */
 
@@ -66,7 +66,10 @@
 #ifndef NBDSERVE_POSIX_ONLY
 #define NBDSERVE_POSIX_ONLY 0 /* ignore what Linux and the BSDs add */
 #endif
-#ifndef NBDSERVE_MALLOC /* the two go together */
+#ifdef NBDSERVE_MALLOC /* functions of yours with the types of these two */
+#define NBDSERVE_OWN_MALLOC 1
+#else
+#define NBDSERVE_OWN_MALLOC 0
 #define NBDSERVE_MALLOC malloc
 #define NBDSERVE_FREE free
 #endif
@@ -127,6 +130,11 @@
 #include <pthread.h>
 #endif
 
+#if NBDSERVE_OWN_MALLOC
+void *NBDSERVE_MALLOC(size_t);
+void NBDSERVE_FREE(void *);
+#endif
+
 /* A compile-time check that every compiler accepts. */
 #define STATIC_ASSERT(name, cond) enum { assert_##name = 1 / (int)!!(cond) }
 
@@ -135,35 +143,16 @@ STATIC_ASSERT(int_has_32_bits, sizeof(int) >= 4);
 
 #if defined __linux__ && !NBDSERVE_POSIX_ONLY
 #define OS_LINUX 1
-#else
-#define OS_LINUX 0
-#endif
-#if OS_LINUX || (!NBDSERVE_POSIX_ONLY && (defined __FreeBSD__ || \
-                                          defined __NetBSD__ || \
-                                          defined __OpenBSD__))
-#define OS_PREADV 1
-#else
-#define OS_PREADV 0
-#endif
-#if defined SEEK_HOLE && !NBDSERVE_POSIX_ONLY
-#define OS_SEEK_HOLE 1
-#else
-#define OS_SEEK_HOLE 0
-#endif
-#ifdef SOCK_CLOEXEC
-#define OS_CLOEXEC SOCK_CLOEXEC
-#else
-#define OS_CLOEXEC 0
-#endif
-#ifdef MSG_NOSIGNAL
-#define OS_MSG_NOSIGNAL MSG_NOSIGNAL
-#else
-#define OS_MSG_NOSIGNAL 0 /* SO_NOSIGPIPE does it: see os_tune */
-#endif
-#if OS_LINUX
 #define OS_MSG_MORE MSG_MORE
 #else
+#define OS_LINUX 0
 #define OS_MSG_MORE 0
+#endif
+#ifndef SOCK_CLOEXEC
+#define SOCK_CLOEXEC 0
+#endif
+#ifndef MSG_NOSIGNAL
+#define MSG_NOSIGNAL 0 /* SO_NOSIGPIPE does it: see os_tune */
 #endif
 #ifdef __GNUC__ /* lets printf-like functions be checked */
 #define OS_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
@@ -243,19 +232,33 @@ static void os_nonblock(int fd, int on) {
 
 /* A pipe of which neither end blocks or survives exec. */
 static int os_pipe(int fd[2]) {
+#if OS_LINUX
+  return pipe2(fd, O_CLOEXEC | O_NONBLOCK) < 0 ? -errno : 0;
+#else
   int i;
   if (pipe(fd) < 0) return -errno;
-  for (i = 0; i < 2; i++) {
-    fcntl(fd[i], F_SETFD, FD_CLOEXEC);
-    os_nonblock(fd[i], 1);
-  }
+  for (i = 0; i < 2; i++) fcntl(fd[i], F_SETFD, FD_CLOEXEC);
+  for (i = 0; i < 2; i++) os_nonblock(fd[i], 1);
   return 0;
+#endif
 }
 
 /* A stream socket, or -errno. */
 static int os_socket(int family) {
-  int fd = socket(family, SOCK_STREAM | OS_CLOEXEC, 0);
+  int fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (fd >= 0) fcntl(fd, F_SETFD, FD_CLOEXEC);
+  return fd < 0 ? -errno : fd;
+}
+
+/* The directory that path is in, opened, or -errno. */
+static int os_open_dir(const char *path) {
+  char dir[PATH_MAX];
+  const char *slash = strrchr(path, '/');
+  int n = slash ? (int)(slash - path) + 1 : 0, fd;
+
+  if (snprintf(dir, sizeof dir, "%.*s.", n, path) >= (int)sizeof dir)
+    return -ENAMETOOLONG;
+  fd = open(dir, O_RDONLY | O_CLOEXEC);
   return fd < 0 ? -errno : fd;
 }
 
@@ -288,16 +291,15 @@ static void os_tune(int fd) {
 #endif
 }
 
-/* A pipe that holds up to max bytes of file contents without copying them;
- * *size is what it holds, 0: there is none. */
-static void os_splice_pipe(int fd[2], int max, size_t *size) {
-  *size = 0;
+/* A pipe for size bytes of file contents that need not be copied.  False:
+ * there is none. */
+static int os_splice_pipe(int fd[2], int size) {
 #if OS_LINUX
-  if (os_pipe(fd) < 0) return;
-  fcntl(fd[1], F_SETPIPE_SZ, max);
-  *size = (size_t)fcntl(fd[1], F_GETPIPE_SZ);
+  return os_pipe(fd) == 0 && fcntl(fd[1], F_SETPIPE_SZ, size) >= size;
+#else
+  (void)fd, (void)size;
+  return 0;
 #endif
-  (void)fd, (void)max;
 }
 
 /* Moves up to len bytes from one descriptor to another, one of which is a pipe,
@@ -331,7 +333,7 @@ static int os_transfer(int fd, int writing, struct iovec *v, int n,
   while (n > 0) {
     off_t at = (off_t)off;
     ssize_t done;
-#if OS_PREADV
+#if OS_LINUX || (!defined __APPLE__ && !NBDSERVE_POSIX_ONLY)
     if (n > 1)
       done = writing ? pwritev(fd, v, n, at) : preadv(fd, v, n, at);
     else
@@ -372,21 +374,6 @@ static int os_datasync(int fd) {
   return r < 0 ? -errno : 0;
 }
 
-/* The directory entry of path is on the medium afterwards. */
-static int os_sync_dir(const char *path) {
-  char dir[PATH_MAX];
-  const char *slash = strrchr(path, '/');
-  int n = slash ? (int)(slash - path) + 1 : 0, fd, err = 0;
-
-  if (snprintf(dir, sizeof dir, "%.*s.", n, path) >= (int)sizeof dir)
-    return -ENAMETOOLONG;
-  fd = open(dir, O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return -errno;
-  if (fsync(fd) < 0 && errno != EINVAL) err = -errno;
-  close(fd);
-  return err;
-}
-
 /* The space behind a range: KEEP_SIZE allocates it, with PUNCH_HOLE it is given
  * back and reads as zeroes, with ZERO_RANGE it reads as zeroes and stays.
  * -EINVAL: not at these boundaries.  -EOPNOTSUPP: not here. */
@@ -409,10 +396,11 @@ static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
 static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
   int is_data = 1;
   *next = end;
-#if OS_SEEK_HOLE
+#if defined SEEK_HOLE && !NBDSERVE_POSIX_ONLY
   {
     off_t data = lseek(fd, (off_t)off, SEEK_DATA), to = data;
-    is_data = data < 0 ? errno != ENXIO : (uint64_t)data == off;
+    is_data = data >= 0 ? (uint64_t)data == off
+                        : errno != ENXIO || lseek(fd, 0, SEEK_END) < (off_t)end;
     if (data >= 0 && is_data) to = lseek(fd, data, SEEK_HOLE);
     if (to > (off_t)off && (uint64_t)to < end) *next = (uint64_t)to;
   }
@@ -511,7 +499,7 @@ static const char *u_size(const char *s, uint64_t *out) {
 
   if (*s < '0' || *s > '9') return NULL;
   for (; *s >= '0' && *s <= '9'; s++) {
-    if (v > (INT64_MAX - 9) / 10) return NULL;
+    if (v > (INT64_MAX - (uint64_t)(*s - '0')) / 10) return NULL;
     v = v * 10 + (uint64_t)(*s - '0');
   }
   unit = *s ? strchr(units, *s) : NULL;
@@ -540,8 +528,8 @@ static int u_append_uri(char *buf, size_t size, const char *s) {
   return 1;
 }
 
-/* Gives the host a message if it wants that level; control characters, which
- * may come from a client, as '?'. */
+/* Gives the host a message if it wants that level; control characters (and the
+ * second byte of C1 ones), which may come from a client, as '?'. */
 static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
                                   int level, const char *fmt, ...) {
   char text[512], *p;
@@ -552,7 +540,9 @@ static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
   vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
   for (p = text; *p; p++)
-    if ((unsigned char)*p < 32 || *p == 127) *p = '?';
+    if ((unsigned char)*p < 32 || *p == 127 ||
+        ((unsigned char)*p == 0xc2 && (unsigned char)p[1] < 0xa0))
+      *p = '?';
   config->log(config->ctx, level, text);
 }
 
@@ -663,13 +653,6 @@ static size_t wire_put_chunk(unsigned char *p, unsigned type, uint64_t cookie,
   return WIRE_CHUNK;
 }
 
-static size_t wire_put_simple(unsigned char *p, uint64_t cookie, uint32_t err) {
-  put32(p, NBD_SIMPLE_REPLY_MAGIC);
-  put32(p + 4, err);
-  put64(p + 8, cookie);
-  return WIRE_SIMPLE;
-}
-
 /* ==== [6] SOCKET I/O (io_) ===============================================
  * Whole messages over sockets and pipes.  -ETIMEDOUT: the deadline has passed.
  * A connection that has a stop pipe looks at it before it waits for input, and
@@ -682,7 +665,6 @@ struct io {
   int stop;         /* readable from nbdserve_stop on; -1: shutdown() is used */
   int64_t deadline; /* in os_now_ms; 0: none */
   int pipe[2];      /* for data that need not be copied */
-  size_t pipe_size; /* what it holds; 0: there is none */
 };
 
 /* Waits until the input can be read, or the output written. */
@@ -766,7 +748,7 @@ static int io_skip(const struct io *io, uint64_t len, unsigned char *scratch,
 /* Sends all of v[0..n), which it uses up, and then piped bytes out of the
  * pipe. */
 static int io_send(const struct io *io, struct iovec *v, int n, size_t piped) {
-  int flags = io_flags(io, piped ? OS_MSG_MORE : 0) | OS_MSG_NOSIGNAL, err = 0;
+  int flags = io_flags(io, piped ? OS_MSG_MORE : 0) | MSG_NOSIGNAL, err = 0;
   struct msghdr m;
   ssize_t done;
 
@@ -775,7 +757,11 @@ static int io_send(const struct io *io, struct iovec *v, int n, size_t piped) {
     m.msg_iov = v;
     m.msg_iovlen = (unsigned)n;
     done = sendmsg(io->out, &m, flags);
-    if (done < 0 && errno == ENOTSOCK) done = writev(io->out, v, n);
+    if (done < 0 && errno == ENOTSOCK) { /* what a pipe takes without waiting */
+      err = io_wait(io, 1);
+      if (err) break;
+      done = write(io->out, v->iov_base, u_min(v->iov_len, PIPE_BUF));
+    }
     if (done < 0)
       err = io_again(io, 1);
     else
@@ -783,8 +769,8 @@ static int io_send(const struct io *io, struct iovec *v, int n, size_t piped) {
   }
   while (piped > 0 && !err) {
     done = os_splice(io->pipe[0], NULL, io->out, piped);
-    if (done < 0)
-      err = io_again(io, 1);
+    if (done <= 0)
+      err = done < 0 ? io_again(io, 1) : -EIO;
     else
       piped -= (size_t)done;
   }
@@ -813,15 +799,16 @@ struct nbdserve_req {
   int written;        /* only the flush that FUA asks for is left to do */
   int deferred;       /* a worker answers it */
   int more;           /* READ: other chunks follow this one */
+  int ready;          /* READ: the reply is in the send buffer, or sent */
   struct nbdserve_req *next;
 };
 
 struct ex {
-  struct nbdserve_export e; /* fixed, but for the size; strings are our own */
+  struct nbdserve_export e; /* strings are our own; size: under s->lock */
   int dynamic;              /* from the find callback */
   struct ex *next;
   struct os_mutex serial;
-  struct os_mutex lock; /* guards what follows, and e.size */
+  struct os_mutex lock; /* guards what follows */
   struct os_cond flushed;
   uint64_t nflushes; /* begun so far */
   int flushing;      /* the last of them has not returned */
@@ -833,7 +820,8 @@ enum { SRV_LISTENERS = 32 };
 
 struct srv_listener {
   int fd;
-  int is_unix;    /* text is a path that is ours to unlink */
+  int is_unix;    /* text is a path that is ours to unlink... */
+  struct stat st; /* ...if it still is this socket */
   char text[128]; /* that, HOST:PORT, or "" */
 };
 
@@ -843,15 +831,13 @@ struct nbdserve {
   int wake[2];                   /* pipe: nbdserve_run looks around */
   struct srv_listener listeners[SRV_LISTENERS];
   int nlisteners;
+  int64_t idle_from; /* nbdserve_run: when the last client had gone */
   struct os_mutex lock; /* guards what follows */
-  struct os_cond gone;  /* a client or a thread is */
-  struct os_cond work;  /* there is a client without a thread */
+  struct os_cond gone;  /* a client is */
   struct ex *exports, **last_export;
-  struct conn *conns;    /* clients being served */
-  struct conn *accepted; /* those of them without a thread yet */
-  unsigned nthreads, nidle, nconns, naccepted;
+  struct conn *conns; /* clients being served */
+  unsigned nconns;
   uint64_t memory; /* of requests, see tx_new_buf */
-  int stopping;
   struct nbdserve_stats stats; /* of clients that have gone */
 };
 
@@ -894,7 +880,8 @@ static int ex_new(struct ex **out, const struct nbdserve_export *from) {
   if (!e.min_block) e.min_block = 1;
   if (!e.preferred_block)
     e.preferred_block = e.min_block > 4096 ? e.min_block : 4096;
-  if (!e.max_request) e.max_request = 32u << 20;
+  if (!e.max_request)
+    e.max_request = (uint32_t)u_min(32u << 20, NBDSERVE_MAX_REQUEST);
   if (!e.ops || !e.ops->read || e.size > INT64_MAX || e.flags > EX_FLAGS ||
       !u_is_power_of_2(e.min_block) || e.min_block > 65536 ||
       !u_is_power_of_2(e.preferred_block) || e.preferred_block < 512 ||
@@ -962,15 +949,6 @@ static void ex_put(struct ex *ex) {
   if (ex && ex->dynamic) ex_free(ex); /* (E1) */
 }
 
-/* The export's size now. */
-static uint64_t ex_size(struct ex *ex) {
-  uint64_t size;
-  os_lock(&ex->lock);
-  size = ex->e.size;
-  os_unlock(&ex->lock);
-  return size;
-}
-
 /* The transmission flags of a client: each exactly when it is so. */
 static unsigned ex_flags(const struct ex *ex, int structured) {
   const struct nbdserve_ops *ops = ex->e.ops;
@@ -989,14 +967,6 @@ static unsigned ex_flags(const struct ex *ex, int structured) {
   return f;
 }
 
-static void ex_enter(struct ex *ex) {
-  if (ex->e.flags & NBDSERVE_SERIAL) os_lock(&ex->serial);
-}
-
-static void ex_leave(struct ex *ex) {
-  if (ex->e.flags & NBDSERVE_SERIAL) os_unlock(&ex->serial);
-}
-
 /* All writes that returned before this call are on permanent storage when it
  * returns 0.  One caller flushes for all that wait (E3). */
 static int ex_flush(struct ex *ex) {
@@ -1012,9 +982,9 @@ static int ex_flush(struct ex *ex) {
     ex->nflushes = mine;
     ex->flushing = 1;
     os_unlock(&ex->lock);
-    ex_enter(ex);
+    if (ex->e.flags & NBDSERVE_SERIAL) os_lock(&ex->serial);
     err = ex->e.ops->flush(ex->e.ctx, 0);
-    ex_leave(ex);
+    if (ex->e.flags & NBDSERVE_SERIAL) os_unlock(&ex->serial);
     os_lock(&ex->lock);
     ex->flushing = 0;
     if (err) {
@@ -1038,26 +1008,6 @@ static int ex_wants_fua(const struct ex *ex, const struct nbdserve_req *r) {
 /* And must a flush follow it for that? */
 static int ex_wants_flush(const struct ex *ex, const struct nbdserve_req *r) {
   return ex_wants_fua(ex, r) && !(ex->e.flags & NBDSERVE_NATIVE_FUA);
-}
-
-/* Zeroes by writing them, for a backend that has nothing better. */
-static int ex_write_zeroes(struct ex *ex, uint64_t off, uint64_t len,
-                           uint32_t flags) {
-  uint64_t step = u_min(u_min(len, EX_ZEROES), ex->e.max_request);
-  unsigned char *zeroes;
-  int err = 0;
-
-  if (flags & NBDSERVE_FAST_ZERO) return -ENOTSUP;
-  step -= step % ex->e.min_block; /* both are multiples of it */
-  assert(step > 0);
-  zeroes = u_zalloc((size_t)step);
-  if (!zeroes) return -ENOMEM;
-  for (; len > 0 && !err; off += step, len -= step) {
-    step = u_min(step, len);
-    err = ex->e.ops->write(ex->e.ctx, zeroes, off, step, flags & NBDSERVE_FUA);
-  }
-  NBDSERVE_FREE(zeroes);
-  return err;
 }
 
 /* Appends one extent in the form of the wire, or makes the last one longer. */
@@ -1110,44 +1060,62 @@ static int ex_extents(struct ex *ex, struct nbdserve_req *r) {
     err = ex->e.ops->extents(ex->e.ctx, r->off, r->len,
                              one ? NBDSERVE_REQ_ONE : 0, &x);
   if (!err && !x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
-  if (err) {
-    NBDSERVE_FREE(x.data);
-    return err;
-  }
-  r->buf = x.data;
+  r->buf = x.data; /* freed with r, also when this failed */
   r->owned = EX_EXTENT_HEAD + 8 * x.n;
-  return 0;
+  return err;
+}
+
+static int ex_do(struct ex *ex, struct nbdserve_req *r);
+
+/* Zeroes by writing them, for a backend that has nothing better. */
+static int ex_write_zeroes(struct ex *ex, const struct nbdserve_req *r) {
+  uint64_t step = u_min(u_min(r->len, EX_ZEROES), ex->e.max_request);
+  struct nbdserve_req w = *r;
+  int err = 0;
+
+  step -= step % ex->e.min_block; /* both are multiples of it */
+  w.type = NBD_CMD_WRITE;
+  w.flags &= NBD_CMD_FLAG_FUA;
+  w.buf = u_zalloc((size_t)step);
+  if (!w.buf) return -ENOMEM;
+  for (; w.off < r->off + r->len && !err; w.off += step) {
+    w.len = u_min(step, r->off + r->len - w.off);
+    err = ex_do(ex, &w);
+  }
+  NBDSERVE_FREE(w.buf);
+  return err;
 }
 
 /* Does a request on the backend, but not the flush that may have to follow. */
 static int ex_do(struct ex *ex, struct nbdserve_req *r) {
   const struct nbdserve_ops *ops = ex->e.ops;
+  uint32_t how = ex->e.flags & (NBDSERVE_NATIVE_FUA | NBDSERVE_UNSAFE);
+  uint32_t f = ex_wants_fua(ex, r) && how == NBDSERVE_NATIVE_FUA;
   void *ctx = ex->e.ctx;
-  uint32_t fua = ex_wants_fua(ex, r) && !ex_wants_flush(ex, r) &&
-                         !(ex->e.flags & NBDSERVE_UNSAFE)
-                     ? NBDSERVE_FUA
-                     : 0;
   int err = -EINVAL;
 
+  assert(f == 0 || f == NBDSERVE_FUA);
   assert(r->len > 0 && r->off <= INT64_MAX && r->len <= INT64_MAX - r->off);
   assert(r->off % ex->e.min_block == 0); /* (E2) */
   assert(!wire_cmd(r->type)->writes || !(ex->e.flags & NBDSERVE_READONLY));
-  ex_enter(ex);
+  if (r->flags & NBD_CMD_FLAG_NO_HOLE) f |= NBDSERVE_NO_HOLE;
+  if (r->flags & NBD_CMD_FLAG_FAST_ZERO) f |= NBDSERVE_FAST_ZERO;
+  if (ex->e.flags & NBDSERVE_SERIAL) os_lock(&ex->serial);
   switch (r->type) {
   case NBD_CMD_READ: err = ops->read(ctx, r->buf, r->off, r->len, 0); break;
-  case NBD_CMD_WRITE: err = ops->write(ctx, r->buf, r->off, r->len, fua); break;
-  case NBD_CMD_TRIM: err = ops->trim(ctx, r->off, r->len, fua); break;
+  case NBD_CMD_WRITE: err = ops->write(ctx, r->buf, r->off, r->len, f); break;
+  case NBD_CMD_TRIM: err = ops->trim(ctx, r->off, r->len, f); break;
   case NBD_CMD_CACHE: err = ops->cache(ctx, r->off, r->len, 0); break;
   case NBD_CMD_WRITE_ZEROES:
-    if (r->flags & NBD_CMD_FLAG_NO_HOLE) fua |= NBDSERVE_NO_HOLE;
-    if (r->flags & NBD_CMD_FLAG_FAST_ZERO) fua |= NBDSERVE_FAST_ZERO;
-    err = ops->zero ? ops->zero(ctx, r->off, r->len, fua) : -ENOTSUP;
-    if (err == -ENOTSUP) err = ex_write_zeroes(ex, r->off, r->len, fua);
+    err = ops->zero ? ops->zero(ctx, r->off, r->len, f) : -ENOTSUP;
     break;
   case NBD_CMD_BLOCK_STATUS: err = ex_extents(ex, r); break;
   default: assert(0); /* (E2) */
   }
-  ex_leave(ex);
+  if (ex->e.flags & NBDSERVE_SERIAL) os_unlock(&ex->serial);
+  if (err == -ENOTSUP && r->type == NBD_CMD_WRITE_ZEROES &&
+      !(f & NBDSERVE_FAST_ZERO))
+    err = ex_write_zeroes(ex, r);
   assert(err <= 0);
   return err;
 }
@@ -1185,7 +1153,7 @@ STATIC_ASSERT(small_fits_out, TX_SMALL + TX_HEAD <= TX_WBUF);
 struct conn {
   /* fixed */
   struct nbdserve *s;
-  struct conn *next, *next_accepted; /* guarded by s->lock */
+  struct conn *next; /* guarded by s->lock */
   struct io io;
   int fd; /* to close; -1: the caller's */
   unsigned id;
@@ -1210,6 +1178,7 @@ struct conn {
   struct nbdserve_req reqs[TX_BATCH];
   size_t nreqs, last_nreqs;
   int big_write; /* the last request was one: expect another */
+  int can_splice; /* long READs go through io.pipe */
 
   struct os_mutex sending; /* guards out and: */
   int broken;              /* a send failed: nothing more goes out */
@@ -1292,21 +1261,29 @@ static uint32_t hs_take_string(struct conn *c, char *out) {
   return hs_string(p + 4, get32(p), out);
 }
 
+/* The export of that name; its size is settled, so that all answers agree. */
+static int hs_find(struct conn *c, const char *name, struct ex **out) {
+  int err = ex_get(c->s, name, out);
+  if (err) return err;
+  os_lock(&c->s->lock);
+  c->size = (*out)->e.size;
+  os_unlock(&c->s->lock);
+  return 0;
+}
+
 /* The export is settled: what transmission needs to know of it. */
 static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
   unsigned threads = c->s->config.threads;
 
   assert(!c->ex);
   c->ex = ex;
-  c->size = ex_size(ex);
   c->tflags = ex_flags(ex, c->structured);
   c->meta = c->meta_name && strcmp(c->meta_name, name) == 0;
   assert(c->structured || !c->meta);
   c->read_head = c->structured ? WIRE_CHUNK + 8 : WIRE_SIMPLE;
   c->max_workers = threads > 1 ? threads : 0;
   c->max_deferred = ex->e.ops->batch ? TX_DEFERRED : threads;
-  if (ex->e.ops->batch && c->io.stop < 0)
-    os_splice_pipe(c->io.pipe, TX_KEEP, &c->io.pipe_size);
+  c->can_splice = ex->e.ops->batch && c->io.stop < 0;
   HS_LOG(c, NBDSERVE_LOG_INFO, "%u: export '%s', %" PRIu64 " bytes%s", c->id,
          name, c->size,
          c->tflags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
@@ -1320,7 +1297,7 @@ static int hs_opt_export_name(struct conn *c) {
   unsigned char *p;
   struct ex *ex;
 
-  if (hs_string(c->data, c->len, name) || ex_get(c->s, name, &ex)) {
+  if (hs_string(c->data, c->len, name) || hs_find(c, name, &ex)) {
     HS_LOG(c, NBDSERVE_LOG_INFO, "%u: no such export; closed", c->id);
     return -ENOENT; /* this option knows no error reply */
   }
@@ -1374,7 +1351,7 @@ static int hs_info(struct conn *c, struct ex *ex, unsigned type) {
   if (!p) return -EPIPE;
   put16(p, type);
   if (type == NBD_INFO_EXPORT) {
-    put64(p + 2, ex_size(ex));
+    put64(p + 2, c->size);
     put16(p + 10, ex_flags(ex, c->structured));
   } else if (type == NBD_INFO_BLOCK_SIZE) {
     put32(p + 2, ex->e.min_block);
@@ -1397,10 +1374,10 @@ static int hs_opt_go(struct conn *c) {
   if (!bad && (c->len < 2 || c->len != 2 + 2 * (size_t)get16(c->data)))
     bad = NBD_REP_ERR_INVALID;
   if (bad) return hs_fail(c, bad, "malformed request for information");
-  err = ex_get(c->s, name, &ex);
-  if (err == -ENOENT)
-    return hs_fail(c, NBD_REP_ERR_UNKNOWN, "no such export");
-  if (err) return hs_fail(c, NBD_REP_ERR_UNKNOWN, u_error(err));
+  err = hs_find(c, name, &ex);
+  if (err)
+    return hs_fail(c, NBD_REP_ERR_UNKNOWN,
+                   err == -ENOENT ? "no such export" : u_error(err));
   for (i = 2; i < c->len; i += 2) { /* others need not be known */
     type = get16(c->data + i);
     if (type <= NBD_INFO_BLOCK_SIZE) wants |= 1u << type;
@@ -1566,8 +1543,6 @@ static int hs_run(struct conn *c) {
  *      config.memory; all others are done in pieces as they arrive and leave.
  */
 
-static const struct iovec tx_nothing; /* is ready to be sent */
-
 /* Frees what a request owns. */
 static void tx_free_buf(struct conn *c, struct nbdserve_req *r) {
   if (!r->owned) return;
@@ -1614,25 +1589,23 @@ static int tx_send(struct conn *c, struct iovec *v, int n, size_t piped) {
   return err;
 }
 
-/* Counts and logs a request that is about to be answered.  Holds c->lock. */
-static void tx_count(struct conn *c, const struct nbdserve_req *r) {
+/* Tells the log of a request that is about to be answered. */
+static void tx_log(struct conn *c, const struct nbdserve_req *r) {
   const struct wire_cmd *cmd = wire_cmd(r->type);
   int level = !r->err || r->err == -ENOTSUP ? NBDSERVE_LOG_TRACE
               : r->why                      ? NBDSERVE_LOG_INFO
                                             : NBDSERVE_LOG_WARNING;
+  unsigned logged = 0;
 
-  c->stats.requests++;
-  c->stats.errors += r->err != 0;
-  if (!r->err && r->type == NBD_CMD_READ) c->stats.bytes_read += r->len;
-  if (!r->err && r->type == NBD_CMD_WRITE) c->stats.bytes_written += r->len;
   if (level > c->s->config.log_level) return;
-  if (level < NBDSERVE_LOG_TRACE && c->nlogged > TX_LOGGED) return;
-  if (level < NBDSERVE_LOG_TRACE && c->nlogged++ == TX_LOGGED)
-    HS_LOG(c, level, "%u: further failures are not logged", c->id);
-  else
+  os_lock(&c->lock); /* not while logging: the host may call nbdserve_stats */
+  if (level < NBDSERVE_LOG_TRACE) logged = ++c->nlogged;
+  os_unlock(&c->lock);
+  if (logged <= TX_LOGGED)
     HS_LOG(c, level, "%u: %s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64
-           ": %s", c->id, cmd ? cmd->name : "?", r->type, r->flags, r->off,
-           r->len, !r->err ? "ok" : r->why ? r->why : u_error(r->err));
+           ": %s%s", c->id, cmd ? cmd->name : "?", r->type, r->flags, r->off,
+           r->len, !r->err ? "ok" : r->why ? r->why : u_error(r->err),
+           logged == TX_LOGGED ? "; further failures are not logged" : "");
 }
 
 /* Writes all of r's reply but the data of a READ to p[TX_HEAD]; what a
@@ -1658,8 +1631,12 @@ static size_t tx_put_head(const struct conn *c, const struct nbdserve_req *r,
     return wire_put_chunk(p, NBD_REPLY_TYPE_BLOCK_STATUS, r->cookie,
                           r->owned - WIRE_CHUNK) + 4;
   }
-  if (err || !c->structured || r->type != NBD_CMD_READ)
-    return wire_put_simple(p, r->cookie, err);
+  if (err || !c->structured || r->type != NBD_CMD_READ) {
+    put32(p, NBD_SIMPLE_REPLY_MAGIC);
+    put32(p + 4, err);
+    put64(p + 8, r->cookie);
+    return WIRE_SIMPLE;
+  }
   if (!r->len) return wire_put_chunk(p, NBD_REPLY_TYPE_NONE, r->cookie, 0);
   n = wire_put_chunk(p, NBD_REPLY_TYPE_OFFSET_DATA, r->cookie, 8 + r->len);
   if (r->more) put16(p + 4, 0); /* not NBD_REPLY_FLAG_DONE */
@@ -1667,24 +1644,31 @@ static size_t tx_put_head(const struct conn *c, const struct nbdserve_req *r,
   return n + 8;
 }
 
-/* Sends what is ready, answers the requests of a list, in as few sends as
- * possible, and frees what they own. */
-static int tx_answer(struct conn *c, struct iovec ready,
-                     struct nbdserve_req *list) {
+/* Answers the requests of a list, in as few sends as possible, and frees what
+ * they own.  The replies that lie ready in the send buffer go first. */
+static int tx_answer(struct conn *c, struct nbdserve_req *list, size_t ready) {
   unsigned char heads[32 * TX_HEAD];
   struct nbdserve_req *r;
   int err = 0;
 
-  if (list) os_lock(&c->lock);
-  for (r = list; r; r = r->next) tx_count(c, r);
-  if (list) os_unlock(&c->lock);
-  for (r = list; (r || ready.iov_len) && !err; ready.iov_len = 0) {
+  os_lock(&c->lock);
+  for (r = list; r; r = r->next) {
+    c->stats.requests++;
+    c->stats.errors += r->err != 0;
+    if (!r->err && r->type == NBD_CMD_READ) c->stats.bytes_read += r->len;
+    if (!r->err && r->type == NBD_CMD_WRITE) c->stats.bytes_written += r->len;
+  }
+  os_unlock(&c->lock);
+  for (r = list; r; r = r->next) tx_log(c, r);
+  for (r = list; r && !err; ready = 0) {
     struct iovec v[3] = {{NULL, 0}, {NULL, 0}, {NULL, 0}};
     size_t piped = 0;
-    v[0] = ready;
+    v[0].iov_base = c->wbuf;
+    v[0].iov_len = ready;
     v[1].iov_base = heads;
     for (; r && !piped && !v[2].iov_len &&
            v[1].iov_len + TX_HEAD <= sizeof heads; r = r->next) {
+      if (r->ready) continue;
       v[1].iov_len += tx_put_head(c, r, heads + v[1].iov_len);
       v[2].iov_base = r->buf;
       if (!r->err && r->type == NBD_CMD_READ)
@@ -1716,7 +1700,7 @@ static unsigned tx_work(struct conn *c, struct nbdserve_req *list) {
   if (!err && (tx_is_flush(list) || ex_wants_flush(c->ex, list)))
     err = ex_flush(c->ex);
   for (r = list; r; r = r->next) r->err = err;
-  tx_answer(c, tx_nothing, list);
+  tx_answer(c, list, 0);
   for (; list; list = r, n++) {
     r = list->next;
     NBDSERVE_FREE(list);
@@ -1806,32 +1790,26 @@ static void tx_validate(const struct conn *c, struct nbdserve_req *r) {
   const struct wire_cmd *cmd = wire_cmd(r->type);
   int fua = c->tflags & NBD_FLAG_SEND_FUA ? NBD_CMD_FLAG_FUA : 0;
   int no_df = c->tflags & NBD_FLAG_SEND_DF ? 0 : NBD_CMD_FLAG_DF;
-  int is_status = r->type == NBD_CMD_BLOCK_STATUS;
+  int is_status = r->type == NBD_CMD_BLOCK_STATUS, err = -EINVAL;
 
-  r->err = -EINVAL;
-  if (!cmd) {
-    r->why = "unknown command";
-  } else if (cmd->writes && (c->tflags & NBD_FLAG_READ_ONLY)) {
-    r->err = -EPERM;
-    r->why = "the export is read-only";
-  } else if (cmd->beyond && (r->off > c->size || r->len > c->size - r->off)) {
-    r->err = cmd->beyond;
-    r->why = "beyond the end of the export";
-  } else {
-    r->why = is_status && !c->meta ? "no metadata context was negotiated"
-             : ~c->tflags & cmd->needs ? "the export does not offer it"
-             : r->flags & ~((cmd->flags & ~no_df) | fua) ? "flag does not apply"
-             : cmd->beyond && (r->off | r->len) & (c->ex->e.min_block - 1)
-                 ? "no multiple of the minimum block size"
-             : r->type <= NBD_CMD_WRITE && r->len > c->ex->e.max_request
-                 ? "longer than the maximum payload size"
-             : is_status && !r->len ? "nothing to report on" : NULL;
-    if (!r->why) r->err = 0;
-    if (!r->err && r->flags & NBD_CMD_FLAG_DF && r->len > TX_KEEP) {
-      r->err = -EOVERFLOW;
-      r->why = "too long for a single chunk";
-    }
-  }
+  r->why =
+      !cmd ? "unknown command"
+      : cmd->writes && (c->tflags & NBD_FLAG_READ_ONLY)
+          ? ((void)(err = -EPERM), "the export is read-only")
+      : cmd->beyond && (r->off > c->size || r->len > c->size - r->off)
+          ? ((void)(err = cmd->beyond), "beyond the end of the export")
+      : is_status && !c->meta ? "no metadata context was negotiated"
+      : ~c->tflags & cmd->needs ? "the export does not offer it"
+      : r->flags & ~((cmd->flags & ~no_df) | fua) ? "flag does not apply"
+      : cmd->beyond && (r->off | r->len) & (c->ex->e.min_block - 1)
+          ? "no multiple of the minimum block size"
+      : r->type <= NBD_CMD_WRITE && r->len > c->ex->e.max_request
+          ? "longer than the maximum payload size"
+      : is_status && !r->len ? "nothing to report on"
+      : r->flags & NBD_CMD_FLAG_DF && r->len > TX_KEEP
+          ? ((void)(err = -EOVERFLOW), "too long for a single chunk")
+          : NULL;
+  r->err = r->why ? err : 0;
 }
 
 /* Does the batch's requests, and what flushes they want or defers them.
@@ -1872,7 +1850,7 @@ static void tx_settle_reads(struct conn *c, struct nbdserve_req *r, size_t n) {
     }
     if (gap) memmove(r->buf - gap, r->buf, (size_t)r->len);
     tx_put_head(c, r, r->buf - gap - head);
-    tx_count(c, r);
+    r->ready = 1;
   }
   assert(gap <= c->wlen);
   c->wlen -= gap;
@@ -1881,25 +1859,21 @@ static void tx_settle_reads(struct conn *c, struct nbdserve_req *r, size_t n) {
 /* Does the batch and answers it.  0, or -errno to close. */
 static int tx_exec(struct conn *c) {
   struct nbdserve_req *r = c->reqs, *list = NULL, **end = &list;
-  struct iovec ready;
-  size_t n = c->nreqs;
+  size_t n = c->nreqs, ready;
 
   if (!n) return 0;
   tx_do(c, r, n, n == 1 && c->last_nreqs == 1 && c->ex->e.ops->batch);
   c->last_nreqs = n;
   c->nreqs = 0;
-  os_lock(&c->lock);
   tx_settle_reads(c, r, n);
-  os_unlock(&c->lock);
   for (; n > 0; n--, r++) {
-    if (r->deferred || (r->type == NBD_CMD_READ && r->buf && !r->err)) continue;
+    if (r->deferred) continue;
     *end = r;
     end = &r->next;
   }
-  ready.iov_base = c->wbuf;
-  ready.iov_len = c->wlen;
+  ready = c->wlen;
   c->wlen = 0;
-  return tx_answer(c, ready, list);
+  return tx_answer(c, list, ready);
 }
 
 /* Puts a request into the batch, which is done first if it is full. */
@@ -1922,13 +1896,15 @@ static int tx_add(struct conn *c, const struct nbdserve_req *r) {
 
 /* A long READ whose data need not be copied: is it in the pipe? */
 static int tx_splice(struct conn *c, struct nbdserve_req *r) {
-  if (r->type != NBD_CMD_READ || r->off % 4096 + r->len > c->io.pipe_size)
-    return 0; /* or its pages do not fit */
+  if (r->type != NBD_CMD_READ || r->off % 4096 + r->len > TX_KEEP) return 0;
+  if (c->can_splice && c->io.pipe[0] < 0)
+    c->can_splice = os_splice_pipe(c->io.pipe, TX_KEEP);
+  if (!c->can_splice) return 0;
   r->pipe = c->io.pipe[1];
   c->ex->e.ops->batch(c->ex->e.ctx, r, 1);
   if (!r->err) return 1;
-  r->err = r->pipe = 0; /* never again: there may be something left in it */
-  c->io.pipe_size = 0;
+  r->err = r->pipe = 0;
+  c->can_splice = 0; /* never again: there may be something left in it */
   return 0;
 }
 
@@ -1967,6 +1943,9 @@ static int tx_long_read(struct conn *c, struct nbdserve_req *r) {
   size_t head;
 
   p.buf = c->big + TX_HEAD;
+  os_lock(&c->lock); /* no worker's reply may come between the pieces */
+  while (!pass && c->ndeferred) os_wait(&c->room, &c->lock);
+  os_unlock(&c->lock);
   for (; pass < 2; pass++)
     for (p.off = r->off; p.off < end; p.off += p.len) {
       p.len = u_min(end - p.off, TX_KEEP);
@@ -1974,17 +1953,15 @@ static int tx_long_read(struct conn *c, struct nbdserve_req *r) {
       r->err = ex_do(c->ex, &p);
       head = c->structured || p.off == r->off ? c->read_head : 0;
       if (r->err && !head) return r->err; /* proto.md: disconnect */
-      if (r->err) return tx_answer(c, tx_nothing, r);
+      if (r->err) return tx_answer(c, r, 0);
       if (head) tx_put_head(c, &p, p.buf - head);
       v.iov_base = p.buf - head;
       v.iov_len = head + (size_t)p.len;
       if (pass) err = tx_send(c, &v, 1, 0);
       if (err) return err;
     }
-  os_lock(&c->lock);
-  tx_count(c, r);
-  os_unlock(&c->lock);
-  return 0;
+  r->ready = 1;
+  return tx_answer(c, r, 0);
 }
 
 /* A READ or WRITE outside the batch, which has been done: a long one, or one
@@ -1998,7 +1975,7 @@ static int tx_big(struct conn *c, struct nbdserve_req *r, int defer) {
     if (!err && tx_defer(c, r)) return 0;
     if (!err) r->err = ex_do(c->ex, r);
   } else if (tx_splice(c, r)) {
-    return tx_answer(c, tx_nothing, r);
+    return tx_answer(c, r, 0);
   } else {
     if (!c->big) c->big = NBDSERVE_MALLOC(TX_HEAD + TX_KEEP);
     if (!c->big) return -ENOMEM; /* for not even a megabyte */
@@ -2011,7 +1988,7 @@ static int tx_big(struct conn *c, struct nbdserve_req *r, int defer) {
     if (tx_defer(c, r)) return 0;
     r->err = ex_flush(c->ex);
   }
-  if (!err) return tx_answer(c, tx_nothing, r);
+  if (!err) return tx_answer(c, r, 0);
   tx_free_buf(c, r);
   return err;
 }
@@ -2058,7 +2035,7 @@ static int tx_take(struct conn *c) {
   defer = !c->ex->e.ops->batch && c->max_workers && r.len;
   if (!r.err && r.type <= NBD_CMD_WRITE &&
       (r.len > TX_SMALL || defer ||
-       (r.type == NBD_CMD_READ && r.len >= TX_SPLICE && c->io.pipe_size))) {
+       (r.type == NBD_CMD_READ && r.len >= TX_SPLICE && c->can_splice))) {
     c->rpos += WIRE_REQUEST;
     err = tx_exec(c);
     if (!err) err = tx_big(c, &r, defer);
@@ -2146,6 +2123,7 @@ static int flat_transfer(struct flat *f, const struct nbdserve_req *r,
   struct iovec v[FLAT_RUN];
   size_t i;
   assert(n > 0 && n <= FLAT_RUN);
+  if (r->pipe && f->offset % 4096) return -EINVAL; /* pages would not fit */
   if (r->pipe) return os_fill_pipe(f->fd, f->offset + r->off, r->pipe, r->len);
   for (i = 0; i < n; i++) {
     v[i].iov_base = r[i].buf;
@@ -2264,11 +2242,13 @@ static const struct nbdserve_ops flat_ops = {
     flat_read,  flat_write,   flat_flush, flat_trim, flat_zero,
     flat_cache, flat_extents, flat_close, flat_batch};
 
-/* Makes a new file of that size, lasting before a client can rely on it. */
+/* Gives a new file its size, lasting before a client can rely on it. */
 static int flat_make_lasting(int fd, const char *path, uint64_t size) {
   int err = ftruncate(fd, (off_t)size) < 0 || fsync(fd) < 0 ? -errno : 0;
-  if (!err) err = os_sync_dir(path);
-  if (err) unlink(path);
+  int dir = err ? -1 : os_open_dir(path);
+  if (!err && dir < 0) err = dir;
+  if (!err && fsync(dir) < 0 && errno != EINVAL) err = -errno;
+  if (dir >= 0) close(dir);
   return err;
 }
 
@@ -2276,10 +2256,10 @@ static int flat_make_lasting(int fd, const char *path, uint64_t size) {
  * it holds.  The descriptor or -errno. */
 static int flat_open_file(const char *path, const struct nbdserve_flat *o,
                           uint64_t *size) {
-  int readonly = o->flags != 0, made = 0, fd = -1, err = 0;
-  int flags = (readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NOCTTY;
+  int flags = O_CLOEXEC | O_NOCTTY | O_NONBLOCK; /* a FIFO must not hang us */
+  int readonly = o->flags != 0, fd, err = 0;
   struct stat st;
-  off_t end = -1;
+  off_t end = 0;
 
   if (strncmp(path, "mem:", 4) == 0) {
     path = u_size(path + 4, size);
@@ -2287,17 +2267,15 @@ static int flat_open_file(const char *path, const struct nbdserve_flat *o,
     if (fd < 0) return fd;
     if (ftruncate(fd, (off_t)*size) < 0) err = -errno;
   } else {
-    if (o->create) fd = open(path, flags | O_CREAT | O_EXCL, 0666);
-    made = fd >= 0;
-    if (!made && (!o->create || errno == EEXIST))
-      fd = open(path, flags | O_NONBLOCK); /* a FIFO must not hang us */
+    flags |= (readonly ? O_RDONLY : O_RDWR) | (o->create ? O_CREAT : 0);
+    fd = open(path, flags, 0666);
     if (fd < 0) return -errno;
-    if (fstat(fd, &st) < 0)
-      err = -errno;
-    else if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
+    err = os_claim(fd, readonly);
+    if (!err && fstat(fd, &st) < 0) err = -errno;
+    if (!err && !S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
       err = S_ISDIR(st.st_mode) ? -EISDIR : -EINVAL;
-    if (!err) err = os_claim(fd, readonly);
-    if (!err && made) err = flat_make_lasting(fd, path, o->create);
+    if (!err && o->create && S_ISREG(st.st_mode) && !st.st_size)
+      err = flat_make_lasting(fd, path, o->create);
   }
   if (!err && (end = lseek(fd, 0, SEEK_END)) < 0) err = -errno;
   *size = (uint64_t)end;
@@ -2342,13 +2320,13 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
  *
  * (S1) A client is on s->conns from its acceptance to its end, so that
  *      nbdserve_stop reaches it.
- * (S2) Threads outlive their client for a while and take the next one.
+ * (S2) The last thing a client's thread does with s is to leave that list.
  * (S3) Stopping: no more clients; those that are there get no further
  *      requests, but what they have sent is done and answered, for
  *      IO_GRACE_MS at most where they do not read; then all exports are
  *      flushed.
  */
-enum { SRV_BACKLOG = 128, SRV_PARK_MS = 5000, SRV_PAUSE_MS = 100 };
+enum { SRV_BACKLOG = 128, SRV_PAUSE_MS = 100 };
 enum { SRV_STOP = 's', SRV_WAKE = 'w', SRV_GONE = 'g' }; /* bytes in pipes */
 
 union srv_address {
@@ -2368,6 +2346,7 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   struct nbdserve_config *k;
   int err = -ENOMEM;
 
+  *out = NULL;
   if (config && config->version / 100 != NBDSERVE_VERSION_NUMBER / 100)
     return -EINVAL;
   s = u_zalloc(sizeof *s);
@@ -2380,8 +2359,7 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   if (!k->max_conn) k->max_conn = 128;
   if (!k->handshake_ms) k->handshake_ms = 10000;
   if (!k->memory) k->memory = 256u << 20;
-  if (!os_mutex_init(&s->lock) && !os_cond_init(&s->gone) &&
-      !os_cond_init(&s->work))
+  if (!os_mutex_init(&s->lock) && !os_cond_init(&s->gone))
     err = os_pipe(s->stop);
   if (!err) err = os_pipe(s->wake);
   if (k->threads > 1024 || k->max_conn > 1 << 20 || k->flags & ~NBDSERVE_ONCE)
@@ -2414,13 +2392,10 @@ int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
   struct ex *ex;
   if (size > INT64_MAX) return -EINVAL;
   os_lock(&s->lock);
-  ex = ex_by_name(s, name);
+  ex = ex_by_name(s, name ? name : "");
+  if (ex) ex->e.size = size;
   os_unlock(&s->lock);
-  if (!ex) return -ENOENT;
-  os_lock(&ex->lock);
-  ex->e.size = size;
-  os_unlock(&ex->lock);
-  return 0;
+  return ex ? 0 : -ENOENT;
 }
 
 /* Adds a listener on fd, which it owns from then on, also when it fails; for a
@@ -2431,12 +2406,13 @@ static int srv_add_listener(struct nbdserve *s, int fd, int is_unix,
   if (fd < 0) return fd;
   if (s->nlisteners == SRV_LISTENERS) {
     close(fd);
+    if (is_unix) unlink(text);
     return -EMFILE;
   }
   fcntl(fd, F_SETFD, FD_CLOEXEC);
   os_nonblock(fd, 1);
   l->fd = fd;
-  l->is_unix = is_unix;
+  l->is_unix = is_unix && lstat(text, &l->st) == 0;
   snprintf(l->text, sizeof l->text, "%s", text);
   s->nlisteners++;
   return 0;
@@ -2464,6 +2440,7 @@ static int srv_remove_stale(const union srv_address *a) {
   struct stat st;
   int fd = os_socket(AF_UNIX), stale;
   if (fd < 0) return fd;
+  os_nonblock(fd, 1);
   stale = lstat(a->un.sun_path, &st) == 0 && S_ISSOCK(st.st_mode) &&
           connect(fd, &a->sa, sizeof a->un) < 0 && errno == ECONNREFUSED;
   close(fd);
@@ -2474,43 +2451,42 @@ static int srv_remove_stale(const union srv_address *a) {
 static int srv_listen_unix(struct nbdserve *s, const char *path) {
   union srv_address a;
   size_t n = strlen(path);
-  int fd;
+  int fd, dir, tries = 100;
 
   memset(&a, 0, sizeof a);
   if (!n) return -EINVAL;
   if (n >= sizeof a.un.sun_path) return -ENAMETOOLONG;
   a.un.sun_family = AF_UNIX;
   memcpy(a.un.sun_path, path, n);
+  dir = os_open_dir(path); /* until it listens it looks stale to others */
+  while (tries-- > 0 && flock(dir, LOCK_EX | LOCK_NB) < 0 &&
+         errno == EWOULDBLOCK)
+    poll(NULL, 0, 10);
   fd = srv_bind(&a, sizeof a.un);
   if (fd == -EADDRINUSE && (fd = srv_remove_stale(&a)) == 0)
     fd = srv_bind(&a, sizeof a.un);
+  if (dir >= 0) close(dir);
   return srv_add_listener(s, fd, 1, path);
 }
 
-#if NBDSERVE_NO_TCP
-static int srv_listen_tcp(struct nbdserve *s, const char *address) {
-  (void)s, (void)address;
-  return -EAFNOSUPPORT;
-}
-
-static void srv_name(const union srv_address *a, char *out, size_t size) {
-  snprintf(out, size, "%s", a->sa.sa_family == AF_UNIX ? "a unix socket" : "?");
-}
-#else
 /* An address for humans and URIs. */
 static void srv_name(const union srv_address *a, char *out, size_t size) {
-  char host[INET6_ADDRSTRLEN] = "";
-  if (a->sa.sa_family == AF_INET6) {
-    inet_ntop(AF_INET6, &a->in6.sin6_addr, host, sizeof host);
-    snprintf(out, size, "[%s]:%d", host, ntohs(a->in6.sin6_port));
-  } else if (a->sa.sa_family == AF_INET) {
-    inet_ntop(AF_INET, &a->in.sin_addr, host, sizeof host);
-    snprintf(out, size, "%s:%d", host, ntohs(a->in.sin_port));
-  } else {
-    snprintf(out, size, "a unix socket");
+  snprintf(out, size, "a unix socket");
+#if !NBDSERVE_NO_TCP
+  if (a->sa.sa_family == AF_INET6 || a->sa.sa_family == AF_INET) {
+    int v6 = a->sa.sa_family == AF_INET6;
+    char host[INET6_ADDRSTRLEN] = "";
+    inet_ntop(a->sa.sa_family, v6 ? (const void *)&a->in6.sin6_addr
+                                  : (const void *)&a->in.sin_addr,
+              host, sizeof host);
+    snprintf(out, size, v6 ? "[%s]:%d" : "%s:%d", host,
+             ntohs(v6 ? a->in6.sin6_port : a->in.sin_port));
   }
+#endif
+  (void)a;
 }
 
+#if !NBDSERVE_NO_TCP
 /* Listens on a numeric address; *port 0 becomes what the kernel picked. */
 static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
   int v6 = strchr(host, ':') != NULL, fd;
@@ -2546,8 +2522,8 @@ static int srv_listen_tcp(struct nbdserve *s, const char *address) {
     snprintf(host, sizeof host, "%.*s", n, address);
   if (strcmp(host, "localhost") != 0) return srv_listen_ip(s, host, &port);
   err = srv_listen_ip(s, "127.0.0.1", &port);
-  if (!err) srv_listen_ip(s, "::1", &port); /* a host may have no IPv6 */
-  return err;
+  if (!err) err = srv_listen_ip(s, "::1", &port);
+  return err == -EAFNOSUPPORT || err == -EADDRNOTAVAIL ? 0 : err; /* no IPv6 */
 }
 #endif
 
@@ -2558,7 +2534,9 @@ int nbdserve_listen(struct nbdserve *s, const char *address) {
   int listens = 0;
 
   if (strncmp(address, "unix:", 5) == 0) return srv_listen_unix(s, address + 5);
+#if !NBDSERVE_NO_TCP
   if (strncmp(address, "tcp:", 4) == 0) return srv_listen_tcp(s, address + 4);
+#endif
   if (strncmp(address, "fd:", 3) != 0) return -EINVAL;
   rest = u_size(address + 3, &fd);
   if (!rest || *rest || fd > INT_MAX) return -EINVAL;
@@ -2573,7 +2551,7 @@ int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
   if (!s->nlisteners || !*l->text) return -ENOENT;
   n = snprintf(buf, size, "nbd%s://%s/", l->is_unix ? "+unix" : "",
                l->is_unix ? "" : l->text);
-  fits = (size_t)n < size && u_append_uri(buf, size, name);
+  fits = (size_t)n < size && u_append_uri(buf, size, name ? name : "");
   if (fits && l->is_unix) {
     fits = strlen(buf) + 8 < size;
     if (fits) strcat(buf, "?socket=");
@@ -2655,26 +2633,26 @@ static void srv_free_client(struct conn *c) {
   struct nbdserve *s = c->s;
   struct conn **p = &s->conns;
 
+  NBDSERVE_FREE(c->meta_name);
+  NBDSERVE_FREE(c->rbuf);
+  NBDSERVE_FREE(c->wbuf);
+  NBDSERVE_FREE(c->big);
+  if (c->io.pipe[0] >= 0) close(c->io.pipe[0]);
+  if (c->io.pipe[1] >= 0) close(c->io.pipe[1]);
   os_lock(&s->lock);
   while (*p != c) p = &(*p)->next;
   *p = c->next;
   s->nconns--;
   srv_add_stats(&s->stats, &c->stats);
-  if (c->io.pipe[0] >= 0) close(c->io.pipe[0]);
-  if (c->io.pipe[1] >= 0) close(c->io.pipe[1]);
   if (c->fd >= 0) close(c->fd); /* locked: srv_finish must not hit another */
-  os_wake_all(&s->gone);
-  srv_poke(s->wake[1], SRV_GONE);
-  os_unlock(&s->lock);
-  NBDSERVE_FREE(c->meta_name);
-  NBDSERVE_FREE(c->rbuf);
-  NBDSERVE_FREE(c->wbuf);
-  NBDSERVE_FREE(c->big);
   os_mutex_free(&c->lock);
   os_mutex_free(&c->sending);
   os_cond_free(&c->work);
   os_cond_free(&c->room);
   NBDSERVE_FREE(c);
+  os_wake_all(&s->gone);
+  srv_poke(s->wake[1], SRV_GONE);
+  os_unlock(&s->lock); /* (S2) */
 }
 
 /* Serves a client from its first byte to its last and forgets it.  name: as in
@@ -2696,7 +2674,7 @@ static int srv_serve_client(struct conn *c, const char *name) {
     err = -ENOMEM;
   else if (!name)
     r = hs_run(c);
-  else if (!(err = ex_get(c->s, name, &ex)))
+  else if (!(err = hs_find(c, name, &ex)))
     hs_settle(c, ex, name);
   if (r < 0) err = r;
   if (!err && r == HS_ENTER) err = tx_run(c);
@@ -2710,75 +2688,33 @@ static int srv_serve_client(struct conn *c, const char *name) {
   return err == -ESHUTDOWN ? 0 : err;
 }
 
-/* A client thread: serves one after the other (S2). */
-static void *srv_thread(void *arg) {
-  struct nbdserve *s = arg;
-  struct conn *c;
-  int more = 1;
-
-  os_lock(&s->lock);
-  while (more) {
-    c = s->accepted;
-    if (c) {
-      s->accepted = c->next_accepted;
-      s->naccepted--;
-      os_unlock(&s->lock);
-      srv_serve_client(c, NULL);
-      os_lock(&s->lock);
-    } else {
-      s->nidle++;
-      more = !s->stopping && os_wait_ms(&s->work, &s->lock, SRV_PARK_MS);
-      s->nidle--;
-      more = more || s->accepted;
-    }
-  }
-  s->nthreads--;
-  os_wake_all(&s->gone);
-  os_unlock(&s->lock);
+/* A client's thread. */
+static void *srv_thread(void *client) {
+  srv_serve_client(client, NULL);
   return NULL;
 }
 
-/* Gives an accepted client to a thread; without one it is turned away. */
-static void srv_start_client(struct nbdserve *s, struct conn *c) {
-  int err = 0;
+/* Takes the next client of a listener, if there may be one more.  -errno when
+ * there is no descriptor, memory or thread for it. */
+static int srv_accept(struct nbdserve *s, int listener) {
+  struct conn *c;
+  int fd, full, err;
 
-  if (NBDSERVE_NO_THREADS) { /* one at a time: here */
-    srv_serve_client(c, NULL);
-    return;
-  }
   os_lock(&s->lock);
-  if (s->naccepted + 1 > s->nidle) {
-    err = os_thread(srv_thread, s);
-    if (!err) s->nthreads++;
-  }
-  if (!err) {
-    c->next_accepted = s->accepted;
-    s->accepted = c;
-    s->naccepted++;
-    os_wake_one(&s->work);
-  }
+  full = s->nconns >= s->config.max_conn;
   os_unlock(&s->lock);
-  if (!err) return;
-  HS_LOG(c, NBDSERVE_LOG_ERROR, "%u: turned away, no thread: %s", c->id,
-         u_error(err));
-  srv_free_client(c);
-}
-
-/* Takes the next client of a listener.  Until when nobody is to be taken: out
- * of descriptors or memory, the loop must not spin. */
-static int64_t srv_accept(struct nbdserve *s, int listener) {
-  int fd = os_accept(listener);
-  struct conn *c = fd >= 0 ? srv_new_client(s, fd, fd, 1) : NULL;
-
-  if (c) {
-    srv_start_client(s, c);
-    return 0;
+  fd = full ? -EAGAIN : os_accept(listener);
+  if (fd < 0)
+    return fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR ? 0 : fd;
+  c = srv_new_client(s, fd, fd, 1);
+  if (!c) {
+    close(fd);
+    return -ENOMEM;
   }
-  if (fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR) return 0;
-  if (fd >= 0) close(fd);
-  u_log(&s->config, NBDSERVE_LOG_WARNING, "clients have to wait: %s",
-        u_error(fd < 0 ? fd : -ENOMEM));
-  return os_now_ms() + SRV_PAUSE_MS;
+  err = NBDSERVE_NO_THREADS ? 0 : os_thread(srv_thread, c);
+  if (NBDSERVE_NO_THREADS) srv_thread(c); /* one at a time: here */
+  if (err) srv_free_client(c);
+  return err;
 }
 
 /* Empties the wake pipe; was nbdserve_wake called? */
@@ -2805,14 +2741,13 @@ static int srv_finish(struct nbdserve *s) {
   struct ex *ex;
   int err = 0, e;
 
+  nbdserve_stop(s);
   os_lock(&s->lock);
-  s->stopping = 1;
-  os_wake_all(&s->work);
   srv_shut_clients(s, SHUT_RD);
   while (s->nconns > 0 && (left = until - os_now_ms()) > 0)
-    (void)os_wait_ms(&s->gone, &s->lock, (int)left);
+    (void)os_wait_ms(&s->gone, &s->lock, (int)u_min((uint64_t)left, 500));
   srv_shut_clients(s, SHUT_RDWR);
-  while (s->nconns > 0 || s->nthreads > 0) os_wait(&s->gone, &s->lock);
+  while (s->nconns > 0) os_wait(&s->gone, &s->lock);
   os_unlock(&s->lock);
   for (ex = s->exports; ex; ex = ex->next) { /* nobody adds any more */
     e = ex->e.flags & NBDSERVE_READONLY ? 0 : ex_flush(ex);
@@ -2827,8 +2762,8 @@ static int srv_finish(struct nbdserve *s) {
 
 int nbdserve_run(struct nbdserve *s) {
   struct pollfd p[SRV_LISTENERS + 2];
-  int64_t pause = 0, idle_from = os_now_ms(), now, wait;
-  int i, n = s->nlisteners, full, busy, over;
+  int64_t pause = 0, now, wait, idle;
+  int i, n = s->nlisteners, full, busy, over, err, came;
 
   for (;;) {
     os_lock(&s->lock);
@@ -2837,13 +2772,14 @@ int nbdserve_run(struct nbdserve *s) {
     over = !busy && s->stats.clients && (s->config.flags & NBDSERVE_ONCE);
     os_unlock(&s->lock);
     now = os_now_ms();
+    if (busy || !s->idle_from) s->idle_from = now;
     wait = pause > now ? pause - now : -1; /* -1: until something happens */
-    if (busy) idle_from = now;
+    idle = s->idle_from + s->config.idle_exit_ms - now;
     if (!busy && s->config.idle_exit_ms) {
-      wait = idle_from + s->config.idle_exit_ms - now;
-      over |= wait <= 0;
+      over |= idle <= 0;
+      if (wait < 0 || idle < wait) wait = idle;
     }
-    if (over) return srv_finish(s);
+    if (over) wait = 0; /* a last look whether somebody waits */
     for (i = 0; i < n + 2; i++) {
       p[i].fd = full || pause > now ? -1 : s->listeners[i < n ? i : 0].fd;
       p[i].events = POLLIN;
@@ -2856,8 +2792,16 @@ int nbdserve_run(struct nbdserve *s) {
       return -errno;
     if (p[n].revents) return srv_finish(s);
     if (p[n + 1].revents && srv_woken(s)) return -EINTR;
-    for (i = 0; i < n; i++)
-      if (p[i].revents) pause = srv_accept(s, p[i].fd);
+    for (came = i = 0; i < n; i++) {
+      if (!p[i].revents) continue;
+      came = 1;
+      err = srv_accept(s, p[i].fd);
+      if (err && now - pause > SRV_PAUSE_MS) /* once, not in every round */
+        u_log(&s->config, NBDSERVE_LOG_WARNING, "clients have to wait: %s",
+              u_error(err));
+      if (err) pause = os_now_ms() + SRV_PAUSE_MS; /* the loop must not spin */
+    }
+    if (over && !came) return srv_finish(s);
   }
 }
 
@@ -2869,14 +2813,18 @@ int nbdserve_serve(struct nbdserve *s, int in_fd, int out_fd,
 
 void nbdserve_free(struct nbdserve *s) {
   struct srv_listener *l;
+  struct stat st;
   struct ex *ex;
   int i;
 
   if (!s) return;
-  assert(!s->conns && !s->nthreads && !s->memory);
+  if (s->nconns > 0) srv_finish(s); /* nbdserve_run was left with -EINTR */
+  assert(!s->conns && !s->memory);
   for (l = s->listeners; l < s->listeners + s->nlisteners; l++) {
     if (l->fd >= 0) close(l->fd);
-    if (l->is_unix) unlink(l->text);
+    if (l->is_unix && lstat(l->text, &st) == 0 && st.st_ino == l->st.st_ino &&
+        st.st_dev == l->st.st_dev)
+      unlink(l->text);
   }
   while ((ex = s->exports)) {
     s->exports = ex->next;
@@ -2887,7 +2835,6 @@ void nbdserve_free(struct nbdserve *s) {
     if (s->wake[i] >= 0) close(s->wake[i]);
   }
   os_cond_free(&s->gone);
-  os_cond_free(&s->work);
   os_mutex_free(&s->lock);
   NBDSERVE_FREE(s);
 }
@@ -2938,7 +2885,7 @@ static const struct cli_option {
     {' ', "run", "CMD", 0, 0, "serve while a shell command runs ($uri, $nbd)"},
     {' ', "fork", NULL, 0, 0, "go into the background, once listening"},
     {'P', "pidfile", "FILE", 0, 0, "write the process id there, then"},
-    {' ', "ready-fd", "N", 1, INT_MAX, "write the URI there, once listening"},
+    {' ', "ready-fd", "N", 3, INT_MAX, "write the URI there, once listening"},
     {'u', "user", "USER", 0, 0, "become that user, once listening"},
     {'g', "group", "GROUP", 0, 0, "become that group"},
     {'q', "quiet", NULL, 0, 0, "errors only"},
@@ -2959,26 +2906,32 @@ struct cli {
   int ntargets;
   const char *name;          /* -e, or "" */
   struct nbdserve_export ex; /* what all exports have in common */
-  unsigned uid, gid;
+  unsigned uid, gid, user_gid; /* (unsigned)-1: not known */
   int serve[2]; /* one client's input and output, or -1 */
   int report;   /* pipe to the parent of --fork, or -1 */
   int wrote_pidfile;
+  pid_t child; /* the captive command; 0: none, or it has ended */
+  int status;  /* and this was its exit status */
   char dir[100], sock[PATH_MAX]; /* private directory; unix socket */
   char uri[3 * WIRE_STRING + 1024];
 };
 
 static struct nbdserve *cli_server; /* for the handlers, as what follows */
-static volatile sig_atomic_t cli_usr1, cli_ending, cli_ended, cli_status;
-static pid_t cli_child; /* the captive command */
+static volatile sig_atomic_t cli_usr1, cli_ending;
 
-/* One line on standard error; returns status. */
+/* One line on standard error, in one write so that threads do not mix theirs;
+ * returns status. */
 static int OS_PRINTF(2, 3) cli_say(int status, const char *fmt, ...) {
+  char line[PATH_MAX + 600] = "nbdserve: ";
+  size_t n = strlen(line);
   va_list ap;
-  fputs("nbdserve: ", stderr);
+  ssize_t done;
   va_start(ap, fmt);
-  vfprintf(stderr, fmt, ap);
+  vsnprintf(line + n, sizeof line - n - 1, fmt, ap);
   va_end(ap);
-  fputc('\n', stderr);
+  strcat(line, "\n");
+  done = write(2, line, strlen(line));
+  (void)done; /* there is nobody to tell */
   return status;
 }
 
@@ -3006,22 +2959,29 @@ static void cli_help(void) {
 }
 
 /* The id of a user or group: a number, or a name in /etc/passwd or /etc/group
- * (getpwnam would not survive static linking).  *gid: a user's group. */
+ * (getpwnam would not survive static linking).  *gid: a user's group, if it
+ * stands there. */
 static int cli_lookup(const char *file, const char *name, unsigned *id,
                       unsigned *gid) {
   char line[1024], *rest;
+  unsigned long number = strtoul(name, &rest, 10);
+  int is_number = *name >= '0' && *name <= '9' && !*rest, found = 0;
   size_t n = strlen(name);
-  int found;
-  FILE *f;
+  FILE *f = fopen(file, "r");
 
-  *id = (unsigned)strtoul(name, &rest, 10);
-  found = *name >= '0' && *name <= '9' && !*rest;
-  f = found ? NULL : fopen(file, "r");
-  while (f && !found && fgets(line, sizeof line, f))
-    if (strncmp(line, name, n) == 0 && line[n] == ':')
-      found = sscanf(line + n + 1, "%*[^:]:%u:%u", id, gid) >= 1;
+  *gid = (unsigned)-1;
+  while (f && !found && fgets(line, sizeof line, f)) {
+    rest = strchr(line, ':');
+    rest = rest ? strchr(rest + 1, ':') : NULL;
+    if (!rest || sscanf(rest, ":%u:%u", id, gid) < 1) continue;
+    found = is_number ? *id == number
+                      : strncmp(line, name, n) == 0 && line[n] == ':';
+  }
   if (f) fclose(f);
-  return found;
+  if (found || !is_number || number >= UINT32_MAX) return found;
+  *id = (unsigned)number;
+  *gid = (unsigned)-1;
+  return 1;
 }
 
 /* MIN:PREFERRED:MAX. */
@@ -3053,8 +3013,11 @@ static int cli_set(struct cli *k, int opt, const char *value) {
     rest = u_size(value, &k->n[opt]);
     ok = rest && !*rest && k->n[opt] >= o->min && k->n[opt] <= o->max;
   }
+  if (opt == OPT_FD || opt == OPT_READY_FD) /* or it could become ours */
+    ok = ok && fcntl((int)k->n[opt], F_GETFD) >= 0;
   if (opt == OPT_BLOCK_SIZE) ok = cli_block_sizes(value, &k->ex);
-  if (opt == OPT_USER) ok = cli_lookup("/etc/passwd", value, &k->uid, &k->gid);
+  if (opt == OPT_USER)
+    ok = cli_lookup("/etc/passwd", value, &k->uid, &k->user_gid);
   if (opt == OPT_GROUP) ok = cli_lookup("/etc/group", value, &k->gid, &unused);
   if (opt == OPT_CACHE) {
     k->ex.flags = strcmp(value, "writethrough") == 0 ? NBDSERVE_WRITETHROUGH
@@ -3071,7 +3034,7 @@ static int cli_find(char letter, const char *name, size_t n) {
   const struct cli_option *o = cli_options;
   for (; o < cli_options + OPT_COUNT; o++)
     if (name ? strncmp(o->name, name, n) == 0 && !o->name[n]
-             : o->letter == letter)
+             : o->letter == letter && letter != ' ')
       break;
   return (int)(o - cli_options);
 }
@@ -3116,7 +3079,11 @@ static int cli_check(const struct cli *k) {
   static const struct { int a, b; } apart[] = {
       {OPT_STDIN, OPT_UNIX}, {OPT_STDIN, OPT_PORT}, {OPT_STDIN, OPT_BIND},
       {OPT_STDIN, OPT_FD},   {OPT_STDIN, OPT_RUN},  {OPT_STDIN, OPT_FORK},
-      {OPT_RUN, OPT_FORK},   {OPT_CREATE, OPT_READ_ONLY}};
+      {OPT_FD, OPT_UNIX},    {OPT_FD, OPT_PORT},    {OPT_FD, OPT_BIND},
+      {OPT_FD, OPT_RUN},     {OPT_RUN, OPT_FORK},   {OPT_RUN, OPT_ONCE},
+      {OPT_RUN, OPT_IDLE_EXIT}, {OPT_CREATE, OPT_READ_ONLY}};
+  static const int alone[] = {OPT_RUN, OPT_FORK, OPT_STDIN, OPT_FD, OPT_ONCE,
+                              OPT_IDLE_EXIT};
   size_t i;
 
   for (i = 0; i < sizeof apart / sizeof *apart; i++)
@@ -3129,8 +3096,10 @@ static int cli_check(const struct cli *k) {
                    "mem:SIZE; try --help");
   if (k->v[OPT_EXPORT] && k->ntargets > 1)
     return cli_say(CLI_USAGE, "--export: for a single target; use NAME=TARGET");
-  if (k->command && (k->v[OPT_RUN] || k->v[OPT_FORK] || k->v[OPT_STDIN]))
-    return cli_say(CLI_USAGE, "--: not together with --run, --fork or --stdin");
+  for (i = 0; k->command && i < sizeof alone / sizeof *alone; i++)
+    if (k->v[alone[i]])
+      return cli_say(CLI_USAGE, "--: no command together with --%s",
+                     cli_options[alone[i]].name);
   return 0;
 }
 
@@ -3191,7 +3160,7 @@ static int cli_add(const struct cli *k, const char *path, const char *name) {
 }
 
 /* Opens all targets. */
-static int cli_add_all(const struct cli *k) {
+static int cli_add_all(struct cli *k) {
   int i, status = 0;
   for (i = 0; i < k->ntargets && !status; i++) {
     char *path = k->targets[i], *equals = strchr(path, '=');
@@ -3199,6 +3168,7 @@ static int cli_add_all(const struct cli *k) {
     const char *base = slash ? slash + 1 : path;
     if (equals && !memchr(path, '/', (size_t)(equals - path))) {
       *equals = 0;
+      if (k->ntargets == 1) k->name = path;
       status = cli_add(k, equals + 1, path);
     } else {
       status = cli_add(k, path, k->ntargets > 1 ? base : k->name);
@@ -3244,41 +3214,42 @@ static int cli_listen_private(struct cli *k) {
   status = cli_listen_on("unix", k->sock);
   if (!status && chmod(k->sock, 0600) < 0) status = cli_say_errno(k->sock);
   if (!status && k->v[OPT_USER] &&
-      (chown(k->sock, k->uid, k->gid) < 0 || chown(k->dir, k->uid, k->gid) < 0))
+      (chown(k->sock, k->uid, (gid_t)-1) < 0 ||
+       chown(k->dir, k->uid, (gid_t)-1) < 0))
     status = cli_say_errno(k->sock);
   return status;
 }
 
-/* A socket from whoever started us: one to listen on, or a client. */
-static int cli_take_fd(struct cli *k, const char *number) {
-  int fd = (int)strtol(number, NULL, 10), listens = 0;
-  socklen_t len = sizeof listens;
-  if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) < 0)
-    return cli_say_errno(number);
-  if (listens) return cli_listen_on("fd", number);
-  k->serve[0] = k->serve[1] = fd;
-  return 0;
+/* Sockets from whoever started us, n of them from fd on: listening ones, or a
+ * client. */
+static int cli_take_fds(struct cli *k, int fd, int n) {
+  char address[16];
+  int err = 0;
+
+  if (n > SRV_LISTENERS) return cli_say(CLI_FAILED, "LISTEN_FDS: too many");
+  for (; n > 0 && !err; n--, fd++) {
+    snprintf(address, sizeof address, "fd:%d", fd);
+    err = nbdserve_listen(cli_server, address);
+    if (err == -EINVAL && k->serve[0] < 0) { /* connected, so a client */
+      k->serve[0] = k->serve[1] = fd;
+      err = 0;
+    }
+    if (err) cli_say(0, "%s: %s", address, u_error(err));
+  }
+  return err ? CLI_FAILED : 0;
 }
 
-/* Sockets handed over by systemd, or by nbdinfo and its like; *n: how many. */
-static int cli_listen_activated(struct cli *k, int *n) {
+/* How many sockets systemd, or nbdinfo and its like, hand over. */
+static int cli_activation(void) {
   const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
-  char number[16];
-  int i, status = 0;
+  uint64_t n = 0;
 
-  *n = pid && fds && strtol(pid, NULL, 10) == (long)getpid()
-           ? (int)strtol(fds, NULL, 10)
-           : 0;
-  if (*n > 0) {
-    unsetenv("LISTEN_PID");
-    unsetenv("LISTEN_FDS");
-    unsetenv("LISTEN_FDNAMES");
-  }
-  for (i = 3; i < 3 + *n && !status; i++) {
-    snprintf(number, sizeof number, "%d", i);
-    status = cli_take_fd(k, number);
-  }
-  return status;
+  if (!pid || !fds || strtol(pid, NULL, 10) != (long)getpid()) return 0;
+  u_size(fds, &n);
+  unsetenv("LISTEN_PID");
+  unsetenv("LISTEN_FDS");
+  unsetenv("LISTEN_FDNAMES");
+  return (int)u_min(n, INT_MAX);
 }
 
 /* Listens on TCP. */
@@ -3286,30 +3257,31 @@ static int cli_listen_tcp(const struct cli *k) {
   const char *host = k->v[OPT_BIND] ? k->v[OPT_BIND] : "localhost";
   const char *port = k->v[OPT_PORT] ? k->v[OPT_PORT] : "10809";
   char address[300];
+  int bare_v6 = strchr(host, ':') && *host != '[', status;
 
-  snprintf(address, sizeof address, strchr(host, ':') ? "[%s]:%s" : "%s:%s",
-           host, port);
-  if (strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
+  snprintf(address, sizeof address, bare_v6 ? "[%s]:%s" : "%s:%s", host, port);
+  status = cli_listen_on("tcp", address);
+  if (!status && strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
       strncmp(host, "127.", 4) != 0 && !k->v[OPT_QUIET])
     cli_say(0, "%s: no authentication: who reaches it reads and writes", host);
-  return cli_listen_on("tcp", address);
+  return status;
 }
 
 /* Listens wherever the command line says. */
 static int cli_listen(struct cli *k) {
   const char *path = k->v[OPT_UNIX];
-  int is_tcp = k->v[OPT_PORT] || k->v[OPT_BIND], activated, status;
+  int is_tcp = k->v[OPT_PORT] || k->v[OPT_BIND], n = cli_activation();
+  int status = 0;
 
-  status = cli_listen_activated(k, &activated);
-  if (status || activated) return status;
-  if (k->v[OPT_FD]) status = cli_take_fd(k, k->v[OPT_FD]);
-  if (!status && path && strcmp(path, "-") != 0) {
+  if (k->v[OPT_FD]) return cli_take_fds(k, (int)k->n[OPT_FD], 1);
+  if (n > 0 && !path && !is_tcp) return cli_take_fds(k, 3, n);
+  if (path && strcmp(path, "-") != 0) {
     /* a whole path, where it fits, so that the URI works from anywhere */
     if (*path != '/' && getcwd(k->sock, 100 - u_min(strlen(path), 98)))
       strcat(k->sock, "/");
     strncat(k->sock, path, sizeof k->sock / 2);
     status = cli_listen_on("unix", k->sock);
-  } else if (!status && (path || (!k->v[OPT_FD] && !is_tcp))) {
+  } else if (path || !is_tcp) {
     status = cli_listen_private(k);
   }
   if (!status && is_tcp) status = cli_listen_tcp(k);
@@ -3318,30 +3290,28 @@ static int cli_listen(struct cli *k) {
 }
 
 static void cli_on_signal(int sig) {
-  int saved = errno, st;
-  if (sig == SIGUSR1) {
-    cli_usr1 = 1;
-    nbdserve_wake(cli_server);
-  } else if (sig != SIGCHLD) {
-    if (sig == SIGINT && cli_ending) _exit(130);
+  if (sig == SIGUSR1) cli_usr1 = 1;
+  if (sig == SIGINT && cli_ending) _exit(130);
+  if (sig == SIGUSR1 || sig == SIGCHLD) {
+    nbdserve_wake(cli_server); /* cli_serve looks what it was */
+  } else {
     cli_ending = 1;
     nbdserve_stop(cli_server);
-  } else if (cli_child > 0 && waitpid(cli_child, &st, WNOHANG) == cli_child) {
-    cli_status = WIFSIGNALED(st) ? 128 + WTERMSIG(st) : WEXITSTATUS(st);
-    cli_ended = 1; /* and nobody else's child */
-    nbdserve_stop(cli_server);
   }
-  errno = saved;
 }
 
+/* What was ignored when we were started (nohup) stays so. */
 static void cli_catch_signals(void (*handler)(int)) {
-  static const int signals[] = {SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGCHLD};
-  struct sigaction sa;
+  static const int signals[] = {SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGCHLD};
+  struct sigaction sa, was;
   size_t i;
   memset(&sa, 0, sizeof sa);
   sa.sa_handler = handler;
+  sa.sa_flags = SA_RESTART;
   for (i = 0; i < sizeof signals / sizeof *signals; i++)
-    sigaction(signals[i], &sa, NULL);
+    if (i > 1 || (sigaction(signals[i], NULL, &was) == 0 &&
+                  was.sa_handler != SIG_IGN))
+      sigaction(signals[i], &sa, NULL);
   sa.sa_handler = handler == SIG_DFL ? SIG_DFL : SIG_IGN;
   sigaction(SIGPIPE, &sa, NULL);
   sigaction(SIGXFSZ, &sa, NULL); /* writes get EFBIG then */
@@ -3362,35 +3332,26 @@ static char *cli_expand(const char *arg, const char *uri) {
 
 /* What --run offers to its shell, as nbdkit does. */
 static void cli_set_environment(const struct cli *k) {
-  char host[64] = "", nbd[PATH_MAX + 80];
-  const char *colon;
+  char nbd[PATH_MAX + 80];
+  int is_tcp = !*k->sock;
 
-  if (!*k->sock)
-    snprintf(host, sizeof host, "%.*s", (int)strcspn(k->uri + 6, "/"),
-             k->uri + 6);
-  colon = strrchr(host, ':');
-  snprintf(nbd, sizeof nbd, "nbd:%s%s", *k->sock ? "unix:" : host, k->sock);
+  snprintf(nbd, sizeof nbd, "nbd:%s%.*s%s", is_tcp ? "" : "unix:",
+           is_tcp ? (int)strcspn(k->uri + 6, "/") : 0, k->uri + 6, k->sock);
   setenv("uri", k->uri, 1);
   setenv("nbd", nbd, 1);
   setenv("unixsocket", k->sock, 1);
-  setenv("port", colon ? colon + 1 : "", 1);
+  setenv("port", is_tcp ? strrchr(nbd, ':') + 1 : "", 1);
   setenv("exportname", k->name, 1);
 }
 
 /* Starts the captive command. */
 static int cli_start_command(struct cli *k) {
-  sigset_t chld, old;
   char **p;
 
-  sigemptyset(&chld);
-  sigaddset(&chld, SIGCHLD);
-  sigprocmask(SIG_BLOCK, &chld, &old); /* until cli_child is known */
-  cli_child = fork();
-  if (cli_child) sigprocmask(SIG_SETMASK, &old, NULL);
-  if (cli_child < 0) return cli_say_errno("fork");
-  if (cli_child > 0) return 0;
+  k->child = fork();
+  if (k->child < 0) return cli_say_errno("fork");
+  if (k->child > 0) return 0;
   cli_catch_signals(SIG_DFL);
-  sigprocmask(SIG_SETMASK, &old, NULL);
   if (k->v[OPT_RUN]) {
     cli_set_environment(k);
     execl("/bin/sh", "sh", "-c", k->v[OPT_RUN], (char *)NULL);
@@ -3402,16 +3363,16 @@ static int cli_start_command(struct cli *k) {
   return 0;
 }
 
-/* Waits for the captive command, ending it if it is still there; its status. */
-static int cli_end_command(void) {
-  sigset_t chld, old;
-  sigemptyset(&chld);
-  sigaddset(&chld, SIGCHLD);
-  sigprocmask(SIG_BLOCK, &chld, &old); /* so that none comes before we sleep */
-  if (!cli_ended) kill(cli_child, SIGTERM);
-  while (!cli_ended) sigsuspend(&old);
-  sigprocmask(SIG_SETMASK, &old, NULL);
-  return cli_status;
+/* Has the captive command ended?  wait: until it has. */
+static int cli_command_ended(struct cli *k, int wait) {
+  int st = 0;
+  pid_t r;
+  do r = waitpid(k->child, &st, wait ? 0 : WNOHANG);
+  while (r < 0 && errno == EINTR);
+  if (r != k->child) return 0;
+  k->status = WIFSIGNALED(st) ? 128 + WTERMSIG(st) : WEXITSTATUS(st);
+  k->child = 0;
+  return 1;
 }
 
 /* Writes the pidfile in one step: who sees it may connect. */
@@ -3430,44 +3391,54 @@ static int cli_write_pidfile(const char *path) {
 /* Gives up root. */
 static int cli_drop_privileges(const struct cli *k) {
   int user = k->v[OPT_USER] != NULL;
+  unsigned gid = k->v[OPT_GROUP] ? k->gid : k->user_gid;
+
   if (!user && !k->v[OPT_GROUP]) return 0;
-  if (setgroups(0, NULL) < 0 || setgid(k->gid) < 0 ||
-      (user && setuid(k->uid) < 0))
+  if (gid == (unsigned)-1)
+    return cli_say(CLI_FAILED, "--user %s: unknown group; use --group",
+                   k->v[OPT_USER]);
+  if (setgroups(0, NULL) < 0 || setgid(gid) < 0 || (user && setuid(k->uid) < 0))
     return cli_say_errno("--user");
-  if (user && k->uid && setuid(0) == 0)
-    return cli_say(CLI_FAILED, "--user: root can be had back");
+  if (getgid() != gid || (user && (getuid() != k->uid ||
+                                   (k->uid && setuid(0) == 0))))
+    return cli_say(CLI_FAILED, "--user: it did not work");
   return 0;
+}
+
+/* Writes the URI line to a descriptor, which it closes unless it is one of the
+ * standard ones. */
+static int cli_tell(const struct cli *k, int fd, const char *who) {
+  if (*k->uri && dprintf(fd, "%s\n", k->uri) < 0) return cli_say_errno(who);
+  return fd > 2 && close(fd) < 0 ? cli_say_errno(who) : 0;
 }
 
 /* All is open and listening: tells everybody who asked. */
 static int cli_ready(struct cli *k) {
-  int to = k->v[OPT_READY_FD] ? (int)k->n[OPT_READY_FD] : -1, null, status = 0;
+  int status = 0, null;
 
   if (k->v[OPT_PIDFILE]) status = cli_write_pidfile(k->v[OPT_PIDFILE]);
   k->wrote_pidfile = k->v[OPT_PIDFILE] && !status;
   if (!status) status = cli_drop_privileges(k);
+  if (!status && k->v[OPT_READY_FD])
+    status = cli_tell(k, (int)k->n[OPT_READY_FD], "--ready-fd");
   if (status) return status;
-  if (to >= 0 && (dprintf(to, "%s\n", k->uri) < 0 || close(to) < 0))
-    return cli_say_errno("--ready-fd");
-  if (k->v[OPT_RUN] || k->command) return cli_start_command(k);
-  if (k->report < 0 && *k->uri &&
-      (puts(k->uri) < 0 || fflush(stdout) == EOF))
-    return cli_say_errno("standard output");
-  if (k->report >= 0) {
-    null = open("/dev/null", O_RDWR);
-    if (dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0 ||
-        dprintf(k->report, "%s\n", k->uri) < 0)
-      return CLI_FAILED;
-    close(null);
-    close(k->report);
-  }
-  return 0;
+  if (k->v[OPT_RUN] || k->command)
+    return *k->uri ? cli_start_command(k)
+                   : cli_say(CLI_USAGE, "no URI for the command: sockets were "
+                             "handed over");
+  if (k->report < 0) return cli_tell(k, 1, "standard output");
+  null = open("/dev/null", O_RDWR);
+  if (null < 0) return cli_say_errno("/dev/null");
+  status = cli_tell(k, k->report, "--fork");
+  if (dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0) return 1;
+  close(null);
+  return status;
 }
 
 /* --fork: the parent waits until the child listens, passes its URI line on and
  * exits.  The child returns. */
 static int cli_fork(struct cli *k) {
-  int fd[2], st = 0, told = 0;
+  int fd[2], st = 0, told = 0, ok = 1;
   char buf[1024];
   ssize_t n;
   pid_t pid;
@@ -3479,9 +3450,13 @@ static int cli_fork(struct cli *k) {
     return setsid() < 0 ? cli_say_errno("--fork") : 0;
   }
   close(fd[1]);
-  while ((n = read(fd[0], buf, sizeof buf)) > 0 || (n < 0 && errno == EINTR))
-    told |= n > 0 && write(1, buf, (size_t)n) == n;
-  if (told) _exit(0);
+  while ((n = read(fd[0], buf, sizeof buf)) > 0 || (n < 0 && errno == EINTR)) {
+    told |= n > 0;
+    ok = ok && (n < 0 || write(1, buf, (size_t)n) == n);
+  }
+  if (told && ok) _exit(0);
+  if (told) kill(pid, SIGTERM); /* nobody could know where it listens */
+  if (told) _exit(cli_say_errno("standard output"));
   waitpid(pid, &st, 0);
   _exit(WIFEXITED(st) && WEXITSTATUS(st) ? WEXITSTATUS(st) : CLI_FAILED);
   return 0;
@@ -3511,15 +3486,19 @@ static int cli_serve(struct cli *k) {
     err = nbdserve_serve(cli_server, k->serve[0], k->serve[1], NULL);
     nbdserve_stop(cli_server); /* what follows only flushes */
   }
-  while ((run = nbdserve_run(cli_server)) == -EINTR)
+  while ((run = nbdserve_run(cli_server)) == -EINTR) {
     if (cli_usr1) {
       cli_usr1 = 0;
       cli_print_stats(k);
     }
+    if (k->child > 0 && cli_command_ended(k, 0)) nbdserve_stop(cli_server);
+  }
   if (k->v[OPT_STATS]) cli_print_stats(k);
-  if (!err) err = run;
-  run = cli_child > 0 ? cli_end_command() : 0;
-  return run ? run : err ? CLI_FAILED : 0;
+  if (k->child > 0 && !cli_command_ended(k, 0)) {
+    kill(k->child, SIGTERM);
+    cli_command_ended(k, 1);
+  }
+  return k->status ? k->status : err || run ? CLI_FAILED : 0;
 }
 
 /* Everything from the first open file to the last. */
@@ -3533,7 +3512,7 @@ static int cli_main(struct cli *k) {
     k->serve[0] = !(k->serve[1] = 1);
   else if (!status)
     status = cli_listen(k);
-  if (!status && !k->v[OPT_STDIN]) status = cli_ready(k);
+  if (!status) status = cli_ready(k);
   if (!status) status = cli_serve(k);
   cli_catch_signals(SIG_IGN);
   if (k->wrote_pidfile) unlink(k->v[OPT_PIDFILE]);
@@ -3556,6 +3535,7 @@ int main(int argc, char **argv) {
   k->name = k->v[OPT_EXPORT] ? k->v[OPT_EXPORT] : "";
   if (!status && k->v[OPT_HELP]) {
     cli_help();
+    if (fflush(stdout) == EOF) status = CLI_FAILED;
   } else if (!status && k->v[OPT_VERSION]) {
     printf("nbdserve %s%s%s%s%s\n", nbdserve_version(),
            NBDSERVE_NO_FLAT ? "" : " flat", NBDSERVE_NO_TCP ? "" : " tcp",

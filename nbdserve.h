@@ -122,8 +122,9 @@ struct nbdserve_flat {
 /* Opens path ("mem:SIZE" is memory of that size) and fills *out; name and
  * description are the caller's to set, on top of the flags that it finds
  * there.  options may be NULL.  The export goes to nbdserve_add, or is given
- * back with out->ops->close(out->ctx).  After a failed flush every write and
- * flush of it fails with -EIO until it is opened anew.
+ * back with out->ops->close(out->ctx); a second one of the same file is -EBUSY,
+ * so the find callback is no place for it.  After a failed flush every write
+ * and flush of it fails with -EIO until it is opened anew.
  * -ENOENT, -EACCES, -EISDIR...: as open(2).  -EBUSY: another server has it.
  * -EINVAL: not a file or block device, or the slice is not inside it. */
 NBDSERVE_API int nbdserve_flat_open(const char *path,
@@ -144,7 +145,8 @@ NBDSERVE_API int nbdserve_flat_open(const char *path,
 struct nbdserve_config {
   uint32_t version; /* NBDSERVE_VERSION_NUMBER: header and library must agree */
   uint32_t flags;   /* NBDSERVE_ONCE */
-  uint32_t threads; /* calls into a backend at a time per client; 0: 16 */
+  uint32_t threads; /* calls into a backend at a time per client, besides one
+                       for a request above 1 MiB; 0: 16 */
   uint32_t max_conn;        /* clients at a time; the others wait; 0: 128 */
   uint32_t handshake_ms;    /* for the whole handshake; 0: 10000 */
   uint32_t idle_exit_ms;    /* nbdserve_run returns after that time without
@@ -165,7 +167,7 @@ struct nbdserve_config {
   void *ctx; /* for log, find and list */
 };
 
-/* Makes a server.  config may be NULL.
+/* Makes a server; *out is NULL if that fails.  config may be NULL.
  * -EINVAL: another version, or a value out of range.  -ENOMEM, -EMFILE. */
 NBDSERVE_API int nbdserve_new(struct nbdserve **out,
                               const struct nbdserve_config *config);
@@ -183,8 +185,8 @@ NBDSERVE_API int nbdserve_resize(struct nbdserve *s, const char *name,
 
 /* Listens on "unix:PATH", "tcp:HOST:PORT" (a numeric address, [IPv6], or
  * localhost for both loopbacks; port 0: the kernel picks one) or "fd:N" (a
- * listening socket; a connected one is for nbdserve_serve).  Before
- * nbdserve_run.
+ * listening socket, which is closed in the end; a connected one is -EINVAL, for
+ * nbdserve_serve).  Before nbdserve_run.
  * -EINVAL: not one of these.  -ENAMETOOLONG: PATH is over the system's limit.
  * -EADDRINUSE: someone listens there.  Others as socket(2), bind(2). */
 NBDSERVE_API int nbdserve_listen(struct nbdserve *s, const char *address);

@@ -1,0 +1,4147 @@
+#!/bin/sh
+# test.sh - the tests of nbdserve.
+# SPDX-License-Identifier: 0BSD (full text at the end of nbdserve.c)
+#
+#   ./test.sh                  all tests; the last line counts them
+#   ./test.sh -- testName...   some tests
+#   ./test.sh --emit NAME      prints a C section: client, unit, fault, bench
+#   ./test.sh --bench          a table against the servers that are installed
+#
+# Environment: NBDSERVE  the program to test (./nbdserve, made if missing)
+#   CC, CFLAGS, LDLIBS     build the C sections and the README's examples
+#   BIG (64M)              size of the image that nbdcopy moves
+#   SWITCH                 -DNBDSERVE_$SWITCH is how the program was built
+#   SANITIZER              the program's memory is not its own
+#
+# This file is sh up to the line ". shunit2", which ends the shell with exit,
+# and C behind it, in sections that start with "//== NAME...".  shunit2 finds
+# tests with grep: no C line may begin with a word "test..." and "()".
+# shellcheck disable=SC2016,SC2034 # text for other shells, names used by req
+
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+self=$here/$(basename -- "$0")
+
+# The sections of that name, as C with the line numbers of this file
+emit() {
+  awk -v name="$1" '
+    $1 == "//==" {
+      on = 0
+      for (i = 2; i <= NF; i++) if ($i == name) on = found = 1
+      if (on) printf "#line %d \"test.sh\"\n", NR + 1
+      next
+    }
+    on
+    END { exit !found }' "$self"
+}
+if [ "${1-}" = --emit ]; then
+  emit "${2-}"
+  exit
+fi
+
+CC=${CC:-cc} NBDSERVE=${NBDSERVE:-$here/nbdserve}
+
+# ==== make bench =============================================================
+
+# A table of requests a second against the servers that are installed: they
+# stay up and take turns, each on a copy of one image; medians of $ROUNDS
+bench() {
+  W=$(mktemp -d "${TMPDIR:-/tmp}/bench.XXXXXX") || exit
+  trap 'kill $jobs $(cat "$W/pid" 2>/dev/null) 2>/dev/null; rm -rf "$W"' EXIT
+  trap 'exit 1' INT TERM
+  jobs='' names=''
+  emit bench >"$W/bench.c"
+  $CC -O2 -o "$W/bench" "$W/bench.c" -lpthread || exit
+  dd if=/dev/urandom of="$W/image" bs=1M count=256 2>/dev/null
+  start() { # name, command...
+    name=$1
+    shift
+    command -v "$1" >/dev/null || { echo "SKIP $1: not installed"; return; }
+    cp "$W/image" "$W/$name.img"
+    "$@" >/dev/null 2>&1 &
+    jobs="$jobs $!" names="$names $name"
+    [ "$name" = nbd-server ] && export=x || export=''
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+      "$W/bench" "$W/$name.s" "$export" read 512 1 1 1 >/dev/null 2>&1 && return
+      sleep 0.2
+    done
+    echo "$name does not start"
+    exit 1
+  }
+  start nbdserve "$NBDSERVE" -U "$W/nbdserve.s" "$W/nbdserve.img"
+  start nbdkit nbdkit -f -U "$W/nbdkit.s" file "$W/nbdkit.img"
+  start qemu-nbd qemu-nbd -t -e 16 -f raw -k "$W/qemu-nbd.s" "$W/qemu-nbd.img"
+  printf '[generic]\nunixsock=%s\nport=20809\nlistenaddr=127.0.0.1\n' \
+    "$W/nbd-server.s" >"$W/conf"
+  printf '[x]\nexportname=%s\n' "$W/nbd-server.img" >>"$W/conf"
+  start nbd-server nbd-server -C "$W/conf" -p "$W/pid" # a daemon
+  printf '%-26s' 'requests a second'
+  # shellcheck disable=SC2086
+  printf '%12s' $names 'best peer x'
+  echo
+  while read -r title command bytes depth connections; do
+    for _ in $(seq "${ROUNDS:-5}"); do
+      for name in $names; do
+        [ "$name" = nbd-server ] && export=x || export=''
+        timeout 30 "$W/bench" "$W/$name.s" "$export" "$command" "$bytes" \
+          "$depth" "$connections" 300 >>"$W/$name.out" ||
+          { echo "with $name"; exit 1; }
+      done
+    done
+    printf '%-26s' "$title"
+    for name in $names; do
+      sort -n "$W/$name.out" | sed -n "$(((${ROUNDS:-5} + 1) / 2))p"
+      rm "$W/$name.out"
+    done | awk '
+      { printf "%12d", $1 }
+      NR == 1 { ours = $1 }
+      NR > 1 && $1 > best { best = $1 }
+      END { if (best) printf "%12.2f", ours / best; print "" }'
+  done <<END
+4K-read,depth-16 read 4096 16 1
+4K-read,depth-64 read 4096 64 1
+4K-read,depth-16,4-clients read 4096 16 4
+4K-write,depth-64 write 4096 64 1
+64K-read,depth-16 read 65536 16 1
+1M-read,depth-8 sequential 1048576 8 1
+1M-write,depth-8 write 1048576 8 1
+4K-write+flush,depth-2 flush 4096 2 1
+END
+}
+if [ "${1-}" = --bench ]; then
+  bench
+  exit
+fi
+
+# Copies shunit2's report and adds a line with the number of tests
+count() {
+  name='' passed=0 failed=0 skipped=0 bad=0 skip=0 status=1
+  settle() {
+    if [ -z "$name" ]; then return; fi
+    if [ $bad = 1 ]; then failed=$((failed + 1))
+    elif [ $skip = 1 ]; then skipped=$((skipped + 1))
+    else passed=$((passed + 1)); fi
+    bad=0 skip=0
+  }
+  while IFS= read -r line; do
+    case $line in
+      test[A-Z]*) settle; name=$line ;;
+      ASSERT:* | shunit2:*) bad=1 ;;
+      'SKIP '*) line="SKIP $name: ${line#SKIP }" skip=1 ;;
+      '@ended '*) status=${line#@ended }; continue ;;
+    esac
+    printf '%s\n' "$line"
+  done
+  if [ "$status" != 0 ] && [ $((failed + bad)) = 0 ]; then
+    echo "the tests ended early with status $status"
+    bad=1
+  fi
+  if [ -z "$name" ]; then name=none bad=1; fi
+  settle
+  echo "$passed passed, $failed failed, $skipped skipped"
+  [ "$failed" = 0 ]
+}
+for name; do
+  case $name in
+    -- | test[A-Z]*) ;;
+    *) echo "usage: $0 [-- testName...] | --emit NAME" >&2; exit 2 ;;
+  esac
+done
+if [ -z "${inside_count-}" ]; then
+  inside_count=1
+  # shellcheck disable=SC1090
+  { (. "$self"); echo "@ended $?"; } 2>&1 | count
+  exit
+fi
+
+# ==== Helpers ================================================================
+
+case $NBDSERVE in */*) ;; *) NBDSERVE=$(command -v "$NBDSERVE") ;; esac
+case $NBDSERVE in /*) ;; *) NBDSERVE=$PWD/$NBDSERVE ;; esac
+CFLAGS=${CFLAGS--O1} LDLIBS=${LDLIBS--lpthread}
+SWITCH=${SWITCH-} SLACK=1024 # KiB that a server may grow under bad input
+[ -z "${SANITIZER-}" ] || SLACK=1000000
+LC_ALL=C SHUNIT_COLOR=none
+export LC_ALL CC
+unset XDG_RUNTIME_DIR LISTEN_FDS LISTEN_PID
+
+oneTimeSetUp() {
+  W=$SHUNIT_TMPDIR
+  mkdir "$W/corpus"
+  NTEST=0 NTALK=0 T=
+  [ -x "$NBDSERVE" ] || make -C "$here" CC="$CC" >&2
+  [ -x "$NBDSERVE" ] || return
+  bytes 00000003 "$(opt ABORT)" >"$W/abort"
+}
+
+# Each test: an own directory $T with an image of 64 KiB
+setUp() {
+  NTEST=$((NTEST + 1)) NSERVE=0 JOBS='' ARGS='' LOG='^$'
+  SIZE=65536 FLAGS=0d6d RO=0503 BLOCK='' IN=/dev/null
+  T=$W/$NTEST DISK=$W/$NTEST/disk
+  mkdir "$T" && echo nbdserve >"$DISK" && truncate -s 64K "$DISK"
+}
+
+# Servers end in order, and without messages except those the test allowed
+tearDown() {
+  for JOB in $JOBS; do
+    PID=${JOB#*:} JOB=${JOB%:*}
+    stop TERM
+    assertEquals 'exit status of a server' 0 "$STATUS"
+  done
+  JOBS=''
+  if [ -n "$T" ] && [ -s "$T/err" ]; then
+    assertEquals 'messages of a server' '' \
+      "$(grep -Ev "$LOG" "$T/err" | head -n 5)"
+  fi
+  rm -rf "$T"
+  T=''
+}
+
+skip() { # reason
+  echo "SKIP $*"
+  startSkipping
+}
+
+unless() { # switch
+  [ "$SWITCH" != "$1" ] || { skip "built with NBDSERVE_$1"; return 1; }
+}
+
+needs() { # tool...
+  for tool; do
+    command -v "$tool" >/dev/null || { skip "no $tool here"; return 1; }
+  done
+}
+
+# The C section of that name, built when first needed: $W/NAME
+build() {
+  if [ ! -e "$W/$1.log" ]; then
+    emit "$1" >"$W/$1.c"
+    # shellcheck disable=SC2086
+    $CC $CFLAGS -I"$here" -o "$W/$1" "$W/$1.c" $LDLIBS >"$W/$1.log" 2>&1
+  fi
+  [ -x "$W/$1" ] || { fail "$1: $(head -n 5 "$W/$1.log")"; return 1; }
+}
+
+# A command that must end with status 0; its output goes to $T/log
+does() {
+  timeout 60 "$@" >"$T/log" 2>&1
+  status=$?
+  assertEquals "$(basename "$1") $2: $(tail -n 5 "$T/log")" 0 $status
+}
+client() { ! build client || does "$W/client" "$@"; }
+unit() { ! build unit || does "$W/unit" "$@" "$T"; }
+fault() { ! build fault || does "$W/fault" "$@"; }
+
+# One run of the program, with a client that comes on stdin and leaves:
+# STATUS, $T/out, $T/err
+run() {
+  timeout 20 "$NBDSERVE" "$@" <"$W/abort" >"$T/out" 2>>"$T/err"
+  STATUS=$?
+}
+
+# Asserts that there are messages, all in the form of nbdserve's, one of them
+# matching the pattern; clears them
+says() {
+  assertTrue "says '$1': $(cat "$T/err")" "grep -Eq -e '$1' '$T/err'"
+  assertEquals 'form of messages' '' "$(grep -v '^nbdserve: ' "$T/err")"
+  : >"$T/err"
+}
+
+# The program in the background, from $IN to $OUT: JOB, which tells its status,
+# and in the end PID, which gets its signals (timeout might not know it yet)
+spawn() {
+  NSERVE=$((NSERVE + 1))
+  timeout -s KILL 100 sh -c 'echo $$ >"$0"; exec "$@"' "$T/pid$NSERVE" \
+    "$NBDSERVE" "$@" <"$IN" >"$OUT" 2>>"$T/err" &
+  JOB=$!
+}
+spawned() {
+  PID=$(cat "$T/pid$NSERVE")
+  JOBS="$JOBS $JOB:$PID"
+}
+# A server in the background, and the line that it prints when ready: URI
+start() {
+  OUT=$T/uri$NSERVE
+  mkfifo "$OUT"
+  spawn "$@"
+  URI=$(timeout 20 head -n 1 "$OUT")
+  spawned
+  assertNotNull "no URI from $*: $(cat "$T/err")" "$URI"
+}
+serve() {
+  SOCK=$T/s$((NSERVE + 1))
+  start -U "$SOCK" "$@"
+}
+stop() { # signal; for the server JOB, PID: STATUS
+  kill "-$1" "$PID" 2>/dev/null
+  wait "$JOB" 2>/dev/null
+  STATUS=$?
+  JOBS=$(echo " $JOBS " | sed "s/ $JOB:$PID / /")
+}
+# Waits up to 10 s for a condition that another process makes true
+await() {
+  n=0
+  until eval "$1"; do
+    n=$((n + 1))
+    [ $n -le 200 ] || { fail "waited in vain for: $1"; return 1; }
+    sleep 0.05
+  done
+}
+
+# ---- Transcripts: bytes in, bytes out ---------------------------------------
+
+# As bytes: words of hex digits, requests (see req), @N for N zero bytes
+bytes() {
+  for word; do
+    IFS=,
+    # shellcheck disable=SC2086
+    case $word in
+      *,*) req $word ;;
+      *) echo "$word" ;;
+    esac
+    echo
+  done | awk '
+    function nibble(i) {
+      return index("123456789abcdef", substr($0, i, 1))
+    }
+    /^@/ { print; next }
+    {
+      s = ""
+      gsub(/ /, "")
+      for (i = 1; i < length($0); i += 2)
+        s = s sprintf("\\%03o", nibble(i) * 16 + nibble(i + 1))
+      print s
+    }' | while read -r word; do
+    # shellcheck disable=SC2059
+    case $word in
+      @*) head -c "${word#@}" /dev/zero ;;
+      *) printf "$word" ;;
+    esac
+  done
+}
+hex() { od -An -v -tx1 | tr -d ' \n'; }
+at() { od -An -v -tx1 -j "$1" -N "$2" "$DISK" | tr -d ' \n'; } # of the image
+of() { printf %s "$1" | hex; }
+zeroes() { printf "%0$(($1 * 2))d" 0; }
+
+EXPORT_NAME=1 ABORT=2 LIST=3 PEEK=4 STARTTLS=5 INFO=6 GO=7 STRUCTURED=8
+LIST_META=9 SET_META=10 EXTENDED=11
+READ=0 WRITE=1 DISC=2 FLUSH=3 TRIM=4 CACHE=5 ZEROES=6 STATUS_OF=7
+FUA=0x10000 NO_HOLE=0x20000 DF=0x40000 REQ_ONE=0x80000 FAST=0x100000
+
+opt() { # number [payload]
+  printf '49484156454f5054%08x%08x%s' $(($1)) $((${#2} / 2)) "${2-}"
+}
+ask() { # INFO or GO, name in hex, information type...
+  opt=$1 name=${2-}
+  [ $# -lt 2 ] || shift
+  shift
+  # shellcheck disable=SC2046
+  opt "$opt" "$(printf '%08x%s%04x' $((${#name} / 2)) "$name" $#
+    [ $# = 0 ] || printf '%04x' "$@")"
+}
+meta() { # LIST_META or SET_META, name in hex, query...
+  opt=$1 name=$2
+  shift 2
+  opt "$opt" "$(printf '%08x%s%08x' $((${#name} / 2)) "$name" $#
+    for query; do printf '%08x%s' ${#query} "$(of "$query")"; done)"
+}
+# COMMAND[+FLAG...],cookie,offset,length is such a request for talk and bytes.
+# The upper half of a READ's cookie is its length, which tells
+# decode how much data a simple reply carries.
+req() { # COMMAND[+FLAG...] cookie offset length
+  printf '25609513%08x%08x%08x%016x%08x' $(($1)) \
+    $(($1 & 0xffff ? 0 : $4)) "$2" "$3" $(($4 & 0xffffffff))
+}
+
+# What a server sent, in words: OPTION=REPLY..., then the replies of the
+# transmission phase in the order of their cookies.  ERROR.COOKIE and OK.COOKIE
+# are simple replies, the others chunks; + is a chunk with more to come.
+decode() {
+  hex | awk '
+    function num(at, n,  v, i) {
+      for (i = at; i < at + 2 * n; i++)
+        v = v * 16 + index("123456789abcdef", substr(h, i, 1))
+      return v + 0
+    }
+    function dec(v) { return sprintf("%.0f", v) }
+    function text(at, n,  s, i, c) {
+      for (i = at; i < at + 2 * n; i += 2) {
+        c = num(i, 1)
+        s = s (c > 32 && c < 127 ? sprintf("%c", c) : "%" substr(h, i, 2))
+      }
+      return s
+    }
+    function data(at, n,  s, c) {
+      s = substr(h, at, 2 * n)
+      if (length(s) < 2 * n) return "short"
+      c = substr(s, 1, 2)
+      if (n < 9 || s != same(c, n)) return s
+      return n "x" c
+    }
+    function same(c, n,  s) {
+      for (s = c; length(s) < 2 * n; s = s s);
+      return substr(s, 1, 2 * n)
+    }
+    function say(s) { words = words (words == "" ? "" : " ") s }
+    function later(cookie, s) { reply[++nreply] = s; key[nreply] = cookie }
+    function error(e) { return e in errors ? errors[e] : "E" e }
+    function option(  o, type, len, q, s) {
+      o = num(p + 16, 4); type = substr(h, p + 24, 8); len = num(p + 32, 4)
+      q = p + 40
+      p = q + 2 * len
+      if (p > n + 1) { say("cut"); return }
+      s = type in types ? types[type] : type
+      if (type == "00000002") {
+        s = s ":" text(q + 8, num(q, 4))
+        if (len > 4 + num(q, 4))
+          s = s ":" text(q + 8 + 2 * num(q, 4), len - 4 - num(q, 4))
+      } else if (type == "00000003") {
+        s = infos[num(q, 2)]
+        if (s == "export" && len == 12)
+          s = s ":" dec(num(q + 4, 8)) ":" substr(h, q + 20, 4)
+        else if (s == "block" && len == 14)
+          s = s ":" num(q + 4, 4) ":" num(q + 12, 4) ":" dec(num(q + 20, 4))
+        else s = s ":" text(q + 4, len - 2)
+      } else if (type == "00000004") {
+        s = text(q + 8, len - 4)
+        if (o == 10) context[num(q, 4)] = s
+        s = s "?"
+      } else if (type == "00000001" && len) s = s ":junk"
+      say((o in options ? options[o] : dec(o)) "=" s)
+      return type == "00000001" && o == 7
+    }
+    function chunk(  type, c, len, q, s, i) {
+      type = num(p + 12, 2); c = num(p + 24, 4); len = num(p + 32, 4)
+      q = p + 40
+      p = q + 2 * len
+      if (p > n + 1) { say("cut"); return }
+      if (type == 0) s = "none." c (len ? "junk" : "")
+      else if (type == 1)
+        s = "data." c "@" dec(num(q, 8)) "=" data(q + 16, len - 8)
+      else if (type == 2)
+        s = "hole." c "@" dec(num(q, 8)) "+" dec(num(q + 16, 4))
+      else if (type == 5) {
+        s = num(q, 4)
+        s = "status." c "=" (s in context ? context[s] : "unknown")
+        for (i = q + 8; i < p; i += 16)
+          s = s ":" dec(num(i, 4)) "/" num(i + 8, 4)
+      } else if (type == 32769)
+        s = "!" error(num(q, 4)) "." c (num(q + 8, 2) == len - 6 ? "" : "junk")
+      else s = "chunk" type "." c
+      later(c, s (substr(h, p - 2 * len - 32, 4) == "0001" ? "" : "+"))
+    }
+    function simple(  e, c, len) {
+      e = num(p + 8, 4); len = num(p + 16, 4); c = num(p + 24, 4)
+      p += 32
+      if (e || !len) { later(c, (e ? error(e) : "OK") "." c); return }
+      later(c, "OK." c "=" data(p, len))
+      p += 2 * len
+    }
+    function names(list, into,  i, w, k) {
+      k = split(list, w, " ")
+      for (i = 1; i < k; i += 2) into[w[i]] = w[i + 1]
+    }
+    { h = h $0 }
+    END {
+      names("1 export 2 abort 3 list 5 starttls 6 info 7 go 8 structured " \
+        "9 listmeta 10 setmeta 11 extended", options)
+      names("00000001 ack 00000002 server 80000001 unsup 80000002 policy " \
+        "80000003 invalid 80000006 unknown 80000008 blocksize " \
+        "80000009 toobig", types)
+      names("0 export 1 name 2 description 3 block", infos)
+      names("1 EPERM 5 EIO 12 ENOMEM 22 EINVAL 28 ENOSPC 75 EOVERFLOW " \
+        "95 ENOTSUP 108 ESHUTDOWN", errors)
+      n = length(h)
+      p = 37
+      if (substr(h, 1, 36) != "4e42444d4147494349484156454f50540003")
+        say("nohello")
+      while (p <= n && substr(h, p, 16) == "0003e889045565a9")
+        if (option()) { on = 1; break }
+      if (p <= n && !on) {
+        s = "export:" dec(num(p, 8)) ":" substr(h, p + 16, 4)
+        p += 20
+        if (substr(h, p, 248) == same("00", 124)) { s = s "+124"; p += 248 }
+        say(s)
+      }
+      while (p <= n)
+        if (substr(h, p, 8) == "668e33ef") chunk()
+        else if (substr(h, p, 8) == "67446698") simple()
+        else { say("junk=" substr(h, p, 32)); break }
+      for (i = 1; i <= nreply; i++) {
+        least = 0
+        for (k = 1; k <= nreply; k++)
+          if (k in reply && (!least || key[k] < key[least])) least = k
+        say(reply[least])
+        delete reply[least]
+      }
+      print words
+    }'
+}
+
+# One connection with those bytes behind the client's flags, to a server on
+# stdin and stdout: GOT.  What was sent is kept for testBadInput...
+raw() {
+  NTALK=$((NTALK + 1))
+  # shellcheck disable=SC2086
+  bytes "$@" | tee "$W/corpus/$NTALK" |
+    timeout 20 "$NBDSERVE" -s $ARGS "$DISK" >"$T/out" 2>>"$T/err"
+  status=$?
+  GOT=$(decode <"$T/out")
+  [ $status -le 1 ] || GOT="$GOT exit=$status"
+}
+talk() { raw 00000003 "$@"; }
+expect() { # words GOT should be
+  # shellcheck disable=SC2048,SC2086,SC2116
+  assertEquals "$(echo $*)" "$GOT"
+}
+# What the options in $2... are answered with; the ABORT that follows, with an
+# ACK only if the stream is in step
+haggle() {
+  expected=$1
+  shift
+  talk "$@" "$(opt ABORT)"
+  expect "$expected" abort=ack
+}
+# What the requests in $2... are answered with, with simple replies
+simple() {
+  expected=$1
+  shift
+  talk "$(ask GO)" "$@" DISC,0,0,0
+  expect "go=export:$SIZE:$FLAGS $BLOCK go=ack" "$expected"
+}
+# The same with structured replies and base:allocation
+META="$(opt STRUCTURED)$(meta SET_META '' base:allocation)"
+METAOK='structured=ack setmeta=base:allocation? setmeta=ack'
+structured() {
+  expected=$1
+  shift
+  talk "$META" "$(ask GO)" "$@" DISC,0,0,0
+  expect "$METAOK" "go=export:$SIZE:$(printf %04x $((0x$FLAGS | 0x80)))" \
+    "$BLOCK go=ack" "$expected"
+}
+
+# ==== The source =============================================================
+
+testMapOfSectionsEqualsTheBanners() {
+  assertEquals '' "$(awk '
+    /^ \*\/$/ { code = 1 }
+    (code ? /^\/\* ==== \[/ : /^ \* +\[/) && !/comes with the store/ {
+      gsub(/[()]/, " ")
+      key = ""
+      for (i = 2; i <= NF; i++) { # number, name, prefix or -
+        if ($i ~ /^=+$/ && key == "") continue
+        if ($i ~ /^=+$/) $i = "-"
+        key = key " " $i
+        if ($i ~ /_$/ || $i == "-") break
+      }
+      seen[key] += code ? 100 : 1
+      n++
+    }
+    END {
+      for (key in seen) if (seen[key] != 101) print key
+      if (n < 24) print n
+    }' "$here/nbdserve.c")"
+}
+
+# ==== The command line =======================================================
+
+testUsageErrorsExit2WithAMessage() {
+  for args in '' '-p' '-p x' '-p 70000' '-b 3:4:5' '-b 512' '--size x' \
+    '--size -1' '-o 1Q' '-t x' '-m -1' '--cache maybe' '--fd x' \
+    '--ready-fd x' '--create x' '--idle-exit x' '-e a one two'; do
+    target=$DISK
+    [ -n "$args" ] || target=
+    # shellcheck disable=SC2086
+    run $args $target
+    assertEquals "status of: $args" 2 "$STATUS"
+    assertEquals "output of: $args" '' "$(cat "$T/out")"
+    says '[a-z]'
+  done
+}
+testUnknownOptionsAreNamed() {
+  for option in --bogus -Z --; do
+    [ $option != -- ] || continue
+    run "$option" "$DISK"
+    assertEquals 2 "$STATUS"
+    says "nbdserve: .*$option"
+  done
+}
+testVersionIsTheHeaders() {
+  version=$(sed -n 's/^#define NBDSERVE_VERSION "\(.*\)"/\1/p' \
+    "$here/nbdserve.h")
+  for option in -V --version; do
+    run "$option"
+    assertEquals 0 "$STATUS"
+    assertEquals "nbdserve $version" "$(head -n 1 "$T/out" | cut -d' ' -f1-2)"
+  done
+}
+testHelpFits80ColumnsAndNamesEveryOption() {
+  run --help
+  assertEquals 0 "$STATUS"
+  assertEquals '' "$(grep -E '^.{81}' "$T/out")"
+  for option in unix port bind stdin fd read-only export offset size create \
+    cache threads max-conn once idle-exit run fork pidfile ready-fd user \
+    group stats json version help; do
+    assertTrue "--$option" "grep -q -e '--$option' '$T/out'"
+  done
+  cp "$T/out" "$T/long"
+  run -h
+  assertTrue '-h is --help' "cmp '$T/out' '$T/long'"
+}
+testSizesTakeSuffixes() {
+  for size in 1:1 1000:1000 1K:1024 3k:3072 1M:1048576 2G:2147483648; do
+    rm "$DISK"
+    ARGS="--create ${size%:*}" SIZE=${size#*:}
+    simple ''
+  done
+  rm "$DISK"
+  ARGS='--create 1T' SIZE=1099511627776
+  simple ''
+  DISK=mem:5K SIZE=5120 ARGS=''
+  simple ''
+}
+testBadMemorySizesAreNamed() {
+  for size in '' x 1Q -1 0x10 99999999999999999999 1M2; do
+    run -s "mem:$size"
+    assertNotEquals "mem:$size" 0 "$STATUS"
+    says "mem:$size"
+  done
+}
+testMissingFileIsNamed() {
+  run -s "$T/absent"
+  assertEquals 1 "$STATUS"
+  says "$T/absent: .*o such file"
+}
+testDirectoryIsRefused() {
+  run -s "$T"
+  assertEquals 1 "$STATUS"
+  says "$T: .*irectory"
+}
+testCharacterDeviceIsRefused() {
+  run -s /dev/null
+  assertEquals 1 "$STATUS"
+  says '/dev/null: '
+}
+testCreateMakesASparseFile() {
+  run -s --create 40M "$T/new"
+  assertEquals 0 "$STATUS"
+  assertEquals 41943040 "$(wc -c <"$T/new")"
+  assertTrue "[ $(du -k "$T/new" | cut -f1) -lt 1000 ]"
+}
+testCreateKeepsAnExistingFile() {
+  cp "$DISK" "$T/copy"
+  run -s --create 40M "$DISK"
+  assertEquals 0 "$STATUS"
+  assertTrue 'unchanged' "cmp '$DISK' '$T/copy'"
+}
+testReadOnlyFileIsServedWithR() {
+  chmod 444 "$DISK"
+  ARGS=-r FLAGS=$RO
+  simple OK.1=6e62 READ,1,0,2
+  [ "$(id -u)" != 0 ] || return 0 # root may write to it
+  run -s "$DISK"
+  assertEquals 1 "$STATUS"
+  says "$DISK: .*ermission denied.*-r"
+}
+testSecondServerOfAFileExits4() {
+  serve "$DISK"
+  run -s "$DISK"
+  assertEquals 4 "$STATUS"
+  says "$DISK: "
+  stop TERM
+  run -s "$DISK"
+  assertEquals 'after the first' 0 "$STATUS"
+}
+testTwoTargetsThatAreOneFileAreRefused() {
+  ln "$DISK" "$T/link"
+  run -U "$T/s" "$DISK" "$T/link"
+  assertEquals 4 "$STATUS"
+  says "$T/link: "
+}
+testStaleSocketIsReplaced() {
+  serve "$DISK"
+  stop KILL
+  assertTrue 'left behind' "[ -S '$SOCK' ]"
+  start -U "$SOCK" "$DISK"
+  client hello "$SOCK"
+}
+testLiveSocketIsNotReplaced() {
+  serve "$DISK"
+  cp "$DISK" "$T/other"
+  run -U "$SOCK" "$T/other"
+  assertEquals 1 "$STATUS"
+  says "$SOCK: "
+  client hello "$SOCK"
+}
+testFileInPlaceOfASocketIsNotReplaced() {
+  echo precious >"$T/file"
+  run -U "$T/file" "$DISK"
+  assertEquals 1 "$STATUS"
+  says "$T/file: "
+  assertEquals precious "$(cat "$T/file")"
+}
+testTooLongSocketPathIsRefusedWithTheLimit() {
+  long=$T/$(printf %0120d 0)
+  run -U "$long" "$DISK"
+  assertNotEquals 0 "$STATUS"
+  says "$long: .*10[0-9]"
+}
+testPrivateSocketIsPrivateAndRemoved() {
+  mkdir "$T/run"
+  was=$(umask)
+  export XDG_RUNTIME_DIR="$T/run"
+  umask 0
+  start "$DISK"
+  umask "$was"
+  unset XDG_RUNTIME_DIR
+  SOCK=${URI#nbd+unix:///?socket=}
+  assertContains "$SOCK" "$T/run/"
+  # shellcheck disable=SC2012
+  assertEquals 'srw-------' "$(ls -ld "$SOCK" | cut -c1-10)"
+  # shellcheck disable=SC2012
+  assertEquals 'drwx------' "$(ls -ld "${SOCK%/*}" | cut -c1-10)"
+  client hello "$SOCK"
+  stop TERM
+  assertEquals 'all is gone' '' "$(ls "$T/run")"
+}
+tcp() {
+  unless NO_TCP || return 1
+  case $(cat /sys/class/net/lo/flags 2>/dev/null) in
+    *[13579bdf] | '') ;;
+    *) skip 'the loopback interface is down'; return 1 ;;
+  esac
+}
+testPortZeroPrintsTheChosenPort() {
+  tcp || return 0
+  start -p 0 "$DISK"
+  port=${URI#nbd://127.0.0.1:}
+  port=${port%/}
+  assertEquals "nbd://127.0.0.1:$port/" "$URI"
+  assertNotEquals 0 "$port"
+  client hello "127.0.0.1:$port"
+  [ ! -e /proc/net/if_inet6 ] || ! grep -q ' lo$' /proc/net/if_inet6 ||
+    client hello "[::1]:$port"
+}
+testPortInUseIsNamed() {
+  tcp || return 0
+  start -p 0 -i 127.0.0.1 "$DISK"
+  port=${URI#nbd://127.0.0.1:}
+  run -p "${port%/}" -i 127.0.0.1 mem:1M
+  assertEquals 1 "$STATUS"
+  says "${port%/}: "
+}
+testBindToAnotherAddressWarnsOnce() {
+  tcp || return 0
+  start -p 0 -i 0.0.0.0 "$DISK"
+  stop TERM
+  assertEquals 1 "$(wc -l <"$T/err")"
+  says authentication
+}
+testUriEscapesTheExportName() {
+  serve -e 'a b/ü' "$DISK"
+  assertEquals "nbd+unix:///a%20b/%C3%BC?socket=$SOCK" "$URI"
+}
+testRunPassesTheStatusOn() {
+  run --run 'exit 7' "$DISK"
+  assertEquals 7 "$STATUS"
+  run --run true "$DISK"
+  assertEquals 0 "$STATUS"
+  run --run 'kill -9 $$' "$DISK"
+  assertEquals 137 "$STATUS"
+}
+testRunSetsTheVariables() {
+  build client || return 0
+  run -e name --run 'echo "$uri"; echo "$exportname"; echo "$unixsocket"
+    echo "$nbd"; '"$W/client"' hello "$unixsocket" name' "$DISK"
+  assertEquals 0 "$STATUS"
+  sock=$(sed -n 3p "$T/out")
+  assertEquals "nbd+unix:///name?socket=$sock" "$(sed -n 1p "$T/out")"
+  assertEquals name "$(sed -n 2p "$T/out")"
+  assertContains "$(sed -n 4p "$T/out")" "$sock"
+  assertEquals 65536 "$(sed -n 5p "$T/out")"
+  assertFalse 'the socket is gone' "[ -e '$sock' ]"
+}
+testCommandAfterDashesGetsTheUri() {
+  run -U "$T/s" "$DISK" -- printf '%s|' 'a b' {} x{}x
+  assertEquals 0 "$STATUS"
+  uri="nbd+unix:///?socket=$T/s"
+  assertEquals "a b|$uri|x${uri}x|" "$(cat "$T/out")"
+  run "$DISK" -- sh -c 'exit 5'
+  assertEquals 5 "$STATUS"
+  run "$DISK" -- "$T/absent"
+  assertNotEquals 0 "$STATUS"
+  says "$T/absent: "
+}
+testForkReturnsWhenListening() {
+  run --fork -U "$T/s" -P "$T/pid" "$DISK"
+  assertEquals 0 "$STATUS"
+  assertEquals "nbd+unix:///?socket=$T/s" "$(cat "$T/out")"
+  client hello "$T/s"
+  PID=$(cat "$T/pid")
+  assertTrue 'the server runs' "kill -TERM $PID"
+  await "! kill -0 $PID 2>/dev/null"
+  assertFalse 'socket gone' "[ -e '$T/s' ]"
+  assertFalse 'pidfile gone' "[ -e '$T/pid' ]"
+}
+testFailedStartLeavesTheOthersPidfileAndSocket() {
+  serve -P "$T/pid" "$DISK"
+  run -P "$T/pid" -U "$SOCK" "$DISK"
+  assertEquals 4 "$STATUS"
+  says "$DISK: "
+  assertEquals "$PID" "$(cat "$T/pid")"
+  client hello "$SOCK"
+}
+testOtherChildrenThatExitDoNotEndIt() {
+  printf '#!/bin/sh\nsleep 0.1 &\nexec "%s" "$@"\n' "$NBDSERVE" >"$T/parent"
+  chmod +x "$T/parent"
+  was=$NBDSERVE NBDSERVE=$T/parent
+  serve "$DISK"
+  NBDSERVE=$was
+  sleep 0.3
+  client hello "$SOCK"
+}
+testCommandThatIsSuspendedDoesNotEndIt() {
+  run --run '(sleep 0.2; kill -CONT $$) & kill -STOP $$; exit 3' "$DISK"
+  assertEquals 3 "$STATUS"
+}
+testForkReportsWhatFails() {
+  run --fork -U "$T/s" -P "$T/pid" "$T/absent"
+  assertEquals 1 "$STATUS"
+  says "$T/absent: "
+  assertFalse 'no pidfile' "[ -e '$T/pid' ]"
+}
+testReadyFdSpeaksWhenListening() {
+  OUT=/dev/null
+  spawn --ready-fd 9 -U "$T/s" "$DISK" 9>"$T/ready"
+  await "[ -s '$T/ready' ]"
+  client hello "$T/s"
+  spawned
+  assertEquals "nbd+unix:///?socket=$T/s" "$(cat "$T/ready")"
+}
+testReadyFdIsNotForTheCommand() {
+  run --ready-fd 9 --run 'if true >&9; then exit 7; fi' "$DISK" 9>"$T/ready"
+  assertEquals 0 "$STATUS"
+  assertTrue 'told' "[ -s '$T/ready' ]"
+  : >"$T/err" # the shell's message
+}
+testTERMEndsAClientOnStdin() {
+  mkfifo "$T/in"
+  IN=$T/in OUT=$T/out
+  spawn -s "$DISK"
+  exec 9>"$IN"
+  await "[ -s '$OUT' ]"
+  spawned
+  stop TERM
+  assertEquals 0 "$STATUS"
+  exec 9>&-
+}
+testSignalsEndItInOrder() {
+  for signal in TERM INT HUP; do
+    serve -P "$T/pid" "$DISK"
+    assertEquals "$PID" "$(cat "$T/pid")"
+    stop $signal
+    assertEquals "status after $signal" 0 "$STATUS"
+    assertFalse "socket after $signal" "[ -e '$SOCK' ]"
+    assertFalse "pidfile after $signal" "[ -e '$T/pid' ]"
+  done
+}
+testClosedDescriptorsNeverMeetTheImage() {
+  cp "$DISK" "$T/copy"
+  bytes 00000003 "$(ask GO)" READ,1,-1,2 99,2,0,0 |
+    timeout 20 "$NBDSERVE" -s -vv "$DISK" >"$T/out" 2>&-
+  assertEquals 0 $?
+  timeout 20 "$NBDSERVE" -vv --run 'exit 3' "$DISK" 0<&- 1>&- 2>&-
+  assertEquals 3 $?
+  timeout 20 "$NBDSERVE" -vv -1 -U "$T/s" "$DISK" 0<&- 1>&- 2>&- &
+  await "[ -S '$T/s' ]"
+  client many "$T/s" 1
+  wait $!
+  assertEquals 0 $?
+  assertTrue 'unchanged' "cmp '$DISK' '$T/copy'"
+}
+testOnceEndsAfterTheLastClient() {
+  serve -1 "$DISK"
+  client many "$SOCK" 1
+  wait "$JOB"
+  assertEquals 0 $?
+  JOBS=
+}
+testIdleExitEndsItWithoutClients() {
+  serve --idle-exit 1 "$DISK"
+  wait "$JOB"
+  assertEquals 0 $?
+  assertFalse 'socket gone' "[ -e '$SOCK' ]"
+  JOBS=
+}
+testConnectionsOverTheLimitWaitForASlot() {
+  unless NO_THREADS || return 0
+  serve -m 3 "$DISK"
+  client limit "$SOCK" 3
+}
+testSliceIsServedAlone() {
+  printf aaaabbbbcccc >"$DISK"
+  ARGS='-o 4 --size 4' SIZE=4
+  simple 'OK.1=62626262 ENOSPC.2' READ,1,0,4 WRITE,2,2,4 @4
+  simple OK.1 WRITE,1,1,2 5858
+  assertEquals aaaabXXbcccc "$(cat "$DISK")"
+  ARGS='-o 8' SIZE=4
+  simple OK.1=63 READ,1,3,1
+  run -s -o 13 "$DISK"
+  assertEquals 1 "$STATUS"
+  says "$DISK: "
+  run -s -o 4 --size 9 "$DISK"
+  assertEquals 1 "$STATUS"
+  says "$DISK: "
+}
+testPassedSocketIsServed() {
+  client pair "$NBDSERVE" --fd 3 "$DISK"
+  client listener "$T/s" "$NBDSERVE" --fd 3 "$DISK"
+}
+testSocketActivation() {
+  client activate "$T/s" "$NBDSERVE" "$DISK"
+  assertEquals 'no URI on stdout' '' "$(cat "$T/log")"
+}
+testNbdinfoActivatesIt() {
+  needs nbdinfo || return 0
+  does nbdinfo --size [ "$NBDSERVE" "$DISK" ]
+  assertEquals 65536 "$(cat "$T/log")"
+}
+testStatsAreWrittenAtExitAndOnUSR1() {
+  serve --stats "$DISK"
+  client hello "$SOCK"
+  kill -USR1 "$PID"
+  await "[ -s '$T/err' ]"
+  says '2 clients'
+  stop TERM
+  says '2 clients'
+}
+testUSR1WritesStatsWithoutTheOption() {
+  serve "$DISK"
+  kill -USR1 "$PID"
+  await "[ -s '$T/err' ]"
+  says '0 clients'
+}
+testVerboseNamesClients() {
+  serve -v "$DISK"
+  client hello "$SOCK"
+  stop TERM
+  says client
+}
+testSeveralTargetsAreSeveralExports() {
+  echo two >"$T/b"
+  serve "$DISK" two="$T/b" x=mem:1K
+  client hello "$SOCK" disk
+  assertEquals 65536 "$(cat "$T/log")"
+  client hello "$SOCK" ''
+  assertEquals 65536 "$(cat "$T/log")"
+  client hello "$SOCK" two
+  assertEquals 4 "$(cat "$T/log")"
+  client hello "$SOCK" x
+  assertEquals 1024 "$(cat "$T/log")"
+  assertFalse 'no such export' "'$W/client' hello '$SOCK' none 2>/dev/null"
+}
+testTwoExportsOfOneNameAreRefused() {
+  run -U "$T/s" a="$DISK" a=mem:1K
+  assertNotEquals 0 "$STATUS"
+  says a
+}
+testTargetWithAnEqualsSignIsReachedByItsPath() {
+  cp "$DISK" "$T/x=y"
+  (cd "$T" && timeout 20 "$NBDSERVE" -s ./x=y <"$W/abort") >"$T/out"
+  assertEquals 0 $?
+}
+testUserAndGroupAreDropped() {
+  if [ "$(id -u)" != 0 ]; then skip 'not root'; return; fi
+  id nobody >/dev/null 2>&1 || { skip 'no user nobody'; return; }
+  chmod 755 "$W" "${W%/*}" && chmod 600 "$DISK"
+  serve -u nobody "$DISK"
+  assertEquals "$(id -u nobody)" "$(sed -n 's/^Uid:.//p' "/proc/$PID/status" |
+    cut -f2)"
+  assertEquals "$(id -g nobody)" "$(sed -n 's/^Gid:.//p' "/proc/$PID/status" |
+    cut -f2)"
+  client hello "$SOCK"
+}
+testFileSizeLimitIsENOSPC() {
+  LOG='^nbdserve: client 1: NBD_CMD_WRITE .*too large'
+  got=$(
+    ulimit -f 16
+    simple 'ENOSPC.1 OK.2' WRITE,1,32768,4 61616161 FLUSH,2,0,0
+  )
+  assertEquals '' "$got"
+}
+testShortOfDescriptorsItRecovers() {
+  cat >"$T/limited" <<END
+#!/bin/sh
+ulimit -n 40
+exec "$NBDSERVE" "\$@"
+END
+  chmod +x "$T/limited"
+  was=$NBDSERVE
+  NBDSERVE=$T/limited
+  LOG='^nbdserve: '
+  serve "$DISK"
+  NBDSERVE=$was
+  client crowd "$SOCK" 150
+  client spin "$SOCK" "$PID"
+}
+
+# ==== The handshake (transcripts) ============================================
+
+testHelloIsFixedNewstyleWithNoZeroes() {
+  talk
+  assertEquals 4e42444d4147494349484156454f50540003 "$(hex <"$T/out")"
+}
+testUnknownClientFlagDropsTheConnection() {
+  LOG='^nbdserve: client'
+  for flag in 00000007 80000003 00010000; do
+    raw $flag "$(opt LIST)"
+    assertEquals "$flag" '' "$GOT"
+    assertEquals "$flag" 18 "$(wc -c <"$T/out")"
+  done
+}
+testClientWithoutFlagsIsServed() {
+  raw 00000000 "$(opt LIST)" "$(opt EXPORT_NAME)" DISC,0,0,0
+  assertEquals 'list=server: list=ack export:65536:0d6d+124' "$GOT"
+}
+testExportNameIsFollowedBy124ZeroesUnlessDeclined() {
+  raw 00000001 "$(opt EXPORT_NAME)" READ,1,0,1 DISC,0,0,0
+  assertEquals 'export:65536:0d6d+124 OK.1=6e' "$GOT"
+  raw 00000003 "$(opt EXPORT_NAME)" READ,1,0,1 DISC,0,0,0
+  assertEquals 'export:65536:0d6d OK.1=6e' "$GOT"
+}
+testExportNameOfAnUnknownExportCloses() {
+  LOG='^nbdserve: client' ARGS='-e known'
+  talk "$(opt EXPORT_NAME "$(of nope)")" "$(opt LIST)"
+  assertEquals '' "$GOT"
+  talk "$(opt EXPORT_NAME "$(of known)")"
+  assertEquals export:65536:0d6d "$GOT"
+}
+testExportNameWithNulInsideCloses() {
+  LOG='^nbdserve: client' ARGS='-e known'
+  talk "$(opt EXPORT_NAME "$(of known)00$(of junk)")" "$(opt LIST)"
+  assertEquals '' "$GOT"
+}
+testExportNameEndsHaggling() {
+  LOG='^nbdserve: client'
+  talk "$(opt EXPORT_NAME)" "$(opt LIST)" # no request: closed
+  assertEquals export:65536:0d6d "$GOT"
+}
+testBadOptionMagicCloses() {
+  LOG='^nbdserve: client'
+  talk 49484156454f50550000000300000000 "$(opt ABORT)"
+  assertEquals '' "$GOT"
+}
+testHandshakeCutAnywhereIsNoHarm() {
+  LOG='^nbdserve: client'
+  whole=00000003$META$(ask GO '' 0 3)
+  for end in 0 1 3 4 11 12 19 20 23 35 60 90 120; do
+    NTALK=$((NTALK + 1))
+    bytes "$whole" | head -c $end | timeout 20 "$NBDSERVE" -s "$DISK" \
+      >"$T/out" 2>>"$T/err"
+    assertTrue "status after $end bytes" "[ $? -le 1 ]"
+  done
+}
+testUnknownOptionIsUnsupAndItsDataSkipped() {
+  haggle '0=unsup 99=unsup 99=unsup 4294967295=unsup' "$(opt 0)" "$(opt 99)" \
+    "$(opt 99 "$(opt LIST)")" "$(opt 0xffffffff 00)"
+}
+testOptionsNotOfferedAreUnsup() {
+  haggle 'starttls=unsup 4=unsup extended=unsup' "$(opt STARTTLS)" \
+    "$(opt PEEK "$(of name)")" "$(opt EXTENDED)"
+}
+testDataThatLooksLikeAnOptionIsStillData() {
+  data=$(opt ABORT)$(opt LIST)
+  haggle 'list=invalid structured=invalid list=server: list=ack' \
+    "$(opt LIST "$data")" "$(opt STRUCTURED "$data")" "$(opt LIST)"
+  haggle 'info=invalid go=invalid' "$(opt INFO "000000000000$(opt LIST)")" \
+    "$(opt GO "$(opt LIST)")"
+  haggle 'structured=ack setmeta=invalid listmeta=invalid' "$(opt STRUCTURED)" \
+    "$(opt SET_META "$(opt LIST)")" \
+    "$(opt LIST_META "0000000000000000$(opt LIST)")"
+}
+testMalformedInfoAndGoAreInvalid() {
+  for data in '' 00 0000000000 00000001 000000010000 0000000161 \
+    000000020000ff 7fffffff0000 ffffffff0000 fffffffa0000 fffffffe0000 \
+    000000000001 00000000000100 00000000ffff0000 00000000000200000001ff \
+    00000000000000 0000000000000000 0000000000010000ff 000000016100000000; do
+    haggle 'info=invalid go=invalid' "$(opt INFO $data)" "$(opt GO $data)"
+  done
+}
+testMalformedMetaContextOptionsAreInvalid() {
+  for data in '' 00 00000000 00000001 0000000100000000 00000000000000 \
+    ffffffff00000000 fffffff800000000 0000000000000001 00000000ffffffff \
+    000000000000000100000001 0000000000000001ffffffff \
+    000000000000000100000010"$(of base:allocation)" \
+    0000000000000001000000ff"$(of base:allocation)" \
+    00000000000000010000000f"$(of base:allocation)"00 \
+    000000000000000000 \
+    00000000000000020000000f"$(of base:allocation)"; do
+    haggle 'structured=ack setmeta=invalid listmeta=invalid' \
+      "$(opt STRUCTURED)" "$(opt SET_META "$data")" "$(opt LIST_META "$data")"
+  done
+}
+testOptionOver64KiBIsTooBigAndSkipped() {
+  for size in 65537 3000000; do
+    for option in 3 6 7 8 9 10; do
+      talk "$(printf '49484156454f5054%08x%08x' $option $size)" "@$size" \
+        "$(opt ABORT)"
+      assertEquals "$option" 'toobig abort=ack' "${GOT#*=}"
+    done
+    haggle 99=unsup "$(printf '49484156454f5054%08x%08x' 99 $size)" "@$size"
+  done
+  haggle list=invalid "$(printf '49484156454f50540000000300010000')" @65536
+}
+testNamesOf4096BytesWorkAndLongerOnesDoNot() {
+  name=$(printf %04096d 7)
+  ARGS="-e $name"
+  haggle 'info=export:65536:0d6d info=ack' "$(ask INFO "$(of "$name")")"
+  ARGS=
+  talk "$(ask INFO "$(of "${name}7")")" "$(opt ABORT)"
+  case $GOT in
+    'info=toobig abort=ack' | 'info=unknown abort=ack') ;;
+    *) fail "4097 bytes: $GOT" ;;
+  esac
+  run -s -e "${name}7" "$DISK"
+  assertEquals '-e with 4097 bytes' 2 "$STATUS"
+  says name
+}
+testNamesAreUtf8() {
+  ARGS='-e grün'
+  haggle 'info=export:65536:0d6d info=ack info=unknown' \
+    "$(ask INFO "$(of grün)")" "$(ask INFO "$(of grun)")"
+}
+testNamesWithNulInsideAreInvalid() {
+  ARGS='-e known'
+  haggle 'info=invalid go=invalid' "$(ask INFO "$(of known)00$(of junk)")" \
+    "$(ask GO "$(of known)00")"
+  haggle 'structured=ack setmeta=invalid listmeta=invalid' "$(opt STRUCTURED)" \
+    "$(meta SET_META "$(of known)00" base:allocation)" \
+    "$(meta LIST_META "$(of known)00")"
+}
+testUnknownExportIsUnknownAndHagglingGoesOn() {
+  ARGS='-e known'
+  haggle 'info=unknown go=unknown info=export:65536:0d6d info=ack' \
+    "$(ask INFO "$(of know)")" "$(ask GO "$(of nope)")" \
+    "$(ask INFO "$(of known)")"
+}
+testTheFirstExportIsTheDefaultOne() {
+  ARGS='-e known'
+  haggle 'info=export:65536:0d6d info=ack' "$(ask INFO)"
+}
+testASingleTargetAnswersToEveryName() {
+  haggle 'info=export:65536:0d6d info=name: info=ack' \
+    "$(ask INFO "$(of whatever)" 1)"
+}
+testListMayBeRepeated() {
+  ARGS='-e known'
+  haggle 'list=server:known list=ack list=server:known list=ack' "$(opt LIST)" \
+    "$(opt LIST)"
+}
+testListNamesAllExportsAndDescriptions() {
+  ARGS='-D what a=mem:1K b=mem:1K'
+  DISK=c=mem:1K
+  haggle 'list=server:a:what list=server:b:what list=server:c:what list=ack' \
+    "$(opt LIST)"
+}
+testListWithDataIsInvalid() {
+  haggle 'list=invalid list=server: list=ack' "$(opt LIST 00)" "$(opt LIST)"
+}
+testAbortIsAcknowledgedWhateverItsDataThenClosed() {
+  talk "$(opt ABORT)" "$(opt LIST)"
+  assertEquals abort=ack "$GOT"
+  talk "$(opt ABORT "$(opt LIST)")" "$(opt LIST)"
+  assertEquals abort=ack "$GOT"
+}
+testInfoAndGoGiveTheSameAnswers() {
+  ARGS='-e known -D about'
+  talk "$(ask INFO "$(of known)" 0 1 2 3)" "$(ask GO "$(of known)" 0 1 2 3)" \
+    DISC,0,0,0
+  GOT=$(echo "$GOT" | tr ' ' '\n' | sort | tr '\n' ' ')
+  GOT=${GOT% } expected=''
+  for o in go info; do
+    expected="$expected $o=ack $o=block:1:4096:33554432
+      $o=description:about $o=export:65536:0d6d $o=name:known"
+  done
+  expect "$expected"
+}
+testExportInformationComesUnasked() {
+  haggle 'info=export:65536:0d6d info=ack' "$(ask INFO)"
+  haggle 'info=export:65536:0d6d info=ack' "$(ask INFO '' 0)"
+}
+testUnknownInformationTypesAreIgnored() {
+  haggle 'info=export:65536:0d6d info=ack' "$(ask INFO '' 4 65535 999 0)"
+}
+testBlockSizesComeWhenAsked() {
+  talk "$(ask INFO '' 3)" "$(opt ABORT)"
+  assertContains "$GOT" 'info=block:1:4096:33554432'
+  ARGS='-b 512:8192:1M'
+  talk "$(ask GO '' 3)" READ,1,0,512 DISC,0,0,0
+  assertContains "$GOT" 'go=block:512:8192:1048576'
+  assertContains "$GOT" 'go=ack OK.1=6e'
+}
+testBlockSizesNotAskedForAreRequired() {
+  ARGS='-b 512:8192:1M'
+  talk "$(ask GO)" "$(ask GO '' 0)" "$(opt ABORT)"
+  assertEquals 'go=block:512:8192:1048576 go=blocksize '\
+'go=block:512:8192:1048576 go=blocksize abort=ack' \
+    "$(echo "$GOT" | sed 's/go=export:65536:0d6d //g')"
+}
+testStructuredRepliesMayBeAskedForAgain() {
+  talk "$(opt STRUCTURED)" "$(opt STRUCTURED)" "$(opt ABORT)"
+  assertContains 'structured=ack structured=ack abort=ack
+    structured=ack structured=invalid abort=ack' "$GOT"
+}
+testStructuredRepliesWithDataAreInvalidAndNotNegotiated() {
+  haggle 'structured=invalid setmeta=invalid' "$(opt STRUCTURED 00)" \
+    "$(meta SET_META '' base:allocation)"
+}
+testMetaContextsNeedStructuredReplies() {
+  haggle 'setmeta=invalid listmeta=invalid' \
+    "$(meta SET_META '' base:allocation)" "$(meta LIST_META '')"
+}
+testMetaContextsOfAnUnknownExportAreUnknown() {
+  ARGS='-e known'
+  haggle 'structured=ack setmeta=unknown listmeta=unknown' "$(opt STRUCTURED)" \
+    "$(meta SET_META "$(of no)" base:allocation)" \
+    "$(meta LIST_META "$(of no)")"
+}
+testSameQueryTwiceSelectsOnce() {
+  haggle "$METAOK" "$(opt STRUCTURED)" \
+    "$(meta SET_META '' base:allocation base:allocation)"
+}
+testSetWithWildcardOrUnknownQueriesSelectsNothing() {
+  haggle 'structured=ack setmeta=ack setmeta=ack setmeta=ack setmeta=ack' \
+    "$(opt STRUCTURED)" "$(meta SET_META '' base:)" \
+    "$(meta SET_META '' x-foo:bar qemu:dirty-bitmap:x)" \
+    "$(meta SET_META '' base:other base:allocationx)" "$(meta SET_META '')"
+  haggle "$METAOK" "$(opt STRUCTURED)" \
+    "$(meta SET_META '' x-foo:bar base:allocation base:)"
+}
+testListMetaWithoutQueriesListsAll() {
+  haggle 'structured=ack listmeta=base:allocation? listmeta=ack' \
+    "$(opt STRUCTURED)" "$(meta LIST_META '')"
+}
+testListMetaOfTheNamespaceListsIt() {
+  haggle 'structured=ack listmeta=base:allocation? listmeta=ack' \
+    "$(opt STRUCTURED)" "$(meta LIST_META '' base:)"
+  haggle 'structured=ack listmeta=base:allocation? listmeta=ack listmeta=ack' \
+    "$(opt STRUCTURED)" "$(meta LIST_META '' x-foo: base:allocation)" \
+    "$(meta LIST_META '' x-foo:)"
+}
+# What BLOCK_STATUS says after these options
+selected() {
+  expected=$1
+  shift
+  talk "$(opt STRUCTURED)" "$@" STATUS_OF+REQ_ONE,1,0,512 DISC,0,0,0
+  assertEquals "$expected" "${GOT##* }"
+}
+testEachSetReplacesTheSelection() {
+  yes=$(meta SET_META '' base:allocation)
+  selected status.1=base:allocation:512/0 "$yes" "$(ask GO)"
+  selected status.1=base:allocation:512/0 "$yes" "$yes" "$(ask GO)"
+  selected !EINVAL.1 "$yes" "$(meta SET_META '')" "$(ask GO)"
+  selected !EINVAL.1 "$yes" "$(meta SET_META '' x-foo:bar)" "$(ask GO)"
+}
+testFailedSetSelectsNothing() {
+  yes=$(meta SET_META '' base:allocation)
+  selected !EINVAL.1 "$yes" "$(opt SET_META 00)" "$(ask GO)"
+  ARGS='-e known'
+  selected !EINVAL.1 "$yes" "$(meta SET_META "$(of no)" base:allocation)" \
+    "$(ask GO)"
+}
+testListMetaKeepsTheSelection() {
+  selected status.1=base:allocation:512/0 \
+    "$(meta SET_META '' base:allocation)" "$(meta LIST_META '')" \
+    "$(meta LIST_META '' x:)" "$(ask GO)"
+}
+testSetForAnotherExportSelectsNothing() {
+  selected !EINVAL.1 "$(meta SET_META "$(of one)" base:allocation)" \
+    "$(ask GO "$(of two)")"
+  ARGS='a=mem:1K b=mem:1K'
+  selected !EINVAL.1 "$(meta SET_META "$(of a)" base:allocation)" \
+    "$(ask GO "$(of b)")"
+}
+testSetHoldsForExportName() {
+  selected status.1=base:allocation:512/0 \
+    "$(meta SET_META '' base:allocation)" "$(opt EXPORT_NAME)"
+}
+
+# ==== Transmission (transcripts) =============================================
+
+testFlagsOfAReadOnlyExport() {
+  ARGS=-r FLAGS=$RO
+  simple ''
+  structured ''
+}
+testFlagsOfAWritableExport() {
+  simple ''
+  structured ''
+}
+testBadRequestMagicCloses() {
+  LOG='^nbdserve: client'
+  simple OK.1=6e READ,1,0,1 "25609514$(zeroes 24)" READ,2,0,1
+  simple '' "67446698$(zeroes 24)" READ,2,0,1
+}
+testUnknownCommandIsEINVALAndInStep() {
+  simple 'EINVAL.1 EINVAL.2 EINVAL.3 OK.4=6e' 8,1,0,4 0x7fff,2,-1,-1 \
+    0xffff,3,0,1 READ,4,0,1
+  structured '!EINVAL.1' 8,1,0,512
+}
+testUnknownFlagsAreEINVAL() {
+  for command in READ TRIM CACHE ZEROES FLUSH; do
+    simple 'EINVAL.1 EINVAL.2' $command+0x400000,1,0,0 \
+      $command+0x80000000,2,0,0
+  done
+}
+testUnknownFlagsOfAWriteAreEINVALAndItsPayloadSkipped() {
+  simple 'EINVAL.1 EINVAL.2 OK.3=6e62' WRITE+0x400000,1,0,28 READ,9,0,1 \
+    WRITE+NO_HOLE,2,0,1 58 READ,3,0,2
+}
+testFlagsOfOtherCommandsAreEINVAL() {
+  simple 'EINVAL.1 EINVAL.2 EINVAL.3 EINVAL.4 EINVAL.5 EINVAL.6 EINVAL.7' \
+    READ+NO_HOLE,1,0,1 TRIM+FAST,2,0,512 READ+REQ_ONE,3,0,1 \
+    FLUSH+NO_HOLE,4,0,0 CACHE+DF,5,0,512 ZEROES+DF,6,0,512 \
+    ZEROES+REQ_ONE,7,0,512
+  assertEquals 6e "$(at 0 1)"
+}
+testFuaIsTakenOnEveryCommand() {
+  structured 'data.1@0=6e OK.2 OK.3 OK.4 OK.5 OK.6
+    status.7=base:allocation:512/0' \
+    READ+FUA,1,0,1 WRITE+FUA,2,100,1 61 \
+    FLUSH+FUA,3,0,0 TRIM+FUA,4,4096,4096 \
+    CACHE+FUA,5,0,512 ZEROES+FUA,6,8192,512 \
+    STATUS_OF+FUA+REQ_ONE,7,0,512
+}
+testDfWithoutStructuredRepliesIsEINVAL() {
+  simple EINVAL.1 READ+DF,1,0,1
+}
+testDfReadIsOneChunk() {
+  structured data.1@0=6e626473657276 READ+DF,1,0,7
+  truncate -s 128K "$DISK"
+  SIZE=131072
+  structured data.1@60000=65536x00 READ+DF,1,60000,65536
+}
+testReadsAreAnsweredWithData() {
+  simple 'OK.1=6e62647365727665 OK.2=65525x00 OK.3=00 OK.4=0a00' READ,1,0,8 \
+    READ,2,11,65525 READ,3,65535,1 READ,4,8,2
+}
+testStructuredReadsAreChunks() {
+  structured 'data.1@0=6e62647365727665 data.3@65535=00' READ,1,0,8 \
+    READ,3,65535,1
+}
+testReadBeyondTheEndIsEINVAL() {
+  simple 'EINVAL.1 EINVAL.2 EINVAL.3 EINVAL.4 OK.5=6e' READ,1,65536,1 \
+    READ,2,65535,2 READ,3,0,65537 READ,4,70000,512 READ,5,0,1
+  structured '!EINVAL.1 !EINVAL.2' READ,1,65536,1 READ+DF,2,65535,2
+}
+testOffsetsNear2To64DoNotWrap() {
+  for command in READ TRIM CACHE; do
+    simple 'EINVAL.1 EINVAL.2 EINVAL.3' $command,1,-1,2 $command,2,-512,512 \
+      $command,3,0x8000000000000000,1
+  done
+  simple 'ENOSPC.1 ENOSPC.2 ENOSPC.3 OK.4=6e' WRITE,1,-1,2 5858 \
+    ZEROES,2,-512,512 ZEROES,3,-512,4096 READ,4,0,1
+}
+testWriteBeyondTheEndIsENOSPCAndInStep() {
+  simple 'ENOSPC.1 ENOSPC.2 OK.3=6e' WRITE,1,65536,1 61 WRITE,2,65530,28 \
+    READ,9,0,1 READ,3,0,1
+  structured '!ENOSPC.1' WRITE,1,65535,2 6161
+  assertEquals 000000000000 "$(at 65530 7)"
+  assertEquals 65536 "$(wc -c <"$DISK")"
+}
+testWriteZeroesBeyondTheEndIsENOSPC() {
+  simple 'ENOSPC.1 ENOSPC.2' ZEROES,1,0,65537 ZEROES+FAST,2,65536,1
+  structured '!ENOSPC.1' ZEROES,1,65535,2
+  assertEquals 6e "$(at 0 1)"
+}
+testTrimPastTheEndIsEINVAL() {
+  simple 'EINVAL.1 EINVAL.2' TRIM,1,0,65537 TRIM,2,65536,1
+  assertEquals 6e "$(at 0 1)"
+}
+testCachePastTheEndIsEINVAL() {
+  simple 'EINVAL.1 OK.2' CACHE,1,0,65537 CACHE,2,0,65536
+}
+testBlockStatusPastTheEndIsEINVAL() {
+  structured '!EINVAL.1 !EINVAL.2 !EINVAL.3' STATUS_OF,1,0,65537 \
+    STATUS_OF,2,65536,1 STATUS_OF,3,-1,2
+}
+testReadOnlyRefusesWritesWithEPERM() {
+  ARGS=-r FLAGS=$RO
+  cp "$DISK" "$T/copy"
+  simple 'EPERM.1 EPERM.2 EPERM.3 OK.4=6e' WRITE,1,0,28 READ,9,0,1 \
+    TRIM,2,0,4096 ZEROES,3,0,4096 READ,4,0,1
+  structured '!EPERM.1 !EPERM.2' ZEROES,1,0,4096 TRIM,2,0,4096
+  assertTrue "cmp '$DISK' '$T/copy'"
+}
+testZeroLengthRequestsSucceed() {
+  simple 'OK.1 OK.2 OK.3 OK.4 OK.5 OK.6=6e' READ,1,0,0 WRITE,2,0,0 TRIM,3,0,0 \
+    CACHE,4,0,0 ZEROES,5,0,0 READ,6,0,1
+  structured 'none.1 OK.2' READ,1,0,0 WRITE,2,0,0
+}
+testZeroLengthBlockStatusIsAnswered() {
+  talk "$META" "$(ask GO)" STATUS_OF,1,0,0 READ,2,0,1 DISC,0,0,0
+  case $GOT in
+    *'go=ack '*.1*' data.2@0=6e') ;;
+    *) fail "$GOT" ;;
+  esac
+}
+testReadOverTheMaximumIsEINVAL() {
+  rm "$DISK"
+  ARGS='--create 1G' SIZE=1073741824
+  simple 'EINVAL.1 OK.2=00' READ,1,0,33554433 READ,2,0,1
+  ARGS='-b 1:4096:64K' BLOCK=go=block:1:4096:65536
+  simple 'EINVAL.1 OK.2=65536x00' READ,1,0,65537 READ,2,0,65536
+  structured '!EINVAL.1' READ,1,0,65537
+}
+testWriteOverTheMaximumIsEINVALAndInStep() {
+  ARGS='-b 1:4096:4K' BLOCK=go=block:1:4096:4096
+  simple 'EINVAL.1 OK.2=6e' WRITE,1,0,4097 @4097 READ,2,0,1
+  rm "$DISK"
+  ARGS='--create 1G' SIZE=1073741824 BLOCK=
+  simple 'EINVAL.1 OK.2=00' WRITE,1,0,33554433 @33554433 READ,2,0,1
+  rm "$W/corpus/$NTALK"
+}
+testWriteOver64MiBCloses() {
+  LOG='^nbdserve: client'
+  rm "$DISK"
+  ARGS='--create 1G' SIZE=1073741824
+  simple OK.1=00 READ,1,0,1 WRITE,2,0,67108865
+  simple '' WRITE,2,0,-1
+}
+testTrimAndZeroOverTheMaximumWork() {
+  rm "$DISK"
+  ARGS='--create 3G -b 1:4096:64K' SIZE=3221225472 BLOCK=go=block:1:4096:65536
+  structured 'OK.1 OK.2 OK.3' TRIM,1,0,3221225472 ZEROES,2,0,3221225472 \
+    CACHE,3,0,3221225472
+}
+testFlushIgnoresItsRange() {
+  simple 'OK.1 OK.2 OK.3' FLUSH,1,0,0 FLUSH,2,4096,512 FLUSH,3,-1,-1
+}
+testCookiesAreOpaqueAndMayRepeat() {
+  for cookie in 0000000000000000 ffffffffffffffff 6744669825609513; do
+    flush=2560951300000003$cookie$(zeroes 12)
+    talk "$(ask GO)" "$flush" "$flush" "$flush" DISC,0,0,0
+    ok=6744669800000000$cookie
+    assertEquals "$ok$ok$ok" "$(tail -c 48 "$T/out" | hex)"
+    read=2560951300000000$cookie$(zeroes 11)01 unknown=2560951300000099$cookie
+    talk "$META" "$(ask GO)" "$read" DISC,0,0,0
+    assertEquals "668e33ef00010001${cookie}00000009$(zeroes 8)6e" \
+      "$(tail -c 29 "$T/out" | hex)"
+    talk "$META" "$(ask GO)" "$unknown$(zeroes 12)" DISC,0,0,0
+    assertContains "$(hex <"$T/out")" "668e33ef00018001$cookie"
+  done
+}
+testWritesAreInTheFile() {
+  simple 'OK.1 OK.2 OK.3' WRITE,1,0,4 61626364 WRITE+FUA,2,65535,1 7a \
+    WRITE,3,4095,3 787878
+  assertEquals 6162636465 "$(at 0 5)"
+  assertEquals 007a "$(at 65534 9)"
+  assertEquals 0078787800 "$(at 4094 5)"
+}
+testTheLastOddBytesAreServed() {
+  truncate -s 1000001 "$DISK"
+  SIZE=1000001
+  simple 'OK.1=00 EINVAL.2 ENOSPC.3' READ,1,1000000,1 READ,2,1000000,2 \
+    WRITE,3,1000000,2 6161
+  simple 'OK.1 OK.2' WRITE,1,1000000,1 61 ZEROES,2,999000,1000
+  assertEquals 0061 "$(at 999999 9)"
+  assertEquals 1000001 "$(wc -c <"$DISK")"
+}
+testAnEmptyFileIsServed() {
+  : >"$DISK"
+  SIZE=0
+  simple 'EINVAL.1 ENOSPC.2 OK.3' READ,1,0,1 WRITE,2,0,1 61 FLUSH,3,0,0
+}
+testUnalignedRequestsAreEINVALWithAMinimumBlock() {
+  ARGS='-b 512:4096:1M'
+  talk "$(ask GO '' 3)" READ,1,1,512 READ,2,0,1 WRITE,3,512,511 @511 \
+    WRITE,4,511,512 @512 ZEROES,5,0,100 TRIM,6,100,512 CACHE,7,0,1 \
+    WRITE,8,512,512 @512 DISC,0,0,0
+  assertEquals 'EINVAL.1 EINVAL.2 EINVAL.3 EINVAL.4 EINVAL.5 EINVAL.6 EINVAL.7'\
+' OK.8' "${GOT#*go=ack }"
+}
+testWriteZeroesReadsAsZeroes() {
+  for flags in 0 NO_HOLE FUA NO_HOLE+FUA; do
+    echo nbdserve >"$DISK"
+    truncate -s 64K "$DISK"
+    simple OK.1 ZEROES+$flags,1,2,3
+    assertEquals 6e620000007276650a "$(at 0 9)"
+  done
+}
+testFastZeroIsZeroOrENOTSUP() {
+  talk "$(ask GO)" ZEROES+FAST,1,0,4096 DISC,0,0,0
+  case $GOT in
+    *' OK.1') assertEquals 0000 "$(at 0 2)" ;;
+    *' ENOTSUP.1') assertEquals 6e "$(at 0 1)" ;;
+    *) fail "$GOT" ;;
+  esac
+}
+blocks() { du -k "$DISK" | cut -f1; }
+filled() { # 1 MiB of data
+  unless POSIX_ONLY || return 1
+  head -c 1048576 /dev/zero | tr '\0' x >"$DISK"
+  SIZE=1048576
+  full=$(blocks)
+  truncate -s 2M "$T/hole"
+  if [ "$full" -lt 1024 ] || [ "$(du -k "$T/hole" | cut -f1)" -ge 1024 ]; then
+    skip 'no sparse files here'
+    return 1
+  fi
+}
+testTrimFreesSpace() {
+  filled || return 0
+  simple OK.1 TRIM,1,0,524288
+  assertTrue "$full to $(blocks)" "[ $(blocks) -le $((full - 500)) ]"
+  assertEquals 78 "$(at 524288 1)"
+}
+testWriteZeroesMayFreeSpaceAndNoHoleDoesNot() {
+  filled || return 0
+  simple OK.1 ZEROES+NO_HOLE,1,0,1048576
+  assertTrue "$full to $(blocks)" "[ $(blocks) -ge 1024 ]"
+  assertEquals 00 "$(at 0 1)"
+  truncate -s 0 "$DISK"
+  truncate -s 1M "$DISK"
+  simple OK.1 ZEROES+NO_HOLE,1,0,1048576
+  assertTrue "hole to $(blocks)" "[ $(blocks) -ge 1024 ]"
+}
+testBlockStatusWithoutAContextIsEINVAL() {
+  simple EINVAL.1 STATUS_OF,1,0,512
+  talk "$(opt STRUCTURED)" "$(ask GO)" STATUS_OF,1,0,512 READ,2,0,1 DISC,0,0,0
+  assertEquals '!EINVAL.1 data.2@0=6e' "${GOT#*go=ack }"
+}
+testBlockStatusTellsDataFromHoles() {
+  filled || return 0
+  mv "$DISK" "$T/x"
+  truncate -s 3M "$DISK"
+  dd if="$T/x" of="$DISK" bs=1M seek=1 conv=notrunc 2>/dev/null
+  SIZE=3145728
+  s=base:allocation:
+  structured "status.1=${s}1048576/3:1048576/0:1048576/3
+    status.2=${s}1048576/3 status.3=${s}4096/3:4096/0 status.4=${s}100/0" \
+    STATUS_OF,1,0,3145728 STATUS_OF+REQ_ONE,2,0,3145728 \
+    STATUS_OF,3,1044480,8192 STATUS_OF+REQ_ONE,4,2097052,512
+}
+testRequestsBeforeADisconnectAreAnswered() {
+  simple 'OK.1=6e OK.2 OK.3=62 OK.4 OK.5' READ,1,0,1 WRITE,2,9,1 61 READ,3,1,1 \
+    FLUSH,4,0,0 TRIM,5,4096,4096
+}
+testNothingIsReadBehindADisconnect() {
+  talk "$(ask GO)" DISC,0,0,0 WRITE,1,0,1 58
+  assertEquals 'go=export:65536:0d6d go=ack' "$GOT"
+  assertEquals 6e "$(at 0 1)"
+}
+testEndOfInputInTheMiddleFinishesWhatCameBefore() {
+  LOG='^nbdserve: client'
+  write="$(req WRITE 1 0 1)58"
+  talk "$(ask GO)" "$write"
+  assertEquals 'go=export:65536:0d6d go=ack OK.1' "$GOT"
+  talk "$(ask GO)" "$write" 25609513
+  assertEquals 'go=export:65536:0d6d go=ack OK.1' "$GOT"
+  talk "$(ask GO)" "$write" WRITE,2,0,4 595959
+  assertEquals 'go=export:65536:0d6d go=ack OK.1' "$GOT"
+  assertEquals 58 "$(at 0 1)"
+}
+testBlockDeviceTakesUnalignedRequests() {
+  needs losetup || return 0
+  filled || return 0
+  DISK=$(losetup -f --show "$DISK" 2>/dev/null)
+  if [ -z "$DISK" ]; then skip 'no loop devices here'; return 0; fi
+  simple 'OK.1 OK.2 OK.3 OK.4 OK.5=78' ZEROES,1,100,1000 \
+    ZEROES+NO_HOLE,2,2000,3 TRIM,3,10001,5001 WRITE,4,5,1 61 READ,5,4,1
+  assertEquals 780000787800000078 "$(at 99 2)$(at 1099 2)$(at 1999 5)"
+  losetup -d "$DISK"
+}
+testCacheModes() {
+  for mode in writeback writethrough unsafe; do
+    ARGS="--cache $mode"
+    simple 'OK.1 OK.2' WRITE,1,0,1 58 FLUSH,2,0,0
+  done
+}
+
+# ==== Many, hostile and dying clients (client) ================================
+
+testManyPipelinedRequestsOverManyConnections() {
+  unless NO_THREADS || return 0
+  truncate -s 64M "$DISK"
+  serve "$DISK"
+  client pipeline "$SOCK" 64 256
+}
+testManyPipelinedRequestsToMemory() {
+  unless NO_THREADS || return 0
+  serve mem:64M
+  client pipeline "$SOCK" 16 1000
+}
+testManyPipelinedRequestsOneAtATime() {
+  unless NO_THREADS || return 0
+  truncate -s 64M "$DISK"
+  serve -t 1 "$DISK"
+  client pipeline "$SOCK" 4 256
+}
+testBadInputNeitherHurtsOthersNorLeaks() {
+  unless NO_THREADS || return 0
+  if [ "$NTALK" -lt 100 ]; then # alone: make the inputs
+    sed -n '/^# ==== The handshake/,/^# ==== Many/s/^\(test.*\)() {/\1/p' \
+      "$self" >"$W/names"
+    while read -r name; do
+      $name </dev/null
+      rm -r "$T"
+      setUp
+    done <"$W/names"
+  fi
+  LOG='^nbdserve: client'
+  serve "$DISK"
+  client badinput "$SOCK" "$PID" $SLACK 24 "$W"/corpus/*
+}
+testClientsThatStopHalfwayHarmNobody() {
+  unless NO_THREADS || return 0
+  LOG='^nbdserve: client'
+  serve "$DISK"
+  for how in silent greeting option payload request data replies; do
+    client rude "$SOCK" $how
+  done
+}
+testAClientThatNeverReadsHarmsNobody() {
+  unless NO_THREADS || return 0
+  LOG='^nbdserve: client'
+  truncate -s 256M "$DISK"
+  serve "$DISK"
+  client stall "$SOCK" "$PID" $((400000 + SLACK))
+}
+testAClientThatNeverReadsLeavesMemoryForOthers() {
+  unless NO_THREADS || return 0
+  LOG='^nbdserve: client'
+  truncate -s 256M "$DISK"
+  serve "$DISK"
+  client stall "$SOCK" "$PID" $((400000 + SLACK)) 4000000
+}
+testLargeReadsShareTheMemory() {
+  truncate -s 64M "$DISK"
+  serve "$DISK"
+  client large "$SOCK" 12
+}
+testLongReadsOfAShrunkFileAreEIO() {
+  unless NO_THREADS || return 0
+  LOG='^nbdserve: client'
+  truncate -s 4M "$DISK"
+  serve "$DISK"
+  client shrunk "$SOCK" "$DISK"
+}
+testReadsOfAnyLengthAreTheFilesBytes() {
+  head -c 7000003 /dev/urandom >"$DISK"
+  serve -o 12345 "$DISK"
+  client compare "$SOCK" "$DISK" 12345
+}
+testAThousandConnectionsInTurn() {
+  serve "$DISK"
+  client many "$SOCK" 1000
+}
+testMoreClientsThanSlotsAreAllServed() {
+  serve -m 8 "$DISK"
+  client crowd "$SOCK" 150
+}
+testFlushesOfManyConnections() {
+  truncate -s 1M "$DISK"
+  serve "$DISK"
+  client flushes "$SOCK" 8 40
+}
+testAcknowledgedWritesSurviveTERM() {
+  truncate -s 1M "$DISK"
+  serve "$DISK"
+  client acked "$SOCK" "$DISK" "$PID" 15 3000
+  wait "$JOB"
+  assertEquals 'status' 0 $?
+  JOBS=
+}
+testDurableWritesSurviveKILL() {
+  truncate -s 1M "$DISK"
+  serve "$DISK"
+  client acked "$SOCK" "$DISK" "$PID" 9 100 fua
+  stop KILL
+}
+testTERMWithIdleClientsEndsAtOnce() {
+  unless NO_THREADS || return 0
+  serve "$DISK"
+  client idle "$SOCK" "$PID"
+  wait "$JOB"
+  assertEquals 'status' 0 $?
+  JOBS=
+}
+
+# ==== The library (unit) and failing system calls (fault) ====================
+
+testLibraryRefusesWrongArguments() { unit arguments; }
+testLibraryEscapesUris() { unit uris; }
+testBackendIsCalledFromManyThreads() { unit parallel; }
+testSerialBackendIsCalledOneAtATime() { unit serial; }
+testSlowCallHoldsNobodyUp() { unit slow; }
+testLeavingClientGetsItsAnswers() { unit leave; }
+testVanishingClientRaisesNoSIGPIPE() { unit vanish; }
+testBackendSeesOnlySoundRequests() { unit requests; }
+testFuaIsAFlushUnlessNative() { unit fua; }
+testErrorsAreMappedToNbds() { unit errors; }
+testMissingMembersAreEmulatedOrNotOffered() { unit missing; }
+testFailedFlushIsReportedAndCloseComesOnce() { unit flush; }
+testExportsAreFoundOnDemand() { unit find; }
+testExtentsAreMergedAndCut() { unit extents; }
+testResizeShowsToNewClients() { unit resize; }
+testHandshakeHasADeadline() { unit deadline; }
+testTransmissionCanBeEnteredAtOnce() { unit direct; }
+testStopAndWakeEndRun() { unit stop; }
+testStopAnswersWhatIsInFlight() { unit inflight; }
+testRequestsBeyondTheMemoryAreDone() { unit memory; }
+testServersOfOneProcessAreApart() { unit two; }
+testFailedSyncFailsAllLaterWrites() { fault sync "$DISK"; }
+testShrunkFileIsEIO() { fault shrunk "$DISK"; }
+testDiskFullIsENOSPCAndPasses() { fault full "$DISK"; }
+testInterruptedAndShortCallsAreFinished() { fault short "$DISK"; }
+testSlowFlushOrTrimHoldsNoReadsUp() { fault slow "$DISK"; }
+testLongSimpleReplyIsInOnePiece() { fault whole "$DISK"; }
+testReadErrorIsEIO() { fault read "$DISK"; }
+testRefusedFallocateIsReplacedByWrites() {
+  for error in EPERM ENOSYS EOPNOTSUPP; do fault fallocate "$DISK" $error; done
+}
+testUnalignedFallocateIsReplacedByWrites() { # as a block device refuses it
+  fault fallocate "$DISK" EINVAL
+}
+testFastZeroWithoutFallocateWritesNothing() { fault fastzero "$DISK"; }
+testThreadsRefusedIsNoHarm() { fault threads "$DISK"; }
+testMemoryRefusedIsNoCrash() { fault memory "$DISK"; }
+
+# ==== The README =============================================================
+
+# Its blocks of that language, as $T/1.LANGUAGE...; prints their names
+blocks_of() {
+  awk -v kind="$1" -v dir="$T" '
+    /^```/ {
+      if (!in_block && $0 == "```" kind) { file = dir "/" ++n "." kind }
+      else if (file) { close(file); print file; file = "" }
+      in_block = !in_block
+      next
+    }
+    file { print >file }' "$here/README"
+}
+# A directory like a user's: the sources, cc, the program
+desk() {
+  mkdir "$T/desk" "$T/bin"
+  cp "$here/nbdserve.c" "$here/nbdserve.h" "$T/desk"
+  cp "$NBDSERVE" "$T/desk/nbdserve"
+  printf '#!/bin/sh\nexec %s%s "$@"\n' "$(command -v "${CC%% *}")" \
+    "${CC#"${CC%% *}"}" >"$T/bin/cc"
+  chmod +x "$T/bin/cc"
+  cd "$T/desk" || return
+}
+# A C block with a main() takes its address and serves until its client leaves
+testReadmeCExamplesCompileAndServe() {
+  build client || return 0
+  desk
+  assertNotNull 'C in the README' "$(blocks_of c)"
+  for block in $(blocks_of c); do
+    program=nbdserve.c
+    grep -q '\<main *(' "$block" || program=-c
+    # shellcheck disable=SC2086
+    does $CC -O1 -DNBDSERVE_NO_MAIN -I. -o example "$block" $program $LDLIBS
+    [ $program != -c ] || continue
+    timeout 20 ./example "unix:$T/example" 2>>"$T/err" &
+    await "[ -S '$T/example' ]"
+    client many "$T/example" 1
+    wait $!
+    assertEquals "status of $block" 0 $?
+  done
+  cd "$here" || return
+}
+testReadmeCommandsRun() {
+  desk
+  path=$PATH
+  assertNotNull 'sh in the README' "$(blocks_of sh)"
+  for block in $(blocks_of sh); do
+    tools=$(sed -n '1s/^# needs://p' "$block")
+    for tool in $tools; do
+      command -v "$tool" >/dev/null || {
+        echo "no $tool here for: $(sed -n 2p "$block")"
+        continue 2
+      }
+    done
+    PATH="$T/bin:$PATH" setsid timeout 60 sh -eu "$block" \
+      >"$T/log" 2>&1 </dev/null &
+    JOB=$!
+    wait $JOB
+    status=$?
+    assertEquals "$(cat "$block"): $(tail -n 5 "$T/log")" 0 $status
+    kill -TERM "-$JOB" 2>/dev/null # what it left in the background
+  done
+  PATH=$path
+  cd "$here" || return
+}
+testReadmeHasTheHelpText() {
+  "$NBDSERVE" --help >"$T/help"
+  awk -v lines="$(wc -l <"$T/help")" '
+    match($0, /^ *usage: /) && !n { n = lines; indent = RLENGTH - 7 }
+    n > 0 { n--; print substr($0, indent + 1) }' "$here/README" >"$T/readme"
+  assertEquals '' "$(diff "$T/help" "$T/readme")"
+}
+testHeaderServesCxx98() {
+  needs c++ || return 0
+  cat >"$T/x.cc" <<'END'
+#include "nbdserve.h"
+int main() {
+  struct nbdserve *s;
+  struct nbdserve_config config = nbdserve_config();
+  config.version = NBDSERVE_VERSION_NUMBER;
+  if (nbdserve_new(&s, &config) != 0) return 1;
+  nbdserve_free(s);
+  return 0;
+}
+END
+  # shellcheck disable=SC2086
+  does $CC $CFLAGS -DNBDSERVE_NO_MAIN -c -o "$T/n.o" "$here/nbdserve.c"
+  # shellcheck disable=SC2086
+  does c++ $CFLAGS -std=c++98 -Wall -Wextra -pedantic -Werror -I"$here" \
+    -o "$T/x" "$T/x.cc" "$T/n.o" $LDLIBS
+  does "$T/x"
+}
+
+# ==== Other people's clients =================================================
+
+testNbdinfoDescribesIt() {
+  needs nbdinfo || return 0
+  serve -e name -D text "$DISK"
+  does nbdinfo "$URI"
+  for line in 'export-size: 65536' 'can_multi_conn: true' 'can_zero: true' \
+    'can_fast_zero: true' 'is_read_only: false' 'can_df: true' \
+    'description: text' 'base:allocation' 'structured'; do
+    assertContains "$(cat "$T/log")" "$line"
+  done
+  does nbdinfo --list "$URI"
+  assertContains "$(cat "$T/log")" 'export="name"'
+}
+testNbdinfoMapsHoles() {
+  needs nbdinfo || return 0
+  filled || return 0
+  truncate -s 3M "$DISK"
+  serve "$DISK"
+  does nbdinfo --map "$URI"
+  assertEquals '0 1048576 0 data|1048576 2097152 3 hole,zero|' \
+    "$(tr -s ' ' <"$T/log" | sed 's/^ //' | tr '\n' '|')"
+}
+testNbdcopyMovesAnImageInAndOut() {
+  needs nbdcopy || return 0
+  truncate -s "${BIG:-64M}" "$DISK" "$T/in"
+  size=$(wc -c <"$DISK")
+  for mib in 1 3 4 17 40; do
+    head -c 3000000 /dev/urandom |
+      dd of="$T/in" bs=1M seek=$mib conv=notrunc 2>/dev/null
+  done
+  head -c 777 /dev/urandom |
+    dd of="$T/in" bs=1 seek=$((size - 777)) conv=notrunc 2>/dev/null
+  serve "$DISK"
+  does nbdcopy --connections=4 --flush "$T/in" "$URI"
+  assertTrue 'in' "cmp '$T/in' '$DISK'"
+  does nbdcopy --connections=4 "$URI" "$T/out"
+  assertTrue 'out' "cmp '$T/in' '$T/out'"
+}
+testQemuImgConvertsIntoIt() {
+  needs qemu-img || return 0
+  head -c 3000000 /dev/urandom >"$T/raw"
+  truncate -s 8M "$T/raw" "$DISK"
+  does qemu-img convert -f raw -O qcow2 "$T/raw" "$T/qcow2"
+  serve "$DISK"
+  does qemu-img convert -n -f qcow2 -O raw "$T/qcow2" "$URI"
+  does qemu-img compare -f qcow2 -F raw "$T/qcow2" "$URI"
+  assertTrue "cmp '$T/raw' '$DISK'"
+}
+testQemuIoWritesZeroesAndDiscards() {
+  needs qemu-io || return 0
+  truncate -s 4M "$DISK"
+  serve "$DISK"
+  does qemu-io -f raw "$URI" -c 'write -P 7 0 1M' -c 'write -z 64k 64k' \
+    -c 'write -z -u 256k 64k' -c 'discard 512k 128k' -c flush \
+    -c 'read -P 7 0 64k' -c 'read -P 0 64k 64k' -c 'read -P 0 256k 64k' \
+    -c 'write -f -P 9 1000000 3' -c 'read -P 9 1000000 3' -c map
+  assertNotContains "$(cat "$T/log")" 'Pattern verification failed'
+  assertEquals 070909090700 "$(at 999999 5)$(at 1048576 1)"
+}
+testFilesystemCopiedInIsSound() {
+  needs mke2fs e2fsck nbdcopy || return 0
+  if ! mke2fs -V 2>&1 | grep -q '^mke2fs 1'; then # busybox has another
+    skip 'this mke2fs knows no -d'
+    return 0
+  fi
+  mkdir "$T/tree"
+  cp "$self" "$T/tree"
+  truncate -s 16M "$T/fs" "$DISK"
+  does mke2fs -q -t ext4 -d "$T/tree" "$T/fs"
+  serve "$DISK"
+  does nbdcopy --flush "$T/fs" "$URI"
+  stop TERM
+  does e2fsck -fn "$DISK"
+}
+testFioVerifiesWhatItWrote() {
+  needs fio || return 0
+  fio --enghelp | grep -q '[^a-z]nbd$' || { skip 'fio has no nbd'; return; }
+  truncate -s 16M "$DISK"
+  serve "$DISK"
+  (cd "$T" && does fio --name=v --ioengine=nbd --uri="$URI" --rw=randwrite \
+    --bs=4k --iodepth=64 --size=16M --verify=crc32c --output-format=terse \
+    --verify_fatal=1)
+}
+testNbdshReadsChunksAndExtents() {
+  needs nbdsh || return 0
+  filled || return 0
+  path=$PATH
+  PATH=/usr/bin:$PATH # not another Python
+  if ! nbdsh -c pass 2>/dev/null; then
+    skip 'nbdsh does not start'
+  else
+    truncate -s 3M "$DISK"
+    serve "$DISK"
+    cat >"$T/py" <<'END'
+h.set_strict_mode(0)
+h.add_meta_context("base:allocation")
+h.connect_uri(uri)
+got = []
+def chunk(buf, offset, status, err): got.append((offset, len(buf), status))
+buf = h.pread_structured(2097152, 0, chunk)
+assert bytes(buf) == b"x" * 1048576 + b"\0" * 1048576
+assert sum(n for o, n, s in got) == 2097152
+got = []
+def extent(context, offset, entries, err): got.append(entries)
+h.block_status(3145728, 0, extent)
+assert got == [[1048576, 0, 2097152, 3]], got
+for request, number in ((lambda: h.pread(2, 3145727), 22),
+        (lambda: h.pwrite(b"xx", 3145727), 28),
+        (lambda: h.zero(2, 3145727), 28), (lambda: h.trim(2, 3145727), 22),
+        (lambda: h.pwrite(b"xx", 0, 0x8000), 22)):
+    try:
+        request()
+    except nbd.Error as e:
+        assert e.errnum == number, e
+    else:
+        assert False, number
+assert h.pread(1, 0) == b"x"
+h.shutdown()
+END
+    does nbdsh -c "uri = '$URI'" -c "$(cat "$T/py")"
+  fi
+  PATH=$path
+}
+testNbdClientListsTheExports() {
+  needs nbd-client || return 0
+  tcp || return 0
+  start -p 0 one=mem:1K two=mem:1K
+  port=${URI#nbd://127.0.0.1:}
+  does nbd-client -l 127.0.0.1 "${port%%/*}"
+  assertContains "$(cat "$T/log")" one
+  assertContains "$(cat "$T/log")" two
+}
+
+. shunit2
+
+//== client unit fault bench
+/* A small NBD client of its own: it shares no line with what it checks. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1
+#endif
+#ifndef _FILE_OFFSET_BITS
+#define _FILE_OFFSET_BITS 64
+#endif
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define CHECK(x) ((x) ? (void)0 : t_fail(__LINE__, #x))
+#define COUNT(a) ((int)(sizeof (a) / sizeof (a)[0]))
+
+enum { READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS };
+enum { FUA = 1, NO_HOLE = 2, DF = 4, REQ_ONE = 8, FAST = 16 };
+
+static void t_fail(int line, const char *what) {
+  fprintf(stderr, "test.sh:%d: not so: %s (errno %d)\n", line, what, errno);
+  _exit(1);
+}
+
+static void t_put(unsigned char *p, int n, uint64_t v) {
+  while (n > 0) p[--n] = (unsigned char)v, v >>= 8;
+}
+
+static uint64_t t_get(const unsigned char *p, int n) {
+  uint64_t v = 0;
+  while (n-- > 0) v = v << 8 | *p++;
+  return v;
+}
+
+/* Number of bytes until the end of the stream or an error */
+static size_t t_read(int fd, void *buf, size_t len) {
+  size_t n = 0;
+  while (n < len) {
+    ssize_t r = read(fd, (char *)buf + n, len - n);
+    if (r < 0 && errno == EINTR) continue;
+    if (r <= 0) break;
+    n += (size_t)r;
+  }
+  return n;
+}
+
+static int t_write(int fd, const void *buf, size_t len) {
+  size_t n = 0;
+  while (n < len) {
+    ssize_t r = send(fd, (const char *)buf + n, len - n, MSG_NOSIGNAL);
+    if (r < 0 && errno == EINTR) continue;
+    if (r < 0) return -1;
+    n += (size_t)r;
+  }
+  return 0;
+}
+
+struct t_conn {
+  int fd, structured;
+  uint64_t size;
+  unsigned flags;
+  uint32_t cookie; /* of the last t_do */
+};
+
+struct t_reply { /* a simple reply or a chunk */
+  uint64_t cookie, off;
+  uint32_t error, len;
+  int chunk, done; /* chunk: its type, -1 for a simple reply */
+  unsigned char *data;
+  size_t room;
+};
+
+static int t_option(int fd, uint32_t option, const void *data, uint32_t len) {
+  unsigned char h[16];
+  memcpy(h, "IHAVEOPT", 8);
+  t_put(h + 8, 4, option);
+  t_put(h + 12, 4, len);
+  return t_write(fd, h, 16) || t_write(fd, data, len) ? -1 : 0;
+}
+
+/* The type of the next reply to an option, 0 at the end of the stream */
+static uint32_t t_answer(int fd, unsigned char data[4200]) {
+  unsigned char h[20];
+  size_t len;
+  if (t_read(fd, h, 20) != 20) return 0;
+  CHECK(t_get(h, 8) == UINT64_C(0x3e889045565a9));
+  len = (size_t)t_get(h + 16, 4);
+  CHECK(len <= 4200);
+  if (t_read(fd, data, len) != len) return 0;
+  return (uint32_t)t_get(h + 12, 4);
+}
+
+/* The handshake: 0, or -1 when the server refuses or ends it */
+static int t_open(struct t_conn *c, int fd, const char *name, int structured) {
+  unsigned char b[4200], p[4200];
+  uint32_t type, n = (uint32_t)strlen(name);
+
+  memset(c, 0, sizeof *c);
+  c->fd = fd;
+  c->structured = structured;
+  if (t_read(fd, b, 18) != 18) return -1;
+  CHECK(memcmp(b, "NBDMAGICIHAVEOPT\0\3", 18) == 0);
+  t_put(b, 4, 3);
+  if (t_write(fd, b, 4)) return -1;
+  t_put(p, 4, n);
+  memcpy(p + 4, name, n);
+  if (structured) {
+    if (t_option(fd, 8, "", 0) || t_answer(fd, b) != 1) return -1;
+    t_put(p + 4 + n, 4, 1);
+    t_put(p + 8 + n, 4, 15);
+    memcpy(p + 12 + n, "base:allocation", 15);
+    if (t_option(fd, 10, p, n + 27) || t_answer(fd, b) != 4) return -1;
+    if (t_answer(fd, b) != 1) return -1;
+  }
+  t_put(p + 4 + n, 2, 0);
+  if (t_option(fd, 7, p, n + 6)) return -1;
+  while ((type = t_answer(fd, b)) == 3)
+    if (t_get(b, 2) == 0) {
+      c->size = t_get(b + 2, 8);
+      c->flags = (unsigned)t_get(b + 10, 2);
+    }
+  return type == 1 ? 0 : -1;
+}
+
+/* A request's head; the upper half of a READ's cookie is its length (see req
+ * above) */
+static void t_head(unsigned char h[28], int flags, int command, uint32_t cookie,
+                   uint64_t off, uint32_t len) {
+  t_put(h, 4, 0x25609513);
+  t_put(h + 4, 2, (uint64_t)flags);
+  t_put(h + 6, 2, (uint64_t)command);
+  t_put(h + 8, 4, command == READ ? len : 0);
+  t_put(h + 12, 4, cookie);
+  t_put(h + 16, 8, off);
+  t_put(h + 24, 4, len);
+}
+
+static int t_send(struct t_conn *c, int flags, int command, uint32_t cookie,
+                  uint64_t off, uint32_t len, const void *data) {
+  unsigned char h[28];
+  t_head(h, flags, command, cookie, off, len);
+  if (t_write(c->fd, h, 28)) return -1;
+  return command == WRITE ? t_write(c->fd, data, len) : 0;
+}
+
+/* The next reply or chunk: 1, or 0 at the end of the stream */
+static int t_recv(struct t_conn *c, struct t_reply *r) {
+  unsigned char h[20];
+  if (t_read(c->fd, h, 16) != 16) return 0;
+  r->error = 0;
+  r->chunk = -1;
+  r->done = 1;
+  if (t_get(h, 4) == 0x67446698) {
+    r->error = (uint32_t)t_get(h + 4, 4);
+    r->cookie = t_get(h + 8, 8);
+    r->len = r->error ? 0 : (uint32_t)(r->cookie >> 32);
+    CHECK(!c->structured || r->len == 0);
+  } else {
+    CHECK(c->structured && t_get(h, 4) == 0x668e33ef);
+    if (t_read(c->fd, h + 16, 4) != 4) return 0;
+    r->done = (int)t_get(h + 4, 2);
+    r->chunk = (int)t_get(h + 6, 2);
+    r->cookie = t_get(h + 8, 8);
+    r->len = (uint32_t)t_get(h + 16, 4);
+    CHECK(r->done <= 1 && r->len <= (64u << 20) + 8);
+    if (r->chunk == 1) {
+      CHECK(r->len > 8);
+      if (t_read(c->fd, h, 8) != 8) return 0;
+      r->off = t_get(h, 8);
+      r->len -= 8;
+    }
+  }
+  if (r->room < r->len) {
+    free(r->data);
+    r->data = malloc(r->room = r->len);
+    CHECK(r->data != NULL);
+  }
+  if (t_read(c->fd, r->data, r->len) != r->len) return 0;
+  if (r->chunk == 0x8001) {
+    r->error = (uint32_t)t_get(r->data, 4);
+    CHECK(r->error != 0 && t_get(r->data + 4, 2) == r->len - 6);
+  }
+  CHECK(r->chunk < 0x8000 || r->error);
+  return 1;
+}
+
+/* One request and its whole reply: an NBD error number, or -1 when the
+ * connection has ended.  data: what is written, or room for what is read. */
+static int t_do(struct t_conn *c, int flags, int command, uint64_t off,
+                uint32_t len, void *data) {
+  struct t_reply r = {0};
+  int error = 0;
+  uint32_t mine = ++c->cookie;
+  if (t_send(c, flags, command, mine, off, len, data)) return -1;
+  do {
+    if (!t_recv(c, &r)) {
+      free(r.data);
+      return -1;
+    }
+    CHECK((uint32_t)r.cookie == mine);
+    if (r.error) error = (int)r.error;
+    else if (command == READ && r.chunk < 0 && r.len)
+      memcpy(data, r.data, r.len);
+    else if (command == READ && r.chunk == 1) {
+      CHECK(r.off >= off && r.off + r.len <= off + len);
+      memcpy((char *)data + (r.off - off), r.data, r.len);
+    }
+  } while (!r.done);
+  free(r.data);
+  return error;
+}
+
+static void t_close(struct t_conn *c) /* in order */
+{
+  char end;
+  CHECK(t_send(c, 0, DISC, 0, 0, 0, NULL) == 0);
+  CHECK(t_read(c->fd, &end, 1) == 0);
+  close(c->fd);
+}
+
+/* Zeroed memory for good, on a list so that no checker takes it for lost */
+static void *t_alloc(size_t n) {
+  static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+  static void **all;
+  void **p = calloc(1, n + 16);
+  CHECK(p != NULL);
+  pthread_mutex_lock(&lock);
+  *p = all;
+  all = p;
+  pthread_mutex_unlock(&lock);
+  return (char *)p + 16;
+}
+
+//== client unit
+static void t_sleep(int ms) {
+  struct timespec t;
+  t.tv_sec = ms / 1000;
+  t.tv_nsec = ms % 1000 * 1000000L;
+  nanosleep(&t, NULL);
+}
+
+//== client
+/* client VERB ADDRESS...: ADDRESS is a socket's path or HOST:PORT */
+#include <netdb.h>
+#include <sys/un.h>
+
+static int c_unix(const char *path, int fd,
+                  int (*f)(int, const struct sockaddr *, socklen_t)) {
+  struct sockaddr_un a = {0};
+  a.sun_family = AF_UNIX;
+  CHECK(strlen(path) < sizeof a.sun_path);
+  strcpy(a.sun_path, path);
+  return f(fd, (struct sockaddr *)&a, sizeof a);
+}
+
+static int c_connect(const char *address) {
+  int fd;
+  if (strchr(address, '/') || !strchr(address, ':')) {
+    CHECK((fd = socket(AF_UNIX, SOCK_STREAM, 0)) >= 0);
+    CHECK(c_unix(address, fd, connect) == 0);
+  } else {
+    char host[100];
+    const char *port = strrchr(address, ':');
+    struct addrinfo hints = {0}, *ai;
+    int n;
+    CHECK(port && port - address < 99);
+    if (*address == '[') address++;
+    n = (int)(port - address) - (port[-1] == ']');
+    snprintf(host, sizeof host, "%.*s", n, address);
+    hints.ai_flags = AI_NUMERICHOST;
+    hints.ai_socktype = SOCK_STREAM;
+    CHECK(getaddrinfo(host, port + 1, &hints, &ai) == 0);
+    CHECK((fd = socket(ai->ai_family, SOCK_STREAM, 0)) >= 0);
+    CHECK(connect(fd, ai->ai_addr, ai->ai_addrlen) == 0);
+    freeaddrinfo(ai);
+  }
+  return fd;
+}
+
+static int c_listen(const char *path) {
+  int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+  CHECK(fd >= 0 && c_unix(path, fd, bind) == 0 && listen(fd, 10) == 0);
+  return fd;
+}
+
+/* A normal client: both kinds of replies; returns the size */
+static uint64_t c_session(int fd, const char *name, int structured) {
+  struct t_conn c;
+  unsigned char b[512];
+  CHECK(t_open(&c, fd, name, structured) == 0);
+  if (c.size) CHECK(t_do(&c, 0, READ, 0, c.size < 512 ? 1 : 512, b) == 0);
+  if (structured) CHECK(t_do(&c, REQ_ONE, STATUS, 0, 1, NULL) == 0);
+  if (c.flags & 4) CHECK(t_do(&c, 0, FLUSH, 0, 0, NULL) == 0);
+  t_close(&c);
+  return c.size;
+}
+
+static long c_memory(const char *pid, const char *what) /* KiB */
+{
+  char path[100], line[200];
+  long kib = -1;
+  FILE *f;
+  snprintf(path, sizeof path, "/proc/%s/status", pid);
+  CHECK((f = fopen(path, "r")) != NULL);
+  while (fgets(line, sizeof line, f))
+    if (!strncmp(line, what, strlen(what))) kib = atol(line + strlen(what));
+  fclose(f);
+  CHECK(kib > 0);
+  return kib;
+}
+
+static void v_hello(char **a) /* ADDRESS [NAME] */
+{
+  const char *name = a[1] ? a[1] : "";
+  uint64_t size = c_session(c_connect(a[0]), name, 0);
+  CHECK(c_session(c_connect(a[0]), name, 1) == size);
+  printf("%llu\n", (unsigned long long)size);
+}
+
+/* ---- pipeline: every reply once, every byte right ---- */
+
+#define SLOT 4096u
+
+struct pipe { /* one connection; slot i of its region belongs to request i */
+  struct t_conn c;
+  pthread_t receiver, sender;
+  unsigned n, id, phase;
+  unsigned char *want; /* what the region holds */
+  unsigned char *op, *undefined;
+};
+
+static unsigned p_hash(unsigned a, unsigned b, unsigned c) {
+  unsigned h = a * 2654435761u ^ b * 2246822519u ^ c * 3266489917u;
+  h ^= h >> 15;
+  h *= 2654435761u;
+  return h ^ h >> 13;
+}
+
+/* Chooses all requests of a phase, and what the region holds behind them */
+static void p_plan(struct pipe *p) {
+  static const unsigned char mixed[] = {READ, WRITE, ZEROES, TRIM,
+                                        STATUS, CACHE, READ, WRITE};
+  unsigned i, k;
+  for (i = 0; i < p->n; i++) {
+    unsigned char *slot = p->want + i * SLOT;
+    unsigned h = p_hash(p->id, p->phase, i);
+    p->op[i] = p->phase == 0 ? WRITE : p->phase == 2 ? READ : mixed[h % 8];
+    if (p->op[i] == STATUS && !p->c.structured) p->op[i] = READ;
+    if (p->op[i] == WRITE) {
+      for (k = 0; k < SLOT; k++) slot[k] = (unsigned char)(h + k * 7);
+    } else if (p->op[i] == ZEROES) memset(slot, 0, SLOT);
+    else if (p->op[i] == TRIM) p->undefined[i] = 1;
+  }
+}
+
+static void *p_send(void *arg) {
+  struct pipe *p = arg;
+  unsigned i;
+  for (i = 0; i < p->n; i++) {
+    int flags = p->op[i] == WRITE && i % 64 == 1 ? FUA : 0;
+    CHECK(t_send(&p->c, flags, p->op[i], i,
+                 ((uint64_t)p->id * p->n + i) * SLOT, SLOT,
+                 p->want + i * SLOT) == 0);
+  }
+  return NULL;
+}
+
+static void p_reply(struct pipe *p, const struct t_reply *r,
+                    unsigned char *pending) {
+  unsigned i = (uint32_t)r->cookie;
+  uint64_t off = ((uint64_t)p->id * p->n + i) * SLOT;
+
+  CHECK(i < p->n && pending[i]);
+  CHECK(r->cookie >> 32 == (p->op[i] == READ ? SLOT : 0));
+  CHECK(r->error == 0);
+  if (p->op[i] == READ) {
+    CHECK(!p->c.structured || r->chunk == 1 || r->chunk == 0);
+    if (r->chunk < 0 || r->chunk == 1) {
+      size_t at = r->chunk == 1 ? (size_t)(r->off - off) : 0;
+      CHECK(r->chunk < 0 || (r->off >= off && at + r->len <= SLOT));
+      CHECK(p->undefined[i] ||
+            !memcmp(r->data, p->want + i * SLOT + at, r->len));
+    }
+  } else if (p->op[i] == STATUS)
+    CHECK(r->chunk == 5 && r->len >= 12 && (r->len - 4) % 8 == 0);
+  if (r->done) pending[i] = 0;
+}
+
+static void *p_run(void *arg) {
+  struct pipe *p = arg;
+  struct t_reply r = {0};
+  unsigned char *pending = t_alloc(p->n);
+  for (p->phase = 0; p->phase < 3; p->phase++) {
+    unsigned left = p->n;
+    p_plan(p);
+    memset(pending, 1, p->n);
+    CHECK(pthread_create(&p->sender, NULL, p_send, p) == 0);
+    while (left) {
+      CHECK(t_recv(&p->c, &r));
+      p_reply(p, &r, pending);
+      left -= (unsigned)r.done;
+    }
+    pthread_join(p->sender, NULL);
+  }
+  CHECK(t_do(&p->c, 0, FLUSH, 0, 0, NULL) == 0);
+  t_close(&p->c);
+  free(r.data);
+  return NULL;
+}
+
+static void v_pipeline(char **a) /* ADDRESS CONNECTIONS REQUESTS */
+{
+  int i, n = atoi(a[1]);
+  struct pipe *p = t_alloc((size_t)n * sizeof *p);
+  for (i = 0; i < n; i++) {
+    p[i].n = (unsigned)atoi(a[2]);
+    p[i].id = (unsigned)i;
+    p[i].want = t_alloc((size_t)p[i].n * SLOT);
+    p[i].op = t_alloc(p[i].n);
+    p[i].undefined = t_alloc(p[i].n);
+    CHECK(t_open(&p[i].c, c_connect(a[0]), "", i % 2) == 0);
+  }
+  for (i = 0; i < n; i++)
+    CHECK(pthread_create(&p[i].receiver, NULL, p_run, &p[i]) == 0);
+  for (i = 0; i < n; i++) pthread_join(p[i].receiver, NULL);
+}
+
+/* ---- clients that misbehave ---- */
+
+/* Stops at some point of a session: some stay, others vanish */
+static void v_rude(char **a) /* ADDRESS WHERE */
+{
+  static const char *const where[] = {"silent", "greeting", "option",
+                                      "payload", "request", "data", "replies"};
+  int w = 0, i, k;
+  while (strcmp(where[w], a[1])) CHECK(++w < COUNT(where));
+  for (i = 0; i < 20; i++) {
+    struct t_conn c;
+    unsigned char b[512];
+    memset(b, 0, sizeof b);
+    c.fd = c_connect(a[0]);
+    if (w == 1) CHECK(t_write(c.fd, b, 3) == 0);
+    if (w == 2 || w == 3) {
+      CHECK(t_write(c.fd, "\0\0\0\3IHAVEOPT\0\0\0\7\0\0\0\10\0\0",
+                    w == 2 ? 17 : 22) == 0);
+    }
+    if (w >= 4) {
+      CHECK(t_open(&c, c.fd, "", i & 2) == 0);
+      t_put(b, 8, UINT64_C(0x2560951300000001));
+      t_put(b + 24, 4, 512);
+      if (w == 4) CHECK(t_write(c.fd, b, 27) == 0);
+      if (w == 5) CHECK(t_write(c.fd, b, 300) == 0);
+      if (w == 6)
+        for (k = 0; k < 200; k++)
+          if (t_send(&c, 0, k & 1 ? READ : FLUSH, 1, 0, k & 1 ? 65536 : 0, b))
+            break;
+    }
+    if (i % 2) close(c.fd);
+  }
+  for (i = 0; i < 3; i++) c_session(c_connect(a[0]), "", i & 1);
+}
+
+static void v_stall(char **a) /* ADDRESS PID KIB [LENGTH] */
+{
+  struct t_conn c[8], good;
+  uint32_t len = a[3] ? (uint32_t)atol(a[3]) : 65536;
+  unsigned char *b = t_alloc(len);
+  int i, k;
+  for (i = 0; i < COUNT(c); i++) {
+    CHECK(t_open(&c[i], c_connect(a[0]), "", i & 1) == 0);
+    for (k = 0; k < 32; k++)
+      CHECK(t_send(&c[i], 0, READ, 1, 0, 32u << 20, NULL) == 0);
+  }
+  t_sleep(200);
+  alarm(10);
+  CHECK(t_open(&good, c_connect(a[0]), "", 1) == 0);
+  for (i = 0; i < 10; i++) {
+    CHECK(t_do(&good, 0, READ, (uint64_t)i * 4096, len, b) == 0);
+    CHECK(t_do(&good, 0, WRITE, (uint64_t)i * 4096, len, b) == 0);
+  }
+  t_close(&good);
+  printf("VmHWM %ld KiB\n", c_memory(a[1], "VmHWM:"));
+  fflush(stdout);
+  CHECK(c_memory(a[1], "VmHWM:") <= atol(a[2]));
+}
+
+static void v_idle(char **a) /* ADDRESS PID */
+{
+  struct t_conn c;
+  int silent = c_connect(a[0]);
+  char b;
+  CHECK(t_open(&c, c_connect(a[0]), "", 1) == 0);
+  CHECK(kill(atoi(a[1]), SIGTERM) == 0);
+  CHECK(t_read(c.fd, &b, 1) == 0);
+  close(silent);
+}
+
+/* ---- crowds ---- */
+
+struct guest {
+  pthread_t thread;
+  const char *address;
+  int n;
+};
+
+static void *g_visit(void *arg) {
+  struct guest *g = arg;
+  struct t_conn c;
+  char b[512];
+  CHECK(t_open(&c, c_connect(g->address), "", g->n & 1) == 0);
+  CHECK(t_do(&c, 0, READ, 0, 512, b) == 0);
+  t_sleep(5);
+  t_close(&c);
+  return NULL;
+}
+
+static void *g_large(void *arg) {
+  struct guest *g = arg;
+  struct t_conn c;
+  struct t_reply r = {0};
+  int i, left = 3;
+  CHECK(t_open(&c, c_connect(g->address), "", g->n & 1) == 0);
+  for (i = 0; i < left; i++)
+    CHECK(t_send(&c, 0, READ, (uint32_t)i, 0, 32u << 20, NULL) == 0);
+  while (left) {
+    CHECK(t_recv(&c, &r) && r.error == 0);
+    left -= r.done;
+  }
+  t_close(&c);
+  free(r.data);
+  return NULL;
+}
+
+static void *g_flush(void *arg) {
+  struct guest *g = arg;
+  struct t_conn c;
+  struct t_reply r = {0};
+  char b[4096];
+  uint64_t seen = 0;
+  int i, left;
+  memset(b, g->n, sizeof b);
+  CHECK(t_open(&c, c_connect(g->address), "", g->n & 1) == 0);
+  for (i = 0; i < 40; i++) { /* 40 requests in flight: write, FUA, flush */
+    uint64_t off = (uint64_t)(g->n % 8 * 16 + i % 16) * 4096;
+    CHECK(t_send(&c, i % 3 == 1 ? FUA : 0, i % 3 == 2 ? FLUSH : WRITE,
+                 (uint32_t)i, i % 3 == 2 ? 0 : off, i % 3 == 2 ? 0 : 4096,
+                 b) == 0);
+  }
+  for (left = 40; left; left--) {
+    CHECK(t_recv(&c, &r) && r.error == 0 && r.cookie < 40);
+    CHECK(!(seen >> r.cookie & 1));
+    seen |= (uint64_t)1 << r.cookie;
+  }
+  t_close(&c);
+  free(r.data);
+  return NULL;
+}
+
+static void g_all(char **a, void *(*f)(void *)) {
+  int i, n = atoi(a[1]);
+  struct guest *g = t_alloc((size_t)n * sizeof *g);
+  for (i = 0; i < n; i++) {
+    g[i].address = a[0];
+    g[i].n = i;
+    CHECK(pthread_create(&g[i].thread, NULL, f, &g[i]) == 0);
+  }
+  for (i = 0; i < n; i++) pthread_join(g[i].thread, NULL);
+  c_session(c_connect(a[0]), "", 1);
+}
+
+static void v_crowd(char **a) { g_all(a, g_visit); }
+static void v_large(char **a) { g_all(a, g_large); }
+static void v_flushes(char **a) {
+  int i;
+  for (i = 0; i < 5; i++) g_all(a, g_flush);
+}
+
+static long c_ticks(const char *pid) /* of CPU time */
+{
+  char path[100];
+  long user = -1, kernel = -1;
+  FILE *f;
+  snprintf(path, sizeof path, "/proc/%s/stat", pid);
+  CHECK((f = fopen(path, "r")) != NULL);
+  CHECK(fscanf(f, "%*d (%*[^)]) %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u "
+               "%ld %ld", &user, &kernel) == 2);
+  fclose(f);
+  return user + kernel;
+}
+
+static void v_spin(char **a) /* ADDRESS PID, which lacks descriptors */
+{
+  int i, fd[60];
+  long before;
+  for (i = 0; i < 60; i++) fd[i] = c_connect(a[0]);
+  before = c_ticks(a[1]);
+  t_sleep(500);
+  CHECK(c_ticks(a[1]) - before < sysconf(_SC_CLK_TCK) / 5);
+  for (i = 0; i < 60; i++) close(fd[i]);
+  c_session(c_connect(a[0]), "", 1);
+}
+
+static void v_many(char **a) /* ADDRESS N */
+{
+  int i;
+  for (i = 0; i < atoi(a[1]); i++) c_session(c_connect(a[0]), "", i & 1);
+}
+
+static void v_limit(char **a) /* ADDRESS N */
+{
+  struct t_conn c[100];
+  struct pollfd p;
+  char b[512];
+  int i, n = atoi(a[1]);
+  for (i = 0; i < n; i++)
+    CHECK(t_open(&c[i], c_connect(a[0]), "", 0) == 0);
+  p.fd = c_connect(a[0]);
+  p.events = POLLIN;
+  CHECK(poll(&p, 1, 200) == 0); /* waits */
+  for (i = 0; i < n; i++) CHECK(t_do(&c[i], 0, READ, 0, 512, b) == 0);
+  t_close(&c[0]);
+  c_session(p.fd, "", 0);
+  close(c[1].fd);
+  for (i = 0; i < 10; i++) c_session(c_connect(a[0]), "", 0);
+}
+
+/* Everything from files, whole, cut, and without reading the answers */
+static void v_badinput(char **a) /* ADDRESS PID KIB ROUNDS FILE... */
+{
+  int round, rounds = atoi(a[3]);
+  long before = 0;
+  static struct t_conn c[128];
+  char block[4096];
+  int i;
+  for (i = 0; i < 128; i++) { /* as many threads as it will ever have */
+    CHECK(t_open(&c[i], c_connect(a[0]), "", i & 1) == 0);
+    CHECK(t_do(&c[i], 0, READ, 0, 4096, block) == 0);
+  }
+  for (i = 0; i < 128; i++) t_close(&c[i]);
+  for (round = 0; round < rounds; round++) {
+    char **file, b[65536];
+    if (round == 4) before = c_memory(a[1], "VmRSS:");
+    for (file = a + 4; *file; file++) {
+      int in = open(*file, O_RDONLY), fd;
+      size_t len = t_read(in, b, sizeof b);
+      CHECK(in >= 0);
+      close(in);
+      fd = c_connect(a[0]);
+      if (round % 4 == 1 && len)
+        len = p_hash((unsigned)round, 1, (unsigned)(file - a)) % (unsigned)len;
+      (void)t_write(fd, b, len);
+      if (round % 2 == 0) {
+        shutdown(fd, SHUT_WR);
+        while (t_read(fd, b, sizeof b) == sizeof b);
+      }
+      close(fd);
+    }
+  }
+  c_session(c_connect(a[0]), "", 0);
+  c_session(c_connect(a[0]), "", 1);
+  printf("VmRSS from %ld to %ld KiB\n", before, c_memory(a[1], "VmRSS:"));
+  fflush(stdout);
+  CHECK(c_memory(a[1], "VmRSS:") - before <= atol(a[2]));
+}
+
+static void v_compare(char **a) /* ADDRESS FILE OFFSET: what is served */
+{
+  static const uint32_t steps[] = {7777, 65536, 262144, 1 << 20, 3000001};
+  static char b[3000001], want[3000001];
+  struct t_conn c;
+  int i, structured, fd = open(a[1], O_RDONLY);
+  for (structured = 0; structured < 2; structured++) {
+    CHECK(t_open(&c, c_connect(a[0]), "", structured) == 0);
+    for (i = 0; i < COUNT(steps); i++) {
+      uint64_t off, len;
+      for (off = 0; off < c.size; off += len) {
+        len = c.size - off < steps[i] ? c.size - off : steps[i];
+        CHECK(t_do(&c, 0, READ, off, (uint32_t)len, b) == 0);
+        CHECK(pread(fd, want, len, (off_t)off + atol(a[2])) == (ssize_t)len);
+        CHECK(!memcmp(b, want, len));
+      }
+    }
+    t_close(&c);
+  }
+}
+
+static void v_shrunk(char **a) /* ADDRESS FILE, which is 4 MiB */
+{
+  static char b[4 << 20];
+  struct t_conn c[2];
+  int i;
+  for (i = 0; i < 2; i++) {
+    CHECK(t_open(&c[i], c_connect(a[0]), "", i) == 0);
+    CHECK(t_do(&c[i], 0, READ, 0, 4 << 20, b) == 0);
+  }
+  CHECK(truncate(a[1], 5000) == 0);
+  for (i = 0; i < 2; i++) {
+    CHECK(t_do(&c[i], 0, READ, 1 << 20, 1 << 19, b) == 5);
+    CHECK(t_do(&c[i], 0, READ, 0, 4 << 20, b) == 5);
+    CHECK(t_do(&c[i], 0, READ, 0, 65536, b) == 5);
+    CHECK(t_do(&c[i], 0, READ, 0, 5000, b) == 0);
+    t_close(&c[i]);
+  }
+}
+
+/* ---- acked: what was acknowledged is in the file ---- */
+
+enum { BLOCKS = 64, WORDS = 512 };
+static uint64_t a_sent[BLOCKS], a_acked[BLOCKS], a_words[WORDS];
+
+static int a_put(struct t_conn *c, int i, int flags) {
+  int k;
+  a_sent[i]++;
+  for (k = 0; k < WORDS; k++) a_words[k] = (uint64_t)i << 32 | a_sent[i];
+  return t_send(c, flags, WRITE, (uint32_t)i, (uint64_t)i * 4096, 4096,
+                a_words);
+}
+
+static void v_acked(char **a) /* ADDRESS FILE PID SIGNAL AFTER [fua] */
+{
+  struct t_conn c;
+  static struct t_reply r;
+  long n = 0, after = atol(a[4]);
+  int i, k, fd, gone = 0, flags = a[5] ? FUA : 0;
+
+  CHECK(t_open(&c, c_connect(a[0]), "", 1) == 0);
+  for (i = 0; i < BLOCKS; i++) CHECK(a_put(&c, i, flags) == 0);
+  while (t_recv(&c, &r)) { /* always one per block in flight */
+    if (r.error == 108) continue; /* ESHUTDOWN */
+    CHECK(r.error == 0 && r.cookie < BLOCKS);
+    i = (int)r.cookie;
+    a_acked[i] = a_sent[i];
+    if (++n == after) CHECK(kill(atoi(a[2]), atoi(a[3])) == 0);
+    if (!gone) gone = a_put(&c, i, flags);
+  }
+  CHECK(n >= after);
+  CHECK((fd = open(a[1], O_RDONLY)) >= 0);
+  for (i = 0; i < BLOCKS; i++) {
+    CHECK(t_read(fd, a_words, 4096) == 4096);
+    for (k = 0; k < WORDS; k++) {
+      uint64_t seq = a_words[k] & 0xffffffff;
+      CHECK(seq == 0 || a_words[k] >> 32 == (uint64_t)i);
+      CHECK(seq >= a_acked[i] && seq <= a_sent[i]);
+    }
+  }
+}
+
+/* ---- a server that is given its socket ---- */
+
+static void c_given(int server, int client, int activation, char **a) {
+  pid_t pid = fork();
+  int status;
+  CHECK(pid >= 0);
+  if (pid == 0) {
+    char number[30];
+    close(client);
+    if (server != 3) CHECK(dup2(server, 3) == 3 && close(server) == 0);
+    snprintf(number, sizeof number, "%ld", (long)getpid());
+    if (activation) {
+      setenv("LISTEN_PID", number, 1);
+      setenv("LISTEN_FDS", "1", 1);
+    }
+    execv(a[0], a);
+    _exit(126);
+  }
+  close(server);
+  c_session(client, "", 1);
+  if (activation >= 0) kill(pid, SIGTERM);
+  CHECK(waitpid(pid, &status, 0) == pid && status == 0);
+}
+
+static void v_pair(char **a) /* PROGRAM ARG... */
+{
+  int fd[2];
+  CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
+  c_given(fd[0], fd[1], -1, a);
+}
+
+static void v_listener(char **a) /* ADDRESS PROGRAM ARG... */
+{
+  int fd = c_listen(a[0]);
+  c_given(fd, c_connect(a[0]), 0, a + 1);
+}
+
+static void v_activate(char **a) /* ADDRESS PROGRAM ARG... */
+{
+  int fd = c_listen(a[0]);
+  c_given(fd, c_connect(a[0]), 1, a + 1);
+}
+
+int main(int argc, char **argv) {
+#define V(name) {#name, v_##name}
+  static const struct {
+    const char *name;
+    void (*run)(char **);
+  } verbs[] = {
+      V(hello), V(pipeline), V(badinput), V(rude), V(stall), V(idle), V(crowd),
+      V(large), V(flushes), V(many), V(limit), V(acked), V(pair), V(listener),
+      V(activate), V(shrunk), V(compare), V(spin),
+  };
+  int i;
+  CHECK(argc > 2);
+  alarm(50);
+  for (i = 0; i < COUNT(verbs); i++)
+    if (!strcmp(argv[1], verbs[i].name)) {
+      verbs[i].run(argv + 2);
+      return 0;
+    }
+  return 2;
+}
+
+//== unit fault
+#define NBDSERVE_NO_MAIN 1
+#include "nbdserve.h"
+
+struct served { /* one client of a server, over a socket pair */
+  struct nbdserve *s;
+  pthread_t thread;
+  int fd, result;
+  const char *name;
+};
+
+/* A flag between threads: its value, after setting it unless value is -1 */
+static int t_hold(int *flag, int value) {
+  static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+  pthread_mutex_lock(&lock);
+  if (value < 0) value = *flag;
+  *flag = value;
+  pthread_mutex_unlock(&lock);
+  return value;
+}
+
+static void *s_run(void *arg); /* behind #include "nbdserve.c" */
+
+static void s_start(struct served *v, struct nbdserve *s, struct t_conn *c) {
+  int fd[2];
+  CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
+  v->s = s;
+  v->fd = fd[0];
+  memset(c, 0, sizeof *c);
+  c->fd = fd[1];
+  CHECK(pthread_create(&v->thread, NULL, s_run, v) == 0);
+}
+
+static int s_end(struct served *v) {
+  pthread_join(v->thread, NULL);
+  return v->result;
+}
+
+//== unit
+#include "nbdserve.c"
+
+static const char *dir; /* for sockets and files */
+
+//== unit fault
+static void *s_run(void *arg) {
+  struct served *v = arg;
+  v->result = nbdserve_serve(v->s, v->fd, v->fd, v->name);
+  close(v->fd);
+  return NULL;
+}
+
+/* A server with one export, and a client of it */
+struct one {
+  struct nbdserve *s;
+  struct served v;
+  struct t_conn c;
+};
+
+static void o_open(struct one *o, const struct nbdserve_export *e,
+                   int structured) {
+  memset(o, 0, sizeof *o);
+  CHECK(nbdserve_new(&o->s, NULL) == 0);
+  CHECK(nbdserve_add(o->s, e) == 0);
+  s_start(&o->v, o->s, &o->c);
+  CHECK(t_open(&o->c, o->c.fd, "", structured) == 0);
+}
+
+static void o_close(struct one *o) {
+  t_close(&o->c);
+  CHECK(s_end(&o->v) == 0);
+  nbdserve_free(o->s);
+}
+
+//== unit
+/* A host's backend in memory, which watches how it is called */
+struct ram {
+  pthread_mutex_t lock;
+  unsigned char *data;
+  uint64_t size;
+  uint32_t min;     /* calls must be multiples of it */
+  int now, most;    /* calls into it at the moment, and at most */
+  int blocks_ms;    /* every call takes that long */
+  int hold;         /* reads of byte 0 wait for its end (t_hold) */
+  int calls[8], closes;
+  unsigned flags;   /* of the last call */
+  int last;         /* what it was */
+  int error;        /* what calls return */
+  int flush_error;
+};
+
+static int r_enter(void *ctx, int what, uint64_t off, uint64_t len,
+                   unsigned flags) {
+  struct ram *r = ctx;
+  pthread_mutex_lock(&r->lock);
+  if (++r->now > r->most) r->most = r->now;
+  r->calls[what]++;
+  r->last = what;
+  r->flags = flags;
+  CHECK(r->closes == 0);
+  if (what != FLUSH) {
+    CHECK(len > 0 && off <= r->size && len <= r->size - off);
+    CHECK(!r->min || (off % r->min == 0 && len % r->min == 0));
+  }
+  pthread_mutex_unlock(&r->lock);
+  if (r->blocks_ms) t_sleep(r->blocks_ms);
+  while (what == READ && off == 0 && t_hold(&r->hold, -1)) t_sleep(1);
+  return r->error;
+}
+
+static int r_leave(void *ctx, int error) {
+  struct ram *r = ctx;
+  pthread_mutex_lock(&r->lock);
+  r->now--;
+  pthread_mutex_unlock(&r->lock);
+  return error;
+}
+
+static int r_read(void *ctx, void *buf, uint64_t off, uint64_t len,
+                  uint32_t f) {
+  struct ram *r = ctx;
+  int error = r_enter(ctx, READ, off, len, f);
+  if (!error) memcpy(buf, r->data + off, (size_t)len);
+  return r_leave(ctx, error);
+}
+
+static int r_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
+                   uint32_t f) {
+  struct ram *r = ctx;
+  int error = r_enter(ctx, WRITE, off, len, f);
+  if (!error) memcpy(r->data + off, buf, (size_t)len);
+  return r_leave(ctx, error);
+}
+
+static int r_flush(void *ctx, uint32_t f) {
+  struct ram *r = ctx;
+  int error = r_enter(ctx, FLUSH, 0, 0, f);
+  return r_leave(ctx, r->flush_error ? r->flush_error : error);
+}
+
+static int r_trim(void *ctx, uint64_t off, uint64_t len, uint32_t f) {
+  return r_leave(ctx, r_enter(ctx, TRIM, off, len, f));
+}
+
+static int r_zero(void *ctx, uint64_t off, uint64_t len, uint32_t f) {
+  struct ram *r = ctx;
+  int error = r_enter(ctx, ZEROES, off, len, f);
+  if (!error && f & NBDSERVE_FAST_ZERO) error = -ENOTSUP;
+  if (!error) memset(r->data + off, 0, (size_t)len);
+  return r_leave(ctx, error);
+}
+
+/* Odd blocks of 4096 are holes; told in pieces of 1024 */
+static int r_extents(void *ctx, uint64_t off, uint64_t len, uint32_t f,
+                     struct nbdserve_extents *out) {
+  uint64_t end = off + len;
+  int error = r_enter(ctx, STATUS, off, len, f);
+  while (!error && off < end) {
+    uint64_t piece = 1024 - off % 1024;
+    if (nbdserve_extent(out, piece, off / 4096 % 2 ? 3 : 0)) break;
+    off += piece;
+  }
+  return r_leave(ctx, error);
+}
+
+static void r_close(void *ctx) {
+  struct ram *r = ctx;
+  r->closes++;
+}
+
+static const struct nbdserve_ops r_ops = {r_read, r_write, r_flush, r_trim,
+                                          r_zero, NULL,    r_extents, r_close,
+                                          NULL};
+static const struct nbdserve_ops r_least = {.read = r_read, .write = r_write};
+
+static struct ram *r_new(uint64_t size) {
+  struct ram *r = t_alloc(sizeof *r);
+  pthread_mutex_init(&r->lock, NULL);
+  r->data = t_alloc((size_t)size);
+  memset(r->data, 'r', (size_t)size);
+  r->size = size;
+  return r;
+}
+
+static struct nbdserve_export r_export(struct ram *r, uint32_t flags) {
+  struct nbdserve_export e = {0};
+  e.name = "ram";
+  e.size = r->size;
+  e.flags = flags;
+  e.ops = &r_ops;
+  e.ctx = r;
+  return e;
+}
+
+static void u_arguments(void) {
+  static char name[4098];
+  struct nbdserve_config config = {0};
+  struct nbdserve *s;
+  struct ram *r = r_new(4096);
+  struct nbdserve_export e;
+  struct nbdserve_stats stats;
+  char buf[200];
+  int i;
+
+  CHECK(!strcmp(nbdserve_version(), NBDSERVE_VERSION));
+  for (i = 0; i < 3; i++) {
+    config.version = NBDSERVE_VERSION_NUMBER + (i == 0 ? 10000u : 0);
+    config.flags = i == 1 ? 0x80000000u : 0;
+    config.max_conn = 0;
+    if (i == 2) config.threads = 0xffffffffu;
+    CHECK(nbdserve_new(&s, &config) == -EINVAL);
+  }
+  CHECK(nbdserve_new(&s, NULL) == 0);
+  for (i = 0; i < 14; i++) {
+    static const struct nbdserve_ops none = {.write = r_write};
+    e = r_export(r, 0);
+    switch (i) {
+    case 0: e.ops = &none; break;
+    case 1: e.ops = NULL; break;
+    case 2: e.min_block = 3; break;
+    case 3: e.min_block = 131072; break;
+    case 4: e.preferred_block = 256; break;
+    case 5: e.preferred_block = 5000; break;
+    case 6: e.min_block = 8192; e.preferred_block = 4096; break;
+    case 7: e.max_request = 512; break; /* below the preferred block */
+    case 8: e.max_request = 0xffffffffu; break;
+    case 9: e.size = (uint64_t)INT64_MAX + 1; break;
+    case 10: e.flags = 0x80000000u; break;
+    case 11: e.size = UINT64_MAX; break;
+    default:
+      memset(name, 'x', 4097);
+      if (i == 12) e.name = name;
+      else e.description = name;
+    }
+    if (nbdserve_add(s, &e) != -EINVAL) {
+      fprintf(stderr, "case %d\n", i);
+      CHECK(!"refused");
+    }
+  }
+  CHECK(r->closes == 0); /* what was refused is not owned */
+  e = r_export(r, 0);
+  name[4096] = 0;
+  e.description = name;
+  CHECK(nbdserve_add(s, &e) == 0);
+  CHECK(nbdserve_add(s, &e) == -EEXIST);
+  CHECK(nbdserve_resize(s, "none", 1) == -ENOENT);
+  CHECK(nbdserve_resize(s, "ram", (uint64_t)1 << 63) == -EINVAL);
+  CHECK(nbdserve_uri(s, "ram", buf, sizeof buf) == -ENOENT);
+  CHECK(nbdserve_listen(s, "") == -EINVAL);
+  CHECK(nbdserve_listen(s, "unix:") == -EINVAL);
+  CHECK(nbdserve_listen(s, "tcp:127.0.0.1") == -EINVAL);
+  CHECK(nbdserve_listen(s, "tcp:127.0.0.1:70000") == -EINVAL);
+  CHECK(nbdserve_listen(s, "tcp:127.0.0.1:x") == -EINVAL);
+  CHECK(nbdserve_listen(s, "tcp:no.such.host:0") == -EINVAL);
+  CHECK(nbdserve_listen(s, "fd:x") == -EINVAL);
+  CHECK(nbdserve_listen(s, "fd:987") < 0);
+  CHECK(nbdserve_listen(s, "unix:/no/such/directory/s") == -ENOENT);
+  memset(name, '/', 300);
+  name[300] = 0;
+  memcpy(name, "unix:", 5);
+  CHECK(nbdserve_listen(s, name) == -ENAMETOOLONG);
+  nbdserve_stats(s, &stats);
+  CHECK(stats.clients == 0 && stats.requests == 0);
+  nbdserve_free(s);
+  CHECK(r->closes == 1);
+  nbdserve_free(NULL);
+}
+
+static void u_uris(void) {
+  struct nbdserve *s;
+  char buf[300], want[300], path[100];
+  int i;
+  CHECK(nbdserve_new(&s, NULL) == 0);
+  snprintf(path, sizeof path, "unix:%s/a %%?&=", dir);
+  CHECK(nbdserve_listen(s, path) == 0);
+  CHECK(nbdserve_listen(s, path) == -EADDRINUSE);
+  snprintf(want, sizeof want, "nbd+unix:///e%%20%%3F%%23/%%C3%%A4?socket="
+           "%s/a%%20%%25%%3F%%26%%3D", dir);
+  CHECK(nbdserve_uri(s, "e ?#/\303\244", buf, sizeof buf) == 0);
+  if (strcmp(buf, want)) fprintf(stderr, "%s\n%s\n", buf, want);
+  CHECK(!strcmp(buf, want));
+  for (i = 0; i < 2 * (int)sizeof buf; i++) { /* every size, with a guard */
+    const char *name = i % 2 ? "" : "e ?#/\303\244";
+    size_t size = (size_t)i / 2, k;
+    size_t need = strlen(want) + 1 - (i % 2 ? strlen("e%20%3F%23/%C3%A4") : 0);
+    int err;
+    memset(buf, '!', sizeof buf);
+    err = nbdserve_uri(s, name, buf, size);
+    CHECK(err == (size < need ? -ERANGE : 0));
+    for (k = size; k < sizeof buf; k++) CHECK(buf[k] == '!');
+  }
+  nbdserve_free(s);
+  CHECK(access(path + 5, F_OK) != 0); /* the socket is gone */
+}
+
+/* n clients with 48 reads in flight each: the most calls at a time */
+static int u_busy(struct ram *r, int n, uint32_t flags) {
+  struct nbdserve *s;
+  struct nbdserve_export e = r_export(r, flags);
+  struct served v[4];
+  struct t_conn c[4];
+  static struct t_reply reply;
+  int i, k;
+  memset(v, 0, sizeof v);
+  r->blocks_ms = 8;
+  CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == 0);
+  for (i = 0; i < n; i++) {
+    s_start(&v[i], s, &c[i]);
+    CHECK(t_open(&c[i], c[i].fd, "", i & 1) == 0);
+    for (k = 0; k < 48; k++)
+      CHECK(t_send(&c[i], 0, READ, (uint32_t)k, 512u * (unsigned)k, 512,
+                   NULL) == 0);
+  }
+  for (i = 0; i < n; i++) {
+    uint64_t seen = 0;
+    for (k = 0; k < 48; k++) {
+      CHECK(t_recv(&c[i], &reply) && !reply.error && reply.done);
+      CHECK(!(seen >> (reply.cookie & 63) & 1));
+      seen |= (uint64_t)1 << (reply.cookie & 63);
+    }
+    t_close(&c[i]);
+    CHECK(s_end(&v[i]) == 0);
+  }
+  CHECK(r->closes == 0);
+  nbdserve_free(s);
+  CHECK(r->closes == 1 && r->now == 0);
+  return r->most;
+}
+
+static void u_parallel(void) {
+  int most = u_busy(r_new(65536), 1, 0);
+  CHECK(most > 1 && most <= 16);
+  most = u_busy(r_new(65536), 3, 0);
+  CHECK(most > 1 && most <= 48);
+}
+
+static void u_serial(void) {
+  CHECK(u_busy(r_new(65536), 3, NBDSERVE_SERIAL) == 1);
+}
+
+/* A slow request holds nobody up */
+static void u_slow(void) {
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct one o;
+  static struct t_reply reply;
+  char b[512] = "";
+  int i, structured;
+  for (structured = 0; structured < 2; structured++) {
+    r->closes = 0;
+    t_hold(&r->hold, 1);
+    o_open(&o, &e, structured);
+    CHECK(t_send(&o.c, 0, READ, 1, 0, 512, NULL) == 0);
+    for (i = 0; i < 3; i++) {
+      CHECK(t_do(&o.c, 0, READ, 512, 512, b) == 0);
+      CHECK(t_do(&o.c, FUA, WRITE, 512, 512, b) == 0);
+      CHECK(t_do(&o.c, 0, TRIM, 512, 512, NULL) == 0);
+      CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 0);
+    }
+    t_hold(&r->hold, 0);
+    CHECK(t_recv(&o.c, &reply) && (uint32_t)reply.cookie == 1 && !reply.error);
+    o_close(&o);
+  }
+}
+
+/* Who leaves with requests in flight gets their answers */
+static void u_leave(void) {
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct one o;
+  static struct t_reply reply;
+  char b[512] = "";
+  int i, how;
+  r->blocks_ms = 5;
+  for (how = 0; how < 4; how++) { /* DISC or the end, both kinds of replies */
+    uint64_t seen = 0;
+    r->closes = 0;
+    memset(r->data, 'r', 65536);
+    o_open(&o, &e, how & 1);
+    for (i = 0; i < 40; i++)
+      CHECK(t_send(&o.c, 0, i % 2 ? READ : WRITE, (uint32_t)i,
+                   512u * (unsigned)i, 512, b) == 0);
+    if (how & 2) CHECK(t_send(&o.c, 0, DISC, 0, 0, 0, NULL) == 0);
+    else shutdown(o.c.fd, SHUT_WR);
+    for (i = 0; i < 40; i++) {
+      CHECK(t_recv(&o.c, &reply) && !reply.error && reply.done);
+      CHECK(!(seen >> (reply.cookie & 63) & 1));
+      seen |= (uint64_t)1 << (reply.cookie & 63);
+    }
+    CHECK(!t_recv(&o.c, &reply) && s_end(&o.v) == 0);
+    for (i = 0; i < 40; i++) CHECK(r->data[512 * i] == (i % 2 ? 'r' : 0));
+    close(o.c.fd);
+    nbdserve_free(o.s);
+  }
+}
+
+/* A client that is gone raises no SIGPIPE, which nobody catches here */
+static void u_vanish(void) {
+  struct nbdserve_export e;
+  struct one o;
+  char disk[100];
+  int i, k;
+  snprintf(disk, sizeof disk, "%s/disk", dir);
+  CHECK(truncate(disk, 8 << 20) == 0);
+  for (i = 0; i < 40; i++) {
+    uint32_t len = i % 4 == 0 ? 4096 : i % 4 == 1 ? 65536 : 4u << 20;
+    memset(&e, 0, sizeof e);
+    CHECK(nbdserve_flat_open(disk, NULL, &e) == 0);
+    o_open(&o, &e, i & 1);
+    for (k = 0; k < 20; k++)
+      if (t_send(&o.c, 0, k % 5 ? READ : FLUSH, 1, 0, k % 5 ? len : 0, NULL))
+        break;
+    if (i % 3) t_sleep(i % 3);
+    close(o.c.fd);
+    (void)s_end(&o.v);
+    nbdserve_free(o.s);
+  }
+}
+
+static void u_requests(void) {
+  struct ram *r = r_new(65536 + 100);
+  struct nbdserve_export e = r_export(r, 0);
+  struct one o;
+  unsigned char b[8192];
+  int min;
+  memset(b, 'w', sizeof b);
+  for (min = 0; min < 2; min++) {
+    r->closes = 0;
+    r->min = e.min_block = min ? 4096 : 0;
+    e.max_request = 8192;
+    e.flags = NBDSERVE_MULTI_CONN;
+    CHECK(nbdserve_new(&o.s, NULL) == 0 && nbdserve_add(o.s, &e) == 0);
+    memset(&o.v, 0, sizeof o.v);
+    o.v.name = ""; /* the block size needs no asking this way */
+    s_start(&o.v, o.s, &o.c);
+    CHECK(t_do(&o.c, 0, READ, 65536, 200, b) == 22);
+    CHECK(t_do(&o.c, 0, READ, 100, 512, b) == (min ? 22 : 0));
+    CHECK(t_do(&o.c, 0, READ, 0, 8192 + 4096, b) == 22);
+    CHECK(t_do(&o.c, 0, READ, UINT64_MAX, 4096, b) == 22);
+    CHECK(t_do(&o.c, 0, READ, 4096, 0, b) == 0);
+    CHECK(t_do(&o.c, 0, WRITE, 65536 + 4096, 4096, b) == 28);
+    CHECK(t_do(&o.c, 0, WRITE, 0, 8192, b) == 0 && r->data[8191] == 'w');
+    CHECK(t_do(&o.c, 0, ZEROES, 0, 65536, b) == 0 && r->data[65535] == 0);
+    CHECK(t_do(&o.c, NO_HOLE, ZEROES, 0, 4096, b) == 0);
+    CHECK(r->flags == NBDSERVE_NO_HOLE && r->last == ZEROES);
+    CHECK(t_do(&o.c, 0, TRIM, 0, 65536, b) == 0 && r->last == TRIM);
+    CHECK(t_do(&o.c, 0, TRIM, 4096, UINT32_MAX, b) == 22);
+    o_close(&o);
+  }
+}
+
+/* Flushes seen after one FUA write, zero and trim under these flags */
+static int u_flushes(uint32_t flags, int fua, unsigned *seen) {
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, flags);
+  struct one o;
+  char b[512] = "";
+  int n;
+  o_open(&o, &e, 1);
+  CHECK(t_do(&o.c, fua, WRITE, 0, 512, b) == 0);
+  CHECK(r->last == (r->calls[FLUSH] ? FLUSH : WRITE));
+  *seen = r->flags;
+  CHECK(t_do(&o.c, fua, ZEROES, 0, 512, NULL) == 0);
+  CHECK(t_do(&o.c, fua, TRIM, 0, 512, NULL) == 0);
+  CHECK(t_do(&o.c, fua, READ, 0, 512, b) == 0);
+  n = r->calls[FLUSH];
+  CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 0);
+  CHECK(r->calls[FLUSH] == n + !(flags & NBDSERVE_UNSAFE));
+  o_close(&o);
+  return n;
+}
+
+static void u_fua(void) {
+  unsigned seen;
+  CHECK(u_flushes(0, 0, &seen) == 0);
+  CHECK(u_flushes(0, FUA, &seen) == 3);
+  CHECK(u_flushes(NBDSERVE_NATIVE_FUA, FUA, &seen) == 0);
+  CHECK(seen == NBDSERVE_FUA);
+  CHECK(u_flushes(NBDSERVE_UNSAFE, FUA, &seen) == 0);
+  CHECK(u_flushes(NBDSERVE_UNSAFE | NBDSERVE_NATIVE_FUA, FUA, &seen) == 0);
+  CHECK(seen == 0);
+  CHECK(u_flushes(NBDSERVE_WRITETHROUGH, 0, &seen) == 3);
+  CHECK(u_flushes(NBDSERVE_WRITETHROUGH | NBDSERVE_NATIVE_FUA, 0, &seen) == 0);
+  CHECK(seen == NBDSERVE_FUA);
+}
+
+static void u_errors(void) {
+  static const struct {
+    int host, wire;
+  } map[] = {{EPERM, 1},   {EIO, 5},     {ENOMEM, 12},   {EINVAL, 22},
+             {ENOSPC, 28}, {EDQUOT, 28}, {EFBIG, 28},    {EOVERFLOW, 75},
+             {ESHUTDOWN, 108}};
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct one o;
+  char b[512] = "";
+  int i, error;
+  for (i = 0; i < 2 * 140; i++) { /* every errno, both kinds of replies */
+    int k, want = 0;
+    if (i % 140 == 0) {
+      if (i) o_close(&o);
+      r->error = r->closes = 0;
+      o_open(&o, &e, i > 0);
+      continue;
+    }
+    r->error = -(i % 140);
+    for (k = 0; k < COUNT(map); k++)
+      if (map[k].host == i % 140) want = map[k].wire;
+    error = t_do(&o.c, 0, READ, 0, 512, b);
+    CHECK(want ? error == want : error == 5 || error == 22 || error == 1 ||
+          error == 12 || error == 28);
+    CHECK(t_do(&o.c, 0, WRITE, 0, 512, b) == error);
+    CHECK(t_do(&o.c, 0, TRIM, 0, 512, b) == error);
+    CHECK(t_do(&o.c, 0, ZEROES, 0, 512, b) != 95);
+    if (i > 140) CHECK(t_do(&o.c, REQ_ONE, STATUS, 0, 512, b) == error);
+  }
+  r->error = 0;
+  CHECK(t_do(&o.c, FAST, ZEROES, 0, 512, b) == 95);
+  CHECK(r->data[0] == 'r' && r->flags == NBDSERVE_FAST_ZERO);
+  o_close(&o);
+}
+
+static void u_missing(void) {
+  struct ram *r = r_new(1 << 20);
+  struct nbdserve_export e = r_export(r, 0);
+  struct one o;
+  static struct t_reply reply;
+  unsigned char b[512] = "";
+  e.ops = &r_least;
+  e.max_request = 65536;
+  o_open(&o, &e, 1);
+  /* HAS_FLAGS, WRITE_ZEROES, DF; FAST_ZERO would always be refused */
+  CHECK((o.c.flags & ~0x800u) == 0xc1);
+  CHECK(t_do(&o.c, 0, ZEROES, 1, (1 << 20) - 2, NULL) == 0);
+  CHECK(r->data[0] == 'r' && r->data[(1 << 20) - 1] == 'r');
+  CHECK(r->data[1] == 0 && r->data[(1 << 20) - 2] == 0 && r->calls[WRITE] > 15);
+  r->data[1] = 'r';
+  CHECK(!memcmp(r->data, "rr", 2) && t_do(&o.c, 0, READ, 1, 1, b) == 0);
+  if (o.c.flags & 0x800) CHECK(t_do(&o.c, FAST, ZEROES, 1, 1, NULL) == 95);
+  else CHECK(t_do(&o.c, FAST, ZEROES, 1, 1, NULL) == 22);
+  CHECK(r->data[1] == 'r');
+  CHECK(t_do(&o.c, 0, TRIM, 0, 512, NULL) == 22);
+  CHECK(t_do(&o.c, FUA, WRITE, 0, 512, b) == 22);
+  CHECK(t_send(&o.c, 0, STATUS, 1, 0, 1 << 20, NULL) == 0);
+  CHECK(t_recv(&o.c, &reply) && reply.chunk == 5 && reply.len == 12);
+  CHECK(t_get(reply.data + 4, 8) == (uint64_t)(1 << 20) << 32); /* data */
+  o_close(&o);
+
+  r = r_new(65536);
+  e = r_export(r, NBDSERVE_READONLY);
+  o_open(&o, &e, 0);
+  CHECK((o.c.flags & ~0x100u) == 3);
+  CHECK(t_do(&o.c, 0, WRITE, 0, 512, b) == 1 && r->calls[WRITE] == 0);
+  o_close(&o);
+}
+
+static void *u_run(void *s) {
+  return (void *)(intptr_t)nbdserve_run(s);
+}
+
+static void u_flush(void) {
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct one o;
+  pthread_t run;
+  void *result;
+  char b[512] = "", address[100];
+  snprintf(address, sizeof address, "unix:%s/s", dir);
+  o_open(&o, &e, 0);
+  CHECK(nbdserve_listen(o.s, address) == 0);
+  CHECK(pthread_create(&run, NULL, u_run, o.s) == 0);
+  r->flush_error = -EIO;
+  CHECK(t_do(&o.c, 0, WRITE, 0, 512, b) == 0);
+  CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 5);
+  CHECK(t_do(&o.c, FUA, WRITE, 0, 512, b) == 5);
+  CHECK(t_do(&o.c, 0, READ, 0, 512, b) == 0);
+  nbdserve_stop(o.s);
+  nbdserve_stop(o.s);
+  CHECK(pthread_join(run, &result) == 0);
+  CHECK((int)(intptr_t)result == -EIO); /* of its flush */
+  (void)s_end(&o.v);
+  CHECK(r->closes == 0);
+  nbdserve_free(o.s);
+  CHECK(r->closes == 1);
+}
+
+struct shelf {
+  struct ram *ram[8];
+  int found;
+};
+
+static int f_find(void *ctx, const char *name, struct nbdserve_export *out) {
+  struct shelf *f = ctx;
+  if (strncmp(name, "dyn", 3)) return -ENOENT;
+  *out = r_export(f->ram[f->found++] = r_new(4096), 0);
+  out->name = name;
+  return 0;
+}
+
+static int f_list(void *ctx, int (*emit)(void *, const char *, const char *),
+                  void *arg) {
+  (void)ctx;
+  return emit(arg, "dyn1", NULL) || emit(arg, "dyn2", "second") ? 0 : 0;
+}
+
+static void u_find(void) {
+  struct nbdserve_config config = {0};
+  struct nbdserve *s;
+  struct shelf f = {{0}, 0};
+  struct served v[3];
+  struct t_conn c[3];
+  unsigned char b[4200];
+  int i;
+  memset(v, 0, sizeof v);
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.find = f_find;
+  config.list = f_list;
+  config.ctx = &f;
+  CHECK(nbdserve_new(&s, &config) == 0);
+  for (i = 0; i < 3; i++) {
+    s_start(&v[i], s, &c[i]);
+    CHECK(t_open(&c[i], c[i].fd, i < 2 ? "dyn1" : "no", 1) == (i < 2 ? 0 : -1));
+  }
+  CHECK(f.found >= 2);
+  for (i = 0; i < 2; i++) CHECK(t_do(&c[i], 0, READ, 0, 512, b) == 0);
+  t_close(&c[0]);
+  t_close(&c[1]);
+  CHECK(s_end(&v[0]) == 0 && s_end(&v[1]) == 0);
+  CHECK(t_option(c[2].fd, 3, "", 0) == 0); /* LIST, in the same haggling */
+  while (t_answer(c[2].fd, b) != 2); /* behind the error of GO */
+  CHECK(t_get(b, 4) == 4 && !memcmp(b + 4, "dyn1", 4));
+  CHECK(t_answer(c[2].fd, b) == 2 && !memcmp(b + 4, "dyn2second", 10));
+  CHECK(t_answer(c[2].fd, b) == 1);
+  close(c[2].fd);
+  (void)s_end(&v[2]);
+  nbdserve_free(s);
+  for (i = 0; i < f.found; i++) CHECK(f.ram[i]->closes == 1);
+}
+
+static void u_extents(void) {
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct one o;
+  static struct t_reply reply;
+  uint64_t sum = 0;
+  int i, n;
+  o_open(&o, &e, 1);
+  CHECK(t_send(&o.c, 0, STATUS, 1, 100, 60000, NULL) == 0);
+  CHECK(t_recv(&o.c, &reply) && reply.chunk == 5 && reply.done);
+  n = (int)(reply.len - 4) / 8;
+  CHECK(n == 15); /* the pieces of 1024 are one */
+  for (i = 0; i < n; i++) {
+    uint64_t len = t_get(reply.data + 4 + i * 8, 4);
+    CHECK(len == (i == 0 ? 3996u : i < 14 || len > 4000 ? 4096u : 2756u));
+    CHECK(t_get(reply.data + 8 + i * 8, 4) == (i % 2 ? 3 : 0));
+    CHECK(sum < 60000);
+    sum += len;
+  }
+  CHECK(sum >= 60000);
+  CHECK(t_send(&o.c, REQ_ONE, STATUS, 1, 4000, 50, NULL) == 0);
+  CHECK(t_recv(&o.c, &reply) && reply.chunk == 5 && reply.len == 12);
+  CHECK(t_get(reply.data + 4, 4) == 50 && t_get(reply.data + 8, 4) == 0);
+  o_close(&o);
+}
+
+static void u_resize(void) {
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct one o;
+  struct served v = {0};
+  struct t_conn c;
+  char b[512];
+  o_open(&o, &e, 0);
+  CHECK(nbdserve_resize(o.s, "ram", 1000) == 0);
+  s_start(&v, o.s, &c);
+  CHECK(t_open(&c, c.fd, "", 1) == 0);
+  CHECK(c.size == 1000 && o.c.size == 65536);
+  CHECK(t_do(&c, 0, READ, 999, 2, b) == 22);
+  CHECK(t_do(&o.c, 0, READ, 999, 2, b) == 0);
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+  o_close(&o);
+}
+
+static void u_deadline(void) {
+  struct nbdserve_config config = {0};
+  struct nbdserve *s;
+  struct served v = {0};
+  struct t_conn c;
+  struct timespec from, to;
+  unsigned char b[100];
+  int how, i;
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.handshake_ms = 300;
+  for (how = 0; how < 4; how++) {
+    CHECK(nbdserve_new(&s, &config) == 0);
+    clock_gettime(CLOCK_MONOTONIC, &from);
+    s_start(&v, s, &c);
+    CHECK(t_read(c.fd, b, 18) == 18);
+    if (how == 1) CHECK(t_write(c.fd, "", 1) == 0);
+    if (how >= 2) CHECK(t_write(c.fd, "\0\0\0\3IHAVEOPT", 12) == 0);
+    for (i = 0; how == 3 && i < 100; i++) { /* a byte now and then */
+      if (t_write(c.fd, &"\0\0\0\3\0\1\0\0"[i < 8 ? i : 7], 1)) break;
+      t_sleep(50);
+    }
+    CHECK(t_read(c.fd, b, 1) == 0 && s_end(&v) != 0);
+    clock_gettime(CLOCK_MONOTONIC, &to);
+    CHECK(to.tv_sec - from.tv_sec < 4);
+    close(c.fd);
+    nbdserve_free(s);
+  }
+}
+
+static void u_direct(void) {
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct nbdserve *s;
+  struct served v = {0};
+  struct t_conn c;
+  char b[512] = "";
+  CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == 0);
+  v.name = "none";
+  s_start(&v, s, &c);
+  CHECK(s_end(&v) == -ENOENT);
+  v.name = "ram";
+  s_start(&v, s, &c);
+  CHECK(t_do(&c, 0, READ, 0, 1, b) == 0 && b[0] == 'r');
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+  s_start(&v, s, &c);
+  CHECK(t_write(c.fd, "GET / HTTP/1.0\r\nHost: x\r\n\r\n", 28) == 0);
+  CHECK(s_end(&v) == -EPROTO);
+  nbdserve_free(s);
+}
+
+static void u_stop(void) {
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct one o;
+  pthread_t run;
+  void *result;
+  char b;
+  o_open(&o, &e, 0);
+  CHECK(t_do(&o.c, 0, READ, 0, 1, &b) == 0);
+  nbdserve_wake(o.s);
+  CHECK(nbdserve_run(o.s) == -EINTR);
+  CHECK(pthread_create(&run, NULL, u_run, o.s) == 0);
+  nbdserve_wake(o.s);
+  CHECK(pthread_join(run, &result) == 0);
+  CHECK((int)(intptr_t)result == -EINTR);
+  CHECK(t_do(&o.c, 0, READ, 0, 1, &b) == 0); /* clients do not notice */
+  CHECK(pthread_create(&run, NULL, u_run, o.s) == 0);
+  nbdserve_stop(o.s);
+  CHECK(pthread_join(run, &result) == 0 && result == NULL);
+  CHECK(r->calls[FLUSH] == 1);
+  CHECK(t_read(o.c.fd, &b, 1) == 0);
+  (void)s_end(&o.v);
+  nbdserve_free(o.s);
+}
+
+/* What was sent before nbdserve_stop is answered */
+static void u_inflight(void) {
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct nbdserve *s;
+  struct t_conn c;
+  static struct t_reply reply;
+  struct sockaddr_un a = {0};
+  pthread_t run;
+  void *result;
+  int i, fd = socket(AF_UNIX, SOCK_STREAM, 0);
+  char address[200];
+  a.sun_family = AF_UNIX;
+  snprintf(a.sun_path, sizeof a.sun_path, "%s/s", dir);
+  snprintf(address, sizeof address, "unix:%s", a.sun_path);
+  r->blocks_ms = 5;
+  CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == 0);
+  CHECK(nbdserve_listen(s, address) == 0);
+  CHECK(pthread_create(&run, NULL, u_run, s) == 0);
+  CHECK(connect(fd, (struct sockaddr *)&a, sizeof a) == 0);
+  CHECK(t_open(&c, fd, "", 1) == 0);
+  for (i = 0; i < 100; i++)
+    CHECK(t_send(&c, 0, READ, (uint32_t)i, 0, 512, NULL) == 0);
+  nbdserve_stop(s);
+  for (i = 0; i < 100; i++) CHECK(t_recv(&c, &reply) && !reply.error);
+  CHECK(!t_recv(&c, &reply));
+  CHECK(pthread_join(run, &result) == 0 && result == NULL);
+  nbdserve_free(s);
+  close(fd);
+}
+
+/* Requests that exceed the memory allowed are done nevertheless */
+static void u_memory(void) {
+  struct nbdserve_config config = {0};
+  struct ram *r = r_new(4 << 20);
+  struct nbdserve_export e = r_export(r, 0);
+  struct served v = {0};
+  struct nbdserve *s;
+  struct t_conn c;
+  static struct t_reply reply;
+  unsigned char *b = t_alloc(4 << 20);
+  int i;
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.memory = 1;
+  CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
+  s_start(&v, s, &c);
+  CHECK(t_open(&c, c.fd, "", 0) == 0);
+  for (i = 0; i < 4; i++)
+    CHECK(t_send(&c, 0, READ, (uint32_t)i, 0, 1 << 19, NULL) == 0);
+  for (i = 0; i < 4; i++) CHECK(t_recv(&c, &reply) && !reply.error);
+  CHECK(t_do(&c, 0, WRITE, 0, 4 << 20, b) == 0 && r->data[(4 << 20) - 1] == 0);
+  CHECK(t_do(&c, 0, READ, 0, 4 << 20, b) == 0);
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+  nbdserve_free(s);
+}
+
+static void u_two(void) {
+  struct ram *r[2];
+  struct nbdserve_export e;
+  struct one o[2];
+  struct nbdserve_stats stats;
+  char b[512] = "", i;
+  for (i = 0; i < 2; i++) {
+    e = r_export(r[(int)i] = r_new(4096u << i), 0);
+    o_open(&o[(int)i], &e, i);
+  }
+  CHECK(o[0].c.size == 4096 && o[1].c.size == 8192);
+  CHECK(t_do(&o[0].c, 0, WRITE, 0, 512, b) == 0);
+  CHECK(t_do(&o[0].c, 0, READ, 0, 100, b) == 0);
+  CHECK(t_do(&o[0].c, 0, READ, 4096, 1, b) == 22);
+  CHECK(t_do(&o[0].c, 0, FLUSH, 0, 0, NULL) == 0);
+  CHECK(r[0]->data[0] == 0 && r[1]->data[0] == 'r');
+  nbdserve_stats(o[0].s, &stats);
+  CHECK(stats.clients == 1 && stats.clients_now == 1 && stats.requests == 4);
+  CHECK(stats.errors == 1 && stats.bytes_read == 100 && stats.flushes == 1);
+  CHECK(stats.bytes_written == 512);
+  nbdserve_stats(o[1].s, &stats);
+  CHECK(stats.requests == 0);
+  o_close(&o[0]);
+  CHECK(t_do(&o[1].c, 0, READ, 8000, 192, b) == 0);
+  o_close(&o[1]);
+}
+
+int main(int argc, char **argv) {
+#define V(name) {#name, u_##name}
+  static const struct {
+    const char *name;
+    void (*run)(void);
+  } verbs[] = {
+      V(arguments), V(uris), V(parallel), V(serial), V(slow), V(leave),
+      V(vanish), V(inflight), V(memory), V(requests), V(fua), V(errors),
+      V(missing), V(flush), V(find), V(extents), V(resize), V(deadline),
+      V(direct), V(stop), V(two),
+  };
+  int i;
+  CHECK(argc == 3);
+  alarm(30);
+  dir = argv[2];
+  for (i = 0; i < COUNT(verbs); i++)
+    if (!strcmp(argv[1], verbs[i].name)) {
+      verbs[i].run();
+      return 0;
+    }
+  return 2;
+}
+
+//== fault
+/* System calls that fail as they are told: err for the next times calls (-1:
+ * all), at most cut bytes at a time, EINTR before every other call, EIO for
+ * what covers the file's byte bad; a call waits for the end of hold. */
+enum { PREAD, PWRITE, SYNC, FALLOCATE, THREAD, MALLOC, NCALLS };
+static struct {
+  int calls, err, times, eintr;
+  int hold; /* (t_hold) */
+  size_t cut;
+  off_t bad;
+} fi[NCALLS];
+static pthread_mutex_t fi_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static int fi_fails(int f, off_t off, size_t *len) {
+  int err = 0;
+  while (t_hold(&fi[f].hold, -1)) usleep(1000);
+  pthread_mutex_lock(&fi_lock);
+  fi[f].calls++;
+  if (f == MALLOC && fi[f].calls == fi[f].bad) err = ENOMEM;
+  if (fi[f].times) {
+    err = fi[f].err;
+    if (fi[f].times > 0) fi[f].times--;
+  }
+  if (fi[f].eintr && fi[f].calls % 2) err = EINTR;
+  if (fi[f].cut && *len > fi[f].cut) *len = fi[f].cut;
+  if (fi[f].bad && off <= fi[f].bad && off + (off_t)*len > fi[f].bad) err = EIO;
+  pthread_mutex_unlock(&fi_lock);
+  errno = err;
+  return err;
+}
+
+static ssize_t fi_pread(int fd, void *b, size_t n, off_t off) {
+  return fi_fails(PREAD, off, &n) ? -1 : pread(fd, b, n, off);
+}
+
+static ssize_t fi_pwrite(int fd, const void *b, size_t n, off_t off) {
+  return fi_fails(PWRITE, off, &n) ? -1 : pwrite(fd, b, n, off);
+}
+
+static size_t fi_sum(const struct iovec *v, int n) {
+  size_t sum = 0;
+  while (n-- > 0) sum += v++->iov_len;
+  return sum;
+}
+
+static ssize_t fi_preadv(int fd, const struct iovec *v, int n, off_t off) {
+  size_t len = fi_sum(v, n), all = len;
+  if (fi_fails(PREAD, off, &len)) return -1;
+  if (len == all) return preadv(fd, v, n, off);
+  return pread(fd, v->iov_base, len < v->iov_len ? len : v->iov_len, off);
+}
+
+static ssize_t fi_pwritev(int fd, const struct iovec *v, int n, off_t off) {
+  size_t len = fi_sum(v, n), all = len;
+  if (fi_fails(PWRITE, off, &len)) return -1;
+  if (len == all) return pwritev(fd, v, n, off);
+  return pwrite(fd, v->iov_base, len < v->iov_len ? len : v->iov_len, off);
+}
+
+static int fi_fdatasync(int fd) {
+  size_t n = 0;
+  return fi_fails(SYNC, 0, &n) ? -1 : fdatasync(fd);
+}
+
+static int fi_fallocate(int fd, int mode, off_t off, off_t len) {
+  size_t n = (size_t)len;
+  return fi_fails(FALLOCATE, off, &n) ? -1 : fallocate(fd, mode, off, len);
+}
+
+static int fi_create(pthread_t *t, const pthread_attr_t *a, void *(*f)(void *),
+                     void *arg) {
+  size_t n = 0;
+  int err = fi_fails(THREAD, 0, &n);
+  return err ? err : pthread_create(t, a, f, arg);
+}
+
+static void *fi_malloc(size_t n) {
+  size_t unused = 0;
+  return fi_fails(MALLOC, 1 << 30, &unused) ? NULL : malloc(n);
+}
+
+#undef pread
+#undef pwrite
+#undef preadv
+#undef pwritev
+#undef fallocate
+#define pread fi_pread
+#define pwrite fi_pwrite
+#define preadv fi_preadv
+#define pwritev fi_pwritev
+#define fdatasync fi_fdatasync
+#define fallocate fi_fallocate
+#define pthread_create fi_create
+#define NBDSERVE_MALLOC fi_malloc
+#define NBDSERVE_FREE free
+#include "nbdserve.c"
+
+static const char *path; /* of the image: 64 KiB */
+
+static void i_open(struct one *o, int structured) {
+  struct nbdserve_export e = {0};
+  CHECK(nbdserve_flat_open(path, NULL, &e) == 0);
+  o_open(o, &e, structured);
+}
+
+static void i_sync(void) {
+  static char b[512];
+  struct one o;
+  struct served v = {0};
+  struct t_conn c;
+  int fua;
+  for (fua = 0; fua < 2; fua++) { /* met by a flush, or by a FUA write */
+    i_open(&o, fua);
+    s_start(&v, o.s, &c);
+    CHECK(t_open(&c, c.fd, "", 1) == 0);
+    CHECK(t_do(&c, 0, WRITE, 0, 512, b) == 0);
+    fi[SYNC].err = EIO;
+    fi[SYNC].times = 1;
+    if (fua) CHECK(t_do(&o.c, FUA, WRITE, 0, 512, b) == 5);
+    else CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 5);
+    CHECK(fi[SYNC].times == 0);
+    CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 5);
+    CHECK(t_do(&o.c, 0, WRITE, 0, 512, b) == 5);
+    CHECK(t_do(&c, 0, FLUSH, 0, 0, NULL) == 5);
+    CHECK(t_do(&c, 0, WRITE, 0, 512, b) == 5);
+    CHECK(t_do(&c, FUA, WRITE, 0, 512, b) == 5);
+    CHECK(t_do(&c, 0, ZEROES, 0, 512, NULL) == 5);
+    CHECK(t_do(&c, 0, READ, 0, 512, b) == 0);
+    t_close(&c);
+    CHECK(s_end(&v) == 0);
+    o_close(&o);
+  }
+  i_open(&o, 1); /* opened anew */
+  CHECK(t_do(&o.c, FUA, WRITE, 0, 512, b) == 0);
+  CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 0);
+  o_close(&o);
+}
+
+static void i_shrunk(void) {
+  static char b[65536];
+  struct one o;
+  int structured;
+  for (structured = 0; structured < 2; structured++) {
+    i_open(&o, structured);
+    CHECK(truncate(path, 4100) == 0);
+    CHECK(t_do(&o.c, 0, READ, 8192, 512, b) == 5);
+    CHECK(t_do(&o.c, 0, READ, 4096, 512, b) == 5);
+    CHECK(t_do(&o.c, 0, READ, 0, 65536, b) == 5);
+    CHECK(t_do(&o.c, 0, READ, 0, 4100, b) == 0);
+    o_close(&o);
+    CHECK(truncate(path, 65536) == 0);
+  }
+}
+
+static void i_full(void) {
+  static const int map[][2] = {{ENOSPC, 28}, {EDQUOT, 28}, {EFBIG, 28},
+                               {EIO, 5},     {EROFS, 1},   {EPERM, 1}};
+  char b[512] = "old";
+  struct one o;
+  int i;
+  i_open(&o, 1);
+  CHECK(t_do(&o.c, 0, WRITE, 0, 512, b) == 0);
+  for (i = 0; i < COUNT(map); i++) {
+    fi[PWRITE].err = map[i][0];
+    fi[PWRITE].times = -1;
+    memset(b, 'n', sizeof b);
+    CHECK(t_do(&o.c, i % 2 ? FUA : 0, WRITE, 0, 512, b) == map[i][1]);
+    CHECK(t_do(&o.c, 0, READ, 0, 512, b) == 0 && !strcmp(b, "old"));
+    CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 0);
+    fi[PWRITE].times = 0;
+    CHECK(t_do(&o.c, 0, WRITE, 0, 512, b) == 0);
+  }
+  o_close(&o);
+}
+
+/* 16 neighbours of 1000 bytes, sent at once; which have failed with EIO */
+static unsigned i_neighbours(struct t_conn *c, int command, unsigned char *b) {
+  static unsigned char all[16 * 1028];
+  struct t_reply r = {0};
+  size_t step = command == WRITE ? 1028 : 28;
+  unsigned i, failed = 0, left = 16;
+  for (i = 0; i < 16; i++) {
+    t_head(all + step * i, 0, command, i, 1000u * i, 1000);
+    if (command == WRITE) memcpy(all + step * i + 28, b + 1000u * i, 1000);
+  }
+  CHECK(t_write(c->fd, all, step * 16) == 0);
+  while (left) {
+    CHECK(t_recv(c, &r) && (!r.error || r.error == 5));
+    i = r.cookie & 15;
+    if (r.error) failed |= 1u << i;
+    else if (command == READ) memcpy(b + 1000u * i, r.data, 1000);
+    left -= (unsigned)r.done;
+  }
+  free(r.data);
+  return failed;
+}
+
+static void i_short(void) {
+  static unsigned char in[16000], out[16000];
+  struct one o;
+  int i, fd;
+  for (i = 0; i < 16000; i++) in[i] = (unsigned char)(i * 7 + i / 256);
+  i_open(&o, 0);
+  for (i = 0; i < NCALLS - 2; i++) {
+    fi[i].eintr = 1;
+    if (i < 2) fi[i].cut = 37;
+  }
+  CHECK(i_neighbours(&o.c, WRITE, in) == 0);
+  CHECK(i_neighbours(&o.c, READ, out) == 0 && !memcmp(in, out, 16000));
+  CHECK(t_do(&o.c, FUA, WRITE, 100, 999, in + 100) == 0);
+  CHECK(t_do(&o.c, 0, READ, 1, 15999, out) == 0);
+  CHECK(!memcmp(in + 1, out, 15999));
+  CHECK(t_do(&o.c, NO_HOLE, ZEROES, 20000, 4096, NULL) == 0);
+  CHECK(t_do(&o.c, 0, TRIM, 30000, 9000, NULL) == 0);
+  CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 0);
+  o_close(&o);
+  CHECK((fd = open(path, O_RDONLY)) >= 0);
+  CHECK(t_read(fd, out, 16000) == 16000 && !memcmp(in, out, 16000));
+}
+
+static void i_read(void) {
+  static unsigned char in[16000], out[16000];
+  struct one o;
+  int structured, i;
+  for (i = 0; i < 16000; i++) in[i] = (unsigned char)(i * 7 + i / 256);
+  for (structured = 0; structured < 2; structured++) {
+    i_open(&o, structured);
+    CHECK(i_neighbours(&o.c, WRITE, in) == 0);
+    fi[PREAD].bad = 5500;
+    CHECK(t_do(&o.c, 0, READ, 5000, 1000, out) == 5);
+    CHECK(t_do(&o.c, 0, READ, 0, 5500, out) == 0);
+    memset(out, 0, sizeof out); /* the neighbours do not notice */
+    CHECK(i_neighbours(&o.c, READ, out) == 1u << 5);
+    CHECK(!memcmp(out, in, 5000) && !memcmp(out + 6000, in + 6000, 10000));
+    fi[PREAD].bad = 0;
+    CHECK(i_neighbours(&o.c, READ, out) == 0 && !memcmp(in, out, 16000));
+    fi[PWRITE].bad = 3500;
+    CHECK(i_neighbours(&o.c, WRITE, in) == 1u << 3);
+    fi[PWRITE].bad = 0;
+    o_close(&o);
+  }
+}
+
+/* Reads are answered while a flush or a trim is under way */
+static void i_slow(void) {
+  static char b[512];
+  unsigned char all[4 * 28];
+  struct one o;
+  struct t_reply r = {0};
+  int i, call;
+  for (call = 0; call < 2; call++) {
+    i_open(&o, 0);
+    t_hold(&fi[call ? SYNC : FALLOCATE].hold, 1);
+    for (i = 0; i < 4; i++)
+      t_head(all + 28 * i, 0, i != 1 ? READ : call ? FLUSH : TRIM, (uint32_t)i,
+             0, 512);
+    CHECK(t_write(o.c.fd, all, sizeof all) == 0);
+    for (i = 0; i < 3; i++) CHECK(t_recv(&o.c, &r) && (uint32_t)r.cookie != 1);
+    CHECK(t_do(&o.c, 0, WRITE, 0, 512, b) == 0);
+    t_hold(&fi[call ? SYNC : FALLOCATE].hold, 0);
+    CHECK(t_recv(&o.c, &r) && (uint32_t)r.cookie == 1 && !r.error);
+    o_close(&o);
+  }
+  free(r.data);
+}
+
+/* The data of a long simple reply is in one piece, whatever else gets ready
+ * while it is being sent */
+static void i_whole(void) {
+  enum { LONG = 8 << 20 };
+  unsigned char *b = t_alloc(LONG + 100), all[3 * 28];
+  struct one o;
+  int call, i;
+  CHECK(truncate(path, LONG) == 0);
+  for (call = 0; call < 2; call++) {
+    int *hold = &fi[call ? SYNC : FALLOCATE].hold;
+    i_open(&o, 0);
+    t_hold(hold, 1);
+    t_head(all, 0, CACHE, 1, 0, 512);
+    t_head(all + 28, 0, call ? FLUSH : TRIM, 2, 0, 512);
+    t_head(all + 56, 0, READ, 3, 0, LONG);
+    CHECK(t_write(o.c.fd, all, sizeof all) == 0);
+    usleep(50000);
+    t_hold(hold, 0);
+    usleep(50000);
+    CHECK(t_read(o.c.fd, b, LONG + 48) == LONG + 48);
+    for (i = 0; i < LONG + 48 && t_get(b + i + 12, 4) != 3; i += 16)
+      CHECK(t_get(b + i, 8) == UINT64_C(0x6744669800000000));
+    for (i += 16; i < LONG + 48 && !b[i]; i++);
+    CHECK(i >= LONG + 16); /* behind it at most the others' replies */
+    o_close(&o);
+  }
+  CHECK(truncate(path, 65536) == 0);
+}
+
+static void i_fallocate(const char *error) {
+  static unsigned char b[65536];
+  static const char *const names[] = {"EPERM", "ENOSYS", "EOPNOTSUPP",
+                                      "EINVAL"};
+  static const int errors[] = {EPERM, ENOSYS, EOPNOTSUPP, EINVAL};
+  struct one o;
+  int i, n = 0;
+  while (strcmp(error, names[n])) CHECK(++n < COUNT(names));
+  i_open(&o, 1);
+  memset(b, 'x', sizeof b);
+  CHECK(t_do(&o.c, 0, WRITE, 0, 65536, b) == 0);
+  fi[FALLOCATE].err = errors[n];
+  fi[FALLOCATE].times = -1;
+  CHECK(t_do(&o.c, 0, ZEROES, 100, 30000, NULL) == 0);
+  CHECK(t_do(&o.c, NO_HOLE | FUA, ZEROES, 40000, 25000, NULL) == 0);
+  CHECK(t_do(&o.c, 0, TRIM, 65100, 400, NULL) == 0);
+  if (errors[n] != EINVAL) {
+    i = fi[FALLOCATE].calls;
+    CHECK(t_do(&o.c, 0, ZEROES, 200, 30000, NULL) == 0);
+    CHECK(t_do(&o.c, NO_HOLE, ZEROES, 200, 30000, NULL) == 0);
+    CHECK(t_do(&o.c, 0, TRIM, 65100, 400, NULL) == 0);
+    CHECK(fi[FALLOCATE].calls == i); /* remembered */
+  }
+  CHECK(t_do(&o.c, 0, READ, 0, 65536, b) == 0);
+  for (i = 0; i < 65000; i++)
+    CHECK(b[i] == (i < 100 || (i >= 30200 && i < 40000) ? 'x' : 0) ||
+          (n == 3 && i >= 30100 && i < 30200));
+  o_close(&o);
+}
+
+static void i_fastzero(void) {
+  static char b[4096];
+  struct one o;
+  i_open(&o, 1);
+  memset(b, 'x', sizeof b);
+  CHECK(t_do(&o.c, 0, WRITE, 0, 4096, b) == 0);
+  fi[FALLOCATE].err = EOPNOTSUPP;
+  fi[FALLOCATE].times = -1;
+  fi[PWRITE].calls = 0;
+  CHECK(t_do(&o.c, FAST, ZEROES, 0, 4096, NULL) == 95);
+  CHECK(t_do(&o.c, FAST | NO_HOLE, ZEROES, 0, 4096, NULL) == 95);
+  CHECK(fi[PWRITE].calls == 0);
+  CHECK(t_do(&o.c, 0, READ, 0, 4096, b) == 0 && b[0] == 'x' && b[4095] == 'x');
+  CHECK(t_do(&o.c, 0, ZEROES, 0, 4096, NULL) == 0);
+  CHECK(t_do(&o.c, 0, READ, 0, 4096, b) == 0 && b[0] == 0 && b[4095] == 0);
+  o_close(&o);
+}
+
+static void i_threads(void) {
+  static char b[4096];
+  struct one o;
+  int structured, i;
+  fi[THREAD].err = EAGAIN;
+  fi[THREAD].times = -1;
+  for (structured = 0; structured < 2; structured++) {
+    i_open(&o, structured);
+    for (i = 0; i < 3; i++) {
+      CHECK(t_do(&o.c, FUA, WRITE, 0, 4096, b) == 0);
+      CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 0);
+      CHECK(t_do(&o.c, 0, TRIM, 0, 4096, NULL) == 0);
+      CHECK(t_do(&o.c, 0, ZEROES, 0, 4096, NULL) == 0);
+      CHECK(t_do(&o.c, 0, READ, 0, 4096, b) == 0);
+    }
+    o_close(&o);
+  }
+}
+
+/* Every allocation fails once: an error or a lost client, no more */
+static void i_memory(void) {
+  static char b[65536];
+  int n, done = 0;
+  for (n = 0; n < 400 && !done; n++) {
+    struct nbdserve *s = NULL;
+    struct nbdserve_export e = {0};
+    struct served v = {0};
+    struct t_conn c;
+    int err;
+    fi[MALLOC].calls = 0;
+    fi[MALLOC].err = ENOMEM;
+    fi[MALLOC].times = 0;
+    fi[MALLOC].bad = n + 1;
+    err = nbdserve_new(&s, NULL);
+    if (!err) err = nbdserve_flat_open(path, NULL, &e);
+    if (!err && (err = nbdserve_add(s, &e)) != 0) e.ops->close(e.ctx);
+    if (!err) {
+      s_start(&v, s, &c);
+      if (t_open(&c, c.fd, "", 1) == 0 &&
+          t_do(&c, 0, WRITE, 0, 65536, b) >= 0 &&
+          t_do(&c, FUA, ZEROES, 0, 4096, NULL) >= 0 &&
+          t_do(&c, 0, STATUS, 0, 4096, NULL) >= 0 &&
+          t_do(&c, 0, READ, 0, 65536, b) >= 0)
+        (void)t_send(&c, 0, DISC, 0, 0, 0, NULL);
+      close(c.fd);
+      (void)s_end(&v);
+    }
+    nbdserve_free(s);
+    CHECK(err == 0 || err == -ENOMEM);
+    done = fi[MALLOC].calls <= n;
+  }
+  CHECK(done && n > 3);
+}
+
+int main(int argc, char **argv) {
+  CHECK(argc > 2);
+  alarm(30);
+  path = argv[2];
+  if (!strcmp(argv[1], "sync")) i_sync();
+  else if (!strcmp(argv[1], "shrunk")) i_shrunk();
+  else if (!strcmp(argv[1], "full")) i_full();
+  else if (!strcmp(argv[1], "short")) i_short();
+  else if (!strcmp(argv[1], "read")) i_read();
+  else if (!strcmp(argv[1], "slow")) i_slow();
+  else if (!strcmp(argv[1], "whole")) i_whole();
+  else if (!strcmp(argv[1], "fallocate")) i_fallocate(argv[3]);
+  else if (!strcmp(argv[1], "fastzero")) i_fastzero();
+  else if (!strcmp(argv[1], "threads")) i_threads();
+  else if (!strcmp(argv[1], "memory")) i_memory();
+  else return 2;
+  return 0;
+}
+
+//== bench
+/* bench SOCKET EXPORT COMMAND BYTES DEPTH CONNECTIONS MS: keeps DEPTH requests
+ * in flight on each connection and prints how many were answered a second.
+ * COMMAND: read, write, sequential (reads) or flush (after each write). */
+#include <sys/un.h>
+
+struct b_load {
+  struct t_conn c;
+  const char *command;
+  uint64_t bytes, answered, next, seed;
+  int depth, ms;
+  unsigned char *in;
+};
+
+static double b_now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Sends n requests in one call */
+static void b_send(struct b_load *l, int n) {
+  static unsigned char payload[1 << 20];
+  unsigned char head[64][28];
+  struct iovec v[128], *p = v;
+  uint64_t blocks = l->c.size / l->bytes, i;
+  size_t len = 0;
+  CHECK(n <= 64 && l->bytes <= sizeof payload);
+  memset(v, 0, sizeof v);
+  for (i = 0; i < (uint64_t)n; i++) {
+    int flush = *l->command == 'f' && l->next % 2;
+    int write = !flush && strchr("wf", *l->command) != NULL;
+    l->seed = l->seed * UINT64_C(6364136223846793005) + 1442695040888963407u;
+    t_put(head[i], 4, 0x25609513);
+    t_put(head[i] + 4, 4, flush ? 3 : write);
+    t_put(head[i] + 8, 8, l->next);
+    t_put(head[i] + 16, 8, flush ? 0 : l->bytes * (*l->command == 's'
+      ? l->next % blocks : (l->seed >> 33) % blocks));
+    t_put(head[i] + 24, 4, flush ? 0 : l->bytes);
+    l->next++;
+    p->iov_base = head[i];
+    len += p++->iov_len = 28;
+    p->iov_base = payload;
+    if (write) len += p++->iov_len = (size_t)l->bytes;
+  }
+  for (n = (int)(p - v), p = v; len > 0;) {
+    ssize_t done = writev(l->c.fd, p, n);
+    CHECK(done > 0);
+    len -= (size_t)done;
+    for (; n > 0 && (size_t)done >= p->iov_len; p++, n--)
+      done -= (ssize_t)p->iov_len;
+    if (n > 0) p->iov_base = (char *)p->iov_base + done;
+    if (n > 0) p->iov_len -= (size_t)done;
+  }
+}
+
+static void *b_run(void *arg) {
+  struct b_load *l = arg;
+  int reads = strchr("rs", *l->command) != NULL, due = l->depth;
+  uint64_t reply = 16 + (reads ? l->bytes : 0), got = 0, done = 0;
+  double end = b_now() + l->ms / 1000.0;
+  while (due || done < l->next) { /* at last none is in flight */
+    ssize_t n;
+    if (due) b_send(l, due);
+    CHECK((n = read(l->c.fd, l->in, 1 << 20)) > 0);
+    if (got % reply == 0 && n >= 8) CHECK(t_get(l->in + 4, 4) == 0);
+    got += (uint64_t)n;
+    due = (int)(got / reply - done);
+    done += (uint64_t)due;
+    if (b_now() > end) due = 0;
+    else l->answered = done;
+  }
+  t_close(&l->c);
+  return NULL;
+}
+
+int main(int argc, char **argv) {
+  struct sockaddr_un a = {0};
+  struct b_load l[16] = {{{0, 0, 0, 0, 0}, 0, 0, 0, 0, 0, 0, 0, 0}};
+  pthread_t t[16];
+  double start, sum = 0;
+  int i, n = argc == 8 ? atoi(argv[6]) : 0;
+  CHECK(n > 0 && n <= 16 && strlen(argv[1]) < sizeof a.sun_path);
+  a.sun_family = AF_UNIX;
+  strcpy(a.sun_path, argv[1]);
+  for (i = 0; i < n; i++) {
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    CHECK(fd >= 0 && connect(fd, (struct sockaddr *)&a, sizeof a) == 0);
+    CHECK(t_open(&l[i].c, fd, argv[2], 0) == 0);
+    l[i].command = argv[3];
+    l[i].bytes = strtoull(argv[4], NULL, 10);
+    l[i].depth = atoi(argv[5]);
+    l[i].ms = atoi(argv[7]);
+    l[i].seed = (uint64_t)i + 1;
+    CHECK((l[i].in = malloc(1 << 20)) != NULL);
+  }
+  start = b_now();
+  for (i = 0; i < n; i++) CHECK(!pthread_create(&t[i], NULL, b_run, &l[i]));
+  for (i = 0; i < n; i++) CHECK(!pthread_join(t[i], NULL));
+  for (i = 0; i < n; i++) sum += (double)l[i].answered;
+  printf("%.0f\n", sum / (b_now() - start));
+  return 0;
+}

@@ -950,7 +950,8 @@ static void ex_put(struct ex *ex) {
 }
 
 /* The transmission flags of a client: each exactly when it is so. */
-static unsigned ex_flags(const struct ex *ex, int structured) {
+static unsigned ex_flags(const struct nbdserve *s, const struct ex *ex,
+                         int structured) {
   const struct nbdserve_ops *ops = ex->e.ops;
   unsigned f = NBD_FLAG_HAS_FLAGS;
   if (ex->e.flags & NBDSERVE_READONLY) {
@@ -961,7 +962,8 @@ static unsigned ex_flags(const struct ex *ex, int structured) {
     if (ops->trim) f |= NBD_FLAG_SEND_TRIM;
   }
   if (ex->e.flags & NBDSERVE_ROTATIONAL) f |= NBD_FLAG_ROTATIONAL;
-  if (ex->e.flags & NBDSERVE_MULTI_CONN) f |= NBD_FLAG_CAN_MULTI_CONN;
+  if ((ex->e.flags & NBDSERVE_MULTI_CONN) && s->config.max_conn > 1)
+    f |= NBD_FLAG_CAN_MULTI_CONN; /* a second one would wait for ever */
   if (ops->cache) f |= NBD_FLAG_SEND_CACHE;
   if (structured) f |= NBD_FLAG_SEND_DF;
   return f;
@@ -1277,7 +1279,7 @@ static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
 
   assert(!c->ex);
   c->ex = ex;
-  c->tflags = ex_flags(ex, c->structured);
+  c->tflags = ex_flags(c->s, ex, c->structured);
   c->meta = c->meta_name && strcmp(c->meta_name, name) == 0;
   assert(c->structured || !c->meta);
   c->read_head = c->structured ? WIRE_CHUNK + 8 : WIRE_SIMPLE;
@@ -1352,7 +1354,7 @@ static int hs_info(struct conn *c, struct ex *ex, unsigned type) {
   put16(p, type);
   if (type == NBD_INFO_EXPORT) {
     put64(p + 2, c->size);
-    put16(p + 10, ex_flags(ex, c->structured));
+    put16(p + 10, ex_flags(c->s, ex, c->structured));
   } else if (type == NBD_INFO_BLOCK_SIZE) {
     put32(p + 2, ex->e.min_block);
     put32(p + 6, ex->e.preferred_block);
@@ -2357,6 +2359,7 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   if (config) *k = *config;
   if (!k->threads) k->threads = 16;
   if (!k->max_conn) k->max_conn = 128;
+  if (NBDSERVE_NO_THREADS) k->max_conn = 1;
   if (!k->handshake_ms) k->handshake_ms = 10000;
   if (!k->memory) k->memory = 256u << 20;
   if (!os_mutex_init(&s->lock) && !os_cond_init(&s->gone))

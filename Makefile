@@ -98,6 +98,14 @@ check-config: ## build and test with each switch of [1] by itself
 	    $(LDLIBS) || exit 1; \
 	  NBDSERVE=$$PWD/build/config SWITCH=$$s ./test.sh || exit 1; \
 	done
+	printf '%s\n' '#include <stdlib.h>' 'void *my_malloc(size_t n);' \
+	  'void my_free(void *p);' 'void *my_malloc(size_t n) { return malloc(n); }' \
+	  'void my_free(void *p) { free(p); }' > build/my.c
+	$(CC) -O1 -Wall -Wextra -Werror -DNBDSERVE_MALLOC=my_malloc \
+	  -DNBDSERVE_FREE=my_free -DNBDSERVE_MAX_REQUEST=65536 \
+	  -DNBDSERVE_MAX_OPTION=8192 -DNBDSERVE_STACK=131072 \
+	  -o build/config nbdserve.c build/my.c $(LDLIBS)
+	build/config mem:1M -- true
 
 check-san: ## the suite under address and undefined behaviour sanitizers
 	mkdir -p build

@@ -560,6 +560,32 @@ testUsageErrorsExit2WithAMessage() {
     says '[a-z]'
   done
 }
+testOnceAndIdleExitDoNotGoWithACommand() {
+  for option in -1 --once '--idle-exit 1'; do
+    # shellcheck disable=SC2086
+    run $option --run true "$DISK"
+    assertEquals "$option --run" 2 "$STATUS"
+    says 'not together'
+    # shellcheck disable=SC2086
+    run $option "$DISK" -- true
+    assertEquals "$option --" 2 "$STATUS"
+    says 'no command'
+  done
+}
+testDescriptorsThatAreNotOpenAreUsageErrors() {
+  cp "$DISK" "$T/copy"
+  for n in 2 3 4 5 6 7 8 9; do
+    run --ready-fd $n --run true "$DISK" 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
+    assertEquals "--ready-fd $n" 2 "$STATUS"
+    says "ready-fd $n: "
+    assertTrue "--ready-fd $n changed it" "cmp '$DISK' '$T/copy'"
+    [ $n != 2 ] || continue
+    run --fd $n "$DISK" 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
+    assertEquals "--fd $n" 2 "$STATUS"
+    says "fd $n: "
+    assertTrue "--fd $n changed it" "cmp '$DISK' '$T/copy'"
+  done
+}
 testUnknownOptionsAreNamed() {
   for option in --bogus -Z --; do
     [ $option != -- ] || continue
@@ -636,6 +662,12 @@ testCreateKeepsAnExistingFile() {
   assertEquals 0 "$STATUS"
   assertTrue 'unchanged' "cmp '$DISK' '$T/copy'"
 }
+testCreateGivesAnEmptyFileItsSize() {
+  : >"$T/empty"
+  run -s --create 40M "$T/empty"
+  assertEquals 0 "$STATUS"
+  assertEquals 41943040 "$(wc -c <"$T/empty")"
+}
 testReadOnlyFileIsServedWithR() {
   chmod 444 "$DISK"
   ARGS=-r FLAGS=$RO
@@ -674,6 +706,46 @@ testLiveSocketIsNotReplaced() {
   assertEquals 1 "$STATUS"
   says "$SOCK: "
   client hello "$SOCK"
+}
+testListenerThatNeverAcceptsIsNotReplaced() {
+  client full "$T/s" "$NBDSERVE" -U "$T/s" "$DISK"
+  assertContains "$(cat "$T/log")" 'not replaced'
+}
+testEndingServerKeepsTheSocketOfItsSuccessor() {
+  serve "$DISK"
+  first=$JOB:$PID
+  rm "$SOCK"
+  start -U "$SOCK" mem:1M
+  second=$JOB:$PID JOB=${first%:*} PID=${first#*:}
+  stop TERM
+  assertEquals 0 "$STATUS"
+  client hello "$SOCK"
+  assertEquals 1048576 "$(cat "$T/log")"
+  JOB=${second%:*} PID=${second#*:}
+  stop TERM
+  assertFalse 'its own goes' "[ -e '$SOCK' ]"
+}
+testOneOfThreeServersGetsAStaleSocket() {
+  serve "$DISK"
+  stop KILL
+  for round in 1 2 3 4 5; do
+    rm -f "$T"/up? "$T"/over?
+    for i in 1 2 3; do
+      {
+        timeout -s KILL 20 "$NBDSERVE" -U "$SOCK" -P "$T/up$i" mem:1M \
+          >/dev/null 2>>"$T/err"
+        echo $? >"$T/over$i"
+      } &
+    done
+    await "[ \$(cat '$T'/up? '$T'/over? 2>/dev/null | wc -l) -ge 3 ]"
+    assertEquals "servers in round $round" 1 "$(cat "$T"/up? | wc -l)"
+    assertEquals "losers in round $round" 1 "$(sort -u "$T"/over?)"
+    client hello "$SOCK"
+    # shellcheck disable=SC2046
+    kill -KILL $(cat "$T"/up?)
+    wait
+  done
+  says 'not replaced'
 }
 testFileInPlaceOfASocketIsNotReplaced() {
   echo precious >"$T/file"
@@ -742,6 +814,11 @@ testBindToAnotherAddressWarnsOnce() {
 testUriEscapesTheExportName() {
   serve -e 'a b/ü' "$DISK"
   assertEquals "nbd+unix:///a%20b/%C3%BC?socket=$SOCK" "$URI"
+}
+testUriOfANamedTargetHasItsName() {
+  serve -e x n=mem:1M
+  assertEquals "nbd+unix:///n?socket=$SOCK" "$URI"
+  client hello "$SOCK" n
 }
 testRunPassesTheStatusOn() {
   run --run 'exit 7' "$DISK"
@@ -812,6 +889,14 @@ testForkReportsWhatFails() {
   says "$T/absent: "
   assertFalse 'no pidfile' "[ -e '$T/pid' ]"
 }
+testForkThatCannotTellItsUriLeavesNoServer() {
+  [ -c /dev/full ] || { skip 'no /dev/full'; return; }
+  timeout 20 "$NBDSERVE" --fork -U "$T/s" -P "$T/pid" mem:1M \
+    >/dev/full 2>>"$T/err"
+  assertNotEquals 0 $?
+  says output
+  await "! [ -e '$T/s' ] && ! [ -e '$T/pid' ]" || kill "$(cat "$T/pid")"
+}
 testReadyFdSpeaksWhenListening() {
   OUT=/dev/null
   spawn --ready-fd 9 -U "$T/s" "$DISK" 9>"$T/ready"
@@ -836,6 +921,33 @@ testTERMEndsAClientOnStdin() {
   stop TERM
   assertEquals 0 "$STATUS"
   exec 9>&-
+}
+testTERMEndsAClientOnStdinThatNeverReads() {
+  LOG='^nbdserve: client'
+  mkfifo "$T/in" "$T/out"
+  IN=$T/in OUT=$T/out
+  spawn -s "$DISK"
+  exec 9>"$IN" 8<"$OUT"
+  # shellcheck disable=SC2046
+  bytes 00000003 "$(ask GO)" $(seq -f 'READ,%g,0,65536' 20) >&9
+  await "[ -s '$T/pid$NSERVE' ]"
+  PID=$(cat "$T/pid$NSERVE")
+  sleep 0.5
+  kill -TERM "$PID"
+  await "! kill -0 $PID 2>/dev/null" || kill -KILL "$PID"
+  wait "$JOB"
+  assertTrue "status $?" "[ $? -le 1 ]"
+  exec 9>&- 8<&-
+}
+testServerStartedWithHUPIgnoredSurvivesIt() {
+  printf '#!/bin/sh\ntrap "" HUP\nexec "%s" "$@"\n' "$NBDSERVE" >"$T/nohup"
+  chmod +x "$T/nohup"
+  was=$NBDSERVE NBDSERVE=$T/nohup
+  serve "$DISK"
+  NBDSERVE=$was
+  kill -HUP "$PID"
+  sleep 0.2
+  client hello "$SOCK"
 }
 testSignalsEndItInOrder() {
   for signal in TERM INT HUP; do
@@ -875,6 +987,24 @@ testIdleExitEndsItWithoutClients() {
   assertFalse 'socket gone' "[ -e '$SOCK' ]"
   JOBS=
 }
+testOnceServesWhoWaitedForTheOnlySlot() {
+  serve -1 -m 1 "$DISK"
+  client next "$SOCK"
+  wait "$JOB"
+  assertEquals 0 $?
+  JOBS=
+}
+testUSR1DoesNotPostponeTheIdleExit() {
+  LOG='^nbdserve: 0 clients'
+  serve --idle-exit 1 "$DISK"
+  n=0
+  while [ $n -lt 40 ] && kill -USR1 "$PID" 2>/dev/null; do
+    n=$((n + 1))
+    sleep 0.2
+  done
+  assertTrue "still there after $n signals" "[ $n -lt 40 ]"
+  [ $n = 40 ] || { wait "$JOB"; assertEquals 0 $?; JOBS=; }
+}
 testConnectionsOverTheLimitWaitForASlot() {
   unless NO_THREADS || return 0
   serve -m 3 "$DISK"
@@ -903,6 +1033,14 @@ testSocketActivation() {
   client activate "$T/s" "$NBDSERVE" "$DISK"
   assertEquals 'no URI on stdout' '' "$(cat "$T/log")"
 }
+testTooManyPassedSocketsAreRefused() {
+  for n in 33 2147483647 99999999999; do
+    timeout 20 sh -c 'LISTEN_PID=$$ LISTEN_FDS=$0 exec "$@"' $n \
+      "$NBDSERVE" "$DISK" >"$T/out" 2>>"$T/err"
+    assertEquals "$n sockets" 1 $?
+    says LISTEN_FDS
+  done
+}
 testNbdinfoActivatesIt() {
   needs nbdinfo || return 0
   does nbdinfo --size [ "$NBDSERVE" "$DISK" ]
@@ -928,6 +1066,16 @@ testVerboseNamesClients() {
   client hello "$SOCK"
   stop TERM
   says client
+}
+testLinesOfSeveralClientsAreNotMixed() {
+  serve -vv "$DISK"
+  client crowd "$SOCK" 20
+  client flushes "$SOCK" 8
+  stop TERM
+  assertTrue 'lines' "[ $(wc -l <"$T/err") -gt 1000 ]"
+  assertEquals 'other lines' '' "$(grep -v '^nbdserve: client [0-9]*: [a-zN]' \
+    "$T/err" | head -n 3)"
+  : >"$T/err"
 }
 testSeveralTargetsAreSeveralExports() {
   echo two >"$T/b"
@@ -962,6 +1110,59 @@ testUserAndGroupAreDropped() {
   assertEquals "$(id -g nobody)" "$(sed -n 's/^Gid:.//p' "/proc/$PID/status" |
     cut -f2)"
   client hello "$SOCK"
+}
+as_root() {
+  if [ "$(id -u)" != 0 ]; then skip 'not root'; return 1; fi
+  id nobody >/dev/null 2>&1 || { skip 'no user nobody'; return 1; }
+  chmod 755 "$W" "${W%/*}" && chmod 600 "$DISK"
+}
+# That the server PID is that user and group in every way
+is() { # uid gid
+  assertEquals "$1 $2 " "$(awk '/^[UG]id:/ {
+    printf "%s ", $2 == $3 && $3 == $4 && $4 == $5 ? $2 : $0
+  }' "/proc/$PID/status")"
+  assertEquals 'other groups' '' "$(sed -n 's/^Groups:[[:space:]]*//p' \
+    "/proc/$PID/status")"
+}
+testUserIsDroppedOnStdinToo() {
+  as_root || return 0
+  mkfifo "$T/in"
+  IN=$T/in OUT=$T/out
+  spawn -s -u nobody "$DISK"
+  exec 9>"$IN"
+  await "[ -s '$OUT' ]"
+  spawned
+  is "$(id -u nobody)" "$(id -g nobody)"
+  stop TERM
+  exec 9>&-
+}
+testNumberOfAUserTakesItsGroupFromPasswd() {
+  as_root || return 0
+  number=$(awk -F: '$3 && $3 != $4 { print $3; exit }' /etc/passwd)
+  serve -u "${number:=$(id -u nobody)}" "$DISK"
+  is "$number" "$(id -g "$number")"
+  client hello "$SOCK"
+  stop TERM
+  serve -u "$(id -u nobody)" "$DISK"
+  is "$(id -u nobody)" "$(id -g nobody)"
+}
+testGroupOptionWinsInEitherOrder() {
+  as_root || return 0
+  group=$(awk -F: '$3 == 1 { print $1 }' /etc/group)
+  serve -g "${group:-1}" -u nobody "$DISK"
+  is "$(id -u nobody)" 1
+  stop TERM
+  serve -u nobody -g "${group:-1}" "$DISK"
+  is "$(id -u nobody)" 1
+}
+testNumbersThatAreNoUserAreRefused() {
+  for number in 4294967296 4294967295 18446744073709551616; do
+    for option in -u -g; do
+      run $option $number --run true "$DISK"
+      assertEquals "$option $number" 2 "$STATUS"
+      says $number
+    done
+  done
 }
 testFileSizeLimitIsENOSPC() {
   LOG='^nbdserve: client 1: NBD_CMD_WRITE .*too large'
@@ -1329,6 +1530,11 @@ testDfReadIsOneChunk() {
   SIZE=131072
   structured data.1@60000=65536x00 READ+DF,1,60000,65536
 }
+testDfReadOverAMegabyteIsEOVERFLOW() {
+  truncate -s 4M "$DISK"
+  SIZE=4194304
+  structured '!EOVERFLOW.1 data.2@0=6e' READ+DF,1,0,2097152 READ,2,0,1
+}
 testReadsAreAnsweredWithData() {
   simple 'OK.1=6e62647365727665 OK.2=65525x00 OK.3=00 OK.4=0a00' READ,1,0,8 \
     READ,2,11,65525 READ,3,65535,1 READ,4,8,2
@@ -1634,6 +1840,23 @@ testLongReadsOfAShrunkFileAreEIO() {
   serve "$DISK"
   client shrunk "$SOCK" "$DISK"
 }
+testLongReadThatFailsHalfwayIsAnErrorInStep() {
+  LOG='^nbdserve: client'
+  head -c 8388608 /dev/urandom >"$DISK"
+  serve "$DISK"
+  client half "$SOCK" "$DISK"
+}
+testWhatAShrunkFileLostIsNoHole() {
+  LOG='^nbdserve: client'
+  head -c 1048576 /dev/urandom >"$DISK"
+  serve -r "$DISK"
+  client lost "$SOCK" "$DISK"
+}
+testNoReplyComesInsideTheDataOfALongRead() {
+  truncate -s 16M "$DISK"
+  serve "$DISK"
+  client mixed "$SOCK"
+}
 testReadsOfAnyLengthAreTheFilesBytes() {
   head -c 7000003 /dev/urandom >"$DISK"
   serve -o 12345 "$DISK"
@@ -1678,6 +1901,9 @@ testTERMWithIdleClientsEndsAtOnce() {
 # ==== The library (unit) and failing system calls (fault) ====================
 
 testLibraryRefusesWrongArguments() { unit arguments; }
+testServerThatCannotBeMadeIsNULL() { unit failed; }
+testUnknownExportFlagsAreRefused() { unit flags; }
+testNULLNamesTheDefaultExport() { unit null; }
 testLibraryEscapesUris() { unit uris; }
 testBackendIsCalledFromManyThreads() { unit parallel; }
 testSerialBackendIsCalledOneAtATime() { unit serial; }
@@ -1687,6 +1913,7 @@ testVanishingClientRaisesNoSIGPIPE() { unit vanish; }
 testBackendSeesOnlySoundRequests() { unit requests; }
 testFuaIsAFlushUnlessNative() { unit fua; }
 testErrorsAreMappedToNbds() { unit errors; }
+testLogMayAskForTheStats() { unit log; }
 testMissingMembersAreEmulatedOrNotOffered() { unit missing; }
 testFailedFlushIsReportedAndCloseComesOnce() { unit flush; }
 testExportsAreFoundOnDemand() { unit find; }
@@ -1695,6 +1922,7 @@ testResizeShowsToNewClients() { unit resize; }
 testHandshakeHasADeadline() { unit deadline; }
 testTransmissionCanBeEnteredAtOnce() { unit direct; }
 testStopAndWakeEndRun() { unit stop; }
+testFreeEndsTheClientsThatAreLeft() { unit free; }
 testStopAnswersWhatIsInFlight() { unit inflight; }
 testRequestsBeyondTheMemoryAreDone() { unit memory; }
 testServersOfOneProcessAreApart() { unit two; }
@@ -1705,6 +1933,7 @@ testInterruptedAndShortCallsAreFinished() { fault short "$DISK"; }
 testSlowFlushOrTrimHoldsNoReadsUp() { fault slow "$DISK"; }
 testLongSimpleReplyIsInOnePiece() { fault whole "$DISK"; }
 testReadErrorIsEIO() { fault read "$DISK"; }
+testLongWriteThatFailsHalfwayIsOneError() { fault halfway "$DISK"; }
 testRefusedFallocateIsReplacedByWrites() {
   for error in EPERM ENOSYS EOPNOTSUPP; do fault fallocate "$DISK" $error; done
 }

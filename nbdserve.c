@@ -1178,7 +1178,7 @@ struct conn {
   size_t rpos, rend; /* received and not yet looked at */
   size_t wlen;
   struct nbdserve_req reqs[TX_BATCH];
-  size_t nreqs, last_nreqs;
+  size_t nreqs;
   int big_write; /* the last request was one: expect another */
   int can_splice; /* long READs go through io.pipe */
 
@@ -1537,8 +1537,8 @@ static int hs_run(struct conn *c) {
  * (T3) A batch's writes are done before its flushes start: a flush covers all
  *      that was answered before it arrived, and more.
  * (T4) Workers do what may take long: flushes, trims and the like, and all
- *      that a host's own backend does.  A client that has one request at a
- *      time waits for it anyway: then the client's thread does it.
+ *      that a host's own backend does.  So no slow request holds up a READ
+ *      behind it, while there are workers.
  * (T5) Memory is bounded, whatever a client claims, and nobody waits for it: a
  *      client has its fixed buffers and max_deferred requests of up to TX_SMALL
  *      bytes.  Workers' requests above that, up to TX_KEEP, come out of
@@ -1814,9 +1814,8 @@ static void tx_validate(const struct conn *c, struct nbdserve_req *r) {
   r->err = r->why ? err : 0;
 }
 
-/* Does the batch's requests, and what flushes they want or defers them.
- * alone: see (T4). */
-static void tx_do(struct conn *c, struct nbdserve_req *r, size_t n, int alone) {
+/* Does the batch's requests and the flushes they want, or defers them (T4). */
+static void tx_do(struct conn *c, struct nbdserve_req *r, size_t n) {
   void (*batch)(void *, struct nbdserve_req *, size_t) = c->ex->e.ops->batch;
   size_t i, j;
 
@@ -1826,17 +1825,16 @@ static void tx_do(struct conn *c, struct nbdserve_req *r, size_t n, int alone) {
     if (batch && r[i].type <= NBD_CMD_WRITE) {
       while (j < n && !r[j].err && r[j].len && r[j].type <= NBD_CMD_WRITE) j++;
       batch(c->ex->e.ctx, r + i, j - i);
-    } else if (!alone && r[i].type > NBD_CMD_WRITE && tx_defer(c, r + i)) {
-      r[i].deferred = 1;
     } else {
-      r[i].err = ex_do(c->ex, r + i);
+      r[i].deferred = r[i].type > NBD_CMD_WRITE && tx_defer(c, r + i);
+      if (!r[i].deferred) r[i].err = ex_do(c->ex, r + i);
     }
   }
   for (i = 0; i < n; i++) { /* (T3) */
     if (r[i].err || r[i].deferred) continue;
     r[i].written = ex_wants_flush(c->ex, r + i);
     if (!tx_is_flush(r + i)) continue;
-    r[i].deferred = !alone && tx_defer(c, r + i);
+    r[i].deferred = tx_defer(c, r + i);
     if (!r[i].deferred) r[i].err = ex_flush(c->ex);
   }
 }
@@ -1864,8 +1862,7 @@ static int tx_exec(struct conn *c) {
   size_t n = c->nreqs, ready;
 
   if (!n) return 0;
-  tx_do(c, r, n, n == 1 && c->last_nreqs == 1 && c->ex->e.ops->batch);
-  c->last_nreqs = n;
+  tx_do(c, r, n);
   c->nreqs = 0;
   tx_settle_reads(c, r, n);
   for (; n > 0; n--, r++) {
@@ -1971,7 +1968,6 @@ static int tx_long_read(struct conn *c, struct nbdserve_req *r) {
 static int tx_big(struct conn *c, struct nbdserve_req *r, int defer) {
   int is_write = r->type == NBD_CMD_WRITE, err = 0;
 
-  c->last_nreqs = 0;
   if (defer && r->len <= TX_KEEP && tx_new_buf(c, r)) {
     if (is_write) err = tx_payload(c, r->buf, r->len);
     if (!err && tx_defer(c, r)) return 0;

@@ -728,8 +728,10 @@ testEndingServerKeepsTheSocketOfItsSuccessor() {
 testOneOfThreeServersGetsAStaleSocket() {
   serve "$DISK"
   stop KILL
+  ln "$SOCK" "$T/stale"
   for round in 1 2 3 4 5; do
     rm -f "$T"/up? "$T"/over?
+    ln -f "$T/stale" "$SOCK"
     for i in 1 2 3; do
       {
         timeout -s KILL 20 "$NBDSERVE" -U "$SOCK" -P "$T/up$i" mem:1M \
@@ -742,7 +744,7 @@ testOneOfThreeServersGetsAStaleSocket() {
     assertEquals "losers in round $round" 1 "$(sort -u "$T"/over?)"
     client hello "$SOCK"
     # shellcheck disable=SC2046
-    kill -KILL $(cat "$T"/up?)
+    kill -TERM $(cat "$T"/up?)
     wait
   done
   says 'not replaced'
@@ -1068,6 +1070,7 @@ testVerboseNamesClients() {
   says client
 }
 testLinesOfSeveralClientsAreNotMixed() {
+  truncate -s 1M "$DISK"
   serve -vv "$DISK"
   client crowd "$SOCK" 20
   client flushes "$SOCK" 8
@@ -1913,7 +1916,7 @@ testVanishingClientRaisesNoSIGPIPE() { unit vanish; }
 testBackendSeesOnlySoundRequests() { unit requests; }
 testFuaIsAFlushUnlessNative() { unit fua; }
 testErrorsAreMappedToNbds() { unit errors; }
-testLogMayAskForTheStats() { unit log; }
+testLogMayAskForTheTotals() { unit totals; }
 testMissingMembersAreEmulatedOrNotOffered() { unit missing; }
 testFailedFlushIsReportedAndCloseComesOnce() { unit flush; }
 testExportsAreFoundOnDemand() { unit find; }
@@ -2614,6 +2617,42 @@ static void v_pipeline(char **a) /* ADDRESS CONNECTIONS REQUESTS */
   for (i = 0; i < n; i++) pthread_join(p[i].receiver, NULL);
 }
 
+/* Slow flushes, a trim and a long read in flight at once: simple replies */
+static void v_mixed(char **a) /* ADDRESS, of 16 MiB */
+{
+  enum { LONG = 8 << 20, PIECE = 65536, N = 14 };
+  unsigned char *want = t_alloc(LONG), *all = t_alloc(N * (28 + PIECE)), *p;
+  struct t_reply r = {0};
+  struct t_conn c;
+  unsigned i, round, left, seen;
+  CHECK(t_open(&c, c_connect(a[0]), "", 0) == 0 && c.size == 2 * LONG);
+  for (i = 0; i < LONG; i++) want[i] = (unsigned char)(i * 7 + i / 256);
+  for (i = 0; i < LONG; i += 1 << 20)
+    CHECK(t_do(&c, 0, WRITE, i, 1 << 20, want + i) == 0);
+  for (round = 0; round < 10; round++) {
+    for (i = 0, p = all; i < N; i++) {
+      int command = i < 8 ? WRITE : i < 12 ? FLUSH : i < 13 ? TRIM : READ;
+      t_head(p, 0, command, i, command == READ ? 0 : LONG + i * PIECE,
+             command == READ ? LONG : command == FLUSH ? 0 : PIECE);
+      p += 28;
+      if (command != WRITE) continue;
+      memset(p, (int)(round + i + 1), PIECE);
+      p += PIECE;
+    }
+    CHECK(t_write(c.fd, all, (size_t)(p - all)) == 0);
+    t_sleep((int)round * 3);
+    for (left = N, seen = 0; left; left--) {
+      CHECK(t_recv(&c, &r) && !r.error);
+      i = (uint32_t)r.cookie;
+      CHECK(i < N && !(seen >> i & 1));
+      seen |= 1u << i;
+      CHECK(i < 13 || (r.len == LONG && !memcmp(r.data, want, LONG)));
+    }
+  }
+  t_close(&c);
+  free(r.data);
+}
+
 /* ---- clients that misbehave ---- */
 
 /* Stops at some point of a session: some stay, others vanish */
@@ -2795,6 +2834,16 @@ static void v_many(char **a) /* ADDRESS N */
   for (i = 0; i < atoi(a[1]); i++) c_session(c_connect(a[0]), "", i & 1);
 }
 
+static void v_next(char **a) /* ADDRESS, which has one slot */
+{
+  struct t_conn c;
+  int fd;
+  CHECK(t_open(&c, c_connect(a[0]), "", 0) == 0);
+  fd = c_connect(a[0]);
+  t_close(&c);
+  c_session(fd, "", 1);
+}
+
 static void v_limit(char **a) /* ADDRESS N */
 {
   struct t_conn c[100];
@@ -2892,6 +2941,61 @@ static void v_shrunk(char **a) /* ADDRESS FILE, which is 4 MiB */
   }
 }
 
+static void v_half(char **a) /* ADDRESS FILE of 8 MiB, of which 5 stay */
+{
+  enum { ALL = 8 << 20, LEFT = 5 << 20 };
+  static char b[ALL], want[ALL];
+  static struct t_reply r;
+  struct t_conn c;
+  uint64_t off = 0;
+  int structured, fd = open(a[1], O_RDONLY);
+  CHECK(fd >= 0 && t_read(fd, want, ALL) == ALL);
+  for (structured = 0; structured < 2; structured++) {
+    CHECK(t_open(&c, c_connect(a[0]), "", structured) == 0 && c.size == ALL);
+    CHECK(truncate(a[1], LEFT) == 0);
+    CHECK(t_do(&c, 0, READ, 0, ALL, b) == 5);
+    if (structured) {
+      CHECK(t_send(&c, 0, READ, 1, 0, ALL, NULL) == 0);
+      while (CHECK(t_recv(&c, &r)), !r.done) { /* chunks of what is there */
+        CHECK(r.chunk == 1 && r.off == off && off + r.len <= LEFT);
+        CHECK(!memcmp(r.data, want + off, r.len));
+        off += r.len;
+      }
+      CHECK(off > 0 && r.chunk == 0x8001 && r.error == 5);
+    }
+    CHECK(t_do(&c, 0, READ, 0, LEFT, b) == 0 && !memcmp(b, want, LEFT));
+    t_close(&c);
+    CHECK(truncate(a[1], ALL) == 0);
+  }
+}
+
+/* Neither data nor zeroes are there where a file has been cut off */
+static void v_lost(char **a) /* ADDRESS FILE of 1 MiB, of which 64 KiB stay */
+{
+  enum { ALL = 1 << 20, LEFT = 65536 };
+  static const uint32_t from[] = {0, 4096, LEFT, ALL / 2, ALL - 512};
+  static struct t_reply r;
+  struct t_conn c;
+  char b[4096];
+  unsigned i, k, n;
+  CHECK(t_open(&c, c_connect(a[0]), "", 1) == 0 && c.size == ALL);
+  CHECK(truncate(a[1], LEFT) == 0);
+  CHECK(t_do(&c, 0, READ, ALL / 2, 4096, b) == 5);
+  CHECK(t_do(&c, 0, READ, LEFT, 512, b) == 5);
+  for (i = 0; i < 2 * (unsigned)COUNT(from); i++) {
+    uint64_t off = from[i / 2], len = i % 2 ? ALL - off : 512;
+    CHECK(t_send(&c, 0, STATUS, 1, off, (uint32_t)len, NULL) == 0);
+    CHECK(t_recv(&c, &r) && r.chunk == 5 && r.done && r.len >= 12);
+    n = r.len / 8;
+    for (k = 0; k < n; k++) {
+      off += t_get(r.data + 4 + 8 * k, 4);
+      CHECK(off <= LEFT || t_get(r.data + 8 + 8 * k, 4) == 0);
+    }
+    CHECK(off > LEFT || i < 4);
+  }
+  t_close(&c);
+}
+
 /* ---- acked: what was acknowledged is in the file ---- */
 
 enum { BLOCKS = 64, WORDS = 512 };
@@ -2971,6 +3075,29 @@ static void v_listener(char **a) /* ADDRESS PROGRAM ARG... */
   c_given(fd, c_connect(a[0]), 0, a + 1);
 }
 
+/* A program that wants the address of someone whose backlog is full: it has to
+ * fail soon, with status 1 */
+static void v_full(char **a) /* ADDRESS PROGRAM ARG... */
+{
+  int fd = c_listen(a[0]), i, status;
+  pid_t pid, done;
+  CHECK(listen(fd, 0) == 0);
+  do {
+    CHECK((fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0)) >= 0);
+    CHECK(fd < 100);
+  } while (c_unix(a[0], fd, connect) == 0);
+  CHECK(errno == EAGAIN);
+  CHECK((pid = fork()) >= 0);
+  if (pid == 0) {
+    execv(a[1], a + 1);
+    _exit(126);
+  }
+  for (i = 0; (done = waitpid(pid, &status, WNOHANG)) == 0 && i < 200; i++)
+    t_sleep(50);
+  if (!done) kill(pid, SIGKILL);
+  CHECK(done == pid && WIFEXITED(status) && WEXITSTATUS(status) == 1);
+}
+
 static void v_activate(char **a) /* ADDRESS PROGRAM ARG... */
 {
   int fd = c_listen(a[0]);
@@ -2985,7 +3112,8 @@ int main(int argc, char **argv) {
   } verbs[] = {
       V(hello), V(pipeline), V(badinput), V(rude), V(stall), V(idle), V(crowd),
       V(large), V(flushes), V(many), V(limit), V(acked), V(pair), V(listener),
-      V(activate), V(shrunk), V(compare), V(spin),
+      V(activate), V(shrunk), V(compare), V(spin), V(mixed), V(next),
+      V(half), V(lost), V(full),
   };
   int i;
   CHECK(argc > 2);
@@ -3265,6 +3393,57 @@ static void u_arguments(void) {
   nbdserve_free(NULL);
 }
 
+static void u_failed(void) {
+  struct nbdserve_config config = {0};
+  struct nbdserve *s;
+  int i;
+  for (i = 0; i < 4; i++) {
+    config.version = i ? NBDSERVE_VERSION_NUMBER : 0;
+    config.threads = i == 1 ? 0xffffffffu : 0;
+    config.max_conn = i == 2 ? 0xffffffffu : 0;
+    config.flags = i == 3 ? 0x80000000u : 0;
+    s = (struct nbdserve *)(void *)&config;
+    CHECK(nbdserve_new(&s, &config) == -EINVAL && s == NULL);
+  }
+}
+
+static void u_flags(void) {
+  struct ram *r = r_new(4096);
+  struct nbdserve_export e;
+  struct nbdserve *s;
+  uint32_t flag;
+  CHECK(nbdserve_new(&s, NULL) == 0);
+  for (flag = 2 * NBDSERVE_UNSAFE; flag; flag <<= 1) {
+    e = r_export(r, flag);
+    CHECK(nbdserve_add(s, &e) == -EINVAL);
+    e = r_export(r, flag | NBDSERVE_READONLY);
+    CHECK(nbdserve_add(s, &e) == -EINVAL);
+  }
+  e = r_export(r, 2 * NBDSERVE_UNSAFE - 1); /* all that are known */
+  CHECK(nbdserve_add(s, &e) == 0);
+  nbdserve_free(s);
+}
+
+static void u_null(void) {
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct one o;
+  char path[100], null[200], empty[200];
+  snprintf(path, sizeof path, "unix:%s/null", dir);
+  o_open(&o, &e, 0);
+  CHECK(nbdserve_resize(o.s, NULL, 4096) == -ENOENT); /* it has a name */
+  e = r_export(r_new(65536), 0);
+  e.name = NULL;
+  CHECK(nbdserve_add(o.s, &e) == 0);
+  CHECK(nbdserve_resize(o.s, NULL, 4096) == 0);
+  CHECK(nbdserve_resize(o.s, "", 4096) == 0);
+  CHECK(nbdserve_listen(o.s, path) == 0);
+  CHECK(nbdserve_uri(o.s, NULL, null, sizeof null) == 0);
+  CHECK(nbdserve_uri(o.s, "", empty, sizeof empty) == 0);
+  CHECK(!strcmp(null, empty));
+  o_close(&o);
+}
+
 static void u_uris(void) {
   struct nbdserve *s;
   char buf[300], want[300], path[100];
@@ -3519,6 +3698,49 @@ static void u_errors(void) {
   o_close(&o);
 }
 
+static void l_log(void *server, int level, const char *message) {
+  static int n;
+  struct nbdserve_stats stats;
+  nbdserve_stats(*(struct nbdserve **)server, &stats);
+  CHECK(stats.clients_now == 1 && level >= 0 && *message);
+  t_hold(&n, 1);
+}
+
+/* The log callback may ask for the totals, whoever calls it */
+static void u_totals(void) {
+  struct nbdserve_config config = {0};
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct nbdserve *s;
+  struct served v = {0};
+  struct t_conn c;
+  char b[512] = "";
+  int i, level;
+  alarm(10);
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.log = l_log;
+  config.ctx = &s;
+  for (level = NBDSERVE_LOG_WARNING; level <= NBDSERVE_LOG_TRACE; level++) {
+    config.log_level = level;
+    r->closes = r->error = 0;
+    CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
+    s_start(&v, s, &c);
+    CHECK(t_open(&c, c.fd, "", level & 1) == 0);
+    r->error = -EIO;
+    for (i = 0; i < 40; i++) { /* more than are logged */
+      CHECK(t_do(&c, 0, WRITE, 0, 512, b) == 5);
+      CHECK(t_do(&c, FUA, WRITE, 0, 512, b) == 5);
+      CHECK(t_do(&c, 0, READ, 0, 512, b) == 5);
+      CHECK(t_do(&c, 0, TRIM, 0, 512, NULL) == 5);
+      CHECK(t_do(&c, 0, FLUSH, 0, 0, NULL) == 5);
+      CHECK(t_do(&c, 0, READ, 65536, 1, b) == 22);
+    }
+    t_close(&c);
+    CHECK(s_end(&v) == 0);
+    nbdserve_free(s);
+  }
+}
+
 static void u_missing(void) {
   struct ram *r = r_new(1 << 20);
   struct nbdserve_export e = r_export(r, 0);
@@ -3757,6 +3979,60 @@ static void u_stop(void) {
   nbdserve_free(o.s);
 }
 
+/* Listens on a socket and connects to it */
+static int u_dial(struct nbdserve *s) {
+  struct sockaddr_un a = {0};
+  char address[200];
+  int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+  a.sun_family = AF_UNIX;
+  snprintf(a.sun_path, sizeof a.sun_path, "%s/s", dir);
+  snprintf(address, sizeof address, "unix:%s", a.sun_path);
+  CHECK(nbdserve_listen(s, address) == 0);
+  CHECK(connect(fd, (struct sockaddr *)&a, sizeof a) == 0);
+  return fd;
+}
+
+static int u_descriptors(void) {
+  int fd, n = 0;
+  for (fd = 0; fd < 500; fd++) n += fcntl(fd, F_GETFD) >= 0;
+  return n;
+}
+
+/* nbdserve_free while clients are still served */
+static void u_free(void) {
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct nbdserve *s;
+  struct t_conn c;
+  static struct t_reply reply;
+  pthread_t run;
+  void *result;
+  char b[512];
+  int round, before = u_descriptors();
+  for (round = 0; round < 4; round++) { /* one that waits, or has asked */
+    r->blocks_ms = r->closes = 0;
+    CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == 0);
+    c.fd = u_dial(s);
+    CHECK(pthread_create(&run, NULL, u_run, s) == 0);
+    CHECK(t_open(&c, c.fd, "", round & 1) == 0);
+    CHECK(t_do(&c, 0, READ, 0, 512, b) == 0);
+    r->blocks_ms = 50;
+    if (round & 2) CHECK(t_send(&c, 0, READ, 7, 0, 512, NULL) == 0);
+    nbdserve_wake(s);
+    CHECK(pthread_join(run, &result) == 0);
+    CHECK((int)(intptr_t)result == -EINTR && r->closes == 0);
+    nbdserve_free(s);
+    CHECK(r->closes == 1);
+    if (round & 2) {
+      CHECK(t_recv(&c, &reply) && !reply.error);
+      CHECK((uint32_t)reply.cookie == 7);
+    }
+    CHECK(t_read(c.fd, b, 1) == 0);
+    close(c.fd);
+    CHECK(u_descriptors() == before);
+  }
+}
+
 /* What was sent before nbdserve_stop is answered */
 static void u_inflight(void) {
   struct ram *r = r_new(65536);
@@ -3764,19 +4040,13 @@ static void u_inflight(void) {
   struct nbdserve *s;
   struct t_conn c;
   static struct t_reply reply;
-  struct sockaddr_un a = {0};
   pthread_t run;
   void *result;
-  int i, fd = socket(AF_UNIX, SOCK_STREAM, 0);
-  char address[200];
-  a.sun_family = AF_UNIX;
-  snprintf(a.sun_path, sizeof a.sun_path, "%s/s", dir);
-  snprintf(address, sizeof address, "unix:%s", a.sun_path);
+  int i, fd;
   r->blocks_ms = 5;
   CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == 0);
-  CHECK(nbdserve_listen(s, address) == 0);
+  fd = u_dial(s);
   CHECK(pthread_create(&run, NULL, u_run, s) == 0);
-  CHECK(connect(fd, (struct sockaddr *)&a, sizeof a) == 0);
   CHECK(t_open(&c, fd, "", 1) == 0);
   for (i = 0; i < 100; i++)
     CHECK(t_send(&c, 0, READ, (uint32_t)i, 0, 512, NULL) == 0);
@@ -3850,7 +4120,8 @@ int main(int argc, char **argv) {
       V(arguments), V(uris), V(parallel), V(serial), V(slow), V(leave),
       V(vanish), V(inflight), V(memory), V(requests), V(fua), V(errors),
       V(missing), V(flush), V(find), V(extents), V(resize), V(deadline),
-      V(direct), V(stop), V(two),
+      V(direct), V(stop), V(two), V(failed), V(flags), V(null),
+      V(totals), V(free),
   };
   int i;
   CHECK(argc == 3);
@@ -3866,11 +4137,12 @@ int main(int argc, char **argv) {
 
 //== fault
 /* System calls that fail as they are told: err for the next times calls (-1:
- * all), at most cut bytes at a time, EINTR before every other call, EIO for
- * what covers the file's byte bad; a call waits for the end of hold. */
+ * all) behind the next skip, at most cut bytes at a time, EINTR before every
+ * other call, EIO for what covers the file's byte bad; a call waits for the end
+ * of hold. */
 enum { PREAD, PWRITE, SYNC, FALLOCATE, THREAD, MALLOC, NCALLS };
 static struct {
-  int calls, err, times, eintr;
+  int calls, err, times, skip, eintr;
   int hold; /* (t_hold) */
   size_t cut;
   off_t bad;
@@ -3883,7 +4155,8 @@ static int fi_fails(int f, off_t off, size_t *len) {
   pthread_mutex_lock(&fi_lock);
   fi[f].calls++;
   if (f == MALLOC && fi[f].calls == fi[f].bad) err = ENOMEM;
-  if (fi[f].times) {
+  if (fi[f].skip > 0) fi[f].skip--;
+  else if (fi[f].times) {
     err = fi[f].err;
     if (fi[f].times > 0) fi[f].times--;
   }
@@ -4107,6 +4380,31 @@ static void i_read(void) {
   }
 }
 
+/* A write that is done in pieces fails as one, whichever of them does */
+static void i_halfway(void) {
+  enum { LONG = 4 << 20 };
+  unsigned char *in = t_alloc(LONG), *out = t_alloc(LONG);
+  struct one o;
+  int k;
+  CHECK(truncate(path, LONG) == 0);
+  for (k = 0; k < 16; k++) { /* piece, both kinds of replies, FUA */
+    i_open(&o, k >> 2 & 1);
+    memset(in, k + 1, LONG);
+    fi[PWRITE].calls = 0;
+    fi[PWRITE].skip = k & 3;
+    fi[PWRITE].err = ENOSPC;
+    fi[PWRITE].times = 1;
+    CHECK(t_do(&o.c, k & 8 ? FUA : 0, WRITE, 0, LONG, in) == 28);
+    CHECK(fi[PWRITE].times == 0 && fi[PWRITE].calls > (k & 3));
+    CHECK(t_do(&o.c, 0, READ, 0, LONG, out) == 0);
+    CHECK((k & 3) == 0 || !memcmp(in, out, (size_t)(k & 3) << 20));
+    CHECK(t_do(&o.c, 0, WRITE, 0, LONG, in) == 0);
+    CHECK(t_do(&o.c, 0, READ, 0, LONG, out) == 0 && !memcmp(in, out, LONG));
+    o_close(&o);
+  }
+  CHECK(truncate(path, 65536) == 0);
+}
+
 /* Reads are answered while a flush or a trim is under way */
 static void i_slow(void) {
   static char b[512];
@@ -4270,6 +4568,7 @@ int main(int argc, char **argv) {
   else if (!strcmp(argv[1], "full")) i_full();
   else if (!strcmp(argv[1], "short")) i_short();
   else if (!strcmp(argv[1], "read")) i_read();
+  else if (!strcmp(argv[1], "halfway")) i_halfway();
   else if (!strcmp(argv[1], "slow")) i_slow();
   else if (!strcmp(argv[1], "whole")) i_whole();
   else if (!strcmp(argv[1], "fallocate")) i_fallocate(argv[3]);

@@ -752,6 +752,7 @@ static int io_send(const struct io *io, struct iovec *v, int n, size_t piped) {
   struct msghdr m;
   ssize_t done;
 
+  assert(n > 0);
   memset(&m, 0, sizeof m);
   while (n > 0 && !err) {
     m.msg_iov = v;
@@ -1655,6 +1656,7 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list, size_t ready) {
 
   os_lock(&c->lock);
   for (r = list; r; r = r->next) {
+    assert(r->err <= 0 && !r->deferred);
     c->stats.requests++;
     c->stats.errors += r->err != 0;
     if (!r->err && r->type == NBD_CMD_READ) c->stats.bytes_read += r->len;
@@ -1757,6 +1759,7 @@ static int tx_defer(struct conn *c, const struct nbdserve_req *r) {
   struct nbdserve_req *q = c->max_workers ? NBDSERVE_MALLOC(sizeof *q) : NULL;
   unsigned takers; /* workers that are wanted */
 
+  assert(!r->err && !r->deferred);
   if (!q) return 0;
   *q = *r;
   q->next = NULL;
@@ -1922,6 +1925,7 @@ static int tx_long_write(struct conn *c, struct nbdserve_req *r) {
   uint64_t end = r->off + r->len;
   int err = 0;
 
+  assert(!c->nreqs && r->len > 0);
   p.buf = c->big;
   for (; p.off < end && !err; p.off += p.len) {
     p.len = u_min(end - p.off, TX_KEEP);
@@ -2052,6 +2056,8 @@ static int tx_fill(struct conn *c) {
   size_t left = c->rend - c->rpos, want = TX_RBUF - left;
   ssize_t n;
 
+  assert(c->rpos <= c->rend && c->rend <= TX_RBUF);
+  assert(!c->nreqs && !c->wlen && want > 0); /* WRITEs of the batch lie there */
   if (c->rpos) memmove(c->rbuf, c->rbuf + c->rpos, left);
   c->rpos = 0;
   c->rend = left;
@@ -2638,6 +2644,7 @@ static void srv_free_client(struct conn *c) {
   NBDSERVE_FREE(c->big);
   if (c->io.pipe[0] >= 0) close(c->io.pipe[0]);
   if (c->io.pipe[1] >= 0) close(c->io.pipe[1]);
+  assert(!c->nworkers && !c->ndeferred);
   os_lock(&s->lock);
   while (*p != c) p = &(*p)->next;
   *p = c->next;

@@ -1955,7 +1955,7 @@ static int tx_long_read(struct conn *c, struct nbdserve_req *r) {
       p.more = p.off + p.len < end;
       r->err = ex_do(c->ex, &p);
       head = c->structured || p.off == r->off ? c->read_head : 0;
-      if (r->err && !head) return r->err; /* proto.md: disconnect */
+      if (r->err && pass && !head) return r->err; /* proto.md: disconnect */
       if (r->err) return tx_answer(c, r, 0);
       if (head) tx_put_head(c, &p, p.buf - head);
       v.iov_base = p.buf - head;

@@ -285,10 +285,8 @@ static void os_tune(int fd) {
 #if !NBDSERVE_NO_TCP
   setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
 #endif
-#ifdef __APPLE__ /* its default makes large replies ten times slower */
-  one = 2 << 20;
+  one = 2 << 20; /* a long reply fits: 3 times faster on Linux, 10 on macOS */
   setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &one, sizeof one);
-#endif
 }
 
 /* A pipe for size bytes of file contents that need not be copied.  False:
@@ -746,9 +744,10 @@ static int io_skip(const struct io *io, uint64_t len, unsigned char *scratch,
 }
 
 /* Sends all of v[0..n), which it uses up, and then piped bytes out of the
- * pipe. */
-static int io_send(const struct io *io, struct iovec *v, int n, size_t piped) {
-  int flags = io_flags(io, piped ? OS_MSG_MORE : 0) | MSG_NOSIGNAL, err = 0;
+ * pipe.  more: MSG_MORE where other data follows at once, or 0. */
+static int io_send(const struct io *io, struct iovec *v, int n, size_t piped,
+                   int more) {
+  int flags = io_flags(io, 0) | MSG_NOSIGNAL | more, err = 0;
   struct msghdr m;
   ssize_t done;
 
@@ -1208,7 +1207,7 @@ enum { HS_MORE, HS_ENTER, HS_END }; /* what follows an option; or -errno */
 static int hs_send(struct conn *c) {
   struct iovec v = {c->wbuf, c->wlen};
   c->wlen = 0;
-  return io_send(&c->io, &v, 1, 0);
+  return io_send(&c->io, &v, 1, 0, 0);
 }
 
 /* Room for len more bytes to send, or NULL when the client is gone. */
@@ -1581,10 +1580,11 @@ static int tx_new_buf(struct conn *c, struct nbdserve_req *r) {
 STATIC_ASSERT(status_needs_no_budget, (int)EX_EXTENTS_SIZE <= (int)TX_SMALL);
 
 /* Sends to the client, unless that has failed before. */
-static int tx_send(struct conn *c, struct iovec *v, int n, size_t piped) {
+static int tx_send(struct conn *c, struct iovec *v, int n, size_t piped,
+                   int more) {
   int err = -EPIPE;
   os_lock(&c->sending);
-  if (!c->broken) err = io_send(&c->io, v, n, piped);
+  if (!c->broken) err = io_send(&c->io, v, n, piped, more);
   if (err && !c->broken)
     shutdown(c->io.out, SHUT_RDWR); /* the client's thread sees it so */
   c->broken |= err != 0;
@@ -1652,6 +1652,7 @@ static size_t tx_put_head(const struct conn *c, const struct nbdserve_req *r,
 static int tx_answer(struct conn *c, struct nbdserve_req *list, size_t ready) {
   unsigned char heads[32 * TX_HEAD];
   struct nbdserve_req *r;
+  size_t sent = 0;
   int err = 0;
 
   os_lock(&c->lock);
@@ -1664,11 +1665,17 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list, size_t ready) {
   }
   os_unlock(&c->lock);
   for (r = list; r; r = r->next) tx_log(c, r);
-  for (r = list; r && !err; ready = 0) {
+  if (ready && !list->next) { /* a lone READ: its head already wakes the */
+    struct iovec head = {c->wbuf, c->read_head}; /* client, on a processor of */
+    assert(list->ready); /* its own while the data is still being copied */
+    err = tx_send(c, &head, 1, 0, OS_MSG_MORE);
+    sent = c->read_head;
+  }
+  for (r = list; r && !err; ready = sent = 0) {
     struct iovec v[3] = {{NULL, 0}, {NULL, 0}, {NULL, 0}};
     size_t piped = 0;
-    v[0].iov_base = c->wbuf;
-    v[0].iov_len = ready;
+    v[0].iov_base = c->wbuf + sent;
+    v[0].iov_len = ready - sent;
     v[1].iov_base = heads;
     for (; r && !piped && !v[2].iov_len &&
            v[1].iov_len + TX_HEAD <= sizeof heads; r = r->next) {
@@ -1681,7 +1688,8 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list, size_t ready) {
       v[2].iov_base = r->buf + EX_EXTENT_HEAD;
       v[2].iov_len = r->owned - EX_EXTENT_HEAD;
     }
-    err = tx_send(c, v, v[2].iov_len ? 3 : v[1].iov_len ? 2 : 1, piped);
+    err = tx_send(c, v, v[2].iov_len ? 3 : v[1].iov_len ? 2 : 1, piped,
+                  piped ? OS_MSG_MORE : 0);
   }
   for (r = list; r; r = r->next) tx_free_buf(c, r);
   return err;
@@ -1960,7 +1968,7 @@ static int tx_long_read(struct conn *c, struct nbdserve_req *r) {
       if (head) tx_put_head(c, &p, p.buf - head);
       v.iov_base = p.buf - head;
       v.iov_len = head + (size_t)p.len;
-      if (pass) err = tx_send(c, &v, 1, 0);
+      if (pass) err = tx_send(c, &v, 1, 0, 0);
       if (err) return err;
     }
   r->ready = 1;

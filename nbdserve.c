@@ -40,7 +40,7 @@
  *
  * ---- Locks, in the order they may be taken -------------------------------
  *   1. nbdserve.lock   exports and their sizes, clients, memory, threads
- *   2. conn.lock       a client's queues, counters and stop flag
+ *   2. conn.lock       a client's queues and counters
  *   3. conn.sending    one writer on a client's socket at a time (the only
  *                      lock held while a client is waited for: it is its own)
  *   4. ex.serial       one call into an NBDSERVE_SERIAL backend at a time
@@ -1653,9 +1653,10 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list, size_t ready) {
   unsigned char heads[32 * TX_HEAD];
   struct nbdserve_req *r;
   size_t sent = 0;
-  int err = 0;
+  int err = 0, split;
 
   os_lock(&c->lock);
+  split = ready && !list->next && !c->ndeferred; /* no worker comes between */
   for (r = list; r; r = r->next) {
     assert(r->err <= 0 && !r->deferred);
     c->stats.requests++;
@@ -1665,7 +1666,7 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list, size_t ready) {
   }
   os_unlock(&c->lock);
   for (r = list; r; r = r->next) tx_log(c, r);
-  if (ready && !list->next) { /* a lone READ: its head already wakes the */
+  if (split) { /* a lone READ: its head already wakes the */
     struct iovec head = {c->wbuf, c->read_head}; /* client, on a processor of */
     assert(list->ready); /* its own while the data is still being copied */
     err = tx_send(c, &head, 1, 0, OS_MSG_MORE);

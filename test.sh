@@ -1865,6 +1865,12 @@ testNoReplyComesInsideTheDataOfALongRead() {
   serve "$DISK"
   client mixed "$SOCK"
 }
+testNoReplyComesInsideTheDataOfALoneRead() {
+  LOG='^nbdserve: client'
+  truncate -s 16M "$DISK"
+  serve "$DISK"
+  client lone "$SOCK"
+}
 testReadsOfAnyLengthAreTheFilesBytes() {
   head -c 7000003 /dev/urandom >"$DISK"
   serve -o 12345 "$DISK"
@@ -2624,6 +2630,35 @@ static void v_pipeline(char **a) /* ADDRESS CONNECTIONS REQUESTS */
 }
 
 /* Slow flushes, a trim and a long read in flight at once: simple replies */
+/* One READ at a time, while a worker is about to answer something */
+static void v_lone(char **a) /* ADDRESS, of 16 MiB */
+{
+  enum { LEN = 16384 };
+  unsigned char want[LEN], head[28];
+  struct t_reply r = {0};
+  struct t_conn c;
+  int i, j;
+  CHECK(t_open(&c, c_connect(a[0]), "", 0) == 0 && c.size == 16 << 20);
+  for (i = 0; i < LEN; i++) want[i] = (unsigned char)(i * 7 + i / 256);
+  CHECK(t_do(&c, 0, WRITE, 0, LEN, want) == 0);
+  for (i = 0; i < 5000; i++) {
+    t_head(head, 0, i % 2 ? TRIM : STATUS, 1, 1 << 20, LEN); /* an error, too */
+    CHECK(t_write(c.fd, head, 28) == 0);
+    t_head(head, 0, FLUSH, 2, 0, 0);
+    CHECK(t_write(c.fd, head, 28) == 0);
+    for (j = 0; j < i % 64 * 20; j++) head[j % 28] ^= 1; /* a moment */
+    t_head(head, 0, READ, 3, 0, LEN);
+    CHECK(t_write(c.fd, head, 28) == 0);
+    for (j = 0; j < 3; j++) {
+      CHECK(t_recv(&c, &r));
+      if ((uint32_t)r.cookie == 3)
+        CHECK(!r.error && r.len == LEN && !memcmp(r.data, want, LEN));
+    }
+  }
+  t_close(&c);
+  free(r.data);
+}
+
 static void v_mixed(char **a) /* ADDRESS, of 16 MiB */
 {
   enum { LONG = 8 << 20, PIECE = 65536, N = 14 };
@@ -3118,7 +3153,8 @@ int main(int argc, char **argv) {
   } verbs[] = {
       V(hello), V(pipeline), V(badinput), V(rude), V(stall), V(idle), V(crowd),
       V(large), V(flushes), V(many), V(limit), V(acked), V(pair), V(listener),
-      V(activate), V(shrunk), V(compare), V(spin), V(mixed), V(next),
+      V(activate), V(shrunk), V(compare), V(spin), V(mixed), V(lone),
+      V(next),
       V(half), V(lost), V(full),
   };
   int i;

@@ -161,42 +161,26 @@ STATIC_ASSERT(int_has_32_bits, sizeof(int) >= 4);
 #endif
 
 #if NBDSERVE_NO_THREADS /* nothing to lock, nobody to wait for */
-struct os_mutex { char unused; };
-struct os_cond { char unused; };
-#define os_mutex_init(m) ((m)->unused = 0)
-#define os_mutex_free(m) ((void)(m))
-#define os_lock(m) ((void)(m))
-#define os_unlock(m) ((void)(m))
-#define os_cond_init(c) ((c)->unused = 0)
-#define os_cond_free(c) ((void)(c))
-#define os_wait(c, m) assert(0) /* nobody could end this wait */
-#define os_wait_ms(c, m, ms) ((ms) < 0)
-#define os_wake_one(c) ((void)(c))
-#define os_wake_all(c) ((void)(c))
-#define os_thread(fn, arg) ((void)(fn), (void)(arg), -EAGAIN)
+struct os_mutex { char m; };
+struct os_cond { char c; };
+#define OS_PTHREAD(x, call) ((void)(x), 0)
+#define os_thread(fn, arg) ((void)(fn)(arg), 0) /* at once, to its end */
 #else
 struct os_mutex { pthread_mutex_t m; };
 struct os_cond { pthread_cond_t c; };
-#define os_mutex_init(x) (-pthread_mutex_init(&(x)->m, NULL))
-#define os_mutex_free(x) ((void)pthread_mutex_destroy(&(x)->m))
-#define os_lock(x) ((void)pthread_mutex_lock(&(x)->m))
-#define os_unlock(x) ((void)pthread_mutex_unlock(&(x)->m))
-#define os_cond_init(x) (-pthread_cond_init(&(x)->c, NULL))
-#define os_cond_free(x) ((void)pthread_cond_destroy(&(x)->c))
-#define os_wait(x, y) ((void)pthread_cond_wait(&(x)->c, &(y)->m))
-#define os_wake_one(x) ((void)pthread_cond_signal(&(x)->c))
-#define os_wake_all(x) ((void)pthread_cond_broadcast(&(x)->c))
+#define OS_PTHREAD(x, call) call
+#endif
+#define os_mutex_init(x) (-OS_PTHREAD(x, pthread_mutex_init(&(x)->m, NULL)))
+#define os_mutex_free(x) ((void)OS_PTHREAD(x, pthread_mutex_destroy(&(x)->m)))
+#define os_lock(x) ((void)OS_PTHREAD(x, pthread_mutex_lock(&(x)->m)))
+#define os_unlock(x) ((void)OS_PTHREAD(x, pthread_mutex_unlock(&(x)->m)))
+#define os_cond_init(x) (-OS_PTHREAD(x, pthread_cond_init(&(x)->c, NULL)))
+#define os_cond_free(x) ((void)OS_PTHREAD(x, pthread_cond_destroy(&(x)->c)))
+#define os_wait(x, y) ((void)OS_PTHREAD(x, pthread_cond_wait(&(x)->c, &(y)->m)))
+#define os_wake_one(x) ((void)OS_PTHREAD(x, pthread_cond_signal(&(x)->c)))
+#define os_wake_all(x) ((void)OS_PTHREAD(x, pthread_cond_broadcast(&(x)->c)))
 
-/* Waits up to ms milliseconds; false when they are over. */
-static int os_wait_ms(struct os_cond *c, struct os_mutex *m, int ms) {
-  struct timespec t;
-  clock_gettime(CLOCK_REALTIME, &t);
-  t.tv_nsec += (long)(ms % 1000) * 1000000;
-  t.tv_sec += ms / 1000 + t.tv_nsec / 1000000000;
-  t.tv_nsec %= 1000000000;
-  return pthread_cond_timedwait(&c->c, &m->m, &t) == 0;
-}
-
+#if !NBDSERVE_NO_THREADS
 /* Starts a detached thread that takes no signals: those are the host's.  0, or
  * -errno when the system has no thread left. */
 static int os_thread(void *(*fn)(void *), void *arg) {
@@ -224,10 +208,11 @@ static int64_t os_now_ms(void) {
   return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
-/* Sets or clears O_NONBLOCK. */
-static void os_nonblock(int fd, int on) {
-  int fl = fcntl(fd, F_GETFL);
-  if (fl >= 0) fcntl(fd, F_SETFL, on ? fl | O_NONBLOCK : fl & ~O_NONBLOCK);
+/* A descriptor of ours does not survive exec; sets or clears O_NONBLOCK. */
+static void os_own(int fd, int nonblock) {
+  int fl = fcntl(fd, F_GETFL) & ~O_NONBLOCK;
+  fcntl(fd, F_SETFL, nonblock ? fl | O_NONBLOCK : fl);
+  fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
 
 /* A pipe of which neither end blocks or survives exec. */
@@ -235,10 +220,9 @@ static int os_pipe(int fd[2]) {
 #if OS_LINUX
   return pipe2(fd, O_CLOEXEC | O_NONBLOCK) < 0 ? -errno : 0;
 #else
-  int i;
   if (pipe(fd) < 0) return -errno;
-  for (i = 0; i < 2; i++) fcntl(fd[i], F_SETFD, FD_CLOEXEC);
-  for (i = 0; i < 2; i++) os_nonblock(fd[i], 1);
+  os_own(fd[0], 1);
+  os_own(fd[1], 1);
   return 0;
 #endif
 }
@@ -268,8 +252,7 @@ static int os_accept(int fd) {
   int c = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
 #else
   int c = accept(fd, NULL, NULL);
-  if (c >= 0) fcntl(c, F_SETFD, FD_CLOEXEC);
-  if (c >= 0) os_nonblock(c, 0); /* the BSDs inherit it */
+  if (c >= 0) os_own(c, 0); /* the BSDs inherit O_NONBLOCK */
 #endif
   return c < 0 ? -errno : c;
 }
@@ -833,7 +816,6 @@ struct nbdserve {
   int nlisteners;
   int64_t idle_from; /* nbdserve_run: when the last client had gone */
   struct os_mutex lock; /* guards what follows */
-  struct os_cond gone;  /* a client is */
   struct ex *exports, **last_export;
   struct conn *conns; /* clients being served */
   unsigned nconns;
@@ -2370,11 +2352,10 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   if (config) *k = *config;
   if (!k->threads) k->threads = 16;
   if (!k->max_conn) k->max_conn = 128;
-  if (NBDSERVE_NO_THREADS) k->max_conn = 1;
+  if (NBDSERVE_NO_THREADS) k->max_conn = k->threads = 1;
   if (!k->handshake_ms) k->handshake_ms = 10000;
   if (!k->memory) k->memory = 256u << 20;
-  if (!os_mutex_init(&s->lock) && !os_cond_init(&s->gone))
-    err = os_pipe(s->stop);
+  if (!os_mutex_init(&s->lock)) err = os_pipe(s->stop);
   if (!err) err = os_pipe(s->wake);
   if (k->threads > 1024 || k->max_conn > 1 << 20 || k->flags & ~NBDSERVE_ONCE)
     err = -EINVAL;
@@ -2423,8 +2404,7 @@ static int srv_add_listener(struct nbdserve *s, int fd, int is_unix,
     if (is_unix) unlink(text);
     return -EMFILE;
   }
-  fcntl(fd, F_SETFD, FD_CLOEXEC);
-  os_nonblock(fd, 1);
+  os_own(fd, 1);
   l->fd = fd;
   l->is_unix = is_unix && lstat(text, &l->st) == 0;
   snprintf(l->text, sizeof l->text, "%s", text);
@@ -2454,7 +2434,7 @@ static int srv_remove_stale(const union srv_address *a) {
   struct stat st;
   int fd = os_socket(AF_UNIX), stale;
   if (fd < 0) return fd;
-  os_nonblock(fd, 1);
+  os_own(fd, 1);
   stale = lstat(a->un.sun_path, &st) == 0 && S_ISSOCK(st.st_mode) &&
           connect(fd, &a->sa, sizeof a->un) < 0 && errno == ECONNREFUSED;
   close(fd);
@@ -2665,7 +2645,6 @@ static void srv_free_client(struct conn *c) {
   os_cond_free(&c->work);
   os_cond_free(&c->room);
   NBDSERVE_FREE(c);
-  os_wake_all(&s->gone);
   srv_poke(s->wake[1], SRV_GONE);
   os_unlock(&s->lock); /* (S2) */
 }
@@ -2726,8 +2705,7 @@ static int srv_accept(struct nbdserve *s, int listener) {
     close(fd);
     return -ENOMEM;
   }
-  err = NBDSERVE_NO_THREADS ? 0 : os_thread(srv_thread, c);
-  if (NBDSERVE_NO_THREADS) srv_thread(c); /* one at a time: here */
+  err = os_thread(srv_thread, c);
   if (err) srv_free_client(c);
   return err;
 }
@@ -2742,28 +2720,25 @@ static int srv_woken(struct nbdserve *s) {
   return woken;
 }
 
-/* Ends what all clients send (and get): how is that of shutdown(2).  Holds
- * s->lock. */
-static void srv_shut_clients(struct nbdserve *s, int how) {
-  struct conn *c;
-  for (c = s->conns; c; c = c->next)
-    if (c->fd >= 0) shutdown(c->fd, how);
-}
-
 /* Ends service (S3). */
 static int srv_finish(struct nbdserve *s) {
   int64_t until = os_now_ms() + IO_GRACE_MS, left;
+  struct pollfd p = {s->wake[0], POLLIN, 0}; /* a client has gone */
+  struct conn *c;
   struct ex *ex;
-  int err = 0, e;
+  int err = 0, busy, e;
 
   nbdserve_stop(s);
-  os_lock(&s->lock);
-  srv_shut_clients(s, SHUT_RD);
-  while (s->nconns > 0 && (left = until - os_now_ms()) > 0)
-    (void)os_wait_ms(&s->gone, &s->lock, (int)u_min((uint64_t)left, 500));
-  srv_shut_clients(s, SHUT_RDWR);
-  while (s->nconns > 0) os_wait(&s->gone, &s->lock);
-  os_unlock(&s->lock);
+  do {
+    left = until - os_now_ms();
+    os_lock(&s->lock);
+    busy = s->nconns > 0;
+    for (c = s->conns; c; c = c->next)
+      if (c->fd >= 0) shutdown(c->fd, left > 0 ? SHUT_RD : SHUT_RDWR);
+    os_unlock(&s->lock);
+    if (busy) poll(&p, 1, left > 0 ? (int)left : -1);
+    srv_woken(s);
+  } while (busy);
   for (ex = s->exports; ex; ex = ex->next) { /* nobody adds any more */
     e = ex->e.flags & NBDSERVE_READONLY ? 0 : ex_flush(ex);
     if (e)
@@ -2849,7 +2824,6 @@ void nbdserve_free(struct nbdserve *s) {
     if (s->stop[i] >= 0) close(s->stop[i]);
     if (s->wake[i] >= 0) close(s->wake[i]);
   }
-  os_cond_free(&s->gone);
   os_mutex_free(&s->lock);
   NBDSERVE_FREE(s);
 }

@@ -650,14 +650,12 @@ struct io {
 
 /* Waits until the input can be read, or the output written. */
 static int io_wait(const struct io *io, int writing) {
-  struct pollfd p[2];
+  struct pollfd p[2] = {
+      {writing ? io->out : io->in, writing ? POLLOUT : POLLIN, 0},
+      {io->stop, POLLIN, 0}}; /* poll skips a negative one */
   int64_t left, deadline = io->deadline;
   int r;
 
-  p[0].fd = writing ? io->out : io->in;
-  p[0].events = writing ? POLLOUT : POLLIN;
-  p[1].fd = io->stop; /* poll skips a negative one */
-  p[1].events = POLLIN;
   for (;;) {
     left = deadline ? deadline - os_now_ms() : -1;
     if (deadline && left <= 0) return -ETIMEDOUT;
@@ -714,28 +712,15 @@ static int io_recv_all(const struct io *io, void *buf, size_t len) {
   return 0;
 }
 
-/* Receives len bytes and forgets them, in pieces of scratch[size]. */
-static int io_skip(const struct io *io, uint64_t len, unsigned char *scratch,
-                   size_t size) {
-  int err = 0;
-  while (len > 0 && !err) {
-    size_t n = (size_t)u_min(len, size);
-    err = io_recv_all(io, scratch, n);
-    len -= n;
-  }
-  return err;
-}
-
 /* Sends all of v[0..n), which it uses up, and then piped bytes out of the
  * pipe.  more: MSG_MORE where other data follows at once, or 0. */
 static int io_send(const struct io *io, struct iovec *v, int n, size_t piped,
                    int more) {
   int flags = io_flags(io, 0) | MSG_NOSIGNAL | more, err = 0;
-  struct msghdr m;
+  struct msghdr m = {0};
   ssize_t done;
 
   assert(n > 0);
-  memset(&m, 0, sizeof m);
   while (n > 0 && !err) {
     m.msg_iov = v;
     m.msg_iovlen = (unsigned)n;
@@ -836,8 +821,6 @@ struct nbdserve_extents {
   uint64_t left;   /* bytes of the request not yet described */
   uint64_t skip;   /* bytes described already, see nbdserve_extent */
   uint64_t align;  /* boundaries are multiples of it */
-  uint64_t len;    /* of the last extent */
-  uint32_t status; /* and its status */
   unsigned n, max;
   unsigned char *data; /* [EX_EXTENTS_SIZE] */
 };
@@ -900,31 +883,26 @@ static struct ex *ex_by_name(struct nbdserve *s, const char *name) {
  * has, for the empty name the first one added, one that takes any name.
  * -ENOENT or what the callback said.  ex_put gives it back. */
 static int ex_get(struct nbdserve *s, const char *name, struct ex **out) {
-  struct nbdserve_export e;
-  struct ex *ex;
-  int err = -ENOENT;
+  struct nbdserve_export e = {0};
+  struct ex *any;
+  int err;
 
   os_lock(&s->lock);
   *out = ex_by_name(s, name);
-  os_unlock(&s->lock);
-  if (*out) return 0;
-  memset(&e, 0, sizeof e);
-  if (s->config.find) err = s->config.find(s->config.ctx, name, &e);
-  if (!err) {
-    err = ex_new(out, &e);
-    if (!err)
-      (*out)->dynamic = 1;
-    else if (e.ops && e.ops->close)
-      e.ops->close(e.ctx);
-  }
-  if (err != -ENOENT) return err;
-  os_lock(&s->lock);
-  for (ex = s->exports; ex; ex = ex->next)
-    if ((ex->e.flags & NBDSERVE_ANY_NAME) || (!*name && ex == s->exports))
+  for (any = s->exports; any; any = any->next)
+    if ((any->e.flags & NBDSERVE_ANY_NAME) || (!*name && any == s->exports))
       break;
   os_unlock(&s->lock);
-  *out = ex;
-  return ex ? 0 : -ENOENT;
+  if (*out) return 0;
+  *out = any;
+  err = s->config.find ? s->config.find(s->config.ctx, name, &e) : -ENOENT;
+  if (err) return err == -ENOENT && any ? 0 : err;
+  err = ex_new(out, &e);
+  if (!err)
+    (*out)->dynamic = 1;
+  else if (e.ops && e.ops->close)
+    e.ops->close(e.ctx);
+  return err;
 }
 
 static void ex_put(struct ex *ex) {
@@ -997,22 +975,18 @@ static int ex_wants_flush(const struct ex *ex, const struct nbdserve_req *r) {
 /* Appends one extent in the form of the wire, or makes the last one longer. */
 static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
                           uint32_t status) {
-  unsigned char *p;
+  unsigned char *p = x->data + EX_EXTENT_HEAD + 8 * x->n;
   assert(len > 0 && len <= x->left);
-  if (!x->n || x->status != status) {
-    if (x->n == x->max) {
-      x->left = 0;
-      return;
-    }
-    x->n++;
-    x->len = 0;
-    x->status = status;
-  }
   x->left -= len;
-  x->len += len;
-  p = x->data + EX_EXTENT_HEAD + 8 * (x->n - 1);
-  put32(p, (uint32_t)x->len);
-  put32(p + 4, status);
+  if (x->n && get32(p - 4) == status) {
+    put32(p - 8, get32(p - 8) + (uint32_t)len);
+  } else if (x->n < x->max) {
+    put32(p, (uint32_t)len);
+    put32(p + 4, status);
+    x->n++;
+  } else {
+    x->left = 0;
+  }
 }
 
 int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
@@ -1031,13 +1005,10 @@ int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
 
 /* The extents of a request, as the reply that goes out: r->buf, r->owned. */
 static int ex_extents(struct ex *ex, struct nbdserve_req *r) {
-  struct nbdserve_extents x;
   int one = (r->flags & NBD_CMD_FLAG_REQ_ONE) != 0, err = 0;
+  struct nbdserve_extents x = {.left = r->len, .align = ex->e.min_block,
+                               .max = one ? 1 : EX_EXTENTS};
 
-  memset(&x, 0, sizeof x);
-  x.left = r->len;
-  x.align = ex->e.min_block;
-  x.max = one ? 1 : EX_EXTENTS;
   x.data = NBDSERVE_MALLOC(EX_EXTENTS_SIZE);
   if (!x.data) return -ENOMEM;
   if (ex->e.ops->extents)
@@ -1147,8 +1118,8 @@ struct conn {
   const unsigned char *data;
   size_t len;
   int no_zeroes, structured;
-  char *meta_name; /* export of the last SET_META_CONTEXT that selected */
-  int meta;        /* base:allocation may be asked for */
+  int meta; /* base:allocation may be asked for, of this export: */
+  char meta_name[WIRE_STRING + 1];
   struct ex *ex;
   uint64_t size;
   unsigned tflags;
@@ -1156,7 +1127,7 @@ struct conn {
   unsigned max_workers, max_deferred;
 
   /* the client's thread only */
-  unsigned char *rbuf, *wbuf, *big;
+  unsigned char *big;
   size_t rpos, rend; /* received and not yet looked at */
   size_t wlen;
   struct nbdserve_req reqs[TX_BATCH];
@@ -1165,7 +1136,7 @@ struct conn {
   int can_splice; /* long READs go through io.pipe */
 
   struct os_mutex sending; /* guards out and: */
-  int broken;              /* a send failed: nothing more goes out */
+  int broken;              /* why a send failed: nothing more goes out */
 
   struct os_mutex lock; /* guards the rest */
   struct os_cond work;  /* something is in the queues, or closing */
@@ -1177,6 +1148,8 @@ struct conn {
   int closing; /* the client has gone: workers finish and end */
   unsigned nlogged;
   struct nbdserve_stats stats;
+
+  unsigned char rbuf[TX_RBUF], wbuf[TX_WBUF]; /* the client's thread only */
 };
 
 enum { HS_MORE, HS_ENTER, HS_END }; /* what follows an option; or -errno */
@@ -1189,22 +1162,21 @@ enum { HS_MORE, HS_ENTER, HS_END }; /* what follows an option; or -errno */
 static int hs_send(struct conn *c) {
   struct iovec v = {c->wbuf, c->wlen};
   c->wlen = 0;
-  return io_send(&c->io, &v, 1, 0, 0);
+  if (!c->broken) c->broken = io_send(&c->io, &v, 1, 0, 0);
+  return c->broken;
 }
 
-/* Room for len more bytes to send, or NULL when the client is gone. */
+/* Room for len more bytes to send; hs_run sees it when the client is gone. */
 static unsigned char *hs_room(struct conn *c, size_t len) {
   assert(len <= TX_WBUF);
-  if (c->wlen + len > TX_WBUF && hs_send(c)) return NULL;
+  if (c->wlen + len > TX_WBUF) hs_send(c);
   c->wlen += len;
   return c->wbuf + c->wlen - len;
 }
 
-/* A reply with len bytes of data, which the caller fills in; NULL when the
- * client is gone. */
+/* A reply with len bytes of data, which the caller fills in. */
 static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t len) {
   unsigned char *p = hs_room(c, WIRE_REP + len);
-  if (!p) return NULL;
   put64(p, NBD_REP_MAGIC);
   put32(p + 8, c->opt);
   put32(p + 12, type);
@@ -1213,15 +1185,14 @@ static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t len) {
 }
 
 static int hs_ack(struct conn *c) {
-  return hs_reply(c, NBD_REP_ACK, 0) ? HS_MORE : -EPIPE;
+  hs_reply(c, NBD_REP_ACK, 0);
+  return HS_MORE;
 }
 
 /* An error reply with a message for humans; haggling goes on. */
 static int hs_fail(struct conn *c, uint32_t type, const char *why) {
   size_t n = strlen(why);
-  unsigned char *p = hs_reply(c, type, n);
-  if (!p) return -EPIPE;
-  memcpy(p, why, n);
+  memcpy(hs_reply(c, type, n), why, n);
   HS_LOG(c, NBDSERVE_LOG_INFO, "%u: option %" PRIu32 " refused: %s", c->id,
          c->opt, why);
   return HS_MORE;
@@ -1262,7 +1233,7 @@ static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
   assert(!c->ex);
   c->ex = ex;
   c->tflags = ex_flags(c->s, ex, c->structured);
-  c->meta = c->meta_name && strcmp(c->meta_name, name) == 0;
+  c->meta = c->meta && strcmp(c->meta_name, name) == 0;
   assert(c->structured || !c->meta);
   c->read_head = c->structured ? WIRE_CHUNK + 8 : WIRE_SIMPLE;
   c->max_workers = threads > 1 ? threads : 0;
@@ -1286,9 +1257,7 @@ static int hs_opt_export_name(struct conn *c) {
     return -ENOENT; /* this option knows no error reply */
   }
   hs_settle(c, ex, name);
-  p = hs_room(c, n);
-  if (!p) return -EPIPE;
-  memset(p, 0, n);
+  p = memset(hs_room(c, n), 0, n);
   put64(p, c->size);
   put16(p + 8, c->tflags);
   return HS_ENTER;
@@ -1298,15 +1267,15 @@ static int hs_opt_export_name(struct conn *c) {
 static int hs_emit(void *arg, const char *name, const char *description) {
   size_t n = name ? strlen(name) : 0;
   size_t d = description ? strlen(description) : 0;
+  struct conn *c = arg;
   unsigned char *p;
   if (n > WIRE_STRING || d > WIRE_STRING)
     return 0; /* nobody could ask for it: see ex_new */
-  p = hs_reply(arg, NBD_REP_SERVER, 4 + n + d);
-  if (!p) return -EPIPE;
+  p = hs_reply(c, NBD_REP_SERVER, 4 + n + d);
   put32(p, (uint32_t)n);
   if (n) memcpy(p + 4, name, n);
   if (d) memcpy(p + 4 + n, description, d);
-  return 0;
+  return c->broken;
 }
 
 static int hs_opt_list(struct conn *c) {
@@ -1326,13 +1295,12 @@ static int hs_opt_list(struct conn *c) {
 }
 
 /* One information about an export. */
-static int hs_info(struct conn *c, struct ex *ex, unsigned type) {
+static void hs_info(struct conn *c, struct ex *ex, unsigned type) {
   const char *text = type == NBD_INFO_NAME ? ex->e.name : ex->e.description;
   size_t n = type == NBD_INFO_EXPORT       ? 10
              : type == NBD_INFO_BLOCK_SIZE ? 12
                                            : strlen(text);
   unsigned char *p = hs_reply(c, NBD_REP_INFO, 2 + n);
-  if (!p) return -EPIPE;
   put16(p, type);
   if (type == NBD_INFO_EXPORT) {
     put64(p + 2, c->size);
@@ -1344,7 +1312,6 @@ static int hs_info(struct conn *c, struct ex *ex, unsigned type) {
   } else {
     memcpy(p + 2, text, n);
   }
-  return 0;
 }
 
 /* INFO and GO differ only in what comes afterwards. */
@@ -1370,18 +1337,18 @@ static int hs_opt_go(struct conn *c) {
   if (bad || ex->e.preferred_block != 4096 || ex->e.max_request != 32u << 20)
     wants |= 1u << NBD_INFO_BLOCK_SIZE; /* not what is taken for granted */
   if (!*ex->e.description) wants &= ~(1u << NBD_INFO_DESCRIPTION);
-  for (type = 0; type <= NBD_INFO_BLOCK_SIZE && !err; type++)
-    if (wants & 1u << type) err = hs_info(c, ex, type);
-  if (!err && bad)
-    err = hs_fail(c, NBD_REP_ERR_BLOCK_SIZE_REQD, "ask for the block size");
-  else if (!err)
-    err = hs_ack(c);
-  if (!err && !bad && c->opt == NBD_OPT_GO) {
+  for (type = 0; type <= NBD_INFO_BLOCK_SIZE; type++)
+    if (wants & 1u << type) hs_info(c, ex, type);
+  if (bad)
+    hs_fail(c, NBD_REP_ERR_BLOCK_SIZE_REQD, "ask for the block size");
+  else
+    hs_ack(c);
+  if (!bad && c->opt == NBD_OPT_GO) {
     hs_settle(c, ex, name);
     return HS_ENTER;
   }
   ex_put(ex);
-  return err;
+  return HS_MORE;
 }
 
 static int hs_opt_structured_reply(struct conn *c) {
@@ -1420,10 +1387,10 @@ static int hs_opt_meta_context(struct conn *c) {
   ex_put(ex);
   if (found) {
     p = hs_reply(c, NBD_REP_META_CONTEXT, 4 + n);
-    if (set) c->meta_name = u_copy(name);
-    if (!p || (set && !c->meta_name)) return -ENOMEM;
     put32(p, set ? 1 : 0); /* ids mean something in SET only */
     memcpy(p + 4, context, n);
+    c->meta |= set;
+    if (set) strcpy(c->meta_name, name);
   }
   return hs_ack(c);
 }
@@ -1445,7 +1412,7 @@ static int hs_option(struct conn *c) {
   const struct hs_option *o = hs_options, *end =
       hs_options + sizeof hs_options / sizeof *hs_options;
   unsigned char head[WIRE_OPTION];
-  uint32_t len;
+  uint32_t len, left, piece;
   int err = io_recv_all(&c->io, head, sizeof head);
 
   if (err) return err;
@@ -1458,15 +1425,14 @@ static int hs_option(struct conn *c) {
   }
   while (o < end && o->opt != c->opt) o++;
   if (len > WIRE_STRING && c->opt == NBD_OPT_EXPORT_NAME) return -ENOENT;
-  err = len > NBDSERVE_MAX_OPTION /* (H2) */
-            ? io_skip(&c->io, len, c->rbuf, TX_RBUF)
-            : io_recv_all(&c->io, c->rbuf, len); /* (H1) */
-  if (err) return err;
-  if (c->opt == NBD_OPT_SET_META_CONTEXT) { /* replaced, also when it fails */
-    NBDSERVE_FREE(c->meta_name);
-    c->meta_name = NULL;
+  for (left = len; left > 0 && !err; left -= piece) { /* (H1), (H2) */
+    piece = (uint32_t)u_min(left, TX_RBUF);
+    err = io_recv_all(&c->io, c->rbuf, piece);
   }
-  if (c->opt == NBD_OPT_ABORT) return hs_ack(c) ? -EPIPE : HS_END;
+  if (err) return err;
+  if (c->opt == NBD_OPT_SET_META_CONTEXT)
+    c->meta = 0; /* replaced, also when it fails */
+  if (c->opt == NBD_OPT_ABORT) return (void)hs_ack(c), HS_END;
   if (o == end) return hs_fail(c, NBD_REP_ERR_UNSUP, "unknown option");
   if (len > NBDSERVE_MAX_OPTION)
     return hs_fail(c, NBD_REP_ERR_TOO_BIG, "too much data");
@@ -1564,12 +1530,11 @@ STATIC_ASSERT(status_needs_no_budget, (int)EX_EXTENTS_SIZE <= (int)TX_SMALL);
 /* Sends to the client, unless that has failed before. */
 static int tx_send(struct conn *c, struct iovec *v, int n, size_t piped,
                    int more) {
-  int err = -EPIPE;
+  int err;
   os_lock(&c->sending);
-  if (!c->broken) err = io_send(&c->io, v, n, piped, more);
-  if (err && !c->broken)
+  if (!c->broken && (c->broken = io_send(&c->io, v, n, piped, more)) != 0)
     shutdown(c->io.out, SHUT_RDWR); /* the client's thread sees it so */
-  c->broken |= err != 0;
+  err = c->broken;
   os_unlock(&c->sending);
   return err;
 }
@@ -1833,10 +1798,19 @@ static void tx_do(struct conn *c, struct nbdserve_req *r, size_t n) {
   }
 }
 
-/* Takes failed READs out of the send buffer and completes the others (T2). */
-static void tx_settle_reads(struct conn *c, struct nbdserve_req *r, size_t n) {
-  size_t gap = 0, head = c->read_head;
+/* Does the batch and answers it: failed READs are taken out of the send buffer,
+ * the others completed there (T2).  0, or -errno to close. */
+static int tx_exec(struct conn *c) {
+  struct nbdserve_req *r = c->reqs, *list = NULL, **end = &list;
+  size_t n = c->nreqs, head = c->read_head, gap = 0, ready = c->wlen;
+
+  if (!n) return 0;
+  tx_do(c, r, n);
+  c->nreqs = c->wlen = 0;
   for (; n > 0; n--, r++) {
+    if (r->deferred) continue;
+    *end = r;
+    end = &r->next;
     if (r->type != NBD_CMD_READ || !r->buf) continue;
     if (r->err) {
       gap += head + (size_t)r->len;
@@ -1846,27 +1820,8 @@ static void tx_settle_reads(struct conn *c, struct nbdserve_req *r, size_t n) {
     tx_put_head(c, r, r->buf - gap - head);
     r->ready = 1;
   }
-  assert(gap <= c->wlen);
-  c->wlen -= gap;
-}
-
-/* Does the batch and answers it.  0, or -errno to close. */
-static int tx_exec(struct conn *c) {
-  struct nbdserve_req *r = c->reqs, *list = NULL, **end = &list;
-  size_t n = c->nreqs, ready;
-
-  if (!n) return 0;
-  tx_do(c, r, n);
-  c->nreqs = 0;
-  tx_settle_reads(c, r, n);
-  for (; n > 0; n--, r++) {
-    if (r->deferred) continue;
-    *end = r;
-    end = &r->next;
-  }
-  ready = c->wlen;
-  c->wlen = 0;
-  return tx_answer(c, list, ready);
+  assert(gap <= ready);
+  return tx_answer(c, list, ready - gap);
 }
 
 /* Puts a request into the batch, which is done first if it is full. */
@@ -1910,7 +1865,8 @@ static int tx_payload(struct conn *c, unsigned char *buf, uint64_t len) {
   return io_recv_all(&c->io, buf + part, (size_t)len - part);
 }
 
-/* A long WRITE, in pieces.  -errno: its payload did not come. */
+/* A long WRITE, in pieces; a refused one goes nowhere.  -errno: its payload did
+ * not come. */
 static int tx_long_write(struct conn *c, struct nbdserve_req *r) {
   struct nbdserve_req p = *r;
   uint64_t end = r->off + r->len;
@@ -1986,18 +1942,6 @@ static int tx_big(struct conn *c, struct nbdserve_req *r, int defer) {
   return err;
 }
 
-/* Throws the payload of a refused WRITE away. */
-static int tx_skip_payload(struct conn *c, uint64_t len) {
-  size_t part = (size_t)u_min(len, c->rend - c->rpos);
-  int err = 0;
-  c->rpos += part;
-  len -= part;
-  if (!len) return 0;
-  err = tx_exec(c);
-  c->rpos = c->rend = 0;
-  return err ? err : io_skip(&c->io, len, c->rbuf, TX_RBUF);
-}
-
 enum { TX_MORE, TX_DISC, TX_NEXT };
 
 /* Takes the next request out of the receive buffer.  TX_NEXT, TX_MORE when it
@@ -2025,20 +1969,20 @@ static int tx_take(struct conn *c) {
   if (r.type == NBD_CMD_DISC) return TX_DISC;
   if (r.type == NBD_CMD_FLUSH) r.off = r.len = 0; /* reserved */
   tx_validate(c, &r);
-  defer = !c->ex->e.ops->batch && c->max_workers && r.len;
-  if (!r.err && r.type <= NBD_CMD_WRITE &&
-      (r.len > TX_SMALL || defer ||
-       (r.type == NBD_CMD_READ && r.len >= TX_SPLICE && c->can_splice))) {
+  defer = !c->ex->e.ops->batch && c->max_workers && r.len && !r.err;
+  if (payload > TX_SMALL ||
+      (!r.err && r.type <= NBD_CMD_WRITE && (r.len > TX_SMALL || defer)) ||
+      (!r.err && r.type == NBD_CMD_READ && r.len >= TX_SPLICE &&
+       c->can_splice)) {
     c->rpos += WIRE_REQUEST;
     err = tx_exec(c);
     if (!err) err = tx_big(c, &r, defer);
     return err ? err : TX_NEXT;
   }
-  if (!r.err && c->rend - c->rpos < WIRE_REQUEST + payload) return TX_MORE;
-  c->rpos += WIRE_REQUEST;
-  if (!r.err && payload) r.buf = p + WIRE_REQUEST;
-  err = tx_skip_payload(c, payload); /* all of it is there if it is wanted */
-  if (!err) err = tx_add(c, &r);
+  if (c->rend - c->rpos < WIRE_REQUEST + payload) return TX_MORE;
+  c->rpos += WIRE_REQUEST + (size_t)payload;
+  if (payload) r.buf = p + WIRE_REQUEST;
+  err = tx_add(c, &r);
   return err ? err : TX_NEXT;
 }
 
@@ -2598,9 +2542,10 @@ void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
  * descriptor is closed at its end. */
 static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
                                    int owned) {
-  struct conn *c = u_zalloc(sizeof *c);
+  struct conn *c = NBDSERVE_MALLOC(sizeof *c);
 
   if (!c) return NULL;
+  memset(c, 0, offsetof(struct conn, rbuf)); /* the rest stays untouched */
   c->s = s;
   c->fd = owned ? in : -1;
   c->io.in = in;
@@ -2627,9 +2572,6 @@ static void srv_free_client(struct conn *c) {
   struct nbdserve *s = c->s;
   struct conn **p = &s->conns;
 
-  NBDSERVE_FREE(c->meta_name);
-  NBDSERVE_FREE(c->rbuf);
-  NBDSERVE_FREE(c->wbuf);
   NBDSERVE_FREE(c->big);
   if (c->io.pipe[0] >= 0) close(c->io.pipe[0]);
   if (c->io.pipe[1] >= 0) close(c->io.pipe[1]);
@@ -2662,11 +2604,7 @@ static int srv_serve_client(struct conn *c, const char *name) {
   HS_LOG(c, NBDSERVE_LOG_INFO, "%u: connected from %s", c->id, peer);
   os_tune(c->io.in);
   os_tune(c->io.out);
-  c->rbuf = NBDSERVE_MALLOC(TX_RBUF);
-  c->wbuf = NBDSERVE_MALLOC(TX_WBUF);
-  if (!c->rbuf || !c->wbuf)
-    err = -ENOMEM;
-  else if (!name)
+  if (!name)
     r = hs_run(c);
   else if (!(err = hs_find(c, name, &ex)))
     hs_settle(c, ex, name);

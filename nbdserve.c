@@ -797,7 +797,7 @@ struct nbdserve {
   struct nbdserve_config config; /* fixed; defaults filled in */
   int stop[2];                   /* pipe: readable from nbdserve_stop on */
   int wake[2];                   /* pipe: nbdserve_run looks around */
-  struct srv_listener listeners[SRV_LISTENERS];
+  struct srv_listener listeners[SRV_LISTENERS + 1]; /* localhost is two */
   int nlisteners;
   int64_t idle_from; /* nbdserve_run: when the last client had gone */
   struct os_mutex lock; /* guards what follows */
@@ -1970,10 +1970,9 @@ static int tx_take(struct conn *c) {
   if (r.type == NBD_CMD_FLUSH) r.off = r.len = 0; /* reserved */
   tx_validate(c, &r);
   defer = !c->ex->e.ops->batch && c->max_workers && r.len && !r.err;
-  if (payload > TX_SMALL ||
-      (!r.err && r.type <= NBD_CMD_WRITE && (r.len > TX_SMALL || defer)) ||
-      (!r.err && r.type == NBD_CMD_READ && r.len >= TX_SPLICE &&
-       c->can_splice)) {
+  if (r.err ? payload > TX_SMALL
+            : r.type <= NBD_CMD_WRITE && (r.len > TX_SMALL || defer ||
+              (payload == 0 && r.len >= TX_SPLICE && c->can_splice))) {
     c->rpos += WIRE_REQUEST;
     err = tx_exec(c);
     if (!err) err = tx_big(c, &r, defer);
@@ -2281,32 +2280,31 @@ union srv_address {
 const char *nbdserve_version(void) { return NBDSERVE_VERSION; }
 
 int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
+  struct nbdserve_config k = {.version = NBDSERVE_VERSION_NUMBER};
   struct nbdserve *s;
-  struct nbdserve_config *k;
   int err = -ENOMEM;
 
   *out = NULL;
-  if (config && config->version / 100 != NBDSERVE_VERSION_NUMBER / 100)
+  if (config) k = *config;
+  if (!k.threads) k.threads = 16;
+  if (!k.max_conn) k.max_conn = 128;
+  if (NBDSERVE_NO_THREADS) k.max_conn = k.threads = 1;
+  if (!k.handshake_ms) k.handshake_ms = 10000;
+  if (!k.memory) k.memory = 256u << 20;
+  if (k.version / 100 != NBDSERVE_VERSION_NUMBER / 100 || k.threads > 1024 ||
+      k.max_conn > 1 << 20 || k.flags & ~NBDSERVE_ONCE)
     return -EINVAL;
   s = u_zalloc(sizeof *s);
   if (!s) return -ENOMEM;
+  s->config = k;
   s->stop[0] = s->stop[1] = s->wake[0] = s->wake[1] = -1;
   s->last_export = &s->exports;
-  k = &s->config;
-  if (config) *k = *config;
-  if (!k->threads) k->threads = 16;
-  if (!k->max_conn) k->max_conn = 128;
-  if (NBDSERVE_NO_THREADS) k->max_conn = k->threads = 1;
-  if (!k->handshake_ms) k->handshake_ms = 10000;
-  if (!k->memory) k->memory = 256u << 20;
   if (!os_mutex_init(&s->lock)) err = os_pipe(s->stop);
   if (!err) err = os_pipe(s->wake);
-  if (k->threads > 1024 || k->max_conn > 1 << 20 || k->flags & ~NBDSERVE_ONCE)
-    err = -EINVAL;
-  if (err)
-    nbdserve_free(s);
-  else
+  if (!err)
     *out = s;
+  else
+    nbdserve_free(s);
   return err;
 }
 
@@ -2337,17 +2335,12 @@ int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
   return ex ? 0 : -ENOENT;
 }
 
-/* Adds a listener on fd, which it owns from then on, also when it fails; for a
- * negative fd that is the error. */
+/* Adds a listener on fd, which it owns from then on; for a negative fd that is
+ * the error. */
 static int srv_add_listener(struct nbdserve *s, int fd, int is_unix,
                             const char *text) {
   struct srv_listener *l = &s->listeners[s->nlisteners];
   if (fd < 0) return fd;
-  if (s->nlisteners == SRV_LISTENERS) {
-    close(fd);
-    if (is_unix) unlink(text);
-    return -EMFILE;
-  }
   os_own(fd, 1);
   l->fd = fd;
   l->is_unix = is_unix && lstat(text, &l->st) == 0;
@@ -2387,15 +2380,12 @@ static int srv_remove_stale(const union srv_address *a) {
 }
 
 static int srv_listen_unix(struct nbdserve *s, const char *path) {
-  union srv_address a;
-  size_t n = strlen(path);
+  union srv_address a = {.un = {.sun_family = AF_UNIX}};
   int fd, dir, tries = 100;
 
-  memset(&a, 0, sizeof a);
-  if (!n) return -EINVAL;
-  if (n >= sizeof a.un.sun_path) return -ENAMETOOLONG;
-  a.un.sun_family = AF_UNIX;
-  memcpy(a.un.sun_path, path, n);
+  if (!*path) return -EINVAL;
+  if (strlen(path) >= sizeof a.un.sun_path) return -ENAMETOOLONG;
+  strcpy(a.un.sun_path, path);
   dir = os_open_dir(path); /* until it listens it looks stale to others */
   while (tries-- > 0 && flock(dir, LOCK_EX | LOCK_NB) < 0 &&
          errno == EWOULDBLOCK)
@@ -2411,15 +2401,13 @@ static int srv_listen_unix(struct nbdserve *s, const char *path) {
 static void srv_name(const union srv_address *a, char *out, size_t size) {
   snprintf(out, size, "a unix socket");
 #if !NBDSERVE_NO_TCP
-  if (a->sa.sa_family == AF_INET6 || a->sa.sa_family == AF_INET) {
-    int v6 = a->sa.sa_family == AF_INET6;
-    char host[INET6_ADDRSTRLEN] = "";
-    inet_ntop(a->sa.sa_family, v6 ? (const void *)&a->in6.sin6_addr
-                                  : (const void *)&a->in.sin_addr,
-              host, sizeof host);
-    snprintf(out, size, v6 ? "[%s]:%d" : "%s:%d", host,
-             ntohs(v6 ? a->in6.sin6_port : a->in.sin_port));
-  }
+  char host[INET6_ADDRSTRLEN];
+  if (a->sa.sa_family == AF_INET &&
+      inet_ntop(AF_INET, &a->in.sin_addr, host, sizeof host))
+    snprintf(out, size, "%s:%d", host, ntohs(a->in.sin_port));
+  if (a->sa.sa_family == AF_INET6 &&
+      inet_ntop(AF_INET6, &a->in6.sin6_addr, host, sizeof host))
+    snprintf(out, size, "[%s]:%d", host, ntohs(a->in6.sin6_port));
 #endif
   (void)a;
 }
@@ -2430,17 +2418,18 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
   int v6 = strchr(host, ':') != NULL, fd;
   union srv_address a;
   socklen_t len = v6 ? sizeof a.in6 : sizeof a.in;
+  in_port_t *in_port = v6 ? &a.in6.sin6_port : &a.in.sin_port;
   char text[64];
 
   memset(&a, 0, sizeof a);
   a.sa.sa_family = v6 ? AF_INET6 : AF_INET;
-  *(v6 ? &a.in6.sin6_port : &a.in.sin_port) = htons((uint16_t)*port);
+  *in_port = htons((uint16_t)*port);
   if (inet_pton(a.sa.sa_family, host,
                 v6 ? (void *)&a.in6.sin6_addr : (void *)&a.in.sin_addr) != 1)
     return -EINVAL;
   fd = srv_bind(&a, len);
   if (fd >= 0) getsockname(fd, &a.sa, &len);
-  *port = ntohs(v6 ? a.in6.sin6_port : a.in.sin_port);
+  *port = ntohs(*in_port);
   srv_name(&a, text, sizeof text);
   return srv_add_listener(s, fd, 0, text);
 }
@@ -2449,15 +2438,13 @@ static int srv_listen_tcp(struct nbdserve *s, const char *address) {
   const char *colon = strrchr(address, ':'), *rest;
   uint64_t port = 0;
   char host[64];
-  int n = colon ? (int)(colon - address) : 0, err;
+  int n = colon ? (int)(colon - address) : 0, err, brackets;
 
   rest = colon ? u_size(colon + 1, &port) : NULL;
   if (n <= 0 || n >= (int)sizeof host || !rest || *rest || port > 65535)
     return -EINVAL;
-  if (*address == '[' && address[n - 1] == ']')
-    snprintf(host, sizeof host, "%.*s", n - 2, address + 1);
-  else
-    snprintf(host, sizeof host, "%.*s", n, address);
+  brackets = *address == '[' && address[n - 1] == ']';
+  snprintf(host, sizeof host, "%.*s", n - 2 * brackets, address + brackets);
   if (strcmp(host, "localhost") != 0) return srv_listen_ip(s, host, &port);
   err = srv_listen_ip(s, "127.0.0.1", &port);
   if (!err) err = srv_listen_ip(s, "::1", &port);
@@ -2471,6 +2458,7 @@ int nbdserve_listen(struct nbdserve *s, const char *address) {
   uint64_t fd;
   int listens = 0;
 
+  if (s->nlisteners >= SRV_LISTENERS) return -EMFILE;
   if (strncmp(address, "unix:", 5) == 0) return srv_listen_unix(s, address + 5);
 #if !NBDSERVE_NO_TCP
   if (strncmp(address, "tcp:", 4) == 0) return srv_listen_tcp(s, address + 4);
@@ -2689,7 +2677,7 @@ static int srv_finish(struct nbdserve *s) {
 }
 
 int nbdserve_run(struct nbdserve *s) {
-  struct pollfd p[SRV_LISTENERS + 2];
+  struct pollfd p[SRV_LISTENERS + 3];
   int64_t pause = 0, now, wait, idle;
   int i, n = s->nlisteners, full, busy, over, err, came;
 
@@ -2913,12 +2901,9 @@ static int cli_lookup(const char *file, const char *name, unsigned *id,
 
 /* MIN:PREFERRED:MAX. */
 static int cli_block_sizes(const char *s, struct nbdserve_export *ex) {
-  uint32_t *to[3];
+  uint32_t *to[] = {&ex->min_block, &ex->preferred_block, &ex->max_request};
   uint64_t v;
   int i;
-  to[0] = &ex->min_block;
-  to[1] = &ex->preferred_block;
-  to[2] = &ex->max_request;
   for (i = 0; i < 3; i++) {
     s = u_size(s, &v);
     if (!s || v < 1 || v > UINT32_MAX || *s++ != (i < 2 ? ':' : 0)) return 0;
@@ -2980,7 +2965,9 @@ static int cli_parse(struct cli *k, int argc, char **argv) {
     is_long = *++a == '-';
     if (is_long && !a[1]) {
       k->command = argv + i + 1;
-      return *k->command ? 0 : cli_say(CLI_USAGE, "--: no command behind it");
+      if (!*k->command) return cli_say(CLI_USAGE, "--: no command behind it");
+      if (!k->v[OPT_RUN]) return cli_set(k, OPT_RUN, "");
+      return cli_say(CLI_USAGE, "--: no command together with --run");
     }
     do {
       opt = cli_find(*a, is_long ? a + 1 : NULL, strcspn(a, "=") - 1);
@@ -3005,44 +2992,40 @@ static int cli_parse(struct cli *k, int argc, char **argv) {
 static int cli_check(const struct cli *k) {
   static const struct { int a, b; } apart[] = {
       {OPT_STDIN, OPT_UNIX}, {OPT_STDIN, OPT_PORT}, {OPT_STDIN, OPT_BIND},
-      {OPT_STDIN, OPT_FD},   {OPT_STDIN, OPT_RUN},  {OPT_STDIN, OPT_FORK},
+      {OPT_STDIN, OPT_FD},   {OPT_RUN, OPT_STDIN},  {OPT_STDIN, OPT_FORK},
       {OPT_FD, OPT_UNIX},    {OPT_FD, OPT_PORT},    {OPT_FD, OPT_BIND},
-      {OPT_FD, OPT_RUN},     {OPT_RUN, OPT_FORK},   {OPT_RUN, OPT_ONCE},
+      {OPT_RUN, OPT_FD},     {OPT_RUN, OPT_FORK},   {OPT_RUN, OPT_ONCE},
       {OPT_RUN, OPT_IDLE_EXIT}, {OPT_CREATE, OPT_READ_ONLY}};
-  static const int alone[] = {OPT_RUN, OPT_FORK, OPT_STDIN, OPT_FD, OPT_ONCE,
-                              OPT_IDLE_EXIT};
+  const char *a, *b;
   size_t i;
 
-  for (i = 0; i < sizeof apart / sizeof *apart; i++)
-    if (k->v[apart[i].a] && k->v[apart[i].b])
-      return cli_say(CLI_USAGE, "--%s: not together with --%s",
-                     cli_options[apart[i].a].name,
-                     cli_options[apart[i].b].name);
+  for (i = 0; i < sizeof apart / sizeof *apart; i++) {
+    a = cli_options[apart[i].a].name;
+    b = cli_options[apart[i].b].name;
+    if (!k->v[apart[i].a] || !k->v[apart[i].b]) continue;
+    return k->command && apart[i].a == OPT_RUN
+               ? cli_say(CLI_USAGE, "--: no command together with --%s", b)
+               : cli_say(CLI_USAGE, "--%s: not together with --%s", a, b);
+  }
   if (!k->ntargets)
     return cli_say(CLI_USAGE, "no target: name a file, a block device or "
                    "mem:SIZE; try --help");
   if (k->v[OPT_EXPORT] && k->ntargets > 1)
     return cli_say(CLI_USAGE, "--export: for a single target; use NAME=TARGET");
-  for (i = 0; k->command && i < sizeof alone / sizeof *alone; i++)
-    if (k->v[alone[i]])
-      return cli_say(CLI_USAGE, "--: no command together with --%s",
-                     cli_options[alone[i]].name);
   return 0;
 }
 
 static int cli_new_server(const struct cli *k) {
-  struct nbdserve_config config;
-  int err, level = NBDSERVE_LOG_WARNING + (int)u_min(k->n[OPT_VERBOSE], 2);
-
-  memset(&config, 0, sizeof config);
-  config.version = NBDSERVE_VERSION_NUMBER;
-  config.flags = k->v[OPT_ONCE] ? NBDSERVE_ONCE : 0;
-  config.threads = (uint32_t)k->n[OPT_THREADS];
-  config.max_conn = (uint32_t)k->n[OPT_MAX_CONN];
-  config.idle_exit_ms = (uint32_t)k->n[OPT_IDLE_EXIT] * 1000;
-  config.log = cli_log;
-  config.log_level = k->v[OPT_QUIET] ? NBDSERVE_LOG_ERROR : level;
-  err = nbdserve_new(&cli_server, &config);
+  int level = NBDSERVE_LOG_WARNING + (int)u_min(k->n[OPT_VERBOSE], 2);
+  struct nbdserve_config config = {
+      .version = NBDSERVE_VERSION_NUMBER,
+      .flags = k->v[OPT_ONCE] ? NBDSERVE_ONCE : 0,
+      .threads = (uint32_t)k->n[OPT_THREADS],
+      .max_conn = (uint32_t)k->n[OPT_MAX_CONN],
+      .idle_exit_ms = (uint32_t)k->n[OPT_IDLE_EXIT] * 1000,
+      .log = cli_log,
+      .log_level = k->v[OPT_QUIET] ? NBDSERVE_LOG_ERROR : level};
+  int err = nbdserve_new(&cli_server, &config);
   return err ? cli_say(CLI_FAILED, "start: %s", u_error(err)) : 0;
 }
 
@@ -3050,15 +3033,13 @@ static int cli_new_server(const struct cli *k) {
  * message. */
 static int cli_add(const struct cli *k, const char *path, const char *name) {
   struct nbdserve_export ex = k->ex;
-  struct nbdserve_flat flat;
+  struct nbdserve_flat flat = {
+      .offset = k->n[OPT_OFFSET], .size = k->n[OPT_SIZE],
+      .create = k->n[OPT_CREATE],
+      .flags = k->v[OPT_READ_ONLY] ? NBDSERVE_READONLY : 0};
   const char *hint = "";
   int err = -EOPNOTSUPP;
 
-  memset(&flat, 0, sizeof flat);
-  flat.flags = k->v[OPT_READ_ONLY] ? NBDSERVE_READONLY : 0;
-  flat.offset = k->n[OPT_OFFSET];
-  flat.size = k->n[OPT_SIZE];
-  flat.create = k->n[OPT_CREATE];
   ex.name = name;
   ex.description = k->v[OPT_DESCRIPTION];
   if (!*name && k->ntargets == 1 && !k->v[OPT_EXPORT])
@@ -3086,7 +3067,6 @@ static int cli_add(const struct cli *k, const char *path, const char *name) {
                        "of range", path);
 }
 
-/* Opens all targets. */
 static int cli_add_all(struct cli *k) {
   int i, status = 0;
   for (i = 0; i < k->ntargets && !status; i++) {
@@ -3123,12 +3103,9 @@ static int cli_listen_on(const char *kind, const char *address) {
 
 /* A socket only its owner can reach, in a directory that is removed again. */
 static int cli_listen_private(struct cli *k) {
-  const char *dirs[3];
+  const char *dirs[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"), "/tmp"};
   int i, status;
 
-  dirs[0] = getenv("XDG_RUNTIME_DIR");
-  dirs[1] = getenv("TMPDIR");
-  dirs[2] = "/tmp";
   for (i = 0; i < 3 && !*k->dir; i++) {
     if (!dirs[i] || *dirs[i] != '/' || strlen(dirs[i]) > 80)
       continue; /* with the rest it must fit into every system's address */
@@ -3139,10 +3116,9 @@ static int cli_listen_private(struct cli *k) {
     return cli_say(CLI_FAILED, "private socket: no directory for it; use -U");
   snprintf(k->sock, sizeof k->sock, "%s/sock", k->dir);
   status = cli_listen_on("unix", k->sock);
-  if (!status && chmod(k->sock, 0600) < 0) status = cli_say_errno(k->sock);
-  if (!status && k->v[OPT_USER] &&
-      (chown(k->sock, k->uid, (gid_t)-1) < 0 ||
-       chown(k->dir, k->uid, (gid_t)-1) < 0))
+  if (!status && (chmod(k->sock, 0600) < 0 ||
+                  (k->v[OPT_USER] && (chown(k->sock, k->uid, (gid_t)-1) < 0 ||
+                                      chown(k->dir, k->uid, (gid_t)-1) < 0))))
     status = cli_say_errno(k->sock);
   return status;
 }
@@ -3179,7 +3155,6 @@ static int cli_activation(void) {
   return (int)u_min(n, INT_MAX);
 }
 
-/* Listens on TCP. */
 static int cli_listen_tcp(const struct cli *k) {
   const char *host = k->v[OPT_BIND] ? k->v[OPT_BIND] : "localhost";
   const char *port = k->v[OPT_PORT] ? k->v[OPT_PORT] : "10809";
@@ -3230,11 +3205,8 @@ static void cli_on_signal(int sig) {
 /* What was ignored when we were started (nohup) stays so. */
 static void cli_catch_signals(void (*handler)(int)) {
   static const int signals[] = {SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGCHLD};
-  struct sigaction sa, was;
+  struct sigaction sa = {.sa_handler = handler, .sa_flags = SA_RESTART}, was;
   size_t i;
-  memset(&sa, 0, sizeof sa);
-  sa.sa_handler = handler;
-  sa.sa_flags = SA_RESTART;
   for (i = 0; i < sizeof signals / sizeof *signals; i++)
     if (i > 1 || (sigaction(signals[i], NULL, &was) == 0 &&
                   was.sa_handler != SIG_IGN))
@@ -3271,7 +3243,6 @@ static void cli_set_environment(const struct cli *k) {
   setenv("exportname", k->name, 1);
 }
 
-/* Starts the captive command. */
 static int cli_start_command(struct cli *k) {
   char **p;
 
@@ -3279,14 +3250,14 @@ static int cli_start_command(struct cli *k) {
   if (k->child < 0) return cli_say_errno("fork");
   if (k->child > 0) return 0;
   cli_catch_signals(SIG_DFL);
-  if (k->v[OPT_RUN]) {
-    cli_set_environment(k);
-    execl("/bin/sh", "sh", "-c", k->v[OPT_RUN], (char *)NULL);
-  } else {
+  if (k->command) {
     for (p = k->command; *p; p++) *p = cli_expand(*p, k->uri);
     execvp(k->command[0], k->command);
+  } else {
+    cli_set_environment(k);
+    execl("/bin/sh", "sh", "-c", k->v[OPT_RUN], (char *)NULL);
   }
-  _exit(cli_say_errno(k->v[OPT_RUN] ? "/bin/sh" : k->command[0]) + 126);
+  _exit(cli_say_errno(k->command ? k->command[0] : "/bin/sh") + 126);
   return 0;
 }
 
@@ -3349,24 +3320,26 @@ static int cli_ready(struct cli *k) {
   if (!status && k->v[OPT_READY_FD])
     status = cli_tell(k, (int)k->n[OPT_READY_FD], "--ready-fd");
   if (status) return status;
-  if (k->v[OPT_RUN] || k->command)
+  if (k->v[OPT_RUN])
     return *k->uri ? cli_start_command(k)
                    : cli_say(CLI_USAGE, "no URI for the command: sockets were "
                              "handed over");
-  if (k->report < 0) return cli_tell(k, 1, "standard output");
+  status = cli_tell(k, 1, "standard output");
+  if (status || k->report < 0) return status;
   null = open("/dev/null", O_RDWR);
   if (null < 0) return cli_say_errno("/dev/null");
-  status = cli_tell(k, k->report, "--fork");
   if (dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0) return 1;
   close(null);
-  return status;
+  (void)!write(k->report, "", 1); /* a parent that is gone waits for nothing */
+  close(k->report);
+  return 0;
 }
 
-/* --fork: the parent waits until the child listens, passes its URI line on and
- * exits.  The child returns. */
+/* --fork: the parent waits until the child says that it serves, and exits, or
+ * until it has failed.  The child returns. */
 static int cli_fork(struct cli *k) {
-  int fd[2], st = 0, told = 0, ok = 1;
-  char buf[1024];
+  int fd[2], st = 0;
+  char ready;
   ssize_t n;
   pid_t pid;
 
@@ -3377,15 +3350,10 @@ static int cli_fork(struct cli *k) {
     return setsid() < 0 ? cli_say_errno("--fork") : 0;
   }
   close(fd[1]);
-  while ((n = read(fd[0], buf, sizeof buf)) > 0 || (n < 0 && errno == EINTR)) {
-    told |= n > 0;
-    ok = ok && (n < 0 || write(1, buf, (size_t)n) == n);
-  }
-  if (told && ok) _exit(0);
-  if (told) kill(pid, SIGTERM); /* nobody could know where it listens */
-  if (told) _exit(cli_say_errno("standard output"));
-  waitpid(pid, &st, 0);
-  _exit(WIFEXITED(st) && WEXITSTATUS(st) ? WEXITSTATUS(st) : CLI_FAILED);
+  do n = read(fd[0], &ready, 1);
+  while (n < 0 && errno == EINTR);
+  if (n != 1) waitpid(pid, &st, 0);
+  _exit(n == 1 ? 0 : WIFEXITED(st) && WEXITSTATUS(st) ? WEXITSTATUS(st) : 1);
   return 0;
 }
 

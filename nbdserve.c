@@ -66,10 +66,7 @@
 #ifndef NBDSERVE_POSIX_ONLY
 #define NBDSERVE_POSIX_ONLY 0 /* ignore what Linux and the BSDs add */
 #endif
-#ifdef NBDSERVE_MALLOC /* functions of yours with the types of these two */
-#define NBDSERVE_OWN_MALLOC 1
-#else
-#define NBDSERVE_OWN_MALLOC 0
+#ifndef NBDSERVE_MALLOC /* or functions of yours with the types of these two */
 #define NBDSERVE_MALLOC malloc
 #define NBDSERVE_FREE free
 #endif
@@ -130,10 +127,8 @@
 #include <pthread.h>
 #endif
 
-#if NBDSERVE_OWN_MALLOC
-void *NBDSERVE_MALLOC(size_t);
-void NBDSERVE_FREE(void *);
-#endif
+void *(NBDSERVE_MALLOC)(size_t);
+void (NBDSERVE_FREE)(void *);
 
 /* A compile-time check that every compiler accepts. */
 #define STATIC_ASSERT(name, cond) enum { assert_##name = 1 / (int)!!(cond) }
@@ -227,13 +222,6 @@ static int os_pipe(int fd[2]) {
 #endif
 }
 
-/* A stream socket, or -errno. */
-static int os_socket(int family) {
-  int fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (fd >= 0) fcntl(fd, F_SETFD, FD_CLOEXEC);
-  return fd < 0 ? -errno : fd;
-}
-
 /* The directory that path is in, opened, or -errno. */
 static int os_open_dir(const char *path) {
   char dir[PATH_MAX];
@@ -272,8 +260,7 @@ static void os_tune(int fd) {
   setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &one, sizeof one);
 }
 
-/* A pipe for size bytes of file contents that need not be copied.  False:
- * there is none. */
+/* A pipe for size bytes that need not be copied.  False: there is none. */
 static int os_splice_pipe(int fd[2], int size) {
 #if OS_LINUX
   return os_pipe(fd) == 0 && fcntl(fd[1], F_SETPIPE_SZ, size) >= size;
@@ -307,8 +294,7 @@ static void os_advance(struct iovec **v, int *n, size_t done) {
 
 #if !NBDSERVE_NO_FLAT
 
-/* Reads or writes all of v[0..n) at off; uses v up.  0 or -errno, -EIO when
- * the file ends before. */
+/* Reads or writes all of v[0..n) at off; uses v up.  -EIO: the file is over. */
 static int os_transfer(int fd, int writing, struct iovec *v, int n,
                        uint64_t off) {
   while (n > 0) {
@@ -461,13 +447,6 @@ static int u_is_power_of_2(uint64_t v) { return v && !(v & (v - 1)); }
 static void *u_zalloc(size_t n) {
   void *p = NBDSERVE_MALLOC(n);
   return p ? memset(p, 0, n) : NULL;
-}
-
-/* A copy of s, "" for NULL; NULL without memory. */
-static char *u_copy(const char *s) {
-  size_t n = s ? strlen(s) + 1 : 1;
-  char *p = NBDSERVE_MALLOC(n);
-  return p ? memcpy(p, s ? s : "", n) : NULL;
 }
 
 /* A number with an optional K M G T P E (powers of 1024), up to INT64_MAX.
@@ -699,8 +678,7 @@ static ssize_t io_recv(const struct io *io, void *buf, size_t len, int all) {
   return err;
 }
 
-/* Receives exactly len bytes: 0, -EPIPE when the stream ends before, or
- * -errno. */
+/* Receives exactly len bytes: 0, -EPIPE when the stream ends before, -errno. */
 static int io_recv_all(const struct io *io, void *buf, size_t len) {
   unsigned char *p = buf;
   while (len > 0) {
@@ -772,7 +750,7 @@ struct nbdserve_req {
 };
 
 struct ex {
-  struct nbdserve_export e; /* strings are our own; size: under s->lock */
+  struct nbdserve_export e; /* size: under s->lock */
   int dynamic;              /* from the find callback */
   struct ex *next;
   struct os_mutex serial;
@@ -782,6 +760,7 @@ struct ex {
   int flushing;      /* the last of them has not returned */
   uint64_t failed;   /* the number of the last one that failed */
   int failure;       /* and its error */
+  char strings[];    /* name and description */
 };
 
 enum { SRV_LISTENERS = 32 };
@@ -831,8 +810,6 @@ static void ex_free(struct ex *ex) {
   os_cond_free(&ex->flushed);
   os_mutex_free(&ex->lock);
   os_mutex_free(&ex->serial);
-  NBDSERVE_FREE((void *)(uintptr_t)ex->e.name);
-  NBDSERVE_FREE((void *)(uintptr_t)ex->e.description);
   NBDSERVE_FREE(ex);
 }
 
@@ -840,6 +817,8 @@ static void ex_free(struct ex *ex) {
  * filled in; the copy owns ctx.  -EINVAL, -ENOMEM: the caller keeps it. */
 static int ex_new(struct ex **out, const struct nbdserve_export *from) {
   struct nbdserve_export e = *from;
+  size_t n = e.name ? strlen(e.name) : 0;
+  size_t d = e.description ? strlen(e.description) : 0;
   struct ex *ex;
 
   if (!e.min_block) e.min_block = 1;
@@ -851,22 +830,21 @@ static int ex_new(struct ex **out, const struct nbdserve_export *from) {
       !u_is_power_of_2(e.min_block) || e.min_block > 65536 ||
       !u_is_power_of_2(e.preferred_block) || e.preferred_block < 512 ||
       e.preferred_block < e.min_block || e.max_request < e.preferred_block ||
-      e.max_request > NBDSERVE_MAX_REQUEST ||
-      (e.name && strlen(e.name) > WIRE_STRING) ||
-      (e.description && strlen(e.description) > WIRE_STRING))
+      e.max_request > NBDSERVE_MAX_REQUEST || n > WIRE_STRING ||
+      d > WIRE_STRING)
     return -EINVAL;
   if (!e.ops->write) e.flags |= NBDSERVE_READONLY;
-  ex = u_zalloc(sizeof *ex);
+  ex = u_zalloc(sizeof *ex + n + d + 2);
   if (!ex) return -ENOMEM;
-  ex->e.name = u_copy(e.name);
-  ex->e.description = u_copy(e.description);
   if (os_mutex_init(&ex->serial) || os_mutex_init(&ex->lock) ||
-      os_cond_init(&ex->flushed) || !ex->e.name || !ex->e.description) {
+      os_cond_init(&ex->flushed)) {
     ex_free(ex); /* without ops: ctx stays the caller's */
     return -ENOMEM;
   }
-  e.name = ex->e.name;
-  e.description = ex->e.description;
+  if (n) memcpy(ex->strings, e.name, n);
+  if (d) memcpy(ex->strings + n + 1, e.description, d);
+  e.name = ex->strings;
+  e.description = ex->strings + n + 1;
   ex->e = e;
   *out = ex;
   return 0;
@@ -1443,8 +1421,7 @@ static int hs_option(struct conn *c) {
   return o->handler(c);
 }
 
-/* The handshake: HS_ENTER, HS_END when the client has left in order, or
- * -errno. */
+/* The handshake: HS_ENTER, HS_END when the client has left in order, -errno. */
 static int hs_run(struct conn *c) {
   unsigned char *p = hs_room(c, 18), flags[4];
   int r, err;
@@ -1856,8 +1833,7 @@ static int tx_splice(struct conn *c, struct nbdserve_req *r) {
   return 0;
 }
 
-/* Takes len bytes of payload: what has been received, and the rest straight
- * from the socket. */
+/* Takes len bytes of payload, what has not come yet straight from the socket. */
 static int tx_payload(struct conn *c, unsigned char *buf, uint64_t len) {
   size_t part = (size_t)u_min(len, c->rend - c->rpos);
   memcpy(buf, c->rbuf + c->rpos, part);
@@ -1865,8 +1841,7 @@ static int tx_payload(struct conn *c, unsigned char *buf, uint64_t len) {
   return io_recv_all(&c->io, buf + part, (size_t)len - part);
 }
 
-/* A long WRITE, in pieces; a refused one goes nowhere.  -errno: its payload did
- * not come. */
+/* A long WRITE, in pieces (a refused one: nowhere).  -errno: it did not come. */
 static int tx_long_write(struct conn *c, struct nbdserve_req *r) {
   struct nbdserve_req p = *r;
   uint64_t end = r->off + r->len;
@@ -2335,8 +2310,7 @@ int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
   return ex ? 0 : -ENOENT;
 }
 
-/* Adds a listener on fd, which it owns from then on; for a negative fd that is
- * the error. */
+/* Adds a listener on fd, which it owns then; a negative fd is the error. */
 static int srv_add_listener(struct nbdserve *s, int fd, int is_unix,
                             const char *text) {
   struct srv_listener *l = &s->listeners[s->nlisteners];
@@ -2351,8 +2325,8 @@ static int srv_add_listener(struct nbdserve *s, int fd, int is_unix,
 
 /* A socket bound to an address and listening, or -errno. */
 static int srv_bind(const union srv_address *a, socklen_t len) {
-  int fd = os_socket(a->sa.sa_family), one = 1, err;
-  if (fd < 0) return fd;
+  int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1, err;
+  if (fd < 0) return -errno;
 #if !NBDSERVE_NO_TCP
   if (a->sa.sa_family != AF_UNIX)
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
@@ -2369,8 +2343,8 @@ static int srv_bind(const union srv_address *a, socklen_t len) {
 /* A socket file that nobody listens on is a leftover: removes it. */
 static int srv_remove_stale(const union srv_address *a) {
   struct stat st;
-  int fd = os_socket(AF_UNIX), stale;
-  if (fd < 0) return fd;
+  int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), stale;
+  if (fd < 0) return -errno;
   os_own(fd, 1);
   stale = lstat(a->un.sun_path, &st) == 0 && S_ISSOCK(st.st_mode) &&
           connect(fd, &a->sa, sizeof a->un) < 0 && errno == ECONNREFUSED;
@@ -2490,8 +2464,7 @@ int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
  * in a handler.  A full pipe has said it already. */
 static void srv_poke(int fd, char what) {
   int saved = errno;
-  ssize_t n = write(fd, &what, 1);
-  (void)n;
+  (void)!write(fd, &what, 1);
   errno = saved;
 }
 
@@ -2608,7 +2581,6 @@ static int srv_serve_client(struct conn *c, const char *name) {
   return err == -ESHUTDOWN ? 0 : err;
 }
 
-/* A client's thread. */
 static void *srv_thread(void *client) {
   srv_serve_client(client, NULL);
   return NULL;
@@ -2840,13 +2812,11 @@ static int OS_PRINTF(2, 3) cli_say(int status, const char *fmt, ...) {
   char line[PATH_MAX + 600] = "nbdserve: ";
   size_t n = strlen(line);
   va_list ap;
-  ssize_t done;
   va_start(ap, fmt);
   vsnprintf(line + n, sizeof line - n - 1, fmt, ap);
   va_end(ap);
   strcat(line, "\n");
-  done = write(2, line, strlen(line));
-  (void)done; /* there is nobody to tell */
+  (void)!write(2, line, strlen(line)); /* there is nobody to tell */
   return status;
 }
 
@@ -3029,8 +2999,7 @@ static int cli_new_server(const struct cli *k) {
   return err ? cli_say(CLI_FAILED, "start: %s", u_error(err)) : 0;
 }
 
-/* Opens one target and adds it to the server.  0, or the exit status after a
- * message. */
+/* Opens a target and adds it.  0, or the exit status after a message. */
 static int cli_add(const struct cli *k, const char *path, const char *name) {
   struct nbdserve_export ex = k->ex;
   struct nbdserve_flat flat = {
@@ -3264,10 +3233,7 @@ static int cli_start_command(struct cli *k) {
 /* Has the captive command ended?  wait: until it has. */
 static int cli_command_ended(struct cli *k, int wait) {
   int st = 0;
-  pid_t r;
-  do r = waitpid(k->child, &st, wait ? 0 : WNOHANG);
-  while (r < 0 && errno == EINTR);
-  if (r != k->child) return 0;
+  if (waitpid(k->child, &st, wait ? 0 : WNOHANG) != k->child) return 0;
   k->status = WIFSIGNALED(st) ? 128 + WTERMSIG(st) : WEXITSTATUS(st);
   k->child = 0;
   return 1;
@@ -3303,8 +3269,7 @@ static int cli_drop_privileges(const struct cli *k) {
   return 0;
 }
 
-/* Writes the URI line to a descriptor, which it closes unless it is one of the
- * standard ones. */
+/* Writes the URI line to a descriptor; closes it if it is no standard one. */
 static int cli_tell(const struct cli *k, int fd, const char *who) {
   if (*k->uri && dprintf(fd, "%s\n", k->uri) < 0) return cli_say_errno(who);
   return fd > 2 && close(fd) < 0 ? cli_say_errno(who) : 0;
@@ -3350,8 +3315,7 @@ static int cli_fork(struct cli *k) {
     return setsid() < 0 ? cli_say_errno("--fork") : 0;
   }
   close(fd[1]);
-  do n = read(fd[0], &ready, 1);
-  while (n < 0 && errno == EINTR);
+  n = read(fd[0], &ready, 1);
   if (n != 1) waitpid(pid, &st, 0);
   _exit(n == 1 ? 0 : WIFEXITED(st) && WEXITSTATUS(st) ? WEXITSTATUS(st) : 1);
   return 0;
@@ -3417,14 +3381,14 @@ static int cli_main(struct cli *k) {
 }
 
 int main(int argc, char **argv) {
-  struct cli *k = u_zalloc(sizeof *k);
+  static struct cli cli;
+  struct cli *k = &cli;
   int status, fd;
 
   do fd = open("/dev/null", O_RDWR); /* 0 to 2 are open: nothing else becomes */
   while (fd >= 0 && fd <= 2);        /* one of them and gets messages as data */
   if (fd > 2) close(fd);
-  if (k) k->targets = u_zalloc(((size_t)argc + 1) * sizeof *k->targets);
-  if (!k || !k->targets) return cli_say(CLI_FAILED, "start: out of memory");
+  k->targets = argv; /* gathered at its front, behind what has been read */
   k->report = k->serve[0] = k->serve[1] = -1;
   status = cli_parse(k, argc, argv);
   k->name = k->v[OPT_EXPORT] ? k->v[OPT_EXPORT] : "";
@@ -3441,8 +3405,6 @@ int main(int argc, char **argv) {
     if (!status && k->v[OPT_FORK]) status = cli_fork(k);
     if (!status) status = cli_main(k);
   }
-  NBDSERVE_FREE(k->targets);
-  NBDSERVE_FREE(k);
   return status;
 }
 

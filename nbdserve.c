@@ -134,7 +134,6 @@ void (NBDSERVE_FREE)(void *);
 #define STATIC_ASSERT(name, cond) enum { assert_##name = 1 / (int)!!(cond) }
 
 STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
-STATIC_ASSERT(int_has_32_bits, sizeof(int) >= 4);
 
 #if defined __linux__ && !NBDSERVE_POSIX_ONLY
 #define OS_LINUX 1
@@ -1176,8 +1175,7 @@ static int hs_fail(struct conn *c, uint32_t type, const char *why) {
   return HS_MORE;
 }
 
-/* Copies a string of n bytes from the client to out[WIRE_STRING + 1].  0, or
- * the error reply that it deserves. */
+/* Copies a client's string to out[WIRE_STRING + 1].  0, or an error reply. */
 static uint32_t hs_string(const unsigned char *p, size_t n, char *out) {
   if (n > WIRE_STRING) return NBD_REP_ERR_TOO_BIG;
   memcpy(out, p, n);
@@ -1275,21 +1273,21 @@ static int hs_opt_list(struct conn *c) {
 /* One information about an export. */
 static void hs_info(struct conn *c, struct ex *ex, unsigned type) {
   const char *text = type == NBD_INFO_NAME ? ex->e.name : ex->e.description;
-  size_t n = type == NBD_INFO_EXPORT       ? 10
-             : type == NBD_INFO_BLOCK_SIZE ? 12
-                                           : strlen(text);
-  unsigned char *p = hs_reply(c, NBD_REP_INFO, 2 + n);
-  put16(p, type);
+  unsigned char *p;
   if (type == NBD_INFO_EXPORT) {
+    p = hs_reply(c, NBD_REP_INFO, 12);
     put64(p + 2, c->size);
     put16(p + 10, ex_flags(c->s, ex, c->structured));
   } else if (type == NBD_INFO_BLOCK_SIZE) {
+    p = hs_reply(c, NBD_REP_INFO, 14);
     put32(p + 2, ex->e.min_block);
     put32(p + 6, ex->e.preferred_block);
     put32(p + 10, ex->e.max_request);
   } else {
-    memcpy(p + 2, text, n);
+    p = hs_reply(c, NBD_REP_INFO, 2 + strlen(text));
+    memcpy(p + 2, text, strlen(text));
   }
+  put16(p, type);
 }
 
 /* INFO and GO differ only in what comes afterwards. */
@@ -1597,11 +1595,8 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list, size_t ready) {
     sent = c->read_head;
   }
   for (r = list; r && !err; ready = sent = 0) {
-    struct iovec v[3] = {{NULL, 0}, {NULL, 0}, {NULL, 0}};
+    struct iovec v[] = {{c->wbuf + sent, ready - sent}, {heads, 0}, {NULL, 0}};
     size_t piped = 0;
-    v[0].iov_base = c->wbuf + sent;
-    v[0].iov_len = ready - sent;
-    v[1].iov_base = heads;
     for (; r && !piped && !v[2].iov_len &&
            v[1].iov_len + TX_HEAD <= sizeof heads; r = r->next) {
       if (r->ready) continue;
@@ -1833,7 +1828,7 @@ static int tx_splice(struct conn *c, struct nbdserve_req *r) {
   return 0;
 }
 
-/* Takes len bytes of payload, what has not come yet straight from the socket. */
+/* Takes len bytes of payload: what is here, the rest from the socket. */
 static int tx_payload(struct conn *c, unsigned char *buf, uint64_t len) {
   size_t part = (size_t)u_min(len, c->rend - c->rpos);
   memcpy(buf, c->rbuf + c->rpos, part);
@@ -1841,7 +1836,7 @@ static int tx_payload(struct conn *c, unsigned char *buf, uint64_t len) {
   return io_recv_all(&c->io, buf + part, (size_t)len - part);
 }
 
-/* A long WRITE, in pieces (a refused one: nowhere).  -errno: it did not come. */
+/* A long WRITE, in pieces; nothing is done of a refused one. */
 static int tx_long_write(struct conn *c, struct nbdserve_req *r) {
   struct nbdserve_req p = *r;
   uint64_t end = r->off + r->len;
@@ -1864,8 +1859,6 @@ static int tx_long_read(struct conn *c, struct nbdserve_req *r) {
   int pass = !c->structured && r->len > TX_KEEP ? 0 : 1, err = 0;
   uint64_t end = r->off + r->len;
   struct nbdserve_req p = *r;
-  struct iovec v;
-  size_t head;
 
   p.buf = c->big + TX_HEAD;
   os_lock(&c->lock); /* no worker's reply may come between the pieces */
@@ -1873,15 +1866,15 @@ static int tx_long_read(struct conn *c, struct nbdserve_req *r) {
   os_unlock(&c->lock);
   for (; pass < 2; pass++)
     for (p.off = r->off; p.off < end; p.off += p.len) {
+      size_t head = c->structured || p.off == r->off ? c->read_head : 0;
+      struct iovec v = {p.buf - head, head};
       p.len = u_min(end - p.off, TX_KEEP);
       p.more = p.off + p.len < end;
       r->err = ex_do(c->ex, &p);
-      head = c->structured || p.off == r->off ? c->read_head : 0;
       if (r->err && pass && !head) return r->err; /* proto.md: disconnect */
       if (r->err) return tx_answer(c, r, 0);
       if (head) tx_put_head(c, &p, p.buf - head);
-      v.iov_base = p.buf - head;
-      v.iov_len = head + (size_t)p.len;
+      v.iov_len += (size_t)p.len;
       if (pass) err = tx_send(c, &v, 1, 0, 0);
       if (err) return err;
     }
@@ -2091,8 +2084,7 @@ static int flat_flush(void *ctx, uint32_t flags) {
   return err;
 }
 
-/* os_fallocate on the export's range; -EOPNOTSUPP whenever it has to be done
- * in another way. */
+/* os_fallocate on a range of the export; -EOPNOTSUPP: do it another way. */
 static int flat_allocate(struct flat *f, int mode, uint64_t off, uint64_t len) {
   int lacks = flat_lacks(f, 0), err = -EOPNOTSUPP;
   if (lacks & FLAT_FAILED) return -EIO;
@@ -2499,8 +2491,7 @@ void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
   os_unlock(&s->lock);
 }
 
-/* A client on in and out, registered (S1); NULL without memory.  owned: the
- * descriptor is closed at its end. */
+/* A client, registered (S1); NULL without memory.  owned: close in its end. */
 static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
                                    int owned) {
   struct conn *c = NBDSERVE_MALLOC(sizeof *c);
@@ -2552,8 +2543,7 @@ static void srv_free_client(struct conn *c) {
   os_unlock(&s->lock); /* (S2) */
 }
 
-/* Serves a client from its first byte to its last and forgets it.  name: as in
- * nbdserve_serve.  0 or -errno. */
+/* Serves a client to its end and forgets it.  name: as in nbdserve_serve. */
 static int srv_serve_client(struct conn *c, const char *name) {
   char peer[64] = "a pipe";
   union srv_address a;
@@ -2806,8 +2796,7 @@ struct cli {
 static struct nbdserve *cli_server; /* for the handlers, as what follows */
 static volatile sig_atomic_t cli_usr1, cli_ending;
 
-/* One line on standard error, in one write so that threads do not mix theirs;
- * returns status. */
+/* A line on standard error, in one write: threads do not mix.  The status. */
 static int OS_PRINTF(2, 3) cli_say(int status, const char *fmt, ...) {
   char line[PATH_MAX + 600] = "nbdserve: ";
   size_t n = strlen(line);
@@ -3092,8 +3081,7 @@ static int cli_listen_private(struct cli *k) {
   return status;
 }
 
-/* Sockets from whoever started us, n of them from fd on: listening ones, or a
- * client. */
+/* n sockets of whoever started us, from fd on: listening ones, or a client. */
 static int cli_take_fds(struct cli *k, int fd, int n) {
   char address[16];
   int err = 0;

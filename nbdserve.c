@@ -39,7 +39,7 @@
  * own backend does go to that client's workers, which answer by themselves.
  *
  * ---- Locks, in the order they may be taken -------------------------------
- *   1. nbdserve.lock   exports and their sizes, clients, memory, threads
+ *   1. nbdserve.lock   exports and their sizes, clients
  *   2. conn.lock       a client's queues and counters
  *   3. conn.sending    one writer on a client's socket at a time (the only
  *                      lock held while a client is waited for: it is its own)
@@ -782,7 +782,6 @@ struct nbdserve {
   struct ex *exports, **last_export;
   struct conn *conns; /* clients being served */
   unsigned nconns;
-  uint64_t memory; /* of requests, see tx_new_buf */
   struct nbdserve_stats stats; /* of clients that have gone */
 };
 
@@ -1463,44 +1462,16 @@ static int hs_run(struct conn *c) {
  *      that a host's own backend does.  So no slow request holds up a READ
  *      behind it, while there are workers.
  * (T5) Memory is bounded, whatever a client claims, and nobody waits for it: a
- *      client has its fixed buffers and max_deferred requests of up to TX_SMALL
- *      bytes.  Workers' requests above that, up to TX_KEEP, come out of
- *      config.memory; all others are done in pieces as they arrive and leave.
+ *      client has its fixed buffers and max_deferred requests of up to TX_KEEP
+ *      bytes (EX_EXTENTS_SIZE with ops->batch: no READ or WRITE waits then).
+ *      All others are done in pieces as they arrive and leave.
  */
 
-/* Frees what a request owns. */
-static void tx_free_buf(struct conn *c, struct nbdserve_req *r) {
-  if (!r->owned) return;
-  NBDSERVE_FREE(r->buf);
-  if (r->owned > TX_SMALL) {
-    os_lock(&c->s->lock);
-    assert(c->s->memory >= r->owned);
-    c->s->memory -= r->owned;
-    os_unlock(&c->s->lock);
-  }
+static void tx_free_buf(struct nbdserve_req *r) {
+  if (r->owned) NBDSERVE_FREE(r->buf);
   r->buf = NULL;
   r->owned = 0;
 }
-
-/* Gives a request a buffer of its own, if there is memory for it (T5). */
-static int tx_new_buf(struct conn *c, struct nbdserve_req *r) {
-  struct nbdserve *s = c->s;
-  int fits = 1;
-
-  if (r->len > TX_SMALL) {
-    os_lock(&s->lock);
-    fits = s->memory + r->len <= s->config.memory;
-    if (fits) s->memory += r->len;
-    os_unlock(&s->lock);
-  }
-  if (!fits) return 0;
-  r->buf = NBDSERVE_MALLOC((size_t)r->len);
-  r->owned = (size_t)r->len;
-  if (!r->buf) tx_free_buf(c, r);
-  return r->buf != NULL;
-}
-
-STATIC_ASSERT(status_needs_no_budget, (int)EX_EXTENTS_SIZE <= (int)TX_SMALL);
 
 /* Sends to the client, unless that has failed before. */
 static int tx_send(struct conn *c, struct iovec *v, int n, size_t piped,
@@ -1611,7 +1582,7 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list, size_t ready) {
     err = tx_send(c, v, v[2].iov_len ? 3 : v[1].iov_len ? 2 : 1, piped,
                   piped ? OS_MSG_MORE : 0);
   }
-  for (r = list; r; r = r->next) tx_free_buf(c, r);
+  for (r = list; r; r = r->next) tx_free_buf(r);
   return err;
 }
 
@@ -1887,7 +1858,9 @@ static int tx_long_read(struct conn *c, struct nbdserve_req *r) {
 static int tx_big(struct conn *c, struct nbdserve_req *r, int defer) {
   int is_write = r->type == NBD_CMD_WRITE, err = 0;
 
-  if (defer && r->len <= TX_KEEP && tx_new_buf(c, r)) {
+  if (defer && r->len <= TX_KEEP) r->buf = NBDSERVE_MALLOC((size_t)r->len);
+  if (r->buf) {
+    r->owned = (size_t)r->len;
     if (is_write) err = tx_payload(c, r->buf, r->len);
     if (!err && tx_defer(c, r)) return 0;
     if (!err) r->err = ex_do(c->ex, r);
@@ -1900,13 +1873,13 @@ static int tx_big(struct conn *c, struct nbdserve_req *r, int defer) {
     err = tx_long_write(c, r);
   }
   if (!err && !r->err && ex_wants_flush(c->ex, r)) {
-    tx_free_buf(c, r);
+    tx_free_buf(r);
     r->written = 1;
     if (tx_defer(c, r)) return 0;
     r->err = ex_flush(c->ex);
   }
   if (!err) return tx_answer(c, r, 0);
-  tx_free_buf(c, r);
+  tx_free_buf(r);
   return err;
 }
 
@@ -2257,7 +2230,6 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   if (!k.max_conn) k.max_conn = 128;
   if (NBDSERVE_NO_THREADS) k.max_conn = k.threads = 1;
   if (!k.handshake_ms) k.handshake_ms = 10000;
-  if (!k.memory) k.memory = 256u << 20;
   if (k.version / 100 != NBDSERVE_VERSION_NUMBER / 100 || k.threads > 1024 ||
       k.max_conn > 1 << 20 || k.flags & ~NBDSERVE_ONCE)
     return -EINVAL;
@@ -2697,7 +2669,7 @@ void nbdserve_free(struct nbdserve *s) {
 
   if (!s) return;
   if (s->nconns > 0) srv_finish(s); /* nbdserve_run was left with -EINTR */
-  assert(!s->conns && !s->memory);
+  assert(!s->conns);
   for (l = s->listeners; l < s->listeners + s->nlisteners; l++) {
     if (l->fd >= 0) close(l->fd);
     if (l->is_unix && lstat(l->text, &st) == 0 && st.st_ino == l->st.st_ino &&

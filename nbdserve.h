@@ -146,14 +146,12 @@ struct nbdserve_config {
   uint32_t version; /* NBDSERVE_VERSION_NUMBER: header and library must agree */
   uint32_t flags;   /* NBDSERVE_ONCE */
   uint32_t threads; /* calls into a backend at a time per client, besides one
-                       for a request above 1 MiB; 0: 16 */
+                       for a request above 1 MiB; each of them may hold 1 MiB;
+                       0: 16 */
   uint32_t max_conn;        /* clients at a time; the others wait; 0: 128 */
   uint32_t handshake_ms;    /* for the whole handshake; 0: 10000 */
   uint32_t idle_exit_ms;    /* nbdserve_run returns after that time without
                                clients; 0: never */
-  uint64_t memory;          /* bytes for requests above 128 KiB that wait for a
-                               backend; beyond it they are done one by one;
-                               0: 256 MiB */
   int log_level;            /* highest level wanted; 0: errors only */
   void (*log)(void *ctx, int level, const char *message); /* NULL: silent; may
                                be called from several threads at once */

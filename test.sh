@@ -4100,7 +4100,7 @@ static void u_inflight(void) {
   close(fd);
 }
 
-/* Requests that exceed the memory allowed are done nevertheless */
+/* Requests that exceed what may wait for a backend are done nevertheless */
 static void u_memory(void) {
   struct nbdserve_config config = {0};
   struct ram *r = r_new(4 << 20);
@@ -4112,7 +4112,7 @@ static void u_memory(void) {
   unsigned char *b = t_alloc(4 << 20);
   int i;
   config.version = NBDSERVE_VERSION_NUMBER;
-  config.memory = 1;
+  config.threads = 2;
   CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
   s_start(&v, s, &c);
   CHECK(t_open(&c, c.fd, "", 0) == 0);

@@ -363,13 +363,11 @@ static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
   int is_data = 1;
   *next = end;
 #if defined SEEK_HOLE && !NBDSERVE_POSIX_ONLY
-  {
-    off_t data = lseek(fd, (off_t)off, SEEK_DATA), to = data;
-    is_data = data >= 0 ? (uint64_t)data == off
-                        : errno != ENXIO || lseek(fd, 0, SEEK_END) < (off_t)end;
-    if (data >= 0 && is_data) to = lseek(fd, data, SEEK_HOLE);
-    if (to > (off_t)off && (uint64_t)to < end) *next = (uint64_t)to;
-  }
+  off_t data = lseek(fd, (off_t)off, SEEK_DATA), to = data;
+  is_data = data >= 0 ? (uint64_t)data == off
+                      : errno != ENXIO || lseek(fd, 0, SEEK_END) < (off_t)end;
+  if (data >= 0 && is_data) to = lseek(fd, data, SEEK_HOLE);
+  if (to > (off_t)off && (uint64_t)to < end) *next = (uint64_t)to;
 #endif
   (void)fd, (void)off;
   return is_data;
@@ -1215,8 +1213,7 @@ static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
   c->max_deferred = ex->e.ops->batch ? TX_DEFERRED : threads;
   c->can_splice = ex->e.ops->batch && c->io.stop < 0;
   HS_LOG(c, NBDSERVE_LOG_INFO, "%u: export '%s', %" PRIu64 " bytes%s", c->id,
-         name, c->size,
-         c->tflags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
+         name, c->size, c->tflags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
 }
 
 /* The options.  Each takes its data and answers: HS_*, or -errno to close. */
@@ -1853,8 +1850,7 @@ static int tx_long_read(struct conn *c, struct nbdserve_req *r) {
   return tx_answer(c, r, 0);
 }
 
-/* A READ or WRITE outside the batch, which has been done: a long one, or one
- * for a worker. */
+/* A READ or WRITE behind the batch: a long one, or one for a worker. */
 static int tx_big(struct conn *c, struct nbdserve_req *r, int defer) {
   int is_write = r->type == NBD_CMD_WRITE, err = 0;
 
@@ -2291,13 +2287,10 @@ static int srv_add_listener(struct nbdserve *s, int fd, int is_unix,
 static int srv_bind(const union srv_address *a, socklen_t len) {
   int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1, err;
   if (fd < 0) return -errno;
+  setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one); /* TCP heeds it */
 #if !NBDSERVE_NO_TCP
-  if (a->sa.sa_family != AF_UNIX)
-    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
-  if (a->sa.sa_family == AF_INET6)
-    setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one);
+  setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one); /* IPv6 does */
 #endif
-  (void)one;
   if (bind(fd, &a->sa, len) == 0 && listen(fd, SRV_BACKLOG) == 0) return fd;
   err = -errno;
   close(fd);
@@ -2416,11 +2409,9 @@ int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
   n = snprintf(buf, size, "nbd%s://%s/", l->is_unix ? "+unix" : "",
                l->is_unix ? "" : l->text);
   fits = (size_t)n < size && u_append_uri(buf, size, name ? name : "");
-  if (fits && l->is_unix) {
-    fits = strlen(buf) + 8 < size;
-    if (fits) strcat(buf, "?socket=");
-    fits = fits && u_append_uri(buf, size, l->text);
-  }
+  if (fits && l->is_unix)
+    fits = strlen(buf) + 8 < size &&
+           u_append_uri(strcat(buf, "?socket="), size, l->text);
   return fits ? 0 : -ERANGE;
 }
 
@@ -2630,13 +2621,11 @@ int nbdserve_run(struct nbdserve *s) {
       if (wait < 0 || idle < wait) wait = idle;
     }
     if (over) wait = 0; /* a last look whether somebody waits */
-    for (i = 0; i < n + 2; i++) {
-      p[i].fd = full || pause > now ? -1 : s->listeners[i < n ? i : 0].fd;
-      p[i].events = POLLIN;
-      p[i].revents = 0;
-    }
-    p[n].fd = s->stop[0];
-    p[n + 1].fd = s->wake[0];
+    full = full || pause > now;
+    for (i = 0; i < n; i++)
+      p[i] = (struct pollfd){full ? -1 : s->listeners[i].fd, POLLIN, 0};
+    p[n] = (struct pollfd){s->stop[0], POLLIN, 0};
+    p[n + 1] = (struct pollfd){s->wake[0], POLLIN, 0};
     if (poll(p, (nfds_t)n + 2, (int)(wait > INT_MAX ? INT_MAX : wait)) < 0 &&
         errno != EINTR)
       return -errno;
@@ -2944,20 +2933,6 @@ static int cli_check(const struct cli *k) {
   if (k->v[OPT_EXPORT] && k->ntargets > 1)
     return cli_say(CLI_USAGE, "--export: for a single target; use NAME=TARGET");
   return 0;
-}
-
-static int cli_new_server(const struct cli *k) {
-  int level = NBDSERVE_LOG_WARNING + (int)u_min(k->n[OPT_VERBOSE], 2);
-  struct nbdserve_config config = {
-      .version = NBDSERVE_VERSION_NUMBER,
-      .flags = k->v[OPT_ONCE] ? NBDSERVE_ONCE : 0,
-      .threads = (uint32_t)k->n[OPT_THREADS],
-      .max_conn = (uint32_t)k->n[OPT_MAX_CONN],
-      .idle_exit_ms = (uint32_t)k->n[OPT_IDLE_EXIT] * 1000,
-      .log = cli_log,
-      .log_level = k->v[OPT_QUIET] ? NBDSERVE_LOG_ERROR : level};
-  int err = nbdserve_new(&cli_server, &config);
-  return err ? cli_say(CLI_FAILED, "start: %s", u_error(err)) : 0;
 }
 
 /* Opens a target and adds it.  0, or the exit status after a message. */
@@ -3322,9 +3297,18 @@ static int cli_serve(struct cli *k) {
 
 /* Everything from the first open file to the last. */
 static int cli_main(struct cli *k) {
-  int status = cli_new_server(k);
+  int level = NBDSERVE_LOG_WARNING + (int)u_min(k->n[OPT_VERBOSE], 2);
+  struct nbdserve_config config = {
+      .version = NBDSERVE_VERSION_NUMBER,
+      .flags = k->v[OPT_ONCE] ? NBDSERVE_ONCE : 0,
+      .threads = (uint32_t)k->n[OPT_THREADS],
+      .max_conn = (uint32_t)k->n[OPT_MAX_CONN],
+      .idle_exit_ms = (uint32_t)k->n[OPT_IDLE_EXIT] * 1000,
+      .log = cli_log,
+      .log_level = k->v[OPT_QUIET] ? NBDSERVE_LOG_ERROR : level};
+  int status = nbdserve_new(&cli_server, &config);
 
-  if (status) return status;
+  if (status) return cli_say(CLI_FAILED, "start: %s", u_error(status));
   cli_catch_signals(cli_on_signal);
   status = cli_add_all(k);
   if (k->v[OPT_STDIN])

@@ -1266,7 +1266,6 @@ static int hs_opt_list(struct conn *c) {
   return err ? -EPIPE : hs_ack(c);
 }
 
-/* One information about an export. */
 static void hs_info(struct conn *c, struct ex *ex, unsigned type) {
   const char *text = type == NBD_INFO_NAME ? ex->e.name : ex->e.description;
   unsigned char *p;
@@ -1379,7 +1378,6 @@ static const struct hs_option {
     {NBD_OPT_LIST_META_CONTEXT, NBDSERVE_MAX_OPTION, hs_opt_meta_context},
     {NBD_OPT_SET_META_CONTEXT, NBDSERVE_MAX_OPTION, hs_opt_meta_context}};
 
-/* Takes one option and answers it. */
 static int hs_option(struct conn *c) {
   const struct hs_option *o = hs_options, *end =
       hs_options + sizeof hs_options / sizeof *hs_options;
@@ -2037,8 +2035,8 @@ static int flat_read(void *ctx, void *buf, uint64_t off, uint64_t len,
 
 static int flat_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
                       uint32_t flags) {
-  struct nbdserve_req r = {.type = NBD_CMD_WRITE, .off = off, .len = len};
-  r.buf = (unsigned char *)(uintptr_t)buf;
+  struct nbdserve_req r = {.type = NBD_CMD_WRITE, .off = off, .len = len,
+                           .buf = (unsigned char *)(uintptr_t)buf};
   assert(!(flags & NBDSERVE_FUA)); /* not NATIVE_FUA: a flush follows */
   (void)flags;
   flat_batch(ctx, &r, 1);
@@ -2539,16 +2537,12 @@ static void *srv_thread(void *client) {
   return NULL;
 }
 
-/* Takes the next client of a listener, if there may be one more.  -errno when
- * there is no descriptor, memory or thread for it. */
+/* Takes the next client of a listener.  -errno when there is no descriptor,
+ * memory or thread for it. */
 static int srv_accept(struct nbdserve *s, int listener) {
   struct conn *c;
-  int fd, full, err;
+  int fd = os_accept(listener), err;
 
-  os_lock(&s->lock);
-  full = s->nconns >= s->config.max_conn;
-  os_unlock(&s->lock);
-  fd = full ? -EAGAIN : os_accept(listener);
   if (fd < 0)
     return fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR ? 0 : fd;
   c = srv_new_client(s, fd, fd, 1);
@@ -2604,12 +2598,13 @@ static int srv_finish(struct nbdserve *s) {
 int nbdserve_run(struct nbdserve *s) {
   struct pollfd p[SRV_LISTENERS + 3];
   int64_t pause = 0, now, wait, idle;
-  int i, n = s->nlisteners, full, busy, over, err, came;
+  int i, n = s->nlisteners, room, busy, over, err, came;
 
   for (;;) {
     os_lock(&s->lock);
     busy = s->nconns > 0;
-    full = s->nconns >= s->config.max_conn;
+    room = s->nconns < s->config.max_conn
+               ? (int)(s->config.max_conn - s->nconns) : 0;
     over = !busy && s->stats.clients && (s->config.flags & NBDSERVE_ONCE);
     os_unlock(&s->lock);
     now = os_now_ms();
@@ -2621,9 +2616,9 @@ int nbdserve_run(struct nbdserve *s) {
       if (wait < 0 || idle < wait) wait = idle;
     }
     if (over) wait = 0; /* a last look whether somebody waits */
-    full = full || pause > now;
+    if (pause > now) room = 0;
     for (i = 0; i < n; i++)
-      p[i] = (struct pollfd){full ? -1 : s->listeners[i].fd, POLLIN, 0};
+      p[i] = (struct pollfd){room ? s->listeners[i].fd : -1, POLLIN, 0};
     p[n] = (struct pollfd){s->stop[0], POLLIN, 0};
     p[n + 1] = (struct pollfd){s->wake[0], POLLIN, 0};
     if (poll(p, (nfds_t)n + 2, (int)(wait > INT_MAX ? INT_MAX : wait)) < 0 &&
@@ -2632,7 +2627,7 @@ int nbdserve_run(struct nbdserve *s) {
     if (p[n].revents) return srv_finish(s);
     if (p[n + 1].revents && srv_woken(s)) return -EINTR;
     for (came = i = 0; i < n; i++) {
-      if (!p[i].revents) continue;
+      if (!p[i].revents || room-- <= 0) continue;
       came = 1;
       err = srv_accept(s, p[i].fd);
       if (err && now - pause > SRV_PAUSE_MS) /* once, not in every round */
@@ -2908,7 +2903,6 @@ static int cli_parse(struct cli *k, int argc, char **argv) {
   return err;
 }
 
-/* Refuses what does not go together. */
 static int cli_check(const struct cli *k) {
   static const struct { int a, b; } apart[] = {
       {OPT_STDIN, OPT_UNIX}, {OPT_STDIN, OPT_PORT}, {OPT_STDIN, OPT_BIND},
@@ -2989,7 +2983,6 @@ static int cli_add_all(struct cli *k) {
   return status;
 }
 
-/* Listens on one address of that kind. */
 static int cli_listen_on(const char *kind, const char *address) {
   char full[PATH_MAX + 8];
   int err;
@@ -3073,7 +3066,6 @@ static int cli_listen_tcp(const struct cli *k) {
   return status;
 }
 
-/* Listens wherever the command line says. */
 static int cli_listen(struct cli *k) {
   const char *path = k->v[OPT_UNIX];
   int is_tcp = k->v[OPT_PORT] || k->v[OPT_BIND], n = cli_activation();
@@ -3187,7 +3179,6 @@ static int cli_write_pidfile(const char *path) {
   return ok ? 0 : cli_say_errno(path);
 }
 
-/* Gives up root. */
 static int cli_drop_privileges(const struct cli *k) {
   int user = k->v[OPT_USER] != NULL;
   unsigned gid = k->v[OPT_GROUP] ? k->gid : k->user_gid;

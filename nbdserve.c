@@ -1126,7 +1126,7 @@ struct conn {
   unsigned char rbuf[TX_RBUF], wbuf[TX_WBUF]; /* the client's thread only */
 };
 
-enum { HS_MORE, HS_ENTER, HS_END }; /* what follows an option; or -errno */
+enum { HS_ENTER, HS_MORE, HS_END }; /* what follows an option; or -errno */
 
 /* Tells the log about a client; the text begins with its number. */
 #define HS_LOG(c, level, ...) \
@@ -1400,8 +1400,7 @@ static int hs_option(struct conn *c) {
     err = io_recv_all(&c->io, c->rbuf, piece);
   }
   if (err) return err;
-  if (c->opt == NBD_OPT_SET_META_CONTEXT)
-    c->meta = 0; /* replaced, also when it fails */
+  if (c->opt == NBD_OPT_SET_META_CONTEXT) c->meta = 0; /* also if it fails */
   if (c->opt == NBD_OPT_ABORT) return (void)hs_ack(c), HS_END;
   if (o == end) return hs_fail(c, NBD_REP_ERR_UNSUP, "unknown option");
   if (len > NBDSERVE_MAX_OPTION)
@@ -2509,22 +2508,20 @@ static int srv_serve_client(struct conn *c, const char *name) {
   char peer[64] = "a pipe";
   union srv_address a;
   socklen_t len = sizeof a;
-  struct ex *ex;
-  int r = HS_ENTER, err = 0, calm;
+  struct ex *ex = NULL;
+  int err, calm;
 
   if (getpeername(c->io.in, &a.sa, &len) == 0) srv_name(&a, peer, sizeof peer);
   HS_LOG(c, NBDSERVE_LOG_INFO, "%u: connected from %s", c->id, peer);
   os_tune(c->io.in);
   os_tune(c->io.out);
-  if (!name)
-    r = hs_run(c);
-  else if (!(err = hs_find(c, name, &ex)))
-    hs_settle(c, ex, name);
-  if (r < 0) err = r;
-  if (!err && r == HS_ENTER) err = tx_run(c);
+  err = name ? hs_find(c, name, &ex) : hs_run(c);
+  if (name && !err) hs_settle(c, ex, name);
+  if (err == HS_ENTER) err = tx_run(c);
   if (c->ex && c->ex->dynamic && !(c->tflags & NBD_FLAG_READ_ONLY))
     ex_flush(c->ex); /* a courtesy before it is closed: nobody waits for it */
   ex_put(c->ex);
+  if (err == HS_END) err = 0;
   calm = !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
   HS_LOG(c, calm ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING, "%u: gone: %s",
          c->id, err ? u_error(err) : "disconnected");

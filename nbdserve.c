@@ -175,8 +175,7 @@ struct os_cond { pthread_cond_t c; };
 #define os_wake_all(x) ((void)OS_PTHREAD(x, pthread_cond_broadcast(&(x)->c)))
 
 #if !NBDSERVE_NO_THREADS
-/* Starts a detached thread that takes no signals: those are the host's.  0, or
- * -errno when the system has no thread left. */
+/* Starts a detached thread that takes no signals: those are the host's. */
 static int os_thread(void *(*fn)(void *), void *arg) {
   pthread_attr_t attr;
   pthread_t t;
@@ -1310,16 +1309,14 @@ static int hs_opt_go(struct conn *c) {
   if (!*ex->e.description) wants &= ~(1u << NBD_INFO_DESCRIPTION);
   for (type = 0; type <= NBD_INFO_BLOCK_SIZE; type++)
     if (wants & 1u << type) hs_info(c, ex, type);
-  if (bad)
-    hs_fail(c, NBD_REP_ERR_BLOCK_SIZE_REQD, "ask for the block size");
-  else
-    hs_ack(c);
   if (!bad && c->opt == NBD_OPT_GO) {
+    hs_ack(c);
     hs_settle(c, ex, name);
     return HS_ENTER;
   }
   ex_put(ex);
-  return HS_MORE;
+  if (!bad) return hs_ack(c);
+  return hs_fail(c, NBD_REP_ERR_BLOCK_SIZE_REQD, "ask for the block size");
 }
 
 static int hs_opt_structured_reply(struct conn *c) {
@@ -1876,7 +1873,7 @@ static int tx_big(struct conn *c, struct nbdserve_req *r, int defer) {
   return err;
 }
 
-enum { TX_MORE, TX_DISC, TX_NEXT };
+enum { TX_NEXT, TX_MORE, TX_DISC };
 
 /* Takes the next request out of the receive buffer.  TX_NEXT, TX_MORE when it
  * is not all there yet, TX_DISC, or -errno to close. */
@@ -1909,14 +1906,12 @@ static int tx_take(struct conn *c) {
               (payload == 0 && r.len >= TX_SPLICE && c->can_splice))) {
     c->rpos += WIRE_REQUEST;
     err = tx_exec(c);
-    if (!err) err = tx_big(c, &r, defer);
-    return err ? err : TX_NEXT;
+    return err ? err : tx_big(c, &r, defer);
   }
   if (c->rend - c->rpos < WIRE_REQUEST + payload) return TX_MORE;
   c->rpos += WIRE_REQUEST + (size_t)payload;
   if (payload) r.buf = p + WIRE_REQUEST;
-  err = tx_add(c, &r);
-  return err ? err : TX_NEXT;
+  return tx_add(c, &r);
 }
 
 /* Receives more behind what is there.  0, 1 at the end, or -errno. */
@@ -2207,7 +2202,6 @@ union srv_address {
   struct sockaddr_in in;
   struct sockaddr_in6 in6;
 #endif
-  struct sockaddr_storage any;
 };
 
 const char *nbdserve_version(void) { return NBDSERVE_VERSION; }
@@ -2534,8 +2528,7 @@ static void *srv_thread(void *client) {
   return NULL;
 }
 
-/* Takes the next client of a listener.  -errno when there is no descriptor,
- * memory or thread for it. */
+/* Takes a listener's next client.  -errno: no descriptor, memory or thread. */
 static int srv_accept(struct nbdserve *s, int listener) {
   struct conn *c;
   int fd = os_accept(listener), err;

@@ -1421,8 +1421,7 @@ static int hs_run(struct conn *c) {
   err = hs_send(c);
   if (!err) err = io_recv_all(&c->io, flags, sizeof flags);
   if (err) return err;
-  if (get32(flags) & ~(unsigned)(NBD_FLAG_C_FIXED_NEWSTYLE |
-                                 NBD_FLAG_C_NO_ZEROES)) {
+  if (get32(flags) > (NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES)) {
     HS_LOG(c, NBDSERVE_LOG_INFO, "%u: unknown client flags 0x%08" PRIx32
            "; closed", c->id, get32(flags));
     return -EPROTO;
@@ -2187,10 +2186,9 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
  * (S1) A client is on s->conns from its acceptance to its end, so that
  *      nbdserve_stop reaches it.
  * (S2) The last thing a client's thread does with s is to leave that list.
- * (S3) Stopping: no more clients; those that are there get no further
- *      requests, but what they have sent is done and answered, for
- *      IO_GRACE_MS at most where they do not read; then all exports are
- *      flushed.
+ * (S3) Stopping: no more clients; those that are there get no further requests,
+ *      but what they have sent is done and answered, for IO_GRACE_MS at most
+ *      where they do not read; then all exports are flushed.
  */
 enum { SRV_BACKLOG = 128, SRV_PAUSE_MS = 100 };
 enum { SRV_STOP = 's', SRV_WAKE = 'w', SRV_GONE = 'g' }; /* bytes in pipes */

@@ -181,7 +181,6 @@ static int os_thread(void *(*fn)(void *), void *arg) {
   pthread_t t;
   sigset_t all, old;
   int err;
-
   sigfillset(&all);
   pthread_attr_init(&attr);
   pthread_attr_setstacksize(&attr, NBDSERVE_STACK);
@@ -225,7 +224,6 @@ static int os_open_dir(const char *path) {
   char dir[PATH_MAX];
   const char *slash = strrchr(path, '/');
   int n = slash ? (int)(slash - path) + 1 : 0, fd;
-
   if (snprintf(dir, sizeof dir, "%.*s.", n, path) >= (int)sizeof dir)
     return -ENAMETOOLONG;
   fd = open(dir, O_RDONLY | O_CLOEXEC);
@@ -490,7 +488,6 @@ static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
                                   int level, const char *fmt, ...) {
   char text[512], *p;
   va_list ap;
-
   if (!config->log || level > config->log_level) return;
   va_start(ap, fmt);
   vsnprintf(text, sizeof text, fmt, ap);
@@ -663,7 +660,6 @@ static ssize_t io_recv(const struct io *io, void *buf, size_t len, int all) {
   int flags = io_flags(io, all ? MSG_WAITALL : 0);
   int err = flags == MSG_DONTWAIT ? io_wait(io, 0) : 0;
   ssize_t n = 0;
-
   assert(len > 0);
   while (!err) {
     n = recv(io->in, buf, len, flags);
@@ -981,7 +977,6 @@ static int ex_extents(struct ex *ex, struct nbdserve_req *r) {
   int one = (r->flags & NBD_CMD_FLAG_REQ_ONE) != 0, err = 0;
   struct nbdserve_extents x = {.left = r->len, .align = ex->e.min_block,
                                .max = one ? 1 : EX_EXTENTS};
-
   x.data = NBDSERVE_MALLOC(EX_EXTENTS_SIZE);
   if (!x.data) return -ENOMEM;
   if (ex->e.ops->extents)
@@ -1201,7 +1196,6 @@ static int hs_find(struct conn *c, const char *name, struct ex **out) {
 /* The export is settled: what transmission needs to know of it. */
 static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
   unsigned threads = c->s->config.threads;
-
   assert(!c->ex);
   c->ex = ex;
   c->tflags = ex_flags(c->s, ex, c->structured);
@@ -1222,7 +1216,6 @@ static int hs_opt_export_name(struct conn *c) {
   char name[WIRE_STRING + 1];
   unsigned char *p;
   struct ex *ex;
-
   if (hs_string(c->data, c->len, name) || hs_find(c, name, &ex)) {
     HS_LOG(c, NBDSERVE_LOG_INFO, "%u: no such export; closed", c->id);
     return -ENOENT; /* this option knows no error reply */
@@ -1253,7 +1246,6 @@ static int hs_opt_list(struct conn *c) {
   struct nbdserve *s = c->s;
   struct ex *ex;
   int err = 0;
-
   os_lock(&s->lock);
   for (ex = s->exports; ex && !err; ex = ex->next) {
     os_unlock(&s->lock); /* (E1): the list only grows, at its end */
@@ -1763,7 +1755,6 @@ static int tx_add(struct conn *c, const struct nbdserve_req *r) {
   size_t slot = is_read ? c->read_head + (size_t)r->len : 0;
   struct nbdserve_req *q;
   int err = 0;
-
   assert(r->err || r->len <= TX_SMALL || r->type > NBD_CMD_WRITE);
   if (c->nreqs == TX_BATCH || c->wlen + slot > TX_WBUF) err = tx_exec(c);
   if (err) return err;
@@ -1802,7 +1793,6 @@ static int tx_long_write(struct conn *c, struct nbdserve_req *r) {
   struct nbdserve_req p = *r;
   uint64_t end = r->off + r->len;
   int err = 0;
-
   assert(!c->nreqs && r->len > 0);
   p.buf = c->big;
   for (; p.off < end && !err; p.off += p.len) {
@@ -2005,7 +1995,6 @@ static void flat_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   struct flat *f = ctx;
   int failed = flat_lacks(f, 0) & FLAT_FAILED, err;
   size_t i, j, k;
-
   for (i = 0; i < n; i = j) {
     for (j = i + 1; j < n && j - i < FLAT_RUN && r[j].type == r[i].type &&
                     r[j].off == r[j - 1].off + r[j - 1].len;)
@@ -2359,7 +2348,6 @@ static int srv_listen_tcp(struct nbdserve *s, const char *address) {
   uint64_t port = 0;
   char host[64];
   int n = colon ? (int)(colon - address) : 0, err, brackets;
-
   rest = colon ? u_size(colon + 1, &port) : NULL;
   if (n <= 0 || n >= (int)sizeof host || !rest || *rest || port > 65535)
     return -EINVAL;
@@ -2530,7 +2518,6 @@ static void *srv_thread(void *client) {
 static int srv_accept(struct nbdserve *s, int listener) {
   struct conn *c;
   int fd = os_accept(listener), err;
-
   if (fd < 0)
     return fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR ? 0 : fd;
   c = srv_new_client(s, fd, fd, 1);
@@ -2974,7 +2961,6 @@ static int cli_add_all(struct cli *k) {
 static int cli_listen_on(const char *kind, const char *address) {
   char full[PATH_MAX + 8];
   int err;
-
   snprintf(full, sizeof full, "%s:%s", kind, address);
   err = nbdserve_listen(cli_server, full);
   if (err == -ENAMETOOLONG)
@@ -3013,7 +2999,6 @@ static int cli_listen_private(struct cli *k) {
 static int cli_take_fds(struct cli *k, int fd, int n) {
   char address[16];
   int err = 0;
-
   if (n > SRV_LISTENERS) return cli_say(CLI_FAILED, "LISTEN_FDS: too many");
   for (; n > 0 && !err; n--, fd++) {
     snprintf(address, sizeof address, "fd:%d", fd);
@@ -3031,7 +3016,6 @@ static int cli_take_fds(struct cli *k, int fd, int n) {
 static int cli_activation(void) {
   const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
   uint64_t n = 0;
-
   if (!pid || !fds || strtol(pid, NULL, 10) != (long)getpid()) return 0;
   u_size(fds, &n);
   unsetenv("LISTEN_PID");
@@ -3045,7 +3029,6 @@ static int cli_listen_tcp(const struct cli *k) {
   const char *port = k->v[OPT_PORT] ? k->v[OPT_PORT] : "10809";
   char address[300];
   int bare_v6 = strchr(host, ':') && *host != '[', status;
-
   snprintf(address, sizeof address, bare_v6 ? "[%s]:%s" : "%s:%s", host, port);
   status = cli_listen_on("tcp", address);
   if (!status && strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
@@ -3117,7 +3100,6 @@ static char *cli_expand(const char *arg, const char *uri) {
 static void cli_set_environment(const struct cli *k) {
   char nbd[PATH_MAX + 80];
   int is_tcp = !*k->sock;
-
   snprintf(nbd, sizeof nbd, "nbd:%s%.*s%s", is_tcp ? "" : "unix:",
            is_tcp ? (int)strcspn(k->uri + 6, "/") : 0, k->uri + 6, k->sock);
   setenv("uri", k->uri, 1);
@@ -3170,7 +3152,6 @@ static int cli_write_pidfile(const char *path) {
 static int cli_drop_privileges(const struct cli *k) {
   int user = k->v[OPT_USER] != NULL;
   unsigned gid = k->v[OPT_GROUP] ? k->gid : k->user_gid;
-
   if (!user && !k->v[OPT_GROUP]) return 0;
   if (gid == (unsigned)-1)
     return cli_say(CLI_FAILED, "--user %s: unknown group; use --group",

@@ -1791,12 +1791,12 @@ static int tx_payload(struct conn *c, unsigned char *buf, uint64_t len) {
 /* A long WRITE, in pieces; nothing is done of a refused one. */
 static int tx_long_write(struct conn *c, struct nbdserve_req *r) {
   struct nbdserve_req p = *r;
-  uint64_t end = r->off + r->len;
+  uint64_t left; /* a refused one may end beyond 2^64 */
   int err = 0;
   assert(!c->nreqs && r->len > 0);
   p.buf = c->big;
-  for (; p.off < end && !err; p.off += p.len) {
-    p.len = u_min(end - p.off, TX_KEEP);
+  for (left = r->len; left > 0 && !err; left -= p.len, p.off += p.len) {
+    p.len = u_min(left, TX_KEEP);
     err = tx_payload(c, p.buf, p.len);
     if (!err && !r->err) r->err = ex_do(c->ex, &p);
   }

@@ -2194,18 +2194,19 @@ union srv_address {
 const char *nbdserve_version(void) { return NBDSERVE_VERSION; }
 
 int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
-  struct nbdserve_config k = {.version = NBDSERVE_VERSION_NUMBER};
+  struct nbdserve_config k = {0};
   struct nbdserve *s;
   int err = -ENOMEM;
 
   *out = NULL;
+  if (config && config->version / 100 != NBDSERVE_VERSION_NUMBER / 100)
+    return -EINVAL; /* the rest of *config may not even be there */
   if (config) k = *config;
   if (!k.threads) k.threads = 16;
   if (!k.max_conn) k.max_conn = 128;
   if (NBDSERVE_NO_THREADS) k.max_conn = k.threads = 1;
   if (!k.handshake_ms) k.handshake_ms = 10000;
-  if (k.version / 100 != NBDSERVE_VERSION_NUMBER / 100 || k.threads > 1024 ||
-      k.max_conn > 1 << 20 || k.flags & ~NBDSERVE_ONCE)
+  if (k.threads > 1024 || k.max_conn > 1 << 20 || k.flags & ~NBDSERVE_ONCE)
     return -EINVAL;
   s = u_zalloc(sizeof *s);
   if (!s) return -ENOMEM;

@@ -10,6 +10,8 @@ LDLIBS = -lpthread
 AR = ar
 PREFIX = /usr/local
 DESTDIR =
+CUTS = 0
+SEED =
 
 # The strict sets: not one warning from either compiler.
 GCC_STRICT = -std=c99 -O2 -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
@@ -19,7 +21,7 @@ CLANG_STRICT = -std=c99 -O2 -Weverything -Wno-padded -Wno-reserved-identifier \
   -Wno-disabled-macro-expansion -Wno-reserved-macro-identifier \
   -Wno-unreachable-code -Wno-unreachable-code-return \
   -Wno-declaration-after-statement -Werror
-SWITCHES = NO_MAIN NO_FLAT NO_TCP NO_THREADS POSIX_ONLY
+SWITCHES = NO_MAIN NO_FLAT NO_CAS NO_HWSHA NO_TCP NO_THREADS POSIX_ONLY
 
 all: nbdserve ## the server (default)
 
@@ -87,6 +89,8 @@ check-config: ## build and test with each switch of [1] by itself
 	  case $$s in \
 	    NO_MAIN) gone=' [TtDd] main$$' ;; \
 	    NO_FLAT) gone=' [Tt] .*flat' ;; \
+	    NO_CAS) gone=' [Tt] .*cas' ;; \
+	    NO_HWSHA) gone=' [Tt] sha_hw' ;; \
 	    NO_TCP) gone=' U inet_' ;; \
 	    NO_THREADS) gone=' U pthread_' ;; \
 	    POSIX_ONLY) gone=' U \(fallocate\|accept4\|preadv\|memfd\)' ;; \
@@ -119,6 +123,15 @@ check-tsan: ## the suite under the thread sanitizer
 	$(CC) -g -O1 -fsanitize=thread -o build/nbdserve-tsan nbdserve.c $(LDLIBS)
 	NBDSERVE=$$PWD/build/nbdserve-tsan SANITIZER=thread CC="$(CC)" \
 	  CFLAGS="-g -O1 -fsanitize=thread" ./test.sh
+
+crash: ## cuts the power on a simulated store until it loses; or CUTS=100000
+	@mkdir -p build
+	@./test.sh --emit crash > build/crash.c
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -I. -o build/crash build/crash.c \
+	  $(LDLIBS)
+	@seed=$(SEED); [ -n "$$seed" ] || \
+	  seed=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' '); \
+	  echo "build/crash $(CUTS) $$seed"; build/crash $(CUTS) $$seed
 
 check-symbols: libnbdserve.a ## the library defines only nbdserve_*
 	@! nm -g --defined-only libnbdserve.a | grep ' [A-Z] ' | \
@@ -156,4 +169,4 @@ clean: ## remove what was built
 	rm -rf build nbdserve libnbdserve.a
 
 .PHONY: all lib install uninstall check check-cc check-strict check-config \
-  check-san check-tsan check-symbols lint bench help clean
+  check-san check-tsan crash check-symbols lint bench help clean

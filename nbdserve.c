@@ -1,5 +1,5 @@
 /* nbdserve.c - a complete NBD server in one file.
- * SPDX-License-Identifier: 0BSD (full text at the end)
+ * SPDX-License-Identifier: 0BSD (full text at the end of nbdserve.h)
  *
  *   cc nbdserve.c -o nbdserve        a server: see README, or nbdserve --help
  *   cc -DNBDSERVE_NO_MAIN -c ...     a library: see nbdserve.h
@@ -14,38 +14,30 @@
  *   [1]  CONFIG        NBDSERVE_  compile-time switches
  *   [2]  PLATFORM      os_        the operating system; all #if on it
  *   [3]  UTIL          u_         bytes, numbers, text, log
- *   [4]  SHA-256       sha_       (comes with the store)
+ *   [4]  SHA-256       sha_       FIPS 180-4
  *   [5]  WIRE          wire_      constants and tables of the protocol
  *   [6]  SOCKET I/O    io_        bytes in and out, deadlines
  *   [7]  EXPORT        ex_        exports, lookup, one request on a backend
  *   [8]  HANDSHAKE     hs_        option haggling
  *   [9]  TRANSMISSION  tx_        requests in, replies out
  *   [10] FLAT          flat_      backend: file, block device, memory
- *   [11] CAS           cas_       (comes with the store)
+ *   [11] CAS           cas_       store of volumes and snapshots
  *   [12] SERVER        srv_       listeners, clients, the public calls
  *   [13] CLI           cli_       the command
- *   [14] LICENCE       -          its text
  *
  * ---- Threads ------------------------------------------------------------
- *
- *   nbdserve_run -- accept --+-> client thread -- recv, batch, send --+
- *   (caller's thread)        |     +-> workers: what may take long ---+ replies
- *                            +-> client thread ...                    v
- *                                                                   socket
- *
- * One thread serves a client: it takes all that has arrived, does it as one
- * batch and sends all replies at once, so an ordinary request costs no lock
- * that another thread wants.  Flushes, trims and everything a host program's
- * own backend does go to that client's workers, which answer by themselves.
+ * nbdserve_run accepts; one thread serves a client (see [9]), and hands what
+ * may take long to that client's workers.  A store has at times one more.
  *
  * ---- Locks, in the order they may be taken -------------------------------
  *   1. nbdserve.lock   exports and their sizes, clients
- *   2. conn.lock       a client's queues and counters
+ *   2. conn.lock       a client's queue and counters
  *   3. conn.sending    one writer on a client's socket at a time (the only
  *                      lock held while a client is waited for: it is its own)
  *   4. ex.serial       one call into an NBDSERVE_SERIAL backend at a time
  *   5. ex.lock         an export's group of waiting flushes
  *   6. flat.lock       what a file has turned out not to support
+ *   7. nbdserve_cas.ckpt, then .lock: see [11]
  */
 
 /* ==== [1] CONFIG (NBDSERVE_) =============================================
@@ -56,6 +48,12 @@
 #endif
 #ifndef NBDSERVE_NO_FLAT
 #define NBDSERVE_NO_FLAT 0 /* no backend for files, devices and memory */
+#endif
+#ifndef NBDSERVE_NO_CAS
+#define NBDSERVE_NO_CAS 0 /* no content-addressed store */
+#endif
+#ifndef NBDSERVE_NO_HWSHA
+#define NBDSERVE_NO_HWSHA 0 /* SHA-256 in plain C only */
 #endif
 #ifndef NBDSERVE_NO_TCP
 #define NBDSERVE_NO_TCP 0 /* no TCP, no internet addresses */
@@ -83,8 +81,7 @@
 /* ==== [2] PLATFORM (os_) =================================================
  * Everything that differs between systems.  A call that a system lacks, or
  * that a sandbox forbids, ends in a portable way or in -EOPNOTSUPP; no other
- * section asks which system this is.  tcc has no atomics and no thread-locals,
- * so there are none: locks only.
+ * section asks which system this is.  tcc has no atomics: there are only locks.
  */
 #if defined __linux__ && !defined _GNU_SOURCE
 #define _GNU_SOURCE 1
@@ -123,16 +120,28 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #endif
-#if !NBDSERVE_NO_THREADS
-#include <pthread.h>
+#if defined __x86_64__ && defined __GNUC__ && !defined __TINYC__ && \
+    !NBDSERVE_NO_CAS && !NBDSERVE_NO_HWSHA && !NBDSERVE_POSIX_ONLY
+#include <cpuid.h>
+#include <immintrin.h>
+#define OS_HWSHA 1
+#define OS_HWSHA_TARGET __attribute__((target("sha,sse4.1")))
+
+/* Has the processor instructions for SHA-256? */
+static int os_has_hwsha(void) {
+  unsigned a, b = 0, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && c & 1 << 19 /* SSE 4.1 */ &&
+         __get_cpuid_count(7, 0, &a, &b, &c, &d) && b & 1 << 29;
+}
+#else
+#define OS_HWSHA 0
+#define os_has_hwsha() 0
 #endif
 
 void *(NBDSERVE_MALLOC)(size_t);
 void (NBDSERVE_FREE)(void *);
 
-/* A compile-time check that every compiler accepts. */
 #define STATIC_ASSERT(name, cond) enum { assert_##name = 1 / (int)!!(cond) }
-
 STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 
 #if defined __linux__ && !NBDSERVE_POSIX_ONLY
@@ -160,9 +169,26 @@ struct os_cond { char c; };
 #define OS_PTHREAD(x, call) ((void)(x), 0)
 #define os_thread(fn, arg) ((void)(fn)(arg), 0) /* at once, to its end */
 #else
+#include <pthread.h>
 struct os_mutex { pthread_mutex_t m; };
 struct os_cond { pthread_cond_t c; };
 #define OS_PTHREAD(x, call) call
+
+/* Starts a detached thread that takes no signals: those are the host's. */
+static int os_thread(void *(*fn)(void *), void *arg) {
+  pthread_attr_t attr;
+  pthread_t t;
+  sigset_t all, old;
+  sigfillset(&all);
+  pthread_attr_init(&attr);
+  pthread_attr_setstacksize(&attr, NBDSERVE_STACK);
+  pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+  pthread_sigmask(SIG_SETMASK, &all, &old);
+  int err = pthread_create(&t, &attr, fn, arg);
+  pthread_sigmask(SIG_SETMASK, &old, NULL);
+  pthread_attr_destroy(&attr);
+  return -err;
+}
 #endif
 #define os_mutex_init(x) (-OS_PTHREAD(x, pthread_mutex_init(&(x)->m, NULL)))
 #define os_mutex_free(x) ((void)OS_PTHREAD(x, pthread_mutex_destroy(&(x)->m)))
@@ -174,26 +200,6 @@ struct os_cond { pthread_cond_t c; };
 #define os_wake_one(x) ((void)OS_PTHREAD(x, pthread_cond_signal(&(x)->c)))
 #define os_wake_all(x) ((void)OS_PTHREAD(x, pthread_cond_broadcast(&(x)->c)))
 
-#if !NBDSERVE_NO_THREADS
-/* Starts a detached thread that takes no signals: those are the host's. */
-static int os_thread(void *(*fn)(void *), void *arg) {
-  pthread_attr_t attr;
-  pthread_t t;
-  sigset_t all, old;
-  int err;
-  sigfillset(&all);
-  pthread_attr_init(&attr);
-  pthread_attr_setstacksize(&attr, NBDSERVE_STACK);
-  pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
-  pthread_sigmask(SIG_SETMASK, &all, &old);
-  err = pthread_create(&t, &attr, fn, arg);
-  pthread_sigmask(SIG_SETMASK, &old, NULL);
-  pthread_attr_destroy(&attr);
-  return -err;
-}
-#endif
-
-/* Milliseconds of a clock that is never set. */
 static int64_t os_now_ms(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
@@ -207,7 +213,6 @@ static void os_own(int fd, int nonblock) {
   fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
 
-/* A pipe of which neither end blocks or survives exec. */
 static int os_pipe(int fd[2]) {
 #if OS_LINUX
   return pipe2(fd, O_CLOEXEC | O_NONBLOCK) < 0 ? -errno : 0;
@@ -223,10 +228,10 @@ static int os_pipe(int fd[2]) {
 static int os_open_dir(const char *path) {
   char dir[PATH_MAX];
   const char *slash = strrchr(path, '/');
-  int n = slash ? (int)(slash - path) + 1 : 0, fd;
+  int n = slash ? (int)(slash - path) + 1 : 0;
   if (snprintf(dir, sizeof dir, "%.*s.", n, path) >= (int)sizeof dir)
     return -ENAMETOOLONG;
-  fd = open(dir, O_RDONLY | O_CLOEXEC);
+  int fd = open(dir, O_RDONLY | O_CLOEXEC);
   return fd < 0 ? -errno : fd;
 }
 
@@ -256,29 +261,6 @@ static void os_tune(int fd) {
   setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &one, sizeof one);
 }
 
-/* A pipe for size bytes that need not be copied.  False: there is none. */
-static int os_splice_pipe(int fd[2], int size) {
-#if OS_LINUX
-  return os_pipe(fd) == 0 && fcntl(fd[1], F_SETPIPE_SZ, size) >= size;
-#else
-  (void)fd, (void)size;
-  return 0;
-#endif
-}
-
-/* Moves up to len bytes from one descriptor to another, one of which is a pipe,
- * *off: if not NULL, where in the file from.  Their number or -1 and errno. */
-static ssize_t os_splice(int from, uint64_t *off, int to, size_t len) {
-#if OS_LINUX
-  loff_t at = off ? (loff_t)*off : 0;
-  return splice(from, off ? &at : NULL, to, NULL, len, 0);
-#else
-  (void)from, (void)off, (void)to, (void)len;
-  errno = EOPNOTSUPP;
-  return -1;
-#endif
-}
-
 /* Takes the first done bytes off the n pieces at v. */
 static void os_advance(struct iovec **v, int *n, size_t done) {
   for (; *n > 0 && done >= (*v)->iov_len; ++*v, --*n) done -= (*v)->iov_len;
@@ -288,8 +270,7 @@ static void os_advance(struct iovec **v, int *n, size_t done) {
   (*v)->iov_len -= done;
 }
 
-#if !NBDSERVE_NO_FLAT
-
+#if !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS
 /* Reads or writes all of v[0..n) at off; uses v up.  -EIO: the file is over. */
 static int os_transfer(int fd, int writing, struct iovec *v, int n,
                        uint64_t off) {
@@ -307,18 +288,6 @@ static int os_transfer(int fd, int writing, struct iovec *v, int n,
     if (done <= 0) return done < 0 ? -errno : -EIO;
     off += (uint64_t)done;
     os_advance(&v, &n, (size_t)done);
-  }
-  return 0;
-}
-
-/* Puts len bytes at off of a file into a pipe that has room for them. */
-static int os_fill_pipe(int fd, uint64_t off, int pipe, uint64_t len) {
-  while (len > 0) {
-    ssize_t done = os_splice(fd, &off, pipe, (size_t)len);
-    if (done < 0 && errno == EINTR) continue;
-    if (done <= 0) return done < 0 ? -errno : -EIO;
-    off += (uint64_t)done;
-    len -= (uint64_t)done;
   }
   return 0;
 }
@@ -341,7 +310,6 @@ static int os_datasync(int fd) {
  * back and reads as zeroes, with ZERO_RANGE it reads as zeroes and stays.
  * -EINVAL: not at these boundaries.  -EOPNOTSUPP: not here. */
 enum { OS_KEEP_SIZE = 1, OS_PUNCH_HOLE = 2 + 1, OS_ZERO_RANGE = 16 + 1 };
-
 static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
 #if OS_LINUX
   while (fallocate(fd, mode, (off_t)off, (off_t)len) < 0)
@@ -370,6 +338,44 @@ static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
   return is_data;
 }
 
+/* Keeps other servers out: a writer everyone, a reader writers.  -EBUSY: one
+ * is there.  A file system without locks has none. */
+static int os_claim(int fd, int readonly) {
+  int r = flock(fd, (readonly ? LOCK_SH : LOCK_EX) | LOCK_NB);
+  return r < 0 && (errno == EWOULDBLOCK || errno == EAGAIN) ? -EBUSY : 0;
+}
+
+static int os_fsync(int fd) {
+  int r;
+  do r = fsync(fd);
+  while (r < 0 && errno == EINTR);
+  return r < 0 && errno != EINVAL ? -errno : 0; /* some directories cannot */
+}
+
+/* A new file, and its name, last from now on. */
+static int os_make_lasting(int fd, const char *path) {
+  int err = os_fsync(fd), dir = err ? err : os_open_dir(path);
+  if (dir < 0) return dir;
+  err = os_fsync(dir);
+  close(dir);
+  return err;
+}
+#endif
+
+#if !NBDSERVE_NO_FLAT
+static int os_nameless_file(void) {
+  char path[] = "/tmp/nbdserveXXXXXX";
+  int fd = -1;
+#if OS_LINUX && defined MFD_CLOEXEC
+  fd = memfd_create("nbdserve", MFD_CLOEXEC);
+#endif
+  if (fd < 0 && (fd = mkstemp(path)) >= 0) {
+    unlink(path);
+    fcntl(fd, F_SETFD, FD_CLOEXEC);
+  }
+  return fd < 0 ? -errno : fd;
+}
+
 /* The range will be read soon.  A hint: nothing can go wrong. */
 static void os_willneed(int fd, uint64_t off, uint64_t len) {
 #if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
@@ -378,42 +384,17 @@ static void os_willneed(int fd, uint64_t off, uint64_t len) {
   (void)fd, (void)off, (void)len;
 }
 
-/* Keeps other servers out: a writer everyone, a reader writers.  -EBUSY: one
- * is there.  A file system without locks has none. */
-static int os_claim(int fd, int readonly) {
-  int r = flock(fd, (readonly ? LOCK_SH : LOCK_EX) | LOCK_NB);
-  return r < 0 && (errno == EWOULDBLOCK || errno == EAGAIN) ? -EBUSY : 0;
-}
-
-/* A file without a name: in memory, or else in /tmp. */
-static int os_nameless_file(void) {
-  char path[] = "/tmp/nbdserveXXXXXX";
-  int fd = -1;
-#if OS_LINUX && defined MFD_CLOEXEC
-  fd = memfd_create("nbdserve", MFD_CLOEXEC);
-#endif
-  if (fd >= 0) return fd;
-  fd = mkstemp(path);
-  if (fd < 0) return -errno;
-  unlink(path);
-  fcntl(fd, F_SETFD, FD_CLOEXEC);
-  return fd;
-}
-
 #endif /* !NBDSERVE_NO_FLAT */
 
 /* ==== [3] UTIL (u_) ======================================================
- * Bytes of the network and of disks go through get and put, nowhere else:
- * big-endian, any alignment.
+ * All bytes of network and disks go through get and put: big-endian, unaligned.
  */
 static uint16_t get16(const unsigned char *p) {
   return (uint16_t)(p[0] << 8 | p[1]);
 }
-
 static uint32_t get32(const unsigned char *p) {
   return (uint32_t)get16(p) << 16 | get16(p + 2);
 }
-
 static uint64_t get64(const unsigned char *p) {
   return (uint64_t)get32(p) << 32 | get32(p + 4);
 }
@@ -422,22 +403,24 @@ static void put16(unsigned char *p, unsigned v) {
   p[0] = (unsigned char)(v >> 8);
   p[1] = (unsigned char)v;
 }
-
 static void put32(unsigned char *p, uint32_t v) {
   put16(p, v >> 16);
   put16(p + 2, v);
 }
-
 static void put64(unsigned char *p, uint64_t v) {
   put32(p, (uint32_t)(v >> 32));
   put32(p + 4, (uint32_t)v);
 }
 
 static uint64_t u_min(uint64_t a, uint64_t b) { return a < b ? a : b; }
-
 static int u_is_power_of_2(uint64_t v) { return v && !(v & (v - 1)); }
 
-/* Zeroed memory, or NULL. */
+#if !NBDSERVE_NO_CAS
+static int u_is_zero(const unsigned char *p, size_t n) {
+  return !*p && memcmp(p, p + 1, n - 1) == 0;
+}
+#endif
+
 static void *u_zalloc(size_t n) {
   void *p = NBDSERVE_MALLOC(n);
   return p ? memset(p, 0, n) : NULL;
@@ -447,39 +430,32 @@ static void *u_zalloc(size_t n) {
  * The character behind it, or NULL. */
 static const char *u_size(const char *s, uint64_t *out) {
   static const char units[] = "KMGTPEkmgtpe";
-  const char *unit;
+  const char *p = s;
   uint64_t v = 0;
-  int shift = 0;
-
-  if (*s < '0' || *s > '9') return NULL;
-  for (; *s >= '0' && *s <= '9'; s++) {
-    if (v > (INT64_MAX - (uint64_t)(*s - '0')) / 10) return NULL;
-    v = v * 10 + (uint64_t)(*s - '0');
+  for (; *p >= '0' && *p <= '9'; p++) {
+    if (v > (INT64_MAX - (uint64_t)(*p - '0')) / 10) return NULL;
+    v = v * 10 + (uint64_t)(*p - '0');
   }
-  unit = *s ? strchr(units, *s) : NULL;
-  if (unit) shift = (int)((unit - units) % 6 + 1) * 10;
-  if (v > (uint64_t)INT64_MAX >> shift) return NULL;
+  const char *unit = *p ? strchr(units, *p) : NULL;
+  int shift = unit ? (int)((unit - units) % 6 + 1) * 10 : 0;
+  if (p == s || v > (uint64_t)INT64_MAX >> shift) return NULL;
   *out = v << shift;
-  return unit ? s + 1 : s;
+  return unit ? p + 1 : p;
 }
 
-/* The text of a -errno value.  Only for unknown ones some systems' strerror
- * uses memory that threads share. */
+/* The text of a -errno value; strerror shares memory only for unknown ones. */
 static const char *u_error(int err) { return strerror(-err); }
 
-/* Appends s to the string in buf[size], with every byte that a URI may not
- * hold as %XX.  False when it does not fit. */
+/* Appends s to buf[size], as %XX what a URI may not hold.  False: no room. */
 static int u_append_uri(char *buf, size_t size, const char *s) {
   static const char plain[] = "-._~/0123456789abcdefghijklmnopqrstuvwxyz"
                               "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
   size_t n = strlen(buf);
-  for (; *s; s++) {
-    int len = strchr(plain, *s) ? 1 : 3;
-    if (n + (size_t)len >= size) return 0;
-    n += (size_t)snprintf(buf + n, size - n, len == 1 ? "%c" : "%%%02X",
+  for (; *s && n < size; s++)
+    n += (size_t)snprintf(buf + n, size - n,
+                          strchr(plain, *s) ? "%c" : "%%%02X",
                           (unsigned char)*s);
-  }
-  return 1;
+  return n < size;
 }
 
 /* Gives the host a message if it wants that level; control characters (and the
@@ -499,9 +475,139 @@ static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
   config->log(config->ctx, level, text);
 }
 
+/* ==== [4] SHA-256 (sha_) =================================================
+ * FIPS 180-4, of one message in one call, or of two of the same length side by
+ * side: the instructions of x86 processors then do both in the time of one.
+ *
+ * The words of a state lie in the order F E B A H G D C, as those want them.
+ */
+#if !NBDSERVE_NO_CAS
+
+static const uint32_t sha_k[64] = {
+    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1,
+    0x923f82a4, 0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3,
+    0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174, 0xe49b69c1, 0xefbe4786,
+    0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
+    0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147,
+    0x06ca6351, 0x14292967, 0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13,
+    0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85, 0xa2bfe8a1, 0xa81a664b,
+    0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
+    0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a,
+    0x5b9cca4f, 0x682e6ff3, 0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208,
+    0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
+
+#define SHA_ROR(x, n) ((x) >> (n) | (x) << (32 - (n)))
+#define SHA_MIX(x, i, j, last) (SHA_ROR(x, i) ^ SHA_ROR(x, j) ^ (last))
+#define SHA_ROUND(a, b, c, d, e, f, g, h, i) \
+  v[h] += SHA_MIX(v[e], 6, 11, SHA_ROR(v[e], 25)) + sha_k[i] + w[i] + \
+          ((v[e] & v[f]) ^ (~v[e] & v[g])); \
+  v[d] += v[h]; \
+  v[h] += SHA_MIX(v[a], 2, 13, SHA_ROR(v[a], 22)) + \
+          ((v[a] & v[b]) ^ (v[a] & v[c]) ^ (v[b] & v[c]))
+
+static void sha_portable(uint32_t *s, const unsigned char *p, size_t n) {
+  uint32_t w[64], v[8];
+  int i;
+  for (; n > 0; n--, p += 64) {
+    for (i = 0; i < 16; i++) w[i] = get32(p + 4 * i);
+    for (; i < 64; i++)
+      w[i] = w[i - 16] + SHA_MIX(w[i - 15], 7, 18, w[i - 15] >> 3) +
+             w[i - 7] + SHA_MIX(w[i - 2], 17, 19, w[i - 2] >> 10);
+    memcpy(v, s, sizeof v);
+    for (i = 0; i < 64; i += 8) {
+      SHA_ROUND(3, 2, 7, 6, 1, 0, 5, 4, i);
+      SHA_ROUND(4, 3, 2, 7, 6, 1, 0, 5, i + 1);
+      SHA_ROUND(5, 4, 3, 2, 7, 6, 1, 0, i + 2);
+      SHA_ROUND(0, 5, 4, 3, 2, 7, 6, 1, i + 3);
+      SHA_ROUND(1, 0, 5, 4, 3, 2, 7, 6, i + 4);
+      SHA_ROUND(6, 1, 0, 5, 4, 3, 2, 7, i + 5);
+      SHA_ROUND(7, 6, 1, 0, 5, 4, 3, 2, i + 6);
+      SHA_ROUND(2, 7, 6, 1, 0, 5, 4, 3, i + 7);
+    }
+    for (i = 0; i < 8; i++) s[i] += v[i];
+  }
+}
+
+#if OS_HWSHA
+#define SHA_FOUR(x, k) /* rounds */ \
+  t = _mm_add_epi32(x##0, k); \
+  x##cd = _mm_sha256rnds2_epu32(x##cd, x##ab, t); \
+  x##ab = _mm_sha256rnds2_epu32(x##ab, x##cd, _mm_shuffle_epi32(t, 14)); \
+  t = _mm_add_epi32(_mm_sha256msg1_epu32(x##0, x##1), \
+                    _mm_alignr_epi8(x##3, x##2, 4)); \
+  x##0 = x##1, x##1 = x##2, x##2 = x##3; \
+  x##3 = _mm_sha256msg2_epu32(t, x##2)
+#define SHA_LOAD(p) _mm_loadu_si128((const __m128i *)(const void *)(p))
+#define SHA_SAVE(p, v) _mm_storeu_si128((__m128i *)(void *)(p), v)
+#define SHA_WORDS(x, p, i) x##i = _mm_shuffle_epi8(SHA_LOAD(p + 16 * i), order)
+#define SHA_BLOCK(x, p) \
+  SHA_WORDS(x, p, 0), SHA_WORDS(x, p, 1), SHA_WORDS(x, p, 2), SHA_WORDS(x, p, 3)
+
+static OS_HWSHA_TARGET void sha_hw(uint32_t *s, const unsigned char *p,
+                                   uint32_t *u, const unsigned char *q,
+                                   size_t n) {
+  const __m128i order = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
+  __m128i pab = SHA_LOAD(s), pcd = SHA_LOAD(s + 4), p0, p1, p2, p3;
+  __m128i qab = SHA_LOAD(u), qcd = SHA_LOAD(u + 4), q0, q1, q2, q3, t, k;
+  int i;
+  for (; n > 0; n--, p += 64, q += 64) {
+    SHA_BLOCK(p, p);
+    SHA_BLOCK(q, q);
+    for (i = 0; i < 64; i += 4) {
+      k = SHA_LOAD(sha_k + i);
+      SHA_FOUR(p, k);
+      SHA_FOUR(q, k);
+    }
+    SHA_SAVE(s, pab = _mm_add_epi32(pab, SHA_LOAD(s)));
+    SHA_SAVE(s + 4, pcd = _mm_add_epi32(pcd, SHA_LOAD(s + 4)));
+    SHA_SAVE(u, qab = _mm_add_epi32(qab, SHA_LOAD(u)));
+    SHA_SAVE(u + 4, qcd = _mm_add_epi32(qcd, SHA_LOAD(u + 4)));
+  }
+}
+#else
+#define sha_hw(s, p, u, q, n) ((void)0) /* hw is 0 */
+#endif
+
+/* n blocks of one message, or of two: q may be NULL. */
+static void sha_blocks(int hw, uint32_t s[2][8], const unsigned char *p,
+                       const unsigned char *q, size_t n) {
+  if (hw) sha_hw(s[0], p, s[1], q ? q : p, n);
+  if (!hw) sha_portable(s[0], p, n);
+  if (!hw && q) sha_portable(s[1], q, n);
+}
+
+/* The digests of p[len], and of q[len] if that is not NULL.  hw: what
+ * os_has_hwsha said. */
+static void sha_256(int hw, const void *p, const void *q, size_t len,
+                    unsigned char *p_out, unsigned char *q_out) {
+  static const uint32_t start[8] = {0x9b05688c, 0x510e527f, 0xbb67ae85,
+                                    0x6a09e667, 0x5be0cd19, 0x1f83d9ab,
+                                    0xa54ff53a, 0x3c6ef372};
+  static const unsigned char order[8] = {3, 2, 7, 6, 1, 0, 5, 4};
+  size_t whole = len / 64, rest = len % 64, n = rest < 56 ? 1 : 2, i;
+  unsigned char tail[2][128];
+  uint32_t s[2][8];
+
+  for (i = 0; i < 2; i++) {
+    const unsigned char *m = i ? q : p;
+    memcpy(s[i], start, sizeof start);
+    memset(tail[i], 0, sizeof tail[i]);
+    if (m && rest) memcpy(tail[i], m + 64 * whole, rest);
+    tail[i][rest] = 0x80;
+    put64(tail[i] + 64 * n - 8, (uint64_t)len * 8);
+  }
+  sha_blocks(hw, s, p, q, whole);
+  sha_blocks(hw, s, tail[0], q ? tail[1] : NULL, n);
+  for (i = 0; i < 8; i++) {
+    put32(p_out + 4 * i, s[0][order[i]]);
+    if (q) put32(q_out + 4 * i, s[1][order[i]]);
+  }
+}
+
+#endif /* !NBDSERVE_NO_CAS */
+
 /* ==== [5] WIRE (wire_) ===================================================
- * The protocol's numbers, spelled as in proto.md, and what is true of each
- * command.  Every message has a fixed head; the sizes of those are here too.
+ * The protocol's numbers and what is true of each command.
  */
 #define NBD_INIT_MAGIC UINT64_C(0x4e42444d41474943)   /* "NBDMAGIC" */
 #define NBD_OPTION_MAGIC UINT64_C(0x49484156454f5054) /* "IHAVEOPT" */
@@ -521,9 +627,8 @@ enum { /* handshake: flags of server and client, options, replies, infos */
   NBD_OPT_INFO = 6, NBD_OPT_GO = 7, NBD_OPT_STRUCTURED_REPLY = 8,
   NBD_OPT_LIST_META_CONTEXT = 9, NBD_OPT_SET_META_CONTEXT = 10,
   NBD_REP_ACK = 1, NBD_REP_SERVER = 2, NBD_REP_INFO = 3,
-  NBD_REP_META_CONTEXT = 4,
-  NBD_INFO_EXPORT = 0, NBD_INFO_NAME = 1, NBD_INFO_DESCRIPTION = 2,
-  NBD_INFO_BLOCK_SIZE = 3
+  NBD_REP_META_CONTEXT = 4, NBD_INFO_EXPORT = 0, NBD_INFO_NAME = 1,
+  NBD_INFO_DESCRIPTION = 2, NBD_INFO_BLOCK_SIZE = 3
 };
 
 enum { /* transmission: magics, flags of the export, commands, replies */
@@ -537,10 +642,9 @@ enum { /* transmission: magics, flags of the export, commands, replies */
   NBD_FLAG_SEND_FAST_ZERO = 1 << 11,
   NBD_CMD_READ = 0, NBD_CMD_WRITE = 1, NBD_CMD_DISC = 2, NBD_CMD_FLUSH = 3,
   NBD_CMD_TRIM = 4, NBD_CMD_CACHE = 5, NBD_CMD_WRITE_ZEROES = 6,
-  NBD_CMD_BLOCK_STATUS = 7,
-  NBD_CMD_FLAG_FUA = 1 << 0, NBD_CMD_FLAG_NO_HOLE = 1 << 1,
-  NBD_CMD_FLAG_DF = 1 << 2, NBD_CMD_FLAG_REQ_ONE = 1 << 3,
-  NBD_CMD_FLAG_FAST_ZERO = 1 << 4,
+  NBD_CMD_BLOCK_STATUS = 7, NBD_CMD_FLAG_FUA = 1 << 0,
+  NBD_CMD_FLAG_NO_HOLE = 1 << 1, NBD_CMD_FLAG_DF = 1 << 2,
+  NBD_CMD_FLAG_REQ_ONE = 1 << 3, NBD_CMD_FLAG_FAST_ZERO = 1 << 4,
   NBD_REPLY_FLAG_DONE = 1 << 0, NBD_REPLY_TYPE_NONE = 0,
   NBD_REPLY_TYPE_OFFSET_DATA = 1, NBD_REPLY_TYPE_BLOCK_STATUS = 5,
   NBD_REPLY_TYPE_ERROR = (1 << 15) + 1,
@@ -548,13 +652,9 @@ enum { /* transmission: magics, flags of the export, commands, replies */
   NBD_ENOSPC = 28, NBD_EOVERFLOW = 75, NBD_ENOTSUP = 95, NBD_ESHUTDOWN = 108
 };
 
-enum { /* sizes of messages without their data */
-  WIRE_OPTION = 16,   /* magic, option, length */
-  WIRE_REP = 20,      /* magic, option, type, length */
-  WIRE_REQUEST = 28,  /* magic, flags, type, cookie, offset, length */
-  WIRE_SIMPLE = 16,   /* magic, error, cookie */
-  WIRE_CHUNK = 20,    /* magic, flags, type, cookie, length */
-  WIRE_STRING = 4096  /* the longest name or message */
+enum { /* sizes of messages without their data; the longest name or message */
+  WIRE_OPTION = 16, WIRE_REP = 20, WIRE_REQUEST = 28, WIRE_SIMPLE = 16,
+  WIRE_CHUNK = 20, WIRE_STRING = 4096
 };
 
 /* What is true of each command: validation and dispatch read it here. */
@@ -612,33 +712,27 @@ static size_t wire_put_chunk(unsigned char *p, unsigned type, uint64_t cookie,
  * gets -ESHUTDOWN; the others are woken by shutdown(2).
  */
 enum { IO_GRACE_MS = 5000 };
-
 struct io {
   int in, out;      /* sockets or pipes */
   int stop;         /* readable from nbdserve_stop on; -1: shutdown() is used */
   int64_t deadline; /* in os_now_ms; 0: none */
-  int pipe[2];      /* for data that need not be copied */
 };
 
-/* Waits until the input can be read, or the output written. */
 static int io_wait(const struct io *io, int writing) {
   struct pollfd p[2] = {
       {writing ? io->out : io->in, writing ? POLLOUT : POLLIN, 0},
       {io->stop, POLLIN, 0}}; /* poll skips a negative one */
-  int64_t left, deadline = io->deadline;
-  int r;
-
+  int64_t deadline = io->deadline;
   for (;;) {
-    left = deadline ? deadline - os_now_ms() : -1;
+    int64_t left = deadline ? deadline - os_now_ms() : -1;
     if (deadline && left <= 0) return -ETIMEDOUT;
-    r = poll(p, 2, (int)(left > INT_MAX ? INT_MAX : left));
+    int r = poll(p, 2, (int)(left > INT_MAX ? INT_MAX : left));
     if (r < 0 && errno != EINTR) return -errno;
-    if (r > 0 && p[1].revents && !writing) return -ESHUTDOWN;
-    if (r > 0 && p[0].revents) return 0;
-    if (r > 0) { /* stopping: what is being sent gets a little longer */
-      p[1].fd = -1;
-      deadline = os_now_ms() + IO_GRACE_MS;
-    }
+    if (r <= 0) continue;
+    if (p[1].revents && !writing) return -ESHUTDOWN;
+    if (p[0].revents) return 0;
+    p[1].fd = -1; /* stopping: what is being sent gets a little longer */
+    deadline = os_now_ms() + IO_GRACE_MS;
   }
 }
 
@@ -659,10 +753,9 @@ static int io_again(const struct io *io, int writing) {
 static ssize_t io_recv(const struct io *io, void *buf, size_t len, int all) {
   int flags = io_flags(io, all ? MSG_WAITALL : 0);
   int err = flags == MSG_DONTWAIT ? io_wait(io, 0) : 0;
-  ssize_t n = 0;
   assert(len > 0);
   while (!err) {
-    n = recv(io->in, buf, len, flags);
+    ssize_t n = recv(io->in, buf, len, flags);
     if (n < 0 && errno == ENOTSOCK) n = read(io->in, buf, len);
     if (n >= 0) return n;
     err = io_again(io, 0);
@@ -671,30 +764,21 @@ static ssize_t io_recv(const struct io *io, void *buf, size_t len, int all) {
 }
 
 /* Receives exactly len bytes: 0, -EPIPE when the stream ends before, -errno. */
-static int io_recv_all(const struct io *io, void *buf, size_t len) {
-  unsigned char *p = buf;
-  while (len > 0) {
-    ssize_t n = io_recv(io, p, len, 1);
+static int io_recv_all(const struct io *io, unsigned char *p, size_t len) {
+  for (ssize_t n; len > 0; p += n, len -= (size_t)n) {
+    n = io_recv(io, p, len, 1);
     if (n <= 0) return n < 0 ? (int)n : -EPIPE;
-    p += n;
-    len -= (size_t)n;
   }
   return 0;
 }
 
-/* Sends all of v[0..n), which it uses up, and then piped bytes out of the
- * pipe.  more: MSG_MORE where other data follows at once, or 0. */
-static int io_send(const struct io *io, struct iovec *v, int n, size_t piped,
-                   int more) {
+/* Sends all of v[0..n), which it uses up.  more: MSG_MORE where other data
+ * follows at once, or 0. */
+static int io_send(const struct io *io, struct iovec *v, int n, int more) {
   int flags = io_flags(io, 0) | MSG_NOSIGNAL | more, err = 0;
-  struct msghdr m = {0};
-  ssize_t done;
-
-  assert(n > 0);
   while (n > 0 && !err) {
-    m.msg_iov = v;
-    m.msg_iovlen = (unsigned)n;
-    done = sendmsg(io->out, &m, flags);
+    struct msghdr m = {.msg_iov = v, .msg_iovlen = (unsigned)n};
+    ssize_t done = sendmsg(io->out, &m, flags);
     if (done < 0 && errno == ENOTSOCK) { /* what a pipe takes without waiting */
       err = io_wait(io, 1);
       if (err) break;
@@ -704,13 +788,6 @@ static int io_send(const struct io *io, struct iovec *v, int n, size_t piped,
       err = io_again(io, 1);
     else
       os_advance(&v, &n, (size_t)done);
-  }
-  while (piped > 0 && !err) {
-    done = os_splice(io->pipe[0], NULL, io->out, piped);
-    if (done <= 0)
-      err = done < 0 ? io_again(io, 1) : -EIO;
-    else
-      piped -= (size_t)done;
   }
   return err;
 }
@@ -723,18 +800,16 @@ static int io_send(const struct io *io, struct iovec *v, int n, size_t piped,
  * (E2) The requests that arrive here have passed tx_validate: range, alignment
  *      and flags hold, and are asserted, not checked again.
  * (E3) A flush covers what was written before it was asked for.  Those that
- *      wait while one is running are answered together by the next one, with
- *      its result.
+ *      wait while one is running all get the result of the next one.
  */
 struct nbdserve_req {
   uint16_t type, flags; /* NBD_CMD_*, NBD_CMD_FLAG_* */
   uint64_t cookie, off, len;
   unsigned char *buf; /* data of READ and WRITE; reply of BLOCK_STATUS */
   size_t owned;       /* bytes at buf if they are the request's own, else 0 */
-  int pipe;           /* READ: takes the data instead of buf; 0: none */
   int err;            /* 0 or -errno */
   const char *why;    /* of an error, for humans; NULL: u_error */
-  int written;        /* only the flush that FUA asks for is left to do */
+  int flush;          /* only that is left to do: FLUSH, or FUA's last part */
   int deferred;       /* a worker answers it */
   int more;           /* READ: other chunks follow this one */
   int ready;          /* READ: the reply is in the send buffer, or sent */
@@ -756,7 +831,6 @@ struct ex {
 };
 
 enum { SRV_LISTENERS = 32 };
-
 struct srv_listener {
   int fd;
   int is_unix;    /* text is a path that is ours to unlink... */
@@ -786,7 +860,6 @@ enum {
   EX_EXTENTS_SIZE = EX_EXTENT_HEAD + 8 * EX_EXTENTS
 };
 
-/* The extents that a backend reports, in the form of the wire. */
 struct nbdserve_extents {
   uint64_t left;   /* bytes of the request not yet described */
   uint64_t skip;   /* bytes described already, see nbdserve_extent */
@@ -808,40 +881,35 @@ static void ex_free(struct ex *ex) {
  * filled in; the copy owns ctx.  -EINVAL, -ENOMEM: the caller keeps it. */
 static int ex_new(struct ex **out, const struct nbdserve_export *from) {
   struct nbdserve_export e = *from;
-  size_t n = e.name ? strlen(e.name) : 0;
-  size_t d = e.description ? strlen(e.description) : 0;
-  struct ex *ex;
-
+  if (!e.name) e.name = "";
+  if (!e.description) e.description = "";
+  size_t n = strlen(e.name), d = strlen(e.description);
   if (!e.min_block) e.min_block = 1;
   if (!e.preferred_block)
     e.preferred_block = e.min_block > 4096 ? e.min_block : 4096;
   if (!e.max_request)
     e.max_request = (uint32_t)u_min(32u << 20, NBDSERVE_MAX_REQUEST);
   if (!e.ops || !e.ops->read || e.size > INT64_MAX || e.flags > EX_FLAGS ||
-      !u_is_power_of_2(e.min_block) || e.min_block > 65536 ||
+      !u_is_power_of_2(e.min_block) || e.min_block > 65536 || n > WIRE_STRING ||
       !u_is_power_of_2(e.preferred_block) || e.preferred_block < 512 ||
       e.preferred_block < e.min_block || e.max_request < e.preferred_block ||
-      e.max_request > NBDSERVE_MAX_REQUEST || n > WIRE_STRING ||
-      d > WIRE_STRING)
+      e.max_request > NBDSERVE_MAX_REQUEST || d > WIRE_STRING)
     return -EINVAL;
   if (!e.ops->write) e.flags |= NBDSERVE_READONLY;
-  ex = u_zalloc(sizeof *ex + n + d + 2);
+  struct ex *ex = u_zalloc(sizeof *ex + n + d + 2);
   if (!ex) return -ENOMEM;
   if (os_mutex_init(&ex->serial) || os_mutex_init(&ex->lock) ||
       os_cond_init(&ex->flushed)) {
     ex_free(ex); /* without ops: ctx stays the caller's */
     return -ENOMEM;
   }
-  if (n) memcpy(ex->strings, e.name, n);
-  if (d) memcpy(ex->strings + n + 1, e.description, d);
-  e.name = ex->strings;
-  e.description = ex->strings + n + 1;
+  e.name = strcpy(ex->strings, e.name);
+  e.description = strcpy(ex->strings + n + 1, e.description);
   ex->e = e;
   *out = ex;
   return 0;
 }
 
-/* The added export of exactly that name, or NULL.  Holds s->lock. */
 static struct ex *ex_by_name(struct nbdserve *s, const char *name) {
   struct ex *ex = s->exports;
   while (ex && strcmp(ex->e.name, name) != 0) ex = ex->next;
@@ -849,23 +917,23 @@ static struct ex *ex_by_name(struct nbdserve *s, const char *name) {
 }
 
 /* The export a client means: an added one of that name, what the find callback
- * has, for the empty name the first one added, one that takes any name.
- * -ENOENT or what the callback said.  ex_put gives it back. */
-static int ex_get(struct nbdserve *s, const char *name, struct ex **out) {
+ * has, for the empty name the first one added, one that takes any name; and its
+ * size now.  -ENOENT or what the callback said.  ex_put gives it back. */
+static int ex_get(struct nbdserve *s, const char *name, struct ex **out,
+                  uint64_t *size) {
   struct nbdserve_export e = {0};
-  struct ex *any;
-  int err;
-
+  int err = -ENOENT;
   os_lock(&s->lock);
-  *out = ex_by_name(s, name);
-  for (any = s->exports; any; any = any->next)
-    if ((any->e.flags & NBDSERVE_ANY_NAME) || (!*name && any == s->exports))
-      break;
+  struct ex *same = ex_by_name(s, name), *any = s->exports;
+  while (any && *name && !(any->e.flags & NBDSERVE_ANY_NAME)) any = any->next;
+  *out = same ? same : any;
+  if (*out) *size = (*out)->e.size;
   os_unlock(&s->lock);
-  if (*out) return 0;
-  *out = any;
-  err = s->config.find ? s->config.find(s->config.ctx, name, &e) : -ENOENT;
-  if (err) return err == -ENOENT && any ? 0 : err;
+  if (!same && s->config.find) err = s->config.find(s->config.ctx, name, &e);
+  if (same || (err == -ENOENT && any)) return 0;
+  if (err) return err;
+  *size = e.size;
+  if (!e.name) e.name = name;
   err = ex_new(out, &e);
   if (!err)
     (*out)->dynamic = 1;
@@ -883,13 +951,11 @@ static unsigned ex_flags(const struct nbdserve *s, const struct ex *ex,
                          int structured) {
   const struct nbdserve_ops *ops = ex->e.ops;
   unsigned f = NBD_FLAG_HAS_FLAGS;
-  if (ex->e.flags & NBDSERVE_READONLY) {
-    f |= NBD_FLAG_READ_ONLY;
-  } else {
-    f |= NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
-    if (ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
-    if (ops->trim) f |= NBD_FLAG_SEND_TRIM;
-  }
+  int writable = !(ex->e.flags & NBDSERVE_READONLY);
+  f |= writable ? NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO
+                : NBD_FLAG_READ_ONLY;
+  if (writable && ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
+  if (writable && ops->trim) f |= NBD_FLAG_SEND_TRIM;
   if (ex->e.flags & NBDSERVE_ROTATIONAL) f |= NBD_FLAG_ROTATIONAL;
   if ((ex->e.flags & NBDSERVE_MULTI_CONN) && s->config.max_conn > 1)
     f |= NBD_FLAG_CAN_MULTI_CONN; /* a second one would wait for ever */
@@ -901,12 +967,10 @@ static unsigned ex_flags(const struct nbdserve *s, const struct ex *ex,
 /* All writes that returned before this call are on permanent storage when it
  * returns 0.  One caller flushes for all that wait (E3). */
 static int ex_flush(struct ex *ex) {
-  uint64_t mine;
   int err;
-
   if (!ex->e.ops->flush || (ex->e.flags & NBDSERVE_UNSAFE)) return 0;
   os_lock(&ex->lock);
-  mine = ex->nflushes + 1; /* the first that has not begun yet */
+  uint64_t mine = ex->nflushes + 1; /* the first that has not begun yet */
   while (ex->flushing && ex->nflushes <= mine)
     os_wait(&ex->flushed, &ex->lock);
   if (ex->nflushes < mine) {
@@ -929,19 +993,16 @@ static int ex_flush(struct ex *ex) {
   return err;
 }
 
-/* Must r be on permanent storage before it is answered? */
-static int ex_wants_fua(const struct ex *ex, const struct nbdserve_req *r) {
+/* Must r be on permanent storage before it is answered?  And does the backend
+ * (native: NBDSERVE_NATIVE_FUA) see to that, or a flush that follows (0)? */
+static int ex_wants_fua(const struct ex *ex, const struct nbdserve_req *r,
+                        uint32_t native) {
   return wire_cmd(r->type)->writes && r->len > 0 &&
+         (ex->e.flags & (NBDSERVE_NATIVE_FUA | NBDSERVE_UNSAFE)) == native &&
          ((r->flags & NBD_CMD_FLAG_FUA) ||
           (ex->e.flags & NBDSERVE_WRITETHROUGH));
 }
 
-/* And must a flush follow it for that? */
-static int ex_wants_flush(const struct ex *ex, const struct nbdserve_req *r) {
-  return ex_wants_fua(ex, r) && !(ex->e.flags & NBDSERVE_NATIVE_FUA);
-}
-
-/* Appends one extent in the form of the wire, or makes the last one longer. */
 static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
                           uint32_t status) {
   unsigned char *p = x->data + EX_EXTENT_HEAD + 8 * x->n;
@@ -988,36 +1049,29 @@ static int ex_extents(struct ex *ex, struct nbdserve_req *r) {
   return err;
 }
 
-static int ex_do(struct ex *ex, struct nbdserve_req *r);
-
-/* Zeroes by writing them, for a backend that has nothing better. */
-static int ex_write_zeroes(struct ex *ex, const struct nbdserve_req *r) {
-  uint64_t step = u_min(u_min(r->len, EX_ZEROES), ex->e.max_request);
-  struct nbdserve_req w = *r;
-  int err = 0;
-
+static int ex_write_zeroes(struct ex *ex, const struct nbdserve_req *r,
+                           uint32_t flags) {
+  uint64_t step = u_min(u_min(r->len, EX_ZEROES), ex->e.max_request), done, n;
+  int err = 0, serial = (ex->e.flags & NBDSERVE_SERIAL) != 0;
   step -= step % ex->e.min_block; /* both are multiples of it */
-  w.type = NBD_CMD_WRITE;
-  w.flags &= NBD_CMD_FLAG_FUA;
-  w.buf = u_zalloc((size_t)step);
-  if (!w.buf) return -ENOMEM;
-  for (; w.off < r->off + r->len && !err; w.off += step) {
-    w.len = u_min(step, r->off + r->len - w.off);
-    err = ex_do(ex, &w);
+  void *zeroes = u_zalloc((size_t)step);
+  if (!zeroes) return -ENOMEM;
+  for (done = 0; done < r->len && !err; done += n) {
+    n = u_min(step, r->len - done);
+    if (serial) os_lock(&ex->serial);
+    err = ex->e.ops->write(ex->e.ctx, zeroes, r->off + done, n, flags);
+    if (serial) os_unlock(&ex->serial);
   }
-  NBDSERVE_FREE(w.buf);
+  NBDSERVE_FREE(zeroes);
   return err;
 }
 
 /* Does a request on the backend, but not the flush that may have to follow. */
 static int ex_do(struct ex *ex, struct nbdserve_req *r) {
   const struct nbdserve_ops *ops = ex->e.ops;
-  uint32_t how = ex->e.flags & (NBDSERVE_NATIVE_FUA | NBDSERVE_UNSAFE);
-  uint32_t f = ex_wants_fua(ex, r) && how == NBDSERVE_NATIVE_FUA;
+  uint32_t f = ex_wants_fua(ex, r, NBDSERVE_NATIVE_FUA) ? NBDSERVE_FUA : 0;
   void *ctx = ex->e.ctx;
   int err = -EINVAL;
-
-  assert(f == 0 || f == NBDSERVE_FUA);
   assert(r->len > 0 && r->off <= INT64_MAX && r->len <= INT64_MAX - r->off);
   assert(r->off % ex->e.min_block == 0); /* (E2) */
   assert(!wire_cmd(r->type)->writes || !(ex->e.flags & NBDSERVE_READONLY));
@@ -1038,28 +1092,46 @@ static int ex_do(struct ex *ex, struct nbdserve_req *r) {
   if (ex->e.flags & NBDSERVE_SERIAL) os_unlock(&ex->serial);
   if (err == -ENOTSUP && r->type == NBD_CMD_WRITE_ZEROES &&
       !(f & NBDSERVE_FAST_ZERO))
-    err = ex_write_zeroes(ex, r);
+    err = ex_write_zeroes(ex, r, f & NBDSERVE_FUA);
   assert(err <= 0);
   return err;
+}
+
+/* read and write of nbdserve's own backends, whose ctx begins with batch. */
+struct ex_own { void (*batch)(void *ctx, struct nbdserve_req *r, size_t n); };
+
+static int ex_own_read(void *ctx, void *buf, uint64_t off, uint64_t len,
+                       uint32_t flags) {
+  struct nbdserve_req r = {.type = NBD_CMD_READ, .off = off, .len = len,
+                           .buf = buf};
+  (void)flags;
+  ((struct ex_own *)ctx)->batch(ctx, &r, 1);
+  return r.err;
+}
+
+static int ex_own_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
+                        uint32_t flags) {
+  struct nbdserve_req r = {.type = NBD_CMD_WRITE, .off = off, .len = len,
+                           .buf = (unsigned char *)(uintptr_t)buf};
+  assert(!(flags & NBDSERVE_FUA)); /* not NATIVE_FUA: a flush follows */
+  (void)flags;
+  ((struct ex_own *)ctx)->batch(ctx, &r, 1);
+  return r.err;
 }
 
 /* ==== [8] HANDSHAKE (hs_) ================================================
  * Fixed newstyle negotiation (proto.md, Handshake and Option types).
  *
  * (H1) The length in an option's head alone frames it: all its data is taken
- *      before anything is answered, so the stream stays in step whatever the
- *      data says.
+ *      before anything is answered, so the stream stays in step.
  * (H2) What a client claims is never allocated: data beyond NBDSERVE_MAX_OPTION
  *      is thrown away in pieces.
  * (H3) One deadline covers the whole handshake.
- *
- * Replies gather in the client's send buffer and leave once per option.
  */
 enum {
   TX_RBUF = 256 << 10,           /* bytes received at a time */
   TX_WBUF = (256 + 32) << 10,    /* bytes sent at a time */
   TX_SMALL = 128 << 10,          /* longer requests are done one by one */
-  TX_SPLICE = 32 << 10,          /* so are READs from here on, if not copied */
   TX_KEEP = 1 << 20,             /* buffer for those; they are in pieces then */
   TX_BATCH = 128,                /* requests in a batch */
   TX_WHY = 80,                   /* bytes of an error's text */
@@ -1067,21 +1139,18 @@ enum {
   TX_DEFERRED = 1024,            /* requests waiting for a worker */
   TX_LOGGED = 10                 /* failures of one client in the log */
 };
-
 STATIC_ASSERT(option_fits, (int)NBDSERVE_MAX_OPTION <= (int)TX_RBUF);
 STATIC_ASSERT(small_fits_in, (int)TX_SMALL + (int)WIRE_REQUEST <= (int)TX_RBUF);
 STATIC_ASSERT(small_fits_out, TX_SMALL + TX_HEAD <= TX_WBUF);
 
-/* One client. */
 struct conn {
-  /* fixed */
+  /* -- fixed */
   struct nbdserve *s;
   struct conn *next; /* guarded by s->lock */
   struct io io;
   int fd; /* to close; -1: the caller's */
   unsigned id;
-
-  /* the handshake's; what transmission needs is fixed then */
+  /* -- the handshake's; what transmission needs is fixed then */
   uint32_t opt; /* the option being answered, and its data */
   const unsigned char *data;
   size_t len;
@@ -1090,34 +1159,28 @@ struct conn {
   char meta_name[WIRE_STRING + 1];
   struct ex *ex;
   uint64_t size;
-  unsigned tflags;
+  unsigned tflags, max_workers, max_deferred;
   size_t read_head; /* bytes in front of the data of a READ */
-  unsigned max_workers, max_deferred;
-
-  /* the client's thread only */
+  /* -- the client's thread only, as the two buffers at the end */
   unsigned char *big;
   size_t rpos, rend; /* received and not yet looked at */
-  size_t wlen;
+  size_t wlen, nreqs;
   struct nbdserve_req reqs[TX_BATCH];
-  size_t nreqs;
-  int big_write; /* the last request was one: expect another */
-  int can_splice; /* long READs go through io.pipe */
-
+  int big_write;  /* the last request was one: expect another */
+  /* -- one sender at a time */
   struct os_mutex sending; /* guards out and: */
   int broken;              /* why a send failed: nothing more goes out */
-
+  /* -- client's thread and workers */
   struct os_mutex lock; /* guards the rest */
-  struct os_cond work;  /* something is in the queues, or closing */
-  struct os_cond room;  /* something left them, or a worker has gone */
+  struct os_cond work;  /* something is in the queue, or closing */
+  struct os_cond room;  /* something was answered, or a worker has gone */
   struct nbdserve_req *queue, **queue_end; /* one worker each */
-  struct nbdserve_req *flushes;            /* one worker for all of them */
-  int flusher;                             /* which is at it */
-  unsigned nqueue, ndeferred, nworkers, nidle;
+  struct nbdserve_req *flushes;            /* one worker for all of them, */
+  int flushing;                            /* which is at it */
+  unsigned nqueue, ndeferred, nworkers, nidle, nlogged;
   int closing; /* the client has gone: workers finish and end */
-  unsigned nlogged;
   struct nbdserve_stats stats;
-
-  unsigned char rbuf[TX_RBUF], wbuf[TX_WBUF]; /* the client's thread only */
+  unsigned char rbuf[TX_RBUF], wbuf[TX_WBUF];
 };
 
 enum { HS_ENTER, HS_MORE, HS_END }; /* what follows an option; or -errno */
@@ -1126,11 +1189,11 @@ enum { HS_ENTER, HS_MORE, HS_END }; /* what follows an option; or -errno */
 #define HS_LOG(c, level, ...) \
   u_log(&(c)->s->config, level, "client " __VA_ARGS__)
 
-/* Sends the replies that have gathered. */
+/* Sends the replies to an option: they gather in the send buffer. */
 static int hs_send(struct conn *c) {
   struct iovec v = {c->wbuf, c->wlen};
   c->wlen = 0;
-  if (!c->broken) c->broken = io_send(&c->io, &v, 1, 0, 0);
+  if (!c->broken) c->broken = io_send(&c->io, &v, 1, 0);
   return c->broken;
 }
 
@@ -1142,7 +1205,6 @@ static unsigned char *hs_room(struct conn *c, size_t len) {
   return c->wbuf + c->wlen - len;
 }
 
-/* A reply with len bytes of data, which the caller fills in. */
 static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t len) {
   unsigned char *p = hs_room(c, WIRE_REP + len);
   put64(p, NBD_REP_MAGIC);
@@ -1153,6 +1215,7 @@ static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t len) {
 }
 
 static int hs_ack(struct conn *c) {
+  c->structured |= c->opt == NBD_OPT_STRUCTURED_REPLY; /* all it asks for */
   hs_reply(c, NBD_REP_ACK, 0);
   return HS_MORE;
 }
@@ -1166,31 +1229,17 @@ static int hs_fail(struct conn *c, uint32_t type, const char *why) {
   return HS_MORE;
 }
 
-/* Copies a client's string to out[WIRE_STRING + 1].  0, or an error reply. */
-static uint32_t hs_string(const unsigned char *p, size_t n, char *out) {
-  if (n > WIRE_STRING) return NBD_REP_ERR_TOO_BIG;
-  memcpy(out, p, n);
-  out[n] = 0;
-  return memchr(out, 0, n) ? NBD_REP_ERR_INVALID : 0;
-}
-
-/* Takes a string with its 32-bit length off the option's data, likewise. */
+/* Takes a string with its 32-bit length off the option's data and copies it to
+ * out[WIRE_STRING + 1].  0, or an error reply. */
 static uint32_t hs_take_string(struct conn *c, char *out) {
-  const unsigned char *p = c->data;
-  if (c->len < 4 || get32(p) > c->len - 4) return NBD_REP_ERR_INVALID;
-  c->data += 4 + get32(p);
-  c->len -= 4 + get32(p);
-  return hs_string(p + 4, get32(p), out);
-}
-
-/* The export of that name; its size is settled, so that all answers agree. */
-static int hs_find(struct conn *c, const char *name, struct ex **out) {
-  int err = ex_get(c->s, name, out);
-  if (err) return err;
-  os_lock(&c->s->lock);
-  c->size = (*out)->e.size;
-  os_unlock(&c->s->lock);
-  return 0;
+  uint32_t n = c->len < 4 ? 0 : get32(c->data);
+  if (c->len < 4 || n > c->len - 4) return NBD_REP_ERR_INVALID;
+  if (n > WIRE_STRING) return NBD_REP_ERR_TOO_BIG;
+  memcpy(out, c->data + 4, n);
+  out[n] = 0;
+  c->data += 4 + n;
+  c->len -= 4 + n;
+  return memchr(out, 0, n) ? NBD_REP_ERR_INVALID : 0;
 }
 
 /* The export is settled: what transmission needs to know of it. */
@@ -1204,7 +1253,6 @@ static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
   c->read_head = c->structured ? WIRE_CHUNK + 8 : WIRE_SIMPLE;
   c->max_workers = threads > 1 ? threads : 0;
   c->max_deferred = ex->e.ops->batch ? TX_DEFERRED : threads;
-  c->can_splice = ex->e.ops->batch && c->io.stop < 0;
   HS_LOG(c, NBDSERVE_LOG_INFO, "%u: export '%s', %" PRIu64 " bytes%s", c->id,
          name, c->size, c->tflags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
 }
@@ -1214,14 +1262,12 @@ static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
 static int hs_opt_export_name(struct conn *c) {
   size_t n = c->no_zeroes ? 10 : 10 + 124;
   char name[WIRE_STRING + 1];
-  unsigned char *p;
   struct ex *ex;
-  if (hs_string(c->data, c->len, name) || hs_find(c, name, &ex)) {
-    HS_LOG(c, NBDSERVE_LOG_INFO, "%u: no such export; closed", c->id);
+  snprintf(name, sizeof name, "%.*s", (int)c->len, (const char *)c->data);
+  if (strlen(name) != c->len || ex_get(c->s, name, &ex, &c->size))
     return -ENOENT; /* this option knows no error reply */
-  }
   hs_settle(c, ex, name);
-  p = memset(hs_room(c, n), 0, n);
+  unsigned char *p = memset(hs_room(c, n), 0, n);
   put64(p, c->size);
   put16(p + 8, c->tflags);
   return HS_ENTER;
@@ -1232,10 +1278,8 @@ static int hs_emit(void *arg, const char *name, const char *description) {
   size_t n = name ? strlen(name) : 0;
   size_t d = description ? strlen(description) : 0;
   struct conn *c = arg;
-  unsigned char *p;
-  if (n > WIRE_STRING || d > WIRE_STRING)
-    return 0; /* nobody could ask for it: see ex_new */
-  p = hs_reply(c, NBD_REP_SERVER, 4 + n + d);
+  if (n > WIRE_STRING || d > WIRE_STRING) return 0; /* who could ask for it? */
+  unsigned char *p = hs_reply(c, NBD_REP_SERVER, 4 + n + d);
   put32(p, (uint32_t)n);
   if (n) memcpy(p + 4, name, n);
   if (d) memcpy(p + 4 + n, description, d);
@@ -1244,10 +1288,9 @@ static int hs_emit(void *arg, const char *name, const char *description) {
 
 static int hs_opt_list(struct conn *c) {
   struct nbdserve *s = c->s;
-  struct ex *ex;
   int err = 0;
   os_lock(&s->lock);
-  for (ex = s->exports; ex && !err; ex = ex->next) {
+  for (struct ex *ex = s->exports; ex && !err; ex = ex->next) {
     os_unlock(&s->lock); /* (E1): the list only grows, at its end */
     err = hs_emit(c, ex->e.name, ex->e.description);
     os_lock(&s->lock);
@@ -1282,19 +1325,15 @@ static int hs_opt_go(struct conn *c) {
   unsigned wants = 1u << NBD_INFO_EXPORT, type, i;
   struct ex *ex;
   uint32_t bad = hs_take_string(c, name);
-  int err;
-
   if (!bad && (c->len < 2 || c->len != 2 + 2 * (size_t)get16(c->data)))
     bad = NBD_REP_ERR_INVALID;
   if (bad) return hs_fail(c, bad, "malformed request for information");
-  err = hs_find(c, name, &ex);
+  int err = ex_get(c->s, name, &ex, &c->size);
   if (err)
     return hs_fail(c, NBD_REP_ERR_UNKNOWN,
                    err == -ENOENT ? "no such export" : u_error(err));
-  for (i = 2; i < c->len; i += 2) { /* others need not be known */
-    type = get16(c->data + i);
-    if (type <= NBD_INFO_BLOCK_SIZE) wants |= 1u << type;
-  }
+  for (i = 2; i < c->len; i += 2) /* what is not known goes to bit 31 */
+    wants |= 1u << u_min(get16(c->data + i), 31);
   bad = ex->e.min_block > 1 && !(wants & 1u << NBD_INFO_BLOCK_SIZE);
   if (bad || ex->e.preferred_block != 4096 || ex->e.max_request != 32u << 20)
     wants |= 1u << NBD_INFO_BLOCK_SIZE; /* not what is taken for granted */
@@ -1311,24 +1350,16 @@ static int hs_opt_go(struct conn *c) {
   return hs_fail(c, NBD_REP_ERR_BLOCK_SIZE_REQD, "ask for the block size");
 }
 
-static int hs_opt_structured_reply(struct conn *c) {
-  c->structured = 1;
-  return hs_ack(c);
-}
-
 /* LIST and SET differ in what a query means and in what is remembered. */
 static int hs_opt_meta_context(struct conn *c) {
   static const char context[] = "base:allocation";
   const size_t n = sizeof context - 1;
   char name[WIRE_STRING + 1], query[WIRE_STRING + 1];
   int set = c->opt == NBD_OPT_SET_META_CONTEXT, found;
-  uint32_t bad, left = 0;
-  unsigned char *p;
   struct ex *ex;
-
   if (!c->structured)
     return hs_fail(c, NBD_REP_ERR_INVALID, "structured replies come first");
-  bad = hs_take_string(c, name);
+  uint32_t bad = hs_take_string(c, name), left = 0;
   if (!bad && c->len < 4) bad = NBD_REP_ERR_INVALID;
   if (!bad) {
     left = get32(c->data);
@@ -1342,11 +1373,11 @@ static int hs_opt_meta_context(struct conn *c) {
   }
   if (!bad && c->len > 0) bad = NBD_REP_ERR_INVALID;
   if (bad) return hs_fail(c, bad, "malformed query for metadata contexts");
-  if (ex_get(c->s, name, &ex))
+  if (ex_get(c->s, name, &ex, &c->size))
     return hs_fail(c, NBD_REP_ERR_UNKNOWN, "no such export");
   ex_put(ex);
   if (found) {
-    p = hs_reply(c, NBD_REP_META_CONTEXT, 4 + n);
+    unsigned char *p = hs_reply(c, NBD_REP_META_CONTEXT, 4 + n);
     put32(p, set ? 1 : 0); /* ids mean something in SET only */
     memcpy(p + 4, context, n);
     c->meta |= set;
@@ -1363,7 +1394,7 @@ static const struct hs_option {
     {NBD_OPT_LIST, 0, hs_opt_list},
     {NBD_OPT_INFO, NBDSERVE_MAX_OPTION, hs_opt_go},
     {NBD_OPT_GO, NBDSERVE_MAX_OPTION, hs_opt_go},
-    {NBD_OPT_STRUCTURED_REPLY, 0, hs_opt_structured_reply},
+    {NBD_OPT_STRUCTURED_REPLY, 0, hs_ack},
     {NBD_OPT_LIST_META_CONTEXT, NBDSERVE_MAX_OPTION, hs_opt_meta_context},
     {NBD_OPT_SET_META_CONTEXT, NBDSERVE_MAX_OPTION, hs_opt_meta_context}};
 
@@ -1371,21 +1402,15 @@ static int hs_option(struct conn *c) {
   const struct hs_option *o = hs_options, *end =
       hs_options + sizeof hs_options / sizeof *hs_options;
   unsigned char head[WIRE_OPTION];
-  uint32_t len, left, piece;
   int err = io_recv_all(&c->io, head, sizeof head);
-
   if (err) return err;
   c->opt = get32(head + 8);
-  len = get32(head + 12);
-  if (get64(head) != NBD_OPTION_MAGIC) {
-    HS_LOG(c, NBDSERVE_LOG_INFO, "%u: option magic 0x%016" PRIx64
-           ", expected IHAVEOPT; closed", c->id, get64(head));
-    return -EPROTO;
-  }
+  uint32_t len = get32(head + 12);
+  if (get64(head) != NBD_OPTION_MAGIC) return -EPROTO;
   while (o < end && o->opt != c->opt) o++;
   if (len > WIRE_STRING && c->opt == NBD_OPT_EXPORT_NAME) return -ENOENT;
-  for (left = len; left > 0 && !err; left -= piece) { /* (H1), (H2) */
-    piece = (uint32_t)u_min(left, TX_RBUF);
+  for (uint32_t left = len, piece; left > 0 && !err; left -= piece) {
+    piece = (uint32_t)u_min(left, TX_RBUF); /* (H1), (H2) */
     err = io_recv_all(&c->io, c->rbuf, piece);
   }
   if (err) return err;
@@ -1405,7 +1430,6 @@ static int hs_option(struct conn *c) {
 static int hs_run(struct conn *c) {
   unsigned char *p = hs_room(c, 18), flags[4];
   int r, err;
-
   c->io.deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
   put64(p, NBD_INIT_MAGIC);
   put64(p + 8, NBD_OPTION_MAGIC);
@@ -1413,11 +1437,8 @@ static int hs_run(struct conn *c) {
   err = hs_send(c);
   if (!err) err = io_recv_all(&c->io, flags, sizeof flags);
   if (err) return err;
-  if (get32(flags) > (NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES)) {
-    HS_LOG(c, NBDSERVE_LOG_INFO, "%u: unknown client flags 0x%08" PRIx32
-           "; closed", c->id, get32(flags));
+  if (get32(flags) > (NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES))
     return -EPROTO;
-  }
   c->no_zeroes = (get32(flags) & NBD_FLAG_C_NO_ZEROES) != 0;
   do {
     r = hs_option(c);
@@ -1428,8 +1449,6 @@ static int hs_run(struct conn *c) {
 }
 
 /* ==== [9] TRANSMISSION (tx_) =============================================
- * Requests in, replies out.
- *
  *   recv -> tx_take: parse, tx_validate -+-> batch -> tx_exec -> one send
  *                                        +-> tx_big: one by one
  *                                        +-> tx_defer -> tx_worker -> send
@@ -1440,13 +1459,11 @@ static int hs_run(struct conn *c) {
  *      data is never copied; the other replies follow behind them.
  * (T3) A batch's writes are done before its flushes start: a flush covers all
  *      that was answered before it arrived, and more.
- * (T4) Workers do what may take long: flushes, trims and the like, and all
- *      that a host's own backend does.  So no slow request holds up a READ
- *      behind it, while there are workers.
- * (T5) Memory is bounded, whatever a client claims, and nobody waits for it: a
- *      client has its fixed buffers and max_deferred requests of up to TX_KEEP
- *      bytes (EX_EXTENTS_SIZE with ops->batch: no READ or WRITE waits then).
- *      All others are done in pieces as they arrive and leave.
+ * (T4) No slow request holds up a READ behind it, while there are workers:
+ *      they do what may take long.
+ * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
+ *      max_deferred requests of up to TX_KEEP bytes (EX_EXTENTS_SIZE with
+ *      ops->batch: no READ or WRITE waits then); the others go in pieces.
  */
 
 static void tx_free_buf(struct nbdserve_req *r) {
@@ -1456,25 +1473,22 @@ static void tx_free_buf(struct nbdserve_req *r) {
 }
 
 /* Sends to the client, unless that has failed before. */
-static int tx_send(struct conn *c, struct iovec *v, int n, size_t piped,
-                   int more) {
+static int tx_send(struct conn *c, struct iovec *v, int n, int more) {
   int err;
   os_lock(&c->sending);
-  if (!c->broken && (c->broken = io_send(&c->io, v, n, piped, more)) != 0)
+  if (!c->broken && (c->broken = io_send(&c->io, v, n, more)) != 0)
     shutdown(c->io.out, SHUT_RDWR); /* the client's thread sees it so */
   err = c->broken;
   os_unlock(&c->sending);
   return err;
 }
 
-/* Tells the log of a request that is about to be answered. */
 static void tx_log(struct conn *c, const struct nbdserve_req *r) {
   const struct wire_cmd *cmd = wire_cmd(r->type);
   int level = !r->err || r->err == -ENOTSUP ? NBDSERVE_LOG_TRACE
               : r->why                      ? NBDSERVE_LOG_INFO
                                             : NBDSERVE_LOG_WARNING;
   unsigned logged = 0;
-
   if (level > c->s->config.log_level) return;
   os_lock(&c->lock); /* not while logging: the host may call nbdserve_stats */
   if (level < NBDSERVE_LOG_TRACE) logged = ++c->nlogged;
@@ -1492,12 +1506,10 @@ static size_t tx_put_head(const struct conn *c, const struct nbdserve_req *r,
                           unsigned char *p) {
   const char *why = r->why || !r->err ? r->why : u_error(r->err);
   uint32_t err = wire_error(r->err);
-  size_t n;
-
   if (err == NBD_ENOTSUP && !(r->flags & NBD_CMD_FLAG_FAST_ZERO))
     err = NBD_EINVAL; /* proto.md: only an answer to FAST_ZERO */
   if (err && c->structured) {
-    n = (size_t)u_min(strlen(why), TX_WHY);
+    size_t n = (size_t)u_min(strlen(why), TX_WHY);
     put32(p + WIRE_CHUNK, err);
     put16(p + WIRE_CHUNK + 4, (unsigned)n);
     memcpy(p + WIRE_CHUNK + 6, why, n);
@@ -1516,10 +1528,10 @@ static size_t tx_put_head(const struct conn *c, const struct nbdserve_req *r,
     return WIRE_SIMPLE;
   }
   if (!r->len) return wire_put_chunk(p, NBD_REPLY_TYPE_NONE, r->cookie, 0);
-  n = wire_put_chunk(p, NBD_REPLY_TYPE_OFFSET_DATA, r->cookie, 8 + r->len);
+  wire_put_chunk(p, NBD_REPLY_TYPE_OFFSET_DATA, r->cookie, 8 + r->len);
   if (r->more) put16(p + 4, 0); /* not NBD_REPLY_FLAG_DONE */
-  put64(p + n, r->off);
-  return n + 8;
+  put64(p + WIRE_CHUNK, r->off);
+  return WIRE_CHUNK + 8;
 }
 
 /* Answers the requests of a list, in as few sends as possible, and frees what
@@ -1529,7 +1541,6 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list, size_t ready) {
   struct nbdserve_req *r;
   size_t sent = 0;
   int err = 0, split;
-
   os_lock(&c->lock);
   split = ready && !list->next && !c->ndeferred; /* no worker comes between */
   for (r = list; r; r = r->next) {
@@ -1544,88 +1555,61 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list, size_t ready) {
   if (split) { /* a lone READ: its head already wakes the */
     struct iovec head = {c->wbuf, c->read_head}; /* client, on a processor of */
     assert(list->ready); /* its own while the data is still being copied */
-    err = tx_send(c, &head, 1, 0, OS_MSG_MORE);
+    err = tx_send(c, &head, 1, OS_MSG_MORE);
     sent = c->read_head;
   }
   for (r = list; r && !err; ready = sent = 0) {
     struct iovec v[] = {{c->wbuf + sent, ready - sent}, {heads, 0}, {NULL, 0}};
-    size_t piped = 0;
-    for (; r && !piped && !v[2].iov_len &&
-           v[1].iov_len + TX_HEAD <= sizeof heads; r = r->next) {
+    for (; r && !v[2].iov_len && v[1].iov_len + TX_HEAD <= sizeof heads;
+         r = r->next) {
       if (r->ready) continue;
       v[1].iov_len += tx_put_head(c, r, heads + v[1].iov_len);
       v[2].iov_base = r->buf;
-      if (!r->err && r->type == NBD_CMD_READ)
-        *(r->pipe ? &piped : &v[2].iov_len) = (size_t)r->len;
+      if (!r->err && r->type == NBD_CMD_READ) v[2].iov_len = (size_t)r->len;
       if (r->err || r->type != NBD_CMD_BLOCK_STATUS) continue;
       v[2].iov_base = r->buf + EX_EXTENT_HEAD;
       v[2].iov_len = r->owned - EX_EXTENT_HEAD;
     }
-    err = tx_send(c, v, v[2].iov_len ? 3 : v[1].iov_len ? 2 : 1, piped,
-                  piped ? OS_MSG_MORE : 0);
+    err = tx_send(c, v, 3, 0);
   }
   for (r = list; r; r = r->next) tx_free_buf(r);
   return err;
 }
 
-/* Is only a flush left to do for r? */
-static int tx_is_flush(const struct nbdserve_req *r) {
-  return r->type == NBD_CMD_FLUSH || r->written;
-}
-
-/* Does what a worker took, one request or any number that want a flush, and
- * answers it.  The number of requests. */
-static unsigned tx_work(struct conn *c, struct nbdserve_req *list) {
-  struct nbdserve_req *r;
-  unsigned n = 0;
-  int err = 0;
-
-  assert(tx_is_flush(list) || !list->next);
-  if (!tx_is_flush(list)) err = ex_do(c->ex, list);
-  if (!err && (tx_is_flush(list) || ex_wants_flush(c->ex, list)))
-    err = ex_flush(c->ex);
-  for (r = list; r; r = r->next) r->err = err;
-  tx_answer(c, list, 0);
-  for (; list; list = r, n++) {
-    r = list->next;
-    NBDSERVE_FREE(list);
-  }
-  return n;
-}
-
-/* A worker of a client: takes from the queues until the client has gone. */
+/* A worker of a client: does and answers what is queued until it has gone. */
 static void *tx_worker(void *arg) {
   struct conn *c = arg;
-  struct nbdserve_req *list;
-  unsigned n;
-
   os_lock(&c->lock);
   for (;;) {
-    int flush = c->flushes && !c->flusher;
-    if (flush) {
-      list = c->flushes;
-      c->flushes = NULL;
-      c->flusher = 1;
-    } else if (c->queue) {
-      list = c->queue;
-      c->queue = list->next;
-      if (!c->queue) c->queue_end = &c->queue;
-      list->next = NULL;
-      c->nqueue--;
-    } else if (c->closing) {
-      break; /* flushes that came meanwhile are the flusher's */
-    } else {
+    int flush = c->flushes && !c->flushing;
+    if (!flush && !c->queue) {
+      if (c->closing) break; /* flushes that came meanwhile are the other's */
       c->nidle++;
       os_wait(&c->work, &c->lock);
       c->nidle--;
       continue;
     }
+    struct nbdserve_req *list = flush ? c->flushes : c->queue, *r;
+    c->flushing |= flush;
+    if (flush) {
+      c->flushes = NULL;
+    } else {
+      c->queue = list->next;
+      if (!c->queue) c->queue_end = &c->queue;
+      list->next = NULL;
+      c->nqueue--;
+    }
     os_unlock(&c->lock);
-    n = tx_work(c, list);
+    int err = flush ? 0 : ex_do(c->ex, list);
+    if (!err && (flush || ex_wants_fua(c->ex, list, 0))) err = ex_flush(c->ex);
+    for (r = list; r; r = r->next) r->err = err;
+    tx_answer(c, list, 0);
     os_lock(&c->lock);
-    if (flush) c->flusher = 0;
-    assert(c->ndeferred >= n);
-    c->ndeferred -= n;
+    if (flush) c->flushing = 0;
+    for (; (r = list); c->ndeferred--) {
+      list = r->next;
+      NBDSERVE_FREE(r);
+    }
     os_wake_all(&c->room);
   }
   c->nworkers--;
@@ -1638,16 +1622,14 @@ static void *tx_worker(void *arg) {
  * when there are none: then the caller does it. */
 static int tx_defer(struct conn *c, const struct nbdserve_req *r) {
   struct nbdserve_req *q = c->max_workers ? NBDSERVE_MALLOC(sizeof *q) : NULL;
-  unsigned takers; /* workers that are wanted */
-
   assert(!r->err && !r->deferred);
   if (!q) return 0;
   *q = *r;
   q->next = NULL;
   os_lock(&c->lock);
   while (c->ndeferred >= c->max_deferred) os_wait(&c->room, &c->lock);
-  takers = c->nqueue + !tx_is_flush(q) +
-           (!c->flusher && (c->flushes || tx_is_flush(q)));
+  unsigned takers = c->nqueue + !q->flush + /* workers that are wanted */
+                    (!c->flushing && (c->flushes || q->flush));
   if (takers > c->nidle && c->nworkers < c->max_workers &&
       os_thread(tx_worker, c) == 0)
     c->nworkers++;
@@ -1657,7 +1639,7 @@ static int tx_defer(struct conn *c, const struct nbdserve_req *r) {
     return 0;
   }
   c->ndeferred++;
-  if (tx_is_flush(q)) {
+  if (q->flush) {
     q->next = c->flushes;
     c->flushes = q;
   } else {
@@ -1670,16 +1652,13 @@ static int tx_defer(struct conn *c, const struct nbdserve_req *r) {
   return 1;
 }
 
-/* Checks a request against all that was negotiated; everything behind this
- * relies on it.  Sets r->err and r->why. */
+/* Checks a request against all that was negotiated.  Sets r->err and r->why. */
 static void tx_validate(const struct conn *c, struct nbdserve_req *r) {
   const struct wire_cmd *cmd = wire_cmd(r->type);
   int fua = c->tflags & NBD_FLAG_SEND_FUA ? NBD_CMD_FLAG_FUA : 0;
   int no_df = c->tflags & NBD_FLAG_SEND_DF ? 0 : NBD_CMD_FLAG_DF;
   int is_status = r->type == NBD_CMD_BLOCK_STATUS, err = -EINVAL;
-
-  r->why =
-      !cmd ? "unknown command"
+  r->why = !cmd ? "unknown command"
       : cmd->writes && (c->tflags & NBD_FLAG_READ_ONLY)
           ? ((void)(err = -EPERM), "the export is read-only")
       : cmd->beyond && (r->off > c->size || r->len > c->size - r->off)
@@ -1698,12 +1677,15 @@ static void tx_validate(const struct conn *c, struct nbdserve_req *r) {
   r->err = r->why ? err : 0;
 }
 
-/* Does the batch's requests and the flushes they want, or defers them (T4). */
-static void tx_do(struct conn *c, struct nbdserve_req *r, size_t n) {
+/* Does the batch, or defers what is for workers (T4), and answers it: its READs
+ * in the send buffer (T2), or one by one if one failed.  0, -errno to close. */
+static int tx_exec(struct conn *c) {
   void (*batch)(void *, struct nbdserve_req *, size_t) = c->ex->e.ops->batch;
-  size_t i, j;
-
-  for (i = 0; i < n; i = j) {
+  struct nbdserve_req *r = c->reqs, *list = NULL, **end = &list;
+  size_t n = c->nreqs, ready = c->wlen;
+  if (!n) return 0;
+  c->nreqs = c->wlen = 0;
+  for (size_t i = 0, j; i < n; i = j) {
     j = i + 1;
     if (r[i].err || !r[i].len) continue; /* FLUSH has no length either */
     if (batch && r[i].type <= NBD_CMD_WRITE) {
@@ -1714,146 +1696,80 @@ static void tx_do(struct conn *c, struct nbdserve_req *r, size_t n) {
       if (!r[i].deferred) r[i].err = ex_do(c->ex, r + i);
     }
   }
-  for (i = 0; i < n; i++) { /* (T3) */
+  for (size_t i = 0; i < n; i++) { /* (T3) */
+    if (r[i].err && r[i].type == NBD_CMD_READ && r[i].buf) ready = 0;
     if (r[i].err || r[i].deferred) continue;
-    r[i].written = ex_wants_flush(c->ex, r + i);
-    if (!tx_is_flush(r + i)) continue;
+    r[i].flush |= ex_wants_fua(c->ex, r + i, 0);
+    if (!r[i].flush) continue;
     r[i].deferred = tx_defer(c, r + i);
     if (!r[i].deferred) r[i].err = ex_flush(c->ex);
   }
-}
-
-/* Does the batch and answers it: failed READs are taken out of the send buffer,
- * the others completed there (T2).  0, or -errno to close. */
-static int tx_exec(struct conn *c) {
-  struct nbdserve_req *r = c->reqs, *list = NULL, **end = &list;
-  size_t n = c->nreqs, head = c->read_head, gap = 0, ready = c->wlen;
-
-  if (!n) return 0;
-  tx_do(c, r, n);
-  c->nreqs = c->wlen = 0;
   for (; n > 0; n--, r++) {
     if (r->deferred) continue;
     *end = r;
     end = &r->next;
-    if (r->type != NBD_CMD_READ || !r->buf) continue;
-    if (r->err) {
-      gap += head + (size_t)r->len;
-      continue;
-    }
-    if (gap) memmove(r->buf - gap, r->buf, (size_t)r->len);
-    tx_put_head(c, r, r->buf - gap - head);
+    if (r->type != NBD_CMD_READ || !r->buf || !ready) continue;
+    tx_put_head(c, r, r->buf - c->read_head);
     r->ready = 1;
   }
-  assert(gap <= ready);
-  return tx_answer(c, list, ready - gap);
-}
-
-/* Puts a request into the batch, which is done first if it is full. */
-static int tx_add(struct conn *c, const struct nbdserve_req *r) {
-  int is_read = r->type == NBD_CMD_READ && !r->err && r->len;
-  size_t slot = is_read ? c->read_head + (size_t)r->len : 0;
-  struct nbdserve_req *q;
-  int err = 0;
-  assert(r->err || r->len <= TX_SMALL || r->type > NBD_CMD_WRITE);
-  if (c->nreqs == TX_BATCH || c->wlen + slot > TX_WBUF) err = tx_exec(c);
-  if (err) return err;
-  q = &c->reqs[c->nreqs++];
-  *q = *r;
-  if (slot) q->buf = c->wbuf + c->wlen + c->read_head;
-  c->wlen += slot;
-  assert(c->wlen <= TX_WBUF);
-  return 0;
-}
-
-/* A long READ whose data need not be copied: is it in the pipe? */
-static int tx_splice(struct conn *c, struct nbdserve_req *r) {
-  if (r->type != NBD_CMD_READ || r->off % 4096 + r->len > TX_KEEP) return 0;
-  if (c->can_splice && c->io.pipe[0] < 0)
-    c->can_splice = os_splice_pipe(c->io.pipe, TX_KEEP);
-  if (!c->can_splice) return 0;
-  r->pipe = c->io.pipe[1];
-  c->ex->e.ops->batch(c->ex->e.ctx, r, 1);
-  if (!r->err) return 1;
-  r->err = r->pipe = 0;
-  c->can_splice = 0; /* never again: there may be something left in it */
-  return 0;
-}
-
-/* Takes len bytes of payload: what is here, the rest from the socket. */
-static int tx_payload(struct conn *c, unsigned char *buf, uint64_t len) {
-  size_t part = (size_t)u_min(len, c->rend - c->rpos);
-  memcpy(buf, c->rbuf + c->rpos, part);
-  c->rpos += part;
-  return io_recv_all(&c->io, buf + part, (size_t)len - part);
-}
-
-/* A long WRITE, in pieces; nothing is done of a refused one. */
-static int tx_long_write(struct conn *c, struct nbdserve_req *r) {
-  struct nbdserve_req p = *r;
-  uint64_t left; /* a refused one may end beyond 2^64 */
-  int err = 0;
-  assert(!c->nreqs && r->len > 0);
-  p.buf = c->big;
-  for (left = r->len; left > 0 && !err; left -= p.len, p.off += p.len) {
-    p.len = u_min(left, TX_KEEP);
-    err = tx_payload(c, p.buf, p.len);
-    if (!err && !r->err) r->err = ex_do(c->ex, &p);
-  }
-  c->big_write = 1;
-  return err;
+  return tx_answer(c, list, ready);
 }
 
 /* A long READ, in pieces: as chunks of a structured reply.  A simple one cannot
  * be taken back, so one of several pieces is read twice, to see that it can. */
 static int tx_long_read(struct conn *c, struct nbdserve_req *r) {
-  int pass = !c->structured && r->len > TX_KEEP ? 0 : 1, err = 0;
+  int pass = !c->structured && r->len > TX_KEEP ? 0 : 1, err;
   uint64_t end = r->off + r->len;
   struct nbdserve_req p = *r;
-
   p.buf = c->big + TX_HEAD;
   os_lock(&c->lock); /* no worker's reply may come between the pieces */
   while (!pass && c->ndeferred) os_wait(&c->room, &c->lock);
   os_unlock(&c->lock);
   for (; pass < 2; pass++)
     for (p.off = r->off; p.off < end; p.off += p.len) {
-      size_t head = c->structured || p.off == r->off ? c->read_head : 0;
-      struct iovec v = {p.buf - head, head};
       p.len = u_min(end - p.off, TX_KEEP);
       p.more = p.off + p.len < end;
+      size_t head = c->structured || p.off == r->off ? c->read_head : 0;
+      struct iovec v = {p.buf - head, head + (size_t)p.len};
       r->err = ex_do(c->ex, &p);
       if (r->err && pass && !head) return r->err; /* proto.md: disconnect */
       if (r->err) return tx_answer(c, r, 0);
       if (head) tx_put_head(c, &p, p.buf - head);
-      v.iov_len += (size_t)p.len;
-      if (pass) err = tx_send(c, &v, 1, 0, 0);
-      if (err) return err;
+      if (pass && (err = tx_send(c, &v, 1, 0)) != 0) return err;
     }
   r->ready = 1;
   return tx_answer(c, r, 0);
 }
 
-/* A READ or WRITE behind the batch: a long one, or one for a worker. */
+/* A READ or WRITE behind the batch: one for a worker, with a buffer of its own,
+ * or a long one, in pieces.  Nothing is done of a refused WRITE. */
 static int tx_big(struct conn *c, struct nbdserve_req *r, int defer) {
-  int is_write = r->type == NBD_CMD_WRITE, err = 0;
-
+  uint64_t left = r->type == NBD_CMD_WRITE ? r->len : 0; /* may end > 2^64 */
+  int err = 0;
+  assert(!c->nreqs && r->len > 0);
   if (defer && r->len <= TX_KEEP) r->buf = NBDSERVE_MALLOC((size_t)r->len);
-  if (r->buf) {
-    r->owned = (size_t)r->len;
-    if (is_write) err = tx_payload(c, r->buf, r->len);
-    if (!err && tx_defer(c, r)) return 0;
-    if (!err) r->err = ex_do(c->ex, r);
-  } else if (tx_splice(c, r)) {
-    return tx_answer(c, r, 0);
-  } else {
-    if (!c->big) c->big = NBDSERVE_MALLOC(TX_HEAD + TX_KEEP);
-    if (!c->big) return -ENOMEM; /* for not even a megabyte */
-    if (!is_write) return tx_long_read(c, r);
-    err = tx_long_write(c, r);
+  if (r->buf) r->owned = (size_t)r->len;
+  if (!r->buf && !c->big) c->big = NBDSERVE_MALLOC(TX_HEAD + TX_KEEP);
+  if (!r->buf && !c->big) return -ENOMEM; /* for not even a megabyte */
+  if (!r->buf && !left) return tx_long_read(c, r);
+  c->big_write |= !r->buf;
+  struct nbdserve_req p = *r;
+  if (!p.buf) p.buf = c->big;
+  for (; left > 0 && !err; left -= p.len, p.off += p.len) {
+    p.len = u_min(left, TX_KEEP);
+    size_t part = (size_t)u_min(p.len, c->rend - c->rpos); /* this is here */
+    memcpy(p.buf, c->rbuf + c->rpos, part);
+    c->rpos += part;
+    err = io_recv_all(&c->io, p.buf + part, (size_t)p.len - part);
+    if (!err && !r->err && !r->owned) r->err = ex_do(c->ex, &p);
   }
-  if (!err && !r->err && ex_wants_flush(c->ex, r)) {
+  if (!err && r->owned) {
+    if (tx_defer(c, r)) return 0;
+    r->err = ex_do(c->ex, r);
+  }
+  if (!err && !r->err && ex_wants_fua(c->ex, r, 0)) {
     tx_free_buf(r);
-    r->written = 1;
+    r->flush = 1;
     if (tx_defer(c, r)) return 0;
     r->err = ex_flush(c->ex);
   }
@@ -1864,50 +1780,49 @@ static int tx_big(struct conn *c, struct nbdserve_req *r, int defer) {
 
 enum { TX_NEXT, TX_MORE, TX_DISC };
 
-/* Takes the next request out of the receive buffer.  TX_NEXT, TX_MORE when it
- * is not all there yet, TX_DISC, or -errno to close. */
+/* Takes the next request out of the receive buffer; a short one goes into the
+ * batch.  TX_NEXT, TX_MORE: it is not all there, TX_DISC, -errno to close. */
 static int tx_take(struct conn *c) {
   unsigned char *p = c->rbuf + c->rpos;
-  struct nbdserve_req r;
-  uint64_t payload;
-  int err, defer;
-
   if (c->rend - c->rpos < WIRE_REQUEST) return TX_MORE;
-  memset(&r, 0, sizeof r);
-  r.flags = get16(p + 4);
-  r.type = get16(p + 6);
-  r.cookie = get64(p + 8);
-  r.off = get64(p + 16);
-  r.len = get32(p + 24);
-  payload = r.type == NBD_CMD_WRITE ? r.len : 0;
+  struct nbdserve_req r = {.flags = get16(p + 4), .type = get16(p + 6),
+                           .cookie = get64(p + 8), .off = get64(p + 16),
+                           .len = get32(p + 24)};
+  r.flush = r.type == NBD_CMD_FLUSH;
+  uint64_t payload = r.type == NBD_CMD_WRITE ? r.len : 0;
   if (get32(p) != NBD_REQUEST_MAGIC || payload > NBDSERVE_MAX_REQUEST) {
-    err = tx_exec(c);
+    int err = tx_exec(c);
     HS_LOG(c, NBDSERVE_LOG_INFO, "%u: request magic 0x%08" PRIx32 ", %" PRIu64
            " bytes of payload; closed", c->id, get32(p), payload);
     return err ? err : -EPROTO;
   }
   if (r.type == NBD_CMD_DISC) return TX_DISC;
-  if (r.type == NBD_CMD_FLUSH) r.off = r.len = 0; /* reserved */
+  if (r.flush) r.off = r.len = 0; /* reserved */
   tx_validate(c, &r);
-  defer = !c->ex->e.ops->batch && c->max_workers && r.len && !r.err;
+  int defer = !c->ex->e.ops->batch && c->max_workers && r.len && !r.err;
   if (r.err ? payload > TX_SMALL
-            : r.type <= NBD_CMD_WRITE && (r.len > TX_SMALL || defer ||
-              (payload == 0 && r.len >= TX_SPLICE && c->can_splice))) {
+            : r.type <= NBD_CMD_WRITE && (r.len > TX_SMALL || defer)) {
     c->rpos += WIRE_REQUEST;
-    err = tx_exec(c);
+    int err = tx_exec(c);
     return err ? err : tx_big(c, &r, defer);
   }
   if (c->rend - c->rpos < WIRE_REQUEST + payload) return TX_MORE;
   c->rpos += WIRE_REQUEST + (size_t)payload;
   if (payload) r.buf = p + WIRE_REQUEST;
-  return tx_add(c, &r);
+  int is_read = r.type == NBD_CMD_READ && !r.err && r.len;
+  size_t slot = is_read ? c->read_head + (size_t)r.len : 0; /* (T2) */
+  assert(r.err || r.len <= TX_SMALL || r.type > NBD_CMD_WRITE);
+  int err = c->nreqs == TX_BATCH || c->wlen + slot > TX_WBUF ? tx_exec(c) : 0;
+  if (err) return err;
+  if (slot) r.buf = c->wbuf + c->wlen + c->read_head;
+  c->wlen += slot;
+  c->reqs[c->nreqs++] = r;
+  return TX_NEXT;
 }
 
 /* Receives more behind what is there.  0, 1 at the end, or -errno. */
 static int tx_fill(struct conn *c) {
   size_t left = c->rend - c->rpos, want = TX_RBUF - left;
-  ssize_t n;
-
   assert(c->rpos <= c->rend && c->rend <= TX_RBUF);
   assert(!c->nreqs && !c->wlen && want > 0); /* WRITEs of the batch lie there */
   if (c->rpos) memmove(c->rbuf, c->rbuf + c->rpos, left);
@@ -1916,22 +1831,19 @@ static int tx_fill(struct conn *c) {
   if (c->big_write && want > 4096)
     want = 4096; /* so that little of the next payload need be copied */
   c->big_write = 0;
-  n = io_recv(&c->io, c->rbuf + left, want, 0);
+  ssize_t n = io_recv(&c->io, c->rbuf + left, want, 0);
   if (n <= 0) return n < 0 ? (int)n : left ? -EPIPE : 1;
   c->rend += (size_t)n;
   return 0;
 }
 
-/* Serves the client until it leaves.  0, or the reason as -errno. */
 static int tx_run(struct conn *c) {
   int r, err;
-
   do {
-    do r = tx_take(c);
-    while (r == TX_NEXT);
-    err = r < 0 ? r : tx_exec(c);
+    r = tx_take(c);
+    err = r == TX_MORE || r == TX_DISC ? tx_exec(c) : r;
     if (r == TX_MORE && !err) err = tx_fill(c);
-  } while (r == TX_MORE && !err);
+  } while (r != TX_DISC && !err);
   os_lock(&c->lock);
   c->closing = 1;
   os_wake_all(&c->work);
@@ -1949,15 +1861,15 @@ static int tx_run(struct conn *c) {
  *      good: every later write and flush fails until the file is opened anew.
  * (F2) Calls that a system, file system or sandbox may lack are tried until
  *      they first say so; from then on the portable way is taken.
- * (F3) Nothing here depends on a file offset, so any number of threads may
- *      call.
+ * (F3) Nothing here depends on a file offset: any number of threads may call.
  */
 #if !NBDSERVE_NO_FLAT
 
-enum { FLAT_RUN = 64 };          /* neighbours joined into one call */
-enum { FLAT_FAILED = 1 << 30 };  /* (F1), beside the modes of os_fallocate */
+enum { FLAT_RUN = 64 };         /* neighbours joined into one call */
+enum { FLAT_FAILED = 1 << 30 }; /* (F1), beside the modes of os_fallocate */
 
 struct flat {
+  struct ex_own own;
   int fd;               /* fixed */
   uint64_t offset;      /* fixed: byte 0 of the export in the file */
   struct os_mutex lock; /* guards: */
@@ -1966,22 +1878,17 @@ struct flat {
 
 /* What f lacks, after adding to it. */
 static int flat_lacks(struct flat *f, int more) {
-  int lacks;
   os_lock(&f->lock);
-  lacks = f->lacks |= more;
+  int lacks = f->lacks |= more;
   os_unlock(&f->lock);
   return lacks;
 }
 
 /* Does r[0..n), all READs or all WRITEs of neighbouring ranges, in one call. */
-static int flat_transfer(struct flat *f, const struct nbdserve_req *r,
-                         size_t n) {
+static int flat_transfer(struct flat *f, struct nbdserve_req *r, size_t n) {
   struct iovec v[FLAT_RUN];
-  size_t i;
   assert(n > 0 && n <= FLAT_RUN);
-  if (r->pipe && f->offset % 4096) return -EINVAL; /* pages would not fit */
-  if (r->pipe) return os_fill_pipe(f->fd, f->offset + r->off, r->pipe, r->len);
-  for (i = 0; i < n; i++) {
+  for (size_t i = 0; i < n; i++) {
     v[i].iov_base = r[i].buf;
     v[i].iov_len = (size_t)r[i].len;
     assert(i == 0 || r[i].off == r[i - 1].off + r[i - 1].len);
@@ -1990,39 +1897,18 @@ static int flat_transfer(struct flat *f, const struct nbdserve_req *r,
                      f->offset + r->off);
 }
 
-/* Does READs and WRITEs in their order, neighbours together. */
 static void flat_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   struct flat *f = ctx;
-  int failed = flat_lacks(f, 0) & FLAT_FAILED, err;
-  size_t i, j, k;
-  for (i = 0; i < n; i = j) {
+  int failed = flat_lacks(f, 0) & FLAT_FAILED;
+  for (size_t i = 0, j; i < n; i = j) {
     for (j = i + 1; j < n && j - i < FLAT_RUN && r[j].type == r[i].type &&
                     r[j].off == r[j - 1].off + r[j - 1].len;)
       j++;
-    err = failed && r[i].type == NBD_CMD_WRITE ? -EIO
-                                               : flat_transfer(f, r + i, j - i);
-    for (k = i; k < j; k++) /* only those that fail by themselves have failed */
+    int err = failed && r[i].type == NBD_CMD_WRITE
+                  ? -EIO : flat_transfer(f, r + i, j - i);
+    for (size_t k = i; k < j; k++) /* only what fails by itself has failed */
       r[k].err = err && j - i > 1 ? flat_transfer(f, r + k, 1) : err;
   }
-}
-
-static int flat_read(void *ctx, void *buf, uint64_t off, uint64_t len,
-                     uint32_t flags) {
-  struct nbdserve_req r = {.type = NBD_CMD_READ, .buf = buf, .off = off,
-                           .len = len};
-  (void)flags;
-  flat_batch(ctx, &r, 1);
-  return r.err;
-}
-
-static int flat_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
-                      uint32_t flags) {
-  struct nbdserve_req r = {.type = NBD_CMD_WRITE, .off = off, .len = len,
-                           .buf = (unsigned char *)(uintptr_t)buf};
-  assert(!(flags & NBDSERVE_FUA)); /* not NATIVE_FUA: a flush follows */
-  (void)flags;
-  flat_batch(ctx, &r, 1);
-  return r.err;
 }
 
 static int flat_flush(void *ctx, uint32_t flags) {
@@ -2050,15 +1936,14 @@ static int flat_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
 }
 
 static int flat_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
-  struct flat *f = ctx;
   int err = -EOPNOTSUPP;
   if (!(flags & NBDSERVE_NO_HOLE))
-    err = flat_allocate(f, OS_PUNCH_HOLE, off, len);
-  if (err == -EOPNOTSUPP) err = flat_allocate(f, OS_ZERO_RANGE, off, len);
+    err = flat_allocate(ctx, OS_PUNCH_HOLE, off, len);
+  if (err == -EOPNOTSUPP) err = flat_allocate(ctx, OS_ZERO_RANGE, off, len);
   if (err == -EOPNOTSUPP) { /* tmpfs: a hole, filled; first see if it can be */
-    err = flat_allocate(f, OS_KEEP_SIZE, off, len);
-    if (!err) err = flat_allocate(f, OS_PUNCH_HOLE, off, len);
-    if (!err) err = flat_allocate(f, OS_KEEP_SIZE, off, len);
+    err = flat_allocate(ctx, OS_KEEP_SIZE, off, len);
+    if (!err) err = flat_allocate(ctx, OS_PUNCH_HOLE, off, len);
+    if (!err) err = flat_allocate(ctx, OS_KEEP_SIZE, off, len);
   }
   return err == -EOPNOTSUPP ? -ENOTSUP : err; /* the engine writes them */
 }
@@ -2074,10 +1959,9 @@ static int flat_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                         struct nbdserve_extents *out) {
   struct flat *f = ctx;
   uint64_t pos = f->offset + off, end = pos + len, next;
-  int is_data, enough = 0;
   (void)flags;
-  for (; pos < end && !enough; pos = next) {
-    is_data = os_is_data(f->fd, pos, end, &next);
+  for (int enough = 0; pos < end && !enough; pos = next) {
+    int is_data = os_is_data(f->fd, pos, end, &next);
     assert(next > pos);
     enough = nbdserve_extent(out, next - pos,
                              is_data ? 0 : NBDSERVE_HOLE | NBDSERVE_ZERO);
@@ -2093,75 +1977,47 @@ static void flat_close(void *ctx) {
 }
 
 static const struct nbdserve_ops flat_ops = {
-    flat_read,  flat_write,   flat_flush, flat_trim, flat_zero,
+    ex_own_read, ex_own_write, flat_flush, flat_trim, flat_zero,
     flat_cache, flat_extents, flat_close, flat_batch};
-
-/* Gives a new file its size, lasting before a client can rely on it. */
-static int flat_make_lasting(int fd, const char *path, uint64_t size) {
-  int err = ftruncate(fd, (off_t)size) < 0 || fsync(fd) < 0 ? -errno : 0;
-  int dir = err ? -1 : os_open_dir(path);
-  if (!err && dir < 0) err = dir;
-  if (!err && fsync(dir) < 0 && errno != EINVAL) err = -errno;
-  if (dir >= 0) close(dir);
-  return err;
-}
-
-/* Opens the file, or makes it if it is missing and may be made; *size is what
- * it holds.  The descriptor or -errno. */
-static int flat_open_file(const char *path, const struct nbdserve_flat *o,
-                          uint64_t *size) {
-  int flags = O_CLOEXEC | O_NOCTTY | O_NONBLOCK; /* a FIFO must not hang us */
-  int readonly = o->flags != 0, fd, err = 0;
-  struct stat st;
-  off_t end = 0;
-
-  if (strncmp(path, "mem:", 4) == 0) {
-    path = u_size(path + 4, size);
-    fd = path && !*path ? os_nameless_file() : -EINVAL;
-    if (fd < 0) return fd;
-    if (ftruncate(fd, (off_t)*size) < 0) err = -errno;
-  } else {
-    flags |= (readonly ? O_RDONLY : O_RDWR) | (o->create ? O_CREAT : 0);
-    fd = open(path, flags, 0666);
-    if (fd < 0) return -errno;
-    err = os_claim(fd, readonly);
-    if (!err && fstat(fd, &st) < 0) err = -errno;
-    if (!err && !S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
-      err = S_ISDIR(st.st_mode) ? -EISDIR : -EINVAL;
-    if (!err && o->create && S_ISREG(st.st_mode) && !st.st_size)
-      err = flat_make_lasting(fd, path, o->create);
-  }
-  if (!err && (end = lseek(fd, 0, SEEK_END)) < 0) err = -errno;
-  *size = (uint64_t)end;
-  if (!err) return fd;
-  close(fd);
-  return err;
-}
 
 int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
                        struct nbdserve_export *out) {
-  static const struct nbdserve_flat none;
-  const struct nbdserve_flat *o = options ? options : &none;
-  struct flat *f;
-  uint64_t size;
-  int fd, err = -EINVAL;
-
-  if (o->create > INT64_MAX || (o->flags & ~NBDSERVE_READONLY)) return -EINVAL;
-  fd = flat_open_file(path, o, &size);
-  if (fd < 0) return fd;
-  f = u_zalloc(sizeof *f);
-  if (!f) err = -ENOMEM;
-  if (f && o->offset <= size && o->size <= size - o->offset)
-    err = os_mutex_init(&f->lock);
+  struct nbdserve_flat o = {.offset = 0};
+  if (options) o = *options;
+  int in_memory = strncmp(path, "mem:", 4) == 0;
+  if (in_memory) path = u_size(path + 4, &o.create);
+  if (!path || (in_memory && *path) || o.create > INT64_MAX ||
+      o.flags & ~NBDSERVE_READONLY)
+    return -EINVAL;
+  int fd = in_memory ? os_nameless_file()
+      : open(path, (o.flags ? O_RDONLY : O_RDWR) | (o.create ? O_CREAT : 0) |
+             O_CLOEXEC | O_NOCTTY | O_NONBLOCK /* a FIFO's open */, 0666);
+  if (fd < 0) return in_memory ? fd : -errno;
+  struct stat st;
+  off_t end = 0;
+  int err = in_memory ? 0 : os_claim(fd, o.flags != 0);
+  if (!err && fstat(fd, &st) < 0) err = -errno;
+  if (!err && !S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
+    err = S_ISDIR(st.st_mode) ? -EISDIR : -EINVAL;
+  if (!err && o.create && S_ISREG(st.st_mode) && !st.st_size) {
+    if (ftruncate(fd, (off_t)o.create) < 0) err = -errno;
+    else if (!in_memory) err = os_make_lasting(fd, path);
+  }
+  if (!err && (end = lseek(fd, 0, SEEK_END)) < 0) err = -errno;
+  uint64_t size = (uint64_t)end;
+  if (!err && (o.offset > size || o.size > size - o.offset)) err = -EINVAL;
+  struct flat *f = err ? NULL : u_zalloc(sizeof *f);
+  if (!err) err = f ? os_mutex_init(&f->lock) : -ENOMEM;
   if (err) {
     close(fd);
     NBDSERVE_FREE(f);
     return err;
   }
   f->fd = fd;
-  f->offset = o->offset;
-  out->size = o->size ? o->size : size - o->offset;
-  out->flags |= o->flags | NBDSERVE_MULTI_CONN;
+  f->own.batch = flat_batch;
+  f->offset = o.offset;
+  out->size = o.size ? o.size : size - o.offset;
+  out->flags |= o.flags | NBDSERVE_MULTI_CONN;
   out->ops = &flat_ops;
   out->ctx = f;
   return 0;
@@ -2169,35 +2025,1552 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 
 #endif /* !NBDSERVE_NO_FLAT */
 
+/* ==== [11] CAS (cas_) ====================================================
+ * A store: volumes and snapshots in one file, every distinct block once.  Its
+ * format, and the rules (C1) to (C15) that keep it whole, stand at the end of
+ * nbdserve.h.  Locks: ckpt, then lock.  Data is never read or written under
+ * lock, and maps are in memory.
+ */
+#if !NBDSERVE_NO_CAS
+
+#ifndef CAS_UNIT /* the tests make stores with everything in small */
+#define CAS_UNIT 1048576u
+#define CAS_FANOUT(block_size) ((block_size) / 4 - 8)
+#define CAS_ENTRIES 84  /* in a log page */
+#define CAS_SEGMENT 256 /* slots that are taken in a row */
+#define CAS_MIN_BLOCK 4096
+#endif
+#define CAS_MAGIC "NBDSCAS1"
+#define CAS_ANY UINT32_MAX
+#define CAS_TAGGED 0x80000000u /* in every tag of a digest */
+
+enum {
+  CAS_MAP = 0x4d415031, CAS_CAT = 0x43415431, CAS_LOG = 0x4c4f4731,
+  CAS_HEAD = 32, CAS_ENTRY = 48, CAS_RECORD = 256, CAS_NAME = 166,
+  CAS_PAGE = 4096, CAS_SUM = 4064, /* a log page or superblock; its SHA-256 */
+  CAS_SLOTS = CAS_UNIT / 32, CAS_GROUPS = 131071, /* in a group; at most */
+  CAS_LEVELS = 4,                  /* of a map: 4 PiB with blocks of 4096 */
+  CAS_BATCH = 256, CAS_RUN = 64,   /* blocks done at a time; in one call */
+  CAS_FILL = 128,                  /* digests read at a time, in one group */
+  CAS_DIRTY = 4096, CAS_WAITING = 65536, /* pages, slots for a checkpoint */
+  CAS_RESERVE = 4 * CAS_SEGMENT,   /* free slots that data may not take */
+  CAS_SLACK = 64 * CAS_SEGMENT,    /* free slots to have before filling gaps */
+  CAS_FREED = -1                   /* ref of a slot that will be free */
+};
+
+struct cas_group {
+  int32_t ref[CAS_SLOTS];   /* 0: free (C13) */
+  uint32_t tag[CAS_SLOTS];  /* of the digest; 0: not in the index */
+  uint32_t next[CAS_SLOTS]; /* slot in the index, or in a list */
+  uint32_t head[CAS_SLOTS]; /* of the index: buckets, not slots */
+  unsigned char good[CAS_SLOTS / 8]; /* read or written since, and it fitted */
+  uint16_t nfree[CAS_SLOTS / CAS_SEGMENT];
+};
+
+/* A page of a map.  All are in memory, as their entries are a fraction of what
+ * is kept of each slot. */
+struct cas_node {
+  int32_t refs;  /* edges from pages and images (C13) */
+  int level;     /* 0: a leaf, with blocks below it */
+  int bad;       /* it could not be read: what is below is not known */
+  uint32_t slot; /* where it lies; 0: nowhere yet as it is now */
+  uint32_t *e;   /* [fanout] slots of blocks, on level 0 */
+  struct cas_node **kid; /* [fanout] pages below, on other levels */
+};
+
+/* A volume or snapshot, and what its exports have in common: all. */
+struct cas_image {
+  struct ex_own own;
+  struct nbdserve_cas *s;
+  struct cas_image *next, *parent; /* parent: whose snapshot it is */
+  struct cas_node *root;           /* NULL: all holes */
+  uint64_t size;
+  unsigned clients; /* exports and calls that use it */
+  unsigned char record[CAS_RECORD]; /* of the catalog; root, size: see above */
+};
+
+enum { CAS_ID = 0, CAS_IS_SNAPSHOT = 4, CAS_SIZE = 8, CAS_ROOT = 16,
+       CAS_DEPTH = 20, CAS_CREATED = 24, CAS_ORIGIN = 36, CAS_NAMED = 89 };
+
+struct nbdserve_cas {
+  /* fixed */
+  int fd, readonly, verify, hw, is_device;
+  uint32_t bs, fanout, log_pages;
+  uint64_t data_off, end; /* end: of the file when it was opened */
+  uint64_t max_blocks;    /* of an image */
+  struct os_mutex ckpt;    /* one checkpoint at a time; guards: */
+  struct cas_item *pages;  /* what it writes */
+  uint32_t npages;
+  unsigned char super[CAS_PAGE]; /* id and log_pages in it are fixed */
+  struct os_mutex lock;    /* guards the rest */
+  struct os_cond room;     /* a sync, a checkpoint or cas_work ended */
+  int syncing;             /* one at a time: else one may miss an error */
+  int failed, log_damaged; /* -errno (C14); (C9) */
+  int damaged;             /* pages could not be read: nothing is freed */
+  int replaying;           /* what is in the log need not be logged */
+  int busy, closing;       /* a thread is in cas_work; it is to end */
+  uint32_t filled, to_fill; /* slots that are in the index; and will be */
+  struct cas_image *images;
+  uint32_t next_id, nimages;
+  uint32_t catalog;        /* slot of its first page; next leads on */
+  struct cas_group **groups;
+  uint32_t ngroups, nslots, nfree, mask; /* mask: see cas_bucket */
+  uint32_t cursor, ndirty; /* where slots are taken; pages without one */
+  uint32_t dropped;        /* slots that wait for a flush (C5), by next */
+  uint32_t retired, nwaiting; /* or for a checkpoint (C6); in both */
+  unsigned nlog;
+  uint64_t seq, tail, durable; /* its; the superblock's; (C4) */
+  uint64_t nlogged, nsynced;   /* entries so far; covered by a sync */
+  unsigned char log[CAS_PAGE]; /* the page being filled */
+  unsigned char page[65536];   /* any other */
+};
+
+#define CAS_AT(s, x, field) \
+  ((s)->groups[(x) / CAS_SLOTS]->field[(x) % CAS_SLOTS])
+#define CAS_NFREE(s, x) \
+  ((s)->groups[(x) / CAS_SLOTS]->nfree[(x) % CAS_SLOTS / CAS_SEGMENT])
+
+enum { CAS_DATA = 1, CAS_DIGEST = 2, CAS_DUP = 4 }; /* what is left to do */
+
+/* ---- Slots -------------------------------------------------------------- */
+
+static uint64_t cas_blocks(const struct nbdserve_cas *s, uint64_t size) {
+  return size / s->bs + (size % s->bs != 0);
+}
+
+static uint64_t cas_off(const struct nbdserve_cas *s, uint32_t x, int what) {
+  uint64_t group = CAS_UNIT + (uint64_t)CAS_SLOTS * s->bs, in = x % CAS_SLOTS;
+  in = what == CAS_DATA ? CAS_UNIT + in * s->bs : in * 32;
+  return s->data_off + x / CAS_SLOTS * group + in;
+}
+
+/* The bucket of a tag.  There are as many as slots in all groups: their number
+ * is above mask and at most twice that, so a new group splits just some. */
+static uint32_t *cas_bucket(struct nbdserve_cas *s, uint32_t tag) {
+  uint32_t b = tag & (2 * s->mask + 1);
+  if (b >= s->ngroups * CAS_SLOTS) b &= s->mask;
+  return &CAS_AT(s, b, head);
+}
+
+static void cas_index(struct nbdserve_cas *s, uint32_t x, uint32_t tag) {
+  uint32_t *b = cas_bucket(s, tag);
+  assert(x && tag);
+  CAS_AT(s, x, tag) = tag;
+  CAS_AT(s, x, next) = *b;
+  *b = x;
+}
+
+static void cas_unindex(struct nbdserve_cas *s, uint32_t x) {
+  uint32_t *p = &CAS_AT(s, x, tag);
+  if (!*p) return;
+  for (p = cas_bucket(s, *p); *p && *p != x;) p = &CAS_AT(s, *p, next);
+  if (*p) *p = CAS_AT(s, x, next); /* else it is a page */
+  CAS_AT(s, x, tag) = 0;
+}
+
+/* Counts segments in until there is slot x; a new group splits buckets. */
+static int cas_extend(struct nbdserve_cas *s, uint32_t x) {
+  for (; s->nslots <= x; s->nslots += CAS_SEGMENT) {
+    uint32_t b = s->nslots, y, next, *p;
+    if (b == s->ngroups * CAS_SLOTS) {
+      if (s->ngroups == CAS_GROUPS) return -ENOSPC;
+      s->groups[s->ngroups] = u_zalloc(sizeof **s->groups);
+      if (!s->groups[s->ngroups]) return -ENOMEM;
+      if (!s->ngroups++) s->mask = CAS_SLOTS - 1;
+      for (; b && b < s->ngroups * CAS_SLOTS; b++) {
+        if (b > 2 * s->mask + 1) s->mask = 2 * s->mask + 1;
+        p = &CAS_AT(s, b - s->mask - 1, head);
+        for (y = *p, *p = 0; y; y = next) {
+          next = CAS_AT(s, y, next);
+          cas_index(s, y, CAS_AT(s, y, tag));
+        }
+      }
+    }
+    CAS_NFREE(s, s->nslots) = CAS_SEGMENT;
+    s->nfree += CAS_SEGMENT;
+  }
+  return 0;
+}
+
+/* Makes the file longer by a segment, and what lies in front of it. */
+static int cas_grow(struct nbdserve_cas *s) {
+  uint32_t x = s->nslots;
+  uint64_t end = cas_off(s, x, CAS_DATA) + (uint64_t)CAS_SEGMENT * s->bs;
+  uint64_t off = x ? cas_off(s, x, x % CAS_SLOTS ? CAS_DATA : CAS_DIGEST) : 0;
+  int err = s->is_device ? 0 : os_fallocate(s->fd, 0, off, end - off);
+  if (s->is_device ? end > s->end : end > INT64_MAX) return -ENOSPC;
+  return err && err != -EOPNOTSUPP ? err : cas_extend(s, x);
+}
+
+static uint32_t cas_reserve(const struct nbdserve_cas *s) {
+  return s->ndirty + s->nimages + 2;
+}
+
+/* Sees to it that so many slots are free beyond those. */
+static int cas_want(struct nbdserve_cas *s, uint32_t more) {
+  int err = s->failed;
+  while (!err && s->nfree < cas_reserve(s) + more) err = cas_grow(s);
+  return err;
+}
+
+/* Is the slot's data known to fit its digest?  set: from now on, 0 or 1. */
+static int cas_good(struct nbdserve_cas *s, uint32_t x, int set) {
+  unsigned char *p = &s->groups[x / CAS_SLOTS]->good[x % CAS_SLOTS / 8];
+  int bit = 1 << x % 8;
+  if (set >= 0) *p = (unsigned char)(set ? *p | bit : *p & ~bit);
+  return *p & bit;
+}
+
+/* One more edge to a slot, or pin on it.  A free one is taken by that. */
+static void cas_hold(struct nbdserve_cas *s, uint32_t x) {
+  int32_t *ref = &CAS_AT(s, x, ref);
+  if (!x) return;
+  if (!*ref) {
+    s->nfree--;
+    CAS_NFREE(s, x)--;
+    cas_good(s, x, 0);
+  }
+  *ref = *ref == CAS_FREED ? 1 : *ref + 1;
+}
+
+/* One less.  After the last the slot goes to a list that will be freed. */
+static void cas_drop(struct nbdserve_cas *s, uint32_t x, uint32_t *list) {
+  int32_t *ref = &CAS_AT(s, x, ref);
+  if (!x || (s->damaged && *ref == 1)) return;
+  assert(*ref > 0);
+  if (--*ref > 0) return;
+  cas_unindex(s, x);
+  *ref = CAS_FREED;
+  if (s->replaying) return; /* it may come back: see cas_recover */
+  CAS_AT(s, x, next) = *list;
+  *list = x;
+  s->nwaiting++;
+}
+
+static void cas_free(struct nbdserve_cas *s, uint32_t x) {
+  for (; x; x = CAS_AT(s, x, next)) {
+    assert(CAS_AT(s, x, ref) == CAS_FREED);
+    CAS_AT(s, x, ref) = 0;
+    CAS_NFREE(s, x)++;
+    s->nfree++;
+    s->nwaiting--;
+  }
+}
+
+/* The segment to take slots from next, from x on: one with room enough, or a
+ * new one at the file's end while that has little to spare. */
+static uint32_t cas_segment(struct nbdserve_cas *s, uint32_t x) {
+  int spare = s->nfree > (s->nslots - s->nfree) / 10 + CAS_SLACK;
+  uint32_t want = spare ? CAS_SEGMENT / 4 : CAS_SEGMENT * 3 / 4, i;
+  for (i = 1;; i++, x += CAS_SEGMENT) {
+    if (x >= s->nslots) x = 0;
+    if (CAS_NFREE(s, x) >= want) return x;
+    if (i % 4096 && i < s->nslots / CAS_SEGMENT) continue;
+    if (!spare && cas_grow(s) == 0) return s->nslots - CAS_SEGMENT;
+    want = want > 4 ? want / 4 : 1; /* there is one: nfree > 0 */
+    i = 0;
+  }
+}
+
+/* Takes a free slot; the caller knows that there is one. */
+static uint32_t cas_alloc(struct nbdserve_cas *s) {
+  uint32_t x = s->cursor;
+  assert(s->nfree > 0);
+  for (;; x++) {
+    if (x % CAS_SEGMENT == 0) x = cas_segment(s, x);
+    if (!CAS_AT(s, x, ref)) break;
+  }
+  s->cursor = x + 1;
+  cas_hold(s, x);
+  return x;
+}
+
+/* ---- Data, pages, log ---------------------------------------------------- */
+
+struct cas_item {
+  uint64_t lba;
+  unsigned char *data; /* [block_size] */
+  struct nbdserve_req *req;
+  uint32_t slot, expect; /* slot that the map must have, or CAS_ANY */
+  int state, err;
+  unsigned char sum[32], digest[32]; /* of data; what the slot's is, if read */
+};
+
+static int cas_io(struct nbdserve_cas *s, int writing, void *buf, size_t len,
+                  uint64_t off) {
+  struct iovec v = {buf, len};
+  return os_transfer(s->fd, writing, &v, 1, off);
+}
+
+/* Reads or writes what of the items, in few calls.  0 or the last error. */
+static int cas_transfer(struct nbdserve_cas *s, struct cas_item *it, size_t n,
+                        int what, int writing) {
+  struct iovec v[CAS_RUN];
+  size_t k, i;
+  int err = 0, e;
+  for (; n > 0; it += k, n -= k) {
+    for (k = 0; k < n && k < CAS_RUN && it[k].state & what; k++) {
+      if (k && (it[k].slot % CAS_SLOTS == 0 || it[k].slot - k != it->slot))
+        break;
+      v[k].iov_base = what == CAS_DATA ? it[k].data
+                      : writing        ? it[k].sum : it[k].digest;
+      v[k].iov_len = what == CAS_DATA ? s->bs : 32;
+    }
+    e = k ? os_transfer(s->fd, writing, v, (int)k, cas_off(s, it->slot, what))
+          : 0;
+    if (e && k == 1) err = it->err = e;
+    for (i = 0; e && k > 1 && i < k; i++) /* what fails alone has failed */
+      if (cas_transfer(s, it + i, 1, what, writing)) err = it[i].err;
+    if (!k) k = 1;
+  }
+  return err;
+}
+
+static void cas_hash(const struct nbdserve_cas *s, struct cas_item *it,
+                     size_t n, int state) {
+  struct cas_item *first = NULL;
+  for (; n > 0; it++, n--) {
+    if (!(it->state & state) || it->err) continue;
+    if (first)
+      sha_256(s->hw, first->data, it->data, s->bs, first->sum, it->sum);
+    first = first ? NULL : it;
+  }
+  if (first) sha_256(s->hw, first->data, NULL, s->bs, first->sum, NULL);
+}
+
+/* Puts its sum into a page.  Was it there? */
+static int cas_stamp(const struct nbdserve_cas *s, unsigned char *page) {
+  unsigned char was[16], sum[32];
+  memcpy(was, page + 16, 16);
+  memset(page + 16, 0, 16);
+  sha_256(s->hw, page, NULL, s->bs, sum, NULL);
+  memcpy(page + 16, sum, 16);
+  return memcmp(was, sum, 16) == 0;
+}
+
+/* Reads a page.  -EIO: it is not what it should be. */
+static int cas_get_page(struct nbdserve_cas *s, uint32_t x, uint32_t magic,
+                        int level, uint32_t index, unsigned char *page) {
+  int err = x < s->nslots ? 0 : -EIO;
+  if (!err) err = cas_io(s, 0, page, s->bs, cas_off(s, x, CAS_DATA));
+  if (!err && (!cas_stamp(s, page) || get32(page) != magic ||
+               get32(page + 4) != (uint32_t)level || get32(page + 8) != index))
+    err = -EIO;
+  return err;
+}
+
+/* Puts its sum into a superblock or a page of the log.  Was it there? */
+static int cas_seal(const struct nbdserve_cas *s, unsigned char *p) {
+  unsigned char was[32];
+  memcpy(was, p + CAS_SUM, 32);
+  sha_256(s->hw, p, NULL, CAS_SUM, p + CAS_SUM, NULL);
+  return memcmp(was, p + CAS_SUM, 32) == 0;
+}
+
+/* Nothing is written any more (C14). */
+static int cas_fail(struct nbdserve_cas *s, int err) {
+  if (!err) return 0;
+  s->failed = -EIO;
+  os_wake_all(&s->room);
+  return err;
+}
+
+static uint64_t cas_log_off(const struct nbdserve_cas *s, uint64_t seq) {
+  return 2 * CAS_UNIT + seq % s->log_pages * CAS_PAGE;
+}
+
+/* Writes the page that is being filled, if anything is in it. */
+static int cas_log_write(struct nbdserve_cas *s) {
+  uint64_t off = cas_log_off(s, s->seq);
+  if (!s->nlog || s->failed) return s->failed;
+  assert(s->seq - s->tail < s->log_pages);
+  put32(s->log, CAS_LOG);
+  put16(s->log + 4, s->nlog);
+  put64(s->log + 8, s->seq++); /* (C3) */
+  put64(s->log + 16, s->durable);
+  memcpy(s->log + 24, s->super + 16, 8);
+  cas_seal(s, s->log);
+  s->nlog = 0;
+  return cas_fail(s, cas_io(s, 1, s->log, CAS_PAGE, off));
+}
+
+/* Logs that a block of an image is now in a slot, or count of them zeroes. */
+static void cas_log(struct nbdserve_cas *s, const struct cas_image *im,
+                    const struct cas_item *it, uint64_t count) {
+  unsigned char *p = s->log + 32 + CAS_ENTRY * s->nlog;
+  if (s->replaying) return;
+  memset(p, 0, CAS_ENTRY);
+  memcpy(p, im->record + CAS_ID, 4);
+  put32(p + 4, it->slot);
+  put64(p + 8, it->lba);
+  if (!it->slot) put64(p + 16, count);
+  if (it->slot) memcpy(p + 16, it->sum, 32);
+  s->nlogged++;
+  if (++s->nlog == CAS_ENTRIES) cas_log_write(s); /* s->failed tells */
+}
+
+/* Makes all that was written so far durable; one caller syncs for those that
+ * wait meanwhile, unless it is told to. */
+static int cas_sync(struct nbdserve_cas *s, int always) {
+  uint64_t mine, seq;
+  uint32_t dropped;
+  int err;
+  os_lock(&s->lock);
+  mine = s->nlogged;
+  while (s->syncing) os_wait(&s->room, &s->lock);
+  err = s->failed;
+  if (!err && (always || s->nsynced < mine)) {
+    s->syncing = 1;
+    mine = s->nlogged;
+    err = cas_log_write(s);
+    seq = s->seq;
+    dropped = s->dropped;
+    s->dropped = 0;
+    os_unlock(&s->lock);
+    if (!err) err = os_datasync(s->fd);
+    os_lock(&s->lock);
+    if (!cas_fail(s, err)) {
+      s->durable = seq; /* (C4) */
+      s->nsynced = mine;
+      cas_free(s, dropped); /* (C5) */
+    }
+    s->syncing = 0;
+    os_wake_all(&s->room);
+  }
+  os_unlock(&s->lock);
+  return err;
+}
+
+/* ---- Maps and the catalog ------------------------------------------------ */
+
+static struct cas_node *cas_new_node(struct nbdserve_cas *s, int level) {
+  size_t size = level ? sizeof(struct cas_node *) : sizeof(uint32_t);
+  struct cas_node *b = u_zalloc(sizeof *b + s->fanout * size);
+  if (!b) return NULL;
+  b->refs = 1;
+  b->level = level;
+  b->e = (uint32_t *)(void *)(b + 1);
+  b->kid = (struct cas_node **)(void *)(b + 1);
+  return b;
+}
+
+/* Takes an edge off a page, after the last off all below, and yields lock. */
+static void cas_unref(struct nbdserve_cas *s, struct cas_node *b) {
+  uint32_t c;
+  if (!b || --b->refs > 0) return;
+  for (c = 0; c < s->fanout; c++)
+    if (b->level)
+      cas_unref(s, b->kid[c]);
+    else
+      cas_drop(s, b->e[c], &s->retired);
+  if (!b->slot) s->ndirty--;
+  cas_drop(s, b->slot, &s->retired);
+  NBDSERVE_FREE(b);
+  os_unlock(&s->lock);
+  os_lock(&s->lock);
+}
+
+/* Makes the page at *p, which is to change, the image's own (C13). */
+static int cas_own(struct nbdserve_cas *s, struct cas_node **p, int level) {
+  struct cas_node *b = *p, *n;
+  uint32_t c;
+  if (b && b->refs == 1) {
+    if (b->slot) s->ndirty++;
+    cas_drop(s, b->slot, &s->retired);
+    b->slot = 0;
+    return 0;
+  }
+  if (!(n = cas_new_node(s, level))) return -ENOMEM;
+  for (c = 0; b && c < s->fanout; c++)
+    if (!level)
+      cas_hold(s, n->e[c] = b->e[c]);
+    else if ((n->kid[c] = b->kid[c]))
+      n->kid[c]->refs++;
+  if (b) b->refs--;
+  s->ndirty++;
+  *p = n;
+  return 0;
+}
+
+/* Gets the slot of block lba to *x, and *span blocks that are as that one if
+ * span is not NULL; set: puts *x there, and the caller's hold passes to it. */
+static int cas_map(struct nbdserve_cas *s, struct cas_image *im, uint64_t lba,
+                   int set, uint32_t *x, uint64_t *span) {
+  struct cas_node **p = &im->root, *b;
+  uint64_t size = s->max_blocks, i = lba % s->fanout; /* size: below *p */
+  int level, err;
+  for (level = CAS_LEVELS - 1;; level--) {
+    if (*p && (*p)->bad) return -EIO;
+    if (set && (err = cas_own(s, p, level))) return err;
+    b = *p;
+    if (!b || !level) break;
+    size /= s->fanout;
+    p = &b->kid[lba / size % s->fanout];
+  }
+  if (set) {
+    cas_drop(s, b->e[i], &s->dropped);
+    b->e[i] = *x;
+  }
+  *x = b ? b->e[i] : 0;
+  if (!span) return 0;
+  *span = b ? 1 : size - lba % size;
+  while (b && !*x && i + *span < s->fanout && !b->e[i + *span]) ++*span;
+  return 0;
+}
+
+static const char *cas_name(const struct cas_image *im,
+                            char out[2 * CAS_NAME + 2]) {
+  const struct cas_image *up = im->parent;
+  snprintf(out, 2 * CAS_NAME + 2, "%s%s%s",
+           up ? (const char *)up->record + CAS_NAMED : "", up ? "@" : "",
+           (const char *)im->record + CAS_NAMED);
+  return out;
+}
+
+/* The image of that name of n bytes, or NULL. */
+static struct cas_image *cas_find(struct nbdserve_cas *s, const char *name,
+                                  size_t n) {
+  struct cas_image *im = s->images;
+  char full[2 * CAS_NAME + 2];
+  for (; im; im = im->next)
+    if (strncmp(cas_name(im, full), name, n) == 0 && !full[n]) break;
+  return im;
+}
+
+static int cas_give_name(struct nbdserve_cas *s, struct cas_image *im,
+                         const char *name) {
+  const char *at = strchr(name, '@'), *part = at ? at + 1 : name, *c;
+  for (c = part; *c; c++)
+    if ((unsigned char)*c < 32 || strchr("/@\"\\\177", *c)) return -EINVAL;
+  if (c == part || c - part > CAS_NAME || strncmp(name, "sha256-", 7) == 0 ||
+      !at != !im->parent ||
+      im->parent != (at ? cas_find(s, name, (size_t)(at - name)) : NULL))
+    return -EINVAL;
+  if (cas_find(s, name, strlen(name))) return -EEXIST;
+  memset(im->record + CAS_NAMED, 0, CAS_RECORD - CAS_NAMED);
+  memcpy(im->record + CAS_NAMED, part, (size_t)(c - part));
+  return 0;
+}
+
+/* A change of the catalog (C15): nbdserve_cas_change's arguments. */
+struct cas_op { int verb; const char *name, *to; uint64_t size; };
+
+static int cas_add(struct nbdserve_cas *s, const struct cas_op *op,
+                   struct cas_image *from) {
+  struct cas_image *im = u_zalloc(sizeof *im), **end = &s->images;
+  int verb = op->verb, err;
+  if (!im) return -ENOMEM;
+  if (verb == NBDSERVE_CAS_SNAPSHOT) im->parent = from;
+  err = cas_give_name(s, im, verb == NBDSERVE_CAS_CLONE ? op->to : op->name);
+  if (err) {
+    NBDSERVE_FREE(im);
+    return err;
+  }
+  put32(im->record + CAS_ID, s->next_id++);
+  put32(im->record + CAS_IS_SNAPSHOT, im->parent != NULL);
+  put32(im->record + CAS_DEPTH, CAS_LEVELS);
+  put64(im->record + CAS_CREATED, (uint64_t)time(NULL));
+  if (from) memcpy(im->record + CAS_ORIGIN, from->record + CAS_ID, 4);
+  im->size = from ? from->size : op->size;
+  im->root = from ? from->root : NULL;
+  if (im->root) im->root->refs++;
+  while (*end) end = &(*end)->next;
+  *end = im;
+  s->nimages++;
+  return 0;
+}
+
+/* Applies a change to the catalog.  *gone: a map that nothing leads to then. */
+static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
+                     struct cas_node **gone) {
+  int verb = op->verb & ~NBDSERVE_CAS_DRY_RUN, dry_run = verb != op->verb;
+  int is_snapshot = verb == NBDSERVE_CAS_SNAPSHOT;
+  size_t n = is_snapshot ? strcspn(op->name, "@") : strlen(op->name);
+  struct cas_image *im = cas_find(s, op->name, n), *to, *kid, **p = &s->images;
+  if (cas_blocks(s, op->size) > s->max_blocks ||
+      (dry_run && verb < NBDSERVE_CAS_ROLLBACK) ||
+      (is_snapshot && !op->name[n]))
+    return -EINVAL;
+  if (verb == NBDSERVE_CAS_CREATE) return cas_add(s, op, NULL);
+  if (!im) return -ENOENT;
+  to = verb == NBDSERVE_CAS_ROLLBACK ? im->parent : im;
+  if (!to || (verb == NBDSERVE_CAS_RESIZE && im->parent)) return -EINVAL;
+  if (verb >= NBDSERVE_CAS_ROLLBACK && to->clients) return -EBUSY;
+  for (kid = s->images; kid && verb == NBDSERVE_CAS_RM; kid = kid->next)
+    if (kid->parent == im) return -ENOTEMPTY;
+  if (dry_run) return 0;
+  switch (verb) {
+  case NBDSERVE_CAS_SNAPSHOT:
+  case NBDSERVE_CAS_CLONE: return cas_add(s, op, im);
+  case NBDSERVE_CAS_RENAME: return cas_give_name(s, im, op->to);
+  case NBDSERVE_CAS_RESIZE: to->size = op->size; return 0;
+  case NBDSERVE_CAS_ROLLBACK:
+    *gone = to->root;
+    to->size = im->size;
+    to->root = im->root;
+    if (to->root) to->root->refs++;
+    return 0;
+  case NBDSERVE_CAS_RM:
+    while (*p != im) p = &(*p)->next;
+    *p = im->next;
+    *gone = im->root;
+    s->nimages--;
+    NBDSERVE_FREE(im);
+    return 0;
+  default: return -EINVAL;
+  }
+}
+
+/* ---- Checkpoints --------------------------------------------------------- */
+
+/* Takes a slot for the page that has been put behind the others. */
+static uint32_t cas_take_page(struct nbdserve_cas *s, uint32_t magic,
+                              int level, uint32_t index) {
+  struct cas_item *it = s->pages + s->npages++;
+  put32(it->data, magic);
+  put32(it->data + 4, (uint32_t)level);
+  put32(it->data + 8, index);
+  it->state = CAS_DATA | CAS_DIGEST;
+  it->slot = cas_alloc(s);
+  CAS_AT(s, it->slot, tag) = 1; /* in no bucket: cas_work skips it */
+  return it->slot;
+}
+
+/* Takes slots for pages from *at down that have none; empty ones go. */
+static void cas_take_map(struct nbdserve_cas *s, struct cas_node **at,
+                         int level, uint32_t index) {
+  struct cas_node *b = *at;
+  unsigned char *p;
+  uint32_t i;
+  if (!b || b->slot) return;
+  for (i = 0; level && i < s->fanout; i++)
+    cas_take_map(s, &b->kid[i], level - 1, index * s->fanout + i);
+  p = s->pages[s->npages].data;
+  memset(p, 0, s->bs);
+  for (i = 0; i < s->fanout; i++)
+    put32(p + CAS_HEAD + 4 * i, !level       ? b->e[i]
+                                : b->kid[i] ? b->kid[i]->slot : 0);
+  s->ndirty--;
+  if (b->refs > 1 || !u_is_zero(p, s->bs)) {
+    b->slot = cas_take_page(s, CAS_MAP, level, index);
+  } else {
+    NBDSERVE_FREE(b);
+    *at = NULL;
+  }
+}
+
+/* Takes the catalog as pages, first the last one. */
+static void cas_take_catalog(struct nbdserve_cas *s) {
+  struct cas_image *im = s->images;
+  uint32_t x, next, k;
+  unsigned char *p;
+  for (x = s->catalog; x; x = next) {
+    next = CAS_AT(s, x, next);
+    cas_drop(s, x, &s->retired);
+  }
+  for (s->catalog = 0; im; s->catalog = x) {
+    p = s->pages[s->npages].data;
+    memset(p, 0, s->bs);
+    for (k = CAS_HEAD; k + CAS_RECORD <= s->bs && im; im = im->next) {
+      put64(im->record + CAS_SIZE, im->size);
+      put32(im->record + CAS_ROOT, im->root ? im->root->slot : 0);
+      memcpy(p + k, im->record, CAS_RECORD);
+      k += CAS_RECORD;
+    }
+    put32(p + 12, s->catalog);
+    x = cas_take_page(s, CAS_CAT, 0, 0);
+    CAS_AT(s, x, next) = s->catalog;
+  }
+}
+
+/* Writes all changed pages and the catalog, with a change to it if op is not
+ * NULL, so that the log up to now is not needed any more.  The error of op,
+ * -ENOSPC or -ENOMEM: nothing has changed; others last. */
+static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
+  struct cas_node *gone = NULL;
+  struct cas_image *im;
+  unsigned char *data;
+  uint32_t retired, max, i;
+  uint64_t seq;
+  int err;
+
+  os_lock(&s->ckpt);
+  os_lock(&s->lock);
+  if (cas_want(s, 0)) {
+    os_unlock(&s->lock);
+    cas_sync(s, 1); /* may give some back */
+    os_lock(&s->lock);
+  }
+  max = cas_reserve(s);
+  s->pages = u_zalloc(max * sizeof *s->pages);
+  data = NBDSERVE_MALLOC((size_t)max * s->bs);
+  err = s->pages && data ? cas_want(s, 0) : -ENOMEM;
+  if (!err) err = cas_log_write(s);
+  if (!err && op) err = cas_apply(s, op, &gone);
+  if (err) goto out;
+  for (i = 0; i < max; i++) s->pages[i].data = data + (size_t)i * s->bs;
+  s->npages = 0;
+  for (im = s->images; im; im = im->next)
+    cas_take_map(s, &im->root, CAS_LEVELS - 1, 0);
+  cas_take_catalog(s);
+  assert(s->npages <= max);
+  seq = s->seq;
+  retired = s->retired;
+  s->retired = 0;
+  put64(s->super + 32, get64(s->super + 32) + 1);
+  put64(s->super + 40, seq);
+  put32(s->super + 52, s->nslots);
+  put32(s->super + 56, s->catalog);
+  put32(s->super + 60, s->next_id);
+  cas_seal(s, s->super);
+  os_unlock(&s->lock);
+  for (i = 0; i < s->npages; i++) cas_stamp(s, s->pages[i].data);
+  err = cas_transfer(s, s->pages, s->npages, CAS_DIGEST, 1); /* zeroes (C11) */
+  if (!err) err = cas_transfer(s, s->pages, s->npages, CAS_DATA, 1);
+  if (!err) err = cas_sync(s, 1); /* (C7) */
+  if (!err) err = cas_io(s, 1, s->super, CAS_PAGE, 0);
+  if (!err) err = cas_sync(s, 1);
+  if (!err) err = cas_io(s, 1, s->super, CAS_PAGE, CAS_UNIT);
+  os_lock(&s->lock);
+  if (!cas_fail(s, err)) {
+    s->tail = seq;
+    cas_free(s, retired); /* (C6) */
+  }
+  cas_unref(s, gone);
+out:
+  os_unlock(&s->lock);
+  NBDSERVE_FREE(s->pages);
+  NBDSERVE_FREE(data);
+  os_unlock(&s->ckpt);
+  return err;
+}
+
+/* What is to be done beside requests?  1: fill the index, 2: a checkpoint. */
+static int cas_due(const struct nbdserve_cas *s) {
+  if (s->failed || s->readonly || s->closing) return 0;
+  if (s->seq - s->tail > s->log_pages / 2 || s->ndirty > CAS_DIRTY ||
+      s->nwaiting > CAS_WAITING ||
+      (s->nwaiting > 0 && s->nfree < cas_reserve(s) + CAS_SEGMENT))
+    return 2;
+  return s->filled < s->to_fill;
+}
+
+/* Does what is due.  Into the index go the slots the store was opened with. */
+static void *cas_work(void *arg) {
+  unsigned char d[CAS_FILL][32];
+  struct nbdserve_cas *s = arg;
+  int err = 0, due;
+  uint32_t x, i;
+  os_lock(&s->lock);
+  while (!err && (due = cas_due(s))) {
+    x = s->filled;
+    if (due == 1) s->filled += CAS_FILL;
+    if (due == 1 && !cas_io(s, 0, d, sizeof d, cas_off(s, x, CAS_DIGEST)))
+      for (i = x ? 0 : 1; i < CAS_FILL; i++)
+        if (CAS_AT(s, x + i, ref) > 0 && !CAS_AT(s, x + i, tag) &&
+            !u_is_zero(d[i], 32)) /* (C11) */
+          cas_index(s, x + i, get32(d[i]) | CAS_TAGGED);
+    os_unlock(&s->lock); /* others may want it */
+    if (due == 2) err = cas_checkpoint(s, NULL);
+    os_lock(&s->lock);
+  }
+  s->busy = 0;
+  os_wake_all(&s->room);
+  os_unlock(&s->lock);
+  return NULL;
+}
+
+static void cas_kick(struct nbdserve_cas *s) {
+  int start;
+  os_lock(&s->lock);
+  start = !s->busy && cas_due(s);
+  if (start) s->busy = 1;
+  os_unlock(&s->lock);
+  if (start && os_thread(cas_work, s)) cas_work(s);
+}
+
+/* ---- Requests ------------------------------------------------------------ */
+
+/* Waits, without lock, for room for an entry in the log, whose last quarter is
+ * for pages that are not full, and for the pages that it may dirty. */
+static int cas_room(struct nbdserve_cas *s) {
+  int err = 0, tight, tried = 0;
+  while (!s->failed && !s->replaying) {
+    tight = cas_want(s, CAS_SEGMENT) != 0;
+    if (!tight && s->seq - s->tail < s->log_pages / 4 * 3) return 0;
+    if (err || (tight && tried)) return err ? err : -ENOSPC;
+    if (s->busy) {
+      os_wait(&s->room, &s->lock);
+      continue;
+    }
+    tried = 1;
+    os_unlock(&s->lock);
+    err = cas_checkpoint(s, NULL);
+    os_lock(&s->lock);
+  }
+  return s->failed;
+}
+
+/* Takes a slot for a block: one that may have the same data, or a new one. */
+static int cas_choose(struct nbdserve_cas *s, struct cas_item *it, int hint) {
+  uint32_t tag = get32(it->sum) | CAS_TAGGED, x;
+  int err = 0;
+  x = hint ? *cas_bucket(s, tag) : 0;
+  while (x && (CAS_AT(s, x, tag) != tag || CAS_AT(s, x, ref) > INT32_MAX / 2))
+    x = CAS_AT(s, x, next);
+  it->state = x ? CAS_DUP : CAS_DATA | CAS_DIGEST;
+  if (x)
+    cas_hold(s, x);
+  else if (!(err = cas_want(s, CAS_RESERVE + 1)))
+    cas_index(s, x = cas_alloc(s), tag);
+  it->slot = x;
+  return err;
+}
+
+/* Stores blocks.  0, or an error, which is that of all that fail; -EAGAIN: the
+ * map does not have what was expected. */
+static int cas_put(struct nbdserve_cas *s, struct cas_image *im,
+                   struct cas_item *it, size_t n) {
+  unsigned char *same = NULL;
+  int err, again = 1;
+  uint32_t was = 0;
+  size_t i;
+
+  for (i = 0; i < n; i++) {
+    it[i].slot = 0;
+    it[i].state = u_is_zero(it[i].data, s->bs) ? 0 : CAS_DATA;
+  }
+  cas_hash(s, it, n, CAS_DATA);
+  os_lock(&s->lock);
+  err = s->failed;
+  for (i = 0; i < n && !err; i++)
+    if (it[i].state) err = cas_choose(s, it + i, 1);
+  os_unlock(&s->lock);
+  while (again && !err) { /* first the digests: who finds data finds both */
+    again = 0;
+    err = cas_transfer(s, it, n, CAS_DIGEST, 1);
+    if (!err) err = cas_transfer(s, it, n, CAS_DATA, 1);
+    for (i = 0; i < n && !err; i++) {
+      int dup = it[i].state == CAS_DUP; /* maybe of a block of this call */
+      uint64_t off = cas_off(s, it[i].slot, CAS_DATA);
+      it[i].state = 0;
+      if (!dup) continue;
+      if (!same && !(same = NBDSERVE_MALLOC(s->bs))) err = -ENOMEM;
+      if (err || (!cas_io(s, 0, same, s->bs, off) &&
+                  memcmp(same, it[i].data, s->bs) == 0))
+        continue;
+      os_lock(&s->lock); /* it is not: take another one (C12) */
+      cas_drop(s, it[i].slot, &s->dropped);
+      err = cas_choose(s, it + i, 0);
+      os_unlock(&s->lock);
+      again = 1;
+    }
+  }
+  NBDSERVE_FREE(same);
+  os_lock(&s->lock);
+  for (i = 0; i < n; i++) { /* into the map and the log (C2) */
+    if (!err) err = cas_room(s);
+    if (!err) err = cas_map(s, im, it[i].lba, 0, &was, NULL);
+    if (!err && it[i].expect != CAS_ANY && it[i].expect != was) err = -EAGAIN;
+    if (!err && it[i].slot) cas_good(s, it[i].slot, 1);
+    if (!err && it[i].slot != was &&
+        !(err = cas_map(s, im, it[i].lba, 1, &it[i].slot, NULL))) {
+      cas_log(s, im, it + i, 1);
+      it[i].slot = 0; /* it is the map's */
+      err = s->failed;
+    }
+    cas_drop(s, it[i].slot, &s->dropped);
+    it[i].err = err;
+  }
+  os_unlock(&s->lock);
+  return err;
+}
+
+/* Pins the slots of blocks and reads them; without all only those that are not
+ * known to be good, which are checked.  0 or the last of their errors. */
+static int cas_read(struct nbdserve_cas *s, struct cas_image *im,
+                    struct cas_item *it, size_t n, int all) {
+  int err = 0;
+  size_t i;
+  os_lock(&s->lock);
+  for (i = 0; i < n; i++) {
+    it[i].slot = 0;
+    it[i].err = cas_map(s, im, it[i].lba, 0, &it[i].slot, NULL);
+    it[i].state = all && it[i].slot ? CAS_DATA : 0;
+    if (it[i].slot && (s->verify || !all) &&
+        (s->failed || !cas_good(s, it[i].slot, -1)))
+      it[i].state = CAS_DATA | CAS_DIGEST;
+    cas_hold(s, it[i].slot);
+  }
+  os_unlock(&s->lock);
+  cas_transfer(s, it, n, CAS_DATA, 0);
+  cas_transfer(s, it, n, CAS_DIGEST, 0);
+  cas_hash(s, it, n, CAS_DIGEST);
+  for (i = 0; i < n; i++) {
+    if (!it[i].slot) memset(it[i].data, 0, s->bs);
+    if (it[i].state & CAS_DIGEST && !it[i].err &&
+        memcmp(it[i].digest, it[i].sum, 32) != 0)
+      it[i].err = -EIO;
+    if (it[i].err) err = it[i].err;
+  }
+  return err;
+}
+
+/* Takes the pins away again.  What is bad is not used again: writing heals. */
+static void cas_unpin(struct nbdserve_cas *s, const struct cas_item *it,
+                      size_t n) {
+  os_lock(&s->lock);
+  for (; n-- > 0; it++) {
+    if (it->slot && it->err) cas_unindex(s, it->slot);
+    if (it->state & CAS_DIGEST && !it->err) cas_good(s, it->slot, 1);
+    cas_drop(s, it->slot, &s->dropped);
+  }
+  os_unlock(&s->lock);
+}
+
+/* Reads or writes a part of one block; buf NULL: writes zeroes. */
+static int cas_part(struct nbdserve_cas *s, struct cas_image *im, int writing,
+                    unsigned char *buf, uint64_t off, uint64_t len) {
+  struct cas_item it = {.lba = off / s->bs}, w;
+  unsigned char *part;
+  int err;
+  if (!(it.data = NBDSERVE_MALLOC(s->bs))) return -ENOMEM;
+  part = it.data + off % s->bs;
+  do {
+    err = cas_read(s, im, &it, 1, 1);
+    if (!err && !writing) memcpy(buf, part, (size_t)len);
+    if (!err && writing) {
+      if (buf) memcpy(part, buf, (size_t)len);
+      if (!buf) memset(part, 0, (size_t)len);
+      w = it;
+      w.expect = it.slot; /* pinned: it cannot be another block meanwhile */
+      err = cas_put(s, im, &w, 1);
+    }
+    cas_unpin(s, &it, 1);
+  } while (err == -EAGAIN);
+  NBDSERVE_FREE(it.data);
+  return err;
+}
+
+/* READs and WRITEs: whole blocks together, parts of blocks one by one. */
+static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
+  struct cas_image *im = ctx;
+  struct nbdserve_cas *s = im->s;
+  struct cas_item it[CAS_BATCH];
+  uint64_t at, len, bs = s->bs; /* at: in the request */
+  size_t k = 0;
+  int writing, err;
+  for (; n > 0; r++, n--) {
+    writing = r->type == NBD_CMD_WRITE;
+    for (at = 0, r->err = 0; at < r->len; at += len) {
+      len = u_min(bs - (r->off + at) % bs, r->len - at);
+      if (len == bs)
+        it[k++] = (struct cas_item){.lba = (r->off + at) / bs, .req = r,
+                                    .data = r->buf + at, .expect = CAS_ANY};
+      else if ((err = cas_part(s, im, writing, r->buf + at, r->off + at, len)))
+        r->err = err;
+      if (k < CAS_BATCH &&
+          (at + len < r->len || (n > 1 && r->type == r[1].type)))
+        continue;
+      if (writing) cas_put(s, im, it, k);
+      if (writing) cas_kick(s);
+      if (!writing) cas_read(s, im, it, k, 1);
+      if (!writing) cas_unpin(s, it, k);
+      for (; k > 0; k--)
+        if (it[k - 1].err) it[k - 1].req->err = it[k - 1].err;
+    }
+  }
+}
+
+/* Makes blocks from..to of an image holes: one log entry for many leaves. */
+static int cas_zero_blocks(struct nbdserve_cas *s, struct cas_image *im,
+                           uint64_t from, uint64_t to) {
+  uint64_t span;
+  uint32_t x;
+  int err = 0, k, changed;
+  while (from < to && !err) {
+    struct cas_item hole = {.lba = from};
+    os_lock(&s->lock);
+    err = cas_room(s);
+    for (k = changed = 0; k < CAS_SEGMENT / CAS_LEVELS && from < to && !err;) {
+      err = cas_map(s, im, from, 0, &x, &span);
+      if (!err && x) err = cas_map(s, im, from, 1, &hole.slot, NULL);
+      if (err) break;
+      if (x) changed = 1;
+      from += u_min(span, to - from);
+      if (from % s->fanout == 0) k++;
+    }
+    if (changed) cas_log(s, im, &hole, from - hole.lba);
+    if (!err) err = s->failed;
+    os_unlock(&s->lock);
+  }
+  return err;
+}
+
+static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
+  struct cas_image *im = ctx;
+  uint64_t bs = im->s->bs, from = off / bs + (off % bs != 0);
+  int err = cas_zero_blocks(im->s, im, from, (off + len) / bs);
+  (void)flags;
+  cas_kick(im->s);
+  return err;
+}
+
+static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
+  struct cas_image *im = ctx;
+  uint64_t bs = im->s->bs, tail = (off + len) % bs;
+  uint64_t head = u_min((bs - off % bs) % bs, len);
+  int err = !head ? 0 : cas_part(im->s, im, 1, NULL, off, head);
+  if (!err) err = cas_trim(ctx, off, len, flags);
+  if (err || !tail || tail > len - head) return err;
+  return cas_part(im->s, im, 1, NULL, off + len - tail, tail);
+}
+
+static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
+                       struct nbdserve_extents *out) {
+  struct cas_image *im = ctx;
+  uint64_t bs = im->s->bs, end = off + len, next, span;
+  uint32_t slot, hole = NBDSERVE_HOLE | NBDSERVE_ZERO;
+  int err = 0, enough = 0;
+  (void)flags;
+  os_lock(&im->s->lock);
+  for (; off < end && !enough; off = next) {
+    err = cas_map(im->s, im, off / bs, 0, &slot, &span);
+    if (err) break;
+    next = u_min((off / bs + span) * bs, end);
+    enough = nbdserve_extent(out, next - off, slot ? 0 : hole);
+  }
+  os_unlock(&im->s->lock);
+  return err;
+}
+
+static int cas_flush(void *ctx, uint32_t flags) {
+  (void)flags;
+  return cas_sync(((struct cas_image *)ctx)->s, 0);
+}
+
+static void cas_close(void *ctx) {
+  struct cas_image *im = ctx;
+  struct nbdserve_cas *s = im->s;
+  os_lock(&s->lock);
+  im->clients--;
+  os_unlock(&s->lock);
+}
+
+/* ---- Opening ------------------------------------------------------------- */
+
+/* Reads a superblock.  Its number, or -errno: -EINVAL it is none, -EUCLEAN it
+ * is damaged. */
+static int64_t cas_get_super(struct nbdserve_cas *s, uint64_t off,
+                             unsigned char *p) {
+  int err = off + CAS_PAGE > s->end ? -EINVAL : cas_io(s, 0, p, CAS_PAGE, off);
+  if (err || memcmp(p, CAS_MAGIC, 8) != 0) return err ? err : -EINVAL;
+  if (!cas_seal(s, p)) return -EUCLEAN;
+  if (get32(p + 8) != 1 || get32(p + 64) || (get32(p + 68) && !s->readonly))
+    return -EOPNOTSUPP;
+  return (int64_t)get64(p + 32);
+}
+
+/* Takes what the newest superblock says, and makes both alike (C8). */
+static int cas_open_super(struct nbdserve_cas *s) {
+  unsigned char copy[2][CAS_PAGE], *p;
+  int64_t a = cas_get_super(s, 0, copy[0]);
+  int64_t b = cas_get_super(s, CAS_UNIT, copy[1]);
+  int err;
+  if (a < 0 && a != -EUCLEAN && (a != -EINVAL || b <= 0)) return (int)a;
+  if (b == -EIO || (a < 0 && b < 0)) return -EIO; /* one may be damaged only */
+  p = memcpy(s->super, copy[b > a], CAS_PAGE);
+  s->bs = get32(p + 12);
+  s->seq = s->tail = s->durable = get64(p + 40);
+  s->log_pages = get32(p + 48);
+  s->to_fill = get32(p + 52);
+  s->catalog = get32(p + 56);
+  s->next_id = get32(p + 60);
+  if (a == b || s->readonly) return 0;
+  err = os_datasync(s->fd); /* what was read may be only in memory */
+  if (!err) err = cas_io(s, 1, p, CAS_PAGE, b > a ? 0 : CAS_UNIT);
+  return err ? err : os_datasync(s->fd);
+}
+
+/* Puts the page in slot x and all that hangs on it into memory, and counts
+ * references.  While that goes on tag and next of a page say where it is. */
+static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
+                    uint32_t index, struct cas_node **out) {
+  unsigned char *page;
+  struct cas_node *b;
+  uint32_t c, v;
+  int err = 0;
+  if (!x) return 0;
+  if (x >= s->nslots) return -EIO;
+  if (CAS_AT(s, x, ref)) {
+    b = (struct cas_node *)((uintptr_t)CAS_AT(s, x, tag) |
+                            (uintptr_t)CAS_AT(s, x, next) << 16 << 16);
+    if (!b || b->level != level) return -EIO;
+    b->refs++;
+    *out = b;
+    return 0;
+  }
+  b = *out = cas_new_node(s, level);
+  page = b ? NBDSERVE_MALLOC(s->bs) : NULL;
+  if (!page) return -ENOMEM;
+  cas_hold(s, b->slot = x);
+  CAS_AT(s, x, tag) = (uint32_t)(uintptr_t)b;
+  CAS_AT(s, x, next) = (uint32_t)((uintptr_t)b >> 16 >> 16);
+  if (cas_get_page(s, x, CAS_MAP, level, index, page)) s->damaged = b->bad = 1;
+  for (c = 0; c < s->fanout && !b->bad && !err; c++) {
+    v = get32(page + CAS_HEAD + 4 * c);
+    if (level)
+      err = cas_load(s, v, level - 1, index * s->fanout + c, &b->kid[c]);
+    else if (v >= s->nslots)
+      err = -EIO;
+    else
+      cas_hold(s, b->e[c] = v);
+  }
+  NBDSERVE_FREE(page);
+  return err;
+}
+
+static int cas_open_catalog(struct nbdserve_cas *s) {
+  struct cas_image *im, *p;
+  uint32_t x, k;
+  int err = 0;
+  for (x = s->catalog, s->catalog = 0; x; x = get32(s->page + 12)) {
+    err = cas_get_page(s, x, CAS_CAT, 0, 0, s->page);
+    if (err) return err;
+    cas_hold(s, x); /* until there is a new one */
+    cas_drop(s, x, &s->retired);
+    for (k = CAS_HEAD; k + CAS_RECORD <= s->bs;) k += CAS_RECORD;
+    while ((k -= CAS_RECORD) >= CAS_HEAD && k < s->bs) { /* to keep the order */
+      if (!get32(s->page + k)) continue;
+      im = u_zalloc(sizeof *im);
+      if (!im) return -ENOMEM;
+      memcpy(im->record, s->page + k, CAS_RECORD);
+      im->record[CAS_RECORD - 1] = 0; /* a name ends */
+      im->size = get64(im->record + CAS_SIZE);
+      im->next = s->images;
+      s->images = im;
+      s->nimages++;
+    }
+  }
+  for (im = s->images; im && !err; im = im->next) {
+    for (p = s->images; p && get32(im->record + CAS_IS_SNAPSHOT); p = p->next)
+      if (memcmp(p->record + CAS_ID, im->record + CAS_ORIGIN, 4) == 0)
+        im->parent = p;
+    err = get32(im->record + CAS_DEPTH) != CAS_LEVELS ? -EOPNOTSUPP
+          : cas_load(s, get32(im->record + CAS_ROOT), CAS_LEVELS - 1, 0,
+                     &im->root);
+  }
+  for (x = 1; x < s->nslots; x++) {
+    CAS_AT(s, x, tag) = CAS_AT(s, x, next) = 0;
+    if (s->damaged && !CAS_AT(s, x, ref)) cas_hold(s, x); /* who knows */
+  }
+  return err;
+}
+
+/* Reads the log page of that seq to s->log.  Is it one? */
+static int cas_log_read(struct nbdserve_cas *s, uint64_t seq) {
+  return !cas_io(s, 0, s->log, CAS_PAGE, cas_log_off(s, seq)) &&
+         get32(s->log) == CAS_LOG && get16(s->log + 4) <= CAS_ENTRIES &&
+         get64(s->log + 8) == seq && !memcmp(s->log + 24, s->super + 16, 8) &&
+         cas_seal(s, s->log);
+}
+
+/* Applies an entry of the log.  known: it was durable. */
+static int cas_replay_entry(struct nbdserve_cas *s, const unsigned char *p,
+                            int known) {
+  struct cas_item it = {.lba = get64(p + 8), .slot = get32(p + 4),
+                        .state = CAS_DIGEST, .data = s->page};
+  struct cas_image *im = s->images;
+  uint64_t blocks;
+  int err;
+  while (im && memcmp(im->record + CAS_ID, p, 4) != 0) im = im->next;
+  blocks = im ? cas_blocks(s, im->size) : 0;
+  if (it.lba >= blocks) return 0;
+  if (!it.slot)
+    return cas_zero_blocks(s, im, it.lba,
+                           u_min(blocks, it.lba + get64(p + 16)));
+  if (!known) { /* (C9) */
+    if (cas_io(s, 0, s->page, s->bs, cas_off(s, it.slot, CAS_DATA))) return 0;
+    cas_hash(s, &it, 1, CAS_DIGEST);
+    if (memcmp(it.sum, p + 16, 32) != 0) return 0;
+  }
+  memcpy(it.sum, p + 16, 32);
+  err = cas_extend(s, it.slot);
+  if (!err && !s->readonly) err = cas_transfer(s, &it, 1, CAS_DIGEST, 1);
+  if (err) return err;
+  cas_hold(s, it.slot);
+  if (!known) cas_good(s, it.slot, 1); /* read-only: its digest may be old */
+  return cas_map(s, im, it.lba, 1, &it.slot, NULL);
+}
+
+/* Brings the maps up to what the log says (C9). */
+static int cas_replay(struct nbdserve_cas *s) {
+  uint64_t end = s->tail, seq;
+  unsigned i;
+  int err = 0;
+  for (; end - s->tail < s->log_pages && cas_log_read(s, end); end++)
+    s->durable = get64(s->log + 16);
+  for (i = 1; i < s->log_pages; i++)
+    s->log_damaged |= cas_log_read(s, end + i) && get64(s->log + 16) > end;
+  if (s->log_damaged && !s->readonly) return -EIO;
+  for (seq = s->tail; seq < end && !err; seq++) {
+    if (!cas_log_read(s, seq)) return -EIO;
+    for (i = 0; i < get16(s->log + 4) && !err; i++)
+      err = cas_replay_entry(s, s->log + 32 + CAS_ENTRY * i, seq < s->durable);
+  }
+  s->seq = s->tail = s->durable = end + s->log_pages; /* (C10) */
+  return err;
+}
+
+/* What follows from block_size and log_pages. */
+static int cas_place(struct nbdserve_cas *s) {
+  uint64_t end = 2 * CAS_UNIT + (uint64_t)s->log_pages * CAS_PAGE;
+  if (!u_is_power_of_2(s->bs) || s->bs < CAS_MIN_BLOCK || s->bs > 65536 ||
+      s->log_pages < 8 || s->log_pages > 1 << 24)
+    return -EINVAL;
+  s->data_off = (end + CAS_UNIT - 1) / CAS_UNIT * CAS_UNIT;
+  s->fanout = CAS_FANOUT(s->bs);
+  s->max_blocks = (uint64_t)s->fanout * s->fanout * s->fanout * s->fanout;
+  return 0;
+}
+
+/* Everything from the superblock to a store that can be served. */
+static int cas_recover(struct nbdserve_cas *s) {
+  uint32_t x;
+  int err = cas_open_super(s);
+  if (!err && (cas_place(s) || s->to_fill < CAS_SEGMENT)) err = -EIO;
+  if (!err) err = cas_extend(s, s->to_fill - 1);
+  if (err) return err;
+  CAS_NFREE(s, 0)--; /* slot 0 */
+  CAS_AT(s, 0, ref) = 1;
+  s->nfree--;
+  s->replaying = 1;
+  err = cas_open_catalog(s);
+  if (!err) err = cas_replay(s);
+  s->replaying = 0;
+  for (x = 1; x < s->nslots && !err; x++) {
+    if (CAS_AT(s, x, ref) != CAS_FREED) continue;
+    CAS_AT(s, x, ref) = 1;
+    cas_drop(s, x, &s->retired);
+  }
+  if (!err && !s->readonly) err = cas_checkpoint(s, NULL);
+  s->to_fill = s->nslots;
+  if (!err) cas_kick(s);
+  return err;
+}
+
+static void cas_destroy(struct nbdserve_cas *s) {
+  struct cas_image *im;
+  if (!s) return;
+  os_lock(&s->lock);
+  while ((im = s->images)) {
+    s->images = im->next;
+    cas_unref(s, im->root);
+    NBDSERVE_FREE(im);
+  }
+  os_unlock(&s->lock);
+  while (s->ngroups > 0) NBDSERVE_FREE(s->groups[--s->ngroups]);
+  NBDSERVE_FREE(s->groups);
+  os_mutex_free(&s->ckpt);
+  os_mutex_free(&s->lock);
+  os_cond_free(&s->room);
+  if (s->fd >= 0) close(s->fd);
+  NBDSERVE_FREE(s);
+}
+
+static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
+  struct nbdserve_cas *s = u_zalloc(sizeof *s);
+  uint32_t flags = o ? o->flags : 0;
+  if (!s) return NULL;
+  s->fd = -1;
+  s->readonly = (flags & NBDSERVE_CAS_READONLY) != 0;
+  s->hw = os_has_hwsha();
+  s->verify = flags & NBDSERVE_CAS_VERIFY ||
+              (s->hw && !(flags & NBDSERVE_CAS_NO_VERIFY));
+  s->groups = NBDSERVE_MALLOC(CAS_GROUPS * sizeof *s->groups);
+  if (s->groups && !os_mutex_init(&s->ckpt) && !os_mutex_init(&s->lock) &&
+      !os_cond_init(&s->room))
+    return s;
+  cas_destroy(s);
+  return NULL;
+}
+
+static int cas_open_file(struct nbdserve_cas *s, const char *path, int flags) {
+  struct stat st;
+  s->fd = open(path, flags | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0666);
+  if (s->fd < 0 || fstat(s->fd, &st) < 0) return -errno;
+  s->is_device = S_ISBLK(st.st_mode);
+  s->end = (uint64_t)lseek(s->fd, 0, SEEK_END);
+  return os_claim(s->fd, s->readonly);
+}
+
+int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
+                      struct nbdserve_cas **out) {
+  struct nbdserve_cas *s = cas_new(o);
+  int err = !s ? -ENOMEM
+            : cas_open_file(s, path, s->readonly ? O_RDONLY : O_RDWR);
+  if (!err) err = cas_recover(s);
+  if (err) cas_destroy(s);
+  if (!err) *out = s;
+  return err;
+}
+
+int nbdserve_cas_close(struct nbdserve_cas *s) {
+  int err = 0;
+  os_lock(&s->lock);
+  s->closing = 1;
+  while (s->busy) os_wait(&s->room, &s->lock);
+  err = s->failed;
+  os_unlock(&s->lock);
+  if (!err && !s->readonly && (s->nlogged > s->nsynced || s->seq > s->tail))
+    err = cas_checkpoint(s, NULL);
+  cas_destroy(s);
+  return err;
+}
+
+int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
+  struct nbdserve_cas *s = cas_new(o);
+  struct timespec t;
+  int err, is_new;
+  if (!s) return -ENOMEM;
+  s->bs = o && o->block_size ? o->block_size : CAS_MIN_BLOCK;
+  s->log_pages = o && o->log_pages ? o->log_pages : 4096;
+  s->seq = s->next_id = 1;
+  err = cas_place(s);
+  if (!err) err = cas_open_file(s, path, O_RDWR | O_CREAT | O_EXCL);
+  is_new = s->fd >= 0;
+  if (err == -EEXIST && !cas_open_file(s, path, O_RDWR) && s->is_device &&
+      !cas_io(s, 0, s->super, CAS_PAGE, 0) && u_is_zero(s->super, CAS_PAGE))
+    err = 0; /* an unused block device will do */
+  clock_gettime(CLOCK_REALTIME, &t); /* for an id that no other store has */
+  memcpy(s->super, CAS_MAGIC, 8);
+  put32(s->super + 8, 1);
+  put32(s->super + 12, s->bs);
+  put64(s->super + 16, (uint64_t)t.tv_sec << 30 ^ (uint64_t)t.tv_nsec);
+  put64(s->super + 24, (uint64_t)getpid() << 32 ^ (uint64_t)(uintptr_t)s);
+  put32(s->super + 48, s->log_pages);
+  if (!err) err = cas_checkpoint(s, NULL); /* of nothing at all */
+  if (!err) err = os_make_lasting(s->fd, path);
+  if (err && is_new) unlink(path);
+  cas_destroy(s);
+  return err;
+}
+
+/* ---- The public calls ---------------------------------------------------- */
+
+static const struct nbdserve_ops cas_ops = {
+    ex_own_read, ex_own_write, cas_flush, cas_trim, cas_zero,
+    NULL,        cas_extents,  cas_close, cas_batch};
+
+int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
+                        struct nbdserve_export *out) {
+  struct cas_image *im;
+  int err;
+  os_lock(&s->ckpt); /* one that is under way may be changing what it is */
+  os_lock(&s->lock);
+  im = cas_find(s, name, strlen(name));
+  err = s->failed ? s->failed : im ? 0 : -ENOENT;
+  if (!err) {
+    if (!im->s) im->own.batch = cas_batch; /* once: others may be using it */
+    if (!im->s) im->s = s;
+    im->clients++;
+    out->size = im->size;
+    out->preferred_block = s->bs;
+    out->flags |= NBDSERVE_MULTI_CONN;
+    if (im->parent || s->readonly) out->flags |= NBDSERVE_READONLY;
+    out->ops = &cas_ops;
+    out->ctx = im;
+  }
+  os_unlock(&s->lock);
+  os_unlock(&s->ckpt);
+  return err;
+}
+
+/* Makes holes behind the end of a volume: that is of no account while it is
+ * there, but has to be zero when it grows, and takes space after it shrank. */
+static int cas_clear_tail(struct nbdserve_cas *s, const char *name,
+                          int (*clear)(void *, uint64_t, uint64_t, uint32_t)) {
+  uint64_t end = u_min(s->max_blocks, INT64_MAX / s->bs) * s->bs;
+  struct nbdserve_export e = {0};
+  int err = nbdserve_cas_volume(s, name, &e);
+  if (err) return err;
+  if (!(e.flags & NBDSERVE_READONLY) && e.size < end)
+    err = clear(e.ctx, e.size, end - e.size, 0);
+  cas_close(e.ctx);
+  return err;
+}
+
+int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
+                        const char *to, uint64_t size) {
+  struct cas_op op = {verb, name, to, size};
+  int err = s->readonly ? -EROFS : 0;
+  os_lock(&s->lock); /* what is to be written now may be there already */
+  while (verb == NBDSERVE_CAS_CREATE && s->busy) os_wait(&s->room, &s->lock);
+  os_unlock(&s->lock);
+  if (!err && verb == NBDSERVE_CAS_RESIZE)
+    err = cas_clear_tail(s, name, cas_zero);
+  if (!err) err = cas_checkpoint(s, &op);
+  if (!err && verb == NBDSERVE_CAS_RESIZE) cas_clear_tail(s, name, cas_trim);
+  return err;
+}
+
+int nbdserve_cas_list(struct nbdserve_cas *s,
+                      int (*each)(void *arg,
+                                  const struct nbdserve_cas_info *info),
+                      void *arg) {
+  char name[2 * CAS_NAME + 2];
+  struct cas_image *im;
+  int r = 0;
+  os_lock(&s->lock);
+  for (im = s->images; im && !r; im = im->next) {
+    struct nbdserve_cas_info info = {cas_name(im, name), im->size,
+                                     get64(im->record + CAS_CREATED),
+                                     im->clients, im->parent != NULL};
+    im->clients++; /* it stays in the list */
+    os_unlock(&s->lock);
+    r = each(arg, &info);
+    os_lock(&s->lock);
+    im->clients--;
+  }
+  os_unlock(&s->lock);
+  return r;
+}
+
+int nbdserve_cas_stat(struct nbdserve_cas *s, struct nbdserve_cas_stat *out) {
+  os_lock(&s->lock);
+  out->block_size = s->bs;
+  out->free = (uint64_t)s->nfree * s->bs;
+  out->stored = (uint64_t)(s->nslots - s->nfree - s->nwaiting - 1) * s->bs;
+  out->file = (uint64_t)lseek(s->fd, 0, SEEK_END);
+  out->log = (s->seq - s->tail) * 100 / s->log_pages;
+  os_unlock(&s->lock);
+  return 0;
+}
+
+int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
+                        nbdserve_progress *progress, void *arg) {
+  unsigned char *data = NBDSERVE_MALLOC(CAS_BATCH * s->bs);
+  int found = s->log_damaged, stop = 0;
+  const char *why, *next;
+  char name[2 * CAS_NAME + 2];
+  struct cas_item it[CAS_BATCH];
+  uint64_t done = 0, total = 0, lba, blocks, from = 0;
+  struct cas_image *im;
+  size_t i, n;
+
+  if (!data) return -ENOMEM;
+  if (found) each(arg, "", 0, 0, "the log is damaged");
+  os_lock(&s->ckpt);
+  for (i = 0; i < 2; i++) {
+    if (cas_get_super(s, i * CAS_UNIT, data) >= 0) continue;
+    each(arg, "", 0, 0, i ? "the second superblock is damaged"
+                          : "the first superblock is damaged");
+    found = 1;
+  }
+  os_unlock(&s->ckpt);
+  os_lock(&s->lock); /* read-only: what the log brought has been checked */
+  for (i = 0; i < s->ngroups && !s->readonly; i++)
+    memset(s->groups[i]->good, 0, sizeof s->groups[i]->good);
+  for (im = s->images; im; im = im->next) total += im->size;
+  for (im = s->images; im && !stop; im = im->next) {
+    im->clients++; /* it stays in the list */
+    cas_name(im, name);
+    os_unlock(&s->lock);
+    why = NULL;
+    blocks = cas_blocks(s, im->size);
+    for (lba = 0; lba < blocks && !stop; lba += n) {
+      n = (size_t)u_min(blocks - lba, CAS_BATCH);
+      stop = progress && progress(arg, done += n * s->bs, total);
+      for (i = 0; i < n; i++)
+        it[i] = (struct cas_item){.lba = lba + i, .data = data + i * s->bs};
+      if (cas_read(s, im, it, n, 0)) found = 1;
+      for (i = 0; i < n; i++) {
+        next = !it[i].err   ? NULL
+               : it[i].slot ? "the data is not what it was"
+                            : "the map cannot be read";
+        if (next == why) continue;
+        if (why) each(arg, name, from, (lba + i) * s->bs - from, why);
+        from = (lba + i) * s->bs;
+        why = next;
+      }
+      cas_unpin(s, it, n);
+    }
+    if (why) each(arg, name, from, im->size - from, why);
+    os_lock(&s->lock);
+    im->clients--;
+  }
+  os_unlock(&s->lock);
+  NBDSERVE_FREE(data);
+  return stop ? -ECANCELED : found ? -EUCLEAN : 0;
+}
+
+/* Gives the free slots of a segment back; they are nobody else's meanwhile. */
+static int cas_punch(struct nbdserve_cas *s, uint32_t x) {
+  unsigned char mine[CAS_SEGMENT + 1] = {0};
+  uint32_t list = 0, i, n;
+  int err = 0;
+  os_lock(&s->lock);
+  for (i = 0; i < CAS_SEGMENT; i++)
+    if (!CAS_AT(s, x + i, ref)) {
+      cas_hold(s, x + i);
+      cas_drop(s, x + i, &list);
+      mine[i] = CAS_AT(s, x + i, ref) == CAS_FREED;
+    }
+  os_unlock(&s->lock);
+  for (i = 0; i < CAS_SEGMENT && !err; i += n + 1) {
+    for (n = 0; mine[i + n];) n++;
+    if (n) err = os_fallocate(s->fd, OS_PUNCH_HOLE, cas_off(s, x + i, CAS_DATA),
+                              (uint64_t)n * s->bs);
+  }
+  os_lock(&s->lock);
+  cas_free(s, list);
+  os_unlock(&s->lock);
+  return err;
+}
+
+int nbdserve_cas_gc(struct nbdserve_cas *s, int dry_run, uint64_t *bytes,
+                    nbdserve_progress *progress, void *arg) {
+  struct stat before, after;
+  uint32_t x = 0;
+  int err = dry_run ? 0 : s->readonly ? -EROFS : cas_checkpoint(s, NULL);
+  *bytes = (uint64_t)s->nfree * s->bs;
+  if (dry_run || err) return err;
+  if (fstat(s->fd, &before) < 0) return -errno;
+  for (; !err && x < s->nslots; x += CAS_SEGMENT) {
+    err = cas_punch(s, x);
+    if (!err && progress && progress(arg, x, s->nslots)) err = -ECANCELED;
+  }
+  if (!err && fstat(s->fd, &after) < 0) err = -errno;
+  if (!err) *bytes = (uint64_t)(before.st_blocks - after.st_blocks) * 512;
+  return err;
+}
+
+#endif /* !NBDSERVE_NO_CAS */
+
 /* ==== [12] SERVER (srv_) =================================================
  * Listeners, clients and the public calls.
  *
- * (S1) A client is on s->conns from its acceptance to its end, so that
- *      nbdserve_stop reaches it.
+ * (S1) A client is on s->conns while it is there, so that srv_finish finds it.
  * (S2) The last thing a client's thread does with s is to leave that list.
  * (S3) Stopping: no more clients; those that are there get no further requests,
  *      but what they have sent is done and answered, for IO_GRACE_MS at most
  *      where they do not read; then all exports are flushed.
  */
-enum { SRV_BACKLOG = 128, SRV_PAUSE_MS = 100 };
-enum { SRV_STOP = 's', SRV_WAKE = 'w', SRV_GONE = 'g' }; /* bytes in pipes */
+enum { SRV_BACKLOG = 128, SRV_PAUSE_MS = 100, SRV_WAKE = 'w', SRV_ELSE = '-' };
 
 union srv_address {
   struct sockaddr sa;
   struct sockaddr_un un;
 #if !NBDSERVE_NO_TCP
-  struct sockaddr_in in;
-  struct sockaddr_in6 in6;
+  struct sockaddr_in in;   /* its port lies where that of... */
+  struct sockaddr_in6 in6; /* ...this one does, on every system */
 #endif
 };
 
 const char *nbdserve_version(void) { return NBDSERVE_VERSION; }
 
 int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
-  struct nbdserve_config k = {0};
-  struct nbdserve *s;
-  int err = -ENOMEM;
-
+  struct nbdserve_config k = {.version = NBDSERVE_VERSION_NUMBER};
   *out = NULL;
   if (config && config->version / 100 != NBDSERVE_VERSION_NUMBER / 100)
     return -EINVAL; /* the rest of *config may not even be there */
@@ -2208,26 +3581,25 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   if (!k.handshake_ms) k.handshake_ms = 10000;
   if (k.threads > 1024 || k.max_conn > 1 << 20 || k.flags & ~NBDSERVE_ONCE)
     return -EINVAL;
-  s = u_zalloc(sizeof *s);
+  struct nbdserve *s = u_zalloc(sizeof *s);
   if (!s) return -ENOMEM;
   s->config = k;
   s->stop[0] = s->stop[1] = s->wake[0] = s->wake[1] = -1;
   s->last_export = &s->exports;
-  if (!os_mutex_init(&s->lock)) err = os_pipe(s->stop);
+  int err = os_mutex_init(&s->lock);
+  if (!err) err = os_pipe(s->stop);
   if (!err) err = os_pipe(s->wake);
-  if (!err)
-    *out = s;
-  else
-    nbdserve_free(s);
+  if (err) nbdserve_free(s);
+  else *out = s;
   return err;
 }
 
 int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
   struct ex *ex;
-  int err = ex_new(&ex, e), taken;
+  int err = ex_new(&ex, e);
   if (err) return err;
   os_lock(&s->lock);
-  taken = ex_by_name(s, ex->e.name) != NULL;
+  int taken = ex_by_name(s, ex->e.name) != NULL;
   if (!taken) {
     *s->last_export = ex;
     s->last_export = &ex->next;
@@ -2240,10 +3612,9 @@ int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
 }
 
 int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
-  struct ex *ex;
   if (size > INT64_MAX) return -EINVAL;
   os_lock(&s->lock);
-  ex = ex_by_name(s, name ? name : "");
+  struct ex *ex = ex_by_name(s, name ? name : "");
   if (ex) ex->e.size = size;
   os_unlock(&s->lock);
   return ex ? 0 : -ENOENT;
@@ -2252,129 +3623,109 @@ int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
 /* Adds a listener on fd, which it owns then; a negative fd is the error. */
 static int srv_add_listener(struct nbdserve *s, int fd, int is_unix,
                             const char *text) {
-  struct srv_listener *l = &s->listeners[s->nlisteners];
   if (fd < 0) return fd;
+  struct srv_listener *l = &s->listeners[s->nlisteners++];
   os_own(fd, 1);
   l->fd = fd;
   l->is_unix = is_unix && lstat(text, &l->st) == 0;
   snprintf(l->text, sizeof l->text, "%s", text);
-  s->nlisteners++;
   return 0;
 }
 
-/* A socket bound to an address and listening, or -errno. */
 static int srv_bind(const union srv_address *a, socklen_t len) {
-  int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1, err;
+  int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1;
   if (fd < 0) return -errno;
   setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one); /* TCP heeds it */
 #if !NBDSERVE_NO_TCP
   setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one); /* IPv6 does */
 #endif
   if (bind(fd, &a->sa, len) == 0 && listen(fd, SRV_BACKLOG) == 0) return fd;
-  err = -errno;
+  int err = -errno;
   close(fd);
   return err;
 }
 
-/* A socket file that nobody listens on is a leftover: removes it. */
-static int srv_remove_stale(const union srv_address *a) {
-  struct stat st;
-  int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), stale;
-  if (fd < 0) return -errno;
-  os_own(fd, 1);
-  stale = lstat(a->un.sun_path, &st) == 0 && S_ISSOCK(st.st_mode) &&
-          connect(fd, &a->sa, sizeof a->un) < 0 && errno == ECONNREFUSED;
-  close(fd);
-  if (!stale) return -EADDRINUSE;
-  return unlink(a->un.sun_path) < 0 ? -errno : 0;
-}
-
 static int srv_listen_unix(struct nbdserve *s, const char *path) {
   union srv_address a = {.un = {.sun_family = AF_UNIX}};
-  int fd, dir, tries = 100;
-
   if (!*path) return -EINVAL;
   if (strlen(path) >= sizeof a.un.sun_path) return -ENAMETOOLONG;
   strcpy(a.un.sun_path, path);
-  dir = os_open_dir(path); /* until it listens it looks stale to others */
-  while (tries-- > 0 && flock(dir, LOCK_EX | LOCK_NB) < 0 &&
-         errno == EWOULDBLOCK)
+  int dir = os_open_dir(path); /* until it listens it looks stale to others */
+  for (int i = 0; i < 100 && flock(dir, LOCK_EX | LOCK_NB) < 0 &&
+                  errno == EWOULDBLOCK; i++)
     poll(NULL, 0, 10);
-  fd = srv_bind(&a, sizeof a.un);
-  if (fd == -EADDRINUSE && (fd = srv_remove_stale(&a)) == 0)
-    fd = srv_bind(&a, sizeof a.un);
+  int fd = srv_bind(&a, sizeof a.un), probe;
+  if (fd == -EADDRINUSE &&
+      (probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)) >= 0) {
+    struct stat st;
+    os_own(probe, 1);
+    if (lstat(path, &st) == 0 && S_ISSOCK(st.st_mode) &&
+        connect(probe, &a.sa, sizeof a.un) < 0 && errno == ECONNREFUSED &&
+        unlink(path) == 0) /* nobody listened on it: a leftover */
+      fd = srv_bind(&a, sizeof a.un);
+    close(probe);
+  }
   if (dir >= 0) close(dir);
   return srv_add_listener(s, fd, 1, path);
 }
 
-/* An address for humans and URIs. */
+/* Writes an internet address for humans and URIs to out, if it is one. */
 static void srv_name(const union srv_address *a, char *out, size_t size) {
-  snprintf(out, size, "a unix socket");
 #if !NBDSERVE_NO_TCP
   char host[INET6_ADDRSTRLEN];
-  if (a->sa.sa_family == AF_INET &&
-      inet_ntop(AF_INET, &a->in.sin_addr, host, sizeof host))
-    snprintf(out, size, "%s:%d", host, ntohs(a->in.sin_port));
-  if (a->sa.sa_family == AF_INET6 &&
-      inet_ntop(AF_INET6, &a->in6.sin6_addr, host, sizeof host))
-    snprintf(out, size, "[%s]:%d", host, ntohs(a->in6.sin6_port));
+  int v6 = a->sa.sa_family == AF_INET6;
+  const void *ip = v6 ? (const void *)&a->in6.sin6_addr : &a->in.sin_addr;
+  if (inet_ntop(a->sa.sa_family, ip, host, sizeof host))
+    snprintf(out, size, v6 ? "[%s]:%d" : "%s:%d", host, ntohs(a->in.sin_port));
 #endif
-  (void)a;
+  (void)a, (void)out, (void)size;
 }
 
 #if !NBDSERVE_NO_TCP
 /* Listens on a numeric address; *port 0 becomes what the kernel picked. */
 static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
-  int v6 = strchr(host, ':') != NULL, fd;
-  union srv_address a;
+  union srv_address a = {.in6 = {.sin6_port = htons((uint16_t)*port)}};
+  int v6 = strchr(host, ':') != NULL;
+  void *ip = v6 ? (void *)&a.in6.sin6_addr : &a.in.sin_addr;
   socklen_t len = v6 ? sizeof a.in6 : sizeof a.in;
-  in_port_t *in_port = v6 ? &a.in6.sin6_port : &a.in.sin_port;
-  char text[64];
-
-  memset(&a, 0, sizeof a);
+  char text[64] = "";
   a.sa.sa_family = v6 ? AF_INET6 : AF_INET;
-  *in_port = htons((uint16_t)*port);
-  if (inet_pton(a.sa.sa_family, host,
-                v6 ? (void *)&a.in6.sin6_addr : (void *)&a.in.sin_addr) != 1)
-    return -EINVAL;
-  fd = srv_bind(&a, len);
+  if (inet_pton(a.sa.sa_family, host, ip) != 1) return -EINVAL;
+  int fd = srv_bind(&a, len);
   if (fd >= 0) getsockname(fd, &a.sa, &len);
-  *port = ntohs(*in_port);
+  *port = ntohs(a.in.sin_port);
   srv_name(&a, text, sizeof text);
   return srv_add_listener(s, fd, 0, text);
 }
 
 static int srv_listen_tcp(struct nbdserve *s, const char *address) {
-  const char *colon = strrchr(address, ':'), *rest;
   uint64_t port = 0;
+  const char *colon = strrchr(address, ':');
+  const char *rest = colon ? u_size(colon + 1, &port) : NULL;
+  if (!rest || *rest || port > 65535) return -EINVAL;
+  int n = (int)(colon - address);
+  int brackets = n && *address == '[' && colon[-1] == ']';
   char host[64];
-  int n = colon ? (int)(colon - address) : 0, err, brackets;
-  rest = colon ? u_size(colon + 1, &port) : NULL;
-  if (n <= 0 || n >= (int)sizeof host || !rest || *rest || port > 65535)
-    return -EINVAL;
-  brackets = *address == '[' && address[n - 1] == ']';
   snprintf(host, sizeof host, "%.*s", n - 2 * brackets, address + brackets);
   if (strcmp(host, "localhost") != 0) return srv_listen_ip(s, host, &port);
-  err = srv_listen_ip(s, "127.0.0.1", &port);
+  int err = srv_listen_ip(s, "127.0.0.1", &port);
   if (!err) err = srv_listen_ip(s, "::1", &port);
   return err == -EAFNOSUPPORT || err == -EADDRNOTAVAIL ? 0 : err; /* no IPv6 */
 }
 #endif
 
 int nbdserve_listen(struct nbdserve *s, const char *address) {
-  socklen_t len = sizeof(int);
-  const char *rest;
-  uint64_t fd;
-  int listens = 0;
-
   if (s->nlisteners >= SRV_LISTENERS) return -EMFILE;
   if (strncmp(address, "unix:", 5) == 0) return srv_listen_unix(s, address + 5);
 #if !NBDSERVE_NO_TCP
   if (strncmp(address, "tcp:", 4) == 0) return srv_listen_tcp(s, address + 4);
 #endif
   if (strncmp(address, "fd:", 3) != 0) return -EINVAL;
-  rest = u_size(address + 3, &fd);
+  uint64_t fd;
+  const char *rest = u_size(address + 3, &fd);
   if (!rest || *rest || fd > INT_MAX) return -EINVAL;
+  int listens = 0;
+  socklen_t len = sizeof listens;
   if (getsockopt((int)fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) < 0)
     return -errno;
   return listens ? srv_add_listener(s, (int)fd, 0, "") : -EINVAL;
@@ -2382,15 +3733,14 @@ int nbdserve_listen(struct nbdserve *s, const char *address) {
 
 int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
   const struct srv_listener *l = s->listeners;
-  int fits, n;
   if (!s->nlisteners || !*l->text) return -ENOENT;
-  n = snprintf(buf, size, "nbd%s://%s/", l->is_unix ? "+unix" : "",
+  int n = snprintf(buf, size, "nbd%s://%s/", l->is_unix ? "+unix" : "",
                l->is_unix ? "" : l->text);
-  fits = (size_t)n < size && u_append_uri(buf, size, name ? name : "");
-  if (fits && l->is_unix)
-    fits = strlen(buf) + 8 < size &&
-           u_append_uri(strcat(buf, "?socket="), size, l->text);
-  return fits ? 0 : -ERANGE;
+  if ((size_t)n >= size || !u_append_uri(buf, size, name ? name : "") ||
+      (l->is_unix && (strlen(buf) + 8 >= size ||
+                      !u_append_uri(strcat(buf, "?socket="), size, l->text))))
+    return -ERANGE;
+  return 0;
 }
 
 /* Puts a byte into a pipe that nbdserve_run looks at.  Keeps errno: it may be
@@ -2401,8 +3751,7 @@ static void srv_poke(int fd, char what) {
   errno = saved;
 }
 
-void nbdserve_stop(struct nbdserve *s) { srv_poke(s->stop[1], SRV_STOP); }
-
+void nbdserve_stop(struct nbdserve *s) { srv_poke(s->stop[1], SRV_ELSE); }
 void nbdserve_wake(struct nbdserve *s) { srv_poke(s->wake[1], SRV_WAKE); }
 
 static void srv_add_stats(struct nbdserve_stats *to,
@@ -2414,17 +3763,15 @@ static void srv_add_stats(struct nbdserve_stats *to,
 }
 
 void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
-  struct conn *c;
-  struct ex *ex;
   os_lock(&s->lock);
   *out = s->stats;
   out->clients_now = s->nconns;
-  for (c = s->conns; c; c = c->next) {
+  for (struct conn *c = s->conns; c; c = c->next) {
     os_lock(&c->lock);
     srv_add_stats(out, &c->stats);
     os_unlock(&c->lock);
   }
-  for (ex = s->exports; ex; ex = ex->next) {
+  for (struct ex *ex = s->exports; ex; ex = ex->next) {
     os_lock(&ex->lock);
     out->flushes += ex->nflushes;
     os_unlock(&ex->lock);
@@ -2432,19 +3779,15 @@ void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
   os_unlock(&s->lock);
 }
 
-/* A client, registered (S1); NULL without memory.  owned: close in its end. */
-static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
-                                   int owned) {
+/* A client, registered (S1); NULL without memory.  own: close in its end. */
+static struct conn *srv_client(struct nbdserve *s, int in, int out, int own) {
   struct conn *c = NBDSERVE_MALLOC(sizeof *c);
-
   if (!c) return NULL;
   memset(c, 0, offsetof(struct conn, rbuf)); /* the rest stays untouched */
   c->s = s;
-  c->fd = owned ? in : -1;
-  c->io.in = in;
-  c->io.out = out;
-  c->io.pipe[0] = c->io.pipe[1] = -1;
-  c->io.stop = owned && !NBDSERVE_NO_THREADS ? -1 : s->stop[0];
+  c->fd = own ? in : -1;
+  c->io = (struct io){.in = in, .out = out,
+                      .stop = own && !NBDSERVE_NO_THREADS ? -1 : s->stop[0]};
   c->queue_end = &c->queue;
   if (os_mutex_init(&c->lock) || os_mutex_init(&c->sending) ||
       os_cond_init(&c->work) || os_cond_init(&c->room)) {
@@ -2460,16 +3803,12 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   return c;
 }
 
-/* Forgets a client that has been served. */
 static void srv_free_client(struct conn *c) {
   struct nbdserve *s = c->s;
-  struct conn **p = &s->conns;
-
   NBDSERVE_FREE(c->big);
-  if (c->io.pipe[0] >= 0) close(c->io.pipe[0]);
-  if (c->io.pipe[1] >= 0) close(c->io.pipe[1]);
   assert(!c->nworkers && !c->ndeferred);
   os_lock(&s->lock);
+  struct conn **p = &s->conns;
   while (*p != c) p = &(*p)->next;
   *p = c->next;
   s->nconns--;
@@ -2480,30 +3819,28 @@ static void srv_free_client(struct conn *c) {
   os_cond_free(&c->work);
   os_cond_free(&c->room);
   NBDSERVE_FREE(c);
-  srv_poke(s->wake[1], SRV_GONE);
+  srv_poke(s->wake[1], SRV_ELSE);
   os_unlock(&s->lock); /* (S2) */
 }
 
 /* Serves a client to its end and forgets it.  name: as in nbdserve_serve. */
 static int srv_serve_client(struct conn *c, const char *name) {
-  char peer[64] = "a pipe";
+  char peer[64] = "this machine";
   union srv_address a;
   socklen_t len = sizeof a;
   struct ex *ex = NULL;
-  int err, calm;
-
   if (getpeername(c->io.in, &a.sa, &len) == 0) srv_name(&a, peer, sizeof peer);
   HS_LOG(c, NBDSERVE_LOG_INFO, "%u: connected from %s", c->id, peer);
   os_tune(c->io.in);
   os_tune(c->io.out);
-  err = name ? hs_find(c, name, &ex) : hs_run(c);
+  int err = name ? ex_get(c->s, name, &ex, &c->size) : hs_run(c);
   if (name && !err) hs_settle(c, ex, name);
   if (err == HS_ENTER) err = tx_run(c);
   if (c->ex && c->ex->dynamic && !(c->tflags & NBD_FLAG_READ_ONLY))
     ex_flush(c->ex); /* a courtesy before it is closed: nobody waits for it */
   ex_put(c->ex);
   if (err == HS_END) err = 0;
-  calm = !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
+  int calm = !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
   HS_LOG(c, calm ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING, "%u: gone: %s",
          c->id, err ? u_error(err) : "disconnected");
   srv_free_client(c);
@@ -2517,51 +3854,41 @@ static void *srv_thread(void *client) {
 
 /* Takes a listener's next client.  -errno: no descriptor, memory or thread. */
 static int srv_accept(struct nbdserve *s, int listener) {
-  struct conn *c;
-  int fd = os_accept(listener), err;
+  int fd = os_accept(listener);
   if (fd < 0)
     return fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR ? 0 : fd;
-  c = srv_new_client(s, fd, fd, 1);
-  if (!c) {
-    close(fd);
-    return -ENOMEM;
-  }
-  err = os_thread(srv_thread, c);
-  if (err) srv_free_client(c);
+  struct conn *c = srv_client(s, fd, fd, 1);
+  int err = c ? os_thread(srv_thread, c) : -ENOMEM;
+  if (err && c) srv_free_client(c);
+  else if (err) close(fd);
   return err;
 }
 
-/* Empties the wake pipe; was nbdserve_wake called? */
 static int srv_woken(struct nbdserve *s) {
   char buf[64];
-  ssize_t n;
   int woken = 0;
-  while ((n = read(s->wake[0], buf, sizeof buf)) > 0)
+  for (ssize_t n; (n = read(s->wake[0], buf, sizeof buf)) > 0;)
     woken |= memchr(buf, SRV_WAKE, (size_t)n) != NULL;
   return woken;
 }
 
 /* Ends service (S3). */
 static int srv_finish(struct nbdserve *s) {
-  int64_t until = os_now_ms() + IO_GRACE_MS, left;
+  int64_t until = os_now_ms() + IO_GRACE_MS;
   struct pollfd p = {s->wake[0], POLLIN, 0}; /* a client has gone */
-  struct conn *c;
-  struct ex *ex;
-  int err = 0, busy, e;
-
+  int err = 0;
   nbdserve_stop(s);
-  do {
-    left = until - os_now_ms();
+  for (int busy = 1; busy; srv_woken(s)) {
+    int64_t left = until - os_now_ms();
     os_lock(&s->lock);
     busy = s->nconns > 0;
-    for (c = s->conns; c; c = c->next)
+    for (struct conn *c = s->conns; c; c = c->next)
       if (c->fd >= 0) shutdown(c->fd, left > 0 ? SHUT_RD : SHUT_RDWR);
     os_unlock(&s->lock);
     if (busy) poll(&p, 1, left > 0 ? (int)left : -1);
-    srv_woken(s);
-  } while (busy);
-  for (ex = s->exports; ex; ex = ex->next) { /* nobody adds any more */
-    e = ex->e.flags & NBDSERVE_READONLY ? 0 : ex_flush(ex);
+  }
+  for (struct ex *ex = s->exports; ex; ex = ex->next) { /* no more are added */
+    int e = ex->e.flags & NBDSERVE_READONLY ? 0 : ex_flush(ex);
     if (e)
       u_log(&s->config, NBDSERVE_LOG_ERROR,
             "export '%s': the last flush: %s; written data may be lost",
@@ -2572,75 +3899,63 @@ static int srv_finish(struct nbdserve *s) {
 }
 
 int nbdserve_run(struct nbdserve *s) {
-  struct pollfd p[SRV_LISTENERS + 3];
-  int64_t pause = 0, now, wait, idle;
-  int i, n = s->nlisteners, room, busy, over, err, came;
-
+  struct pollfd p[SRV_LISTENERS + 3] = {{s->stop[0], POLLIN, 0},
+                                        {s->wake[0], POLLIN, 0}};
+  int n = s->nlisteners;
+  int64_t pause = 0;
   for (;;) {
     os_lock(&s->lock);
-    busy = s->nconns > 0;
-    room = s->nconns < s->config.max_conn
-               ? (int)(s->config.max_conn - s->nconns) : 0;
-    over = !busy && s->stats.clients && (s->config.flags & NBDSERVE_ONCE);
+    int busy = s->nconns > 0;
+    int room = (int)s->config.max_conn - (int)s->nconns;
+    int over = !busy && s->stats.clients && (s->config.flags & NBDSERVE_ONCE);
     os_unlock(&s->lock);
-    now = os_now_ms();
-    if (busy || !s->idle_from) s->idle_from = now;
-    wait = pause > now ? pause - now : -1; /* -1: until something happens */
-    idle = s->idle_from + s->config.idle_exit_ms - now;
-    if (!busy && s->config.idle_exit_ms) {
-      over |= idle <= 0;
-      if (wait < 0 || idle < wait) wait = idle;
-    }
-    if (over) wait = 0; /* a last look whether somebody waits */
+    int64_t now = os_now_ms(), wait = pause > now ? pause - now : INT_MAX;
     if (pause > now) room = 0;
-    for (i = 0; i < n; i++)
-      p[i] = (struct pollfd){room ? s->listeners[i].fd : -1, POLLIN, 0};
-    p[n] = (struct pollfd){s->stop[0], POLLIN, 0};
-    p[n + 1] = (struct pollfd){s->wake[0], POLLIN, 0};
-    if (poll(p, (nfds_t)n + 2, (int)(wait > INT_MAX ? INT_MAX : wait)) < 0 &&
-        errno != EINTR)
-      return -errno;
-    if (p[n].revents) return srv_finish(s);
-    if (p[n + 1].revents && srv_woken(s)) return -EINTR;
-    for (came = i = 0; i < n; i++) {
-      if (!p[i].revents || room-- <= 0) continue;
-      came = 1;
-      err = srv_accept(s, p[i].fd);
+    if (busy || !s->idle_from) s->idle_from = now;
+    int64_t idle = s->idle_from + s->config.idle_exit_ms - now;
+    if (!busy && s->config.idle_exit_ms && idle < wait) wait = idle;
+    if (over || wait < 0) wait = 0; /* a last look whether somebody waits */
+    over |= wait == 0;
+    for (int i = 0; i < n; i++)
+      p[i + 2] = (struct pollfd){room > 0 ? s->listeners[i].fd : -1, POLLIN, 0};
+    if (poll(p, (nfds_t)n + 2, (int)wait) < 0 && errno != EINTR) return -errno;
+    if (p[0].revents) return srv_finish(s);
+    if (p[1].revents && srv_woken(s)) return -EINTR;
+    for (int i = 0; i < n; i++) {
+      if (!p[i + 2].revents || room-- <= 0) continue;
+      over = 0;
+      int err = srv_accept(s, s->listeners[i].fd);
       if (err && now - pause > SRV_PAUSE_MS) /* once, not in every round */
         u_log(&s->config, NBDSERVE_LOG_WARNING, "clients have to wait: %s",
               u_error(err));
       if (err) pause = os_now_ms() + SRV_PAUSE_MS; /* the loop must not spin */
     }
-    if (over && !came) return srv_finish(s);
+    if (over) return srv_finish(s);
   }
 }
 
-int nbdserve_serve(struct nbdserve *s, int in_fd, int out_fd,
-                   const char *name) {
-  struct conn *c = srv_new_client(s, in_fd, out_fd, 0);
+int nbdserve_serve(struct nbdserve *s, int in, int out, const char *name) {
+  struct conn *c = srv_client(s, in, out, 0);
   return c ? srv_serve_client(c, name) : -ENOMEM;
 }
 
 void nbdserve_free(struct nbdserve *s) {
-  struct srv_listener *l;
   struct stat st;
-  struct ex *ex;
-  int i;
-
   if (!s) return;
   if (s->nconns > 0) srv_finish(s); /* nbdserve_run was left with -EINTR */
   assert(!s->conns);
-  for (l = s->listeners; l < s->listeners + s->nlisteners; l++) {
-    if (l->fd >= 0) close(l->fd);
+  for (int i = 0; i < s->nlisteners; i++) {
+    struct srv_listener *l = &s->listeners[i];
+    close(l->fd);
     if (l->is_unix && lstat(l->text, &st) == 0 && st.st_ino == l->st.st_ino &&
         st.st_dev == l->st.st_dev)
       unlink(l->text);
   }
-  while ((ex = s->exports)) {
-    s->exports = ex->next;
+  for (struct ex *ex = s->exports, *next; ex; ex = next) {
+    next = ex->next;
     ex_free(ex);
   }
-  for (i = 0; i < 2; i++) {
+  for (int i = 0; i < 2; i++) {
     if (s->stop[i] >= 0) close(s->stop[i]);
     if (s->wake[i] >= 0) close(s->wake[i]);
   }
@@ -2649,27 +3964,16 @@ void nbdserve_free(struct nbdserve *s) {
 }
 
 /* ==== [13] CLI (cli_) ====================================================
- * The command, on top of nbdserve.h alone: it is also the largest example of
- * its use.  What a process has only one of (signals, standard streams,
- * environment, identity) is touched here and nowhere else.
+ * The command, on top of nbdserve.h.  What a process has only one of (signals,
+ * standard streams, environment) is touched here and nowhere else.
  */
 #if !NBDSERVE_NO_MAIN
-
-#include <grp.h>
 #include <sys/wait.h>
 
-enum { CLI_FAILED = 1, CLI_USAGE = 2, CLI_IN_USE = 4 }; /* exit status */
-
-enum { /* the options, in the order of the table */
-  OPT_UNIX, OPT_PORT, OPT_BIND, OPT_STDIN, OPT_FD, OPT_READ_ONLY, OPT_EXPORT,
-  OPT_DESCRIPTION, OPT_OFFSET, OPT_SIZE, OPT_BLOCK_SIZE, OPT_CREATE, OPT_CACHE,
-  OPT_THREADS, OPT_MAX_CONN, OPT_ONCE, OPT_IDLE_EXIT, OPT_RUN, OPT_FORK,
-  OPT_PIDFILE, OPT_READY_FD, OPT_USER, OPT_GROUP, OPT_QUIET, OPT_VERBOSE,
-  OPT_STATS, OPT_JSON, OPT_VERSION, OPT_HELP, OPT_COUNT
-};
+enum { CLI_FAILED = 1, CLI_USAGE, CLI_DAMAGED, CLI_IN_USE }; /* exit status */
 
 static const struct cli_option {
-  char letter; /* or ' ' */
+  int letter; /* negative: only a name, but to us it is k->v[letter] */
   const char *name, *arg;
   uint64_t min, max; /* of a number; max 0: it is text */
   const char *help;
@@ -2678,49 +3982,46 @@ static const struct cli_option {
     {'p', "port", "N", 0, 65535, "listen on TCP (usual: 10809; 0: any free)"},
     {'i', "bind", "ADDR", 0, 0, "TCP address instead of the two loopbacks"},
     {'s', "stdin", NULL, 0, 0, "serve one client on standard input and output"},
-    {' ', "fd", "N", 0, INT_MAX, "serve a listening or a connected socket"},
+    {-'f', "fd", "N", 0, INT_MAX, "serve a listening or a connected socket"},
     {'r', "read-only", NULL, 0, 0, "refuse writes"},
     {'e', "export", "NAME", 0, 0, "export name (else: any name will do)"},
     {'D', "description", "TEXT", 0, 0, "for clients that list the exports"},
     {'o', "offset", "N", 0, INT64_MAX, "serve the target from this byte on"},
-    {' ', "size", "N", 1, INT64_MAX, "and that many bytes of it"},
+    {-'S', "size", "N", 1, INT64_MAX, "and that many bytes of it"},
     {'b', "block-size", "SIZES", 0, 0, "MIN:PREFERRED:MAX (1:4096:32M)"},
-    {' ', "create", "SIZE", 1, INT64_MAX, "make a missing target, sparse"},
-    {' ', "cache", "MODE", 0, 0, "writeback (default), writethrough, unsafe"},
+    {-'C', "create", "SIZE", 1, INT64_MAX, "make a missing target, sparse"},
+    {-'c', "cache", "MODE", 0, 0, "writeback (default), writethrough, unsafe"},
     {'t', "threads", "N", 1, 1024, "slow requests at a time per client (16)"},
     {'m', "max-conn", "N", 1, 1 << 20, "clients at a time (128)"},
     {'1', "once", NULL, 0, 0, "exit when the last client has gone"},
-    {' ', "idle-exit", "SEC", 1, 4000000, "exit after a time without clients"},
-    {' ', "run", "CMD", 0, 0, "serve while a shell command runs ($uri, $nbd)"},
-    {' ', "fork", NULL, 0, 0, "go into the background, once listening"},
+    {-'I', "idle-exit", "SEC", 1, 4000000, "exit after a time without clients"},
+    {-'R', "run", "CMD", 0, 0, "serve while a shell command runs ($uri, $nbd)"},
+    {-'F', "fork", NULL, 0, 0, "go into the background, once listening"},
     {'P', "pidfile", "FILE", 0, 0, "write the process id there, then"},
-    {' ', "ready-fd", "N", 3, INT_MAX, "write the URI there, once listening"},
-    {'u', "user", "USER", 0, 0, "become that user, once listening"},
-    {'g', "group", "GROUP", 0, 0, "become that group"},
+    {-'y', "ready-fd", "N", 3, INT_MAX, "write the URI there, once listening"},
     {'q', "quiet", NULL, 0, 0, "errors only"},
     {'v', "verbose", NULL, 0, 0, "tell of clients; twice: of every request"},
-    {' ', "stats", NULL, 0, 0, "print totals at exit (and always on SIGUSR1)"},
-    {' ', "json", NULL, 0, 0, "print them as JSON"},
+    {-'T', "stats", NULL, 0, 0, "print totals at exit (and always on SIGUSR1)"},
+    {-'j', "json", NULL, 0, 0, "print them as JSON"},
+    {'n', "dry-run", NULL, 0, 0, "change nothing in a store"},
+    {-'N', "no-verify", NULL, 0, 0, "a store's blocks are read unchecked"},
     {'V', "version", NULL, 0, 0, "print version and features"},
-    {'h', "help", NULL, 0, 0, "print this"}};
-
-STATIC_ASSERT(every_option, sizeof cli_options / sizeof *cli_options ==
-                                (size_t)OPT_COUNT);
+    {'h', "help", NULL, 0, 0, "print this"},
+    {0, NULL, NULL, 0, 0, NULL}};
 
 struct cli {
-  const char *v[OPT_COUNT]; /* values; NULL: not given */
-  uint64_t n[OPT_COUNT];    /* as numbers; how often, for those without */
-  char **command;           /* behind --, or NULL */
-  char **targets;           /* [NAME=]TARGET */
+  const char *v[128]; /* values by letter; NULL: not given */
+  uint64_t n[128];    /* as numbers; how often, for those without */
+  char **command;     /* behind --, or NULL */
+  char **targets;     /* [NAME=]TARGET */
   int ntargets;
-  const char *name;          /* -e, or "" */
-  struct nbdserve_export ex; /* what all exports have in common */
-  unsigned uid, gid, user_gid; /* (unsigned)-1: not known */
-  int serve[2]; /* one client's input and output, or -1 */
-  int report;   /* pipe to the parent of --fork, or -1 */
-  int wrote_pidfile;
-  pid_t child; /* the captive command; 0: none, or it has ended */
-  int status;  /* and this was its exit status */
+  const char *name;              /* -e, or "" */
+  struct nbdserve_export ex;     /* what all exports have in common */
+  int serve[2];                  /* one client's input, or -1, and output */
+  int report;                    /* pipe to the parent of --fork, or -1 */
+  const char *pidfile;           /* is there, for us to remove */
+  pid_t child;                   /* the captive command; 0: none, or... */
+  int status;                    /* ...it has ended with this exit status */
   char dir[100], sock[PATH_MAX]; /* private directory; unix socket */
   char uri[3 * WIRE_STRING + 1024];
 };
@@ -2750,236 +4051,401 @@ static void cli_log(void *ctx, int level, const char *message) {
   cli_say(0, "%s", message);
 }
 
-static void cli_help(void) {
-  const struct cli_option *o = cli_options;
-  puts("usage: nbdserve [OPTION]... [NAME=]TARGET... [-- CMD ARG...]\n"
-       "Serves disks over NBD.  TARGET is a file, a block device or mem:SIZE.\n"
-       "With CMD: serves while it runs; {} in an ARG becomes the URI.\n");
-  for (; o < cli_options + OPT_COUNT; o++)
-    printf("  %c%c%c --%s %-*s %s\n", o->letter == ' ' ? ' ' : '-', o->letter,
-           o->letter == ' ' ? ' ' : ',', o->name, 18 - (int)strlen(o->name),
-           o->arg ? o->arg : "", o->help);
-  puts("\nNumbers take K, M, G, T, P and E (powers of 1024).  When it listens, "
-       "the URI is\nprinted.  Exit status: 0 ok, 1 failed, 2 usage, 4 target "
-       "in use, or CMD's.");
-}
-
-/* The id of a user or group: a number, or a name in /etc/passwd or /etc/group
- * (getpwnam would not survive static linking).  *gid: a user's group, if it
- * stands there. */
-static int cli_lookup(const char *file, const char *name, unsigned *id,
-                      unsigned *gid) {
-  char line[1024], *rest;
-  unsigned long number = strtoul(name, &rest, 10);
-  int is_number = *name >= '0' && *name <= '9' && !*rest, found = 0;
-  size_t n = strlen(name);
-  FILE *f = fopen(file, "r");
-
-  *gid = (unsigned)-1;
-  while (f && !found && fgets(line, sizeof line, f)) {
-    rest = strchr(line, ':');
-    rest = rest ? strchr(rest + 1, ':') : NULL;
-    if (!rest || sscanf(rest, ":%u:%u", id, gid) < 1) continue;
-    found = is_number ? *id == number
-                      : strncmp(line, name, n) == 0 && line[n] == ':';
-  }
-  if (f) fclose(f);
-  if (found || !is_number || number >= UINT32_MAX) return found;
-  *id = (unsigned)number;
-  *gid = (unsigned)-1;
-  return 1;
-}
-
-/* MIN:PREFERRED:MAX. */
-static int cli_block_sizes(const char *s, struct nbdserve_export *ex) {
-  uint32_t *to[] = {&ex->min_block, &ex->preferred_block, &ex->max_request};
-  uint64_t v;
-  int i;
-  for (i = 0; i < 3; i++) {
-    s = u_size(s, &v);
-    if (!s || v < 1 || v > UINT32_MAX || *s++ != (i < 2 ? ':' : 0)) return 0;
-    *to[i] = (uint32_t)v;
-  }
-  return 1;
-}
-
 /* Takes one option with its value.  0, or CLI_USAGE after a message. */
-static int cli_set(struct cli *k, int opt, const char *value) {
-  const struct cli_option *o = &cli_options[opt];
-  const char *rest;
-  unsigned unused;
-  int ok = 1;
-
-  k->v[opt] = value ? value : "";
-  k->n[opt]++;
+static int cli_set(struct cli *k, const struct cli_option *o,
+                   const char *value) {
+  uint32_t *block[] = {&k->ex.min_block, &k->ex.preferred_block,
+                       &k->ex.max_request};
+  const char *rest = value;
+  int c = abs(o->letter), ok = 1;
+  k->v[c] = value;
+  k->n[c]++;
   if (o->max) {
-    rest = u_size(value, &k->n[opt]);
-    ok = rest && !*rest && k->n[opt] >= o->min && k->n[opt] <= o->max;
+    rest = u_size(value, &k->n[c]);
+    ok = rest && !*rest && k->n[c] >= o->min && k->n[c] <= o->max;
   }
-  if (opt == OPT_FD || opt == OPT_READY_FD) /* or it could become ours */
-    ok = ok && fcntl((int)k->n[opt], F_GETFD) >= 0;
-  if (opt == OPT_BLOCK_SIZE) ok = cli_block_sizes(value, &k->ex);
-  if (opt == OPT_USER)
-    ok = cli_lookup("/etc/passwd", value, &k->uid, &k->user_gid);
-  if (opt == OPT_GROUP) ok = cli_lookup("/etc/group", value, &k->gid, &unused);
-  if (opt == OPT_CACHE) {
-    k->ex.flags = strcmp(value, "writethrough") == 0 ? NBDSERVE_WRITETHROUGH
-                  : strcmp(value, "unsafe") == 0     ? NBDSERVE_UNSAFE
-                                                     : 0;
+  if (ok && (c == 'f' || c == 'y')) /* or it could become ours */
+    ok = fcntl((int)k->n[c], F_GETFD) >= 0;
+  for (int i = 0; c == 'b' && ok && i < 3; i++) {
+    uint64_t v = 0;
+    rest = u_size(rest, &v);
+    ok = rest && v >= 1 && v <= UINT32_MAX && *rest++ == (i < 2 ? ':' : 0);
+    *block[i] = (uint32_t)v;
+  }
+  if (c == 'c') {
+    k->ex.flags = strcmp(value, "unsafe") == 0 ? NBDSERVE_UNSAFE : 0;
+    if (strcmp(value, "writethrough") == 0) k->ex.flags = NBDSERVE_WRITETHROUGH;
     ok = k->ex.flags || strcmp(value, "writeback") == 0;
   }
   return ok ? 0 : cli_say(CLI_USAGE, "--%s %s: no such %s, or out of range",
                           o->name, value, o->arg);
 }
 
-/* The option of that letter, or of that name of n bytes; OPT_COUNT: none. */
-static int cli_find(char letter, const char *name, size_t n) {
+static const struct cli_option *cli_find(int letter, const char *name) {
   const struct cli_option *o = cli_options;
-  for (; o < cli_options + OPT_COUNT; o++)
-    if (name ? strncmp(o->name, name, n) == 0 && !o->name[n]
-             : o->letter == letter && letter != ' ')
-      break;
-  return (int)(o - cli_options);
+  size_t n = name ? strcspn(name, "=") : 0;
+  while (o->name && (name ? strncmp(o->name, name, n) != 0 || o->name[n]
+                          : abs(o->letter) != letter))
+    o++;
+  return o;
 }
 
-/* Reads the command line.  0, or CLI_USAGE after a message. */
 static int cli_parse(struct cli *k, int argc, char **argv) {
-  const char *a, *value;
-  int i, opt, is_long, err = 0;
-
-  for (i = 1; i < argc && !err; i++) {
-    a = argv[i];
+  for (int i = 1; i < argc; i++) {
+    const char *a = argv[i];
     if (a[0] != '-' || !a[1]) {
       k->targets[k->ntargets++] = argv[i];
       continue;
     }
-    is_long = *++a == '-';
+    int is_long = *++a == '-';
     if (is_long && !a[1]) {
       k->command = argv + i + 1;
       if (!*k->command) return cli_say(CLI_USAGE, "--: no command behind it");
-      if (!k->v[OPT_RUN]) return cli_set(k, OPT_RUN, "");
-      return cli_say(CLI_USAGE, "--: no command together with --run");
+      if (k->v['R']) return cli_say(CLI_USAGE, "--: not together with --run");
+      k->v['R'] = "";
+      return 0;
     }
+    const struct cli_option *o;
     do {
-      opt = cli_find(*a, is_long ? a + 1 : NULL, strcspn(a, "=") - 1);
-      if (opt == OPT_COUNT)
+      o = cli_find(*a, is_long ? a + 1 : NULL);
+      if (!o->name || (!is_long && o->letter < 0))
         return cli_say(CLI_USAGE, "%s: unknown option; try --help", argv[i]);
-      value = is_long ? strchr(a, '=') : a[1] ? a : NULL;
-      a++;
-      if (cli_options[opt].arg) {
-        value = value ? value + 1 : argv[++i];
-        if (!value)
-          return cli_say(CLI_USAGE, "%s: a value is missing", argv[i - 1]);
-      } else if (is_long && value) {
-        return cli_say(CLI_USAGE, "%s: this option takes no value", argv[i]);
-      }
-      err = cli_set(k, opt, value);
-    } while (!err && !is_long && !cli_options[opt].arg && *a);
+      a += is_long ? strcspn(a, "=") : 1;
+      const char *value = !o->arg ? is_long && *a ? NULL : ""
+                                  : *a ? a + is_long : argv[++i];
+      if (!value)
+        return cli_say(CLI_USAGE, "--%s takes %s", o->name,
+                       o->arg ? o->arg : "no value");
+      if (cli_set(k, o, value)) return CLI_USAGE;
+    } while (!is_long && !o->arg && *a);
   }
-  return err;
+  return 0;
 }
 
 static int cli_check(const struct cli *k) {
-  static const struct { int a, b; } apart[] = {
-      {OPT_STDIN, OPT_UNIX}, {OPT_STDIN, OPT_PORT}, {OPT_STDIN, OPT_BIND},
-      {OPT_STDIN, OPT_FD},   {OPT_RUN, OPT_STDIN},  {OPT_STDIN, OPT_FORK},
-      {OPT_FD, OPT_UNIX},    {OPT_FD, OPT_PORT},    {OPT_FD, OPT_BIND},
-      {OPT_RUN, OPT_FD},     {OPT_RUN, OPT_FORK},   {OPT_RUN, OPT_ONCE},
-      {OPT_RUN, OPT_IDLE_EXIT}, {OPT_CREATE, OPT_READ_ONLY}};
-  const char *a, *b;
-  size_t i;
-
-  for (i = 0; i < sizeof apart / sizeof *apart; i++) {
-    a = cli_options[apart[i].a].name;
-    b = cli_options[apart[i].b].name;
-    if (!k->v[apart[i].a] || !k->v[apart[i].b]) continue;
-    return k->command && apart[i].a == OPT_RUN
-               ? cli_say(CLI_USAGE, "--: no command together with --%s", b)
-               : cli_say(CLI_USAGE, "--%s: not together with --%s", a, b);
-  }
-  if (!k->ntargets)
-    return cli_say(CLI_USAGE, "no target: name a file, a block device or "
-                   "mem:SIZE; try --help");
-  if (k->v[OPT_EXPORT] && k->ntargets > 1)
+  const char *p = "sU sp si sf sF fU fp fi Rs Rf RF R1 RI Cr "; /* not both */
+  for (; *p; p += 3)
+    if (k->v[(int)p[0]] && k->v[(int)p[1]])
+      return cli_say(CLI_USAGE, "--%s: not together with --%s",
+                     *p == 'R' && k->command ? "" : cli_find(p[0], NULL)->name,
+                     cli_find(p[1], NULL)->name);
+  if (!k->ntargets) return cli_say(CLI_USAGE, "no target; try --help");
+  if (k->v['e'] && k->ntargets > 1)
     return cli_say(CLI_USAGE, "--export: for a single target; use NAME=TARGET");
   return 0;
 }
 
+#if !NBDSERVE_NO_CAS
+/* ---- Stores: serving one, and commands on them ---------------------------
+ * A command on a store that is being served is done by who serves it: it goes
+ * to STORE.ctl, with the descriptors it needs, and a status comes back.
+ */
+enum { CLI_INIT = 10, CLI_IMPORT, CLI_EXPORT, CLI_LIST, CLI_VERIFY, CLI_GC,
+       CLI_STAT, CLI_MANY = 1 << 20 };
+
+static const struct cli_verb {
+  const char *name;
+  int verb, min, max; /* NBDSERVE_CAS_* or CLI_*; operands besides STORE */
+  const char *help;
+} cli_verbs[] = {
+    {"init", CLI_INIT, 0, 1, "STORE [BLOCK-SIZE]"},
+    {"create", NBDSERVE_CAS_CREATE, 2, 2, "STORE::VOLUME SIZE"},
+    {"import", CLI_IMPORT, 2, 2, "STORE::VOLUME FILE"},
+    {"export", CLI_EXPORT, 2, 2, "STORE::NAME FILE (-: standard output)"},
+    {"list", CLI_LIST, 0, 0, "STORE"},
+    {"snapshot", NBDSERVE_CAS_SNAPSHOT, 1, 1, "STORE::VOLUME@SNAPSHOT"},
+    {"rollback", NBDSERVE_CAS_ROLLBACK, 1, 1, "STORE::VOLUME@SNAPSHOT"},
+    {"clone", NBDSERVE_CAS_CLONE, 2, CLI_MANY, "STORE::NAME VOLUME..."},
+    {"rename", NBDSERVE_CAS_RENAME, 2, 2, "STORE::NAME NEW"},
+    {"resize", NBDSERVE_CAS_RESIZE, 2, 2, "STORE::VOLUME SIZE"},
+    {"rm", NBDSERVE_CAS_RM, 1, CLI_MANY, "STORE::NAME [NAME...]"},
+    {"verify", CLI_VERIFY, 0, 0, "STORE"},
+    {"gc", CLI_GC, 0, 0, "STORE"},
+    {"stat", CLI_STAT, 0, 0, "STORE"}};
+
+enum { CLI_VERBS = sizeof cli_verbs / sizeof *cli_verbs };
+
+struct cli_job {
+  int fd[3]; /* output, messages, and the file of import and export */
+  size_t len;          /* bytes of ask that are in use */
+  struct {             /* what goes over the control socket */
+    uint64_t size;
+    unsigned char verb, flags; /* flags: NBDSERVE_CAS_DRY_RUN */
+    char text[65536]; /* operands, each with its NUL, and another one */
+  } ask;
+};
+
+static int cli_list_row(void *job, const struct nbdserve_cas_info *info) {
+  struct cli_job *j = job;
+  time_t t = (time_t)info->created;
+  char created[32];
+  struct tm tm;
+  strftime(created, sizeof created, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&t, &tm));
+  dprintf(j->fd[0], isatty(j->fd[0]) ? "%-40s %16" PRIu64 "  %s\n"
+                                     : "%s\t%" PRIu64 "\t%s\n",
+          info->name, info->size, created);
+  return 0;
+}
+
+static void cli_damage_row(void *job, const char *name, uint64_t off,
+                           uint64_t len, const char *why) {
+  struct cli_job *j = job;
+  dprintf(j->fd[0], "%s\t%" PRIu64 "\t%" PRIu64 "\t%s\n", *name ? name : "-",
+          off, len, why);
+}
+
+static void cli_stat(const struct cli_job *j, struct nbdserve_cas *cas) {
+  struct nbdserve_cas_stat t;
+  nbdserve_cas_stat(cas, &t);
+  dprintf(j->fd[0], "block_size\t%" PRIu64 "\nstored\t%" PRIu64
+          "\nfree\t%" PRIu64 "\nfile\t%" PRIu64 "\nlog\t%" PRIu64 "\n",
+          t.block_size, t.stored, t.free, t.file, t.log);
+}
+
+static int cli_copy(struct cli_job *j, struct nbdserve_cas *cas,
+                    const char *name, int in) {
+  uint64_t off = 0, end = in ? (uint64_t)lseek(j->fd[2], 0, SEEK_END) : 0;
+  struct nbdserve_export ex = {0};
+  unsigned char buf[65536];
+  int fd = j->fd[2], err = end > INT64_MAX ? -errno : 0, is_file;
+  if (!err && in) err = nbdserve_cas_create(cas, name, end);
+  if (!err) err = nbdserve_cas_volume(cas, name, &ex);
+  if (err) return err;
+  is_file = !in && !ftruncate(fd, 0) && !ftruncate(fd, (off_t)ex.size);
+  while (off < ex.size && !err) {
+    ssize_t n = (ssize_t)u_min(sizeof buf, ex.size - off);
+    if (!in) err = ex.ops->read(ex.ctx, buf, off, (uint64_t)n, 0);
+    if (!err && (in || !is_file || !u_is_zero(buf, (size_t)n)))
+      n = in        ? pread(fd, buf, (size_t)n, (off_t)off)
+          : is_file ? pwrite(fd, buf, (size_t)n, (off_t)off)
+                    : write(fd, buf, (size_t)n);
+    if (!err && n <= 0) err = n < 0 ? -errno : -EIO;
+    if (!err && in) err = ex.ops->write(ex.ctx, buf, off, (uint64_t)n, 0);
+    off += (uint64_t)n;
+  }
+  if (!err) err = in ? ex.ops->flush(ex.ctx, 0) : is_file ? os_fsync(fd) : 0;
+  ex.ops->close(ex.ctx);
+  if (err && in) nbdserve_cas_rm(cas, name);
+  return err;
+}
+
+/* Does a command and tells of what goes wrong.  The exit status. */
+static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
+  const struct cli_verb *v = cli_verbs + j->ask.verb;
+  const char *name = j->ask.text, *to = name + strlen(name) + 1;
+  uint64_t bytes;
+  int err = 0;
+  switch (v->verb) {
+  case CLI_IMPORT: err = cli_copy(j, cas, name, 1); break;
+  case CLI_EXPORT: err = cli_copy(j, cas, name, 0); break;
+  case CLI_LIST: err = nbdserve_cas_list(cas, cli_list_row, j); break;
+  case CLI_STAT: cli_stat(j, cas); break;
+  case CLI_VERIFY:
+    err = nbdserve_cas_verify(cas, cli_damage_row, NULL, j);
+    break;
+  case CLI_GC:
+    err = nbdserve_cas_gc(cas, j->ask.flags, &bytes, NULL, j);
+    if (!err) dprintf(j->fd[0], "%" PRIu64 "\n", bytes);
+    break;
+  default: /* rm and clone take many names */
+    while (!(err = nbdserve_cas_change(cas, v->verb | j->ask.flags, name, to,
+                                       j->ask.size)) &&
+           *to && v->max == CLI_MANY) {
+      if (v->verb == NBDSERVE_CAS_RM) name = to;
+      to += strlen(to) + 1;
+      if (v->verb == NBDSERVE_CAS_CLONE && !*to) break;
+    }
+  }
+  if (err == -EUCLEAN) return CLI_DAMAGED;
+  if (err)
+    dprintf(j->fd[1], "nbdserve: %s %s %s: %s\n", v->name, name,
+            v->min > 1 ? to : "", u_error(err));
+  return err ? CLI_FAILED : 0;
+}
+
+/* A store's control socket, bound (who has the store's lock may replace it) or
+ * connected, or -1. */
+static int cli_ctl_socket(const char *store, int bound) {
+  struct sockaddr_un a = {.sun_family = AF_UNIX};
+  int n = snprintf(a.sun_path, sizeof a.sun_path, "%s.ctl", store);
+  int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), ok;
+  if (bound) unlink(a.sun_path);
+  ok = n < (int)sizeof a.sun_path &&
+       (bound ? bind(fd, (void *)&a, sizeof a) == 0 &&
+                    chmod(a.sun_path, 0600) == 0 && listen(fd, 16) == 0
+              : connect(fd, (void *)&a, sizeof a) == 0);
+  if (!ok) close(fd);
+  return ok ? fd : -1;
+}
+
+/* Sends a command to a control socket, or receives one.  The bytes of it. */
+static ssize_t cli_pass(int fd, struct cli_job *j, int sending) {
+  union { struct cmsghdr h; char room[CMSG_SPACE(3 * sizeof(int))]; } c = {
+      .h = {.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS,
+            .cmsg_len = CMSG_LEN(sizeof j->fd)}};
+  struct iovec v = {&j->ask, sending ? j->len : sizeof j->ask};
+  struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = &c,
+                     .msg_controllen = sizeof c};
+  memcpy(CMSG_DATA(&c.h), j->fd, sizeof j->fd);
+  if (sending) return sendmsg(fd, &m, 0);
+  ssize_t n = recvmsg(fd, &m, MSG_WAITALL);
+  if (n < 0 || m.msg_controllen < CMSG_LEN(sizeof j->fd)) return -1;
+  memcpy(j->fd, CMSG_DATA(&c.h), sizeof j->fd);
+  return n;
+}
+
+static int cli_remote(struct cli_job *j, const char *store) {
+  int fd = cli_ctl_socket(store, 0);
+  unsigned char status;
+  if (fd < 0)
+    return cli_say(CLI_IN_USE, "%s: in use by another process", store);
+  if (cli_pass(fd, j, 1) < 0 || shutdown(fd, SHUT_WR) < 0 ||
+      read(fd, &status, 1) != 1)
+    return cli_say(CLI_FAILED, "%s.ctl: no answer", store);
+  return status;
+}
+
+static struct {
+  const char *path; /* NULL: none is */
+  struct nbdserve_cas *cas;
+  int all, ctl; /* all of it is served; the control socket, or -1 */
+  struct os_mutex working;
+} cli_store = {.ctl = -1};
+
+/* The thread of the control socket: does one command after the other. */
+static void *cli_control(void *unused) {
+  struct cli_job *j = NBDSERVE_MALLOC(sizeof *j);
+  int fd;
+  while (j && (fd = accept(cli_store.ctl, NULL, NULL)) >= 0) {
+    os_lock(&cli_store.working);
+    memset(j, 0, sizeof *j);
+    if (cli_pass(fd, j, 0) > 10 && j->ask.verb < CLI_VERBS) {
+      memset(j->ask.text + sizeof j->ask.text - 2, 0, 2);
+      unsigned char status = (unsigned char)cli_do(j, cli_store.cas);
+      (void)!write(fd, &status, 1);
+    }
+    for (int i = 0; i < 3 && j->fd[0] != j->fd[1]; i++) close(j->fd[i]);
+    close(fd);
+    os_unlock(&cli_store.working);
+  }
+  NBDSERVE_FREE(j);
+  return unused;
+}
+
+/* At the end: no more commands, and the store is closed. */
+static int cli_close_store(void) {
+  char ctl[PATH_MAX];
+  if (cli_store.ctl >= 0) {
+    snprintf(ctl, sizeof ctl, "%s.ctl", cli_store.path);
+    unlink(ctl);
+    shutdown(cli_store.ctl, SHUT_RDWR);
+    os_lock(&cli_store.working); /* for good */
+  }
+  int err = cli_store.path ? nbdserve_cas_close(cli_store.cas) : 0;
+  return err ? cli_say(CLI_FAILED, "%s: %s", cli_store.path, u_error(err)) : 0;
+}
+
+static int cli_find_volume(void *k, const char *name,
+                           struct nbdserve_export *out) {
+  *out = ((struct cli *)k)->ex;
+  return cli_store.all ? nbdserve_cas_volume(cli_store.cas, name, out)
+                       : -ENOENT;
+}
+
+struct cli_emit {
+  int (*emit)(void *arg, const char *name, const char *description);
+  void *arg;
+};
+
+static int cli_emit_volume(void *to, const struct nbdserve_cas_info *info) {
+  struct cli_emit *e = to;
+  return e->emit(e->arg, info->name, info->readonly ? "snapshot" : "");
+}
+
+static int cli_list_volumes(void *unused, int (*emit)(void *, const char *,
+                                                      const char *),
+                            void *arg) {
+  struct cli_emit e = {emit, arg};
+  (void)unused;
+  return cli_store.all ? nbdserve_cas_list(cli_store.cas, cli_emit_volume, &e)
+                       : 0;
+}
+
+/* Opens STORE::NAME or, for all of it, STORE::, and the control socket. */
+static int cli_add_volume(const struct cli *k, char *path, char *colons,
+                          struct nbdserve_export *ex) {
+  struct nbdserve_cas_options o = {
+      .flags = (k->v['r'] ? NBDSERVE_CAS_READONLY : 0u) |
+               (k->v['N'] ? NBDSERVE_CAS_NO_VERIFY : 0u)};
+  *colons = 0;
+  if (cli_store.path && strcmp(cli_store.path, path) != 0) return -EMLINK;
+  if (!cli_store.path) {
+    int err = nbdserve_cas_open(path, &o, &cli_store.cas);
+    if (err) return err;
+    cli_store.path = path;
+    if (!NBDSERVE_NO_THREADS && !k->v['r'] &&
+        !os_mutex_init(&cli_store.working))
+      cli_store.ctl = cli_ctl_socket(path, 1);
+    if (cli_store.ctl >= 0) os_thread(cli_control, NULL);
+  }
+  if (colons[2]) return nbdserve_cas_volume(cli_store.cas, colons + 2, ex);
+  cli_store.all = 1;
+  return 0;
+}
+#endif
+
 /* Opens a target and adds it.  0, or the exit status after a message. */
-static int cli_add(const struct cli *k, const char *path, const char *name) {
+static int cli_add(const struct cli *k, char *path, const char *name) {
   struct nbdserve_export ex = k->ex;
   struct nbdserve_flat flat = {
-      .offset = k->n[OPT_OFFSET], .size = k->n[OPT_SIZE],
-      .create = k->n[OPT_CREATE],
-      .flags = k->v[OPT_READ_ONLY] ? NBDSERVE_READONLY : 0};
-  const char *hint = "";
+      .offset = k->n['o'], .size = k->n['S'], .create = k->n['C'],
+      .flags = k->v['r'] ? NBDSERVE_READONLY : 0};
+  char *colons = strstr(path, "::");
   int err = -EOPNOTSUPP;
-
   ex.name = name;
-  ex.description = k->v[OPT_DESCRIPTION];
-  if (!*name && k->ntargets == 1 && !k->v[OPT_EXPORT])
-    ex.flags |= NBDSERVE_ANY_NAME;
-  if (strstr(path, "::"))
-    return cli_say(CLI_FAILED, "%s: a store, and this build has none", path);
-#if !NBDSERVE_NO_FLAT
-  err = nbdserve_flat_open(path, &flat, &ex);
+  ex.description = k->v['D'];
+  if (!*name && k->ntargets == 1 && !k->v['e']) ex.flags |= NBDSERVE_ANY_NAME;
+#if !NBDSERVE_NO_CAS
+  if (colons) err = cli_add_volume(k, path, colons, &ex);
+  if (colons && !err && !ex.ops) return 0; /* all of it */
 #endif
+#if !NBDSERVE_NO_FLAT
+  if (!colons) err = nbdserve_flat_open(path, &flat, &ex);
+#endif
+  const char *hint = err == -EBUSY ? "; another server has it" : "";
   if ((err == -EACCES || err == -EROFS) && !flat.flags)
     hint = "; -r serves it read-only";
   if (err == -ENOENT && !flat.create) hint = "; --create SIZE makes it";
   if (err == -EINVAL)
-    hint = ": not a file, a block device or mem:SIZE, or smaller than --offset "
-           "and --size say";
-  if (err == -EBUSY)
-    return cli_say(CLI_IN_USE, "%s: in use by another server", path);
-  if (err) return cli_say(CLI_FAILED, "%s: %s%s", path, u_error(err), hint);
+    hint = colons ? ": no store"
+           : ": no file, device or mem:SIZE, or --offset, --size are beyond it";
+  if (err == -EMLINK) hint = "; one store at a time";
+  if (err)
+    return cli_say(err == -EBUSY ? CLI_IN_USE : CLI_FAILED, "%s: %s%s", path,
+                   u_error(err), hint);
   err = nbdserve_add(cli_server, &ex);
   if (!err) return 0;
   ex.ops->close(ex.ctx);
-  return err == -EEXIST
-             ? cli_say(CLI_USAGE, "%s: two targets of that export name", name)
-             : cli_say(CLI_USAGE, "%s: --block-size, name or description out "
-                       "of range", path);
-}
-
-static int cli_add_all(struct cli *k) {
-  int i, status = 0;
-  for (i = 0; i < k->ntargets && !status; i++) {
-    char *path = k->targets[i], *equals = strchr(path, '=');
-    const char *slash = strrchr(path, '/');
-    const char *base = slash ? slash + 1 : path;
-    if (equals && !memchr(path, '/', (size_t)(equals - path))) {
-      *equals = 0;
-      if (k->ntargets == 1) k->name = path;
-      status = cli_add(k, equals + 1, path);
-    } else {
-      status = cli_add(k, path, k->ntargets > 1 ? base : k->name);
-    }
-  }
-  return status;
+  return cli_say(CLI_USAGE, "%s: %s", path, err == -EEXIST
+                 ? "another target has that export name"
+                 : "--block-size, name or description out of range");
 }
 
 static int cli_listen_on(const char *kind, const char *address) {
   char full[PATH_MAX + 8];
-  int err;
   snprintf(full, sizeof full, "%s:%s", kind, address);
-  err = nbdserve_listen(cli_server, full);
+  int err = nbdserve_listen(cli_server, full);
   if (err == -ENAMETOOLONG)
-    return cli_say(CLI_FAILED, "%s: a socket path has at most %u bytes",
-                   address,
+    return cli_say(CLI_FAILED, "%s: a socket path has at most %u bytes", full,
                    (unsigned)sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
-  if (err == -EADDRINUSE)
-    return cli_say(CLI_FAILED, "%s: a server listens there, or it is something "
-                   "else; not replaced", full);
-  return err ? cli_say(CLI_FAILED, "%s: %s", full, u_error(err)) : 0;
+  return !err ? 0 : cli_say(CLI_FAILED, "%s: %s%s", full, u_error(err),
+                            err == -EADDRINUSE ? "; not replaced" : "");
 }
 
 /* A socket only its owner can reach, in a directory that is removed again. */
 static int cli_listen_private(struct cli *k) {
   const char *dirs[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"), "/tmp"};
-  int i, status;
-
-  for (i = 0; i < 3 && !*k->dir; i++) {
+  for (int i = 0; i < 3 && !*k->dir; i++) {
     if (!dirs[i] || *dirs[i] != '/' || strlen(dirs[i]) > 80)
       continue; /* with the rest it must fit into every system's address */
     snprintf(k->dir, sizeof k->dir, "%s/nbdXXXXXX", dirs[i]);
@@ -2987,20 +4453,15 @@ static int cli_listen_private(struct cli *k) {
   }
   if (!*k->dir)
     return cli_say(CLI_FAILED, "private socket: no directory for it; use -U");
-  snprintf(k->sock, sizeof k->sock, "%s/sock", k->dir);
-  status = cli_listen_on("unix", k->sock);
-  if (!status && (chmod(k->sock, 0600) < 0 ||
-                  (k->v[OPT_USER] && (chown(k->sock, k->uid, (gid_t)-1) < 0 ||
-                                      chown(k->dir, k->uid, (gid_t)-1) < 0))))
-    status = cli_say_errno(k->sock);
-  return status;
+  strcat(strcpy(k->sock, k->dir), "/sock");
+  int status = cli_listen_on("unix", k->sock);
+  return !status && chmod(k->sock, 0600) < 0 ? cli_say_errno(k->sock) : status;
 }
 
 /* n sockets of whoever started us, from fd on: listening ones, or a client. */
-static int cli_take_fds(struct cli *k, int fd, int n) {
-  char address[16];
-  int err = 0;
-  if (n > SRV_LISTENERS) return cli_say(CLI_FAILED, "LISTEN_FDS: too many");
+static int cli_take_fds(struct cli *k, int fd, uint64_t n) {
+  char address[16] = "LISTEN_FDS";
+  int err = n > SRV_LISTENERS ? -EMFILE : 0;
   for (; n > 0 && !err; n--, fd++) {
     snprintf(address, sizeof address, "fd:%d", fd);
     err = nbdserve_listen(cli_server, address);
@@ -3008,42 +4469,18 @@ static int cli_take_fds(struct cli *k, int fd, int n) {
       k->serve[0] = k->serve[1] = fd;
       err = 0;
     }
-    if (err) cli_say(0, "%s: %s", address, u_error(err));
   }
-  return err ? CLI_FAILED : 0;
-}
-
-/* How many sockets systemd, or nbdinfo and its like, hand over. */
-static int cli_activation(void) {
-  const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
-  uint64_t n = 0;
-  if (!pid || !fds || strtol(pid, NULL, 10) != (long)getpid()) return 0;
-  u_size(fds, &n);
-  unsetenv("LISTEN_PID");
-  unsetenv("LISTEN_FDS");
-  unsetenv("LISTEN_FDNAMES");
-  return (int)u_min(n, INT_MAX);
-}
-
-static int cli_listen_tcp(const struct cli *k) {
-  const char *host = k->v[OPT_BIND] ? k->v[OPT_BIND] : "localhost";
-  const char *port = k->v[OPT_PORT] ? k->v[OPT_PORT] : "10809";
-  char address[300];
-  int bare_v6 = strchr(host, ':') && *host != '[', status;
-  snprintf(address, sizeof address, bare_v6 ? "[%s]:%s" : "%s:%s", host, port);
-  status = cli_listen_on("tcp", address);
-  if (!status && strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
-      strncmp(host, "127.", 4) != 0 && !k->v[OPT_QUIET])
-    cli_say(0, "%s: no authentication: who reaches it reads and writes", host);
-  return status;
+  return err ? cli_say(CLI_FAILED, "%s: %s", address, u_error(err)) : 0;
 }
 
 static int cli_listen(struct cli *k) {
-  const char *path = k->v[OPT_UNIX];
-  int is_tcp = k->v[OPT_PORT] || k->v[OPT_BIND], n = cli_activation();
-  int status = 0;
-
-  if (k->v[OPT_FD]) return cli_take_fds(k, (int)k->n[OPT_FD], 1);
+  const char *path = k->v['U'], *host = k->v['i'] ? k->v['i'] : "localhost";
+  const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
+  int is_tcp = k->v['p'] || k->v['i'], status = 0;
+  uint64_t n = 0; /* sockets from systemd, or nbdinfo and its like */
+  if (k->v['s']) return k->serve[0] = 0;
+  if (k->v['f']) return cli_take_fds(k, (int)k->n['f'], 1);
+  if (pid && fds && strtol(pid, NULL, 10) == (long)getpid()) u_size(fds, &n);
   if (n > 0 && !path && !is_tcp) return cli_take_fds(k, 3, n);
   if (path && strcmp(path, "-") != 0) {
     /* a whole path, where it fits, so that the URI works from anywhere */
@@ -3054,28 +4491,33 @@ static int cli_listen(struct cli *k) {
   } else if (path || !is_tcp) {
     status = cli_listen_private(k);
   }
-  if (!status && is_tcp) status = cli_listen_tcp(k);
+  if (!status && is_tcp) {
+    char address[300];
+    snprintf(address, sizeof address, "%s:%s", host,
+             k->v['p'] ? k->v['p'] : "10809");
+    status = cli_listen_on("tcp", address);
+    if (!status && strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
+        strncmp(host, "127.", 4) != 0 && !k->v['q'])
+      cli_say(0, "%s: no authentication: anyone can read and write", host);
+  }
   if (!status) nbdserve_uri(cli_server, k->name, k->uri, sizeof k->uri);
   return status;
 }
 
 static void cli_on_signal(int sig) {
   if (sig == SIGUSR1) cli_usr1 = 1;
-  if (sig == SIGINT && cli_ending) _exit(130);
-  if (sig == SIGUSR1 || sig == SIGCHLD) {
-    nbdserve_wake(cli_server); /* cli_serve looks what it was */
-  } else {
-    cli_ending = 1;
-    nbdserve_stop(cli_server);
-  }
+  if (cli_server) nbdserve_wake(cli_server); /* cli_serve looks what it was */
+  if (sig == SIGUSR1 || sig == SIGCHLD) return;
+  if (cli_ending && sig == SIGINT) _exit(130);
+  cli_ending = 1;
+  if (cli_server) nbdserve_stop(cli_server);
 }
 
 /* What was ignored when we were started (nohup) stays so. */
 static void cli_catch_signals(void (*handler)(int)) {
   static const int signals[] = {SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGCHLD};
   struct sigaction sa = {.sa_handler = handler, .sa_flags = SA_RESTART}, was;
-  size_t i;
-  for (i = 0; i < sizeof signals / sizeof *signals; i++)
+  for (size_t i = 0; i < sizeof signals / sizeof *signals; i++)
     if (i > 1 || (sigaction(signals[i], NULL, &was) == 0 &&
                   was.sa_handler != SIG_IGN))
       sigaction(signals[i], &sa, NULL);
@@ -3084,88 +4526,49 @@ static void cli_catch_signals(void (*handler)(int)) {
   sigaction(SIGXFSZ, &sa, NULL); /* writes get EFBIG then */
 }
 
-/* The ARG with every {} in it replaced by the URI. */
 static char *cli_expand(const char *arg, const char *uri) {
-  size_t max = strlen(arg) * (strlen(uri) + 1) + 1, n = 0;
-  char *out = u_zalloc(max);
+  char *out = u_zalloc(strlen(arg) * (strlen(uri) + 1) + 1);
   while (out && *arg) {
     int hit = strncmp(arg, "{}", 2) == 0;
-    n += (size_t)snprintf(out + n, max - n, hit ? "%s" : "%.1s",
-                          hit ? uri : arg);
+    if (hit) strcat(out, uri);
+    else strncat(out, arg, 1);
     arg += hit ? 2 : 1;
   }
   return out;
 }
 
-/* What --run offers to its shell, as nbdkit does. */
-static void cli_set_environment(const struct cli *k) {
-  char nbd[PATH_MAX + 80];
-  int is_tcp = !*k->sock;
-  snprintf(nbd, sizeof nbd, "nbd:%s%.*s%s", is_tcp ? "" : "unix:",
-           is_tcp ? (int)strcspn(k->uri + 6, "/") : 0, k->uri + 6, k->sock);
-  setenv("uri", k->uri, 1);
-  setenv("nbd", nbd, 1);
-  setenv("unixsocket", k->sock, 1);
-  setenv("port", is_tcp ? strrchr(nbd, ':') + 1 : "", 1);
-  setenv("exportname", k->name, 1);
-}
-
+/* --run gets variables, as nbdkit has them; the ARGs of a command the URI. */
 static int cli_start_command(struct cli *k) {
-  char **p;
-
+  char nbd[PATH_MAX + 80], *host = k->uri + 6; /* unless there is k->sock */
   k->child = fork();
-  if (k->child < 0) return cli_say_errno("fork");
-  if (k->child > 0) return 0;
+  if (k->child) return k->child < 0 ? cli_say_errno("fork") : 0;
   cli_catch_signals(SIG_DFL);
   if (k->command) {
-    for (p = k->command; *p; p++) *p = cli_expand(*p, k->uri);
+    for (char **p = k->command; *p; p++) *p = cli_expand(*p, k->uri);
     execvp(k->command[0], k->command);
-  } else {
-    cli_set_environment(k);
-    execl("/bin/sh", "sh", "-c", k->v[OPT_RUN], (char *)NULL);
+    _exit(cli_say_errno(k->command[0]) + 126);
   }
-  _exit(cli_say_errno(k->command ? k->command[0] : "/bin/sh") + 126);
+  setenv("uri", k->uri, 1);
+  host[strcspn(host, "/")] = 0;
+  snprintf(nbd, sizeof nbd, *k->sock ? "nbd:unix:%s" : "nbd:%s",
+           *k->sock ? k->sock : host);
+  setenv("nbd", nbd, 1);
+  setenv("unixsocket", k->sock, 1);
+  setenv("port", *k->sock ? "" : strrchr(host, ':') + 1, 1);
+  setenv("exportname", k->name, 1);
+  execl("/bin/sh", "sh", "-c", k->v['R'], (char *)NULL);
+  _exit(cli_say_errno("/bin/sh") + 126);
   return 0;
 }
 
-/* Has the captive command ended?  wait: until it has. */
 static int cli_command_ended(struct cli *k, int wait) {
   int st = 0;
-  if (waitpid(k->child, &st, wait ? 0 : WNOHANG) != k->child) return 0;
+  if (!k->child || waitpid(k->child, &st, wait ? 0 : WNOHANG) <= 0) return 0;
   k->status = WIFSIGNALED(st) ? 128 + WTERMSIG(st) : WEXITSTATUS(st);
   k->child = 0;
   return 1;
 }
 
-/* Writes the pidfile in one step: who sees it may connect. */
-static int cli_write_pidfile(const char *path) {
-  char temp[PATH_MAX];
-  FILE *f;
-  int ok;
-  snprintf(temp, sizeof temp, "%.*s.new", PATH_MAX - 8, path);
-  f = fopen(temp, "w");
-  if (!f) return cli_say_errno(temp);
-  ok = fprintf(f, "%ld\n", (long)getpid()) > 0;
-  ok = fclose(f) == 0 && ok && rename(temp, path) == 0;
-  return ok ? 0 : cli_say_errno(path);
-}
-
-static int cli_drop_privileges(const struct cli *k) {
-  int user = k->v[OPT_USER] != NULL;
-  unsigned gid = k->v[OPT_GROUP] ? k->gid : k->user_gid;
-  if (!user && !k->v[OPT_GROUP]) return 0;
-  if (gid == (unsigned)-1)
-    return cli_say(CLI_FAILED, "--user %s: unknown group; use --group",
-                   k->v[OPT_USER]);
-  if (setgroups(0, NULL) < 0 || setgid(gid) < 0 || (user && setuid(k->uid) < 0))
-    return cli_say_errno("--user");
-  if (getgid() != gid || (user && (getuid() != k->uid ||
-                                   (k->uid && setuid(0) == 0))))
-    return cli_say(CLI_FAILED, "--user: it did not work");
-  return 0;
-}
-
-/* Writes the URI line to a descriptor; closes it if it is no standard one. */
 static int cli_tell(const struct cli *k, int fd, const char *who) {
   if (*k->uri && dprintf(fd, "%s\n", k->uri) < 0) return cli_say_errno(who);
   return fd > 2 && close(fd) < 0 ? cli_say_errno(who) : 0;
@@ -3173,159 +4576,224 @@ static int cli_tell(const struct cli *k, int fd, const char *who) {
 
 /* All is open and listening: tells everybody who asked. */
 static int cli_ready(struct cli *k) {
-  int status = 0, null;
-
-  if (k->v[OPT_PIDFILE]) status = cli_write_pidfile(k->v[OPT_PIDFILE]);
-  k->wrote_pidfile = k->v[OPT_PIDFILE] && !status;
-  if (!status) status = cli_drop_privileges(k);
-  if (!status && k->v[OPT_READY_FD])
-    status = cli_tell(k, (int)k->n[OPT_READY_FD], "--ready-fd");
-  if (status) return status;
-  if (k->v[OPT_RUN])
+  if (k->v['P']) { /* in one step: who sees it may connect */
+    char temp[PATH_MAX];
+    snprintf(temp, sizeof temp, "%.*s.new", PATH_MAX - 8, k->v['P']);
+    int fd = open(temp, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (fd < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0 || close(fd) < 0 ||
+        rename(temp, k->v['P']) < 0)
+      return cli_say_errno(k->v['P']);
+    k->pidfile = k->v['P'];
+  }
+  if (k->v['y'] && cli_tell(k, (int)k->n['y'], "--ready-fd")) return CLI_FAILED;
+  if (k->v['R'])
     return *k->uri ? cli_start_command(k)
-                   : cli_say(CLI_USAGE, "no URI for the command: sockets were "
-                             "handed over");
-  status = cli_tell(k, 1, "standard output");
-  if (status || k->report < 0) return status;
-  null = open("/dev/null", O_RDWR);
-  if (null < 0) return cli_say_errno("/dev/null");
-  if (dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0) return 1;
+                   : cli_say(CLI_USAGE, "no URI for the command to use");
+  if (cli_tell(k, 1, "standard output")) return CLI_FAILED;
+  if (k->report < 0) return 0;
+  int null = open("/dev/null", O_RDWR);
+  if (null < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0)
+    return cli_say_errno("/dev/null");
   close(null);
   (void)!write(k->report, "", 1); /* a parent that is gone waits for nothing */
   close(k->report);
   return 0;
 }
 
-/* --fork: the parent waits until the child says that it serves, and exits, or
- * until it has failed.  The child returns. */
+/* --fork: the parent waits until the child serves or fails; that returns. */
 static int cli_fork(struct cli *k) {
-  int fd[2], st = 0;
+  int fd[2];
   char ready;
-  ssize_t n;
-  pid_t pid;
-
-  if (pipe(fd) < 0 || (pid = fork()) < 0) return cli_say_errno("--fork");
-  if (pid == 0) {
-    close(fd[0]);
-    k->report = fd[1];
-    return setsid() < 0 ? cli_say_errno("--fork") : 0;
+  if (pipe(fd) < 0 || (k->child = fork()) < 0) return cli_say_errno("--fork");
+  if (k->child > 0) {
+    close(fd[1]);
+    if (read(fd[0], &ready, 1) == 1) _exit(0);
+    cli_command_ended(k, 1);
+    _exit(k->status ? k->status : CLI_FAILED);
   }
-  close(fd[1]);
-  n = read(fd[0], &ready, 1);
-  if (n != 1) waitpid(pid, &st, 0);
-  _exit(n == 1 ? 0 : WIFEXITED(st) && WEXITSTATUS(st) ? WEXITSTATUS(st) : 1);
-  return 0;
+  close(fd[0]);
+  k->report = fd[1];
+  return setsid() < 0 ? cli_say_errno("--fork") : 0;
 }
 
 static void cli_print_stats(const struct cli *k) {
+#define N "%" PRIu64 /* a number */
   struct nbdserve_stats t;
+  cli_usr1 = 0;
   nbdserve_stats(cli_server, &t);
-  fprintf(stderr,
-          k->v[OPT_JSON]
-              ? "{\"clients\":%" PRIu64 ",\"clients_now\":%" PRIu64
-                ",\"requests\":%" PRIu64 ",\"errors\":%" PRIu64
-                ",\"bytes_read\":%" PRIu64 ",\"bytes_written\":%" PRIu64
-                ",\"flushes\":%" PRIu64 "}\n"
-              : "nbdserve: %" PRIu64 " clients (%" PRIu64 " now), %" PRIu64
-                " requests (%" PRIu64 " failed), %" PRIu64
-                " bytes read, %" PRIu64 " written, %" PRIu64 " flushes\n",
+  fprintf(stderr, k->v['j']
+          ? "{\"clients\":" N ",\"clients_now\":" N ",\"requests\":" N
+            ",\"errors\":" N ",\"bytes_read\":" N ",\"bytes_written\":" N
+            ",\"flushes\":" N "}\n"
+          : "nbdserve: " N " clients (" N " now), " N " requests (" N
+            " failed), " N " bytes read, " N " written, " N " flushes\n",
           t.clients, t.clients_now, t.requests, t.errors, t.bytes_read,
           t.bytes_written, t.flushes);
 }
 
-/* Serves until it is over; the exit status. */
 static int cli_serve(struct cli *k) {
   int err = 0, run;
-
   if (k->serve[0] >= 0) {
     err = nbdserve_serve(cli_server, k->serve[0], k->serve[1], NULL);
     nbdserve_stop(cli_server); /* what follows only flushes */
   }
   while ((run = nbdserve_run(cli_server)) == -EINTR) {
-    if (cli_usr1) {
-      cli_usr1 = 0;
-      cli_print_stats(k);
-    }
-    if (k->child > 0 && cli_command_ended(k, 0)) nbdserve_stop(cli_server);
+    if (cli_usr1) cli_print_stats(k);
+    if (cli_command_ended(k, 0)) nbdserve_stop(cli_server);
   }
-  if (k->v[OPT_STATS]) cli_print_stats(k);
-  if (k->child > 0 && !cli_command_ended(k, 0)) {
-    kill(k->child, SIGTERM);
-    cli_command_ended(k, 1);
-  }
+  if (k->v['T']) cli_print_stats(k);
+  if (k->child) kill(k->child, SIGTERM);
+  cli_command_ended(k, 1);
   return k->status ? k->status : err || run ? CLI_FAILED : 0;
+}
+
+#if !NBDSERVE_NO_CAS
+/* Does the command that the command line may be.  -1: it is none. */
+static int cli_command(struct cli *k) {
+  static struct cli_job j = {.fd = {1, 2, 1}};
+  struct nbdserve_cas_options o = {0};
+  struct nbdserve_cas *cas;
+  int n = k->ntargets - 1, i = 0;
+  char **arg = k->targets + 1, *name = n > 0 ? *arg : NULL;
+  char *store = getenv("NBDSERVE_STORE"), *colons;
+  while (n >= 0 && i < CLI_VERBS && strcmp(cli_verbs[i].name, arg[-1]) != 0)
+    i++;
+  if (n < 0 || i == CLI_VERBS) return -1;
+  const struct cli_verb *v = cli_verbs + i;
+  if (name && (colons = strstr(name, "::"))) {
+    *colons = 0;
+    store = name;
+    *arg = colons + 2;
+  } else if (name && v->min == 0) {
+    store = name;
+  }
+  int skip = name == store && v->min == 0;
+  arg += skip;
+  n -= skip;
+  if (!store || n < v->min || n > v->max)
+    return cli_say(CLI_USAGE, "usage: nbdserve %s %s", v->name, v->help);
+  j.ask.verb = (unsigned char)i;
+  j.ask.flags = k->v['n'] ? NBDSERVE_CAS_DRY_RUN : 0;
+  if (n > 0 && (v->verb == CLI_INIT || v->verb == NBDSERVE_CAS_CREATE ||
+                v->verb == NBDSERVE_CAS_RESIZE)) {
+    const char *rest = u_size(arg[n - 1], &j.ask.size);
+    if (!rest || *rest)
+      return cli_say(CLI_USAGE, "%s %s: no size", v->name, arg[n - 1]);
+  }
+  int err = 0, in = v->verb == CLI_IMPORT;
+  if (v->verb == CLI_INIT) {
+    o.block_size = (uint32_t)j.ask.size;
+    err = nbdserve_cas_init(store, &o);
+    return err == -EINVAL ? cli_say(CLI_USAGE, "init %s: no block size", arg[0])
+           : err          ? cli_say(CLI_FAILED, "%s: %s", store, u_error(err))
+                          : 0;
+  }
+  char *end = j.ask.text, *limit = end + sizeof j.ask.text - 1;
+  for (i = 0; i < n && strlen(arg[i]) < (size_t)(limit - end); i++)
+    end += strlen(strcpy(end, arg[i])) + 1;
+  if (i < n) return cli_say(CLI_USAGE, "%s: too many names", v->name);
+  j.len = (size_t)(end + 1 - (char *)&j.ask);
+  if (in || (v->verb == CLI_EXPORT && strcmp(arg[1], "-") != 0))
+    j.fd[2] = open(arg[1], in ? O_RDONLY : O_RDWR | O_CREAT, 0666);
+  if (j.fd[2] < 0) return cli_say_errno(arg[1]);
+  if (v->verb >= CLI_EXPORT && v->verb != CLI_GC)
+    o.flags = NBDSERVE_CAS_READONLY;
+  err = nbdserve_cas_open(store, &o, &cas);
+  if (err == -EBUSY) return cli_remote(&j, store);
+  if (err) return cli_say(CLI_FAILED, "%s: %s", store, err == -EINVAL
+                          ? "not a store" : u_error(err));
+  cli_catch_signals(cli_on_signal);
+  i = cli_do(&j, cas);
+  err = nbdserve_cas_close(cas);
+  return err ? cli_say(CLI_FAILED, "%s: %s", store, u_error(err)) : i;
+}
+#endif
+
+static int cli_help(void) {
+  puts("usage: nbdserve [OPTION]... [NAME=]TARGET... [-- CMD ARG...]\n"
+       "       nbdserve COMMAND ARG...\n"
+       "Serves disks over NBD.  TARGET is a file, a block device, mem:SIZE or\n"
+       "STORE::VOLUME, STORE::VOLUME@SNAPSHOT or, for all of it, STORE::.\n"
+       "With CMD: serves while it runs; {} in an ARG becomes the URI.\n");
+  for (const struct cli_option *o = cli_options; o->name; o++) {
+    char letter[] = {'-', (char)o->letter, ',', 0};
+    printf("  %3s --%s %-*s %s\n", o->letter > 0 ? letter : "", o->name,
+           18 - (int)strlen(o->name), o->arg ? o->arg : "", o->help);
+  }
+#if !NBDSERVE_NO_CAS
+  puts("\nCommands on stores, also while they are served; NAME: VOLUME or "
+       "VOLUME@SNAPSHOT:");
+  for (int i = 0; i < CLI_VERBS; i++)
+    printf("  %-9s %s\n", cli_verbs[i].name, cli_verbs[i].help);
+#endif
+  puts("\nNumbers take K, M, G, T, P and E (powers of 1024).  When it listens, "
+       "the URI is\nprinted.  Exit status: 0 ok, 1 failed, 2 usage, 3 verify "
+       "found damage, 4 target\nin use, or CMD's.");
+  return fflush(stdout) == EOF ? CLI_FAILED : 0;
 }
 
 /* Everything from the first open file to the last. */
 static int cli_main(struct cli *k) {
-  int level = NBDSERVE_LOG_WARNING + (int)u_min(k->n[OPT_VERBOSE], 2);
+  int level = NBDSERVE_LOG_WARNING + (int)u_min(k->n['v'], 2);
   struct nbdserve_config config = {
-      .version = NBDSERVE_VERSION_NUMBER,
-      .flags = k->v[OPT_ONCE] ? NBDSERVE_ONCE : 0,
-      .threads = (uint32_t)k->n[OPT_THREADS],
-      .max_conn = (uint32_t)k->n[OPT_MAX_CONN],
-      .idle_exit_ms = (uint32_t)k->n[OPT_IDLE_EXIT] * 1000,
-      .log = cli_log,
-      .log_level = k->v[OPT_QUIET] ? NBDSERVE_LOG_ERROR : level};
+      .version = NBDSERVE_VERSION_NUMBER, .max_conn = (uint32_t)k->n['m'],
+      .flags = k->v['1'] ? NBDSERVE_ONCE : 0, .threads = (uint32_t)k->n['t'],
+      .idle_exit_ms = (uint32_t)k->n['I'] * 1000, .log = cli_log,
+#if !NBDSERVE_NO_CAS
+      .find = cli_find_volume, .list = cli_list_volumes, .ctx = k,
+#endif
+      .log_level = k->v['q'] ? NBDSERVE_LOG_ERROR : level};
   int status = nbdserve_new(&cli_server, &config);
-
   if (status) return cli_say(CLI_FAILED, "start: %s", u_error(status));
   cli_catch_signals(cli_on_signal);
-  status = cli_add_all(k);
-  if (k->v[OPT_STDIN])
-    k->serve[0] = !(k->serve[1] = 1);
-  else if (!status)
-    status = cli_listen(k);
+  for (int i = 0; i < k->ntargets && !status; i++) {
+    char *path = k->targets[i], *slash = strrchr(path, '/');
+    const char *colons = strstr(path, "::");
+    const char *name = k->ntargets == 1 ? k->name : colons ? colons + 2
+                       : slash          ? slash + 1 : path;
+    size_t n = strcspn(path, "/=");
+    if (path[n] == '=') {
+      path[n] = 0;
+      name = path;
+      path += n + 1;
+    }
+    if (k->ntargets == 1) k->name = name;
+    status = cli_add(k, path, name);
+  }
+  if (!status) status = cli_listen(k);
   if (!status) status = cli_ready(k);
   if (!status) status = cli_serve(k);
   cli_catch_signals(SIG_IGN);
-  if (k->wrote_pidfile) unlink(k->v[OPT_PIDFILE]);
+  if (k->pidfile) unlink(k->pidfile);
   nbdserve_free(cli_server);
+#if !NBDSERVE_NO_CAS
+  if (cli_close_store() && !status) status = CLI_FAILED;
+#endif
   if (*k->dir) rmdir(k->dir);
   return status;
 }
 
 int main(int argc, char **argv) {
-  static struct cli cli;
-  struct cli *k = &cli;
-  int status, fd;
-
-  do fd = open("/dev/null", O_RDWR); /* 0 to 2 are open: nothing else becomes */
-  while (fd >= 0 && fd <= 2);        /* one of them and gets messages as data */
+  static struct cli cli = {.report = -1, .serve = {-1, 1}}, *k = &cli;
+  int fd = 0; /* 0 to 2 get opened: no image may be one and get messages */
+  while (fd >= 0 && fd <= 2) fd = open("/dev/null", O_RDWR);
   if (fd > 2) close(fd);
   k->targets = argv; /* gathered at its front, behind what has been read */
-  k->report = k->serve[0] = k->serve[1] = -1;
-  status = cli_parse(k, argc, argv);
-  k->name = k->v[OPT_EXPORT] ? k->v[OPT_EXPORT] : "";
-  if (!status && k->v[OPT_HELP]) {
-    cli_help();
-    if (fflush(stdout) == EOF) status = CLI_FAILED;
-  } else if (!status && k->v[OPT_VERSION]) {
-    printf("nbdserve %s%s%s%s%s\n", nbdserve_version(),
-           NBDSERVE_NO_FLAT ? "" : " flat", NBDSERVE_NO_TCP ? "" : " tcp",
-           NBDSERVE_NO_THREADS ? "" : " threads",
-           NBDSERVE_POSIX_ONLY ? " posix-only" : "");
-  } else {
-    if (!status) status = cli_check(k);
-    if (!status && k->v[OPT_FORK]) status = cli_fork(k);
-    if (!status) status = cli_main(k);
-  }
-  return status;
+  int status = cli_parse(k, argc, argv);
+  k->name = k->v['e'] ? k->v['e'] : "";
+  if (!status && k->v['h']) return cli_help();
+  if (!status && k->v['V'])
+    return printf("nbdserve %s%s%s%s%s%s\n", nbdserve_version(),
+                  NBDSERVE_NO_FLAT ? "" : " flat",
+                  NBDSERVE_NO_CAS ? "" : " cas", NBDSERVE_NO_TCP ? "" : " tcp",
+                  NBDSERVE_NO_THREADS ? "" : " threads",
+                  NBDSERVE_POSIX_ONLY ? " posix-only" : "") < 0;
+#if !NBDSERVE_NO_CAS
+  if (!status && (fd = cli_command(k)) >= 0) return fd;
+#endif
+  if (!status) status = cli_check(k);
+  if (!status && k->v['F']) status = cli_fork(k);
+  return status ? status : cli_main(k);
 }
 
 #endif /* !NBDSERVE_NO_MAIN */
-
-/* ==== [14] LICENCE =======================================================
- * BSD Zero Clause License (0BSD)
- *
- * Permission to use, copy, modify, and/or distribute this software for any
- * purpose with or without fee is hereby granted.
- *
- * THE SOFTWARE IS PROVIDED "AS IS" AND THE AUTHOR DISCLAIMS ALL WARRANTIES
- * WITH REGARD TO THIS SOFTWARE INCLUDING ALL IMPLIED WARRANTIES OF
- * MERCHANTABILITY AND FITNESS. IN NO EVENT SHALL THE AUTHOR BE LIABLE FOR ANY
- * SPECIAL, DIRECT, INDIRECT, OR CONSEQUENTIAL DAMAGES OR ANY DAMAGES
- * WHATSOEVER RESULTING FROM LOSS OF USE, DATA OR PROFITS, WHETHER IN AN ACTION
- * OF CONTRACT, NEGLIGENCE OR OTHER TORTIOUS ACTION, ARISING OUT OF OR IN
- * CONNECTION WITH THE USE OR PERFORMANCE OF THIS SOFTWARE.
- */

@@ -131,6 +131,135 @@ NBDSERVE_API int nbdserve_flat_open(const char *path,
                                     const struct nbdserve_flat *options,
                                     struct nbdserve_export *out);
 
+/* ---- The content-addressed store ----------------------------------------
+ *
+ * One file or block device holds any number of volumes and snapshots, every
+ * distinct block once, named by its SHA-256 (FIPS 180-4).  What a flush covered
+ * survives a power cut at any instant.  All calls may come from any thread.
+ *
+ * A volume is NAME; a snapshot, read-only, is VOL@NAME.  A NAME has 1 to 166
+ * bytes, no / @ " \, no control characters, and does not begin with "sha256-".
+ *
+ * Besides their own errors all calls may return -EIO (the medium fails, or is
+ * damaged; once a sync has failed, all changes do until the store is opened
+ * anew), -ENOSPC and -ENOMEM; changes -EROFS if the store is read-only.
+ *
+ * Memory: 16 bytes for each block of the store and 4 for each one in a map.
+ */
+struct nbdserve_cas;
+
+#define NBDSERVE_CAS_VERIFY 1u    /* check a block's SHA-256 when it is read for
+                                     the first time since the store was opened;
+                                     the default if the processor computes it */
+#define NBDSERVE_CAS_NO_VERIFY 2u /* do not */
+#define NBDSERVE_CAS_READONLY 4u  /* next to other readers; changes nothing */
+
+struct nbdserve_cas_options {
+  uint32_t flags;      /* NBDSERVE_CAS_* */
+  uint32_t block_size; /* init: power of two, 4096 (0: that) to 65536 */
+  uint32_t log_pages;  /* init: of 4096 bytes, 8 to 2^24; 0: 4096 */
+};
+
+/* Makes an empty store.  -EEXIST: there is a file of that name (a block device
+ * is taken if its first 4096 bytes are zero).  -EINVAL: bad options.  Others as
+ * open(2). */
+NBDSERVE_API int nbdserve_cas_init(const char *path,
+                                   const struct nbdserve_cas_options *options);
+
+/* Opens a store, and repairs what a crash left behind.  options may be NULL.
+ * -EBUSY: another process has it.  -EINVAL: not a store.  -EOPNOTSUPP: one of a
+ * version that is not known here.  -EIO: damaged; read-only its last good state
+ * may be had.  Others as open(2). */
+NBDSERVE_API int nbdserve_cas_open(const char *path,
+                                   const struct nbdserve_cas_options *options,
+                                   struct nbdserve_cas **out);
+
+/* Makes all durable and frees it; its exports must have been closed.  0 or the
+ * error of that last sync. */
+NBDSERVE_API int nbdserve_cas_close(struct nbdserve_cas *cas);
+
+/* Fills *out with a volume or snapshot, as nbdserve_flat_open does; one may be
+ * open many times, so the find callback may do it.  -ENOENT: no such name. */
+NBDSERVE_API int nbdserve_cas_volume(struct nbdserve_cas *cas, const char *name,
+                                     struct nbdserve_export *out);
+
+/* Changes the catalog, durably when it returns 0.  -ENOENT: no such name.
+ * -EEXIST: that one is taken.  -EINVAL: not a possible name or size.
+ * -EBUSY: it is open, or being verified (ROLLBACK, RESIZE, RM).  -ENOTEMPTY:
+ * it has snapshots. */
+NBDSERVE_API int nbdserve_cas_change(struct nbdserve_cas *cas, int verb,
+                                     const char *name, const char *to,
+                                     uint64_t size);
+
+#define NBDSERVE_CAS_CREATE 1   /* name: a volume of size bytes, all zero */
+#define NBDSERVE_CAS_SNAPSHOT 2 /* name: VOL@NAME */
+#define NBDSERVE_CAS_CLONE 3    /* to: a volume with what name has */
+#define NBDSERVE_CAS_RENAME 4   /* name becomes to; snapshots follow */
+#define NBDSERVE_CAS_ROLLBACK 5 /* name: VOL@NAME; VOL becomes what that is */
+#define NBDSERVE_CAS_RESIZE 6   /* name gets size bytes */
+#define NBDSERVE_CAS_RM 7       /* name is no more */
+#define NBDSERVE_CAS_DRY_RUN 16 /* with one of the last three: only checks */
+
+#define nbdserve_cas_create(cas, name, size) \
+  nbdserve_cas_change(cas, NBDSERVE_CAS_CREATE, name, NULL, size)
+#define nbdserve_cas_snapshot(cas, name) \
+  nbdserve_cas_change(cas, NBDSERVE_CAS_SNAPSHOT, name, NULL, 0)
+#define nbdserve_cas_clone(cas, name, to) \
+  nbdserve_cas_change(cas, NBDSERVE_CAS_CLONE, name, to, 0)
+#define nbdserve_cas_rename(cas, name, to) \
+  nbdserve_cas_change(cas, NBDSERVE_CAS_RENAME, name, to, 0)
+#define nbdserve_cas_rollback(cas, name) \
+  nbdserve_cas_change(cas, NBDSERVE_CAS_ROLLBACK, name, NULL, 0)
+#define nbdserve_cas_resize(cas, name, size) \
+  nbdserve_cas_change(cas, NBDSERVE_CAS_RESIZE, name, NULL, size)
+#define nbdserve_cas_rm(cas, name) \
+  nbdserve_cas_change(cas, NBDSERVE_CAS_RM, name, NULL, 0)
+
+struct nbdserve_cas_info {
+  const char *name;
+  uint64_t size;    /* bytes */
+  uint64_t created; /* seconds since 1970 */
+  uint32_t clients; /* that have it open */
+  int readonly;     /* a snapshot */
+};
+
+/* Calls each for all in the catalog until it returns non-zero, which is
+ * returned; that one counts as open meanwhile. */
+NBDSERVE_API int nbdserve_cas_list(struct nbdserve_cas *cas,
+                                   int (*each)(void *arg,
+                                       const struct nbdserve_cas_info *info),
+                                   void *arg);
+
+struct nbdserve_cas_stat {
+  uint64_t block_size;
+  uint64_t stored; /* bytes of distinct blocks and map pages in use */
+  uint64_t free;   /* bytes in the file that nobody uses */
+  uint64_t file;   /* size of the file */
+  uint64_t log;    /* percent of the log in use */
+};
+
+NBDSERVE_API int nbdserve_cas_stat(struct nbdserve_cas *cas,
+                                   struct nbdserve_cas_stat *out);
+
+/* Checks all that is stored against its SHA-256 and calls each for what is
+ * damaged: len bytes at off of a volume or snapshot or, with len 0 and name "",
+ * the part of the store that why names.  progress, which may be NULL, is called
+ * now and then, with bytes; if it returns non-zero the result is -ECANCELED.
+ * 0: nothing is damaged.  -EUCLEAN: something is. */
+typedef void nbdserve_damage(void *arg, const char *name, uint64_t off,
+                             uint64_t len, const char *why);
+typedef int nbdserve_progress(void *arg, uint64_t done, uint64_t total);
+
+NBDSERVE_API int nbdserve_cas_verify(struct nbdserve_cas *cas,
+                                     nbdserve_damage *each,
+                                     nbdserve_progress *progress, void *arg);
+
+/* Gives unused space back to the file system.  *bytes: how much; or, with
+ * dry_run, how much of the file is unused. */
+NBDSERVE_API int nbdserve_cas_gc(struct nbdserve_cas *cas, int dry_run,
+                                 uint64_t *bytes, nbdserve_progress *progress,
+                                 void *arg);
+
 /* ---- The server --------------------------------------------------------- */
 
 /* Levels of log messages */
@@ -239,6 +368,70 @@ NBDSERVE_API const char *nbdserve_version(void);
 }
 #endif
 #endif
+
+/* ---- The format of a store, version 1 ------------------------------------
+ *
+ * Big-endian.  Superblocks lie at 0 and 1 MiB, the log at 2 MiB; from the next
+ * multiple of 1 MiB behind it on, groups of 32768 slots: first the SHA-256 of
+ * each, then the slots.  A slot, of block_size bytes, holds data or a page; as
+ * the number of a slot 0 means: all zeroes.
+ *
+ *   superblock                       log page
+ *   0     8 "NBDSCAS1"               0     4 "LOG1"
+ *   8     4 version                  4     2 entries
+ *   12    4 block_size               8     8 seq; it lies at seq mod log_pages
+ *   16   16 id of the store          16    8 durable: all pages before that one
+ *   32    8 its number               24    8 of the id of the store
+ *   40    8 seq to replay from       32   48 an entry, and so on, up to 84
+ *   48    4 log_pages                4064 32 SHA-256 of what stands before
+ *   52    4 slots in use
+ *   56    4 slot of the catalog      log entry
+ *   60    4 id of the next volume    0     4 id of a volume
+ *   64    4 unknown bit: refuse      4     4 slot, or 0
+ *   68    4 unknown bit: read-only   8     8 block of the volume
+ *   4064 32 SHA-256                  16   32 SHA-256 of the slot's data; with
+ *                                            slot 0: 8 number of blocks
+ *   page
+ *   0     4 "MAP1" or "CAT1"         catalog record, 256 bytes
+ *   4     4 level; 0: of blocks      0  4 id        4  4 1: snapshot
+ *   8     4 index in the level       8  8 size      16 4 slot of the root
+ *   12    4 CAT1: slot of the next   20 4 levels, 4
+ *   16   16 of its SHA-256, with     24 8 seconds since 1970
+ *           zeroes here              36 4 id it was made from
+ *   32      slots, 4 bytes each,     89   name, up to 166 bytes, and zeroes
+ *           or records
+ *
+ * A page's own SHA-256 in its group is zero.
+ *
+ * What keeps it whole ("durable state" is what the newest superblock's maps
+ * say, with the log behind it):
+ *
+ * (C1) A slot that durable state names is never written.
+ * (C2) An entry is logged after the writes of its data and digest returned.
+ * (C3) A log page is written once; each flush begins a new one, seq + 1.
+ * (C4) All pages before durable, and their data, were there when an fdatasync
+ *      began that has returned.
+ * (C5) A data slot that an entry drops is free after an fdatasync that began
+ *      after that entry's page was written.
+ * (C6) A page's slot is free when a superblock without it is durable.
+ * (C7) Checkpoint: pages, fdatasync, first superblock, fdatasync, second.
+ * (C8) On opening, superblocks that differ are made equal: the newer one is
+ *      synced, then the other one written and synced, before either changes.
+ * (C9) Replay takes pages while seq and digest fit.  Entries before the highest
+ *      durable apply; later ones each only if the slot's data has their digest.
+ *      A valid page behind the end that says the end is durable means damage:
+ *      then nothing is written.
+ * (C10) Recovery counts all references before it takes a slot, takes none that
+ *      the log names, ends with a checkpoint, and goes on log_pages behind the
+ *      end of the log, so that no page that was left there can fit again.
+ * (C11) Pages never enter the index of digests.
+ * (C12) A hit in the index is a hint: the bytes are compared.
+ * (C13) ref counts edges from distinct pages and the catalog, and pins.  A page
+ *      with several is copied before it changes: its children gain an edge.
+ * (C14) After a failed sync, or write of page, log or superblock, nothing is
+ *      written until the store is opened anew.
+ * (C15) The catalog changes only in a checkpoint.
+ */
 
 /*
  * BSD Zero Clause License (0BSD)

@@ -1,10 +1,11 @@
 #!/bin/sh
 # test.sh - the tests of nbdserve.
-# SPDX-License-Identifier: 0BSD (full text at the end of nbdserve.c)
+# SPDX-License-Identifier: 0BSD (full text at the end of nbdserve.h)
 #
 #   ./test.sh                  all tests; the last line counts them
 #   ./test.sh -- testName...   some tests
-#   ./test.sh --emit NAME      prints a C section: client, unit, fault, bench
+#   ./test.sh --emit NAME      prints a C section: client, unit, fault, crash,
+#                              storefault, bench
 #   ./test.sh --bench          a table against the servers that are installed
 #
 # Environment: NBDSERVE  the program to test (./nbdserve, made if missing)
@@ -527,21 +528,20 @@ structured() {
 testMapOfSectionsEqualsTheBanners() {
   assertEquals '' "$(awk '
     /^ \*\/$/ { code = 1 }
-    (code ? /^\/\* ==== \[/ : /^ \* +\[/) && !/comes with the store/ {
+    (code ? /^\/\* ==== \[/ : /^ \* +\[/) {
       gsub(/[()]/, " ")
       key = ""
-      for (i = 2; i <= NF; i++) { # number, name, prefix or -
-        if ($i ~ /^=+$/ && key == "") continue
-        if ($i ~ /^=+$/) $i = "-"
+      for (i = 2; i <= NF; i++) { # number, name, prefix
+        if ($i ~ /^=+$/) continue
         key = key " " $i
-        if ($i ~ /_$/ || $i == "-") break
+        if ($i ~ /_$/) break
       }
       seen[key] += code ? 100 : 1
       n++
     }
     END {
       for (key in seen) if (seen[key] != 101) print key
-      if (n < 24) print n
+      if (n != 26) print n
     }' "$here/nbdserve.c")"
 }
 
@@ -569,7 +569,7 @@ testOnceAndIdleExitDoNotGoWithACommand() {
     # shellcheck disable=SC2086
     run $option "$DISK" -- true
     assertEquals "$option --" 2 "$STATUS"
-    says 'no command'
+    says 'not together'
   done
 }
 testDescriptorsThatAreNotOpenAreUsageErrors() {
@@ -608,8 +608,8 @@ testHelpFits80ColumnsAndNamesEveryOption() {
   assertEquals 0 "$STATUS"
   assertEquals '' "$(grep -E '^.{81}' "$T/out")"
   for option in unix port bind stdin fd read-only export offset size create \
-    cache threads max-conn once idle-exit run fork pidfile ready-fd user \
-    group stats json version help; do
+    cache threads max-conn once idle-exit run fork pidfile ready-fd stats \
+    json version help; do
     assertTrue "--$option" "grep -q -e '--$option' '$T/out'"
   done
   cp "$T/out" "$T/long"
@@ -1107,70 +1107,6 @@ testTargetWithAnEqualsSignIsReachedByItsPath() {
   cp "$DISK" "$T/x=y"
   (cd "$T" && timeout 20 "$NBDSERVE" -s ./x=y <"$W/abort") >"$T/out"
   assertEquals 0 $?
-}
-testUserAndGroupAreDropped() {
-  if [ "$(id -u)" != 0 ]; then skip 'not root'; return; fi
-  id nobody >/dev/null 2>&1 || { skip 'no user nobody'; return; }
-  chmod 755 "$W" "${W%/*}" && chmod 600 "$DISK"
-  serve -u nobody "$DISK"
-  assertEquals "$(id -u nobody)" "$(sed -n 's/^Uid:.//p' "/proc/$PID/status" |
-    cut -f2)"
-  assertEquals "$(id -g nobody)" "$(sed -n 's/^Gid:.//p' "/proc/$PID/status" |
-    cut -f2)"
-  client hello "$SOCK"
-}
-as_root() {
-  if [ "$(id -u)" != 0 ]; then skip 'not root'; return 1; fi
-  id nobody >/dev/null 2>&1 || { skip 'no user nobody'; return 1; }
-  chmod 755 "$W" "${W%/*}" && chmod 600 "$DISK"
-}
-# That the server PID is that user and group in every way
-is() { # uid gid
-  assertEquals "$1 $2 " "$(awk '/^[UG]id:/ {
-    printf "%s ", $2 == $3 && $3 == $4 && $4 == $5 ? $2 : $0
-  }' "/proc/$PID/status")"
-  assertEquals 'other groups' '' "$(sed -n 's/^Groups:[[:space:]]*//p' \
-    "/proc/$PID/status")"
-}
-testUserIsDroppedOnStdinToo() {
-  as_root || return 0
-  mkfifo "$T/in"
-  IN=$T/in OUT=$T/out
-  spawn -s -u nobody "$DISK"
-  exec 9>"$IN"
-  await "[ -s '$OUT' ]"
-  spawned
-  is "$(id -u nobody)" "$(id -g nobody)"
-  stop TERM
-  exec 9>&-
-}
-testNumberOfAUserTakesItsGroupFromPasswd() {
-  as_root || return 0
-  number=$(awk -F: '$3 && $3 != $4 { print $3; exit }' /etc/passwd)
-  serve -u "${number:=$(id -u nobody)}" "$DISK"
-  is "$number" "$(id -g "$number")"
-  client hello "$SOCK"
-  stop TERM
-  serve -u "$(id -u nobody)" "$DISK"
-  is "$(id -u nobody)" "$(id -g nobody)"
-}
-testGroupOptionWinsInEitherOrder() {
-  as_root || return 0
-  group=$(awk -F: '$3 == 1 { print $1 }' /etc/group)
-  serve -g "${group:-1}" -u nobody "$DISK"
-  is "$(id -u nobody)" 1
-  stop TERM
-  serve -u nobody -g "${group:-1}" "$DISK"
-  is "$(id -u nobody)" 1
-}
-testNumbersThatAreNoUserAreRefused() {
-  for number in 4294967296 4294967295 18446744073709551616; do
-    for option in -u -g; do
-      run $option $number --run true "$DISK"
-      assertEquals "$option $number" 2 "$STATUS"
-      says $number
-    done
-  done
 }
 testFileSizeLimitIsENOSPC() {
   LOG='^nbdserve: client 1: NBD_CMD_WRITE .*too large'
@@ -1960,6 +1896,771 @@ testThreadsRefusedIsNoHarm() { fault threads "$DISK"; }
 testSocketThatIsBeingMadeIsNotStale() { fault stale "$DISK"; }
 testMemoryRefusedIsNoCrash() { fault memory "$DISK"; }
 
+testSha256OfTheStandardsExamples() { unit fips; }
+testSha256IsTheSameByAllWays() { unit ways; }
+testWritersReadersAndChangesOfAStoreTogether() { unit together; }
+
+# ==== Stores =================================================================
+
+# A new store, $S
+store() {
+  S=$T/store
+  unless NO_CAS || return 1
+  FLAGS=$(printf %04x $((0x$FLAGS & ~0x400))) # no cache
+  RO=$(printf %04x $((0x$RO & ~0x400)))
+  cas 0 init "$S"
+}
+# A command that must end with that status: $T/out, and $T/err if it fails
+cas() {
+  expected=$1
+  shift
+  timeout 60 "$NBDSERVE" "$@" >"$T/out" 2>>"$T/err"
+  STATUS=$?
+  assertEquals "nbdserve $* ($(tail -n 2 "$T/err"))" "$expected" $STATUS
+}
+# The export of a volume is that file
+same() { # VOL file
+  cas 0 export "$S::$1" "$T/same"
+  assertTrue "$1 is $2" "cmp '$2' '$T/same'"
+  rm -f "$T/same"
+}
+noise() { head -c "$1" /dev/urandom; }
+names() { # sorted, in one line
+  cas 0 list "$S"
+  GOT=$(cut -f1 "$T/out" | sort | tr '\n' ' ')
+}
+listed() { # with all columns
+  cas 0 list "$S"
+  GOT=$(sort "$T/out")
+}
+stored() {
+  cas 0 stat "$S"
+  GOT=$(sed -n 's/^stored.//p' "$T/out")
+}
+uri() { echo "nbd+unix:///$1?socket=$SOCK"; }
+
+testFilesComeOutOfAStoreAsTheyWentIn() {
+  store || return 0
+  noise 100000 >"$T/odd"
+  noise 1 >"$T/one"
+  : >"$T/empty"
+  noise 300000 >"$T/holes"
+  truncate -s 3000001 "$T/holes"
+  noise 5000 | dd of="$T/holes" bs=1 seek=2000000 conv=notrunc 2>/dev/null
+  for name in odd one empty holes; do
+    cas 0 import "$S::$name" "$T/$name"
+    same $name "$T/$name"
+    cas 0 export "$S::$name" -
+    assertTrue "$name to stdout" "cmp '$T/$name' '$T/out'"
+    "$NBDSERVE" export "$S::$name" - 2>>"$T/err" | cat >"$T/out"
+    assertTrue "$name to a pipe" "cmp '$T/$name' '$T/out'"
+  done
+  noise 9999 >"$T/same"
+  cas 0 export "$S::one" "$T/same"
+  assertTrue 'a longer file is replaced' "cmp '$T/one' '$T/same'"
+  cas 0 verify "$S"
+  assertEquals '' "$(cat "$T/out")"
+}
+testExportKeepsHoles() {
+  store || return 0
+  truncate -s 64M "$T/holes"
+  noise 4096 | dd of="$T/holes" bs=4096 seek=5000 conv=notrunc 2>/dev/null
+  cas 0 import "$S::v" "$T/holes"
+  cas 0 export "$S::v" "$T/out"
+  assertTrue "cmp '$T/holes' '$T/out'"
+  assertTrue 'sparse' "[ $(du -k "$T/out" | cut -f1) -lt 1000 ]"
+  stored
+  assertTrue "stored: $GOT" "[ $GOT -lt 100000 ]"
+}
+testSameDataIsStoredOnce() {
+  store || return 0
+  noise 2097152 >"$T/in"
+  cas 0 import "$S::a" "$T/in"
+  stored
+  before=$GOT
+  assertTrue "stored: $GOT" "[ $GOT -gt 2097152 ] && [ $GOT -lt 2200000 ]"
+  cas 0 import "$S::b" "$T/in"
+  stored
+  assertTrue "$before, then $GOT" "[ $GOT -lt $((before + 40000)) ]"
+}
+testCopiesThatDifferALittleTakeALittle() {
+  store || return 0
+  noise 2097152 >"$T/in"
+  for i in 1 2 3 4 5 6 7 8 9 10; do
+    cp "$T/in" "$T/in$i"
+    for block in 3 50 401; do
+      noise 1000 | dd of="$T/in$i" bs=1 seek=$(((block + i) * 4096 + 17)) \
+        conv=notrunc 2>/dev/null
+    done
+    cas 0 import "$S::v$i" "$T/in$i"
+  done
+  distinct=$(cat "$T"/in[0-9]* | od -An -v -tx1 -w4096 | sort -u | wc -l)
+  stored
+  assertTrue "$distinct blocks, $GOT bytes" \
+    "[ $((GOT * 100)) -le $((distinct * 4096 * 115)) ]"
+  for i in 1 5 10; do same v$i "$T/in$i"; done
+}
+testSnapshotsKeepWhatWasAndRollbackBringsItBack() {
+  store || return 0
+  noise 1000000 >"$T/one"
+  noise 1000000 >"$T/two"
+  cas 0 import "$S::v" "$T/one"
+  cas 0 snapshot "$S::v@s"
+  cas 0 clone "$S::v@s" c d
+  DISK=$S::v
+  SIZE=1000000
+  simple 'OK.1 OK.2' WRITE,1,5000,4 61626364 FLUSH,2,0,0
+  cp "$T/one" "$T/new"
+  printf abcd | dd of="$T/new" bs=1 seek=5000 conv=notrunc 2>/dev/null
+  same v "$T/new"
+  for name in v@s c d; do same $name "$T/one"; done
+  DISK=$S::c
+  simple 'OK.1' WRITE,1,5000,4 61626364
+  same c "$T/new"
+  same d "$T/one"
+  cas 0 rollback "$S::v@s"
+  same v "$T/one"
+  cas 1 create "$S::v" 5
+  says 'create v.*: File exists'
+  for command in "rollback $S::v@x" "export $S::x $T/x" "snapshot $S::x@s"; do
+    # shellcheck disable=SC2086
+    cas 1 $command
+    says 'No such file'
+  done
+  cas 0 verify "$S"
+}
+testSnapshotsAreServedReadOnly() {
+  store || return 0
+  cas 0 create "$S::v" 64K
+  cas 0 snapshot "$S::v@s"
+  DISK=$S::v@s
+  talk "$(ask GO)" WRITE,1,0,1 61 TRIM,2,0,512 ZEROES,3,0,512 READ,4,0,1 \
+    DISC,0,0,0
+  expect "go=export:$SIZE:$RO go=ack EPERM.1 EPERM.2 EPERM.3 OK.4=00"
+}
+testSnapshotOfAServedVolumeAppears() {
+  store && unless NO_THREADS && needs nbdinfo || return 0
+  cas 0 create "$S::v" 123456
+  serve "$S::"
+  does nbdinfo --size "$(uri v)"
+  assertEquals 123456 "$(cat "$T/log")"
+  assertFalse 'no snapshot yet' "nbdinfo --size '$(uri v@s)' 2>'$T/log'"
+  cas 0 snapshot "$S::v@s"
+  does nbdinfo --size "$(uri v@s)"
+  assertEquals 123456 "$(cat "$T/log")"
+  does nbdinfo --list "nbd+unix://?socket=$SOCK"
+  for name in v v@s; do
+    assertContains "$(cat "$T/log")" "export=\"$name\""
+  done
+}
+testRenameTakesTheSnapshotsAlong() {
+  store || return 0
+  noise 10000 >"$T/in"
+  cas 0 import "$S::v" "$T/in"
+  cas 0 snapshot "$S::v@s"
+  cas 0 create "$S::other" 1K
+  cas 1 rename "$S::v" other
+  says 'rename .*: File exists'
+  cas 0 rename "$S::v" new
+  names
+  assertEquals 'new new@s other ' "$GOT"
+  same new@s "$T/in"
+}
+testRmRefusesAVolumeWithSnapshots() {
+  store || return 0
+  for name in v w x; do cas 0 create "$S::$name" 1M; done
+  cas 0 snapshot "$S::v@s"
+  cas 1 rm "$S::v"
+  says 'rm v.*: .*(snapshots|not empty)'
+  names
+  assertEquals 'v v@s w x ' "$GOT"
+  cas 0 rm "$S::v@s" v w
+  names
+  assertEquals 'x ' "$GOT"
+}
+testGcGivesSpaceBack() {
+  unless POSIX_ONLY && store || return 0
+  noise 20000000 >"$T/much"
+  noise 300000 >"$T/in"
+  cas 0 import "$S::much" "$T/much"
+  cas 0 import "$S::v" "$T/in"
+  cas 0 rm "$S::much"
+  before=$(du -k "$S" | cut -f1)
+  cas 0 -n gc "$S"
+  assertTrue "-n: $(cat "$T/out")" "grep -q '[0-9]' '$T/out'"
+  assertEquals '-n' "$before" "$(du -k "$S" | cut -f1)"
+  for how in alone served; do
+    [ $how = alone ] || [ "$SWITCH" = NO_THREADS ] || serve "$S::"
+    cas 0 gc "$S"
+    assertTrue "$how: $(cat "$T/out")" "grep -q '[0-9]' '$T/out'"
+    assertTrue "$before, then $(du -k "$S" | cut -f1)" \
+      "[ $(du -k "$S" | cut -f1) -lt $((before - 19000)) ]"
+    cas 0 verify "$S"
+    same v "$T/in"
+  done
+  cas 0 import "$S::again" "$T/much"
+  same again "$T/much"
+}
+testResizedVolumesKeepTheirDataAndGrowWithZeroes() {
+  store || return 0
+  noise 50000 >"$T/in"
+  cas 0 import "$S::v" "$T/in"
+  for size in 99999 20000 7M 1 33333; do
+    cas 0 resize "$S::v" $size
+    truncate -s $size "$T/in"
+    same v "$T/in"
+  done
+}
+testDryRunChangesNothing() {
+  store || return 0
+  noise 10000 >"$T/in"
+  cas 0 import "$S::v" "$T/in"
+  cas 0 snapshot "$S::v@s"
+  cas 0 create "$S::w" 64K
+  listed
+  before=$GOT
+  for command in "create $S::n 5" "snapshot $S::v@t" "rollback $S::v@s" \
+    "clone $S::v c" "rename $S::v n" "resize $S::v 5" "rm $S::w"; do
+    case $command in
+      ro* | res* | rm*) expected=0 ;;
+      *) expected=1 ;; # not offered
+    esac
+    # shellcheck disable=SC2086
+    cas $expected -n $command
+    [ "$expected" = 0 ] || says "${command%% *} "
+    listed
+    assertEquals "-n $command" "$before" "$GOT"
+  done
+  same v "$T/in"
+  cas 1 --dry-run rm "$S::x"
+  says 'No such file'
+  cas 1 -n rm "$S::v"
+  says 'rm v.*: '
+  cas 1 -n create "$S::v" 5
+  says 'create v.*: '
+}
+testWrongStoreCommandsExit2() {
+  store || return 0
+  for command in "create $S::v" "create $S 5" create "list $S x" list \
+    "rm $S" snapshot rollback "clone $S::v" \
+    "rename $S::v" "resize $S::v" "resize $S::v x" "import $S::v" \
+    "export $S::v" "create $S::v 1x" "create $S::v -1" "verify" "stat" \
+    "init" "init $T/x 5000" "init $T/x 512" "init $T/x 128K" "init $T/x x"; do
+    # shellcheck disable=SC2086
+    cas 2 $command
+    says '[a-z]'
+  done
+  names
+  assertEquals '' "$GOT"
+}
+testWrongNamesAreRefused() {
+  store || return 0
+  long=$(printf '%0167d' 0)
+  for name in a/b "$long" sha256-0 a@ @a "$(printf 'a\tb')"; do
+    cas 1 create "$S::$name" 5
+    says 'create '
+  done
+  cas 0 create "$S::${long#0}" 5
+  cas 0 create "$S::v" 5
+  for name in @s a@b@c v@; do
+    cas 1 snapshot "$S::v@$name"
+    says 'snapshot '
+  done
+}
+testTheEnvironmentNamesTheStore() {
+  store || return 0
+  noise 1000 >"$T/in"
+  NBDSERVE_STORE=$S
+  export NBDSERVE_STORE
+  cas 0 import v "$T/in"
+  cas 0 snapshot v@s
+  cas 0 list
+  assertEquals 'v v@s ' "$(cut -f1 "$T/out" | sort | tr '\n' ' ')"
+  cas 0 export v@s "$T/out2"
+  assertTrue "cmp '$T/in' '$T/out2'"
+  cas 0 verify
+  cas 0 stat
+  unset NBDSERVE_STORE
+}
+
+testInitAndForeignFiles() {
+  store || return 0
+  cas 1 init "$S"
+  says 'File exists'
+  for size in 4096 8K 64K; do
+    cas 0 init "$T/s$size" $size
+    cas 0 stat "$T/s$size"
+  done
+  assertEquals 'block_size	65536' "$(head -n 1 "$T/out")"
+  noise 5000000 >"$T/foreign"
+  : >"$T/empty"
+  mkdir "$T/dir"
+  cp "$S" "$T/newer"
+  printf '\002' | dd of="$T/newer" bs=1 seek=11 conv=notrunc 2>/dev/null
+  printf '\002' | dd of="$T/newer" bs=1 seek=1048587 conv=notrunc 2>/dev/null
+  for file in foreign newer empty; do
+    cp "$T/$file" "$T/copy"
+    for command in list verify stat; do
+      cas 1 $command "$T/$file"
+      says "$file: "
+    done
+    cas 1 create "$T/$file::v" 1M
+    says "$file: "
+    run "$T/$file::v"
+    assertEquals "served: $file" 1 $STATUS
+    says "$file"
+    assertTrue "$file is untouched" "cmp '$T/$file' '$T/copy'"
+  done
+  for file in nix dir; do
+    cas 1 list "$T/$file"
+    says "$file: "
+  done
+}
+testCommandsOnAServedStoreAreDoneByTheServer() {
+  store && unless NO_THREADS || return 0
+  noise 300000 >"$T/in"
+  cas 0 import "$S::v" "$T/in"
+  cas 0 create "$S::w" 1M
+  serve "$S::"
+  assertEquals 600 "$(stat -c %a "$S.ctl")"
+  names
+  assertEquals 'v w ' "$GOT"
+  cas 0 snapshot "$S::v@s"
+  cas 0 import "$S::n" "$T/in"
+  same n "$T/in"
+  same v@s "$T/in"
+  cas 0 export "$S::v" -
+  assertTrue 'to stdout' "cmp '$T/in' '$T/out'"
+  cas 0 verify "$S"
+  cas 0 resize "$S::w" 2M
+  cas 1 create "$S::v" 5
+  says 'create v.*: File exists'
+  cas 0 -n rm "$S::n"
+  cas 0 rm "$S::n" v@s
+  names
+  assertEquals 'v w ' "$GOT"
+  stop TERM
+  assertEquals "status: $(cat "$T/err")" 0 $STATUS
+  assertFalse 'the socket is gone' "[ -e '$S.ctl' ]"
+  names
+  assertEquals 'v w ' "$GOT"
+}
+testOpenVolumesAreNotRemoved() {
+  store && unless NO_THREADS || return 0
+  cas 0 create "$S::v" 1M
+  cas 0 create "$S::w" 1M
+  serve "$S::v"
+  for command in "rm $S::v" "resize $S::v 5"; do
+    # shellcheck disable=SC2086
+    cas 1 $command
+    says ' v.*: .*(busy|in use|is open)'
+  done
+  cas 0 rm "$S::w"
+  names
+  assertEquals 'v ' "$GOT"
+}
+testSecondServerOfAStoreExits4() {
+  store || return 0
+  cas 0 create "$S::v" 1M
+  serve "$S::v"
+  run -U "$T/x" "$S::"
+  assertEquals 4 $STATUS
+  says "$S.*another server has it"
+}
+testStoreThatIsHeldByAnotherProgramIsInUse() {
+  needs flock && store || return 0
+  cas 0 create "$S::v" 1M
+  for command in "list $S" "create $S::w 5" "verify $S" "rm $S::v"; do
+    # shellcheck disable=SC2086
+    flock "$S" "$NBDSERVE" $command >"$T/out" 2>>"$T/err"
+    assertEquals "$command" 4 $?
+    says "$S: in use"
+  done
+}
+testReadOnlyServerLetsOthersReadAndNobodyWrite() {
+  store || return 0
+  noise 100000 >"$T/in"
+  cas 0 import "$S::v" "$T/in"
+  cp "$S" "$T/copy"
+  serve -r "$S::"
+  names
+  assertEquals 'v ' "$GOT"
+  same v "$T/in"
+  cas 4 create "$S::w" 5
+  says "$S: in use"
+  stop TERM
+  assertTrue 'unchanged' "cmp '$S' '$T/copy'"
+}
+testTwoHundredClonesAreWrittenThroughOneServer() {
+  store && unless NO_THREADS || return 0
+  noise 100000 >"$T/in"
+  cas 0 import "$S::v" "$T/in"
+  cas 0 snapshot "$S::v@s"
+  stored
+  before=$GOT
+  n='' rest=''
+  for i in $(seq 200); do n="$n c$i"; done
+  for i in $(seq 2 200); do rest="$rest c$i"; done
+  serve "$S::"
+  # shellcheck disable=SC2086
+  cas 0 clone "$S::v@s" $n
+  client each "$SOCK" c 200
+  for i in 1 77 200; do
+    cas 0 export "$S::c$i" "$T/out"
+    cmp -l "$T/in" "$T/out" >"$T/differ"
+    assertEquals "c$i: others" '' \
+      "$(awk '$1 <= 8192 || $1 > 12288' "$T/differ" | head -n 3)"
+    assertTrue "c$i: its own" "[ $(wc -l <"$T/differ") -gt 4000 ]"
+  done
+  same v "$T/in"
+  # shellcheck disable=SC2086
+  cas 0 rm "$S::c1" $rest
+  cas 0 verify "$S"
+  stop TERM
+  names
+  assertEquals 'v v@s ' "$GOT"
+  stored
+  assertEquals 'all was given back' "$before" "$GOT"
+}
+testDurableWritesToAVolumeSurviveKILL() {
+  store || return 0
+  cas 0 create "$S::v" 1M
+  serve "$S::v"
+  mkfifo "$T/after"
+  { # the client looks at it when the server is gone
+    while kill -0 "$PID" 2>/dev/null; do sleep 0.02; done
+    "$NBDSERVE" export "$S::v" - >"$T/after" 2>>"$T/err"
+  } &
+  LOG='Broken pipe'
+  client acked "$SOCK" "$T/after" "$PID" 9 100 fua
+  wait $!
+  stop KILL
+  cas 0 verify "$S"
+  assertEquals '' "$(cat "$T/out")"
+  [ "$SWITCH" = NO_THREADS ] || assertTrue 'a socket is left' "[ -e '$S.ctl' ]"
+  serve "$S::v" # in place of which there is a new one
+  [ "$SWITCH" = NO_THREADS ] || names
+  [ "$SWITCH" = NO_THREADS ] || assertEquals 'v ' "$GOT"
+}
+
+# ---- Damage -----------------------------------------------------------------
+
+word() { # at that offset of the store, as a number
+  echo $((0x$(od -An -v -tx1 -j "$1" -N 4 "$S" | tr -d ' \n')))
+}
+slot() { echo $((19 * 1048576 + $1 * 4096)); }
+flip() { # offset: one bit there
+  byte=$(($(od -An -tu1 -j "$1" -N 1 "$S") ^ 16))
+  # shellcheck disable=SC2059
+  printf "$(printf '\\%03o' $byte)" |
+    dd of="$S" bs=1 seek="$1" conv=notrunc 2>/dev/null
+}
+# A store with a volume whose block 20 (of 40) lies in slot DATA, which map page
+# LEAF says; CATALOG's is $CATALOG
+damageable() {
+  store || return 1
+  noise 163840 >"$T/in"
+  cas 0 import "$S::v" "$T/in"
+  CATALOG=$(word 56)
+  LEAF=$(word $(($(slot "$CATALOG") + 32 + 16)))
+  for _ in 3 2 1; do LEAF=$(word $(($(slot "$LEAF") + 32))); done
+  DATA=$(word $(($(slot "$LEAF") + 32 + 4 * 20)))
+  assertEquals "$(dd if="$T/in" bs=4096 skip=20 count=1 2>/dev/null | cksum)" \
+    "$(dd if="$S" bs=4096 skip=$((19 * 256 + DATA)) count=1 2>/dev/null |
+      cksum)"
+}
+# Are reads checked, as they are where the processor helps?  Is it told to?
+checks() {
+  [ ! -e "$T/checks" ] || return 0
+  cp "$S" "$T/checks" # which is damaged
+  "$NBDSERVE" export "$T/checks::v" "$T/log" 2>/dev/null || return 0
+  rm "$T/checks"
+  case $SWITCH in NO_HWSHA | POSIX_ONLY) return 1 ;; esac
+  if grep -qw sha_ni /proc/cpuinfo 2>/dev/null; then
+    case $CC in
+      *tcc*) ;;
+      *) fail 'reads are not checked' ;;
+    esac
+  fi
+  return 1
+}
+reports() { # what verify has to say, with blanks for tabs
+  cas 3 verify "$S"
+  assertEquals "$1" "$(tr '\t' ' ' <"$T/out")"
+}
+
+testDamagedDataIsFoundAndIsAnErrorOfItsBlockOnly() {
+  damageable || return 0
+  flip $(($(slot "$DATA") + 100))
+  reports 'v 81920 4096 the data is not what it was'
+  if checks; then
+    cas 1 export "$S::v" "$T/out2"
+    says 'export v.*: '
+  fi
+  DISK=$S::v SIZE=163840
+  LOG='^nbdserve: client .*off=81920 .*(put/output|I/O) error'
+  simple "OK.1=$(od -An -tx1 -j 81919 -N 1 "$T/in" | tr -d ' ')" READ,1,81919,1
+  if checks; then
+    simple "OK.1=$(od -An -tx1 -j 81919 -N 1 "$T/in" | tr -d ' ') EIO.2 \
+OK.3=$(od -An -tx1 -j 86016 -N 1 "$T/in" | tr -d ' ')" \
+      READ,1,81919,1 READ,2,81920,1 READ,3,86016,1
+  fi
+  serve --no-verify "$S::v"
+  if needs nbdcopy; then
+    does nbdcopy "$URI" "$T/copy"
+    assertEquals 'the one bit' 1 "$(cmp -l "$T/in" "$T/copy" | wc -l)"
+  fi
+}
+testWritingHealsADamagedBlock() {
+  damageable || return 0
+  flip $(($(slot "$DATA") + 100))
+  cas 3 verify "$S"
+  DISK=$S::v SIZE=163840
+  raw 00000003 "$(ask GO)" "ZEROES,1,81920,4096" DISC,0,0,0
+  cas 0 verify "$S"
+  cas 0 import "$S::again" "$T/in"
+  same again "$T/in"
+}
+testDamagedDigestIsFoundAndTheDataIsThere() {
+  damageable || return 0
+  flip $((18 * 1048576 + DATA * 32 + 3))
+  reports 'v 81920 4096 the data is not what it was'
+  serve --no-verify "$S::v"
+  if needs nbdcopy; then
+    does nbdcopy "$URI" "$T/copy"
+    assertTrue "cmp '$T/in' '$T/copy'"
+  fi
+}
+testDamagedMapIsFoundAndOtherVolumesAreThere() {
+  damageable || return 0
+  noise 50000 >"$T/other"
+  cas 0 import "$S::other" "$T/other"
+  LEAF=0
+  for slot in $(seq 1 200); do # where it lies now: of v, level 0
+    [ "$(word "$(slot "$slot")")" = $((0x4d415031)) ] || continue
+    [ "$(word $(($(slot "$slot") + 4)))" = 0 ] || continue
+    [ "$(word $(($(slot "$slot") + 32 + 80)))" = "$DATA" ] && LEAF=$slot
+  done
+  flip $(($(slot "$LEAF") + 200))
+  reports 'v 0 163840 the map cannot be read'
+  cas 1 export "$S::v" "$T/out2"
+  says 'export v.*: '
+  same other "$T/other"
+  cas 0 import "$S::new" "$T/other"
+  same new "$T/other"
+  reports 'v 0 163840 the map cannot be read'
+}
+testDamagedCatalogIsRefused() {
+  damageable || return 0
+  flip $(($(slot "$CATALOG") + 40))
+  cp "$S" "$T/copy"
+  for command in "verify $S" "list $S" "create $S::n 5"; do
+    # shellcheck disable=SC2086
+    cas 1 $command
+    says "$S: "
+  done
+  assertTrue 'untouched' "cmp '$S' '$T/copy'"
+}
+testDamagedSuperblocksAreRepairedFromTheOther() {
+  for at in 0 1048576; do
+    rm -f "$T/store"
+    damageable || return 0
+    flip $((at + 50))
+    word=first
+    [ $at = 0 ] || word=second
+    reports "- 0 0 the $word superblock is damaged"
+    same v "$T/in"
+    reports "- 0 0 the $word superblock is damaged"
+    cas 0 create "$S::n" 5
+    cas 0 verify "$S"
+    same v "$T/in"
+  done
+  flip 50
+  flip 1048626
+  cp "$S" "$T/copy"
+  cas 1 list "$S"
+  says "$S: "
+  cas 1 create "$S::m" 5
+  says "$S: "
+  assertTrue 'untouched' "cmp '$S' '$T/copy'"
+}
+testDamagedLogIsReadOnly() {
+  store || return 0
+  noise 163840 >"$T/in"
+  cas 0 import "$S::v" "$T/in"
+  cas 0 create "$S::w" 1M
+  serve "$S::w"
+  mkfifo "$T/after"
+  { # the client looks at it when the server is gone
+    while kill -0 "$PID" 2>/dev/null; do sleep 0.02; done
+    cp "$S" "$T/saved"
+    "$NBDSERVE" export "$S::w" - >"$T/after" 2>>"$T/err"
+  } &
+  LOG='Broken pipe'
+  client acked "$SOCK" "$T/after" "$PID" 9 1000 fua
+  wait $!
+  stop KILL
+  cp "$T/saved" "$S" # as it was when the server was killed
+  log=$(($(word 44) % 4096 * 4096 + 2097152)) # the first page to replay
+  assertEquals 'LOG1' "$(dd if="$S" bs=1 skip=$log count=4 2>/dev/null)"
+  cas 0 verify "$S"
+  flip $((log + 8192 + 50)) # some page behind it
+  cp "$S" "$T/copy"
+  reports '- 0 0 the log is damaged'
+  same v "$T/in"
+  cas 1 create "$S::n" 5
+  says "$S: "
+  assertTrue 'untouched' "cmp '$S' '$T/copy'"
+  serve -r "$S::"
+}
+testFullStoreIsENOSPCForTheWriteOnly() {
+  needs qemu-io mount && unless NO_THREADS && store || return 0
+  mkdir "$T/m"
+  if ! mount -t tmpfs -o size=32M none "$T/m" 2>/dev/null; then
+    skip 'no tmpfs may be mounted'
+    return 0
+  fi
+  S=$T/m/store
+  cas 0 init "$S"
+  noise 4000000 >"$T/in"
+  noise 33554432 >"$T/much"
+  head -c 4194304 "$T/much" >"$T/some"
+  cas 0 import "$S::v" "$T/in"
+  cas 1 import "$S::much" "$T/much"
+  says 'import much.*: No space'
+  names
+  assertEquals 'v ' "$GOT"
+  cas 0 create "$S::w" 32M
+  serve "$S::"
+  LOG='^nbdserve: client .* No space left'
+  timeout 60 qemu-io -f raw "$(uri w)" -c "write -s $T/much 0 32M" \
+    >"$T/log" 2>&1
+  assertContains "$(cat "$T/log")" 'No space left'
+  cas 0 export "$S::v" "$T/out"
+  assertTrue 'reads go on' "cmp '$T/in' '$T/out'"
+  does qemu-io -f raw "$(uri w)" -c 'discard 0 32M' -c flush \
+    -c "write -s $T/some 0 4M" -c flush
+  assertNotContains "$(cat "$T/log")" 'No space left'
+  stop TERM
+  assertEquals 'status' 0 $STATUS
+  cas 0 export "$S::w" "$T/out"
+  assertTrue 'trimmed, then written' "cmp -n 4194304 '$T/some' '$T/out'"
+  same v "$T/in"
+  cas 0 verify "$S"
+  umount -l "$T/m"
+}
+
+# ---- Other people's clients, other machines ---------------------------------
+
+testNbdcopyMovesAnImageInAndOutOfAStore() {
+  needs nbdcopy && store || return 0
+  truncate -s 32M "$T/in"
+  for mib in 1 3 4 17; do
+    noise 3000000 | dd of="$T/in" bs=1M seek=$mib conv=notrunc 2>/dev/null
+  done
+  cas 0 create "$S::v" 32M
+  serve "$S::v"
+  does nbdcopy --connections=4 --flush "$T/in" "$URI"
+  does nbdcopy --connections=4 "$URI" "$T/copy"
+  assertTrue "cmp '$T/in' '$T/copy'"
+  stop TERM
+  same v "$T/in"
+  cas 0 verify "$S"
+}
+testFilesystemInAStoreIsSound() {
+  needs mke2fs e2fsck nbdcopy && store || return 0
+  if ! mke2fs -V 2>&1 | grep -q '^mke2fs 1'; then
+    skip 'this mke2fs knows no -d'
+    return 0
+  fi
+  mkdir "$T/tree"
+  cp "$self" "$T/tree"
+  truncate -s 16M "$T/fs"
+  does mke2fs -q -t ext4 -d "$T/tree" "$T/fs"
+  cas 0 create "$S::fs" 16M
+  serve "$S::fs"
+  does nbdcopy --flush "$T/fs" "$URI"
+  does nbdcopy "$URI" "$T/copy"
+  does e2fsck -fn "$T/copy"
+}
+testFioVerifiesWhatItWroteToAVolume() {
+  needs fio && store || return 0
+  fio --enghelp | grep -q '[^a-z]nbd$' || { skip 'fio has no nbd'; return; }
+  cas 0 create "$S::v" 32M
+  serve "$S::v"
+  (cd "$T" && does fio --name=v --ioengine=nbd --uri="$URI" --rw=randwrite \
+    --bs=4k --iodepth=16 --numjobs=4 --size=8M --offset_increment=8M \
+    --verify=crc32c --output-format=terse --verify_fatal=1)
+  stop TERM
+  cas 0 verify "$S"
+}
+testQemuSeesTheHolesOfAVolume() {
+  needs qemu-img && store || return 0
+  truncate -s 8M "$T/in"
+  noise 1048576 | dd of="$T/in" bs=1M seek=2 conv=notrunc 2>/dev/null
+  cas 0 create "$S::v" 8M
+  serve "$S::v"
+  does qemu-img convert -n -f raw -O raw "$T/in" "$URI"
+  does qemu-img map --output=json -f raw "$URI"
+  assertEquals '0 2097152 false|2097152 1048576 true|3145728 5242880 false|' \
+    "$(tr '{' '\n' <"$T/log" | sed -n 's/.*"start": \([0-9]*\), "length": '\
+'\([0-9]*\),.*"data": \([a-z]*\).*/\1 \2 \3/p' | tr '\n' '|')"
+  does qemu-img compare -f raw -F raw "$T/in" "$URI"
+}
+testQemuIoTrimsZeroesAndWritesPartsOfBlocks() {
+  needs qemu-io && store || return 0
+  cas 0 create "$S::v" 4M
+  serve "$S::v"
+  does qemu-io -f raw "$URI" -c 'write -P 7 0 1M' -c 'write -z 64k 64k' \
+    -c 'write -z -u 256k 64k' -c 'discard 512k 128k' -c flush \
+    -c 'read -P 7 0 64k' -c 'read -P 0 64k 64k' -c 'read -P 0 256k 64k' \
+    -c 'write -f -P 9 1000000 3' -c 'read -P 9 1000000 3' \
+    -c 'write -z 3000 5000' -c 'read -P 7 2000 1000' -c 'read -P 0 3000 5000' \
+    -c 'read -P 7 8000 1000' -c 'discard 20001 9999' -c 'read -P 7 20000 1' \
+    -c 'read -P 7 30000 2000' -c map
+  assertNotContains "$(cat "$T/log")" 'Pattern verification failed'
+  stop TERM
+  cas 0 verify "$S"
+}
+testStoresOfABigEndianMachineAreTheSame() {
+  qemu=$(command -v qemu-s390x-static || command -v qemu-s390x || :)
+  needs s390x-linux-gnu-gcc "${qemu:-qemu-s390x}" && store || return 0
+  does s390x-linux-gnu-gcc -O1 -static -o "$T/s390x" "$here/nbdserve.c" \
+    -lpthread
+  noise 500000 >"$T/in"
+  cas 0 import "$S::native" "$T/in"
+  does "$qemu" "$T/s390x" export "$S::native" "$T/copy"
+  assertTrue 'read there' "cmp '$T/in' '$T/copy'"
+  does "$qemu" "$T/s390x" verify "$S"
+  does "$qemu" "$T/s390x" import "$S::foreign" "$T/in"
+  does "$qemu" "$T/s390x" snapshot "$S::foreign@s"
+  same foreign@s "$T/in"
+  cas 0 verify "$S"
+  does "$qemu" "$T/s390x" init "$T/other"
+  does "$qemu" "$T/s390x" import "$T/other::v" "$T/in"
+  S=$T/other
+  same v "$T/in"
+  cas 0 verify "$S"
+  cas 0 rm "$S::v"
+}
+
+# ==== The store under power cuts and failing calls (crash, storefault) =======
+
+simulates() {
+  unless NO_CAS || return 1
+  [ "${SANITIZER-}" != thread ] || { skip 'one thread only'; return 1; }
+}
+testNoPowerCutLosesWhatWasFlushed() {
+  simulates || return 0
+  build crash || return 0
+  for seed in 1 1000 2000 3000; do does "$W/crash" 500 $seed; done
+}
+testEverySystemCallMayFailOnce() {
+  simulates || return 0
+  build storefault || return 0
+  for seed in 1 2; do does "$W/storefault" $seed; done
+}
+
 # ==== The README =============================================================
 
 # Its blocks of that language, as $T/1.LANGUAGE...; prints their names
@@ -2026,6 +2727,7 @@ testReadmeCommandsRun() {
   cd "$here" || return
 }
 testReadmeHasTheHelpText() {
+  unless NO_CAS || return 0
   "$NBDSERVE" --help >"$T/help"
   awk -v lines="$(wc -l <"$T/help")" '
     match($0, /^ *usage: /) && !n { n = lines; indent = RLENGTH - 7 }
@@ -3080,6 +3782,29 @@ static void v_acked(char **a) /* ADDRESS FILE PID SIGNAL AFTER [fua] */
   }
 }
 
+static void v_each(char **a) /* ADDRESS PREFIX NUMBER */
+{
+  int n = atoi(a[2]), i, round;
+  unsigned char b[4096];
+  for (round = 0; round < 2; round++)
+    for (i = 1; i <= n; i++) {
+      struct t_conn c;
+      char name[100];
+      snprintf(name, sizeof name, "%s%d", a[1], i);
+      CHECK(t_open(&c, c_connect(a[0]), name, 1) == 0);
+      if (round) {
+        CHECK(t_do(&c, 0, READ, 8192, 4096, b) == 0);
+        CHECK(b[0] == i % 251 && b[1] == i / 251 && b[4095] == i % 251);
+      } else {
+        memset(b, i % 251, sizeof b);
+        b[1] = (unsigned char)(i / 251);
+        CHECK(t_do(&c, 0, WRITE, 8192, 4096, b) == 0);
+        CHECK(t_do(&c, 0, FLUSH, 0, 0, NULL) == 0);
+      }
+      t_close(&c);
+    }
+}
+
 /* ---- a server that is given its socket ---- */
 
 static void c_given(int server, int client, int activation, char **a) {
@@ -3156,7 +3881,7 @@ int main(int argc, char **argv) {
       V(large), V(flushes), V(many), V(limit), V(acked), V(pair), V(listener),
       V(activate), V(shrunk), V(compare), V(spin), V(mixed), V(lone),
       V(next),
-      V(half), V(lost), V(full),
+      V(half), V(lost), V(full), V(each),
   };
   int i;
   CHECK(argc > 2);
@@ -4154,6 +4879,190 @@ static void u_two(void) {
   o_close(&o[1]);
 }
 
+/* ---- the store ---- */
+
+static void h_is(int hw, const char *text, size_t times, const char *want) {
+  size_t n = strlen(text), i;
+  unsigned char *p = t_alloc(n * times + 1), out[2][32];
+  char hex[65];
+  int k;
+  for (i = 0; i < times; i++) memcpy(p + i * n, text, n);
+  for (k = 0; k < 2; k++) {
+    sha_256(hw, p, k ? p : NULL, n * times, out[0], out[1]);
+    if (k) CHECK(memcmp(out[0], out[1], 32) == 0);
+    for (i = 0; i < 32; i++) snprintf(hex + 2 * i, 3, "%02x", out[0][i]);
+    CHECK(strcmp(hex, want) == 0);
+  }
+}
+
+static void u_fips(void) { /* the examples of FIPS 180-4 */
+  int hw;
+  for (hw = 0; hw <= os_has_hwsha(); hw++) {
+    h_is(hw, "", 1, "e3b0c44298fc1c149afbf4c8996fb924"
+                    "27ae41e4649b934ca495991b7852b855");
+    h_is(hw, "abc", 1, "ba7816bf8f01cfea414140de5dae2223"
+                       "b00361a396177a9cb410ff61f20015ad");
+    h_is(hw, "abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq", 1,
+         "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");
+    h_is(hw, "abcdefghbcdefghicdefghijdefghijkefghijklfghijklmghijklmn"
+             "hijklmnoijklmnopjklmnopqklmnopqrlmnopqrsmnopqrstnopqrstu", 1,
+         "cf5b16a778af8380036ce59e7b0492370b249b11e8f07a51afac45037afee9d1");
+    h_is(hw, "a", 1000000,
+         "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
+  }
+}
+
+static uint32_t h_next(uint32_t *x) {
+  return (*x = *x * 1664525 + 1013904223) >> 8;
+}
+
+/* All ways to compute it agree, wherever the messages lie */
+static void u_ways(void) {
+  unsigned char *p = t_alloc(70100), *q = t_alloc(70100), out[5][32];
+  uint32_t x = 1, i, len;
+  for (i = 0; i < 70100; i++) p[i] = (unsigned char)h_next(&x);
+  for (i = 0; i < 70100; i++) q[i] = (unsigned char)h_next(&x);
+  for (i = 0; i < 400; i++) {
+    const unsigned char *a = p + i % 7, *b = q + i % 5;
+    int hw;
+    len = i <= 300 ? i : h_next(&x) % 70001;
+    sha_256(0, a, NULL, len, out[0], NULL);
+    sha_256(0, b, NULL, len, out[1], NULL);
+    CHECK(!len || memcmp(out[0], out[1], 32) != 0);
+    for (hw = 0; hw <= os_has_hwsha(); hw++) {
+      sha_256(hw, a, b, len, out[2], out[3]);
+      sha_256(hw, a, NULL, len, out[4], NULL);
+      CHECK(memcmp(out[0], out[2], 64) == 0);
+      CHECK(memcmp(out[0], out[4], 32) == 0);
+    }
+  }
+}
+
+/* Writers share each block of a volume, a quarter each, while others read,
+ * flush, verify, and make and remove snapshots and clones. */
+enum { K_BLOCKS = 64, K_CELL = 1024, K_WRITERS = 4, K_TURNS = 1500 };
+static struct nbdserve_cas *k_store;
+static unsigned char k_last[K_WRITERS][K_BLOCKS];
+static int k_over; /* (t_hold) */
+
+static void k_open(const char *name, struct nbdserve_export *e) {
+  memset(e, 0, sizeof *e);
+  CHECK(nbdserve_cas_volume(k_store, name, e) == 0);
+}
+
+static void *k_write(void *arg) {
+  static const unsigned char zeroes[K_CELL];
+  int me = (int)(intptr_t)arg, i;
+  uint32_t x = (uint32_t)me + 7, b, to;
+  unsigned char cell[K_CELL];
+  struct nbdserve_export e;
+  k_open("v", &e);
+  for (i = 0; i < K_TURNS; i++) {
+    uint64_t off;
+    b = h_next(&x) % K_BLOCKS;
+    off = b * 4096 + (uint64_t)me * K_CELL;
+    to = h_next(&x) % 50; /* 0: zeroes; some blocks become equal */
+    memset(cell, to ? (int)to * 4 + me : 0, K_CELL);
+    if (to) CHECK(e.ops->write(e.ctx, cell, off, K_CELL, 0) == 0);
+    else CHECK(e.ops->zero(e.ctx, off, K_CELL, 0) == 0);
+    k_last[me][b] = cell[0];
+    if (i % 100 == 0) CHECK(e.ops->flush(e.ctx, 0) == 0);
+    CHECK(e.ops->read(e.ctx, cell, off, K_CELL, 0) == 0);
+    CHECK(cell[0] == k_last[me][b] && !memcmp(cell, cell + 1, K_CELL - 1));
+    CHECK(to || memcmp(cell, zeroes, K_CELL) == 0);
+  }
+  e.ops->close(e.ctx);
+  return NULL;
+}
+
+/* What is read of a volume is whole cells of their writers. */
+static void k_sound(const char *name, int last) {
+  unsigned char b[4096];
+  struct nbdserve_export e;
+  int i, k;
+  k_open(name, &e);
+  for (i = 0; i < K_BLOCKS; i++) {
+    CHECK(e.ops->read(e.ctx, b, (uint64_t)i * 4096, 4096, 0) == 0);
+    for (k = 0; k < K_WRITERS; k++) {
+      const unsigned char *c = b + k * K_CELL;
+      if (c[0]) CHECK(c[0] % 4 == k);
+      if (last) CHECK(c[0] == k_last[k][i]);
+    }
+  }
+  e.ops->close(e.ctx);
+}
+
+static void k_damage(void *arg, const char *name, uint64_t off, uint64_t len,
+                     const char *why) {
+  (void)arg, (void)name, (void)off, (void)len;
+  t_fail(__LINE__, why);
+}
+
+static int k_listed(void *arg, const struct nbdserve_cas_info *info) {
+  CHECK(info->size == K_BLOCKS * 4096);
+  ++*(int *)arg;
+  return 0;
+}
+
+static void *k_look(void *arg) {
+  struct nbdserve_cas_stat st;
+  (void)arg;
+  while (!t_hold(&k_over, -1)) {
+    int n = 0;
+    k_sound("v", 0);
+    CHECK(nbdserve_cas_verify(k_store, k_damage, NULL, NULL) == 0);
+    CHECK(nbdserve_cas_list(k_store, k_listed, &n) == 0 && n > 0 && n < 4);
+    CHECK(nbdserve_cas_stat(k_store, &st) == 0);
+  }
+  return NULL;
+}
+
+static void k_remove(const char *name) {
+  int err;
+  while ((err = nbdserve_cas_rm(k_store, name)) == -EBUSY) t_sleep(1);
+  CHECK(err == 0); /* busy: it was being verified */
+}
+
+static void *k_change(void *arg) {
+  (void)arg;
+  while (!t_hold(&k_over, -1)) {
+    CHECK(nbdserve_cas_snapshot(k_store, "v@s") == 0);
+    k_sound("v@s", 0);
+    CHECK(nbdserve_cas_clone(k_store, "v@s", "c") == 0);
+    k_remove("v@s");
+    k_sound("c", 0);
+    CHECK(nbdserve_cas_rename(k_store, "c", "d") == 0);
+    k_remove("d");
+  }
+  return NULL;
+}
+
+static void u_together(void) {
+  struct nbdserve_cas_options o = {0};
+  pthread_t t[K_WRITERS + 2];
+  char path[500];
+  int i;
+  o.log_pages = 8;
+  snprintf(path, sizeof path, "%s/together", dir);
+  CHECK(nbdserve_cas_init(path, &o) == 0);
+  CHECK(nbdserve_cas_open(path, NULL, &k_store) == 0);
+  CHECK(nbdserve_cas_create(k_store, "v", K_BLOCKS * 4096) == 0);
+  for (i = 0; i < K_WRITERS + 2; i++)
+    CHECK(pthread_create(t + i, NULL, i < K_WRITERS ? k_write
+                         : i == K_WRITERS ? k_look : k_change,
+                         (void *)(intptr_t)i) == 0);
+  for (i = 0; i < K_WRITERS + 2; i++) {
+    if (i == K_WRITERS) t_hold(&k_over, 1);
+    pthread_join(t[i], NULL);
+  }
+  k_sound("v", 1);
+  CHECK(nbdserve_cas_close(k_store) == 0);
+  CHECK(nbdserve_cas_open(path, NULL, &k_store) == 0);
+  k_sound("v", 1);
+  CHECK(nbdserve_cas_verify(k_store, k_damage, NULL, NULL) == 0);
+  CHECK(nbdserve_cas_close(k_store) == 0);
+}
+
 int main(int argc, char **argv) {
 #define V(name) {#name, u_##name}
   static const struct {
@@ -4164,7 +5073,7 @@ int main(int argc, char **argv) {
       V(vanish), V(inflight), V(memory), V(requests), V(fua), V(errors),
       V(missing), V(flush), V(find), V(extents), V(resize), V(deadline),
       V(direct), V(stop), V(two), V(failed), V(flags), V(null),
-      V(totals), V(free),
+      V(totals), V(free), V(fips), V(ways), V(together),
   };
   int i;
   CHECK(argc == 3);
@@ -4670,6 +5579,1042 @@ int main(int argc, char **argv) {
   else if (!strcmp(argv[1], "memory")) i_memory();
   else return 2;
   return 0;
+}
+
+//== crash storefault
+/* A disk in memory, whose writes last only after a sync, and a model of what
+ * the store on it must hold.  One thread: the store's own are run in between,
+ * as calls.  Everything follows from the seed. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1
+#endif
+#ifndef _FILE_OFFSET_BITS
+#define _FILE_OFFSET_BITS 64
+#endif
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+/* A store so small that deep maps, groups and a full log are everyday things */
+#define CAS_ENTRIES d_entries
+#define CAS_UNIT 4096
+#define CAS_FANOUT(bs) 8
+#define CAS_SEGMENT 16
+#define CAS_MIN_BLOCK 512
+
+enum { PREAD, PWRITE, PREADV, PWRITEV, SYNC, FSYNC, FALLOCATE, FTRUNCATE,
+       MALLOC, NCALLS };
+enum { D_SIZE = 2 << 20, D_OPS = 8192, D_FD = 5000, D_DIR = 6000 };
+enum { POWER = 6, KILL = 6 }; /* (d_cut) */
+
+static unsigned char d_now[D_SIZE], d_durable[D_SIZE], d_data[2 * D_SIZE];
+static uint64_t d_size, d_durable_size, d_limit; /* d_limit: all there is */
+static uint64_t d_meta; /* where data starts */
+static size_t d_used; /* of d_data: what was written since the last sync, */
+static int d_nops;    /* in this many calls; without length: a new size */
+static struct { uint64_t off, len; size_t data; } d_ops[D_OPS];
+static int d_exists, d_entered; /* the file; its directory entry lasts */
+static int d_fds, d_locked, d_frozen, d_full; /* d_full: no room was met */
+static long d_fuse; /* this many changes until the power is cut; 0: never */
+static int d_aim; /* rather when the superblock is written */
+static jmp_buf d_out;
+static long d_calls[NCALLS], d_writes;
+static struct { int kind, err; long nth; size_t cut; int fired; } d_fault;
+static void *(*d_thread)(void *), *d_thread_arg;
+static union d_head { union d_head *next[2]; double align; } d_heap;
+static uint64_t d_seed;
+static unsigned d_entries; /* of a log page: few, so that they are common */
+
+static void m_fail(const char *format, ...);
+
+static uint32_t rnd(uint32_t n) { /* 0..n-1 */
+  d_seed ^= d_seed << 13, d_seed ^= d_seed >> 7, d_seed ^= d_seed << 17;
+  return (uint32_t)((d_seed * UINT64_C(0x2545f4914f6cdd1d)) >> 32) % n;
+}
+
+/* Brings to the medium, of each piece, what the calls before limit[] made it
+ * (NULL: everything), and the sizes up to call sizes. */
+static void d_settle(const int *limit, uint64_t piece, int sizes) {
+  uint64_t at, end, next;
+  int i;
+  for (i = 0; i < d_nops; i++) {
+    end = d_ops[i].off + d_ops[i].len;
+    if (!d_ops[i].len && i < sizes) {
+      if (end < d_durable_size)
+        memset(d_durable + end, 0, (size_t)(d_durable_size - end));
+      d_durable_size = end;
+    }
+    for (at = d_ops[i].off; at < end; at = next) {
+      next = limit ? (at / piece + 1) * piece : end;
+      if (next > end) next = end;
+      if (limit && i >= limit[at / piece]) continue;
+      memcpy(d_durable + at, d_data + d_ops[i].data + (at - d_ops[i].off),
+             (size_t)(next - at));
+      if (next > d_durable_size) d_durable_size = next;
+    }
+  }
+  d_used = 0;
+  d_nops = 0;
+}
+
+/* What is left after a cut: none, all, metadata or data of what was not synced,
+ * some of its pieces of 512 or 4096 bytes (POWER: one of these); KILL: all can
+ * be read, and still gets lost in the next one. */
+static void d_cut(int how) {
+  static int limit[D_SIZE / 512];
+  uint64_t piece = how == 4 ? 512 : 4096, i;
+  int kept = (int)rnd(101), n = d_nops;
+  if (how == KILL) return;
+  for (i = 0; i < D_SIZE / piece; i++)
+    limit[i] = how == 0 ? 0 : how == 1 ? n
+             : how < 4 ? (i * piece < d_meta) == (how == 2) ? n : 0
+             : (int)rnd(100) < kept ? n
+             : rnd(2) ? 0 : (int)rnd((uint32_t)n + 1);
+  d_settle(limit, piece,
+           how == 0 ? 0 : how == 1 ? n : (int)rnd((uint32_t)n + 1));
+  memcpy(d_now, d_durable, D_SIZE);
+  d_size = d_durable_size;
+  if (!d_entered && rnd(2)) d_exists = 0;
+}
+
+/* Before each call: does it fail, or do less? */
+static int d_enter(int kind, int fd, size_t *len) {
+  if (fd != D_DIR && (fd < D_FD || fd >= D_DIR))
+    m_fail("a call for descriptor %d", fd);
+  d_calls[kind]++;
+  if (kind != PREAD && kind != PREADV && kind != MALLOC && d_frozen)
+    m_fail("a read-only store is changed");
+  if (kind != d_fault.kind || d_calls[kind] != d_fault.nth) return 0;
+  d_fault.fired = 1;
+  errno = d_fault.err;
+  if (!errno && len && *len > d_fault.cut) *len = d_fault.cut;
+  return errno != 0;
+}
+
+static void d_changed(void) {
+  if (d_fuse && !--d_fuse) longjmp(d_out, 1);
+}
+
+/* Changes n bytes at off, p: to what, NULL: zeroes, n = 0: the size is off */
+static void d_change(const void *p, size_t n, uint64_t off) {
+  if (d_nops == D_OPS || d_used + n > sizeof d_data || rnd(300) == 0)
+    d_settle(NULL, 1, D_OPS); /* the system may do that at any time */
+  d_ops[d_nops].off = off;
+  d_ops[d_nops].len = n;
+  d_ops[d_nops++].data = d_used;
+  if (p && n) memcpy(d_data + d_used, p, n);
+  else memset(d_data + d_used, 0, n);
+  memcpy(d_now + off, d_data + d_used, n);
+  d_used += n;
+  if (!n && off < d_size) memset(d_now + off, 0, (size_t)(d_size - off));
+  if (!n || off + n > d_size) d_size = off + n;
+}
+
+static ssize_t d_read(int kind, int fd, const struct iovec *v, int n,
+                      off_t off) {
+  size_t len = 0, left, part;
+  int i;
+  for (i = 0; i < n; i++) len += v[i].iov_len;
+  if (d_enter(kind, fd, &len)) return -1;
+  if ((uint64_t)off >= d_size) return 0;
+  if (len > d_size - (uint64_t)off) len = (size_t)(d_size - (uint64_t)off);
+  for (left = len; left; v++, left -= part, off += (off_t)part) {
+    part = left < v->iov_len ? left : v->iov_len;
+    memcpy(v->iov_base, d_now + off, part);
+  }
+  return (ssize_t)len;
+}
+
+static ssize_t d_write(int kind, int fd, const struct iovec *v, int n,
+                       off_t off) {
+  static unsigned char b[D_SIZE];
+  size_t len = 0, all = 0;
+  int i;
+  for (i = 0; i < n; i++) len += v[i].iov_len;
+  if (d_enter(kind, fd, &len)) return -1;
+  if (!off && d_fuse > 2 && d_aim && rnd(3) == 0) d_fuse = 1 + (long)rnd(2);
+  if (d_fuse == 1 && rnd(2))
+    len = len / 512 ? rnd((uint32_t)len / 512) * 512 : 0;
+  if ((uint64_t)off >= d_limit || len > d_limit - (uint64_t)off) {
+    d_full = 1;
+    len = (uint64_t)off >= d_limit ? 0 : (size_t)(d_limit - (uint64_t)off);
+    if (!len) return errno = ENOSPC, -1;
+  }
+  for (i = 0; i < n && all < len; all += v[i++].iov_len)
+    memcpy(b + all, v[i].iov_base,
+           v[i].iov_len < len - all ? v[i].iov_len : len - all);
+  if (len) d_change(b, len, (uint64_t)off);
+  d_writes++;
+  d_changed();
+  return (ssize_t)len;
+}
+
+static ssize_t sim_pread(int fd, void *b, size_t n, off_t off) {
+  struct iovec v = {b, n};
+  return d_read(PREAD, fd, &v, 1, off);
+}
+
+static ssize_t sim_pwrite(int fd, const void *b, size_t n, off_t off) {
+  struct iovec v;
+  v.iov_base = (void *)(uintptr_t)b;
+  v.iov_len = n;
+  return d_write(PWRITE, fd, &v, 1, off);
+}
+
+static ssize_t sim_preadv(int fd, const struct iovec *v, int n, off_t off) {
+  return d_read(PREADV, fd, v, n, off);
+}
+
+static ssize_t sim_pwritev(int fd, const struct iovec *v, int n, off_t off) {
+  return d_write(PWRITEV, fd, v, n, off);
+}
+
+static ssize_t sim_read(int fd, void *b, size_t n) { /* /dev/urandom */
+  size_t i;
+  (void)fd;
+  for (i = 0; i < n; i++) ((char *)b)[i] = (char)rnd(256);
+  return (ssize_t)n;
+}
+
+static int d_sync(int kind, int fd) {
+  if (d_enter(kind, fd, NULL)) {
+    if (errno != EINTR) d_nops = 0, d_used = 0; /* lost; the next succeeds */
+    return -1;
+  }
+  if (d_fuse == 1 && rnd(2)) longjmp(d_out, 1);
+  if (fd == D_DIR) d_entered = 1;
+  else d_settle(NULL, 1, D_OPS);
+  d_changed();
+  return 0;
+}
+
+static int sim_fdatasync(int fd) { return d_sync(SYNC, fd); }
+static int sim_fsync(int fd) { return d_sync(FSYNC, fd); }
+
+static int sim_ftruncate(int fd, off_t size) {
+  if (d_enter(FTRUNCATE, fd, NULL)) return -1;
+  if ((uint64_t)size > d_limit) return errno = EFBIG, -1;
+  d_change(NULL, 0, (uint64_t)size);
+  d_changed();
+  return 0;
+}
+
+static int sim_fallocate(int fd, int mode, off_t off, off_t len) {
+  uint64_t end = (uint64_t)(off + len);
+  if (d_enter(FALLOCATE, fd, NULL)) return -1;
+  if (end > d_limit) return d_full = 1, errno = ENOSPC, -1;
+  if ((mode & ~1) && end > d_size) end = d_size; /* PUNCH_HOLE, ZERO_RANGE */
+  if ((mode & ~1) && end > (uint64_t)off)
+    d_change(NULL, (size_t)(end - (uint64_t)off), (uint64_t)off);
+  else if (!mode && end > d_size) d_change(NULL, 0, end);
+  d_changed();
+  return 0;
+}
+
+static int sim_open(const char *path, int flags, ...) {
+  if (strcmp(path, "/sim/store")) return D_DIR;
+  if (d_exists && (flags & O_CREAT) && (flags & O_EXCL))
+    return errno = EEXIST, -1;
+  if (!d_exists && !(flags & O_CREAT)) return errno = ENOENT, -1;
+  if (!d_exists) {
+    d_exists = 1;
+    d_entered = d_nops = 0;
+    d_size = d_durable_size = 0;
+    memset(d_now, 0, D_SIZE);
+    memset(d_durable, 0, D_SIZE);
+  }
+  return D_FD + d_fds++;
+}
+
+static int sim_close(int fd) {
+  if (fd == D_DIR) return 0;
+  if (--d_fds < 0) m_fail("closed twice");
+  if (d_locked == fd) d_locked = 0;
+  return 0;
+}
+
+static int sim_unlink(const char *path) {
+  if (!strcmp(path, "/sim/store")) d_exists = 0;
+  return 0;
+}
+
+static int sim_flock(int fd, int how) {
+  if (d_locked) return errno = EWOULDBLOCK, -1;
+  if (!(how & LOCK_UN)) d_locked = fd;
+  return 0;
+}
+
+static int sim_fstat(int fd, struct stat *st) {
+  memset(st, 0, sizeof *st);
+  st->st_mode = (fd == D_DIR ? S_IFDIR : S_IFREG) | 0644;
+  st->st_size = (off_t)d_size;
+  st->st_blocks = (blkcnt_t)(d_size / 512);
+  return 0;
+}
+
+static off_t sim_lseek(int fd, off_t off, int whence) {
+  (void)fd;
+  return whence == SEEK_END ? (off_t)d_size + off : off;
+}
+
+/* A thread of the store runs when the next one waits for it, or at m_step */
+static int sim_create(pthread_t *t, const pthread_attr_t *a,
+                      void *(*f)(void *), void *arg) {
+  (void)t, (void)a;
+  if (d_thread || rnd(2)) return EAGAIN;
+  d_thread = f;
+  d_thread_arg = arg;
+  return 0;
+}
+
+static void d_run(void) {
+  void *(*f)(void *) = d_thread;
+  d_thread = NULL;
+  if (f) f(d_thread_arg);
+}
+
+static int sim_wait(pthread_cond_t *c, pthread_mutex_t *m) {
+  (void)c;
+  if (!d_thread) m_fail("it waits for nobody");
+  pthread_mutex_unlock(m);
+  d_run();
+  pthread_mutex_lock(m);
+  return 0;
+}
+
+static void *sim_malloc(size_t n) {
+  union d_head *h;
+  if (d_enter(MALLOC, D_FD, NULL)) return NULL;
+  if (!(h = malloc(sizeof *h + n))) exit(2);
+  memset(h + 1, 0xa5, n);
+  h->next[0] = &d_heap;
+  h->next[1] = d_heap.next[1];
+  h->next[0]->next[1] = h->next[1]->next[0] = h;
+  return h + 1;
+}
+
+static void sim_free(void *p) {
+  union d_head *h = p;
+  if (!p) return;
+  h--;
+  h->next[0]->next[1] = h->next[1];
+  h->next[1]->next[0] = h->next[0];
+  free(h);
+}
+
+#undef open
+#undef lseek
+#undef fstat
+#undef read
+#undef pread
+#undef pwrite
+#undef preadv
+#undef pwritev
+#undef ftruncate
+#undef fallocate
+#define open sim_open
+#define close sim_close
+#define unlink sim_unlink
+#define flock sim_flock
+#define fstat sim_fstat
+#define lseek sim_lseek
+#define read sim_read
+#define pread sim_pread
+#define pwrite sim_pwrite
+#define preadv sim_preadv
+#define pwritev sim_pwritev
+#define fdatasync sim_fdatasync
+#define fsync sim_fsync
+#define ftruncate sim_ftruncate
+#define fallocate sim_fallocate
+#define pthread_create sim_create
+#define pthread_cond_wait sim_wait
+#define NBDSERVE_MALLOC sim_malloc
+#define NBDSERVE_FREE sim_free
+#define NBDSERVE_NO_MAIN 1
+#include "nbdserve.c"
+
+/* ---- The model: cells of 64 bytes that hold a number in a pattern -------- */
+
+enum { CELL = 64, BLOCK = 512, PER = BLOCK / CELL, CELLS = 512 * PER,
+       NVOLS = 8, NLATER = 20000, LOST = 0xffffff };
+enum { CREATE = 1, SNAPSHOT, CLONE, RENAME, ROLLBACK, RESIZE, RM };
+
+struct m_vol {
+  char name[16]; /* "": there is none */
+  int readonly, is_open;
+  uint32_t size, old[CELLS], cur[CELLS]; /* old: after the last flush */
+  struct nbdserve_export e;
+};
+static struct m_vol vols[NVOLS];
+static struct { int vol; uint32_t cell, value; } later[NLATER];
+static int nlater; /* what was written since the flush, if not cur */
+static struct { int kind; char from[16], name[16]; uint32_t size; } change;
+static struct nbdserve_cas *cas;
+static uint64_t m_seed;
+static uint32_t m_max; /* size of volumes */
+static uint32_t m_last; /* contents that no cell had before */
+static long cuts, recoveries, writes, snapshots, m_nth;
+static int m_trace, m_weight[2], m_over; /* m_over: reads fail */
+static char m_doing[100];
+
+static void m_fail(const char *format, ...) {
+  va_list args;
+  printf("seed %lu, cut %ld, step %ld (%s): ", (unsigned long)m_seed, cuts,
+         m_nth, m_doing);
+  if (d_fault.nth)
+    printf("call %ld of kind %d, error %d: ", d_fault.nth, d_fault.kind,
+           d_fault.err);
+  va_start(args, format);
+  vprintf(format, args);
+  va_end(args);
+  printf("\n");
+  fflush(stdout);
+  _exit(1);
+}
+
+static void m_signal(int sig) { m_fail("signal %d", sig); }
+
+static void m_signals(void) {
+  static const int sigs[] = {SIGABRT, SIGSEGV, SIGBUS, SIGALRM, SIGFPE};
+  int i;
+  for (i = 0; i < 5; i++) signal(sigs[i], m_signal);
+}
+
+static void m_do(const char *format, ...) {
+  va_list args;
+  va_start(args, format);
+  vsnprintf(m_doing, sizeof m_doing, format, args);
+  va_end(args);
+  m_nth++;
+  if (m_trace) printf("%ld: %s\n", m_nth, m_doing);
+  if (m_trace) fflush(stdout);
+}
+
+/* What cannot be forgotten any more */
+static void m_settle(struct m_vol *v, uint32_t from, uint32_t to) {
+  int i, n = 0;
+  memcpy(v->old + from, v->cur + from, (to - from) * sizeof *v->old);
+  for (i = 0; i < nlater; i++)
+    if (later[i].vol != v - vols || later[i].cell < from || later[i].cell >= to)
+      later[n++] = later[i];
+  nlater = n;
+}
+
+static struct m_vol *m_find(const char *name) {
+  int i;
+  for (i = 0; i < NVOLS; i++)
+    if (!strcmp(vols[i].name, name)) return vols + i;
+  return NULL;
+}
+
+/* The volume of a snapshot's name */
+static struct m_vol *m_base(const char *name) {
+  char base[16];
+  snprintf(base, sizeof base, "%.*s", (int)strcspn(name, "@"), name);
+  return m_find(base);
+}
+
+static void m_close(struct m_vol *v) {
+  if (v->is_open) v->e.ops->close(v->e.ctx);
+  v->is_open = 0;
+}
+
+/* May it have no room?  Not if all blocks that are or were there, their map
+ * pages twice, and what is kept back, are far from filling the disk. */
+static int m_full(void) {
+  uint64_t blocks = 400 + (uint64_t)nlater;
+  uint32_t i, c;
+  for (i = 0; i < NVOLS; i++)
+    for (c = 0; vols[i].name[0] && c < vols[i].size; c += PER)
+      blocks += 1 + !(c / PER % 3);
+  return d_full && d_meta + blocks * (BLOCK + 32) > d_limit * 3 / 4;
+}
+
+/* Is an error in order? */
+static int m_excused(int err) {
+  if (d_fault.fired && d_fault.err && d_fault.err != EINTR) return 1;
+  return err == -ENOSPC && m_full();
+}
+
+static int m_open(struct m_vol *v) {
+  int err;
+  if (v->is_open) return 0;
+  memset(&v->e, 0, sizeof v->e);
+  err = nbdserve_cas_volume(cas, v->name, &v->e);
+  if (err && m_excused(err)) return m_over = err;
+  if (err) m_fail("%s: does not open: %d", v->name, err);
+  v->is_open = 1;
+  if (v->e.size != (uint64_t)v->size * CELL)
+    m_fail("%s: %lu bytes, not %lu", v->name, (unsigned long)v->e.size,
+           (unsigned long)v->size * CELL);
+  return 0;
+}
+
+static void m_fill(unsigned char *p, uint32_t value) {
+  uint32_t i;
+  for (i = 0; i < CELL; i++)
+    p[i] = !value ? 0 : (unsigned char)(i < 3 ? value >> 8 * i
+                                        : value * 2654435761u >> (i % 25));
+}
+
+/* Reads n cells; LOST: not one of ours */
+static int m_read(struct m_vol *v, uint32_t at, uint32_t n, uint32_t *values) {
+  static unsigned char b[CELLS * CELL];
+  unsigned char cell[CELL];
+  uint32_t i;
+  int err = m_open(v);
+  if (err) return err;
+  err = v->e.ops->read(v->e.ctx, b, (uint64_t)at * CELL, (uint64_t)n * CELL, 0);
+  if (err && m_excused(err)) return m_over = err;
+  if (err) m_fail("%s: read of %u cells at %u: %d", v->name, n, at, err);
+  for (i = 0; i < n; i++) {
+    unsigned char *p = b + i * CELL;
+    values[i] = p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16;
+    m_fill(cell, values[i]);
+    if (memcmp(cell, p, CELL)) values[i] = LOST;
+  }
+  return 0;
+}
+
+/* Writes, sometimes as several requests of a batch */
+static int m_write(struct m_vol *v, unsigned char *b, uint64_t off,
+                   uint64_t len, uint32_t flags) {
+  struct nbdserve_req r[4];
+  int n = 0, err = 0;
+  if (flags || !v->e.ops->batch || rnd(2))
+    return v->e.ops->write(v->e.ctx, b, off, len, flags);
+  memset(r, 0, sizeof r);
+  for (; len; off += r[n].len, b += r[n].len, len -= r[n++].len) {
+    r[n].type = NBD_CMD_WRITE;
+    r[n].buf = b;
+    r[n].off = off;
+    r[n].len = n < 3 ? (1 + rnd((uint32_t)len / CELL)) * CELL : len;
+  }
+  v->e.ops->batch(v->e.ctx, r, (size_t)n);
+  while (n-- > 0) err = r[n].err ? r[n].err : err;
+  return err;
+}
+
+/* n cells at a cell get values, by the call of that kind */
+enum { M_WRITE, M_ZERO, M_TRIM };
+static void m_put(struct m_vol *v, uint32_t at, uint32_t n,
+                  const uint32_t *values, int kind) {
+  static unsigned char b[CELLS * CELL];
+  static uint32_t found[CELLS];
+  const struct nbdserve_ops *ops;
+  uint64_t off = (uint64_t)at * CELL, len = (uint64_t)n * CELL;
+  uint32_t i, fua;
+  int err;
+  if (nlater + (int)n > NLATER || m_open(v)) return;
+  ops = v->e.ops;
+  fua = (v->e.flags & NBDSERVE_NATIVE_FUA) && rnd(8) == 0;
+  for (i = 0; i < n; i++) {
+    m_fill(b + i * CELL, values[i]);
+    later[nlater].vol = (int)(v - vols);
+    later[nlater].cell = at + i;
+    later[nlater++].value = values[i];
+  }
+  writes++;
+  if (kind == M_WRITE) err = m_write(v, b, off, len, fua);
+  else if (kind == M_TRIM) err = ops->trim(v->e.ctx, off, len, fua);
+  else
+    err = ops->zero(v->e.ctx, off, len, fua | (rnd(2) ? NBDSERVE_NO_HOLE : 0));
+  if (err && !m_excused(err)) m_fail("%s: %d", v->name, err);
+  memcpy(found, values, n * sizeof *found);
+  if ((err || kind == M_TRIM) && m_read(v, at, n, found)) return; /* some */
+  for (i = 0; i < n; i++) {
+    if (found[i] != values[i] && found[i] != v->cur[at + i])
+      m_fail("%s: block %u cell %u was %x, should be %x, is %x", v->name,
+             (at + i) / PER, (at + i) % PER, v->cur[at + i], values[i],
+             found[i]);
+    v->cur[at + i] = found[i];
+  }
+  if (!err && fua) m_settle(v, at, at + n);
+}
+
+static int m_flush(struct m_vol *v) {
+  int err = m_open(v);
+  if (!err) err = v->e.ops->flush(v->e.ctx, 0);
+  if (!err) m_settle(v, 0, CELLS);
+  else if (!m_excused(err)) m_fail("%s: %d", v->name, err);
+  return err;
+}
+
+/* Could the change be made?  And makes it in the model. */
+static int m_possible(void) {
+  struct m_vol *v = m_find(change.name), *f = m_find(change.from), *s;
+  char *at = strchr(change.name, '@');
+  switch (change.kind) {
+  case CREATE: return !v;
+  case SNAPSHOT: return !v && m_base(change.name);
+  case CLONE: return !v && f;
+  case ROLLBACK: return v && at;
+  case RENAME: return !v && f;
+  case RESIZE: return v && !at;
+  }
+  for (s = vols; v && !at && s < vols + NVOLS; s++)
+    if (strchr(s->name, '@') && m_base(s->name) == v) return 0;
+  return v != NULL;
+}
+
+static void m_apply(void) {
+  struct m_vol *v = m_find(change.name), *f = m_find(change.from), *s;
+  char name[16];
+  if (change.kind == SNAPSHOT) f = m_base(change.name);
+  if (change.kind == ROLLBACK) f = v, v = m_base(change.name);
+  switch (change.kind) {
+  case CREATE: case SNAPSHOT: case CLONE:
+    v = m_find("");
+    memset(v, 0, sizeof *v);
+    memcpy(v->name, change.name, sizeof v->name);
+    v->readonly = change.kind == SNAPSHOT;
+    v->size = change.size; /* fall through */
+  case ROLLBACK:
+    if (change.kind != CREATE) v->size = f->size;
+    if (change.kind != CREATE) memcpy(v->cur, f->cur, sizeof v->cur);
+    m_settle(v, 0, CELLS);
+    break;
+  case RENAME:
+    for (s = vols; s < vols + NVOLS; s++)
+      if (s->name[0] && m_base(s->name) == f && s != f) {
+        snprintf(name, sizeof name, "%.6s%.6s", change.name,
+                 strchr(s->name, '@'));
+        memcpy(s->name, name, sizeof name);
+      }
+    memcpy(f->name, change.name, sizeof f->name);
+    break;
+  case RESIZE:
+    v->size = change.size;
+    memset(v->cur + v->size, 0, (CELLS - v->size) * sizeof *v->cur);
+    m_settle(v, v->size, CELLS);
+    break;
+  case RM: v->name[0] = 0;
+  }
+  change.kind = 0;
+}
+
+static int m_change(void) {
+  uint64_t size = (uint64_t)change.size * CELL;
+  int possible = m_possible(), i, err = 0;
+  char *name = change.name, *from = change.from;
+  if ((change.kind <= CLONE && !m_find("")) || !strcmp(name, from))
+    return change.kind = 0;
+  for (i = 0; change.kind >= RENAME && i < NVOLS; i++) m_close(vols + i);
+  m_do("change %d: %s %s %u", change.kind, name, from, change.size);
+  err = nbdserve_cas_change(cas, change.kind, change.kind == CLONE ||
+                            change.kind == RENAME ? from : name, name, size);
+  snapshots += change.kind == SNAPSHOT && !err;
+  if (!err && !possible) m_fail("that cannot succeed");
+  if (err && possible && !m_excused(err)) m_fail("%d", err);
+  if (!err) m_apply();
+  else if (!possible || !d_fault.fired || err == -ENOMEM)
+    change.kind = 0; /* else: who knows */
+  return err;
+}
+
+static int m_listed(void *arg, const struct nbdserve_cas_info *info) {
+  struct m_vol *v = m_find(info->name);
+  if (!v || info->size != (uint64_t)v->size * CELL ||
+      v->readonly != info->readonly)
+    return 1;
+  ++*(int *)arg;
+  return 0;
+}
+
+/* Does the store have the model's volumes and snapshots? */
+static int m_catalog(void) {
+  int n = 0, i, differ = nbdserve_cas_list(cas, m_listed, &n);
+  for (i = 0; i < NVOLS; i++) n -= vols[i].name[0] != 0;
+  return !differ && !n;
+}
+
+static void m_damage(void *arg, const char *name, uint64_t off, uint64_t len,
+                     const char *why) {
+  (void)arg;
+  if (d_frozen && !len) return; /* a torn superblock, which open repairs */
+  if (!m_excused(-EIO))
+    m_fail("verify: %s %lu %lu: %s", name ? name : "-", (unsigned long)off,
+           (unsigned long)len, why);
+}
+
+static int m_verify(void) {
+  int err = nbdserve_cas_verify(cas, m_damage, NULL, NULL);
+  if (d_frozen && err == -EUCLEAN) return 0;
+  if (err && !m_excused(err)) m_fail("verify: %d", err);
+  return err;
+}
+
+/* Compares all with the model, which then is what was found. */
+static void m_check(void) {
+  static uint32_t found[CELLS];
+  struct m_vol *v, *s;
+  uint32_t c;
+  int i;
+  if (!m_catalog()) {
+    if (!change.kind || !m_possible()) m_fail("the catalog is not what it was");
+    m_apply();
+    if (!m_catalog()) m_fail("the catalog is neither old nor new");
+  }
+  for (v = vols; v < vols + NVOLS; v++) {
+    if (!v->name[0]) continue;
+    if (v->size && m_read(v, 0, v->size, found)) continue;
+    s = change.kind == ROLLBACK && v == m_base(change.name) && v->name[0]
+      ? m_find(change.name) : NULL; /* in progress: then all or nothing */
+    if (s && !memcmp(found, s->cur, v->size * sizeof *found)) s = v;
+    for (c = 0; c < v->size && s != v; c++) {
+      int legal = found[c] == v->old[c] || found[c] == v->cur[c];
+      for (i = 0; !legal && i < nlater; i++)
+        legal = later[i].vol == v - vols && later[i].cell == c &&
+                later[i].value == found[c];
+      if (!legal)
+        m_fail("%s: block %u cell %u was %x at the last flush and %x in the "
+               "end, is %x", v->name, c / PER, c % PER, v->old[c], v->cur[c],
+               found[c]);
+    }
+    memcpy(v->cur, found, v->size * sizeof *found);
+    m_settle(v, 0, CELLS);
+  }
+  change.kind = 0;
+  m_verify();
+}
+
+/* Closes the store, which may then hold no memory and no file */
+static int m_shut(void) {
+  int i, err;
+  for (i = 0; i < NVOLS; i++) m_close(vols + i);
+  err = nbdserve_cas_close(cas);
+  cas = NULL;
+  d_run();
+  if (err && !m_excused(err)) m_fail("close: %d", err);
+  if (d_fds || d_heap.next[0] != &d_heap)
+    m_fail("not closed or freed, descriptors: %d", d_fds);
+  for (i = 0; !err && !m_over && i < NVOLS; i++) m_settle(vols + i, 0, CELLS);
+  return err;
+}
+
+/* As when the process has ended */
+static void m_forget(void) {
+  int i;
+  while (d_heap.next[0] && d_heap.next[0] != &d_heap)
+    sim_free(d_heap.next[0] + 1);
+  d_heap.next[0] = d_heap.next[1] = &d_heap;
+  d_thread = NULL;
+  d_fds = d_locked = d_frozen = d_full = 0;
+  cas = NULL;
+  for (i = 0; i < NVOLS; i++) vols[i].is_open = 0;
+}
+
+static int m_reopen(void) {
+  struct nbdserve_cas_options o = {0};
+  int err;
+  o.flags = rnd(2) ? NBDSERVE_CAS_VERIFY : NBDSERVE_CAS_NO_VERIFY;
+  d_full = 0;
+  m_do("open");
+  err = nbdserve_cas_open("/sim/store", &o, &cas);
+  if (err && !m_excused(err)) m_fail("open: %d", err);
+  if (err && (d_fds || d_heap.next[0] != &d_heap))
+    m_fail("open: %d, not closed or freed, descriptors: %d", err, d_fds);
+  if (err) m_forget();
+  recoveries += !err;
+  return err;
+}
+
+static void m_name(char *name, int snapshot) {
+  int letter = 'a' + (int)rnd(4);
+  snprintf(name, 16, snapshot ? "%c@%u" : "%c", letter, rnd(3));
+}
+
+/* What blocks are given: new contents, some that repeat, zeroes, or a copy */
+static void m_values(uint32_t *values, uint32_t n) {
+  struct m_vol *v = vols + rnd(NVOLS);
+  uint32_t i, kind = 0, from = 0;
+  for (i = 0; i < n; i++) {
+    if (i % PER == 0) kind = rnd(10), from = rnd(CELLS / PER) * PER;
+    values[i] = kind < 4 ? 100 + ++m_last : kind < 6 ? 1 + from % 12
+              : kind == 6 ? 0 : kind < 9 ? 20 + from % 64
+              : v->cur[from + i % PER];
+  }
+}
+
+/* Closes the store and opens it again.  What is in use is the same, so no
+ * reference was counted that is not there, nor the other way round. */
+static int m_again(struct m_vol *v) {
+  struct nbdserve_cas_stat was, is;
+  int err = 0;
+  m_close(v);
+  if (!v->readonly) /* which writes a checkpoint, and changes nothing */
+    err = nbdserve_cas_resize(cas, v->name, (uint64_t)v->size * CELL);
+  if (!err) err = nbdserve_cas_stat(cas, &was);
+  if (err && !m_excused(err)) m_fail("%d", err);
+  if (!err) err = m_shut();
+  if (!err) err = m_reopen();
+  if (!err) err = nbdserve_cas_stat(cas, &is);
+  if (!err && !v->readonly && !d_fault.fired && was.stored != is.stored)
+    m_fail("%lu bytes are stored, %lu when opened again",
+           (unsigned long)was.stored, (unsigned long)is.stored);
+  return err;
+}
+
+/* One operation of any kind; an error that was in order, or 0 */
+static int m_step(void) {
+  static uint32_t values[CELLS];
+  struct m_vol *v = vols + rnd(NVOLS);
+  uint32_t at, n, what = rnd(100);
+  int err = 0;
+  if (rnd(20) == 0) d_run();
+  change.size = rnd(4) ? 1 + rnd(m_max / 8) : rnd(m_max + 1);
+  if (rnd(2)) change.size += (PER - change.size % PER) % PER;
+  if (!change.size || change.size > CELLS) change.size = m_max - 1;
+  if (!v->name[0] || rnd(100) < (uint32_t)m_weight[0]) {
+    change.kind = CREATE + (int)rnd(RM);
+    if (rnd(3) == 0) change.kind = v->name[0] ? SNAPSHOT : CREATE;
+    m_name(change.from, change.kind == CLONE && rnd(2));
+    m_name(change.name, change.kind == SNAPSHOT || change.kind == ROLLBACK ||
+                        (change.kind == RM && rnd(4)) ||
+                        (change.kind == RESIZE && rnd(8) == 0));
+    if (change.kind == RESIZE && m_find(change.name) && rnd(2))
+      change.size = m_find(change.name)->size / 2; /* there may be something */
+    return m_change();
+  }
+  if (rnd(100) < (uint32_t)m_weight[1]) return m_do("flush"), m_flush(v);
+  if (!v->size) return 0;
+  at = rnd(v->size);
+  n = 1 + rnd(rnd(8) ? 3 * PER : 70 * PER);
+  if (what < 60) at -= at % PER, n += PER - n % PER;
+  if (n > v->size - at) n = v->size - at;
+  m_do("%u: %s block %u cell %u, %u cells", what, v->name, at / PER, at % PER,
+       n);
+  if (what < 80 && !v->readonly) {
+    m_values(values, n);
+    m_put(v, at, n, values, M_WRITE);
+  } else if (what < 90 && !v->readonly) {
+    memset(values, 0, n * sizeof *values);
+    m_put(v, at, n, values, what < 85 ? M_ZERO : M_TRIM);
+  } else if (what < 94) {
+    if (m_read(v, at, n, values) == 0 &&
+        memcmp(values, v->cur + at, n * sizeof *values))
+      m_fail("wrong data");
+  } else if (what < 96) {
+    err = m_verify();
+  } else if (what < 97) {
+    err = m_again(v);
+  } else {
+    m_close(v);
+  }
+  return err;
+}
+
+/* A new store on a new disk */
+static int m_new(uint64_t seed) {
+  struct nbdserve_cas_options o = {0};
+  int i, err;
+  m_seed = seed;
+  d_seed = (seed + 1) * UINT64_C(0x9e3779b97f4a7c15);
+  for (i = 0; i < 8; i++) rnd(2);
+  d_entries = 2 + rnd(6);
+  m_forget();
+  memset(d_calls, 0, sizeof d_calls);
+  d_exists = nlater = m_over = 0;
+  m_nth = m_last = 0;
+  change.kind = 0;
+  for (i = 0; i < NVOLS; i++) vols[i].name[0] = 0;
+  m_weight[0] = (int)(rnd(3) ? 2 + rnd(10) : 40);
+  m_weight[1] = (int)(rnd(3) ? 5 + rnd(20) : 1);
+  d_limit = D_SIZE >> rnd(3);
+  m_max = (rnd(3) ? CELLS / PER : 30) * PER;
+  o.block_size = BLOCK;
+  o.log_pages = 8 + rnd(9);
+  d_meta = 2 * CAS_UNIT + o.log_pages * 4096;
+  m_do("init");
+  err = nbdserve_cas_init("/sim/store", &o);
+  if (err && !m_excused(err)) m_fail("init: %d", err);
+  if (!err && d_fds) m_fail("init leaves a descriptor open");
+  return err;
+}
+
+//== crash
+/* crash [CUTS [SEED [trace]]]: cuts the power in the midst of random histories,
+ * opens the store again, sees what is left, and goes on.  CUTS 0: for ever. */
+static int made; /* the store */
+
+/* Until the power is cut, or to the end. */
+static void c_live(uint64_t seed) {
+  int i, steps = 400;
+  if (!made) m_new(seed);
+  made = 1;
+  m_reopen();
+  m_check();
+  for (i = 0; i < steps; i++) m_step();
+  d_fuse = 0;
+  m_do("close");
+  m_shut();
+}
+
+/* Reads what is there without changing it. */
+static void c_look(void) {
+  static struct m_vol saved[NVOLS];
+  struct nbdserve_cas_options o = {0};
+  int n = nlater, kind = change.kind, err;
+  static char kept[sizeof later];
+  memcpy(saved, vols, sizeof vols);
+  memcpy(kept, later, sizeof later);
+  d_frozen = 1;
+  o.flags = NBDSERVE_CAS_READONLY;
+  m_do("open read-only");
+  err = nbdserve_cas_open("/sim/store", &o, &cas);
+  if (err) m_fail("open read-only: %d", err);
+  m_check();
+  m_shut();
+  d_frozen = 0;
+  memcpy(vols, saved, sizeof vols);
+  memcpy(later, kept, sizeof later);
+  nlater = n;
+  change.kind = kind;
+}
+
+int main(int argc, char **argv) {
+  long want = argc > 1 ? atol(argv[1]) : 2000;
+  static uint64_t seed; /* static: not lost in longjmp */
+  static int lives, how;
+  seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
+  m_trace = argc > 3;
+  m_signals();
+  for (; !want || cuts < want; seed++) {
+    made = 0;
+    d_seed = seed * 77 + 12345;
+    rnd(2);
+    for (lives = 1 + (int)rnd(rnd(2) ? 4 : 30); lives > 0; lives--) {
+      alarm(60);
+      d_fuse = 1 + (long)rnd(rnd(3) ? 30 << rnd(8) : 60);
+      d_aim = rnd(3) == 0;
+      if (!setjmp(d_out)) {
+        c_live(seed);
+        continue;
+      }
+      cuts++;
+      how = (int)rnd(10);
+      if (how > KILL) how = 4; /* it shows the most */
+      m_do("cut %d, %d calls not synced", how, d_nops);
+      d_fuse = 0;
+      m_forget();
+      d_cut(how);
+      if (made && rnd(8) == 0) c_look();
+      if (made) continue;
+      if (d_exists && !nbdserve_cas_open("/sim/store", NULL, &cas)) m_shut();
+      d_exists = 0;
+    }
+    if (made && !d_fuse) m_forget();
+  }
+  printf("%ld cuts, %ld recoveries, %ld writes (%ld calls), %ld snapshots: "
+         "no loss\n", cuts, recoveries, writes, d_writes, snapshots);
+  return 0;
+}
+
+//== storefault
+/* storefault [SEED]: one history after the other, each with one call of one
+ * kind, the n-th, that fails, is interrupted, or does less; then what was
+ * flushed is there, as is all that was not refused. */
+enum { STEPS = 60 };
+
+/* Opens without faults what the last process left behind. */
+static void f_recover(int lost) {
+  int legal = change.kind;
+  d_fault.nth = 0;
+  m_forget();
+  m_over = 0;
+  if (lost) d_cut((int)rnd(POWER));
+  d_fault.fired = 0;
+  if (m_reopen()) m_fail("no recovery");
+  m_check();
+  if (legal) m_do("recovered");
+  m_shut();
+  m_reopen();
+  m_check();
+  m_shut();
+  m_forget();
+}
+
+static void f_write(struct m_vol *v) {
+  static uint32_t values[CELLS];
+  m_do("fill %s", v->name);
+  m_values(values, v->size);
+  m_put(v, 0, v->size, values, M_WRITE);
+}
+
+/* True when the call was reached. */
+static int f_history(uint64_t seed, int kind, long nth, int err) {
+  int i, r, syncs = kind == SYNC || kind == FSYNC;
+  memset(&d_fault, 0, sizeof d_fault);
+  d_fault.kind = kind;
+  d_fault.nth = nth;
+  d_fault.err = err;
+  d_fault.cut = 100;
+  r = m_new(seed);
+  m_max = 100 * PER;
+  if (r && !d_fault.fired) m_fail("init: %d", r);
+  if (r) {
+    d_fault.nth = 0;
+    d_exists = 0;
+    m_forget();
+    return 1;
+  }
+  r = m_reopen();
+  if (!r) m_check();
+  for (i = 0; !r && i < 3; i++) { /* something to work with */
+    change.kind = CREATE + (i == 2);
+    change.size = 75 * PER - (uint32_t)i;
+    strcpy(change.name, i == 2 ? "b@0" : i ? "b" : "a");
+    change.from[0] = 0;
+    r = m_change();
+    if (!r && i < 2) f_write(m_find(change.name));
+  }
+  m_weight[0] = 15;
+  m_weight[1] = 15;
+  for (i = 0; i < STEPS && cas && !m_over && !change.kind; i++) r = m_step();
+  i = d_fault.fired;
+  if (cas) m_shut();
+  else if (!i) m_fail("not opened: %d", r);
+  f_recover((syncs && err != EINTR) || rnd(2));
+  return i;
+}
+
+int main(int argc, char **argv) {
+  static const char *const names[NCALLS] = {
+      "pread", "pwrite", "preadv", "pwritev", "fdatasync", "fsync",
+      "fallocate", "ftruncate", "malloc"};
+  static const int errors[] = {EIO, ENOSPC, EINTR, 0 /* short */, ENOMEM};
+  uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
+  int i, kind;
+  long n, all = 0;
+  m_trace = argc > 2;
+  m_signals();
+  for (kind = 0; kind < NCALLS; kind++) {
+    long sum = 0;
+    for (i = 0; i < 5; i++) {
+      if ((errors[i] == ENOMEM) != (kind == MALLOC)) continue;
+      if (!errors[i] && kind >= SYNC) continue;
+      if (errors[i] == ENOSPC && (kind == PREAD || kind == PREADV)) continue;
+      for (n = 1; alarm(20), f_history(seed, kind, n, errors[i]); n++) sum++;
+    }
+    printf("%s %ld%s", names[kind], sum, kind < MALLOC ? ", " : "\n");
+    fflush(stdout);
+    all += sum;
+  }
+  return all < 100;
 }
 
 //== bench

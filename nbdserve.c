@@ -323,21 +323,6 @@ static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
 #endif
 }
 
-/* Is there data at off?  *next: where that answer ends, at most end. */
-static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
-  int is_data = 1;
-  *next = end;
-#if defined SEEK_HOLE && !NBDSERVE_POSIX_ONLY
-  off_t data = lseek(fd, (off_t)off, SEEK_DATA), to = data;
-  is_data = data >= 0 ? (uint64_t)data == off
-                      : errno != ENXIO || lseek(fd, 0, SEEK_END) < (off_t)end;
-  if (data >= 0 && is_data) to = lseek(fd, data, SEEK_HOLE);
-  if (to > (off_t)off && (uint64_t)to < end) *next = (uint64_t)to;
-#endif
-  (void)fd, (void)off;
-  return is_data;
-}
-
 /* Keeps other servers out: a writer everyone, a reader writers.  -EBUSY: one
  * is there.  A file system without locks has none. */
 static int os_claim(int fd, int readonly) {
@@ -363,6 +348,21 @@ static int os_make_lasting(int fd, const char *path) {
 #endif
 
 #if !NBDSERVE_NO_FLAT
+/* Is there data at off?  *next: where that answer ends, at most end. */
+static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
+  int is_data = 1;
+  *next = end;
+#if defined SEEK_HOLE && !NBDSERVE_POSIX_ONLY
+  off_t data = lseek(fd, (off_t)off, SEEK_DATA), to = data;
+  is_data = data >= 0 ? (uint64_t)data == off
+                      : errno != ENXIO || lseek(fd, 0, SEEK_END) < (off_t)end;
+  if (data >= 0 && is_data) to = lseek(fd, data, SEEK_HOLE);
+  if (to > (off_t)off && (uint64_t)to < end) *next = (uint64_t)to;
+#endif
+  (void)fd, (void)off;
+  return is_data;
+}
+
 static int os_nameless_file(void) {
   char path[] = "/tmp/nbdserveXXXXXX";
   int fd = -1;
@@ -1097,6 +1097,7 @@ static int ex_do(struct ex *ex, struct nbdserve_req *r) {
   return err;
 }
 
+#if !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS
 /* read and write of nbdserve's own backends, whose ctx begins with batch. */
 struct ex_own { void (*batch)(void *ctx, struct nbdserve_req *r, size_t n); };
 
@@ -1118,6 +1119,7 @@ static int ex_own_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
   ((struct ex_own *)ctx)->batch(ctx, &r, 1);
   return r.err;
 }
+#endif
 
 /* ==== [8] HANDSHAKE (hs_) ================================================
  * Fixed newstyle negotiation (proto.md, Handshake and Option types).
@@ -4386,7 +4388,7 @@ static int cli_add_volume(const struct cli *k, char *path, char *colons,
     if (!NBDSERVE_NO_THREADS && !k->v['r'] &&
         !os_mutex_init(&cli_store.working))
       cli_store.ctl = cli_ctl_socket(path, 1);
-    if (cli_store.ctl >= 0) os_thread(cli_control, NULL);
+    if (cli_store.ctl >= 0) (void)os_thread(cli_control, NULL);
   }
   if (colons[2]) return nbdserve_cas_volume(cli_store.cas, colons + 2, ex);
   cli_store.all = 1;
@@ -4513,13 +4515,12 @@ static void cli_on_signal(int sig) {
   if (cli_server) nbdserve_stop(cli_server);
 }
 
-/* What was ignored when we were started (nohup) stays so. */
 static void cli_catch_signals(void (*handler)(int)) {
   static const int signals[] = {SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGCHLD};
   struct sigaction sa = {.sa_handler = handler, .sa_flags = SA_RESTART}, was;
   for (size_t i = 0; i < sizeof signals / sizeof *signals; i++)
     if (i > 1 || (sigaction(signals[i], NULL, &was) == 0 &&
-                  was.sa_handler != SIG_IGN))
+                  was.sa_handler != SIG_IGN)) /* nohup: it stays so */
       sigaction(signals[i], &sa, NULL);
   sa.sa_handler = handler == SIG_DFL ? SIG_DFL : SIG_IGN;
   sigaction(SIGPIPE, &sa, NULL);

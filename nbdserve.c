@@ -127,7 +127,6 @@
 #define OS_HWSHA 1
 #define OS_HWSHA_TARGET __attribute__((target("sha,sse4.1")))
 
-/* Has the processor instructions for SHA-256? */
 static int os_has_hwsha(void) {
   unsigned a, b = 0, c = 0, d;
   return __get_cpuid(1, &a, &b, &c, &d) && c & 1 << 19 /* SSE 4.1 */ &&
@@ -206,7 +205,6 @@ static int64_t os_now_ms(void) {
   return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
-/* A descriptor of ours does not survive exec; sets or clears O_NONBLOCK. */
 static void os_own(int fd, int nonblock) {
   int fl = fcntl(fd, F_GETFL) & ~O_NONBLOCK;
   fcntl(fd, F_SETFL, nonblock ? fl | O_NONBLOCK : fl);
@@ -337,7 +335,6 @@ static int os_fsync(int fd) {
   return r < 0 && errno != EINVAL ? -errno : 0; /* some directories cannot */
 }
 
-/* A new file, and its name, last from now on. */
 static int os_make_lasting(int fd, const char *path) {
   int err = os_fsync(fd), dir = err ? err : os_open_dir(path);
   if (dir < 0) return dir;
@@ -376,7 +373,6 @@ static int os_nameless_file(void) {
   return fd < 0 ? -errno : fd;
 }
 
-/* The range will be read soon.  A hint: nothing can go wrong. */
 static void os_willneed(int fd, uint64_t off, uint64_t len) {
 #if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
   posix_fadvise(fd, (off_t)off, (off_t)len, POSIX_FADV_WILLNEED);
@@ -675,12 +671,10 @@ static const struct wire_cmd {
      NBD_FLAG_SEND_WRITE_ZEROES, 1, -ENOSPC},
     {"NBD_CMD_BLOCK_STATUS", NBD_CMD_FLAG_REQ_ONE, 0, 0, -EINVAL}};
 
-/* The entry of a command from the network, or NULL. */
 static const struct wire_cmd *wire_cmd(unsigned type) {
   return type < sizeof wire_cmds / sizeof *wire_cmds ? &wire_cmds[type] : NULL;
 }
 
-/* The NBD error nearest to a -errno value (proto.md, Error values). */
 static uint32_t wire_error(int err) {
   switch (-err) {
   case 0: return 0;
@@ -1066,7 +1060,6 @@ static int ex_write_zeroes(struct ex *ex, const struct nbdserve_req *r,
   return err;
 }
 
-/* Does a request on the backend, but not the flush that may have to follow. */
 static int ex_do(struct ex *ex, struct nbdserve_req *r) {
   const struct nbdserve_ops *ops = ex->e.ops;
   uint32_t f = ex_wants_fua(ex, r, NBDSERVE_NATIVE_FUA) ? NBDSERVE_FUA : 0;
@@ -1222,7 +1215,6 @@ static int hs_ack(struct conn *c) {
   return HS_MORE;
 }
 
-/* An error reply with a message for humans; haggling goes on. */
 static int hs_fail(struct conn *c, uint32_t type, const char *why) {
   size_t n = strlen(why);
   memcpy(hs_reply(c, type, n), why, n);
@@ -1275,7 +1267,6 @@ static int hs_opt_export_name(struct conn *c) {
   return HS_ENTER;
 }
 
-/* One export of LIST; the host's list callback calls it too. */
 static int hs_emit(void *arg, const char *name, const char *description) {
   size_t n = name ? strlen(name) : 0;
   size_t d = description ? strlen(description) : 0;
@@ -1321,7 +1312,6 @@ static void hs_info(struct conn *c, struct ex *ex, unsigned type) {
   put16(p, type);
 }
 
-/* INFO and GO differ only in what comes afterwards. */
 static int hs_opt_go(struct conn *c) {
   char name[WIRE_STRING + 1];
   unsigned wants = 1u << NBD_INFO_EXPORT, type, i;
@@ -1352,7 +1342,6 @@ static int hs_opt_go(struct conn *c) {
   return hs_fail(c, NBD_REP_ERR_BLOCK_SIZE_REQD, "ask for the block size");
 }
 
-/* LIST and SET differ in what a query means and in what is remembered. */
 static int hs_opt_meta_context(struct conn *c) {
   static const char context[] = "base:allocation";
   const size_t n = sizeof context - 1;
@@ -1474,7 +1463,6 @@ static void tx_free_buf(struct nbdserve_req *r) {
   r->owned = 0;
 }
 
-/* Sends to the client, unless that has failed before. */
 static int tx_send(struct conn *c, struct iovec *v, int n, int more) {
   int err;
   os_lock(&c->sending);
@@ -1822,7 +1810,6 @@ static int tx_take(struct conn *c) {
   return TX_NEXT;
 }
 
-/* Receives more behind what is there.  0, 1 at the end, or -errno. */
 static int tx_fill(struct conn *c) {
   size_t left = c->rend - c->rpos, want = TX_RBUF - left;
   assert(c->rpos <= c->rend && c->rend <= TX_RBUF);
@@ -1878,7 +1865,6 @@ struct flat {
   int lacks;            /* FLAT_FAILED, and 1 << mode for each mode (F2) */
 };
 
-/* What f lacks, after adding to it. */
 static int flat_lacks(struct flat *f, int more) {
   os_lock(&f->lock);
   int lacks = f->lacks |= more;
@@ -2194,7 +2180,6 @@ static int cas_extend(struct nbdserve_cas *s, uint32_t x) {
   return 0;
 }
 
-/* Makes the file longer by a segment, and what lies in front of it. */
 static int cas_grow(struct nbdserve_cas *s) {
   uint32_t x = s->nslots;
   uint64_t end = cas_off(s, x, CAS_DATA) + (uint64_t)CAS_SEGMENT * s->bs;
@@ -2208,7 +2193,6 @@ static uint32_t cas_reserve(const struct nbdserve_cas *s) {
   return s->ndirty + s->nimages + 2;
 }
 
-/* Sees to it that so many slots are free beyond those. */
 static int cas_want(struct nbdserve_cas *s, uint32_t more) {
   int err = s->failed;
   while (!err && s->nfree < cas_reserve(s) + more) err = cas_grow(s);
@@ -2381,7 +2365,6 @@ static uint64_t cas_log_off(const struct nbdserve_cas *s, uint64_t seq) {
   return 2 * CAS_UNIT + seq % s->log_pages * CAS_PAGE;
 }
 
-/* Writes the page that is being filled, if anything is in it. */
 static int cas_log_write(struct nbdserve_cas *s) {
   uint64_t off = cas_log_off(s, s->seq);
   if (!s->nlog || s->failed) return s->failed;
@@ -2529,7 +2512,6 @@ static const char *cas_name(const struct cas_image *im,
   return out;
 }
 
-/* The image of that name of n bytes, or NULL. */
 static struct cas_image *cas_find(struct nbdserve_cas *s, const char *name,
                                   size_t n) {
   struct cas_image *im = s->images;
@@ -2554,7 +2536,6 @@ static int cas_give_name(struct nbdserve_cas *s, struct cas_image *im,
   return 0;
 }
 
-/* A change of the catalog (C15): nbdserve_cas_change's arguments. */
 struct cas_op { int verb; const char *name, *to; uint64_t size; };
 
 static int cas_add(struct nbdserve_cas *s, const struct cas_op *op,
@@ -2625,7 +2606,6 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
 
 /* ---- Checkpoints --------------------------------------------------------- */
 
-/* Takes a slot for the page that has been put behind the others. */
 static uint32_t cas_take_page(struct nbdserve_cas *s, uint32_t magic,
                               int level, uint32_t index) {
   struct cas_item *it = s->pages + s->npages++;
@@ -2661,7 +2641,6 @@ static void cas_take_map(struct nbdserve_cas *s, struct cas_node **at,
   }
 }
 
-/* Takes the catalog as pages, first the last one. */
 static void cas_take_catalog(struct nbdserve_cas *s) {
   struct cas_image *im = s->images;
   uint32_t x, next, k;
@@ -2757,7 +2736,6 @@ static int cas_due(const struct nbdserve_cas *s) {
   return s->filled < s->to_fill;
 }
 
-/* Does what is due.  Into the index go the slots the store was opened with. */
 static void *cas_work(void *arg) {
   unsigned char d[CAS_FILL][32];
   struct nbdserve_cas *s = arg;
@@ -3169,15 +3147,14 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
   return err;
 }
 
-/* Reads the log page of that seq to s->log.  Is it one? */
 static int cas_log_read(struct nbdserve_cas *s, uint64_t seq) {
-  return !cas_io(s, 0, s->log, CAS_PAGE, cas_log_off(s, seq)) &&
-         get32(s->log) == CAS_LOG && get16(s->log + 4) <= CAS_ENTRIES &&
+  int err = cas_io(s, 0, s->log, CAS_PAGE, cas_log_off(s, seq));
+  if (err) s->log_damaged = 1;
+  return !err && get32(s->log) == CAS_LOG && get16(s->log + 4) <= CAS_ENTRIES &&
          get64(s->log + 8) == seq && !memcmp(s->log + 24, s->super + 16, 8) &&
          cas_seal(s, s->log);
 }
 
-/* Applies an entry of the log.  known: it was durable. */
 static int cas_replay_entry(struct nbdserve_cas *s, const unsigned char *p,
                             int known) {
   struct cas_item it = {.lba = get64(p + 8), .slot = get32(p + 4),
@@ -3192,9 +3169,14 @@ static int cas_replay_entry(struct nbdserve_cas *s, const unsigned char *p,
     return cas_zero_blocks(s, im, it.lba,
                            u_min(blocks, it.lba + get64(p + 16)));
   if (!known) { /* (C9) */
-    if (cas_io(s, 0, s->page, s->bs, cas_off(s, it.slot, CAS_DATA))) return 0;
+    uint64_t off = cas_off(s, it.slot, CAS_DATA);
+    if (off + s->bs > s->end) return 0;
+    err = cas_io(s, 0, s->page, s->bs, off);
+    if (err) return err;
     cas_hash(s, &it, 1, CAS_DIGEST);
     if (memcmp(it.sum, p + 16, 32) != 0) return 0;
+    /* if writing it has failed, it is only in memory, and not to be written */
+    if (!s->readonly && (err = cas_io(s, 1, s->page, s->bs, off))) return err;
   }
   memcpy(it.sum, p + 16, 32);
   err = cas_extend(s, it.slot);
@@ -3218,13 +3200,15 @@ static int cas_replay(struct nbdserve_cas *s) {
   for (seq = s->tail; seq < end && !err; seq++) {
     if (!cas_log_read(s, seq)) return -EIO;
     for (i = 0; i < get16(s->log + 4) && !err; i++)
-      err = cas_replay_entry(s, s->log + 32 + CAS_ENTRY * i, seq < s->durable);
+      if ((err = cas_replay_entry(s, s->log + 32 + CAS_ENTRY * i,
+                                  seq < s->durable)) == -EIO &&
+          s->damaged && s->readonly)
+        err = 0; /* it is below a page that cannot be read */
   }
   s->seq = s->tail = s->durable = end + s->log_pages; /* (C10) */
   return err;
 }
 
-/* What follows from block_size and log_pages. */
 static int cas_place(struct nbdserve_cas *s) {
   uint64_t end = 2 * CAS_UNIT + (uint64_t)s->log_pages * CAS_PAGE;
   if (!u_is_power_of_2(s->bs) || s->bs < CAS_MIN_BLOCK || s->bs > 65536 ||
@@ -3236,7 +3220,6 @@ static int cas_place(struct nbdserve_cas *s) {
   return 0;
 }
 
-/* Everything from the superblock to a store that can be served. */
 static int cas_recover(struct nbdserve_cas *s) {
   uint32_t x;
   int err = cas_open_super(s);
@@ -3535,15 +3518,20 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, int dry_run, uint64_t *bytes,
   struct stat before, after;
   uint32_t x = 0;
   int err = dry_run ? 0 : s->readonly ? -EROFS : cas_checkpoint(s, NULL);
+  os_lock(&s->lock);
+  uint32_t nslots = s->nslots;
   *bytes = (uint64_t)s->nfree * s->bs;
+  if (s->damaged) err = -EUCLEAN; /* who knows what is free */
+  os_unlock(&s->lock);
   if (dry_run || err) return err;
   if (fstat(s->fd, &before) < 0) return -errno;
-  for (; !err && x < s->nslots; x += CAS_SEGMENT) {
+  for (; !err && x < nslots; x += CAS_SEGMENT) {
     err = cas_punch(s, x);
-    if (!err && progress && progress(arg, x, s->nslots)) err = -ECANCELED;
+    if (!err && progress && progress(arg, x, nslots)) err = -ECANCELED;
   }
   if (!err && fstat(s->fd, &after) < 0) err = -errno;
-  if (!err) *bytes = (uint64_t)(before.st_blocks - after.st_blocks) * 512;
+  if (!err) *bytes = before.st_blocks < after.st_blocks ? 0
+                     : (uint64_t)(before.st_blocks - after.st_blocks) * 512;
   return err;
 }
 
@@ -3874,7 +3862,6 @@ static int srv_woken(struct nbdserve *s) {
   return woken;
 }
 
-/* Ends service (S3). */
 static int srv_finish(struct nbdserve *s) {
   int64_t until = os_now_ms() + IO_GRACE_MS;
   struct pollfd p = {s->wake[0], POLLIN, 0}; /* a client has gone */
@@ -4213,7 +4200,8 @@ static int cli_copy(struct cli_job *j, struct nbdserve_cas *cas,
   if (!err && in) err = nbdserve_cas_create(cas, name, end);
   if (!err) err = nbdserve_cas_volume(cas, name, &ex);
   if (err) return err;
-  is_file = !in && !ftruncate(fd, 0) && !ftruncate(fd, (off_t)ex.size);
+  is_file = !in && strcmp(name + strlen(name) + 1, "-") != 0 &&
+            !ftruncate(fd, 0) && !ftruncate(fd, (off_t)ex.size);
   while (off < ex.size && !err) {
     ssize_t n = (ssize_t)u_min(sizeof buf, ex.size - off);
     if (!in) err = ex.ops->read(ex.ctx, buf, off, (uint64_t)n, 0);
@@ -4231,7 +4219,6 @@ static int cli_copy(struct cli_job *j, struct nbdserve_cas *cas,
   return err;
 }
 
-/* Does a command and tells of what goes wrong.  The exit status. */
 static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
   const struct cli_verb *v = cli_verbs + j->ask.verb;
   const char *name = j->ask.text, *to = name + strlen(name) + 1;
@@ -4271,8 +4258,9 @@ static int cli_ctl_socket(const char *store, int bound) {
   struct sockaddr_un a = {.sun_family = AF_UNIX};
   int n = snprintf(a.sun_path, sizeof a.sun_path, "%s.ctl", store);
   int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), ok;
-  if (bound) unlink(a.sun_path);
-  ok = n < (int)sizeof a.sun_path &&
+  ok = n < (int)sizeof a.sun_path;
+  if (ok && bound) unlink(a.sun_path);
+  ok = ok &&
        (bound ? bind(fd, (void *)&a, sizeof a) == 0 &&
                     chmod(a.sun_path, 0600) == 0 && listen(fd, 16) == 0
               : connect(fd, (void *)&a, sizeof a) == 0);
@@ -4311,24 +4299,27 @@ static struct {
   const char *path; /* NULL: none is */
   struct nbdserve_cas *cas;
   int all, ctl; /* all of it is served; the control socket, or -1 */
-  struct os_mutex working;
+  struct os_mutex lock; /* guards: */
+  int working, over;    /* on a command; no more of them */
 } cli_store = {.ctl = -1};
 
-/* The thread of the control socket: does one command after the other. */
 static void *cli_control(void *unused) {
   struct cli_job *j = NBDSERVE_MALLOC(sizeof *j);
   int fd;
   while (j && (fd = accept(cli_store.ctl, NULL, NULL)) >= 0) {
-    os_lock(&cli_store.working);
     memset(j, 0, sizeof *j);
-    if (cli_pass(fd, j, 0) > 10 && j->ask.verb < CLI_VERBS) {
-      memset(j->ask.text + sizeof j->ask.text - 2, 0, 2);
-      unsigned char status = (unsigned char)cli_do(j, cli_store.cas);
-      (void)!write(fd, &status, 1);
-    }
+    int ok = cli_pass(fd, j, 0) > 10 && j->ask.verb < CLI_VERBS;
+    os_lock(&cli_store.lock);
+    ok = cli_store.working = ok && !cli_store.over;
+    os_unlock(&cli_store.lock);
+    memset(j->ask.text + sizeof j->ask.text - 2, 0, 2);
+    unsigned char status = ok ? (unsigned char)cli_do(j, cli_store.cas) : 1;
+    os_lock(&cli_store.lock);
+    cli_store.working = 0;
+    os_unlock(&cli_store.lock);
+    (void)!write(fd, &status, 1);
     for (int i = 0; i < 3 && j->fd[0] != j->fd[1]; i++) close(j->fd[i]);
     close(fd);
-    os_unlock(&cli_store.working);
   }
   NBDSERVE_FREE(j);
   return unused;
@@ -4341,7 +4332,11 @@ static int cli_close_store(void) {
     snprintf(ctl, sizeof ctl, "%s.ctl", cli_store.path);
     unlink(ctl);
     shutdown(cli_store.ctl, SHUT_RDWR);
-    os_lock(&cli_store.working); /* for good */
+    os_lock(&cli_store.lock);
+    cli_store.over = 1;
+    int working = cli_store.working; /* then the next to open it repairs it: */
+    os_unlock(&cli_store.lock);      /* what was to be flushed has been */
+    if (working) return cli_say(CLI_FAILED, "a command was not finished");
   }
   int err = cli_store.path ? nbdserve_cas_close(cli_store.cas) : 0;
   return err ? cli_say(CLI_FAILED, "%s: %s", cli_store.path, u_error(err)) : 0;
@@ -4386,7 +4381,7 @@ static int cli_add_volume(const struct cli *k, char *path, char *colons,
     if (err) return err;
     cli_store.path = path;
     if (!NBDSERVE_NO_THREADS && !k->v['r'] &&
-        !os_mutex_init(&cli_store.working))
+        !os_mutex_init(&cli_store.lock))
       cli_store.ctl = cli_ctl_socket(path, 1);
     if (cli_store.ctl >= 0) (void)os_thread(cli_control, NULL);
   }
@@ -4408,6 +4403,8 @@ static int cli_add(const struct cli *k, char *path, const char *name) {
   ex.description = k->v['D'];
   if (!*name && k->ntargets == 1 && !k->v['e']) ex.flags |= NBDSERVE_ANY_NAME;
 #if !NBDSERVE_NO_CAS
+  if (colons && (k->v['o'] || k->v['S'] || k->v['C']))
+    return cli_say(CLI_USAGE, "%s: no --offset, --size, --create", path);
   if (colons) err = cli_add_volume(k, path, colons, &ex);
   if (colons && !err && !ex.ops) return 0; /* all of it */
 #endif
@@ -4417,7 +4414,8 @@ static int cli_add(const struct cli *k, char *path, const char *name) {
   const char *hint = err == -EBUSY ? "; another server has it" : "";
   if ((err == -EACCES || err == -EROFS) && !flat.flags)
     hint = "; -r serves it read-only";
-  if (err == -ENOENT && !flat.create) hint = "; --create SIZE makes it";
+  if (err == -ENOENT && !flat.create && !colons)
+    hint = "; --create SIZE makes it";
   if (err == -EINVAL)
     hint = colons ? ": no store"
            : ": no file, device or mem:SIZE, or --offset, --size are beyond it";
@@ -4671,7 +4669,9 @@ static int cli_command(struct cli *k) {
   int skip = name == store && v->min == 0;
   arg += skip;
   n -= skip;
-  if (!store || n < v->min || n > v->max)
+  if (!store || n < v->min || n > v->max ||
+      (k->v['n'] && v->verb != CLI_GC && (v->verb < NBDSERVE_CAS_ROLLBACK ||
+                                          v->verb > NBDSERVE_CAS_RM)))
     return cli_say(CLI_USAGE, "usage: nbdserve %s %s", v->name, v->help);
   j.ask.verb = (unsigned char)i;
   j.ask.flags = k->v['n'] ? NBDSERVE_CAS_DRY_RUN : 0;
@@ -4697,13 +4697,14 @@ static int cli_command(struct cli *k) {
   if (in || (v->verb == CLI_EXPORT && strcmp(arg[1], "-") != 0))
     j.fd[2] = open(arg[1], in ? O_RDONLY : O_RDWR | O_CREAT, 0666);
   if (j.fd[2] < 0) return cli_say_errno(arg[1]);
+  if (j.fd[2] > 2 && !in && os_claim(j.fd[2], 0)) /* a store, maybe this one */
+    return cli_say(CLI_IN_USE, "%s: in use", arg[1]);
   if (v->verb >= CLI_EXPORT && v->verb != CLI_GC)
     o.flags = NBDSERVE_CAS_READONLY;
   err = nbdserve_cas_open(store, &o, &cas);
   if (err == -EBUSY) return cli_remote(&j, store);
   if (err) return cli_say(CLI_FAILED, "%s: %s", store, err == -EINVAL
                           ? "not a store" : u_error(err));
-  cli_catch_signals(cli_on_signal);
   i = cli_do(&j, cas);
   err = nbdserve_cas_close(cas);
   return err ? cli_say(CLI_FAILED, "%s: %s", store, u_error(err)) : i;
@@ -4733,7 +4734,6 @@ static int cli_help(void) {
   return fflush(stdout) == EOF ? CLI_FAILED : 0;
 }
 
-/* Everything from the first open file to the last. */
 static int cli_main(struct cli *k) {
   int level = NBDSERVE_LOG_WARNING + (int)u_min(k->n['v'], 2);
   struct nbdserve_config config = {

@@ -2324,7 +2324,6 @@ static void cas_hash(const struct nbdserve_cas *s, struct cas_item *it,
   if (first) sha_256(s->hw, first->data, NULL, s->bs, first->sum, NULL);
 }
 
-/* Puts its sum into a page.  Was it there? */
 static int cas_stamp(const struct nbdserve_cas *s, unsigned char *page) {
   unsigned char was[16], sum[32];
   memcpy(was, page + 16, 16);
@@ -3148,7 +3147,9 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
 }
 
 static int cas_log_read(struct nbdserve_cas *s, uint64_t seq) {
-  int err = cas_io(s, 0, s->log, CAS_PAGE, cas_log_off(s, seq));
+  uint64_t off = cas_log_off(s, seq);
+  if (off + CAS_PAGE > s->end) return 0; /* not written so far */
+  int err = cas_io(s, 0, s->log, CAS_PAGE, off);
   if (err) s->log_damaged = 1;
   return !err && get32(s->log) == CAS_LOG && get16(s->log + 4) <= CAS_ENTRIES &&
          get64(s->log + 8) == seq && !memcmp(s->log + 24, s->super + 16, 8) &&
@@ -4040,7 +4041,6 @@ static void cli_log(void *ctx, int level, const char *message) {
   cli_say(0, "%s", message);
 }
 
-/* Takes one option with its value.  0, or CLI_USAGE after a message. */
 static int cli_set(struct cli *k, const struct cli_option *o,
                    const char *value) {
   uint32_t *block[] = {&k->ex.min_block, &k->ex.preferred_block,

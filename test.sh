@@ -6573,14 +6573,23 @@ int main(int argc, char **argv) {
  * flushed is there, as is all that was not refused. */
 enum { STEPS = 60 };
 
-/* Opens without faults what the last process left behind. */
+/* Opens what the last process left behind, first with reads that fail, from
+ * which nothing may get lost for good, then without faults. */
 static void f_recover(int lost) {
-  int legal = change.kind;
-  d_fault.nth = 0;
+  int legal = change.kind, i;
   m_forget();
   m_over = 0;
   if (lost) d_cut((int)rnd(POWER));
-  d_fault.fired = 0;
+  for (i = 0; i < 3; i++) {
+    memset(&d_fault, 0, sizeof d_fault);
+    memset(d_calls, 0, sizeof d_calls);
+    d_fault.kind = PREAD;
+    d_fault.nth = 1 + (long)rnd(150);
+    d_fault.err = EIO;
+    if (!m_reopen()) nbdserve_cas_close(cas);
+    m_forget();
+  }
+  d_fault.nth = d_fault.fired = 0;
   if (m_reopen()) m_fail("no recovery");
   m_check();
   if (legal) m_do("recovered");
@@ -6629,8 +6638,8 @@ static int f_history(uint64_t seed, int kind, long nth, int err) {
   m_weight[1] = 15;
   for (i = 0; i < STEPS && cas && !m_over && !change.kind; i++) r = m_step();
   i = d_fault.fired;
-  if (cas) m_shut();
-  else if (!i) m_fail("not opened: %d", r);
+  if (!cas && !i) m_fail("not opened: %d", r);
+  if (cas && rnd(2)) m_shut(); /* else it is killed */
   f_recover((syncs && err != EINTR) || rnd(2));
   return i;
 }

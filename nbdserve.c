@@ -108,6 +108,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -211,15 +212,11 @@ static void os_own(int fd, int nonblock) {
   fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
 
+/* A pipe that nobody waits at: a socket pair never lacks CLOEXEC. */
 static int os_pipe(int fd[2]) {
-#if OS_LINUX
-  return pipe2(fd, O_CLOEXEC | O_NONBLOCK) < 0 ? -errno : 0;
-#else
-  if (pipe(fd) < 0) return -errno;
-  os_own(fd[0], 1);
-  os_own(fd[1], 1);
-  return 0;
-#endif
+  int r = socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd);
+  for (int i = 0; i < 2 && !r; i++) os_own(fd[i], 1);
+  return r < 0 ? -errno : 0;
 }
 
 /* The directory that path is in, opened, or -errno. */
@@ -360,17 +357,27 @@ static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
   return is_data;
 }
 
-static int os_nameless_file(void) {
-  char path[] = "/tmp/nbdserveXXXXXX";
+/* A file that is gone when it is closed, in dir or, if that is NULL, memory. */
+static int os_nameless_file(const char *dir) {
+  char path[PATH_MAX];
   int fd = -1;
 #if OS_LINUX && defined MFD_CLOEXEC
-  fd = memfd_create("nbdserve", MFD_CLOEXEC);
+  if (!dir) fd = memfd_create("nbdserve", MFD_CLOEXEC);
 #endif
+  snprintf(path, sizeof path, "%s/nbdserveXXXXXX", dir ? dir : "/tmp");
   if (fd < 0 && (fd = mkstemp(path)) >= 0) {
     unlink(path);
     fcntl(fd, F_SETFD, FD_CLOEXEC);
   }
   return fd < 0 ? -errno : fd;
+}
+
+static int os_is_rotational(int fd) {
+  unsigned short yes = 0;
+#if OS_LINUX /* BLKROTATIONAL; files know nothing of it */
+  if (ioctl(fd, _IO(0x12, 126), &yes) < 0) return 0;
+#endif
+  return (void)fd, yes != 0;
 }
 
 static void os_willneed(int fd, uint64_t off, uint64_t len) {
@@ -411,11 +418,9 @@ static void put64(unsigned char *p, uint64_t v) {
 static uint64_t u_min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 static int u_is_power_of_2(uint64_t v) { return v && !(v & (v - 1)); }
 
-#if !NBDSERVE_NO_CAS
 static int u_is_zero(const unsigned char *p, size_t n) {
   return !*p && memcmp(p, p + 1, n - 1) == 0;
 }
-#endif
 
 static void *u_zalloc(size_t n) {
   void *p = NBDSERVE_MALLOC(n);
@@ -615,6 +620,7 @@ static void sha_256(int hw, const void *p, const void *q, size_t len,
 #define NBD_REP_ERR_UNKNOWN 0x80000006u
 #define NBD_REP_ERR_BLOCK_SIZE_REQD 0x80000008u
 #define NBD_REP_ERR_TOO_BIG 0x80000009u
+#define NBD_REP_ERR_EXT_HEADER_REQD 0x8000000au
 
 enum { /* handshake: flags of server and client, options, replies, infos */
   NBD_FLAG_FIXED_NEWSTYLE = 1 << 0, NBD_FLAG_NO_ZEROES = 1 << 1,
@@ -622,54 +628,62 @@ enum { /* handshake: flags of server and client, options, replies, infos */
   NBD_OPT_EXPORT_NAME = 1, NBD_OPT_ABORT = 2, NBD_OPT_LIST = 3,
   NBD_OPT_INFO = 6, NBD_OPT_GO = 7, NBD_OPT_STRUCTURED_REPLY = 8,
   NBD_OPT_LIST_META_CONTEXT = 9, NBD_OPT_SET_META_CONTEXT = 10,
+  NBD_OPT_EXTENDED_HEADERS = 11,
   NBD_REP_ACK = 1, NBD_REP_SERVER = 2, NBD_REP_INFO = 3,
   NBD_REP_META_CONTEXT = 4, NBD_INFO_EXPORT = 0, NBD_INFO_NAME = 1,
   NBD_INFO_DESCRIPTION = 2, NBD_INFO_BLOCK_SIZE = 3
 };
 
 enum { /* transmission: magics, flags of the export, commands, replies */
-  NBD_REQUEST_MAGIC = 0x25609513, NBD_SIMPLE_REPLY_MAGIC = 0x67446698,
-  NBD_STRUCTURED_REPLY_MAGIC = 0x668e33ef,
+  NBD_REQUEST_MAGIC = 0x25609513, NBD_EXTENDED_REQUEST_MAGIC = 0x21e41c71,
+  NBD_SIMPLE_REPLY_MAGIC = 0x67446698, NBD_STRUCTURED_REPLY_MAGIC = 0x668e33ef,
+  NBD_EXTENDED_REPLY_MAGIC = 0x6e8a278c,
   NBD_FLAG_HAS_FLAGS = 1 << 0, NBD_FLAG_READ_ONLY = 1 << 1,
   NBD_FLAG_SEND_FLUSH = 1 << 2, NBD_FLAG_SEND_FUA = 1 << 3,
   NBD_FLAG_ROTATIONAL = 1 << 4, NBD_FLAG_SEND_TRIM = 1 << 5,
   NBD_FLAG_SEND_WRITE_ZEROES = 1 << 6, NBD_FLAG_SEND_DF = 1 << 7,
   NBD_FLAG_CAN_MULTI_CONN = 1 << 8, NBD_FLAG_SEND_CACHE = 1 << 10,
-  NBD_FLAG_SEND_FAST_ZERO = 1 << 11,
+  NBD_FLAG_SEND_FAST_ZERO = 1 << 11, NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12,
   NBD_CMD_READ = 0, NBD_CMD_WRITE = 1, NBD_CMD_DISC = 2, NBD_CMD_FLUSH = 3,
   NBD_CMD_TRIM = 4, NBD_CMD_CACHE = 5, NBD_CMD_WRITE_ZEROES = 6,
   NBD_CMD_BLOCK_STATUS = 7, NBD_CMD_FLAG_FUA = 1 << 0,
   NBD_CMD_FLAG_NO_HOLE = 1 << 1, NBD_CMD_FLAG_DF = 1 << 2,
   NBD_CMD_FLAG_REQ_ONE = 1 << 3, NBD_CMD_FLAG_FAST_ZERO = 1 << 4,
+  NBD_CMD_FLAG_PAYLOAD_LEN = 1 << 5,
   NBD_REPLY_FLAG_DONE = 1 << 0, NBD_REPLY_TYPE_NONE = 0,
-  NBD_REPLY_TYPE_OFFSET_DATA = 1, NBD_REPLY_TYPE_BLOCK_STATUS = 5,
+  NBD_REPLY_TYPE_OFFSET_DATA = 1, NBD_REPLY_TYPE_OFFSET_HOLE = 2,
+  NBD_REPLY_TYPE_BLOCK_STATUS = 5, NBD_REPLY_TYPE_BLOCK_STATUS_EXT = 6,
   NBD_REPLY_TYPE_ERROR = (1 << 15) + 1,
+  NBD_REPLY_TYPE_ERROR_OFFSET = (1 << 15) + 2,
   NBD_EPERM = 1, NBD_EIO = 5, NBD_ENOMEM = 12, NBD_EINVAL = 22,
   NBD_ENOSPC = 28, NBD_EOVERFLOW = 75, NBD_ENOTSUP = 95, NBD_ESHUTDOWN = 108
 };
 
 enum { /* sizes of messages without their data; the longest name or message */
   WIRE_OPTION = 16, WIRE_REP = 20, WIRE_REQUEST = 28, WIRE_SIMPLE = 16,
-  WIRE_CHUNK = 20, WIRE_STRING = 4096
+  WIRE_CHUNK = 20, WIRE_EXTENDED = 32 /* either way */, WIRE_STRING = 4096
 };
+
+enum { WIRE_COMPACT, WIRE_STRUCTURED, WIRE_EXT }; /* what was negotiated */
 
 /* What is true of each command: validation and dispatch read it here. */
 static const struct wire_cmd {
   const char *name;
   uint16_t flags; /* besides FUA, which any command may carry */
-  uint16_t needs; /* transmission flags it is an answer to; 0: always there */
+  uint16_t needs; /* transmission flags that expose it; 0: always there */
   uint8_t writes; /* refused on a read-only export */
   int beyond;     /* error of a range beyond the end, 0: no range */
 } wire_cmds[] = {
     {"NBD_CMD_READ", NBD_CMD_FLAG_DF, 0, 0, -EINVAL},
-    {"NBD_CMD_WRITE", 0, 0, 1, -ENOSPC},
+    {"NBD_CMD_WRITE", NBD_CMD_FLAG_PAYLOAD_LEN, 0, 1, -ENOSPC},
     {"NBD_CMD_DISC", 0, 0, 0, 0},
     {"NBD_CMD_FLUSH", 0, NBD_FLAG_SEND_FLUSH, 0, 0},
     {"NBD_CMD_TRIM", 0, NBD_FLAG_SEND_TRIM, 1, -EINVAL},
     {"NBD_CMD_CACHE", 0, NBD_FLAG_SEND_CACHE, 0, -EINVAL},
     {"NBD_CMD_WRITE_ZEROES", NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
      NBD_FLAG_SEND_WRITE_ZEROES, 1, -ENOSPC},
-    {"NBD_CMD_BLOCK_STATUS", NBD_CMD_FLAG_REQ_ONE, 0, 0, -EINVAL}};
+    {"NBD_CMD_BLOCK_STATUS", NBD_CMD_FLAG_REQ_ONE | NBD_CMD_FLAG_PAYLOAD_LEN, 0,
+     0, -EINVAL}};
 
 static const struct wire_cmd *wire_cmd(unsigned type) {
   return type < sizeof wire_cmds / sizeof *wire_cmds ? &wire_cmds[type] : NULL;
@@ -689,15 +703,35 @@ static uint32_t wire_error(int err) {
   }
 }
 
-/* The head of a last chunk with len bytes of payload; the bytes written. */
-static size_t wire_put_chunk(unsigned char *p, unsigned type, uint64_t cookie,
-                             uint64_t len) {
-  put32(p, NBD_STRUCTURED_REPLY_MAGIC);
-  put16(p + 4, NBD_REPLY_FLAG_DONE);
+struct nbdserve_req {
+  uint16_t type, flags; /* NBD_CMD_*, NBD_CMD_FLAG_* */
+  int mode;             /* WIRE_COMPACT... */
+  uint64_t cookie, off, len;
+  uint64_t start;       /* off as the client gave it: this may be a piece */
+  unsigned char *buf; /* data of READ and WRITE; reply of BLOCK_STATUS */
+  size_t owned;       /* bytes at buf if they are the request's own, else 0 */
+  int err;            /* 0 or -errno */
+  const char *why;    /* of an error, for humans; NULL: u_error */
+  int flush;          /* only that is left to do: FLUSH, or FUA's last part */
+  int deferred;       /* a worker answers it */
+  int hole, more;     /* READ: only zeroes; other chunks follow this one */
+  int ready;          /* READ: the reply is in the send buffer, or sent */
+  struct nbdserve_req *next;
+};
+
+/* The head of a chunk with len bytes of payload; the bytes written. */
+static size_t wire_put_chunk(unsigned char *p, const struct nbdserve_req *r,
+                             unsigned type, uint64_t len) {
+  put32(p, r->mode == WIRE_EXT ? NBD_EXTENDED_REPLY_MAGIC
+                               : NBD_STRUCTURED_REPLY_MAGIC);
+  put16(p + 4, r->more && !r->err ? 0 : NBD_REPLY_FLAG_DONE);
   put16(p + 6, type);
-  put64(p + 8, cookie);
+  put64(p + 8, r->cookie);
   put32(p + 16, (uint32_t)len);
-  return WIRE_CHUNK;
+  if (r->mode != WIRE_EXT) return WIRE_CHUNK;
+  put64(p + 16, r->start);
+  put64(p + 24, len);
+  return WIRE_EXTENDED;
 }
 
 /* ==== [6] SOCKET I/O (io_) ===============================================
@@ -796,20 +830,6 @@ static int io_send(const struct io *io, struct iovec *v, int n, int more) {
  * (E3) A flush covers what was written before it was asked for.  Those that
  *      wait while one is running all get the result of the next one.
  */
-struct nbdserve_req {
-  uint16_t type, flags; /* NBD_CMD_*, NBD_CMD_FLAG_* */
-  uint64_t cookie, off, len;
-  unsigned char *buf; /* data of READ and WRITE; reply of BLOCK_STATUS */
-  size_t owned;       /* bytes at buf if they are the request's own, else 0 */
-  int err;            /* 0 or -errno */
-  const char *why;    /* of an error, for humans; NULL: u_error */
-  int flush;          /* only that is left to do: FLUSH, or FUA's last part */
-  int deferred;       /* a worker answers it */
-  int more;           /* READ: other chunks follow this one */
-  int ready;          /* READ: the reply is in the send buffer, or sent */
-  struct nbdserve_req *next;
-};
-
 struct ex {
   struct nbdserve_export e; /* size: under s->lock */
   int dynamic;              /* from the find callback */
@@ -850,8 +870,7 @@ enum {
   EX_FLAGS = 2 * NBDSERVE_UNSAFE - 1, /* all that there are */
   EX_ZEROES = 1 << 20,             /* bytes of zeroes written at a time */
   EX_EXTENTS = 2048,               /* in one reply, at most */
-  EX_EXTENT_HEAD = WIRE_CHUNK + 4, /* in front of them: chunk, context id */
-  EX_EXTENTS_SIZE = EX_EXTENT_HEAD + 8 * EX_EXTENTS
+  EX_EXTENTS_SIZE = WIRE_EXTENDED + 8 + 16 * EX_EXTENTS
 };
 
 struct nbdserve_extents {
@@ -859,7 +878,7 @@ struct nbdserve_extents {
   uint64_t skip;   /* bytes described already, see nbdserve_extent */
   uint64_t align;  /* boundaries are multiples of it */
   unsigned n, max;
-  unsigned char *data; /* [EX_EXTENTS_SIZE] */
+  unsigned char *data; /* 8 bytes of length and 8 of status each */
 };
 
 static void ex_free(struct ex *ex) {
@@ -920,8 +939,10 @@ static int ex_get(struct nbdserve *s, const char *name, struct ex **out,
   os_lock(&s->lock);
   struct ex *same = ex_by_name(s, name), *any = s->exports;
   while (any && *name && !(any->e.flags & NBDSERVE_ANY_NAME)) any = any->next;
-  *out = same ? same : any;
-  if (*out) *size = (*out)->e.size;
+  if ((*out = same ? same : any)) {
+    e = (*out)->e;
+    *size = (*out)->e.size = e.ops->size ? e.ops->size(e.ctx, e.size) : e.size;
+  }
   os_unlock(&s->lock);
   if (!same && s->config.find) err = s->config.find(s->config.ctx, name, &e);
   if (same || (err == -ENOENT && any)) return 0;
@@ -940,22 +961,23 @@ static void ex_put(struct ex *ex) {
   if (ex && ex->dynamic) ex_free(ex); /* (E1) */
 }
 
-/* The transmission flags of a client: each exactly when it is so. */
+/* The transmission flags of a client: each exactly when it is so.  meta: it has
+ * selected metadata contexts of this export. */
 static unsigned ex_flags(const struct nbdserve *s, const struct ex *ex,
-                         int structured) {
+                         int mode, int meta) {
   const struct nbdserve_ops *ops = ex->e.ops;
-  unsigned f = NBD_FLAG_HAS_FLAGS;
-  int writable = !(ex->e.flags & NBDSERVE_READONLY);
-  f |= writable ? NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO
-                : NBD_FLAG_READ_ONLY;
+  unsigned f = 0, writable = !(ex->e.flags & NBDSERVE_READONLY);
+  if (writable) f |= NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
   if (writable && ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
   if (writable && ops->trim) f |= NBD_FLAG_SEND_TRIM;
   if (ex->e.flags & NBDSERVE_ROTATIONAL) f |= NBD_FLAG_ROTATIONAL;
   if ((ex->e.flags & NBDSERVE_MULTI_CONN) && s->config.max_conn > 1)
     f |= NBD_FLAG_CAN_MULTI_CONN; /* a second one would wait for ever */
   if (ops->cache) f |= NBD_FLAG_SEND_CACHE;
-  if (structured) f |= NBD_FLAG_SEND_DF;
-  return f;
+  if (mode != WIRE_COMPACT) f |= NBD_FLAG_SEND_DF;
+  if (mode == WIRE_EXT && meta) f |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
+  return (f & ~s->config.without) | NBD_FLAG_HAS_FLAGS |
+         (writable ? 0 : NBD_FLAG_READ_ONLY);
 }
 
 /* All writes that returned before this call are on permanent storage when it
@@ -999,14 +1021,14 @@ static int ex_wants_fua(const struct ex *ex, const struct nbdserve_req *r,
 
 static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
                           uint32_t status) {
-  unsigned char *p = x->data + EX_EXTENT_HEAD + 8 * x->n;
+  unsigned char *p = x->data + 16 * x->n;
   assert(len > 0 && len <= x->left);
   x->left -= len;
-  if (x->n && get32(p - 4) == status) {
-    put32(p - 8, get32(p - 8) + (uint32_t)len);
+  if (x->n && get64(p - 8) == status) {
+    put64(p - 16, get64(p - 16) + len);
   } else if (x->n < x->max) {
-    put32(p, (uint32_t)len);
-    put32(p + 4, status);
+    put64(p, len);
+    put64(p + 8, status);
     x->n++;
   } else {
     x->left = 0;
@@ -1029,17 +1051,26 @@ int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
 
 /* The extents of a request, as the reply that goes out: r->buf, r->owned. */
 static int ex_extents(struct ex *ex, struct nbdserve_req *r) {
-  int one = (r->flags & NBD_CMD_FLAG_REQ_ONE) != 0, err = 0;
+  int one = (r->flags & NBD_CMD_FLAG_REQ_ONE) != 0, ext = r->mode == WIRE_EXT;
   struct nbdserve_extents x = {.left = r->len, .align = ex->e.min_block,
                                .max = one ? 1 : EX_EXTENTS};
-  x.data = NBDSERVE_MALLOC(EX_EXTENTS_SIZE);
-  if (!x.data) return -ENOMEM;
-  if (ex->e.ops->extents)
-    err = ex->e.ops->extents(ex->e.ctx, r->off, r->len,
-                             one ? NBDSERVE_REQ_ONE : 0, &x);
+  unsigned char *p = NBDSERVE_MALLOC(EX_EXTENTS_SIZE);
+  if (!p) return -ENOMEM;
+  x.data = p + (ext ? WIRE_EXTENDED + 8 : WIRE_CHUNK + 4);
+  int err = !ex->e.ops->extents ? 0 : ex->e.ops->extents(
+      ex->e.ctx, r->off, r->len, one ? NBDSERVE_REQ_ONE : 0, &x);
   if (!err && !x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
-  r->buf = x.data; /* freed with r, also when this failed */
-  r->owned = EX_EXTENT_HEAD + 8 * x.n;
+  for (unsigned i = 0; i < x.n && !ext; i++) { /* len was below 2^32, too */
+    put32(x.data + 8 * i, (uint32_t)get64(x.data + 16 * i));
+    put32(x.data + 8 * i + 4, (uint32_t)get64(x.data + 16 * i + 8));
+  }
+  put32(x.data - 4, x.n);
+  put32(x.data - (ext ? 8 : 4), 1); /* the id of base:allocation */
+  r->buf = p; /* freed with r, also when this failed */
+  r->owned = (size_t)(x.data - p) + (ext ? 16 : 8) * x.n;
+  wire_put_chunk(p, r, ext ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT
+                           : NBD_REPLY_TYPE_BLOCK_STATUS,
+                 r->owned - (ext ? WIRE_EXTENDED : WIRE_CHUNK));
   return err;
 }
 
@@ -1094,23 +1125,23 @@ static int ex_do(struct ex *ex, struct nbdserve_req *r) {
 /* read and write of nbdserve's own backends, whose ctx begins with batch. */
 struct ex_own { void (*batch)(void *ctx, struct nbdserve_req *r, size_t n); };
 
-static int ex_own_read(void *ctx, void *buf, uint64_t off, uint64_t len,
-                       uint32_t flags) {
-  struct nbdserve_req r = {.type = NBD_CMD_READ, .off = off, .len = len,
-                           .buf = buf};
-  (void)flags;
+static int ex_own_do(void *ctx, uint16_t type, const void *buf, uint64_t off,
+                     uint64_t len) {
+  struct nbdserve_req r = {.type = type, .off = off, .len = len,
+                           .buf = (unsigned char *)(uintptr_t)buf};
   ((struct ex_own *)ctx)->batch(ctx, &r, 1);
   return r.err;
 }
 
+static int ex_own_read(void *ctx, void *buf, uint64_t off, uint64_t len,
+                       uint32_t flags) {
+  return (void)flags, ex_own_do(ctx, NBD_CMD_READ, buf, off, len);
+}
+
 static int ex_own_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
                         uint32_t flags) {
-  struct nbdserve_req r = {.type = NBD_CMD_WRITE, .off = off, .len = len,
-                           .buf = (unsigned char *)(uintptr_t)buf};
   assert(!(flags & NBDSERVE_FUA)); /* not NATIVE_FUA: a flush follows */
-  (void)flags;
-  ((struct ex_own *)ctx)->batch(ctx, &r, 1);
-  return r.err;
+  return (void)flags, ex_own_do(ctx, NBD_CMD_WRITE, buf, off, len);
 }
 #endif
 
@@ -1130,12 +1161,12 @@ enum {
   TX_KEEP = 1 << 20,             /* buffer for those; they are in pieces then */
   TX_BATCH = 128,                /* requests in a batch */
   TX_WHY = 80,                   /* bytes of an error's text */
-  TX_HEAD = WIRE_CHUNK + 6 + TX_WHY, /* longest reply without its data */
+  TX_HEAD = WIRE_EXTENDED + 6 + TX_WHY + 8, /* longest reply without data */
   TX_DEFERRED = 1024,            /* requests waiting for a worker */
   TX_LOGGED = 10                 /* failures of one client in the log */
 };
 STATIC_ASSERT(option_fits, (int)NBDSERVE_MAX_OPTION <= (int)TX_RBUF);
-STATIC_ASSERT(small_fits_in, (int)TX_SMALL + (int)WIRE_REQUEST <= (int)TX_RBUF);
+STATIC_ASSERT(small_fits_in, TX_SMALL + (int)WIRE_EXTENDED <= (int)TX_RBUF);
 STATIC_ASSERT(small_fits_out, TX_SMALL + TX_HEAD <= TX_WBUF);
 
 struct conn {
@@ -1149,12 +1180,13 @@ struct conn {
   uint32_t opt; /* the option being answered, and its data */
   const unsigned char *data;
   size_t len;
-  int no_zeroes, structured;
+  int no_zeroes, mode; /* WIRE_COMPACT... */
   int meta; /* base:allocation may be asked for, of this export: */
   char meta_name[WIRE_STRING + 1];
   struct ex *ex;
   uint64_t size;
   unsigned tflags, max_workers, max_deferred;
+  void (*batch)(void *ctx, struct nbdserve_req *r, size_t n); /* or NULL */
   size_t read_head; /* bytes in front of the data of a READ */
   /* -- the client's thread only, as the two buffers at the end */
   unsigned char *big;
@@ -1210,7 +1242,6 @@ static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t len) {
 }
 
 static int hs_ack(struct conn *c) {
-  c->structured |= c->opt == NBD_OPT_STRUCTURED_REPLY; /* all it asks for */
   hs_reply(c, NBD_REP_ACK, 0);
   return HS_MORE;
 }
@@ -1236,17 +1267,24 @@ static uint32_t hs_take_string(struct conn *c, char *out) {
   return memchr(out, 0, n) ? NBD_REP_ERR_INVALID : 0;
 }
 
+/* Are there metadata contexts to be had of the export of that name? */
+static int hs_has_meta(const struct conn *c, const char *name) {
+  return c->meta && strcmp(c->meta_name, name) == 0;
+}
+
 /* The export is settled: what transmission needs to know of it. */
 static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
-  unsigned threads = c->s->config.threads;
+  static const unsigned char heads[] = {WIRE_SIMPLE, WIRE_CHUNK + 8,
+                                        WIRE_EXTENDED + 8};
+  const struct nbdserve_config *k = &c->s->config;
   assert(!c->ex);
   c->ex = ex;
-  c->tflags = ex_flags(c->s, ex, c->structured);
-  c->meta = c->meta && strcmp(c->meta_name, name) == 0;
-  assert(c->structured || !c->meta);
-  c->read_head = c->structured ? WIRE_CHUNK + 8 : WIRE_SIMPLE;
-  c->max_workers = threads > 1 ? threads : 0;
-  c->max_deferred = ex->e.ops->batch ? TX_DEFERRED : threads;
+  c->meta = hs_has_meta(c, name);
+  c->tflags = ex_flags(c->s, ex, c->mode, c->meta);
+  c->batch = k->before ? NULL : ex->e.ops->batch;
+  c->read_head = heads[c->mode];
+  c->max_workers = k->threads > 1 ? k->threads : 0;
+  c->max_deferred = c->batch ? TX_DEFERRED : k->threads;
   HS_LOG(c, NBDSERVE_LOG_INFO, "%u: export '%s', %" PRIu64 " bytes%s", c->id,
          name, c->size, c->tflags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
 }
@@ -1258,6 +1296,7 @@ static int hs_opt_export_name(struct conn *c) {
   char name[WIRE_STRING + 1];
   struct ex *ex;
   snprintf(name, sizeof name, "%.*s", (int)c->len, (const char *)c->data);
+  if (c->mode == WIRE_EXT) return -EPROTO; /* extended headers demand GO */
   if (strlen(name) != c->len || ex_get(c->s, name, &ex, &c->size))
     return -ENOENT; /* this option knows no error reply */
   hs_settle(c, ex, name);
@@ -1299,7 +1338,7 @@ static void hs_info(struct conn *c, struct ex *ex, unsigned type) {
   if (type == NBD_INFO_EXPORT) {
     p = hs_reply(c, NBD_REP_INFO, 12);
     put64(p + 2, c->size);
-    put16(p + 10, ex_flags(c->s, ex, c->structured));
+    put16(p + 10, c->tflags);
   } else if (type == NBD_INFO_BLOCK_SIZE) {
     p = hs_reply(c, NBD_REP_INFO, 14);
     put32(p + 2, ex->e.min_block);
@@ -1324,6 +1363,7 @@ static int hs_opt_go(struct conn *c) {
   if (err)
     return hs_fail(c, NBD_REP_ERR_UNKNOWN,
                    err == -ENOENT ? "no such export" : u_error(err));
+  c->tflags = ex_flags(c->s, ex, c->mode, hs_has_meta(c, name));
   for (i = 2; i < c->len; i += 2) /* what is not known goes to bit 31 */
     wants |= 1u << u_min(get16(c->data + i), 31);
   bad = ex->e.min_block > 1 && !(wants & 1u << NBD_INFO_BLOCK_SIZE);
@@ -1342,13 +1382,22 @@ static int hs_opt_go(struct conn *c) {
   return hs_fail(c, NBD_REP_ERR_BLOCK_SIZE_REQD, "ask for the block size");
 }
 
+/* Asks for another form of replies and, with extended headers, requests. */
+static int hs_opt_mode(struct conn *c) {
+  int ext = c->opt == NBD_OPT_EXTENDED_HEADERS;
+  if (c->mode == WIRE_EXT && !ext)
+    return hs_fail(c, NBD_REP_ERR_EXT_HEADER_REQD, "the headers are extended");
+  c->mode = ext ? WIRE_EXT : WIRE_STRUCTURED;
+  return hs_ack(c);
+}
+
 static int hs_opt_meta_context(struct conn *c) {
   static const char context[] = "base:allocation";
   const size_t n = sizeof context - 1;
   char name[WIRE_STRING + 1], query[WIRE_STRING + 1];
   int set = c->opt == NBD_OPT_SET_META_CONTEXT, found;
   struct ex *ex;
-  if (!c->structured)
+  if (c->mode == WIRE_COMPACT)
     return hs_fail(c, NBD_REP_ERR_INVALID, "structured replies come first");
   uint32_t bad = hs_take_string(c, name), left = 0;
   if (!bad && c->len < 4) bad = NBD_REP_ERR_INVALID;
@@ -1385,7 +1434,8 @@ static const struct hs_option {
     {NBD_OPT_LIST, 0, hs_opt_list},
     {NBD_OPT_INFO, NBDSERVE_MAX_OPTION, hs_opt_go},
     {NBD_OPT_GO, NBDSERVE_MAX_OPTION, hs_opt_go},
-    {NBD_OPT_STRUCTURED_REPLY, 0, hs_ack},
+    {NBD_OPT_STRUCTURED_REPLY, 0, hs_opt_mode},
+    {NBD_OPT_EXTENDED_HEADERS, 0, hs_opt_mode},
     {NBD_OPT_LIST_META_CONTEXT, NBDSERVE_MAX_OPTION, hs_opt_meta_context},
     {NBD_OPT_SET_META_CONTEXT, NBDSERVE_MAX_OPTION, hs_opt_meta_context}};
 
@@ -1399,6 +1449,7 @@ static int hs_option(struct conn *c) {
   uint32_t len = get32(head + 12);
   if (get64(head) != NBD_OPTION_MAGIC) return -EPROTO;
   while (o < end && o->opt != c->opt) o++;
+  if (c->opt < 16 && c->s->config.without >> 16 >> c->opt & 1) o = end;
   if (len > WIRE_STRING && c->opt == NBD_OPT_EXPORT_NAME) return -ENOENT;
   for (uint32_t left = len, piece; left > 0 && !err; left -= piece) {
     piece = (uint32_t)u_min(left, TX_RBUF); /* (H1), (H2) */
@@ -1447,7 +1498,8 @@ static int hs_run(struct conn *c) {
  * (T1) Every request gets exactly one reply, DISC none.  The order is free.
  * (T2) A batch is what one recv brought.  READs get their place in the send
  *      buffer before they are done, each with room for its head in front, so
- *      data is never copied; the other replies follow behind them.
+ *      data is never copied; the other replies follow behind them, and so do
+ *      READs of nothing but zeroes, without their data.
  * (T3) A batch's writes are done before its flushes start: a flush covers all
  *      that was answered before it arrived, and more.
  * (T4) No slow request holds up a READ behind it, while there are workers:
@@ -1490,79 +1542,108 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
            logged == TX_LOGGED ? "; further failures are not logged" : "");
 }
 
-/* Writes all of r's reply but the data of a READ to p[TX_HEAD]; what a
- * BLOCK_STATUS found stays behind its head in r->buf.  The bytes written. */
-static size_t tx_put_head(const struct conn *c, const struct nbdserve_req *r,
-                          unsigned char *p) {
+/* Writes all of r's reply but the data of a READ to p[TX_HEAD]: the bytes
+ * written.  That of a BLOCK_STATUS that succeeded lies in r->buf already. */
+static size_t tx_put_head(const struct nbdserve_req *r, unsigned char *p) {
+  unsigned char *q = p + (r->mode == WIRE_EXT ? WIRE_EXTENDED : WIRE_CHUNK);
+  unsigned type = NBD_REPLY_TYPE_NONE;
   const char *why = r->why || !r->err ? r->why : u_error(r->err);
   uint32_t err = wire_error(r->err);
+  uint64_t data = 0;
+  size_t n = 0;
   if (err == NBD_ENOTSUP && !(r->flags & NBD_CMD_FLAG_FAST_ZERO))
     err = NBD_EINVAL; /* proto.md: only an answer to FAST_ZERO */
-  if (err && c->structured) {
-    size_t n = (size_t)u_min(strlen(why), TX_WHY);
-    put32(p + WIRE_CHUNK, err);
-    put16(p + WIRE_CHUNK + 4, (unsigned)n);
-    memcpy(p + WIRE_CHUNK + 6, why, n);
-    return wire_put_chunk(p, NBD_REPLY_TYPE_ERROR, r->cookie, 6 + n) + 6 + n;
-  }
-  if (!err && r->type == NBD_CMD_BLOCK_STATUS) {
-    assert(r->owned > EX_EXTENT_HEAD);
-    put32(p + WIRE_CHUNK, 1); /* the id of base:allocation */
-    return wire_put_chunk(p, NBD_REPLY_TYPE_BLOCK_STATUS, r->cookie,
-                          r->owned - WIRE_CHUNK) + 4;
-  }
-  if (err || !c->structured || r->type != NBD_CMD_READ) {
+  if (!err && r->type == NBD_CMD_BLOCK_STATUS) return 0;
+  if (r->mode == WIRE_COMPACT ||
+      (r->mode == WIRE_STRUCTURED && !err && r->type != NBD_CMD_READ)) {
     put32(p, NBD_SIMPLE_REPLY_MAGIC);
     put32(p + 4, err);
     put64(p + 8, r->cookie);
     return WIRE_SIMPLE;
   }
-  if (!r->len) return wire_put_chunk(p, NBD_REPLY_TYPE_NONE, r->cookie, 0);
-  wire_put_chunk(p, NBD_REPLY_TYPE_OFFSET_DATA, r->cookie, 8 + r->len);
-  if (r->more) put16(p + 4, 0); /* not NBD_REPLY_FLAG_DONE */
-  put64(p + WIRE_CHUNK, r->off);
-  return WIRE_CHUNK + 8;
+  if (err) {
+    int in_pieces = !r->why && r->type == NBD_CMD_READ && r->len > TX_KEEP;
+    type = in_pieces ? NBD_REPLY_TYPE_ERROR_OFFSET : NBD_REPLY_TYPE_ERROR;
+    n = (size_t)u_min(strlen(why), TX_WHY);
+    put32(q, err);
+    put16(q + 4, (unsigned)n);
+    memcpy(q + 6, why, n);
+    n += 6;
+    put64(q + n, r->off);
+    n += in_pieces ? 8 : 0;
+  } else if (r->type == NBD_CMD_READ && r->len) {
+    type = r->hole ? NBD_REPLY_TYPE_OFFSET_HOLE : NBD_REPLY_TYPE_OFFSET_DATA;
+    n = r->hole ? 12 : 8;
+    data = r->hole ? 0 : r->len;
+    put64(q, r->off);
+    if (r->hole) put32(q + 8, (uint32_t)r->len);
+  }
+  return wire_put_chunk(p, r, type, n + data) + n;
+}
+
+/* Does a READ's data go as a hole?  It mostly costs a look at one byte. */
+static int tx_is_hole(const struct nbdserve_req *r) {
+  return r->mode != WIRE_COMPACT && r->len >= 512 &&
+         u_is_zero(r->buf, (size_t)r->len);
 }
 
 /* Answers the requests of a list, in as few sends as possible, and frees what
- * they own.  The replies that lie ready in the send buffer go first. */
-static int tx_answer(struct conn *c, struct nbdserve_req *list, size_t ready) {
+ * they own.  The READs that lie ready in the send buffer go first. */
+static int tx_answer(struct conn *c, struct nbdserve_req *list) {
   unsigned char heads[32 * TX_HEAD];
+  struct iovec v[TX_BATCH + 2];
   struct nbdserve_req *r;
-  size_t sent = 0;
-  int err = 0, split;
+  int err = 0, n = 0;
   os_lock(&c->lock);
-  split = ready && !list->next && !c->ndeferred; /* no worker comes between */
   for (r = list; r; r = r->next) {
     assert(r->err <= 0 && !r->deferred);
     c->stats.requests++;
     c->stats.errors += r->err != 0;
     if (!r->err && r->type == NBD_CMD_READ) c->stats.bytes_read += r->len;
     if (!r->err && r->type == NBD_CMD_WRITE) c->stats.bytes_written += r->len;
+    if (!r->ready || !r->buf) continue;
+    unsigned char *p = r->buf - c->read_head;
+    if (!n || (unsigned char *)v[n - 1].iov_base + v[n - 1].iov_len != p)
+      v[n++] = (struct iovec){p, 0};
+    v[n - 1].iov_len += c->read_head + (size_t)r->len;
   }
+  int split = n == 1 && !list->next && !c->ndeferred; /* none comes between */
   os_unlock(&c->lock);
   for (r = list; r; r = r->next) tx_log(c, r);
-  if (split) { /* a lone READ: its head already wakes the */
-    struct iovec head = {c->wbuf, c->read_head}; /* client, on a processor of */
-    assert(list->ready); /* its own while the data is still being copied */
-    err = tx_send(c, &head, 1, OS_MSG_MORE);
-    sent = c->read_head;
+  if (split) { /* a lone READ: its head already wakes the client, on a */
+    struct iovec *data = v, head = {v->iov_base, c->read_head};
+    err = tx_send(c, &head, 1, OS_MSG_MORE); /* processor of its own, while */
+    os_advance(&data, &n, c->read_head);     /* the data is being copied */
   }
-  for (r = list; r && !err; ready = sent = 0) {
-    struct iovec v[] = {{c->wbuf + sent, ready - sent}, {heads, 0}, {NULL, 0}};
-    for (; r && !v[2].iov_len && v[1].iov_len + TX_HEAD <= sizeof heads;
+  for (r = list; r && !err; n = 0) {
+    v[n] = (struct iovec){heads, 0};
+    v[n + 1] = (struct iovec){NULL, 0};
+    for (; r && !v[n + 1].iov_len && v[n].iov_len + TX_HEAD <= sizeof heads;
          r = r->next) {
+      int is_read = r->type == NBD_CMD_READ;
       if (r->ready) continue;
-      v[1].iov_len += tx_put_head(c, r, heads + v[1].iov_len);
-      v[2].iov_base = r->buf;
-      if (!r->err && r->type == NBD_CMD_READ) v[2].iov_len = (size_t)r->len;
-      if (r->err || r->type != NBD_CMD_BLOCK_STATUS) continue;
-      v[2].iov_base = r->buf + EX_EXTENT_HEAD;
-      v[2].iov_len = r->owned - EX_EXTENT_HEAD;
+      r->hole = !r->err && is_read && tx_is_hole(r);
+      v[n].iov_len += tx_put_head(r, heads + v[n].iov_len);
+      if (r->err || r->hole) continue;
+      v[n + 1].iov_base = r->buf;
+      v[n + 1].iov_len = is_read ? (size_t)r->len
+                         : r->type == NBD_CMD_BLOCK_STATUS ? r->owned : 0;
     }
-    err = tx_send(c, v, 3, 0);
+    err = tx_send(c, v, n + 2, 0);
   }
   for (r = list; r; r = r->next) tx_free_buf(r);
+  return err;
+}
+
+/* Does a request, or what is left of it, to its end.  The host may have it fail
+ * before. */
+static int tx_do(struct conn *c, struct nbdserve_req *r) {
+  const struct nbdserve_config *k = &c->s->config;
+  int err = 0;
+  if (k->before && (!r->flush || r->type == NBD_CMD_FLUSH))
+    err = k->before(k->ctx, r->type, r->off, r->len);
+  if (!err && !r->flush) err = ex_do(c->ex, r);
+  if (!err && (r->flush || ex_wants_fua(c->ex, r, 0))) err = ex_flush(c->ex);
   return err;
 }
 
@@ -1590,10 +1671,9 @@ static void *tx_worker(void *arg) {
       c->nqueue--;
     }
     os_unlock(&c->lock);
-    int err = flush ? 0 : ex_do(c->ex, list);
-    if (!err && (flush || ex_wants_fua(c->ex, list, 0))) err = ex_flush(c->ex);
+    int err = tx_do(c, list);
     for (r = list; r; r = r->next) r->err = err;
-    tx_answer(c, list, 0);
+    tx_answer(c, list);
     os_lock(&c->lock);
     if (flush) c->flushing = 0;
     for (; (r = list); c->ndeferred--) {
@@ -1642,20 +1722,27 @@ static int tx_defer(struct conn *c, const struct nbdserve_req *r) {
   return 1;
 }
 
-/* Checks a request against all that was negotiated.  Sets r->err and r->why. */
-static void tx_validate(const struct conn *c, struct nbdserve_req *r) {
+/* Checks a request against all that was negotiated.  Sets r->err, r->why. */
+static void tx_validate(const struct conn *c, struct nbdserve_req *r,
+                        uint64_t payload) {
   const struct wire_cmd *cmd = wire_cmd(r->type);
-  int fua = c->tflags & NBD_FLAG_SEND_FUA ? NBD_CMD_FLAG_FUA : 0;
-  int no_df = c->tflags & NBD_FLAG_SEND_DF ? 0 : NBD_CMD_FLAG_DF;
   int is_status = r->type == NBD_CMD_BLOCK_STATUS, err = -EINVAL;
+  int is_write = r->type == NBD_CMD_WRITE, stray = r->flags;
+  if (cmd) stray &= ~cmd->flags;
+  if (c->tflags & NBD_FLAG_SEND_FUA) stray &= ~NBD_CMD_FLAG_FUA;
+  if (!(c->tflags & NBD_FLAG_SEND_DF)) stray |= r->flags & NBD_CMD_FLAG_DF;
+  if (!(c->tflags & NBD_FLAG_SEND_FAST_ZERO))
+    stray |= r->flags & NBD_CMD_FLAG_FAST_ZERO;
+  if (c->mode != WIRE_EXT) stray |= r->flags & NBD_CMD_FLAG_PAYLOAD_LEN;
   r->why = !cmd ? "unknown command"
       : cmd->writes && (c->tflags & NBD_FLAG_READ_ONLY)
           ? ((void)(err = -EPERM), "the export is read-only")
+      : is_write && payload != r->len ? "NBD_CMD_FLAG_PAYLOAD_LEN is missing"
       : cmd->beyond && (r->off > c->size || r->len > c->size - r->off)
           ? ((void)(err = cmd->beyond), "beyond the end of the export")
       : is_status && !c->meta ? "no metadata context was negotiated"
       : ~c->tflags & cmd->needs ? "the export does not offer it"
-      : r->flags & ~((cmd->flags & ~no_df) | fua) ? "flag does not apply"
+      : stray ? "flag does not apply"
       : cmd->beyond && (r->off | r->len) & (c->ex->e.min_block - 1)
           ? "no multiple of the minimum block size"
       : r->type <= NBD_CMD_WRITE && r->len > c->ex->e.max_request
@@ -1667,48 +1754,46 @@ static void tx_validate(const struct conn *c, struct nbdserve_req *r) {
   r->err = r->why ? err : 0;
 }
 
-/* Does the batch, or defers what is for workers (T4), and answers it: its READs
- * in the send buffer (T2), or one by one if one failed.  0, -errno to close. */
+/* Does the batch, or defers what is for workers (T4), and answers it: READs in
+ * the send buffer (T2).  0, -errno to close. */
 static int tx_exec(struct conn *c) {
-  void (*batch)(void *, struct nbdserve_req *, size_t) = c->ex->e.ops->batch;
   struct nbdserve_req *r = c->reqs, *list = NULL, **end = &list;
-  size_t n = c->nreqs, ready = c->wlen;
+  size_t n = c->nreqs;
   if (!n) return 0;
   c->nreqs = c->wlen = 0;
   for (size_t i = 0, j; i < n; i = j) {
     j = i + 1;
     if (r[i].err || !r[i].len) continue; /* FLUSH has no length either */
-    if (batch && r[i].type <= NBD_CMD_WRITE) {
+    if (c->batch && r[i].type <= NBD_CMD_WRITE) {
       while (j < n && !r[j].err && r[j].len && r[j].type <= NBD_CMD_WRITE) j++;
-      batch(c->ex->e.ctx, r + i, j - i);
+      c->batch(c->ex->e.ctx, r + i, j - i);
+      for (size_t k = i; k < j; k++)
+        r[k].flush = !r[k].err && ex_wants_fua(c->ex, r + k, 0);
     } else {
       r[i].deferred = r[i].type > NBD_CMD_WRITE && tx_defer(c, r + i);
-      if (!r[i].deferred) r[i].err = ex_do(c->ex, r + i);
+      if (!r[i].deferred) r[i].err = tx_do(c, r + i);
     }
   }
   for (size_t i = 0; i < n; i++) { /* (T3) */
-    if (r[i].err && r[i].type == NBD_CMD_READ && r[i].buf) ready = 0;
-    if (r[i].err || r[i].deferred) continue;
-    r[i].flush |= ex_wants_fua(c->ex, r + i, 0);
-    if (!r[i].flush) continue;
+    if (r[i].err || r[i].deferred || !r[i].flush) continue;
     r[i].deferred = tx_defer(c, r + i);
-    if (!r[i].deferred) r[i].err = ex_flush(c->ex);
+    if (!r[i].deferred) r[i].err = tx_do(c, r + i);
   }
   for (; n > 0; n--, r++) {
     if (r->deferred) continue;
     *end = r;
     end = &r->next;
-    if (r->type != NBD_CMD_READ || !r->buf || !ready) continue;
-    tx_put_head(c, r, r->buf - c->read_head);
+    if (r->err || r->type != NBD_CMD_READ || !r->buf || tx_is_hole(r)) continue;
+    tx_put_head(r, r->buf - c->read_head);
     r->ready = 1;
   }
-  return tx_answer(c, list, ready);
+  return tx_answer(c, list);
 }
 
 /* A long READ, in pieces: as chunks of a structured reply.  A simple one cannot
  * be taken back, so one of several pieces is read twice, to see that it can. */
 static int tx_long_read(struct conn *c, struct nbdserve_req *r) {
-  int pass = !c->structured && r->len > TX_KEEP ? 0 : 1, err;
+  int pass = c->mode == WIRE_COMPACT && r->len > TX_KEEP ? 0 : 1, err;
   uint64_t end = r->off + r->len;
   struct nbdserve_req p = *r;
   p.buf = c->big + TX_HEAD;
@@ -1717,31 +1802,37 @@ static int tx_long_read(struct conn *c, struct nbdserve_req *r) {
   os_unlock(&c->lock);
   for (; pass < 2; pass++)
     for (p.off = r->off; p.off < end; p.off += p.len) {
+      int bare = c->mode == WIRE_COMPACT && p.off > p.start; /* no new head */
       p.len = u_min(end - p.off, TX_KEEP);
       p.more = p.off + p.len < end;
-      size_t head = c->structured || p.off == r->off ? c->read_head : 0;
-      struct iovec v = {p.buf - head, head + (size_t)p.len};
       r->err = ex_do(c->ex, &p);
-      if (r->err && pass && !head) return r->err; /* proto.md: disconnect */
-      if (r->err) return tx_answer(c, r, 0);
-      if (head) tx_put_head(c, &p, p.buf - head);
-      if (pass && (err = tx_send(c, &v, 1, 0)) != 0) return err;
+      if (r->err && pass && bare) return r->err; /* proto.md: disconnect */
+      if (r->err) r->off = p.off;
+      if (r->err) return tx_answer(c, r);
+      if (!pass) continue;
+      p.hole = tx_is_hole(&p);
+      struct iovec v[] = {{c->big, bare ? 0 : tx_put_head(&p, c->big)},
+                          {p.buf, p.hole ? 0 : (size_t)p.len}};
+      if ((err = tx_send(c, v, 2, 0)) != 0) return err;
     }
   r->ready = 1;
-  return tx_answer(c, r, 0);
+  return tx_answer(c, r);
 }
 
 /* A READ or WRITE behind the batch: one for a worker, with a buffer of its own,
- * or a long one, in pieces.  Nothing is done of a refused WRITE. */
-static int tx_big(struct conn *c, struct nbdserve_req *r, int defer) {
-  uint64_t left = r->type == NBD_CMD_WRITE ? r->len : 0; /* may end > 2^64 */
+ * or a long one, in pieces; or what is refused, with its payload. */
+static int tx_big(struct conn *c, struct nbdserve_req *r, uint64_t left,
+                  int defer) {
+  const struct nbdserve_config *k = &c->s->config;
   int err = 0;
-  assert(!c->nreqs && r->len > 0);
+  assert(!c->nreqs && (r->len > 0 || left > 0));
   if (defer && r->len <= TX_KEEP) r->buf = NBDSERVE_MALLOC((size_t)r->len);
   if (r->buf) r->owned = (size_t)r->len;
   if (!r->buf && !c->big) c->big = NBDSERVE_MALLOC(TX_HEAD + TX_KEEP);
   if (!r->buf && !c->big) return -ENOMEM; /* for not even a megabyte */
-  if (!r->buf && !left) return tx_long_read(c, r);
+  if (!r->buf && !r->err && k->before)
+    r->err = k->before(k->ctx, r->type, r->off, r->len);
+  if (!r->buf && !r->err && !left) return tx_long_read(c, r);
   c->big_write |= !r->buf;
   struct nbdserve_req p = *r;
   if (!p.buf) p.buf = c->big;
@@ -1755,15 +1846,13 @@ static int tx_big(struct conn *c, struct nbdserve_req *r, int defer) {
   }
   if (!err && r->owned) {
     if (tx_defer(c, r)) return 0;
-    r->err = ex_do(c->ex, r);
-  }
-  if (!err && !r->err && ex_wants_fua(c->ex, r, 0)) {
-    tx_free_buf(r);
+    r->err = tx_do(c, r);
+  } else if (!err && !r->err && ex_wants_fua(c->ex, r, 0)) {
     r->flush = 1;
     if (tx_defer(c, r)) return 0;
-    r->err = ex_flush(c->ex);
+    r->err = tx_do(c, r);
   }
-  if (!err) return tx_answer(c, r, 0);
+  if (!err) return tx_answer(c, r);
   tx_free_buf(r);
   return err;
 }
@@ -1774,35 +1863,44 @@ enum { TX_NEXT, TX_MORE, TX_DISC };
  * batch.  TX_NEXT, TX_MORE: it is not all there, TX_DISC, -errno to close. */
 static int tx_take(struct conn *c) {
   unsigned char *p = c->rbuf + c->rpos;
-  if (c->rend - c->rpos < WIRE_REQUEST) return TX_MORE;
+  int ext = c->mode == WIRE_EXT, err;
+  size_t head = ext ? WIRE_EXTENDED : WIRE_REQUEST, here = c->rend - c->rpos;
+  if (here < head) return TX_MORE;
   struct nbdserve_req r = {.flags = get16(p + 4), .type = get16(p + 6),
                            .cookie = get64(p + 8), .off = get64(p + 16),
-                           .len = get32(p + 24)};
-  r.flush = r.type == NBD_CMD_FLUSH;
-  uint64_t payload = r.type == NBD_CMD_WRITE ? r.len : 0;
-  if (get32(p) != NBD_REQUEST_MAGIC || payload > NBDSERVE_MAX_REQUEST) {
-    int err = tx_exec(c);
+                           .len = ext ? get64(p + 24) : get32(p + 24),
+                           .mode = c->mode};
+  uint64_t payload = (ext ? r.flags & NBD_CMD_FLAG_PAYLOAD_LEN
+                          : r.type == NBD_CMD_WRITE) ? r.len : 0;
+  if (get32(p) != (uint32_t)(ext ? NBD_EXTENDED_REQUEST_MAGIC
+                                 : NBD_REQUEST_MAGIC) ||
+      payload > (ext ? c->ex->e.max_request : NBDSERVE_MAX_REQUEST)) {
+    err = tx_exec(c);
     HS_LOG(c, NBDSERVE_LOG_INFO, "%u: request magic 0x%08" PRIx32 ", %" PRIu64
            " bytes of payload; closed", c->id, get32(p), payload);
     return err ? err : -EPROTO;
   }
   if (r.type == NBD_CMD_DISC) return TX_DISC;
+  if (payload <= TX_SMALL && here < head + payload) return TX_MORE;
+  r.start = r.off;
+  r.flush = r.type == NBD_CMD_FLUSH;
   if (r.flush) r.off = r.len = 0; /* reserved */
-  tx_validate(c, &r);
-  int defer = !c->ex->e.ops->batch && c->max_workers && r.len && !r.err;
-  if (r.err ? payload > TX_SMALL
-            : r.type <= NBD_CMD_WRITE && (r.len > TX_SMALL || defer)) {
-    c->rpos += WIRE_REQUEST;
-    int err = tx_exec(c);
-    return err ? err : tx_big(c, &r, defer);
+  if (r.type == NBD_CMD_BLOCK_STATUS && payload) /* contexts that it wants */
+    r.len = payload == 12 && get32(p + head + 8) == 1 ? get64(p + head) : 0;
+  tx_validate(c, &r, payload);
+  int defer = !c->batch && c->max_workers && r.len && !r.err;
+  if (payload > TX_SMALL ||
+      (!r.err && r.type <= NBD_CMD_WRITE && (r.len > TX_SMALL || defer))) {
+    c->rpos += head;
+    err = tx_exec(c);
+    return err ? err : tx_big(c, &r, payload, defer);
   }
-  if (c->rend - c->rpos < WIRE_REQUEST + payload) return TX_MORE;
-  c->rpos += WIRE_REQUEST + (size_t)payload;
-  if (payload) r.buf = p + WIRE_REQUEST;
+  c->rpos += head + (size_t)payload;
+  if (payload) r.buf = p + head;
   int is_read = r.type == NBD_CMD_READ && !r.err && r.len;
   size_t slot = is_read ? c->read_head + (size_t)r.len : 0; /* (T2) */
   assert(r.err || r.len <= TX_SMALL || r.type > NBD_CMD_WRITE);
-  int err = c->nreqs == TX_BATCH || c->wlen + slot > TX_WBUF ? tx_exec(c) : 0;
+  err = c->nreqs == TX_BATCH || c->wlen + slot > TX_WBUF ? tx_exec(c) : 0;
   if (err) return err;
   if (slot) r.buf = c->wbuf + c->wlen + c->read_head;
   c->wlen += slot;
@@ -1860,7 +1958,7 @@ enum { FLAT_FAILED = 1 << 30 }; /* (F1), beside the modes of os_fallocate */
 struct flat {
   struct ex_own own;
   int fd;               /* fixed */
-  uint64_t offset;      /* fixed: byte 0 of the export in the file */
+  uint64_t offset, size; /* fixed: of the export in the file; 0: all of it */
   struct os_mutex lock; /* guards: */
   int lacks;            /* FLAT_FAILED, and 1 << mode for each mode (F2) */
 };
@@ -1957,6 +2055,13 @@ static int flat_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
   return 0;
 }
 
+static uint64_t flat_size(void *ctx, uint64_t was) {
+  struct flat *f = ctx;
+  off_t end = lseek(f->fd, 0, SEEK_END);
+  if (f->size || end < 0) return was;
+  return (uint64_t)end < f->offset ? 0 : (uint64_t)end - f->offset;
+}
+
 static void flat_close(void *ctx) {
   struct flat *f = ctx;
   close(f->fd); /* after the last flush nothing is left that could fail */
@@ -1965,8 +2070,8 @@ static void flat_close(void *ctx) {
 }
 
 static const struct nbdserve_ops flat_ops = {
-    ex_own_read, ex_own_write, flat_flush, flat_trim, flat_zero,
-    flat_cache, flat_extents, flat_close, flat_batch};
+    ex_own_read, ex_own_write, flat_flush, flat_trim,  flat_zero,
+    flat_cache,  flat_extents, flat_close, flat_batch, flat_size};
 
 int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
                        struct nbdserve_export *out) {
@@ -1977,7 +2082,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   if (!path || (in_memory && *path) || o.create > INT64_MAX ||
       o.flags & ~NBDSERVE_READONLY)
     return -EINVAL;
-  int fd = in_memory ? os_nameless_file()
+  int fd = in_memory ? os_nameless_file(NULL)
       : open(path, (o.flags ? O_RDONLY : O_RDWR) | (o.create ? O_CREAT : 0) |
              O_CLOEXEC | O_NOCTTY | O_NONBLOCK /* a FIFO's open */, 0666);
   if (fd < 0) return in_memory ? fd : -errno;
@@ -2004,10 +2109,91 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   f->fd = fd;
   f->own.batch = flat_batch;
   f->offset = o.offset;
+  f->size = o.size;
   out->size = o.size ? o.size : size - o.offset;
   out->flags |= o.flags | NBDSERVE_MULTI_CONN;
+  if (os_is_rotational(fd)) out->flags |= NBDSERVE_ROTATIONAL;
   out->ops = &flat_ops;
   out->ctx = f;
+  return 0;
+}
+
+/* ---- Overlays: what is written is gone in the end ------------------------ */
+
+enum { OVER_BLOCK = 65536 };
+
+struct over {
+  struct ex_own own;
+  struct nbdserve_export base;
+  int fd;               /* a nameless file with the blocks that were written */
+  struct os_mutex lock; /* guards the file and: */
+  unsigned char there[]; /* a bit for each block in it */
+};
+
+static int over_transfer(struct over *o, struct nbdserve_req *r) {
+  unsigned char block[OVER_BLOCK];
+  uint64_t at = 0, n; /* in the request */
+  int writing = r->type == NBD_CMD_WRITE, err = 0;
+  for (; at < r->len && !err; at += n) {
+    uint64_t off = r->off + at, i = off / OVER_BLOCK, from = i * OVER_BLOCK;
+    uint64_t whole = u_min(OVER_BLOCK, o->base.size - from);
+    int there = o->there[i / 8] >> i % 8 & 1;
+    n = u_min(from + whole - off, r->len - at);
+    struct iovec v = {r->buf + at, (size_t)n};
+    if (!there && writing && n < whole) { /* the rest comes along */
+      err = o->base.ops->read(o->base.ctx, block, from, whole, 0);
+      memcpy(block + (off - from), r->buf + at, (size_t)n);
+      v = (struct iovec){block, (size_t)whole};
+      off = from;
+    }
+    if (there || writing)
+      err = err ? err : os_transfer(o->fd, writing, &v, 1, off);
+    else
+      err = o->base.ops->read(o->base.ctx, r->buf + at, off, n, 0);
+    if (writing && !err) o->there[i / 8] |= (unsigned char)(1 << i % 8);
+  }
+  return err;
+}
+
+static void over_batch(void *ctx, struct nbdserve_req *r, size_t n) {
+  struct over *o = ctx;
+  os_lock(&o->lock);
+  for (; n > 0; r++, n--) r->err = over_transfer(o, r);
+  os_unlock(&o->lock);
+}
+
+static int over_flush(void *ctx, uint32_t flags) {
+  return (void)ctx, (void)flags, 0; /* it is not to last */
+}
+
+static void over_close(void *ctx) {
+  struct over *o = ctx;
+  o->base.ops->close(o->base.ctx);
+  os_mutex_free(&o->lock);
+  close(o->fd);
+  NBDSERVE_FREE(o);
+}
+
+static const struct nbdserve_ops over_ops = {
+    .read = ex_own_read, .write = ex_own_write, .flush = over_flush,
+    .close = over_close, .batch = over_batch};
+
+int nbdserve_overlay(struct nbdserve_export *ex, const char *dir) {
+  int fd = os_nameless_file(dir), err = fd < 0 ? fd : 0;
+  size_t bits = (size_t)(ex->size / OVER_BLOCK / 8 + 1);
+  struct over *o = u_zalloc(sizeof *o + bits);
+  if (!err) err = o ? os_mutex_init(&o->lock) : -ENOMEM;
+  if (err) {
+    if (fd >= 0) close(fd);
+    NBDSERVE_FREE(o);
+    return err;
+  }
+  o->own.batch = over_batch;
+  o->base = *ex;
+  o->fd = fd;
+  ex->flags = (ex->flags & ~NBDSERVE_READONLY) | NBDSERVE_MULTI_CONN;
+  ex->ops = &over_ops;
+  ex->ctx = o;
   return 0;
 }
 
@@ -3346,7 +3532,7 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
 
 static const struct nbdserve_ops cas_ops = {
     ex_own_read, ex_own_write, cas_flush, cas_trim, cas_zero,
-    NULL,        cas_extents,  cas_close, cas_batch};
+    NULL,        cas_extents,  cas_close, cas_batch, NULL};
 
 int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
                         struct nbdserve_export *out) {

@@ -80,6 +80,9 @@ struct nbdserve_ops {
   void (*close)(void *ctx);
   /* nbdserve's own backends only: keep it NULL. */
   void (*batch)(void *ctx, struct nbdserve_req *reqs, size_t nreqs);
+  /* The size for a client that comes now: size or another one, which replaces
+   * the export's; NULL: size.  Calls are made one at a time. */
+  uint64_t (*size)(void *ctx, uint64_t size);
 };
 
 /* Reports the next extent: len bytes (> 0) with that status.  Returns 0, or 1
@@ -130,6 +133,13 @@ struct nbdserve_flat {
 NBDSERVE_API int nbdserve_flat_open(const char *path,
                                     const struct nbdserve_flat *options,
                                     struct nbdserve_export *out);
+
+/* Makes *ex one whose writes are gone when it is closed: they go to a file
+ * without a name in dir or, if that is NULL, to memory.  Flush does nothing.
+ * *ex, of any backend, may be read-only, and belongs to the overlay then; one
+ * bit for each 64 KiB of it is kept in memory.  -ENOMEM, or as mkstemp(3): *ex
+ * is as it was. */
+NBDSERVE_API int nbdserve_overlay(struct nbdserve_export *ex, const char *dir);
 
 /* ---- The content-addressed store ----------------------------------------
  *
@@ -281,6 +291,8 @@ struct nbdserve_config {
   uint32_t handshake_ms;    /* for the whole handshake; 0: 10000 */
   uint32_t idle_exit_ms;    /* nbdserve_run returns after that time without
                                clients; 0: never */
+  uint32_t without;         /* what clients do not get: bits 2 to 15, those
+                               transmission flags; bit 16 + N, option N */
   int log_level;            /* highest level wanted; 0: errors only */
   void (*log)(void *ctx, int level, const char *message); /* NULL: silent; may
                                be called from several threads at once */
@@ -291,7 +303,11 @@ struct nbdserve_config {
   int (*list)(void *ctx,
               int (*emit)(void *arg, const char *name, const char *description),
               void *arg);
-  void *ctx; /* for log, find and list */
+  /* Called before each request is done, from several threads at once; it may
+   * take its time.  type: the NBD_CMD of proto.md.  0: go on, or -errno, which
+   * is the answer.  NULL: none.  With it neighbours are not joined: slower. */
+  int (*before)(void *ctx, unsigned type, uint64_t off, uint64_t len);
+  void *ctx; /* for log, find, list and before */
 };
 
 /* Makes a server; *out is NULL if that fails.  config may be NULL.

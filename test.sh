@@ -330,6 +330,7 @@ EXPORT_NAME=1 ABORT=2 LIST=3 PEEK=4 STARTTLS=5 INFO=6 GO=7 STRUCTURED=8
 LIST_META=9 SET_META=10 EXTENDED=11
 READ=0 WRITE=1 DISC=2 FLUSH=3 TRIM=4 CACHE=5 ZEROES=6 STATUS_OF=7
 FUA=0x10000 NO_HOLE=0x20000 DF=0x40000 REQ_ONE=0x80000 FAST=0x100000
+PAYLOAD=0x200000
 
 opt() { # number [payload]
   printf '49484156454f5054%08x%08x%s' $(($1)) $((${#2} / 2)) "${2-}"
@@ -352,13 +353,18 @@ meta() { # LIST_META or SET_META, name in hex, query...
 # The upper half of a READ's cookie is its length, which tells
 # decode how much data a simple reply carries.
 req() { # COMMAND[+FLAG...] cookie offset length
-  printf '25609513%08x%08x%08x%016x%08x' $(($1)) \
-    $(($1 & 0xffff ? 0 : $4)) "$2" "$3" $(($4 & 0xffffffff))
+  if [ -n "${LONG-}" ]; then # an extended request
+    printf '21e41c71%08x%016x%016x%016x' $(($1)) "$2" "$3" "$4"
+  else
+    printf '25609513%08x%08x%08x%016x%08x' $(($1)) \
+      $(($1 & 0xffff ? 0 : $4)) "$2" "$3" $(($4 & 0xffffffff))
+  fi
 }
 
 # What a server sent, in words: OPTION=REPLY..., then the replies of the
 # transmission phase in the order of their cookies.  ERROR.COOKIE and OK.COOKIE
-# are simple replies, the others chunks; + is a chunk with more to come.
+# are simple replies, the others chunks; + is a chunk with more to come, ^OFFSET
+# an extended one.
 decode() {
   hex | awk '
     function num(at, n,  v, i) {
@@ -413,9 +419,11 @@ decode() {
       say((o in options ? options[o] : dec(o)) "=" s)
       return type == "00000001" && o == 7
     }
-    function chunk(  type, c, len, q, s, i) {
-      type = num(p + 12, 2); c = num(p + 24, 4); len = num(p + 32, 4)
-      q = p + 40
+    function chunk(ext,  head, type, c, len, q, s, i, m) {
+      head = substr(h, p + 8, 4)
+      type = num(p + 12, 2); c = num(p + 24, 4)
+      len = ext ? num(p + 48, 8) : num(p + 32, 4)
+      q = p + (ext ? 64 : 40)
       p = q + 2 * len
       if (p > n + 1) { say("cut"); return }
       if (type == 0) s = "none." c (len ? "junk" : "")
@@ -428,10 +436,20 @@ decode() {
         s = "status." c "=" (s in context ? context[s] : "unknown")
         for (i = q + 8; i < p; i += 16)
           s = s ":" dec(num(i, 4)) "/" num(i + 8, 4)
-      } else if (type == 32769)
-        s = "!" error(num(q, 4)) "." c (num(q + 8, 2) == len - 6 ? "" : "junk")
-      else s = "chunk" type "." c
-      later(c, s (substr(h, p - 2 * len - 32, 4) == "0001" ? "" : "+"))
+      } else if (type == 6) {
+        s = num(q, 4)
+        s = "longstatus." c "=" (s in context ? context[s] : "unknown")
+        if (num(q + 8, 4) * 16 + 8 != len) s = s ":junk"
+        for (i = q + 16; i < p; i += 32)
+          s = s ":" dec(num(i, 8)) "/" num(i + 16, 8)
+      } else if (type == 32769 || type == 32770) {
+        m = num(q + 8, 2)
+        s = "!" error(num(q, 4)) "." c
+        if (type == 32770) s = s "@" dec(num(q + 12 + 2 * m, 8))
+        if (m != len - (type == 32769 ? 6 : 14)) s = s "junk"
+      } else s = "chunk" type "." c
+      if (ext) s = s "^" dec(num(q - 32, 8))
+      later(c, s (head == "0001" ? "" : head == "0000" ? "+" : "junk"))
     }
     function simple(  e, c, len) {
       e = num(p + 8, 4); len = num(p + 16, 4); c = num(p + 24, 4)
@@ -450,7 +468,7 @@ decode() {
         "9 listmeta 10 setmeta 11 extended", options)
       names("00000001 ack 00000002 server 80000001 unsup 80000002 policy " \
         "80000003 invalid 80000006 unknown 80000008 blocksize " \
-        "80000009 toobig", types)
+        "80000009 toobig 8000000a extheader", types)
       names("0 export 1 name 2 description 3 block", infos)
       names("1 EPERM 5 EIO 12 ENOMEM 22 EINVAL 28 ENOSPC 75 EOVERFLOW " \
         "95 ENOTSUP 108 ESHUTDOWN", errors)
@@ -467,7 +485,8 @@ decode() {
         say(s)
       }
       while (p <= n)
-        if (substr(h, p, 8) == "668e33ef") chunk()
+        if (substr(h, p, 8) == "668e33ef") chunk(0)
+        else if (substr(h, p, 8) == "6e8a278c") chunk(1)
         else if (substr(h, p, 8) == "67446698") simple()
         else { say("junk=" substr(h, p, 32)); break }
       for (i = 1; i <= nreply; i++) {
@@ -521,6 +540,20 @@ structured() {
   talk "$META" "$(ask GO)" "$@" DISC,0,0,0
   expect "$METAOK" "go=export:$SIZE:$(printf %04x $((0x$FLAGS | 0x80)))" \
     "$BLOCK go=ack" "$expected"
+}
+
+# The same with extended headers
+extended() {
+  expected=$1
+  shift
+  LONG=1
+  # shellcheck disable=SC2086
+  talk "$(opt EXTENDED)" "$(meta SET_META '' base:allocation)" "$(ask GO)" \
+    "$@" DISC,0,0,0
+  LONG=''
+  expect extended=ack "${METAOK#* }" \
+    "go=export:$SIZE:$(printf %04x $((0x$FLAGS | 0x1080))) $BLOCK go=ack" \
+    "$expected"
 }
 
 # ==== The source =============================================================
@@ -1193,8 +1226,8 @@ testUnknownOptionIsUnsupAndItsDataSkipped() {
     "$(opt 99 "$(opt LIST)")" "$(opt 0xffffffff 00)"
 }
 testOptionsNotOfferedAreUnsup() {
-  haggle 'starttls=unsup 4=unsup extended=unsup' "$(opt STARTTLS)" \
-    "$(opt PEEK "$(of name)")" "$(opt EXTENDED)"
+  haggle 'starttls=unsup 4=unsup 12=unsup' "$(opt STARTTLS)" \
+    "$(opt PEEK "$(of name)")" "$(opt 12)"
 }
 testDataThatLooksLikeAnOptionIsStillData() {
   data=$(opt ABORT)$(opt LIST)
@@ -1342,6 +1375,35 @@ testStructuredRepliesWithDataAreInvalidAndNotNegotiated() {
   haggle 'structured=invalid setmeta=invalid' "$(opt STRUCTURED 00)" \
     "$(meta SET_META '' base:allocation)"
 }
+testExtendedHeadersAreAcknowledgedAndMayBeAskedForAgain() {
+  haggle 'extended=ack extended=ack' "$(opt EXTENDED)" "$(opt EXTENDED)"
+  haggle 'structured=ack extended=ack' "$(opt STRUCTURED)" "$(opt EXTENDED)"
+}
+testExtendedHeadersWithDataAreInvalidAndNotNegotiated() {
+  haggle 'extended=invalid setmeta=invalid' "$(opt EXTENDED 00)" \
+    "$(meta SET_META '' base:allocation)"
+}
+testStructuredRepliesAfterExtendedHeadersAreRefused() {
+  haggle 'extended=ack structured=extheader' "$(opt EXTENDED)" \
+    "$(opt STRUCTURED)"
+}
+testExportNameAfterExtendedHeadersCloses() {
+  LOG='gone: Protocol error$'
+  talk "$(opt EXTENDED)" "$(opt EXPORT_NAME)" READ,1,0,1
+  expect extended=ack
+}
+testExtendedHeadersAreEnoughForMetaContexts() {
+  haggle 'extended=ack listmeta=base:allocation? listmeta=ack' \
+    "$(opt EXTENDED)" "$(meta LIST_META '')"
+}
+testStatusPayloadsAreOfferedToWhoHasContexts() {
+  haggle "extended=ack info=export:65536:$(printf %04x $((0x$FLAGS | 0x80)))
+    info=ack setmeta=base:allocation? setmeta=ack
+    info=export:65536:$(printf %04x $((0x$FLAGS | 0x1080))) info=ack
+    info=export:65536:$(printf %04x $((0x$FLAGS | 0x80))) info=ack" \
+    "$(opt EXTENDED)" "$(ask INFO)" "$(meta SET_META '' base:allocation)" \
+    "$(ask INFO)" "$(ask INFO "$(of other)")"
+}
 testMetaContextsNeedStructuredReplies() {
   haggle 'setmeta=invalid listmeta=invalid' \
     "$(meta SET_META '' base:allocation)" "$(meta LIST_META '')"
@@ -1472,7 +1534,7 @@ testDfReadIsOneChunk() {
   structured data.1@0=6e626473657276 READ+DF,1,0,7
   truncate -s 128K "$DISK"
   SIZE=131072
-  structured data.1@60000=65536x00 READ+DF,1,60000,65536
+  structured hole.1@60000+65536 READ+DF,1,60000,65536
 }
 testDfReadOverAMegabyteIsEOVERFLOW() {
   truncate -s 4M "$DISK"
@@ -1486,6 +1548,98 @@ testReadsAreAnsweredWithData() {
 testStructuredReadsAreChunks() {
   structured 'data.1@0=6e62647365727665 data.3@65535=00' READ,1,0,8 \
     READ,3,65535,1
+}
+testReadsOfNothingButZeroesAreHoles() {
+  structured 'data.1@0=6e62647365727665 hole.2@512+1024 hole.3@4096+61440
+    data.4@600=511x00 none.5' READ,1,0,8 READ,2,512,1024 READ,3,4096,61440 \
+    READ,4,600,511 READ,5,0,0
+  extended 'data.1@0=6e62647365727665^0 hole.2@512+1024^512
+    hole.3@4096+61440^4096 none.5^0' READ,1,0,8 READ,2,512,1024 \
+    READ,3,4096,61440 READ,5,0,0
+  simple 'OK.1=6e62 OK.2=512x00' READ,1,0,2 READ,2,512,512
+}
+testHolesAmongDataLeaveEachReadItsOwnBytes() {
+  for i in 1 3 4 8 12 13; do
+    printf "$i" | dd of="$DISK" bs=1 seek=$((i * 4096)) conv=notrunc 2>/dev/null
+  done
+  structured "data.0@4096=31 data.1@4096=31$(zeroes 511) hole.2@8192+512
+    data.3@12288=33$(zeroes 511) data.4@16384=34$(zeroes 511) hole.5@20480+512
+    data.6@53248=3133$(zeroes 510)" READ,0,4096,1 READ,1,4096,512 \
+    READ,2,8192,512 READ,3,12288,512 READ,4,16384,512 READ,5,20480,512 \
+    READ,6,53248,512
+}
+testExtendedRepliesCarryTheRequestsOffset() {
+  extended 'data.1@0=6e6264^0 none.2^100 data.3@100=61626364^100 none.4^7
+    none.5^4096 none.6^8192 none.7^512 !EINVAL.8^9' READ,1,0,3 \
+    WRITE+PAYLOAD,2,100,4 61626364 READ,3,100,4 FLUSH,4,7,0 \
+    TRIM,5,4096,4096 ZEROES,6,8192,4096 CACHE,7,512,512 99,8,9,0
+}
+testExtendedWriteWithoutPayloadIsEINVALAndHasNone() {
+  extended '!EINVAL.1^0 data.2@0=6e^0 none.3^0' WRITE,1,0,28 READ,2,0,1 \
+    WRITE,3,0,0
+}
+testExtendedPayloadsWhereNoneBelongAreEINVALAndSkipped() {
+  extended '!EINVAL.1^0 !EINVAL.2^0 !ENOSPC.3^0 !EINVAL.4^0 !EINVAL.5^0
+    data.6@0=6e^0' READ+PAYLOAD,1,0,32 READ,9,0,0 TRIM+PAYLOAD,2,0,3 616161 \
+    ZEROES+PAYLOAD,3,0,200000 @200000 FLUSH+PAYLOAD,4,0,1 00 \
+    99+PAYLOAD,5,0,2 0000 READ,6,0,1
+  assertEquals 6e62 "$(at 0 2)"
+}
+testPayloadFlagWithCompactHeadersIsEINVAL() {
+  simple 'EINVAL.1 EINVAL.2 OK.3=6e' WRITE+PAYLOAD,1,0,28 READ,9,0,1 \
+    READ+PAYLOAD,2,0,1 READ,3,0,1
+  structured '!EINVAL.1' STATUS_OF+PAYLOAD,1,0,512
+}
+testExtendedPayloadOverTheMaximumCloses() {
+  LOG='gone: Protocol error$'
+  ARGS='-b 1:4096:4K' BLOCK=go=block:1:4096:4096
+  extended '' WRITE+PAYLOAD,1,0,4097 @4097 READ,2,0,1
+}
+testCompactRequestWithExtendedHeadersCloses() {
+  LOG='gone: Protocol error$'
+  talk "$(opt EXTENDED)" "$(ask GO)" READ,1,0,1 00000000 READ,2,0,1
+  expect extended=ack "go=export:65536:$(printf %04x $((0x$FLAGS | 0x80)))" \
+    go=ack
+}
+testExtendedRequestWithCompactHeadersCloses() {
+  LOG='gone: Protocol error$'
+  LONG=1
+  talk "$(ask GO)" READ,1,0,1 READ,2,0,1
+  LONG=
+  expect "go=export:65536:$FLAGS" go=ack
+}
+testExtendedRequestsReachBeyond4GiB() {
+  rm "$DISK"
+  ARGS='--create 8T' SIZE=8796093022208
+  extended 'none.1^4294967296 none.2^0 none.3^0 none.4^8589934592
+    longstatus.5=base:allocation:8796093022208/3^0
+    longstatus.6=base:allocation:8589934592/3^4096
+    !EINVAL.7^1 !ENOSPC.8^4096 !EINVAL.9^18446744073709551616' \
+    ZEROES,1,4294967296,6442450944 TRIM,2,0,8796093022208 \
+    CACHE,3,0,6442450944 ZEROES+FAST,4,8589934592,8589934592 \
+    STATUS_OF,5,0,8796093022208 STATUS_OF+REQ_ONE,6,4096,8589934592 \
+    TRIM,7,1,8796093022208 ZEROES,8,4096,-1 TRIM,9,-1,-1
+}
+testExtendedStatusIsOf64Bits() {
+  echo | dd of="$DISK" bs=1 seek=32768 conv=notrunc 2>/dev/null
+  extended 'longstatus.1=base:allocation:4096/0:28672/3:4096/0:28672/3^0
+    longstatus.2=base:allocation:3096/0^1000' STATUS_OF,1,0,65536 \
+    STATUS_OF+REQ_ONE,2,1000,64536
+}
+testStatusPayloadFiltersContexts() {
+  extended 'longstatus.1=base:allocation:4096/0^0' \
+    STATUS_OF+PAYLOAD+REQ_ONE,1,0,12 000000000000100000000001
+}
+testWrongStatusPayloadsAreEINVALAndSkipped() {
+  extended '!EINVAL.1^0 !EINVAL.2^0 !EINVAL.3^0 !EINVAL.4^0 !EINVAL.5^0
+    !EINVAL.6^0 !EINVAL.7^0 data.8@0=6e^0' \
+    STATUS_OF+PAYLOAD,1,0,12 000000000000100000000002 \
+    STATUS_OF+PAYLOAD,2,0,16 00000000000010000000000100000001 \
+    STATUS_OF+PAYLOAD,3,0,8 0000000000001000 \
+    STATUS_OF+PAYLOAD,4,0,11 0000000000001000000000 \
+    STATUS_OF+PAYLOAD,5,0,200000 @200000 \
+    STATUS_OF+PAYLOAD,6,0,12 000000000001000100000001 \
+    STATUS_OF+PAYLOAD,7,0,0 READ,8,0,1
 }
 testReadBeyondTheEndIsEINVAL() {
   simple 'EINVAL.1 EINVAL.2 EINVAL.3 EINVAL.4 OK.5=6e' READ,1,65536,1 \
@@ -1705,6 +1859,9 @@ testBlockDeviceTakesUnalignedRequests() {
   filled || return 0
   DISK=$(losetup -f --show "$DISK" 2>/dev/null)
   if [ -z "$DISK" ]; then skip 'no loop devices here'; return 0; fi
+  # ROTATIONAL is what the kernel says of the device
+  slow=$(cat "/sys/block/${DISK#/dev/}/queue/rotational")
+  FLAGS=$(printf %04x $((0x$FLAGS | slow << 4)))
   simple 'OK.1 OK.2 OK.3 OK.4 OK.5=78' ZEROES,1,100,1000 \
     ZEROES+NO_HOLE,2,2000,3 TRIM,3,10001,5001 WRITE,4,5,1 61 READ,5,4,1
   assertEquals 780000787800000078 "$(at 99 2)$(at 1099 2)$(at 1999 5)"
@@ -2965,7 +3122,7 @@ testNbdClientListsTheExports() {
 #define COUNT(a) ((int)(sizeof (a) / sizeof (a)[0]))
 
 enum { READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS };
-enum { FUA = 1, NO_HOLE = 2, DF = 4, REQ_ONE = 8, FAST = 16 };
+enum { FUA = 1, NO_HOLE = 2, DF = 4, REQ_ONE = 8, FAST = 16, PAYLOAD = 32 };
 
 static void t_fail(int line, const char *what) {
   fprintf(stderr, "test.sh:%d: not so: %s (errno %d)\n", line, what, errno);
@@ -3006,14 +3163,15 @@ static int t_write(int fd, const void *buf, size_t len) {
 }
 
 struct t_conn {
-  int fd, structured;
+  int fd, structured; /* 2: extended */
   uint64_t size;
   unsigned flags;
   uint32_t cookie; /* of the last t_do */
 };
 
-struct t_reply { /* a simple reply or a chunk */
+struct t_reply { /* a simple reply or a chunk; a hole is data that is zero */
   uint64_t cookie, off;
+  uint64_t start; /* of the request, if it has extended headers */
   uint32_t error, len;
   int chunk, done; /* chunk: its type, -1 for a simple reply */
   unsigned char *data;
@@ -3055,7 +3213,8 @@ static int t_open(struct t_conn *c, int fd, const char *name, int structured) {
   t_put(p, 4, n);
   memcpy(p + 4, name, n);
   if (structured) {
-    if (t_option(fd, 8, "", 0) || t_answer(fd, b) != 1) return -1;
+    if (t_option(fd, structured > 1 ? 11 : 8, "", 0)) return -1;
+    if (t_answer(fd, b) != 1) return -1;
     t_put(p + 4 + n, 4, 1);
     t_put(p + 8 + n, 4, 15);
     memcpy(p + 12 + n, "base:allocation", 15);
@@ -3087,15 +3246,22 @@ static void t_head(unsigned char h[28], int flags, int command, uint32_t cookie,
 
 static int t_send(struct t_conn *c, int flags, int command, uint32_t cookie,
                   uint64_t off, uint32_t len, const void *data) {
-  unsigned char h[28];
+  int extended = c->structured > 1;
+  unsigned char h[32];
   t_head(h, flags, command, cookie, off, len);
-  if (t_write(c->fd, h, 28)) return -1;
+  if (extended) {
+    t_put(h, 4, 0x21e41c71);
+    if (command == WRITE) h[5] |= PAYLOAD;
+    t_put(h + 24, 8, len);
+  }
+  if (t_write(c->fd, h, extended ? 32 : 28)) return -1;
   return command == WRITE ? t_write(c->fd, data, len) : 0;
 }
 
 /* The next reply or chunk: 1, or 0 at the end of the stream */
 static int t_recv(struct t_conn *c, struct t_reply *r) {
-  unsigned char h[20];
+  unsigned char h[32];
+  uint32_t room;
   if (t_read(c->fd, h, 16) != 16) return 0;
   r->error = 0;
   r->chunk = -1;
@@ -3104,31 +3270,43 @@ static int t_recv(struct t_conn *c, struct t_reply *r) {
     r->error = (uint32_t)t_get(h + 4, 4);
     r->cookie = t_get(h + 8, 8);
     r->len = r->error ? 0 : (uint32_t)(r->cookie >> 32);
-    CHECK(!c->structured || r->len == 0);
+    CHECK(c->structured == 0 || (c->structured == 1 && r->len == 0));
   } else {
-    CHECK(c->structured && t_get(h, 4) == 0x668e33ef);
-    if (t_read(c->fd, h + 16, 4) != 4) return 0;
+    size_t more = c->structured > 1 ? 16 : 4;
+    CHECK(c->structured > 0);
+    CHECK(t_get(h, 4) == (more > 4 ? 0x6e8a278c : 0x668e33ef));
+    if (t_read(c->fd, h + 16, more) != more) return 0;
     r->done = (int)t_get(h + 4, 2);
     r->chunk = (int)t_get(h + 6, 2);
     r->cookie = t_get(h + 8, 8);
-    r->len = (uint32_t)t_get(h + 16, 4);
+    r->start = more > 4 ? t_get(h + 16, 8) : 0;
+    r->len = (uint32_t)t_get(h + 12 + more, 4);
+    CHECK(more == 4 || t_get(h + 24, 4) == 0);
     CHECK(r->done <= 1 && r->len <= (64u << 20) + 8);
-    if (r->chunk == 1) {
-      CHECK(r->len > 8);
+    if (r->chunk == 1 || r->chunk == 2) {
+      CHECK(r->chunk == 1 ? r->len > 8 : r->len == 12);
       if (t_read(c->fd, h, 8) != 8) return 0;
       r->off = t_get(h, 8);
       r->len -= 8;
     }
+    if (r->chunk == 2) {
+      if (t_read(c->fd, h, 4) != 4) return 0;
+      CHECK((r->len = (uint32_t)t_get(h, 4)) > 0);
+    }
   }
-  if (r->room < r->len) {
+  room = r->len;
+  if (r->room < room) {
     free(r->data);
-    r->data = malloc(r->room = r->len);
+    r->data = malloc(r->room = room);
     CHECK(r->data != NULL);
   }
-  if (t_read(c->fd, r->data, r->len) != r->len) return 0;
-  if (r->chunk == 0x8001) {
+  if (r->chunk == 2) memset(r->data, 0, room);
+  else if (t_read(c->fd, r->data, room) != room) return 0;
+  if (r->chunk == 2) r->chunk = 1;
+  if (r->chunk >= 0x8001) {
     r->error = (uint32_t)t_get(r->data, 4);
-    CHECK(r->error != 0 && t_get(r->data + 4, 2) == r->len - 6);
+    CHECK(r->error != 0);
+    CHECK(t_get(r->data + 4, 2) == room - (r->chunk == 0x8001 ? 6 : 14));
   }
   CHECK(r->chunk < 0x8000 || r->error);
   return 1;
@@ -3264,6 +3442,7 @@ static void v_hello(char **a) /* ADDRESS [NAME] */
   const char *name = a[1] ? a[1] : "";
   uint64_t size = c_session(c_connect(a[0]), name, 0);
   CHECK(c_session(c_connect(a[0]), name, 1) == size);
+  CHECK(c_session(c_connect(a[0]), name, 2) == size);
   printf("%llu\n", (unsigned long long)size);
 }
 
@@ -3331,8 +3510,11 @@ static void p_reply(struct pipe *p, const struct t_reply *r,
       CHECK(p->undefined[i] ||
             !memcmp(r->data, p->want + i * SLOT + at, r->len));
     }
-  } else if (p->op[i] == STATUS)
+  } else if (p->op[i] == STATUS && p->c.structured > 1)
+    CHECK(r->chunk == 6 && r->len >= 24 && (r->len - 8) % 16 == 0);
+  else if (p->op[i] == STATUS)
     CHECK(r->chunk == 5 && r->len >= 12 && (r->len - 4) % 8 == 0);
+  CHECK(p->c.structured < 2 || r->start == off);
   if (r->done) pending[i] = 0;
 }
 
@@ -3368,7 +3550,7 @@ static void v_pipeline(char **a) /* ADDRESS CONNECTIONS REQUESTS */
     p[i].want = t_alloc((size_t)p[i].n * SLOT);
     p[i].op = t_alloc(p[i].n);
     p[i].undefined = t_alloc(p[i].n);
-    CHECK(t_open(&p[i].c, c_connect(a[0]), "", i % 2) == 0);
+    CHECK(t_open(&p[i].c, c_connect(a[0]), "", i % 3) == 0);
   }
   for (i = 0; i < n; i++)
     CHECK(pthread_create(&p[i].receiver, NULL, p_run, &p[i]) == 0);
@@ -3737,18 +3919,20 @@ static void v_half(char **a) /* ADDRESS FILE of 8 MiB, of which 5 stay */
   uint64_t off = 0;
   int structured, fd = open(a[1], O_RDONLY);
   CHECK(fd >= 0 && t_read(fd, want, ALL) == ALL);
-  for (structured = 0; structured < 2; structured++) {
+  for (structured = 0; structured < 3; structured++) {
     CHECK(t_open(&c, c_connect(a[0]), "", structured) == 0 && c.size == ALL);
     CHECK(truncate(a[1], LEFT) == 0);
     CHECK(t_do(&c, 0, READ, 0, ALL, b) == 5);
     if (structured) {
+      off = 0;
       CHECK(t_send(&c, 0, READ, 1, 0, ALL, NULL) == 0);
       while (CHECK(t_recv(&c, &r)), !r.done) { /* chunks of what is there */
         CHECK(r.chunk == 1 && r.off == off && off + r.len <= LEFT);
         CHECK(!memcmp(r.data, want + off, r.len));
         off += r.len;
       }
-      CHECK(off > 0 && r.chunk == 0x8001 && r.error == 5);
+      CHECK(off > 0 && r.chunk == 0x8002 && r.error == 5);
+      CHECK(t_get(r.data + r.len - 8, 8) == off);
     }
     CHECK(t_do(&c, 0, READ, 0, LEFT, b) == 0 && !memcmp(b, want, LEFT));
     t_close(&c);

@@ -80,8 +80,9 @@ struct nbdserve_ops {
   void (*close)(void *ctx);
   /* nbdserve's own backends only: keep it NULL. */
   void (*batch)(void *ctx, struct nbdserve_req *reqs, size_t nreqs);
-  /* The size for a client that comes now: size or another one, which replaces
-   * the export's; NULL: size.  Calls are made one at a time. */
+  /* The size that a client gets who comes now: size, the export's so far, or
+   * another one, which replaces that.  NULL: it stays.  One call at a time, for
+   * all exports of a server: it must not block, nor call the server. */
   uint64_t (*size)(void *ctx, uint64_t size);
 };
 

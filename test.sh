@@ -1751,6 +1751,19 @@ testWritesAreInTheFile() {
   assertEquals 007a "$(at 65534 9)"
   assertEquals 0078787800 "$(at 4094 5)"
 }
+testNewClientsSeeTheSizeThatAFileHasNow() {
+  serve "$DISK"
+  for size in 65536 100000 512 70000; do
+    truncate -s $size "$DISK"
+    client hello "$SOCK"
+    assertEquals $size "$(cat "$T/log")"
+  done
+  stop TERM
+  serve --offset 1000 --size 2000 "$DISK"
+  truncate -s 200000 "$DISK"
+  client hello "$SOCK"
+  assertEquals 2000 "$(cat "$T/log")"
+}
 testTheLastOddBytesAreServed() {
   truncate -s 1000001 "$DISK"
   SIZE=1000001
@@ -2027,6 +2040,13 @@ testFailedFlushIsReportedAndCloseComesOnce() { unit flush; }
 testExportsAreFoundOnDemand() { unit find; }
 testExtentsAreMergedAndCut() { unit extents; }
 testResizeShowsToNewClients() { unit resize; }
+testBackendsMayChangeTheirSize() { unit sizes; }
+testEveryRequestIsAnnouncedAndMayBeRefused() { unit before; }
+testWhatIsTakenAwayIsGoneAndTheRestWorks() { unit without; }
+testOverlayTakesTheWrites() { ! unless NO_FLAT || unit overlay; }
+testReadErrorBelowAnOverlayIsOneOfTheRequest() {
+  ! unless NO_FLAT || unit overerror
+}
 testHandshakeHasADeadline() { unit deadline; }
 testTransmissionCanBeEnteredAtOnce() { unit direct; }
 testStopAndWakeEndRun() { unit stop; }
@@ -4898,6 +4918,229 @@ static void u_resize(void) {
   o_close(&o);
 }
 
+/* A backend whose size moves by itself; what it was told last stays in told */
+static uint64_t grown, told;
+static uint64_t r_size(void *ctx, uint64_t size) {
+  (void)ctx;
+  told = size;
+  return grown;
+}
+
+static void u_sizes(void) {
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct nbdserve_ops ops = r_ops;
+  struct served v = {0};
+  struct t_conn c;
+  struct one o;
+  char b[512];
+  ops.size = r_size;
+  e.ops = &ops;
+  grown = 1000;
+  o_open(&o, &e, 2);
+  CHECK(o.c.size == 1000 && told == 1000); /* SET_META asked first */
+  grown = 3000;
+  s_start(&v, o.s, &c);
+  CHECK(t_open(&c, c.fd, "", 1) == 0);
+  CHECK(c.size == 3000 && told == 1000);
+  CHECK(t_do(&c, 0, READ, 2999, 1, b) == 0);
+  CHECK(t_do(&o.c, 0, READ, 999, 2, b) == 22); /* it keeps its size */
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+  o_close(&o);
+}
+
+static int before_calls[8], before_err; /* what b_before saw, and answers */
+static int b_before(void *ctx, unsigned type, uint64_t off, uint64_t len) {
+  static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+  int err;
+  (void)off, (void)len;
+  CHECK(ctx == &before_err && type < 8 && type != DISC);
+  pthread_mutex_lock(&lock);
+  before_calls[type]++;
+  err = before_err;
+  pthread_mutex_unlock(&lock);
+  return err;
+}
+
+/* Each request is announced once, and is not done where that says no */
+static void u_before(void) {
+  static const int what[] = {READ, WRITE, FLUSH, TRIM, ZEROES, STATUS};
+  static char b[2 << 20];
+  struct nbdserve_config config = {0};
+  int i, k, n, mode, memory;
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.before = b_before;
+  config.ctx = &before_err;
+  for (memory = 0; memory < 2; memory++)
+    for (mode = 0; mode < 3; mode++) {
+      struct ram *r = r_new(sizeof b);
+      struct nbdserve_export e = r_export(r, 0);
+      struct served v = {0};
+      struct nbdserve *s;
+      struct t_conn c;
+      if (memory) {
+        memset(&e, 0, sizeof e);
+        CHECK(nbdserve_flat_open("mem:2M", NULL, &e) == 0);
+      }
+      CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
+      s_start(&v, s, &c);
+      CHECK(t_open(&c, c.fd, "", mode) == 0);
+      memset(before_calls, 0, sizeof before_calls);
+      for (i = n = 0; i < COUNT(what); i++)
+        for (k = 0; k < 3; k++) { /* of all sizes; the last is refused */
+          uint32_t len = what[i] == FLUSH ? 0 : k == 1 ? sizeof b : 4096;
+          int fua = what[i] == WRITE ? FUA : 0;
+          if (what[i] == STATUS && mode == 0) continue;
+          before_err = k == 2 ? -ENOSPC : 0;
+          memset(b, i + k, sizeof b);
+          CHECK(t_do(&c, fua, what[i], 0, len, b) == (k == 2 ? 28 : 0));
+          CHECK(before_calls[what[i]] == k + 1);
+          if (!memory) CHECK((k == 2) == (r->last == -1));
+          r->last = -1;
+        }
+      before_err = 0;
+      memset(b, 1, sizeof b);
+      CHECK(t_do(&c, 0, WRITE, 0, sizeof b, b) == 0);
+      before_err = -EIO;
+      memset(b, 2, sizeof b);
+      CHECK(t_do(&c, 0, WRITE, 0, sizeof b, b) == 5);
+      before_err = 0;
+      CHECK(t_do(&c, 0, READ, 0, sizeof b, b) == 0 && b[0] == 1);
+      t_close(&c);
+      CHECK(s_end(&v) == 0);
+      nbdserve_free(s);
+    }
+}
+
+/* Whatever flags are taken away: what they expose is gone, the rest works */
+static void u_without(void) {
+  static const struct { int flag, command, flags; } gone[] = {
+      {1 << 2, FLUSH, 0}, {1 << 3, WRITE, FUA}, {1 << 5, TRIM, 0},
+      {1 << 6 | 1 << 11, ZEROES, 0}, {1 << 7, READ, DF},
+      {1 << 11, ZEROES, FAST}};
+  char b[512] = {0};
+  int i, k;
+  for (i = 0; i < COUNT(gone); i++) {
+    struct nbdserve_config config = {0};
+    struct ram *r = r_new(65536);
+    struct nbdserve_export e = r_export(r, NBDSERVE_MULTI_CONN);
+    struct served v = {0};
+    struct nbdserve *s;
+    struct t_conn c;
+    config.version = NBDSERVE_VERSION_NUMBER;
+    config.without = (uint32_t)gone[i].flag | 3; /* not these two */
+    CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
+    s_start(&v, s, &c);
+    CHECK(t_open(&c, c.fd, "", 1) == 0);
+    CHECK((int)c.flags == (0x9ed & ~(gone[i].flag)));
+    for (k = 0; k < COUNT(gone); k++) {
+      int error = t_do(&c, gone[k].flags, gone[k].command, 0,
+                       gone[k].command == FLUSH ? 0 : 512, b);
+      int is_gone = gone[i].flag & gone[k].flag ? 1 : 0;
+      if (gone[k].flag == 1 << 11 && !is_gone) CHECK(error == 95);
+      else if (gone[k].command == ZEROES && !gone[k].flags)
+        CHECK((error == 22) == (gone[i].flag >> 6 & 1));
+      else CHECK(error == (is_gone ? 22 : 0));
+    }
+    t_close(&c);
+    CHECK(s_end(&v) == 0);
+    nbdserve_free(s);
+  }
+  for (i = 3; i < 12; i++) { /* options */
+    struct nbdserve_config config = {0};
+    struct served v = {0};
+    struct nbdserve *s;
+    struct t_conn c;
+    unsigned char p[4200], h[4] = {0, 0, 0, 3};
+    config.version = NBDSERVE_VERSION_NUMBER;
+    config.without = UINT32_C(0x10000) << i;
+    CHECK(nbdserve_new(&s, &config) == 0);
+    s_start(&v, s, &c);
+    CHECK(t_read(c.fd, p, 18) == 18 && t_write(c.fd, h, 4) == 0);
+    CHECK(t_option(c.fd, (uint32_t)i, "", 0) == 0);
+    CHECK(t_answer(c.fd, p) == 0x80000001);
+    CHECK(t_option(c.fd, 3, "", 0) == 0);
+    CHECK(t_answer(c.fd, p) == (i == 3 ? 0x80000001 : 1));
+    CHECK(t_option(c.fd, 2, "", 0) == 0 && t_answer(c.fd, p) == 1);
+    CHECK(s_end(&v) == 0);
+    close(c.fd);
+    nbdserve_free(s);
+  }
+}
+
+/* An overlay over a backend, which is only read, against a copy in memory */
+static void u_overlay(void) {
+  enum { SIZE = 1000003 };
+  static unsigned char want[SIZE], b[SIZE];
+  uint32_t seed = 1;
+  int round, mode, i;
+  for (round = 0; round < 2; round++) {
+    struct ram *r = r_new(SIZE);
+    struct nbdserve_export e = r_export(r, NBDSERVE_READONLY);
+    struct one o;
+    for (i = 0; i < SIZE; i++) want[i] = r->data[i] = (unsigned char)(i / 97);
+    CHECK(nbdserve_overlay(&e, "/no/such/directory") == -ENOENT);
+    CHECK(e.ops == &r_ops && e.ctx == r);
+    CHECK(nbdserve_overlay(&e, round ? dir : NULL) == 0);
+    o_open(&o, &e, round + 1);
+    CHECK(o.c.size == SIZE && !(o.c.flags & 2) && o.c.flags & 1 << 8);
+    for (i = 0; i < 600; i++) {
+      uint32_t off, len;
+      seed = seed * 1103515245 + 12345;
+      off = seed >> 8;
+      seed = seed * 1103515245 + 12345;
+      len = seed >> 12;
+      mode = (int)(seed >> 8 & 3);
+      off %= SIZE;
+      len %= i % 8 == 0 ? SIZE : i % 2 ? 5000 : 70000;
+      if (i % 16 == 5) off -= off % 65536, len = 65536;
+      if (len > SIZE - off) len = SIZE - off;
+      if (!len) continue;
+      if (mode == 0) {
+        CHECK(t_do(&o.c, 0, READ, off, len, b) == 0);
+        CHECK(!memcmp(b, want + off, len));
+      } else if (mode == 1) {
+        memset(want + off, 0, len);
+        CHECK(t_do(&o.c, 0, ZEROES, off, len, NULL) == 0);
+      } else {
+        memset(want + off, i, len);
+        CHECK(t_do(&o.c, FUA, WRITE, off, len, want + off) == 0);
+      }
+    }
+    CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 0);
+    CHECK(t_do(&o.c, 0, READ, 0, SIZE, b) == 0 && !memcmp(b, want, SIZE));
+    for (i = 0; i < SIZE; i++) CHECK(r->data[i] == (unsigned char)(i / 97));
+    CHECK(r->calls[WRITE] + r->calls[ZEROES] + r->calls[FLUSH] == 0);
+    r->error = -EIO; /* what was not written cannot be had */
+    CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 0);
+    r->error = 0;
+    o_close(&o);
+    CHECK(r->closes == 1);
+  }
+}
+
+/* A read error below an overlay is one of the request, and nothing is lost */
+static void u_overerror(void) {
+  struct ram *r = r_new(262144);
+  struct nbdserve_export e = r_export(r, 0);
+  unsigned char b[65536], c[512];
+  struct one o;
+  CHECK(nbdserve_overlay(&e, NULL) == 0);
+  o_open(&o, &e, 1);
+  memset(b, 'w', sizeof b);
+  r->error = -EIO;
+  CHECK(t_do(&o.c, 0, READ, 0, 512, c) == 5);
+  CHECK(t_do(&o.c, 0, WRITE, 100, 512, b) == 5); /* the rest is unknown */
+  CHECK(t_do(&o.c, 0, WRITE, 65536, 65536, b) == 0);
+  CHECK(t_do(&o.c, 0, READ, 65536, 512, c) == 0 && !memcmp(b, c, 512));
+  r->error = 0;
+  CHECK(t_do(&o.c, 0, READ, 100, 512, c) == 0 && c[0] == 'r' && c[511] == 'r');
+  CHECK(t_do(&o.c, 0, WRITE, 100, 512, b) == 0);
+  CHECK(t_do(&o.c, 0, READ, 0, 512, c) == 0 && c[99] == 'r' && c[100] == 'w');
+  o_close(&o);
+}
+
 static void u_deadline(void) {
   struct nbdserve_config config = {0};
   struct nbdserve *s;
@@ -5298,7 +5541,8 @@ int main(int argc, char **argv) {
   } verbs[] = {
       V(arguments), V(uris), V(parallel), V(serial), V(slow), V(leave),
       V(vanish), V(inflight), V(memory), V(requests), V(fua), V(errors),
-      V(missing), V(flush), V(find), V(extents), V(resize), V(deadline),
+      V(missing), V(flush), V(find), V(extents), V(resize), V(sizes), V(before),
+      V(without), V(overlay), V(overerror), V(deadline),
       V(direct), V(stop), V(two), V(failed), V(flags), V(null),
       V(totals), V(free), V(fips), V(ways), V(together),
   };

@@ -12,6 +12,7 @@ PREFIX = /usr/local
 DESTDIR =
 CUTS = 0
 SEED =
+SECONDS = 60
 
 # The strict sets: not one warning from either compiler.
 GCC_STRICT = -std=c99 -O2 -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
@@ -133,6 +134,16 @@ crash: ## cuts the power on a simulated store until it loses; or CUTS=100000
 	  seed=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' '); \
 	  echo "build/crash $(CUTS) $$seed"; build/crash $(CUTS) $$seed
 
+fuzz: nbdserve ## what clients send, from the tests' transcripts; SECONDS=60
+	@mkdir -p build/corpus build/found
+	@[ -n "$$(ls build/corpus)" ] || CORPUS=$$PWD/build/corpus \
+	  ./test.sh -- testBadInputNeitherHurtsOthersNorLeaks
+	@./test.sh --emit fuzz > build/fuzz.c
+	@clang -g -O1 -fsanitize=fuzzer,address,undefined -I. -o build/fuzz \
+	  build/fuzz.c $(LDLIBS) || { echo 'SKIP fuzz: no clang with libFuzzer'; \
+	  exit 0; }; echo build/fuzz; build/fuzz -max_total_time=$(SECONDS) \
+	  -max_len=300000 -timeout=20 -artifact_prefix=build/found/ build/corpus
+
 check-symbols: libnbdserve.a ## the library defines only nbdserve_*
 	@! nm -g --defined-only libnbdserve.a | grep ' [A-Z] ' | \
 	  grep -v ' nbdserve_'
@@ -169,4 +180,4 @@ clean: ## remove what was built
 	rm -rf build nbdserve libnbdserve.a
 
 .PHONY: all lib install uninstall check check-cc check-strict check-config \
-  check-san check-tsan crash check-symbols lint bench help clean
+  check-san check-tsan crash fuzz check-symbols lint bench help clean

@@ -5,7 +5,7 @@
 #   ./test.sh                  all tests; the last line counts them
 #   ./test.sh -- testName...   some tests
 #   ./test.sh --emit NAME      prints a C section: client, unit, fault, crash,
-#                              storefault, bench
+#                              storefault, fuzz, bench
 #   ./test.sh --bench          a table against the servers that are installed
 #
 # Environment: NBDSERVE  the program to test (./nbdserve, made if missing)
@@ -13,6 +13,7 @@
 #   BIG (64M)              size of the image that nbdcopy moves
 #   SWITCH                 -DNBDSERVE_$SWITCH is how the program was built
 #   SANITIZER              the program's memory is not its own
+#   CORPUS                 the directory that gets what clients sent
 #
 # This file is sh up to the line ". shunit2", which ends the shell with exit,
 # and C behind it, in sections that start with "//== NAME...".  shunit2 finds
@@ -167,7 +168,8 @@ unset XDG_RUNTIME_DIR LISTEN_FDS LISTEN_PID
 
 oneTimeSetUp() {
   W=$SHUNIT_TMPDIR
-  mkdir "$W/corpus"
+  CORPUS=${CORPUS:-$W/corpus}
+  mkdir -p "$CORPUS"
   NTEST=0 NTALK=0 T=
   [ -x "$NBDSERVE" ] || make -C "$here" CC="$CC" >&2
   [ -x "$NBDSERVE" ] || return
@@ -505,7 +507,7 @@ decode() {
 raw() {
   NTALK=$((NTALK + 1))
   # shellcheck disable=SC2086
-  bytes "$@" | tee "$W/corpus/$NTALK" |
+  bytes "$@" | tee "$CORPUS/$NTALK" |
     timeout 20 "$NBDSERVE" -s $ARGS "$DISK" >"$T/out" 2>>"$T/err"
   status=$?
   GOT=$(decode <"$T/out")
@@ -1919,7 +1921,7 @@ testBadInputNeitherHurtsOthersNorLeaks() {
   fi
   LOG='^nbdserve: client'
   serve "$DISK"
-  client badinput "$SOCK" "$PID" $SLACK 24 "$W"/corpus/*
+  client badinput "$SOCK" "$PID" $SLACK 24 "$CORPUS"/*
 }
 testClientsThatStopHalfwayHarmNobody() {
   unless NO_THREADS || return 0
@@ -7095,6 +7097,103 @@ int main(int argc, char **argv) {
     all += sum;
   }
   return all < 100;
+}
+
+//== fuzz
+/* What a client sends, to a server in this process (libFuzzer, or AFL++ with
+ * its driver): the handshake and all that follows.  The last byte chooses the
+ * number of workers, and what the empty name means. */
+#define NBDSERVE_NO_MAIN 1
+#include "nbdserve.c"
+
+enum { Z_SIZE = 65536 };
+static unsigned char z_disk[2 * Z_SIZE];
+static struct nbdserve_cas *z_store;
+static const char *z_default;
+int LLVMFuzzerTestOneInput(const unsigned char *data, size_t size);
+
+static int z_read(void *ctx, void *buf, uint64_t off, uint64_t len,
+                  uint32_t flags) {
+  (void)flags;
+  assert(len > 0 && off + len <= Z_SIZE && off % 512 == 0 && len % 512 == 0);
+  memcpy(buf, (unsigned char *)ctx + off, (size_t)len);
+  return off == 4096 ? -EIO : 0;
+}
+
+static int z_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
+                   uint32_t flags) {
+  (void)flags;
+  assert(len > 0 && off + len <= Z_SIZE && off % 512 == 0 && len % 512 == 0);
+  memcpy((unsigned char *)ctx + off, buf, (size_t)len);
+  return 0;
+}
+
+/* Exports: "file", "ram" a host's backend, "over" one over it, and a store's
+ * "v" and its snapshot "v@s" */
+static int z_find(void *ctx, const char *name, struct nbdserve_export *e) {
+  static const struct nbdserve_ops ops = {.read = z_read, .write = z_write};
+  (void)ctx;
+  if (!*name) name = z_default;
+  if (*name == 'v') return nbdserve_cas_volume(z_store, name, e);
+  if (*name == 'f') return nbdserve_flat_open("mem:64K", NULL, e);
+  e->size = Z_SIZE;
+  e->min_block = 512;
+  e->ops = &ops;
+  e->ctx = z_disk;
+  if (strcmp(name, "ram") == 0) return 0;
+  if (strcmp(name, "over") != 0) return -ENOENT;
+  e->ctx = z_disk + Z_SIZE;
+  return nbdserve_overlay(e, NULL);
+}
+
+static int z_list(void *ctx, int (*emit)(void *, const char *, const char *),
+                  void *arg) {
+  (void)ctx;
+  return emit(arg, "ram", "a host's") || emit(arg, "v", NULL);
+}
+
+static void z_log(void *ctx, int level, const char *message) {
+  (void)ctx, (void)level;
+  assert(strlen(message) > 0);
+}
+
+static void z_open_store(void) {
+  struct nbdserve_cas_options o = {.log_pages = 64};
+  char path[] = "/tmp/fuzzXXXXXX";
+  struct nbdserve_export e = {0};
+  int err;
+  close(mkstemp(path));
+  unlink(path);
+  err = nbdserve_cas_init(path, &o);
+  if (!err) err = nbdserve_cas_open(path, NULL, &z_store);
+  unlink(path);
+  if (!err) err = nbdserve_cas_create(z_store, "v", Z_SIZE);
+  if (!err) err = nbdserve_cas_volume(z_store, "v", &e);
+  if (!err) err = e.ops->write(e.ctx, "snapshot", 5000, 8, 0);
+  if (!err) e.ops->close(e.ctx);
+  if (!err) err = nbdserve_cas_snapshot(z_store, "v@s");
+  if (err) abort();
+}
+
+int LLVMFuzzerTestOneInput(const unsigned char *data, size_t size) {
+  static const char *const names[] = {"file", "ram", "v", "over"};
+  int in = os_nameless_file(NULL), out = open("/dev/null", O_WRONLY);
+  unsigned last = size ? data[size - 1] : 0;
+  struct nbdserve_config config = {
+      .version = NBDSERVE_VERSION_NUMBER, .find = z_find, .list = z_list,
+      .threads = last & 16 ? 4 : 1, .log = z_log,
+      .log_level = NBDSERVE_LOG_TRACE};
+  struct nbdserve *s;
+  if (!z_store) z_open_store();
+  z_default = names[last & 3];
+  if (in < 0 || out < 0 || write(in, data, size) != (ssize_t)size) abort();
+  lseek(in, 0, SEEK_SET);
+  if (nbdserve_new(&s, &config)) abort();
+  nbdserve_serve(s, in, out, NULL);
+  nbdserve_free(s);
+  close(in);
+  close(out);
+  return 0;
 }
 
 //== bench

@@ -2168,7 +2168,7 @@ static int over_flush(void *ctx, uint32_t flags) {
 
 static void over_close(void *ctx) {
   struct over *o = ctx;
-  o->base.ops->close(o->base.ctx);
+  if (o->base.ops->close) o->base.ops->close(o->base.ctx);
   os_mutex_free(&o->lock);
   close(o->fd);
   NBDSERVE_FREE(o);

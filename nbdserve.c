@@ -112,6 +112,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <time.h>
@@ -242,9 +243,14 @@ static int os_accept(int fd) {
 }
 
 /* Prepares a client's socket: no Nagle delay (proto.md, Protocol phases), no
- * SIGPIPE, dead peers noticed.  Not a socket: nothing happens. */
-static void os_tune(int fd) {
+ * SIGPIPE, dead peers noticed, calls that block end with EAGAIN after stall_ms.
+ * Not a socket: nothing happens. */
+static void os_tune(int fd, uint32_t stall_ms) {
+  struct timeval t = {.tv_sec = stall_ms / 1000};
   int one = 1;
+  t.tv_usec = (int)(stall_ms % 1000 * 1000);
+  setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
+  setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &t, sizeof t);
   setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
 #ifdef SO_NOSIGPIPE
   setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &one, sizeof one);
@@ -744,6 +750,7 @@ struct io {
   int in, out;      /* sockets or pipes */
   int stop;         /* readable from nbdserve_stop on; -1: shutdown() is used */
   int64_t deadline; /* in os_now_ms; 0: none */
+  int64_t stall_ms; /* how long what has begun may take */
 };
 
 static int io_wait(const struct io *io, int writing) {
@@ -751,6 +758,7 @@ static int io_wait(const struct io *io, int writing) {
       {writing ? io->out : io->in, writing ? POLLOUT : POLLIN, 0},
       {io->stop, POLLIN, 0}}; /* poll skips a negative one */
   int64_t deadline = io->deadline;
+  if (!deadline && writing) deadline = os_now_ms() + io->stall_ms;
   for (;;) {
     int64_t left = deadline ? deadline - os_now_ms() : -1;
     if (deadline && left <= 0) return -ETIMEDOUT;
@@ -773,7 +781,7 @@ static int io_flags(const struct io *io, int flags) {
 static int io_again(const struct io *io, int writing) {
   if (errno == EINTR) return 0;
   if (errno != EAGAIN && errno != EWOULDBLOCK) return -errno;
-  return io_wait(io, writing);
+  return io_flags(io, 0) ? io_wait(io, writing) : -ETIMEDOUT; /* os_tune */
 }
 
 /* Receives up to len bytes, at least one.  Their number, 0 at the end of the
@@ -793,9 +801,11 @@ static ssize_t io_recv(const struct io *io, void *buf, size_t len, int all) {
 
 /* Receives exactly len bytes: 0, -EPIPE when the stream ends before, -errno. */
 static int io_recv_all(const struct io *io, unsigned char *p, size_t len) {
+  int64_t from = os_now_ms();
   for (ssize_t n; len > 0; p += n, len -= (size_t)n) {
     n = io_recv(io, p, len, 1);
     if (n <= 0) return n < 0 ? (int)n : -EPIPE;
+    if ((size_t)n < len && os_now_ms() - from > io->stall_ms) return -ETIMEDOUT;
   }
   return 0;
 }
@@ -1193,6 +1203,7 @@ struct conn {
   size_t rpos, rend; /* received and not yet looked at */
   size_t wlen, nreqs;
   struct nbdserve_req reqs[TX_BATCH];
+  int64_t began;  /* when the request that is not all there was begun */
   int big_write;  /* the last request was one: expect another */
   /* -- one sender at a time */
   struct os_mutex sending; /* guards out and: */
@@ -1912,6 +1923,7 @@ static int tx_fill(struct conn *c) {
   size_t left = c->rend - c->rpos, want = TX_RBUF - left;
   assert(c->rpos <= c->rend && c->rend <= TX_RBUF);
   assert(!c->nreqs && !c->wlen && want > 0); /* WRITEs of the batch lie there */
+  if (c->rpos || !left) c->began = os_now_ms();
   if (c->rpos) memmove(c->rbuf, c->rbuf + c->rpos, left);
   c->rpos = 0;
   c->rend = left;
@@ -1919,9 +1931,10 @@ static int tx_fill(struct conn *c) {
     want = 4096; /* so that little of the next payload need be copied */
   c->big_write = 0;
   ssize_t n = io_recv(&c->io, c->rbuf + left, want, 0);
+  if (n == -ETIMEDOUT && !left) return 0; /* idle: as long as it likes */
   if (n <= 0) return n < 0 ? (int)n : left ? -EPIPE : 1;
   c->rend += (size_t)n;
-  return 0;
+  return left && os_now_ms() - c->began > c->io.stall_ms ? -ETIMEDOUT : 0;
 }
 
 static int tx_run(struct conn *c) {
@@ -3756,6 +3769,7 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   if (!k.max_conn) k.max_conn = 128;
   if (NBDSERVE_NO_THREADS) k.max_conn = k.threads = 1;
   if (!k.handshake_ms) k.handshake_ms = 10000;
+  if (!k.stall_ms) k.stall_ms = 120000;
   if (k.threads > 1024 || k.max_conn > 1 << 20 || k.flags & ~NBDSERVE_ONCE)
     return -EINVAL;
   struct nbdserve *s = u_zalloc(sizeof *s);
@@ -3963,7 +3977,7 @@ static struct conn *srv_client(struct nbdserve *s, int in, int out, int own) {
   memset(c, 0, offsetof(struct conn, rbuf)); /* the rest stays untouched */
   c->s = s;
   c->fd = own ? in : -1;
-  c->io = (struct io){.in = in, .out = out,
+  c->io = (struct io){.in = in, .out = out, .stall_ms = s->config.stall_ms,
                       .stop = own && !NBDSERVE_NO_THREADS ? -1 : s->stop[0]};
   c->queue_end = &c->queue;
   if (os_mutex_init(&c->lock) || os_mutex_init(&c->sending) ||
@@ -4008,8 +4022,8 @@ static int srv_serve_client(struct conn *c, const char *name) {
   struct ex *ex = NULL;
   if (getpeername(c->io.in, &a.sa, &len) == 0) srv_name(&a, peer, sizeof peer);
   HS_LOG(c, NBDSERVE_LOG_INFO, "%u: connected from %s", c->id, peer);
-  os_tune(c->io.in);
-  os_tune(c->io.out);
+  os_tune(c->io.in, c->s->config.stall_ms);
+  os_tune(c->io.out, c->s->config.stall_ms);
   int err = name ? ex_get(c->s, name, &ex, &c->size) : hs_run(c);
   if (name && !err) hs_settle(c, ex, name);
   if (err == HS_ENTER) err = tx_run(c);

@@ -2050,6 +2050,7 @@ testReadErrorBelowAnOverlayIsOneOfTheRequest() {
   ! unless NO_FLAT || unit overerror
 }
 testHandshakeHasADeadline() { unit deadline; }
+testWhoStallsIsDroppedAndWhoIsIdleIsNot() { unit stalls; }
 testTransmissionCanBeEnteredAtOnce() { unit direct; }
 testStopAndWakeEndRun() { unit stop; }
 testFreeEndsTheClientsThatAreLeft() { unit free; }
@@ -5220,14 +5221,15 @@ static void u_stop(void) {
 }
 
 /* Listens on a socket and connects to it */
-static int u_dial(struct nbdserve *s) {
+static int u_dial(struct nbdserve *s) /* again: NULL */
+{
   struct sockaddr_un a = {0};
   char address[200];
   int fd = socket(AF_UNIX, SOCK_STREAM, 0);
   a.sun_family = AF_UNIX;
   snprintf(a.sun_path, sizeof a.sun_path, "%s/s", dir);
   snprintf(address, sizeof address, "unix:%s", a.sun_path);
-  CHECK(nbdserve_listen(s, address) == 0);
+  CHECK(!s || nbdserve_listen(s, address) == 0);
   CHECK(connect(fd, (struct sockaddr *)&a, sizeof a) == 0);
   return fd;
 }
@@ -5271,6 +5273,65 @@ static void u_free(void) {
     close(c.fd);
     CHECK(u_descriptors() == before);
   }
+}
+
+/* Who leaves something half done is dropped, who is idle is not */
+static void u_stalls(void) {
+  enum { IDLE, HEAD, TRICKLE, PAYLOAD, DRIBBLE, UNREAD, WAYS };
+  static char b[4 << 20];
+  struct nbdserve_config config = {0};
+  struct ram *r = r_new(sizeof b);
+  struct nbdserve_export e = r_export(r, 0);
+  struct nbdserve *s;
+  pthread_t run;
+  int how, mode, i;
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.stall_ms = 200;
+  CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
+  for (how = IDLE; how < WAYS; how++) {
+    struct t_conn c;
+    struct t_reply reply = {0};
+    struct nbdserve_stats t;
+    unsigned char h[32];
+    mode = how % 3;
+    c.fd = u_dial(how ? NULL : s);
+    if (!how) CHECK(pthread_create(&run, NULL, u_run, s) == 0);
+    CHECK(t_open(&c, c.fd, "", mode) == 0);
+    t_head(h, 0, WRITE, 1, 0, how == DRIBBLE ? sizeof b : 4096);
+    if (mode == 2) {
+      memcpy(h, "\x21\xe4\x1c\x71\0\40", 6);
+      t_put(h + 24, 8, how == DRIBBLE ? sizeof b : 4096);
+    }
+    if (how == HEAD) CHECK(t_write(c.fd, h, 11) == 0);
+    if (how == PAYLOAD) CHECK(t_write(c.fd, h, 28) == 0);
+    if (how == PAYLOAD) CHECK(t_write(c.fd, b, 3000) == 0);
+    for (i = 0; how == TRICKLE && i < 100; i++) {
+      if (t_write(c.fd, i < 32 ? (char *)h + i : b, 1)) break;
+      t_sleep(20);
+    }
+    if (how == DRIBBLE) CHECK(t_write(c.fd, h, mode == 2 ? 32 : 28) == 0);
+    for (i = 0; how == DRIBBLE && i < 300; i++) {
+      if (t_write(c.fd, b, 1000)) break;
+      t_sleep(10);
+    }
+    for (i = 0; how == UNREAD && i < 32; i++)
+      CHECK(t_send(&c, 0, READ, 1, 0, sizeof b, NULL) == 0);
+    for (i = 0; i < 100; i++) {
+      t_sleep(20);
+      nbdserve_stats(s, &t);
+      if (!t.clients_now) break;
+      if (how == IDLE && i == 40) { /* all is well with it */
+        CHECK(t_do(&c, 0, READ, 0, 512, b) == 0);
+        t_close(&c);
+      }
+    }
+    CHECK(t.clients_now == 0);
+    if (how != IDLE) close(c.fd);
+    free(reply.data);
+  }
+  nbdserve_stop(s);
+  CHECK(pthread_join(run, NULL) == 0);
+  nbdserve_free(s);
 }
 
 /* What was sent before nbdserve_stop is answered */
@@ -5545,6 +5606,7 @@ int main(int argc, char **argv) {
       V(vanish), V(inflight), V(memory), V(requests), V(fua), V(errors),
       V(missing), V(flush), V(find), V(extents), V(resize), V(sizes), V(before),
       V(without), V(overlay), V(overerror), V(deadline),
+      V(stalls),
       V(direct), V(stop), V(two), V(failed), V(flags), V(null),
       V(totals), V(free), V(fips), V(ways), V(together),
   };

@@ -1093,9 +1093,9 @@ testStatsAreWrittenAtExitAndOnUSR1() {
   client hello "$SOCK"
   kill -USR1 "$PID"
   await "[ -s '$T/err' ]"
-  says '2 clients'
+  says '3 clients'
   stop TERM
-  says '2 clients'
+  says '3 clients'
 }
 testUSR1WritesStatsWithoutTheOption() {
   serve "$DISK"

@@ -2159,7 +2159,7 @@ static void cas_unindex(struct nbdserve_cas *s, uint32_t x) {
 /* Counts segments in until there is slot x; a new group splits buckets. */
 static int cas_extend(struct nbdserve_cas *s, uint32_t x) {
   for (; s->nslots <= x; s->nslots += CAS_SEGMENT) {
-    uint32_t b = s->nslots, y, next, *p;
+    uint32_t b = s->nslots;
     if (b == s->ngroups * CAS_SLOTS) {
       if (s->ngroups == CAS_GROUPS) return -ENOSPC;
       s->groups[s->ngroups] = u_zalloc(sizeof **s->groups);
@@ -2167,8 +2167,8 @@ static int cas_extend(struct nbdserve_cas *s, uint32_t x) {
       if (!s->ngroups++) s->mask = CAS_SLOTS - 1;
       for (; b && b < s->ngroups * CAS_SLOTS; b++) {
         if (b > 2 * s->mask + 1) s->mask = 2 * s->mask + 1;
-        p = &CAS_AT(s, b - s->mask - 1, head);
-        for (y = *p, *p = 0; y; y = next) {
+        uint32_t *p = &CAS_AT(s, b - s->mask - 1, head), y = *p, next;
+        for (*p = 0; y; y = next) {
           next = CAS_AT(s, y, next);
           cas_index(s, y, CAS_AT(s, y, tag));
         }
@@ -2247,8 +2247,8 @@ static void cas_free(struct nbdserve_cas *s, uint32_t x) {
  * new one at the file's end while that has little to spare. */
 static uint32_t cas_segment(struct nbdserve_cas *s, uint32_t x) {
   int spare = s->nfree > (s->nslots - s->nfree) / 10 + CAS_SLACK;
-  uint32_t want = spare ? CAS_SEGMENT / 4 : CAS_SEGMENT * 3 / 4, i;
-  for (i = 1;; i++, x += CAS_SEGMENT) {
+  uint32_t want = spare ? CAS_SEGMENT / 4 : CAS_SEGMENT * 3 / 4;
+  for (uint32_t i = 1;; i++, x += CAS_SEGMENT) {
     if (x >= s->nslots) x = 0;
     if (CAS_NFREE(s, x) >= want) return x;
     if (i % 4096 && i < s->nslots / CAS_SEGMENT) continue;
@@ -2292,9 +2292,8 @@ static int cas_io(struct nbdserve_cas *s, int writing, void *buf, size_t len,
 static int cas_transfer(struct nbdserve_cas *s, struct cas_item *it, size_t n,
                         int what, int writing) {
   struct iovec v[CAS_RUN];
-  size_t k, i;
-  int err = 0, e;
-  for (; n > 0; it += k, n -= k) {
+  int err = 0;
+  for (size_t k; n > 0; it += k, n -= k) {
     for (k = 0; k < n && k < CAS_RUN && it[k].state & what; k++) {
       if (k && (it[k].slot % CAS_SLOTS == 0 || it[k].slot - k != it->slot))
         break;
@@ -2302,10 +2301,10 @@ static int cas_transfer(struct nbdserve_cas *s, struct cas_item *it, size_t n,
                       : writing        ? it[k].sum : it[k].digest;
       v[k].iov_len = what == CAS_DATA ? s->bs : 32;
     }
-    e = k ? os_transfer(s->fd, writing, v, (int)k, cas_off(s, it->slot, what))
-          : 0;
+    int e = k ? os_transfer(s->fd, writing, v, (int)k,
+                            cas_off(s, it->slot, what)) : 0;
     if (e && k == 1) err = it->err = e;
-    for (i = 0; e && k > 1 && i < k; i++) /* what fails alone has failed */
+    for (size_t i = 0; e && k > 1 && i < k; i++) /* what fails alone failed */
       if (cas_transfer(s, it + i, 1, what, writing)) err = it[i].err;
     if (!k) k = 1;
   }
@@ -2396,19 +2395,16 @@ static void cas_log(struct nbdserve_cas *s, const struct cas_image *im,
 /* Makes all that was written so far durable; one caller syncs for those that
  * wait meanwhile, unless it is told to. */
 static int cas_sync(struct nbdserve_cas *s, int always) {
-  uint64_t mine, seq;
-  uint32_t dropped;
-  int err;
   os_lock(&s->lock);
-  mine = s->nlogged;
+  uint64_t mine = s->nlogged;
   while (s->syncing) os_wait(&s->room, &s->lock);
-  err = s->failed;
+  int err = s->failed;
   if (!err && (always || s->nsynced < mine)) {
     s->syncing = 1;
     mine = s->nlogged;
     err = cas_log_write(s);
-    seq = s->seq;
-    dropped = s->dropped;
+    uint64_t seq = s->seq;
+    uint32_t dropped = s->dropped;
     s->dropped = 0;
     os_unlock(&s->lock);
     if (!err) err = os_datasync(s->fd);
@@ -2440,9 +2436,8 @@ static struct cas_node *cas_new_node(struct nbdserve_cas *s, int level) {
 
 /* Takes an edge off a page, after the last off all below, and yields lock. */
 static void cas_unref(struct nbdserve_cas *s, struct cas_node *b) {
-  uint32_t c;
   if (!b || --b->refs > 0) return;
-  for (c = 0; c < s->fanout; c++)
+  for (uint32_t c = 0; c < s->fanout; c++)
     if (b->level)
       cas_unref(s, b->kid[c]);
     else
@@ -2457,7 +2452,6 @@ static void cas_unref(struct nbdserve_cas *s, struct cas_node *b) {
 /* Makes the page at *p, which is to change, the image's own (C13). */
 static int cas_own(struct nbdserve_cas *s, struct cas_node **p, int level) {
   struct cas_node *b = *p, *n;
-  uint32_t c;
   if (b && b->refs == 1) {
     if (b->slot) s->ndirty++;
     cas_drop(s, b->slot, &s->retired);
@@ -2465,7 +2459,7 @@ static int cas_own(struct nbdserve_cas *s, struct cas_node **p, int level) {
     return 0;
   }
   if (!(n = cas_new_node(s, level))) return -ENOMEM;
-  for (c = 0; b && c < s->fanout; c++)
+  for (uint32_t c = 0; b && c < s->fanout; c++)
     if (!level)
       cas_hold(s, n->e[c] = b->e[c]);
     else if ((n->kid[c] = b->kid[c]))
@@ -2540,10 +2534,10 @@ struct cas_op { int verb; const char *name, *to; uint64_t size; };
 static int cas_add(struct nbdserve_cas *s, const struct cas_op *op,
                    struct cas_image *from) {
   struct cas_image *im = u_zalloc(sizeof *im), **end = &s->images;
-  int verb = op->verb, err;
   if (!im) return -ENOMEM;
-  if (verb == NBDSERVE_CAS_SNAPSHOT) im->parent = from;
-  err = cas_give_name(s, im, verb == NBDSERVE_CAS_CLONE ? op->to : op->name);
+  if (op->verb == NBDSERVE_CAS_SNAPSHOT) im->parent = from;
+  int err = cas_give_name(s, im, op->verb == NBDSERVE_CAS_CLONE ? op->to
+                                                                : op->name);
   if (err) {
     NBDSERVE_FREE(im);
     return err;
@@ -2621,14 +2615,12 @@ static uint32_t cas_take_page(struct nbdserve_cas *s, uint32_t magic,
 static void cas_take_map(struct nbdserve_cas *s, struct cas_node **at,
                          int level, uint32_t index) {
   struct cas_node *b = *at;
-  unsigned char *p;
-  uint32_t i;
   if (!b || b->slot) return;
-  for (i = 0; level && i < s->fanout; i++)
+  for (uint32_t i = 0; level && i < s->fanout; i++)
     cas_take_map(s, &b->kid[i], level - 1, index * s->fanout + i);
-  p = s->pages[s->npages].data;
+  unsigned char *p = s->pages[s->npages].data;
   memset(p, 0, s->bs);
-  for (i = 0; i < s->fanout; i++)
+  for (uint32_t i = 0; i < s->fanout; i++)
     put32(p + CAS_HEAD + 4 * i, !level       ? b->e[i]
                                 : b->kid[i] ? b->kid[i]->slot : 0);
   s->ndirty--;
@@ -2642,16 +2634,15 @@ static void cas_take_map(struct nbdserve_cas *s, struct cas_node **at,
 
 static void cas_take_catalog(struct nbdserve_cas *s) {
   struct cas_image *im = s->images;
-  uint32_t x, next, k;
-  unsigned char *p;
+  uint32_t x, next;
   for (x = s->catalog; x; x = next) {
     next = CAS_AT(s, x, next);
     cas_drop(s, x, &s->retired);
   }
   for (s->catalog = 0; im; s->catalog = x) {
-    p = s->pages[s->npages].data;
+    unsigned char *p = s->pages[s->npages].data;
     memset(p, 0, s->bs);
-    for (k = CAS_HEAD; k + CAS_RECORD <= s->bs && im; im = im->next) {
+    for (uint32_t k = CAS_HEAD; k + CAS_RECORD <= s->bs && im; im = im->next) {
       put64(im->record + CAS_SIZE, im->size);
       put32(im->record + CAS_ROOT, im->root ? im->root->slot : 0);
       memcpy(p + k, im->record, CAS_RECORD);
@@ -2668,12 +2659,6 @@ static void cas_take_catalog(struct nbdserve_cas *s) {
  * -ENOSPC or -ENOMEM: nothing has changed; others last. */
 static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
   struct cas_node *gone = NULL;
-  struct cas_image *im;
-  unsigned char *data;
-  uint32_t retired, max, i;
-  uint64_t seq;
-  int err;
-
   os_lock(&s->ckpt);
   os_lock(&s->lock);
   if (cas_want(s, 0)) {
@@ -2681,21 +2666,22 @@ static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
     cas_sync(s, 1); /* may give some back */
     os_lock(&s->lock);
   }
-  max = cas_reserve(s);
+  uint32_t max = cas_reserve(s);
   s->pages = u_zalloc(max * sizeof *s->pages);
-  data = NBDSERVE_MALLOC((size_t)max * s->bs);
-  err = s->pages && data ? cas_want(s, 0) : -ENOMEM;
+  unsigned char *data = NBDSERVE_MALLOC((size_t)max * s->bs);
+  int err = s->pages && data ? cas_want(s, 0) : -ENOMEM;
   if (!err) err = cas_log_write(s);
   if (!err && op) err = cas_apply(s, op, &gone);
   if (err) goto out;
-  for (i = 0; i < max; i++) s->pages[i].data = data + (size_t)i * s->bs;
+  for (uint32_t i = 0; i < max; i++)
+    s->pages[i].data = data + (size_t)i * s->bs;
   s->npages = 0;
-  for (im = s->images; im; im = im->next)
+  for (struct cas_image *im = s->images; im; im = im->next)
     cas_take_map(s, &im->root, CAS_LEVELS - 1, 0);
   cas_take_catalog(s);
   assert(s->npages <= max);
-  seq = s->seq;
-  retired = s->retired;
+  uint64_t seq = s->seq;
+  uint32_t retired = s->retired;
   s->retired = 0;
   put64(s->super + 32, get64(s->super + 32) + 1);
   put64(s->super + 40, seq);
@@ -2704,7 +2690,7 @@ static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
   put32(s->super + 60, s->next_id);
   cas_seal(s, s->super);
   os_unlock(&s->lock);
-  for (i = 0; i < s->npages; i++) cas_stamp(s, s->pages[i].data);
+  for (uint32_t i = 0; i < s->npages; i++) cas_stamp(s, s->pages[i].data);
   err = cas_transfer(s, s->pages, s->npages, CAS_DIGEST, 1); /* zeroes (C11) */
   if (!err) err = cas_transfer(s, s->pages, s->npages, CAS_DATA, 1);
   if (!err) err = cas_sync(s, 1); /* (C7) */
@@ -2738,14 +2724,12 @@ static int cas_due(const struct nbdserve_cas *s) {
 static void *cas_work(void *arg) {
   unsigned char d[CAS_FILL][32];
   struct nbdserve_cas *s = arg;
-  int err = 0, due;
-  uint32_t x, i;
   os_lock(&s->lock);
-  while (!err && (due = cas_due(s))) {
-    x = s->filled;
+  for (int err = 0, due; !err && (due = cas_due(s));) {
+    uint32_t x = s->filled;
     if (due == 1) s->filled += CAS_FILL;
     if (due == 1 && !cas_io(s, 0, d, sizeof d, cas_off(s, x, CAS_DIGEST)))
-      for (i = x ? 0 : 1; i < CAS_FILL; i++)
+      for (uint32_t i = x ? 0 : 1; i < CAS_FILL; i++)
         if (CAS_AT(s, x + i, ref) > 0 && !CAS_AT(s, x + i, tag) &&
             !u_is_zero(d[i], 32)) /* (C11) */
           cas_index(s, x + i, get32(d[i]) | CAS_TAGGED);
@@ -2760,9 +2744,8 @@ static void *cas_work(void *arg) {
 }
 
 static void cas_kick(struct nbdserve_cas *s) {
-  int start;
   os_lock(&s->lock);
-  start = !s->busy && cas_due(s);
+  int start = !s->busy && cas_due(s);
   if (start) s->busy = 1;
   os_unlock(&s->lock);
   if (start && os_thread(cas_work, s)) cas_work(s);
@@ -2773,9 +2756,9 @@ static void cas_kick(struct nbdserve_cas *s) {
 /* Waits, without lock, for room for an entry in the log, whose last quarter is
  * for pages that are not full, and for the pages that it may dirty. */
 static int cas_room(struct nbdserve_cas *s) {
-  int err = 0, tight, tried = 0;
+  int err = 0, tried = 0;
   while (!s->failed && !s->replaying) {
-    tight = cas_want(s, CAS_SEGMENT) != 0;
+    int tight = cas_want(s, CAS_SEGMENT) != 0;
     if (!tight && s->seq - s->tail < s->log_pages / 4 * 3) return 0;
     if (err || (tight && tried)) return err ? err : -ENOSPC;
     if (s->busy) {
@@ -2792,9 +2775,9 @@ static int cas_room(struct nbdserve_cas *s) {
 
 /* Takes a slot for a block: one that may have the same data, or a new one. */
 static int cas_choose(struct nbdserve_cas *s, struct cas_item *it, int hint) {
-  uint32_t tag = get32(it->sum) | CAS_TAGGED, x;
+  uint32_t tag = get32(it->sum) | CAS_TAGGED;
+  uint32_t x = hint ? *cas_bucket(s, tag) : 0;
   int err = 0;
-  x = hint ? *cas_bucket(s, tag) : 0;
   while (x && (CAS_AT(s, x, tag) != tag || CAS_AT(s, x, ref) > INT32_MAX / 2))
     x = CAS_AT(s, x, next);
   it->state = x ? CAS_DUP : CAS_DATA | CAS_DIGEST;
@@ -2811,25 +2794,22 @@ static int cas_choose(struct nbdserve_cas *s, struct cas_item *it, int hint) {
 static int cas_put(struct nbdserve_cas *s, struct cas_image *im,
                    struct cas_item *it, size_t n) {
   unsigned char *same = NULL;
-  int err, again = 1;
   uint32_t was = 0;
-  size_t i;
-
-  for (i = 0; i < n; i++) {
+  for (size_t i = 0; i < n; i++) {
     it[i].slot = 0;
     it[i].state = u_is_zero(it[i].data, s->bs) ? 0 : CAS_DATA;
   }
   cas_hash(s, it, n, CAS_DATA);
   os_lock(&s->lock);
-  err = s->failed;
-  for (i = 0; i < n && !err; i++)
+  int err = s->failed, again = 1;
+  for (size_t i = 0; i < n && !err; i++)
     if (it[i].state) err = cas_choose(s, it + i, 1);
   os_unlock(&s->lock);
   while (again && !err) { /* first the digests: who finds data finds both */
     again = 0;
     err = cas_transfer(s, it, n, CAS_DIGEST, 1);
     if (!err) err = cas_transfer(s, it, n, CAS_DATA, 1);
-    for (i = 0; i < n && !err; i++) {
+    for (size_t i = 0; i < n && !err; i++) {
       int dup = it[i].state == CAS_DUP; /* maybe of a block of this call */
       uint64_t off = cas_off(s, it[i].slot, CAS_DATA);
       it[i].state = 0;
@@ -2847,7 +2827,7 @@ static int cas_put(struct nbdserve_cas *s, struct cas_image *im,
   }
   NBDSERVE_FREE(same);
   os_lock(&s->lock);
-  for (i = 0; i < n; i++) { /* into the map and the log (C2) */
+  for (size_t i = 0; i < n; i++) { /* into the map and the log (C2) */
     if (!err) err = cas_room(s);
     if (!err) err = cas_map(s, im, it[i].lba, 0, &was, NULL);
     if (!err && it[i].expect != CAS_ANY && it[i].expect != was) err = -EAGAIN;
@@ -2870,9 +2850,8 @@ static int cas_put(struct nbdserve_cas *s, struct cas_image *im,
 static int cas_read(struct nbdserve_cas *s, struct cas_image *im,
                     struct cas_item *it, size_t n, int all) {
   int err = 0;
-  size_t i;
   os_lock(&s->lock);
-  for (i = 0; i < n; i++) {
+  for (size_t i = 0; i < n; i++) {
     it[i].slot = 0;
     it[i].err = cas_map(s, im, it[i].lba, 0, &it[i].slot, NULL);
     it[i].state = all && it[i].slot ? CAS_DATA : 0;
@@ -2885,7 +2864,7 @@ static int cas_read(struct nbdserve_cas *s, struct cas_image *im,
   cas_transfer(s, it, n, CAS_DATA, 0);
   cas_transfer(s, it, n, CAS_DIGEST, 0);
   cas_hash(s, it, n, CAS_DIGEST);
-  for (i = 0; i < n; i++) {
+  for (size_t i = 0; i < n; i++) {
     if (!it[i].slot) memset(it[i].data, 0, s->bs);
     if (it[i].state & CAS_DIGEST && !it[i].err &&
         memcmp(it[i].digest, it[i].sum, 32) != 0)
@@ -2910,18 +2889,17 @@ static void cas_unpin(struct nbdserve_cas *s, const struct cas_item *it,
 /* Reads or writes a part of one block; buf NULL: writes zeroes. */
 static int cas_part(struct nbdserve_cas *s, struct cas_image *im, int writing,
                     unsigned char *buf, uint64_t off, uint64_t len) {
-  struct cas_item it = {.lba = off / s->bs}, w;
-  unsigned char *part;
+  struct cas_item it = {.lba = off / s->bs, .data = NBDSERVE_MALLOC(s->bs)};
+  if (!it.data) return -ENOMEM;
+  unsigned char *part = it.data + off % s->bs;
   int err;
-  if (!(it.data = NBDSERVE_MALLOC(s->bs))) return -ENOMEM;
-  part = it.data + off % s->bs;
   do {
     err = cas_read(s, im, &it, 1, 1);
     if (!err && !writing) memcpy(buf, part, (size_t)len);
     if (!err && writing) {
       if (buf) memcpy(part, buf, (size_t)len);
       if (!buf) memset(part, 0, (size_t)len);
-      w = it;
+      struct cas_item w = it;
       w.expect = it.slot; /* pinned: it cannot be another block meanwhile */
       err = cas_put(s, im, &w, 1);
     }
@@ -2936,12 +2914,11 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   struct cas_image *im = ctx;
   struct nbdserve_cas *s = im->s;
   struct cas_item it[CAS_BATCH];
-  uint64_t at, len, bs = s->bs; /* at: in the request */
+  uint64_t bs = s->bs, len;
   size_t k = 0;
-  int writing, err;
   for (; n > 0; r++, n--) {
-    writing = r->type == NBD_CMD_WRITE;
-    for (at = 0, r->err = 0; at < r->len; at += len) {
+    int writing = r->type == NBD_CMD_WRITE, err = r->err = 0;
+    for (uint64_t at = 0; at < r->len; at += len) { /* in the request */
       len = u_min(bs - (r->off + at) % bs, r->len - at);
       if (len == bs)
         it[k++] = (struct cas_item){.lba = (r->off + at) / bs, .req = r,
@@ -2964,14 +2941,15 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
 /* Makes blocks from..to of an image holes: one log entry for many leaves. */
 static int cas_zero_blocks(struct nbdserve_cas *s, struct cas_image *im,
                            uint64_t from, uint64_t to) {
-  uint64_t span;
-  uint32_t x;
-  int err = 0, k, changed;
+  int err = 0;
   while (from < to && !err) {
     struct cas_item hole = {.lba = from};
+    int k = 0, changed = 0;
     os_lock(&s->lock);
     err = cas_room(s);
-    for (k = changed = 0; k < CAS_SEGMENT / CAS_LEVELS && from < to && !err;) {
+    while (k < CAS_SEGMENT / CAS_LEVELS && from < to && !err) {
+      uint64_t span;
+      uint32_t x;
       err = cas_map(s, im, from, 0, &x, &span);
       if (!err && x) err = cas_map(s, im, from, 1, &hole.slot, NULL);
       if (err) break;
@@ -3008,16 +2986,17 @@ static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
 static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                        struct nbdserve_extents *out) {
   struct cas_image *im = ctx;
-  uint64_t bs = im->s->bs, end = off + len, next, span;
+  uint64_t bs = im->s->bs, end = off + len, span;
   uint32_t slot, hole = NBDSERVE_HOLE | NBDSERVE_ZERO;
   int err = 0, enough = 0;
   (void)flags;
   os_lock(&im->s->lock);
-  for (; off < end && !enough; off = next) {
+  while (off < end && !enough) {
     err = cas_map(im->s, im, off / bs, 0, &slot, &span);
     if (err) break;
-    next = u_min((off / bs + span) * bs, end);
+    uint64_t next = u_min((off / bs + span) * bs, end);
     enough = nbdserve_extent(out, next - off, slot ? 0 : hole);
+    off = next;
   }
   os_unlock(&im->s->lock);
   return err;
@@ -3052,13 +3031,12 @@ static int64_t cas_get_super(struct nbdserve_cas *s, uint64_t off,
 
 /* Takes what the newest superblock says, and makes both alike (C8). */
 static int cas_open_super(struct nbdserve_cas *s) {
-  unsigned char copy[2][CAS_PAGE], *p;
+  unsigned char copy[2][CAS_PAGE];
   int64_t a = cas_get_super(s, 0, copy[0]);
   int64_t b = cas_get_super(s, CAS_UNIT, copy[1]);
-  int err;
   if (a < 0 && a != -EUCLEAN && (a != -EINVAL || b <= 0)) return (int)a;
   if (b == -EIO || (a < 0 && b < 0)) return -EIO; /* one may be damaged only */
-  p = memcpy(s->super, copy[b > a], CAS_PAGE);
+  unsigned char *p = memcpy(s->super, copy[b > a], CAS_PAGE);
   s->bs = get32(p + 12);
   s->seq = s->tail = s->durable = get64(p + 40);
   s->log_pages = get32(p + 48);
@@ -3066,7 +3044,7 @@ static int cas_open_super(struct nbdserve_cas *s) {
   s->catalog = get32(p + 56);
   s->next_id = get32(p + 60);
   if (a == b || s->readonly) return 0;
-  err = os_datasync(s->fd); /* what was read may be only in memory */
+  int err = os_datasync(s->fd); /* what was read may be only in memory */
   if (!err) err = cas_io(s, 1, p, CAS_PAGE, b > a ? 0 : CAS_UNIT);
   return err ? err : os_datasync(s->fd);
 }
@@ -3075,9 +3053,7 @@ static int cas_open_super(struct nbdserve_cas *s) {
  * references.  While that goes on tag and next of a page say where it is. */
 static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
                     uint32_t index, struct cas_node **out) {
-  unsigned char *page;
   struct cas_node *b;
-  uint32_t c, v;
   int err = 0;
   if (!x) return 0;
   if (x >= s->nslots) return -EIO;
@@ -3090,14 +3066,14 @@ static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
     return 0;
   }
   b = *out = cas_new_node(s, level);
-  page = b ? NBDSERVE_MALLOC(s->bs) : NULL;
+  unsigned char *page = b ? NBDSERVE_MALLOC(s->bs) : NULL;
   if (!page) return -ENOMEM;
   cas_hold(s, b->slot = x);
   CAS_AT(s, x, tag) = (uint32_t)(uintptr_t)b;
   CAS_AT(s, x, next) = (uint32_t)((uintptr_t)b >> 16 >> 16);
   if (cas_get_page(s, x, CAS_MAP, level, index, page)) s->damaged = b->bad = 1;
-  for (c = 0; c < s->fanout && !b->bad && !err; c++) {
-    v = get32(page + CAS_HEAD + 4 * c);
+  for (uint32_t c = 0; c < s->fanout && !b->bad && !err; c++) {
+    uint32_t v = get32(page + CAS_HEAD + 4 * c);
     if (level)
       err = cas_load(s, v, level - 1, index * s->fanout + c, &b->kid[c]);
     else if (v >= s->nslots)
@@ -3161,10 +3137,8 @@ static int cas_replay_entry(struct nbdserve_cas *s, const unsigned char *p,
   struct cas_item it = {.lba = get64(p + 8), .slot = get32(p + 4),
                         .state = CAS_DIGEST, .data = s->page};
   struct cas_image *im = s->images;
-  uint64_t blocks;
-  int err;
   while (im && memcmp(im->record + CAS_ID, p, 4) != 0) im = im->next;
-  blocks = im ? cas_blocks(s, im->size) : 0;
+  uint64_t blocks = im ? cas_blocks(s, im->size) : 0;
   if (it.lba >= blocks) return 0;
   if (!it.slot)
     return cas_zero_blocks(s, im, it.lba,
@@ -3172,7 +3146,7 @@ static int cas_replay_entry(struct nbdserve_cas *s, const unsigned char *p,
   if (!known) { /* (C9) */
     uint64_t off = cas_off(s, it.slot, CAS_DATA);
     if (off + s->bs > s->end) return 0;
-    err = cas_io(s, 0, s->page, s->bs, off);
+    int err = cas_io(s, 0, s->page, s->bs, off);
     if (err) return err;
     cas_hash(s, &it, 1, CAS_DIGEST);
     if (memcmp(it.sum, p + 16, 32) != 0) return 0;
@@ -3180,7 +3154,7 @@ static int cas_replay_entry(struct nbdserve_cas *s, const unsigned char *p,
     if (!s->readonly && (err = cas_io(s, 1, s->page, s->bs, off))) return err;
   }
   memcpy(it.sum, p + 16, 32);
-  err = cas_extend(s, it.slot);
+  int err = cas_extend(s, it.slot);
   if (!err && !s->readonly) err = cas_transfer(s, &it, 1, CAS_DIGEST, 1);
   if (err) return err;
   cas_hold(s, it.slot);
@@ -3190,17 +3164,16 @@ static int cas_replay_entry(struct nbdserve_cas *s, const unsigned char *p,
 
 /* Brings the maps up to what the log says (C9). */
 static int cas_replay(struct nbdserve_cas *s) {
-  uint64_t end = s->tail, seq;
-  unsigned i;
+  uint64_t end = s->tail;
   int err = 0;
   for (; end - s->tail < s->log_pages && cas_log_read(s, end); end++)
     s->durable = get64(s->log + 16);
-  for (i = 1; i < s->log_pages; i++)
+  for (uint32_t i = 1; i < s->log_pages; i++)
     s->log_damaged |= cas_log_read(s, end + i) && get64(s->log + 16) > end;
   if (s->log_damaged && !s->readonly) return -EIO;
-  for (seq = s->tail; seq < end && !err; seq++) {
+  for (uint64_t seq = s->tail; seq < end && !err; seq++) {
     if (!cas_log_read(s, seq)) return -EIO;
-    for (i = 0; i < get16(s->log + 4) && !err; i++)
+    for (unsigned i = 0; i < get16(s->log + 4) && !err; i++)
       if ((err = cas_replay_entry(s, s->log + 32 + CAS_ENTRY * i,
                                   seq < s->durable)) == -EIO &&
           s->damaged && s->readonly)
@@ -3222,7 +3195,6 @@ static int cas_place(struct nbdserve_cas *s) {
 }
 
 static int cas_recover(struct nbdserve_cas *s) {
-  uint32_t x;
   int err = cas_open_super(s);
   if (!err && (cas_place(s) || s->to_fill < CAS_SEGMENT)) err = -EIO;
   if (!err) err = cas_extend(s, s->to_fill - 1);
@@ -3234,7 +3206,7 @@ static int cas_recover(struct nbdserve_cas *s) {
   err = cas_open_catalog(s);
   if (!err) err = cas_replay(s);
   s->replaying = 0;
-  for (x = 1; x < s->nslots && !err; x++) {
+  for (uint32_t x = 1; x < s->nslots && !err; x++) {
     if (CAS_AT(s, x, ref) != CAS_FREED) continue;
     CAS_AT(s, x, ref) = 1;
     cas_drop(s, x, &s->retired);
@@ -3246,10 +3218,9 @@ static int cas_recover(struct nbdserve_cas *s) {
 }
 
 static void cas_destroy(struct nbdserve_cas *s) {
-  struct cas_image *im;
   if (!s) return;
   os_lock(&s->lock);
-  while ((im = s->images)) {
+  for (struct cas_image *im; (im = s->images);) {
     s->images = im->next;
     cas_unref(s, im->root);
     NBDSERVE_FREE(im);
@@ -3302,11 +3273,10 @@ int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
 }
 
 int nbdserve_cas_close(struct nbdserve_cas *s) {
-  int err = 0;
   os_lock(&s->lock);
   s->closing = 1;
   while (s->busy) os_wait(&s->room, &s->lock);
-  err = s->failed;
+  int err = s->failed;
   os_unlock(&s->lock);
   if (!err && !s->readonly && (s->nlogged > s->nsynced || s->seq > s->tail))
     err = cas_checkpoint(s, NULL);
@@ -3316,18 +3286,17 @@ int nbdserve_cas_close(struct nbdserve_cas *s) {
 
 int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   struct nbdserve_cas *s = cas_new(o);
-  struct timespec t;
-  int err, is_new;
   if (!s) return -ENOMEM;
   s->bs = o && o->block_size ? o->block_size : CAS_MIN_BLOCK;
   s->log_pages = o && o->log_pages ? o->log_pages : 4096;
   s->seq = s->next_id = 1;
-  err = cas_place(s);
+  int err = cas_place(s);
   if (!err) err = cas_open_file(s, path, O_RDWR | O_CREAT | O_EXCL);
-  is_new = s->fd >= 0;
+  int is_new = s->fd >= 0;
   if (err == -EEXIST && !cas_open_file(s, path, O_RDWR) && s->is_device &&
       !cas_io(s, 0, s->super, CAS_PAGE, 0) && u_is_zero(s->super, CAS_PAGE))
     err = 0; /* an unused block device will do */
+  struct timespec t;
   clock_gettime(CLOCK_REALTIME, &t); /* for an id that no other store has */
   memcpy(s->super, CAS_MAGIC, 8);
   put32(s->super + 8, 1);
@@ -3350,12 +3319,10 @@ static const struct nbdserve_ops cas_ops = {
 
 int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
                         struct nbdserve_export *out) {
-  struct cas_image *im;
-  int err;
   os_lock(&s->ckpt); /* one that is under way may be changing what it is */
   os_lock(&s->lock);
-  im = cas_find(s, name, strlen(name));
-  err = s->failed ? s->failed : im ? 0 : -ENOENT;
+  struct cas_image *im = cas_find(s, name, strlen(name));
+  int err = s->failed ? s->failed : im ? 0 : -ENOENT;
   if (!err) {
     if (!im->s) im->own.batch = cas_batch; /* once: others may be using it */
     if (!im->s) im->s = s;
@@ -3405,10 +3372,9 @@ int nbdserve_cas_list(struct nbdserve_cas *s,
                                   const struct nbdserve_cas_info *info),
                       void *arg) {
   char name[2 * CAS_NAME + 2];
-  struct cas_image *im;
   int r = 0;
   os_lock(&s->lock);
-  for (im = s->images; im && !r; im = im->next) {
+  for (struct cas_image *im = s->images; im && !r; im = im->next) {
     struct nbdserve_cas_info info = {cas_name(im, name), im->size,
                                      get64(im->record + CAS_CREATED),
                                      im->clients, im->parent != NULL};
@@ -3437,17 +3403,14 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
                         nbdserve_progress *progress, void *arg) {
   unsigned char *data = NBDSERVE_MALLOC(CAS_BATCH * s->bs);
   int found = s->log_damaged, stop = 0;
-  const char *why, *next;
-  char name[2 * CAS_NAME + 2];
   struct cas_item it[CAS_BATCH];
-  uint64_t done = 0, total = 0, lba, blocks, from = 0;
+  uint64_t done = 0, total = 0;
+  char name[2 * CAS_NAME + 2];
   struct cas_image *im;
-  size_t i, n;
-
   if (!data) return -ENOMEM;
   if (found) each(arg, "", 0, 0, "the log is damaged");
   os_lock(&s->ckpt);
-  for (i = 0; i < 2; i++) {
+  for (unsigned i = 0; i < 2; i++) {
     if (cas_get_super(s, i * CAS_UNIT, data) >= 0) continue;
     each(arg, "", 0, 0, i ? "the second superblock is damaged"
                           : "the first superblock is damaged");
@@ -3455,25 +3418,26 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
   }
   os_unlock(&s->ckpt);
   os_lock(&s->lock); /* read-only: what the log brought has been checked */
-  for (i = 0; i < s->ngroups && !s->readonly; i++)
+  for (uint32_t i = 0; i < s->ngroups && !s->readonly; i++)
     memset(s->groups[i]->good, 0, sizeof s->groups[i]->good);
   for (im = s->images; im; im = im->next) total += im->size;
   for (im = s->images; im && !stop; im = im->next) {
     im->clients++; /* it stays in the list */
     cas_name(im, name);
     os_unlock(&s->lock);
-    why = NULL;
-    blocks = cas_blocks(s, im->size);
-    for (lba = 0; lba < blocks && !stop; lba += n) {
+    const char *why = NULL;
+    uint64_t blocks = cas_blocks(s, im->size), from = 0;
+    size_t n;
+    for (uint64_t lba = 0; lba < blocks && !stop; lba += n) {
       n = (size_t)u_min(blocks - lba, CAS_BATCH);
       stop = progress && progress(arg, done += n * s->bs, total);
-      for (i = 0; i < n; i++)
+      for (size_t i = 0; i < n; i++)
         it[i] = (struct cas_item){.lba = lba + i, .data = data + i * s->bs};
       if (cas_read(s, im, it, n, 0)) found = 1;
-      for (i = 0; i < n; i++) {
-        next = !it[i].err   ? NULL
-               : it[i].slot ? "the data is not what it was"
-                            : "the map cannot be read";
+      for (size_t i = 0; i < n; i++) {
+        const char *next = !it[i].err   ? NULL
+                           : it[i].slot ? "the data is not what it was"
+                                        : "the map cannot be read";
         if (next == why) continue;
         if (why) each(arg, name, from, (lba + i) * s->bs - from, why);
         from = (lba + i) * s->bs;
@@ -3493,17 +3457,17 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
 /* Gives the free slots of a segment back; they are nobody else's meanwhile. */
 static int cas_punch(struct nbdserve_cas *s, uint32_t x) {
   unsigned char mine[CAS_SEGMENT + 1] = {0};
-  uint32_t list = 0, i, n;
+  uint32_t list = 0;
   int err = 0;
   os_lock(&s->lock);
-  for (i = 0; i < CAS_SEGMENT; i++)
+  for (uint32_t i = 0; i < CAS_SEGMENT; i++)
     if (!CAS_AT(s, x + i, ref)) {
       cas_hold(s, x + i);
       cas_drop(s, x + i, &list);
       mine[i] = CAS_AT(s, x + i, ref) == CAS_FREED;
     }
   os_unlock(&s->lock);
-  for (i = 0; i < CAS_SEGMENT && !err; i += n + 1) {
+  for (uint32_t i = 0, n = 0; i < CAS_SEGMENT && !err; i += n + 1) {
     for (n = 0; mine[i + n];) n++;
     if (n) err = os_fallocate(s->fd, OS_PUNCH_HOLE, cas_off(s, x + i, CAS_DATA),
                               (uint64_t)n * s->bs);
@@ -3517,7 +3481,6 @@ static int cas_punch(struct nbdserve_cas *s, uint32_t x) {
 int nbdserve_cas_gc(struct nbdserve_cas *s, int dry_run, uint64_t *bytes,
                     nbdserve_progress *progress, void *arg) {
   struct stat before, after;
-  uint32_t x = 0;
   int err = dry_run ? 0 : s->readonly ? -EROFS : cas_checkpoint(s, NULL);
   os_lock(&s->lock);
   uint32_t nslots = s->nslots;
@@ -3526,7 +3489,7 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, int dry_run, uint64_t *bytes,
   os_unlock(&s->lock);
   if (dry_run || err) return err;
   if (fstat(s->fd, &before) < 0) return -errno;
-  for (; !err && x < nslots; x += CAS_SEGMENT) {
+  for (uint32_t x = 0; !err && x < nslots; x += CAS_SEGMENT) {
     err = cas_punch(s, x);
     if (!err && progress && progress(arg, x, nslots)) err = -ECANCELED;
   }

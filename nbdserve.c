@@ -2036,6 +2036,7 @@ enum {
   CAS_MAP = 0x4d415031, CAS_CAT = 0x43415431, CAS_LOG = 0x4c4f4731,
   CAS_HEAD = 32, CAS_ENTRY = 48, CAS_RECORD = 256, CAS_NAME = 166,
   CAS_PAGE = 4096, CAS_SUM = 4064, /* a log page or superblock; its SHA-256 */
+  CAS_CHECK = 16,                  /* that of other pages */
   CAS_SLOTS = CAS_UNIT / 32, CAS_GROUPS = 131071, /* in a group; at most */
   CAS_LEVELS = 4,                  /* of a map: 4 PiB with blocks of 4096 */
   CAS_BATCH = 256, CAS_RUN = 64,   /* blocks done at a time; in one call */
@@ -2149,23 +2150,22 @@ static void cas_index(struct nbdserve_cas *s, uint32_t x, uint32_t tag) {
 }
 
 static void cas_unindex(struct nbdserve_cas *s, uint32_t x) {
-  uint32_t *p = &CAS_AT(s, x, tag);
-  if (!*p) return;
-  for (p = cas_bucket(s, *p); *p && *p != x;) p = &CAS_AT(s, *p, next);
-  if (*p) *p = CAS_AT(s, x, next); /* else it is a page */
-  CAS_AT(s, x, tag) = 0;
+  uint32_t *tag = &CAS_AT(s, x, tag), *p = cas_bucket(s, *tag);
+  while (*tag && *p && *p != x) p = &CAS_AT(s, *p, next);
+  if (*p == x) *p = CAS_AT(s, x, next); /* else it is a page, or not there */
+  *tag = 0;
 }
 
 /* Counts segments in until there is slot x; a new group splits buckets. */
 static int cas_extend(struct nbdserve_cas *s, uint32_t x) {
   for (; s->nslots <= x; s->nslots += CAS_SEGMENT) {
-    uint32_t b = s->nslots;
-    if (b == s->ngroups * CAS_SLOTS) {
+    if (s->nslots == s->ngroups * CAS_SLOTS) {
       if (s->ngroups == CAS_GROUPS) return -ENOSPC;
       s->groups[s->ngroups] = u_zalloc(sizeof **s->groups);
       if (!s->groups[s->ngroups]) return -ENOMEM;
-      if (!s->ngroups++) s->mask = CAS_SLOTS - 1;
-      for (; b && b < s->ngroups * CAS_SLOTS; b++) {
+      s->ngroups++;
+      uint32_t b = s->nslots ? s->nslots : 1;
+      for (; b < s->ngroups * CAS_SLOTS; b++) {
         if (b > 2 * s->mask + 1) s->mask = 2 * s->mask + 1;
         uint32_t *p = &CAS_AT(s, b - s->mask - 1, head), y = *p, next;
         for (*p = 0; y; y = next) {
@@ -2260,15 +2260,13 @@ static uint32_t cas_segment(struct nbdserve_cas *s, uint32_t x) {
 
 /* Takes a free slot; the caller knows that there is one. */
 static uint32_t cas_alloc(struct nbdserve_cas *s) {
-  uint32_t x = s->cursor;
   assert(s->nfree > 0);
-  for (;; x++) {
-    if (x % CAS_SEGMENT == 0) x = cas_segment(s, x);
-    if (!CAS_AT(s, x, ref)) break;
+  for (;; s->cursor++) {
+    if (s->cursor % CAS_SEGMENT == 0) s->cursor = cas_segment(s, s->cursor);
+    if (!CAS_AT(s, s->cursor, ref)) break;
   }
-  s->cursor = x + 1;
-  cas_hold(s, x);
-  return x;
+  cas_hold(s, s->cursor);
+  return s->cursor++;
 }
 
 /* ---- Data, pages, log ---------------------------------------------------- */
@@ -2323,32 +2321,26 @@ static void cas_hash(const struct nbdserve_cas *s, struct cas_item *it,
   if (first) sha_256(s->hw, first->data, NULL, s->bs, first->sum, NULL);
 }
 
-static int cas_stamp(const struct nbdserve_cas *s, unsigned char *page) {
-  unsigned char was[16], sum[32];
-  memcpy(was, page + 16, 16);
-  memset(page + 16, 0, 16);
-  sha_256(s->hw, page, NULL, s->bs, sum, NULL);
-  memcpy(page + 16, sum, 16);
-  return memcmp(was, sum, 16) == 0;
+/* Puts its sum into a page, at CAS_CHECK, or a superblock or page of the log, at
+ * CAS_SUM.  Was it there? */
+static int cas_stamp(const struct nbdserve_cas *s, unsigned char *p, int at) {
+  unsigned char was[32], sum[32];
+  size_t len = at == CAS_SUM ? CAS_SUM : s->bs, n = at == CAS_SUM ? 32 : 16;
+  memcpy(was, p + at, n);
+  memset(p + at, 0, n);
+  sha_256(s->hw, p, NULL, len, sum, NULL);
+  memcpy(p + at, sum, n);
+  return memcmp(was, sum, n) == 0;
 }
 
 /* Reads a page.  -EIO: it is not what it should be. */
 static int cas_get_page(struct nbdserve_cas *s, uint32_t x, uint32_t magic,
-                        int level, uint32_t index, unsigned char *page) {
-  int err = x < s->nslots ? 0 : -EIO;
-  if (!err) err = cas_io(s, 0, page, s->bs, cas_off(s, x, CAS_DATA));
-  if (!err && (!cas_stamp(s, page) || get32(page) != magic ||
-               get32(page + 4) != (uint32_t)level || get32(page + 8) != index))
-    err = -EIO;
-  return err;
-}
-
-/* Puts its sum into a superblock or a page of the log.  Was it there? */
-static int cas_seal(const struct nbdserve_cas *s, unsigned char *p) {
-  unsigned char was[32];
-  memcpy(was, p + CAS_SUM, 32);
-  sha_256(s->hw, p, NULL, CAS_SUM, p + CAS_SUM, NULL);
-  return memcmp(was, p + CAS_SUM, 32) == 0;
+                        int level, uint32_t index, unsigned char *p) {
+  if (x >= s->nslots) return -EIO;
+  int err = cas_io(s, 0, p, s->bs, cas_off(s, x, CAS_DATA));
+  if (err) return err;
+  return cas_stamp(s, p, CAS_CHECK) && get32(p) == magic &&
+         get32(p + 4) == (uint32_t)level && get32(p + 8) == index ? 0 : -EIO;
 }
 
 /* Nothing is written any more (C14). */
@@ -2359,12 +2351,8 @@ static int cas_fail(struct nbdserve_cas *s, int err) {
   return err;
 }
 
-static uint64_t cas_log_off(const struct nbdserve_cas *s, uint64_t seq) {
-  return 2 * CAS_UNIT + seq % s->log_pages * CAS_PAGE;
-}
-
 static int cas_log_write(struct nbdserve_cas *s) {
-  uint64_t off = cas_log_off(s, s->seq);
+  uint64_t off = 2 * CAS_UNIT + s->seq % s->log_pages * CAS_PAGE;
   if (!s->nlog || s->failed) return s->failed;
   assert(s->seq - s->tail < s->log_pages);
   put32(s->log, CAS_LOG);
@@ -2372,7 +2360,7 @@ static int cas_log_write(struct nbdserve_cas *s) {
   put64(s->log + 8, s->seq++); /* (C3) */
   put64(s->log + 16, s->durable);
   memcpy(s->log + 24, s->super + 16, 8);
-  cas_seal(s, s->log);
+  cas_stamp(s, s->log, CAS_SUM);
   s->nlog = 0;
   return cas_fail(s, cas_io(s, 1, s->log, CAS_PAGE, off));
 }
@@ -2688,9 +2676,10 @@ static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
   put32(s->super + 52, s->nslots);
   put32(s->super + 56, s->catalog);
   put32(s->super + 60, s->next_id);
-  cas_seal(s, s->super);
+  cas_stamp(s, s->super, CAS_SUM);
   os_unlock(&s->lock);
-  for (uint32_t i = 0; i < s->npages; i++) cas_stamp(s, s->pages[i].data);
+  for (uint32_t i = 0; i < s->npages; i++)
+    cas_stamp(s, s->pages[i].data, CAS_CHECK);
   err = cas_transfer(s, s->pages, s->npages, CAS_DIGEST, 1); /* zeroes (C11) */
   if (!err) err = cas_transfer(s, s->pages, s->npages, CAS_DATA, 1);
   if (!err) err = cas_sync(s, 1); /* (C7) */
@@ -3023,7 +3012,7 @@ static int64_t cas_get_super(struct nbdserve_cas *s, uint64_t off,
                              unsigned char *p) {
   int err = off + CAS_PAGE > s->end ? -EINVAL : cas_io(s, 0, p, CAS_PAGE, off);
   if (err || memcmp(p, CAS_MAGIC, 8) != 0) return err ? err : -EINVAL;
-  if (!cas_seal(s, p)) return -EUCLEAN;
+  if (!cas_stamp(s, p, CAS_SUM)) return -EUCLEAN;
   if (get32(p + 8) != 1 || get32(p + 64) || (get32(p + 68) && !s->readonly))
     return -EOPNOTSUPP;
   return (int64_t)get64(p + 32);
@@ -3123,13 +3112,13 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
 }
 
 static int cas_log_read(struct nbdserve_cas *s, uint64_t seq) {
-  uint64_t off = cas_log_off(s, seq);
+  uint64_t off = 2 * CAS_UNIT + seq % s->log_pages * CAS_PAGE;
   if (off + CAS_PAGE > s->end) return 0; /* not written so far */
   int err = cas_io(s, 0, s->log, CAS_PAGE, off);
   if (err) s->log_damaged = 1;
   return !err && get32(s->log) == CAS_LOG && get16(s->log + 4) <= CAS_ENTRIES &&
          get64(s->log + 8) == seq && !memcmp(s->log + 24, s->super + 16, 8) &&
-         cas_seal(s, s->log);
+         cas_stamp(s, s->log, CAS_SUM);
 }
 
 static int cas_replay_entry(struct nbdserve_cas *s, const unsigned char *p,

@@ -2030,7 +2030,9 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 #endif
 #define CAS_MAGIC "NBDSCAS1"
 #define CAS_ANY UINT32_MAX
-#define CAS_TAGGED 0x80000000u /* in every tag of a digest */
+#define CAS_TAG(digest) (get32(digest) >> 2 | CAS_TAGGED)
+#define CAS_TAGGED 0x40000000u
+#define CAS_GOOD 0x80000000u /* read or written since, and it fitted */
 
 enum {
   CAS_MAP = 0x4d415031, CAS_CAT = 0x43415431, CAS_LOG = 0x4c4f4731,
@@ -2049,10 +2051,9 @@ enum {
 
 struct cas_group {
   int32_t ref[CAS_SLOTS];   /* 0: free (C13) */
-  uint32_t tag[CAS_SLOTS];  /* of the digest; 0: not in the index */
+  uint32_t tag[CAS_SLOTS];  /* CAS_TAG if in the index; CAS_GOOD */
   uint32_t next[CAS_SLOTS]; /* slot in the index, or in a list */
   uint32_t head[CAS_SLOTS]; /* of the index: buckets, not slots */
-  unsigned char good[CAS_SLOTS / 8]; /* read or written since, and it fitted */
   uint16_t nfree[CAS_SLOTS / CAS_SEGMENT];
 };
 
@@ -2136,7 +2137,7 @@ static uint64_t cas_off(const struct nbdserve_cas *s, uint32_t x, int what) {
 /* The bucket of a tag.  There are as many as slots in all groups: their number
  * is above mask and at most twice that, so a new group splits just some. */
 static uint32_t *cas_bucket(struct nbdserve_cas *s, uint32_t tag) {
-  uint32_t b = tag & (2 * s->mask + 1);
+  uint32_t b = tag & ~CAS_GOOD & (2 * s->mask + 1);
   if (b >= s->ngroups * CAS_SLOTS) b &= s->mask;
   return &CAS_AT(s, b, head);
 }
@@ -2144,7 +2145,7 @@ static uint32_t *cas_bucket(struct nbdserve_cas *s, uint32_t tag) {
 static void cas_index(struct nbdserve_cas *s, uint32_t x, uint32_t tag) {
   uint32_t *b = cas_bucket(s, tag);
   assert(x && tag);
-  CAS_AT(s, x, tag) = tag;
+  CAS_AT(s, x, tag) |= tag;
   CAS_AT(s, x, next) = *b;
   *b = x;
 }
@@ -2199,14 +2200,6 @@ static int cas_want(struct nbdserve_cas *s, uint32_t more) {
   return err;
 }
 
-/* Is the slot's data known to fit its digest?  set: from now on, 0 or 1. */
-static int cas_good(struct nbdserve_cas *s, uint32_t x, int set) {
-  unsigned char *p = &s->groups[x / CAS_SLOTS]->good[x % CAS_SLOTS / 8];
-  int bit = 1 << x % 8;
-  if (set >= 0) *p = (unsigned char)(set ? *p | bit : *p & ~bit);
-  return *p & bit;
-}
-
 /* One more edge to a slot, or pin on it.  A free one is taken by that. */
 static void cas_hold(struct nbdserve_cas *s, uint32_t x) {
   int32_t *ref = &CAS_AT(s, x, ref);
@@ -2214,7 +2207,6 @@ static void cas_hold(struct nbdserve_cas *s, uint32_t x) {
   if (!*ref) {
     s->nfree--;
     CAS_NFREE(s, x)--;
-    cas_good(s, x, 0);
   }
   *ref = *ref == CAS_FREED ? 1 : *ref + 1;
 }
@@ -2321,8 +2313,8 @@ static void cas_hash(const struct nbdserve_cas *s, struct cas_item *it,
   if (first) sha_256(s->hw, first->data, NULL, s->bs, first->sum, NULL);
 }
 
-/* Puts its sum into a page, at CAS_CHECK, or a superblock or page of the log, at
- * CAS_SUM.  Was it there? */
+/* Puts its sum into a page (at CAS_CHECK), or a superblock or page of the log
+ * (at CAS_SUM).  Was it there? */
 static int cas_stamp(const struct nbdserve_cas *s, unsigned char *p, int at) {
   unsigned char was[32], sum[32];
   size_t len = at == CAS_SUM ? CAS_SUM : s->bs, n = at == CAS_SUM ? 32 : 16;
@@ -2719,9 +2711,9 @@ static void *cas_work(void *arg) {
     if (due == 1) s->filled += CAS_FILL;
     if (due == 1 && !cas_io(s, 0, d, sizeof d, cas_off(s, x, CAS_DIGEST)))
       for (uint32_t i = x ? 0 : 1; i < CAS_FILL; i++)
-        if (CAS_AT(s, x + i, ref) > 0 && !CAS_AT(s, x + i, tag) &&
+        if (CAS_AT(s, x + i, ref) > 0 && !(CAS_AT(s, x + i, tag) & ~CAS_GOOD) &&
             !u_is_zero(d[i], 32)) /* (C11) */
-          cas_index(s, x + i, get32(d[i]) | CAS_TAGGED);
+          cas_index(s, x + i, CAS_TAG(d[i]));
     os_unlock(&s->lock); /* others may want it */
     if (due == 2) err = cas_checkpoint(s, NULL);
     os_lock(&s->lock);
@@ -2764,10 +2756,10 @@ static int cas_room(struct nbdserve_cas *s) {
 
 /* Takes a slot for a block: one that may have the same data, or a new one. */
 static int cas_choose(struct nbdserve_cas *s, struct cas_item *it, int hint) {
-  uint32_t tag = get32(it->sum) | CAS_TAGGED;
-  uint32_t x = hint ? *cas_bucket(s, tag) : 0;
+  uint32_t tag = CAS_TAG(it->sum), x = hint ? *cas_bucket(s, tag) : 0;
   int err = 0;
-  while (x && (CAS_AT(s, x, tag) != tag || CAS_AT(s, x, ref) > INT32_MAX / 2))
+  while (x && ((CAS_AT(s, x, tag) & ~CAS_GOOD) != tag ||
+               CAS_AT(s, x, ref) > INT32_MAX / 2))
     x = CAS_AT(s, x, next);
   it->state = x ? CAS_DUP : CAS_DATA | CAS_DIGEST;
   if (x)
@@ -2820,7 +2812,7 @@ static int cas_put(struct nbdserve_cas *s, struct cas_image *im,
     if (!err) err = cas_room(s);
     if (!err) err = cas_map(s, im, it[i].lba, 0, &was, NULL);
     if (!err && it[i].expect != CAS_ANY && it[i].expect != was) err = -EAGAIN;
-    if (!err && it[i].slot) cas_good(s, it[i].slot, 1);
+    if (!err && it[i].slot) CAS_AT(s, it[i].slot, tag) |= CAS_GOOD;
     if (!err && it[i].slot != was &&
         !(err = cas_map(s, im, it[i].lba, 1, &it[i].slot, NULL))) {
       cas_log(s, im, it + i, 1);
@@ -2845,7 +2837,7 @@ static int cas_read(struct nbdserve_cas *s, struct cas_image *im,
     it[i].err = cas_map(s, im, it[i].lba, 0, &it[i].slot, NULL);
     it[i].state = all && it[i].slot ? CAS_DATA : 0;
     if (it[i].slot && (s->verify || !all) &&
-        (s->failed || !cas_good(s, it[i].slot, -1)))
+        (s->failed || !(CAS_AT(s, it[i].slot, tag) & CAS_GOOD)))
       it[i].state = CAS_DATA | CAS_DIGEST;
     cas_hold(s, it[i].slot);
   }
@@ -2869,7 +2861,8 @@ static void cas_unpin(struct nbdserve_cas *s, const struct cas_item *it,
   os_lock(&s->lock);
   for (; n-- > 0; it++) {
     if (it->slot && it->err) cas_unindex(s, it->slot);
-    if (it->state & CAS_DIGEST && !it->err) cas_good(s, it->slot, 1);
+    if (it->state & CAS_DIGEST && !it->err)
+      CAS_AT(s, it->slot, tag) |= CAS_GOOD;
     cas_drop(s, it->slot, &s->dropped);
   }
   os_unlock(&s->lock);
@@ -3147,7 +3140,8 @@ static int cas_replay_entry(struct nbdserve_cas *s, const unsigned char *p,
   if (!err && !s->readonly) err = cas_transfer(s, &it, 1, CAS_DIGEST, 1);
   if (err) return err;
   cas_hold(s, it.slot);
-  if (!known) cas_good(s, it.slot, 1); /* read-only: its digest may be old */
+  if (!known) /* read-only: its digest may be old */
+    CAS_AT(s, it.slot, tag) |= CAS_GOOD;
   return cas_map(s, im, it.lba, 1, &it.slot, NULL);
 }
 
@@ -3407,8 +3401,8 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
   }
   os_unlock(&s->ckpt);
   os_lock(&s->lock); /* read-only: what the log brought has been checked */
-  for (uint32_t i = 0; i < s->ngroups && !s->readonly; i++)
-    memset(s->groups[i]->good, 0, sizeof s->groups[i]->good);
+  for (uint32_t x = 0; x < s->nslots && !s->readonly; x++)
+    CAS_AT(s, x, tag) &= ~CAS_GOOD;
   for (im = s->images; im; im = im->next) total += im->size;
   for (im = s->images; im && !stop; im = im->next) {
     im->clients++; /* it stays in the list */

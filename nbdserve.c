@@ -2065,7 +2065,7 @@ struct cas_node {
   int bad;       /* it could not be read: what is below is not known */
   uint32_t slot; /* where it lies; 0: nowhere yet as it is now */
   uint32_t *e;   /* [fanout] slots of blocks, on level 0 */
-  struct cas_node **kid; /* [fanout] pages below, on other levels */
+  struct cas_node *kid[]; /* [fanout] pages below, on other levels */
 };
 
 /* A volume or snapshot, and what its exports have in common: all. */
@@ -2403,17 +2403,6 @@ static int cas_sync(struct nbdserve_cas *s, int always) {
 
 /* ---- Maps and the catalog ------------------------------------------------ */
 
-static struct cas_node *cas_new_node(struct nbdserve_cas *s, int level) {
-  size_t size = level ? sizeof(struct cas_node *) : sizeof(uint32_t);
-  struct cas_node *b = u_zalloc(sizeof *b + s->fanout * size);
-  if (!b) return NULL;
-  b->refs = 1;
-  b->level = level;
-  b->e = (uint32_t *)(void *)(b + 1);
-  b->kid = (struct cas_node **)(void *)(b + 1);
-  return b;
-}
-
 /* Takes an edge off a page, after the last off all below, and yields lock. */
 static void cas_unref(struct nbdserve_cas *s, struct cas_node *b) {
   if (!b || --b->refs > 0) return;
@@ -2429,16 +2418,22 @@ static void cas_unref(struct nbdserve_cas *s, struct cas_node *b) {
   os_lock(&s->lock);
 }
 
-/* Makes the page at *p, which is to change, the image's own (C13). */
+/* Makes the page at *p, which is to change, the image's own (C13), or a new one
+ * if there is none. */
 static int cas_own(struct nbdserve_cas *s, struct cas_node **p, int level) {
-  struct cas_node *b = *p, *n;
+  struct cas_node *b = *p;
   if (b && b->refs == 1) {
     if (b->slot) s->ndirty++;
     cas_drop(s, b->slot, &s->retired);
     b->slot = 0;
     return 0;
   }
-  if (!(n = cas_new_node(s, level))) return -ENOMEM;
+  struct cas_node *n =
+      u_zalloc(sizeof *n + s->fanout * (level ? sizeof *n->kid : sizeof *n->e));
+  if (!n) return -ENOMEM;
+  n->refs = 1;
+  n->level = level;
+  n->e = (uint32_t *)(void *)n->kid;
   for (uint32_t c = 0; b && c < s->fanout; c++)
     if (!level)
       cas_hold(s, n->e[c] = b->e[c]);
@@ -3047,12 +3042,14 @@ static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
     *out = b;
     return 0;
   }
-  b = *out = cas_new_node(s, level);
-  unsigned char *page = b ? NBDSERVE_MALLOC(s->bs) : NULL;
-  if (!page) return -ENOMEM;
+  if (cas_own(s, out, level)) return -ENOMEM;
+  b = *out;
+  s->ndirty--;
   cas_hold(s, b->slot = x);
   CAS_AT(s, x, tag) = (uint32_t)(uintptr_t)b;
   CAS_AT(s, x, next) = (uint32_t)((uintptr_t)b >> 16 >> 16);
+  unsigned char *page = NBDSERVE_MALLOC(s->bs);
+  if (!page) return -ENOMEM;
   if (cas_get_page(s, x, CAS_MAP, level, index, page)) s->damaged = b->bad = 1;
   for (uint32_t c = 0; c < s->fanout && !b->bad && !err; c++) {
     uint32_t v = get32(page + CAS_HEAD + 4 * c);

@@ -2522,6 +2522,7 @@ static int cas_add(struct nbdserve_cas *s, const struct cas_op *op,
   put32(im->record + CAS_DEPTH, CAS_LEVELS);
   put64(im->record + CAS_CREATED, (uint64_t)time(NULL));
   if (from) memcpy(im->record + CAS_ORIGIN, from->record + CAS_ID, 4);
+  im->s = s;
   im->size = from ? from->size : op->size;
   im->root = from ? from->root : NULL;
   if (im->root) im->root->refs++;
@@ -2689,7 +2690,7 @@ out:
 
 /* What is to be done beside requests?  1: fill the index, 2: a checkpoint. */
 static int cas_due(const struct nbdserve_cas *s) {
-  if (s->failed || s->readonly || s->closing) return 0;
+  if (s->failed || s->readonly || s->replaying || s->closing) return 0;
   if (s->seq - s->tail > s->log_pages / 2 || s->ndirty > CAS_DIRTY ||
       s->nwaiting > CAS_WAITING ||
       (s->nwaiting > 0 && s->nfree < cas_reserve(s) + CAS_SEGMENT))
@@ -2915,18 +2916,20 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   }
 }
 
-/* Makes blocks from..to of an image holes: one log entry for many leaves. */
-static int cas_zero_blocks(struct nbdserve_cas *s, struct cas_image *im,
-                           uint64_t from, uint64_t to) {
+/* Makes the whole blocks of a range holes: one log entry for many leaves. */
+static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
+  struct cas_image *im = ctx;
+  struct nbdserve_cas *s = im->s;
+  uint64_t from = cas_blocks(s, off), to = (off + len) / s->bs, span;
+  uint32_t x;
   int err = 0;
+  (void)flags;
   while (from < to && !err) {
     struct cas_item hole = {.lba = from};
     int k = 0, changed = 0;
     os_lock(&s->lock);
     err = cas_room(s);
     while (k < CAS_SEGMENT / CAS_LEVELS && from < to && !err) {
-      uint64_t span;
-      uint32_t x;
       err = cas_map(s, im, from, 0, &x, &span);
       if (!err && x) err = cas_map(s, im, from, 1, &hole.slot, NULL);
       if (err) break;
@@ -2938,15 +2941,7 @@ static int cas_zero_blocks(struct nbdserve_cas *s, struct cas_image *im,
     if (!err) err = s->failed;
     os_unlock(&s->lock);
   }
-  return err;
-}
-
-static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
-  struct cas_image *im = ctx;
-  uint64_t bs = im->s->bs, from = off / bs + (off % bs != 0);
-  int err = cas_zero_blocks(im->s, im, from, (off + len) / bs);
-  (void)flags;
-  cas_kick(im->s);
+  cas_kick(s);
   return err;
 }
 
@@ -3080,6 +3075,7 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
       if (!im) return -ENOMEM;
       memcpy(im->record, s->page + k, CAS_RECORD);
       im->record[CAS_RECORD - 1] = 0; /* a name ends */
+      im->s = s;
       im->size = get64(im->record + CAS_SIZE);
       im->next = s->images;
       s->images = im;
@@ -3120,8 +3116,8 @@ static int cas_replay_entry(struct nbdserve_cas *s, const unsigned char *p,
   uint64_t blocks = im ? cas_blocks(s, im->size) : 0;
   if (it.lba >= blocks) return 0;
   if (!it.slot)
-    return cas_zero_blocks(s, im, it.lba,
-                           u_min(blocks, it.lba + get64(p + 16)));
+    return cas_trim(im, it.lba * s->bs,
+                    u_min(blocks - it.lba, get64(p + 16)) * s->bs, 0);
   if (!known) { /* (C9) */
     uint64_t off = cas_off(s, it.slot, CAS_DATA);
     if (off + s->bs > s->end) return 0;
@@ -3304,8 +3300,7 @@ int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
   struct cas_image *im = cas_find(s, name, strlen(name));
   int err = s->failed ? s->failed : im ? 0 : -ENOENT;
   if (!err) {
-    if (!im->s) im->own.batch = cas_batch; /* once: others may be using it */
-    if (!im->s) im->s = s;
+    if (!im->own.batch) im->own.batch = cas_batch; /* others may be using it */
     im->clients++;
     out->size = im->size;
     out->preferred_block = s->bs;

@@ -2301,6 +2301,12 @@ static int cas_transfer(struct nbdserve_cas *s, struct cas_item *it, size_t n,
   return err;
 }
 
+/* Writes what is to be written; first the digests: who finds data finds both */
+static int cas_store(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
+  int err = cas_transfer(s, it, n, CAS_DIGEST, 1);
+  return err ? err : cas_transfer(s, it, n, CAS_DATA, 1);
+}
+
 static void cas_hash(const struct nbdserve_cas *s, struct cas_item *it,
                      size_t n, int state) {
   struct cas_item *first = NULL;
@@ -2595,7 +2601,6 @@ static void cas_take_map(struct nbdserve_cas *s, struct cas_node **at,
   for (uint32_t i = 0; level && i < s->fanout; i++)
     cas_take_map(s, &b->kid[i], level - 1, index * s->fanout + i);
   unsigned char *p = s->pages[s->npages].data;
-  memset(p, 0, s->bs);
   for (uint32_t i = 0; i < s->fanout; i++)
     put32(p + CAS_HEAD + 4 * i, !level       ? b->e[i]
                                 : b->kid[i] ? b->kid[i]->slot : 0);
@@ -2617,7 +2622,6 @@ static void cas_take_catalog(struct nbdserve_cas *s) {
   }
   for (s->catalog = 0; im; s->catalog = x) {
     unsigned char *p = s->pages[s->npages].data;
-    memset(p, 0, s->bs);
     for (uint32_t k = CAS_HEAD; k + CAS_RECORD <= s->bs && im; im = im->next) {
       put64(im->record + CAS_SIZE, im->size);
       put32(im->record + CAS_ROOT, im->root ? im->root->slot : 0);
@@ -2643,14 +2647,13 @@ static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
     os_lock(&s->lock);
   }
   uint32_t max = cas_reserve(s);
-  s->pages = u_zalloc(max * sizeof *s->pages);
-  unsigned char *data = NBDSERVE_MALLOC((size_t)max * s->bs);
-  int err = s->pages && data ? cas_want(s, 0) : -ENOMEM;
+  s->pages = u_zalloc(max * (sizeof *s->pages + s->bs));
+  int err = s->pages ? cas_want(s, 0) : -ENOMEM;
   if (!err) err = cas_log_write(s);
   if (!err && op) err = cas_apply(s, op, &gone);
   if (err) goto out;
   for (uint32_t i = 0; i < max; i++)
-    s->pages[i].data = data + (size_t)i * s->bs;
+    s->pages[i].data = (unsigned char *)(s->pages + max) + (size_t)i * s->bs;
   s->npages = 0;
   for (struct cas_image *im = s->images; im; im = im->next)
     cas_take_map(s, &im->root, CAS_LEVELS - 1, 0);
@@ -2668,8 +2671,7 @@ static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
   os_unlock(&s->lock);
   for (uint32_t i = 0; i < s->npages; i++)
     cas_stamp(s, s->pages[i].data, CAS_CHECK);
-  err = cas_transfer(s, s->pages, s->npages, CAS_DIGEST, 1); /* zeroes (C11) */
-  if (!err) err = cas_transfer(s, s->pages, s->npages, CAS_DATA, 1);
+  err = cas_store(s, s->pages, s->npages); /* their digests: zeroes (C11) */
   if (!err) err = cas_sync(s, 1); /* (C7) */
   if (!err) err = cas_io(s, 1, s->super, CAS_PAGE, 0);
   if (!err) err = cas_sync(s, 1);
@@ -2683,7 +2685,6 @@ static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
 out:
   os_unlock(&s->lock);
   NBDSERVE_FREE(s->pages);
-  NBDSERVE_FREE(data);
   os_unlock(&s->ckpt);
   return err;
 }
@@ -2778,29 +2779,23 @@ static int cas_put(struct nbdserve_cas *s, struct cas_image *im,
   }
   cas_hash(s, it, n, CAS_DATA);
   os_lock(&s->lock);
-  int err = s->failed, again = 1;
+  int err = s->failed;
   for (size_t i = 0; i < n && !err; i++)
     if (it[i].state) err = cas_choose(s, it + i, 1);
   os_unlock(&s->lock);
-  while (again && !err) { /* first the digests: who finds data finds both */
-    again = 0;
-    err = cas_transfer(s, it, n, CAS_DIGEST, 1);
-    if (!err) err = cas_transfer(s, it, n, CAS_DATA, 1);
-    for (size_t i = 0; i < n && !err; i++) {
-      int dup = it[i].state == CAS_DUP; /* maybe of a block of this call */
-      uint64_t off = cas_off(s, it[i].slot, CAS_DATA);
-      it[i].state = 0;
-      if (!dup) continue;
-      if (!same && !(same = NBDSERVE_MALLOC(s->bs))) err = -ENOMEM;
-      if (err || (!cas_io(s, 0, same, s->bs, off) &&
-                  memcmp(same, it[i].data, s->bs) == 0))
-        continue;
-      os_lock(&s->lock); /* it is not: take another one (C12) */
-      cas_drop(s, it[i].slot, &s->dropped);
-      err = cas_choose(s, it + i, 0);
-      os_unlock(&s->lock);
-      again = 1;
-    }
+  if (!err) err = cas_store(s, it, n);
+  for (size_t i = 0; i < n && !err; i++) {
+    if (it[i].state != CAS_DUP) continue; /* maybe of a block of this call */
+    uint64_t off = cas_off(s, it[i].slot, CAS_DATA);
+    if (!same && !(same = NBDSERVE_MALLOC(s->bs))) err = -ENOMEM;
+    if (err || (!cas_io(s, 0, same, s->bs, off) &&
+                memcmp(same, it[i].data, s->bs) == 0))
+      continue;
+    os_lock(&s->lock); /* it is not: take another one (C12) */
+    cas_drop(s, it[i].slot, &s->dropped);
+    err = cas_choose(s, it + i, 0);
+    os_unlock(&s->lock);
+    if (!err) err = cas_store(s, it + i, 1);
   }
   NBDSERVE_FREE(same);
   os_lock(&s->lock);
@@ -3429,30 +3424,6 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
   return stop ? -ECANCELED : found ? -EUCLEAN : 0;
 }
 
-/* Gives the free slots of a segment back; they are nobody else's meanwhile. */
-static int cas_punch(struct nbdserve_cas *s, uint32_t x) {
-  unsigned char mine[CAS_SEGMENT + 1] = {0};
-  uint32_t list = 0;
-  int err = 0;
-  os_lock(&s->lock);
-  for (uint32_t i = 0; i < CAS_SEGMENT; i++)
-    if (!CAS_AT(s, x + i, ref)) {
-      cas_hold(s, x + i);
-      cas_drop(s, x + i, &list);
-      mine[i] = CAS_AT(s, x + i, ref) == CAS_FREED;
-    }
-  os_unlock(&s->lock);
-  for (uint32_t i = 0, n = 0; i < CAS_SEGMENT && !err; i += n + 1) {
-    for (n = 0; mine[i + n];) n++;
-    if (n) err = os_fallocate(s->fd, OS_PUNCH_HOLE, cas_off(s, x + i, CAS_DATA),
-                              (uint64_t)n * s->bs);
-  }
-  os_lock(&s->lock);
-  cas_free(s, list);
-  os_unlock(&s->lock);
-  return err;
-}
-
 int nbdserve_cas_gc(struct nbdserve_cas *s, int dry_run, uint64_t *bytes,
                     nbdserve_progress *progress, void *arg) {
   struct stat before, after;
@@ -3464,8 +3435,23 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, int dry_run, uint64_t *bytes,
   os_unlock(&s->lock);
   if (dry_run || err) return err;
   if (fstat(s->fd, &before) < 0) return -errno;
-  for (uint32_t x = 0; !err && x < nslots; x += CAS_SEGMENT) {
-    err = cas_punch(s, x);
+  for (uint32_t x = 0, y; !err && x < nslots; x += CAS_SEGMENT) {
+    uint32_t list = 0, n; /* its free slots are nobody else's meanwhile */
+    os_lock(&s->lock);
+    for (y = x; y < x + CAS_SEGMENT; y++) {
+      if (CAS_AT(s, y, ref)) continue;
+      cas_hold(s, y);
+      cas_drop(s, y, &list);
+    }
+    os_unlock(&s->lock);
+    for (y = list; y && !err; y = CAS_AT(s, y, next)) {
+      for (n = 1; y > 1 && CAS_AT(s, y, next) == y - 1; y--) n++;
+      err = os_fallocate(s->fd, OS_PUNCH_HOLE, cas_off(s, y, CAS_DATA),
+                         (uint64_t)n * s->bs);
+    }
+    os_lock(&s->lock);
+    cas_free(s, list);
+    os_unlock(&s->lock);
     if (!err && progress && progress(arg, x, nslots)) err = -ECANCELED;
   }
   if (!err && fstat(s->fd, &after) < 0) err = -errno;

@@ -2175,8 +2175,9 @@ static int cas_extend(struct nbdserve_cas *s, uint32_t x) {
         }
       }
     }
-    CAS_NFREE(s, s->nslots) = CAS_SEGMENT;
-    s->nfree += CAS_SEGMENT;
+    CAS_NFREE(s, s->nslots) = s->nslots ? CAS_SEGMENT : CAS_SEGMENT - 1;
+    s->nfree += CAS_NFREE(s, s->nslots);
+    CAS_AT(s, 0, ref) = 1; /* that number means zeroes */
   }
   return 0;
 }
@@ -2996,6 +2997,17 @@ static int64_t cas_get_super(struct nbdserve_cas *s, uint64_t off,
   return (int64_t)get64(p + 32);
 }
 
+static int cas_place(struct nbdserve_cas *s) {
+  uint64_t end = 2 * CAS_UNIT + (uint64_t)s->log_pages * CAS_PAGE;
+  if (!u_is_power_of_2(s->bs) || s->bs < CAS_MIN_BLOCK || s->bs > 65536 ||
+      s->log_pages < 8 || s->log_pages > 1 << 24)
+    return -EINVAL;
+  s->data_off = (end + CAS_UNIT - 1) / CAS_UNIT * CAS_UNIT;
+  s->fanout = CAS_FANOUT(s->bs);
+  s->max_blocks = (uint64_t)s->fanout * s->fanout * s->fanout * s->fanout;
+  return 0;
+}
+
 /* Takes what the newest superblock says, and makes both alike (C8). */
 static int cas_open_super(struct nbdserve_cas *s) {
   unsigned char copy[2][CAS_PAGE];
@@ -3008,8 +3020,8 @@ static int cas_open_super(struct nbdserve_cas *s) {
   s->seq = s->tail = s->durable = get64(p + 40);
   s->log_pages = get32(p + 48);
   s->to_fill = get32(p + 52);
-  s->catalog = get32(p + 56);
   s->next_id = get32(p + 60);
+  if (cas_place(s) || s->to_fill < CAS_SEGMENT) return -EIO;
   if (a == b || s->readonly) return 0;
   int err = os_datasync(s->fd); /* what was read may be only in memory */
   if (!err) err = cas_io(s, 1, p, CAS_PAGE, b > a ? 0 : CAS_UNIT);
@@ -3056,19 +3068,18 @@ static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
 
 static int cas_open_catalog(struct nbdserve_cas *s) {
   struct cas_image *im, *p;
-  uint32_t x, k;
   int err = 0;
-  for (x = s->catalog, s->catalog = 0; x; x = get32(s->page + 12)) {
+  for (uint32_t x = get32(s->super + 56), k; x; x = get32(s->page + 12)) {
     err = cas_get_page(s, x, CAS_CAT, 0, 0, s->page);
     if (err) return err;
     cas_hold(s, x); /* until there is a new one */
     cas_drop(s, x, &s->retired);
-    for (k = CAS_HEAD; k + CAS_RECORD <= s->bs;) k += CAS_RECORD;
-    while ((k -= CAS_RECORD) >= CAS_HEAD && k < s->bs) { /* to keep the order */
-      if (!get32(s->page + k)) continue;
+    for (k = (s->bs - CAS_HEAD) / CAS_RECORD; k-- > 0;) { /* last first */
+      const unsigned char *record = s->page + CAS_HEAD + k * CAS_RECORD;
+      if (!get32(record)) continue;
       im = u_zalloc(sizeof *im);
       if (!im) return -ENOMEM;
-      memcpy(im->record, s->page + k, CAS_RECORD);
+      memcpy(im->record, record, CAS_RECORD);
       im->record[CAS_RECORD - 1] = 0; /* a name ends */
       im->s = s;
       im->size = get64(im->record + CAS_SIZE);
@@ -3085,7 +3096,7 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
           : cas_load(s, get32(im->record + CAS_ROOT), CAS_LEVELS - 1, 0,
                      &im->root);
   }
-  for (x = 1; x < s->nslots; x++) {
+  for (uint32_t x = 1; x < s->nslots; x++) {
     CAS_AT(s, x, tag) = CAS_AT(s, x, next) = 0;
     if (s->damaged && !CAS_AT(s, x, ref)) cas_hold(s, x); /* who knows */
   }
@@ -3105,7 +3116,8 @@ static int cas_log_read(struct nbdserve_cas *s, uint64_t seq) {
 static int cas_replay_entry(struct nbdserve_cas *s, const unsigned char *p,
                             int known) {
   struct cas_item it = {.lba = get64(p + 8), .slot = get32(p + 4),
-                        .state = CAS_DIGEST, .data = s->page};
+                        .data = s->page,
+                        .state = known ? CAS_DIGEST : CAS_DATA | CAS_DIGEST};
   struct cas_image *im = s->images;
   while (im && memcmp(im->record + CAS_ID, p, 4) != 0) im = im->next;
   uint64_t blocks = im ? cas_blocks(s, im->size) : 0;
@@ -3114,18 +3126,15 @@ static int cas_replay_entry(struct nbdserve_cas *s, const unsigned char *p,
     return cas_trim(im, it.lba * s->bs,
                     u_min(blocks - it.lba, get64(p + 16)) * s->bs, 0);
   if (!known) { /* (C9) */
-    uint64_t off = cas_off(s, it.slot, CAS_DATA);
-    if (off + s->bs > s->end) return 0;
-    int err = cas_io(s, 0, s->page, s->bs, off);
-    if (err) return err;
-    cas_hash(s, &it, 1, CAS_DIGEST);
+    if (cas_off(s, it.slot, CAS_DATA) + s->bs > s->end) return 0;
+    if (cas_transfer(s, &it, 1, CAS_DATA, 0)) return it.err;
+    cas_hash(s, &it, 1, CAS_DATA);
     if (memcmp(it.sum, p + 16, 32) != 0) return 0;
-    /* if writing it has failed, it is only in memory, and not to be written */
-    if (!s->readonly && (err = cas_io(s, 1, s->page, s->bs, off))) return err;
   }
   memcpy(it.sum, p + 16, 32);
   int err = cas_extend(s, it.slot);
-  if (!err && !s->readonly) err = cas_transfer(s, &it, 1, CAS_DIGEST, 1);
+  /* data, too: if that has failed it may be in memory only */
+  if (!err && !s->readonly) err = cas_store(s, &it, 1);
   if (err) return err;
   cas_hold(s, it.slot);
   if (!known) /* read-only: its digest may be old */
@@ -3154,42 +3163,7 @@ static int cas_replay(struct nbdserve_cas *s) {
   return err;
 }
 
-static int cas_place(struct nbdserve_cas *s) {
-  uint64_t end = 2 * CAS_UNIT + (uint64_t)s->log_pages * CAS_PAGE;
-  if (!u_is_power_of_2(s->bs) || s->bs < CAS_MIN_BLOCK || s->bs > 65536 ||
-      s->log_pages < 8 || s->log_pages > 1 << 24)
-    return -EINVAL;
-  s->data_off = (end + CAS_UNIT - 1) / CAS_UNIT * CAS_UNIT;
-  s->fanout = CAS_FANOUT(s->bs);
-  s->max_blocks = (uint64_t)s->fanout * s->fanout * s->fanout * s->fanout;
-  return 0;
-}
-
-static int cas_recover(struct nbdserve_cas *s) {
-  int err = cas_open_super(s);
-  if (!err && (cas_place(s) || s->to_fill < CAS_SEGMENT)) err = -EIO;
-  if (!err) err = cas_extend(s, s->to_fill - 1);
-  if (err) return err;
-  CAS_NFREE(s, 0)--; /* slot 0 */
-  CAS_AT(s, 0, ref) = 1;
-  s->nfree--;
-  s->replaying = 1;
-  err = cas_open_catalog(s);
-  if (!err) err = cas_replay(s);
-  s->replaying = 0;
-  for (uint32_t x = 1; x < s->nslots && !err; x++) {
-    if (CAS_AT(s, x, ref) != CAS_FREED) continue;
-    CAS_AT(s, x, ref) = 1;
-    cas_drop(s, x, &s->retired);
-  }
-  if (!err && !s->readonly) err = cas_checkpoint(s, NULL);
-  s->to_fill = s->nslots;
-  if (!err) cas_kick(s);
-  return err;
-}
-
 static void cas_destroy(struct nbdserve_cas *s) {
-  if (!s) return;
   os_lock(&s->lock);
   for (struct cas_image *im; (im = s->images);) {
     s->images = im->next;
@@ -3235,9 +3209,22 @@ static int cas_open_file(struct nbdserve_cas *s, const char *path, int flags) {
 int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
                       struct nbdserve_cas **out) {
   struct nbdserve_cas *s = cas_new(o);
-  int err = !s ? -ENOMEM
-            : cas_open_file(s, path, s->readonly ? O_RDONLY : O_RDWR);
-  if (!err) err = cas_recover(s);
+  if (!s) return -ENOMEM;
+  int err = cas_open_file(s, path, s->readonly ? O_RDONLY : O_RDWR);
+  if (!err) err = cas_open_super(s);
+  if (!err) err = cas_extend(s, s->to_fill - 1);
+  s->replaying = 1;
+  if (!err) err = cas_open_catalog(s);
+  if (!err) err = cas_replay(s);
+  s->replaying = 0;
+  for (uint32_t x = 1; x < s->nslots && !err; x++) {
+    if (CAS_AT(s, x, ref) != CAS_FREED) continue;
+    CAS_AT(s, x, ref) = 1;
+    cas_drop(s, x, &s->retired);
+  }
+  if (!err && !s->readonly) err = cas_checkpoint(s, NULL);
+  s->to_fill = s->nslots;
+  if (!err) cas_kick(s);
   if (err) cas_destroy(s);
   if (!err) *out = s;
   return err;

@@ -2513,28 +2513,25 @@ static int cas_give_name(struct nbdserve_cas *s, struct cas_image *im,
 
 struct cas_op { int verb; const char *name, *to; uint64_t size; };
 
+/* Adds a volume or snapshot that is to have what from has, or holes. */
 static int cas_add(struct nbdserve_cas *s, const struct cas_op *op,
-                   struct cas_image *from) {
+                   struct cas_image *from, struct cas_image **out) {
   struct cas_image *im = u_zalloc(sizeof *im), **end = &s->images;
   if (!im) return -ENOMEM;
   if (op->verb == NBDSERVE_CAS_SNAPSHOT) im->parent = from;
   int err = cas_give_name(s, im, op->verb == NBDSERVE_CAS_CLONE ? op->to
                                                                 : op->name);
-  if (err) {
-    NBDSERVE_FREE(im);
-    return err;
-  }
+  if (err) NBDSERVE_FREE(im);
+  if (err) return err;
   put32(im->record + CAS_ID, s->next_id++);
   put32(im->record + CAS_IS_SNAPSHOT, im->parent != NULL);
   put32(im->record + CAS_DEPTH, CAS_LEVELS);
   put64(im->record + CAS_CREATED, (uint64_t)time(NULL));
   if (from) memcpy(im->record + CAS_ORIGIN, from->record + CAS_ID, 4);
   im->s = s;
-  im->size = from ? from->size : op->size;
-  im->root = from ? from->root : NULL;
-  if (im->root) im->root->refs++;
+  im->size = op->size;
   while (*end) end = &(*end)->next;
-  *end = im;
+  *out = *end = im;
   s->nimages++;
   return 0;
 }
@@ -2543,14 +2540,12 @@ static int cas_add(struct nbdserve_cas *s, const struct cas_op *op,
 static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
                      struct cas_node **gone) {
   int verb = op->verb & ~NBDSERVE_CAS_DRY_RUN, dry_run = verb != op->verb;
-  int is_snapshot = verb == NBDSERVE_CAS_SNAPSHOT;
-  size_t n = is_snapshot ? strcspn(op->name, "@") : strlen(op->name);
+  size_t n = strcspn(op->name, verb == NBDSERVE_CAS_SNAPSHOT ? "@" : "");
   struct cas_image *im = cas_find(s, op->name, n), *to, *kid, **p = &s->images;
-  if (cas_blocks(s, op->size) > s->max_blocks ||
-      (dry_run && verb < NBDSERVE_CAS_ROLLBACK) ||
-      (is_snapshot && !op->name[n]))
+  if (verb < NBDSERVE_CAS_CREATE || cas_blocks(s, op->size) > s->max_blocks ||
+      (dry_run && verb < NBDSERVE_CAS_ROLLBACK))
     return -EINVAL;
-  if (verb == NBDSERVE_CAS_CREATE) return cas_add(s, op, NULL);
+  if (verb == NBDSERVE_CAS_CREATE) return cas_add(s, op, NULL, &to);
   if (!im) return -ENOENT;
   to = verb == NBDSERVE_CAS_ROLLBACK ? im->parent : im;
   if (!to || (verb == NBDSERVE_CAS_RESIZE && im->parent)) return -EINVAL;
@@ -2558,11 +2553,12 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
   for (kid = s->images; kid && verb == NBDSERVE_CAS_RM; kid = kid->next)
     if (kid->parent == im) return -ENOTEMPTY;
   if (dry_run) return 0;
+  int err = verb < NBDSERVE_CAS_RENAME ? cas_add(s, op, im, &to) : 0;
+  if (err) return err;
   switch (verb) {
-  case NBDSERVE_CAS_SNAPSHOT:
-  case NBDSERVE_CAS_CLONE: return cas_add(s, op, im);
   case NBDSERVE_CAS_RENAME: return cas_give_name(s, im, op->to);
   case NBDSERVE_CAS_RESIZE: to->size = op->size; return 0;
+  case NBDSERVE_CAS_SNAPSHOT: case NBDSERVE_CAS_CLONE:
   case NBDSERVE_CAS_ROLLBACK:
     *gone = to->root;
     to->size = im->size;
@@ -3296,16 +3292,15 @@ int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
   return err;
 }
 
-/* Makes holes behind the end of a volume: that is of no account while it is
+/* Zeroes what is behind the end of a volume: that is of no account while it is
  * there, but has to be zero when it grows, and takes space after it shrank. */
-static int cas_clear_tail(struct nbdserve_cas *s, const char *name,
-                          int (*clear)(void *, uint64_t, uint64_t, uint32_t)) {
+static int cas_clear_tail(struct nbdserve_cas *s, const char *name) {
   uint64_t end = u_min(s->max_blocks, INT64_MAX / s->bs) * s->bs;
   struct nbdserve_export e = {0};
   int err = nbdserve_cas_volume(s, name, &e);
   if (err) return err;
   if (!(e.flags & NBDSERVE_READONLY) && e.size < end)
-    err = clear(e.ctx, e.size, end - e.size, 0);
+    err = cas_zero(e.ctx, e.size, end - e.size, 0);
   cas_close(e.ctx);
   return err;
 }
@@ -3313,20 +3308,17 @@ static int cas_clear_tail(struct nbdserve_cas *s, const char *name,
 int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
                         const char *to, uint64_t size) {
   struct cas_op op = {verb, name, to, size};
-  int err = s->readonly ? -EROFS : 0;
+  int err = s->readonly ? -EROFS : 0, resize = verb == NBDSERVE_CAS_RESIZE;
   os_lock(&s->lock); /* what is to be written now may be there already */
   while (verb == NBDSERVE_CAS_CREATE && s->busy) os_wait(&s->room, &s->lock);
   os_unlock(&s->lock);
-  if (!err && verb == NBDSERVE_CAS_RESIZE)
-    err = cas_clear_tail(s, name, cas_zero);
+  if (!err && resize) err = cas_clear_tail(s, name);
   if (!err) err = cas_checkpoint(s, &op);
-  if (!err && verb == NBDSERVE_CAS_RESIZE) cas_clear_tail(s, name, cas_trim);
+  if (!err && resize) cas_clear_tail(s, name);
   return err;
 }
 
-int nbdserve_cas_list(struct nbdserve_cas *s,
-                      int (*each)(void *arg,
-                                  const struct nbdserve_cas_info *info),
+int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_listed *each,
                       void *arg) {
   char name[2 * CAS_NAME + 2];
   int r = 0;

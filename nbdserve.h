@@ -225,10 +225,10 @@ struct nbdserve_cas_info {
 
 /* Calls each for all in the catalog until it returns non-zero, which is
  * returned; that one counts as open meanwhile. */
+typedef int nbdserve_listed(void *arg, const struct nbdserve_cas_info *info);
+
 NBDSERVE_API int nbdserve_cas_list(struct nbdserve_cas *cas,
-                                   int (*each)(void *arg,
-                                       const struct nbdserve_cas_info *info),
-                                   void *arg);
+                                   nbdserve_listed *each, void *arg);
 
 struct nbdserve_cas_stat {
   uint64_t block_size;

@@ -2030,15 +2030,16 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 #endif
 #define CAS_MAGIC "NBDSCAS1"
 #define CAS_ANY UINT32_MAX
-#define CAS_TAG(digest) (get32(digest) >> 2 | CAS_TAGGED)
-#define CAS_TAGGED 0x40000000u
+#define CAS_TAG(digest) (get32(digest) >> 2 | 0x40000000u) /* never 0 */
 #define CAS_GOOD 0x80000000u /* read or written since, and it fitted */
 
 enum {
   CAS_MAP = 0x4d415031, CAS_CAT = 0x43415431, CAS_LOG = 0x4c4f4731,
-  CAS_HEAD = 32, CAS_ENTRY = 48, CAS_RECORD = 256, CAS_NAME = 166,
   CAS_PAGE = 4096, CAS_SUM = 4064, /* a log page or superblock; its SHA-256 */
-  CAS_CHECK = 16,                  /* that of other pages */
+  CAS_HEAD = 32, CAS_CHECK = 16,   /* of other pages; their SHA-256 */
+  CAS_ENTRY = 48, CAS_RECORD = 256, CAS_NAME = 166, CAS_PATH = 334, /* bytes */
+  CAS_ID = 0, CAS_IS_SNAPSHOT = 4, CAS_SIZE = 8, CAS_ROOT = 16, CAS_DEPTH = 20,
+  CAS_CREATED = 24, CAS_ORIGIN = 36, CAS_NAMED = 89, /* in a record */
   CAS_SLOTS = CAS_UNIT / 32, CAS_GROUPS = 131071, /* in a group; at most */
   CAS_LEVELS = 4,                  /* of a map: 4 PiB with blocks of 4096 */
   CAS_BATCH = 256, CAS_RUN = 64,   /* blocks done at a time; in one call */
@@ -2046,7 +2047,8 @@ enum {
   CAS_DIRTY = 4096, CAS_WAITING = 65536, /* pages, slots for a checkpoint */
   CAS_RESERVE = 4 * CAS_SEGMENT,   /* free slots that data may not take */
   CAS_SLACK = 64 * CAS_SEGMENT,    /* free slots to have before filling gaps */
-  CAS_FREED = -1                   /* ref of a slot that will be free */
+  CAS_FREED = -1,                  /* ref of a slot that will be free */
+  CAS_DATA = 1, CAS_DIGEST = 2, CAS_DUP = 4 /* of a block, what is to be done */
 };
 
 struct cas_group {
@@ -2078,9 +2080,6 @@ struct cas_image {
   unsigned clients; /* exports and calls that use it */
   unsigned char record[CAS_RECORD]; /* of the catalog; root, size: see above */
 };
-
-enum { CAS_ID = 0, CAS_IS_SNAPSHOT = 4, CAS_SIZE = 8, CAS_ROOT = 16,
-       CAS_DEPTH = 20, CAS_CREATED = 24, CAS_ORIGIN = 36, CAS_NAMED = 89 };
 
 struct nbdserve_cas {
   /* fixed */
@@ -2119,8 +2118,6 @@ struct nbdserve_cas {
   ((s)->groups[(x) / CAS_SLOTS]->field[(x) % CAS_SLOTS])
 #define CAS_NFREE(s, x) \
   ((s)->groups[(x) / CAS_SLOTS]->nfree[(x) % CAS_SLOTS / CAS_SEGMENT])
-
-enum { CAS_DATA = 1, CAS_DIGEST = 2, CAS_DUP = 4 }; /* what is left to do */
 
 /* ---- Slots -------------------------------------------------------------- */
 
@@ -2205,10 +2202,8 @@ static int cas_want(struct nbdserve_cas *s, uint32_t more) {
 static void cas_hold(struct nbdserve_cas *s, uint32_t x) {
   int32_t *ref = &CAS_AT(s, x, ref);
   if (!x) return;
-  if (!*ref) {
-    s->nfree--;
-    CAS_NFREE(s, x)--;
-  }
+  if (!*ref) s->nfree--;
+  if (!*ref) CAS_NFREE(s, x)--;
   *ref = *ref == CAS_FREED ? 1 : *ref + 1;
 }
 
@@ -2220,7 +2215,7 @@ static void cas_drop(struct nbdserve_cas *s, uint32_t x, uint32_t *list) {
   if (--*ref > 0) return;
   cas_unindex(s, x);
   *ref = CAS_FREED;
-  if (s->replaying) return; /* it may come back: see cas_recover */
+  if (s->replaying) return; /* it may come back: see nbdserve_cas_open */
   CAS_AT(s, x, next) = *list;
   *list = x;
   s->nwaiting++;
@@ -2308,11 +2303,10 @@ static int cas_store(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
   return err ? err : cas_transfer(s, it, n, CAS_DATA, 1);
 }
 
-static void cas_hash(const struct nbdserve_cas *s, struct cas_item *it,
-                     size_t n, int state) {
+static void cas_hash(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
   struct cas_item *first = NULL;
   for (; n > 0; it++, n--) {
-    if (!(it->state & state) || it->err) continue;
+    if (!(it->state & CAS_DIGEST) || it->err) continue;
     if (first)
       sha_256(s->hw, first->data, it->data, s->bs, first->sum, it->sum);
     first = first ? NULL : it;
@@ -2344,9 +2338,8 @@ static int cas_get_page(struct nbdserve_cas *s, uint32_t x, uint32_t magic,
 
 /* Nothing is written any more (C14). */
 static int cas_fail(struct nbdserve_cas *s, int err) {
-  if (!err) return 0;
-  s->failed = -EIO;
-  os_wake_all(&s->room);
+  if (err) s->failed = -EIO;
+  if (err) os_wake_all(&s->room);
   return err;
 }
 
@@ -2478,11 +2471,9 @@ static int cas_map(struct nbdserve_cas *s, struct cas_image *im, uint64_t lba,
   return 0;
 }
 
-static const char *cas_name(const struct cas_image *im,
-                            char out[2 * CAS_NAME + 2]) {
-  const struct cas_image *up = im->parent;
-  snprintf(out, 2 * CAS_NAME + 2, "%s%s%s",
-           up ? (const char *)up->record + CAS_NAMED : "", up ? "@" : "",
+static const char *cas_name(const struct cas_image *im, char out[CAS_PATH]) {
+  const char *up = im->parent ? (char *)im->parent->record + CAS_NAMED : "";
+  snprintf(out, CAS_PATH, "%s%s%s", up, im->parent ? "@" : "",
            (const char *)im->record + CAS_NAMED);
   return out;
 }
@@ -2490,7 +2481,7 @@ static const char *cas_name(const struct cas_image *im,
 static struct cas_image *cas_find(struct nbdserve_cas *s, const char *name,
                                   size_t n) {
   struct cas_image *im = s->images;
-  char full[2 * CAS_NAME + 2];
+  char full[CAS_PATH];
   for (; im; im = im->next)
     if (strncmp(cas_name(im, full), name, n) == 0 && !full[n]) break;
   return im;
@@ -2772,9 +2763,9 @@ static int cas_put(struct nbdserve_cas *s, struct cas_image *im,
   uint32_t was = 0;
   for (size_t i = 0; i < n; i++) {
     it[i].slot = 0;
-    it[i].state = u_is_zero(it[i].data, s->bs) ? 0 : CAS_DATA;
+    it[i].state = u_is_zero(it[i].data, s->bs) ? 0 : CAS_DIGEST;
   }
-  cas_hash(s, it, n, CAS_DATA);
+  cas_hash(s, it, n);
   os_lock(&s->lock);
   int err = s->failed;
   for (size_t i = 0; i < n && !err; i++)
@@ -2832,7 +2823,7 @@ static int cas_read(struct nbdserve_cas *s, struct cas_image *im,
   os_unlock(&s->lock);
   cas_transfer(s, it, n, CAS_DATA, 0);
   cas_transfer(s, it, n, CAS_DIGEST, 0);
-  cas_hash(s, it, n, CAS_DIGEST);
+  cas_hash(s, it, n);
   for (size_t i = 0; i < n; i++) {
     if (!it[i].slot) memset(it[i].data, 0, s->bs);
     if (it[i].state & CAS_DIGEST && !it[i].err &&
@@ -2844,8 +2835,7 @@ static int cas_read(struct nbdserve_cas *s, struct cas_image *im,
 }
 
 /* Takes the pins away again.  What is bad is not used again: writing heals. */
-static void cas_unpin(struct nbdserve_cas *s, const struct cas_item *it,
-                      size_t n) {
+static void cas_unpin(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
   os_lock(&s->lock);
   for (; n-- > 0; it++) {
     if (it->slot && it->err) cas_unindex(s, it->slot);
@@ -3109,8 +3099,7 @@ static int cas_log_read(struct nbdserve_cas *s, uint64_t seq) {
          cas_stamp(s, s->log, CAS_SUM);
 }
 
-static int cas_replay_entry(struct nbdserve_cas *s, const unsigned char *p,
-                            int known) {
+static int cas_redo(struct nbdserve_cas *s, const unsigned char *p, int known) {
   struct cas_item it = {.lba = get64(p + 8), .slot = get32(p + 4),
                         .data = s->page,
                         .state = known ? CAS_DIGEST : CAS_DATA | CAS_DIGEST};
@@ -3124,7 +3113,7 @@ static int cas_replay_entry(struct nbdserve_cas *s, const unsigned char *p,
   if (!known) { /* (C9) */
     if (cas_off(s, it.slot, CAS_DATA) + s->bs > s->end) return 0;
     if (cas_transfer(s, &it, 1, CAS_DATA, 0)) return it.err;
-    cas_hash(s, &it, 1, CAS_DATA);
+    cas_hash(s, &it, 1);
     if (memcmp(it.sum, p + 16, 32) != 0) return 0;
   }
   memcpy(it.sum, p + 16, 32);
@@ -3150,9 +3139,8 @@ static int cas_replay(struct nbdserve_cas *s) {
   for (uint64_t seq = s->tail; seq < end && !err; seq++) {
     if (!cas_log_read(s, seq)) return -EIO;
     for (unsigned i = 0; i < get16(s->log + 4) && !err; i++)
-      if ((err = cas_replay_entry(s, s->log + 32 + CAS_ENTRY * i,
-                                  seq < s->durable)) == -EIO &&
-          s->damaged && s->readonly)
+      if ((err = cas_redo(s, s->log + 32 + CAS_ENTRY * i, seq < s->durable)) ==
+              -EIO && s->damaged && s->readonly)
         err = 0; /* it is below a page that cannot be read */
   }
   s->seq = s->tail = s->durable = end + s->log_pages; /* (C10) */
@@ -3320,7 +3308,7 @@ int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
 
 int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_listed *each,
                       void *arg) {
-  char name[2 * CAS_NAME + 2];
+  char name[CAS_PATH];
   int r = 0;
   os_lock(&s->lock);
   for (struct cas_image *im = s->images; im && !r; im = im->next) {
@@ -3354,7 +3342,7 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
   int found = s->log_damaged, stop = 0;
   struct cas_item it[CAS_BATCH];
   uint64_t done = 0, total = 0;
-  char name[2 * CAS_NAME + 2];
+  char name[CAS_PATH];
   struct cas_image *im;
   if (!data) return -ENOMEM;
   if (found) each(arg, "", 0, 0, "the log is damaged");

@@ -2039,7 +2039,7 @@ enum {
   CAS_HEAD = 32, CAS_CHECK = 16,   /* of other pages; their SHA-256 */
   CAS_ENTRY = 48, CAS_RECORD = 256, CAS_NAME = 166, CAS_PATH = 334, /* bytes */
   CAS_ID = 0, CAS_IS_SNAPSHOT = 4, CAS_SIZE = 8, CAS_ROOT = 16, CAS_DEPTH = 20,
-  CAS_CREATED = 24, CAS_ORIGIN = 36, CAS_NAMED = 89, /* in a record */
+  CAS_CREATED = 24, CAS_ORIGIN = 36, CAS_CID = 40, CAS_NAMED = 89, /* record */
   CAS_SLOTS = CAS_UNIT / 32, CAS_GROUPS = 131071, /* in a group; at most */
   CAS_LEVELS = 4,                  /* of a map: 4 PiB with blocks of 4096 */
   CAS_BATCH = 256, CAS_RUN = 64,   /* blocks done at a time; in one call */
@@ -2078,6 +2078,7 @@ struct cas_image {
   struct cas_node *root;           /* NULL: all holes */
   uint64_t size;
   unsigned clients; /* exports and calls that use it */
+  char id[72];      /* "sha256-HEX" if the catalog on the medium has one */
   unsigned char record[CAS_RECORD]; /* of the catalog; root, size: see above */
 };
 
@@ -2306,7 +2307,7 @@ static int cas_store(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
 static void cas_hash(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
   struct cas_item *first = NULL;
   for (; n > 0; it++, n--) {
-    if (!(it->state & CAS_DIGEST) || it->err) continue;
+    if (~it->state & (CAS_DATA | CAS_DIGEST) || it->err) continue;
     if (first)
       sha_256(s->hw, first->data, it->data, s->bs, first->sum, it->sum);
     first = first ? NULL : it;
@@ -2478,12 +2479,23 @@ static const char *cas_name(const struct cas_image *im, char out[CAS_PATH]) {
   return out;
 }
 
+/* Spells the id in a record out. */
+static void cas_spell(struct cas_image *im) {
+  const unsigned char *h = im->record + CAS_CID;
+  if (!u_is_zero(h, 32)) strcpy(im->id, "sha256-");
+  for (int i = 0; *im->id && i < 32; i += 8)
+    snprintf(im->id + 7 + 2 * i, 17, "%016" PRIx64, get64(h + i));
+}
+
+/* The volume or snapshot of that name, of n bytes, or content id. */
 static struct cas_image *cas_find(struct nbdserve_cas *s, const char *name,
                                   size_t n) {
   struct cas_image *im = s->images;
   char full[CAS_PATH];
   for (; im; im = im->next)
-    if (strncmp(cas_name(im, full), name, n) == 0 && !full[n]) break;
+    if ((strncmp(cas_name(im, full), name, n) == 0 && !full[n]) ||
+        (n == 71 && strncmp(im->id, name, n) == 0))
+      break;
   return im;
 }
 
@@ -2763,7 +2775,7 @@ static int cas_put(struct nbdserve_cas *s, struct cas_image *im,
   uint32_t was = 0;
   for (size_t i = 0; i < n; i++) {
     it[i].slot = 0;
-    it[i].state = u_is_zero(it[i].data, s->bs) ? 0 : CAS_DIGEST;
+    it[i].state = u_is_zero(it[i].data, s->bs) ? 0 : CAS_DATA | CAS_DIGEST;
   }
   cas_hash(s, it, n);
   os_lock(&s->lock);
@@ -2805,19 +2817,19 @@ static int cas_put(struct nbdserve_cas *s, struct cas_image *im,
   return err;
 }
 
-/* Pins the slots of blocks and reads them; without all only those that are not
- * known to be good, which are checked.  0 or the last of their errors. */
+/* Pins the slots of blocks and reads what is wanted, CAS_DATA, CAS_DIGEST or 0,
+ * of them, and both of those that are not known to be good, which are checked:
+ * for data only if s->verify.  0 or the last of their errors. */
 static int cas_read(struct nbdserve_cas *s, struct cas_image *im,
-                    struct cas_item *it, size_t n, int all) {
-  int err = 0;
+                    struct cas_item *it, size_t n, int want) {
+  int err = 0, trust = want == CAS_DATA && !s->verify;
   os_lock(&s->lock);
   for (size_t i = 0; i < n; i++) {
     it[i].slot = 0;
     it[i].err = cas_map(s, im, it[i].lba, 0, &it[i].slot, NULL);
-    it[i].state = all && it[i].slot ? CAS_DATA : 0;
-    if (it[i].slot && (s->verify || !all) &&
-        (s->failed || !(CAS_AT(s, it[i].slot, tag) & CAS_GOOD)))
-      it[i].state = CAS_DATA | CAS_DIGEST;
+    int good = CAS_AT(s, it[i].slot, tag) & CAS_GOOD && !s->failed;
+    it[i].state = !it[i].slot     ? 0
+                  : good || trust ? want : CAS_DATA | CAS_DIGEST;
     cas_hold(s, it[i].slot);
   }
   os_unlock(&s->lock);
@@ -2825,8 +2837,8 @@ static int cas_read(struct nbdserve_cas *s, struct cas_image *im,
   cas_transfer(s, it, n, CAS_DIGEST, 0);
   cas_hash(s, it, n);
   for (size_t i = 0; i < n; i++) {
-    if (!it[i].slot) memset(it[i].data, 0, s->bs);
-    if (it[i].state & CAS_DIGEST && !it[i].err &&
+    if (!it[i].slot && want == CAS_DATA) memset(it[i].data, 0, s->bs);
+    if (it[i].state == (CAS_DATA | CAS_DIGEST) && !it[i].err &&
         memcmp(it[i].digest, it[i].sum, 32) != 0)
       it[i].err = -EIO;
     if (it[i].err) err = it[i].err;
@@ -2854,7 +2866,7 @@ static int cas_part(struct nbdserve_cas *s, struct cas_image *im, int writing,
   unsigned char *part = it.data + off % s->bs;
   int err;
   do {
-    err = cas_read(s, im, &it, 1, 1);
+    err = cas_read(s, im, &it, 1, CAS_DATA);
     if (!err && !writing) memcpy(buf, part, (size_t)len);
     if (!err && writing) {
       if (buf) memcpy(part, buf, (size_t)len);
@@ -2866,6 +2878,66 @@ static int cas_part(struct nbdserve_cas *s, struct cas_image *im, int writing,
     cas_unpin(s, &it, 1);
   } while (err == -EAGAIN);
   NBDSERVE_FREE(it.data);
+  return err;
+}
+
+/* The digest of a block as it counts for ids: what is behind the end of the
+ * image is zero, and the digest of zeroes, too. */
+static int cas_digest(struct nbdserve_cas *s, struct cas_image *im,
+                      uint64_t lba, unsigned char out[32]) {
+  uint64_t off = lba * s->bs;
+  unsigned char *data = u_zalloc(s->bs);
+  int err = data ? 0 : -ENOMEM;
+  memset(out, 0, 32);
+  if (!err && off < im->size)
+    err = cas_part(s, im, 0, data, off, u_min(im->size - off, s->bs));
+  if (!err && !u_is_zero(data, s->bs))
+    sha_256(s->hw, data, NULL, s->bs, out, NULL);
+  NBDSERVE_FREE(data);
+  return err;
+}
+
+/* Is block lba the same in two images?  *span: for how many blocks that is so.
+ * Pages that they share are not looked at. */
+static int cas_same(struct nbdserve_cas *s, struct cas_image **im, uint64_t lba,
+                    uint64_t *span, int *same) {
+  struct cas_item it[2] = {{.state = CAS_DIGEST}, {.state = CAS_DIGEST}};
+  struct cas_node *b[2];
+  uint64_t below = s->max_blocks, most = below; /* below: blocks below b */
+  int i, odd = 0, err = 0; /* odd: it has to be read */
+  os_lock(&s->lock);
+  for (i = 0; i < 2; i++) {
+    uint64_t whole = im[i]->size / s->bs;
+    b[i] = lba < cas_blocks(s, im[i]->size) ? im[i]->root : NULL;
+    if (lba < whole) most = u_min(most, whole - lba);
+    if (lba == whole && b[i]) odd = 1;
+  }
+  for (int level = CAS_LEVELS; level-- > 0 && (odd || b[0] != b[1]);) {
+    below /= s->fanout;
+    for (i = 0; i < 2; i++) {
+      uint64_t c = lba / below % s->fanout;
+      if (b[i] && b[i]->bad) err = -EIO;
+      if (b[i] && !level) it[i].slot = b[i]->e[c];
+      b[i] = b[i] && level ? b[i]->kid[c] : NULL;
+    }
+  }
+  for (i = 0; i < 2 && s->readonly; i++) /* see cas_redo */
+    if (CAS_AT(s, it[i].slot, tag) & ~CAS_GOOD) odd = 1;
+  *span = u_min(most, below - lba % below);
+  *same = !odd && it[0].slot == it[1].slot;
+  if (!err && !*same && (odd || (it[0].slot && it[1].slot))) {
+    cas_hold(s, it[0].slot);
+    cas_hold(s, it[1].slot);
+    os_unlock(&s->lock);
+    for (i = 0; i < 2 && !err; i++)
+      err = odd ? cas_digest(s, im[i], lba, it[i].digest)
+                : cas_transfer(s, it + i, 1, CAS_DIGEST, 0);
+    *same = memcmp(it[0].digest, it[1].digest, 32) == 0;
+    os_lock(&s->lock);
+    cas_drop(s, it[0].slot, &s->dropped);
+    cas_drop(s, it[1].slot, &s->dropped);
+  }
+  os_unlock(&s->lock);
   return err;
 }
 
@@ -2890,7 +2962,7 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
         continue;
       if (writing) cas_put(s, im, it, k);
       if (writing) cas_kick(s);
-      if (!writing) cas_read(s, im, it, k, 1);
+      if (!writing) cas_read(s, im, it, k, CAS_DATA);
       if (!writing) cas_unpin(s, it, k);
       for (; k > 0; k--)
         if (it[k - 1].err) it[k - 1].req->err = it[k - 1].err;
@@ -3067,6 +3139,7 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
       if (!im) return -ENOMEM;
       memcpy(im->record, record, CAS_RECORD);
       im->record[CAS_RECORD - 1] = 0; /* a name ends */
+      cas_spell(im);
       im->s = s;
       im->size = get64(im->record + CAS_SIZE);
       im->next = s->images;
@@ -3122,8 +3195,8 @@ static int cas_redo(struct nbdserve_cas *s, const unsigned char *p, int known) {
   if (!err && !s->readonly) err = cas_store(s, &it, 1);
   if (err) return err;
   cas_hold(s, it.slot);
-  if (!known) /* read-only: its digest may be old */
-    CAS_AT(s, it.slot, tag) |= CAS_GOOD;
+  if (!known) /* read-only: its digest may be old, which another bit says */
+    CAS_AT(s, it.slot, tag) |= s->readonly ? CAS_GOOD | 1 : CAS_GOOD;
   return cas_map(s, im, it.lba, 1, &it.slot, NULL);
 }
 
@@ -3308,13 +3381,13 @@ int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
 
 int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_listed *each,
                       void *arg) {
-  char name[CAS_PATH];
+  char name[CAS_PATH], id[sizeof s->images->id];
   int r = 0;
   os_lock(&s->lock);
   for (struct cas_image *im = s->images; im && !r; im = im->next) {
-    struct nbdserve_cas_info info = {cas_name(im, name), im->size,
-                                     get64(im->record + CAS_CREATED),
-                                     im->clients, im->parent != NULL};
+    struct nbdserve_cas_info info = {
+        cas_name(im, name), im->size, get64(im->record + CAS_CREATED),
+        im->clients, im->parent != NULL, memcpy(id, im->id, sizeof id)};
     im->clients++; /* it stays in the list */
     os_unlock(&s->lock);
     r = each(arg, &info);
@@ -3323,6 +3396,71 @@ int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_listed *each,
   }
   os_unlock(&s->lock);
   return r;
+}
+
+int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72]) {
+  unsigned char run[32 + 32 * CAS_BATCH], *data; /* see the format of an id */
+  struct cas_item it[CAS_BATCH];
+  struct nbdserve_export e = {0};
+  int err = nbdserve_cas_volume(s, name, &e);
+  if (err) return err;
+  struct cas_image *im = e.ctx;
+  os_lock(&s->lock);
+  int sealed = *im->id != 0;
+  os_unlock(&s->lock);
+  uint64_t blocks = sealed ? 0 : cas_blocks(s, im->size);
+  if (!im->parent) err = -EINVAL;
+  if (!err && !sealed && s->readonly) err = -EROFS;
+  if (!(data = NBDSERVE_MALLOC(CAS_BATCH * s->bs))) err = -ENOMEM;
+  memcpy(run, "nbdserve-cid-1", 14);
+  put32(run + 14, s->bs);
+  put64(run + 18, im->size);
+  sha_256(s->hw, run, NULL, 26, run, NULL);
+  for (uint64_t lba = 0; lba < blocks && !err; lba += CAS_BATCH) {
+    size_t n = (size_t)u_min(blocks - lba, CAS_BATCH), i;
+    for (i = 0; i < n; i++)
+      it[i] = (struct cas_item){.lba = lba + i, .data = data + i * s->bs};
+    err = cas_read(s, im, it, n, CAS_DIGEST);
+    cas_unpin(s, it, n);
+    memset(run + 32, 0, sizeof run - 32);
+    for (i = 0; i < n; i++) memcpy(run + 32 + 32 * i, it[i].digest, 32);
+    if (lba + n == blocks && !err)
+      err = cas_digest(s, im, blocks - 1, run + 32 * n);
+    sha_256(s->hw, run, NULL, sizeof run, run, NULL);
+  }
+  NBDSERVE_FREE(data);
+  if (!err && !sealed) {
+    os_lock(&s->lock);
+    memcpy(im->record + CAS_CID, run, 32); /* and it stays true if this fails */
+    os_unlock(&s->lock);
+    err = cas_checkpoint(s, NULL);
+  }
+  os_lock(&s->lock);
+  if (!err) cas_spell(im);
+  memcpy(id, im->id, sizeof im->id);
+  os_unlock(&s->lock);
+  cas_close(im);
+  return err;
+}
+
+int nbdserve_cas_diff(struct nbdserve_cas *s, const char *a, const char *b,
+                      nbdserve_range *each, void *arg) {
+  struct nbdserve_export e = {0}, f = {0};
+  int err = nbdserve_cas_volume(s, a, &e), same;
+  if (err) return err;
+  err = nbdserve_cas_volume(s, b, &f);
+  struct cas_image *im[2] = {e.ctx, f.ctx};
+  uint64_t size = e.size > f.size ? e.size : f.size, from = 0, lba = 0, span;
+  for (; lba < cas_blocks(s, size) && !err; lba += span) {
+    err = cas_same(s, im, lba, &span, &same);
+    if (err || !same) continue;
+    if (from < lba) err = each(arg, from * s->bs, (lba - from) * s->bs);
+    from = lba + span;
+  }
+  if (!err && from < lba) err = each(arg, from * s->bs, size - from * s->bs);
+  if (f.ctx) cas_close(f.ctx);
+  cas_close(e.ctx);
+  return err;
 }
 
 int nbdserve_cas_stat(struct nbdserve_cas *s, struct nbdserve_cas_stat *out) {

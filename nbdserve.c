@@ -2117,8 +2117,9 @@ struct nbdserve_cas {
 
 #define CAS_AT(s, x, field) \
   ((s)->groups[(x) / CAS_SLOTS]->field[(x) % CAS_SLOTS])
-#define CAS_NFREE(s, x) \
+#define CAS_NFREE(s, x) /* of its segment */ \
   ((s)->groups[(x) / CAS_SLOTS]->nfree[(x) % CAS_SLOTS / CAS_SEGMENT])
+#define CAS_NEEDED(s) ((s)->ndirty + (s)->nimages + 2) /* by a checkpoint */
 
 /* ---- Slots -------------------------------------------------------------- */
 
@@ -2189,13 +2190,9 @@ static int cas_grow(struct nbdserve_cas *s) {
   return err && err != -EOPNOTSUPP ? err : cas_extend(s, x);
 }
 
-static uint32_t cas_reserve(const struct nbdserve_cas *s) {
-  return s->ndirty + s->nimages + 2;
-}
-
 static int cas_want(struct nbdserve_cas *s, uint32_t more) {
   int err = s->failed;
-  while (!err && s->nfree < cas_reserve(s) + more) err = cas_grow(s);
+  while (!err && s->nfree < CAS_NEEDED(s) + more) err = cas_grow(s);
   return err;
 }
 
@@ -2646,7 +2643,7 @@ static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
     cas_sync(s, 1); /* may give some back */
     os_lock(&s->lock);
   }
-  uint32_t max = cas_reserve(s);
+  uint32_t max = CAS_NEEDED(s);
   s->pages = u_zalloc(max * (sizeof *s->pages + s->bs));
   int err = s->pages ? cas_want(s, 0) : -ENOMEM;
   if (!err) err = cas_log_write(s);
@@ -2694,7 +2691,7 @@ static int cas_due(const struct nbdserve_cas *s) {
   if (s->failed || s->readonly || s->replaying || s->closing) return 0;
   if (s->seq - s->tail > s->log_pages / 2 || s->ndirty > CAS_DIRTY ||
       s->nwaiting > CAS_WAITING ||
-      (s->nwaiting > 0 && s->nfree < cas_reserve(s) + CAS_SEGMENT))
+      (s->nwaiting > 0 && s->nfree < CAS_NEEDED(s) + CAS_SEGMENT))
     return 2;
   return s->filled < s->to_fill;
 }
@@ -3035,10 +3032,9 @@ static int cas_flush(void *ctx, uint32_t flags) {
 
 static void cas_close(void *ctx) {
   struct cas_image *im = ctx;
-  struct nbdserve_cas *s = im->s;
-  os_lock(&s->lock);
+  os_lock(&im->s->lock);
   im->clients--;
-  os_unlock(&s->lock);
+  os_unlock(&im->s->lock);
 }
 
 /* ---- Opening ------------------------------------------------------------- */
@@ -3540,22 +3536,13 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, int dry_run, uint64_t *bytes,
   os_unlock(&s->lock);
   if (dry_run || err) return err;
   if (fstat(s->fd, &before) < 0) return -errno;
-  for (uint32_t x = 0, y; !err && x < nslots; x += CAS_SEGMENT) {
-    uint32_t list = 0, n; /* its free slots are nobody else's meanwhile */
-    os_lock(&s->lock);
-    for (y = x; y < x + CAS_SEGMENT; y++) {
-      if (CAS_AT(s, y, ref)) continue;
-      cas_hold(s, y);
-      cas_drop(s, y, &list);
+  for (uint32_t x = 0; !err && x < nslots; x += CAS_SEGMENT) {
+    os_lock(&s->lock); /* what is free stays so meanwhile */
+    for (uint32_t i = x, n; i < x + CAS_SEGMENT && !err; i += n + 1) {
+      for (n = 0; i + n < x + CAS_SEGMENT && !CAS_AT(s, i + n, ref);) n++;
+      if (n) err = os_fallocate(s->fd, OS_PUNCH_HOLE, cas_off(s, i, CAS_DATA),
+                                (uint64_t)n * s->bs);
     }
-    os_unlock(&s->lock);
-    for (y = list; y && !err; y = CAS_AT(s, y, next)) {
-      for (n = 1; y > 1 && CAS_AT(s, y, next) == y - 1; y--) n++;
-      err = os_fallocate(s->fd, OS_PUNCH_HOLE, cas_off(s, y, CAS_DATA),
-                         (uint64_t)n * s->bs);
-    }
-    os_lock(&s->lock);
-    cas_free(s, list);
     os_unlock(&s->lock);
     if (!err && progress && progress(arg, x, nslots)) err = -ECANCELED;
   }

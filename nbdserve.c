@@ -2387,11 +2387,10 @@ static int cas_sync(struct nbdserve_cas *s, int always) {
     os_unlock(&s->lock);
     if (!err) err = os_datasync(s->fd);
     os_lock(&s->lock);
-    if (!cas_fail(s, err)) {
-      s->durable = seq; /* (C4) */
-      s->nsynced = mine;
-      cas_free(s, dropped); /* (C5) */
-    }
+    cas_fail(s, err);
+    if (!err) s->durable = seq; /* (C4) */
+    if (!err) s->nsynced = mine;
+    if (!err) cas_free(s, dropped); /* (C5) */
     s->syncing = 0;
     os_wake_all(&s->room);
   }
@@ -2458,10 +2457,8 @@ static int cas_map(struct nbdserve_cas *s, struct cas_image *im, uint64_t lba,
     size /= s->fanout;
     p = &b->kid[lba / size % s->fanout];
   }
-  if (set) {
-    cas_drop(s, b->e[i], &s->dropped);
-    b->e[i] = *x;
-  }
+  if (set) cas_drop(s, b->e[i], &s->dropped);
+  if (set) b->e[i] = *x;
   *x = b ? b->e[i] : 0;
   if (!span) return 0;
   *span = b ? 1 : size - lba % size;
@@ -2487,8 +2484,8 @@ static void cas_spell(struct cas_image *im) {
 /* The volume or snapshot of that name, of n bytes, or content id. */
 static struct cas_image *cas_find(struct nbdserve_cas *s, const char *name,
                                   size_t n) {
-  struct cas_image *im = s->images;
   char full[CAS_PATH];
+  struct cas_image *im = s->images;
   for (; im; im = im->next)
     if ((strncmp(cas_name(im, full), name, n) == 0 && !full[n]) ||
         (n == 71 && strncmp(im->id, name, n) == 0))
@@ -2513,50 +2510,44 @@ static int cas_give_name(struct nbdserve_cas *s, struct cas_image *im,
 
 struct cas_op { int verb; const char *name, *to; uint64_t size; };
 
-/* Adds a volume or snapshot that is to have what from has, or holes. */
-static int cas_add(struct nbdserve_cas *s, const struct cas_op *op,
-                   struct cas_image *from, struct cas_image **out) {
-  struct cas_image *im = u_zalloc(sizeof *im), **end = &s->images;
-  if (!im) return -ENOMEM;
-  if (op->verb == NBDSERVE_CAS_SNAPSHOT) im->parent = from;
-  int err = cas_give_name(s, im, op->verb == NBDSERVE_CAS_CLONE ? op->to
-                                                                : op->name);
-  if (err) NBDSERVE_FREE(im);
-  if (err) return err;
-  put32(im->record + CAS_ID, s->next_id++);
-  put32(im->record + CAS_IS_SNAPSHOT, im->parent != NULL);
-  put32(im->record + CAS_DEPTH, CAS_LEVELS);
-  put64(im->record + CAS_CREATED, (uint64_t)time(NULL));
-  if (from) memcpy(im->record + CAS_ORIGIN, from->record + CAS_ID, 4);
-  im->s = s;
-  im->size = op->size;
-  while (*end) end = &(*end)->next;
-  *out = *end = im;
-  s->nimages++;
-  return 0;
-}
-
 /* Applies a change to the catalog.  *gone: a map that nothing leads to then. */
 static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
                      struct cas_node **gone) {
   int verb = op->verb & ~NBDSERVE_CAS_DRY_RUN, dry_run = verb != op->verb;
+  int is_new = verb < NBDSERVE_CAS_RENAME, err = 0;
   size_t n = strcspn(op->name, verb == NBDSERVE_CAS_SNAPSHOT ? "@" : "");
   struct cas_image *im = cas_find(s, op->name, n), *to, *kid, **p = &s->images;
   if (verb < NBDSERVE_CAS_CREATE || cas_blocks(s, op->size) > s->max_blocks ||
       (dry_run && verb < NBDSERVE_CAS_ROLLBACK))
     return -EINVAL;
-  if (verb == NBDSERVE_CAS_CREATE) return cas_add(s, op, NULL, &to);
-  if (!im) return -ENOENT;
-  to = verb == NBDSERVE_CAS_ROLLBACK ? im->parent : im;
-  if (!to || (verb == NBDSERVE_CAS_RESIZE && im->parent)) return -EINVAL;
+  if (!im && verb != NBDSERVE_CAS_CREATE) return -ENOENT;
+  to = is_new ? u_zalloc(sizeof *to)
+       : verb == NBDSERVE_CAS_ROLLBACK ? im->parent : im;
+  if (!to) return is_new ? -ENOMEM : -EINVAL;
+  if (verb == NBDSERVE_CAS_RESIZE && im->parent) return -EINVAL;
   if (verb >= NBDSERVE_CAS_ROLLBACK && to->clients) return -EBUSY;
   for (kid = s->images; kid && verb == NBDSERVE_CAS_RM; kid = kid->next)
     if (kid->parent == im) return -ENOTEMPTY;
   if (dry_run) return 0;
-  int err = verb < NBDSERVE_CAS_RENAME ? cas_add(s, op, im, &to) : 0;
+  if (verb == NBDSERVE_CAS_SNAPSHOT) to->parent = im;
+  if (verb <= NBDSERVE_CAS_RENAME)
+    err = cas_give_name(s, to, verb < NBDSERVE_CAS_CLONE ? op->name : op->to);
+  if (err && is_new) NBDSERVE_FREE(to);
   if (err) return err;
+  if (is_new) {
+    put32(to->record + CAS_ID, s->next_id++);
+    put32(to->record + CAS_IS_SNAPSHOT, to->parent != NULL);
+    put32(to->record + CAS_DEPTH, CAS_LEVELS);
+    put64(to->record + CAS_CREATED, (uint64_t)time(NULL));
+    if (im) memcpy(to->record + CAS_ORIGIN, im->record + CAS_ID, 4);
+    to->s = s;
+    while (*p) p = &(*p)->next;
+    *p = to;
+    s->nimages++;
+  }
   switch (verb) {
-  case NBDSERVE_CAS_RENAME: return cas_give_name(s, im, op->to);
+  case NBDSERVE_CAS_RENAME: return 0;
+  case NBDSERVE_CAS_CREATE:
   case NBDSERVE_CAS_RESIZE: to->size = op->size; return 0;
   case NBDSERVE_CAS_SNAPSHOT: case NBDSERVE_CAS_CLONE:
   case NBDSERVE_CAS_ROLLBACK:
@@ -2601,13 +2592,11 @@ static void cas_take_map(struct nbdserve_cas *s, struct cas_node **at,
   for (uint32_t i = 0; i < s->fanout; i++)
     put32(p + CAS_HEAD + 4 * i, !level       ? b->e[i]
                                 : b->kid[i] ? b->kid[i]->slot : 0);
+  int empty = b->refs == 1 && u_is_zero(p, s->bs);
   s->ndirty--;
-  if (b->refs > 1 || !u_is_zero(p, s->bs)) {
-    b->slot = cas_take_page(s, CAS_MAP, level, index);
-  } else {
-    NBDSERVE_FREE(b);
-    *at = NULL;
-  }
+  if (!empty) b->slot = cas_take_page(s, CAS_MAP, level, index);
+  if (empty) NBDSERVE_FREE(b);
+  if (empty) *at = NULL;
 }
 
 static void cas_take_catalog(struct nbdserve_cas *s) {
@@ -2674,10 +2663,9 @@ static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
   if (!err) err = cas_sync(s, 1);
   if (!err) err = cas_io(s, 1, s->super, CAS_PAGE, CAS_UNIT);
   os_lock(&s->lock);
-  if (!cas_fail(s, err)) {
-    s->tail = seq;
-    cas_free(s, retired); /* (C6) */
-  }
+  cas_fail(s, err);
+  if (!err) s->tail = seq;
+  if (!err) cas_free(s, retired); /* (C6) */
   cas_unref(s, gone);
 out:
   os_unlock(&s->lock);
@@ -2738,12 +2726,12 @@ static int cas_room(struct nbdserve_cas *s) {
     if (err || (tight && tried)) return err ? err : -ENOSPC;
     if (s->busy) {
       os_wait(&s->room, &s->lock);
-      continue;
+    } else {
+      os_unlock(&s->lock);
+      err = cas_checkpoint(s, NULL);
+      os_lock(&s->lock);
+      tried = 1;
     }
-    tried = 1;
-    os_unlock(&s->lock);
-    err = cas_checkpoint(s, NULL);
-    os_lock(&s->lock);
   }
   return s->failed;
 }
@@ -3109,12 +3097,9 @@ static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
   if (cas_get_page(s, x, CAS_MAP, level, index, page)) s->damaged = b->bad = 1;
   for (uint32_t c = 0; c < s->fanout && !b->bad && !err; c++) {
     uint32_t v = get32(page + CAS_HEAD + 4 * c);
-    if (level)
-      err = cas_load(s, v, level - 1, index * s->fanout + c, &b->kid[c]);
-    else if (v >= s->nslots)
-      err = -EIO;
-    else
-      cas_hold(s, b->e[c] = v);
+    err = level ? cas_load(s, v, level - 1, index * s->fanout + c, b->kid + c)
+          : v < s->nslots ? 0 : -EIO;
+    if (!level && !err) cas_hold(s, b->e[c] = v);
   }
   NBDSERVE_FREE(page);
   return err;

@@ -2281,9 +2281,8 @@ static int cas_transfer(struct nbdserve_cas *s, struct cas_item *it, size_t n,
     for (k = 0; k < n && k < CAS_RUN && it[k].state & what; k++) {
       if (k && (it[k].slot % CAS_SLOTS == 0 || it[k].slot - k != it->slot))
         break;
-      v[k].iov_base = what == CAS_DATA ? it[k].data
-                      : writing        ? it[k].sum : it[k].digest;
-      v[k].iov_len = what == CAS_DATA ? s->bs : 32;
+      v[k] = (struct iovec){writing ? it[k].sum : it[k].digest, 32};
+      if (what == CAS_DATA) v[k] = (struct iovec){it[k].data, s->bs};
     }
     int e = k ? os_transfer(s->fd, writing, v, (int)k,
                             cas_off(s, it->slot, what)) : 0;

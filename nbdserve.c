@@ -2472,7 +2472,6 @@ static const char *cas_name(const struct cas_image *im, char out[CAS_PATH]) {
   return out;
 }
 
-/* Spells the id in a record out. */
 static void cas_spell(struct cas_image *im) {
   const unsigned char *h = im->record + CAS_CID;
   if (!u_is_zero(h, 32)) strcpy(im->id, "sha256-");
@@ -2751,16 +2750,14 @@ static int cas_choose(struct nbdserve_cas *s, struct cas_item *it, int hint) {
   return err;
 }
 
-/* Stores blocks.  0, or an error, which is that of all that fail; -EAGAIN: the
- * map does not have what was expected. */
+/* Stores blocks; no slots are set.  0, or an error, which is that of all that
+ * fail; -EAGAIN: the map does not have what was expected. */
 static int cas_put(struct nbdserve_cas *s, struct cas_image *im,
                    struct cas_item *it, size_t n) {
   unsigned char *same = NULL;
   uint32_t was = 0;
-  for (size_t i = 0; i < n; i++) {
-    it[i].slot = 0;
+  for (size_t i = 0; i < n; i++)
     it[i].state = u_is_zero(it[i].data, s->bs) ? 0 : CAS_DATA | CAS_DIGEST;
-  }
   cas_hash(s, it, n);
   os_lock(&s->lock);
   int err = s->failed;
@@ -2842,8 +2839,10 @@ static void cas_unpin(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
   os_unlock(&s->lock);
 }
 
-/* Reads or writes a part of one block; buf NULL: writes zeroes. */
-static int cas_part(struct nbdserve_cas *s, struct cas_image *im, int writing,
+/* READs, WRITEs or WRITE_ZEROES a part of one block.  CAS_DIGEST: gets its
+ * digest as it counts for ids, with zeroes behind the end of the image; zeroes,
+ * if all is zero. */
+static int cas_part(struct nbdserve_cas *s, struct cas_image *im, int what,
                     unsigned char *buf, uint64_t off, uint64_t len) {
   struct cas_item it = {.lba = off / s->bs, .data = NBDSERVE_MALLOC(s->bs)};
   if (!it.data) return -ENOMEM;
@@ -2851,33 +2850,22 @@ static int cas_part(struct nbdserve_cas *s, struct cas_image *im, int writing,
   int err;
   do {
     err = cas_read(s, im, &it, 1, CAS_DATA);
-    if (!err && !writing) memcpy(buf, part, (size_t)len);
-    if (!err && writing) {
-      if (buf) memcpy(part, buf, (size_t)len);
-      if (!buf) memset(part, 0, (size_t)len);
-      struct cas_item w = it;
-      w.expect = it.slot; /* pinned: it cannot be another block meanwhile */
-      err = cas_put(s, im, &w, 1);
+    if (!err && what == NBD_CMD_READ) memcpy(buf, part, (size_t)len);
+    if (!err && what == CAS_DIGEST) {
+      len = im->size - u_min(off, im->size);
+      if (len < s->bs) memset(part + len, 0, (size_t)(s->bs - len));
+      memset(buf, 0, 32);
+      if (!u_is_zero(part, s->bs))
+        sha_256(s->hw, part, NULL, s->bs, buf, NULL);
+    } else if (!err && what != NBD_CMD_READ) {
+      if (what == NBD_CMD_WRITE) memcpy(part, buf, (size_t)len);
+      if (what != NBD_CMD_WRITE) memset(part, 0, (size_t)len);
+      struct cas_item w = {.lba = it.lba, .data = it.data, .expect = it.slot};
+      err = cas_put(s, im, &w, 1); /* that is pinned: no other can become it */
     }
     cas_unpin(s, &it, 1);
   } while (err == -EAGAIN);
   NBDSERVE_FREE(it.data);
-  return err;
-}
-
-/* The digest of a block as it counts for ids: what is behind the end of the
- * image is zero, and the digest of zeroes, too. */
-static int cas_digest(struct nbdserve_cas *s, struct cas_image *im,
-                      uint64_t lba, unsigned char out[32]) {
-  uint64_t off = lba * s->bs;
-  unsigned char *data = u_zalloc(s->bs);
-  int err = data ? 0 : -ENOMEM;
-  memset(out, 0, 32);
-  if (!err && off < im->size)
-    err = cas_part(s, im, 0, data, off, u_min(im->size - off, s->bs));
-  if (!err && !u_is_zero(data, s->bs))
-    sha_256(s->hw, data, NULL, s->bs, out, NULL);
-  NBDSERVE_FREE(data);
   return err;
 }
 
@@ -2914,8 +2902,8 @@ static int cas_same(struct nbdserve_cas *s, struct cas_image **im, uint64_t lba,
     cas_hold(s, it[1].slot);
     os_unlock(&s->lock);
     for (i = 0; i < 2 && !err; i++)
-      err = odd ? cas_digest(s, im[i], lba, it[i].digest)
-                : cas_transfer(s, it + i, 1, CAS_DIGEST, 0);
+      err = !odd ? cas_transfer(s, it + i, 1, CAS_DIGEST, 0)
+            : cas_part(s, im[i], CAS_DIGEST, it[i].digest, lba * s->bs, s->bs);
     *same = memcmp(it[0].digest, it[1].digest, 32) == 0;
     os_lock(&s->lock);
     cas_drop(s, it[0].slot, &s->dropped);
@@ -2939,7 +2927,7 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
       if (len == bs)
         it[k++] = (struct cas_item){.lba = (r->off + at) / bs, .req = r,
                                     .data = r->buf + at, .expect = CAS_ANY};
-      else if ((err = cas_part(s, im, writing, r->buf + at, r->off + at, len)))
+      else if ((err = cas_part(s, im, r->type, r->buf + at, r->off + at, len)))
         r->err = err;
       if (k < CAS_BATCH &&
           (at + len < r->len || (n > 1 && r->type == r[1].type)))
@@ -2987,10 +2975,11 @@ static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   struct cas_image *im = ctx;
   uint64_t bs = im->s->bs, tail = (off + len) % bs;
   uint64_t head = u_min((bs - off % bs) % bs, len);
-  int err = !head ? 0 : cas_part(im->s, im, 1, NULL, off, head);
+  int zero = NBD_CMD_WRITE_ZEROES, err = 0;
+  if (head) err = cas_part(im->s, im, zero, NULL, off, head);
   if (!err) err = cas_trim(ctx, off, len, flags);
   if (err || !tail || tail > len - head) return err;
-  return cas_part(im->s, im, 1, NULL, off + len - tail, tail);
+  return cas_part(im->s, im, zero, NULL, off + len - tail, tail);
 }
 
 static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
@@ -3404,8 +3393,9 @@ int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72]) {
     cas_unpin(s, it, n);
     memset(run + 32, 0, sizeof run - 32);
     for (i = 0; i < n; i++) memcpy(run + 32 + 32 * i, it[i].digest, 32);
-    if (lba + n == blocks && !err)
-      err = cas_digest(s, im, blocks - 1, run + 32 * n);
+    if (lba + n == blocks && !err) /* it may have something behind the end */
+      err = cas_part(s, im, CAS_DIGEST, run + 32 * n, (blocks - 1) * s->bs,
+                     s->bs);
     sha_256(s->hw, run, NULL, sizeof run, run, NULL);
   }
   NBDSERVE_FREE(data);

@@ -3372,6 +3372,7 @@ int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72]) {
   struct cas_item it[CAS_BATCH];
   struct nbdserve_export e = {0};
   int err = nbdserve_cas_volume(s, name, &e);
+  *id = 0;
   if (err) return err;
   struct cas_image *im = e.ctx;
   os_lock(&s->lock);

@@ -2875,13 +2875,14 @@ static int cas_same(struct nbdserve_cas *s, struct cas_image **im, uint64_t lba,
                     uint64_t *span, int *same) {
   struct cas_item it[2] = {{.state = CAS_DIGEST}, {.state = CAS_DIGEST}};
   struct cas_node *b[2];
-  uint64_t below = s->max_blocks, most = below; /* below: blocks below b */
-  int i, odd = 0, err = 0; /* odd: it has to be read */
+  uint64_t below = s->max_blocks; /* blocks below b */
+  int i, odd = 0, err = 0;        /* odd: it has to be read */
+  *span = below;
   os_lock(&s->lock);
   for (i = 0; i < 2; i++) {
     uint64_t whole = im[i]->size / s->bs;
     b[i] = lba < cas_blocks(s, im[i]->size) ? im[i]->root : NULL;
-    if (lba < whole) most = u_min(most, whole - lba);
+    if (lba < whole) *span = u_min(*span, whole - lba);
     if (lba == whole && b[i]) odd = 1;
   }
   for (int level = CAS_LEVELS; level-- > 0 && (odd || b[0] != b[1]);) {
@@ -2895,19 +2896,17 @@ static int cas_same(struct nbdserve_cas *s, struct cas_image **im, uint64_t lba,
   }
   for (i = 0; i < 2 && s->readonly; i++) /* see cas_redo */
     if (CAS_AT(s, it[i].slot, tag) & ~CAS_GOOD) odd = 1;
-  *span = u_min(most, below - lba % below);
+  *span = u_min(*span, below - lba % below);
   *same = !odd && it[0].slot == it[1].slot;
   if (!err && !*same && (odd || (it[0].slot && it[1].slot))) {
-    cas_hold(s, it[0].slot);
-    cas_hold(s, it[1].slot);
+    for (i = 0; i < 2; i++) cas_hold(s, it[i].slot);
     os_unlock(&s->lock);
     for (i = 0; i < 2 && !err; i++)
       err = !odd ? cas_transfer(s, it + i, 1, CAS_DIGEST, 0)
             : cas_part(s, im[i], CAS_DIGEST, it[i].digest, lba * s->bs, s->bs);
     *same = memcmp(it[0].digest, it[1].digest, 32) == 0;
     os_lock(&s->lock);
-    cas_drop(s, it[0].slot, &s->dropped);
-    cas_drop(s, it[1].slot, &s->dropped);
+    for (i = 0; i < 2; i++) cas_drop(s, it[i].slot, &s->dropped);
   }
   os_unlock(&s->lock);
   return err;

@@ -2229,12 +2229,16 @@ int nbdserve_overlay(struct nbdserve_export *ex, const char *dir) {
 #endif
 #define CAS_MAGIC "NBDSCAS1"
 #define CAS_ANY UINT32_MAX
-#define CAS_TAGGED 0x80000000u /* in every tag of a digest */
+#define CAS_TAG(digest) (get32(digest) >> 2 | 0x40000000u) /* never 0 */
+#define CAS_GOOD 0x80000000u /* read or written since, and it fitted */
 
 enum {
   CAS_MAP = 0x4d415031, CAS_CAT = 0x43415431, CAS_LOG = 0x4c4f4731,
-  CAS_HEAD = 32, CAS_ENTRY = 48, CAS_RECORD = 256, CAS_NAME = 166,
   CAS_PAGE = 4096, CAS_SUM = 4064, /* a log page or superblock; its SHA-256 */
+  CAS_HEAD = 32, CAS_CHECK = 16,   /* of other pages; their SHA-256 */
+  CAS_ENTRY = 48, CAS_RECORD = 256, CAS_NAME = 166, CAS_PATH = 334, /* bytes */
+  CAS_ID = 0, CAS_IS_SNAPSHOT = 4, CAS_SIZE = 8, CAS_ROOT = 16, CAS_DEPTH = 20,
+  CAS_CREATED = 24, CAS_ORIGIN = 36, CAS_CID = 40, CAS_NAMED = 89, /* record */
   CAS_SLOTS = CAS_UNIT / 32, CAS_GROUPS = 131071, /* in a group; at most */
   CAS_LEVELS = 4,                  /* of a map: 4 PiB with blocks of 4096 */
   CAS_BATCH = 256, CAS_RUN = 64,   /* blocks done at a time; in one call */
@@ -2242,15 +2246,15 @@ enum {
   CAS_DIRTY = 4096, CAS_WAITING = 65536, /* pages, slots for a checkpoint */
   CAS_RESERVE = 4 * CAS_SEGMENT,   /* free slots that data may not take */
   CAS_SLACK = 64 * CAS_SEGMENT,    /* free slots to have before filling gaps */
-  CAS_FREED = -1                   /* ref of a slot that will be free */
+  CAS_FREED = -1,                  /* ref of a slot that will be free */
+  CAS_DATA = 1, CAS_DIGEST = 2, CAS_DUP = 4 /* of a block, what is to be done */
 };
 
 struct cas_group {
   int32_t ref[CAS_SLOTS];   /* 0: free (C13) */
-  uint32_t tag[CAS_SLOTS];  /* of the digest; 0: not in the index */
+  uint32_t tag[CAS_SLOTS];  /* CAS_TAG if in the index; CAS_GOOD */
   uint32_t next[CAS_SLOTS]; /* slot in the index, or in a list */
   uint32_t head[CAS_SLOTS]; /* of the index: buckets, not slots */
-  unsigned char good[CAS_SLOTS / 8]; /* read or written since, and it fitted */
   uint16_t nfree[CAS_SLOTS / CAS_SEGMENT];
 };
 
@@ -2262,7 +2266,7 @@ struct cas_node {
   int bad;       /* it could not be read: what is below is not known */
   uint32_t slot; /* where it lies; 0: nowhere yet as it is now */
   uint32_t *e;   /* [fanout] slots of blocks, on level 0 */
-  struct cas_node **kid; /* [fanout] pages below, on other levels */
+  struct cas_node *kid[]; /* [fanout] pages below, on other levels */
 };
 
 /* A volume or snapshot, and what its exports have in common: all. */
@@ -2273,11 +2277,9 @@ struct cas_image {
   struct cas_node *root;           /* NULL: all holes */
   uint64_t size;
   unsigned clients; /* exports and calls that use it */
+  char id[72];      /* "sha256-HEX" if the catalog on the medium has one */
   unsigned char record[CAS_RECORD]; /* of the catalog; root, size: see above */
 };
-
-enum { CAS_ID = 0, CAS_IS_SNAPSHOT = 4, CAS_SIZE = 8, CAS_ROOT = 16,
-       CAS_DEPTH = 20, CAS_CREATED = 24, CAS_ORIGIN = 36, CAS_NAMED = 89 };
 
 struct nbdserve_cas {
   /* fixed */
@@ -2314,10 +2316,9 @@ struct nbdserve_cas {
 
 #define CAS_AT(s, x, field) \
   ((s)->groups[(x) / CAS_SLOTS]->field[(x) % CAS_SLOTS])
-#define CAS_NFREE(s, x) \
+#define CAS_NFREE(s, x) /* of its segment */ \
   ((s)->groups[(x) / CAS_SLOTS]->nfree[(x) % CAS_SLOTS / CAS_SEGMENT])
-
-enum { CAS_DATA = 1, CAS_DIGEST = 2, CAS_DUP = 4 }; /* what is left to do */
+#define CAS_NEEDED(s) ((s)->ndirty + (s)->nimages + 2) /* by a checkpoint */
 
 /* ---- Slots -------------------------------------------------------------- */
 
@@ -2334,7 +2335,7 @@ static uint64_t cas_off(const struct nbdserve_cas *s, uint32_t x, int what) {
 /* The bucket of a tag.  There are as many as slots in all groups: their number
  * is above mask and at most twice that, so a new group splits just some. */
 static uint32_t *cas_bucket(struct nbdserve_cas *s, uint32_t tag) {
-  uint32_t b = tag & (2 * s->mask + 1);
+  uint32_t b = tag & ~CAS_GOOD & (2 * s->mask + 1);
   if (b >= s->ngroups * CAS_SLOTS) b &= s->mask;
   return &CAS_AT(s, b, head);
 }
@@ -2342,39 +2343,39 @@ static uint32_t *cas_bucket(struct nbdserve_cas *s, uint32_t tag) {
 static void cas_index(struct nbdserve_cas *s, uint32_t x, uint32_t tag) {
   uint32_t *b = cas_bucket(s, tag);
   assert(x && tag);
-  CAS_AT(s, x, tag) = tag;
+  CAS_AT(s, x, tag) |= tag;
   CAS_AT(s, x, next) = *b;
   *b = x;
 }
 
 static void cas_unindex(struct nbdserve_cas *s, uint32_t x) {
-  uint32_t *p = &CAS_AT(s, x, tag);
-  if (!*p) return;
-  for (p = cas_bucket(s, *p); *p && *p != x;) p = &CAS_AT(s, *p, next);
-  if (*p) *p = CAS_AT(s, x, next); /* else it is a page */
-  CAS_AT(s, x, tag) = 0;
+  uint32_t *tag = &CAS_AT(s, x, tag), *p = cas_bucket(s, *tag);
+  while (*tag && *p && *p != x) p = &CAS_AT(s, *p, next);
+  if (*p == x) *p = CAS_AT(s, x, next); /* else it is a page, or not there */
+  *tag = 0;
 }
 
 /* Counts segments in until there is slot x; a new group splits buckets. */
 static int cas_extend(struct nbdserve_cas *s, uint32_t x) {
   for (; s->nslots <= x; s->nslots += CAS_SEGMENT) {
-    uint32_t b = s->nslots, y, next, *p;
-    if (b == s->ngroups * CAS_SLOTS) {
+    if (s->nslots == s->ngroups * CAS_SLOTS) {
       if (s->ngroups == CAS_GROUPS) return -ENOSPC;
       s->groups[s->ngroups] = u_zalloc(sizeof **s->groups);
       if (!s->groups[s->ngroups]) return -ENOMEM;
-      if (!s->ngroups++) s->mask = CAS_SLOTS - 1;
-      for (; b && b < s->ngroups * CAS_SLOTS; b++) {
+      s->ngroups++;
+      uint32_t b = s->nslots ? s->nslots : 1;
+      for (; b < s->ngroups * CAS_SLOTS; b++) {
         if (b > 2 * s->mask + 1) s->mask = 2 * s->mask + 1;
-        p = &CAS_AT(s, b - s->mask - 1, head);
-        for (y = *p, *p = 0; y; y = next) {
+        uint32_t *p = &CAS_AT(s, b - s->mask - 1, head), y = *p, next;
+        for (*p = 0; y; y = next) {
           next = CAS_AT(s, y, next);
           cas_index(s, y, CAS_AT(s, y, tag));
         }
       }
     }
-    CAS_NFREE(s, s->nslots) = CAS_SEGMENT;
-    s->nfree += CAS_SEGMENT;
+    CAS_NFREE(s, s->nslots) = s->nslots ? CAS_SEGMENT : CAS_SEGMENT - 1;
+    s->nfree += CAS_NFREE(s, s->nslots);
+    CAS_AT(s, 0, ref) = 1; /* that number means zeroes */
   }
   return 0;
 }
@@ -2388,33 +2389,18 @@ static int cas_grow(struct nbdserve_cas *s) {
   return err && err != -EOPNOTSUPP ? err : cas_extend(s, x);
 }
 
-static uint32_t cas_reserve(const struct nbdserve_cas *s) {
-  return s->ndirty + s->nimages + 2;
-}
-
 static int cas_want(struct nbdserve_cas *s, uint32_t more) {
   int err = s->failed;
-  while (!err && s->nfree < cas_reserve(s) + more) err = cas_grow(s);
+  while (!err && s->nfree < CAS_NEEDED(s) + more) err = cas_grow(s);
   return err;
-}
-
-/* Is the slot's data known to fit its digest?  set: from now on, 0 or 1. */
-static int cas_good(struct nbdserve_cas *s, uint32_t x, int set) {
-  unsigned char *p = &s->groups[x / CAS_SLOTS]->good[x % CAS_SLOTS / 8];
-  int bit = 1 << x % 8;
-  if (set >= 0) *p = (unsigned char)(set ? *p | bit : *p & ~bit);
-  return *p & bit;
 }
 
 /* One more edge to a slot, or pin on it.  A free one is taken by that. */
 static void cas_hold(struct nbdserve_cas *s, uint32_t x) {
   int32_t *ref = &CAS_AT(s, x, ref);
   if (!x) return;
-  if (!*ref) {
-    s->nfree--;
-    CAS_NFREE(s, x)--;
-    cas_good(s, x, 0);
-  }
+  if (!*ref) s->nfree--;
+  if (!*ref) CAS_NFREE(s, x)--;
   *ref = *ref == CAS_FREED ? 1 : *ref + 1;
 }
 
@@ -2426,7 +2412,7 @@ static void cas_drop(struct nbdserve_cas *s, uint32_t x, uint32_t *list) {
   if (--*ref > 0) return;
   cas_unindex(s, x);
   *ref = CAS_FREED;
-  if (s->replaying) return; /* it may come back: see cas_recover */
+  if (s->replaying) return; /* it may come back: see nbdserve_cas_open */
   CAS_AT(s, x, next) = *list;
   *list = x;
   s->nwaiting++;
@@ -2446,8 +2432,8 @@ static void cas_free(struct nbdserve_cas *s, uint32_t x) {
  * new one at the file's end while that has little to spare. */
 static uint32_t cas_segment(struct nbdserve_cas *s, uint32_t x) {
   int spare = s->nfree > (s->nslots - s->nfree) / 10 + CAS_SLACK;
-  uint32_t want = spare ? CAS_SEGMENT / 4 : CAS_SEGMENT * 3 / 4, i;
-  for (i = 1;; i++, x += CAS_SEGMENT) {
+  uint32_t want = spare ? CAS_SEGMENT / 4 : CAS_SEGMENT * 3 / 4;
+  for (uint32_t i = 1;; i++, x += CAS_SEGMENT) {
     if (x >= s->nslots) x = 0;
     if (CAS_NFREE(s, x) >= want) return x;
     if (i % 4096 && i < s->nslots / CAS_SEGMENT) continue;
@@ -2459,15 +2445,13 @@ static uint32_t cas_segment(struct nbdserve_cas *s, uint32_t x) {
 
 /* Takes a free slot; the caller knows that there is one. */
 static uint32_t cas_alloc(struct nbdserve_cas *s) {
-  uint32_t x = s->cursor;
   assert(s->nfree > 0);
-  for (;; x++) {
-    if (x % CAS_SEGMENT == 0) x = cas_segment(s, x);
-    if (!CAS_AT(s, x, ref)) break;
+  for (;; s->cursor++) {
+    if (s->cursor % CAS_SEGMENT == 0) s->cursor = cas_segment(s, s->cursor);
+    if (!CAS_AT(s, s->cursor, ref)) break;
   }
-  s->cursor = x + 1;
-  cas_hold(s, x);
-  return x;
+  cas_hold(s, s->cursor);
+  return s->cursor++;
 }
 
 /* ---- Data, pages, log ---------------------------------------------------- */
@@ -2491,31 +2475,34 @@ static int cas_io(struct nbdserve_cas *s, int writing, void *buf, size_t len,
 static int cas_transfer(struct nbdserve_cas *s, struct cas_item *it, size_t n,
                         int what, int writing) {
   struct iovec v[CAS_RUN];
-  size_t k, i;
-  int err = 0, e;
-  for (; n > 0; it += k, n -= k) {
+  int err = 0;
+  for (size_t k; n > 0; it += k, n -= k) {
     for (k = 0; k < n && k < CAS_RUN && it[k].state & what; k++) {
       if (k && (it[k].slot % CAS_SLOTS == 0 || it[k].slot - k != it->slot))
         break;
-      v[k].iov_base = what == CAS_DATA ? it[k].data
-                      : writing        ? it[k].sum : it[k].digest;
-      v[k].iov_len = what == CAS_DATA ? s->bs : 32;
+      v[k] = (struct iovec){writing ? it[k].sum : it[k].digest, 32};
+      if (what == CAS_DATA) v[k] = (struct iovec){it[k].data, s->bs};
     }
-    e = k ? os_transfer(s->fd, writing, v, (int)k, cas_off(s, it->slot, what))
-          : 0;
+    int e = k ? os_transfer(s->fd, writing, v, (int)k,
+                            cas_off(s, it->slot, what)) : 0;
     if (e && k == 1) err = it->err = e;
-    for (i = 0; e && k > 1 && i < k; i++) /* what fails alone has failed */
+    for (size_t i = 0; e && k > 1 && i < k; i++) /* what fails alone failed */
       if (cas_transfer(s, it + i, 1, what, writing)) err = it[i].err;
     if (!k) k = 1;
   }
   return err;
 }
 
-static void cas_hash(const struct nbdserve_cas *s, struct cas_item *it,
-                     size_t n, int state) {
+/* Writes what is to be written; first the digests: who finds data finds both */
+static int cas_store(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
+  int err = cas_transfer(s, it, n, CAS_DIGEST, 1);
+  return err ? err : cas_transfer(s, it, n, CAS_DATA, 1);
+}
+
+static void cas_hash(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
   struct cas_item *first = NULL;
   for (; n > 0; it++, n--) {
-    if (!(it->state & state) || it->err) continue;
+    if (~it->state & (CAS_DATA | CAS_DIGEST) || it->err) continue;
     if (first)
       sha_256(s->hw, first->data, it->data, s->bs, first->sum, it->sum);
     first = first ? NULL : it;
@@ -2523,48 +2510,37 @@ static void cas_hash(const struct nbdserve_cas *s, struct cas_item *it,
   if (first) sha_256(s->hw, first->data, NULL, s->bs, first->sum, NULL);
 }
 
-static int cas_stamp(const struct nbdserve_cas *s, unsigned char *page) {
-  unsigned char was[16], sum[32];
-  memcpy(was, page + 16, 16);
-  memset(page + 16, 0, 16);
-  sha_256(s->hw, page, NULL, s->bs, sum, NULL);
-  memcpy(page + 16, sum, 16);
-  return memcmp(was, sum, 16) == 0;
+/* Puts its sum into a page (at CAS_CHECK), or a superblock or page of the log
+ * (at CAS_SUM).  Was it there? */
+static int cas_stamp(const struct nbdserve_cas *s, unsigned char *p, int at) {
+  unsigned char was[32], sum[32];
+  size_t len = at == CAS_SUM ? CAS_SUM : s->bs, n = at == CAS_SUM ? 32 : 16;
+  memcpy(was, p + at, n);
+  memset(p + at, 0, n);
+  sha_256(s->hw, p, NULL, len, sum, NULL);
+  memcpy(p + at, sum, n);
+  return memcmp(was, sum, n) == 0;
 }
 
 /* Reads a page.  -EIO: it is not what it should be. */
 static int cas_get_page(struct nbdserve_cas *s, uint32_t x, uint32_t magic,
-                        int level, uint32_t index, unsigned char *page) {
-  int err = x < s->nslots ? 0 : -EIO;
-  if (!err) err = cas_io(s, 0, page, s->bs, cas_off(s, x, CAS_DATA));
-  if (!err && (!cas_stamp(s, page) || get32(page) != magic ||
-               get32(page + 4) != (uint32_t)level || get32(page + 8) != index))
-    err = -EIO;
-  return err;
-}
-
-/* Puts its sum into a superblock or a page of the log.  Was it there? */
-static int cas_seal(const struct nbdserve_cas *s, unsigned char *p) {
-  unsigned char was[32];
-  memcpy(was, p + CAS_SUM, 32);
-  sha_256(s->hw, p, NULL, CAS_SUM, p + CAS_SUM, NULL);
-  return memcmp(was, p + CAS_SUM, 32) == 0;
+                        int level, uint32_t index, unsigned char *p) {
+  if (x >= s->nslots) return -EIO;
+  int err = cas_io(s, 0, p, s->bs, cas_off(s, x, CAS_DATA));
+  if (err) return err;
+  return cas_stamp(s, p, CAS_CHECK) && get32(p) == magic &&
+         get32(p + 4) == (uint32_t)level && get32(p + 8) == index ? 0 : -EIO;
 }
 
 /* Nothing is written any more (C14). */
 static int cas_fail(struct nbdserve_cas *s, int err) {
-  if (!err) return 0;
-  s->failed = -EIO;
-  os_wake_all(&s->room);
+  if (err) s->failed = -EIO;
+  if (err) os_wake_all(&s->room);
   return err;
 }
 
-static uint64_t cas_log_off(const struct nbdserve_cas *s, uint64_t seq) {
-  return 2 * CAS_UNIT + seq % s->log_pages * CAS_PAGE;
-}
-
 static int cas_log_write(struct nbdserve_cas *s) {
-  uint64_t off = cas_log_off(s, s->seq);
+  uint64_t off = 2 * CAS_UNIT + s->seq % s->log_pages * CAS_PAGE;
   if (!s->nlog || s->failed) return s->failed;
   assert(s->seq - s->tail < s->log_pages);
   put32(s->log, CAS_LOG);
@@ -2572,7 +2548,7 @@ static int cas_log_write(struct nbdserve_cas *s) {
   put64(s->log + 8, s->seq++); /* (C3) */
   put64(s->log + 16, s->durable);
   memcpy(s->log + 24, s->super + 16, 8);
-  cas_seal(s, s->log);
+  cas_stamp(s, s->log, CAS_SUM);
   s->nlog = 0;
   return cas_fail(s, cas_io(s, 1, s->log, CAS_PAGE, off));
 }
@@ -2595,28 +2571,24 @@ static void cas_log(struct nbdserve_cas *s, const struct cas_image *im,
 /* Makes all that was written so far durable; one caller syncs for those that
  * wait meanwhile, unless it is told to. */
 static int cas_sync(struct nbdserve_cas *s, int always) {
-  uint64_t mine, seq;
-  uint32_t dropped;
-  int err;
   os_lock(&s->lock);
-  mine = s->nlogged;
+  uint64_t mine = s->nlogged;
   while (s->syncing) os_wait(&s->room, &s->lock);
-  err = s->failed;
+  int err = s->failed;
   if (!err && (always || s->nsynced < mine)) {
     s->syncing = 1;
     mine = s->nlogged;
     err = cas_log_write(s);
-    seq = s->seq;
-    dropped = s->dropped;
+    uint64_t seq = s->seq;
+    uint32_t dropped = s->dropped;
     s->dropped = 0;
     os_unlock(&s->lock);
     if (!err) err = os_datasync(s->fd);
     os_lock(&s->lock);
-    if (!cas_fail(s, err)) {
-      s->durable = seq; /* (C4) */
-      s->nsynced = mine;
-      cas_free(s, dropped); /* (C5) */
-    }
+    cas_fail(s, err);
+    if (!err) s->durable = seq; /* (C4) */
+    if (!err) s->nsynced = mine;
+    if (!err) cas_free(s, dropped); /* (C5) */
     s->syncing = 0;
     os_wake_all(&s->room);
   }
@@ -2626,22 +2598,10 @@ static int cas_sync(struct nbdserve_cas *s, int always) {
 
 /* ---- Maps and the catalog ------------------------------------------------ */
 
-static struct cas_node *cas_new_node(struct nbdserve_cas *s, int level) {
-  size_t size = level ? sizeof(struct cas_node *) : sizeof(uint32_t);
-  struct cas_node *b = u_zalloc(sizeof *b + s->fanout * size);
-  if (!b) return NULL;
-  b->refs = 1;
-  b->level = level;
-  b->e = (uint32_t *)(void *)(b + 1);
-  b->kid = (struct cas_node **)(void *)(b + 1);
-  return b;
-}
-
 /* Takes an edge off a page, after the last off all below, and yields lock. */
 static void cas_unref(struct nbdserve_cas *s, struct cas_node *b) {
-  uint32_t c;
   if (!b || --b->refs > 0) return;
-  for (c = 0; c < s->fanout; c++)
+  for (uint32_t c = 0; c < s->fanout; c++)
     if (b->level)
       cas_unref(s, b->kid[c]);
     else
@@ -2653,18 +2613,23 @@ static void cas_unref(struct nbdserve_cas *s, struct cas_node *b) {
   os_lock(&s->lock);
 }
 
-/* Makes the page at *p, which is to change, the image's own (C13). */
+/* Makes the page at *p, which is to change, the image's own (C13), or a new one
+ * if there is none. */
 static int cas_own(struct nbdserve_cas *s, struct cas_node **p, int level) {
-  struct cas_node *b = *p, *n;
-  uint32_t c;
+  struct cas_node *b = *p;
   if (b && b->refs == 1) {
     if (b->slot) s->ndirty++;
     cas_drop(s, b->slot, &s->retired);
     b->slot = 0;
     return 0;
   }
-  if (!(n = cas_new_node(s, level))) return -ENOMEM;
-  for (c = 0; b && c < s->fanout; c++)
+  struct cas_node *n =
+      u_zalloc(sizeof *n + s->fanout * (level ? sizeof *n->kid : sizeof *n->e));
+  if (!n) return -ENOMEM;
+  n->refs = 1;
+  n->level = level;
+  n->e = (uint32_t *)(void *)n->kid;
+  for (uint32_t c = 0; b && c < s->fanout; c++)
     if (!level)
       cas_hold(s, n->e[c] = b->e[c]);
     else if ((n->kid[c] = b->kid[c]))
@@ -2690,10 +2655,8 @@ static int cas_map(struct nbdserve_cas *s, struct cas_image *im, uint64_t lba,
     size /= s->fanout;
     p = &b->kid[lba / size % s->fanout];
   }
-  if (set) {
-    cas_drop(s, b->e[i], &s->dropped);
-    b->e[i] = *x;
-  }
+  if (set) cas_drop(s, b->e[i], &s->dropped);
+  if (set) b->e[i] = *x;
   *x = b ? b->e[i] : 0;
   if (!span) return 0;
   *span = b ? 1 : size - lba % size;
@@ -2701,21 +2664,29 @@ static int cas_map(struct nbdserve_cas *s, struct cas_image *im, uint64_t lba,
   return 0;
 }
 
-static const char *cas_name(const struct cas_image *im,
-                            char out[2 * CAS_NAME + 2]) {
-  const struct cas_image *up = im->parent;
-  snprintf(out, 2 * CAS_NAME + 2, "%s%s%s",
-           up ? (const char *)up->record + CAS_NAMED : "", up ? "@" : "",
+static const char *cas_name(const struct cas_image *im, char out[CAS_PATH]) {
+  const char *up = im->parent ? (char *)im->parent->record + CAS_NAMED : "";
+  snprintf(out, CAS_PATH, "%s%s%s", up, im->parent ? "@" : "",
            (const char *)im->record + CAS_NAMED);
   return out;
 }
 
+static void cas_spell(struct cas_image *im) {
+  const unsigned char *h = im->record + CAS_CID;
+  if (!u_is_zero(h, 32)) strcpy(im->id, "sha256-");
+  for (int i = 0; *im->id && i < 32; i += 8)
+    snprintf(im->id + 7 + 2 * i, 17, "%016" PRIx64, get64(h + i));
+}
+
+/* The volume or snapshot of that name, of n bytes, or content id. */
 static struct cas_image *cas_find(struct nbdserve_cas *s, const char *name,
                                   size_t n) {
+  char full[CAS_PATH];
   struct cas_image *im = s->images;
-  char full[2 * CAS_NAME + 2];
   for (; im; im = im->next)
-    if (strncmp(cas_name(im, full), name, n) == 0 && !full[n]) break;
+    if ((strncmp(cas_name(im, full), name, n) == 0 && !full[n]) ||
+        (n == 71 && strncmp(im->id, name, n) == 0))
+      break;
   return im;
 }
 
@@ -2736,55 +2707,46 @@ static int cas_give_name(struct nbdserve_cas *s, struct cas_image *im,
 
 struct cas_op { int verb; const char *name, *to; uint64_t size; };
 
-static int cas_add(struct nbdserve_cas *s, const struct cas_op *op,
-                   struct cas_image *from) {
-  struct cas_image *im = u_zalloc(sizeof *im), **end = &s->images;
-  int verb = op->verb, err;
-  if (!im) return -ENOMEM;
-  if (verb == NBDSERVE_CAS_SNAPSHOT) im->parent = from;
-  err = cas_give_name(s, im, verb == NBDSERVE_CAS_CLONE ? op->to : op->name);
-  if (err) {
-    NBDSERVE_FREE(im);
-    return err;
-  }
-  put32(im->record + CAS_ID, s->next_id++);
-  put32(im->record + CAS_IS_SNAPSHOT, im->parent != NULL);
-  put32(im->record + CAS_DEPTH, CAS_LEVELS);
-  put64(im->record + CAS_CREATED, (uint64_t)time(NULL));
-  if (from) memcpy(im->record + CAS_ORIGIN, from->record + CAS_ID, 4);
-  im->size = from ? from->size : op->size;
-  im->root = from ? from->root : NULL;
-  if (im->root) im->root->refs++;
-  while (*end) end = &(*end)->next;
-  *end = im;
-  s->nimages++;
-  return 0;
-}
-
 /* Applies a change to the catalog.  *gone: a map that nothing leads to then. */
 static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
                      struct cas_node **gone) {
   int verb = op->verb & ~NBDSERVE_CAS_DRY_RUN, dry_run = verb != op->verb;
-  int is_snapshot = verb == NBDSERVE_CAS_SNAPSHOT;
-  size_t n = is_snapshot ? strcspn(op->name, "@") : strlen(op->name);
+  int is_new = verb < NBDSERVE_CAS_RENAME, err = 0;
+  size_t n = strcspn(op->name, verb == NBDSERVE_CAS_SNAPSHOT ? "@" : "");
   struct cas_image *im = cas_find(s, op->name, n), *to, *kid, **p = &s->images;
-  if (cas_blocks(s, op->size) > s->max_blocks ||
-      (dry_run && verb < NBDSERVE_CAS_ROLLBACK) ||
-      (is_snapshot && !op->name[n]))
+  if (verb < NBDSERVE_CAS_CREATE || cas_blocks(s, op->size) > s->max_blocks ||
+      (dry_run && verb < NBDSERVE_CAS_ROLLBACK))
     return -EINVAL;
-  if (verb == NBDSERVE_CAS_CREATE) return cas_add(s, op, NULL);
-  if (!im) return -ENOENT;
-  to = verb == NBDSERVE_CAS_ROLLBACK ? im->parent : im;
-  if (!to || (verb == NBDSERVE_CAS_RESIZE && im->parent)) return -EINVAL;
+  if (!im && verb != NBDSERVE_CAS_CREATE) return -ENOENT;
+  to = is_new ? u_zalloc(sizeof *to)
+       : verb == NBDSERVE_CAS_ROLLBACK ? im->parent : im;
+  if (!to) return is_new ? -ENOMEM : -EINVAL;
+  if (verb == NBDSERVE_CAS_RESIZE && im->parent) return -EINVAL;
   if (verb >= NBDSERVE_CAS_ROLLBACK && to->clients) return -EBUSY;
   for (kid = s->images; kid && verb == NBDSERVE_CAS_RM; kid = kid->next)
     if (kid->parent == im) return -ENOTEMPTY;
   if (dry_run) return 0;
+  if (verb == NBDSERVE_CAS_SNAPSHOT) to->parent = im;
+  if (verb <= NBDSERVE_CAS_RENAME)
+    err = cas_give_name(s, to, verb < NBDSERVE_CAS_CLONE ? op->name : op->to);
+  if (err && is_new) NBDSERVE_FREE(to);
+  if (err) return err;
+  if (is_new) {
+    put32(to->record + CAS_ID, s->next_id++);
+    put32(to->record + CAS_IS_SNAPSHOT, to->parent != NULL);
+    put32(to->record + CAS_DEPTH, CAS_LEVELS);
+    put64(to->record + CAS_CREATED, (uint64_t)time(NULL));
+    if (im) memcpy(to->record + CAS_ORIGIN, im->record + CAS_ID, 4);
+    to->s = s;
+    while (*p) p = &(*p)->next;
+    *p = to;
+    s->nimages++;
+  }
   switch (verb) {
-  case NBDSERVE_CAS_SNAPSHOT:
-  case NBDSERVE_CAS_CLONE: return cas_add(s, op, im);
-  case NBDSERVE_CAS_RENAME: return cas_give_name(s, im, op->to);
+  case NBDSERVE_CAS_RENAME: return 0;
+  case NBDSERVE_CAS_CREATE:
   case NBDSERVE_CAS_RESIZE: to->size = op->size; return 0;
+  case NBDSERVE_CAS_SNAPSHOT: case NBDSERVE_CAS_CLONE:
   case NBDSERVE_CAS_ROLLBACK:
     *gone = to->root;
     to->size = im->size;
@@ -2820,37 +2782,30 @@ static uint32_t cas_take_page(struct nbdserve_cas *s, uint32_t magic,
 static void cas_take_map(struct nbdserve_cas *s, struct cas_node **at,
                          int level, uint32_t index) {
   struct cas_node *b = *at;
-  unsigned char *p;
-  uint32_t i;
   if (!b || b->slot) return;
-  for (i = 0; level && i < s->fanout; i++)
+  for (uint32_t i = 0; level && i < s->fanout; i++)
     cas_take_map(s, &b->kid[i], level - 1, index * s->fanout + i);
-  p = s->pages[s->npages].data;
-  memset(p, 0, s->bs);
-  for (i = 0; i < s->fanout; i++)
+  unsigned char *p = s->pages[s->npages].data;
+  for (uint32_t i = 0; i < s->fanout; i++)
     put32(p + CAS_HEAD + 4 * i, !level       ? b->e[i]
                                 : b->kid[i] ? b->kid[i]->slot : 0);
+  int empty = b->refs == 1 && u_is_zero(p, s->bs);
   s->ndirty--;
-  if (b->refs > 1 || !u_is_zero(p, s->bs)) {
-    b->slot = cas_take_page(s, CAS_MAP, level, index);
-  } else {
-    NBDSERVE_FREE(b);
-    *at = NULL;
-  }
+  if (!empty) b->slot = cas_take_page(s, CAS_MAP, level, index);
+  if (empty) NBDSERVE_FREE(b);
+  if (empty) *at = NULL;
 }
 
 static void cas_take_catalog(struct nbdserve_cas *s) {
   struct cas_image *im = s->images;
-  uint32_t x, next, k;
-  unsigned char *p;
+  uint32_t x, next;
   for (x = s->catalog; x; x = next) {
     next = CAS_AT(s, x, next);
     cas_drop(s, x, &s->retired);
   }
   for (s->catalog = 0; im; s->catalog = x) {
-    p = s->pages[s->npages].data;
-    memset(p, 0, s->bs);
-    for (k = CAS_HEAD; k + CAS_RECORD <= s->bs && im; im = im->next) {
+    unsigned char *p = s->pages[s->npages].data;
+    for (uint32_t k = CAS_HEAD; k + CAS_RECORD <= s->bs && im; im = im->next) {
       put64(im->record + CAS_SIZE, im->size);
       put32(im->record + CAS_ROOT, im->root ? im->root->slot : 0);
       memcpy(p + k, im->record, CAS_RECORD);
@@ -2867,12 +2822,6 @@ static void cas_take_catalog(struct nbdserve_cas *s) {
  * -ENOSPC or -ENOMEM: nothing has changed; others last. */
 static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
   struct cas_node *gone = NULL;
-  struct cas_image *im;
-  unsigned char *data;
-  uint32_t retired, max, i;
-  uint64_t seq;
-  int err;
-
   os_lock(&s->ckpt);
   os_lock(&s->lock);
   if (cas_want(s, 0)) {
@@ -2880,56 +2829,54 @@ static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
     cas_sync(s, 1); /* may give some back */
     os_lock(&s->lock);
   }
-  max = cas_reserve(s);
-  s->pages = u_zalloc(max * sizeof *s->pages);
-  data = NBDSERVE_MALLOC((size_t)max * s->bs);
-  err = s->pages && data ? cas_want(s, 0) : -ENOMEM;
+  uint32_t max = CAS_NEEDED(s);
+  s->pages = u_zalloc(max * (sizeof *s->pages + s->bs));
+  int err = s->pages ? cas_want(s, 0) : -ENOMEM;
   if (!err) err = cas_log_write(s);
   if (!err && op) err = cas_apply(s, op, &gone);
   if (err) goto out;
-  for (i = 0; i < max; i++) s->pages[i].data = data + (size_t)i * s->bs;
+  for (uint32_t i = 0; i < max; i++)
+    s->pages[i].data = (unsigned char *)(s->pages + max) + (size_t)i * s->bs;
   s->npages = 0;
-  for (im = s->images; im; im = im->next)
+  for (struct cas_image *im = s->images; im; im = im->next)
     cas_take_map(s, &im->root, CAS_LEVELS - 1, 0);
   cas_take_catalog(s);
   assert(s->npages <= max);
-  seq = s->seq;
-  retired = s->retired;
+  uint64_t seq = s->seq;
+  uint32_t retired = s->retired;
   s->retired = 0;
   put64(s->super + 32, get64(s->super + 32) + 1);
   put64(s->super + 40, seq);
   put32(s->super + 52, s->nslots);
   put32(s->super + 56, s->catalog);
   put32(s->super + 60, s->next_id);
-  cas_seal(s, s->super);
+  cas_stamp(s, s->super, CAS_SUM);
   os_unlock(&s->lock);
-  for (i = 0; i < s->npages; i++) cas_stamp(s, s->pages[i].data);
-  err = cas_transfer(s, s->pages, s->npages, CAS_DIGEST, 1); /* zeroes (C11) */
-  if (!err) err = cas_transfer(s, s->pages, s->npages, CAS_DATA, 1);
+  for (uint32_t i = 0; i < s->npages; i++)
+    cas_stamp(s, s->pages[i].data, CAS_CHECK);
+  err = cas_store(s, s->pages, s->npages); /* their digests: zeroes (C11) */
   if (!err) err = cas_sync(s, 1); /* (C7) */
   if (!err) err = cas_io(s, 1, s->super, CAS_PAGE, 0);
   if (!err) err = cas_sync(s, 1);
   if (!err) err = cas_io(s, 1, s->super, CAS_PAGE, CAS_UNIT);
   os_lock(&s->lock);
-  if (!cas_fail(s, err)) {
-    s->tail = seq;
-    cas_free(s, retired); /* (C6) */
-  }
+  cas_fail(s, err);
+  if (!err) s->tail = seq;
+  if (!err) cas_free(s, retired); /* (C6) */
   cas_unref(s, gone);
 out:
   os_unlock(&s->lock);
   NBDSERVE_FREE(s->pages);
-  NBDSERVE_FREE(data);
   os_unlock(&s->ckpt);
   return err;
 }
 
 /* What is to be done beside requests?  1: fill the index, 2: a checkpoint. */
 static int cas_due(const struct nbdserve_cas *s) {
-  if (s->failed || s->readonly || s->closing) return 0;
+  if (s->failed || s->readonly || s->replaying || s->closing) return 0;
   if (s->seq - s->tail > s->log_pages / 2 || s->ndirty > CAS_DIRTY ||
       s->nwaiting > CAS_WAITING ||
-      (s->nwaiting > 0 && s->nfree < cas_reserve(s) + CAS_SEGMENT))
+      (s->nwaiting > 0 && s->nfree < CAS_NEEDED(s) + CAS_SEGMENT))
     return 2;
   return s->filled < s->to_fill;
 }
@@ -2937,17 +2884,15 @@ static int cas_due(const struct nbdserve_cas *s) {
 static void *cas_work(void *arg) {
   unsigned char d[CAS_FILL][32];
   struct nbdserve_cas *s = arg;
-  int err = 0, due;
-  uint32_t x, i;
   os_lock(&s->lock);
-  while (!err && (due = cas_due(s))) {
-    x = s->filled;
+  for (int err = 0, due; !err && (due = cas_due(s));) {
+    uint32_t x = s->filled;
     if (due == 1) s->filled += CAS_FILL;
     if (due == 1 && !cas_io(s, 0, d, sizeof d, cas_off(s, x, CAS_DIGEST)))
-      for (i = x ? 0 : 1; i < CAS_FILL; i++)
-        if (CAS_AT(s, x + i, ref) > 0 && !CAS_AT(s, x + i, tag) &&
+      for (uint32_t i = x ? 0 : 1; i < CAS_FILL; i++)
+        if (CAS_AT(s, x + i, ref) > 0 && !(CAS_AT(s, x + i, tag) & ~CAS_GOOD) &&
             !u_is_zero(d[i], 32)) /* (C11) */
-          cas_index(s, x + i, get32(d[i]) | CAS_TAGGED);
+          cas_index(s, x + i, CAS_TAG(d[i]));
     os_unlock(&s->lock); /* others may want it */
     if (due == 2) err = cas_checkpoint(s, NULL);
     os_lock(&s->lock);
@@ -2959,9 +2904,8 @@ static void *cas_work(void *arg) {
 }
 
 static void cas_kick(struct nbdserve_cas *s) {
-  int start;
   os_lock(&s->lock);
-  start = !s->busy && cas_due(s);
+  int start = !s->busy && cas_due(s);
   if (start) s->busy = 1;
   os_unlock(&s->lock);
   if (start && os_thread(cas_work, s)) cas_work(s);
@@ -2972,29 +2916,29 @@ static void cas_kick(struct nbdserve_cas *s) {
 /* Waits, without lock, for room for an entry in the log, whose last quarter is
  * for pages that are not full, and for the pages that it may dirty. */
 static int cas_room(struct nbdserve_cas *s) {
-  int err = 0, tight, tried = 0;
+  int err = 0, tried = 0;
   while (!s->failed && !s->replaying) {
-    tight = cas_want(s, CAS_SEGMENT) != 0;
+    int tight = cas_want(s, CAS_SEGMENT) != 0;
     if (!tight && s->seq - s->tail < s->log_pages / 4 * 3) return 0;
     if (err || (tight && tried)) return err ? err : -ENOSPC;
     if (s->busy) {
       os_wait(&s->room, &s->lock);
-      continue;
+    } else {
+      os_unlock(&s->lock);
+      err = cas_checkpoint(s, NULL);
+      os_lock(&s->lock);
+      tried = 1;
     }
-    tried = 1;
-    os_unlock(&s->lock);
-    err = cas_checkpoint(s, NULL);
-    os_lock(&s->lock);
   }
   return s->failed;
 }
 
 /* Takes a slot for a block: one that may have the same data, or a new one. */
 static int cas_choose(struct nbdserve_cas *s, struct cas_item *it, int hint) {
-  uint32_t tag = get32(it->sum) | CAS_TAGGED, x;
+  uint32_t tag = CAS_TAG(it->sum), x = hint ? *cas_bucket(s, tag) : 0;
   int err = 0;
-  x = hint ? *cas_bucket(s, tag) : 0;
-  while (x && (CAS_AT(s, x, tag) != tag || CAS_AT(s, x, ref) > INT32_MAX / 2))
+  while (x && ((CAS_AT(s, x, tag) & ~CAS_GOOD) != tag ||
+               CAS_AT(s, x, ref) > INT32_MAX / 2))
     x = CAS_AT(s, x, next);
   it->state = x ? CAS_DUP : CAS_DATA | CAS_DIGEST;
   if (x)
@@ -3005,52 +2949,41 @@ static int cas_choose(struct nbdserve_cas *s, struct cas_item *it, int hint) {
   return err;
 }
 
-/* Stores blocks.  0, or an error, which is that of all that fail; -EAGAIN: the
- * map does not have what was expected. */
+/* Stores blocks; no slots are set.  0, or an error, which is that of all that
+ * fail; -EAGAIN: the map does not have what was expected. */
 static int cas_put(struct nbdserve_cas *s, struct cas_image *im,
                    struct cas_item *it, size_t n) {
   unsigned char *same = NULL;
-  int err, again = 1;
   uint32_t was = 0;
-  size_t i;
-
-  for (i = 0; i < n; i++) {
-    it[i].slot = 0;
-    it[i].state = u_is_zero(it[i].data, s->bs) ? 0 : CAS_DATA;
-  }
-  cas_hash(s, it, n, CAS_DATA);
+  for (size_t i = 0; i < n; i++)
+    it[i].state = u_is_zero(it[i].data, s->bs) ? 0 : CAS_DATA | CAS_DIGEST;
+  cas_hash(s, it, n);
   os_lock(&s->lock);
-  err = s->failed;
-  for (i = 0; i < n && !err; i++)
+  int err = s->failed;
+  for (size_t i = 0; i < n && !err; i++)
     if (it[i].state) err = cas_choose(s, it + i, 1);
   os_unlock(&s->lock);
-  while (again && !err) { /* first the digests: who finds data finds both */
-    again = 0;
-    err = cas_transfer(s, it, n, CAS_DIGEST, 1);
-    if (!err) err = cas_transfer(s, it, n, CAS_DATA, 1);
-    for (i = 0; i < n && !err; i++) {
-      int dup = it[i].state == CAS_DUP; /* maybe of a block of this call */
-      uint64_t off = cas_off(s, it[i].slot, CAS_DATA);
-      it[i].state = 0;
-      if (!dup) continue;
-      if (!same && !(same = NBDSERVE_MALLOC(s->bs))) err = -ENOMEM;
-      if (err || (!cas_io(s, 0, same, s->bs, off) &&
-                  memcmp(same, it[i].data, s->bs) == 0))
-        continue;
-      os_lock(&s->lock); /* it is not: take another one (C12) */
-      cas_drop(s, it[i].slot, &s->dropped);
-      err = cas_choose(s, it + i, 0);
-      os_unlock(&s->lock);
-      again = 1;
-    }
+  if (!err) err = cas_store(s, it, n);
+  for (size_t i = 0; i < n && !err; i++) {
+    if (it[i].state != CAS_DUP) continue; /* maybe of a block of this call */
+    uint64_t off = cas_off(s, it[i].slot, CAS_DATA);
+    if (!same && !(same = NBDSERVE_MALLOC(s->bs))) err = -ENOMEM;
+    if (err || (!cas_io(s, 0, same, s->bs, off) &&
+                memcmp(same, it[i].data, s->bs) == 0))
+      continue;
+    os_lock(&s->lock); /* it is not: take another one (C12) */
+    cas_drop(s, it[i].slot, &s->dropped);
+    err = cas_choose(s, it + i, 0);
+    os_unlock(&s->lock);
+    if (!err) err = cas_store(s, it + i, 1);
   }
   NBDSERVE_FREE(same);
   os_lock(&s->lock);
-  for (i = 0; i < n; i++) { /* into the map and the log (C2) */
+  for (size_t i = 0; i < n; i++) { /* into the map and the log (C2) */
     if (!err) err = cas_room(s);
     if (!err) err = cas_map(s, im, it[i].lba, 0, &was, NULL);
     if (!err && it[i].expect != CAS_ANY && it[i].expect != was) err = -EAGAIN;
-    if (!err && it[i].slot) cas_good(s, it[i].slot, 1);
+    if (!err && it[i].slot) CAS_AT(s, it[i].slot, tag) |= CAS_GOOD;
     if (!err && it[i].slot != was &&
         !(err = cas_map(s, im, it[i].lba, 1, &it[i].slot, NULL))) {
       cas_log(s, im, it + i, 1);
@@ -3064,29 +2997,28 @@ static int cas_put(struct nbdserve_cas *s, struct cas_image *im,
   return err;
 }
 
-/* Pins the slots of blocks and reads them; without all only those that are not
- * known to be good, which are checked.  0 or the last of their errors. */
+/* Pins the slots of blocks and reads what is wanted, CAS_DATA, CAS_DIGEST or 0,
+ * of them, and both of those that are not known to be good, which are checked:
+ * for data only if s->verify.  0 or the last of their errors. */
 static int cas_read(struct nbdserve_cas *s, struct cas_image *im,
-                    struct cas_item *it, size_t n, int all) {
-  int err = 0;
-  size_t i;
+                    struct cas_item *it, size_t n, int want) {
+  int err = 0, trust = want == CAS_DATA && !s->verify;
   os_lock(&s->lock);
-  for (i = 0; i < n; i++) {
+  for (size_t i = 0; i < n; i++) {
     it[i].slot = 0;
     it[i].err = cas_map(s, im, it[i].lba, 0, &it[i].slot, NULL);
-    it[i].state = all && it[i].slot ? CAS_DATA : 0;
-    if (it[i].slot && (s->verify || !all) &&
-        (s->failed || !cas_good(s, it[i].slot, -1)))
-      it[i].state = CAS_DATA | CAS_DIGEST;
+    int good = CAS_AT(s, it[i].slot, tag) & CAS_GOOD && !s->failed;
+    it[i].state = !it[i].slot     ? 0
+                  : good || trust ? want : CAS_DATA | CAS_DIGEST;
     cas_hold(s, it[i].slot);
   }
   os_unlock(&s->lock);
   cas_transfer(s, it, n, CAS_DATA, 0);
   cas_transfer(s, it, n, CAS_DIGEST, 0);
-  cas_hash(s, it, n, CAS_DIGEST);
-  for (i = 0; i < n; i++) {
-    if (!it[i].slot) memset(it[i].data, 0, s->bs);
-    if (it[i].state & CAS_DIGEST && !it[i].err &&
+  cas_hash(s, it, n);
+  for (size_t i = 0; i < n; i++) {
+    if (!it[i].slot && want == CAS_DATA) memset(it[i].data, 0, s->bs);
+    if (it[i].state == (CAS_DATA | CAS_DIGEST) && !it[i].err &&
         memcmp(it[i].digest, it[i].sum, 32) != 0)
       it[i].err = -EIO;
     if (it[i].err) err = it[i].err;
@@ -3095,38 +3027,87 @@ static int cas_read(struct nbdserve_cas *s, struct cas_image *im,
 }
 
 /* Takes the pins away again.  What is bad is not used again: writing heals. */
-static void cas_unpin(struct nbdserve_cas *s, const struct cas_item *it,
-                      size_t n) {
+static void cas_unpin(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
   os_lock(&s->lock);
   for (; n-- > 0; it++) {
     if (it->slot && it->err) cas_unindex(s, it->slot);
-    if (it->state & CAS_DIGEST && !it->err) cas_good(s, it->slot, 1);
+    if (it->state & CAS_DIGEST && !it->err)
+      CAS_AT(s, it->slot, tag) |= CAS_GOOD;
     cas_drop(s, it->slot, &s->dropped);
   }
   os_unlock(&s->lock);
 }
 
-/* Reads or writes a part of one block; buf NULL: writes zeroes. */
-static int cas_part(struct nbdserve_cas *s, struct cas_image *im, int writing,
+/* READs, WRITEs or WRITE_ZEROES a part of one block.  CAS_DIGEST: gets its
+ * digest as it counts for ids, with zeroes behind the end of the image; zeroes,
+ * if all is zero. */
+static int cas_part(struct nbdserve_cas *s, struct cas_image *im, int what,
                     unsigned char *buf, uint64_t off, uint64_t len) {
-  struct cas_item it = {.lba = off / s->bs}, w;
-  unsigned char *part;
+  struct cas_item it = {.lba = off / s->bs, .data = NBDSERVE_MALLOC(s->bs)};
+  if (!it.data) return -ENOMEM;
+  unsigned char *part = it.data + off % s->bs;
   int err;
-  if (!(it.data = NBDSERVE_MALLOC(s->bs))) return -ENOMEM;
-  part = it.data + off % s->bs;
   do {
-    err = cas_read(s, im, &it, 1, 1);
-    if (!err && !writing) memcpy(buf, part, (size_t)len);
-    if (!err && writing) {
-      if (buf) memcpy(part, buf, (size_t)len);
-      if (!buf) memset(part, 0, (size_t)len);
-      w = it;
-      w.expect = it.slot; /* pinned: it cannot be another block meanwhile */
-      err = cas_put(s, im, &w, 1);
+    err = cas_read(s, im, &it, 1, CAS_DATA);
+    if (!err && what == NBD_CMD_READ) memcpy(buf, part, (size_t)len);
+    if (!err && what == CAS_DIGEST) {
+      len = im->size - u_min(off, im->size);
+      if (len < s->bs) memset(part + len, 0, (size_t)(s->bs - len));
+      memset(buf, 0, 32);
+      if (!u_is_zero(part, s->bs))
+        sha_256(s->hw, part, NULL, s->bs, buf, NULL);
+    } else if (!err && what != NBD_CMD_READ) {
+      if (what == NBD_CMD_WRITE) memcpy(part, buf, (size_t)len);
+      if (what != NBD_CMD_WRITE) memset(part, 0, (size_t)len);
+      struct cas_item w = {.lba = it.lba, .data = it.data, .expect = it.slot};
+      err = cas_put(s, im, &w, 1); /* that is pinned: no other can become it */
     }
     cas_unpin(s, &it, 1);
   } while (err == -EAGAIN);
   NBDSERVE_FREE(it.data);
+  return err;
+}
+
+/* Is block lba the same in two images?  *span: for how many blocks that is so.
+ * Pages that they share are not looked at. */
+static int cas_same(struct nbdserve_cas *s, struct cas_image **im, uint64_t lba,
+                    uint64_t *span, int *same) {
+  struct cas_item it[2] = {{.state = CAS_DIGEST}, {.state = CAS_DIGEST}};
+  struct cas_node *b[2];
+  uint64_t below = s->max_blocks; /* blocks below b */
+  int i, odd = 0, err = 0;        /* odd: it has to be read */
+  *span = below;
+  os_lock(&s->lock);
+  for (i = 0; i < 2; i++) {
+    uint64_t whole = im[i]->size / s->bs;
+    b[i] = lba < cas_blocks(s, im[i]->size) ? im[i]->root : NULL;
+    if (lba < whole) *span = u_min(*span, whole - lba);
+    if (lba == whole && b[i]) odd = 1;
+  }
+  for (int level = CAS_LEVELS; level-- > 0 && (odd || b[0] != b[1]);) {
+    below /= s->fanout;
+    for (i = 0; i < 2; i++) {
+      uint64_t c = lba / below % s->fanout;
+      if (b[i] && b[i]->bad) err = -EIO;
+      if (b[i] && !level) it[i].slot = b[i]->e[c];
+      b[i] = b[i] && level ? b[i]->kid[c] : NULL;
+    }
+  }
+  for (i = 0; i < 2 && s->readonly; i++) /* see cas_redo */
+    if (CAS_AT(s, it[i].slot, tag) & ~CAS_GOOD) odd = 1;
+  *span = u_min(*span, below - lba % below);
+  *same = !odd && it[0].slot == it[1].slot;
+  if (!err && !*same && (odd || (it[0].slot && it[1].slot))) {
+    for (i = 0; i < 2; i++) cas_hold(s, it[i].slot);
+    os_unlock(&s->lock);
+    for (i = 0; i < 2 && !err; i++)
+      err = !odd ? cas_transfer(s, it + i, 1, CAS_DIGEST, 0)
+            : cas_part(s, im[i], CAS_DIGEST, it[i].digest, lba * s->bs, s->bs);
+    *same = memcmp(it[0].digest, it[1].digest, 32) == 0;
+    os_lock(&s->lock);
+    for (i = 0; i < 2; i++) cas_drop(s, it[i].slot, &s->dropped);
+  }
+  os_unlock(&s->lock);
   return err;
 }
 
@@ -3135,24 +3116,23 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   struct cas_image *im = ctx;
   struct nbdserve_cas *s = im->s;
   struct cas_item it[CAS_BATCH];
-  uint64_t at, len, bs = s->bs; /* at: in the request */
+  uint64_t bs = s->bs, len;
   size_t k = 0;
-  int writing, err;
   for (; n > 0; r++, n--) {
-    writing = r->type == NBD_CMD_WRITE;
-    for (at = 0, r->err = 0; at < r->len; at += len) {
+    int writing = r->type == NBD_CMD_WRITE, err = r->err = 0;
+    for (uint64_t at = 0; at < r->len; at += len) { /* in the request */
       len = u_min(bs - (r->off + at) % bs, r->len - at);
       if (len == bs)
         it[k++] = (struct cas_item){.lba = (r->off + at) / bs, .req = r,
                                     .data = r->buf + at, .expect = CAS_ANY};
-      else if ((err = cas_part(s, im, writing, r->buf + at, r->off + at, len)))
+      else if ((err = cas_part(s, im, r->type, r->buf + at, r->off + at, len)))
         r->err = err;
       if (k < CAS_BATCH &&
           (at + len < r->len || (n > 1 && r->type == r[1].type)))
         continue;
       if (writing) cas_put(s, im, it, k);
       if (writing) cas_kick(s);
-      if (!writing) cas_read(s, im, it, k, 1);
+      if (!writing) cas_read(s, im, it, k, CAS_DATA);
       if (!writing) cas_unpin(s, it, k);
       for (; k > 0; k--)
         if (it[k - 1].err) it[k - 1].req->err = it[k - 1].err;
@@ -3160,17 +3140,20 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   }
 }
 
-/* Makes blocks from..to of an image holes: one log entry for many leaves. */
-static int cas_zero_blocks(struct nbdserve_cas *s, struct cas_image *im,
-                           uint64_t from, uint64_t to) {
-  uint64_t span;
+/* Makes the whole blocks of a range holes: one log entry for many leaves. */
+static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
+  struct cas_image *im = ctx;
+  struct nbdserve_cas *s = im->s;
+  uint64_t from = cas_blocks(s, off), to = (off + len) / s->bs, span;
   uint32_t x;
-  int err = 0, k, changed;
+  int err = 0;
+  (void)flags;
   while (from < to && !err) {
     struct cas_item hole = {.lba = from};
+    int k = 0, changed = 0;
     os_lock(&s->lock);
     err = cas_room(s);
-    for (k = changed = 0; k < CAS_SEGMENT / CAS_LEVELS && from < to && !err;) {
+    while (k < CAS_SEGMENT / CAS_LEVELS && from < to && !err) {
       err = cas_map(s, im, from, 0, &x, &span);
       if (!err && x) err = cas_map(s, im, from, 1, &hole.slot, NULL);
       if (err) break;
@@ -3182,15 +3165,7 @@ static int cas_zero_blocks(struct nbdserve_cas *s, struct cas_image *im,
     if (!err) err = s->failed;
     os_unlock(&s->lock);
   }
-  return err;
-}
-
-static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
-  struct cas_image *im = ctx;
-  uint64_t bs = im->s->bs, from = off / bs + (off % bs != 0);
-  int err = cas_zero_blocks(im->s, im, from, (off + len) / bs);
-  (void)flags;
-  cas_kick(im->s);
+  cas_kick(s);
   return err;
 }
 
@@ -3198,25 +3173,27 @@ static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   struct cas_image *im = ctx;
   uint64_t bs = im->s->bs, tail = (off + len) % bs;
   uint64_t head = u_min((bs - off % bs) % bs, len);
-  int err = !head ? 0 : cas_part(im->s, im, 1, NULL, off, head);
+  int zero = NBD_CMD_WRITE_ZEROES, err = 0;
+  if (head) err = cas_part(im->s, im, zero, NULL, off, head);
   if (!err) err = cas_trim(ctx, off, len, flags);
   if (err || !tail || tail > len - head) return err;
-  return cas_part(im->s, im, 1, NULL, off + len - tail, tail);
+  return cas_part(im->s, im, zero, NULL, off + len - tail, tail);
 }
 
 static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                        struct nbdserve_extents *out) {
   struct cas_image *im = ctx;
-  uint64_t bs = im->s->bs, end = off + len, next, span;
+  uint64_t bs = im->s->bs, end = off + len, span;
   uint32_t slot, hole = NBDSERVE_HOLE | NBDSERVE_ZERO;
   int err = 0, enough = 0;
   (void)flags;
   os_lock(&im->s->lock);
-  for (; off < end && !enough; off = next) {
+  while (off < end && !enough) {
     err = cas_map(im->s, im, off / bs, 0, &slot, &span);
     if (err) break;
-    next = u_min((off / bs + span) * bs, end);
+    uint64_t next = u_min((off / bs + span) * bs, end);
     enough = nbdserve_extent(out, next - off, slot ? 0 : hole);
+    off = next;
   }
   os_unlock(&im->s->lock);
   return err;
@@ -3229,10 +3206,9 @@ static int cas_flush(void *ctx, uint32_t flags) {
 
 static void cas_close(void *ctx) {
   struct cas_image *im = ctx;
-  struct nbdserve_cas *s = im->s;
-  os_lock(&s->lock);
+  os_lock(&im->s->lock);
   im->clients--;
-  os_unlock(&s->lock);
+  os_unlock(&im->s->lock);
 }
 
 /* ---- Opening ------------------------------------------------------------- */
@@ -3243,29 +3219,39 @@ static int64_t cas_get_super(struct nbdserve_cas *s, uint64_t off,
                              unsigned char *p) {
   int err = off + CAS_PAGE > s->end ? -EINVAL : cas_io(s, 0, p, CAS_PAGE, off);
   if (err || memcmp(p, CAS_MAGIC, 8) != 0) return err ? err : -EINVAL;
-  if (!cas_seal(s, p)) return -EUCLEAN;
+  if (!cas_stamp(s, p, CAS_SUM)) return -EUCLEAN;
   if (get32(p + 8) != 1 || get32(p + 64) || (get32(p + 68) && !s->readonly))
     return -EOPNOTSUPP;
   return (int64_t)get64(p + 32);
 }
 
+static int cas_place(struct nbdserve_cas *s) {
+  uint64_t end = 2 * CAS_UNIT + (uint64_t)s->log_pages * CAS_PAGE;
+  if (!u_is_power_of_2(s->bs) || s->bs < CAS_MIN_BLOCK || s->bs > 65536 ||
+      s->log_pages < 8 || s->log_pages > 1 << 24)
+    return -EINVAL;
+  s->data_off = (end + CAS_UNIT - 1) / CAS_UNIT * CAS_UNIT;
+  s->fanout = CAS_FANOUT(s->bs);
+  s->max_blocks = (uint64_t)s->fanout * s->fanout * s->fanout * s->fanout;
+  return 0;
+}
+
 /* Takes what the newest superblock says, and makes both alike (C8). */
 static int cas_open_super(struct nbdserve_cas *s) {
-  unsigned char copy[2][CAS_PAGE], *p;
+  unsigned char copy[2][CAS_PAGE];
   int64_t a = cas_get_super(s, 0, copy[0]);
   int64_t b = cas_get_super(s, CAS_UNIT, copy[1]);
-  int err;
   if (a < 0 && a != -EUCLEAN && (a != -EINVAL || b <= 0)) return (int)a;
   if (b == -EIO || (a < 0 && b < 0)) return -EIO; /* one may be damaged only */
-  p = memcpy(s->super, copy[b > a], CAS_PAGE);
+  unsigned char *p = memcpy(s->super, copy[b > a], CAS_PAGE);
   s->bs = get32(p + 12);
   s->seq = s->tail = s->durable = get64(p + 40);
   s->log_pages = get32(p + 48);
   s->to_fill = get32(p + 52);
-  s->catalog = get32(p + 56);
   s->next_id = get32(p + 60);
+  if (cas_place(s) || s->to_fill < CAS_SEGMENT) return -EIO;
   if (a == b || s->readonly) return 0;
-  err = os_datasync(s->fd); /* what was read may be only in memory */
+  int err = os_datasync(s->fd); /* what was read may be only in memory */
   if (!err) err = cas_io(s, 1, p, CAS_PAGE, b > a ? 0 : CAS_UNIT);
   return err ? err : os_datasync(s->fd);
 }
@@ -3274,9 +3260,7 @@ static int cas_open_super(struct nbdserve_cas *s) {
  * references.  While that goes on tag and next of a page say where it is. */
 static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
                     uint32_t index, struct cas_node **out) {
-  unsigned char *page;
   struct cas_node *b;
-  uint32_t c, v;
   int err = 0;
   if (!x) return 0;
   if (x >= s->nslots) return -EIO;
@@ -3288,21 +3272,20 @@ static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
     *out = b;
     return 0;
   }
-  b = *out = cas_new_node(s, level);
-  page = b ? NBDSERVE_MALLOC(s->bs) : NULL;
-  if (!page) return -ENOMEM;
+  if (cas_own(s, out, level)) return -ENOMEM;
+  b = *out;
+  s->ndirty--;
   cas_hold(s, b->slot = x);
   CAS_AT(s, x, tag) = (uint32_t)(uintptr_t)b;
   CAS_AT(s, x, next) = (uint32_t)((uintptr_t)b >> 16 >> 16);
+  unsigned char *page = NBDSERVE_MALLOC(s->bs);
+  if (!page) return -ENOMEM;
   if (cas_get_page(s, x, CAS_MAP, level, index, page)) s->damaged = b->bad = 1;
-  for (c = 0; c < s->fanout && !b->bad && !err; c++) {
-    v = get32(page + CAS_HEAD + 4 * c);
-    if (level)
-      err = cas_load(s, v, level - 1, index * s->fanout + c, &b->kid[c]);
-    else if (v >= s->nslots)
-      err = -EIO;
-    else
-      cas_hold(s, b->e[c] = v);
+  for (uint32_t c = 0; c < s->fanout && !b->bad && !err; c++) {
+    uint32_t v = get32(page + CAS_HEAD + 4 * c);
+    err = level ? cas_load(s, v, level - 1, index * s->fanout + c, b->kid + c)
+          : v < s->nslots ? 0 : -EIO;
+    if (!level && !err) cas_hold(s, b->e[c] = v);
   }
   NBDSERVE_FREE(page);
   return err;
@@ -3310,20 +3293,21 @@ static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
 
 static int cas_open_catalog(struct nbdserve_cas *s) {
   struct cas_image *im, *p;
-  uint32_t x, k;
   int err = 0;
-  for (x = s->catalog, s->catalog = 0; x; x = get32(s->page + 12)) {
+  for (uint32_t x = get32(s->super + 56), k; x; x = get32(s->page + 12)) {
     err = cas_get_page(s, x, CAS_CAT, 0, 0, s->page);
     if (err) return err;
     cas_hold(s, x); /* until there is a new one */
     cas_drop(s, x, &s->retired);
-    for (k = CAS_HEAD; k + CAS_RECORD <= s->bs;) k += CAS_RECORD;
-    while ((k -= CAS_RECORD) >= CAS_HEAD && k < s->bs) { /* to keep the order */
-      if (!get32(s->page + k)) continue;
+    for (k = (s->bs - CAS_HEAD) / CAS_RECORD; k-- > 0;) { /* last first */
+      const unsigned char *record = s->page + CAS_HEAD + k * CAS_RECORD;
+      if (!get32(record)) continue;
       im = u_zalloc(sizeof *im);
       if (!im) return -ENOMEM;
-      memcpy(im->record, s->page + k, CAS_RECORD);
+      memcpy(im->record, record, CAS_RECORD);
       im->record[CAS_RECORD - 1] = 0; /* a name ends */
+      cas_spell(im);
+      im->s = s;
       im->size = get64(im->record + CAS_SIZE);
       im->next = s->images;
       s->images = im;
@@ -3338,7 +3322,7 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
           : cas_load(s, get32(im->record + CAS_ROOT), CAS_LEVELS - 1, 0,
                      &im->root);
   }
-  for (x = 1; x < s->nslots; x++) {
+  for (uint32_t x = 1; x < s->nslots; x++) {
     CAS_AT(s, x, tag) = CAS_AT(s, x, next) = 0;
     if (s->damaged && !CAS_AT(s, x, ref)) cas_hold(s, x); /* who knows */
   }
@@ -3346,109 +3330,66 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
 }
 
 static int cas_log_read(struct nbdserve_cas *s, uint64_t seq) {
-  uint64_t off = cas_log_off(s, seq);
+  uint64_t off = 2 * CAS_UNIT + seq % s->log_pages * CAS_PAGE;
   if (off + CAS_PAGE > s->end) return 0; /* not written so far */
   int err = cas_io(s, 0, s->log, CAS_PAGE, off);
   if (err) s->log_damaged = 1;
   return !err && get32(s->log) == CAS_LOG && get16(s->log + 4) <= CAS_ENTRIES &&
          get64(s->log + 8) == seq && !memcmp(s->log + 24, s->super + 16, 8) &&
-         cas_seal(s, s->log);
+         cas_stamp(s, s->log, CAS_SUM);
 }
 
-static int cas_replay_entry(struct nbdserve_cas *s, const unsigned char *p,
-                            int known) {
+static int cas_redo(struct nbdserve_cas *s, const unsigned char *p, int known) {
   struct cas_item it = {.lba = get64(p + 8), .slot = get32(p + 4),
-                        .state = CAS_DIGEST, .data = s->page};
+                        .data = s->page,
+                        .state = known ? CAS_DIGEST : CAS_DATA | CAS_DIGEST};
   struct cas_image *im = s->images;
-  uint64_t blocks;
-  int err;
   while (im && memcmp(im->record + CAS_ID, p, 4) != 0) im = im->next;
-  blocks = im ? cas_blocks(s, im->size) : 0;
+  uint64_t blocks = im ? cas_blocks(s, im->size) : 0;
   if (it.lba >= blocks) return 0;
   if (!it.slot)
-    return cas_zero_blocks(s, im, it.lba,
-                           u_min(blocks, it.lba + get64(p + 16)));
+    return cas_trim(im, it.lba * s->bs,
+                    u_min(blocks - it.lba, get64(p + 16)) * s->bs, 0);
   if (!known) { /* (C9) */
-    uint64_t off = cas_off(s, it.slot, CAS_DATA);
-    if (off + s->bs > s->end) return 0;
-    err = cas_io(s, 0, s->page, s->bs, off);
-    if (err) return err;
-    cas_hash(s, &it, 1, CAS_DIGEST);
+    if (cas_off(s, it.slot, CAS_DATA) + s->bs > s->end) return 0;
+    if (cas_transfer(s, &it, 1, CAS_DATA, 0)) return it.err;
+    cas_hash(s, &it, 1);
     if (memcmp(it.sum, p + 16, 32) != 0) return 0;
-    /* if writing it has failed, it is only in memory, and not to be written */
-    if (!s->readonly && (err = cas_io(s, 1, s->page, s->bs, off))) return err;
   }
   memcpy(it.sum, p + 16, 32);
-  err = cas_extend(s, it.slot);
-  if (!err && !s->readonly) err = cas_transfer(s, &it, 1, CAS_DIGEST, 1);
+  int err = cas_extend(s, it.slot);
+  /* data, too: if that has failed it may be in memory only */
+  if (!err && !s->readonly) err = cas_store(s, &it, 1);
   if (err) return err;
   cas_hold(s, it.slot);
-  if (!known) cas_good(s, it.slot, 1); /* read-only: its digest may be old */
+  if (!known) /* read-only: its digest may be old, which another bit says */
+    CAS_AT(s, it.slot, tag) |= s->readonly ? CAS_GOOD | 1 : CAS_GOOD;
   return cas_map(s, im, it.lba, 1, &it.slot, NULL);
 }
 
 /* Brings the maps up to what the log says (C9). */
 static int cas_replay(struct nbdserve_cas *s) {
-  uint64_t end = s->tail, seq;
-  unsigned i;
+  uint64_t end = s->tail;
   int err = 0;
   for (; end - s->tail < s->log_pages && cas_log_read(s, end); end++)
     s->durable = get64(s->log + 16);
-  for (i = 1; i < s->log_pages; i++)
+  for (uint32_t i = 1; i < s->log_pages; i++)
     s->log_damaged |= cas_log_read(s, end + i) && get64(s->log + 16) > end;
   if (s->log_damaged && !s->readonly) return -EIO;
-  for (seq = s->tail; seq < end && !err; seq++) {
+  for (uint64_t seq = s->tail; seq < end && !err; seq++) {
     if (!cas_log_read(s, seq)) return -EIO;
-    for (i = 0; i < get16(s->log + 4) && !err; i++)
-      if ((err = cas_replay_entry(s, s->log + 32 + CAS_ENTRY * i,
-                                  seq < s->durable)) == -EIO &&
-          s->damaged && s->readonly)
+    for (unsigned i = 0; i < get16(s->log + 4) && !err; i++)
+      if ((err = cas_redo(s, s->log + 32 + CAS_ENTRY * i, seq < s->durable)) ==
+              -EIO && s->damaged && s->readonly)
         err = 0; /* it is below a page that cannot be read */
   }
   s->seq = s->tail = s->durable = end + s->log_pages; /* (C10) */
   return err;
 }
 
-static int cas_place(struct nbdserve_cas *s) {
-  uint64_t end = 2 * CAS_UNIT + (uint64_t)s->log_pages * CAS_PAGE;
-  if (!u_is_power_of_2(s->bs) || s->bs < CAS_MIN_BLOCK || s->bs > 65536 ||
-      s->log_pages < 8 || s->log_pages > 1 << 24)
-    return -EINVAL;
-  s->data_off = (end + CAS_UNIT - 1) / CAS_UNIT * CAS_UNIT;
-  s->fanout = CAS_FANOUT(s->bs);
-  s->max_blocks = (uint64_t)s->fanout * s->fanout * s->fanout * s->fanout;
-  return 0;
-}
-
-static int cas_recover(struct nbdserve_cas *s) {
-  uint32_t x;
-  int err = cas_open_super(s);
-  if (!err && (cas_place(s) || s->to_fill < CAS_SEGMENT)) err = -EIO;
-  if (!err) err = cas_extend(s, s->to_fill - 1);
-  if (err) return err;
-  CAS_NFREE(s, 0)--; /* slot 0 */
-  CAS_AT(s, 0, ref) = 1;
-  s->nfree--;
-  s->replaying = 1;
-  err = cas_open_catalog(s);
-  if (!err) err = cas_replay(s);
-  s->replaying = 0;
-  for (x = 1; x < s->nslots && !err; x++) {
-    if (CAS_AT(s, x, ref) != CAS_FREED) continue;
-    CAS_AT(s, x, ref) = 1;
-    cas_drop(s, x, &s->retired);
-  }
-  if (!err && !s->readonly) err = cas_checkpoint(s, NULL);
-  s->to_fill = s->nslots;
-  if (!err) cas_kick(s);
-  return err;
-}
-
 static void cas_destroy(struct nbdserve_cas *s) {
-  struct cas_image *im;
-  if (!s) return;
   os_lock(&s->lock);
-  while ((im = s->images)) {
+  for (struct cas_image *im; (im = s->images);) {
     s->images = im->next;
     cas_unref(s, im->root);
     NBDSERVE_FREE(im);
@@ -3492,20 +3433,32 @@ static int cas_open_file(struct nbdserve_cas *s, const char *path, int flags) {
 int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
                       struct nbdserve_cas **out) {
   struct nbdserve_cas *s = cas_new(o);
-  int err = !s ? -ENOMEM
-            : cas_open_file(s, path, s->readonly ? O_RDONLY : O_RDWR);
-  if (!err) err = cas_recover(s);
+  if (!s) return -ENOMEM;
+  int err = cas_open_file(s, path, s->readonly ? O_RDONLY : O_RDWR);
+  if (!err) err = cas_open_super(s);
+  if (!err) err = cas_extend(s, s->to_fill - 1);
+  s->replaying = 1;
+  if (!err) err = cas_open_catalog(s);
+  if (!err) err = cas_replay(s);
+  s->replaying = 0;
+  for (uint32_t x = 1; x < s->nslots && !err; x++) {
+    if (CAS_AT(s, x, ref) != CAS_FREED) continue;
+    CAS_AT(s, x, ref) = 1;
+    cas_drop(s, x, &s->retired);
+  }
+  if (!err && !s->readonly) err = cas_checkpoint(s, NULL);
+  s->to_fill = s->nslots;
+  if (!err) cas_kick(s);
   if (err) cas_destroy(s);
   if (!err) *out = s;
   return err;
 }
 
 int nbdserve_cas_close(struct nbdserve_cas *s) {
-  int err = 0;
   os_lock(&s->lock);
   s->closing = 1;
   while (s->busy) os_wait(&s->room, &s->lock);
-  err = s->failed;
+  int err = s->failed;
   os_unlock(&s->lock);
   if (!err && !s->readonly && (s->nlogged > s->nsynced || s->seq > s->tail))
     err = cas_checkpoint(s, NULL);
@@ -3515,18 +3468,17 @@ int nbdserve_cas_close(struct nbdserve_cas *s) {
 
 int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   struct nbdserve_cas *s = cas_new(o);
-  struct timespec t;
-  int err, is_new;
   if (!s) return -ENOMEM;
   s->bs = o && o->block_size ? o->block_size : CAS_MIN_BLOCK;
   s->log_pages = o && o->log_pages ? o->log_pages : 4096;
   s->seq = s->next_id = 1;
-  err = cas_place(s);
+  int err = cas_place(s);
   if (!err) err = cas_open_file(s, path, O_RDWR | O_CREAT | O_EXCL);
-  is_new = s->fd >= 0;
+  int is_new = s->fd >= 0;
   if (err == -EEXIST && !cas_open_file(s, path, O_RDWR) && s->is_device &&
       !cas_io(s, 0, s->super, CAS_PAGE, 0) && u_is_zero(s->super, CAS_PAGE))
     err = 0; /* an unused block device will do */
+  struct timespec t;
   clock_gettime(CLOCK_REALTIME, &t); /* for an id that no other store has */
   memcpy(s->super, CAS_MAGIC, 8);
   put32(s->super + 8, 1);
@@ -3549,15 +3501,12 @@ static const struct nbdserve_ops cas_ops = {
 
 int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
                         struct nbdserve_export *out) {
-  struct cas_image *im;
-  int err;
   os_lock(&s->ckpt); /* one that is under way may be changing what it is */
   os_lock(&s->lock);
-  im = cas_find(s, name, strlen(name));
-  err = s->failed ? s->failed : im ? 0 : -ENOENT;
+  struct cas_image *im = cas_find(s, name, strlen(name));
+  int err = s->failed ? s->failed : im ? 0 : -ENOENT;
   if (!err) {
-    if (!im->s) im->own.batch = cas_batch; /* once: others may be using it */
-    if (!im->s) im->s = s;
+    if (!im->own.batch) im->own.batch = cas_batch; /* others may be using it */
     im->clients++;
     out->size = im->size;
     out->preferred_block = s->bs;
@@ -3571,16 +3520,15 @@ int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
   return err;
 }
 
-/* Makes holes behind the end of a volume: that is of no account while it is
+/* Zeroes what is behind the end of a volume: that is of no account while it is
  * there, but has to be zero when it grows, and takes space after it shrank. */
-static int cas_clear_tail(struct nbdserve_cas *s, const char *name,
-                          int (*clear)(void *, uint64_t, uint64_t, uint32_t)) {
+static int cas_clear_tail(struct nbdserve_cas *s, const char *name) {
   uint64_t end = u_min(s->max_blocks, INT64_MAX / s->bs) * s->bs;
   struct nbdserve_export e = {0};
   int err = nbdserve_cas_volume(s, name, &e);
   if (err) return err;
   if (!(e.flags & NBDSERVE_READONLY) && e.size < end)
-    err = clear(e.ctx, e.size, end - e.size, 0);
+    err = cas_zero(e.ctx, e.size, end - e.size, 0);
   cas_close(e.ctx);
   return err;
 }
@@ -3588,29 +3536,25 @@ static int cas_clear_tail(struct nbdserve_cas *s, const char *name,
 int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
                         const char *to, uint64_t size) {
   struct cas_op op = {verb, name, to, size};
-  int err = s->readonly ? -EROFS : 0;
+  int err = s->readonly ? -EROFS : 0, resize = verb == NBDSERVE_CAS_RESIZE;
   os_lock(&s->lock); /* what is to be written now may be there already */
   while (verb == NBDSERVE_CAS_CREATE && s->busy) os_wait(&s->room, &s->lock);
   os_unlock(&s->lock);
-  if (!err && verb == NBDSERVE_CAS_RESIZE)
-    err = cas_clear_tail(s, name, cas_zero);
+  if (!err && resize) err = cas_clear_tail(s, name);
   if (!err) err = cas_checkpoint(s, &op);
-  if (!err && verb == NBDSERVE_CAS_RESIZE) cas_clear_tail(s, name, cas_trim);
+  if (!err && resize) cas_clear_tail(s, name);
   return err;
 }
 
-int nbdserve_cas_list(struct nbdserve_cas *s,
-                      int (*each)(void *arg,
-                                  const struct nbdserve_cas_info *info),
+int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_listed *each,
                       void *arg) {
-  char name[2 * CAS_NAME + 2];
-  struct cas_image *im;
+  char name[CAS_PATH], id[sizeof s->images->id];
   int r = 0;
   os_lock(&s->lock);
-  for (im = s->images; im && !r; im = im->next) {
-    struct nbdserve_cas_info info = {cas_name(im, name), im->size,
-                                     get64(im->record + CAS_CREATED),
-                                     im->clients, im->parent != NULL};
+  for (struct cas_image *im = s->images; im && !r; im = im->next) {
+    struct nbdserve_cas_info info = {
+        cas_name(im, name), im->size, get64(im->record + CAS_CREATED),
+        im->clients, im->parent != NULL, memcpy(id, im->id, sizeof id)};
     im->clients++; /* it stays in the list */
     os_unlock(&s->lock);
     r = each(arg, &info);
@@ -3619,6 +3563,73 @@ int nbdserve_cas_list(struct nbdserve_cas *s,
   }
   os_unlock(&s->lock);
   return r;
+}
+
+int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72]) {
+  unsigned char run[32 + 32 * CAS_BATCH], *data; /* see the format of an id */
+  struct cas_item it[CAS_BATCH];
+  struct nbdserve_export e = {0};
+  int err = nbdserve_cas_volume(s, name, &e);
+  *id = 0;
+  if (err) return err;
+  struct cas_image *im = e.ctx;
+  os_lock(&s->lock);
+  int sealed = *im->id != 0;
+  os_unlock(&s->lock);
+  uint64_t blocks = sealed ? 0 : cas_blocks(s, im->size);
+  if (!im->parent) err = -EINVAL;
+  if (!err && !sealed && s->readonly) err = -EROFS;
+  if (!(data = NBDSERVE_MALLOC(CAS_BATCH * s->bs))) err = -ENOMEM;
+  memcpy(run, "nbdserve-cid-1", 14);
+  put32(run + 14, s->bs);
+  put64(run + 18, im->size);
+  sha_256(s->hw, run, NULL, 26, run, NULL);
+  for (uint64_t lba = 0; lba < blocks && !err; lba += CAS_BATCH) {
+    size_t n = (size_t)u_min(blocks - lba, CAS_BATCH), i;
+    for (i = 0; i < n; i++)
+      it[i] = (struct cas_item){.lba = lba + i, .data = data + i * s->bs};
+    err = cas_read(s, im, it, n, CAS_DIGEST);
+    cas_unpin(s, it, n);
+    memset(run + 32, 0, sizeof run - 32);
+    for (i = 0; i < n; i++) memcpy(run + 32 + 32 * i, it[i].digest, 32);
+    if (lba + n == blocks && !err) /* it may have something behind the end */
+      err = cas_part(s, im, CAS_DIGEST, run + 32 * n, (blocks - 1) * s->bs,
+                     s->bs);
+    sha_256(s->hw, run, NULL, sizeof run, run, NULL);
+  }
+  NBDSERVE_FREE(data);
+  if (!err && !sealed) {
+    os_lock(&s->lock);
+    memcpy(im->record + CAS_CID, run, 32); /* and it stays true if this fails */
+    os_unlock(&s->lock);
+    err = cas_checkpoint(s, NULL);
+  }
+  os_lock(&s->lock);
+  if (!err) cas_spell(im);
+  memcpy(id, im->id, sizeof im->id);
+  os_unlock(&s->lock);
+  cas_close(im);
+  return err;
+}
+
+int nbdserve_cas_diff(struct nbdserve_cas *s, const char *a, const char *b,
+                      nbdserve_range *each, void *arg) {
+  struct nbdserve_export e = {0}, f = {0};
+  int err = nbdserve_cas_volume(s, a, &e), same;
+  if (err) return err;
+  err = nbdserve_cas_volume(s, b, &f);
+  struct cas_image *im[2] = {e.ctx, f.ctx};
+  uint64_t size = e.size > f.size ? e.size : f.size, from = 0, lba = 0, span;
+  for (; lba < cas_blocks(s, size) && !err; lba += span) {
+    err = cas_same(s, im, lba, &span, &same);
+    if (err || !same) continue;
+    if (from < lba) err = each(arg, from * s->bs, (lba - from) * s->bs);
+    from = lba + span;
+  }
+  if (!err && from < lba) err = each(arg, from * s->bs, size - from * s->bs);
+  if (f.ctx) cas_close(f.ctx);
+  cas_close(e.ctx);
+  return err;
 }
 
 int nbdserve_cas_stat(struct nbdserve_cas *s, struct nbdserve_cas_stat *out) {
@@ -3636,17 +3647,14 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
                         nbdserve_progress *progress, void *arg) {
   unsigned char *data = NBDSERVE_MALLOC(CAS_BATCH * s->bs);
   int found = s->log_damaged, stop = 0;
-  const char *why, *next;
-  char name[2 * CAS_NAME + 2];
   struct cas_item it[CAS_BATCH];
-  uint64_t done = 0, total = 0, lba, blocks, from = 0;
+  uint64_t done = 0, total = 0;
+  char name[CAS_PATH];
   struct cas_image *im;
-  size_t i, n;
-
   if (!data) return -ENOMEM;
   if (found) each(arg, "", 0, 0, "the log is damaged");
   os_lock(&s->ckpt);
-  for (i = 0; i < 2; i++) {
+  for (unsigned i = 0; i < 2; i++) {
     if (cas_get_super(s, i * CAS_UNIT, data) >= 0) continue;
     each(arg, "", 0, 0, i ? "the second superblock is damaged"
                           : "the first superblock is damaged");
@@ -3654,25 +3662,26 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
   }
   os_unlock(&s->ckpt);
   os_lock(&s->lock); /* read-only: what the log brought has been checked */
-  for (i = 0; i < s->ngroups && !s->readonly; i++)
-    memset(s->groups[i]->good, 0, sizeof s->groups[i]->good);
+  for (uint32_t x = 0; x < s->nslots && !s->readonly; x++)
+    CAS_AT(s, x, tag) &= ~CAS_GOOD;
   for (im = s->images; im; im = im->next) total += im->size;
   for (im = s->images; im && !stop; im = im->next) {
     im->clients++; /* it stays in the list */
     cas_name(im, name);
     os_unlock(&s->lock);
-    why = NULL;
-    blocks = cas_blocks(s, im->size);
-    for (lba = 0; lba < blocks && !stop; lba += n) {
+    const char *why = NULL;
+    uint64_t blocks = cas_blocks(s, im->size), from = 0;
+    size_t n;
+    for (uint64_t lba = 0; lba < blocks && !stop; lba += n) {
       n = (size_t)u_min(blocks - lba, CAS_BATCH);
       stop = progress && progress(arg, done += n * s->bs, total);
-      for (i = 0; i < n; i++)
+      for (size_t i = 0; i < n; i++)
         it[i] = (struct cas_item){.lba = lba + i, .data = data + i * s->bs};
       if (cas_read(s, im, it, n, 0)) found = 1;
-      for (i = 0; i < n; i++) {
-        next = !it[i].err   ? NULL
-               : it[i].slot ? "the data is not what it was"
-                            : "the map cannot be read";
+      for (size_t i = 0; i < n; i++) {
+        const char *next = !it[i].err   ? NULL
+                           : it[i].slot ? "the data is not what it was"
+                                        : "the map cannot be read";
         if (next == why) continue;
         if (why) each(arg, name, from, (lba + i) * s->bs - from, why);
         from = (lba + i) * s->bs;
@@ -3689,34 +3698,9 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
   return stop ? -ECANCELED : found ? -EUCLEAN : 0;
 }
 
-/* Gives the free slots of a segment back; they are nobody else's meanwhile. */
-static int cas_punch(struct nbdserve_cas *s, uint32_t x) {
-  unsigned char mine[CAS_SEGMENT + 1] = {0};
-  uint32_t list = 0, i, n;
-  int err = 0;
-  os_lock(&s->lock);
-  for (i = 0; i < CAS_SEGMENT; i++)
-    if (!CAS_AT(s, x + i, ref)) {
-      cas_hold(s, x + i);
-      cas_drop(s, x + i, &list);
-      mine[i] = CAS_AT(s, x + i, ref) == CAS_FREED;
-    }
-  os_unlock(&s->lock);
-  for (i = 0; i < CAS_SEGMENT && !err; i += n + 1) {
-    for (n = 0; mine[i + n];) n++;
-    if (n) err = os_fallocate(s->fd, OS_PUNCH_HOLE, cas_off(s, x + i, CAS_DATA),
-                              (uint64_t)n * s->bs);
-  }
-  os_lock(&s->lock);
-  cas_free(s, list);
-  os_unlock(&s->lock);
-  return err;
-}
-
 int nbdserve_cas_gc(struct nbdserve_cas *s, int dry_run, uint64_t *bytes,
                     nbdserve_progress *progress, void *arg) {
   struct stat before, after;
-  uint32_t x = 0;
   int err = dry_run ? 0 : s->readonly ? -EROFS : cas_checkpoint(s, NULL);
   os_lock(&s->lock);
   uint32_t nslots = s->nslots;
@@ -3725,8 +3709,14 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, int dry_run, uint64_t *bytes,
   os_unlock(&s->lock);
   if (dry_run || err) return err;
   if (fstat(s->fd, &before) < 0) return -errno;
-  for (; !err && x < nslots; x += CAS_SEGMENT) {
-    err = cas_punch(s, x);
+  for (uint32_t x = 0; !err && x < nslots; x += CAS_SEGMENT) {
+    os_lock(&s->lock); /* what is free stays so meanwhile */
+    for (uint32_t i = x, n; i < x + CAS_SEGMENT && !err; i += n + 1) {
+      for (n = 0; i + n < x + CAS_SEGMENT && !CAS_AT(s, i + n, ref);) n++;
+      if (n) err = os_fallocate(s->fd, OS_PUNCH_HOLE, cas_off(s, i, CAS_DATA),
+                                (uint64_t)n * s->bs);
+    }
+    os_unlock(&s->lock);
     if (!err && progress && progress(arg, x, nslots)) err = -ECANCELED;
   }
   if (!err && fstat(s->fd, &after) < 0) err = -errno;

@@ -149,7 +149,8 @@ NBDSERVE_API int nbdserve_overlay(struct nbdserve_export *ex, const char *dir);
  * survives a power cut at any instant.  All calls may come from any thread.
  *
  * A volume is NAME; a snapshot, read-only, is VOL@NAME.  A NAME has 1 to 166
- * bytes, no / @ " \, no control characters, and does not begin with "sha256-".
+ * bytes, no / @ " \, no control characters, and does not begin with "sha256-":
+ * what does is the id of a snapshot (nbdserve_cas_seal).
  *
  * Besides their own errors all calls may return -EIO (the medium fails, or is
  * damaged; once a sync has failed, all changes do until the store is opened
@@ -232,13 +233,35 @@ struct nbdserve_cas_info {
   uint64_t created; /* seconds since 1970 */
   uint32_t clients; /* that have it open */
   int readonly;     /* a snapshot */
+  const char *id;   /* of a snapshot that was sealed, else "" */
 };
 
 /* Calls each for all in the catalog until it returns non-zero, which is
  * returned; that one counts as open meanwhile. */
+typedef int nbdserve_listed(void *arg, const struct nbdserve_cas_info *info);
+
 NBDSERVE_API int nbdserve_cas_list(struct nbdserve_cas *cas,
-                                   int (*each)(void *arg,
-                                       const struct nbdserve_cas_info *info),
+                                   nbdserve_listed *each, void *arg);
+
+/* Gives a snapshot its identity, durably when it returns 0: "sha256-" and 64
+ * hexadecimal digits, which name the same size, block size and contents in any
+ * store.  id gets it, or "".  It is a name of the snapshot from then on; if
+ * several have it, of one of them.  Reads and checks what has not been since
+ * the store was opened; once sealed, a snapshot has its id at once.
+ * -ENOENT: no such name.  -EINVAL: that is a volume.  -EIO: it is damaged. */
+NBDSERVE_API int nbdserve_cas_seal(struct nbdserve_cas *cas, const char *name,
+                                   char id[72]);
+
+/* Calls each, in order, for the ranges in bytes in which two volumes or
+ * snapshots differ, until it returns non-zero, which is returned.  They begin
+ * at blocks and end there or at the larger size; behind the smaller one all is
+ * zero.  What both have in common since one was made from the other takes no
+ * time.  Of a volume that is written meanwhile each block is as it was at some
+ * moment.  -ENOENT: no such name. */
+typedef int nbdserve_range(void *arg, uint64_t off, uint64_t len);
+
+NBDSERVE_API int nbdserve_cas_diff(struct nbdserve_cas *cas, const char *a,
+                                   const char *b, nbdserve_range *each,
                                    void *arg);
 
 struct nbdserve_cas_stat {
@@ -418,10 +441,15 @@ NBDSERVE_API const char *nbdserve_version(void);
  *   12    4 CAT1: slot of the next   20 4 levels, 4
  *   16   16 of its SHA-256, with     24 8 seconds since 1970
  *           zeroes here              36 4 id it was made from
- *   32      slots, 4 bytes each,     89   name, up to 166 bytes, and zeroes
- *           or records
+ *   32      slots, 4 bytes each,     40 32 content id of a snapshot, or zeroes
+ *           or records               89   name, up to 166 bytes, and zeroes
  *
  * A page's own SHA-256 in its group is zero.
+ *
+ * A content id is h when h = SHA-256("nbdserve-cid-1", 4 block_size, 8 size)
+ * has become SHA-256(h, digests) for each 256 blocks in turn, where the digest
+ * of a block is its SHA-256, with zeroes behind the end of the volume; or
+ * zeroes for one that is all zeroes, and for those that lack in the end.
  *
  * What keeps it whole ("durable state" is what the newest superblock's maps
  * say, with the log behind it):

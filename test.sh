@@ -2079,6 +2079,10 @@ testMemoryRefusedIsNoCrash() { fault memory "$DISK"; }
 testSha256OfTheStandardsExamples() { unit fips; }
 testSha256IsTheSameByAllWays() { unit ways; }
 testWritersReadersAndChangesOfAStoreTogether() { unit together; }
+testIdsAreOfTheContentAlone() { unit ids; }
+testSealedSnapshotsAreFoundByTheirId() { unit seal; }
+testDamagedSnapshotsAreNotSealed() { unit rotten; }
+testDiffIsWhatComparingFinds() { unit diff; }
 
 # ==== Stores =================================================================
 
@@ -5544,7 +5548,7 @@ static void *k_look(void *arg) {
     int n = 0;
     k_sound("v", 0);
     CHECK(nbdserve_cas_verify(k_store, k_damage, NULL, NULL) == 0);
-    CHECK(nbdserve_cas_list(k_store, k_listed, &n) == 0 && n > 0 && n < 4);
+    CHECK(nbdserve_cas_list(k_store, k_listed, &n) == 0 && n > 0 && n < 5);
     CHECK(nbdserve_cas_stat(k_store, &st) == 0);
   }
   return NULL;
@@ -5556,12 +5560,26 @@ static void k_remove(const char *name) {
   CHECK(err == 0); /* busy: it was being verified */
 }
 
+static int k_range(void *arg, uint64_t off, uint64_t len) {
+  CHECK(off % 4096 == 0 && len % 4096 == 0 && len > 0);
+  ++*(int *)arg;
+  return 0;
+}
+
 static void *k_change(void *arg) {
+  char id[72], other[72];
   (void)arg;
   while (!t_hold(&k_over, -1)) {
+    int n = 0;
     CHECK(nbdserve_cas_snapshot(k_store, "v@s") == 0);
     k_sound("v@s", 0);
-    CHECK(nbdserve_cas_clone(k_store, "v@s", "c") == 0);
+    CHECK(nbdserve_cas_seal(k_store, "v@s", id) == 0);
+    CHECK(nbdserve_cas_clone(k_store, id, "c") == 0);
+    CHECK(nbdserve_cas_diff(k_store, "c", "v@s", k_range, &n) == 0 && n == 0);
+    CHECK(nbdserve_cas_diff(k_store, "v", "v@s", k_range, &n) == 0);
+    CHECK(nbdserve_cas_snapshot(k_store, "c@s") == 0);
+    CHECK(nbdserve_cas_seal(k_store, "c@s", other) == 0 && !strcmp(id, other));
+    k_remove("c@s");
     k_remove("v@s");
     k_sound("c", 0);
     CHECK(nbdserve_cas_rename(k_store, "c", "d") == 0);
@@ -5596,6 +5614,364 @@ static void u_together(void) {
   CHECK(nbdserve_cas_close(k_store) == 0);
 }
 
+/* A store in the file of that name, or its volume or snapshot */
+static struct nbdserve_cas *q_open(const char *path, uint32_t flags) {
+  struct nbdserve_cas_options o = {0};
+  struct nbdserve_cas *cas = NULL;
+  o.flags = flags;
+  CHECK(nbdserve_cas_open(path, &o, &cas) == 0);
+  return cas;
+}
+
+static struct nbdserve_cas *q_new(char path[500], const char *name,
+                                  uint32_t block_size) {
+  struct nbdserve_cas_options o = {0};
+  o.log_pages = 64;
+  o.block_size = block_size;
+  snprintf(path, 500, "%s/%s", dir, name);
+  CHECK(nbdserve_cas_init(path, &o) == 0);
+  return q_open(path, 0);
+}
+
+static void q_put(struct nbdserve_cas *cas, const char *name, uint64_t off,
+                  uint64_t len, int byte) {
+  struct nbdserve_export e = {0};
+  unsigned char *b = malloc((size_t)len);
+  CHECK(b != NULL);
+  memset(b, byte, (size_t)len);
+  CHECK(nbdserve_cas_volume(cas, name, &e) == 0);
+  CHECK(e.ops->write(e.ctx, b, off, len, 0) == 0);
+  e.ops->close(e.ctx);
+  free(b);
+}
+
+static int q_get(struct nbdserve_cas *cas, const char *name, uint64_t off,
+                 uint64_t len, void *b) {
+  struct nbdserve_export e = {0};
+  int err = nbdserve_cas_volume(cas, name, &e);
+  if (err) return err;
+  err = e.ops->read(e.ctx, b, off, len, 0);
+  e.ops->close(e.ctx);
+  return err;
+}
+
+/* Seals name@s of a new snapshot, and forgets it */
+static void q_seal(struct nbdserve_cas *cas, const char *name, char id[72]) {
+  char snapshot[20], again[72];
+  snprintf(snapshot, sizeof snapshot, "%s@s", name);
+  CHECK(nbdserve_cas_snapshot(cas, snapshot) == 0);
+  CHECK(nbdserve_cas_seal(cas, snapshot, id) == 0);
+  CHECK(strlen(id) == 71 && strspn(id + 7, "0123456789abcdef") == 64);
+  CHECK(nbdserve_cas_seal(cas, snapshot, again) == 0 && !strcmp(id, again));
+  CHECK(nbdserve_cas_rm(cas, snapshot) == 0);
+}
+
+static int q_listed(void *arg, const struct nbdserve_cas_info *info) {
+  char *all = arg;
+  snprintf(all + strlen(all), 900 - strlen(all), "%s=%.9s ", info->name,
+           info->id);
+  return 0;
+}
+
+static const char *q_ids(struct nbdserve_cas *cas) {
+  static char all[900];
+  all[0] = 0;
+  CHECK(nbdserve_cas_list(cas, q_listed, all) == 0);
+  return all;
+}
+
+static int q_find(void *ctx, const char *name, struct nbdserve_export *out) {
+  return nbdserve_cas_volume(ctx, name, out);
+}
+
+/* The id is of the content: not of how it came there */
+static void u_ids(void) {
+  static const char want[] =
+      "sha256-"
+      "d1ab95ccbb7c8f1bb7270819d1a36d875feb92d4cb7a88f3ab1ea68df6352b25";
+  static const char longer[] =
+      "sha256-"
+      "97e59fa1792698d3ab0bffcea7f77a9932e4b4409df02050ab09cd4a027e7d69";
+  char path[500], other[500], id[72], seen[12][72];
+  struct nbdserve_cas *cas = q_new(path, "ids", 0), *two;
+  int i, n = 0;
+
+  CHECK(nbdserve_cas_create(cas, "v", 8292) == 0);
+  q_put(cas, "v", 0, 4096, 'a');
+  q_put(cas, "v", 8192, 100, 'b');
+  q_seal(cas, "v", seen[n++]);
+  CHECK(strcmp(seen[0], want) == 0);
+  q_put(cas, "v", 8291, 1, 'c'); /* its last byte */
+  q_seal(cas, "v", seen[n++]);
+  q_put(cas, "v", 8291, 1, 'b');
+  q_put(cas, "v", 4096, 1, 'x');
+  q_seal(cas, "v", seen[n++]);
+  q_put(cas, "v", 4096, 1, 0);
+  q_put(cas, "v", 0, 4096, 'b');
+  q_seal(cas, "v", seen[n++]);
+  q_put(cas, "v", 0, 4096, 'a');
+  CHECK(nbdserve_cas_resize(cas, "v", 8293) == 0); /* a zero more */
+  q_seal(cas, "v", seen[n++]);
+  CHECK(nbdserve_cas_resize(cas, "v", 0) == 0);
+  q_seal(cas, "v", seen[n++]);
+  CHECK(nbdserve_cas_resize(cas, "v", 301 * 4096) == 0);
+  q_seal(cas, "v", seen[n++]);
+  q_put(cas, "v", 0, 4096, 'a');
+  q_put(cas, "v", 300 * 4096, 4096, 'c');
+  q_seal(cas, "v", seen[n++]);
+  CHECK(strcmp(seen[n - 1], longer) == 0);
+
+  /* another order, other garbage, copies, what is behind the end */
+  two = q_new(other, "ids2", 0);
+  CHECK(nbdserve_cas_create(two, "w", 40960) == 0);
+  for (i = 0; i < 20; i++) q_put(two, "w", (uint64_t)i * 2048, 2048, 'A' + i);
+  CHECK(nbdserve_cas_snapshot(two, "w@old") == 0);
+  q_put(two, "w", 4096, 4096, 0);
+  q_put(two, "w", 8192, 4096, 'b');
+  q_put(two, "w", 0, 8192, 'a');
+  q_put(two, "w", 4096, 4096, 0);
+  CHECK(nbdserve_cas_resize(two, "w", 8292) == 0);
+  q_seal(two, "w", id);
+  CHECK(strcmp(id, want) == 0);
+  CHECK(nbdserve_cas_close(two) == 0);
+  two = q_new(other, "ids3", 8192); /* another block size */
+  CHECK(nbdserve_cas_create(two, "v", 8292) == 0);
+  q_put(two, "v", 0, 4096, 'a');
+  q_put(two, "v", 8192, 100, 'b');
+  q_seal(two, "v", seen[n++]);
+  CHECK(nbdserve_cas_close(two) == 0);
+  for (i = 0; i < n * n; i++)
+    CHECK(i / n == i % n || strcmp(seen[i / n], seen[i % n]) != 0);
+  CHECK(nbdserve_cas_close(cas) == 0);
+}
+
+/* The snapshot of that id is found by it, over NBD, too; errors */
+static void u_seal(void) {
+  char path[500], id[72], a[72], b[72], other[500];
+  struct nbdserve_cas *cas = q_new(path, "seal", 0);
+  struct nbdserve_config config = {0};
+  unsigned char data[8192];
+  struct nbdserve *s;
+  struct served v;
+  struct t_conn c;
+  int fd, i;
+
+  CHECK(nbdserve_cas_create(cas, "v", 8192) == 0);
+  q_put(cas, "v", 0, 4096, 'a');
+  CHECK(nbdserve_cas_seal(cas, "v", id) == -EINVAL && !*id);
+  CHECK(nbdserve_cas_seal(cas, "v@no", id) == -ENOENT);
+  CHECK(nbdserve_cas_snapshot(cas, "v@s") == 0);
+  q_put(cas, "v", 0, 4096, 'b');
+  CHECK(nbdserve_cas_snapshot(cas, "v@t") == 0);
+  CHECK(!strcmp(q_ids(cas), "v= v@s= v@t= "));
+  CHECK(nbdserve_cas_seal(cas, "v@s", a) == 0);
+  CHECK(nbdserve_cas_seal(cas, "v@t", b) == 0 && strcmp(a, b) != 0);
+  CHECK(nbdserve_cas_seal(cas, a, id) == 0 && !strcmp(id, a));
+  snprintf(other, sizeof other, "v= v@s=%.9s v@t=%.9s ", a, b);
+  CHECK(!strcmp(q_ids(cas), other));
+  q_put(cas, "v", 0, 8192, 'c');
+  CHECK(q_get(cas, a, 0, 1, data) == 0 && data[0] == 'a');
+  CHECK(q_get(cas, b, 0, 1, data) == 0 && data[0] == 'b');
+
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.find = q_find;
+  config.ctx = cas;
+  CHECK(nbdserve_new(&s, &config) == 0);
+  memset(&v, 0, sizeof v);
+  s_start(&v, s, &c);
+  fd = c.fd;
+  CHECK(t_open(&c, fd, a, 1) == 0 && c.size == 8192 && (c.flags & 2));
+  CHECK(t_do(&c, 0, READ, 0, 8192, (char *)data) == 0);
+  for (i = 0; i < 8192; i++) CHECK(data[i] == (i < 4096 ? 'a' : 0));
+  CHECK(nbdserve_cas_rm(cas, a) == -EBUSY);
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+  nbdserve_free(s);
+
+  CHECK(nbdserve_cas_create(cas, a, 1) < 0); /* not names to give */
+  CHECK(nbdserve_cas_rename(cas, "v", "sha256-1") == -EINVAL);
+  snprintf(other, sizeof other, "%s@x", a);
+  CHECK(nbdserve_cas_snapshot(cas, other) == -EINVAL);
+  CHECK(nbdserve_cas_clone(cas, a, "c") == 0); /* a clone has none */
+  CHECK(q_get(cas, "c", 0, 1, data) == 0 && data[0] == 'a');
+  CHECK(nbdserve_cas_rename(cas, "v", "w") == 0); /* it follows a rename */
+  CHECK(nbdserve_cas_close(cas) == 0);
+  cas = q_open(path, 0);
+  snprintf(other, sizeof other, "w= w@s=%.9s w@t=%.9s c= ", a, b);
+  CHECK(!strcmp(q_ids(cas), other));
+  CHECK(nbdserve_cas_rollback(cas, a) == 0); /* a volume has none */
+  CHECK(nbdserve_cas_snapshot(cas, "w@u") == 0);
+  CHECK(nbdserve_cas_seal(cas, "w@u", id) == 0 && !strcmp(id, a));
+  CHECK(nbdserve_cas_snapshot(cas, "w@no") == 0);
+  CHECK(nbdserve_cas_close(cas) == 0);
+  cas = q_open(path, NBDSERVE_CAS_READONLY);
+  CHECK(nbdserve_cas_seal(cas, "w@no", id) == -EROFS && !*id);
+  CHECK(nbdserve_cas_seal(cas, "w@s", id) == 0 && !strcmp(id, a));
+  CHECK(q_get(cas, a, 0, 1, data) == 0 && data[0] == 'a');
+  CHECK(nbdserve_cas_close(cas) == 0);
+  cas = q_open(path, 0);
+  CHECK(nbdserve_cas_rm(cas, a) == 0); /* the first one of two */
+  CHECK(q_get(cas, a, 0, 1, data) == 0 && data[0] == 'a');
+  CHECK(nbdserve_cas_rm(cas, a) == 0);
+  CHECK(q_get(cas, a, 0, 1, data) == -ENOENT);
+  snprintf(other, sizeof other, "w= w@t=%.9s c= w@no= ", b);
+  CHECK(!strcmp(q_ids(cas), other));
+  CHECK(nbdserve_cas_close(cas) == 0);
+}
+
+/* What is damaged gets no id: not even what is known by its digest only */
+static void u_rotten(void) {
+  char path[500], id[72], c;
+  struct nbdserve_cas *cas;
+  unsigned char b[4096];
+  off_t at;
+  int fd, i;
+  for (i = 0; i < 4; i++) { /* data or digest is rotten; checked reads or not */
+    char name[20];
+    snprintf(name, sizeof name, "rotten%d", i);
+    cas = q_new(path, name, 0);
+    CHECK(nbdserve_cas_create(cas, "v", 4096 * 300) == 0);
+    q_put(cas, "v", 280 * 4096, 4096, 'q');
+    CHECK(nbdserve_cas_snapshot(cas, "v@s") == 0);
+    CHECK(nbdserve_cas_close(cas) == 0);
+    fd = open(path, O_RDWR);
+    for (at = 0; pread(fd, b, 4096, at) == 4096; at += 4096)
+      if (b[0] == 'q' && !memcmp(b, b + 1, 4095)) break;
+    CHECK(pread(fd, b, 4096, at) == 4096 && b[0] == 'q');
+    if (i % 2) { /* a group's digests lie in front of it: see nbdserve.h */
+      off_t group = (2 << 20) + 64 * 4096;
+      group = (group + (1 << 20) - 1) / (1 << 20) * (1 << 20);
+      at = group + (at - group - (1 << 20)) / 4096 * 32;
+    }
+    CHECK(pread(fd, &c, 1, at) == 1);
+    c ^= 4;
+    CHECK(pwrite(fd, &c, 1, at) == 1);
+    close(fd);
+    cas = q_open(path, i < 2 ? NBDSERVE_CAS_NO_VERIFY : NBDSERVE_CAS_VERIFY);
+    memset(id, 'x', sizeof id);
+    CHECK(nbdserve_cas_seal(cas, "v@s", id) == -EIO && !*id);
+    CHECK(!strcmp(q_ids(cas), "v= v@s= "));
+    q_put(cas, "v", 280 * 4096, 4096, 'q'); /* which heals nothing of it */
+    CHECK(nbdserve_cas_seal(cas, "v@s", id) == -EIO);
+    CHECK(nbdserve_cas_snapshot(cas, "v@t") == 0);
+    CHECK(nbdserve_cas_seal(cas, "v@t", id) == 0);
+    CHECK(nbdserve_cas_close(cas) == 0);
+  }
+}
+
+/* Ranges of a difference: a byte per unit that is in one */
+struct q_map {
+  unsigned char is[1 << 16];
+  uint64_t unit, end; /* bytes */
+  int calls, stop;    /* at that call */
+};
+
+static int q_range(void *arg, uint64_t off, uint64_t len) {
+  struct q_map *m = arg;
+  CHECK(len > 0 && off % m->unit == 0 && (!m->calls || off > m->end));
+  m->end = off + len;
+  for (; len > 0; off += len < m->unit ? len : m->unit,
+                  len -= len < m->unit ? len : m->unit)
+    m->is[off / m->unit] = 1;
+  return ++m->calls == m->stop ? 77 : 0;
+}
+
+static void q_same(struct nbdserve_cas *cas, const char *a, const char *b,
+                   uint64_t a_size, uint64_t b_size) {
+  static unsigned char p[2][1 << 19];
+  uint64_t size = a_size > b_size ? a_size : b_size, at, n;
+  struct q_map m;
+  memset(p, 0, sizeof p);
+  memset(&m, 0, sizeof m);
+  m.unit = 4096;
+  if (a_size) CHECK(q_get(cas, a, 0, a_size, p[0]) == 0);
+  if (b_size) CHECK(q_get(cas, b, 0, b_size, p[1]) == 0);
+  CHECK(nbdserve_cas_diff(cas, a, b, q_range, &m) == 0);
+  CHECK(m.end <= size);
+  for (at = 0; at < size; at += n) {
+    n = size - at < 4096 ? size - at : 4096;
+    CHECK((memcmp(p[0] + at, p[1] + at, (size_t)n) != 0) == m.is[at / 4096]);
+  }
+  if (size && m.is[(size - 1) / 4096]) CHECK(m.end == size);
+}
+
+static void u_diff(void) {
+  char path[500];
+  static const char *const names[] = {"v", "v@1", "v@2", "w", "w@1", "e"};
+  uint64_t size[6];
+  struct nbdserve_cas *cas = q_new(path, "diff", 0);
+  struct q_map m;
+  uint32_t x = 5, i, k;
+  int64_t start = os_now_ms();
+
+  /* two snapshots of a terabyte: what they share costs nothing */
+  CHECK(nbdserve_cas_create(cas, "v", UINT64_C(1) << 40) == 0);
+  for (i = 0; i < 64; i++) q_put(cas, "v", (uint64_t)i << 34, 65536, 'a');
+  CHECK(nbdserve_cas_snapshot(cas, "v@1") == 0);
+  q_put(cas, "v", (UINT64_C(7) << 34) + 5000, 1, 'b');
+  CHECK(nbdserve_cas_snapshot(cas, "v@2") == 0);
+  memset(&m, 0, sizeof m);
+  m.unit = UINT64_C(1) << 34;
+  m.end = 0;
+  for (i = 0; i < 100; i++) {
+    struct q_map one = m;
+    one.unit = 4096 + (UINT64_C(7) << 34);
+    CHECK(nbdserve_cas_diff(cas, "v@1", "v@2", q_range, &one) == 0);
+    CHECK(one.calls == 1 && one.end == 8192 + (UINT64_C(7) << 34));
+  }
+  CHECK(os_now_ms() - start < 5000);
+  CHECK(nbdserve_cas_diff(cas, "v@1", "no", q_range, &m) == -ENOENT);
+  CHECK(nbdserve_cas_diff(cas, "no", "v@1", q_range, &m) == -ENOENT);
+  CHECK(nbdserve_cas_diff(cas, "v@1", "v@1", q_range, &m) == 0 && !m.calls);
+  CHECK(nbdserve_cas_rm(cas, "v@1") == 0);
+  CHECK(nbdserve_cas_rm(cas, "v@2") == 0);
+  CHECK(nbdserve_cas_rm(cas, "v") == 0); /* nothing is left open */
+
+  for (k = 0; k < 12; k++) {
+    size[0] = size[1] = size[2] = k < 2 ? 409600 : 1 + h_next(&x) % 400000;
+    size[3] = size[4] = k < 1 ? 409600 : 1 + h_next(&x) % 400000;
+    size[5] = 0;
+    CHECK(nbdserve_cas_create(cas, "v", size[0]) == 0);
+    CHECK(nbdserve_cas_create(cas, "w", size[3]) == 0);
+    CHECK(nbdserve_cas_create(cas, "e", 0) == 0);
+    for (i = 0; i < 120; i++) {
+      uint32_t to = h_next(&x) % 2 ? 0 : 3;
+      uint32_t off = h_next(&x) % (uint32_t)size[to], n, y;
+      if (h_next(&x) % 3) off -= off % 4096;
+      n = 1 + h_next(&x) % (h_next(&x) % 4 ? 4096 : 40000);
+      if (h_next(&x) % 2) n = (n + 4095) / 4096 * 4096;
+      if (n > size[to] - off) n = (uint32_t)size[to] - off;
+      q_put(cas, names[to], off, n, "abc\0"[h_next(&x) % 4]);
+      for (y = 1; h_next(&x) % 4 == 0 && y < cas->nslots; y++)
+        if (CAS_AT(cas, y, ref) > 0 && CAS_AT(cas, y, tag) >> 30 & 1)
+          cas_unindex(cas, y); /* so that the same is stored twice */
+      if (i == 40) CHECK(nbdserve_cas_snapshot(cas, "v@1") == 0);
+      if (i == 50) CHECK(nbdserve_cas_snapshot(cas, "w@1") == 0);
+      if (i == 80) CHECK(nbdserve_cas_snapshot(cas, "v@2") == 0);
+      if (i == 90 && k > 3) {
+        size[0] = 1 + h_next(&x) % 400000;
+        CHECK(nbdserve_cas_resize(cas, "v", size[0]) == 0);
+      }
+    }
+    for (i = 0; i < 36; i++)
+      q_same(cas, names[i / 6], names[i % 6], size[i / 6], size[i % 6]);
+    CHECK(nbdserve_cas_close(cas) == 0);
+    cas = q_open(path, k % 2 ? NBDSERVE_CAS_READONLY : 0);
+    for (i = 0; i < 36; i++)
+      q_same(cas, names[i / 6], names[i % 6], size[i / 6], size[i % 6]);
+    memset(&m, 0, sizeof m);
+    m.unit = 4096;
+    m.stop = 2;
+    i = (uint32_t)nbdserve_cas_diff(cas, "v", "w", q_range, &m);
+    CHECK(i == (m.calls == 2 ? 77 : 0));
+    if (k == 0) CHECK(m.calls == 2);
+    CHECK(nbdserve_cas_close(cas) == 0);
+    cas = q_open(path, 0);
+    for (i = 6; i-- > 0;) CHECK(nbdserve_cas_rm(cas, names[i]) == 0);
+  }
+  CHECK(nbdserve_cas_close(cas) == 0);
+}
+
 int main(int argc, char **argv) {
 #define V(name) {#name, u_##name}
   static const struct {
@@ -5609,6 +5985,7 @@ int main(int argc, char **argv) {
       V(stalls),
       V(direct), V(stop), V(two), V(failed), V(flags), V(null),
       V(totals), V(free), V(fips), V(ways), V(together),
+      V(ids), V(seal), V(rotten), V(diff),
   };
   int i;
   CHECK(argc == 3);
@@ -6490,7 +6867,8 @@ enum { CREATE = 1, SNAPSHOT, CLONE, RENAME, ROLLBACK, RESIZE, RM };
 
 struct m_vol {
   char name[16]; /* "": there is none */
-  int readonly, is_open;
+  int readonly, is_open, sealed; /* sealed: 2 is maybe */
+  char id[72]; /* that it has, or is to get */
   uint32_t size, old[CELLS], cur[CELLS]; /* old: after the last flush */
   struct nbdserve_export e;
 };
@@ -6585,11 +6963,16 @@ static int m_excused(int err) {
   return err == -ENOSPC && m_full();
 }
 
+/* A name of it.  By an id another one may be found, with the same contents. */
+static const char *m_called(const struct m_vol *v) {
+  return v->sealed == 1 && rnd(2) ? v->id : v->name;
+}
+
 static int m_open(struct m_vol *v) {
   int err;
   if (v->is_open) return 0;
   memset(&v->e, 0, sizeof v->e);
-  err = nbdserve_cas_volume(cas, v->name, &v->e);
+  err = nbdserve_cas_volume(cas, m_called(v), &v->e);
   if (err && m_excused(err)) return m_over = err;
   if (err) m_fail("%s: does not open: %d", v->name, err);
   v->is_open = 1;
@@ -6766,6 +7149,10 @@ static int m_listed(void *arg, const struct nbdserve_cas_info *info) {
   if (!v || info->size != (uint64_t)v->size * CELL ||
       v->readonly != info->readonly)
     return 1;
+  if (*info->id ? !v->sealed || strcmp(info->id, v->id) : v->sealed == 1)
+    m_fail("%s: its id is '%s', should be '%s' (%d)", v->name, info->id, v->id,
+           v->sealed);
+  v->sealed = *info->id != 0;
   ++*(int *)arg;
   return 0;
 }
@@ -6791,6 +7178,81 @@ static int m_verify(void) {
   if (d_frozen && err == -EUCLEAN) return 0;
   if (err && !m_excused(err)) m_fail("verify: %d", err);
   return err;
+}
+
+/* What the id of a snapshot is, by the definition in nbdserve.h */
+static void m_identify(struct m_vol *v) {
+  static unsigned char run[32 + 256 * 32];
+  unsigned char b[BLOCK];
+  uint32_t c, i;
+  memcpy(run, "nbdserve-cid-1", 14);
+  put32(run + 14, BLOCK);
+  put64(run + 18, (uint64_t)v->size * CELL);
+  sha_256(0, run, NULL, 26, run, NULL);
+  for (c = 0; c < v->size; c += 256 * PER) {
+    memset(run + 32, 0, 256 * 32);
+    for (i = 0; i < 256 * PER && c + i < v->size; i++) {
+      if (i % PER == 0) memset(b, 0, BLOCK);
+      m_fill(b + i % PER * CELL, v->cur[c + i]);
+      if (i % PER < PER - 1 && c + i < v->size - 1) continue;
+      if (*b || memcmp(b, b + 1, BLOCK - 1))
+        sha_256(0, b, NULL, BLOCK, run + 32 + i / PER * 32, NULL);
+    }
+    sha_256(0, run, NULL, sizeof run, run, NULL);
+  }
+  strcpy(v->id, "sha256-");
+  for (i = 0; i < 32; i++) snprintf(v->id + 7 + 2 * i, 3, "%02x", run[i]);
+}
+
+static int m_seal(struct m_vol *v) {
+  char id[72];
+  int err;
+  m_do("seal %s", v->name);
+  if (!v->sealed) m_identify(v);
+  if (!v->sealed) v->sealed = v->readonly ? 2 : 0;
+  err = nbdserve_cas_seal(cas, m_called(v), id);
+  if (err == (v->readonly ? 0 : -EINVAL)) {
+    if (!err && strcmp(id, v->id)) m_fail("%s, should be %s", id, v->id);
+    v->sealed = v->readonly;
+    return 0;
+  }
+  if (!m_excused(err)) m_fail("seal: %d", err);
+  return err;
+}
+
+/* Takes note of the blocks of a range, and of whether it may be one */
+static struct { uint64_t end; int stop; unsigned char is[CELLS / PER]; } range;
+
+static int m_range(void *arg, uint64_t off, uint64_t len) {
+  if (arg != &range || !len || off % BLOCK || (off <= range.end && off) ||
+      (off == 0 && range.end))
+    m_fail("range %lu %lu behind %lu", (unsigned long)off, (unsigned long)len,
+           (unsigned long)range.end);
+  range.end = off + len;
+  for (; off < range.end; off += BLOCK) range.is[off / BLOCK] = 1;
+  return range.stop && !--range.stop ? 1234 : 0;
+}
+
+static int m_diff(struct m_vol *v, struct m_vol *w) {
+  uint32_t size = v->size > w->size ? v->size : w->size, c, i;
+  int err, differs;
+  if (!w->name[0]) return 0;
+  m_do("diff %s %s", v->name, w->name);
+  memset(&range, 0, sizeof range);
+  range.stop = rnd(4) ? 0 : 1 + (int)rnd(3);
+  err = nbdserve_cas_diff(cas, m_called(v), m_called(w), m_range, &range);
+  if (err == 1234) return 0;
+  if (err && !m_excused(err)) m_fail("diff: %d", err);
+  if (err) return err;
+  for (c = 0; c < size; c += PER) {
+    for (i = c, differs = 0; i < c + PER && i < size; i++)
+      differs |= (i < v->size ? v->cur[i] : 0) != (i < w->size ? w->cur[i] : 0);
+    if (differs != range.is[c / PER])
+      m_fail("%s and %s differ in block %u: %d", v->name, w->name, c / PER,
+             differs);
+  }
+  if (range.end > (uint64_t)size * CELL) m_fail("a difference behind the end");
+  return 0;
 }
 
 /* Compares all with the model, which then is what was found. */
@@ -6823,6 +7285,8 @@ static void m_check(void) {
     memcpy(v->cur, found, v->size * sizeof *found);
     m_settle(v, 0, CELLS);
   }
+  v = change.kind == RESIZE ? m_find(change.name) : vols + rnd(NVOLS);
+  for (s = vols; v && v->name[0] && s < vols + NVOLS; s++) m_diff(v, s);
   change.kind = 0;
   m_verify();
 }
@@ -6947,8 +7411,10 @@ static int m_step(void) {
     err = m_verify();
   } else if (what < 97) {
     err = m_again(v);
-  } else {
+  } else if (what < 98) {
     m_close(v);
+  } else {
+    err = v->readonly && rnd(3) ? m_seal(v) : m_diff(v, vols + rnd(NVOLS));
   }
   return err;
 }

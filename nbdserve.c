@@ -3590,16 +3590,16 @@ int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
   int err = ex_new(&ex, e);
   if (err) return err;
   os_lock(&s->lock);
-  int taken = ex_by_name(s, ex->e.name) != NULL;
-  if (!taken) {
+  if (ex_by_name(s, ex->e.name)) {
+    err = -EEXIST;
+    ex->e.ops = NULL; /* ctx stays the caller's */
+    ex_free(ex);
+  } else {
     *s->last_export = ex;
     s->last_export = &ex->next;
   }
   os_unlock(&s->lock);
-  if (!taken) return 0;
-  ex->e.ops = NULL; /* ctx stays the caller's */
-  ex_free(ex);
-  return -EEXIST;
+  return err;
 }
 
 int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
@@ -3623,41 +3623,46 @@ static int srv_add_listener(struct nbdserve *s, int fd, int is_unix,
   return 0;
 }
 
-static int srv_bind(const union srv_address *a, socklen_t len) {
+/* A socket that listens at an address or is connected to it, or -errno. */
+enum { SRV_LISTEN, SRV_CONNECT, SRV_PROBE /* without waiting */ };
+static int srv_socket(const union srv_address *a, socklen_t len, int how) {
   int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1;
   if (fd < 0) return -errno;
+  os_own(fd, how != SRV_CONNECT);
   setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one); /* TCP heeds it */
 #if !NBDSERVE_NO_TCP
   setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one); /* IPv6 does */
 #endif
-  if (bind(fd, &a->sa, len) == 0 && listen(fd, SRV_BACKLOG) == 0) return fd;
+  if (how != SRV_LISTEN ? connect(fd, &a->sa, len) == 0
+                        : bind(fd, &a->sa, len) == 0 &&
+                              listen(fd, SRV_BACKLOG) == 0)
+    return fd;
   int err = -errno;
   close(fd);
   return err;
 }
 
-static int srv_listen_unix(struct nbdserve *s, const char *path) {
+/* The same for a unix socket.  One that nobody listens on is replaced. */
+static int srv_unix(const char *path, int how) {
   union srv_address a = {.un = {.sun_family = AF_UNIX}};
+  struct stat st;
   if (!*path) return -EINVAL;
   if (strlen(path) >= sizeof a.un.sun_path) return -ENAMETOOLONG;
   strcpy(a.un.sun_path, path);
+  if (how != SRV_LISTEN) return srv_socket(&a, sizeof a.un, how);
   int dir = os_open_dir(path); /* until it listens it looks stale to others */
   for (int i = 0; i < 100 && flock(dir, LOCK_EX | LOCK_NB) < 0 &&
                   errno == EWOULDBLOCK; i++)
     poll(NULL, 0, 10);
-  int fd = srv_bind(&a, sizeof a.un), probe;
-  if (fd == -EADDRINUSE &&
-      (probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)) >= 0) {
-    struct stat st;
-    os_own(probe, 1);
-    if (lstat(path, &st) == 0 && S_ISSOCK(st.st_mode) &&
-        connect(probe, &a.sa, sizeof a.un) < 0 && errno == ECONNREFUSED &&
-        unlink(path) == 0) /* nobody listened on it: a leftover */
-      fd = srv_bind(&a, sizeof a.un);
-    close(probe);
+  int fd = srv_socket(&a, sizeof a.un, SRV_LISTEN);
+  if (fd == -EADDRINUSE && lstat(path, &st) == 0 && S_ISSOCK(st.st_mode)) {
+    int probe = srv_socket(&a, sizeof a.un, SRV_PROBE);
+    if (probe == -ECONNREFUSED && unlink(path) == 0) /* a leftover */
+      fd = srv_socket(&a, sizeof a.un, SRV_LISTEN);
+    if (probe >= 0) close(probe);
   }
   if (dir >= 0) close(dir);
-  return srv_add_listener(s, fd, 1, path);
+  return fd;
 }
 
 /* Writes an internet address for humans and URIs to out, if it is one. */
@@ -3682,7 +3687,7 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
   char text[64] = "";
   a.sa.sa_family = v6 ? AF_INET6 : AF_INET;
   if (inet_pton(a.sa.sa_family, host, ip) != 1) return -EINVAL;
-  int fd = srv_bind(&a, len);
+  int fd = srv_socket(&a, len, SRV_LISTEN);
   if (fd >= 0) getsockname(fd, &a.sa, &len);
   *port = ntohs(a.in.sin_port);
   srv_name(&a, text, sizeof text);
@@ -3707,7 +3712,9 @@ static int srv_listen_tcp(struct nbdserve *s, const char *address) {
 
 int nbdserve_listen(struct nbdserve *s, const char *address) {
   if (s->nlisteners >= SRV_LISTENERS) return -EMFILE;
-  if (strncmp(address, "unix:", 5) == 0) return srv_listen_unix(s, address + 5);
+  if (strncmp(address, "unix:", 5) == 0)
+    return srv_add_listener(s, srv_unix(address + 5, SRV_LISTEN), 1,
+                            address + 5);
 #if !NBDSERVE_NO_TCP
   if (strncmp(address, "tcp:", 4) == 0) return srv_listen_tcp(s, address + 4);
 #endif
@@ -3945,9 +3952,9 @@ void nbdserve_free(struct nbdserve *s) {
     next = ex->next;
     ex_free(ex);
   }
-  for (int i = 0; i < 2; i++) {
-    if (s->stop[i] >= 0) close(s->stop[i]);
-    if (s->wake[i] >= 0) close(s->wake[i]);
+  for (int i = 0; i < 2; i++) { /* closing -1 is no harm */
+    close(s->stop[i]);
+    close(s->wake[i]);
   }
   os_mutex_free(&s->lock);
   NBDSERVE_FREE(s);
@@ -4252,22 +4259,6 @@ static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
   return err ? CLI_FAILED : 0;
 }
 
-/* A store's control socket, bound (who has the store's lock may replace it) or
- * connected, or -1. */
-static int cli_ctl_socket(const char *store, int bound) {
-  struct sockaddr_un a = {.sun_family = AF_UNIX};
-  int n = snprintf(a.sun_path, sizeof a.sun_path, "%s.ctl", store);
-  int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), ok;
-  ok = n < (int)sizeof a.sun_path;
-  if (ok && bound) unlink(a.sun_path);
-  ok = ok &&
-       (bound ? bind(fd, (void *)&a, sizeof a) == 0 &&
-                    chmod(a.sun_path, 0600) == 0 && listen(fd, 16) == 0
-              : connect(fd, (void *)&a, sizeof a) == 0);
-  if (!ok) close(fd);
-  return ok ? fd : -1;
-}
-
 /* Sends a command to a control socket, or receives one.  The bytes of it. */
 static ssize_t cli_pass(int fd, struct cli_job *j, int sending) {
   union { struct cmsghdr h; char room[CMSG_SPACE(3 * sizeof(int))]; } c = {
@@ -4285,18 +4276,21 @@ static ssize_t cli_pass(int fd, struct cli_job *j, int sending) {
 }
 
 static int cli_remote(struct cli_job *j, const char *store) {
-  int fd = cli_ctl_socket(store, 0);
+  char ctl[PATH_MAX];
+  snprintf(ctl, sizeof ctl, "%s.ctl", store);
+  int fd = srv_unix(ctl, SRV_CONNECT);
   unsigned char status;
   if (fd < 0)
     return cli_say(CLI_IN_USE, "%s: in use by another process", store);
   if (cli_pass(fd, j, 1) < 0 || shutdown(fd, SHUT_WR) < 0 ||
       read(fd, &status, 1) != 1)
-    return cli_say(CLI_FAILED, "%s.ctl: no answer", store);
+    return cli_say(CLI_FAILED, "%s: no answer", ctl);
   return status;
 }
 
 static struct {
-  const char *path; /* NULL: none is */
+  const char *path;   /* NULL: none is */
+  char ctl_path[PATH_MAX];
   struct nbdserve_cas *cas;
   int all, ctl; /* all of it is served; the control socket, or -1 */
   struct os_mutex lock; /* guards: */
@@ -4327,10 +4321,8 @@ static void *cli_control(void *unused) {
 
 /* At the end: no more commands, and the store is closed. */
 static int cli_close_store(void) {
-  char ctl[PATH_MAX];
   if (cli_store.ctl >= 0) {
-    snprintf(ctl, sizeof ctl, "%s.ctl", cli_store.path);
-    unlink(ctl);
+    unlink(cli_store.ctl_path);
     shutdown(cli_store.ctl, SHUT_RDWR);
     os_lock(&cli_store.lock);
     cli_store.over = 1;
@@ -4380,9 +4372,12 @@ static int cli_add_volume(const struct cli *k, char *path, char *colons,
     int err = nbdserve_cas_open(path, &o, &cli_store.cas);
     if (err) return err;
     cli_store.path = path;
-    if (!NBDSERVE_NO_THREADS && !k->v['r'] &&
-        !os_mutex_init(&cli_store.lock))
-      cli_store.ctl = cli_ctl_socket(path, 1);
+    snprintf(cli_store.ctl_path, PATH_MAX, "%s.ctl", path);
+    mode_t was = umask(0177);
+    if (!NBDSERVE_NO_THREADS && !k->v['r'] && !os_mutex_init(&cli_store.lock))
+      cli_store.ctl = srv_unix(cli_store.ctl_path, SRV_LISTEN);
+    umask(was);
+    if (cli_store.ctl >= 0) os_own(cli_store.ctl, 0);
     if (cli_store.ctl >= 0) (void)os_thread(cli_control, NULL);
   }
   if (colons[2]) return nbdserve_cas_volume(cli_store.cas, colons + 2, ex);

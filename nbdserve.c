@@ -4163,11 +4163,10 @@ enum { CLI_VERBS = sizeof cli_verbs / sizeof *cli_verbs };
 
 struct cli_job {
   int fd[3]; /* output, messages, and the file of import and export */
-  size_t len;          /* bytes of ask that are in use */
-  struct {             /* what goes over the control socket */
+  struct {   /* what goes over the control socket */
     uint64_t size;
     unsigned char verb, flags; /* flags: NBDSERVE_CAS_DRY_RUN */
-    char text[65536]; /* operands, each with its NUL, and another one */
+    char name[PATH_MAX], to[PATH_MAX]; /* operands */
   } ask;
 };
 
@@ -4207,7 +4206,7 @@ static int cli_copy(struct cli_job *j, struct nbdserve_cas *cas,
   if (!err && in) err = nbdserve_cas_create(cas, name, end);
   if (!err) err = nbdserve_cas_volume(cas, name, &ex);
   if (err) return err;
-  is_file = !in && strcmp(name + strlen(name) + 1, "-") != 0 &&
+  is_file = !in && strcmp(j->ask.to, "-") != 0 &&
             !ftruncate(fd, 0) && !ftruncate(fd, (off_t)ex.size);
   while (off < ex.size && !err) {
     ssize_t n = (ssize_t)u_min(sizeof buf, ex.size - off);
@@ -4228,7 +4227,7 @@ static int cli_copy(struct cli_job *j, struct nbdserve_cas *cas,
 
 static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
   const struct cli_verb *v = cli_verbs + j->ask.verb;
-  const char *name = j->ask.text, *to = name + strlen(name) + 1;
+  const char *name = j->ask.name, *to = j->ask.to;
   uint64_t bytes;
   int err = 0;
   switch (v->verb) {
@@ -4243,14 +4242,9 @@ static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
     err = nbdserve_cas_gc(cas, j->ask.flags, &bytes, NULL, j);
     if (!err) dprintf(j->fd[0], "%" PRIu64 "\n", bytes);
     break;
-  default: /* rm and clone take many names */
-    while (!(err = nbdserve_cas_change(cas, v->verb | j->ask.flags, name, to,
-                                       j->ask.size)) &&
-           *to && v->max == CLI_MANY) {
-      if (v->verb == NBDSERVE_CAS_RM) name = to;
-      to += strlen(to) + 1;
-      if (v->verb == NBDSERVE_CAS_CLONE && !*to) break;
-    }
+  default:
+    err = nbdserve_cas_change(cas, v->verb | j->ask.flags, name, to,
+                              j->ask.size);
   }
   if (err == -EUCLEAN) return CLI_DAMAGED;
   if (err)
@@ -4259,33 +4253,36 @@ static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
   return err ? CLI_FAILED : 0;
 }
 
-/* Sends a command to a control socket, or receives one.  The bytes of it. */
-static ssize_t cli_pass(int fd, struct cli_job *j, int sending) {
+/* Sends a command over a control socket, or receives one; descriptors that do
+ * not come stay as they are. */
+static int cli_pass(const struct io *io, struct cli_job *j, int sending) {
   union { struct cmsghdr h; char room[CMSG_SPACE(3 * sizeof(int))]; } c = {
       .h = {.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS,
             .cmsg_len = CMSG_LEN(sizeof j->fd)}};
-  struct iovec v = {&j->ask, sending ? j->len : sizeof j->ask};
+  struct iovec v = {&j->ask, sizeof j->ask};
   struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = &c,
-                     .msg_controllen = sizeof c};
+                     .msg_controllen = CMSG_LEN(sizeof j->fd)}; /* no more */
   memcpy(CMSG_DATA(&c.h), j->fd, sizeof j->fd);
-  if (sending) return sendmsg(fd, &m, 0);
-  ssize_t n = recvmsg(fd, &m, MSG_WAITALL);
-  if (n < 0 || m.msg_controllen < CMSG_LEN(sizeof j->fd)) return -1;
+  if (sending)
+    return sendmsg(io->out, &m, MSG_NOSIGNAL) == sizeof j->ask ? 0 : -EPIPE;
+  ssize_t n = recvmsg(io->in, &m, 0); /* the first part: descriptors end it */
   memcpy(j->fd, CMSG_DATA(&c.h), sizeof j->fd);
-  return n;
+  return n <= 0 ? -EPIPE : io_recv_all(io, (unsigned char *)&j->ask + n,
+                                       sizeof j->ask - (size_t)n);
 }
 
 static int cli_remote(struct cli_job *j, const char *store) {
   char ctl[PATH_MAX];
   snprintf(ctl, sizeof ctl, "%s.ctl", store);
   int fd = srv_unix(ctl, SRV_CONNECT);
+  struct io io = {.in = fd, .out = fd, .stop = -1};
   unsigned char status;
   if (fd < 0)
     return cli_say(CLI_IN_USE, "%s: in use by another process", store);
-  if (cli_pass(fd, j, 1) < 0 || shutdown(fd, SHUT_WR) < 0 ||
-      read(fd, &status, 1) != 1)
-    return cli_say(CLI_FAILED, "%s: no answer", ctl);
-  return status;
+  int err = cli_pass(&io, j, 1);
+  if (!err) err = io_recv_all(&io, &status, 1);
+  close(fd);
+  return err ? cli_say(CLI_FAILED, "%s: no answer", ctl) : status;
 }
 
 static struct {
@@ -4293,43 +4290,48 @@ static struct {
   char ctl_path[PATH_MAX];
   struct nbdserve_cas *cas;
   int all, ctl; /* all of it is served; the control socket, or -1 */
-  struct os_mutex lock; /* guards: */
-  int working, over;    /* on a command; no more of them */
-} cli_store = {.ctl = -1};
+  int ended[2]; /* pipe: its thread has ended */
+} cli_store = {.ctl = -1, .ended = {-1, -1}};
 
+/* Does what comes over the control socket until the server stops. */
 static void *cli_control(void *unused) {
-  struct cli_job *j = NBDSERVE_MALLOC(sizeof *j);
-  int fd;
-  while (j && (fd = accept(cli_store.ctl, NULL, NULL)) >= 0) {
-    memset(j, 0, sizeof *j);
-    int ok = cli_pass(fd, j, 0) > 10 && j->ask.verb < CLI_VERBS;
-    os_lock(&cli_store.lock);
-    ok = cli_store.working = ok && !cli_store.over;
-    os_unlock(&cli_store.lock);
-    memset(j->ask.text + sizeof j->ask.text - 2, 0, 2);
-    unsigned char status = ok ? (unsigned char)cli_do(j, cli_store.cas) : 1;
-    os_lock(&cli_store.lock);
-    cli_store.working = 0;
-    os_unlock(&cli_store.lock);
-    (void)!write(fd, &status, 1);
-    for (int i = 0; i < 3 && j->fd[0] != j->fd[1]; i++) close(j->fd[i]);
+  static struct cli_job j;
+  struct io io = {.in = cli_store.ctl, .stop = cli_server->stop[0]};
+  while (io_wait(&io, 0) == 0) {
+    int fd = os_accept(io.in);
+    struct io client = {.in = fd, .out = fd, .stop = io.stop,
+                        .deadline = os_now_ms() + IO_GRACE_MS};
+    if (fd < 0) poll(NULL, 0, SRV_PAUSE_MS); /* the loop must not spin */
+    if (fd < 0) continue;
+    j.fd[0] = j.fd[1] = j.fd[2] = -1;
+    if (io_wait(&client, 0) == 0 && cli_pass(&client, &j, 0) == 0 &&
+        j.fd[2] >= 0 && j.ask.verb < CLI_VERBS) {
+      j.ask.name[PATH_MAX - 1] = j.ask.to[PATH_MAX - 1] = 0;
+      unsigned char status = (unsigned char)cli_do(&j, cli_store.cas);
+      (void)!write(fd, &status, 1);
+    }
+    for (int i = 0; i < 3; i++) close(j.fd[i]); /* of -1 is no harm */
     close(fd);
   }
-  NBDSERVE_FREE(j);
+  (void)!write(cli_store.ended[1], "", 1);
   return unused;
 }
 
-/* At the end: no more commands, and the store is closed. */
-static int cli_close_store(void) {
-  if (cli_store.ctl >= 0) {
-    unlink(cli_store.ctl_path);
-    shutdown(cli_store.ctl, SHUT_RDWR);
-    os_lock(&cli_store.lock);
-    cli_store.over = 1;
-    int working = cli_store.working; /* then the next to open it repairs it: */
-    os_unlock(&cli_store.lock);      /* what was to be flushed has been */
-    if (working) return cli_say(CLI_FAILED, "a command was not finished");
-  }
+static void cli_start_control(void) {
+  if (cli_store.ctl >= 0 && os_pipe(cli_store.ended) == 0 &&
+      os_thread(cli_control, NULL) != 0)
+    cli_store.ended[0] = -1;
+}
+
+/* At the end: no more commands, and the exports and the store are closed. */
+static int cli_close(void) {
+  struct pollfd p = {cli_store.ended[0], POLLIN, 0};
+  nbdserve_stop(cli_server);
+  if (cli_store.ctl >= 0) unlink(cli_store.ctl_path);
+  int working = p.fd >= 0 && poll(&p, 1, IO_GRACE_MS) <= 0;
+  nbdserve_free(cli_server);
+  if (working) /* the next to open the store repairs it */
+    return cli_say(CLI_FAILED, "a command was not finished");
   int err = cli_store.path ? nbdserve_cas_close(cli_store.cas) : 0;
   return err ? cli_say(CLI_FAILED, "%s: %s", cli_store.path, u_error(err)) : 0;
 }
@@ -4374,16 +4376,19 @@ static int cli_add_volume(const struct cli *k, char *path, char *colons,
     cli_store.path = path;
     snprintf(cli_store.ctl_path, PATH_MAX, "%s.ctl", path);
     mode_t was = umask(0177);
-    if (!NBDSERVE_NO_THREADS && !k->v['r'] && !os_mutex_init(&cli_store.lock))
+    if (!NBDSERVE_NO_THREADS && !k->v['r'])
       cli_store.ctl = srv_unix(cli_store.ctl_path, SRV_LISTEN);
     umask(was);
-    if (cli_store.ctl >= 0) os_own(cli_store.ctl, 0);
-    if (cli_store.ctl >= 0) (void)os_thread(cli_control, NULL);
   }
   if (colons[2]) return nbdserve_cas_volume(cli_store.cas, colons + 2, ex);
   cli_store.all = 1;
   return 0;
 }
+#else
+#define cli_find_volume NULL
+#define cli_list_volumes NULL
+#define cli_start_control() ((void)0)
+#define cli_close() (nbdserve_free(cli_server), 0)
 #endif
 
 /* Opens a target and adds it.  0, or the exit status after a message. */
@@ -4627,6 +4632,7 @@ static void cli_print_stats(const struct cli *k) {
 
 static int cli_serve(struct cli *k) {
   int err = 0, run;
+  cli_start_control();
   if (k->serve[0] >= 0) {
     err = nbdserve_serve(cli_server, k->serve[0], k->serve[1], NULL);
     nbdserve_stop(cli_server); /* what follows only flushes */
@@ -4676,6 +4682,9 @@ static int cli_command(struct cli *k) {
     if (!rest || *rest)
       return cli_say(CLI_USAGE, "%s %s: no size", v->name, arg[n - 1]);
   }
+  for (i = 0; i < n; i++)
+    if (strlen(arg[i]) >= PATH_MAX)
+      return cli_say(CLI_USAGE, "%s: a name is too long", v->name);
   int err = 0, in = v->verb == CLI_IMPORT;
   if (v->verb == CLI_INIT) {
     o.block_size = (uint32_t)j.ask.size;
@@ -4684,11 +4693,6 @@ static int cli_command(struct cli *k) {
            : err          ? cli_say(CLI_FAILED, "%s: %s", store, u_error(err))
                           : 0;
   }
-  char *end = j.ask.text, *limit = end + sizeof j.ask.text - 1;
-  for (i = 0; i < n && strlen(arg[i]) < (size_t)(limit - end); i++)
-    end += strlen(strcpy(end, arg[i])) + 1;
-  if (i < n) return cli_say(CLI_USAGE, "%s: too many names", v->name);
-  j.len = (size_t)(end + 1 - (char *)&j.ask);
   if (in || (v->verb == CLI_EXPORT && strcmp(arg[1], "-") != 0))
     j.fd[2] = open(arg[1], in ? O_RDONLY : O_RDWR | O_CREAT, 0666);
   if (j.fd[2] < 0) return cli_say_errno(arg[1]);
@@ -4697,12 +4701,19 @@ static int cli_command(struct cli *k) {
   if (v->verb >= CLI_EXPORT && v->verb != CLI_GC)
     o.flags = NBDSERVE_CAS_READONLY;
   err = nbdserve_cas_open(store, &o, &cas);
-  if (err == -EBUSY) return cli_remote(&j, store);
-  if (err) return cli_say(CLI_FAILED, "%s: %s", store, err == -EINVAL
-                          ? "not a store" : u_error(err));
-  i = cli_do(&j, cas);
+  if (err && err != -EBUSY)
+    return cli_say(CLI_FAILED, "%s: %s", store, err == -EINVAL
+                   ? "not a store" : u_error(err));
+  int status = 0;
+  i = 0;
+  do { /* the last operand may come many times */
+    if (i < n) strcpy(i && v->min > 1 ? j.ask.to : j.ask.name, arg[i]);
+    if (i + 1 < v->min) continue;
+    status = err ? cli_remote(&j, store) : cli_do(&j, cas);
+  } while (++i < n && !status);
+  if (err) return status;
   err = nbdserve_cas_close(cas);
-  return err ? cli_say(CLI_FAILED, "%s: %s", store, u_error(err)) : i;
+  return err ? cli_say(CLI_FAILED, "%s: %s", store, u_error(err)) : status;
 }
 #endif
 
@@ -4735,9 +4746,7 @@ static int cli_main(struct cli *k) {
       .version = NBDSERVE_VERSION_NUMBER, .max_conn = (uint32_t)k->n['m'],
       .flags = k->v['1'] ? NBDSERVE_ONCE : 0, .threads = (uint32_t)k->n['t'],
       .idle_exit_ms = (uint32_t)k->n['I'] * 1000, .log = cli_log,
-#if !NBDSERVE_NO_CAS
       .find = cli_find_volume, .list = cli_list_volumes, .ctx = k,
-#endif
       .log_level = k->v['q'] ? NBDSERVE_LOG_ERROR : level};
   int status = nbdserve_new(&cli_server, &config);
   if (status) return cli_say(CLI_FAILED, "start: %s", u_error(status));
@@ -4761,10 +4770,7 @@ static int cli_main(struct cli *k) {
   if (!status) status = cli_serve(k);
   cli_catch_signals(SIG_IGN);
   if (k->pidfile) unlink(k->pidfile);
-  nbdserve_free(cli_server);
-#if !NBDSERVE_NO_CAS
-  if (cli_close_store() && !status) status = CLI_FAILED;
-#endif
+  if (cli_close() && !status) status = CLI_FAILED;
   if (*k->dir) rmdir(k->dir);
   return status;
 }

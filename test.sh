@@ -2287,6 +2287,16 @@ testCommandsOnAServedStoreAreDoneByTheServer() {
   names
   assertEquals 'v w ' "$GOT"
 }
+testLongListsOfNamesReachTheServerWhole() {
+  store && unless NO_THREADS || return 0
+  cas 0 create "$S::v" 1M
+  n=$(seq -f "$(printf %0150d 0)-%g" 300) # 46 KB
+  serve "$S::"
+  # shellcheck disable=SC2086
+  cas 0 clone "$S::v" $n
+  names
+  assertEquals "$(echo v "$n" | tr ' ' '\n' | sort | tr '\n' ' ')" "$GOT"
+}
 testOpenVolumesAreNotRemoved() {
   store && unless NO_THREADS || return 0
   cas 0 create "$S::v" 1M

@@ -4039,8 +4039,9 @@ static int OS_PRINTF(2, 3) cli_say(int status, const char *fmt, ...) {
   return status;
 }
 
-static int cli_say_errno(const char *object) {
-  return cli_say(CLI_FAILED, "%s: %s", object, u_error(-errno));
+/* 0, or the exit status after the message of an error. */
+static int cli_fail(int err, const char *object) {
+  return err ? cli_say(CLI_FAILED, "%s: %s", object, u_error(err)) : 0;
 }
 
 static void cli_log(void *ctx, int level, const char *message) {
@@ -4332,8 +4333,8 @@ static int cli_close(void) {
   nbdserve_free(cli_server);
   if (working) /* the next to open the store repairs it */
     return cli_say(CLI_FAILED, "a command was not finished");
-  int err = cli_store.path ? nbdserve_cas_close(cli_store.cas) : 0;
-  return err ? cli_say(CLI_FAILED, "%s: %s", cli_store.path, u_error(err)) : 0;
+  if (!cli_store.path) return 0;
+  return cli_fail(nbdserve_cas_close(cli_store.cas), cli_store.path);
 }
 
 static int cli_find_volume(void *k, const char *name,
@@ -4455,7 +4456,8 @@ static int cli_listen_private(struct cli *k) {
     return cli_say(CLI_FAILED, "private socket: no directory for it; use -U");
   strcat(strcpy(k->sock, k->dir), "/sock");
   int status = cli_listen_on("unix", k->sock);
-  return !status && chmod(k->sock, 0600) < 0 ? cli_say_errno(k->sock) : status;
+  if (!status && chmod(k->sock, 0600) < 0) return cli_fail(-errno, k->sock);
+  return status;
 }
 
 /* n sockets of whoever started us, from fd on: listening ones, or a client. */
@@ -4470,7 +4472,7 @@ static int cli_take_fds(struct cli *k, int fd, uint64_t n) {
       err = 0;
     }
   }
-  return err ? cli_say(CLI_FAILED, "%s: %s", address, u_error(err)) : 0;
+  return cli_fail(err, address);
 }
 
 static int cli_listen(struct cli *k) {
@@ -4540,12 +4542,12 @@ static char *cli_expand(const char *arg, const char *uri) {
 static int cli_start_command(struct cli *k) {
   char nbd[PATH_MAX + 80], *host = k->uri + 6; /* unless there is k->sock */
   k->child = fork();
-  if (k->child) return k->child < 0 ? cli_say_errno("fork") : 0;
+  if (k->child) return k->child < 0 ? cli_fail(-errno, "fork") : 0;
   cli_catch_signals(SIG_DFL);
   if (k->command) {
     for (char **p = k->command; *p; p++) *p = cli_expand(*p, k->uri);
     execvp(k->command[0], k->command);
-    _exit(cli_say_errno(k->command[0]) + 126);
+    _exit(cli_fail(-errno, k->command[0]) + 126);
   }
   setenv("uri", k->uri, 1);
   host[strcspn(host, "/")] = 0;
@@ -4556,7 +4558,7 @@ static int cli_start_command(struct cli *k) {
   setenv("port", *k->sock ? "" : strrchr(host, ':') + 1, 1);
   setenv("exportname", k->name, 1);
   execl("/bin/sh", "sh", "-c", k->v['R'], (char *)NULL);
-  _exit(cli_say_errno("/bin/sh") + 126);
+  _exit(cli_fail(-errno, "/bin/sh") + 126);
   return 0;
 }
 
@@ -4569,8 +4571,8 @@ static int cli_command_ended(struct cli *k, int wait) {
 }
 
 static int cli_tell(const struct cli *k, int fd, const char *who) {
-  if (*k->uri && dprintf(fd, "%s\n", k->uri) < 0) return cli_say_errno(who);
-  return fd > 2 && close(fd) < 0 ? cli_say_errno(who) : 0;
+  if (*k->uri && dprintf(fd, "%s\n", k->uri) < 0) return cli_fail(-errno, who);
+  return fd > 2 && close(fd) < 0 ? cli_fail(-errno, who) : 0;
 }
 
 /* All is open and listening: tells everybody who asked. */
@@ -4581,7 +4583,7 @@ static int cli_ready(struct cli *k) {
     int fd = open(temp, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     if (fd < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0 || close(fd) < 0 ||
         rename(temp, k->v['P']) < 0)
-      return cli_say_errno(k->v['P']);
+      return cli_fail(-errno, k->v['P']);
     k->pidfile = k->v['P'];
   }
   if (k->v['y'] && cli_tell(k, (int)k->n['y'], "--ready-fd")) return CLI_FAILED;
@@ -4592,7 +4594,7 @@ static int cli_ready(struct cli *k) {
   if (k->report < 0) return 0;
   int null = open("/dev/null", O_RDWR);
   if (null < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0)
-    return cli_say_errno("/dev/null");
+    return cli_fail(-errno, "/dev/null");
   close(null);
   (void)!write(k->report, "", 1); /* a parent that is gone waits for nothing */
   close(k->report);
@@ -4603,7 +4605,7 @@ static int cli_ready(struct cli *k) {
 static int cli_fork(struct cli *k) {
   int fd[2];
   char ready;
-  if (pipe(fd) < 0 || (k->child = fork()) < 0) return cli_say_errno("--fork");
+  if (pipe(fd) < 0 || (k->child = fork()) < 0) return cli_fail(-errno, "--fork");
   if (k->child > 0) {
     close(fd[1]);
     if (read(fd[0], &ready, 1) == 1) _exit(0);
@@ -4612,7 +4614,7 @@ static int cli_fork(struct cli *k) {
   }
   close(fd[0]);
   k->report = fd[1];
-  return setsid() < 0 ? cli_say_errno("--fork") : 0;
+  return setsid() < 0 ? cli_fail(-errno, "--fork") : 0;
 }
 
 static void cli_print_stats(const struct cli *k) {
@@ -4690,12 +4692,11 @@ static int cli_command(struct cli *k) {
     o.block_size = (uint32_t)j.ask.size;
     err = nbdserve_cas_init(store, &o);
     return err == -EINVAL ? cli_say(CLI_USAGE, "init %s: no block size", arg[0])
-           : err          ? cli_say(CLI_FAILED, "%s: %s", store, u_error(err))
-                          : 0;
+                          : cli_fail(err, store);
   }
   if (in || (v->verb == CLI_EXPORT && strcmp(arg[1], "-") != 0))
     j.fd[2] = open(arg[1], in ? O_RDONLY : O_RDWR | O_CREAT, 0666);
-  if (j.fd[2] < 0) return cli_say_errno(arg[1]);
+  if (j.fd[2] < 0) return cli_fail(-errno, arg[1]);
   if (j.fd[2] > 2 && !in && os_claim(j.fd[2], 0)) /* a store, maybe this one */
     return cli_say(CLI_IN_USE, "%s: in use", arg[1]);
   if (v->verb >= CLI_EXPORT && v->verb != CLI_GC)
@@ -4713,7 +4714,7 @@ static int cli_command(struct cli *k) {
   } while (++i < n && !status);
   if (err) return status;
   err = nbdserve_cas_close(cas);
-  return err ? cli_say(CLI_FAILED, "%s: %s", store, u_error(err)) : status;
+  return err ? cli_fail(err, store) : status;
 }
 #endif
 
@@ -4749,7 +4750,7 @@ static int cli_main(struct cli *k) {
       .find = cli_find_volume, .list = cli_list_volumes, .ctx = k,
       .log_level = k->v['q'] ? NBDSERVE_LOG_ERROR : level};
   int status = nbdserve_new(&cli_server, &config);
-  if (status) return cli_say(CLI_FAILED, "start: %s", u_error(status));
+  if (status) return cli_fail(status, "start");
   cli_catch_signals(cli_on_signal);
   for (int i = 0; i < k->ntargets && !status; i++) {
     char *path = k->targets[i], *slash = strrchr(path, '/');

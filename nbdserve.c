@@ -3611,6 +3611,12 @@ int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
   return ex ? 0 : -ENOENT;
 }
 
+/* Is all of s a number up to max? */
+static int srv_number(const char *s, uint64_t max, uint64_t *out) {
+  const char *rest = u_size(s, out);
+  return rest && !*rest && *out <= max;
+}
+
 /* Adds a listener on fd, which it owns then; a negative fd is the error. */
 static int srv_add_listener(struct nbdserve *s, int fd, int is_unix,
                             const char *text) {
@@ -3697,8 +3703,7 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
 static int srv_listen_tcp(struct nbdserve *s, const char *address) {
   uint64_t port = 0;
   const char *colon = strrchr(address, ':');
-  const char *rest = colon ? u_size(colon + 1, &port) : NULL;
-  if (!rest || *rest || port > 65535) return -EINVAL;
+  if (!colon || !srv_number(colon + 1, 65535, &port)) return -EINVAL;
   int n = (int)(colon - address);
   int brackets = n && *address == '[' && colon[-1] == ']';
   char host[64];
@@ -3718,12 +3723,12 @@ int nbdserve_listen(struct nbdserve *s, const char *address) {
 #if !NBDSERVE_NO_TCP
   if (strncmp(address, "tcp:", 4) == 0) return srv_listen_tcp(s, address + 4);
 #endif
-  if (strncmp(address, "fd:", 3) != 0) return -EINVAL;
   uint64_t fd;
-  const char *rest = u_size(address + 3, &fd);
-  if (!rest || *rest || fd > INT_MAX) return -EINVAL;
   int listens = 0;
   socklen_t len = sizeof listens;
+  if (strncmp(address, "fd:", 3) != 0 ||
+      !srv_number(address + 3, INT_MAX, &fd))
+    return -EINVAL;
   if (getsockopt((int)fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) < 0)
     return -errno;
   return listens ? srv_add_listener(s, (int)fd, 0, "") : -EINVAL;
@@ -4057,10 +4062,7 @@ static int cli_set(struct cli *k, const struct cli_option *o,
   int c = abs(o->letter), ok = 1;
   k->v[c] = value;
   k->n[c]++;
-  if (o->max) {
-    rest = u_size(value, &k->n[c]);
-    ok = rest && !*rest && k->n[c] >= o->min && k->n[c] <= o->max;
-  }
+  if (o->max) ok = srv_number(value, o->max, &k->n[c]) && k->n[c] >= o->min;
   if (ok && (c == 'f' || c == 'y')) /* or it could become ours */
     ok = fcntl((int)k->n[c], F_GETFD) >= 0;
   for (int i = 0; c == 'b' && ok && i < 3; i++) {
@@ -4143,22 +4145,24 @@ enum { CLI_INIT = 10, CLI_IMPORT, CLI_EXPORT, CLI_LIST, CLI_VERIFY, CLI_GC,
 static const struct cli_verb {
   const char *name;
   int verb, min, max; /* NBDSERVE_CAS_* or CLI_*; operands besides STORE */
+  const char *traits; /* r: it only reads; n: -n may be given; s: the last
+                         operand is a size */
   const char *help;
 } cli_verbs[] = {
-    {"init", CLI_INIT, 0, 1, "STORE [BLOCK-SIZE]"},
-    {"create", NBDSERVE_CAS_CREATE, 2, 2, "STORE::VOLUME SIZE"},
-    {"import", CLI_IMPORT, 2, 2, "STORE::VOLUME FILE"},
-    {"export", CLI_EXPORT, 2, 2, "STORE::NAME FILE (-: standard output)"},
-    {"list", CLI_LIST, 0, 0, "STORE"},
-    {"snapshot", NBDSERVE_CAS_SNAPSHOT, 1, 1, "STORE::VOLUME@SNAPSHOT"},
-    {"rollback", NBDSERVE_CAS_ROLLBACK, 1, 1, "STORE::VOLUME@SNAPSHOT"},
-    {"clone", NBDSERVE_CAS_CLONE, 2, CLI_MANY, "STORE::NAME VOLUME..."},
-    {"rename", NBDSERVE_CAS_RENAME, 2, 2, "STORE::NAME NEW"},
-    {"resize", NBDSERVE_CAS_RESIZE, 2, 2, "STORE::VOLUME SIZE"},
-    {"rm", NBDSERVE_CAS_RM, 1, CLI_MANY, "STORE::NAME [NAME...]"},
-    {"verify", CLI_VERIFY, 0, 0, "STORE"},
-    {"gc", CLI_GC, 0, 0, "STORE"},
-    {"stat", CLI_STAT, 0, 0, "STORE"}};
+    {"init", CLI_INIT, 0, 1, "s", "STORE [BLOCK-SIZE]"},
+    {"create", NBDSERVE_CAS_CREATE, 2, 2, "s", "STORE::VOLUME SIZE"},
+    {"import", CLI_IMPORT, 2, 2, "", "STORE::VOLUME FILE"},
+    {"export", CLI_EXPORT, 2, 2, "r", "STORE::NAME FILE (-: standard output)"},
+    {"list", CLI_LIST, 0, 0, "r", "STORE"},
+    {"snapshot", NBDSERVE_CAS_SNAPSHOT, 1, 1, "", "STORE::VOLUME@SNAPSHOT"},
+    {"rollback", NBDSERVE_CAS_ROLLBACK, 1, 1, "n", "STORE::VOLUME@SNAPSHOT"},
+    {"clone", NBDSERVE_CAS_CLONE, 2, CLI_MANY, "", "STORE::NAME VOLUME..."},
+    {"rename", NBDSERVE_CAS_RENAME, 2, 2, "", "STORE::NAME NEW"},
+    {"resize", NBDSERVE_CAS_RESIZE, 2, 2, "ns", "STORE::VOLUME SIZE"},
+    {"rm", NBDSERVE_CAS_RM, 1, CLI_MANY, "n", "STORE::NAME [NAME...]"},
+    {"verify", CLI_VERIFY, 0, 0, "r", "STORE"},
+    {"gc", CLI_GC, 0, 0, "n", "STORE"},
+    {"stat", CLI_STAT, 0, 0, "r", "STORE"}};
 
 enum { CLI_VERBS = sizeof cli_verbs / sizeof *cli_verbs };
 
@@ -4363,13 +4367,12 @@ static int cli_list_volumes(void *unused, int (*emit)(void *, const char *,
                        : 0;
 }
 
-/* Opens STORE::NAME or, for all of it, STORE::, and the control socket. */
-static int cli_add_volume(const struct cli *k, char *path, char *colons,
-                          struct nbdserve_export *ex) {
+/* Opens a volume or, with the name "", all of a store; and its socket. */
+static int cli_open_volume(const struct cli *k, const char *path,
+                           const char *name, struct nbdserve_export *ex) {
   struct nbdserve_cas_options o = {
       .flags = (k->v['r'] ? NBDSERVE_CAS_READONLY : 0u) |
                (k->v['N'] ? NBDSERVE_CAS_NO_VERIFY : 0u)};
-  *colons = 0;
   if (cli_store.path && strcmp(cli_store.path, path) != 0) return -EMLINK;
   if (!cli_store.path) {
     int err = nbdserve_cas_open(path, &o, &cli_store.cas);
@@ -4381,46 +4384,58 @@ static int cli_add_volume(const struct cli *k, char *path, char *colons,
       cli_store.ctl = srv_unix(cli_store.ctl_path, SRV_LISTEN);
     umask(was);
   }
-  if (colons[2]) return nbdserve_cas_volume(cli_store.cas, colons + 2, ex);
+  if (*name) return nbdserve_cas_volume(cli_store.cas, name, ex);
   cli_store.all = 1;
   return 0;
 }
 #else
 #define cli_find_volume NULL
 #define cli_list_volumes NULL
+#define cli_open_volume(k, path, name, ex) (-EOPNOTSUPP)
 #define cli_start_control() ((void)0)
 #define cli_close() (nbdserve_free(cli_server), 0)
 #endif
 
 /* Opens a target and adds it.  0, or the exit status after a message. */
-static int cli_add(const struct cli *k, char *path, const char *name) {
+static int cli_add(struct cli *k, char *path) {
   struct nbdserve_export ex = k->ex;
   struct nbdserve_flat flat = {
       .offset = k->n['o'], .size = k->n['S'], .create = k->n['C'],
       .flags = k->v['r'] ? NBDSERVE_READONLY : 0};
-  char *colons = strstr(path, "::");
-  int err = -EOPNOTSUPP;
-  ex.name = name;
+  size_t n = strcspn(path, "/=");
+  if (path[n] == '=') {
+    path[n] = 0;
+    ex.name = path;
+    path += n + 1;
+  }
+  char *colons = strstr(path, "::"), *slash = strrchr(path, '/');
+  if (!ex.name)
+    ex.name = k->ntargets == 1 ? k->name
+              : colons ? colons + 2 : slash ? slash + 1 : path;
+  if (k->ntargets == 1) k->name = ex.name;
+  if (!*k->name && k->ntargets == 1 && !k->v['e'])
+    ex.flags |= NBDSERVE_ANY_NAME;
   ex.description = k->v['D'];
-  if (!*name && k->ntargets == 1 && !k->v['e']) ex.flags |= NBDSERVE_ANY_NAME;
-#if !NBDSERVE_NO_CAS
-  if (colons && (k->v['o'] || k->v['S'] || k->v['C']))
-    return cli_say(CLI_USAGE, "%s: no --offset, --size, --create", path);
-  if (colons) err = cli_add_volume(k, path, colons, &ex);
-  if (colons && !err && !ex.ops) return 0; /* all of it */
-#endif
+  int err = -EOPNOTSUPP;
+  if (colons) {
+    *colons = 0;
+    if (k->v['o'] || k->v['S'] || k->v['C'])
+      return cli_say(CLI_USAGE, "%s::: no --offset, --size, --create", path);
+    err = cli_open_volume(k, path, colons + 2, &ex);
+    if (!err && !ex.ops) return 0; /* all of it */
+  }
 #if !NBDSERVE_NO_FLAT
   if (!colons) err = nbdserve_flat_open(path, &flat, &ex);
 #endif
-  const char *hint = err == -EBUSY ? "; another server has it" : "";
-  if ((err == -EACCES || err == -EROFS) && !flat.flags)
-    hint = "; -r serves it read-only";
-  if (err == -ENOENT && !flat.create && !colons)
-    hint = "; --create SIZE makes it";
-  if (err == -EINVAL)
-    hint = colons ? ": no store"
-           : ": no file, device or mem:SIZE, or --offset, --size are beyond it";
-  if (err == -EMLINK) hint = "; one store at a time";
+  const char *hint =
+      err == -EBUSY    ? "; another server has it"
+      : err == -EMLINK ? "; one store at a time"
+      : (err == -EACCES || err == -EROFS) && !flat.flags
+          ? "; -r serves it read-only"
+      : err == -ENOENT && !flat.create && !colons ? "; --create SIZE makes it"
+      : err != -EINVAL                            ? ""
+      : colons ? ": no store"
+      : ": no file, device or mem:SIZE, or --offset, --size are beyond it";
   if (err)
     return cli_say(err == -EBUSY ? CLI_IN_USE : CLI_FAILED, "%s: %s%s", path,
                    u_error(err), hint);
@@ -4605,7 +4620,8 @@ static int cli_ready(struct cli *k) {
 static int cli_fork(struct cli *k) {
   int fd[2];
   char ready;
-  if (pipe(fd) < 0 || (k->child = fork()) < 0) return cli_fail(-errno, "--fork");
+  if (pipe(fd) < 0 || (k->child = fork()) < 0)
+    return cli_fail(-errno, "--fork");
   if (k->child > 0) {
     close(fd[1]);
     if (read(fd[0], &ready, 1) == 1) _exit(0);
@@ -4653,67 +4669,55 @@ static int cli_serve(struct cli *k) {
 /* Does the command that the command line may be.  -1: it is none. */
 static int cli_command(struct cli *k) {
   static struct cli_job j = {.fd = {1, 2, 1}};
-  struct nbdserve_cas_options o = {0};
-  struct nbdserve_cas *cas;
-  int n = k->ntargets - 1, i = 0;
-  char **arg = k->targets + 1, *name = n > 0 ? *arg : NULL;
-  char *store = getenv("NBDSERVE_STORE"), *colons;
-  while (n >= 0 && i < CLI_VERBS && strcmp(cli_verbs[i].name, arg[-1]) != 0)
-    i++;
+  char **arg = k->targets, *store = getenv("NBDSERVE_STORE"), *colons;
+  int n = k->ntargets - 1, i = 0, status = 0;
+  while (n >= 0 && i < CLI_VERBS && strcmp(cli_verbs[i].name, *arg) != 0) i++;
   if (n < 0 || i == CLI_VERBS) return -1;
   const struct cli_verb *v = cli_verbs + i;
-  if (name && (colons = strstr(name, "::"))) {
-    *colons = 0;
-    store = name;
-    *arg = colons + 2;
-  } else if (name && v->min == 0) {
-    store = name;
+  colons = *++arg ? strstr(*arg, "::") : NULL;
+  if (colons || (n > 0 && !v->min)) {
+    store = *arg;
+    *arg = colons ? colons + 2 : store + strlen(store);
+    if (colons) *colons = 0;
+    if (!v->min && !**arg++) n--;
   }
-  int skip = name == store && v->min == 0;
-  arg += skip;
-  n -= skip;
   if (!store || n < v->min || n > v->max ||
-      (k->v['n'] && v->verb != CLI_GC && (v->verb < NBDSERVE_CAS_ROLLBACK ||
-                                          v->verb > NBDSERVE_CAS_RM)))
+      (k->v['n'] && !strchr(v->traits, 'n')))
     return cli_say(CLI_USAGE, "usage: nbdserve %s %s", v->name, v->help);
   j.ask.verb = (unsigned char)i;
   j.ask.flags = k->v['n'] ? NBDSERVE_CAS_DRY_RUN : 0;
-  if (n > 0 && (v->verb == CLI_INIT || v->verb == NBDSERVE_CAS_CREATE ||
-                v->verb == NBDSERVE_CAS_RESIZE)) {
-    const char *rest = u_size(arg[n - 1], &j.ask.size);
-    if (!rest || *rest)
-      return cli_say(CLI_USAGE, "%s %s: no size", v->name, arg[n - 1]);
-  }
+  if (n > 0 && strchr(v->traits, 's') &&
+      !srv_number(arg[n - 1], INT64_MAX, &j.ask.size))
+    return cli_say(CLI_USAGE, "%s %s: no size", v->name, arg[n - 1]);
   for (i = 0; i < n; i++)
     if (strlen(arg[i]) >= PATH_MAX)
       return cli_say(CLI_USAGE, "%s: a name is too long", v->name);
-  int err = 0, in = v->verb == CLI_IMPORT;
+  struct nbdserve_cas_options o = {
+      .block_size = (uint32_t)u_min(j.ask.size, UINT32_MAX),
+      .flags = strchr(v->traits, 'r') ? NBDSERVE_CAS_READONLY : 0};
   if (v->verb == CLI_INIT) {
-    o.block_size = (uint32_t)j.ask.size;
-    err = nbdserve_cas_init(store, &o);
-    return err == -EINVAL ? cli_say(CLI_USAGE, "init %s: no block size", arg[0])
-                          : cli_fail(err, store);
+    int err = nbdserve_cas_init(store, &o);
+    return err == -EINVAL && n ? cli_say(CLI_USAGE, "%s: no block size", *arg)
+                               : cli_fail(err, store);
   }
-  if (in || (v->verb == CLI_EXPORT && strcmp(arg[1], "-") != 0))
+  int in = v->verb == CLI_IMPORT;
+  if (in || (v->verb == CLI_EXPORT && strcmp(arg[1], "-") != 0)) {
     j.fd[2] = open(arg[1], in ? O_RDONLY : O_RDWR | O_CREAT, 0666);
-  if (j.fd[2] < 0) return cli_fail(-errno, arg[1]);
-  if (j.fd[2] > 2 && !in && os_claim(j.fd[2], 0)) /* a store, maybe this one */
-    return cli_say(CLI_IN_USE, "%s: in use", arg[1]);
-  if (v->verb >= CLI_EXPORT && v->verb != CLI_GC)
-    o.flags = NBDSERVE_CAS_READONLY;
-  err = nbdserve_cas_open(store, &o, &cas);
-  if (err && err != -EBUSY)
-    return cli_say(CLI_FAILED, "%s: %s", store, err == -EINVAL
-                   ? "not a store" : u_error(err));
-  int status = 0;
+    if (j.fd[2] < 0) return cli_fail(-errno, arg[1]);
+    if (!in && os_claim(j.fd[2], 0)) /* a store, maybe this one */
+      return cli_say(CLI_IN_USE, "%s: in use", arg[1]);
+  }
+  struct nbdserve_cas *cas = NULL;
+  int err = nbdserve_cas_open(store, &o, &cas);
+  if (err == -EINVAL) return cli_say(CLI_FAILED, "%s: not a store", store);
+  if (err && err != -EBUSY) return cli_fail(err, store);
   i = 0;
   do { /* the last operand may come many times */
     if (i < n) strcpy(i && v->min > 1 ? j.ask.to : j.ask.name, arg[i]);
     if (i + 1 < v->min) continue;
-    status = err ? cli_remote(&j, store) : cli_do(&j, cas);
+    status = cas ? cli_do(&j, cas) : cli_remote(&j, store);
   } while (++i < n && !status);
-  if (err) return status;
-  err = nbdserve_cas_close(cas);
+  err = cas ? nbdserve_cas_close(cas) : 0;
   return err ? cli_fail(err, store) : status;
 }
 #endif
@@ -4752,20 +4756,8 @@ static int cli_main(struct cli *k) {
   int status = nbdserve_new(&cli_server, &config);
   if (status) return cli_fail(status, "start");
   cli_catch_signals(cli_on_signal);
-  for (int i = 0; i < k->ntargets && !status; i++) {
-    char *path = k->targets[i], *slash = strrchr(path, '/');
-    const char *colons = strstr(path, "::");
-    const char *name = k->ntargets == 1 ? k->name : colons ? colons + 2
-                       : slash          ? slash + 1 : path;
-    size_t n = strcspn(path, "/=");
-    if (path[n] == '=') {
-      path[n] = 0;
-      name = path;
-      path += n + 1;
-    }
-    if (k->ntargets == 1) k->name = name;
-    status = cli_add(k, path, name);
-  }
+  for (int i = 0; i < k->ntargets && !status; i++)
+    status = cli_add(k, k->targets[i]);
   if (!status) status = cli_listen(k);
   if (!status) status = cli_ready(k);
   if (!status) status = cli_serve(k);

@@ -4017,14 +4017,18 @@ struct cli {
   char **command;     /* behind --, or NULL */
   char **targets;     /* [NAME=]TARGET */
   int ntargets;
-  const char *name;              /* -e, or "" */
-  struct nbdserve_export ex;     /* what all exports have in common */
-  int serve[2];                  /* one client's input, or -1, and output */
-  int report;                    /* pipe to the parent of --fork, or -1 */
-  const char *pidfile;           /* is there, for us to remove */
-  pid_t child;                   /* the captive command; 0: none, or... */
-  int status;                    /* ...it has ended with this exit status */
-  char dir[100], sock[PATH_MAX]; /* private directory; unix socket */
+  const char *name;          /* of a single export, or "" */
+  struct nbdserve_export ex; /* what all exports have in common */
+  int serve[2];              /* one client's input, or -1, and output */
+  int report;                /* pipe to the parent of --fork, or -1 */
+  const char *pidfile;       /* is there, for us to remove */
+  pid_t child;               /* the captive command; 0: none, or... */
+  int status;                /* ...it has ended with this exit status */
+  const char *store;         /* its path, or NULL */
+  struct nbdserve_cas *cas;
+  int all, ctl;              /* all of it is served; control socket, or -1 */
+  int ended[2];              /* pipe: the control thread has, or -1 */
+  char ctl_path[PATH_MAX], dir[100]; /* private directory, or "" */
   char uri[3 * WIRE_STRING + 1024];
 };
 
@@ -4060,6 +4064,7 @@ static int cli_set(struct cli *k, const struct cli_option *o,
                        &k->ex.max_request};
   const char *rest = value;
   int c = abs(o->letter), ok = 1;
+  if (c == 'e') k->name = value;
   k->v[c] = value;
   k->n[c]++;
   if (o->max) ok = srv_number(value, o->max, &k->n[c]) && k->n[c] >= o->min;
@@ -4290,62 +4295,54 @@ static int cli_remote(struct cli_job *j, const char *store) {
   return err ? cli_say(CLI_FAILED, "%s: no answer", ctl) : status;
 }
 
-static struct {
-  const char *path;   /* NULL: none is */
-  char ctl_path[PATH_MAX];
-  struct nbdserve_cas *cas;
-  int all, ctl; /* all of it is served; the control socket, or -1 */
-  int ended[2]; /* pipe: its thread has ended */
-} cli_store = {.ctl = -1, .ended = {-1, -1}};
-
 /* Does what comes over the control socket until the server stops. */
-static void *cli_control(void *unused) {
+static void *cli_control(void *cli) {
   static struct cli_job j;
-  struct io io = {.in = cli_store.ctl, .stop = cli_server->stop[0]};
+  const struct cli *k = cli;
+  struct io io = {.in = k->ctl, .stop = cli_server->stop[0]};
   while (io_wait(&io, 0) == 0) {
-    int fd = os_accept(io.in);
+    int fd = os_accept(k->ctl);
     struct io client = {.in = fd, .out = fd, .stop = io.stop,
                         .deadline = os_now_ms() + IO_GRACE_MS};
     if (fd < 0) poll(NULL, 0, SRV_PAUSE_MS); /* the loop must not spin */
-    if (fd < 0) continue;
     j.fd[0] = j.fd[1] = j.fd[2] = -1;
-    if (io_wait(&client, 0) == 0 && cli_pass(&client, &j, 0) == 0 &&
+    if (fd >= 0 && io_wait(&client, 0) == 0 && cli_pass(&client, &j, 0) == 0 &&
         j.fd[2] >= 0 && j.ask.verb < CLI_VERBS) {
       j.ask.name[PATH_MAX - 1] = j.ask.to[PATH_MAX - 1] = 0;
-      unsigned char status = (unsigned char)cli_do(&j, cli_store.cas);
+      unsigned char status = (unsigned char)cli_do(&j, k->cas);
       (void)!write(fd, &status, 1);
     }
     for (int i = 0; i < 3; i++) close(j.fd[i]); /* of -1 is no harm */
     close(fd);
   }
-  (void)!write(cli_store.ended[1], "", 1);
-  return unused;
+  (void)!write(k->ended[1], "", 1);
+  return NULL;
 }
 
-static void cli_start_control(void) {
-  if (cli_store.ctl >= 0 && os_pipe(cli_store.ended) == 0 &&
-      os_thread(cli_control, NULL) != 0)
-    cli_store.ended[0] = -1;
+/* Begins when no other process is made any more, which would inherit what
+ * clients send. */
+static void cli_start_control(struct cli *k) {
+  if (k->ctl >= 0 && os_pipe(k->ended) == 0 && os_thread(cli_control, k) != 0)
+    k->ended[0] = -1;
 }
 
 /* At the end: no more commands, and the exports and the store are closed. */
-static int cli_close(void) {
-  struct pollfd p = {cli_store.ended[0], POLLIN, 0};
+static int cli_close(struct cli *k) {
+  struct pollfd p = {k->ended[0], POLLIN, 0};
   nbdserve_stop(cli_server);
-  if (cli_store.ctl >= 0) unlink(cli_store.ctl_path);
+  if (k->ctl >= 0) unlink(k->ctl_path);
   int working = p.fd >= 0 && poll(&p, 1, IO_GRACE_MS) <= 0;
   nbdserve_free(cli_server);
   if (working) /* the next to open the store repairs it */
     return cli_say(CLI_FAILED, "a command was not finished");
-  if (!cli_store.path) return 0;
-  return cli_fail(nbdserve_cas_close(cli_store.cas), cli_store.path);
+  return k->cas ? cli_fail(nbdserve_cas_close(k->cas), k->store) : 0;
 }
 
-static int cli_find_volume(void *k, const char *name,
+static int cli_find_volume(void *cli, const char *name,
                            struct nbdserve_export *out) {
-  *out = ((struct cli *)k)->ex;
-  return cli_store.all ? nbdserve_cas_volume(cli_store.cas, name, out)
-                       : -ENOENT;
+  struct cli *k = cli;
+  *out = k->ex;
+  return k->all ? nbdserve_cas_volume(k->cas, name, out) : -ENOENT;
 }
 
 struct cli_emit {
@@ -4358,42 +4355,96 @@ static int cli_emit_volume(void *to, const struct nbdserve_cas_info *info) {
   return e->emit(e->arg, info->name, info->readonly ? "snapshot" : "");
 }
 
-static int cli_list_volumes(void *unused, int (*emit)(void *, const char *,
-                                                      const char *),
+static int cli_list_volumes(void *cli, int (*emit)(void *, const char *,
+                                                   const char *),
                             void *arg) {
+  struct cli *k = cli;
   struct cli_emit e = {emit, arg};
-  (void)unused;
-  return cli_store.all ? nbdserve_cas_list(cli_store.cas, cli_emit_volume, &e)
-                       : 0;
+  return k->all ? nbdserve_cas_list(k->cas, cli_emit_volume, &e) : 0;
 }
 
 /* Opens a volume or, with the name "", all of a store; and its socket. */
-static int cli_open_volume(const struct cli *k, const char *path,
-                           const char *name, struct nbdserve_export *ex) {
+static int cli_open_volume(struct cli *k, const char *path, const char *name,
+                           struct nbdserve_export *ex) {
   struct nbdserve_cas_options o = {
       .flags = (k->v['r'] ? NBDSERVE_CAS_READONLY : 0u) |
                (k->v['N'] ? NBDSERVE_CAS_NO_VERIFY : 0u)};
-  if (cli_store.path && strcmp(cli_store.path, path) != 0) return -EMLINK;
-  if (!cli_store.path) {
-    int err = nbdserve_cas_open(path, &o, &cli_store.cas);
-    if (err) return err;
-    cli_store.path = path;
-    snprintf(cli_store.ctl_path, PATH_MAX, "%s.ctl", path);
+  if (k->store && strcmp(k->store, path) != 0) return -EMLINK;
+  int err = k->store ? 0 : nbdserve_cas_open(path, &o, &k->cas);
+  if (err) return err;
+  if (!k->store && !k->v['r'] && !NBDSERVE_NO_THREADS) {
+    snprintf(k->ctl_path, PATH_MAX, "%s.ctl", path);
     mode_t was = umask(0177);
-    if (!NBDSERVE_NO_THREADS && !k->v['r'])
-      cli_store.ctl = srv_unix(cli_store.ctl_path, SRV_LISTEN);
+    k->ctl = srv_unix(k->ctl_path, SRV_LISTEN);
     umask(was);
   }
-  if (*name) return nbdserve_cas_volume(cli_store.cas, name, ex);
-  cli_store.all = 1;
+  k->store = path;
+  if (*name) return nbdserve_cas_volume(k->cas, name, ex);
+  k->all = 1;
   return 0;
+}
+
+/* Does the command that the command line may be.  -1: it is none. */
+static int cli_command(struct cli *k) {
+  static struct cli_job j = {.fd = {1, 2, 1}};
+  char **arg = k->targets, *store = getenv("NBDSERVE_STORE"), *colons;
+  int n = k->ntargets - 1, i = 0, status = 0;
+  while (n >= 0 && i < CLI_VERBS && strcmp(cli_verbs[i].name, *arg) != 0) i++;
+  if (n < 0 || i == CLI_VERBS) return -1;
+  const struct cli_verb *v = cli_verbs + i;
+  colons = *++arg ? strstr(*arg, "::") : NULL;
+  if (colons || (n > 0 && !v->min)) {
+    store = *arg;
+    *arg = colons ? colons + 2 : store + strlen(store);
+    if (colons) *colons = 0;
+    if (!v->min && !**arg++) n--;
+  }
+  if (!store || n < v->min || n > v->max ||
+      (k->v['n'] && !strchr(v->traits, 'n')))
+    return cli_say(CLI_USAGE, "usage: nbdserve %s %s", v->name, v->help);
+  j.ask.verb = (unsigned char)i;
+  j.ask.flags = k->v['n'] ? NBDSERVE_CAS_DRY_RUN : 0;
+  if (n > 0 && strchr(v->traits, 's') &&
+      !srv_number(arg[n - 1], INT64_MAX, &j.ask.size))
+    return cli_say(CLI_USAGE, "%s %s: no size", v->name, arg[n - 1]);
+  for (i = 0; i < n; i++)
+    if (strlen(arg[i]) >= PATH_MAX)
+      return cli_say(CLI_USAGE, "%s: a name is too long", v->name);
+  struct nbdserve_cas_options o = {
+      .block_size = (uint32_t)u_min(j.ask.size, UINT32_MAX),
+      .flags = strchr(v->traits, 'r') ? NBDSERVE_CAS_READONLY : 0};
+  if (v->verb == CLI_INIT) {
+    int err = nbdserve_cas_init(store, &o);
+    return err == -EINVAL && n ? cli_say(CLI_USAGE, "%s: no block size", *arg)
+                               : cli_fail(err, store);
+  }
+  int in = v->verb == CLI_IMPORT;
+  if (in || (v->verb == CLI_EXPORT && strcmp(arg[1], "-") != 0)) {
+    j.fd[2] = open(arg[1], in ? O_RDONLY : O_RDWR | O_CREAT, 0666);
+    if (j.fd[2] < 0) return cli_fail(-errno, arg[1]);
+    if (!in && os_claim(j.fd[2], 0)) /* a store, maybe this one */
+      return cli_say(CLI_IN_USE, "%s: in use", arg[1]);
+  }
+  struct nbdserve_cas *cas = NULL;
+  int err = nbdserve_cas_open(store, &o, &cas);
+  if (err == -EINVAL) return cli_say(CLI_FAILED, "%s: not a store", store);
+  if (err && err != -EBUSY) return cli_fail(err, store);
+  i = 0;
+  do { /* the last operand may come many times */
+    if (i < n) strcpy(i && v->min > 1 ? j.ask.to : j.ask.name, arg[i]);
+    if (i + 1 < v->min) continue;
+    status = cas ? cli_do(&j, cas) : cli_remote(&j, store);
+  } while (++i < n && !status);
+  err = cas ? nbdserve_cas_close(cas) : 0;
+  return err ? cli_fail(err, store) : status;
 }
 #else
 #define cli_find_volume NULL
 #define cli_list_volumes NULL
 #define cli_open_volume(k, path, name, ex) (-EOPNOTSUPP)
-#define cli_start_control() ((void)0)
-#define cli_close() (nbdserve_free(cli_server), 0)
+#define cli_start_control(k) ((void)0)
+#define cli_close(k) (nbdserve_free(cli_server), 0)
+#define cli_command(k) (-1)
 #endif
 
 /* Opens a target and adds it.  0, or the exit status after a message. */
@@ -4447,72 +4498,72 @@ static int cli_add(struct cli *k, char *path) {
                  : "--block-size, name or description out of range");
 }
 
-static int cli_listen_on(const char *kind, const char *address) {
-  char full[PATH_MAX + 8];
-  snprintf(full, sizeof full, "%s:%s", kind, address);
-  int err = nbdserve_listen(cli_server, full);
+/* Listens; a connected socket, where there can be none, is the only client. */
+static int cli_listen_on(struct cli *k, const char *address) {
+  int err = nbdserve_listen(cli_server, address);
+  if (err == -EINVAL && k->serve[0] < 0 && strncmp(address, "fd:", 3) == 0) {
+    k->serve[0] = k->serve[1] = atoi(address + 3);
+    return 0;
+  }
   if (err == -ENAMETOOLONG)
-    return cli_say(CLI_FAILED, "%s: a socket path has at most %u bytes", full,
+    return cli_say(CLI_FAILED, "%s: a socket path has at most %u bytes",
+                   address,
                    (unsigned)sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
-  return !err ? 0 : cli_say(CLI_FAILED, "%s: %s%s", full, u_error(err),
-                            err == -EADDRINUSE ? "; not replaced" : "");
+  if (err == -EADDRINUSE)
+    return cli_say(CLI_FAILED, "%s: %s; not replaced", address, u_error(err));
+  return cli_fail(err, address);
 }
 
-/* A socket only its owner can reach, in a directory that is removed again. */
-static int cli_listen_private(struct cli *k) {
+/* A path in a directory that only its owner can reach, removed in the end. */
+static int cli_private(struct cli *k, char *sock) {
   const char *dirs[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"), "/tmp"};
-  for (int i = 0; i < 3 && !*k->dir; i++) {
+  for (int i = 0; i < 3; i++) {
     if (!dirs[i] || *dirs[i] != '/' || strlen(dirs[i]) > 80)
       continue; /* with the rest it must fit into every system's address */
     snprintf(k->dir, sizeof k->dir, "%s/nbdXXXXXX", dirs[i]);
-    if (!mkdtemp(k->dir)) *k->dir = 0;
-  }
-  if (!*k->dir)
-    return cli_say(CLI_FAILED, "private socket: no directory for it; use -U");
-  strcat(strcpy(k->sock, k->dir), "/sock");
-  int status = cli_listen_on("unix", k->sock);
-  if (!status && chmod(k->sock, 0600) < 0) return cli_fail(-errno, k->sock);
-  return status;
-}
-
-/* n sockets of whoever started us, from fd on: listening ones, or a client. */
-static int cli_take_fds(struct cli *k, int fd, uint64_t n) {
-  char address[16] = "LISTEN_FDS";
-  int err = n > SRV_LISTENERS ? -EMFILE : 0;
-  for (; n > 0 && !err; n--, fd++) {
-    snprintf(address, sizeof address, "fd:%d", fd);
-    err = nbdserve_listen(cli_server, address);
-    if (err == -EINVAL && k->serve[0] < 0) { /* connected, so a client */
-      k->serve[0] = k->serve[1] = fd;
-      err = 0;
+    if (mkdtemp(k->dir)) {
+      strcat(strcpy(sock, k->dir), "/sock");
+      return 0;
     }
   }
-  return cli_fail(err, address);
+  *k->dir = 0;
+  return cli_say(CLI_FAILED, "private socket: no directory for it; use -U");
 }
 
 static int cli_listen(struct cli *k) {
   const char *path = k->v['U'], *host = k->v['i'] ? k->v['i'] : "localhost";
   const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
-  int is_tcp = k->v['p'] || k->v['i'], status = 0;
-  uint64_t n = 0; /* sockets from systemd, or nbdinfo and its like */
+  char address[PATH_MAX + 8] = "unix:", *sock = address + 5;
+  int is_tcp = k->v['p'] || k->v['i'], fd = k->v['f'] ? (int)k->n['f'] : 3;
+  uint64_t n = k->v['f'] != NULL; /* sockets of who started us, from fd on */
+  int status = 0;
   if (k->v['s']) return k->serve[0] = 0;
-  if (k->v['f']) return cli_take_fds(k, (int)k->n['f'], 1);
-  if (pid && fds && strtol(pid, NULL, 10) == (long)getpid()) u_size(fds, &n);
-  if (n > 0 && !path && !is_tcp) return cli_take_fds(k, 3, n);
+  if (!n && !path && !is_tcp && pid && fds &&
+      strtol(pid, NULL, 10) == (long)getpid())
+    u_size(fds, &n); /* systemd, or nbdinfo and its like */
+  if (n > SRV_LISTENERS) return cli_fail(-EMFILE, "LISTEN_FDS");
+  if (n > 0) {
+    for (; n > 0 && !status; n--, fd++) {
+      snprintf(address, sizeof address, "fd:%d", fd);
+      status = cli_listen_on(k, address);
+    }
+    return status;
+  }
   if (path && strcmp(path, "-") != 0) {
     /* a whole path, where it fits, so that the URI works from anywhere */
-    if (*path != '/' && getcwd(k->sock, 100 - u_min(strlen(path), 98)))
-      strcat(k->sock, "/");
-    strncat(k->sock, path, sizeof k->sock / 2);
-    status = cli_listen_on("unix", k->sock);
+    if (*path != '/' && getcwd(sock, 100 - u_min(strlen(path), 98)))
+      strcat(sock, "/");
+    strncat(sock, path, PATH_MAX / 2);
   } else if (path || !is_tcp) {
-    status = cli_listen_private(k);
+    status = cli_private(k, sock);
   }
+  if (!status && *sock) status = cli_listen_on(k, address);
+  if (!status && *k->dir && chmod(sock, 0600) < 0)
+    status = cli_fail(-errno, sock);
   if (!status && is_tcp) {
-    char address[300];
-    snprintf(address, sizeof address, "%s:%s", host,
+    snprintf(address, sizeof address, "tcp:%s:%s", host,
              k->v['p'] ? k->v['p'] : "10809");
-    status = cli_listen_on("tcp", address);
+    status = cli_listen_on(k, address);
     if (!status && strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
         strncmp(host, "127.", 4) != 0 && !k->v['q'])
       cli_say(0, "%s: no authentication: anyone can read and write", host);
@@ -4544,36 +4595,32 @@ static void cli_catch_signals(void (*handler)(int)) {
 
 static char *cli_expand(const char *arg, const char *uri) {
   char *out = u_zalloc(strlen(arg) * (strlen(uri) + 1) + 1);
-  while (out && *arg) {
-    int hit = strncmp(arg, "{}", 2) == 0;
-    if (hit) strcat(out, uri);
-    else strncat(out, arg, 1);
-    arg += hit ? 2 : 1;
-  }
-  return out;
+  const char *hit;
+  for (; out && (hit = strstr(arg, "{}")); arg = hit + 2)
+    strcat(strncat(out, arg, (size_t)(hit - arg)), uri);
+  return out ? strcat(out, arg) : NULL;
 }
 
 /* --run gets variables, as nbdkit has them; the ARGs of a command the URI. */
 static int cli_start_command(struct cli *k) {
-  char nbd[PATH_MAX + 80], *host = k->uri + 6; /* unless there is k->sock */
+  const struct srv_listener *l = cli_server->listeners;
+  char nbd[sizeof l->text + 16], **command = k->command;
   k->child = fork();
   if (k->child) return k->child < 0 ? cli_fail(-errno, "fork") : 0;
   cli_catch_signals(SIG_DFL);
-  if (k->command) {
-    for (char **p = k->command; *p; p++) *p = cli_expand(*p, k->uri);
-    execvp(k->command[0], k->command);
-    _exit(cli_fail(-errno, k->command[0]) + 126);
+  if (command) {
+    for (char **p = command; *p; p++) *p = cli_expand(*p, k->uri);
+    execvp(*command, command);
+  } else {
+    snprintf(nbd, sizeof nbd, "nbd:%s%s", l->is_unix ? "unix:" : "", l->text);
+    setenv("nbd", nbd, 1);
+    setenv("uri", k->uri, 1);
+    setenv("unixsocket", l->is_unix ? l->text : "", 1);
+    setenv("port", l->is_unix ? "" : strrchr(l->text, ':') + 1, 1);
+    setenv("exportname", k->name, 1);
+    execl("/bin/sh", "sh", "-c", k->v['R'], (char *)NULL);
   }
-  setenv("uri", k->uri, 1);
-  host[strcspn(host, "/")] = 0;
-  snprintf(nbd, sizeof nbd, *k->sock ? "nbd:unix:%s" : "nbd:%s",
-           *k->sock ? k->sock : host);
-  setenv("nbd", nbd, 1);
-  setenv("unixsocket", k->sock, 1);
-  setenv("port", *k->sock ? "" : strrchr(host, ':') + 1, 1);
-  setenv("exportname", k->name, 1);
-  execl("/bin/sh", "sh", "-c", k->v['R'], (char *)NULL);
-  _exit(cli_fail(-errno, "/bin/sh") + 126);
+  _exit(cli_fail(-errno, command ? *command : "/bin/sh") + 126);
   return 0;
 }
 
@@ -4650,7 +4697,7 @@ static void cli_print_stats(const struct cli *k) {
 
 static int cli_serve(struct cli *k) {
   int err = 0, run;
-  cli_start_control();
+  cli_start_control(k);
   if (k->serve[0] >= 0) {
     err = nbdserve_serve(cli_server, k->serve[0], k->serve[1], NULL);
     nbdserve_stop(cli_server); /* what follows only flushes */
@@ -4664,63 +4711,6 @@ static int cli_serve(struct cli *k) {
   cli_command_ended(k, 1);
   return k->status ? k->status : err || run ? CLI_FAILED : 0;
 }
-
-#if !NBDSERVE_NO_CAS
-/* Does the command that the command line may be.  -1: it is none. */
-static int cli_command(struct cli *k) {
-  static struct cli_job j = {.fd = {1, 2, 1}};
-  char **arg = k->targets, *store = getenv("NBDSERVE_STORE"), *colons;
-  int n = k->ntargets - 1, i = 0, status = 0;
-  while (n >= 0 && i < CLI_VERBS && strcmp(cli_verbs[i].name, *arg) != 0) i++;
-  if (n < 0 || i == CLI_VERBS) return -1;
-  const struct cli_verb *v = cli_verbs + i;
-  colons = *++arg ? strstr(*arg, "::") : NULL;
-  if (colons || (n > 0 && !v->min)) {
-    store = *arg;
-    *arg = colons ? colons + 2 : store + strlen(store);
-    if (colons) *colons = 0;
-    if (!v->min && !**arg++) n--;
-  }
-  if (!store || n < v->min || n > v->max ||
-      (k->v['n'] && !strchr(v->traits, 'n')))
-    return cli_say(CLI_USAGE, "usage: nbdserve %s %s", v->name, v->help);
-  j.ask.verb = (unsigned char)i;
-  j.ask.flags = k->v['n'] ? NBDSERVE_CAS_DRY_RUN : 0;
-  if (n > 0 && strchr(v->traits, 's') &&
-      !srv_number(arg[n - 1], INT64_MAX, &j.ask.size))
-    return cli_say(CLI_USAGE, "%s %s: no size", v->name, arg[n - 1]);
-  for (i = 0; i < n; i++)
-    if (strlen(arg[i]) >= PATH_MAX)
-      return cli_say(CLI_USAGE, "%s: a name is too long", v->name);
-  struct nbdserve_cas_options o = {
-      .block_size = (uint32_t)u_min(j.ask.size, UINT32_MAX),
-      .flags = strchr(v->traits, 'r') ? NBDSERVE_CAS_READONLY : 0};
-  if (v->verb == CLI_INIT) {
-    int err = nbdserve_cas_init(store, &o);
-    return err == -EINVAL && n ? cli_say(CLI_USAGE, "%s: no block size", *arg)
-                               : cli_fail(err, store);
-  }
-  int in = v->verb == CLI_IMPORT;
-  if (in || (v->verb == CLI_EXPORT && strcmp(arg[1], "-") != 0)) {
-    j.fd[2] = open(arg[1], in ? O_RDONLY : O_RDWR | O_CREAT, 0666);
-    if (j.fd[2] < 0) return cli_fail(-errno, arg[1]);
-    if (!in && os_claim(j.fd[2], 0)) /* a store, maybe this one */
-      return cli_say(CLI_IN_USE, "%s: in use", arg[1]);
-  }
-  struct nbdserve_cas *cas = NULL;
-  int err = nbdserve_cas_open(store, &o, &cas);
-  if (err == -EINVAL) return cli_say(CLI_FAILED, "%s: not a store", store);
-  if (err && err != -EBUSY) return cli_fail(err, store);
-  i = 0;
-  do { /* the last operand may come many times */
-    if (i < n) strcpy(i && v->min > 1 ? j.ask.to : j.ask.name, arg[i]);
-    if (i + 1 < v->min) continue;
-    status = cas ? cli_do(&j, cas) : cli_remote(&j, store);
-  } while (++i < n && !status);
-  err = cas ? nbdserve_cas_close(cas) : 0;
-  return err ? cli_fail(err, store) : status;
-}
-#endif
 
 static int cli_help(void) {
   puts("usage: nbdserve [OPTION]... [NAME=]TARGET... [-- CMD ARG...]\n"
@@ -4745,7 +4735,27 @@ static int cli_help(void) {
   return fflush(stdout) == EOF ? CLI_FAILED : 0;
 }
 
-static int cli_main(struct cli *k) {
+int main(int argc, char **argv) {
+  static struct cli cli = {.report = -1, .serve = {-1, 1}, .name = "",
+                           .ctl = -1, .ended = {-1, -1}}, *k = &cli;
+  int fd = 0; /* 0 to 2 get opened: no image may be one and get messages */
+  while (fd >= 0 && fd <= 2) fd = open("/dev/null", O_RDWR);
+  if (fd > 2) close(fd);
+  k->targets = argv; /* gathered at its front, behind what has been read */
+  int status = cli_parse(k, argc, argv);
+  if (status) return status;
+  if (k->v['h']) return cli_help();
+  if (k->v['V'])
+    return printf("nbdserve %s%s%s%s%s%s\n", nbdserve_version(),
+                  NBDSERVE_NO_FLAT ? "" : " flat",
+                  NBDSERVE_NO_CAS ? "" : " cas", NBDSERVE_NO_TCP ? "" : " tcp",
+                  NBDSERVE_NO_THREADS ? "" : " threads",
+                  NBDSERVE_POSIX_ONLY ? " posix-only" : "") < 0;
+  status = cli_command(k);
+  if (status >= 0) return status;
+  status = cli_check(k);
+  if (!status && k->v['F']) status = cli_fork(k);
+  if (status) return status;
   int level = NBDSERVE_LOG_WARNING + (int)u_min(k->n['v'], 2);
   struct nbdserve_config config = {
       .version = NBDSERVE_VERSION_NUMBER, .max_conn = (uint32_t)k->n['m'],
@@ -4753,7 +4763,7 @@ static int cli_main(struct cli *k) {
       .idle_exit_ms = (uint32_t)k->n['I'] * 1000, .log = cli_log,
       .find = cli_find_volume, .list = cli_list_volumes, .ctx = k,
       .log_level = k->v['q'] ? NBDSERVE_LOG_ERROR : level};
-  int status = nbdserve_new(&cli_server, &config);
+  status = nbdserve_new(&cli_server, &config);
   if (status) return cli_fail(status, "start");
   cli_catch_signals(cli_on_signal);
   for (int i = 0; i < k->ntargets && !status; i++)
@@ -4763,32 +4773,9 @@ static int cli_main(struct cli *k) {
   if (!status) status = cli_serve(k);
   cli_catch_signals(SIG_IGN);
   if (k->pidfile) unlink(k->pidfile);
-  if (cli_close() && !status) status = CLI_FAILED;
+  if (cli_close(k) && !status) status = CLI_FAILED;
   if (*k->dir) rmdir(k->dir);
   return status;
-}
-
-int main(int argc, char **argv) {
-  static struct cli cli = {.report = -1, .serve = {-1, 1}}, *k = &cli;
-  int fd = 0; /* 0 to 2 get opened: no image may be one and get messages */
-  while (fd >= 0 && fd <= 2) fd = open("/dev/null", O_RDWR);
-  if (fd > 2) close(fd);
-  k->targets = argv; /* gathered at its front, behind what has been read */
-  int status = cli_parse(k, argc, argv);
-  k->name = k->v['e'] ? k->v['e'] : "";
-  if (!status && k->v['h']) return cli_help();
-  if (!status && k->v['V'])
-    return printf("nbdserve %s%s%s%s%s%s\n", nbdserve_version(),
-                  NBDSERVE_NO_FLAT ? "" : " flat",
-                  NBDSERVE_NO_CAS ? "" : " cas", NBDSERVE_NO_TCP ? "" : " tcp",
-                  NBDSERVE_NO_THREADS ? "" : " threads",
-                  NBDSERVE_POSIX_ONLY ? " posix-only" : "") < 0;
-#if !NBDSERVE_NO_CAS
-  if (!status && (fd = cli_command(k)) >= 0) return fd;
-#endif
-  if (!status) status = cli_check(k);
-  if (!status && k->v['F']) status = cli_fork(k);
-  return status ? status : cli_main(k);
 }
 
 #endif /* !NBDSERVE_NO_MAIN */

@@ -3967,7 +3967,7 @@ void nbdserve_free(struct nbdserve *s) {
 
 /* ==== [13] CLI (cli_) ====================================================
  * The command, on top of nbdserve.h.  What a process has only one of (signals,
- * standard streams, environment) is touched here and nowhere else.
+ * standard streams, environment, its end) is touched here and nowhere else.
  */
 #if !NBDSERVE_NO_MAIN
 #include <sys/wait.h>
@@ -3975,7 +3975,7 @@ void nbdserve_free(struct nbdserve *s) {
 enum { CLI_FAILED = 1, CLI_USAGE, CLI_DAMAGED, CLI_IN_USE }; /* exit status */
 
 static const struct cli_option {
-  int letter; /* negative: only a name, but to us it is k->v[letter] */
+  int letter; /* negative: only a name, but to us it is cli.v[letter] */
   const char *name, *arg;
   uint64_t min, max; /* of a number; max 0: it is text */
   const char *help;
@@ -4009,9 +4009,9 @@ static const struct cli_option {
     {-'N', "no-verify", NULL, 0, 0, "a store's blocks are read unchecked"},
     {'V', "version", NULL, 0, 0, "print version and features"},
     {'h', "help", NULL, 0, 0, "print this"},
-    {0, NULL, NULL, 0, 0, NULL}};
+    {'-', "", NULL, 0, 0, NULL}}; /* what stands before CMD; no other */
 
-struct cli {
+static struct {
   const char *v[128]; /* values by letter; NULL: not given */
   uint64_t n[128];    /* as numbers; how often, for those without */
   char **command;     /* behind --, or NULL */
@@ -4019,21 +4019,19 @@ struct cli {
   int ntargets;
   const char *name;          /* of a single export, or "" */
   struct nbdserve_export ex; /* what all exports have in common */
-  int serve[2];              /* one client's input, or -1, and output */
+  struct nbdserve *server;
+  volatile sig_atomic_t usr1, ending; /* signals that came */
+  int in, out;               /* one client's, or -1 */
   int report;                /* pipe to the parent of --fork, or -1 */
-  const char *pidfile;       /* is there, for us to remove */
   pid_t child;               /* the captive command; 0: none, or... */
   int status;                /* ...it has ended with this exit status */
+  const char *pidfile;       /* is there, for us to remove */
   const char *store;         /* its path, or NULL */
   struct nbdserve_cas *cas;
-  int all, ctl;              /* all of it is served; control socket, or -1 */
-  int ended[2];              /* pipe: the control thread has, or -1 */
+  int ctl, ended[2];         /* control socket; pipe: its thread has; or -1 */
   char ctl_path[PATH_MAX], dir[100]; /* private directory, or "" */
   char uri[3 * WIRE_STRING + 1024];
-};
-
-static struct nbdserve *cli_server; /* for the handlers, as what follows */
-static volatile sig_atomic_t cli_usr1, cli_ending;
+} cli = {.name = "", .in = -1, .report = -1, .ctl = -1, .ended = {-1, -1}};
 
 /* A line on standard error, in one write: threads do not mix.  The status. */
 static int OS_PRINTF(2, 3) cli_say(int status, const char *fmt, ...) {
@@ -4048,28 +4046,75 @@ static int OS_PRINTF(2, 3) cli_say(int status, const char *fmt, ...) {
   return status;
 }
 
-/* 0, or the exit status after the message of an error. */
-static int cli_fail(int err, const char *object) {
-  return err ? cli_say(CLI_FAILED, "%s: %s", object, u_error(err)) : 0;
-}
-
 static void cli_log(void *ctx, int level, const char *message) {
   (void)ctx, (void)level;
   cli_say(0, "%s", message);
 }
 
-static int cli_set(struct cli *k, const struct cli_option *o,
-                   const char *value) {
-  uint32_t *block[] = {&k->ex.min_block, &k->ex.preferred_block,
-                       &k->ex.max_request};
+static void cli_on_signal(int sig) {
+  if (sig == SIGUSR1) cli.usr1 = 1;
+  nbdserve_wake(cli.server); /* cli_serve looks what it was */
+  if (sig == SIGUSR1 || sig == SIGCHLD) return;
+  if (cli.ending && sig == SIGINT) _exit(130);
+  cli.ending = 1;
+  nbdserve_stop(cli.server);
+}
+
+static void cli_catch_signals(void (*handler)(int)) {
+  static const int signals[] = {SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGCHLD};
+  struct sigaction sa = {.sa_handler = handler, .sa_flags = SA_RESTART}, was;
+  for (size_t i = 0; i < sizeof signals / sizeof *signals; i++)
+    if (i > 1 || (sigaction(signals[i], NULL, &was) == 0 &&
+                  was.sa_handler != SIG_IGN)) /* nohup: it stays so */
+      sigaction(signals[i], &sa, NULL);
+  sa.sa_handler = handler == SIG_DFL ? SIG_DFL : SIG_IGN;
+  sigaction(SIGPIPE, &sa, NULL);
+  sigaction(SIGXFSZ, &sa, NULL); /* writes get EFBIG then */
+}
+
+/* Ends the process in order: what it has is closed, what it made removed. */
+#ifdef __GNUC__
+__attribute__((noreturn))
+#endif
+static void cli_exit(int status) {
+  struct pollfd p = {cli.ended[0], POLLIN, 0};
+  const char *why = NULL;
+  cli_catch_signals(SIG_IGN);
+  if (cli.pidfile) unlink(cli.pidfile);
+  if (cli.ctl >= 0) unlink(cli.ctl_path);
+  if (p.fd >= 0) nbdserve_stop(cli.server);
+  if (p.fd >= 0 && poll(&p, 1, IO_GRACE_MS) <= 0)
+    why = "a command was not finished"; /* to open it will repair it */
+  nbdserve_free(cli.server);
+#if !NBDSERVE_NO_CAS
+  int err = !why && cli.cas ? nbdserve_cas_close(cli.cas) : 0;
+  if (err) why = u_error(err);
+#endif
+  if (why) cli_say(0, "%s: %s", cli.store, why);
+  if (*cli.dir) rmdir(cli.dir);
+  exit(status ? status : why ? CLI_FAILED : 0);
+}
+
+#define cli_die(...) cli_exit(cli_say(__VA_ARGS__))
+
+/* Ends with the message of an error, if it is one. */
+static void cli_fail(int err, const char *object) {
+  if (err)
+    cli_die(err == -EBUSY ? CLI_IN_USE : CLI_FAILED, "%s: %s%s", object,
+            u_error(err), err == -EBUSY ? "; another server has it"
+            : err == -EADDRINUSE        ? "; not replaced" : "");
+}
+
+static void cli_set(const struct cli_option *o, const char *value) {
+  uint32_t *block[] = {&cli.ex.min_block, &cli.ex.preferred_block,
+                       &cli.ex.max_request};
   const char *rest = value;
   int c = abs(o->letter), ok = 1;
-  if (c == 'e') k->name = value;
-  k->v[c] = value;
-  k->n[c]++;
-  if (o->max) ok = srv_number(value, o->max, &k->n[c]) && k->n[c] >= o->min;
+  cli.v[c] = value;
+  cli.n[c]++;
+  if (o->max) ok = srv_number(value, o->max, &cli.n[c]) && cli.n[c] >= o->min;
   if (ok && (c == 'f' || c == 'y')) /* or it could become ours */
-    ok = fcntl((int)k->n[c], F_GETFD) >= 0;
+    ok = fcntl((int)cli.n[c], F_GETFD) >= 0;
   for (int i = 0; c == 'b' && ok && i < 3; i++) {
     uint64_t v = 0;
     rest = u_size(rest, &v);
@@ -4077,66 +4122,64 @@ static int cli_set(struct cli *k, const struct cli_option *o,
     *block[i] = (uint32_t)v;
   }
   if (c == 'c') {
-    k->ex.flags = strcmp(value, "unsafe") == 0 ? NBDSERVE_UNSAFE : 0;
-    if (strcmp(value, "writethrough") == 0) k->ex.flags = NBDSERVE_WRITETHROUGH;
-    ok = k->ex.flags || strcmp(value, "writeback") == 0;
+    cli.ex.flags = strcmp(value, "unsafe") == 0 ? NBDSERVE_UNSAFE : 0;
+    if (strcmp(value, "writethrough") == 0)
+      cli.ex.flags = NBDSERVE_WRITETHROUGH;
+    ok = cli.ex.flags || strcmp(value, "writeback") == 0;
   }
-  return ok ? 0 : cli_say(CLI_USAGE, "--%s %s: no such %s, or out of range",
-                          o->name, value, o->arg);
+  if (!ok)
+    cli_die(CLI_USAGE, "--%s %s: no such %s, or out of range", o->name, value,
+            o->arg);
 }
 
 static const struct cli_option *cli_find(int letter, const char *name) {
   const struct cli_option *o = cli_options;
   size_t n = name ? strcspn(name, "=") : 0;
-  while (o->name && (name ? strncmp(o->name, name, n) != 0 || o->name[n]
-                          : abs(o->letter) != letter))
+  while (*o->name && (name ? strncmp(o->name, name, n) != 0 || o->name[n]
+                           : abs(o->letter) != letter))
     o++;
   return o;
 }
 
-static int cli_parse(struct cli *k, int argc, char **argv) {
-  for (int i = 1; i < argc; i++) {
-    const char *a = argv[i];
+static void cli_parse(char **argv) {
+  for (const char *a; !cli.command && (a = *++argv) != NULL;) {
     if (a[0] != '-' || !a[1]) {
-      k->targets[k->ntargets++] = argv[i];
+      cli.targets[cli.ntargets++] = *argv;
       continue;
     }
-    int is_long = *++a == '-';
-    if (is_long && !a[1]) {
-      k->command = argv + i + 1;
-      if (!*k->command) return cli_say(CLI_USAGE, "--: no command behind it");
-      if (k->v['R']) return cli_say(CLI_USAGE, "--: not together with --run");
-      k->v['R'] = "";
-      return 0;
+    int is_long = *++a == '-', more = 1;
+    if (is_long && !*++a) {
+      cli.command = argv + 1;
+      cli.v['-'] = "";
+      more = 0;
     }
-    const struct cli_option *o;
-    do {
-      o = cli_find(*a, is_long ? a + 1 : NULL);
-      if (!o->name || (!is_long && o->letter < 0))
-        return cli_say(CLI_USAGE, "%s: unknown option; try --help", argv[i]);
+    while (more) {
+      const struct cli_option *o = cli_find(*a, is_long ? a : NULL);
+      if (!*o->name || (!is_long && o->letter < 0))
+        cli_die(CLI_USAGE, "%s: unknown option; try --help", *argv);
       a += is_long ? strcspn(a, "=") : 1;
+      more = *a && !is_long && !o->arg;
       const char *value = !o->arg ? is_long && *a ? NULL : ""
-                                  : *a ? a + is_long : argv[++i];
+                                  : *a ? a + is_long : *++argv;
       if (!value)
-        return cli_say(CLI_USAGE, "--%s takes %s", o->name,
-                       o->arg ? o->arg : "no value");
-      if (cli_set(k, o, value)) return CLI_USAGE;
-    } while (!is_long && !o->arg && *a);
+        cli_die(CLI_USAGE, "--%s takes %s", o->name,
+                o->arg ? o->arg : "no value");
+      cli_set(o, value);
+    }
   }
-  return 0;
 }
 
-static int cli_check(const struct cli *k) {
-  const char *p = "sU sp si sf sF fU fp fi Rs Rf RF R1 RI Cr "; /* not both */
-  for (; *p; p += 3)
-    if (k->v[(int)p[0]] && k->v[(int)p[1]])
-      return cli_say(CLI_USAGE, "--%s: not together with --%s",
-                     *p == 'R' && k->command ? "" : cli_find(p[0], NULL)->name,
-                     cli_find(p[1], NULL)->name);
-  if (!k->ntargets) return cli_say(CLI_USAGE, "no target; try --help");
-  if (k->v['e'] && k->ntargets > 1)
-    return cli_say(CLI_USAGE, "--export: for a single target; use NAME=TARGET");
-  return 0;
+static void cli_check(void) {
+  const char *p = "sUspsisfsFfUfpfiRsRfRFR1RICr-R-s-f-F-1-I"; /* not both */
+  for (; *p; p += 2)
+    if (cli.v[(int)p[0]] && cli.v[(int)p[1]])
+      cli_die(CLI_USAGE, "--%s: not together with --%s",
+              cli_find(p[0], NULL)->name, cli_find(p[1], NULL)->name);
+  if (cli.command && !*cli.command)
+    cli_die(CLI_USAGE, "--: no command behind it");
+  if (!cli.ntargets) cli_die(CLI_USAGE, "no target; try --help");
+  if (cli.v['e'] && cli.ntargets > 1)
+    cli_die(CLI_USAGE, "--export: for a single target; use NAME=TARGET");
 }
 
 #if !NBDSERVE_NO_CAS
@@ -4150,8 +4193,8 @@ enum { CLI_INIT = 10, CLI_IMPORT, CLI_EXPORT, CLI_LIST, CLI_VERIFY, CLI_GC,
 static const struct cli_verb {
   const char *name;
   int verb, min, max; /* NBDSERVE_CAS_* or CLI_*; operands besides STORE */
-  const char *traits; /* r: it only reads; n: -n may be given; s: the last
-                         operand is a size */
+  const char *traits; /* r: only reads; n: takes -n; s: a size is the last
+                         operand */
   const char *help;
 } cli_verbs[] = {
     {"init", CLI_INIT, 0, 1, "s", "STORE [BLOCK-SIZE]"},
@@ -4172,85 +4215,96 @@ static const struct cli_verb {
 enum { CLI_VERBS = sizeof cli_verbs / sizeof *cli_verbs };
 
 struct cli_job {
-  int fd[3]; /* output, messages, and the file of import and export */
+  int fd[2]; /* output, or the file of import and export; messages */
   struct {   /* what goes over the control socket */
     uint64_t size;
-    unsigned char verb, flags; /* flags: NBDSERVE_CAS_DRY_RUN */
+    unsigned char verb, flags; /* index of cli_verbs; NBDSERVE_CAS_DRY_RUN */
     char name[PATH_MAX], to[PATH_MAX]; /* operands */
   } ask;
 };
 
+/* Prints a row of values.  fields: NAME= for a string, NAME# for a uint64_t;
+ * with | in front each is a line, with its name. */
+static int cli_row(const struct cli_job *j, const char *fields, ...) {
+  int fd = j->fd[0], lines = *fields == '|', tty = !lines && isatty(fd), n, len;
+  va_list ap;
+  va_start(ap, fields);
+  fields += lines;
+  for (n = 0; *fields; fields += len + 1, n++) {
+    len = (int)strcspn(fields, "=#");
+    if (lines) dprintf(fd, "%s%.*s\t", n ? "\n" : "", len, fields);
+    else if (n) dprintf(fd, tty ? "  " : "\t");
+    if (fields[len] == '=')
+      dprintf(fd, "%*s", tty && !n ? -40 : 0, va_arg(ap, const char *));
+    else
+      dprintf(fd, "%*" PRIu64, tty ? 16 : 0, va_arg(ap, uint64_t));
+  }
+  va_end(ap);
+  return dprintf(fd, "\n") < 0 ? -errno : 0;
+}
+
 static int cli_list_row(void *job, const struct nbdserve_cas_info *info) {
-  struct cli_job *j = job;
   time_t t = (time_t)info->created;
   char created[32];
   struct tm tm;
   strftime(created, sizeof created, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&t, &tm));
-  dprintf(j->fd[0], isatty(j->fd[0]) ? "%-40s %16" PRIu64 "  %s\n"
-                                     : "%s\t%" PRIu64 "\t%s\n",
-          info->name, info->size, created);
-  return 0;
+  return cli_row(job, "name=size#created=", info->name, info->size, created);
 }
 
 static void cli_damage_row(void *job, const char *name, uint64_t off,
                            uint64_t len, const char *why) {
-  struct cli_job *j = job;
-  dprintf(j->fd[0], "%s\t%" PRIu64 "\t%" PRIu64 "\t%s\n", *name ? name : "-",
-          off, len, why);
+  cli_row(job, "name=offset#length#why=", *name ? name : "-", off, len, why);
 }
 
-static void cli_stat(const struct cli_job *j, struct nbdserve_cas *cas) {
-  struct nbdserve_cas_stat t;
-  nbdserve_cas_stat(cas, &t);
-  dprintf(j->fd[0], "block_size\t%" PRIu64 "\nstored\t%" PRIu64
-          "\nfree\t%" PRIu64 "\nfile\t%" PRIu64 "\nlog\t%" PRIu64 "\n",
-          t.block_size, t.stored, t.free, t.file, t.log);
-}
-
-static int cli_copy(struct cli_job *j, struct nbdserve_cas *cas,
-                    const char *name, int in) {
-  uint64_t off = 0, end = in ? (uint64_t)lseek(j->fd[2], 0, SEEK_END) : 0;
+/* Copies a file into a new volume, or a volume or snapshot out. */
+static int cli_copy(struct cli_job *j, struct nbdserve_cas *cas, int in) {
+  static unsigned char buf[65536];
+  struct io pipe = {.out = j->fd[0], .stop = cli.server->stop[0]};
+  off_t end = in ? lseek(j->fd[0], 0, SEEK_END) : 0;
   struct nbdserve_export ex = {0};
-  unsigned char buf[65536];
-  int fd = j->fd[2], err = end > INT64_MAX ? -errno : 0, is_file;
-  if (!err && in) err = nbdserve_cas_create(cas, name, end);
-  if (!err) err = nbdserve_cas_volume(cas, name, &ex);
+  int fd = j->fd[0], err = end < 0 ? -errno : 0;
+  if (!err && in) err = nbdserve_cas_create(cas, j->ask.name, (uint64_t)end);
+  if (!err) err = nbdserve_cas_volume(cas, j->ask.name, &ex);
   if (err) return err;
-  is_file = !in && strcmp(j->ask.to, "-") != 0 &&
-            !ftruncate(fd, 0) && !ftruncate(fd, (off_t)ex.size);
-  while (off < ex.size && !err) {
-    ssize_t n = (ssize_t)u_min(sizeof buf, ex.size - off);
-    if (!in) err = ex.ops->read(ex.ctx, buf, off, (uint64_t)n, 0);
-    if (!err && (in || !is_file || !u_is_zero(buf, (size_t)n)))
-      n = in        ? pread(fd, buf, (size_t)n, (off_t)off)
-          : is_file ? pwrite(fd, buf, (size_t)n, (off_t)off)
-                    : write(fd, buf, (size_t)n);
-    if (!err && n <= 0) err = n < 0 ? -errno : -EIO;
-    if (!err && in) err = ex.ops->write(ex.ctx, buf, off, (uint64_t)n, 0);
-    off += (uint64_t)n;
+  int is_file = !in && strcmp(j->ask.to, "-") != 0 && !ftruncate(fd, 0) &&
+                !ftruncate(fd, (off_t)ex.size);
+  for (uint64_t off = 0, n; off < ex.size && !err; off += n) {
+    n = u_min(sizeof buf, ex.size - off);
+    struct iovec v = {buf, (size_t)n};
+    err = in ? os_transfer(fd, 0, &v, 1, off)
+             : ex.ops->read(ex.ctx, buf, off, n, 0);
+    if (err) break;
+    if (in) err = ex.ops->write(ex.ctx, buf, off, n, 0);
+    else if (!is_file) err = io_send(&pipe, &v, 1, 0);
+    else if (!u_is_zero(buf, (size_t)n)) err = os_transfer(fd, 1, &v, 1, off);
   }
   if (!err) err = in ? ex.ops->flush(ex.ctx, 0) : is_file ? os_fsync(fd) : 0;
   ex.ops->close(ex.ctx);
-  if (err && in) nbdserve_cas_rm(cas, name);
+  if (err && in) nbdserve_cas_rm(cas, j->ask.name);
   return err;
 }
 
 static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
   const struct cli_verb *v = cli_verbs + j->ask.verb;
   const char *name = j->ask.name, *to = j->ask.to;
+  struct nbdserve_cas_stat t;
   uint64_t bytes;
-  int err = 0;
+  int err;
   switch (v->verb) {
-  case CLI_IMPORT: err = cli_copy(j, cas, name, 1); break;
-  case CLI_EXPORT: err = cli_copy(j, cas, name, 0); break;
+  case CLI_IMPORT: err = cli_copy(j, cas, 1); break;
+  case CLI_EXPORT: err = cli_copy(j, cas, 0); break;
   case CLI_LIST: err = nbdserve_cas_list(cas, cli_list_row, j); break;
-  case CLI_STAT: cli_stat(j, cas); break;
+  case CLI_STAT:
+    nbdserve_cas_stat(cas, &t);
+    err = cli_row(j, "|block_size#stored#free#file#log#", t.block_size,
+                  t.stored, t.free, t.file, t.log);
+    break;
   case CLI_VERIFY:
     err = nbdserve_cas_verify(cas, cli_damage_row, NULL, j);
     break;
   case CLI_GC:
     err = nbdserve_cas_gc(cas, j->ask.flags, &bytes, NULL, j);
-    if (!err) dprintf(j->fd[0], "%" PRIu64 "\n", bytes);
+    if (!err) err = cli_row(j, "bytes#", bytes);
     break;
   default:
     err = nbdserve_cas_change(cas, v->verb | j->ask.flags, name, to,
@@ -4258,15 +4312,15 @@ static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
   }
   if (err == -EUCLEAN) return CLI_DAMAGED;
   if (err)
-    dprintf(j->fd[1], "nbdserve: %s %s %s: %s\n", v->name, name,
-            v->min > 1 ? to : "", u_error(err));
+    dprintf(j->fd[1], "nbdserve: %s%s%s%s%s: %s\n", v->name, *name ? " " : "",
+            name, *to ? " " : "", to, u_error(err));
   return err ? CLI_FAILED : 0;
 }
 
 /* Sends a command over a control socket, or receives one; descriptors that do
  * not come stay as they are. */
 static int cli_pass(const struct io *io, struct cli_job *j, int sending) {
-  union { struct cmsghdr h; char room[CMSG_SPACE(3 * sizeof(int))]; } c = {
+  union { struct cmsghdr h; char room[CMSG_SPACE(sizeof j->fd)]; } c = {
       .h = {.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS,
             .cmsg_len = CMSG_LEN(sizeof j->fd)}};
   struct iovec v = {&j->ask, sizeof j->ask};
@@ -4281,68 +4335,46 @@ static int cli_pass(const struct io *io, struct cli_job *j, int sending) {
                                        sizeof j->ask - (size_t)n);
 }
 
-static int cli_remote(struct cli_job *j, const char *store) {
-  char ctl[PATH_MAX];
-  snprintf(ctl, sizeof ctl, "%s.ctl", store);
-  int fd = srv_unix(ctl, SRV_CONNECT);
-  struct io io = {.in = fd, .out = fd, .stop = -1};
+static int cli_remote(struct cli_job *j) {
   unsigned char status;
-  if (fd < 0)
-    return cli_say(CLI_IN_USE, "%s: in use by another process", store);
-  int err = cli_pass(&io, j, 1);
-  if (!err) err = io_recv_all(&io, &status, 1);
+  int fd = srv_unix(cli.ctl_path, SRV_CONNECT);
+  struct io io = {.in = fd, .out = fd, .stop = -1};
+  if (fd < 0) cli_die(CLI_IN_USE, "%s: in use by another process", cli.store);
+  if (cli_pass(&io, j, 1) || io_recv_all(&io, &status, 1))
+    cli_die(CLI_FAILED, "%s: no answer", cli.ctl_path);
   close(fd);
-  return err ? cli_say(CLI_FAILED, "%s: no answer", ctl) : status;
+  return status;
 }
 
 /* Does what comes over the control socket until the server stops. */
-static void *cli_control(void *cli) {
+static void *cli_control(void *unused) {
   static struct cli_job j;
-  const struct cli *k = cli;
-  struct io io = {.in = k->ctl, .stop = cli_server->stop[0]};
+  struct io io = {.in = cli.ctl, .stop = cli.server->stop[0]};
   while (io_wait(&io, 0) == 0) {
-    int fd = os_accept(k->ctl);
+    int fd = os_accept(cli.ctl);
     struct io client = {.in = fd, .out = fd, .stop = io.stop,
                         .deadline = os_now_ms() + IO_GRACE_MS};
     if (fd < 0) poll(NULL, 0, SRV_PAUSE_MS); /* the loop must not spin */
-    j.fd[0] = j.fd[1] = j.fd[2] = -1;
+    j.fd[0] = j.fd[1] = -1;
     if (fd >= 0 && io_wait(&client, 0) == 0 && cli_pass(&client, &j, 0) == 0 &&
-        j.fd[2] >= 0 && j.ask.verb < CLI_VERBS) {
+        j.fd[1] >= 0 && j.ask.verb < CLI_VERBS) {
       j.ask.name[PATH_MAX - 1] = j.ask.to[PATH_MAX - 1] = 0;
-      unsigned char status = (unsigned char)cli_do(&j, k->cas);
+      unsigned char status = (unsigned char)cli_do(&j, cli.cas);
       (void)!write(fd, &status, 1);
     }
-    for (int i = 0; i < 3; i++) close(j.fd[i]); /* of -1 is no harm */
+    close(j.fd[0]); /* of -1 is no harm */
+    close(j.fd[1]);
     close(fd);
   }
-  (void)!write(k->ended[1], "", 1);
-  return NULL;
+  (void)!write(cli.ended[1], "", 1);
+  return unused;
 }
 
-/* Begins when no other process is made any more, which would inherit what
- * clients send. */
-static void cli_start_control(struct cli *k) {
-  if (k->ctl >= 0 && os_pipe(k->ended) == 0 && os_thread(cli_control, k) != 0)
-    k->ended[0] = -1;
-}
-
-/* At the end: no more commands, and the exports and the store are closed. */
-static int cli_close(struct cli *k) {
-  struct pollfd p = {k->ended[0], POLLIN, 0};
-  nbdserve_stop(cli_server);
-  if (k->ctl >= 0) unlink(k->ctl_path);
-  int working = p.fd >= 0 && poll(&p, 1, IO_GRACE_MS) <= 0;
-  nbdserve_free(cli_server);
-  if (working) /* the next to open the store repairs it */
-    return cli_say(CLI_FAILED, "a command was not finished");
-  return k->cas ? cli_fail(nbdserve_cas_close(k->cas), k->store) : 0;
-}
-
-static int cli_find_volume(void *cli, const char *name,
+static int cli_find_volume(void *unused, const char *name,
                            struct nbdserve_export *out) {
-  struct cli *k = cli;
-  *out = k->ex;
-  return k->all ? nbdserve_cas_volume(k->cas, name, out) : -ENOENT;
+  (void)unused;
+  *out = cli.ex;
+  return nbdserve_cas_volume(cli.cas, name, out);
 }
 
 struct cli_emit {
@@ -4355,42 +4387,50 @@ static int cli_emit_volume(void *to, const struct nbdserve_cas_info *info) {
   return e->emit(e->arg, info->name, info->readonly ? "snapshot" : "");
 }
 
-static int cli_list_volumes(void *cli, int (*emit)(void *, const char *,
-                                                   const char *),
+static int cli_list_volumes(void *unused, int (*emit)(void *, const char *,
+                                                      const char *),
                             void *arg) {
-  struct cli *k = cli;
   struct cli_emit e = {emit, arg};
-  return k->all ? nbdserve_cas_list(k->cas, cli_emit_volume, &e) : 0;
+  (void)unused;
+  return nbdserve_cas_list(cli.cas, cli_emit_volume, &e);
+}
+
+static int cli_open_store(const char *path, uint32_t flags) {
+  struct nbdserve_cas_options o = {.flags = flags};
+  cli.store = path;
+  snprintf(cli.ctl_path, PATH_MAX, "%s.ctl", path);
+  int err = nbdserve_cas_open(path, &o, &cli.cas);
+  if (err == -EINVAL) cli_die(CLI_FAILED, "%s: not a store", path);
+  return err;
 }
 
 /* Opens a volume or, with the name "", all of a store; and its socket. */
-static int cli_open_volume(struct cli *k, const char *path, const char *name,
+static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
-  struct nbdserve_cas_options o = {
-      .flags = (k->v['r'] ? NBDSERVE_CAS_READONLY : 0u) |
-               (k->v['N'] ? NBDSERVE_CAS_NO_VERIFY : 0u)};
-  if (k->store && strcmp(k->store, path) != 0) return -EMLINK;
-  int err = k->store ? 0 : nbdserve_cas_open(path, &o, &k->cas);
+  uint32_t flags = (cli.v['r'] ? NBDSERVE_CAS_READONLY : 0u) |
+                   (cli.v['N'] ? NBDSERVE_CAS_NO_VERIFY : 0u);
+  if (cli.store && strcmp(cli.store, path) != 0)
+    cli_die(CLI_FAILED, "%s: one store at a time", path);
+  int err = cli.store ? 0 : cli_open_store(path, flags);
   if (err) return err;
-  if (!k->store && !k->v['r'] && !NBDSERVE_NO_THREADS) {
-    snprintf(k->ctl_path, PATH_MAX, "%s.ctl", path);
+  if (cli.ctl < 0 && !cli.v['r'] && !NBDSERVE_NO_THREADS) {
     mode_t was = umask(0177);
-    k->ctl = srv_unix(k->ctl_path, SRV_LISTEN);
+    cli.ctl = srv_unix(cli.ctl_path, SRV_LISTEN);
     umask(was);
   }
-  k->store = path;
-  if (*name) return nbdserve_cas_volume(k->cas, name, ex);
-  k->all = 1;
+  if (*name) return nbdserve_cas_volume(cli.cas, name, ex);
+  cli.server->config.find = cli_find_volume;
+  cli.server->config.list = cli_list_volumes;
   return 0;
 }
 
-/* Does the command that the command line may be.  -1: it is none. */
-static int cli_command(struct cli *k) {
-  static struct cli_job j = {.fd = {1, 2, 1}};
-  char **arg = k->targets, *store = getenv("NBDSERVE_STORE"), *colons;
-  int n = k->ntargets - 1, i = 0, status = 0;
+/* Does the command that the command line may be, and exits. */
+static void cli_command(void) {
+  static struct cli_job j = {.fd = {1, 2}};
+  char **arg = cli.targets, *store = getenv("NBDSERVE_STORE"), *colons;
+  int n = cli.ntargets - 1, i = 0, status = 0;
   while (n >= 0 && i < CLI_VERBS && strcmp(cli_verbs[i].name, *arg) != 0) i++;
-  if (n < 0 || i == CLI_VERBS) return -1;
+  if (n < 0 || i == CLI_VERBS) return;
   const struct cli_verb *v = cli_verbs + i;
   colons = *++arg ? strstr(*arg, "::") : NULL;
   if (colons || (n > 0 && !v->min)) {
@@ -4400,292 +4440,239 @@ static int cli_command(struct cli *k) {
     if (!v->min && !**arg++) n--;
   }
   if (!store || n < v->min || n > v->max ||
-      (k->v['n'] && !strchr(v->traits, 'n')))
-    return cli_say(CLI_USAGE, "usage: nbdserve %s %s", v->name, v->help);
+      (cli.v['n'] && !strchr(v->traits, 'n')))
+    cli_die(CLI_USAGE, "usage: nbdserve %s %s", v->name, v->help);
   j.ask.verb = (unsigned char)i;
-  j.ask.flags = k->v['n'] ? NBDSERVE_CAS_DRY_RUN : 0;
+  j.ask.flags = cli.v['n'] ? NBDSERVE_CAS_DRY_RUN : 0;
   if (n > 0 && strchr(v->traits, 's') &&
       !srv_number(arg[n - 1], INT64_MAX, &j.ask.size))
-    return cli_say(CLI_USAGE, "%s %s: no size", v->name, arg[n - 1]);
-  for (i = 0; i < n; i++)
-    if (strlen(arg[i]) >= PATH_MAX)
-      return cli_say(CLI_USAGE, "%s: a name is too long", v->name);
-  struct nbdserve_cas_options o = {
-      .block_size = (uint32_t)u_min(j.ask.size, UINT32_MAX),
-      .flags = strchr(v->traits, 'r') ? NBDSERVE_CAS_READONLY : 0};
+    cli_die(CLI_USAGE, "%s %s: no size", v->name, arg[n - 1]);
   if (v->verb == CLI_INIT) {
+    struct nbdserve_cas_options o = {
+        .block_size = (uint32_t)u_min(j.ask.size, UINT32_MAX)};
     int err = nbdserve_cas_init(store, &o);
-    return err == -EINVAL && n ? cli_say(CLI_USAGE, "%s: no block size", *arg)
-                               : cli_fail(err, store);
+    if (err == -EINVAL && n) cli_die(CLI_USAGE, "%s: no block size", *arg);
+    cli_fail(err, store);
+    cli_exit(0);
   }
   int in = v->verb == CLI_IMPORT;
   if (in || (v->verb == CLI_EXPORT && strcmp(arg[1], "-") != 0)) {
-    j.fd[2] = open(arg[1], in ? O_RDONLY : O_RDWR | O_CREAT, 0666);
-    if (j.fd[2] < 0) return cli_fail(-errno, arg[1]);
-    if (!in && os_claim(j.fd[2], 0)) /* a store, maybe this one */
-      return cli_say(CLI_IN_USE, "%s: in use", arg[1]);
+    j.fd[0] = open(arg[1], in ? O_RDONLY : O_RDWR | O_CREAT, 0666);
+    if (j.fd[0] < 0) cli_fail(-errno, arg[1]);
+    if (!in && os_claim(j.fd[0], 0)) /* a store, maybe this one */
+      cli_die(CLI_IN_USE, "%s: in use", arg[1]);
   }
-  struct nbdserve_cas *cas = NULL;
-  int err = nbdserve_cas_open(store, &o, &cas);
-  if (err == -EINVAL) return cli_say(CLI_FAILED, "%s: not a store", store);
-  if (err && err != -EBUSY) return cli_fail(err, store);
-  i = 0;
-  do { /* the last operand may come many times */
-    if (i < n) strcpy(i && v->min > 1 ? j.ask.to : j.ask.name, arg[i]);
-    if (i + 1 < v->min) continue;
-    status = cas ? cli_do(&j, cas) : cli_remote(&j, store);
-  } while (++i < n && !status);
-  err = cas ? nbdserve_cas_close(cas) : 0;
-  return err ? cli_fail(err, store) : status;
+  int err = cli_open_store(store, strchr(v->traits, 'r')
+                                      ? NBDSERVE_CAS_READONLY : 0);
+  if (err != -EBUSY) cli_fail(err, store);
+  for (i = 0; !status && (i < n || !i); i++) {
+    char *operand = i && v->min > 1 ? j.ask.to : j.ask.name;
+    if (i < n && snprintf(operand, PATH_MAX, "%s", arg[i]) >= PATH_MAX)
+      cli_die(CLI_USAGE, "%s: a name is too long", v->name);
+    if (i + 1 >= v->min) /* the last one may come many times */
+      status = err ? cli_remote(&j) : cli_do(&j, cli.cas);
+  }
+  cli_exit(status);
 }
 #else
-#define cli_find_volume NULL
-#define cli_list_volumes NULL
-#define cli_open_volume(k, path, name, ex) (-EOPNOTSUPP)
-#define cli_start_control(k) ((void)0)
-#define cli_close(k) (nbdserve_free(cli_server), 0)
-#define cli_command(k) (-1)
+#define cli_open_volume(path, name, ex) (-EOPNOTSUPP)
+#define cli_command() ((void)0)
 #endif
 
-/* Opens a target and adds it.  0, or the exit status after a message. */
-static int cli_add(struct cli *k, char *path) {
-  struct nbdserve_export ex = k->ex;
+/* Opens a target and adds it. */
+static void cli_add(char *path) {
+  struct nbdserve_export ex = cli.ex;
   struct nbdserve_flat flat = {
-      .offset = k->n['o'], .size = k->n['S'], .create = k->n['C'],
-      .flags = k->v['r'] ? NBDSERVE_READONLY : 0};
-  size_t n = strcspn(path, "/=");
-  if (path[n] == '=') {
-    path[n] = 0;
+      .offset = cli.n['o'], .size = cli.n['S'], .create = cli.n['C'],
+      .flags = cli.v['r'] ? NBDSERVE_READONLY : 0};
+  char *equals = path + strcspn(path, "/="), *slash = strrchr(path, '/');
+  ex.name = cli.v['e'];
+  ex.description = cli.v['D'];
+  if (*equals == '=') {
+    *equals = 0;
     ex.name = path;
-    path += n + 1;
+    path = equals + 1;
   }
-  char *colons = strstr(path, "::"), *slash = strrchr(path, '/');
-  if (!ex.name)
-    ex.name = k->ntargets == 1 ? k->name
-              : colons ? colons + 2 : slash ? slash + 1 : path;
-  if (k->ntargets == 1) k->name = ex.name;
-  if (!*k->name && k->ntargets == 1 && !k->v['e'])
-    ex.flags |= NBDSERVE_ANY_NAME;
-  ex.description = k->v['D'];
-  int err = -EOPNOTSUPP;
-  if (colons) {
-    *colons = 0;
-    if (k->v['o'] || k->v['S'] || k->v['C'])
-      return cli_say(CLI_USAGE, "%s::: no --offset, --size, --create", path);
-    err = cli_open_volume(k, path, colons + 2, &ex);
-    if (!err && !ex.ops) return 0; /* all of it */
-  }
+  char *colons = strstr(path, "::");
+  if (!ex.name && cli.ntargets > 1)
+    ex.name = colons ? colons + 2 : slash ? slash + 1 : path;
+  if (cli.ntargets == 1 && !ex.name) ex.flags |= NBDSERVE_ANY_NAME;
+  if (cli.ntargets == 1 && ex.name) cli.name = ex.name;
+  if (colons && (cli.v['o'] || cli.v['S'] || cli.v['C']))
+    cli_die(CLI_USAGE, "%s: no --offset, --size, --create", path);
+  if (colons) *colons = 0;
+  int err = colons ? cli_open_volume(path, colons + 2, &ex) : -EOPNOTSUPP;
+  if (colons && !err && !ex.ops) return; /* all of it */
 #if !NBDSERVE_NO_FLAT
   if (!colons) err = nbdserve_flat_open(path, &flat, &ex);
 #endif
-  const char *hint =
-      err == -EBUSY    ? "; another server has it"
-      : err == -EMLINK ? "; one store at a time"
-      : (err == -EACCES || err == -EROFS) && !flat.flags
-          ? "; -r serves it read-only"
-      : err == -ENOENT && !flat.create && !colons ? "; --create SIZE makes it"
-      : err != -EINVAL                            ? ""
-      : colons ? ": no store"
-      : ": no file, device or mem:SIZE, or --offset, --size are beyond it";
-  if (err)
-    return cli_say(err == -EBUSY ? CLI_IN_USE : CLI_FAILED, "%s: %s%s", path,
-                   u_error(err), hint);
-  err = nbdserve_add(cli_server, &ex);
-  if (!err) return 0;
+  if ((err == -EACCES || err == -EROFS) && !flat.flags)
+    cli_die(CLI_FAILED, "%s: %s; -r serves it read-only", path, u_error(err));
+  if (err == -ENOENT && !flat.create && !colons)
+    cli_die(CLI_FAILED, "%s: %s; --create SIZE makes it", path, u_error(err));
+  if (err == -EINVAL)
+    cli_die(CLI_FAILED, "%s: no file, device or mem:SIZE, or --offset, --size "
+                        "are beyond it", path);
+  cli_fail(err, path);
+  err = nbdserve_add(cli.server, &ex);
+  if (!err) return;
   ex.ops->close(ex.ctx);
-  return cli_say(CLI_USAGE, "%s: %s", path, err == -EEXIST
-                 ? "another target has that export name"
-                 : "--block-size, name or description out of range");
+  cli_die(CLI_USAGE, "%s: %s", path, err == -EEXIST
+          ? "another target has that export name"
+          : "--block-size, name or description out of range");
 }
 
-/* Listens; a connected socket, where there can be none, is the only client. */
-static int cli_listen_on(struct cli *k, const char *address) {
-  int err = nbdserve_listen(cli_server, address);
-  if (err == -EINVAL && k->serve[0] < 0 && strncmp(address, "fd:", 3) == 0) {
-    k->serve[0] = k->serve[1] = atoi(address + 3);
-    return 0;
-  }
+/* Listens; a connected socket, which cannot, is the only client. */
+static void cli_listen_on(const char *address) {
+  int err = nbdserve_listen(cli.server, address);
   if (err == -ENAMETOOLONG)
-    return cli_say(CLI_FAILED, "%s: a socket path has at most %u bytes",
-                   address,
-                   (unsigned)sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
-  if (err == -EADDRINUSE)
-    return cli_say(CLI_FAILED, "%s: %s; not replaced", address, u_error(err));
-  return cli_fail(err, address);
+    cli_die(CLI_FAILED, "%s: a socket path has at most %u bytes", address,
+            (unsigned)sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
+  if (err == -EINVAL && cli.in < 0 && strncmp(address, "fd:", 3) == 0)
+    cli.in = cli.out = atoi(address + 3);
+  else
+    cli_fail(err, address);
 }
 
-/* A path in a directory that only its owner can reach, removed in the end. */
-static int cli_private(struct cli *k, char *sock) {
+static void cli_listen(void) {
   const char *dirs[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"), "/tmp"};
-  for (int i = 0; i < 3; i++) {
-    if (!dirs[i] || *dirs[i] != '/' || strlen(dirs[i]) > 80)
-      continue; /* with the rest it must fit into every system's address */
-    snprintf(k->dir, sizeof k->dir, "%s/nbdXXXXXX", dirs[i]);
-    if (mkdtemp(k->dir)) {
-      strcat(strcpy(sock, k->dir), "/sock");
-      return 0;
-    }
-  }
-  *k->dir = 0;
-  return cli_say(CLI_FAILED, "private socket: no directory for it; use -U");
-}
-
-static int cli_listen(struct cli *k) {
-  const char *path = k->v['U'], *host = k->v['i'] ? k->v['i'] : "localhost";
+  const char *path = cli.v['U'], *host = cli.v['i'] ? cli.v['i'] : "localhost";
   const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
   char address[PATH_MAX + 8] = "unix:", *sock = address + 5;
-  int is_tcp = k->v['p'] || k->v['i'], fd = k->v['f'] ? (int)k->n['f'] : 3;
-  uint64_t n = k->v['f'] != NULL; /* sockets of who started us, from fd on */
-  int status = 0;
-  if (k->v['s']) return k->serve[0] = 0;
+  int is_tcp = cli.v['p'] || cli.v['i'], fd = cli.v['f'] ? (int)cli.n['f'] : 3;
+  uint64_t n = cli.v['f'] != NULL; /* sockets of who started us, from fd on */
+  if (cli.v['s']) {
+    cli.in = 0;
+    cli.out = 1;
+    return;
+  }
   if (!n && !path && !is_tcp && pid && fds &&
       strtol(pid, NULL, 10) == (long)getpid())
     u_size(fds, &n); /* systemd, or nbdinfo and its like */
-  if (n > SRV_LISTENERS) return cli_fail(-EMFILE, "LISTEN_FDS");
-  if (n > 0) {
-    for (; n > 0 && !status; n--, fd++) {
-      snprintf(address, sizeof address, "fd:%d", fd);
-      status = cli_listen_on(k, address);
-    }
-    return status;
+  if (n > SRV_LISTENERS) cli_fail(-EMFILE, "LISTEN_FDS");
+  for (uint64_t i = 0; i < n; i++) {
+    snprintf(address, sizeof address, "fd:%d", fd + (int)i);
+    cli_listen_on(address);
   }
+  if (n > 0) return;
   if (path && strcmp(path, "-") != 0) {
     /* a whole path, where it fits, so that the URI works from anywhere */
     if (*path != '/' && getcwd(sock, 100 - u_min(strlen(path), 98)))
       strcat(sock, "/");
     strncat(sock, path, PATH_MAX / 2);
-  } else if (path || !is_tcp) {
-    status = cli_private(k, sock);
+    cli_listen_on(address);
+  } else if (path || !is_tcp) { /* in a directory only the owner reaches */
+    for (int i = 0; i < 3 && !*cli.dir; i++) {
+      if (!dirs[i] || *dirs[i] != '/' || strlen(dirs[i]) > 80)
+        continue; /* with the rest it must fit into every system's address */
+      snprintf(cli.dir, sizeof cli.dir, "%s/nbdXXXXXX", dirs[i]);
+      if (!mkdtemp(cli.dir)) *cli.dir = 0;
+    }
+    if (!*cli.dir)
+      cli_die(CLI_FAILED, "private socket: no directory for it; use -U");
+    strcat(strcpy(sock, cli.dir), "/sock");
+    cli_listen_on(address);
+    if (chmod(sock, 0600) < 0) cli_fail(-errno, sock);
   }
-  if (!status && *sock) status = cli_listen_on(k, address);
-  if (!status && *k->dir && chmod(sock, 0600) < 0)
-    status = cli_fail(-errno, sock);
-  if (!status && is_tcp) {
+  if (is_tcp) {
     snprintf(address, sizeof address, "tcp:%s:%s", host,
-             k->v['p'] ? k->v['p'] : "10809");
-    status = cli_listen_on(k, address);
-    if (!status && strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
-        strncmp(host, "127.", 4) != 0 && !k->v['q'])
+             cli.v['p'] ? cli.v['p'] : "10809");
+    cli_listen_on(address);
+    if (strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
+        strncmp(host, "127.", 4) != 0 && !cli.v['q'])
       cli_say(0, "%s: no authentication: anyone can read and write", host);
   }
-  if (!status) nbdserve_uri(cli_server, k->name, k->uri, sizeof k->uri);
-  return status;
-}
-
-static void cli_on_signal(int sig) {
-  if (sig == SIGUSR1) cli_usr1 = 1;
-  if (cli_server) nbdserve_wake(cli_server); /* cli_serve looks what it was */
-  if (sig == SIGUSR1 || sig == SIGCHLD) return;
-  if (cli_ending && sig == SIGINT) _exit(130);
-  cli_ending = 1;
-  if (cli_server) nbdserve_stop(cli_server);
-}
-
-static void cli_catch_signals(void (*handler)(int)) {
-  static const int signals[] = {SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGCHLD};
-  struct sigaction sa = {.sa_handler = handler, .sa_flags = SA_RESTART}, was;
-  for (size_t i = 0; i < sizeof signals / sizeof *signals; i++)
-    if (i > 1 || (sigaction(signals[i], NULL, &was) == 0 &&
-                  was.sa_handler != SIG_IGN)) /* nohup: it stays so */
-      sigaction(signals[i], &sa, NULL);
-  sa.sa_handler = handler == SIG_DFL ? SIG_DFL : SIG_IGN;
-  sigaction(SIGPIPE, &sa, NULL);
-  sigaction(SIGXFSZ, &sa, NULL); /* writes get EFBIG then */
-}
-
-static char *cli_expand(const char *arg, const char *uri) {
-  char *out = u_zalloc(strlen(arg) * (strlen(uri) + 1) + 1);
-  const char *hit;
-  for (; out && (hit = strstr(arg, "{}")); arg = hit + 2)
-    strcat(strncat(out, arg, (size_t)(hit - arg)), uri);
-  return out ? strcat(out, arg) : NULL;
+  nbdserve_uri(cli.server, cli.name, cli.uri, sizeof cli.uri);
 }
 
 /* --run gets variables, as nbdkit has them; the ARGs of a command the URI. */
-static int cli_start_command(struct cli *k) {
-  const struct srv_listener *l = cli_server->listeners;
-  char nbd[sizeof l->text + 16], **command = k->command;
-  k->child = fork();
-  if (k->child) return k->child < 0 ? cli_fail(-errno, "fork") : 0;
+static void cli_start_command(void) {
+  const struct srv_listener *l = cli.server->listeners;
+  char nbd[sizeof l->text + 16], **command = cli.command, **p;
+  if (!*cli.uri) cli_die(CLI_USAGE, "no URI for the command to use");
+  cli.child = fork();
+  if (cli.child < 0) cli_fail(-errno, "fork");
+  if (cli.child) return;
   cli_catch_signals(SIG_DFL);
   if (command) {
-    for (char **p = command; *p; p++) *p = cli_expand(*p, k->uri);
+    for (p = command; *p; p++) {
+      char *out = u_zalloc(strlen(*p) * (strlen(cli.uri) + 1) + 1), *hit;
+      for (; out && (hit = strstr(*p, "{}")) != NULL; *p = hit + 2)
+        strcat(strncat(out, *p, (size_t)(hit - *p)), cli.uri);
+      if (out) *p = strcat(out, *p);
+    }
     execvp(*command, command);
   } else {
     snprintf(nbd, sizeof nbd, "nbd:%s%s", l->is_unix ? "unix:" : "", l->text);
     setenv("nbd", nbd, 1);
-    setenv("uri", k->uri, 1);
+    setenv("uri", cli.uri, 1);
     setenv("unixsocket", l->is_unix ? l->text : "", 1);
     setenv("port", l->is_unix ? "" : strrchr(l->text, ':') + 1, 1);
-    setenv("exportname", k->name, 1);
-    execl("/bin/sh", "sh", "-c", k->v['R'], (char *)NULL);
+    setenv("exportname", cli.name, 1);
+    execl("/bin/sh", "sh", "-c", cli.v['R'], (char *)NULL);
   }
-  _exit(cli_fail(-errno, command ? *command : "/bin/sh") + 126);
-  return 0;
+  _exit(cli_say(127, "%s: %s", command ? *command : "/bin/sh",
+                u_error(-errno)));
 }
 
-static int cli_command_ended(struct cli *k, int wait) {
+static int cli_command_ended(int wait) {
   int st = 0;
-  if (!k->child || waitpid(k->child, &st, wait ? 0 : WNOHANG) <= 0) return 0;
-  k->status = WIFSIGNALED(st) ? 128 + WTERMSIG(st) : WEXITSTATUS(st);
-  k->child = 0;
+  if (!cli.child || waitpid(cli.child, &st, wait ? 0 : WNOHANG) <= 0) return 0;
+  cli.status = WIFSIGNALED(st) ? 128 + WTERMSIG(st) : WEXITSTATUS(st);
+  cli.child = 0;
   return 1;
 }
 
-static int cli_tell(const struct cli *k, int fd, const char *who) {
-  if (*k->uri && dprintf(fd, "%s\n", k->uri) < 0) return cli_fail(-errno, who);
-  return fd > 2 && close(fd) < 0 ? cli_fail(-errno, who) : 0;
-}
-
 /* All is open and listening: tells everybody who asked. */
-static int cli_ready(struct cli *k) {
-  if (k->v['P']) { /* in one step: who sees it may connect */
+static void cli_ready(void) {
+  if (cli.v['P']) { /* in one step: who sees it may connect */
     char temp[PATH_MAX];
-    snprintf(temp, sizeof temp, "%.*s.new", PATH_MAX - 8, k->v['P']);
+    snprintf(temp, sizeof temp, "%.*s.new", PATH_MAX - 8, cli.v['P']);
     int fd = open(temp, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     if (fd < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0 || close(fd) < 0 ||
-        rename(temp, k->v['P']) < 0)
-      return cli_fail(-errno, k->v['P']);
-    k->pidfile = k->v['P'];
+        rename(temp, cli.v['P']) < 0)
+      cli_fail(-errno, cli.v['P']);
+    cli.pidfile = cli.v['P'];
   }
-  if (k->v['y'] && cli_tell(k, (int)k->n['y'], "--ready-fd")) return CLI_FAILED;
-  if (k->v['R'])
-    return *k->uri ? cli_start_command(k)
-                   : cli_say(CLI_USAGE, "no URI for the command to use");
-  if (cli_tell(k, 1, "standard output")) return CLI_FAILED;
-  if (k->report < 0) return 0;
+  int ready = (int)cli.n['y'];
+  if (ready && ((*cli.uri && dprintf(ready, "%s\n", cli.uri) < 0) ||
+                close(ready) < 0))
+    cli_fail(-errno, "--ready-fd");
+  if (cli.v['R'] || cli.command)
+    cli_start_command();
+  else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0)
+    cli_fail(-errno, "standard output");
+  if (cli.report < 0) return;
   int null = open("/dev/null", O_RDWR);
   if (null < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0)
-    return cli_fail(-errno, "/dev/null");
+    cli_fail(-errno, "/dev/null");
   close(null);
-  (void)!write(k->report, "", 1); /* a parent that is gone waits for nothing */
-  close(k->report);
-  return 0;
+  (void)!write(cli.report, "", 1); /* a parent that is gone waits for nothing */
+  close(cli.report);
 }
 
 /* --fork: the parent waits until the child serves or fails; that returns. */
-static int cli_fork(struct cli *k) {
+static void cli_fork(void) {
   int fd[2];
   char ready;
-  if (pipe(fd) < 0 || (k->child = fork()) < 0)
-    return cli_fail(-errno, "--fork");
-  if (k->child > 0) {
+  if (pipe(fd) < 0 || (cli.child = fork()) < 0) cli_fail(-errno, "--fork");
+  if (cli.child > 0) {
     close(fd[1]);
     if (read(fd[0], &ready, 1) == 1) _exit(0);
-    cli_command_ended(k, 1);
-    _exit(k->status ? k->status : CLI_FAILED);
+    cli_command_ended(1);
+    _exit(cli.status ? cli.status : CLI_FAILED);
   }
   close(fd[0]);
-  k->report = fd[1];
-  return setsid() < 0 ? cli_fail(-errno, "--fork") : 0;
+  cli.report = fd[1];
+  if (setsid() < 0) cli_fail(-errno, "--fork");
 }
 
-static void cli_print_stats(const struct cli *k) {
+static void cli_print_stats(void) {
 #define N "%" PRIu64 /* a number */
   struct nbdserve_stats t;
-  cli_usr1 = 0;
-  nbdserve_stats(cli_server, &t);
-  fprintf(stderr, k->v['j']
+  cli.usr1 = 0;
+  nbdserve_stats(cli.server, &t);
+  fprintf(stderr, cli.v['j']
           ? "{\"clients\":" N ",\"clients_now\":" N ",\"requests\":" N
             ",\"errors\":" N ",\"bytes_read\":" N ",\"bytes_written\":" N
             ",\"flushes\":" N "}\n"
@@ -4695,21 +4682,24 @@ static void cli_print_stats(const struct cli *k) {
           t.bytes_written, t.flushes);
 }
 
-static int cli_serve(struct cli *k) {
+static int cli_serve(void) {
   int err = 0, run;
-  cli_start_control(k);
-  if (k->serve[0] >= 0) {
-    err = nbdserve_serve(cli_server, k->serve[0], k->serve[1], NULL);
-    nbdserve_stop(cli_server); /* what follows only flushes */
+#if !NBDSERVE_NO_CAS /* no other process is made now, to inherit from it */
+  if (cli.ctl >= 0 && (os_pipe(cli.ended) || os_thread(cli_control, NULL)))
+    cli.ended[0] = -1;
+#endif
+  if (cli.in >= 0) {
+    err = nbdserve_serve(cli.server, cli.in, cli.out, NULL);
+    nbdserve_stop(cli.server); /* what follows only flushes */
   }
-  while ((run = nbdserve_run(cli_server)) == -EINTR) {
-    if (cli_usr1) cli_print_stats(k);
-    if (cli_command_ended(k, 0)) nbdserve_stop(cli_server);
+  while ((run = nbdserve_run(cli.server)) == -EINTR) {
+    if (cli.usr1) cli_print_stats();
+    if (cli_command_ended(0)) nbdserve_stop(cli.server);
   }
-  if (k->v['T']) cli_print_stats(k);
-  if (k->child) kill(k->child, SIGTERM);
-  cli_command_ended(k, 1);
-  return k->status ? k->status : err || run ? CLI_FAILED : 0;
+  if (cli.v['T']) cli_print_stats();
+  if (cli.child) kill(cli.child, SIGTERM);
+  cli_command_ended(1);
+  return cli.status ? cli.status : err || run ? CLI_FAILED : 0;
 }
 
 static int cli_help(void) {
@@ -4718,7 +4708,7 @@ static int cli_help(void) {
        "Serves disks over NBD.  TARGET is a file, a block device, mem:SIZE or\n"
        "STORE::VOLUME, STORE::VOLUME@SNAPSHOT or, for all of it, STORE::.\n"
        "With CMD: serves while it runs; {} in an ARG becomes the URI.\n");
-  for (const struct cli_option *o = cli_options; o->name; o++) {
+  for (const struct cli_option *o = cli_options; *o->name; o++) {
     char letter[] = {'-', (char)o->letter, ',', 0};
     printf("  %3s --%s %-*s %s\n", o->letter > 0 ? letter : "", o->name,
            18 - (int)strlen(o->name), o->arg ? o->arg : "", o->help);
@@ -4736,46 +4726,33 @@ static int cli_help(void) {
 }
 
 int main(int argc, char **argv) {
-  static struct cli cli = {.report = -1, .serve = {-1, 1}, .name = "",
-                           .ctl = -1, .ended = {-1, -1}}, *k = &cli;
   int fd = 0; /* 0 to 2 get opened: no image may be one and get messages */
   while (fd >= 0 && fd <= 2) fd = open("/dev/null", O_RDWR);
   if (fd > 2) close(fd);
-  k->targets = argv; /* gathered at its front, behind what has been read */
-  int status = cli_parse(k, argc, argv);
-  if (status) return status;
-  if (k->v['h']) return cli_help();
-  if (k->v['V'])
+  cli.targets = argv; /* gathered at its front, behind what has been read */
+  if (argc > 0) cli_parse(argv);
+  if (cli.v['h']) return cli_help();
+  if (cli.v['V'])
     return printf("nbdserve %s%s%s%s%s%s\n", nbdserve_version(),
                   NBDSERVE_NO_FLAT ? "" : " flat",
                   NBDSERVE_NO_CAS ? "" : " cas", NBDSERVE_NO_TCP ? "" : " tcp",
                   NBDSERVE_NO_THREADS ? "" : " threads",
                   NBDSERVE_POSIX_ONLY ? " posix-only" : "") < 0;
-  status = cli_command(k);
-  if (status >= 0) return status;
-  status = cli_check(k);
-  if (!status && k->v['F']) status = cli_fork(k);
-  if (status) return status;
-  int level = NBDSERVE_LOG_WARNING + (int)u_min(k->n['v'], 2);
+  int level = NBDSERVE_LOG_WARNING + (int)u_min(cli.n['v'], 2);
   struct nbdserve_config config = {
-      .version = NBDSERVE_VERSION_NUMBER, .max_conn = (uint32_t)k->n['m'],
-      .flags = k->v['1'] ? NBDSERVE_ONCE : 0, .threads = (uint32_t)k->n['t'],
-      .idle_exit_ms = (uint32_t)k->n['I'] * 1000, .log = cli_log,
-      .find = cli_find_volume, .list = cli_list_volumes, .ctx = k,
-      .log_level = k->v['q'] ? NBDSERVE_LOG_ERROR : level};
-  status = nbdserve_new(&cli_server, &config);
-  if (status) return cli_fail(status, "start");
+      .version = NBDSERVE_VERSION_NUMBER, .max_conn = (uint32_t)cli.n['m'],
+      .flags = cli.v['1'] ? NBDSERVE_ONCE : 0, .threads = (uint32_t)cli.n['t'],
+      .idle_exit_ms = (uint32_t)cli.n['I'] * 1000, .log = cli_log,
+      .log_level = cli.v['q'] ? NBDSERVE_LOG_ERROR : level};
+  cli_fail(nbdserve_new(&cli.server, &config), "start");
+  cli_command();
+  cli_check();
+  if (cli.v['F']) cli_fork();
   cli_catch_signals(cli_on_signal);
-  for (int i = 0; i < k->ntargets && !status; i++)
-    status = cli_add(k, k->targets[i]);
-  if (!status) status = cli_listen(k);
-  if (!status) status = cli_ready(k);
-  if (!status) status = cli_serve(k);
-  cli_catch_signals(SIG_IGN);
-  if (k->pidfile) unlink(k->pidfile);
-  if (cli_close(k) && !status) status = CLI_FAILED;
-  if (*k->dir) rmdir(k->dir);
-  return status;
+  for (int i = 0; i < cli.ntargets; i++) cli_add(cli.targets[i]);
+  cli_listen();
+  cli_ready();
+  cli_exit(cli_serve());
 }
 
 #endif /* !NBDSERVE_NO_MAIN */

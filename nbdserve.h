@@ -221,6 +221,7 @@ struct nbdserve_cas_info {
   uint64_t created; /* seconds since 1970 */
   uint32_t clients; /* that have it open */
   int readonly;     /* a snapshot */
+  const char *id;   /* or "" */
 };
 
 /* Calls each for all in the catalog until it returns non-zero, which is
@@ -259,6 +260,14 @@ NBDSERVE_API int nbdserve_cas_verify(struct nbdserve_cas *cas,
 NBDSERVE_API int nbdserve_cas_gc(struct nbdserve_cas *cas, int dry_run,
                                  uint64_t *bytes, nbdserve_progress *progress,
                                  void *arg);
+
+/* TEMPORARY */
+NBDSERVE_API int nbdserve_cas_seal(struct nbdserve_cas *cas, const char *name,
+                                   char id[72]);
+typedef int nbdserve_range(void *arg, uint64_t off, uint64_t len);
+NBDSERVE_API int nbdserve_cas_diff(struct nbdserve_cas *cas, const char *a,
+                                   const char *b, nbdserve_range *each,
+                                   void *arg);
 
 /* ---- The server --------------------------------------------------------- */
 

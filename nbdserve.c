@@ -3642,8 +3642,7 @@ static int srv_number(const char *s, uint64_t max, uint64_t *out) {
 }
 
 /* Adds a listener on fd, which it owns then; a negative fd is the error. */
-static int srv_add_listener(struct nbdserve *s, int fd, int is_unix,
-                            const char *text) {
+static int srv_add(struct nbdserve *s, int fd, int is_unix, const char *text) {
   if (fd < 0) return fd;
   struct srv_listener *l = &s->listeners[s->nlisteners++];
   os_own(fd, 1);
@@ -3721,7 +3720,7 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
   if (fd >= 0) getsockname(fd, &a.sa, &len);
   *port = ntohs(a.in.sin_port);
   srv_name(&a, text, sizeof text);
-  return srv_add_listener(s, fd, 0, text);
+  return srv_add(s, fd, 0, text);
 }
 
 static int srv_listen_tcp(struct nbdserve *s, const char *address) {
@@ -3742,8 +3741,7 @@ static int srv_listen_tcp(struct nbdserve *s, const char *address) {
 int nbdserve_listen(struct nbdserve *s, const char *address) {
   if (s->nlisteners >= SRV_LISTENERS) return -EMFILE;
   if (strncmp(address, "unix:", 5) == 0)
-    return srv_add_listener(s, srv_unix(address + 5, SRV_LISTEN), 1,
-                            address + 5);
+    return srv_add(s, srv_unix(address + 5, SRV_LISTEN), 1, address + 5);
 #if !NBDSERVE_NO_TCP
   if (strncmp(address, "tcp:", 4) == 0) return srv_listen_tcp(s, address + 4);
 #endif
@@ -3755,7 +3753,7 @@ int nbdserve_listen(struct nbdserve *s, const char *address) {
     return -EINVAL;
   if (getsockopt((int)fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) < 0)
     return -errno;
-  return listens ? srv_add_listener(s, (int)fd, 0, "") : -EINVAL;
+  return listens ? srv_add(s, (int)fd, 0, "") : -EINVAL;
 }
 
 int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
@@ -4028,7 +4026,7 @@ static const struct cli_option {
     {'q', "quiet", NULL, 0, 0, "errors only"},
     {'v', "verbose", NULL, 0, 0, "tell of clients; twice: of every request"},
     {-'T', "stats", NULL, 0, 0, "print totals at exit (and always on SIGUSR1)"},
-    {-'j', "json", NULL, 0, 0, "print them as JSON"},
+    {-'j', "json", NULL, 0, 0, "print them, or a command's output, as JSON"},
     {'n', "dry-run", NULL, 0, 0, "change nothing in a store"},
     {-'N', "no-verify", NULL, 0, 0, "a store's blocks are read unchecked"},
     {'V', "version", NULL, 0, 0, "print version and features"},
@@ -4052,10 +4050,10 @@ static struct {
   const char *pidfile;       /* is there, for us to remove */
   const char *store;         /* its path, or NULL */
   struct nbdserve_cas *cas;
-  int ctl, ended[2];         /* control socket; pipe: its thread has; or -1 */
+  int ctl, ended[2];         /* control socket, or -1; pipe: its thread has */
   char ctl_path[PATH_MAX], dir[100]; /* private directory, or "" */
   char uri[3 * WIRE_STRING + 1024];
-} cli = {.name = "", .in = -1, .report = -1, .ctl = -1, .ended = {-1, -1}};
+} cli = {.name = "", .in = -1, .out = 1, .report = -1, .ctl = -1};
 
 /* A line on standard error, in one write: threads do not mix.  The status. */
 static int OS_PRINTF(2, 3) cli_say(int status, const char *fmt, ...) {
@@ -4096,32 +4094,27 @@ static void cli_catch_signals(void (*handler)(int)) {
   sigaction(SIGXFSZ, &sa, NULL); /* writes get EFBIG then */
 }
 
-/* Ends the process in order: what it has is closed, what it made removed. */
-#ifdef __GNUC__
-__attribute__((noreturn))
-#endif
-static void cli_exit(int status) {
+/* When the process exits: what it has is closed, what it made removed. */
+static void cli_close(void) {
   struct pollfd p = {cli.ended[0], POLLIN, 0};
   const char *why = NULL;
   cli_catch_signals(SIG_IGN);
   if (cli.pidfile) unlink(cli.pidfile);
   if (cli.ctl >= 0) unlink(cli.ctl_path);
-  if (p.fd >= 0) nbdserve_stop(cli.server);
-  if (p.fd >= 0 && poll(&p, 1, IO_GRACE_MS) <= 0)
+  if (p.fd > 0) nbdserve_stop(cli.server);
+  if (p.fd > 0 && poll(&p, 1, IO_GRACE_MS) <= 0)
     why = "a command was not finished"; /* to open it will repair it */
   nbdserve_free(cli.server);
 #if !NBDSERVE_NO_CAS
   int err = !why && cli.cas ? nbdserve_cas_close(cli.cas) : 0;
   if (err) why = u_error(err);
 #endif
-  if (why) cli_say(0, "%s: %s", cli.store, why);
   if (*cli.dir) rmdir(cli.dir);
-  exit(status ? status : why ? CLI_FAILED : 0);
+  if (why) _exit(cli_say(CLI_FAILED, "%s: %s", cli.store, why));
 }
 
-#define cli_die(...) cli_exit(cli_say(__VA_ARGS__))
+#define cli_die(...) exit(cli_say(__VA_ARGS__))
 
-/* Ends with the message of an error, if it is one. */
 static void cli_fail(int err, const char *object) {
   if (err)
     cli_die(err == -EBUSY ? CLI_IN_USE : CLI_FAILED, "%s: %s%s", object,
@@ -4211,60 +4204,100 @@ static void cli_check(void) {
  * A command on a store that is being served is done by who serves it: it goes
  * to STORE.ctl, with the descriptors it needs, and a status comes back.
  */
-enum { CLI_INIT = 10, CLI_IMPORT, CLI_EXPORT, CLI_LIST, CLI_VERIFY, CLI_GC,
-       CLI_STAT, CLI_MANY = 1 << 20 };
+enum { CLI_INIT = 10, CLI_IMPORT, CLI_EXPORT, CLI_LIST, CLI_SEAL, CLI_DIFF,
+       CLI_VERIFY, CLI_GC, CLI_STAT, CLI_MANY = 1 << 20 };
 
 static const struct cli_verb {
   const char *name;
   int verb, min, max; /* NBDSERVE_CAS_* or CLI_*; operands besides STORE */
-  const char *traits; /* r: only reads; n: takes -n; s: a size is the last
-                         operand */
+  const char *traits; /* r: only reads; n: takes -n; s: the last operand is a
+                         size; a: an array in JSON; t: takes time, to end */
   const char *help;
 } cli_verbs[] = {
     {"init", CLI_INIT, 0, 1, "s", "STORE [BLOCK-SIZE]"},
     {"create", NBDSERVE_CAS_CREATE, 2, 2, "s", "STORE::VOLUME SIZE"},
-    {"import", CLI_IMPORT, 2, 2, "", "STORE::VOLUME FILE"},
+    {"import", CLI_IMPORT, 2, 2, "t", "STORE::VOLUME FILE"},
     {"export", CLI_EXPORT, 2, 2, "r", "STORE::NAME FILE (-: standard output)"},
-    {"list", CLI_LIST, 0, 0, "r", "STORE"},
+    {"list", CLI_LIST, 0, 0, "ra", "STORE"},
     {"snapshot", NBDSERVE_CAS_SNAPSHOT, 1, 1, "", "STORE::VOLUME@SNAPSHOT"},
+    {"seal", CLI_SEAL, 1, 1, "", "STORE::VOLUME@SNAPSHOT (prints its id)"},
     {"rollback", NBDSERVE_CAS_ROLLBACK, 1, 1, "n", "STORE::VOLUME@SNAPSHOT"},
     {"clone", NBDSERVE_CAS_CLONE, 2, CLI_MANY, "", "STORE::NAME VOLUME..."},
     {"rename", NBDSERVE_CAS_RENAME, 2, 2, "", "STORE::NAME NEW"},
     {"resize", NBDSERVE_CAS_RESIZE, 2, 2, "ns", "STORE::VOLUME SIZE"},
     {"rm", NBDSERVE_CAS_RM, 1, CLI_MANY, "n", "STORE::NAME [NAME...]"},
-    {"verify", CLI_VERIFY, 0, 0, "r", "STORE"},
-    {"gc", CLI_GC, 0, 0, "n", "STORE"},
+    {"diff", CLI_DIFF, 2, 2, "ra", "STORE::NAME NAME (where they differ)"},
+    {"verify", CLI_VERIFY, 0, 0, "rat", "STORE"},
+    {"gc", CLI_GC, 0, 0, "nt", "STORE"},
     {"stat", CLI_STAT, 0, 0, "r", "STORE"}};
 
-enum { CLI_VERBS = sizeof cli_verbs / sizeof *cli_verbs };
+enum { CLI_VERBS = sizeof cli_verbs / sizeof *cli_verbs, CLI_JSON = 1 };
 
 struct cli_job {
-  int fd[2]; /* output, or the file of import and export; messages */
-  struct {   /* what goes over the control socket */
+  int fd[2];     /* output, or the file of import and export; messages */
+  int client;    /* who waits for it, or -1 */
+  int rows;      /* printed so far, of an array */
+  int64_t begun; /* in os_now_ms */
+  double shown;  /* seconds after that: its progress; 0: is not */
+  struct {       /* what goes over the control socket */
     uint64_t size;
-    unsigned char verb, flags; /* index of cli_verbs; NBDSERVE_CAS_DRY_RUN */
+    unsigned char verb, flags; /* index; CLI_JSON, NBDSERVE_CAS_DRY_RUN */
     char name[PATH_MAX], to[PATH_MAX]; /* operands */
   } ask;
 };
 
+static void cli_hide_progress(struct cli_job *j) {
+  if (j->shown > 0) dprintf(j->fd[1], "\r%60s\r", "");
+  j->shown = 0;
+}
+
+/* Shows on a terminal how far it is, after a second, ten times a second.  Not
+ * 0: it shall end, for a signal has come, or the client has gone. */
+static int cli_progress(void *job, uint64_t done, uint64_t total) {
+  struct cli_job *j = job;
+  struct pollfd p[] = {{cli.server->stop[0], POLLIN, 0},
+                       {j->client, POLLIN, 0}};
+  double s = (double)(os_now_ms() - j->begun) / 1000, part = 1;
+  int unit = (total >> 20 != 0) + (total >> 30 != 0);
+  if (done < total) part = (double)done / (double)total;
+  if (s > 1 && s - j->shown > .1 && part > 0 && isatty(j->fd[1])) {
+    double n = (double)done / (1 << 10 * (unit + 1));
+    dprintf(j->fd[1], "\r%3.0f%% %8.1f %ciB %8.1f %ciB/s %6.0f s left",
+            part * 100, n, "KMG"[unit], n / s, "KMG"[unit], s / part - s);
+    j->shown = s;
+  }
+  return poll(p, 2, 0) > 0;
+}
+
 /* Prints a row of values.  fields: NAME= for a string, NAME# for a uint64_t;
- * with | in front each is a line, with its name. */
-static int cli_row(const struct cli_job *j, const char *fields, ...) {
-  int fd = j->fd[0], lines = *fields == '|', tty = !lines && isatty(fd), n, len;
+ * with | in front each is a line, with its name.  No string is one that JSON
+ * would want escaped: the store refuses such names. */
+static int cli_row(struct cli_job *j, const char *fields, ...) {
+  int lines = *fields == '|', json = j->ask.flags & CLI_JSON, n, len;
+  int fd = j->fd[0], tty = !lines && !json && isatty(fd);
+  const char *open = !strchr(cli_verbs[j->ask.verb].traits, 'a') ? "{"
+                     : j->rows++ ? ",{" : "[{";
   va_list ap;
+  cli_hide_progress(j);
   va_start(ap, fields);
   fields += lines;
   for (n = 0; *fields; fields += len + 1, n++) {
     len = (int)strcspn(fields, "=#");
-    if (lines) dprintf(fd, "%s%.*s\t", n ? "\n" : "", len, fields);
+    if (json) dprintf(fd, "%s\"%.*s\":", n ? "," : open, len, fields);
+    else if (lines) dprintf(fd, "%s%.*s\t", n ? "\n" : "", len, fields);
     else if (n) dprintf(fd, tty ? "  " : "\t");
-    if (fields[len] == '=')
-      dprintf(fd, "%*s", tty && !n ? -40 : 0, va_arg(ap, const char *));
-    else
+    if (fields[len] == '#')
       dprintf(fd, "%*" PRIu64, tty ? 16 : 0, va_arg(ap, uint64_t));
+    else
+      dprintf(fd, json ? "\"%*s\"" : "%*s", tty && !n ? -40 : 0,
+              va_arg(ap, const char *));
   }
   va_end(ap);
-  return dprintf(fd, "\n") < 0 ? -errno : 0;
+  return dprintf(fd, json ? "}\n" : "\n") < 0 ? -errno : 0;
+}
+
+static int cli_range_row(void *job, uint64_t off, uint64_t len) {
+  return cli_row(job, "offset#length#", off, len);
 }
 
 static int cli_list_row(void *job, const struct nbdserve_cas_info *info) {
@@ -4272,12 +4305,15 @@ static int cli_list_row(void *job, const struct nbdserve_cas_info *info) {
   char created[32];
   struct tm tm;
   strftime(created, sizeof created, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&t, &tm));
-  return cli_row(job, "name=size#created=", info->name, info->size, created);
+  return cli_row(job, "name=size#created=id=", info->name, info->size,
+                 created, info->id);
 }
 
 static void cli_damage_row(void *job, const char *name, uint64_t off,
                            uint64_t len, const char *why) {
-  cli_row(job, "name=offset#length#why=", *name ? name : "-", off, len, why);
+  struct cli_job *j = job;
+  cli_row(j, "name=offset#length#why=",
+          *name || j->ask.flags & CLI_JSON ? name : "-", off, len, why);
 }
 
 /* Copies a file into a new volume, or a volume or snapshot out. */
@@ -4295,8 +4331,9 @@ static int cli_copy(struct cli_job *j, struct nbdserve_cas *cas, int in) {
   for (uint64_t off = 0, n; off < ex.size && !err; off += n) {
     n = u_min(sizeof buf, ex.size - off);
     struct iovec v = {buf, (size_t)n};
-    err = in ? os_transfer(fd, 0, &v, 1, off)
-             : ex.ops->read(ex.ctx, buf, off, n, 0);
+    err = cli_progress(j, off, ex.size) ? -ECANCELED
+          : in ? os_transfer(fd, 0, &v, 1, off)
+               : ex.ops->read(ex.ctx, buf, off, n, 0);
     if (err) break;
     if (in) err = ex.ops->write(ex.ctx, buf, off, n, 0);
     else if (!is_file) err = io_send(&pipe, &v, 1, 0);
@@ -4311,30 +4348,43 @@ static int cli_copy(struct cli_job *j, struct nbdserve_cas *cas, int in) {
 static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
   const struct cli_verb *v = cli_verbs + j->ask.verb;
   const char *name = j->ask.name, *to = j->ask.to;
+  int dry = j->ask.flags & NBDSERVE_CAS_DRY_RUN, err;
   struct nbdserve_cas_stat t;
   uint64_t bytes;
-  int err;
+  char id[72];
+  j->rows = 0;
+  j->begun = os_now_ms();
   switch (v->verb) {
   case CLI_IMPORT: err = cli_copy(j, cas, 1); break;
   case CLI_EXPORT: err = cli_copy(j, cas, 0); break;
   case CLI_LIST: err = nbdserve_cas_list(cas, cli_list_row, j); break;
+  case CLI_DIFF:
+    err = nbdserve_cas_diff(cas, name, to, cli_range_row, j);
+    break;
+  case CLI_SEAL:
+    err = nbdserve_cas_seal(cas, name, id);
+    if (!err) err = cli_row(j, "id=", id);
+    break;
   case CLI_STAT:
     nbdserve_cas_stat(cas, &t);
     err = cli_row(j, "|block_size#stored#free#file#log#", t.block_size,
                   t.stored, t.free, t.file, t.log);
     break;
   case CLI_VERIFY:
-    err = nbdserve_cas_verify(cas, cli_damage_row, NULL, j);
+    err = nbdserve_cas_verify(cas, cli_damage_row, cli_progress, j);
     break;
   case CLI_GC:
-    err = nbdserve_cas_gc(cas, j->ask.flags, &bytes, NULL, j);
+    err = nbdserve_cas_gc(cas, dry, &bytes, cli_progress, j);
     if (!err) err = cli_row(j, "bytes#", bytes);
     break;
   default:
-    err = nbdserve_cas_change(cas, v->verb | j->ask.flags, name, to,
-                              j->ask.size);
+    err = nbdserve_cas_change(cas, v->verb | dry, name, to, j->ask.size);
   }
+  cli_hide_progress(j);
+  if (j->ask.flags & CLI_JSON && strchr(v->traits, 'a'))
+    dprintf(j->fd[0], j->rows ? "]\n" : "[]\n");
   if (err == -EUCLEAN) return CLI_DAMAGED;
+  if (v->verb == CLI_IMPORT) to = ""; /* what a File exists is not about */
   if (err)
     dprintf(j->fd[1], "nbdserve: %s%s%s%s%s: %s\n", v->name, *name ? " " : "",
             name, *to ? " " : "", to, u_error(err));
@@ -4380,6 +4430,7 @@ static void *cli_control(void *unused) {
                         .deadline = os_now_ms() + IO_GRACE_MS};
     if (fd < 0) poll(NULL, 0, SRV_PAUSE_MS); /* the loop must not spin */
     j.fd[0] = j.fd[1] = -1;
+    j.client = fd;
     if (fd >= 0 && io_wait(&client, 0) == 0 && cli_pass(&client, &j, 0) == 0 &&
         j.fd[1] >= 0 && j.ask.verb < CLI_VERBS) {
       j.ask.name[PATH_MAX - 1] = j.ask.to[PATH_MAX - 1] = 0;
@@ -4401,26 +4452,23 @@ static int cli_find_volume(void *unused, const char *name,
   return nbdserve_cas_volume(cli.cas, name, out);
 }
 
-struct cli_emit {
-  int (*emit)(void *arg, const char *name, const char *description);
-  void *arg;
-};
+struct cli_emit { nbdserve_emit *emit; void *arg; };
 
 static int cli_emit_volume(void *to, const struct nbdserve_cas_info *info) {
   struct cli_emit *e = to;
   return e->emit(e->arg, info->name, info->readonly ? "snapshot" : "");
 }
 
-static int cli_list_volumes(void *unused, int (*emit)(void *, const char *,
-                                                      const char *),
-                            void *arg) {
+static int cli_list_volumes(void *unused, nbdserve_emit *emit, void *arg) {
   struct cli_emit e = {emit, arg};
   (void)unused;
   return nbdserve_cas_list(cli.cas, cli_emit_volume, &e);
 }
 
-static int cli_open_store(const char *path, uint32_t flags) {
-  struct nbdserve_cas_options o = {.flags = flags};
+static int cli_open_store(const char *path, int readonly) {
+  struct nbdserve_cas_options o = {
+      .flags = (readonly ? NBDSERVE_CAS_READONLY : 0u) |
+               (cli.v['N'] ? NBDSERVE_CAS_NO_VERIFY : 0u)};
   cli.store = path;
   snprintf(cli.ctl_path, PATH_MAX, "%s.ctl", path);
   int err = nbdserve_cas_open(path, &o, &cli.cas);
@@ -4431,11 +4479,9 @@ static int cli_open_store(const char *path, uint32_t flags) {
 /* Opens a volume or, with the name "", all of a store; and its socket. */
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
-  uint32_t flags = (cli.v['r'] ? NBDSERVE_CAS_READONLY : 0u) |
-                   (cli.v['N'] ? NBDSERVE_CAS_NO_VERIFY : 0u);
   if (cli.store && strcmp(cli.store, path) != 0)
     cli_die(CLI_FAILED, "%s: one store at a time", path);
-  int err = cli.store ? 0 : cli_open_store(path, flags);
+  int err = cli.store ? 0 : cli_open_store(path, cli.v['r'] != NULL);
   if (err) return err;
   if (cli.ctl < 0 && !cli.v['r'] && !NBDSERVE_NO_THREADS) {
     mode_t was = umask(0177);
@@ -4450,14 +4496,16 @@ static int cli_open_volume(const char *path, const char *name,
 
 /* Does the command that the command line may be, and exits. */
 static void cli_command(void) {
-  static struct cli_job j = {.fd = {1, 2}};
+  static struct cli_job j = {.fd = {1, 2}, .client = -1};
   char **arg = cli.targets, *store = getenv("NBDSERVE_STORE"), *colons;
   int n = cli.ntargets - 1, i = 0, status = 0;
   while (n >= 0 && i < CLI_VERBS && strcmp(cli_verbs[i].name, *arg) != 0) i++;
   if (n < 0 || i == CLI_VERBS) return;
   const struct cli_verb *v = cli_verbs + i;
   colons = *++arg ? strstr(*arg, "::") : NULL;
-  if (colons || (n > 0 && !v->min)) {
+  int only_size = v->verb == CLI_INIT && n == 1 && store &&
+                  srv_number(*arg, INT64_MAX, &j.ask.size);
+  if (colons || (n > 0 && !v->min && !only_size)) {
     store = *arg;
     *arg = colons ? colons + 2 : store + strlen(store);
     if (colons) *colons = 0;
@@ -4467,7 +4515,8 @@ static void cli_command(void) {
       (cli.v['n'] && !strchr(v->traits, 'n')))
     cli_die(CLI_USAGE, "usage: nbdserve %s %s", v->name, v->help);
   j.ask.verb = (unsigned char)i;
-  j.ask.flags = cli.v['n'] ? NBDSERVE_CAS_DRY_RUN : 0;
+  j.ask.flags = (cli.v['n'] ? NBDSERVE_CAS_DRY_RUN : 0) |
+                (cli.v['j'] ? CLI_JSON : 0);
   if (n > 0 && strchr(v->traits, 's') &&
       !srv_number(arg[n - 1], INT64_MAX, &j.ask.size))
     cli_die(CLI_USAGE, "%s %s: no size", v->name, arg[n - 1]);
@@ -4477,7 +4526,7 @@ static void cli_command(void) {
     int err = nbdserve_cas_init(store, &o);
     if (err == -EINVAL && n) cli_die(CLI_USAGE, "%s: no block size", *arg);
     cli_fail(err, store);
-    cli_exit(0);
+    exit(0);
   }
   int in = v->verb == CLI_IMPORT;
   if (in || (v->verb == CLI_EXPORT && strcmp(arg[1], "-") != 0)) {
@@ -4486,9 +4535,9 @@ static void cli_command(void) {
     if (!in && os_claim(j.fd[0], 0)) /* a store, maybe this one */
       cli_die(CLI_IN_USE, "%s: in use", arg[1]);
   }
-  int err = cli_open_store(store, strchr(v->traits, 'r')
-                                      ? NBDSERVE_CAS_READONLY : 0);
+  int err = cli_open_store(store, strchr(v->traits, 'r') != NULL);
   if (err != -EBUSY) cli_fail(err, store);
+  if (!err && strchr(v->traits, 't')) cli_catch_signals(cli_on_signal);
   for (i = 0; !status && (i < n || !i); i++) {
     char *operand = i && v->min > 1 ? j.ask.to : j.ask.name;
     if (i < n && snprintf(operand, PATH_MAX, "%s", arg[i]) >= PATH_MAX)
@@ -4496,7 +4545,7 @@ static void cli_command(void) {
     if (i + 1 >= v->min) /* the last one may come many times */
       status = err ? cli_remote(&j) : cli_do(&j, cli.cas);
   }
-  cli_exit(status);
+  exit(status);
 }
 #else
 #define cli_open_volume(path, name, ex) (-EOPNOTSUPP)
@@ -4565,11 +4614,8 @@ static void cli_listen(void) {
   char address[PATH_MAX + 8] = "unix:", *sock = address + 5;
   int is_tcp = cli.v['p'] || cli.v['i'], fd = cli.v['f'] ? (int)cli.n['f'] : 3;
   uint64_t n = cli.v['f'] != NULL; /* sockets of who started us, from fd on */
-  if (cli.v['s']) {
-    cli.in = 0;
-    cli.out = 1;
-    return;
-  }
+  if (cli.v['s']) cli.in = 0;
+  if (cli.v['s']) return;
   if (!n && !path && !is_tcp && pid && fds &&
       strtol(pid, NULL, 10) == (long)getpid())
     u_size(fds, &n); /* systemd, or nbdinfo and its like */
@@ -4710,7 +4756,7 @@ static int cli_serve(void) {
   int err = 0, run;
 #if !NBDSERVE_NO_CAS /* no other process is made now, to inherit from it */
   if (cli.ctl >= 0 && (os_pipe(cli.ended) || os_thread(cli_control, NULL)))
-    cli.ended[0] = -1;
+    cli.ended[0] = 0;
 #endif
   if (cli.in >= 0) {
     err = nbdserve_serve(cli.server, cli.in, cli.out, NULL);
@@ -4738,8 +4784,8 @@ static int cli_help(void) {
            18 - (int)strlen(o->name), o->arg ? o->arg : "", o->help);
   }
 #if !NBDSERVE_NO_CAS
-  puts("\nCommands on stores, also while they are served; NAME: VOLUME or "
-       "VOLUME@SNAPSHOT:");
+  puts("\nCommands on stores, also while they are served; NAME: VOLUME, "
+       "VOLUME@SNAPSHOT\nor the id of a snapshot that was sealed:");
   for (int i = 0; i < CLI_VERBS; i++)
     printf("  %-9s %s\n", cli_verbs[i].name, cli_verbs[i].help);
 #endif
@@ -4753,6 +4799,7 @@ int main(int argc, char **argv) {
   int fd = 0; /* 0 to 2 get opened: no image may be one and get messages */
   while (fd >= 0 && fd <= 2) fd = open("/dev/null", O_RDWR);
   if (fd > 2) close(fd);
+  atexit(cli_close);
   cli.targets = argv; /* gathered at its front, behind what has been read */
   if (argc > 0) cli_parse(argv);
   if (cli.v['h']) return cli_help();
@@ -4776,7 +4823,7 @@ int main(int argc, char **argv) {
   for (int i = 0; i < cli.ntargets; i++) cli_add(cli.targets[i]);
   cli_listen();
   cli_ready();
-  cli_exit(cli_serve());
+  return cli_serve();
 }
 
 #endif /* !NBDSERVE_NO_MAIN */

@@ -4319,10 +4319,10 @@ static void cli_damage_row(void *job, const char *name, uint64_t off,
 /* Copies a file into a new volume, or a volume or snapshot out. */
 static int cli_copy(struct cli_job *j, struct nbdserve_cas *cas, int in) {
   static unsigned char buf[65536];
-  struct io pipe = {.out = j->fd[0], .stop = cli.server->stop[0]};
   off_t end = in ? lseek(j->fd[0], 0, SEEK_END) : 0;
   struct nbdserve_export ex = {0};
   int fd = j->fd[0], err = end < 0 ? -errno : 0;
+  ssize_t done = 0;
   if (!err && in) err = nbdserve_cas_create(cas, j->ask.name, (uint64_t)end);
   if (!err) err = nbdserve_cas_volume(cas, j->ask.name, &ex);
   if (err) return err;
@@ -4336,8 +4336,10 @@ static int cli_copy(struct cli_job *j, struct nbdserve_cas *cas, int in) {
                : ex.ops->read(ex.ctx, buf, off, n, 0);
     if (err) break;
     if (in) err = ex.ops->write(ex.ctx, buf, off, n, 0);
-    else if (!is_file) err = io_send(&pipe, &v, 1, 0);
-    else if (!u_is_zero(buf, (size_t)n)) err = os_transfer(fd, 1, &v, 1, off);
+    else if (is_file && u_is_zero(buf, (size_t)n)) err = 0;
+    else if (is_file) err = os_transfer(fd, 1, &v, 1, off);
+    else n = (uint64_t)(done = write(fd, buf, (size_t)n));
+    if (done < 0) err = -errno;
   }
   if (!err) err = in ? ex.ops->flush(ex.ctx, 0) : is_file ? os_fsync(fd) : 0;
   ex.ops->close(ex.ctx);

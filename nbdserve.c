@@ -4210,26 +4210,26 @@ enum { CLI_INIT = 10, CLI_IMPORT, CLI_EXPORT, CLI_LIST, CLI_SEAL, CLI_DIFF,
 static const struct cli_verb {
   const char *name;
   int verb, min, max; /* NBDSERVE_CAS_* or CLI_*; operands besides STORE */
-  const char *traits; /* r: only reads; n: takes -n; s: the last operand is a
-                         size; a: an array in JSON; t: takes time, to end */
+  const char *traits; /* R: only reads; N: takes -n; S: the last operand is a
+                         size; T: takes time, to end; then see cli_row */
   const char *help;
 } cli_verbs[] = {
-    {"init", CLI_INIT, 0, 1, "s", "STORE [BLOCK-SIZE]"},
-    {"create", NBDSERVE_CAS_CREATE, 2, 2, "s", "STORE::VOLUME SIZE"},
-    {"import", CLI_IMPORT, 2, 2, "t", "STORE::VOLUME FILE"},
-    {"export", CLI_EXPORT, 2, 2, "r", "STORE::NAME FILE (-: standard output)"},
-    {"list", CLI_LIST, 0, 0, "ra", "STORE"},
+    {"init", CLI_INIT, 0, 1, "S", "STORE [BLOCK-SIZE]"},
+    {"create", NBDSERVE_CAS_CREATE, 2, 2, "S", "STORE::VOLUME SIZE"},
+    {"import", CLI_IMPORT, 2, 2, "T", "STORE::VOLUME FILE"},
+    {"export", CLI_EXPORT, 2, 2, "R", "STORE::NAME FILE (-: standard output)"},
+    {"list", CLI_LIST, 0, 0, "R[name=size#created=id=", "STORE"},
     {"snapshot", NBDSERVE_CAS_SNAPSHOT, 1, 1, "", "STORE::VOLUME@SNAPSHOT"},
-    {"seal", CLI_SEAL, 1, 1, "", "STORE::VOLUME@SNAPSHOT (prints its id)"},
-    {"rollback", NBDSERVE_CAS_ROLLBACK, 1, 1, "n", "STORE::VOLUME@SNAPSHOT"},
+    {"seal", CLI_SEAL, 1, 1, "{id=", "STORE::VOLUME@SNAPSHOT (prints its id)"},
+    {"rollback", NBDSERVE_CAS_ROLLBACK, 1, 1, "N", "STORE::VOLUME@SNAPSHOT"},
     {"clone", NBDSERVE_CAS_CLONE, 2, CLI_MANY, "", "STORE::NAME VOLUME..."},
     {"rename", NBDSERVE_CAS_RENAME, 2, 2, "", "STORE::NAME NEW"},
-    {"resize", NBDSERVE_CAS_RESIZE, 2, 2, "ns", "STORE::VOLUME SIZE"},
-    {"rm", NBDSERVE_CAS_RM, 1, CLI_MANY, "n", "STORE::NAME [NAME...]"},
-    {"diff", CLI_DIFF, 2, 2, "ra", "STORE::NAME NAME (where they differ)"},
-    {"verify", CLI_VERIFY, 0, 0, "rat", "STORE"},
-    {"gc", CLI_GC, 0, 0, "nt", "STORE"},
-    {"stat", CLI_STAT, 0, 0, "r", "STORE"}};
+    {"resize", NBDSERVE_CAS_RESIZE, 2, 2, "NS", "STORE::VOLUME SIZE"},
+    {"rm", NBDSERVE_CAS_RM, 1, CLI_MANY, "N", "STORE::NAME [NAME...]"},
+    {"diff", CLI_DIFF, 2, 2, "R[offset#length#", "STORE::NAME NAME"},
+    {"verify", CLI_VERIFY, 0, 0, "RT[name=offset#length#why=", "STORE"},
+    {"gc", CLI_GC, 0, 0, "NT{bytes#", "STORE"},
+    {"stat", CLI_STAT, 0, 0, "R|block_size#stored#free#file#log#", "STORE"}};
 
 enum { CLI_VERBS = sizeof cli_verbs / sizeof *cli_verbs, CLI_JSON = 1 };
 
@@ -4246,47 +4246,47 @@ struct cli_job {
   } ask;
 };
 
-static void cli_hide_progress(struct cli_job *j) {
-  if (j->shown > 0) dprintf(j->fd[1], "\r%60s\r", "");
-  j->shown = 0;
-}
-
 /* Shows on a terminal how far it is, after a second, ten times a second.  Not
  * 0: it shall end, for a signal has come, or the client has gone. */
 static int cli_progress(void *job, uint64_t done, uint64_t total) {
   struct cli_job *j = job;
   struct pollfd p[] = {{cli.server->stop[0], POLLIN, 0},
                        {j->client, POLLIN, 0}};
-  double s = (double)(os_now_ms() - j->begun) / 1000, part = 1;
+  double s = (double)(os_now_ms() - j->begun) / 1000, n = (double)done;
   int unit = (total >> 20 != 0) + (total >> 30 != 0);
-  if (done < total) part = (double)done / (double)total;
-  if (s > 1 && s - j->shown > .1 && part > 0 && isatty(j->fd[1])) {
-    double n = (double)done / (1 << 10 * (unit + 1));
+  double left = s / n * (double)(total - u_min(done, total));
+  if (s > 1 && s - j->shown > .1 && done && isatty(j->fd[1])) {
+    n /= 1 << 10 * (unit + 1);
     dprintf(j->fd[1], "\r%3.0f%% %8.1f %ciB %8.1f %ciB/s %6.0f s left",
-            part * 100, n, "KMG"[unit], n / s, "KMG"[unit], s / part - s);
+            s / (s + left) * 100, n, "KMG"[unit], n / s, "KMG"[unit], left);
     j->shown = s;
   }
   return poll(p, 2, 0) > 0;
 }
 
-/* Prints a row of values.  fields: NAME= for a string, NAME# for a uint64_t;
- * with | in front each is a line, with its name.  No string is one that JSON
- * would want escaped: the store refuses such names. */
-static int cli_row(struct cli_job *j, const char *fields, ...) {
-  int lines = *fields == '|', json = j->ask.flags & CLI_JSON, n, len;
-  int fd = j->fd[0], tty = !lines && !json && isatty(fd);
-  const char *open = !strchr(cli_verbs[j->ask.verb].traits, 'a') ? "{"
-                     : j->rows++ ? ",{" : "[{";
+static void cli_hide_progress(struct cli_job *j) {
+  if (j->shown > 0) dprintf(j->fd[1], "\r%60s\r", "");
+  j->shown = 0;
+}
+
+/* Prints a row of values, for which the traits say NAME= for a string, NAME#
+ * for a uint64_t; with { in front there is only one, with [ in JSON an array,
+ * with | each value is a line, with its name.  No string is one that JSON would
+ * want escaped: the store refuses such names. */
+static int cli_row(struct cli_job *j, ...) {
+  const char *f = strpbrk(cli_verbs[j->ask.verb].traits, "{[|");
+  const char *open = *f != '[' ? "{" : j->rows++ ? ",{" : "[{";
+  int fd = j->fd[0], json = j->ask.flags & CLI_JSON, lines = *f == '|', len;
+  int tty = !lines && !json && isatty(fd), n = 0;
   va_list ap;
   cli_hide_progress(j);
-  va_start(ap, fields);
-  fields += lines;
-  for (n = 0; *fields; fields += len + 1, n++) {
-    len = (int)strcspn(fields, "=#");
-    if (json) dprintf(fd, "%s\"%.*s\":", n ? "," : open, len, fields);
-    else if (lines) dprintf(fd, "%s%.*s\t", n ? "\n" : "", len, fields);
+  va_start(ap, j);
+  for (f++; *f; f += len + 1, n++) {
+    len = (int)strcspn(f, "=#");
+    if (json) dprintf(fd, "%s\"%.*s\":", n ? "," : open, len, f);
+    else if (lines) dprintf(fd, "%s%.*s\t", n ? "\n" : "", len, f);
     else if (n) dprintf(fd, tty ? "  " : "\t");
-    if (fields[len] == '#')
+    if (f[len] == '#')
       dprintf(fd, "%*" PRIu64, tty ? 16 : 0, va_arg(ap, uint64_t));
     else
       dprintf(fd, json ? "\"%*s\"" : "%*s", tty && !n ? -40 : 0,
@@ -4297,7 +4297,7 @@ static int cli_row(struct cli_job *j, const char *fields, ...) {
 }
 
 static int cli_range_row(void *job, uint64_t off, uint64_t len) {
-  return cli_row(job, "offset#length#", off, len);
+  return cli_row(job, off, len);
 }
 
 static int cli_list_row(void *job, const struct nbdserve_cas_info *info) {
@@ -4305,15 +4305,13 @@ static int cli_list_row(void *job, const struct nbdserve_cas_info *info) {
   char created[32];
   struct tm tm;
   strftime(created, sizeof created, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&t, &tm));
-  return cli_row(job, "name=size#created=id=", info->name, info->size,
-                 created, info->id);
+  return cli_row(job, info->name, info->size, created, info->id);
 }
 
 static void cli_damage_row(void *job, const char *name, uint64_t off,
                            uint64_t len, const char *why) {
-  struct cli_job *j = job;
-  cli_row(j, "name=offset#length#why=",
-          *name || j->ask.flags & CLI_JSON ? name : "-", off, len, why);
+  int json = ((struct cli_job *)job)->ask.flags & CLI_JSON;
+  cli_row(job, *name || json ? name : "-", off, len, why);
 }
 
 /* Copies a file into a new volume, or a volume or snapshot out. */
@@ -4365,25 +4363,24 @@ static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
     break;
   case CLI_SEAL:
     err = nbdserve_cas_seal(cas, name, id);
-    if (!err) err = cli_row(j, "id=", id);
+    if (!err) err = cli_row(j, id);
     break;
   case CLI_STAT:
     nbdserve_cas_stat(cas, &t);
-    err = cli_row(j, "|block_size#stored#free#file#log#", t.block_size,
-                  t.stored, t.free, t.file, t.log);
+    err = cli_row(j, t.block_size, t.stored, t.free, t.file, t.log);
     break;
   case CLI_VERIFY:
     err = nbdserve_cas_verify(cas, cli_damage_row, cli_progress, j);
     break;
   case CLI_GC:
     err = nbdserve_cas_gc(cas, dry, &bytes, cli_progress, j);
-    if (!err) err = cli_row(j, "bytes#", bytes);
+    if (!err) err = cli_row(j, bytes);
     break;
   default:
     err = nbdserve_cas_change(cas, v->verb | dry, name, to, j->ask.size);
   }
   cli_hide_progress(j);
-  if (j->ask.flags & CLI_JSON && strchr(v->traits, 'a'))
+  if (j->ask.flags & CLI_JSON && strchr(v->traits, '['))
     dprintf(j->fd[0], j->rows ? "]\n" : "[]\n");
   if (err == -EUCLEAN) return CLI_DAMAGED;
   if (v->verb == CLI_IMPORT) to = ""; /* what a File exists is not about */
@@ -4504,22 +4501,24 @@ static void cli_command(void) {
   while (n >= 0 && i < CLI_VERBS && strcmp(cli_verbs[i].name, *arg) != 0) i++;
   if (n < 0 || i == CLI_VERBS) return;
   const struct cli_verb *v = cli_verbs + i;
-  colons = *++arg ? strstr(*arg, "::") : NULL;
+  colons = n > 0 ? strstr(*++arg, "::") : NULL;
   int only_size = v->verb == CLI_INIT && n == 1 && store &&
                   srv_number(*arg, INT64_MAX, &j.ask.size);
   if (colons || (n > 0 && !v->min && !only_size)) {
     store = *arg;
     *arg = colons ? colons + 2 : store + strlen(store);
     if (colons) *colons = 0;
-    if (!v->min && !**arg++) n--;
+    int none = !v->min && !**arg;
+    arg += none;
+    n -= none;
   }
   if (!store || n < v->min || n > v->max ||
-      (cli.v['n'] && !strchr(v->traits, 'n')))
+      (cli.v['n'] && !strchr(v->traits, 'N')))
     cli_die(CLI_USAGE, "usage: nbdserve %s %s", v->name, v->help);
   j.ask.verb = (unsigned char)i;
   j.ask.flags = (cli.v['n'] ? NBDSERVE_CAS_DRY_RUN : 0) |
                 (cli.v['j'] ? CLI_JSON : 0);
-  if (n > 0 && strchr(v->traits, 's') &&
+  if (n > 0 && strchr(v->traits, 'S') &&
       !srv_number(arg[n - 1], INT64_MAX, &j.ask.size))
     cli_die(CLI_USAGE, "%s %s: no size", v->name, arg[n - 1]);
   if (v->verb == CLI_INIT) {
@@ -4537,9 +4536,9 @@ static void cli_command(void) {
     if (!in && os_claim(j.fd[0], 0)) /* a store, maybe this one */
       cli_die(CLI_IN_USE, "%s: in use", arg[1]);
   }
-  int err = cli_open_store(store, strchr(v->traits, 'r') != NULL);
+  int err = cli_open_store(store, strchr(v->traits, 'R') != NULL);
   if (err != -EBUSY) cli_fail(err, store);
-  if (!err && strchr(v->traits, 't')) cli_catch_signals(cli_on_signal);
+  if (!err && strchr(v->traits, 'T')) cli_catch_signals(cli_on_signal);
   for (i = 0; !status && (i < n || !i); i++) {
     char *operand = i && v->min > 1 ? j.ask.to : j.ask.name;
     if (i < n && snprintf(operand, PATH_MAX, "%s", arg[i]) >= PATH_MAX)

@@ -2345,6 +2345,7 @@ testTheEnvironmentNamesTheStore() {
   assertTrue "cmp '$T/in' '$T/out2'"
   cas 0 verify
   cas 0 stat
+  cas 0 -D x::y stat
   unset NBDSERVE_STORE
 }
 
@@ -2362,10 +2363,11 @@ testInitTakesASizeWhereTheEnvironmentNamesTheStore() {
   cas 0 init
   unset NBDSERVE_STORE
   cas 0 init 16K
+  cas 0 init double::8K
   NBDSERVE_STORE=$T/large "$NBDSERVE" init 64K
   assertFalse 'no file of that name' "[ -e '$T/64K' ]"
   cd "$here" || return
-  for size in env:4096 other:4096 8K:4096 16K:4096; do
+  for size in env:4096 other:4096 8K:4096 16K:4096 double:8192; do
     cas 0 stat "$T/${size%:*}"
     assertEquals "$size" "block_size	${size#*:}" "$(head -n 1 "$T/out")"
   done

@@ -3748,8 +3748,7 @@ int nbdserve_listen(struct nbdserve *s, const char *address) {
   uint64_t fd;
   int listens = 0;
   socklen_t len = sizeof listens;
-  if (strncmp(address, "fd:", 3) != 0 ||
-      !srv_number(address + 3, INT_MAX, &fd))
+  if (strncmp(address, "fd:", 3) || !srv_number(address + 3, INT_MAX, &fd))
     return -EINVAL;
   if (getsockopt((int)fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) < 0)
     return -errno;
@@ -3877,18 +3876,6 @@ static void *srv_thread(void *client) {
   return NULL;
 }
 
-/* Takes a listener's next client.  -errno: no descriptor, memory or thread. */
-static int srv_accept(struct nbdserve *s, int listener) {
-  int fd = os_accept(listener);
-  if (fd < 0)
-    return fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR ? 0 : fd;
-  struct conn *c = srv_client(s, fd, fd, 1);
-  int err = c ? os_thread(srv_thread, c) : -ENOMEM;
-  if (err && c) srv_free_client(c);
-  else if (err) close(fd);
-  return err;
-}
-
 static int srv_woken(struct nbdserve *s) {
   char buf[64];
   int woken = 0;
@@ -3948,7 +3935,12 @@ int nbdserve_run(struct nbdserve *s) {
     for (int i = 0; i < n; i++) {
       if (!p[i + 2].revents || room-- <= 0) continue;
       over = 0;
-      int err = srv_accept(s, s->listeners[i].fd);
+      int fd = os_accept(s->listeners[i].fd), err = fd < 0 ? fd : -ENOMEM;
+      if (fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR) continue;
+      struct conn *c = fd < 0 ? NULL : srv_client(s, fd, fd, 1);
+      if (c) err = os_thread(srv_thread, c);
+      if (err && c) srv_free_client(c); /* closes it */
+      else if (err && fd >= 0) close(fd);
       if (err && now - pause > SRV_PAUSE_MS) /* once, not in every round */
         u_log(&s->config, NBDSERVE_LOG_WARNING, "clients have to wait: %s",
               u_error(err));
@@ -4246,27 +4238,25 @@ struct cli_job {
   } ask;
 };
 
-/* Shows on a terminal how far it is, after a second, ten times a second.  Not
- * 0: it shall end, for a signal has come, or the client has gone. */
+/* Shows on a terminal how far it is, after a second, ten times a second; with a
+ * total of 0 it goes away.  Not 0: what is done shall end, for a signal has
+ * come, or the client has gone. */
 static int cli_progress(void *job, uint64_t done, uint64_t total) {
   struct cli_job *j = job;
   struct pollfd p[] = {{cli.server->stop[0], POLLIN, 0},
                        {j->client, POLLIN, 0}};
   double s = (double)(os_now_ms() - j->begun) / 1000, n = (double)done;
   int unit = (total >> 20 != 0) + (total >> 30 != 0);
-  double left = s / n * (double)(total - u_min(done, total));
+  if (!total && j->shown > 0) dprintf(j->fd[1], "\r%60s\r", "");
+  if (!total) j->shown = 0;
   if (s > 1 && s - j->shown > .1 && done && isatty(j->fd[1])) {
+    double left = s / n * (double)(total - u_min(done, total));
     n /= 1 << 10 * (unit + 1);
     dprintf(j->fd[1], "\r%3.0f%% %8.1f %ciB %8.1f %ciB/s %6.0f s left",
             s / (s + left) * 100, n, "KMG"[unit], n / s, "KMG"[unit], left);
     j->shown = s;
   }
   return poll(p, 2, 0) > 0;
-}
-
-static void cli_hide_progress(struct cli_job *j) {
-  if (j->shown > 0) dprintf(j->fd[1], "\r%60s\r", "");
-  j->shown = 0;
 }
 
 /* Prints a row of values, for which the traits say NAME= for a string, NAME#
@@ -4279,7 +4269,7 @@ static int cli_row(struct cli_job *j, ...) {
   int fd = j->fd[0], json = j->ask.flags & CLI_JSON, lines = *f == '|', len;
   int tty = !lines && !json && isatty(fd), n = 0;
   va_list ap;
-  cli_hide_progress(j);
+  cli_progress(j, 0, 0);
   va_start(ap, j);
   for (f++; *f; f += len + 1, n++) {
     len = (int)strcspn(f, "=#");
@@ -4379,7 +4369,7 @@ static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
   default:
     err = nbdserve_cas_change(cas, v->verb | dry, name, to, j->ask.size);
   }
-  cli_hide_progress(j);
+  cli_progress(j, 0, 0);
   if (j->ask.flags & CLI_JSON && strchr(v->traits, '['))
     dprintf(j->fd[0], j->rows ? "]\n" : "[]\n");
   if (err == -EUCLEAN) return CLI_DAMAGED;

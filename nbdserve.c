@@ -3780,16 +3780,16 @@ int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
   int err = ex_new(&ex, e);
   if (err) return err;
   os_lock(&s->lock);
-  int taken = ex_by_name(s, ex->e.name) != NULL;
-  if (!taken) {
+  if (ex_by_name(s, ex->e.name)) {
+    err = -EEXIST;
+    ex->e.ops = NULL; /* ctx stays the caller's */
+    ex_free(ex);
+  } else {
     *s->last_export = ex;
     s->last_export = &ex->next;
   }
   os_unlock(&s->lock);
-  if (!taken) return 0;
-  ex->e.ops = NULL; /* ctx stays the caller's */
-  ex_free(ex);
-  return -EEXIST;
+  return err;
 }
 
 int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
@@ -3801,9 +3801,14 @@ int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
   return ex ? 0 : -ENOENT;
 }
 
+/* Is all of s a number up to max? */
+static int srv_number(const char *s, uint64_t max, uint64_t *out) {
+  const char *rest = u_size(s, out);
+  return rest && !*rest && *out <= max;
+}
+
 /* Adds a listener on fd, which it owns then; a negative fd is the error. */
-static int srv_add_listener(struct nbdserve *s, int fd, int is_unix,
-                            const char *text) {
+static int srv_add(struct nbdserve *s, int fd, int is_unix, const char *text) {
   if (fd < 0) return fd;
   struct srv_listener *l = &s->listeners[s->nlisteners++];
   os_own(fd, 1);
@@ -3813,41 +3818,46 @@ static int srv_add_listener(struct nbdserve *s, int fd, int is_unix,
   return 0;
 }
 
-static int srv_bind(const union srv_address *a, socklen_t len) {
+/* A socket that listens at an address or is connected to it, or -errno. */
+enum { SRV_LISTEN, SRV_CONNECT, SRV_PROBE /* without waiting */ };
+static int srv_socket(const union srv_address *a, socklen_t len, int how) {
   int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1;
   if (fd < 0) return -errno;
+  os_own(fd, how != SRV_CONNECT);
   setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one); /* TCP heeds it */
 #if !NBDSERVE_NO_TCP
   setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one); /* IPv6 does */
 #endif
-  if (bind(fd, &a->sa, len) == 0 && listen(fd, SRV_BACKLOG) == 0) return fd;
+  if (how != SRV_LISTEN ? connect(fd, &a->sa, len) == 0
+                        : bind(fd, &a->sa, len) == 0 &&
+                              listen(fd, SRV_BACKLOG) == 0)
+    return fd;
   int err = -errno;
   close(fd);
   return err;
 }
 
-static int srv_listen_unix(struct nbdserve *s, const char *path) {
+/* The same for a unix socket.  One that nobody listens on is replaced. */
+static int srv_unix(const char *path, int how) {
   union srv_address a = {.un = {.sun_family = AF_UNIX}};
+  struct stat st;
   if (!*path) return -EINVAL;
   if (strlen(path) >= sizeof a.un.sun_path) return -ENAMETOOLONG;
   strcpy(a.un.sun_path, path);
+  if (how != SRV_LISTEN) return srv_socket(&a, sizeof a.un, how);
   int dir = os_open_dir(path); /* until it listens it looks stale to others */
   for (int i = 0; i < 100 && flock(dir, LOCK_EX | LOCK_NB) < 0 &&
                   errno == EWOULDBLOCK; i++)
     poll(NULL, 0, 10);
-  int fd = srv_bind(&a, sizeof a.un), probe;
-  if (fd == -EADDRINUSE &&
-      (probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)) >= 0) {
-    struct stat st;
-    os_own(probe, 1);
-    if (lstat(path, &st) == 0 && S_ISSOCK(st.st_mode) &&
-        connect(probe, &a.sa, sizeof a.un) < 0 && errno == ECONNREFUSED &&
-        unlink(path) == 0) /* nobody listened on it: a leftover */
-      fd = srv_bind(&a, sizeof a.un);
-    close(probe);
+  int fd = srv_socket(&a, sizeof a.un, SRV_LISTEN);
+  if (fd == -EADDRINUSE && lstat(path, &st) == 0 && S_ISSOCK(st.st_mode)) {
+    int probe = srv_socket(&a, sizeof a.un, SRV_PROBE);
+    if (probe == -ECONNREFUSED && unlink(path) == 0) /* a leftover */
+      fd = srv_socket(&a, sizeof a.un, SRV_LISTEN);
+    if (probe >= 0) close(probe);
   }
   if (dir >= 0) close(dir);
-  return srv_add_listener(s, fd, 1, path);
+  return fd;
 }
 
 /* Writes an internet address for humans and URIs to out, if it is one. */
@@ -3872,18 +3882,17 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
   char text[64] = "";
   a.sa.sa_family = v6 ? AF_INET6 : AF_INET;
   if (inet_pton(a.sa.sa_family, host, ip) != 1) return -EINVAL;
-  int fd = srv_bind(&a, len);
+  int fd = srv_socket(&a, len, SRV_LISTEN);
   if (fd >= 0) getsockname(fd, &a.sa, &len);
   *port = ntohs(a.in.sin_port);
   srv_name(&a, text, sizeof text);
-  return srv_add_listener(s, fd, 0, text);
+  return srv_add(s, fd, 0, text);
 }
 
 static int srv_listen_tcp(struct nbdserve *s, const char *address) {
   uint64_t port = 0;
   const char *colon = strrchr(address, ':');
-  const char *rest = colon ? u_size(colon + 1, &port) : NULL;
-  if (!rest || *rest || port > 65535) return -EINVAL;
+  if (!colon || !srv_number(colon + 1, 65535, &port)) return -EINVAL;
   int n = (int)(colon - address);
   int brackets = n && *address == '[' && colon[-1] == ']';
   char host[64];
@@ -3897,19 +3906,19 @@ static int srv_listen_tcp(struct nbdserve *s, const char *address) {
 
 int nbdserve_listen(struct nbdserve *s, const char *address) {
   if (s->nlisteners >= SRV_LISTENERS) return -EMFILE;
-  if (strncmp(address, "unix:", 5) == 0) return srv_listen_unix(s, address + 5);
+  if (strncmp(address, "unix:", 5) == 0)
+    return srv_add(s, srv_unix(address + 5, SRV_LISTEN), 1, address + 5);
 #if !NBDSERVE_NO_TCP
   if (strncmp(address, "tcp:", 4) == 0) return srv_listen_tcp(s, address + 4);
 #endif
-  if (strncmp(address, "fd:", 3) != 0) return -EINVAL;
   uint64_t fd;
-  const char *rest = u_size(address + 3, &fd);
-  if (!rest || *rest || fd > INT_MAX) return -EINVAL;
   int listens = 0;
   socklen_t len = sizeof listens;
+  if (strncmp(address, "fd:", 3) || !srv_number(address + 3, INT_MAX, &fd))
+    return -EINVAL;
   if (getsockopt((int)fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) < 0)
     return -errno;
-  return listens ? srv_add_listener(s, (int)fd, 0, "") : -EINVAL;
+  return listens ? srv_add(s, (int)fd, 0, "") : -EINVAL;
 }
 
 int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
@@ -4033,18 +4042,6 @@ static void *srv_thread(void *client) {
   return NULL;
 }
 
-/* Takes a listener's next client.  -errno: no descriptor, memory or thread. */
-static int srv_accept(struct nbdserve *s, int listener) {
-  int fd = os_accept(listener);
-  if (fd < 0)
-    return fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR ? 0 : fd;
-  struct conn *c = srv_client(s, fd, fd, 1);
-  int err = c ? os_thread(srv_thread, c) : -ENOMEM;
-  if (err && c) srv_free_client(c);
-  else if (err) close(fd);
-  return err;
-}
-
 static int srv_woken(struct nbdserve *s) {
   char buf[64];
   int woken = 0;
@@ -4104,7 +4101,12 @@ int nbdserve_run(struct nbdserve *s) {
     for (int i = 0; i < n; i++) {
       if (!p[i + 2].revents || room-- <= 0) continue;
       over = 0;
-      int err = srv_accept(s, s->listeners[i].fd);
+      int fd = os_accept(s->listeners[i].fd), err = fd < 0 ? fd : -ENOMEM;
+      if (fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR) continue;
+      struct conn *c = fd < 0 ? NULL : srv_client(s, fd, fd, 1);
+      if (c) err = os_thread(srv_thread, c);
+      if (err && c) srv_free_client(c); /* closes it */
+      else if (err && fd >= 0) close(fd);
       if (err && now - pause > SRV_PAUSE_MS) /* once, not in every round */
         u_log(&s->config, NBDSERVE_LOG_WARNING, "clients have to wait: %s",
               u_error(err));
@@ -4135,9 +4137,9 @@ void nbdserve_free(struct nbdserve *s) {
     next = ex->next;
     ex_free(ex);
   }
-  for (int i = 0; i < 2; i++) {
-    if (s->stop[i] >= 0) close(s->stop[i]);
-    if (s->wake[i] >= 0) close(s->wake[i]);
+  for (int i = 0; i < 2; i++) { /* closing -1 is no harm */
+    close(s->stop[i]);
+    close(s->wake[i]);
   }
   os_mutex_free(&s->lock);
   NBDSERVE_FREE(s);
@@ -4145,7 +4147,7 @@ void nbdserve_free(struct nbdserve *s) {
 
 /* ==== [13] CLI (cli_) ====================================================
  * The command, on top of nbdserve.h.  What a process has only one of (signals,
- * standard streams, environment) is touched here and nowhere else.
+ * standard streams, environment, its end) is touched here and nowhere else.
  */
 #if !NBDSERVE_NO_MAIN
 #include <sys/wait.h>
@@ -4153,7 +4155,7 @@ void nbdserve_free(struct nbdserve *s) {
 enum { CLI_FAILED = 1, CLI_USAGE, CLI_DAMAGED, CLI_IN_USE }; /* exit status */
 
 static const struct cli_option {
-  int letter; /* negative: only a name, but to us it is k->v[letter] */
+  int letter; /* negative: only a name, but to us it is cli.v[letter] */
   const char *name, *arg;
   uint64_t min, max; /* of a number; max 0: it is text */
   const char *help;
@@ -4182,32 +4184,34 @@ static const struct cli_option {
     {'q', "quiet", NULL, 0, 0, "errors only"},
     {'v', "verbose", NULL, 0, 0, "tell of clients; twice: of every request"},
     {-'T', "stats", NULL, 0, 0, "print totals at exit (and always on SIGUSR1)"},
-    {-'j', "json", NULL, 0, 0, "print them as JSON"},
+    {-'j', "json", NULL, 0, 0, "print them, or a command's output, as JSON"},
     {'n', "dry-run", NULL, 0, 0, "change nothing in a store"},
     {-'N', "no-verify", NULL, 0, 0, "a store's blocks are read unchecked"},
     {'V', "version", NULL, 0, 0, "print version and features"},
     {'h', "help", NULL, 0, 0, "print this"},
-    {0, NULL, NULL, 0, 0, NULL}};
+    {'-', "", NULL, 0, 0, NULL}}; /* what stands before CMD; no other */
 
-struct cli {
+static struct {
   const char *v[128]; /* values by letter; NULL: not given */
   uint64_t n[128];    /* as numbers; how often, for those without */
   char **command;     /* behind --, or NULL */
   char **targets;     /* [NAME=]TARGET */
   int ntargets;
-  const char *name;              /* -e, or "" */
-  struct nbdserve_export ex;     /* what all exports have in common */
-  int serve[2];                  /* one client's input, or -1, and output */
-  int report;                    /* pipe to the parent of --fork, or -1 */
-  const char *pidfile;           /* is there, for us to remove */
-  pid_t child;                   /* the captive command; 0: none, or... */
-  int status;                    /* ...it has ended with this exit status */
-  char dir[100], sock[PATH_MAX]; /* private directory; unix socket */
+  const char *name;          /* of a single export, or "" */
+  struct nbdserve_export ex; /* what all exports have in common */
+  struct nbdserve *server;
+  volatile sig_atomic_t usr1, ending; /* signals that came */
+  int in, out;               /* one client's, or -1 */
+  int report;                /* pipe to the parent of --fork, or -1 */
+  pid_t child;               /* the captive command; 0: none, or... */
+  int status;                /* ...it has ended with this exit status */
+  const char *pidfile;       /* is there, for us to remove */
+  const char *store;         /* its path, or NULL */
+  struct nbdserve_cas *cas;
+  int ctl, ended[2];         /* control socket, or -1; pipe: its thread has */
+  char ctl_path[PATH_MAX], dir[100]; /* private directory, or "" */
   char uri[3 * WIRE_STRING + 1024];
-};
-
-static struct nbdserve *cli_server; /* for the handlers, as what follows */
-static volatile sig_atomic_t cli_usr1, cli_ending;
+} cli = {.name = "", .in = -1, .out = 1, .report = -1, .ctl = -1};
 
 /* A line on standard error, in one write: threads do not mix.  The status. */
 static int OS_PRINTF(2, 3) cli_say(int status, const char *fmt, ...) {
@@ -4222,485 +4226,18 @@ static int OS_PRINTF(2, 3) cli_say(int status, const char *fmt, ...) {
   return status;
 }
 
-static int cli_say_errno(const char *object) {
-  return cli_say(CLI_FAILED, "%s: %s", object, u_error(-errno));
-}
-
 static void cli_log(void *ctx, int level, const char *message) {
   (void)ctx, (void)level;
   cli_say(0, "%s", message);
 }
 
-static int cli_set(struct cli *k, const struct cli_option *o,
-                   const char *value) {
-  uint32_t *block[] = {&k->ex.min_block, &k->ex.preferred_block,
-                       &k->ex.max_request};
-  const char *rest = value;
-  int c = abs(o->letter), ok = 1;
-  k->v[c] = value;
-  k->n[c]++;
-  if (o->max) {
-    rest = u_size(value, &k->n[c]);
-    ok = rest && !*rest && k->n[c] >= o->min && k->n[c] <= o->max;
-  }
-  if (ok && (c == 'f' || c == 'y')) /* or it could become ours */
-    ok = fcntl((int)k->n[c], F_GETFD) >= 0;
-  for (int i = 0; c == 'b' && ok && i < 3; i++) {
-    uint64_t v = 0;
-    rest = u_size(rest, &v);
-    ok = rest && v >= 1 && v <= UINT32_MAX && *rest++ == (i < 2 ? ':' : 0);
-    *block[i] = (uint32_t)v;
-  }
-  if (c == 'c') {
-    k->ex.flags = strcmp(value, "unsafe") == 0 ? NBDSERVE_UNSAFE : 0;
-    if (strcmp(value, "writethrough") == 0) k->ex.flags = NBDSERVE_WRITETHROUGH;
-    ok = k->ex.flags || strcmp(value, "writeback") == 0;
-  }
-  return ok ? 0 : cli_say(CLI_USAGE, "--%s %s: no such %s, or out of range",
-                          o->name, value, o->arg);
-}
-
-static const struct cli_option *cli_find(int letter, const char *name) {
-  const struct cli_option *o = cli_options;
-  size_t n = name ? strcspn(name, "=") : 0;
-  while (o->name && (name ? strncmp(o->name, name, n) != 0 || o->name[n]
-                          : abs(o->letter) != letter))
-    o++;
-  return o;
-}
-
-static int cli_parse(struct cli *k, int argc, char **argv) {
-  for (int i = 1; i < argc; i++) {
-    const char *a = argv[i];
-    if (a[0] != '-' || !a[1]) {
-      k->targets[k->ntargets++] = argv[i];
-      continue;
-    }
-    int is_long = *++a == '-';
-    if (is_long && !a[1]) {
-      k->command = argv + i + 1;
-      if (!*k->command) return cli_say(CLI_USAGE, "--: no command behind it");
-      if (k->v['R']) return cli_say(CLI_USAGE, "--: not together with --run");
-      k->v['R'] = "";
-      return 0;
-    }
-    const struct cli_option *o;
-    do {
-      o = cli_find(*a, is_long ? a + 1 : NULL);
-      if (!o->name || (!is_long && o->letter < 0))
-        return cli_say(CLI_USAGE, "%s: unknown option; try --help", argv[i]);
-      a += is_long ? strcspn(a, "=") : 1;
-      const char *value = !o->arg ? is_long && *a ? NULL : ""
-                                  : *a ? a + is_long : argv[++i];
-      if (!value)
-        return cli_say(CLI_USAGE, "--%s takes %s", o->name,
-                       o->arg ? o->arg : "no value");
-      if (cli_set(k, o, value)) return CLI_USAGE;
-    } while (!is_long && !o->arg && *a);
-  }
-  return 0;
-}
-
-static int cli_check(const struct cli *k) {
-  const char *p = "sU sp si sf sF fU fp fi Rs Rf RF R1 RI Cr "; /* not both */
-  for (; *p; p += 3)
-    if (k->v[(int)p[0]] && k->v[(int)p[1]])
-      return cli_say(CLI_USAGE, "--%s: not together with --%s",
-                     *p == 'R' && k->command ? "" : cli_find(p[0], NULL)->name,
-                     cli_find(p[1], NULL)->name);
-  if (!k->ntargets) return cli_say(CLI_USAGE, "no target; try --help");
-  if (k->v['e'] && k->ntargets > 1)
-    return cli_say(CLI_USAGE, "--export: for a single target; use NAME=TARGET");
-  return 0;
-}
-
-#if !NBDSERVE_NO_CAS
-/* ---- Stores: serving one, and commands on them ---------------------------
- * A command on a store that is being served is done by who serves it: it goes
- * to STORE.ctl, with the descriptors it needs, and a status comes back.
- */
-enum { CLI_INIT = 10, CLI_IMPORT, CLI_EXPORT, CLI_LIST, CLI_VERIFY, CLI_GC,
-       CLI_STAT, CLI_MANY = 1 << 20 };
-
-static const struct cli_verb {
-  const char *name;
-  int verb, min, max; /* NBDSERVE_CAS_* or CLI_*; operands besides STORE */
-  const char *help;
-} cli_verbs[] = {
-    {"init", CLI_INIT, 0, 1, "STORE [BLOCK-SIZE]"},
-    {"create", NBDSERVE_CAS_CREATE, 2, 2, "STORE::VOLUME SIZE"},
-    {"import", CLI_IMPORT, 2, 2, "STORE::VOLUME FILE"},
-    {"export", CLI_EXPORT, 2, 2, "STORE::NAME FILE (-: standard output)"},
-    {"list", CLI_LIST, 0, 0, "STORE"},
-    {"snapshot", NBDSERVE_CAS_SNAPSHOT, 1, 1, "STORE::VOLUME@SNAPSHOT"},
-    {"rollback", NBDSERVE_CAS_ROLLBACK, 1, 1, "STORE::VOLUME@SNAPSHOT"},
-    {"clone", NBDSERVE_CAS_CLONE, 2, CLI_MANY, "STORE::NAME VOLUME..."},
-    {"rename", NBDSERVE_CAS_RENAME, 2, 2, "STORE::NAME NEW"},
-    {"resize", NBDSERVE_CAS_RESIZE, 2, 2, "STORE::VOLUME SIZE"},
-    {"rm", NBDSERVE_CAS_RM, 1, CLI_MANY, "STORE::NAME [NAME...]"},
-    {"verify", CLI_VERIFY, 0, 0, "STORE"},
-    {"gc", CLI_GC, 0, 0, "STORE"},
-    {"stat", CLI_STAT, 0, 0, "STORE"}};
-
-enum { CLI_VERBS = sizeof cli_verbs / sizeof *cli_verbs };
-
-struct cli_job {
-  int fd[3]; /* output, messages, and the file of import and export */
-  size_t len;          /* bytes of ask that are in use */
-  struct {             /* what goes over the control socket */
-    uint64_t size;
-    unsigned char verb, flags; /* flags: NBDSERVE_CAS_DRY_RUN */
-    char text[65536]; /* operands, each with its NUL, and another one */
-  } ask;
-};
-
-static int cli_list_row(void *job, const struct nbdserve_cas_info *info) {
-  struct cli_job *j = job;
-  time_t t = (time_t)info->created;
-  char created[32];
-  struct tm tm;
-  strftime(created, sizeof created, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&t, &tm));
-  dprintf(j->fd[0], isatty(j->fd[0]) ? "%-40s %16" PRIu64 "  %s\n"
-                                     : "%s\t%" PRIu64 "\t%s\n",
-          info->name, info->size, created);
-  return 0;
-}
-
-static void cli_damage_row(void *job, const char *name, uint64_t off,
-                           uint64_t len, const char *why) {
-  struct cli_job *j = job;
-  dprintf(j->fd[0], "%s\t%" PRIu64 "\t%" PRIu64 "\t%s\n", *name ? name : "-",
-          off, len, why);
-}
-
-static void cli_stat(const struct cli_job *j, struct nbdserve_cas *cas) {
-  struct nbdserve_cas_stat t;
-  nbdserve_cas_stat(cas, &t);
-  dprintf(j->fd[0], "block_size\t%" PRIu64 "\nstored\t%" PRIu64
-          "\nfree\t%" PRIu64 "\nfile\t%" PRIu64 "\nlog\t%" PRIu64 "\n",
-          t.block_size, t.stored, t.free, t.file, t.log);
-}
-
-static int cli_copy(struct cli_job *j, struct nbdserve_cas *cas,
-                    const char *name, int in) {
-  uint64_t off = 0, end = in ? (uint64_t)lseek(j->fd[2], 0, SEEK_END) : 0;
-  struct nbdserve_export ex = {0};
-  unsigned char buf[65536];
-  int fd = j->fd[2], err = end > INT64_MAX ? -errno : 0, is_file;
-  if (!err && in) err = nbdserve_cas_create(cas, name, end);
-  if (!err) err = nbdserve_cas_volume(cas, name, &ex);
-  if (err) return err;
-  is_file = !in && strcmp(name + strlen(name) + 1, "-") != 0 &&
-            !ftruncate(fd, 0) && !ftruncate(fd, (off_t)ex.size);
-  while (off < ex.size && !err) {
-    ssize_t n = (ssize_t)u_min(sizeof buf, ex.size - off);
-    if (!in) err = ex.ops->read(ex.ctx, buf, off, (uint64_t)n, 0);
-    if (!err && (in || !is_file || !u_is_zero(buf, (size_t)n)))
-      n = in        ? pread(fd, buf, (size_t)n, (off_t)off)
-          : is_file ? pwrite(fd, buf, (size_t)n, (off_t)off)
-                    : write(fd, buf, (size_t)n);
-    if (!err && n <= 0) err = n < 0 ? -errno : -EIO;
-    if (!err && in) err = ex.ops->write(ex.ctx, buf, off, (uint64_t)n, 0);
-    off += (uint64_t)n;
-  }
-  if (!err) err = in ? ex.ops->flush(ex.ctx, 0) : is_file ? os_fsync(fd) : 0;
-  ex.ops->close(ex.ctx);
-  if (err && in) nbdserve_cas_rm(cas, name);
-  return err;
-}
-
-static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
-  const struct cli_verb *v = cli_verbs + j->ask.verb;
-  const char *name = j->ask.text, *to = name + strlen(name) + 1;
-  uint64_t bytes;
-  int err = 0;
-  switch (v->verb) {
-  case CLI_IMPORT: err = cli_copy(j, cas, name, 1); break;
-  case CLI_EXPORT: err = cli_copy(j, cas, name, 0); break;
-  case CLI_LIST: err = nbdserve_cas_list(cas, cli_list_row, j); break;
-  case CLI_STAT: cli_stat(j, cas); break;
-  case CLI_VERIFY:
-    err = nbdserve_cas_verify(cas, cli_damage_row, NULL, j);
-    break;
-  case CLI_GC:
-    err = nbdserve_cas_gc(cas, j->ask.flags, &bytes, NULL, j);
-    if (!err) dprintf(j->fd[0], "%" PRIu64 "\n", bytes);
-    break;
-  default: /* rm and clone take many names */
-    while (!(err = nbdserve_cas_change(cas, v->verb | j->ask.flags, name, to,
-                                       j->ask.size)) &&
-           *to && v->max == CLI_MANY) {
-      if (v->verb == NBDSERVE_CAS_RM) name = to;
-      to += strlen(to) + 1;
-      if (v->verb == NBDSERVE_CAS_CLONE && !*to) break;
-    }
-  }
-  if (err == -EUCLEAN) return CLI_DAMAGED;
-  if (err)
-    dprintf(j->fd[1], "nbdserve: %s %s %s: %s\n", v->name, name,
-            v->min > 1 ? to : "", u_error(err));
-  return err ? CLI_FAILED : 0;
-}
-
-/* A store's control socket, bound (who has the store's lock may replace it) or
- * connected, or -1. */
-static int cli_ctl_socket(const char *store, int bound) {
-  struct sockaddr_un a = {.sun_family = AF_UNIX};
-  int n = snprintf(a.sun_path, sizeof a.sun_path, "%s.ctl", store);
-  int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), ok;
-  ok = n < (int)sizeof a.sun_path;
-  if (ok && bound) unlink(a.sun_path);
-  ok = ok &&
-       (bound ? bind(fd, (void *)&a, sizeof a) == 0 &&
-                    chmod(a.sun_path, 0600) == 0 && listen(fd, 16) == 0
-              : connect(fd, (void *)&a, sizeof a) == 0);
-  if (!ok) close(fd);
-  return ok ? fd : -1;
-}
-
-/* Sends a command to a control socket, or receives one.  The bytes of it. */
-static ssize_t cli_pass(int fd, struct cli_job *j, int sending) {
-  union { struct cmsghdr h; char room[CMSG_SPACE(3 * sizeof(int))]; } c = {
-      .h = {.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS,
-            .cmsg_len = CMSG_LEN(sizeof j->fd)}};
-  struct iovec v = {&j->ask, sending ? j->len : sizeof j->ask};
-  struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = &c,
-                     .msg_controllen = sizeof c};
-  memcpy(CMSG_DATA(&c.h), j->fd, sizeof j->fd);
-  if (sending) return sendmsg(fd, &m, 0);
-  ssize_t n = recvmsg(fd, &m, MSG_WAITALL);
-  if (n < 0 || m.msg_controllen < CMSG_LEN(sizeof j->fd)) return -1;
-  memcpy(j->fd, CMSG_DATA(&c.h), sizeof j->fd);
-  return n;
-}
-
-static int cli_remote(struct cli_job *j, const char *store) {
-  int fd = cli_ctl_socket(store, 0);
-  unsigned char status;
-  if (fd < 0)
-    return cli_say(CLI_IN_USE, "%s: in use by another process", store);
-  if (cli_pass(fd, j, 1) < 0 || shutdown(fd, SHUT_WR) < 0 ||
-      read(fd, &status, 1) != 1)
-    return cli_say(CLI_FAILED, "%s.ctl: no answer", store);
-  return status;
-}
-
-static struct {
-  const char *path; /* NULL: none is */
-  struct nbdserve_cas *cas;
-  int all, ctl; /* all of it is served; the control socket, or -1 */
-  struct os_mutex lock; /* guards: */
-  int working, over;    /* on a command; no more of them */
-} cli_store = {.ctl = -1};
-
-static void *cli_control(void *unused) {
-  struct cli_job *j = NBDSERVE_MALLOC(sizeof *j);
-  int fd;
-  while (j && (fd = accept(cli_store.ctl, NULL, NULL)) >= 0) {
-    memset(j, 0, sizeof *j);
-    int ok = cli_pass(fd, j, 0) > 10 && j->ask.verb < CLI_VERBS;
-    os_lock(&cli_store.lock);
-    ok = cli_store.working = ok && !cli_store.over;
-    os_unlock(&cli_store.lock);
-    memset(j->ask.text + sizeof j->ask.text - 2, 0, 2);
-    unsigned char status = ok ? (unsigned char)cli_do(j, cli_store.cas) : 1;
-    os_lock(&cli_store.lock);
-    cli_store.working = 0;
-    os_unlock(&cli_store.lock);
-    (void)!write(fd, &status, 1);
-    for (int i = 0; i < 3 && j->fd[0] != j->fd[1]; i++) close(j->fd[i]);
-    close(fd);
-  }
-  NBDSERVE_FREE(j);
-  return unused;
-}
-
-/* At the end: no more commands, and the store is closed. */
-static int cli_close_store(void) {
-  char ctl[PATH_MAX];
-  if (cli_store.ctl >= 0) {
-    snprintf(ctl, sizeof ctl, "%s.ctl", cli_store.path);
-    unlink(ctl);
-    shutdown(cli_store.ctl, SHUT_RDWR);
-    os_lock(&cli_store.lock);
-    cli_store.over = 1;
-    int working = cli_store.working; /* then the next to open it repairs it: */
-    os_unlock(&cli_store.lock);      /* what was to be flushed has been */
-    if (working) return cli_say(CLI_FAILED, "a command was not finished");
-  }
-  int err = cli_store.path ? nbdserve_cas_close(cli_store.cas) : 0;
-  return err ? cli_say(CLI_FAILED, "%s: %s", cli_store.path, u_error(err)) : 0;
-}
-
-static int cli_find_volume(void *k, const char *name,
-                           struct nbdserve_export *out) {
-  *out = ((struct cli *)k)->ex;
-  return cli_store.all ? nbdserve_cas_volume(cli_store.cas, name, out)
-                       : -ENOENT;
-}
-
-struct cli_emit {
-  int (*emit)(void *arg, const char *name, const char *description);
-  void *arg;
-};
-
-static int cli_emit_volume(void *to, const struct nbdserve_cas_info *info) {
-  struct cli_emit *e = to;
-  return e->emit(e->arg, info->name, info->readonly ? "snapshot" : "");
-}
-
-static int cli_list_volumes(void *unused, int (*emit)(void *, const char *,
-                                                      const char *),
-                            void *arg) {
-  struct cli_emit e = {emit, arg};
-  (void)unused;
-  return cli_store.all ? nbdserve_cas_list(cli_store.cas, cli_emit_volume, &e)
-                       : 0;
-}
-
-/* Opens STORE::NAME or, for all of it, STORE::, and the control socket. */
-static int cli_add_volume(const struct cli *k, char *path, char *colons,
-                          struct nbdserve_export *ex) {
-  struct nbdserve_cas_options o = {
-      .flags = (k->v['r'] ? NBDSERVE_CAS_READONLY : 0u) |
-               (k->v['N'] ? NBDSERVE_CAS_NO_VERIFY : 0u)};
-  *colons = 0;
-  if (cli_store.path && strcmp(cli_store.path, path) != 0) return -EMLINK;
-  if (!cli_store.path) {
-    int err = nbdserve_cas_open(path, &o, &cli_store.cas);
-    if (err) return err;
-    cli_store.path = path;
-    if (!NBDSERVE_NO_THREADS && !k->v['r'] &&
-        !os_mutex_init(&cli_store.lock))
-      cli_store.ctl = cli_ctl_socket(path, 1);
-    if (cli_store.ctl >= 0) (void)os_thread(cli_control, NULL);
-  }
-  if (colons[2]) return nbdserve_cas_volume(cli_store.cas, colons + 2, ex);
-  cli_store.all = 1;
-  return 0;
-}
-#endif
-
-/* Opens a target and adds it.  0, or the exit status after a message. */
-static int cli_add(const struct cli *k, char *path, const char *name) {
-  struct nbdserve_export ex = k->ex;
-  struct nbdserve_flat flat = {
-      .offset = k->n['o'], .size = k->n['S'], .create = k->n['C'],
-      .flags = k->v['r'] ? NBDSERVE_READONLY : 0};
-  char *colons = strstr(path, "::");
-  int err = -EOPNOTSUPP;
-  ex.name = name;
-  ex.description = k->v['D'];
-  if (!*name && k->ntargets == 1 && !k->v['e']) ex.flags |= NBDSERVE_ANY_NAME;
-#if !NBDSERVE_NO_CAS
-  if (colons && (k->v['o'] || k->v['S'] || k->v['C']))
-    return cli_say(CLI_USAGE, "%s: no --offset, --size, --create", path);
-  if (colons) err = cli_add_volume(k, path, colons, &ex);
-  if (colons && !err && !ex.ops) return 0; /* all of it */
-#endif
-#if !NBDSERVE_NO_FLAT
-  if (!colons) err = nbdserve_flat_open(path, &flat, &ex);
-#endif
-  const char *hint = err == -EBUSY ? "; another server has it" : "";
-  if ((err == -EACCES || err == -EROFS) && !flat.flags)
-    hint = "; -r serves it read-only";
-  if (err == -ENOENT && !flat.create && !colons)
-    hint = "; --create SIZE makes it";
-  if (err == -EINVAL)
-    hint = colons ? ": no store"
-           : ": no file, device or mem:SIZE, or --offset, --size are beyond it";
-  if (err == -EMLINK) hint = "; one store at a time";
-  if (err)
-    return cli_say(err == -EBUSY ? CLI_IN_USE : CLI_FAILED, "%s: %s%s", path,
-                   u_error(err), hint);
-  err = nbdserve_add(cli_server, &ex);
-  if (!err) return 0;
-  ex.ops->close(ex.ctx);
-  return cli_say(CLI_USAGE, "%s: %s", path, err == -EEXIST
-                 ? "another target has that export name"
-                 : "--block-size, name or description out of range");
-}
-
-static int cli_listen_on(const char *kind, const char *address) {
-  char full[PATH_MAX + 8];
-  snprintf(full, sizeof full, "%s:%s", kind, address);
-  int err = nbdserve_listen(cli_server, full);
-  if (err == -ENAMETOOLONG)
-    return cli_say(CLI_FAILED, "%s: a socket path has at most %u bytes", full,
-                   (unsigned)sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
-  return !err ? 0 : cli_say(CLI_FAILED, "%s: %s%s", full, u_error(err),
-                            err == -EADDRINUSE ? "; not replaced" : "");
-}
-
-/* A socket only its owner can reach, in a directory that is removed again. */
-static int cli_listen_private(struct cli *k) {
-  const char *dirs[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"), "/tmp"};
-  for (int i = 0; i < 3 && !*k->dir; i++) {
-    if (!dirs[i] || *dirs[i] != '/' || strlen(dirs[i]) > 80)
-      continue; /* with the rest it must fit into every system's address */
-    snprintf(k->dir, sizeof k->dir, "%s/nbdXXXXXX", dirs[i]);
-    if (!mkdtemp(k->dir)) *k->dir = 0;
-  }
-  if (!*k->dir)
-    return cli_say(CLI_FAILED, "private socket: no directory for it; use -U");
-  strcat(strcpy(k->sock, k->dir), "/sock");
-  int status = cli_listen_on("unix", k->sock);
-  return !status && chmod(k->sock, 0600) < 0 ? cli_say_errno(k->sock) : status;
-}
-
-/* n sockets of whoever started us, from fd on: listening ones, or a client. */
-static int cli_take_fds(struct cli *k, int fd, uint64_t n) {
-  char address[16] = "LISTEN_FDS";
-  int err = n > SRV_LISTENERS ? -EMFILE : 0;
-  for (; n > 0 && !err; n--, fd++) {
-    snprintf(address, sizeof address, "fd:%d", fd);
-    err = nbdserve_listen(cli_server, address);
-    if (err == -EINVAL && k->serve[0] < 0) { /* connected, so a client */
-      k->serve[0] = k->serve[1] = fd;
-      err = 0;
-    }
-  }
-  return err ? cli_say(CLI_FAILED, "%s: %s", address, u_error(err)) : 0;
-}
-
-static int cli_listen(struct cli *k) {
-  const char *path = k->v['U'], *host = k->v['i'] ? k->v['i'] : "localhost";
-  const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
-  int is_tcp = k->v['p'] || k->v['i'], status = 0;
-  uint64_t n = 0; /* sockets from systemd, or nbdinfo and its like */
-  if (k->v['s']) return k->serve[0] = 0;
-  if (k->v['f']) return cli_take_fds(k, (int)k->n['f'], 1);
-  if (pid && fds && strtol(pid, NULL, 10) == (long)getpid()) u_size(fds, &n);
-  if (n > 0 && !path && !is_tcp) return cli_take_fds(k, 3, n);
-  if (path && strcmp(path, "-") != 0) {
-    /* a whole path, where it fits, so that the URI works from anywhere */
-    if (*path != '/' && getcwd(k->sock, 100 - u_min(strlen(path), 98)))
-      strcat(k->sock, "/");
-    strncat(k->sock, path, sizeof k->sock / 2);
-    status = cli_listen_on("unix", k->sock);
-  } else if (path || !is_tcp) {
-    status = cli_listen_private(k);
-  }
-  if (!status && is_tcp) {
-    char address[300];
-    snprintf(address, sizeof address, "%s:%s", host,
-             k->v['p'] ? k->v['p'] : "10809");
-    status = cli_listen_on("tcp", address);
-    if (!status && strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
-        strncmp(host, "127.", 4) != 0 && !k->v['q'])
-      cli_say(0, "%s: no authentication: anyone can read and write", host);
-  }
-  if (!status) nbdserve_uri(cli_server, k->name, k->uri, sizeof k->uri);
-  return status;
-}
-
 static void cli_on_signal(int sig) {
-  if (sig == SIGUSR1) cli_usr1 = 1;
-  if (cli_server) nbdserve_wake(cli_server); /* cli_serve looks what it was */
+  if (sig == SIGUSR1) cli.usr1 = 1;
+  nbdserve_wake(cli.server); /* cli_serve looks what it was */
   if (sig == SIGUSR1 || sig == SIGCHLD) return;
-  if (cli_ending && sig == SIGINT) _exit(130);
-  cli_ending = 1;
-  if (cli_server) nbdserve_stop(cli_server);
+  if (cli.ending && sig == SIGINT) _exit(130);
+  cli.ending = 1;
+  nbdserve_stop(cli.server);
 }
 
 static void cli_catch_signals(void (*handler)(int)) {
@@ -4715,102 +4252,654 @@ static void cli_catch_signals(void (*handler)(int)) {
   sigaction(SIGXFSZ, &sa, NULL); /* writes get EFBIG then */
 }
 
-static char *cli_expand(const char *arg, const char *uri) {
-  char *out = u_zalloc(strlen(arg) * (strlen(uri) + 1) + 1);
-  while (out && *arg) {
-    int hit = strncmp(arg, "{}", 2) == 0;
-    if (hit) strcat(out, uri);
-    else strncat(out, arg, 1);
-    arg += hit ? 2 : 1;
+/* When the process exits: what it has is closed, what it made removed. */
+static void cli_close(void) {
+  struct pollfd p = {cli.ended[0], POLLIN, 0};
+  const char *why = NULL;
+  cli_catch_signals(SIG_IGN);
+  if (cli.pidfile) unlink(cli.pidfile);
+  if (cli.ctl >= 0) unlink(cli.ctl_path);
+  if (p.fd > 0) nbdserve_stop(cli.server);
+  if (p.fd > 0 && poll(&p, 1, IO_GRACE_MS) <= 0)
+    why = "a command was not finished"; /* to open it will repair it */
+  nbdserve_free(cli.server);
+#if !NBDSERVE_NO_CAS
+  int err = !why && cli.cas ? nbdserve_cas_close(cli.cas) : 0;
+  if (err) why = u_error(err);
+#endif
+  if (*cli.dir) rmdir(cli.dir);
+  if (why) _exit(cli_say(CLI_FAILED, "%s: %s", cli.store, why));
+}
+
+#define cli_die(...) exit(cli_say(__VA_ARGS__))
+
+static void cli_fail(int err, const char *object) {
+  if (err)
+    cli_die(err == -EBUSY ? CLI_IN_USE : CLI_FAILED, "%s: %s%s", object,
+            u_error(err), err == -EBUSY ? "; another server has it"
+            : err == -EADDRINUSE        ? "; not replaced" : "");
+}
+
+static void cli_set(const struct cli_option *o, const char *value) {
+  uint32_t *block[] = {&cli.ex.min_block, &cli.ex.preferred_block,
+                       &cli.ex.max_request};
+  const char *rest = value;
+  int c = abs(o->letter), ok = 1;
+  cli.v[c] = value;
+  cli.n[c]++;
+  if (o->max) ok = srv_number(value, o->max, &cli.n[c]) && cli.n[c] >= o->min;
+  if (ok && (c == 'f' || c == 'y')) /* or it could become ours */
+    ok = fcntl((int)cli.n[c], F_GETFD) >= 0;
+  for (int i = 0; c == 'b' && ok && i < 3; i++) {
+    uint64_t v = 0;
+    rest = u_size(rest, &v);
+    ok = rest && v >= 1 && v <= UINT32_MAX && *rest++ == (i < 2 ? ':' : 0);
+    *block[i] = (uint32_t)v;
   }
-  return out;
+  if (c == 'c') {
+    cli.ex.flags = strcmp(value, "unsafe") == 0 ? NBDSERVE_UNSAFE : 0;
+    if (strcmp(value, "writethrough") == 0)
+      cli.ex.flags = NBDSERVE_WRITETHROUGH;
+    ok = cli.ex.flags || strcmp(value, "writeback") == 0;
+  }
+  if (!ok)
+    cli_die(CLI_USAGE, "--%s %s: no such %s, or out of range", o->name, value,
+            o->arg);
+}
+
+static const struct cli_option *cli_find(int letter, const char *name) {
+  const struct cli_option *o = cli_options;
+  size_t n = name ? strcspn(name, "=") : 0;
+  while (*o->name && (name ? strncmp(o->name, name, n) != 0 || o->name[n]
+                           : abs(o->letter) != letter))
+    o++;
+  return o;
+}
+
+static void cli_parse(char **argv) {
+  for (const char *a; !cli.command && (a = *++argv) != NULL;) {
+    if (a[0] != '-' || !a[1]) {
+      cli.targets[cli.ntargets++] = *argv;
+      continue;
+    }
+    int is_long = *++a == '-', more = 1;
+    if (is_long && !*++a) {
+      cli.command = argv + 1;
+      cli.v['-'] = "";
+      more = 0;
+    }
+    while (more) {
+      const struct cli_option *o = cli_find(*a, is_long ? a : NULL);
+      if (!*o->name || (!is_long && o->letter < 0))
+        cli_die(CLI_USAGE, "%s: unknown option; try --help", *argv);
+      a += is_long ? strcspn(a, "=") : 1;
+      more = *a && !is_long && !o->arg;
+      const char *value = !o->arg ? is_long && *a ? NULL : ""
+                                  : *a ? a + is_long : *++argv;
+      if (!value)
+        cli_die(CLI_USAGE, "--%s takes %s", o->name,
+                o->arg ? o->arg : "no value");
+      cli_set(o, value);
+    }
+  }
+}
+
+static void cli_check(void) {
+  const char *p = "sUspsisfsFfUfpfiRsRfRFR1RICr-R-s-f-F-1-I"; /* not both */
+  for (; *p; p += 2)
+    if (cli.v[(int)p[0]] && cli.v[(int)p[1]])
+      cli_die(CLI_USAGE, "--%s: not together with --%s",
+              cli_find(p[0], NULL)->name, cli_find(p[1], NULL)->name);
+  if (cli.command && !*cli.command)
+    cli_die(CLI_USAGE, "--: no command behind it");
+  if (!cli.ntargets) cli_die(CLI_USAGE, "no target; try --help");
+  if (cli.v['e'] && cli.ntargets > 1)
+    cli_die(CLI_USAGE, "--export: for a single target; use NAME=TARGET");
+}
+
+#if !NBDSERVE_NO_CAS
+/* ---- Stores: serving one, and commands on them ---------------------------
+ * A command on a store that is being served is done by who serves it: it goes
+ * to STORE.ctl, with the descriptors it needs, and a status comes back.
+ */
+enum { CLI_INIT = 10, CLI_IMPORT, CLI_EXPORT, CLI_LIST, CLI_SEAL, CLI_DIFF,
+       CLI_VERIFY, CLI_GC, CLI_STAT, CLI_MANY = 1 << 20 };
+
+static const struct cli_verb {
+  const char *name;
+  int verb, min, max; /* NBDSERVE_CAS_* or CLI_*; operands besides STORE */
+  const char *traits; /* R: only reads; N: takes -n; S: the last operand is a
+                         size; T: takes time, to end; then see cli_row */
+  const char *help;
+} cli_verbs[] = {
+    {"init", CLI_INIT, 0, 1, "S", "STORE [BLOCK-SIZE]"},
+    {"create", NBDSERVE_CAS_CREATE, 2, 2, "S", "STORE::VOLUME SIZE"},
+    {"import", CLI_IMPORT, 2, 2, "T", "STORE::VOLUME FILE"},
+    {"export", CLI_EXPORT, 2, 2, "R", "STORE::NAME FILE (-: standard output)"},
+    {"list", CLI_LIST, 0, 0, "R[name=size#created=id=", "STORE"},
+    {"snapshot", NBDSERVE_CAS_SNAPSHOT, 1, 1, "", "STORE::VOLUME@SNAPSHOT"},
+    {"seal", CLI_SEAL, 1, 1, "{id=", "STORE::VOLUME@SNAPSHOT (prints its id)"},
+    {"rollback", NBDSERVE_CAS_ROLLBACK, 1, 1, "N", "STORE::VOLUME@SNAPSHOT"},
+    {"clone", NBDSERVE_CAS_CLONE, 2, CLI_MANY, "", "STORE::NAME VOLUME..."},
+    {"rename", NBDSERVE_CAS_RENAME, 2, 2, "", "STORE::NAME NEW"},
+    {"resize", NBDSERVE_CAS_RESIZE, 2, 2, "NS", "STORE::VOLUME SIZE"},
+    {"rm", NBDSERVE_CAS_RM, 1, CLI_MANY, "N", "STORE::NAME [NAME...]"},
+    {"diff", CLI_DIFF, 2, 2, "R[offset#length#", "STORE::NAME NAME"},
+    {"verify", CLI_VERIFY, 0, 0, "RT[name=offset#length#why=", "STORE"},
+    {"gc", CLI_GC, 0, 0, "NT{bytes#", "STORE"},
+    {"stat", CLI_STAT, 0, 0, "R|block_size#stored#free#file#log#", "STORE"}};
+
+enum { CLI_VERBS = sizeof cli_verbs / sizeof *cli_verbs, CLI_JSON = 1 };
+
+struct cli_job {
+  int fd[2];     /* output, or the file of import and export; messages */
+  int client;    /* who waits for it, or -1 */
+  int rows;      /* printed so far, of an array */
+  int64_t begun; /* in os_now_ms */
+  double shown;  /* seconds after that: its progress; 0: is not */
+  struct {       /* what goes over the control socket */
+    uint64_t size;
+    unsigned char verb, flags; /* index; CLI_JSON, NBDSERVE_CAS_DRY_RUN */
+    char name[PATH_MAX], to[PATH_MAX]; /* operands */
+  } ask;
+};
+
+/* Shows on a terminal how far it is, after a second, ten times a second; with a
+ * total of 0 it goes away.  Not 0: what is done shall end, for a signal has
+ * come, or the client has gone. */
+static int cli_progress(void *job, uint64_t done, uint64_t total) {
+  struct cli_job *j = job;
+  struct pollfd p[] = {{cli.server->stop[0], POLLIN, 0},
+                       {j->client, POLLIN, 0}};
+  double s = (double)(os_now_ms() - j->begun) / 1000, n = (double)done;
+  int unit = (total >> 20 != 0) + (total >> 30 != 0);
+  if (!total && j->shown > 0) dprintf(j->fd[1], "\r%60s\r", "");
+  if (!total) j->shown = 0;
+  if (s > 1 && s - j->shown > .1 && done && isatty(j->fd[1])) {
+    double left = s / n * (double)(total - u_min(done, total));
+    n /= 1 << 10 * (unit + 1);
+    dprintf(j->fd[1], "\r%3.0f%% %8.1f %ciB %8.1f %ciB/s %6.0f s left",
+            s / (s + left) * 100, n, "KMG"[unit], n / s, "KMG"[unit], left);
+    j->shown = s;
+  }
+  return poll(p, 2, 0) > 0;
+}
+
+/* Prints a row of values, for which the traits say NAME= for a string, NAME#
+ * for a uint64_t; with { in front there is only one, with [ in JSON an array,
+ * with | each value is a line, with its name.  No string is one that JSON would
+ * want escaped: the store refuses such names. */
+static int cli_row(struct cli_job *j, ...) {
+  const char *f = strpbrk(cli_verbs[j->ask.verb].traits, "{[|");
+  const char *open = *f != '[' ? "{" : j->rows++ ? ",{" : "[{";
+  int fd = j->fd[0], json = j->ask.flags & CLI_JSON, lines = *f == '|', len;
+  int tty = !lines && !json && isatty(fd), n = 0;
+  va_list ap;
+  cli_progress(j, 0, 0);
+  va_start(ap, j);
+  for (f++; *f; f += len + 1, n++) {
+    len = (int)strcspn(f, "=#");
+    if (json) dprintf(fd, "%s\"%.*s\":", n ? "," : open, len, f);
+    else if (lines) dprintf(fd, "%s%.*s\t", n ? "\n" : "", len, f);
+    else if (n) dprintf(fd, tty ? "  " : "\t");
+    if (f[len] == '#')
+      dprintf(fd, "%*" PRIu64, tty ? 16 : 0, va_arg(ap, uint64_t));
+    else
+      dprintf(fd, json ? "\"%*s\"" : "%*s", tty && !n ? -40 : 0,
+              va_arg(ap, const char *));
+  }
+  va_end(ap);
+  return dprintf(fd, json ? "}\n" : "\n") < 0 ? -errno : 0;
+}
+
+static int cli_range_row(void *job, uint64_t off, uint64_t len) {
+  return cli_row(job, off, len);
+}
+
+static int cli_list_row(void *job, const struct nbdserve_cas_info *info) {
+  time_t t = (time_t)info->created;
+  char created[32];
+  struct tm tm;
+  strftime(created, sizeof created, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&t, &tm));
+  return cli_row(job, info->name, info->size, created, info->id);
+}
+
+static void cli_damage_row(void *job, const char *name, uint64_t off,
+                           uint64_t len, const char *why) {
+  int json = ((struct cli_job *)job)->ask.flags & CLI_JSON;
+  cli_row(job, *name || json ? name : "-", off, len, why);
+}
+
+/* Copies a file into a new volume, or a volume or snapshot out. */
+static int cli_copy(struct cli_job *j, struct nbdserve_cas *cas, int in) {
+  static unsigned char buf[65536];
+  off_t end = in ? lseek(j->fd[0], 0, SEEK_END) : 0;
+  struct nbdserve_export ex = {0};
+  int fd = j->fd[0], err = end < 0 ? -errno : 0;
+  ssize_t done = 0;
+  if (!err && in) err = nbdserve_cas_create(cas, j->ask.name, (uint64_t)end);
+  if (!err) err = nbdserve_cas_volume(cas, j->ask.name, &ex);
+  if (err) return err;
+  int is_file = !in && strcmp(j->ask.to, "-") != 0 && !ftruncate(fd, 0) &&
+                !ftruncate(fd, (off_t)ex.size);
+  for (uint64_t off = 0, n; off < ex.size && !err; off += n) {
+    n = u_min(sizeof buf, ex.size - off);
+    struct iovec v = {buf, (size_t)n};
+    err = cli_progress(j, off, ex.size) ? -ECANCELED
+          : in ? os_transfer(fd, 0, &v, 1, off)
+               : ex.ops->read(ex.ctx, buf, off, n, 0);
+    if (err) break;
+    if (in) err = ex.ops->write(ex.ctx, buf, off, n, 0);
+    else if (is_file && u_is_zero(buf, (size_t)n)) err = 0;
+    else if (is_file) err = os_transfer(fd, 1, &v, 1, off);
+    else n = (uint64_t)(done = write(fd, buf, (size_t)n));
+    if (done < 0) err = -errno;
+  }
+  if (!err) err = in ? ex.ops->flush(ex.ctx, 0) : is_file ? os_fsync(fd) : 0;
+  ex.ops->close(ex.ctx);
+  if (err && in) nbdserve_cas_rm(cas, j->ask.name);
+  return err;
+}
+
+static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
+  const struct cli_verb *v = cli_verbs + j->ask.verb;
+  const char *name = j->ask.name, *to = j->ask.to;
+  int dry = j->ask.flags & NBDSERVE_CAS_DRY_RUN, err;
+  struct nbdserve_cas_stat t;
+  uint64_t bytes;
+  char id[72];
+  j->rows = 0;
+  j->begun = os_now_ms();
+  switch (v->verb) {
+  case CLI_IMPORT: err = cli_copy(j, cas, 1); break;
+  case CLI_EXPORT: err = cli_copy(j, cas, 0); break;
+  case CLI_LIST: err = nbdserve_cas_list(cas, cli_list_row, j); break;
+  case CLI_DIFF:
+    err = nbdserve_cas_diff(cas, name, to, cli_range_row, j);
+    break;
+  case CLI_SEAL:
+    err = nbdserve_cas_seal(cas, name, id);
+    if (!err) err = cli_row(j, id);
+    break;
+  case CLI_STAT:
+    nbdserve_cas_stat(cas, &t);
+    err = cli_row(j, t.block_size, t.stored, t.free, t.file, t.log);
+    break;
+  case CLI_VERIFY:
+    err = nbdserve_cas_verify(cas, cli_damage_row, cli_progress, j);
+    break;
+  case CLI_GC:
+    err = nbdserve_cas_gc(cas, dry, &bytes, cli_progress, j);
+    if (!err) err = cli_row(j, bytes);
+    break;
+  default:
+    err = nbdserve_cas_change(cas, v->verb | dry, name, to, j->ask.size);
+  }
+  cli_progress(j, 0, 0);
+  if (j->ask.flags & CLI_JSON && strchr(v->traits, '['))
+    dprintf(j->fd[0], j->rows ? "]\n" : "[]\n");
+  if (err == -EUCLEAN) return CLI_DAMAGED;
+  if (v->verb == CLI_IMPORT) to = ""; /* what a File exists is not about */
+  if (err)
+    dprintf(j->fd[1], "nbdserve: %s%s%s%s%s: %s\n", v->name, *name ? " " : "",
+            name, *to ? " " : "", to, u_error(err));
+  return err ? CLI_FAILED : 0;
+}
+
+/* Sends a command over a control socket, or receives one; descriptors that do
+ * not come stay as they are. */
+static int cli_pass(const struct io *io, struct cli_job *j, int sending) {
+  union { struct cmsghdr h; char room[CMSG_SPACE(sizeof j->fd)]; } c = {
+      .h = {.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS,
+            .cmsg_len = CMSG_LEN(sizeof j->fd)}};
+  struct iovec v = {&j->ask, sizeof j->ask};
+  struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = &c,
+                     .msg_controllen = CMSG_LEN(sizeof j->fd)}; /* no more */
+  memcpy(CMSG_DATA(&c.h), j->fd, sizeof j->fd);
+  if (sending)
+    return sendmsg(io->out, &m, MSG_NOSIGNAL) == sizeof j->ask ? 0 : -EPIPE;
+  ssize_t n = recvmsg(io->in, &m, 0); /* the first part: descriptors end it */
+  memcpy(j->fd, CMSG_DATA(&c.h), sizeof j->fd);
+  return n <= 0 ? -EPIPE : io_recv_all(io, (unsigned char *)&j->ask + n,
+                                       sizeof j->ask - (size_t)n);
+}
+
+static int cli_remote(struct cli_job *j) {
+  unsigned char status;
+  int fd = srv_unix(cli.ctl_path, SRV_CONNECT);
+  struct io io = {.in = fd, .out = fd, .stop = -1};
+  if (fd < 0) cli_die(CLI_IN_USE, "%s: in use by another process", cli.store);
+  if (cli_pass(&io, j, 1) || io_recv_all(&io, &status, 1))
+    cli_die(CLI_FAILED, "%s: no answer", cli.ctl_path);
+  close(fd);
+  return status;
+}
+
+/* Does what comes over the control socket until the server stops. */
+static void *cli_control(void *unused) {
+  static struct cli_job j;
+  struct io io = {.in = cli.ctl, .stop = cli.server->stop[0]};
+  while (io_wait(&io, 0) == 0) {
+    int fd = os_accept(cli.ctl);
+    struct io client = {.in = fd, .out = fd, .stop = io.stop,
+                        .deadline = os_now_ms() + IO_GRACE_MS};
+    if (fd < 0) poll(NULL, 0, SRV_PAUSE_MS); /* the loop must not spin */
+    j.fd[0] = j.fd[1] = -1;
+    j.client = fd;
+    if (fd >= 0 && io_wait(&client, 0) == 0 && cli_pass(&client, &j, 0) == 0 &&
+        j.fd[1] >= 0 && j.ask.verb < CLI_VERBS) {
+      j.ask.name[PATH_MAX - 1] = j.ask.to[PATH_MAX - 1] = 0;
+      unsigned char status = (unsigned char)cli_do(&j, cli.cas);
+      (void)!write(fd, &status, 1);
+    }
+    close(j.fd[0]); /* of -1 is no harm */
+    close(j.fd[1]);
+    close(fd);
+  }
+  (void)!write(cli.ended[1], "", 1);
+  return unused;
+}
+
+static int cli_find_volume(void *unused, const char *name,
+                           struct nbdserve_export *out) {
+  (void)unused;
+  *out = cli.ex;
+  return nbdserve_cas_volume(cli.cas, name, out);
+}
+
+struct cli_emit { nbdserve_emit *emit; void *arg; };
+
+static int cli_emit_volume(void *to, const struct nbdserve_cas_info *info) {
+  struct cli_emit *e = to;
+  return e->emit(e->arg, info->name, info->readonly ? "snapshot" : "");
+}
+
+static int cli_list_volumes(void *unused, nbdserve_emit *emit, void *arg) {
+  struct cli_emit e = {emit, arg};
+  (void)unused;
+  return nbdserve_cas_list(cli.cas, cli_emit_volume, &e);
+}
+
+static int cli_open_store(const char *path, int readonly) {
+  struct nbdserve_cas_options o = {
+      .flags = (readonly ? NBDSERVE_CAS_READONLY : 0u) |
+               (cli.v['N'] ? NBDSERVE_CAS_NO_VERIFY : 0u)};
+  cli.store = path;
+  snprintf(cli.ctl_path, PATH_MAX, "%s.ctl", path);
+  int err = nbdserve_cas_open(path, &o, &cli.cas);
+  if (err == -EINVAL) cli_die(CLI_FAILED, "%s: not a store", path);
+  return err;
+}
+
+/* Opens a volume or, with the name "", all of a store; and its socket. */
+static int cli_open_volume(const char *path, const char *name,
+                           struct nbdserve_export *ex) {
+  if (cli.store && strcmp(cli.store, path) != 0)
+    cli_die(CLI_FAILED, "%s: one store at a time", path);
+  int err = cli.store ? 0 : cli_open_store(path, cli.v['r'] != NULL);
+  if (err) return err;
+  if (cli.ctl < 0 && !cli.v['r'] && !NBDSERVE_NO_THREADS) {
+    mode_t was = umask(0177);
+    cli.ctl = srv_unix(cli.ctl_path, SRV_LISTEN);
+    umask(was);
+  }
+  if (*name) return nbdserve_cas_volume(cli.cas, name, ex);
+  cli.server->config.find = cli_find_volume;
+  cli.server->config.list = cli_list_volumes;
+  return 0;
+}
+
+/* Does the command that the command line may be, and exits. */
+static void cli_command(void) {
+  static struct cli_job j = {.fd = {1, 2}, .client = -1};
+  char **arg = cli.targets, *store = getenv("NBDSERVE_STORE"), *colons;
+  int n = cli.ntargets - 1, i = 0, status = 0;
+  while (n >= 0 && i < CLI_VERBS && strcmp(cli_verbs[i].name, *arg) != 0) i++;
+  if (n < 0 || i == CLI_VERBS) return;
+  const struct cli_verb *v = cli_verbs + i;
+  colons = n > 0 ? strstr(*++arg, "::") : NULL;
+  int only_size = v->verb == CLI_INIT && n == 1 && store &&
+                  srv_number(*arg, INT64_MAX, &j.ask.size);
+  if (colons || (n > 0 && !v->min && !only_size)) {
+    store = *arg;
+    *arg = colons ? colons + 2 : store + strlen(store);
+    if (colons) *colons = 0;
+    int none = !v->min && !**arg;
+    arg += none;
+    n -= none;
+  }
+  if (!store || n < v->min || n > v->max ||
+      (cli.v['n'] && !strchr(v->traits, 'N')))
+    cli_die(CLI_USAGE, "usage: nbdserve %s %s", v->name, v->help);
+  j.ask.verb = (unsigned char)i;
+  j.ask.flags = (cli.v['n'] ? NBDSERVE_CAS_DRY_RUN : 0) |
+                (cli.v['j'] ? CLI_JSON : 0);
+  if (n > 0 && strchr(v->traits, 'S') &&
+      !srv_number(arg[n - 1], INT64_MAX, &j.ask.size))
+    cli_die(CLI_USAGE, "%s %s: no size", v->name, arg[n - 1]);
+  if (v->verb == CLI_INIT) {
+    struct nbdserve_cas_options o = {
+        .block_size = (uint32_t)u_min(j.ask.size, UINT32_MAX)};
+    int err = nbdserve_cas_init(store, &o);
+    if (err == -EINVAL && n) cli_die(CLI_USAGE, "%s: no block size", *arg);
+    cli_fail(err, store);
+    exit(0);
+  }
+  int in = v->verb == CLI_IMPORT;
+  if (in || (v->verb == CLI_EXPORT && strcmp(arg[1], "-") != 0)) {
+    j.fd[0] = open(arg[1], in ? O_RDONLY : O_RDWR | O_CREAT, 0666);
+    if (j.fd[0] < 0) cli_fail(-errno, arg[1]);
+    if (!in && os_claim(j.fd[0], 0)) /* a store, maybe this one */
+      cli_die(CLI_IN_USE, "%s: in use", arg[1]);
+  }
+  int err = cli_open_store(store, strchr(v->traits, 'R') != NULL);
+  if (err != -EBUSY) cli_fail(err, store);
+  if (!err && strchr(v->traits, 'T')) cli_catch_signals(cli_on_signal);
+  for (i = 0; !status && (i < n || !i); i++) {
+    char *operand = i && v->min > 1 ? j.ask.to : j.ask.name;
+    if (i < n && snprintf(operand, PATH_MAX, "%s", arg[i]) >= PATH_MAX)
+      cli_die(CLI_USAGE, "%s: a name is too long", v->name);
+    if (i + 1 >= v->min) /* the last one may come many times */
+      status = err ? cli_remote(&j) : cli_do(&j, cli.cas);
+  }
+  exit(status);
+}
+#else
+#define cli_open_volume(path, name, ex) (-EOPNOTSUPP)
+#define cli_command() ((void)0)
+#endif
+
+/* Opens a target and adds it. */
+static void cli_add(char *path) {
+  struct nbdserve_export ex = cli.ex;
+  struct nbdserve_flat flat = {
+      .offset = cli.n['o'], .size = cli.n['S'], .create = cli.n['C'],
+      .flags = cli.v['r'] ? NBDSERVE_READONLY : 0};
+  char *equals = path + strcspn(path, "/="), *slash = strrchr(path, '/');
+  ex.name = cli.v['e'];
+  ex.description = cli.v['D'];
+  if (*equals == '=') {
+    *equals = 0;
+    ex.name = path;
+    path = equals + 1;
+  }
+  char *colons = strstr(path, "::");
+  if (!ex.name && cli.ntargets > 1)
+    ex.name = colons ? colons + 2 : slash ? slash + 1 : path;
+  if (cli.ntargets == 1 && !ex.name) ex.flags |= NBDSERVE_ANY_NAME;
+  if (cli.ntargets == 1 && ex.name) cli.name = ex.name;
+  if (colons && (cli.v['o'] || cli.v['S'] || cli.v['C']))
+    cli_die(CLI_USAGE, "%s: no --offset, --size, --create", path);
+  if (colons) *colons = 0;
+  int err = colons ? cli_open_volume(path, colons + 2, &ex) : -EOPNOTSUPP;
+  if (colons && !err && !ex.ops) return; /* all of it */
+#if !NBDSERVE_NO_FLAT
+  if (!colons) err = nbdserve_flat_open(path, &flat, &ex);
+#endif
+  if ((err == -EACCES || err == -EROFS) && !flat.flags)
+    cli_die(CLI_FAILED, "%s: %s; -r serves it read-only", path, u_error(err));
+  if (err == -ENOENT && !flat.create && !colons)
+    cli_die(CLI_FAILED, "%s: %s; --create SIZE makes it", path, u_error(err));
+  if (err == -EINVAL)
+    cli_die(CLI_FAILED, "%s: no file, device or mem:SIZE, or --offset, --size "
+                        "are beyond it", path);
+  cli_fail(err, path);
+  err = nbdserve_add(cli.server, &ex);
+  if (!err) return;
+  ex.ops->close(ex.ctx);
+  cli_die(CLI_USAGE, "%s: %s", path, err == -EEXIST
+          ? "another target has that export name"
+          : "--block-size, name or description out of range");
+}
+
+/* Listens; a connected socket, which cannot, is the only client. */
+static void cli_listen_on(const char *address) {
+  int err = nbdserve_listen(cli.server, address);
+  if (err == -ENAMETOOLONG)
+    cli_die(CLI_FAILED, "%s: a socket path has at most %u bytes", address,
+            (unsigned)sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
+  if (err == -EINVAL && cli.in < 0 && strncmp(address, "fd:", 3) == 0)
+    cli.in = cli.out = atoi(address + 3);
+  else
+    cli_fail(err, address);
+}
+
+static void cli_listen(void) {
+  const char *dirs[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"), "/tmp"};
+  const char *path = cli.v['U'], *host = cli.v['i'] ? cli.v['i'] : "localhost";
+  const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
+  char address[PATH_MAX + 8] = "unix:", *sock = address + 5;
+  int is_tcp = cli.v['p'] || cli.v['i'], fd = cli.v['f'] ? (int)cli.n['f'] : 3;
+  uint64_t n = cli.v['f'] != NULL; /* sockets of who started us, from fd on */
+  if (cli.v['s']) cli.in = 0;
+  if (cli.v['s']) return;
+  if (!n && !path && !is_tcp && pid && fds &&
+      strtol(pid, NULL, 10) == (long)getpid())
+    u_size(fds, &n); /* systemd, or nbdinfo and its like */
+  if (n > SRV_LISTENERS) cli_fail(-EMFILE, "LISTEN_FDS");
+  for (uint64_t i = 0; i < n; i++) {
+    snprintf(address, sizeof address, "fd:%d", fd + (int)i);
+    cli_listen_on(address);
+  }
+  if (n > 0) return;
+  if (path && strcmp(path, "-") != 0) {
+    /* a whole path, where it fits, so that the URI works from anywhere */
+    if (*path != '/' && getcwd(sock, 100 - u_min(strlen(path), 98)))
+      strcat(sock, "/");
+    strncat(sock, path, PATH_MAX / 2);
+    cli_listen_on(address);
+  } else if (path || !is_tcp) { /* in a directory only the owner reaches */
+    for (int i = 0; i < 3 && !*cli.dir; i++) {
+      if (!dirs[i] || *dirs[i] != '/' || strlen(dirs[i]) > 80)
+        continue; /* with the rest it must fit into every system's address */
+      snprintf(cli.dir, sizeof cli.dir, "%s/nbdXXXXXX", dirs[i]);
+      if (!mkdtemp(cli.dir)) *cli.dir = 0;
+    }
+    if (!*cli.dir)
+      cli_die(CLI_FAILED, "private socket: no directory for it; use -U");
+    strcat(strcpy(sock, cli.dir), "/sock");
+    cli_listen_on(address);
+    if (chmod(sock, 0600) < 0) cli_fail(-errno, sock);
+  }
+  if (is_tcp) {
+    snprintf(address, sizeof address, "tcp:%s:%s", host,
+             cli.v['p'] ? cli.v['p'] : "10809");
+    cli_listen_on(address);
+    if (strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
+        strncmp(host, "127.", 4) != 0 && !cli.v['q'])
+      cli_say(0, "%s: no authentication: anyone can read and write", host);
+  }
+  nbdserve_uri(cli.server, cli.name, cli.uri, sizeof cli.uri);
 }
 
 /* --run gets variables, as nbdkit has them; the ARGs of a command the URI. */
-static int cli_start_command(struct cli *k) {
-  char nbd[PATH_MAX + 80], *host = k->uri + 6; /* unless there is k->sock */
-  k->child = fork();
-  if (k->child) return k->child < 0 ? cli_say_errno("fork") : 0;
+static void cli_start_command(void) {
+  const struct srv_listener *l = cli.server->listeners;
+  char nbd[sizeof l->text + 16], **command = cli.command, **p;
+  if (!*cli.uri) cli_die(CLI_USAGE, "no URI for the command to use");
+  cli.child = fork();
+  if (cli.child < 0) cli_fail(-errno, "fork");
+  if (cli.child) return;
   cli_catch_signals(SIG_DFL);
-  if (k->command) {
-    for (char **p = k->command; *p; p++) *p = cli_expand(*p, k->uri);
-    execvp(k->command[0], k->command);
-    _exit(cli_say_errno(k->command[0]) + 126);
+  if (command) {
+    for (p = command; *p; p++) {
+      char *out = u_zalloc(strlen(*p) * (strlen(cli.uri) + 1) + 1), *hit;
+      for (; out && (hit = strstr(*p, "{}")) != NULL; *p = hit + 2)
+        strcat(strncat(out, *p, (size_t)(hit - *p)), cli.uri);
+      if (out) *p = strcat(out, *p);
+    }
+    execvp(*command, command);
+  } else {
+    snprintf(nbd, sizeof nbd, "nbd:%s%s", l->is_unix ? "unix:" : "", l->text);
+    setenv("nbd", nbd, 1);
+    setenv("uri", cli.uri, 1);
+    setenv("unixsocket", l->is_unix ? l->text : "", 1);
+    setenv("port", l->is_unix ? "" : strrchr(l->text, ':') + 1, 1);
+    setenv("exportname", cli.name, 1);
+    execl("/bin/sh", "sh", "-c", cli.v['R'], (char *)NULL);
   }
-  setenv("uri", k->uri, 1);
-  host[strcspn(host, "/")] = 0;
-  snprintf(nbd, sizeof nbd, *k->sock ? "nbd:unix:%s" : "nbd:%s",
-           *k->sock ? k->sock : host);
-  setenv("nbd", nbd, 1);
-  setenv("unixsocket", k->sock, 1);
-  setenv("port", *k->sock ? "" : strrchr(host, ':') + 1, 1);
-  setenv("exportname", k->name, 1);
-  execl("/bin/sh", "sh", "-c", k->v['R'], (char *)NULL);
-  _exit(cli_say_errno("/bin/sh") + 126);
-  return 0;
+  _exit(cli_say(127, "%s: %s", command ? *command : "/bin/sh",
+                u_error(-errno)));
 }
 
-static int cli_command_ended(struct cli *k, int wait) {
+static int cli_command_ended(int wait) {
   int st = 0;
-  if (!k->child || waitpid(k->child, &st, wait ? 0 : WNOHANG) <= 0) return 0;
-  k->status = WIFSIGNALED(st) ? 128 + WTERMSIG(st) : WEXITSTATUS(st);
-  k->child = 0;
+  if (!cli.child || waitpid(cli.child, &st, wait ? 0 : WNOHANG) <= 0) return 0;
+  cli.status = WIFSIGNALED(st) ? 128 + WTERMSIG(st) : WEXITSTATUS(st);
+  cli.child = 0;
   return 1;
 }
 
-static int cli_tell(const struct cli *k, int fd, const char *who) {
-  if (*k->uri && dprintf(fd, "%s\n", k->uri) < 0) return cli_say_errno(who);
-  return fd > 2 && close(fd) < 0 ? cli_say_errno(who) : 0;
-}
-
 /* All is open and listening: tells everybody who asked. */
-static int cli_ready(struct cli *k) {
-  if (k->v['P']) { /* in one step: who sees it may connect */
+static void cli_ready(void) {
+  if (cli.v['P']) { /* in one step: who sees it may connect */
     char temp[PATH_MAX];
-    snprintf(temp, sizeof temp, "%.*s.new", PATH_MAX - 8, k->v['P']);
+    snprintf(temp, sizeof temp, "%.*s.new", PATH_MAX - 8, cli.v['P']);
     int fd = open(temp, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     if (fd < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0 || close(fd) < 0 ||
-        rename(temp, k->v['P']) < 0)
-      return cli_say_errno(k->v['P']);
-    k->pidfile = k->v['P'];
+        rename(temp, cli.v['P']) < 0)
+      cli_fail(-errno, cli.v['P']);
+    cli.pidfile = cli.v['P'];
   }
-  if (k->v['y'] && cli_tell(k, (int)k->n['y'], "--ready-fd")) return CLI_FAILED;
-  if (k->v['R'])
-    return *k->uri ? cli_start_command(k)
-                   : cli_say(CLI_USAGE, "no URI for the command to use");
-  if (cli_tell(k, 1, "standard output")) return CLI_FAILED;
-  if (k->report < 0) return 0;
+  int ready = (int)cli.n['y'];
+  if (ready && ((*cli.uri && dprintf(ready, "%s\n", cli.uri) < 0) ||
+                close(ready) < 0))
+    cli_fail(-errno, "--ready-fd");
+  if (cli.v['R'] || cli.command)
+    cli_start_command();
+  else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0)
+    cli_fail(-errno, "standard output");
+  if (cli.report < 0) return;
   int null = open("/dev/null", O_RDWR);
   if (null < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0)
-    return cli_say_errno("/dev/null");
+    cli_fail(-errno, "/dev/null");
   close(null);
-  (void)!write(k->report, "", 1); /* a parent that is gone waits for nothing */
-  close(k->report);
-  return 0;
+  (void)!write(cli.report, "", 1); /* a parent that is gone waits for nothing */
+  close(cli.report);
 }
 
 /* --fork: the parent waits until the child serves or fails; that returns. */
-static int cli_fork(struct cli *k) {
+static void cli_fork(void) {
   int fd[2];
   char ready;
-  if (pipe(fd) < 0 || (k->child = fork()) < 0) return cli_say_errno("--fork");
-  if (k->child > 0) {
+  if (pipe(fd) < 0 || (cli.child = fork()) < 0) cli_fail(-errno, "--fork");
+  if (cli.child > 0) {
     close(fd[1]);
     if (read(fd[0], &ready, 1) == 1) _exit(0);
-    cli_command_ended(k, 1);
-    _exit(k->status ? k->status : CLI_FAILED);
+    cli_command_ended(1);
+    _exit(cli.status ? cli.status : CLI_FAILED);
   }
   close(fd[0]);
-  k->report = fd[1];
-  return setsid() < 0 ? cli_say_errno("--fork") : 0;
+  cli.report = fd[1];
+  if (setsid() < 0) cli_fail(-errno, "--fork");
 }
 
-static void cli_print_stats(const struct cli *k) {
+static void cli_print_stats(void) {
 #define N "%" PRIu64 /* a number */
   struct nbdserve_stats t;
-  cli_usr1 = 0;
-  nbdserve_stats(cli_server, &t);
-  fprintf(stderr, k->v['j']
+  cli.usr1 = 0;
+  nbdserve_stats(cli.server, &t);
+  fprintf(stderr, cli.v['j']
           ? "{\"clients\":" N ",\"clients_now\":" N ",\"requests\":" N
             ",\"errors\":" N ",\"bytes_read\":" N ",\"bytes_written\":" N
             ",\"flushes\":" N "}\n"
@@ -4820,86 +4909,25 @@ static void cli_print_stats(const struct cli *k) {
           t.bytes_written, t.flushes);
 }
 
-static int cli_serve(struct cli *k) {
+static int cli_serve(void) {
   int err = 0, run;
-  if (k->serve[0] >= 0) {
-    err = nbdserve_serve(cli_server, k->serve[0], k->serve[1], NULL);
-    nbdserve_stop(cli_server); /* what follows only flushes */
-  }
-  while ((run = nbdserve_run(cli_server)) == -EINTR) {
-    if (cli_usr1) cli_print_stats(k);
-    if (cli_command_ended(k, 0)) nbdserve_stop(cli_server);
-  }
-  if (k->v['T']) cli_print_stats(k);
-  if (k->child) kill(k->child, SIGTERM);
-  cli_command_ended(k, 1);
-  return k->status ? k->status : err || run ? CLI_FAILED : 0;
-}
-
-#if !NBDSERVE_NO_CAS
-/* Does the command that the command line may be.  -1: it is none. */
-static int cli_command(struct cli *k) {
-  static struct cli_job j = {.fd = {1, 2, 1}};
-  struct nbdserve_cas_options o = {0};
-  struct nbdserve_cas *cas;
-  int n = k->ntargets - 1, i = 0;
-  char **arg = k->targets + 1, *name = n > 0 ? *arg : NULL;
-  char *store = getenv("NBDSERVE_STORE"), *colons;
-  while (n >= 0 && i < CLI_VERBS && strcmp(cli_verbs[i].name, arg[-1]) != 0)
-    i++;
-  if (n < 0 || i == CLI_VERBS) return -1;
-  const struct cli_verb *v = cli_verbs + i;
-  if (name && (colons = strstr(name, "::"))) {
-    *colons = 0;
-    store = name;
-    *arg = colons + 2;
-  } else if (name && v->min == 0) {
-    store = name;
-  }
-  int skip = name == store && v->min == 0;
-  arg += skip;
-  n -= skip;
-  if (!store || n < v->min || n > v->max ||
-      (k->v['n'] && v->verb != CLI_GC && (v->verb < NBDSERVE_CAS_ROLLBACK ||
-                                          v->verb > NBDSERVE_CAS_RM)))
-    return cli_say(CLI_USAGE, "usage: nbdserve %s %s", v->name, v->help);
-  j.ask.verb = (unsigned char)i;
-  j.ask.flags = k->v['n'] ? NBDSERVE_CAS_DRY_RUN : 0;
-  if (n > 0 && (v->verb == CLI_INIT || v->verb == NBDSERVE_CAS_CREATE ||
-                v->verb == NBDSERVE_CAS_RESIZE)) {
-    const char *rest = u_size(arg[n - 1], &j.ask.size);
-    if (!rest || *rest)
-      return cli_say(CLI_USAGE, "%s %s: no size", v->name, arg[n - 1]);
-  }
-  int err = 0, in = v->verb == CLI_IMPORT;
-  if (v->verb == CLI_INIT) {
-    o.block_size = (uint32_t)j.ask.size;
-    err = nbdserve_cas_init(store, &o);
-    return err == -EINVAL ? cli_say(CLI_USAGE, "init %s: no block size", arg[0])
-           : err          ? cli_say(CLI_FAILED, "%s: %s", store, u_error(err))
-                          : 0;
-  }
-  char *end = j.ask.text, *limit = end + sizeof j.ask.text - 1;
-  for (i = 0; i < n && strlen(arg[i]) < (size_t)(limit - end); i++)
-    end += strlen(strcpy(end, arg[i])) + 1;
-  if (i < n) return cli_say(CLI_USAGE, "%s: too many names", v->name);
-  j.len = (size_t)(end + 1 - (char *)&j.ask);
-  if (in || (v->verb == CLI_EXPORT && strcmp(arg[1], "-") != 0))
-    j.fd[2] = open(arg[1], in ? O_RDONLY : O_RDWR | O_CREAT, 0666);
-  if (j.fd[2] < 0) return cli_say_errno(arg[1]);
-  if (j.fd[2] > 2 && !in && os_claim(j.fd[2], 0)) /* a store, maybe this one */
-    return cli_say(CLI_IN_USE, "%s: in use", arg[1]);
-  if (v->verb >= CLI_EXPORT && v->verb != CLI_GC)
-    o.flags = NBDSERVE_CAS_READONLY;
-  err = nbdserve_cas_open(store, &o, &cas);
-  if (err == -EBUSY) return cli_remote(&j, store);
-  if (err) return cli_say(CLI_FAILED, "%s: %s", store, err == -EINVAL
-                          ? "not a store" : u_error(err));
-  i = cli_do(&j, cas);
-  err = nbdserve_cas_close(cas);
-  return err ? cli_say(CLI_FAILED, "%s: %s", store, u_error(err)) : i;
-}
+#if !NBDSERVE_NO_CAS /* no other process is made now, to inherit from it */
+  if (cli.ctl >= 0 && (os_pipe(cli.ended) || os_thread(cli_control, NULL)))
+    cli.ended[0] = 0;
 #endif
+  if (cli.in >= 0) {
+    err = nbdserve_serve(cli.server, cli.in, cli.out, NULL);
+    nbdserve_stop(cli.server); /* what follows only flushes */
+  }
+  while ((run = nbdserve_run(cli.server)) == -EINTR) {
+    if (cli.usr1) cli_print_stats();
+    if (cli_command_ended(0)) nbdserve_stop(cli.server);
+  }
+  if (cli.v['T']) cli_print_stats();
+  if (cli.child) kill(cli.child, SIGTERM);
+  cli_command_ended(1);
+  return cli.status ? cli.status : err || run ? CLI_FAILED : 0;
+}
 
 static int cli_help(void) {
   puts("usage: nbdserve [OPTION]... [NAME=]TARGET... [-- CMD ARG...]\n"
@@ -4907,14 +4935,14 @@ static int cli_help(void) {
        "Serves disks over NBD.  TARGET is a file, a block device, mem:SIZE or\n"
        "STORE::VOLUME, STORE::VOLUME@SNAPSHOT or, for all of it, STORE::.\n"
        "With CMD: serves while it runs; {} in an ARG becomes the URI.\n");
-  for (const struct cli_option *o = cli_options; o->name; o++) {
+  for (const struct cli_option *o = cli_options; *o->name; o++) {
     char letter[] = {'-', (char)o->letter, ',', 0};
     printf("  %3s --%s %-*s %s\n", o->letter > 0 ? letter : "", o->name,
            18 - (int)strlen(o->name), o->arg ? o->arg : "", o->help);
   }
 #if !NBDSERVE_NO_CAS
-  puts("\nCommands on stores, also while they are served; NAME: VOLUME or "
-       "VOLUME@SNAPSHOT:");
+  puts("\nCommands on stores, also while they are served; NAME: VOLUME, "
+       "VOLUME@SNAPSHOT\nor the id of a snapshot that was sealed:");
   for (int i = 0; i < CLI_VERBS; i++)
     printf("  %-9s %s\n", cli_verbs[i].name, cli_verbs[i].help);
 #endif
@@ -4924,67 +4952,35 @@ static int cli_help(void) {
   return fflush(stdout) == EOF ? CLI_FAILED : 0;
 }
 
-static int cli_main(struct cli *k) {
-  int level = NBDSERVE_LOG_WARNING + (int)u_min(k->n['v'], 2);
-  struct nbdserve_config config = {
-      .version = NBDSERVE_VERSION_NUMBER, .max_conn = (uint32_t)k->n['m'],
-      .flags = k->v['1'] ? NBDSERVE_ONCE : 0, .threads = (uint32_t)k->n['t'],
-      .idle_exit_ms = (uint32_t)k->n['I'] * 1000, .log = cli_log,
-#if !NBDSERVE_NO_CAS
-      .find = cli_find_volume, .list = cli_list_volumes, .ctx = k,
-#endif
-      .log_level = k->v['q'] ? NBDSERVE_LOG_ERROR : level};
-  int status = nbdserve_new(&cli_server, &config);
-  if (status) return cli_say(CLI_FAILED, "start: %s", u_error(status));
-  cli_catch_signals(cli_on_signal);
-  for (int i = 0; i < k->ntargets && !status; i++) {
-    char *path = k->targets[i], *slash = strrchr(path, '/');
-    const char *colons = strstr(path, "::");
-    const char *name = k->ntargets == 1 ? k->name : colons ? colons + 2
-                       : slash          ? slash + 1 : path;
-    size_t n = strcspn(path, "/=");
-    if (path[n] == '=') {
-      path[n] = 0;
-      name = path;
-      path += n + 1;
-    }
-    if (k->ntargets == 1) k->name = name;
-    status = cli_add(k, path, name);
-  }
-  if (!status) status = cli_listen(k);
-  if (!status) status = cli_ready(k);
-  if (!status) status = cli_serve(k);
-  cli_catch_signals(SIG_IGN);
-  if (k->pidfile) unlink(k->pidfile);
-  nbdserve_free(cli_server);
-#if !NBDSERVE_NO_CAS
-  if (cli_close_store() && !status) status = CLI_FAILED;
-#endif
-  if (*k->dir) rmdir(k->dir);
-  return status;
-}
-
 int main(int argc, char **argv) {
-  static struct cli cli = {.report = -1, .serve = {-1, 1}}, *k = &cli;
   int fd = 0; /* 0 to 2 get opened: no image may be one and get messages */
   while (fd >= 0 && fd <= 2) fd = open("/dev/null", O_RDWR);
   if (fd > 2) close(fd);
-  k->targets = argv; /* gathered at its front, behind what has been read */
-  int status = cli_parse(k, argc, argv);
-  k->name = k->v['e'] ? k->v['e'] : "";
-  if (!status && k->v['h']) return cli_help();
-  if (!status && k->v['V'])
+  atexit(cli_close);
+  cli.targets = argv; /* gathered at its front, behind what has been read */
+  if (argc > 0) cli_parse(argv);
+  if (cli.v['h']) return cli_help();
+  if (cli.v['V'])
     return printf("nbdserve %s%s%s%s%s%s\n", nbdserve_version(),
                   NBDSERVE_NO_FLAT ? "" : " flat",
                   NBDSERVE_NO_CAS ? "" : " cas", NBDSERVE_NO_TCP ? "" : " tcp",
                   NBDSERVE_NO_THREADS ? "" : " threads",
                   NBDSERVE_POSIX_ONLY ? " posix-only" : "") < 0;
-#if !NBDSERVE_NO_CAS
-  if (!status && (fd = cli_command(k)) >= 0) return fd;
-#endif
-  if (!status) status = cli_check(k);
-  if (!status && k->v['F']) status = cli_fork(k);
-  return status ? status : cli_main(k);
+  int level = NBDSERVE_LOG_WARNING + (int)u_min(cli.n['v'], 2);
+  struct nbdserve_config config = {
+      .version = NBDSERVE_VERSION_NUMBER, .max_conn = (uint32_t)cli.n['m'],
+      .flags = cli.v['1'] ? NBDSERVE_ONCE : 0, .threads = (uint32_t)cli.n['t'],
+      .idle_exit_ms = (uint32_t)cli.n['I'] * 1000, .log = cli_log,
+      .log_level = cli.v['q'] ? NBDSERVE_LOG_ERROR : level};
+  cli_fail(nbdserve_new(&cli.server, &config), "start");
+  cli_command();
+  cli_check();
+  if (cli.v['F']) cli_fork();
+  cli_catch_signals(cli_on_signal);
+  for (int i = 0; i < cli.ntargets; i++) cli_add(cli.targets[i]);
+  cli_listen();
+  cli_ready();
+  return cli_serve();
 }
 
 #endif /* !NBDSERVE_NO_MAIN */

@@ -305,6 +305,8 @@ NBDSERVE_API int nbdserve_cas_gc(struct nbdserve_cas *cas, int dry_run,
 /* Flags of a server */
 #define NBDSERVE_ONCE 1u /* nbdserve_run returns after the last client */
 
+typedef int nbdserve_emit(void *arg, const char *name, const char *description);
+
 struct nbdserve_config {
   uint32_t version; /* NBDSERVE_VERSION_NUMBER: header and library must agree */
   uint32_t flags;   /* NBDSERVE_ONCE */
@@ -327,9 +329,7 @@ struct nbdserve_config {
    * client gets its own; close ends it), or -ENOENT; list calls emit for each
    * until emit returns non-zero.  Both may be NULL. */
   int (*find)(void *ctx, const char *name, struct nbdserve_export *out);
-  int (*list)(void *ctx,
-              int (*emit)(void *arg, const char *name, const char *description),
-              void *arg);
+  int (*list)(void *ctx, nbdserve_emit *emit, void *arg);
   /* Called before each request is done, from several threads at once; it may
    * take its time.  type: the NBD_CMD of proto.md.  0: go on, or -errno, which
    * is the answer.  NULL: none.  With it neighbours are not joined: slower. */

@@ -2379,6 +2379,129 @@ testWrongStoreCommandsExit2() {
   names
   assertEquals '' "$GOT"
 }
+testSealAndDiffAreCommands() {
+  store || return 0
+  noise 100000 >"$T/in"
+  cas 0 import "$S::v" "$T/in"
+  cas 0 snapshot "$S::v@s"
+  cas 0 seal "$S::v@s"
+  assertTrue "id: $(cat "$T/out")" "grep -Eqx 'sha256-[0-9a-f]{64}' '$T/out'"
+  cas 1 seal "$S::v"
+  says 'seal v: Invalid argument$'
+  DISK=$S::v SIZE=100000
+  simple OK.1 WRITE,1,5000,4 61626364
+  cas 0 diff "$S::v@s" v
+  assertTrue "rows: $(cat "$T/out")" "[ -s '$T/out' ]"
+  assertEquals 'OFFSET LENGTH' '' "$(grep -Evx '[0-9]+	[0-9]+' "$T/out")"
+  cas 1 diff "$S::v" x
+  says 'diff v x: No such file'
+  for command in "seal $S" "seal $S::v@s x" "diff $S::v" "diff $S::v v v" \
+    "-n seal $S::v@s"; do
+    # shellcheck disable=SC2086
+    cas 2 $command
+    says 'usage: nbdserve (seal|diff) '
+  done
+  listed
+  assertEquals 'columns' 4 "$(echo "$GOT" | awk -F'\t' '{print NF}' | sort -u)"
+}
+testImportOverAnExistingNameSaysSo() {
+  store || return 0
+  noise 1000 >"$T/in"
+  cas 0 import "$S::v" "$T/in"
+  noise 2000 >"$T/other"
+  cas 1 import "$S::v" "$T/other"
+  says '^nbdserve: import v: File exists$'
+  same v "$T/in"
+}
+testOutputThatIsLostIsAFailure() {
+  store || return 0
+  [ -c /dev/full ] || { skip 'no /dev/full'; return; }
+  cas 0 create "$S::v" 1M
+  for command in "list $S" "stat $S" "--json stat $S" "export $S::v -"; do
+    # shellcheck disable=SC2086
+    "$NBDSERVE" $command >/dev/full 2>>"$T/err"
+    assertEquals "$command" 1 $?
+    says 'No space left'
+  done
+}
+
+# Runs a command with --json: GOT, a Python expression of what it printed, x
+parsed() { # status expression command...
+  expected=$1 expression=$2
+  shift 2
+  cas "$expected" --json "$@"
+  GOT=$(python3 -c 'import json, sys
+x = json.load(sys.stdin)
+print(eval(sys.argv[1]))' "$expression" <"$T/out" 2>&1)
+}
+testStoreCommandsPrintJsonThatParses() {
+  needs python3 && store || return 0
+  for how in alone served; do
+    [ $how = alone ] || [ "$SWITCH" = NO_THREADS ] || serve "$S::"
+    parsed 0 x list "$S"
+    [ $how = served ] || assertEquals 'an empty store' '[]' "$GOT"
+    cas 0 create "$S::$how" 100000
+    cas 0 snapshot "$S::$how@s"
+    parsed 0 "sorted((i['name'], i['size'], len(i['created']), i['id'])
+      for i in x if i['name'].startswith('$how'))" list "$S"
+    assertEquals $how "[('$how', 100000, 20, ''), ('$how@s', 100000, 20, '')]" \
+      "$GOT"
+    parsed 0 "' '.join(x), x['block_size'], x['log'] < 100" stat "$S"
+    assertEquals $how "('block_size stored free file log', 4096, True)" "$GOT"
+    parsed 0 'x' verify "$S"
+    assertEquals $how '[]' "$GOT"
+    parsed 0 "list(x), x['bytes'] >= 0" gc -n "$S"
+    assertEquals $how "(['bytes'], True)" "$GOT"
+    parsed 0 "list(x), len(x['id'])" seal "$S::$how@s"
+    assertEquals $how "(['id'], 71)" "$GOT"
+    cas 0 create "$S::more$how" 200000
+    parsed 0 "[list(i) for i in x] in ([], [['offset', 'length']])" \
+      diff "$S::$how" more$how
+    assertEquals $how True "$GOT"
+  done
+}
+testDamageIsReportedAsJson() {
+  needs python3 && damageable || return 0
+  flip $(($(slot "$DATA") + 100))
+  flip $(($(slot "$DATA") + 4 * 4096))
+  parsed 3 "[(i['name'], i['offset'], i['length'], i['why'][:8]) for i in x]" \
+    verify "$S"
+  assertEquals "[('v', 81920, 4096, 'the data'), ('v', 98304, 4096, \
+'the data')]" "$GOT"
+}
+testRowsAreAlignedOnATerminal() {
+  needs script && store || return 0
+  cas 0 create "$S::v" 1
+  cas 0 create "$S::a-longer-name" 1T
+  for how in alone served; do
+    [ $how = alone ] || [ "$SWITCH" = NO_THREADS ] || serve "$S::"
+    script -qec "'$NBDSERVE' list '$S'" /dev/null </dev/null >"$T/out"
+    assertEquals "$how" 2 "$(wc -l <"$T/out")"
+    assertEquals "$how: where the sizes end" 1 \
+      "$(awk '{print index($0, " " $2 " ") + length($2)}' "$T/out" |
+        sort -u | wc -l)"
+    assertFalse "$how: tabs" "grep -q '	' '$T/out'"
+  done
+}
+testProgressIsShownOnATerminal() {
+  needs script && store || return 0
+  noise 2000000 >"$T/in"
+  cas 0 import "$S::v" "$T/in"
+  for how in alone served; do
+    [ $how = alone ] || [ "$SWITCH" = NO_THREADS ] || serve "$S::"
+    for pause in 0 2; do
+      script -qec "'$NBDSERVE' export '$S::v' - |
+        { sleep $pause; cat >'$T/copy'; }" /dev/null </dev/null >"$T/tty"
+      assertTrue "$how, $pause s" "cmp '$T/in' '$T/copy'"
+      [ $pause != 0 ] || assertEquals "$how, at once" '' "$(cat "$T/tty")"
+    done
+    assertTrue "$how: $(cat "$T/tty")" "tr '\r' '\n' <'$T/tty' |
+      grep -Eq '^ *[0-9]+% +[0-9.]+ MiB +[0-9.]+ MiB/s +[0-9]+ s left *$'"
+    assertEquals "$how: nothing stays" '' "$(tr '\r' '\n' <"$T/tty" |
+      tail -n 1 | tr -d ' ')"
+    "$NBDSERVE" export "$S::v" - 2>>"$T/err" | { sleep 1.5; cat >/dev/null; }
+  done
+}
 testWrongNamesAreRefused() {
   store || return 0
   long=$(printf '%0167d' 0)
@@ -2406,7 +2529,34 @@ testTheEnvironmentNamesTheStore() {
   assertTrue "cmp '$T/in' '$T/out2'"
   cas 0 verify
   cas 0 stat
+  cas 0 -D x::y stat
   unset NBDSERVE_STORE
+}
+
+testInitTakesASizeWhereTheEnvironmentNamesTheStore() {
+  store || return 0
+  NBDSERVE_STORE=$T/env
+  export NBDSERVE_STORE
+  cd "$T" || return
+  cas 0 init 64K
+  cas 2 init 5000
+  says 'block size'
+  cas 0 init other
+  cas 0 init ./8K
+  rm "$T/env"
+  cas 0 init
+  unset NBDSERVE_STORE
+  cas 0 init 16K
+  cas 0 init double::8K
+  NBDSERVE_STORE=$T/large "$NBDSERVE" init 64K
+  assertFalse 'no file of that name' "[ -e '$T/64K' ]"
+  cd "$here" || return
+  for size in env:4096 other:4096 8K:4096 16K:4096 double:8192; do
+    cas 0 stat "$T/${size%:*}"
+    assertEquals "$size" "block_size	${size#*:}" "$(head -n 1 "$T/out")"
+  done
+  cas 0 stat "$T/large"
+  assertEquals 'block_size	65536' "$(head -n 1 "$T/out")"
 }
 
 testInitAndForeignFiles() {
@@ -2470,6 +2620,111 @@ testCommandsOnAServedStoreAreDoneByTheServer() {
   assertFalse 'the socket is gone' "[ -e '$S.ctl' ]"
   names
   assertEquals 'v w ' "$GOT"
+}
+testLongListsOfNamesReachTheServerWhole() {
+  store && unless NO_THREADS || return 0
+  cas 0 create "$S::v" 1M
+  n=$(seq -f "$(printf %0150d 0)-%g" 300) # 46 KB
+  serve "$S::"
+  # shellcheck disable=SC2086
+  cas 0 clone "$S::v" $n
+  names
+  assertEquals "$(echo v "$n" | tr ' ' '\n' | sort | tr '\n' ' ')" "$GOT"
+}
+# Waits for a command in the background: STATUS, within 10 s
+finishes() {
+  PID=$!
+  sleep 0.5
+  kill -"$1" "$PID"
+  await "! kill -0 $PID 2>/dev/null"
+  wait "$PID"
+  STATUS=$?
+}
+testTERMEndsACommandAndLeavesNothingHalf() {
+  store || return 0
+  truncate -s 1T "$T/huge"
+  "$NBDSERVE" import "$S::n" "$T/huge" 2>>"$T/err" &
+  finishes TERM
+  assertEquals import 1 $STATUS
+  says 'import n: .*ancel'
+  names
+  assertEquals '' "$GOT"
+  cas 0 create "$S::v" 1T
+  "$NBDSERVE" verify "$S" 2>>"$T/err" &
+  finishes TERM
+  assertEquals verify 1 $STATUS
+  says 'verify: .*ancel'
+}
+testTERMOfTheServerEndsItsCommandsToo() {
+  store && unless NO_THREADS || return 0
+  cas 0 create "$S::v" 1T
+  truncate -s 1T "$T/huge"
+  for command in "verify $S" "import $S::n $T/huge"; do
+    serve "$S::"
+    # shellcheck disable=SC2086
+    "$NBDSERVE" $command 2>>"$T/err" &
+    COMMAND=$!
+    sleep 0.5
+    stop TERM
+    assertEquals "the server: $(cat "$T/err")" 0 $STATUS
+    wait $COMMAND
+    assertEquals "$command" 1 $?
+    says "${command%% *}.*: .*ancel"
+    assertFalse 'the socket is gone' "[ -e '$S.ctl' ]"
+    names
+    assertEquals 'v ' "$GOT"
+  done
+}
+testCommandOfAClientThatIsGoneIsNotGoneOnWith() {
+  store && unless NO_THREADS || return 0
+  cas 0 create "$S::v" 1T
+  truncate -s 1T "$T/huge"
+  serve "$S::"
+  "$NBDSERVE" import "$S::n" "$T/huge" 2>>"$T/err" &
+  finishes KILL
+  names
+  assertEquals 'v ' "$GOT"
+  : >"$T/err"
+  JOB=${JOBS# } PID=${JOBS#*:} JOB=${JOB%:*}
+}
+testWhatIsSentToTheControlSocketIsNotKept() {
+  needs python3 && store && unless NO_THREADS || return 0
+  serve "$S::"
+  [ -d "/proc/$PID/fd" ] || { skip 'no /proc'; return; }
+  before=$(find "/proc/$PID/fd" -type l | wc -l)
+  python3 - "$S.ctl" <<'END'
+import array, socket, sys
+for n in range(9):
+    for data in b"x", b"x" * 20000:
+        s = socket.socket(socket.AF_UNIX)
+        s.connect(sys.argv[1])
+        fds = array.array("i", [0] * n)
+        s.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
+                  if n else [])
+        s.close()
+END
+  names
+  after=$(find "/proc/$PID/fd" -type l | wc -l)
+  assertEquals 'open files' "$before" "$after"
+}
+testControlSocketOutlivesTheLackOfDescriptors() {
+  needs python3 && store && unless NO_THREADS || return 0
+  cas 0 create "$S::v" 1M
+  printf '#!/bin/sh\nulimit -n 40\nexec "%s" "$@"\n' "$NBDSERVE" >"$T/few"
+  chmod +x "$T/few"
+  was=$NBDSERVE NBDSERVE=$T/few LOG='^nbdserve: '
+  serve "$S::"
+  NBDSERVE=$was
+  python3 -c 'import socket, sys, time
+s = [socket.socket(socket.AF_UNIX) for i in range(60)]
+for i in s: i.connect(sys.argv[1])
+open(sys.argv[2], "w")
+time.sleep(2)' "$SOCK" "$T/full" &
+  await "[ -e '$T/full' ]"
+  sleep 0.5
+  names
+  assertEquals 'v ' "$GOT"
+  wait $!
 }
 testOpenVolumesAreNotRemoved() {
   store && unless NO_THREADS || return 0

@@ -331,19 +331,13 @@ static int os_claim(int fd, int readonly) {
   return r < 0 && (errno == EWOULDBLOCK || errno == EAGAIN) ? -EBUSY : 0;
 }
 
-static int os_fsync(int fd) {
-  int r;
-  do r = fsync(fd);
-  while (r < 0 && errno == EINTR);
-  return r < 0 && errno != EINVAL ? -errno : 0; /* some directories cannot */
-}
-
+/* A new file of that path is there after a power cut, as it is. */
 static int os_make_lasting(int fd, const char *path) {
-  int err = os_fsync(fd), dir = err ? err : os_open_dir(path);
+  int err = os_datasync(fd), dir = err ? err : os_open_dir(path);
   if (dir < 0) return dir;
-  err = os_fsync(dir);
+  err = os_datasync(dir);
   close(dir);
-  return err;
+  return err == -EINVAL ? 0 : err; /* some directories cannot */
 }
 #endif
 
@@ -1967,13 +1961,15 @@ static int tx_run(struct conn *c) {
 
 enum { FLAT_RUN = 64 };         /* neighbours joined into one call */
 enum { FLAT_FAILED = 1 << 30 }; /* (F1), beside the modes of os_fallocate */
+enum { FLAT_BLOCK = 65536 };    /* of what is temporary, kept as a whole */
 
 struct flat {
   struct ex_own own;
-  int fd;               /* fixed */
+  int fd, temp;          /* fixed: the file; a nameless one for writes, or -1 */
   uint64_t offset, size; /* fixed: of the export in the file; 0: all of it */
-  struct os_mutex lock; /* guards: */
-  int lacks;            /* FLAT_FAILED, and 1 << mode for each mode (F2) */
+  struct os_mutex lock;  /* guards: */
+  int lacks;             /* FLAT_FAILED, and 1 << mode for each mode (F2) */
+  unsigned char there[]; /* a bit for each block that is in temp */
 };
 
 static int flat_lacks(struct flat *f, int more) {
@@ -1996,9 +1992,37 @@ static int flat_transfer(struct flat *f, struct nbdserve_req *r, size_t n) {
                      f->offset + r->off);
 }
 
+/* Reads from where the blocks are, writes to the temporary file. */
+static int flat_overlay(struct flat *f, struct nbdserve_req *r) {
+  unsigned char block[FLAT_BLOCK];
+  int writing = r->type == NBD_CMD_WRITE, err = 0;
+  for (uint64_t at = 0, n; at < r->len && !err; at += n) {
+    uint64_t off = r->off + at, i = off / FLAT_BLOCK, from = i * FLAT_BLOCK;
+    uint64_t whole = u_min(FLAT_BLOCK, f->size - from);
+    int there = f->there[i / 8] >> i % 8 & 1;
+    n = u_min(from + whole - off, r->len - at);
+    struct iovec v = {r->buf + at, (size_t)n}, b = {block, (size_t)whole};
+    if (!there && writing && n < whole) { /* the rest comes along */
+      err = os_transfer(f->fd, 0, &b, 1, f->offset + from);
+      memcpy(block + (off - from), r->buf + at, (size_t)n);
+      v = (struct iovec){block, (size_t)whole};
+      off = from;
+    }
+    if (!err) err = there || writing ? os_transfer(f->temp, writing, &v, 1, off)
+                    : os_transfer(f->fd, 0, &v, 1, f->offset + off);
+    if (writing && !err) f->there[i / 8] |= (unsigned char)(1 << i % 8);
+  }
+  return err;
+}
+
 static void flat_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   struct flat *f = ctx;
   int failed = flat_lacks(f, 0) & FLAT_FAILED;
+  for (; f->temp >= 0 && n > 0; r++, n--) {
+    os_lock(&f->lock);
+    r->err = flat_overlay(f, r);
+    os_unlock(&f->lock);
+  }
   for (size_t i = 0, j; i < n; i = j) {
     for (j = i + 1; j < n && j - i < FLAT_RUN && r[j].type == r[i].type &&
                     r[j].off == r[j - 1].off + r[j - 1].len;)
@@ -2012,7 +2036,8 @@ static void flat_batch(void *ctx, struct nbdserve_req *r, size_t n) {
 
 static int flat_flush(void *ctx, uint32_t flags) {
   struct flat *f = ctx;
-  int err = flat_lacks(f, 0) & FLAT_FAILED ? -EIO : os_datasync(f->fd);
+  int err = flat_lacks(f, 0) & FLAT_FAILED ? -EIO
+            : f->temp >= 0 ? 0 : os_datasync(f->fd); /* it is not to last */
   (void)flags;
   if (err) flat_lacks(f, FLAT_FAILED); /* (F1) */
   return err;
@@ -2020,7 +2045,7 @@ static int flat_flush(void *ctx, uint32_t flags) {
 
 /* os_fallocate on a range of the export; -EOPNOTSUPP: do it another way. */
 static int flat_allocate(struct flat *f, int mode, uint64_t off, uint64_t len) {
-  int lacks = flat_lacks(f, 0), err = -EOPNOTSUPP;
+  int lacks = flat_lacks(f, f->temp < 0 ? 0 : 1 << mode), err = -EOPNOTSUPP;
   if (lacks & FLAT_FAILED) return -EIO;
   off += f->offset;
   if (!(lacks & 1 << mode)) err = os_fallocate(f->fd, mode, off, len);
@@ -2059,7 +2084,7 @@ static int flat_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
   struct flat *f = ctx;
   uint64_t pos = f->offset + off, end = pos + len, next;
   (void)flags;
-  for (int enough = 0; pos < end && !enough; pos = next) {
+  for (int enough = f->temp >= 0; pos < end && !enough; pos = next) {
     int is_data = os_is_data(f->fd, pos, end, &next);
     assert(next > pos);
     enough = nbdserve_extent(out, next - pos,
@@ -2078,6 +2103,7 @@ static uint64_t flat_size(void *ctx, uint64_t was) {
 static void flat_close(void *ctx) {
   struct flat *f = ctx;
   close(f->fd); /* after the last flush nothing is left that could fail */
+  close(f->temp);
   os_mutex_free(&f->lock);
   NBDSERVE_FREE(f);
 }
@@ -2093,7 +2119,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   int in_memory = strncmp(path, "mem:", 4) == 0;
   if (in_memory) path = u_size(path + 4, &o.create);
   if (!path || (in_memory && *path) || o.create > INT64_MAX ||
-      o.flags & ~NBDSERVE_READONLY)
+      o.flags & ~(NBDSERVE_READONLY | NBDSERVE_TEMPORARY))
     return -EINVAL;
   int fd = in_memory ? os_nameless_file(NULL)
       : open(path, (o.flags ? O_RDONLY : O_RDWR) | (o.create ? O_CREAT : 0) |
@@ -2112,101 +2138,27 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   if (!err && (end = lseek(fd, 0, SEEK_END)) < 0) err = -errno;
   uint64_t size = (uint64_t)end;
   if (!err && (o.offset > size || o.size > size - o.offset)) err = -EINVAL;
-  struct flat *f = err ? NULL : u_zalloc(sizeof *f);
+  int temp = -1, lasts = !(o.flags & NBDSERVE_TEMPORARY);
+  if (!err && !lasts && (temp = os_nameless_file(o.dir)) < 0) err = temp;
+  out->size = o.size ? o.size : size - o.offset;
+  uint64_t blocks = lasts ? 0 : out->size / FLAT_BLOCK + 1;
+  struct flat *f = err ? NULL : u_zalloc(sizeof *f + (size_t)(blocks / 8 + 1));
   if (!err) err = f ? os_mutex_init(&f->lock) : -ENOMEM;
   if (err) {
+    close(temp); /* -1 is no harm */
     close(fd);
     NBDSERVE_FREE(f);
     return err;
   }
   f->fd = fd;
+  f->temp = temp;
   f->own.batch = flat_batch;
   f->offset = o.offset;
-  f->size = o.size;
-  out->size = o.size ? o.size : size - o.offset;
-  out->flags |= o.flags | NBDSERVE_MULTI_CONN;
+  f->size = lasts ? o.size : out->size;
+  out->flags |= (o.flags & NBDSERVE_READONLY) | NBDSERVE_MULTI_CONN;
   if (os_is_rotational(fd)) out->flags |= NBDSERVE_ROTATIONAL;
   out->ops = &flat_ops;
   out->ctx = f;
-  return 0;
-}
-
-/* ---- Overlays: what is written is gone in the end ------------------------ */
-
-enum { OVER_BLOCK = 65536 };
-
-struct over {
-  struct ex_own own;
-  struct nbdserve_export base;
-  int fd;               /* a nameless file with the blocks that were written */
-  struct os_mutex lock; /* guards the file and: */
-  unsigned char there[]; /* a bit for each block in it */
-};
-
-static int over_transfer(struct over *o, struct nbdserve_req *r) {
-  unsigned char block[OVER_BLOCK];
-  uint64_t at = 0, n; /* in the request */
-  int writing = r->type == NBD_CMD_WRITE, err = 0;
-  for (; at < r->len && !err; at += n) {
-    uint64_t off = r->off + at, i = off / OVER_BLOCK, from = i * OVER_BLOCK;
-    uint64_t whole = u_min(OVER_BLOCK, o->base.size - from);
-    int there = o->there[i / 8] >> i % 8 & 1;
-    n = u_min(from + whole - off, r->len - at);
-    struct iovec v = {r->buf + at, (size_t)n};
-    if (!there && writing && n < whole) { /* the rest comes along */
-      err = o->base.ops->read(o->base.ctx, block, from, whole, 0);
-      memcpy(block + (off - from), r->buf + at, (size_t)n);
-      v = (struct iovec){block, (size_t)whole};
-      off = from;
-    }
-    if (there || writing)
-      err = err ? err : os_transfer(o->fd, writing, &v, 1, off);
-    else
-      err = o->base.ops->read(o->base.ctx, r->buf + at, off, n, 0);
-    if (writing && !err) o->there[i / 8] |= (unsigned char)(1 << i % 8);
-  }
-  return err;
-}
-
-static void over_batch(void *ctx, struct nbdserve_req *r, size_t n) {
-  struct over *o = ctx;
-  os_lock(&o->lock);
-  for (; n > 0; r++, n--) r->err = over_transfer(o, r);
-  os_unlock(&o->lock);
-}
-
-static int over_flush(void *ctx, uint32_t flags) {
-  return (void)ctx, (void)flags, 0; /* it is not to last */
-}
-
-static void over_close(void *ctx) {
-  struct over *o = ctx;
-  if (o->base.ops->close) o->base.ops->close(o->base.ctx);
-  os_mutex_free(&o->lock);
-  close(o->fd);
-  NBDSERVE_FREE(o);
-}
-
-static const struct nbdserve_ops over_ops = {
-    .read = ex_own_read, .write = ex_own_write, .flush = over_flush,
-    .close = over_close, .batch = over_batch};
-
-int nbdserve_overlay(struct nbdserve_export *ex, const char *dir) {
-  int fd = os_nameless_file(dir), err = fd < 0 ? fd : 0;
-  size_t bits = (size_t)(ex->size / OVER_BLOCK / 8 + 1);
-  struct over *o = u_zalloc(sizeof *o + bits);
-  if (!err) err = o ? os_mutex_init(&o->lock) : -ENOMEM;
-  if (err) {
-    if (fd >= 0) close(fd);
-    NBDSERVE_FREE(o);
-    return err;
-  }
-  o->own.batch = over_batch;
-  o->base = *ex;
-  o->fd = fd;
-  ex->flags = (ex->flags & ~NBDSERVE_READONLY) | NBDSERVE_MULTI_CONN;
-  ex->ops = &over_ops;
-  ex->ctx = o;
   return 0;
 }
 
@@ -4495,7 +4447,7 @@ static int cli_copy(struct cli_job *j, struct nbdserve_cas *cas, int in) {
     else n = (uint64_t)(done = write(fd, buf, (size_t)n));
     if (done < 0) err = -errno;
   }
-  if (!err) err = in ? ex.ops->flush(ex.ctx, 0) : is_file ? os_fsync(fd) : 0;
+  if (!err) err = in ? ex.ops->flush(ex.ctx, 0) : is_file ? os_datasync(fd) : 0;
   ex.ops->close(ex.ctx);
   if (err && in) nbdserve_cas_rm(cas, j->ask.name);
   return err;

@@ -120,7 +120,11 @@ struct nbdserve_flat {
   uint64_t offset; /* serve from this byte on */
   uint64_t size;   /* and that many bytes; 0: to the end */
   uint64_t create; /* make the file, sparse, with that size if it is missing */
-  uint32_t flags;  /* NBDSERVE_READONLY */
+  uint32_t flags;  /* NBDSERVE_READONLY: or */
+#define NBDSERVE_TEMPORARY 256u /* what is written is gone in the end: it goes
+                      to a file without a name; path is only read, and shared
+                      with other readers; 1 bit of memory for 64 KiB */
+  const char *dir; /* where that file is; NULL: memory */
 };
 
 /* Opens path ("mem:SIZE" is memory of that size) and fills *out; name and
@@ -134,13 +138,6 @@ struct nbdserve_flat {
 NBDSERVE_API int nbdserve_flat_open(const char *path,
                                     const struct nbdserve_flat *options,
                                     struct nbdserve_export *out);
-
-/* Makes *ex one whose writes are gone when it is closed: they go to a file
- * without a name in dir or, if that is NULL, to memory.  Flush does nothing.
- * *ex, of any backend, may be read-only, and belongs to the overlay then; one
- * bit for each 64 KiB of it is kept in memory.  -ENOMEM, or as mkstemp(3): *ex
- * is as it was. */
-NBDSERVE_API int nbdserve_overlay(struct nbdserve_export *ex, const char *dir);
 
 /* ---- The content-addressed store ----------------------------------------
  *

@@ -2045,10 +2045,8 @@ testResizeShowsToNewClients() { unit resize; }
 testBackendsMayChangeTheirSize() { unit sizes; }
 testEveryRequestIsAnnouncedAndMayBeRefused() { unit before; }
 testWhatIsTakenAwayIsGoneAndTheRestWorks() { unit without; }
-testOverlayTakesTheWrites() { ! unless NO_FLAT || unit overlay; }
-testReadErrorBelowAnOverlayIsOneOfTheRequest() {
-  ! unless NO_FLAT || unit overerror
-}
+testTemporaryWritesDoNotReachTheFile() { unit temporary; }
+testReadErrorBelowTemporaryWritesIsOneOfTheRequest() { unit overerror; }
 testHandshakeHasADeadline() { unit deadline; }
 testWhoStallsIsDroppedAndWhoIsIdleIsNot() { unit stalls; }
 testTransmissionCanBeEnteredAtOnce() { unit direct; }
@@ -5331,22 +5329,32 @@ static void u_without(void) {
   }
 }
 
-/* An overlay over a backend, which is only read, against a copy in memory */
-static void u_overlay(void) {
-  enum { SIZE = 1000003 };
-  static unsigned char want[SIZE], b[SIZE];
+/* Writes that are temporary, against a copy in memory; the file stays */
+static void u_temporary(void) {
+  enum { SIZE = 1000003, OFF = 4097 };
+  static unsigned char want[SIZE], b[SIZE + OFF], file[SIZE + OFF];
+  struct nbdserve_flat flat = {0};
+  struct nbdserve_export e = {0}, other = {0};
+  char path[200];
   uint32_t seed = 1;
-  int round, mode, i;
+  int round, mode, i, fd;
+  snprintf(path, sizeof path, "%s/base", dir);
+  for (i = 0; i < SIZE + OFF; i++) file[i] = (unsigned char)(i / 97);
+  fd = open(path, O_RDWR | O_CREAT, 0600);
+  CHECK(write(fd, file, sizeof file) == sizeof file && fchmod(fd, 0400) == 0);
+  flat.flags = NBDSERVE_TEMPORARY;
+  flat.dir = "/no/such/directory";
+  CHECK(nbdserve_flat_open(path, &flat, &e) == -ENOENT);
   for (round = 0; round < 2; round++) {
-    struct ram *r = r_new(SIZE);
-    struct nbdserve_export e = r_export(r, NBDSERVE_READONLY);
     struct one o;
-    for (i = 0; i < SIZE; i++) want[i] = r->data[i] = (unsigned char)(i / 97);
-    CHECK(nbdserve_overlay(&e, "/no/such/directory") == -ENOENT);
-    CHECK(e.ops == &r_ops && e.ctx == r);
-    CHECK(nbdserve_overlay(&e, round ? dir : NULL) == 0);
+    flat.dir = round ? dir : NULL;
+    flat.offset = round ? OFF : 0;
+    flat.size = round ? 0 : SIZE;
+    CHECK(nbdserve_flat_open(path, &flat, &e) == 0 && e.size == SIZE);
+    CHECK(nbdserve_flat_open(path, &flat, &other) == 0); /* may be shared */
+    memcpy(want, file + flat.offset, SIZE);
     o_open(&o, &e, round + 1);
-    CHECK(o.c.size == SIZE && !(o.c.flags & 2) && o.c.flags & 1 << 8);
+    CHECK(o.c.size == SIZE && (o.c.flags & ~0x1000u) == 0xded);
     for (i = 0; i < 600; i++) {
       uint32_t off, len;
       seed = seed * 1103515245 + 12345;
@@ -5371,36 +5379,45 @@ static void u_overlay(void) {
       }
     }
     CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 0);
-    CHECK(t_do(&o.c, 0, READ, 0, SIZE, b) == 0 && !memcmp(b, want, SIZE));
-    for (i = 0; i < SIZE; i++) CHECK(r->data[i] == (unsigned char)(i / 97));
-    CHECK(r->calls[WRITE] + r->calls[ZEROES] + r->calls[FLUSH] == 0);
-    r->error = -EIO; /* what was not written cannot be had */
-    CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 0);
-    r->error = 0;
+    CHECK(t_do(&o.c, 0, TRIM, 0, 4096, NULL) == 0);
+    CHECK(t_do(&o.c, 0, STATUS, 0, SIZE, NULL) == 0);
+    CHECK(t_do(&o.c, FAST, ZEROES, 0, 4096, NULL) == 95);
+    CHECK(t_do(&o.c, 0, READ, 4096, SIZE - 4096, b) == 0);
+    CHECK(!memcmp(b, want + 4096, SIZE - 4096));
     o_close(&o);
-    CHECK(r->closes == 1);
+    CHECK(other.ops->read(other.ctx, b, 0, SIZE, 0) == 0);
+    CHECK(!memcmp(b, file + flat.offset, SIZE)); /* each has its own */
+    other.ops->close(other.ctx);
+    CHECK(pread(fd, b, sizeof b, 0) == sizeof b && !memcmp(b, file, sizeof b));
   }
+  close(fd);
 }
 
-/* A read error below an overlay is one of the request, and nothing is lost */
+/* A read error below is one of the request, and nothing is lost by it */
 static void u_overerror(void) {
-  struct ram *r = r_new(262144);
-  struct nbdserve_export e = r_export(r, 0);
+  struct nbdserve_flat flat = {.flags = NBDSERVE_TEMPORARY};
+  struct nbdserve_export e = {0};
   unsigned char b[65536], c[512];
+  char path[200];
   struct one o;
-  CHECK(nbdserve_overlay(&e, NULL) == 0);
+  int fd;
+  snprintf(path, sizeof path, "%s/base", dir);
+  CHECK((fd = open(path, O_RDWR | O_CREAT, 0600)) >= 0);
+  CHECK(ftruncate(fd, 262144) == 0);
+  CHECK(nbdserve_flat_open(path, &flat, &e) == 0);
   o_open(&o, &e, 1);
   memset(b, 'w', sizeof b);
-  r->error = -EIO;
+  CHECK(ftruncate(fd, 0) == 0); /* the kernel says that it is over */
   CHECK(t_do(&o.c, 0, READ, 0, 512, c) == 5);
   CHECK(t_do(&o.c, 0, WRITE, 100, 512, b) == 5); /* the rest is unknown */
   CHECK(t_do(&o.c, 0, WRITE, 65536, 65536, b) == 0);
   CHECK(t_do(&o.c, 0, READ, 65536, 512, c) == 0 && !memcmp(b, c, 512));
-  r->error = 0;
-  CHECK(t_do(&o.c, 0, READ, 100, 512, c) == 0 && c[0] == 'r' && c[511] == 'r');
+  CHECK(ftruncate(fd, 262144) == 0);
+  CHECK(t_do(&o.c, 0, READ, 100, 512, c) == 0 && !c[0] && !c[511]);
   CHECK(t_do(&o.c, 0, WRITE, 100, 512, b) == 0);
-  CHECK(t_do(&o.c, 0, READ, 0, 512, c) == 0 && c[99] == 'r' && c[100] == 'w');
+  CHECK(t_do(&o.c, 0, READ, 0, 512, c) == 0 && !c[99] && c[100] == 'w');
   o_close(&o);
+  close(fd);
 }
 
 static void u_deadline(void) {
@@ -6236,7 +6253,7 @@ int main(int argc, char **argv) {
       V(arguments), V(uris), V(parallel), V(serial), V(slow), V(leave),
       V(vanish), V(inflight), V(memory), V(requests), V(fua), V(errors),
       V(missing), V(flush), V(find), V(extents), V(resize), V(sizes), V(before),
-      V(without), V(overlay), V(overerror), V(deadline),
+      V(without), V(temporary), V(overerror), V(deadline),
       V(stalls),
       V(direct), V(stop), V(two), V(failed), V(flags), V(null),
       V(totals), V(free), V(fips), V(ways), V(together),
@@ -7890,7 +7907,7 @@ int main(int argc, char **argv) {
 #include "nbdserve.c"
 
 enum { Z_SIZE = 65536 };
-static unsigned char z_disk[2 * Z_SIZE];
+static unsigned char z_disk[Z_SIZE];
 static struct nbdserve_cas *z_store;
 static const char *z_default;
 int LLVMFuzzerTestOneInput(const unsigned char *data, size_t size);
@@ -7911,22 +7928,21 @@ static int z_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
   return 0;
 }
 
-/* Exports: "file", "ram" a host's backend, "over" one over it, and a store's
- * "v" and its snapshot "v@s" */
+/* Exports: "file", "temp", "ram" a host's backend, and a store's "v" and its
+ * snapshot "v@s" */
 static int z_find(void *ctx, const char *name, struct nbdserve_export *e) {
   static const struct nbdserve_ops ops = {.read = z_read, .write = z_write};
+  struct nbdserve_flat temp = {.flags = NBDSERVE_TEMPORARY};
   (void)ctx;
   if (!*name) name = z_default;
   if (*name == 'v') return nbdserve_cas_volume(z_store, name, e);
   if (*name == 'f') return nbdserve_flat_open("mem:64K", NULL, e);
+  if (*name == 't') return nbdserve_flat_open("mem:64K", &temp, e);
   e->size = Z_SIZE;
   e->min_block = 512;
   e->ops = &ops;
   e->ctx = z_disk;
-  if (strcmp(name, "ram") == 0) return 0;
-  if (strcmp(name, "over") != 0) return -ENOENT;
-  e->ctx = z_disk + Z_SIZE;
-  return nbdserve_overlay(e, NULL);
+  return strcmp(name, "ram") == 0 ? 0 : -ENOENT;
 }
 
 static int z_list(void *ctx, int (*emit)(void *, const char *, const char *),
@@ -7959,7 +7975,7 @@ static void z_open_store(void) {
 }
 
 int LLVMFuzzerTestOneInput(const unsigned char *data, size_t size) {
-  static const char *const names[] = {"file", "ram", "v", "over"};
+  static const char *const names[] = {"file", "ram", "v", "temp"};
   int in = os_nameless_file(NULL), out = open("/dev/null", O_WRONLY);
   unsigned last = size ? data[size - 1] : 0;
   struct nbdserve_config config = {

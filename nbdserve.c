@@ -867,7 +867,7 @@ struct nbdserve {
   struct ex *exports, **last_export;
   struct conn *conns; /* clients being served */
   unsigned nconns;
-  struct nbdserve_stats stats; /* of clients that have gone */
+  struct nbdserve_stats stats;
 };
 
 enum {
@@ -1211,7 +1211,6 @@ struct conn {
   int flushing;                            /* which is at it */
   unsigned nqueue, ndeferred, nworkers, nidle, nlogged;
   int closing; /* the client has gone: workers finish and end */
-  struct nbdserve_stats stats;
   unsigned char rbuf[TX_RBUF], wbuf[TX_WBUF];
 };
 
@@ -1597,21 +1596,24 @@ static int tx_is_hole(const struct nbdserve_req *r) {
 static int tx_answer(struct conn *c, struct nbdserve_req *list) {
   unsigned char heads[32 * TX_HEAD];
   struct iovec v[TX_BATCH + 2];
+  struct nbdserve_stats *stats = &c->s->stats;
   struct nbdserve_req *r;
   int err = 0, n = 0;
-  os_lock(&c->lock);
+  os_lock(&c->s->lock);
   for (r = list; r; r = r->next) {
     assert(r->err <= 0 && !r->deferred);
-    c->stats.requests++;
-    c->stats.errors += r->err != 0;
-    if (!r->err && r->type == NBD_CMD_READ) c->stats.bytes_read += r->len;
-    if (!r->err && r->type == NBD_CMD_WRITE) c->stats.bytes_written += r->len;
+    stats->requests++;
+    stats->errors += r->err != 0;
+    if (!r->err && r->type == NBD_CMD_READ) stats->bytes_read += r->len;
+    if (!r->err && r->type == NBD_CMD_WRITE) stats->bytes_written += r->len;
     if (!r->ready || !r->buf) continue;
     unsigned char *p = r->buf - c->read_head;
     if (!n || (unsigned char *)v[n - 1].iov_base + v[n - 1].iov_len != p)
       v[n++] = (struct iovec){p, 0};
     v[n - 1].iov_len += c->read_head + (size_t)r->len;
   }
+  os_unlock(&c->s->lock);
+  os_lock(&c->lock);
   int split = n == 1 && !list->next && !c->ndeferred; /* none comes between */
   os_unlock(&c->lock);
   for (r = list; r; r = r->next) tx_log(c, r);
@@ -3896,23 +3898,10 @@ static void srv_poke(int fd, char what) {
 void nbdserve_stop(struct nbdserve *s) { srv_poke(s->stop[1], SRV_ELSE); }
 void nbdserve_wake(struct nbdserve *s) { srv_poke(s->wake[1], SRV_WAKE); }
 
-static void srv_add_stats(struct nbdserve_stats *to,
-                          const struct nbdserve_stats *from) {
-  to->requests += from->requests;
-  to->errors += from->errors;
-  to->bytes_read += from->bytes_read;
-  to->bytes_written += from->bytes_written;
-}
-
 void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
   os_lock(&s->lock);
   *out = s->stats;
   out->clients_now = s->nconns;
-  for (struct conn *c = s->conns; c; c = c->next) {
-    os_lock(&c->lock);
-    srv_add_stats(out, &c->stats);
-    os_unlock(&c->lock);
-  }
   for (struct ex *ex = s->exports; ex; ex = ex->next) {
     os_lock(&ex->lock);
     out->flushes += ex->nflushes;
@@ -3954,7 +3943,6 @@ static void srv_free_client(struct conn *c) {
   while (*p != c) p = &(*p)->next;
   *p = c->next;
   s->nconns--;
-  srv_add_stats(&s->stats, &c->stats);
   if (c->fd >= 0) close(c->fd); /* locked: srv_finish must not hit another */
   os_mutex_free(&c->lock);
   os_mutex_free(&c->sending);

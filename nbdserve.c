@@ -2555,11 +2555,9 @@ static int cas_sync(struct nbdserve_cas *s, int always) {
 /* Takes an edge off a page, after the last off all below, and yields lock. */
 static void cas_unref(struct nbdserve_cas *s, struct cas_node *b) {
   if (!b || --b->refs > 0) return;
-  for (uint32_t c = 0; c < s->fanout; c++)
-    if (b->level)
-      cas_unref(s, b->kid[c]);
-    else
-      cas_drop(s, b->e[c], &s->retired);
+  for (uint32_t c = 0; b->level && c < s->fanout; c++) cas_unref(s, b->kid[c]);
+  for (uint32_t c = 0; !b->level && c < s->fanout; c++)
+    cas_drop(s, b->e[c], &s->retired);
   if (!b->slot) s->ndirty--;
   cas_drop(s, b->slot, &s->retired);
   NBDSERVE_FREE(b);
@@ -2890,15 +2888,13 @@ static int cas_room(struct nbdserve_cas *s) {
 /* Takes a slot for a block: one that may have the same data, or a new one. */
 static int cas_choose(struct nbdserve_cas *s, struct cas_item *it, int hint) {
   uint32_t tag = CAS_TAG(it->sum), x = hint ? *cas_bucket(s, tag) : 0;
-  int err = 0;
   while (x && ((CAS_AT(s, x, tag) & ~CAS_GOOD) != tag ||
                CAS_AT(s, x, ref) > INT32_MAX / 2))
     x = CAS_AT(s, x, next);
+  int err = x ? 0 : cas_want(s, CAS_RESERVE + 1);
   it->state = x ? CAS_DUP : CAS_DATA | CAS_DIGEST;
-  if (x)
-    cas_hold(s, x);
-  else if (!(err = cas_want(s, CAS_RESERVE + 1)))
-    cas_index(s, x = cas_alloc(s), tag);
+  if (x) cas_hold(s, x);
+  if (!x && !err) cas_index(s, x = cas_alloc(s), tag);
   it->slot = x;
   return err;
 }

@@ -4108,9 +4108,11 @@ static const struct cli_option {
     {-'S', "size", "N", 1, INT64_MAX, "and that many bytes of it"},
     {'b', "block-size", "SIZES", 0, 0, "MIN:PREFERRED:MAX (1:4096:32M)"},
     {-'C', "create", "SIZE", 1, INT64_MAX, "make a missing target, sparse"},
+    {'T', "temporary", NULL, 0, 0, "what is written is gone at exit"},
     {-'c', "cache", "MODE", 0, 0, "writeback (default), writethrough, unsafe"},
     {'t', "threads", "N", 1, 1024, "slow requests at a time per client (16)"},
     {'m', "max-conn", "N", 1, 1 << 20, "clients at a time (128)"},
+    {-'a', "stall", "SEC", 1, 4000000, "to end what a client has begun (120)"},
     {'1', "once", NULL, 0, 0, "exit when the last client has gone"},
     {-'I', "idle-exit", "SEC", 1, 4000000, "exit after a time without clients"},
     {-'R', "run", "CMD", 0, 0, "serve while a shell command runs ($uri, $nbd)"},
@@ -4119,8 +4121,11 @@ static const struct cli_option {
     {-'y', "ready-fd", "N", 3, INT_MAX, "write the URI there, once listening"},
     {'q', "quiet", NULL, 0, 0, "errors only"},
     {'v', "verbose", NULL, 0, 0, "tell of clients; twice: of every request"},
-    {-'T', "stats", NULL, 0, 0, "print totals at exit (and always on SIGUSR1)"},
+    {-'z', "stats", NULL, 0, 0, "print totals at exit (and always on SIGUSR1)"},
     {-'j', "json", NULL, 0, 0, "print them, or a command's output, as JSON"},
+    {-'w', "without", "LIST", 0, 0, "hide features from clients: see README"},
+    {-'x', "fault", "CMD:ERR:RATE", 0, 0, "let commands fail: write:EIO:0.1"},
+    {-'d', "delay", "CMD:MS", 0, 0, "let commands wait before they are done"},
     {'n', "dry-run", NULL, 0, 0, "change nothing in a store"},
     {-'N', "no-verify", NULL, 0, 0, "a store's blocks are read unchecked"},
     {'V', "version", NULL, 0, 0, "print version and features"},
@@ -4135,6 +4140,7 @@ static struct {
   int ntargets;
   const char *name;          /* of a single export, or "" */
   struct nbdserve_export ex; /* what all exports have in common */
+  uint32_t without;          /* as in nbdserve_config */
   struct nbdserve *server;
   volatile sig_atomic_t usr1, ending; /* signals that came */
   int in, out;               /* one client's, or -1 */
@@ -4216,6 +4222,69 @@ static void cli_fail(int err, const char *object) {
             : err == -EADDRINUSE        ? "; not replaced" : "");
 }
 
+/* ---- What --without, --fault and --delay do to clients ------------------- */
+
+struct cli_word { const char *name; unsigned value; };
+static const struct cli_word cli_features[] = { /* nbdserve_config.without */
+    {"list", 1 << 19}, {"info", 1 << 22}, {"go", 3 << 22},
+    {"structured", 15 << 24}, {"meta", 3 << 25}, {"extended", 1 << 27},
+    {"flush", NBD_FLAG_SEND_FLUSH}, {"fua", NBD_FLAG_SEND_FUA},
+    {"trim", NBD_FLAG_SEND_TRIM}, {"fast-zero", NBD_FLAG_SEND_FAST_ZERO},
+    {"zero", NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO},
+    {"cache", NBD_FLAG_SEND_CACHE}, {"df", NBD_FLAG_SEND_DF},
+    {"multi-conn", NBD_FLAG_CAN_MULTI_CONN}, {NULL, 0}};
+static const struct cli_word cli_commands[] = {
+    {"read", NBD_CMD_READ}, {"write", NBD_CMD_WRITE}, {"flush", NBD_CMD_FLUSH},
+    {"trim", NBD_CMD_TRIM}, {"cache", NBD_CMD_CACHE}, {"all", UINT_MAX},
+    {"zero", NBD_CMD_WRITE_ZEROES}, {"status", NBD_CMD_BLOCK_STATUS},
+    {NULL, 0}};
+static const struct cli_word cli_errors[] = {
+    {"EPERM", EPERM}, {"EIO", EIO}, {"ENOMEM", ENOMEM}, {"EINVAL", EINVAL},
+    {"ENOSPC", ENOSPC}, {"EOVERFLOW", EOVERFLOW}, {"ENOTSUP", ENOTSUP},
+    {"ESHUTDOWN", ESHUTDOWN}, {NULL, 0}};
+
+static struct { int err, ms; unsigned ppm, sum; } cli_faults[8]; /* by NBD_CMD */
+
+/* Takes the first word, up to one of ends, off *s.  Is it known? */
+static int cli_take(const struct cli_word *w, const char **s, const char *ends,
+                    unsigned *value) {
+  size_t n = strcspn(*s, ends);
+  while (w->name && (strncmp(w->name, *s, n) != 0 || w->name[n])) w++;
+  *s += n + ((*s)[n] != 0);
+  *value = w->value;
+  return w->name != NULL;
+}
+
+static int cli_disturb(const char *s, int is_delay) {
+  unsigned cmd, err = 0;
+  uint64_t ms = 0;
+  char *end;
+  if (!cli_take(cli_commands, &s, ":", &cmd) ||
+      (is_delay ? !srv_number(s, 3600000, &ms)
+                : !cli_take(cli_errors, &s, ":", &err)))
+    return 0;
+  double rate = strtod(s, &end);
+  if (!is_delay && (end == s || *end || rate < 1e-6 || rate > 1)) return 0;
+  for (unsigned i = 0; i < 8; i++) {
+    if (i != cmd && cmd != UINT_MAX) continue;
+    if (is_delay) cli_faults[i].ms = (int)ms;
+    if (!is_delay) cli_faults[i].err = -(int)err;
+    if (!is_delay) cli_faults[i].ppm = (unsigned)(rate * 1e6 + .5);
+  }
+  return 1;
+}
+
+/* The same share of requests always fails, so that tests can rely on it. */
+static int cli_before(void *ctx, unsigned type, uint64_t off, uint64_t len) {
+  (void)ctx, (void)off, (void)len;
+  if (cli_faults[type].ms) poll(NULL, 0, cli_faults[type].ms);
+  os_lock(&cli.server->lock);
+  int hit = (cli_faults[type].sum += cli_faults[type].ppm) >= 1000000;
+  if (hit) cli_faults[type].sum -= 1000000;
+  os_unlock(&cli.server->lock);
+  return hit ? cli_faults[type].err : 0;
+}
+
 static void cli_set(const struct cli_option *o, const char *value) {
   uint32_t *block[] = {&cli.ex.min_block, &cli.ex.preferred_block,
                        &cli.ex.max_request};
@@ -4238,6 +4307,9 @@ static void cli_set(const struct cli_option *o, const char *value) {
       cli.ex.flags = NBDSERVE_WRITETHROUGH;
     ok = cli.ex.flags || strcmp(value, "writeback") == 0;
   }
+  if (c == 'x' || c == 'd') ok = cli_disturb(value, c == 'd');
+  for (unsigned bits = 0; c == 'w' && ok && *rest; cli.without |= bits)
+    ok = cli_take(cli_features, &rest, ",", &bits);
   if (!ok)
     cli_die(CLI_USAGE, "--%s %s: no such %s, or out of range", o->name, value,
             o->arg);
@@ -4281,7 +4353,7 @@ static void cli_parse(char **argv) {
 }
 
 static void cli_check(void) {
-  const char *p = "sUspsisfsFfUfpfiRsRfRFR1RICr-R-s-f-F-1-I"; /* not both */
+  const char *p = "sUspsisfsFfUfpfiRsRfRFR1RICr-R-s-f-F-1-ITrTC"; /* not both */
   for (; *p; p += 2)
     if (cli.v[(int)p[0]] && cli.v[(int)p[1]])
       cli_die(CLI_USAGE, "--%s: not together with --%s",
@@ -4650,7 +4722,9 @@ static void cli_add(char *path) {
   struct nbdserve_export ex = cli.ex;
   struct nbdserve_flat flat = {
       .offset = cli.n['o'], .size = cli.n['S'], .create = cli.n['C'],
-      .flags = cli.v['r'] ? NBDSERVE_READONLY : 0};
+      .flags = cli.v['r'] ? NBDSERVE_READONLY
+               : cli.v['T'] ? NBDSERVE_TEMPORARY : 0};
+  flat.dir = getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
   char *equals = path + strcspn(path, "/="), *slash = strrchr(path, '/');
   ex.name = cli.v['e'];
   ex.description = cli.v['D'];
@@ -4664,8 +4738,9 @@ static void cli_add(char *path) {
     ex.name = colons ? colons + 2 : slash ? slash + 1 : path;
   if (cli.ntargets == 1 && !ex.name) ex.flags |= NBDSERVE_ANY_NAME;
   if (cli.ntargets == 1 && ex.name) cli.name = ex.name;
-  if (colons && (cli.v['o'] || cli.v['S'] || cli.v['C']))
-    cli_die(CLI_USAGE, "%s: no --offset, --size, --create", path);
+  if (colons && (cli.v['o'] || cli.v['S'] || cli.v['C'] || cli.v['T']))
+    cli_die(CLI_USAGE, "%s: no --offset, --size, --create; and instead of -T "
+                       "clone it", path);
   if (colons) *colons = 0;
   int err = colons ? cli_open_volume(path, colons + 2, &ex) : -EOPNOTSUPP;
   if (colons && !err && !ex.ops) return; /* all of it */
@@ -4859,7 +4934,7 @@ static int cli_serve(void) {
     if (cli.usr1) cli_print_stats();
     if (cli_command_ended(0)) nbdserve_stop(cli.server);
   }
-  if (cli.v['T']) cli_print_stats();
+  if (cli.v['z']) cli_print_stats();
   if (cli.child) kill(cli.child, SIGTERM);
   cli_command_ended(1);
   return cli.status ? cli.status : err || run ? CLI_FAILED : 0;
@@ -4907,6 +4982,8 @@ int main(int argc, char **argv) {
       .version = NBDSERVE_VERSION_NUMBER, .max_conn = (uint32_t)cli.n['m'],
       .flags = cli.v['1'] ? NBDSERVE_ONCE : 0, .threads = (uint32_t)cli.n['t'],
       .idle_exit_ms = (uint32_t)cli.n['I'] * 1000, .log = cli_log,
+      .stall_ms = (uint32_t)cli.n['a'] * 1000, .without = cli.without,
+      .before = cli.v['x'] || cli.v['d'] ? cli_before : NULL,
       .log_level = cli.v['q'] ? NBDSERVE_LOG_ERROR : level};
   cli_fail(nbdserve_new(&cli.server, &config), "start");
   cli_command();

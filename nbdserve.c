@@ -279,8 +279,7 @@ static int os_transfer(int fd, int writing, struct iovec *v, int n,
     off_t at = (off_t)off;
     ssize_t done;
 #if OS_LINUX || (!defined __APPLE__ && !NBDSERVE_POSIX_ONLY)
-    if (n > 1)
-      done = writing ? pwritev(fd, v, n, at) : preadv(fd, v, n, at);
+    if (n > 1) done = writing ? pwritev(fd, v, n, at) : preadv(fd, v, n, at);
     else
 #endif
       done = writing ? pwrite(fd, v->iov_base, v->iov_len, at)
@@ -816,10 +815,8 @@ static int io_send(const struct io *io, struct iovec *v, int n, int more) {
       if (err) break;
       done = write(io->out, v->iov_base, u_min(v->iov_len, PIPE_BUF));
     }
-    if (done < 0)
-      err = io_again(io, 1);
-    else
-      os_advance(&v, &n, (size_t)done);
+    if (done < 0) err = io_again(io, 1);
+    else os_advance(&v, &n, (size_t)done);
   }
   return err;
 }
@@ -954,10 +951,8 @@ static int ex_get(struct nbdserve *s, const char *name, struct ex **out,
   *size = e.size;
   if (!e.name) e.name = name;
   err = ex_new(out, &e);
-  if (!err)
-    (*out)->dynamic = 1;
-  else if (e.ops && e.ops->close)
-    e.ops->close(e.ctx);
+  if (!err) (*out)->dynamic = 1;
+  else if (e.ops && e.ops->close) e.ops->close(e.ctx);
   return err;
 }
 
@@ -991,8 +986,7 @@ static int ex_flush(struct ex *ex) {
   if (!ex->e.ops->flush || (ex->e.flags & NBDSERVE_UNSAFE)) return 0;
   os_lock(&ex->lock);
   uint64_t mine = ex->nflushes + 1; /* the first that has not begun yet */
-  while (ex->flushing && ex->nflushes <= mine)
-    os_wait(&ex->flushed, &ex->lock);
+  while (ex->flushing && ex->nflushes <= mine) os_wait(&ex->flushed, &ex->lock);
   if (ex->nflushes < mine) {
     ex->nflushes = mine;
     ex->flushing = 1;
@@ -1613,15 +1607,7 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list) {
     v[n - 1].iov_len += c->read_head + (size_t)r->len;
   }
   os_unlock(&c->s->lock);
-  os_lock(&c->lock);
-  int split = n == 1 && !list->next && !c->ndeferred; /* none comes between */
-  os_unlock(&c->lock);
   for (r = list; r; r = r->next) tx_log(c, r);
-  if (split) { /* a lone READ: its head already wakes the client, on a */
-    struct iovec *data = v, head = {v->iov_base, c->read_head};
-    err = tx_send(c, &head, 1, OS_MSG_MORE); /* processor of its own, while */
-    os_advance(&data, &n, c->read_head);     /* the data is being copied */
-  }
   for (r = list; r && !err; n = 0) {
     v[n] = (struct iovec){heads, 0};
     v[n + 1] = (struct iovec){NULL, 0};
@@ -2582,10 +2568,8 @@ static int cas_own(struct nbdserve_cas *s, struct cas_node **p, int level) {
   n->level = level;
   n->e = (uint32_t *)(void *)n->kid;
   for (uint32_t c = 0; b && c < s->fanout; c++)
-    if (!level)
-      cas_hold(s, n->e[c] = b->e[c]);
-    else if ((n->kid[c] = b->kid[c]))
-      n->kid[c]->refs++;
+    if (!level) cas_hold(s, n->e[c] = b->e[c]);
+    else if ((n->kid[c] = b->kid[c])) n->kid[c]->refs++;
   if (b) b->refs--;
   s->ndirty++;
   *p = n;
@@ -2988,9 +2972,7 @@ static void cas_unpin(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
   os_unlock(&s->lock);
 }
 
-/* READs, WRITEs or WRITE_ZEROES a part of one block.  CAS_DIGEST: gets its
- * digest as it counts for ids, with zeroes behind the end of the image; zeroes,
- * if all is zero. */
+/* READs, WRITEs or WRITE_ZEROES a part of one block. */
 static int cas_part(struct nbdserve_cas *s, struct cas_image *im, int what,
                     unsigned char *buf, uint64_t off, uint64_t len) {
   struct cas_item it = {.lba = off / s->bs, .data = NBDSERVE_MALLOC(s->bs)};
@@ -3000,13 +2982,7 @@ static int cas_part(struct nbdserve_cas *s, struct cas_image *im, int what,
   do {
     err = cas_read(s, im, &it, 1, CAS_DATA);
     if (!err && what == NBD_CMD_READ) memcpy(buf, part, (size_t)len);
-    if (!err && what == CAS_DIGEST) {
-      len = im->size - u_min(off, im->size);
-      if (len < s->bs) memset(part + len, 0, (size_t)(s->bs - len));
-      memset(buf, 0, 32);
-      if (!u_is_zero(part, s->bs))
-        sha_256(s->hw, part, NULL, s->bs, buf, NULL);
-    } else if (!err && what != NBD_CMD_READ) {
+    if (!err && what != NBD_CMD_READ) {
       if (what == NBD_CMD_WRITE) memcpy(part, buf, (size_t)len);
       if (what != NBD_CMD_WRITE) memset(part, 0, (size_t)len);
       struct cas_item w = {.lba = it.lba, .data = it.data, .expect = it.slot};
@@ -3025,14 +3001,14 @@ static int cas_same(struct nbdserve_cas *s, struct cas_image **im, uint64_t lba,
   struct cas_item it[2] = {{.state = CAS_DIGEST}, {.state = CAS_DIGEST}};
   struct cas_node *b[2];
   uint64_t below = s->max_blocks; /* blocks below b */
-  int i, odd = 0, err = 0;        /* odd: it has to be read */
+  int i, err = 0, odd = 0; /* odd: taken for different */
   *span = below;
   os_lock(&s->lock);
   for (i = 0; i < 2; i++) {
     uint64_t whole = im[i]->size / s->bs;
     b[i] = lba < cas_blocks(s, im[i]->size) ? im[i]->root : NULL;
     if (lba < whole) *span = u_min(*span, whole - lba);
-    if (lba == whole && b[i]) odd = 1;
+    odd |= lba == whole && b[i] && im[0]->size != im[1]->size;
   }
   for (int level = CAS_LEVELS; level-- > 0 && (odd || b[0] != b[1]);) {
     below /= s->fanout;
@@ -3043,16 +3019,15 @@ static int cas_same(struct nbdserve_cas *s, struct cas_image **im, uint64_t lba,
       b[i] = b[i] && level ? b[i]->kid[c] : NULL;
     }
   }
-  for (i = 0; i < 2 && s->readonly; i++) /* see cas_redo */
-    if (CAS_AT(s, it[i].slot, tag) & ~CAS_GOOD) odd = 1;
   *span = u_min(*span, below - lba % below);
-  *same = !odd && it[0].slot == it[1].slot;
-  if (!err && !*same && (odd || (it[0].slot && it[1].slot))) {
+  *same = it[0].slot == it[1].slot && !(odd && it[0].slot);
+  for (i = 0; i < 2; i++) /* see cas_redo */
+    odd |= s->readonly && CAS_AT(s, it[i].slot, tag) & ~CAS_GOOD;
+  if (!err && !*same && it[0].slot && it[1].slot && !odd) {
     for (i = 0; i < 2; i++) cas_hold(s, it[i].slot);
     os_unlock(&s->lock);
     for (i = 0; i < 2 && !err; i++)
-      err = !odd ? cas_transfer(s, it + i, 1, CAS_DIGEST, 0)
-            : cas_part(s, im[i], CAS_DIGEST, it[i].digest, lba * s->bs, s->bs);
+      err = cas_transfer(s, it + i, 1, CAS_DIGEST, 0);
     *same = memcmp(it[0].digest, it[1].digest, 32) == 0;
     os_lock(&s->lock);
     for (i = 0; i < 2; i++) cas_drop(s, it[i].slot, &s->dropped);
@@ -3471,14 +3446,17 @@ int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
 }
 
 /* Zeroes what is behind the end of a volume: that is of no account while it is
- * there, but has to be zero when it grows, and takes space after it shrank. */
-static int cas_clear_tail(struct nbdserve_cas *s, const char *name) {
+ * there, but has to be zero when it grows, and takes space after it shrank.  In
+ * a snapshot it would count for the id: the end of the last block is enough. */
+static int cas_clear_tail(struct nbdserve_cas *s, const struct cas_op *op) {
   uint64_t end = u_min(s->max_blocks, INT64_MAX / s->bs) * s->bs;
   struct nbdserve_export e = {0};
+  char name[CAS_PATH];
+  snprintf(name, sizeof name, "%.*s", (int)strcspn(op->name, "@"), op->name);
   int err = nbdserve_cas_volume(s, name, &e);
   if (err) return err;
-  if (!(e.flags & NBDSERVE_READONLY) && e.size < end)
-    err = cas_zero(e.ctx, e.size, end - e.size, 0);
+  if (op->verb == NBDSERVE_CAS_SNAPSHOT) end = cas_blocks(s, e.size) * s->bs;
+  if (e.size < end) err = cas_zero(e.ctx, e.size, end - e.size, 0);
   cas_close(e.ctx);
   return err;
 }
@@ -3486,13 +3464,14 @@ static int cas_clear_tail(struct nbdserve_cas *s, const char *name) {
 int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
                         const char *to, uint64_t size) {
   struct cas_op op = {verb, name, to, size};
-  int err = s->readonly ? -EROFS : 0, resize = verb == NBDSERVE_CAS_RESIZE;
+  int resize = verb == NBDSERVE_CAS_RESIZE, err = s->readonly ? -EROFS : 0;
   os_lock(&s->lock); /* what is to be written now may be there already */
   while (verb == NBDSERVE_CAS_CREATE && s->busy) os_wait(&s->room, &s->lock);
   os_unlock(&s->lock);
-  if (!err && resize) err = cas_clear_tail(s, name);
+  if (!err && (resize || verb == NBDSERVE_CAS_SNAPSHOT))
+    err = cas_clear_tail(s, &op);
   if (!err) err = cas_checkpoint(s, &op);
-  if (!err && resize) cas_clear_tail(s, name);
+  if (!err && resize) cas_clear_tail(s, &op);
   return err;
 }
 
@@ -3542,9 +3521,6 @@ int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72]) {
     cas_unpin(s, it, n);
     memset(run + 32, 0, sizeof run - 32);
     for (i = 0; i < n; i++) memcpy(run + 32 + 32 * i, it[i].digest, 32);
-    if (lba + n == blocks && !err) /* it may have something behind the end */
-      err = cas_part(s, im, CAS_DIGEST, run + 32 * n, (blocks - 1) * s->bs,
-                     s->bs);
     sha_256(s->hw, run, NULL, sizeof run, run, NULL);
   }
   NBDSERVE_FREE(data);
@@ -4771,8 +4747,7 @@ static void cli_listen_on(const char *address) {
             (unsigned)sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
   if (err == -EINVAL && cli.in < 0 && strncmp(address, "fd:", 3) == 0)
     cli.in = cli.out = atoi(address + 3);
-  else
-    cli_fail(err, address);
+  else cli_fail(err, address);
 }
 
 static void cli_listen(void) {
@@ -4876,8 +4851,7 @@ static void cli_ready(void) {
   if (ready && ((*cli.uri && dprintf(ready, "%s\n", cli.uri) < 0) ||
                 close(ready) < 0))
     cli_fail(-errno, "--ready-fd");
-  if (cli.v['R'] || cli.command)
-    cli_start_command();
+  if (cli.v['R'] || cli.command) cli_start_command();
   else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0)
     cli_fail(-errno, "standard output");
   if (cli.report < 0) return;

@@ -6162,6 +6162,9 @@ static void q_same(struct nbdserve_cas *cas, const char *a, const char *b,
   CHECK(m.end <= size);
   for (at = 0; at < size; at += n) {
     n = size - at < 4096 ? size - at : 4096;
+    if (a_size != b_size && (at == a_size - a_size % 4096 ||
+                             at == b_size - b_size % 4096) && m.is[at / 4096])
+      continue; /* the end of one inside a block is taken for a difference */
     CHECK((memcmp(p[0] + at, p[1] + at, (size_t)n) != 0) == m.is[at / 4096]);
   }
   if (size && m.is[(size - 1) / 4096]) CHECK(m.end == size);
@@ -7519,6 +7522,9 @@ static int m_diff(struct m_vol *v, struct m_vol *w) {
   for (c = 0; c < size; c += PER) {
     for (i = c, differs = 0; i < c + PER && i < size; i++)
       differs |= (i < v->size ? v->cur[i] : 0) != (i < w->size ? w->cur[i] : 0);
+    if (differs < range.is[c / PER]) { /* allowed: see nbdserve_cas_diff */
+      if (cas->readonly || c + PER > v->size || c + PER > w->size) differs = 1;
+    }
     if (differs != range.is[c / PER])
       m_fail("%s and %s differ in block %u: %d", v->name, w->name, c / PER,
              differs);

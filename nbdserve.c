@@ -4,8 +4,7 @@
  *   cc nbdserve.c -o nbdserve        a server: see README, or nbdserve --help
  *   cc -DNBDSERVE_NO_MAIN -c ...     a library: see nbdserve.h
  *
- * The protocol is doc/proto.md of NetworkBlockDevice/nbd; its names are used
- * as they stand there.
+ * The protocol is doc/proto.md of NetworkBlockDevice/nbd, and so are its names.
  *
  * ---- Map ----------------------------------------------------------------
  * A section uses only what stands above it.  KEEP IT SO: nothing else makes a
@@ -26,8 +25,8 @@
  *   [13] CLI           cli_       the command
  *
  * ---- Threads ------------------------------------------------------------
- * nbdserve_run accepts; one thread serves a client (see [9]), and hands what
- * may take long to that client's workers.  A store has at times one more.
+ * nbdserve_run accepts; a thread serves each client, and hands what may take
+ * long to that client's workers (see [9]).  A store has at times one more.
  *
  * ---- Locks, in the order they may be taken -------------------------------
  *   1. nbdserve.lock   exports and their sizes, clients
@@ -41,8 +40,7 @@
  */
 
 /* ==== [1] CONFIG (NBDSERVE_) =============================================
- * Set these with -D.  Switches are 0 or 1; 1 takes something out.
- */
+ * Set these with -D.  Switches are 0 or 1; 1 takes something out. */
 #ifndef NBDSERVE_NO_MAIN
 #define NBDSERVE_NO_MAIN 0 /* a library only: no main(), no command line */
 #endif
@@ -107,6 +105,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -147,10 +146,8 @@ STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 
 #if defined __linux__ && !NBDSERVE_POSIX_ONLY
 #define OS_LINUX 1
-#define OS_MSG_MORE MSG_MORE
 #else
 #define OS_LINUX 0
-#define OS_MSG_MORE 0
 #endif
 #ifndef SOCK_CLOEXEC
 #define SOCK_CLOEXEC 0
@@ -426,8 +423,7 @@ static void *u_zalloc(size_t n) {
   return p ? memset(p, 0, n) : NULL;
 }
 
-/* A number with an optional K M G T P E (powers of 1024), up to INT64_MAX.
- * The character behind it, or NULL. */
+/* Reads a number up to INT64_MAX, maybe with K to E.  What is behind it, NULL. */
 static const char *u_size(const char *s, uint64_t *out) {
   static const char units[] = "KMGTPEkmgtpe";
   const char *p = s;
@@ -479,8 +475,7 @@ static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
  * FIPS 180-4, of one message in one call, or of two of the same length side by
  * side: the instructions of x86 processors then do both in the time of one.
  *
- * The words of a state lie in the order F E B A H G D C, as those want them.
- */
+ * The words of a state lie in the order F E B A H G D C, as those want them. */
 #if !NBDSERVE_NO_CAS
 
 static const uint32_t sha_k[64] = {
@@ -505,9 +500,11 @@ static const uint32_t sha_k[64] = {
   v[h] += SHA_MIX(v[a], 2, 13, SHA_ROR(v[a], 22)) + \
           ((v[a] & v[b]) ^ (v[a] & v[c]) ^ (v[b] & v[c]))
 
-static void sha_portable(uint32_t *s, const unsigned char *p, size_t n) {
+static void sha_portable(uint32_t *s, const unsigned char *p, uint32_t *u,
+                         const unsigned char *q, size_t n) {
   uint32_t w[64], v[8];
   int i;
+  if (q != p) sha_portable(u, q, u, q, n);
   for (; n > 0; n--, p += 64) {
     for (i = 0; i < 16; i++) w[i] = get32(p + 4 * i);
     for (; i < 64; i++)
@@ -565,19 +562,10 @@ static OS_HWSHA_TARGET void sha_hw(uint32_t *s, const unsigned char *p,
   }
 }
 #else
-#define sha_hw(s, p, u, q, n) ((void)0) /* hw is 0 */
+#define sha_hw sha_portable
 #endif
 
-/* n blocks of one message, or of two: q may be NULL. */
-static void sha_blocks(int hw, uint32_t s[2][8], const unsigned char *p,
-                       const unsigned char *q, size_t n) {
-  if (hw) sha_hw(s[0], p, s[1], q ? q : p, n);
-  if (!hw) sha_portable(s[0], p, n);
-  if (!hw && q) sha_portable(s[1], q, n);
-}
-
-/* The digests of p[len], and of q[len] if that is not NULL.  hw: what
- * os_has_hwsha said. */
+/* The digests of p[len] and of q[len], if not NULL.  hw: see os_has_hwsha. */
 static void sha_256(int hw, const void *p, const void *q, size_t len,
                     unsigned char *p_out, unsigned char *q_out) {
   static const uint32_t start[8] = {0x9b05688c, 0x510e527f, 0xbb67ae85,
@@ -596,8 +584,8 @@ static void sha_256(int hw, const void *p, const void *q, size_t len,
     tail[i][rest] = 0x80;
     put64(tail[i] + 64 * n - 8, (uint64_t)len * 8);
   }
-  sha_blocks(hw, s, p, q, whole);
-  sha_blocks(hw, s, tail[0], q ? tail[1] : NULL, n);
+  (hw ? sha_hw : sha_portable)(s[0], p, s[1], q ? q : p, whole);
+  (hw ? sha_hw : sha_portable)(s[0], tail[0], s[1], tail[q != NULL], n);
   for (i = 0; i < 8; i++) {
     put32(p_out + 4 * i, s[0][order[i]]);
     if (q) put32(q_out + 4 * i, s[1][order[i]]);
@@ -607,8 +595,7 @@ static void sha_256(int hw, const void *p, const void *q, size_t len,
 #endif /* !NBDSERVE_NO_CAS */
 
 /* ==== [5] WIRE (wire_) ===================================================
- * The protocol's numbers and what is true of each command.
- */
+ * The protocol's numbers and what is true of each command. */
 #define NBD_INIT_MAGIC UINT64_C(0x4e42444d41474943)   /* "NBDMAGIC" */
 #define NBD_OPTION_MAGIC UINT64_C(0x49484156454f5054) /* "IHAVEOPT" */
 #define NBD_REP_MAGIC UINT64_C(0x0003e889045565a9)
@@ -711,10 +698,9 @@ struct nbdserve_req {
   size_t owned;       /* bytes at buf if they are the request's own, else 0 */
   int err;            /* 0 or -errno */
   const char *why;    /* of an error, for humans; NULL: u_error */
-  int flush;          /* only that is left to do: FLUSH, or FUA's last part */
-  int deferred;       /* a worker answers it */
-  int hole, more;     /* READ: only zeroes; other chunks follow this one */
-  int ready;          /* READ: the reply is in the send buffer, or sent */
+  int flush, deferred; /* only that is left to do; a worker answers it */
+  int hole, more, ready; /* READ: is only zeroes; other chunks follow this one;
+                            the reply is in the send buffer, or sent */
   struct nbdserve_req *next;
 };
 
@@ -736,8 +722,7 @@ static size_t wire_put_chunk(unsigned char *p, const struct nbdserve_req *r,
 /* ==== [6] SOCKET I/O (io_) ===============================================
  * Whole messages over sockets and pipes.  -ETIMEDOUT: the deadline has passed.
  * A connection that has a stop pipe looks at it before it waits for input, and
- * gets -ESHUTDOWN; the others are woken by shutdown(2).
- */
+ * gets -ESHUTDOWN; the others are woken by shutdown(2). */
 enum { IO_GRACE_MS = 5000 };
 struct io {
   int in, out;      /* sockets or pipes */
@@ -803,10 +788,9 @@ static int io_recv_all(const struct io *io, unsigned char *p, size_t len) {
   return 0;
 }
 
-/* Sends all of v[0..n), which it uses up.  more: MSG_MORE where other data
- * follows at once, or 0. */
-static int io_send(const struct io *io, struct iovec *v, int n, int more) {
-  int flags = io_flags(io, 0) | MSG_NOSIGNAL | more, err = 0;
+/* Sends all of v[0..n), which it uses up. */
+static int io_send(const struct io *io, struct iovec *v, int n) {
+  int flags = io_flags(io, 0) | MSG_NOSIGNAL, err = 0;
   while (n > 0 && !err) {
     struct msghdr m = {.msg_iov = v, .msg_iovlen = (unsigned)n};
     ssize_t done = sendmsg(io->out, &m, flags);
@@ -829,34 +813,28 @@ static int io_send(const struct io *io, struct iovec *v, int n, int more) {
  * (E2) The requests that arrive here have passed tx_validate: range, alignment
  *      and flags hold, and are asserted, not checked again.
  * (E3) A flush covers what was written before it was asked for.  Those that
- *      wait while one is running all get the result of the next one.
- */
+ *      wait while one is running all get the result of the next one. */
 struct ex {
   struct nbdserve_export e; /* size: under s->lock */
   int dynamic;              /* from the find callback */
   struct ex *next;
-  struct os_mutex serial;
-  struct os_mutex lock; /* guards what follows */
+  struct os_mutex serial, lock; /* lock: guards what follows */
   struct os_cond flushed;
-  uint64_t nflushes; /* begun so far */
-  int flushing;      /* the last of them has not returned */
-  uint64_t failed;   /* the number of the last one that failed */
-  int failure;       /* and its error */
-  char strings[];    /* name and description */
+  uint64_t nflushes, failed; /* begun so far; the last one that failed */
+  int flushing, failure;     /* the last has not returned; error of failed */
+  char strings[];            /* name and description */
 };
 
 enum { SRV_LISTENERS = 32 };
 struct srv_listener {
-  int fd;
-  int is_unix;    /* text is a path that is ours to unlink... */
-  struct stat st; /* ...if it still is this socket */
+  int fd, is_unix; /* text is a path that is ours to unlink... */
+  struct stat st;  /* ...if it still is this socket */
   char text[128]; /* that, HOST:PORT, or "" */
 };
 
 struct nbdserve {
   struct nbdserve_config config; /* fixed; defaults filled in */
-  int stop[2];                   /* pipe: readable from nbdserve_stop on */
-  int wake[2];                   /* pipe: nbdserve_run looks around */
+  int stop[2], wake[2]; /* pipes: nbdserve_stop; nbdserve_run looks around */
   struct srv_listener listeners[SRV_LISTENERS + 1]; /* localhost is two */
   int nlisteners;
   int64_t idle_from; /* nbdserve_run: when the last client had gone */
@@ -875,9 +853,8 @@ enum {
 };
 
 struct nbdserve_extents {
-  uint64_t left;   /* bytes of the request not yet described */
-  uint64_t skip;   /* bytes described already, see nbdserve_extent */
-  uint64_t align;  /* boundaries are multiples of it */
+  uint64_t left, skip; /* bytes not yet, and already, described */
+  uint64_t align;      /* boundaries are multiples of it */
   unsigned n, max;
   unsigned char *data; /* 8 bytes of length and 8 of status each */
 };
@@ -907,8 +884,7 @@ static int ex_new(struct ex **out, const struct nbdserve_export *from) {
       !u_is_power_of_2(e.min_block) || e.min_block > 65536 || n > WIRE_STRING ||
       !u_is_power_of_2(e.preferred_block) || e.preferred_block < 512 ||
       e.preferred_block < e.min_block || e.max_request < e.preferred_block ||
-      e.max_request > NBDSERVE_MAX_REQUEST || d > WIRE_STRING)
-    return -EINVAL;
+      e.max_request > NBDSERVE_MAX_REQUEST || d > WIRE_STRING) return -EINVAL;
   if (!e.ops->write) e.flags |= NBDSERVE_READONLY;
   struct ex *ex = u_zalloc(sizeof *ex + n + d + 2);
   if (!ex) return -ENOMEM;
@@ -1150,11 +1126,9 @@ static int ex_own_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
  *      before anything is answered, so the stream stays in step.
  * (H2) What a client claims is never allocated: data beyond NBDSERVE_MAX_OPTION
  *      is thrown away in pieces.
- * (H3) One deadline covers the whole handshake.
- */
+ * (H3) One deadline covers the whole handshake. */
 enum {
-  TX_RBUF = 256 << 10,           /* bytes received at a time */
-  TX_WBUF = (256 + 32) << 10,    /* bytes sent at a time */
+  TX_RBUF = 256 << 10, TX_WBUF = 288 << 10, /* bytes received, sent at a time */
   TX_SMALL = 128 << 10,          /* longer requests are done one by one */
   TX_KEEP = 1 << 20,             /* buffer for those; they are in pieces then */
   TX_BATCH = 128,                /* requests in a batch */
@@ -1172,15 +1146,13 @@ struct conn {
   struct nbdserve *s;
   struct conn *next; /* guarded by s->lock */
   struct io io;
-  int fd; /* to close; -1: the caller's */
-  unsigned id;
+  int fd, id;        /* fd: to close; -1: the caller's */
   /* -- the handshake's; what transmission needs is fixed then */
-  uint32_t opt; /* the option being answered, and its data */
-  const unsigned char *data;
+  const unsigned char *data; /* of the option being answered */
   size_t len;
-  int no_zeroes, mode; /* WIRE_COMPACT... */
-  int meta; /* base:allocation may be asked for, of this export: */
-  char meta_name[WIRE_STRING + 1];
+  uint32_t opt;
+  int no_zeroes, mode, meta; /* WIRE_COMPACT...; base:allocation is selected */
+  char meta_name[WIRE_STRING + 1]; /* of this export */
   struct ex *ex;
   uint64_t size;
   unsigned tflags, max_workers, max_deferred;
@@ -1218,7 +1190,7 @@ enum { HS_ENTER, HS_MORE, HS_END }; /* what follows an option; or -errno */
 static int hs_send(struct conn *c) {
   struct iovec v = {c->wbuf, c->wlen};
   c->wlen = 0;
-  if (!c->broken) c->broken = io_send(&c->io, &v, 1, 0);
+  if (!c->broken) c->broken = io_send(&c->io, &v, 1);
   return c->broken;
 }
 
@@ -1247,7 +1219,7 @@ static int hs_ack(struct conn *c) {
 static int hs_fail(struct conn *c, uint32_t type, const char *why) {
   size_t n = strlen(why);
   memcpy(hs_reply(c, type, n), why, n);
-  HS_LOG(c, NBDSERVE_LOG_INFO, "%u: option %" PRIu32 " refused: %s", c->id,
+  HS_LOG(c, NBDSERVE_LOG_INFO, "%d: option %" PRIu32 " refused: %s", c->id,
          c->opt, why);
   return HS_MORE;
 }
@@ -1283,7 +1255,7 @@ static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
   c->read_head = heads[c->mode];
   c->max_workers = k->threads > 1 ? k->threads : 0;
   c->max_deferred = c->batch ? TX_DEFERRED : k->threads;
-  HS_LOG(c, NBDSERVE_LOG_INFO, "%u: export '%s', %" PRIu64 " bytes%s", c->id,
+  HS_LOG(c, NBDSERVE_LOG_INFO, "%d: export '%s', %" PRIu64 " bytes%s", c->id,
          name, c->size, c->tflags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
 }
 
@@ -1504,8 +1476,7 @@ static int hs_run(struct conn *c) {
  *      they do what may take long.
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
  *      max_deferred requests of up to TX_KEEP bytes (EX_EXTENTS_SIZE with
- *      ops->batch: no READ or WRITE waits then); the others go in pieces.
- */
+ *      ops->batch: no READ or WRITE waits then); the others go in pieces. */
 
 static void tx_free_buf(struct nbdserve_req *r) {
   if (r->owned) NBDSERVE_FREE(r->buf);
@@ -1513,10 +1484,10 @@ static void tx_free_buf(struct nbdserve_req *r) {
   r->owned = 0;
 }
 
-static int tx_send(struct conn *c, struct iovec *v, int n, int more) {
+static int tx_send(struct conn *c, struct iovec *v, int n) {
   int err;
   os_lock(&c->sending);
-  if (!c->broken && (c->broken = io_send(&c->io, v, n, more)) != 0)
+  if (!c->broken && (c->broken = io_send(&c->io, v, n)) != 0)
     shutdown(c->io.out, SHUT_RDWR); /* the client's thread sees it so */
   err = c->broken;
   os_unlock(&c->sending);
@@ -1534,7 +1505,7 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
   if (level < NBDSERVE_LOG_TRACE) logged = ++c->nlogged;
   os_unlock(&c->lock);
   if (logged <= TX_LOGGED)
-    HS_LOG(c, level, "%u: %s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64
+    HS_LOG(c, level, "%d: %s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64
            ": %s%s", c->id, cmd ? cmd->name : "?", r->type, r->flags, r->off,
            r->len, !r->err ? "ok" : r->why ? r->why : u_error(r->err),
            logged == TX_LOGGED ? "; further failures are not logged" : "");
@@ -1622,14 +1593,13 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list) {
       v[n + 1].iov_len = is_read ? (size_t)r->len
                          : r->type == NBD_CMD_BLOCK_STATUS ? r->owned : 0;
     }
-    err = tx_send(c, v, n + 2, 0);
+    err = tx_send(c, v, n + 2);
   }
   for (r = list; r; r = r->next) tx_free_buf(r);
   return err;
 }
 
-/* Does a request, or what is left of it, to its end.  The host may have it fail
- * before. */
+/* Does what is left of a request, unless the host has it fail before. */
 static int tx_do(struct conn *c, struct nbdserve_req *r) {
   const struct nbdserve_config *k = &c->s->config;
   int err = 0;
@@ -1742,8 +1712,7 @@ static void tx_validate(const struct conn *c, struct nbdserve_req *r,
           ? "longer than the maximum payload size"
       : is_status && !r->len ? "nothing to report on"
       : r->flags & NBD_CMD_FLAG_DF && r->len > TX_KEEP
-          ? ((void)(err = -EOVERFLOW), "too long for a single chunk")
-          : NULL;
+          ? ((void)(err = -EOVERFLOW), "too long for a single chunk") : NULL;
   r->err = r->why ? err : 0;
 }
 
@@ -1806,7 +1775,7 @@ static int tx_long_read(struct conn *c, struct nbdserve_req *r) {
       p.hole = tx_is_hole(&p);
       struct iovec v[] = {{c->big, bare ? 0 : tx_put_head(&p, c->big)},
                           {p.buf, p.hole ? 0 : (size_t)p.len}};
-      if ((err = tx_send(c, v, 2, 0)) != 0) return err;
+      if ((err = tx_send(c, v, 2)) != 0) return err;
     }
   r->ready = 1;
   return tx_answer(c, r);
@@ -1869,7 +1838,7 @@ static int tx_take(struct conn *c) {
                                  : NBD_REQUEST_MAGIC) ||
       payload > (ext ? c->ex->e.max_request : NBDSERVE_MAX_REQUEST)) {
     err = tx_exec(c);
-    HS_LOG(c, NBDSERVE_LOG_INFO, "%u: request magic 0x%08" PRIx32 ", %" PRIu64
+    HS_LOG(c, NBDSERVE_LOG_INFO, "%d: request magic 0x%08" PRIx32 ", %" PRIu64
            " bytes of payload; closed", c->id, get32(p), payload);
     return err ? err : -EPROTO;
   }
@@ -2107,8 +2076,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   int in_memory = strncmp(path, "mem:", 4) == 0;
   if (in_memory) path = u_size(path + 4, &o.create);
   if (!path || (in_memory && *path) || o.create > INT64_MAX ||
-      o.flags & ~(NBDSERVE_READONLY | NBDSERVE_TEMPORARY))
-    return -EINVAL;
+      o.flags & ~(NBDSERVE_READONLY | NBDSERVE_TEMPORARY)) return -EINVAL;
   int fd = in_memory ? os_nameless_file(NULL)
       : open(path, (o.flags ? O_RDONLY : O_RDWR) | (o.create ? O_CREAT : 0) |
              O_CLOEXEC | O_NOCTTY | O_NONBLOCK /* a FIFO's open */, 0666);
@@ -2156,8 +2124,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
  * A store: volumes and snapshots in one file, every distinct block once.  Its
  * format, and the rules (C1) to (C15) that keep it whole, stand at the end of
  * nbdserve.h.  Locks: ckpt, then lock.  Data is never read or written under
- * lock, and maps are in memory.
- */
+ * lock, and maps are in memory. */
 #if !NBDSERVE_NO_CAS
 
 #ifndef CAS_UNIT /* the tests make stores with everything in small */
@@ -2198,8 +2165,7 @@ struct cas_group {
   uint16_t nfree[CAS_SLOTS / CAS_SEGMENT];
 };
 
-/* A page of a map.  All are in memory, as their entries are a fraction of what
- * is kept of each slot. */
+/* A page of a map.  All are in memory, a fraction of what is kept of slots. */
 struct cas_node {
   int32_t refs;  /* edges from pages and images (C13) */
   int level;     /* 0: a leaf, with blocks below it */
@@ -2450,8 +2416,7 @@ static void cas_hash(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
   if (first) sha_256(s->hw, first->data, NULL, s->bs, first->sum, NULL);
 }
 
-/* Puts its sum into a page (at CAS_CHECK), or a superblock or page of the log
- * (at CAS_SUM).  Was it there? */
+/* Puts its sum into a page, superblock or log page, at.  Was it there? */
 static int cas_stamp(const struct nbdserve_cas *s, unsigned char *p, int at) {
   unsigned char was[32], sum[32];
   size_t len = at == CAS_SUM ? CAS_SUM : s->bs, n = at == CAS_SUM ? 32 : 16;
@@ -2551,8 +2516,7 @@ static void cas_unref(struct nbdserve_cas *s, struct cas_node *b) {
   os_lock(&s->lock);
 }
 
-/* Makes the page at *p, which is to change, the image's own (C13), or a new one
- * if there is none. */
+/* Makes the page at *p, which is to change or new, the image's own (C13). */
 static int cas_own(struct nbdserve_cas *s, struct cas_node **p, int level) {
   struct cas_node *b = *p;
   if (b && b->refs == 1) {
@@ -2621,8 +2585,7 @@ static struct cas_image *cas_find(struct nbdserve_cas *s, const char *name,
   struct cas_image *im = s->images;
   for (; im; im = im->next)
     if ((strncmp(cas_name(im, full), name, n) == 0 && !full[n]) ||
-        (n == 71 && strncmp(im->id, name, n) == 0))
-      break;
+        (n == 71 && strncmp(im->id, name, n) == 0)) break;
   return im;
 }
 
@@ -2651,8 +2614,7 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
   size_t n = strcspn(op->name, verb == NBDSERVE_CAS_SNAPSHOT ? "@" : "");
   struct cas_image *im = cas_find(s, op->name, n), *to, *kid, **p = &s->images;
   if (verb < NBDSERVE_CAS_CREATE || cas_blocks(s, op->size) > s->max_blocks ||
-      (dry_run && verb < NBDSERVE_CAS_ROLLBACK))
-    return -EINVAL;
+      (dry_run && verb < NBDSERVE_CAS_ROLLBACK)) return -EINVAL;
   if (!im && verb != NBDSERVE_CAS_CREATE) return -ENOENT;
   to = is_new ? u_zalloc(sizeof *to)
        : verb == NBDSERVE_CAS_ROLLBACK ? im->parent : im;
@@ -2812,8 +2774,7 @@ static int cas_due(const struct nbdserve_cas *s) {
   if (s->failed || s->readonly || s->replaying || s->closing) return 0;
   if (s->seq - s->tail > s->log_pages / 2 || s->ndirty > CAS_DIRTY ||
       s->nwaiting > CAS_WAITING ||
-      (s->nwaiting > 0 && s->nfree < CAS_NEEDED(s) + CAS_SEGMENT))
-    return 2;
+      (s->nwaiting > 0 && s->nfree < CAS_NEEDED(s) + CAS_SEGMENT)) return 2;
   return s->filled < s->to_fill;
 }
 
@@ -2903,8 +2864,7 @@ static int cas_put(struct nbdserve_cas *s, struct cas_image *im,
     uint64_t off = cas_off(s, it[i].slot, CAS_DATA);
     if (!same && !(same = NBDSERVE_MALLOC(s->bs))) err = -ENOMEM;
     if (err || (!cas_io(s, 0, same, s->bs, off) &&
-                memcmp(same, it[i].data, s->bs) == 0))
-      continue;
+                memcmp(same, it[i].data, s->bs) == 0)) continue;
     os_lock(&s->lock); /* it is not: take another one (C12) */
     cas_drop(s, it[i].slot, &s->dropped);
     err = cas_choose(s, it + i, 0);
@@ -2994,17 +2954,18 @@ static int cas_part(struct nbdserve_cas *s, struct cas_image *im, int what,
   return err;
 }
 
-/* Is block lba the same in two images?  *span: for how many blocks that is so.
- * Pages that they share are not looked at. */
+/* Is block lba of two images in the same slot?  *span: for how many blocks that
+ * is so; pages that they share are not looked at.  Where only one ends inside
+ * the block, it is not the same. */
 static int cas_same(struct nbdserve_cas *s, struct cas_image **im, uint64_t lba,
                     uint64_t *span, int *same) {
-  struct cas_item it[2] = {{.state = CAS_DIGEST}, {.state = CAS_DIGEST}};
   struct cas_node *b[2];
+  uint32_t slot[2] = {0, 0};
   uint64_t below = s->max_blocks; /* blocks below b */
-  int i, err = 0, odd = 0; /* odd: taken for different */
+  int err = 0, odd = 0;
   *span = below;
   os_lock(&s->lock);
-  for (i = 0; i < 2; i++) {
+  for (int i = 0; i < 2; i++) {
     uint64_t whole = im[i]->size / s->bs;
     b[i] = lba < cas_blocks(s, im[i]->size) ? im[i]->root : NULL;
     if (lba < whole) *span = u_min(*span, whole - lba);
@@ -3012,27 +2973,16 @@ static int cas_same(struct nbdserve_cas *s, struct cas_image **im, uint64_t lba,
   }
   for (int level = CAS_LEVELS; level-- > 0 && (odd || b[0] != b[1]);) {
     below /= s->fanout;
-    for (i = 0; i < 2; i++) {
+    for (int i = 0; i < 2; i++) {
       uint64_t c = lba / below % s->fanout;
       if (b[i] && b[i]->bad) err = -EIO;
-      if (b[i] && !level) it[i].slot = b[i]->e[c];
+      if (b[i] && !level) slot[i] = b[i]->e[c];
       b[i] = b[i] && level ? b[i]->kid[c] : NULL;
     }
   }
-  *span = u_min(*span, below - lba % below);
-  *same = it[0].slot == it[1].slot && !(odd && it[0].slot);
-  for (i = 0; i < 2; i++) /* see cas_redo */
-    odd |= s->readonly && CAS_AT(s, it[i].slot, tag) & ~CAS_GOOD;
-  if (!err && !*same && it[0].slot && it[1].slot && !odd) {
-    for (i = 0; i < 2; i++) cas_hold(s, it[i].slot);
-    os_unlock(&s->lock);
-    for (i = 0; i < 2 && !err; i++)
-      err = cas_transfer(s, it + i, 1, CAS_DIGEST, 0);
-    *same = memcmp(it[0].digest, it[1].digest, 32) == 0;
-    os_lock(&s->lock);
-    for (i = 0; i < 2; i++) cas_drop(s, it[i].slot, &s->dropped);
-  }
   os_unlock(&s->lock);
+  *span = u_min(*span, below - lba % below);
+  *same = slot[0] == slot[1] && !(odd && slot[0]);
   return err;
 }
 
@@ -3053,8 +3003,7 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
       else if ((err = cas_part(s, im, r->type, r->buf + at, r->off + at, len)))
         r->err = err;
       if (k < CAS_BATCH &&
-          (at + len < r->len || (n > 1 && r->type == r[1].type)))
-        continue;
+          (at + len < r->len || (n > 1 && r->type == r[1].type))) continue;
       if (writing) cas_put(s, im, it, k);
       if (writing) cas_kick(s);
       if (!writing) cas_read(s, im, it, k, CAS_DATA);
@@ -3138,8 +3087,7 @@ static void cas_close(void *ctx) {
 
 /* ---- Opening ------------------------------------------------------------- */
 
-/* Reads a superblock.  Its number, or -errno: -EINVAL it is none, -EUCLEAN it
- * is damaged. */
+/* A superblock's number; or -EINVAL: it is none, -EUCLEAN: damaged, others. */
 static int64_t cas_get_super(struct nbdserve_cas *s, uint64_t off,
                              unsigned char *p) {
   int err = off + CAS_PAGE > s->end ? -EINVAL : cas_io(s, 0, p, CAS_PAGE, off);
@@ -3153,8 +3101,7 @@ static int64_t cas_get_super(struct nbdserve_cas *s, uint64_t off,
 static int cas_place(struct nbdserve_cas *s) {
   uint64_t end = 2 * CAS_UNIT + (uint64_t)s->log_pages * CAS_PAGE;
   if (!u_is_power_of_2(s->bs) || s->bs < CAS_MIN_BLOCK || s->bs > 65536 ||
-      s->log_pages < 8 || s->log_pages > 1 << 24)
-    return -EINVAL;
+      s->log_pages < 8 || s->log_pages > 1 << 24) return -EINVAL;
   s->data_off = (end + CAS_UNIT - 1) / CAS_UNIT * CAS_UNIT;
   s->fanout = CAS_FANOUT(s->bs);
   s->max_blocks = (uint64_t)s->fanout * s->fanout * s->fanout * s->fanout;
@@ -3287,8 +3234,7 @@ static int cas_redo(struct nbdserve_cas *s, const unsigned char *p, int known) {
   if (!err && !s->readonly) err = cas_store(s, &it, 1);
   if (err) return err;
   cas_hold(s, it.slot);
-  if (!known) /* read-only: its digest may be old, which another bit says */
-    CAS_AT(s, it.slot, tag) |= s->readonly ? CAS_GOOD | 1 : CAS_GOOD;
+  if (!known) CAS_AT(s, it.slot, tag) |= CAS_GOOD;
   return cas_map(s, im, it.lba, 1, &it.slot, NULL);
 }
 
@@ -3340,8 +3286,7 @@ static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
               (s->hw && !(flags & NBDSERVE_CAS_NO_VERIFY));
   s->groups = NBDSERVE_MALLOC(CAS_GROUPS * sizeof *s->groups);
   if (s->groups && !os_mutex_init(&s->ckpt) && !os_mutex_init(&s->lock) &&
-      !os_cond_init(&s->room))
-    return s;
+      !os_cond_init(&s->room)) return s;
   cas_destroy(s);
   return NULL;
 }
@@ -3660,8 +3605,7 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, int dry_run, uint64_t *bytes,
  * (S2) The last thing a client's thread does with s is to leave that list.
  * (S3) Stopping: no more clients; those that are there get no further requests,
  *      but what they have sent is done and answered, for IO_GRACE_MS at most
- *      where they do not read; then all exports are flushed.
- */
+ *      where they do not read; then all exports are flushed. */
 enum { SRV_BACKLOG = 128, SRV_PAUSE_MS = 100, SRV_WAKE = 'w', SRV_ELSE = '-' };
 
 union srv_address {
@@ -3756,8 +3700,7 @@ static int srv_socket(const union srv_address *a, socklen_t len, int how) {
 #endif
   if (how != SRV_LISTEN ? connect(fd, &a->sa, len) == 0
                         : bind(fd, &a->sa, len) == 0 &&
-                              listen(fd, SRV_BACKLOG) == 0)
-    return fd;
+                              listen(fd, SRV_BACKLOG) == 0) return fd;
   int err = -errno;
   close(fd);
   return err;
@@ -3898,7 +3841,7 @@ static struct conn *srv_client(struct nbdserve *s, int in, int out, int own) {
     return NULL;
   }
   os_lock(&s->lock);
-  c->id = (unsigned)++s->stats.clients;
+  c->id = (int)++s->stats.clients;
   c->next = s->conns;
   s->conns = c;
   s->nconns++;
@@ -3932,7 +3875,7 @@ static int srv_serve_client(struct conn *c, const char *name) {
   socklen_t len = sizeof a;
   struct ex *ex = NULL;
   if (getpeername(c->io.in, &a.sa, &len) == 0) srv_name(&a, peer, sizeof peer);
-  HS_LOG(c, NBDSERVE_LOG_INFO, "%u: connected from %s", c->id, peer);
+  HS_LOG(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, peer);
   os_tune(c->io.in, c->s->config.stall_ms);
   os_tune(c->io.out, c->s->config.stall_ms);
   int err = name ? ex_get(c->s, name, &ex, &c->size) : hs_run(c);
@@ -3943,7 +3886,7 @@ static int srv_serve_client(struct conn *c, const char *name) {
   ex_put(c->ex);
   if (err == HS_END) err = 0;
   int calm = !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
-  HS_LOG(c, calm ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING, "%u: gone: %s",
+  HS_LOG(c, calm ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING, "%d: gone: %s",
          c->id, err ? u_error(err) : "disconnected");
   srv_free_client(c);
   return err == -ESHUTDOWN ? 0 : err;
@@ -4059,8 +4002,7 @@ void nbdserve_free(struct nbdserve *s) {
 
 /* ==== [13] CLI (cli_) ====================================================
  * The command, on top of nbdserve.h.  What a process has only one of (signals,
- * standard streams, environment, its end) is touched here and nowhere else.
- */
+ * standard streams, environment, its end) is touched here and nowhere else. */
 #if !NBDSERVE_NO_MAIN
 #include <sys/wait.h>
 
@@ -4190,6 +4132,8 @@ static void cli_close(void) {
 }
 
 #define cli_die(...) exit(cli_say(__VA_ARGS__))
+#define cli_usage(...) cli_die(CLI_USAGE, __VA_ARGS__)
+#define cli_failed(...) cli_die(CLI_FAILED, __VA_ARGS__)
 
 static void cli_fail(int err, const char *object) {
   if (err)
@@ -4209,17 +4153,12 @@ static const struct cli_word cli_features[] = { /* nbdserve_config.without */
     {"zero", NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO},
     {"cache", NBD_FLAG_SEND_CACHE}, {"df", NBD_FLAG_SEND_DF},
     {"multi-conn", NBD_FLAG_CAN_MULTI_CONN}, {NULL, 0}};
-static const struct cli_word cli_commands[] = {
-    {"read", NBD_CMD_READ}, {"write", NBD_CMD_WRITE}, {"flush", NBD_CMD_FLUSH},
-    {"trim", NBD_CMD_TRIM}, {"cache", NBD_CMD_CACHE}, {"all", UINT_MAX},
-    {"zero", NBD_CMD_WRITE_ZEROES}, {"status", NBD_CMD_BLOCK_STATUS},
-    {NULL, 0}};
 static const struct cli_word cli_errors[] = {
     {"EPERM", EPERM}, {"EIO", EIO}, {"ENOMEM", ENOMEM}, {"EINVAL", EINVAL},
     {"ENOSPC", ENOSPC}, {"EOVERFLOW", EOVERFLOW}, {"ENOTSUP", ENOTSUP},
     {"ESHUTDOWN", ESHUTDOWN}, {NULL, 0}};
 
-static struct { int err, ms; unsigned ppm, sum; } cli_faults[8]; /* by NBD_CMD */
+static struct { int err, ms; unsigned ppm, sum; } cli_faults[8]; /* commands */
 
 /* Takes the first word, up to one of ends, off *s.  Is it known? */
 static int cli_take(const struct cli_word *w, const char **s, const char *ends,
@@ -4231,23 +4170,28 @@ static int cli_take(const struct cli_word *w, const char **s, const char *ends,
   return w->name != NULL;
 }
 
+/* CMD: as in NBD_CMD_..., or all. */
 static int cli_disturb(const char *s, int is_delay) {
-  unsigned cmd, err = 0;
+  size_t n = strcspn(s, ":");
+  const char *cmd = s, *name;
+  unsigned err = 0;
   uint64_t ms = 0;
   char *end;
-  if (!cli_take(cli_commands, &s, ":", &cmd) ||
-      (is_delay ? !srv_number(s, 3600000, &ms)
-                : !cli_take(cli_errors, &s, ":", &err)))
-    return 0;
+  s += n + (s[n] != 0);
+  if (is_delay ? !srv_number(s, 3600000, &ms)
+               : !cli_take(cli_errors, &s, ":", &err)) return 0;
   double rate = strtod(s, &end);
-  if (!is_delay && (end == s || *end || rate < 1e-6 || rate > 1)) return 0;
-  for (unsigned i = 0; i < 8; i++) {
-    if (i != cmd && cmd != UINT_MAX) continue;
+  int ok = is_delay || (end > s && !*end && rate >= 1e-6 && rate <= 1), any = 0;
+  for (unsigned i = 0; i < 8 && ok; i++) {
+    name = wire_cmd(i)->name + 8;
+    if ((strncasecmp(name, cmd, n) || name[n]) && strncmp(cmd, "all:", 4))
+      continue;
+    any = 1;
     if (is_delay) cli_faults[i].ms = (int)ms;
     if (!is_delay) cli_faults[i].err = -(int)err;
     if (!is_delay) cli_faults[i].ppm = (unsigned)(rate * 1e6 + .5);
   }
-  return 1;
+  return any;
 }
 
 /* The same share of requests always fails, so that tests can rely on it. */
@@ -4287,8 +4231,7 @@ static void cli_set(const struct cli_option *o, const char *value) {
   for (unsigned bits = 0; c == 'w' && ok && *rest; cli.without |= bits)
     ok = cli_take(cli_features, &rest, ",", &bits);
   if (!ok)
-    cli_die(CLI_USAGE, "--%s %s: no such %s, or out of range", o->name, value,
-            o->arg);
+    cli_usage("--%s %s: no such %s, or out of range", o->name, value, o->arg);
 }
 
 static const struct cli_option *cli_find(int letter, const char *name) {
@@ -4315,14 +4258,13 @@ static void cli_parse(char **argv) {
     while (more) {
       const struct cli_option *o = cli_find(*a, is_long ? a : NULL);
       if (!*o->name || (!is_long && o->letter < 0))
-        cli_die(CLI_USAGE, "%s: unknown option; try --help", *argv);
+        cli_usage("%s: unknown option; try --help", *argv);
       a += is_long ? strcspn(a, "=") : 1;
       more = *a && !is_long && !o->arg;
       const char *value = !o->arg ? is_long && *a ? NULL : ""
                                   : *a ? a + is_long : *++argv;
       if (!value)
-        cli_die(CLI_USAGE, "--%s takes %s", o->name,
-                o->arg ? o->arg : "no value");
+        cli_usage("--%s takes %s", o->name, o->arg ? o->arg : "no value");
       cli_set(o, value);
     }
   }
@@ -4332,20 +4274,18 @@ static void cli_check(void) {
   const char *p = "sUspsisfsFfUfpfiRsRfRFR1RICr-R-s-f-F-1-ITrTC"; /* not both */
   for (; *p; p += 2)
     if (cli.v[(int)p[0]] && cli.v[(int)p[1]])
-      cli_die(CLI_USAGE, "--%s: not together with --%s",
+      cli_usage("--%s: not together with --%s",
               cli_find(p[0], NULL)->name, cli_find(p[1], NULL)->name);
-  if (cli.command && !*cli.command)
-    cli_die(CLI_USAGE, "--: no command behind it");
-  if (!cli.ntargets) cli_die(CLI_USAGE, "no target; try --help");
+  if (cli.command && !*cli.command) cli_usage("--: no command behind it");
+  if (!cli.ntargets) cli_usage("no target; try --help");
   if (cli.v['e'] && cli.ntargets > 1)
-    cli_die(CLI_USAGE, "--export: for a single target; use NAME=TARGET");
+    cli_usage("--export: for a single target; use NAME=TARGET");
 }
 
 #if !NBDSERVE_NO_CAS
 /* ---- Stores: serving one, and commands on them ---------------------------
  * A command on a store that is being served is done by who serves it: it goes
- * to STORE.ctl, with the descriptors it needs, and a status comes back.
- */
+ * to STORE.ctl, with the descriptors it needs, and a status comes back. */
 enum { CLI_INIT = 10, CLI_IMPORT, CLI_EXPORT, CLI_LIST, CLI_SEAL, CLI_DIFF,
        CLI_VERIFY, CLI_GC, CLI_STAT, CLI_MANY = 1 << 20 };
 
@@ -4530,8 +4470,7 @@ static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
   return err ? CLI_FAILED : 0;
 }
 
-/* Sends a command over a control socket, or receives one; descriptors that do
- * not come stay as they are. */
+/* Sends or receives a command; descriptors that do not come stay as they are */
 static int cli_pass(const struct io *io, struct cli_job *j, int sending) {
   union { struct cmsghdr h; char room[CMSG_SPACE(sizeof j->fd)]; } c = {
       .h = {.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS,
@@ -4554,7 +4493,7 @@ static int cli_remote(struct cli_job *j) {
   struct io io = {.in = fd, .out = fd, .stop = -1};
   if (fd < 0) cli_die(CLI_IN_USE, "%s: in use by another process", cli.store);
   if (cli_pass(&io, j, 1) || io_recv_all(&io, &status, 1))
-    cli_die(CLI_FAILED, "%s: no answer", cli.ctl_path);
+    cli_failed("%s: no answer", cli.ctl_path);
   close(fd);
   return status;
 }
@@ -4611,7 +4550,7 @@ static int cli_open_store(const char *path, int readonly) {
   cli.store = path;
   snprintf(cli.ctl_path, PATH_MAX, "%s.ctl", path);
   int err = nbdserve_cas_open(path, &o, &cli.cas);
-  if (err == -EINVAL) cli_die(CLI_FAILED, "%s: not a store", path);
+  if (err == -EINVAL) cli_failed("%s: not a store", path);
   return err;
 }
 
@@ -4619,7 +4558,7 @@ static int cli_open_store(const char *path, int readonly) {
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
   if (cli.store && strcmp(cli.store, path) != 0)
-    cli_die(CLI_FAILED, "%s: one store at a time", path);
+    cli_failed("%s: one store at a time", path);
   int err = cli.store ? 0 : cli_open_store(path, cli.v['r'] != NULL);
   if (err) return err;
   if (cli.ctl < 0 && !cli.v['r'] && !NBDSERVE_NO_THREADS) {
@@ -4654,18 +4593,18 @@ static void cli_command(void) {
   }
   if (!store || n < v->min || n > v->max ||
       (cli.v['n'] && !strchr(v->traits, 'N')))
-    cli_die(CLI_USAGE, "usage: nbdserve %s %s", v->name, v->help);
+    cli_usage("usage: nbdserve %s %s", v->name, v->help);
   j.ask.verb = (unsigned char)i;
   j.ask.flags = (cli.v['n'] ? NBDSERVE_CAS_DRY_RUN : 0) |
                 (cli.v['j'] ? CLI_JSON : 0);
   if (n > 0 && strchr(v->traits, 'S') &&
       !srv_number(arg[n - 1], INT64_MAX, &j.ask.size))
-    cli_die(CLI_USAGE, "%s %s: no size", v->name, arg[n - 1]);
+    cli_usage("%s %s: no size", v->name, arg[n - 1]);
   if (v->verb == CLI_INIT) {
     struct nbdserve_cas_options o = {
         .block_size = (uint32_t)u_min(j.ask.size, UINT32_MAX)};
     int err = nbdserve_cas_init(store, &o);
-    if (err == -EINVAL && n) cli_die(CLI_USAGE, "%s: no block size", *arg);
+    if (err == -EINVAL && n) cli_usage("%s: no block size", *arg);
     cli_fail(err, store);
     exit(0);
   }
@@ -4682,7 +4621,7 @@ static void cli_command(void) {
   for (i = 0; !status && (i < n || !i); i++) {
     char *operand = i && v->min > 1 ? j.ask.to : j.ask.name;
     if (i < n && snprintf(operand, PATH_MAX, "%s", arg[i]) >= PATH_MAX)
-      cli_die(CLI_USAGE, "%s: a name is too long", v->name);
+      cli_usage("%s: a name is too long", v->name);
     if (i + 1 >= v->min) /* the last one may come many times */
       status = err ? cli_remote(&j) : cli_do(&j, cli.cas);
   }
@@ -4715,7 +4654,7 @@ static void cli_add(char *path) {
   if (cli.ntargets == 1 && !ex.name) ex.flags |= NBDSERVE_ANY_NAME;
   if (cli.ntargets == 1 && ex.name) cli.name = ex.name;
   if (colons && (cli.v['o'] || cli.v['S'] || cli.v['C'] || cli.v['T']))
-    cli_die(CLI_USAGE, "%s: no --offset, --size, --create; and instead of -T "
+    cli_usage("%s: no --offset, --size, --create; and instead of -T "
                        "clone it", path);
   if (colons) *colons = 0;
   int err = colons ? cli_open_volume(path, colons + 2, &ex) : -EOPNOTSUPP;
@@ -4724,17 +4663,17 @@ static void cli_add(char *path) {
   if (!colons) err = nbdserve_flat_open(path, &flat, &ex);
 #endif
   if ((err == -EACCES || err == -EROFS) && !flat.flags)
-    cli_die(CLI_FAILED, "%s: %s; -r serves it read-only", path, u_error(err));
+    cli_failed("%s: %s; -r serves it read-only", path, u_error(err));
   if (err == -ENOENT && !flat.create && !colons)
-    cli_die(CLI_FAILED, "%s: %s; --create SIZE makes it", path, u_error(err));
+    cli_failed("%s: %s; --create SIZE makes it", path, u_error(err));
   if (err == -EINVAL)
-    cli_die(CLI_FAILED, "%s: no file, device or mem:SIZE, or --offset, --size "
+    cli_failed("%s: no file, device or mem:SIZE, or --offset, --size "
                         "are beyond it", path);
   cli_fail(err, path);
   err = nbdserve_add(cli.server, &ex);
   if (!err) return;
   ex.ops->close(ex.ctx);
-  cli_die(CLI_USAGE, "%s: %s", path, err == -EEXIST
+  cli_usage("%s: %s", path, err == -EEXIST
           ? "another target has that export name"
           : "--block-size, name or description out of range");
 }
@@ -4743,7 +4682,7 @@ static void cli_add(char *path) {
 static void cli_listen_on(const char *address) {
   int err = nbdserve_listen(cli.server, address);
   if (err == -ENAMETOOLONG)
-    cli_die(CLI_FAILED, "%s: a socket path has at most %u bytes", address,
+    cli_failed("%s: a socket path has at most %u bytes", address,
             (unsigned)sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
   if (err == -EINVAL && cli.in < 0 && strncmp(address, "fd:", 3) == 0)
     cli.in = cli.out = atoi(address + 3);
@@ -4781,8 +4720,7 @@ static void cli_listen(void) {
       snprintf(cli.dir, sizeof cli.dir, "%s/nbdXXXXXX", dirs[i]);
       if (!mkdtemp(cli.dir)) *cli.dir = 0;
     }
-    if (!*cli.dir)
-      cli_die(CLI_FAILED, "private socket: no directory for it; use -U");
+    if (!*cli.dir) cli_failed("private socket: no directory for it; use -U");
     strcat(strcpy(sock, cli.dir), "/sock");
     cli_listen_on(address);
     if (chmod(sock, 0600) < 0) cli_fail(-errno, sock);
@@ -4802,7 +4740,7 @@ static void cli_listen(void) {
 static void cli_start_command(void) {
   const struct srv_listener *l = cli.server->listeners;
   char nbd[sizeof l->text + 16], **command = cli.command, **p;
-  if (!*cli.uri) cli_die(CLI_USAGE, "no URI for the command to use");
+  if (!*cli.uri) cli_usage("no URI for the command to use");
   cli.child = fork();
   if (cli.child < 0) cli_fail(-errno, "fork");
   if (cli.child) return;

@@ -4116,11 +4116,12 @@ static void cli_catch_signals(void (*handler)(int)) {
 static void cli_close(void) {
   struct pollfd p = {cli.ended[0], POLLIN, 0};
   const char *why = NULL;
+  char c;
   cli_catch_signals(SIG_IGN);
   if (cli.pidfile) unlink(cli.pidfile);
   if (cli.ctl >= 0) unlink(cli.ctl_path);
   if (p.fd > 0) nbdserve_stop(cli.server);
-  if (p.fd > 0 && poll(&p, 1, IO_GRACE_MS) <= 0)
+  if (p.fd > 0 && (poll(&p, 1, IO_GRACE_MS) <= 0 || read(p.fd, &c, 1) != 1))
     why = "a command was not finished"; /* to open it will repair it */
   nbdserve_free(cli.server);
 #if !NBDSERVE_NO_CAS

@@ -253,8 +253,9 @@ NBDSERVE_API int nbdserve_cas_seal(struct nbdserve_cas *cas, const char *name,
  * snapshots differ, until it returns non-zero, which is returned.  They begin
  * at blocks and end there or at the larger size; behind the smaller one all is
  * zero.  What both have in common since one was made from the other takes no
- * time.  Of a volume that is written meanwhile each block is as it was at some
- * moment.  -ENOENT: no such name. */
+ * time.  All that differs is listed; what is equal only if it is stored twice,
+ * or if just one of the two ends in the block.  Of a volume that is written
+ * meanwhile each block is as it was at some moment.  -ENOENT: no such name. */
 typedef int nbdserve_range(void *arg, uint64_t off, uint64_t len);
 
 NBDSERVE_API int nbdserve_cas_diff(struct nbdserve_cas *cas, const char *a,

@@ -105,7 +105,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <strings.h>
 #include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -423,7 +422,7 @@ static void *u_zalloc(size_t n) {
   return p ? memset(p, 0, n) : NULL;
 }
 
-/* Reads a number up to INT64_MAX, maybe with K to E.  What is behind it, NULL. */
+/* A number up to INT64_MAX, maybe with K to E; what is behind it, or NULL. */
 static const char *u_size(const char *s, uint64_t *out) {
   static const char units[] = "KMGTPEkmgtpe";
   const char *p = s;
@@ -676,17 +675,14 @@ static const struct wire_cmd *wire_cmd(unsigned type) {
 }
 
 static uint32_t wire_error(int err) {
-  switch (-err) {
-  case 0: return 0;
-  case EPERM: case EACCES: case EROFS: return NBD_EPERM;
-  case ENOMEM: return NBD_ENOMEM;
-  case EINVAL: return NBD_EINVAL;
-  case ENOSPC: case EDQUOT: case EFBIG: return NBD_ENOSPC;
-  case EOVERFLOW: return NBD_EOVERFLOW;
-  case ENOTSUP: return NBD_ENOTSUP;
-  case ESHUTDOWN: return NBD_ESHUTDOWN;
-  default: return -err == EOPNOTSUPP ? NBD_ENOTSUP : NBD_EIO;
-  }
+  static const int errors[][2] = {{0, 0}, {EPERM, NBD_EPERM},
+      {EACCES, NBD_EPERM}, {EROFS, NBD_EPERM}, {ENOMEM, NBD_ENOMEM},
+      {EINVAL, NBD_EINVAL}, {ENOSPC, NBD_ENOSPC}, {EDQUOT, NBD_ENOSPC},
+      {EFBIG, NBD_ENOSPC}, {EOVERFLOW, NBD_EOVERFLOW}, {ENOTSUP, NBD_ENOTSUP},
+      {EOPNOTSUPP, NBD_ENOTSUP}, {ESHUTDOWN, NBD_ESHUTDOWN}};
+  for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)
+    if (errors[i][0] == -err) return (uint32_t)errors[i][1];
+  return NBD_EIO;
 }
 
 struct nbdserve_req {
@@ -942,6 +938,7 @@ static unsigned ex_flags(const struct nbdserve *s, const struct ex *ex,
                          int mode, int meta) {
   const struct nbdserve_ops *ops = ex->e.ops;
   unsigned f = 0, writable = !(ex->e.flags & NBDSERVE_READONLY);
+  uint32_t hide = s->config.without;
   if (writable) f |= NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
   if (writable && ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
   if (writable && ops->trim) f |= NBD_FLAG_SEND_TRIM;
@@ -951,8 +948,8 @@ static unsigned ex_flags(const struct nbdserve *s, const struct ex *ex,
   if (ops->cache) f |= NBD_FLAG_SEND_CACHE;
   if (mode != WIRE_COMPACT) f |= NBD_FLAG_SEND_DF;
   if (mode == WIRE_EXT && meta) f |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
-  return (f & ~s->config.without) | NBD_FLAG_HAS_FLAGS |
-         (writable ? 0 : NBD_FLAG_READ_ONLY);
+  if (hide & NBD_FLAG_SEND_WRITE_ZEROES) hide |= NBD_FLAG_SEND_FAST_ZERO;
+  return (f & ~hide) | NBD_FLAG_HAS_FLAGS | (writable ? 0 : NBD_FLAG_READ_ONLY);
 }
 
 /* All writes that returned before this call are on permanent storage when it
@@ -1291,6 +1288,7 @@ static int hs_emit(void *arg, const char *name, const char *description) {
 static int hs_opt_list(struct conn *c) {
   struct nbdserve *s = c->s;
   int err = 0;
+  if (c->len) return hs_fail(c, NBD_REP_ERR_INVALID, "data with NBD_OPT_LIST");
   os_lock(&s->lock);
   for (struct ex *ex = s->exports; ex && !err; ex = ex->next) {
     os_unlock(&s->lock); /* (E1): the list only grows, at its end */
@@ -1355,6 +1353,7 @@ static int hs_opt_go(struct conn *c) {
 /* Asks for another form of replies and, with extended headers, requests. */
 static int hs_opt_mode(struct conn *c) {
   int ext = c->opt == NBD_OPT_EXTENDED_HEADERS;
+  if (c->len) return hs_fail(c, NBD_REP_ERR_INVALID, "data where none belongs");
   if (c->mode == WIRE_EXT && !ext)
     return hs_fail(c, NBD_REP_ERR_EXT_HEADER_REQD, "the headers are extended");
   c->mode = ext ? WIRE_EXT : WIRE_STRUCTURED;
@@ -1396,31 +1395,25 @@ static int hs_opt_meta_context(struct conn *c) {
   return hs_ack(c);
 }
 
-static const struct hs_option {
-  uint32_t opt, max; /* bytes of data it may have */
-  int (*handler)(struct conn *c);
-} hs_options[] = {
-    {NBD_OPT_EXPORT_NAME, WIRE_STRING, hs_opt_export_name},
-    {NBD_OPT_LIST, 0, hs_opt_list},
-    {NBD_OPT_INFO, NBDSERVE_MAX_OPTION, hs_opt_go},
-    {NBD_OPT_GO, NBDSERVE_MAX_OPTION, hs_opt_go},
-    {NBD_OPT_STRUCTURED_REPLY, 0, hs_opt_mode},
-    {NBD_OPT_EXTENDED_HEADERS, 0, hs_opt_mode},
-    {NBD_OPT_LIST_META_CONTEXT, NBDSERVE_MAX_OPTION, hs_opt_meta_context},
-    {NBD_OPT_SET_META_CONTEXT, NBDSERVE_MAX_OPTION, hs_opt_meta_context}};
+static int (*const hs_options[])(struct conn *c) = {
+    [NBD_OPT_EXPORT_NAME] = hs_opt_export_name, [NBD_OPT_LIST] = hs_opt_list,
+    [NBD_OPT_INFO] = hs_opt_go, [NBD_OPT_GO] = hs_opt_go,
+    [NBD_OPT_STRUCTURED_REPLY] = hs_opt_mode,
+    [NBD_OPT_EXTENDED_HEADERS] = hs_opt_mode,
+    [NBD_OPT_LIST_META_CONTEXT] = hs_opt_meta_context,
+    [NBD_OPT_SET_META_CONTEXT] = hs_opt_meta_context};
 
 static int hs_option(struct conn *c) {
-  const struct hs_option *o = hs_options, *end =
-      hs_options + sizeof hs_options / sizeof *hs_options;
+  int (*handler)(struct conn *) = NULL;
   unsigned char head[WIRE_OPTION];
   int err = io_recv_all(&c->io, head, sizeof head);
   if (err) return err;
   c->opt = get32(head + 8);
   uint32_t len = get32(head + 12);
   if (get64(head) != NBD_OPTION_MAGIC) return -EPROTO;
-  while (o < end && o->opt != c->opt) o++;
-  if (c->opt < 16 && c->s->config.without >> 16 >> c->opt & 1) o = end;
   if (len > WIRE_STRING && c->opt == NBD_OPT_EXPORT_NAME) return -ENOENT;
+  if (c->opt < sizeof hs_options / sizeof *hs_options &&
+      !(c->s->config.without >> 16 >> c->opt & 1)) handler = hs_options[c->opt];
   for (uint32_t left = len, piece; left > 0 && !err; left -= piece) {
     piece = (uint32_t)u_min(left, TX_RBUF); /* (H1), (H2) */
     err = io_recv_all(&c->io, c->rbuf, piece);
@@ -1428,14 +1421,11 @@ static int hs_option(struct conn *c) {
   if (err) return err;
   if (c->opt == NBD_OPT_SET_META_CONTEXT) c->meta = 0; /* also if it fails */
   if (c->opt == NBD_OPT_ABORT) return (void)hs_ack(c), HS_END;
-  if (o == end) return hs_fail(c, NBD_REP_ERR_UNSUP, "unknown option");
-  if (len > NBDSERVE_MAX_OPTION)
-    return hs_fail(c, NBD_REP_ERR_TOO_BIG, "too much data");
-  if (len > o->max)
-    return hs_fail(c, NBD_REP_ERR_INVALID, "data where none belongs");
+  if (!handler) return hs_fail(c, NBD_REP_ERR_UNSUP, "unknown option");
   c->data = c->rbuf;
   c->len = len;
-  return o->handler(c);
+  return len <= NBDSERVE_MAX_OPTION
+             ? handler(c) : hs_fail(c, NBD_REP_ERR_TOO_BIG, "too much data");
 }
 
 /* The handshake: HS_ENTER, HS_END when the client has left in order, -errno. */
@@ -3569,17 +3559,15 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
   return stop ? -ECANCELED : found ? -EUCLEAN : 0;
 }
 
-int nbdserve_cas_gc(struct nbdserve_cas *s, int dry_run, uint64_t *bytes,
+int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
                     nbdserve_progress *progress, void *arg) {
   struct stat before, after;
-  int err = dry_run ? 0 : s->readonly ? -EROFS : cas_checkpoint(s, NULL);
+  int err = s->readonly ? -EROFS : cas_checkpoint(s, NULL);
+  if (!err && s->damaged) err = -EUCLEAN; /* who knows what is free */
+  if (err || fstat(s->fd, &before) < 0) return err ? err : -errno;
   os_lock(&s->lock);
   uint32_t nslots = s->nslots;
-  *bytes = (uint64_t)s->nfree * s->bs;
-  if (s->damaged) err = -EUCLEAN; /* who knows what is free */
   os_unlock(&s->lock);
-  if (dry_run || err) return err;
-  if (fstat(s->fd, &before) < 0) return -errno;
   for (uint32_t x = 0; !err && x < nslots; x += CAS_SEGMENT) {
     os_lock(&s->lock); /* what is free stays so meanwhile */
     for (uint32_t i = x, n; i < x + CAS_SEGMENT && !err; i += n + 1) {
@@ -4145,54 +4133,43 @@ static void cli_fail(int err, const char *object) {
 
 /* ---- What --without, --fault and --delay do to clients ------------------- */
 
-struct cli_word { const char *name; unsigned value; };
-static const struct cli_word cli_features[] = { /* nbdserve_config.without */
-    {"list", 1 << 19}, {"info", 1 << 22}, {"go", 3 << 22},
-    {"structured", 15 << 24}, {"meta", 3 << 25}, {"extended", 1 << 27},
-    {"flush", NBD_FLAG_SEND_FLUSH}, {"fua", NBD_FLAG_SEND_FUA},
-    {"trim", NBD_FLAG_SEND_TRIM}, {"fast-zero", NBD_FLAG_SEND_FAST_ZERO},
-    {"zero", NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO},
-    {"cache", NBD_FLAG_SEND_CACHE}, {"df", NBD_FLAG_SEND_DF},
-    {"multi-conn", NBD_FLAG_CAN_MULTI_CONN}, {NULL, 0}};
-static const struct cli_word cli_errors[] = {
-    {"EPERM", EPERM}, {"EIO", EIO}, {"ENOMEM", ENOMEM}, {"EINVAL", EINVAL},
-    {"ENOSPC", ENOSPC}, {"EOVERFLOW", EOVERFLOW}, {"ENOTSUP", ENOTSUP},
-    {"ESHUTDOWN", ESHUTDOWN}, {NULL, 0}};
-
+static const char *const cli_features[] = { /* by bit of config.without */
+    "", "", "flush", "fua", "", "trim", "zero", "df", "multi-conn", "", "cache",
+    "fast-zero", "", "", "", "", "", "", "", "list", "", "", "info", "go",
+    "structured", "list-meta", "meta", "extended"};
+static const char *const cli_commands[] = {"read", "write", "", "flush", "trim",
+    "cache", "zero", "status", "all"};
+static const char *const cli_errors[] = {"EPERM", "EIO", "ENOMEM", "EINVAL",
+    "ENOSPC", "EOVERFLOW", "ENOTSUP", "ESHUTDOWN"};
+static const int cli_errnos[] = {EPERM, EIO, ENOMEM, EINVAL, ENOSPC, EOVERFLOW,
+    ENOTSUP, ESHUTDOWN};
 static struct { int err, ms; unsigned ppm, sum; } cli_faults[8]; /* commands */
+#define CLI_WORD(words, s, ends) \
+  cli_word(words, (int)(sizeof words / sizeof *words), s, ends)
 
-/* Takes the first word, up to one of ends, off *s.  Is it known? */
-static int cli_take(const struct cli_word *w, const char **s, const char *ends,
-                    unsigned *value) {
-  size_t n = strcspn(*s, ends);
-  while (w->name && (strncmp(w->name, *s, n) != 0 || w->name[n])) w++;
-  *s += n + ((*s)[n] != 0);
-  *value = w->value;
-  return w->name != NULL;
+/* Takes a word, up to one of ends, off *s.  Its number, or -1. */
+static int cli_word(const char *const *words, int n, const char **s,
+                    const char *ends) {
+  size_t len = strcspn(*s, ends);
+  while (--n >= 0 && (!len || strncmp(words[n], *s, len) || words[n][len])) {}
+  *s += len + ((*s)[len] != 0);
+  return n;
 }
 
-/* CMD: as in NBD_CMD_..., or all. */
 static int cli_disturb(const char *s, int is_delay) {
-  size_t n = strcspn(s, ":");
-  const char *cmd = s, *name;
-  unsigned err = 0;
-  uint64_t ms = 0;
+  int cmd = CLI_WORD(cli_commands, &s, ":");
+  int err = is_delay ? 0 : CLI_WORD(cli_errors, &s, ":");
   char *end;
-  s += n + (s[n] != 0);
-  if (is_delay ? !srv_number(s, 3600000, &ms)
-               : !cli_take(cli_errors, &s, ":", &err)) return 0;
-  double rate = strtod(s, &end);
-  int ok = is_delay || (end > s && !*end && rate >= 1e-6 && rate <= 1), any = 0;
-  for (unsigned i = 0; i < 8 && ok; i++) {
-    name = wire_cmd(i)->name + 8;
-    if ((strncasecmp(name, cmd, n) || name[n]) && strncmp(cmd, "all:", 4))
-      continue;
-    any = 1;
-    if (is_delay) cli_faults[i].ms = (int)ms;
-    if (!is_delay) cli_faults[i].err = -(int)err;
-    if (!is_delay) cli_faults[i].ppm = (unsigned)(rate * 1e6 + .5);
+  double x = strtod(s, &end); /* milliseconds, or a share */
+  if (cmd < 0 || err < 0 || end == s || *end || x < 0 ||
+      x > (is_delay ? 1e6 : 1)) return 0;
+  for (int i = 0; i < 8; i++) {
+    if (i != cmd && cmd != 8) continue;
+    if (is_delay) cli_faults[i].ms = (int)x;
+    if (!is_delay) cli_faults[i].err = -cli_errnos[err];
+    if (!is_delay) cli_faults[i].ppm = (unsigned)(x * 1e6 + .5);
   }
-  return any;
+  return 1;
 }
 
 /* The same share of requests always fails, so that tests can rely on it. */
@@ -4223,14 +4200,14 @@ static void cli_set(const struct cli_option *o, const char *value) {
     *block[i] = (uint32_t)v;
   }
   if (c == 'c') {
-    cli.ex.flags = strcmp(value, "unsafe") == 0 ? NBDSERVE_UNSAFE : 0;
-    if (strcmp(value, "writethrough") == 0)
-      cli.ex.flags = NBDSERVE_WRITETHROUGH;
-    ok = cli.ex.flags || strcmp(value, "writeback") == 0;
+    static const char *const modes[] = {"writeback", "writethrough", "unsafe"};
+    int mode = CLI_WORD(modes, &rest, "");
+    ok = mode >= 0;
+    cli.ex.flags = (uint32_t)mode * NBDSERVE_WRITETHROUGH; /* twice: UNSAFE */
   }
   if (c == 'x' || c == 'd') ok = cli_disturb(value, c == 'd');
-  for (unsigned bits = 0; c == 'w' && ok && *rest; cli.without |= bits)
-    ok = cli_take(cli_features, &rest, ",", &bits);
+  for (int bit; c == 'w' && ok && *rest; cli.without |= 1u << (bit & 31))
+    ok = (bit = CLI_WORD(cli_features, &rest, ",")) >= 0;
   if (!ok)
     cli_usage("--%s %s: no such %s, or out of range", o->name, value, o->arg);
 }
@@ -4311,7 +4288,7 @@ static const struct cli_verb {
     {"rm", NBDSERVE_CAS_RM, 1, CLI_MANY, "N", "STORE::NAME [NAME...]"},
     {"diff", CLI_DIFF, 2, 2, "R[offset#length#", "STORE::NAME NAME"},
     {"verify", CLI_VERIFY, 0, 0, "RT[name=offset#length#why=", "STORE"},
-    {"gc", CLI_GC, 0, 0, "NT{bytes#", "STORE"},
+    {"gc", CLI_GC, 0, 0, "T{bytes#", "STORE"},
     {"stat", CLI_STAT, 0, 0, "R|block_size#stored#free#file#log#", "STORE"}};
 
 enum { CLI_VERBS = sizeof cli_verbs / sizeof *cli_verbs, CLI_JSON = 1 };
@@ -4336,15 +4313,13 @@ static int cli_progress(void *job, uint64_t done, uint64_t total) {
   struct cli_job *j = job;
   struct pollfd p[] = {{cli.server->stop[0], POLLIN, 0},
                        {j->client, POLLIN, 0}};
-  double s = (double)(os_now_ms() - j->begun) / 1000, n = (double)done;
-  int unit = (total >> 20 != 0) + (total >> 30 != 0);
+  double s = (double)(os_now_ms() - j->begun) / 1000, n = (double)(done >> 20);
   if (!total && j->shown > 0) dprintf(j->fd[1], "\r%60s\r", "");
   if (!total) j->shown = 0;
   if (s > 1 && s - j->shown > .1 && done && isatty(j->fd[1])) {
-    double left = s / n * (double)(total - u_min(done, total));
-    n /= 1 << 10 * (unit + 1);
-    dprintf(j->fd[1], "\r%3.0f%% %8.1f %ciB %8.1f %ciB/s %6.0f s left",
-            s / (s + left) * 100, n, "KMG"[unit], n / s, "KMG"[unit], left);
+    double left = s * ((double)total / (double)done - 1);
+    dprintf(j->fd[1], "\r%3.0f%% %8.0f MiB %8.1f MiB/s %6.0f s left",
+            s / (s + left) * 100, n, n / s, left);
     j->shown = s;
   }
   return poll(p, 2, 0) > 0;
@@ -4454,7 +4429,7 @@ static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
     err = nbdserve_cas_verify(cas, cli_damage_row, cli_progress, j);
     break;
   case CLI_GC:
-    err = nbdserve_cas_gc(cas, dry, &bytes, cli_progress, j);
+    err = nbdserve_cas_gc(cas, &bytes, cli_progress, j);
     if (!err) err = cli_row(j, bytes);
     break;
   default:

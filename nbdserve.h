@@ -286,11 +286,10 @@ NBDSERVE_API int nbdserve_cas_verify(struct nbdserve_cas *cas,
                                      nbdserve_damage *each,
                                      nbdserve_progress *progress, void *arg);
 
-/* Gives unused space back to the file system.  *bytes: how much; or, with
- * dry_run, how much of the file is unused. */
-NBDSERVE_API int nbdserve_cas_gc(struct nbdserve_cas *cas, int dry_run,
-                                 uint64_t *bytes, nbdserve_progress *progress,
-                                 void *arg);
+/* Gives unused space back to the file system.  *bytes: how much.  -EUCLEAN: the
+ * store is damaged, and nobody knows what is unused. */
+NBDSERVE_API int nbdserve_cas_gc(struct nbdserve_cas *cas, uint64_t *bytes,
+                                 nbdserve_progress *progress, void *arg);
 
 /* ---- The server --------------------------------------------------------- */
 
@@ -319,7 +318,8 @@ struct nbdserve_config {
   uint32_t idle_exit_ms;    /* nbdserve_run returns after that time without
                                clients; 0: never */
   uint32_t without;         /* what clients do not get: bits 2 to 15, those
-                               transmission flags; bit 16 + N, option N */
+                               transmission flags (WRITE_ZEROES with
+                               FAST_ZERO); bit 16 + N, option N */
   int log_level;            /* highest level wanted; 0: errors only */
   void (*log)(void *ctx, int level, const char *message); /* NULL: silent; may
                                be called from several threads at once */

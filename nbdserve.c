@@ -161,14 +161,12 @@ STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 #endif
 
 #if NBDSERVE_NO_THREADS /* nothing to lock, nobody to wait for */
-struct os_mutex { char m; };
-struct os_cond { char c; };
+struct os_mutex { char m, c; };
 #define OS_PTHREAD(x, call) ((void)(x), 0)
 #define os_thread(fn, arg) ((void)(fn)(arg), 0) /* at once, to its end */
 #else
 #include <pthread.h>
-struct os_mutex { pthread_mutex_t m; };
-struct os_cond { pthread_cond_t c; };
+struct os_mutex { pthread_mutex_t m; pthread_cond_t c; }; /* waiting in it */
 #define OS_PTHREAD(x, call) call
 
 /* Starts a detached thread that takes no signals: those are the host's. */
@@ -187,13 +185,14 @@ static int os_thread(void *(*fn)(void *), void *arg) {
   return -err;
 }
 #endif
-#define os_mutex_init(x) (-OS_PTHREAD(x, pthread_mutex_init(&(x)->m, NULL)))
-#define os_mutex_free(x) ((void)OS_PTHREAD(x, pthread_mutex_destroy(&(x)->m)))
+#define os_mutex_init(x) \
+  (-(OS_PTHREAD(x, pthread_mutex_init(&(x)->m, NULL)) | \
+     OS_PTHREAD(x, pthread_cond_init(&(x)->c, NULL))))
+#define os_mutex_free(x) ((void)OS_PTHREAD(x, pthread_mutex_destroy(&(x)->m)), \
+                          (void)OS_PTHREAD(x, pthread_cond_destroy(&(x)->c)))
 #define os_lock(x) ((void)OS_PTHREAD(x, pthread_mutex_lock(&(x)->m)))
 #define os_unlock(x) ((void)OS_PTHREAD(x, pthread_mutex_unlock(&(x)->m)))
-#define os_cond_init(x) (-OS_PTHREAD(x, pthread_cond_init(&(x)->c, NULL)))
-#define os_cond_free(x) ((void)OS_PTHREAD(x, pthread_cond_destroy(&(x)->c)))
-#define os_wait(x, y) ((void)OS_PTHREAD(x, pthread_cond_wait(&(x)->c, &(y)->m)))
+#define os_wait(x) ((void)OS_PTHREAD(x, pthread_cond_wait(&(x)->c, &(x)->m)))
 #define os_wake_one(x) ((void)OS_PTHREAD(x, pthread_cond_signal(&(x)->c)))
 #define os_wake_all(x) ((void)OS_PTHREAD(x, pthread_cond_broadcast(&(x)->c)))
 
@@ -503,7 +502,7 @@ static void sha_portable(uint32_t *s, const unsigned char *p, uint32_t *u,
                          const unsigned char *q, size_t n) {
   uint32_t w[64], v[8];
   int i;
-  if (q != p) sha_portable(u, q, u, q, n);
+  if (q) sha_portable(u, q, NULL, NULL, n);
   for (; n > 0; n--, p += 64) {
     for (i = 0; i < 16; i++) w[i] = get32(p + 4 * i);
     for (; i < 64; i++)
@@ -583,8 +582,9 @@ static void sha_256(int hw, const void *p, const void *q, size_t len,
     tail[i][rest] = 0x80;
     put64(tail[i] + 64 * n - 8, (uint64_t)len * 8);
   }
-  (hw ? sha_hw : sha_portable)(s[0], p, s[1], q ? q : p, whole);
-  (hw ? sha_hw : sha_portable)(s[0], tail[0], s[1], tail[q != NULL], n);
+  (hw ? sha_hw : sha_portable)(s[0], p, s[1], q || !hw ? q : p, whole);
+  const unsigned char *t = q ? tail[1] : hw ? tail[0] : NULL;
+  (hw ? sha_hw : sha_portable)(s[0], tail[0], s[1], t, n);
   for (i = 0; i < 8; i++) {
     put32(p_out + 4 * i, s[0][order[i]]);
     if (q) put32(q_out + 4 * i, s[1][order[i]]);
@@ -815,7 +815,6 @@ struct ex {
   int dynamic;              /* from the find callback */
   struct ex *next;
   struct os_mutex serial, lock; /* lock: guards what follows */
-  struct os_cond flushed;
   uint64_t nflushes, failed; /* begun so far; the last one that failed */
   int flushing, failure;     /* the last has not returned; error of failed */
   char strings[];            /* name and description */
@@ -858,7 +857,6 @@ struct nbdserve_extents {
 static void ex_free(struct ex *ex) {
   assert(!ex->flushing);
   if (ex->e.ops && ex->e.ops->close) ex->e.ops->close(ex->e.ctx);
-  os_cond_free(&ex->flushed);
   os_mutex_free(&ex->lock);
   os_mutex_free(&ex->serial);
   NBDSERVE_FREE(ex);
@@ -884,8 +882,7 @@ static int ex_new(struct ex **out, const struct nbdserve_export *from) {
   if (!e.ops->write) e.flags |= NBDSERVE_READONLY;
   struct ex *ex = u_zalloc(sizeof *ex + n + d + 2);
   if (!ex) return -ENOMEM;
-  if (os_mutex_init(&ex->serial) || os_mutex_init(&ex->lock) ||
-      os_cond_init(&ex->flushed)) {
+  if (os_mutex_init(&ex->serial) || os_mutex_init(&ex->lock)) {
     ex_free(ex); /* without ops: ctx stays the caller's */
     return -ENOMEM;
   }
@@ -918,13 +915,15 @@ static int ex_get(struct nbdserve *s, const char *name, struct ex **out,
   }
   os_unlock(&s->lock);
   if (!same && s->config.find) err = s->config.find(s->config.ctx, name, &e);
-  if (same || (err == -ENOENT && any)) return 0;
-  if (err) return err;
-  *size = e.size;
-  if (!e.name) e.name = name;
-  err = ex_new(out, &e);
-  if (!err) (*out)->dynamic = 1;
-  else if (e.ops && e.ops->close) e.ops->close(e.ctx);
+  if (same || (err == -ENOENT && any)) err = 0;
+  else if (!err) {
+    *size = e.size;
+    if (!e.name) e.name = name;
+    err = ex_new(out, &e);
+    if (!err) (*out)->dynamic = 1;
+    else if (e.ops && e.ops->close) e.ops->close(e.ctx);
+  }
+  if (!err) *size -= *size % (*out)->e.min_block; /* nobody reaches the rest */
   return err;
 }
 
@@ -938,7 +937,6 @@ static unsigned ex_flags(const struct nbdserve *s, const struct ex *ex,
                          int mode, int meta) {
   const struct nbdserve_ops *ops = ex->e.ops;
   unsigned f = 0, writable = !(ex->e.flags & NBDSERVE_READONLY);
-  uint32_t hide = s->config.without;
   if (writable) f |= NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
   if (writable && ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
   if (writable && ops->trim) f |= NBD_FLAG_SEND_TRIM;
@@ -948,8 +946,8 @@ static unsigned ex_flags(const struct nbdserve *s, const struct ex *ex,
   if (ops->cache) f |= NBD_FLAG_SEND_CACHE;
   if (mode != WIRE_COMPACT) f |= NBD_FLAG_SEND_DF;
   if (mode == WIRE_EXT && meta) f |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
-  if (hide & NBD_FLAG_SEND_WRITE_ZEROES) hide |= NBD_FLAG_SEND_FAST_ZERO;
-  return (f & ~hide) | NBD_FLAG_HAS_FLAGS | (writable ? 0 : NBD_FLAG_READ_ONLY);
+  return (f & ~s->config.without) | NBD_FLAG_HAS_FLAGS |
+         (writable ? 0 : NBD_FLAG_READ_ONLY);
 }
 
 /* All writes that returned before this call are on permanent storage when it
@@ -959,7 +957,7 @@ static int ex_flush(struct ex *ex) {
   if (!ex->e.ops->flush || (ex->e.flags & NBDSERVE_UNSAFE)) return 0;
   os_lock(&ex->lock);
   uint64_t mine = ex->nflushes + 1; /* the first that has not begun yet */
-  while (ex->flushing && ex->nflushes <= mine) os_wait(&ex->flushed, &ex->lock);
+  while (ex->flushing && ex->nflushes <= mine) os_wait(&ex->lock);
   if (ex->nflushes < mine) {
     ex->nflushes = mine;
     ex->flushing = 1;
@@ -969,11 +967,9 @@ static int ex_flush(struct ex *ex) {
     if (ex->e.flags & NBDSERVE_SERIAL) os_unlock(&ex->serial);
     os_lock(&ex->lock);
     ex->flushing = 0;
-    if (err) {
-      ex->failed = mine;
-      ex->failure = err;
-    }
-    os_wake_all(&ex->flushed);
+    if (err) ex->failed = mine;
+    if (err) ex->failure = err;
+    os_wake_all(&ex->lock);
   }
   err = ex->failed >= mine ? ex->failure : 0;
   os_unlock(&ex->lock);
@@ -1022,14 +1018,15 @@ int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
 
 /* The extents of a request, as the reply that goes out: r->buf, r->owned. */
 static int ex_extents(struct ex *ex, struct nbdserve_req *r) {
-  int one = (r->flags & NBD_CMD_FLAG_REQ_ONE) != 0, ext = r->mode == WIRE_EXT;
+  unsigned one = r->flags & NBDSERVE_REQ_ONE, ext = r->mode == WIRE_EXT;
   struct nbdserve_extents x = {.left = r->len, .align = ex->e.min_block,
-                               .max = one ? 1 : EX_EXTENTS};
+                               .max = one ? 1 : ex->e.max_request / 16};
+  if (x.max > EX_EXTENTS) x.max = EX_EXTENTS;
   unsigned char *p = NBDSERVE_MALLOC(EX_EXTENTS_SIZE);
   if (!p) return -ENOMEM;
   x.data = p + (ext ? WIRE_EXTENDED + 8 : WIRE_CHUNK + 4);
-  int err = !ex->e.ops->extents ? 0 : ex->e.ops->extents(
-      ex->e.ctx, r->off, r->len, one ? NBDSERVE_REQ_ONE : 0, &x);
+  int err = !ex->e.ops->extents ? 0
+            : ex->e.ops->extents(ex->e.ctx, r->off, r->len, one, &x);
   if (!err && !x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
   for (unsigned i = 0; i < x.n && !ext; i++) { /* len was below 2^32, too */
     put32(x.data + 8 * i, (uint32_t)get64(x.data + 16 * i));
@@ -1045,23 +1042,6 @@ static int ex_extents(struct ex *ex, struct nbdserve_req *r) {
   return err;
 }
 
-static int ex_write_zeroes(struct ex *ex, const struct nbdserve_req *r,
-                           uint32_t flags) {
-  uint64_t step = u_min(u_min(r->len, EX_ZEROES), ex->e.max_request), done, n;
-  int err = 0, serial = (ex->e.flags & NBDSERVE_SERIAL) != 0;
-  step -= step % ex->e.min_block; /* both are multiples of it */
-  void *zeroes = u_zalloc((size_t)step);
-  if (!zeroes) return -ENOMEM;
-  for (done = 0; done < r->len && !err; done += n) {
-    n = u_min(step, r->len - done);
-    if (serial) os_lock(&ex->serial);
-    err = ex->e.ops->write(ex->e.ctx, zeroes, r->off + done, n, flags);
-    if (serial) os_unlock(&ex->serial);
-  }
-  NBDSERVE_FREE(zeroes);
-  return err;
-}
-
 static int ex_do(struct ex *ex, struct nbdserve_req *r) {
   const struct nbdserve_ops *ops = ex->e.ops;
   uint32_t f = ex_wants_fua(ex, r, NBDSERVE_NATIVE_FUA) ? NBDSERVE_FUA : 0;
@@ -1070,8 +1050,7 @@ static int ex_do(struct ex *ex, struct nbdserve_req *r) {
   assert(r->len > 0 && r->off <= INT64_MAX && r->len <= INT64_MAX - r->off);
   assert(r->off % ex->e.min_block == 0); /* (E2) */
   assert(!wire_cmd(r->type)->writes || !(ex->e.flags & NBDSERVE_READONLY));
-  if (r->flags & NBD_CMD_FLAG_NO_HOLE) f |= NBDSERVE_NO_HOLE;
-  if (r->flags & NBD_CMD_FLAG_FAST_ZERO) f |= NBDSERVE_FAST_ZERO;
+  f |= r->flags & (NBDSERVE_NO_HOLE | NBDSERVE_FAST_ZERO);
   if (ex->e.flags & NBDSERVE_SERIAL) os_lock(&ex->serial);
   switch (r->type) {
   case NBD_CMD_READ: err = ops->read(ctx, r->buf, r->off, r->len, 0); break;
@@ -1085,10 +1064,21 @@ static int ex_do(struct ex *ex, struct nbdserve_req *r) {
   default: assert(0); /* (E2) */
   }
   if (ex->e.flags & NBDSERVE_SERIAL) os_unlock(&ex->serial);
-  if (err == -ENOTSUP && r->type == NBD_CMD_WRITE_ZEROES &&
-      !(f & NBDSERVE_FAST_ZERO))
-    err = ex_write_zeroes(ex, r, f & NBDSERVE_FUA);
   assert(err <= 0);
+  if (err != -ENOTSUP || r->type != NBD_CMD_WRITE_ZEROES ||
+      f & NBDSERVE_FAST_ZERO) return err;
+  struct nbdserve_req w = {.type = NBD_CMD_WRITE, .flags = r->flags,
+                           .off = r->off}; /* it is done by writes */
+  uint64_t step = u_min(u_min(r->len, EX_ZEROES), ex->e.max_request);
+  step -= step % ex->e.min_block; /* both are multiples of it */
+  w.buf = u_zalloc((size_t)step);
+  err = w.buf ? 0 : -ENOMEM;
+  for (uint64_t left = r->len; left > 0 && !err; left -= w.len) {
+    w.len = u_min(step, left);
+    err = ex_do(ex, &w);
+    w.off += w.len;
+  }
+  NBDSERVE_FREE(w.buf);
   return err;
 }
 
@@ -1167,13 +1157,11 @@ struct conn {
   int broken;              /* why a send failed: nothing more goes out */
   /* -- client's thread and workers */
   struct os_mutex lock; /* guards the rest */
-  struct os_cond work;  /* something is in the queue, or closing */
-  struct os_cond room;  /* something was answered, or a worker has gone */
   struct nbdserve_req *queue, **queue_end; /* one worker each */
   struct nbdserve_req *flushes;            /* one worker for all of them, */
   int flushing;                            /* which is at it */
   unsigned nqueue, ndeferred, nworkers, nidle, nlogged;
-  int closing; /* the client has gone: workers finish and end */
+  int closing, waits; /* no more comes: workers finish; for one to finish */
   unsigned char rbuf[TX_RBUF], wbuf[TX_WBUF];
 };
 
@@ -1241,15 +1229,14 @@ static int hs_has_meta(const struct conn *c, const char *name) {
 
 /* The export is settled: what transmission needs to know of it. */
 static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
-  static const unsigned char heads[] = {WIRE_SIMPLE, WIRE_CHUNK + 8,
-                                        WIRE_EXTENDED + 8};
   const struct nbdserve_config *k = &c->s->config;
   assert(!c->ex);
   c->ex = ex;
   c->meta = hs_has_meta(c, name);
   c->tflags = ex_flags(c->s, ex, c->mode, c->meta);
   c->batch = k->before ? NULL : ex->e.ops->batch;
-  c->read_head = heads[c->mode];
+  c->read_head = c->mode == WIRE_EXT          ? WIRE_EXTENDED + 8
+                 : c->mode == WIRE_STRUCTURED ? WIRE_CHUNK + 8 : WIRE_SIMPLE;
   c->max_workers = k->threads > 1 ? k->threads : 0;
   c->max_deferred = c->batch ? TX_DEFERRED : k->threads;
   HS_LOG(c, NBDSERVE_LOG_INFO, "%d: export '%s', %" PRIu64 " bytes%s", c->id,
@@ -1600,6 +1587,13 @@ static int tx_do(struct conn *c, struct nbdserve_req *r) {
   return err;
 }
 
+/* Waits for a worker to answer something, or to end. */
+static void tx_wait(struct conn *c) {
+  c->waits = 1;
+  os_wait(&c->lock);
+  c->waits = 0;
+}
+
 /* A worker of a client: does and answers what is queued until it has gone. */
 static void *tx_worker(void *arg) {
   struct conn *c = arg;
@@ -1609,7 +1603,7 @@ static void *tx_worker(void *arg) {
     if (!flush && !c->queue) {
       if (c->closing) break; /* flushes that came meanwhile are the other's */
       c->nidle++;
-      os_wait(&c->work, &c->lock);
+      os_wait(&c->lock);
       c->nidle--;
       continue;
     }
@@ -1633,10 +1627,10 @@ static void *tx_worker(void *arg) {
       list = r->next;
       NBDSERVE_FREE(r);
     }
-    os_wake_all(&c->room);
+    if (c->waits) os_wake_all(&c->lock);
   }
   c->nworkers--;
-  os_wake_all(&c->room);
+  if (c->waits) os_wake_all(&c->lock);
   os_unlock(&c->lock);
   return NULL;
 }
@@ -1650,7 +1644,7 @@ static int tx_defer(struct conn *c, const struct nbdserve_req *r) {
   *q = *r;
   q->next = NULL;
   os_lock(&c->lock);
-  while (c->ndeferred >= c->max_deferred) os_wait(&c->room, &c->lock);
+  while (c->ndeferred >= c->max_deferred) tx_wait(c);
   unsigned takers = c->nqueue + !q->flush + /* workers that are wanted */
                     (!c->flushing && (c->flushes || q->flush));
   if (takers > c->nidle && c->nworkers < c->max_workers &&
@@ -1670,7 +1664,7 @@ static int tx_defer(struct conn *c, const struct nbdserve_req *r) {
     c->queue_end = &q->next;
     c->nqueue++;
   }
-  os_wake_one(&c->work);
+  os_wake_one(&c->lock);
   os_unlock(&c->lock);
   return 1;
 }
@@ -1688,6 +1682,7 @@ static void tx_validate(const struct conn *c, struct nbdserve_req *r,
     stray |= r->flags & NBD_CMD_FLAG_FAST_ZERO;
   if (c->mode != WIRE_EXT) stray |= r->flags & NBD_CMD_FLAG_PAYLOAD_LEN;
   r->why = !cmd ? "unknown command"
+      : stray & NBD_CMD_FLAG_PAYLOAD_LEN ? "it takes no payload"
       : cmd->writes && (c->tflags & NBD_FLAG_READ_ONLY)
           ? ((void)(err = -EPERM), "the export is read-only")
       : is_write && payload != r->len ? "NBD_CMD_FLAG_PAYLOAD_LEN is missing"
@@ -1726,12 +1721,9 @@ static int tx_exec(struct conn *c) {
       if (!r[i].deferred) r[i].err = tx_do(c, r + i);
     }
   }
-  for (size_t i = 0; i < n; i++) { /* (T3) */
-    if (r[i].err || r[i].deferred || !r[i].flush) continue;
-    r[i].deferred = tx_defer(c, r + i);
-    if (!r[i].deferred) r[i].err = tx_do(c, r + i);
-  }
-  for (; n > 0; n--, r++) {
+  for (; n > 0; n--, r++) { /* (T3) */
+    int flush = r->flush && !r->err && !r->deferred;
+    if (flush && !(r->deferred = tx_defer(c, r))) r->err = tx_do(c, r);
     if (r->deferred) continue;
     *end = r;
     end = &r->next;
@@ -1750,13 +1742,14 @@ static int tx_long_read(struct conn *c, struct nbdserve_req *r) {
   struct nbdserve_req p = *r;
   p.buf = c->big + TX_HEAD;
   os_lock(&c->lock); /* no worker's reply may come between the pieces */
-  while (!pass && c->ndeferred) os_wait(&c->room, &c->lock);
+  while (!pass && c->ndeferred) tx_wait(c);
   os_unlock(&c->lock);
   for (; pass < 2; pass++)
     for (p.off = r->off; p.off < end; p.off += p.len) {
       int bare = c->mode == WIRE_COMPACT && p.off > p.start; /* no new head */
       p.len = u_min(end - p.off, TX_KEEP);
       p.more = p.off + p.len < end;
+      if (p.more) p.len -= (p.off + p.len) % 512; /* proto.md: if possible */
       r->err = ex_do(c->ex, &p);
       if (r->err && pass && bare) return r->err; /* proto.md: disconnect */
       if (r->err) r->off = p.off;
@@ -1887,8 +1880,8 @@ static int tx_run(struct conn *c) {
   } while (r != TX_DISC && !err);
   os_lock(&c->lock);
   c->closing = 1;
-  os_wake_all(&c->work);
-  while (c->nworkers) os_wait(&c->room, &c->lock);
+  os_wake_all(&c->lock);
+  while (c->nworkers) tx_wait(c);
   assert(!c->queue && !c->flushes && !c->ndeferred);
   os_unlock(&c->lock);
   return err > 0 ? 0 : err;
@@ -2011,11 +2004,6 @@ static int flat_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   if (!(flags & NBDSERVE_NO_HOLE))
     err = flat_allocate(ctx, OS_PUNCH_HOLE, off, len);
   if (err == -EOPNOTSUPP) err = flat_allocate(ctx, OS_ZERO_RANGE, off, len);
-  if (err == -EOPNOTSUPP) { /* tmpfs: a hole, filled; first see if it can be */
-    err = flat_allocate(ctx, OS_KEEP_SIZE, off, len);
-    if (!err) err = flat_allocate(ctx, OS_PUNCH_HOLE, off, len);
-    if (!err) err = flat_allocate(ctx, OS_KEEP_SIZE, off, len);
-  }
   return err == -EOPNOTSUPP ? -ENOTSUP : err; /* the engine writes them */
 }
 
@@ -2187,8 +2175,7 @@ struct nbdserve_cas {
   struct cas_item *pages;  /* what it writes */
   uint32_t npages;
   unsigned char super[CAS_PAGE]; /* id and log_pages in it are fixed */
-  struct os_mutex lock;    /* guards the rest */
-  struct os_cond room;     /* a sync, a checkpoint or cas_work ended */
+  struct os_mutex lock;    /* guards the rest; woken: a sync or work ended */
   int syncing;             /* one at a time: else one may miss an error */
   int failed, log_damaged; /* -errno (C14); (C9) */
   int damaged;             /* pages could not be read: nothing is freed */
@@ -2430,7 +2417,7 @@ static int cas_get_page(struct nbdserve_cas *s, uint32_t x, uint32_t magic,
 /* Nothing is written any more (C14). */
 static int cas_fail(struct nbdserve_cas *s, int err) {
   if (err) s->failed = -EIO;
-  if (err) os_wake_all(&s->room);
+  if (err) os_wake_all(&s->lock);
   return err;
 }
 
@@ -2468,7 +2455,7 @@ static void cas_log(struct nbdserve_cas *s, const struct cas_image *im,
 static int cas_sync(struct nbdserve_cas *s, int always) {
   os_lock(&s->lock);
   uint64_t mine = s->nlogged;
-  while (s->syncing) os_wait(&s->room, &s->lock);
+  while (s->syncing) os_wait(&s->lock);
   int err = s->failed;
   if (!err && (always || s->nsynced < mine)) {
     s->syncing = 1;
@@ -2485,7 +2472,7 @@ static int cas_sync(struct nbdserve_cas *s, int always) {
     if (!err) s->nsynced = mine;
     if (!err) cas_free(s, dropped); /* (C5) */
     s->syncing = 0;
-    os_wake_all(&s->room);
+    os_wake_all(&s->lock);
   }
   os_unlock(&s->lock);
   return err;
@@ -2785,7 +2772,7 @@ static void *cas_work(void *arg) {
     os_lock(&s->lock);
   }
   s->busy = 0;
-  os_wake_all(&s->room);
+  os_wake_all(&s->lock);
   os_unlock(&s->lock);
   return NULL;
 }
@@ -2809,7 +2796,7 @@ static int cas_room(struct nbdserve_cas *s) {
     if (!tight && s->seq - s->tail < s->log_pages / 4 * 3) return 0;
     if (err || (tight && tried)) return err ? err : -ENOSPC;
     if (s->busy) {
-      os_wait(&s->room, &s->lock);
+      os_wait(&s->lock);
     } else {
       os_unlock(&s->lock);
       err = cas_checkpoint(s, NULL);
@@ -3260,7 +3247,6 @@ static void cas_destroy(struct nbdserve_cas *s) {
   NBDSERVE_FREE(s->groups);
   os_mutex_free(&s->ckpt);
   os_mutex_free(&s->lock);
-  os_cond_free(&s->room);
   if (s->fd >= 0) close(s->fd);
   NBDSERVE_FREE(s);
 }
@@ -3275,8 +3261,8 @@ static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
   s->verify = flags & NBDSERVE_CAS_VERIFY ||
               (s->hw && !(flags & NBDSERVE_CAS_NO_VERIFY));
   s->groups = NBDSERVE_MALLOC(CAS_GROUPS * sizeof *s->groups);
-  if (s->groups && !os_mutex_init(&s->ckpt) && !os_mutex_init(&s->lock) &&
-      !os_cond_init(&s->room)) return s;
+  if (s->groups && !os_mutex_init(&s->ckpt) && !os_mutex_init(&s->lock))
+    return s;
   cas_destroy(s);
   return NULL;
 }
@@ -3317,7 +3303,7 @@ int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
 int nbdserve_cas_close(struct nbdserve_cas *s) {
   os_lock(&s->lock);
   s->closing = 1;
-  while (s->busy) os_wait(&s->room, &s->lock);
+  while (s->busy) os_wait(&s->lock);
   int err = s->failed;
   os_unlock(&s->lock);
   if (!err && !s->readonly && (s->nlogged > s->nsynced || s->seq > s->tail))
@@ -3401,7 +3387,7 @@ int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
   struct cas_op op = {verb, name, to, size};
   int resize = verb == NBDSERVE_CAS_RESIZE, err = s->readonly ? -EROFS : 0;
   os_lock(&s->lock); /* what is to be written now may be there already */
-  while (verb == NBDSERVE_CAS_CREATE && s->busy) os_wait(&s->room, &s->lock);
+  while (verb == NBDSERVE_CAS_CREATE && s->busy) os_wait(&s->lock);
   os_unlock(&s->lock);
   if (!err && (resize || verb == NBDSERVE_CAS_SNAPSHOT))
     err = cas_clear_tail(s, &op);
@@ -3618,6 +3604,10 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   if (NBDSERVE_NO_THREADS) k.max_conn = k.threads = 1;
   if (!k.handshake_ms) k.handshake_ms = 10000;
   if (!k.stall_ms) k.stall_ms = 120000;
+  if (k.without & NBD_FLAG_SEND_WRITE_ZEROES) /* with what depends on it */
+    k.without |= NBD_FLAG_SEND_FAST_ZERO;
+  if (k.without >> 16 >> NBD_OPT_GO & 1)
+    k.without |= 65536u << NBD_OPT_EXTENDED_HEADERS;
   if (k.threads > 1024 || k.max_conn > 1 << 20 || k.flags & ~NBDSERVE_ONCE)
     return -EINVAL;
   struct nbdserve *s = u_zalloc(sizeof *s);
@@ -3823,8 +3813,7 @@ static struct conn *srv_client(struct nbdserve *s, int in, int out, int own) {
   c->io = (struct io){.in = in, .out = out, .stall_ms = s->config.stall_ms,
                       .stop = own && !NBDSERVE_NO_THREADS ? -1 : s->stop[0]};
   c->queue_end = &c->queue;
-  if (os_mutex_init(&c->lock) || os_mutex_init(&c->sending) ||
-      os_cond_init(&c->work) || os_cond_init(&c->room)) {
+  if (os_mutex_init(&c->lock) || os_mutex_init(&c->sending)) {
     NBDSERVE_FREE(c);
     return NULL;
   }
@@ -3849,8 +3838,6 @@ static void srv_free_client(struct conn *c) {
   if (c->fd >= 0) close(c->fd); /* locked: srv_finish must not hit another */
   os_mutex_free(&c->lock);
   os_mutex_free(&c->sending);
-  os_cond_free(&c->work);
-  os_cond_free(&c->room);
   NBDSERVE_FREE(c);
   srv_poke(s->wake[1], SRV_ELSE);
   os_unlock(&s->lock); /* (S2) */

@@ -39,10 +39,10 @@ struct nbdserve_req;
 
 /* ---- Backends ---------------------------------------------------------- */
 
-/* Flags of one call */
+/* Flags of one call; as NBD_CMD_FLAG_... in proto.md */
 #define NBDSERVE_FUA 1u       /* durable before it returns (NATIVE_FUA only) */
 #define NBDSERVE_NO_HOLE 2u   /* zero: the range stays allocated */
-#define NBDSERVE_FAST_ZERO 4u /* zero: -ENOTSUP if no faster than write */
+#define NBDSERVE_FAST_ZERO 16u /* zero: -ENOTSUP if no faster than write */
 #define NBDSERVE_REQ_ONE 8u   /* extents: the first extent is enough */
 
 /* Status of an extent: 0 is plain data (proto.md, base:allocation) */

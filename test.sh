@@ -2183,6 +2183,22 @@ testExtentsAreMultiplesOfTheMinimumBlock() {
     STATUS_OF+REQ_ONE,2,65536,131072 STATUS_OF,3,131072,65536
   extended "longstatus.1=${s}65536/3:65536/0:131072/3" STATUS_OF,1,0,262144
 }
+testStatusIsNoLongerThanTheMaximumPayload() {
+  filled || return 0
+  truncate -s 0 "$DISK"
+  awk 'BEGIN { for (i = 0; i < 140; i++) printf "%04096d", i % 2 }' |
+    tr 0 '\0' | dd of="$DISK" bs=4096 conv=sparse 2>/dev/null
+  ARGS='-b 1:512:512'
+  for mode in STRUCTURED EXTENDED; do
+    [ $mode = STRUCTURED ] || LONG=1
+    talk "$(opt $mode)" "$(meta SET_META '' base:allocation)" "$(ask GO)" \
+      STATUS_OF,1,0,573440 DISC,0,0,0
+    LONG=
+    n=$(echo "$GOT" | tr -cd / | wc -c) # extents, of 8 or 16 bytes
+    assertTrue "$n with $mode" "[ $n -gt 1 ] && \
+      [ $((n * (${#mode} == 8 ? 16 : 8))) -le 512 ]"
+  done
+}
 testRequestsBeforeADisconnectAreAnswered() {
   simple 'OK.1=6e OK.2 OK.3=62 OK.4 OK.5' READ,1,0,1 WRITE,2,9,1 61 READ,3,1,1 \
     FLUSH,4,0,0 TRIM,5,4096,4096

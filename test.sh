@@ -1809,6 +1809,16 @@ testHolesAmongDataLeaveEachReadItsOwnBytes() {
     READ,2,8192,512 READ,3,12288,512 READ,4,16384,512 READ,5,20480,512 \
     READ,6,53248,512
 }
+testLongReadsAreCutAtMultiplesOf512() {
+  truncate -s 0 "$DISK"
+  truncate -s 4M "$DISK"
+  talk "$META" "$(ask GO)" READ,1,1,4000000 DISC,0,0,0
+  assertEquals 4000001 "$(echo "$GOT" | tr ' ' '\n' |
+    sed -n 's/^hole.1@\([0-9]*\)+\([0-9]*\)+*$/\1 \2/p' | awk '
+      NR > 1 && ($1 != end || $1 % 512) { print "chunk at " $1 " after " end }
+      { end = $1 + $2 }
+      END { print end }')"
+}
 testExtendedRepliesCarryTheRequestsOffset() {
   extended 'data.1@0=6e6264^0 none.2^100 data.3@100=61626364^100 none.4^7
     none.5^4096 none.6^8192 none.7^512 !EINVAL.8^9' READ,1,0,3 \

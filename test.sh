@@ -1506,6 +1506,12 @@ testExportNameWithAMinimumBlockErrsWithoutHarm() {
   expect 'export:65536:0d6d EINVAL.1 EINVAL.2 EINVAL.3 EINVAL.4 OK.5=512x00'
   assertEquals 6e62 "$(at 0 2)"
 }
+testSizeIsAMultipleOfTheMinimumBlock() {
+  truncate -s 70000 "$DISK"
+  ARGS='-b 512:4096:1M'
+  haggle 'info=export:69632:0d6d info=block:512:4096:1048576 info=ack' \
+    "$(ask INFO '' 3)"
+}
 testBlockSizesAgainstTheRulesAreUsageErrors() {
   for sizes in 131072:131072:1M 1:256:1M 4096:512:1M 512:3000:1M \
     512:4096:2048 0:4096:1M 1:4096:0; do

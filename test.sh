@@ -1848,11 +1848,13 @@ testExtendedWriteWithoutPayloadIsEINVALAndHasNone() {
     WRITE,3,0,0
 }
 testExtendedPayloadsWhereNoneBelongAreEINVALAndSkipped() {
-  extended '!EINVAL.1^0 !EINVAL.2^0 !ENOSPC.3^0 !EINVAL.4^0 !EINVAL.5^0
+  extended '!EINVAL.1^0 !EINVAL.2^0 !EINVAL.3^0 !EINVAL.4^0 !EINVAL.5^0
     data.6@0=6e^0' READ+PAYLOAD,1,0,32 READ,9,0,0 TRIM+PAYLOAD,2,0,3 616161 \
     ZEROES+PAYLOAD,3,0,200000 @200000 FLUSH+PAYLOAD,4,0,1 00 \
     99+PAYLOAD,5,0,2 0000 READ,6,0,1
   assertEquals 6e62 "$(at 0 2)"
+  ARGS=-r FLAGS=$RO
+  extended '!EINVAL.1 !EINVAL.2' TRIM+PAYLOAD,1,0,1 58 ZEROES+PAYLOAD,2,0,1 58
 }
 testPayloadFlagWithCompactHeadersIsEINVAL() {
   simple 'EINVAL.1 EINVAL.2 OK.3=6e' WRITE+PAYLOAD,1,0,28 READ,9,0,1 \

@@ -2404,6 +2404,7 @@ testBackendIsCalledFromManyThreads() { unit parallel; }
 testSerialBackendIsCalledOneAtATime() { unit serial; }
 testSlowCallHoldsNobodyUp() { unit slow; }
 testLeavingClientGetsItsAnswers() { unit leave; }
+testNobodyWaitsForNagle() { unit nagle; }
 testVanishingClientRaisesNoSIGPIPE() { unit vanish; }
 testBackendSeesOnlySoundRequests() { unit requests; }
 testFuaIsAFlushUnlessNative() { unit fua; }
@@ -4964,6 +4965,36 @@ static void u_leave(void) {
 }
 
 /* A client that is gone raises no SIGPIPE, which nobody catches here */
+/* No client over TCP waits for Nagle's algorithm */
+static void u_nagle(void) {
+#if !NBDSERVE_NO_TCP
+  struct sockaddr_in a = {.sin_family = AF_INET};
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct served v = {0};
+  struct nbdserve *s;
+  struct t_conn c;
+  socklen_t n = sizeof a;
+  int on = 0, fd, listener = socket(AF_INET, SOCK_STREAM, 0);
+  a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  CHECK(bind(listener, (void *)&a, n) == 0 && listen(listener, 1) == 0);
+  CHECK(getsockname(listener, (void *)&a, &n) == 0);
+  CHECK((fd = socket(AF_INET, SOCK_STREAM, 0)) >= 0);
+  CHECK(connect(fd, (void *)&a, n) == 0);
+  CHECK((v.fd = accept(listener, NULL, NULL)) >= 0);
+  CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == 0);
+  v.s = s;
+  CHECK(pthread_create(&v.thread, NULL, s_run, &v) == 0);
+  CHECK(t_open(&c, fd, "", 0) == 0);
+  n = sizeof on;
+  CHECK(getsockopt(v.fd, IPPROTO_TCP, TCP_NODELAY, &on, &n) == 0 && on);
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+  nbdserve_free(s);
+  close(listener);
+#endif
+}
+
 static void u_vanish(void) {
   struct nbdserve_export e;
   struct one o;
@@ -6007,7 +6038,8 @@ int main(int argc, char **argv) {
     void (*run)(void);
   } verbs[] = {
       V(arguments), V(uris), V(parallel), V(serial), V(slow), V(leave),
-      V(vanish), V(inflight), V(memory), V(requests), V(fua), V(errors),
+      V(nagle), V(vanish), V(inflight), V(memory), V(requests), V(fua),
+      V(errors),
       V(missing), V(flush), V(find), V(extents), V(resize), V(sizes), V(before),
       V(without), V(dependent), V(overlay), V(overerror), V(deadline),
       V(stalls),

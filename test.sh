@@ -3438,45 +3438,308 @@ testFioVerifiesWhatItWrote() {
     --bs=4k --iodepth=64 --size=16M --verify=crc32c --output-format=terse \
     --verify_fatal=1)
 }
-testNbdshReadsChunksAndExtents() {
-  needs nbdsh || return 0
+# Is there an nbdsh that starts?  (Not with any other Python than Debian's.)
+has_nbdsh() {
+  needs nbdsh || return 1
+  [ -e "$W/nbdsh" ] || env PATH="/usr/bin:$PATH" nbdsh -c pass 2>/dev/null ||
+    { skip 'nbdsh does not start'; return 1; }
+  : >"$W/nbdsh"
+}
+# Runs the Python on stdin with nbdsh's h and nbd, uri, which is the last
+# server's, and refused(error, call...): so must that call fail
+nbd_python() {
+  does env PATH="/usr/bin:$PATH" nbdsh -c "uri = '$URI'" -c '
+import errno
+def refused(error, call, *args):
+    try:
+        call(*args)
+    except nbd.Error as e:
+        assert e.errnum == error, (error, e)
+    else:
+        assert False, (error, call, args)
+' -c "$(cat)"
+}
+testLibnbdReadsChunksAndExtents() {
+  has_nbdsh || return 0
   filled || return 0
-  path=$PATH
-  PATH=/usr/bin:$PATH # not another Python
-  if ! nbdsh -c pass 2>/dev/null; then
-    skip 'nbdsh does not start'
-  else
-    truncate -s 3M "$DISK"
-    serve "$DISK"
-    cat >"$T/py" <<'END'
+  truncate -s 3M "$DISK"
+  serve "$DISK"
+  nbd_python <<'END'
+h.add_meta_context("base:allocation")
+h.connect_uri(uri)
+MB, got = 1048576, []
+def chunk(buf, offset, status, err): got.append((offset, len(buf), status))
+def extent(context, offset, entries, err): got.append((offset, entries))
+assert h.pread_structured(2 * MB, 0, chunk) == b"x" * MB + b"\0" * MB
+assert sum(n for offset, n, status in got) == 2 * MB
+assert {status for offset, n, status in got if offset >= MB} == {nbd.READ_HOLE}
+assert {status for offset, n, status in got if offset < MB} == {nbd.READ_DATA}
+got = []
+assert h.pread_structured(MB, MB // 2, chunk, nbd.CMD_FLAG_DF) == \
+    b"x" * (MB // 2) + b"\0" * (MB // 2)
+assert got == [(MB // 2, MB, nbd.READ_DATA)], got
+got = []
+h.pread_structured(512, MB, chunk, nbd.CMD_FLAG_DF)
+h.pread_structured(100, MB - 50, chunk)
+assert got == [(MB, 512, nbd.READ_HOLE), (MB - 50, 100, nbd.READ_DATA)], got
+got = []
+h.block_status(3 * MB, 0, extent)
+h.block_status(2 * MB, 100, extent, nbd.CMD_FLAG_REQ_ONE)
+h.block_status(2 * MB, MB // 2, extent)
+h.block_status(100, MB, extent)
+assert got == [(0, [MB, 0, 2 * MB, 3]), (100, [MB - 100, 0]),
+    (MB // 2, [MB // 2, 0, 3 * MB // 2, 3]), (MB, [100, 3])], got
+h.shutdown()
+END
+}
+testLibnbdGetsTheErrorOfEachBadRequest() {
+  has_nbdsh || return 0
+  truncate -s 3M "$DISK"
+  serve "$DISK"
+  nbd_python <<'END'
 h.set_strict_mode(0)
 h.add_meta_context("base:allocation")
 h.connect_uri(uri)
-got = []
-def chunk(buf, offset, status, err): got.append((offset, len(buf), status))
-buf = h.pread_structured(2097152, 0, chunk)
-assert bytes(buf) == b"x" * 1048576 + b"\0" * 1048576
-assert sum(n for o, n, s in got) == 2097152
-got = []
-def extent(context, offset, entries, err): got.append(entries)
-h.block_status(3145728, 0, extent)
-assert got == [[1048576, 0, 2097152, 3]], got
-for request, number in ((lambda: h.pread(2, 3145727), 22),
-        (lambda: h.pwrite(b"xx", 3145727), 28),
-        (lambda: h.zero(2, 3145727), 28), (lambda: h.trim(2, 3145727), 22),
-        (lambda: h.pwrite(b"xx", 0, 0x8000), 22)):
-    try:
-        request()
-    except nbd.Error as e:
-        assert e.errnum == number, e
-    else:
-        assert False, number
-assert h.pread(1, 0) == b"x"
+def extent(*args): pass
+MB, end = 1048576, 3145728
+for call, error in ((h.pread, errno.EINVAL), (h.trim, errno.EINVAL),
+                    (h.cache, errno.EINVAL), (h.zero, errno.ENOSPC)):
+    for count, offset in ((2, end - 1), (1, end), (1, 1 << 63), (5, 2**64 - 2)):
+        refused(error, call, count, offset)
+    refused(errno.EINVAL, call, 1, 0, 0x100)
+    refused(errno.EINVAL, call, 1, 0, nbd.CMD_FLAG_REQ_ONE)
+refused(errno.ENOSPC, h.pwrite, b"xx", end - 1)
+refused(errno.ENOSPC, h.pwrite, b"x", 2**64 - 1)
+refused(errno.EINVAL, h.pwrite, b"x", 0, nbd.CMD_FLAG_NO_HOLE)
+refused(errno.EINVAL, h.pwrite, b"x", 0, 0x8000)
+refused(errno.EINVAL, h.flush, nbd.CMD_FLAG_DF)
+refused(errno.EINVAL, h.block_status, 2, end - 1, extent)
+refused(errno.EINVAL, h.block_status, 2, 0, extent, nbd.CMD_FLAG_NO_HOLE)
+refused(errno.EOVERFLOW, h.pread_structured, 2 * MB, 0, extent,
+        nbd.CMD_FLAG_DF)
+assert h.pread(0, 0) == b""
+for call in h.zero, h.trim, h.cache: call(0, 0)
+h.pwrite(b"", 0)
+assert h.pread(8, 0) == b"nbdserve" # all were refused, and nothing is lost
 h.shutdown()
 END
-    does nbdsh -c "uri = '$URI'" -c "$(cat "$T/py")"
-  fi
-  PATH=$path
+}
+testLibnbdWritesZeroesTrimsAndCaches() {
+  has_nbdsh || return 0
+  head -c 65536 /dev/zero | tr '\0' x >"$DISK"
+  serve "$DISK"
+  nbd_python <<'END'
+h.connect_uri(uri)
+fua, no_hole, fast = (nbd.CMD_FLAG_FUA, nbd.CMD_FLAG_NO_HOLE,
+                      nbd.CMD_FLAG_FAST_ZERO)
+expected = bytearray(b"x" * 65536)
+at = 100
+for flags in (0, fua, no_hole, fua | no_hole, fast, fast | fua, fast | no_hole,
+              fast | no_hole | fua):
+    try:
+        h.zero(4000, at, flags)
+        expected[at:at + 4000] = bytes(4000)
+    except nbd.Error as e:
+        assert flags & fast and e.errnum == errno.ENOTSUP, e
+    at += 5000
+h.pwrite(b"abc", 50000)
+h.pwrite(b"def", 50003, fua)
+expected[50000:50006] = b"abcdef"
+h.cache(1000, 3)
+h.flush()
+assert h.pread(65536, 0) == expected
+h.trim(4096, 57344)
+h.trim(4096, 61440, fua)
+assert h.pread(57344, 0) == expected[:57344]
+h.shutdown()
+END
+}
+testLibnbdSeesWhatAnExportOffers() {
+  has_nbdsh || return 0
+  unless NO_THREADS || return 0
+  serve -e 'a name' -D 'a text' "$DISK"
+  nbd_python <<'END'
+h.set_full_info(True)
+h.add_meta_context("base:allocation")
+h.add_meta_context("x-other:context")
+h.connect_uri(uri)
+assert h.get_protocol() == "newstyle-fixed"
+assert h.get_structured_replies_negotiated() and h.get_size() == 65536
+assert h.get_canonical_export_name() == "a name"
+assert h.get_export_description() == "a text"
+assert [h.get_block_size(i) for i in range(3)] == [1, 4096, 33554432]
+assert h.can_meta_context("base:allocation")
+assert not h.can_meta_context("x-other:context")
+for can in (h.can_cache, h.can_df, h.can_fast_zero, h.can_flush, h.can_fua,
+            h.can_multi_conn, h.can_trim, h.can_zero):
+    assert can(), can
+assert not h.is_read_only() and not h.is_rotational()
+h.shutdown()
+END
+  stop TERM
+  serve -r "$DISK"
+  nbd_python <<'END'
+h.set_full_info(True)
+h.connect_uri(uri)
+assert h.get_canonical_export_name() == ""
+refused(errno.ENOTSUP, h.get_export_description)
+assert h.is_read_only() and not h.is_rotational()
+for can in h.can_cache, h.can_df, h.can_multi_conn: assert can(), can
+for can in (h.can_fast_zero, h.can_flush, h.can_fua, h.can_trim, h.can_zero):
+    assert not can(), can
+h.set_strict_mode(0)
+refused(errno.EPERM, h.pwrite, b"x", 0)
+refused(errno.EPERM, h.pwrite, b"x", 0, nbd.CMD_FLAG_FUA)
+refused(errno.EPERM, h.zero, 512, 0)
+refused(errno.EPERM, h.trim, 512, 0)
+h.cache(512, 0)
+assert h.pread(8, 0) == b"nbdserve"
+h.shutdown()
+END
+}
+testLibnbdHagglesOptionByOption() {
+  has_nbdsh || return 0
+  serve -D text a="$DISK" b=mem:1K
+  nbd_python <<'END'
+got = []
+h.set_opt_mode(True)
+h.set_full_info(True)
+h.connect_uri(uri)
+assert h.opt_list(lambda *args: got.append(args)) == 2
+assert got == [("a", "text"), ("b", "text")], got
+for name, size in ("b", 1024), ("a", 65536):
+    h.set_export_name(name)
+    h.opt_info()
+    assert h.get_size() == size and h.get_canonical_export_name() == name
+    assert h.get_export_description() == "text" and not h.is_read_only()
+h.set_export_name("none")
+refused(errno.ENOENT, h.opt_info)
+refused(errno.ENOENT, h.opt_go)
+h.set_export_name("a")
+got = []
+for contexts in [], ["base:"], ["x-other:", "base:allocation"], ["x-other:"]:
+    h.clear_meta_contexts()
+    for context in contexts: h.add_meta_context(context)
+    h.opt_list_meta_context(got.append)
+assert got == ["base:allocation"] * 3, got
+h.add_meta_context("base:allocation")
+h.opt_go()
+assert h.get_size() == 65536 and h.can_meta_context("base:allocation")
+assert h.pread(8, 0) == b"nbdserve"
+h.shutdown()
+h = nbd.NBD()
+h.set_opt_mode(True)
+h.connect_uri(uri)
+h.opt_abort()
+assert h.aio_is_closed()
+END
+}
+testLibnbdTakesOrRefusesBlockSizes() {
+  has_nbdsh || return 0
+  serve -b 512:4096:1M "$DISK"
+  nbd_python <<'END'
+h.set_strict_mode(0)
+h.set_opt_mode(True)
+h.set_request_block_size(False)
+h.connect_uri(uri)
+refused(errno.EINVAL, h.opt_info)
+refused(errno.EINVAL, h.opt_go)
+h.set_request_block_size(True)
+h.opt_go()
+assert [h.get_block_size(i) for i in range(3)] == [512, 4096, 1048576]
+refused(errno.EINVAL, h.pread, 1, 0)
+refused(errno.EINVAL, h.pread, 512, 1)
+refused(errno.EINVAL, h.pwrite, b"x", 512)
+refused(errno.EINVAL, h.zero, 100, 0)
+refused(errno.EINVAL, h.trim, 512, 100)
+refused(errno.EINVAL, h.cache, 1, 0)
+assert h.pread(512, 0)[:8] == b"nbdserve"
+h.shutdown()
+END
+}
+testLibnbdAsAnOldClient() {
+  has_nbdsh || return 0
+  LOG='^nbdserve: client'
+  serve -e old "$DISK"
+  nbd_python <<'END'
+for flags in range(4): # FIXED_NEWSTYLE, NO_ZEROES
+    h = nbd.NBD()
+    h.set_strict_mode(0)
+    h.set_handshake_flags(flags)
+    h.set_request_structured_replies(False)
+    h.connect_uri(uri)
+    assert h.get_protocol() == "newstyle" + ("-fixed" if flags & 1 else "")
+    assert h.get_size() == 65536 and not h.can_df()
+    assert not h.get_structured_replies_negotiated()
+    assert h.pread(8, 0) == b"nbdserve"
+    refused(errno.EINVAL, h.pread, 1, 65536)
+    refused(errno.EINVAL, h.block_status, 512, 0, lambda *args: None)
+    h.pwrite(b"n", 0)
+    h.shutdown()
+    h = nbd.NBD()
+    h.set_handshake_flags(flags)
+    try:
+        h.connect_uri(uri.replace("/old?", "/new?"))
+    except nbd.Error:
+        continue
+    assert False
+END
+}
+testLibnbdLeavesWithRequestsInFlight() {
+  has_nbdsh || return 0
+  serve "$DISK"
+  nbd_python <<'END'
+h.connect_uri(uri)
+for i in range(200): h.aio_pread(nbd.Buffer(16384), i * 200)
+for i in range(200):
+    h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"z" * 50)), i * 50)
+h.aio_flush()
+h.aio_disconnect()
+while not h.aio_is_closed() and not h.aio_is_dead(): h.poll(-1)
+assert h.aio_is_closed() and h.aio_in_flight() == 0
+END
+  assertEquals 7a7a00 "$(at 9998 3)"
+}
+testQemuImgSeesAndKeepsHoles() {
+  needs qemu-img || return 0
+  filled || return 0
+  truncate -s 3M "$DISK"
+  cp "$DISK" "$T/in"
+  serve "$DISK"
+  does qemu-img map --output=json -f raw "$URI"
+  assertEquals '"start":0"length":1048576"zero":false"start":1048576'\
+'"length":2097152"zero":true' "$(tr -d ' \n' <"$T/log" |
+    grep -o '"\(start\|length\|zero\)":[a-z0-9]*' | tr -d '\n')"
+  does qemu-img convert -f raw -O raw "$URI" "$T/out"
+  assertTrue 'out' "cmp '$T/in' '$T/out'"
+  assertTrue 'holes out' "[ $(du -k "$T/out" | cut -f1) -le $((full + 64)) ]"
+  stop TERM
+  head -c 3145728 /dev/urandom >"$DISK"
+  serve "$DISK"
+  does qemu-img convert -n -f raw -O raw "$T/in" "$URI"
+  assertTrue 'in' "cmp '$T/in' '$DISK'"
+  assertTrue 'holes in' "[ $(blocks) -le $((full + 64)) ]"
+}
+testQemuIoIsToldWhyARequestFails() {
+  needs qemu-io || return 0
+  head -c 4194304 /dev/zero | tr '\0' x >"$DISK"
+  printf '#!/bin/sh\nulimit -f 4096\nexec "%s" "$@"\n' "$NBDSERVE" >"$T/limit"
+  chmod +x "$T/limit"
+  was=$NBDSERVE NBDSERVE=$T/limit LOG='^nbdserve: client'
+  serve --size 4M "$DISK"
+  NBDSERVE=$was
+  truncate -s 1M "$DISK"
+  for what in 'write 3M 64k:No space left on device' \
+    'read 2M 64k:Input/output error' 'read 512k 2M:Input/output error'; do
+    timeout 20 qemu-io -f raw "$URI" -c "${what%:*}" >"$T/log" 2>&1
+    assertContains "$(cat "$T/log")" "${what#*:}"
+  done
+  does qemu-io -f raw "$URI" -c 'read -P 120 0 1M'
+  stop TERM
+  serve -r "$DISK"
+  timeout 20 qemu-io -f raw "$URI" -c 'write 0 1' >"$T/log" 2>&1
+  assertContains "$(cat "$T/log")" 'Permission denied'
+  does qemu-io -r -f raw "$URI" -c 'read -P 120 0 1M'
 }
 testNbdClientListsTheExports() {
   needs nbd-client || return 0

@@ -2417,8 +2417,8 @@ testExtentsAreMergedAndCut() { unit extents; }
 testResizeShowsToNewClients() { unit resize; }
 testBackendsMayChangeTheirSize() { unit sizes; }
 testEveryRequestIsAnnouncedAndMayBeRefused() { unit before; }
-testWhatIsTakenAwayIsGoneAndTheRestWorks() { unit without; }
 testWhatNeedsWhatIsTakenAwayIsGoneToo() { unit dependent; }
+testWhatIsTakenAwayIsGoneAndTheRestWorks() { unit without; }
 testOverlayTakesTheWrites() { ! unless NO_FLAT || unit overlay; }
 testReadErrorBelowAnOverlayIsOneOfTheRequest() {
   ! unless NO_FLAT || unit overerror
@@ -5683,6 +5683,37 @@ static void u_before(void) {
     }
 }
 
+/* What depends on what was taken away is gone, too */
+static void u_dependent(void) {
+  struct nbdserve_config config = {0};
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct served v = {0};
+  struct nbdserve *s;
+  struct t_conn c;
+  unsigned char p[4200], h[4] = {0, 0, 0, 3};
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.without = 1 << 6; /* FAST_ZERO goes with WRITE_ZEROES */
+  CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
+  s_start(&v, s, &c);
+  CHECK(t_open(&c, c.fd, "", 1) == 0);
+  CHECK((c.flags & (1 << 6 | 1 << 11)) == 0);
+  CHECK(t_do(&c, FAST, ZEROES, 0, 512, NULL) == 22);
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+  nbdserve_free(s);
+
+  config.without = UINT32_C(0x10000) << 7; /* EXTENDED_HEADERS goes with GO */
+  CHECK(nbdserve_new(&s, &config) == 0);
+  s_start(&v, s, &c);
+  CHECK(t_read(c.fd, p, 18) == 18 && t_write(c.fd, h, 4) == 0);
+  CHECK(t_option(c.fd, 11, "", 0) == 0 && t_answer(c.fd, p) == 0x80000001);
+  CHECK(t_option(c.fd, 2, "", 0) == 0 && t_answer(c.fd, p) == 1);
+  CHECK(s_end(&v) == 0);
+  close(c.fd);
+  nbdserve_free(s);
+}
+
 /* Whatever flags are taken away: what they expose is gone, the rest works */
 static void u_without(void) {
   static const struct { int flag, command, flags; } gone[] = {
@@ -5737,37 +5768,6 @@ static void u_without(void) {
     close(c.fd);
     nbdserve_free(s);
   }
-}
-
-/* What depends on what was taken away is gone, too */
-static void u_dependent(void) {
-  struct nbdserve_config config = {0};
-  struct ram *r = r_new(65536);
-  struct nbdserve_export e = r_export(r, 0);
-  struct served v = {0};
-  struct nbdserve *s;
-  struct t_conn c;
-  unsigned char p[4200], h[4] = {0, 0, 0, 3};
-  config.version = NBDSERVE_VERSION_NUMBER;
-  config.without = 1 << 6; /* FAST_ZERO goes with WRITE_ZEROES */
-  CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
-  s_start(&v, s, &c);
-  CHECK(t_open(&c, c.fd, "", 1) == 0);
-  CHECK((c.flags & (1 << 6 | 1 << 11)) == 0);
-  CHECK(t_do(&c, FAST, ZEROES, 0, 512, NULL) == 22);
-  t_close(&c);
-  CHECK(s_end(&v) == 0);
-  nbdserve_free(s);
-
-  config.without = UINT32_C(0x10000) << 7; /* EXTENDED_HEADERS goes with GO */
-  CHECK(nbdserve_new(&s, &config) == 0);
-  s_start(&v, s, &c);
-  CHECK(t_read(c.fd, p, 18) == 18 && t_write(c.fd, h, 4) == 0);
-  CHECK(t_option(c.fd, 11, "", 0) == 0 && t_answer(c.fd, p) == 0x80000001);
-  CHECK(t_option(c.fd, 2, "", 0) == 0 && t_answer(c.fd, p) == 1);
-  CHECK(s_end(&v) == 0);
-  close(c.fd);
-  nbdserve_free(s);
 }
 
 /* An overlay over a backend, which is only read, against a copy in memory */
@@ -6302,9 +6302,9 @@ int main(int argc, char **argv) {
   } verbs[] = {
       V(arguments), V(uris), V(parallel), V(serial), V(slow), V(leave),
       V(nagle), V(vanish), V(inflight), V(memory), V(requests), V(fua),
-      V(errors),
+      V(errors), V(dependent),
       V(missing), V(flush), V(find), V(extents), V(resize), V(sizes), V(before),
-      V(without), V(dependent), V(overlay), V(overerror), V(deadline),
+      V(without), V(overlay), V(overerror), V(deadline),
       V(stalls),
       V(direct), V(stop), V(two), V(failed), V(flags), V(null),
       V(totals), V(free), V(fips), V(ways), V(together),

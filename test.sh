@@ -179,7 +179,7 @@ oneTimeSetUp() {
 # Each test: an own directory $T with an image of 64 KiB
 setUp() {
   NTEST=$((NTEST + 1)) NSERVE=0 JOBS='' ARGS='' LOG='^$'
-  SIZE=65536 FLAGS=0d6d RO=0503 BLOCK='' IN=/dev/null
+  SIZE=65536 FLAGS=0d6d RO=0503 BLOCK='' INFOS='' IN=/dev/null
   [ "$SWITCH" != NO_THREADS ] || FLAGS=0c6d RO=0403 # no CAN_MULTI_CONN
   T=$W/$NTEST DISK=$W/$NTEST/disk
   mkdir "$T" && echo nbdserve >"$DISK" && truncate -s 64K "$DISK"
@@ -393,6 +393,10 @@ decode() {
       for (s = c; length(s) < 2 * n; s = s s);
       return substr(s, 1, 2 * n)
     }
+    function mute(at, n) { # a text of 1 to 4096 characters, all printable?
+      at = substr(h, at, 2 * n)
+      return n < 1 || n > 4096 || at !~ /^([2-6][0-9a-f]|7[0-9a-e])*$/
+    }
     function say(s) { words = words (words == "" ? "" : " ") s }
     function later(cookie, s) { reply[++nreply] = s; key[nreply] = cookie }
     function error(e) { return e in errors ? errors[e] : "E" e }
@@ -417,7 +421,9 @@ decode() {
         s = text(q + 8, len - 4)
         if (o == 10) context[num(q, 4)] = s
         s = s "?"
+        if (o == 9 && num(q, 4)) s = s "id"
       } else if (type == "00000001" && len) s = s ":junk"
+      else if (type ~ /^8/ && mute(q, len)) s = s ":mute"
       say((o in options ? options[o] : dec(o)) "=" s)
       return type == "00000001" && o == 7
     }
@@ -449,6 +455,7 @@ decode() {
         s = "!" error(num(q, 4)) "." c
         if (type == 32770) s = s "@" dec(num(q + 12 + 2 * m, 8))
         if (m != len - (type == 32769 ? 6 : 14)) s = s "junk"
+        if (mute(q + 12, m)) s = s "mute"
       } else s = "chunk" type "." c
       if (ext) s = s "^" dec(num(q - 32, 8))
       later(c, s (head == "0001" ? "" : head == "0000" ? "+" : "junk"))
@@ -526,11 +533,14 @@ haggle() {
   talk "$@" "$(opt ABORT)"
   expect "$expected" abort=ack
 }
-# What the requests in $2... are answered with, with simple replies
+plus() { printf %04x $((0x$FLAGS | $1)); } # the usual flags, and more
+# What the requests in $2... are answered with, with simple replies, after a GO
+# that asks for $INFOS
 simple() {
   expected=$1
   shift
-  talk "$(ask GO)" "$@" DISC,0,0,0
+  # shellcheck disable=SC2086
+  talk "$(ask GO '' $INFOS)" "$@" DISC,0,0,0
   expect "go=export:$SIZE:$FLAGS $BLOCK go=ack" "$expected"
 }
 # The same with structured replies and base:allocation
@@ -539,23 +549,40 @@ METAOK='structured=ack setmeta=base:allocation? setmeta=ack'
 structured() {
   expected=$1
   shift
-  talk "$META" "$(ask GO)" "$@" DISC,0,0,0
-  expect "$METAOK" "go=export:$SIZE:$(printf %04x $((0x$FLAGS | 0x80)))" \
-    "$BLOCK go=ack" "$expected"
+  # shellcheck disable=SC2086
+  talk "$META" "$(ask GO '' $INFOS)" "$@" DISC,0,0,0
+  expect "$METAOK" "go=export:$SIZE:$(plus 0x80) $BLOCK go=ack" "$expected"
 }
-
-# The same with extended headers
+# The same with extended headers, whose ^OFFSETs may be left out
 extended() {
   expected=$1
   shift
   LONG=1
   # shellcheck disable=SC2086
-  talk "$(opt EXTENDED)" "$(meta SET_META '' base:allocation)" "$(ask GO)" \
-    "$@" DISC,0,0,0
+  talk "$(opt EXTENDED)" "$(meta SET_META '' base:allocation)" \
+    "$(ask GO '' $INFOS)" "$@" DISC,0,0,0
   LONG=''
+  case $expected in
+    *^*) ;;
+    *) GOT=$(echo "$GOT" | sed 's/\^[0-9]*//g') ;;
+  esac
   expect extended=ack "${METAOK#* }" \
-    "go=export:$SIZE:$(printf %04x $((0x$FLAGS | 0x1080))) $BLOCK go=ack" \
-    "$expected"
+    "go=export:$SIZE:$(plus 0x1080) $BLOCK go=ack" "$expected"
+}
+# Requests that get the errors in $1 with simple, structured and extended ones
+refused() {
+  errors=$1
+  shift
+  simple "$errors" "$@"
+  # shellcheck disable=SC2086
+  errors=$(printf '!%s ' $errors)
+  structured "$errors" "$@"
+  for word; do
+    shift
+    case $word in WRITE*) word=WRITE+PAYLOAD${word#WRITE} ;; esac
+    set -- "$@" "$word"
+  done
+  extended "$errors" "$@"
 }
 
 # ==== The source =============================================================
@@ -1191,6 +1218,20 @@ testExportNameIsFollowedBy124ZeroesUnlessDeclined() {
   raw 00000003 "$(opt EXPORT_NAME)" READ,1,0,1 DISC,0,0,0
   expect 'export:65536:0d6d OK.1=6e'
 }
+testNoZeroesAloneIsTaken() {
+  raw 00000002 "$(opt EXPORT_NAME)" READ,1,0,1 DISC,0,0,0
+  expect 'export:65536:0d6d OK.1=6e'
+}
+testGoIsNeverFollowedByZeroes() {
+  for flags in 00000000 00000001; do
+    raw $flags "$(ask GO)" READ,1,0,1 DISC,0,0,0
+    expect 'go=export:65536:0d6d go=ack OK.1=6e'
+  done
+}
+testExportNameOffersDfWithStructuredReplies() {
+  talk "$(opt STRUCTURED)" "$(opt EXPORT_NAME)" READ+DF,1,0,2 DISC,0,0,0
+  expect structured=ack "export:65536:$(plus 0x80) data.1@0=6e62"
+}
 testExportNameOfAnUnknownExportCloses() {
   LOG='^nbdserve: client' ARGS='-e known'
   talk "$(opt EXPORT_NAME "$(of nope)")" "$(opt LIST)"
@@ -1226,6 +1267,10 @@ testHandshakeCutAnywhereIsNoHarm() {
 testUnknownOptionIsUnsupAndItsDataSkipped() {
   haggle '0=unsup 99=unsup 99=unsup 4294967295=unsup' "$(opt 0)" "$(opt 99)" \
     "$(opt 99 "$(opt LIST)")" "$(opt 0xffffffff 00)"
+}
+testStarttlsWithDataIsUnsupAndSkipped() {
+  haggle 'starttls=unsup list=server: list=ack' \
+    "$(opt STARTTLS "$(opt ABORT)")" "$(opt LIST)"
 }
 testOptionsNotOfferedAreUnsup() {
   haggle 'starttls=unsup 4=unsup 12=unsup' "$(opt STARTTLS)" \
@@ -1287,6 +1332,37 @@ testNamesOf4096BytesWorkAndLongerOnesDoNot() {
   assertEquals '-e with 4097 bytes' 2 "$STATUS"
   says name
 }
+testExportNameOf4096BytesWorksAndALongerOneCloses() {
+  name=$(printf %04096d 7)
+  ARGS="-e $name"
+  talk "$(opt EXPORT_NAME "$(of "$name")")" DISC,0,0,0
+  expect export:65536:0d6d
+  LOG='^nbdserve: client' ARGS=
+  talk "$(opt EXPORT_NAME "$(of "${name}7")")" "$(opt LIST)"
+  assertEquals '' "$GOT"
+}
+testNamesMayHaveAnyByteButNul() {
+  name=$(awk 'BEGIN { for (i = 1; i < 128; i++) printf "%c", i }')é€𝄞
+  info=$(ask INFO "$(of "$name")") list=$(opt LIST) abort=$(opt ABORT)
+  ARGS=-e$name was=$IFS IFS='' # one word
+  set -f
+  talk "$info" "$list" "$abort"
+  set +f
+  IFS=$was
+  assertContains "$GOT" 'info=ack list=server:%01'
+  assertContains "$GOT" 'list=ack abort=ack'
+  assertContains "$(hex <"$T/out")" "00000088$(of "$name")"
+}
+testListGivesLongNamesAndDescriptionsWhole() {
+  name=$(printf %04096d 1) text=$(printf %04096d 2)
+  ARGS="-e $name -D $text"
+  haggle "list=server:$name:$text list=ack info=export:65536:0d6d
+    info=description:$text info=ack" "$(opt LIST)" \
+    "$(ask INFO "$(of "$name")" 2)"
+  run -s -D "${text}2" "$DISK"
+  assertEquals '-D with 4097 bytes' 2 "$STATUS"
+  says description
+}
 testNamesAreUtf8() {
   ARGS='-e grün'
   haggle 'info=export:65536:0d6d info=ack info=unknown' \
@@ -1314,6 +1390,20 @@ testASingleTargetAnswersToEveryName() {
   haggle 'info=export:65536:0d6d info=name: info=ack' \
     "$(ask INFO "$(of whatever)" 1)"
 }
+testEachNameReachesItsExport() {
+  ARGS='a=mem:1K b=mem:2K' DISK=c=mem:3K
+  haggle 'info=export:1024:0d6d info=name:a info=ack
+    info=export:2048:0d6d info=name:b info=ack
+    info=export:1024:0d6d info=name:a info=ack info=unknown' \
+    "$(ask INFO "$(of a)" 1)" "$(ask INFO "$(of b)" 1)" "$(ask INFO '' 1)" \
+    "$(ask INFO "$(of d)" 1)"
+  talk "$(ask GO "$(of c)")" READ,1,3071,1 READ,2,3071,2 DISC,0,0,0
+  expect 'go=export:3072:0d6d go=ack OK.1=00 EINVAL.2'
+  talk "$(opt EXPORT_NAME "$(of b)")" DISC,0,0,0
+  expect export:2048:0d6d
+  talk "$(opt EXPORT_NAME)" DISC,0,0,0
+  expect export:1024:0d6d
+}
 testListMayBeRepeated() {
   ARGS='-e known'
   haggle 'list=server:known list=ack list=server:known list=ack' "$(opt LIST)" \
@@ -1334,6 +1424,19 @@ testAbortIsAcknowledgedWhateverItsDataThenClosed() {
   talk "$(opt ABORT "$(opt LIST)")" "$(opt LIST)"
   assertEquals abort=ack "$GOT"
 }
+testAbortWithMuchDataIsAcknowledged() {
+  talk "$(printf '49484156454f5054%08x%08x' 2 300000)" @300000 "$(opt LIST)"
+  assertEquals abort=ack "$GOT"
+}
+testAbortOfAClientThatIsGoneIsNoHarm() {
+  LOG='^nbdserve: client'
+  { sleep 0.1; cat "$W/abort"; } | {
+    timeout 20 "$NBDSERVE" -s "$DISK" 2>>"$T/err"
+    echo $? >"$T/status"
+  } | :
+  await "[ -s '$T/status' ]"
+  assertTrue "status $(cat "$T/status")" "[ $(cat "$T/status") -le 1 ]"
+}
 testInfoAndGoGiveTheSameAnswers() {
   ARGS='-e known -D about'
   talk "$(ask INFO "$(of known)" 0 1 2 3)" "$(ask GO "$(of known)" 0 1 2 3)" \
@@ -1345,6 +1448,24 @@ testInfoAndGoGiveTheSameAnswers() {
       $o=description:about $o=export:65536:0d6d $o=name:known"
   done
   expect "$expected"
+}
+testInfoAndGoGiveTheSameAnswersWithChunksToo() {
+  ARGS='-e known -D about'
+  for mode in STRUCTURED EXTENDED; do
+    talk "$(opt $mode)" "$(meta SET_META "$(of known)" base:allocation)" \
+      "$(ask INFO "$(of known)" 0 1 2 3)" "$(ask GO "$(of known)" 0 1 2 3)"
+    for o in info go; do
+      echo "$GOT" | tr ' ' '\n' | sed -n "s/^$o=//p" | sort >"$T/$o"
+    done
+    assertEquals 5 "$(wc -l <"$T/go")"
+    assertTrue "$mode: $GOT" "cmp '$T/info' '$T/go'"
+  done
+  assertContains "$GOT" "info=export:65536:$(plus 0x1080)"
+  LOG='^nbdserve: client'
+}
+testInformationAskedForTwiceComesOnce() {
+  haggle 'info=export:65536:0d6d info=name: info=block:1:4096:33554432
+    info=ack' "$(ask INFO '' 3 1 2 3 0 0 1 2)"
 }
 testExportInformationComesUnasked() {
   haggle 'info=export:65536:0d6d info=ack' "$(ask INFO)"
@@ -1368,6 +1489,37 @@ testBlockSizesNotAskedForAreRequired() {
 'go=block:512:8192:1048576 go=blocksize abort=ack' \
     "$(echo "$GOT" | sed "s/go=export:65536:$FLAGS //g")"
 }
+testBlockSizesAskedForAreNeverRequired() {
+  ARGS='-b 512:8192:1M'
+  haggle 'info=export:65536:0d6d info=block:512:8192:1048576 info=ack' \
+    "$(ask INFO '' 3)"
+  LONG=1
+  talk "$(opt EXTENDED)" "$(ask GO)" "$(ask GO '' 3)" FLUSH,1,0,0 DISC,0,0,0
+  LONG=
+  go="go=export:65536:$(plus 0x80) go=block:512:8192:1048576"
+  expect "extended=ack $go go=blocksize $go go=ack none.1^0"
+}
+testExportNameWithAMinimumBlockErrsWithoutHarm() {
+  ARGS='-b 512:4096:1M'
+  talk "$(opt EXPORT_NAME)" READ,1,1,1 WRITE,2,0,1 58 ZEROES,3,1,512 \
+    TRIM,4,0,3 READ,5,512,512 DISC,0,0,0
+  expect 'export:65536:0d6d EINVAL.1 EINVAL.2 EINVAL.3 EINVAL.4 OK.5=512x00'
+  assertEquals 6e62 "$(at 0 2)"
+}
+testSizeIsAMultipleOfTheMinimumBlock() {
+  truncate -s 70000 "$DISK"
+  ARGS='-b 512:4096:1M'
+  haggle 'info=export:69632:0d6d info=block:512:4096:1048576 info=ack' \
+    "$(ask INFO '' 3)"
+}
+testBlockSizesAgainstTheRulesAreUsageErrors() {
+  for sizes in 131072:131072:1M 1:256:1M 4096:512:1M 512:3000:1M \
+    512:4096:2048 0:4096:1M 1:4096:0; do
+    run -s -b $sizes "$DISK"
+    assertEquals "$sizes" 2 "$STATUS"
+    says block-size
+  done
+}
 testStructuredRepliesMayBeAskedForAgain() {
   talk "$(opt STRUCTURED)" "$(opt STRUCTURED)" "$(opt ABORT)"
   assertContains 'structured=ack structured=ack abort=ack
@@ -1384,6 +1536,20 @@ testExtendedHeadersAreAcknowledgedAndMayBeAskedForAgain() {
 testExtendedHeadersWithDataAreInvalidAndNotNegotiated() {
   haggle 'extended=invalid setmeta=invalid' "$(opt EXTENDED 00)" \
     "$(meta SET_META '' base:allocation)"
+}
+testRefusedOptionsLeaveTheRepliesSimple() {
+  talk "$(opt STRUCTURED 00)" "$(opt EXTENDED 00)" "$(ask GO)" READ,1,0,1 \
+    DISC,0,0,0
+  expect 'structured=invalid extended=invalid go=export:65536:0d6d go=ack
+    OK.1=6e'
+}
+testExtendedHeadersTakePrecedenceOverStructuredReplies() {
+  LONG=1
+  talk "$(opt STRUCTURED)" "$(opt EXTENDED)" "$(ask GO)" READ,1,0,1 \
+    FLUSH,2,0,0 99,3,0,0 DISC,0,0,0
+  LONG=
+  expect structured=ack extended=ack "go=export:65536:$(plus 0x80)" \
+    'go=ack data.1@0=6e^0 none.2^0 !EINVAL.3^0'
 }
 testStructuredRepliesAfterExtendedHeadersAreRefused() {
   haggle 'extended=ack structured=extheader' "$(opt EXTENDED)" \
@@ -1439,6 +1605,25 @@ testListMetaOfTheNamespaceListsIt() {
     "$(opt STRUCTURED)" "$(meta LIST_META '' x-foo: base:allocation)" \
     "$(meta LIST_META '' x-foo:)"
 }
+testListMetaIgnoresWhatItDoesNotKnow() {
+  haggle 'structured=ack listmeta=ack listmeta=ack listmeta=ack' \
+    "$(opt STRUCTURED)" \
+    "$(meta LIST_META '' base:other base:allocationx base:Allocation)" \
+    "$(meta LIST_META '' qemu: nbd-server: x-base:allocation)" \
+    "$(meta LIST_META '' "x-$(printf %04093d 0):")"
+}
+testQueriesWithoutANamespaceAreIgnoredOrInvalid() {
+  for query in '' base allocation :allocation 'base: allocation'; do
+    for option in LIST_META SET_META; do
+      talk "$(opt STRUCTURED)" "$(meta $option '' "$query")" "$(opt ABORT)"
+      case ${GOT#structured=ack } in
+        listmeta=ack* | setmeta=ack*) ;;
+        'listmeta=invalid abort=ack' | 'setmeta=invalid abort=ack') ;;
+        *) fail "$option '$query': $GOT" ;;
+      esac
+    done
+  done
+}
 # What BLOCK_STATUS says after these options
 selected() {
   expected=$1
@@ -1471,6 +1656,30 @@ testSetForAnotherExportSelectsNothing() {
   ARGS='a=mem:1K b=mem:1K'
   selected !EINVAL.1 "$(meta SET_META "$(of a)" base:allocation)" \
     "$(ask GO "$(of b)")"
+}
+testSetHoldsForTheNameThatWasGivenOnly() {
+  ARGS='-e known'
+  selected !EINVAL.1 "$(meta SET_META '' base:allocation)" \
+    "$(ask GO "$(of known)")"
+  selected !EINVAL.1 "$(meta SET_META "$(of known)" base:allocation)" \
+    "$(ask GO)"
+  ARGS=a=mem:1K DISK=b=$DISK
+  selected status.1=base:allocation:512/0 \
+    "$(meta SET_META "$(of a)" base:allocation)" \
+    "$(meta SET_META "$(of b)" base:allocation)" "$(ask GO "$(of b)")"
+}
+testFailedOptionsKeepWhatWasNegotiated() {
+  ARGS='-e known'
+  selected status.1=base:allocation:512/0 \
+    "$(meta SET_META "$(of known)" base:allocation)" "$(ask GO "$(of no)")" \
+    "$(opt GO 00)" "$(opt STRUCTURED 00)" "$(opt STARTTLS)" \
+    "$(ask INFO "$(of known)")" "$(ask GO "$(of known)")"
+}
+testSetBeforeStructuredRepliesSelectsNothing() {
+  talk "$(meta SET_META '' base:allocation)" "$(opt STRUCTURED)" "$(ask GO)" \
+    STATUS_OF,1,0,512 DISC,0,0,0
+  expect setmeta=invalid structured=ack "go=export:65536:$(plus 0x80)" \
+    'go=ack !EINVAL.1'
 }
 testSetHoldsForExportName() {
   selected status.1=base:allocation:512/0 \
@@ -1521,6 +1730,18 @@ testFlagsOfOtherCommandsAreEINVAL() {
     ZEROES+REQ_ONE,7,0,512
   assertEquals 6e "$(at 0 1)"
 }
+testUnknownFlagsAndThoseOfOtherCommandsAreEINVALWithChunksToo() {
+  refused 'EINVAL.1 EINVAL.2 EINVAL.3 EINVAL.4 EINVAL.5 EINVAL.6 EINVAL.7
+    EINVAL.8 EINVAL.9 EINVAL.10 EINVAL.11 EINVAL.12' READ+NO_HOLE,1,0,1 \
+    READ+REQ_ONE,2,0,1 READ+0x400000,3,0,1 WRITE+DF,4,0,2 5858 \
+    WRITE+0x80000000,5,0,1 58 FLUSH+DF,6,0,0 TRIM+REQ_ONE,7,0,512 \
+    CACHE+NO_HOLE,8,0,512 ZEROES+REQ_ONE,9,0,512 STATUS_OF+DF,10,0,512 \
+    STATUS_OF+NO_HOLE,11,0,512 STATUS_OF+0x1000000,12,0,512
+  assertEquals 6e62 "$(at 0 2)"
+}
+testUnknownCommandsAreEINVALWithChunksToo() {
+  refused 'EINVAL.1 EINVAL.2 EINVAL.3' 8,1,0,512 0xffff,2,9,-1 99+FUA,3,0,0
+}
 testFuaIsTakenOnEveryCommand() {
   structured 'data.1@0=6e OK.2 OK.3 OK.4 OK.5 OK.6
     status.7=base:allocation:512/0' \
@@ -1528,6 +1749,12 @@ testFuaIsTakenOnEveryCommand() {
     FLUSH+FUA,3,0,0 TRIM+FUA,4,4096,4096 \
     CACHE+FUA,5,0,512 ZEROES+FUA,6,8192,512 \
     STATUS_OF+FUA+REQ_ONE,7,0,512
+}
+testFuaIsTakenWithExtendedHeadersToo() {
+  extended 'data.1@0=6e none.2 none.3 none.4 none.5 none.6
+    longstatus.7=base:allocation:512/0' READ+FUA,1,0,1 \
+    WRITE+FUA+PAYLOAD,2,100,1 61 FLUSH+FUA,3,0,0 TRIM+FUA,4,4096,4096 \
+    CACHE+FUA,5,0,512 ZEROES+FUA,6,8192,512 STATUS_OF+FUA+REQ_ONE,7,0,512
 }
 testDfWithoutStructuredRepliesIsEINVAL() {
   simple EINVAL.1 READ+DF,1,0,1
@@ -1537,6 +1764,23 @@ testDfReadIsOneChunk() {
   truncate -s 128K "$DISK"
   SIZE=131072
   structured hole.1@60000+65536 READ+DF,1,60000,65536
+}
+testDfReadOfDataAndAHoleIsData() {
+  printf x >"$DISK"
+  truncate -s 64K "$DISK"
+  structured "data.1@0=78$(zeroes 65535)" READ+DF,1,0,65536
+  extended "data.1@0=78$(zeroes 65535)" READ+DF,1,0,65536
+}
+testLongReadsAreSeveralChunks() {
+  truncate -s 0 "$DISK"
+  truncate -s 3M "$DISK"
+  head -c 1048576 /dev/zero | tr '\0' x |
+    dd of="$DISK" bs=1M seek=1 conv=notrunc 2>/dev/null
+  SIZE=3145728
+  structured 'hole.1@0+1048576+ data.1@1048576=1048576x78+
+    hole.1@2097152+1048576' READ,1,0,3145728
+  extended 'hole.1@0+1048576^0+ data.1@1048576=1048576x78^0+
+    hole.1@2097152+1048576^0' READ,1,0,3145728
 }
 testDfReadOverAMegabyteIsEOVERFLOW() {
   truncate -s 4M "$DISK"
@@ -1562,7 +1806,8 @@ testReadsOfNothingButZeroesAreHoles() {
 }
 testHolesAmongDataLeaveEachReadItsOwnBytes() {
   for i in 1 3 4 8 12 13; do
-    printf "$i" | dd of="$DISK" bs=1 seek=$((i * 4096)) conv=notrunc 2>/dev/null
+    printf %s $i |
+      dd of="$DISK" bs=1 seek=$((i * 4096)) conv=notrunc 2>/dev/null
   done
   structured "data.0@4096=31 data.1@4096=31$(zeroes 511) hole.2@8192+512
     data.3@12288=33$(zeroes 511) data.4@16384=34$(zeroes 511) hole.5@20480+512
@@ -1570,22 +1815,46 @@ testHolesAmongDataLeaveEachReadItsOwnBytes() {
     READ,2,8192,512 READ,3,12288,512 READ,4,16384,512 READ,5,20480,512 \
     READ,6,53248,512
 }
+testLongReadsAreCutAtMultiplesOf512() {
+  truncate -s 0 "$DISK"
+  truncate -s 4M "$DISK"
+  talk "$META" "$(ask GO)" READ,1,1,4000000 DISC,0,0,0
+  assertEquals 4000001 "$(echo "$GOT" | tr ' ' '\n' |
+    sed -n 's/^hole.1@\([0-9]*\)+\([0-9]*\)+*$/\1 \2/p' | awk '
+      NR > 1 && ($1 != end || $1 % 512) { print "chunk at " $1 " after " end }
+      { end = $1 + $2 }
+      END { print end }')"
+}
 testExtendedRepliesCarryTheRequestsOffset() {
   extended 'data.1@0=6e6264^0 none.2^100 data.3@100=61626364^100 none.4^7
     none.5^4096 none.6^8192 none.7^512 !EINVAL.8^9' READ,1,0,3 \
     WRITE+PAYLOAD,2,100,4 61626364 READ,3,100,4 FLUSH,4,7,0 \
     TRIM,5,4096,4096 ZEROES,6,8192,4096 CACHE,7,512,512 99,8,9,0
 }
+testExtendedRepliesHave32BytesAndTheCookie() {
+  for cookie in 0000000000000000 ffffffffffffffff 6e8a278c21e41c71; do
+    flush=21e41c7100000003$cookie$(printf %016x 7 0)
+    talk "$(opt EXTENDED)" "$(ask GO)" "$flush" "$flush"
+    none=6e8a278c00010000$cookie$(printf %016x 7 0)
+    assertEquals "$none$none" "$(tail -c 64 "$T/out" | hex)"
+    talk "$(opt EXTENDED)" "$(ask GO)" \
+      "21e41c7100000000$cookie$(printf %016x 1 2)"
+    assertEquals "6e8a278c00010001$cookie$(printf %016x 1 10 1)6264" \
+      "$(tail -c 42 "$T/out" | hex)"
+  done
+}
 testExtendedWriteWithoutPayloadIsEINVALAndHasNone() {
   extended '!EINVAL.1^0 data.2@0=6e^0 none.3^0' WRITE,1,0,28 READ,2,0,1 \
     WRITE,3,0,0
 }
 testExtendedPayloadsWhereNoneBelongAreEINVALAndSkipped() {
-  extended '!EINVAL.1^0 !EINVAL.2^0 !ENOSPC.3^0 !EINVAL.4^0 !EINVAL.5^0
+  extended '!EINVAL.1^0 !EINVAL.2^0 !EINVAL.3^0 !EINVAL.4^0 !EINVAL.5^0
     data.6@0=6e^0' READ+PAYLOAD,1,0,32 READ,9,0,0 TRIM+PAYLOAD,2,0,3 616161 \
     ZEROES+PAYLOAD,3,0,200000 @200000 FLUSH+PAYLOAD,4,0,1 00 \
     99+PAYLOAD,5,0,2 0000 READ,6,0,1
   assertEquals 6e62 "$(at 0 2)"
+  ARGS=-r FLAGS=$RO
+  extended '!EINVAL.1 !EINVAL.2' TRIM+PAYLOAD,1,0,1 58 ZEROES+PAYLOAD,2,0,1 58
 }
 testPayloadFlagWithCompactHeadersIsEINVAL() {
   simple 'EINVAL.1 EINVAL.2 OK.3=6e' WRITE+PAYLOAD,1,0,28 READ,9,0,1 \
@@ -1611,6 +1880,7 @@ testExtendedRequestWithCompactHeadersCloses() {
   expect "go=export:65536:$FLAGS" go=ack
 }
 testExtendedRequestsReachBeyond4GiB() {
+  unless POSIX_ONLY || return 0
   rm "$DISK"
   ARGS='--create 8T' SIZE=8796093022208
   extended 'none.1^4294967296 none.2^0 none.3^0 none.4^8589934592
@@ -1622,7 +1892,20 @@ testExtendedRequestsReachBeyond4GiB() {
     STATUS_OF,5,0,8796093022208 STATUS_OF+REQ_ONE,6,4096,8589934592 \
     TRIM,7,1,8796093022208 ZEROES,8,4096,-1 TRIM,9,-1,-1
 }
+testExtendedLengthsAreNotCutTo32Bits() {
+  rm "$DISK"
+  ARGS='--create 8T' SIZE=8796093022208
+  extended '!EINVAL.1 !EINVAL.2 !EINVAL.3 !EINVAL.4 !EINVAL.5 !EINVAL.6' \
+    READ,1,0,4294967297 READ,2,-1,-1 READ+DF,3,0,4294967296 \
+    WRITE,4,0,4294967297 CACHE,5,512,-512 STATUS_OF,6,4096,-4096
+}
+testExtendedPayloadOf4GiBCloses() {
+  LOG='gone: Protocol error$'
+  extended data.1@0=6e READ,1,0,1 WRITE+PAYLOAD,2,0,4294967297 58 READ,3,0,1
+  assertEquals 6e "$(at 0 1)"
+}
 testExtendedStatusIsOf64Bits() {
+  unless POSIX_ONLY || return 0
   echo | dd of="$DISK" bs=1 seek=32768 conv=notrunc 2>/dev/null
   extended 'longstatus.1=base:allocation:4096/0:28672/3:4096/0:28672/3^0
     longstatus.2=base:allocation:3096/0^1000' STATUS_OF,1,0,65536 \
@@ -1642,6 +1925,15 @@ testWrongStatusPayloadsAreEINVALAndSkipped() {
     STATUS_OF+PAYLOAD,5,0,200000 @200000 \
     STATUS_OF+PAYLOAD,6,0,12 000000000001000100000001 \
     STATUS_OF+PAYLOAD,7,0,0 READ,8,0,1
+}
+testStatusPayloadsWithoutContextsAreEINVALAndSkipped() {
+  LONG=1
+  talk "$(opt EXTENDED)" "$(ask GO)" STATUS_OF+PAYLOAD,1,0,12 \
+    000000000000100000000001 STATUS_OF+PAYLOAD,2,0,200000 @200000 \
+    STATUS_OF,3,0,512 READ,4,0,1 DISC,0,0,0
+  LONG=
+  expect extended=ack "go=export:65536:$(plus 0x80) go=ack" \
+    '!EINVAL.1^0 !EINVAL.2^0 !EINVAL.3^0 data.4@0=6e^0'
 }
 testReadBeyondTheEndIsEINVAL() {
   simple 'EINVAL.1 EINVAL.2 EINVAL.3 EINVAL.4 OK.5=6e' READ,1,65536,1 \
@@ -1680,6 +1972,11 @@ testBlockStatusPastTheEndIsEINVAL() {
   structured '!EINVAL.1 !EINVAL.2 !EINVAL.3' STATUS_OF,1,0,65537 \
     STATUS_OF,2,65536,1 STATUS_OF,3,-1,2
 }
+testRangesBeyondTheEndAreRefusedWithChunksToo() {
+  refused 'EINVAL.1 ENOSPC.2 ENOSPC.3 EINVAL.4 EINVAL.5 ENOSPC.6 EINVAL.7' \
+    READ,1,65535,2 WRITE,2,65535,2 6161 WRITE,3,-1,140000 @140000 \
+    TRIM,4,65536,1 CACHE,5,-512,512 ZEROES,6,1,65536 STATUS_OF,7,65536,1
+}
 testReadOnlyRefusesWritesWithEPERM() {
   ARGS=-r FLAGS=$RO
   cp "$DISK" "$T/copy"
@@ -1688,10 +1985,30 @@ testReadOnlyRefusesWritesWithEPERM() {
   structured '!EPERM.1 !EPERM.2' ZEROES,1,0,4096 TRIM,2,0,4096
   assertTrue "cmp '$DISK' '$T/copy'"
 }
+testReadOnlyRefusesWritesWithChunksToo() {
+  ARGS=-r FLAGS=$RO
+  cp "$DISK" "$T/copy"
+  refused 'EPERM.1 EPERM.2 EPERM.3 EPERM.4 EPERM.5' WRITE,1,0,1 58 \
+    WRITE,2,0,200000 @200000 TRIM,3,0,4096 ZEROES,4,0,4096 \
+    ZEROES+FAST+NO_HOLE,5,0,4096
+  assertTrue "cmp '$DISK' '$T/copy'"
+}
+testReadOnlyAnswersWhatIsNoWrite() {
+  ARGS=-r FLAGS=$RO
+  structured 'data.1@0=6e OK.2 status.3=base:allocation:512/0' READ+DF,1,0,1 \
+    CACHE,2,0,512 STATUS_OF+REQ_ONE,3,0,512
+}
 testZeroLengthRequestsSucceed() {
   simple 'OK.1 OK.2 OK.3 OK.4 OK.5 OK.6=6e' READ,1,0,0 WRITE,2,0,0 TRIM,3,0,0 \
     CACHE,4,0,0 ZEROES,5,0,0 READ,6,0,1
   structured 'none.1 OK.2' READ,1,0,0 WRITE,2,0,0
+}
+testZeroLengthRequestsSucceedWithChunksToo() {
+  structured 'none.1 none.2 OK.3 OK.4 OK.5 OK.6' READ,1,0,0 READ+DF,2,65536,0 \
+    WRITE,3,0,0 TRIM,4,0,0 CACHE,5,0,0 ZEROES,6,0,0
+  extended 'none.1^0 none.2^65536 none.3^0 none.4^0 none.5^0 none.6^0' \
+    READ,1,0,0 READ+DF,2,65536,0 WRITE+PAYLOAD,3,0,0 TRIM,4,0,0 CACHE,5,0,0 \
+    ZEROES,6,0,0
 }
 testZeroLengthBlockStatusIsAnswered() {
   talk "$META" "$(ask GO)" STATUS_OF,1,0,0 READ,2,0,1 DISC,0,0,0
@@ -1788,6 +2105,16 @@ testUnalignedRequestsAreEINVALWithAMinimumBlock() {
   assertEquals 'EINVAL.1 EINVAL.2 EINVAL.3 EINVAL.4 EINVAL.5 EINVAL.6 EINVAL.7'\
 ' OK.8' "${GOT#*go=ack }"
 }
+testUnalignedRequestsAreEINVALWithChunksToo() {
+  ARGS='-b 512:4096:1M' INFOS=3 BLOCK=go=block:512:4096:1048576
+  refused 'EINVAL.1 EINVAL.2 EINVAL.3 EINVAL.4 EINVAL.5 EINVAL.6 EINVAL.7
+    EINVAL.8 EINVAL.9' READ,1,1,512 READ,2,0,1 WRITE,3,512,511 @511 \
+    WRITE,4,511,512 @512 ZEROES,5,0,100 TRIM,6,100,512 CACHE,7,0,1 \
+    STATUS_OF,8,0,100 STATUS_OF,9,256,512
+  assertEquals 6e62 "$(at 0 2)"
+  structured 'hole.1@512+512 OK.2 OK.3' READ,1,512,512 WRITE,2,65024,512 @512 \
+    TRIM,3,0,512
+}
 testWriteZeroesReadsAsZeroes() {
   for flags in 0 NO_HOLE FUA NO_HOLE+FUA; do
     echo nbdserve >"$DISK"
@@ -1803,6 +2130,18 @@ testFastZeroIsZeroOrENOTSUP() {
     *' ENOTSUP.1') assertEquals 6e "$(at 0 1)" ;;
     *) fail "$GOT" ;;
   esac
+}
+testFastZeroWithOtherFlagsIsZeroOrENOTSUP() {
+  for flags in FAST+NO_HOLE FAST+FUA FAST+FUA+NO_HOLE; do
+    echo nbdserve >"$DISK"
+    truncate -s 64K "$DISK"
+    talk "$(opt STRUCTURED)" "$(ask GO)" ZEROES+$flags,1,0,4096 DISC,0,0,0
+    case $GOT in
+      *' OK.1' | *' none.1') assertEquals 0000 "$(at 0 2)" ;;
+      *' !ENOTSUP.1') assertEquals 6e62 "$(at 0 2)" ;;
+      *) fail "$flags: $GOT" ;;
+    esac
+  done
 }
 blocks() { du -k "$DISK" | cut -f1; }
 filled() { # 1 MiB of data
@@ -1849,9 +2188,42 @@ testBlockStatusTellsDataFromHoles() {
     STATUS_OF,1,0,3145728 STATUS_OF+REQ_ONE,2,0,3145728 \
     STATUS_OF,3,1044480,8192 STATUS_OF+REQ_ONE,4,2097052,512
 }
+testExtentsAreMultiplesOfTheMinimumBlock() {
+  filled || return 0
+  truncate -s 0 "$DISK"
+  truncate -s 256K "$DISK"
+  echo | dd of="$DISK" bs=1 seek=69632 conv=notrunc 2>/dev/null
+  SIZE=262144 ARGS='-b 65536:65536:1M' INFOS=3
+  BLOCK=go=block:65536:65536:1048576
+  s=base:allocation:
+  structured "status.1=${s}65536/3:65536/0:131072/3 status.2=${s}65536/0
+    status.3=${s}65536/3" STATUS_OF,1,0,262144 \
+    STATUS_OF+REQ_ONE,2,65536,131072 STATUS_OF,3,131072,65536
+  extended "longstatus.1=${s}65536/3:65536/0:131072/3" STATUS_OF,1,0,262144
+}
+testStatusIsNoLongerThanTheMaximumPayload() {
+  filled || return 0
+  truncate -s 0 "$DISK"
+  awk 'BEGIN { for (i = 0; i < 140; i++) printf "%04096d", i % 2 }' |
+    tr 0 '\0' | dd of="$DISK" bs=4096 conv=sparse 2>/dev/null
+  ARGS='-b 1:512:512'
+  for mode in STRUCTURED EXTENDED; do
+    [ $mode = STRUCTURED ] || LONG=1
+    talk "$(opt $mode)" "$(meta SET_META '' base:allocation)" "$(ask GO)" \
+      STATUS_OF,1,0,573440 DISC,0,0,0
+    LONG=
+    n=$(echo "$GOT" | tr -cd / | wc -c) # extents, of 8 or 16 bytes
+    assertTrue "$n with $mode" "[ $n -gt 1 ] && \
+      [ $((n * (${#mode} == 8 ? 16 : 8))) -le 512 ]"
+  done
+}
 testRequestsBeforeADisconnectAreAnswered() {
   simple 'OK.1=6e OK.2 OK.3=62 OK.4 OK.5' READ,1,0,1 WRITE,2,9,1 61 READ,3,1,1 \
     FLUSH,4,0,0 TRIM,5,4096,4096
+}
+testDisconnectsWithFlagsOrARangeAreOnes() {
+  simple OK.1=6e READ,1,0,1 DISC+FUA+FAST,7,8,9 READ,2,0,1
+  extended data.1@0=6e READ,1,0,1 DISC+0x80000000,7,-1,-1 READ,2,0,1
 }
 testNothingIsReadBehindADisconnect() {
   talk "$(ask GO)" DISC,0,0,0 WRITE,1,0,1 58
@@ -2032,6 +2404,7 @@ testBackendIsCalledFromManyThreads() { unit parallel; }
 testSerialBackendIsCalledOneAtATime() { unit serial; }
 testSlowCallHoldsNobodyUp() { unit slow; }
 testLeavingClientGetsItsAnswers() { unit leave; }
+testNobodyWaitsForNagle() { unit nagle; }
 testVanishingClientRaisesNoSIGPIPE() { unit vanish; }
 testBackendSeesOnlySoundRequests() { unit requests; }
 testFuaIsAFlushUnlessNative() { unit fua; }
@@ -2044,6 +2417,7 @@ testExtentsAreMergedAndCut() { unit extents; }
 testResizeShowsToNewClients() { unit resize; }
 testBackendsMayChangeTheirSize() { unit sizes; }
 testEveryRequestIsAnnouncedAndMayBeRefused() { unit before; }
+testWhatNeedsWhatIsTakenAwayIsGoneToo() { unit dependent; }
 testWhatIsTakenAwayIsGoneAndTheRestWorks() { unit without; }
 testTemporaryWritesDoNotReachTheFile() { unit temporary; }
 testReadErrorBelowTemporaryWritesIsOneOfTheRequest() { unit overerror; }
@@ -3321,45 +3695,308 @@ testFioVerifiesWhatItWrote() {
     --bs=4k --iodepth=64 --size=16M --verify=crc32c --output-format=terse \
     --verify_fatal=1)
 }
-testNbdshReadsChunksAndExtents() {
-  needs nbdsh || return 0
+# Is there an nbdsh that starts?  (Not with any other Python than Debian's.)
+has_nbdsh() {
+  needs nbdsh || return 1
+  [ -e "$W/nbdsh" ] || env PATH="/usr/bin:$PATH" nbdsh -c pass 2>/dev/null ||
+    { skip 'nbdsh does not start'; return 1; }
+  : >"$W/nbdsh"
+}
+# Runs the Python on stdin with nbdsh's h and nbd, uri, which is the last
+# server's, and refused(error, call...): so must that call fail
+nbd_python() {
+  does env PATH="/usr/bin:$PATH" nbdsh -c "uri = '$URI'" -c '
+import errno
+def refused(error, call, *args):
+    try:
+        call(*args)
+    except nbd.Error as e:
+        assert e.errnum == error, (error, e)
+    else:
+        assert False, (error, call, args)
+' -c "$(cat)"
+}
+testLibnbdReadsChunksAndExtents() {
+  has_nbdsh || return 0
   filled || return 0
-  path=$PATH
-  PATH=/usr/bin:$PATH # not another Python
-  if ! nbdsh -c pass 2>/dev/null; then
-    skip 'nbdsh does not start'
-  else
-    truncate -s 3M "$DISK"
-    serve "$DISK"
-    cat >"$T/py" <<'END'
+  truncate -s 3M "$DISK"
+  serve "$DISK"
+  nbd_python <<'END'
+h.add_meta_context("base:allocation")
+h.connect_uri(uri)
+MB, got = 1048576, []
+def chunk(buf, offset, status, err): got.append((offset, len(buf), status))
+def extent(context, offset, entries, err): got.append((offset, entries))
+assert h.pread_structured(2 * MB, 0, chunk) == b"x" * MB + b"\0" * MB
+assert sum(n for offset, n, status in got) == 2 * MB
+assert {status for offset, n, status in got if offset >= MB} == {nbd.READ_HOLE}
+assert {status for offset, n, status in got if offset < MB} == {nbd.READ_DATA}
+got = []
+assert h.pread_structured(MB, MB // 2, chunk, nbd.CMD_FLAG_DF) == \
+    b"x" * (MB // 2) + b"\0" * (MB // 2)
+assert got == [(MB // 2, MB, nbd.READ_DATA)], got
+got = []
+h.pread_structured(512, MB, chunk, nbd.CMD_FLAG_DF)
+h.pread_structured(100, MB - 50, chunk)
+assert got == [(MB, 512, nbd.READ_HOLE), (MB - 50, 100, nbd.READ_DATA)], got
+got = []
+h.block_status(3 * MB, 0, extent)
+h.block_status(2 * MB, 100, extent, nbd.CMD_FLAG_REQ_ONE)
+h.block_status(2 * MB, MB // 2, extent)
+h.block_status(100, MB, extent)
+assert got == [(0, [MB, 0, 2 * MB, 3]), (100, [MB - 100, 0]),
+    (MB // 2, [MB // 2, 0, 3 * MB // 2, 3]), (MB, [100, 3])], got
+h.shutdown()
+END
+}
+testLibnbdGetsTheErrorOfEachBadRequest() {
+  has_nbdsh || return 0
+  truncate -s 3M "$DISK"
+  serve "$DISK"
+  nbd_python <<'END'
 h.set_strict_mode(0)
 h.add_meta_context("base:allocation")
 h.connect_uri(uri)
-got = []
-def chunk(buf, offset, status, err): got.append((offset, len(buf), status))
-buf = h.pread_structured(2097152, 0, chunk)
-assert bytes(buf) == b"x" * 1048576 + b"\0" * 1048576
-assert sum(n for o, n, s in got) == 2097152
-got = []
-def extent(context, offset, entries, err): got.append(entries)
-h.block_status(3145728, 0, extent)
-assert got == [[1048576, 0, 2097152, 3]], got
-for request, number in ((lambda: h.pread(2, 3145727), 22),
-        (lambda: h.pwrite(b"xx", 3145727), 28),
-        (lambda: h.zero(2, 3145727), 28), (lambda: h.trim(2, 3145727), 22),
-        (lambda: h.pwrite(b"xx", 0, 0x8000), 22)):
-    try:
-        request()
-    except nbd.Error as e:
-        assert e.errnum == number, e
-    else:
-        assert False, number
-assert h.pread(1, 0) == b"x"
+def extent(*args): pass
+MB, end = 1048576, 3145728
+for call, error in ((h.pread, errno.EINVAL), (h.trim, errno.EINVAL),
+                    (h.cache, errno.EINVAL), (h.zero, errno.ENOSPC)):
+    for count, offset in ((2, end - 1), (1, end), (1, 1 << 63), (5, 2**64 - 2)):
+        refused(error, call, count, offset)
+    refused(errno.EINVAL, call, 1, 0, 0x100)
+    refused(errno.EINVAL, call, 1, 0, nbd.CMD_FLAG_REQ_ONE)
+refused(errno.ENOSPC, h.pwrite, b"xx", end - 1)
+refused(errno.ENOSPC, h.pwrite, b"x", 2**64 - 1)
+refused(errno.EINVAL, h.pwrite, b"x", 0, nbd.CMD_FLAG_NO_HOLE)
+refused(errno.EINVAL, h.pwrite, b"x", 0, 0x8000)
+refused(errno.EINVAL, h.flush, nbd.CMD_FLAG_DF)
+refused(errno.EINVAL, h.block_status, 2, end - 1, extent)
+refused(errno.EINVAL, h.block_status, 2, 0, extent, nbd.CMD_FLAG_NO_HOLE)
+refused(errno.EOVERFLOW, h.pread_structured, 2 * MB, 0, extent,
+        nbd.CMD_FLAG_DF)
+assert h.pread(0, 0) == b""
+for call in h.zero, h.trim, h.cache: call(0, 0)
+h.pwrite(b"", 0)
+assert h.pread(8, 0) == b"nbdserve" # all were refused, and nothing is lost
 h.shutdown()
 END
-    does nbdsh -c "uri = '$URI'" -c "$(cat "$T/py")"
-  fi
-  PATH=$path
+}
+testLibnbdWritesZeroesTrimsAndCaches() {
+  has_nbdsh || return 0
+  head -c 65536 /dev/zero | tr '\0' x >"$DISK"
+  serve "$DISK"
+  nbd_python <<'END'
+h.connect_uri(uri)
+fua, no_hole, fast = (nbd.CMD_FLAG_FUA, nbd.CMD_FLAG_NO_HOLE,
+                      nbd.CMD_FLAG_FAST_ZERO)
+expected = bytearray(b"x" * 65536)
+at = 100
+for flags in (0, fua, no_hole, fua | no_hole, fast, fast | fua, fast | no_hole,
+              fast | no_hole | fua):
+    try:
+        h.zero(4000, at, flags)
+        expected[at:at + 4000] = bytes(4000)
+    except nbd.Error as e:
+        assert flags & fast and e.errnum == errno.ENOTSUP, e
+    at += 5000
+h.pwrite(b"abc", 50000)
+h.pwrite(b"def", 50003, fua)
+expected[50000:50006] = b"abcdef"
+h.cache(1000, 3)
+h.flush()
+assert h.pread(65536, 0) == expected
+h.trim(4096, 57344)
+h.trim(4096, 61440, fua)
+assert h.pread(57344, 0) == expected[:57344]
+h.shutdown()
+END
+}
+testLibnbdSeesWhatAnExportOffers() {
+  has_nbdsh || return 0
+  unless NO_THREADS || return 0
+  serve -e 'a name' -D 'a text' "$DISK"
+  nbd_python <<'END'
+h.set_full_info(True)
+h.add_meta_context("base:allocation")
+h.add_meta_context("x-other:context")
+h.connect_uri(uri)
+assert h.get_protocol() == "newstyle-fixed"
+assert h.get_structured_replies_negotiated() and h.get_size() == 65536
+assert h.get_canonical_export_name() == "a name"
+assert h.get_export_description() == "a text"
+assert [h.get_block_size(i) for i in range(3)] == [1, 4096, 33554432]
+assert h.can_meta_context("base:allocation")
+assert not h.can_meta_context("x-other:context")
+for can in (h.can_cache, h.can_df, h.can_fast_zero, h.can_flush, h.can_fua,
+            h.can_multi_conn, h.can_trim, h.can_zero):
+    assert can(), can
+assert not h.is_read_only() and not h.is_rotational()
+h.shutdown()
+END
+  stop TERM
+  serve -r "$DISK"
+  nbd_python <<'END'
+h.set_full_info(True)
+h.connect_uri(uri)
+assert h.get_canonical_export_name() == ""
+refused(errno.ENOTSUP, h.get_export_description)
+assert h.is_read_only() and not h.is_rotational()
+for can in h.can_cache, h.can_df, h.can_multi_conn: assert can(), can
+for can in (h.can_fast_zero, h.can_flush, h.can_fua, h.can_trim, h.can_zero):
+    assert not can(), can
+h.set_strict_mode(0)
+refused(errno.EPERM, h.pwrite, b"x", 0)
+refused(errno.EPERM, h.pwrite, b"x", 0, nbd.CMD_FLAG_FUA)
+refused(errno.EPERM, h.zero, 512, 0)
+refused(errno.EPERM, h.trim, 512, 0)
+h.cache(512, 0)
+assert h.pread(8, 0) == b"nbdserve"
+h.shutdown()
+END
+}
+testLibnbdHagglesOptionByOption() {
+  has_nbdsh || return 0
+  serve -D text a="$DISK" b=mem:1K
+  nbd_python <<'END'
+got = []
+h.set_opt_mode(True)
+h.set_full_info(True)
+h.connect_uri(uri)
+assert h.opt_list(lambda *args: got.append(args)) == 2
+assert got == [("a", "text"), ("b", "text")], got
+for name, size in ("b", 1024), ("a", 65536):
+    h.set_export_name(name)
+    h.opt_info()
+    assert h.get_size() == size and h.get_canonical_export_name() == name
+    assert h.get_export_description() == "text" and not h.is_read_only()
+h.set_export_name("none")
+refused(errno.ENOENT, h.opt_info)
+refused(errno.ENOENT, h.opt_go)
+h.set_export_name("a")
+got = []
+for contexts in [], ["base:"], ["x-other:", "base:allocation"], ["x-other:"]:
+    h.clear_meta_contexts()
+    for context in contexts: h.add_meta_context(context)
+    h.opt_list_meta_context(got.append)
+assert got == ["base:allocation"] * 3, got
+h.add_meta_context("base:allocation")
+h.opt_go()
+assert h.get_size() == 65536 and h.can_meta_context("base:allocation")
+assert h.pread(8, 0) == b"nbdserve"
+h.shutdown()
+h = nbd.NBD()
+h.set_opt_mode(True)
+h.connect_uri(uri)
+h.opt_abort()
+assert h.aio_is_closed()
+END
+}
+testLibnbdTakesOrRefusesBlockSizes() {
+  has_nbdsh || return 0
+  serve -b 512:4096:1M "$DISK"
+  nbd_python <<'END'
+h.set_strict_mode(0)
+h.set_opt_mode(True)
+h.set_request_block_size(False)
+h.connect_uri(uri)
+refused(errno.EINVAL, h.opt_info)
+refused(errno.EINVAL, h.opt_go)
+h.set_request_block_size(True)
+h.opt_go()
+assert [h.get_block_size(i) for i in range(3)] == [512, 4096, 1048576]
+refused(errno.EINVAL, h.pread, 1, 0)
+refused(errno.EINVAL, h.pread, 512, 1)
+refused(errno.EINVAL, h.pwrite, b"x", 512)
+refused(errno.EINVAL, h.zero, 100, 0)
+refused(errno.EINVAL, h.trim, 512, 100)
+refused(errno.EINVAL, h.cache, 1, 0)
+assert h.pread(512, 0)[:8] == b"nbdserve"
+h.shutdown()
+END
+}
+testLibnbdAsAnOldClient() {
+  has_nbdsh || return 0
+  LOG='^nbdserve: client'
+  serve -e old "$DISK"
+  nbd_python <<'END'
+for flags in range(4): # FIXED_NEWSTYLE, NO_ZEROES
+    h = nbd.NBD()
+    h.set_strict_mode(0)
+    h.set_handshake_flags(flags)
+    h.set_request_structured_replies(False)
+    h.connect_uri(uri)
+    assert h.get_protocol() == "newstyle" + ("-fixed" if flags & 1 else "")
+    assert h.get_size() == 65536 and not h.can_df()
+    assert not h.get_structured_replies_negotiated()
+    assert h.pread(8, 0) == b"nbdserve"
+    refused(errno.EINVAL, h.pread, 1, 65536)
+    refused(errno.EINVAL, h.block_status, 512, 0, lambda *args: None)
+    h.pwrite(b"n", 0)
+    h.shutdown()
+    h = nbd.NBD()
+    h.set_handshake_flags(flags)
+    try:
+        h.connect_uri(uri.replace("/old?", "/new?"))
+    except nbd.Error:
+        continue
+    assert False
+END
+}
+testLibnbdLeavesWithRequestsInFlight() {
+  has_nbdsh || return 0
+  serve "$DISK"
+  nbd_python <<'END'
+h.connect_uri(uri)
+for i in range(200): h.aio_pread(nbd.Buffer(16384), i * 200)
+for i in range(200):
+    h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"z" * 50)), i * 50)
+h.aio_flush()
+h.aio_disconnect()
+while not h.aio_is_closed() and not h.aio_is_dead(): h.poll(-1)
+assert h.aio_is_closed() and h.aio_in_flight() == 0
+END
+  assertEquals 7a7a00 "$(at 9998 3)"
+}
+testQemuImgSeesAndKeepsHoles() {
+  needs qemu-img || return 0
+  filled || return 0
+  truncate -s 3M "$DISK"
+  cp "$DISK" "$T/in"
+  serve "$DISK"
+  does qemu-img map --output=json -f raw "$URI"
+  assertEquals '"start":0"length":1048576"zero":false"start":1048576'\
+'"length":2097152"zero":true' "$(tr -d ' \n' <"$T/log" |
+    grep -o '"\(start\|length\|zero\)":[a-z0-9]*' | tr -d '\n')"
+  does qemu-img convert -f raw -O raw "$URI" "$T/out"
+  assertTrue 'out' "cmp '$T/in' '$T/out'"
+  assertTrue 'holes out' "[ $(du -k "$T/out" | cut -f1) -le $((full + 64)) ]"
+  stop TERM
+  head -c 3145728 /dev/urandom >"$DISK"
+  serve "$DISK"
+  does qemu-img convert -n -f raw -O raw "$T/in" "$URI"
+  assertTrue 'in' "cmp '$T/in' '$DISK'"
+  assertTrue 'holes in' "[ $(blocks) -le $((full + 64)) ]"
+}
+testQemuIoIsToldWhyARequestFails() {
+  needs qemu-io || return 0
+  head -c 4194304 /dev/zero | tr '\0' x >"$DISK"
+  printf '#!/bin/sh\nulimit -f 4096\nexec "%s" "$@"\n' "$NBDSERVE" >"$T/limit"
+  chmod +x "$T/limit"
+  was=$NBDSERVE NBDSERVE=$T/limit LOG='^nbdserve: client'
+  serve --size 4M "$DISK"
+  NBDSERVE=$was
+  truncate -s 1M "$DISK"
+  for what in 'write 3M 64k:No space left on device' \
+    'read 2M 64k:Input/output error' 'read 512k 2M:Input/output error'; do
+    timeout 20 qemu-io -f raw "$URI" -c "${what%:*}" >"$T/log" 2>&1
+    assertContains "$(cat "$T/log")" "${what#*:}"
+  done
+  does qemu-io -f raw "$URI" -c 'read -P 120 0 1M'
+  stop TERM
+  serve -r "$DISK"
+  timeout 20 qemu-io -f raw "$URI" -c 'write 0 1' >"$T/log" 2>&1
+  assertContains "$(cat "$T/log")" 'Permission denied'
+  does qemu-io -r -f raw "$URI" -c 'read -P 120 0 1M'
 }
 testNbdClientListsTheExports() {
   needs nbd-client || return 0
@@ -4848,6 +5485,36 @@ static void u_leave(void) {
 }
 
 /* A client that is gone raises no SIGPIPE, which nobody catches here */
+/* No client over TCP waits for Nagle's algorithm */
+static void u_nagle(void) {
+#if !NBDSERVE_NO_TCP
+  struct sockaddr_in a = {.sin_family = AF_INET};
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct served v = {0};
+  struct nbdserve *s;
+  struct t_conn c;
+  socklen_t n = sizeof a;
+  int on = 0, fd, listener = socket(AF_INET, SOCK_STREAM, 0);
+  a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  CHECK(bind(listener, (void *)&a, n) == 0 && listen(listener, 1) == 0);
+  CHECK(getsockname(listener, (void *)&a, &n) == 0);
+  CHECK((fd = socket(AF_INET, SOCK_STREAM, 0)) >= 0);
+  CHECK(connect(fd, (void *)&a, n) == 0);
+  CHECK((v.fd = accept(listener, NULL, NULL)) >= 0);
+  CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == 0);
+  v.s = s;
+  CHECK(pthread_create(&v.thread, NULL, s_run, &v) == 0);
+  CHECK(t_open(&c, fd, "", 0) == 0);
+  n = sizeof on;
+  CHECK(getsockopt(v.fd, IPPROTO_TCP, TCP_NODELAY, &on, &n) == 0 && on);
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+  nbdserve_free(s);
+  close(listener);
+#endif
+}
+
 static void u_vanish(void) {
   struct nbdserve_export e;
   struct one o;
@@ -5271,6 +5938,37 @@ static void u_before(void) {
       CHECK(s_end(&v) == 0);
       nbdserve_free(s);
     }
+}
+
+/* What depends on what was taken away is gone, too */
+static void u_dependent(void) {
+  struct nbdserve_config config = {0};
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct served v = {0};
+  struct nbdserve *s;
+  struct t_conn c;
+  unsigned char p[4200], h[4] = {0, 0, 0, 3};
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.without = 1 << 6; /* FAST_ZERO goes with WRITE_ZEROES */
+  CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
+  s_start(&v, s, &c);
+  CHECK(t_open(&c, c.fd, "", 1) == 0);
+  CHECK((c.flags & (1 << 6 | 1 << 11)) == 0);
+  CHECK(t_do(&c, FAST, ZEROES, 0, 512, NULL) == 22);
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+  nbdserve_free(s);
+
+  config.without = UINT32_C(0x10000) << 7; /* EXTENDED_HEADERS goes with GO */
+  CHECK(nbdserve_new(&s, &config) == 0);
+  s_start(&v, s, &c);
+  CHECK(t_read(c.fd, p, 18) == 18 && t_write(c.fd, h, 4) == 0);
+  CHECK(t_option(c.fd, 11, "", 0) == 0 && t_answer(c.fd, p) == 0x80000001);
+  CHECK(t_option(c.fd, 2, "", 0) == 0 && t_answer(c.fd, p) == 1);
+  CHECK(s_end(&v) == 0);
+  close(c.fd);
+  nbdserve_free(s);
 }
 
 /* Whatever flags are taken away: what they expose is gone, the rest works */
@@ -6254,7 +6952,8 @@ int main(int argc, char **argv) {
     void (*run)(void);
   } verbs[] = {
       V(arguments), V(uris), V(parallel), V(serial), V(slow), V(leave),
-      V(vanish), V(inflight), V(memory), V(requests), V(fua), V(errors),
+      V(nagle), V(vanish), V(inflight), V(memory), V(requests), V(fua),
+      V(errors), V(dependent),
       V(missing), V(flush), V(find), V(extents), V(resize), V(sizes), V(before),
       V(without), V(temporary), V(overerror), V(deadline),
       V(stalls),

@@ -312,9 +312,9 @@ struct nbdserve_config {
                        0: 16 */
   uint32_t max_conn;        /* clients at a time; the others wait; 0: 128 */
   uint32_t handshake_ms;    /* for the whole handshake; 0: 10000 */
-  uint32_t stall_ms;        /* for what a client has begun: the rest of a request
-                               (of each MiB of its data), taking a reply; then
-                               it is disconnected; 0: 120000 */
+  uint32_t stall_ms;        /* for what a client has begun: a request (each MiB
+                               of its data), taking a reply; then it is
+                               disconnected; 0: 120000 */
   uint32_t idle_exit_ms;    /* nbdserve_run returns after that time without
                                clients; 0: never */
   uint32_t without;         /* what clients do not get: bits 2 to 15, those

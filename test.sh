@@ -2642,9 +2642,6 @@ testGcGivesSpaceBack() {
   cas 0 import "$S::v" "$T/in"
   cas 0 rm "$S::much"
   before=$(du -k "$S" | cut -f1)
-  cas 0 -n gc "$S"
-  assertTrue "-n: $(cat "$T/out")" "grep -q '[0-9]' '$T/out'"
-  assertEquals '-n' "$before" "$(du -k "$S" | cut -f1)"
   for how in alone served; do
     [ $how = alone ] || [ "$SWITCH" = NO_THREADS ] || serve "$S::"
     cas 0 gc "$S"
@@ -2822,7 +2819,7 @@ testStoreCommandsPrintJsonThatParses() {
     assertEquals $how "('block_size stored free file log', 4096, True)" "$GOT"
     parsed 0 'x' verify "$S"
     assertEquals $how '[]' "$GOT"
-    parsed 0 "list(x), x['bytes'] >= 0" gc -n "$S"
+    parsed 0 "list(x), x['bytes'] >= 0" gc "$S"
     assertEquals $how "(['bytes'], True)" "$GOT"
     parsed 0 "list(x), len(x['id'])" seal "$S::$how@s"
     assertEquals $how "(['id'], 71)" "$GOT"

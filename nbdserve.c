@@ -986,32 +986,30 @@ static int ex_wants_fua(const struct ex *ex, const struct nbdserve_req *r,
           (ex->e.flags & NBDSERVE_WRITETHROUGH));
 }
 
-static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
-                          uint32_t status) {
-  unsigned char *p = x->data + 16 * x->n;
-  assert(len > 0 && len <= x->left);
-  x->left -= len;
-  if (x->n && get64(p - 8) == status) {
-    put64(p - 16, get64(p - 16) + len);
-  } else if (x->n < x->max) {
-    put64(p, len);
-    put64(p + 8, status);
-    x->n++;
-  } else {
-    x->left = 0;
-  }
-}
-
 int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
-  uint64_t part = u_min(len, x->skip), tail;
+  uint64_t part = u_min(len, x->skip);
   x->skip -= part;
   len = u_min(len - part, x->left);
-  tail = len == x->left ? 0 : len % x->align;
-  if (len > tail) ex_put_extent(x, len - tail, status);
-  if (tail && x->left) { /* a boundary inside a block: that block is data */
-    part = u_min(x->align, x->left);
-    x->skip = part - tail;
-    ex_put_extent(x, part, 0);
+  while (len > 0 && x->left > 0) {
+    unsigned char *p = x->data + 16 * x->n;
+    uint64_t n = len == x->left ? len : len - len % x->align;
+    if (!n) { /* a boundary inside a block: that block is data */
+      n = u_min(x->align, x->left);
+      x->skip = n - len;
+      len = n;
+      status = 0;
+    }
+    len -= n;
+    x->left -= n;
+    if (x->n && get64(p - 8) == status) {
+      put64(p - 16, get64(p - 16) + n);
+    } else if (x->n < x->max) {
+      put64(p, n);
+      put64(p + 8, status);
+      x->n++;
+    } else {
+      x->left = 0;
+    }
   }
   return x->left == 0;
 }
@@ -1086,24 +1084,17 @@ static int ex_do(struct ex *ex, struct nbdserve_req *r) {
 /* read and write of nbdserve's own backends, whose ctx begins with batch. */
 struct ex_own { void (*batch)(void *ctx, struct nbdserve_req *r, size_t n); };
 
-static int ex_own_do(void *ctx, uint16_t type, const void *buf, uint64_t off,
-                     uint64_t len) {
-  struct nbdserve_req r = {.type = type, .off = off, .len = len,
-                           .buf = (unsigned char *)(uintptr_t)buf};
-  ((struct ex_own *)ctx)->batch(ctx, &r, 1);
-  return r.err;
-}
-
-static int ex_own_read(void *ctx, void *buf, uint64_t off, uint64_t len,
-                       uint32_t flags) {
-  return (void)flags, ex_own_do(ctx, NBD_CMD_READ, buf, off, len);
-}
-
-static int ex_own_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
-                        uint32_t flags) {
-  assert(!(flags & NBDSERVE_FUA)); /* not NATIVE_FUA: a flush follows */
-  return (void)flags, ex_own_do(ctx, NBD_CMD_WRITE, buf, off, len);
-}
+#define EX_OWN(name, buffer, command) \
+  static int name(void *ctx, buffer buf, uint64_t off, uint64_t len, \
+                  uint32_t flags) { \
+    struct nbdserve_req r = {.type = command, .off = off, .len = len, \
+                             .buf = (unsigned char *)(uintptr_t)buf}; \
+    assert(!(flags & NBDSERVE_FUA)); /* not NATIVE_FUA: a flush follows */ \
+    ((struct ex_own *)ctx)->batch(ctx, &r, 1); \
+    return (void)flags, r.err; \
+  }
+EX_OWN(ex_own_read, void *, NBD_CMD_READ)
+EX_OWN(ex_own_write, const void *, NBD_CMD_WRITE)
 #endif
 
 /* ==== [8] HANDSHAKE (hs_) ================================================
@@ -2161,7 +2152,6 @@ struct cas_image {
   struct cas_node *root;           /* NULL: all holes */
   uint64_t size;
   unsigned clients; /* exports and calls that use it */
-  char id[72];      /* "sha256-HEX" if the catalog on the medium has one */
   unsigned char record[CAS_RECORD]; /* of the catalog; root, size: see above */
 };
 
@@ -2548,21 +2538,23 @@ static const char *cas_name(const struct cas_image *im, char out[CAS_PATH]) {
   return out;
 }
 
-static void cas_spell(struct cas_image *im) {
+/* Its "sha256-HEX", or "". */
+static char *cas_spell(const struct cas_image *im, char id[72]) {
   const unsigned char *h = im->record + CAS_CID;
-  if (!u_is_zero(h, 32)) strcpy(im->id, "sha256-");
-  for (int i = 0; *im->id && i < 32; i += 8)
-    snprintf(im->id + 7 + 2 * i, 17, "%016" PRIx64, get64(h + i));
+  strcpy(id, u_is_zero(h, 32) ? "" : "sha256-");
+  for (int i = 0; *id && i < 32; i += 8)
+    snprintf(id + 7 + 2 * i, 17, "%016" PRIx64, get64(h + i));
+  return id;
 }
 
 /* The volume or snapshot of that name, of n bytes, or content id. */
 static struct cas_image *cas_find(struct nbdserve_cas *s, const char *name,
                                   size_t n) {
-  char full[CAS_PATH];
+  char full[CAS_PATH], id[72];
   struct cas_image *im = s->images;
   for (; im; im = im->next)
     if ((strncmp(cas_name(im, full), name, n) == 0 && !full[n]) ||
-        (n == 71 && strncmp(im->id, name, n) == 0)) break;
+        (n == 71 && strncmp(cas_spell(im, id), name, n) == 0)) break;
   return im;
 }
 
@@ -2590,7 +2582,8 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
   int is_new = verb < NBDSERVE_CAS_RENAME, err = 0;
   size_t n = strcspn(op->name, verb == NBDSERVE_CAS_SNAPSHOT ? "@" : "");
   struct cas_image *im = cas_find(s, op->name, n), *to, *kid, **p = &s->images;
-  if (verb < NBDSERVE_CAS_CREATE || cas_blocks(s, op->size) > s->max_blocks ||
+  if (verb < NBDSERVE_CAS_CREATE || verb > NBDSERVE_CAS_RM ||
+      cas_blocks(s, op->size) > s->max_blocks ||
       (dry_run && verb < NBDSERVE_CAS_ROLLBACK)) return -EINVAL;
   if (!im && verb != NBDSERVE_CAS_CREATE) return -ENOENT;
   to = is_new ? u_zalloc(sizeof *to)
@@ -2605,7 +2598,7 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
   if (verb <= NBDSERVE_CAS_RENAME)
     err = cas_give_name(s, to, verb < NBDSERVE_CAS_CLONE ? op->name : op->to);
   if (err && is_new) NBDSERVE_FREE(to);
-  if (err) return err;
+  if (err || verb == NBDSERVE_CAS_RENAME) return err;
   if (is_new) {
     put32(to->record + CAS_ID, s->next_id++);
     put32(to->record + CAS_IS_SNAPSHOT, to->parent != NULL);
@@ -2617,26 +2610,21 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
     *p = to;
     s->nimages++;
   }
-  switch (verb) {
-  case NBDSERVE_CAS_RENAME: return 0;
-  case NBDSERVE_CAS_CREATE:
-  case NBDSERVE_CAS_RESIZE: to->size = op->size; return 0;
-  case NBDSERVE_CAS_SNAPSHOT: case NBDSERVE_CAS_CLONE:
-  case NBDSERVE_CAS_ROLLBACK:
-    *gone = to->root;
-    to->size = im->size;
-    to->root = im->root;
-    if (to->root) to->root->refs++;
-    return 0;
-  case NBDSERVE_CAS_RM:
+  if (verb == NBDSERVE_CAS_RM) {
     while (*p != im) p = &(*p)->next;
     *p = im->next;
     *gone = im->root;
     s->nimages--;
     NBDSERVE_FREE(im);
-    return 0;
-  default: return -EINVAL;
+  } else if (verb == NBDSERVE_CAS_CREATE || verb == NBDSERVE_CAS_RESIZE) {
+    to->size = op->size;
+  } else { /* it gets what im has */
+    *gone = to->root;
+    to->size = im->size;
+    to->root = im->root;
+    if (to->root) to->root->refs++;
   }
+  return 0;
 }
 
 /* ---- Checkpoints --------------------------------------------------------- */
@@ -3155,7 +3143,6 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
       if (!im) return -ENOMEM;
       memcpy(im->record, record, CAS_RECORD);
       im->record[CAS_RECORD - 1] = 0; /* a name ends */
-      cas_spell(im);
       im->s = s;
       im->size = get64(im->record + CAS_SIZE);
       im->next = s->images;
@@ -3398,13 +3385,13 @@ int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
 
 int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_listed *each,
                       void *arg) {
-  char name[CAS_PATH], id[sizeof s->images->id];
+  char name[CAS_PATH], id[72];
   int r = 0;
   os_lock(&s->lock);
   for (struct cas_image *im = s->images; im && !r; im = im->next) {
     struct nbdserve_cas_info info = {
         cas_name(im, name), im->size, get64(im->record + CAS_CREATED),
-        im->clients, im->parent != NULL, memcpy(id, im->id, sizeof id)};
+        im->clients, im->parent != NULL, cas_spell(im, id)};
     im->clients++; /* it stays in the list */
     os_unlock(&s->lock);
     r = each(arg, &info);
@@ -3424,7 +3411,7 @@ int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72]) {
   if (err) return err;
   struct cas_image *im = e.ctx;
   os_lock(&s->lock);
-  int sealed = *im->id != 0;
+  int sealed = *cas_spell(im, id) != 0;
   os_unlock(&s->lock);
   uint64_t blocks = sealed ? 0 : cas_blocks(s, im->size);
   if (!im->parent) err = -EINVAL;
@@ -3451,10 +3438,8 @@ int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72]) {
     os_unlock(&s->lock);
     err = cas_checkpoint(s, NULL);
   }
-  os_lock(&s->lock);
-  if (!err) cas_spell(im);
-  memcpy(id, im->id, sizeof im->id);
-  os_unlock(&s->lock);
+  if (!err) cas_spell(im, id); /* from now on it is fixed */
+  if (err) *id = 0;
   cas_close(im);
   return err;
 }

@@ -94,11 +94,14 @@
 
 #include "nbdserve.h"
 
+#include <arpa/inet.h>
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
 #include <limits.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -115,11 +118,6 @@
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
-#if !NBDSERVE_NO_TCP
-#include <arpa/inet.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
-#endif
 #if defined __x86_64__ && defined __GNUC__ && !defined __TINYC__ && \
     !NBDSERVE_NO_CAS && !NBDSERVE_NO_HWSHA && !NBDSERVE_POSIX_ONLY
 #include <cpuid.h>
@@ -250,9 +248,7 @@ static void os_tune(int fd, uint32_t stall_ms) {
 #ifdef SO_NOSIGPIPE
   setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &one, sizeof one);
 #endif
-#if !NBDSERVE_NO_TCP
   setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-#endif
   one = 2 << 20; /* a long reply fits: 3 times faster on Linux, 10 on macOS */
   setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &one, sizeof one);
 }
@@ -1109,11 +1105,9 @@ enum {
   TX_RBUF = 256 << 10, TX_WBUF = 288 << 10, /* bytes received, sent at a time */
   TX_SMALL = 128 << 10,          /* longer requests are done one by one */
   TX_KEEP = 1 << 20,             /* buffer for those; they are in pieces then */
-  TX_BATCH = 128,                /* requests in a batch */
-  TX_WHY = 80,                   /* bytes of an error's text */
-  TX_HEAD = WIRE_EXTENDED + 6 + TX_WHY + 8, /* longest reply without data */
-  TX_DEFERRED = 1024,            /* requests waiting for a worker */
-  TX_LOGGED = 10                 /* failures of one client in the log */
+  TX_BATCH = 128, TX_DEFERRED = 1024, /* requests in one; waiting for workers */
+  TX_WHY = 80, TX_LOGGED = 10,   /* bytes of an error's text; logged errors */
+  TX_HEAD = WIRE_EXTENDED + 6 + TX_WHY + 8 /* longest reply without data */
 };
 STATIC_ASSERT(option_fits, (int)NBDSERVE_MAX_OPTION <= (int)TX_RBUF);
 STATIC_ASSERT(small_fits_in, TX_SMALL + (int)WIRE_EXTENDED <= (int)TX_RBUF);
@@ -1138,14 +1132,13 @@ struct conn {
   size_t read_head; /* bytes in front of the data of a READ */
   /* -- the client's thread only, as the two buffers at the end */
   unsigned char *big;
-  size_t rpos, rend; /* received and not yet looked at */
-  size_t wlen, nreqs;
+  size_t rpos, rend, wlen, nreqs; /* received, not looked at; to be sent */
   struct nbdserve_req reqs[TX_BATCH];
   int64_t began;  /* when the request that is not all there was begun */
   int big_write;  /* the last request was one: expect another */
   /* -- one sender at a time */
-  struct os_mutex sending; /* guards out and: */
-  int broken;              /* why a send failed: nothing more goes out */
+  struct os_mutex sending; /* guards out, and why nothing goes there: */
+  int broken;
   /* -- client's thread and workers */
   struct os_mutex lock; /* guards the rest */
   struct nbdserve_req *queue, **queue_end; /* one worker each */
@@ -1890,9 +1883,8 @@ static int tx_run(struct conn *c) {
  */
 #if !NBDSERVE_NO_FLAT
 
-enum { FLAT_RUN = 64 };         /* neighbours joined into one call */
+enum { FLAT_RUN = 64, FLAT_BLOCK = 65536 }; /* in one call; of the temporary */
 enum { FLAT_FAILED = 1 << 30 }; /* (F1), beside the modes of os_fallocate */
-enum { FLAT_BLOCK = 65536 };    /* of what is temporary, kept as a whole */
 
 struct flat {
   struct ex_own own;
@@ -2116,9 +2108,8 @@ enum {
   CAS_ID = 0, CAS_IS_SNAPSHOT = 4, CAS_SIZE = 8, CAS_ROOT = 16, CAS_DEPTH = 20,
   CAS_CREATED = 24, CAS_ORIGIN = 36, CAS_CID = 40, CAS_NAMED = 89, /* record */
   CAS_SLOTS = CAS_UNIT / 32, CAS_GROUPS = 131071, /* in a group; at most */
-  CAS_LEVELS = 4,                  /* of a map: 4 PiB with blocks of 4096 */
+  CAS_LEVELS = 4, CAS_FILL = 128, /* of a map; digests read at a time */
   CAS_BATCH = 256, CAS_RUN = 64,   /* blocks done at a time; in one call */
-  CAS_FILL = 128,                  /* digests read at a time, in one group */
   CAS_DIRTY = 4096, CAS_WAITING = 65536, /* pages, slots for a checkpoint */
   CAS_RESERVE = 4 * CAS_SEGMENT,   /* free slots that data may not take */
   CAS_SLACK = 64 * CAS_SEGMENT,    /* free slots to have before filling gaps */
@@ -2136,10 +2127,9 @@ struct cas_group {
 
 /* A page of a map.  All are in memory, a fraction of what is kept of slots. */
 struct cas_node {
-  int32_t refs;  /* edges from pages and images (C13) */
-  int level;     /* 0: a leaf, with blocks below it */
-  int bad;       /* it could not be read: what is below is not known */
-  uint32_t slot; /* where it lies; 0: nowhere yet as it is now */
+  int32_t refs;   /* edges from pages and images (C13) */
+  int level, bad; /* 0: blocks below; what is below could not be read */
+  uint32_t slot;  /* where it lies; 0: nowhere yet as it is now */
   uint32_t *e;   /* [fanout] slots of blocks, on level 0 */
   struct cas_node *kid[]; /* [fanout] pages below, on other levels */
 };
@@ -2150,8 +2140,7 @@ struct cas_image {
   struct nbdserve_cas *s;
   struct cas_image *next, *parent; /* parent: whose snapshot it is */
   struct cas_node *root;           /* NULL: all holes */
-  uint64_t size;
-  unsigned clients; /* exports and calls that use it */
+  uint64_t size, clients;          /* exports and calls that use it */
   unsigned char record[CAS_RECORD]; /* of the catalog; root, size: see above */
 };
 
@@ -2159,28 +2148,23 @@ struct nbdserve_cas {
   /* fixed */
   int fd, readonly, verify, hw, is_device;
   uint32_t bs, fanout, log_pages;
-  uint64_t data_off, end; /* end: of the file when it was opened */
-  uint64_t max_blocks;    /* of an image */
+  uint64_t data_off, end, max_blocks; /* of the file when opened; an image */
   struct os_mutex ckpt;    /* one checkpoint at a time; guards: */
   struct cas_item *pages;  /* what it writes */
   uint32_t npages;
   unsigned char super[CAS_PAGE]; /* id and log_pages in it are fixed */
   struct os_mutex lock;    /* guards the rest; woken: a sync or work ended */
   int syncing;             /* one at a time: else one may miss an error */
-  int failed, log_damaged; /* -errno (C14); (C9) */
-  int damaged;             /* pages could not be read: nothing is freed */
+  int failed, log_damaged, damaged; /* -errno (C14); (C9); nothing is freed */
   int replaying;           /* what is in the log need not be logged */
   int busy, closing;       /* a thread is in cas_work; it is to end */
-  uint32_t filled, to_fill; /* slots that are in the index; and will be */
   struct cas_image *images;
-  uint32_t next_id, nimages;
-  uint32_t catalog;        /* slot of its first page; next leads on */
   struct cas_group **groups;
+  uint32_t next_id, nimages, catalog; /* slot of its first page, then by next */
   uint32_t ngroups, nslots, nfree, mask; /* mask: see cas_bucket */
   uint32_t cursor, ndirty; /* where slots are taken; pages without one */
-  uint32_t dropped;        /* slots that wait for a flush (C5), by next */
-  uint32_t retired, nwaiting; /* or for a checkpoint (C6); in both */
-  unsigned nlog;
+  uint32_t dropped, retired, nwaiting; /* slots, by next: (C5), (C6); in both */
+  uint32_t filled, to_fill, nlog; /* slots in the index; to be; log's entries */
   uint64_t seq, tail, durable; /* its; the superblock's; (C4) */
   uint64_t nlogged, nsynced;   /* entries so far; covered by a sync */
   unsigned char log[CAS_PAGE]; /* the page being filled */
@@ -3391,7 +3375,7 @@ int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_listed *each,
   for (struct cas_image *im = s->images; im && !r; im = im->next) {
     struct nbdserve_cas_info info = {
         cas_name(im, name), im->size, get64(im->record + CAS_CREATED),
-        im->clients, im->parent != NULL, cas_spell(im, id)};
+        (uint32_t)im->clients, im->parent != NULL, cas_spell(im, id)};
     im->clients++; /* it stays in the list */
     os_unlock(&s->lock);
     r = each(arg, &info);
@@ -3570,10 +3554,8 @@ enum { SRV_BACKLOG = 128, SRV_PAUSE_MS = 100, SRV_WAKE = 'w', SRV_ELSE = '-' };
 union srv_address {
   struct sockaddr sa;
   struct sockaddr_un un;
-#if !NBDSERVE_NO_TCP
   struct sockaddr_in in;   /* its port lies where that of... */
   struct sockaddr_in6 in6; /* ...this one does, on every system */
-#endif
 };
 
 const char *nbdserve_version(void) { return NBDSERVE_VERSION; }
@@ -3658,9 +3640,7 @@ static int srv_socket(const union srv_address *a, socklen_t len, int how) {
   if (fd < 0) return -errno;
   os_own(fd, how != SRV_CONNECT);
   setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one); /* TCP heeds it */
-#if !NBDSERVE_NO_TCP
   setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one); /* IPv6 does */
-#endif
   if (how != SRV_LISTEN ? connect(fd, &a->sa, len) == 0
                         : bind(fd, &a->sa, len) == 0 &&
                               listen(fd, SRV_BACKLOG) == 0) return fd;
@@ -4013,20 +3993,17 @@ static const struct cli_option {
 static struct {
   const char *v[128]; /* values by letter; NULL: not given */
   uint64_t n[128];    /* as numbers; how often, for those without */
-  char **command;     /* behind --, or NULL */
-  char **targets;     /* [NAME=]TARGET */
+  char **command, **targets; /* behind --, or NULL; [NAME=]TARGET */
   int ntargets;
   const char *name;          /* of a single export, or "" */
   struct nbdserve_export ex; /* what all exports have in common */
   uint32_t without;          /* as in nbdserve_config */
   struct nbdserve *server;
   volatile sig_atomic_t usr1, ending; /* signals that came */
-  int in, out;               /* one client's, or -1 */
-  int report;                /* pipe to the parent of --fork, or -1 */
+  int in, out, report;       /* one client's; pipe to --fork's parent; or -1 */
   pid_t child;               /* the captive command; 0: none, or... */
   int status;                /* ...it has ended with this exit status */
-  const char *pidfile;       /* is there, for us to remove */
-  const char *store;         /* its path, or NULL */
+  const char *pidfile, *store; /* to remove; its path, or NULL */
   struct nbdserve_cas *cas;
   int ctl, ended[2];         /* control socket, or -1; pipe: its thread has */
   char ctl_path[PATH_MAX], dir[100]; /* private directory, or "" */
@@ -4267,8 +4244,7 @@ enum { CLI_VERBS = sizeof cli_verbs / sizeof *cli_verbs, CLI_JSON = 1 };
 
 struct cli_job {
   int fd[2];     /* output, or the file of import and export; messages */
-  int client;    /* who waits for it, or -1 */
-  int rows;      /* printed so far, of an array */
+  int client, rows; /* who waits for it, or -1; printed so far, of an array */
   int64_t begun; /* in os_now_ms */
   double shown;  /* seconds after that: its progress; 0: is not */
   struct {       /* what goes over the control socket */

@@ -309,8 +309,7 @@ static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
                                                                   : -errno;
   return 0;
 #else
-  (void)fd, (void)mode, (void)off, (void)len;
-  return -EOPNOTSUPP;
+  return (void)fd, (void)mode, (void)off, (void)len, -EOPNOTSUPP;
 #endif
 }
 
@@ -343,8 +342,7 @@ static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
   if (data >= 0 && is_data) to = lseek(fd, data, SEEK_HOLE);
   if (to > (off_t)off && (uint64_t)to < end) *next = (uint64_t)to;
 #endif
-  (void)fd, (void)off;
-  return is_data;
+  return (void)fd, (void)off, is_data;
 }
 
 /* A file that is gone when it is closed, in dir or, if that is NULL, memory. */
@@ -370,11 +368,11 @@ static int os_is_rotational(int fd) {
   return (void)fd, yes != 0;
 }
 
-static void os_willneed(int fd, uint64_t off, uint64_t len) {
+static int os_willneed(int fd, uint64_t off, uint64_t len) {
 #if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
   posix_fadvise(fd, (off_t)off, (off_t)len, POSIX_FADV_WILLNEED);
 #endif
-  (void)fd, (void)off, (void)len;
+  return (void)fd, (void)off, (void)len, 0;
 }
 
 #endif /* !NBDSERVE_NO_FLAT */
@@ -460,8 +458,7 @@ static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
   va_end(ap);
   for (p = text; *p; p++)
     if ((unsigned char)*p < 32 || *p == 127 ||
-        ((unsigned char)*p == 0xc2 && (unsigned char)p[1] < 0xa0))
-      *p = '?';
+        ((unsigned char)*p == 0xc2 && (unsigned char)p[1] < 0xa0)) *p = '?';
   config->log(config->ctx, level, text);
 }
 
@@ -1206,17 +1203,12 @@ static uint32_t hs_take_string(struct conn *c, char *out) {
   return memchr(out, 0, n) ? NBD_REP_ERR_INVALID : 0;
 }
 
-/* Are there metadata contexts to be had of the export of that name? */
-static int hs_has_meta(const struct conn *c, const char *name) {
-  return c->meta && strcmp(c->meta_name, name) == 0;
-}
-
 /* The export is settled: what transmission needs to know of it. */
 static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
   const struct nbdserve_config *k = &c->s->config;
   assert(!c->ex);
   c->ex = ex;
-  c->meta = hs_has_meta(c, name);
+  c->meta = c->meta && strcmp(c->meta_name, name) == 0;
   c->tflags = ex_flags(c->s, ex, c->mode, c->meta);
   c->batch = k->before ? NULL : ex->e.ops->batch;
   c->read_head = c->mode == WIRE_EXT          ? WIRE_EXTENDED + 8
@@ -1302,7 +1294,8 @@ static int hs_opt_go(struct conn *c) {
   if (err)
     return hs_fail(c, NBD_REP_ERR_UNKNOWN,
                    err == -ENOENT ? "no such export" : u_error(err));
-  c->tflags = ex_flags(c->s, ex, c->mode, hs_has_meta(c, name));
+  c->tflags = ex_flags(c->s, ex, c->mode,
+                       c->meta && strcmp(c->meta_name, name) == 0);
   for (i = 2; i < c->len; i += 2) /* what is not known goes to bit 31 */
     wants |= 1u << u_min(get16(c->data + i), 31);
   bad = ex->e.min_block > 1 && !(wants & 1u << NBD_INFO_BLOCK_SIZE);
@@ -1439,12 +1432,6 @@ static int hs_run(struct conn *c) {
  *      max_deferred requests of up to TX_KEEP bytes (EX_EXTENTS_SIZE with
  *      ops->batch: no READ or WRITE waits then); the others go in pieces. */
 
-static void tx_free_buf(struct nbdserve_req *r) {
-  if (r->owned) NBDSERVE_FREE(r->buf);
-  r->buf = NULL;
-  r->owned = 0;
-}
-
 static int tx_send(struct conn *c, struct iovec *v, int n) {
   int err;
   os_lock(&c->sending);
@@ -1556,7 +1543,8 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list) {
     }
     err = tx_send(c, v, n + 2);
   }
-  for (r = list; r; r = r->next) tx_free_buf(r);
+  for (r = list; r; r = r->next)
+    if (r->owned) NBDSERVE_FREE(r->buf);
   return err;
 }
 
@@ -1632,8 +1620,7 @@ static int tx_defer(struct conn *c, const struct nbdserve_req *r) {
   unsigned takers = c->nqueue + !q->flush + /* workers that are wanted */
                     (!c->flushing && (c->flushes || q->flush));
   if (takers > c->nidle && c->nworkers < c->max_workers &&
-      os_thread(tx_worker, c) == 0)
-    c->nworkers++;
+      os_thread(tx_worker, c) == 0) c->nworkers++;
   if (!c->nworkers) {
     os_unlock(&c->lock);
     NBDSERVE_FREE(q);
@@ -1782,7 +1769,7 @@ static int tx_big(struct conn *c, struct nbdserve_req *r, uint64_t left,
     r->err = tx_do(c, r);
   }
   if (!err) return tx_answer(c, r);
-  tx_free_buf(r);
+  if (r->owned) NBDSERVE_FREE(r->buf);
   return err;
 }
 
@@ -1948,8 +1935,7 @@ static void flat_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   }
   for (size_t i = 0, j; i < n; i = j) {
     for (j = i + 1; j < n && j - i < FLAT_RUN && r[j].type == r[i].type &&
-                    r[j].off == r[j - 1].off + r[j - 1].len;)
-      j++;
+                    r[j].off == r[j - 1].off + r[j - 1].len;) j++;
     int err = failed && r[i].type == NBD_CMD_WRITE
                   ? -EIO : flat_transfer(f, r + i, j - i);
     for (size_t k = i; k < j; k++) /* only what fails by itself has failed */
@@ -1961,9 +1947,8 @@ static int flat_flush(void *ctx, uint32_t flags) {
   struct flat *f = ctx;
   int err = flat_lacks(f, 0) & FLAT_FAILED ? -EIO
             : f->temp >= 0 ? 0 : os_datasync(f->fd); /* it is not to last */
-  (void)flags;
   if (err) flat_lacks(f, FLAT_FAILED); /* (F1) */
-  return err;
+  return (void)flags, err;
 }
 
 /* os_fallocate on a range of the export; -EOPNOTSUPP: do it another way. */
@@ -1992,23 +1977,20 @@ static int flat_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
 
 static int flat_cache(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   struct flat *f = ctx;
-  (void)flags;
-  os_willneed(f->fd, f->offset + off, len);
-  return 0;
+  return (void)flags, os_willneed(f->fd, f->offset + off, len);
 }
 
 static int flat_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                         struct nbdserve_extents *out) {
   struct flat *f = ctx;
   uint64_t pos = f->offset + off, end = pos + len, next;
-  (void)flags;
   for (int enough = f->temp >= 0; pos < end && !enough; pos = next) {
     int is_data = os_is_data(f->fd, pos, end, &next);
     assert(next > pos);
     enough = nbdserve_extent(out, next - pos,
                              is_data ? 0 : NBDSERVE_HOLE | NBDSERVE_ZERO);
   }
-  return 0;
+  return (void)flags, 0;
 }
 
 static uint64_t flat_size(void *ctx, uint64_t was) {
@@ -2159,7 +2141,7 @@ struct nbdserve_cas {
   int replaying;           /* what is in the log need not be logged */
   int busy, closing;       /* a thread is in cas_work; it is to end */
   struct cas_image *images;
-  struct cas_group **groups;
+  struct cas_group *groups[CAS_GROUPS];
   uint32_t next_id, nimages, catalog; /* slot of its first page, then by next */
   uint32_t ngroups, nslots, nfree, mask; /* mask: see cas_bucket */
   uint32_t cursor, ndirty; /* where slots are taken; pages without one */
@@ -2217,7 +2199,7 @@ static int cas_extend(struct nbdserve_cas *s, uint32_t x) {
   for (; s->nslots <= x; s->nslots += CAS_SEGMENT) {
     if (s->nslots == s->ngroups * CAS_SLOTS) {
       if (s->ngroups == CAS_GROUPS) return -ENOSPC;
-      s->groups[s->ngroups] = u_zalloc(sizeof **s->groups);
+      s->groups[s->ngroups] = u_zalloc(sizeof(struct cas_group));
       if (!s->groups[s->ngroups]) return -ENOMEM;
       s->ngroups++;
       uint32_t b = s->nslots ? s->nslots : 1;
@@ -2572,8 +2554,8 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
   if (!im && verb != NBDSERVE_CAS_CREATE) return -ENOENT;
   to = is_new ? u_zalloc(sizeof *to)
        : verb == NBDSERVE_CAS_ROLLBACK ? im->parent : im;
-  if (!to) return is_new ? -ENOMEM : -EINVAL;
-  if (verb == NBDSERVE_CAS_RESIZE && im->parent) return -EINVAL;
+  if (!to || (verb == NBDSERVE_CAS_RESIZE && im->parent))
+    return is_new ? -ENOMEM : -EINVAL;
   if (verb >= NBDSERVE_CAS_ROLLBACK && to->clients) return -EBUSY;
   for (kid = s->images; kid && verb == NBDSERVE_CAS_RM; kid = kid->next)
     if (kid->parent == im) return -ENOTEMPTY;
@@ -2783,8 +2765,7 @@ static int cas_room(struct nbdserve_cas *s) {
 static int cas_choose(struct nbdserve_cas *s, struct cas_item *it, int hint) {
   uint32_t tag = CAS_TAG(it->sum), x = hint ? *cas_bucket(s, tag) : 0;
   while (x && ((CAS_AT(s, x, tag) & ~CAS_GOOD) != tag ||
-               CAS_AT(s, x, ref) > INT32_MAX / 2))
-    x = CAS_AT(s, x, next);
+               CAS_AT(s, x, ref) > INT32_MAX / 2)) x = CAS_AT(s, x, next);
   int err = x ? 0 : cas_want(s, CAS_RESERVE + 1);
   it->state = x ? CAS_DUP : CAS_DATA | CAS_DIGEST;
   if (x) cas_hold(s, x);
@@ -2862,8 +2843,7 @@ static int cas_read(struct nbdserve_cas *s, struct cas_image *im,
   for (size_t i = 0; i < n; i++) {
     if (!it[i].slot && want == CAS_DATA) memset(it[i].data, 0, s->bs);
     if (it[i].state == (CAS_DATA | CAS_DIGEST) && !it[i].err &&
-        memcmp(it[i].digest, it[i].sum, 32) != 0)
-      it[i].err = -EIO;
+        memcmp(it[i].digest, it[i].sum, 32) != 0) it[i].err = -EIO;
     if (it[i].err) err = it[i].err;
   }
   return err;
@@ -2970,7 +2950,6 @@ static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   uint64_t from = cas_blocks(s, off), to = (off + len) / s->bs, span;
   uint32_t x;
   int err = 0;
-  (void)flags;
   while (from < to && !err) {
     struct cas_item hole = {.lba = from};
     int k = 0, changed = 0;
@@ -2989,7 +2968,7 @@ static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
     os_unlock(&s->lock);
   }
   cas_kick(s);
-  return err;
+  return (void)flags, err;
 }
 
 static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
@@ -3009,7 +2988,6 @@ static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
   uint64_t bs = im->s->bs, end = off + len, span;
   uint32_t slot, hole = NBDSERVE_HOLE | NBDSERVE_ZERO;
   int err = 0, enough = 0;
-  (void)flags;
   os_lock(&im->s->lock);
   while (off < end && !enough) {
     err = cas_map(im->s, im, off / bs, 0, &slot, &span);
@@ -3019,12 +2997,11 @@ static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
     off = next;
   }
   os_unlock(&im->s->lock);
-  return err;
+  return (void)flags, err;
 }
 
 static int cas_flush(void *ctx, uint32_t flags) {
-  (void)flags;
-  return cas_sync(((struct cas_image *)ctx)->s, 0);
+  return (void)flags, cas_sync(((struct cas_image *)ctx)->s, 0);
 }
 
 static void cas_close(void *ctx) {
@@ -3215,7 +3192,6 @@ static void cas_destroy(struct nbdserve_cas *s) {
   }
   os_unlock(&s->lock);
   while (s->ngroups > 0) NBDSERVE_FREE(s->groups[--s->ngroups]);
-  NBDSERVE_FREE(s->groups);
   os_mutex_free(&s->ckpt);
   os_mutex_free(&s->lock);
   if (s->fd >= 0) close(s->fd);
@@ -3231,9 +3207,7 @@ static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
   s->hw = os_has_hwsha();
   s->verify = flags & NBDSERVE_CAS_VERIFY ||
               (s->hw && !(flags & NBDSERVE_CAS_NO_VERIFY));
-  s->groups = NBDSERVE_MALLOC(CAS_GROUPS * sizeof *s->groups);
-  if (s->groups && !os_mutex_init(&s->ckpt) && !os_mutex_init(&s->lock))
-    return s;
+  if (!os_mutex_init(&s->ckpt) && !os_mutex_init(&s->lock)) return s;
   cas_destroy(s);
   return NULL;
 }
@@ -3516,12 +3490,11 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
 
 int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
                     nbdserve_progress *progress, void *arg) {
-  struct stat before, after;
   int err = s->readonly ? -EROFS : cas_checkpoint(s, NULL);
   if (!err && s->damaged) err = -EUCLEAN; /* who knows what is free */
-  if (err || fstat(s->fd, &before) < 0) return err ? err : -errno;
   os_lock(&s->lock);
   uint32_t nslots = s->nslots;
+  *bytes = (uint64_t)s->nfree * s->bs;
   os_unlock(&s->lock);
   for (uint32_t x = 0; !err && x < nslots; x += CAS_SEGMENT) {
     os_lock(&s->lock); /* what is free stays so meanwhile */
@@ -3533,9 +3506,6 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
     os_unlock(&s->lock);
     if (!err && progress && progress(arg, x, nslots)) err = -ECANCELED;
   }
-  if (!err && fstat(s->fd, &after) < 0) err = -errno;
-  if (!err) *bytes = before.st_blocks < after.st_blocks ? 0
-                     : (uint64_t)(before.st_blocks - after.st_blocks) * 512;
   return err;
 }
 
@@ -3571,10 +3541,8 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   if (NBDSERVE_NO_THREADS) k.max_conn = k.threads = 1;
   if (!k.handshake_ms) k.handshake_ms = 10000;
   if (!k.stall_ms) k.stall_ms = 120000;
-  if (k.without & NBD_FLAG_SEND_WRITE_ZEROES) /* with what depends on it */
-    k.without |= NBD_FLAG_SEND_FAST_ZERO;
-  if (k.without >> 16 >> NBD_OPT_GO & 1)
-    k.without |= 65536u << NBD_OPT_EXTENDED_HEADERS;
+  k.without |= (k.without & NBD_FLAG_SEND_WRITE_ZEROES) << 5 | /* FAST_ZERO */
+               (k.without & 65536u << NBD_OPT_GO) << 4; /* EXTENDED_HEADERS */
   if (k.threads > 1024 || k.max_conn > 1 << 20 || k.flags & ~NBDSERVE_ONCE)
     return -EINVAL;
   struct nbdserve *s = u_zalloc(sizeof *s);
@@ -3659,8 +3627,7 @@ static int srv_unix(const char *path, int how) {
   if (how != SRV_LISTEN) return srv_socket(&a, sizeof a.un, how);
   int dir = os_open_dir(path); /* until it listens it looks stale to others */
   for (int i = 0; i < 100 && flock(dir, LOCK_EX | LOCK_NB) < 0 &&
-                  errno == EWOULDBLOCK; i++)
-    poll(NULL, 0, 10);
+                  errno == EWOULDBLOCK; i++) poll(NULL, 0, 10);
   int fd = srv_socket(&a, sizeof a.un, SRV_LISTEN);
   if (fd == -EADDRINUSE && lstat(path, &st) == 0 && S_ISSOCK(st.st_mode)) {
     int probe = srv_socket(&a, sizeof a.un, SRV_PROBE);
@@ -3925,8 +3892,7 @@ void nbdserve_free(struct nbdserve *s) {
     struct srv_listener *l = &s->listeners[i];
     close(l->fd);
     if (l->is_unix && lstat(l->text, &st) == 0 && st.st_ino == l->st.st_ino &&
-        st.st_dev == l->st.st_dev)
-      unlink(l->text);
+        st.st_dev == l->st.st_dev) unlink(l->text);
   }
   for (struct ex *ex = s->exports, *next; ex; ex = next) {
     next = ex->next;
@@ -4165,8 +4131,7 @@ static const struct cli_option *cli_find(int letter, const char *name) {
   const struct cli_option *o = cli_options;
   size_t n = name ? strcspn(name, "=") : 0;
   while (*o->name && (name ? strncmp(o->name, name, n) != 0 || o->name[n]
-                           : abs(o->letter) != letter))
-    o++;
+                           : abs(o->letter) != letter)) o++;
   return o;
 }
 
@@ -4449,9 +4414,8 @@ static void *cli_control(void *unused) {
 
 static int cli_find_volume(void *unused, const char *name,
                            struct nbdserve_export *out) {
-  (void)unused;
   *out = cli.ex;
-  return nbdserve_cas_volume(cli.cas, name, out);
+  return (void)unused, nbdserve_cas_volume(cli.cas, name, out);
 }
 
 struct cli_emit { nbdserve_emit *emit; void *arg; };
@@ -4463,8 +4427,7 @@ static int cli_emit_volume(void *to, const struct nbdserve_cas_info *info) {
 
 static int cli_list_volumes(void *unused, nbdserve_emit *emit, void *arg) {
   struct cli_emit e = {emit, arg};
-  (void)unused;
-  return nbdserve_cas_list(cli.cas, cli_emit_volume, &e);
+  return (void)unused, nbdserve_cas_list(cli.cas, cli_emit_volume, &e);
 }
 
 static int cli_open_store(const char *path, int readonly) {
@@ -4705,14 +4668,12 @@ static void cli_ready(void) {
     snprintf(temp, sizeof temp, "%.*s.new", PATH_MAX - 8, cli.v['P']);
     int fd = open(temp, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     if (fd < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0 || close(fd) < 0 ||
-        rename(temp, cli.v['P']) < 0)
-      cli_fail(-errno, cli.v['P']);
+        rename(temp, cli.v['P']) < 0) cli_fail(-errno, cli.v['P']);
     cli.pidfile = cli.v['P'];
   }
   int ready = (int)cli.n['y'];
   if (ready && ((*cli.uri && dprintf(ready, "%s\n", cli.uri) < 0) ||
-                close(ready) < 0))
-    cli_fail(-errno, "--ready-fd");
+                close(ready) < 0)) cli_fail(-errno, "--ready-fd");
   if (cli.v['R'] || cli.command) cli_start_command();
   else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0)
     cli_fail(-errno, "standard output");

@@ -286,8 +286,8 @@ NBDSERVE_API int nbdserve_cas_verify(struct nbdserve_cas *cas,
                                      nbdserve_damage *each,
                                      nbdserve_progress *progress, void *arg);
 
-/* Gives unused space back to the file system.  *bytes: how much.  -EUCLEAN: the
- * store is damaged, and nobody knows what is unused. */
+/* Gives unused space back to the file system.  *bytes: how much of the file is
+ * unused.  -EUCLEAN: the store is damaged, and nobody knows what is. */
 NBDSERVE_API int nbdserve_cas_gc(struct nbdserve_cas *cas, uint64_t *bytes,
                                  nbdserve_progress *progress, void *arg);
 

@@ -4393,8 +4393,8 @@ static void *cli_control(void *unused) {
   struct io io = {.in = cli.ctl, .stop = cli.server->stop[0]};
   while (io_wait(&io, 0) == 0) {
     int fd = os_accept(cli.ctl);
-    struct io client = {.in = fd, .out = fd, .stop = io.stop,
-                        .deadline = os_now_ms() + IO_GRACE_MS};
+    struct io client = {fd, fd, io.stop, os_now_ms() + IO_GRACE_MS,
+                        IO_GRACE_MS};
     if (fd < 0) poll(NULL, 0, SRV_PAUSE_MS); /* the loop must not spin */
     j.fd[0] = j.fd[1] = -1;
     j.client = fd;

@@ -26,8 +26,8 @@
 extern "C" {
 #endif
 
-#define NBDSERVE_VERSION "0.1.0"
-#define NBDSERVE_VERSION_NUMBER 100u /* major * 10000 + minor * 100 + patch */
+#define NBDSERVE_VERSION "0.2.0"
+#define NBDSERVE_VERSION_NUMBER 200u /* major * 10000 + minor * 100 + patch */
 
 #ifndef NBDSERVE_API
 #define NBDSERVE_API /* storage class or visibility of the public functions */
@@ -53,9 +53,8 @@ struct nbdserve_req;
  * len inside the export and multiples of min_block, no writes to a read-only
  * export, only the flags named here.  len of read and write is at most
  * max_request, and 1 MiB: longer ones come in pieces; of the others up to the
- * export's size.  Return 0 for the whole
- * range done, or -errno, of which clients see the nearest NBD error; a short
- * count does not exist.
+ * export's size.  Return 0 for the whole range done, or -errno, of which
+ * clients see the nearest NBD error; a short count does not exist.
  *
  * A NULL member is not offered to clients, except zero (done by writes) and
  * extents (all is data).  Calls come from several threads at once unless the
@@ -328,9 +327,10 @@ struct nbdserve_config {
    * until emit returns non-zero.  Both may be NULL. */
   int (*find)(void *ctx, const char *name, struct nbdserve_export *out);
   int (*list)(void *ctx, nbdserve_emit *emit, void *arg);
-  /* Called before each request is done, from several threads at once; it may
-   * take its time.  type: the NBD_CMD of proto.md.  0: go on, or -errno, which
-   * is the answer.  NULL: none.  With it neighbours are not joined: slower. */
+  /* Called before each sound request of a length above 0, and each FLUSH, is
+   * done, from several threads at once; it may take its time.  type: the
+   * NBD_CMD of proto.md.  0: go on, or -errno, which is the answer.  NULL:
+   * none.  With it neighbours are not joined: slower. */
   int (*before)(void *ctx, unsigned type, uint64_t off, uint64_t len);
   void *ctx; /* for log, find, list and before */
 };

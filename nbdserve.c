@@ -1996,7 +1996,7 @@ static int flat_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
 static uint64_t flat_size(void *ctx, uint64_t was) {
   struct flat *f = ctx;
   off_t end = lseek(f->fd, 0, SEEK_END);
-  if (f->size || end < 0) return was;
+  if (f->temp >= 0 || f->size || end < 0) return was;
   return (uint64_t)end < f->offset ? 0 : (uint64_t)end - f->offset;
 }
 

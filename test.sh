@@ -2193,6 +2193,16 @@ testNewClientsSeeTheSizeThatAFileHasNow() {
   client hello "$SOCK"
   assertEquals 2000 "$(cat "$T/log")"
 }
+testTemporaryDiskKeepsItsSize() {
+  needs nbdinfo || return 0
+  unless NO_THREADS || return 0
+  for size in 0 64K; do
+    truncate -s $size "$DISK"
+    serve -T "$DISK"
+    truncate -s 10M "$DISK"
+    assertEquals $((${size%K} * 1024)) "$(nbdinfo --size "$URI" 2>&1)"
+  done
+}
 testTheLastOddBytesAreServed() {
   truncate -s 1000001 "$DISK"
   SIZE=1000001

@@ -1828,7 +1828,7 @@ static int tx_fill(struct conn *c) {
   size_t left = c->rend - c->rpos, want = TX_RBUF - left;
   assert(c->rpos <= c->rend && c->rend <= TX_RBUF);
   assert(!c->nreqs && !c->wlen && want > 0); /* WRITEs of the batch lie there */
-  if (c->rpos || !left) c->began = os_now_ms();
+  if (c->rpos) c->began = os_now_ms();
   if (c->rpos) memmove(c->rbuf, c->rbuf + c->rpos, left);
   c->rpos = 0;
   c->rend = left;
@@ -1839,6 +1839,7 @@ static int tx_fill(struct conn *c) {
   if (n == -ETIMEDOUT && !left) return 0; /* idle: as long as it likes */
   if (n <= 0) return n < 0 ? (int)n : left ? -EPIPE : 1;
   c->rend += (size_t)n;
+  if (!left) c->began = os_now_ms(); /* not while it was idle */
   return left && os_now_ms() - c->began > c->io.stall_ms ? -ETIMEDOUT : 0;
 }
 
@@ -1996,7 +1997,8 @@ static int flat_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
 static uint64_t flat_size(void *ctx, uint64_t was) {
   struct flat *f = ctx;
   off_t end = lseek(f->fd, 0, SEEK_END);
-  if (f->temp >= 0 || f->size || end < 0) return was;
+  if (f->temp >= 0) return u_min(was, f->size); /* there is no longer */
+  if (f->size || end < 0) return was;
   return (uint64_t)end < f->offset ? 0 : (uint64_t)end - f->offset;
 }
 

@@ -6238,6 +6238,16 @@ static void u_temporary(void) {
     CHECK(pread(fd, b, sizeof b, 0) == sizeof b && !memcmp(b, file, sizeof b));
   }
   close(fd);
+  for (i = 0; i < 3; i++) { /* the map of blocks is of the size it had */
+    static const uint64_t sizes[] = {12345, 70000, 1 << 30};
+    struct nbdserve *s;
+    memset(&e, 0, sizeof e);
+    CHECK(nbdserve_flat_open(path, &flat, &e) == 0);
+    CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == 0);
+    CHECK(nbdserve_resize(s, "", sizes[i]) == 0);
+    CHECK(e.ops->size(e.ctx, sizes[i]) == (i < 2 ? sizes[i] : SIZE));
+    nbdserve_free(s);
+  }
 }
 
 /* A read error below is one of the request, and nothing is lost by it */
@@ -6455,6 +6465,31 @@ static void u_stalls(void) {
   nbdserve_stop(s);
   CHECK(pthread_join(run, NULL) == 0);
   nbdserve_free(s);
+  for (mode = 0; mode < 3; mode++) { /* time begins with the first byte */
+    struct served v = {0};
+    struct t_conn c;
+    struct t_reply reply;
+    unsigned char h[32];
+    e = r_export(r_new(sizeof b), 0);
+    CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
+    s_start(&v, s, &c);
+    CHECK(t_open(&c, c.fd, "", mode) == 0);
+    t_head(h, 0, WRITE, 1, 0, 4096);
+    if (mode == 2) memcpy(h, "\x21\xe4\x1c\x71\0\40", 6);
+    if (mode == 2) t_put(h + 24, 8, 4096);
+    for (how = 0; how < 2; how++) {
+      t_sleep(300);
+      CHECK(t_write(c.fd, h, 11) == 0);
+      t_sleep(20);
+      CHECK(t_write(c.fd, h + 11, mode == 2 ? 21 : 17) == 0);
+      t_sleep(20);
+      CHECK(t_write(c.fd, b, 4096) == 0);
+      CHECK(t_recv(&c, &reply) && !reply.error);
+    }
+    t_close(&c);
+    CHECK(s_end(&v) == 0);
+    nbdserve_free(s);
+  }
 }
 
 /* What was sent before nbdserve_stop is answered */

@@ -239,9 +239,8 @@ static int os_accept(int fd) {
  * SIGPIPE, dead peers noticed, calls that block end with EAGAIN after stall_ms.
  * Not a socket: nothing happens. */
 static void os_tune(int fd, uint32_t stall_ms) {
-  struct timeval t = {.tv_sec = stall_ms / 1000};
+  struct timeval t = {stall_ms / 1000, (int)(stall_ms % 1000) * 1000};
   int one = 1;
-  t.tv_usec = (int)(stall_ms % 1000 * 1000);
   setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
   setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &t, sizeof t);
   setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
@@ -725,7 +724,7 @@ static int io_wait(const struct io *io, int writing) {
       {writing ? io->out : io->in, writing ? POLLOUT : POLLIN, 0},
       {io->stop, POLLIN, 0}}; /* poll skips a negative one */
   int64_t deadline = io->deadline;
-  if (!deadline && writing) deadline = os_now_ms() + io->stall_ms;
+  if (!deadline && io->stall_ms) deadline = os_now_ms() + io->stall_ms;
   for (;;) {
     int64_t left = deadline ? deadline - os_now_ms() : -1;
     if (deadline && left <= 0) return -ETIMEDOUT;
@@ -768,7 +767,7 @@ static ssize_t io_recv(const struct io *io, void *buf, size_t len, int all) {
 
 /* Receives exactly len bytes: 0, -EPIPE when the stream ends before, -errno. */
 static int io_recv_all(const struct io *io, unsigned char *p, size_t len) {
-  int64_t from = os_now_ms();
+  int64_t from = io->deadline ? io->deadline : os_now_ms(); /* that holds */
   for (ssize_t n; len > 0; p += n, len -= (size_t)n) {
     n = io_recv(io, p, len, 1);
     if (n <= 0) return n < 0 ? (int)n : -EPIPE;
@@ -903,8 +902,8 @@ static int ex_get(struct nbdserve *s, const char *name, struct ex **out,
   struct ex *same = ex_by_name(s, name), *any = s->exports;
   while (any && *name && !(any->e.flags & NBDSERVE_ANY_NAME)) any = any->next;
   if ((*out = same ? same : any)) {
-    e = (*out)->e;
-    *size = (*out)->e.size = e.ops->size ? e.ops->size(e.ctx, e.size) : e.size;
+    struct nbdserve_export *x = &(*out)->e;
+    *size = x->size = x->ops->size ? x->ops->size(x->ctx, x->size) : x->size;
   }
   os_unlock(&s->lock);
   if (!same && s->config.find) err = s->config.find(s->config.ctx, name, &e);
@@ -1010,9 +1009,8 @@ int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
 /* The extents of a request, as the reply that goes out: r->buf, r->owned. */
 static int ex_extents(struct ex *ex, struct nbdserve_req *r) {
   unsigned one = r->flags & NBDSERVE_REQ_ONE, ext = r->mode == WIRE_EXT;
-  struct nbdserve_extents x = {.left = r->len, .align = ex->e.min_block,
-                               .max = one ? 1 : ex->e.max_request / 16};
-  if (x.max > EX_EXTENTS) x.max = EX_EXTENTS;
+  struct nbdserve_extents x = {.left = r->len, .align = ex->e.min_block};
+  x.max = one ? 1 : (unsigned)u_min(ex->e.max_request / 16, EX_EXTENTS);
   unsigned char *p = NBDSERVE_MALLOC(EX_EXTENTS_SIZE);
   if (!p) return -ENOMEM;
   x.data = p + (ext ? WIRE_EXTENDED + 8 : WIRE_CHUNK + 4);
@@ -1058,8 +1056,9 @@ static int ex_do(struct ex *ex, struct nbdserve_req *r) {
   assert(err <= 0);
   if (err != -ENOTSUP || r->type != NBD_CMD_WRITE_ZEROES ||
       f & NBDSERVE_FAST_ZERO) return err;
-  struct nbdserve_req w = {.type = NBD_CMD_WRITE, .flags = r->flags,
-                           .off = r->off}; /* it is done by writes */
+  if (r->len > UINT32_MAX) return -EOVERFLOW; /* nobody could end it */
+  struct nbdserve_req w = {.type = NBD_CMD_WRITE, .off = r->off,
+                           .flags = r->flags & NBD_CMD_FLAG_FUA};
   uint64_t step = u_min(u_min(r->len, EX_ZEROES), ex->e.max_request);
   step -= step % ex->e.min_block; /* both are multiples of it */
   w.buf = u_zalloc((size_t)step);
@@ -1590,8 +1589,8 @@ static void *tx_worker(void *arg) {
       c->nqueue--;
     }
     os_unlock(&c->lock);
-    int err = tx_do(c, list);
-    for (r = list; r; r = r->next) r->err = err;
+    for (r = list; r; r = r->next)
+      r->err = r == list || c->s->config.before ? tx_do(c, r) : list->err;
     tx_answer(c, list);
     os_lock(&c->lock);
     if (flush) c->flushing = 0;
@@ -1651,7 +1650,9 @@ static void tx_validate(const struct conn *c, struct nbdserve_req *r,
   if (!(c->tflags & NBD_FLAG_SEND_DF)) stray |= r->flags & NBD_CMD_FLAG_DF;
   if (!(c->tflags & NBD_FLAG_SEND_FAST_ZERO))
     stray |= r->flags & NBD_CMD_FLAG_FAST_ZERO;
-  if (c->mode != WIRE_EXT) stray |= r->flags & NBD_CMD_FLAG_PAYLOAD_LEN;
+  if (c->mode != WIRE_EXT ||
+      (is_status && !(c->tflags & NBD_FLAG_BLOCK_STATUS_PAYLOAD)))
+    stray |= r->flags & NBD_CMD_FLAG_PAYLOAD_LEN;
   r->why = !cmd ? "unknown command"
       : stray & NBD_CMD_FLAG_PAYLOAD_LEN ? "it takes no payload"
       : cmd->writes && (c->tflags & NBD_FLAG_READ_ONLY)
@@ -1760,11 +1761,8 @@ static int tx_big(struct conn *c, struct nbdserve_req *r, uint64_t left,
     err = io_recv_all(&c->io, p.buf + part, (size_t)p.len - part);
     if (!err && !r->err && !r->owned) r->err = ex_do(c->ex, &p);
   }
-  if (!err && r->owned) {
-    if (tx_defer(c, r)) return 0;
-    r->err = tx_do(c, r);
-  } else if (!err && !r->err && ex_wants_fua(c->ex, r, 0)) {
-    r->flush = 1;
+  r->flush = !r->owned && !r->err && ex_wants_fua(c->ex, r, 0);
+  if (!err && (r->owned || r->flush)) {
     if (tx_defer(c, r)) return 0;
     r->err = tx_do(c, r);
   }
@@ -2809,7 +2807,7 @@ static int cas_put(struct nbdserve_cas *s, struct cas_image *im,
     if (!err) err = cas_room(s);
     if (!err) err = cas_map(s, im, it[i].lba, 0, &was, NULL);
     if (!err && it[i].expect != CAS_ANY && it[i].expect != was) err = -EAGAIN;
-    if (!err && it[i].slot) CAS_AT(s, it[i].slot, tag) |= CAS_GOOD;
+    if (!err && it[i].state & CAS_DATA) CAS_AT(s, it[i].slot, tag) |= CAS_GOOD;
     if (!err && it[i].slot != was &&
         !(err = cas_map(s, im, it[i].lba, 1, &it[i].slot, NULL))) {
       cas_log(s, im, it + i, 1);
@@ -3023,7 +3021,7 @@ static int64_t cas_get_super(struct nbdserve_cas *s, uint64_t off,
   if (!cas_stamp(s, p, CAS_SUM)) return -EUCLEAN;
   if (get32(p + 8) != 1 || get32(p + 64) || (get32(p + 68) && !s->readonly))
     return -EOPNOTSUPP;
-  return (int64_t)get64(p + 32);
+  return (int64_t)(get64(p + 32) & INT64_MAX);
 }
 
 static int cas_place(struct nbdserve_cas *s) {
@@ -3096,7 +3094,7 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
   int err = 0;
   for (uint32_t x = get32(s->super + 56), k; x; x = get32(s->page + 12)) {
     err = cas_get_page(s, x, CAS_CAT, 0, 0, s->page);
-    if (err) return err;
+    if (err || CAS_AT(s, x, ref)) return err ? err : -EIO; /* a loop */
     cas_hold(s, x); /* until there is a new one */
     cas_drop(s, x, &s->retired);
     for (k = (s->bs - CAS_HEAD) / CAS_RECORD; k-- > 0;) { /* last first */
@@ -3362,7 +3360,8 @@ int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_listed *each,
   return r;
 }
 
-int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72]) {
+int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72],
+                      nbdserve_progress *progress, void *arg) {
   unsigned char run[32 + 32 * CAS_BATCH], *data; /* see the format of an id */
   struct cas_item it[CAS_BATCH];
   struct nbdserve_export e = {0};
@@ -3385,7 +3384,8 @@ int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72]) {
     size_t n = (size_t)u_min(blocks - lba, CAS_BATCH), i;
     for (i = 0; i < n; i++)
       it[i] = (struct cas_item){.lba = lba + i, .data = data + i * s->bs};
-    err = cas_read(s, im, it, n, CAS_DIGEST);
+    err = progress && progress(arg, lba * s->bs, im->size) ? -ECANCELED
+          : cas_read(s, im, it, n, CAS_DIGEST);
     cas_unpin(s, it, n);
     memset(run + 32, 0, sizeof run - 32);
     for (i = 0; i < n; i++) memcpy(run + 32 + 32 * i, it[i].digest, 32);
@@ -4078,13 +4078,13 @@ static int cli_disturb(const char *s, int is_delay) {
   int err = is_delay ? 0 : CLI_WORD(cli_errors, &s, ":");
   char *end;
   double x = strtod(s, &end); /* milliseconds, or a share */
-  if (cmd < 0 || err < 0 || end == s || *end || x < 0 ||
-      x > (is_delay ? 1e6 : 1)) return 0;
+  if (cmd < 0 || err < 0 || end == s || *end ||
+      !(x >= 0 && x <= (is_delay ? 1e6 : 1))) return 0; /* no NaN either */
   for (int i = 0; i < 8; i++) {
     if (i != cmd && cmd != 8) continue;
-    if (is_delay) cli_faults[i].ms = (int)x;
+    if (is_delay) cli_faults[i].ms = (int)(x + .999);
     if (!is_delay) cli_faults[i].err = -cli_errnos[err];
-    if (!is_delay) cli_faults[i].ppm = (unsigned)(x * 1e6 + .5);
+    if (!is_delay) cli_faults[i].ppm = (unsigned)(x * 1e6 + .999);
   }
   return 1;
 }
@@ -4196,7 +4196,7 @@ static const struct cli_verb {
     {"export", CLI_EXPORT, 2, 2, "R", "STORE::NAME FILE (-: standard output)"},
     {"list", CLI_LIST, 0, 0, "R[name=size#created=id=", "STORE"},
     {"snapshot", NBDSERVE_CAS_SNAPSHOT, 1, 1, "", "STORE::VOLUME@SNAPSHOT"},
-    {"seal", CLI_SEAL, 1, 1, "{id=", "STORE::VOLUME@SNAPSHOT (prints its id)"},
+    {"seal", CLI_SEAL, 1, 1, "T{id=", "STORE::VOLUME@SNAPSHOT (prints its id)"},
     {"rollback", NBDSERVE_CAS_ROLLBACK, 1, 1, "N", "STORE::VOLUME@SNAPSHOT"},
     {"clone", NBDSERVE_CAS_CLONE, 2, CLI_MANY, "", "STORE::NAME VOLUME..."},
     {"rename", NBDSERVE_CAS_RENAME, 2, 2, "", "STORE::NAME NEW"},
@@ -4333,7 +4333,7 @@ static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
     err = nbdserve_cas_diff(cas, name, to, cli_range_row, j);
     break;
   case CLI_SEAL:
-    err = nbdserve_cas_seal(cas, name, id);
+    err = nbdserve_cas_seal(cas, name, id, cli_progress, j);
     if (!err) err = cli_row(j, id);
     break;
   case CLI_STAT:
@@ -4529,6 +4529,7 @@ static void cli_add(char *path) {
       .flags = cli.v['r'] ? NBDSERVE_READONLY
                : cli.v['T'] ? NBDSERVE_TEMPORARY : 0};
   flat.dir = getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
+  if (cli.v['T'] && access(flat.dir, W_OK) < 0) cli_fail(-errno, flat.dir);
   char *equals = path + strcspn(path, "/="), *slash = strrchr(path, '/');
   ex.name = cli.v['e'];
   ex.description = cli.v['D'];
@@ -4553,7 +4554,7 @@ static void cli_add(char *path) {
 #endif
   if ((err == -EACCES || err == -EROFS) && !flat.flags)
     cli_failed("%s: %s; -r serves it read-only", path, u_error(err));
-  if (err == -ENOENT && !flat.create && !colons)
+  if (err == -ENOENT && !cli.v['T'] && !flat.create && !colons)
     cli_failed("%s: %s; --create SIZE makes it", path, u_error(err));
   if (err == -EINVAL)
     cli_failed("%s: no file, device or mem:SIZE, or --offset, --size "

@@ -56,9 +56,10 @@ struct nbdserve_req;
  * export's size.  Return 0 for the whole range done, or -errno, of which
  * clients see the nearest NBD error; a short count does not exist.
  *
- * A NULL member is not offered to clients, except zero (done by writes) and
- * extents (all is data).  Calls come from several threads at once unless the
- * export says NBDSERVE_SERIAL, and may block for as long as they like.
+ * A NULL member is not offered to clients, except zero (done by writes, up to
+ * 4 GiB, as where zero is -ENOTSUP) and extents (all is data).  Calls come from
+ * several threads at once unless the export says NBDSERVE_SERIAL, and may block
+ * for as long as they like.
  */
 struct nbdserve_ops {
   int (*read)(void *ctx, void *buf, uint64_t off, uint64_t len, uint32_t flags);
@@ -239,6 +240,10 @@ typedef int nbdserve_listed(void *arg, const struct nbdserve_cas_info *info);
 NBDSERVE_API int nbdserve_cas_list(struct nbdserve_cas *cas,
                                    nbdserve_listed *each, void *arg);
 
+/* Tells how far long work is, now and then, in bytes; it ends with -ECANCELED
+ * if that returns non-zero.  May be NULL where it is asked for. */
+typedef int nbdserve_progress(void *arg, uint64_t done, uint64_t total);
+
 /* Gives a snapshot its identity, durably when it returns 0: "sha256-" and 64
  * hexadecimal digits, which name the same size, block size and contents in any
  * store.  id gets it, or "".  It is a name of the snapshot from then on; if
@@ -246,7 +251,8 @@ NBDSERVE_API int nbdserve_cas_list(struct nbdserve_cas *cas,
  * the store was opened; once sealed, a snapshot has its id at once.
  * -ENOENT: no such name.  -EINVAL: that is a volume.  -EIO: it is damaged. */
 NBDSERVE_API int nbdserve_cas_seal(struct nbdserve_cas *cas, const char *name,
-                                   char id[72]);
+                                   char id[72], nbdserve_progress *progress,
+                                   void *arg);
 
 /* Calls each, in order, for the ranges in bytes in which two volumes or
  * snapshots differ, until it returns non-zero, which is returned.  They begin
@@ -274,13 +280,10 @@ NBDSERVE_API int nbdserve_cas_stat(struct nbdserve_cas *cas,
 
 /* Checks all that is stored against its SHA-256 and calls each for what is
  * damaged: len bytes at off of a volume or snapshot or, with len 0 and name "",
- * the part of the store that why names.  progress, which may be NULL, is called
- * now and then, with bytes; if it returns non-zero the result is -ECANCELED.
- * 0: nothing is damaged.  -EUCLEAN: something is. */
+ * the part of the store that why names.  0: nothing is damaged.  -EUCLEAN:
+ * something is. */
 typedef void nbdserve_damage(void *arg, const char *name, uint64_t off,
                              uint64_t len, const char *why);
-typedef int nbdserve_progress(void *arg, uint64_t done, uint64_t total);
-
 NBDSERVE_API int nbdserve_cas_verify(struct nbdserve_cas *cas,
                                      nbdserve_damage *each,
                                      nbdserve_progress *progress, void *arg);
@@ -347,7 +350,8 @@ NBDSERVE_API int nbdserve_add(struct nbdserve *s,
                               const struct nbdserve_export *ex);
 
 /* Changes the size of an added export: new clients see it, connected ones keep
- * theirs.  -ENOENT, or -EINVAL for more than INT64_MAX. */
+ * theirs; one that has ops->size has that, as a file does.  -ENOENT, or -EINVAL
+ * for more than INT64_MAX. */
 NBDSERVE_API int nbdserve_resize(struct nbdserve *s, const char *name,
                                  uint64_t size);
 

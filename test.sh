@@ -1140,7 +1140,7 @@ testFaultsHitTheirShareOfTheirCommand() {
   ARGS='--fault all:EIO:0'
   simple OK.1=6e62 READ,1,0,2
   for what in x read read:EIO read:EIO:2 read:EIO:-1 read:EIO:x read:EX:1 \
-    reads:EIO:1 read:EIO:1x :EIO:1; do
+    reads:EIO:1 read:EIO:1x :EIO:1 read:EIO:nan; do
     run -s --fault $what "$DISK"
     assertEquals "$what" 2 "$STATUS"
     says "fault $what: no such CMD:ERR:RATE"
@@ -1158,7 +1158,7 @@ testDelayedRequestsWaitTogether() {
   ms=$((($(date +%s%N) - from) / 1000000))
   assertTrue "$ms ms" "[ $ms -ge 400 ]"
   assertTrue "one after the other: $ms ms" "[ $ms -lt 4800 ]"
-  for what in read read: read:-1 read:x read:1x x:1 read:EIO:1; do
+  for what in read read: read:-1 read:x read:1x x:1 read:EIO:1 read:nan; do
     run -s --delay $what "$DISK"
     assertEquals "$what" 2 "$STATUS"
     says "delay $what: no such CMD:MS"
@@ -1181,6 +1181,15 @@ testTemporaryWritesLeaveTheTargetAlone() {
   run -s -T --create 1M "$T/new"
   assertEquals 'and --create' 2 "$STATUS"
   says 'not together'
+  run -s -T "$T/absent"
+  assertEquals 'no file' 1 "$STATUS"
+  says "$T/absent: No such file or directory\$"
+  TMPDIR=$T/none
+  export TMPDIR
+  run -s -T "$DISK"
+  unset TMPDIR
+  assertEquals 'no TMPDIR' 1 "$STATUS"
+  says "$T/none: No such file or directory\$"
 }
 testStallEndsWhoStopsHalfway() {
   unless NO_THREADS && needs python3 || return 0
@@ -2996,11 +3005,17 @@ testProgressIsShownOnATerminal() {
 testWrongNamesAreRefused() {
   store || return 0
   long=$(printf '%0167d' 0)
-  for name in a/b "$long" sha256-0 a@ @a "$(printf 'a\tb')"; do
+  for name in a/b "$long" sha256-0 a@ @a "$(printf 'a\tb')" 'a"' "a\\b" \
+    "$(printf 'a\233b')" "$(printf 'a\302\233b')" "$(printf 'a\303')" \
+    "$(printf '\340\237\277')" "$(printf '\377')"; do
     cas 1 create "$S::$name" 5
     says 'create '
   done
   cas 0 create "$S::${long#0}" 5
+  for name in 'a b' "$(printf '\303\244')" "$(printf '\342\202\254')" \
+    "$(printf '\360\237\230\200')"; do
+    cas 0 create "$S::$name" 5
+  done
   cas 0 create "$S::v" 5
   for name in @s a@b@c v@; do
     cas 1 snapshot "$S::v@$name"
@@ -3145,12 +3160,18 @@ testTERMEndsACommandAndLeavesNothingHalf() {
   finishes TERM
   assertEquals verify 1 $STATUS
   says 'verify: .*ancel'
+  cas 0 snapshot "$S::v@s"
+  "$NBDSERVE" seal "$S::v@s" 2>>"$T/err" &
+  finishes TERM
+  assertEquals seal 1 $STATUS
+  says 'seal v@s: .*ancel'
 }
 testTERMOfTheServerEndsItsCommandsToo() {
   store && unless NO_THREADS || return 0
   cas 0 create "$S::v" 1T
+  cas 0 snapshot "$S::v@s"
   truncate -s 1T "$T/huge"
-  for command in "verify $S" "import $S::n $T/huge"; do
+  for command in "verify $S" "import $S::n $T/huge" "seal $S::v@s"; do
     serve "$S::"
     # shellcheck disable=SC2086
     "$NBDSERVE" $command 2>>"$T/err" &
@@ -3163,7 +3184,7 @@ testTERMOfTheServerEndsItsCommandsToo() {
     says "${command%% *}.*: .*ancel"
     assertFalse 'the socket is gone' "[ -e '$S.ctl' ]"
     names
-    assertEquals 'v ' "$GOT"
+    assertEquals 'v v@s ' "$GOT"
   done
 }
 testCommandOfAClientThatIsGoneIsNotGoneOnWith() {
@@ -3212,9 +3233,9 @@ for i in s: i.connect(sys.argv[1])
 open(sys.argv[2], "w")
 time.sleep(2)' "$SOCK" "$T/full" &
   await "[ -e '$T/full' ]"
-  sleep 0.5
-  names
-  assertEquals 'v ' "$GOT"
+  sleep 0.5 # one that comes when too few have become free gets no answer
+  await "'$NBDSERVE' list '$S' >'$T/out' 2>>'$T/err'"
+  assertEquals v "$(cut -f1 "$T/out")"
   wait $!
 }
 testOpenVolumesAreNotRemoved() {
@@ -3432,6 +3453,58 @@ testDamagedCatalogIsRefused() {
     says "$S: "
   done
   assertTrue 'untouched' "cmp '$S' '$T/copy'"
+}
+# Data that was found equal to a block says nothing about its digest on disk
+testDamagedDigestIsNotSealedIntoAnId() {
+  unless NO_THREADS && damageable || return 0
+  flip $((18 * 1048576 + 32 * DATA + 20))
+  serve "$S::"
+  sleep 0.5 # for the index
+  stored
+  before=$GOT
+  cas 0 import "$S::w" "$T/in"
+  stored
+  assertTrue 'found equal' "[ $GOT -lt $((before + 40000)) ]"
+  cas 0 snapshot "$S::w@s"
+  cas 1 seal "$S::w@s"
+  says 'seal w@s: Input/output error$'
+}
+# Puts bytes, in hex, at an offset of both superblocks (slot 0) or of a page,
+# and makes its checksum right again
+forge() { # slot offset bytes
+  python3 -c 'import hashlib, sys
+slot, at, new = int(sys.argv[2]), int(sys.argv[3]), bytes.fromhex(sys.argv[4])
+with open(sys.argv[1], "r+b") as f:
+    for base in (19 * 2**20 + slot * 4096,) if slot else (0, 2**20):
+        f.seek(base)
+        p = bytearray(f.read(4096))
+        p[at:at + len(new)] = new
+        if slot:
+            p[16:32] = bytes(16)
+            p[16:32] = hashlib.sha256(p).digest()[:16]
+        else:
+            p[4064:] = hashlib.sha256(p[:4064]).digest()
+        f.seek(base)
+        f.write(p)' "$S" "$@"
+}
+testForgedStoresAreRefusedOrSound() {
+  needs python3 && damageable || return 0
+  cp "$S" "$T/sound"
+  forge "$CATALOG" 12 "$(printf %08x "$CATALOG")" # its own successor
+  cas 1 list "$S"
+  says "$S: "
+  for number in 0000000000000000 8000000000000000 ffffffffffffffff; do
+    cp "$T/sound" "$S"
+    forge 0 32 $number
+    cas 0 create "$S::w" 5
+    same v "$T/in"
+  done
+  for name in 1b5b 61220a 5c c29b; do # after the name's first byte
+    cp "$T/sound" "$S"
+    forge "$CATALOG" $((32 + 90)) $name
+    cas 1 --json list "$S"
+    says "$S: "
+  done
 }
 testDamagedSuperblocksAreRepairedFromTheOther() {
   for at in 0 1048576; do
@@ -5316,6 +5389,7 @@ static int r_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
                    uint32_t f) {
   struct ram *r = ctx;
   int error = r_enter(ctx, WRITE, off, len, f);
+  CHECK(!(f & ~1u)); /* FUA */
   if (!error) memcpy(r->data + off, buf, (size_t)len);
   return r_leave(ctx, error);
 }
@@ -5837,7 +5911,8 @@ static void u_missing(void) {
   struct nbdserve_export e = r_export(r, 0);
   struct one o;
   static struct t_reply reply;
-  unsigned char b[512] = "";
+  unsigned char b[512] = "", h[32];
+  int i;
   e.ops = &r_least;
   e.max_request = 65536;
   o_open(&o, &e, 1);
@@ -5863,6 +5938,22 @@ static void u_missing(void) {
   o_open(&o, &e, 0);
   CHECK((o.c.flags & ~0x100u) == 3);
   CHECK(t_do(&o.c, 0, WRITE, 0, 512, b) == 1 && r->calls[WRITE] == 0);
+  o_close(&o);
+
+  r = r_new(65536); /* what would write for hours is refused at once */
+  e = r_export(r, 0);
+  e.ops = &r_least;
+  e.size = INT64_MAX;
+  o_open(&o, &e, 2);
+  for (i = 0; i < 2; i++) {
+    t_head(h, i ? FAST : 0, ZEROES, 1, 0, 0);
+    t_put(h, 4, 0x21e41c71);
+    t_put(h + 24, 8, (uint64_t)INT64_MAX);
+    CHECK(t_write(o.c.fd, h, 32) == 0 && t_recv(&o.c, &reply));
+    CHECK(reply.error == (i ? 95 : 75) && r->calls[WRITE] == 0);
+  }
+  CHECK(t_do(&o.c, NO_HOLE, ZEROES, 0, 512, NULL) == 0); /* see r_write */
+  CHECK(r->calls[WRITE] == 1);
   o_close(&o);
 }
 
@@ -5902,7 +5993,9 @@ struct shelf {
 };
 
 static int f_find(void *ctx, const char *name, struct nbdserve_export *out) {
+  static const struct nbdserve_export nothing;
   struct shelf *f = ctx;
+  CHECK(memcmp(out, &nothing, sizeof nothing) == 0);
   if (strncmp(name, "dyn", 3)) return -ENOENT;
   *out = r_export(f->ram[f->found++] = r_new(4096), 0);
   out->name = name;
@@ -5919,6 +6012,7 @@ static void u_find(void) {
   struct nbdserve_config config = {0};
   struct nbdserve *s;
   struct shelf f = {{0}, 0};
+  struct nbdserve_export e;
   struct served v[3];
   struct t_conn c[3];
   unsigned char b[4200];
@@ -5946,6 +6040,22 @@ static void u_find(void) {
   close(c[2].fd);
   (void)s_end(&v[2]);
   nbdserve_free(s);
+  for (i = 0; i < f.found; i++) CHECK(f.ram[i]->closes == 1);
+  f.found = 0; /* with one that takes any name: it lends nothing to others */
+  CHECK(nbdserve_new(&s, &config) == 0);
+  e = r_export(r_new(65536), NBDSERVE_READONLY | NBDSERVE_ANY_NAME);
+  e.min_block = 512;
+  CHECK(nbdserve_add(s, &e) == 0);
+  for (i = 0; i < 2; i++) {
+    s_start(&v[i], s, &c[i]);
+    CHECK(t_open(&c[i], c[i].fd, i ? "no" : "dyn1", 1) == (i ? -1 : 0));
+    if (!i) CHECK(c[0].size == 4096 && !(c[0].flags & 2));
+    if (!i) t_close(&c[0]);
+    else close(c[1].fd);
+    (void)s_end(&v[i]);
+  }
+  nbdserve_free(s);
+  CHECK(f.found >= 1);
   for (i = 0; i < f.found; i++) CHECK(f.ram[i]->closes == 1);
 }
 
@@ -6044,6 +6154,7 @@ static void u_before(void) {
   static const int what[] = {READ, WRITE, FLUSH, TRIM, ZEROES, STATUS};
   static char b[2 << 20];
   struct nbdserve_config config = {0};
+  static struct t_reply reply;
   int i, k, n, mode, memory;
   config.version = NBDSERVE_VERSION_NUMBER;
   config.before = b_before;
@@ -6083,6 +6194,13 @@ static void u_before(void) {
       CHECK(t_do(&c, 0, WRITE, 0, sizeof b, b) == 5);
       before_err = 0;
       CHECK(t_do(&c, 0, READ, 0, sizeof b, b) == 0 && b[0] == 1);
+      memset(before_calls, 0, sizeof before_calls);
+      before_err = -ENOSPC;
+      for (i = 0; i < 50; i++) /* together, but each is announced */
+        CHECK(t_send(&c, 0, FLUSH, (uint32_t)i, 0, 0, NULL) == 0);
+      for (i = 0; i < 50; i++) CHECK(t_recv(&c, &reply) && reply.error == 28);
+      CHECK(before_calls[FLUSH] == 50);
+      before_err = 0;
       t_close(&c);
       CHECK(s_end(&v) == 0);
       nbdserve_free(s);
@@ -6097,7 +6215,9 @@ static void u_dependent(void) {
   struct served v = {0};
   struct nbdserve *s;
   struct t_conn c;
+  static struct t_reply reply;
   unsigned char p[4200], h[4] = {0, 0, 0, 3};
+  unsigned i;
   config.version = NBDSERVE_VERSION_NUMBER;
   config.without = 1 << 6; /* FAST_ZERO goes with WRITE_ZEROES */
   CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
@@ -6108,6 +6228,27 @@ static void u_dependent(void) {
   t_close(&c);
   CHECK(s_end(&v) == 0);
   nbdserve_free(s);
+
+  r = r_new(65536); /* a payload of BLOCK_STATUS is for who was offered it */
+  e = r_export(r, 0);
+  for (i = 0; i < 2; i++) {
+    config.without = i ? 1 << 12 : 0;
+    if (i) e = r_export(r_new(65536), 0);
+    CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
+    s_start(&v, s, &c);
+    CHECK(t_open(&c, c.fd, "", 2) == 0 && (c.flags >> 12 & 1) == 1u - i);
+    t_head(p, PAYLOAD, STATUS, 1, 0, 12);
+    t_put(p, 4, 0x21e41c71);
+    t_put(p + 24, 8, 12);
+    t_put(p + 32, 8, 4096);
+    t_put(p + 40, 4, 1);
+    CHECK(t_write(c.fd, p, 44) == 0 && t_recv(&c, &reply));
+    CHECK(reply.error == (i ? 22 : 0) && reply.done);
+    CHECK(t_do(&c, 0, STATUS, 0, 512, NULL) == 0);
+    t_close(&c);
+    CHECK(s_end(&v) == 0);
+    nbdserve_free(s);
+  }
 
   config.without = UINT32_C(0x10000) << 7; /* EXTENDED_HEADERS goes with GO */
   CHECK(nbdserve_new(&s, &config) == 0);
@@ -6287,6 +6428,7 @@ static void u_deadline(void) {
   int how, i;
   config.version = NBDSERVE_VERSION_NUMBER;
   config.handshake_ms = 300;
+  config.stall_ms = 50;
   for (how = 0; how < 4; how++) {
     CHECK(nbdserve_new(&s, &config) == 0);
     clock_gettime(CLOCK_MONOTONIC, &from);
@@ -6301,6 +6443,9 @@ static void u_deadline(void) {
     CHECK(t_read(c.fd, b, 1) == 0 && s_end(&v) != 0);
     clock_gettime(CLOCK_MONOTONIC, &to);
     CHECK(to.tv_sec - from.tv_sec < 4);
+    if (how == 3) /* the deadline alone counts */
+      CHECK((to.tv_sec - from.tv_sec) * 1000 +
+            (to.tv_nsec - from.tv_nsec) / 1000000 >= 290);
     close(c.fd);
     nbdserve_free(s);
   }
@@ -6486,8 +6631,9 @@ static void u_stalls(void) {
       CHECK(t_write(c.fd, b, 4096) == 0);
       CHECK(t_recv(&c, &reply) && !reply.error);
     }
-    t_close(&c);
-    CHECK(s_end(&v) == 0);
+    CHECK(t_write(c.fd, h, mode ? 11 : 28) == 0 && t_read(c.fd, b, 1) == 0);
+    CHECK(s_end(&v) == -ETIMEDOUT);
+    close(c.fd);
     nbdserve_free(s);
   }
 }
@@ -6727,12 +6873,13 @@ static void *k_change(void *arg) {
     int n = 0;
     CHECK(nbdserve_cas_snapshot(k_store, "v@s") == 0);
     k_sound("v@s", 0);
-    CHECK(nbdserve_cas_seal(k_store, "v@s", id) == 0);
+    CHECK(nbdserve_cas_seal(k_store, "v@s", id, NULL, NULL) == 0);
     CHECK(nbdserve_cas_clone(k_store, id, "c") == 0);
     CHECK(nbdserve_cas_diff(k_store, "c", "v@s", k_range, &n) == 0 && n == 0);
     CHECK(nbdserve_cas_diff(k_store, "v", "v@s", k_range, &n) == 0);
     CHECK(nbdserve_cas_snapshot(k_store, "c@s") == 0);
-    CHECK(nbdserve_cas_seal(k_store, "c@s", other) == 0 && !strcmp(id, other));
+    CHECK(nbdserve_cas_seal(k_store, "c@s", other, NULL, NULL) == 0);
+    CHECK(!strcmp(id, other));
     k_remove("c@s");
     k_remove("v@s");
     k_sound("c", 0);
@@ -6814,9 +6961,10 @@ static void q_seal(struct nbdserve_cas *cas, const char *name, char id[72]) {
   char snapshot[20], again[72];
   snprintf(snapshot, sizeof snapshot, "%s@s", name);
   CHECK(nbdserve_cas_snapshot(cas, snapshot) == 0);
-  CHECK(nbdserve_cas_seal(cas, snapshot, id) == 0);
+  CHECK(nbdserve_cas_seal(cas, snapshot, id, NULL, NULL) == 0);
   CHECK(strlen(id) == 71 && strspn(id + 7, "0123456789abcdef") == 64);
-  CHECK(nbdserve_cas_seal(cas, snapshot, again) == 0 && !strcmp(id, again));
+  CHECK(nbdserve_cas_seal(cas, snapshot, again, NULL, NULL) == 0);
+  CHECK(!strcmp(id, again));
   CHECK(nbdserve_cas_rm(cas, snapshot) == 0);
 }
 
@@ -6899,6 +7047,10 @@ static void u_ids(void) {
   CHECK(nbdserve_cas_close(cas) == 0);
 }
 
+static int q_no_more(void *arg, uint64_t done, uint64_t total) {
+  return (void)arg, done <= total;
+}
+
 /* The snapshot of that id is found by it, over NBD, too; errors */
 static void u_seal(void) {
   char path[500], id[72], a[72], b[72], other[500];
@@ -6912,15 +7064,17 @@ static void u_seal(void) {
 
   CHECK(nbdserve_cas_create(cas, "v", 8192) == 0);
   q_put(cas, "v", 0, 4096, 'a');
-  CHECK(nbdserve_cas_seal(cas, "v", id) == -EINVAL && !*id);
-  CHECK(nbdserve_cas_seal(cas, "v@no", id) == -ENOENT);
+  CHECK(nbdserve_cas_seal(cas, "v", id, NULL, NULL) == -EINVAL && !*id);
+  CHECK(nbdserve_cas_seal(cas, "v@no", id, NULL, NULL) == -ENOENT);
   CHECK(nbdserve_cas_snapshot(cas, "v@s") == 0);
   q_put(cas, "v", 0, 4096, 'b');
   CHECK(nbdserve_cas_snapshot(cas, "v@t") == 0);
   CHECK(!strcmp(q_ids(cas), "v= v@s= v@t= "));
-  CHECK(nbdserve_cas_seal(cas, "v@s", a) == 0);
-  CHECK(nbdserve_cas_seal(cas, "v@t", b) == 0 && strcmp(a, b) != 0);
-  CHECK(nbdserve_cas_seal(cas, a, id) == 0 && !strcmp(id, a));
+  CHECK(nbdserve_cas_seal(cas, "v@s", id, q_no_more, &v) == -ECANCELED);
+  CHECK(!*id && !strcmp(q_ids(cas), "v= v@s= v@t= "));
+  CHECK(nbdserve_cas_seal(cas, "v@s", a, NULL, NULL) == 0);
+  CHECK(nbdserve_cas_seal(cas, "v@t", b, NULL, NULL) == 0 && strcmp(a, b) != 0);
+  CHECK(nbdserve_cas_seal(cas, a, id, NULL, NULL) == 0 && !strcmp(id, a));
   snprintf(other, sizeof other, "v= v@s=%.9s v@t=%.9s ", a, b);
   CHECK(!strcmp(q_ids(cas), other));
   q_put(cas, "v", 0, 8192, 'c');
@@ -6955,12 +7109,12 @@ static void u_seal(void) {
   CHECK(!strcmp(q_ids(cas), other));
   CHECK(nbdserve_cas_rollback(cas, a) == 0); /* a volume has none */
   CHECK(nbdserve_cas_snapshot(cas, "w@u") == 0);
-  CHECK(nbdserve_cas_seal(cas, "w@u", id) == 0 && !strcmp(id, a));
+  CHECK(nbdserve_cas_seal(cas, "w@u", id, NULL, NULL) == 0 && !strcmp(id, a));
   CHECK(nbdserve_cas_snapshot(cas, "w@no") == 0);
   CHECK(nbdserve_cas_close(cas) == 0);
   cas = q_open(path, NBDSERVE_CAS_READONLY);
-  CHECK(nbdserve_cas_seal(cas, "w@no", id) == -EROFS && !*id);
-  CHECK(nbdserve_cas_seal(cas, "w@s", id) == 0 && !strcmp(id, a));
+  CHECK(nbdserve_cas_seal(cas, "w@no", id, NULL, NULL) == -EROFS && !*id);
+  CHECK(nbdserve_cas_seal(cas, "w@s", id, NULL, NULL) == 0 && !strcmp(id, a));
   CHECK(q_get(cas, a, 0, 1, data) == 0 && data[0] == 'a');
   CHECK(nbdserve_cas_close(cas) == 0);
   cas = q_open(path, 0);
@@ -7003,12 +7157,12 @@ static void u_rotten(void) {
     close(fd);
     cas = q_open(path, i < 2 ? NBDSERVE_CAS_NO_VERIFY : NBDSERVE_CAS_VERIFY);
     memset(id, 'x', sizeof id);
-    CHECK(nbdserve_cas_seal(cas, "v@s", id) == -EIO && !*id);
+    CHECK(nbdserve_cas_seal(cas, "v@s", id, NULL, NULL) == -EIO && !*id);
     CHECK(!strcmp(q_ids(cas), "v= v@s= "));
     q_put(cas, "v", 280 * 4096, 4096, 'q'); /* which heals nothing of it */
-    CHECK(nbdserve_cas_seal(cas, "v@s", id) == -EIO);
+    CHECK(nbdserve_cas_seal(cas, "v@s", id, NULL, NULL) == -EIO);
     CHECK(nbdserve_cas_snapshot(cas, "v@t") == 0);
-    CHECK(nbdserve_cas_seal(cas, "v@t", id) == 0);
+    CHECK(nbdserve_cas_seal(cas, "v@t", id, NULL, NULL) == 0);
     CHECK(nbdserve_cas_close(cas) == 0);
   }
 }
@@ -8368,7 +8522,7 @@ static int m_seal(struct m_vol *v) {
   m_do("seal %s", v->name);
   if (!v->sealed) m_identify(v);
   if (!v->sealed) v->sealed = v->readonly ? 2 : 0;
-  err = nbdserve_cas_seal(cas, m_called(v), id);
+  err = nbdserve_cas_seal(cas, m_called(v), id, NULL, NULL);
   if (err == (v->readonly ? 0 : -EINVAL)) {
     if (!err && strcmp(id, v->id)) m_fail("%s, should be %s", id, v->id);
     v->sealed = v->readonly;

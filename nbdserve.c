@@ -96,6 +96,7 @@
 
 #include <arpa/inet.h>
 #include <assert.h>
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -359,12 +360,9 @@ static int os_nameless_file(const char *dir) {
   return fd < 0 ? -errno : fd;
 }
 
-static int os_is_rotational(int fd) {
+static int os_is_rotational(int fd) { /* a file does not know */
   unsigned short yes = 0;
-#if OS_LINUX /* BLKROTATIONAL; files know nothing of it */
-  if (ioctl(fd, _IO(0x12, 126), &yes) < 0) return 0;
-#endif
-  return (void)fd, yes != 0;
+  return OS_LINUX && ioctl(fd, _IO(0x12, 126), &yes) == 0 && yes;
 }
 
 static int os_willneed(int fd, uint64_t off, uint64_t len) {
@@ -406,7 +404,11 @@ static uint64_t u_min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 static int u_is_power_of_2(uint64_t v) { return v && !(v & (v - 1)); }
 
 static int u_is_zero(const unsigned char *p, size_t n) {
-  return !*p && memcmp(p, p + 1, n - 1) == 0;
+  uint64_t v[4], any = 0; /* memcmp is slow in musl */
+  for (; n >= 32 && !any; p += 32, n -= 32, any = v[0] | v[1] | v[2] | v[3])
+    memcpy(v, p, 32);
+  while (n > 0 && !any) any = p[--n];
+  return !any;
 }
 
 static void *u_zalloc(size_t n) {
@@ -435,18 +437,27 @@ static const char *u_error(int err) { return strerror(-err); }
 
 /* Appends s to buf[size], as %XX what a URI may not hold.  False: no room. */
 static int u_append_uri(char *buf, size_t size, const char *s) {
-  static const char plain[] = "-._~/0123456789abcdefghijklmnopqrstuvwxyz"
-                              "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
   size_t n = strlen(buf);
   for (; *s && n < size; s++)
     n += (size_t)snprintf(buf + n, size - n,
-                          strchr(plain, *s) ? "%c" : "%%%02X",
-                          (unsigned char)*s);
+                          strchr("-._~/", *s) || (*s > 0 && isalnum(*s))
+                              ? "%c" : "%%%02X", (unsigned char)*s);
   return n < size;
 }
 
-/* Gives the host a message if it wants that level; control characters (and the
- * second byte of C1 ones), which may come from a client, as '?'. */
+/* How long the character at s is; 0: not UTF-8, or a control character. */
+static int u_text(const char *s) {
+  static const uint32_t least[] = {32, ~0u, 160, 2048, 65536, ~0u};
+  const unsigned char *p = (const unsigned char *)s;
+  uint32_t c, n = 0, i = 1;
+  while (n < 5 && *p << n & 128) n++; /* the ones that it begins with */
+  for (c = *p & 127u >> n; i < n && p[i] >> 6 == 2; i++) c = c << 6 | p[i] % 64;
+  return i < n || c < least[n] || c == 127 || c >> 11 == 27 /* surrogates */ ||
+                 c > 0x10ffff ? 0 : (int)i;
+}
+
+/* Gives the host a message if it wants that level; what is not text in it, and
+ * may come from a client, as '?'. */
 static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
                                   int level, const char *fmt, ...) {
   char text[512], *p;
@@ -455,9 +466,8 @@ static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
   va_start(ap, fmt);
   vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
-  for (p = text; *p; p++)
-    if ((unsigned char)*p < 32 || *p == 127 ||
-        ((unsigned char)*p == 0xc2 && (unsigned char)p[1] < 0xa0)) *p = '?';
+  for (p = text; *p; p += u_text(p))
+    if (!u_text(p)) *p = '?';
   config->log(config->ctx, level, text);
 }
 
@@ -605,35 +615,32 @@ enum { /* handshake: flags of server and client, options, replies, infos */
   NBD_OPT_EXPORT_NAME = 1, NBD_OPT_ABORT = 2, NBD_OPT_LIST = 3,
   NBD_OPT_INFO = 6, NBD_OPT_GO = 7, NBD_OPT_STRUCTURED_REPLY = 8,
   NBD_OPT_LIST_META_CONTEXT = 9, NBD_OPT_SET_META_CONTEXT = 10,
-  NBD_OPT_EXTENDED_HEADERS = 11,
-  NBD_REP_ACK = 1, NBD_REP_SERVER = 2, NBD_REP_INFO = 3,
-  NBD_REP_META_CONTEXT = 4, NBD_INFO_EXPORT = 0, NBD_INFO_NAME = 1,
-  NBD_INFO_DESCRIPTION = 2, NBD_INFO_BLOCK_SIZE = 3
+  NBD_OPT_EXTENDED_HEADERS = 11, NBD_REP_ACK = 1, NBD_REP_SERVER = 2,
+  NBD_REP_INFO = 3, NBD_REP_META_CONTEXT = 4, NBD_INFO_EXPORT = 0,
+  NBD_INFO_NAME = 1, NBD_INFO_DESCRIPTION = 2, NBD_INFO_BLOCK_SIZE = 3
 };
 
 enum { /* transmission: magics, flags of the export, commands, replies */
   NBD_REQUEST_MAGIC = 0x25609513, NBD_EXTENDED_REQUEST_MAGIC = 0x21e41c71,
   NBD_SIMPLE_REPLY_MAGIC = 0x67446698, NBD_STRUCTURED_REPLY_MAGIC = 0x668e33ef,
-  NBD_EXTENDED_REPLY_MAGIC = 0x6e8a278c,
-  NBD_FLAG_HAS_FLAGS = 1 << 0, NBD_FLAG_READ_ONLY = 1 << 1,
-  NBD_FLAG_SEND_FLUSH = 1 << 2, NBD_FLAG_SEND_FUA = 1 << 3,
-  NBD_FLAG_ROTATIONAL = 1 << 4, NBD_FLAG_SEND_TRIM = 1 << 5,
-  NBD_FLAG_SEND_WRITE_ZEROES = 1 << 6, NBD_FLAG_SEND_DF = 1 << 7,
-  NBD_FLAG_CAN_MULTI_CONN = 1 << 8, NBD_FLAG_SEND_CACHE = 1 << 10,
-  NBD_FLAG_SEND_FAST_ZERO = 1 << 11, NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12,
-  NBD_CMD_READ = 0, NBD_CMD_WRITE = 1, NBD_CMD_DISC = 2, NBD_CMD_FLUSH = 3,
-  NBD_CMD_TRIM = 4, NBD_CMD_CACHE = 5, NBD_CMD_WRITE_ZEROES = 6,
-  NBD_CMD_BLOCK_STATUS = 7, NBD_CMD_FLAG_FUA = 1 << 0,
+  NBD_EXTENDED_REPLY_MAGIC = 0x6e8a278c, NBD_FLAG_HAS_FLAGS = 1 << 0,
+  NBD_FLAG_READ_ONLY = 1 << 1, NBD_FLAG_SEND_FLUSH = 1 << 2,
+  NBD_FLAG_SEND_FUA = 1 << 3, NBD_FLAG_ROTATIONAL = 1 << 4,
+  NBD_FLAG_SEND_TRIM = 1 << 5, NBD_FLAG_SEND_WRITE_ZEROES = 1 << 6,
+  NBD_FLAG_SEND_DF = 1 << 7, NBD_FLAG_CAN_MULTI_CONN = 1 << 8,
+  NBD_FLAG_SEND_CACHE = 1 << 10, NBD_FLAG_SEND_FAST_ZERO = 1 << 11,
+  NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12, NBD_CMD_READ = 0, NBD_CMD_WRITE = 1,
+  NBD_CMD_DISC = 2, NBD_CMD_FLUSH = 3, NBD_CMD_TRIM = 4, NBD_CMD_CACHE = 5,
+  NBD_CMD_WRITE_ZEROES = 6, NBD_CMD_BLOCK_STATUS = 7, NBD_CMD_FLAG_FUA = 1 << 0,
   NBD_CMD_FLAG_NO_HOLE = 1 << 1, NBD_CMD_FLAG_DF = 1 << 2,
   NBD_CMD_FLAG_REQ_ONE = 1 << 3, NBD_CMD_FLAG_FAST_ZERO = 1 << 4,
-  NBD_CMD_FLAG_PAYLOAD_LEN = 1 << 5,
-  NBD_REPLY_FLAG_DONE = 1 << 0, NBD_REPLY_TYPE_NONE = 0,
-  NBD_REPLY_TYPE_OFFSET_DATA = 1, NBD_REPLY_TYPE_OFFSET_HOLE = 2,
-  NBD_REPLY_TYPE_BLOCK_STATUS = 5, NBD_REPLY_TYPE_BLOCK_STATUS_EXT = 6,
-  NBD_REPLY_TYPE_ERROR = (1 << 15) + 1,
-  NBD_REPLY_TYPE_ERROR_OFFSET = (1 << 15) + 2,
-  NBD_EPERM = 1, NBD_EIO = 5, NBD_ENOMEM = 12, NBD_EINVAL = 22,
-  NBD_ENOSPC = 28, NBD_EOVERFLOW = 75, NBD_ENOTSUP = 95, NBD_ESHUTDOWN = 108
+  NBD_CMD_FLAG_PAYLOAD_LEN = 1 << 5, NBD_REPLY_FLAG_DONE = 1 << 0,
+  NBD_REPLY_TYPE_NONE = 0, NBD_REPLY_TYPE_OFFSET_DATA = 1,
+  NBD_REPLY_TYPE_OFFSET_HOLE = 2, NBD_REPLY_TYPE_BLOCK_STATUS = 5,
+  NBD_REPLY_TYPE_BLOCK_STATUS_EXT = 6, NBD_REPLY_TYPE_ERROR = (1 << 15) + 1,
+  NBD_REPLY_TYPE_ERROR_OFFSET = (1 << 15) + 2, NBD_EPERM = 1, NBD_EIO = 5,
+  NBD_ENOMEM = 12, NBD_EINVAL = 22, NBD_ENOSPC = 28, NBD_EOVERFLOW = 75,
+  NBD_ENOTSUP = 95, NBD_ESHUTDOWN = 108
 };
 
 enum { /* sizes of messages without their data; the longest name or message */
@@ -1453,7 +1460,7 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
   os_unlock(&c->lock);
   if (logged <= TX_LOGGED)
     HS_LOG(c, level, "%d: %s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64
-           ": %s%s", c->id, cmd ? cmd->name : "?", r->type, r->flags, r->off,
+           ": %s%s", c->id, cmd ? cmd->name : "?", r->type, r->flags, r->start,
            r->len, !r->err ? "ok" : r->why ? r->why : u_error(r->err),
            logged == TX_LOGGED ? "; further failures are not logged" : "");
 }
@@ -1533,7 +1540,7 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list) {
          r = r->next) {
       int is_read = r->type == NBD_CMD_READ;
       if (r->ready) continue;
-      r->hole = !r->err && is_read && tx_is_hole(r);
+      r->hole |= !r->err && is_read && !r->hole && tx_is_hole(r);
       v[n].iov_len += tx_put_head(r, heads + v[n].iov_len);
       if (r->err || r->hole) continue;
       v[n + 1].iov_base = r->buf;
@@ -1699,7 +1706,8 @@ static int tx_exec(struct conn *c) {
     if (r->deferred) continue;
     *end = r;
     end = &r->next;
-    if (r->err || r->type != NBD_CMD_READ || !r->buf || tx_is_hole(r)) continue;
+    if (r->err || r->type != NBD_CMD_READ || !r->buf) continue;
+    if ((r->hole = tx_is_hole(r))) continue;
     tx_put_head(r, r->buf - c->read_head);
     r->ready = 1;
   }
@@ -2524,18 +2532,22 @@ static struct cas_image *cas_find(struct nbdserve_cas *s, const char *name,
   return im;
 }
 
+/* Is it what nbdserve.h calls a NAME? */
+static int cas_is_name(const char *p) {
+  size_t n = strncmp(p, "sha256-", 7) ? strlen(p) : 0;
+  while (*p && u_text(p) && !strchr("/@\"\\", *p)) p += u_text(p);
+  return n > 0 && n <= CAS_NAME && !*p;
+}
+
 static int cas_give_name(struct nbdserve_cas *s, struct cas_image *im,
                          const char *name) {
-  const char *at = strchr(name, '@'), *part = at ? at + 1 : name, *c;
-  for (c = part; *c; c++)
-    if ((unsigned char)*c < 32 || strchr("/@\"\\\177", *c)) return -EINVAL;
-  if (c == part || c - part > CAS_NAME || strncmp(name, "sha256-", 7) == 0 ||
-      !at != !im->parent ||
+  const char *at = strchr(name, '@'), *part = at ? at + 1 : name;
+  if (!cas_is_name(part) || !at != !im->parent ||
       im->parent != (at ? cas_find(s, name, (size_t)(at - name)) : NULL))
     return -EINVAL;
   if (cas_find(s, name, strlen(name))) return -EEXIST;
   memset(im->record + CAS_NAMED, 0, CAS_RECORD - CAS_NAMED);
-  memcpy(im->record + CAS_NAMED, part, (size_t)(c - part));
+  memcpy(im->record + CAS_NAMED, part, strlen(part));
   return 0;
 }
 
@@ -2565,6 +2577,7 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
     err = cas_give_name(s, to, verb < NBDSERVE_CAS_CLONE ? op->name : op->to);
   if (err && is_new) NBDSERVE_FREE(to);
   if (err || verb == NBDSERVE_CAS_RENAME) return err;
+  while (*p && (is_new || *p != im)) p = &(*p)->next;
   if (is_new) {
     put32(to->record + CAS_ID, s->next_id++);
     put32(to->record + CAS_IS_SNAPSHOT, to->parent != NULL);
@@ -2572,12 +2585,10 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
     put64(to->record + CAS_CREATED, (uint64_t)time(NULL));
     if (im) memcpy(to->record + CAS_ORIGIN, im->record + CAS_ID, 4);
     to->s = s;
-    while (*p) p = &(*p)->next;
     *p = to;
     s->nimages++;
   }
   if (verb == NBDSERVE_CAS_RM) {
-    while (*p != im) p = &(*p)->next;
     *p = im->next;
     *gone = im->root;
     s->nimages--;
@@ -3115,7 +3126,8 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
     for (p = s->images; p && get32(im->record + CAS_IS_SNAPSHOT); p = p->next)
       if (memcmp(p->record + CAS_ID, im->record + CAS_ORIGIN, 4) == 0)
         im->parent = p;
-    err = get32(im->record + CAS_DEPTH) != CAS_LEVELS ? -EOPNOTSUPP
+    err = !cas_is_name((char *)im->record + CAS_NAMED)  ? -EIO
+          : get32(im->record + CAS_DEPTH) != CAS_LEVELS ? -EOPNOTSUPP
           : cas_load(s, get32(im->record + CAS_ROOT), CAS_LEVELS - 1, 0,
                      &im->root);
   }
@@ -3426,11 +3438,11 @@ int nbdserve_cas_diff(struct nbdserve_cas *s, const char *a, const char *b,
 
 int nbdserve_cas_stat(struct nbdserve_cas *s, struct nbdserve_cas_stat *out) {
   os_lock(&s->lock);
-  out->block_size = s->bs;
-  out->free = (uint64_t)s->nfree * s->bs;
-  out->stored = (uint64_t)(s->nslots - s->nfree - s->nwaiting - 1) * s->bs;
-  out->file = (uint64_t)lseek(s->fd, 0, SEEK_END);
-  out->log = (s->seq - s->tail) * 100 / s->log_pages;
+  *out = (struct nbdserve_cas_stat){
+      .block_size = s->bs, .free = (uint64_t)s->nfree * s->bs,
+      .stored = (uint64_t)(s->nslots - s->nfree - s->nwaiting - 1) * s->bs,
+      .file = (uint64_t)lseek(s->fd, 0, SEEK_END),
+      .log = (s->seq - s->tail) * 100 / s->log_pages};
   os_unlock(&s->lock);
   return 0;
 }
@@ -3561,15 +3573,10 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
 }
 
 int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
-  struct ex *ex;
-  int err = ex_new(&ex, e);
-  if (err) return err;
+  struct ex *ex = NULL;
   os_lock(&s->lock);
-  if (ex_by_name(s, ex->e.name)) {
-    err = -EEXIST;
-    ex->e.ops = NULL; /* ctx stays the caller's */
-    ex_free(ex);
-  } else {
+  int err = ex_by_name(s, e->name ? e->name : "") ? -EEXIST : ex_new(&ex, e);
+  if (!err) {
     *s->last_export = ex;
     s->last_export = &ex->next;
   }
@@ -3900,10 +3907,8 @@ void nbdserve_free(struct nbdserve *s) {
     next = ex->next;
     ex_free(ex);
   }
-  for (int i = 0; i < 2; i++) { /* closing -1 is no harm */
-    close(s->stop[i]);
-    close(s->wake[i]);
-  }
+  for (int i = 0; i < 4; i++) /* closing -1 is no harm */
+    close((i % 2 ? s->stop : s->wake)[i / 2]);
   os_mutex_free(&s->lock);
   NBDSERVE_FREE(s);
 }
@@ -3992,8 +3997,7 @@ static int OS_PRINTF(2, 3) cli_say(int status, const char *fmt, ...) {
 }
 
 static void cli_log(void *ctx, int level, const char *message) {
-  (void)ctx, (void)level;
-  cli_say(0, "%s", message);
+  (void)ctx, (void)level, cli_say(0, "%s", message);
 }
 
 static void cli_on_signal(int sig) {
@@ -4080,8 +4084,7 @@ static int cli_disturb(const char *s, int is_delay) {
   double x = strtod(s, &end); /* milliseconds, or a share */
   if (cmd < 0 || err < 0 || end == s || *end ||
       !(x >= 0 && x <= (is_delay ? 1e6 : 1))) return 0; /* no NaN either */
-  for (int i = 0; i < 8; i++) {
-    if (i != cmd && cmd != 8) continue;
+  for (int i = cmd % 8; i < 8 && (i == cmd || cmd == 8); i++) {
     if (is_delay) cli_faults[i].ms = (int)(x + .999);
     if (!is_delay) cli_faults[i].err = -cli_errnos[err];
     if (!is_delay) cli_faults[i].ppm = (unsigned)(x * 1e6 + .999);
@@ -4544,8 +4547,7 @@ static void cli_add(char *path) {
   if (cli.ntargets == 1 && !ex.name) ex.flags |= NBDSERVE_ANY_NAME;
   if (cli.ntargets == 1 && ex.name) cli.name = ex.name;
   if (colons && (cli.v['o'] || cli.v['S'] || cli.v['C'] || cli.v['T']))
-    cli_usage("%s: no --offset, --size, --create; and instead of -T "
-                       "clone it", path);
+    cli_usage("%s: no --offset, --size, --create; for -T, clone it", path);
   if (colons) *colons = 0;
   int err = colons ? cli_open_volume(path, colons + 2, &ex) : -EOPNOTSUPP;
   if (colons && !err && !ex.ops) return; /* all of it */
@@ -4554,11 +4556,10 @@ static void cli_add(char *path) {
 #endif
   if ((err == -EACCES || err == -EROFS) && !flat.flags)
     cli_failed("%s: %s; -r serves it read-only", path, u_error(err));
-  if (err == -ENOENT && !cli.v['T'] && !flat.create && !colons)
+  if (err == -ENOENT && !flat.flags && !flat.create && !colons)
     cli_failed("%s: %s; --create SIZE makes it", path, u_error(err));
   if (err == -EINVAL)
-    cli_failed("%s: no file, device or mem:SIZE, or --offset, --size "
-                        "are beyond it", path);
+    cli_failed("%s: no file, device or mem:SIZE, or it is not that long", path);
   cli_fail(err, path);
   err = nbdserve_add(cli.server, &ex);
   if (!err) return;

@@ -36,8 +36,7 @@
  *   4. ex.serial       one call into an NBDSERVE_SERIAL backend at a time
  *   5. ex.lock         an export's group of waiting flushes
  *   6. flat.lock       what a file has turned out not to support
- *   7. nbdserve_cas.ckpt, then .lock: see [11]
- */
+ *   7. nbdserve_cas.ckpt, then .lock: see [11] */
 
 /* ==== [1] CONFIG (NBDSERVE_) =============================================
  * Set these with -D.  Switches are 0 or 1; 1 takes something out. */
@@ -79,8 +78,7 @@
 /* ==== [2] PLATFORM (os_) =================================================
  * Everything that differs between systems.  A call that a system lacks, or
  * that a sandbox forbids, ends in a portable way or in -EOPNOTSUPP; no other
- * section asks which system this is.  tcc has no atomics: there are only locks.
- */
+ * section asks which system this is.  tcc has no atomics: only locks. */
 #if defined __linux__ && !defined _GNU_SOURCE
 #define _GNU_SOURCE 1
 #elif defined __APPLE__ && !defined _DARWIN_C_SOURCE
@@ -375,8 +373,7 @@ static int os_willneed(int fd, uint64_t off, uint64_t len) {
 #endif /* !NBDSERVE_NO_FLAT */
 
 /* ==== [3] UTIL (u_) ======================================================
- * All bytes of network and disks go through get and put: big-endian, unaligned.
- */
+ * Bytes of network and disk go through get and put: big-endian, unaligned. */
 static uint16_t get16(const unsigned char *p) {
   return (uint16_t)(p[0] << 8 | p[1]);
 }
@@ -1834,18 +1831,17 @@ static int tx_fill(struct conn *c) {
   size_t left = c->rend - c->rpos, want = TX_RBUF - left;
   assert(c->rpos <= c->rend && c->rend <= TX_RBUF);
   assert(!c->nreqs && !c->wlen && want > 0); /* WRITEs of the batch lie there */
-  if (c->rpos) c->began = os_now_ms();
   if (c->rpos) memmove(c->rbuf, c->rbuf + c->rpos, left);
-  c->rpos = 0;
   c->rend = left;
   if (c->big_write && want > 4096)
     want = 4096; /* so that little of the next payload need be copied */
   c->big_write = 0;
   ssize_t n = io_recv(&c->io, c->rbuf + left, want, 0);
+  if (c->rpos || !left) c->began = os_now_ms(); /* not while it was idle */
+  c->rpos = 0;
   if (n == -ETIMEDOUT && !left) return 0; /* idle: as long as it likes */
   if (n <= 0) return n < 0 ? (int)n : left ? -EPIPE : 1;
   c->rend += (size_t)n;
-  if (!left) c->began = os_now_ms(); /* not while it was idle */
   return left && os_now_ms() - c->began > c->io.stall_ms ? -ETIMEDOUT : 0;
 }
 
@@ -1873,8 +1869,7 @@ static int tx_run(struct conn *c) {
  *      good: every later write and flush fails until the file is opened anew.
  * (F2) Calls that a system, file system or sandbox may lack are tried until
  *      they first say so; from then on the portable way is taken.
- * (F3) Nothing here depends on a file offset: any number of threads may call.
- */
+ * (F3) Nothing here depends on a file offset: any number of threads may call */
 #if !NBDSERVE_NO_FLAT
 
 enum { FLAT_RUN = 64, FLAT_BLOCK = 65536 }; /* in one call; of the temporary */
@@ -2542,7 +2537,8 @@ static int cas_is_name(const char *p) {
 static int cas_give_name(struct nbdserve_cas *s, struct cas_image *im,
                          const char *name) {
   const char *at = strchr(name, '@'), *part = at ? at + 1 : name;
-  if (!cas_is_name(part) || !at != !im->parent ||
+  if (!cas_is_name(part) || strncmp(name, "sha256-", 7) == 0 ||
+      !at != !im->parent ||
       im->parent != (at ? cas_find(s, name, (size_t)(at - name)) : NULL))
     return -EINVAL;
   if (cas_find(s, name, strlen(name))) return -EEXIST;
@@ -2561,14 +2557,15 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
   size_t n = strcspn(op->name, verb == NBDSERVE_CAS_SNAPSHOT ? "@" : "");
   struct cas_image *im = cas_find(s, op->name, n), *to, *kid, **p = &s->images;
   if (verb < NBDSERVE_CAS_CREATE || verb > NBDSERVE_CAS_RM ||
-      cas_blocks(s, op->size) > s->max_blocks ||
+      cas_blocks(s, op->size) > s->max_blocks || op->size > INT64_MAX ||
       (dry_run && verb < NBDSERVE_CAS_ROLLBACK)) return -EINVAL;
   if (!im && verb != NBDSERVE_CAS_CREATE) return -ENOENT;
   to = is_new ? u_zalloc(sizeof *to)
        : verb == NBDSERVE_CAS_ROLLBACK ? im->parent : im;
   if (!to || (verb == NBDSERVE_CAS_RESIZE && im->parent))
     return is_new ? -ENOMEM : -EINVAL;
-  if (verb >= NBDSERVE_CAS_ROLLBACK && to->clients) return -EBUSY;
+  if (verb >= NBDSERVE_CAS_ROLLBACK &&
+      to->clients > (op->verb == NBDSERVE_CAS_RESIZE)) return -EBUSY;
   for (kid = s->images; kid && verb == NBDSERVE_CAS_RM; kid = kid->next)
     if (kid->parent == im) return -ENOTEMPTY;
   if (dry_run) return 0;
@@ -3126,13 +3123,15 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
     for (p = s->images; p && get32(im->record + CAS_IS_SNAPSHOT); p = p->next)
       if (memcmp(p->record + CAS_ID, im->record + CAS_ORIGIN, 4) == 0)
         im->parent = p;
-    err = !cas_is_name((char *)im->record + CAS_NAMED)  ? -EIO
+    err = !cas_is_name((char *)im->record + CAS_NAMED) ||
+                  cas_blocks(s, im->size) > s->max_blocks ? -EIO
           : get32(im->record + CAS_DEPTH) != CAS_LEVELS ? -EOPNOTSUPP
           : cas_load(s, get32(im->record + CAS_ROOT), CAS_LEVELS - 1, 0,
                      &im->root);
   }
   for (uint32_t x = 1; x < s->nslots; x++) {
-    CAS_AT(s, x, tag) = CAS_AT(s, x, next) = 0;
+    CAS_AT(s, x, tag) = CAS_AT(s, x, tag) || CAS_AT(s, x, next); /* a page */
+    CAS_AT(s, x, next) = 0;
     if (s->damaged && !CAS_AT(s, x, ref)) cas_hold(s, x); /* who knows */
   }
   return err;
@@ -3324,32 +3323,29 @@ int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
 }
 
 /* Zeroes what is behind the end of a volume: that is of no account while it is
- * there, but has to be zero when it grows, and takes space after it shrank.  In
- * a snapshot it would count for the id: the end of the last block is enough. */
-static int cas_clear_tail(struct nbdserve_cas *s, const struct cas_op *op) {
-  uint64_t end = u_min(s->max_blocks, INT64_MAX / s->bs) * s->bs;
-  struct nbdserve_export e = {0};
-  char name[CAS_PATH];
-  snprintf(name, sizeof name, "%.*s", (int)strcspn(op->name, "@"), op->name);
-  int err = nbdserve_cas_volume(s, name, &e);
-  if (err) return err;
-  if (op->verb == NBDSERVE_CAS_SNAPSHOT) end = cas_blocks(s, e.size) * s->bs;
-  if (e.size < end) err = cas_zero(e.ctx, e.size, end - e.size, 0);
-  cas_close(e.ctx);
-  return err;
+ * there, but has to be zero when it grows, and takes space after it shrank; and
+ * in a snapshot it would count for the id. */
+static int cas_clear_tail(struct cas_image *im) {
+  uint64_t bs = im->s->bs, end = u_min(im->s->max_blocks, INT64_MAX / bs) * bs;
+  return im->size < end ? cas_zero(im, im->size, end - im->size, 0) : 0;
 }
 
 int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
                         const char *to, uint64_t size) {
   struct cas_op op = {verb, name, to, size};
+  struct nbdserve_export e = {0}; /* open: no other one may resize it */
+  char part[CAS_PATH];
   int resize = verb == NBDSERVE_CAS_RESIZE, err = s->readonly ? -EROFS : 0;
   os_lock(&s->lock); /* what is to be written now may be there already */
   while (verb == NBDSERVE_CAS_CREATE && s->busy) os_wait(&s->lock);
   os_unlock(&s->lock);
+  snprintf(part, sizeof part, "%.*s", (int)strcspn(name, "@"), name);
   if (!err && (resize || verb == NBDSERVE_CAS_SNAPSHOT))
-    err = cas_clear_tail(s, &op);
+    err = nbdserve_cas_volume(s, part, &e);
+  if (!err && e.ctx) err = cas_clear_tail(e.ctx);
   if (!err) err = cas_checkpoint(s, &op);
-  if (!err && resize) cas_clear_tail(s, &op);
+  if (!err && resize) cas_clear_tail(e.ctx);
+  if (e.ctx) cas_close(e.ctx);
   return err;
 }
 
@@ -3436,7 +3432,7 @@ int nbdserve_cas_diff(struct nbdserve_cas *s, const char *a, const char *b,
   return err;
 }
 
-int nbdserve_cas_stat(struct nbdserve_cas *s, struct nbdserve_cas_stat *out) {
+void nbdserve_cas_stat(struct nbdserve_cas *s, struct nbdserve_cas_stat *out) {
   os_lock(&s->lock);
   *out = (struct nbdserve_cas_stat){
       .block_size = s->bs, .free = (uint64_t)s->nfree * s->bs,
@@ -3444,7 +3440,6 @@ int nbdserve_cas_stat(struct nbdserve_cas *s, struct nbdserve_cas_stat *out) {
       .file = (uint64_t)lseek(s->fd, 0, SEEK_END),
       .log = (s->seq - s->tail) * 100 / s->log_pages};
   os_unlock(&s->lock);
-  return 0;
 }
 
 int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
@@ -3464,8 +3459,17 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
                           : "the first superblock is damaged");
     found = 1;
   }
+  os_lock(&s->lock); /* read-only: what is in memory has been checked */
+  for (uint32_t x = 1; x < s->nslots && !s->readonly; x++) {
+    if (CAS_AT(s, x, tag) != 1) continue; /* cas_take_page */
+    os_unlock(&s->lock);
+    int bad = cas_io(s, 0, data, s->bs, cas_off(s, x, CAS_DATA)) ||
+              !cas_stamp(s, data, CAS_CHECK);
+    if (bad) each(arg, "", 0, 0, "a page of a map or the catalog is damaged");
+    found |= bad;
+    os_lock(&s->lock);
+  }
   os_unlock(&s->ckpt);
-  os_lock(&s->lock); /* read-only: what the log brought has been checked */
   for (uint32_t x = 0; x < s->nslots && !s->readonly; x++)
     CAS_AT(s, x, tag) &= ~CAS_GOOD;
   for (im = s->images; im; im = im->next) total += im->size;
@@ -3475,13 +3479,12 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
     os_unlock(&s->lock);
     const char *why = NULL;
     uint64_t blocks = cas_blocks(s, im->size), from = 0;
-    size_t n;
-    for (uint64_t lba = 0; lba < blocks && !stop; lba += n) {
-      n = (size_t)u_min(blocks - lba, CAS_BATCH);
+    for (uint64_t lba = 0, n; lba < blocks && !stop; lba += n) {
+      n = u_min(blocks - lba, CAS_BATCH);
       stop = progress && progress(arg, done += n * s->bs, total);
       for (size_t i = 0; i < n; i++)
         it[i] = (struct cas_item){.lba = lba + i, .data = data + i * s->bs};
-      if (cas_read(s, im, it, n, 0)) found = 1;
+      if (cas_read(s, im, it, (size_t)n, 0)) found = 1;
       for (size_t i = 0; i < n; i++) {
         const char *next = !it[i].err   ? NULL
                            : it[i].slot ? "the data is not what it was"
@@ -3491,9 +3494,9 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
         from = (lba + i) * s->bs;
         why = next;
       }
-      cas_unpin(s, it, n);
+      cas_unpin(s, it, (size_t)n);
     }
-    if (why) each(arg, name, from, im->size - from, why);
+    if (why && !stop) each(arg, name, from, im->size - from, why);
     os_lock(&s->lock);
     im->clients--;
   }
@@ -3809,8 +3812,7 @@ static int srv_serve_client(struct conn *c, const char *name) {
 }
 
 static void *srv_thread(void *client) {
-  srv_serve_client(client, NULL);
-  return NULL;
+  return (void)srv_serve_client(client, NULL), NULL;
 }
 
 static int srv_woken(struct nbdserve *s) {
@@ -4270,7 +4272,7 @@ static int cli_row(struct cli_job *j, ...) {
   return dprintf(fd, json ? "}\n" : "\n") < 0 ? -errno : 0;
 }
 
-static int cli_range_row(void *job, uint64_t off, uint64_t len) {
+static int cli_range(void *job, uint64_t off, uint64_t len) {
   return cli_row(job, off, len);
 }
 
@@ -4332,9 +4334,7 @@ static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
   case CLI_IMPORT: err = cli_copy(j, cas, 1); break;
   case CLI_EXPORT: err = cli_copy(j, cas, 0); break;
   case CLI_LIST: err = nbdserve_cas_list(cas, cli_list_row, j); break;
-  case CLI_DIFF:
-    err = nbdserve_cas_diff(cas, name, to, cli_range_row, j);
-    break;
+  case CLI_DIFF: err = nbdserve_cas_diff(cas, name, to, cli_range, j); break;
   case CLI_SEAL:
     err = nbdserve_cas_seal(cas, name, id, cli_progress, j);
     if (!err) err = cli_row(j, id);

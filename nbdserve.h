@@ -275,8 +275,8 @@ struct nbdserve_cas_stat {
   uint64_t log;    /* percent of the log in use */
 };
 
-NBDSERVE_API int nbdserve_cas_stat(struct nbdserve_cas *cas,
-                                   struct nbdserve_cas_stat *out);
+NBDSERVE_API void nbdserve_cas_stat(struct nbdserve_cas *cas,
+                                    struct nbdserve_cas_stat *out);
 
 /* Checks all that is stored against its SHA-256 and calls each for what is
  * damaged: len bytes at off of a volume or snapshot or, with len 0 and name "",

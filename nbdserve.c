@@ -2527,7 +2527,6 @@ static struct cas_image *cas_find(struct nbdserve_cas *s, const char *name,
   return im;
 }
 
-/* Is it what nbdserve.h calls a NAME? */
 static int cas_is_name(const char *p) {
   size_t n = strncmp(p, "sha256-", 7) ? strlen(p) : 0;
   while (*p && u_text(p) && !strchr("/@\"\\", *p)) p += u_text(p);
@@ -4360,7 +4359,8 @@ static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
   if (v->verb == CLI_IMPORT) to = ""; /* what a File exists is not about */
   if (err)
     dprintf(j->fd[1], "nbdserve: %s%s%s%s%s: %s\n", v->name, *name ? " " : "",
-            name, *to ? " " : "", to, u_error(err));
+            name, *to ? " " : "", to,
+            err == -EINVAL ? "not with such a name or size" : u_error(err));
   return err ? CLI_FAILED : 0;
 }
 

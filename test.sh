@@ -2885,7 +2885,7 @@ testSealAndDiffAreCommands() {
   cas 0 seal "$S::v@s"
   assertTrue "id: $(cat "$T/out")" "grep -Eqx 'sha256-[0-9a-f]{64}' '$T/out'"
   cas 1 seal "$S::v"
-  says 'seal v: Invalid argument$'
+  says 'seal v: not with such a name or size$'
   DISK=$S::v SIZE=100000
   simple OK.1 WRITE,1,5000,4 61626364
   cas 0 diff "$S::v@s" v

@@ -589,7 +589,7 @@ refused() {
 
 testMapOfSectionsEqualsTheBanners() {
   assertEquals '' "$(awk '
-    /^ \*\/$/ { code = 1 }
+    / \*\/$/ { code = 1 }
     (code ? /^\/\* ==== \[/ : /^ \* +\[/) {
       gsub(/[()]/, " ")
       key = ""

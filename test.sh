@@ -4951,6 +4951,7 @@ static void v_spin(char **a) /* ADDRESS PID, which lacks descriptors */
   int i, fd[60];
   long before;
   for (i = 0; i < 60; i++) fd[i] = c_connect(a[0]);
+  t_sleep(1000); /* for the threads of those that it can take */
   before = c_ticks(a[1]);
   t_sleep(500);
   CHECK(c_ticks(a[1]) - before < sysconf(_SC_CLK_TCK) / 5);

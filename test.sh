@@ -161,7 +161,8 @@ case $NBDSERVE in */*) ;; *) NBDSERVE=$(command -v "$NBDSERVE") ;; esac
 case $NBDSERVE in /*) ;; *) NBDSERVE=$PWD/$NBDSERVE ;; esac
 CFLAGS=${CFLAGS--O1} LDLIBS=${LDLIBS--lpthread}
 SWITCH=${SWITCH-} SLACK=1024 # KiB that a server may grow under bad input
-[ -z "${SANITIZER-}" ] || SLACK=1000000
+LIMIT=60                     # seconds for a C program
+[ -z "${SANITIZER-}" ] || SLACK=1000000 LIMIT=300
 LC_ALL=C SHUNIT_COLOR=none
 export LC_ALL CC
 unset XDG_RUNTIME_DIR LISTEN_FDS LISTEN_PID
@@ -228,7 +229,7 @@ build() {
 
 # A command that must end with status 0; its output goes to $T/log
 does() {
-  timeout 60 "$@" >"$T/log" 2>&1
+  timeout $LIMIT "$@" >"$T/log" 2>&1
   status=$?
   assertEquals "$(basename "$1") $2: $(tail -n 5 "$T/log")" 0 $status
 }

@@ -3727,7 +3727,8 @@ testNoPowerCutLosesWhatWasFlushed() {
 testEverySystemCallMayFailOnce() {
   simulates || return 0
   build storefault || return 0
-  for seed in 1 2; do does "$W/storefault" $seed; done
+  does "$W/storefault" 1
+  [ -n "${SANITIZER-}" ] || does "$W/storefault" 2
 }
 
 # ==== The README =============================================================

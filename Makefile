@@ -13,6 +13,7 @@ DESTDIR =
 CUTS = 0
 SEED =
 SECONDS = 60
+COMPILERS = gcc clang tcc musl-gcc
 
 # The strict sets: not one warning from either compiler.
 GCC_STRICT = -std=c99 -O2 -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
@@ -54,11 +55,15 @@ check: nbdserve ## the test suite on ./nbdserve
 
 check-cc: ## build with every compiler and run the whole suite on each
 	@mkdir -p build; \
-	for c in "gcc -O2" "clang -O2" "tcc" "musl-gcc -static -O2"; do \
-	  set -- $$c; \
+	for c in $(COMPILERS); do \
+	  case $$c in \
+	    tcc) set -- tcc ;; \
+	    musl-gcc) set -- musl-gcc -static -O2 ;; \
+	    *) set -- $$c -O2 ;; \
+	  esac; \
 	  command -v $$1 >/dev/null || { echo "SKIP $$1: not installed"; continue; }; \
-	  echo "== $$c"; \
-	  warn=$$($$c -Wall -o build/nbdserve-$$1 nbdserve.c -lpthread 2>&1) || \
+	  echo "== $$@"; \
+	  warn=$$("$$@" -Wall -o build/nbdserve-$$1 nbdserve.c -lpthread 2>&1) || \
 	    exit 1; \
 	  [ -z "$$warn" ] || { echo "$$warn"; exit 1; }; \
 	  NBDSERVE=$$PWD/build/nbdserve-$$1 CC=$$1 CFLAGS= ./test.sh || exit 1; \

@@ -2092,7 +2092,7 @@ enum {
   CAS_ENTRY = 48, CAS_RECORD = 256, CAS_NAME = 166, CAS_PATH = 334, /* bytes */
   CAS_ID = 0, CAS_IS_SNAPSHOT = 4, CAS_SIZE = 8, CAS_ROOT = 16, CAS_DEPTH = 20,
   CAS_CREATED = 24, CAS_ORIGIN = 36, CAS_CID = 40, CAS_NAMED = 89, /* record */
-  CAS_SLOTS = CAS_UNIT / 32, CAS_GROUPS = CAS_UNIT / 8 - 1, /* in one; most */
+  CAS_SLOTS = CAS_UNIT / 32, CAS_GROUPS = CAS_UNIT / 8 - 1, /* < 2^32 in all */
   CAS_LEVELS = 4, CAS_FILL = 128, /* of a map; digests read at a time */
   CAS_BATCH = 256, CAS_RUN = 64,   /* blocks done at a time; in one call */
   CAS_DIRTY = 4096, CAS_WAITING = 65536, /* pages, slots for a checkpoint */

@@ -61,7 +61,8 @@
 #ifndef NBDSERVE_POSIX_ONLY
 #define NBDSERVE_POSIX_ONLY 0 /* ignore what Linux and the BSDs add */
 #endif
-#ifndef NBDSERVE_MALLOC /* or functions of yours with the types of these two */
+#ifndef NBDSERVE_MALLOC /* or functions of yours with the types of these two   \
+                         */
 #define NBDSERVE_MALLOC malloc
 #define NBDSERVE_FREE free
 #endif
@@ -69,7 +70,9 @@
 #define NBDSERVE_MAX_REQUEST 67108864 /* bytes; a longer WRITE disconnects */
 #endif
 #ifndef NBDSERVE_MAX_OPTION
-#define NBDSERVE_MAX_OPTION 65536 /* bytes of option data that are looked at */
+#define NBDSERVE_MAX_OPTION                                                    \
+  65536 /* bytes of option data that are looked at                             \
+         */
 #endif
 #ifndef NBDSERVE_STACK
 #define NBDSERVE_STACK 262144 /* bytes of stack of the library's threads */
@@ -117,7 +120,7 @@
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
-#if defined __x86_64__ && defined __GNUC__ && !defined __TINYC__ && \
+#if defined __x86_64__ && defined __GNUC__ && !defined __TINYC__ &&            \
     !NBDSERVE_NO_CAS && !NBDSERVE_NO_HWSHA && !NBDSERVE_POSIX_ONLY
 #include <cpuid.h>
 #include <immintrin.h>
@@ -135,9 +138,12 @@ static int os_has_hwsha(void) {
 #endif
 
 void *(NBDSERVE_MALLOC)(size_t);
-void (NBDSERVE_FREE)(void *);
+void(NBDSERVE_FREE)(void *);
 
-#define STATIC_ASSERT(name, cond) enum { assert_##name = 1 / (int)!!(cond) }
+#define STATIC_ASSERT(name, cond)                                              \
+  enum {                                                                       \
+    assert_##name = 1 / (int)!!(cond)                                          \
+  }
 STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 
 #if defined __linux__ && !NBDSERVE_POSIX_ONLY
@@ -158,12 +164,17 @@ STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 #endif
 
 #if NBDSERVE_NO_THREADS /* nothing to lock, nobody to wait for */
-struct os_mutex { char m, c; };
+struct os_mutex {
+  char m, c;
+};
 #define OS_PTHREAD(x, call) ((void)(x), 0)
 #define os_thread(fn, arg) ((void)(fn)(arg), 0) /* at once, to its end */
 #else
 #include <pthread.h>
-struct os_mutex { pthread_mutex_t m; pthread_cond_t c; }; /* waiting in it */
+struct os_mutex {
+  pthread_mutex_t m;
+  pthread_cond_t c;
+}; /* waiting in it */
 #define OS_PTHREAD(x, call) call
 
 /* Starts a detached thread that takes no signals: those are the host's. */
@@ -182,11 +193,12 @@ static int os_thread(void *(*fn)(void *), void *arg) {
   return -err;
 }
 #endif
-#define os_mutex_init(x) \
-  (-(OS_PTHREAD(x, pthread_mutex_init(&(x)->m, NULL)) | \
+#define os_mutex_init(x)                                                       \
+  (-(OS_PTHREAD(x, pthread_mutex_init(&(x)->m, NULL)) |                        \
      OS_PTHREAD(x, pthread_cond_init(&(x)->c, NULL))))
-#define os_mutex_free(x) ((void)OS_PTHREAD(x, pthread_mutex_destroy(&(x)->m)), \
-                          (void)OS_PTHREAD(x, pthread_cond_destroy(&(x)->c)))
+#define os_mutex_free(x)                                                       \
+  ((void)OS_PTHREAD(x, pthread_mutex_destroy(&(x)->m)),                        \
+   (void)OS_PTHREAD(x, pthread_cond_destroy(&(x)->c)))
 #define os_lock(x) ((void)OS_PTHREAD(x, pthread_mutex_lock(&(x)->m)))
 #define os_unlock(x) ((void)OS_PTHREAD(x, pthread_mutex_unlock(&(x)->m)))
 #define os_wait(x) ((void)OS_PTHREAD(x, pthread_cond_wait(&(x)->c, &(x)->m)))
@@ -208,7 +220,8 @@ static void os_own(int fd, int nonblock) {
 /* A pipe that nobody waits at: a socket pair never lacks CLOEXEC. */
 static int os_pipe(int fd[2]) {
   int r = socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd);
-  for (int i = 0; i < 2 && !r; i++) os_own(fd[i], 1);
+  for (int i = 0; i < 2 && !r; i++)
+    os_own(fd[i], 1);
   return r < 0 ? -errno : 0;
 }
 
@@ -253,7 +266,8 @@ static void os_tune(int fd, uint32_t stall_ms) {
 
 /* Takes the first done bytes off the n pieces at v. */
 static void os_advance(struct iovec **v, int *n, size_t done) {
-  for (; *n > 0 && done >= (*v)->iov_len; ++*v, --*n) done -= (*v)->iov_len;
+  for (; *n > 0 && done >= (*v)->iov_len; ++*v, --*n)
+    done -= (*v)->iov_len;
   if (!done) return;
   assert(*n > 0);
   (*v)->iov_base = (char *)(*v)->iov_base + done;
@@ -268,7 +282,8 @@ static int os_transfer(int fd, int writing, struct iovec *v, int n,
     off_t at = (off_t)off;
     ssize_t done;
 #if OS_LINUX || (!defined __APPLE__ && !NBDSERVE_POSIX_ONLY)
-    if (n > 1) done = writing ? pwritev(fd, v, n, at) : preadv(fd, v, n, at);
+    if (n > 1)
+      done = writing ? pwritev(fd, v, n, at) : preadv(fd, v, n, at);
     else
 #endif
       done = writing ? pwrite(fd, v->iov_base, v->iov_len, at)
@@ -298,7 +313,11 @@ static int os_datasync(int fd) {
 /* The space behind a range: KEEP_SIZE allocates it, with PUNCH_HOLE it is given
  * back and reads as zeroes, with ZERO_RANGE it reads as zeroes and stays.
  * -EINVAL: not at these boundaries.  -EOPNOTSUPP: not here. */
-enum { OS_KEEP_SIZE = 1, OS_PUNCH_HOLE = 2 + 1, OS_ZERO_RANGE = 16 + 1 };
+enum {
+  OS_KEEP_SIZE = 1,
+  OS_PUNCH_HOLE = 2 + 1,
+  OS_ZERO_RANGE = 16 + 1
+};
 static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
 #if OS_LINUX
   while (fallocate(fd, mode, (off_t)off, (off_t)len) < 0)
@@ -397,14 +416,19 @@ static void put64(unsigned char *p, uint64_t v) {
   put32(p + 4, (uint32_t)v);
 }
 
-static uint64_t u_min(uint64_t a, uint64_t b) { return a < b ? a : b; }
-static int u_is_power_of_2(uint64_t v) { return v && !(v & (v - 1)); }
+static uint64_t u_min(uint64_t a, uint64_t b) {
+  return a < b ? a : b;
+}
+static int u_is_power_of_2(uint64_t v) {
+  return v && !(v & (v - 1));
+}
 
 static int u_is_zero(const unsigned char *p, size_t n) {
   uint64_t v[4], any = 0; /* memcmp is slow in musl */
   for (; n >= 32 && !any; p += 32, n -= 32, any = v[0] | v[1] | v[2] | v[3])
     memcpy(v, p, 32);
-  while (n > 0 && !any) any = p[--n];
+  while (n > 0 && !any)
+    any = p[--n];
   return !any;
 }
 
@@ -430,15 +454,18 @@ static const char *u_size(const char *s, uint64_t *out) {
 }
 
 /* The text of a -errno value; strerror shares memory only for unknown ones. */
-static const char *u_error(int err) { return strerror(-err); }
+static const char *u_error(int err) {
+  return strerror(-err);
+}
 
 /* Appends s to buf[size], as %XX what a URI may not hold.  False: no room. */
 static int u_append_uri(char *buf, size_t size, const char *s) {
   size_t n = strlen(buf);
   for (; *s && n < size; s++)
-    n += (size_t)snprintf(buf + n, size - n,
-                          strchr("-._~/", *s) || (*s > 0 && isalnum(*s))
-                              ? "%c" : "%%%02X", (unsigned char)*s);
+    n += (size_t)snprintf(
+        buf + n, size - n,
+        strchr("-._~/", *s) || (*s > 0 && isalnum(*s)) ? "%c" : "%%%02X",
+        (unsigned char)*s);
   return n < size;
 }
 
@@ -447,10 +474,14 @@ static int u_text(const char *s) {
   static const uint32_t least[] = {32, ~0u, 160, 2048, 65536, ~0u};
   const unsigned char *p = (const unsigned char *)s;
   uint32_t c, n = 0, i = 1;
-  while (n < 5 && *p << n & 128) n++; /* the ones that it begins with */
-  for (c = *p & 127u >> n; i < n && p[i] >> 6 == 2; i++) c = c << 6 | p[i] % 64;
+  while (n < 5 && *p << n & 128)
+    n++; /* the ones that it begins with */
+  for (c = *p & 127u >> n; i < n && p[i] >> 6 == 2; i++)
+    c = c << 6 | p[i] % 64;
   return i < n || c < least[n] || c == 127 || c >> 11 == 27 /* surrogates */ ||
-                 c > 0x10ffff ? 0 : (int)i;
+                 c > 0x10ffff
+             ? 0
+             : (int)i;
 }
 
 /* Gives the host a message if it wants that level; what is not text in it, and
@@ -490,11 +521,11 @@ static const uint32_t sha_k[64] = {
 
 #define SHA_ROR(x, n) ((x) >> (n) | (x) << (32 - (n)))
 #define SHA_MIX(x, i, j, last) (SHA_ROR(x, i) ^ SHA_ROR(x, j) ^ (last))
-#define SHA_ROUND(a, b, c, d, e, f, g, h, i) \
-  v[h] += SHA_MIX(v[e], 6, 11, SHA_ROR(v[e], 25)) + sha_k[i] + w[i] + \
-          ((v[e] & v[f]) ^ (~v[e] & v[g])); \
-  v[d] += v[h]; \
-  v[h] += SHA_MIX(v[a], 2, 13, SHA_ROR(v[a], 22)) + \
+#define SHA_ROUND(a, b, c, d, e, f, g, h, i)                                   \
+  v[h] += SHA_MIX(v[e], 6, 11, SHA_ROR(v[e], 25)) + sha_k[i] + w[i] +          \
+          ((v[e] & v[f]) ^ (~v[e] & v[g]));                                    \
+  v[d] += v[h];                                                                \
+  v[h] += SHA_MIX(v[a], 2, 13, SHA_ROR(v[a], 22)) +                            \
           ((v[a] & v[b]) ^ (v[a] & v[c]) ^ (v[b] & v[c]))
 
 static void sha_portable(uint32_t *s, const unsigned char *p, uint32_t *u,
@@ -503,10 +534,11 @@ static void sha_portable(uint32_t *s, const unsigned char *p, uint32_t *u,
   int i;
   if (q) sha_portable(u, q, NULL, NULL, n);
   for (; n > 0; n--, p += 64) {
-    for (i = 0; i < 16; i++) w[i] = get32(p + 4 * i);
+    for (i = 0; i < 16; i++)
+      w[i] = get32(p + 4 * i);
     for (; i < 64; i++)
-      w[i] = w[i - 16] + SHA_MIX(w[i - 15], 7, 18, w[i - 15] >> 3) +
-             w[i - 7] + SHA_MIX(w[i - 2], 17, 19, w[i - 2] >> 10);
+      w[i] = w[i - 16] + SHA_MIX(w[i - 15], 7, 18, w[i - 15] >> 3) + w[i - 7] +
+             SHA_MIX(w[i - 2], 17, 19, w[i - 2] >> 10);
     memcpy(v, s, sizeof v);
     for (i = 0; i < 64; i += 8) {
       SHA_ROUND(3, 2, 7, 6, 1, 0, 5, 4, i);
@@ -518,23 +550,24 @@ static void sha_portable(uint32_t *s, const unsigned char *p, uint32_t *u,
       SHA_ROUND(7, 6, 1, 0, 5, 4, 3, 2, i + 6);
       SHA_ROUND(2, 7, 6, 1, 0, 5, 4, 3, i + 7);
     }
-    for (i = 0; i < 8; i++) s[i] += v[i];
+    for (i = 0; i < 8; i++)
+      s[i] += v[i];
   }
 }
 
 #if OS_HWSHA
-#define SHA_FOUR(x, k) /* rounds */ \
-  t = _mm_add_epi32(x##0, k); \
-  x##cd = _mm_sha256rnds2_epu32(x##cd, x##ab, t); \
-  x##ab = _mm_sha256rnds2_epu32(x##ab, x##cd, _mm_shuffle_epi32(t, 14)); \
-  t = _mm_add_epi32(_mm_sha256msg1_epu32(x##0, x##1), \
-                    _mm_alignr_epi8(x##3, x##2, 4)); \
-  x##0 = x##1, x##1 = x##2, x##2 = x##3; \
+#define SHA_FOUR(x, k) /* rounds */                                            \
+  t = _mm_add_epi32(x##0, k);                                                  \
+  x##cd = _mm_sha256rnds2_epu32(x##cd, x##ab, t);                              \
+  x##ab = _mm_sha256rnds2_epu32(x##ab, x##cd, _mm_shuffle_epi32(t, 14));       \
+  t = _mm_add_epi32(_mm_sha256msg1_epu32(x##0, x##1),                          \
+                    _mm_alignr_epi8(x##3, x##2, 4));                           \
+  x##0 = x##1, x##1 = x##2, x##2 = x##3;                                       \
   x##3 = _mm_sha256msg2_epu32(t, x##2)
 #define SHA_LOAD(p) _mm_loadu_si128((const __m128i *)(const void *)(p))
 #define SHA_SAVE(p, v) _mm_storeu_si128((__m128i *)(void *)(p), v)
 #define SHA_WORDS(x, p, i) x##i = _mm_shuffle_epi8(SHA_LOAD(p + 16 * i), order)
-#define SHA_BLOCK(x, p) \
+#define SHA_BLOCK(x, p)                                                        \
   SHA_WORDS(x, p, 0), SHA_WORDS(x, p, 1), SHA_WORDS(x, p, 2), SHA_WORDS(x, p, 3)
 
 static OS_HWSHA_TARGET void sha_hw(uint32_t *s, const unsigned char *p,
@@ -607,45 +640,94 @@ static void sha_256(int hw, const void *p, const void *q, size_t len,
 #define NBD_REP_ERR_EXT_HEADER_REQD 0x8000000au
 
 enum { /* handshake: flags of server and client, options, replies, infos */
-  NBD_FLAG_FIXED_NEWSTYLE = 1 << 0, NBD_FLAG_NO_ZEROES = 1 << 1,
-  NBD_FLAG_C_FIXED_NEWSTYLE = 1 << 0, NBD_FLAG_C_NO_ZEROES = 1 << 1,
-  NBD_OPT_EXPORT_NAME = 1, NBD_OPT_ABORT = 2, NBD_OPT_LIST = 3,
-  NBD_OPT_INFO = 6, NBD_OPT_GO = 7, NBD_OPT_STRUCTURED_REPLY = 8,
-  NBD_OPT_LIST_META_CONTEXT = 9, NBD_OPT_SET_META_CONTEXT = 10,
-  NBD_OPT_EXTENDED_HEADERS = 11, NBD_REP_ACK = 1, NBD_REP_SERVER = 2,
-  NBD_REP_INFO = 3, NBD_REP_META_CONTEXT = 4, NBD_INFO_EXPORT = 0,
-  NBD_INFO_NAME = 1, NBD_INFO_DESCRIPTION = 2, NBD_INFO_BLOCK_SIZE = 3
+  NBD_FLAG_FIXED_NEWSTYLE = 1 << 0,
+  NBD_FLAG_NO_ZEROES = 1 << 1,
+  NBD_FLAG_C_FIXED_NEWSTYLE = 1 << 0,
+  NBD_FLAG_C_NO_ZEROES = 1 << 1,
+  NBD_OPT_EXPORT_NAME = 1,
+  NBD_OPT_ABORT = 2,
+  NBD_OPT_LIST = 3,
+  NBD_OPT_INFO = 6,
+  NBD_OPT_GO = 7,
+  NBD_OPT_STRUCTURED_REPLY = 8,
+  NBD_OPT_LIST_META_CONTEXT = 9,
+  NBD_OPT_SET_META_CONTEXT = 10,
+  NBD_OPT_EXTENDED_HEADERS = 11,
+  NBD_REP_ACK = 1,
+  NBD_REP_SERVER = 2,
+  NBD_REP_INFO = 3,
+  NBD_REP_META_CONTEXT = 4,
+  NBD_INFO_EXPORT = 0,
+  NBD_INFO_NAME = 1,
+  NBD_INFO_DESCRIPTION = 2,
+  NBD_INFO_BLOCK_SIZE = 3
 };
 
 enum { /* transmission: magics, flags of the export, commands, replies */
-  NBD_REQUEST_MAGIC = 0x25609513, NBD_EXTENDED_REQUEST_MAGIC = 0x21e41c71,
-  NBD_SIMPLE_REPLY_MAGIC = 0x67446698, NBD_STRUCTURED_REPLY_MAGIC = 0x668e33ef,
-  NBD_EXTENDED_REPLY_MAGIC = 0x6e8a278c, NBD_FLAG_HAS_FLAGS = 1 << 0,
-  NBD_FLAG_READ_ONLY = 1 << 1, NBD_FLAG_SEND_FLUSH = 1 << 2,
-  NBD_FLAG_SEND_FUA = 1 << 3, NBD_FLAG_ROTATIONAL = 1 << 4,
-  NBD_FLAG_SEND_TRIM = 1 << 5, NBD_FLAG_SEND_WRITE_ZEROES = 1 << 6,
-  NBD_FLAG_SEND_DF = 1 << 7, NBD_FLAG_CAN_MULTI_CONN = 1 << 8,
-  NBD_FLAG_SEND_CACHE = 1 << 10, NBD_FLAG_SEND_FAST_ZERO = 1 << 11,
-  NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12, NBD_CMD_READ = 0, NBD_CMD_WRITE = 1,
-  NBD_CMD_DISC = 2, NBD_CMD_FLUSH = 3, NBD_CMD_TRIM = 4, NBD_CMD_CACHE = 5,
-  NBD_CMD_WRITE_ZEROES = 6, NBD_CMD_BLOCK_STATUS = 7, NBD_CMD_FLAG_FUA = 1 << 0,
-  NBD_CMD_FLAG_NO_HOLE = 1 << 1, NBD_CMD_FLAG_DF = 1 << 2,
-  NBD_CMD_FLAG_REQ_ONE = 1 << 3, NBD_CMD_FLAG_FAST_ZERO = 1 << 4,
-  NBD_CMD_FLAG_PAYLOAD_LEN = 1 << 5, NBD_REPLY_FLAG_DONE = 1 << 0,
-  NBD_REPLY_TYPE_NONE = 0, NBD_REPLY_TYPE_OFFSET_DATA = 1,
-  NBD_REPLY_TYPE_OFFSET_HOLE = 2, NBD_REPLY_TYPE_BLOCK_STATUS = 5,
-  NBD_REPLY_TYPE_BLOCK_STATUS_EXT = 6, NBD_REPLY_TYPE_ERROR = (1 << 15) + 1,
-  NBD_REPLY_TYPE_ERROR_OFFSET = (1 << 15) + 2, NBD_EPERM = 1, NBD_EIO = 5,
-  NBD_ENOMEM = 12, NBD_EINVAL = 22, NBD_ENOSPC = 28, NBD_EOVERFLOW = 75,
-  NBD_ENOTSUP = 95, NBD_ESHUTDOWN = 108
+  NBD_REQUEST_MAGIC = 0x25609513,
+  NBD_EXTENDED_REQUEST_MAGIC = 0x21e41c71,
+  NBD_SIMPLE_REPLY_MAGIC = 0x67446698,
+  NBD_STRUCTURED_REPLY_MAGIC = 0x668e33ef,
+  NBD_EXTENDED_REPLY_MAGIC = 0x6e8a278c,
+  NBD_FLAG_HAS_FLAGS = 1 << 0,
+  NBD_FLAG_READ_ONLY = 1 << 1,
+  NBD_FLAG_SEND_FLUSH = 1 << 2,
+  NBD_FLAG_SEND_FUA = 1 << 3,
+  NBD_FLAG_ROTATIONAL = 1 << 4,
+  NBD_FLAG_SEND_TRIM = 1 << 5,
+  NBD_FLAG_SEND_WRITE_ZEROES = 1 << 6,
+  NBD_FLAG_SEND_DF = 1 << 7,
+  NBD_FLAG_CAN_MULTI_CONN = 1 << 8,
+  NBD_FLAG_SEND_CACHE = 1 << 10,
+  NBD_FLAG_SEND_FAST_ZERO = 1 << 11,
+  NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12,
+  NBD_CMD_READ = 0,
+  NBD_CMD_WRITE = 1,
+  NBD_CMD_DISC = 2,
+  NBD_CMD_FLUSH = 3,
+  NBD_CMD_TRIM = 4,
+  NBD_CMD_CACHE = 5,
+  NBD_CMD_WRITE_ZEROES = 6,
+  NBD_CMD_BLOCK_STATUS = 7,
+  NBD_CMD_FLAG_FUA = 1 << 0,
+  NBD_CMD_FLAG_NO_HOLE = 1 << 1,
+  NBD_CMD_FLAG_DF = 1 << 2,
+  NBD_CMD_FLAG_REQ_ONE = 1 << 3,
+  NBD_CMD_FLAG_FAST_ZERO = 1 << 4,
+  NBD_CMD_FLAG_PAYLOAD_LEN = 1 << 5,
+  NBD_REPLY_FLAG_DONE = 1 << 0,
+  NBD_REPLY_TYPE_NONE = 0,
+  NBD_REPLY_TYPE_OFFSET_DATA = 1,
+  NBD_REPLY_TYPE_OFFSET_HOLE = 2,
+  NBD_REPLY_TYPE_BLOCK_STATUS = 5,
+  NBD_REPLY_TYPE_BLOCK_STATUS_EXT = 6,
+  NBD_REPLY_TYPE_ERROR = (1 << 15) + 1,
+  NBD_REPLY_TYPE_ERROR_OFFSET = (1 << 15) + 2,
+  NBD_EPERM = 1,
+  NBD_EIO = 5,
+  NBD_ENOMEM = 12,
+  NBD_EINVAL = 22,
+  NBD_ENOSPC = 28,
+  NBD_EOVERFLOW = 75,
+  NBD_ENOTSUP = 95,
+  NBD_ESHUTDOWN = 108
 };
 
 enum { /* sizes of messages without their data; the longest name or message */
-  WIRE_OPTION = 16, WIRE_REP = 20, WIRE_REQUEST = 28, WIRE_SIMPLE = 16,
-  WIRE_CHUNK = 20, WIRE_EXTENDED = 32 /* either way */, WIRE_STRING = 4096
+  WIRE_OPTION = 16,
+  WIRE_REP = 20,
+  WIRE_REQUEST = 28,
+  WIRE_SIMPLE = 16,
+  WIRE_CHUNK = 20,
+  WIRE_EXTENDED = 32 /* either way */,
+  WIRE_STRING = 4096
 };
 
-enum { WIRE_COMPACT, WIRE_STRUCTURED, WIRE_EXT }; /* what was negotiated */
+enum {
+  WIRE_COMPACT,
+  WIRE_STRUCTURED,
+  WIRE_EXT
+}; /* what was negotiated */
 
 /* What is true of each command: validation and dispatch read it here. */
 static const struct wire_cmd {
@@ -671,11 +753,19 @@ static const struct wire_cmd *wire_cmd(unsigned type) {
 }
 
 static uint32_t wire_error(int err) {
-  static const int errors[][2] = {{0, 0}, {EPERM, NBD_EPERM},
-      {EACCES, NBD_EPERM}, {EROFS, NBD_EPERM}, {ENOMEM, NBD_ENOMEM},
-      {EINVAL, NBD_EINVAL}, {ENOSPC, NBD_ENOSPC}, {EDQUOT, NBD_ENOSPC},
-      {EFBIG, NBD_ENOSPC}, {EOVERFLOW, NBD_EOVERFLOW}, {ENOTSUP, NBD_ENOTSUP},
-      {EOPNOTSUPP, NBD_ENOTSUP}, {ESHUTDOWN, NBD_ESHUTDOWN}};
+  static const int errors[][2] = {{0, 0},
+                                  {EPERM, NBD_EPERM},
+                                  {EACCES, NBD_EPERM},
+                                  {EROFS, NBD_EPERM},
+                                  {ENOMEM, NBD_ENOMEM},
+                                  {EINVAL, NBD_EINVAL},
+                                  {ENOSPC, NBD_ENOSPC},
+                                  {EDQUOT, NBD_ENOSPC},
+                                  {EFBIG, NBD_ENOSPC},
+                                  {EOVERFLOW, NBD_EOVERFLOW},
+                                  {ENOTSUP, NBD_ENOTSUP},
+                                  {EOPNOTSUPP, NBD_ENOTSUP},
+                                  {ESHUTDOWN, NBD_ESHUTDOWN}};
   for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)
     if (errors[i][0] == -err) return (uint32_t)errors[i][1];
   return NBD_EIO;
@@ -685,11 +775,11 @@ struct nbdserve_req {
   uint16_t type, flags; /* NBD_CMD_*, NBD_CMD_FLAG_* */
   int mode;             /* WIRE_COMPACT... */
   uint64_t cookie, off, len;
-  uint64_t start;       /* off as the client gave it: this may be a piece */
-  unsigned char *buf; /* data of READ and WRITE; reply of BLOCK_STATUS */
-  size_t owned;       /* bytes at buf if they are the request's own, else 0 */
-  int err;            /* 0 or -errno */
-  const char *why;    /* of an error, for humans; NULL: u_error */
+  uint64_t start;      /* off as the client gave it: this may be a piece */
+  unsigned char *buf;  /* data of READ and WRITE; reply of BLOCK_STATUS */
+  size_t owned;        /* bytes at buf if they are the request's own, else 0 */
+  int err;             /* 0 or -errno */
+  const char *why;     /* of an error, for humans; NULL: u_error */
   int flush, deferred; /* only that is left to do; a worker answers it */
   int hole, more, ready; /* READ: is only zeroes; other chunks follow this one;
                             the reply is in the send buffer, or sent */
@@ -715,7 +805,9 @@ static size_t wire_put_chunk(unsigned char *p, const struct nbdserve_req *r,
  * Whole messages over sockets and pipes.  -ETIMEDOUT: the deadline has passed.
  * A connection that has a stop pipe looks at it before it waits for input, and
  * gets -ESHUTDOWN; the others are woken by shutdown(2). */
-enum { IO_GRACE_MS = 5000 };
+enum {
+  IO_GRACE_MS = 5000
+};
 struct io {
   int in, out;      /* sockets or pipes */
   int stop;         /* readable from nbdserve_stop on; -1: shutdown() is used */
@@ -791,8 +883,10 @@ static int io_send(const struct io *io, struct iovec *v, int n) {
       if (err) break;
       done = write(io->out, v->iov_base, u_min(v->iov_len, PIPE_BUF));
     }
-    if (done < 0) err = io_again(io, 1);
-    else os_advance(&v, &n, (size_t)done);
+    if (done < 0)
+      err = io_again(io, 1);
+    else
+      os_advance(&v, &n, (size_t)done);
   }
   return err;
 }
@@ -811,16 +905,18 @@ struct ex {
   int dynamic;              /* from the find callback */
   struct ex *next;
   struct os_mutex serial, lock; /* lock: guards what follows */
-  uint64_t nflushes, failed; /* begun so far; the last one that failed */
-  int flushing, failure;     /* the last has not returned; error of failed */
-  char strings[];            /* name and description */
+  uint64_t nflushes, failed;    /* begun so far; the last one that failed */
+  int flushing, failure;        /* the last has not returned; error of failed */
+  char strings[];               /* name and description */
 };
 
-enum { SRV_LISTENERS = 32 };
+enum {
+  SRV_LISTENERS = 32
+};
 struct srv_listener {
   int fd, is_unix; /* text is a path that is ours to unlink... */
   struct stat st;  /* ...if it still is this socket */
-  char text[128]; /* that, HOST:PORT, or "" */
+  char text[128];  /* that, HOST:PORT, or "" */
 };
 
 struct nbdserve {
@@ -828,7 +924,7 @@ struct nbdserve {
   int stop[2], wake[2]; /* pipes: nbdserve_stop; nbdserve_run looks around */
   struct srv_listener listeners[SRV_LISTENERS + 1]; /* localhost is two */
   int nlisteners;
-  int64_t idle_from; /* nbdserve_run: when the last client had gone */
+  int64_t idle_from;    /* nbdserve_run: when the last client had gone */
   struct os_mutex lock; /* guards what follows */
   struct ex *exports, **last_export;
   struct conn *conns; /* clients being served */
@@ -838,8 +934,8 @@ struct nbdserve {
 
 enum {
   EX_FLAGS = 2 * NBDSERVE_UNSAFE - 1, /* all that there are */
-  EX_ZEROES = 1 << 20,             /* bytes of zeroes written at a time */
-  EX_EXTENTS = 2048,               /* in one reply, at most */
+  EX_ZEROES = 1 << 20,                /* bytes of zeroes written at a time */
+  EX_EXTENTS = 2048,                  /* in one reply, at most */
   EX_EXTENTS_SIZE = WIRE_EXTENDED + 8 + 16 * EX_EXTENTS
 };
 
@@ -874,7 +970,8 @@ static int ex_new(struct ex **out, const struct nbdserve_export *from) {
       !u_is_power_of_2(e.min_block) || e.min_block > 65536 || n > WIRE_STRING ||
       !u_is_power_of_2(e.preferred_block) || e.preferred_block < 512 ||
       e.preferred_block < e.min_block || e.max_request < e.preferred_block ||
-      e.max_request > NBDSERVE_MAX_REQUEST || d > WIRE_STRING) return -EINVAL;
+      e.max_request > NBDSERVE_MAX_REQUEST || d > WIRE_STRING)
+    return -EINVAL;
   if (!e.ops->write) e.flags |= NBDSERVE_READONLY;
   struct ex *ex = u_zalloc(sizeof *ex + n + d + 2);
   if (!ex) return -ENOMEM;
@@ -891,7 +988,8 @@ static int ex_new(struct ex **out, const struct nbdserve_export *from) {
 
 static struct ex *ex_by_name(struct nbdserve *s, const char *name) {
   struct ex *ex = s->exports;
-  while (ex && strcmp(ex->e.name, name) != 0) ex = ex->next;
+  while (ex && strcmp(ex->e.name, name) != 0)
+    ex = ex->next;
   return ex;
 }
 
@@ -904,20 +1002,24 @@ static int ex_get(struct nbdserve *s, const char *name, struct ex **out,
   int err = -ENOENT;
   os_lock(&s->lock);
   struct ex *same = ex_by_name(s, name), *any = s->exports;
-  while (any && *name && !(any->e.flags & NBDSERVE_ANY_NAME)) any = any->next;
+  while (any && *name && !(any->e.flags & NBDSERVE_ANY_NAME))
+    any = any->next;
   if ((*out = same ? same : any)) {
     struct nbdserve_export *x = &(*out)->e;
     *size = x->size = x->ops->size ? x->ops->size(x->ctx, x->size) : x->size;
   }
   os_unlock(&s->lock);
   if (!same && s->config.find) err = s->config.find(s->config.ctx, name, &e);
-  if (same || (err == -ENOENT && any)) err = 0;
+  if (same || (err == -ENOENT && any))
+    err = 0;
   else if (!err) {
     *size = e.size;
     if (!e.name) e.name = name;
     err = ex_new(out, &e);
-    if (!err) (*out)->dynamic = 1;
-    else if (e.ops && e.ops->close) e.ops->close(e.ctx);
+    if (!err)
+      (*out)->dynamic = 1;
+    else if (e.ops && e.ops->close)
+      e.ops->close(e.ctx);
   }
   if (!err) *size -= *size % (*out)->e.min_block; /* nobody reaches the rest */
   return err;
@@ -953,7 +1055,8 @@ static int ex_flush(struct ex *ex) {
   if (!ex->e.ops->flush || (ex->e.flags & NBDSERVE_UNSAFE)) return 0;
   os_lock(&ex->lock);
   uint64_t mine = ex->nflushes + 1; /* the first that has not begun yet */
-  while (ex->flushing && ex->nflushes <= mine) os_wait(&ex->lock);
+  while (ex->flushing && ex->nflushes <= mine)
+    os_wait(&ex->lock);
   if (ex->nflushes < mine) {
     ex->nflushes = mine;
     ex->flushing = 1;
@@ -1018,8 +1121,9 @@ static int ex_extents(struct ex *ex, struct nbdserve_req *r) {
   unsigned char *p = NBDSERVE_MALLOC(EX_EXTENTS_SIZE);
   if (!p) return -ENOMEM;
   x.data = p + (ext ? WIRE_EXTENDED + 8 : WIRE_CHUNK + 4);
-  int err = !ex->e.ops->extents ? 0
-            : ex->e.ops->extents(ex->e.ctx, r->off, r->len, one, &x);
+  int err = !ex->e.ops->extents
+                ? 0
+                : ex->e.ops->extents(ex->e.ctx, r->off, r->len, one, &x);
   if (!err && !x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
   for (unsigned i = 0; i < x.n && !ext; i++) { /* len was below 2^32, too */
     put32(x.data + 8 * i, (uint32_t)get64(x.data + 16 * i));
@@ -1027,11 +1131,11 @@ static int ex_extents(struct ex *ex, struct nbdserve_req *r) {
   }
   put32(x.data - 4, x.n);
   put32(x.data - (ext ? 8 : 4), 1); /* the id of base:allocation */
-  r->buf = p; /* freed with r, also when this failed */
+  r->buf = p;                       /* freed with r, also when this failed */
   r->owned = (size_t)(x.data - p) + (ext ? 16 : 8) * x.n;
-  wire_put_chunk(p, r, ext ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT
-                           : NBD_REPLY_TYPE_BLOCK_STATUS,
-                 r->owned - (ext ? WIRE_EXTENDED : WIRE_CHUNK));
+  wire_put_chunk(
+      p, r, ext ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT : NBD_REPLY_TYPE_BLOCK_STATUS,
+      r->owned - (ext ? WIRE_EXTENDED : WIRE_CHUNK));
   return err;
 }
 
@@ -1046,22 +1150,35 @@ static int ex_do(struct ex *ex, struct nbdserve_req *r) {
   f |= r->flags & (NBDSERVE_NO_HOLE | NBDSERVE_FAST_ZERO);
   if (ex->e.flags & NBDSERVE_SERIAL) os_lock(&ex->serial);
   switch (r->type) {
-  case NBD_CMD_READ: err = ops->read(ctx, r->buf, r->off, r->len, 0); break;
-  case NBD_CMD_WRITE: err = ops->write(ctx, r->buf, r->off, r->len, f); break;
-  case NBD_CMD_TRIM: err = ops->trim(ctx, r->off, r->len, f); break;
-  case NBD_CMD_CACHE: err = ops->cache(ctx, r->off, r->len, 0); break;
+  case NBD_CMD_READ:
+    err = ops->read(ctx, r->buf, r->off, r->len, 0);
+    break;
+  case NBD_CMD_WRITE:
+    err = ops->write(ctx, r->buf, r->off, r->len, f);
+    break;
+  case NBD_CMD_TRIM:
+    err = ops->trim(ctx, r->off, r->len, f);
+    break;
+  case NBD_CMD_CACHE:
+    err = ops->cache(ctx, r->off, r->len, 0);
+    break;
   case NBD_CMD_WRITE_ZEROES:
     err = ops->zero ? ops->zero(ctx, r->off, r->len, f) : -ENOTSUP;
     break;
-  case NBD_CMD_BLOCK_STATUS: err = ex_extents(ex, r); break;
-  default: assert(0); /* (E2) */
+  case NBD_CMD_BLOCK_STATUS:
+    err = ex_extents(ex, r);
+    break;
+  default:
+    assert(0); /* (E2) */
   }
   if (ex->e.flags & NBDSERVE_SERIAL) os_unlock(&ex->serial);
   assert(err <= 0);
   if (err != -ENOTSUP || r->type != NBD_CMD_WRITE_ZEROES ||
-      f & NBDSERVE_FAST_ZERO) return err;
+      f & NBDSERVE_FAST_ZERO)
+    return err;
   if (r->len > UINT32_MAX) return -EOVERFLOW; /* nobody could end it */
-  struct nbdserve_req w = {.type = NBD_CMD_WRITE, .off = r->off,
+  struct nbdserve_req w = {.type = NBD_CMD_WRITE,
+                           .off = r->off,
                            .flags = r->flags & NBD_CMD_FLAG_FUA};
   uint64_t step = u_min(u_min(r->len, EX_ZEROES), ex->e.max_request);
   step -= step % ex->e.min_block; /* both are multiples of it */
@@ -1078,16 +1195,20 @@ static int ex_do(struct ex *ex, struct nbdserve_req *r) {
 
 #if !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS
 /* read and write of nbdserve's own backends, whose ctx begins with batch. */
-struct ex_own { void (*batch)(void *ctx, struct nbdserve_req *r, size_t n); };
+struct ex_own {
+  void (*batch)(void *ctx, struct nbdserve_req *r, size_t n);
+};
 
-#define EX_OWN(name, buffer, command) \
-  static int name(void *ctx, buffer buf, uint64_t off, uint64_t len, \
-                  uint32_t flags) { \
-    struct nbdserve_req r = {.type = command, .off = off, .len = len, \
-                             .buf = (unsigned char *)(uintptr_t)buf}; \
-    assert(!(flags & NBDSERVE_FUA)); /* not NATIVE_FUA: a flush follows */ \
-    ((struct ex_own *)ctx)->batch(ctx, &r, 1); \
-    return (void)flags, r.err; \
+#define EX_OWN(name, buffer, command)                                          \
+  static int name(void *ctx, buffer buf, uint64_t off, uint64_t len,           \
+                  uint32_t flags) {                                            \
+    struct nbdserve_req r = {.type = command,                                  \
+                             .off = off,                                       \
+                             .len = len,                                       \
+                             .buf = (unsigned char *)(uintptr_t)buf};          \
+    assert(!(flags & NBDSERVE_FUA)); /* not NATIVE_FUA: a flush follows */     \
+    ((struct ex_own *)ctx)->batch(ctx, &r, 1);                                 \
+    return (void)flags, r.err;                                                 \
   }
 EX_OWN(ex_own_read, void *, NBD_CMD_READ)
 EX_OWN(ex_own_write, const void *, NBD_CMD_WRITE)
@@ -1102,11 +1223,14 @@ EX_OWN(ex_own_write, const void *, NBD_CMD_WRITE)
  *      is thrown away in pieces.
  * (H3) One deadline covers the whole handshake. */
 enum {
-  TX_RBUF = 256 << 10, TX_WBUF = 288 << 10, /* bytes received, sent at a time */
-  TX_SMALL = 128 << 10,          /* longer requests are done one by one */
-  TX_KEEP = 1 << 20,             /* buffer for those; they are in pieces then */
-  TX_BATCH = 128, TX_DEFERRED = 1024, /* requests in one; waiting for workers */
-  TX_WHY = 80, TX_LOGGED = 10,   /* bytes of an error's text; logged errors */
+  TX_RBUF = 256 << 10,
+  TX_WBUF = 288 << 10,  /* bytes received, sent at a time */
+  TX_SMALL = 128 << 10, /* longer requests are done one by one */
+  TX_KEEP = 1 << 20,    /* buffer for those; they are in pieces then */
+  TX_BATCH = 128,
+  TX_DEFERRED = 1024, /* requests in one; waiting for workers */
+  TX_WHY = 80,
+  TX_LOGGED = 10, /* bytes of an error's text; logged errors */
   TX_HEAD = WIRE_EXTENDED + 6 + TX_WHY + 8 /* longest reply without data */
 };
 STATIC_ASSERT(option_fits, (int)NBDSERVE_MAX_OPTION <= (int)TX_RBUF);
@@ -1118,7 +1242,7 @@ struct conn {
   struct nbdserve *s;
   struct conn *next; /* guarded by s->lock */
   struct io io;
-  int fd, id;        /* fd: to close; -1: the caller's */
+  int fd, id; /* fd: to close; -1: the caller's */
   /* -- the handshake's; what transmission needs is fixed then */
   const unsigned char *data; /* of the option being answered */
   size_t len;
@@ -1134,13 +1258,13 @@ struct conn {
   unsigned char *big;
   size_t rpos, rend, wlen, nreqs; /* received, not looked at; to be sent */
   struct nbdserve_req reqs[TX_BATCH];
-  int64_t began;  /* when the request that is not all there was begun */
-  int big_write;  /* the last request was one: expect another */
+  int64_t began; /* when the request that is not all there was begun */
+  int big_write; /* the last request was one: expect another */
   /* -- one sender at a time */
   struct os_mutex sending; /* guards out, and why nothing goes there: */
   int broken;
   /* -- client's thread and workers */
-  struct os_mutex lock; /* guards the rest */
+  struct os_mutex lock;                    /* guards the rest */
   struct nbdserve_req *queue, **queue_end; /* one worker each */
   struct nbdserve_req *flushes;            /* one worker for all of them, */
   int flushing;                            /* which is at it */
@@ -1149,10 +1273,14 @@ struct conn {
   unsigned char rbuf[TX_RBUF], wbuf[TX_WBUF];
 };
 
-enum { HS_ENTER, HS_MORE, HS_END }; /* what follows an option; or -errno */
+enum {
+  HS_ENTER,
+  HS_MORE,
+  HS_END
+}; /* what follows an option; or -errno */
 
 /* Tells the log about a client; the text begins with its number. */
-#define HS_LOG(c, level, ...) \
+#define HS_LOG(c, level, ...)                                                  \
   u_log(&(c)->s->config, level, "client " __VA_ARGS__)
 
 /* Sends the replies to an option: they gather in the send buffer. */
@@ -1215,7 +1343,8 @@ static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
   c->tflags = ex_flags(c->s, ex, c->mode, c->meta);
   c->batch = k->before ? NULL : ex->e.ops->batch;
   c->read_head = c->mode == WIRE_EXT          ? WIRE_EXTENDED + 8
-                 : c->mode == WIRE_STRUCTURED ? WIRE_CHUNK + 8 : WIRE_SIMPLE;
+                 : c->mode == WIRE_STRUCTURED ? WIRE_CHUNK + 8
+                                              : WIRE_SIMPLE;
   c->max_workers = k->threads > 1 ? k->threads : 0;
   c->max_deferred = c->batch ? TX_DEFERRED : k->threads;
   HS_LOG(c, NBDSERVE_LOG_INFO, "%d: export '%s', %" PRIu64 " bytes%s", c->id,
@@ -1297,8 +1426,8 @@ static int hs_opt_go(struct conn *c) {
   if (err)
     return hs_fail(c, NBD_REP_ERR_UNKNOWN,
                    err == -ENOENT ? "no such export" : u_error(err));
-  c->tflags = ex_flags(c->s, ex, c->mode,
-                       c->meta && strcmp(c->meta_name, name) == 0);
+  c->tflags =
+      ex_flags(c->s, ex, c->mode, c->meta && strcmp(c->meta_name, name) == 0);
   for (i = 2; i < c->len; i += 2) /* what is not known goes to bit 31 */
     wants |= 1u << u_min(get16(c->data + i), 31);
   bad = ex->e.min_block > 1 && !(wants & 1u << NBD_INFO_BLOCK_SIZE);
@@ -1363,8 +1492,10 @@ static int hs_opt_meta_context(struct conn *c) {
 }
 
 static int (*const hs_options[])(struct conn *c) = {
-    [NBD_OPT_EXPORT_NAME] = hs_opt_export_name, [NBD_OPT_LIST] = hs_opt_list,
-    [NBD_OPT_INFO] = hs_opt_go, [NBD_OPT_GO] = hs_opt_go,
+    [NBD_OPT_EXPORT_NAME] = hs_opt_export_name,
+    [NBD_OPT_LIST] = hs_opt_list,
+    [NBD_OPT_INFO] = hs_opt_go,
+    [NBD_OPT_GO] = hs_opt_go,
     [NBD_OPT_STRUCTURED_REPLY] = hs_opt_mode,
     [NBD_OPT_EXTENDED_HEADERS] = hs_opt_mode,
     [NBD_OPT_LIST_META_CONTEXT] = hs_opt_meta_context,
@@ -1380,7 +1511,8 @@ static int hs_option(struct conn *c) {
   if (get64(head) != NBD_OPTION_MAGIC) return -EPROTO;
   if (len > WIRE_STRING && c->opt == NBD_OPT_EXPORT_NAME) return -ENOENT;
   if (c->opt < sizeof hs_options / sizeof *hs_options &&
-      !(c->s->config.without >> 16 >> c->opt & 1)) handler = hs_options[c->opt];
+      !(c->s->config.without >> 16 >> c->opt & 1))
+    handler = hs_options[c->opt];
   for (uint32_t left = len, piece; left > 0 && !err; left -= piece) {
     piece = (uint32_t)u_min(left, TX_RBUF); /* (H1), (H2) */
     err = io_recv_all(&c->io, c->rbuf, piece);
@@ -1392,7 +1524,8 @@ static int hs_option(struct conn *c) {
   c->data = c->rbuf;
   c->len = len;
   return len <= NBDSERVE_MAX_OPTION
-             ? handler(c) : hs_fail(c, NBD_REP_ERR_TOO_BIG, "too much data");
+             ? handler(c)
+             : hs_fail(c, NBD_REP_ERR_TOO_BIG, "too much data");
 }
 
 /* The handshake: HS_ENTER, HS_END when the client has left in order, -errno. */
@@ -1456,9 +1589,12 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
   if (level < NBDSERVE_LOG_TRACE) logged = ++c->nlogged;
   os_unlock(&c->lock);
   if (logged <= TX_LOGGED)
-    HS_LOG(c, level, "%d: %s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64
-           ": %s%s", c->id, cmd ? cmd->name : "?", r->type, r->flags, r->start,
-           r->len, !r->err ? "ok" : r->why ? r->why : u_error(r->err),
+    HS_LOG(c, level,
+           "%d: %s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64 ": %s%s",
+           c->id, cmd ? cmd->name : "?", r->type, r->flags, r->start, r->len,
+           !r->err  ? "ok"
+           : r->why ? r->why
+                    : u_error(r->err),
            logged == TX_LOGGED ? "; further failures are not logged" : "");
 }
 
@@ -1529,7 +1665,8 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list) {
     v[n - 1].iov_len += c->read_head + (size_t)r->len;
   }
   os_unlock(&c->s->lock);
-  for (r = list; r; r = r->next) tx_log(c, r);
+  for (r = list; r; r = r->next)
+    tx_log(c, r);
   for (r = list; r && !err; n = 0) {
     v[n] = (struct iovec){heads, 0};
     v[n + 1] = (struct iovec){NULL, 0};
@@ -1541,8 +1678,9 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list) {
       v[n].iov_len += tx_put_head(r, heads + v[n].iov_len);
       if (r->err || r->hole) continue;
       v[n + 1].iov_base = r->buf;
-      v[n + 1].iov_len = is_read ? (size_t)r->len
-                         : r->type == NBD_CMD_BLOCK_STATUS ? r->owned : 0;
+      v[n + 1].iov_len = is_read                           ? (size_t)r->len
+                         : r->type == NBD_CMD_BLOCK_STATUS ? r->owned
+                                                           : 0;
     }
     err = tx_send(c, v, n + 2);
   }
@@ -1619,11 +1757,13 @@ static int tx_defer(struct conn *c, const struct nbdserve_req *r) {
   *q = *r;
   q->next = NULL;
   os_lock(&c->lock);
-  while (c->ndeferred >= c->max_deferred) tx_wait(c);
+  while (c->ndeferred >= c->max_deferred)
+    tx_wait(c);
   unsigned takers = c->nqueue + !q->flush + /* workers that are wanted */
                     (!c->flushing && (c->flushes || q->flush));
   if (takers > c->nidle && c->nworkers < c->max_workers &&
-      os_thread(tx_worker, c) == 0) c->nworkers++;
+      os_thread(tx_worker, c) == 0)
+    c->nworkers++;
   if (!c->nworkers) {
     os_unlock(&c->lock);
     NBDSERVE_FREE(q);
@@ -1657,23 +1797,25 @@ static void tx_validate(const struct conn *c, struct nbdserve_req *r,
   if (c->mode != WIRE_EXT ||
       (is_status && !(c->tflags & NBD_FLAG_BLOCK_STATUS_PAYLOAD)))
     stray |= r->flags & NBD_CMD_FLAG_PAYLOAD_LEN;
-  r->why = !cmd ? "unknown command"
-      : stray & NBD_CMD_FLAG_PAYLOAD_LEN ? "it takes no payload"
-      : cmd->writes && (c->tflags & NBD_FLAG_READ_ONLY)
-          ? ((void)(err = -EPERM), "the export is read-only")
-      : is_write && payload != r->len ? "NBD_CMD_FLAG_PAYLOAD_LEN is missing"
-      : cmd->beyond && (r->off > c->size || r->len > c->size - r->off)
-          ? ((void)(err = cmd->beyond), "beyond the end of the export")
-      : is_status && !c->meta ? "no metadata context was negotiated"
-      : ~c->tflags & cmd->needs ? "the export does not offer it"
-      : stray ? "flag does not apply"
-      : cmd->beyond && (r->off | r->len) & (c->ex->e.min_block - 1)
-          ? "no multiple of the minimum block size"
-      : r->type <= NBD_CMD_WRITE && r->len > c->ex->e.max_request
-          ? "longer than the maximum payload size"
-      : is_status && !r->len ? "nothing to report on"
-      : r->flags & NBD_CMD_FLAG_DF && r->len > TX_KEEP
-          ? ((void)(err = -EOVERFLOW), "too long for a single chunk") : NULL;
+  r->why = !cmd                               ? "unknown command"
+           : stray & NBD_CMD_FLAG_PAYLOAD_LEN ? "it takes no payload"
+           : cmd->writes && (c->tflags & NBD_FLAG_READ_ONLY)
+               ? ((void)(err = -EPERM), "the export is read-only")
+           : is_write && payload != r->len
+               ? "NBD_CMD_FLAG_PAYLOAD_LEN is missing"
+           : cmd->beyond && (r->off > c->size || r->len > c->size - r->off)
+               ? ((void)(err = cmd->beyond), "beyond the end of the export")
+           : is_status && !c->meta   ? "no metadata context was negotiated"
+           : ~c->tflags & cmd->needs ? "the export does not offer it"
+           : stray                   ? "flag does not apply"
+           : cmd->beyond && (r->off | r->len) & (c->ex->e.min_block - 1)
+               ? "no multiple of the minimum block size"
+           : r->type <= NBD_CMD_WRITE && r->len > c->ex->e.max_request
+               ? "longer than the maximum payload size"
+           : is_status && !r->len ? "nothing to report on"
+           : r->flags & NBD_CMD_FLAG_DF && r->len > TX_KEEP
+               ? ((void)(err = -EOVERFLOW), "too long for a single chunk")
+               : NULL;
   r->err = r->why ? err : 0;
 }
 
@@ -1688,7 +1830,8 @@ static int tx_exec(struct conn *c) {
     j = i + 1;
     if (r[i].err || !r[i].len) continue; /* FLUSH has no length either */
     if (c->batch && r[i].type <= NBD_CMD_WRITE) {
-      while (j < n && !r[j].err && r[j].len && r[j].type <= NBD_CMD_WRITE) j++;
+      while (j < n && !r[j].err && r[j].len && r[j].type <= NBD_CMD_WRITE)
+        j++;
       c->batch(c->ex->e.ctx, r + i, j - i);
       for (size_t k = i; k < j; k++)
         r[k].flush = !r[k].err && ex_wants_fua(c->ex, r + k, 0);
@@ -1719,7 +1862,8 @@ static int tx_long_read(struct conn *c, struct nbdserve_req *r) {
   struct nbdserve_req p = *r;
   p.buf = c->big + TX_HEAD;
   os_lock(&c->lock); /* no worker's reply may come between the pieces */
-  while (!pass && c->ndeferred) tx_wait(c);
+  while (!pass && c->ndeferred)
+    tx_wait(c);
   os_unlock(&c->lock);
   for (; pass < 2; pass++)
     for (p.off = r->off; p.off < end; p.off += p.len) {
@@ -1776,7 +1920,11 @@ static int tx_big(struct conn *c, struct nbdserve_req *r, uint64_t left,
   return err;
 }
 
-enum { TX_NEXT, TX_MORE, TX_DISC };
+enum {
+  TX_NEXT,
+  TX_MORE,
+  TX_DISC
+};
 
 /* Takes the next request out of the receive buffer; a short one goes into the
  * batch.  TX_NEXT, TX_MORE: it is not all there, TX_DISC, -errno to close. */
@@ -1785,25 +1933,31 @@ static int tx_take(struct conn *c) {
   int ext = c->mode == WIRE_EXT, err;
   size_t head = ext ? WIRE_EXTENDED : WIRE_REQUEST, here = c->rend - c->rpos;
   if (here < head) return TX_MORE;
-  struct nbdserve_req r = {.flags = get16(p + 4), .type = get16(p + 6),
-                           .cookie = get64(p + 8), .off = get64(p + 16),
+  struct nbdserve_req r = {.flags = get16(p + 4),
+                           .type = get16(p + 6),
+                           .cookie = get64(p + 8),
+                           .off = get64(p + 16),
                            .len = ext ? get64(p + 24) : get32(p + 24),
                            .mode = c->mode};
-  uint64_t payload = (ext ? r.flags & NBD_CMD_FLAG_PAYLOAD_LEN
-                          : r.type == NBD_CMD_WRITE) ? r.len : 0;
-  if (get32(p) != (uint32_t)(ext ? NBD_EXTENDED_REQUEST_MAGIC
-                                 : NBD_REQUEST_MAGIC) ||
+  uint64_t payload =
+      (ext ? r.flags & NBD_CMD_FLAG_PAYLOAD_LEN : r.type == NBD_CMD_WRITE)
+          ? r.len
+          : 0;
+  if (get32(p) !=
+          (uint32_t)(ext ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC) ||
       payload > (ext ? c->ex->e.max_request : NBDSERVE_MAX_REQUEST)) {
     err = tx_exec(c);
-    HS_LOG(c, NBDSERVE_LOG_INFO, "%d: request magic 0x%08" PRIx32 ", %" PRIu64
-           " bytes of payload; closed", c->id, get32(p), payload);
+    HS_LOG(c, NBDSERVE_LOG_INFO,
+           "%d: request magic 0x%08" PRIx32 ", %" PRIu64
+           " bytes of payload; closed",
+           c->id, get32(p), payload);
     return err ? err : -EPROTO;
   }
   if (r.type == NBD_CMD_DISC) return TX_DISC;
   if (payload <= TX_SMALL && here < head + payload) return TX_MORE;
   r.start = r.off;
   r.flush = r.type == NBD_CMD_FLUSH;
-  if (r.flush) r.off = r.len = 0; /* reserved */
+  if (r.flush) r.off = r.len = 0;                /* reserved */
   if (r.type == NBD_CMD_BLOCK_STATUS && payload) /* contexts that it wants */
     r.len = payload == 12 && get32(p + head + 8) == 1 ? get64(p + head) : 0;
   tx_validate(c, &r, payload);
@@ -1855,7 +2009,8 @@ static int tx_run(struct conn *c) {
   os_lock(&c->lock);
   c->closing = 1;
   os_wake_all(&c->lock);
-  while (c->nworkers) tx_wait(c);
+  while (c->nworkers)
+    tx_wait(c);
   assert(!c->queue && !c->flushes && !c->ndeferred);
   os_unlock(&c->lock);
   return err > 0 ? 0 : err;
@@ -1872,8 +2027,13 @@ static int tx_run(struct conn *c) {
  * (F3) Nothing here depends on a file offset: any number of threads may call */
 #if !NBDSERVE_NO_FLAT
 
-enum { FLAT_RUN = 64, FLAT_BLOCK = 65536 }; /* in one call; of the temporary */
-enum { FLAT_FAILED = 1 << 30 }; /* (F1), beside the modes of os_fallocate */
+enum {
+  FLAT_RUN = 64,
+  FLAT_BLOCK = 65536
+}; /* in one call; of the temporary */
+enum {
+  FLAT_FAILED = 1 << 30
+}; /* (F1), beside the modes of os_fallocate */
 
 struct flat {
   struct ex_own own;
@@ -1920,8 +2080,9 @@ static int flat_overlay(struct flat *f, struct nbdserve_req *r) {
       v = (struct iovec){block, (size_t)whole};
       off = from;
     }
-    if (!err) err = there || writing ? os_transfer(f->temp, writing, &v, 1, off)
-                    : os_transfer(f->fd, 0, &v, 1, f->offset + off);
+    if (!err)
+      err = there || writing ? os_transfer(f->temp, writing, &v, 1, off)
+                             : os_transfer(f->fd, 0, &v, 1, f->offset + off);
     if (writing && !err) f->there[i / 8] |= (unsigned char)(1 << i % 8);
   }
   return err;
@@ -1937,9 +2098,11 @@ static void flat_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   }
   for (size_t i = 0, j; i < n; i = j) {
     for (j = i + 1; j < n && j - i < FLAT_RUN && r[j].type == r[i].type &&
-                    r[j].off == r[j - 1].off + r[j - 1].len;) j++;
+                    r[j].off == r[j - 1].off + r[j - 1].len;)
+      j++;
     int err = failed && r[i].type == NBD_CMD_WRITE
-                  ? -EIO : flat_transfer(f, r + i, j - i);
+                  ? -EIO
+                  : flat_transfer(f, r + i, j - i);
     for (size_t k = i; k < j; k++) /* only what fails by itself has failed */
       r[k].err = err && j - i > 1 ? flat_transfer(f, r + k, 1) : err;
   }
@@ -1948,8 +2111,9 @@ static void flat_batch(void *ctx, struct nbdserve_req *r, size_t n) {
 static int flat_flush(void *ctx, uint32_t flags) {
   struct flat *f = ctx;
   int err = flat_lacks(f, 0) & FLAT_FAILED ? -EIO
-            : f->temp >= 0 ? 0 : os_datasync(f->fd); /* it is not to last */
-  if (err) flat_lacks(f, FLAT_FAILED); /* (F1) */
+            : f->temp >= 0                 ? 0
+                           : os_datasync(f->fd); /* it is not to last */
+  if (err) flat_lacks(f, FLAT_FAILED);           /* (F1) */
   return (void)flags, err;
 }
 
@@ -2022,10 +2186,14 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   int in_memory = strncmp(path, "mem:", 4) == 0;
   if (in_memory) path = u_size(path + 4, &o.create);
   if (!path || (in_memory && *path) || o.create > INT64_MAX ||
-      o.flags & ~(NBDSERVE_READONLY | NBDSERVE_TEMPORARY)) return -EINVAL;
-  int fd = in_memory ? os_nameless_file(NULL)
-      : open(path, (o.flags ? O_RDONLY : O_RDWR) | (o.create ? O_CREAT : 0) |
-             O_CLOEXEC | O_NOCTTY | O_NONBLOCK /* a FIFO's open */, 0666);
+      o.flags & ~(NBDSERVE_READONLY | NBDSERVE_TEMPORARY))
+    return -EINVAL;
+  int fd = in_memory
+               ? os_nameless_file(NULL)
+               : open(path,
+                      (o.flags ? O_RDONLY : O_RDWR) | (o.create ? O_CREAT : 0) |
+                          O_CLOEXEC | O_NOCTTY | O_NONBLOCK /* a FIFO's open */,
+                      0666);
   if (fd < 0) return in_memory ? fd : -errno;
   struct stat st;
   off_t end = 0;
@@ -2034,8 +2202,10 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   if (!err && !S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
     err = S_ISDIR(st.st_mode) ? -EISDIR : -EINVAL;
   if (!err && o.create && S_ISREG(st.st_mode) && !st.st_size) {
-    if (ftruncate(fd, (off_t)o.create) < 0) err = -errno;
-    else if (!in_memory) err = os_make_lasting(fd, path);
+    if (ftruncate(fd, (off_t)o.create) < 0)
+      err = -errno;
+    else if (!in_memory)
+      err = os_make_lasting(fd, path);
   }
   if (!err && (end = lseek(fd, 0, SEEK_END)) < 0) err = -errno;
   uint64_t size = (uint64_t)end;
@@ -2086,20 +2256,40 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 #define CAS_GOOD 0x80000000u /* read or written since, and it fitted */
 
 enum {
-  CAS_MAP = 0x4d415031, CAS_CAT = 0x43415431, CAS_LOG = 0x4c4f4731,
-  CAS_PAGE = 4096, CAS_SUM = 4064, /* a log page or superblock; its SHA-256 */
-  CAS_HEAD = 32, CAS_CHECK = 16,   /* of other pages; their SHA-256 */
-  CAS_ENTRY = 48, CAS_RECORD = 256, CAS_NAME = 166, CAS_PATH = 334, /* bytes */
-  CAS_ID = 0, CAS_IS_SNAPSHOT = 4, CAS_SIZE = 8, CAS_ROOT = 16, CAS_DEPTH = 20,
-  CAS_CREATED = 24, CAS_ORIGIN = 36, CAS_CID = 40, CAS_NAMED = 89, /* record */
-  CAS_SLOTS = CAS_UNIT / 32, CAS_GROUPS = CAS_UNIT / 8 - 1, /* < 2^32 in all */
-  CAS_LEVELS = 4, CAS_FILL = 128, /* of a map; digests read at a time */
-  CAS_BATCH = 256, CAS_RUN = 64,   /* blocks done at a time; in one call */
-  CAS_DIRTY = 4096, CAS_WAITING = 65536, /* pages, slots for a checkpoint */
-  CAS_RESERVE = 4 * CAS_SEGMENT,   /* free slots that data may not take */
-  CAS_SLACK = 64 * CAS_SEGMENT,    /* free slots to have before filling gaps */
-  CAS_FREED = -1,                  /* ref of a slot that will be free */
-  CAS_DATA = 1, CAS_DIGEST = 2, CAS_DUP = 4 /* of a block, what is to be done */
+  CAS_MAP = 0x4d415031,
+  CAS_CAT = 0x43415431,
+  CAS_LOG = 0x4c4f4731,
+  CAS_PAGE = 4096,
+  CAS_SUM = 4064, /* a log page or superblock; its SHA-256 */
+  CAS_HEAD = 32,
+  CAS_CHECK = 16, /* of other pages; their SHA-256 */
+  CAS_ENTRY = 48,
+  CAS_RECORD = 256,
+  CAS_NAME = 166,
+  CAS_PATH = 334, /* bytes */
+  CAS_ID = 0,
+  CAS_IS_SNAPSHOT = 4,
+  CAS_SIZE = 8,
+  CAS_ROOT = 16,
+  CAS_DEPTH = 20,
+  CAS_CREATED = 24,
+  CAS_ORIGIN = 36,
+  CAS_CID = 40,
+  CAS_NAMED = 89, /* record */
+  CAS_SLOTS = CAS_UNIT / 32,
+  CAS_GROUPS = CAS_UNIT / 8 - 1, /* < 2^32 in all */
+  CAS_LEVELS = 4,
+  CAS_FILL = 128, /* of a map; digests read at a time */
+  CAS_BATCH = 256,
+  CAS_RUN = 64, /* blocks done at a time; in one call */
+  CAS_DIRTY = 4096,
+  CAS_WAITING = 65536,           /* pages, slots for a checkpoint */
+  CAS_RESERVE = 4 * CAS_SEGMENT, /* free slots that data may not take */
+  CAS_SLACK = 64 * CAS_SEGMENT,  /* free slots to have before filling gaps */
+  CAS_FREED = -1,                /* ref of a slot that will be free */
+  CAS_DATA = 1,
+  CAS_DIGEST = 2,
+  CAS_DUP = 4 /* of a block, what is to be done */
 };
 
 struct cas_group {
@@ -2112,10 +2302,10 @@ struct cas_group {
 
 /* A page of a map.  All are in memory, a fraction of what is kept of slots. */
 struct cas_node {
-  int32_t refs;   /* edges from pages and images (C13) */
-  int level, bad; /* 0: blocks below; what is below could not be read */
-  uint32_t slot;  /* where it lies; 0: nowhere yet as it is now */
-  uint32_t *e;   /* [fanout] slots of blocks, on level 0 */
+  int32_t refs;           /* edges from pages and images (C13) */
+  int level, bad;         /* 0: blocks below; what is below could not be read */
+  uint32_t slot;          /* where it lies; 0: nowhere yet as it is now */
+  uint32_t *e;            /* [fanout] slots of blocks, on level 0 */
   struct cas_node *kid[]; /* [fanout] pages below, on other levels */
 };
 
@@ -2123,9 +2313,9 @@ struct cas_node {
 struct cas_image {
   struct ex_own own;
   struct nbdserve_cas *s;
-  struct cas_image *next, *parent; /* parent: whose snapshot it is */
-  struct cas_node *root;           /* NULL: all holes */
-  uint64_t size, clients;          /* exports and calls that use it */
+  struct cas_image *next, *parent;  /* parent: whose snapshot it is */
+  struct cas_node *root;            /* NULL: all holes */
+  uint64_t size, clients;           /* exports and calls that use it */
   unsigned char record[CAS_RECORD]; /* of the catalog; root, size: see above */
 };
 
@@ -2134,15 +2324,15 @@ struct nbdserve_cas {
   int fd, readonly, verify, hw, is_device;
   uint32_t bs, fanout, log_pages;
   uint64_t data_off, end, max_blocks; /* of the file when opened; an image */
-  struct os_mutex ckpt;    /* one checkpoint at a time; guards: */
-  struct cas_item *pages;  /* what it writes */
+  struct os_mutex ckpt;               /* one checkpoint at a time; guards: */
+  struct cas_item *pages;             /* what it writes */
   uint32_t npages;
   unsigned char super[CAS_PAGE]; /* id and log_pages in it are fixed */
-  struct os_mutex lock;    /* guards the rest; woken: a sync or work ended */
-  int syncing;             /* one at a time: else one may miss an error */
+  struct os_mutex lock; /* guards the rest; woken: a sync or work ended */
+  int syncing;          /* one at a time: else one may miss an error */
   int failed, log_damaged, damaged; /* -errno (C14); (C9); nothing is freed */
-  int replaying;           /* what is in the log need not be logged */
-  int busy, closing;       /* a thread is in cas_work; it is to end */
+  int replaying;                    /* what is in the log need not be logged */
+  int busy, closing;                /* a thread is in cas_work; it is to end */
   struct cas_image *images;
   struct cas_group *groups[CAS_GROUPS];
   uint32_t next_id, nimages, catalog; /* slot of its first page, then by next */
@@ -2150,15 +2340,15 @@ struct nbdserve_cas {
   uint32_t cursor, ndirty; /* where slots are taken; pages without one */
   uint32_t dropped, retired, nwaiting; /* slots, by next: (C5), (C6); in both */
   uint32_t filled, to_fill, nlog; /* slots in the index; to be; log's entries */
-  uint64_t seq, tail, durable; /* its; the superblock's; (C4) */
-  uint64_t nlogged, nsynced;   /* entries so far; covered by a sync */
-  unsigned char log[CAS_PAGE]; /* the page being filled */
-  unsigned char page[65536];   /* any other */
+  uint64_t seq, tail, durable;    /* its; the superblock's; (C4) */
+  uint64_t nlogged, nsynced;      /* entries so far; covered by a sync */
+  unsigned char log[CAS_PAGE];    /* the page being filled */
+  unsigned char page[65536];      /* any other */
 };
 
-#define CAS_AT(s, x, field) \
+#define CAS_AT(s, x, field)                                                    \
   ((s)->groups[(x) / CAS_SLOTS]->field[(x) % CAS_SLOTS])
-#define CAS_NFREE(s, x) /* of its segment */ \
+#define CAS_NFREE(s, x) /* of its segment */                                   \
   ((s)->groups[(x) / CAS_SLOTS]->nfree[(x) % CAS_SLOTS / CAS_SEGMENT])
 #define CAS_NEEDED(s) ((s)->ndirty + (s)->nimages + 2) /* by a checkpoint */
 
@@ -2192,7 +2382,8 @@ static void cas_index(struct nbdserve_cas *s, uint32_t x, uint32_t tag) {
 
 static void cas_unindex(struct nbdserve_cas *s, uint32_t x) {
   uint32_t *tag = &CAS_AT(s, x, tag), *p = cas_bucket(s, *tag);
-  while (*tag && *p && *p != x) p = &CAS_AT(s, *p, next);
+  while (*tag && *p && *p != x)
+    p = &CAS_AT(s, *p, next);
   if (*p == x) *p = CAS_AT(s, x, next); /* else it is a page, or not there */
   *tag = 0;
 }
@@ -2233,7 +2424,8 @@ static int cas_grow(struct nbdserve_cas *s) {
 
 static int cas_want(struct nbdserve_cas *s, uint32_t more) {
   int err = s->failed;
-  while (!err && s->nfree < CAS_NEEDED(s) + more) err = cas_grow(s);
+  while (!err && s->nfree < CAS_NEEDED(s) + more)
+    err = cas_grow(s);
   return err;
 }
 
@@ -2325,8 +2517,9 @@ static int cas_transfer(struct nbdserve_cas *s, struct cas_item *it, size_t n,
       v[k] = (struct iovec){writing ? it[k].sum : it[k].digest, 32};
       if (what == CAS_DATA) v[k] = (struct iovec){it[k].data, s->bs};
     }
-    int e = k ? os_transfer(s->fd, writing, v, (int)k,
-                            cas_off(s, it->slot, what)) : 0;
+    int e =
+        k ? os_transfer(s->fd, writing, v, (int)k, cas_off(s, it->slot, what))
+          : 0;
     if (e && k == 1) err = it->err = e;
     for (size_t i = 0; e && k > 1 && i < k; i++) /* what fails alone failed */
       if (cas_transfer(s, it + i, 1, what, writing)) err = it[i].err;
@@ -2370,7 +2563,9 @@ static int cas_get_page(struct nbdserve_cas *s, uint32_t x, uint32_t magic,
   int err = cas_io(s, 0, p, s->bs, cas_off(s, x, CAS_DATA));
   if (err) return err;
   return cas_stamp(s, p, CAS_CHECK) && get32(p) == magic &&
-         get32(p + 4) == (uint32_t)level && get32(p + 8) == index ? 0 : -EIO;
+                 get32(p + 4) == (uint32_t)level && get32(p + 8) == index
+             ? 0
+             : -EIO;
 }
 
 /* Nothing is written any more (C14). */
@@ -2414,7 +2609,8 @@ static void cas_log(struct nbdserve_cas *s, const struct cas_image *im,
 static int cas_sync(struct nbdserve_cas *s, int always) {
   os_lock(&s->lock);
   uint64_t mine = s->nlogged;
-  while (s->syncing) os_wait(&s->lock);
+  while (s->syncing)
+    os_wait(&s->lock);
   int err = s->failed;
   if (!err && (always || s->nsynced < mine)) {
     s->syncing = 1;
@@ -2442,7 +2638,8 @@ static int cas_sync(struct nbdserve_cas *s, int always) {
 /* Takes an edge off a page, after the last off all below, and yields lock. */
 static void cas_unref(struct nbdserve_cas *s, struct cas_node *b) {
   if (!b || --b->refs > 0) return;
-  for (uint32_t c = 0; b->level && c < s->fanout; c++) cas_unref(s, b->kid[c]);
+  for (uint32_t c = 0; b->level && c < s->fanout; c++)
+    cas_unref(s, b->kid[c]);
   for (uint32_t c = 0; !b->level && c < s->fanout; c++)
     cas_drop(s, b->e[c], &s->retired);
   if (!b->slot) s->ndirty--;
@@ -2468,8 +2665,10 @@ static int cas_own(struct nbdserve_cas *s, struct cas_node **p, int level) {
   n->level = level;
   n->e = (uint32_t *)(void *)n->kid;
   for (uint32_t c = 0; b && c < s->fanout; c++)
-    if (!level) cas_hold(s, n->e[c] = b->e[c]);
-    else if ((n->kid[c] = b->kid[c])) n->kid[c]->refs++;
+    if (!level)
+      cas_hold(s, n->e[c] = b->e[c]);
+    else if ((n->kid[c] = b->kid[c]))
+      n->kid[c]->refs++;
   if (b) b->refs--;
   s->ndirty++;
   *p = n;
@@ -2496,7 +2695,8 @@ static int cas_map(struct nbdserve_cas *s, struct cas_image *im, uint64_t lba,
   *x = b ? b->e[i] : 0;
   if (!span) return 0;
   *span = b ? 1 : size - lba % size;
-  while (b && !*x && i + *span < s->fanout && !b->e[i + *span]) ++*span;
+  while (b && !*x && i + *span < s->fanout && !b->e[i + *span])
+    ++*span;
   return 0;
 }
 
@@ -2523,13 +2723,15 @@ static struct cas_image *cas_find(struct nbdserve_cas *s, const char *name,
   struct cas_image *im = s->images;
   for (; im; im = im->next)
     if ((strncmp(cas_name(im, full), name, n) == 0 && !full[n]) ||
-        (n == 71 && strncmp(cas_spell(im, id), name, n) == 0)) break;
+        (n == 71 && strncmp(cas_spell(im, id), name, n) == 0))
+      break;
   return im;
 }
 
 static int cas_is_name(const char *p) {
   size_t n = strncmp(p, "sha256-", 7) ? strlen(p) : 0;
-  while (*p && u_text(p) && !strchr("/@\"\\", *p)) p += u_text(p);
+  while (*p && u_text(p) && !strchr("/@\"\\", *p))
+    p += u_text(p);
   return n > 0 && n <= CAS_NAME && !*p;
 }
 
@@ -2546,7 +2748,11 @@ static int cas_give_name(struct nbdserve_cas *s, struct cas_image *im,
   return 0;
 }
 
-struct cas_op { int verb; const char *name, *to; uint64_t size; };
+struct cas_op {
+  int verb;
+  const char *name, *to;
+  uint64_t size;
+};
 
 /* Applies a change to the catalog.  *gone: a map that nothing leads to then. */
 static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
@@ -2557,14 +2763,17 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
   struct cas_image *im = cas_find(s, op->name, n), *to, *kid, **p = &s->images;
   if (verb < NBDSERVE_CAS_CREATE || verb > NBDSERVE_CAS_RM ||
       cas_blocks(s, op->size) > s->max_blocks || op->size > INT64_MAX ||
-      (dry_run && verb < NBDSERVE_CAS_ROLLBACK)) return -EINVAL;
+      (dry_run && verb < NBDSERVE_CAS_ROLLBACK))
+    return -EINVAL;
   if (!im && verb != NBDSERVE_CAS_CREATE) return -ENOENT;
-  to = is_new ? u_zalloc(sizeof *to)
-       : verb == NBDSERVE_CAS_ROLLBACK ? im->parent : im;
+  to = is_new                          ? u_zalloc(sizeof *to)
+       : verb == NBDSERVE_CAS_ROLLBACK ? im->parent
+                                       : im;
   if (!to || (verb == NBDSERVE_CAS_RESIZE && im->parent))
     return is_new ? -ENOMEM : -EINVAL;
   if (verb >= NBDSERVE_CAS_ROLLBACK &&
-      to->clients > (op->verb == NBDSERVE_CAS_RESIZE)) return -EBUSY;
+      to->clients > (op->verb == NBDSERVE_CAS_RESIZE))
+    return -EBUSY;
   for (kid = s->images; kid && verb == NBDSERVE_CAS_RM; kid = kid->next)
     if (kid->parent == im) return -ENOTEMPTY;
   if (dry_run) return 0;
@@ -2573,7 +2782,8 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
     err = cas_give_name(s, to, verb < NBDSERVE_CAS_CLONE ? op->name : op->to);
   if (err && is_new) NBDSERVE_FREE(to);
   if (err || verb == NBDSERVE_CAS_RENAME) return err;
-  while (*p && (is_new || *p != im)) p = &(*p)->next;
+  while (*p && (is_new || *p != im))
+    p = &(*p)->next;
   if (is_new) {
     put32(to->record + CAS_ID, s->next_id++);
     put32(to->record + CAS_IS_SNAPSHOT, to->parent != NULL);
@@ -2602,8 +2812,8 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
 
 /* ---- Checkpoints --------------------------------------------------------- */
 
-static uint32_t cas_take_page(struct nbdserve_cas *s, uint32_t magic,
-                              int level, uint32_t index) {
+static uint32_t cas_take_page(struct nbdserve_cas *s, uint32_t magic, int level,
+                              uint32_t index) {
   struct cas_item *it = s->pages + s->npages++;
   put32(it->data, magic);
   put32(it->data + 4, (uint32_t)level);
@@ -2623,8 +2833,9 @@ static void cas_take_map(struct nbdserve_cas *s, struct cas_node **at,
     cas_take_map(s, &b->kid[i], level - 1, index * s->fanout + i);
   unsigned char *p = s->pages[s->npages].data;
   for (uint32_t i = 0; i < s->fanout; i++)
-    put32(p + CAS_HEAD + 4 * i, !level       ? b->e[i]
-                                : b->kid[i] ? b->kid[i]->slot : 0);
+    put32(p + CAS_HEAD + 4 * i, !level      ? b->e[i]
+                                : b->kid[i] ? b->kid[i]->slot
+                                            : 0);
   int empty = b->refs == 1 && u_is_zero(p, s->bs);
   s->ndirty--;
   if (!empty) b->slot = cas_take_page(s, CAS_MAP, level, index);
@@ -2691,7 +2902,7 @@ static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
   for (uint32_t i = 0; i < s->npages; i++)
     cas_stamp(s, s->pages[i].data, CAS_CHECK);
   err = cas_store(s, s->pages, s->npages); /* their digests: zeroes (C11) */
-  if (!err) err = cas_sync(s, 1); /* (C7) */
+  if (!err) err = cas_sync(s, 1);          /* (C7) */
   if (!err) err = cas_io(s, 1, s->super, CAS_PAGE, 0);
   if (!err) err = cas_sync(s, 1);
   if (!err) err = cas_io(s, 1, s->super, CAS_PAGE, CAS_UNIT);
@@ -2712,7 +2923,8 @@ static int cas_due(const struct nbdserve_cas *s) {
   if (s->failed || s->readonly || s->replaying || s->closing) return 0;
   if (s->seq - s->tail > s->log_pages / 2 || s->ndirty > CAS_DIRTY ||
       s->nwaiting > CAS_WAITING ||
-      (s->nwaiting > 0 && s->nfree < CAS_NEEDED(s) + CAS_SEGMENT)) return 2;
+      (s->nwaiting > 0 && s->nfree < CAS_NEEDED(s) + CAS_SEGMENT))
+    return 2;
   return s->filled < s->to_fill;
 }
 
@@ -2772,7 +2984,8 @@ static int cas_room(struct nbdserve_cas *s) {
 static int cas_choose(struct nbdserve_cas *s, struct cas_item *it, int hint) {
   uint32_t tag = CAS_TAG(it->sum), x = hint ? *cas_bucket(s, tag) : 0;
   while (x && ((CAS_AT(s, x, tag) & ~CAS_GOOD) != tag ||
-               CAS_AT(s, x, ref) > INT32_MAX / 2)) x = CAS_AT(s, x, next);
+               CAS_AT(s, x, ref) > INT32_MAX / 2))
+    x = CAS_AT(s, x, next);
   int err = x ? 0 : cas_want(s, CAS_RESERVE + 1);
   it->state = x ? CAS_DUP : CAS_DATA | CAS_DIGEST;
   if (x) cas_hold(s, x);
@@ -2801,7 +3014,8 @@ static int cas_put(struct nbdserve_cas *s, struct cas_image *im,
     uint64_t off = cas_off(s, it[i].slot, CAS_DATA);
     if (!same && !(same = NBDSERVE_MALLOC(s->bs))) err = -ENOMEM;
     if (err || (!cas_io(s, 0, same, s->bs, off) &&
-                memcmp(same, it[i].data, s->bs) == 0)) continue;
+                memcmp(same, it[i].data, s->bs) == 0))
+      continue;
     os_lock(&s->lock); /* it is not: take another one (C12) */
     cas_drop(s, it[i].slot, &s->dropped);
     err = cas_choose(s, it + i, 0);
@@ -2840,7 +3054,8 @@ static int cas_read(struct nbdserve_cas *s, struct cas_image *im,
     it[i].err = cas_map(s, im, it[i].lba, 0, &it[i].slot, NULL);
     int good = CAS_AT(s, it[i].slot, tag) & CAS_GOOD && !s->failed;
     it[i].state = !it[i].slot     ? 0
-                  : good || trust ? want : CAS_DATA | CAS_DIGEST;
+                  : good || trust ? want
+                                  : CAS_DATA | CAS_DIGEST;
     cas_hold(s, it[i].slot);
   }
   os_unlock(&s->lock);
@@ -2850,7 +3065,8 @@ static int cas_read(struct nbdserve_cas *s, struct cas_image *im,
   for (size_t i = 0; i < n; i++) {
     if (!it[i].slot && want == CAS_DATA) memset(it[i].data, 0, s->bs);
     if (it[i].state == (CAS_DATA | CAS_DIGEST) && !it[i].err &&
-        memcmp(it[i].digest, it[i].sum, 32) != 0) it[i].err = -EIO;
+        memcmp(it[i].digest, it[i].sum, 32) != 0)
+      it[i].err = -EIO;
     if (it[i].err) err = it[i].err;
   }
   return err;
@@ -2934,12 +3150,15 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
     for (uint64_t at = 0; at < r->len; at += len) { /* in the request */
       len = u_min(bs - (r->off + at) % bs, r->len - at);
       if (len == bs)
-        it[k++] = (struct cas_item){.lba = (r->off + at) / bs, .req = r,
-                                    .data = r->buf + at, .expect = CAS_ANY};
+        it[k++] = (struct cas_item){.lba = (r->off + at) / bs,
+                                    .req = r,
+                                    .data = r->buf + at,
+                                    .expect = CAS_ANY};
       else if ((err = cas_part(s, im, r->type, r->buf + at, r->off + at, len)))
         r->err = err;
       if (k < CAS_BATCH &&
-          (at + len < r->len || (n > 1 && r->type == r[1].type))) continue;
+          (at + len < r->len || (n > 1 && r->type == r[1].type)))
+        continue;
       if (writing) cas_put(s, im, it, k);
       if (writing) cas_kick(s);
       if (!writing) cas_read(s, im, it, k, CAS_DATA);
@@ -3034,7 +3253,8 @@ static int64_t cas_get_super(struct nbdserve_cas *s, uint64_t off,
 static int cas_place(struct nbdserve_cas *s) {
   uint64_t end = 2 * CAS_UNIT + (uint64_t)s->log_pages * CAS_PAGE;
   if (!u_is_power_of_2(s->bs) || s->bs < CAS_MIN_BLOCK || s->bs > 65536 ||
-      s->log_pages < 8 || s->log_pages > 1 << 24) return -EINVAL;
+      s->log_pages < 8 || s->log_pages > 1 << 24)
+    return -EINVAL;
   s->data_off = (end + CAS_UNIT - 1) / CAS_UNIT * CAS_UNIT;
   s->fanout = CAS_FANOUT(s->bs);
   s->max_blocks = (uint64_t)s->fanout * s->fanout * s->fanout * s->fanout;
@@ -3089,7 +3309,8 @@ static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
   for (uint32_t c = 0; c < s->fanout && !b->bad && !err; c++) {
     uint32_t v = get32(page + CAS_HEAD + 4 * c);
     err = level ? cas_load(s, v, level - 1, index * s->fanout + c, b->kid + c)
-          : v < s->nslots ? 0 : -EIO;
+          : v < s->nslots ? 0
+                          : -EIO;
     if (!level && !err) cas_hold(s, b->e[c] = v);
   }
   NBDSERVE_FREE(page);
@@ -3123,10 +3344,12 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
       if (memcmp(p->record + CAS_ID, im->record + CAS_ORIGIN, 4) == 0)
         im->parent = p;
     err = !cas_is_name((char *)im->record + CAS_NAMED) ||
-                  cas_blocks(s, im->size) > s->max_blocks ? -EIO
-          : get32(im->record + CAS_DEPTH) != CAS_LEVELS ? -EOPNOTSUPP
-          : cas_load(s, get32(im->record + CAS_ROOT), CAS_LEVELS - 1, 0,
-                     &im->root);
+                  cas_blocks(s, im->size) > s->max_blocks
+              ? -EIO
+          : get32(im->record + CAS_DEPTH) != CAS_LEVELS
+              ? -EOPNOTSUPP
+              : cas_load(s, get32(im->record + CAS_ROOT), CAS_LEVELS - 1, 0,
+                         &im->root);
   }
   for (uint32_t x = 1; x < s->nslots; x++) {
     CAS_AT(s, x, tag) = CAS_AT(s, x, tag) || CAS_AT(s, x, next); /* a page */
@@ -3147,11 +3370,13 @@ static int cas_log_read(struct nbdserve_cas *s, uint64_t seq) {
 }
 
 static int cas_redo(struct nbdserve_cas *s, const unsigned char *p, int known) {
-  struct cas_item it = {.lba = get64(p + 8), .slot = get32(p + 4),
+  struct cas_item it = {.lba = get64(p + 8),
+                        .slot = get32(p + 4),
                         .data = s->page,
                         .state = known ? CAS_DIGEST : CAS_DATA | CAS_DIGEST};
   struct cas_image *im = s->images;
-  while (im && memcmp(im->record + CAS_ID, p, 4) != 0) im = im->next;
+  while (im && memcmp(im->record + CAS_ID, p, 4) != 0)
+    im = im->next;
   uint64_t blocks = im ? cas_blocks(s, im->size) : 0;
   if (it.lba >= blocks) return 0;
   if (!it.slot)
@@ -3186,7 +3411,8 @@ static int cas_replay(struct nbdserve_cas *s) {
     if (!cas_log_read(s, seq)) return -EIO;
     for (unsigned i = 0; i < get16(s->log + 4) && !err; i++)
       if ((err = cas_redo(s, s->log + 32 + CAS_ENTRY * i, seq < s->durable)) ==
-              -EIO && s->damaged && s->readonly)
+              -EIO &&
+          s->damaged && s->readonly)
         err = 0; /* it is below a page that cannot be read */
   }
   s->seq = s->tail = s->durable = end + s->log_pages; /* (C10) */
@@ -3201,7 +3427,8 @@ static void cas_destroy(struct nbdserve_cas *s) {
     NBDSERVE_FREE(im);
   }
   os_unlock(&s->lock);
-  while (s->ngroups > 0) NBDSERVE_FREE(s->groups[--s->ngroups]);
+  while (s->ngroups > 0)
+    NBDSERVE_FREE(s->groups[--s->ngroups]);
   os_mutex_free(&s->ckpt);
   os_mutex_free(&s->lock);
   if (s->fd >= 0) close(s->fd);
@@ -3258,7 +3485,8 @@ int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
 int nbdserve_cas_close(struct nbdserve_cas *s) {
   os_lock(&s->lock);
   s->closing = 1;
-  while (s->busy) os_wait(&s->lock);
+  while (s->busy)
+    os_wait(&s->lock);
   int err = s->failed;
   os_unlock(&s->lock);
   if (!err && !s->readonly && (s->nlogged > s->nsynced || s->seq > s->tail))
@@ -3297,7 +3525,7 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
 /* ---- The public calls ---------------------------------------------------- */
 
 static const struct nbdserve_ops cas_ops = {
-    ex_own_read, ex_own_write, cas_flush, cas_trim, cas_zero,
+    ex_own_read, ex_own_write, cas_flush, cas_trim,  cas_zero,
     NULL,        cas_extents,  cas_close, cas_batch, NULL};
 
 int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
@@ -3336,7 +3564,8 @@ int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
   char part[CAS_PATH];
   int resize = verb == NBDSERVE_CAS_RESIZE, err = s->readonly ? -EROFS : 0;
   os_lock(&s->lock); /* what is to be written now may be there already */
-  while (verb == NBDSERVE_CAS_CREATE && s->busy) os_wait(&s->lock);
+  while (verb == NBDSERVE_CAS_CREATE && s->busy)
+    os_wait(&s->lock);
   os_unlock(&s->lock);
   snprintf(part, sizeof part, "%.*s", (int)strcspn(name, "@"), name);
   if (!err && (resize || verb == NBDSERVE_CAS_SNAPSHOT))
@@ -3354,9 +3583,12 @@ int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_listed *each,
   int r = 0;
   os_lock(&s->lock);
   for (struct cas_image *im = s->images; im && !r; im = im->next) {
-    struct nbdserve_cas_info info = {
-        cas_name(im, name), im->size, get64(im->record + CAS_CREATED),
-        (uint32_t)im->clients, im->parent != NULL, cas_spell(im, id)};
+    struct nbdserve_cas_info info = {cas_name(im, name),
+                                     im->size,
+                                     get64(im->record + CAS_CREATED),
+                                     (uint32_t)im->clients,
+                                     im->parent != NULL,
+                                     cas_spell(im, id)};
     im->clients++; /* it stays in the list */
     os_unlock(&s->lock);
     r = each(arg, &info);
@@ -3391,11 +3623,13 @@ int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72],
     size_t n = (size_t)u_min(blocks - lba, CAS_BATCH), i;
     for (i = 0; i < n; i++)
       it[i] = (struct cas_item){.lba = lba + i, .data = data + i * s->bs};
-    err = progress && progress(arg, lba * s->bs, im->size) ? -ECANCELED
-          : cas_read(s, im, it, n, CAS_DIGEST);
+    err = progress && progress(arg, lba * s->bs, im->size)
+              ? -ECANCELED
+              : cas_read(s, im, it, n, CAS_DIGEST);
     cas_unpin(s, it, n);
     memset(run + 32, 0, sizeof run - 32);
-    for (i = 0; i < n; i++) memcpy(run + 32 + 32 * i, it[i].digest, 32);
+    for (i = 0; i < n; i++)
+      memcpy(run + 32 + 32 * i, it[i].digest, 32);
     sha_256(s->hw, run, NULL, sizeof run, run, NULL);
   }
   NBDSERVE_FREE(data);
@@ -3434,7 +3668,8 @@ int nbdserve_cas_diff(struct nbdserve_cas *s, const char *a, const char *b,
 void nbdserve_cas_stat(struct nbdserve_cas *s, struct nbdserve_cas_stat *out) {
   os_lock(&s->lock);
   *out = (struct nbdserve_cas_stat){
-      .block_size = s->bs, .free = (uint64_t)s->nfree * s->bs,
+      .block_size = s->bs,
+      .free = (uint64_t)s->nfree * s->bs,
       .stored = (uint64_t)(s->nslots - s->nfree - s->nwaiting - 1) * s->bs,
       .file = (uint64_t)lseek(s->fd, 0, SEEK_END),
       .log = (s->seq - s->tail) * 100 / s->log_pages};
@@ -3454,8 +3689,9 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
   os_lock(&s->ckpt);
   for (unsigned i = 0; i < 2; i++) {
     if (cas_get_super(s, i * CAS_UNIT, data) >= 0) continue;
-    each(arg, "", 0, 0, i ? "the second superblock is damaged"
-                          : "the first superblock is damaged");
+    each(arg, "", 0, 0,
+         i ? "the second superblock is damaged"
+           : "the first superblock is damaged");
     found = 1;
   }
   os_lock(&s->lock); /* read-only: what is in memory has been checked */
@@ -3471,7 +3707,8 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
   os_unlock(&s->ckpt);
   for (uint32_t x = 0; x < s->nslots && !s->readonly; x++)
     CAS_AT(s, x, tag) &= ~CAS_GOOD;
-  for (im = s->images; im; im = im->next) total += im->size;
+  for (im = s->images; im; im = im->next)
+    total += im->size;
   for (im = s->images; im && !stop; im = im->next) {
     im->clients++; /* it stays in the list */
     cas_name(im, name);
@@ -3515,9 +3752,11 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
   for (uint32_t x = 0; !err && x < nslots; x += CAS_SEGMENT) {
     os_lock(&s->lock); /* what is free stays so meanwhile */
     for (uint32_t i = x, n; i < x + CAS_SEGMENT && !err; i += n + 1) {
-      for (n = 0; i + n < x + CAS_SEGMENT && !CAS_AT(s, i + n, ref);) n++;
-      if (n) err = os_fallocate(s->fd, OS_PUNCH_HOLE, cas_off(s, i, CAS_DATA),
-                                (uint64_t)n * s->bs);
+      for (n = 0; i + n < x + CAS_SEGMENT && !CAS_AT(s, i + n, ref);)
+        n++;
+      if (n)
+        err = os_fallocate(s->fd, OS_PUNCH_HOLE, cas_off(s, i, CAS_DATA),
+                           (uint64_t)n * s->bs);
     }
     os_unlock(&s->lock);
     if (!err && progress && progress(arg, x, nslots)) err = -ECANCELED;
@@ -3535,7 +3774,12 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
  * (S3) Stopping: no more clients; those that are there get no further requests,
  *      but what they have sent is done and answered, for IO_GRACE_MS at most
  *      where they do not read; then all exports are flushed. */
-enum { SRV_BACKLOG = 128, SRV_PAUSE_MS = 100, SRV_WAKE = 'w', SRV_ELSE = '-' };
+enum {
+  SRV_BACKLOG = 128,
+  SRV_PAUSE_MS = 100,
+  SRV_WAKE = 'w',
+  SRV_ELSE = '-'
+};
 
 union srv_address {
   struct sockaddr sa;
@@ -3544,7 +3788,9 @@ union srv_address {
   struct sockaddr_in6 in6; /* ...this one does, on every system */
 };
 
-const char *nbdserve_version(void) { return NBDSERVE_VERSION; }
+const char *nbdserve_version(void) {
+  return NBDSERVE_VERSION;
+}
 
 int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   struct nbdserve_config k = {.version = NBDSERVE_VERSION_NUMBER};
@@ -3569,8 +3815,10 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   int err = os_mutex_init(&s->lock);
   if (!err) err = os_pipe(s->stop);
   if (!err) err = os_pipe(s->wake);
-  if (err) nbdserve_free(s);
-  else *out = s;
+  if (err)
+    nbdserve_free(s);
+  else
+    *out = s;
   return err;
 }
 
@@ -3613,16 +3861,21 @@ static int srv_add(struct nbdserve *s, int fd, int is_unix, const char *text) {
 }
 
 /* A socket that listens at an address or is connected to it, or -errno. */
-enum { SRV_LISTEN, SRV_CONNECT, SRV_PROBE /* without waiting */ };
+enum {
+  SRV_LISTEN,
+  SRV_CONNECT,
+  SRV_PROBE /* without waiting */
+};
 static int srv_socket(const union srv_address *a, socklen_t len, int how) {
   int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1;
   if (fd < 0) return -errno;
   os_own(fd, how != SRV_CONNECT);
   setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one); /* TCP heeds it */
   setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one); /* IPv6 does */
-  if (how != SRV_LISTEN ? connect(fd, &a->sa, len) == 0
-                        : bind(fd, &a->sa, len) == 0 &&
-                              listen(fd, SRV_BACKLOG) == 0) return fd;
+  if (how != SRV_LISTEN
+          ? connect(fd, &a->sa, len) == 0
+          : bind(fd, &a->sa, len) == 0 && listen(fd, SRV_BACKLOG) == 0)
+    return fd;
   int err = -errno;
   close(fd);
   return err;
@@ -3637,8 +3890,10 @@ static int srv_unix(const char *path, int how) {
   strcpy(a.un.sun_path, path);
   if (how != SRV_LISTEN) return srv_socket(&a, sizeof a.un, how);
   int dir = os_open_dir(path); /* until it listens it looks stale to others */
-  for (int i = 0; i < 100 && flock(dir, LOCK_EX | LOCK_NB) < 0 &&
-                  errno == EWOULDBLOCK; i++) poll(NULL, 0, 10);
+  for (int i = 0;
+       i < 100 && flock(dir, LOCK_EX | LOCK_NB) < 0 && errno == EWOULDBLOCK;
+       i++)
+    poll(NULL, 0, 10);
   int fd = srv_socket(&a, sizeof a.un, SRV_LISTEN);
   if (fd == -EADDRINUSE && lstat(path, &st) == 0 && S_ISSOCK(st.st_mode)) {
     int probe = srv_socket(&a, sizeof a.un, SRV_PROBE);
@@ -3715,7 +3970,7 @@ int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
   const struct srv_listener *l = s->listeners;
   if (!s->nlisteners || !*l->text) return -ENOENT;
   int n = snprintf(buf, size, "nbd%s://%s/", l->is_unix ? "+unix" : "",
-               l->is_unix ? "" : l->text);
+                   l->is_unix ? "" : l->text);
   if ((size_t)n >= size || !u_append_uri(buf, size, name ? name : "") ||
       (l->is_unix && (strlen(buf) + 8 >= size ||
                       !u_append_uri(strcat(buf, "?socket="), size, l->text))))
@@ -3731,8 +3986,12 @@ static void srv_poke(int fd, char what) {
   errno = saved;
 }
 
-void nbdserve_stop(struct nbdserve *s) { srv_poke(s->stop[1], SRV_ELSE); }
-void nbdserve_wake(struct nbdserve *s) { srv_poke(s->wake[1], SRV_WAKE); }
+void nbdserve_stop(struct nbdserve *s) {
+  srv_poke(s->stop[1], SRV_ELSE);
+}
+void nbdserve_wake(struct nbdserve *s) {
+  srv_poke(s->wake[1], SRV_WAKE);
+}
 
 void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
   os_lock(&s->lock);
@@ -3753,7 +4012,9 @@ static struct conn *srv_client(struct nbdserve *s, int in, int out, int own) {
   memset(c, 0, offsetof(struct conn, rbuf)); /* the rest stays untouched */
   c->s = s;
   c->fd = own ? in : -1;
-  c->io = (struct io){.in = in, .out = out, .stall_ms = s->config.stall_ms,
+  c->io = (struct io){.in = in,
+                      .out = out,
+                      .stall_ms = s->config.stall_ms,
                       .stop = own && !NBDSERVE_NO_THREADS ? -1 : s->stop[0]};
   c->queue_end = &c->queue;
   if (os_mutex_init(&c->lock) || os_mutex_init(&c->sending)) {
@@ -3775,7 +4036,8 @@ static void srv_free_client(struct conn *c) {
   assert(!c->nworkers && !c->ndeferred);
   os_lock(&s->lock);
   struct conn **p = &s->conns;
-  while (*p != c) p = &(*p)->next;
+  while (*p != c)
+    p = &(*p)->next;
   *p = c->next;
   s->nconns--;
   if (c->fd >= 0) close(c->fd); /* locked: srv_finish must not hit another */
@@ -3877,8 +4139,10 @@ int nbdserve_run(struct nbdserve *s) {
       if (fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR) continue;
       struct conn *c = fd < 0 ? NULL : srv_client(s, fd, fd, 1);
       if (c) err = os_thread(srv_thread, c);
-      if (err && c) srv_free_client(c); /* closes it */
-      else if (err && fd >= 0) close(fd);
+      if (err && c)
+        srv_free_client(c); /* closes it */
+      else if (err && fd >= 0)
+        close(fd);
       if (err && now - pause > SRV_PAUSE_MS) /* once, not in every round */
         u_log(&s->config, NBDSERVE_LOG_WARNING, "clients have to wait: %s",
               u_error(err));
@@ -3902,7 +4166,8 @@ void nbdserve_free(struct nbdserve *s) {
     struct srv_listener *l = &s->listeners[i];
     close(l->fd);
     if (l->is_unix && lstat(l->text, &st) == 0 && st.st_ino == l->st.st_ino &&
-        st.st_dev == l->st.st_dev) unlink(l->text);
+        st.st_dev == l->st.st_dev)
+      unlink(l->text);
   }
   for (struct ex *ex = s->exports, *next; ex; ex = next) {
     next = ex->next;
@@ -3920,7 +4185,12 @@ void nbdserve_free(struct nbdserve *s) {
 #if !NBDSERVE_NO_MAIN
 #include <sys/wait.h>
 
-enum { CLI_FAILED = 1, CLI_USAGE, CLI_DAMAGED, CLI_IN_USE }; /* exit status */
+enum {
+  CLI_FAILED = 1,
+  CLI_USAGE,
+  CLI_DAMAGED,
+  CLI_IN_USE
+}; /* exit status */
 
 static const struct cli_option {
   int letter; /* negative: only a name, but to us it is cli.v[letter] */
@@ -3965,8 +4235,8 @@ static const struct cli_option {
     {'-', "", NULL, 0, 0, NULL}}; /* what stands before CMD; no other */
 
 static struct {
-  const char *v[128]; /* values by letter; NULL: not given */
-  uint64_t n[128];    /* as numbers; how often, for those without */
+  const char *v[128];        /* values by letter; NULL: not given */
+  uint64_t n[128];           /* as numbers; how often, for those without */
   char **command, **targets; /* behind --, or NULL; [NAME=]TARGET */
   int ntargets;
   const char *name;          /* of a single export, or "" */
@@ -3974,12 +4244,12 @@ static struct {
   uint32_t without;          /* as in nbdserve_config */
   struct nbdserve *server;
   volatile sig_atomic_t usr1, ending; /* signals that came */
-  int in, out, report;       /* one client's; pipe to --fork's parent; or -1 */
-  pid_t child;               /* the captive command; 0: none, or... */
-  int status;                /* ...it has ended with this exit status */
+  int in, out, report; /* one client's; pipe to --fork's parent; or -1 */
+  pid_t child;         /* the captive command; 0: none, or... */
+  int status;          /* ...it has ended with this exit status */
   const char *pidfile, *store; /* to remove; its path, or NULL */
   struct nbdserve_cas *cas;
-  int ctl, ended[2];         /* control socket, or -1; pipe: its thread has */
+  int ctl, ended[2]; /* control socket, or -1; pipe: its thread has */
   char ctl_path[PATH_MAX], dir[100]; /* private directory, or "" */
   char uri[3 * WIRE_STRING + 1024];
 } cli = {.name = "", .in = -1, .out = 1, .report = -1, .ctl = -1};
@@ -4049,31 +4319,40 @@ static void cli_close(void) {
 static void cli_fail(int err, const char *object) {
   if (err)
     cli_die(err == -EBUSY ? CLI_IN_USE : CLI_FAILED, "%s: %s%s", object,
-            u_error(err), err == -EBUSY ? "; another server has it"
-            : err == -EADDRINUSE        ? "; not replaced" : "");
+            u_error(err),
+            err == -EBUSY        ? "; another server has it"
+            : err == -EADDRINUSE ? "; not replaced"
+                                 : "");
 }
 
 /* ---- What --without, --fault and --delay do to clients ------------------- */
 
-static const char *const cli_features[] = { /* by bit of config.without */
-    "", "", "flush", "fua", "", "trim", "zero", "df", "multi-conn", "", "cache",
-    "fast-zero", "", "", "", "", "", "", "", "list", "", "", "info", "go",
-    "structured", "list-meta", "meta", "extended"};
-static const char *const cli_commands[] = {"read", "write", "", "flush", "trim",
-    "cache", "zero", "status", "all"};
-static const char *const cli_errors[] = {"EPERM", "EIO", "ENOMEM", "EINVAL",
-    "ENOSPC", "EOVERFLOW", "ENOTSUP", "ESHUTDOWN"};
-static const int cli_errnos[] = {EPERM, EIO, ENOMEM, EINVAL, ENOSPC, EOVERFLOW,
-    ENOTSUP, ESHUTDOWN};
-static struct { int err, ms; unsigned ppm, sum; } cli_faults[8]; /* commands */
-#define CLI_WORD(words, s, ends) \
+static const char *const cli_features[] =
+    {/* by bit of config.without */
+     "",           "",          "flush", "fua",       "", "trim", "zero", "df",
+     "multi-conn", "",          "cache", "fast-zero", "", "",     "",     "",
+     "",           "",          "",      "list",      "", "",     "info", "go",
+     "structured", "list-meta", "meta",  "extended"};
+static const char *const cli_commands[] = {
+    "read", "write", "", "flush", "trim", "cache", "zero", "status", "all"};
+static const char *const cli_errors[] = {"EPERM",   "EIO",      "ENOMEM",
+                                         "EINVAL",  "ENOSPC",   "EOVERFLOW",
+                                         "ENOTSUP", "ESHUTDOWN"};
+static const int cli_errnos[] = {EPERM,  EIO,       ENOMEM,  EINVAL,
+                                 ENOSPC, EOVERFLOW, ENOTSUP, ESHUTDOWN};
+static struct {
+  int err, ms;
+  unsigned ppm, sum;
+} cli_faults[8]; /* commands */
+#define CLI_WORD(words, s, ends)                                               \
   cli_word(words, (int)(sizeof words / sizeof *words), s, ends)
 
 /* Takes a word, up to one of ends, off *s.  Its number, or -1. */
 static int cli_word(const char *const *words, int n, const char **s,
                     const char *ends) {
   size_t len = strcspn(*s, ends);
-  while (--n >= 0 && (!len || strncmp(words[n], *s, len) || words[n][len])) {}
+  while (--n >= 0 && (!len || strncmp(words[n], *s, len) || words[n][len])) {
+  }
   *s += len + ((*s)[len] != 0);
   return n;
 }
@@ -4084,7 +4363,8 @@ static int cli_disturb(const char *s, int is_delay) {
   char *end;
   double x = strtod(s, &end); /* milliseconds, or a share */
   if (cmd < 0 || err < 0 || end == s || *end ||
-      !(x >= 0 && x <= (is_delay ? 1e6 : 1))) return 0; /* no NaN either */
+      !(x >= 0 && x <= (is_delay ? 1e6 : 1)))
+    return 0; /* no NaN either */
   for (int i = cmd % 8; i < 8 && (i == cmd || cmd == 8); i++) {
     if (is_delay) cli_faults[i].ms = (int)(x + .999);
     if (!is_delay) cli_faults[i].err = -cli_errnos[err];
@@ -4137,7 +4417,8 @@ static const struct cli_option *cli_find(int letter, const char *name) {
   const struct cli_option *o = cli_options;
   size_t n = name ? strcspn(name, "=") : 0;
   while (*o->name && (name ? strncmp(o->name, name, n) != 0 || o->name[n]
-                           : abs(o->letter) != letter)) o++;
+                           : abs(o->letter) != letter))
+    o++;
   return o;
 }
 
@@ -4160,7 +4441,8 @@ static void cli_parse(char **argv) {
       a += is_long ? strcspn(a, "=") : 1;
       more = *a && !is_long && !o->arg;
       const char *value = !o->arg ? is_long && *a ? NULL : ""
-                                  : *a ? a + is_long : *++argv;
+                          : *a    ? a + is_long
+                                  : *++argv;
       if (!value)
         cli_usage("--%s takes %s", o->name, o->arg ? o->arg : "no value");
       cli_set(o, value);
@@ -4172,8 +4454,8 @@ static void cli_check(void) {
   const char *p = "sUspsisfsFfUfpfiRsRfRFR1RICr-R-s-f-F-1-ITrTC"; /* not both */
   for (; *p; p += 2)
     if (cli.v[(int)p[0]] && cli.v[(int)p[1]])
-      cli_usage("--%s: not together with --%s",
-              cli_find(p[0], NULL)->name, cli_find(p[1], NULL)->name);
+      cli_usage("--%s: not together with --%s", cli_find(p[0], NULL)->name,
+                cli_find(p[1], NULL)->name);
   if (cli.command && !*cli.command) cli_usage("--: no command behind it");
   if (!cli.ntargets) cli_usage("no target; try --help");
   if (cli.v['e'] && cli.ntargets > 1)
@@ -4184,8 +4466,18 @@ static void cli_check(void) {
 /* ---- Stores: serving one, and commands on them ---------------------------
  * A command on a store that is being served is done by who serves it: it goes
  * to STORE.ctl, with the descriptors it needs, and a status comes back. */
-enum { CLI_INIT = 10, CLI_IMPORT, CLI_EXPORT, CLI_LIST, CLI_SEAL, CLI_DIFF,
-       CLI_VERIFY, CLI_GC, CLI_STAT, CLI_MANY = 1 << 20 };
+enum {
+  CLI_INIT = 10,
+  CLI_IMPORT,
+  CLI_EXPORT,
+  CLI_LIST,
+  CLI_SEAL,
+  CLI_DIFF,
+  CLI_VERIFY,
+  CLI_GC,
+  CLI_STAT,
+  CLI_MANY = 1 << 20
+};
 
 static const struct cli_verb {
   const char *name;
@@ -4211,14 +4503,17 @@ static const struct cli_verb {
     {"gc", CLI_GC, 0, 0, "T{bytes#", "STORE"},
     {"stat", CLI_STAT, 0, 0, "R|block_size#stored#free#file#log#", "STORE"}};
 
-enum { CLI_VERBS = sizeof cli_verbs / sizeof *cli_verbs, CLI_JSON = 1 };
+enum {
+  CLI_VERBS = sizeof cli_verbs / sizeof *cli_verbs,
+  CLI_JSON = 1
+};
 
 struct cli_job {
-  int fd[2];     /* output, or the file of import and export; messages */
+  int fd[2];        /* output, or the file of import and export; messages */
   int client, rows; /* who waits for it, or -1; printed so far, of an array */
-  int64_t begun; /* in os_now_ms */
-  double shown;  /* seconds after that: its progress; 0: is not */
-  struct {       /* what goes over the control socket */
+  int64_t begun;    /* in os_now_ms */
+  double shown;     /* seconds after that: its progress; 0: is not */
+  struct {          /* what goes over the control socket */
     uint64_t size;
     unsigned char verb, flags; /* index; CLI_JSON, NBDSERVE_CAS_DRY_RUN */
     char name[PATH_MAX], to[PATH_MAX]; /* operands */
@@ -4258,9 +4553,12 @@ static int cli_row(struct cli_job *j, ...) {
   va_start(ap, j);
   for (f++; *f; f += len + 1, n++) {
     len = (int)strcspn(f, "=#");
-    if (json) dprintf(fd, "%s\"%.*s\":", n ? "," : open, len, f);
-    else if (lines) dprintf(fd, "%s%.*s\t", n ? "\n" : "", len, f);
-    else if (n) dprintf(fd, tty ? "  " : "\t");
+    if (json)
+      dprintf(fd, "%s\"%.*s\":", n ? "," : open, len, f);
+    else if (lines)
+      dprintf(fd, "%s%.*s\t", n ? "\n" : "", len, f);
+    else if (n)
+      dprintf(fd, tty ? "  " : "\t");
     if (f[len] == '#')
       dprintf(fd, "%*" PRIu64, tty ? 16 : 0, va_arg(ap, uint64_t));
     else
@@ -4305,13 +4603,17 @@ static int cli_copy(struct cli_job *j, struct nbdserve_cas *cas, int in) {
     n = u_min(sizeof buf, ex.size - off);
     struct iovec v = {buf, (size_t)n};
     err = cli_progress(j, off, ex.size) ? -ECANCELED
-          : in ? os_transfer(fd, 0, &v, 1, off)
-               : ex.ops->read(ex.ctx, buf, off, n, 0);
+          : in                          ? os_transfer(fd, 0, &v, 1, off)
+                                        : ex.ops->read(ex.ctx, buf, off, n, 0);
     if (err) break;
-    if (in) err = ex.ops->write(ex.ctx, buf, off, n, 0);
-    else if (is_file && u_is_zero(buf, (size_t)n)) err = 0;
-    else if (is_file) err = os_transfer(fd, 1, &v, 1, off);
-    else n = (uint64_t)(done = write(fd, buf, (size_t)n));
+    if (in)
+      err = ex.ops->write(ex.ctx, buf, off, n, 0);
+    else if (is_file && u_is_zero(buf, (size_t)n))
+      err = 0;
+    else if (is_file)
+      err = os_transfer(fd, 1, &v, 1, off);
+    else
+      n = (uint64_t)(done = write(fd, buf, (size_t)n));
     if (done < 0) err = -errno;
   }
   if (!err) err = in ? ex.ops->flush(ex.ctx, 0) : is_file ? os_datasync(fd) : 0;
@@ -4330,10 +4632,18 @@ static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
   j->rows = 0;
   j->begun = os_now_ms();
   switch (v->verb) {
-  case CLI_IMPORT: err = cli_copy(j, cas, 1); break;
-  case CLI_EXPORT: err = cli_copy(j, cas, 0); break;
-  case CLI_LIST: err = nbdserve_cas_list(cas, cli_list_row, j); break;
-  case CLI_DIFF: err = nbdserve_cas_diff(cas, name, to, cli_range, j); break;
+  case CLI_IMPORT:
+    err = cli_copy(j, cas, 1);
+    break;
+  case CLI_EXPORT:
+    err = cli_copy(j, cas, 0);
+    break;
+  case CLI_LIST:
+    err = nbdserve_cas_list(cas, cli_list_row, j);
+    break;
+  case CLI_DIFF:
+    err = nbdserve_cas_diff(cas, name, to, cli_range, j);
+    break;
   case CLI_SEAL:
     err = nbdserve_cas_seal(cas, name, id, cli_progress, j);
     if (!err) err = cli_row(j, id);
@@ -4366,19 +4676,25 @@ static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
 
 /* Sends or receives a command; descriptors that do not come stay as they are */
 static int cli_pass(const struct io *io, struct cli_job *j, int sending) {
-  union { struct cmsghdr h; char room[CMSG_SPACE(sizeof j->fd)]; } c = {
-      .h = {.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS,
-            .cmsg_len = CMSG_LEN(sizeof j->fd)}};
+  union {
+    struct cmsghdr h;
+    char room[CMSG_SPACE(sizeof j->fd)];
+  } c = {.h = {.cmsg_level = SOL_SOCKET,
+               .cmsg_type = SCM_RIGHTS,
+               .cmsg_len = CMSG_LEN(sizeof j->fd)}};
   struct iovec v = {&j->ask, sizeof j->ask};
-  struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = &c,
+  struct msghdr m = {.msg_iov = &v,
+                     .msg_iovlen = 1,
+                     .msg_control = &c,
                      .msg_controllen = CMSG_LEN(sizeof j->fd)}; /* no more */
   memcpy(CMSG_DATA(&c.h), j->fd, sizeof j->fd);
   if (sending)
     return sendmsg(io->out, &m, MSG_NOSIGNAL) == sizeof j->ask ? 0 : -EPIPE;
   ssize_t n = recvmsg(io->in, &m, 0); /* the first part: descriptors end it */
   memcpy(j->fd, CMSG_DATA(&c.h), sizeof j->fd);
-  return n <= 0 ? -EPIPE : io_recv_all(io, (unsigned char *)&j->ask + n,
-                                       sizeof j->ask - (size_t)n);
+  return n <= 0 ? -EPIPE
+                : io_recv_all(io, (unsigned char *)&j->ask + n,
+                              sizeof j->ask - (size_t)n);
 }
 
 static int cli_remote(struct cli_job *j) {
@@ -4423,7 +4739,10 @@ static int cli_find_volume(void *unused, const char *name,
   return (void)unused, nbdserve_cas_volume(cli.cas, name, out);
 }
 
-struct cli_emit { nbdserve_emit *emit; void *arg; };
+struct cli_emit {
+  nbdserve_emit *emit;
+  void *arg;
+};
 
 static int cli_emit_volume(void *to, const struct nbdserve_cas_info *info) {
   struct cli_emit *e = to;
@@ -4469,7 +4788,8 @@ static void cli_command(void) {
   static struct cli_job j = {.fd = {1, 2}, .client = -1};
   char **arg = cli.targets, *store = getenv("NBDSERVE_STORE"), *colons;
   int n = cli.ntargets - 1, i = 0, status = 0;
-  while (n >= 0 && i < CLI_VERBS && strcmp(cli_verbs[i].name, *arg) != 0) i++;
+  while (n >= 0 && i < CLI_VERBS && strcmp(cli_verbs[i].name, *arg) != 0)
+    i++;
   if (n < 0 || i == CLI_VERBS) return;
   const struct cli_verb *v = cli_verbs + i;
   colons = n > 0 ? strstr(*++arg, "::") : NULL;
@@ -4487,8 +4807,8 @@ static void cli_command(void) {
       (cli.v['n'] && !strchr(v->traits, 'N')))
     cli_usage("usage: nbdserve %s %s", v->name, v->help);
   j.ask.verb = (unsigned char)i;
-  j.ask.flags = (cli.v['n'] ? NBDSERVE_CAS_DRY_RUN : 0) |
-                (cli.v['j'] ? CLI_JSON : 0);
+  j.ask.flags =
+      (cli.v['n'] ? NBDSERVE_CAS_DRY_RUN : 0) | (cli.v['j'] ? CLI_JSON : 0);
   if (n > 0 && strchr(v->traits, 'S') &&
       !srv_number(arg[n - 1], INT64_MAX, &j.ask.size))
     cli_usage("%s %s: no size", v->name, arg[n - 1]);
@@ -4527,10 +4847,12 @@ static void cli_command(void) {
 /* Opens a target and adds it. */
 static void cli_add(char *path) {
   struct nbdserve_export ex = cli.ex;
-  struct nbdserve_flat flat = {
-      .offset = cli.n['o'], .size = cli.n['S'], .create = cli.n['C'],
-      .flags = cli.v['r'] ? NBDSERVE_READONLY
-               : cli.v['T'] ? NBDSERVE_TEMPORARY : 0};
+  struct nbdserve_flat flat = {.offset = cli.n['o'],
+                               .size = cli.n['S'],
+                               .create = cli.n['C'],
+                               .flags = cli.v['r']   ? NBDSERVE_READONLY
+                                        : cli.v['T'] ? NBDSERVE_TEMPORARY
+                                                     : 0};
   flat.dir = getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
   if (cli.v['T'] && access(flat.dir, W_OK) < 0) cli_fail(-errno, flat.dir);
   char *equals = path + strcspn(path, "/="), *slash = strrchr(path, '/');
@@ -4564,9 +4886,9 @@ static void cli_add(char *path) {
   err = nbdserve_add(cli.server, &ex);
   if (!err) return;
   ex.ops->close(ex.ctx);
-  cli_usage("%s: %s", path, err == -EEXIST
-          ? "another target has that export name"
-          : "--block-size, name or description out of range");
+  cli_usage("%s: %s", path,
+            err == -EEXIST ? "another target has that export name"
+                           : "--block-size, name or description out of range");
 }
 
 /* Listens; a connected socket, which cannot, is the only client. */
@@ -4574,10 +4896,11 @@ static void cli_listen_on(const char *address) {
   int err = nbdserve_listen(cli.server, address);
   if (err == -ENAMETOOLONG)
     cli_failed("%s: a socket path has at most %u bytes", address,
-            (unsigned)sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
+               (unsigned)sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
   if (err == -EINVAL && cli.in < 0 && strncmp(address, "fd:", 3) == 0)
     cli.in = cli.out = atoi(address + 3);
-  else cli_fail(err, address);
+  else
+    cli_fail(err, address);
 }
 
 static void cli_listen(void) {
@@ -4653,8 +4976,8 @@ static void cli_start_command(void) {
     setenv("exportname", cli.name, 1);
     execl("/bin/sh", "sh", "-c", cli.v['R'], (char *)NULL);
   }
-  _exit(cli_say(127, "%s: %s", command ? *command : "/bin/sh",
-                u_error(-errno)));
+  _exit(
+      cli_say(127, "%s: %s", command ? *command : "/bin/sh", u_error(-errno)));
 }
 
 static int cli_command_ended(int wait) {
@@ -4672,13 +4995,16 @@ static void cli_ready(void) {
     snprintf(temp, sizeof temp, "%.*s.new", PATH_MAX - 8, cli.v['P']);
     int fd = open(temp, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     if (fd < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0 || close(fd) < 0 ||
-        rename(temp, cli.v['P']) < 0) cli_fail(-errno, cli.v['P']);
+        rename(temp, cli.v['P']) < 0)
+      cli_fail(-errno, cli.v['P']);
     cli.pidfile = cli.v['P'];
   }
   int ready = (int)cli.n['y'];
-  if (ready && ((*cli.uri && dprintf(ready, "%s\n", cli.uri) < 0) ||
-                close(ready) < 0)) cli_fail(-errno, "--ready-fd");
-  if (cli.v['R'] || cli.command) cli_start_command();
+  if (ready &&
+      ((*cli.uri && dprintf(ready, "%s\n", cli.uri) < 0) || close(ready) < 0))
+    cli_fail(-errno, "--ready-fd");
+  if (cli.v['R'] || cli.command)
+    cli_start_command();
   else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0)
     cli_fail(-errno, "standard output");
   if (cli.report < 0) return;
@@ -4711,12 +5037,13 @@ static void cli_print_stats(void) {
   struct nbdserve_stats t;
   cli.usr1 = 0;
   nbdserve_stats(cli.server, &t);
-  fprintf(stderr, cli.v['j']
-          ? "{\"clients\":" N ",\"clients_now\":" N ",\"requests\":" N
-            ",\"errors\":" N ",\"bytes_read\":" N ",\"bytes_written\":" N
-            ",\"flushes\":" N "}\n"
-          : "nbdserve: " N " clients (" N " now), " N " requests (" N
-            " failed), " N " bytes read, " N " written, " N " flushes\n",
+  fprintf(stderr,
+          cli.v['j'] ? "{\"clients\":" N ",\"clients_now\":" N
+                       ",\"requests\":" N ",\"errors\":" N ",\"bytes_read\":" N
+                       ",\"bytes_written\":" N ",\"flushes\":" N "}\n"
+                     : "nbdserve: " N " clients (" N " now), " N " requests (" N
+                       " failed), " N " bytes read, " N " written, " N
+                       " flushes\n",
           t.clients, t.clients_now, t.requests, t.errors, t.bytes_read,
           t.bytes_written, t.flushes);
 }
@@ -4766,7 +5093,8 @@ static int cli_help(void) {
 
 int main(int argc, char **argv) {
   int fd = 0; /* 0 to 2 get opened: no image may be one and get messages */
-  while (fd >= 0 && fd <= 2) fd = open("/dev/null", O_RDWR);
+  while (fd >= 0 && fd <= 2)
+    fd = open("/dev/null", O_RDWR);
   if (fd > 2) close(fd);
   atexit(cli_close);
   cli.targets = argv; /* gathered at its front, behind what has been read */
@@ -4780,10 +5108,14 @@ int main(int argc, char **argv) {
                   NBDSERVE_POSIX_ONLY ? " posix-only" : "") < 0;
   int level = NBDSERVE_LOG_WARNING + (int)u_min(cli.n['v'], 2);
   struct nbdserve_config config = {
-      .version = NBDSERVE_VERSION_NUMBER, .max_conn = (uint32_t)cli.n['m'],
-      .flags = cli.v['1'] ? NBDSERVE_ONCE : 0, .threads = (uint32_t)cli.n['t'],
-      .idle_exit_ms = (uint32_t)cli.n['I'] * 1000, .log = cli_log,
-      .stall_ms = (uint32_t)cli.n['a'] * 1000, .without = cli.without,
+      .version = NBDSERVE_VERSION_NUMBER,
+      .max_conn = (uint32_t)cli.n['m'],
+      .flags = cli.v['1'] ? NBDSERVE_ONCE : 0,
+      .threads = (uint32_t)cli.n['t'],
+      .idle_exit_ms = (uint32_t)cli.n['I'] * 1000,
+      .log = cli_log,
+      .stall_ms = (uint32_t)cli.n['a'] * 1000,
+      .without = cli.without,
       .before = cli.v['x'] || cli.v['d'] ? cli_before : NULL,
       .log_level = cli.v['q'] ? NBDSERVE_LOG_ERROR : level};
   cli_fail(nbdserve_new(&cli.server, &config), "start");
@@ -4791,7 +5123,8 @@ int main(int argc, char **argv) {
   cli_check();
   if (cli.v['F']) cli_fork();
   cli_catch_signals(cli_on_signal);
-  for (int i = 0; i < cli.ntargets; i++) cli_add(cli.targets[i]);
+  for (int i = 0; i < cli.ntargets; i++)
+    cli_add(cli.targets[i]);
   cli_listen();
   cli_ready();
   return cli_serve();

@@ -40,10 +40,10 @@ struct nbdserve_req;
 /* ---- Backends ---------------------------------------------------------- */
 
 /* Flags of one call; as NBD_CMD_FLAG_... in proto.md */
-#define NBDSERVE_FUA 1u       /* durable before it returns (NATIVE_FUA only) */
-#define NBDSERVE_NO_HOLE 2u   /* zero: the range stays allocated */
+#define NBDSERVE_FUA 1u        /* durable before it returns (NATIVE_FUA only) */
+#define NBDSERVE_NO_HOLE 2u    /* zero: the range stays allocated */
 #define NBDSERVE_FAST_ZERO 16u /* zero: -ENOTSUP if no faster than write */
-#define NBDSERVE_REQ_ONE 8u   /* extents: the first extent is enough */
+#define NBDSERVE_REQ_ONE 8u    /* extents: the first extent is enough */
 
 /* Status of an extent: 0 is plain data (proto.md, base:allocation) */
 #define NBDSERVE_HOLE 1u /* not allocated */
@@ -92,24 +92,25 @@ NBDSERVE_API int nbdserve_extent(struct nbdserve_extents *out, uint64_t len,
                                  uint32_t status);
 
 /* Flags of an export */
-#define NBDSERVE_READONLY 1u      /* writes are refused with EPERM */
-#define NBDSERVE_SERIAL 2u        /* one call into ops at a time */
-#define NBDSERVE_MULTI_CONN 4u    /* flush covers all connections' writes */
-#define NBDSERVE_ROTATIONAL 8u    /* a hint for the client's scheduler */
-#define NBDSERVE_NATIVE_FUA 16u   /* write, zero, trim do NBDSERVE_FUA; else a
+#define NBDSERVE_READONLY 1u   /* writes are refused with EPERM */
+#define NBDSERVE_SERIAL 2u     /* one call into ops at a time */
+#define NBDSERVE_MULTI_CONN 4u /* flush covers all connections' writes */
+#define NBDSERVE_ROTATIONAL 8u /* a hint for the client's scheduler */
+#define NBDSERVE_NATIVE_FUA                                                    \
+  16u                             /* write, zero, trim do NBDSERVE_FUA; else a \
                                      flush follows them */
 #define NBDSERVE_ANY_NAME 32u     /* reached by every name no other one has */
 #define NBDSERVE_WRITETHROUGH 64u /* every write as if it had FUA */
 #define NBDSERVE_UNSAFE 128u      /* flush and FUA do nothing: not durable */
 
 struct nbdserve_export {
-  const char *name;        /* up to 4096 bytes; "" or NULL: the default one */
-  const char *description; /* for humans, up to 4096 bytes */
-  uint64_t size;           /* bytes, up to INT64_MAX; any number */
-  uint32_t min_block;      /* 1..65536, power of two; 0: 1 */
+  const char *name;         /* up to 4096 bytes; "" or NULL: the default one */
+  const char *description;  /* for humans, up to 4096 bytes */
+  uint64_t size;            /* bytes, up to INT64_MAX; any number */
+  uint32_t min_block;       /* 1..65536, power of two; 0: 1 */
   uint32_t preferred_block; /* power of two >= 512 and min; 0: 4096 or min */
-  uint32_t max_request;    /* bytes of one read or write; 0: 32 MiB */
-  uint32_t flags;          /* NBDSERVE_READONLY... */
+  uint32_t max_request;     /* bytes of one read or write; 0: 32 MiB */
+  uint32_t flags;           /* NBDSERVE_READONLY... */
   const struct nbdserve_ops *ops;
   void *ctx;
 };
@@ -121,9 +122,10 @@ struct nbdserve_flat {
   uint64_t size;   /* and that many bytes; 0: to the end */
   uint64_t create; /* make the file, sparse, with that size if it is missing */
   uint32_t flags;  /* NBDSERVE_READONLY: or */
-#define NBDSERVE_TEMPORARY 256u /* what is written is gone in the end: it goes
-                      to a file without a name; path is only read, and shared
-                      with other readers; 1 bit of memory for 64 KiB */
+#define NBDSERVE_TEMPORARY                                                     \
+  256u             /* what is written is gone in the end: it goes              \
+         to a file without a name; path is only read, and shared            \
+         with other readers; 1 bit of memory for 64 KiB */
   const char *dir; /* where that file is; NULL: memory */
 };
 
@@ -157,9 +159,10 @@ NBDSERVE_API int nbdserve_flat_open(const char *path,
  */
 struct nbdserve_cas;
 
-#define NBDSERVE_CAS_VERIFY 1u    /* check a block's SHA-256 when it is read for
-                                     the first time since the store was opened;
-                                     the default if the processor computes it */
+#define NBDSERVE_CAS_VERIFY                                                    \
+  1u /* check a block's SHA-256 when it is read for                            \
+        the first time since the store was opened;                             \
+        the default if the processor computes it */
 #define NBDSERVE_CAS_NO_VERIFY 2u /* do not */
 #define NBDSERVE_CAS_READONLY 4u  /* next to other readers; changes nothing */
 
@@ -209,19 +212,19 @@ NBDSERVE_API int nbdserve_cas_change(struct nbdserve_cas *cas, int verb,
 #define NBDSERVE_CAS_RM 7       /* name is no more */
 #define NBDSERVE_CAS_DRY_RUN 16 /* with one of the last three: only checks */
 
-#define nbdserve_cas_create(cas, name, size) \
+#define nbdserve_cas_create(cas, name, size)                                   \
   nbdserve_cas_change(cas, NBDSERVE_CAS_CREATE, name, NULL, size)
-#define nbdserve_cas_snapshot(cas, name) \
+#define nbdserve_cas_snapshot(cas, name)                                       \
   nbdserve_cas_change(cas, NBDSERVE_CAS_SNAPSHOT, name, NULL, 0)
-#define nbdserve_cas_clone(cas, name, to) \
+#define nbdserve_cas_clone(cas, name, to)                                      \
   nbdserve_cas_change(cas, NBDSERVE_CAS_CLONE, name, to, 0)
-#define nbdserve_cas_rename(cas, name, to) \
+#define nbdserve_cas_rename(cas, name, to)                                     \
   nbdserve_cas_change(cas, NBDSERVE_CAS_RENAME, name, to, 0)
-#define nbdserve_cas_rollback(cas, name) \
+#define nbdserve_cas_rollback(cas, name)                                       \
   nbdserve_cas_change(cas, NBDSERVE_CAS_ROLLBACK, name, NULL, 0)
-#define nbdserve_cas_resize(cas, name, size) \
+#define nbdserve_cas_resize(cas, name, size)                                   \
   nbdserve_cas_change(cas, NBDSERVE_CAS_RESIZE, name, NULL, size)
-#define nbdserve_cas_rm(cas, name) \
+#define nbdserve_cas_rm(cas, name)                                             \
   nbdserve_cas_change(cas, NBDSERVE_CAS_RM, name, NULL, 0)
 
 struct nbdserve_cas_info {
@@ -312,17 +315,17 @@ struct nbdserve_config {
   uint32_t threads; /* calls into a backend at a time per client, besides one
                        for a request above 1 MiB; each of them may hold 1 MiB;
                        0: 16 */
-  uint32_t max_conn;        /* clients at a time; the others wait; 0: 128 */
-  uint32_t handshake_ms;    /* for the whole handshake; 0: 10000 */
-  uint32_t stall_ms;        /* for what a client has begun: a request (each MiB
-                               of its data), taking a reply; then it is
-                               disconnected; 0: 120000 */
-  uint32_t idle_exit_ms;    /* nbdserve_run returns after that time without
-                               clients; 0: never */
-  uint32_t without;         /* what clients do not get: bits 2 to 15, those
-                               transmission flags (WRITE_ZEROES with
-                               FAST_ZERO); bit 16 + N, option N */
-  int log_level;            /* highest level wanted; 0: errors only */
+  uint32_t max_conn;     /* clients at a time; the others wait; 0: 128 */
+  uint32_t handshake_ms; /* for the whole handshake; 0: 10000 */
+  uint32_t stall_ms;     /* for what a client has begun: a request (each MiB
+                            of its data), taking a reply; then it is
+                            disconnected; 0: 120000 */
+  uint32_t idle_exit_ms; /* nbdserve_run returns after that time without
+                            clients; 0: never */
+  uint32_t without;      /* what clients do not get: bits 2 to 15, those
+                            transmission flags (WRITE_ZEROES with
+                            FAST_ZERO); bit 16 + N, option N */
+  int log_level;         /* highest level wanted; 0: errors only */
   void (*log)(void *ctx, int level, const char *message); /* NULL: silent; may
                                be called from several threads at once */
   /* Exports that are not known beforehand: find fills *out and returns 0 (each

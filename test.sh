@@ -4282,10 +4282,26 @@ testNbdClientListsTheExports() {
 #include <unistd.h>
 
 #define CHECK(x) ((x) ? (void)0 : t_fail(__LINE__, #x))
-#define COUNT(a) ((int)(sizeof (a) / sizeof (a)[0]))
+#define COUNT(a) ((int)(sizeof(a) / sizeof(a)[0]))
 
-enum { READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS };
-enum { FUA = 1, NO_HOLE = 2, DF = 4, REQ_ONE = 8, FAST = 16, PAYLOAD = 32 };
+enum {
+  READ,
+  WRITE,
+  DISC,
+  FLUSH,
+  TRIM,
+  CACHE,
+  ZEROES,
+  STATUS
+};
+enum {
+  FUA = 1,
+  NO_HOLE = 2,
+  DF = 4,
+  REQ_ONE = 8,
+  FAST = 16,
+  PAYLOAD = 32
+};
 
 static void t_fail(int line, const char *what) {
   fprintf(stderr, "test.sh:%d: not so: %s (errno %d)\n", line, what, errno);
@@ -4293,12 +4309,14 @@ static void t_fail(int line, const char *what) {
 }
 
 static void t_put(unsigned char *p, int n, uint64_t v) {
-  while (n > 0) p[--n] = (unsigned char)v, v >>= 8;
+  while (n > 0)
+    p[--n] = (unsigned char)v, v >>= 8;
 }
 
 static uint64_t t_get(const unsigned char *p, int n) {
   uint64_t v = 0;
-  while (n-- > 0) v = v << 8 | *p++;
+  while (n-- > 0)
+    v = v << 8 | *p++;
   return v;
 }
 
@@ -4463,8 +4481,10 @@ static int t_recv(struct t_conn *c, struct t_reply *r) {
     r->data = malloc(r->room = room);
     CHECK(r->data != NULL);
   }
-  if (r->chunk == 2) memset(r->data, 0, room);
-  else if (t_read(c->fd, r->data, room) != room) return 0;
+  if (r->chunk == 2)
+    memset(r->data, 0, room);
+  else if (t_read(c->fd, r->data, room) != room)
+    return 0;
   if (r->chunk == 2) r->chunk = 1;
   if (r->chunk >= 0x8001) {
     r->error = (uint32_t)t_get(r->data, 4);
@@ -4489,7 +4509,8 @@ static int t_do(struct t_conn *c, int flags, int command, uint64_t off,
       return -1;
     }
     CHECK((uint32_t)r.cookie == mine);
-    if (r.error) error = (int)r.error;
+    if (r.error)
+      error = (int)r.error;
     else if (command == READ && r.chunk < 0 && r.len)
       memcpy(data, r.data, r.len);
     else if (command == READ && r.chunk == 1) {
@@ -4630,8 +4651,8 @@ static unsigned p_hash(unsigned a, unsigned b, unsigned c) {
 
 /* Chooses all requests of a phase, and what the region holds behind them */
 static void p_plan(struct pipe *p) {
-  static const unsigned char mixed[] = {READ, WRITE, ZEROES, TRIM,
-                                        STATUS, CACHE, READ, WRITE};
+  static const unsigned char mixed[] = {READ,   WRITE, ZEROES, TRIM,
+                                        STATUS, CACHE, READ,   WRITE};
   unsigned i, k;
   for (i = 0; i < p->n; i++) {
     unsigned char *slot = p->want + i * SLOT;
@@ -4639,9 +4660,12 @@ static void p_plan(struct pipe *p) {
     p->op[i] = p->phase == 0 ? WRITE : p->phase == 2 ? READ : mixed[h % 8];
     if (p->op[i] == STATUS && !p->c.structured) p->op[i] = READ;
     if (p->op[i] == WRITE) {
-      for (k = 0; k < SLOT; k++) slot[k] = (unsigned char)(h + k * 7);
-    } else if (p->op[i] == ZEROES) memset(slot, 0, SLOT);
-    else if (p->op[i] == TRIM) p->undefined[i] = 1;
+      for (k = 0; k < SLOT; k++)
+        slot[k] = (unsigned char)(h + k * 7);
+    } else if (p->op[i] == ZEROES)
+      memset(slot, 0, SLOT);
+    else if (p->op[i] == TRIM)
+      p->undefined[i] = 1;
   }
 }
 
@@ -4650,9 +4674,8 @@ static void *p_send(void *arg) {
   unsigned i;
   for (i = 0; i < p->n; i++) {
     int flags = p->op[i] == WRITE && i % 64 == 1 ? FUA : 0;
-    CHECK(t_send(&p->c, flags, p->op[i], i,
-                 ((uint64_t)p->id * p->n + i) * SLOT, SLOT,
-                 p->want + i * SLOT) == 0);
+    CHECK(t_send(&p->c, flags, p->op[i], i, ((uint64_t)p->id * p->n + i) * SLOT,
+                 SLOT, p->want + i * SLOT) == 0);
   }
   return NULL;
 }
@@ -4717,27 +4740,32 @@ static void v_pipeline(char **a) /* ADDRESS CONNECTIONS REQUESTS */
   }
   for (i = 0; i < n; i++)
     CHECK(pthread_create(&p[i].receiver, NULL, p_run, &p[i]) == 0);
-  for (i = 0; i < n; i++) pthread_join(p[i].receiver, NULL);
+  for (i = 0; i < n; i++)
+    pthread_join(p[i].receiver, NULL);
 }
 
 /* Slow flushes, a trim and a long read in flight at once: simple replies */
 /* One READ at a time, while a worker is about to answer something */
 static void v_lone(char **a) /* ADDRESS, of 16 MiB */
 {
-  enum { LEN = 16384 };
+  enum {
+    LEN = 16384
+  };
   unsigned char want[LEN], head[28];
   struct t_reply r = {0};
   struct t_conn c;
   int i, j;
   CHECK(t_open(&c, c_connect(a[0]), "", 0) == 0 && c.size == 16 << 20);
-  for (i = 0; i < LEN; i++) want[i] = (unsigned char)(i * 7 + i / 256);
+  for (i = 0; i < LEN; i++)
+    want[i] = (unsigned char)(i * 7 + i / 256);
   CHECK(t_do(&c, 0, WRITE, 0, LEN, want) == 0);
   for (i = 0; i < 5000; i++) {
     t_head(head, 0, i % 2 ? TRIM : STATUS, 1, 1 << 20, LEN); /* an error, too */
     CHECK(t_write(c.fd, head, 28) == 0);
     t_head(head, 0, FLUSH, 2, 0, 0);
     CHECK(t_write(c.fd, head, 28) == 0);
-    for (j = 0; j < i % 64 * 20; j++) head[j % 28] ^= 1; /* a moment */
+    for (j = 0; j < i % 64 * 20; j++)
+      head[j % 28] ^= 1; /* a moment */
     t_head(head, 0, READ, 3, 0, LEN);
     CHECK(t_write(c.fd, head, 28) == 0);
     for (j = 0; j < 3; j++) {
@@ -4752,20 +4780,27 @@ static void v_lone(char **a) /* ADDRESS, of 16 MiB */
 
 static void v_mixed(char **a) /* ADDRESS, of 16 MiB */
 {
-  enum { LONG = 8 << 20, PIECE = 65536, N = 14 };
+  enum {
+    LONG = 8 << 20,
+    PIECE = 65536,
+    N = 14
+  };
   unsigned char *want = t_alloc(LONG), *all = t_alloc(N * (28 + PIECE)), *p;
   struct t_reply r = {0};
   struct t_conn c;
   unsigned i, round, left, seen;
   CHECK(t_open(&c, c_connect(a[0]), "", 0) == 0 && c.size == 2 * LONG);
-  for (i = 0; i < LONG; i++) want[i] = (unsigned char)(i * 7 + i / 256);
+  for (i = 0; i < LONG; i++)
+    want[i] = (unsigned char)(i * 7 + i / 256);
   for (i = 0; i < LONG; i += 1 << 20)
     CHECK(t_do(&c, 0, WRITE, i, 1 << 20, want + i) == 0);
   for (round = 0; round < 10; round++) {
     for (i = 0, p = all; i < N; i++) {
       int command = i < 8 ? WRITE : i < 12 ? FLUSH : i < 13 ? TRIM : READ;
       t_head(p, 0, command, i, command == READ ? 0 : LONG + i * PIECE,
-             command == READ ? LONG : command == FLUSH ? 0 : PIECE);
+             command == READ    ? LONG
+             : command == FLUSH ? 0
+                                : PIECE);
       p += 28;
       if (command != WRITE) continue;
       memset(p, (int)(round + i + 1), PIECE);
@@ -4790,10 +4825,11 @@ static void v_mixed(char **a) /* ADDRESS, of 16 MiB */
 /* Stops at some point of a session: some stay, others vanish */
 static void v_rude(char **a) /* ADDRESS WHERE */
 {
-  static const char *const where[] = {"silent", "greeting", "option",
-                                      "payload", "request", "data", "replies"};
+  static const char *const where[] = {
+      "silent", "greeting", "option", "payload", "request", "data", "replies"};
   int w = 0, i, k;
-  while (strcmp(where[w], a[1])) CHECK(++w < COUNT(where));
+  while (strcmp(where[w], a[1]))
+    CHECK(++w < COUNT(where));
   for (i = 0; i < 20; i++) {
     struct t_conn c;
     unsigned char b[512];
@@ -4817,7 +4853,8 @@ static void v_rude(char **a) /* ADDRESS WHERE */
     }
     if (i % 2) close(c.fd);
   }
-  for (i = 0; i < 3; i++) c_session(c_connect(a[0]), "", i & 1);
+  for (i = 0; i < 3; i++)
+    c_session(c_connect(a[0]), "", i & 1);
 }
 
 static void v_stall(char **a) /* ADDRESS PID KIB [LENGTH] */
@@ -4924,15 +4961,21 @@ static void g_all(char **a, void *(*f)(void *)) {
     g[i].n = i;
     CHECK(pthread_create(&g[i].thread, NULL, f, &g[i]) == 0);
   }
-  for (i = 0; i < n; i++) pthread_join(g[i].thread, NULL);
+  for (i = 0; i < n; i++)
+    pthread_join(g[i].thread, NULL);
   c_session(c_connect(a[0]), "", 1);
 }
 
-static void v_crowd(char **a) { g_all(a, g_visit); }
-static void v_large(char **a) { g_all(a, g_large); }
+static void v_crowd(char **a) {
+  g_all(a, g_visit);
+}
+static void v_large(char **a) {
+  g_all(a, g_large);
+}
 static void v_flushes(char **a) {
   int i;
-  for (i = 0; i < 5; i++) g_all(a, g_flush);
+  for (i = 0; i < 5; i++)
+    g_all(a, g_flush);
 }
 
 static long c_ticks(const char *pid) /* of CPU time */
@@ -4942,8 +4985,10 @@ static long c_ticks(const char *pid) /* of CPU time */
   FILE *f;
   snprintf(path, sizeof path, "/proc/%s/stat", pid);
   CHECK((f = fopen(path, "r")) != NULL);
-  CHECK(fscanf(f, "%*d (%*[^)]) %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u "
-               "%ld %ld", &user, &kernel) == 2);
+  CHECK(fscanf(f,
+               "%*d (%*[^)]) %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u "
+               "%ld %ld",
+               &user, &kernel) == 2);
   fclose(f);
   return user + kernel;
 }
@@ -4952,19 +4997,22 @@ static void v_spin(char **a) /* ADDRESS PID, which lacks descriptors */
 {
   int i, fd[60];
   long before;
-  for (i = 0; i < 60; i++) fd[i] = c_connect(a[0]);
+  for (i = 0; i < 60; i++)
+    fd[i] = c_connect(a[0]);
   t_sleep(1000); /* for the threads of those that it can take */
   before = c_ticks(a[1]);
   t_sleep(500);
   CHECK(c_ticks(a[1]) - before < sysconf(_SC_CLK_TCK) / 5);
-  for (i = 0; i < 60; i++) close(fd[i]);
+  for (i = 0; i < 60; i++)
+    close(fd[i]);
   c_session(c_connect(a[0]), "", 1);
 }
 
 static void v_many(char **a) /* ADDRESS N */
 {
   int i;
-  for (i = 0; i < atoi(a[1]); i++) c_session(c_connect(a[0]), "", i & 1);
+  for (i = 0; i < atoi(a[1]); i++)
+    c_session(c_connect(a[0]), "", i & 1);
 }
 
 static void v_next(char **a) /* ADDRESS, which has one slot */
@@ -4988,11 +5036,13 @@ static void v_limit(char **a) /* ADDRESS N */
   p.fd = c_connect(a[0]);
   p.events = POLLIN;
   CHECK(poll(&p, 1, 200) == 0); /* waits */
-  for (i = 0; i < n; i++) CHECK(t_do(&c[i], 0, READ, 0, 512, b) == 0);
+  for (i = 0; i < n; i++)
+    CHECK(t_do(&c[i], 0, READ, 0, 512, b) == 0);
   t_close(&c[0]);
   c_session(p.fd, "", 0);
   close(c[1].fd);
-  for (i = 0; i < 10; i++) c_session(c_connect(a[0]), "", 0);
+  for (i = 0; i < 10; i++)
+    c_session(c_connect(a[0]), "", 0);
 }
 
 /* Everything from files, whole, cut, and without reading the answers */
@@ -5007,7 +5057,8 @@ static void v_badinput(char **a) /* ADDRESS PID KIB ROUNDS FILE... */
     CHECK(t_open(&c[i], c_connect(a[0]), "", i & 1) == 0);
     CHECK(t_do(&c[i], 0, READ, 0, 4096, block) == 0);
   }
-  for (i = 0; i < 128; i++) t_close(&c[i]);
+  for (i = 0; i < 128; i++)
+    t_close(&c[i]);
   for (round = 0; round < rounds; round++) {
     char **file, b[65536];
     if (round == 4) before = c_memory(a[1], "VmRSS:");
@@ -5022,7 +5073,8 @@ static void v_badinput(char **a) /* ADDRESS PID KIB ROUNDS FILE... */
       (void)t_write(fd, b, len);
       if (round % 2 == 0) {
         shutdown(fd, SHUT_WR);
-        while (t_read(fd, b, sizeof b) == sizeof b);
+        while (t_read(fd, b, sizeof b) == sizeof b)
+          ;
       }
       close(fd);
     }
@@ -5076,7 +5128,10 @@ static void v_shrunk(char **a) /* ADDRESS FILE, which is 4 MiB */
 
 static void v_half(char **a) /* ADDRESS FILE of 8 MiB, of which 5 stay */
 {
-  enum { ALL = 8 << 20, LEFT = 5 << 20 };
+  enum {
+    ALL = 8 << 20,
+    LEFT = 5 << 20
+  };
   static char b[ALL], want[ALL];
   static struct t_reply r;
   struct t_conn c;
@@ -5107,7 +5162,10 @@ static void v_half(char **a) /* ADDRESS FILE of 8 MiB, of which 5 stay */
 /* Neither data nor zeroes are there where a file has been cut off */
 static void v_lost(char **a) /* ADDRESS FILE of 1 MiB, of which 64 KiB stay */
 {
-  enum { ALL = 1 << 20, LEFT = 65536 };
+  enum {
+    ALL = 1 << 20,
+    LEFT = 65536
+  };
   static const uint32_t from[] = {0, 4096, LEFT, ALL / 2, ALL - 512};
   static struct t_reply r;
   struct t_conn c;
@@ -5133,13 +5191,17 @@ static void v_lost(char **a) /* ADDRESS FILE of 1 MiB, of which 64 KiB stay */
 
 /* ---- acked: what was acknowledged is in the file ---- */
 
-enum { BLOCKS = 64, WORDS = 512 };
+enum {
+  BLOCKS = 64,
+  WORDS = 512
+};
 static uint64_t a_sent[BLOCKS], a_acked[BLOCKS], a_words[WORDS];
 
 static int a_put(struct t_conn *c, int i, int flags) {
   int k;
   a_sent[i]++;
-  for (k = 0; k < WORDS; k++) a_words[k] = (uint64_t)i << 32 | a_sent[i];
+  for (k = 0; k < WORDS; k++)
+    a_words[k] = (uint64_t)i << 32 | a_sent[i];
   return t_send(c, flags, WRITE, (uint32_t)i, (uint64_t)i * 4096, 4096,
                 a_words);
 }
@@ -5152,8 +5214,9 @@ static void v_acked(char **a) /* ADDRESS FILE PID SIGNAL AFTER [fua] */
   int i, k, fd, gone = 0, flags = a[5] ? FUA : 0;
 
   CHECK(t_open(&c, c_connect(a[0]), "", 1) == 0);
-  for (i = 0; i < BLOCKS; i++) CHECK(a_put(&c, i, flags) == 0);
-  while (t_recv(&c, &r)) { /* always one per block in flight */
+  for (i = 0; i < BLOCKS; i++)
+    CHECK(a_put(&c, i, flags) == 0);
+  while (t_recv(&c, &r)) {        /* always one per block in flight */
     if (r.error == 108) continue; /* ESHUTDOWN */
     CHECK(r.error == 0 && r.cookie < BLOCKS);
     i = (int)r.cookie;
@@ -5263,16 +5326,17 @@ static void v_activate(char **a) /* ADDRESS PROGRAM ARG... */
 }
 
 int main(int argc, char **argv) {
-#define V(name) {#name, v_##name}
+#define V(name)                                                                \
+  { #name, v_##name }
   static const struct {
     const char *name;
     void (*run)(char **);
   } verbs[] = {
-      V(hello), V(pipeline), V(badinput), V(rude), V(stall), V(idle), V(crowd),
-      V(large), V(flushes), V(many), V(limit), V(acked), V(pair), V(listener),
-      V(activate), V(shrunk), V(compare), V(spin), V(mixed), V(lone),
-      V(next),
-      V(half), V(lost), V(full), V(each),
+      V(hello),  V(pipeline), V(badinput), V(rude),     V(stall),
+      V(idle),   V(crowd),    V(large),    V(flushes),  V(many),
+      V(limit),  V(acked),    V(pair),     V(listener), V(activate),
+      V(shrunk), V(compare),  V(spin),     V(mixed),    V(lone),
+      V(next),   V(half),     V(lost),     V(full),     V(each),
   };
   int i;
   CHECK(argc > 2);
@@ -5364,14 +5428,14 @@ struct ram {
   pthread_mutex_t lock;
   unsigned char *data;
   uint64_t size;
-  uint32_t min;     /* calls must be multiples of it */
-  int now, most;    /* calls into it at the moment, and at most */
-  int blocks_ms;    /* every call takes that long */
-  int hold;         /* reads of byte 0 wait for its end (t_hold) */
+  uint32_t min;  /* calls must be multiples of it */
+  int now, most; /* calls into it at the moment, and at most */
+  int blocks_ms; /* every call takes that long */
+  int hold;      /* reads of byte 0 wait for its end (t_hold) */
   int calls[8], closes;
-  unsigned flags;   /* of the last call */
-  int last;         /* what it was */
-  int error;        /* what calls return */
+  unsigned flags; /* of the last call */
+  int last;       /* what it was */
+  int error;      /* what calls return */
   int flush_error;
 };
 
@@ -5390,7 +5454,8 @@ static int r_enter(void *ctx, int what, uint64_t off, uint64_t len,
   }
   pthread_mutex_unlock(&r->lock);
   if (r->blocks_ms) t_sleep(r->blocks_ms);
-  while (what == READ && off == 0 && t_hold(&r->hold, -1)) t_sleep(1);
+  while (what == READ && off == 0 && t_hold(&r->hold, -1))
+    t_sleep(1);
   return r->error;
 }
 
@@ -5455,9 +5520,8 @@ static void r_close(void *ctx) {
   r->closes++;
 }
 
-static const struct nbdserve_ops r_ops = {r_read, r_write, r_flush, r_trim,
-                                          r_zero, NULL,    r_extents, r_close,
-                                          NULL};
+static const struct nbdserve_ops r_ops = {
+    r_read, r_write, r_flush, r_trim, r_zero, NULL, r_extents, r_close, NULL};
 static const struct nbdserve_ops r_least = {.read = r_read, .write = r_write};
 
 static struct ram *r_new(uint64_t size) {
@@ -5502,22 +5566,49 @@ static void u_arguments(void) {
     static const struct nbdserve_ops none = {.write = r_write};
     e = r_export(r, 0);
     switch (i) {
-    case 0: e.ops = &none; break;
-    case 1: e.ops = NULL; break;
-    case 2: e.min_block = 3; break;
-    case 3: e.min_block = 131072; break;
-    case 4: e.preferred_block = 256; break;
-    case 5: e.preferred_block = 5000; break;
-    case 6: e.min_block = 8192; e.preferred_block = 4096; break;
-    case 7: e.max_request = 512; break; /* below the preferred block */
-    case 8: e.max_request = 0xffffffffu; break;
-    case 9: e.size = (uint64_t)INT64_MAX + 1; break;
-    case 10: e.flags = 0x80000000u; break;
-    case 11: e.size = UINT64_MAX; break;
+    case 0:
+      e.ops = &none;
+      break;
+    case 1:
+      e.ops = NULL;
+      break;
+    case 2:
+      e.min_block = 3;
+      break;
+    case 3:
+      e.min_block = 131072;
+      break;
+    case 4:
+      e.preferred_block = 256;
+      break;
+    case 5:
+      e.preferred_block = 5000;
+      break;
+    case 6:
+      e.min_block = 8192;
+      e.preferred_block = 4096;
+      break;
+    case 7:
+      e.max_request = 512;
+      break; /* below the preferred block */
+    case 8:
+      e.max_request = 0xffffffffu;
+      break;
+    case 9:
+      e.size = (uint64_t)INT64_MAX + 1;
+      break;
+    case 10:
+      e.flags = 0x80000000u;
+      break;
+    case 11:
+      e.size = UINT64_MAX;
+      break;
     default:
       memset(name, 'x', 4097);
-      if (i == 12) e.name = name;
-      else e.description = name;
+      if (i == 12)
+        e.name = name;
+      else
+        e.description = name;
     }
     if (nbdserve_add(s, &e) != -EINVAL) {
       fprintf(stderr, "case %d\n", i);
@@ -5612,8 +5703,10 @@ static void u_uris(void) {
   snprintf(path, sizeof path, "unix:%s/a %%?&=", dir);
   CHECK(nbdserve_listen(s, path) == 0);
   CHECK(nbdserve_listen(s, path) == -EADDRINUSE);
-  snprintf(want, sizeof want, "nbd+unix:///e%%20%%3F%%23/%%C3%%A4?socket="
-           "%s/a%%20%%25%%3F%%26%%3D", dir);
+  snprintf(want, sizeof want,
+           "nbd+unix:///e%%20%%3F%%23/%%C3%%A4?socket="
+           "%s/a%%20%%25%%3F%%26%%3D",
+           dir);
   CHECK(nbdserve_uri(s, "e ?#/\303\244", buf, sizeof buf) == 0);
   if (strcmp(buf, want)) fprintf(stderr, "%s\n%s\n", buf, want);
   CHECK(!strcmp(buf, want));
@@ -5625,7 +5718,8 @@ static void u_uris(void) {
     memset(buf, '!', sizeof buf);
     err = nbdserve_uri(s, name, buf, size);
     CHECK(err == (size < need ? -ERANGE : 0));
-    for (k = size; k < sizeof buf; k++) CHECK(buf[k] == '!');
+    for (k = size; k < sizeof buf; k++)
+      CHECK(buf[k] == '!');
   }
   nbdserve_free(s);
   CHECK(access(path + 5, F_OK) != 0); /* the socket is gone */
@@ -5718,15 +5812,18 @@ static void u_leave(void) {
     for (i = 0; i < 40; i++)
       CHECK(t_send(&o.c, 0, i % 2 ? READ : WRITE, (uint32_t)i,
                    512u * (unsigned)i, 512, b) == 0);
-    if (how & 2) CHECK(t_send(&o.c, 0, DISC, 0, 0, 0, NULL) == 0);
-    else shutdown(o.c.fd, SHUT_WR);
+    if (how & 2)
+      CHECK(t_send(&o.c, 0, DISC, 0, 0, 0, NULL) == 0);
+    else
+      shutdown(o.c.fd, SHUT_WR);
     for (i = 0; i < 40; i++) {
       CHECK(t_recv(&o.c, &reply) && !reply.error && reply.done);
       CHECK(!(seen >> (reply.cookie & 63) & 1));
       seen |= (uint64_t)1 << (reply.cookie & 63);
     }
     CHECK(!t_recv(&o.c, &reply) && s_end(&o.v) == 0);
-    for (i = 0; i < 40; i++) CHECK(r->data[512 * i] == (i % 2 ? 'r' : 0));
+    for (i = 0; i < 40; i++)
+      CHECK(r->data[512 * i] == (i % 2 ? 'r' : 0));
     close(o.c.fd);
     nbdserve_free(o.s);
   }
@@ -5855,9 +5952,9 @@ static void u_fua(void) {
 static void u_errors(void) {
   static const struct {
     int host, wire;
-  } map[] = {{EPERM, 1},   {EIO, 5},     {ENOMEM, 12},   {EINVAL, 22},
-             {ENOSPC, 28}, {EDQUOT, 28}, {EFBIG, 28},    {EOVERFLOW, 75},
-             {ESHUTDOWN, 108}};
+  } map[] = {{EPERM, 1},   {EIO, 5},        {ENOMEM, 12},
+             {EINVAL, 22}, {ENOSPC, 28},    {EDQUOT, 28},
+             {EFBIG, 28},  {EOVERFLOW, 75}, {ESHUTDOWN, 108}};
   struct ram *r = r_new(65536);
   struct nbdserve_export e = r_export(r, 0);
   struct one o;
@@ -5875,8 +5972,9 @@ static void u_errors(void) {
     for (k = 0; k < COUNT(map); k++)
       if (map[k].host == i % 140) want = map[k].wire;
     error = t_do(&o.c, 0, READ, 0, 512, b);
-    CHECK(want ? error == want : error == 5 || error == 22 || error == 1 ||
-          error == 12 || error == 28);
+    CHECK(want ? error == want
+               : error == 5 || error == 22 || error == 1 || error == 12 ||
+                     error == 28);
     CHECK(t_do(&o.c, 0, WRITE, 0, 512, b) == error);
     CHECK(t_do(&o.c, 0, TRIM, 0, 512, b) == error);
     CHECK(t_do(&o.c, 0, ZEROES, 0, 512, b) != 95);
@@ -5948,8 +6046,10 @@ static void u_missing(void) {
   CHECK(r->data[1] == 0 && r->data[(1 << 20) - 2] == 0 && r->calls[WRITE] > 15);
   r->data[1] = 'r';
   CHECK(!memcmp(r->data, "rr", 2) && t_do(&o.c, 0, READ, 1, 1, b) == 0);
-  if (o.c.flags & 0x800) CHECK(t_do(&o.c, FAST, ZEROES, 1, 1, NULL) == 95);
-  else CHECK(t_do(&o.c, FAST, ZEROES, 1, 1, NULL) == 22);
+  if (o.c.flags & 0x800)
+    CHECK(t_do(&o.c, FAST, ZEROES, 1, 1, NULL) == 95);
+  else
+    CHECK(t_do(&o.c, FAST, ZEROES, 1, 1, NULL) == 22);
   CHECK(r->data[1] == 'r');
   CHECK(t_do(&o.c, 0, TRIM, 0, 512, NULL) == 22);
   CHECK(t_do(&o.c, FUA, WRITE, 0, 512, b) == 22);
@@ -6053,19 +6153,22 @@ static void u_find(void) {
     CHECK(t_open(&c[i], c[i].fd, i < 2 ? "dyn1" : "no", 1) == (i < 2 ? 0 : -1));
   }
   CHECK(f.found >= 2);
-  for (i = 0; i < 2; i++) CHECK(t_do(&c[i], 0, READ, 0, 512, b) == 0);
+  for (i = 0; i < 2; i++)
+    CHECK(t_do(&c[i], 0, READ, 0, 512, b) == 0);
   t_close(&c[0]);
   t_close(&c[1]);
   CHECK(s_end(&v[0]) == 0 && s_end(&v[1]) == 0);
   CHECK(t_option(c[2].fd, 3, "", 0) == 0); /* LIST, in the same haggling */
-  while (t_answer(c[2].fd, b) != 2); /* behind the error of GO */
+  while (t_answer(c[2].fd, b) != 2)
+    ; /* behind the error of GO */
   CHECK(t_get(b, 4) == 4 && !memcmp(b + 4, "dyn1", 4));
   CHECK(t_answer(c[2].fd, b) == 2 && !memcmp(b + 4, "dyn2second", 10));
   CHECK(t_answer(c[2].fd, b) == 1);
   close(c[2].fd);
   (void)s_end(&v[2]);
   nbdserve_free(s);
-  for (i = 0; i < f.found; i++) CHECK(f.ram[i]->closes == 1);
+  for (i = 0; i < f.found; i++)
+    CHECK(f.ram[i]->closes == 1);
   f.found = 0; /* with one that takes any name: it lends nothing to others */
   CHECK(nbdserve_new(&s, &config) == 0);
   e = r_export(r_new(65536), NBDSERVE_READONLY | NBDSERVE_ANY_NAME);
@@ -6075,13 +6178,16 @@ static void u_find(void) {
     s_start(&v[i], s, &c[i]);
     CHECK(t_open(&c[i], c[i].fd, i ? "no" : "dyn1", 1) == (i ? -1 : 0));
     if (!i) CHECK(c[0].size == 4096 && !(c[0].flags & 2));
-    if (!i) t_close(&c[0]);
-    else close(c[1].fd);
+    if (!i)
+      t_close(&c[0]);
+    else
+      close(c[1].fd);
     (void)s_end(&v[i]);
   }
   nbdserve_free(s);
   CHECK(f.found >= 1);
-  for (i = 0; i < f.found; i++) CHECK(f.ram[i]->closes == 1);
+  for (i = 0; i < f.found; i++)
+    CHECK(f.ram[i]->closes == 1);
 }
 
 static void u_extents(void) {
@@ -6223,7 +6329,8 @@ static void u_before(void) {
       before_err = -ENOSPC;
       for (i = 0; i < 50; i++) /* together, but each is announced */
         CHECK(t_send(&c, 0, FLUSH, (uint32_t)i, 0, 0, NULL) == 0);
-      for (i = 0; i < 50; i++) CHECK(t_recv(&c, &reply) && reply.error == 28);
+      for (i = 0; i < 50; i++)
+        CHECK(t_recv(&c, &reply) && reply.error == 28);
       CHECK(before_calls[FLUSH] == 50);
       before_err = 0;
       t_close(&c);
@@ -6288,10 +6395,11 @@ static void u_dependent(void) {
 
 /* Whatever flags are taken away: what they expose is gone, the rest works */
 static void u_without(void) {
-  static const struct { int flag, command, flags; } gone[] = {
-      {1 << 2, FLUSH, 0}, {1 << 3, WRITE, FUA}, {1 << 5, TRIM, 0},
-      {1 << 6 | 1 << 11, ZEROES, 0}, {1 << 7, READ, DF},
-      {1 << 11, ZEROES, FAST}};
+  static const struct {
+    int flag, command, flags;
+  } gone[] = {{1 << 2, FLUSH, 0}, {1 << 3, WRITE, FUA},
+              {1 << 5, TRIM, 0},  {1 << 6 | 1 << 11, ZEROES, 0},
+              {1 << 7, READ, DF}, {1 << 11, ZEROES, FAST}};
   char b[512] = {0};
   int i, k;
   for (i = 0; i < COUNT(gone); i++) {
@@ -6311,10 +6419,12 @@ static void u_without(void) {
       int error = t_do(&c, gone[k].flags, gone[k].command, 0,
                        gone[k].command == FLUSH ? 0 : 512, b);
       int is_gone = gone[i].flag & gone[k].flag ? 1 : 0;
-      if (gone[k].flag == 1 << 11 && !is_gone) CHECK(error == 95);
+      if (gone[k].flag == 1 << 11 && !is_gone)
+        CHECK(error == 95);
       else if (gone[k].command == ZEROES && !gone[k].flags)
         CHECK((error == 22) == (gone[i].flag >> 6 & 1));
-      else CHECK(error == (is_gone ? 22 : 0));
+      else
+        CHECK(error == (is_gone ? 22 : 0));
     }
     t_close(&c);
     CHECK(s_end(&v) == 0);
@@ -6344,7 +6454,10 @@ static void u_without(void) {
 
 /* Writes that are temporary, against a copy in memory; the file stays */
 static void u_temporary(void) {
-  enum { SIZE = 1000003, OFF = 4097 };
+  enum {
+    SIZE = 1000003,
+    OFF = 4097
+  };
   static unsigned char want[SIZE], b[SIZE + OFF], file[SIZE + OFF];
   struct nbdserve_flat flat = {0};
   struct nbdserve_export e = {0}, other = {0};
@@ -6352,7 +6465,8 @@ static void u_temporary(void) {
   uint32_t seed = 1;
   int round, mode, i, fd;
   snprintf(path, sizeof path, "%s/base", dir);
-  for (i = 0; i < SIZE + OFF; i++) file[i] = (unsigned char)(i / 97);
+  for (i = 0; i < SIZE + OFF; i++)
+    file[i] = (unsigned char)(i / 97);
   fd = open(path, O_RDWR | O_CREAT, 0600);
   CHECK(write(fd, file, sizeof file) == sizeof file && fchmod(fd, 0400) == 0);
   flat.flags = NBDSERVE_TEMPORARY;
@@ -6470,7 +6584,8 @@ static void u_deadline(void) {
     CHECK(to.tv_sec - from.tv_sec < 4);
     if (how == 3) /* the deadline alone counts */
       CHECK((to.tv_sec - from.tv_sec) * 1000 +
-            (to.tv_nsec - from.tv_nsec) / 1000000 >= 290);
+                (to.tv_nsec - from.tv_nsec) / 1000000 >=
+            290);
     close(c.fd);
     nbdserve_free(s);
   }
@@ -6539,7 +6654,8 @@ static int u_dial(struct nbdserve *s) /* again: NULL */
 
 static int u_descriptors(void) {
   int fd, n = 0;
-  for (fd = 0; fd < 500; fd++) n += fcntl(fd, F_GETFD) >= 0;
+  for (fd = 0; fd < 500; fd++)
+    n += fcntl(fd, F_GETFD) >= 0;
   return n;
 }
 
@@ -6580,7 +6696,15 @@ static void u_free(void) {
 
 /* Who leaves something half done is dropped, who is idle is not */
 static void u_stalls(void) {
-  enum { IDLE, HEAD, TRICKLE, PAYLOAD, DRIBBLE, UNREAD, WAYS };
+  enum {
+    IDLE,
+    HEAD,
+    TRICKLE,
+    PAYLOAD,
+    DRIBBLE,
+    UNREAD,
+    WAYS
+  };
   static char b[4 << 20];
   struct nbdserve_config config = {0};
   struct ram *r = r_new(sizeof b);
@@ -6681,7 +6805,8 @@ static void u_inflight(void) {
   for (i = 0; i < 100; i++)
     CHECK(t_send(&c, 0, READ, (uint32_t)i, 0, 512, NULL) == 0);
   nbdserve_stop(s);
-  for (i = 0; i < 100; i++) CHECK(t_recv(&c, &reply) && !reply.error);
+  for (i = 0; i < 100; i++)
+    CHECK(t_recv(&c, &reply) && !reply.error);
   CHECK(!t_recv(&c, &reply));
   CHECK(pthread_join(run, &result) == 0 && result == NULL);
   nbdserve_free(s);
@@ -6706,7 +6831,8 @@ static void u_memory(void) {
   CHECK(t_open(&c, c.fd, "", 0) == 0);
   for (i = 0; i < 4; i++)
     CHECK(t_send(&c, 0, READ, (uint32_t)i, 0, 1 << 19, NULL) == 0);
-  for (i = 0; i < 4; i++) CHECK(t_recv(&c, &reply) && !reply.error);
+  for (i = 0; i < 4; i++)
+    CHECK(t_recv(&c, &reply) && !reply.error);
   CHECK(t_do(&c, 0, WRITE, 0, 4 << 20, b) == 0 && r->data[(4 << 20) - 1] == 0);
   CHECK(t_do(&c, 0, READ, 0, 4 << 20, b) == 0);
   t_close(&c);
@@ -6748,11 +6874,13 @@ static void h_is(int hw, const char *text, size_t times, const char *want) {
   unsigned char *p = t_alloc(n * times + 1), out[2][32];
   char hex[65];
   int k;
-  for (i = 0; i < times; i++) memcpy(p + i * n, text, n);
+  for (i = 0; i < times; i++)
+    memcpy(p + i * n, text, n);
   for (k = 0; k < 2; k++) {
     sha_256(hw, p, k ? p : NULL, n * times, out[0], out[1]);
     if (k) CHECK(memcmp(out[0], out[1], 32) == 0);
-    for (i = 0; i < 32; i++) snprintf(hex + 2 * i, 3, "%02x", out[0][i]);
+    for (i = 0; i < 32; i++)
+      snprintf(hex + 2 * i, 3, "%02x", out[0][i]);
     CHECK(strcmp(hex, want) == 0);
   }
 }
@@ -6760,15 +6888,18 @@ static void h_is(int hw, const char *text, size_t times, const char *want) {
 static void u_fips(void) { /* the examples of FIPS 180-4 */
   int hw;
   for (hw = 0; hw <= os_has_hwsha(); hw++) {
-    h_is(hw, "", 1, "e3b0c44298fc1c149afbf4c8996fb924"
-                    "27ae41e4649b934ca495991b7852b855");
-    h_is(hw, "abc", 1, "ba7816bf8f01cfea414140de5dae2223"
-                       "b00361a396177a9cb410ff61f20015ad");
+    h_is(hw, "", 1,
+         "e3b0c44298fc1c149afbf4c8996fb924"
+         "27ae41e4649b934ca495991b7852b855");
+    h_is(hw, "abc", 1,
+         "ba7816bf8f01cfea414140de5dae2223"
+         "b00361a396177a9cb410ff61f20015ad");
     h_is(hw, "abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq", 1,
          "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");
-    h_is(hw, "abcdefghbcdefghicdefghijdefghijkefghijklfghijklmghijklmn"
-             "hijklmnoijklmnopjklmnopqklmnopqrlmnopqrsmnopqrstnopqrstu", 1,
-         "cf5b16a778af8380036ce59e7b0492370b249b11e8f07a51afac45037afee9d1");
+    h_is(hw,
+         "abcdefghbcdefghicdefghijdefghijkefghijklfghijklmghijklmn"
+         "hijklmnoijklmnopjklmnopqklmnopqrlmnopqrsmnopqrstnopqrstu",
+         1, "cf5b16a778af8380036ce59e7b0492370b249b11e8f07a51afac45037afee9d1");
     h_is(hw, "a", 1000000,
          "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
   }
@@ -6782,8 +6913,10 @@ static uint32_t h_next(uint32_t *x) {
 static void u_ways(void) {
   unsigned char *p = t_alloc(70100), *q = t_alloc(70100), out[5][32];
   uint32_t x = 1, i, len;
-  for (i = 0; i < 70100; i++) p[i] = (unsigned char)h_next(&x);
-  for (i = 0; i < 70100; i++) q[i] = (unsigned char)h_next(&x);
+  for (i = 0; i < 70100; i++)
+    p[i] = (unsigned char)h_next(&x);
+  for (i = 0; i < 70100; i++)
+    q[i] = (unsigned char)h_next(&x);
   for (i = 0; i < 400; i++) {
     const unsigned char *a = p + i % 7, *b = q + i % 5;
     int hw;
@@ -6802,7 +6935,12 @@ static void u_ways(void) {
 
 /* Writers share each block of a volume, a quarter each, while others read,
  * flush, verify, and make and remove snapshots and clones. */
-enum { K_BLOCKS = 64, K_CELL = 1024, K_WRITERS = 4, K_TURNS = 1500 };
+enum {
+  K_BLOCKS = 64,
+  K_CELL = 1024,
+  K_WRITERS = 4,
+  K_TURNS = 1500
+};
 static struct nbdserve_cas *k_store;
 static unsigned char k_last[K_WRITERS][K_BLOCKS];
 static int k_over; /* (t_hold) */
@@ -6825,8 +6963,10 @@ static void *k_write(void *arg) {
     off = b * 4096 + (uint64_t)me * K_CELL;
     to = h_next(&x) % 50; /* 0: zeroes; some blocks become equal */
     memset(cell, to ? (int)to * 4 + me : 0, K_CELL);
-    if (to) CHECK(e.ops->write(e.ctx, cell, off, K_CELL, 0) == 0);
-    else CHECK(e.ops->zero(e.ctx, off, K_CELL, 0) == 0);
+    if (to)
+      CHECK(e.ops->write(e.ctx, cell, off, K_CELL, 0) == 0);
+    else
+      CHECK(e.ops->zero(e.ctx, off, K_CELL, 0) == 0);
     k_last[me][b] = cell[0];
     if (i % 100 == 0) CHECK(e.ops->flush(e.ctx, 0) == 0);
     CHECK(e.ops->read(e.ctx, cell, off, K_CELL, 0) == 0);
@@ -6881,7 +7021,8 @@ static void *k_look(void *arg) {
 
 static void k_remove(const char *name) {
   int err;
-  while ((err = nbdserve_cas_rm(k_store, name)) == -EBUSY) t_sleep(1);
+  while ((err = nbdserve_cas_rm(k_store, name)) == -EBUSY)
+    t_sleep(1);
   CHECK(err == 0); /* busy: it was being verified */
 }
 
@@ -6925,8 +7066,10 @@ static void u_together(void) {
   CHECK(nbdserve_cas_open(path, NULL, &k_store) == 0);
   CHECK(nbdserve_cas_create(k_store, "v", K_BLOCKS * 4096) == 0);
   for (i = 0; i < K_WRITERS + 2; i++)
-    CHECK(pthread_create(t + i, NULL, i < K_WRITERS ? k_write
-                         : i == K_WRITERS ? k_look : k_change,
+    CHECK(pthread_create(t + i, NULL,
+                         i < K_WRITERS    ? k_write
+                         : i == K_WRITERS ? k_look
+                                          : k_change,
                          (void *)(intptr_t)i) == 0);
   for (i = 0; i < K_WRITERS + 2; i++) {
     if (i == K_WRITERS) t_hold(&k_over, 1);
@@ -7051,7 +7194,8 @@ static void u_ids(void) {
   /* another order, other garbage, copies, what is behind the end */
   two = q_new(other, "ids2", 0);
   CHECK(nbdserve_cas_create(two, "w", 40960) == 0);
-  for (i = 0; i < 20; i++) q_put(two, "w", (uint64_t)i * 2048, 2048, 'A' + i);
+  for (i = 0; i < 20; i++)
+    q_put(two, "w", (uint64_t)i * 2048, 2048, 'A' + i);
   CHECK(nbdserve_cas_snapshot(two, "w@old") == 0);
   q_put(two, "w", 4096, 4096, 0);
   q_put(two, "w", 8192, 4096, 'b');
@@ -7115,7 +7259,8 @@ static void u_seal(void) {
   fd = c.fd;
   CHECK(t_open(&c, fd, a, 1) == 0 && c.size == 8192 && (c.flags & 2));
   CHECK(t_do(&c, 0, READ, 0, 8192, (char *)data) == 0);
-  for (i = 0; i < 8192; i++) CHECK(data[i] == (i < 4096 ? 'a' : 0));
+  for (i = 0; i < 8192; i++)
+    CHECK(data[i] == (i < 4096 ? 'a' : 0));
   CHECK(nbdserve_cas_rm(cas, a) == -EBUSY);
   t_close(&c);
   CHECK(s_end(&v) == 0);
@@ -7229,8 +7374,9 @@ static void q_same(struct nbdserve_cas *cas, const char *a, const char *b,
   CHECK(m.end <= size);
   for (at = 0; at < size; at += n) {
     n = size - at < 4096 ? size - at : 4096;
-    if (a_size != b_size && (at == a_size - a_size % 4096 ||
-                             at == b_size - b_size % 4096) && m.is[at / 4096])
+    if (a_size != b_size &&
+        (at == a_size - a_size % 4096 || at == b_size - b_size % 4096) &&
+        m.is[at / 4096])
       continue; /* the end of one inside a block is taken for a difference */
     CHECK((memcmp(p[0] + at, p[1] + at, (size_t)n) != 0) == m.is[at / 4096]);
   }
@@ -7248,7 +7394,8 @@ static void u_diff(void) {
 
   /* two snapshots of a terabyte: what they share costs nothing */
   CHECK(nbdserve_cas_create(cas, "v", UINT64_C(1) << 40) == 0);
-  for (i = 0; i < 64; i++) q_put(cas, "v", (uint64_t)i << 34, 65536, 'a');
+  for (i = 0; i < 64; i++)
+    q_put(cas, "v", (uint64_t)i << 34, 65536, 'a');
   CHECK(nbdserve_cas_snapshot(cas, "v@1") == 0);
   q_put(cas, "v", (UINT64_C(7) << 34) + 5000, 1, 'b');
   CHECK(nbdserve_cas_snapshot(cas, "v@2") == 0);
@@ -7309,26 +7456,28 @@ static void u_diff(void) {
     if (k == 0) CHECK(m.calls == 2);
     CHECK(nbdserve_cas_close(cas) == 0);
     cas = q_open(path, 0);
-    for (i = 6; i-- > 0;) CHECK(nbdserve_cas_rm(cas, names[i]) == 0);
+    for (i = 6; i-- > 0;)
+      CHECK(nbdserve_cas_rm(cas, names[i]) == 0);
   }
   CHECK(nbdserve_cas_close(cas) == 0);
 }
 
 int main(int argc, char **argv) {
-#define V(name) {#name, u_##name}
+#define V(name)                                                                \
+  { #name, u_##name }
   static const struct {
     const char *name;
     void (*run)(void);
   } verbs[] = {
-      V(arguments), V(uris), V(parallel), V(serial), V(slow), V(leave),
-      V(nagle), V(vanish), V(inflight), V(memory), V(requests), V(fua),
-      V(errors), V(dependent),
-      V(missing), V(flush), V(find), V(extents), V(resize), V(sizes), V(before),
-      V(without), V(temporary), V(overerror), V(deadline),
-      V(stalls),
-      V(direct), V(stop), V(two), V(failed), V(flags), V(null),
-      V(totals), V(free), V(fips), V(ways), V(together),
-      V(ids), V(seal), V(rotten), V(diff),
+      V(arguments), V(uris),     V(parallel),  V(serial),    V(slow),
+      V(leave),     V(nagle),    V(vanish),    V(inflight),  V(memory),
+      V(requests),  V(fua),      V(errors),    V(dependent), V(missing),
+      V(flush),     V(find),     V(extents),   V(resize),    V(sizes),
+      V(before),    V(without),  V(temporary), V(overerror), V(deadline),
+      V(stalls),    V(direct),   V(stop),      V(two),       V(failed),
+      V(flags),     V(null),     V(totals),    V(free),      V(fips),
+      V(ways),      V(together), V(ids),       V(seal),      V(rotten),
+      V(diff),
   };
   int i;
   CHECK(argc == 3);
@@ -7347,7 +7496,15 @@ int main(int argc, char **argv) {
  * all) behind the next skip, at most cut bytes at a time, EINTR before every
  * other call, EIO for what covers the file's byte bad; a call waits for the end
  * of hold. */
-enum { PREAD, PWRITE, SYNC, FALLOCATE, THREAD, MALLOC, NCALLS };
+enum {
+  PREAD,
+  PWRITE,
+  SYNC,
+  FALLOCATE,
+  THREAD,
+  MALLOC,
+  NCALLS
+};
 static struct {
   int calls, err, times, skip, eintr;
   int hold; /* (t_hold) */
@@ -7358,11 +7515,13 @@ static pthread_mutex_t fi_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static int fi_fails(int f, off_t off, size_t *len) {
   int err = 0;
-  while (t_hold(&fi[f].hold, -1)) usleep(1000);
+  while (t_hold(&fi[f].hold, -1))
+    usleep(1000);
   pthread_mutex_lock(&fi_lock);
   fi[f].calls++;
   if (f == MALLOC && fi[f].calls == fi[f].bad) err = ENOMEM;
-  if (fi[f].skip > 0) fi[f].skip--;
+  if (fi[f].skip > 0)
+    fi[f].skip--;
   else if (fi[f].times) {
     err = fi[f].err;
     if (fi[f].times > 0) fi[f].times--;
@@ -7385,7 +7544,8 @@ static ssize_t fi_pwrite(int fd, const void *b, size_t n, off_t off) {
 
 static size_t fi_sum(const struct iovec *v, int n) {
   size_t sum = 0;
-  while (n-- > 0) sum += v++->iov_len;
+  while (n-- > 0)
+    sum += v++->iov_len;
   return sum;
 }
 
@@ -7468,8 +7628,10 @@ static void i_sync(void) {
     CHECK(t_do(&c, 0, WRITE, 0, 512, b) == 0);
     fi[SYNC].err = EIO;
     fi[SYNC].times = 1;
-    if (fua) CHECK(t_do(&o.c, FUA, WRITE, 0, 512, b) == 5);
-    else CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 5);
+    if (fua)
+      CHECK(t_do(&o.c, FUA, WRITE, 0, 512, b) == 5);
+    else
+      CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 5);
     CHECK(fi[SYNC].times == 0);
     CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 5);
     CHECK(t_do(&o.c, 0, WRITE, 0, 512, b) == 5);
@@ -7539,8 +7701,10 @@ static unsigned i_neighbours(struct t_conn *c, int command, unsigned char *b) {
   while (left) {
     CHECK(t_recv(c, &r) && (!r.error || r.error == 5));
     i = r.cookie & 15;
-    if (r.error) failed |= 1u << i;
-    else if (command == READ) memcpy(b + 1000u * i, r.data, 1000);
+    if (r.error)
+      failed |= 1u << i;
+    else if (command == READ)
+      memcpy(b + 1000u * i, r.data, 1000);
     left -= (unsigned)r.done;
   }
   free(r.data);
@@ -7551,7 +7715,8 @@ static void i_short(void) {
   static unsigned char in[16000], out[16000];
   struct one o;
   int i, fd;
-  for (i = 0; i < 16000; i++) in[i] = (unsigned char)(i * 7 + i / 256);
+  for (i = 0; i < 16000; i++)
+    in[i] = (unsigned char)(i * 7 + i / 256);
   i_open(&o, 0);
   for (i = 0; i < NCALLS - 2; i++) {
     fi[i].eintr = 1;
@@ -7574,7 +7739,8 @@ static void i_read(void) {
   static unsigned char in[16000], out[16000];
   struct one o;
   int structured, i;
-  for (i = 0; i < 16000; i++) in[i] = (unsigned char)(i * 7 + i / 256);
+  for (i = 0; i < 16000; i++)
+    in[i] = (unsigned char)(i * 7 + i / 256);
   for (structured = 0; structured < 2; structured++) {
     i_open(&o, structured);
     CHECK(i_neighbours(&o.c, WRITE, in) == 0);
@@ -7595,7 +7761,9 @@ static void i_read(void) {
 
 /* A write that is done in pieces fails as one, whichever of them does */
 static void i_halfway(void) {
-  enum { LONG = 4 << 20 };
+  enum {
+    LONG = 4 << 20
+  };
   unsigned char *in = t_alloc(LONG), *out = t_alloc(LONG);
   struct one o;
   int k;
@@ -7629,10 +7797,14 @@ static void i_slow(void) {
     i_open(&o, 0);
     t_hold(&fi[call ? SYNC : FALLOCATE].hold, 1);
     for (i = 0; i < 4; i++)
-      t_head(all + 28 * i, 0, i != 1 ? READ : call ? FLUSH : TRIM, (uint32_t)i,
-             0, 512);
+      t_head(all + 28 * i, 0,
+             i != 1 ? READ
+             : call ? FLUSH
+                    : TRIM,
+             (uint32_t)i, 0, 512);
     CHECK(t_write(o.c.fd, all, sizeof all) == 0);
-    for (i = 0; i < 3; i++) CHECK(t_recv(&o.c, &r) && (uint32_t)r.cookie != 1);
+    for (i = 0; i < 3; i++)
+      CHECK(t_recv(&o.c, &r) && (uint32_t)r.cookie != 1);
     CHECK(t_do(&o.c, 0, WRITE, 0, 512, b) == 0);
     t_hold(&fi[call ? SYNC : FALLOCATE].hold, 0);
     CHECK(t_recv(&o.c, &r) && (uint32_t)r.cookie == 1 && !r.error);
@@ -7644,7 +7816,9 @@ static void i_slow(void) {
 /* The data of a long simple reply is in one piece, whatever else gets ready
  * while it is being sent */
 static void i_whole(void) {
-  enum { LONG = 8 << 20 };
+  enum {
+    LONG = 8 << 20
+  };
   unsigned char *b = t_alloc(LONG + 100), all[3 * 28];
   struct one o;
   int call, i;
@@ -7663,7 +7837,8 @@ static void i_whole(void) {
     CHECK(t_read(o.c.fd, b, LONG + 48) == LONG + 48);
     for (i = 0; i < LONG + 48 && t_get(b + i + 12, 4) != 3; i += 16)
       CHECK(t_get(b + i, 8) == UINT64_C(0x6744669800000000));
-    for (i += 16; i < LONG + 48 && !b[i]; i++);
+    for (i += 16; i < LONG + 48 && !b[i]; i++)
+      ;
     CHECK(i >= LONG + 16); /* behind it at most the others' replies */
     o_close(&o);
   }
@@ -7677,7 +7852,8 @@ static void i_fallocate(const char *error) {
   static const int errors[] = {EPERM, ENOSYS, EOPNOTSUPP, EINVAL};
   struct one o;
   int i, n = 0;
-  while (strcmp(error, names[n])) CHECK(++n < COUNT(names));
+  while (strcmp(error, names[n]))
+    CHECK(++n < COUNT(names));
   i_open(&o, 1);
   memset(b, 'x', sizeof b);
   CHECK(t_do(&o.c, 0, WRITE, 0, 65536, b) == 0);
@@ -7775,7 +7951,8 @@ static void i_stale(void) {
     CHECK(up == 1);
     CHECK((fd = socket(AF_UNIX, SOCK_STREAM, 0)) >= 0);
     CHECK(connect(fd, (struct sockaddr *)&a, sizeof a) == 0 && close(fd) == 0);
-    for (i = 0; i < 3; i++) nbdserve_free(r[i].s);
+    for (i = 0; i < 3; i++)
+      nbdserve_free(r[i].s);
     CHECK(access(a.sun_path, F_OK) < 0);
   }
 }
@@ -7819,20 +7996,34 @@ int main(int argc, char **argv) {
   CHECK(argc > 2);
   alarm(30);
   path = argv[2];
-  if (!strcmp(argv[1], "sync")) i_sync();
-  else if (!strcmp(argv[1], "shrunk")) i_shrunk();
-  else if (!strcmp(argv[1], "full")) i_full();
-  else if (!strcmp(argv[1], "short")) i_short();
-  else if (!strcmp(argv[1], "read")) i_read();
-  else if (!strcmp(argv[1], "halfway")) i_halfway();
-  else if (!strcmp(argv[1], "slow")) i_slow();
-  else if (!strcmp(argv[1], "whole")) i_whole();
-  else if (!strcmp(argv[1], "fallocate")) i_fallocate(argv[3]);
-  else if (!strcmp(argv[1], "fastzero")) i_fastzero();
-  else if (!strcmp(argv[1], "threads")) i_threads();
-  else if (!strcmp(argv[1], "stale")) i_stale();
-  else if (!strcmp(argv[1], "memory")) i_memory();
-  else return 2;
+  if (!strcmp(argv[1], "sync"))
+    i_sync();
+  else if (!strcmp(argv[1], "shrunk"))
+    i_shrunk();
+  else if (!strcmp(argv[1], "full"))
+    i_full();
+  else if (!strcmp(argv[1], "short"))
+    i_short();
+  else if (!strcmp(argv[1], "read"))
+    i_read();
+  else if (!strcmp(argv[1], "halfway"))
+    i_halfway();
+  else if (!strcmp(argv[1], "slow"))
+    i_slow();
+  else if (!strcmp(argv[1], "whole"))
+    i_whole();
+  else if (!strcmp(argv[1], "fallocate"))
+    i_fallocate(argv[3]);
+  else if (!strcmp(argv[1], "fastzero"))
+    i_fastzero();
+  else if (!strcmp(argv[1], "threads"))
+    i_threads();
+  else if (!strcmp(argv[1], "stale"))
+    i_stale();
+  else if (!strcmp(argv[1], "memory"))
+    i_memory();
+  else
+    return 2;
   return 0;
 }
 
@@ -7870,26 +8061,55 @@ int main(int argc, char **argv) {
 #define CAS_SEGMENT 16
 #define CAS_MIN_BLOCK 512
 
-enum { PREAD, PWRITE, PREADV, PWRITEV, SYNC, FSYNC, FALLOCATE, FTRUNCATE,
-       MALLOC, NCALLS };
-enum { D_SIZE = 2 << 20, D_OPS = 8192, D_FD = 5000, D_DIR = 6000 };
-enum { POWER = 6, KILL = 6 }; /* (d_cut) */
+enum {
+  PREAD,
+  PWRITE,
+  PREADV,
+  PWRITEV,
+  SYNC,
+  FSYNC,
+  FALLOCATE,
+  FTRUNCATE,
+  MALLOC,
+  NCALLS
+};
+enum {
+  D_SIZE = 2 << 20,
+  D_OPS = 8192,
+  D_FD = 5000,
+  D_DIR = 6000
+};
+enum {
+  POWER = 6,
+  KILL = 6
+}; /* (d_cut) */
 
 static unsigned char d_now[D_SIZE], d_durable[D_SIZE], d_data[2 * D_SIZE];
 static uint64_t d_size, d_durable_size, d_limit; /* d_limit: all there is */
-static uint64_t d_meta; /* where data starts */
+static uint64_t d_meta;                          /* where data starts */
 static size_t d_used; /* of d_data: what was written since the last sync, */
 static int d_nops;    /* in this many calls; without length: a new size */
-static struct { uint64_t off, len; size_t data; } d_ops[D_OPS];
+static struct {
+  uint64_t off, len;
+  size_t data;
+} d_ops[D_OPS];
 static int d_exists, d_entered; /* the file; its directory entry lasts */
 static int d_fds, d_locked, d_frozen, d_full; /* d_full: no room was met */
 static long d_fuse; /* this many changes until the power is cut; 0: never */
-static int d_aim; /* rather when the superblock is written */
+static int d_aim;   /* rather when the superblock is written */
 static jmp_buf d_out;
 static long d_calls[NCALLS], d_writes;
-static struct { int kind, err; long nth; size_t cut; int fired; } d_fault;
+static struct {
+  int kind, err;
+  long nth;
+  size_t cut;
+  int fired;
+} d_fault;
 static void *(*d_thread)(void *), *d_thread_arg;
-static union d_head { union d_head *next[2]; double align; } d_heap;
+static union d_head {
+  union d_head *next[2];
+  double align;
+} d_heap;
 static uint64_t d_seed;
 static unsigned d_entries; /* of a log page: few, so that they are common */
 
@@ -7934,12 +8154,16 @@ static void d_cut(int how) {
   int kept = (int)rnd(101), n = d_nops;
   if (how == KILL) return;
   for (i = 0; i < D_SIZE / piece; i++)
-    limit[i] = how == 0 ? 0 : how == 1 ? n
-             : how < 4 ? (i * piece < d_meta) == (how == 2) ? n : 0
-             : (int)rnd(100) < kept ? n
-             : rnd(2) ? 0 : (int)rnd((uint32_t)n + 1);
+    limit[i] = how == 0   ? 0
+               : how == 1 ? n
+               : how < 4  ? (i * piece < d_meta) == (how == 2) ? n : 0
+               : (int)rnd(100) < kept ? n
+               : rnd(2)               ? 0
+                                      : (int)rnd((uint32_t)n + 1);
   d_settle(limit, piece,
-           how == 0 ? 0 : how == 1 ? n : (int)rnd((uint32_t)n + 1));
+           how == 0   ? 0
+           : how == 1 ? n
+                      : (int)rnd((uint32_t)n + 1));
   memcpy(d_now, d_durable, D_SIZE);
   d_size = d_durable_size;
   if (!d_entered && rnd(2)) d_exists = 0;
@@ -7970,8 +8194,10 @@ static void d_change(const void *p, size_t n, uint64_t off) {
   d_ops[d_nops].off = off;
   d_ops[d_nops].len = n;
   d_ops[d_nops++].data = d_used;
-  if (p && n) memcpy(d_data + d_used, p, n);
-  else memset(d_data + d_used, 0, n);
+  if (p && n)
+    memcpy(d_data + d_used, p, n);
+  else
+    memset(d_data + d_used, 0, n);
   memcpy(d_now + off, d_data + d_used, n);
   d_used += n;
   if (!n && off < d_size) memset(d_now + off, 0, (size_t)(d_size - off));
@@ -7982,7 +8208,8 @@ static ssize_t d_read(int kind, int fd, const struct iovec *v, int n,
                       off_t off) {
   size_t len = 0, left, part;
   int i;
-  for (i = 0; i < n; i++) len += v[i].iov_len;
+  for (i = 0; i < n; i++)
+    len += v[i].iov_len;
   if (d_enter(kind, fd, &len)) return -1;
   if ((uint64_t)off >= d_size) return 0;
   if (len > d_size - (uint64_t)off) len = (size_t)(d_size - (uint64_t)off);
@@ -7998,7 +8225,8 @@ static ssize_t d_write(int kind, int fd, const struct iovec *v, int n,
   static unsigned char b[D_SIZE];
   size_t len = 0, all = 0;
   int i;
-  for (i = 0; i < n; i++) len += v[i].iov_len;
+  for (i = 0; i < n; i++)
+    len += v[i].iov_len;
   if (d_enter(kind, fd, &len)) return -1;
   if (!off && d_fuse > 2 && d_aim && rnd(3) == 0) d_fuse = 1 + (long)rnd(2);
   if (d_fuse == 1 && rnd(2))
@@ -8040,7 +8268,8 @@ static ssize_t sim_pwritev(int fd, const struct iovec *v, int n, off_t off) {
 static ssize_t sim_read(int fd, void *b, size_t n) { /* /dev/urandom */
   size_t i;
   (void)fd;
-  for (i = 0; i < n; i++) ((char *)b)[i] = (char)rnd(256);
+  for (i = 0; i < n; i++)
+    ((char *)b)[i] = (char)rnd(256);
   return (ssize_t)n;
 }
 
@@ -8050,14 +8279,20 @@ static int d_sync(int kind, int fd) {
     return -1;
   }
   if (d_fuse == 1 && rnd(2)) longjmp(d_out, 1);
-  if (fd == D_DIR) d_entered = 1;
-  else d_settle(NULL, 1, D_OPS);
+  if (fd == D_DIR)
+    d_entered = 1;
+  else
+    d_settle(NULL, 1, D_OPS);
   d_changed();
   return 0;
 }
 
-static int sim_fdatasync(int fd) { return d_sync(SYNC, fd); }
-static int sim_fsync(int fd) { return d_sync(FSYNC, fd); }
+static int sim_fdatasync(int fd) {
+  return d_sync(SYNC, fd);
+}
+static int sim_fsync(int fd) {
+  return d_sync(FSYNC, fd);
+}
 
 static int sim_ftruncate(int fd, off_t size) {
   if (d_enter(FTRUNCATE, fd, NULL)) return -1;
@@ -8074,7 +8309,8 @@ static int sim_fallocate(int fd, int mode, off_t off, off_t len) {
   if ((mode & ~1) && end > d_size) end = d_size; /* PUNCH_HOLE, ZERO_RANGE */
   if ((mode & ~1) && end > (uint64_t)off)
     d_change(NULL, (size_t)(end - (uint64_t)off), (uint64_t)off);
-  else if (!mode && end > d_size) d_change(NULL, 0, end);
+  else if (!mode && end > d_size)
+    d_change(NULL, 0, end);
   d_changed();
   return 0;
 }
@@ -8126,8 +8362,8 @@ static off_t sim_lseek(int fd, off_t off, int whence) {
 }
 
 /* A thread of the store runs when the next one waits for it, or at m_step */
-static int sim_create(pthread_t *t, const pthread_attr_t *a,
-                      void *(*f)(void *), void *arg) {
+static int sim_create(pthread_t *t, const pthread_attr_t *a, void *(*f)(void *),
+                      void *arg) {
   (void)t, (void)a;
   if (d_thread || rnd(2)) return EAGAIN;
   d_thread = f;
@@ -8204,24 +8440,46 @@ static void sim_free(void *p) {
 
 /* ---- The model: cells of 64 bytes that hold a number in a pattern -------- */
 
-enum { CELL = 64, BLOCK = 512, PER = BLOCK / CELL, CELLS = 512 * PER,
-       NVOLS = 8, NLATER = 20000, LOST = 0xffffff };
-enum { CREATE = 1, SNAPSHOT, CLONE, RENAME, ROLLBACK, RESIZE, RM };
+enum {
+  CELL = 64,
+  BLOCK = 512,
+  PER = BLOCK / CELL,
+  CELLS = 512 * PER,
+  NVOLS = 8,
+  NLATER = 20000,
+  LOST = 0xffffff
+};
+enum {
+  CREATE = 1,
+  SNAPSHOT,
+  CLONE,
+  RENAME,
+  ROLLBACK,
+  RESIZE,
+  RM
+};
 
 struct m_vol {
-  char name[16]; /* "": there is none */
-  int readonly, is_open, sealed; /* sealed: 2 is maybe */
-  char id[72]; /* that it has, or is to get */
+  char name[16];                         /* "": there is none */
+  int readonly, is_open, sealed;         /* sealed: 2 is maybe */
+  char id[72];                           /* that it has, or is to get */
   uint32_t size, old[CELLS], cur[CELLS]; /* old: after the last flush */
   struct nbdserve_export e;
 };
 static struct m_vol vols[NVOLS];
-static struct { int vol; uint32_t cell, value; } later[NLATER];
+static struct {
+  int vol;
+  uint32_t cell, value;
+} later[NLATER];
 static int nlater; /* what was written since the flush, if not cur */
-static struct { int kind; char from[16], name[16]; uint32_t size; } change;
+static struct {
+  int kind;
+  char from[16], name[16];
+  uint32_t size;
+} change;
 static struct nbdserve_cas *cas;
 static uint64_t m_seed;
-static uint32_t m_max; /* size of volumes */
+static uint32_t m_max;  /* size of volumes */
 static uint32_t m_last; /* contents that no cell had before */
 static long cuts, recoveries, writes, snapshots, m_nth;
 static int m_trace, m_weight[2], m_over; /* m_over: reads fail */
@@ -8242,12 +8500,15 @@ static void m_fail(const char *format, ...) {
   _exit(1);
 }
 
-static void m_signal(int sig) { m_fail("signal %d", sig); }
+static void m_signal(int sig) {
+  m_fail("signal %d", sig);
+}
 
 static void m_signals(void) {
   static const int sigs[] = {SIGABRT, SIGSEGV, SIGBUS, SIGALRM, SIGFPE};
   int i;
-  for (i = 0; i < 5; i++) signal(sigs[i], m_signal);
+  for (i = 0; i < 5; i++)
+    signal(sigs[i], m_signal);
 }
 
 static void m_do(const char *format, ...) {
@@ -8328,8 +8589,9 @@ static int m_open(struct m_vol *v) {
 static void m_fill(unsigned char *p, uint32_t value) {
   uint32_t i;
   for (i = 0; i < CELL; i++)
-    p[i] = !value ? 0 : (unsigned char)(i < 3 ? value >> 8 * i
-                                        : value * 2654435761u >> (i % 25));
+    p[i] = !value ? 0
+                  : (unsigned char)(i < 3 ? value >> 8 * i
+                                          : value * 2654435761u >> (i % 25));
 }
 
 /* Reads n cells; LOST: not one of ours */
@@ -8366,12 +8628,17 @@ static int m_write(struct m_vol *v, unsigned char *b, uint64_t off,
     r[n].len = n < 3 ? (1 + rnd((uint32_t)len / CELL)) * CELL : len;
   }
   v->e.ops->batch(v->e.ctx, r, (size_t)n);
-  while (n-- > 0) err = r[n].err ? r[n].err : err;
+  while (n-- > 0)
+    err = r[n].err ? r[n].err : err;
   return err;
 }
 
 /* n cells at a cell get values, by the call of that kind */
-enum { M_WRITE, M_ZERO, M_TRIM };
+enum {
+  M_WRITE,
+  M_ZERO,
+  M_TRIM
+};
 static void m_put(struct m_vol *v, uint32_t at, uint32_t n,
                   const uint32_t *values, int kind) {
   static unsigned char b[CELLS * CELL];
@@ -8390,8 +8657,10 @@ static void m_put(struct m_vol *v, uint32_t at, uint32_t n,
     later[nlater++].value = values[i];
   }
   writes++;
-  if (kind == M_WRITE) err = m_write(v, b, off, len, fua);
-  else if (kind == M_TRIM) err = ops->trim(v->e.ctx, off, len, fua);
+  if (kind == M_WRITE)
+    err = m_write(v, b, off, len, fua);
+  else if (kind == M_TRIM)
+    err = ops->trim(v->e.ctx, off, len, fua);
   else
     err = ops->zero(v->e.ctx, off, len, fua | (rnd(2) ? NBDSERVE_NO_HOLE : 0));
   if (err && !m_excused(err)) m_fail("%s: %d", v->name, err);
@@ -8410,8 +8679,10 @@ static void m_put(struct m_vol *v, uint32_t at, uint32_t n,
 static int m_flush(struct m_vol *v) {
   int err = m_open(v);
   if (!err) err = v->e.ops->flush(v->e.ctx, 0);
-  if (!err) m_settle(v, 0, CELLS);
-  else if (!m_excused(err)) m_fail("%s: %d", v->name, err);
+  if (!err)
+    m_settle(v, 0, CELLS);
+  else if (!m_excused(err))
+    m_fail("%s: %d", v->name, err);
   return err;
 }
 
@@ -8420,12 +8691,18 @@ static int m_possible(void) {
   struct m_vol *v = m_find(change.name), *f = m_find(change.from), *s;
   char *at = strchr(change.name, '@');
   switch (change.kind) {
-  case CREATE: return !v;
-  case SNAPSHOT: return !v && m_base(change.name);
-  case CLONE: return !v && f;
-  case ROLLBACK: return v && at;
-  case RENAME: return !v && f;
-  case RESIZE: return v && !at;
+  case CREATE:
+    return !v;
+  case SNAPSHOT:
+    return !v && m_base(change.name);
+  case CLONE:
+    return !v && f;
+  case ROLLBACK:
+    return v && at;
+  case RENAME:
+    return !v && f;
+  case RESIZE:
+    return v && !at;
   }
   for (s = vols; v && !at && s < vols + NVOLS; s++)
     if (strchr(s->name, '@') && m_base(s->name) == v) return 0;
@@ -8438,7 +8715,9 @@ static void m_apply(void) {
   if (change.kind == SNAPSHOT) f = m_base(change.name);
   if (change.kind == ROLLBACK) f = v, v = m_base(change.name);
   switch (change.kind) {
-  case CREATE: case SNAPSHOT: case CLONE:
+  case CREATE:
+  case SNAPSHOT:
+  case CLONE:
     v = m_find("");
     memset(v, 0, sizeof *v);
     memcpy(v->name, change.name, sizeof v->name);
@@ -8463,7 +8742,8 @@ static void m_apply(void) {
     memset(v->cur + v->size, 0, (CELLS - v->size) * sizeof *v->cur);
     m_settle(v, v->size, CELLS);
     break;
-  case RM: v->name[0] = 0;
+  case RM:
+    v->name[0] = 0;
   }
   change.kind = 0;
 }
@@ -8474,14 +8754,17 @@ static int m_change(void) {
   char *name = change.name, *from = change.from;
   if ((change.kind <= CLONE && !m_find("")) || !strcmp(name, from))
     return change.kind = 0;
-  for (i = 0; change.kind >= RENAME && i < NVOLS; i++) m_close(vols + i);
+  for (i = 0; change.kind >= RENAME && i < NVOLS; i++)
+    m_close(vols + i);
   m_do("change %d: %s %s %u", change.kind, name, from, change.size);
-  err = nbdserve_cas_change(cas, change.kind, change.kind == CLONE ||
-                            change.kind == RENAME ? from : name, name, size);
+  err = nbdserve_cas_change(
+      cas, change.kind,
+      change.kind == CLONE || change.kind == RENAME ? from : name, name, size);
   snapshots += change.kind == SNAPSHOT && !err;
   if (!err && !possible) m_fail("that cannot succeed");
   if (err && possible && !m_excused(err)) m_fail("%d", err);
-  if (!err) m_apply();
+  if (!err)
+    m_apply();
   else if (!possible || !d_fault.fired || err == -ENOMEM)
     change.kind = 0; /* else: who knows */
   return err;
@@ -8503,7 +8786,8 @@ static int m_listed(void *arg, const struct nbdserve_cas_info *info) {
 /* Does the store have the model's volumes and snapshots? */
 static int m_catalog(void) {
   int n = 0, i, differ = nbdserve_cas_list(cas, m_listed, &n);
-  for (i = 0; i < NVOLS; i++) n -= vols[i].name[0] != 0;
+  for (i = 0; i < NVOLS; i++)
+    n -= vols[i].name[0] != 0;
   return !differ && !n;
 }
 
@@ -8544,7 +8828,8 @@ static void m_identify(struct m_vol *v) {
     sha_256(0, run, NULL, sizeof run, run, NULL);
   }
   strcpy(v->id, "sha256-");
-  for (i = 0; i < 32; i++) snprintf(v->id + 7 + 2 * i, 3, "%02x", run[i]);
+  for (i = 0; i < 32; i++)
+    snprintf(v->id + 7 + 2 * i, 3, "%02x", run[i]);
 }
 
 static int m_seal(struct m_vol *v) {
@@ -8564,7 +8849,11 @@ static int m_seal(struct m_vol *v) {
 }
 
 /* Takes note of the blocks of a range, and of whether it may be one */
-static struct { uint64_t end; int stop; unsigned char is[CELLS / PER]; } range;
+static struct {
+  uint64_t end;
+  int stop;
+  unsigned char is[CELLS / PER];
+} range;
 
 static int m_range(void *arg, uint64_t off, uint64_t len) {
   if (arg != &range || !len || off % BLOCK || (off <= range.end && off) ||
@@ -8572,7 +8861,8 @@ static int m_range(void *arg, uint64_t off, uint64_t len) {
     m_fail("range %lu %lu behind %lu", (unsigned long)off, (unsigned long)len,
            (unsigned long)range.end);
   range.end = off + len;
-  for (; off < range.end; off += BLOCK) range.is[off / BLOCK] = 1;
+  for (; off < range.end; off += BLOCK)
+    range.is[off / BLOCK] = 1;
   return range.stop && !--range.stop ? 1234 : 0;
 }
 
@@ -8613,7 +8903,8 @@ static void m_check(void) {
     if (!v->name[0]) continue;
     if (v->size && m_read(v, 0, v->size, found)) continue;
     s = change.kind == ROLLBACK && v == m_base(change.name) && v->name[0]
-      ? m_find(change.name) : NULL; /* in progress: then all or nothing */
+            ? m_find(change.name)
+            : NULL; /* in progress: then all or nothing */
     if (s && !memcmp(found, s->cur, v->size * sizeof *found)) s = v;
     for (c = 0; c < v->size && s != v; c++) {
       int legal = found[c] == v->old[c] || found[c] == v->cur[c];
@@ -8622,14 +8913,15 @@ static void m_check(void) {
                 later[i].value == found[c];
       if (!legal)
         m_fail("%s: block %u cell %u was %x at the last flush and %x in the "
-               "end, is %x", v->name, c / PER, c % PER, v->old[c], v->cur[c],
-               found[c]);
+               "end, is %x",
+               v->name, c / PER, c % PER, v->old[c], v->cur[c], found[c]);
     }
     memcpy(v->cur, found, v->size * sizeof *found);
     m_settle(v, 0, CELLS);
   }
   v = change.kind == RESIZE ? m_find(change.name) : vols + rnd(NVOLS);
-  for (s = vols; v && v->name[0] && s < vols + NVOLS; s++) m_diff(v, s);
+  for (s = vols; v && v->name[0] && s < vols + NVOLS; s++)
+    m_diff(v, s);
   change.kind = 0;
   m_verify();
 }
@@ -8637,14 +8929,16 @@ static void m_check(void) {
 /* Closes the store, which may then hold no memory and no file */
 static int m_shut(void) {
   int i, err;
-  for (i = 0; i < NVOLS; i++) m_close(vols + i);
+  for (i = 0; i < NVOLS; i++)
+    m_close(vols + i);
   err = nbdserve_cas_close(cas);
   cas = NULL;
   d_run();
   if (err && !m_excused(err)) m_fail("close: %d", err);
   if (d_fds || d_heap.next[0] != &d_heap)
     m_fail("not closed or freed, descriptors: %d", d_fds);
-  for (i = 0; !err && !m_over && i < NVOLS; i++) m_settle(vols + i, 0, CELLS);
+  for (i = 0; !err && !m_over && i < NVOLS; i++)
+    m_settle(vols + i, 0, CELLS);
   return err;
 }
 
@@ -8657,7 +8951,8 @@ static void m_forget(void) {
   d_thread = NULL;
   d_fds = d_locked = d_frozen = d_full = 0;
   cas = NULL;
-  for (i = 0; i < NVOLS; i++) vols[i].is_open = 0;
+  for (i = 0; i < NVOLS; i++)
+    vols[i].is_open = 0;
 }
 
 static int m_reopen(void) {
@@ -8686,9 +8981,11 @@ static void m_values(uint32_t *values, uint32_t n) {
   uint32_t i, kind = 0, from = 0;
   for (i = 0; i < n; i++) {
     if (i % PER == 0) kind = rnd(10), from = rnd(CELLS / PER) * PER;
-    values[i] = kind < 4 ? 100 + ++m_last : kind < 6 ? 1 + from % 12
-              : kind == 6 ? 0 : kind < 9 ? 20 + from % 64
-              : v->cur[from + i % PER];
+    values[i] = kind < 4    ? 100 + ++m_last
+                : kind < 6  ? 1 + from % 12
+                : kind == 6 ? 0
+                : kind < 9  ? 20 + from % 64
+                            : v->cur[from + i % PER];
   }
 }
 
@@ -8726,8 +9023,8 @@ static int m_step(void) {
     if (rnd(3) == 0) change.kind = v->name[0] ? SNAPSHOT : CREATE;
     m_name(change.from, change.kind == CLONE && rnd(2));
     m_name(change.name, change.kind == SNAPSHOT || change.kind == ROLLBACK ||
-                        (change.kind == RM && rnd(4)) ||
-                        (change.kind == RESIZE && rnd(8) == 0));
+                            (change.kind == RM && rnd(4)) ||
+                            (change.kind == RESIZE && rnd(8) == 0));
     if (change.kind == RESIZE && m_find(change.name) && rnd(2))
       change.size = m_find(change.name)->size / 2; /* there may be something */
     return m_change();
@@ -8768,14 +9065,16 @@ static int m_new(uint64_t seed) {
   int i, err;
   m_seed = seed;
   d_seed = (seed + 1) * UINT64_C(0x9e3779b97f4a7c15);
-  for (i = 0; i < 8; i++) rnd(2);
+  for (i = 0; i < 8; i++)
+    rnd(2);
   d_entries = 2 + rnd(6);
   m_forget();
   memset(d_calls, 0, sizeof d_calls);
   d_exists = nlater = m_over = 0;
   m_nth = m_last = 0;
   change.kind = 0;
-  for (i = 0; i < NVOLS; i++) vols[i].name[0] = 0;
+  for (i = 0; i < NVOLS; i++)
+    vols[i].name[0] = 0;
   m_weight[0] = (int)(rnd(3) ? 2 + rnd(10) : 40);
   m_weight[1] = (int)(rnd(3) ? 5 + rnd(20) : 1);
   d_limit = D_SIZE >> rnd(3);
@@ -8802,7 +9101,8 @@ static void c_live(uint64_t seed) {
   made = 1;
   m_reopen();
   m_check();
-  for (i = 0; i < steps; i++) m_step();
+  for (i = 0; i < steps; i++)
+    m_step();
   d_fuse = 0;
   m_do("close");
   m_shut();
@@ -8864,7 +9164,8 @@ int main(int argc, char **argv) {
     if (made && !d_fuse) m_forget();
   }
   printf("%ld cuts, %ld recoveries, %ld writes (%ld calls), %ld snapshots: "
-         "no loss\n", cuts, recoveries, writes, d_writes, snapshots);
+         "no loss\n",
+         cuts, recoveries, writes, d_writes, snapshots);
   return 0;
 }
 
@@ -8872,7 +9173,9 @@ int main(int argc, char **argv) {
 /* storefault [SEED]: one history after the other, each with one call of one
  * kind, the n-th, that fails, is interrupted, or does less; then what was
  * flushed is there, as is all that was not refused. */
-enum { STEPS = 60 };
+enum {
+  STEPS = 60
+};
 
 /* Opens what the last process left behind, first with reads that fail, from
  * which nothing may get lost for good, then without faults. */
@@ -8937,7 +9240,8 @@ static int f_history(uint64_t seed, int kind, long nth, int err) {
   }
   m_weight[0] = 15;
   m_weight[1] = 15;
-  for (i = 0; i < STEPS && cas && !m_over && !change.kind; i++) r = m_step();
+  for (i = 0; i < STEPS && cas && !m_over && !change.kind; i++)
+    r = m_step();
   i = d_fault.fired;
   if (!cas && !i) m_fail("not opened: %d", r);
   if (cas && rnd(2)) m_shut(); /* else it is killed */
@@ -8946,9 +9250,9 @@ static int f_history(uint64_t seed, int kind, long nth, int err) {
 }
 
 int main(int argc, char **argv) {
-  static const char *const names[NCALLS] = {
-      "pread", "pwrite", "preadv", "pwritev", "fdatasync", "fsync",
-      "fallocate", "ftruncate", "malloc"};
+  static const char *const names[NCALLS] = {"pread",     "pwrite",    "preadv",
+                                            "pwritev",   "fdatasync", "fsync",
+                                            "fallocate", "ftruncate", "malloc"};
   static const int errors[] = {EIO, ENOSPC, EINTR, 0 /* short */, ENOMEM};
   uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
   int i, kind;
@@ -8961,7 +9265,8 @@ int main(int argc, char **argv) {
       if ((errors[i] == ENOMEM) != (kind == MALLOC)) continue;
       if (!errors[i] && kind >= SYNC) continue;
       if (errors[i] == ENOSPC && (kind == PREAD || kind == PREADV)) continue;
-      for (n = 1; alarm(20), f_history(seed, kind, n, errors[i]); n++) sum++;
+      for (n = 1; alarm(20), f_history(seed, kind, n, errors[i]); n++)
+        sum++;
     }
     printf("%s %ld%s", names[kind], sum, kind < MALLOC ? ", " : "\n");
     fflush(stdout);
@@ -8977,7 +9282,9 @@ int main(int argc, char **argv) {
 #define NBDSERVE_NO_MAIN 1
 #include "nbdserve.c"
 
-enum { Z_SIZE = 65536 };
+enum {
+  Z_SIZE = 65536
+};
 static unsigned char z_disk[Z_SIZE];
 static struct nbdserve_cas *z_store;
 static const char *z_default;
@@ -9049,10 +9356,12 @@ int LLVMFuzzerTestOneInput(const unsigned char *data, size_t size) {
   static const char *const names[] = {"file", "ram", "v", "temp"};
   int in = os_nameless_file(NULL), out = open("/dev/null", O_WRONLY);
   unsigned last = size ? data[size - 1] : 0;
-  struct nbdserve_config config = {
-      .version = NBDSERVE_VERSION_NUMBER, .find = z_find, .list = z_list,
-      .threads = last & 16 ? 4 : 1, .log = z_log,
-      .log_level = NBDSERVE_LOG_TRACE};
+  struct nbdserve_config config = {.version = NBDSERVE_VERSION_NUMBER,
+                                   .find = z_find,
+                                   .list = z_list,
+                                   .threads = last & 16 ? 4 : 1,
+                                   .log = z_log,
+                                   .log_level = NBDSERVE_LOG_TRACE};
   struct nbdserve *s;
   if (!z_store) z_open_store();
   z_default = names[last & 3];
@@ -9102,8 +9411,10 @@ static void b_send(struct b_load *l, int n) {
     t_put(head[i], 4, 0x25609513);
     t_put(head[i] + 4, 4, flush ? 3 : write);
     t_put(head[i] + 8, 8, l->next);
-    t_put(head[i] + 16, 8, flush ? 0 : l->bytes * (*l->command == 's'
-      ? l->next % blocks : (l->seed >> 33) % blocks));
+    t_put(head[i] + 16, 8,
+          flush ? 0
+                : l->bytes * (*l->command == 's' ? l->next % blocks
+                                                 : (l->seed >> 33) % blocks));
     t_put(head[i] + 24, 4, flush ? 0 : l->bytes);
     l->next++;
     p->iov_base = head[i];
@@ -9135,8 +9446,10 @@ static void *b_run(void *arg) {
     got += (uint64_t)n;
     due = (int)(got / reply - done);
     done += (uint64_t)due;
-    if (b_now() > end) due = 0;
-    else l->answered = done;
+    if (b_now() > end)
+      due = 0;
+    else
+      l->answered = done;
   }
   t_close(&l->c);
   return NULL;
@@ -9163,9 +9476,12 @@ int main(int argc, char **argv) {
     CHECK((l[i].in = malloc(1 << 20)) != NULL);
   }
   start = b_now();
-  for (i = 0; i < n; i++) CHECK(!pthread_create(&t[i], NULL, b_run, &l[i]));
-  for (i = 0; i < n; i++) CHECK(!pthread_join(t[i], NULL));
-  for (i = 0; i < n; i++) sum += (double)l[i].answered;
+  for (i = 0; i < n; i++)
+    CHECK(!pthread_create(&t[i], NULL, b_run, &l[i]));
+  for (i = 0; i < n; i++)
+    CHECK(!pthread_join(t[i], NULL));
+  for (i = 0; i < n; i++)
+    sum += (double)l[i].answered;
   printf("%.0f\n", sum / (b_now() - start));
   return 0;
 }

@@ -33,7 +33,8 @@
  *   2. conn.lock       a client's queue and counters
  *   3. conn.sending    one writer on a client's socket at a time (the only
  *                      lock held while a client is waited for: it is its own)
- *   4. ex.serial       one call into an NBDSERVE_SERIAL backend at a time
+ *   4. ex.serial       one call into an NBDSERVE_EXPORT_SERIAL backend at a
+ * time
  *   5. ex.lock         an export's group of waiting flushes
  *   6. flat.lock       what a file has turned out not to support
  *   7. nbdserve_cas.ckpt, then .lock: see [11] */
@@ -61,7 +62,7 @@
 #ifndef NBDSERVE_POSIX_ONLY
 #define NBDSERVE_POSIX_ONLY 0 /* ignore what Linux and the BSDs add */
 #endif
-#ifndef NBDSERVE_MALLOC /* or functions of yours with the types of these two   \
+#ifndef NBDSERVE_MALLOC /* or functions of yours with the types of these two \
                          */
 #define NBDSERVE_MALLOC malloc
 #define NBDSERVE_FREE free
@@ -70,8 +71,8 @@
 #define NBDSERVE_MAX_REQUEST 67108864 /* bytes; a longer WRITE disconnects */
 #endif
 #ifndef NBDSERVE_MAX_OPTION
-#define NBDSERVE_MAX_OPTION                                                    \
-  65536 /* bytes of option data that are looked at                             \
+#define NBDSERVE_MAX_OPTION \
+  65536 /* bytes of option data that are looked at \
          */
 #endif
 #ifndef NBDSERVE_STACK
@@ -120,7 +121,7 @@
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
-#if defined __x86_64__ && defined __GNUC__ && !defined __TINYC__ &&            \
+#if defined __x86_64__ && defined __GNUC__ && !defined __TINYC__ && \
     !NBDSERVE_NO_CAS && !NBDSERVE_NO_HWSHA && !NBDSERVE_POSIX_ONLY
 #include <cpuid.h>
 #include <immintrin.h>
@@ -140,9 +141,9 @@ static int os_has_hwsha(void) {
 void *(NBDSERVE_MALLOC)(size_t);
 void(NBDSERVE_FREE)(void *);
 
-#define STATIC_ASSERT(name, cond)                                              \
-  enum {                                                                       \
-    assert_##name = 1 / (int)!!(cond)                                          \
+#define STATIC_ASSERT(name, cond) \
+  enum { \
+    assert_##name = 1 / (int)!!(cond) \
   }
 STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 
@@ -155,7 +156,7 @@ STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 #define SOCK_CLOEXEC 0
 #endif
 #ifndef MSG_NOSIGNAL
-#define MSG_NOSIGNAL 0 /* SO_NOSIGPIPE does it: see os_tune */
+#define MSG_NOSIGNAL 0 /* SO_NOSIGPIPE does it: see os_setup_client */
 #endif
 #ifdef __GNUC__ /* lets printf-like functions be checked */
 #define OS_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
@@ -164,14 +165,14 @@ STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 #endif
 
 #if NBDSERVE_NO_THREADS /* nothing to lock, nobody to wait for */
-struct os_mutex {
+struct os_monitor {
   char m, c;
 };
 #define OS_PTHREAD(x, call) ((void)(x), 0)
 #define os_thread(fn, arg) ((void)(fn)(arg), 0) /* at once, to its end */
 #else
 #include <pthread.h>
-struct os_mutex {
+struct os_monitor {
   pthread_mutex_t m;
   pthread_cond_t c;
 }; /* waiting in it */
@@ -193,11 +194,11 @@ static int os_thread(void *(*fn)(void *), void *arg) {
   return -err;
 }
 #endif
-#define os_mutex_init(x)                                                       \
-  (-(OS_PTHREAD(x, pthread_mutex_init(&(x)->m, NULL)) |                        \
+#define os_monitor_init(x) \
+  (-(OS_PTHREAD(x, pthread_mutex_init(&(x)->m, NULL)) | \
      OS_PTHREAD(x, pthread_cond_init(&(x)->c, NULL))))
-#define os_mutex_free(x)                                                       \
-  ((void)OS_PTHREAD(x, pthread_mutex_destroy(&(x)->m)),                        \
+#define os_monitor_free(x) \
+  ((void)OS_PTHREAD(x, pthread_mutex_destroy(&(x)->m)), \
    (void)OS_PTHREAD(x, pthread_cond_destroy(&(x)->c)))
 #define os_lock(x) ((void)OS_PTHREAD(x, pthread_mutex_lock(&(x)->m)))
 #define os_unlock(x) ((void)OS_PTHREAD(x, pthread_mutex_unlock(&(x)->m)))
@@ -211,7 +212,7 @@ static int64_t os_now_ms(void) {
   return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
-static void os_own(int fd, int nonblock) {
+static void os_set_fd_flags(int fd, int nonblock) {
   int fl = fcntl(fd, F_GETFL) & ~O_NONBLOCK;
   fcntl(fd, F_SETFL, nonblock ? fl | O_NONBLOCK : fl);
   fcntl(fd, F_SETFD, FD_CLOEXEC);
@@ -221,7 +222,7 @@ static void os_own(int fd, int nonblock) {
 static int os_pipe(int fd[2]) {
   int r = socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd);
   for (int i = 0; i < 2 && !r; i++)
-    os_own(fd[i], 1);
+    os_set_fd_flags(fd[i], 1);
   return r < 0 ? -errno : 0;
 }
 
@@ -242,7 +243,7 @@ static int os_accept(int fd) {
   int c = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
 #else
   int c = accept(fd, NULL, NULL);
-  if (c >= 0) os_own(c, 0); /* the BSDs inherit O_NONBLOCK */
+  if (c >= 0) os_set_fd_flags(c, 0); /* the BSDs inherit O_NONBLOCK */
 #endif
   return c < 0 ? -errno : c;
 }
@@ -250,7 +251,7 @@ static int os_accept(int fd) {
 /* Prepares a client's socket: no Nagle delay (proto.md, Protocol phases), no
  * SIGPIPE, dead peers noticed, calls that block end with EAGAIN after stall_ms.
  * Not a socket: nothing happens. */
-static void os_tune(int fd, uint32_t stall_ms) {
+static void os_setup_client(int fd, uint32_t stall_ms) {
   struct timeval t = {stall_ms / 1000, (int)(stall_ms % 1000) * 1000};
   int one = 1;
   setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
@@ -332,13 +333,13 @@ static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
 
 /* Keeps other servers out: a writer everyone, a reader writers.  -EBUSY: one
  * is there.  A file system without locks has none. */
-static int os_claim(int fd, int readonly) {
+static int os_lock_file(int fd, int readonly) {
   int r = flock(fd, (readonly ? LOCK_SH : LOCK_EX) | LOCK_NB);
   return r < 0 && (errno == EWOULDBLOCK || errno == EAGAIN) ? -EBUSY : 0;
 }
 
 /* A new file of that path is there after a power cut, as it is. */
-static int os_make_lasting(int fd, const char *path) {
+static int os_sync_new_file(int fd, const char *path) {
   int err = os_datasync(fd), dir = err ? err : os_open_dir(path);
   if (dir < 0) return dir;
   err = os_datasync(dir);
@@ -393,27 +394,27 @@ static int os_willneed(int fd, uint64_t off, uint64_t len) {
 
 /* ==== [3] UTIL (u_) ======================================================
  * Bytes of network and disk go through get and put: big-endian, unaligned. */
-static uint16_t get16(const unsigned char *p) {
+static uint16_t u_get16(const unsigned char *p) {
   return (uint16_t)(p[0] << 8 | p[1]);
 }
-static uint32_t get32(const unsigned char *p) {
-  return (uint32_t)get16(p) << 16 | get16(p + 2);
+static uint32_t u_get32(const unsigned char *p) {
+  return (uint32_t)u_get16(p) << 16 | u_get16(p + 2);
 }
-static uint64_t get64(const unsigned char *p) {
-  return (uint64_t)get32(p) << 32 | get32(p + 4);
+static uint64_t u_get64(const unsigned char *p) {
+  return (uint64_t)u_get32(p) << 32 | u_get32(p + 4);
 }
 
-static void put16(unsigned char *p, unsigned v) {
+static void u_put16(unsigned char *p, unsigned v) {
   p[0] = (unsigned char)(v >> 8);
   p[1] = (unsigned char)v;
 }
-static void put32(unsigned char *p, uint32_t v) {
-  put16(p, v >> 16);
-  put16(p + 2, v);
+static void u_put32(unsigned char *p, uint32_t v) {
+  u_put16(p, v >> 16);
+  u_put16(p + 2, v);
 }
-static void put64(unsigned char *p, uint64_t v) {
-  put32(p, (uint32_t)(v >> 32));
-  put32(p + 4, (uint32_t)v);
+static void u_put64(unsigned char *p, uint64_t v) {
+  u_put32(p, (uint32_t)(v >> 32));
+  u_put32(p + 4, (uint32_t)v);
 }
 
 static uint64_t u_min(uint64_t a, uint64_t b) {
@@ -438,7 +439,7 @@ static void *u_zalloc(size_t n) {
 }
 
 /* A number up to INT64_MAX, maybe with K to E; what is behind it, or NULL. */
-static const char *u_size(const char *s, uint64_t *out) {
+static const char *u_parse_size(const char *s, uint64_t *out) {
   static const char units[] = "KMGTPEkmgtpe";
   const char *p = s;
   uint64_t v = 0;
@@ -454,7 +455,7 @@ static const char *u_size(const char *s, uint64_t *out) {
 }
 
 /* The text of a -errno value; strerror shares memory only for unknown ones. */
-static const char *u_error(int err) {
+static const char *u_errno_text(int err) {
   return strerror(-err);
 }
 
@@ -470,7 +471,7 @@ static int u_append_uri(char *buf, size_t size, const char *s) {
 }
 
 /* How long the character at s is; 0: not UTF-8, or a control character. */
-static int u_text(const char *s) {
+static int u_utf8_len(const char *s) {
   static const uint32_t least[] = {32, ~0u, 160, 2048, 65536, ~0u};
   const unsigned char *p = (const unsigned char *)s;
   uint32_t c, n = 0, i = 1;
@@ -494,8 +495,8 @@ static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
   va_start(ap, fmt);
   vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
-  for (p = text; *p; p += u_text(p))
-    if (!u_text(p)) *p = '?';
+  for (p = text; *p; p += u_utf8_len(p))
+    if (!u_utf8_len(p)) *p = '?';
   config->log(config->ctx, level, text);
 }
 
@@ -521,11 +522,11 @@ static const uint32_t sha_k[64] = {
 
 #define SHA_ROR(x, n) ((x) >> (n) | (x) << (32 - (n)))
 #define SHA_MIX(x, i, j, last) (SHA_ROR(x, i) ^ SHA_ROR(x, j) ^ (last))
-#define SHA_ROUND(a, b, c, d, e, f, g, h, i)                                   \
-  v[h] += SHA_MIX(v[e], 6, 11, SHA_ROR(v[e], 25)) + sha_k[i] + w[i] +          \
-          ((v[e] & v[f]) ^ (~v[e] & v[g]));                                    \
-  v[d] += v[h];                                                                \
-  v[h] += SHA_MIX(v[a], 2, 13, SHA_ROR(v[a], 22)) +                            \
+#define SHA_ROUND(a, b, c, d, e, f, g, h, i) \
+  v[h] += SHA_MIX(v[e], 6, 11, SHA_ROR(v[e], 25)) + sha_k[i] + w[i] + \
+          ((v[e] & v[f]) ^ (~v[e] & v[g])); \
+  v[d] += v[h]; \
+  v[h] += SHA_MIX(v[a], 2, 13, SHA_ROR(v[a], 22)) + \
           ((v[a] & v[b]) ^ (v[a] & v[c]) ^ (v[b] & v[c]))
 
 static void sha_portable(uint32_t *s, const unsigned char *p, uint32_t *u,
@@ -535,7 +536,7 @@ static void sha_portable(uint32_t *s, const unsigned char *p, uint32_t *u,
   if (q) sha_portable(u, q, NULL, NULL, n);
   for (; n > 0; n--, p += 64) {
     for (i = 0; i < 16; i++)
-      w[i] = get32(p + 4 * i);
+      w[i] = u_get32(p + 4 * i);
     for (; i < 64; i++)
       w[i] = w[i - 16] + SHA_MIX(w[i - 15], 7, 18, w[i - 15] >> 3) + w[i - 7] +
              SHA_MIX(w[i - 2], 17, 19, w[i - 2] >> 10);
@@ -556,18 +557,18 @@ static void sha_portable(uint32_t *s, const unsigned char *p, uint32_t *u,
 }
 
 #if OS_HWSHA
-#define SHA_FOUR(x, k) /* rounds */                                            \
-  t = _mm_add_epi32(x##0, k);                                                  \
-  x##cd = _mm_sha256rnds2_epu32(x##cd, x##ab, t);                              \
-  x##ab = _mm_sha256rnds2_epu32(x##ab, x##cd, _mm_shuffle_epi32(t, 14));       \
-  t = _mm_add_epi32(_mm_sha256msg1_epu32(x##0, x##1),                          \
-                    _mm_alignr_epi8(x##3, x##2, 4));                           \
-  x##0 = x##1, x##1 = x##2, x##2 = x##3;                                       \
+#define SHA_FOUR(x, k) /* rounds */ \
+  t = _mm_add_epi32(x##0, k); \
+  x##cd = _mm_sha256rnds2_epu32(x##cd, x##ab, t); \
+  x##ab = _mm_sha256rnds2_epu32(x##ab, x##cd, _mm_shuffle_epi32(t, 14)); \
+  t = _mm_add_epi32(_mm_sha256msg1_epu32(x##0, x##1), \
+                    _mm_alignr_epi8(x##3, x##2, 4)); \
+  x##0 = x##1, x##1 = x##2, x##2 = x##3; \
   x##3 = _mm_sha256msg2_epu32(t, x##2)
 #define SHA_LOAD(p) _mm_loadu_si128((const __m128i *)(const void *)(p))
 #define SHA_SAVE(p, v) _mm_storeu_si128((__m128i *)(void *)(p), v)
 #define SHA_WORDS(x, p, i) x##i = _mm_shuffle_epi8(SHA_LOAD(p + 16 * i), order)
-#define SHA_BLOCK(x, p)                                                        \
+#define SHA_BLOCK(x, p) \
   SHA_WORDS(x, p, 0), SHA_WORDS(x, p, 1), SHA_WORDS(x, p, 2), SHA_WORDS(x, p, 3)
 
 static OS_HWSHA_TARGET void sha_hw(uint32_t *s, const unsigned char *p,
@@ -612,14 +613,14 @@ static void sha_256(int hw, const void *p, const void *q, size_t len,
     memset(tail[i], 0, sizeof tail[i]);
     if (m && rest) memcpy(tail[i], m + 64 * whole, rest);
     tail[i][rest] = 0x80;
-    put64(tail[i] + 64 * n - 8, (uint64_t)len * 8);
+    u_put64(tail[i] + 64 * n - 8, (uint64_t)len * 8);
   }
   (hw ? sha_hw : sha_portable)(s[0], p, s[1], q || !hw ? q : p, whole);
   const unsigned char *t = q ? tail[1] : hw ? tail[0] : NULL;
   (hw ? sha_hw : sha_portable)(s[0], tail[0], s[1], t, n);
   for (i = 0; i < 8; i++) {
-    put32(p_out + 4 * i, s[0][order[i]]);
-    if (q) put32(q_out + 4 * i, s[1][order[i]]);
+    u_put32(p_out + 4 * i, s[0][order[i]]);
+    if (q) u_put32(q_out + 4 * i, s[1][order[i]]);
   }
 }
 
@@ -720,7 +721,7 @@ enum { /* sizes of messages without their data; the longest name or message */
   WIRE_SIMPLE = 16,
   WIRE_CHUNK = 20,
   WIRE_EXTENDED = 32 /* either way */,
-  WIRE_STRING = 4096
+  WIRE_STRING_MAX = 4096
 };
 
 enum {
@@ -779,7 +780,7 @@ struct nbdserve_req {
   unsigned char *buf;  /* data of READ and WRITE; reply of BLOCK_STATUS */
   size_t owned;        /* bytes at buf if they are the request's own, else 0 */
   int err;             /* 0 or -errno */
-  const char *why;     /* of an error, for humans; NULL: u_error */
+  const char *why;     /* of an error, for humans; NULL: u_errno_text */
   int flush, deferred; /* only that is left to do; a worker answers it */
   int hole, more, ready; /* READ: is only zeroes; other chunks follow this one;
                             the reply is in the send buffer, or sent */
@@ -789,15 +790,15 @@ struct nbdserve_req {
 /* The head of a chunk with len bytes of payload; the bytes written. */
 static size_t wire_put_chunk(unsigned char *p, const struct nbdserve_req *r,
                              unsigned type, uint64_t len) {
-  put32(p, r->mode == WIRE_EXT ? NBD_EXTENDED_REPLY_MAGIC
-                               : NBD_STRUCTURED_REPLY_MAGIC);
-  put16(p + 4, r->more && !r->err ? 0 : NBD_REPLY_FLAG_DONE);
-  put16(p + 6, type);
-  put64(p + 8, r->cookie);
-  put32(p + 16, (uint32_t)len);
+  u_put32(p, r->mode == WIRE_EXT ? NBD_EXTENDED_REPLY_MAGIC
+                                 : NBD_STRUCTURED_REPLY_MAGIC);
+  u_put16(p + 4, r->more && !r->err ? 0 : NBD_REPLY_FLAG_DONE);
+  u_put16(p + 6, type);
+  u_put64(p + 8, r->cookie);
+  u_put32(p + 16, (uint32_t)len);
   if (r->mode != WIRE_EXT) return WIRE_CHUNK;
-  put64(p + 16, r->start);
-  put64(p + 24, len);
+  u_put64(p + 16, r->start);
+  u_put64(p + 24, len);
   return WIRE_EXTENDED;
 }
 
@@ -843,7 +844,8 @@ static int io_flags(const struct io *io, int flags) {
 static int io_again(const struct io *io, int writing) {
   if (errno == EINTR) return 0;
   if (errno != EAGAIN && errno != EWOULDBLOCK) return -errno;
-  return io_flags(io, 0) ? io_wait(io, writing) : -ETIMEDOUT; /* os_tune */
+  return io_flags(io, 0) ? io_wait(io, writing)
+                         : -ETIMEDOUT; /* os_setup_client */
 }
 
 /* Receives up to len bytes, at least one.  Their number, 0 at the end of the
@@ -904,10 +906,10 @@ struct ex {
   struct nbdserve_export e; /* size: under s->lock */
   int dynamic;              /* from the find callback */
   struct ex *next;
-  struct os_mutex serial, lock; /* lock: guards what follows */
-  uint64_t nflushes, failed;    /* begun so far; the last one that failed */
-  int flushing, failure;        /* the last has not returned; error of failed */
-  char strings[];               /* name and description */
+  struct os_monitor serial, lock; /* lock: guards what follows */
+  uint64_t nflushes, failed;      /* begun so far; the last one that failed */
+  int flushing, failure; /* the last has not returned; error of failed */
+  char strings[];        /* name and description */
 };
 
 enum {
@@ -924,8 +926,8 @@ struct nbdserve {
   int stop[2], wake[2]; /* pipes: nbdserve_stop; nbdserve_run looks around */
   struct srv_listener listeners[SRV_LISTENERS + 1]; /* localhost is two */
   int nlisteners;
-  int64_t idle_from;    /* nbdserve_run: when the last client had gone */
-  struct os_mutex lock; /* guards what follows */
+  int64_t idle_from;      /* nbdserve_run: when the last client had gone */
+  struct os_monitor lock; /* guards what follows */
   struct ex *exports, **last_export;
   struct conn *conns; /* clients being served */
   unsigned nconns;
@@ -933,9 +935,9 @@ struct nbdserve {
 };
 
 enum {
-  EX_FLAGS = 2 * NBDSERVE_UNSAFE - 1, /* all that there are */
-  EX_ZEROES = 1 << 20,                /* bytes of zeroes written at a time */
-  EX_EXTENTS = 2048,                  /* in one reply, at most */
+  EX_FLAGS = 2 * NBDSERVE_EXPORT_UNSAFE - 1, /* all that there are */
+  EX_ZEROES = 1 << 20, /* bytes of zeroes written at a time */
+  EX_EXTENTS = 2048,   /* in one reply, at most */
   EX_EXTENTS_SIZE = WIRE_EXTENDED + 8 + 16 * EX_EXTENTS
 };
 
@@ -949,8 +951,8 @@ struct nbdserve_extents {
 static void ex_free(struct ex *ex) {
   assert(!ex->flushing);
   if (ex->e.ops && ex->e.ops->close) ex->e.ops->close(ex->e.ctx);
-  os_mutex_free(&ex->lock);
-  os_mutex_free(&ex->serial);
+  os_monitor_free(&ex->lock);
+  os_monitor_free(&ex->serial);
   NBDSERVE_FREE(ex);
 }
 
@@ -967,15 +969,16 @@ static int ex_new(struct ex **out, const struct nbdserve_export *from) {
   if (!e.max_request)
     e.max_request = (uint32_t)u_min(32u << 20, NBDSERVE_MAX_REQUEST);
   if (!e.ops || !e.ops->read || e.size > INT64_MAX || e.flags > EX_FLAGS ||
-      !u_is_power_of_2(e.min_block) || e.min_block > 65536 || n > WIRE_STRING ||
-      !u_is_power_of_2(e.preferred_block) || e.preferred_block < 512 ||
-      e.preferred_block < e.min_block || e.max_request < e.preferred_block ||
-      e.max_request > NBDSERVE_MAX_REQUEST || d > WIRE_STRING)
+      !u_is_power_of_2(e.min_block) || e.min_block > 65536 ||
+      n > WIRE_STRING_MAX || !u_is_power_of_2(e.preferred_block) ||
+      e.preferred_block < 512 || e.preferred_block < e.min_block ||
+      e.max_request < e.preferred_block ||
+      e.max_request > NBDSERVE_MAX_REQUEST || d > WIRE_STRING_MAX)
     return -EINVAL;
-  if (!e.ops->write) e.flags |= NBDSERVE_READONLY;
+  if (!e.ops->write) e.flags |= NBDSERVE_EXPORT_READONLY;
   struct ex *ex = u_zalloc(sizeof *ex + n + d + 2);
   if (!ex) return -ENOMEM;
-  if (os_mutex_init(&ex->serial) || os_mutex_init(&ex->lock)) {
+  if (os_monitor_init(&ex->serial) || os_monitor_init(&ex->lock)) {
     ex_free(ex); /* without ops: ctx stays the caller's */
     return -ENOMEM;
   }
@@ -1002,7 +1005,7 @@ static int ex_get(struct nbdserve *s, const char *name, struct ex **out,
   int err = -ENOENT;
   os_lock(&s->lock);
   struct ex *same = ex_by_name(s, name), *any = s->exports;
-  while (any && *name && !(any->e.flags & NBDSERVE_ANY_NAME))
+  while (any && *name && !(any->e.flags & NBDSERVE_EXPORT_FALLBACK))
     any = any->next;
   if ((*out = same ? same : any)) {
     struct nbdserve_export *x = &(*out)->e;
@@ -1034,12 +1037,12 @@ static void ex_put(struct ex *ex) {
 static unsigned ex_flags(const struct nbdserve *s, const struct ex *ex,
                          int mode, int meta) {
   const struct nbdserve_ops *ops = ex->e.ops;
-  unsigned f = 0, writable = !(ex->e.flags & NBDSERVE_READONLY);
+  unsigned f = 0, writable = !(ex->e.flags & NBDSERVE_EXPORT_READONLY);
   if (writable) f |= NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
   if (writable && ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
   if (writable && ops->trim) f |= NBD_FLAG_SEND_TRIM;
-  if (ex->e.flags & NBDSERVE_ROTATIONAL) f |= NBD_FLAG_ROTATIONAL;
-  if ((ex->e.flags & NBDSERVE_MULTI_CONN) && s->config.max_conn > 1)
+  if (ex->e.flags & NBDSERVE_EXPORT_ROTATIONAL) f |= NBD_FLAG_ROTATIONAL;
+  if ((ex->e.flags & NBDSERVE_EXPORT_MULTI_CONN) && s->config.max_conn > 1)
     f |= NBD_FLAG_CAN_MULTI_CONN; /* a second one would wait for ever */
   if (ops->cache) f |= NBD_FLAG_SEND_CACHE;
   if (mode != WIRE_COMPACT) f |= NBD_FLAG_SEND_DF;
@@ -1052,7 +1055,7 @@ static unsigned ex_flags(const struct nbdserve *s, const struct ex *ex,
  * returns 0.  One caller flushes for all that wait (E3). */
 static int ex_flush(struct ex *ex) {
   int err;
-  if (!ex->e.ops->flush || (ex->e.flags & NBDSERVE_UNSAFE)) return 0;
+  if (!ex->e.ops->flush || (ex->e.flags & NBDSERVE_EXPORT_UNSAFE)) return 0;
   os_lock(&ex->lock);
   uint64_t mine = ex->nflushes + 1; /* the first that has not begun yet */
   while (ex->flushing && ex->nflushes <= mine)
@@ -1061,9 +1064,9 @@ static int ex_flush(struct ex *ex) {
     ex->nflushes = mine;
     ex->flushing = 1;
     os_unlock(&ex->lock);
-    if (ex->e.flags & NBDSERVE_SERIAL) os_lock(&ex->serial);
+    if (ex->e.flags & NBDSERVE_EXPORT_SERIAL) os_lock(&ex->serial);
     err = ex->e.ops->flush(ex->e.ctx, 0);
-    if (ex->e.flags & NBDSERVE_SERIAL) os_unlock(&ex->serial);
+    if (ex->e.flags & NBDSERVE_EXPORT_SERIAL) os_unlock(&ex->serial);
     os_lock(&ex->lock);
     ex->flushing = 0;
     if (err) ex->failed = mine;
@@ -1076,13 +1079,15 @@ static int ex_flush(struct ex *ex) {
 }
 
 /* Must r be on permanent storage before it is answered?  And does the backend
- * (native: NBDSERVE_NATIVE_FUA) see to that, or a flush that follows (0)? */
+ * (native: NBDSERVE_EXPORT_NATIVE_FUA) see to that, or a flush that follows
+ * (0)? */
 static int ex_wants_fua(const struct ex *ex, const struct nbdserve_req *r,
                         uint32_t native) {
   return wire_cmd(r->type)->writes && r->len > 0 &&
-         (ex->e.flags & (NBDSERVE_NATIVE_FUA | NBDSERVE_UNSAFE)) == native &&
+         (ex->e.flags &
+          (NBDSERVE_EXPORT_NATIVE_FUA | NBDSERVE_EXPORT_UNSAFE)) == native &&
          ((r->flags & NBD_CMD_FLAG_FUA) ||
-          (ex->e.flags & NBDSERVE_WRITETHROUGH));
+          (ex->e.flags & NBDSERVE_EXPORT_WRITETHROUGH));
 }
 
 int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
@@ -1100,11 +1105,11 @@ int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
     }
     len -= n;
     x->left -= n;
-    if (x->n && get64(p - 8) == status) {
-      put64(p - 16, get64(p - 16) + n);
+    if (x->n && u_get64(p - 8) == status) {
+      u_put64(p - 16, u_get64(p - 16) + n);
     } else if (x->n < x->max) {
-      put64(p, n);
-      put64(p + 8, status);
+      u_put64(p, n);
+      u_put64(p + 8, status);
       x->n++;
     } else {
       x->left = 0;
@@ -1115,7 +1120,7 @@ int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
 
 /* The extents of a request, as the reply that goes out: r->buf, r->owned. */
 static int ex_extents(struct ex *ex, struct nbdserve_req *r) {
-  unsigned one = r->flags & NBDSERVE_REQ_ONE, ext = r->mode == WIRE_EXT;
+  unsigned one = r->flags & NBDSERVE_CMD_REQ_ONE, ext = r->mode == WIRE_EXT;
   struct nbdserve_extents x = {.left = r->len, .align = ex->e.min_block};
   x.max = one ? 1 : (unsigned)u_min(ex->e.max_request / 16, EX_EXTENTS);
   unsigned char *p = NBDSERVE_MALLOC(EX_EXTENTS_SIZE);
@@ -1126,12 +1131,12 @@ static int ex_extents(struct ex *ex, struct nbdserve_req *r) {
                 : ex->e.ops->extents(ex->e.ctx, r->off, r->len, one, &x);
   if (!err && !x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
   for (unsigned i = 0; i < x.n && !ext; i++) { /* len was below 2^32, too */
-    put32(x.data + 8 * i, (uint32_t)get64(x.data + 16 * i));
-    put32(x.data + 8 * i + 4, (uint32_t)get64(x.data + 16 * i + 8));
+    u_put32(x.data + 8 * i, (uint32_t)u_get64(x.data + 16 * i));
+    u_put32(x.data + 8 * i + 4, (uint32_t)u_get64(x.data + 16 * i + 8));
   }
-  put32(x.data - 4, x.n);
-  put32(x.data - (ext ? 8 : 4), 1); /* the id of base:allocation */
-  r->buf = p;                       /* freed with r, also when this failed */
+  u_put32(x.data - 4, x.n);
+  u_put32(x.data - (ext ? 8 : 4), 1); /* the id of base:allocation */
+  r->buf = p;                         /* freed with r, also when this failed */
   r->owned = (size_t)(x.data - p) + (ext ? 16 : 8) * x.n;
   wire_put_chunk(
       p, r, ext ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT : NBD_REPLY_TYPE_BLOCK_STATUS,
@@ -1141,14 +1146,16 @@ static int ex_extents(struct ex *ex, struct nbdserve_req *r) {
 
 static int ex_do(struct ex *ex, struct nbdserve_req *r) {
   const struct nbdserve_ops *ops = ex->e.ops;
-  uint32_t f = ex_wants_fua(ex, r, NBDSERVE_NATIVE_FUA) ? NBDSERVE_FUA : 0;
+  uint32_t f =
+      ex_wants_fua(ex, r, NBDSERVE_EXPORT_NATIVE_FUA) ? NBDSERVE_CMD_FUA : 0;
   void *ctx = ex->e.ctx;
   int err = -EINVAL;
   assert(r->len > 0 && r->off <= INT64_MAX && r->len <= INT64_MAX - r->off);
   assert(r->off % ex->e.min_block == 0); /* (E2) */
-  assert(!wire_cmd(r->type)->writes || !(ex->e.flags & NBDSERVE_READONLY));
-  f |= r->flags & (NBDSERVE_NO_HOLE | NBDSERVE_FAST_ZERO);
-  if (ex->e.flags & NBDSERVE_SERIAL) os_lock(&ex->serial);
+  assert(!wire_cmd(r->type)->writes ||
+         !(ex->e.flags & NBDSERVE_EXPORT_READONLY));
+  f |= r->flags & (NBDSERVE_CMD_NO_HOLE | NBDSERVE_CMD_FAST_ZERO);
+  if (ex->e.flags & NBDSERVE_EXPORT_SERIAL) os_lock(&ex->serial);
   switch (r->type) {
   case NBD_CMD_READ:
     err = ops->read(ctx, r->buf, r->off, r->len, 0);
@@ -1171,10 +1178,10 @@ static int ex_do(struct ex *ex, struct nbdserve_req *r) {
   default:
     assert(0); /* (E2) */
   }
-  if (ex->e.flags & NBDSERVE_SERIAL) os_unlock(&ex->serial);
+  if (ex->e.flags & NBDSERVE_EXPORT_SERIAL) os_unlock(&ex->serial);
   assert(err <= 0);
   if (err != -ENOTSUP || r->type != NBD_CMD_WRITE_ZEROES ||
-      f & NBDSERVE_FAST_ZERO)
+      f & NBDSERVE_CMD_FAST_ZERO)
     return err;
   if (r->len > UINT32_MAX) return -EOVERFLOW; /* nobody could end it */
   struct nbdserve_req w = {.type = NBD_CMD_WRITE,
@@ -1195,23 +1202,23 @@ static int ex_do(struct ex *ex, struct nbdserve_req *r) {
 
 #if !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS
 /* read and write of nbdserve's own backends, whose ctx begins with batch. */
-struct ex_own {
-  void (*batch)(void *ctx, struct nbdserve_req *r, size_t n);
+struct ex_batched {
+  void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n);
 };
 
-#define EX_OWN(name, buffer, command)                                          \
-  static int name(void *ctx, buffer buf, uint64_t off, uint64_t len,           \
-                  uint32_t flags) {                                            \
-    struct nbdserve_req r = {.type = command,                                  \
-                             .off = off,                                       \
-                             .len = len,                                       \
-                             .buf = (unsigned char *)(uintptr_t)buf};          \
-    assert(!(flags & NBDSERVE_FUA)); /* not NATIVE_FUA: a flush follows */     \
-    ((struct ex_own *)ctx)->batch(ctx, &r, 1);                                 \
-    return (void)flags, r.err;                                                 \
+#define EX_BATCH_OF_ONE(name, buffer, command) \
+  static int name(void *ctx, buffer buf, uint64_t off, uint64_t len, \
+                  uint32_t flags) { \
+    struct nbdserve_req r = {.type = command, \
+                             .off = off, \
+                             .len = len, \
+                             .buf = (unsigned char *)(uintptr_t)buf}; \
+    assert(!(flags & NBDSERVE_CMD_FUA)); /* not NATIVE_FUA: a flush follows */ \
+    ((struct ex_batched *)ctx)->run_batch(ctx, &r, 1); \
+    return (void)flags, r.err; \
   }
-EX_OWN(ex_own_read, void *, NBD_CMD_READ)
-EX_OWN(ex_own_write, const void *, NBD_CMD_WRITE)
+EX_BATCH_OF_ONE(ex_batched_read, void *, NBD_CMD_READ)
+EX_BATCH_OF_ONE(ex_batched_write, const void *, NBD_CMD_WRITE)
 #endif
 
 /* ==== [8] HANDSHAKE (hs_) ================================================
@@ -1248,11 +1255,11 @@ struct conn {
   size_t len;
   uint32_t opt;
   int no_zeroes, mode, meta; /* WIRE_COMPACT...; base:allocation is selected */
-  char meta_name[WIRE_STRING + 1]; /* of this export */
+  char meta_name[WIRE_STRING_MAX + 1]; /* of this export */
   struct ex *ex;
   uint64_t size;
   unsigned tflags, max_workers, max_deferred;
-  void (*batch)(void *ctx, struct nbdserve_req *r, size_t n); /* or NULL */
+  void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n); /* or NULL */
   size_t read_head; /* bytes in front of the data of a READ */
   /* -- the client's thread only, as the two buffers at the end */
   unsigned char *big;
@@ -1261,10 +1268,10 @@ struct conn {
   int64_t began; /* when the request that is not all there was begun */
   int big_write; /* the last request was one: expect another */
   /* -- one sender at a time */
-  struct os_mutex sending; /* guards out, and why nothing goes there: */
+  struct os_monitor sending; /* guards out, and why nothing goes there: */
   int broken;
   /* -- client's thread and workers */
-  struct os_mutex lock;                    /* guards the rest */
+  struct os_monitor lock;                  /* guards the rest */
   struct nbdserve_req *queue, **queue_end; /* one worker each */
   struct nbdserve_req *flushes;            /* one worker for all of them, */
   int flushing;                            /* which is at it */
@@ -1280,7 +1287,7 @@ enum {
 }; /* what follows an option; or -errno */
 
 /* Tells the log about a client; the text begins with its number. */
-#define HS_LOG(c, level, ...)                                                  \
+#define HS_LOG(c, level, ...) \
   u_log(&(c)->s->config, level, "client " __VA_ARGS__)
 
 /* Sends the replies to an option: they gather in the send buffer. */
@@ -1301,10 +1308,10 @@ static unsigned char *hs_room(struct conn *c, size_t len) {
 
 static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t len) {
   unsigned char *p = hs_room(c, WIRE_REP + len);
-  put64(p, NBD_REP_MAGIC);
-  put32(p + 8, c->opt);
-  put32(p + 12, type);
-  put32(p + 16, (uint32_t)len);
+  u_put64(p, NBD_REP_MAGIC);
+  u_put32(p + 8, c->opt);
+  u_put32(p + 12, type);
+  u_put32(p + 16, (uint32_t)len);
   return p + WIRE_REP;
 }
 
@@ -1322,11 +1329,11 @@ static int hs_fail(struct conn *c, uint32_t type, const char *why) {
 }
 
 /* Takes a string with its 32-bit length off the option's data and copies it to
- * out[WIRE_STRING + 1].  0, or an error reply. */
+ * out[WIRE_STRING_MAX + 1].  0, or an error reply. */
 static uint32_t hs_take_string(struct conn *c, char *out) {
-  uint32_t n = c->len < 4 ? 0 : get32(c->data);
+  uint32_t n = c->len < 4 ? 0 : u_get32(c->data);
   if (c->len < 4 || n > c->len - 4) return NBD_REP_ERR_INVALID;
-  if (n > WIRE_STRING) return NBD_REP_ERR_TOO_BIG;
+  if (n > WIRE_STRING_MAX) return NBD_REP_ERR_TOO_BIG;
   memcpy(out, c->data + 4, n);
   out[n] = 0;
   c->data += 4 + n;
@@ -1341,12 +1348,12 @@ static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
   c->ex = ex;
   c->meta = c->meta && strcmp(c->meta_name, name) == 0;
   c->tflags = ex_flags(c->s, ex, c->mode, c->meta);
-  c->batch = k->before ? NULL : ex->e.ops->batch;
+  c->run_batch = k->before ? NULL : ex->e.ops->run_batch;
   c->read_head = c->mode == WIRE_EXT          ? WIRE_EXTENDED + 8
                  : c->mode == WIRE_STRUCTURED ? WIRE_CHUNK + 8
                                               : WIRE_SIMPLE;
   c->max_workers = k->threads > 1 ? k->threads : 0;
-  c->max_deferred = c->batch ? TX_DEFERRED : k->threads;
+  c->max_deferred = c->run_batch ? TX_DEFERRED : k->threads;
   HS_LOG(c, NBDSERVE_LOG_INFO, "%d: export '%s', %" PRIu64 " bytes%s", c->id,
          name, c->size, c->tflags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
 }
@@ -1355,7 +1362,7 @@ static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
 
 static int hs_opt_export_name(struct conn *c) {
   size_t n = c->no_zeroes ? 10 : 10 + 124;
-  char name[WIRE_STRING + 1];
+  char name[WIRE_STRING_MAX + 1];
   struct ex *ex;
   snprintf(name, sizeof name, "%.*s", (int)c->len, (const char *)c->data);
   if (c->mode == WIRE_EXT) return -EPROTO; /* extended headers demand GO */
@@ -1363,8 +1370,8 @@ static int hs_opt_export_name(struct conn *c) {
     return -ENOENT; /* this option knows no error reply */
   hs_settle(c, ex, name);
   unsigned char *p = memset(hs_room(c, n), 0, n);
-  put64(p, c->size);
-  put16(p + 8, c->tflags);
+  u_put64(p, c->size);
+  u_put16(p + 8, c->tflags);
   return HS_ENTER;
 }
 
@@ -1372,9 +1379,10 @@ static int hs_emit(void *arg, const char *name, const char *description) {
   size_t n = name ? strlen(name) : 0;
   size_t d = description ? strlen(description) : 0;
   struct conn *c = arg;
-  if (n > WIRE_STRING || d > WIRE_STRING) return 0; /* who could ask for it? */
+  if (n > WIRE_STRING_MAX || d > WIRE_STRING_MAX)
+    return 0; /* who could ask for it? */
   unsigned char *p = hs_reply(c, NBD_REP_SERVER, 4 + n + d);
-  put32(p, (uint32_t)n);
+  u_put32(p, (uint32_t)n);
   if (n) memcpy(p + 4, name, n);
   if (d) memcpy(p + 4 + n, description, d);
   return c->broken;
@@ -1400,36 +1408,36 @@ static void hs_info(struct conn *c, struct ex *ex, unsigned type) {
   unsigned char *p;
   if (type == NBD_INFO_EXPORT) {
     p = hs_reply(c, NBD_REP_INFO, 12);
-    put64(p + 2, c->size);
-    put16(p + 10, c->tflags);
+    u_put64(p + 2, c->size);
+    u_put16(p + 10, c->tflags);
   } else if (type == NBD_INFO_BLOCK_SIZE) {
     p = hs_reply(c, NBD_REP_INFO, 14);
-    put32(p + 2, ex->e.min_block);
-    put32(p + 6, ex->e.preferred_block);
-    put32(p + 10, ex->e.max_request);
+    u_put32(p + 2, ex->e.min_block);
+    u_put32(p + 6, ex->e.preferred_block);
+    u_put32(p + 10, ex->e.max_request);
   } else {
     p = hs_reply(c, NBD_REP_INFO, 2 + strlen(text));
     memcpy(p + 2, text, strlen(text));
   }
-  put16(p, type);
+  u_put16(p, type);
 }
 
 static int hs_opt_go(struct conn *c) {
-  char name[WIRE_STRING + 1];
+  char name[WIRE_STRING_MAX + 1];
   unsigned wants = 1u << NBD_INFO_EXPORT, type, i;
   struct ex *ex;
   uint32_t bad = hs_take_string(c, name);
-  if (!bad && (c->len < 2 || c->len != 2 + 2 * (size_t)get16(c->data)))
+  if (!bad && (c->len < 2 || c->len != 2 + 2 * (size_t)u_get16(c->data)))
     bad = NBD_REP_ERR_INVALID;
   if (bad) return hs_fail(c, bad, "malformed request for information");
   int err = ex_get(c->s, name, &ex, &c->size);
   if (err)
     return hs_fail(c, NBD_REP_ERR_UNKNOWN,
-                   err == -ENOENT ? "no such export" : u_error(err));
+                   err == -ENOENT ? "no such export" : u_errno_text(err));
   c->tflags =
       ex_flags(c->s, ex, c->mode, c->meta && strcmp(c->meta_name, name) == 0);
   for (i = 2; i < c->len; i += 2) /* what is not known goes to bit 31 */
-    wants |= 1u << u_min(get16(c->data + i), 31);
+    wants |= 1u << u_min(u_get16(c->data + i), 31);
   bad = ex->e.min_block > 1 && !(wants & 1u << NBD_INFO_BLOCK_SIZE);
   if (bad || ex->e.preferred_block != 4096 || ex->e.max_request != 32u << 20)
     wants |= 1u << NBD_INFO_BLOCK_SIZE; /* not what is taken for granted */
@@ -1459,7 +1467,7 @@ static int hs_opt_mode(struct conn *c) {
 static int hs_opt_meta_context(struct conn *c) {
   static const char context[] = "base:allocation";
   const size_t n = sizeof context - 1;
-  char name[WIRE_STRING + 1], query[WIRE_STRING + 1];
+  char name[WIRE_STRING_MAX + 1], query[WIRE_STRING_MAX + 1];
   int set = c->opt == NBD_OPT_SET_META_CONTEXT, found;
   struct ex *ex;
   if (c->mode == WIRE_COMPACT)
@@ -1467,7 +1475,7 @@ static int hs_opt_meta_context(struct conn *c) {
   uint32_t bad = hs_take_string(c, name), left = 0;
   if (!bad && c->len < 4) bad = NBD_REP_ERR_INVALID;
   if (!bad) {
-    left = get32(c->data);
+    left = u_get32(c->data);
     c->data += 4;
     c->len -= 4;
   }
@@ -1483,7 +1491,7 @@ static int hs_opt_meta_context(struct conn *c) {
   ex_put(ex);
   if (found) {
     unsigned char *p = hs_reply(c, NBD_REP_META_CONTEXT, 4 + n);
-    put32(p, set ? 1 : 0); /* ids mean something in SET only */
+    u_put32(p, set ? 1 : 0); /* ids mean something in SET only */
     memcpy(p + 4, context, n);
     c->meta |= set;
     if (set) strcpy(c->meta_name, name);
@@ -1506,10 +1514,10 @@ static int hs_option(struct conn *c) {
   unsigned char head[WIRE_OPTION];
   int err = io_recv_all(&c->io, head, sizeof head);
   if (err) return err;
-  c->opt = get32(head + 8);
-  uint32_t len = get32(head + 12);
-  if (get64(head) != NBD_OPTION_MAGIC) return -EPROTO;
-  if (len > WIRE_STRING && c->opt == NBD_OPT_EXPORT_NAME) return -ENOENT;
+  c->opt = u_get32(head + 8);
+  uint32_t len = u_get32(head + 12);
+  if (u_get64(head) != NBD_OPTION_MAGIC) return -EPROTO;
+  if (len > WIRE_STRING_MAX && c->opt == NBD_OPT_EXPORT_NAME) return -ENOENT;
   if (c->opt < sizeof hs_options / sizeof *hs_options &&
       !(c->s->config.without >> 16 >> c->opt & 1))
     handler = hs_options[c->opt];
@@ -1533,15 +1541,15 @@ static int hs_run(struct conn *c) {
   unsigned char *p = hs_room(c, 18), flags[4];
   int r, err;
   c->io.deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
-  put64(p, NBD_INIT_MAGIC);
-  put64(p + 8, NBD_OPTION_MAGIC);
-  put16(p + 16, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
+  u_put64(p, NBD_INIT_MAGIC);
+  u_put64(p + 8, NBD_OPTION_MAGIC);
+  u_put16(p + 16, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
   err = hs_send(c);
   if (!err) err = io_recv_all(&c->io, flags, sizeof flags);
   if (err) return err;
-  if (get32(flags) > (NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES))
+  if (u_get32(flags) > (NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES))
     return -EPROTO;
-  c->no_zeroes = (get32(flags) & NBD_FLAG_C_NO_ZEROES) != 0;
+  c->no_zeroes = (u_get32(flags) & NBD_FLAG_C_NO_ZEROES) != 0;
   do {
     r = hs_option(c);
     err = hs_send(c);
@@ -1566,7 +1574,8 @@ static int hs_run(struct conn *c) {
  *      they do what may take long.
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
  *      max_deferred requests of up to TX_KEEP bytes (EX_EXTENTS_SIZE with
- *      ops->batch: no READ or WRITE waits then); the others go in pieces. */
+ *      ops->run_batch: no READ or WRITE waits then); the others go in pieces.
+ */
 
 static int tx_send(struct conn *c, struct iovec *v, int n) {
   int err;
@@ -1594,7 +1603,7 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
            c->id, cmd ? cmd->name : "?", r->type, r->flags, r->start, r->len,
            !r->err  ? "ok"
            : r->why ? r->why
-                    : u_error(r->err),
+                    : u_errno_text(r->err),
            logged == TX_LOGGED ? "; further failures are not logged" : "");
 }
 
@@ -1603,7 +1612,7 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
 static size_t tx_put_head(const struct nbdserve_req *r, unsigned char *p) {
   unsigned char *q = p + (r->mode == WIRE_EXT ? WIRE_EXTENDED : WIRE_CHUNK);
   unsigned type = NBD_REPLY_TYPE_NONE;
-  const char *why = r->why || !r->err ? r->why : u_error(r->err);
+  const char *why = r->why || !r->err ? r->why : u_errno_text(r->err);
   uint32_t err = wire_error(r->err);
   uint64_t data = 0;
   size_t n = 0;
@@ -1612,27 +1621,27 @@ static size_t tx_put_head(const struct nbdserve_req *r, unsigned char *p) {
   if (!err && r->type == NBD_CMD_BLOCK_STATUS) return 0;
   if (r->mode == WIRE_COMPACT ||
       (r->mode == WIRE_STRUCTURED && !err && r->type != NBD_CMD_READ)) {
-    put32(p, NBD_SIMPLE_REPLY_MAGIC);
-    put32(p + 4, err);
-    put64(p + 8, r->cookie);
+    u_put32(p, NBD_SIMPLE_REPLY_MAGIC);
+    u_put32(p + 4, err);
+    u_put64(p + 8, r->cookie);
     return WIRE_SIMPLE;
   }
   if (err) {
     int in_pieces = !r->why && r->type == NBD_CMD_READ && r->len > TX_KEEP;
     type = in_pieces ? NBD_REPLY_TYPE_ERROR_OFFSET : NBD_REPLY_TYPE_ERROR;
     n = (size_t)u_min(strlen(why), TX_WHY);
-    put32(q, err);
-    put16(q + 4, (unsigned)n);
+    u_put32(q, err);
+    u_put16(q + 4, (unsigned)n);
     memcpy(q + 6, why, n);
     n += 6;
-    put64(q + n, r->off);
+    u_put64(q + n, r->off);
     n += in_pieces ? 8 : 0;
   } else if (r->type == NBD_CMD_READ && r->len) {
     type = r->hole ? NBD_REPLY_TYPE_OFFSET_HOLE : NBD_REPLY_TYPE_OFFSET_DATA;
     n = r->hole ? 12 : 8;
     data = r->hole ? 0 : r->len;
-    put64(q, r->off);
-    if (r->hole) put32(q + 8, (uint32_t)r->len);
+    u_put64(q, r->off);
+    if (r->hole) u_put32(q + 8, (uint32_t)r->len);
   }
   return wire_put_chunk(p, r, type, n + data) + n;
 }
@@ -1829,10 +1838,10 @@ static int tx_exec(struct conn *c) {
   for (size_t i = 0, j; i < n; i = j) {
     j = i + 1;
     if (r[i].err || !r[i].len) continue; /* FLUSH has no length either */
-    if (c->batch && r[i].type <= NBD_CMD_WRITE) {
+    if (c->run_batch && r[i].type <= NBD_CMD_WRITE) {
       while (j < n && !r[j].err && r[j].len && r[j].type <= NBD_CMD_WRITE)
         j++;
-      c->batch(c->ex->e.ctx, r + i, j - i);
+      c->run_batch(c->ex->e.ctx, r + i, j - i);
       for (size_t k = i; k < j; k++)
         r[k].flush = !r[k].err && ex_wants_fua(c->ex, r + k, 0);
     } else {
@@ -1933,24 +1942,24 @@ static int tx_take(struct conn *c) {
   int ext = c->mode == WIRE_EXT, err;
   size_t head = ext ? WIRE_EXTENDED : WIRE_REQUEST, here = c->rend - c->rpos;
   if (here < head) return TX_MORE;
-  struct nbdserve_req r = {.flags = get16(p + 4),
-                           .type = get16(p + 6),
-                           .cookie = get64(p + 8),
-                           .off = get64(p + 16),
-                           .len = ext ? get64(p + 24) : get32(p + 24),
+  struct nbdserve_req r = {.flags = u_get16(p + 4),
+                           .type = u_get16(p + 6),
+                           .cookie = u_get64(p + 8),
+                           .off = u_get64(p + 16),
+                           .len = ext ? u_get64(p + 24) : u_get32(p + 24),
                            .mode = c->mode};
   uint64_t payload =
       (ext ? r.flags & NBD_CMD_FLAG_PAYLOAD_LEN : r.type == NBD_CMD_WRITE)
           ? r.len
           : 0;
-  if (get32(p) !=
+  if (u_get32(p) !=
           (uint32_t)(ext ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC) ||
       payload > (ext ? c->ex->e.max_request : NBDSERVE_MAX_REQUEST)) {
     err = tx_exec(c);
     HS_LOG(c, NBDSERVE_LOG_INFO,
            "%d: request magic 0x%08" PRIx32 ", %" PRIu64
            " bytes of payload; closed",
-           c->id, get32(p), payload);
+           c->id, u_get32(p), payload);
     return err ? err : -EPROTO;
   }
   if (r.type == NBD_CMD_DISC) return TX_DISC;
@@ -1959,9 +1968,9 @@ static int tx_take(struct conn *c) {
   r.flush = r.type == NBD_CMD_FLUSH;
   if (r.flush) r.off = r.len = 0;                /* reserved */
   if (r.type == NBD_CMD_BLOCK_STATUS && payload) /* contexts that it wants */
-    r.len = payload == 12 && get32(p + head + 8) == 1 ? get64(p + head) : 0;
+    r.len = payload == 12 && u_get32(p + head + 8) == 1 ? u_get64(p + head) : 0;
   tx_validate(c, &r, payload);
-  int defer = !c->batch && c->max_workers && r.len && !r.err;
+  int defer = !c->run_batch && c->max_workers && r.len && !r.err;
   if (payload > TX_SMALL ||
       (!r.err && r.type <= NBD_CMD_WRITE && (r.len > TX_SMALL || defer))) {
     c->rpos += head;
@@ -2036,12 +2045,12 @@ enum {
 }; /* (F1), beside the modes of os_fallocate */
 
 struct flat {
-  struct ex_own own;
+  struct ex_batched own;
   int fd, temp;          /* fixed: the file; a nameless one for writes, or -1 */
   uint64_t offset, size; /* fixed: of the export in the file; 0: all of it */
-  struct os_mutex lock;  /* guards: */
-  int lacks;             /* FLAT_FAILED, and 1 << mode for each mode (F2) */
-  unsigned char there[]; /* a bit for each block that is in temp */
+  struct os_monitor lock; /* guards: */
+  int lacks;              /* FLAT_FAILED, and 1 << mode for each mode (F2) */
+  unsigned char there[];  /* a bit for each block that is in temp */
 };
 
 static int flat_lacks(struct flat *f, int more) {
@@ -2135,7 +2144,7 @@ static int flat_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
 
 static int flat_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   int err = -EOPNOTSUPP;
-  if (!(flags & NBDSERVE_NO_HOLE))
+  if (!(flags & NBDSERVE_CMD_NO_HOLE))
     err = flat_allocate(ctx, OS_PUNCH_HOLE, off, len);
   if (err == -EOPNOTSUPP) err = flat_allocate(ctx, OS_ZERO_RANGE, off, len);
   return err == -EOPNOTSUPP ? -ENOTSUP : err; /* the engine writes them */
@@ -2153,8 +2162,9 @@ static int flat_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
   for (int enough = f->temp >= 0; pos < end && !enough; pos = next) {
     int is_data = os_is_data(f->fd, pos, end, &next);
     assert(next > pos);
-    enough = nbdserve_extent(out, next - pos,
-                             is_data ? 0 : NBDSERVE_HOLE | NBDSERVE_ZERO);
+    enough = nbdserve_extent(
+        out, next - pos,
+        is_data ? 0 : NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO);
   }
   return (void)flags, 0;
 }
@@ -2171,22 +2181,22 @@ static void flat_close(void *ctx) {
   struct flat *f = ctx;
   close(f->fd); /* after the last flush nothing is left that could fail */
   close(f->temp);
-  os_mutex_free(&f->lock);
+  os_monitor_free(&f->lock);
   NBDSERVE_FREE(f);
 }
 
 static const struct nbdserve_ops flat_ops = {
-    ex_own_read, ex_own_write, flat_flush, flat_trim,  flat_zero,
-    flat_cache,  flat_extents, flat_close, flat_batch, flat_size};
+    ex_batched_read, ex_batched_write, flat_flush, flat_trim,  flat_zero,
+    flat_cache,      flat_extents,     flat_close, flat_batch, flat_size};
 
 int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
                        struct nbdserve_export *out) {
   struct nbdserve_flat o = {.offset = 0};
   if (options) o = *options;
   int in_memory = strncmp(path, "mem:", 4) == 0;
-  if (in_memory) path = u_size(path + 4, &o.create);
+  if (in_memory) path = u_parse_size(path + 4, &o.create);
   if (!path || (in_memory && *path) || o.create > INT64_MAX ||
-      o.flags & ~(NBDSERVE_READONLY | NBDSERVE_TEMPORARY))
+      o.flags & ~(NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY))
     return -EINVAL;
   int fd = in_memory
                ? os_nameless_file(NULL)
@@ -2197,7 +2207,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   if (fd < 0) return in_memory ? fd : -errno;
   struct stat st;
   off_t end = 0;
-  int err = in_memory ? 0 : os_claim(fd, o.flags != 0);
+  int err = in_memory ? 0 : os_lock_file(fd, o.flags != 0);
   if (!err && fstat(fd, &st) < 0) err = -errno;
   if (!err && !S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
     err = S_ISDIR(st.st_mode) ? -EISDIR : -EINVAL;
@@ -2205,17 +2215,17 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
     if (ftruncate(fd, (off_t)o.create) < 0)
       err = -errno;
     else if (!in_memory)
-      err = os_make_lasting(fd, path);
+      err = os_sync_new_file(fd, path);
   }
   if (!err && (end = lseek(fd, 0, SEEK_END)) < 0) err = -errno;
   uint64_t size = (uint64_t)end;
   if (!err && (o.offset > size || o.size > size - o.offset)) err = -EINVAL;
-  int temp = -1, lasts = !(o.flags & NBDSERVE_TEMPORARY);
+  int temp = -1, lasts = !(o.flags & NBDSERVE_FLAT_TEMPORARY);
   if (!err && !lasts && (temp = os_nameless_file(o.dir)) < 0) err = temp;
   out->size = o.size ? o.size : size - o.offset;
   uint64_t blocks = lasts ? 0 : out->size / FLAT_BLOCK + 1;
   struct flat *f = err ? NULL : u_zalloc(sizeof *f + (size_t)(blocks / 8 + 1));
-  if (!err) err = f ? os_mutex_init(&f->lock) : -ENOMEM;
+  if (!err) err = f ? os_monitor_init(&f->lock) : -ENOMEM;
   if (err) {
     close(temp); /* -1 is no harm */
     close(fd);
@@ -2224,11 +2234,12 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   }
   f->fd = fd;
   f->temp = temp;
-  f->own.batch = flat_batch;
+  f->own.run_batch = flat_batch;
   f->offset = o.offset;
   f->size = lasts ? o.size : out->size;
-  out->flags |= (o.flags & NBDSERVE_READONLY) | NBDSERVE_MULTI_CONN;
-  if (os_is_rotational(fd)) out->flags |= NBDSERVE_ROTATIONAL;
+  if (o.flags & NBDSERVE_FLAT_READONLY) out->flags |= NBDSERVE_EXPORT_READONLY;
+  out->flags |= NBDSERVE_EXPORT_MULTI_CONN;
+  if (os_is_rotational(fd)) out->flags |= NBDSERVE_EXPORT_ROTATIONAL;
   out->ops = &flat_ops;
   out->ctx = f;
   return 0;
@@ -2252,7 +2263,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 #endif
 #define CAS_MAGIC "NBDSCAS1"
 #define CAS_ANY UINT32_MAX
-#define CAS_TAG(digest) (get32(digest) >> 2 | 0x40000000u) /* never 0 */
+#define CAS_TAG(digest) (u_get32(digest) >> 2 | 0x40000000u) /* never 0 */
 #define CAS_GOOD 0x80000000u /* read or written since, and it fitted */
 
 enum {
@@ -2311,7 +2322,7 @@ struct cas_node {
 
 /* A volume or snapshot, and what its exports have in common: all. */
 struct cas_image {
-  struct ex_own own;
+  struct ex_batched own;
   struct nbdserve_cas *s;
   struct cas_image *next, *parent;  /* parent: whose snapshot it is */
   struct cas_node *root;            /* NULL: all holes */
@@ -2324,12 +2335,12 @@ struct nbdserve_cas {
   int fd, readonly, verify, hw, is_device;
   uint32_t bs, fanout, log_pages;
   uint64_t data_off, end, max_blocks; /* of the file when opened; an image */
-  struct os_mutex ckpt;               /* one checkpoint at a time; guards: */
+  struct os_monitor ckpt;             /* one checkpoint at a time; guards: */
   struct cas_item *pages;             /* what it writes */
   uint32_t npages;
   unsigned char super[CAS_PAGE]; /* id and log_pages in it are fixed */
-  struct os_mutex lock; /* guards the rest; woken: a sync or work ended */
-  int syncing;          /* one at a time: else one may miss an error */
+  struct os_monitor lock; /* guards the rest; woken: a sync or work ended */
+  int syncing;            /* one at a time: else one may miss an error */
   int failed, log_damaged, damaged; /* -errno (C14); (C9); nothing is freed */
   int replaying;                    /* what is in the log need not be logged */
   int busy, closing;                /* a thread is in cas_work; it is to end */
@@ -2346,9 +2357,9 @@ struct nbdserve_cas {
   unsigned char page[65536];      /* any other */
 };
 
-#define CAS_AT(s, x, field)                                                    \
+#define CAS_AT(s, x, field) \
   ((s)->groups[(x) / CAS_SLOTS]->field[(x) % CAS_SLOTS])
-#define CAS_NFREE(s, x) /* of its segment */                                   \
+#define CAS_NFREE(s, x) /* of its segment */ \
   ((s)->groups[(x) / CAS_SLOTS]->nfree[(x) % CAS_SLOTS / CAS_SEGMENT])
 #define CAS_NEEDED(s) ((s)->ndirty + (s)->nimages + 2) /* by a checkpoint */
 
@@ -2562,8 +2573,8 @@ static int cas_get_page(struct nbdserve_cas *s, uint32_t x, uint32_t magic,
   if (x >= s->nslots) return -EIO;
   int err = cas_io(s, 0, p, s->bs, cas_off(s, x, CAS_DATA));
   if (err) return err;
-  return cas_stamp(s, p, CAS_CHECK) && get32(p) == magic &&
-                 get32(p + 4) == (uint32_t)level && get32(p + 8) == index
+  return cas_stamp(s, p, CAS_CHECK) && u_get32(p) == magic &&
+                 u_get32(p + 4) == (uint32_t)level && u_get32(p + 8) == index
              ? 0
              : -EIO;
 }
@@ -2579,10 +2590,10 @@ static int cas_log_write(struct nbdserve_cas *s) {
   uint64_t off = 2 * CAS_UNIT + s->seq % s->log_pages * CAS_PAGE;
   if (!s->nlog || s->failed) return s->failed;
   assert(s->seq - s->tail < s->log_pages);
-  put32(s->log, CAS_LOG);
-  put16(s->log + 4, s->nlog);
-  put64(s->log + 8, s->seq++); /* (C3) */
-  put64(s->log + 16, s->durable);
+  u_put32(s->log, CAS_LOG);
+  u_put16(s->log + 4, s->nlog);
+  u_put64(s->log + 8, s->seq++); /* (C3) */
+  u_put64(s->log + 16, s->durable);
   memcpy(s->log + 24, s->super + 16, 8);
   cas_stamp(s, s->log, CAS_SUM);
   s->nlog = 0;
@@ -2596,9 +2607,9 @@ static void cas_log(struct nbdserve_cas *s, const struct cas_image *im,
   if (s->replaying) return;
   memset(p, 0, CAS_ENTRY);
   memcpy(p, im->record + CAS_ID, 4);
-  put32(p + 4, it->slot);
-  put64(p + 8, it->lba);
-  if (!it->slot) put64(p + 16, count);
+  u_put32(p + 4, it->slot);
+  u_put64(p + 8, it->lba);
+  if (!it->slot) u_put64(p + 16, count);
   if (it->slot) memcpy(p + 16, it->sum, 32);
   s->nlogged++;
   if (++s->nlog == CAS_ENTRIES) cas_log_write(s); /* s->failed tells */
@@ -2712,7 +2723,7 @@ static char *cas_spell(const struct cas_image *im, char id[72]) {
   const unsigned char *h = im->record + CAS_CID;
   strcpy(id, u_is_zero(h, 32) ? "" : "sha256-");
   for (int i = 0; *id && i < 32; i += 8)
-    snprintf(id + 7 + 2 * i, 17, "%016" PRIx64, get64(h + i));
+    snprintf(id + 7 + 2 * i, 17, "%016" PRIx64, u_get64(h + i));
   return id;
 }
 
@@ -2730,8 +2741,8 @@ static struct cas_image *cas_find(struct nbdserve_cas *s, const char *name,
 
 static int cas_is_name(const char *p) {
   size_t n = strncmp(p, "sha256-", 7) ? strlen(p) : 0;
-  while (*p && u_text(p) && !strchr("/@\"\\", *p))
-    p += u_text(p);
+  while (*p && u_utf8_len(p) && !strchr("/@\"\\", *p))
+    p += u_utf8_len(p);
   return n > 0 && n <= CAS_NAME && !*p;
 }
 
@@ -2785,10 +2796,10 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
   while (*p && (is_new || *p != im))
     p = &(*p)->next;
   if (is_new) {
-    put32(to->record + CAS_ID, s->next_id++);
-    put32(to->record + CAS_IS_SNAPSHOT, to->parent != NULL);
-    put32(to->record + CAS_DEPTH, CAS_LEVELS);
-    put64(to->record + CAS_CREATED, (uint64_t)time(NULL));
+    u_put32(to->record + CAS_ID, s->next_id++);
+    u_put32(to->record + CAS_IS_SNAPSHOT, to->parent != NULL);
+    u_put32(to->record + CAS_DEPTH, CAS_LEVELS);
+    u_put64(to->record + CAS_CREATED, (uint64_t)time(NULL));
     if (im) memcpy(to->record + CAS_ORIGIN, im->record + CAS_ID, 4);
     to->s = s;
     *p = to;
@@ -2815,9 +2826,9 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
 static uint32_t cas_take_page(struct nbdserve_cas *s, uint32_t magic, int level,
                               uint32_t index) {
   struct cas_item *it = s->pages + s->npages++;
-  put32(it->data, magic);
-  put32(it->data + 4, (uint32_t)level);
-  put32(it->data + 8, index);
+  u_put32(it->data, magic);
+  u_put32(it->data + 4, (uint32_t)level);
+  u_put32(it->data + 8, index);
   it->state = CAS_DATA | CAS_DIGEST;
   it->slot = cas_alloc(s);
   CAS_AT(s, it->slot, tag) = 1; /* in no bucket: cas_work skips it */
@@ -2833,9 +2844,9 @@ static void cas_take_map(struct nbdserve_cas *s, struct cas_node **at,
     cas_take_map(s, &b->kid[i], level - 1, index * s->fanout + i);
   unsigned char *p = s->pages[s->npages].data;
   for (uint32_t i = 0; i < s->fanout; i++)
-    put32(p + CAS_HEAD + 4 * i, !level      ? b->e[i]
-                                : b->kid[i] ? b->kid[i]->slot
-                                            : 0);
+    u_put32(p + CAS_HEAD + 4 * i, !level      ? b->e[i]
+                                  : b->kid[i] ? b->kid[i]->slot
+                                              : 0);
   int empty = b->refs == 1 && u_is_zero(p, s->bs);
   s->ndirty--;
   if (!empty) b->slot = cas_take_page(s, CAS_MAP, level, index);
@@ -2853,12 +2864,12 @@ static void cas_take_catalog(struct nbdserve_cas *s) {
   for (s->catalog = 0; im; s->catalog = x) {
     unsigned char *p = s->pages[s->npages].data;
     for (uint32_t k = CAS_HEAD; k + CAS_RECORD <= s->bs && im; im = im->next) {
-      put64(im->record + CAS_SIZE, im->size);
-      put32(im->record + CAS_ROOT, im->root ? im->root->slot : 0);
+      u_put64(im->record + CAS_SIZE, im->size);
+      u_put32(im->record + CAS_ROOT, im->root ? im->root->slot : 0);
       memcpy(p + k, im->record, CAS_RECORD);
       k += CAS_RECORD;
     }
-    put32(p + 12, s->catalog);
+    u_put32(p + 12, s->catalog);
     x = cas_take_page(s, CAS_CAT, 0, 0);
     CAS_AT(s, x, next) = s->catalog;
   }
@@ -2892,11 +2903,11 @@ static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
   uint64_t seq = s->seq;
   uint32_t retired = s->retired;
   s->retired = 0;
-  put64(s->super + 32, get64(s->super + 32) + 1);
-  put64(s->super + 40, seq);
-  put32(s->super + 52, s->nslots);
-  put32(s->super + 56, s->catalog);
-  put32(s->super + 60, s->next_id);
+  u_put64(s->super + 32, u_get64(s->super + 32) + 1);
+  u_put64(s->super + 40, seq);
+  u_put32(s->super + 52, s->nslots);
+  u_put32(s->super + 56, s->catalog);
+  u_put32(s->super + 60, s->next_id);
   cas_stamp(s, s->super, CAS_SUM);
   os_unlock(&s->lock);
   for (uint32_t i = 0; i < s->npages; i++)
@@ -3212,7 +3223,7 @@ static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                        struct nbdserve_extents *out) {
   struct cas_image *im = ctx;
   uint64_t bs = im->s->bs, end = off + len, span;
-  uint32_t slot, hole = NBDSERVE_HOLE | NBDSERVE_ZERO;
+  uint32_t slot, hole = NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
   int err = 0, enough = 0;
   os_lock(&im->s->lock);
   while (off < end && !enough) {
@@ -3245,9 +3256,10 @@ static int64_t cas_get_super(struct nbdserve_cas *s, uint64_t off,
   int err = off + CAS_PAGE > s->end ? -EINVAL : cas_io(s, 0, p, CAS_PAGE, off);
   if (err || memcmp(p, CAS_MAGIC, 8) != 0) return err ? err : -EINVAL;
   if (!cas_stamp(s, p, CAS_SUM)) return -EUCLEAN;
-  if (get32(p + 8) != 1 || get32(p + 64) || (get32(p + 68) && !s->readonly))
+  if (u_get32(p + 8) != 1 || u_get32(p + 64) ||
+      (u_get32(p + 68) && !s->readonly))
     return -EOPNOTSUPP;
-  return (int64_t)(get64(p + 32) & INT64_MAX);
+  return (int64_t)(u_get64(p + 32) & INT64_MAX);
 }
 
 static int cas_place(struct nbdserve_cas *s) {
@@ -3269,11 +3281,11 @@ static int cas_open_super(struct nbdserve_cas *s) {
   if (a < 0 && a != -EUCLEAN && (a != -EINVAL || b <= 0)) return (int)a;
   if (b == -EIO || (a < 0 && b < 0)) return -EIO; /* one may be damaged only */
   unsigned char *p = memcpy(s->super, copy[b > a], CAS_PAGE);
-  s->bs = get32(p + 12);
-  s->seq = s->tail = s->durable = get64(p + 40);
-  s->log_pages = get32(p + 48);
-  s->to_fill = get32(p + 52);
-  s->next_id = get32(p + 60);
+  s->bs = u_get32(p + 12);
+  s->seq = s->tail = s->durable = u_get64(p + 40);
+  s->log_pages = u_get32(p + 48);
+  s->to_fill = u_get32(p + 52);
+  s->next_id = u_get32(p + 60);
   if (cas_place(s) || s->to_fill < CAS_SEGMENT) return -EIO;
   if (a == b || s->readonly) return 0;
   int err = os_datasync(s->fd); /* what was read may be only in memory */
@@ -3307,7 +3319,7 @@ static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
   if (!page) return -ENOMEM;
   if (cas_get_page(s, x, CAS_MAP, level, index, page)) s->damaged = b->bad = 1;
   for (uint32_t c = 0; c < s->fanout && !b->bad && !err; c++) {
-    uint32_t v = get32(page + CAS_HEAD + 4 * c);
+    uint32_t v = u_get32(page + CAS_HEAD + 4 * c);
     err = level ? cas_load(s, v, level - 1, index * s->fanout + c, b->kid + c)
           : v < s->nslots ? 0
                           : -EIO;
@@ -3320,35 +3332,35 @@ static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
 static int cas_open_catalog(struct nbdserve_cas *s) {
   struct cas_image *im, *p;
   int err = 0;
-  for (uint32_t x = get32(s->super + 56), k; x; x = get32(s->page + 12)) {
+  for (uint32_t x = u_get32(s->super + 56), k; x; x = u_get32(s->page + 12)) {
     err = cas_get_page(s, x, CAS_CAT, 0, 0, s->page);
     if (err || CAS_AT(s, x, ref)) return err ? err : -EIO; /* a loop */
     cas_hold(s, x); /* until there is a new one */
     cas_drop(s, x, &s->retired);
     for (k = (s->bs - CAS_HEAD) / CAS_RECORD; k-- > 0;) { /* last first */
       const unsigned char *record = s->page + CAS_HEAD + k * CAS_RECORD;
-      if (!get32(record)) continue;
+      if (!u_get32(record)) continue;
       im = u_zalloc(sizeof *im);
       if (!im) return -ENOMEM;
       memcpy(im->record, record, CAS_RECORD);
       im->record[CAS_RECORD - 1] = 0; /* a name ends */
       im->s = s;
-      im->size = get64(im->record + CAS_SIZE);
+      im->size = u_get64(im->record + CAS_SIZE);
       im->next = s->images;
       s->images = im;
       s->nimages++;
     }
   }
   for (im = s->images; im && !err; im = im->next) {
-    for (p = s->images; p && get32(im->record + CAS_IS_SNAPSHOT); p = p->next)
+    for (p = s->images; p && u_get32(im->record + CAS_IS_SNAPSHOT); p = p->next)
       if (memcmp(p->record + CAS_ID, im->record + CAS_ORIGIN, 4) == 0)
         im->parent = p;
     err = !cas_is_name((char *)im->record + CAS_NAMED) ||
                   cas_blocks(s, im->size) > s->max_blocks
               ? -EIO
-          : get32(im->record + CAS_DEPTH) != CAS_LEVELS
+          : u_get32(im->record + CAS_DEPTH) != CAS_LEVELS
               ? -EOPNOTSUPP
-              : cas_load(s, get32(im->record + CAS_ROOT), CAS_LEVELS - 1, 0,
+              : cas_load(s, u_get32(im->record + CAS_ROOT), CAS_LEVELS - 1, 0,
                          &im->root);
   }
   for (uint32_t x = 1; x < s->nslots; x++) {
@@ -3364,14 +3376,15 @@ static int cas_log_read(struct nbdserve_cas *s, uint64_t seq) {
   if (off + CAS_PAGE > s->end) return 0; /* not written so far */
   int err = cas_io(s, 0, s->log, CAS_PAGE, off);
   if (err) s->log_damaged = 1;
-  return !err && get32(s->log) == CAS_LOG && get16(s->log + 4) <= CAS_ENTRIES &&
-         get64(s->log + 8) == seq && !memcmp(s->log + 24, s->super + 16, 8) &&
+  return !err && u_get32(s->log) == CAS_LOG &&
+         u_get16(s->log + 4) <= CAS_ENTRIES && u_get64(s->log + 8) == seq &&
+         !memcmp(s->log + 24, s->super + 16, 8) &&
          cas_stamp(s, s->log, CAS_SUM);
 }
 
 static int cas_redo(struct nbdserve_cas *s, const unsigned char *p, int known) {
-  struct cas_item it = {.lba = get64(p + 8),
-                        .slot = get32(p + 4),
+  struct cas_item it = {.lba = u_get64(p + 8),
+                        .slot = u_get32(p + 4),
                         .data = s->page,
                         .state = known ? CAS_DIGEST : CAS_DATA | CAS_DIGEST};
   struct cas_image *im = s->images;
@@ -3381,7 +3394,7 @@ static int cas_redo(struct nbdserve_cas *s, const unsigned char *p, int known) {
   if (it.lba >= blocks) return 0;
   if (!it.slot)
     return cas_trim(im, it.lba * s->bs,
-                    u_min(blocks - it.lba, get64(p + 16)) * s->bs, 0);
+                    u_min(blocks - it.lba, u_get64(p + 16)) * s->bs, 0);
   if (!known) { /* (C9) */
     if (cas_off(s, it.slot, CAS_DATA) + s->bs > s->end) return 0;
     if (cas_transfer(s, &it, 1, CAS_DATA, 0)) return it.err;
@@ -3403,13 +3416,13 @@ static int cas_replay(struct nbdserve_cas *s) {
   uint64_t end = s->tail;
   int err = 0;
   for (; end - s->tail < s->log_pages && cas_log_read(s, end); end++)
-    s->durable = get64(s->log + 16);
+    s->durable = u_get64(s->log + 16);
   for (uint32_t i = 1; i < s->log_pages; i++)
-    s->log_damaged |= cas_log_read(s, end + i) && get64(s->log + 16) > end;
+    s->log_damaged |= cas_log_read(s, end + i) && u_get64(s->log + 16) > end;
   if (s->log_damaged && !s->readonly) return -EIO;
   for (uint64_t seq = s->tail; seq < end && !err; seq++) {
     if (!cas_log_read(s, seq)) return -EIO;
-    for (unsigned i = 0; i < get16(s->log + 4) && !err; i++)
+    for (unsigned i = 0; i < u_get16(s->log + 4) && !err; i++)
       if ((err = cas_redo(s, s->log + 32 + CAS_ENTRY * i, seq < s->durable)) ==
               -EIO &&
           s->damaged && s->readonly)
@@ -3429,8 +3442,8 @@ static void cas_destroy(struct nbdserve_cas *s) {
   os_unlock(&s->lock);
   while (s->ngroups > 0)
     NBDSERVE_FREE(s->groups[--s->ngroups]);
-  os_mutex_free(&s->ckpt);
-  os_mutex_free(&s->lock);
+  os_monitor_free(&s->ckpt);
+  os_monitor_free(&s->lock);
   if (s->fd >= 0) close(s->fd);
   NBDSERVE_FREE(s);
 }
@@ -3444,7 +3457,7 @@ static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
   s->hw = os_has_hwsha();
   s->verify = flags & NBDSERVE_CAS_VERIFY ||
               (s->hw && !(flags & NBDSERVE_CAS_NO_VERIFY));
-  if (!os_mutex_init(&s->ckpt) && !os_mutex_init(&s->lock)) return s;
+  if (!os_monitor_init(&s->ckpt) && !os_monitor_init(&s->lock)) return s;
   cas_destroy(s);
   return NULL;
 }
@@ -3455,7 +3468,7 @@ static int cas_open_file(struct nbdserve_cas *s, const char *path, int flags) {
   if (s->fd < 0 || fstat(s->fd, &st) < 0) return -errno;
   s->is_device = S_ISBLK(st.st_mode);
   s->end = (uint64_t)lseek(s->fd, 0, SEEK_END);
-  return os_claim(s->fd, s->readonly);
+  return os_lock_file(s->fd, s->readonly);
 }
 
 int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
@@ -3510,13 +3523,13 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   struct timespec t;
   clock_gettime(CLOCK_REALTIME, &t); /* for an id that no other store has */
   memcpy(s->super, CAS_MAGIC, 8);
-  put32(s->super + 8, 1);
-  put32(s->super + 12, s->bs);
-  put64(s->super + 16, (uint64_t)t.tv_sec << 30 ^ (uint64_t)t.tv_nsec);
-  put64(s->super + 24, (uint64_t)getpid() << 32 ^ (uint64_t)(uintptr_t)s);
-  put32(s->super + 48, s->log_pages);
+  u_put32(s->super + 8, 1);
+  u_put32(s->super + 12, s->bs);
+  u_put64(s->super + 16, (uint64_t)t.tv_sec << 30 ^ (uint64_t)t.tv_nsec);
+  u_put64(s->super + 24, (uint64_t)getpid() << 32 ^ (uint64_t)(uintptr_t)s);
+  u_put32(s->super + 48, s->log_pages);
   if (!err) err = cas_checkpoint(s, NULL); /* of nothing at all */
-  if (!err) err = os_make_lasting(s->fd, path);
+  if (!err) err = os_sync_new_file(s->fd, path);
   if (err && is_new) unlink(path);
   cas_destroy(s);
   return err;
@@ -3525,8 +3538,8 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
 /* ---- The public calls ---------------------------------------------------- */
 
 static const struct nbdserve_ops cas_ops = {
-    ex_own_read, ex_own_write, cas_flush, cas_trim,  cas_zero,
-    NULL,        cas_extents,  cas_close, cas_batch, NULL};
+    ex_batched_read, ex_batched_write, cas_flush, cas_trim, cas_zero, NULL,
+    cas_extents,     cas_close,        cas_batch, NULL};
 
 int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
                         struct nbdserve_export *out) {
@@ -3535,12 +3548,13 @@ int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
   struct cas_image *im = cas_find(s, name, strlen(name));
   int err = s->failed ? s->failed : im ? 0 : -ENOENT;
   if (!err) {
-    if (!im->own.batch) im->own.batch = cas_batch; /* others may be using it */
+    if (!im->own.run_batch)
+      im->own.run_batch = cas_batch; /* others may be using it */
     im->clients++;
     out->size = im->size;
     out->preferred_block = s->bs;
-    out->flags |= NBDSERVE_MULTI_CONN;
-    if (im->parent || s->readonly) out->flags |= NBDSERVE_READONLY;
+    out->flags |= NBDSERVE_EXPORT_MULTI_CONN;
+    if (im->parent || s->readonly) out->flags |= NBDSERVE_EXPORT_READONLY;
     out->ops = &cas_ops;
     out->ctx = im;
   }
@@ -3577,7 +3591,7 @@ int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
   return err;
 }
 
-int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_listed *each,
+int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_list_fn *each,
                       void *arg) {
   char name[CAS_PATH], id[72];
   int r = 0;
@@ -3585,7 +3599,7 @@ int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_listed *each,
   for (struct cas_image *im = s->images; im && !r; im = im->next) {
     struct nbdserve_cas_info info = {cas_name(im, name),
                                      im->size,
-                                     get64(im->record + CAS_CREATED),
+                                     u_get64(im->record + CAS_CREATED),
                                      (uint32_t)im->clients,
                                      im->parent != NULL,
                                      cas_spell(im, id)};
@@ -3600,7 +3614,7 @@ int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_listed *each,
 }
 
 int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72],
-                      nbdserve_progress *progress, void *arg) {
+                      nbdserve_progress_fn *progress, void *arg) {
   unsigned char run[32 + 32 * CAS_BATCH], *data; /* see the format of an id */
   struct cas_item it[CAS_BATCH];
   struct nbdserve_export e = {0};
@@ -3616,8 +3630,8 @@ int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72],
   if (!err && !sealed && s->readonly) err = -EROFS;
   if (!(data = NBDSERVE_MALLOC(CAS_BATCH * s->bs))) err = -ENOMEM;
   memcpy(run, "nbdserve-cid-1", 14);
-  put32(run + 14, s->bs);
-  put64(run + 18, im->size);
+  u_put32(run + 14, s->bs);
+  u_put64(run + 18, im->size);
   sha_256(s->hw, run, NULL, 26, run, NULL);
   for (uint64_t lba = 0; lba < blocks && !err; lba += CAS_BATCH) {
     size_t n = (size_t)u_min(blocks - lba, CAS_BATCH), i;
@@ -3646,7 +3660,7 @@ int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72],
 }
 
 int nbdserve_cas_diff(struct nbdserve_cas *s, const char *a, const char *b,
-                      nbdserve_range *each, void *arg) {
+                      nbdserve_range_fn *each, void *arg) {
   struct nbdserve_export e = {0}, f = {0};
   int err = nbdserve_cas_volume(s, a, &e), same;
   if (err) return err;
@@ -3676,8 +3690,8 @@ void nbdserve_cas_stat(struct nbdserve_cas *s, struct nbdserve_cas_stat *out) {
   os_unlock(&s->lock);
 }
 
-int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
-                        nbdserve_progress *progress, void *arg) {
+int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage_fn *each,
+                        nbdserve_progress_fn *progress, void *arg) {
   unsigned char *data = NBDSERVE_MALLOC(CAS_BATCH * s->bs);
   int found = s->log_damaged, stop = 0;
   struct cas_item it[CAS_BATCH];
@@ -3742,7 +3756,7 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage *each,
 }
 
 int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
-                    nbdserve_progress *progress, void *arg) {
+                    nbdserve_progress_fn *progress, void *arg) {
   int err = s->readonly ? -EROFS : cas_checkpoint(s, NULL);
   if (!err && s->damaged) err = -EUCLEAN; /* who knows what is free */
   os_lock(&s->lock);
@@ -3805,14 +3819,15 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   if (!k.stall_ms) k.stall_ms = 120000;
   k.without |= (k.without & NBD_FLAG_SEND_WRITE_ZEROES) << 5 | /* FAST_ZERO */
                (k.without & 65536u << NBD_OPT_GO) << 4; /* EXTENDED_HEADERS */
-  if (k.threads > 1024 || k.max_conn > 1 << 20 || k.flags & ~NBDSERVE_ONCE)
+  if (k.threads > 1024 || k.max_conn > 1 << 20 ||
+      k.flags & ~NBDSERVE_CONFIG_ONCE)
     return -EINVAL;
   struct nbdserve *s = u_zalloc(sizeof *s);
   if (!s) return -ENOMEM;
   s->config = k;
   s->stop[0] = s->stop[1] = s->wake[0] = s->wake[1] = -1;
   s->last_export = &s->exports;
-  int err = os_mutex_init(&s->lock);
+  int err = os_monitor_init(&s->lock);
   if (!err) err = os_pipe(s->stop);
   if (!err) err = os_pipe(s->wake);
   if (err)
@@ -3844,8 +3859,8 @@ int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
 }
 
 /* Is all of s a number up to max? */
-static int srv_number(const char *s, uint64_t max, uint64_t *out) {
-  const char *rest = u_size(s, out);
+static int u_parse_number(const char *s, uint64_t max, uint64_t *out) {
+  const char *rest = u_parse_size(s, out);
   return rest && !*rest && *out <= max;
 }
 
@@ -3853,7 +3868,7 @@ static int srv_number(const char *s, uint64_t max, uint64_t *out) {
 static int srv_add(struct nbdserve *s, int fd, int is_unix, const char *text) {
   if (fd < 0) return fd;
   struct srv_listener *l = &s->listeners[s->nlisteners++];
-  os_own(fd, 1);
+  os_set_fd_flags(fd, 1);
   l->fd = fd;
   l->is_unix = is_unix && lstat(text, &l->st) == 0;
   snprintf(l->text, sizeof l->text, "%s", text);
@@ -3869,7 +3884,7 @@ enum {
 static int srv_socket(const union srv_address *a, socklen_t len, int how) {
   int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1;
   if (fd < 0) return -errno;
-  os_own(fd, how != SRV_CONNECT);
+  os_set_fd_flags(fd, how != SRV_CONNECT);
   setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one); /* TCP heeds it */
   setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one); /* IPv6 does */
   if (how != SRV_LISTEN
@@ -3937,7 +3952,7 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
 static int srv_listen_tcp(struct nbdserve *s, const char *address) {
   uint64_t port = 0;
   const char *colon = strrchr(address, ':');
-  if (!colon || !srv_number(colon + 1, 65535, &port)) return -EINVAL;
+  if (!colon || !u_parse_number(colon + 1, 65535, &port)) return -EINVAL;
   int n = (int)(colon - address);
   int brackets = n && *address == '[' && colon[-1] == ']';
   char host[64];
@@ -3959,7 +3974,7 @@ int nbdserve_listen(struct nbdserve *s, const char *address) {
   uint64_t fd;
   int listens = 0;
   socklen_t len = sizeof listens;
-  if (strncmp(address, "fd:", 3) || !srv_number(address + 3, INT_MAX, &fd))
+  if (strncmp(address, "fd:", 3) || !u_parse_number(address + 3, INT_MAX, &fd))
     return -EINVAL;
   if (getsockopt((int)fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) < 0)
     return -errno;
@@ -4017,7 +4032,7 @@ static struct conn *srv_client(struct nbdserve *s, int in, int out, int own) {
                       .stall_ms = s->config.stall_ms,
                       .stop = own && !NBDSERVE_NO_THREADS ? -1 : s->stop[0]};
   c->queue_end = &c->queue;
-  if (os_mutex_init(&c->lock) || os_mutex_init(&c->sending)) {
+  if (os_monitor_init(&c->lock) || os_monitor_init(&c->sending)) {
     NBDSERVE_FREE(c);
     return NULL;
   }
@@ -4041,8 +4056,8 @@ static void srv_free_client(struct conn *c) {
   *p = c->next;
   s->nconns--;
   if (c->fd >= 0) close(c->fd); /* locked: srv_finish must not hit another */
-  os_mutex_free(&c->lock);
-  os_mutex_free(&c->sending);
+  os_monitor_free(&c->lock);
+  os_monitor_free(&c->sending);
   NBDSERVE_FREE(c);
   srv_poke(s->wake[1], SRV_ELSE);
   os_unlock(&s->lock); /* (S2) */
@@ -4056,8 +4071,8 @@ static int srv_serve_client(struct conn *c, const char *name) {
   struct ex *ex = NULL;
   if (getpeername(c->io.in, &a.sa, &len) == 0) srv_name(&a, peer, sizeof peer);
   HS_LOG(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, peer);
-  os_tune(c->io.in, c->s->config.stall_ms);
-  os_tune(c->io.out, c->s->config.stall_ms);
+  os_setup_client(c->io.in, c->s->config.stall_ms);
+  os_setup_client(c->io.out, c->s->config.stall_ms);
   int err = name ? ex_get(c->s, name, &ex, &c->size) : hs_run(c);
   if (name && !err) hs_settle(c, ex, name);
   if (err == HS_ENTER) err = tx_run(c);
@@ -4067,7 +4082,7 @@ static int srv_serve_client(struct conn *c, const char *name) {
   if (err == HS_END) err = 0;
   int calm = !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
   HS_LOG(c, calm ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING, "%d: gone: %s",
-         c->id, err ? u_error(err) : "disconnected");
+         c->id, err ? u_errno_text(err) : "disconnected");
   srv_free_client(c);
   return err == -ESHUTDOWN ? 0 : err;
 }
@@ -4099,11 +4114,11 @@ static int srv_finish(struct nbdserve *s) {
     if (busy) poll(&p, 1, left > 0 ? (int)left : -1);
   }
   for (struct ex *ex = s->exports; ex; ex = ex->next) { /* no more are added */
-    int e = ex->e.flags & NBDSERVE_READONLY ? 0 : ex_flush(ex);
+    int e = ex->e.flags & NBDSERVE_EXPORT_READONLY ? 0 : ex_flush(ex);
     if (e)
       u_log(&s->config, NBDSERVE_LOG_ERROR,
             "export '%s': the last flush: %s; written data may be lost",
-            ex->e.name, u_error(e));
+            ex->e.name, u_errno_text(e));
     if (!err) err = e;
   }
   return err;
@@ -4118,7 +4133,8 @@ int nbdserve_run(struct nbdserve *s) {
     os_lock(&s->lock);
     int busy = s->nconns > 0;
     int room = (int)s->config.max_conn - (int)s->nconns;
-    int over = !busy && s->stats.clients && (s->config.flags & NBDSERVE_ONCE);
+    int over =
+        !busy && s->stats.clients && (s->config.flags & NBDSERVE_CONFIG_ONCE);
     os_unlock(&s->lock);
     int64_t now = os_now_ms(), wait = pause > now ? pause - now : INT_MAX;
     if (pause > now) room = 0;
@@ -4145,7 +4161,7 @@ int nbdserve_run(struct nbdserve *s) {
         close(fd);
       if (err && now - pause > SRV_PAUSE_MS) /* once, not in every round */
         u_log(&s->config, NBDSERVE_LOG_WARNING, "clients have to wait: %s",
-              u_error(err));
+              u_errno_text(err));
       if (err) pause = os_now_ms() + SRV_PAUSE_MS; /* the loop must not spin */
     }
     if (over) return srv_finish(s);
@@ -4157,25 +4173,29 @@ int nbdserve_serve(struct nbdserve *s, int in, int out, const char *name) {
   return c ? srv_serve_client(c, name) : -ENOMEM;
 }
 
-void nbdserve_free(struct nbdserve *s) {
+void nbdserve_unlisten(struct nbdserve *s) {
   struct stat st;
-  if (!s) return;
-  if (s->nconns > 0) srv_finish(s); /* nbdserve_run was left with -EINTR */
-  assert(!s->conns);
-  for (int i = 0; i < s->nlisteners; i++) {
-    struct srv_listener *l = &s->listeners[i];
+  while (s->nlisteners > 0) {
+    struct srv_listener *l = &s->listeners[--s->nlisteners];
     close(l->fd);
     if (l->is_unix && lstat(l->text, &st) == 0 && st.st_ino == l->st.st_ino &&
         st.st_dev == l->st.st_dev)
       unlink(l->text);
   }
+}
+
+void nbdserve_free(struct nbdserve *s) {
+  if (!s) return;
+  if (s->nconns > 0) srv_finish(s); /* nbdserve_run was left with -EINTR */
+  assert(!s->conns);
+  nbdserve_unlisten(s);
   for (struct ex *ex = s->exports, *next; ex; ex = next) {
     next = ex->next;
     ex_free(ex);
   }
   for (int i = 0; i < 4; i++) /* closing -1 is no harm */
     close((i % 2 ? s->stop : s->wake)[i / 2]);
-  os_mutex_free(&s->lock);
+  os_monitor_free(&s->lock);
   NBDSERVE_FREE(s);
 }
 
@@ -4251,7 +4271,7 @@ static struct {
   struct nbdserve_cas *cas;
   int ctl, ended[2]; /* control socket, or -1; pipe: its thread has */
   char ctl_path[PATH_MAX], dir[100]; /* private directory, or "" */
-  char uri[3 * WIRE_STRING + 1024];
+  char uri[3 * WIRE_STRING_MAX + 1024];
 } cli = {.name = "", .in = -1, .out = 1, .report = -1, .ctl = -1};
 
 /* A line on standard error, in one write: threads do not mix.  The status. */
@@ -4306,7 +4326,7 @@ static void cli_close(void) {
   nbdserve_free(cli.server);
 #if !NBDSERVE_NO_CAS
   int err = !why && cli.cas ? nbdserve_cas_close(cli.cas) : 0;
-  if (err) why = u_error(err);
+  if (err) why = u_errno_text(err);
 #endif
   if (*cli.dir) rmdir(cli.dir);
   if (why) _exit(cli_say(CLI_FAILED, "%s: %s", cli.store, why));
@@ -4319,7 +4339,7 @@ static void cli_close(void) {
 static void cli_fail(int err, const char *object) {
   if (err)
     cli_die(err == -EBUSY ? CLI_IN_USE : CLI_FAILED, "%s: %s%s", object,
-            u_error(err),
+            u_errno_text(err),
             err == -EBUSY        ? "; another server has it"
             : err == -EADDRINUSE ? "; not replaced"
                                  : "");
@@ -4344,7 +4364,7 @@ static struct {
   int err, ms;
   unsigned ppm, sum;
 } cli_faults[8]; /* commands */
-#define CLI_WORD(words, s, ends)                                               \
+#define CLI_WORD(words, s, ends) \
   cli_word(words, (int)(sizeof words / sizeof *words), s, ends)
 
 /* Takes a word, up to one of ends, off *s.  Its number, or -1. */
@@ -4391,12 +4411,13 @@ static void cli_set(const struct cli_option *o, const char *value) {
   int c = abs(o->letter), ok = 1;
   cli.v[c] = value;
   cli.n[c]++;
-  if (o->max) ok = srv_number(value, o->max, &cli.n[c]) && cli.n[c] >= o->min;
+  if (o->max)
+    ok = u_parse_number(value, o->max, &cli.n[c]) && cli.n[c] >= o->min;
   if (ok && (c == 'f' || c == 'y')) /* or it could become ours */
     ok = fcntl((int)cli.n[c], F_GETFD) >= 0;
   for (int i = 0; c == 'b' && ok && i < 3; i++) {
     uint64_t v = 0;
-    rest = u_size(rest, &v);
+    rest = u_parse_size(rest, &v);
     ok = rest && v >= 1 && v <= UINT32_MAX && *rest++ == (i < 2 ? ':' : 0);
     *block[i] = (uint32_t)v;
   }
@@ -4404,7 +4425,8 @@ static void cli_set(const struct cli_option *o, const char *value) {
     static const char *const modes[] = {"writeback", "writethrough", "unsafe"};
     int mode = CLI_WORD(modes, &rest, "");
     ok = mode >= 0;
-    cli.ex.flags = (uint32_t)mode * NBDSERVE_WRITETHROUGH; /* twice: UNSAFE */
+    cli.ex.flags =
+        (uint32_t)mode * NBDSERVE_EXPORT_WRITETHROUGH; /* twice: UNSAFE */
   }
   if (c == 'x' || c == 'd') ok = cli_disturb(value, c == 'd');
   for (int bit; c == 'w' && ok && *rest; cli.without |= 1u << (bit & 31))
@@ -4670,7 +4692,8 @@ static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
   if (err)
     dprintf(j->fd[1], "nbdserve: %s%s%s%s%s: %s\n", v->name, *name ? " " : "",
             name, *to ? " " : "", to,
-            err == -EINVAL ? "not with such a name or size" : u_error(err));
+            err == -EINVAL ? "not with such a name or size"
+                           : u_errno_text(err));
   return err ? CLI_FAILED : 0;
 }
 
@@ -4740,7 +4763,7 @@ static int cli_find_volume(void *unused, const char *name,
 }
 
 struct cli_emit {
-  nbdserve_emit *emit;
+  nbdserve_emit_fn *emit;
   void *arg;
 };
 
@@ -4749,7 +4772,7 @@ static int cli_emit_volume(void *to, const struct nbdserve_cas_info *info) {
   return e->emit(e->arg, info->name, info->readonly ? "snapshot" : "");
 }
 
-static int cli_list_volumes(void *unused, nbdserve_emit *emit, void *arg) {
+static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
   struct cli_emit e = {emit, arg};
   return (void)unused, nbdserve_cas_list(cli.cas, cli_emit_volume, &e);
 }
@@ -4794,7 +4817,7 @@ static void cli_command(void) {
   const struct cli_verb *v = cli_verbs + i;
   colons = n > 0 ? strstr(*++arg, "::") : NULL;
   int only_size = v->verb == CLI_INIT && n == 1 && store &&
-                  srv_number(*arg, INT64_MAX, &j.ask.size);
+                  u_parse_number(*arg, INT64_MAX, &j.ask.size);
   if (colons || (n > 0 && !v->min && !only_size)) {
     store = *arg;
     *arg = colons ? colons + 2 : store + strlen(store);
@@ -4810,7 +4833,7 @@ static void cli_command(void) {
   j.ask.flags =
       (cli.v['n'] ? NBDSERVE_CAS_DRY_RUN : 0) | (cli.v['j'] ? CLI_JSON : 0);
   if (n > 0 && strchr(v->traits, 'S') &&
-      !srv_number(arg[n - 1], INT64_MAX, &j.ask.size))
+      !u_parse_number(arg[n - 1], INT64_MAX, &j.ask.size))
     cli_usage("%s %s: no size", v->name, arg[n - 1]);
   if (v->verb == CLI_INIT) {
     struct nbdserve_cas_options o = {
@@ -4824,7 +4847,7 @@ static void cli_command(void) {
   if (in || (v->verb == CLI_EXPORT && strcmp(arg[1], "-") != 0)) {
     j.fd[0] = open(arg[1], in ? O_RDONLY : O_RDWR | O_CREAT, 0666);
     if (j.fd[0] < 0) cli_fail(-errno, arg[1]);
-    if (!in && os_claim(j.fd[0], 0)) /* a store, maybe this one */
+    if (!in && os_lock_file(j.fd[0], 0)) /* a store, maybe this one */
       cli_die(CLI_IN_USE, "%s: in use", arg[1]);
   }
   int err = cli_open_store(store, strchr(v->traits, 'R') != NULL);
@@ -4850,8 +4873,8 @@ static void cli_add(char *path) {
   struct nbdserve_flat flat = {.offset = cli.n['o'],
                                .size = cli.n['S'],
                                .create = cli.n['C'],
-                               .flags = cli.v['r']   ? NBDSERVE_READONLY
-                                        : cli.v['T'] ? NBDSERVE_TEMPORARY
+                               .flags = cli.v['r']   ? NBDSERVE_FLAT_READONLY
+                                        : cli.v['T'] ? NBDSERVE_FLAT_TEMPORARY
                                                      : 0};
   flat.dir = getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
   if (cli.v['T'] && access(flat.dir, W_OK) < 0) cli_fail(-errno, flat.dir);
@@ -4866,7 +4889,7 @@ static void cli_add(char *path) {
   char *colons = strstr(path, "::");
   if (!ex.name && cli.ntargets > 1)
     ex.name = colons ? colons + 2 : slash ? slash + 1 : path;
-  if (cli.ntargets == 1 && !ex.name) ex.flags |= NBDSERVE_ANY_NAME;
+  if (cli.ntargets == 1 && !ex.name) ex.flags |= NBDSERVE_EXPORT_FALLBACK;
   if (cli.ntargets == 1 && ex.name) cli.name = ex.name;
   if (colons && (cli.v['o'] || cli.v['S'] || cli.v['C'] || cli.v['T']))
     cli_usage("%s: no --offset, --size, --create; for -T, clone it", path);
@@ -4877,9 +4900,9 @@ static void cli_add(char *path) {
   if (!colons) err = nbdserve_flat_open(path, &flat, &ex);
 #endif
   if ((err == -EACCES || err == -EROFS) && !flat.flags)
-    cli_failed("%s: %s; -r serves it read-only", path, u_error(err));
+    cli_failed("%s: %s; -r serves it read-only", path, u_errno_text(err));
   if (err == -ENOENT && !flat.flags && !flat.create && !colons)
-    cli_failed("%s: %s; --create SIZE makes it", path, u_error(err));
+    cli_failed("%s: %s; --create SIZE makes it", path, u_errno_text(err));
   if (err == -EINVAL)
     cli_failed("%s: no file, device or mem:SIZE, or it is not that long", path);
   cli_fail(err, path);
@@ -4914,7 +4937,7 @@ static void cli_listen(void) {
   if (cli.v['s']) return;
   if (!n && !path && !is_tcp && pid && fds &&
       strtol(pid, NULL, 10) == (long)getpid())
-    u_size(fds, &n); /* systemd, or nbdinfo and its like */
+    u_parse_size(fds, &n); /* systemd, or nbdinfo and its like */
   if (n > SRV_LISTENERS) cli_fail(-EMFILE, "LISTEN_FDS");
   for (uint64_t i = 0; i < n; i++) {
     snprintf(address, sizeof address, "fd:%d", fd + (int)i);
@@ -4976,8 +4999,8 @@ static void cli_start_command(void) {
     setenv("exportname", cli.name, 1);
     execl("/bin/sh", "sh", "-c", cli.v['R'], (char *)NULL);
   }
-  _exit(
-      cli_say(127, "%s: %s", command ? *command : "/bin/sh", u_error(-errno)));
+  _exit(cli_say(127, "%s: %s", command ? *command : "/bin/sh",
+                u_errno_text(-errno)));
 }
 
 static int cli_command_ended(int wait) {
@@ -5110,7 +5133,7 @@ int main(int argc, char **argv) {
   struct nbdserve_config config = {
       .version = NBDSERVE_VERSION_NUMBER,
       .max_conn = (uint32_t)cli.n['m'],
-      .flags = cli.v['1'] ? NBDSERVE_ONCE : 0,
+      .flags = cli.v['1'] ? NBDSERVE_CONFIG_ONCE : 0,
       .threads = (uint32_t)cli.n['t'],
       .idle_exit_ms = (uint32_t)cli.n['I'] * 1000,
       .log = cli_log,

@@ -26,8 +26,8 @@
 extern "C" {
 #endif
 
-#define NBDSERVE_VERSION "0.2.0"
-#define NBDSERVE_VERSION_NUMBER 200u /* major * 10000 + minor * 100 + patch */
+#define NBDSERVE_VERSION "0.3.0"
+#define NBDSERVE_VERSION_NUMBER 300u /* major * 10000 + minor * 100 + patch */
 
 #ifndef NBDSERVE_API
 #define NBDSERVE_API /* storage class or visibility of the public functions */
@@ -40,14 +40,16 @@ struct nbdserve_req;
 /* ---- Backends ---------------------------------------------------------- */
 
 /* Flags of one call; as NBD_CMD_FLAG_... in proto.md */
-#define NBDSERVE_FUA 1u        /* durable before it returns (NATIVE_FUA only) */
-#define NBDSERVE_NO_HOLE 2u    /* zero: the range stays allocated */
-#define NBDSERVE_FAST_ZERO 16u /* zero: -ENOTSUP if no faster than write */
-#define NBDSERVE_REQ_ONE 8u    /* extents: the first extent is enough */
+#define NBDSERVE_CMD_FUA 1u /* durable before it returns (NATIVE_FUA only) */
+#define NBDSERVE_CMD_NO_HOLE 2u /* zero: the range stays allocated */
+#define NBDSERVE_CMD_FAST_ZERO \
+  16u                           /* zero: -ENOTSUP if no faster than write \
+                                 */
+#define NBDSERVE_CMD_REQ_ONE 8u /* extents: the first extent is enough */
 
 /* Status of an extent: 0 is plain data (proto.md, base:allocation) */
-#define NBDSERVE_HOLE 1u /* not allocated */
-#define NBDSERVE_ZERO 2u /* reads as zeroes */
+#define NBDSERVE_EXTENT_HOLE 1u /* not allocated */
+#define NBDSERVE_EXTENT_ZERO 2u /* reads as zeroes */
 
 /* What a backend does.  The caller has checked each request: len > 0, off and
  * len inside the export and multiples of min_block, no writes to a read-only
@@ -58,8 +60,8 @@ struct nbdserve_req;
  *
  * A NULL member is not offered to clients, except zero (done by writes, up to
  * 4 GiB, as where zero is -ENOTSUP) and extents (all is data).  Calls come from
- * several threads at once unless the export says NBDSERVE_SERIAL, and may block
- * for as long as they like.
+ * several threads at once unless the export says NBDSERVE_EXPORT_SERIAL, and
+ * may block for as long as they like.
  */
 struct nbdserve_ops {
   int (*read)(void *ctx, void *buf, uint64_t off, uint64_t len, uint32_t flags);
@@ -79,7 +81,7 @@ struct nbdserve_ops {
   /* The last call of all: frees ctx. */
   void (*close)(void *ctx);
   /* nbdserve's own backends only: keep it NULL. */
-  void (*batch)(void *ctx, struct nbdserve_req *reqs, size_t nreqs);
+  void (*run_batch)(void *ctx, struct nbdserve_req *reqs, size_t nreqs);
   /* The size that a client gets who comes now: size, the export's so far, or
    * another one, which replaces that.  NULL: it stays.  One call at a time, for
    * all exports of a server: it must not block, nor call the server. */
@@ -92,16 +94,20 @@ NBDSERVE_API int nbdserve_extent(struct nbdserve_extents *out, uint64_t len,
                                  uint32_t status);
 
 /* Flags of an export */
-#define NBDSERVE_READONLY 1u   /* writes are refused with EPERM */
-#define NBDSERVE_SERIAL 2u     /* one call into ops at a time */
-#define NBDSERVE_MULTI_CONN 4u /* flush covers all connections' writes */
-#define NBDSERVE_ROTATIONAL 8u /* a hint for the client's scheduler */
-#define NBDSERVE_NATIVE_FUA                                                    \
-  16u                             /* write, zero, trim do NBDSERVE_FUA; else a \
-                                     flush follows them */
-#define NBDSERVE_ANY_NAME 32u     /* reached by every name no other one has */
-#define NBDSERVE_WRITETHROUGH 64u /* every write as if it had FUA */
-#define NBDSERVE_UNSAFE 128u      /* flush and FUA do nothing: not durable */
+#define NBDSERVE_EXPORT_READONLY 1u /* writes are refused with EPERM */
+#define NBDSERVE_EXPORT_SERIAL 2u   /* one call into ops at a time */
+#define NBDSERVE_EXPORT_MULTI_CONN \
+  4u                                  /* flush covers all connections' writes \
+                                       */
+#define NBDSERVE_EXPORT_ROTATIONAL 8u /* a hint for the client's scheduler */
+/* write, zero and trim do NBDSERVE_CMD_FUA; without it a flush follows them */
+#define NBDSERVE_EXPORT_NATIVE_FUA 16u
+#define NBDSERVE_EXPORT_FALLBACK \
+  32u /* reached by every name no other one has */
+#define NBDSERVE_EXPORT_WRITETHROUGH 64u /* every write as if it had FUA */
+#define NBDSERVE_EXPORT_UNSAFE \
+  128u /* flush and FUA do nothing: not durable \
+        */
 
 struct nbdserve_export {
   const char *name;         /* up to 4096 bytes; "" or NULL: the default one */
@@ -110,22 +116,23 @@ struct nbdserve_export {
   uint32_t min_block;       /* 1..65536, power of two; 0: 1 */
   uint32_t preferred_block; /* power of two >= 512 and min; 0: 4096 or min */
   uint32_t max_request;     /* bytes of one read or write; 0: 32 MiB */
-  uint32_t flags;           /* NBDSERVE_READONLY... */
+  uint32_t flags;           /* NBDSERVE_EXPORT_READONLY... */
   const struct nbdserve_ops *ops;
   void *ctx;
 };
 
 /* ---- The flat backend: a regular file, a block device, or memory -------- */
 
+#define NBDSERVE_FLAT_READONLY 1u
+/* What is written is gone in the end: it goes to a file without a name; path
+ * is only read, and shared with other readers; 1 bit of memory for 64 KiB. */
+#define NBDSERVE_FLAT_TEMPORARY 2u
+
 struct nbdserve_flat {
   uint64_t offset; /* serve from this byte on */
   uint64_t size;   /* and that many bytes; 0: to the end */
   uint64_t create; /* make the file, sparse, with that size if it is missing */
-  uint32_t flags;  /* NBDSERVE_READONLY: or */
-#define NBDSERVE_TEMPORARY                                                     \
-  256u             /* what is written is gone in the end: it goes              \
-         to a file without a name; path is only read, and shared            \
-         with other readers; 1 bit of memory for 64 KiB */
+  uint32_t flags;  /* NBDSERVE_FLAT_* */
   const char *dir; /* where that file is; NULL: memory */
 };
 
@@ -159,10 +166,9 @@ NBDSERVE_API int nbdserve_flat_open(const char *path,
  */
 struct nbdserve_cas;
 
-#define NBDSERVE_CAS_VERIFY                                                    \
-  1u /* check a block's SHA-256 when it is read for                            \
-        the first time since the store was opened;                             \
-        the default if the processor computes it */
+/* Check a block's SHA-256 when it is read for the first time since the store
+ * was opened; the default if the processor computes it. */
+#define NBDSERVE_CAS_VERIFY 1u
 #define NBDSERVE_CAS_NO_VERIFY 2u /* do not */
 #define NBDSERVE_CAS_READONLY 4u  /* next to other readers; changes nothing */
 
@@ -212,19 +218,19 @@ NBDSERVE_API int nbdserve_cas_change(struct nbdserve_cas *cas, int verb,
 #define NBDSERVE_CAS_RM 7       /* name is no more */
 #define NBDSERVE_CAS_DRY_RUN 16 /* with one of the last three: only checks */
 
-#define nbdserve_cas_create(cas, name, size)                                   \
+#define nbdserve_cas_create(cas, name, size) \
   nbdserve_cas_change(cas, NBDSERVE_CAS_CREATE, name, NULL, size)
-#define nbdserve_cas_snapshot(cas, name)                                       \
+#define nbdserve_cas_snapshot(cas, name) \
   nbdserve_cas_change(cas, NBDSERVE_CAS_SNAPSHOT, name, NULL, 0)
-#define nbdserve_cas_clone(cas, name, to)                                      \
+#define nbdserve_cas_clone(cas, name, to) \
   nbdserve_cas_change(cas, NBDSERVE_CAS_CLONE, name, to, 0)
-#define nbdserve_cas_rename(cas, name, to)                                     \
+#define nbdserve_cas_rename(cas, name, to) \
   nbdserve_cas_change(cas, NBDSERVE_CAS_RENAME, name, to, 0)
-#define nbdserve_cas_rollback(cas, name)                                       \
+#define nbdserve_cas_rollback(cas, name) \
   nbdserve_cas_change(cas, NBDSERVE_CAS_ROLLBACK, name, NULL, 0)
-#define nbdserve_cas_resize(cas, name, size)                                   \
+#define nbdserve_cas_resize(cas, name, size) \
   nbdserve_cas_change(cas, NBDSERVE_CAS_RESIZE, name, NULL, size)
-#define nbdserve_cas_rm(cas, name)                                             \
+#define nbdserve_cas_rm(cas, name) \
   nbdserve_cas_change(cas, NBDSERVE_CAS_RM, name, NULL, 0)
 
 struct nbdserve_cas_info {
@@ -238,14 +244,14 @@ struct nbdserve_cas_info {
 
 /* Calls each for all in the catalog until it returns non-zero, which is
  * returned; that one counts as open meanwhile. */
-typedef int nbdserve_listed(void *arg, const struct nbdserve_cas_info *info);
+typedef int nbdserve_list_fn(void *arg, const struct nbdserve_cas_info *info);
 
 NBDSERVE_API int nbdserve_cas_list(struct nbdserve_cas *cas,
-                                   nbdserve_listed *each, void *arg);
+                                   nbdserve_list_fn *each, void *arg);
 
 /* Tells how far long work is, now and then, in bytes; it ends with -ECANCELED
  * if that returns non-zero.  May be NULL where it is asked for. */
-typedef int nbdserve_progress(void *arg, uint64_t done, uint64_t total);
+typedef int nbdserve_progress_fn(void *arg, uint64_t done, uint64_t total);
 
 /* Gives a snapshot its identity, durably when it returns 0: "sha256-" and 64
  * hexadecimal digits, which name the same size, block size and contents in any
@@ -254,7 +260,7 @@ typedef int nbdserve_progress(void *arg, uint64_t done, uint64_t total);
  * the store was opened; once sealed, a snapshot has its id at once.
  * -ENOENT: no such name.  -EINVAL: that is a volume.  -EIO: it is damaged. */
 NBDSERVE_API int nbdserve_cas_seal(struct nbdserve_cas *cas, const char *name,
-                                   char id[72], nbdserve_progress *progress,
+                                   char id[72], nbdserve_progress_fn *progress,
                                    void *arg);
 
 /* Calls each, in order, for the ranges in bytes in which two volumes or
@@ -264,10 +270,10 @@ NBDSERVE_API int nbdserve_cas_seal(struct nbdserve_cas *cas, const char *name,
  * time.  All that differs is listed; what is equal only if it is stored twice,
  * or if just one of the two ends in the block.  Of a volume that is written
  * meanwhile each block is as it was at some moment.  -ENOENT: no such name. */
-typedef int nbdserve_range(void *arg, uint64_t off, uint64_t len);
+typedef int nbdserve_range_fn(void *arg, uint64_t off, uint64_t len);
 
 NBDSERVE_API int nbdserve_cas_diff(struct nbdserve_cas *cas, const char *a,
-                                   const char *b, nbdserve_range *each,
+                                   const char *b, nbdserve_range_fn *each,
                                    void *arg);
 
 struct nbdserve_cas_stat {
@@ -285,16 +291,16 @@ NBDSERVE_API void nbdserve_cas_stat(struct nbdserve_cas *cas,
  * damaged: len bytes at off of a volume or snapshot or, with len 0 and name "",
  * the part of the store that why names.  0: nothing is damaged.  -EUCLEAN:
  * something is. */
-typedef void nbdserve_damage(void *arg, const char *name, uint64_t off,
-                             uint64_t len, const char *why);
+typedef void nbdserve_damage_fn(void *arg, const char *name, uint64_t off,
+                                uint64_t len, const char *why);
 NBDSERVE_API int nbdserve_cas_verify(struct nbdserve_cas *cas,
-                                     nbdserve_damage *each,
-                                     nbdserve_progress *progress, void *arg);
+                                     nbdserve_damage_fn *each,
+                                     nbdserve_progress_fn *progress, void *arg);
 
 /* Gives unused space back to the file system.  *bytes: how much of the file is
  * unused.  -EUCLEAN: the store is damaged, and nobody knows what is. */
 NBDSERVE_API int nbdserve_cas_gc(struct nbdserve_cas *cas, uint64_t *bytes,
-                                 nbdserve_progress *progress, void *arg);
+                                 nbdserve_progress_fn *progress, void *arg);
 
 /* ---- The server --------------------------------------------------------- */
 
@@ -305,13 +311,16 @@ NBDSERVE_API int nbdserve_cas_gc(struct nbdserve_cas *cas, uint64_t *bytes,
 #define NBDSERVE_LOG_TRACE 3   /* every request */
 
 /* Flags of a server */
-#define NBDSERVE_ONCE 1u /* nbdserve_run returns after the last client */
+#define NBDSERVE_CONFIG_ONCE \
+  1u /* nbdserve_run returns after the last client \
+      */
 
-typedef int nbdserve_emit(void *arg, const char *name, const char *description);
+typedef int nbdserve_emit_fn(void *arg, const char *name,
+                             const char *description);
 
 struct nbdserve_config {
   uint32_t version; /* NBDSERVE_VERSION_NUMBER: header and library must agree */
-  uint32_t flags;   /* NBDSERVE_ONCE */
+  uint32_t flags;   /* NBDSERVE_CONFIG_ONCE */
   uint32_t threads; /* calls into a backend at a time per client, besides one
                        for a request above 1 MiB; each of them may hold 1 MiB;
                        0: 16 */
@@ -332,7 +341,7 @@ struct nbdserve_config {
    * client gets its own; close ends it), or -ENOENT; list calls emit for each
    * until emit returns non-zero.  Both may be NULL. */
   int (*find)(void *ctx, const char *name, struct nbdserve_export *out);
-  int (*list)(void *ctx, nbdserve_emit *emit, void *arg);
+  int (*list)(void *ctx, nbdserve_emit_fn *emit, void *arg);
   /* Called before each sound request of a length above 0, and each FLUSH, is
    * done, from several threads at once; it may take its time.  type: the
    * NBD_CMD of proto.md.  0: go on, or -errno, which is the answer.  NULL:
@@ -387,6 +396,11 @@ NBDSERVE_API int nbdserve_serve(struct nbdserve *s, int in_fd, int out_fd,
 /* Ends nbdserve_run and nbdserve_serve.  From any thread or a signal handler;
  * may repeat.  There is no way back. */
 NBDSERVE_API void nbdserve_stop(struct nbdserve *s);
+
+/* Closes the listeners and removes their unix sockets: nobody new connects, the
+ * clients that are there are served on.  May repeat.  Only the thread that
+ * calls nbdserve_run may call this, and not while nbdserve_run is running. */
+NBDSERVE_API void nbdserve_unlisten(struct nbdserve *s);
 
 /* Makes nbdserve_run return -EINTR.  From any thread or a signal handler. */
 NBDSERVE_API void nbdserve_wake(struct nbdserve *s);

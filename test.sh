@@ -5326,7 +5326,7 @@ static void v_activate(char **a) /* ADDRESS PROGRAM ARG... */
 }
 
 int main(int argc, char **argv) {
-#define V(name)                                                                \
+#define V(name) \
   { #name, v_##name }
   static const struct {
     const char *name;
@@ -5497,7 +5497,7 @@ static int r_trim(void *ctx, uint64_t off, uint64_t len, uint32_t f) {
 static int r_zero(void *ctx, uint64_t off, uint64_t len, uint32_t f) {
   struct ram *r = ctx;
   int error = r_enter(ctx, ZEROES, off, len, f);
-  if (!error && f & NBDSERVE_FAST_ZERO) error = -ENOTSUP;
+  if (!error && f & NBDSERVE_CMD_FAST_ZERO) error = -ENOTSUP;
   if (!error) memset(r->data + off, 0, (size_t)len);
   return r_leave(ctx, error);
 }
@@ -5664,13 +5664,13 @@ static void u_flags(void) {
   struct nbdserve *s;
   uint32_t flag;
   CHECK(nbdserve_new(&s, NULL) == 0);
-  for (flag = 2 * NBDSERVE_UNSAFE; flag; flag <<= 1) {
+  for (flag = 2 * NBDSERVE_EXPORT_UNSAFE; flag; flag <<= 1) {
     e = r_export(r, flag);
     CHECK(nbdserve_add(s, &e) == -EINVAL);
-    e = r_export(r, flag | NBDSERVE_READONLY);
+    e = r_export(r, flag | NBDSERVE_EXPORT_READONLY);
     CHECK(nbdserve_add(s, &e) == -EINVAL);
   }
-  e = r_export(r, 2 * NBDSERVE_UNSAFE - 1); /* all that are known */
+  e = r_export(r, 2 * NBDSERVE_EXPORT_UNSAFE - 1); /* all that are known */
   CHECK(nbdserve_add(s, &e) == 0);
   nbdserve_free(s);
 }
@@ -5767,7 +5767,7 @@ static void u_parallel(void) {
 }
 
 static void u_serial(void) {
-  CHECK(u_busy(r_new(65536), 3, NBDSERVE_SERIAL) == 1);
+  CHECK(u_busy(r_new(65536), 3, NBDSERVE_EXPORT_SERIAL) == 1);
 }
 
 /* A slow request holds nobody up */
@@ -5893,7 +5893,7 @@ static void u_requests(void) {
     r->closes = 0;
     r->min = e.min_block = min ? 4096 : 0;
     e.max_request = 8192;
-    e.flags = NBDSERVE_MULTI_CONN;
+    e.flags = NBDSERVE_EXPORT_MULTI_CONN;
     CHECK(nbdserve_new(&o.s, NULL) == 0 && nbdserve_add(o.s, &e) == 0);
     memset(&o.v, 0, sizeof o.v);
     o.v.name = ""; /* the block size needs no asking this way */
@@ -5907,7 +5907,7 @@ static void u_requests(void) {
     CHECK(t_do(&o.c, 0, WRITE, 0, 8192, b) == 0 && r->data[8191] == 'w');
     CHECK(t_do(&o.c, 0, ZEROES, 0, 65536, b) == 0 && r->data[65535] == 0);
     CHECK(t_do(&o.c, NO_HOLE, ZEROES, 0, 4096, b) == 0);
-    CHECK(r->flags == NBDSERVE_NO_HOLE && r->last == ZEROES);
+    CHECK(r->flags == NBDSERVE_CMD_NO_HOLE && r->last == ZEROES);
     CHECK(t_do(&o.c, 0, TRIM, 0, 65536, b) == 0 && r->last == TRIM);
     CHECK(t_do(&o.c, 0, TRIM, 4096, UINT32_MAX, b) == 22);
     o_close(&o);
@@ -5930,7 +5930,7 @@ static int u_flushes(uint32_t flags, int fua, unsigned *seen) {
   CHECK(t_do(&o.c, fua, READ, 0, 512, b) == 0);
   n = r->calls[FLUSH];
   CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 0);
-  CHECK(r->calls[FLUSH] == n + !(flags & NBDSERVE_UNSAFE));
+  CHECK(r->calls[FLUSH] == n + !(flags & NBDSERVE_EXPORT_UNSAFE));
   o_close(&o);
   return n;
 }
@@ -5939,14 +5939,16 @@ static void u_fua(void) {
   unsigned seen;
   CHECK(u_flushes(0, 0, &seen) == 0);
   CHECK(u_flushes(0, FUA, &seen) == 3);
-  CHECK(u_flushes(NBDSERVE_NATIVE_FUA, FUA, &seen) == 0);
-  CHECK(seen == NBDSERVE_FUA);
-  CHECK(u_flushes(NBDSERVE_UNSAFE, FUA, &seen) == 0);
-  CHECK(u_flushes(NBDSERVE_UNSAFE | NBDSERVE_NATIVE_FUA, FUA, &seen) == 0);
+  CHECK(u_flushes(NBDSERVE_EXPORT_NATIVE_FUA, FUA, &seen) == 0);
+  CHECK(seen == NBDSERVE_CMD_FUA);
+  CHECK(u_flushes(NBDSERVE_EXPORT_UNSAFE, FUA, &seen) == 0);
+  CHECK(u_flushes(NBDSERVE_EXPORT_UNSAFE | NBDSERVE_EXPORT_NATIVE_FUA, FUA,
+                  &seen) == 0);
   CHECK(seen == 0);
-  CHECK(u_flushes(NBDSERVE_WRITETHROUGH, 0, &seen) == 3);
-  CHECK(u_flushes(NBDSERVE_WRITETHROUGH | NBDSERVE_NATIVE_FUA, 0, &seen) == 0);
-  CHECK(seen == NBDSERVE_FUA);
+  CHECK(u_flushes(NBDSERVE_EXPORT_WRITETHROUGH, 0, &seen) == 3);
+  CHECK(u_flushes(NBDSERVE_EXPORT_WRITETHROUGH | NBDSERVE_EXPORT_NATIVE_FUA, 0,
+                  &seen) == 0);
+  CHECK(seen == NBDSERVE_CMD_FUA);
 }
 
 static void u_errors(void) {
@@ -5982,7 +5984,7 @@ static void u_errors(void) {
   }
   r->error = 0;
   CHECK(t_do(&o.c, FAST, ZEROES, 0, 512, b) == 95);
-  CHECK(r->data[0] == 'r' && r->flags == NBDSERVE_FAST_ZERO);
+  CHECK(r->data[0] == 'r' && r->flags == NBDSERVE_CMD_FAST_ZERO);
   o_close(&o);
 }
 
@@ -6059,7 +6061,7 @@ static void u_missing(void) {
   o_close(&o);
 
   r = r_new(65536);
-  e = r_export(r, NBDSERVE_READONLY);
+  e = r_export(r, NBDSERVE_EXPORT_READONLY);
   o_open(&o, &e, 0);
   CHECK((o.c.flags & ~0x100u) == 3);
   CHECK(t_do(&o.c, 0, WRITE, 0, 512, b) == 1 && r->calls[WRITE] == 0);
@@ -6171,7 +6173,8 @@ static void u_find(void) {
     CHECK(f.ram[i]->closes == 1);
   f.found = 0; /* with one that takes any name: it lends nothing to others */
   CHECK(nbdserve_new(&s, &config) == 0);
-  e = r_export(r_new(65536), NBDSERVE_READONLY | NBDSERVE_ANY_NAME);
+  e = r_export(r_new(65536),
+               NBDSERVE_EXPORT_READONLY | NBDSERVE_EXPORT_FALLBACK);
   e.min_block = 512;
   CHECK(nbdserve_add(s, &e) == 0);
   for (i = 0; i < 2; i++) {
@@ -6405,7 +6408,7 @@ static void u_without(void) {
   for (i = 0; i < COUNT(gone); i++) {
     struct nbdserve_config config = {0};
     struct ram *r = r_new(65536);
-    struct nbdserve_export e = r_export(r, NBDSERVE_MULTI_CONN);
+    struct nbdserve_export e = r_export(r, NBDSERVE_EXPORT_MULTI_CONN);
     struct served v = {0};
     struct nbdserve *s;
     struct t_conn c;
@@ -6469,7 +6472,7 @@ static void u_temporary(void) {
     file[i] = (unsigned char)(i / 97);
   fd = open(path, O_RDWR | O_CREAT, 0600);
   CHECK(write(fd, file, sizeof file) == sizeof file && fchmod(fd, 0400) == 0);
-  flat.flags = NBDSERVE_TEMPORARY;
+  flat.flags = NBDSERVE_FLAT_TEMPORARY;
   flat.dir = "/no/such/directory";
   CHECK(nbdserve_flat_open(path, &flat, &e) == -ENOENT);
   for (round = 0; round < 2; round++) {
@@ -6532,7 +6535,7 @@ static void u_temporary(void) {
 
 /* A read error below is one of the request, and nothing is lost by it */
 static void u_overerror(void) {
-  struct nbdserve_flat flat = {.flags = NBDSERVE_TEMPORARY};
+  struct nbdserve_flat flat = {.flags = NBDSERVE_FLAT_TEMPORARY};
   struct nbdserve_export e = {0};
   unsigned char b[65536], c[512];
   char path[200];
@@ -7463,7 +7466,7 @@ static void u_diff(void) {
 }
 
 int main(int argc, char **argv) {
-#define V(name)                                                                \
+#define V(name) \
   { #name, u_##name }
   static const struct {
     const char *name;
@@ -8618,7 +8621,7 @@ static int m_write(struct m_vol *v, unsigned char *b, uint64_t off,
                    uint64_t len, uint32_t flags) {
   struct nbdserve_req r[4];
   int n = 0, err = 0;
-  if (flags || !v->e.ops->batch || rnd(2))
+  if (flags || !v->e.ops->run_batch || rnd(2))
     return v->e.ops->write(v->e.ctx, b, off, len, flags);
   memset(r, 0, sizeof r);
   for (; len; off += r[n].len, b += r[n].len, len -= r[n++].len) {
@@ -8627,7 +8630,7 @@ static int m_write(struct m_vol *v, unsigned char *b, uint64_t off,
     r[n].off = off;
     r[n].len = n < 3 ? (1 + rnd((uint32_t)len / CELL)) * CELL : len;
   }
-  v->e.ops->batch(v->e.ctx, r, (size_t)n);
+  v->e.ops->run_batch(v->e.ctx, r, (size_t)n);
   while (n-- > 0)
     err = r[n].err ? r[n].err : err;
   return err;
@@ -8649,7 +8652,7 @@ static void m_put(struct m_vol *v, uint32_t at, uint32_t n,
   int err;
   if (nlater + (int)n > NLATER || m_open(v)) return;
   ops = v->e.ops;
-  fua = (v->e.flags & NBDSERVE_NATIVE_FUA) && rnd(8) == 0;
+  fua = (v->e.flags & NBDSERVE_EXPORT_NATIVE_FUA) && rnd(8) == 0;
   for (i = 0; i < n; i++) {
     m_fill(b + i * CELL, values[i]);
     later[nlater].vol = (int)(v - vols);
@@ -8662,7 +8665,8 @@ static void m_put(struct m_vol *v, uint32_t at, uint32_t n,
   else if (kind == M_TRIM)
     err = ops->trim(v->e.ctx, off, len, fua);
   else
-    err = ops->zero(v->e.ctx, off, len, fua | (rnd(2) ? NBDSERVE_NO_HOLE : 0));
+    err = ops->zero(v->e.ctx, off, len,
+                    fua | (rnd(2) ? NBDSERVE_CMD_NO_HOLE : 0));
   if (err && !m_excused(err)) m_fail("%s: %d", v->name, err);
   memcpy(found, values, n * sizeof *found);
   if ((err || kind == M_TRIM) && m_read(v, at, n, found)) return; /* some */
@@ -8813,8 +8817,8 @@ static void m_identify(struct m_vol *v) {
   unsigned char b[BLOCK];
   uint32_t c, i;
   memcpy(run, "nbdserve-cid-1", 14);
-  put32(run + 14, BLOCK);
-  put64(run + 18, (uint64_t)v->size * CELL);
+  u_put32(run + 14, BLOCK);
+  u_put64(run + 18, (uint64_t)v->size * CELL);
   sha_256(0, run, NULL, 26, run, NULL);
   for (c = 0; c < v->size; c += 256 * PER) {
     memset(run + 32, 0, 256 * 32);
@@ -9310,7 +9314,7 @@ static int z_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
  * snapshot "v@s" */
 static int z_find(void *ctx, const char *name, struct nbdserve_export *e) {
   static const struct nbdserve_ops ops = {.read = z_read, .write = z_write};
-  struct nbdserve_flat temp = {.flags = NBDSERVE_TEMPORARY};
+  struct nbdserve_flat temp = {.flags = NBDSERVE_FLAT_TEMPORARY};
   (void)ctx;
   if (!*name) name = z_default;
   if (*name == 'v') return nbdserve_cas_volume(z_store, name, e);

@@ -15,8 +15,8 @@
  *   [2]  PLATFORM      os_        the operating system; all #if on it
  *   [3]  UTIL          u_         bytes, numbers, text, log
  *   [4]  SHA-256       sha_       FIPS 180-4
- *   [5]  WIRE          wire_      constants, messages and tables of the
- * protocol [6]  SOCKET I/O    io_        bytes in and out, deadlines, stopping
+ *   [5]  WIRE          wire_      constants, messages, tables of the protocol
+ *   [6]  SOCKET I/O    io_        bytes in and out, deadlines, stopping
  *   [7]  EXPORT        ex_        exports, requests, one request on a backend
  *   [8]  HANDSHAKE     hs_        connections, option haggling
  *   [9]  TRANSMISSION  tx_        requests in, replies out
@@ -46,24 +46,27 @@
  *   an operating system         a body in the functions of [2]
  *
  * ---- Threads ------------------------------------------------------------
- *   thread            started by                 runs                ended by
- *   the host's        the host                   nbdserve_run, which nbdserve_
- *                                                accepts clients     stop
- *   a client's        nbdserve_run, for each     srv_thread: [8],    the
- * client, client it accepts; with    then [9] until it   or stopping
- *                     nbdserve_serve it is the   has left
- *                     caller's own thread
- *   a client's        the client's thread, when  tx_worker: one      the
- * client's workers           a request may take long    request at a time
- * thread a store's         a request or command that  cas_work: index, itself,
- * when leaves work behind         checkpoints         it is done
+ * The host's thread runs nbdserve_run, which accepts clients, until
+ * nbdserve_stop.  The others:
+ *
+ *   thread      started by             runs                    ended by
+ *   client's    nbdserve_run for each  srv_thread: [8], then   the client, or
+ *               client it accepts      [9] until it has left   stopping
+ *               (nbdserve_serve: it is
+ *               the caller's own)
+ *   worker      a client's thread,     tx_worker: one request  the client's
+ *               when a request may     at a time               thread
+ *               take long
+ *   store's     a request or command   cas_work: fills the     itself, when it
+ *               that leaves work       index, checkpoints      is done
+ *               behind
  *
  * ---- Locks, in the order in which they may be taken ------------------------
  *   1. nbdserve.lock      exports and their sizes, the list of clients
  *   2. conn.queue_lock    a client's queue, workers and statistics
  *   3. conn.send_lock     one writer on a client's socket at a time: the only
  *                         lock that is held while we wait for a client, and
- * only that client is delayed by it
+ *                         only that client is delayed by it
  *   4. ex.serial          one call into an NBDSERVE_EXPORT_SERIAL backend
  *   5. ex.lock            an export's group of waiting flushes
  *   6. flat.lock          what a file has turned out not to support
@@ -101,9 +104,7 @@
 #define NBDSERVE_MAX_REQUEST 67108864 /* bytes; a longer WRITE disconnects */
 #endif
 #ifndef NBDSERVE_MAX_OPTION
-#define NBDSERVE_MAX_OPTION \
-  65536 /* bytes of option data that are looked at \
-         */
+#define NBDSERVE_MAX_OPTION 65536 /* bytes of option data that are looked at */
 #endif
 #ifndef NBDSERVE_STACK
 #define NBDSERVE_STACK 262144 /* bytes of stack of the library's threads */
@@ -635,8 +636,8 @@ static int u_parse_number(const char *s, uint64_t max, uint64_t *out) {
 }
 
 /* The text of a -errno value.  strerror returns a constant for every number
- * that the system knows; only for others does it use memory that threads share.
- */
+ * that the system knows; only for others does it use memory that threads
+ * share. */
 static const char *u_errno_text(int err) {
   return strerror(-err);
 }
@@ -1258,19 +1259,21 @@ static uint32_t wire_error(int err) {
  *      starts anew: stall_ms for each MiB or part of one.  A peer that takes or
  *      gives one byte at a time gains nothing by it.
  * (I3) Stopping: what has arrived is still received, nothing behind it; and
- * there is one grace for the whole server, not one for each wait.
+ *      there is one grace for the whole server, not one for each wait.
  *
  * Three kinds of connections differ in how they wait and how they learn that
  * the server stops:
  *
- *   kind           waits for a request  for a payload    is told to stop by
- *   unix socket    in recv()            in recv()        shutdown(SHUT_RD) of
- *   of a listener                                        srv_finish
- *   TCP of a       in poll(), looks at  in recv()        the stop pipe: with
- *   listener       the stop pipe                         SHUT_RD, what a peer
- * still sends would reset it nbdserve_serve in poll(), looks at  in poll(), too
- * the stop pipe: it is the (and with      the stop pipe caller's descriptor, or
- * a NO_THREADS)                                          pipe
+ *   kind            waits for a    for the rest   is told to stop by
+ *                   request in     of one in
+ *   unix socket of  recv()         recv()         shutdown(SHUT_RD) in
+ *   a listener                                    srv_finish
+ *   TCP socket of   poll()         recv()         the stop pipe: with SHUT_RD,
+ *   a listener                                    what a peer still sends would
+ *                                                 reset the connection
+ *   nbdserve_serve  poll()         poll()         the stop pipe: it is the
+ *   (NO_THREADS:                                  caller's socket, or a pipe
+ *   all)
  *
  * During the handshake all of them wait in poll(), for the deadline.  Sending
  * never waits in the kernel but in poll(), for the time in total. */
@@ -1505,8 +1508,8 @@ static void io_linger(struct io *io) {
  *      and flags hold, and are asserted, not checked again.
  * (E3) A flush covers what was written before it was asked for, by whichever
  *      client: all clients of an added export share its struct ex.  Those who
- * ask while a flush is running all get the result of the next one. (E4) A
- * host's function is called with no lock held but ex.serial (ops->size:
+ *      ask while a flush is running all get the result of the next one.
+ * (E4) A host's function is called with no lock held but ex.serial (ops->size:
  *      nbdserve.lock), and nothing that it returns is believed: see
  *      ex_believe. */
 
@@ -1535,8 +1538,8 @@ enum req_state {
   REQ_TO_FLUSH,    /* its data is written, if it has any; a flush is owed */
   REQ_HANDED_OVER, /* a worker's copy goes on from here */
   REQ_DONE,        /* err is final, no reply was sent so far */
-  REQ_IN_WBUF, /* a READ: head and data stand in its slot of the send buffer */
-  REQ_SENT     /* the reply was given to the socket */
+  REQ_IN_WBUF,     /* a READ: head and data stand in its slot of wbuf */
+  REQ_SENT         /* the reply was given to the socket */
 };
 
 /* One request of a client, or a piece of a long one. */
@@ -1622,8 +1625,7 @@ struct ex {
 
 /* A server.  struct conn is in [8], struct srv_listener in [12]. */
 struct nbdserve {
-  /* -- fixed after nbdserve_new; the command sets find and list before it runs
-   */
+  /* -- fixed after nbdserve_new (the command sets find and list later) */
   struct nbdserve_config config; /* defaults filled in */
   struct io_stop stop;
   int wake[2];    /* pipe: nbdserve_wake was called, and nothing else */
@@ -1639,7 +1641,7 @@ struct nbdserve {
   struct ex **last_export;
   struct conn *conns; /* clients that are being served */
   unsigned nconns;
-  int64_t idle_since; /* when the last client left; 0: not run so far */
+  int64_t idle_since;           /* when the last client left; 0: never run */
   struct nbdserve_stats totals; /* of the clients that have left */
 };
 
@@ -1895,8 +1897,7 @@ static unsigned ex_transmission_flags(const struct nbdserve *s,
   return (f & ~hidden) | NBD_FLAG_HAS_FLAGS;
 }
 
-/* ---- Flush and FUA --------------------------------------------------------
- */
+/* ---- Flush and FUA ------------------------------------------------------- */
 
 /* Calls the backend's flush, as the flush of that number.  Takes and gives back
  * ex->lock, which the caller holds, around the call. */
@@ -1957,8 +1958,7 @@ static enum ex_fua ex_fua(const struct ex *ex, const struct nbdserve_req *r) {
   return f & NBDSERVE_EXPORT_NATIVE_FUA ? EX_FUA_BY_BACKEND : EX_FUA_BY_FLUSH;
 }
 
-/* ---- Block status ---------------------------------------------------------
- */
+/* ---- Block status -------------------------------------------------------- */
 
 struct nbdserve_extents {
   uint64_t left;       /* bytes of the request that are still to be described */
@@ -1992,7 +1992,7 @@ static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
 
 /* Cuts what the host reports at multiples of align: [a block that it shares
  * with the extent before][whole blocks][a block that it shares with the next
- * one]. A shared block is described as data, whatever its parts are. */
+ * one].  A shared block is described as data, whatever its parts are. */
 int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
   if (status & ~(NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO)) x->lied = 1;
   uint64_t described = u_min(len, x->overhang);
@@ -2180,14 +2180,13 @@ static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
  *
  *   HANDSHAKE --> TRANSMISSION --> DRAINING --> gone
  *
- *   phase          rbuf holds            wbuf holds             threads
- *   HANDSHAKE      an option's data      replies to options     the client's
- *   TRANSMISSION   requests, and the     slots of READs of the  the client's,
- *                  payloads of the       batch                  workers
- *                  batch's WRITEs
- *   DRAINING       nothing               nothing                workers, which
- *                                                               do what is
- * queued
+ *   phase          rbuf holds           wbuf holds          threads
+ *   HANDSHAKE      an option's data     replies to options  the client's
+ *   TRANSMISSION   requests, payloads   slots of READs of   the client's, and
+ *                  of the batch's       the batch           workers
+ *                  WRITEs
+ *   DRAINING       nothing              nothing             workers, until all
+ *                                                           is done
  *
  * Who may touch what:
  *
@@ -2210,9 +2209,9 @@ enum {
   CONN_RBUF = 256 << 10, /* bytes received at a time */
   CONN_WBUF = 288 << 10, /* bytes of slots: 64 READs of 4 KiB and their heads */
   TX_IN_BATCH_MAX = 128 << 10, /* READ, WRITE: longer ones are not in a batch */
-  TX_PIECE = 1 << 20,          /* they are done in pieces of this size, which is
-                                  also the longest that a worker gets, the longest
-                                  single chunk, and IO_UNIT */
+  TX_PIECE = 1 << 20,          /* they are done in pieces of this size, which
+                                  is also the longest that a worker gets, the
+                                  longest single chunk, and IO_UNIT */
   TX_BATCH = 128,              /* requests in a batch, at most */
   TX_HANDED_OVER = 1024, /* requests with workers, if none of them has data */
   TX_ERROR_TEXT = 80,    /* bytes of an error's text that are sent */
@@ -2289,8 +2288,7 @@ struct conn {
 #define conn_log(c, level, ...) \
   u_log(&(c)->s->config, level, "client " __VA_ARGS__)
 
-/* ---- Replies to options ----------------------------------------------------
- */
+/* ---- Replies to options -------------------------------------------------- */
 
 /* What follows the answer to an option. */
 enum hs_result {
@@ -2324,8 +2322,8 @@ static unsigned char *hs_reserve(struct conn *c, size_t len) {
   return p;
 }
 
-/* Begins a reply to the current option, with len bytes of data at the result.
- */
+/* Begins a reply to the current option, with len bytes of data at the
+ * result. */
 static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t len) {
   unsigned char *p = hs_reserve(c, WIRE_OPTION_REPLY_LEN + len);
   wire_put_option_reply(p, c->option, type, len);
@@ -2347,8 +2345,7 @@ static enum hs_result hs_refuse(struct conn *c, uint32_t type,
   return HS_MORE;
 }
 
-/* ---- Reading an option's data ----------------------------------------------
- */
+/* ---- Reading an option's data -------------------------------------------- */
 
 static void hs_advance(struct conn *c, size_t n) {
   assert(n <= c->option_left);
@@ -2370,8 +2367,7 @@ static uint32_t hs_take_string(struct conn *c, char *out) {
   return memchr(out, 0, n) ? NBD_REP_ERR_INVALID : 0; /* NAME NUL JUNK */
 }
 
-/* ---- Entering an export ----------------------------------------------------
- */
+/* ---- Entering an export -------------------------------------------------- */
 
 /* Does SET_META_CONTEXT for that name hold for this export? */
 static int hs_has_allocation(const struct conn *c, const char *name) {
@@ -2542,8 +2538,8 @@ static enum hs_result hs_opt_go(struct conn *c) {
   unsigned infos = hs_infos(&ex->pub, asked);
   for (unsigned type = 0; type <= NBD_INFO_BLOCK_SIZE; type++)
     if (infos & 1u << type) hs_put_info(c, ex, size, flags, type);
-  /* proto.md: who does not ask for block sizes might send unaligned requests.
-   */
+  /* proto.md: who does not ask for block sizes might send unaligned
+   * requests. */
   int must_ask = ex->pub.min_block > 1 && !(asked & 1u << NBD_INFO_BLOCK_SIZE);
   if (c->option == NBD_OPT_GO && !must_ask) {
     hs_ack(c);
@@ -2628,8 +2624,7 @@ static enum hs_result (*const hs_options[])(struct conn *c) = {
     [NBD_OPT_EXTENDED_HEADERS] = hs_opt_mode,
 };
 
-/* ---- Haggling --------------------------------------------------------------
- */
+/* ---- Haggling ------------------------------------------------------------ */
 
 /* Is the option hidden from clients (config.without, bit 16 + option)? */
 static int hs_is_hidden(const struct conn *c, uint32_t option) {
@@ -2707,69 +2702,69 @@ static enum hs_result hs_run(struct conn *c) {
  *
  * ---- The life of a request ------------------------------------------------
  *
- *   tx_receive   one recv() brings what has come into c->rbuf
- *   tx_next_request
- *                parses, waits for the payload, validates, and tx_route decides
- *                where the request is done:
+ *   tx_receive       one recv() brings what has come into c->rbuf
+ *   tx_next_request  parses, waits for the payload, validates; then tx_route
+ *                    decides where the request is done:
  *
- *   route         requests                 done by            data in
- *   TX_ANSWER     refused, or empty        nobody             -
- *   TX_DRAIN      refused, with a payload  nobody             piece_buf, thrown
- *                 longer than a batch has                     away
- *   TX_IN_BATCH   READ, WRITE up to        client's thread,   WRITE: rbuf,
- * where it TX_IN_BATCH_MAX          all of a batch     came; READ: a slot
- *                                          together           in wbuf
- *   TX_IN_PIECES  longer READ, WRITE       client's thread    piece_buf
- *   TX_COPIED     READ, WRITE on a host's  a worker           a buffer of its
- * own backend up to TX_PIECE TX_BY_WORKER  FLUSH, TRIM, CACHE,      a worker,
- * after    BLOCK_STATUS: its own WRITE_ZEROES,            the batch's READs
- * buffer BLOCK_STATUS             and WRITEs
+ *   route         requests                  done by          data in
+ *   TX_ANSWER     refused, or empty         nobody           -
+ *   TX_DRAIN      refused, and the payload  nobody           piece_buf, thrown
+ *                 is longer than a batch's                   away
+ *   TX_IN_BATCH   READ, WRITE up to         client's thread, WRITE: rbuf, where
+ *                 TX_IN_BATCH_MAX           all of a batch   it came; READ: a
+ *                                           together         slot in wbuf
+ *   TX_IN_PIECES  longer READ, WRITE        client's thread  piece_buf
+ *   TX_COPIED     READ, WRITE up to         a worker         a buffer of its
+ *                 TX_PIECE on a host's                       own
+ *                 backend
+ *   TX_BY_WORKER  FLUSH, TRIM, CACHE,       a worker, after  BLOCK_STATUS: a
+ *                 WRITE_ZEROES,             the batch's      buffer of its own
+ *                 BLOCK_STATUS              writes
  *
- *   tx_run_batch  does what has gathered, when rbuf holds no whole request any
- * more or the batch is full tx_answer     counts, logs, sends, frees: for the
- * client's thread and workers
+ *   tx_run_batch     does what has gathered, when rbuf holds no whole request
+ *                    any more or the batch is full
+ *   tx_answer        counts, logs, sends, frees, in whichever thread is done
  *
- * A WRITE of 4 KiB to a file, so: recv() puts it into rbuf; it is TX_IN_BATCH
- * and r.buf points into rbuf, which nobody touches until the batch is done;
- * run_batch calls pwrite from there; its reply is one of the heads that
- * tx_answer gathers, and the batch's replies leave in one sendmsg().  All of
- * that in the client's thread.  With FUA it is TO_FLUSH after pwrite: a worker
- * flushes and answers.
+ * A WRITE of 4 KiB to a file: recv() puts it into rbuf.  It is TX_IN_BATCH, and
+ * its r.buf points into rbuf, which nobody touches until the batch is done.
+ * run_batch calls pwrite from there.  The reply is one of the heads that
+ * tx_answer gathers, and all replies of the batch leave in one sendmsg().  All
+ * of this happens in the client's thread.  A WRITE with FUA is TO_FLUSH after
+ * pwrite: a worker flushes and answers.
  *
- * A FLUSH: it is TO_FLUSH from the start.  When the batch's writes are done, it
- * joins c->to_flush; one worker takes all that are there, calls ex_flush once
- * and answers all.  ex_flush waits for a flush of the export that begins after
- * it was asked for, and a write's reply is sent only after the backend has
- * written it.  So whichever client sent a write: if its reply was sent before
- * the FLUSH was received, the write returned before the flush began, which
- * covers it.
+ * A FLUSH is TO_FLUSH from the start.  When the batch's writes are done it
+ * joins c->to_flush; one worker takes all requests that are there, calls
+ * ex_flush once and answers them all.  ex_flush waits for a flush of the export
+ * that begins after it was asked for.  A write's reply is sent only after the
+ * backend's write has returned.  So, whichever client sent the write: if its
+ * reply was sent before the FLUSH was received, the write had returned before
+ * the flush began, and is covered by it.
  *
- * A client that never reads: a sender waits in poll() with send_lock held,
- * until the client takes something or its time is over (I2); then send_err is
- * set and nothing is sent any more.  Meanwhile other threads of this client
- * wait for send_lock, no more is received, so memory is bounded (T5); other
- * clients share none of these locks.
+ * A client that never reads: who sends to it waits in poll() with send_lock
+ * held, until the client takes something or its time is over (I2).  Then
+ * send_err is set and nothing is sent any more.  Meanwhile the other threads of
+ * this client wait for send_lock and no more is received, so memory is bounded
+ * (T5).  Other clients share none of these locks and do not notice.
  *
- * ---- Rules -----------------------------------------------------------------
+ * ---- Rules ----------------------------------------------------------------
  * (T1) Every request gets exactly one reply, DISC none.  The order is free.
  * (T2) Each READ of a batch has a slot in wbuf: room for the reply's head, and
- * its data behind that, so that data is never copied.  Slots are sent first, in
- *      the order in which they lie there, then the heads of all others.  A READ
- *      that failed or brought nothing but zeroes leaves its slot unused and is
- *      answered by a head alone.
+ *      its data behind that, so that data is never copied.  Slots are sent
+ *      first, in the order in which they lie there, then the heads of all other
+ *      replies.  A READ that failed or brought nothing but zeroes leaves its
+ *      slot unused and is answered by a head alone.
  * (T3) A batch's writes are done before its flushes start: a flush covers all
  *      that was answered before it arrived, and more.
  * (T4) FLUSH, TRIM, CACHE, WRITE_ZEROES and BLOCK_STATUS, and everything on a
  *      host's backend, may take as long as they like: while there are workers,
- *      nothing behind them waits.  What the client's thread does itself
- * (batches, long requests) holds up what is behind it. (T5) Memory is bounded
- * and nobody waits for it: a client has its buffers and max_handed_over
- * requests with workers.  On a host's backend each of those may hold TX_PIECE
- * bytes; with run_batch no READ or WRITE is TX_COPIED, so each holds the
- * extents of a BLOCK_STATUS at most. */
+ *      nothing behind them waits.  What the client's thread does itself, which
+ *      is batches and pieces, holds up the requests behind it.
+ * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
+ *      max_handed_over requests with workers.  On a host's backend each of
+ *      these may hold TX_PIECE bytes.  With run_batch no READ or WRITE is
+ *      TX_COPIED, and each holds the extents of a BLOCK_STATUS at most. */
 
-/* ---- Replies ----------------------------------------------------------------
- */
+/* ---- Replies ------------------------------------------------------------- */
 
 /* What a reply, or a chunk of one, looks like. */
 enum tx_form {
@@ -2860,8 +2855,8 @@ static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
   return head + n;
 }
 
-/* The data that follows the head of a reply; no bytes of it if there is none.
- */
+/* The data that follows the head of a reply; no bytes of it if there is
+ * none. */
 static struct iovec tx_data(const struct nbdserve_req *r) {
   struct iovec v = {.iov_base = r->buf};
   if (r->err || r->all_zero) return v;
@@ -2877,8 +2872,7 @@ static int tx_is_all_zero(const struct nbdserve_req *r) {
          u_is_zero(r->buf, (size_t)r->len);
 }
 
-/* ---- Answering: gather, send, count, free ----------------------------------
- */
+/* ---- Answering: gather, send, count, free -------------------------------- */
 
 enum {
   TX_HEADS = 32 /* heads that leave in one send, at most */
@@ -2916,8 +2910,8 @@ static void tx_gather_slots(struct tx_out *out, struct nbdserve_req *list,
 }
 
 /* Gathers the other replies, head by head, each with its data behind it, as
- * many as there is room for.  The first of the list that did not fit, or NULL.
- */
+ * many as there is room for.  The first of the list that did not fit, or
+ * NULL. */
 static struct nbdserve_req *tx_gather_heads(struct tx_out *out,
                                             struct nbdserve_req *r) {
   for (; r; r = r->next) {
@@ -3005,8 +2999,8 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
            nth_failure == TX_LOGGED ? "; further failures are not logged" : "");
 }
 
-/* Counts and logs what is answered, before it is sent: who has the reply finds
- * it in the statistics. */
+/* Counts and logs what is answered; mostly before it is sent, so that who has
+ * the reply finds it in the statistics. */
 static void tx_account(struct conn *c, const struct nbdserve_req *list) {
   tx_count(c, list);
   for (const struct nbdserve_req *r = list; r; r = r->next)
@@ -3032,8 +3026,7 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list) {
   return err;
 }
 
-/* ---- Executing --------------------------------------------------------------
- */
+/* ---- Executing ----------------------------------------------------------- */
 
 /* Notes how a request went: DONE, or a flush is owed. */
 static void tx_executed(struct conn *c, struct nbdserve_req *r, int err) {
@@ -3074,10 +3067,9 @@ static void tx_execute(struct conn *c, struct nbdserve_req *r) {
   if (r->state == REQ_TO_FLUSH) tx_flush(c, r);
 }
 
-/* ---- Workers
- * ------------------------------------------------------------------ They run
- * while the client is in transmission: started one by one when there is more to
- * do than idle workers, up to max_workers. */
+/* ---- Workers ----------------------------------------------------------------
+ * They run while the client is in transmission: started one by one when there
+ * is more to do than idle workers, up to max_workers. */
 
 /* The client's thread waits for a worker to have answered something, or to end.
  * The caller holds queue_lock and looks again at what it waits for. */
@@ -3181,15 +3173,15 @@ static void tx_enqueue(struct conn *c, struct nbdserve_req *r) {
 
 /* Hands a request, which is TODO or TO_FLUSH, over to a worker: a copy of it,
  * and the buffer if the request owns it.  Waits while too many are handed over
- * (T5). False: there is no worker, and the caller has to do it. */
+ * (T5).  False: there is no worker, and the caller has to do it. */
 static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
   if (!c->max_workers) return 0;
   struct nbdserve_req *copy = NBDSERVE_MALLOC(sizeof *copy);
   if (!copy) return 0;
   *copy = *r;
   copy->next = NULL;
-  /* rbuf and wbuf are the client's thread's; what is left to do needs no data.
-   */
+  /* rbuf and wbuf are the client's thread's; what is left to do needs no
+   * data. */
   if (!copy->owns_buf) copy->buf = NULL;
   os_lock(&c->queue_lock);
   while (c->nhanded_over >= c->max_handed_over)
@@ -3224,8 +3216,7 @@ static void tx_end_workers(struct conn *c) {
   os_unlock(&c->queue_lock);
 }
 
-/* ---- The batch
- * ---------------------------------------------------------------- */
+/* ---- The batch ----------------------------------------------------------- */
 
 /* Does the READs and WRITEs from batch[i] on that stand in a row, with one call
  * of the backend.  The index behind them. */
@@ -3304,13 +3295,12 @@ static int tx_add_to_batch(struct conn *c, const struct nbdserve_req *r) {
   return 0;
 }
 
-/* ---- What is not done in the batch
- * -------------------------------------------- These run when the batch is
- * done, so all of rbuf is free but the payload of this request, of which the
- * first bytes may have come. */
+/* ---- What is not done in the batch ------------------------------------------
+ * These run when the batch is done, so all of rbuf is free but the payload of
+ * this request, of which the first bytes may have come. */
 
-/* Receives n bytes of a payload: those that are in rbuf, then from the socket.
- */
+/* Receives n bytes of a payload: those that are in rbuf, then from the
+ * socket. */
 static int tx_recv_payload(struct conn *c, unsigned char *to, size_t n) {
   size_t here = (size_t)u_min(n, c->rbuf_end - c->rbuf_pos);
   memcpy(to, c->rbuf + c->rbuf_pos, here);
@@ -3458,7 +3448,7 @@ static int tx_in_pieces(struct conn *c, struct nbdserve_req *r) {
 }
 
 /* Gives a READ or WRITE a buffer of its own and hands it over, with its
- * payload. Without memory it is done in pieces, as if it were longer. */
+ * payload.  Without memory it is done in pieces, as if it were longer. */
 static int tx_copied(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
   assert(r->len <= TX_PIECE);
   r->buf = NBDSERVE_MALLOC((size_t)r->len);
@@ -3474,8 +3464,7 @@ static int tx_copied(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
   return tx_answer(c, r);
 }
 
-/* ---- Taking requests
- * ------------------------------------------------------------ */
+/* ---- Taking requests ----------------------------------------------------- */
 
 /* Refuses a request: it is not done, and answered with that error. */
 static void tx_refuse(struct nbdserve_req *r, int err, const char *why) {
@@ -3559,8 +3548,8 @@ static enum tx_route tx_route(const struct conn *c,
   return r->len > TX_IN_BATCH_MAX ? TX_IN_PIECES : TX_IN_BATCH;
 }
 
-/* Does a request, or sees to it that it is done later.  0, or -errno to close.
- */
+/* Does a request, or sees to it that it is done later.  0, or -errno to
+ * close. */
 static int tx_dispatch(struct conn *c, struct nbdserve_req *r,
                        uint64_t payload) {
   enum tx_route route = tx_route(c, r, payload);
@@ -5477,11 +5466,11 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
  *        4. What was sent before is done and answered, in the clients' threads.
  *        5. TCP: io_linger, so that these answers arrive.
  *        6. When the grace is over, srv_finish cuts off who is left.  There is
- * one grace for all of 3 to 5 (I3).
+ *           one grace for all of 3 to 5 (I3).
  *        7. All exports are flushed (srv_flush_all).
  *        8. nbdserve_free closes them.
- * (S4) nbdserve_wake, nbdserve_stop and a client that leaves have a pipe each:
- * that a pipe is readable says it all, so a full one loses nothing. */
+ * (S4) nbdserve_wake, nbdserve_stop and a client that leaves have a pipe each.
+ *      That a pipe is readable says it all, so a full one loses nothing. */
 
 enum {
   SRV_LISTENERS = 32,       /* and one more, since localhost is two */
@@ -5509,8 +5498,7 @@ union srv_address {
   struct sockaddr_in6 in6; /* ...this one does, on every system */
 };
 
-/* ---- Making a server --------------------------------------------------------
- */
+/* ---- Making a server ----------------------------------------------------- */
 
 const char *nbdserve_version(void) {
   return NBDSERVE_VERSION;
@@ -5618,8 +5606,7 @@ int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
   return ex ? 0 : -ENOENT;
 }
 
-/* ---- Listening
- * --------------------------------------------------------------- */
+/* ---- Listening ----------------------------------------------------------- */
 
 /* Adds a listener on fd, which the server owns from now on.  text: the path of
  * a unix socket, HOST:PORT of a TCP one, or "". */
@@ -5737,7 +5724,7 @@ static void srv_format_address(const union srv_address *a, char *out,
 }
 
 /* Listens on a numeric address; *port 0 becomes the port that the kernel
- * picked. 0 or -errno. */
+ * picked.  0 or -errno. */
 static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
   union srv_address a = {.in6 = {.sin6_port = htons((uint16_t)*port)}};
   socklen_t len;
@@ -5849,8 +5836,7 @@ int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
   return u_append_uri(buf, size, l->text) ? 0 : -ERANGE;
 }
 
-/* ---- Signals from other threads and handlers
- * ---------------------------------- */
+/* ---- Signals from other threads and handlers ----------------------------- */
 
 /* Makes a pipe readable.  Async-signal-safe, and keeps errno.  A full pipe is
  * readable already (S4). */
@@ -5877,8 +5863,7 @@ void nbdserve_wake(struct nbdserve *s) {
   srv_poke(s->wake[1]);
 }
 
-/* ---- Statistics
- * ----------------------------------------------------------------- */
+/* ---- Statistics ---------------------------------------------------------- */
 
 static void srv_add_stats(struct nbdserve_stats *to,
                           const struct nbdserve_stats *more) {
@@ -5905,8 +5890,7 @@ void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
   os_unlock(&s->lock);
 }
 
-/* ---- A client's life
- * ------------------------------------------------------------ */
+/* ---- A client's life ----------------------------------------------------- */
 
 /* Whose descriptors a client's are. */
 enum srv_owner {
@@ -5914,8 +5898,8 @@ enum srv_owner {
   SRV_CALLERS, /* of the caller of nbdserve_serve */
 };
 
-/* Sets up how a connection waits and is stopped: the table at the head of [6].
- */
+/* Sets up how a connection waits and is stopped: the table at the head of
+ * [6]. */
 static void srv_setup_io(struct conn *c, int in, int out,
                          enum srv_owner owner) {
   uint32_t stall_ms = c->s->config.stall_ms;
@@ -5964,8 +5948,8 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   return c;
 }
 
-/* Takes a client off the list, closes its socket if it is ours, and frees it.
- */
+/* Takes a client off the list, closes its socket if it is ours, and frees
+ * it. */
 static void srv_free_client(struct conn *c) {
   struct nbdserve *s = c->s;
   assert(!c->nworkers && !c->nhanded_over);
@@ -5978,8 +5962,8 @@ static void srv_free_client(struct conn *c) {
   s->nconns--;
   if (!s->nconns) s->idle_since = os_now_ms();
   srv_add_stats(&s->totals, &c->stats);
-  /* Locked, so that srv_finish does not shut down another file of that number.
-   */
+  /* Locked, so that srv_finish does not shut down another file of that
+   * number. */
   if (c->fd >= 0) close(c->fd);
   os_monitor_free(&c->queue_lock);
   os_monitor_free(&c->send_lock);
@@ -6056,8 +6040,7 @@ int nbdserve_serve(struct nbdserve *s, int in, int out, const char *name) {
   return c ? srv_serve_client(c, name) : -ENOMEM;
 }
 
-/* ---- Stopping (S3)
- * --------------------------------------------------------------- */
+/* ---- Stopping (S3) ------------------------------------------------------- */
 
 /* Tells all clients that no more is taken from them, or cuts them off.  Their
  * number. */
@@ -6105,8 +6088,7 @@ static int srv_finish(struct nbdserve *s) {
   return srv_flush_all(s);
 }
 
-/* ---- Accepting
- * ------------------------------------------------------------------- */
+/* ---- Accepting ----------------------------------------------------------- */
 
 /* What nbdserve_run does in one round. */
 struct srv_plan {

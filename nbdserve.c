@@ -33,16 +33,16 @@
  *   the format of a store, and what keeps it whole           end of nbdserve.h
  *
  * ---- Where to add ... -----------------------------------------------------
- *   an option of the handshake  its number in [5], enum nbd_opt; a function in
- *                               [8]; a row in hs_options
- *   a command                   its number in [5], enum nbd_cmd; a row in
- *                               wire_cmds; a case in ex_execute [7]; a flag in
+ *   an option of the handshake  its number in enum nbd_opt; a function and a row
+ *                               of hs_options in [8]
+ *   a command                   its number in enum nbd_cmd; a row of wire_cmds;
+ *                               a case in ex_call [7]; a line in
  *                               ex_transmission_flags if clients must be told
  *   a rule for requests         an `if` in tx_validate [9]
- *   a type of reply             its number in [5], enum nbd_reply_type; a value
- *                               of enum tx_form and a case in tx_put_head [9]
- *   a command-line option       a row in cli_options [13]
- *   a command on stores         a row in cli_verbs [13]
+ *   a type of reply             its number in enum nbd_reply_type; a value of
+ *                               enum tx_form and its case in tx_put_head [9]
+ *   a command-line option       a row of cli_options in [13]
+ *   a command on stores         a row of cli_verbs in [13]
  *   an operating system         a body in the functions of [2]
  *
  * ---- Threads ------------------------------------------------------------
@@ -2470,26 +2470,20 @@ static enum hs_result hs_opt_list(struct conn *c) {
 static void hs_put_info(struct conn *c, const struct ex *ex, uint64_t size,
                         unsigned flags, enum nbd_info type) {
   const struct nbdserve_export *e = &ex->pub;
-  const char *text = type == NBD_INFO_NAME ? e->name : e->description;
   unsigned char *p;
-  switch (type) {
-  case NBD_INFO_EXPORT:
+  if (type == NBD_INFO_EXPORT) {
     p = hs_reply(c, NBD_REP_INFO, WIRE_INFO_EXPORT_LEN);
     u_put64(p + 2, size);
     u_put16(p + 10, flags);
-    break;
-  case NBD_INFO_BLOCK_SIZE:
+  } else if (type == NBD_INFO_BLOCK_SIZE) {
     p = hs_reply(c, NBD_REP_INFO, WIRE_INFO_BLOCK_SIZE_LEN);
     u_put32(p + 2, e->min_block);
     u_put32(p + 6, e->preferred_block);
     u_put32(p + 10, e->max_request);
-    break;
-  case NBD_INFO_NAME:
-  case NBD_INFO_DESCRIPTION:
-  default:
+  } else {
+    const char *text = type == NBD_INFO_NAME ? e->name : e->description;
     p = hs_reply(c, NBD_REP_INFO, 2 + strlen(text));
     memcpy(p + 2, text, strlen(text));
-    break;
   }
   u_put16(p, type);
 }
@@ -2846,7 +2840,6 @@ static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
     break;
   case TX_NONE:
   case TX_SIMPLE:
-  default:
     chunk.type = NBD_REPLY_TYPE_NONE;
     break;
   }
@@ -3553,26 +3546,18 @@ static enum tx_route tx_route(const struct conn *c,
 static int tx_dispatch(struct conn *c, struct nbdserve_req *r,
                        uint64_t payload) {
   enum tx_route route = tx_route(c, r, payload);
-  if (route == TX_DRAIN || route == TX_IN_PIECES || route == TX_COPIED) {
-    int err = tx_run_batch(c); /* what came before, and frees rbuf */
-    if (err) return err;
-  }
-  switch (route) {
-  case TX_DRAIN:
-    return tx_drain(c, r, payload);
-  case TX_IN_PIECES:
-    return tx_in_pieces(c, r);
-  case TX_COPIED:
-    return tx_copied(c, r, payload);
-  case TX_ANSWER:
-  case TX_IN_BATCH:
-  case TX_BY_WORKER:
-  default:
+  if (route == TX_ANSWER || route == TX_IN_BATCH || route == TX_BY_WORKER) {
     assert(payload <= TX_IN_BATCH_MAX);
-    r->buf = c->rbuf + c->rbuf_pos; /* it is all there */
+    r->buf = c->rbuf + c->rbuf_pos; /* the payload is all there */
     c->rbuf_pos += (size_t)payload;
     return tx_add_to_batch(c, r);
   }
+  int err = tx_run_batch(c); /* answers what came before, and frees rbuf */
+  if (err) return err;
+  if (route == TX_DRAIN) return tx_drain(c, r, payload);
+  if (route == TX_COPIED) return tx_copied(c, r, payload);
+  assert(route == TX_IN_PIECES);
+  return tx_in_pieces(c, r);
 }
 
 /* Makes a request of what the client sent; the payload, of which at least

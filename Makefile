@@ -132,12 +132,13 @@ check-tsan: ## the suite under the thread sanitizer
 
 crash: ## cuts the power on a simulated store until it loses; or CUTS=100000
 	@mkdir -p build
-	@./test.sh --emit crash > build/crash.c
-	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -I. -o build/crash build/crash.c \
-	  $(LDLIBS)
+	@./test.sh --emit simulator > build/simulator.c
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -I. -o build/simulator \
+	  build/simulator.c $(LDLIBS)
 	@seed=$(SEED); [ -n "$$seed" ] || \
 	  seed=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' '); \
-	  echo "build/crash $(CUTS) $$seed"; build/crash $(CUTS) $$seed
+	  echo "build/simulator cuts $(CUTS) $$seed"; \
+	  build/simulator cuts $(CUTS) $$seed
 
 fuzz: nbdserve ## what clients send, from the tests' transcripts; SECONDS=60
 	@mkdir -p build/corpus build/found

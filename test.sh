@@ -10,6 +10,8 @@
 #   ./test.sh --emit NAME       prints a C program: client, unit, fault,
 #                               simulator, fuzz, bench
 #   ./test.sh --bench           a table against the servers that are installed
+#   ./test.sh --figures [FILE]  how nbdserve.c, or a C file, reads in numbers
+#   ./test.sh --lint            what the files have against the rules
 #
 # ---- Map ------------------------------------------------------------------
 # A group has the number of the section of nbdserve.c whose promises its tests
@@ -66,6 +68,176 @@ if [ "${1-}" = --emit ]; then
 fi
 
 CC=${CC:-cc} NBDSERVE=${NBDSERVE:-$here/nbdserve}
+
+# ==== make figures, make lint ================================================
+
+# How a C file reads, one "FIGURE VALUE" a line, and what it should not have as
+# "bad LINE: WHAT".  Lines of code hold more than comment; a lone assert fills
+# its lines alone.  A function starts in the line of its name, and has a comment
+# if that ends right above it, in its first four lines.
+measure() { # file
+  awk '
+    # The line without comments and with x in place of what literals hold;
+    # the state goes on in the next line
+    function code(l,  out, c) {
+      commented = state == "/*"
+      while (l != "") {
+        if (state == "/*") {
+          if (!match(l, /\*\//)) return out
+          l = substr(l, RSTART + 2)
+          state = ""
+        } else if (state != "") {
+          c = substr(l, 1, 1)
+          if (c == "\\") { out = out "xx"; l = substr(l, 3); continue }
+          if (c == state) { out = out c; state = "" } else out = out "x"
+          l = substr(l, 2)
+        } else if (match(l, /"|\047|\/\*|\/\//)) {
+          out = out substr(l, 1, RSTART - 1)
+          c = substr(l, RSTART, RLENGTH)
+          l = substr(l, RSTART + RLENGTH)
+          if (c == "//") { commented = 1; return out }
+          if (c == "/*") commented = 1; else out = out c
+          state = c
+        } else { out = out l; l = "" }
+      }
+      return out
+    }
+    # Is there a comment right above the line?
+    function led(n,  i) {
+      for (i = n - 1; i > n - 4 && i > 0; i--)
+        if (text[i] ~ /^[ \t]*$|(\*\/|}|;)[ \t]*$/) break
+      return text[i] ~ /\*\/[ \t]*$/
+    }
+    # Follows braces and parentheses to find functions and lone asserts
+    function walk(l, n,  c, i) {
+      while (match(l, /[(){};=]/)) {
+        c = substr(l, RSTART, 1)
+        if (c == "(" && !round++ && !curly) { name_line = n; has_round = 1 }
+        if (c == ")") round--
+        if (c == "=" && !curly && !round) has_value = 1
+        if (c == "{" && !round && !curly++) {
+          begun = has_round && !has_value ? name_line : 0
+          head = substr(text[begun], 1, 60)
+        }
+        if (c == "}" && !round && !--curly && begun) {
+          size[++functions] = n - begun + 1
+          if (led(begun)) comments_above++
+          if (n - begun >= 80) print "bad " begun ": " n - begun + 1 \
+            " lines, over 80: " head
+          begun = 0
+        }
+        if (!round && !curly && (c == ";" || c == "}"))
+          has_round = has_value = 0
+        l = substr(l, RSTART + 1)
+      }
+    }
+    {
+      text[NR] = $0
+      c = code($0)
+      if (length($0) > 80) { wide++; print "bad " NR ": over 80 columns" }
+      if ($0 ~ /[ \t]$/) print "bad " NR ": a blank at the end"
+      if (c !~ /[^ \t]/) { if (commented) comments++; next }
+      lines++
+      l = c
+      while (match(l, /(^|[^A-Za-z0-9_])(assert|STATIC_ASSERT) *\(/)) {
+        l = substr(l, RSTART + RLENGTH)
+        asserts++
+      }
+      if (alone) lone++
+      else if (c ~ /^ *assert\(/) { lone++; alone = 1 }
+      if (alone && c ~ /; *$/) alone = 0
+      l = c
+      while (match(l, /(^|[^A-Za-z0-9_])for *\([^;]*;[^;]*;/))
+        l = substr(l, 1, RSTART - 1) "for(" substr(l, RSTART + RLENGTH)
+      if (gsub(/;/, "", l) > 1) {
+        packed++
+        print "bad " NR ": several statements"
+      }
+      if (c ~ /^#/ || macro) macro = c ~ /\\$/
+      else walk(c, NR)
+    }
+    END {
+      print "code", lines + 0
+      print "lone", lone + 0
+      printf "comment %.2f\n", lines ? comments / lines : 0
+      printf "above %.0f\n", functions ? 100 * comments_above / functions : 0
+      printf "asserts %.0f\n", lines ? 1000 * asserts / lines : 0
+      print "packed", packed + 0
+      print "wide", wide + 0
+      for (i = 1; i <= functions; i++) # insertion sort
+        for (k = i; k > 1 && size[k - 1] > size[k]; k--) {
+          n = size[k]; size[k] = size[k - 1]; size[k - 1] = n
+        }
+      print "functions", functions + 0
+      printf "median %d\np90 %d\nlongest %d\n", size[int(functions / 2) + 1],
+        size[int(functions * 9 / 10) + 1], size[functions]
+    }' "$1"
+}
+# Is clang-format there, to say how the file is laid out?
+formatter() {
+  command -v clang-format >/dev/null || {
+    echo 'SKIP clang-format: not installed'
+    return 1
+  }
+}
+# The C part of this file
+c_part() { sed '1,/^\. shunit2$/d' "$self"; }
+unformatted() { # file: how many lines are otherwise
+  clang-format -style=file <"$1" >"$scratch/formatted"
+  diff "$1" "$scratch/formatted" | grep -c '^[<>]'
+}
+figures() { # file
+  measure "$1" >"$scratch/figures"
+  figure() { sed -n "s/^$1 //p" "$scratch/figures"; }
+  row() { printf '%-46s%14s   %s\n' "$@"; }
+  row "$(basename "$1")" '' goal
+  row 'lines of code' "$(figure code)" ''
+  row 'without lone asserts' "$(($(figure code) - $(figure lone)))" '<= 6500'
+  row 'comment lines per line of code' "$(figure comment)" '>= 0.30'
+  row 'functions with a comment right above' "$(figure above) %" '>= 90 %'
+  row 'asserts per 1,000 lines of code' "$(figure asserts)" '>= 25'
+  row 'lines with several statements' "$(figure packed)" 0
+  row "lines of $(figure functions) functions: median, p90, longest" \
+    "$(figure median), $(figure p90), $(figure longest)" '<= 13, <= 40, <= 80'
+  row 'lines over 80 columns' "$(figure wide)" 0
+  ! formatter || row 'lines clang-format would change' "$(unformatted "$1")" 0
+}
+lint() {
+  bad=0 formatter=1
+  formatter || formatter=0
+  c_part >"$scratch/test.c"
+  for file in nbdserve.c nbdserve.h test.sh; do
+    source=$here/$file from=0
+    [ $file != test.sh ] || {
+      source=$scratch/test.c
+      from=$(($(wc -l <"$self") - $(wc -l <"$source")))
+    }
+    measure "$source" >"$scratch/figures"
+    awk -v file="$file" -v from="$from" '
+      sub(/^bad /, "") { print file ":" $1 + from substr($0, index($0, ":"));
+        found = 1 }
+      END { exit found }' "$scratch/figures" || bad=1
+    if [ $formatter = 1 ]; then
+      clang-format -style=file <"$source" >"$scratch/formatted"
+      diff "$source" "$scratch/formatted" >"$scratch/diff" ||
+        { echo "$file: clang-format would change:"; bad=1; }
+      head -n 20 "$scratch/diff"
+    fi
+  done
+  measure "$here/nbdserve.c" >"$scratch/figures"
+  n=$(($(sed -n 's/^code //p' "$scratch/figures") -
+    $(sed -n 's/^lone //p' "$scratch/figures")))
+  [ $n -le 6500 ] || { echo "nbdserve.c: $n lines of code, over 6500"; bad=1; }
+  return $bad
+}
+case ${1-} in
+  --figures | --lint)
+    scratch=$(mktemp -d) || exit
+    trap 'rm -rf "$scratch"' EXIT
+    if [ "$1" = --lint ]; then lint; else figures "${2:-$here/nbdserve.c}"; fi
+    exit
+    ;;
+esac
 
 # ==== Which tests ============================================================
 
@@ -3999,6 +4171,27 @@ testMapOfSectionsEqualsTheBanners() {
       if (n != 26) print n
     }' "$here/nbdserve.c")"
 }
+# What make lint and make figures count
+testFiguresAreCounted() {
+  {
+    printf '%s\n' '/* A comment of' ' * two lines. */' '' \
+      '#define STRANGE(x) { "no { function"; x; }' \
+      'static const int table[] = {1, 2}; /* not a comment line */' '' \
+      '/* A function with a comment */' 'static int f(int a) {' \
+      '  assert(a > 0 &&' '         a < 10);' \
+      '  for (int i = 0; i < a; i++) a += i; /* one statement */' \
+      "  if (a == '\"') return 1; /* two */ return 0; // three" '}' ''
+    echo 'struct s { int (*call)(void); } one = {f};'
+    echo 'void long_one(void) {'
+    yes '  f(1);' | head -n 80
+    echo '}'
+  } >"$T/x.c"
+  assertEquals "$(printf '%s\n' 'bad 4: several statements' \
+    'bad 12: several statements' 'bad 15: several statements' \
+    'bad 16: 82 lines, over 80: void long_one(void) {' 'code 91' 'lone 2' \
+    'comment 0.03' 'above 50' 'asserts 11' 'packed 3' 'wide 0' 'functions 2' \
+    'median 82' 'p90 82' 'longest 82')" "$(measure "$T/x.c")"
+}
 # The map of test.sh, its banners, and the banners of nbdserve.c
 testMapOfGroupsEqualsTheBanners() {
   sed -n 's/^#   \(\[[0-9]*\]\)  *\([A-Z].*[^ ]\)  *\(@[a-z]*\) .*/\1 \2 \3/p' \
@@ -5954,6 +6147,72 @@ static struct nbdserve_export r_export(struct ram *r, uint32_t flags) {
   return e;
 }
 
+/* Makes the good export wrong in the i-th way; name is too long for one */
+static void a_spoil(struct nbdserve_export *e, int i, const char *name) {
+  static const struct nbdserve_ops none = {.write = r_write};
+  switch (i) {
+  case 0:
+    e->ops = &none;
+    break;
+  case 1:
+    e->ops = NULL;
+    break;
+  case 2:
+    e->min_block = 3;
+    break;
+  case 3:
+    e->min_block = 131072;
+    break;
+  case 4:
+    e->preferred_block = 256;
+    break;
+  case 5:
+    e->preferred_block = 5000;
+    break;
+  case 6:
+    e->min_block = 8192;
+    e->preferred_block = 4096;
+    break;
+  case 7:
+    e->max_request = 512;
+    break; /* below the preferred block */
+  case 8:
+    e->max_request = 0xffffffffu;
+    break;
+  case 9:
+    e->size = (uint64_t)INT64_MAX + 1;
+    break;
+  case 10:
+    e->flags = 0x80000000u;
+    break;
+  case 11:
+    e->size = UINT64_MAX;
+    break;
+  default:
+    if (i == 12)
+      e->name = name;
+    else
+      e->description = name;
+  }
+}
+
+/* Addresses that cannot be listened on, the last one too long for name */
+static void a_listen(struct nbdserve *s, char name[305]) {
+  CHECK(nbdserve_listen(s, "") == -EINVAL);
+  CHECK(nbdserve_listen(s, "unix:") == -EINVAL);
+  CHECK(nbdserve_listen(s, "tcp:127.0.0.1") == -EINVAL);
+  CHECK(nbdserve_listen(s, "tcp:127.0.0.1:70000") == -EINVAL);
+  CHECK(nbdserve_listen(s, "tcp:127.0.0.1:x") == -EINVAL);
+  CHECK(nbdserve_listen(s, "tcp:no.such.host:0") == -EINVAL);
+  CHECK(nbdserve_listen(s, "fd:x") == -EINVAL);
+  CHECK(nbdserve_listen(s, "fd:987") < 0);
+  CHECK(nbdserve_listen(s, "unix:/no/such/directory/s") == -ENOENT);
+  memset(name, '/', 300);
+  name[300] = 0;
+  memcpy(name, "unix:", 5);
+  CHECK(nbdserve_listen(s, name) == -ENAMETOOLONG);
+}
+
 static void u_arguments(void) {
   static char name[4098];
   struct nbdserve_config config = {0};
@@ -5973,54 +6232,10 @@ static void u_arguments(void) {
     CHECK(nbdserve_new(&s, &config) == -EINVAL);
   }
   CHECK(nbdserve_new(&s, NULL) == 0);
+  memset(name, 'x', 4097);
   for (i = 0; i < 14; i++) {
-    static const struct nbdserve_ops none = {.write = r_write};
     e = r_export(r, 0);
-    switch (i) {
-    case 0:
-      e.ops = &none;
-      break;
-    case 1:
-      e.ops = NULL;
-      break;
-    case 2:
-      e.min_block = 3;
-      break;
-    case 3:
-      e.min_block = 131072;
-      break;
-    case 4:
-      e.preferred_block = 256;
-      break;
-    case 5:
-      e.preferred_block = 5000;
-      break;
-    case 6:
-      e.min_block = 8192;
-      e.preferred_block = 4096;
-      break;
-    case 7:
-      e.max_request = 512;
-      break; /* below the preferred block */
-    case 8:
-      e.max_request = 0xffffffffu;
-      break;
-    case 9:
-      e.size = (uint64_t)INT64_MAX + 1;
-      break;
-    case 10:
-      e.flags = 0x80000000u;
-      break;
-    case 11:
-      e.size = UINT64_MAX;
-      break;
-    default:
-      memset(name, 'x', 4097);
-      if (i == 12)
-        e.name = name;
-      else
-        e.description = name;
-    }
+    a_spoil(&e, i, name);
     if (nbdserve_add(s, &e) != -EINVAL) {
       fprintf(stderr, "case %d\n", i);
       CHECK(!"refused");
@@ -6035,19 +6250,7 @@ static void u_arguments(void) {
   CHECK(nbdserve_resize(s, "none", 1) == -ENOENT);
   CHECK(nbdserve_resize(s, "ram", (uint64_t)1 << 63) == -EINVAL);
   CHECK(nbdserve_uri(s, "ram", buf, sizeof buf) == -ENOENT);
-  CHECK(nbdserve_listen(s, "") == -EINVAL);
-  CHECK(nbdserve_listen(s, "unix:") == -EINVAL);
-  CHECK(nbdserve_listen(s, "tcp:127.0.0.1") == -EINVAL);
-  CHECK(nbdserve_listen(s, "tcp:127.0.0.1:70000") == -EINVAL);
-  CHECK(nbdserve_listen(s, "tcp:127.0.0.1:x") == -EINVAL);
-  CHECK(nbdserve_listen(s, "tcp:no.such.host:0") == -EINVAL);
-  CHECK(nbdserve_listen(s, "fd:x") == -EINVAL);
-  CHECK(nbdserve_listen(s, "fd:987") < 0);
-  CHECK(nbdserve_listen(s, "unix:/no/such/directory/s") == -ENOENT);
-  memset(name, '/', 300);
-  name[300] = 0;
-  memcpy(name, "unix:", 5);
-  CHECK(nbdserve_listen(s, name) == -ENAMETOOLONG);
+  a_listen(s, name);
   nbdserve_stats(s, &stats);
   CHECK(stats.clients == 0 && stats.requests == 0);
   nbdserve_free(s);
@@ -7109,16 +7312,42 @@ static void u_free(void) {
 }
 
 /* Who leaves something half done is dropped, who is idle is not */
-static void u_stalls(void) {
-  enum {
-    IDLE,
-    HEAD,
-    TRICKLE,
-    PAYLOAD,
-    DRIBBLE,
-    UNREAD,
-    WAYS
-  };
+enum {
+  S_IDLE,
+  S_HEAD,
+  S_TRICKLE,
+  S_PAYLOAD,
+  S_DRIBBLE,
+  S_UNREAD,
+  S_WAYS
+};
+
+/* Begins a request in that way and does not go on with it, or hardly */
+static void s_halfway(struct t_conn *c, int how, char *b, size_t size) {
+  unsigned char h[32];
+  int mode = how % 3, i;
+  t_head(h, 0, WRITE, 1, 0, how == S_DRIBBLE ? size : 4096);
+  if (mode == 2) {
+    memcpy(h, "\x21\xe4\x1c\x71\0\40", 6);
+    t_put(h + 24, 8, how == S_DRIBBLE ? size : 4096);
+  }
+  if (how == S_HEAD) CHECK(t_write(c->fd, h, 11) == 0);
+  if (how == S_PAYLOAD) CHECK(t_write(c->fd, h, 28) == 0);
+  if (how == S_PAYLOAD) CHECK(t_write(c->fd, b, 3000) == 0);
+  for (i = 0; how == S_TRICKLE && i < 100; i++) {
+    if (t_write(c->fd, i < 32 ? (char *)h + i : b, 1)) break;
+    t_sleep(20);
+  }
+  if (how == S_DRIBBLE) CHECK(t_write(c->fd, h, mode == 2 ? 32 : 28) == 0);
+  for (i = 0; how == S_DRIBBLE && i < 300; i++) {
+    if (t_write(c->fd, b, 1000)) break;
+    t_sleep(10);
+  }
+  for (i = 0; how == S_UNREAD && i < 32; i++)
+    CHECK(t_send(c, 0, READ, 1, 0, size, NULL) == 0);
+}
+
+static void s_each_halfway(void) {
   static char b[4 << 20];
   struct nbdserve_config config = {0};
   struct ram *r = r_new(sizeof b);
@@ -7129,51 +7358,43 @@ static void u_stalls(void) {
   config.version = NBDSERVE_VERSION_NUMBER;
   config.stall_ms = 200;
   CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
-  for (how = IDLE; how < WAYS; how++) {
+  for (how = S_IDLE; how < S_WAYS; how++) {
     struct t_conn c;
     struct t_reply reply = {0};
     struct nbdserve_stats t;
-    unsigned char h[32];
     mode = how % 3;
-    c.fd = u_dial(how ? NULL : s);
-    if (!how) CHECK(pthread_create(&run, NULL, u_run, s) == 0);
+    c.fd = u_dial(how != S_IDLE ? NULL : s);
+    if (how == S_IDLE) CHECK(pthread_create(&run, NULL, u_run, s) == 0);
     CHECK(t_open(&c, c.fd, "", mode) == 0);
-    t_head(h, 0, WRITE, 1, 0, how == DRIBBLE ? sizeof b : 4096);
-    if (mode == 2) {
-      memcpy(h, "\x21\xe4\x1c\x71\0\40", 6);
-      t_put(h + 24, 8, how == DRIBBLE ? sizeof b : 4096);
-    }
-    if (how == HEAD) CHECK(t_write(c.fd, h, 11) == 0);
-    if (how == PAYLOAD) CHECK(t_write(c.fd, h, 28) == 0);
-    if (how == PAYLOAD) CHECK(t_write(c.fd, b, 3000) == 0);
-    for (i = 0; how == TRICKLE && i < 100; i++) {
-      if (t_write(c.fd, i < 32 ? (char *)h + i : b, 1)) break;
-      t_sleep(20);
-    }
-    if (how == DRIBBLE) CHECK(t_write(c.fd, h, mode == 2 ? 32 : 28) == 0);
-    for (i = 0; how == DRIBBLE && i < 300; i++) {
-      if (t_write(c.fd, b, 1000)) break;
-      t_sleep(10);
-    }
-    for (i = 0; how == UNREAD && i < 32; i++)
-      CHECK(t_send(&c, 0, READ, 1, 0, sizeof b, NULL) == 0);
+    s_halfway(&c, how, b, sizeof b);
     for (i = 0; i < 100; i++) {
       t_sleep(20);
       nbdserve_stats(s, &t);
       if (!t.clients_now) break;
-      if (how == IDLE && i == 40) { /* all is well with it */
+      if (how == S_IDLE && i == 40) { /* all is well with it */
         CHECK(t_do(&c, 0, READ, 0, 512, b) == 0);
         t_close(&c);
       }
     }
     CHECK(t.clients_now == 0);
-    if (how != IDLE) close(c.fd);
+    if (how != S_IDLE) close(c.fd);
     free(reply.data);
   }
   nbdserve_stop(s);
   CHECK(pthread_join(run, NULL) == 0);
   nbdserve_free(s);
-  for (mode = 0; mode < 3; mode++) { /* time begins with the first byte */
+}
+
+/* The time of a request begins with its first byte, not with the last reply */
+static void s_each_in_time(void) {
+  static char b[4 << 20];
+  struct nbdserve_config config = {0};
+  struct nbdserve_export e;
+  struct nbdserve *s;
+  int how, mode;
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.stall_ms = 200;
+  for (mode = 0; mode < 3; mode++) {
     struct served v = {0};
     struct t_conn c;
     struct t_reply reply;
@@ -7199,6 +7420,11 @@ static void u_stalls(void) {
     close(c.fd);
     nbdserve_free(s);
   }
+}
+
+static void u_stalls(void) {
+  s_each_halfway();
+  s_each_in_time();
 }
 
 /* What was sent before nbdserve_stop is answered */
@@ -7635,34 +7861,15 @@ static int q_no_more(void *arg, uint64_t done, uint64_t total) {
 }
 
 /* The snapshot of that id is found by it, over NBD, too; errors */
-static void u_seal(void) {
-  char path[500], id[72], a[72], b[72], other[500];
-  struct nbdserve_cas *cas = q_new(path, "seal", 0), *large;
+/* A client finds a sealed snapshot by its id, and keeps it from being removed
+ */
+static void q_serve_sealed(struct nbdserve_cas *cas, const char *a) {
   struct nbdserve_config config = {0};
   unsigned char data[8192];
   struct nbdserve *s;
   struct served v;
   struct t_conn c;
   int fd, i;
-
-  CHECK(nbdserve_cas_create(cas, "v", 8192) == 0);
-  q_put(cas, "v", 0, 4096, 'a');
-  CHECK(nbdserve_cas_seal(cas, "v", id, NULL, NULL) == -EINVAL && !*id);
-  CHECK(nbdserve_cas_seal(cas, "v@no", id, NULL, NULL) == -ENOENT);
-  CHECK(nbdserve_cas_snapshot(cas, "v@s") == 0);
-  q_put(cas, "v", 0, 4096, 'b');
-  CHECK(nbdserve_cas_snapshot(cas, "v@t") == 0);
-  CHECK(!strcmp(q_ids(cas), "v= v@s= v@t= "));
-  CHECK(nbdserve_cas_seal(cas, "v@s", id, q_no_more, &v) == -ECANCELED);
-  CHECK(!*id && !strcmp(q_ids(cas), "v= v@s= v@t= "));
-  CHECK(nbdserve_cas_seal(cas, "v@s", a, NULL, NULL) == 0);
-  CHECK(nbdserve_cas_seal(cas, "v@t", b, NULL, NULL) == 0 && strcmp(a, b) != 0);
-  CHECK(nbdserve_cas_seal(cas, a, id, NULL, NULL) == 0 && !strcmp(id, a));
-  snprintf(other, sizeof other, "v= v@s=%.9s v@t=%.9s ", a, b);
-  CHECK(!strcmp(q_ids(cas), other));
-  q_put(cas, "v", 0, 8192, 'c');
-  CHECK(q_get(cas, a, 0, 1, data) == 0 && data[0] == 'a');
-  CHECK(q_get(cas, b, 0, 1, data) == 0 && data[0] == 'b');
 
   config.version = NBDSERVE_VERSION_NUMBER;
   config.find = q_find;
@@ -7679,7 +7886,33 @@ static void u_seal(void) {
   t_close(&c);
   CHECK(s_end(&v) == 0);
   nbdserve_free(s);
+}
 
+static void u_seal(void) {
+  char path[500], id[72], a[72], b[72], other[500];
+  struct nbdserve_cas *cas = q_new(path, "seal", 0), *large;
+  unsigned char data[8192];
+
+  CHECK(nbdserve_cas_create(cas, "v", 8192) == 0);
+  q_put(cas, "v", 0, 4096, 'a');
+  CHECK(nbdserve_cas_seal(cas, "v", id, NULL, NULL) == -EINVAL && !*id);
+  CHECK(nbdserve_cas_seal(cas, "v@no", id, NULL, NULL) == -ENOENT);
+  CHECK(nbdserve_cas_snapshot(cas, "v@s") == 0);
+  q_put(cas, "v", 0, 4096, 'b');
+  CHECK(nbdserve_cas_snapshot(cas, "v@t") == 0);
+  CHECK(!strcmp(q_ids(cas), "v= v@s= v@t= "));
+  CHECK(nbdserve_cas_seal(cas, "v@s", id, q_no_more, cas) == -ECANCELED);
+  CHECK(!*id && !strcmp(q_ids(cas), "v= v@s= v@t= "));
+  CHECK(nbdserve_cas_seal(cas, "v@s", a, NULL, NULL) == 0);
+  CHECK(nbdserve_cas_seal(cas, "v@t", b, NULL, NULL) == 0 && strcmp(a, b) != 0);
+  CHECK(nbdserve_cas_seal(cas, a, id, NULL, NULL) == 0 && !strcmp(id, a));
+  snprintf(other, sizeof other, "v= v@s=%.9s v@t=%.9s ", a, b);
+  CHECK(!strcmp(q_ids(cas), other));
+  q_put(cas, "v", 0, 8192, 'c');
+  CHECK(q_get(cas, a, 0, 1, data) == 0 && data[0] == 'a');
+  CHECK(q_get(cas, b, 0, 1, data) == 0 && data[0] == 'b');
+
+  q_serve_sealed(cas, a);
   CHECK(nbdserve_cas_create(cas, a, 1) < 0); /* not names to give */
   large = q_new(other, "large", 65536);
   CHECK(nbdserve_cas_create(large, "v", UINT64_MAX) == -EINVAL);

@@ -13,6 +13,7 @@ DESTDIR =
 CUTS = 0
 SEED =
 SECONDS = 60
+FILE =
 COMPILERS = gcc clang tcc musl-gcc
 
 # The strict sets: not one warning from either compiler.
@@ -132,12 +133,13 @@ check-tsan: ## the suite under the thread sanitizer
 
 crash: ## cuts the power on a simulated store until it loses; or CUTS=100000
 	@mkdir -p build
-	@./test.sh --emit crash > build/crash.c
-	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -I. -o build/crash build/crash.c \
-	  $(LDLIBS)
+	@./test.sh --emit simulator > build/simulator.c
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -I. -o build/simulator \
+	  build/simulator.c $(LDLIBS)
 	@seed=$(SEED); [ -n "$$seed" ] || \
 	  seed=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' '); \
-	  echo "build/crash $(CUTS) $$seed"; build/crash $(CUTS) $$seed
+	  echo "build/simulator cuts $(CUTS) $$seed"; \
+	  build/simulator cuts $(CUTS) $$seed
 
 fuzz: nbdserve ## what clients send, from the tests' transcripts; SECONDS=60
 	@mkdir -p build/corpus build/found
@@ -154,25 +156,24 @@ check-symbols: libnbdserve.a ## the library defines only nbdserve_*
 	  grep -v ' nbdserve_'
 	@echo "only nbdserve_* is global"
 
-lint: ## lines, functions, cppcheck, shellcheck
-	@! grep -nE '.{81,}' nbdserve.c nbdserve.h test.sh Makefile || \
+lint: ## format, lines, functions, statements, cppcheck, shellcheck
+	@./test.sh --lint
+	@! grep -nE '.{81,}' test.sh Makefile .ci/run || \
 	  { echo 'over 80 columns'; exit 1; }
-	@! grep -nE '[[:space:]]+$$' nbdserve.c nbdserve.h test.sh README || \
+	@! grep -nE '[[:space:]]+$$' test.sh README .ci/run || \
 	  { echo 'trailing blanks'; exit 1; }
-	@n=$$(wc -l < nbdserve.c); [ $$n -le 4800 ] || \
-	  { echo "nbdserve.c: $$n lines, over 4800"; exit 1; }
-	@if command -v ctags >/dev/null; then \
-	  ctags -x --c-kinds=f --fields=+ne --_xformat='%N %n %{end}' nbdserve.c | \
-	  awk '$$3 - $$2 > 119 {print "over 120 lines: " $$1; e = 1} END {exit e}'; \
-	  else echo 'SKIP ctags: not installed'; fi
 	@if command -v shellcheck >/dev/null; then \
-	  sed '/^\. shunit2/,$$d' test.sh | shellcheck -s sh -; \
+	  sed '/^\. shunit2/,$$d' test.sh | shellcheck -s sh - && \
+	  shellcheck .ci/run; \
 	  else echo 'SKIP shellcheck: not installed'; fi
 	@if command -v cppcheck >/dev/null; then \
 	  cppcheck --quiet --error-exitcode=1 --std=c99 \
 	    --enable=warning,performance,portability --inline-suppr \
 	    --suppress=missingIncludeSystem --suppress=toomanyconfigs nbdserve.c; \
 	  else echo 'SKIP cppcheck: not installed'; fi
+
+figures: ## how nbdserve.c reads, in numbers; or FILE=other.c
+	@./test.sh --figures $(FILE)
 
 bench: nbdserve ## a table against nbdkit, qemu-nbd and nbd-server
 	CC="$(CC)" LDLIBS="$(LDLIBS)" ./test.sh --bench
@@ -185,4 +186,4 @@ clean: ## remove what was built
 	rm -rf build nbdserve libnbdserve.a
 
 .PHONY: all lib install uninstall check check-cc check-strict check-config \
-  check-san check-tsan crash fuzz check-symbols lint bench help clean
+  check-san check-tsan crash fuzz check-symbols lint figures bench help clean

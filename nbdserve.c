@@ -501,13 +501,41 @@ static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
 }
 
 /* ==== [4] SHA-256 (sha_) =================================================
- * FIPS 180-4, of one message in one call, or of two of the same length side by
- * side: the instructions of x86 processors then do both in the time of one.
+ * SHA-256 (FIPS 180-4) of one message, or of two messages of the same length
+ * side by side.
  *
- * The words of a state lie in the order F E B A H G D C, as those want them. */
+ * Why two: many x86 processors have instructions for SHA-256, but each of
+ * these waits for the result of the one before, so one message alone leaves
+ * most of the processor idle.  The instructions for a second message fit into
+ * the gaps, and two digests take about as long as one.
+ *
+ * A state is the eight words that the standard calls A to H.  They lie in
+ * memory in the order F E B A H G D C, because the instructions want ABEF in
+ * one register and CDGH in another one, A and C as the highest words.  All code
+ * below uses that order, so that no state is ever rearranged. */
 #if !NBDSERVE_NO_CAS
 
-static const uint32_t sha_k[64] = {
+/* Where each word lies in a state */
+enum {
+  SHA_F,
+  SHA_E,
+  SHA_B,
+  SHA_A,
+  SHA_H,
+  SHA_G,
+  SHA_D,
+  SHA_C,
+  SHA_STATE_WORDS
+};
+
+enum {
+  SHA_BLOCK_LEN = 64, /* bytes that are mixed into the state at a time */
+  SHA_ROUNDS = 64,    /* rounds for each block */
+  SHA_COUNT_LEN = 8   /* bytes at a message's end that hold its length */
+};
+
+/* The constant that goes into each round */
+static const uint32_t sha_k[SHA_ROUNDS] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1,
     0x923f82a4, 0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3,
     0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174, 0xe49b69c1, 0xefbe4786,
@@ -520,108 +548,214 @@ static const uint32_t sha_k[64] = {
     0x5b9cca4f, 0x682e6ff3, 0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208,
     0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 
+/* The functions of the standard.  They are macros because tcc does not inline;
+ * their arguments are evaluated several times. */
 #define SHA_ROR(x, n) ((x) >> (n) | (x) << (32 - (n)))
-#define SHA_MIX(x, i, j, last) (SHA_ROR(x, i) ^ SHA_ROR(x, j) ^ (last))
-#define SHA_ROUND(a, b, c, d, e, f, g, h, i) \
-  v[h] += SHA_MIX(v[e], 6, 11, SHA_ROR(v[e], 25)) + sha_k[i] + w[i] + \
-          ((v[e] & v[f]) ^ (~v[e] & v[g])); \
-  v[d] += v[h]; \
-  v[h] += SHA_MIX(v[a], 2, 13, SHA_ROR(v[a], 22)) + \
-          ((v[a] & v[b]) ^ (v[a] & v[c]) ^ (v[b] & v[c]))
+#define SHA_BIG_SIGMA_0(x) (SHA_ROR(x, 2) ^ SHA_ROR(x, 13) ^ SHA_ROR(x, 22))
+#define SHA_BIG_SIGMA_1(x) (SHA_ROR(x, 6) ^ SHA_ROR(x, 11) ^ SHA_ROR(x, 25))
+#define SHA_SIGMA_0(x) (SHA_ROR(x, 7) ^ SHA_ROR(x, 18) ^ (x) >> 3)
+#define SHA_SIGMA_1(x) (SHA_ROR(x, 17) ^ SHA_ROR(x, 19) ^ (x) >> 10)
+#define SHA_CHOOSE(x, y, z) (((x) & (y)) ^ (~(x) & (z)))
+#define SHA_MAJORITY(x, y, z) (((x) & (y)) ^ ((x) & (z)) ^ ((y) & (z)))
 
-static void sha_portable(uint32_t *s, const unsigned char *p, uint32_t *u,
-                         const unsigned char *q, size_t n) {
-  uint32_t w[64], v[8];
+/* One round on the state v.  The standard moves every word one place on after
+ * each round; here the words stay where they are, and the next round names
+ * them differently instead.  addend: the constant plus the message's word. */
+#define SHA_ROUND(v, a, b, c, d, e, f, g, h, addend) \
+  do { \
+    v[SHA_##h] += SHA_BIG_SIGMA_1(v[SHA_##e]) + \
+                  SHA_CHOOSE(v[SHA_##e], v[SHA_##f], v[SHA_##g]) + (addend); \
+    v[SHA_##d] += v[SHA_##h]; \
+    v[SHA_##h] += SHA_BIG_SIGMA_0(v[SHA_##a]) + \
+                  SHA_MAJORITY(v[SHA_##a], v[SHA_##b], v[SHA_##c]); \
+  } while (0)
+
+/* The words that a block's rounds take: its own 16, and what follows of them */
+static void sha_schedule(uint32_t w[SHA_ROUNDS], const unsigned char *block) {
   int i;
-  if (q) sha_portable(u, q, NULL, NULL, n);
-  for (; n > 0; n--, p += 64) {
-    for (i = 0; i < 16; i++)
-      w[i] = u_get32(p + 4 * i);
-    for (; i < 64; i++)
-      w[i] = w[i - 16] + SHA_MIX(w[i - 15], 7, 18, w[i - 15] >> 3) + w[i - 7] +
-             SHA_MIX(w[i - 2], 17, 19, w[i - 2] >> 10);
-    memcpy(v, s, sizeof v);
-    for (i = 0; i < 64; i += 8) {
-      SHA_ROUND(3, 2, 7, 6, 1, 0, 5, 4, i);
-      SHA_ROUND(4, 3, 2, 7, 6, 1, 0, 5, i + 1);
-      SHA_ROUND(5, 4, 3, 2, 7, 6, 1, 0, i + 2);
-      SHA_ROUND(0, 5, 4, 3, 2, 7, 6, 1, i + 3);
-      SHA_ROUND(1, 0, 5, 4, 3, 2, 7, 6, i + 4);
-      SHA_ROUND(6, 1, 0, 5, 4, 3, 2, 7, i + 5);
-      SHA_ROUND(7, 6, 1, 0, 5, 4, 3, 2, i + 6);
-      SHA_ROUND(2, 7, 6, 1, 0, 5, 4, 3, i + 7);
+  for (i = 0; i < 16; i++)
+    w[i] = u_get32(block + 4 * i);
+  for (; i < SHA_ROUNDS; i++)
+    w[i] =
+        SHA_SIGMA_1(w[i - 2]) + w[i - 7] + SHA_SIGMA_0(w[i - 15]) + w[i - 16];
+}
+
+/* Mixes nblocks blocks into a state, in plain C. */
+static void sha_portable(uint32_t *state, const unsigned char *blocks,
+                         size_t nblocks) {
+  uint32_t w[SHA_ROUNDS];
+  uint32_t v[SHA_STATE_WORDS];
+  for (; nblocks > 0; nblocks--, blocks += SHA_BLOCK_LEN) {
+    sha_schedule(w, blocks);
+    memcpy(v, state, sizeof v);
+    for (int i = 0; i < SHA_ROUNDS; i += 8) {
+      SHA_ROUND(v, A, B, C, D, E, F, G, H, sha_k[i] + w[i]);
+      SHA_ROUND(v, H, A, B, C, D, E, F, G, sha_k[i + 1] + w[i + 1]);
+      SHA_ROUND(v, G, H, A, B, C, D, E, F, sha_k[i + 2] + w[i + 2]);
+      SHA_ROUND(v, F, G, H, A, B, C, D, E, sha_k[i + 3] + w[i + 3]);
+      SHA_ROUND(v, E, F, G, H, A, B, C, D, sha_k[i + 4] + w[i + 4]);
+      SHA_ROUND(v, D, E, F, G, H, A, B, C, sha_k[i + 5] + w[i + 5]);
+      SHA_ROUND(v, C, D, E, F, G, H, A, B, sha_k[i + 6] + w[i + 6]);
+      SHA_ROUND(v, B, C, D, E, F, G, H, A, sha_k[i + 7] + w[i + 7]);
     }
-    for (i = 0; i < 8; i++)
-      s[i] += v[i];
+    for (int i = 0; i < SHA_STATE_WORDS; i++)
+      state[i] += v[i];
   }
 }
 
 #if OS_HWSHA
-#define SHA_FOUR(x, k) /* rounds */ \
-  t = _mm_add_epi32(x##0, k); \
-  x##cd = _mm_sha256rnds2_epu32(x##cd, x##ab, t); \
-  x##ab = _mm_sha256rnds2_epu32(x##ab, x##cd, _mm_shuffle_epi32(t, 14)); \
-  t = _mm_add_epi32(_mm_sha256msg1_epu32(x##0, x##1), \
-                    _mm_alignr_epi8(x##3, x##2, 4)); \
-  x##0 = x##1, x##1 = x##2, x##2 = x##3; \
-  x##3 = _mm_sha256msg2_epu32(t, x##2)
-#define SHA_LOAD(p) _mm_loadu_si128((const __m128i *)(const void *)(p))
-#define SHA_SAVE(p, v) _mm_storeu_si128((__m128i *)(void *)(p), v)
-#define SHA_WORDS(x, p, i) x##i = _mm_shuffle_epi8(SHA_LOAD(p + 16 * i), order)
-#define SHA_BLOCK(x, p) \
-  SHA_WORDS(x, p, 0), SHA_WORDS(x, p, 1), SHA_WORDS(x, p, 2), SHA_WORDS(x, p, 3)
+/* One of the two messages that the instructions work on, in registers */
+struct sha_lane {
+  __m128i abef; /* half of the state */
+  __m128i cdgh; /* the other half */
+  __m128i w[4]; /* 16 words of the message's schedule, the next ones first */
+};
 
-static OS_HWSHA_TARGET void sha_hw(uint32_t *s, const unsigned char *p,
-                                   uint32_t *u, const unsigned char *q,
-                                   size_t n) {
+/* Loads four words from anywhere. */
+static inline OS_HWSHA_TARGET __m128i sha_load(const void *from) {
+  return _mm_loadu_si128((const __m128i *)from);
+}
+
+/* Loads a block of the message, whose words are big-endian.  There is no loop
+ * because gcc would keep an array that a loop indexes in memory. */
+static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
+                                                 const unsigned char *block) {
   const __m128i order = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
-  __m128i pab = SHA_LOAD(s), pcd = SHA_LOAD(s + 4), p0, p1, p2, p3;
-  __m128i qab = SHA_LOAD(u), qcd = SHA_LOAD(u + 4), q0, q1, q2, q3, t, k;
-  int i;
-  for (; n > 0; n--, p += 64, q += 64) {
-    SHA_BLOCK(p, p);
-    SHA_BLOCK(q, q);
-    for (i = 0; i < 64; i += 4) {
-      k = SHA_LOAD(sha_k + i);
-      SHA_FOUR(p, k);
-      SHA_FOUR(q, k);
+  lane->w[0] = _mm_shuffle_epi8(sha_load(block), order);
+  lane->w[1] = _mm_shuffle_epi8(sha_load(block + 16), order);
+  lane->w[2] = _mm_shuffle_epi8(sha_load(block + 32), order);
+  lane->w[3] = _mm_shuffle_epi8(sha_load(block + 48), order);
+}
+
+/* Does four rounds, k being their constants, and computes the four words of the
+ * schedule that the rounds need 16 later.  The last four calls for a block
+ * compute words in vain; a second loop without that was not faster. */
+static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
+                                                   __m128i k) {
+  __m128i *w = lane->w;
+  __m128i addend = _mm_add_epi32(w[0], k);
+  /* Each of these does two rounds, on the lower half of addend.  The old ABEF
+   * is the new CDGH, so the halves change places twice. */
+  lane->cdgh = _mm_sha256rnds2_epu32(lane->cdgh, lane->abef, addend);
+  addend = _mm_shuffle_epi32(addend, 14); /* the upper half */
+  lane->abef = _mm_sha256rnds2_epu32(lane->abef, lane->cdgh, addend);
+  __m128i seven_back = _mm_alignr_epi8(w[3], w[2], 4);
+  __m128i sum = _mm_add_epi32(_mm_sha256msg1_epu32(w[0], w[1]), seven_back);
+  w[0] = w[1];
+  w[1] = w[2];
+  w[2] = w[3];
+  w[3] = _mm_sha256msg2_epu32(sum, w[2]);
+}
+
+/* Adds a state to what the rounds made of it, and saves the sum as the state,
+ * from which the next block goes on. */
+static inline OS_HWSHA_TARGET void sha_lane_save(struct sha_lane *lane,
+                                                 uint32_t *state) {
+  lane->abef = _mm_add_epi32(lane->abef, sha_load(state + SHA_F));
+  lane->cdgh = _mm_add_epi32(lane->cdgh, sha_load(state + SHA_H));
+  _mm_storeu_si128((__m128i *)(void *)(state + SHA_F), lane->abef);
+  _mm_storeu_si128((__m128i *)(void *)(state + SHA_H), lane->cdgh);
+}
+
+/* Mixes nblocks blocks each into two states, with the instructions. */
+static OS_HWSHA_TARGET void sha_hw(uint32_t *state, const unsigned char *blocks,
+                                   uint32_t *other_state,
+                                   const unsigned char *other_blocks,
+                                   size_t nblocks) {
+  struct sha_lane lane = {.abef = sha_load(state + SHA_F),
+                          .cdgh = sha_load(state + SHA_H)};
+  struct sha_lane other = {.abef = sha_load(other_state + SHA_F),
+                           .cdgh = sha_load(other_state + SHA_H)};
+  for (size_t i = 0; i < nblocks; i++) {
+    sha_lane_load(&lane, blocks + SHA_BLOCK_LEN * i);
+    sha_lane_load(&other, other_blocks + SHA_BLOCK_LEN * i);
+    for (int round = 0; round < SHA_ROUNDS; round += 4) {
+      __m128i k = sha_load(sha_k + round);
+      sha_lane_rounds(&lane, k);
+      sha_lane_rounds(&other, k);
     }
-    SHA_SAVE(s, pab = _mm_add_epi32(pab, SHA_LOAD(s)));
-    SHA_SAVE(s + 4, pcd = _mm_add_epi32(pcd, SHA_LOAD(s + 4)));
-    SHA_SAVE(u, qab = _mm_add_epi32(qab, SHA_LOAD(u)));
-    SHA_SAVE(u + 4, qcd = _mm_add_epi32(qcd, SHA_LOAD(u + 4)));
+    sha_lane_save(&lane, state);
+    sha_lane_save(&other, other_state);
   }
 }
+
+/* Mixes nblocks blocks into a state, and as many other blocks into another
+ * state.  use_hw: both at once; then there must be other blocks.  Else
+ * other_blocks may be NULL. */
+static void sha_mix(int use_hw, uint32_t *state, const unsigned char *blocks,
+                    uint32_t *other_state, const unsigned char *other_blocks,
+                    size_t nblocks) {
+  assert(other_blocks || !use_hw || !nblocks);
+  if (use_hw) {
+    sha_hw(state, blocks, other_state, other_blocks, nblocks);
+    return;
+  }
+  sha_portable(state, blocks, nblocks);
+  if (other_blocks) sha_portable(other_state, other_blocks, nblocks);
+}
 #else
-#define sha_hw sha_portable
+/* The same where only plain C can do it. */
+static void sha_mix(int use_hw, uint32_t *state, const unsigned char *blocks,
+                    uint32_t *other_state, const unsigned char *other_blocks,
+                    size_t nblocks) {
+  (void)use_hw;
+  assert(!use_hw); /* os_has_hwsha says so */
+  sha_portable(state, blocks, nblocks);
+  if (other_blocks) sha_portable(other_state, other_blocks, nblocks);
+}
 #endif
 
-/* The digests of p[len] and of q[len], if not NULL.  hw: see os_has_hwsha. */
-static void sha_256(int hw, const void *p, const void *q, size_t len,
-                    unsigned char *p_out, unsigned char *q_out) {
-  static const uint32_t start[8] = {0x9b05688c, 0x510e527f, 0xbb67ae85,
-                                    0x6a09e667, 0x5be0cd19, 0x1f83d9ab,
-                                    0xa54ff53a, 0x3c6ef372};
-  static const unsigned char order[8] = {3, 2, 7, 6, 1, 0, 5, 4};
-  size_t whole = len / 64, rest = len % 64, n = rest < 56 ? 1 : 2, i;
-  unsigned char tail[2][128];
-  uint32_t s[2][8];
+/* Writes what comes behind the last whole block of a message: the rest of the
+ * message, the byte 0x80, zeroes, and the message's length in bits.  Returns
+ * how many blocks that takes, 1 or 2. */
+static size_t sha_pad(unsigned char tail[2 * SHA_BLOCK_LEN],
+                      const unsigned char *message, size_t len) {
+  size_t rest = len % SHA_BLOCK_LEN;
+  size_t nblocks = rest + 1 + SHA_COUNT_LEN <= SHA_BLOCK_LEN ? 1 : 2;
+  size_t end = SHA_BLOCK_LEN * nblocks;
+  memset(tail, 0, end);
+  if (rest) memcpy(tail, message + (len - rest), rest); /* else maybe NULL */
+  tail[rest] = 0x80;
+  assert(rest + 1 <= end - SHA_COUNT_LEN);
+  u_put64(tail + end - SHA_COUNT_LEN, (uint64_t)len * 8);
+  return nblocks;
+}
 
-  for (i = 0; i < 2; i++) {
-    const unsigned char *m = i ? q : p;
-    memcpy(s[i], start, sizeof start);
-    memset(tail[i], 0, sizeof tail[i]);
-    if (m && rest) memcpy(tail[i], m + 64 * whole, rest);
-    tail[i][rest] = 0x80;
-    u_put64(tail[i] + 64 * n - 8, (uint64_t)len * 8);
-  }
-  (hw ? sha_hw : sha_portable)(s[0], p, s[1], q || !hw ? q : p, whole);
-  const unsigned char *t = q ? tail[1] : hw ? tail[0] : NULL;
-  (hw ? sha_hw : sha_portable)(s[0], tail[0], s[1], t, n);
-  for (i = 0; i < 8; i++) {
-    u_put32(p_out + 4 * i, s[0][order[i]]);
-    if (q) u_put32(q_out + 4 * i, s[1][order[i]]);
-  }
+/* Writes the digest that a state stands for, once all blocks are mixed in. */
+static void sha_put_digest(unsigned char digest[32], const uint32_t *state) {
+  static const unsigned char order[SHA_STATE_WORDS] = {
+      SHA_A, SHA_B, SHA_C, SHA_D, SHA_E, SHA_F, SHA_G, SHA_H};
+  for (int i = 0; i < SHA_STATE_WORDS; i++)
+    u_put32(digest + 4 * i, state[order[i]]);
+}
+
+/* Writes the digest of first[len] to first_digest and, if second is not NULL,
+ * the digest of second[len] to second_digest.  A digest may be written over its
+ * own message.  use_hw: use the processor's instructions; only where
+ * os_has_hwsha. */
+static void sha_256(int use_hw, const void *first, const void *second,
+                    size_t len, unsigned char *first_digest,
+                    unsigned char *second_digest) {
+  static const uint32_t start[SHA_STATE_WORDS] = {
+      [SHA_A] = 0x6a09e667, [SHA_B] = 0xbb67ae85, [SHA_C] = 0x3c6ef372,
+      [SHA_D] = 0xa54ff53a, [SHA_E] = 0x510e527f, [SHA_F] = 0x9b05688c,
+      [SHA_G] = 0x1f83d9ab, [SHA_H] = 0x5be0cd19};
+  uint32_t state[2][SHA_STATE_WORDS];
+  unsigned char tail[2][2 * SHA_BLOCK_LEN];
+  assert(first || !len);
+  assert(second_digest || !second);
+
+  /* The instructions always work on two messages.  A single message keeps
+   * itself company, and the second result is not looked at. */
+  const void *beside = use_hw && !second ? first : second;
+  memcpy(state[0], start, sizeof start);
+  memcpy(state[1], start, sizeof start);
+  size_t ntail = sha_pad(tail[0], first, len);
+  if (beside) sha_pad(tail[1], beside, len);
+  sha_mix(use_hw, state[0], first, state[1], beside, len / SHA_BLOCK_LEN);
+  sha_mix(use_hw, state[0], tail[0], state[1], beside ? tail[1] : NULL, ntail);
+  sha_put_digest(first_digest, state[0]);
+  if (second) sha_put_digest(second_digest, state[1]);
 }
 
 #endif /* !NBDSERVE_NO_CAS */

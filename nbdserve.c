@@ -276,119 +276,277 @@ static void os_advance(struct iovec **v, int *n, size_t done) {
 }
 
 #if !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS
-/* Reads or writes all of v[0..n) at off; uses v up.  -EIO: the file is over. */
+/* ---- Files and block devices: for [10] and [11] -------------------------
+ * Offsets and lengths are those of an export, at most INT64_MAX in all, so
+ * that off_t holds them. */
+
+/* What a call moves.  The values are those of a boolean "writing". */
+enum {
+  OS_READ = 0,
+  OS_WRITE = 1
+};
+
+#if OS_LINUX || (!defined __APPLE__ && !NBDSERVE_POSIX_ONLY)
+/* Moves what one system call moves of v[0..n); as pread(2) and pwrite(2).  For
+ * a single piece the plain calls are a little faster. */
+static ssize_t os_transfer_some(int fd, int writing, const struct iovec *v,
+                                int n, off_t off) {
+  if (n > 1) return writing ? pwritev(fd, v, n, off) : preadv(fd, v, n, off);
+  return writing ? pwrite(fd, v->iov_base, v->iov_len, off)
+                 : pread(fd, v->iov_base, v->iov_len, off);
+}
+#else
+/* The same where POSIX is all there is: one piece at a time. */
+static ssize_t os_transfer_some(int fd, int writing, const struct iovec *v,
+                                int n, off_t off) {
+  (void)n;
+  return writing ? pwrite(fd, v->iov_base, v->iov_len, off)
+                 : pread(fd, v->iov_base, v->iov_len, off);
+}
+#endif
+
+/* Reads (OS_READ) or writes (OS_WRITE) all of v[0..n), which lies at off in one
+ * piece.  Changes v.  No piece may be empty.  -EIO: the file ends before all
+ * was read. */
 static int os_transfer(int fd, int writing, struct iovec *v, int n,
                        uint64_t off) {
+  assert(writing == OS_READ || writing == OS_WRITE);
   while (n > 0) {
-    off_t at = (off_t)off;
-    ssize_t done;
-#if OS_LINUX || (!defined __APPLE__ && !NBDSERVE_POSIX_ONLY)
-    if (n > 1)
-      done = writing ? pwritev(fd, v, n, at) : preadv(fd, v, n, at);
-    else
-#endif
-      done = writing ? pwrite(fd, v->iov_base, v->iov_len, at)
-                     : pread(fd, v->iov_base, v->iov_len, at);
+    assert(v->iov_len > 0); /* else 0 would not mean the end of the file */
+    assert(off <= INT64_MAX);
+    ssize_t done = os_transfer_some(fd, writing, v, n, (off_t)off);
     if (done < 0 && errno == EINTR) continue;
-    if (done <= 0) return done < 0 ? -errno : -EIO;
+    if (done < 0) return -errno;
+    if (done == 0) return -EIO;
     off += (uint64_t)done;
     os_advance(&v, &n, (size_t)done);
   }
   return 0;
 }
 
-/* All that was written to fd is on the medium afterwards. */
-static int os_datasync(int fd) {
-  int r;
-  do {
 #ifdef __APPLE__
-    r = fcntl(fd, F_FULLFSYNC);
-    if (r < 0 && errno != EINTR && errno != EIO) r = fsync(fd);
-#else
-    r = fdatasync(fd);
-#endif
-  } while (r < 0 && errno == EINTR);
-  return r < 0 ? -errno : 0;
+/* Asks the drive to empty its cache, which fsync(2) does not on this system.
+ * Where a file system cannot do that, fsync is the best there is. */
+static int os_try_datasync(int fd) {
+  int r = fcntl(fd, F_FULLFSYNC);
+  return r < 0 && errno != EINTR && errno != EIO ? fsync(fd) : r;
 }
+#else
+/* As fdatasync(2). */
+static int os_try_datasync(int fd) {
+  return fdatasync(fd);
+}
+#endif
 
-/* The space behind a range: KEEP_SIZE allocates it, with PUNCH_HOLE it is given
- * back and reads as zeroes, with ZERO_RANGE it reads as zeroes and stays.
- * -EINVAL: not at these boundaries.  -EOPNOTSUPP: not here. */
-enum {
-  OS_KEEP_SIZE = 1,
-  OS_PUNCH_HOLE = 2 + 1,
-  OS_ZERO_RANGE = 16 + 1
-};
-static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
-#if OS_LINUX
-  while (fallocate(fd, mode, (off_t)off, (off_t)len) < 0)
-    if (errno != EINTR)
-      return errno == ENOSYS || errno == EPERM || errno == ENODEV ? -EOPNOTSUPP
-                                                                  : -errno;
+/* When it returns 0, all that was written to fd is on the medium.  After any
+ * error nobody knows what is: see (F1) and (C14). */
+static int os_datasync(int fd) {
+  while (os_try_datasync(fd) < 0)
+    if (errno != EINTR) return -errno;
   return 0;
-#else
-  return (void)fd, (void)mode, (void)off, (void)len, -EOPNOTSUPP;
-#endif
 }
 
-/* Keeps other servers out: a writer everyone, a reader writers.  -EBUSY: one
- * is there.  A file system without locks has none. */
+/* What os_fallocate does to a range.  The numbers are those of Linux. */
+enum {
+  OS_ALLOCATE = 0,    /* has space, maybe with a larger file; keeps its data */
+  OS_PUNCH_HOLE = 3,  /* gives its space back; reads as zeroes; same size */
+  OS_ZERO_RANGE = 17, /* reads as zeroes and has space; same size */
+  OS_FALLOCATE_MODES  /* all are below this */
+};
+
+#if OS_LINUX
+#ifdef FALLOC_FL_ZERO_RANGE /* musl does not name it */
+STATIC_ASSERT(punch_hole_is_linux_s,
+              OS_PUNCH_HOLE == (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE));
+STATIC_ASSERT(zero_range_is_linux_s,
+              OS_ZERO_RANGE == (FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE));
+#endif
+
+/* Changes the space behind a range.  -EINVAL: not at these boundaries.
+ * -EOPNOTSUPP: the file, its file system or a sandbox does not have that. */
+static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
+  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
+  assert(len > 0 && off <= INT64_MAX && len <= INT64_MAX - off);
+  while (fallocate(fd, mode, (off_t)off, (off_t)len) < 0) {
+    if (errno == EINTR) continue;
+    if (errno == ENOSYS || errno == EPERM || errno == ENODEV)
+      return -EOPNOTSUPP;
+    return -errno;
+  }
+  return 0;
+}
+#else
+/* Other systems have nothing that keeps all these promises. */
+static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
+  (void)fd;
+  (void)mode;
+  (void)off;
+  (void)len;
+  return -EOPNOTSUPP;
+}
+#endif
+
+/* Keeps other servers out, until fd is closed: a writer keeps out everybody, a
+ * reader keeps out writers.  -EBUSY: another server is there already.  On a
+ * file system without locks nobody is kept out. */
 static int os_lock_file(int fd, int readonly) {
   int r = flock(fd, (readonly ? LOCK_SH : LOCK_EX) | LOCK_NB);
   return r < 0 && (errno == EWOULDBLOCK || errno == EAGAIN) ? -EBUSY : 0;
 }
 
-/* A new file of that path is there after a power cut, as it is. */
+/* Makes a new file and its name survive a power cut.  fd is the file at path
+ * and stays open. */
 static int os_sync_new_file(int fd, const char *path) {
-  int err = os_datasync(fd), dir = err ? err : os_open_dir(path);
+  int err = os_datasync(fd);
+  if (err) return err;
+  int dir = os_open_dir(path);
   if (dir < 0) return dir;
   err = os_datasync(dir);
   close(dir);
-  return err == -EINVAL ? 0 : err; /* some directories cannot */
+  return err == -EINVAL ? 0 : err; /* some directories cannot be synced */
 }
 #endif
 
 #if !NBDSERVE_NO_FLAT
-/* Is there data at off?  *next: where that answer ends, at most end. */
-static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
-  int is_data = 1;
-  *next = end;
+/* ---- Files and block devices: for [10] alone ---------------------------- */
+
 #if defined SEEK_HOLE && !NBDSERVE_POSIX_ONLY
-  off_t data = lseek(fd, (off_t)off, SEEK_DATA), to = data;
-  is_data = data >= 0 ? (uint64_t)data == off
-                      : errno != ENXIO || lseek(fd, 0, SEEK_END) < (off_t)end;
-  if (data >= 0 && is_data) to = lseek(fd, data, SEEK_HOLE);
-  if (to > (off_t)off && (uint64_t)to < end) *next = (uint64_t)to;
-#endif
-  return (void)fd, (void)off, is_data;
-}
-
-/* A file that is gone when it is closed, in dir or, if that is NULL, memory. */
-static int os_nameless_file(const char *dir) {
-  char path[PATH_MAX];
-  int fd = -1;
-#if OS_LINUX && defined MFD_CLOEXEC
-  if (!dir) fd = memfd_create("nbdserve", MFD_CLOEXEC);
-#endif
-  snprintf(path, sizeof path, "%s/nbdserveXXXXXX", dir ? dir : "/tmp");
-  if (fd < 0 && (fd = mkstemp(path)) >= 0) {
-    unlink(path);
-    fcntl(fd, F_SETFD, FD_CLOEXEC);
+/* Returns 1 if there is data at off, and 0 if there is a hole, which reads as
+ * zeroes.  *next: where the data or the hole ends, at most end.  When in doubt
+ * it is data. */
+static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
+  assert(off < end && end <= INT64_MAX);
+  *next = end;
+  off_t data = lseek(fd, (off_t)off, SEEK_DATA);
+  if (data < 0 && errno == ENXIO) {
+    /* There is no data behind off.  All up to end is a hole, unless the file
+     * has become shorter: a read behind its end must still fail. */
+    return lseek(fd, 0, SEEK_END) < (off_t)end;
   }
-  return fd < 0 ? -errno : fd;
+  if (data < 0) return 1; /* the file system does not know */
+  if ((uint64_t)data > off) {
+    if ((uint64_t)data < end) *next = (uint64_t)data;
+    return 0;
+  }
+  off_t hole = lseek(fd, (off_t)off, SEEK_HOLE);
+  if (hole > (off_t)off && (uint64_t)hole < end) *next = (uint64_t)hole;
+  assert(*next > off && *next <= end);
+  return 1;
 }
-
-static int os_is_rotational(int fd) { /* a file does not know */
-  unsigned short yes = 0;
-  return OS_LINUX && ioctl(fd, _IO(0x12, 126), &yes) == 0 && yes;
+#else
+/* Where files do not tell their holes, all is data. */
+static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
+  (void)fd;
+  (void)off;
+  *next = end;
+  return 1;
 }
-
-static int os_willneed(int fd, uint64_t off, uint64_t len) {
-#if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
-  posix_fadvise(fd, (off_t)off, (off_t)len, POSIX_FADV_WILLNEED);
 #endif
-  return (void)fd, (void)off, (void)len, 0;
+
+#if OS_LINUX && defined MFD_CLOEXEC
+/* Opens a new file in memory, as open(2). */
+static int os_open_memory(void) {
+  return memfd_create("nbdserve", MFD_CLOEXEC);
 }
+#else
+/* This system has no files in memory. */
+static int os_open_memory(void) {
+  return -1;
+}
+#endif
+
+#if OS_LINUX && defined O_TMPFILE
+/* Opens a new file in dir that never has a name, as open(2).  O_EXCL: nobody
+ * can give it one. */
+static int os_open_unnamed(const char *dir) {
+  return open(dir, O_TMPFILE | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
+}
+#else
+/* Every file of this system has a name at first. */
+static int os_open_unnamed(const char *dir) {
+  (void)dir;
+  return -1;
+}
+#endif
+
+/* Opens a new file in dir and takes its name away at once.  mkstemp makes the
+ * name up and refuses one that is there, so it follows no link that others may
+ * have placed. */
+static int os_open_and_unlink(const char *dir) {
+  char path[PATH_MAX];
+  int len = snprintf(path, sizeof path, "%s/nbdserveXXXXXX", dir);
+  if (len < 0 || len >= (int)sizeof path) return -ENAMETOOLONG;
+  int fd = mkstemp(path);
+  if (fd < 0) return -errno;
+  unlink(path);
+  fcntl(fd, F_SETFD, FD_CLOEXEC);
+  return fd;
+}
+
+/* Opens a file of nobody else's that is gone when it is closed: in dir or, if
+ * dir is NULL, in memory, or in /tmp where the system has no files in memory.
+ * The caller owns the descriptor.  -errno: of what was tried last. */
+static int os_nameless_file(const char *dir) {
+  int fd = dir ? -1 : os_open_memory();
+  if (fd >= 0) return fd;
+  if (!dir) dir = "/tmp";
+  fd = os_open_unnamed(dir); /* not every file system can do that */
+  return fd >= 0 ? fd : os_open_and_unlink(dir);
+}
+
+/* Removes the file at path if it still is the one that fd is. */
+static void os_remove_own_file(const char *path, int fd) {
+  struct stat own;
+  struct stat found;
+  if (fstat(fd, &own) < 0 || lstat(path, &found) < 0) return;
+  if (own.st_dev == found.st_dev && own.st_ino == found.st_ino) unlink(path);
+}
+
+#if OS_LINUX
+/* These two are of <linux/fs.h>, which not every libc comes with. */
+#define OS_BLKROGET _IO(0x12, 94)
+#define OS_BLKROTATIONAL _IO(0x12, 126)
+
+/* Does the block device refuse writes?  Opening such a device for writing
+ * succeeds nevertheless. */
+static int os_is_readonly_device(int fd) {
+  int yes = 0;
+  return ioctl(fd, OS_BLKROGET, &yes) == 0 && yes;
+}
+
+/* Does the block device have a head to move?  Files do not know. */
+static int os_is_rotational(int fd) {
+  unsigned short yes = 0;
+  return ioctl(fd, OS_BLKROTATIONAL, &yes) == 0 && yes;
+}
+#else
+/* Nothing to ask: opening the device must tell. */
+static int os_is_readonly_device(int fd) {
+  (void)fd;
+  return 0;
+}
+
+/* Nothing to ask. */
+static int os_is_rotational(int fd) {
+  (void)fd;
+  return 0;
+}
+#endif
+
+#if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
+/* Says that a range will be read soon. */
+static void os_willneed(int fd, uint64_t off, uint64_t len) {
+  assert(off <= INT64_MAX && len <= INT64_MAX - off);
+  posix_fadvise(fd, (off_t)off, (off_t)len, POSIX_FADV_WILLNEED);
+}
+#else
+/* This system cannot be told. */
+static void os_willneed(int fd, uint64_t off, uint64_t len) {
+  (void)fd;
+  (void)off;
+  (void)len;
+}
+#endif
 
 #endif /* !NBDSERVE_NO_FLAT */
 
@@ -2160,222 +2318,509 @@ static int tx_run(struct conn *c) {
 }
 
 /* ==== [10] FLAT (flat_) ==================================================
- * A regular file or block device, served as it is.
+ * A regular file, a block device or memory, served as it is: byte N of the
+ * export is byte offset + N of the file that is called the target here.
+ *
+ * A temporary export (NBDSERVE_FLAT_TEMPORARY) only reads the target.  What
+ * clients write goes to the overlay, a file without a name that is as long as
+ * the export.  The first write to a block of the overlay brings the whole block
+ * there; from then on the block is read from the overlay.
  *
  * (F1) After a failed fdatasync the kernel may have dropped what it could not
- *      write, and the next one says all is well.  So the first failure is for
- *      good: every later write and flush fails until the file is opened anew.
- * (F2) Calls that a system, file system or sandbox may lack are tried until
- *      they first say so; from then on the portable way is taken.
- * (F3) Nothing here depends on a file offset: any number of threads may call */
+ *      write, and the next fdatasync says that all is well.  So the first
+ *      failure is for good: every later write and flush fails with EIO until
+ *      the file is opened anew.
+ * (F2) A call that a system, a file system or a sandbox may lack is tried until
+ *      it first says so; from then on the portable way is taken.
+ * (F3) Nothing here depends on the offset of a descriptor, so any number of
+ *      threads may call at once.
+ * (F4) What nbdserve_flat_open makes and then cannot use it removes again. */
 #if !NBDSERVE_NO_FLAT
 
 enum {
-  FLAT_RUN = 64,
-  FLAT_BLOCK = 65536
-}; /* in one call; of the temporary */
-enum {
-  FLAT_FAILED = 1 << 30
-}; /* (F1), beside the modes of os_fallocate */
-
-struct flat {
-  struct ex_batched own;
-  int fd, temp;          /* fixed: the file; a nameless one for writes, or -1 */
-  uint64_t offset, size; /* fixed: of the export in the file; 0: all of it */
-  struct os_monitor lock; /* guards: */
-  int lacks;              /* FLAT_FAILED, and 1 << mode for each mode (F2) */
-  unsigned char there[];  /* a bit for each block that is in temp */
+  FLAT_MAX_IOV = 64, /* neighbouring requests that go into one system call */
+  FLAT_OVERLAY_BLOCK = 65536 /* bytes that come to the overlay as a whole */
 };
 
-static int flat_lacks(struct flat *f, int more) {
+/* An open export.  nbdserve_flat_open makes it, flat_close frees it. */
+struct flat {
+  struct ex_batched own; /* must come first: ex_batched_read looks there */
+
+  /* Fixed while the export is open: no lock is needed. */
+  int fd;          /* the target; ours to close */
+  int overlay_fd;  /* the overlay, ours to close; -1: writes go to the target */
+  int follows_end; /* the export ends where the target ends, even if it grows */
+  uint64_t offset; /* bytes of the target in front of the export */
+  uint64_t size;   /* bytes of the export when it was opened */
+
+  struct os_monitor lock; /* guards all that follows */
+  int failed;             /* a sync has failed (F1) */
+  unsigned unsupported;   /* bit N: os_fallocate lacks mode N here (F2) */
+  /* Bit N % 8 of byte N / 8: block N is in the overlay.  Who reads or writes
+   * the overlay holds the lock meanwhile, as the bits tell what is in it. */
+  unsigned char in_overlay[];
+};
+STATIC_ASSERT(modes_of_fallocate_have_bits, OS_FALLOCATE_MODES <= 32);
+
+/* Do writes go to the overlay?  Then clients can do nothing to the target. */
+static int flat_is_temporary(const struct flat *f) {
+  return f->overlay_fd >= 0;
+}
+
+/* ---- State that a failure has changed ----------------------------------- */
+
+/* Has a sync failed (F1)?  Takes the lock. */
+static int flat_has_failed(struct flat *f) {
   os_lock(&f->lock);
-  int lacks = f->lacks |= more;
+  int failed = f->failed;
   os_unlock(&f->lock);
-  return lacks;
+  return failed;
 }
 
-/* Does r[0..n), all READs or all WRITEs of neighbouring ranges, in one call. */
-static int flat_transfer(struct flat *f, struct nbdserve_req *r, size_t n) {
-  struct iovec v[FLAT_RUN];
-  assert(n > 0 && n <= FLAT_RUN);
-  for (size_t i = 0; i < n; i++) {
-    v[i].iov_base = r[i].buf;
-    v[i].iov_len = (size_t)r[i].len;
-    assert(i == 0 || r[i].off == r[i - 1].off + r[i - 1].len);
+/* Makes all later writes and flushes fail (F1).  Takes the lock. */
+static void flat_set_failed(struct flat *f) {
+  os_lock(&f->lock);
+  f->failed = 1;
+  os_unlock(&f->lock);
+}
+
+/* Is there still hope that os_fallocate can do that (F2)?  Takes the lock. */
+static int flat_supports(struct flat *f, int mode) {
+  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
+  os_lock(&f->lock);
+  unsigned unsupported = f->unsupported >> mode & 1u;
+  os_unlock(&f->lock);
+  return !unsupported;
+}
+
+/* Remembers that os_fallocate cannot do that (F2).  Takes the lock. */
+static void flat_set_unsupported(struct flat *f, int mode) {
+  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
+  os_lock(&f->lock);
+  f->unsupported |= 1u << mode;
+  os_unlock(&f->lock);
+}
+
+/* ---- The overlay of a temporary export ---------------------------------- */
+
+/* Is a block in the overlay?  The caller holds the lock. */
+static int overlay_has(const struct flat *f, uint64_t block) {
+  assert(block <= f->size / FLAT_OVERLAY_BLOCK);
+  return f->in_overlay[block / 8] >> block % 8 & 1;
+}
+
+/* Notes that a block is in the overlay.  The caller holds the lock. */
+static void overlay_add(struct flat *f, uint64_t block) {
+  assert(block <= f->size / FLAT_OVERLAY_BLOCK);
+  f->in_overlay[block / 8] |= (unsigned char)(1 << block % 8);
+}
+
+/* Reads len bytes at off, all in one block, from where that block is.  The
+ * caller holds the lock. */
+static int overlay_read(struct flat *f, void *buf, uint64_t off, size_t len) {
+  struct iovec v = {buf, len};
+  if (overlay_has(f, off / FLAT_OVERLAY_BLOCK))
+    return os_transfer(f->overlay_fd, OS_READ, &v, 1, off);
+  return os_transfer(f->fd, OS_READ, &v, 1, f->offset + off);
+}
+
+/* Brings a block to the overlay, of which len bytes at off have the new data at
+ * buf and the others are as in the target.  The last block of an export may be
+ * shorter than the others.  The caller holds the lock. */
+static int overlay_write_first(struct flat *f, const void *buf, uint64_t off,
+                               size_t len) {
+  unsigned char block[FLAT_OVERLAY_BLOCK];
+  size_t skip = (size_t)(off % FLAT_OVERLAY_BLOCK);
+  uint64_t start = off - skip;
+  size_t block_len = (size_t)u_min(sizeof block, f->size - start);
+  assert(skip + len <= block_len);
+  if (len < block_len) {
+    struct iovec old = {block, block_len};
+    int err = os_transfer(f->fd, OS_READ, &old, 1, f->offset + start);
+    if (err) return err;
   }
-  return os_transfer(f->fd, r->type == NBD_CMD_WRITE, v, (int)n,
-                     f->offset + r->off);
+  memcpy(block + skip, buf, len);
+  struct iovec v = {block, block_len};
+  int err = os_transfer(f->overlay_fd, OS_WRITE, &v, 1, start);
+  if (err) return err; /* the target's block still counts */
+  overlay_add(f, off / FLAT_OVERLAY_BLOCK);
+  return 0;
 }
 
-/* Reads from where the blocks are, writes to the temporary file. */
-static int flat_overlay(struct flat *f, struct nbdserve_req *r) {
-  unsigned char block[FLAT_BLOCK];
-  int writing = r->type == NBD_CMD_WRITE, err = 0;
-  for (uint64_t at = 0, n; at < r->len && !err; at += n) {
-    uint64_t off = r->off + at, i = off / FLAT_BLOCK, from = i * FLAT_BLOCK;
-    uint64_t whole = u_min(FLAT_BLOCK, f->size - from);
-    int there = f->there[i / 8] >> i % 8 & 1;
-    n = u_min(from + whole - off, r->len - at);
-    struct iovec v = {r->buf + at, (size_t)n}, b = {block, (size_t)whole};
-    if (!there && writing && n < whole) { /* the rest comes along */
-      err = os_transfer(f->fd, 0, &b, 1, f->offset + from);
-      memcpy(block + (off - from), r->buf + at, (size_t)n);
-      v = (struct iovec){block, (size_t)whole};
-      off = from;
-    }
-    if (!err)
-      err = there || writing ? os_transfer(f->temp, writing, &v, 1, off)
-                             : os_transfer(f->fd, 0, &v, 1, f->offset + off);
-    if (writing && !err) f->there[i / 8] |= (unsigned char)(1 << i % 8);
+/* Writes len bytes at off, all in one block, to the overlay.  The caller holds
+ * the lock. */
+static int overlay_write(struct flat *f, void *buf, uint64_t off, size_t len) {
+  struct iovec v = {buf, len};
+  if (!overlay_has(f, off / FLAT_OVERLAY_BLOCK))
+    return overlay_write_first(f, buf, off, len);
+  return os_transfer(f->overlay_fd, OS_WRITE, &v, 1, off);
+}
+
+/* Does a READ or WRITE block by block; returns 0 or the first error.  The
+ * caller holds the lock. */
+static int overlay_do(struct flat *f, const struct nbdserve_req *r) {
+  int err = 0;
+  assert(r->len <= f->size && r->off <= f->size - r->len);
+  for (uint64_t done = 0, len; done < r->len && !err; done += len) {
+    uint64_t off = r->off + done;
+    unsigned char *buf = r->buf + done;
+    len = FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK;
+    len = u_min(len, r->len - done);
+    if (r->type == NBD_CMD_READ)
+      err = overlay_read(f, buf, off, (size_t)len);
+    else
+      err = overlay_write(f, buf, off, (size_t)len);
   }
   return err;
 }
 
-static void flat_batch(void *ctx, struct nbdserve_req *r, size_t n) {
-  struct flat *f = ctx;
-  int failed = flat_lacks(f, 0) & FLAT_FAILED;
-  for (; f->temp >= 0 && n > 0; r++, n--) {
+/* flat_batch for a temporary export.  Each request has the lock while all of
+ * its I/O is done. */
+static void overlay_batch(struct flat *f, struct nbdserve_req *reqs,
+                          size_t nreqs) {
+  for (size_t i = 0; i < nreqs; i++) {
     os_lock(&f->lock);
-    r->err = flat_overlay(f, r);
+    reqs[i].err = overlay_do(f, &reqs[i]);
     os_unlock(&f->lock);
   }
-  for (size_t i = 0, j; i < n; i = j) {
-    for (j = i + 1; j < n && j - i < FLAT_RUN && r[j].type == r[i].type &&
-                    r[j].off == r[j - 1].off + r[j - 1].len;)
-      j++;
-    int err = failed && r[i].type == NBD_CMD_WRITE
-                  ? -EIO
-                  : flat_transfer(f, r + i, j - i);
-    for (size_t k = i; k < j; k++) /* only what fails by itself has failed */
-      r[k].err = err && j - i > 1 ? flat_transfer(f, r + k, 1) : err;
+}
+
+/* ---- Requests ----------------------------------------------------------- */
+
+/* How many of the first requests are of one type and lie one behind the other,
+ * so that one system call can do them all */
+static size_t flat_run_length(const struct nbdserve_req *reqs, size_t nreqs) {
+  size_t most = nreqs < FLAT_MAX_IOV ? nreqs : FLAT_MAX_IOV;
+  assert(nreqs > 0);
+  for (size_t n = 1; n < most; n++) {
+    const struct nbdserve_req *last = &reqs[n - 1];
+    if (reqs[n].type != last->type) return n;
+    if (reqs[n].off != last->off + last->len) return n;
+  }
+  return most;
+}
+
+/* Does a run of requests with one system call, or more if that does less. */
+static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
+                         size_t nreqs) {
+  struct iovec v[FLAT_MAX_IOV];
+  assert(nreqs > 0 && nreqs <= FLAT_MAX_IOV);
+  for (size_t i = 0; i < nreqs; i++) {
+    v[i].iov_base = reqs[i].buf;
+    v[i].iov_len = (size_t)reqs[i].len;
+    assert(v[i].iov_len == reqs[i].len); /* there is a buffer of that size */
+  }
+  return os_transfer(f->fd, reqs->type == NBD_CMD_WRITE ? OS_WRITE : OS_READ, v,
+                     (int)nreqs, f->offset + reqs->off);
+}
+
+/* Does a run of requests and sets the error of each.  If the run fails they are
+ * repeated one by one, so that only those fail that fail by themselves. */
+static void flat_do_run(struct flat *f, struct nbdserve_req *reqs,
+                        size_t nreqs) {
+  int err = flat_transfer(f, reqs, nreqs);
+  for (size_t i = 0; i < nreqs; i++)
+    reqs[i].err = err && nreqs > 1 ? flat_transfer(f, &reqs[i], 1) : err;
+}
+
+/* Does READs and WRITEs, in their order, in the caller's thread, and sets the
+ * error of each: the method of struct ex_batched.  Their ranges are inside the
+ * export (E2). */
+static void flat_batch(void *ctx, struct nbdserve_req *reqs, size_t nreqs) {
+  struct flat *f = ctx;
+  if (flat_is_temporary(f)) {
+    overlay_batch(f, reqs, nreqs);
+    return;
+  }
+  int failed = flat_has_failed(f);
+  size_t run;
+  for (; nreqs > 0; reqs += run, nreqs -= run) {
+    assert(reqs->type == NBD_CMD_READ || reqs->type == NBD_CMD_WRITE);
+    if (failed && reqs->type == NBD_CMD_WRITE) { /* (F1) */
+      reqs->err = -EIO;
+      run = 1;
+      continue;
+    }
+    run = flat_run_length(reqs, nreqs);
+    flat_do_run(f, reqs, run);
   }
 }
 
+/* Makes all that was written durable, or fails for good (F1).  A temporary
+ * export has nothing that should last. */
 static int flat_flush(void *ctx, uint32_t flags) {
-  struct flat *f = ctx;
-  int err = flat_lacks(f, 0) & FLAT_FAILED ? -EIO
-            : f->temp >= 0                 ? 0
-                           : os_datasync(f->fd); /* it is not to last */
-  if (err) flat_lacks(f, FLAT_FAILED);           /* (F1) */
-  return (void)flags, err;
-}
-
-/* os_fallocate on a range of the export; -EOPNOTSUPP: do it another way. */
-static int flat_allocate(struct flat *f, int mode, uint64_t off, uint64_t len) {
-  int lacks = flat_lacks(f, f->temp < 0 ? 0 : 1 << mode), err = -EOPNOTSUPP;
-  if (lacks & FLAT_FAILED) return -EIO;
-  off += f->offset;
-  if (!(lacks & 1 << mode)) err = os_fallocate(f->fd, mode, off, len);
-  if (err == -EOPNOTSUPP) flat_lacks(f, 1 << mode); /* (F2) */
-  return err == -EINVAL ? -EOPNOTSUPP : err;
-}
-
-static int flat_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
-  int err = flat_allocate(ctx, OS_PUNCH_HOLE, off, len);
   (void)flags;
+  struct flat *f = ctx;
+  if (flat_is_temporary(f)) return 0;
+  if (flat_has_failed(f)) return -EIO;
+  int err = os_datasync(f->fd);
+  if (err) flat_set_failed(f);
+  return err;
+}
+
+/* Changes the space behind a range of the export.  -EOPNOTSUPP: the caller must
+ * do without. */
+static int flat_allocate(struct flat *f, int mode, uint64_t off, uint64_t len) {
+  if (flat_is_temporary(f)) return -EOPNOTSUPP; /* the target stays */
+  if (flat_has_failed(f)) return -EIO;          /* (F1): it is a write */
+  if (!flat_supports(f, mode)) return -EOPNOTSUPP;
+  int err = os_fallocate(f->fd, mode, f->offset + off, len);
+  if (err == -EOPNOTSUPP) flat_set_unsupported(f, mode); /* (F2) */
+  return err == -EINVAL ? -EOPNOTSUPP : err; /* a device, inside a sector */
+}
+
+/* Gives the space behind a range back. */
+static int flat_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
+  (void)flags;
+  int err = flat_allocate(ctx, OS_PUNCH_HOLE, off, len);
   return err == -EOPNOTSUPP ? 0 : err; /* a trim may do nothing */
 }
 
+/* Makes a range read as zeroes, without space if that is allowed and possible.
+ * -ENOTSUP: nothing here is faster than to write the zeroes. */
 static int flat_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   int err = -EOPNOTSUPP;
   if (!(flags & NBDSERVE_CMD_NO_HOLE))
     err = flat_allocate(ctx, OS_PUNCH_HOLE, off, len);
   if (err == -EOPNOTSUPP) err = flat_allocate(ctx, OS_ZERO_RANGE, off, len);
-  return err == -EOPNOTSUPP ? -ENOTSUP : err; /* the engine writes them */
+  return err == -EOPNOTSUPP ? -ENOTSUP : err;
 }
 
+/* Brings a range of the target into the system's memory, if it likes to. */
 static int flat_cache(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
+  (void)flags;
   struct flat *f = ctx;
-  return (void)flags, os_willneed(f->fd, f->offset + off, len);
+  os_willneed(f->fd, f->offset + off, len);
+  return 0;
 }
 
+/* Reports data and holes.  Of a temporary export nothing is reported, which
+ * means that all is data. */
 static int flat_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                         struct nbdserve_extents *out) {
+  (void)flags;
   struct flat *f = ctx;
-  uint64_t pos = f->offset + off, end = pos + len, next;
-  for (int enough = f->temp >= 0; pos < end && !enough; pos = next) {
+  uint64_t pos = f->offset + off;
+  uint64_t end = pos + len;
+  uint64_t next;
+  if (flat_is_temporary(f)) return 0;
+  for (; pos < end; pos = next) {
     int is_data = os_is_data(f->fd, pos, end, &next);
-    assert(next > pos);
-    enough = nbdserve_extent(
-        out, next - pos,
-        is_data ? 0 : NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO);
+    uint32_t status = NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
+    if (nbdserve_extent(out, next - pos, is_data ? 0 : status)) break;
   }
-  return (void)flags, 0;
+  return 0;
 }
 
-static uint64_t flat_size(void *ctx, uint64_t was) {
+/* The size that a new client gets.  size: what the export has so far, maybe by
+ * nbdserve_resize. */
+static uint64_t flat_size(void *ctx, uint64_t size) {
   struct flat *f = ctx;
+  /* The overlay's map has no bits for more than there was. */
+  if (flat_is_temporary(f)) return u_min(size, f->size);
+  /* An offset in the target must not exceed what off_t holds. */
+  if (!f->follows_end) return u_min(size, INT64_MAX - f->offset);
   off_t end = lseek(f->fd, 0, SEEK_END);
-  if (f->temp >= 0) return u_min(was, f->size); /* there is no longer */
-  if (f->size || end < 0) return was;
+  if (end < 0) return size;
   return (uint64_t)end < f->offset ? 0 : (uint64_t)end - f->offset;
 }
 
-static void flat_close(void *ctx) {
-  struct flat *f = ctx;
-  close(f->fd); /* after the last flush nothing is left that could fail */
-  close(f->temp);
+/* Frees an export, whose files the caller closes.  NULL is no harm. */
+static void flat_free(struct flat *f) {
+  if (!f) return;
   os_monitor_free(&f->lock);
   NBDSERVE_FREE(f);
 }
 
-static const struct nbdserve_ops flat_ops = {
-    ex_batched_read, ex_batched_write, flat_flush, flat_trim,  flat_zero,
-    flat_cache,      flat_extents,     flat_close, flat_batch, flat_size};
+/* Ends an export.  Nothing is left that could fail: what has to last was
+ * flushed before. */
+static void flat_close(void *ctx) {
+  struct flat *f = ctx;
+  close(f->fd);
+  if (flat_is_temporary(f)) close(f->overlay_fd);
+  flat_free(f);
+}
 
-int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
-                       struct nbdserve_export *out) {
-  struct nbdserve_flat o = {.offset = 0};
-  if (options) o = *options;
-  int in_memory = strncmp(path, "mem:", 4) == 0;
-  if (in_memory) path = u_parse_size(path + 4, &o.create);
-  if (!path || (in_memory && *path) || o.create > INT64_MAX ||
-      o.flags & ~(NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY))
-    return -EINVAL;
-  int fd = in_memory
-               ? os_nameless_file(NULL)
-               : open(path,
-                      (o.flags ? O_RDONLY : O_RDWR) | (o.create ? O_CREAT : 0) |
-                          O_CLOEXEC | O_NOCTTY | O_NONBLOCK /* a FIFO's open */,
-                      0666);
-  if (fd < 0) return in_memory ? fd : -errno;
-  struct stat st;
-  off_t end = 0;
-  int err = in_memory ? 0 : os_lock_file(fd, o.flags != 0);
-  if (!err && fstat(fd, &st) < 0) err = -errno;
-  if (!err && !S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
-    err = S_ISDIR(st.st_mode) ? -EISDIR : -EINVAL;
-  if (!err && o.create && S_ISREG(st.st_mode) && !st.st_size) {
-    if (ftruncate(fd, (off_t)o.create) < 0)
-      err = -errno;
-    else if (!in_memory)
-      err = os_sync_new_file(fd, path);
+static const struct nbdserve_ops flat_ops = {
+    .read = ex_batched_read,
+    .write = ex_batched_write,
+    .flush = flat_flush,
+    .trim = flat_trim,
+    .zero = flat_zero,
+    .cache = flat_cache,
+    .extents = flat_extents,
+    .close = flat_close,
+    .run_batch = flat_batch,
+    .size = flat_size,
+};
+
+/* ---- Opening ------------------------------------------------------------ */
+
+/* A target on its way to become an export */
+struct flat_target {
+  const char *path; /* as the caller gave it */
+  int is_memory;    /* path is mem:SIZE, else a name in the file system */
+  int writable;     /* clients' writes go to it */
+  int fd;           /* ours to close; -1: not open */
+  int is_new;       /* this call made the file, and has it locked: (F4) */
+  uint64_t create;  /* size for a new or empty file; 0: none is made */
+  uint64_t size;    /* bytes of the file, once it is complete */
+};
+
+/* Looks at the options, and at a path that is mem:SIZE.  -EINVAL. */
+static int flat_check_options(struct flat_target *t,
+                              const struct nbdserve_flat *options) {
+  static const char prefix[] = "mem:";
+  uint32_t flags = NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY;
+  if (options->flags & ~flags) return -EINVAL;
+  t->writable = !options->flags;
+  t->create = options->create;
+  t->is_memory = strncmp(t->path, prefix, strlen(prefix)) == 0;
+  if (t->is_memory) {
+    const char *rest = u_parse_size(t->path + strlen(prefix), &t->create);
+    if (!rest || *rest) return -EINVAL;
   }
-  if (!err && (end = lseek(fd, 0, SEEK_END)) < 0) err = -errno;
-  uint64_t size = (uint64_t)end;
-  if (!err && (o.offset > size || o.size > size - o.offset)) err = -EINVAL;
-  int temp = -1, lasts = !(o.flags & NBDSERVE_FLAT_TEMPORARY);
-  if (!err && !lasts && (temp = os_nameless_file(o.dir)) < 0) err = temp;
-  out->size = o.size ? o.size : size - o.offset;
-  uint64_t blocks = lasts ? 0 : out->size / FLAT_BLOCK + 1;
-  struct flat *f = err ? NULL : u_zalloc(sizeof *f + (size_t)(blocks / 8 + 1));
-  if (!err) err = f ? os_monitor_init(&f->lock) : -ENOMEM;
+  return t->create > INT64_MAX ? -EINVAL : 0;
+}
+
+/* Opens the target, and makes the file if it may.  O_EXCL tells whether this
+ * call has made it, and follows no link to where nothing is yet. */
+static int flat_open_target(struct flat_target *t) {
+  int flags = O_CLOEXEC | O_NOCTTY | O_NONBLOCK; /* a FIFO must not block */
+  if (t->is_memory) {
+    t->fd = os_nameless_file(NULL);
+    return t->fd < 0 ? t->fd : 0;
+  }
+  if (t->create) {
+    t->fd = open(t->path, flags | O_RDWR | O_CREAT | O_EXCL, 0666);
+    if (t->fd < 0 && errno != EEXIST) return -errno;
+    t->is_new = t->fd >= 0;
+  }
+  if (t->fd < 0)
+    t->fd = open(t->path, flags | (t->writable ? O_RDWR : O_RDONLY));
+  return t->fd < 0 ? -errno : 0;
+}
+
+/* Keeps other servers away from the target.  If another one was quicker to take
+ * the file that this call has just made, the file is no longer ours. */
+static int flat_lock_target(struct flat_target *t) {
+  if (t->is_memory) return 0;
+  int err = os_lock_file(t->fd, !t->writable);
+  if (err) t->is_new = 0;
+  return err;
+}
+
+/* Refuses what is neither a file nor a block device, and a device that is to be
+ * written and cannot.  Gives a new or empty file its size.  Finds the size. */
+static int flat_prepare_target(struct flat_target *t) {
+  struct stat st;
+  if (fstat(t->fd, &st) < 0) return -errno;
+  if (S_ISDIR(st.st_mode)) return -EISDIR;
+  if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) return -EINVAL;
+  if (S_ISBLK(st.st_mode) && t->writable && os_is_readonly_device(t->fd))
+    return -EROFS;
+  if (t->create && S_ISREG(st.st_mode) && st.st_size == 0) {
+    if (ftruncate(t->fd, (off_t)t->create) < 0) return -errno;
+    int err = t->is_memory ? 0 : os_sync_new_file(t->fd, t->path);
+    if (err) return err;
+  }
+  off_t end = lseek(t->fd, 0, SEEK_END);
+  if (end < 0) return -errno;
+  t->size = (uint64_t)end;
+  return 0;
+}
+
+/* Takes a target back, with a file that this call has made (F4). */
+static void flat_abandon_target(struct flat_target *t) {
+  if (t->is_new) os_remove_own_file(t->path, t->fd);
+  if (t->fd >= 0) close(t->fd);
+}
+
+/* How many bytes struct flat has for a temporary export of that size.  -EFBIG:
+ * more than most. */
+static int flat_temporary_len(uint64_t size, size_t most, size_t *len) {
+  uint64_t nblocks = size / FLAT_OVERLAY_BLOCK + 1;
+  uint64_t map_len = nblocks / 8 + 1;
+  assert(most > sizeof(struct flat));
+  if (map_len > most - sizeof(struct flat)) return -EFBIG;
+  *len = sizeof(struct flat) + (size_t)map_len;
+  return 0;
+}
+
+/* Makes the export of a target, as yet without an overlay; flat_free undoes it.
+ * -EINVAL: the slice is not inside the target.  -EFBIG, -ENOMEM. */
+static int flat_new(struct flat **out, const struct flat_target *t,
+                    const struct nbdserve_flat *options) {
+  uint64_t offset = options->offset;
+  uint64_t size = options->size;
+  size_t len = sizeof(struct flat);
+  if (offset > t->size || size > t->size - offset) return -EINVAL;
+  if (!size) size = t->size - offset;
+  if (options->flags & NBDSERVE_FLAT_TEMPORARY) {
+    int err = flat_temporary_len(size, SIZE_MAX, &len);
+    if (err) return err;
+  }
+  struct flat *f = u_zalloc(len);
+  if (!f) return -ENOMEM;
+  int err = os_monitor_init(&f->lock);
   if (err) {
-    close(temp); /* -1 is no harm */
-    close(fd);
     NBDSERVE_FREE(f);
     return err;
   }
-  f->fd = fd;
-  f->temp = temp;
   f->own.run_batch = flat_batch;
-  f->offset = o.offset;
-  f->size = lasts ? o.size : out->size;
-  if (o.flags & NBDSERVE_FLAT_READONLY) out->flags |= NBDSERVE_EXPORT_READONLY;
-  out->flags |= NBDSERVE_EXPORT_MULTI_CONN;
-  if (os_is_rotational(fd)) out->flags |= NBDSERVE_EXPORT_ROTATIONAL;
+  f->fd = t->fd; /* and t's, until nbdserve_flat_open has done all */
+  f->overlay_fd = -1;
+  f->follows_end = !options->size;
+  f->offset = offset;
+  f->size = size;
+  *out = f;
+  return 0;
+}
+
+/* Gives a temporary export its overlay. */
+static int flat_open_overlay(struct flat *f,
+                             const struct nbdserve_flat *options) {
+  if (!(options->flags & NBDSERVE_FLAT_TEMPORARY)) return 0;
+  int fd = os_nameless_file(options->dir);
+  if (fd < 0) return fd;
+  f->overlay_fd = fd;
+  return 0;
+}
+
+/* Opens, locks and completes the target.  Whatever it returns, the caller gives
+ * the target back with flat_abandon_target or makes an export of it. */
+static int flat_get_target(struct flat_target *t,
+                           const struct nbdserve_flat *options) {
+  int err = flat_check_options(t, options);
+  if (err) return err;
+  err = flat_open_target(t);
+  if (err) return err;
+  err = flat_lock_target(t);
+  if (err) return err;
+  return flat_prepare_target(t);
+}
+
+int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
+                       struct nbdserve_export *out) {
+  static const struct nbdserve_flat defaults;
+  struct flat_target t = {.path = path, .fd = -1};
+  struct flat *f = NULL;
+  if (!options) options = &defaults;
+  int err = flat_get_target(&t, options);
+  if (!err) err = flat_new(&f, &t, options);
+  if (!err) err = flat_open_overlay(f, options);
+  if (err) {
+    flat_free(f);
+    flat_abandon_target(&t);
+    return err;
+  }
+  out->size = f->size;
+  out->flags |= NBDSERVE_EXPORT_MULTI_CONN; /* fdatasync is for all writers */
+  if (options->flags & NBDSERVE_FLAT_READONLY)
+    out->flags |= NBDSERVE_EXPORT_READONLY;
+  if (os_is_rotational(f->fd)) out->flags |= NBDSERVE_EXPORT_ROTATIONAL;
   out->ops = &flat_ops;
-  out->ctx = f;
+  out->ctx = f; /* which owns the descriptors from now on */
   return 0;
 }
 

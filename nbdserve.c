@@ -2833,107 +2833,173 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
  * lock, and maps are in memory. */
 #if !NBDSERVE_NO_CAS
 
-#ifndef CAS_UNIT /* the tests make stores with everything in small */
-#define CAS_UNIT 1048576u
-#define CAS_FANOUT(block_size) ((block_size) / 4 - 8)
-#define CAS_ENTRIES 84  /* in a log page */
-#define CAS_SEGMENT 256 /* slots that are taken in a row */
-#define CAS_MIN_BLOCK 4096
+#ifndef CAS_UNIT          /* the tests make stores with everything in small */
+#define CAS_UNIT 1048576u /* bytes: superblocks, log, groups start at these */
+#define CAS_FANOUT(block_size) \
+  ((block_size) / 4 - 8)   /* slots in a map page \
+                            */
+#define CAS_ENTRIES 84     /* in a log page */
+#define CAS_SEGMENT 256    /* slots that are taken in a row */
+#define CAS_MIN_BLOCK 4096 /* bytes */
 #endif
 #define CAS_MAGIC "NBDSCAS1"
-#define CAS_ANY UINT32_MAX
+#define CAS_ANY UINT32_MAX /* cas_item.expect: the map may have any slot */
 #define CAS_TAG(digest) (u_get32(digest) >> 2 | 0x40000000u) /* never 0 */
 #define CAS_GOOD 0x80000000u /* read or written since, and it fitted */
 
+/* What pages begin with: the letters of their names in the format */
 enum {
-  CAS_MAP = 0x4d415031,
-  CAS_CAT = 0x43415431,
-  CAS_LOG = 0x4c4f4731,
-  CAS_PAGE = 4096,
-  CAS_SUM = 4064, /* a log page or superblock; its SHA-256 */
-  CAS_HEAD = 32,
-  CAS_CHECK = 16, /* of other pages; their SHA-256 */
-  CAS_ENTRY = 48,
-  CAS_RECORD = 256,
-  CAS_NAME = 166,
-  CAS_PATH = 334, /* bytes */
-  CAS_ID = 0,
-  CAS_IS_SNAPSHOT = 4,
-  CAS_SIZE = 8,
-  CAS_ROOT = 16,
-  CAS_DEPTH = 20,
-  CAS_CREATED = 24,
-  CAS_ORIGIN = 36,
-  CAS_CID = 40,
-  CAS_NAMED = 89, /* record */
-  CAS_SLOTS = CAS_UNIT / 32,
-  CAS_GROUPS = CAS_UNIT / 8 - 1, /* < 2^32 in all */
-  CAS_LEVELS = 4,
-  CAS_FILL = 128, /* of a map; digests read at a time */
-  CAS_BATCH = 256,
-  CAS_RUN = 64, /* blocks done at a time; in one call */
-  CAS_DIRTY = 4096,
-  CAS_WAITING = 65536,           /* pages, slots for a checkpoint */
-  CAS_RESERVE = 4 * CAS_SEGMENT, /* free slots that data may not take */
-  CAS_SLACK = 64 * CAS_SEGMENT,  /* free slots to have before filling gaps */
-  CAS_FREED = -1,                /* ref of a slot that will be free */
-  CAS_DATA = 1,
-  CAS_DIGEST = 2,
-  CAS_DUP = 4 /* of a block, what is to be done */
+  CAS_MAP = 0x4d415031, /* "MAP1" */
+  CAS_CAT = 0x43415431, /* "CAT1" */
+  CAS_LOG = 0x4c4f4731  /* "LOG1" */
 };
 
+/* Sizes and places of what the format describes, in bytes */
+enum {
+  CAS_PAGE = 4096,  /* size of a log page or superblock */
+  CAS_SUM = 4064,   /* where a log page or superblock has its SHA-256 */
+  CAS_HEAD = 32,    /* size of the head of any page */
+  CAS_CHECK = 16,   /* where other pages have the first half of theirs */
+  CAS_ENTRY = 48,   /* size of an entry of the log */
+  CAS_RECORD = 256, /* size of a record of the catalog */
+  CAS_NAME = 166,   /* length of the longest NAME */
+  CAS_PATH = 334    /* size of the longest VOL@NAME, with the NUL */
+};
+
+/* Where the fields of a catalog record are, in bytes */
+enum {
+  CAS_ID = 0,          /* 4: id of the volume or snapshot */
+  CAS_IS_SNAPSHOT = 4, /* 4: 1 for a snapshot */
+  CAS_SIZE = 8,        /* 8: bytes */
+  CAS_ROOT = 16,       /* 4: slot of the root of the map */
+  CAS_DEPTH = 20,      /* 4: levels of the map */
+  CAS_CREATED = 24,    /* 8: seconds since 1970 */
+  CAS_ORIGIN = 36,     /* 4: id that it was made from */
+  CAS_CID = 40,        /* 32: content id of a snapshot that was sealed */
+  CAS_NAMED = 89       /* the name, and zeroes */
+};
+
+/* Limits that follow from the format */
+enum {
+  CAS_SLOTS = CAS_UNIT / 32,     /* slots in a group */
+  CAS_GROUPS = CAS_UNIT / 8 - 1, /* groups in a store: < 2^32 slots in all */
+  CAS_LEVELS = 4                 /* levels of a map */
+};
+
+/* How much is done at a time */
+enum {
+  CAS_FILL = 128,  /* digests read in one call to fill the index */
+  CAS_BATCH = 256, /* blocks that go through a request's steps together */
+  CAS_RUN = 64     /* pieces in one call of os_transfer */
+};
+
+/* When space is made or kept */
+enum {
+  CAS_DIRTY = 4096,    /* pages that changed: more bring about a checkpoint */
+  CAS_WAITING = 65536, /* slots that wait for one: more bring it about, too */
+  CAS_RESERVE = 4 * CAS_SEGMENT, /* free slots that data may not take */
+  CAS_SLACK = 64 * CAS_SEGMENT   /* free slots to have before filling gaps */
+};
+
+/* cas_group.ref of a slot that will be free when a list of them is */
+enum {
+  CAS_FREED = -1
+};
+
+/* cas_item.state, bits: what is to be done, or was read, of a block */
+enum {
+  CAS_DATA = 1,   /* its data */
+  CAS_DIGEST = 2, /* its digest */
+  CAS_DUP = 4     /* it is compared with a slot that has the same digest */
+};
+
+/* What memory holds of each slot of a group; in arrays, because searches go
+ * along one of these only. */
 struct cas_group {
-  int32_t ref[CAS_SLOTS];   /* 0: free (C13) */
-  uint32_t tag[CAS_SLOTS];  /* CAS_TAG if in the index; CAS_GOOD */
-  uint32_t next[CAS_SLOTS]; /* slot in the index, or in a list */
-  uint32_t head[CAS_SLOTS]; /* of the index: buckets, not slots */
-  uint16_t nfree[CAS_SLOTS / CAS_SEGMENT];
+  int32_t ref[CAS_SLOTS];   /* edges and pins (C13); 0: free; or CAS_FREED */
+  uint32_t tag[CAS_SLOTS];  /* CAS_TAG if it is in the index; CAS_GOOD */
+  uint32_t next[CAS_SLOTS]; /* next slot of its bucket or of a list; 0: none */
+  uint32_t head[CAS_SLOTS]; /* first slot of a bucket: indexed by buckets */
+  uint16_t nfree[CAS_SLOTS / CAS_SEGMENT]; /* free slots in each segment */
 };
 
 /* A page of a map.  All are in memory, a fraction of what is kept of slots. */
 struct cas_node {
   int32_t refs;           /* edges from pages and images (C13) */
-  int level, bad;         /* 0: blocks below; what is below could not be read */
+  int level;              /* 0: its slots are those of blocks */
+  int bad;                /* something below could not be read */
   uint32_t slot;          /* where it lies; 0: nowhere yet as it is now */
   uint32_t *e;            /* [fanout] slots of blocks, on level 0 */
   struct cas_node *kid[]; /* [fanout] pages below, on other levels */
 };
 
-/* A volume or snapshot, and what its exports have in common: all. */
+/* A volume or snapshot.  All its exports are this one struct. */
 struct cas_image {
-  struct ex_batched own;
-  struct nbdserve_cas *s;
-  struct cas_image *next, *parent;  /* parent: whose snapshot it is */
-  struct cas_node *root;            /* NULL: all holes */
-  uint64_t size, clients;           /* exports and calls that use it */
-  unsigned char record[CAS_RECORD]; /* of the catalog; root, size: see above */
+  struct ex_batched own;            /* must come first */
+  struct nbdserve_cas *s;           /* the store that it is in */
+  struct cas_image *next;           /* in the catalog */
+  struct cas_image *parent;         /* the volume of a snapshot, else NULL */
+  struct cas_node *root;            /* its map; NULL: all holes */
+  uint64_t size;                    /* bytes */
+  uint64_t clients;                 /* exports and calls that use it */
+  unsigned char record[CAS_RECORD]; /* of the catalog, but for root and size */
 };
 
 struct nbdserve_cas {
-  /* fixed */
-  int fd, readonly, verify, hw, is_device;
-  uint32_t bs, fanout, log_pages;
-  uint64_t data_off, end, max_blocks; /* of the file when opened; an image */
-  struct os_monitor ckpt;             /* one checkpoint at a time; guards: */
-  struct cas_item *pages;             /* what it writes */
-  uint32_t npages;
+  /* Fixed while the store is open: no lock is needed. */
+  int fd;              /* the file or block device, ours to close */
+  int readonly;        /* nothing is changed */
+  int verify;          /* a block is checked when it is first read */
+  int hw;              /* the processor computes SHA-256 */
+  int is_device;       /* it cannot grow */
+  uint32_t bs;         /* bytes of a block */
+  uint32_t fanout;     /* slots that a map page names */
+  uint32_t log_pages;  /* pages that the log has room for */
+  uint64_t data_off;   /* byte of the file where the groups begin */
+  uint64_t end;        /* bytes of the file when it was opened */
+  uint64_t max_blocks; /* blocks that an image may have */
+
+  struct os_monitor ckpt;        /* one checkpoint at a time; guards these: */
+  struct cas_item *pages;        /* what it writes */
+  uint32_t npages;               /* how many they are */
   unsigned char super[CAS_PAGE]; /* id and log_pages in it are fixed */
+
   struct os_monitor lock; /* guards the rest; woken: a sync or work ended */
-  int syncing;            /* one at a time: else one may miss an error */
-  int failed, log_damaged, damaged; /* -errno (C14); (C9); nothing is freed */
-  int replaying;                    /* what is in the log need not be logged */
-  int busy, closing;                /* a thread is in cas_work; it is to end */
-  struct cas_image *images;
-  struct cas_group *groups[CAS_GROUPS];
-  uint32_t next_id, nimages, catalog; /* slot of its first page, then by next */
-  uint32_t ngroups, nslots, nfree, mask; /* mask: see cas_bucket */
-  uint32_t cursor, ndirty; /* where slots are taken; pages without one */
-  uint32_t dropped, retired, nwaiting; /* slots, by next: (C5), (C6); in both */
-  uint32_t filled, to_fill, nlog; /* slots in the index; to be; log's entries */
-  uint64_t seq, tail, durable;    /* its; the superblock's; (C4) */
-  uint64_t nlogged, nsynced;      /* entries so far; covered by a sync */
-  unsigned char log[CAS_PAGE];    /* the page being filled */
-  unsigned char page[65536];      /* any other */
+
+  int syncing;     /* a sync is under way; a second one may miss its error */
+  int failed;      /* -errno: nothing is written any more (C14) */
+  int log_damaged; /* the log has a page that it should not have (C9) */
+  int damaged;     /* something could not be read: nothing is freed */
+  int replaying;   /* what is in the log need not be logged */
+  int busy;        /* a thread is in cas_work */
+  int closing;     /* that thread is to end */
+
+  struct cas_image *images; /* the catalog */
+  uint32_t nimages;         /* how many they are */
+  uint32_t next_id;         /* id of the next volume or snapshot */
+  uint32_t catalog;         /* slot of its first page; the others by next */
+
+  struct cas_group *groups[CAS_GROUPS]; /* the first ngroups are there */
+  uint32_t ngroups;                     /* groups in memory */
+  uint32_t nslots;                      /* slots in the file */
+  uint32_t nfree;                       /* those with ref 0 */
+  uint32_t mask;                        /* of buckets: see cas_bucket */
+  uint32_t cursor;                      /* slots are taken from here on */
+  uint32_t ndirty;   /* pages of maps that changed: without a slot */
+  uint32_t dropped;  /* list of slots, by next: free after a sync (C5) */
+  uint32_t retired;  /* the same: free after a checkpoint (C6) */
+  uint32_t nwaiting; /* slots in both lists */
+  uint32_t filled;   /* slots that the index was filled with */
+  uint32_t to_fill;  /* slots that it is to be filled with */
+
+  uint32_t nlog;    /* entries in the log page that is being filled */
+  uint64_t seq;     /* number of that page */
+  uint64_t tail;    /* number to replay from, by the superblock */
+  uint64_t durable; /* pages before that number are durable (C4) */
+  uint64_t nlogged; /* entries so far */
+  uint64_t nsynced; /* entries that a sync has covered */
+  unsigned char log[CAS_PAGE]; /* the log page that is being filled */
+  unsigned char page[65536];   /* any other page */
 };
 
 #define CAS_AT(s, x, field) \
@@ -3007,7 +3073,7 @@ static int cas_grow(struct nbdserve_cas *s) {
   uint32_t x = s->nslots;
   uint64_t end = cas_off(s, x, CAS_DATA) + (uint64_t)CAS_SEGMENT * s->bs;
   uint64_t off = x ? cas_off(s, x, x % CAS_SLOTS ? CAS_DATA : CAS_DIGEST) : 0;
-  int err = s->is_device ? 0 : os_fallocate(s->fd, 0, off, end - off);
+  int err = s->is_device ? 0 : os_fallocate(s->fd, OS_ALLOCATE, off, end - off);
   if (s->is_device ? end > s->end : end > INT64_MAX) return -ENOSPC;
   return err && err != -EOPNOTSUPP ? err : cas_extend(s, x);
 }
@@ -3080,13 +3146,17 @@ static uint32_t cas_alloc(struct nbdserve_cas *s) {
 
 /* ---- Data, pages, log ---------------------------------------------------- */
 
+/* A block, or a page, on its way between a request and the file */
 struct cas_item {
-  uint64_t lba;
-  unsigned char *data; /* [block_size] */
-  struct nbdserve_req *req;
-  uint32_t slot, expect; /* slot that the map must have, or CAS_ANY */
-  int state, err;
-  unsigned char sum[32], digest[32]; /* of data; what the slot's is, if read */
+  uint64_t lba;             /* number of the block in its image */
+  unsigned char *data;      /* [block_size] */
+  struct nbdserve_req *req; /* the request that it is a part of */
+  uint32_t slot;            /* where it lies, or 0 */
+  uint32_t expect;          /* slot that the map must have, or CAS_ANY */
+  int state;                /* bits: CAS_DATA, CAS_DIGEST, CAS_DUP */
+  int err;                  /* 0 or -errno */
+  unsigned char sum[32];    /* SHA-256 of data */
+  unsigned char digest[32]; /* the slot's digest, if it was read */
 };
 
 static int cas_io(struct nbdserve_cas *s, int writing, void *buf, size_t len,
@@ -3338,10 +3408,12 @@ static int cas_give_name(struct nbdserve_cas *s, struct cas_image *im,
   return 0;
 }
 
+/* The arguments of nbdserve_cas_change */
 struct cas_op {
-  int verb;
-  const char *name, *to;
-  uint64_t size;
+  int verb;         /* NBDSERVE_CAS_CREATE..., maybe with _DRY_RUN */
+  const char *name; /* what is changed or made */
+  const char *to;   /* the new name, for verbs that have one, else NULL */
+  uint64_t size;    /* bytes, for verbs that have a size, else 0 */
 };
 
 /* Applies a change to the catalog.  *gone: a map that nothing leads to then. */
@@ -3356,9 +3428,12 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
       (dry_run && verb < NBDSERVE_CAS_ROLLBACK))
     return -EINVAL;
   if (!im && verb != NBDSERVE_CAS_CREATE) return -ENOENT;
-  to = is_new                          ? u_zalloc(sizeof *to)
-       : verb == NBDSERVE_CAS_ROLLBACK ? im->parent
-                                       : im;
+  if (is_new)
+    to = u_zalloc(sizeof *to);
+  else if (verb == NBDSERVE_CAS_ROLLBACK)
+    to = im->parent;
+  else
+    to = im;
   if (!to || (verb == NBDSERVE_CAS_RESIZE && im->parent))
     return is_new ? -ENOMEM : -EINVAL;
   if (verb >= NBDSERVE_CAS_ROLLBACK &&
@@ -3422,10 +3497,14 @@ static void cas_take_map(struct nbdserve_cas *s, struct cas_node **at,
   for (uint32_t i = 0; level && i < s->fanout; i++)
     cas_take_map(s, &b->kid[i], level - 1, index * s->fanout + i);
   unsigned char *p = s->pages[s->npages].data;
-  for (uint32_t i = 0; i < s->fanout; i++)
-    u_put32(p + CAS_HEAD + 4 * i, !level      ? b->e[i]
-                                  : b->kid[i] ? b->kid[i]->slot
-                                              : 0);
+  for (uint32_t i = 0; i < s->fanout; i++) {
+    uint32_t slot = 0;
+    if (!level)
+      slot = b->e[i];
+    else if (b->kid[i])
+      slot = b->kid[i]->slot;
+    u_put32(p + CAS_HEAD + 4 * i, slot);
+  }
   int empty = b->refs == 1 && u_is_zero(p, s->bs);
   s->ndirty--;
   if (!empty) b->slot = cas_take_page(s, CAS_MAP, level, index);
@@ -3643,9 +3722,12 @@ static int cas_read(struct nbdserve_cas *s, struct cas_image *im,
     it[i].slot = 0;
     it[i].err = cas_map(s, im, it[i].lba, 0, &it[i].slot, NULL);
     int good = CAS_AT(s, it[i].slot, tag) & CAS_GOOD && !s->failed;
-    it[i].state = !it[i].slot     ? 0
-                  : good || trust ? want
-                                  : CAS_DATA | CAS_DIGEST;
+    if (!it[i].slot)
+      it[i].state = 0;
+    else if (good || trust)
+      it[i].state = want;
+    else
+      it[i].state = CAS_DATA | CAS_DIGEST;
     cas_hold(s, it[i].slot);
   }
   os_unlock(&s->lock);
@@ -3761,6 +3843,7 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
 
 /* Makes the whole blocks of a range holes: one log entry for many leaves. */
 static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
+  (void)flags;
   struct cas_image *im = ctx;
   struct nbdserve_cas *s = im->s;
   uint64_t from = cas_blocks(s, off), to = (off + len) / s->bs, span;
@@ -3784,7 +3867,7 @@ static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
     os_unlock(&s->lock);
   }
   cas_kick(s);
-  return (void)flags, err;
+  return err;
 }
 
 static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
@@ -3800,6 +3883,7 @@ static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
 
 static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                        struct nbdserve_extents *out) {
+  (void)flags;
   struct cas_image *im = ctx;
   uint64_t bs = im->s->bs, end = off + len, span;
   uint32_t slot, hole = NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
@@ -3813,11 +3897,13 @@ static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
     off = next;
   }
   os_unlock(&im->s->lock);
-  return (void)flags, err;
+  return err;
 }
 
 static int cas_flush(void *ctx, uint32_t flags) {
-  return (void)flags, cas_sync(((struct cas_image *)ctx)->s, 0);
+  (void)flags;
+  struct cas_image *im = ctx;
+  return cas_sync(im->s, 0);
 }
 
 static void cas_close(void *ctx) {
@@ -3899,10 +3985,12 @@ static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
   if (cas_get_page(s, x, CAS_MAP, level, index, page)) s->damaged = b->bad = 1;
   for (uint32_t c = 0; c < s->fanout && !b->bad && !err; c++) {
     uint32_t v = u_get32(page + CAS_HEAD + 4 * c);
-    err = level ? cas_load(s, v, level - 1, index * s->fanout + c, b->kid + c)
-          : v < s->nslots ? 0
-                          : -EIO;
-    if (!level && !err) cas_hold(s, b->e[c] = v);
+    if (level)
+      err = cas_load(s, v, level - 1, index * s->fanout + c, b->kid + c);
+    else if (v >= s->nslots)
+      err = -EIO;
+    else
+      cas_hold(s, b->e[c] = v);
   }
   NBDSERVE_FREE(page);
   return err;
@@ -3934,13 +4022,14 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
     for (p = s->images; p && u_get32(im->record + CAS_IS_SNAPSHOT); p = p->next)
       if (memcmp(p->record + CAS_ID, im->record + CAS_ORIGIN, 4) == 0)
         im->parent = p;
-    err = !cas_is_name((char *)im->record + CAS_NAMED) ||
-                  cas_blocks(s, im->size) > s->max_blocks
-              ? -EIO
-          : u_get32(im->record + CAS_DEPTH) != CAS_LEVELS
-              ? -EOPNOTSUPP
-              : cas_load(s, u_get32(im->record + CAS_ROOT), CAS_LEVELS - 1, 0,
-                         &im->root);
+    if (!cas_is_name((char *)im->record + CAS_NAMED) ||
+        cas_blocks(s, im->size) > s->max_blocks)
+      err = -EIO;
+    else if (u_get32(im->record + CAS_DEPTH) != CAS_LEVELS)
+      err = -EOPNOTSUPP;
+    else
+      err = cas_load(s, u_get32(im->record + CAS_ROOT), CAS_LEVELS - 1, 0,
+                     &im->root);
   }
   for (uint32_t x = 1; x < s->nslots; x++) {
     CAS_AT(s, x, tag) = CAS_AT(s, x, tag) || CAS_AT(s, x, next); /* a page */
@@ -4117,15 +4206,23 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
 /* ---- The public calls ---------------------------------------------------- */
 
 static const struct nbdserve_ops cas_ops = {
-    ex_batched_read, ex_batched_write, cas_flush, cas_trim, cas_zero, NULL,
-    cas_extents,     cas_close,        cas_batch, NULL};
+    .read = ex_batched_read,
+    .write = ex_batched_write,
+    .flush = cas_flush,
+    .trim = cas_trim,
+    .zero = cas_zero,
+    .extents = cas_extents,
+    .close = cas_close,
+    .run_batch = cas_batch,
+};
 
 int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
                         struct nbdserve_export *out) {
   os_lock(&s->ckpt); /* one that is under way may be changing what it is */
   os_lock(&s->lock);
   struct cas_image *im = cas_find(s, name, strlen(name));
-  int err = s->failed ? s->failed : im ? 0 : -ENOENT;
+  int err = s->failed;
+  if (!err && !im) err = -ENOENT;
   if (!err) {
     if (!im->own.run_batch)
       im->own.run_batch = cas_batch; /* others may be using it */

@@ -277,8 +277,12 @@ static void os_advance(struct iovec **v, int *n, size_t done) {
 
 #if !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS
 /* ---- Files and block devices: for [10] and [11] -------------------------
- * Offsets and lengths are those of an export, at most INT64_MAX in all, so
- * that off_t holds them. */
+ * Offsets and lengths have 64 bits without a sign everywhere else; here they
+ * become an off_t.  The caller makes sure that no range reaches beyond
+ * INT64_MAX, and each function asserts that.  A descriptor stays the caller's.
+ *
+ * Calls that a signal interrupts go on: a host may have handlers without
+ * SA_RESTART. */
 
 /* What a call moves.  The values are those of a boolean "writing". */
 enum {
@@ -306,8 +310,12 @@ static ssize_t os_transfer_some(int fd, int writing, const struct iovec *v,
 #endif
 
 /* Reads (OS_READ) or writes (OS_WRITE) all of v[0..n), which lies at off in one
- * piece.  Changes v.  No piece may be empty.  -EIO: the file ends before all
- * was read. */
+ * piece.  Changes v.  No piece may be empty.
+ *
+ * The system may do less than it was asked to (at a signal, a full disk, or
+ * after 2 GiB); what is left is asked for again until it is done or an error
+ * tells why not.  After an error some of it may have been done.  -EIO: the file
+ * ends before all was read. */
 static int os_transfer(int fd, int writing, struct iovec *v, int n,
                        uint64_t off) {
   assert(writing == OS_READ || writing == OS_WRITE);
@@ -338,8 +346,9 @@ static int os_try_datasync(int fd) {
 }
 #endif
 
-/* When it returns 0, all that was written to fd is on the medium.  After any
- * error nobody knows what is: see (F1) and (C14). */
+/* When it returns 0, all that was written to fd is on the medium, with as much
+ * of the file's metadata as it takes to read it.  After any error nobody knows
+ * what is there, and a second call tells nothing about it: see (F1), (C14). */
 static int os_datasync(int fd) {
   while (os_try_datasync(fd) < 0)
     if (errno != EINTR) return -errno;
@@ -362,8 +371,9 @@ STATIC_ASSERT(zero_range_is_linux_s,
               OS_ZERO_RANGE == (FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE));
 #endif
 
-/* Changes the space behind a range.  -EINVAL: not at these boundaries.
- * -EOPNOTSUPP: the file, its file system or a sandbox does not have that. */
+/* Changes the space behind a range.  -EINVAL: not at these boundaries, as for a
+ * part of a device's sector.  -EOPNOTSUPP: this kind of file (ENODEV), its file
+ * system or a sandbox (EPERM or ENOSYS) does not have that. */
 static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
   assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
   assert(len > 0 && off <= INT64_MAX && len <= INT64_MAX - off);
@@ -388,14 +398,19 @@ static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
 
 /* Keeps other servers out, until fd is closed: a writer keeps out everybody, a
  * reader keeps out writers.  -EBUSY: another server is there already.  On a
- * file system without locks nobody is kept out. */
+ * file system without locks nobody is kept out.
+ *
+ * flock(2) it is because its lock belongs to the descriptor.  A lock of
+ * fcntl(2) belongs to the process: it would let one server open a file twice,
+ * and vanish when the process closes any other descriptor of the file. */
 static int os_lock_file(int fd, int readonly) {
   int r = flock(fd, (readonly ? LOCK_SH : LOCK_EX) | LOCK_NB);
   return r < 0 && (errno == EWOULDBLOCK || errno == EAGAIN) ? -EBUSY : 0;
 }
 
-/* Makes a new file and its name survive a power cut.  fd is the file at path
- * and stays open. */
+/* Makes a new file and its name survive a power cut.  fd is the file at path.
+ * First the file, then the name: a name must not lead to a file that is not
+ * there yet. */
 static int os_sync_new_file(int fd, const char *path) {
   int err = os_datasync(fd);
   if (err) return err;
@@ -412,8 +427,11 @@ static int os_sync_new_file(int fd, const char *path) {
 
 #if defined SEEK_HOLE && !NBDSERVE_POSIX_ONLY
 /* Returns 1 if there is data at off, and 0 if there is a hole, which reads as
- * zeroes.  *next: where the data or the hole ends, at most end.  When in doubt
- * it is data. */
+ * zeroes.  *next: where the data or the hole ends, at most end.
+ *
+ * When in doubt it is data: clients skip what they are told is a hole, so a
+ * hole that is called data costs time, and data that is called a hole is lost.
+ * Other threads may change the file in between; each answer was true once. */
 static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
   assert(off < end && end <= INT64_MAX);
   *next = end;
@@ -478,14 +496,19 @@ static int os_open_and_unlink(const char *dir) {
   if (len < 0 || len >= (int)sizeof path) return -ENAMETOOLONG;
   int fd = mkstemp(path);
   if (fd < 0) return -errno;
-  unlink(path);
   fcntl(fd, F_SETFD, FD_CLOEXEC);
-  return fd;
+  if (unlink(path) == 0) return fd;
+  int err = -errno;
+  close(fd);
+  return err;
 }
 
 /* Opens a file of nobody else's that is gone when it is closed: in dir or, if
  * dir is NULL, in memory, or in /tmp where the system has no files in memory.
- * The caller owns the descriptor.  -errno: of what was tried last. */
+ * The caller owns the descriptor.
+ *
+ * The ways are tried from the best to the one that works everywhere, without a
+ * look at why one has failed.  -errno: of the last one. */
 static int os_nameless_file(const char *dir) {
   int fd = dir ? -1 : os_open_memory();
   if (fd >= 0) return fd;
@@ -494,7 +517,8 @@ static int os_nameless_file(const char *dir) {
   return fd >= 0 ? fd : os_open_and_unlink(dir);
 }
 
-/* Removes the file at path if it still is the one that fd is. */
+/* Removes the file at path if it still is the one that fd is: in the meantime
+ * somebody may have put another one there, which is not ours to remove. */
 static void os_remove_own_file(const char *path, int fd) {
   struct stat own;
   struct stat found;
@@ -692,7 +716,8 @@ enum {
   SHA_COUNT_LEN = 8   /* bytes at a message's end that hold its length */
 };
 
-/* The constant that goes into each round */
+/* The constant that goes into each round: the first 32 bits behind the point of
+ * the cube root of each of the first 64 primes */
 static const uint32_t sha_k[SHA_ROUNDS] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1,
     0x923f82a4, 0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3,
@@ -728,7 +753,8 @@ static const uint32_t sha_k[SHA_ROUNDS] = {
                   SHA_MAJORITY(v[SHA_##a], v[SHA_##b], v[SHA_##c]); \
   } while (0)
 
-/* The words that a block's rounds take: its own 16, and what follows of them */
+/* Computes the words that the rounds for a block take, one each.  The first 16
+ * are the block, big-endian; every other one is made of four before it. */
 static void sha_schedule(uint32_t w[SHA_ROUNDS], const unsigned char *block) {
   int i;
   for (i = 0; i < 16; i++)
@@ -738,7 +764,8 @@ static void sha_schedule(uint32_t w[SHA_ROUNDS], const unsigned char *block) {
         SHA_SIGMA_1(w[i - 2]) + w[i - 7] + SHA_SIGMA_0(w[i - 15]) + w[i - 16];
 }
 
-/* Mixes nblocks blocks into a state, in plain C. */
+/* Mixes nblocks blocks into a state, in plain C.  For each block a copy of the
+ * state goes through all rounds and is then added to the state. */
 static void sha_portable(uint32_t *state, const unsigned char *blocks,
                          size_t nblocks) {
   uint32_t w[SHA_ROUNDS];
@@ -762,7 +789,9 @@ static void sha_portable(uint32_t *state, const unsigned char *blocks,
 }
 
 #if OS_HWSHA
-/* One of the two messages that the instructions work on, in registers */
+/* One of the two messages that the instructions work on.  All of it can
+ * stay in registers: two lanes, the constants and what is in between fit into
+ * the 16 that the processor has. */
 struct sha_lane {
   __m128i abef; /* half of the state */
   __m128i cdgh; /* the other half */
@@ -815,7 +844,9 @@ static inline OS_HWSHA_TARGET void sha_lane_save(struct sha_lane *lane,
   _mm_storeu_si128((__m128i *)(void *)(state + SHA_H), lane->cdgh);
 }
 
-/* Mixes nblocks blocks each into two states, with the instructions. */
+/* Mixes nblocks blocks each into two states, with the instructions.  The lines
+ * for the two lanes alternate, and the compiler keeps that order more or less;
+ * the processor does the rest. */
 static OS_HWSHA_TARGET void sha_hw(uint32_t *state, const unsigned char *blocks,
                                    uint32_t *other_state,
                                    const unsigned char *other_blocks,
@@ -838,8 +869,8 @@ static OS_HWSHA_TARGET void sha_hw(uint32_t *state, const unsigned char *blocks,
 }
 
 /* Mixes nblocks blocks into a state, and as many other blocks into another
- * state.  use_hw: both at once; then there must be other blocks.  Else
- * other_blocks may be NULL. */
+ * state.  use_hw: with the instructions, both at once; then there must be other
+ * blocks, maybe the same ones.  Else other_blocks may be NULL. */
 static void sha_mix(int use_hw, uint32_t *state, const unsigned char *blocks,
                     uint32_t *other_state, const unsigned char *other_blocks,
                     size_t nblocks) {
@@ -863,9 +894,13 @@ static void sha_mix(int use_hw, uint32_t *state, const unsigned char *blocks,
 }
 #endif
 
-/* Writes what comes behind the last whole block of a message: the rest of the
- * message, the byte 0x80, zeroes, and the message's length in bits.  Returns
- * how many blocks that takes, 1 or 2. */
+/* Writes what comes behind the last whole block of a message, and returns how
+ * many blocks that takes, 1 or 2:
+ *
+ *   the rest of the message, 0 to 63 bytes
+ *   the byte 0x80
+ *   zeroes, as few as it takes to fill the last block
+ *   the length of the whole message in bits, 8 bytes */
 static size_t sha_pad(unsigned char tail[2 * SHA_BLOCK_LEN],
                       const unsigned char *message, size_t len) {
   size_t rest = len % SHA_BLOCK_LEN;
@@ -2318,13 +2353,22 @@ static int tx_run(struct conn *c) {
 }
 
 /* ==== [10] FLAT (flat_) ==================================================
- * A regular file, a block device or memory, served as it is: byte N of the
- * export is byte offset + N of the file that is called the target here.
+ * A regular file, a block device or memory, served as it is.  Here the file is
+ * called the target, also if it is a device or in memory.
  *
- * A temporary export (NBDSERVE_FLAT_TEMPORARY) only reads the target.  What
- * clients write goes to the overlay, a file without a name that is as long as
- * the export.  The first write to a block of the overlay brings the whole block
- * there; from then on the block is read from the overlay.
+ *   export      0 ................................ size
+ *   target      offset .................. offset + size
+ *   overlay     0 [64 KiB] [64 KiB] [64 KiB] [...] size
+ *
+ * Only a temporary export (NBDSERVE_FLAT_TEMPORARY) has an overlay, a file
+ * without a name.  Its target is only read.  The first write to a block brings
+ * the whole block to the overlay; from then on the block is read and written
+ * there.  What is not in the overlay is read from the target.  The functions
+ * that know of blocks begin with overlay_.
+ *
+ * Requests: READ and WRITE come to flat_batch, in the client's thread and many
+ * at a time; the others come one by one to a method of flat_ops, in threads
+ * that may wait.  Their ranges are inside the export (E2).
  *
  * (F1) After a failed fdatasync the kernel may have dropped what it could not
  *      write, and the next fdatasync says that all is well.  So the first
@@ -2342,7 +2386,16 @@ enum {
   FLAT_OVERLAY_BLOCK = 65536 /* bytes that come to the overlay as a whole */
 };
 
-/* An open export.  nbdserve_flat_open makes it, flat_close frees it. */
+/* An open export: nbdserve_flat_open makes it, flat_close frees it.
+ *
+ *   members         written by          read by                  lock
+ *   own ... size    nbdserve_flat_open  everybody                none
+ *   failed          FLUSH               FLUSH, all that writes   lock
+ *   unsupported     TRIM, ZEROES        TRIM, ZEROES             lock
+ *   in_overlay      WRITE               READ, WRITE              lock
+ *
+ * The lock is held for the moment that it takes to look, except for in_overlay:
+ * see there. */
 struct flat {
   struct ex_batched own; /* must come first: ex_batched_read looks there */
 
@@ -2356,8 +2409,9 @@ struct flat {
   struct os_monitor lock; /* guards all that follows */
   int failed;             /* a sync has failed (F1) */
   unsigned unsupported;   /* bit N: os_fallocate lacks mode N here (F2) */
-  /* Bit N % 8 of byte N / 8: block N is in the overlay.  Who reads or writes
-   * the overlay holds the lock meanwhile, as the bits tell what is in it. */
+  /* Bit N % 8 of byte N / 8: block N is in the overlay.  A READ or WRITE holds
+   * the lock from its look at the bits to the end of its I/O: another WRITE
+   * could bring the block over in between, and one of the two would be lost. */
   unsigned char in_overlay[];
 };
 STATIC_ASSERT(modes_of_fallocate_have_bits, OS_FALLOCATE_MODES <= 32);
@@ -2367,7 +2421,7 @@ static int flat_is_temporary(const struct flat *f) {
   return f->overlay_fd >= 0;
 }
 
-/* ---- State that a failure has changed ----------------------------------- */
+/* ---- What has failed before ---------------------------------------------- */
 
 /* Has a sync failed (F1)?  Takes the lock. */
 static int flat_has_failed(struct flat *f) {
@@ -2487,8 +2541,8 @@ static void overlay_batch(struct flat *f, struct nbdserve_req *reqs,
 
 /* ---- Requests ----------------------------------------------------------- */
 
-/* How many of the first requests are of one type and lie one behind the other,
- * so that one system call can do them all */
+/* Returns how many of the first requests are of one type and lie one behind the
+ * other, so that one system call can do them all. */
 static size_t flat_run_length(const struct nbdserve_req *reqs, size_t nreqs) {
   size_t most = nreqs < FLAT_MAX_IOV ? nreqs : FLAT_MAX_IOV;
   assert(nreqs > 0);
@@ -2524,8 +2578,10 @@ static void flat_do_run(struct flat *f, struct nbdserve_req *reqs,
 }
 
 /* Does READs and WRITEs, in their order, in the caller's thread, and sets the
- * error of each: the method of struct ex_batched.  Their ranges are inside the
- * export (E2). */
+ * error of each: the method of struct ex_batched.
+ *
+ * Clients that read or write a long range often cut it into requests that lie
+ * one behind the other; those become one system call. */
 static void flat_batch(void *ctx, struct nbdserve_req *reqs, size_t nreqs) {
   struct flat *f = ctx;
   if (flat_is_temporary(f)) {
@@ -2559,14 +2615,15 @@ static int flat_flush(void *ctx, uint32_t flags) {
 }
 
 /* Changes the space behind a range of the export.  -EOPNOTSUPP: the caller must
- * do without. */
+ * do without, now (the range is not made of whole sectors of a device) or, as
+ * is then remembered, always (F2). */
 static int flat_allocate(struct flat *f, int mode, uint64_t off, uint64_t len) {
   if (flat_is_temporary(f)) return -EOPNOTSUPP; /* the target stays */
   if (flat_has_failed(f)) return -EIO;          /* (F1): it is a write */
   if (!flat_supports(f, mode)) return -EOPNOTSUPP;
   int err = os_fallocate(f->fd, mode, f->offset + off, len);
   if (err == -EOPNOTSUPP) flat_set_unsupported(f, mode); /* (F2) */
-  return err == -EINVAL ? -EOPNOTSUPP : err; /* a device, inside a sector */
+  return err == -EINVAL ? -EOPNOTSUPP : err;
 }
 
 /* Gives the space behind a range back. */
@@ -2595,7 +2652,8 @@ static int flat_cache(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
 }
 
 /* Reports data and holes.  Of a temporary export nothing is reported, which
- * means that all is data. */
+ * means that all is data: a hole of the target may have been written, and what
+ * the overlay holds is not worth the time to look. */
 static int flat_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                         struct nbdserve_extents *out) {
   (void)flags;
@@ -2641,6 +2699,8 @@ static void flat_close(void *ctx) {
   flat_free(f);
 }
 
+/* Reads and writes come from flat_batch, by way of ex_batched_read and _write
+ * if they are single. */
 static const struct nbdserve_ops flat_ops = {
     .read = ex_batched_read,
     .write = ex_batched_write,
@@ -2654,7 +2714,10 @@ static const struct nbdserve_ops flat_ops = {
     .size = flat_size,
 };
 
-/* ---- Opening ------------------------------------------------------------ */
+/* ---- Opening ------------------------------------------------------------
+ * One function a step.  The steps fill struct flat_target, then struct flat is
+ * made of it.  The lock comes before all that looks at the file or changes it,
+ * so that of several servers that start at once exactly one does. */
 
 /* A target on its way to become an export */
 struct flat_target {
@@ -2671,8 +2734,8 @@ struct flat_target {
 static int flat_check_options(struct flat_target *t,
                               const struct nbdserve_flat *options) {
   static const char prefix[] = "mem:";
-  uint32_t flags = NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY;
-  if (options->flags & ~flags) return -EINVAL;
+  uint32_t known = NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY;
+  if (options->flags & ~known) return -EINVAL;
   t->writable = !options->flags;
   t->create = options->create;
   t->is_memory = strncmp(t->path, prefix, strlen(prefix)) == 0;
@@ -2683,8 +2746,10 @@ static int flat_check_options(struct flat_target *t,
   return t->create > INT64_MAX ? -EINVAL : 0;
 }
 
-/* Opens the target, and makes the file if it may.  O_EXCL tells whether this
- * call has made it, and follows no link to where nothing is yet. */
+/* Opens the target, and makes the file if it is missing and may be made.  Only
+ * O_EXCL tells whether this call has made it, which (F4) must know; it follows
+ * no link to where nothing is yet.  A new file is opened for writing in any
+ * case, as it gets its size. */
 static int flat_open_target(struct flat_target *t) {
   int flags = O_CLOEXEC | O_NOCTTY | O_NONBLOCK; /* a FIFO must not block */
   if (t->is_memory) {
@@ -2711,10 +2776,14 @@ static int flat_lock_target(struct flat_target *t) {
 }
 
 /* Refuses what is neither a file nor a block device, and a device that is to be
- * written and cannot.  Gives a new or empty file its size.  Finds the size. */
+ * written and cannot.  Gives a new or empty file its size.  Finds the size.
+ *
+ * If the file that this call has made has a size by now, another server has had
+ * it in between and has ended: the file and its data are no longer ours. */
 static int flat_prepare_target(struct flat_target *t) {
   struct stat st;
   if (fstat(t->fd, &st) < 0) return -errno;
+  if (st.st_size != 0) t->is_new = 0;
   if (S_ISDIR(st.st_mode)) return -EISDIR;
   if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) return -EINVAL;
   if (S_ISBLK(st.st_mode) && t->writable && os_is_readonly_device(t->fd))
@@ -2730,14 +2799,16 @@ static int flat_prepare_target(struct flat_target *t) {
   return 0;
 }
 
-/* Takes a target back, with a file that this call has made (F4). */
+/* Undoes what was done to open a target (F4).  The file goes first, while the
+ * lock still keeps others from taking it. */
 static void flat_abandon_target(struct flat_target *t) {
   if (t->is_new) os_remove_own_file(t->path, t->fd);
   if (t->fd >= 0) close(t->fd);
 }
 
 /* How many bytes struct flat has for a temporary export of that size.  -EFBIG:
- * more than most. */
+ * more than most, which is what size_t holds: on a machine with addresses of 32
+ * bits a sparse file may well be too large. */
 static int flat_temporary_len(uint64_t size, size_t most, size_t *len) {
   uint64_t nblocks = size / FLAT_OVERLAY_BLOCK + 1;
   uint64_t map_len = nblocks / 8 + 1;
@@ -2754,6 +2825,7 @@ static int flat_new(struct flat **out, const struct flat_target *t,
   uint64_t offset = options->offset;
   uint64_t size = options->size;
   size_t len = sizeof(struct flat);
+  assert(t->fd >= 0 && t->size <= INT64_MAX);
   if (offset > t->size || size > t->size - offset) return -EINVAL;
   if (!size) size = t->size - offset;
   if (options->flags & NBDSERVE_FLAT_TEMPORARY) {
@@ -2800,6 +2872,8 @@ static int flat_get_target(struct flat_target *t,
   return flat_prepare_target(t);
 }
 
+/* See nbdserve.h.  Until all steps have succeeded the target is t's; then its
+ * descriptor and the overlay's are the export's. */
 int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
                        struct nbdserve_export *out) {
   static const struct nbdserve_flat defaults;
@@ -2814,13 +2888,14 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
     flat_abandon_target(&t);
     return err;
   }
+  assert(f->offset + f->size <= INT64_MAX); /* for os_transfer */
   out->size = f->size;
   out->flags |= NBDSERVE_EXPORT_MULTI_CONN; /* fdatasync is for all writers */
   if (options->flags & NBDSERVE_FLAT_READONLY)
     out->flags |= NBDSERVE_EXPORT_READONLY;
   if (os_is_rotational(f->fd)) out->flags |= NBDSERVE_EXPORT_ROTATIONAL;
   out->ops = &flat_ops;
-  out->ctx = f; /* which owns the descriptors from now on */
+  out->ctx = f;
   return 0;
 }
 

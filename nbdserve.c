@@ -436,119 +436,301 @@ static void os_advance(struct iovec **v, int *n, size_t done) {
 }
 
 #if !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS
-/* Reads or writes all of v[0..n) at off; uses v up.  -EIO: the file is over. */
+/* ---- Files and block devices: for [10] and [11] -------------------------
+ * Offsets and lengths have 64 bits without a sign everywhere else; here they
+ * become an off_t.  The caller makes sure that no range reaches beyond
+ * INT64_MAX, and each function asserts that.  A descriptor stays the caller's.
+ *
+ * Calls that a signal interrupts go on: a host may have handlers without
+ * SA_RESTART. */
+
+/* What a call moves.  The values are those of a boolean "writing". */
+enum {
+  OS_READ = 0,
+  OS_WRITE = 1
+};
+
+#if OS_LINUX || (!defined __APPLE__ && !NBDSERVE_POSIX_ONLY)
+/* Moves what one system call moves of v[0..n); as pread(2) and pwrite(2).  For
+ * a single piece the plain calls are a little faster. */
+static ssize_t os_transfer_some(int fd, int writing, const struct iovec *v,
+                                int n, off_t off) {
+  if (n > 1) return writing ? pwritev(fd, v, n, off) : preadv(fd, v, n, off);
+  return writing ? pwrite(fd, v->iov_base, v->iov_len, off)
+                 : pread(fd, v->iov_base, v->iov_len, off);
+}
+#else
+/* The same where POSIX is all there is: one piece at a time. */
+static ssize_t os_transfer_some(int fd, int writing, const struct iovec *v,
+                                int n, off_t off) {
+  (void)n;
+  return writing ? pwrite(fd, v->iov_base, v->iov_len, off)
+                 : pread(fd, v->iov_base, v->iov_len, off);
+}
+#endif
+
+/* Reads (OS_READ) or writes (OS_WRITE) all of v[0..n), which lies at off in one
+ * piece.  Changes v.  No piece may be empty.
+ *
+ * The system may do less than it was asked to (at a signal, a full disk, or
+ * after 2 GiB); what is left is asked for again until it is done or an error
+ * tells why not.  After an error some of it may have been done.  -EIO: the file
+ * ends before all was read. */
 static int os_transfer(int fd, int writing, struct iovec *v, int n,
                        uint64_t off) {
+  assert(writing == OS_READ || writing == OS_WRITE);
   while (n > 0) {
-    off_t at = (off_t)off;
-    ssize_t done;
-#if OS_LINUX || (!defined __APPLE__ && !NBDSERVE_POSIX_ONLY)
-    if (n > 1)
-      done = writing ? pwritev(fd, v, n, at) : preadv(fd, v, n, at);
-    else
-#endif
-      done = writing ? pwrite(fd, v->iov_base, v->iov_len, at)
-                     : pread(fd, v->iov_base, v->iov_len, at);
+    assert(v->iov_len > 0); /* else 0 would not mean the end of the file */
+    assert(off <= INT64_MAX);
+    ssize_t done = os_transfer_some(fd, writing, v, n, (off_t)off);
     if (done < 0 && errno == EINTR) continue;
-    if (done <= 0) return done < 0 ? -errno : -EIO;
+    if (done < 0) return -errno;
+    if (done == 0) return -EIO;
     off += (uint64_t)done;
     os_advance(&v, &n, (size_t)done);
   }
   return 0;
 }
 
-/* All that was written to fd is on the medium afterwards. */
-static int os_datasync(int fd) {
-  int r;
-  do {
 #ifdef __APPLE__
-    r = fcntl(fd, F_FULLFSYNC);
-    if (r < 0 && errno != EINTR && errno != EIO) r = fsync(fd);
-#else
-    r = fdatasync(fd);
-#endif
-  } while (r < 0 && errno == EINTR);
-  return r < 0 ? -errno : 0;
+/* Asks the drive to empty its cache, which fsync(2) does not on this system.
+ * Where a file system cannot do that, fsync is the best there is. */
+static int os_try_datasync(int fd) {
+  int r = fcntl(fd, F_FULLFSYNC);
+  return r < 0 && errno != EINTR && errno != EIO ? fsync(fd) : r;
 }
+#else
+/* As fdatasync(2). */
+static int os_try_datasync(int fd) {
+  return fdatasync(fd);
+}
+#endif
 
-/* The space behind a range: KEEP_SIZE allocates it, with PUNCH_HOLE it is given
- * back and reads as zeroes, with ZERO_RANGE it reads as zeroes and stays.
- * -EINVAL: not at these boundaries.  -EOPNOTSUPP: not here. */
-enum {
-  OS_KEEP_SIZE = 1,
-  OS_PUNCH_HOLE = 2 + 1,
-  OS_ZERO_RANGE = 16 + 1
-};
-static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
-#if OS_LINUX
-  while (fallocate(fd, mode, (off_t)off, (off_t)len) < 0)
-    if (errno != EINTR)
-      return errno == ENOSYS || errno == EPERM || errno == ENODEV ? -EOPNOTSUPP
-                                                                  : -errno;
+/* When it returns 0, all that was written to fd is on the medium, with as much
+ * of the file's metadata as it takes to read it.  After any error nobody knows
+ * what is there, and a second call tells nothing about it: see (F1), (C14). */
+static int os_datasync(int fd) {
+  while (os_try_datasync(fd) < 0)
+    if (errno != EINTR) return -errno;
   return 0;
-#else
-  return (void)fd, (void)mode, (void)off, (void)len, -EOPNOTSUPP;
-#endif
 }
 
-/* Keeps other servers out: a writer everyone, a reader writers.  -EBUSY: one
- * is there.  A file system without locks has none. */
+/* What os_fallocate does to a range.  The numbers are those of Linux. */
+enum {
+  OS_ALLOCATE = 0,    /* has space, maybe with a larger file; keeps its data */
+  OS_PUNCH_HOLE = 3,  /* gives its space back; reads as zeroes; same size */
+  OS_ZERO_RANGE = 17, /* reads as zeroes and has space; same size */
+  OS_FALLOCATE_MODES  /* all are below this */
+};
+
+#if OS_LINUX
+#ifdef FALLOC_FL_ZERO_RANGE /* musl does not name it */
+STATIC_ASSERT(punch_hole_is_linux_s,
+              OS_PUNCH_HOLE == (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE));
+STATIC_ASSERT(zero_range_is_linux_s,
+              OS_ZERO_RANGE == (FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE));
+#endif
+
+/* Changes the space behind a range.  -EINVAL: not at these boundaries, as for a
+ * part of a device's sector.  -EOPNOTSUPP: this kind of file (ENODEV), its file
+ * system or a sandbox (EPERM or ENOSYS) does not have that. */
+static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
+  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
+  assert(len > 0 && off <= INT64_MAX && len <= INT64_MAX - off);
+  while (fallocate(fd, mode, (off_t)off, (off_t)len) < 0) {
+    if (errno == EINTR) continue;
+    if (errno == ENOSYS || errno == EPERM || errno == ENODEV)
+      return -EOPNOTSUPP;
+    return -errno;
+  }
+  return 0;
+}
+#else
+/* Other systems have nothing that keeps all these promises. */
+static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
+  (void)fd;
+  (void)mode;
+  (void)off;
+  (void)len;
+  return -EOPNOTSUPP;
+}
+#endif
+
+/* Keeps other servers out, until fd is closed: a writer keeps out everybody, a
+ * reader keeps out writers.  -EBUSY: another server is there already.  On a
+ * file system without locks nobody is kept out.
+ *
+ * flock(2) it is because its lock belongs to the descriptor.  A lock of
+ * fcntl(2) belongs to the process: it would let one server open a file twice,
+ * and vanish when the process closes any other descriptor of the file. */
 static int os_lock_file(int fd, int readonly) {
   int r = flock(fd, (readonly ? LOCK_SH : LOCK_EX) | LOCK_NB);
   return r < 0 && (errno == EWOULDBLOCK || errno == EAGAIN) ? -EBUSY : 0;
 }
 
-/* A new file of that path is there after a power cut, as it is. */
+/* Makes a new file and its name survive a power cut.  fd is the file at path.
+ * First the file, then the name: a name must not lead to a file that is not
+ * there yet. */
 static int os_sync_new_file(int fd, const char *path) {
-  int err = os_datasync(fd), dir = err ? err : os_open_dir(path);
+  int err = os_datasync(fd);
+  if (err) return err;
+  int dir = os_open_dir(path);
   if (dir < 0) return dir;
   err = os_datasync(dir);
   close(dir);
-  return err == -EINVAL ? 0 : err; /* some directories cannot */
+  return err == -EINVAL ? 0 : err; /* some directories cannot be synced */
 }
 #endif
 
 #if !NBDSERVE_NO_FLAT
-/* Is there data at off?  *next: where that answer ends, at most end. */
-static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
-  int is_data = 1;
-  *next = end;
+/* ---- Files and block devices: for [10] alone ---------------------------- */
+
 #if defined SEEK_HOLE && !NBDSERVE_POSIX_ONLY
-  off_t data = lseek(fd, (off_t)off, SEEK_DATA), to = data;
-  is_data = data >= 0 ? (uint64_t)data == off
-                      : errno != ENXIO || lseek(fd, 0, SEEK_END) < (off_t)end;
-  if (data >= 0 && is_data) to = lseek(fd, data, SEEK_HOLE);
-  if (to > (off_t)off && (uint64_t)to < end) *next = (uint64_t)to;
-#endif
-  return (void)fd, (void)off, is_data;
-}
-
-/* A file that is gone when it is closed, in dir or, if that is NULL, memory. */
-static int os_nameless_file(const char *dir) {
-  char path[PATH_MAX];
-  int fd = -1;
-#if OS_LINUX && defined MFD_CLOEXEC
-  if (!dir) fd = memfd_create("nbdserve", MFD_CLOEXEC);
-#endif
-  snprintf(path, sizeof path, "%s/nbdserveXXXXXX", dir ? dir : "/tmp");
-  if (fd < 0 && (fd = mkstemp(path)) >= 0) {
-    unlink(path);
-    fcntl(fd, F_SETFD, FD_CLOEXEC);
+/* Returns 1 if there is data at off, and 0 if there is a hole, which reads as
+ * zeroes.  *next: where the data or the hole ends, at most end.
+ *
+ * When in doubt it is data: clients skip what they are told is a hole, so a
+ * hole that is called data costs time, and data that is called a hole is lost.
+ * Other threads may change the file in between; each answer was true once. */
+static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
+  assert(off < end && end <= INT64_MAX);
+  *next = end;
+  off_t data = lseek(fd, (off_t)off, SEEK_DATA);
+  if (data < 0 && errno == ENXIO) {
+    /* There is no data behind off.  All up to end is a hole, unless the file
+     * has become shorter: a read behind its end must still fail. */
+    return lseek(fd, 0, SEEK_END) < (off_t)end;
   }
-  return fd < 0 ? -errno : fd;
+  if (data < 0) return 1; /* the file system does not know */
+  if ((uint64_t)data > off) {
+    if ((uint64_t)data < end) *next = (uint64_t)data;
+    return 0;
+  }
+  off_t hole = lseek(fd, (off_t)off, SEEK_HOLE);
+  if (hole > (off_t)off && (uint64_t)hole < end) *next = (uint64_t)hole;
+  assert(*next > off && *next <= end);
+  return 1;
 }
-
-static int os_is_rotational(int fd) { /* a file does not know */
-  unsigned short yes = 0;
-  return OS_LINUX && ioctl(fd, _IO(0x12, 126), &yes) == 0 && yes;
+#else
+/* Where files do not tell their holes, all is data. */
+static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
+  (void)fd;
+  (void)off;
+  *next = end;
+  return 1;
 }
-
-static int os_willneed(int fd, uint64_t off, uint64_t len) {
-#if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
-  posix_fadvise(fd, (off_t)off, (off_t)len, POSIX_FADV_WILLNEED);
 #endif
-  return (void)fd, (void)off, (void)len, 0;
+
+#if OS_LINUX && defined MFD_CLOEXEC
+/* Opens a new file in memory, as open(2). */
+static int os_open_memory(void) {
+  return memfd_create("nbdserve", MFD_CLOEXEC);
 }
+#else
+/* This system has no files in memory. */
+static int os_open_memory(void) {
+  return -1;
+}
+#endif
+
+#if OS_LINUX && defined O_TMPFILE
+/* Opens a new file in dir that never has a name, as open(2).  O_EXCL: nobody
+ * can give it one. */
+static int os_open_unnamed(const char *dir) {
+  return open(dir, O_TMPFILE | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
+}
+#else
+/* Every file of this system has a name at first. */
+static int os_open_unnamed(const char *dir) {
+  (void)dir;
+  return -1;
+}
+#endif
+
+/* Opens a new file in dir and takes its name away at once.  mkstemp makes the
+ * name up and refuses one that is there, so it follows no link that others may
+ * have placed. */
+static int os_open_and_unlink(const char *dir) {
+  char path[PATH_MAX];
+  int len = snprintf(path, sizeof path, "%s/nbdserveXXXXXX", dir);
+  if (len < 0 || len >= (int)sizeof path) return -ENAMETOOLONG;
+  int fd = mkstemp(path);
+  if (fd < 0) return -errno;
+  fcntl(fd, F_SETFD, FD_CLOEXEC);
+  if (unlink(path) == 0) return fd;
+  int err = -errno;
+  close(fd);
+  return err;
+}
+
+/* Opens a file of nobody else's that is gone when it is closed: in dir or, if
+ * dir is NULL, in memory, or in /tmp where the system has no files in memory.
+ * The caller owns the descriptor.
+ *
+ * The ways are tried from the best to the one that works everywhere, without a
+ * look at why one has failed.  -errno: of the last one. */
+static int os_nameless_file(const char *dir) {
+  int fd = dir ? -1 : os_open_memory();
+  if (fd >= 0) return fd;
+  if (!dir) dir = "/tmp";
+  fd = os_open_unnamed(dir); /* not every file system can do that */
+  return fd >= 0 ? fd : os_open_and_unlink(dir);
+}
+
+/* Removes the file at path if it still is the one that fd is: in the meantime
+ * somebody may have put another one there, which is not ours to remove. */
+static void os_remove_own_file(const char *path, int fd) {
+  struct stat own;
+  struct stat found;
+  if (fstat(fd, &own) < 0 || lstat(path, &found) < 0) return;
+  if (own.st_dev == found.st_dev && own.st_ino == found.st_ino) unlink(path);
+}
+
+#if OS_LINUX
+/* These two are of <linux/fs.h>, which not every libc comes with. */
+#define OS_BLKROGET _IO(0x12, 94)
+#define OS_BLKROTATIONAL _IO(0x12, 126)
+
+/* Does the block device refuse writes?  Opening such a device for writing
+ * succeeds nevertheless. */
+static int os_is_readonly_device(int fd) {
+  int yes = 0;
+  return ioctl(fd, OS_BLKROGET, &yes) == 0 && yes;
+}
+
+/* Does the block device have a head to move?  Files do not know. */
+static int os_is_rotational(int fd) {
+  unsigned short yes = 0;
+  return ioctl(fd, OS_BLKROTATIONAL, &yes) == 0 && yes;
+}
+#else
+/* Nothing to ask: opening the device must tell. */
+static int os_is_readonly_device(int fd) {
+  (void)fd;
+  return 0;
+}
+
+/* Nothing to ask. */
+static int os_is_rotational(int fd) {
+  (void)fd;
+  return 0;
+}
+#endif
+
+#if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
+/* Says that a range will be read soon. */
+static void os_willneed(int fd, uint64_t off, uint64_t len) {
+  assert(off <= INT64_MAX && len <= INT64_MAX - off);
+  posix_fadvise(fd, (off_t)off, (off_t)len, POSIX_FADV_WILLNEED);
+}
+#else
+/* This system cannot be told. */
+static void os_willneed(int fd, uint64_t off, uint64_t len) {
+  (void)fd;
+  (void)off;
+  (void)len;
+}
+#endif
 
 #endif /* !NBDSERVE_NO_FLAT */
 
@@ -713,13 +895,42 @@ static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
 }
 
 /* ==== [4] SHA-256 (sha_) =================================================
- * FIPS 180-4, of one message in one call, or of two of the same length side by
- * side: the instructions of x86 processors then do both in the time of one.
+ * SHA-256 (FIPS 180-4) of one message, or of two messages of the same length
+ * side by side.
  *
- * The words of a state lie in the order F E B A H G D C, as those want them. */
+ * Why two: many x86 processors have instructions for SHA-256, but each of
+ * these waits for the result of the one before, so one message alone leaves
+ * most of the processor idle.  The instructions for a second message fit into
+ * the gaps, and two digests take about as long as one.
+ *
+ * A state is the eight words that the standard calls A to H.  They lie in
+ * memory in the order F E B A H G D C, because the instructions want ABEF in
+ * one register and CDGH in another one, A and C as the highest words.  All code
+ * below uses that order, so that no state is ever rearranged. */
 #if !NBDSERVE_NO_CAS
 
-static const uint32_t sha_k[64] = {
+/* Where each word lies in a state */
+enum {
+  SHA_F,
+  SHA_E,
+  SHA_B,
+  SHA_A,
+  SHA_H,
+  SHA_G,
+  SHA_D,
+  SHA_C,
+  SHA_STATE_WORDS
+};
+
+enum {
+  SHA_BLOCK_LEN = 64, /* bytes that are mixed into the state at a time */
+  SHA_ROUNDS = 64,    /* rounds for each block */
+  SHA_COUNT_LEN = 8   /* bytes at a message's end that hold its length */
+};
+
+/* The constant that goes into each round: the first 32 bits behind the point of
+ * the cube root of each of the first 64 primes */
+static const uint32_t sha_k[SHA_ROUNDS] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1,
     0x923f82a4, 0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3,
     0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174, 0xe49b69c1, 0xefbe4786,
@@ -732,108 +943,224 @@ static const uint32_t sha_k[64] = {
     0x5b9cca4f, 0x682e6ff3, 0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208,
     0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 
+/* The functions of the standard.  They are macros because tcc does not inline;
+ * their arguments are evaluated several times. */
 #define SHA_ROR(x, n) ((x) >> (n) | (x) << (32 - (n)))
-#define SHA_MIX(x, i, j, last) (SHA_ROR(x, i) ^ SHA_ROR(x, j) ^ (last))
-#define SHA_ROUND(a, b, c, d, e, f, g, h, i) \
-  v[h] += SHA_MIX(v[e], 6, 11, SHA_ROR(v[e], 25)) + sha_k[i] + w[i] + \
-          ((v[e] & v[f]) ^ (~v[e] & v[g])); \
-  v[d] += v[h]; \
-  v[h] += SHA_MIX(v[a], 2, 13, SHA_ROR(v[a], 22)) + \
-          ((v[a] & v[b]) ^ (v[a] & v[c]) ^ (v[b] & v[c]))
+#define SHA_BIG_SIGMA_0(x) (SHA_ROR(x, 2) ^ SHA_ROR(x, 13) ^ SHA_ROR(x, 22))
+#define SHA_BIG_SIGMA_1(x) (SHA_ROR(x, 6) ^ SHA_ROR(x, 11) ^ SHA_ROR(x, 25))
+#define SHA_SIGMA_0(x) (SHA_ROR(x, 7) ^ SHA_ROR(x, 18) ^ (x) >> 3)
+#define SHA_SIGMA_1(x) (SHA_ROR(x, 17) ^ SHA_ROR(x, 19) ^ (x) >> 10)
+#define SHA_CHOOSE(x, y, z) (((x) & (y)) ^ (~(x) & (z)))
+#define SHA_MAJORITY(x, y, z) (((x) & (y)) ^ ((x) & (z)) ^ ((y) & (z)))
 
-static void sha_portable(uint32_t *s, const unsigned char *p, uint32_t *u,
-                         const unsigned char *q, size_t n) {
-  uint32_t w[64], v[8];
+/* One round on the state v.  The standard moves every word one place on after
+ * each round; here the words stay where they are, and the next round names
+ * them differently instead.  addend: the constant plus the message's word. */
+#define SHA_ROUND(v, a, b, c, d, e, f, g, h, addend) \
+  do { \
+    v[SHA_##h] += SHA_BIG_SIGMA_1(v[SHA_##e]) + \
+                  SHA_CHOOSE(v[SHA_##e], v[SHA_##f], v[SHA_##g]) + (addend); \
+    v[SHA_##d] += v[SHA_##h]; \
+    v[SHA_##h] += SHA_BIG_SIGMA_0(v[SHA_##a]) + \
+                  SHA_MAJORITY(v[SHA_##a], v[SHA_##b], v[SHA_##c]); \
+  } while (0)
+
+/* Computes the words that the rounds for a block take, one each.  The first 16
+ * are the block, big-endian; every other one is made of four before it. */
+static void sha_schedule(uint32_t w[SHA_ROUNDS], const unsigned char *block) {
   int i;
-  if (q) sha_portable(u, q, NULL, NULL, n);
-  for (; n > 0; n--, p += 64) {
-    for (i = 0; i < 16; i++)
-      w[i] = u_get32(p + 4 * i);
-    for (; i < 64; i++)
-      w[i] = w[i - 16] + SHA_MIX(w[i - 15], 7, 18, w[i - 15] >> 3) + w[i - 7] +
-             SHA_MIX(w[i - 2], 17, 19, w[i - 2] >> 10);
-    memcpy(v, s, sizeof v);
-    for (i = 0; i < 64; i += 8) {
-      SHA_ROUND(3, 2, 7, 6, 1, 0, 5, 4, i);
-      SHA_ROUND(4, 3, 2, 7, 6, 1, 0, 5, i + 1);
-      SHA_ROUND(5, 4, 3, 2, 7, 6, 1, 0, i + 2);
-      SHA_ROUND(0, 5, 4, 3, 2, 7, 6, 1, i + 3);
-      SHA_ROUND(1, 0, 5, 4, 3, 2, 7, 6, i + 4);
-      SHA_ROUND(6, 1, 0, 5, 4, 3, 2, 7, i + 5);
-      SHA_ROUND(7, 6, 1, 0, 5, 4, 3, 2, i + 6);
-      SHA_ROUND(2, 7, 6, 1, 0, 5, 4, 3, i + 7);
+  for (i = 0; i < 16; i++)
+    w[i] = u_get32(block + 4 * i);
+  for (; i < SHA_ROUNDS; i++)
+    w[i] =
+        SHA_SIGMA_1(w[i - 2]) + w[i - 7] + SHA_SIGMA_0(w[i - 15]) + w[i - 16];
+}
+
+/* Mixes nblocks blocks into a state, in plain C.  For each block a copy of the
+ * state goes through all rounds and is then added to the state. */
+static void sha_portable(uint32_t *state, const unsigned char *blocks,
+                         size_t nblocks) {
+  uint32_t w[SHA_ROUNDS];
+  uint32_t v[SHA_STATE_WORDS];
+  for (; nblocks > 0; nblocks--, blocks += SHA_BLOCK_LEN) {
+    sha_schedule(w, blocks);
+    memcpy(v, state, sizeof v);
+    for (int i = 0; i < SHA_ROUNDS; i += 8) {
+      SHA_ROUND(v, A, B, C, D, E, F, G, H, sha_k[i] + w[i]);
+      SHA_ROUND(v, H, A, B, C, D, E, F, G, sha_k[i + 1] + w[i + 1]);
+      SHA_ROUND(v, G, H, A, B, C, D, E, F, sha_k[i + 2] + w[i + 2]);
+      SHA_ROUND(v, F, G, H, A, B, C, D, E, sha_k[i + 3] + w[i + 3]);
+      SHA_ROUND(v, E, F, G, H, A, B, C, D, sha_k[i + 4] + w[i + 4]);
+      SHA_ROUND(v, D, E, F, G, H, A, B, C, sha_k[i + 5] + w[i + 5]);
+      SHA_ROUND(v, C, D, E, F, G, H, A, B, sha_k[i + 6] + w[i + 6]);
+      SHA_ROUND(v, B, C, D, E, F, G, H, A, sha_k[i + 7] + w[i + 7]);
     }
-    for (i = 0; i < 8; i++)
-      s[i] += v[i];
+    for (int i = 0; i < SHA_STATE_WORDS; i++)
+      state[i] += v[i];
   }
 }
 
 #if OS_HWSHA
-#define SHA_FOUR(x, k) /* rounds */ \
-  t = _mm_add_epi32(x##0, k); \
-  x##cd = _mm_sha256rnds2_epu32(x##cd, x##ab, t); \
-  x##ab = _mm_sha256rnds2_epu32(x##ab, x##cd, _mm_shuffle_epi32(t, 14)); \
-  t = _mm_add_epi32(_mm_sha256msg1_epu32(x##0, x##1), \
-                    _mm_alignr_epi8(x##3, x##2, 4)); \
-  x##0 = x##1, x##1 = x##2, x##2 = x##3; \
-  x##3 = _mm_sha256msg2_epu32(t, x##2)
-#define SHA_LOAD(p) _mm_loadu_si128((const __m128i *)(const void *)(p))
-#define SHA_SAVE(p, v) _mm_storeu_si128((__m128i *)(void *)(p), v)
-#define SHA_WORDS(x, p, i) x##i = _mm_shuffle_epi8(SHA_LOAD(p + 16 * i), order)
-#define SHA_BLOCK(x, p) \
-  SHA_WORDS(x, p, 0), SHA_WORDS(x, p, 1), SHA_WORDS(x, p, 2), SHA_WORDS(x, p, 3)
+/* One of the two messages that the instructions work on.  All of it can
+ * stay in registers: two lanes, the constants and what is in between fit into
+ * the 16 that the processor has. */
+struct sha_lane {
+  __m128i abef; /* half of the state */
+  __m128i cdgh; /* the other half */
+  __m128i w[4]; /* 16 words of the message's schedule, the next ones first */
+};
 
-static OS_HWSHA_TARGET void sha_hw(uint32_t *s, const unsigned char *p,
-                                   uint32_t *u, const unsigned char *q,
-                                   size_t n) {
+/* Loads four words from anywhere. */
+static inline OS_HWSHA_TARGET __m128i sha_load(const void *from) {
+  return _mm_loadu_si128((const __m128i *)from);
+}
+
+/* Loads a block of the message, whose words are big-endian.  There is no loop
+ * because gcc would keep an array that a loop indexes in memory. */
+static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
+                                                 const unsigned char *block) {
   const __m128i order = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
-  __m128i pab = SHA_LOAD(s), pcd = SHA_LOAD(s + 4), p0, p1, p2, p3;
-  __m128i qab = SHA_LOAD(u), qcd = SHA_LOAD(u + 4), q0, q1, q2, q3, t, k;
-  int i;
-  for (; n > 0; n--, p += 64, q += 64) {
-    SHA_BLOCK(p, p);
-    SHA_BLOCK(q, q);
-    for (i = 0; i < 64; i += 4) {
-      k = SHA_LOAD(sha_k + i);
-      SHA_FOUR(p, k);
-      SHA_FOUR(q, k);
+  lane->w[0] = _mm_shuffle_epi8(sha_load(block), order);
+  lane->w[1] = _mm_shuffle_epi8(sha_load(block + 16), order);
+  lane->w[2] = _mm_shuffle_epi8(sha_load(block + 32), order);
+  lane->w[3] = _mm_shuffle_epi8(sha_load(block + 48), order);
+}
+
+/* Does four rounds, k being their constants, and computes the four words of the
+ * schedule that the rounds need 16 later.  The last four calls for a block
+ * compute words in vain; a second loop without that was not faster. */
+static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
+                                                   __m128i k) {
+  __m128i *w = lane->w;
+  __m128i addend = _mm_add_epi32(w[0], k);
+  /* Each of these does two rounds, on the lower half of addend.  The old ABEF
+   * is the new CDGH, so the halves change places twice. */
+  lane->cdgh = _mm_sha256rnds2_epu32(lane->cdgh, lane->abef, addend);
+  addend = _mm_shuffle_epi32(addend, 14); /* the upper half */
+  lane->abef = _mm_sha256rnds2_epu32(lane->abef, lane->cdgh, addend);
+  __m128i seven_back = _mm_alignr_epi8(w[3], w[2], 4);
+  __m128i sum = _mm_add_epi32(_mm_sha256msg1_epu32(w[0], w[1]), seven_back);
+  w[0] = w[1];
+  w[1] = w[2];
+  w[2] = w[3];
+  w[3] = _mm_sha256msg2_epu32(sum, w[2]);
+}
+
+/* Adds a state to what the rounds made of it, and saves the sum as the state,
+ * from which the next block goes on. */
+static inline OS_HWSHA_TARGET void sha_lane_save(struct sha_lane *lane,
+                                                 uint32_t *state) {
+  lane->abef = _mm_add_epi32(lane->abef, sha_load(state + SHA_F));
+  lane->cdgh = _mm_add_epi32(lane->cdgh, sha_load(state + SHA_H));
+  _mm_storeu_si128((__m128i *)(void *)(state + SHA_F), lane->abef);
+  _mm_storeu_si128((__m128i *)(void *)(state + SHA_H), lane->cdgh);
+}
+
+/* Mixes nblocks blocks each into two states, with the instructions.  The lines
+ * for the two lanes alternate, and the compiler keeps that order more or less;
+ * the processor does the rest. */
+static OS_HWSHA_TARGET void sha_hw(uint32_t *state, const unsigned char *blocks,
+                                   uint32_t *other_state,
+                                   const unsigned char *other_blocks,
+                                   size_t nblocks) {
+  struct sha_lane lane = {.abef = sha_load(state + SHA_F),
+                          .cdgh = sha_load(state + SHA_H)};
+  struct sha_lane other = {.abef = sha_load(other_state + SHA_F),
+                           .cdgh = sha_load(other_state + SHA_H)};
+  for (size_t i = 0; i < nblocks; i++) {
+    sha_lane_load(&lane, blocks + SHA_BLOCK_LEN * i);
+    sha_lane_load(&other, other_blocks + SHA_BLOCK_LEN * i);
+    for (int round = 0; round < SHA_ROUNDS; round += 4) {
+      __m128i k = sha_load(sha_k + round);
+      sha_lane_rounds(&lane, k);
+      sha_lane_rounds(&other, k);
     }
-    SHA_SAVE(s, pab = _mm_add_epi32(pab, SHA_LOAD(s)));
-    SHA_SAVE(s + 4, pcd = _mm_add_epi32(pcd, SHA_LOAD(s + 4)));
-    SHA_SAVE(u, qab = _mm_add_epi32(qab, SHA_LOAD(u)));
-    SHA_SAVE(u + 4, qcd = _mm_add_epi32(qcd, SHA_LOAD(u + 4)));
+    sha_lane_save(&lane, state);
+    sha_lane_save(&other, other_state);
   }
 }
+
+/* Mixes nblocks blocks into a state, and as many other blocks into another
+ * state.  use_hw: with the instructions, both at once; then there must be other
+ * blocks, maybe the same ones.  Else other_blocks may be NULL. */
+static void sha_mix(int use_hw, uint32_t *state, const unsigned char *blocks,
+                    uint32_t *other_state, const unsigned char *other_blocks,
+                    size_t nblocks) {
+  assert(other_blocks || !use_hw || !nblocks);
+  if (use_hw) {
+    sha_hw(state, blocks, other_state, other_blocks, nblocks);
+    return;
+  }
+  sha_portable(state, blocks, nblocks);
+  if (other_blocks) sha_portable(other_state, other_blocks, nblocks);
+}
 #else
-#define sha_hw sha_portable
+/* The same where only plain C can do it. */
+static void sha_mix(int use_hw, uint32_t *state, const unsigned char *blocks,
+                    uint32_t *other_state, const unsigned char *other_blocks,
+                    size_t nblocks) {
+  (void)use_hw;
+  assert(!use_hw); /* os_has_hwsha says so */
+  sha_portable(state, blocks, nblocks);
+  if (other_blocks) sha_portable(other_state, other_blocks, nblocks);
+}
 #endif
 
-/* The digests of p[len] and of q[len], if not NULL.  hw: see os_has_hwsha. */
-static void sha_256(int hw, const void *p, const void *q, size_t len,
-                    unsigned char *p_out, unsigned char *q_out) {
-  static const uint32_t start[8] = {0x9b05688c, 0x510e527f, 0xbb67ae85,
-                                    0x6a09e667, 0x5be0cd19, 0x1f83d9ab,
-                                    0xa54ff53a, 0x3c6ef372};
-  static const unsigned char order[8] = {3, 2, 7, 6, 1, 0, 5, 4};
-  size_t whole = len / 64, rest = len % 64, n = rest < 56 ? 1 : 2, i;
-  unsigned char tail[2][128];
-  uint32_t s[2][8];
+/* Writes what comes behind the last whole block of a message, and returns how
+ * many blocks that takes, 1 or 2:
+ *
+ *   the rest of the message, 0 to 63 bytes
+ *   the byte 0x80
+ *   zeroes, as few as it takes to fill the last block
+ *   the length of the whole message in bits, 8 bytes */
+static size_t sha_pad(unsigned char tail[2 * SHA_BLOCK_LEN],
+                      const unsigned char *message, size_t len) {
+  size_t rest = len % SHA_BLOCK_LEN;
+  size_t nblocks = rest + 1 + SHA_COUNT_LEN <= SHA_BLOCK_LEN ? 1 : 2;
+  size_t end = SHA_BLOCK_LEN * nblocks;
+  memset(tail, 0, end);
+  if (rest) memcpy(tail, message + (len - rest), rest); /* else maybe NULL */
+  tail[rest] = 0x80;
+  assert(rest + 1 <= end - SHA_COUNT_LEN);
+  u_put64(tail + end - SHA_COUNT_LEN, (uint64_t)len * 8);
+  return nblocks;
+}
 
-  for (i = 0; i < 2; i++) {
-    const unsigned char *m = i ? q : p;
-    memcpy(s[i], start, sizeof start);
-    memset(tail[i], 0, sizeof tail[i]);
-    if (m && rest) memcpy(tail[i], m + 64 * whole, rest);
-    tail[i][rest] = 0x80;
-    u_put64(tail[i] + 64 * n - 8, (uint64_t)len * 8);
-  }
-  (hw ? sha_hw : sha_portable)(s[0], p, s[1], q || !hw ? q : p, whole);
-  const unsigned char *t = q ? tail[1] : hw ? tail[0] : NULL;
-  (hw ? sha_hw : sha_portable)(s[0], tail[0], s[1], t, n);
-  for (i = 0; i < 8; i++) {
-    u_put32(p_out + 4 * i, s[0][order[i]]);
-    if (q) u_put32(q_out + 4 * i, s[1][order[i]]);
-  }
+/* Writes the digest that a state stands for, once all blocks are mixed in. */
+static void sha_put_digest(unsigned char digest[32], const uint32_t *state) {
+  static const unsigned char order[SHA_STATE_WORDS] = {
+      SHA_A, SHA_B, SHA_C, SHA_D, SHA_E, SHA_F, SHA_G, SHA_H};
+  for (int i = 0; i < SHA_STATE_WORDS; i++)
+    u_put32(digest + 4 * i, state[order[i]]);
+}
+
+/* Writes the digest of first[len] to first_digest and, if second is not NULL,
+ * the digest of second[len] to second_digest.  A digest may be written over its
+ * own message.  use_hw: use the processor's instructions; only where
+ * os_has_hwsha. */
+static void sha_256(int use_hw, const void *first, const void *second,
+                    size_t len, unsigned char *first_digest,
+                    unsigned char *second_digest) {
+  static const uint32_t start[SHA_STATE_WORDS] = {
+      [SHA_A] = 0x6a09e667, [SHA_B] = 0xbb67ae85, [SHA_C] = 0x3c6ef372,
+      [SHA_D] = 0xa54ff53a, [SHA_E] = 0x510e527f, [SHA_F] = 0x9b05688c,
+      [SHA_G] = 0x1f83d9ab, [SHA_H] = 0x5be0cd19};
+  uint32_t state[2][SHA_STATE_WORDS];
+  unsigned char tail[2][2 * SHA_BLOCK_LEN];
+  assert(first || !len);
+  assert(second_digest || !second);
+
+  /* The instructions always work on two messages.  A single message keeps
+   * itself company, and the second result is not looked at. */
+  const void *beside = use_hw && !second ? first : second;
+  memcpy(state[0], start, sizeof start);
+  memcpy(state[1], start, sizeof start);
+  size_t ntail = sha_pad(tail[0], first, len);
+  if (beside) sha_pad(tail[1], beside, len);
+  sha_mix(use_hw, state[0], first, state[1], beside, len / SHA_BLOCK_LEN);
+  sha_mix(use_hw, state[0], tail[0], state[1], beside ? tail[1] : NULL, ntail);
+  sha_put_digest(first_digest, state[0]);
+  if (second) sha_put_digest(second_digest, state[1]);
 }
 
 #endif /* !NBDSERVE_NO_CAS */
@@ -3683,220 +4010,547 @@ static void tx_run(struct conn *c) {
 }
 
 /* ==== [10] FLAT (flat_) ==================================================
- * A regular file or block device, served as it is.
+ * A regular file, a block device or memory, served as it is.  Here the file is
+ * called the target, also if it is a device or in memory.
+ *
+ *   export      0 ................................ size
+ *   target      offset .................. offset + size
+ *   overlay     0 [64 KiB] [64 KiB] [64 KiB] [...] size
+ *
+ * Only a temporary export (NBDSERVE_FLAT_TEMPORARY) has an overlay, a file
+ * without a name.  Its target is only read.  The first write to a block brings
+ * the whole block to the overlay; from then on the block is read and written
+ * there.  What is not in the overlay is read from the target.  The functions
+ * that know of blocks begin with overlay_.
+ *
+ * Requests: READ and WRITE come to flat_batch, in the client's thread and many
+ * at a time; the others come one by one to a method of flat_ops, in threads
+ * that may wait.  Their ranges are inside the export (E2).
  *
  * (F1) After a failed fdatasync the kernel may have dropped what it could not
- *      write, and the next one says all is well.  So the first failure is for
- *      good: every later write and flush fails until the file is opened anew.
- * (F2) Calls that a system, file system or sandbox may lack are tried until
- *      they first say so; from then on the portable way is taken.
- * (F3) Nothing here depends on a file offset: any number of threads may call */
+ *      write, and the next fdatasync says that all is well.  So the first
+ *      failure is for good: every later write and flush fails with EIO until
+ *      the file is opened anew.
+ * (F2) A call that a system, a file system or a sandbox may lack is tried until
+ *      it first says so; from then on the portable way is taken.
+ * (F3) Nothing here depends on the offset of a descriptor, so any number of
+ *      threads may call at once.
+ * (F4) What nbdserve_flat_open makes and then cannot use it removes again. */
 #if !NBDSERVE_NO_FLAT
 
 enum {
-  FLAT_RUN = 64,
-  FLAT_BLOCK = 65536
-}; /* in one call; of the temporary */
-enum {
-  FLAT_FAILED = 1 << 30
-}; /* (F1), beside the modes of os_fallocate */
-
-struct flat {
-  struct ex_batched own;
-  int fd, temp;          /* fixed: the file; a nameless one for writes, or -1 */
-  uint64_t offset, size; /* fixed: of the export in the file; 0: all of it */
-  struct os_monitor lock; /* guards: */
-  int lacks;              /* FLAT_FAILED, and 1 << mode for each mode (F2) */
-  unsigned char there[];  /* a bit for each block that is in temp */
+  FLAT_MAX_IOV = 64, /* neighbouring requests that go into one system call */
+  FLAT_OVERLAY_BLOCK = 65536 /* bytes that come to the overlay as a whole */
 };
 
-static int flat_lacks(struct flat *f, int more) {
+/* An open export: nbdserve_flat_open makes it, flat_close frees it.
+ *
+ *   members         written by          read by                  lock
+ *   own ... size    nbdserve_flat_open  everybody                none
+ *   failed          FLUSH               FLUSH, all that writes   lock
+ *   unsupported     TRIM, ZEROES        TRIM, ZEROES             lock
+ *   in_overlay      WRITE               READ, WRITE              lock
+ *
+ * The lock is held for the moment that it takes to look, except for in_overlay:
+ * see there. */
+struct flat {
+  struct ex_batched own; /* must come first: ex_batched_read looks there */
+
+  /* Fixed while the export is open: no lock is needed. */
+  int fd;          /* the target; ours to close */
+  int overlay_fd;  /* the overlay, ours to close; -1: writes go to the target */
+  int follows_end; /* the export ends where the target ends, even if it grows */
+  uint64_t offset; /* bytes of the target in front of the export */
+  uint64_t size;   /* bytes of the export when it was opened */
+
+  struct os_monitor lock; /* guards all that follows */
+  int failed;             /* a sync has failed (F1) */
+  unsigned unsupported;   /* bit N: os_fallocate lacks mode N here (F2) */
+  /* Bit N % 8 of byte N / 8: block N is in the overlay.  A READ or WRITE holds
+   * the lock from its look at the bits to the end of its I/O: another WRITE
+   * could bring the block over in between, and one of the two would be lost. */
+  unsigned char in_overlay[];
+};
+STATIC_ASSERT(modes_of_fallocate_have_bits, OS_FALLOCATE_MODES <= 32);
+
+/* Do writes go to the overlay?  Then clients can do nothing to the target. */
+static int flat_is_temporary(const struct flat *f) {
+  return f->overlay_fd >= 0;
+}
+
+/* ---- What has failed before ---------------------------------------------- */
+
+/* Has a sync failed (F1)?  Takes the lock. */
+static int flat_has_failed(struct flat *f) {
   os_lock(&f->lock);
-  int lacks = f->lacks |= more;
+  int failed = f->failed;
   os_unlock(&f->lock);
-  return lacks;
+  return failed;
 }
 
-/* Does r[0..n), all READs or all WRITEs of neighbouring ranges, in one call. */
-static int flat_transfer(struct flat *f, struct nbdserve_req *r, size_t n) {
-  struct iovec v[FLAT_RUN];
-  assert(n > 0 && n <= FLAT_RUN);
-  for (size_t i = 0; i < n; i++) {
-    v[i].iov_base = r[i].buf;
-    v[i].iov_len = (size_t)r[i].len;
-    assert(i == 0 || r[i].off == r[i - 1].off + r[i - 1].len);
+/* Makes all later writes and flushes fail (F1).  Takes the lock. */
+static void flat_set_failed(struct flat *f) {
+  os_lock(&f->lock);
+  f->failed = 1;
+  os_unlock(&f->lock);
+}
+
+/* Is there still hope that os_fallocate can do that (F2)?  Takes the lock. */
+static int flat_supports(struct flat *f, int mode) {
+  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
+  os_lock(&f->lock);
+  unsigned unsupported = f->unsupported >> mode & 1u;
+  os_unlock(&f->lock);
+  return !unsupported;
+}
+
+/* Remembers that os_fallocate cannot do that (F2).  Takes the lock. */
+static void flat_set_unsupported(struct flat *f, int mode) {
+  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
+  os_lock(&f->lock);
+  f->unsupported |= 1u << mode;
+  os_unlock(&f->lock);
+}
+
+/* ---- The overlay of a temporary export ---------------------------------- */
+
+/* Is a block in the overlay?  The caller holds the lock. */
+static int overlay_has(const struct flat *f, uint64_t block) {
+  assert(block <= f->size / FLAT_OVERLAY_BLOCK);
+  return f->in_overlay[block / 8] >> block % 8 & 1;
+}
+
+/* Notes that a block is in the overlay.  The caller holds the lock. */
+static void overlay_add(struct flat *f, uint64_t block) {
+  assert(block <= f->size / FLAT_OVERLAY_BLOCK);
+  f->in_overlay[block / 8] |= (unsigned char)(1 << block % 8);
+}
+
+/* Reads len bytes at off, all in one block, from where that block is.  The
+ * caller holds the lock. */
+static int overlay_read(struct flat *f, void *buf, uint64_t off, size_t len) {
+  struct iovec v = {buf, len};
+  if (overlay_has(f, off / FLAT_OVERLAY_BLOCK))
+    return os_transfer(f->overlay_fd, OS_READ, &v, 1, off);
+  return os_transfer(f->fd, OS_READ, &v, 1, f->offset + off);
+}
+
+/* Brings a block to the overlay, of which len bytes at off have the new data at
+ * buf and the others are as in the target.  The last block of an export may be
+ * shorter than the others.  The caller holds the lock. */
+static int overlay_write_first(struct flat *f, const void *buf, uint64_t off,
+                               size_t len) {
+  unsigned char block[FLAT_OVERLAY_BLOCK];
+  size_t skip = (size_t)(off % FLAT_OVERLAY_BLOCK);
+  uint64_t start = off - skip;
+  size_t block_len = (size_t)u_min(sizeof block, f->size - start);
+  assert(skip + len <= block_len);
+  if (len < block_len) {
+    struct iovec old = {block, block_len};
+    int err = os_transfer(f->fd, OS_READ, &old, 1, f->offset + start);
+    if (err) return err;
   }
-  return os_transfer(f->fd, r->type == NBD_CMD_WRITE, v, (int)n,
-                     f->offset + r->off);
+  memcpy(block + skip, buf, len);
+  struct iovec v = {block, block_len};
+  int err = os_transfer(f->overlay_fd, OS_WRITE, &v, 1, start);
+  if (err) return err; /* the target's block still counts */
+  overlay_add(f, off / FLAT_OVERLAY_BLOCK);
+  return 0;
 }
 
-/* Reads from where the blocks are, writes to the temporary file. */
-static int flat_overlay(struct flat *f, struct nbdserve_req *r) {
-  unsigned char block[FLAT_BLOCK];
-  int writing = r->type == NBD_CMD_WRITE, err = 0;
-  for (uint64_t at = 0, n; at < r->len && !err; at += n) {
-    uint64_t off = r->off + at, i = off / FLAT_BLOCK, from = i * FLAT_BLOCK;
-    uint64_t whole = u_min(FLAT_BLOCK, f->size - from);
-    int there = f->there[i / 8] >> i % 8 & 1;
-    n = u_min(from + whole - off, r->len - at);
-    struct iovec v = {r->buf + at, (size_t)n}, b = {block, (size_t)whole};
-    if (!there && writing && n < whole) { /* the rest comes along */
-      err = os_transfer(f->fd, 0, &b, 1, f->offset + from);
-      memcpy(block + (off - from), r->buf + at, (size_t)n);
-      v = (struct iovec){block, (size_t)whole};
-      off = from;
-    }
-    if (!err)
-      err = there || writing ? os_transfer(f->temp, writing, &v, 1, off)
-                             : os_transfer(f->fd, 0, &v, 1, f->offset + off);
-    if (writing && !err) f->there[i / 8] |= (unsigned char)(1 << i % 8);
+/* Writes len bytes at off, all in one block, to the overlay.  The caller holds
+ * the lock. */
+static int overlay_write(struct flat *f, void *buf, uint64_t off, size_t len) {
+  struct iovec v = {buf, len};
+  if (!overlay_has(f, off / FLAT_OVERLAY_BLOCK))
+    return overlay_write_first(f, buf, off, len);
+  return os_transfer(f->overlay_fd, OS_WRITE, &v, 1, off);
+}
+
+/* Does a READ or WRITE block by block; returns 0 or the first error.  The
+ * caller holds the lock. */
+static int overlay_do(struct flat *f, const struct nbdserve_req *r) {
+  int err = 0;
+  assert(r->len <= f->size && r->off <= f->size - r->len);
+  for (uint64_t done = 0, len; done < r->len && !err; done += len) {
+    uint64_t off = r->off + done;
+    unsigned char *buf = r->buf + done;
+    len = FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK;
+    len = u_min(len, r->len - done);
+    if (r->type == NBD_CMD_READ)
+      err = overlay_read(f, buf, off, (size_t)len);
+    else
+      err = overlay_write(f, buf, off, (size_t)len);
   }
   return err;
 }
 
-static void flat_batch(void *ctx, struct nbdserve_req *r, size_t n) {
-  struct flat *f = ctx;
-  int failed = flat_lacks(f, 0) & FLAT_FAILED;
-  for (; f->temp >= 0 && n > 0; r++, n--) {
+/* flat_batch for a temporary export.  Each request has the lock while all of
+ * its I/O is done. */
+static void overlay_batch(struct flat *f, struct nbdserve_req *reqs,
+                          size_t nreqs) {
+  for (size_t i = 0; i < nreqs; i++) {
     os_lock(&f->lock);
-    r->err = flat_overlay(f, r);
+    reqs[i].err = overlay_do(f, &reqs[i]);
     os_unlock(&f->lock);
   }
-  for (size_t i = 0, j; i < n; i = j) {
-    for (j = i + 1; j < n && j - i < FLAT_RUN && r[j].type == r[i].type &&
-                    r[j].off == r[j - 1].off + r[j - 1].len;)
-      j++;
-    int err = failed && r[i].type == NBD_CMD_WRITE
-                  ? -EIO
-                  : flat_transfer(f, r + i, j - i);
-    for (size_t k = i; k < j; k++) /* only what fails by itself has failed */
-      r[k].err = err && j - i > 1 ? flat_transfer(f, r + k, 1) : err;
+}
+
+/* ---- Requests ----------------------------------------------------------- */
+
+/* Returns how many of the first requests are of one type and lie one behind the
+ * other, so that one system call can do them all. */
+static size_t flat_run_length(const struct nbdserve_req *reqs, size_t nreqs) {
+  size_t most = nreqs < FLAT_MAX_IOV ? nreqs : FLAT_MAX_IOV;
+  assert(nreqs > 0);
+  for (size_t n = 1; n < most; n++) {
+    const struct nbdserve_req *last = &reqs[n - 1];
+    if (reqs[n].type != last->type) return n;
+    if (reqs[n].off != last->off + last->len) return n;
+  }
+  return most;
+}
+
+/* Does a run of requests with one system call, or more if that does less. */
+static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
+                         size_t nreqs) {
+  struct iovec v[FLAT_MAX_IOV];
+  assert(nreqs > 0 && nreqs <= FLAT_MAX_IOV);
+  for (size_t i = 0; i < nreqs; i++) {
+    v[i].iov_base = reqs[i].buf;
+    v[i].iov_len = (size_t)reqs[i].len;
+    assert(v[i].iov_len == reqs[i].len); /* there is a buffer of that size */
+  }
+  return os_transfer(f->fd, reqs->type == NBD_CMD_WRITE ? OS_WRITE : OS_READ, v,
+                     (int)nreqs, f->offset + reqs->off);
+}
+
+/* Does a run of requests and sets the error of each.  If the run fails they are
+ * repeated one by one, so that only those fail that fail by themselves. */
+static void flat_do_run(struct flat *f, struct nbdserve_req *reqs,
+                        size_t nreqs) {
+  int err = flat_transfer(f, reqs, nreqs);
+  for (size_t i = 0; i < nreqs; i++)
+    reqs[i].err = err && nreqs > 1 ? flat_transfer(f, &reqs[i], 1) : err;
+}
+
+/* Does READs and WRITEs, in their order, in the caller's thread, and sets the
+ * error of each: the method of struct ex_batched.
+ *
+ * Clients that read or write a long range often cut it into requests that lie
+ * one behind the other; those become one system call. */
+static void flat_batch(void *ctx, struct nbdserve_req *reqs, size_t nreqs) {
+  struct flat *f = ctx;
+  if (flat_is_temporary(f)) {
+    overlay_batch(f, reqs, nreqs);
+    return;
+  }
+  int failed = flat_has_failed(f);
+  size_t run;
+  for (; nreqs > 0; reqs += run, nreqs -= run) {
+    assert(reqs->type == NBD_CMD_READ || reqs->type == NBD_CMD_WRITE);
+    if (failed && reqs->type == NBD_CMD_WRITE) { /* (F1) */
+      reqs->err = -EIO;
+      run = 1;
+      continue;
+    }
+    run = flat_run_length(reqs, nreqs);
+    flat_do_run(f, reqs, run);
   }
 }
 
+/* Makes all that was written durable, or fails for good (F1).  A temporary
+ * export has nothing that should last. */
 static int flat_flush(void *ctx, uint32_t flags) {
+  (void)flags;
   struct flat *f = ctx;
-  int err = flat_lacks(f, 0) & FLAT_FAILED ? -EIO
-            : f->temp >= 0                 ? 0
-                           : os_datasync(f->fd); /* it is not to last */
-  if (err) flat_lacks(f, FLAT_FAILED);           /* (F1) */
-  return (void)flags, err;
+  if (flat_is_temporary(f)) return 0;
+  if (flat_has_failed(f)) return -EIO;
+  int err = os_datasync(f->fd);
+  if (err) flat_set_failed(f);
+  return err;
 }
 
-/* os_fallocate on a range of the export; -EOPNOTSUPP: do it another way. */
+/* Changes the space behind a range of the export.  -EOPNOTSUPP: the caller must
+ * do without, now (the range is not made of whole sectors of a device) or, as
+ * is then remembered, always (F2). */
 static int flat_allocate(struct flat *f, int mode, uint64_t off, uint64_t len) {
-  int lacks = flat_lacks(f, f->temp < 0 ? 0 : 1 << mode), err = -EOPNOTSUPP;
-  if (lacks & FLAT_FAILED) return -EIO;
-  off += f->offset;
-  if (!(lacks & 1 << mode)) err = os_fallocate(f->fd, mode, off, len);
-  if (err == -EOPNOTSUPP) flat_lacks(f, 1 << mode); /* (F2) */
+  if (flat_is_temporary(f)) return -EOPNOTSUPP; /* the target stays */
+  if (flat_has_failed(f)) return -EIO;          /* (F1): it is a write */
+  if (!flat_supports(f, mode)) return -EOPNOTSUPP;
+  int err = os_fallocate(f->fd, mode, f->offset + off, len);
+  if (err == -EOPNOTSUPP) flat_set_unsupported(f, mode); /* (F2) */
   return err == -EINVAL ? -EOPNOTSUPP : err;
 }
 
+/* Gives the space behind a range back. */
 static int flat_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
-  int err = flat_allocate(ctx, OS_PUNCH_HOLE, off, len);
   (void)flags;
+  int err = flat_allocate(ctx, OS_PUNCH_HOLE, off, len);
   return err == -EOPNOTSUPP ? 0 : err; /* a trim may do nothing */
 }
 
+/* Makes a range read as zeroes, without space if that is allowed and possible.
+ * -ENOTSUP: nothing here is faster than to write the zeroes. */
 static int flat_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   int err = -EOPNOTSUPP;
   if (!(flags & NBDSERVE_CMD_NO_HOLE))
     err = flat_allocate(ctx, OS_PUNCH_HOLE, off, len);
   if (err == -EOPNOTSUPP) err = flat_allocate(ctx, OS_ZERO_RANGE, off, len);
-  return err == -EOPNOTSUPP ? -ENOTSUP : err; /* the engine writes them */
+  return err == -EOPNOTSUPP ? -ENOTSUP : err;
 }
 
+/* Brings a range of the target into the system's memory, if it likes to. */
 static int flat_cache(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
+  (void)flags;
   struct flat *f = ctx;
-  return (void)flags, os_willneed(f->fd, f->offset + off, len);
+  os_willneed(f->fd, f->offset + off, len);
+  return 0;
 }
 
+/* Reports data and holes.  Of a temporary export nothing is reported, which
+ * means that all is data: a hole of the target may have been written, and what
+ * the overlay holds is not worth the time to look. */
 static int flat_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                         struct nbdserve_extents *out) {
+  (void)flags;
   struct flat *f = ctx;
-  uint64_t pos = f->offset + off, end = pos + len, next;
-  for (int enough = f->temp >= 0; pos < end && !enough; pos = next) {
+  uint64_t pos = f->offset + off;
+  uint64_t end = pos + len;
+  uint64_t next;
+  if (flat_is_temporary(f)) return 0;
+  for (; pos < end; pos = next) {
     int is_data = os_is_data(f->fd, pos, end, &next);
-    assert(next > pos);
-    enough = nbdserve_extent(
-        out, next - pos,
-        is_data ? 0 : NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO);
+    uint32_t status = NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
+    if (nbdserve_extent(out, next - pos, is_data ? 0 : status)) break;
   }
-  return (void)flags, 0;
+  return 0;
 }
 
-static uint64_t flat_size(void *ctx, uint64_t was) {
+/* The size that a new client gets.  size: what the export has so far, maybe by
+ * nbdserve_resize. */
+static uint64_t flat_size(void *ctx, uint64_t size) {
   struct flat *f = ctx;
+  /* The overlay's map has no bits for more than there was. */
+  if (flat_is_temporary(f)) return u_min(size, f->size);
+  /* An offset in the target must not exceed what off_t holds. */
+  if (!f->follows_end) return u_min(size, INT64_MAX - f->offset);
   off_t end = lseek(f->fd, 0, SEEK_END);
-  if (f->temp >= 0) return u_min(was, f->size); /* there is no longer */
-  if (f->size || end < 0) return was;
+  if (end < 0) return size;
   return (uint64_t)end < f->offset ? 0 : (uint64_t)end - f->offset;
 }
 
-static void flat_close(void *ctx) {
-  struct flat *f = ctx;
-  close(f->fd); /* after the last flush nothing is left that could fail */
-  close(f->temp);
+/* Frees an export, whose files the caller closes.  NULL is no harm. */
+static void flat_free(struct flat *f) {
+  if (!f) return;
   os_monitor_free(&f->lock);
   NBDSERVE_FREE(f);
 }
 
-static const struct nbdserve_ops flat_ops = {
-    ex_batched_read, ex_batched_write, flat_flush, flat_trim,  flat_zero,
-    flat_cache,      flat_extents,     flat_close, flat_batch, flat_size};
+/* Ends an export.  Nothing is left that could fail: what has to last was
+ * flushed before. */
+static void flat_close(void *ctx) {
+  struct flat *f = ctx;
+  close(f->fd);
+  if (flat_is_temporary(f)) close(f->overlay_fd);
+  flat_free(f);
+}
 
-int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
-                       struct nbdserve_export *out) {
-  struct nbdserve_flat o = {.offset = 0};
-  if (options) o = *options;
-  int in_memory = strncmp(path, "mem:", 4) == 0;
-  if (in_memory) path = u_parse_size(path + 4, &o.create);
-  if (!path || (in_memory && *path) || o.create > INT64_MAX ||
-      o.flags & ~(NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY))
-    return -EINVAL;
-  int fd = in_memory
-               ? os_nameless_file(NULL)
-               : open(path,
-                      (o.flags ? O_RDONLY : O_RDWR) | (o.create ? O_CREAT : 0) |
-                          O_CLOEXEC | O_NOCTTY | O_NONBLOCK /* a FIFO's open */,
-                      0666);
-  if (fd < 0) return in_memory ? fd : -errno;
-  struct stat st;
-  off_t end = 0;
-  int err = in_memory ? 0 : os_lock_file(fd, o.flags != 0);
-  if (!err && fstat(fd, &st) < 0) err = -errno;
-  if (!err && !S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
-    err = S_ISDIR(st.st_mode) ? -EISDIR : -EINVAL;
-  if (!err && o.create && S_ISREG(st.st_mode) && !st.st_size) {
-    if (ftruncate(fd, (off_t)o.create) < 0)
-      err = -errno;
-    else if (!in_memory)
-      err = os_sync_new_file(fd, path);
+/* Reads and writes come from flat_batch, by way of ex_batched_read and _write
+ * if they are single. */
+static const struct nbdserve_ops flat_ops = {
+    .read = ex_batched_read,
+    .write = ex_batched_write,
+    .flush = flat_flush,
+    .trim = flat_trim,
+    .zero = flat_zero,
+    .cache = flat_cache,
+    .extents = flat_extents,
+    .close = flat_close,
+    .run_batch = flat_batch,
+    .size = flat_size,
+};
+
+/* ---- Opening ------------------------------------------------------------
+ * One function a step.  The steps fill struct flat_target, then struct flat is
+ * made of it.  The lock comes before all that looks at the file or changes it,
+ * so that of several servers that start at once exactly one does. */
+
+/* A target on its way to become an export */
+struct flat_target {
+  const char *path; /* as the caller gave it */
+  int is_memory;    /* path is mem:SIZE, else a name in the file system */
+  int writable;     /* clients' writes go to it */
+  int fd;           /* ours to close; -1: not open */
+  int is_new;       /* this call made the file, and has it locked: (F4) */
+  uint64_t create;  /* size for a new or empty file; 0: none is made */
+  uint64_t size;    /* bytes of the file, once it is complete */
+};
+
+/* Looks at the options, and at a path that is mem:SIZE.  -EINVAL. */
+static int flat_check_options(struct flat_target *t,
+                              const struct nbdserve_flat *options) {
+  static const char prefix[] = "mem:";
+  uint32_t known = NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY;
+  if (options->flags & ~known) return -EINVAL;
+  t->writable = !options->flags;
+  t->create = options->create;
+  t->is_memory = strncmp(t->path, prefix, strlen(prefix)) == 0;
+  if (t->is_memory) {
+    const char *rest = u_parse_size(t->path + strlen(prefix), &t->create);
+    if (!rest || *rest) return -EINVAL;
   }
-  if (!err && (end = lseek(fd, 0, SEEK_END)) < 0) err = -errno;
-  uint64_t size = (uint64_t)end;
-  if (!err && (o.offset > size || o.size > size - o.offset)) err = -EINVAL;
-  int temp = -1, lasts = !(o.flags & NBDSERVE_FLAT_TEMPORARY);
-  if (!err && !lasts && (temp = os_nameless_file(o.dir)) < 0) err = temp;
-  out->size = o.size ? o.size : size - o.offset;
-  uint64_t blocks = lasts ? 0 : out->size / FLAT_BLOCK + 1;
-  struct flat *f = err ? NULL : u_zalloc(sizeof *f + (size_t)(blocks / 8 + 1));
-  if (!err) err = f ? os_monitor_init(&f->lock) : -ENOMEM;
+  return t->create > INT64_MAX ? -EINVAL : 0;
+}
+
+/* Opens the target, and makes the file if it is missing and may be made.  Only
+ * O_EXCL tells whether this call has made it, which (F4) must know; it follows
+ * no link to where nothing is yet.  A new file is opened for writing in any
+ * case, as it gets its size. */
+static int flat_open_target(struct flat_target *t) {
+  int flags = O_CLOEXEC | O_NOCTTY | O_NONBLOCK; /* a FIFO must not block */
+  if (t->is_memory) {
+    t->fd = os_nameless_file(NULL);
+    return t->fd < 0 ? t->fd : 0;
+  }
+  if (t->create) {
+    t->fd = open(t->path, flags | O_RDWR | O_CREAT | O_EXCL, 0666);
+    if (t->fd < 0 && errno != EEXIST) return -errno;
+    t->is_new = t->fd >= 0;
+  }
+  if (t->fd < 0)
+    t->fd = open(t->path, flags | (t->writable ? O_RDWR : O_RDONLY));
+  return t->fd < 0 ? -errno : 0;
+}
+
+/* Keeps other servers away from the target.  If another one was quicker to take
+ * the file that this call has just made, the file is no longer ours. */
+static int flat_lock_target(struct flat_target *t) {
+  if (t->is_memory) return 0;
+  int err = os_lock_file(t->fd, !t->writable);
+  if (err) t->is_new = 0;
+  return err;
+}
+
+/* Refuses what is neither a file nor a block device, and a device that is to be
+ * written and cannot.  Gives a new or empty file its size.  Finds the size.
+ *
+ * If the file that this call has made has a size by now, another server has had
+ * it in between and has ended: the file and its data are no longer ours. */
+static int flat_prepare_target(struct flat_target *t) {
+  struct stat st;
+  if (fstat(t->fd, &st) < 0) return -errno;
+  if (st.st_size != 0) t->is_new = 0;
+  if (S_ISDIR(st.st_mode)) return -EISDIR;
+  if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) return -EINVAL;
+  if (S_ISBLK(st.st_mode) && t->writable && os_is_readonly_device(t->fd))
+    return -EROFS;
+  if (t->create && S_ISREG(st.st_mode) && st.st_size == 0) {
+    if (ftruncate(t->fd, (off_t)t->create) < 0) return -errno;
+    int err = t->is_memory ? 0 : os_sync_new_file(t->fd, t->path);
+    if (err) return err;
+  }
+  off_t end = lseek(t->fd, 0, SEEK_END);
+  if (end < 0) return -errno;
+  t->size = (uint64_t)end;
+  return 0;
+}
+
+/* Undoes what was done to open a target (F4).  The file goes first, while the
+ * lock still keeps others from taking it. */
+static void flat_abandon_target(struct flat_target *t) {
+  if (t->is_new) os_remove_own_file(t->path, t->fd);
+  if (t->fd >= 0) close(t->fd);
+}
+
+/* How many bytes struct flat has for a temporary export of that size.  -EFBIG:
+ * more than most, which is what size_t holds: on a machine with addresses of 32
+ * bits a sparse file may well be too large. */
+static int flat_temporary_len(uint64_t size, size_t most, size_t *len) {
+  uint64_t nblocks = size / FLAT_OVERLAY_BLOCK + 1;
+  uint64_t map_len = nblocks / 8 + 1;
+  assert(most > sizeof(struct flat));
+  if (map_len > most - sizeof(struct flat)) return -EFBIG;
+  *len = sizeof(struct flat) + (size_t)map_len;
+  return 0;
+}
+
+/* Makes the export of a target, as yet without an overlay; flat_free undoes it.
+ * -EINVAL: the slice is not inside the target.  -EFBIG, -ENOMEM. */
+static int flat_new(struct flat **out, const struct flat_target *t,
+                    const struct nbdserve_flat *options) {
+  uint64_t offset = options->offset;
+  uint64_t size = options->size;
+  size_t len = sizeof(struct flat);
+  assert(t->fd >= 0 && t->size <= INT64_MAX);
+  if (offset > t->size || size > t->size - offset) return -EINVAL;
+  if (!size) size = t->size - offset;
+  if (options->flags & NBDSERVE_FLAT_TEMPORARY) {
+    int err = flat_temporary_len(size, SIZE_MAX, &len);
+    if (err) return err;
+  }
+  struct flat *f = u_zalloc(len);
+  if (!f) return -ENOMEM;
+  int err = os_monitor_init(&f->lock);
   if (err) {
-    close(temp); /* -1 is no harm */
-    close(fd);
     NBDSERVE_FREE(f);
     return err;
   }
-  f->fd = fd;
-  f->temp = temp;
   f->own.run_batch = flat_batch;
-  f->offset = o.offset;
-  f->size = lasts ? o.size : out->size;
-  if (o.flags & NBDSERVE_FLAT_READONLY) out->flags |= NBDSERVE_EXPORT_READONLY;
-  out->flags |= NBDSERVE_EXPORT_MULTI_CONN;
-  if (os_is_rotational(fd)) out->flags |= NBDSERVE_EXPORT_ROTATIONAL;
+  f->fd = t->fd; /* and t's, until nbdserve_flat_open has done all */
+  f->overlay_fd = -1;
+  f->follows_end = !options->size;
+  f->offset = offset;
+  f->size = size;
+  *out = f;
+  return 0;
+}
+
+/* Gives a temporary export its overlay. */
+static int flat_open_overlay(struct flat *f,
+                             const struct nbdserve_flat *options) {
+  if (!(options->flags & NBDSERVE_FLAT_TEMPORARY)) return 0;
+  int fd = os_nameless_file(options->dir);
+  if (fd < 0) return fd;
+  f->overlay_fd = fd;
+  return 0;
+}
+
+/* Opens, locks and completes the target.  Whatever it returns, the caller gives
+ * the target back with flat_abandon_target or makes an export of it. */
+static int flat_get_target(struct flat_target *t,
+                           const struct nbdserve_flat *options) {
+  int err = flat_check_options(t, options);
+  if (err) return err;
+  err = flat_open_target(t);
+  if (err) return err;
+  err = flat_lock_target(t);
+  if (err) return err;
+  return flat_prepare_target(t);
+}
+
+/* See nbdserve.h.  Until all steps have succeeded the target is t's; then its
+ * descriptor and the overlay's are the export's. */
+int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
+                       struct nbdserve_export *out) {
+  static const struct nbdserve_flat defaults;
+  struct flat_target t = {.path = path, .fd = -1};
+  struct flat *f = NULL;
+  if (!options) options = &defaults;
+  int err = flat_get_target(&t, options);
+  if (!err) err = flat_new(&f, &t, options);
+  if (!err) err = flat_open_overlay(f, options);
+  if (err) {
+    flat_free(f);
+    flat_abandon_target(&t);
+    return err;
+  }
+  assert(f->offset + f->size <= INT64_MAX); /* for os_transfer */
+  out->size = f->size;
+  out->flags |= NBDSERVE_EXPORT_MULTI_CONN; /* fdatasync is for all writers */
+  if (options->flags & NBDSERVE_FLAT_READONLY)
+    out->flags |= NBDSERVE_EXPORT_READONLY;
+  if (os_is_rotational(f->fd)) out->flags |= NBDSERVE_EXPORT_ROTATIONAL;
   out->ops = &flat_ops;
   out->ctx = f;
   return 0;
@@ -3911,107 +4565,173 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
  * lock, and maps are in memory. */
 #if !NBDSERVE_NO_CAS
 
-#ifndef CAS_UNIT /* the tests make stores with everything in small */
-#define CAS_UNIT 1048576u
-#define CAS_FANOUT(block_size) ((block_size) / 4 - 8)
-#define CAS_ENTRIES 84  /* in a log page */
-#define CAS_SEGMENT 256 /* slots that are taken in a row */
-#define CAS_MIN_BLOCK 4096
+#ifndef CAS_UNIT          /* the tests make stores with everything in small */
+#define CAS_UNIT 1048576u /* bytes: superblocks, log, groups start at these */
+#define CAS_FANOUT(block_size) \
+  ((block_size) / 4 - 8)   /* slots in a map page \
+                            */
+#define CAS_ENTRIES 84     /* in a log page */
+#define CAS_SEGMENT 256    /* slots that are taken in a row */
+#define CAS_MIN_BLOCK 4096 /* bytes */
 #endif
 #define CAS_MAGIC "NBDSCAS1"
-#define CAS_ANY UINT32_MAX
+#define CAS_ANY UINT32_MAX /* cas_item.expect: the map may have any slot */
 #define CAS_TAG(digest) (u_get32(digest) >> 2 | 0x40000000u) /* never 0 */
 #define CAS_GOOD 0x80000000u /* read or written since, and it fitted */
 
+/* What pages begin with: the letters of their names in the format */
 enum {
-  CAS_MAP = 0x4d415031,
-  CAS_CAT = 0x43415431,
-  CAS_LOG = 0x4c4f4731,
-  CAS_PAGE = 4096,
-  CAS_SUM = 4064, /* a log page or superblock; its SHA-256 */
-  CAS_HEAD = 32,
-  CAS_CHECK = 16, /* of other pages; their SHA-256 */
-  CAS_ENTRY = 48,
-  CAS_RECORD = 256,
-  CAS_NAME = 166,
-  CAS_PATH = 334, /* bytes */
-  CAS_ID = 0,
-  CAS_IS_SNAPSHOT = 4,
-  CAS_SIZE = 8,
-  CAS_ROOT = 16,
-  CAS_DEPTH = 20,
-  CAS_CREATED = 24,
-  CAS_ORIGIN = 36,
-  CAS_CID = 40,
-  CAS_NAMED = 89, /* record */
-  CAS_SLOTS = CAS_UNIT / 32,
-  CAS_GROUPS = CAS_UNIT / 8 - 1, /* < 2^32 in all */
-  CAS_LEVELS = 4,
-  CAS_FILL = 128, /* of a map; digests read at a time */
-  CAS_BATCH = 256,
-  CAS_RUN = 64, /* blocks done at a time; in one call */
-  CAS_DIRTY = 4096,
-  CAS_WAITING = 65536,           /* pages, slots for a checkpoint */
-  CAS_RESERVE = 4 * CAS_SEGMENT, /* free slots that data may not take */
-  CAS_SLACK = 64 * CAS_SEGMENT,  /* free slots to have before filling gaps */
-  CAS_FREED = -1,                /* ref of a slot that will be free */
-  CAS_DATA = 1,
-  CAS_DIGEST = 2,
-  CAS_DUP = 4 /* of a block, what is to be done */
+  CAS_MAP = 0x4d415031, /* "MAP1" */
+  CAS_CAT = 0x43415431, /* "CAT1" */
+  CAS_LOG = 0x4c4f4731  /* "LOG1" */
 };
 
+/* Sizes and places of what the format describes, in bytes */
+enum {
+  CAS_PAGE = 4096,  /* size of a log page or superblock */
+  CAS_SUM = 4064,   /* where a log page or superblock has its SHA-256 */
+  CAS_HEAD = 32,    /* size of the head of any page */
+  CAS_CHECK = 16,   /* where other pages have the first half of theirs */
+  CAS_ENTRY = 48,   /* size of an entry of the log */
+  CAS_RECORD = 256, /* size of a record of the catalog */
+  CAS_NAME = 166,   /* length of the longest NAME */
+  CAS_PATH = 334    /* size of the longest VOL@NAME, with the NUL */
+};
+
+/* Where the fields of a catalog record are, in bytes */
+enum {
+  CAS_ID = 0,          /* 4: id of the volume or snapshot */
+  CAS_IS_SNAPSHOT = 4, /* 4: 1 for a snapshot */
+  CAS_SIZE = 8,        /* 8: bytes */
+  CAS_ROOT = 16,       /* 4: slot of the root of the map */
+  CAS_DEPTH = 20,      /* 4: levels of the map */
+  CAS_CREATED = 24,    /* 8: seconds since 1970 */
+  CAS_ORIGIN = 36,     /* 4: id that it was made from */
+  CAS_CID = 40,        /* 32: content id of a snapshot that was sealed */
+  CAS_NAMED = 89       /* the name, and zeroes */
+};
+
+/* Limits that follow from the format */
+enum {
+  CAS_SLOTS = CAS_UNIT / 32,     /* slots in a group */
+  CAS_GROUPS = CAS_UNIT / 8 - 1, /* groups in a store: < 2^32 slots in all */
+  CAS_LEVELS = 4                 /* levels of a map */
+};
+
+/* How much is done at a time */
+enum {
+  CAS_FILL = 128,  /* digests read in one call to fill the index */
+  CAS_BATCH = 256, /* blocks that go through a request's steps together */
+  CAS_RUN = 64     /* pieces in one call of os_transfer */
+};
+
+/* When space is made or kept */
+enum {
+  CAS_DIRTY = 4096,    /* pages that changed: more bring about a checkpoint */
+  CAS_WAITING = 65536, /* slots that wait for one: more bring it about, too */
+  CAS_RESERVE = 4 * CAS_SEGMENT, /* free slots that data may not take */
+  CAS_SLACK = 64 * CAS_SEGMENT   /* free slots to have before filling gaps */
+};
+
+/* cas_group.ref of a slot that will be free when a list of them is */
+enum {
+  CAS_FREED = -1
+};
+
+/* cas_item.state, bits: what is to be done, or was read, of a block */
+enum {
+  CAS_DATA = 1,   /* its data */
+  CAS_DIGEST = 2, /* its digest */
+  CAS_DUP = 4     /* it is compared with a slot that has the same digest */
+};
+
+/* What memory holds of each slot of a group; in arrays, because searches go
+ * along one of these only. */
 struct cas_group {
-  int32_t ref[CAS_SLOTS];   /* 0: free (C13) */
-  uint32_t tag[CAS_SLOTS];  /* CAS_TAG if in the index; CAS_GOOD */
-  uint32_t next[CAS_SLOTS]; /* slot in the index, or in a list */
-  uint32_t head[CAS_SLOTS]; /* of the index: buckets, not slots */
-  uint16_t nfree[CAS_SLOTS / CAS_SEGMENT];
+  int32_t ref[CAS_SLOTS];   /* edges and pins (C13); 0: free; or CAS_FREED */
+  uint32_t tag[CAS_SLOTS];  /* CAS_TAG if it is in the index; CAS_GOOD */
+  uint32_t next[CAS_SLOTS]; /* next slot of its bucket or of a list; 0: none */
+  uint32_t head[CAS_SLOTS]; /* first slot of a bucket: indexed by buckets */
+  uint16_t nfree[CAS_SLOTS / CAS_SEGMENT]; /* free slots in each segment */
 };
 
 /* A page of a map.  All are in memory, a fraction of what is kept of slots. */
 struct cas_node {
   int32_t refs;           /* edges from pages and images (C13) */
-  int level, bad;         /* 0: blocks below; what is below could not be read */
+  int level;              /* 0: its slots are those of blocks */
+  int bad;                /* something below could not be read */
   uint32_t slot;          /* where it lies; 0: nowhere yet as it is now */
   uint32_t *e;            /* [fanout] slots of blocks, on level 0 */
   struct cas_node *kid[]; /* [fanout] pages below, on other levels */
 };
 
-/* A volume or snapshot, and what its exports have in common: all. */
+/* A volume or snapshot.  All its exports are this one struct. */
 struct cas_image {
-  struct ex_batched own;
-  struct nbdserve_cas *s;
-  struct cas_image *next, *parent;  /* parent: whose snapshot it is */
-  struct cas_node *root;            /* NULL: all holes */
-  uint64_t size, clients;           /* exports and calls that use it */
-  unsigned char record[CAS_RECORD]; /* of the catalog; root, size: see above */
+  struct ex_batched own;            /* must come first */
+  struct nbdserve_cas *s;           /* the store that it is in */
+  struct cas_image *next;           /* in the catalog */
+  struct cas_image *parent;         /* the volume of a snapshot, else NULL */
+  struct cas_node *root;            /* its map; NULL: all holes */
+  uint64_t size;                    /* bytes */
+  uint64_t clients;                 /* exports and calls that use it */
+  unsigned char record[CAS_RECORD]; /* of the catalog, but for root and size */
 };
 
 struct nbdserve_cas {
-  /* fixed */
-  int fd, readonly, verify, hw, is_device;
-  uint32_t bs, fanout, log_pages;
-  uint64_t data_off, end, max_blocks; /* of the file when opened; an image */
-  struct os_monitor ckpt;             /* one checkpoint at a time; guards: */
-  struct cas_item *pages;             /* what it writes */
-  uint32_t npages;
+  /* Fixed while the store is open: no lock is needed. */
+  int fd;              /* the file or block device, ours to close */
+  int readonly;        /* nothing is changed */
+  int verify;          /* a block is checked when it is first read */
+  int hw;              /* the processor computes SHA-256 */
+  int is_device;       /* it cannot grow */
+  uint32_t bs;         /* bytes of a block */
+  uint32_t fanout;     /* slots that a map page names */
+  uint32_t log_pages;  /* pages that the log has room for */
+  uint64_t data_off;   /* byte of the file where the groups begin */
+  uint64_t end;        /* bytes of the file when it was opened */
+  uint64_t max_blocks; /* blocks that an image may have */
+
+  struct os_monitor ckpt;        /* one checkpoint at a time; guards these: */
+  struct cas_item *pages;        /* what it writes */
+  uint32_t npages;               /* how many they are */
   unsigned char super[CAS_PAGE]; /* id and log_pages in it are fixed */
+
   struct os_monitor lock; /* guards the rest; woken: a sync or work ended */
-  int syncing;            /* one at a time: else one may miss an error */
-  int failed, log_damaged, damaged; /* -errno (C14); (C9); nothing is freed */
-  int replaying;                    /* what is in the log need not be logged */
-  int busy, closing;                /* a thread is in cas_work; it is to end */
-  struct cas_image *images;
-  struct cas_group *groups[CAS_GROUPS];
-  uint32_t next_id, nimages, catalog; /* slot of its first page, then by next */
-  uint32_t ngroups, nslots, nfree, mask; /* mask: see cas_bucket */
-  uint32_t cursor, ndirty; /* where slots are taken; pages without one */
-  uint32_t dropped, retired, nwaiting; /* slots, by next: (C5), (C6); in both */
-  uint32_t filled, to_fill, nlog; /* slots in the index; to be; log's entries */
-  uint64_t seq, tail, durable;    /* its; the superblock's; (C4) */
-  uint64_t nlogged, nsynced;      /* entries so far; covered by a sync */
-  unsigned char log[CAS_PAGE];    /* the page being filled */
-  unsigned char page[65536];      /* any other */
+
+  int syncing;     /* a sync is under way; a second one may miss its error */
+  int failed;      /* -errno: nothing is written any more (C14) */
+  int log_damaged; /* the log has a page that it should not have (C9) */
+  int damaged;     /* something could not be read: nothing is freed */
+  int replaying;   /* what is in the log need not be logged */
+  int busy;        /* a thread is in cas_work */
+  int closing;     /* that thread is to end */
+
+  struct cas_image *images; /* the catalog */
+  uint32_t nimages;         /* how many they are */
+  uint32_t next_id;         /* id of the next volume or snapshot */
+  uint32_t catalog;         /* slot of its first page; the others by next */
+
+  struct cas_group *groups[CAS_GROUPS]; /* the first ngroups are there */
+  uint32_t ngroups;                     /* groups in memory */
+  uint32_t nslots;                      /* slots in the file */
+  uint32_t nfree;                       /* those with ref 0 */
+  uint32_t mask;                        /* of buckets: see cas_bucket */
+  uint32_t cursor;                      /* slots are taken from here on */
+  uint32_t ndirty;   /* pages of maps that changed: without a slot */
+  uint32_t dropped;  /* list of slots, by next: free after a sync (C5) */
+  uint32_t retired;  /* the same: free after a checkpoint (C6) */
+  uint32_t nwaiting; /* slots in both lists */
+  uint32_t filled;   /* slots that the index was filled with */
+  uint32_t to_fill;  /* slots that it is to be filled with */
+
+  uint32_t nlog;    /* entries in the log page that is being filled */
+  uint64_t seq;     /* number of that page */
+  uint64_t tail;    /* number to replay from, by the superblock */
+  uint64_t durable; /* pages before that number are durable (C4) */
+  uint64_t nlogged; /* entries so far */
+  uint64_t nsynced; /* entries that a sync has covered */
+  unsigned char log[CAS_PAGE]; /* the log page that is being filled */
+  unsigned char page[65536];   /* any other page */
 };
 
 #define CAS_AT(s, x, field) \
@@ -4085,7 +4805,7 @@ static int cas_grow(struct nbdserve_cas *s) {
   uint32_t x = s->nslots;
   uint64_t end = cas_off(s, x, CAS_DATA) + (uint64_t)CAS_SEGMENT * s->bs;
   uint64_t off = x ? cas_off(s, x, x % CAS_SLOTS ? CAS_DATA : CAS_DIGEST) : 0;
-  int err = s->is_device ? 0 : os_fallocate(s->fd, 0, off, end - off);
+  int err = s->is_device ? 0 : os_fallocate(s->fd, OS_ALLOCATE, off, end - off);
   if (s->is_device ? end > s->end : end > INT64_MAX) return -ENOSPC;
   return err && err != -EOPNOTSUPP ? err : cas_extend(s, x);
 }
@@ -4158,13 +4878,17 @@ static uint32_t cas_alloc(struct nbdserve_cas *s) {
 
 /* ---- Data, pages, log ---------------------------------------------------- */
 
+/* A block, or a page, on its way between a request and the file */
 struct cas_item {
-  uint64_t lba;
-  unsigned char *data; /* [block_size] */
-  struct nbdserve_req *req;
-  uint32_t slot, expect; /* slot that the map must have, or CAS_ANY */
-  int state, err;
-  unsigned char sum[32], digest[32]; /* of data; what the slot's is, if read */
+  uint64_t lba;             /* number of the block in its image */
+  unsigned char *data;      /* [block_size] */
+  struct nbdserve_req *req; /* the request that it is a part of */
+  uint32_t slot;            /* where it lies, or 0 */
+  uint32_t expect;          /* slot that the map must have, or CAS_ANY */
+  int state;                /* bits: CAS_DATA, CAS_DIGEST, CAS_DUP */
+  int err;                  /* 0 or -errno */
+  unsigned char sum[32];    /* SHA-256 of data */
+  unsigned char digest[32]; /* the slot's digest, if it was read */
 };
 
 static int cas_io(struct nbdserve_cas *s, int writing, void *buf, size_t len,
@@ -4416,10 +5140,12 @@ static int cas_give_name(struct nbdserve_cas *s, struct cas_image *im,
   return 0;
 }
 
+/* The arguments of nbdserve_cas_change */
 struct cas_op {
-  int verb;
-  const char *name, *to;
-  uint64_t size;
+  int verb;         /* NBDSERVE_CAS_CREATE..., maybe with _DRY_RUN */
+  const char *name; /* what is changed or made */
+  const char *to;   /* the new name, for verbs that have one, else NULL */
+  uint64_t size;    /* bytes, for verbs that have a size, else 0 */
 };
 
 /* Applies a change to the catalog.  *gone: a map that nothing leads to then. */
@@ -4434,9 +5160,12 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
       (dry_run && verb < NBDSERVE_CAS_ROLLBACK))
     return -EINVAL;
   if (!im && verb != NBDSERVE_CAS_CREATE) return -ENOENT;
-  to = is_new                          ? u_zalloc(sizeof *to)
-       : verb == NBDSERVE_CAS_ROLLBACK ? im->parent
-                                       : im;
+  if (is_new)
+    to = u_zalloc(sizeof *to);
+  else if (verb == NBDSERVE_CAS_ROLLBACK)
+    to = im->parent;
+  else
+    to = im;
   if (!to || (verb == NBDSERVE_CAS_RESIZE && im->parent))
     return is_new ? -ENOMEM : -EINVAL;
   if (verb >= NBDSERVE_CAS_ROLLBACK &&
@@ -4500,10 +5229,14 @@ static void cas_take_map(struct nbdserve_cas *s, struct cas_node **at,
   for (uint32_t i = 0; level && i < s->fanout; i++)
     cas_take_map(s, &b->kid[i], level - 1, index * s->fanout + i);
   unsigned char *p = s->pages[s->npages].data;
-  for (uint32_t i = 0; i < s->fanout; i++)
-    u_put32(p + CAS_HEAD + 4 * i, !level      ? b->e[i]
-                                  : b->kid[i] ? b->kid[i]->slot
-                                              : 0);
+  for (uint32_t i = 0; i < s->fanout; i++) {
+    uint32_t slot = 0;
+    if (!level)
+      slot = b->e[i];
+    else if (b->kid[i])
+      slot = b->kid[i]->slot;
+    u_put32(p + CAS_HEAD + 4 * i, slot);
+  }
   int empty = b->refs == 1 && u_is_zero(p, s->bs);
   s->ndirty--;
   if (!empty) b->slot = cas_take_page(s, CAS_MAP, level, index);
@@ -4721,9 +5454,12 @@ static int cas_read(struct nbdserve_cas *s, struct cas_image *im,
     it[i].slot = 0;
     it[i].err = cas_map(s, im, it[i].lba, 0, &it[i].slot, NULL);
     int good = CAS_AT(s, it[i].slot, tag) & CAS_GOOD && !s->failed;
-    it[i].state = !it[i].slot     ? 0
-                  : good || trust ? want
-                                  : CAS_DATA | CAS_DIGEST;
+    if (!it[i].slot)
+      it[i].state = 0;
+    else if (good || trust)
+      it[i].state = want;
+    else
+      it[i].state = CAS_DATA | CAS_DIGEST;
     cas_hold(s, it[i].slot);
   }
   os_unlock(&s->lock);
@@ -4839,6 +5575,7 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
 
 /* Makes the whole blocks of a range holes: one log entry for many leaves. */
 static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
+  (void)flags;
   struct cas_image *im = ctx;
   struct nbdserve_cas *s = im->s;
   uint64_t from = cas_blocks(s, off), to = (off + len) / s->bs, span;
@@ -4862,7 +5599,7 @@ static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
     os_unlock(&s->lock);
   }
   cas_kick(s);
-  return (void)flags, err;
+  return err;
 }
 
 static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
@@ -4878,6 +5615,7 @@ static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
 
 static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                        struct nbdserve_extents *out) {
+  (void)flags;
   struct cas_image *im = ctx;
   uint64_t bs = im->s->bs, end = off + len, span;
   uint32_t slot, hole = NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
@@ -4891,11 +5629,13 @@ static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
     off = next;
   }
   os_unlock(&im->s->lock);
-  return (void)flags, err;
+  return err;
 }
 
 static int cas_flush(void *ctx, uint32_t flags) {
-  return (void)flags, cas_sync(((struct cas_image *)ctx)->s, 0);
+  (void)flags;
+  struct cas_image *im = ctx;
+  return cas_sync(im->s, 0);
 }
 
 static void cas_close(void *ctx) {
@@ -4977,10 +5717,12 @@ static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
   if (cas_get_page(s, x, CAS_MAP, level, index, page)) s->damaged = b->bad = 1;
   for (uint32_t c = 0; c < s->fanout && !b->bad && !err; c++) {
     uint32_t v = u_get32(page + CAS_HEAD + 4 * c);
-    err = level ? cas_load(s, v, level - 1, index * s->fanout + c, b->kid + c)
-          : v < s->nslots ? 0
-                          : -EIO;
-    if (!level && !err) cas_hold(s, b->e[c] = v);
+    if (level)
+      err = cas_load(s, v, level - 1, index * s->fanout + c, b->kid + c);
+    else if (v >= s->nslots)
+      err = -EIO;
+    else
+      cas_hold(s, b->e[c] = v);
   }
   NBDSERVE_FREE(page);
   return err;
@@ -5012,13 +5754,14 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
     for (p = s->images; p && u_get32(im->record + CAS_IS_SNAPSHOT); p = p->next)
       if (memcmp(p->record + CAS_ID, im->record + CAS_ORIGIN, 4) == 0)
         im->parent = p;
-    err = !cas_is_name((char *)im->record + CAS_NAMED) ||
-                  cas_blocks(s, im->size) > s->max_blocks
-              ? -EIO
-          : u_get32(im->record + CAS_DEPTH) != CAS_LEVELS
-              ? -EOPNOTSUPP
-              : cas_load(s, u_get32(im->record + CAS_ROOT), CAS_LEVELS - 1, 0,
-                         &im->root);
+    if (!cas_is_name((char *)im->record + CAS_NAMED) ||
+        cas_blocks(s, im->size) > s->max_blocks)
+      err = -EIO;
+    else if (u_get32(im->record + CAS_DEPTH) != CAS_LEVELS)
+      err = -EOPNOTSUPP;
+    else
+      err = cas_load(s, u_get32(im->record + CAS_ROOT), CAS_LEVELS - 1, 0,
+                     &im->root);
   }
   for (uint32_t x = 1; x < s->nslots; x++) {
     CAS_AT(s, x, tag) = CAS_AT(s, x, tag) || CAS_AT(s, x, next); /* a page */
@@ -5195,15 +5938,23 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
 /* ---- The public calls ---------------------------------------------------- */
 
 static const struct nbdserve_ops cas_ops = {
-    ex_batched_read, ex_batched_write, cas_flush, cas_trim, cas_zero, NULL,
-    cas_extents,     cas_close,        cas_batch, NULL};
+    .read = ex_batched_read,
+    .write = ex_batched_write,
+    .flush = cas_flush,
+    .trim = cas_trim,
+    .zero = cas_zero,
+    .extents = cas_extents,
+    .close = cas_close,
+    .run_batch = cas_batch,
+};
 
 int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
                         struct nbdserve_export *out) {
   os_lock(&s->ckpt); /* one that is under way may be changing what it is */
   os_lock(&s->lock);
   struct cas_image *im = cas_find(s, name, strlen(name));
-  int err = s->failed ? s->failed : im ? 0 : -ENOENT;
+  int err = s->failed;
+  if (!err && !im) err = -ENOENT;
   if (!err) {
     if (!im->own.run_batch)
       im->own.run_batch = cas_batch; /* others may be using it */

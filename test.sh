@@ -3375,6 +3375,7 @@ testIdleExitEndsItWithoutClients() {
   JOBS=
 }
 testOnceServesWhoWaitedForTheOnlySlot() {
+  LOG='^nbdserve: [0-9]* clients are served, which is the limit'
   serve -1 -m 1 "$DISK"
   client next "$SOCK"
   wait "$JOB"
@@ -3394,6 +3395,7 @@ testUSR1DoesNotPostponeTheIdleExit() {
 }
 testConnectionsOverTheLimitWaitForASlot() {
   unless NO_THREADS || return 0
+  LOG='^nbdserve: [0-9]* clients are served, which is the limit'
   serve -m 3 "$DISK"
   client limit "$SOCK" 3
 }
@@ -3426,6 +3428,7 @@ transcripts() {
 # cut somewhere, must neither end the server nor stay in its memory
 testBadInputNeitherHurtsOthersNorLeaks() {
   unless NO_THREADS || return 0
+  LOG='^nbdserve: [0-9]* clients are served, which is the limit'
   transcripts >"$W/names"
   while read -r name; do
     case "
@@ -3454,6 +3457,7 @@ testAThousandConnectionsInTurn() {
   client many "$SOCK" 1000
 }
 testMoreClientsThanSlotsAreAllServed() {
+  LOG='^nbdserve: [0-9]* clients are served, which is the limit'
   serve -m 8 "$DISK"
   client crowd "$SOCK" 150
 }

@@ -326,6 +326,15 @@ static int os_thread(void *(*fn)(void *), void *arg) {
 }
 #endif
 
+/* Makes both monitors or none. */
+static int os_monitors_init(struct os_monitor *a, struct os_monitor *b) {
+  int err = os_monitor_init(a);
+  if (err) return err;
+  err = os_monitor_init(b);
+  if (err) os_monitor_free(a);
+  return err;
+}
+
 /* ---- Time, descriptors, sockets ------------------------------------------ */
 
 /* Milliseconds of a clock that nobody sets. */
@@ -1515,41 +1524,29 @@ static const struct wire_cmd {
   uint8_t has_range;   /* offset and length mean something */
   int err_beyond;      /* -errno of a range beyond the end (proto.md) */
 } wire_cmds[] = {
-    [NBD_CMD_READ] = {.name = "NBD_CMD_READ",
-                      .flags = NBD_CMD_FLAG_DF,
-                      .has_data = 1,
-                      .has_range = 1,
-                      .err_beyond = -EINVAL},
+    /* clang-format off */
+    [NBD_CMD_READ] = {.name = "NBD_CMD_READ", .flags = NBD_CMD_FLAG_DF,
+        .has_data = 1, .has_range = 1, .err_beyond = -EINVAL},
     [NBD_CMD_WRITE] = {.name = "NBD_CMD_WRITE",
-                       .flags = NBD_CMD_FLAG_PAYLOAD_LEN,
-                       .writes = 1,
-                       .has_data = 1,
-                       .has_range = 1,
-                       .err_beyond = -ENOSPC},
+        .flags = NBD_CMD_FLAG_PAYLOAD_LEN, .writes = 1,
+        .has_data = 1, .has_range = 1, .err_beyond = -ENOSPC},
     [NBD_CMD_DISC] = {.name = "NBD_CMD_DISC"},
     [NBD_CMD_FLUSH] = {.name = "NBD_CMD_FLUSH",
-                       .exposed_by = NBD_FLAG_SEND_FLUSH},
+        .exposed_by = NBD_FLAG_SEND_FLUSH},
     [NBD_CMD_TRIM] = {.name = "NBD_CMD_TRIM",
-                      .exposed_by = NBD_FLAG_SEND_TRIM,
-                      .writes = 1,
-                      .has_range = 1,
-                      .err_beyond = -EINVAL},
+        .exposed_by = NBD_FLAG_SEND_TRIM, .writes = 1,
+        .has_range = 1, .err_beyond = -EINVAL},
     [NBD_CMD_CACHE] = {.name = "NBD_CMD_CACHE",
-                       .exposed_by = NBD_FLAG_SEND_CACHE,
-                       .has_range = 1,
-                       .err_beyond = -EINVAL},
+        .exposed_by = NBD_FLAG_SEND_CACHE,
+        .has_range = 1, .err_beyond = -EINVAL},
     [NBD_CMD_WRITE_ZEROES] = {.name = "NBD_CMD_WRITE_ZEROES",
-                              .flags =
-                                  NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
-                              .exposed_by = NBD_FLAG_SEND_WRITE_ZEROES,
-                              .writes = 1,
-                              .has_range = 1,
-                              .err_beyond = -ENOSPC},
+        .flags = NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
+        .exposed_by = NBD_FLAG_SEND_WRITE_ZEROES, .writes = 1,
+        .has_range = 1, .err_beyond = -ENOSPC},
     [NBD_CMD_BLOCK_STATUS] = {.name = "NBD_CMD_BLOCK_STATUS",
-                              .flags = NBD_CMD_FLAG_REQ_ONE |
-                                       NBD_CMD_FLAG_PAYLOAD_LEN,
-                              .has_range = 1,
-                              .err_beyond = -EINVAL},
+        .flags = NBD_CMD_FLAG_REQ_ONE | NBD_CMD_FLAG_PAYLOAD_LEN,
+        .has_range = 1, .err_beyond = -EINVAL},
+    /* clang-format on */
 };
 
 /* What is known of a command, or NULL: its number comes from a client. */
@@ -1930,6 +1927,7 @@ enum {
   EX_DEFAULT_MAX = 32 << 20, /* and here */
   EX_ZERO_STEP = 1 << 20,    /* bytes of zeroes that are written at a time */
   EX_EXTENTS = 2048,         /* in one reply, at most */
+  EX_MAX_ERRNO = 4095,       /* no system has a larger one */
   EX_LIES_LOGGED = 10        /* messages about a host's wrong results */
 };
 
@@ -1946,7 +1944,6 @@ struct ex {
   uint64_t flush_failed;    /* number of the last one that failed; 0: none */
   int flush_err;            /* the error of that one */
   int flush_runs;           /* the last one has not returned */
-  unsigned lies;            /* wrong results of the host so far */
   char strings[];           /* name and description, each with its NUL */
 };
 
@@ -1968,7 +1965,8 @@ struct nbdserve {
   struct ex **last_export;
   struct conn *conns; /* clients that are being served */
   unsigned nconns;
-  int64_t idle_since;           /* when the last client left; 0: never run */
+  unsigned nlies;     /* wrong results of the host's functions so far */
+  int64_t idle_since; /* when the last client left; 0: never run */
   struct nbdserve_stats totals; /* of the clients that have left */
 };
 
@@ -1978,43 +1976,28 @@ static const char *ex_name(const struct ex *ex) {
 
 /* ---- The layer around the host's functions ------------------------------- */
 
-/* Says that a host's function has returned what it must not. */
-static void ex_log_lie(struct ex *ex, const char *function, const char *what) {
-  os_lock(&ex->lock);
-  unsigned n = ++ex->lies;
-  os_unlock(&ex->lock);
+/* Says that a function of the host's has given what it must not.  where: the
+ * name of the export, or "" for a function of the config. */
+static void ex_log_lie(struct nbdserve *s, const char *where,
+                       const char *function, const char *what) {
+  os_lock(&s->lock);
+  unsigned n = ++s->nlies;
+  os_unlock(&s->lock);
   if (n <= EX_LIES_LOGGED)
-    u_log(&ex->server->config, NBDSERVE_LOG_ERROR,
-          "export '%s': %s of its backend %s; taken as EIO%s", ex_name(ex),
-          function, what,
-          n == EX_LIES_LOGGED ? "; no more of these are logged" : "");
+    u_log(&s->config, NBDSERVE_LOG_ERROR,
+          "export '%s': the host's %s %s; taken as EIO%s", where, function,
+          what, n == EX_LIES_LOGGED ? "; no more of these are logged" : "");
 }
 
-/* What a host's function has returned, if that is 0 or an -errno value.  Any
- * other number is no reason to end the host's process, nor to tell a client
+/* What a function of the host's has returned, if that is 0 or a -errno value.
+ * Any other number is no reason to end the host's process, nor to tell a client
  * something wrong: it becomes -EIO. */
-enum {
-  EX_MAX_ERRNO = 4095 /* no system has a larger one */
-};
-static int ex_is_result(int r) {
-  return r <= 0 && r >= -EX_MAX_ERRNO;
-}
-
-static int ex_believe(struct ex *ex, const char *function, int r) {
+static int ex_believe(struct nbdserve *s, const char *where,
+                      const char *function, int r) {
   char what[48];
-  if (ex_is_result(r)) return r;
+  if (r <= 0 && r >= -EX_MAX_ERRNO) return r;
   snprintf(what, sizeof what, "returned %d, no -errno value", r);
-  ex_log_lie(ex, function, what);
-  return -EIO;
-}
-
-/* The same for the host's functions in the config, which are of no export. */
-static int ex_believe_config(const struct nbdserve_config *k,
-                             const char *function, int r) {
-  if (ex_is_result(r)) return r;
-  u_log(k, NBDSERVE_LOG_ERROR,
-        "the host's %s returned %d, no -errno value; taken as EIO", function,
-        r);
+  ex_log_lie(s, where, function, what);
   return -EIO;
 }
 
@@ -2027,11 +2010,11 @@ static void ex_leave(struct ex *ex) {
 }
 
 /* Asks the host's `before` whether a request shall fail.  0 or -errno. */
-static int ex_ask_before(const struct nbdserve_config *k,
-                         const struct nbdserve_req *r) {
+static int ex_ask_before(struct ex *ex, const struct nbdserve_req *r) {
+  const struct nbdserve_config *k = &ex->server->config;
   if (!k->before) return 0;
-  return ex_believe_config(k, "before",
-                           k->before(k->ctx, r->type, r->off, r->len));
+  return ex_believe(ex->server, ex_name(ex), "before",
+                    k->before(k->ctx, r->type, r->off, r->len));
 }
 
 /* ---- Making, finding, freeing -------------------------------------------- */
@@ -2092,12 +2075,7 @@ static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
   size_t description_size = strlen(e.description) + 1;
   struct ex *ex = u_zalloc(sizeof *ex + name_size + description_size);
   if (!ex) return -ENOMEM;
-  int err = os_monitor_init(&ex->serial);
-  if (!err) {
-    err = os_monitor_init(&ex->lock);
-    if (err) os_monitor_free(&ex->serial);
-  }
-  if (err) {
+  if (os_monitors_init(&ex->serial, &ex->lock)) {
     NBDSERVE_FREE(ex);
     return -ENOMEM;
   }
@@ -2137,7 +2115,7 @@ static int ex_from_callback(struct nbdserve *s, const char *name,
   const struct nbdserve_config *k = &s->config;
   struct nbdserve_export e = {0};
   if (!k->find) return -ENOENT;
-  int err = ex_believe_config(k, "find", k->find(k->ctx, name, &e));
+  int err = ex_believe(s, name, "find", k->find(k->ctx, name, &e));
   if (err) return err;
   if (!e.name) e.name = name;
   err = ex_new(s, &e, out);
@@ -2165,7 +2143,7 @@ static int ex_current_size(struct ex *ex, uint64_t *size) {
   if (is_size) e->size = now;
   os_unlock(&ex->server->lock);
   if (!is_size) {
-    ex_log_lie(ex, "size", "returned more than INT64_MAX");
+    ex_log_lie(ex->server, ex_name(ex), "size", "returned more than INT64_MAX");
     return -EIO;
   }
   *size = now - now % e->min_block; /* no request reaches the rest */
@@ -2236,7 +2214,7 @@ static void ex_run_flush(struct ex *ex, uint64_t number) {
   ex_enter(ex);
   int err = ex->pub.ops->flush(ex->pub.ctx, 0);
   ex_leave(ex);
-  err = ex_believe(ex, "flush", err);
+  err = ex_believe(ex->server, ex_name(ex), "flush", err);
   os_lock(&ex->lock);
   ex->flush_runs = 0;
   if (err) {
@@ -2365,13 +2343,18 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   r->owns_buf = 1;
   x.data = p + WIRE_EXT_STATUS_LEN;
   int err = 0;
-  if (ex->pub.ops->extents)
+  if (ex->pub.ops->extents) {
+    ex_enter(ex);
     err = ex->pub.ops->extents(ex->pub.ctx, r->off, r->len, flags, &x);
-  if (!err && x.lied) {
-    ex_log_lie(ex, "extents", "gave a status that does not exist");
-    return -EIO;
+    ex_leave(ex);
+    err = ex_believe(ex->server, ex_name(ex), "extents", err);
   }
   if (err) return err;
+  if (x.lied) {
+    ex_log_lie(ex->server, ex_name(ex), "extents",
+               "gave a status that does not exist");
+    return -EIO;
+  }
   if (!x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
   u_put32(p, WIRE_CONTEXT_ID);
   if (r->mode == MODE_EXTENDED) {
@@ -2393,6 +2376,7 @@ static int ex_call(struct ex *ex, struct nbdserve_req *r) {
   void *ctx = ex->pub.ctx;
   uint32_t f = r->flags & (NBDSERVE_CMD_NO_HOLE | NBDSERVE_CMD_FAST_ZERO);
   int err = -EINVAL;
+  if (r->type == NBD_CMD_BLOCK_STATUS) return ex_block_status(ex, r);
   if (ex_fua(ex, r) == EX_FUA_BY_BACKEND) f |= NBDSERVE_CMD_FUA;
   ex_enter(ex);
   switch (r->type) {
@@ -2411,14 +2395,11 @@ static int ex_call(struct ex *ex, struct nbdserve_req *r) {
   case NBD_CMD_WRITE_ZEROES:
     err = ops->zero ? ops->zero(ctx, r->off, r->len, f) : -ENOTSUP;
     break;
-  case NBD_CMD_BLOCK_STATUS:
-    err = ex_block_status(ex, r);
-    break;
   default:
     assert(0); /* (E2) */
   }
   ex_leave(ex);
-  return ex_believe(ex, wire_cmd(r->type)->name, err);
+  return ex_believe(ex->server, ex_name(ex), wire_cmd(r->type)->name, err);
 }
 
 /* Does a WRITE_ZEROES by writing zeroes.  A range above 4 GiB is -EOVERFLOW: it
@@ -2785,7 +2766,7 @@ static enum hs_result hs_opt_list(struct conn *c) {
   }
   os_unlock(&c->s->lock);
   if (!gone && k->list)
-    err = ex_believe_config(k, "list", k->list(k->ctx, hs_list_one, c));
+    err = ex_believe(c->s, "", "list", k->list(k->ctx, hs_list_one, c));
   if (c->send_err) return hs_close(c, c->send_err);
   if (!err) return hs_ack(c);
   u_log(k, NBDSERVE_LOG_WARNING, "the host's list of exports: %s",
@@ -3366,7 +3347,7 @@ static void tx_flush(struct conn *c, struct nbdserve_req *list) {
   int wanted = 0;
   for (struct nbdserve_req *r = list; r; r = r->next) {
     assert(r->state == REQ_TO_FLUSH && !r->err);
-    if (r->type == NBD_CMD_FLUSH) r->err = ex_ask_before(&c->s->config, r);
+    if (r->type == NBD_CMD_FLUSH) r->err = ex_ask_before(c->export, r);
     if (!r->err) wanted = 1;
   }
   int err = wanted ? ex_flush(c->export) : 0;
@@ -3380,7 +3361,7 @@ static void tx_flush(struct conn *c, struct nbdserve_req *list) {
 static void tx_execute(struct conn *c, struct nbdserve_req *r) {
   assert(!r->next);
   if (r->state == REQ_TODO) {
-    int err = ex_ask_before(&c->s->config, r);
+    int err = ex_ask_before(c->export, r);
     if (!err) err = ex_execute(c->export, r);
     tx_executed(c, r, err);
   }
@@ -3652,7 +3633,7 @@ static int tx_drain(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
  * are thrown away. */
 static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r) {
   struct nbdserve_req piece = *r;
-  int failed = ex_ask_before(&c->s->config, r);
+  int failed = ex_ask_before(c->export, r);
   uint64_t left = r->len;
   piece.buf = c->piece_buf;
   c->after_long_write = 1;
@@ -3733,7 +3714,7 @@ static int tx_fail_read(struct conn *c, struct nbdserve_req *r, int err,
  * or as one simple reply, after tx_try_read. */
 static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
   uint64_t off = r->off;
-  int err = ex_ask_before(&c->s->config, r);
+  int err = ex_ask_before(c->export, r);
   if (!err && r->mode == MODE_SIMPLE && r->len > TX_PIECE) {
     tx_wait_for_workers(c); /* a simple reply is in one piece */
     err = tx_try_read(c, r);
@@ -6260,16 +6241,7 @@ static void srv_close_pipe(int fd[2]) {
     if (fd[i] >= 0) close(fd[i]);
 }
 
-/* Makes the pipes; after an error the caller closes those that there are. */
-static int srv_open_pipes(struct nbdserve *s) {
-  int err = os_pipe(s->stop.pipe);
-  if (!err) err = os_pipe(s->wake);
-  if (!err) err = os_pipe(s->noticed);
-  return err;
-}
-
-/* Frees the memory and pipes of a server whose locks are not there any more, or
- * were never made. */
+/* Frees a server without its locks: they are freed, or were never made. */
 static void srv_free_rest(struct nbdserve *s) {
   srv_close_pipe(s->stop.pipe);
   srv_close_pipe(s->wake);
@@ -6278,16 +6250,14 @@ static void srv_free_rest(struct nbdserve *s) {
   NBDSERVE_FREE(s);
 }
 
-/* Makes what a server consists of; each step undoes what was made before it. */
+/* Makes what a server consists of, the locks last: after an error there are
+ * none, and srv_free_rest frees what there is. */
 static int srv_make(struct nbdserve *s) {
-  int err = srv_open_pipes(s);
-  if (err) return err;
   s->listeners = u_zalloc((SRV_LISTENERS + 1) * sizeof *s->listeners);
-  if (!s->listeners) return -ENOMEM;
-  err = os_monitor_init(&s->lock);
-  if (err) return err;
-  err = os_monitor_init(&s->stop.lock);
-  if (err) os_monitor_free(&s->lock);
+  int err = s->listeners ? os_pipe(s->stop.pipe) : -ENOMEM;
+  if (!err) err = os_pipe(s->wake);
+  if (!err) err = os_pipe(s->noticed);
+  if (!err) err = os_monitors_init(&s->lock, &s->stop.lock);
   return err;
 }
 
@@ -6665,12 +6635,7 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   memset(c, 0, offsetof(struct conn, rbuf)); /* the rest stays untouched */
   c->s = s;
   c->queue_end = &c->queue;
-  int err = os_monitor_init(&c->queue_lock);
-  if (!err) {
-    err = os_monitor_init(&c->send_lock);
-    if (err) os_monitor_free(&c->queue_lock);
-  }
-  if (err) {
+  if (os_monitors_init(&c->queue_lock, &c->send_lock)) {
     NBDSERVE_FREE(c);
     return NULL;
   }

@@ -213,7 +213,7 @@ STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
  * A monitor is a mutex and a condition to wait for while holding it. */
 #if NBDSERVE_NO_THREADS
 
-/* One thread: there is nothing to lock and nobody to wait for. */
+/* With one thread there is nothing to lock and nobody to wait for. */
 struct os_monitor {
   char unused;
 };
@@ -747,24 +747,34 @@ static void os_willneed(int fd, uint64_t off, uint64_t len) {
  * Bytes of network and disk go through u_get and u_put: they are big-endian
  * there and lie at any address, so no struct is ever laid over them. */
 
+/* Reads a 16-bit number. */
 static uint16_t u_get16(const unsigned char *p) {
   return (uint16_t)(p[0] << 8 | p[1]);
 }
+
+/* Reads a 32-bit number. */
 static uint32_t u_get32(const unsigned char *p) {
   return (uint32_t)u_get16(p) << 16 | u_get16(p + 2);
 }
+
+/* Reads a 64-bit number. */
 static uint64_t u_get64(const unsigned char *p) {
   return (uint64_t)u_get32(p) << 32 | u_get32(p + 4);
 }
 
+/* Writes the lower 16 bits of v. */
 static void u_put16(unsigned char *p, unsigned v) {
   p[0] = (unsigned char)(v >> 8);
   p[1] = (unsigned char)v;
 }
+
+/* Writes a 32-bit number. */
 static void u_put32(unsigned char *p, uint32_t v) {
   u_put16(p, v >> 16);
   u_put16(p + 2, v);
 }
+
+/* Writes a 64-bit number. */
 static void u_put64(unsigned char *p, uint64_t v) {
   u_put32(p, (uint32_t)(v >> 32));
   u_put32(p + 4, (uint32_t)v);
@@ -1361,6 +1371,7 @@ enum wire_mode {
  *                       16    4 length of the data behind it
  */
 
+/* Writes the hello: WIRE_HELLO_LEN bytes. */
 static void wire_put_hello(unsigned char *p, unsigned flags) {
   u_put64(p, NBD_INIT_MAGIC);
   u_put64(p + 8, NBD_OPTION_MAGIC);
@@ -1373,12 +1384,15 @@ struct wire_option {
   uint32_t len; /* bytes of data behind the head */
 };
 
+/* Reads the head of an option: WIRE_OPTION_LEN bytes. */
 static struct wire_option wire_get_option(const unsigned char *p) {
   struct wire_option o = {
       .magic = u_get64(p), .option = u_get32(p + 8), .len = u_get32(p + 12)};
   return o;
 }
 
+/* Writes the head of a reply to an option: WIRE_OPTION_REPLY_LEN bytes.  The
+ * caller puts len bytes of data behind it. */
 static void wire_put_option_reply(unsigned char *p, uint32_t option,
                                   uint32_t type, size_t len) {
   assert(len <= UINT32_MAX);
@@ -1416,14 +1430,17 @@ enum {
   WIRE_STATUS_PAYLOAD_LEN = 12 /* with one context: there is no other here */
 };
 
+/* How long the head of a request is. */
 static size_t wire_request_len(enum wire_mode mode) {
   return mode == MODE_EXTENDED ? WIRE_EXT_REQUEST_LEN : WIRE_REQUEST_LEN;
 }
 
+/* Which magic a request begins with. */
 static uint32_t wire_request_magic(enum wire_mode mode) {
   return mode == MODE_EXTENDED ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC;
 }
 
+/* Reads the head of a request: wire_request_len bytes. */
 static struct wire_request wire_get_request(const unsigned char *p,
                                             enum wire_mode mode) {
   struct wire_request w = {.magic = u_get32(p),
@@ -1473,6 +1490,7 @@ enum {
   WIRE_EXT_EXTENT_LEN = 16
 };
 
+/* Writes a simple reply.  Returns its length. */
 static size_t wire_put_simple(unsigned char *p, uint32_t error,
                               uint64_t cookie) {
   u_put32(p, NBD_SIMPLE_REPLY_MAGIC);
@@ -1481,6 +1499,7 @@ static size_t wire_put_simple(unsigned char *p, uint32_t error,
   return WIRE_SIMPLE_REPLY_LEN;
 }
 
+/* How long the head of a chunk is. */
 static size_t wire_chunk_len(enum wire_mode mode) {
   assert(mode != MODE_SIMPLE);
   return mode == MODE_EXTENDED ? WIRE_EXT_CHUNK_LEN : WIRE_CHUNK_LEN;
@@ -1970,6 +1989,7 @@ struct nbdserve {
   struct nbdserve_stats totals; /* of the clients that have left */
 };
 
+/* The name of an export; "" for the default one. */
 static const char *ex_name(const struct ex *ex) {
   return ex->pub.name;
 }
@@ -2005,6 +2025,8 @@ static int ex_believe(struct nbdserve *s, const char *where,
 static void ex_enter(struct ex *ex) {
   if (ex->pub.flags & NBDSERVE_EXPORT_SERIAL) os_lock(&ex->serial);
 }
+
+/* Ends what ex_enter began. */
 static void ex_leave(struct ex *ex) {
   if (ex->pub.flags & NBDSERVE_EXPORT_SERIAL) os_unlock(&ex->serial);
 }
@@ -2254,6 +2276,8 @@ enum ex_fua {
   EX_FUA_BY_FLUSH    /* a flush follows it */
 };
 
+/* Decides it for a request: only a write with FUA, or on an export that writes
+ * through, has to get there. */
 static enum ex_fua ex_fua(const struct ex *ex, const struct nbdserve_req *r) {
   uint32_t f = ex->pub.flags;
   int asked =
@@ -2451,11 +2475,13 @@ struct ex_batched {
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n);
 };
 
+/* Does one request with run_batch. */
 static int ex_batch_of_one(void *ctx, struct nbdserve_req *r) {
   ((struct ex_batched *)ctx)->run_batch(ctx, r, 1);
   return r->err;
 }
 
+/* ops->read of a backend that has run_batch. */
 static int ex_batched_read(void *ctx, void *buf, uint64_t off, uint64_t len,
                            uint32_t flags) {
   struct nbdserve_req r = {
@@ -2464,6 +2490,7 @@ static int ex_batched_read(void *ctx, void *buf, uint64_t off, uint64_t len,
   return ex_batch_of_one(ctx, &r);
 }
 
+/* ops->write of a backend that has run_batch. */
 static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
                             uint64_t len, uint32_t flags) {
   struct nbdserve_req r = {.type = NBD_CMD_WRITE, .off = off, .len = len};
@@ -2606,6 +2633,7 @@ enum hs_result {
   HS_FAILED /* the connection is closed: c->end_err says why */
 };
 
+/* Closes the connection for that reason. */
 static enum hs_result hs_close(struct conn *c, int err) {
   assert(err < 0);
   c->end_err = err;
@@ -2638,6 +2666,7 @@ static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t len) {
   return p + WIRE_OPTION_REPLY_LEN;
 }
 
+/* Answers the option with success. */
 static enum hs_result hs_ack(struct conn *c) {
   hs_reply(c, NBD_REP_ACK, 0);
   return HS_MORE;
@@ -2655,6 +2684,7 @@ static enum hs_result hs_refuse(struct conn *c, uint32_t type,
 
 /* ---- Reading an option's data -------------------------------------------- */
 
+/* Moves on in the option's data. */
 static void hs_advance(struct conn *c, size_t n) {
   assert(n <= c->option_left);
   c->option_data += n;
@@ -3079,6 +3109,8 @@ enum tx_form {
   TX_ERROR_AT /* the same, and where it happened */
 };
 
+/* Which form the reply to a request has: its mode, its outcome and its command
+ * decide. */
 static enum tx_form tx_form(const struct nbdserve_req *r) {
   if (r->mode == MODE_SIMPLE) return TX_SIMPLE;
   if (r->err) return r->err_has_off ? TX_ERROR_AT : TX_ERROR;
@@ -3840,6 +3872,7 @@ enum tx_route {
   TX_BY_WORKER
 };
 
+/* Decides it, from what was validated and negotiated. */
 static enum tx_route tx_route(const struct conn *c,
                               const struct nbdserve_req *r, uint64_t payload) {
   if (r->state == REQ_DONE)
@@ -4723,10 +4756,12 @@ struct nbdserve_cas {
 
 /* ---- Slots -------------------------------------------------------------- */
 
+/* How many blocks that many bytes take; the last one may be a part. */
 static uint64_t cas_blocks(const struct nbdserve_cas *s, uint64_t size) {
   return size / s->bs + (size % s->bs != 0);
 }
 
+/* Where the data (CAS_DATA) or the digest of a slot lies in the file. */
 static uint64_t cas_off(const struct nbdserve_cas *s, uint32_t x, int what) {
   uint64_t group = CAS_UNIT + (uint64_t)CAS_SLOTS * s->bs, in = x % CAS_SLOTS;
   in = what == CAS_DATA ? CAS_UNIT + in * s->bs : in * 32;
@@ -4741,6 +4776,7 @@ static uint32_t *cas_bucket(struct nbdserve_cas *s, uint32_t tag) {
   return &CAS_AT(s, b, head);
 }
 
+/* Enters a slot into the index of digests, under its tag. */
 static void cas_index(struct nbdserve_cas *s, uint32_t x, uint32_t tag) {
   uint32_t *b = cas_bucket(s, tag);
   assert(x && tag);
@@ -4749,6 +4785,7 @@ static void cas_index(struct nbdserve_cas *s, uint32_t x, uint32_t tag) {
   *b = x;
 }
 
+/* Takes a slot out of the index, if it is there, and clears its tag. */
 static void cas_unindex(struct nbdserve_cas *s, uint32_t x) {
   uint32_t *tag = &CAS_AT(s, x, tag), *p = cas_bucket(s, *tag);
   while (*tag && *p && *p != x)
@@ -4782,6 +4819,7 @@ static int cas_extend(struct nbdserve_cas *s, uint32_t x) {
   return 0;
 }
 
+/* Makes the file longer by one segment of slots. */
 static int cas_grow(struct nbdserve_cas *s) {
   uint32_t x = s->nslots;
   uint64_t end = cas_off(s, x, CAS_DATA) + (uint64_t)CAS_SEGMENT * s->bs;
@@ -4791,6 +4829,7 @@ static int cas_grow(struct nbdserve_cas *s) {
   return err && err != -EOPNOTSUPP ? err : cas_extend(s, x);
 }
 
+/* Sees to it that there are free slots for a checkpoint and so many more. */
 static int cas_want(struct nbdserve_cas *s, uint32_t more) {
   int err = s->failed;
   while (!err && s->nfree < CAS_NEEDED(s) + more)
@@ -4821,6 +4860,7 @@ static void cas_drop(struct nbdserve_cas *s, uint32_t x, uint32_t *list) {
   s->nwaiting++;
 }
 
+/* Frees a list of slots that nothing durable names any more. */
 static void cas_free(struct nbdserve_cas *s, uint32_t x) {
   for (; x; x = CAS_AT(s, x, next)) {
     assert(CAS_AT(s, x, ref) == CAS_FREED);
@@ -4872,6 +4912,7 @@ struct cas_item {
   unsigned char digest[32]; /* the slot's digest, if it was read */
 };
 
+/* Reads or writes at an offset in the file. */
 static int cas_io(struct nbdserve_cas *s, int writing, void *buf, size_t len,
                   uint64_t off) {
   struct iovec v = {buf, len};
@@ -4907,6 +4948,8 @@ static int cas_store(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
   return err ? err : cas_transfer(s, it, n, CAS_DATA, 1);
 }
 
+/* Computes the digests of the items that have data and digest to do, two at a
+ * time. */
 static void cas_hash(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
   struct cas_item *first = NULL;
   for (; n > 0; it++, n--) {
@@ -4948,6 +4991,7 @@ static int cas_fail(struct nbdserve_cas *s, int err) {
   return err;
 }
 
+/* Writes the log page that is being filled, and begins the next one (C3). */
 static int cas_log_write(struct nbdserve_cas *s) {
   uint64_t off = 2 * CAS_UNIT + s->seq % s->log_pages * CAS_PAGE;
   if (!s->nlog || s->failed) return s->failed;
@@ -5073,6 +5117,7 @@ static int cas_map(struct nbdserve_cas *s, struct cas_image *im, uint64_t lba,
   return 0;
 }
 
+/* The full name, VOL or VOL@SNAP, in out. */
 static const char *cas_name(const struct cas_image *im, char out[CAS_PATH]) {
   const char *up = im->parent ? (char *)im->parent->record + CAS_NAMED : "";
   snprintf(out, CAS_PATH, "%s%s%s", up, im->parent ? "@" : "",
@@ -5101,6 +5146,7 @@ static struct cas_image *cas_find(struct nbdserve_cas *s, const char *name,
   return im;
 }
 
+/* May a volume or snapshot have that name? */
 static int cas_is_name(const char *p) {
   size_t n = strncmp(p, "sha256-", 7) ? strlen(p) : 0;
   while (*p && u_utf8_len(p) && !strchr("/@\"\\", *p))
@@ -5108,6 +5154,7 @@ static int cas_is_name(const char *p) {
   return n > 0 && n <= CAS_NAME && !*p;
 }
 
+/* Gives a volume or snapshot its name; -EEXIST: another one has it. */
 static int cas_give_name(struct nbdserve_cas *s, struct cas_image *im,
                          const char *name) {
   const char *at = strchr(name, '@'), *part = at ? at + 1 : name;
@@ -5190,6 +5237,7 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
 
 /* ---- Checkpoints --------------------------------------------------------- */
 
+/* Takes a slot for the page that lies ready in s->pages, and stamps its head. */
 static uint32_t cas_take_page(struct nbdserve_cas *s, uint32_t magic, int level,
                               uint32_t index) {
   struct cas_item *it = s->pages + s->npages++;
@@ -5225,6 +5273,7 @@ static void cas_take_map(struct nbdserve_cas *s, struct cas_node **at,
   if (empty) *at = NULL;
 }
 
+/* Takes new slots for the whole catalog; the old ones are retired. */
 static void cas_take_catalog(struct nbdserve_cas *s) {
   struct cas_image *im = s->images;
   uint32_t x, next;
@@ -5310,6 +5359,8 @@ static int cas_due(const struct nbdserve_cas *s) {
   return s->filled < s->to_fill;
 }
 
+/* The thread beside requests: fills the index, writes checkpoints, and ends when
+ * nothing is due. */
 static void *cas_work(void *arg) {
   unsigned char d[CAS_FILL][32];
   struct nbdserve_cas *s = arg;
@@ -5332,6 +5383,7 @@ static void *cas_work(void *arg) {
   return NULL;
 }
 
+/* Starts cas_work if something is due and it does not run. */
 static void cas_kick(struct nbdserve_cas *s) {
   os_lock(&s->lock);
   int start = !s->busy && cas_due(s);
@@ -5583,6 +5635,7 @@ static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   return err;
 }
 
+/* Zeroes a range: whole blocks become holes, parts of blocks are written. */
 static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   struct cas_image *im = ctx;
   uint64_t bs = im->s->bs, tail = (off + len) % bs;
@@ -5594,6 +5647,7 @@ static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   return cas_part(im->s, im, zero, NULL, off + len - tail, tail);
 }
 
+/* Reports blocks as data and the rest as holes. */
 static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                        struct nbdserve_extents *out) {
   (void)flags;
@@ -5613,12 +5667,14 @@ static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
   return err;
 }
 
+/* ops->flush: one sync for all who wait. */
 static int cas_flush(void *ctx, uint32_t flags) {
   (void)flags;
   struct cas_image *im = ctx;
   return cas_sync(im->s, 0);
 }
 
+/* ops->close: the volume stays in the store. */
 static void cas_close(void *ctx) {
   struct cas_image *im = ctx;
   os_lock(&im->s->lock);
@@ -5640,6 +5696,7 @@ static int64_t cas_get_super(struct nbdserve_cas *s, uint64_t off,
   return (int64_t)(u_get64(p + 32) & INT64_MAX);
 }
 
+/* Computes where everything lies, from block size and length of the log. */
 static int cas_place(struct nbdserve_cas *s) {
   uint64_t end = 2 * CAS_UNIT + (uint64_t)s->log_pages * CAS_PAGE;
   if (!u_is_power_of_2(s->bs) || s->bs < CAS_MIN_BLOCK || s->bs > 65536 ||
@@ -5709,6 +5766,7 @@ static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
   return err;
 }
 
+/* Reads the catalog and all maps, and counts the references to each slot. */
 static int cas_open_catalog(struct nbdserve_cas *s) {
   struct cas_image *im, *p;
   int err = 0;
@@ -5752,6 +5810,7 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
   return err;
 }
 
+/* Reads a log page into s->log.  Returns whether it is valid and has that number. */
 static int cas_log_read(struct nbdserve_cas *s, uint64_t seq) {
   uint64_t off = 2 * CAS_UNIT + seq % s->log_pages * CAS_PAGE;
   if (off + CAS_PAGE > s->end) return 0; /* not written so far */
@@ -5763,6 +5822,7 @@ static int cas_log_read(struct nbdserve_cas *s, uint64_t seq) {
          cas_stamp(s, s->log, CAS_SUM);
 }
 
+/* Applies an entry of the log to the maps (C9). */
 static int cas_redo(struct nbdserve_cas *s, const unsigned char *p, int known) {
   struct cas_item it = {.lba = u_get64(p + 8),
                         .slot = u_get32(p + 4),
@@ -5813,6 +5873,7 @@ static int cas_replay(struct nbdserve_cas *s) {
   return err;
 }
 
+/* Frees a store; nothing is written. */
 static void cas_destroy(struct nbdserve_cas *s) {
   os_lock(&s->lock);
   for (struct cas_image *im; (im = s->images);) {
@@ -5829,6 +5890,7 @@ static void cas_destroy(struct nbdserve_cas *s) {
   NBDSERVE_FREE(s);
 }
 
+/* Makes a store in memory, as yet without a file; NULL without memory. */
 static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
   struct nbdserve_cas *s = u_zalloc(sizeof *s);
   uint32_t flags = o ? o->flags : 0;
@@ -5843,6 +5905,7 @@ static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
   return NULL;
 }
 
+/* Opens and locks the store's file. */
 static int cas_open_file(struct nbdserve_cas *s, const char *path, int flags) {
   struct stat st;
   s->fd = open(path, flags | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0666);
@@ -5852,6 +5915,7 @@ static int cas_open_file(struct nbdserve_cas *s, const char *path, int flags) {
   return os_lock_file(s->fd, s->readonly);
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
                       struct nbdserve_cas **out) {
   struct nbdserve_cas *s = cas_new(o);
@@ -5876,6 +5940,7 @@ int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
   return err;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_close(struct nbdserve_cas *s) {
   os_lock(&s->lock);
   s->closing = 1;
@@ -5889,6 +5954,7 @@ int nbdserve_cas_close(struct nbdserve_cas *s) {
   return err;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   struct nbdserve_cas *s = cas_new(o);
   if (!s) return -ENOMEM;
@@ -5929,6 +5995,7 @@ static const struct nbdserve_ops cas_ops = {
     .run_batch = cas_batch,
 };
 
+/* See nbdserve.h. */
 int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
                         struct nbdserve_export *out) {
   os_lock(&s->ckpt); /* one that is under way may be changing what it is */
@@ -5960,6 +6027,7 @@ static int cas_clear_tail(struct cas_image *im) {
   return im->size < end ? cas_zero(im, im->size, end - im->size, 0) : 0;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
                         const char *to, uint64_t size) {
   struct cas_op op = {verb, name, to, size};
@@ -5980,6 +6048,7 @@ int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
   return err;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_list_fn *each,
                       void *arg) {
   char name[CAS_PATH], id[72];
@@ -6002,6 +6071,7 @@ int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_list_fn *each,
   return r;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72],
                       nbdserve_progress_fn *progress, void *arg) {
   unsigned char run[32 + 32 * CAS_BATCH], *data; /* see the format of an id */
@@ -6048,6 +6118,7 @@ int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72],
   return err;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_diff(struct nbdserve_cas *s, const char *a, const char *b,
                       nbdserve_range_fn *each, void *arg) {
   struct nbdserve_export e = {0}, f = {0};
@@ -6068,6 +6139,7 @@ int nbdserve_cas_diff(struct nbdserve_cas *s, const char *a, const char *b,
   return err;
 }
 
+/* See nbdserve.h. */
 void nbdserve_cas_stat(struct nbdserve_cas *s, struct nbdserve_cas_stat *out) {
   os_lock(&s->lock);
   *out = (struct nbdserve_cas_stat){
@@ -6079,6 +6151,7 @@ void nbdserve_cas_stat(struct nbdserve_cas *s, struct nbdserve_cas_stat *out) {
   os_unlock(&s->lock);
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage_fn *each,
                         nbdserve_progress_fn *progress, void *arg) {
   unsigned char *data = NBDSERVE_MALLOC(CAS_BATCH * s->bs);
@@ -6144,6 +6217,7 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage_fn *each,
   return stop ? -ECANCELED : found ? -EUCLEAN : 0;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
                     nbdserve_progress_fn *progress, void *arg) {
   int err = s->readonly ? -EROFS : cas_checkpoint(s, NULL);
@@ -6217,6 +6291,7 @@ union srv_address {
 
 /* ---- Making a server ----------------------------------------------------- */
 
+/* See nbdserve.h. */
 const char *nbdserve_version(void) {
   return NBDSERVE_VERSION;
 }
@@ -6261,6 +6336,7 @@ static int srv_make(struct nbdserve *s) {
   return err;
 }
 
+/* See nbdserve.h.  Until it has succeeded nobody else knows the server. */
 int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   struct nbdserve_config k = {.version = NBDSERVE_VERSION_NUMBER};
   *out = NULL;
@@ -6287,6 +6363,8 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   return err;
 }
 
+/* See nbdserve.h.  The export is made before the lock is taken; if its name is
+ * taken, ctx goes back to the caller, as after any error. */
 int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
   struct ex *ex;
   int err = ex_new(s, e, &ex);
@@ -6303,6 +6381,7 @@ int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
   return -EEXIST;
 }
 
+/* See nbdserve.h.  Clients that are there keep the size that they were told. */
 int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
   if (size > INT64_MAX) return -EINVAL;
   os_lock(&s->lock);
@@ -6338,6 +6417,7 @@ static void srv_drop_listener(struct nbdserve *s) {
     unlink(l->text);
 }
 
+/* See nbdserve.h. */
 void nbdserve_unlisten(struct nbdserve *s) {
   while (s->nlisteners > 0)
     srv_drop_listener(s);
@@ -6489,6 +6569,7 @@ static int srv_listen_tcp(struct nbdserve *s, const char *address) {
   return srv_listen_ip(s, host, &port);
 }
 #else
+/* Without TCP there are no such addresses. */
 static void srv_format_address(const union srv_address *a, char *out,
                                size_t size) {
   (void)a;
@@ -6496,6 +6577,7 @@ static void srv_format_address(const union srv_address *a, char *out,
   (void)size;
 }
 
+/* Without TCP no address is one. */
 static int srv_listen_tcp(struct nbdserve *s, const char *address) {
   (void)s;
   (void)address;
@@ -6516,6 +6598,7 @@ static int srv_listen_fd(struct nbdserve *s, const char *number) {
   return 0;
 }
 
+/* See nbdserve.h. */
 int nbdserve_listen(struct nbdserve *s, const char *address) {
   if (s->nlisteners >= SRV_LISTENERS) return -EMFILE;
   if (strncmp(address, "tcp:", 4) == 0) return srv_listen_tcp(s, address + 4);
@@ -6528,6 +6611,7 @@ int nbdserve_listen(struct nbdserve *s, const char *address) {
   return 0;
 }
 
+/* See nbdserve.h.  The first listener counts. */
 int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
   static const char socket_query[] = "?socket=";
   const struct srv_listener *l = s->listeners;
@@ -6561,16 +6645,19 @@ static int srv_take_poke(int fd) {
   return found;
 }
 
+/* See nbdserve.h.  Nobody ever empties this pipe: there is no way back. */
 void nbdserve_stop(struct nbdserve *s) {
   srv_poke(s->stop.pipe[1]);
 }
 
+/* See nbdserve.h. */
 void nbdserve_wake(struct nbdserve *s) {
   srv_poke(s->wake[1]);
 }
 
 /* ---- Statistics ---------------------------------------------------------- */
 
+/* Adds what was counted for one client. */
 static void srv_add_stats(struct nbdserve_stats *to,
                           const struct nbdserve_stats *more) {
   to->requests += more->requests;
@@ -6579,6 +6666,8 @@ static void srv_add_stats(struct nbdserve_stats *to,
   to->bytes_written += more->bytes_written;
 }
 
+/* See nbdserve.h.  Each client counts for itself; here the counters are added,
+ * to those of the clients that have left. */
 void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
   os_lock(&s->lock);
   *out = s->totals;
@@ -6736,6 +6825,7 @@ static void *srv_thread(void *client) {
   return NULL;
 }
 
+/* See nbdserve.h. */
 int nbdserve_serve(struct nbdserve *s, int in, int out, const char *name) {
   struct conn *c = srv_new_client(s, in, out, SRV_CALLERS);
   return c ? srv_serve_client(c, name) : -ENOMEM;
@@ -6799,6 +6889,7 @@ struct srv_plan {
   int timeout_ms; /* of poll(); -1: none */
 };
 
+/* Decides it: how long to wait, and for what. */
 static struct srv_plan srv_plan(struct nbdserve *s) {
   const struct nbdserve_config *k = &s->config;
   struct srv_plan plan = {.timeout_ms = -1};
@@ -6885,6 +6976,7 @@ static int srv_accept_ready(struct nbdserve *s, const struct pollfd *p,
   return found;
 }
 
+/* See nbdserve.h.  Rounds of: plan, wait, look at each pipe, accept. */
 int nbdserve_run(struct nbdserve *s) {
   struct pollfd p[3 + SRV_LISTENERS + 1] = {
       {.fd = s->stop.pipe[0], .events = POLLIN},
@@ -6908,6 +7000,7 @@ int nbdserve_run(struct nbdserve *s) {
   }
 }
 
+/* See nbdserve.h. */
 void nbdserve_free(struct nbdserve *s) {
   if (!s) return;
   if (s->nconns > 0) srv_finish(s); /* nbdserve_run was left with -EINTR */

@@ -33,8 +33,8 @@
  *   the format of a store, and what keeps it whole           end of nbdserve.h
  *
  * ---- Where to add ... -----------------------------------------------------
- *   an option of the handshake  its number in enum nbd_opt; a function and a row
- *                               of hs_options in [8]
+ *   an option of the handshake  its number in enum nbd_opt; a function and a
+ *                               row of hs_options in [8]
  *   a command                   its number in enum nbd_cmd; a row of wire_cmds;
  *                               a case in ex_call [7]; a line in
  *                               ex_transmission_flags if clients must be told
@@ -589,6 +589,33 @@ static int os_sync_new_file(int fd, const char *path) {
   close(dir);
   return err == -EINVAL ? 0 : err; /* some directories cannot be synced */
 }
+
+/* Removes the file at path if it still is the one that fd is: in the meantime
+ * somebody may have put another one there, which is not ours to remove. */
+static void os_remove_own_file(const char *path, int fd) {
+  struct stat own;
+  struct stat found;
+  if (fstat(fd, &own) < 0 || lstat(path, &found) < 0) return;
+  if (own.st_dev == found.st_dev && own.st_ino == found.st_ino) unlink(path);
+}
+
+#if OS_LINUX
+/* This is of <linux/fs.h>, which not every libc comes with. */
+#define OS_BLKROGET _IO(0x12, 94)
+
+/* Does the block device refuse writes?  Opening such a device for writing
+ * succeeds nevertheless. */
+static int os_is_readonly_device(int fd) {
+  int yes = 0;
+  return ioctl(fd, OS_BLKROGET, &yes) == 0 && yes;
+}
+#else
+/* Nothing to ask: opening the device must tell. */
+static int os_is_readonly_device(int fd) {
+  (void)fd;
+  return 0;
+}
+#endif
 #endif
 
 #if !NBDSERVE_NO_FLAT
@@ -686,26 +713,8 @@ static int os_nameless_file(const char *dir) {
   return fd >= 0 ? fd : os_open_and_unlink(dir);
 }
 
-/* Removes the file at path if it still is the one that fd is: in the meantime
- * somebody may have put another one there, which is not ours to remove. */
-static void os_remove_own_file(const char *path, int fd) {
-  struct stat own;
-  struct stat found;
-  if (fstat(fd, &own) < 0 || lstat(path, &found) < 0) return;
-  if (own.st_dev == found.st_dev && own.st_ino == found.st_ino) unlink(path);
-}
-
 #if OS_LINUX
-/* These two are of <linux/fs.h>, which not every libc comes with. */
-#define OS_BLKROGET _IO(0x12, 94)
-#define OS_BLKROTATIONAL _IO(0x12, 126)
-
-/* Does the block device refuse writes?  Opening such a device for writing
- * succeeds nevertheless. */
-static int os_is_readonly_device(int fd) {
-  int yes = 0;
-  return ioctl(fd, OS_BLKROGET, &yes) == 0 && yes;
-}
+#define OS_BLKROTATIONAL _IO(0x12, 126) /* of <linux/fs.h>, as above */
 
 /* Does the block device have a head to move?  Files do not know. */
 static int os_is_rotational(int fd) {
@@ -713,12 +722,6 @@ static int os_is_rotational(int fd) {
   return ioctl(fd, OS_BLKROTATIONAL, &yes) == 0 && yes;
 }
 #else
-/* Nothing to ask: opening the device must tell. */
-static int os_is_readonly_device(int fd) {
-  (void)fd;
-  return 0;
-}
-
 /* Nothing to ask. */
 static int os_is_rotational(int fd) {
   (void)fd;
@@ -4824,8 +4827,8 @@ static int cas_grow(struct nbdserve_cas *s) {
   uint32_t x = s->nslots;
   uint64_t end = cas_off(s, x, CAS_DATA) + (uint64_t)CAS_SEGMENT * s->bs;
   uint64_t off = x ? cas_off(s, x, x % CAS_SLOTS ? CAS_DATA : CAS_DIGEST) : 0;
-  int err = s->is_device ? 0 : os_fallocate(s->fd, OS_ALLOCATE, off, end - off);
   if (s->is_device ? end > s->end : end > INT64_MAX) return -ENOSPC;
+  int err = s->is_device ? 0 : os_fallocate(s->fd, OS_ALLOCATE, off, end - off);
   return err && err != -EOPNOTSUPP ? err : cas_extend(s, x);
 }
 
@@ -5237,7 +5240,7 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
 
 /* ---- Checkpoints --------------------------------------------------------- */
 
-/* Takes a slot for the page that lies ready in s->pages, and stamps its head. */
+/* Takes a slot for the page that is next in s->pages, and writes its head. */
 static uint32_t cas_take_page(struct nbdserve_cas *s, uint32_t magic, int level,
                               uint32_t index) {
   struct cas_item *it = s->pages + s->npages++;
@@ -5308,7 +5311,8 @@ static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
     os_lock(&s->lock);
   }
   uint32_t max = CAS_NEEDED(s);
-  s->pages = u_zalloc(max * (sizeof *s->pages + s->bs));
+  size_t page = sizeof *s->pages + s->bs;
+  s->pages = max <= SIZE_MAX / page ? u_zalloc(max * page) : NULL;
   int err = s->pages ? cas_want(s, 0) : -ENOMEM;
   if (!err) err = cas_log_write(s);
   if (!err && op) err = cas_apply(s, op, &gone);
@@ -5359,8 +5363,8 @@ static int cas_due(const struct nbdserve_cas *s) {
   return s->filled < s->to_fill;
 }
 
-/* The thread beside requests: fills the index, writes checkpoints, and ends when
- * nothing is due. */
+/* The thread beside requests: fills the index, writes checkpoints, and ends
+ * when nothing is due. */
 static void *cas_work(void *arg) {
   unsigned char d[CAS_FILL][32];
   struct nbdserve_cas *s = arg;
@@ -5810,7 +5814,8 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
   return err;
 }
 
-/* Reads a log page into s->log.  Returns whether it is valid and has that number. */
+/* Reads a log page into s->log.  Returns whether it is valid and has that
+ * number. */
 static int cas_log_read(struct nbdserve_cas *s, uint64_t seq) {
   uint64_t off = 2 * CAS_UNIT + seq % s->log_pages * CAS_PAGE;
   if (off + CAS_PAGE > s->end) return 0; /* not written so far */
@@ -5910,8 +5915,13 @@ static int cas_open_file(struct nbdserve_cas *s, const char *path, int flags) {
   struct stat st;
   s->fd = open(path, flags | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0666);
   if (s->fd < 0 || fstat(s->fd, &st) < 0) return -errno;
+  if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) return -EINVAL;
   s->is_device = S_ISBLK(st.st_mode);
-  s->end = (uint64_t)lseek(s->fd, 0, SEEK_END);
+  if (s->is_device && !s->readonly && os_is_readonly_device(s->fd))
+    return -EROFS;
+  off_t end = lseek(s->fd, 0, SEEK_END);
+  if (end < 0) return -errno;
+  s->end = (uint64_t)end;
   return os_lock_file(s->fd, s->readonly);
 }
 
@@ -5963,7 +5973,7 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   s->seq = s->next_id = 1;
   int err = cas_place(s);
   if (!err) err = cas_open_file(s, path, O_RDWR | O_CREAT | O_EXCL);
-  int is_new = s->fd >= 0;
+  int is_new = s->fd >= 0 && err != -EBUSY; /* else another one has it now */
   if (err == -EEXIST && !cas_open_file(s, path, O_RDWR) && s->is_device &&
       !cas_io(s, 0, s->super, CAS_PAGE, 0) && u_is_zero(s->super, CAS_PAGE))
     err = 0; /* an unused block device will do */
@@ -5977,7 +5987,7 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   u_put32(s->super + 48, s->log_pages);
   if (!err) err = cas_checkpoint(s, NULL); /* of nothing at all */
   if (!err) err = os_sync_new_file(s->fd, path);
-  if (err && is_new) unlink(path);
+  if (err && is_new) os_remove_own_file(path, s->fd);
   cas_destroy(s);
   return err;
 }

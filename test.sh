@@ -2537,6 +2537,116 @@ testShrunkFileIsEIO() { fault shrunk "$DISK"; }
 testDiskFullIsENOSPCAndPasses() { fault full "$DISK"; }
 testReadErrorIsEIO() { fault read "$DISK"; }
 
+# Tests for [4] and [10] of nbdserve.c.  The shell functions go to the group of
+# [10] FLAT; the C parts into the section "//== fault", where it says so.
+
+# ---- shell ----
+
+# The program built for 32 bits: $W/nbdserve32
+build32() {
+  needs i686-linux-gnu-gcc || return 1
+  if [ ! -e "$W/32.log" ]; then
+    i686-linux-gnu-gcc -static -O1 -o "$W/nbdserve32" "$here/nbdserve.c" \
+      -lpthread >"$W/32.log" 2>&1
+  fi
+  [ -x "$W/nbdserve32" ] || { fail "$(head -n 5 "$W/32.log")"; return 1; }
+  "$W/nbdserve32" --version >"$T/log" 2>&1 ||
+    { skip 'no 32-bit programs run here'; return 1; }
+}
+
+# Sizes of 64 bits are not cut to size_t
+testTemporaryMapThatDoesNotFitInto32BitsIsRefused() {
+  [ -z "$SWITCH$SANITIZER" ] || { skip 'another build'; return 0; }
+  build32 || return 0
+  NBDSERVE64=$NBDSERVE NBDSERVE=$W/nbdserve32
+  for size in 4E 2097152G 3000000G; do # maps of 8 TiB, 4 GiB and 5.7 GiB
+    run -s -T "mem:$size"
+    assertEquals "$size" 1 "$STATUS"
+    says "mem:$size: File too large"
+  done
+  DISK=mem:1T SIZE=1099511627776 ARGS=-T # one of 2 MiB is no problem
+  simple 'OK.1 OK.2=6162' WRITE,1,1099511627774,2 6162 READ,2,1099511627774,2
+  NBDSERVE=$NBDSERVE64
+}
+
+testMapOfATemporaryExportIsNeverCut() { unit maplen; }
+testSliceNeverReachesBeyondWhatOffsetsHold() { unit slice; }
+
+testReadOnlyDeviceIsServedOnlyWithR() {
+  needs losetup || return 0
+  filled || return 0
+  device=$(losetup -r -f --show "$DISK" 2>/dev/null)
+  if [ -z "$device" ]; then skip 'no loop devices here'; return 0; fi
+  DISK=$device
+  run -s "$DISK"
+  assertEquals 1 "$STATUS"
+  says "$DISK: Read-only file system"
+  slow=$(cat "/sys/block/${DISK#/dev/}/queue/rotational")
+  writable=$(printf %04x $((0x$FLAGS | slow << 4)))
+  ARGS=-r FLAGS=$(printf %04x $((0x$RO | slow << 4)))
+  simple OK.1=78 READ,1,0,1
+  ARGS=-T FLAGS=$writable
+  talk "$(ask GO '')" WRITE,1,0,1 61 READ,2,0,2 DISC,0,0,0
+  expect "go=export:$SIZE:$FLAGS go=ack" 'OK.1 OK.2=6178'
+  losetup -d "$device"
+}
+testReadOnlyDeviceIsEROFS() { fault readonly "$DISK"; }
+
+testCreateThatFailsLeavesNoFile() {
+  (
+    ulimit -f 100 || exit
+    run -s --create 40M "$T/new"
+    echo "$STATUS" >"$T/status"
+  ) 2>/dev/null
+  assertEquals 1 "$(cat "$T/status")"
+  says "$T/new: File too large"
+  assertFalse 'left behind' "[ -e '$T/new' ]"
+  run -s --create 9223372036854775807 "$T/new" # above what ext4, tmpfs hold
+  if [ "$STATUS" != 0 ]; then
+    says "$T/new: "
+    assertFalse 'left behind' "[ -e '$T/new' ]"
+  fi
+  rm -f "$T/new"
+  run -s --create 64K --offset 1M "$T/new"
+  assertEquals 1 "$STATUS"
+  says "$T/new: "
+  assertFalse 'left behind with a bad offset' "[ -e '$T/new' ]"
+}
+testCreateThatFailsKeepsWhatWasThere() {
+  : >"$T/empty"
+  (
+    ulimit -f 100 || exit
+    run -s --create 40M "$T/empty"
+    echo "$STATUS" >"$T/status"
+  ) 2>/dev/null
+  assertEquals 1 "$(cat "$T/status")"
+  says "$T/empty: "
+  assertTrue 'removed' "[ -f '$T/empty' ]"
+  run -s --create 64K --offset 1M "$DISK"
+  assertEquals 1 "$STATUS"
+  says "$DISK: "
+  assertTrue 'removed' "[ -f '$DISK' ]"
+}
+testCreateFollowsNoLinkToNowhere() {
+  ln -s "$T/elsewhere" "$T/link"
+  run -s --create 40M "$T/link"
+  assertEquals 1 "$STATUS"
+  says "$T/link: No such file or directory"
+  assertFalse 'made' "[ -e '$T/elsewhere' ]"
+  assertTrue 'the link stays' "[ -L '$T/link' ]"
+  ln -sf "$DISK" "$T/link" # one that leads somewhere is followed
+  run -s --create 40M "$T/link"
+  assertEquals 0 "$STATUS"
+}
+testCreateThatCannotBeSyncedLeavesNoFile() { fault create "$DISK"; }
+testAfterAFailedSyncNeighbouringWritesFail() { fault syncrun "$DISK"; }
+testTemporaryFilesNeverHaveAName() { fault nameless "$DISK"; }
+
+# ---- C ----
+# What follows a line "//== fault" goes to "//== fault": 1 in front of "#undef
+# pread", 2 behind the other #defines there, 3 in front of main, 4 into main's
+# chain.  "//== unit" 1 goes to "//== unit" behind u_overerror, 2 into verbs[].
+
 # ==== [11] CAS (@cas) ========================================================
 
 testWritersReadersAndChangesOfAStoreTogether() { unit together; }
@@ -3271,6 +3381,7 @@ testIdleExitEndsItWithoutClients() {
   JOBS=
 }
 testOnceServesWhoWaitedForTheOnlySlot() {
+  LOG='^nbdserve: [0-9]* clients are served, which is the limit'
   serve -1 -m 1 "$DISK"
   client next "$SOCK"
   wait "$JOB"
@@ -3290,6 +3401,7 @@ testUSR1DoesNotPostponeTheIdleExit() {
 }
 testConnectionsOverTheLimitWaitForASlot() {
   unless NO_THREADS || return 0
+  LOG='^nbdserve: [0-9]* clients are served, which is the limit'
   serve -m 3 "$DISK"
   client limit "$SOCK" 3
 }
@@ -3322,6 +3434,7 @@ transcripts() {
 # cut somewhere, must neither end the server nor stay in its memory
 testBadInputNeitherHurtsOthersNorLeaks() {
   unless NO_THREADS || return 0
+  LOG='^nbdserve: [0-9]* clients are served, which is the limit'
   transcripts >"$W/names"
   while read -r name; do
     case "
@@ -3350,6 +3463,7 @@ testAThousandConnectionsInTurn() {
   client many "$SOCK" 1000
 }
 testMoreClientsThanSlotsAreAllServed() {
+  LOG='^nbdserve: [0-9]* clients are served, which is the limit'
   serve -m 8 "$DISK"
   client crowd "$SOCK" 150
 }
@@ -7180,6 +7294,38 @@ static void u_overerror(void) {
   close(fd);
 }
 
+/* How much memory the map takes is known even if size_t has 32 bits */
+static void u_maplen(void) {
+  const uint64_t one = 1;
+  size_t len = 0;
+  CHECK(flat_temporary_len(0, UINT32_MAX, &len) == 0);
+  CHECK(len > sizeof(struct flat) && len < 10000);
+  CHECK(flat_temporary_len(one << 50, UINT32_MAX, &len) == 0);
+  CHECK(len >= sizeof(struct flat) + (1u << 31));
+  CHECK(flat_temporary_len(one << 51, UINT32_MAX, &len) == -EFBIG);
+  CHECK(flat_temporary_len(one << 62, UINT32_MAX, &len) == -EFBIG);
+  CHECK(flat_temporary_len(INT64_MAX, UINT32_MAX, &len) == -EFBIG);
+}
+
+/* A slice that is resized: the last offset in the file is one of off_t */
+static void u_slice(void) {
+  struct nbdserve_flat flat = {0};
+  struct nbdserve_export e = {0};
+  struct one o;
+  char b[512];
+  flat.offset = 4096;
+  flat.size = 4096;
+  CHECK(nbdserve_flat_open("mem:64K", &flat, &e) == 0 && e.size == 4096);
+  CHECK(e.ops->size(e.ctx, 8192) == 8192);
+  CHECK(e.ops->size(e.ctx, INT64_MAX) == INT64_MAX - 4096);
+  e.size = INT64_MAX;
+  o_open(&o, &e, 1);
+  CHECK(o.c.size == INT64_MAX - 4096);
+  CHECK(t_do(&o.c, 0, READ, 0, 512, b) == 0);
+  CHECK(t_do(&o.c, 0, READ, o.c.size - 512, 512, b) == 5);
+  o_close(&o);
+}
+
 static void u_deadline(void) {
   struct nbdserve_config config = {0};
   struct nbdserve *s;
@@ -8161,6 +8307,8 @@ int main(int argc, char **argv) {
       {"seal", u_seal},
       {"rotten", u_rotten},
       {"diff", u_diff},
+      {"maplen", u_maplen},
+      {"slice", u_slice},
   };
   int i;
   CHECK(argc == 3);
@@ -8276,6 +8424,38 @@ static void *fi_malloc(size_t n) {
   return fi_fails(MALLOC, 1 << 30, &unused) ? NULL : malloc(n);
 }
 
+#include <sys/ioctl.h>
+
+/* Other calls that do as they are told: fstat says that files are block
+ * devices, of which BLKROGET says that they are read-only; open fails with this
+ * errno for files without a name; calls and last result of mkstemp */
+static int fi_device, fi_readonly, fi_tmpfile, fi_named, fi_named_fd;
+
+static int fi_ioctl(int fd, unsigned long what, void *arg) {
+  if (what != _IO(0x12, 94)) return ioctl(fd, what, arg);
+  *(int *)arg = fi_readonly;
+  return 0;
+}
+
+static int fi_fstat(int fd, struct stat *st) {
+  int r = fstat(fd, st);
+  if (fi_device) st->st_mode = S_IFBLK | 0600;
+  return r;
+}
+
+static int fi_open(const char *name, int flags, ...) {
+#ifdef O_TMPFILE
+  if ((flags & O_TMPFILE) == O_TMPFILE && fi_tmpfile)
+    return errno = fi_tmpfile, -1;
+#endif
+  return open(name, flags, 0600);
+}
+
+static int fi_mkstemp(char *name) {
+  fi_named++;
+  return fi_named_fd = mkstemp(name);
+}
+
 #undef pread
 #undef pwrite
 #undef preadv
@@ -8289,6 +8469,13 @@ static void *fi_malloc(size_t n) {
 #define fallocate fi_fallocate
 #define pthread_create fi_create
 #define listen fi_listen
+#undef open
+#undef fstat
+#undef mkstemp
+#define open fi_open
+#define fstat fi_fstat
+#define mkstemp fi_mkstemp
+#define ioctl fi_ioctl
 #define NBDSERVE_MALLOC fi_malloc
 #define NBDSERVE_FREE free
 #include "nbdserve.c"
@@ -8679,6 +8866,114 @@ static void i_memory(void) {
   CHECK(done && n > 3);
 }
 
+/* A device that refuses writes is not offered as writable */
+static void i_readonly(void) {
+  struct nbdserve_flat flat = {0};
+  struct nbdserve_export e = {0};
+  fi_device = fi_readonly = 1;
+  CHECK(nbdserve_flat_open(path, NULL, &e) == -EROFS);
+  flat.flags = NBDSERVE_FLAT_READONLY;
+  CHECK(nbdserve_flat_open(path, &flat, &e) == 0);
+  CHECK(e.flags & NBDSERVE_EXPORT_READONLY);
+  e.ops->close(e.ctx);
+  flat.flags = NBDSERVE_FLAT_TEMPORARY;
+  memset(&e, 0, sizeof e);
+  CHECK(nbdserve_flat_open(path, &flat, &e) == 0);
+  CHECK(!(e.flags & NBDSERVE_EXPORT_READONLY));
+  e.ops->close(e.ctx);
+  fi_readonly = 0;
+  CHECK(nbdserve_flat_open(path, NULL, &e) == 0);
+  e.ops->close(e.ctx);
+}
+
+/* A new file is removed if anything after fails, and only if it is ours */
+static void i_create(void) {
+  struct nbdserve_flat flat = {0};
+  struct nbdserve_export e = {0};
+  char name[300];
+  int n, fd, err = -1;
+  snprintf(name, sizeof name, "%s.new", path);
+  flat.create = 65536;
+  for (n = 0; n < 2; n++) { /* the file's sync, the directory's */
+    fi[SYNC].err = EIO;
+    fi[SYNC].skip = n;
+    fi[SYNC].times = 1;
+    CHECK(nbdserve_flat_open(name, &flat, &e) == -EIO && !fi[SYNC].times);
+    CHECK(access(name, F_OK) < 0);
+  }
+  for (n = 1; err; n++) { /* each allocation */
+    CHECK(n < 10);
+    fi[MALLOC].calls = 0;
+    fi[MALLOC].bad = n;
+    err = nbdserve_flat_open(name, &flat, &e);
+    CHECK(err == 0 || (err == -ENOMEM && access(name, F_OK) < 0));
+  }
+  fi[MALLOC].bad = 0;
+  CHECK(n > 2 && access(name, F_OK) == 0);
+  CHECK(nbdserve_flat_open(name, &flat, &e) == -EBUSY);
+  CHECK(access(name, F_OK) == 0);
+  e.ops->close(e.ctx);
+  CHECK(unlink(name) == 0);
+  flat.flags = NBDSERVE_FLAT_TEMPORARY;
+  flat.dir = "/no/such/directory"; /* for the overlay */
+  CHECK(nbdserve_flat_open(name, &flat, &e) == -ENOENT);
+  CHECK(access(name, F_OK) < 0);
+  CHECK((fd = open(name, O_RDWR | O_CREAT, 0600)) >= 0);
+  CHECK(ftruncate(fd, 1000) == 0 && close(fd) == 0);
+  CHECK(nbdserve_flat_open(name, &flat, &e) == -ENOENT);
+  CHECK(access(name, F_OK) == 0);
+}
+
+/* A failed sync fails writes that are done in one call, too */
+static void i_syncrun(void) {
+  static unsigned char in[16000];
+  struct one o;
+  i_open(&o, 1);
+  CHECK(i_neighbours(&o.c, WRITE, in) == 0);
+  fi[SYNC].err = EIO;
+  fi[SYNC].times = 1;
+  CHECK(t_do(&o.c, 0, FLUSH, 0, 0, NULL) == 5);
+  fi[PWRITE].calls = 0;
+  CHECK(i_neighbours(&o.c, WRITE, in) == 0xffff);
+  CHECK(fi[PWRITE].calls == 0);
+  CHECK(i_neighbours(&o.c, READ, in) == 0);
+  o_close(&o);
+}
+
+/* What is temporary never has a name, where the system has O_TMPFILE; else
+ * mkstemp makes one up, for a moment */
+static void i_nameless(void) {
+  struct nbdserve_flat flat = {0};
+  struct nbdserve_export e = {0};
+  static char dir[5000];
+  char *slash;
+  int way, fd;
+  strcpy(dir, path);
+  CHECK((slash = strrchr(dir, '/')) != NULL);
+  *slash = 0;
+  flat.flags = NBDSERVE_FLAT_TEMPORARY;
+  flat.dir = dir;
+#ifdef O_TMPFILE
+  fd = open(dir, O_TMPFILE | O_RDWR, 0600);
+#else
+  fd = -1;
+#endif
+  for (way = fd < 0; way < 2; way++) {
+    fi_tmpfile = way ? EOPNOTSUPP : 0;
+    CHECK(nbdserve_flat_open(path, &flat, &e) == 0);
+    CHECK(fi_named == way);
+    if (way) {
+      struct stat st;
+      CHECK(fcntl(fi_named_fd, F_GETFD) == FD_CLOEXEC);
+      CHECK(fstat(fi_named_fd, &st) == 0 && !st.st_nlink);
+    }
+    e.ops->close(e.ctx);
+  }
+  if (fd >= 0) close(fd);
+  memset(dir, '/', sizeof dir - 1); /* the root, said at length */
+  CHECK(nbdserve_flat_open(path, &flat, &e) == -ENAMETOOLONG);
+}
+
 int main(int argc, char **argv) {
   static const struct {
     const char *name;
@@ -8690,7 +8985,9 @@ int main(int argc, char **argv) {
       {"slow", i_slow},           {"whole", i_whole},
       {"fallocate", i_fallocate}, {"fastzero", i_fastzero},
       {"threads", i_threads},     {"stale", i_stale},
-      {"memory", i_memory},
+      {"memory", i_memory},       {"readonly", i_readonly},
+      {"create", i_create},       {"syncrun", i_syncrun},
+      {"nameless", i_nameless},
   };
   int i;
   CHECK(argc > 2);

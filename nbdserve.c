@@ -1657,11 +1657,13 @@ static int64_t io_grace_end(struct io_stop *stop) {
   if (!stop->grace_end) stop->grace_end = os_now_ms() + IO_GRACE_MS;
   int64_t end = stop->grace_end;
   os_unlock(&stop->lock);
+  assert(end > 0);
   return end;
 }
 
 /* How long n bytes may take (I2). */
 static int64_t io_time_for(const struct io *io, size_t n) {
+  assert(io->stall_ms > 0);
   return io->stall_ms * (int64_t)(1 + n / IO_UNIT);
 }
 
@@ -1729,6 +1731,7 @@ static ssize_t io_recv_now(struct io *io, void *buf, size_t len, int flags) {
     if (n < 0 && errno == ENOTSOCK) n = read(io->in, buf, len);
   } while (n < 0 && errno == EINTR);
   if (n < 0) return errno == EWOULDBLOCK ? -EAGAIN : -errno;
+  assert((size_t)n <= len);
   if (io->stopping) io->left -= (size_t)n;
   if (n == 0) io->at_end = 1;
   return n;
@@ -1804,6 +1807,7 @@ static ssize_t io_send_now(const struct io *io, struct iovec *v, int n) {
 static int io_send(const struct io *io, struct iovec *v, int n) {
   int64_t until = 0; /* fixed when the peer first makes us wait */
   size_t total = 0;
+  assert(n > 0);
   for (int i = 0; i < n; i++)
     total += v[i].iov_len;
   while (n > 0) {
@@ -2104,6 +2108,7 @@ static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
     NBDSERVE_FREE(ex);
     return -ENOMEM;
   }
+  assert(e.max_request > 0 && e.min_block <= e.preferred_block);
   e.name = memcpy(ex->strings, e.name, name_size);
   e.description =
       memcpy(ex->strings + name_size, e.description, description_size);
@@ -2172,6 +2177,7 @@ static int ex_current_size(struct ex *ex, uint64_t *size) {
     return -EIO;
   }
   *size = now - now % e->min_block; /* no request reaches the rest */
+  assert(*size <= INT64_MAX && *size % e->min_block == 0);
   return 0;
 }
 
@@ -2200,6 +2206,7 @@ static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
 
 /* Gives back what ex_acquire gave; frees it if it was the client's (E1). */
 static void ex_release(struct ex *ex) {
+  assert(ex);
   if (ex->from_callback) ex_free(ex);
 }
 
@@ -2327,6 +2334,7 @@ static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
  * one].  A shared block is described as data, whatever its parts are. */
 int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
   if (status & ~(NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO)) x->lied = 1;
+  assert(x->n <= x->max && x->align > 0);
   uint64_t described = u_min(len, x->overhang);
   x->overhang -= described;
   len = u_min(len - described, x->left);
@@ -2363,6 +2371,7 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   x.max =
       (unsigned)u_min(ex->pub.max_request / WIRE_EXT_EXTENT_LEN, EX_EXTENTS);
   if (flags) x.max = 1;
+  assert(r->mode != MODE_SIMPLE && !r->owns_buf);
   unsigned char *p = NBDSERVE_MALLOC(WIRE_EXT_STATUS_LEN +
                                      (size_t)WIRE_EXT_EXTENT_LEN * EX_EXTENTS);
   if (!p) return -ENOMEM;
@@ -2383,6 +2392,7 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
     return -EIO;
   }
   if (!x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
+  assert(x.n > 0 && x.n <= x.max && x.max <= EX_EXTENTS);
   u_put32(p, WIRE_CONTEXT_ID);
   if (r->mode == MODE_EXTENDED) {
     u_put32(p + 4, x.n);
@@ -2438,6 +2448,7 @@ static int ex_write_zeroes(struct ex *ex, const struct nbdserve_req *r) {
   if (r->len > UINT32_MAX) return -EOVERFLOW;
   uint64_t step = u_min(u_min(r->len, EX_ZERO_STEP), ex->pub.max_request);
   step -= step % ex->pub.min_block; /* r->len is a multiple, so is the rest */
+  assert(step > 0);
   w.buf = u_zalloc((size_t)step);
   int err = w.buf ? 0 : -ENOMEM;
   for (uint64_t left = r->len; left > 0 && !err; left -= w.len) {
@@ -2481,6 +2492,7 @@ struct ex_batched {
 /* Does one request with run_batch. */
 static int ex_batch_of_one(void *ctx, struct nbdserve_req *r) {
   ((struct ex_batched *)ctx)->run_batch(ctx, r, 1);
+  assert(r->err <= 0);
   return r->err;
 }
 
@@ -2658,6 +2670,7 @@ static unsigned char *hs_reserve(struct conn *c, size_t len) {
   if (c->wbuf_used + len > CONN_WBUF) hs_send(c);
   unsigned char *p = c->wbuf + c->wbuf_used;
   c->wbuf_used += len;
+  assert(c->wbuf_used <= CONN_WBUF);
   return p;
 }
 
@@ -2720,7 +2733,7 @@ static int hs_has_allocation(const struct conn *c, const char *name) {
 static void hs_enter(struct conn *c, struct ex *ex, const char *name,
                      uint64_t size) {
   const struct nbdserve_config *k = &c->s->config;
-  assert(!c->export);
+  assert(!c->export && ex && size % ex->pub.min_block == 0);
   c->export = ex;
   c->export_size = size;
   c->has_allocation = hs_has_allocation(c, name);
@@ -2733,6 +2746,7 @@ static void hs_enter(struct conn *c, struct ex *ex, const char *name,
   if (!k->before) c->run_batch = ex->pub.ops->run_batch;
   if (k->threads > 1) c->max_workers = k->threads;
   c->max_handed_over = c->run_batch ? TX_HANDED_OVER : k->threads;
+  assert(c->read_head <= TX_HEAD_MAX && c->max_handed_over > 0);
   conn_log(c, NBDSERVE_LOG_INFO, "%d: export '%s', %" PRIu64 " bytes%s", c->id,
            name, size,
            c->transmission_flags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
@@ -3020,6 +3034,7 @@ static int hs_greet(struct conn *c) {
 /* The whole handshake: HS_ENTER, HS_END or HS_FAILED. */
 static enum hs_result hs_run(struct conn *c) {
   enum hs_result result;
+  assert(!c->io.deadline && !c->export && !c->wbuf_used);
   c->io.deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
   int err = hs_greet(c);
   if (err) return hs_close(c, err);
@@ -3029,6 +3044,7 @@ static enum hs_result hs_run(struct conn *c) {
   } while (result == HS_MORE && !err);
   c->io.deadline = 0;
   if (err && result != HS_FAILED) return hs_close(c, err);
+  assert(result != HS_ENTER || (c->export && !c->wbuf_used));
   return result;
 }
 
@@ -3356,6 +3372,7 @@ static void tx_release(struct nbdserve_req *list) {
  * when the client is gone. */
 static int tx_answer(struct conn *c, struct nbdserve_req *list) {
   if (!list) return 0;
+  assert(c->export);
   tx_account(c, list);
   int err = tx_send_all(c, list);
   tx_release(list);
@@ -3482,6 +3499,7 @@ static void *tx_worker(void *conn) {
 /* Sees to it that there is a worker for one more request, which is not queued
  * so far.  False: there is none at all.  The caller holds queue_lock. */
 static int tx_need_worker(struct conn *c, const struct nbdserve_req *r) {
+  assert(c->nidle <= c->nworkers && c->nworkers <= c->max_workers);
   int flush = r->state == REQ_TO_FLUSH;
   unsigned wanted = c->nqueue + (flush ? 0 : 1);
   if (!c->flush_at_work && (c->to_flush || flush)) wanted++;
@@ -3511,6 +3529,7 @@ static void tx_enqueue(struct conn *c, struct nbdserve_req *r) {
  * and the buffer if the request owns it.  Waits while too many are handed over
  * (T5).  False: there is no worker, and the caller has to do it. */
 static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
+  assert(r->state == REQ_TODO || r->state == REQ_TO_FLUSH);
   if (!c->max_workers) return 0;
   struct nbdserve_req *copy = NBDSERVE_MALLOC(sizeof *copy);
   if (!copy) return 0;
@@ -3558,6 +3577,7 @@ static void tx_end_workers(struct conn *c) {
  * of the backend.  The index behind them. */
 static size_t tx_run_row(struct conn *c, size_t i) {
   size_t end = i;
+  assert(c->run_batch);
   while (end < c->nbatch && c->batch[end].state == REQ_TODO &&
          req_moves_data(&c->batch[end]))
     end++;
@@ -3590,7 +3610,9 @@ static void tx_run_requests(struct conn *c) {
 /* Builds the reply of a READ in its slot of wbuf (T2). */
 static void tx_fill_slot(struct conn *c, struct nbdserve_req *r) {
   size_t head = tx_put_head(r->buf - c->read_head, r);
-  assert(head == c->read_head);
+  assert(head == c->read_head && r->state == REQ_DONE);
+  assert(r->buf >= c->wbuf + c->read_head);
+  assert(r->buf + r->len <= c->wbuf + c->wbuf_used);
   (void)head;
   req_set_state(r, REQ_IN_WBUF);
 }
@@ -3638,6 +3660,7 @@ static int tx_add_to_batch(struct conn *c, const struct nbdserve_req *r) {
 /* Receives n bytes of a payload: those that are in rbuf, then from the
  * socket. */
 static int tx_recv_payload(struct conn *c, unsigned char *to, size_t n) {
+  assert(c->rbuf_pos <= c->rbuf_end && !c->nbatch);
   size_t here = (size_t)u_min(n, c->rbuf_end - c->rbuf_pos);
   memcpy(to, c->rbuf + c->rbuf_pos, here);
   c->rbuf_pos += here;
@@ -3654,7 +3677,7 @@ static int tx_need_piece_buf(struct conn *c) {
 /* Throws away the payload of a request that was refused, and answers it. */
 static int tx_drain(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
   int err = tx_need_piece_buf(c);
-  assert(r->state == REQ_DONE);
+  assert(r->state == REQ_DONE && r->err && payload > TX_IN_BATCH_MAX);
   c->after_long_write = 1;
   while (payload > 0 && !err) {
     size_t n = (size_t)u_min(payload, TX_PIECE);
@@ -3700,6 +3723,7 @@ static struct nbdserve_req tx_read_piece(const struct conn *c,
   piece.more_chunks = off + piece.len < end;
   /* proto.md: chunks should end at multiples of 512, where possible. */
   if (piece.more_chunks) piece.len -= (off + piece.len) % 512;
+  assert(piece.len > 0 && off + piece.len <= end);
   return piece;
 }
 
@@ -3777,6 +3801,7 @@ static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
 
 /* Does a READ or WRITE that is longer than a batch takes. */
 static int tx_in_pieces(struct conn *c, struct nbdserve_req *r) {
+  assert(r->state == REQ_TODO && req_moves_data(r));
   int err = tx_need_piece_buf(c);
   if (err) return err;
   return r->type == NBD_CMD_READ ? tx_read_in_pieces(c, r)
@@ -3786,7 +3811,7 @@ static int tx_in_pieces(struct conn *c, struct nbdserve_req *r) {
 /* Gives a READ or WRITE a buffer of its own and hands it over, with its
  * payload.  Without memory it is done in pieces, as if it were longer. */
 static int tx_copied(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
-  assert(r->len <= TX_PIECE);
+  assert(!c->run_batch && r->state == REQ_TODO && r->len <= TX_PIECE);
   r->buf = NBDSERVE_MALLOC((size_t)r->len);
   if (!r->buf) return tx_in_pieces(c, r);
   r->owns_buf = 1;
@@ -3804,6 +3829,7 @@ static int tx_copied(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
 
 /* Refuses a request: it is not done, and answered with that error. */
 static void tx_refuse(struct nbdserve_req *r, int err, const char *why) {
+  assert(err < 0 && why);
   r->err = err;
   r->refused = why;
   req_set_state(r, REQ_DONE);
@@ -3961,6 +3987,7 @@ static enum tx_next tx_go_on(struct conn *c, int err) {
 /* Takes the next request out of rbuf. */
 static enum tx_next tx_next_request(struct conn *c) {
   const unsigned char *p = c->rbuf + c->rbuf_pos;
+  assert(c->rbuf_pos <= c->rbuf_end && c->nbatch <= TX_BATCH);
   size_t here = c->rbuf_end - c->rbuf_pos;
   size_t head = wire_request_len(c->mode);
   if (here < head) return TX_NEED_MORE;
@@ -4015,6 +4042,7 @@ static enum tx_next tx_receive(struct conn *c) {
 /* The transmission phase, to its end.  c->end_err: why it ended, or 0. */
 static void tx_run(struct conn *c) {
   enum tx_next next;
+  assert(c->export && !c->nbatch && !c->wbuf_used && !c->io.deadline);
   do {
     next = tx_next_request(c);
     if (next == TX_NEED_MORE || next == TX_DISC) {
@@ -6256,6 +6284,26 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
 /* ==== [12] SERVER (srv_) =================================================
  * Listeners, clients and the public calls.
  *
+ * Who may call what, and when; nbdserve.h says it for users:
+ *
+ *   before nbdserve_run           nbdserve_new, _add, _listen, _uri
+ *   the thread of nbdserve_run,   nbdserve_unlisten
+ *   while it is not in it
+ *   any thread, at any time       nbdserve_serve, _resize, _stats
+ *   the same, and signal handlers nbdserve_stop, _wake
+ *   when no other call runs       nbdserve_free
+ *
+ * The life of a client, each step a function below or in the sections above:
+ *
+ *   srv_accept        takes its socket from the kernel
+ *   srv_new_client    makes struct conn, puts it on the list
+ *   srv_thread        the thread that all of the rest happens in
+ *   hs_run            the handshake; srv_enter where there is none
+ *   tx_run            its requests, to the last answer
+ *   srv_leave_export  gives back the export
+ *   io_linger         waits until the answers have arrived (TCP)
+ *   srv_free_client   takes it off the list, closes its socket
+ *
  * (S1) A client is on s->conns while it is there, so that srv_finish finds it.
  * (S2) The last thing a client's thread does with s is to leave that list.
  * (S3) Stopping has one order, and each step is here or named here:
@@ -6407,7 +6455,7 @@ int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
  * a unix socket, HOST:PORT of a TCP one, or "". */
 static void srv_add_listener(struct nbdserve *s, int fd, int is_unix,
                              const char *text) {
-  assert(s->nlisteners <= SRV_LISTENERS);
+  assert(fd >= 0 && s->nlisteners <= SRV_LISTENERS);
   struct srv_listener *l = &s->listeners[s->nlisteners++];
   os_set_fd_flags(fd, OS_NONBLOCKING);
   l->fd = fd;
@@ -6538,6 +6586,7 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
   int fd = srv_socket(&a, len, SRV_LISTEN);
   if (fd < 0) return fd;
   char text[64] = "";
+  assert(*port <= 65535);
   getsockname(fd, &a.sa, &len);
   *port = ntohs(a.in.sin_port);
   srv_format_address(&a, text, sizeof text);
@@ -6756,6 +6805,7 @@ static void srv_free_client(struct conn *c) {
   NBDSERVE_FREE(c->piece_buf);
   os_lock(&s->lock);
   struct conn **p = &s->conns;
+  assert(s->nconns > 0);
   while (*p != c)
     p = &(*p)->next;
   *p = c->next;
@@ -6821,6 +6871,7 @@ static int srv_serve_client(struct conn *c, const char *name) {
   srv_log_client(c);
   enum hs_result result = name ? srv_enter(c, name) : hs_run(c);
   if (result == HS_ENTER) tx_run(c);
+  assert(!c->nworkers && (result != HS_FAILED || c->end_err));
   srv_leave_export(c);
   if (c->is_tcp) io_linger(&c->io);
   srv_log_end(c);
@@ -6879,6 +6930,7 @@ static int srv_finish(struct nbdserve *s) {
   struct pollfd p = {.fd = s->noticed[0], .events = POLLIN};
   nbdserve_unlisten(s);
   nbdserve_stop(s);
+  assert(!s->nlisteners);
   int64_t end = io_grace_end(&s->stop);
   for (;;) {
     int grace_over = os_now_ms() >= end;
@@ -6929,6 +6981,7 @@ static struct srv_plan srv_plan(struct nbdserve *s) {
   }
   if (plan.room > 0) plan.listen = 1;
   if (plan.may_exit) plan.timeout_ms = 0; /* a last look */
+  assert(!plan.may_exit || plan.listen || s->accept_after > now);
   return plan;
 }
 

@@ -40,7 +40,8 @@
  *                               ex_transmission_flags if clients must be told
  *   a rule for requests         an `if` in tx_validate [9]
  *   a type of reply             its number in enum nbd_reply_type; a value of
- *                               enum tx_form and its case in tx_put_head [9]
+ *                               enum tx_form, its condition in tx_form, its
+ *                               case in tx_put_head, its data in tx_data [9]
  *   a command-line option       a row of cli_options in [13]
  *   a command on stores         a row of cli_verbs in [13]
  *   an operating system         a body in the functions of [2]
@@ -68,13 +69,15 @@
  *                         lock that is held while we wait for a client, and
  *                         only that client is delayed by it
  *   4. ex.serial          one call into an NBDSERVE_EXPORT_SERIAL backend
- *   5. ex.lock            an export's group of waiting flushes
- *   6. flat.lock          what a file has turned out not to support
+ *   5. ex.lock            an export's flush that runs, and its result
+ *   6. flat.lock          what a file has turned out not to support; the I/O of
+ *                         a temporary export
  *   7. nbdserve_cas.ckpt, then .lock: see [11]
- *   8. io_stop.lock       when the grace is over, once the server stops */
+ *   8. io_stop.lock       the moment at which the grace ends */
 
 /* ==== [1] CONFIG (NBDSERVE_) =============================================
- * Set these with -D.  Switches are 0 or 1; 1 takes something out. */
+ * Set these with -D.  The NO_ and ONLY switches are 0 or 1; 1 takes a feature
+ * out. */
 #ifndef NBDSERVE_NO_MAIN
 #define NBDSERVE_NO_MAIN 0 /* a library only: no main(), no command line */
 #endif
@@ -113,7 +116,8 @@
 /* ==== [2] PLATFORM (os_) =================================================
  * Everything that differs between systems.  A call that a system lacks, or
  * that a sandbox forbids, ends in a portable way or in -EOPNOTSUPP; no other
- * section asks which system this is.  tcc has no atomics: only locks. */
+ * section asks which system this is.  Only locks are used, as tcc has no
+ * atomics. */
 #if defined __linux__ && !defined _GNU_SOURCE
 #define _GNU_SOURCE 1
 #elif defined __APPLE__ && !defined _DARWIN_C_SOURCE
@@ -217,29 +221,13 @@ STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 struct os_monitor {
   char unused;
 };
-
-static int os_monitor_init(struct os_monitor *m) {
-  m->unused = 0;
-  return 0;
-}
-static void os_monitor_free(struct os_monitor *m) {
-  (void)m;
-}
-static void os_lock(struct os_monitor *m) {
-  (void)m;
-}
-static void os_unlock(struct os_monitor *m) {
-  (void)m;
-}
-static void os_wait(struct os_monitor *m) {
-  (void)m;
-}
-static void os_wake_one(struct os_monitor *m) {
-  (void)m;
-}
-static void os_wake_all(struct os_monitor *m) {
-  (void)m;
-}
+#define os_monitor_init(m) ((m)->unused = 0)
+#define os_monitor_free(m) ((void)(m))
+#define os_lock(m) ((void)(m))
+#define os_unlock(m) ((void)(m))
+#define os_wait(m) ((void)(m))
+#define os_wake_one(m) ((void)(m))
+#define os_wake_all(m) ((void)(m))
 
 /* Runs fn to its end, at once. */
 static int os_thread(void *(*fn)(void *), void *arg) {
@@ -284,7 +272,8 @@ static void os_unlock(struct os_monitor *m) {
   (void)err;
 }
 
-/* Waits, without the lock, until woken; may return without a reason, too. */
+/* Waits, without the lock, until woken.  It may also return although nobody
+ * woke it, so callers look again at what they wait for. */
 static void os_wait(struct os_monitor *m) {
   pthread_cond_wait(&m->cond, &m->mutex);
 }
@@ -337,7 +326,7 @@ static int os_monitors_init(struct os_monitor *a, struct os_monitor *b) {
 
 /* ---- Time, descriptors, sockets ------------------------------------------ */
 
-/* Milliseconds of a clock that nobody sets. */
+/* Milliseconds of a clock that never jumps. */
 static int64_t os_now_ms(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
@@ -358,8 +347,8 @@ static void os_set_fd_flags(int fd, enum os_blocking blocking) {
   fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
 
-/* Makes a pipe on which nobody waits, to read from fd[0] and write to fd[1].
- * It is a socket pair, since pipe() cannot set FD_CLOEXEC at once. */
+/* Makes a channel that never blocks, to read from fd[0] and write to fd[1].  It
+ * is a socket pair, because pipe() cannot set FD_CLOEXEC at once. */
 static int os_pipe(int fd[2]) {
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0) {
     fd[0] = fd[1] = -1;
@@ -367,6 +356,7 @@ static int os_pipe(int fd[2]) {
   }
   os_set_fd_flags(fd[0], OS_NONBLOCKING);
   os_set_fd_flags(fd[1], OS_NONBLOCKING);
+  assert(fd[0] >= 0 && fd[1] >= 0);
   return 0;
 }
 
@@ -392,37 +382,35 @@ static int os_accept(int fd) {
   return client < 0 ? -errno : client;
 }
 
+/* Sets a socket's option.  One that does not apply to fd fails, which does no
+ * harm: that is why nobody looks at the result. */
+static void os_set_option(int fd, int level, int option, int value) {
+  setsockopt(fd, level, option, &value, sizeof value);
+}
+
 /* Has the kernel look after a silent TCP peer: one that has died is noticed
  * within a minute (30 s of silence, then three questions, 10 s apart). */
 static void os_set_keepalive(int fd) {
-  int on = 1;
-  setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+  os_set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
 #if defined TCP_KEEPIDLE && defined TCP_KEEPINTVL && defined TCP_KEEPCNT
-  int idle_s = 30;
-  int interval_s = 10;
-  int count = 3;
-  setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof idle_s);
-  setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval_s, sizeof interval_s);
-  setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof count);
+  os_set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, 30);
+  os_set_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, 10);
+  os_set_option(fd, IPPROTO_TCP, TCP_KEEPCNT, 3);
 #elif defined TCP_KEEPALIVE
-  int idle_s = 30;
-  setsockopt(fd, IPPROTO_TCP, TCP_KEEPALIVE, &idle_s, sizeof idle_s);
+  os_set_option(fd, IPPROTO_TCP, TCP_KEEPALIVE, 30);
 #endif
 }
 
 /* Prepares a client's socket: no delay by Nagle's algorithm (proto.md, Protocol
- * phases), no SIGPIPE, dead peers noticed.  What is no TCP socket, or no socket
- * at all, ignores what does not apply to it. */
+ * phases), no SIGPIPE, dead peers noticed. */
 static void os_setup_client(int fd) {
-  int on = 1;
   os_set_keepalive(fd);
 #ifdef SO_NOSIGPIPE
-  setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on);
+  os_set_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
 #endif
-  setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  os_set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
   /* A long reply fits in: 3 times faster on Linux, 10 on macOS. */
-  int send_buffer = 2 << 20;
-  setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &send_buffer, sizeof send_buffer);
+  os_set_option(fd, SOL_SOCKET, SO_SNDBUF, 2 << 20);
 }
 
 /* Calls that receive from a blocking socket fail with EAGAIN after ms. */
@@ -431,7 +419,7 @@ static void os_set_receive_timeout(int fd, uint32_t ms) {
   setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
 }
 
-/* Takes the first done bytes off the n pieces at v. */
+/* Removes the first `done` bytes from the pieces (*v)[0..*n). */
 static void os_advance(struct iovec **v, int *n, size_t done) {
   while (*n > 0 && done >= (*v)->iov_len) {
     done -= (*v)->iov_len;
@@ -830,10 +818,12 @@ static const char *u_parse_size(const char *s, uint64_t *out) {
   int shift = unit ? (int)((unit - units) % 6 + 1) * 10 : 0;
   if (p == s || v > (uint64_t)INT64_MAX >> shift) return NULL;
   *out = v << shift;
+  assert(*out <= INT64_MAX);
   return unit ? p + 1 : p;
 }
 
-/* Is all of s a number, as in u_parse_size, of at most max? */
+/* Is all of s a number, as in u_parse_size, of at most max?  *out may have
+ * changed even if it is not. */
 static int u_parse_number(const char *s, uint64_t max, uint64_t *out) {
   const char *rest = u_parse_size(s, out);
   return rest && !*rest && *out <= max;
@@ -900,12 +890,16 @@ static int u_utf8_len(const char *s) {
   return len;
 }
 
+enum {
+  U_LOG_MAX = 512 /* bytes of a message; a longer one is cut */
+};
+
 /* Gives the host a message if it wants messages of that level.  Parts of it may
  * come from a client: what is no text in it becomes '?'.  The caller holds no
  * lock: the host's function may call back, for nbdserve_stats say. */
 static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
                                   int level, const char *fmt, ...) {
-  char text[512];
+  char text[U_LOG_MAX];
   va_list ap;
   if (!config->log || level > config->log_level) return;
   va_start(ap, fmt);
@@ -1102,12 +1096,17 @@ static OS_HWSHA_TARGET void sha_hw(uint32_t *state, const unsigned char *blocks,
   }
 }
 
+#else
+#define sha_hw(state, blocks, other_state, other_blocks, nblocks) assert(0)
+#endif
+
 /* Mixes nblocks blocks into a state, and as many other blocks into another
  * state.  use_hw: with the instructions, both at once; then there must be other
  * blocks, maybe the same ones.  Else other_blocks may be NULL. */
 static void sha_mix(int use_hw, uint32_t *state, const unsigned char *blocks,
                     uint32_t *other_state, const unsigned char *other_blocks,
                     size_t nblocks) {
+  assert(OS_HWSHA || !use_hw);
   assert(other_blocks || !use_hw || !nblocks);
   if (use_hw) {
     sha_hw(state, blocks, other_state, other_blocks, nblocks);
@@ -1116,17 +1115,6 @@ static void sha_mix(int use_hw, uint32_t *state, const unsigned char *blocks,
   sha_portable(state, blocks, nblocks);
   if (other_blocks) sha_portable(other_state, other_blocks, nblocks);
 }
-#else
-/* The same where only plain C can do it. */
-static void sha_mix(int use_hw, uint32_t *state, const unsigned char *blocks,
-                    uint32_t *other_state, const unsigned char *other_blocks,
-                    size_t nblocks) {
-  (void)use_hw;
-  assert(!use_hw); /* os_has_hwsha says so */
-  sha_portable(state, blocks, nblocks);
-  if (other_blocks) sha_portable(other_state, other_blocks, nblocks);
-}
-#endif
 
 /* Writes what comes behind the last whole block of a message, and returns how
  * many blocks that takes, 1 or 2:
@@ -1578,6 +1566,7 @@ static const struct wire_cmd *wire_cmd(unsigned type) {
 
 /* The protocol's number for a -errno value: no other number is ever sent. */
 static uint32_t wire_error(int err) {
+  assert(err <= 0);
   static const struct {
     int host;
     enum nbd_error nbd;
@@ -1599,13 +1588,13 @@ static uint32_t wire_error(int err) {
 /* ==== [6] SOCKET I/O (io_) ===============================================
  * Whole messages over sockets and pipes.
  *
- * (I1) Whatever waits has an end: the peer, the time, or the server stops it.
- *      An idle client, from whom nothing is owed, may wait for ever.
+ * (I1) Every wait for a peer ends: by the peer, by a time limit, or because the
+ *      server stops.  Only a client that owes nothing may be idle for ever.
  * (I2) What has begun has a time in total, which grows with its size and never
  *      starts anew: stall_ms for each MiB or part of one.  A peer that takes or
  *      gives one byte at a time gains nothing by it.
- * (I3) Stopping: what has arrived is still received, nothing behind it; and
- *      there is one grace for the whole server, not one for each wait.
+ * (I3) Stopping: what has arrived is still received, but no request behind it.
+ *      There is one grace for the whole server, not one for each wait.
  *
  * Three kinds of connections differ in how they wait and how they learn that
  * the server stops:
@@ -1618,11 +1607,11 @@ static uint32_t wire_error(int err) {
  *   a listener                                    what a peer still sends would
  *                                                 reset the connection
  *   nbdserve_serve  poll()         poll()         the stop pipe: it is the
- *   (NO_THREADS:                                  caller's socket, or a pipe
- *   all)
+ *                                                 caller's socket, or a pipe
  *
- * During the handshake all of them wait in poll(), for the deadline.  Sending
- * never waits in the kernel but in poll(), for the time in total. */
+ * With NO_THREADS all are of the last kind: nobody could shut one down.  During
+ * the handshake all of them wait in poll(), for the deadline.  Sending never
+ * waits in the kernel but in poll(), for the time in total. */
 
 enum {
   IO_GRACE_MS = 5000, /* from nbdserve_stop on, for what is under way */
@@ -1644,11 +1633,13 @@ struct io {
   int64_t stall_ms;     /* (I2) */
   int polls_requests;   /* wait in poll() for a request, not in recv() */
   int polls_payloads;   /* the same for the rest of what has begun */
+  /* -- written in the handshake, then 0 */
+  int64_t deadline; /* in os_now_ms; 0: none */
   /* -- the client's thread only */
-  int64_t deadline; /* of the handshake, in os_now_ms; 0: none */
-  int stopping;     /* the stop was seen: */
-  size_t left;      /* these bytes had arrived by then, and are still taken */
-  int at_end;       /* the peer has closed its side */
+  int stopping;        /* this thread has seen that the server stops */
+  size_t arrived_left; /* bytes that had arrived by then and are still to be
+                          received */
+  int at_end;          /* the peer has closed its side */
 };
 
 /* When the grace is over: the first who asks starts it, for all (I3). */
@@ -1664,7 +1655,8 @@ static int64_t io_grace_end(struct io_stop *stop) {
 /* How long n bytes may take (I2). */
 static int64_t io_time_for(const struct io *io, size_t n) {
   assert(io->stall_ms > 0);
-  return io->stall_ms * (int64_t)(1 + n / IO_UNIT);
+  int64_t units = (int64_t)((n + IO_UNIT - 1) / IO_UNIT);
+  return io->stall_ms * (units > 0 ? units : 1);
 }
 
 /* poll()'s timeout until a time in os_now_ms, at least 0. */
@@ -1680,7 +1672,7 @@ static void io_note_stop(struct io *io) {
   if (io->stopping) return;
   io->stopping = 1;
   if (ioctl(io->in, FIONREAD, &arrived) == 0 && arrived > 0)
-    io->left = (size_t)arrived;
+    io->arrived_left = (size_t)arrived;
 }
 
 /* Waits until there is something to receive.  -ETIMEDOUT: not until the time
@@ -1699,7 +1691,7 @@ static int io_wait_input(struct io *io, int64_t until) {
     else
       return 0;
   }
-  return io->left > 0 ? 0 : -ESHUTDOWN;
+  return io->arrived_left > 0 ? 0 : -ESHUTDOWN;
 }
 
 /* Waits until something can be sent.  -ETIMEDOUT: not until the time `until`,
@@ -1714,7 +1706,8 @@ static int io_wait_output(const struct io *io, int64_t until) {
     if (r < 0) continue;
     if (p[0].revents) return 0;
     p[1].fd = -1; /* seen: poll skips a negative one */
-    until = (int64_t)u_min((uint64_t)until, (uint64_t)io_grace_end(io->stop));
+    int64_t end = io_grace_end(io->stop);
+    if (end < until) until = end;
   }
 }
 
@@ -1724,7 +1717,7 @@ static int io_wait_output(const struct io *io, int64_t until) {
  * timeout is over, or -errno. */
 static ssize_t io_recv_now(struct io *io, void *buf, size_t len, int flags) {
   ssize_t n;
-  if (io->stopping) len = (size_t)u_min(len, io->left);
+  if (io->stopping) len = (size_t)u_min(len, io->arrived_left);
   assert(len > 0);
   do {
     n = recv(io->in, buf, len, flags);
@@ -1732,7 +1725,7 @@ static ssize_t io_recv_now(struct io *io, void *buf, size_t len, int flags) {
   } while (n < 0 && errno == EINTR);
   if (n < 0) return errno == EWOULDBLOCK ? -EAGAIN : -errno;
   assert((size_t)n <= len);
-  if (io->stopping) io->left -= (size_t)n;
+  if (io->stopping) io->arrived_left -= (size_t)n;
   if (n == 0) io->at_end = 1;
   return n;
 }
@@ -1742,14 +1735,14 @@ static ssize_t io_recv_now(struct io *io, void *buf, size_t len, int flags) {
  * -errno. */
 static ssize_t io_recv(struct io *io, void *buf, size_t len) {
   ssize_t n;
-  if (io->stopping && !io->left) return -ESHUTDOWN;
-  if (!io->polls_requests && !io->deadline) {
+  assert(len > 0 && !io->deadline);
+  if (io->stopping && !io->arrived_left) return -ESHUTDOWN;
+  if (!io->polls_requests) {
     n = io_recv_now(io, buf, len, 0);
     return n == -EAGAIN ? -ETIMEDOUT : n;
   }
-  int64_t until = io->deadline ? io->deadline : os_now_ms() + io->stall_ms;
   do {
-    int err = io_wait_input(io, until);
+    int err = io_wait_input(io, os_now_ms() + io->stall_ms);
     if (err) return err;
     n = io_recv_now(io, buf, len, MSG_DONTWAIT);
   } while (n == -EAGAIN); /* another reader of this descriptor was faster */
@@ -1764,7 +1757,7 @@ static int io_recv_all(struct io *io, unsigned char *p, size_t len) {
       io->deadline ? io->deadline : os_now_ms() + io_time_for(io, len);
   while (len > 0) {
     int err = 0;
-    if (io->stopping && !io->left)
+    if (io->stopping && !io->arrived_left)
       err = -ESHUTDOWN;
     else if (!waits_in_recv)
       err = io_wait_input(io, until);
@@ -1867,27 +1860,27 @@ struct nbdserve;
 
 /* ---- Requests -----------------------------------------------------------
  *
- *                    refused, or nothing to do
- *   (tx_validate) ------------------------------------------> DONE
- *      |      |                                               ^  ^
- *      | else | a FLUSH                                       |  |
- *      v      v                                               |  |
- *     TODO   TO_FLUSH <--- a write with FUA, written ---+     |  |
- *      |         |                                      |     |  |
- *      |         +---------- flushed, or failed --------|-----+  |
- *      +-------------------- executed ------------------+--------+
- *      |
- *      +--> HANDED_OVER (also from TO_FLUSH): a worker has a copy, in the state
- *           that this one had; this one is dead
+ *   state         set by                              what comes next
+ *   TODO          tx_make_request                     TO_FLUSH, HANDED_OVER,
+ *                                                     DONE
+ *   TO_FLUSH      tx_next_request, for a FLUSH;       HANDED_OVER, DONE
+ *                 tx_executed, for a write with FUA
+ *   HANDED_OVER   tx_hand_over: a worker has a copy,  nothing: this one is dead
+ *                 in the state that this one had
+ *   DONE          tx_refuse; tx_next_request, if      IN_WBUF, SENT
+ *                 there is nothing to do; tx_executed;
+ *                 tx_flush
+ *   IN_WBUF       tx_fill_slot, for a READ            SENT
+ *   SENT          tx_release                          nothing
  *
- *     DONE --> IN_WBUF --> SENT      a READ whose reply was built in the send
- *     DONE --------------> SENT      buffer; any other request
- */
+ * Until it is HANDED_OVER only the client's thread touches a request; the copy
+ * belongs to the worker that takes it. */
 enum req_state {
   REQ_TODO,        /* is to be executed */
-  REQ_TO_FLUSH,    /* its data is written, if it has any; a flush is owed */
+  REQ_TO_FLUSH,    /* a FLUSH, or a write with FUA that is written: owes a
+                      flush */
   REQ_HANDED_OVER, /* a worker's copy goes on from here */
-  REQ_DONE,        /* err is final, no reply was sent so far */
+  REQ_DONE,        /* err is final; it is not answered yet */
   REQ_IN_WBUF,     /* a READ: head and data stand in its slot of wbuf */
   REQ_SENT         /* the reply was given to the socket */
 };
@@ -1914,8 +1907,8 @@ struct nbdserve_req {
   const char *refused; /* why tx_validate refused it, else NULL */
   int all_zero;        /* READ: only zeroes were read, so a hole may be sent */
   int more_chunks;     /* another chunk of this reply follows */
-  int err_has_off;     /* err happened at: */
-  uint64_t err_off;
+  int err_has_off;     /* err_off is valid */
+  uint64_t err_off;    /* where in the export err happened */
   struct nbdserve_req *next; /* in a list of requests that are answered, or
                                 wait for a worker */
 };
@@ -1952,9 +1945,9 @@ enum {
   EX_DEFAULT_BLOCK = 4096,   /* the same: what clients take for granted, */
   EX_DEFAULT_MAX = 32 << 20, /* and here */
   EX_ZERO_STEP = 1 << 20,    /* bytes of zeroes that are written at a time */
-  EX_EXTENTS = 2048,         /* in one reply, at most */
+  EX_EXTENTS = 2048,         /* in one reply, at most: 32 KiB */
   EX_MAX_ERRNO = 4095,       /* no system has a larger one */
-  EX_LIES_LOGGED = 10        /* messages about a host's wrong results */
+  EX_LIES_LOGGED = 10        /* messages about wrong results: no flood */
 };
 
 struct ex {
@@ -1985,6 +1978,7 @@ struct nbdserve {
   int nlisteners;
   int64_t accept_after; /* in os_now_ms: the last accept() failed */
   int64_t full_told;    /* when it was last said that clients have to wait */
+  int finished;         /* srv_finish has done its steps */
   /* -- guarded by lock, in which nobody waits */
   struct os_monitor lock;
   struct ex *exports; /* (E1): the list only grows, at its end */
@@ -2028,7 +2022,8 @@ static int ex_believe(struct nbdserve *s, const char *where,
   return -EIO;
 }
 
-/* Around each call into a backend. */
+/* Called around each call of a backend's read ... extents, so that one which is
+ * SERIAL sees one at a time. */
 static void ex_enter(struct ex *ex) {
   if (ex->pub.flags & NBDSERVE_EXPORT_SERIAL) os_lock(&ex->serial);
 }
@@ -2048,8 +2043,8 @@ static int ex_ask_before(struct ex *ex, const struct nbdserve_req *r) {
 
 /* ---- Making, finding, freeing -------------------------------------------- */
 
-/* Frees the export; the backend's context goes back to who gave it. */
-static void ex_disown(struct ex *ex) {
+/* Frees the export; the backend's context goes back to its owner. */
+static void ex_free_keep_ctx(struct ex *ex) {
   assert(!ex->flush_runs);
   os_monitor_free(&ex->lock);
   os_monitor_free(&ex->serial);
@@ -2059,7 +2054,7 @@ static void ex_disown(struct ex *ex) {
 /* Frees the export and, through close, the backend's context. */
 static void ex_free(struct ex *ex) {
   if (ex->pub.ops->close) ex->pub.ops->close(ex->pub.ctx);
-  ex_disown(ex);
+  ex_free_keep_ctx(ex);
 }
 
 /* Fills in what the host has left at 0. */
@@ -2114,6 +2109,7 @@ static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
       memcpy(ex->strings + name_size, e.description, description_size);
   ex->pub = e;
   ex->server = s;
+  assert(!ex_fault(&ex->pub) && !ex->next);
   *out = ex;
   return 0;
 }
@@ -2138,8 +2134,8 @@ static struct ex *ex_fallback(struct nbdserve *s, const char *name) {
 }
 
 /* Asks the host's find callback for an export.  -ENOENT: it knows none of that
- * name, or there is no callback; others: what it said, or why what it gave is
- * none.  The client owns the export. */
+ * name, or there is no callback; others: what it said, or -EIO if what it gave
+ * is not a valid export.  The client owns the export. */
 static int ex_from_callback(struct nbdserve *s, const char *name,
                             struct ex **out) {
   const struct nbdserve_config *k = &s->config;
@@ -2148,18 +2144,16 @@ static int ex_from_callback(struct nbdserve *s, const char *name,
   int err = ex_believe(s, name, "find", k->find(k->ctx, name, &e));
   if (err) return err;
   if (!e.name) e.name = name;
-  err = ex_new(s, &e, out);
-  if (!err) {
-    (*out)->from_callback = 1;
-    return 0;
-  }
-  if (err == -EINVAL) {
-    ex_fill_defaults(&e);
-    u_log(k, NBDSERVE_LOG_ERROR, "the host's find gave a wrong export: %s",
-          ex_fault(&e));
+  ex_fill_defaults(&e);
+  if (ex_fault(&e)) {
+    ex_log_lie(s, name, "find gave a wrong export:", ex_fault(&e));
     err = -EIO;
   }
-  if (e.ops && e.ops->close) e.ops->close(e.ctx);
+  if (!err) err = ex_new(s, &e, out);
+  if (!err)
+    (*out)->from_callback = 1;
+  else if (e.ops && e.ops->close)
+    e.ops->close(e.ctx);
   return err;
 }
 
@@ -2212,26 +2206,25 @@ static void ex_release(struct ex *ex) {
 
 /* The transmission flags for a client: each is set exactly when the thing works
  * on this export.  has_allocation: the client has selected base:allocation. */
-static unsigned ex_transmission_flags(const struct nbdserve *s,
-                                      const struct ex *ex, enum wire_mode mode,
+static unsigned ex_transmission_flags(const struct ex *ex, enum wire_mode mode,
                                       int has_allocation) {
+  const struct nbdserve_config *k = &ex->server->config;
   const struct nbdserve_ops *ops = ex->pub.ops;
-  unsigned hidden = s->config.without;
+  int writable = !(ex->pub.flags & NBDSERVE_EXPORT_READONLY);
   unsigned f = 0;
   if (ex->pub.flags & NBDSERVE_EXPORT_ROTATIONAL) f |= NBD_FLAG_ROTATIONAL;
-  /* With a single slot a second connection would wait for ever. */
-  if ((ex->pub.flags & NBDSERVE_EXPORT_MULTI_CONN) && s->config.max_conn > 1)
+  /* With a single slot a second connection would wait until the first ends. */
+  if ((ex->pub.flags & NBDSERVE_EXPORT_MULTI_CONN) && k->max_conn > 1)
     f |= NBD_FLAG_CAN_MULTI_CONN;
   if (ops->cache) f |= NBD_FLAG_SEND_CACHE;
   if (mode != MODE_SIMPLE) f |= NBD_FLAG_SEND_DF;
   if (mode == MODE_EXTENDED && has_allocation)
     f |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
-  if (ex->pub.flags & NBDSERVE_EXPORT_READONLY)
-    return (f & ~hidden) | NBD_FLAG_HAS_FLAGS | NBD_FLAG_READ_ONLY;
-  f |= NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
-  if (ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
-  if (ops->trim) f |= NBD_FLAG_SEND_TRIM;
-  return (f & ~hidden) | NBD_FLAG_HAS_FLAGS;
+  if (writable) f |= NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
+  if (writable && ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
+  if (writable && ops->trim) f |= NBD_FLAG_SEND_TRIM;
+  f &= ~k->without;
+  return f | NBD_FLAG_HAS_FLAGS | (writable ? 0 : NBD_FLAG_READ_ONLY);
 }
 
 /* ---- Flush and FUA ------------------------------------------------------- */
@@ -2264,8 +2257,8 @@ static void ex_run_flush(struct ex *ex, uint64_t number) {
  *   flush 8                                 |begins ........ ends|
  *                    one of those that need it runs it           ^ we go
  *
- * If meanwhile a later one fails, that is our failure, too: it was to cover our
- * writes as well, and says that they may not be there. */
+ * If a later one fails meanwhile we fail, too, because that flush also covered
+ * our writes. */
 static int ex_flush(struct ex *ex) {
   if (!ex->pub.ops->flush || (ex->pub.flags & NBDSERVE_EXPORT_UNSAFE)) return 0;
   os_lock(&ex->lock);
@@ -2274,6 +2267,7 @@ static int ex_flush(struct ex *ex) {
     os_wait(&ex->lock);
   if (ex->flushes_begun < needed) ex_run_flush(ex, needed);
   assert(ex->flushes_begun >= needed);
+  assert(ex->flush_failed <= ex->flushes_begun);
   int err = ex->flush_failed >= needed ? ex->flush_err : 0;
   os_unlock(&ex->lock);
   return err;
@@ -2311,15 +2305,14 @@ struct nbdserve_extents {
 };
 
 /* Adds len bytes to the extents of the reply: to the last one, if the status is
- * the same.  No room: that is all, then. */
+ * the same.  If there is no room the report ends here. */
 static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
                           uint32_t status) {
   unsigned char *next = x->data + (size_t)WIRE_EXT_EXTENT_LEN * x->n;
-  unsigned char *last = next - WIRE_EXT_EXTENT_LEN;
-  assert(len > 0 && len <= x->left);
+  assert(len > 0 && len <= x->left && x->n <= x->max);
   x->left -= len;
-  if (x->n && u_get64(last + 8) == status) {
-    u_put64(last, u_get64(last) + len);
+  if (x->n && u_get64(next - 8) == status) {
+    u_put64(next - 16, u_get64(next - 16) + len);
   } else if (x->n < x->max) {
     u_put64(next, len);
     u_put64(next + 8, status);
@@ -2344,6 +2337,7 @@ int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
   if (rest && x->left) {
     uint64_t block = u_min(x->align, x->left);
     x->overhang = block - rest;
+    assert(x->overhang < x->align);
     ex_put_extent(x, block, 0);
   }
   return x->left == 0;
@@ -2370,7 +2364,7 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   struct nbdserve_extents x = {.left = r->len, .align = ex->pub.min_block};
   x.max =
       (unsigned)u_min(ex->pub.max_request / WIRE_EXT_EXTENT_LEN, EX_EXTENTS);
-  if (flags) x.max = 1;
+  if (flags & NBDSERVE_CMD_REQ_ONE) x.max = 1;
   assert(r->mode != MODE_SIMPLE && !r->owns_buf);
   unsigned char *p = NBDSERVE_MALLOC(WIRE_EXT_STATUS_LEN +
                                      (size_t)WIRE_EXT_EXTENT_LEN * EX_EXTENTS);
@@ -2406,8 +2400,8 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
 
 /* ---- One request on a backend -------------------------------------------- */
 
-/* Calls the backend's function for a request.  0 or -errno; -ENOTSUP is also
- * said for WRITE_ZEROES if the backend has no function for it. */
+/* Calls the backend's function for a request.  Returns 0 or -errno; for
+ * WRITE_ZEROES -ENOTSUP also if the backend has no function for it. */
 static int ex_call(struct ex *ex, struct nbdserve_req *r) {
   const struct nbdserve_ops *ops = ex->pub.ops;
   void *ctx = ex->pub.ctx;
@@ -2466,6 +2460,7 @@ static int ex_execute(struct ex *ex, struct nbdserve_req *r) {
   assert(r->off % ex->pub.min_block == 0); /* (E2) */
   assert(!wire_cmd(r->type)->writes ||
          !(ex->pub.flags & NBDSERVE_EXPORT_READONLY));
+  assert(r->buf || !wire_cmd(r->type)->has_data);
   int err = ex_call(ex, r);
   if (err == -ENOTSUP && r->type == NBD_CMD_WRITE_ZEROES &&
       !(r->flags & NBD_CMD_FLAG_FAST_ZERO))
@@ -2548,25 +2543,30 @@ static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
  *                       from TRANSMISSION on
  *   option, receiving,  the client's thread              -
  *   the batch
- *   sending             whoever answers a request        send_lock
+ *   sending             whoever answers a request (in    send_lock
+ *                       the handshake: the client's
+ *                       thread, without a lock)
  *   queue, statistics   the client's thread, workers,    queue_lock
  *                       nbdserve_stats
  *
+ * The phase is not stored: it follows from where the client's thread is.
  * queue_lock is waited on by idle workers, for work, and by the client's
  * thread, for a worker to finish (reader_waits). */
 
 enum {
   CONN_RBUF = 256 << 10, /* bytes received at a time */
   CONN_WBUF = 288 << 10, /* bytes of slots: 64 READs of 4 KiB and their heads */
-  TX_IN_BATCH_MAX = 128 << 10, /* READ, WRITE: longer ones are not in a batch */
+  TX_IN_BATCH_MAX = 128 << 10, /* the longest READ or WRITE in a batch */
   TX_PIECE = 1 << 20,          /* they are done in pieces of this size, which
                                   is also the longest that a worker gets, the
                                   longest single chunk, and IO_UNIT */
   TX_BATCH = 128,              /* requests in a batch, at most */
   TX_HANDED_OVER = 1024, /* requests with workers, if none of them has data */
-  TX_ERROR_TEXT = 80,    /* bytes of an error's text that are sent */
-  TX_LOGGED = 10,        /* failed requests of a client that are logged */
-  TX_HEAD_MAX =          /* the longest reply without data: ERROR_OFFSET */
+  TX_MIN_HOLE = 512,     /* bytes: to send a shorter hole saves too little */
+  TX_AFTER_LONG_WRITE = 4096, /* bytes received then: a few heads, see there */
+  TX_ERROR_TEXT = 80,         /* bytes of an error's text that are sent */
+  TX_LOGGED = 10,             /* failed requests of a client that are logged */
+  TX_HEAD_MAX =               /* the longest reply without data: ERROR_OFFSET */
       WIRE_EXT_CHUNK_LEN + WIRE_ERROR_LEN + TX_ERROR_TEXT + WIRE_OFFSET_LEN
 };
 STATIC_ASSERT(option_fits, (int)NBDSERVE_MAX_OPTION <= (int)CONN_RBUF);
@@ -2595,7 +2595,7 @@ struct conn {
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n); /* or NULL */
   size_t read_head;         /* bytes in front of the data of a READ's reply */
   unsigned max_workers;     /* 0: none, the client's thread does all itself */
-  unsigned max_handed_over; /* requests that workers have or will get */
+  unsigned max_handed_over; /* limit for nhanded_over */
   /* -- the option that is being answered */
   uint32_t option;
   const unsigned char *option_data; /* what is left of its data */
@@ -2618,8 +2618,8 @@ struct conn {
   struct os_monitor queue_lock;
   struct nbdserve_req *queue; /* each for one worker */
   struct nbdserve_req **queue_end;
-  struct nbdserve_req *to_flush; /* all of them for one worker, */
-  int flush_at_work;             /* which is doing the ones before them */
+  struct nbdserve_req *to_flush; /* one worker takes all of them */
+  int flush_at_work;             /* a worker took others and is not done */
   unsigned nqueue;
   unsigned nhanded_over; /* in both lists, and being done */
   unsigned nworkers;
@@ -2648,8 +2648,8 @@ enum hs_result {
   HS_FAILED /* the connection is closed: c->end_err says why */
 };
 
-/* Closes the connection for that reason. */
-static enum hs_result hs_close(struct conn *c, int err) {
+/* Notes why the connection is to be closed. */
+static enum hs_result hs_fail(struct conn *c, int err) {
   assert(err < 0);
   c->end_err = err;
   return HS_FAILED;
@@ -2664,7 +2664,7 @@ static int hs_send(struct conn *c) {
 }
 
 /* Makes room for len more bytes in wbuf, all to be written by the caller.  If
- * the client is gone they go nowhere, and hs_run will see it. */
+ * sending has failed they are dropped, and hs_run notices it. */
 static unsigned char *hs_reserve(struct conn *c, size_t len) {
   assert(len <= CONN_WBUF);
   if (c->wbuf_used + len > CONN_WBUF) hs_send(c);
@@ -2737,8 +2737,7 @@ static void hs_enter(struct conn *c, struct ex *ex, const char *name,
   c->export = ex;
   c->export_size = size;
   c->has_allocation = hs_has_allocation(c, name);
-  c->transmission_flags =
-      ex_transmission_flags(c->s, ex, c->mode, c->has_allocation);
+  c->transmission_flags = ex_transmission_flags(ex, c->mode, c->has_allocation);
   c->read_head = WIRE_SIMPLE_REPLY_LEN;
   if (c->mode != MODE_SIMPLE)
     c->read_head = wire_chunk_len(c->mode) + WIRE_OFFSET_LEN;
@@ -2762,12 +2761,12 @@ static enum hs_result hs_opt_export_name(struct conn *c) {
   char name[WIRE_STRING_MAX + 1];
   struct ex *ex;
   uint64_t size;
-  if (c->mode == MODE_EXTENDED) return hs_close(c, -EPROTO); /* GO is needed */
+  if (c->mode == MODE_EXTENDED) return hs_fail(c, -EPROTO); /* GO is needed */
   assert(c->option_left <= WIRE_STRING_MAX); /* hs_option has seen to it */
   memcpy(name, c->option_data, c->option_left);
   name[c->option_left] = 0;
-  if (strlen(name) != c->option_left) return hs_close(c, -ENOENT);
-  if (ex_acquire(c->s, name, &ex, &size)) return hs_close(c, -ENOENT);
+  if (strlen(name) != c->option_left) return hs_fail(c, -ENOENT);
+  if (ex_acquire(c->s, name, &ex, &size)) return hs_fail(c, -ENOENT);
   hs_enter(c, ex, name, size);
   if (!c->no_zeroes) len += WIRE_EXPORT_NAME_PAD;
   unsigned char *p = memset(hs_reserve(c, len), 0, len);
@@ -2776,19 +2775,13 @@ static enum hs_result hs_opt_export_name(struct conn *c) {
   return HS_ENTER;
 }
 
-/* proto.md, NBD_OPT_ABORT: whatever its data, and however much that is. */
-static enum hs_result hs_opt_abort(struct conn *c) {
-  hs_ack(c);
-  return HS_END;
-}
-
 /* Lists an export; the host's list callback calls it, too.  Not 0: the client
  * is gone, and the rest is for nobody. */
 static int hs_list_one(void *conn, const char *name, const char *description) {
   struct conn *c = conn;
   size_t n = name ? strlen(name) : 0;
   size_t d = description ? strlen(description) : 0;
-  /* Nobody could ask for such an export. */
+  /* The protocol has no longer strings, so it cannot be listed. */
   if (n > WIRE_STRING_MAX || d > WIRE_STRING_MAX) return 0;
   unsigned char *p = hs_reply(c, NBD_REP_SERVER, 4 + n + d);
   u_put32(p, (uint32_t)n);
@@ -2801,20 +2794,19 @@ static int hs_list_one(void *conn, const char *name, const char *description) {
  * that reads slowly must not hold up others.  (E1): the list only grows. */
 static enum hs_result hs_opt_list(struct conn *c) {
   const struct nbdserve_config *k = &c->s->config;
-  int gone = 0;
   int err = 0;
   if (c->option_left)
     return hs_refuse(c, NBD_REP_ERR_INVALID, "data with NBD_OPT_LIST");
   os_lock(&c->s->lock);
-  for (struct ex *ex = c->s->exports; ex && !gone; ex = ex->next) {
+  for (struct ex *ex = c->s->exports; ex && !c->send_err; ex = ex->next) {
     os_unlock(&c->s->lock);
-    gone = hs_list_one(c, ex_name(ex), ex->pub.description);
+    hs_list_one(c, ex_name(ex), ex->pub.description);
     os_lock(&c->s->lock);
   }
   os_unlock(&c->s->lock);
-  if (!gone && k->list)
+  if (!c->send_err && k->list)
     err = ex_believe(c->s, "", "list", k->list(k->ctx, hs_list_one, c));
-  if (c->send_err) return hs_close(c, c->send_err);
+  if (c->send_err) return hs_fail(c, c->send_err);
   if (!err) return hs_ack(c);
   u_log(k, NBDSERVE_LOG_WARNING, "the host's list of exports: %s",
         u_errno_text(err));
@@ -2883,11 +2875,11 @@ static enum hs_result hs_opt_go(struct conn *c) {
     return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
   if (err) return hs_refuse(c, NBD_REP_ERR_UNKNOWN, u_errno_text(err));
   unsigned flags =
-      ex_transmission_flags(c->s, ex, c->mode, hs_has_allocation(c, name));
+      ex_transmission_flags(ex, c->mode, hs_has_allocation(c, name));
   unsigned infos = hs_infos(&ex->pub, asked);
   for (unsigned type = 0; type <= NBD_INFO_BLOCK_SIZE; type++)
     if (infos & 1u << type) hs_put_info(c, ex, size, flags, type);
-  /* proto.md: who does not ask for block sizes might send unaligned
+  /* proto.md: a client that does not ask for block sizes might send unaligned
    * requests. */
   int must_ask = ex->pub.min_block > 1 && !(asked & 1u << NBD_INFO_BLOCK_SIZE);
   if (c->option == NBD_OPT_GO && !must_ask) {
@@ -2975,10 +2967,17 @@ static enum hs_result (*const hs_options[])(struct conn *c) = {
 
 /* ---- Haggling ------------------------------------------------------------ */
 
-/* Is the option hidden from clients (config.without, bit 16 + option)? */
+enum {
+  HS_WITHOUT_OPTIONS = 16 /* from this bit of config.without on: options */
+};
+
+/* Is the option, one of ours, hidden from clients? */
 static int hs_is_hidden(const struct conn *c, uint32_t option) {
-  return option < 16 && c->s->config.without >> 16 >> option & 1;
+  assert(option < COUNT_OF(hs_options));
+  return c->s->config.without >> (HS_WITHOUT_OPTIONS + option) & 1;
 }
+STATIC_ASSERT(options_have_bits,
+              HS_WITHOUT_OPTIONS + COUNT_OF(hs_options) <= 32);
 
 /* Receives an option's data.  More than is looked at is thrown away, piece by
  * piece: what is left in rbuf then means nothing. */
@@ -2996,17 +2995,20 @@ static int hs_take_data(struct conn *c, uint32_t len) {
 static enum hs_result hs_option(struct conn *c) {
   unsigned char head[WIRE_OPTION_LEN];
   int err = io_recv_all(&c->io, head, sizeof head);
-  if (err) return hs_close(c, err);
+  if (err) return hs_fail(c, err);
   struct wire_option o = wire_get_option(head);
   c->option = o.option;
-  if (o.magic != NBD_OPTION_MAGIC) return hs_close(c, -EPROTO);
+  if (o.magic != NBD_OPTION_MAGIC) return hs_fail(c, -EPROTO);
   if (o.option == NBD_OPT_EXPORT_NAME && o.len > WIRE_STRING_MAX)
-    return hs_close(c, -ENOENT); /* it could not be answered anyway */
+    return hs_fail(c, -ENOENT); /* it could not be answered anyway */
   err = hs_take_data(c, o.len);
-  if (err) return hs_close(c, err);
+  if (err) return hs_fail(c, err);
   /* proto.md: each SET replaces the selection, also one that fails. */
   if (o.option == NBD_OPT_SET_META_CONTEXT) c->has_allocation = 0;
-  if (o.option == NBD_OPT_ABORT) return hs_opt_abort(c);
+  if (o.option == NBD_OPT_ABORT) { /* whatever its data, however much */
+    hs_ack(c);
+    return HS_END;
+  }
   if (o.option >= COUNT_OF(hs_options) || !hs_options[o.option] ||
       hs_is_hidden(c, o.option))
     return hs_refuse(c, NBD_REP_ERR_UNSUP, "unknown option");
@@ -3037,13 +3039,13 @@ static enum hs_result hs_run(struct conn *c) {
   assert(!c->io.deadline && !c->export && !c->wbuf_used);
   c->io.deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
   int err = hs_greet(c);
-  if (err) return hs_close(c, err);
+  if (err) return hs_fail(c, err);
   do {
     result = hs_option(c);
     err = hs_send(c);
   } while (result == HS_MORE && !err);
   c->io.deadline = 0;
-  if (err && result != HS_FAILED) return hs_close(c, err);
+  if (err && result != HS_FAILED) return hs_fail(c, err);
   assert(result != HS_ENTER || (c->export && !c->wbuf_used));
   return result;
 }
@@ -3066,8 +3068,8 @@ static enum hs_result hs_run(struct conn *c) {
  *                                           together         slot in wbuf
  *   TX_IN_PIECES  longer READ, WRITE        client's thread  piece_buf
  *   TX_COPIED     READ, WRITE up to         a worker         a buffer of its
- *                 TX_PIECE on a host's                       own
- *                 backend
+ *                 TX_PIECE without                           own
+ *                 run_batch
  *   TX_BY_WORKER  FLUSH, TRIM, CACHE,       a worker, after  BLOCK_STATUS: a
  *                 WRITE_ZEROES,             the batch's      buffer of its own
  *                 BLOCK_STATUS              writes
@@ -3075,6 +3077,8 @@ static enum hs_result hs_run(struct conn *c) {
  *   tx_run_batch     does what has gathered, when rbuf holds no whole request
  *                    any more or the batch is full
  *   tx_answer        counts, logs, sends, frees, in whichever thread is done
+ *
+ * Without run_batch: on a host's backend, or with config.before.
  *
  * A WRITE of 4 KiB to a file: recv() puts it into rbuf.  It is TX_IN_BATCH, and
  * its r.buf points into rbuf, which nobody touches until the batch is done.
@@ -3094,8 +3098,9 @@ static enum hs_result hs_run(struct conn *c) {
  * A client that never reads: who sends to it waits in poll() with send_lock
  * held, until the client takes something or its time is over (I2).  Then
  * send_err is set and nothing is sent any more.  Meanwhile the other threads of
- * this client wait for send_lock and no more is received, so memory is bounded
- * (T5).  Other clients share none of these locks and do not notice.
+ * this client wait when they have to send, and its own thread receives no more
+ * when it has to send or max_handed_over is reached, so memory is bounded (T5).
+ * Other clients share none of these locks and do not notice.
  *
  * ---- Rules ----------------------------------------------------------------
  * (T1) Every request gets exactly one reply, DISC none.  The order is free.
@@ -3106,33 +3111,32 @@ static enum hs_result hs_run(struct conn *c) {
  *      slot unused and is answered by a head alone.
  * (T3) A batch's writes are done before its flushes start: a flush covers all
  *      that was answered before it arrived, and more.
- * (T4) FLUSH, TRIM, CACHE, WRITE_ZEROES and BLOCK_STATUS, and everything on a
- *      host's backend, may take as long as they like: while there are workers,
+ * (T4) FLUSH, TRIM, CACHE, WRITE_ZEROES and BLOCK_STATUS, and without run_batch
+ *      READ and WRITE, may take as long as they like: while there are workers,
  *      nothing behind them waits.  What the client's thread does itself, which
  *      is batches and pieces, holds up the requests behind it.
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
- *      max_handed_over requests with workers.  On a host's backend each of
- *      these may hold TX_PIECE bytes.  With run_batch no READ or WRITE is
- *      TX_COPIED, and each holds the extents of a BLOCK_STATUS at most. */
+ *      max_handed_over requests with workers.  Without run_batch each of these
+ *      may hold TX_PIECE bytes.  With it no READ or WRITE is TX_COPIED, and
+ *      each holds the extents of a BLOCK_STATUS at most. */
 
 /* ---- Replies ------------------------------------------------------------- */
 
 /* What a reply, or a chunk of one, looks like. */
 enum tx_form {
-  TX_SIMPLE,  /* a simple reply, the data of a READ behind it */
-  TX_NONE,    /* a chunk that says: done */
-  TX_DATA,    /* a chunk of data */
-  TX_HOLE,    /* a chunk that says: zeroes */
-  TX_STATUS,  /* a chunk with extents */
-  TX_ERROR,   /* a chunk with an error */
-  TX_ERROR_AT /* the same, and where it happened */
+  TX_SIMPLE, /* a simple reply, the data of a READ behind it */
+  TX_NONE,   /* a chunk that says: done */
+  TX_DATA,   /* a chunk of data */
+  TX_HOLE,   /* a chunk that says: zeroes */
+  TX_STATUS, /* a chunk with extents */
+  TX_ERROR   /* a chunk with an error, and its place if that is known */
 };
 
 /* Which form the reply to a request has: its mode, its outcome and its command
  * decide. */
 static enum tx_form tx_form(const struct nbdserve_req *r) {
   if (r->mode == MODE_SIMPLE) return TX_SIMPLE;
-  if (r->err) return r->err_has_off ? TX_ERROR_AT : TX_ERROR;
+  if (r->err) return TX_ERROR;
   if (r->type == NBD_CMD_BLOCK_STATUS) return TX_STATUS;
   if (r->type == NBD_CMD_READ) {
     if (!r->len) return TX_NONE;
@@ -3150,7 +3154,7 @@ static uint32_t tx_error(const struct nbdserve_req *r) {
   return error;
 }
 
-/* Writes the payload of an error chunk: its length. */
+/* Writes the payload of an error chunk.  Returns its length. */
 static size_t tx_put_error(unsigned char *p, const struct nbdserve_req *r) {
   const char *text = r->refused ? r->refused : u_errno_text(r->err);
   size_t n = (size_t)u_min(strlen(text), TX_ERROR_TEXT);
@@ -3163,8 +3167,8 @@ static size_t tx_put_error(unsigned char *p, const struct nbdserve_req *r) {
   return n + WIRE_OFFSET_LEN;
 }
 
-/* Writes all of a reply but its data (see tx_data) to p[TX_HEAD_MAX]: the bytes
- * written. */
+/* Writes all of a reply but its data (see tx_data) to p[TX_HEAD_MAX].  Returns
+ * the number of bytes. */
 static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
   enum tx_form form = tx_form(r);
   if (form == TX_SIMPLE) return wire_put_simple(p, tx_error(r), r->cookie);
@@ -3192,9 +3196,8 @@ static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
     chunk.len = r->status_len;
     break;
   case TX_ERROR:
-  case TX_ERROR_AT:
     chunk.type =
-        form == TX_ERROR ? NBD_REPLY_TYPE_ERROR : NBD_REPLY_TYPE_ERROR_OFFSET;
+        r->err_has_off ? NBD_REPLY_TYPE_ERROR_OFFSET : NBD_REPLY_TYPE_ERROR;
     chunk.len = n = tx_put_error(p + head, r);
     break;
   case TX_NONE:
@@ -3220,7 +3223,7 @@ static struct iovec tx_data(const struct nbdserve_req *r) {
 /* Were only zeroes read, so that a hole can be sent for them?  Where that is
  * not so, one look at the data mostly shows it. */
 static int tx_is_all_zero(const struct nbdserve_req *r) {
-  return r->mode != MODE_SIMPLE && r->len >= 512 &&
+  return r->mode != MODE_SIMPLE && r->len >= TX_MIN_HOLE &&
          u_is_zero(r->buf, (size_t)r->len);
 }
 
@@ -3282,7 +3285,8 @@ static struct nbdserve_req *tx_gather_heads(struct tx_out *out,
 
 /* Sends the n pieces at v, in one go as far as other threads can see.  After
  * the first error nothing is sent any more, and the client's thread, which may
- * wait in recv(), is told by the end of its stream.  0 or -errno. */
+ * wait for a request, is told by the end of its stream (unless that is a pipe
+ * of its own).  Returns 0 or -errno. */
 static int tx_send(struct conn *c, struct iovec *v, int n) {
   os_lock(&c->send_lock);
   if (!c->send_err) {
@@ -3304,7 +3308,8 @@ static int tx_send_all(struct conn *c, struct nbdserve_req *list) {
   do {
     out.heads_len = 0;
     rest = tx_gather_heads(&out, rest);
-    if (out.n) err = tx_send(c, out.v, out.n);
+    assert(out.n > 0 && out.heads_len <= sizeof out.heads);
+    err = tx_send(c, out.v, out.n);
     out.n = 0;
   } while (rest && !err);
   return err;
@@ -3326,6 +3331,7 @@ static void tx_count(struct conn *c, const struct nbdserve_req *list) {
 /* At which level a request is logged: what a client did wrong is of interest to
  * its author only, what a backend could not do to the operator. */
 static int tx_log_level(const struct nbdserve_req *r) {
+  /* -ENOTSUP is the usual answer to FAST_ZERO, no failure. */
   if (!r->err || r->err == -ENOTSUP) return NBDSERVE_LOG_TRACE;
   return r->refused ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING;
 }
@@ -3351,8 +3357,8 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
            nth_failure == TX_LOGGED ? "; further failures are not logged" : "");
 }
 
-/* Counts and logs what is answered; mostly before it is sent, so that who has
- * the reply finds it in the statistics. */
+/* Counts and logs what is answered; mostly before it is sent, so that a client
+ * which has its reply finds it counted. */
 static void tx_account(struct conn *c, const struct nbdserve_req *list) {
   tx_count(c, list);
   for (const struct nbdserve_req *r = list; r; r = r->next)
@@ -3394,7 +3400,7 @@ static void tx_executed(struct conn *c, struct nbdserve_req *r, int err) {
 }
 
 /* Flushes for all requests of a list, which are TO_FLUSH, in one go.  `before`
- * is asked for each FLUSH; those that it refuses are none of the flush's. */
+ * is asked for each FLUSH; one that it refuses takes no part. */
 static void tx_flush(struct conn *c, struct nbdserve_req *list) {
   int wanted = 0;
   for (struct nbdserve_req *r = list; r; r = r->next) {
@@ -3497,13 +3503,16 @@ static void *tx_worker(void *conn) {
 }
 
 /* Sees to it that there is a worker for one more request, which is not queued
- * so far.  False: there is none at all.  The caller holds queue_lock. */
+ * yet.  Jobs that wait are: each queued request, and all flushes together,
+ * unless a flush is running, whose worker takes the next ones.  If these are
+ * more than the workers that are idle, one is started.  Returns false if there
+ * is none at all.  The caller holds queue_lock. */
 static int tx_need_worker(struct conn *c, const struct nbdserve_req *r) {
   assert(c->nidle <= c->nworkers && c->nworkers <= c->max_workers);
   int flush = r->state == REQ_TO_FLUSH;
-  unsigned wanted = c->nqueue + (flush ? 0 : 1);
-  if (!c->flush_at_work && (c->to_flush || flush)) wanted++;
-  if (wanted > c->nidle && c->nworkers < c->max_workers &&
+  unsigned jobs = c->nqueue + (flush ? 0 : 1);
+  if (!c->flush_at_work && (c->to_flush || flush)) jobs++;
+  if (jobs > c->nidle && c->nworkers < c->max_workers &&
       os_thread(tx_worker, c) == 0)
     c->nworkers++;
   return c->nworkers > 0;
@@ -3535,8 +3544,8 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
   if (!copy) return 0;
   *copy = *r;
   copy->next = NULL;
-  /* rbuf and wbuf are the client's thread's; what is left to do needs no
-   * data. */
+  /* A request whose data lies in rbuf or wbuf was executed; it only owes a
+   * flush, which needs no data. */
   if (!copy->owns_buf) copy->buf = NULL;
   os_lock(&c->queue_lock);
   while (c->nhanded_over >= c->max_handed_over)
@@ -3597,8 +3606,10 @@ static void tx_run_requests(struct conn *c) {
       i = tx_run_row(c, i);
       continue;
     }
-    if (r->state == REQ_TODO && (req_moves_data(r) || !tx_hand_over(c, r)))
-      tx_execute(c, r);
+    if (r->state == REQ_TODO) {
+      int given = !req_moves_data(r) && tx_hand_over(c, r);
+      if (!given) tx_execute(c, r);
+    }
     i++;
   }
   for (i = 0; i < c->nbatch; i++) { /* (T3): only now */
@@ -3674,6 +3685,16 @@ static int tx_need_piece_buf(struct conn *c) {
   return c->piece_buf ? 0 : -ENOMEM;
 }
 
+/* Hands a request over if something is left to do of it, or does it and
+ * answers.  Returns 0, or -errno to close. */
+static int tx_finish(struct conn *c, struct nbdserve_req *r) {
+  if (r->state != REQ_DONE) {
+    if (tx_hand_over(c, r)) return 0;
+    tx_execute(c, r);
+  }
+  return tx_answer(c, r);
+}
+
 /* Throws away the payload of a request that was refused, and answers it. */
 static int tx_drain(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
   int err = tx_need_piece_buf(c);
@@ -3704,11 +3725,7 @@ static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r) {
     left -= piece.len;
   }
   tx_executed(c, r, failed);
-  if (r->state == REQ_TO_FLUSH) {
-    if (tx_hand_over(c, r)) return 0;
-    tx_execute(c, r);
-  }
-  return tx_answer(c, r);
+  return tx_finish(c, r);
 }
 
 /* The next piece of a long READ, from off on. */
@@ -3759,8 +3776,8 @@ static int tx_send_piece(struct conn *c, struct nbdserve_req *piece) {
   return tx_send(c, v, n);
 }
 
-/* Answers a long READ that went wrong before a piece, which is said if the
- * reply has room for it. */
+/* Answers a long READ that went wrong at a piece; if there are several, it says
+ * at which. */
 static int tx_fail_read(struct conn *c, struct nbdserve_req *r, int err,
                         uint64_t off) {
   tx_executed(c, r, err);
@@ -3820,9 +3837,7 @@ static int tx_copied(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
     NBDSERVE_FREE(r->buf);
     return err;
   }
-  if (tx_hand_over(c, r)) return 0;
-  tx_execute(c, r);
-  return tx_answer(c, r);
+  return tx_finish(c, r);
 }
 
 /* ---- Taking requests ----------------------------------------------------- */
@@ -3890,8 +3905,7 @@ static void tx_validate(const struct conn *c, struct nbdserve_req *r,
   }
 }
 
-/* Where a request is done: see the table at the head of the section.  This is
- * the only place that decides it. */
+/* Where a request is done: see the table at the head of the section. */
 enum tx_route {
   TX_ANSWER,
   TX_DRAIN,
@@ -3930,8 +3944,8 @@ static int tx_dispatch(struct conn *c, struct nbdserve_req *r,
   return tx_in_pieces(c, r);
 }
 
-/* Makes a request of what the client sent; the payload, of which at least
- * TX_IN_BATCH_MAX bytes or all are there, begins at p. */
+/* Makes a request of what the client sent.  The payload begins at p; it is all
+ * there, unless it is longer than TX_IN_BATCH_MAX. */
 static struct nbdserve_req tx_make_request(const struct conn *c,
                                            const struct wire_request *w,
                                            uint64_t payload,
@@ -3948,7 +3962,7 @@ static struct nbdserve_req tx_make_request(const struct conn *c,
     /* The payload has the length, and the contexts that are wanted. */
     int is_ours =
         payload == WIRE_STATUS_PAYLOAD_LEN && u_get32(p + 8) == WIRE_CONTEXT_ID;
-    r.len = is_ours ? u_get64(p) : 0; /* 0: will be refused */
+    r.len = is_ours ? u_get64(p) : 0; /* tx_validate refuses 0 */
   }
   return r;
 }
@@ -3978,7 +3992,7 @@ enum tx_next {
 };
 
 /* Notes an error that closes the connection; 0 is none. */
-static enum tx_next tx_go_on(struct conn *c, int err) {
+static enum tx_next tx_outcome(struct conn *c, int err) {
   if (!err) return TX_GO_ON;
   c->end_err = err;
   return TX_FAILED;
@@ -3999,7 +4013,7 @@ static enum tx_next tx_next_request(struct conn *c) {
              "%d: request magic 0x%08" PRIx32 ", %" PRIu64
              " bytes of payload; closed",
              c->id, w.magic, payload);
-    return tx_go_on(c, err ? err : -EPROTO);
+    return tx_outcome(c, err ? err : -EPROTO);
   }
   if (w.type == NBD_CMD_DISC) return TX_DISC;
   if (payload <= TX_IN_BATCH_MAX && here < head + payload) return TX_NEED_MORE;
@@ -4009,7 +4023,7 @@ static enum tx_next tx_next_request(struct conn *c) {
     req_set_state(&r, REQ_TO_FLUSH);
   if (r.state == REQ_TODO && !r.len) req_set_state(&r, REQ_DONE); /* nothing */
   c->rbuf_pos += head;
-  return tx_go_on(c, tx_dispatch(c, &r, payload));
+  return tx_outcome(c, tx_dispatch(c, &r, payload));
 }
 
 /* Receives more, behind what is left in rbuf.  The batch is empty: the payloads
@@ -4017,7 +4031,9 @@ static enum tx_next tx_next_request(struct conn *c) {
 static enum tx_next tx_receive(struct conn *c) {
   size_t left = c->rbuf_end - c->rbuf_pos;
   size_t room = CONN_RBUF - left;
-  int is_new = c->rbuf_pos > 0 || !left; /* what is left was not there before */
+  /* Is what is left the beginning of a request of which nothing was there when
+   * we received the last time? */
+  int is_first_part = c->rbuf_pos > 0 || !left;
   assert(c->rbuf_pos <= c->rbuf_end && c->rbuf_end <= CONN_RBUF);
   assert(!c->nbatch && !c->wbuf_used && room > 0);
   if (c->rbuf_pos) memmove(c->rbuf, c->rbuf + c->rbuf_pos, left);
@@ -4026,20 +4042,22 @@ static enum tx_next tx_receive(struct conn *c) {
   /* Behind a long WRITE another one is likely.  Its payload is received where
    * it is written from; what comes along with its head would have to be copied
    * there. */
-  if (c->after_long_write) room = (size_t)u_min(room, 4096);
+  if (c->after_long_write) room = (size_t)u_min(room, TX_AFTER_LONG_WRITE);
   c->after_long_write = 0;
   ssize_t n = io_recv(&c->io, c->rbuf + left, room);
   if (n == -ETIMEDOUT && !left) return TX_GO_ON; /* idle: as long as it likes */
-  if (n < 0) return tx_go_on(c, (int)n);
-  if (n == 0) return left ? tx_go_on(c, -EPIPE) : TX_DISC;
+  if (n < 0) return tx_outcome(c, (int)n);
+  if (n == 0) return left ? tx_outcome(c, -EPIPE) : TX_DISC;
+  assert((size_t)n <= room);
   c->rbuf_end += (size_t)n;
   int64_t now = os_now_ms();
-  if (is_new) c->partial_since_ms = now; /* not while it was idle */
+  if (is_first_part) c->partial_since_ms = now; /* not while it was idle */
   int too_slow = left && now - c->partial_since_ms > c->io.stall_ms; /* (I2) */
-  return tx_go_on(c, too_slow ? -ETIMEDOUT : 0);
+  return tx_outcome(c, too_slow ? -ETIMEDOUT : 0);
 }
 
-/* The transmission phase, to its end.  c->end_err: why it ended, or 0. */
+/* The transmission phase, to its end.  c->end_err: why it ended, or 0.  After
+ * TX_FAILED the requests of a batch that was not run are dropped. */
 static void tx_run(struct conn *c) {
   enum tx_next next;
   assert(c->export && !c->nbatch && !c->wbuf_used && !c->io.deadline);
@@ -4047,7 +4065,7 @@ static void tx_run(struct conn *c) {
     next = tx_next_request(c);
     if (next == TX_NEED_MORE || next == TX_DISC) {
       int err = tx_run_batch(c);
-      if (err) next = tx_go_on(c, err);
+      if (err) next = tx_outcome(c, err);
     }
     if (next == TX_NEED_MORE) next = tx_receive(c);
   } while (next == TX_GO_ON);
@@ -4085,15 +4103,15 @@ static void tx_run(struct conn *c) {
 
 enum {
   FLAT_MAX_IOV = 64, /* neighbouring requests that go into one system call */
-  FLAT_OVERLAY_BLOCK = 65536 /* bytes that come to the overlay as a whole */
+  FLAT_OVERLAY_BLOCK = 65536, /* bytes that come to the overlay as a whole */
+  FLAT_FAILED = 1 << 30       /* a sync has failed (F1) */
 };
 
 /* An open export: nbdserve_flat_open makes it, flat_close frees it.
  *
  *   members         written by          read by                  lock
  *   own ... size    nbdserve_flat_open  everybody                none
- *   failed          FLUSH               FLUSH, all that writes   lock
- *   unsupported     TRIM, ZEROES        TRIM, ZEROES             lock
+ *   known           FLUSH, TRIM, ZEROES  all that writes          lock
  *   in_overlay      WRITE               READ, WRITE              lock
  *
  * The lock is held for the moment that it takes to look, except for in_overlay:
@@ -4109,14 +4127,14 @@ struct flat {
   uint64_t size;   /* bytes of the export when it was opened */
 
   struct os_monitor lock; /* guards all that follows */
-  int failed;             /* a sync has failed (F1) */
-  unsigned unsupported;   /* bit N: os_fallocate lacks mode N here (F2) */
+  unsigned known;         /* FLAT_FAILED, and a bit for each mode of
+                             os_fallocate that is missing: see flat_known */
   /* Bit N % 8 of byte N / 8: block N is in the overlay.  A READ or WRITE holds
    * the lock from its look at the bits to the end of its I/O: another WRITE
    * could bring the block over in between, and one of the two would be lost. */
   unsigned char in_overlay[];
 };
-STATIC_ASSERT(modes_of_fallocate_have_bits, OS_FALLOCATE_MODES <= 32);
+STATIC_ASSERT(modes_of_fallocate_have_bits, OS_FALLOCATE_MODES <= 30);
 
 /* Do writes go to the overlay?  Then clients can do nothing to the target. */
 static int flat_is_temporary(const struct flat *f) {
@@ -4125,35 +4143,19 @@ static int flat_is_temporary(const struct flat *f) {
 
 /* ---- What has failed before ---------------------------------------------- */
 
-/* Has a sync failed (F1)?  Takes the lock. */
-static int flat_has_failed(struct flat *f) {
+/* What an export has learned so far, as bits: FLAT_FAILED, and 1 << mode for
+ * each mode that os_fallocate lacks here (F2).  Takes the lock. */
+static unsigned flat_known(struct flat *f) {
   os_lock(&f->lock);
-  int failed = f->failed;
+  unsigned known = f->known;
   os_unlock(&f->lock);
-  return failed;
+  return known;
 }
 
-/* Makes all later writes and flushes fail (F1).  Takes the lock. */
-static void flat_set_failed(struct flat *f) {
+/* Remembers one more of these bits for good.  Takes the lock. */
+static void flat_learn(struct flat *f, unsigned bit) {
   os_lock(&f->lock);
-  f->failed = 1;
-  os_unlock(&f->lock);
-}
-
-/* Is there still hope that os_fallocate can do that (F2)?  Takes the lock. */
-static int flat_supports(struct flat *f, int mode) {
-  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
-  os_lock(&f->lock);
-  unsigned unsupported = f->unsupported >> mode & 1u;
-  os_unlock(&f->lock);
-  return !unsupported;
-}
-
-/* Remembers that os_fallocate cannot do that (F2).  Takes the lock. */
-static void flat_set_unsupported(struct flat *f, int mode) {
-  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
-  os_lock(&f->lock);
-  f->unsupported |= 1u << mode;
+  f->known |= bit;
   os_unlock(&f->lock);
 }
 
@@ -4290,7 +4292,7 @@ static void flat_batch(void *ctx, struct nbdserve_req *reqs, size_t nreqs) {
     overlay_batch(f, reqs, nreqs);
     return;
   }
-  int failed = flat_has_failed(f);
+  int failed = (flat_known(f) & FLAT_FAILED) != 0;
   size_t run;
   for (; nreqs > 0; reqs += run, nreqs -= run) {
     assert(reqs->type == NBD_CMD_READ || reqs->type == NBD_CMD_WRITE);
@@ -4310,9 +4312,9 @@ static int flat_flush(void *ctx, uint32_t flags) {
   (void)flags;
   struct flat *f = ctx;
   if (flat_is_temporary(f)) return 0;
-  if (flat_has_failed(f)) return -EIO;
+  if (flat_known(f) & FLAT_FAILED) return -EIO;
   int err = os_datasync(f->fd);
-  if (err) flat_set_failed(f);
+  if (err) flat_learn(f, FLAT_FAILED);
   return err;
 }
 
@@ -4321,10 +4323,12 @@ static int flat_flush(void *ctx, uint32_t flags) {
  * is then remembered, always (F2). */
 static int flat_allocate(struct flat *f, int mode, uint64_t off, uint64_t len) {
   if (flat_is_temporary(f)) return -EOPNOTSUPP; /* the target stays */
-  if (flat_has_failed(f)) return -EIO;          /* (F1): it is a write */
-  if (!flat_supports(f, mode)) return -EOPNOTSUPP;
+  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
+  unsigned known = flat_known(f);
+  if (known & FLAT_FAILED) return -EIO; /* (F1): it is a write */
+  if (known & 1u << mode) return -EOPNOTSUPP;
   int err = os_fallocate(f->fd, mode, f->offset + off, len);
-  if (err == -EOPNOTSUPP) flat_set_unsupported(f, mode); /* (F2) */
+  if (err == -EOPNOTSUPP) flat_learn(f, 1u << mode); /* (F2) */
   return err == -EINVAL ? -EOPNOTSUPP : err;
 }
 
@@ -6305,7 +6309,8 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
  *   srv_free_client   takes it off the list, closes its socket
  *
  * (S1) A client is on s->conns while it is there, so that srv_finish finds it.
- * (S2) The last thing a client's thread does with s is to leave that list.
+ * (S2) A client's thread leaves that list under s->lock, and touches s no more
+ *      once it has given that lock back.
  * (S3) Stopping has one order, and each step is here or named here:
  *        1. No new clients: the listeners are closed (nbdserve_unlisten).
  *        2. The command's part: a captive command is told, and served until it
@@ -6315,7 +6320,8 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
  *        4. What was sent before is done and answered, in the clients' threads.
  *        5. TCP: io_linger, so that these answers arrive.
  *        6. When the grace is over, srv_finish cuts off who is left.  There is
- *           one grace for all of 3 to 5 (I3).
+ *           one grace for all of 3 to 5 (I3).  A thread inside a backend is
+ *           waited for without limit: nothing can end it.
  *        7. All exports are flushed (srv_flush_all).
  *        8. nbdserve_free closes them.
  * (S4) nbdserve_wake, nbdserve_stop and a client that leaves have a pipe each.
@@ -6327,7 +6333,7 @@ enum {
   SRV_PAUSE_MS = 100,       /* after an accept() that failed: do not spin */
   SRV_TELL_FULL_MS = 60000, /* between two messages that clients wait */
   SRV_PORT_TRIES = 16,      /* ports for localhost that the kernel picks */
-  SRV_LOCK_TRIES = 100,     /* times SRV_LOCK_PAUSE_MS: see srv_lock_dir */
+  SRV_LOCK_TRIES = 100,     /* so far apart: see srv_lock_dir */
   SRV_LOCK_PAUSE_MS = 10,
   SRV_MAX_THREADS = 1024,
   SRV_MAX_CONN = 1 << 20
@@ -6364,8 +6370,9 @@ static void srv_fill_defaults(struct nbdserve_config *k) {
   /* Fast zeroes are zeroes, and extended headers need GO. */
   if (k->without & NBD_FLAG_SEND_WRITE_ZEROES)
     k->without |= NBD_FLAG_SEND_FAST_ZERO;
-  if (k->without & 65536u << NBD_OPT_GO)
-    k->without |= 65536u << NBD_OPT_EXTENDED_HEADERS;
+  if (k->without & 1u << (HS_WITHOUT_OPTIONS + NBD_OPT_GO))
+    k->without |= 1u << (HS_WITHOUT_OPTIONS + NBD_OPT_EXTENDED_HEADERS);
+  assert(k->threads && k->max_conn && k->handshake_ms && k->stall_ms);
 }
 
 /* Closes both ends; one that was not opened is -1. */
@@ -6435,7 +6442,7 @@ int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
   }
   os_unlock(&s->lock);
   if (!is_taken) return 0;
-  ex_disown(ex);
+  ex_free_keep_ctx(ex);
   return -EEXIST;
 }
 
@@ -6492,15 +6499,14 @@ enum srv_use {
  * descriptor, or -errno. */
 static int srv_socket(const union srv_address *a, socklen_t len,
                       enum srv_use use) {
-  int on = 1;
   int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (fd < 0) return -errno;
   os_set_fd_flags(fd, use == SRV_CONNECT ? OS_BLOCKING : OS_NONBLOCKING);
   int r;
   if (use == SRV_LISTEN) {
     /* A socket of another family heeds neither of these. */
-    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+    os_set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+    os_set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
     r = bind(fd, &a->sa, len);
     if (r == 0) r = listen(fd, SRV_BACKLOG);
   } else {
@@ -6746,7 +6752,7 @@ void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
 
 /* ---- A client's life ----------------------------------------------------- */
 
-/* Whose descriptors a client's are. */
+/* Who owns a client's descriptors. */
 enum srv_owner {
   SRV_OURS,    /* an accepted socket: closed in the end */
   SRV_CALLERS, /* of the caller of nbdserve_serve */
@@ -6837,32 +6843,39 @@ static enum hs_result srv_enter(struct conn *c, const char *name) {
   struct ex *ex;
   uint64_t size;
   int err = ex_acquire(c->s, name, &ex, &size);
-  if (err) return hs_close(c, err);
+  if (err) return hs_fail(c, err);
   hs_enter(c, ex, name, size);
   return HS_ENTER;
+}
+
+/* Flushes an export before it is closed, if it can have been written.  Nobody
+ * can ask for that any more, nor be told if it fails, except the host.  Returns
+ * 0 or -errno. */
+static int srv_last_flush(struct ex *ex) {
+  if (ex->pub.flags & NBDSERVE_EXPORT_READONLY) return 0;
+  int err = ex_flush(ex);
+  if (err)
+    u_log(&ex->server->config, NBDSERVE_LOG_ERROR,
+          "export '%s': the last flush: %s; written data may be lost",
+          ex_name(ex), u_errno_text(err));
+  return err;
 }
 
 /* Gives back the export of a client that has left. */
 static void srv_leave_export(struct conn *c) {
   if (!c->export) return;
-  /* Of one that is closed now nobody can ask for a flush any more. */
-  if (c->export->from_callback && !(c->transmission_flags & NBD_FLAG_READ_ONLY))
-    ex_flush(c->export);
+  if (c->export->from_callback) srv_last_flush(c->export);
   ex_release(c->export);
 }
 
-/* Says why a client has left: what is usual, to those who want to know. */
+/* Says why a client has left; the usual reasons only to a host that wants to
+ * know of clients. */
 static void srv_log_end(const struct conn *c) {
-  int level = NBDSERVE_LOG_WARNING;
-  switch (c->end_err) {
-  case 0:
-  case -EPIPE:
-  case -ECONNRESET:
-  case -ESHUTDOWN:
-    level = NBDSERVE_LOG_INFO;
-  }
-  conn_log(c, level, "%d: gone: %s", c->id,
-           c->end_err ? u_errno_text(c->end_err) : "disconnected");
+  int err = c->end_err;
+  int is_usual =
+      !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
+  conn_log(c, is_usual ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING,
+           "%d: gone: %s", c->id, err ? u_errno_text(err) : "disconnected");
 }
 
 /* Serves a client to its end and frees it.  name: as in nbdserve_serve.  0 or
@@ -6894,34 +6907,39 @@ int nbdserve_serve(struct nbdserve *s, int in, int out, const char *name) {
 
 /* ---- Stopping (S3) ------------------------------------------------------- */
 
-/* Tells all clients that no more is taken from them, or cuts them off.  Their
- * number. */
-static unsigned srv_shutdown_clients(struct nbdserve *s, int grace_over) {
+enum srv_shutdown {
+  SRV_NO_MORE, /* no more requests are taken */
+  SRV_CUT_OFF  /* nothing is sent any more, either */
+};
+
+/* Shuts down all clients that far.  Returns their number. */
+static unsigned srv_shutdown_clients(struct nbdserve *s,
+                                     enum srv_shutdown how) {
   os_lock(&s->lock);
   unsigned n = s->nconns;
   for (struct conn *c = s->conns; c; c = c->next) {
     if (c->fd < 0) continue; /* the caller's: its thread looks at the pipe */
-    if (grace_over)
+    if (how == SRV_CUT_OFF)
       shutdown(c->fd, SHUT_RDWR);
     else if (!c->is_tcp)
-      shutdown(c->fd, SHUT_RD);
+      shutdown(c->fd, SHUT_RD); /* TCP looks, too */
   }
   os_unlock(&s->lock);
   return n;
 }
 
-/* Flushes what can have been written.  0 or the first error. */
+/* Flushes all exports.  Returns 0 or the first error.  (E1): the list only
+ * grows, maybe just now. */
 static int srv_flush_all(struct nbdserve *s) {
   int first = 0;
-  for (struct ex *ex = s->exports; ex; ex = ex->next) { /* no more are added */
-    if (ex->pub.flags & NBDSERVE_EXPORT_READONLY) continue;
-    int err = ex_flush(ex);
-    if (!err) continue;
-    u_log(&s->config, NBDSERVE_LOG_ERROR,
-          "export '%s': the last flush: %s; written data may be lost",
-          ex_name(ex), u_errno_text(err));
+  os_lock(&s->lock);
+  for (struct ex *ex = s->exports; ex; ex = ex->next) {
+    os_unlock(&s->lock);
+    int err = srv_last_flush(ex);
     if (!first) first = err;
+    os_lock(&s->lock);
   }
+  os_unlock(&s->lock);
   return first;
 }
 
@@ -6933,11 +6951,12 @@ static int srv_finish(struct nbdserve *s) {
   assert(!s->nlisteners);
   int64_t end = io_grace_end(&s->stop);
   for (;;) {
-    int grace_over = os_now_ms() >= end;
-    if (!srv_shutdown_clients(s, grace_over)) break;
-    poll(&p, 1, grace_over ? -1 : io_timeout(end)); /* until one has left */
+    int over = os_now_ms() >= end;
+    if (!srv_shutdown_clients(s, over ? SRV_CUT_OFF : SRV_NO_MORE)) break;
+    poll(&p, 1, over ? -1 : io_timeout(end)); /* until one has left */
     srv_take_poke(s->noticed[0]);
   }
+  s->finished = 1;
   return srv_flush_all(s);
 }
 
@@ -6946,42 +6965,42 @@ static int srv_finish(struct nbdserve *s) {
 /* What nbdserve_run does in one round. */
 struct srv_plan {
   int room;       /* clients that may be accepted */
-  int may_exit;   /* nothing is left to do, unless somebody waits for us */
   int listen;     /* look whether somebody waits */
+  int may_exit;   /* if nobody does, nothing is left to do */
   int timeout_ms; /* of poll(); -1: none */
 };
 
-/* Decides it: how long to wait, and for what. */
+/* Makes the plan wait no longer than until that time. */
+static void srv_wait_until(struct srv_plan *plan, int64_t until) {
+  int ms = io_timeout(until);
+  if (plan->timeout_ms < 0 || ms < plan->timeout_ms) plan->timeout_ms = ms;
+}
+
+/* Decides how long to wait, and for what. */
 static struct srv_plan srv_plan(struct nbdserve *s) {
   const struct nbdserve_config *k = &s->config;
   struct srv_plan plan = {.timeout_ms = -1};
   int64_t now = os_now_ms();
   os_lock(&s->lock);
-  if (!s->idle_since) s->idle_since = now; /* nobody came so far */
+  if (!s->idle_since) s->idle_since = now; /* nobody has come yet */
   int64_t idle_end = s->idle_since + k->idle_exit_ms;
   int is_idle = s->nconns == 0;
+  int was_used = s->totals.clients > 0;
   plan.room = (int)k->max_conn - (int)s->nconns;
-  if (is_idle && s->totals.clients && (k->flags & NBDSERVE_CONFIG_ONCE))
-    plan.may_exit = 1;
   os_unlock(&s->lock);
-  if (is_idle && k->idle_exit_ms) {
-    if (now >= idle_end)
-      plan.may_exit = 1;
-    else
-      plan.timeout_ms = io_timeout(idle_end);
-  }
+  if (is_idle && k->idle_exit_ms) srv_wait_until(&plan, idle_end);
+  plan.may_exit = is_idle && ((was_used && (k->flags & NBDSERVE_CONFIG_ONCE)) ||
+                              (k->idle_exit_ms && now >= idle_end));
+  if (plan.may_exit) plan.timeout_ms = 0; /* a last look */
   if (s->accept_after > now) { /* no memory, no descriptors: a little later */
     plan.room = 0;
-    int pause_ms = io_timeout(s->accept_after);
-    if (plan.timeout_ms < 0 || pause_ms < plan.timeout_ms)
-      plan.timeout_ms = pause_ms;
-  } else if (plan.room <= 0) {
-    /* Nobody can come; but if somebody waits, that is worth a message. */
-    plan.listen = !s->full_told || now - s->full_told >= SRV_TELL_FULL_MS;
+    srv_wait_until(&plan, s->accept_after);
+    return plan;
   }
-  if (plan.room > 0) plan.listen = 1;
-  if (plan.may_exit) plan.timeout_ms = 0; /* a last look */
-  assert(!plan.may_exit || plan.listen || s->accept_after > now);
+  /* When all slots are taken nobody is accepted, but that somebody waits is
+   * worth a message now and then. */
+  int may_tell = !s->full_told || now - s->full_told >= SRV_TELL_FULL_MS;
+  plan.listen = plan.room > 0 || may_tell;
   return plan;
 }
 
@@ -7001,8 +7020,7 @@ static int srv_accept(struct nbdserve *s, int listener) {
   return err;
 }
 
-/* Notes that a client could not be accepted: a pause, and a message if the last
- * one is not just over. */
+/* Pauses accepting, and says so, unless a pause ended a moment ago. */
 static void srv_pause_accepting(struct nbdserve *s, int err) {
   int64_t now = os_now_ms();
   if (now - s->accept_after > SRV_PAUSE_MS)
@@ -7041,24 +7059,27 @@ static int srv_accept_ready(struct nbdserve *s, const struct pollfd *p,
 
 /* See nbdserve.h.  Rounds of: plan, wait, look at each pipe, accept. */
 int nbdserve_run(struct nbdserve *s) {
-  struct pollfd p[3 + SRV_LISTENERS + 1] = {
+  enum {
+    OWN = 3
+  }; /* descriptors of our own, in front of the listeners */
+  struct pollfd p[OWN + SRV_LISTENERS + 1] = {
       {.fd = s->stop.pipe[0], .events = POLLIN},
       {.fd = s->wake[0], .events = POLLIN},
       {.fd = s->noticed[0], .events = POLLIN}};
   for (;;) {
     struct srv_plan plan = srv_plan(s);
     for (int i = 0; i < s->nlisteners; i++) {
-      p[3 + i].fd = plan.listen ? s->listeners[i].fd : -1;
-      p[3 + i].events = POLLIN;
-      p[3 + i].revents = 0;
+      p[OWN + i].fd = plan.listen ? s->listeners[i].fd : -1;
+      p[OWN + i].events = POLLIN;
+      p[OWN + i].revents = 0;
     }
-    int r = poll(p, (nfds_t)(3 + s->nlisteners), plan.timeout_ms);
+    int r = poll(p, (nfds_t)(OWN + s->nlisteners), plan.timeout_ms);
     if (r < 0 && errno != EINTR) return -errno;
     if (r < 0) continue;
     if (p[0].revents) return srv_finish(s);
     if (p[1].revents && srv_take_poke(s->wake[0])) return -EINTR;
     if (p[2].revents) srv_take_poke(s->noticed[0]);
-    int found = srv_accept_ready(s, p + 3, plan.room);
+    int found = srv_accept_ready(s, p + OWN, plan.room);
     if (plan.may_exit && !found) return srv_finish(s);
   }
 }
@@ -7066,9 +7087,8 @@ int nbdserve_run(struct nbdserve *s) {
 /* See nbdserve.h. */
 void nbdserve_free(struct nbdserve *s) {
   if (!s) return;
-  if (s->nconns > 0) srv_finish(s); /* nbdserve_run was left with -EINTR */
-  assert(!s->conns);
-  nbdserve_unlisten(s);
+  if (!s->finished) srv_finish(s); /* nbdserve_run did not come to its end */
+  assert(!s->conns && !s->nlisteners);
   while (s->exports) {
     struct ex *ex = s->exports;
     s->exports = ex->next;

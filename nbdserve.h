@@ -436,8 +436,9 @@ struct nbdserve_stats {
 NBDSERVE_API void nbdserve_stats(struct nbdserve *s,
                                  struct nbdserve_stats *out);
 
-/* Closes the listeners (unlinking their sockets) and all exports.  s may be
- * NULL; nobody may be in another call on s. */
+/* Ends what nbdserve_run has not ended (clients are cut off after the grace, all
+ * exports are flushed, errors of that only logged), and closes all exports.  s
+ * may be NULL; nobody may be in another call on s. */
 NBDSERVE_API void nbdserve_free(struct nbdserve *s);
 
 /* NBDSERVE_VERSION of the library. */

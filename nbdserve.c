@@ -4203,6 +4203,19 @@ void nbdserve_free(struct nbdserve *s) {
  * The command, on top of nbdserve.h.  What a process has only one of (signals,
  * standard streams, the environment, its end) is touched here, nowhere else.
  *
+ * The life of the process: main reads the options.  If the command line is a
+ * command on stores, cli_run_verb does it and exits.  Otherwise main opens the
+ * targets, then the sockets, tells whoever waits that it is ready, and serves
+ * until the end.  However the process ends, by way of exit(), cli_close removes
+ * what was made and closes what was opened.  Whoever finds that it makes no
+ * sense to go on prints one message and calls exit() at once: cli_die.
+ *
+ * Threads: the main thread does all this, and no other one takes signals.  The
+ * threads of clients come here only for --fault and --delay (cli_before) and to
+ * find a volume (cli_find_volume, cli_list_volumes).  A served store has the
+ * thread cli_control.  What all of them read, `opt` and most of `cli`, does not
+ * change after the server has started.
+ *
  * To add a command-line option: an enumerator in enum cli_option_id, a member
  * in `opt` for its value, and a row in cli_options, which names the parser for
  * its kind of value.  --help prints that table.  What it must not be combined
@@ -4228,59 +4241,98 @@ enum {
 };
 
 enum {
-  CLI_COMMAND_GRACE_S = 10, /* for a command, from SIGTERM to its end */
-  CLI_FIRST_PASSED_FD = 3,  /* socket activation passes this and the next */
-  CLI_DEFAULT_PORT = 10809  /* of NBD, as assigned by IANA */
+  /* Seconds that a command has, from SIGTERM to its end: enough to write what
+   * it has left, and no more than whoever has sent the signal will wait. */
+  CLI_COMMAND_GRACE_S = 10,
+
+  /* Socket activation passes this descriptor and the ones that follow it. */
+  CLI_FIRST_PASSED_FD = 3,
+
+  /* The port of NBD, as assigned by IANA */
+  CLI_DEFAULT_PORT = 10809
 };
 
-/* How far the end has come; see "Signals, and how it ends" below. */
+/* How far the end has come; see "Signals, and how it ends" below.  It goes from
+ * one to the next, and never back. */
 enum cli_phase {
   CLI_SERVING,      /* nobody has asked for the end */
   CLI_COMMAND_ENDS, /* the command is to end, and is served until it has */
   CLI_STOPPING      /* nbdserve_stop was called */
 };
 
-/* The state of the process.  What the command line says is in `opt`. */
+/* The state of the process.  What the options say is in `opt`. */
 static struct {
-  /* The command line without its options */
-  char **targets; /* [NAME=]TARGET, or a command on stores with its operands */
+  /* ---- The command line without its options.  It stays where it is, in argv,
+   * but is cut at "=" and "::". */
+
+  /* [NAME=]TARGET each, or a command on stores with its operands */
+  char **targets;
   int ntargets;
-  char **command; /* what stands behind "--", or NULL */
+  /* What stands behind "--", ended by NULL; or NULL */
+  char **command;
 
-  /* The server, and how it is reached */
+  /* ---- The server, and how it is reached */
+
   struct nbdserve *server;
-  const char *export_name; /* of a single export, for the URI; or "" */
-  int in;                  /* the descriptors of a client that is the only */
-  int out;                 /* one, as with --stdin; or -1 and unused */
-  char uri[3 * WIRE_STRING_MAX + 1024]; /* "": nobody can connect */
+  /* The name of the export if there is only one, for the URI; or "" */
+  const char *export_name;
+  /* The descriptors of a client that is the only one: standard input and output
+   * with --stdin, or a connected socket that was passed to us.  -1: clients
+   * connect, as usual. */
+  int in;
+  int out;
+  /* "": there is nowhere to connect to, or whoever passed us a socket knows.
+   * It has room for the longest name and path, with each byte as %XX. */
+  char uri[3 * WIRE_STRING_MAX + 1024];
 
-  /* What has to be removed at exit */
-  char private_dir[100]; /* the directory of the private socket, or "" */
-  const char *pidfile;   /* NULL: we have made none */
-  int pidfile_fd;        /* the file that we have made: while it is open, no
-                            other one can get its inode number */
+  /* ---- What has to be removed at exit */
 
-  /* The store of which volumes are served, or which a command is for */
-  char store[PATH_MAX];     /* its path, or "" */
-  struct nbdserve_cas *cas; /* NULL: it is not open */
-  char ctl_path[PATH_MAX];  /* STORE.ctl */
-  int ctl;                  /* the socket that listens there, or -1 */
-  struct stat ctl_st;       /* the socket file that we have made */
-  int ctl_ended[2];         /* a pipe, written when cli_control has ended; -1:
-                               that thread was never started */
+  /* The directory of the private socket, or "".  It has to be short: the path
+   * of a socket is limited to about a hundred bytes. */
+  char private_dir[100];
+  /* The path of the pidfile, if we have made one, or NULL; and the descriptor
+   * of that file, which stays open: no other file can get its inode number
+   * then, by which cli_remove_pidfile recognises it. */
+  const char *pidfile;
+  int pidfile_fd;
 
-  int ready_pipe; /* --fork: to the parent, which waits for it; or -1 */
+  /* ---- The store that is served, or that a command is for; one at most */
 
-  /* What the signal handler writes.  Elsewhere these are read, and written
-   * only while the signals are blocked. */
-  volatile sig_atomic_t stats_wanted;   /* SIGUSR1 came */
-  volatile sig_atomic_t end_wanted;     /* SIGTERM, SIGINT or SIGHUP came */
-  volatile sig_atomic_t phase;          /* enum cli_phase */
-  volatile sig_atomic_t child;          /* process id of the command, while it
-                                           runs; 0: there is none */
-  volatile sig_atomic_t child_told;     /* it got SIGTERM from us */
-  volatile sig_atomic_t command_status; /* exit status of a command that has
-                                           ended */
+  /* Its path, or "" */
+  char store[PATH_MAX];
+  /* The store; NULL: it is not open. */
+  struct nbdserve_cas *cas;
+  /* The path of the socket that takes commands, STORE.ctl */
+  char ctl_path[PATH_MAX];
+  /* That socket, listening, or -1; and its file, as we have made it */
+  int ctl;
+  struct stat ctl_st;
+  /* A pipe: cli_control writes to it when it ends, for cli_await_control.
+   * ctl_ended[0] is -1 if that thread was never started. */
+  int ctl_ended[2];
+
+  /* --fork: the pipe to our parent, which waits for a byte; or -1 */
+  int ready_pipe;
+
+  /* ---- What the signal handler writes.  Others read it, and write to it only
+   * while the signals are blocked.  (The exception is stats_wanted, which is
+   * cleared before the totals are printed: a signal that comes in between gets
+   * them printed again.) */
+
+  /* SIGUSR1 has come. */
+  volatile sig_atomic_t stats_wanted;
+  /* SIGTERM, SIGINT or SIGHUP has come. */
+  volatile sig_atomic_t end_wanted;
+  /* enum cli_phase */
+  volatile sig_atomic_t phase;
+  /* The process id of the command while it runs; 0: there is none.  As long as
+   * this is set the process exists, though it may have ended: nobody else waits
+   * for it, so its id cannot become that of another process. */
+  volatile sig_atomic_t child;
+  /* We have sent SIGTERM to the command. */
+  volatile sig_atomic_t child_told;
+  /* The exit status of a command that has ended */
+  volatile sig_atomic_t command_status;
 } cli = {.export_name = "",
          .in = -1,
          .out = -1,
@@ -4293,8 +4345,9 @@ STATIC_ASSERT(a_process_id_is_read_in_one_piece,
 
 /* ---- Messages ----------------------------------------------------------- */
 
-/* Prints a line on standard error, in one write, so that the lines of several
- * threads do not mix.  A longer message is cut. */
+/* Prints a message: a line on standard error, in one write, so that the lines
+ * of several threads do not mix.  The form is "OBJECT: what is wrong: reason
+ * (what to do)".  What is too long for the buffer is cut; a path fits. */
 static void OS_PRINTF(1, 2) cli_say(const char *fmt, ...) {
   char line[PATH_MAX + 600] = "nbdserve: ";
   size_t n = strlen(line);
@@ -4308,7 +4361,8 @@ static void OS_PRINTF(1, 2) cli_say(const char *fmt, ...) {
   (void)!write(2, line, n); /* if that fails there is nobody to tell */
 }
 
-/* The log function of the server. */
+/* The `log` function of the server: it filters by level, so that all that comes
+ * here is to be printed. */
 static void cli_log(void *unused, int level, const char *message) {
   (void)unused;
   (void)level;
@@ -4325,7 +4379,9 @@ static void cli_log(void *unused, int level, const char *message) {
 #define cli_usage(...) cli_die(CLI_USAGE, __VA_ARGS__)
 #define cli_failed(...) cli_die(CLI_FAILED, __VA_ARGS__)
 
-/* Ends the process if err is an error, with a message that names the object. */
+/* Ends the process if err is an error (-errno), with a message that names the
+ * object.  EBUSY means that a file or store is locked by another server, which
+ * has an exit status of its own: scripts try again then. */
 static void cli_exit_if_error(int err, const char *object) {
   assert(err <= 0 && object);
   if (!err) return;
@@ -4355,11 +4411,11 @@ static void cli_exit_if_error(int err, const char *object) {
  *
  * Who does what: the signal handler owns cli.phase.  It runs in the main thread
  * (all others block the signals) and interrupts nbdserve_run by nbdserve_wake;
- * cli_run, around nbdserve_run, then does steps 1 and 2, which a handler must
- * not do.  Without threads nbdserve_run does not return while it serves a
- * client, so there the handler itself does step 2; step 1 is not urgent, as
- * nobody is accepted meanwhile.  The handler also waits for the command, so
- * that its end reaches nbdserve_stop in that case, too. */
+ * cli_run, around nbdserve_run, then does steps 1 and 2: nbdserve_unlisten must
+ * not be called by a handler.  Without threads nbdserve_run does not return
+ * while it serves a client, so there the handler itself does step 2; step 1 is
+ * not urgent, as nobody is accepted meanwhile.  The handler also waits for the
+ * command, so that its end reaches nbdserve_stop in that case, too. */
 
 /* Signals that are caught, or ignored while the process ends. */
 static const int cli_signals[] = {SIGHUP,  SIGINT,  SIGTERM,
@@ -4368,8 +4424,10 @@ enum {
   CLI_NSIGNALS = sizeof cli_signals / sizeof *cli_signals
 };
 
-/* Keeps the handler away until cli_restore_signals.  It is the thread's mask
- * that changes, on every system, as no other thread takes our signals. */
+/* Keeps the handler away until cli_restore_signals.  This changes the mask of
+ * the main thread, which is the only one that takes these signals.  (POSIX
+ * wants pthread_sigmask for that if there are other threads; no system makes a
+ * difference, and without threads there is none.) */
 static void cli_block_signals(sigset_t *was) {
   sigset_t set;
   sigemptyset(&set);
@@ -4378,30 +4436,35 @@ static void cli_block_signals(sigset_t *was) {
   sigprocmask(SIG_BLOCK, &set, was);
 }
 
-/* Undoes cli_block_signals. */
+/* Undoes cli_block_signals: signals that have come meanwhile are handled before
+ * this returns. */
 static void cli_restore_signals(const sigset_t *was) {
   sigprocmask(SIG_SETMASK, was, NULL);
 }
 
 /* Translates what waitpid says into an exit status, as a shell does. */
 static int cli_exit_status(int wait_status) {
+  assert(WIFSIGNALED(wait_status) || WIFEXITED(wait_status));
   if (WIFSIGNALED(wait_status)) return CLI_BY_SIGNAL + WTERMSIG(wait_status);
   return WEXITSTATUS(wait_status);
 }
 
-/* Step 3.  Called by the handler only. */
+/* Step 3.  Only the handler calls this: cli.phase is its own. */
 static void cli_stop_server(void) {
   assert(cli.server);
   cli.phase = CLI_STOPPING;
   nbdserve_stop(cli.server);
 }
 
-/* Step 2: sends SIGTERM to the command, once, and starts its time.  May be
- * called from the handler. */
+/* Step 2: sends SIGTERM to the command, if that was not done yet, and sets the
+ * clock that limits its time.  The handler may call this.  The signals are
+ * blocked because the command may end at any moment: once the handler has
+ * waited for it, its process id may belong to somebody else. */
 static void cli_tell_command(void) {
   sigset_t was;
-  cli_block_signals(&was); /* or the child could be gone before the kill */
+  cli_block_signals(&was);
   if (cli.child && !cli.child_told) {
+    assert(cli.child > 0); /* kill would hit a group of processes */
     cli.child_told = 1;
     kill((pid_t)cli.child, SIGTERM);
     alarm(CLI_COMMAND_GRACE_S);
@@ -4409,9 +4472,10 @@ static void cli_tell_command(void) {
   cli_restore_signals(&was);
 }
 
-/* SIGCHLD: takes the command's status if it has ended.  A command that is only
- * suspended, and children that are not ours but came with exec, do not count.
- */
+/* SIGCHLD: takes the status of the command if it has ended.  The signal comes
+ * for other reasons, too: the command was suspended, or a process has ended
+ * that was started by whatever program this process was before exec.  Only the
+ * command is waited for, so such children are left alone. */
 static void cli_on_child(void) {
   int wait_status = 0;
   if (!cli.child) return;
@@ -4422,9 +4486,11 @@ static void cli_on_child(void) {
   cli_stop_server();
 }
 
-/* SIGTERM, SIGINT or SIGHUP. */
+/* SIGTERM, SIGINT or SIGHUP: see the order above.  A SIGINT that the terminal
+ * sends goes to the command as well, so it may well have ended already. */
 static void cli_on_end(int sig) {
   int is_first = !cli.end_wanted;
+  assert(cli.phase != CLI_COMMAND_ENDS || cli.child);
   cli.end_wanted = 1;
   if (!is_first && cli.phase == CLI_STOPPING && sig == SIGINT)
     _exit(CLI_BY_SIGNAL + sig);
@@ -4438,9 +4504,12 @@ static void cli_on_end(int sig) {
 }
 
 /* The signal handler.  It calls nothing but what POSIX and nbdserve.h allow in
- * one; cli_catch_signals sees to it that no other signal interrupts it. */
+ * a handler.  All other signals are blocked meanwhile (cli_catch_signals), so
+ * that what it does to `cli` is done in one piece.  It may run before there is
+ * a command, and after there was one, but never before there is a server. */
 static void cli_on_signal(int sig) {
   int saved = errno;
+  assert(cli.server);
   switch (sig) {
   case SIGUSR1:
     cli.stats_wanted = 1;
@@ -4449,7 +4518,7 @@ static void cli_on_signal(int sig) {
   case SIGCHLD:
     cli_on_child();
     break;
-  case SIGALRM:
+  case SIGALRM: /* the command has had its time */
     cli_stop_server();
     break;
   default:
@@ -4466,9 +4535,10 @@ static int cli_stays_ignored(int sig) {
   return sigaction(sig, NULL, &was) < 0 || was.sa_handler == SIG_IGN;
 }
 
-/* Gives our signals a handler, or SIG_IGN, or SIG_DFL for a program that is to
- * be executed.  Writing to a closed pipe, or beyond the limit for the size of
- * files, is to be an error and no signal, but not for such a program. */
+/* Gives our signals a handler, or SIG_IGN when the process ends, or SIG_DFL for
+ * a program that is to be executed.  SIGPIPE and SIGXFSZ are ignored, so that
+ * writing to a closed pipe, or beyond the limit for the size of files, becomes
+ * an error; but not for such a program, which inherits what is ignored. */
 static void cli_catch_signals(void (*handler)(int)) {
   struct sigaction action = {.sa_handler = handler, .sa_flags = SA_RESTART};
   sigfillset(&action.sa_mask);
@@ -4483,9 +4553,10 @@ static void cli_catch_signals(void (*handler)(int)) {
 
 /* ---- Files that we make and remove -------------------------------------- */
 
-/* Removes a file at exit that we have made, if it still is that file.  Whoever
- * has put another one in its place, a server that came after us for instance,
- * keeps it. */
+/* Removes a file that we have made, if it still is that file.  Whoever has put
+ * another one in its place, a server that was started after us for instance,
+ * keeps it.  The caller has the file open, or has it bound as a socket: its
+ * inode number would otherwise be free, and the other file may have got it. */
 static void cli_remove_own(const char *path, const struct stat *made) {
   struct stat st;
   if (lstat(path, &st) == 0 && st.st_dev == made->st_dev &&
@@ -4528,30 +4599,34 @@ static void cli_write_pidfile(const char *path) {
   cli.pidfile_fd = fd;
 }
 
-/* At exit: removes the pidfile. */
+/* At exit: removes the pidfile that we have made, if any. */
 static void cli_remove_pidfile(void) {
   struct stat made;
+  assert(!cli.pidfile || cli.pidfile_fd > 2);
   if (cli.pidfile && fstat(cli.pidfile_fd, &made) == 0)
     cli_remove_own(cli.pidfile, &made);
 }
 
 /* ---- Words, and what --fault and --delay do to requests ----------------- */
 
-/* A word that an option knows, and what it stands for.  A table of words ends
- * with a name that is NULL. */
+/* A word that the value of an option may contain, and what it stands for.  In a
+ * table of words the last name is NULL. */
 struct cli_word {
   const char *name;
   uint32_t value;
 };
 
 enum {
+  /* The types of requests are below this; NBD_CMD_BLOCK_STATUS is the last. */
   CLI_NCOMMANDS = NBD_CMD_BLOCK_STATUS + 1,
+  /* In place of a type: each of them */
   CLI_ALL_COMMANDS = CLI_NCOMMANDS
 };
 
 /* clang-format off */
 
-/* --without: bits of nbdserve_config.without */
+/* --without: bits of nbdserve_config.without, where flags of the transmission
+ * stand for themselves, and option N of the handshake for bit 16 + N */
 static const struct cli_word cli_features[] = {
     {"flush", NBD_FLAG_SEND_FLUSH},
     {"fua", NBD_FLAG_SEND_FUA},
@@ -4582,7 +4657,7 @@ static const struct cli_word cli_commands[] = {
     {"all", CLI_ALL_COMMANDS},
     {NULL, 0}};
 
-/* --fault: errno values that have a counterpart in NBD */
+/* --fault: the errors that the protocol knows, as errno values */
 static const struct cli_word cli_errors[] = {
     {"EPERM", EPERM},
     {"EIO", EIO},
@@ -4603,17 +4678,23 @@ static const struct cli_word cli_cache_modes[] = {
 
 /* clang-format on */
 
-/* What happens to the requests of each command.  Fixed before the server is
- * made, except for `sum`, which server->lock guards. */
+/* What --fault and --delay do to the requests of a type.  This is fixed before
+ * the server is made, except for `sum`, which server->lock guards. */
 static struct cli_fault {
-  int err;           /* the answer of those that fail, -errno */
-  unsigned rate_ppm; /* how many of a million fail */
-  unsigned sum;      /* of the rates since the last failure, modulo 1e6 */
-  int delay_ms;      /* how long each one waits before it is done */
+  /* The answer to requests that fail, -errno */
+  int err;
+  /* How many of a million requests fail */
+  unsigned rate_ppm;
+  /* Each request adds rate_ppm; where that makes a million the request fails,
+   * and the million is taken off. */
+  unsigned sum;
+  /* How long each request waits before it is done */
+  int delay_ms;
 } cli_faults[CLI_NCOMMANDS];
 
-/* The `before` function of the server.  It makes the same share of requests
- * fail in each run, so that tests can rely on it, and no random one. */
+/* The `before` function of the server: it is called for each request, in the
+ * thread that is about to do it, and may wait there.  Which requests fail is
+ * not left to chance: tests can rely on the number. */
 static int cli_before(void *unused, unsigned type, uint64_t off, uint64_t len) {
   (void)unused;
   (void)off;
@@ -4630,9 +4711,9 @@ static int cli_before(void *unused, unsigned type, uint64_t off, uint64_t len) {
   return fails ? fault->err : 0;
 }
 
-/* Reads the word that *text begins with and that one of the characters in
- * `ends`, or the text's end, follows; *text then stands behind both.  Returns
- * false if the table has no such word. */
+/* Takes a word off the front of *text.  The word goes to the first of the
+ * characters in `ends`, which is taken off, too, or to the end of the text.
+ * Returns false, and leaves *text alone, if the table has no such word. */
 static int cli_take_word(const struct cli_word *words, const char **text,
                          const char *ends, uint32_t *value) {
   size_t len = strcspn(*text, ends);
@@ -4647,16 +4728,17 @@ static int cli_take_word(const struct cli_word *words, const char **text,
   return 1;
 }
 
-/* Reads the number that is all of text, with a decimal point perhaps.  Returns
- * false if it is none, or negative, or above max. */
+/* Reads a number from 0 to max, which may have a decimal point.  Returns false
+ * if the text is something else, or has something behind the number.  NaN fails
+ * the comparisons, so it is refused. */
 static int cli_take_real(const char *text, double max, double *value) {
   char *rest;
   *value = strtod(text, &rest);
   return rest != text && !*rest && *value >= 0 && *value <= max;
 }
 
-/* Writes the names in a table to list[size], with blanks between them, for
- * messages. */
+/* Writes the names in a table to list[size], with blanks between them, for a
+ * message that says what is allowed.  The caller's array must have room. */
 static const char *cli_list_words(const struct cli_word *words, char *list,
                                   size_t size) {
   size_t n = 0;
@@ -4671,7 +4753,7 @@ static const char *cli_list_words(const struct cli_word *words, char *list,
 
 /* ---- Options ------------------------------------------------------------ */
 
-/* In the order of --help */
+/* The options, in the order of --help */
 enum cli_option_id {
   OPT_UNIX,
   OPT_PORT,
@@ -4711,17 +4793,21 @@ enum cli_option_id {
   OPT_COUNT
 };
 
-/* What the options say.  What was not given is 0 or NULL. */
+/* What the options say.  What was not given is 0 or NULL, which is the default
+ * for nbdserve.h as well; where 0 is a value of its own (a port, a descriptor)
+ * opt.given tells the difference.  Nobody changes this after cli_parse. */
 static struct {
-  unsigned given[OPT_COUNT]; /* how often each option was given */
+  /* How often each option was given; an option without a value has no other
+   * trace. */
+  unsigned given[OPT_COUNT];
 
-  /* Where to listen */
+  /* ---- Where to listen */
   const char *unix_path;
   const char *bind_address;
   uint64_t port;
   uint64_t fd;
 
-  /* The targets and their exports */
+  /* ---- The targets and their exports; sizes in bytes */
   const char *export_name;
   const char *description;
   uint64_t offset;
@@ -4730,15 +4816,17 @@ static struct {
   uint32_t min_block;
   uint32_t preferred_block;
   uint32_t max_request;
-  uint32_t cache_mode; /* NBDSERVE_EXPORT_WRITETHROUGH or _UNSAFE */
+  /* 0, NBDSERVE_EXPORT_WRITETHROUGH or NBDSERVE_EXPORT_UNSAFE */
+  uint32_t cache_mode;
 
-  /* Clients */
+  /* ---- Clients */
   uint64_t threads;
   uint64_t max_conn;
   uint64_t stall_s;
-  uint32_t without; /* as in nbdserve_config */
+  /* Bits of nbdserve_config.without */
+  uint32_t without;
 
-  /* The life of the process */
+  /* ---- The life of the process */
   uint64_t idle_exit_s;
   const char *run_command;
   const char *pidfile;
@@ -4747,29 +4835,37 @@ static struct {
 
 struct cli_option;
 
-/* A parser takes the value of an option into `opt`.  It ends the process with a
- * message that says what is allowed if that is something else. */
+/* A parser takes the value of an option into `opt`.  A value that is not
+ * allowed ends the process; the message says what is. */
 typedef void cli_parser(const struct cli_option *option, const char *value);
 
 struct cli_option {
-  const char *name;     /* behind "--" */
-  char letter;          /* behind "-"; 0: there is no short form */
-  const char *argument; /* what --help calls the value; NULL: takes none */
+  /* What stands behind "--" */
+  const char *name;
+  /* What stands behind "-"; 0: there is no short form. */
+  char letter;
+  /* What --help calls the value; NULL: the option takes none. */
+  const char *argument;
   const char *help;
-  cli_parser *parse; /* NULL: it only counts in opt.given */
-  const char **text; /* cli_parse_text: where the value goes */
-  uint64_t *number;  /* cli_parse_number, cli_parse_fd: where it goes */
-  uint64_t min;      /* and its range */
+  /* Takes the value; NULL: opt.given says it all. */
+  cli_parser *parse;
+  /* For cli_parse_text: where the value goes */
+  const char **text;
+  /* For cli_parse_number and cli_parse_fd: where it goes, and its range */
+  uint64_t *number;
+  uint64_t min;
   uint64_t max;
 };
 
-/* A value that may be any text */
+/* ---- A parser for each kind of value ---- */
+
+/* Any text.  It stays in argv. */
 static void cli_parse_text(const struct cli_option *option, const char *value) {
   assert(option->text);
   *option->text = value;
 }
 
-/* A number or size */
+/* A number or size in the range that the table says */
 static void cli_parse_number(const struct cli_option *option,
                              const char *value) {
   uint64_t number;
@@ -4780,8 +4876,8 @@ static void cli_parse_number(const struct cli_option *option,
   *option->number = number;
 }
 
-/* A descriptor that whoever started us has opened.  One that is not open now
- * would later be one of our own files. */
+/* A descriptor that whoever started us has opened.  It has to be open: a number
+ * that is free would later be that of a file of our own, maybe of an image. */
 static void cli_parse_fd(const struct cli_option *option, const char *value) {
   uint64_t fd;
   assert(option->number && option->max <= INT_MAX);
@@ -4793,7 +4889,8 @@ static void cli_parse_fd(const struct cli_option *option, const char *value) {
   *option->number = fd;
 }
 
-/* --block-size: three sizes */
+/* --block-size: three sizes.  Whether they go together is for nbdserve_add to
+ * say. */
 static void cli_parse_block_sizes(const struct cli_option *option,
                                   const char *value) {
   uint32_t *const sizes[] = {&opt.min_block, &opt.preferred_block,
@@ -4820,7 +4917,8 @@ static void cli_parse_cache_mode(const struct cli_option *option,
               value);
 }
 
-/* --without: a list of words, with commas between them */
+/* --without: a list of words, with commas between them.  Given again it adds to
+ * the list. */
 static void cli_parse_features(const struct cli_option *option,
                                const char *value) {
   const char *rest = value;
@@ -4834,7 +4932,8 @@ static void cli_parse_features(const struct cli_option *option,
   }
 }
 
-/* --fault: which command fails, how, and how often */
+/* --fault: which requests fail, how, and how often.  A rate is rounded up: what
+ * is above 0 fails some time. */
 static void cli_parse_fault(const struct cli_option *option,
                             const char *value) {
   const char *rest = value;
@@ -4857,7 +4956,7 @@ static void cli_parse_fault(const struct cli_option *option,
   }
 }
 
-/* --delay: which command waits, and how long */
+/* --delay: which requests wait, and how long, in milliseconds, rounded up */
 static void cli_parse_delay(const struct cli_option *option,
                             const char *value) {
   const char *rest = value;
@@ -4873,6 +4972,8 @@ static void cli_parse_delay(const struct cli_option *option,
     cli_faults[i].delay_ms = (int)(ms + .999);
   }
 }
+
+/* ---- The table ---- */
 
 /* clang-format off */
 static const struct cli_option cli_options[OPT_COUNT] = {
@@ -4895,8 +4996,8 @@ static const struct cli_option cli_options[OPT_COUNT] = {
     [OPT_EXPORT] = {.name = "export", .letter = 'e', .argument = "NAME",
         .help = "name of the export (default: every name will do)",
         .parse = cli_parse_text, .text = &opt.export_name},
-    [OPT_DESCRIPTION] = {.name = "description", .letter = 'D', .argument = "TEXT",
-        .help = "shown to clients that list the exports",
+    [OPT_DESCRIPTION] = {.name = "description", .letter = 'D',
+        .argument = "TEXT", .help = "shown to clients that list the exports",
         .parse = cli_parse_text, .text = &opt.description},
     [OPT_OFFSET] = {.name = "offset", .letter = 'o', .argument = "N",
         .help = "serve the target from byte N on",
@@ -4905,8 +5006,8 @@ static const struct cli_option cli_options[OPT_COUNT] = {
         .help = "serve only N bytes of the target",
         .parse = cli_parse_number, .number = &opt.size,
         .min = 1, .max = INT64_MAX},
-    [OPT_BLOCK_SIZE] = {.name = "block-size", .letter = 'b', .argument = "SIZES",
-        .help = "MIN:PREFERRED:MAX (1:4096:32M)",
+    [OPT_BLOCK_SIZE] = {.name = "block-size", .letter = 'b',
+        .argument = "SIZES", .help = "MIN:PREFERRED:MAX (1:4096:32M)",
         .parse = cli_parse_block_sizes},
     [OPT_CREATE] = {.name = "create", .argument = "SIZE",
         .help = "make the target, a sparse file, if it is missing",
@@ -4974,7 +5075,8 @@ static const struct cli_option cli_options[OPT_COUNT] = {
         .help = "print this text"},
     [OPT_COMMAND] = {.name = " CMD"}}; /* messages put "--" in front */
 
-/* Options that exclude each other, and why */
+/* Options that exclude each other, and why.  The rows that concern a command
+ * come twice, as there are two ways to give one. */
 static const struct {
   enum cli_option_id a;
   enum cli_option_id b;
@@ -5004,8 +5106,11 @@ static const struct {
     {OPT_TEMPORARY, OPT_CREATE, "the target is only read"}};
 /* clang-format on */
 
-/* Finds an option by the first len characters of name; OPT_COUNT: there is
- * none. */
+/* ---- From argv to `opt` ---- */
+
+/* Finds an option by the first len characters of name.  Returns OPT_COUNT if
+ * there is none.  Names have to be written in full: a shorthand that is unique
+ * today would not be so for ever. */
 static enum cli_option_id cli_find_long(const char *name, size_t len) {
   int id = 0;
   for (; id < OPT_COMMAND; id++) {
@@ -5015,7 +5120,7 @@ static enum cli_option_id cli_find_long(const char *name, size_t len) {
   return id < OPT_COMMAND ? (enum cli_option_id)id : OPT_COUNT;
 }
 
-/* Finds an option by its letter; OPT_COUNT: there is none. */
+/* Finds an option by its letter.  Returns OPT_COUNT if there is none. */
 static enum cli_option_id cli_find_short(char letter) {
   int id = 0;
   assert(letter);
@@ -5024,10 +5129,12 @@ static enum cli_option_id cli_find_short(char letter) {
   return id < OPT_COMMAND ? (enum cli_option_id)id : OPT_COUNT;
 }
 
-/* Takes an option.  Its value is NULL if it was not given. */
+/* Takes an option.  The value is NULL if there was none on the command line; it
+ * is refused here where there has to be one, and where there must not. */
 static void cli_set(enum cli_option_id id, const char *value) {
   const struct cli_option *option = &cli_options[id];
-  assert(id < OPT_COMMAND);
+  assert(id < OPT_COMMAND && option->name && option->help);
+  assert(!option->argument == !option->parse);
   if (option->argument && !value)
     cli_usage("--%s takes %s", option->name, option->argument);
   if (!option->argument && value)
@@ -5037,7 +5144,8 @@ static void cli_set(enum cli_option_id id, const char *value) {
 }
 
 /* Parses the word at *word, which is --NAME or --NAME=VALUE, and the word
- * behind it if that is its value.  Returns the last word that it has used. */
+ * behind it if that is the value.  Returns the last word that it has used.
+ * Behind the last word of argv there is NULL, which cli_set takes as "none". */
 static char **cli_parse_long(char **word) {
   const char *name = *word + 2;
   size_t len = strcspn(name, "=");
@@ -5055,8 +5163,9 @@ static char **cli_parse_long(char **word) {
   return word + 1;
 }
 
-/* Does the same for a word of letters behind "-".  All may stand in one word;
- * where one takes a value that is the rest of the word, or the next one. */
+/* Does the same for a word of one or more letters behind "-".  The first letter
+ * that takes a value ends it: the value is the rest of the word or, if there is
+ * no rest, the word behind it. */
 static char **cli_parse_short(char **word) {
   for (const char *letter = *word + 1; *letter; letter++) {
     enum cli_option_id id = cli_find_short(*letter);
@@ -5074,8 +5183,10 @@ static char **cli_parse_short(char **word) {
   return word;
 }
 
-/* Parses the command line.  Targets may stand between options; they are
- * gathered at the front of argv, where they never reach a word not yet read. */
+/* Parses the command line.  Targets may stand between options.  They are
+ * gathered at the front of argv, over words that have been parsed: there is at
+ * least one such word, the name of the program, so they never reach one that
+ * has not. */
 static void cli_parse(char **argv) {
   cli.targets = argv;
   for (char **word = argv + 1; *word; word++) {
@@ -5095,7 +5206,8 @@ static void cli_parse(char **argv) {
   }
 }
 
-/* Refuses combinations that make no sense for a server. */
+/* Refuses what makes no sense for a server.  Commands on stores come before
+ * that and just ignore options that are not for them. */
 static void cli_check_options(void) {
   size_t n = sizeof cli_exclusions / sizeof *cli_exclusions;
   for (size_t i = 0; i < n; i++) {
@@ -5111,7 +5223,7 @@ static void cli_check_options(void) {
     cli_usage("--export: for a single target (use NAME=TARGET)");
 }
 
-/* What all exports have in common. */
+/* Returns what all exports have in common. */
 static struct nbdserve_export cli_new_export(void) {
   return (struct nbdserve_export){.description = opt.description,
                                   .min_block = opt.min_block,
@@ -5121,17 +5233,29 @@ static struct nbdserve_export cli_new_export(void) {
 }
 
 /* ---- Commands on stores ----------------------------------------------------
- * A command is done by the process that has the store open.  Usually we open it
- * for the command; if it is being served, the command goes to its server, over
- * the socket STORE.ctl: a struct cli_request, with descriptors for output and
- * messages.  The server answers with a byte, the exit status.  Both are of one
- * machine and one build of nbdserve, so the structure is sent as it is.
+ * A store can be open in one process only, and that process does the command.
+ * Usually it is us: the store is opened, the command done, and that is all.  If
+ * opening it fails with EBUSY it is being served, and the server does it:
  *
- * The server does the commands in a thread of its own, cli_control, one at a
- * time.  Without threads it takes none. */
+ *   us                        the server's thread cli_control
+ *   connect to STORE.ctl  ->  accepts
+ *   struct cli_request,
+ *   two descriptors       ->  cli_run_job, with its output and its messages
+ *                             going straight to these descriptors
+ *   exit with the status  <-  a byte: the exit status
+ *
+ * The descriptors are where the output goes (or the FILE of import and export,
+ * which only we may be allowed to open) and our standard error.  If we are gone
+ * before the command is done, the server sees that and ends it (cli_progress).
+ * Both are processes of one machine and one version of nbdserve, so the request
+ * is sent as it lies in memory.  STORE.ctl belongs to the owner of the store
+ * and is nobody else's to connect to.
+ *
+ * The server does one command at a time; the next one waits in the backlog of
+ * the socket.  Built without threads it takes no commands. */
 #if !NBDSERVE_NO_CAS
 
-/* In the order of --help; also what goes over the socket */
+/* The commands, in the order of --help */
 enum cli_verb_id {
   VERB_INIT,
   VERB_CREATE,
@@ -5153,79 +5277,120 @@ enum cli_verb_id {
 };
 
 enum cli_verb_flags {
-  VERB_READS_ONLY = 1 << 0,  /* it changes nothing in the store */
-  VERB_MAY_DRY_RUN = 1 << 1, /* it knows --dry-run */
-  VERB_TAKES_SIZE = 1 << 2,  /* its last operand is a size */
-  VERB_REPEATS = 1 << 3,     /* its last operand may come many times */
-  VERB_IS_LONG = 1 << 4,     /* a signal has to be able to end it */
-  VERB_READS_FILE = 1 << 5,  /* its last operand is a FILE to read */
-  VERB_WRITES_FILE = 1 << 6  /* or to write; "-" is standard output */
+  /* It changes nothing in the store, which is opened next to other readers. */
+  VERB_READS_ONLY = 1 << 0,
+  /* It knows --dry-run.  The others refuse that option: they would change the
+   * store all the same. */
+  VERB_MAY_DRY_RUN = 1 << 1,
+  /* Its last operand is a size. */
+  VERB_TAKES_SIZE = 1 << 2,
+  /* Its last operand may come many times; it is done for each of them. */
+  VERB_REPEATS = 1 << 3,
+  /* It may take long and leaves nothing half done when a signal ends it. */
+  VERB_IS_LONG = 1 << 4,
+  /* Its last operand is a FILE that it reads. */
+  VERB_READS_FILE = 1 << 5,
+  /* Its last operand is a FILE that it writes; "-" is standard output. */
+  VERB_WRITES_FILE = 1 << 6
 };
 
 /* How a command prints what it finds out */
 enum cli_output {
   OUTPUT_NOTHING,
-  OUTPUT_ROW,  /* one row; as JSON an object */
-  OUTPUT_ROWS, /* any number of rows; as JSON an array of objects */
-  OUTPUT_LINES /* a line for each value, with its name; as JSON an object */
+  /* One row: a line with the values.  As JSON: an object. */
+  OUTPUT_ROW,
+  /* Any number of rows.  As JSON: an array of objects. */
+  OUTPUT_ROWS,
+  /* One row, with a line for each value, and its name in front.  As JSON: an
+   * object. */
+  OUTPUT_LINES
 };
 
 struct cli_job;
 
 struct cli_verb {
   const char *name;
-  const char *operands; /* for humans */
+  /* The operands, as --help and the usage message print them */
+  const char *operands;
   const char *help;
-  unsigned flags; /* VERB_READS_ONLY... */
-  int noperands;  /* besides STORE; with VERB_REPEATS: at least */
-  int noptional;  /* operands that may follow those */
+  /* VERB_READS_ONLY... */
+  unsigned flags;
+  /* How many operands it needs besides STORE, and how many more it may get
+   * (VERB_REPEATS: any number).  Of two the first one is request.name and the
+   * second one request.to; a single one is request.name. */
+  int noperands;
+  int noptional;
   enum cli_output output;
-  int change;          /* NBDSERVE_CAS_CREATE... for cli_do_change */
-  const char *invalid; /* what -EINVAL means */
-  /* Does it, and returns 0 or -errno; NULL: cli_init does. */
+  /* For cli_do_change: NBDSERVE_CAS_CREATE... */
+  int change;
+  /* What -EINVAL means, for the message; NULL: it is not to be expected. */
+  const char *invalid;
+  /* Does the command on an open store.  Returns 0 or -errno.  Only `init` has
+   * none, as there is no store yet: see cli_init. */
   int (*run)(struct cli_job *job, struct nbdserve_cas *cas);
 };
 
-/* What goes over the control socket */
+/* What goes over the control socket.  The receiver believes nothing of it: the
+ * number of the command is checked, and the texts are ended by NUL. */
 struct cli_request {
-  uint64_t size;      /* VERB_TAKES_SIZE */
-  unsigned char verb; /* enum cli_verb_id */
+  /* The operand that is a size; 0: it has none. */
+  uint64_t size;
+  /* enum cli_verb_id */
+  unsigned char verb;
+  /* --json and --dry-run */
   unsigned char json;
   unsigned char dry_run;
-  char name[PATH_MAX]; /* the volume or snapshot, or "" */
-  char to[PATH_MAX];   /* the second operand, or "" */
+  /* The operands, or "" */
+  char name[PATH_MAX];
+  char to[PATH_MAX];
 };
 
-/* A command while it is being done */
+/* A command while it is being done, by whichever process */
 struct cli_job {
+  /* ---- What is to be done; fixed */
   const struct cli_verb *verb;
   struct cli_request request;
-  int output;        /* descriptor for rows; of import and export, the FILE */
-  int messages;      /* descriptor for messages and progress */
-  int client;        /* the connection of who waits for it, or -1 */
-  unsigned nrows;    /* begun so far */
-  unsigned ncolumns; /* printed so far in this row */
-  int is_aligned;    /* this row goes to a terminal */
-  int lost;          /* -errno, when something could not be printed */
-  int64_t begun_ms;  /* in os_now_ms */
-  int64_t shown_ms;  /* when progress was last shown; 0: it is not */
+  /* The descriptor that rows go to.  For import and export: the FILE. */
+  int output;
+  /* The descriptor that messages and progress go to */
+  int messages;
+  /* The connection of whoever waits for it, in the server; or -1 */
+  int client;
+
+  /* ---- Its output so far */
+  unsigned nrows;
+  /* Columns in the row that has been begun */
+  unsigned ncolumns;
+  /* That row goes to a terminal, and its values are aligned. */
+  int is_aligned;
+  /* -errno, if something could not be printed */
+  int lost;
+
+  /* ---- Its progress; times are in os_now_ms */
+  int64_t begun_ms;
+  /* When progress was last shown; 0: none is on the screen. */
+  int64_t shown_ms;
 };
 
 /* ---- Progress ----------------------------------------------------------- */
 
 enum {
-  CLI_PROGRESS_AFTER_MS = 1000, /* what takes less does not show any */
+  /* A command that takes less time than this shows no progress. */
+  CLI_PROGRESS_AFTER_MS = 1000,
+  /* How often it is shown: often enough to look alive */
   CLI_PROGRESS_EVERY_MS = 100
 };
 
-/* Removes the line that shows the progress, if there is one. */
+/* Clears the line that shows the progress, if there is one, so that a row or a
+ * message can take its place. */
 static void cli_hide_progress(struct cli_job *job) {
   if (!job->shown_ms) return;
   dprintf(job->messages, "\r%60s\r", "");
   job->shown_ms = 0;
 }
 
-/* Shows on a terminal how many of so many bytes are done, if it is time to. */
+/* Shows on a terminal how many of `total` bytes are done, if it is time.  How
+ * long the rest takes is guessed from the average so far. */
 static void cli_show_progress(struct cli_job *job, uint64_t done,
                               uint64_t total) {
   int64_t now = os_now_ms();
@@ -5247,14 +5412,15 @@ static void cli_show_progress(struct cli_job *job, uint64_t done,
 static int cli_progress(void *arg, uint64_t done, uint64_t total) {
   struct cli_job *job = arg;
   struct pollfd p[] = {{cli.server->stop[0], POLLIN, 0},
-                       {job->client, POLLIN, 0}};
+                       {job->client, POLLIN, 0}}; /* -1 is skipped */
   cli_show_progress(job, done, total);
   return poll(p, 2, 0) > 0;
 }
 
 /* ---- Rows --------------------------------------------------------------- */
 
-/* Prints to the output of a job, and remembers if that fails. */
+/* Prints to the output of a job, and remembers if that fails: whoever reads a
+ * list must not take the half of it for the whole. */
 static void OS_PRINTF(2, 3)
     cli_print(struct cli_job *job, const char *fmt, ...) {
   va_list ap;
@@ -5263,7 +5429,8 @@ static void OS_PRINTF(2, 3)
   va_end(ap);
 }
 
-/* Begins a row.  Its columns follow, then cli_row_end. */
+/* Begins a row.  Its columns follow, each by cli_row_text or cli_row_number,
+ * then cli_row_end. */
 static void cli_row_begin(struct cli_job *job) {
   enum cli_output kind = job->verb->output;
   assert(kind != OUTPUT_NOTHING);
@@ -5280,7 +5447,9 @@ static void cli_row_begin(struct cli_job *job) {
 /* Prints what stands in front of a value: its name, or what separates it from
  * the one before. */
 static void cli_row_column(struct cli_job *job, const char *name) {
-  int is_first = !job->ncolumns++;
+  int is_first = job->ncolumns == 0;
+  job->ncolumns++;
+  assert(job->nrows > 0);
   if (job->request.json) {
     cli_print(job, "%s\"%s\":", is_first ? "{" : ",", name);
   } else if (job->verb->output == OUTPUT_LINES) {
@@ -5290,8 +5459,9 @@ static void cli_row_column(struct cli_job *job, const char *name) {
   }
 }
 
-/* Adds a text to a row; on a terminal the first one is padded.  JSON would want
- * nothing in it escaped: the store refuses names with such characters. */
+/* Adds a text to a row.  On a terminal the first column is padded, which is the
+ * name wherever there is one.  JSON would want nothing in a text escaped: the
+ * store refuses names with such characters, and the others are our own. */
 static void cli_row_text(struct cli_job *job, const char *name,
                          const char *text) {
   cli_row_column(job, name);
@@ -5309,7 +5479,8 @@ static void cli_row_number(struct cli_job *job, const char *name,
   cli_print(job, "%*" PRIu64, job->is_aligned ? 16 : 0, number);
 }
 
-/* Ends a row.  Returns 0, or -errno if some of the output was lost. */
+/* Ends a row.  Returns 0, or -errno if some of the output was lost, which ends
+ * a list early. */
 static int cli_row_end(struct cli_job *job) {
   assert(job->ncolumns > 0);
   cli_print(job, job->request.json ? "}\n" : "\n");
@@ -5318,22 +5489,26 @@ static int cli_row_end(struct cli_job *job) {
 
 /* ---- What each command does --------------------------------------------- */
 
-/* create, snapshot, rollback, clone, rename, resize, rm */
+/* create, snapshot, rollback, clone, rename, resize, rm: they change the
+ * catalog, and nbdserve.h has one call for all of them. */
 static int cli_do_change(struct cli_job *job, struct nbdserve_cas *cas) {
   int verb = job->verb->change;
   assert(verb);
-  if (job->request.dry_run) verb |= NBDSERVE_CAS_DRY_RUN;
+  if (job->request.dry_run && job->verb->flags & VERB_MAY_DRY_RUN)
+    verb |= NBDSERVE_CAS_DRY_RUN;
   return nbdserve_cas_change(cas, verb, job->request.name, job->request.to,
                              job->request.size);
 }
 
-/* One row of `list`: a nbdserve_list_fn */
+/* Prints a volume or snapshot: a nbdserve_list_fn.  The time comes from a file
+ * that anybody may have made: it may lie behind all years. */
 static int cli_list_row(void *arg, const struct nbdserve_cas_info *info) {
   struct cli_job *job = arg;
   time_t created = (time_t)info->created;
-  char text[32];
+  char text[40];
   struct tm tm;
-  strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&created, &tm));
+  if (!gmtime_r(&created, &tm)) tm = (struct tm){.tm_mday = 1};
+  strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &tm);
   cli_row_begin(job);
   cli_row_text(job, "name", info->name);
   cli_row_number(job, "size", info->size);
@@ -5342,22 +5517,24 @@ static int cli_list_row(void *arg, const struct nbdserve_cas_info *info) {
   return cli_row_end(job);
 }
 
-/* list */
+/* list: a row for each volume and snapshot */
 static int cli_do_list(struct cli_job *job, struct nbdserve_cas *cas) {
   return nbdserve_cas_list(cas, cli_list_row, job);
 }
 
-/* seal */
+/* seal: gives a snapshot its id and prints that.  Until it was sealed all of it
+ * has to be read, which takes long. */
 static int cli_do_seal(struct cli_job *job, struct nbdserve_cas *cas) {
   char id[72];
   int err = nbdserve_cas_seal(cas, job->request.name, id, cli_progress, job);
   if (err) return err;
+  assert(strncmp(id, "sha256-", 7) == 0);
   cli_row_begin(job);
   cli_row_text(job, "id", id);
   return cli_row_end(job);
 }
 
-/* One row of `diff`: a nbdserve_range_fn */
+/* Prints a range that differs: a nbdserve_range_fn */
 static int cli_range_row(void *arg, uint64_t off, uint64_t len) {
   struct cli_job *job = arg;
   cli_row_begin(job);
@@ -5366,14 +5543,15 @@ static int cli_range_row(void *arg, uint64_t off, uint64_t len) {
   return cli_row_end(job);
 }
 
-/* diff */
+/* diff: a row for each range in which two volumes or snapshots differ */
 static int cli_do_diff(struct cli_job *job, struct nbdserve_cas *cas) {
   return nbdserve_cas_diff(cas, job->request.name, job->request.to,
                            cli_range_row, job);
 }
 
-/* One row of `verify`: a nbdserve_damage_fn.  Without JSON a row that concerns
- * no volume has "-" for the name, so that there are four fields always. */
+/* Prints what is damaged: a nbdserve_damage_fn.  Damage to the store itself has
+ * no name; a row then has "-" there, so that it always has four fields.  What
+ * cannot be printed shows in job->lost: there is no way to end this early. */
 static void cli_damage_row(void *arg, const char *name, uint64_t off,
                            uint64_t len, const char *why) {
   struct cli_job *job = arg;
@@ -5385,12 +5563,13 @@ static void cli_damage_row(void *arg, const char *name, uint64_t off,
   cli_row_end(job);
 }
 
-/* verify */
+/* verify: a row for each range that is damaged; the exit status tells, too. */
 static int cli_do_verify(struct cli_job *job, struct nbdserve_cas *cas) {
   return nbdserve_cas_verify(cas, cli_damage_row, cli_progress, job);
 }
 
-/* gc */
+/* gc: gives unused space to the file system.  The row has the bytes of the file
+ * that nothing uses. */
 static int cli_do_gc(struct cli_job *job, struct nbdserve_cas *cas) {
   uint64_t bytes;
   int err = nbdserve_cas_gc(cas, &bytes, cli_progress, job);
@@ -5400,10 +5579,11 @@ static int cli_do_gc(struct cli_job *job, struct nbdserve_cas *cas) {
   return cli_row_end(job);
 }
 
-/* stat */
+/* stat: how much is stored, and how full the log is */
 static int cli_do_stat(struct cli_job *job, struct nbdserve_cas *cas) {
   struct nbdserve_cas_stat stat;
   nbdserve_cas_stat(cas, &stat);
+  assert(u_is_power_of_2(stat.block_size));
   cli_row_begin(job);
   cli_row_number(job, "block_size", stat.block_size);
   cli_row_number(job, "stored", stat.stored);
@@ -5413,11 +5593,13 @@ static int cli_do_stat(struct cli_job *job, struct nbdserve_cas *cas) {
   return cli_row_end(job);
 }
 
-/* Bytes that import and export move at a time.  A process does one command at
- * a time, so there is one buffer. */
+/* What import and export move at a time: a whole number of blocks of every size
+ * that a store may have.  A process does one command at a time, in the main
+ * thread or in cli_control, so one buffer is enough. */
 static unsigned char cli_buffer[65536];
 
-/* Copies size bytes from the FILE of a job to a volume. */
+/* Copies the first `size` bytes of the FILE of a job to a volume, and makes
+ * them durable.  Zeroes need no care: the store knows them. */
 static int cli_copy_in(struct cli_job *job, const struct nbdserve_export *ex,
                        uint64_t size) {
   for (uint64_t off = 0; off < size;) {
@@ -5432,16 +5614,19 @@ static int cli_copy_in(struct cli_job *job, const struct nbdserve_export *ex,
   return ex->ops->flush(ex->ctx, 0);
 }
 
-/* import: makes a volume of a file.  If that fails there is no volume. */
+/* import: makes a volume of a file.  If that fails, at whatever point, there is
+ * no volume afterwards.  The size has to be known first, so a pipe will not
+ * do. */
 static int cli_do_import(struct cli_job *job, struct nbdserve_cas *cas) {
   const char *name = job->request.name;
   struct nbdserve_export ex = {.name = NULL};
   off_t size = lseek(job->output, 0, SEEK_END);
   if (size < 0) return -errno;
   int err = nbdserve_cas_create(cas, name, (uint64_t)size);
-  if (err) return err;
+  if (err) return err; /* what has that name already is not ours to remove */
   err = nbdserve_cas_volume(cas, name, &ex);
   if (!err) {
+    assert(ex.size == (uint64_t)size);
     err = cli_copy_in(job, &ex, (uint64_t)size);
     ex.ops->close(ex.ctx);
   }
@@ -5449,19 +5634,21 @@ static int cli_do_import(struct cli_job *job, struct nbdserve_cas *cas) {
   return err;
 }
 
-/* Writes all of the buffer's first n bytes to a pipe, a terminal, or wherever
- * standard output may lead. */
+/* Writes the first n bytes of the buffer to a pipe, a terminal, or wherever
+ * standard output may lead, in as many steps as it takes. */
 static int cli_write_buffer(int fd, uint64_t n) {
+  assert(n <= sizeof cli_buffer);
   for (uint64_t done = 0; done < n;) {
     ssize_t r = write(fd, cli_buffer + done, (size_t)(n - done));
-    if (r < 0) return -errno;
+    if (r <= 0) return r < 0 ? -errno : -EIO;
     done += (uint64_t)r;
   }
   return 0;
 }
 
-/* Copies a volume to the output of a job.  If that is sparse all of it is a
- * hole so far, and zeroes are left out. */
+/* Copies a volume to the output of a job.  A sparse output is a file that has
+ * its size already and is one hole: zeroes need not be written, and in the end
+ * it is made durable. */
 static int cli_copy_out(struct cli_job *job, const struct nbdserve_export *ex,
                         int is_sparse) {
   for (uint64_t off = 0; off < ex->size;) {
@@ -5480,8 +5667,10 @@ static int cli_copy_out(struct cli_job *job, const struct nbdserve_export *ex,
   return is_sparse ? os_datasync(job->output) : 0;
 }
 
-/* export: writes a volume or snapshot to a FILE, which becomes as long as it,
- * or to standard output, behind what may be there already. */
+/* export: writes a volume or snapshot to a FILE, which gets its size, or to
+ * standard output, behind what may be there already.  A FILE that cannot be
+ * cut, a block device or a pipe, is written from the front like standard
+ * output. */
 static int cli_do_export(struct cli_job *job, struct nbdserve_cas *cas) {
   struct nbdserve_export ex = {.name = NULL};
   int err = nbdserve_cas_volume(cas, job->request.name, &ex);
@@ -5493,6 +5682,8 @@ static int cli_do_export(struct cli_job *job, struct nbdserve_cas *cas) {
   ex.ops->close(ex.ctx);
   return err;
 }
+
+/* ---- The table ---- */
 
 /* clang-format off */
 static const struct cli_verb cli_verbs[VERB_COUNT] = {
@@ -5572,7 +5763,10 @@ static const struct cli_verb cli_verbs[VERB_COUNT] = {
         .run = cli_do_stat, .output = OUTPUT_LINES}};
 /* clang-format on */
 
-/* Says in words why a command has failed. */
+/* ---- Doing a command ---- */
+
+/* Says in words why a command has failed.  The errors of nbdserve.h mean more
+ * here than what strerror has for them. */
 static const char *cli_job_reason(const struct cli_job *job, int err) {
   switch (err) {
   case -EINVAL:
@@ -5588,8 +5782,9 @@ static const char *cli_job_reason(const struct cli_job *job, int err) {
   }
 }
 
-/* Prints the message of a command that has failed.  The FILE of an import is
- * not named: "File exists", for one, is said of the volume. */
+/* Prints the message of a command that has failed, to whoever gave it: this may
+ * be the server.  The FILE of an import is not named, as the errors that come
+ * after it was opened are about the volume. */
 static void cli_report(const struct cli_job *job, int err) {
   const char *name = job->request.name;
   const char *to = job->request.to;
@@ -5598,7 +5793,9 @@ static void cli_report(const struct cli_job *job, int err) {
           *name ? " " : "", name, *to ? " " : "", to, cli_job_reason(job, err));
 }
 
-/* Does a command on an open store.  Returns the exit status. */
+/* Does a command on an open store, and prints what it has to say.  Returns the
+ * exit status.  job->verb has been checked: see cli_run_verb for our own, and
+ * cli_serve_command for what came over the socket. */
 static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
   assert(job->verb == &cli_verbs[job->request.verb] && job->verb->run);
   job->nrows = 0;
@@ -5618,13 +5815,15 @@ static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
 
 /* ---- Commands over the control socket ----------------------------------- */
 
-/* The control data of a message that carries two descriptors */
+/* The control data of a message that carries two descriptors.  The union gives
+ * the room the alignment of a header. */
 union cli_passed {
-  struct cmsghdr header; /* for its alignment */
+  struct cmsghdr header;
   char room[CMSG_SPACE(2 * sizeof(int))];
 };
 
-/* Sends a job with its descriptors.  Returns 0 or -EPIPE. */
+/* Sends a job with its descriptors, of which the receiver gets duplicates.  A
+ * socket's buffer takes all of it at once.  Returns 0 or -EPIPE. */
 static int cli_send_command(const struct io *io, struct cli_job *job) {
   const int fds[2] = {job->output, job->messages};
   struct iovec data = {&job->request, sizeof job->request};
@@ -5640,9 +5839,9 @@ static int cli_send_command(const struct io *io, struct cli_job *job) {
   return n == (ssize_t)sizeof job->request ? 0 : -EPIPE;
 }
 
-/* Receives a job.  Descriptors that have come are the caller's to close, even
- * if this fails; those that have not are -1.  There is room for two, and the
- * system closes any others. */
+/* Receives a job.  The descriptors that come with it are the caller's to close,
+ * even if this fails; where none has come there is -1.  There is room for two:
+ * if somebody sends more, the system closes the rest. */
 static int cli_receive_command(const struct io *io, struct cli_job *job) {
   int fds[2] = {-1, -1};
   struct iovec data = {&job->request, sizeof job->request};
@@ -5655,9 +5854,10 @@ static int cli_receive_command(const struct io *io, struct cli_job *job) {
   job->messages = -1;
   int err = io_wait(io, 0);
   if (err) return err;
-  /* The descriptors come with the first bytes; the rest comes without. */
+  /* The descriptors come with the first bytes; what follows has none. */
   ssize_t n = recvmsg(io->in, &message, 0);
   if (n <= 0) return -EPIPE;
+  assert(n <= (ssize_t)sizeof job->request);
   if (message.msg_controllen >= CMSG_LEN(0) &&
       passed.header.cmsg_type == SCM_RIGHTS)
     memcpy(fds, CMSG_DATA(&passed.header),
@@ -5668,7 +5868,9 @@ static int cli_receive_command(const struct io *io, struct cli_job *job) {
                      sizeof job->request - (size_t)n);
 }
 
-/* Lets the server of the store do a job, and returns the exit status. */
+/* Lets the server of the store do a job, waits for it as long as it takes, and
+ * returns the exit status.  Whoever has the store without listening at
+ * STORE.ctl is no server, or a read-only one, or was built without threads. */
 static int cli_run_remote(struct cli_job *job) {
   unsigned char status;
   int fd = srv_unix(cli.ctl_path, SRV_CONNECT);
@@ -5682,7 +5884,9 @@ static int cli_run_remote(struct cli_job *job) {
   return status;
 }
 
-/* Does what a client of the control socket asks for. */
+/* Does what a client of the control socket asks for.  It has to come in one go:
+ * as long as we wait for it, others wait, too.  A request that makes no sense
+ * is dropped without an answer. */
 static void cli_serve_command(int client) {
   struct cli_job job = {.client = client};
   struct io io = {.in = client,
@@ -5703,14 +5907,17 @@ static void cli_serve_command(int client) {
   close(job.messages);
 }
 
-/* The thread that takes commands until the server stops. */
+/* The thread that takes commands until the server stops, which makes io_wait
+ * fail, and ends a command that is under way (cli_progress).  If a client
+ * cannot be accepted, for want of descriptors, trying again at once would not
+ * help. */
 static void *cli_control(void *unused) {
   struct io io = {.in = cli.ctl, .stop = cli.server->stop[0]};
   (void)unused;
   while (io_wait(&io, 0) == 0) {
     int client = os_accept(cli.ctl);
     if (client < 0) {
-      poll(NULL, 0, SRV_PAUSE_MS); /* it would fail at once again */
+      poll(NULL, 0, SRV_PAUSE_MS);
       continue;
     }
     cli_serve_command(client);
@@ -5722,8 +5929,8 @@ static void *cli_control(void *unused) {
 
 /* ---- The store of this process ------------------------------------------ */
 
-/* Opens the store at path; the process has one at most.  cli.cas stays NULL if
- * that fails. */
+/* Opens the store at path.  The process has one at most.  Returns 0, or -errno
+ * and leaves cli.cas NULL; on -EBUSY the caller may want cli.ctl_path. */
 static int cli_open_store(const char *path, int readonly) {
   struct nbdserve_cas_options options = {.flags = 0};
   assert(!cli.cas);
@@ -5734,11 +5941,14 @@ static int cli_open_store(const char *path, int readonly) {
     return -ENAMETOOLONG;
   int err = nbdserve_cas_open(path, &options, &cli.cas);
   if (err == -EINVAL) cli_failed("%s: not a store", path);
+  assert(!err == !!cli.cas);
   return err;
 }
 
-/* Listens on STORE.ctl, for the owner of the store only.  Without it the store
- * is served all the same: its path may be too long for a socket. */
+/* Listens on STORE.ctl, for ourselves and root only: the umask is in force when
+ * the socket is made, so there is no moment at which others get in.  If it
+ * cannot be made (its path may be too long for a socket, or the directory
+ * read-only) the store is served all the same. */
 static void cli_open_control(void) {
   mode_t mask = umask(0177);
   assert(cli.ctl < 0);
@@ -5750,23 +5960,26 @@ static void cli_open_control(void) {
   }
 }
 
-/* Starts the thread that takes commands.  From now on this process makes no
- * other one, which would inherit the descriptors that come with commands. */
+/* Starts the thread that takes commands.  This comes after --fork and after the
+ * command was started: from now on the process makes no other one, which would
+ * inherit the descriptors that come with commands.  Without the thread nobody
+ * would answer at STORE.ctl, and a command would wait for ever; so it goes. */
 static void cli_start_control(void) {
   if (cli.ctl < 0) return;
   int err = os_pipe(cli.ctl_ended);
   if (!err) err = os_thread(cli_control, NULL);
   if (!err) return;
   cli.ctl_ended[0] = -1;
-  cli_remove_own(cli.ctl_path, &cli.ctl_st); /* nobody would answer there */
+  cli_remove_own(cli.ctl_path, &cli.ctl_st);
   close(cli.ctl);
   cli.ctl = -1;
   cli_say("%s: %s; no commands are taken while it is served", cli.store,
           u_errno_text(err));
 }
 
-/* Waits for a command that is being done, to its end: the server has stopped,
- * which it looks at.  Returns false if it does not end in time. */
+/* At exit: waits for the end of cli_control, and of the command that it may be
+ * doing, which looks at whether the server has stopped.  Returns false if that
+ * does not come in time.  The store must then be left as it is. */
 static int cli_await_control(void) {
   struct pollfd ended = {cli.ctl_ended[0], POLLIN, 0};
   char byte;
@@ -5776,8 +5989,9 @@ static int cli_await_control(void) {
          read(cli.ctl_ended[0], &byte, 1) == 1;
 }
 
-/* Opens a store that is to be served, or parts of it, if it is not open yet,
- * and its socket for commands. */
+/* Opens a store that is to be served, wholly or in part, and its socket for
+ * commands, if it is not open yet.  A read-only server takes no commands: next
+ * to it the store can be opened by other readers. */
 static int cli_use_store(const char *path) {
   int readonly = opt.given[OPT_READ_ONLY] != 0;
   if (*cli.store && strcmp(cli.store, path) != 0)
@@ -5796,7 +6010,8 @@ static int cli_open_volume(const char *path, const char *name,
   return err ? err : nbdserve_cas_volume(cli.cas, name, ex);
 }
 
-/* The `find` function of a server of all of a store */
+/* The `find` function of a server of all of a store: called in the threads of
+ * clients, for each client, so that a volume that was made since is found. */
 static int cli_find_volume(void *unused, const char *name,
                            struct nbdserve_export *out) {
   (void)unused;
@@ -5832,8 +6047,9 @@ static int cli_serve_store(const char *path) {
   return 0;
 }
 
-/* Ends what cli_start_control and cli_use_store have begun.  Returns NULL, or
- * what went wrong.  The server has to be freed in between: see cli_close. */
+/* At exit: closes the store, which makes all durable.  Returns NULL, or what
+ * went wrong.  Exports and commands use the store, so the server has been freed
+ * and cli_control has ended. */
 static const char *cli_close_store(void) {
   int err = cli.cas ? nbdserve_cas_close(cli.cas) : 0;
   return err ? u_errno_text(err) : NULL;
@@ -5853,9 +6069,15 @@ static enum cli_verb_id cli_find_verb(const char *name) {
 #define cli_verb_usage(verb) \
   cli_usage("usage: nbdserve %s %s", (verb)->name, (verb)->operands)
 
-/* Finds out which store a command is for, and takes it off the operands, which
- * may be NAME, STORE::NAME, STORE, STORE:: or nothing.  Without "::" the
- * environment names the store of a NAME.  Returns NULL if nothing does. */
+/* Finds out which store a command is for, and takes it off the operands:
+ *
+ *   STORE::NAME ...   the first operand becomes NAME
+ *   NAME ...          for commands that take a name: $NBDSERVE_STORE
+ *   STORE, STORE::    for commands that take none; the operand goes
+ *   SIZE              only init: $NBDSERVE_STORE, if it is set
+ *   nothing           $NBDSERVE_STORE
+ *
+ * Returns its path, or NULL if nothing names a store. */
 static char *cli_take_store(const struct cli_verb *verb, char ***operands,
                             int *noperands) {
   char *fallback = getenv("NBDSERVE_STORE");
@@ -5869,7 +6091,6 @@ static char *cli_take_store(const struct cli_verb *verb, char ***operands,
     if (verb->noperands || colons[2]) return first;
   } else {
     if (verb->noperands) return fallback;
-    /* What stands there is a store, and only of `init 64K` not. */
     if (verb->noptional && *noperands == 1 && fallback &&
         u_parse_number(first, INT64_MAX, &size))
       return fallback;
@@ -5879,7 +6100,8 @@ static char *cli_take_store(const struct cli_verb *verb, char ***operands,
   return first;
 }
 
-/* Checks the number of operands and the options that concern a command. */
+/* Checks the number of operands behind the store, and that --dry-run was not
+ * given to a command that would not heed it. */
 static void cli_check_verb(const struct cli_verb *verb, int noperands) {
   int most =
       verb->flags & VERB_REPEATS ? INT_MAX : verb->noperands + verb->noptional;
@@ -5888,7 +6110,7 @@ static void cli_check_verb(const struct cli_verb *verb, int noperands) {
     cli_verb_usage(verb);
 }
 
-/* init: makes a store. */
+/* init: makes a store.  block_size is how `size` was written, or NULL. */
 static void cli_init(const char *store, const char *block_size, uint64_t size) {
   struct nbdserve_cas_options options = {.block_size =
                                              (uint32_t)u_min(size, UINT32_MAX)};
@@ -5899,7 +6121,10 @@ static void cli_init(const char *store, const char *block_size, uint64_t size) {
 }
 
 /* Opens the FILE of an import or export, which takes the place of the output.
- * It may be a store, that of this command perhaps: then it is locked. */
+ * We do it, even if a server does the command: relative paths and permissions
+ * are ours.  A FILE that is to be written may be a store, this one perhaps, or
+ * an image that is being served: both are locked, and nobody wants to lose
+ * them. */
 static void cli_open_file(struct cli_job *job, const char *file) {
   int writes = (job->verb->flags & VERB_WRITES_FILE) != 0;
   if (writes && strcmp(file, "-") == 0) return;
@@ -5910,12 +6135,14 @@ static void cli_open_file(struct cli_job *job, const char *file) {
     cli_die(CLI_IN_USE, "%s: in use", file);
 }
 
-/* Does a command on a store, here or at its server, once for each of its last
- * operands.  Returns the exit status of the first one that fails. */
+/* Does a command on a store, here or at its server.  If it needs one operand,
+ * it is done for each that there is; if it needs two, for the first with each
+ * of the others; otherwise once.  Returns the exit status of the first time
+ * that it fails, or 0. */
 static int cli_run_on_operands(struct cli_job *job, int is_remote,
                                char **operands, int noperands) {
   int needed = job->verb->noperands;
-  int i = needed ? needed - 1 : 0; /* the first of those that may repeat */
+  int i = needed > 1; /* the first of those that may repeat */
   int status;
   assert(noperands >= needed);
   for (int j = 0; j < noperands; j++) {
@@ -5932,7 +6159,9 @@ static int cli_run_on_operands(struct cli_job *job, int is_remote,
   return status;
 }
 
-/* Does the command that the command line may be, and ends the process. */
+/* If the command line is a command on a store: does it, and ends the process.
+ * Its first word has to be one of the names in cli_verbs; a file of such a name
+ * is served as ./NAME. */
 static void cli_run_verb(void) {
   struct cli_job job = {.output = 1, .messages = 2, .client = -1};
   if (!cli.ntargets) return;
@@ -5968,8 +6197,8 @@ static void cli_run_verb(void) {
 
 /* Prints the commands for --help. */
 static void cli_help_verbs(void) {
-  puts("\nCommands on stores, also while they are served.  NAME is VOLUME, "
-       "VOLUME@SNAPSHOT\nor the id of a sealed snapshot; names that follow "
+  puts("\nCommands on stores, also while they are served.  NAME is VOLUME,\n"
+       "VOLUME@SNAPSHOT or the id of a sealed snapshot; names that follow\n"
        "are in the same store.");
   for (int id = 0; id < VERB_COUNT; id++)
     printf("  %-9s %-23s %s\n", cli_verbs[id].name, cli_verbs[id].operands,
@@ -5978,10 +6207,10 @@ static void cli_help_verbs(void) {
 
 #else /* NBDSERVE_NO_CAS: what the rest of the section calls */
 
-/* There is no thread that takes commands. */
+/* There are no commands, so no thread takes any. */
 static void cli_start_control(void) {}
 
-/* There is none to wait for. */
+/* There is no such thread to wait for. */
 static int cli_await_control(void) {
   return 1;
 }
@@ -5995,7 +6224,7 @@ static int cli_open_volume(const char *path, const char *name,
   return -EOPNOTSUPP;
 }
 
-/* Neither can all of a store. */
+/* No store can be served. */
 static int cli_serve_store(const char *path) {
   (void)path;
   return -EOPNOTSUPP;
@@ -6009,11 +6238,22 @@ static const char *cli_close_store(void) {
 /* The command line is never a command on a store. */
 static void cli_run_verb(void) {}
 
-/* There is nothing to tell about such commands. */
+/* There are no commands to print. */
 static void cli_help_verbs(void) {}
 #endif
 
-/* ---- Targets ------------------------------------------------------------ */
+/* ---- Targets ---------------------------------------------------------------
+ * How the text of a target is read, the first line that fits:
+ *
+ *   file:PATH           a file, whatever PATH looks like
+ *   NAME=TARGET         the export NAME of a TARGET; no "/" stands before "="
+ *   STORE::VOLUME       a volume, a snapshot (VOLUME@NAME) or the id of one
+ *   STORE::             all of a store
+ *   mem:SIZE            memory
+ *   PATH                a file or block device
+ *
+ * So a file whose name looks like one of the others needs "file:", or "./"
+ * where only a "=" is the matter. */
 
 enum cli_target_kind {
   CLI_FILE,   /* a file, a block device, or memory */
@@ -6021,13 +6261,18 @@ enum cli_target_kind {
   CLI_STORE   /* all of a store */
 };
 
-/* [NAME=]TARGET, taken apart */
+/* A target, taken apart.  The texts belong to argv. */
 struct cli_target {
   enum cli_target_kind kind;
-  const char *text;    /* TARGET as it was written, for messages */
-  const char *name;    /* in front of "=", or NULL */
-  const char *volume;  /* behind "::" */
-  char path[PATH_MAX]; /* of the file, for nbdserve_flat_open; of the store */
+  /* TARGET as it was written, without NAME=, for messages */
+  const char *text;
+  /* NAME, or NULL */
+  const char *name;
+  /* What stands behind "::", or NULL */
+  const char *volume;
+  /* The path of the store; or of the file, as nbdserve_flat_open takes it, for
+   * which mem:SIZE is one, too */
+  char path[PATH_MAX];
 };
 
 /* Sets target->path to the prefix and the first len characters of path. */
@@ -6036,11 +6281,12 @@ static void cli_set_path(struct cli_target *target, const char *prefix,
   if (strlen(prefix) + len >= PATH_MAX)
     cli_exit_if_error(-ENAMETOOLONG, target->text);
   snprintf(target->path, PATH_MAX, "%s%.*s", prefix, (int)len, path);
+  assert(strlen(target->path) == strlen(prefix) + len);
 }
 
-/* Takes a target apart; the text is cut at its "=".  What "file:" begins is a
- * file whatever follows, so that every name can be written: nothing behind it
- * means a NAME=, a store or memory. */
+/* Takes a target apart, in the order of the table above.  The text is cut at
+ * the
+ * "=" behind NAME. */
 static void cli_parse_target(char *text, struct cli_target *target) {
   static const char file[] = "file:";
   size_t prefix = sizeof file - 1;
@@ -6053,8 +6299,9 @@ static void cli_parse_target(char *text, struct cli_target *target) {
   }
   if (strncmp(target->text, file, prefix) == 0) {
     const char *path = target->text + prefix;
-    int looks_special = strncmp(path, "mem:", 4) == 0; /* to the backend */
-    cli_set_path(target, looks_special ? "./" : "", path, strlen(path));
+    /* The backend must not take the file mem:5 for memory. */
+    int is_ambiguous = strncmp(path, "mem:", 4) == 0;
+    cli_set_path(target, is_ambiguous ? "./" : "", path, strlen(path));
     return;
   }
   const char *colons = strstr(target->text, "::");
@@ -6067,8 +6314,10 @@ static void cli_parse_target(char *text, struct cli_target *target) {
   target->kind = *target->volume ? CLI_VOLUME : CLI_STORE;
 }
 
-/* The name of the export of a target; NULL: any will do. */
+/* Returns the name of the export of a target.  NULL: it is the only one, and
+ * clients may call it what they like. */
 static const char *cli_name_export(const struct cli_target *target) {
+  assert(cli.ntargets > 0);
   if (target->name) return target->name;
   if (opt.export_name) return opt.export_name;
   if (cli.ntargets == 1) return NULL;
@@ -6078,14 +6327,16 @@ static const char *cli_name_export(const struct cli_target *target) {
 }
 
 #if NBDSERVE_NO_FLAT
-/* No file can be opened. */
+/* Without that backend no file can be opened. */
 static int cli_open_file_target(const char *path, struct nbdserve_export *ex) {
   (void)path;
   (void)ex;
   return -EOPNOTSUPP;
 }
 #else
-/* Opens a file, a block device or memory. */
+/* Opens a file, a block device or memory.  With --temporary what clients write
+ * goes to a directory of the user's choice; a message about that names it, as
+ * it is not the target that is wrong. */
 static int cli_open_file_target(const char *path, struct nbdserve_export *ex) {
   struct nbdserve_flat options = {
       .offset = opt.offset, .size = opt.size, .create = opt.create_size};
@@ -6100,8 +6351,8 @@ static int cli_open_file_target(const char *path, struct nbdserve_export *ex) {
 }
 #endif
 
-/* Ends the process with a message that says why a target cannot be opened and,
- * if there is something, what to do. */
+/* If err is an error: ends the process with a message that says why the target
+ * cannot be opened and, where an option helps, which one. */
 static void cli_exit_if_unopened(int err, const struct cli_target *target) {
   const char *text = target->text;
   int writes = !opt.given[OPT_READ_ONLY] && !opt.given[OPT_TEMPORARY];
@@ -6116,7 +6367,8 @@ static void cli_exit_if_unopened(int err, const struct cli_target *target) {
   cli_exit_if_error(err, text);
 }
 
-/* Gives an export to the server, which then owns what is behind it. */
+/* Gives an export to the server, which takes over what is behind it; if it does
+ * not take the export, that is closed here. */
 static void cli_add_export(const struct nbdserve_export *ex,
                            const char *target) {
   int err = nbdserve_add(cli.server, ex);
@@ -6129,7 +6381,9 @@ static void cli_add_export(const struct nbdserve_export *ex,
   cli_exit_if_error(err, target);
 }
 
-/* Opens a target and adds it to the server. */
+/* Opens a target and adds it to the server.  A volume cannot be cut like a
+ * file, and has clones in place of --temporary.  A whole store adds no export:
+ * the server asks for each one when a client does. */
 static void cli_add_target(char *text) {
   struct cli_target target;
   struct nbdserve_export ex = cli_new_export();
@@ -6155,12 +6409,14 @@ static void cli_add_target(char *text) {
     break;
   }
   cli_exit_if_unopened(err, &target);
+  assert(!ex.ops == (target.kind == CLI_STORE));
   if (target.kind != CLI_STORE) cli_add_export(&ex, target.text);
 }
 
 /* ---- Where to listen ---------------------------------------------------- */
 
-/* Listens at an address, as nbdserve_listen takes it. */
+/* Listens at an address, as nbdserve_listen takes it, or ends the process with
+ * a message that says what is wrong with it. */
 static void cli_listen_at(const char *address) {
   int err = nbdserve_listen(cli.server, address);
   if (err == -ENAMETOOLONG)
@@ -6174,8 +6430,9 @@ static void cli_listen_at(const char *address) {
   cli_exit_if_error(err, address);
 }
 
-/* Listens on a socket that whoever started us has opened.  A connected one is
- * the only client. */
+/* Listens on a socket that whoever started us has opened.  If it is not one
+ * that listens, it is connected to a client, the only one then: a second such
+ * socket is an error. */
 static void cli_listen_on_fd(int fd) {
   char address[32];
   snprintf(address, sizeof address, "fd:%d", fd);
@@ -6188,7 +6445,9 @@ static void cli_listen_on_fd(int fd) {
   cli_exit_if_error(err, address);
 }
 
-/* How many sockets systemd, or somebody like nbdinfo, has passed to us. */
+/* Returns how many sockets systemd, or a program like nbdinfo, has passed to
+ * us.  LISTEN_PID says whom they are for: the variables are inherited by
+ * children, who must not believe them. */
 static uint64_t cli_count_passed(void) {
   const char *pid = getenv("LISTEN_PID");
   const char *fds = getenv("LISTEN_FDS");
@@ -6200,8 +6459,10 @@ static uint64_t cli_count_passed(void) {
   return n;
 }
 
-/* Listens on a unix socket at path.  The address gets the working directory in
- * front, where that fits, so that the URI is right from everywhere. */
+/* Listens on a unix socket at path.  If the path is relative it gets the
+ * working directory in front, so that the URI is right from everywhere; but
+ * only where the whole fits into the address of a socket, for the path alone
+ * may. */
 static void cli_listen_on_unix(const char *path) {
   char address[PATH_MAX + 8];
   char dir[sizeof(((struct sockaddr_un *)0)->sun_path)];
@@ -6213,8 +6474,9 @@ static void cli_listen_on_unix(const char *path) {
   cli_listen_at(address);
 }
 
-/* Makes a directory that only its owner reaches.  With "/sock" behind it its
- * path has to fit into the address of a socket on every system. */
+/* Makes a directory that only its owner can enter, for a socket.  A parent
+ * whose path is long is passed over: with what comes behind it the path has to
+ * fit into the address of a socket on every system. */
 static void cli_make_private_dir(void) {
   const char *const parents[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"),
                                  "/tmp"};
@@ -6228,7 +6490,8 @@ static void cli_make_private_dir(void) {
   cli_failed("private socket: no directory for it (use -U)");
 }
 
-/* Listens on a socket of our own. */
+/* Listens on a private socket.  The directory protects it; the mode is for
+ * those who look at the socket alone. */
 static void cli_listen_privately(void) {
   char address[sizeof cli.private_dir + 16];
   cli_make_private_dir();
@@ -6238,7 +6501,7 @@ static void cli_listen_privately(void) {
     cli_exit_if_error(-errno, address);
 }
 
-/* Listens on TCP. */
+/* Listens on TCP, and warns if others than this machine can connect. */
 static void cli_listen_on_tcp(void) {
   const char *host = opt.bind_address ? opt.bind_address : "localhost";
   uint64_t port = opt.given[OPT_PORT] ? opt.port : CLI_DEFAULT_PORT;
@@ -6251,8 +6514,9 @@ static void cli_listen_on_tcp(void) {
     cli_say("%s: no authentication: anyone can read and write", host);
 }
 
-/* Opens the sockets that the command line asks for, or takes over those that
- * were passed to us; else makes a private one. */
+/* Opens the sockets that the command line asks for.  If it does not ask for
+ * any, takes over those that were passed to us, or makes a private one.  Only
+ * sockets that we have opened have a URI that we know. */
 static void cli_listen(void) {
   int wants_tcp = opt.given[OPT_PORT] || opt.given[OPT_BIND];
   if (opt.given[OPT_STDIN]) {
@@ -6282,8 +6546,9 @@ static void cli_listen(void) {
 
 /* ---- The command that is served (--run, --) ----------------------------- */
 
-/* The text with the URI in place of each {}, in memory that is never freed: the
- * program that gets it is about to be executed.  NULL: there is none. */
+/* Returns a copy of the text with the URI in place of each {}, or NULL if there
+ * is no memory.  Nobody frees it: the program that gets it is about to be
+ * executed. */
 static char *cli_put_uri(const char *text) {
   size_t n = strlen(text) + 1;
   for (const char *hit = strstr(text, "{}"); hit; hit = strstr(hit + 2, "{}"))
@@ -6305,8 +6570,10 @@ static char *cli_put_uri(const char *text) {
   return result;
 }
 
-/* Sets the variables that --run promises, as nbdkit has them. */
+/* Sets the variables that a shell command can use.  They have the names that
+ * nbdkit gives them, so that scripts can be used with both. */
 static void cli_set_variables(void) {
+  assert(*cli.uri && cli.server->nlisteners > 0);
   const struct srv_listener *l = cli.server->listeners;
   char nbd[sizeof l->text + 16];
   const char *colon = strrchr(l->text, ':');
@@ -6318,13 +6585,14 @@ static void cli_set_variables(void) {
   setenv("exportname", cli.export_name, 1);
 }
 
-/* Says that the command cannot be executed, and why. */
+/* Says why the command cannot be executed, and returns the exit status. */
 static int cli_no_command(const char *program, int err) {
   cli_say("%s: %s", program, u_errno_text(err));
   return CLI_NOT_FOUND;
 }
 
-/* In the child: becomes the command.  Returns an exit status if it cannot. */
+/* In the child: becomes the command.  Returns only if that fails, with the exit
+ * status.  The descriptors that we have opened close themselves. */
 static int cli_exec_command(void) {
   const char *program = "/bin/sh";
   if (opt.run_command) {
@@ -6341,18 +6609,21 @@ static int cli_exec_command(void) {
   return cli_no_command(program, -errno);
 }
 
-/* Starts the command.  The signals are blocked until its process id is known:
- * it may have ended by then, and SIGCHLD has come.  If a signal has asked for
- * the end already, nothing would serve the command, so it is not started. */
+/* Starts the command.  It is a child of the process, not the other way round,
+ * so that we can pass on its status.  The signals are blocked until its process
+ * id is known to the handler: it may have ended by then, and SIGCHLD be
+ * waiting.  If a signal has asked for the end already, there is nobody to serve
+ * the command, so it is not started. */
 static void cli_start_command(void) {
   sigset_t was;
+  assert(!cli.child);
   if (!*cli.uri) cli_usage("no URI for the command to use");
   cli_block_signals(&was);
   if (cli.phase == CLI_SERVING) {
     pid_t pid = fork();
     if (pid < 0) cli_exit_if_error(-errno, "fork");
     if (pid == 0) {
-      cli_catch_signals(SIG_DFL);
+      cli_catch_signals(SIG_DFL); /* first: it must not run our handler */
       cli_restore_signals(&was);
       _exit(cli_exec_command());
     }
@@ -6361,17 +6632,19 @@ static void cli_start_command(void) {
   cli_restore_signals(&was);
 }
 
-/* Step 5 of the end: waits for a command that still runs, if it has time left.
- * It has been told, unless nbdserve_run has failed, or two signals have come at
- * once. */
+/* Step 5 of the end.  Usually the command has ended, which is what has brought
+ * us here, or has been told and had its time.  If it has not been told (the
+ * server has failed, or two signals have come at once) that is done now; in the
+ * first case there is time to wait for it. */
 static void cli_await_command(void) {
   sigset_t was;
   cli_tell_command();
   cli_block_signals(&was);
-  if (cli.phase == CLI_SERVING) cli.phase = CLI_COMMAND_ENDS;
+  if (cli.child && cli.phase == CLI_SERVING) cli.phase = CLI_COMMAND_ENDS;
   while (cli.child && cli.phase != CLI_STOPPING)
-    sigsuspend(&was);
+    sigsuspend(&was); /* until the handler has run */
   if (cli.child) {
+    assert(cli.child_told);
     cli_say("%s: still runs after SIGTERM; not waited for",
             cli.command ? cli.command[0] : "--run");
     cli.command_status = CLI_FAILED;
@@ -6381,11 +6654,14 @@ static void cli_await_command(void) {
 
 /* ---- Getting ready ------------------------------------------------------ */
 
-/* --fork: goes on in a child.  The parent waits until that is ready, or has
- * failed, and exits; only the child returns. */
+/* --fork: goes on in a child.  Only the child returns.  The parent waits for a
+ * byte from it, which says that it is ready, and exits.  If the pipe is closed
+ * without one, the child has failed, and the parent passes its status on.  This
+ * comes before anything is opened: threads would not come along. */
 static void cli_fork(void) {
   int fd[2];
   char byte;
+  assert(!cli.cas && !cli.server->nlisteners);
   if (pipe(fd) < 0) cli_exit_if_error(-errno, "--fork");
   pid_t pid = fork();
   if (pid < 0) cli_exit_if_error(-errno, "--fork");
@@ -6403,9 +6679,10 @@ static void cli_fork(void) {
   _exit(status ? status : CLI_FAILED);
 }
 
-/* --fork: lets go of the terminal, and tells the parent.  If that is gone there
- * is nobody to tell. */
+/* --fork: lets go of the terminal, and tells the parent.  If the parent has
+ * gone there is nobody to tell. */
 static void cli_leave_terminal(void) {
+  assert(cli.ready_pipe > 2);
   int null = open("/dev/null", O_RDWR);
   if (null < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0)
     cli_exit_if_error(-errno, "/dev/null");
@@ -6414,14 +6691,18 @@ static void cli_leave_terminal(void) {
   close(cli.ready_pipe);
 }
 
-/* --ready-fd: tells the URI, if there is one, and closes the descriptor. */
+/* --ready-fd: tells the URI, if there is one, and closes the descriptor, which
+ * is a sign in itself.  The command does not get it. */
 static void cli_tell_ready_fd(int fd) {
+  assert(fd > 2);
   if (*cli.uri && dprintf(fd, "%s\n", cli.uri) < 0)
     cli_exit_if_error(-errno, "--ready-fd");
   if (close(fd) < 0) cli_exit_if_error(-errno, "--ready-fd");
 }
 
-/* Everything is open, and we listen: tells everybody who wants to know. */
+/* Tells everybody who wants to know that all is open and we listen.  Whoever is
+ * told may connect at once.  With a command, that is who uses the URI, and
+ * standard output is the command's. */
 static void cli_tell_ready(void) {
   if (opt.pidfile) cli_write_pidfile(opt.pidfile);
   if (opt.given[OPT_READY_FD]) cli_tell_ready_fd((int)opt.ready_fd);
@@ -6435,7 +6716,7 @@ static void cli_tell_ready(void) {
 
 /* ---- Serving ------------------------------------------------------------ */
 
-/* Prints the totals as JSON. */
+/* Prints the totals as JSON, with the names that nbdserve.h has for them. */
 static void cli_print_stats_json(const struct nbdserve_stats *stats) {
   fprintf(stderr,
           "{\"clients\":%" PRIu64 ",\"clients_now\":%" PRIu64
@@ -6446,7 +6727,7 @@ static void cli_print_stats_json(const struct nbdserve_stats *stats) {
           stats->bytes_read, stats->bytes_written, stats->flushes);
 }
 
-/* Prints the totals. */
+/* Prints the totals, for --stats and SIGUSR1. */
 static void cli_print_stats(void) {
   struct nbdserve_stats stats;
   nbdserve_stats(cli.server, &stats);
@@ -6461,8 +6742,9 @@ static void cli_print_stats(void) {
           stats.bytes_read, stats.bytes_written, stats.flushes);
 }
 
-/* Runs the server to its end, and does what signals ask for meanwhile: steps 1
- * and 2 of the end, and printing totals.  Returns what nbdserve_run does. */
+/* Runs the server to its end, and does what the signal handler leaves to
+ * others: it prints totals, and does steps 1 and 2 of the end.  Returns what
+ * nbdserve_run does. */
 static int cli_run(void) {
   for (;;) {
     int err = nbdserve_run(cli.server);
@@ -6478,14 +6760,16 @@ static int cli_run(void) {
   }
 }
 
-/* Serves until the end.  Returns the exit status: the command's if there was
- * one and it failed. */
+/* Serves until the end.  Returns the exit status, which is the command's if
+ * there was one and it has failed.  A client that is the only one is served
+ * here; after that cli_run has nothing to do but to flush. */
 static int cli_serve(void) {
   int err = 0;
+  assert((cli.in < 0) == (cli.out < 0));
   cli_start_control();
   if (cli.in >= 0) {
     err = nbdserve_serve(cli.server, cli.in, cli.out, NULL);
-    nbdserve_stop(cli.server); /* so that cli_run only flushes */
+    nbdserve_stop(cli.server);
   }
   int run_err = cli_run();
   if (opt.given[OPT_STATS]) cli_print_stats();
@@ -6494,15 +6778,17 @@ static int cli_serve(void) {
   return err || run_err ? CLI_FAILED : CLI_OK;
 }
 
-/* At exit, however that comes about: closes what we have opened and removes
- * what we have made.  Clients and commands need the store, so that is last. */
+/* At exit, however that comes about: removes what we have made, first what
+ * tells others that we are here, and closes what we have opened.  Clients and
+ * commands use the store, so it is closed after they have ended.  If a command
+ * does not end, the store stays open: opening it next time repairs what is
+ * unfinished.  From here on signals are ignored. */
 static void cli_close(void) {
   const char *trouble = NULL;
   cli_catch_signals(SIG_IGN);
   cli_remove_pidfile();
   if (cli.ctl >= 0) cli_remove_own(cli.ctl_path, &cli.ctl_st);
-  if (!cli_await_control())
-    trouble = "a command was not finished"; /* opening the store repairs it */
+  if (!cli_await_control()) trouble = "a command was not finished";
   nbdserve_free(cli.server);
   if (!trouble) trouble = cli_close_store();
   if (*cli.private_dir) rmdir(cli.private_dir);
@@ -6514,7 +6800,8 @@ static void cli_close(void) {
 
 /* ---- The command line as a whole ---------------------------------------- */
 
-/* Prints the options for --help. */
+/* Prints the options for --help.  Those without a letter are indented, so that
+ * all names are in one column. */
 static void cli_help_options(void) {
   for (int id = 0; id < OPT_COMMAND; id++) {
     const struct cli_option *option = &cli_options[id];
@@ -6526,7 +6813,7 @@ static void cli_help_options(void) {
   }
 }
 
-/* --help */
+/* --help.  README has a copy of what this prints; a test compares them. */
 static int cli_help(void) {
   puts("usage: nbdserve [OPTION]... [NAME=]TARGET... [-- CMD ARG...]\n"
        "       nbdserve COMMAND ARG...\n"
@@ -6536,14 +6823,15 @@ static int cli_help(void) {
        "With CMD: serves while CMD runs; {} in an ARG becomes the URI.\n");
   cli_help_options();
   cli_help_verbs();
-  puts("\nNumbers take K, M, G, T, P and E (powers of 1024).  Once it listens "
-       "it "
-       "prints\nthe URI.  Exit status: 0 success, 1 failure, 2 usage, 3 verify "
-       "found damage,\n4 target in use, or the status of CMD.");
+  puts("\nNumbers take K, M, G, T, P and E (powers of 1024).  Once it\n"
+       "listens it prints the URI.  Exit status: 0 success, 1 failure,\n"
+       "2 usage, 3 verify found damage, 4 target in use, or the status\n"
+       "of CMD.");
   return fflush(stdout) == EOF ? CLI_FAILED : CLI_OK;
 }
 
-/* --version */
+/* --version.  The words tell what the build has; --help leaves out what it has
+ * not. */
 static int cli_version(void) {
   printf("nbdserve %s%s%s%s%s%s\n", nbdserve_version(),
          NBDSERVE_NO_FLAT ? "" : " flat", NBDSERVE_NO_CAS ? "" : " cas",
@@ -6552,8 +6840,8 @@ static int cli_version(void) {
   return fflush(stdout) == EOF ? CLI_FAILED : CLI_OK;
 }
 
-/* Opens the descriptors 0 to 2 if they are not: otherwise an image could become
- * one of them, and get our messages. */
+/* Opens those of the descriptors 0 to 2 that are not open.  Otherwise an image
+ * could become one of them, and our messages would be written to it. */
 static void cli_open_standard_fds(void) {
   int fd = 0;
   while (fd >= 0 && fd <= 2)
@@ -6561,7 +6849,8 @@ static void cli_open_standard_fds(void) {
   if (fd > 2) close(fd);
 }
 
-/* Makes the server as the options want it. */
+/* Makes the server as the options want it.  Commands on stores need one, too: a
+ * signal ends them by way of nbdserve_stop. */
 static void cli_new_server(void) {
   struct nbdserve_config config = {
       .version = NBDSERVE_VERSION_NUMBER,
@@ -6578,7 +6867,10 @@ static void cli_new_server(void) {
   cli_exit_if_error(nbdserve_new(&cli.server, &config), "start");
 }
 
-/* A command on a store, or a server from its start to its end */
+/* A command on a store, or a server from its start to its end: see the head of
+ * this section.  The order matters: --fork before threads and locks, signals
+ * before anything that must be removed, targets before sockets, so that whoever
+ * can connect finds them. */
 int main(int argc, char **argv) {
   cli_open_standard_fds();
   atexit(cli_close);

@@ -5868,11 +5868,25 @@ static int cli_receive_command(const struct io *io, struct cli_job *job) {
                      sizeof job->request - (size_t)n);
 }
 
+/* Refuses a STORE.ctl that is somebody else's.  In a directory where everybody
+ * may make files a stranger who can read the store could lock it, listen there,
+ * and get our descriptors.  A server runs as the owner of the store, as
+ * ourselves, or as root. */
+static void cli_check_ctl_owner(void) {
+  struct stat store;
+  struct stat ctl;
+  if (stat(cli.store, &store) < 0 || lstat(cli.ctl_path, &ctl) < 0) return;
+  if (ctl.st_uid != store.st_uid && ctl.st_uid != geteuid() && ctl.st_uid != 0)
+    cli_failed("%s: belongs neither to the owner of the store nor to us",
+               cli.ctl_path);
+}
+
 /* Lets the server of the store do a job, waits for it as long as it takes, and
  * returns the exit status.  Whoever has the store without listening at
  * STORE.ctl is no server, or a read-only one, or was built without threads. */
 static int cli_run_remote(struct cli_job *job) {
   unsigned char status;
+  cli_check_ctl_owner();
   int fd = srv_unix(cli.ctl_path, SRV_CONNECT);
   struct io io = {.in = fd, .out = fd, .stop = -1};
   if (fd < 0)
@@ -6645,7 +6659,7 @@ static void cli_await_command(void) {
     sigsuspend(&was); /* until the handler has run */
   if (cli.child) {
     assert(cli.child_told);
-    cli_say("%s: still runs after SIGTERM; not waited for",
+    cli_say("%s: the command still runs after SIGTERM; not waited for",
             cli.command ? cli.command[0] : "--run");
     cli.command_status = CLI_FAILED;
   }

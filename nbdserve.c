@@ -4409,6 +4409,13 @@ static void cli_exit_if_error(int err, const char *object) {
  * nbdserve_stop has been called and a signal has come before, SIGINT ends the
  * process at once: whoever types Ctrl-C twice does not want to wait.
  *
+ *   CLI_SERVING --- a signal, while a command runs --> CLI_COMMAND_ENDS
+ *        |                                                    |
+ *        | a signal without a command,          its end, a second signal,
+ *        | or the end of the command            or SIGALRM: time is over
+ *        |                                                    |
+ *        +-----------------> CLI_STOPPING <-------------------+
+ *
  * Who does what: the signal handler owns cli.phase.  It runs in the main thread
  * (all others block the signals) and interrupts nbdserve_run by nbdserve_wake;
  * cli_run, around nbdserve_run, then does steps 1 and 2: nbdserve_unlisten must
@@ -4595,6 +4602,7 @@ static void cli_write_pidfile(const char *path) {
     unlink(temp);
     cli_exit_if_error(err, path);
   }
+  assert(!cli.pidfile);
   cli.pidfile = path;
   cli.pidfile_fd = fd;
 }
@@ -5980,6 +5988,7 @@ static void cli_open_control(void) {
  * would answer at STORE.ctl, and a command would wait for ever; so it goes. */
 static void cli_start_control(void) {
   if (cli.ctl < 0) return;
+  assert(cli.cas && cli.ctl_ended[0] < 0);
   int err = os_pipe(cli.ctl_ended);
   if (!err) err = os_thread(cli_control, NULL);
   if (!err) return;
@@ -6385,6 +6394,7 @@ static void cli_exit_if_unopened(int err, const struct cli_target *target) {
  * not take the export, that is closed here. */
 static void cli_add_export(const struct nbdserve_export *ex,
                            const char *target) {
+  assert(ex->ops && ex->ops->close);
   int err = nbdserve_add(cli.server, ex);
   if (!err) return;
   ex->ops->close(ex->ctx);
@@ -6400,6 +6410,7 @@ static void cli_add_export(const struct nbdserve_export *ex,
  * the server asks for each one when a client does. */
 static void cli_add_target(char *text) {
   struct cli_target target;
+  assert(cli.server && !cli.server->nlisteners);
   struct nbdserve_export ex = cli_new_export();
   int err = 0;
   cli_parse_target(text, &target);
@@ -6449,6 +6460,7 @@ static void cli_listen_at(const char *address) {
  * socket is an error. */
 static void cli_listen_on_fd(int fd) {
   char address[32];
+  assert(fd >= 0);
   snprintf(address, sizeof address, "fd:%d", fd);
   int err = nbdserve_listen(cli.server, address);
   if (err == -EINVAL && cli.in < 0) {
@@ -6509,6 +6521,7 @@ static void cli_make_private_dir(void) {
 static void cli_listen_privately(void) {
   char address[sizeof cli.private_dir + 16];
   cli_make_private_dir();
+  assert(*cli.private_dir == '/');
   snprintf(address, sizeof address, "unix:%s/sock", cli.private_dir);
   cli_listen_at(address);
   if (chmod(address + strlen("unix:"), 0600) < 0)

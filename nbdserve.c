@@ -4,7 +4,8 @@
  *   cc nbdserve.c -o nbdserve        a server: see README, or nbdserve --help
  *   cc -DNBDSERVE_NO_MAIN -c ...     a library: see nbdserve.h
  *
- * The protocol is doc/proto.md of NetworkBlockDevice/nbd, and so are its names.
+ * The protocol is doc/proto.md of NetworkBlockDevice/nbd; names that begin with
+ * NBD_ are spelled as they are there.
  *
  * ---- Map ----------------------------------------------------------------
  * A section uses only what stands above it.  KEEP IT SO: nothing else makes a
@@ -14,30 +15,63 @@
  *   [2]  PLATFORM      os_        the operating system; all #if on it
  *   [3]  UTIL          u_         bytes, numbers, text, log
  *   [4]  SHA-256       sha_       FIPS 180-4
- *   [5]  WIRE          wire_      constants and tables of the protocol
- *   [6]  SOCKET I/O    io_        bytes in and out, deadlines
- *   [7]  EXPORT        ex_        exports, lookup, one request on a backend
- *   [8]  HANDSHAKE     hs_        option haggling
+ *   [5]  WIRE          wire_      constants, messages, tables of the protocol
+ *   [6]  SOCKET I/O    io_        bytes in and out, deadlines, stopping
+ *   [7]  EXPORT        ex_        exports, requests, one request on a backend
+ *   [8]  HANDSHAKE     hs_        connections, option haggling
  *   [9]  TRANSMISSION  tx_        requests in, replies out
  *   [10] FLAT          flat_      backend: file, block device, memory
  *   [11] CAS           cas_       store of volumes and snapshots
  *   [12] SERVER        srv_       listeners, clients, the public calls
  *   [13] CLI           cli_       the command
  *
- * ---- Threads ------------------------------------------------------------
- * nbdserve_run accepts; a thread serves each client, and hands what may take
- * long to that client's workers (see [9]).  A store has at times one more.
+ * ---- Where to read about ... ----------------------------------------------
+ *   the life of a request, its states, threads and buffers   head of [9]
+ *   what makes a FLUSH cover another client's WRITE          (E3) in [7], (T3)
+ *   a client that never reads, or stops halfway              (I2) in [6], (T5)
+ *   what happens when the server stops                       (S3) in [12]
+ *   the format of a store, and what keeps it whole           end of nbdserve.h
  *
- * ---- Locks, in the order they may be taken -------------------------------
- *   1. nbdserve.lock   exports and their sizes, clients
- *   2. conn.lock       a client's queue and counters
- *   3. conn.sending    one writer on a client's socket at a time (the only
- *                      lock held while a client is waited for: it is its own)
- *   4. ex.serial       one call into an NBDSERVE_EXPORT_SERIAL backend at a
- * time
- *   5. ex.lock         an export's group of waiting flushes
- *   6. flat.lock       what a file has turned out not to support
- *   7. nbdserve_cas.ckpt, then .lock: see [11] */
+ * ---- Where to add ... -----------------------------------------------------
+ *   an option of the handshake  its number in enum nbd_opt; a function and a
+ *                               row of hs_options in [8]
+ *   a command                   its number in enum nbd_cmd; a row of wire_cmds;
+ *                               a case in ex_call [7]; a line in
+ *                               ex_transmission_flags if clients must be told
+ *   a rule for requests         an `if` in tx_validate [9]
+ *   a type of reply             its number in enum nbd_reply_type; a value of
+ *                               enum tx_form and its case in tx_put_head [9]
+ *   a command-line option       a row of cli_options in [13]
+ *   a command on stores         a row of cli_verbs in [13]
+ *   an operating system         a body in the functions of [2]
+ *
+ * ---- Threads ------------------------------------------------------------
+ * The host's thread runs nbdserve_run, which accepts clients, until
+ * nbdserve_stop.  The others:
+ *
+ *   thread      started by             runs                    ended by
+ *   client's    nbdserve_run for each  srv_thread: [8], then   the client, or
+ *               client it accepts      [9] until it has left   stopping
+ *               (nbdserve_serve: it is
+ *               the caller's own)
+ *   worker      a client's thread,     tx_worker: one request  the client's
+ *               when a request may     at a time               thread
+ *               take long
+ *   store's     a request or command   cas_work: fills the     itself, when it
+ *               that leaves work       index, checkpoints      is done
+ *               behind
+ *
+ * ---- Locks, in the order in which they may be taken ------------------------
+ *   1. nbdserve.lock      exports and their sizes, the list of clients
+ *   2. conn.queue_lock    a client's queue, workers and statistics
+ *   3. conn.send_lock     one writer on a client's socket at a time: the only
+ *                         lock that is held while we wait for a client, and
+ *                         only that client is delayed by it
+ *   4. ex.serial          one call into an NBDSERVE_EXPORT_SERIAL backend
+ *   5. ex.lock            an export's group of waiting flushes
+ *   6. flat.lock          what a file has turned out not to support
+ *   7. nbdserve_cas.ckpt, then .lock: see [11]
+ *   8. io_stop.lock       when the grace is over, once the server stops */
 
 /* ==== [1] CONFIG (NBDSERVE_) =============================================
  * Set these with -D.  Switches are 0 or 1; 1 takes something out. */
@@ -62,8 +96,7 @@
 #ifndef NBDSERVE_POSIX_ONLY
 #define NBDSERVE_POSIX_ONLY 0 /* ignore what Linux and the BSDs add */
 #endif
-#ifndef NBDSERVE_MALLOC /* or functions of yours with the types of these two \
-                         */
+#ifndef NBDSERVE_MALLOC /* or two functions of yours with these types */
 #define NBDSERVE_MALLOC malloc
 #define NBDSERVE_FREE free
 #endif
@@ -71,9 +104,7 @@
 #define NBDSERVE_MAX_REQUEST 67108864 /* bytes; a longer WRITE disconnects */
 #endif
 #ifndef NBDSERVE_MAX_OPTION
-#define NBDSERVE_MAX_OPTION \
-  65536 /* bytes of option data that are looked at \
-         */
+#define NBDSERVE_MAX_OPTION 65536 /* bytes of option data that are looked at */
 #endif
 #ifndef NBDSERVE_STACK
 #define NBDSERVE_STACK 262144 /* bytes of stack of the library's threads */
@@ -98,7 +129,6 @@
 
 #include <arpa/inet.h>
 #include <assert.h>
-#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -128,16 +158,29 @@
 #define OS_HWSHA 1
 #define OS_HWSHA_TARGET __attribute__((target("sha,sse4.1")))
 
+enum {
+  OS_CPUID_1_ECX_SSE41 = 1 << 19,
+  OS_CPUID_7_EBX_SHA = 1 << 29
+};
+
+/* Does this processor have the SHA-256 instructions that [4] uses? */
 static int os_has_hwsha(void) {
-  unsigned a, b = 0, c = 0, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && c & 1 << 19 /* SSE 4.1 */ &&
-         __get_cpuid_count(7, 0, &a, &b, &c, &d) && b & 1 << 29;
+  unsigned a;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+  if (!(c & OS_CPUID_1_ECX_SSE41)) return 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+  return (b & OS_CPUID_7_EBX_SHA) != 0;
 }
 #else
 #define OS_HWSHA 0
 #define os_has_hwsha() 0
 #endif
 
+/* Prototypes, in case these are functions of the host's.  The parentheses keep
+ * a function-like macro called malloc or free from being expanded here. */
 void *(NBDSERVE_MALLOC)(size_t);
 void(NBDSERVE_FREE)(void *);
 
@@ -147,13 +190,15 @@ void(NBDSERVE_FREE)(void *);
   }
 STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 
+#define COUNT_OF(array) (sizeof(array) / sizeof *(array))
+
 #if defined __linux__ && !NBDSERVE_POSIX_ONLY
 #define OS_LINUX 1
 #else
 #define OS_LINUX 0
 #endif
 #ifndef SOCK_CLOEXEC
-#define SOCK_CLOEXEC 0
+#define SOCK_CLOEXEC 0 /* os_set_fd_flags does it, a little later */
 #endif
 #ifndef MSG_NOSIGNAL
 #define MSG_NOSIGNAL 0 /* SO_NOSIGPIPE does it: see os_setup_client */
@@ -164,69 +209,168 @@ STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 #define OS_PRINTF(fmt, args)
 #endif
 
-#if NBDSERVE_NO_THREADS /* nothing to lock, nobody to wait for */
+/* ---- Locks and threads --------------------------------------------------
+ * A monitor is a mutex and a condition to wait for while holding it. */
+#if NBDSERVE_NO_THREADS
+
+/* With one thread there is nothing to lock and nobody to wait for. */
 struct os_monitor {
-  char m, c;
+  char unused;
 };
-#define OS_PTHREAD(x, call) ((void)(x), 0)
-#define os_thread(fn, arg) ((void)(fn)(arg), 0) /* at once, to its end */
+
+static int os_monitor_init(struct os_monitor *m) {
+  m->unused = 0;
+  return 0;
+}
+static void os_monitor_free(struct os_monitor *m) {
+  (void)m;
+}
+static void os_lock(struct os_monitor *m) {
+  (void)m;
+}
+static void os_unlock(struct os_monitor *m) {
+  (void)m;
+}
+static void os_wait(struct os_monitor *m) {
+  (void)m;
+}
+static void os_wake_one(struct os_monitor *m) {
+  (void)m;
+}
+static void os_wake_all(struct os_monitor *m) {
+  (void)m;
+}
+
+/* Runs fn to its end, at once. */
+static int os_thread(void *(*fn)(void *), void *arg) {
+  fn(arg);
+  return 0;
+}
+
 #else
 #include <pthread.h>
-struct os_monitor {
-  pthread_mutex_t m;
-  pthread_cond_t c;
-}; /* waiting in it */
-#define OS_PTHREAD(x, call) call
 
-/* Starts a detached thread that takes no signals: those are the host's. */
+struct os_monitor {
+  pthread_mutex_t mutex;
+  pthread_cond_t cond;
+};
+
+/* 0 or -errno; after an error nothing is left that had to be freed. */
+static int os_monitor_init(struct os_monitor *m) {
+  int err = pthread_mutex_init(&m->mutex, NULL);
+  if (err) return -err;
+  err = pthread_cond_init(&m->cond, NULL);
+  if (err) pthread_mutex_destroy(&m->mutex);
+  return -err;
+}
+
+/* Frees a monitor that os_monitor_init has made. */
+static void os_monitor_free(struct os_monitor *m) {
+  pthread_cond_destroy(&m->cond);
+  pthread_mutex_destroy(&m->mutex);
+}
+
+/* Takes the lock; not recursive. */
+static void os_lock(struct os_monitor *m) {
+  int err = pthread_mutex_lock(&m->mutex);
+  assert(!err);
+  (void)err;
+}
+
+/* Gives the lock back. */
+static void os_unlock(struct os_monitor *m) {
+  int err = pthread_mutex_unlock(&m->mutex);
+  assert(!err);
+  (void)err;
+}
+
+/* Waits, without the lock, until woken; may return without a reason, too. */
+static void os_wait(struct os_monitor *m) {
+  pthread_cond_wait(&m->cond, &m->mutex);
+}
+
+/* Wakes one of those that wait, whichever. */
+static void os_wake_one(struct os_monitor *m) {
+  pthread_cond_signal(&m->cond);
+}
+
+/* Wakes all that wait. */
+static void os_wake_all(struct os_monitor *m) {
+  pthread_cond_broadcast(&m->cond);
+}
+
+/* Starts a detached thread.  Asynchronous signals are the host's, and this
+ * thread takes none of them.  Signals that a fault of the thread itself raises
+ * are not blocked: a host may have a handler for SIGBUS or SIGSEGV, and to
+ * fault with such a signal blocked ends the process. */
 static int os_thread(void *(*fn)(void *), void *arg) {
+  static const int synchronous[] = {SIGSEGV, SIGBUS,  SIGFPE, SIGILL,
+                                    SIGTRAP, SIGABRT, SIGSYS};
   pthread_attr_t attr;
-  pthread_t t;
-  sigset_t all, old;
-  sigfillset(&all);
-  pthread_attr_init(&attr);
+  pthread_t thread;
+  sigset_t block;
+  sigset_t before;
+  sigfillset(&block);
+  for (size_t i = 0; i < COUNT_OF(synchronous); i++)
+    sigdelset(&block, synchronous[i]);
+  int err = pthread_attr_init(&attr);
+  if (err) return -err;
+  /* Where the size is refused, the system's default will do. */
   pthread_attr_setstacksize(&attr, NBDSERVE_STACK);
   pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
-  pthread_sigmask(SIG_SETMASK, &all, &old);
-  int err = pthread_create(&t, &attr, fn, arg);
-  pthread_sigmask(SIG_SETMASK, &old, NULL);
+  pthread_sigmask(SIG_SETMASK, &block, &before); /* a thread inherits it */
+  err = pthread_create(&thread, &attr, fn, arg);
+  pthread_sigmask(SIG_SETMASK, &before, NULL);
   pthread_attr_destroy(&attr);
   return -err;
 }
 #endif
-#define os_monitor_init(x) \
-  (-(OS_PTHREAD(x, pthread_mutex_init(&(x)->m, NULL)) | \
-     OS_PTHREAD(x, pthread_cond_init(&(x)->c, NULL))))
-#define os_monitor_free(x) \
-  ((void)OS_PTHREAD(x, pthread_mutex_destroy(&(x)->m)), \
-   (void)OS_PTHREAD(x, pthread_cond_destroy(&(x)->c)))
-#define os_lock(x) ((void)OS_PTHREAD(x, pthread_mutex_lock(&(x)->m)))
-#define os_unlock(x) ((void)OS_PTHREAD(x, pthread_mutex_unlock(&(x)->m)))
-#define os_wait(x) ((void)OS_PTHREAD(x, pthread_cond_wait(&(x)->c, &(x)->m)))
-#define os_wake_one(x) ((void)OS_PTHREAD(x, pthread_cond_signal(&(x)->c)))
-#define os_wake_all(x) ((void)OS_PTHREAD(x, pthread_cond_broadcast(&(x)->c)))
 
+/* Makes both monitors or none. */
+static int os_monitors_init(struct os_monitor *a, struct os_monitor *b) {
+  int err = os_monitor_init(a);
+  if (err) return err;
+  err = os_monitor_init(b);
+  if (err) os_monitor_free(a);
+  return err;
+}
+
+/* ---- Time, descriptors, sockets ------------------------------------------ */
+
+/* Milliseconds of a clock that nobody sets. */
 static int64_t os_now_ms(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
-static void os_set_fd_flags(int fd, int nonblock) {
-  int fl = fcntl(fd, F_GETFL) & ~O_NONBLOCK;
-  fcntl(fd, F_SETFL, nonblock ? fl | O_NONBLOCK : fl);
+enum os_blocking {
+  OS_BLOCKING,
+  OS_NONBLOCKING
+};
+
+/* Makes calls on fd wait or not, and keeps programs that the host runs from
+ * inheriting it. */
+static void os_set_fd_flags(int fd, enum os_blocking blocking) {
+  int flags = fcntl(fd, F_GETFL) & ~O_NONBLOCK;
+  if (blocking == OS_NONBLOCKING) flags |= O_NONBLOCK;
+  fcntl(fd, F_SETFL, flags);
   fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
 
-/* A pipe that nobody waits at: a socket pair never lacks CLOEXEC. */
+/* Makes a pipe on which nobody waits, to read from fd[0] and write to fd[1].
+ * It is a socket pair, since pipe() cannot set FD_CLOEXEC at once. */
 static int os_pipe(int fd[2]) {
-  int r = socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd);
-  for (int i = 0; i < 2 && !r; i++)
-    os_set_fd_flags(fd[i], 1);
-  return r < 0 ? -errno : 0;
+  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0) {
+    fd[0] = fd[1] = -1;
+    return -errno;
+  }
+  os_set_fd_flags(fd[0], OS_NONBLOCKING);
+  os_set_fd_flags(fd[1], OS_NONBLOCKING);
+  return 0;
 }
 
-/* The directory that path is in, opened, or -errno. */
+/* Opens the directory that path is in.  A descriptor or -errno. */
 static int os_open_dir(const char *path) {
   char dir[PATH_MAX];
   const char *slash = strrchr(path, '/');
@@ -237,38 +381,63 @@ static int os_open_dir(const char *path) {
   return fd < 0 ? -errno : fd;
 }
 
-/* The next client of a listening socket, blocking, or -errno. */
+/* Takes the next client of a listening socket: a blocking socket, or -errno. */
 static int os_accept(int fd) {
 #if OS_LINUX
-  int c = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
+  int client = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
 #else
-  int c = accept(fd, NULL, NULL);
-  if (c >= 0) os_set_fd_flags(c, 0); /* the BSDs inherit O_NONBLOCK */
+  int client = accept(fd, NULL, NULL);
+  if (client >= 0) os_set_fd_flags(client, OS_BLOCKING); /* BSDs inherit it */
 #endif
-  return c < 0 ? -errno : c;
+  return client < 0 ? -errno : client;
 }
 
-/* Prepares a client's socket: no Nagle delay (proto.md, Protocol phases), no
- * SIGPIPE, dead peers noticed, calls that block end with EAGAIN after stall_ms.
- * Not a socket: nothing happens. */
-static void os_setup_client(int fd, uint32_t stall_ms) {
-  struct timeval t = {stall_ms / 1000, (int)(stall_ms % 1000) * 1000};
-  int one = 1;
-  setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
-  setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &t, sizeof t);
-  setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
-#ifdef SO_NOSIGPIPE
-  setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &one, sizeof one);
+/* Has the kernel look after a silent TCP peer: one that has died is noticed
+ * within a minute (30 s of silence, then three questions, 10 s apart). */
+static void os_set_keepalive(int fd) {
+  int on = 1;
+  setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+#if defined TCP_KEEPIDLE && defined TCP_KEEPINTVL && defined TCP_KEEPCNT
+  int idle_s = 30;
+  int interval_s = 10;
+  int count = 3;
+  setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof idle_s);
+  setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval_s, sizeof interval_s);
+  setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof count);
+#elif defined TCP_KEEPALIVE
+  int idle_s = 30;
+  setsockopt(fd, IPPROTO_TCP, TCP_KEEPALIVE, &idle_s, sizeof idle_s);
 #endif
-  setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-  one = 2 << 20; /* a long reply fits: 3 times faster on Linux, 10 on macOS */
-  setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &one, sizeof one);
+}
+
+/* Prepares a client's socket: no delay by Nagle's algorithm (proto.md, Protocol
+ * phases), no SIGPIPE, dead peers noticed.  What is no TCP socket, or no socket
+ * at all, ignores what does not apply to it. */
+static void os_setup_client(int fd) {
+  int on = 1;
+  os_set_keepalive(fd);
+#ifdef SO_NOSIGPIPE
+  setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on);
+#endif
+  setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  /* A long reply fits in: 3 times faster on Linux, 10 on macOS. */
+  int send_buffer = 2 << 20;
+  setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &send_buffer, sizeof send_buffer);
+}
+
+/* Calls that receive from a blocking socket fail with EAGAIN after ms. */
+static void os_set_receive_timeout(int fd, uint32_t ms) {
+  struct timeval t = {.tv_sec = ms / 1000, .tv_usec = (int)(ms % 1000) * 1000};
+  setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
 }
 
 /* Takes the first done bytes off the n pieces at v. */
 static void os_advance(struct iovec **v, int *n, size_t done) {
-  for (; *n > 0 && done >= (*v)->iov_len; ++*v, --*n)
+  while (*n > 0 && done >= (*v)->iov_len) {
     done -= (*v)->iov_len;
+    ++*v;
+    --*n;
+  }
   if (!done) return;
   assert(*n > 0);
   (*v)->iov_base = (char *)(*v)->iov_base + done;
@@ -276,176 +445,386 @@ static void os_advance(struct iovec **v, int *n, size_t done) {
 }
 
 #if !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS
-/* Reads or writes all of v[0..n) at off; uses v up.  -EIO: the file is over. */
+/* ---- Files and block devices: for [10] and [11] -------------------------
+ * Offsets and lengths have 64 bits without a sign everywhere else; here they
+ * become an off_t.  The caller makes sure that no range reaches beyond
+ * INT64_MAX, and each function asserts that.  A descriptor stays the caller's.
+ *
+ * Calls that a signal interrupts go on: a host may have handlers without
+ * SA_RESTART. */
+
+/* What a call moves.  The values are those of a boolean "writing". */
+enum {
+  OS_READ = 0,
+  OS_WRITE = 1
+};
+
+#if OS_LINUX || (!defined __APPLE__ && !NBDSERVE_POSIX_ONLY)
+/* Moves what one system call moves of v[0..n); as pread(2) and pwrite(2).  For
+ * a single piece the plain calls are a little faster. */
+static ssize_t os_transfer_some(int fd, int writing, const struct iovec *v,
+                                int n, off_t off) {
+  if (n > 1) return writing ? pwritev(fd, v, n, off) : preadv(fd, v, n, off);
+  return writing ? pwrite(fd, v->iov_base, v->iov_len, off)
+                 : pread(fd, v->iov_base, v->iov_len, off);
+}
+#else
+/* The same where POSIX is all there is: one piece at a time. */
+static ssize_t os_transfer_some(int fd, int writing, const struct iovec *v,
+                                int n, off_t off) {
+  (void)n;
+  return writing ? pwrite(fd, v->iov_base, v->iov_len, off)
+                 : pread(fd, v->iov_base, v->iov_len, off);
+}
+#endif
+
+/* Reads (OS_READ) or writes (OS_WRITE) all of v[0..n), which lies at off in one
+ * piece.  Changes v.  No piece may be empty.
+ *
+ * The system may do less than it was asked to (at a signal, a full disk, or
+ * after 2 GiB); what is left is asked for again until it is done or an error
+ * tells why not.  After an error some of it may have been done.  -EIO: the file
+ * ends before all was read. */
 static int os_transfer(int fd, int writing, struct iovec *v, int n,
                        uint64_t off) {
+  assert(writing == OS_READ || writing == OS_WRITE);
   while (n > 0) {
-    off_t at = (off_t)off;
-    ssize_t done;
-#if OS_LINUX || (!defined __APPLE__ && !NBDSERVE_POSIX_ONLY)
-    if (n > 1)
-      done = writing ? pwritev(fd, v, n, at) : preadv(fd, v, n, at);
-    else
-#endif
-      done = writing ? pwrite(fd, v->iov_base, v->iov_len, at)
-                     : pread(fd, v->iov_base, v->iov_len, at);
+    assert(v->iov_len > 0); /* else 0 would not mean the end of the file */
+    assert(off <= INT64_MAX);
+    ssize_t done = os_transfer_some(fd, writing, v, n, (off_t)off);
     if (done < 0 && errno == EINTR) continue;
-    if (done <= 0) return done < 0 ? -errno : -EIO;
+    if (done < 0) return -errno;
+    if (done == 0) return -EIO;
     off += (uint64_t)done;
     os_advance(&v, &n, (size_t)done);
   }
   return 0;
 }
 
-/* All that was written to fd is on the medium afterwards. */
-static int os_datasync(int fd) {
-  int r;
-  do {
 #ifdef __APPLE__
-    r = fcntl(fd, F_FULLFSYNC);
-    if (r < 0 && errno != EINTR && errno != EIO) r = fsync(fd);
-#else
-    r = fdatasync(fd);
-#endif
-  } while (r < 0 && errno == EINTR);
-  return r < 0 ? -errno : 0;
+/* Asks the drive to empty its cache, which fsync(2) does not on this system.
+ * Where a file system cannot do that, fsync is the best there is. */
+static int os_try_datasync(int fd) {
+  int r = fcntl(fd, F_FULLFSYNC);
+  return r < 0 && errno != EINTR && errno != EIO ? fsync(fd) : r;
 }
+#else
+/* As fdatasync(2). */
+static int os_try_datasync(int fd) {
+  return fdatasync(fd);
+}
+#endif
 
-/* The space behind a range: KEEP_SIZE allocates it, with PUNCH_HOLE it is given
- * back and reads as zeroes, with ZERO_RANGE it reads as zeroes and stays.
- * -EINVAL: not at these boundaries.  -EOPNOTSUPP: not here. */
-enum {
-  OS_KEEP_SIZE = 1,
-  OS_PUNCH_HOLE = 2 + 1,
-  OS_ZERO_RANGE = 16 + 1
-};
-static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
-#if OS_LINUX
-  while (fallocate(fd, mode, (off_t)off, (off_t)len) < 0)
-    if (errno != EINTR)
-      return errno == ENOSYS || errno == EPERM || errno == ENODEV ? -EOPNOTSUPP
-                                                                  : -errno;
+/* When it returns 0, all that was written to fd is on the medium, with as much
+ * of the file's metadata as it takes to read it.  After any error nobody knows
+ * what is there, and a second call tells nothing about it: see (F1), (C14). */
+static int os_datasync(int fd) {
+  while (os_try_datasync(fd) < 0)
+    if (errno != EINTR) return -errno;
   return 0;
-#else
-  return (void)fd, (void)mode, (void)off, (void)len, -EOPNOTSUPP;
-#endif
 }
 
-/* Keeps other servers out: a writer everyone, a reader writers.  -EBUSY: one
- * is there.  A file system without locks has none. */
+/* What os_fallocate does to a range.  The numbers are those of Linux. */
+enum {
+  OS_ALLOCATE = 0,    /* has space, maybe with a larger file; keeps its data */
+  OS_PUNCH_HOLE = 3,  /* gives its space back; reads as zeroes; same size */
+  OS_ZERO_RANGE = 17, /* reads as zeroes and has space; same size */
+  OS_FALLOCATE_MODES  /* all are below this */
+};
+
+#if OS_LINUX
+#ifdef FALLOC_FL_ZERO_RANGE /* musl does not name it */
+STATIC_ASSERT(punch_hole_is_linux_s,
+              OS_PUNCH_HOLE == (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE));
+STATIC_ASSERT(zero_range_is_linux_s,
+              OS_ZERO_RANGE == (FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE));
+#endif
+
+/* Changes the space behind a range.  -EINVAL: not at these boundaries, as for a
+ * part of a device's sector.  -EOPNOTSUPP: this kind of file (ENODEV), its file
+ * system or a sandbox (EPERM or ENOSYS) does not have that. */
+static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
+  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
+  assert(len > 0 && off <= INT64_MAX && len <= INT64_MAX - off);
+  while (fallocate(fd, mode, (off_t)off, (off_t)len) < 0) {
+    if (errno == EINTR) continue;
+    if (errno == ENOSYS || errno == EPERM || errno == ENODEV)
+      return -EOPNOTSUPP;
+    return -errno;
+  }
+  return 0;
+}
+#else
+/* Other systems have nothing that keeps all these promises. */
+static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
+  (void)fd;
+  (void)mode;
+  (void)off;
+  (void)len;
+  return -EOPNOTSUPP;
+}
+#endif
+
+/* Keeps other servers out, until fd is closed: a writer keeps out everybody, a
+ * reader keeps out writers.  -EBUSY: another server is there already.  On a
+ * file system without locks nobody is kept out.
+ *
+ * flock(2) it is because its lock belongs to the descriptor.  A lock of
+ * fcntl(2) belongs to the process: it would let one server open a file twice,
+ * and vanish when the process closes any other descriptor of the file. */
 static int os_lock_file(int fd, int readonly) {
   int r = flock(fd, (readonly ? LOCK_SH : LOCK_EX) | LOCK_NB);
   return r < 0 && (errno == EWOULDBLOCK || errno == EAGAIN) ? -EBUSY : 0;
 }
 
-/* A new file of that path is there after a power cut, as it is. */
+/* Makes a new file and its name survive a power cut.  fd is the file at path.
+ * First the file, then the name: a name must not lead to a file that is not
+ * there yet. */
 static int os_sync_new_file(int fd, const char *path) {
-  int err = os_datasync(fd), dir = err ? err : os_open_dir(path);
+  int err = os_datasync(fd);
+  if (err) return err;
+  int dir = os_open_dir(path);
   if (dir < 0) return dir;
   err = os_datasync(dir);
   close(dir);
-  return err == -EINVAL ? 0 : err; /* some directories cannot */
+  return err == -EINVAL ? 0 : err; /* some directories cannot be synced */
 }
+
+/* Removes the file at path if it still is the one that fd is: in the meantime
+ * somebody may have put another one there, which is not ours to remove. */
+static void os_remove_own_file(const char *path, int fd) {
+  struct stat own;
+  struct stat found;
+  if (fstat(fd, &own) < 0 || lstat(path, &found) < 0) return;
+  if (own.st_dev == found.st_dev && own.st_ino == found.st_ino) unlink(path);
+}
+
+#if OS_LINUX
+/* This is of <linux/fs.h>, which not every libc comes with. */
+#define OS_BLKROGET _IO(0x12, 94)
+
+/* Does the block device refuse writes?  Opening such a device for writing
+ * succeeds nevertheless. */
+static int os_is_readonly_device(int fd) {
+  int yes = 0;
+  return ioctl(fd, OS_BLKROGET, &yes) == 0 && yes;
+}
+#else
+/* Nothing to ask: opening the device must tell. */
+static int os_is_readonly_device(int fd) {
+  (void)fd;
+  return 0;
+}
+#endif
 #endif
 
 #if !NBDSERVE_NO_FLAT
-/* Is there data at off?  *next: where that answer ends, at most end. */
-static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
-  int is_data = 1;
-  *next = end;
+/* ---- Files and block devices: for [10] alone ---------------------------- */
+
 #if defined SEEK_HOLE && !NBDSERVE_POSIX_ONLY
-  off_t data = lseek(fd, (off_t)off, SEEK_DATA), to = data;
-  is_data = data >= 0 ? (uint64_t)data == off
-                      : errno != ENXIO || lseek(fd, 0, SEEK_END) < (off_t)end;
-  if (data >= 0 && is_data) to = lseek(fd, data, SEEK_HOLE);
-  if (to > (off_t)off && (uint64_t)to < end) *next = (uint64_t)to;
-#endif
-  return (void)fd, (void)off, is_data;
-}
-
-/* A file that is gone when it is closed, in dir or, if that is NULL, memory. */
-static int os_nameless_file(const char *dir) {
-  char path[PATH_MAX];
-  int fd = -1;
-#if OS_LINUX && defined MFD_CLOEXEC
-  if (!dir) fd = memfd_create("nbdserve", MFD_CLOEXEC);
-#endif
-  snprintf(path, sizeof path, "%s/nbdserveXXXXXX", dir ? dir : "/tmp");
-  if (fd < 0 && (fd = mkstemp(path)) >= 0) {
-    unlink(path);
-    fcntl(fd, F_SETFD, FD_CLOEXEC);
+/* Returns 1 if there is data at off, and 0 if there is a hole, which reads as
+ * zeroes.  *next: where the data or the hole ends, at most end.
+ *
+ * When in doubt it is data: clients skip what they are told is a hole, so a
+ * hole that is called data costs time, and data that is called a hole is lost.
+ * Other threads may change the file in between; each answer was true once. */
+static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
+  assert(off < end && end <= INT64_MAX);
+  *next = end;
+  off_t data = lseek(fd, (off_t)off, SEEK_DATA);
+  if (data < 0 && errno == ENXIO) {
+    /* There is no data behind off.  All up to end is a hole, unless the file
+     * has become shorter: a read behind its end must still fail. */
+    return lseek(fd, 0, SEEK_END) < (off_t)end;
   }
-  return fd < 0 ? -errno : fd;
+  if (data < 0) return 1; /* the file system does not know */
+  if ((uint64_t)data > off) {
+    if ((uint64_t)data < end) *next = (uint64_t)data;
+    return 0;
+  }
+  off_t hole = lseek(fd, (off_t)off, SEEK_HOLE);
+  if (hole > (off_t)off && (uint64_t)hole < end) *next = (uint64_t)hole;
+  assert(*next > off && *next <= end);
+  return 1;
 }
-
-static int os_is_rotational(int fd) { /* a file does not know */
-  unsigned short yes = 0;
-  return OS_LINUX && ioctl(fd, _IO(0x12, 126), &yes) == 0 && yes;
+#else
+/* Where files do not tell their holes, all is data. */
+static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
+  (void)fd;
+  (void)off;
+  *next = end;
+  return 1;
 }
-
-static int os_willneed(int fd, uint64_t off, uint64_t len) {
-#if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
-  posix_fadvise(fd, (off_t)off, (off_t)len, POSIX_FADV_WILLNEED);
 #endif
-  return (void)fd, (void)off, (void)len, 0;
+
+#if OS_LINUX && defined MFD_CLOEXEC
+/* Opens a new file in memory, as open(2). */
+static int os_open_memory(void) {
+  return memfd_create("nbdserve", MFD_CLOEXEC);
 }
+#else
+/* This system has no files in memory. */
+static int os_open_memory(void) {
+  return -1;
+}
+#endif
+
+#if OS_LINUX && defined O_TMPFILE
+/* Opens a new file in dir that never has a name, as open(2).  O_EXCL: nobody
+ * can give it one. */
+static int os_open_unnamed(const char *dir) {
+  return open(dir, O_TMPFILE | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
+}
+#else
+/* Every file of this system has a name at first. */
+static int os_open_unnamed(const char *dir) {
+  (void)dir;
+  return -1;
+}
+#endif
+
+/* Opens a new file in dir and takes its name away at once.  mkstemp makes the
+ * name up and refuses one that is there, so it follows no link that others may
+ * have placed. */
+static int os_open_and_unlink(const char *dir) {
+  char path[PATH_MAX];
+  int len = snprintf(path, sizeof path, "%s/nbdserveXXXXXX", dir);
+  if (len < 0 || len >= (int)sizeof path) return -ENAMETOOLONG;
+  int fd = mkstemp(path);
+  if (fd < 0) return -errno;
+  fcntl(fd, F_SETFD, FD_CLOEXEC);
+  if (unlink(path) == 0) return fd;
+  int err = -errno;
+  close(fd);
+  return err;
+}
+
+/* Opens a file of nobody else's that is gone when it is closed: in dir or, if
+ * dir is NULL, in memory, or in /tmp where the system has no files in memory.
+ * The caller owns the descriptor.
+ *
+ * The ways are tried from the best to the one that works everywhere, without a
+ * look at why one has failed.  -errno: of the last one. */
+static int os_nameless_file(const char *dir) {
+  int fd = dir ? -1 : os_open_memory();
+  if (fd >= 0) return fd;
+  if (!dir) dir = "/tmp";
+  fd = os_open_unnamed(dir); /* not every file system can do that */
+  return fd >= 0 ? fd : os_open_and_unlink(dir);
+}
+
+#if OS_LINUX
+#define OS_BLKROTATIONAL _IO(0x12, 126) /* of <linux/fs.h>, as above */
+
+/* Does the block device have a head to move?  Files do not know. */
+static int os_is_rotational(int fd) {
+  unsigned short yes = 0;
+  return ioctl(fd, OS_BLKROTATIONAL, &yes) == 0 && yes;
+}
+#else
+/* Nothing to ask. */
+static int os_is_rotational(int fd) {
+  (void)fd;
+  return 0;
+}
+#endif
+
+#if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
+/* Says that a range will be read soon. */
+static void os_willneed(int fd, uint64_t off, uint64_t len) {
+  assert(off <= INT64_MAX && len <= INT64_MAX - off);
+  posix_fadvise(fd, (off_t)off, (off_t)len, POSIX_FADV_WILLNEED);
+}
+#else
+/* This system cannot be told. */
+static void os_willneed(int fd, uint64_t off, uint64_t len) {
+  (void)fd;
+  (void)off;
+  (void)len;
+}
+#endif
 
 #endif /* !NBDSERVE_NO_FLAT */
 
 /* ==== [3] UTIL (u_) ======================================================
- * Bytes of network and disk go through get and put: big-endian, unaligned. */
+ * Bytes of network and disk go through u_get and u_put: they are big-endian
+ * there and lie at any address, so no struct is ever laid over them. */
+
+/* Reads a 16-bit number. */
 static uint16_t u_get16(const unsigned char *p) {
   return (uint16_t)(p[0] << 8 | p[1]);
 }
+
+/* Reads a 32-bit number. */
 static uint32_t u_get32(const unsigned char *p) {
   return (uint32_t)u_get16(p) << 16 | u_get16(p + 2);
 }
+
+/* Reads a 64-bit number. */
 static uint64_t u_get64(const unsigned char *p) {
   return (uint64_t)u_get32(p) << 32 | u_get32(p + 4);
 }
 
+/* Writes the lower 16 bits of v. */
 static void u_put16(unsigned char *p, unsigned v) {
   p[0] = (unsigned char)(v >> 8);
   p[1] = (unsigned char)v;
 }
+
+/* Writes a 32-bit number. */
 static void u_put32(unsigned char *p, uint32_t v) {
   u_put16(p, v >> 16);
   u_put16(p + 2, v);
 }
+
+/* Writes a 64-bit number. */
 static void u_put64(unsigned char *p, uint64_t v) {
   u_put32(p, (uint32_t)(v >> 32));
   u_put32(p + 4, (uint32_t)v);
 }
 
+/* The smaller of two numbers. */
 static uint64_t u_min(uint64_t a, uint64_t b) {
   return a < b ? a : b;
 }
+
+/* Is v one of 1, 2, 4, 8, ...? */
 static int u_is_power_of_2(uint64_t v) {
   return v && !(v & (v - 1));
 }
 
+/* Are all n bytes zero?  Reads 32 at a time: memcmp goes byte by byte in musl,
+ * and data that is not zero mostly shows it in its first word. */
 static int u_is_zero(const unsigned char *p, size_t n) {
-  uint64_t v[4], any = 0; /* memcmp is slow in musl */
-  for (; n >= 32 && !any; p += 32, n -= 32, any = v[0] | v[1] | v[2] | v[3])
-    memcpy(v, p, 32);
-  while (n > 0 && !any)
-    any = p[--n];
-  return !any;
+  uint64_t v[4];
+  while (n >= sizeof v) {
+    memcpy(v, p, sizeof v);
+    if (v[0] | v[1] | v[2] | v[3]) return 0;
+    p += sizeof v;
+    n -= sizeof v;
+  }
+  while (n > 0)
+    if (p[--n]) return 0;
+  return 1;
 }
 
+/* Memory of n bytes, all zero, or NULL. */
 static void *u_zalloc(size_t n) {
   void *p = NBDSERVE_MALLOC(n);
   return p ? memset(p, 0, n) : NULL;
 }
 
-/* A number up to INT64_MAX, maybe with K to E; what is behind it, or NULL. */
+/* Parses digits, with one of K M G T P E behind them for powers of 1024, into a
+ * number up to INT64_MAX.  Returns the first character not used, or NULL when
+ * there is no such number; *out is then unchanged. */
 static const char *u_parse_size(const char *s, uint64_t *out) {
   static const char units[] = "KMGTPEkmgtpe";
   const char *p = s;
   uint64_t v = 0;
   for (; *p >= '0' && *p <= '9'; p++) {
-    if (v > (INT64_MAX - (uint64_t)(*p - '0')) / 10) return NULL;
-    v = v * 10 + (uint64_t)(*p - '0');
+    uint64_t digit = (uint64_t)(*p - '0');
+    if (v > (INT64_MAX - digit) / 10) return NULL;
+    v = v * 10 + digit;
   }
   const char *unit = *p ? strchr(units, *p) : NULL;
   int shift = unit ? (int)((unit - units) % 6 + 1) * 10 : 0;
@@ -454,60 +833,126 @@ static const char *u_parse_size(const char *s, uint64_t *out) {
   return unit ? p + 1 : p;
 }
 
-/* The text of a -errno value; strerror shares memory only for unknown ones. */
+/* Is all of s a number, as in u_parse_size, of at most max? */
+static int u_parse_number(const char *s, uint64_t max, uint64_t *out) {
+  const char *rest = u_parse_size(s, out);
+  return rest && !*rest && *out <= max;
+}
+
+/* The text of a -errno value.  strerror returns a constant for every number
+ * that the system knows; only for others does it use memory that threads
+ * share. */
 static const char *u_errno_text(int err) {
   return strerror(-err);
 }
 
-/* Appends s to buf[size], as %XX what a URI may not hold.  False: no room. */
+/* May c stand in a URI as it is?  (RFC 3986, 2.3, and the slash.)  No isalnum
+ * here: that asks the host's locale. */
+static int u_is_uri_char(char c) {
+  return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+         (c >= '0' && c <= '9') || (c && strchr("-._~/", c));
+}
+
+/* Appends s to the text in buf[size]; what a URI may not hold becomes %XX.
+ * Returns false if there is no room; buf then holds a part of it. */
 static int u_append_uri(char *buf, size_t size, const char *s) {
   size_t n = strlen(buf);
-  for (; *s && n < size; s++)
-    n += (size_t)snprintf(
-        buf + n, size - n,
-        strchr("-._~/", *s) || (*s > 0 && isalnum(*s)) ? "%c" : "%%%02X",
-        (unsigned char)*s);
+  assert(n < size);
+  for (; *s && n < size; s++) {
+    const char *const format = u_is_uri_char(*s) ? "%c" : "%%%02X";
+    n += (size_t)snprintf(buf + n, size - n, format, (unsigned char)*s);
+  }
   return n < size;
 }
 
-/* How long the character at s is; 0: not UTF-8, or a control character. */
+/* The length in bytes of the UTF-8 character at s (RFC 3629), or 0 if it is
+ * malformed, too long a form, a surrogate or a control character. */
 static int u_utf8_len(const char *s) {
-  static const uint32_t least[] = {32, ~0u, 160, 2048, 65536, ~0u};
   const unsigned char *p = (const unsigned char *)s;
-  uint32_t c, n = 0, i = 1;
-  while (n < 5 && *p << n & 128)
-    n++; /* the ones that it begins with */
-  for (c = *p & 127u >> n; i < n && p[i] >> 6 == 2; i++)
-    c = c << 6 | p[i] % 64;
-  return i < n || c < least[n] || c == 127 || c >> 11 == 27 /* surrogates */ ||
-                 c > 0x10ffff
-             ? 0
-             : (int)i;
+  uint32_t c;     /* the character's number so far */
+  uint32_t least; /* below it: a control character, or a shorter form exists */
+  int len;
+  if (p[0] < 0x80) { /* 0xxxxxxx */
+    len = 1;
+    c = p[0];
+    least = 0x20;
+  } else if (p[0] >> 5 == 0x6) { /* 110xxxxx; 80 to 9f are controls */
+    len = 2;
+    c = p[0] & 0x1f;
+    least = 0xa0;
+  } else if (p[0] >> 4 == 0xe) { /* 1110xxxx */
+    len = 3;
+    c = p[0] & 0xf;
+    least = 0x800;
+  } else if (p[0] >> 3 == 0x1e) { /* 11110xxx */
+    len = 4;
+    c = p[0] & 0x7;
+    least = 0x10000;
+  } else {
+    return 0;
+  }
+  for (int i = 1; i < len; i++) { /* 10xxxxxx; the NUL at the end is not one */
+    if (p[i] >> 6 != 0x2) return 0;
+    c = c << 6 | (p[i] & 0x3f);
+  }
+  if (c < least || c == 0x7f || c > 0x10ffff) return 0;
+  if (c >= 0xd800 && c <= 0xdfff) return 0; /* a surrogate */
+  return len;
 }
 
-/* Gives the host a message if it wants that level; what is not text in it, and
- * may come from a client, as '?'. */
+/* Gives the host a message if it wants messages of that level.  Parts of it may
+ * come from a client: what is no text in it becomes '?'.  The caller holds no
+ * lock: the host's function may call back, for nbdserve_stats say. */
 static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
                                   int level, const char *fmt, ...) {
-  char text[512], *p;
+  char text[512];
   va_list ap;
   if (!config->log || level > config->log_level) return;
   va_start(ap, fmt);
   vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
-  for (p = text; *p; p += u_utf8_len(p))
+  for (char *p = text; *p; p += u_utf8_len(p))
     if (!u_utf8_len(p)) *p = '?';
   config->log(config->ctx, level, text);
 }
 
 /* ==== [4] SHA-256 (sha_) =================================================
- * FIPS 180-4, of one message in one call, or of two of the same length side by
- * side: the instructions of x86 processors then do both in the time of one.
+ * SHA-256 (FIPS 180-4) of one message, or of two messages of the same length
+ * side by side.
  *
- * The words of a state lie in the order F E B A H G D C, as those want them. */
+ * Why two: many x86 processors have instructions for SHA-256, but each of
+ * these waits for the result of the one before, so one message alone leaves
+ * most of the processor idle.  The instructions for a second message fit into
+ * the gaps, and two digests take about as long as one.
+ *
+ * A state is the eight words that the standard calls A to H.  They lie in
+ * memory in the order F E B A H G D C, because the instructions want ABEF in
+ * one register and CDGH in another one, A and C as the highest words.  All code
+ * below uses that order, so that no state is ever rearranged. */
 #if !NBDSERVE_NO_CAS
 
-static const uint32_t sha_k[64] = {
+/* Where each word lies in a state */
+enum {
+  SHA_F,
+  SHA_E,
+  SHA_B,
+  SHA_A,
+  SHA_H,
+  SHA_G,
+  SHA_D,
+  SHA_C,
+  SHA_STATE_WORDS
+};
+
+enum {
+  SHA_BLOCK_LEN = 64, /* bytes that are mixed into the state at a time */
+  SHA_ROUNDS = 64,    /* rounds for each block */
+  SHA_COUNT_LEN = 8   /* bytes at a message's end that hold its length */
+};
+
+/* The constant that goes into each round: the first 32 bits behind the point of
+ * the cube root of each of the first 64 primes */
+static const uint32_t sha_k[SHA_ROUNDS] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1,
     0x923f82a4, 0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3,
     0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174, 0xe49b69c1, 0xefbe4786,
@@ -520,131 +965,253 @@ static const uint32_t sha_k[64] = {
     0x5b9cca4f, 0x682e6ff3, 0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208,
     0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 
+/* The functions of the standard.  They are macros because tcc does not inline;
+ * their arguments are evaluated several times. */
 #define SHA_ROR(x, n) ((x) >> (n) | (x) << (32 - (n)))
-#define SHA_MIX(x, i, j, last) (SHA_ROR(x, i) ^ SHA_ROR(x, j) ^ (last))
-#define SHA_ROUND(a, b, c, d, e, f, g, h, i) \
-  v[h] += SHA_MIX(v[e], 6, 11, SHA_ROR(v[e], 25)) + sha_k[i] + w[i] + \
-          ((v[e] & v[f]) ^ (~v[e] & v[g])); \
-  v[d] += v[h]; \
-  v[h] += SHA_MIX(v[a], 2, 13, SHA_ROR(v[a], 22)) + \
-          ((v[a] & v[b]) ^ (v[a] & v[c]) ^ (v[b] & v[c]))
+#define SHA_BIG_SIGMA_0(x) (SHA_ROR(x, 2) ^ SHA_ROR(x, 13) ^ SHA_ROR(x, 22))
+#define SHA_BIG_SIGMA_1(x) (SHA_ROR(x, 6) ^ SHA_ROR(x, 11) ^ SHA_ROR(x, 25))
+#define SHA_SIGMA_0(x) (SHA_ROR(x, 7) ^ SHA_ROR(x, 18) ^ (x) >> 3)
+#define SHA_SIGMA_1(x) (SHA_ROR(x, 17) ^ SHA_ROR(x, 19) ^ (x) >> 10)
+#define SHA_CHOOSE(x, y, z) (((x) & (y)) ^ (~(x) & (z)))
+#define SHA_MAJORITY(x, y, z) (((x) & (y)) ^ ((x) & (z)) ^ ((y) & (z)))
 
-static void sha_portable(uint32_t *s, const unsigned char *p, uint32_t *u,
-                         const unsigned char *q, size_t n) {
-  uint32_t w[64], v[8];
+/* One round on the state v.  The standard moves every word one place on after
+ * each round; here the words stay where they are, and the next round names
+ * them differently instead.  addend: the constant plus the message's word. */
+#define SHA_ROUND(v, a, b, c, d, e, f, g, h, addend) \
+  do { \
+    v[SHA_##h] += SHA_BIG_SIGMA_1(v[SHA_##e]) + \
+                  SHA_CHOOSE(v[SHA_##e], v[SHA_##f], v[SHA_##g]) + (addend); \
+    v[SHA_##d] += v[SHA_##h]; \
+    v[SHA_##h] += SHA_BIG_SIGMA_0(v[SHA_##a]) + \
+                  SHA_MAJORITY(v[SHA_##a], v[SHA_##b], v[SHA_##c]); \
+  } while (0)
+
+/* Computes the words that the rounds for a block take, one each.  The first 16
+ * are the block, big-endian; every other one is made of four before it. */
+static void sha_schedule(uint32_t w[SHA_ROUNDS], const unsigned char *block) {
   int i;
-  if (q) sha_portable(u, q, NULL, NULL, n);
-  for (; n > 0; n--, p += 64) {
-    for (i = 0; i < 16; i++)
-      w[i] = u_get32(p + 4 * i);
-    for (; i < 64; i++)
-      w[i] = w[i - 16] + SHA_MIX(w[i - 15], 7, 18, w[i - 15] >> 3) + w[i - 7] +
-             SHA_MIX(w[i - 2], 17, 19, w[i - 2] >> 10);
-    memcpy(v, s, sizeof v);
-    for (i = 0; i < 64; i += 8) {
-      SHA_ROUND(3, 2, 7, 6, 1, 0, 5, 4, i);
-      SHA_ROUND(4, 3, 2, 7, 6, 1, 0, 5, i + 1);
-      SHA_ROUND(5, 4, 3, 2, 7, 6, 1, 0, i + 2);
-      SHA_ROUND(0, 5, 4, 3, 2, 7, 6, 1, i + 3);
-      SHA_ROUND(1, 0, 5, 4, 3, 2, 7, 6, i + 4);
-      SHA_ROUND(6, 1, 0, 5, 4, 3, 2, 7, i + 5);
-      SHA_ROUND(7, 6, 1, 0, 5, 4, 3, 2, i + 6);
-      SHA_ROUND(2, 7, 6, 1, 0, 5, 4, 3, i + 7);
+  for (i = 0; i < 16; i++)
+    w[i] = u_get32(block + 4 * i);
+  for (; i < SHA_ROUNDS; i++)
+    w[i] =
+        SHA_SIGMA_1(w[i - 2]) + w[i - 7] + SHA_SIGMA_0(w[i - 15]) + w[i - 16];
+}
+
+/* Mixes nblocks blocks into a state, in plain C.  For each block a copy of the
+ * state goes through all rounds and is then added to the state. */
+static void sha_portable(uint32_t *state, const unsigned char *blocks,
+                         size_t nblocks) {
+  uint32_t w[SHA_ROUNDS];
+  uint32_t v[SHA_STATE_WORDS];
+  for (; nblocks > 0; nblocks--, blocks += SHA_BLOCK_LEN) {
+    sha_schedule(w, blocks);
+    memcpy(v, state, sizeof v);
+    for (int i = 0; i < SHA_ROUNDS; i += 8) {
+      SHA_ROUND(v, A, B, C, D, E, F, G, H, sha_k[i] + w[i]);
+      SHA_ROUND(v, H, A, B, C, D, E, F, G, sha_k[i + 1] + w[i + 1]);
+      SHA_ROUND(v, G, H, A, B, C, D, E, F, sha_k[i + 2] + w[i + 2]);
+      SHA_ROUND(v, F, G, H, A, B, C, D, E, sha_k[i + 3] + w[i + 3]);
+      SHA_ROUND(v, E, F, G, H, A, B, C, D, sha_k[i + 4] + w[i + 4]);
+      SHA_ROUND(v, D, E, F, G, H, A, B, C, sha_k[i + 5] + w[i + 5]);
+      SHA_ROUND(v, C, D, E, F, G, H, A, B, sha_k[i + 6] + w[i + 6]);
+      SHA_ROUND(v, B, C, D, E, F, G, H, A, sha_k[i + 7] + w[i + 7]);
     }
-    for (i = 0; i < 8; i++)
-      s[i] += v[i];
+    for (int i = 0; i < SHA_STATE_WORDS; i++)
+      state[i] += v[i];
   }
 }
 
 #if OS_HWSHA
-#define SHA_FOUR(x, k) /* rounds */ \
-  t = _mm_add_epi32(x##0, k); \
-  x##cd = _mm_sha256rnds2_epu32(x##cd, x##ab, t); \
-  x##ab = _mm_sha256rnds2_epu32(x##ab, x##cd, _mm_shuffle_epi32(t, 14)); \
-  t = _mm_add_epi32(_mm_sha256msg1_epu32(x##0, x##1), \
-                    _mm_alignr_epi8(x##3, x##2, 4)); \
-  x##0 = x##1, x##1 = x##2, x##2 = x##3; \
-  x##3 = _mm_sha256msg2_epu32(t, x##2)
-#define SHA_LOAD(p) _mm_loadu_si128((const __m128i *)(const void *)(p))
-#define SHA_SAVE(p, v) _mm_storeu_si128((__m128i *)(void *)(p), v)
-#define SHA_WORDS(x, p, i) x##i = _mm_shuffle_epi8(SHA_LOAD(p + 16 * i), order)
-#define SHA_BLOCK(x, p) \
-  SHA_WORDS(x, p, 0), SHA_WORDS(x, p, 1), SHA_WORDS(x, p, 2), SHA_WORDS(x, p, 3)
+/* One of the two messages that the instructions work on.  All of it can
+ * stay in registers: two lanes, the constants and what is in between fit into
+ * the 16 that the processor has. */
+struct sha_lane {
+  __m128i abef; /* half of the state */
+  __m128i cdgh; /* the other half */
+  __m128i w[4]; /* 16 words of the message's schedule, the next ones first */
+};
 
-static OS_HWSHA_TARGET void sha_hw(uint32_t *s, const unsigned char *p,
-                                   uint32_t *u, const unsigned char *q,
-                                   size_t n) {
+/* Loads four words from anywhere. */
+static inline OS_HWSHA_TARGET __m128i sha_load(const void *from) {
+  return _mm_loadu_si128((const __m128i *)from);
+}
+
+/* Loads a block of the message, whose words are big-endian.  There is no loop
+ * because gcc would keep an array that a loop indexes in memory. */
+static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
+                                                 const unsigned char *block) {
   const __m128i order = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
-  __m128i pab = SHA_LOAD(s), pcd = SHA_LOAD(s + 4), p0, p1, p2, p3;
-  __m128i qab = SHA_LOAD(u), qcd = SHA_LOAD(u + 4), q0, q1, q2, q3, t, k;
-  int i;
-  for (; n > 0; n--, p += 64, q += 64) {
-    SHA_BLOCK(p, p);
-    SHA_BLOCK(q, q);
-    for (i = 0; i < 64; i += 4) {
-      k = SHA_LOAD(sha_k + i);
-      SHA_FOUR(p, k);
-      SHA_FOUR(q, k);
+  lane->w[0] = _mm_shuffle_epi8(sha_load(block), order);
+  lane->w[1] = _mm_shuffle_epi8(sha_load(block + 16), order);
+  lane->w[2] = _mm_shuffle_epi8(sha_load(block + 32), order);
+  lane->w[3] = _mm_shuffle_epi8(sha_load(block + 48), order);
+}
+
+/* Does four rounds, k being their constants, and computes the four words of the
+ * schedule that the rounds need 16 later.  The last four calls for a block
+ * compute words in vain; a second loop without that was not faster. */
+static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
+                                                   __m128i k) {
+  __m128i *w = lane->w;
+  __m128i addend = _mm_add_epi32(w[0], k);
+  /* Each of these does two rounds, on the lower half of addend.  The old ABEF
+   * is the new CDGH, so the halves change places twice. */
+  lane->cdgh = _mm_sha256rnds2_epu32(lane->cdgh, lane->abef, addend);
+  addend = _mm_shuffle_epi32(addend, 14); /* the upper half */
+  lane->abef = _mm_sha256rnds2_epu32(lane->abef, lane->cdgh, addend);
+  __m128i seven_back = _mm_alignr_epi8(w[3], w[2], 4);
+  __m128i sum = _mm_add_epi32(_mm_sha256msg1_epu32(w[0], w[1]), seven_back);
+  w[0] = w[1];
+  w[1] = w[2];
+  w[2] = w[3];
+  w[3] = _mm_sha256msg2_epu32(sum, w[2]);
+}
+
+/* Adds a state to what the rounds made of it, and saves the sum as the state,
+ * from which the next block goes on. */
+static inline OS_HWSHA_TARGET void sha_lane_save(struct sha_lane *lane,
+                                                 uint32_t *state) {
+  lane->abef = _mm_add_epi32(lane->abef, sha_load(state + SHA_F));
+  lane->cdgh = _mm_add_epi32(lane->cdgh, sha_load(state + SHA_H));
+  _mm_storeu_si128((__m128i *)(void *)(state + SHA_F), lane->abef);
+  _mm_storeu_si128((__m128i *)(void *)(state + SHA_H), lane->cdgh);
+}
+
+/* Mixes nblocks blocks each into two states, with the instructions.  The lines
+ * for the two lanes alternate, and the compiler keeps that order more or less;
+ * the processor does the rest. */
+static OS_HWSHA_TARGET void sha_hw(uint32_t *state, const unsigned char *blocks,
+                                   uint32_t *other_state,
+                                   const unsigned char *other_blocks,
+                                   size_t nblocks) {
+  struct sha_lane lane = {.abef = sha_load(state + SHA_F),
+                          .cdgh = sha_load(state + SHA_H)};
+  struct sha_lane other = {.abef = sha_load(other_state + SHA_F),
+                           .cdgh = sha_load(other_state + SHA_H)};
+  for (size_t i = 0; i < nblocks; i++) {
+    sha_lane_load(&lane, blocks + SHA_BLOCK_LEN * i);
+    sha_lane_load(&other, other_blocks + SHA_BLOCK_LEN * i);
+    for (int round = 0; round < SHA_ROUNDS; round += 4) {
+      __m128i k = sha_load(sha_k + round);
+      sha_lane_rounds(&lane, k);
+      sha_lane_rounds(&other, k);
     }
-    SHA_SAVE(s, pab = _mm_add_epi32(pab, SHA_LOAD(s)));
-    SHA_SAVE(s + 4, pcd = _mm_add_epi32(pcd, SHA_LOAD(s + 4)));
-    SHA_SAVE(u, qab = _mm_add_epi32(qab, SHA_LOAD(u)));
-    SHA_SAVE(u + 4, qcd = _mm_add_epi32(qcd, SHA_LOAD(u + 4)));
+    sha_lane_save(&lane, state);
+    sha_lane_save(&other, other_state);
   }
 }
+
+/* Mixes nblocks blocks into a state, and as many other blocks into another
+ * state.  use_hw: with the instructions, both at once; then there must be other
+ * blocks, maybe the same ones.  Else other_blocks may be NULL. */
+static void sha_mix(int use_hw, uint32_t *state, const unsigned char *blocks,
+                    uint32_t *other_state, const unsigned char *other_blocks,
+                    size_t nblocks) {
+  assert(other_blocks || !use_hw || !nblocks);
+  if (use_hw) {
+    sha_hw(state, blocks, other_state, other_blocks, nblocks);
+    return;
+  }
+  sha_portable(state, blocks, nblocks);
+  if (other_blocks) sha_portable(other_state, other_blocks, nblocks);
+}
 #else
-#define sha_hw sha_portable
+/* The same where only plain C can do it. */
+static void sha_mix(int use_hw, uint32_t *state, const unsigned char *blocks,
+                    uint32_t *other_state, const unsigned char *other_blocks,
+                    size_t nblocks) {
+  (void)use_hw;
+  assert(!use_hw); /* os_has_hwsha says so */
+  sha_portable(state, blocks, nblocks);
+  if (other_blocks) sha_portable(other_state, other_blocks, nblocks);
+}
 #endif
 
-/* The digests of p[len] and of q[len], if not NULL.  hw: see os_has_hwsha. */
-static void sha_256(int hw, const void *p, const void *q, size_t len,
-                    unsigned char *p_out, unsigned char *q_out) {
-  static const uint32_t start[8] = {0x9b05688c, 0x510e527f, 0xbb67ae85,
-                                    0x6a09e667, 0x5be0cd19, 0x1f83d9ab,
-                                    0xa54ff53a, 0x3c6ef372};
-  static const unsigned char order[8] = {3, 2, 7, 6, 1, 0, 5, 4};
-  size_t whole = len / 64, rest = len % 64, n = rest < 56 ? 1 : 2, i;
-  unsigned char tail[2][128];
-  uint32_t s[2][8];
+/* Writes what comes behind the last whole block of a message, and returns how
+ * many blocks that takes, 1 or 2:
+ *
+ *   the rest of the message, 0 to 63 bytes
+ *   the byte 0x80
+ *   zeroes, as few as it takes to fill the last block
+ *   the length of the whole message in bits, 8 bytes */
+static size_t sha_pad(unsigned char tail[2 * SHA_BLOCK_LEN],
+                      const unsigned char *message, size_t len) {
+  size_t rest = len % SHA_BLOCK_LEN;
+  size_t nblocks = rest + 1 + SHA_COUNT_LEN <= SHA_BLOCK_LEN ? 1 : 2;
+  size_t end = SHA_BLOCK_LEN * nblocks;
+  memset(tail, 0, end);
+  if (rest) memcpy(tail, message + (len - rest), rest); /* else maybe NULL */
+  tail[rest] = 0x80;
+  assert(rest + 1 <= end - SHA_COUNT_LEN);
+  u_put64(tail + end - SHA_COUNT_LEN, (uint64_t)len * 8);
+  return nblocks;
+}
 
-  for (i = 0; i < 2; i++) {
-    const unsigned char *m = i ? q : p;
-    memcpy(s[i], start, sizeof start);
-    memset(tail[i], 0, sizeof tail[i]);
-    if (m && rest) memcpy(tail[i], m + 64 * whole, rest);
-    tail[i][rest] = 0x80;
-    u_put64(tail[i] + 64 * n - 8, (uint64_t)len * 8);
-  }
-  (hw ? sha_hw : sha_portable)(s[0], p, s[1], q || !hw ? q : p, whole);
-  const unsigned char *t = q ? tail[1] : hw ? tail[0] : NULL;
-  (hw ? sha_hw : sha_portable)(s[0], tail[0], s[1], t, n);
-  for (i = 0; i < 8; i++) {
-    u_put32(p_out + 4 * i, s[0][order[i]]);
-    if (q) u_put32(q_out + 4 * i, s[1][order[i]]);
-  }
+/* Writes the digest that a state stands for, once all blocks are mixed in. */
+static void sha_put_digest(unsigned char digest[32], const uint32_t *state) {
+  static const unsigned char order[SHA_STATE_WORDS] = {
+      SHA_A, SHA_B, SHA_C, SHA_D, SHA_E, SHA_F, SHA_G, SHA_H};
+  for (int i = 0; i < SHA_STATE_WORDS; i++)
+    u_put32(digest + 4 * i, state[order[i]]);
+}
+
+/* Writes the digest of first[len] to first_digest and, if second is not NULL,
+ * the digest of second[len] to second_digest.  A digest may be written over its
+ * own message.  use_hw: use the processor's instructions; only where
+ * os_has_hwsha. */
+static void sha_256(int use_hw, const void *first, const void *second,
+                    size_t len, unsigned char *first_digest,
+                    unsigned char *second_digest) {
+  static const uint32_t start[SHA_STATE_WORDS] = {
+      [SHA_A] = 0x6a09e667, [SHA_B] = 0xbb67ae85, [SHA_C] = 0x3c6ef372,
+      [SHA_D] = 0xa54ff53a, [SHA_E] = 0x510e527f, [SHA_F] = 0x9b05688c,
+      [SHA_G] = 0x1f83d9ab, [SHA_H] = 0x5be0cd19};
+  uint32_t state[2][SHA_STATE_WORDS];
+  unsigned char tail[2][2 * SHA_BLOCK_LEN];
+  assert(first || !len);
+  assert(second_digest || !second);
+
+  /* The instructions always work on two messages.  A single message keeps
+   * itself company, and the second result is not looked at. */
+  const void *beside = use_hw && !second ? first : second;
+  memcpy(state[0], start, sizeof start);
+  memcpy(state[1], start, sizeof start);
+  size_t ntail = sha_pad(tail[0], first, len);
+  if (beside) sha_pad(tail[1], beside, len);
+  sha_mix(use_hw, state[0], first, state[1], beside, len / SHA_BLOCK_LEN);
+  sha_mix(use_hw, state[0], tail[0], state[1], beside ? tail[1] : NULL, ntail);
+  sha_put_digest(first_digest, state[0]);
+  if (second) sha_put_digest(second_digest, state[1]);
 }
 
 #endif /* !NBDSERVE_NO_CAS */
 
 /* ==== [5] WIRE (wire_) ===================================================
- * The protocol's numbers and what is true of each command. */
+ * The protocol's numbers, the layout of its messages, and what is true of each
+ * command.  All integers are big-endian.  Offsets stand here and nowhere else:
+ * the other sections call wire_get_... and wire_put_... */
+
+/* proto.md, Newstyle negotiation and Option types */
 #define NBD_INIT_MAGIC UINT64_C(0x4e42444d41474943)   /* "NBDMAGIC" */
 #define NBD_OPTION_MAGIC UINT64_C(0x49484156454f5054) /* "IHAVEOPT" */
 #define NBD_REP_MAGIC UINT64_C(0x0003e889045565a9)
 
-/* Error replies to options have bit 31 set, which an enum need not hold. */
-#define NBD_REP_ERR_UNSUP 0x80000001u
-#define NBD_REP_ERR_INVALID 0x80000003u
-#define NBD_REP_ERR_UNKNOWN 0x80000006u
-#define NBD_REP_ERR_BLOCK_SIZE_REQD 0x80000008u
-#define NBD_REP_ERR_TOO_BIG 0x80000009u
-#define NBD_REP_ERR_EXT_HEADER_REQD 0x8000000au
-
-enum { /* handshake: flags of server and client, options, replies, infos */
+/* proto.md, Handshake flags: of the server */
+enum nbd_handshake_flag {
   NBD_FLAG_FIXED_NEWSTYLE = 1 << 0,
-  NBD_FLAG_NO_ZEROES = 1 << 1,
+  NBD_FLAG_NO_ZEROES = 1 << 1
+};
+
+/* proto.md, Client flags */
+enum nbd_client_flag {
   NBD_FLAG_C_FIXED_NEWSTYLE = 1 << 0,
-  NBD_FLAG_C_NO_ZEROES = 1 << 1,
+  NBD_FLAG_C_NO_ZEROES = 1 << 1
+};
+
+/* proto.md, Option types.  4 (PEEK_EXPORT) was withdrawn; 5 (STARTTLS) is
+ * answered as an unknown option. */
+enum nbd_opt {
   NBD_OPT_EXPORT_NAME = 1,
   NBD_OPT_ABORT = 2,
   NBD_OPT_LIST = 3,
@@ -653,23 +1220,36 @@ enum { /* handshake: flags of server and client, options, replies, infos */
   NBD_OPT_STRUCTURED_REPLY = 8,
   NBD_OPT_LIST_META_CONTEXT = 9,
   NBD_OPT_SET_META_CONTEXT = 10,
-  NBD_OPT_EXTENDED_HEADERS = 11,
+  NBD_OPT_EXTENDED_HEADERS = 11
+};
+
+/* proto.md, Option reply types */
+enum nbd_rep {
   NBD_REP_ACK = 1,
   NBD_REP_SERVER = 2,
   NBD_REP_INFO = 3,
-  NBD_REP_META_CONTEXT = 4,
+  NBD_REP_META_CONTEXT = 4
+};
+
+/* proto.md, Option reply types, errors: bit 31 is set, which an enum of C99
+ * need not be able to hold. */
+#define NBD_REP_ERR_UNSUP 0x80000001u
+#define NBD_REP_ERR_INVALID 0x80000003u
+#define NBD_REP_ERR_UNKNOWN 0x80000006u
+#define NBD_REP_ERR_BLOCK_SIZE_REQD 0x80000008u
+#define NBD_REP_ERR_TOO_BIG 0x80000009u
+#define NBD_REP_ERR_EXT_HEADER_REQD 0x8000000au
+
+/* proto.md, NBD_OPT_INFO and NBD_OPT_GO: types of information */
+enum nbd_info {
   NBD_INFO_EXPORT = 0,
   NBD_INFO_NAME = 1,
   NBD_INFO_DESCRIPTION = 2,
   NBD_INFO_BLOCK_SIZE = 3
 };
 
-enum { /* transmission: magics, flags of the export, commands, replies */
-  NBD_REQUEST_MAGIC = 0x25609513,
-  NBD_EXTENDED_REQUEST_MAGIC = 0x21e41c71,
-  NBD_SIMPLE_REPLY_MAGIC = 0x67446698,
-  NBD_STRUCTURED_REPLY_MAGIC = 0x668e33ef,
-  NBD_EXTENDED_REPLY_MAGIC = 0x6e8a278c,
+/* proto.md, Transmission flags */
+enum nbd_transmission_flag {
   NBD_FLAG_HAS_FLAGS = 1 << 0,
   NBD_FLAG_READ_ONLY = 1 << 1,
   NBD_FLAG_SEND_FLUSH = 1 << 2,
@@ -681,7 +1261,20 @@ enum { /* transmission: magics, flags of the export, commands, replies */
   NBD_FLAG_CAN_MULTI_CONN = 1 << 8,
   NBD_FLAG_SEND_CACHE = 1 << 10,
   NBD_FLAG_SEND_FAST_ZERO = 1 << 11,
-  NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12,
+  NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12
+};
+
+/* proto.md, Transmission phase: first word of a request or reply */
+enum nbd_magic {
+  NBD_REQUEST_MAGIC = 0x25609513,
+  NBD_EXTENDED_REQUEST_MAGIC = 0x21e41c71,
+  NBD_SIMPLE_REPLY_MAGIC = 0x67446698,
+  NBD_STRUCTURED_REPLY_MAGIC = 0x668e33ef,
+  NBD_EXTENDED_REPLY_MAGIC = 0x6e8a278c
+};
+
+/* proto.md, Request types */
+enum nbd_cmd {
   NBD_CMD_READ = 0,
   NBD_CMD_WRITE = 1,
   NBD_CMD_DISC = 2,
@@ -689,21 +1282,43 @@ enum { /* transmission: magics, flags of the export, commands, replies */
   NBD_CMD_TRIM = 4,
   NBD_CMD_CACHE = 5,
   NBD_CMD_WRITE_ZEROES = 6,
-  NBD_CMD_BLOCK_STATUS = 7,
+  NBD_CMD_BLOCK_STATUS = 7
+};
+
+/* proto.md, Command flags */
+enum nbd_cmd_flag {
   NBD_CMD_FLAG_FUA = 1 << 0,
   NBD_CMD_FLAG_NO_HOLE = 1 << 1,
   NBD_CMD_FLAG_DF = 1 << 2,
   NBD_CMD_FLAG_REQ_ONE = 1 << 3,
   NBD_CMD_FLAG_FAST_ZERO = 1 << 4,
-  NBD_CMD_FLAG_PAYLOAD_LEN = 1 << 5,
-  NBD_REPLY_FLAG_DONE = 1 << 0,
+  NBD_CMD_FLAG_PAYLOAD_LEN = 1 << 5
+};
+
+/* A backend's flags are the client's, bit for bit: ex_execute masks them. */
+STATIC_ASSERT(same_fua, NBDSERVE_CMD_FUA == NBD_CMD_FLAG_FUA);
+STATIC_ASSERT(same_no_hole, NBDSERVE_CMD_NO_HOLE == NBD_CMD_FLAG_NO_HOLE);
+STATIC_ASSERT(same_req_one, NBDSERVE_CMD_REQ_ONE == NBD_CMD_FLAG_REQ_ONE);
+STATIC_ASSERT(same_fast_zero, NBDSERVE_CMD_FAST_ZERO == NBD_CMD_FLAG_FAST_ZERO);
+
+/* proto.md, Structured reply flags */
+enum nbd_reply_flag {
+  NBD_REPLY_FLAG_DONE = 1 << 0
+};
+
+/* proto.md, Structured reply types; errors have bit 15 set */
+enum nbd_reply_type {
   NBD_REPLY_TYPE_NONE = 0,
   NBD_REPLY_TYPE_OFFSET_DATA = 1,
   NBD_REPLY_TYPE_OFFSET_HOLE = 2,
   NBD_REPLY_TYPE_BLOCK_STATUS = 5,
   NBD_REPLY_TYPE_BLOCK_STATUS_EXT = 6,
   NBD_REPLY_TYPE_ERROR = (1 << 15) + 1,
-  NBD_REPLY_TYPE_ERROR_OFFSET = (1 << 15) + 2,
+  NBD_REPLY_TYPE_ERROR_OFFSET = (1 << 15) + 2
+};
+
+/* proto.md, Error values */
+enum nbd_error {
   NBD_EPERM = 1,
   NBD_EIO = 5,
   NBD_ENOMEM = 12,
@@ -714,448 +1329,1083 @@ enum { /* transmission: magics, flags of the export, commands, replies */
   NBD_ESHUTDOWN = 108
 };
 
-enum { /* sizes of messages without their data; the longest name or message */
-  WIRE_OPTION = 16,
-  WIRE_REP = 20,
-  WIRE_REQUEST = 28,
-  WIRE_SIMPLE = 16,
-  WIRE_CHUNK = 20,
-  WIRE_EXTENDED = 32 /* either way */,
-  WIRE_STRING_MAX = 4096
+/* ---- Sizes and limits --------------------------------------------------- */
+
+enum {
+  WIRE_STRING_MAX =
+      4096, /* bytes of a name or description (proto.md, Values) */
+  WIRE_HELLO_LEN = 18,
+  WIRE_CLIENT_FLAGS_LEN = 4,
+  WIRE_OPTION_LEN = 16,
+  WIRE_OPTION_REPLY_LEN = 20,
+  WIRE_EXPORT_NAME_LEN = 10,  /* reply to NBD_OPT_EXPORT_NAME, and... */
+  WIRE_EXPORT_NAME_PAD = 124, /* ...zeroes behind it, unless declined */
+  WIRE_INFO_EXPORT_LEN = 12,
+  WIRE_INFO_BLOCK_SIZE_LEN = 14,
+  WIRE_REQUEST_LEN = 28,
+  WIRE_EXT_REQUEST_LEN = 32,
+  WIRE_SIMPLE_REPLY_LEN = 16,
+  WIRE_CHUNK_LEN = 20,     /* head of a chunk of a structured reply */
+  WIRE_EXT_CHUNK_LEN = 32, /* the same with extended headers */
+  WIRE_OFFSET_LEN = 8,     /* in front of a chunk's data */
+  WIRE_HOLE_LEN = 12,      /* the whole payload of a hole */
+  WIRE_ERROR_LEN = 6       /* in front of an error's text */
+};
+
+/* The form of requests and replies that a client has negotiated. */
+enum wire_mode {
+  MODE_SIMPLE,     /* compact requests, simple replies */
+  MODE_STRUCTURED, /* compact requests; READs and errors come in chunks */
+  MODE_EXTENDED    /* extended requests; all replies are extended chunks */
+};
+
+/* ---- Handshake messages (proto.md, Newstyle negotiation, Option types)
+ *
+ *   hello           OFFSET SIZE FIELD          the client's flags come back
+ *                        0    8 NBD_INIT_MAGIC
+ *                        8    8 NBD_OPTION_MAGIC
+ *                       16    2 enum nbd_handshake_flag
+ *   option               0    8 NBD_OPTION_MAGIC
+ *                        8    4 enum nbd_opt
+ *                       12    4 length of the data behind it
+ *   reply to one         0    8 NBD_REP_MAGIC
+ *                        8    4 the option that is answered
+ *                       12    4 enum nbd_rep, or NBD_REP_ERR_...
+ *                       16    4 length of the data behind it
+ */
+
+/* Writes the hello: WIRE_HELLO_LEN bytes. */
+static void wire_put_hello(unsigned char *p, unsigned flags) {
+  u_put64(p, NBD_INIT_MAGIC);
+  u_put64(p + 8, NBD_OPTION_MAGIC);
+  u_put16(p + 16, flags);
+}
+
+struct wire_option {
+  uint64_t magic;
+  uint32_t option;
+  uint32_t len; /* bytes of data behind the head */
+};
+
+/* Reads the head of an option: WIRE_OPTION_LEN bytes. */
+static struct wire_option wire_get_option(const unsigned char *p) {
+  struct wire_option o = {
+      .magic = u_get64(p), .option = u_get32(p + 8), .len = u_get32(p + 12)};
+  return o;
+}
+
+/* Writes the head of a reply to an option: WIRE_OPTION_REPLY_LEN bytes.  The
+ * caller puts len bytes of data behind it. */
+static void wire_put_option_reply(unsigned char *p, uint32_t option,
+                                  uint32_t type, size_t len) {
+  assert(len <= UINT32_MAX);
+  u_put64(p, NBD_REP_MAGIC);
+  u_put32(p + 8, option);
+  u_put32(p + 12, type);
+  u_put32(p + 16, (uint32_t)len);
+}
+
+/* ---- Requests (proto.md, Request message, Extended request message)
+ *
+ *   request         OFFSET SIZE FIELD          extended request
+ *                        0    4 magic                   0    4 magic
+ *                        4    2 command flags           4    2 command flags
+ *                        6    2 enum nbd_cmd            6    2 enum nbd_cmd
+ *                        8    8 cookie                  8    8 cookie
+ *                       16    8 offset                 16    8 offset
+ *                       24    4 length                 24    8 length
+ *
+ *   NBD_CMD_BLOCK_STATUS with NBD_CMD_FLAG_PAYLOAD_LEN: length is that of this
+ *   payload           0    8 bytes to report on
+ *                     8    4 id of a context, and so on
+ */
+
+struct wire_request {
+  uint32_t magic;
+  uint16_t flags;
+  uint16_t type;
+  uint64_t cookie;
+  uint64_t off;
+  uint64_t len;
 };
 
 enum {
-  WIRE_COMPACT,
-  WIRE_STRUCTURED,
-  WIRE_EXT
-}; /* what was negotiated */
+  WIRE_STATUS_PAYLOAD_LEN = 12 /* with one context: there is no other here */
+};
+
+/* How long the head of a request is. */
+static size_t wire_request_len(enum wire_mode mode) {
+  return mode == MODE_EXTENDED ? WIRE_EXT_REQUEST_LEN : WIRE_REQUEST_LEN;
+}
+
+/* Which magic a request begins with. */
+static uint32_t wire_request_magic(enum wire_mode mode) {
+  return mode == MODE_EXTENDED ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC;
+}
+
+/* Reads the head of a request: wire_request_len bytes. */
+static struct wire_request wire_get_request(const unsigned char *p,
+                                            enum wire_mode mode) {
+  struct wire_request w = {.magic = u_get32(p),
+                           .flags = u_get16(p + 4),
+                           .type = u_get16(p + 6),
+                           .cookie = u_get64(p + 8),
+                           .off = u_get64(p + 16)};
+  w.len = mode == MODE_EXTENDED ? u_get64(p + 24) : u_get32(p + 24);
+  return w;
+}
+
+/* ---- Replies (proto.md, Simple reply message, Structured reply chunk message,
+ * Extended reply chunk message, Structured reply types)
+ *
+ *   simple reply    OFFSET SIZE FIELD          a READ's data follows
+ *                        0    4 magic
+ *                        4    4 enum nbd_error, 0: done
+ *                        8    8 cookie
+ *   chunk                0    4 magic          extended chunk
+ *                        4    2 enum nbd_reply_flag     4    2 the same
+ *                        6    2 enum nbd_reply_type     6    2 the same
+ *                        8    8 cookie                  8    8 cookie
+ *                       16    4 length                 16    8 offset of the
+ *                                                              request
+ *                                                      24    8 length
+ *   payload of OFFSET_DATA      0    8 offset, and the data
+ *   payload of OFFSET_HOLE      0    8 offset
+ *                               8    4 length
+ *   payload of ERROR            0    4 enum nbd_error
+ *                               4    2 length of the text
+ *                               6      the text
+ *   payload of ERROR_OFFSET     the same, and behind the text 8 bytes: offset
+ *   payload of BLOCK_STATUS     0    4 id of the context
+ *                               4    4 length of an extent
+ *                               8    4 its status, and so on
+ *   of BLOCK_STATUS_EXT         0    4 id of the context
+ *                               4    4 number of extents
+ *                               8    8 length of an extent
+ *                              16    8 its status, and so on
+ */
+
+enum {
+  WIRE_CONTEXT_ID = 1, /* of base:allocation, which is the only context */
+  WIRE_STATUS_LEN = 4, /* in front of the extents of BLOCK_STATUS */
+  WIRE_EXTENT_LEN = 8,
+  WIRE_EXT_STATUS_LEN = 8, /* the same of BLOCK_STATUS_EXT */
+  WIRE_EXT_EXTENT_LEN = 16
+};
+
+/* Writes a simple reply.  Returns its length. */
+static size_t wire_put_simple(unsigned char *p, uint32_t error,
+                              uint64_t cookie) {
+  u_put32(p, NBD_SIMPLE_REPLY_MAGIC);
+  u_put32(p + 4, error);
+  u_put64(p + 8, cookie);
+  return WIRE_SIMPLE_REPLY_LEN;
+}
+
+/* How long the head of a chunk is. */
+static size_t wire_chunk_len(enum wire_mode mode) {
+  assert(mode != MODE_SIMPLE);
+  return mode == MODE_EXTENDED ? WIRE_EXT_CHUNK_LEN : WIRE_CHUNK_LEN;
+}
+
+/* What the head of a chunk says. */
+struct wire_chunk {
+  enum nbd_reply_type type;
+  int last;         /* no other chunk of this reply follows */
+  uint64_t cookie;  /* the request's */
+  uint64_t req_off; /* offset of the client's request */
+  uint64_t len;     /* bytes of payload */
+};
+
+/* Writes the head of a chunk: wire_chunk_len bytes. */
+static void wire_put_chunk(unsigned char *p, enum wire_mode mode,
+                           const struct wire_chunk *chunk) {
+  int extended = mode == MODE_EXTENDED;
+  assert(mode != MODE_SIMPLE && (extended || chunk->len <= UINT32_MAX));
+  u_put32(p, extended ? NBD_EXTENDED_REPLY_MAGIC : NBD_STRUCTURED_REPLY_MAGIC);
+  u_put16(p + 4, chunk->last ? NBD_REPLY_FLAG_DONE : 0);
+  u_put16(p + 6, chunk->type);
+  u_put64(p + 8, chunk->cookie);
+  if (extended) {
+    u_put64(p + 16, chunk->req_off);
+    u_put64(p + 24, chunk->len);
+  } else {
+    u_put32(p + 16, (uint32_t)chunk->len);
+  }
+}
+
+/* ---- Commands and errors ------------------------------------------------ */
 
 /* What is true of each command: validation and dispatch read it here. */
 static const struct wire_cmd {
   const char *name;
-  uint16_t flags; /* besides FUA, which any command may carry */
-  uint16_t needs; /* transmission flags that expose it; 0: always there */
-  uint8_t writes; /* refused on a read-only export */
-  int beyond;     /* error of a range beyond the end, 0: no range */
+  uint16_t flags;      /* that it may carry, besides FUA, which any may */
+  uint16_t exposed_by; /* transmission flag that offers it; 0: always there */
+  uint8_t writes;      /* refused on a read-only export */
+  uint8_t has_data;    /* moves data: the request has a buffer of len bytes */
+  uint8_t has_range;   /* offset and length mean something */
+  int err_beyond;      /* -errno of a range beyond the end (proto.md) */
 } wire_cmds[] = {
-    {"NBD_CMD_READ", NBD_CMD_FLAG_DF, 0, 0, -EINVAL},
-    {"NBD_CMD_WRITE", NBD_CMD_FLAG_PAYLOAD_LEN, 0, 1, -ENOSPC},
-    {"NBD_CMD_DISC", 0, 0, 0, 0},
-    {"NBD_CMD_FLUSH", 0, NBD_FLAG_SEND_FLUSH, 0, 0},
-    {"NBD_CMD_TRIM", 0, NBD_FLAG_SEND_TRIM, 1, -EINVAL},
-    {"NBD_CMD_CACHE", 0, NBD_FLAG_SEND_CACHE, 0, -EINVAL},
-    {"NBD_CMD_WRITE_ZEROES", NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
-     NBD_FLAG_SEND_WRITE_ZEROES, 1, -ENOSPC},
-    {"NBD_CMD_BLOCK_STATUS", NBD_CMD_FLAG_REQ_ONE | NBD_CMD_FLAG_PAYLOAD_LEN, 0,
-     0, -EINVAL}};
+    /* clang-format off */
+    [NBD_CMD_READ] = {.name = "NBD_CMD_READ", .flags = NBD_CMD_FLAG_DF,
+        .has_data = 1, .has_range = 1, .err_beyond = -EINVAL},
+    [NBD_CMD_WRITE] = {.name = "NBD_CMD_WRITE",
+        .flags = NBD_CMD_FLAG_PAYLOAD_LEN, .writes = 1,
+        .has_data = 1, .has_range = 1, .err_beyond = -ENOSPC},
+    [NBD_CMD_DISC] = {.name = "NBD_CMD_DISC"},
+    [NBD_CMD_FLUSH] = {.name = "NBD_CMD_FLUSH",
+        .exposed_by = NBD_FLAG_SEND_FLUSH},
+    [NBD_CMD_TRIM] = {.name = "NBD_CMD_TRIM",
+        .exposed_by = NBD_FLAG_SEND_TRIM, .writes = 1,
+        .has_range = 1, .err_beyond = -EINVAL},
+    [NBD_CMD_CACHE] = {.name = "NBD_CMD_CACHE",
+        .exposed_by = NBD_FLAG_SEND_CACHE,
+        .has_range = 1, .err_beyond = -EINVAL},
+    [NBD_CMD_WRITE_ZEROES] = {.name = "NBD_CMD_WRITE_ZEROES",
+        .flags = NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
+        .exposed_by = NBD_FLAG_SEND_WRITE_ZEROES, .writes = 1,
+        .has_range = 1, .err_beyond = -ENOSPC},
+    [NBD_CMD_BLOCK_STATUS] = {.name = "NBD_CMD_BLOCK_STATUS",
+        .flags = NBD_CMD_FLAG_REQ_ONE | NBD_CMD_FLAG_PAYLOAD_LEN,
+        .has_range = 1, .err_beyond = -EINVAL},
+    /* clang-format on */
+};
 
+/* What is known of a command, or NULL: its number comes from a client. */
 static const struct wire_cmd *wire_cmd(unsigned type) {
-  return type < sizeof wire_cmds / sizeof *wire_cmds ? &wire_cmds[type] : NULL;
+  return type < COUNT_OF(wire_cmds) ? &wire_cmds[type] : NULL;
 }
 
+/* The protocol's number for a -errno value: no other number is ever sent. */
 static uint32_t wire_error(int err) {
-  static const int errors[][2] = {{0, 0},
-                                  {EPERM, NBD_EPERM},
-                                  {EACCES, NBD_EPERM},
-                                  {EROFS, NBD_EPERM},
-                                  {ENOMEM, NBD_ENOMEM},
-                                  {EINVAL, NBD_EINVAL},
-                                  {ENOSPC, NBD_ENOSPC},
-                                  {EDQUOT, NBD_ENOSPC},
-                                  {EFBIG, NBD_ENOSPC},
-                                  {EOVERFLOW, NBD_EOVERFLOW},
-                                  {ENOTSUP, NBD_ENOTSUP},
-                                  {EOPNOTSUPP, NBD_ENOTSUP},
-                                  {ESHUTDOWN, NBD_ESHUTDOWN}};
-  for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)
-    if (errors[i][0] == -err) return (uint32_t)errors[i][1];
+  static const struct {
+    int host;
+    enum nbd_error nbd;
+  } errors[] = {
+      {EPERM, NBD_EPERM},         {EACCES, NBD_EPERM},
+      {EROFS, NBD_EPERM},         {ENOMEM, NBD_ENOMEM},
+      {EINVAL, NBD_EINVAL},       {ENOSPC, NBD_ENOSPC},
+      {EDQUOT, NBD_ENOSPC},       {EFBIG, NBD_ENOSPC},
+      {EOVERFLOW, NBD_EOVERFLOW}, {ENOTSUP, NBD_ENOTSUP},
+      {EOPNOTSUPP, NBD_ENOTSUP}, /* another number on some systems */
+      {ESHUTDOWN, NBD_ESHUTDOWN},
+  };
+  if (!err) return 0;
+  for (size_t i = 0; i < COUNT_OF(errors); i++)
+    if (errors[i].host == -err) return errors[i].nbd;
   return NBD_EIO;
 }
 
-struct nbdserve_req {
-  uint16_t type, flags; /* NBD_CMD_*, NBD_CMD_FLAG_* */
-  int mode;             /* WIRE_COMPACT... */
-  uint64_t cookie, off, len;
-  uint64_t start;      /* off as the client gave it: this may be a piece */
-  unsigned char *buf;  /* data of READ and WRITE; reply of BLOCK_STATUS */
-  size_t owned;        /* bytes at buf if they are the request's own, else 0 */
-  int err;             /* 0 or -errno */
-  const char *why;     /* of an error, for humans; NULL: u_errno_text */
-  int flush, deferred; /* only that is left to do; a worker answers it */
-  int hole, more, ready; /* READ: is only zeroes; other chunks follow this one;
-                            the reply is in the send buffer, or sent */
-  struct nbdserve_req *next;
-};
-
-/* The head of a chunk with len bytes of payload; the bytes written. */
-static size_t wire_put_chunk(unsigned char *p, const struct nbdserve_req *r,
-                             unsigned type, uint64_t len) {
-  u_put32(p, r->mode == WIRE_EXT ? NBD_EXTENDED_REPLY_MAGIC
-                                 : NBD_STRUCTURED_REPLY_MAGIC);
-  u_put16(p + 4, r->more && !r->err ? 0 : NBD_REPLY_FLAG_DONE);
-  u_put16(p + 6, type);
-  u_put64(p + 8, r->cookie);
-  u_put32(p + 16, (uint32_t)len);
-  if (r->mode != WIRE_EXT) return WIRE_CHUNK;
-  u_put64(p + 16, r->start);
-  u_put64(p + 24, len);
-  return WIRE_EXTENDED;
-}
-
 /* ==== [6] SOCKET I/O (io_) ===============================================
- * Whole messages over sockets and pipes.  -ETIMEDOUT: the deadline has passed.
- * A connection that has a stop pipe looks at it before it waits for input, and
- * gets -ESHUTDOWN; the others are woken by shutdown(2). */
+ * Whole messages over sockets and pipes.
+ *
+ * (I1) Whatever waits has an end: the peer, the time, or the server stops it.
+ *      An idle client, from whom nothing is owed, may wait for ever.
+ * (I2) What has begun has a time in total, which grows with its size and never
+ *      starts anew: stall_ms for each MiB or part of one.  A peer that takes or
+ *      gives one byte at a time gains nothing by it.
+ * (I3) Stopping: what has arrived is still received, nothing behind it; and
+ *      there is one grace for the whole server, not one for each wait.
+ *
+ * Three kinds of connections differ in how they wait and how they learn that
+ * the server stops:
+ *
+ *   kind            waits for a    for the rest   is told to stop by
+ *                   request in     of one in
+ *   unix socket of  recv()         recv()         shutdown(SHUT_RD) in
+ *   a listener                                    srv_finish
+ *   TCP socket of   poll()         recv()         the stop pipe: with SHUT_RD,
+ *   a listener                                    what a peer still sends would
+ *                                                 reset the connection
+ *   nbdserve_serve  poll()         poll()         the stop pipe: it is the
+ *   (NO_THREADS:                                  caller's socket, or a pipe
+ *   all)
+ *
+ * During the handshake all of them wait in poll(), for the deadline.  Sending
+ * never waits in the kernel but in poll(), for the time in total. */
+
 enum {
-  IO_GRACE_MS = 5000
+  IO_GRACE_MS = 5000, /* from nbdserve_stop on, for what is under way */
+  IO_UNIT = 1 << 20   /* bytes that must move within stall_ms */
 };
+
+/* How a server tells its connections that it stops. */
+struct io_stop {
+  int pipe[2];            /* fixed; readable from nbdserve_stop on, for good */
+  struct os_monitor lock; /* guards grace_end */
+  int64_t grace_end;      /* in os_now_ms; 0: nobody has seen the stop so far */
+};
+
 struct io {
-  int in, out;      /* sockets or pipes */
-  int stop;         /* readable from nbdserve_stop on; -1: shutdown() is used */
-  int64_t deadline; /* in os_now_ms; 0: none */
-  int64_t stall_ms; /* how long what has begun may take */
+  /* -- fixed */
+  int in;               /* socket or pipe that the client's bytes come from */
+  int out;              /* the same, or another one, that replies go to */
+  struct io_stop *stop; /* the server's */
+  int64_t stall_ms;     /* (I2) */
+  int polls_requests;   /* wait in poll() for a request, not in recv() */
+  int polls_payloads;   /* the same for the rest of what has begun */
+  /* -- the client's thread only */
+  int64_t deadline; /* of the handshake, in os_now_ms; 0: none */
+  int stopping;     /* the stop was seen: */
+  size_t left;      /* these bytes had arrived by then, and are still taken */
+  int at_end;       /* the peer has closed its side */
 };
 
-static int io_wait(const struct io *io, int writing) {
-  struct pollfd p[2] = {
-      {writing ? io->out : io->in, writing ? POLLOUT : POLLIN, 0},
-      {io->stop, POLLIN, 0}}; /* poll skips a negative one */
-  int64_t deadline = io->deadline;
-  if (!deadline && io->stall_ms) deadline = os_now_ms() + io->stall_ms;
-  for (;;) {
-    int64_t left = deadline ? deadline - os_now_ms() : -1;
-    if (deadline && left <= 0) return -ETIMEDOUT;
-    int r = poll(p, 2, (int)(left > INT_MAX ? INT_MAX : left));
+/* When the grace is over: the first who asks starts it, for all (I3). */
+static int64_t io_grace_end(struct io_stop *stop) {
+  os_lock(&stop->lock);
+  if (!stop->grace_end) stop->grace_end = os_now_ms() + IO_GRACE_MS;
+  int64_t end = stop->grace_end;
+  os_unlock(&stop->lock);
+  return end;
+}
+
+/* How long n bytes may take (I2). */
+static int64_t io_time_for(const struct io *io, size_t n) {
+  return io->stall_ms * (int64_t)(1 + n / IO_UNIT);
+}
+
+/* poll()'s timeout until a time in os_now_ms, at least 0. */
+static int io_timeout(int64_t until) {
+  int64_t left = until - os_now_ms();
+  if (left < 0) return 0;
+  return left > INT_MAX ? INT_MAX : (int)left;
+}
+
+/* Notes that the server stops, and how much has arrived by now (I3). */
+static void io_note_stop(struct io *io) {
+  int arrived = 0;
+  if (io->stopping) return;
+  io->stopping = 1;
+  if (ioctl(io->in, FIONREAD, &arrived) == 0 && arrived > 0)
+    io->left = (size_t)arrived;
+}
+
+/* Waits until there is something to receive.  -ETIMEDOUT: not until the time
+ * `until` (0: without limit).  -ESHUTDOWN: all that had arrived when the server
+ * stopped has been taken. */
+static int io_wait_input(struct io *io, int64_t until) {
+  struct pollfd p[2] = {{.fd = io->in, .events = POLLIN},
+                        {.fd = io->stop->pipe[0], .events = POLLIN}};
+  while (!io->stopping) {
+    int r = poll(p, 2, until ? io_timeout(until) : -1);
     if (r < 0 && errno != EINTR) return -errno;
+    if (r == 0 && until) return -ETIMEDOUT;
     if (r <= 0) continue;
-    if (p[1].revents && !writing) return -ESHUTDOWN;
+    if (p[1].revents)
+      io_note_stop(io);
+    else
+      return 0;
+  }
+  return io->left > 0 ? 0 : -ESHUTDOWN;
+}
+
+/* Waits until something can be sent.  -ETIMEDOUT: not until the time `until`,
+ * or the end of the grace. */
+static int io_wait_output(const struct io *io, int64_t until) {
+  struct pollfd p[2] = {{.fd = io->out, .events = POLLOUT},
+                        {.fd = io->stop->pipe[0], .events = POLLIN}};
+  for (;;) {
+    int r = poll(p, 2, io_timeout(until));
+    if (r < 0 && errno != EINTR) return -errno;
+    if (r == 0) return -ETIMEDOUT;
+    if (r < 0) continue;
     if (p[0].revents) return 0;
-    p[1].fd = -1; /* stopping: what is being sent gets a little longer */
-    deadline = os_now_ms() + IO_GRACE_MS;
+    p[1].fd = -1; /* seen: poll skips a negative one */
+    until = (int64_t)u_min((uint64_t)until, (uint64_t)io_grace_end(io->stop));
   }
 }
 
-/* Flags for a call that may block only if nothing else is to be watched. */
-static int io_flags(const struct io *io, int flags) {
-  return io->stop >= 0 || io->deadline ? MSG_DONTWAIT : flags;
-}
-
-/* After a call that failed: 0 to try again, or -errno. */
-static int io_again(const struct io *io, int writing) {
-  if (errno == EINTR) return 0;
-  if (errno != EAGAIN && errno != EWOULDBLOCK) return -errno;
-  return io_flags(io, 0) ? io_wait(io, writing)
-                         : -ETIMEDOUT; /* os_setup_client */
-}
-
-/* Receives up to len bytes, at least one.  Their number, 0 at the end of the
- * stream, or -errno.  all: waits for all of them where that is cheap. */
-static ssize_t io_recv(const struct io *io, void *buf, size_t len, int all) {
-  int flags = io_flags(io, all ? MSG_WAITALL : 0);
-  int err = flags == MSG_DONTWAIT ? io_wait(io, 0) : 0;
+/* Receives what is there, up to len bytes, once poll() has said that there is
+ * something, or waits for it in recv(); MSG_WAITALL in flags waits for all.
+ * Returns their number, 0 at the end of the stream, -EAGAIN when a socket's own
+ * timeout is over, or -errno. */
+static ssize_t io_recv_now(struct io *io, void *buf, size_t len, int flags) {
+  ssize_t n;
+  if (io->stopping) len = (size_t)u_min(len, io->left);
   assert(len > 0);
-  while (!err) {
-    ssize_t n = recv(io->in, buf, len, flags);
+  do {
+    n = recv(io->in, buf, len, flags);
     if (n < 0 && errno == ENOTSOCK) n = read(io->in, buf, len);
-    if (n >= 0) return n;
-    err = io_again(io, 0);
-  }
-  return err;
+  } while (n < 0 && errno == EINTR);
+  if (n < 0) return errno == EWOULDBLOCK ? -EAGAIN : -errno;
+  if (io->stopping) io->left -= (size_t)n;
+  if (n == 0) io->at_end = 1;
+  return n;
 }
 
-/* Receives exactly len bytes: 0, -EPIPE when the stream ends before, -errno. */
-static int io_recv_all(const struct io *io, unsigned char *p, size_t len) {
-  int64_t from = io->deadline ? io->deadline : os_now_ms(); /* that holds */
-  for (ssize_t n; len > 0; p += n, len -= (size_t)n) {
-    n = io_recv(io, p, len, 1);
-    if (n <= 0) return n < 0 ? (int)n : -EPIPE;
-    if ((size_t)n < len && os_now_ms() - from > io->stall_ms) return -ETIMEDOUT;
+/* Receives up to len bytes, at least one: what a request begins with.  Their
+ * number, 0 at the end of the stream, -ETIMEDOUT after stall_ms of silence, or
+ * -errno. */
+static ssize_t io_recv(struct io *io, void *buf, size_t len) {
+  ssize_t n;
+  if (io->stopping && !io->left) return -ESHUTDOWN;
+  if (!io->polls_requests && !io->deadline) {
+    n = io_recv_now(io, buf, len, 0);
+    return n == -EAGAIN ? -ETIMEDOUT : n;
+  }
+  int64_t until = io->deadline ? io->deadline : os_now_ms() + io->stall_ms;
+  do {
+    int err = io_wait_input(io, until);
+    if (err) return err;
+    n = io_recv_now(io, buf, len, MSG_DONTWAIT);
+  } while (n == -EAGAIN); /* another reader of this descriptor was faster */
+  return n;
+}
+
+/* Receives exactly len bytes.  0, -EPIPE when the stream ends before,
+ * -ETIMEDOUT when they take too long in total (I2), or -errno. */
+static int io_recv_all(struct io *io, unsigned char *p, size_t len) {
+  int waits_in_recv = !io->polls_payloads && !io->deadline;
+  int64_t until =
+      io->deadline ? io->deadline : os_now_ms() + io_time_for(io, len);
+  while (len > 0) {
+    int err = 0;
+    if (io->stopping && !io->left)
+      err = -ESHUTDOWN;
+    else if (!waits_in_recv)
+      err = io_wait_input(io, until);
+    if (err) return err;
+    ssize_t n =
+        io_recv_now(io, p, len, waits_in_recv ? MSG_WAITALL : MSG_DONTWAIT);
+    if (n == 0) return -EPIPE;
+    if (n < 0 && n != -EAGAIN) return (int)n;
+    if (n > 0) {
+      p += n;
+      len -= (size_t)n;
+    }
+    if (len > 0 && os_now_ms() >= until) return -ETIMEDOUT;
   }
   return 0;
 }
 
-/* Sends all of v[0..n), which it uses up. */
-static int io_send(const struct io *io, struct iovec *v, int n) {
-  int flags = io_flags(io, 0) | MSG_NOSIGNAL, err = 0;
-  while (n > 0 && !err) {
-    struct msghdr m = {.msg_iov = v, .msg_iovlen = (unsigned)n};
-    ssize_t done = sendmsg(io->out, &m, flags);
-    if (done < 0 && errno == ENOTSOCK) { /* what a pipe takes without waiting */
-      err = io_wait(io, 1);
-      if (err) break;
-      done = write(io->out, v->iov_base, u_min(v->iov_len, PIPE_BUF));
-    }
-    if (done < 0)
-      err = io_again(io, 1);
-    else
-      os_advance(&v, &n, (size_t)done);
+/* Writes to a pipe what it takes without waiting: PIPE_BUF bytes, if poll()
+ * says that it is ready.  Bytes written, or -1 with errno. */
+static ssize_t io_write_pipe(int fd, const struct iovec *v) {
+  struct pollfd p = {.fd = fd, .events = POLLOUT};
+  if (poll(&p, 1, 0) == 0) {
+    errno = EAGAIN;
+    return -1;
   }
-  return err;
+  return write(fd, v->iov_base, (size_t)u_min(v->iov_len, PIPE_BUF));
+}
+
+/* Sends some of v[0..n) without waiting.  Bytes sent, or -errno. */
+static ssize_t io_send_now(const struct io *io, struct iovec *v, int n) {
+  struct msghdr m = {.msg_iov = v, .msg_iovlen = (unsigned)n};
+  ssize_t done = sendmsg(io->out, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
+  if (done < 0 && errno == ENOTSOCK) done = io_write_pipe(io->out, v);
+  if (done >= 0) return done;
+  return errno == EWOULDBLOCK ? -EAGAIN : -errno;
+}
+
+/* Sends all of v[0..n), which it uses up.  0, -ETIMEDOUT when the peer takes
+ * too long in total (I2), or -errno. */
+static int io_send(const struct io *io, struct iovec *v, int n) {
+  int64_t until = 0; /* fixed when the peer first makes us wait */
+  size_t total = 0;
+  for (int i = 0; i < n; i++)
+    total += v[i].iov_len;
+  while (n > 0) {
+    ssize_t done = io_send_now(io, v, n);
+    if (done >= 0) {
+      os_advance(&v, &n, (size_t)done);
+      if (until && n > 0 && os_now_ms() >= until) return -ETIMEDOUT;
+      continue;
+    }
+    if (done == -EINTR) continue;
+    if (done != -EAGAIN) return (int)done;
+    if (!until)
+      until =
+          io->deadline ? io->deadline : os_now_ms() + io_time_for(io, total);
+    int err = io_wait_output(io, until);
+    if (err) return err;
+  }
+  return 0;
+}
+
+/* Ends a TCP connection so that the replies sent so far arrive: closing it
+ * while the peer still sends would reset it, and a reset overtakes data.  So
+ * the peer is told that nothing more comes, and what it sends is thrown away
+ * until it closes its side or the grace is over. */
+static void io_linger(struct io *io) {
+  char waste[4096];
+  int64_t until = os_now_ms() + IO_GRACE_MS;
+  if (io->at_end) return;
+  if (io->stopping) until = io_grace_end(io->stop);
+  if (shutdown(io->out, SHUT_WR) < 0) return;
+  struct pollfd p = {.fd = io->in, .events = POLLIN};
+  for (;;) {
+    int r = poll(&p, 1, io_timeout(until));
+    if (r == 0 || (r < 0 && errno != EINTR)) return;
+    ssize_t n = recv(io->in, waste, sizeof waste, MSG_DONTWAIT);
+    if (n == 0) return;
+    if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
+      return;
+  }
 }
 
 /* ==== [7] EXPORT (ex_) ===================================================
  * What is served, how a name finds it, and how one request is done on it.
  *
- * (E1) An added export stays where it is until nbdserve_free; one from the
- *      find callback belongs to one client.
+ * (E1) An added export stays where it is until nbdserve_free; one that the find
+ *      callback made belongs to the client that asked for it.
  * (E2) The requests that arrive here have passed tx_validate: range, alignment
  *      and flags hold, and are asserted, not checked again.
- * (E3) A flush covers what was written before it was asked for.  Those that
- *      wait while one is running all get the result of the next one. */
+ * (E3) A flush covers what was written before it was asked for, by whichever
+ *      client: all clients of an added export share its struct ex.  Those who
+ *      ask while a flush is running all get the result of the next one.
+ * (E4) A host's function is called with no lock held but ex.serial (ops->size:
+ *      nbdserve.lock), and nothing that it returns is believed: see
+ *      ex_believe. */
+
+struct nbdserve;
+
+/* ---- Requests -----------------------------------------------------------
+ *
+ *                    refused, or nothing to do
+ *   (tx_validate) ------------------------------------------> DONE
+ *      |      |                                               ^  ^
+ *      | else | a FLUSH                                       |  |
+ *      v      v                                               |  |
+ *     TODO   TO_FLUSH <--- a write with FUA, written ---+     |  |
+ *      |         |                                      |     |  |
+ *      |         +---------- flushed, or failed --------|-----+  |
+ *      +-------------------- executed ------------------+--------+
+ *      |
+ *      +--> HANDED_OVER (also from TO_FLUSH): a worker has a copy, in the state
+ *           that this one had; this one is dead
+ *
+ *     DONE --> IN_WBUF --> SENT      a READ whose reply was built in the send
+ *     DONE --------------> SENT      buffer; any other request
+ */
+enum req_state {
+  REQ_TODO,        /* is to be executed */
+  REQ_TO_FLUSH,    /* its data is written, if it has any; a flush is owed */
+  REQ_HANDED_OVER, /* a worker's copy goes on from here */
+  REQ_DONE,        /* err is final, no reply was sent so far */
+  REQ_IN_WBUF,     /* a READ: head and data stand in its slot of wbuf */
+  REQ_SENT         /* the reply was given to the socket */
+};
+
+/* One request of a client, or a piece of a long one. */
+struct nbdserve_req {
+  /* -- the client's, fixed */
+  uint16_t type;       /* enum nbd_cmd */
+  uint16_t flags;      /* enum nbd_cmd_flag */
+  enum wire_mode mode; /* the form of the reply */
+  uint64_t cookie;     /* goes back as it came */
+  uint64_t client_off; /* offset of the client's request */
+  uint64_t off;        /* offset of this piece; the same if it is whole */
+  uint64_t len;        /* bytes of this piece */
+  /* -- its data */
+  unsigned char *buf; /* READ: room for it; WRITE: it; BLOCK_STATUS: extents as
+                         they are sent */
+  size_t status_len;  /* BLOCK_STATUS: bytes at buf */
+  int owns_buf;       /* buf is freed with the request; else it belongs to the
+                         client's thread */
+  /* -- the outcome */
+  enum req_state state;
+  int err;             /* 0 or -errno */
+  const char *refused; /* why tx_validate refused it, else NULL */
+  int all_zero;        /* READ: only zeroes were read, so a hole may be sent */
+  int more_chunks;     /* another chunk of this reply follows */
+  int err_has_off;     /* err happened at: */
+  uint64_t err_off;
+  struct nbdserve_req *next; /* in a list of requests that are answered, or
+                                wait for a worker */
+};
+
+/* Moves a request on in the diagram above. */
+static void req_set_state(struct nbdserve_req *r, enum req_state to) {
+  static const unsigned char from[] = {
+      /* a bit for each state before it */
+      [REQ_TODO] = 0,
+      [REQ_TO_FLUSH] = 1 << REQ_TODO,
+      [REQ_HANDED_OVER] = 1 << REQ_TODO | 1 << REQ_TO_FLUSH,
+      [REQ_DONE] = 1 << REQ_TODO | 1 << REQ_TO_FLUSH,
+      [REQ_IN_WBUF] = 1 << REQ_DONE,
+      [REQ_SENT] = 1 << REQ_DONE | 1 << REQ_IN_WBUF};
+  assert(from[to] >> r->state & 1);
+  (void)from;
+  r->state = to;
+}
+
+/* Is it a READ or a WRITE that moves at least one byte? */
+static int req_moves_data(const struct nbdserve_req *r) {
+  const struct wire_cmd *cmd = wire_cmd(r->type);
+  return cmd && cmd->has_data && r->len > 0;
+}
+
+/* ---- Exports and the state of a server ----------------------------------- */
+
+enum {
+  EX_ALL_FLAGS = NBDSERVE_EXPORT_READONLY | NBDSERVE_EXPORT_SERIAL |
+                 NBDSERVE_EXPORT_MULTI_CONN | NBDSERVE_EXPORT_ROTATIONAL |
+                 NBDSERVE_EXPORT_NATIVE_FUA | NBDSERVE_EXPORT_FALLBACK |
+                 NBDSERVE_EXPORT_WRITETHROUGH | NBDSERVE_EXPORT_UNSAFE,
+  EX_MAX_MIN_BLOCK = 65536,  /* proto.md, Block size constraints */
+  EX_DEFAULT_BLOCK = 4096,   /* the same: what clients take for granted, */
+  EX_DEFAULT_MAX = 32 << 20, /* and here */
+  EX_ZERO_STEP = 1 << 20,    /* bytes of zeroes that are written at a time */
+  EX_EXTENTS = 2048,         /* in one reply, at most */
+  EX_MAX_ERRNO = 4095,       /* no system has a larger one */
+  EX_LIES_LOGGED = 10        /* messages about a host's wrong results */
+};
+
 struct ex {
-  struct nbdserve_export e; /* size: under s->lock */
-  int dynamic;              /* from the find callback */
-  struct ex *next;
-  struct os_monitor serial, lock; /* lock: guards what follows */
-  uint64_t nflushes, failed;      /* begun so far; the last one that failed */
-  int flushing, failure; /* the last has not returned; error of failed */
-  char strings[];        /* name and description */
+  /* -- fixed, but for pub.size, which server->lock guards */
+  struct nbdserve_export pub; /* as the host described it, defaults filled in */
+  struct nbdserve *server;
+  int from_callback; /* (E1) */
+  struct ex *next;   /* of those that were added */
+  /* -- locks */
+  struct os_monitor serial; /* one call at a time, with SERIAL */
+  struct os_monitor lock;   /* guards the rest; woken when a flush has ended */
+  uint64_t flushes_begun;   /* their number so far: the last one's number */
+  uint64_t flush_failed;    /* number of the last one that failed; 0: none */
+  int flush_err;            /* the error of that one */
+  int flush_runs;           /* the last one has not returned */
+  char strings[];           /* name and description, each with its NUL */
 };
 
-enum {
-  SRV_LISTENERS = 32
-};
-struct srv_listener {
-  int fd, is_unix; /* text is a path that is ours to unlink... */
-  struct stat st;  /* ...if it still is this socket */
-  char text[128];  /* that, HOST:PORT, or "" */
-};
-
+/* A server.  struct conn is in [8], struct srv_listener in [12]. */
 struct nbdserve {
-  struct nbdserve_config config; /* fixed; defaults filled in */
-  int stop[2], wake[2]; /* pipes: nbdserve_stop; nbdserve_run looks around */
-  struct srv_listener listeners[SRV_LISTENERS + 1]; /* localhost is two */
+  /* -- fixed after nbdserve_new (the command sets find and list later) */
+  struct nbdserve_config config; /* defaults filled in */
+  struct io_stop stop;
+  int wake[2];    /* pipe: nbdserve_wake was called, and nothing else */
+  int noticed[2]; /* pipe: a client has left; nbdserve_run looks around */
+  /* -- the thread that calls nbdserve_run */
+  struct srv_listener *listeners; /* [SRV_LISTENERS + 1] */
   int nlisteners;
-  int64_t idle_from;      /* nbdserve_run: when the last client had gone */
-  struct os_monitor lock; /* guards what follows */
-  struct ex *exports, **last_export;
-  struct conn *conns; /* clients being served */
+  int64_t accept_after; /* in os_now_ms: the last accept() failed */
+  int64_t full_told;    /* when it was last said that clients have to wait */
+  /* -- guarded by lock, in which nobody waits */
+  struct os_monitor lock;
+  struct ex *exports; /* (E1): the list only grows, at its end */
+  struct ex **last_export;
+  struct conn *conns; /* clients that are being served */
   unsigned nconns;
-  struct nbdserve_stats stats;
+  unsigned nlies;     /* wrong results of the host's functions so far */
+  int64_t idle_since; /* when the last client left; 0: never run */
+  struct nbdserve_stats totals; /* of the clients that have left */
 };
 
-enum {
-  EX_FLAGS = 2 * NBDSERVE_EXPORT_UNSAFE - 1, /* all that there are */
-  EX_ZEROES = 1 << 20, /* bytes of zeroes written at a time */
-  EX_EXTENTS = 2048,   /* in one reply, at most */
-  EX_EXTENTS_SIZE = WIRE_EXTENDED + 8 + 16 * EX_EXTENTS
-};
+/* The name of an export; "" for the default one. */
+static const char *ex_name(const struct ex *ex) {
+  return ex->pub.name;
+}
 
-struct nbdserve_extents {
-  uint64_t left, skip; /* bytes not yet, and already, described */
-  uint64_t align;      /* boundaries are multiples of it */
-  unsigned n, max;
-  unsigned char *data; /* 8 bytes of length and 8 of status each */
-};
+/* ---- The layer around the host's functions ------------------------------- */
 
-static void ex_free(struct ex *ex) {
-  assert(!ex->flushing);
-  if (ex->e.ops && ex->e.ops->close) ex->e.ops->close(ex->e.ctx);
+/* Says that a function of the host's has given what it must not.  where: the
+ * name of the export, or "" for a function of the config. */
+static void ex_log_lie(struct nbdserve *s, const char *where,
+                       const char *function, const char *what) {
+  os_lock(&s->lock);
+  unsigned n = ++s->nlies;
+  os_unlock(&s->lock);
+  if (n <= EX_LIES_LOGGED)
+    u_log(&s->config, NBDSERVE_LOG_ERROR,
+          "export '%s': the host's %s %s; taken as EIO%s", where, function,
+          what, n == EX_LIES_LOGGED ? "; no more of these are logged" : "");
+}
+
+/* What a function of the host's has returned, if that is 0 or a -errno value.
+ * Any other number is no reason to end the host's process, nor to tell a client
+ * something wrong: it becomes -EIO. */
+static int ex_believe(struct nbdserve *s, const char *where,
+                      const char *function, int r) {
+  char what[48];
+  if (r <= 0 && r >= -EX_MAX_ERRNO) return r;
+  snprintf(what, sizeof what, "returned %d, no -errno value", r);
+  ex_log_lie(s, where, function, what);
+  return -EIO;
+}
+
+/* Around each call into a backend. */
+static void ex_enter(struct ex *ex) {
+  if (ex->pub.flags & NBDSERVE_EXPORT_SERIAL) os_lock(&ex->serial);
+}
+
+/* Ends what ex_enter began. */
+static void ex_leave(struct ex *ex) {
+  if (ex->pub.flags & NBDSERVE_EXPORT_SERIAL) os_unlock(&ex->serial);
+}
+
+/* Asks the host's `before` whether a request shall fail.  0 or -errno. */
+static int ex_ask_before(struct ex *ex, const struct nbdserve_req *r) {
+  const struct nbdserve_config *k = &ex->server->config;
+  if (!k->before) return 0;
+  return ex_believe(ex->server, ex_name(ex), "before",
+                    k->before(k->ctx, r->type, r->off, r->len));
+}
+
+/* ---- Making, finding, freeing -------------------------------------------- */
+
+/* Frees the export; the backend's context goes back to who gave it. */
+static void ex_disown(struct ex *ex) {
+  assert(!ex->flush_runs);
   os_monitor_free(&ex->lock);
   os_monitor_free(&ex->serial);
   NBDSERVE_FREE(ex);
 }
 
-/* Checks an export as the host describes it and makes a copy with the defaults
- * filled in; the copy owns ctx.  -EINVAL, -ENOMEM: the caller keeps it. */
-static int ex_new(struct ex **out, const struct nbdserve_export *from) {
+/* Frees the export and, through close, the backend's context. */
+static void ex_free(struct ex *ex) {
+  if (ex->pub.ops->close) ex->pub.ops->close(ex->pub.ctx);
+  ex_disown(ex);
+}
+
+/* Fills in what the host has left at 0. */
+static void ex_fill_defaults(struct nbdserve_export *e) {
+  if (!e->name) e->name = "";
+  if (!e->description) e->description = "";
+  if (!e->min_block) e->min_block = 1;
+  if (!e->preferred_block)
+    e->preferred_block =
+        e->min_block > EX_DEFAULT_BLOCK ? e->min_block : EX_DEFAULT_BLOCK;
+  if (!e->max_request)
+    e->max_request = (uint32_t)u_min(EX_DEFAULT_MAX, NBDSERVE_MAX_REQUEST);
+  if (e->ops && !e->ops->write) e->flags |= NBDSERVE_EXPORT_READONLY;
+}
+
+/* What is wrong with an export as the host describes it, or NULL. */
+static const char *ex_fault(const struct nbdserve_export *e) {
+  if (!e->ops || !e->ops->read) return "no read function";
+  if (e->size > INT64_MAX) return "size above INT64_MAX";
+  if (e->flags & ~(uint32_t)EX_ALL_FLAGS) return "unknown flags";
+  if (strlen(e->name) > WIRE_STRING_MAX) return "name too long";
+  if (strlen(e->description) > WIRE_STRING_MAX) return "description too long";
+  if (!u_is_power_of_2(e->min_block) || e->min_block > EX_MAX_MIN_BLOCK)
+    return "min_block is no power of two up to 65536";
+  if (!u_is_power_of_2(e->preferred_block) || e->preferred_block < 512 ||
+      e->preferred_block < e->min_block)
+    return "preferred_block is no power of two, or below 512 or min_block";
+  if (e->max_request < e->preferred_block ||
+      e->max_request > NBDSERVE_MAX_REQUEST)
+    return "max_request is below preferred_block or too large";
+  return NULL;
+}
+
+/* Makes an export of what the host describes.  On success it owns from->ctx.
+ * -EINVAL: not a possible description, -ENOMEM: ctx stays the caller's. */
+static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
+                  struct ex **out) {
   struct nbdserve_export e = *from;
-  if (!e.name) e.name = "";
-  if (!e.description) e.description = "";
-  size_t n = strlen(e.name), d = strlen(e.description);
-  if (!e.min_block) e.min_block = 1;
-  if (!e.preferred_block)
-    e.preferred_block = e.min_block > 4096 ? e.min_block : 4096;
-  if (!e.max_request)
-    e.max_request = (uint32_t)u_min(32u << 20, NBDSERVE_MAX_REQUEST);
-  if (!e.ops || !e.ops->read || e.size > INT64_MAX || e.flags > EX_FLAGS ||
-      !u_is_power_of_2(e.min_block) || e.min_block > 65536 ||
-      n > WIRE_STRING_MAX || !u_is_power_of_2(e.preferred_block) ||
-      e.preferred_block < 512 || e.preferred_block < e.min_block ||
-      e.max_request < e.preferred_block ||
-      e.max_request > NBDSERVE_MAX_REQUEST || d > WIRE_STRING_MAX)
-    return -EINVAL;
-  if (!e.ops->write) e.flags |= NBDSERVE_EXPORT_READONLY;
-  struct ex *ex = u_zalloc(sizeof *ex + n + d + 2);
+  ex_fill_defaults(&e);
+  if (ex_fault(&e)) return -EINVAL;
+  size_t name_size = strlen(e.name) + 1;
+  size_t description_size = strlen(e.description) + 1;
+  struct ex *ex = u_zalloc(sizeof *ex + name_size + description_size);
   if (!ex) return -ENOMEM;
-  if (os_monitor_init(&ex->serial) || os_monitor_init(&ex->lock)) {
-    ex_free(ex); /* without ops: ctx stays the caller's */
+  if (os_monitors_init(&ex->serial, &ex->lock)) {
+    NBDSERVE_FREE(ex);
     return -ENOMEM;
   }
-  e.name = strcpy(ex->strings, e.name);
-  e.description = strcpy(ex->strings + n + 1, e.description);
-  ex->e = e;
+  e.name = memcpy(ex->strings, e.name, name_size);
+  e.description =
+      memcpy(ex->strings + name_size, e.description, description_size);
+  ex->pub = e;
+  ex->server = s;
   *out = ex;
   return 0;
 }
 
+/* The added export of that name, or NULL.  The caller holds s->lock. */
 static struct ex *ex_by_name(struct nbdserve *s, const char *name) {
   struct ex *ex = s->exports;
-  while (ex && strcmp(ex->e.name, name) != 0)
+  while (ex && strcmp(ex_name(ex), name) != 0)
     ex = ex->next;
   return ex;
 }
 
-/* The export a client means: an added one of that name, what the find callback
- * has, for the empty name the first one added, one that takes any name; and its
- * size now.  -ENOENT or what the callback said.  ex_put gives it back. */
-static int ex_get(struct nbdserve *s, const char *name, struct ex **out,
-                  uint64_t *size) {
+/* The added export that serves a name which no other has, or NULL: for the
+ * empty name the first one, else one that takes any name.  The caller holds
+ * s->lock. */
+static struct ex *ex_fallback(struct nbdserve *s, const char *name) {
+  struct ex *ex = s->exports;
+  if (!*name) return ex;
+  while (ex && !(ex->pub.flags & NBDSERVE_EXPORT_FALLBACK))
+    ex = ex->next;
+  return ex;
+}
+
+/* Asks the host's find callback for an export.  -ENOENT: it knows none of that
+ * name, or there is no callback; others: what it said, or why what it gave is
+ * none.  The client owns the export. */
+static int ex_from_callback(struct nbdserve *s, const char *name,
+                            struct ex **out) {
+  const struct nbdserve_config *k = &s->config;
   struct nbdserve_export e = {0};
-  int err = -ENOENT;
-  os_lock(&s->lock);
-  struct ex *same = ex_by_name(s, name), *any = s->exports;
-  while (any && *name && !(any->e.flags & NBDSERVE_EXPORT_FALLBACK))
-    any = any->next;
-  if ((*out = same ? same : any)) {
-    struct nbdserve_export *x = &(*out)->e;
-    *size = x->size = x->ops->size ? x->ops->size(x->ctx, x->size) : x->size;
+  if (!k->find) return -ENOENT;
+  int err = ex_believe(s, name, "find", k->find(k->ctx, name, &e));
+  if (err) return err;
+  if (!e.name) e.name = name;
+  err = ex_new(s, &e, out);
+  if (!err) {
+    (*out)->from_callback = 1;
+    return 0;
   }
-  os_unlock(&s->lock);
-  if (!same && s->config.find) err = s->config.find(s->config.ctx, name, &e);
-  if (same || (err == -ENOENT && any))
-    err = 0;
-  else if (!err) {
-    *size = e.size;
-    if (!e.name) e.name = name;
-    err = ex_new(out, &e);
-    if (!err)
-      (*out)->dynamic = 1;
-    else if (e.ops && e.ops->close)
-      e.ops->close(e.ctx);
+  if (err == -EINVAL) {
+    ex_fill_defaults(&e);
+    u_log(k, NBDSERVE_LOG_ERROR, "the host's find gave a wrong export: %s",
+          ex_fault(&e));
+    err = -EIO;
   }
-  if (!err) *size -= *size % (*out)->e.min_block; /* nobody reaches the rest */
+  if (e.ops && e.ops->close) e.ops->close(e.ctx);
   return err;
 }
 
-static void ex_put(struct ex *ex) {
-  if (ex && ex->dynamic) ex_free(ex); /* (E1) */
+/* Asks an added export for its size now, and keeps that. */
+static int ex_current_size(struct ex *ex, uint64_t *size) {
+  struct nbdserve_export *e = &ex->pub;
+  os_lock(&ex->server->lock);
+  uint64_t now = e->size;
+  if (e->ops->size && !ex->from_callback) now = e->ops->size(e->ctx, e->size);
+  int is_size = now <= INT64_MAX;
+  if (is_size) e->size = now;
+  os_unlock(&ex->server->lock);
+  if (!is_size) {
+    ex_log_lie(ex->server, ex_name(ex), "size", "returned more than INT64_MAX");
+    return -EIO;
+  }
+  *size = now - now % e->min_block; /* no request reaches the rest */
+  return 0;
 }
 
-/* The transmission flags of a client: each exactly when it is so.  meta: it has
- * selected metadata contexts of this export. */
-static unsigned ex_flags(const struct nbdserve *s, const struct ex *ex,
-                         int mode, int meta) {
-  const struct nbdserve_ops *ops = ex->e.ops;
-  unsigned f = 0, writable = !(ex->e.flags & NBDSERVE_EXPORT_READONLY);
-  if (writable) f |= NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
-  if (writable && ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
-  if (writable && ops->trim) f |= NBD_FLAG_SEND_TRIM;
-  if (ex->e.flags & NBDSERVE_EXPORT_ROTATIONAL) f |= NBD_FLAG_ROTATIONAL;
-  if ((ex->e.flags & NBDSERVE_EXPORT_MULTI_CONN) && s->config.max_conn > 1)
-    f |= NBD_FLAG_CAN_MULTI_CONN; /* a second one would wait for ever */
+/* Finds the export that a client means, and its size now.  -ENOENT: there is
+ * none; others: what the host's callbacks said.  ex_release gives it back. */
+static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
+                      uint64_t *size) {
+  os_lock(&s->lock);
+  struct ex *ex = ex_by_name(s, name); /* first, one of that very name */
+  os_unlock(&s->lock);
+  if (!ex) { /* second, what the host knows */
+    int err = ex_from_callback(s, name, &ex);
+    if (err && err != -ENOENT) return err;
+  }
+  if (!ex) { /* last, one that takes what no other has */
+    os_lock(&s->lock);
+    ex = ex_fallback(s, name);
+    os_unlock(&s->lock);
+  }
+  if (!ex) return -ENOENT;
+  int err = ex_current_size(ex, size);
+  if (err && ex->from_callback) ex_free(ex);
+  if (!err) *out = ex;
+  return err;
+}
+
+/* Gives back what ex_acquire gave; frees it if it was the client's (E1). */
+static void ex_release(struct ex *ex) {
+  if (ex->from_callback) ex_free(ex);
+}
+
+/* The transmission flags for a client: each is set exactly when the thing works
+ * on this export.  has_allocation: the client has selected base:allocation. */
+static unsigned ex_transmission_flags(const struct nbdserve *s,
+                                      const struct ex *ex, enum wire_mode mode,
+                                      int has_allocation) {
+  const struct nbdserve_ops *ops = ex->pub.ops;
+  unsigned hidden = s->config.without;
+  unsigned f = 0;
+  if (ex->pub.flags & NBDSERVE_EXPORT_ROTATIONAL) f |= NBD_FLAG_ROTATIONAL;
+  /* With a single slot a second connection would wait for ever. */
+  if ((ex->pub.flags & NBDSERVE_EXPORT_MULTI_CONN) && s->config.max_conn > 1)
+    f |= NBD_FLAG_CAN_MULTI_CONN;
   if (ops->cache) f |= NBD_FLAG_SEND_CACHE;
-  if (mode != WIRE_COMPACT) f |= NBD_FLAG_SEND_DF;
-  if (mode == WIRE_EXT && meta) f |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
-  return (f & ~s->config.without) | NBD_FLAG_HAS_FLAGS |
-         (writable ? 0 : NBD_FLAG_READ_ONLY);
+  if (mode != MODE_SIMPLE) f |= NBD_FLAG_SEND_DF;
+  if (mode == MODE_EXTENDED && has_allocation)
+    f |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
+  if (ex->pub.flags & NBDSERVE_EXPORT_READONLY)
+    return (f & ~hidden) | NBD_FLAG_HAS_FLAGS | NBD_FLAG_READ_ONLY;
+  f |= NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
+  if (ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
+  if (ops->trim) f |= NBD_FLAG_SEND_TRIM;
+  return (f & ~hidden) | NBD_FLAG_HAS_FLAGS;
+}
+
+/* ---- Flush and FUA ------------------------------------------------------- */
+
+/* Calls the backend's flush, as the flush of that number.  Takes and gives back
+ * ex->lock, which the caller holds, around the call. */
+static void ex_run_flush(struct ex *ex, uint64_t number) {
+  assert(!ex->flush_runs && number == ex->flushes_begun + 1);
+  ex->flushes_begun = number;
+  ex->flush_runs = 1;
+  os_unlock(&ex->lock);
+  ex_enter(ex);
+  int err = ex->pub.ops->flush(ex->pub.ctx, 0);
+  ex_leave(ex);
+  err = ex_believe(ex->server, ex_name(ex), "flush", err);
+  os_lock(&ex->lock);
+  ex->flush_runs = 0;
+  if (err) {
+    ex->flush_failed = number;
+    ex->flush_err = err;
+  }
+  os_wake_all(&ex->lock);
 }
 
 /* All writes that returned before this call are on permanent storage when it
- * returns 0.  One caller flushes for all that wait (E3). */
+ * returns 0; else -errno.  One caller flushes for all that wait (E3):
+ *
+ *   flush 7    |begins ................ ends|
+ *                    ^ we come: 7 may have missed our writes, so we need 8
+ *   flush 8                                 |begins ........ ends|
+ *                    one of those that need it runs it           ^ we go
+ *
+ * If meanwhile a later one fails, that is our failure, too: it was to cover our
+ * writes as well, and says that they may not be there. */
 static int ex_flush(struct ex *ex) {
-  int err;
-  if (!ex->e.ops->flush || (ex->e.flags & NBDSERVE_EXPORT_UNSAFE)) return 0;
+  if (!ex->pub.ops->flush || (ex->pub.flags & NBDSERVE_EXPORT_UNSAFE)) return 0;
   os_lock(&ex->lock);
-  uint64_t mine = ex->nflushes + 1; /* the first that has not begun yet */
-  while (ex->flushing && ex->nflushes <= mine)
+  uint64_t needed = ex->flushes_begun + 1; /* the first that begins after now */
+  while (ex->flush_runs && ex->flushes_begun <= needed)
     os_wait(&ex->lock);
-  if (ex->nflushes < mine) {
-    ex->nflushes = mine;
-    ex->flushing = 1;
-    os_unlock(&ex->lock);
-    if (ex->e.flags & NBDSERVE_EXPORT_SERIAL) os_lock(&ex->serial);
-    err = ex->e.ops->flush(ex->e.ctx, 0);
-    if (ex->e.flags & NBDSERVE_EXPORT_SERIAL) os_unlock(&ex->serial);
-    os_lock(&ex->lock);
-    ex->flushing = 0;
-    if (err) ex->failed = mine;
-    if (err) ex->failure = err;
-    os_wake_all(&ex->lock);
-  }
-  err = ex->failed >= mine ? ex->failure : 0;
+  if (ex->flushes_begun < needed) ex_run_flush(ex, needed);
+  assert(ex->flushes_begun >= needed);
+  int err = ex->flush_failed >= needed ? ex->flush_err : 0;
   os_unlock(&ex->lock);
   return err;
 }
 
-/* Must r be on permanent storage before it is answered?  And does the backend
- * (native: NBDSERVE_EXPORT_NATIVE_FUA) see to that, or a flush that follows
- * (0)? */
-static int ex_wants_fua(const struct ex *ex, const struct nbdserve_req *r,
-                        uint32_t native) {
-  return wire_cmd(r->type)->writes && r->len > 0 &&
-         (ex->e.flags &
-          (NBDSERVE_EXPORT_NATIVE_FUA | NBDSERVE_EXPORT_UNSAFE)) == native &&
-         ((r->flags & NBD_CMD_FLAG_FUA) ||
-          (ex->e.flags & NBDSERVE_EXPORT_WRITETHROUGH));
+/* How a write gets to permanent storage before it is answered. */
+enum ex_fua {
+  EX_FUA_NO,         /* it need not */
+  EX_FUA_BY_BACKEND, /* the backend sees to it: NBDSERVE_CMD_FUA */
+  EX_FUA_BY_FLUSH    /* a flush follows it */
+};
+
+/* Decides it for a request: only a write with FUA, or on an export that writes
+ * through, has to get there. */
+static enum ex_fua ex_fua(const struct ex *ex, const struct nbdserve_req *r) {
+  uint32_t f = ex->pub.flags;
+  int asked =
+      (r->flags & NBD_CMD_FLAG_FUA) || (f & NBDSERVE_EXPORT_WRITETHROUGH);
+  if (!asked || !r->len || !wire_cmd(r->type)->writes) return EX_FUA_NO;
+  if (f & NBDSERVE_EXPORT_UNSAFE) return EX_FUA_NO;
+  return f & NBDSERVE_EXPORT_NATIVE_FUA ? EX_FUA_BY_BACKEND : EX_FUA_BY_FLUSH;
 }
 
+/* ---- Block status -------------------------------------------------------- */
+
+struct nbdserve_extents {
+  uint64_t left;       /* bytes of the request that are still to be described */
+  uint64_t overhang;   /* bytes at the front of the next extent from the host
+                          that were described with the one before it */
+  uint64_t align;      /* boundaries in the reply are multiples of it */
+  unsigned n;          /* extents so far */
+  unsigned max;        /* that the reply may have */
+  int lied;            /* the host gave a status that does not exist */
+  unsigned char *data; /* for each 8 bytes of length and 8 of status */
+};
+
+/* Adds len bytes to the extents of the reply: to the last one, if the status is
+ * the same.  No room: that is all, then. */
+static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
+                          uint32_t status) {
+  unsigned char *next = x->data + (size_t)WIRE_EXT_EXTENT_LEN * x->n;
+  unsigned char *last = next - WIRE_EXT_EXTENT_LEN;
+  assert(len > 0 && len <= x->left);
+  x->left -= len;
+  if (x->n && u_get64(last + 8) == status) {
+    u_put64(last, u_get64(last) + len);
+  } else if (x->n < x->max) {
+    u_put64(next, len);
+    u_put64(next + 8, status);
+    x->n++;
+  } else {
+    x->left = 0;
+  }
+}
+
+/* Cuts what the host reports at multiples of align: [a block that it shares
+ * with the extent before][whole blocks][a block that it shares with the next
+ * one].  A shared block is described as data, whatever its parts are. */
 int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
-  uint64_t part = u_min(len, x->skip);
-  x->skip -= part;
-  len = u_min(len - part, x->left);
-  while (len > 0 && x->left > 0) {
-    unsigned char *p = x->data + 16 * x->n;
-    uint64_t n = len == x->left ? len : len - len % x->align;
-    if (!n) { /* a boundary inside a block: that block is data */
-      n = u_min(x->align, x->left);
-      x->skip = n - len;
-      len = n;
-      status = 0;
-    }
-    len -= n;
-    x->left -= n;
-    if (x->n && u_get64(p - 8) == status) {
-      u_put64(p - 16, u_get64(p - 16) + n);
-    } else if (x->n < x->max) {
-      u_put64(p, n);
-      u_put64(p + 8, status);
-      x->n++;
-    } else {
-      x->left = 0;
-    }
+  if (status & ~(NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO)) x->lied = 1;
+  uint64_t described = u_min(len, x->overhang);
+  x->overhang -= described;
+  len = u_min(len - described, x->left);
+  uint64_t whole = len == x->left ? len : len - len % x->align;
+  uint64_t rest = len - whole;
+  if (whole) ex_put_extent(x, whole, status);
+  if (rest && x->left) {
+    uint64_t block = u_min(x->align, x->left);
+    x->overhang = block - rest;
+    ex_put_extent(x, block, 0);
   }
   return x->left == 0;
 }
 
-/* The extents of a request, as the reply that goes out: r->buf, r->owned. */
-static int ex_extents(struct ex *ex, struct nbdserve_req *r) {
-  unsigned one = r->flags & NBDSERVE_CMD_REQ_ONE, ext = r->mode == WIRE_EXT;
-  struct nbdserve_extents x = {.left = r->len, .align = ex->e.min_block};
-  x.max = one ? 1 : (unsigned)u_min(ex->e.max_request / 16, EX_EXTENTS);
-  unsigned char *p = NBDSERVE_MALLOC(EX_EXTENTS_SIZE);
-  if (!p) return -ENOMEM;
-  x.data = p + (ext ? WIRE_EXTENDED + 8 : WIRE_CHUNK + 4);
-  int err = !ex->e.ops->extents
-                ? 0
-                : ex->e.ops->extents(ex->e.ctx, r->off, r->len, one, &x);
-  if (!err && !x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
-  for (unsigned i = 0; i < x.n && !ext; i++) { /* len was below 2^32, too */
-    u_put32(x.data + 8 * i, (uint32_t)u_get64(x.data + 16 * i));
-    u_put32(x.data + 8 * i + 4, (uint32_t)u_get64(x.data + 16 * i + 8));
+/* Turns extents of 64 bits, from `from` on, into those of 32 bits, at `to`,
+ * which lies before or at it. */
+static void ex_narrow_extents(unsigned char *to, const unsigned char *from,
+                              unsigned n) {
+  assert(to <= from);
+  for (unsigned i = 0; i < n; i++) {
+    uint64_t len = u_get64(from + (size_t)WIRE_EXT_EXTENT_LEN * i);
+    uint64_t status = u_get64(from + (size_t)WIRE_EXT_EXTENT_LEN * i + 8);
+    assert(len <= UINT32_MAX); /* as was the request's */
+    u_put32(to + (size_t)WIRE_EXTENT_LEN * i, (uint32_t)len);
+    u_put32(to + (size_t)WIRE_EXTENT_LEN * i + 4, (uint32_t)status);
   }
-  u_put32(x.data - 4, x.n);
-  u_put32(x.data - (ext ? 8 : 4), 1); /* the id of base:allocation */
-  r->buf = p;                         /* freed with r, also when this failed */
-  r->owned = (size_t)(x.data - p) + (ext ? 16 : 8) * x.n;
-  wire_put_chunk(
-      p, r, ext ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT : NBD_REPLY_TYPE_BLOCK_STATUS,
-      r->owned - (ext ? WIRE_EXTENDED : WIRE_CHUNK));
-  return err;
 }
 
-static int ex_do(struct ex *ex, struct nbdserve_req *r) {
-  const struct nbdserve_ops *ops = ex->e.ops;
-  uint32_t f =
-      ex_wants_fua(ex, r, NBDSERVE_EXPORT_NATIVE_FUA) ? NBDSERVE_CMD_FUA : 0;
-  void *ctx = ex->e.ctx;
+/* Asks for the extents of a request.  r->buf becomes the payload of its reply,
+ * of r->status_len bytes, which the request owns. */
+static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
+  uint32_t flags = r->flags & NBDSERVE_CMD_REQ_ONE;
+  struct nbdserve_extents x = {.left = r->len, .align = ex->pub.min_block};
+  x.max =
+      (unsigned)u_min(ex->pub.max_request / WIRE_EXT_EXTENT_LEN, EX_EXTENTS);
+  if (flags) x.max = 1;
+  unsigned char *p = NBDSERVE_MALLOC(WIRE_EXT_STATUS_LEN +
+                                     (size_t)WIRE_EXT_EXTENT_LEN * EX_EXTENTS);
+  if (!p) return -ENOMEM;
+  r->buf = p;
+  r->owns_buf = 1;
+  x.data = p + WIRE_EXT_STATUS_LEN;
+  int err = 0;
+  if (ex->pub.ops->extents) {
+    ex_enter(ex);
+    err = ex->pub.ops->extents(ex->pub.ctx, r->off, r->len, flags, &x);
+    ex_leave(ex);
+    err = ex_believe(ex->server, ex_name(ex), "extents", err);
+  }
+  if (err) return err;
+  if (x.lied) {
+    ex_log_lie(ex->server, ex_name(ex), "extents",
+               "gave a status that does not exist");
+    return -EIO;
+  }
+  if (!x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
+  u_put32(p, WIRE_CONTEXT_ID);
+  if (r->mode == MODE_EXTENDED) {
+    u_put32(p + 4, x.n);
+    r->status_len = WIRE_EXT_STATUS_LEN + (size_t)WIRE_EXT_EXTENT_LEN * x.n;
+  } else {
+    ex_narrow_extents(p + WIRE_STATUS_LEN, x.data, x.n);
+    r->status_len = WIRE_STATUS_LEN + (size_t)WIRE_EXTENT_LEN * x.n;
+  }
+  return 0;
+}
+
+/* ---- One request on a backend -------------------------------------------- */
+
+/* Calls the backend's function for a request.  0 or -errno; -ENOTSUP is also
+ * said for WRITE_ZEROES if the backend has no function for it. */
+static int ex_call(struct ex *ex, struct nbdserve_req *r) {
+  const struct nbdserve_ops *ops = ex->pub.ops;
+  void *ctx = ex->pub.ctx;
+  uint32_t f = r->flags & (NBDSERVE_CMD_NO_HOLE | NBDSERVE_CMD_FAST_ZERO);
   int err = -EINVAL;
-  assert(r->len > 0 && r->off <= INT64_MAX && r->len <= INT64_MAX - r->off);
-  assert(r->off % ex->e.min_block == 0); /* (E2) */
-  assert(!wire_cmd(r->type)->writes ||
-         !(ex->e.flags & NBDSERVE_EXPORT_READONLY));
-  f |= r->flags & (NBDSERVE_CMD_NO_HOLE | NBDSERVE_CMD_FAST_ZERO);
-  if (ex->e.flags & NBDSERVE_EXPORT_SERIAL) os_lock(&ex->serial);
+  if (r->type == NBD_CMD_BLOCK_STATUS) return ex_block_status(ex, r);
+  if (ex_fua(ex, r) == EX_FUA_BY_BACKEND) f |= NBDSERVE_CMD_FUA;
+  ex_enter(ex);
   switch (r->type) {
   case NBD_CMD_READ:
     err = ops->read(ctx, r->buf, r->off, r->len, 0);
@@ -1172,1074 +2422,2152 @@ static int ex_do(struct ex *ex, struct nbdserve_req *r) {
   case NBD_CMD_WRITE_ZEROES:
     err = ops->zero ? ops->zero(ctx, r->off, r->len, f) : -ENOTSUP;
     break;
-  case NBD_CMD_BLOCK_STATUS:
-    err = ex_extents(ex, r);
-    break;
   default:
     assert(0); /* (E2) */
   }
-  if (ex->e.flags & NBDSERVE_EXPORT_SERIAL) os_unlock(&ex->serial);
-  assert(err <= 0);
-  if (err != -ENOTSUP || r->type != NBD_CMD_WRITE_ZEROES ||
-      f & NBDSERVE_CMD_FAST_ZERO)
-    return err;
-  if (r->len > UINT32_MAX) return -EOVERFLOW; /* nobody could end it */
+  ex_leave(ex);
+  return ex_believe(ex->server, ex_name(ex), wire_cmd(r->type)->name, err);
+}
+
+/* Does a WRITE_ZEROES by writing zeroes.  A range above 4 GiB is -EOVERFLOW: it
+ * would take long, and nobody could cancel it. */
+static int ex_write_zeroes(struct ex *ex, const struct nbdserve_req *r) {
   struct nbdserve_req w = {.type = NBD_CMD_WRITE,
-                           .off = r->off,
-                           .flags = r->flags & NBD_CMD_FLAG_FUA};
-  uint64_t step = u_min(u_min(r->len, EX_ZEROES), ex->e.max_request);
-  step -= step % ex->e.min_block; /* both are multiples of it */
+                           .flags = r->flags & NBD_CMD_FLAG_FUA,
+                           .off = r->off};
+  if (r->len > UINT32_MAX) return -EOVERFLOW;
+  uint64_t step = u_min(u_min(r->len, EX_ZERO_STEP), ex->pub.max_request);
+  step -= step % ex->pub.min_block; /* r->len is a multiple, so is the rest */
   w.buf = u_zalloc((size_t)step);
-  err = w.buf ? 0 : -ENOMEM;
+  int err = w.buf ? 0 : -ENOMEM;
   for (uint64_t left = r->len; left > 0 && !err; left -= w.len) {
     w.len = u_min(step, left);
-    err = ex_do(ex, &w);
+    err = ex_call(ex, &w);
     w.off += w.len;
   }
   NBDSERVE_FREE(w.buf);
   return err;
 }
 
+/* Does a request, without the flush that may have to follow.  0 or -errno. */
+static int ex_execute(struct ex *ex, struct nbdserve_req *r) {
+  assert(r->len > 0 && r->off <= INT64_MAX && r->len <= INT64_MAX - r->off);
+  assert(r->off % ex->pub.min_block == 0); /* (E2) */
+  assert(!wire_cmd(r->type)->writes ||
+         !(ex->pub.flags & NBDSERVE_EXPORT_READONLY));
+  int err = ex_call(ex, r);
+  if (err == -ENOTSUP && r->type == NBD_CMD_WRITE_ZEROES &&
+      !(r->flags & NBD_CMD_FLAG_FAST_ZERO))
+    return ex_write_zeroes(ex, r);
+  return err;
+}
+
 #if !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS
-/* read and write of nbdserve's own backends, whose ctx begins with batch. */
+/* ---- nbdserve's own backends ----------------------------------------------
+ * They do READs and WRITEs many at a time, in ops->run_batch:
+ *
+ *   void run_batch(void *ctx, struct nbdserve_req *r, size_t n)
+ *
+ * does r[0..n), which may be mixed, in any order and with as few system calls
+ * as it can, in the calling thread, and sets err of each.  Requests that
+ * overlap are the client's own risk.  It may run in several threads at once.
+ *
+ * The context of such a backend begins with struct ex_batched, so that read and
+ * write, which the command and tests call, can be batches of one. */
 struct ex_batched {
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n);
 };
 
-#define EX_BATCH_OF_ONE(name, buffer, command) \
-  static int name(void *ctx, buffer buf, uint64_t off, uint64_t len, \
-                  uint32_t flags) { \
-    struct nbdserve_req r = {.type = command, \
-                             .off = off, \
-                             .len = len, \
-                             .buf = (unsigned char *)(uintptr_t)buf}; \
-    assert(!(flags & NBDSERVE_CMD_FUA)); /* not NATIVE_FUA: a flush follows */ \
-    ((struct ex_batched *)ctx)->run_batch(ctx, &r, 1); \
-    return (void)flags, r.err; \
-  }
-EX_BATCH_OF_ONE(ex_batched_read, void *, NBD_CMD_READ)
-EX_BATCH_OF_ONE(ex_batched_write, const void *, NBD_CMD_WRITE)
+/* Does one request with run_batch. */
+static int ex_batch_of_one(void *ctx, struct nbdserve_req *r) {
+  ((struct ex_batched *)ctx)->run_batch(ctx, r, 1);
+  return r->err;
+}
+
+/* ops->read of a backend that has run_batch. */
+static int ex_batched_read(void *ctx, void *buf, uint64_t off, uint64_t len,
+                           uint32_t flags) {
+  struct nbdserve_req r = {
+      .type = NBD_CMD_READ, .off = off, .len = len, .buf = buf};
+  (void)flags;
+  return ex_batch_of_one(ctx, &r);
+}
+
+/* ops->write of a backend that has run_batch. */
+static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
+                            uint64_t len, uint32_t flags) {
+  struct nbdserve_req r = {.type = NBD_CMD_WRITE, .off = off, .len = len};
+  assert(!(flags & NBDSERVE_CMD_FUA)); /* not NATIVE_FUA: a flush follows */
+  (void)flags;
+  r.buf = (unsigned char *)(uintptr_t)buf; /* which a WRITE only reads */
+  return ex_batch_of_one(ctx, &r);
+}
 #endif
 
 /* ==== [8] HANDSHAKE (hs_) ================================================
- * Fixed newstyle negotiation (proto.md, Handshake and Option types).
+ * Connections, and fixed newstyle negotiation (proto.md, Handshake and Option
+ * types).
  *
  * (H1) The length in an option's head alone frames it: all its data is taken
  *      before anything is answered, so the stream stays in step.
  * (H2) What a client claims is never allocated: data beyond NBDSERVE_MAX_OPTION
  *      is thrown away in pieces.
  * (H3) One deadline covers the whole handshake. */
+
+/* ---- A connection ---------------------------------------------------------
+ *
+ *   HANDSHAKE --> TRANSMISSION --> DRAINING --> gone
+ *
+ *   phase          rbuf holds           wbuf holds          threads
+ *   HANDSHAKE      an option's data     replies to options  the client's
+ *   TRANSMISSION   requests, payloads   slots of READs of   the client's, and
+ *                  of the batch's       the batch           workers
+ *                  WRITEs
+ *   DRAINING       nothing              nothing             workers, until all
+ *                                                           is done
+ *
+ * Who may touch what:
+ *
+ *   members             by                               under
+ *   fixed               any thread                       -
+ *   next                whoever walks the clients        nbdserve.lock
+ *   negotiated          written by the client's thread   -
+ *                       in the handshake, read by all
+ *                       from TRANSMISSION on
+ *   option, receiving,  the client's thread              -
+ *   the batch
+ *   sending             whoever answers a request        send_lock
+ *   queue, statistics   the client's thread, workers,    queue_lock
+ *                       nbdserve_stats
+ *
+ * queue_lock is waited on by idle workers, for work, and by the client's
+ * thread, for a worker to finish (reader_waits). */
+
 enum {
-  TX_RBUF = 256 << 10,
-  TX_WBUF = 288 << 10,  /* bytes received, sent at a time */
-  TX_SMALL = 128 << 10, /* longer requests are done one by one */
-  TX_KEEP = 1 << 20,    /* buffer for those; they are in pieces then */
-  TX_BATCH = 128,
-  TX_DEFERRED = 1024, /* requests in one; waiting for workers */
-  TX_WHY = 80,
-  TX_LOGGED = 10, /* bytes of an error's text; logged errors */
-  TX_HEAD = WIRE_EXTENDED + 6 + TX_WHY + 8 /* longest reply without data */
+  CONN_RBUF = 256 << 10, /* bytes received at a time */
+  CONN_WBUF = 288 << 10, /* bytes of slots: 64 READs of 4 KiB and their heads */
+  TX_IN_BATCH_MAX = 128 << 10, /* READ, WRITE: longer ones are not in a batch */
+  TX_PIECE = 1 << 20,          /* they are done in pieces of this size, which
+                                  is also the longest that a worker gets, the
+                                  longest single chunk, and IO_UNIT */
+  TX_BATCH = 128,              /* requests in a batch, at most */
+  TX_HANDED_OVER = 1024, /* requests with workers, if none of them has data */
+  TX_ERROR_TEXT = 80,    /* bytes of an error's text that are sent */
+  TX_LOGGED = 10,        /* failed requests of a client that are logged */
+  TX_HEAD_MAX =          /* the longest reply without data: ERROR_OFFSET */
+      WIRE_EXT_CHUNK_LEN + WIRE_ERROR_LEN + TX_ERROR_TEXT + WIRE_OFFSET_LEN
 };
-STATIC_ASSERT(option_fits, (int)NBDSERVE_MAX_OPTION <= (int)TX_RBUF);
-STATIC_ASSERT(small_fits_in, TX_SMALL + (int)WIRE_EXTENDED <= (int)TX_RBUF);
-STATIC_ASSERT(small_fits_out, TX_SMALL + TX_HEAD <= TX_WBUF);
+STATIC_ASSERT(option_fits, (int)NBDSERVE_MAX_OPTION <= (int)CONN_RBUF);
+STATIC_ASSERT(write_fits,
+              TX_IN_BATCH_MAX + (int)WIRE_EXT_REQUEST_LEN <= (int)CONN_RBUF);
+STATIC_ASSERT(read_fits, TX_IN_BATCH_MAX + TX_HEAD_MAX <= CONN_WBUF);
+STATIC_ASSERT(piece_is_unit, (int)TX_PIECE == (int)IO_UNIT);
 
 struct conn {
   /* -- fixed */
   struct nbdserve *s;
-  struct conn *next; /* guarded by s->lock */
-  struct io io;
-  int fd, id; /* fd: to close; -1: the caller's */
-  /* -- the handshake's; what transmission needs is fixed then */
-  const unsigned char *data; /* of the option being answered */
-  size_t len;
-  uint32_t opt;
-  int no_zeroes, mode, meta; /* WIRE_COMPACT...; base:allocation is selected */
-  char meta_name[WIRE_STRING_MAX + 1]; /* of this export */
-  struct ex *ex;
-  uint64_t size;
-  unsigned tflags, max_workers, max_deferred;
+  int id;     /* for messages: clients are numbered from 1 on */
+  int fd;     /* a socket that is closed in the end; -1: it is the caller's */
+  int is_tcp; /* it ends with io_linger */
+  /* -- */
+  struct conn *next; /* of s->conns */
+  struct io io;      /* says itself who may touch what */
+  /* -- negotiated */
+  enum wire_mode mode;
+  int no_zeroes;      /* NBD_FLAG_C_NO_ZEROES */
+  int has_allocation; /* base:allocation is selected, for the export called: */
+  char meta_export[WIRE_STRING_MAX + 1];
+  struct ex *export; /* NULL: none so far */
+  uint64_t export_size;
+  unsigned transmission_flags;
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n); /* or NULL */
-  size_t read_head; /* bytes in front of the data of a READ */
-  /* -- the client's thread only, as the two buffers at the end */
-  unsigned char *big;
-  size_t rpos, rend, wlen, nreqs; /* received, not looked at; to be sent */
-  struct nbdserve_req reqs[TX_BATCH];
-  int64_t began; /* when the request that is not all there was begun */
-  int big_write; /* the last request was one: expect another */
-  /* -- one sender at a time */
-  struct os_monitor sending; /* guards out, and why nothing goes there: */
-  int broken;
-  /* -- client's thread and workers */
-  struct os_monitor lock;                  /* guards the rest */
-  struct nbdserve_req *queue, **queue_end; /* one worker each */
-  struct nbdserve_req *flushes;            /* one worker for all of them, */
-  int flushing;                            /* which is at it */
-  unsigned nqueue, ndeferred, nworkers, nidle, nlogged;
-  int closing, waits; /* no more comes: workers finish; for one to finish */
-  unsigned char rbuf[TX_RBUF], wbuf[TX_WBUF];
+  size_t read_head;         /* bytes in front of the data of a READ's reply */
+  unsigned max_workers;     /* 0: none, the client's thread does all itself */
+  unsigned max_handed_over; /* requests that workers have or will get */
+  /* -- the option that is being answered */
+  uint32_t option;
+  const unsigned char *option_data; /* what is left of its data */
+  size_t option_left;               /* bytes there */
+  /* -- receiving */
+  size_t rbuf_pos; /* rbuf[rbuf_pos..rbuf_end) is received and not looked at */
+  size_t rbuf_end;
+  int64_t partial_since_ms; /* when what is there of a request began to come */
+  int after_long_write;     /* another one is likely: see tx_receive */
+  unsigned char *piece_buf; /* [TX_HEAD_MAX + TX_PIECE], made when needed */
+  int end_err;              /* why the connection ends: 0 or -errno */
+  /* -- the batch */
+  struct nbdserve_req batch[TX_BATCH];
+  size_t nbatch;
+  size_t wbuf_used; /* bytes of slots, or of replies to options, in wbuf */
+  /* -- sending */
+  struct os_monitor send_lock; /* held while io.out is written to */
+  int send_err;                /* why nothing is sent any more */
+  /* -- queue */
+  struct os_monitor queue_lock;
+  struct nbdserve_req *queue; /* each for one worker */
+  struct nbdserve_req **queue_end;
+  struct nbdserve_req *to_flush; /* all of them for one worker, */
+  int flush_at_work;             /* which is doing the ones before them */
+  unsigned nqueue;
+  unsigned nhanded_over; /* in both lists, and being done */
+  unsigned nworkers;
+  unsigned nidle;
+  int closing;      /* DRAINING: no more work comes, workers end */
+  int reader_waits; /* the client's thread waits for a worker */
+  /* -- statistics, under queue_lock, too */
+  struct nbdserve_stats stats;
+  unsigned nlogged; /* failed requests that were logged */
+  /* -- the buffers, last: they are not zeroed */
+  unsigned char rbuf[CONN_RBUF];
+  unsigned char wbuf[CONN_WBUF];
 };
 
-enum {
-  HS_ENTER,
-  HS_MORE,
-  HS_END
-}; /* what follows an option; or -errno */
-
-/* Tells the log about a client; the text begins with its number. */
-#define HS_LOG(c, level, ...) \
+/* Tells the host's log about a client; the text begins with its number. */
+#define conn_log(c, level, ...) \
   u_log(&(c)->s->config, level, "client " __VA_ARGS__)
 
-/* Sends the replies to an option: they gather in the send buffer. */
+/* ---- Replies to options -------------------------------------------------- */
+
+/* What follows the answer to an option. */
+enum hs_result {
+  HS_MORE,  /* another option */
+  HS_ENTER, /* transmission */
+  HS_END,   /* the client leaves in order */
+  HS_FAILED /* the connection is closed: c->end_err says why */
+};
+
+/* Closes the connection for that reason. */
+static enum hs_result hs_close(struct conn *c, int err) {
+  assert(err < 0);
+  c->end_err = err;
+  return HS_FAILED;
+}
+
+/* Sends the replies that have gathered in wbuf.  0 or -errno. */
 static int hs_send(struct conn *c) {
-  struct iovec v = {c->wbuf, c->wlen};
-  c->wlen = 0;
-  if (!c->broken) c->broken = io_send(&c->io, &v, 1);
-  return c->broken;
+  struct iovec v = {.iov_base = c->wbuf, .iov_len = c->wbuf_used};
+  c->wbuf_used = 0;
+  if (!c->send_err) c->send_err = io_send(&c->io, &v, 1);
+  return c->send_err;
 }
 
-/* Room for len more bytes to send; hs_run sees it when the client is gone. */
-static unsigned char *hs_room(struct conn *c, size_t len) {
-  assert(len <= TX_WBUF);
-  if (c->wlen + len > TX_WBUF) hs_send(c);
-  c->wlen += len;
-  return c->wbuf + c->wlen - len;
+/* Makes room for len more bytes in wbuf, all to be written by the caller.  If
+ * the client is gone they go nowhere, and hs_run will see it. */
+static unsigned char *hs_reserve(struct conn *c, size_t len) {
+  assert(len <= CONN_WBUF);
+  if (c->wbuf_used + len > CONN_WBUF) hs_send(c);
+  unsigned char *p = c->wbuf + c->wbuf_used;
+  c->wbuf_used += len;
+  return p;
 }
 
+/* Begins a reply to the current option, with len bytes of data at the
+ * result. */
 static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t len) {
-  unsigned char *p = hs_room(c, WIRE_REP + len);
-  u_put64(p, NBD_REP_MAGIC);
-  u_put32(p + 8, c->opt);
-  u_put32(p + 12, type);
-  u_put32(p + 16, (uint32_t)len);
-  return p + WIRE_REP;
+  unsigned char *p = hs_reserve(c, WIRE_OPTION_REPLY_LEN + len);
+  wire_put_option_reply(p, c->option, type, len);
+  return p + WIRE_OPTION_REPLY_LEN;
 }
 
-static int hs_ack(struct conn *c) {
+/* Answers the option with success. */
+static enum hs_result hs_ack(struct conn *c) {
   hs_reply(c, NBD_REP_ACK, 0);
   return HS_MORE;
 }
 
-static int hs_fail(struct conn *c, uint32_t type, const char *why) {
+/* Answers the option with an error; haggling goes on. */
+static enum hs_result hs_refuse(struct conn *c, uint32_t type,
+                                const char *why) {
   size_t n = strlen(why);
   memcpy(hs_reply(c, type, n), why, n);
-  HS_LOG(c, NBDSERVE_LOG_INFO, "%d: option %" PRIu32 " refused: %s", c->id,
-         c->opt, why);
+  conn_log(c, NBDSERVE_LOG_INFO, "%d: option %" PRIu32 " refused: %s", c->id,
+           c->option, why);
   return HS_MORE;
 }
 
+/* ---- Reading an option's data -------------------------------------------- */
+
+/* Moves on in the option's data. */
+static void hs_advance(struct conn *c, size_t n) {
+  assert(n <= c->option_left);
+  c->option_data += n;
+  c->option_left -= n;
+}
+
 /* Takes a string with its 32-bit length off the option's data and copies it to
- * out[WIRE_STRING_MAX + 1].  0, or an error reply. */
+ * out[WIRE_STRING_MAX + 1].  0, or the error to answer with. */
 static uint32_t hs_take_string(struct conn *c, char *out) {
-  uint32_t n = c->len < 4 ? 0 : u_get32(c->data);
-  if (c->len < 4 || n > c->len - 4) return NBD_REP_ERR_INVALID;
+  if (c->option_left < 4) return NBD_REP_ERR_INVALID;
+  uint32_t n = u_get32(c->option_data);
+  hs_advance(c, 4);
+  if (n > c->option_left) return NBD_REP_ERR_INVALID;
   if (n > WIRE_STRING_MAX) return NBD_REP_ERR_TOO_BIG;
-  memcpy(out, c->data + 4, n);
+  memcpy(out, c->option_data, n);
   out[n] = 0;
-  c->data += 4 + n;
-  c->len -= 4 + n;
-  return memchr(out, 0, n) ? NBD_REP_ERR_INVALID : 0;
+  hs_advance(c, n);
+  return memchr(out, 0, n) ? NBD_REP_ERR_INVALID : 0; /* NAME NUL JUNK */
 }
 
-/* The export is settled: what transmission needs to know of it. */
-static void hs_settle(struct conn *c, struct ex *ex, const char *name) {
+/* ---- Entering an export -------------------------------------------------- */
+
+/* Does SET_META_CONTEXT for that name hold for this export? */
+static int hs_has_allocation(const struct conn *c, const char *name) {
+  return c->has_allocation && strcmp(c->meta_export, name) == 0;
+}
+
+/* Settles the export, which the connection owns from now on, and all that
+ * transmission has to know of it. */
+static void hs_enter(struct conn *c, struct ex *ex, const char *name,
+                     uint64_t size) {
   const struct nbdserve_config *k = &c->s->config;
-  assert(!c->ex);
-  c->ex = ex;
-  c->meta = c->meta && strcmp(c->meta_name, name) == 0;
-  c->tflags = ex_flags(c->s, ex, c->mode, c->meta);
-  c->run_batch = k->before ? NULL : ex->e.ops->run_batch;
-  c->read_head = c->mode == WIRE_EXT          ? WIRE_EXTENDED + 8
-                 : c->mode == WIRE_STRUCTURED ? WIRE_CHUNK + 8
-                                              : WIRE_SIMPLE;
-  c->max_workers = k->threads > 1 ? k->threads : 0;
-  c->max_deferred = c->run_batch ? TX_DEFERRED : k->threads;
-  HS_LOG(c, NBDSERVE_LOG_INFO, "%d: export '%s', %" PRIu64 " bytes%s", c->id,
-         name, c->size, c->tflags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
+  assert(!c->export);
+  c->export = ex;
+  c->export_size = size;
+  c->has_allocation = hs_has_allocation(c, name);
+  c->transmission_flags =
+      ex_transmission_flags(c->s, ex, c->mode, c->has_allocation);
+  c->read_head = WIRE_SIMPLE_REPLY_LEN;
+  if (c->mode != MODE_SIMPLE)
+    c->read_head = wire_chunk_len(c->mode) + WIRE_OFFSET_LEN;
+  /* `before` is asked for each request, so there is nothing to do together. */
+  if (!k->before) c->run_batch = ex->pub.ops->run_batch;
+  if (k->threads > 1) c->max_workers = k->threads;
+  c->max_handed_over = c->run_batch ? TX_HANDED_OVER : k->threads;
+  conn_log(c, NBDSERVE_LOG_INFO, "%d: export '%s', %" PRIu64 " bytes%s", c->id,
+           name, size,
+           c->transmission_flags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
 }
 
-/* The options.  Each takes its data and answers: HS_*, or -errno to close. */
+/* ---- The options -----------------------------------------------------------
+ * Each function takes its option's data, which is all there, and answers. */
 
-static int hs_opt_export_name(struct conn *c) {
-  size_t n = c->no_zeroes ? 10 : 10 + 124;
+/* proto.md, NBD_OPT_EXPORT_NAME: all of the data is the name.  This option has
+ * no error reply: what is wrong closes the connection. */
+static enum hs_result hs_opt_export_name(struct conn *c) {
+  size_t len = WIRE_EXPORT_NAME_LEN;
   char name[WIRE_STRING_MAX + 1];
   struct ex *ex;
-  snprintf(name, sizeof name, "%.*s", (int)c->len, (const char *)c->data);
-  if (c->mode == WIRE_EXT) return -EPROTO; /* extended headers demand GO */
-  if (strlen(name) != c->len || ex_get(c->s, name, &ex, &c->size))
-    return -ENOENT; /* this option knows no error reply */
-  hs_settle(c, ex, name);
-  unsigned char *p = memset(hs_room(c, n), 0, n);
-  u_put64(p, c->size);
-  u_put16(p + 8, c->tflags);
+  uint64_t size;
+  if (c->mode == MODE_EXTENDED) return hs_close(c, -EPROTO); /* GO is needed */
+  assert(c->option_left <= WIRE_STRING_MAX); /* hs_option has seen to it */
+  memcpy(name, c->option_data, c->option_left);
+  name[c->option_left] = 0;
+  if (strlen(name) != c->option_left) return hs_close(c, -ENOENT);
+  if (ex_acquire(c->s, name, &ex, &size)) return hs_close(c, -ENOENT);
+  hs_enter(c, ex, name, size);
+  if (!c->no_zeroes) len += WIRE_EXPORT_NAME_PAD;
+  unsigned char *p = memset(hs_reserve(c, len), 0, len);
+  u_put64(p, size);
+  u_put16(p + 8, c->transmission_flags);
   return HS_ENTER;
 }
 
-static int hs_emit(void *arg, const char *name, const char *description) {
+/* proto.md, NBD_OPT_ABORT: whatever its data, and however much that is. */
+static enum hs_result hs_opt_abort(struct conn *c) {
+  hs_ack(c);
+  return HS_END;
+}
+
+/* Lists an export; the host's list callback calls it, too.  Not 0: the client
+ * is gone, and the rest is for nobody. */
+static int hs_list_one(void *conn, const char *name, const char *description) {
+  struct conn *c = conn;
   size_t n = name ? strlen(name) : 0;
   size_t d = description ? strlen(description) : 0;
-  struct conn *c = arg;
-  if (n > WIRE_STRING_MAX || d > WIRE_STRING_MAX)
-    return 0; /* who could ask for it? */
+  /* Nobody could ask for such an export. */
+  if (n > WIRE_STRING_MAX || d > WIRE_STRING_MAX) return 0;
   unsigned char *p = hs_reply(c, NBD_REP_SERVER, 4 + n + d);
   u_put32(p, (uint32_t)n);
   if (n) memcpy(p + 4, name, n);
   if (d) memcpy(p + 4 + n, description, d);
-  return c->broken;
+  return c->send_err;
 }
 
-static int hs_opt_list(struct conn *c) {
-  struct nbdserve *s = c->s;
+/* proto.md, NBD_OPT_LIST.  s->lock is not held while a reply is sent: a client
+ * that reads slowly must not hold up others.  (E1): the list only grows. */
+static enum hs_result hs_opt_list(struct conn *c) {
+  const struct nbdserve_config *k = &c->s->config;
+  int gone = 0;
   int err = 0;
-  if (c->len) return hs_fail(c, NBD_REP_ERR_INVALID, "data with NBD_OPT_LIST");
-  os_lock(&s->lock);
-  for (struct ex *ex = s->exports; ex && !err; ex = ex->next) {
-    os_unlock(&s->lock); /* (E1): the list only grows, at its end */
-    err = hs_emit(c, ex->e.name, ex->e.description);
-    os_lock(&s->lock);
+  if (c->option_left)
+    return hs_refuse(c, NBD_REP_ERR_INVALID, "data with NBD_OPT_LIST");
+  os_lock(&c->s->lock);
+  for (struct ex *ex = c->s->exports; ex && !gone; ex = ex->next) {
+    os_unlock(&c->s->lock);
+    gone = hs_list_one(c, ex_name(ex), ex->pub.description);
+    os_lock(&c->s->lock);
   }
-  os_unlock(&s->lock);
-  if (!err && s->config.list) err = s->config.list(s->config.ctx, hs_emit, c);
-  return err ? -EPIPE : hs_ack(c);
+  os_unlock(&c->s->lock);
+  if (!gone && k->list)
+    err = ex_believe(c->s, "", "list", k->list(k->ctx, hs_list_one, c));
+  if (c->send_err) return hs_close(c, c->send_err);
+  if (!err) return hs_ack(c);
+  u_log(k, NBDSERVE_LOG_WARNING, "the host's list of exports: %s",
+        u_errno_text(err));
+  return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "the list is not complete");
 }
 
-static void hs_info(struct conn *c, struct ex *ex, unsigned type) {
-  const char *text = type == NBD_INFO_NAME ? ex->e.name : ex->e.description;
+/* proto.md, NBD_INFO_...: a reply with one piece of information. */
+static void hs_put_info(struct conn *c, const struct ex *ex, uint64_t size,
+                        unsigned flags, enum nbd_info type) {
+  const struct nbdserve_export *e = &ex->pub;
   unsigned char *p;
   if (type == NBD_INFO_EXPORT) {
-    p = hs_reply(c, NBD_REP_INFO, 12);
-    u_put64(p + 2, c->size);
-    u_put16(p + 10, c->tflags);
+    p = hs_reply(c, NBD_REP_INFO, WIRE_INFO_EXPORT_LEN);
+    u_put64(p + 2, size);
+    u_put16(p + 10, flags);
   } else if (type == NBD_INFO_BLOCK_SIZE) {
-    p = hs_reply(c, NBD_REP_INFO, 14);
-    u_put32(p + 2, ex->e.min_block);
-    u_put32(p + 6, ex->e.preferred_block);
-    u_put32(p + 10, ex->e.max_request);
+    p = hs_reply(c, NBD_REP_INFO, WIRE_INFO_BLOCK_SIZE_LEN);
+    u_put32(p + 2, e->min_block);
+    u_put32(p + 6, e->preferred_block);
+    u_put32(p + 10, e->max_request);
   } else {
+    const char *text = type == NBD_INFO_NAME ? e->name : e->description;
     p = hs_reply(c, NBD_REP_INFO, 2 + strlen(text));
     memcpy(p + 2, text, strlen(text));
   }
   u_put16(p, type);
 }
 
-static int hs_opt_go(struct conn *c) {
+/* Takes the list of information types off the data of INFO or GO: a set of
+ * bits, one for each enum nbd_info; unknown types are ignored (proto.md). */
+static uint32_t hs_take_infos(struct conn *c, unsigned *asked) {
+  if (c->option_left < 2) return NBD_REP_ERR_INVALID;
+  size_t n = u_get16(c->option_data);
+  hs_advance(c, 2);
+  if (c->option_left != 2 * n) return NBD_REP_ERR_INVALID;
+  for (*asked = 0; n > 0; n--) {
+    unsigned type = u_get16(c->option_data);
+    hs_advance(c, 2);
+    if (type <= NBD_INFO_BLOCK_SIZE) *asked |= 1u << type;
+  }
+  return 0;
+}
+
+/* Which information INFO and GO give: EXPORT always; block sizes also unasked
+ * if they are not what a client takes for granted. */
+static unsigned hs_infos(const struct nbdserve_export *e, unsigned asked) {
+  unsigned infos = asked | 1u << NBD_INFO_EXPORT;
+  if (e->min_block > 1 || e->preferred_block != EX_DEFAULT_BLOCK ||
+      e->max_request != EX_DEFAULT_MAX)
+    infos |= 1u << NBD_INFO_BLOCK_SIZE;
+  if (!*e->description) infos &= ~(1u << NBD_INFO_DESCRIPTION);
+  return infos;
+}
+
+/* proto.md, NBD_OPT_INFO and NBD_OPT_GO: the same, but GO enters the export. */
+static enum hs_result hs_opt_go(struct conn *c) {
   char name[WIRE_STRING_MAX + 1];
-  unsigned wants = 1u << NBD_INFO_EXPORT, type, i;
+  unsigned asked = 0;
   struct ex *ex;
+  uint64_t size;
   uint32_t bad = hs_take_string(c, name);
-  if (!bad && (c->len < 2 || c->len != 2 + 2 * (size_t)u_get16(c->data)))
-    bad = NBD_REP_ERR_INVALID;
-  if (bad) return hs_fail(c, bad, "malformed request for information");
-  int err = ex_get(c->s, name, &ex, &c->size);
-  if (err)
-    return hs_fail(c, NBD_REP_ERR_UNKNOWN,
-                   err == -ENOENT ? "no such export" : u_errno_text(err));
-  c->tflags =
-      ex_flags(c->s, ex, c->mode, c->meta && strcmp(c->meta_name, name) == 0);
-  for (i = 2; i < c->len; i += 2) /* what is not known goes to bit 31 */
-    wants |= 1u << u_min(u_get16(c->data + i), 31);
-  bad = ex->e.min_block > 1 && !(wants & 1u << NBD_INFO_BLOCK_SIZE);
-  if (bad || ex->e.preferred_block != 4096 || ex->e.max_request != 32u << 20)
-    wants |= 1u << NBD_INFO_BLOCK_SIZE; /* not what is taken for granted */
-  if (!*ex->e.description) wants &= ~(1u << NBD_INFO_DESCRIPTION);
-  for (type = 0; type <= NBD_INFO_BLOCK_SIZE; type++)
-    if (wants & 1u << type) hs_info(c, ex, type);
-  if (!bad && c->opt == NBD_OPT_GO) {
+  if (!bad) bad = hs_take_infos(c, &asked);
+  if (bad) return hs_refuse(c, bad, "malformed request for information");
+  int err = ex_acquire(c->s, name, &ex, &size);
+  if (err == -ENOENT)
+    return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
+  if (err) return hs_refuse(c, NBD_REP_ERR_UNKNOWN, u_errno_text(err));
+  unsigned flags =
+      ex_transmission_flags(c->s, ex, c->mode, hs_has_allocation(c, name));
+  unsigned infos = hs_infos(&ex->pub, asked);
+  for (unsigned type = 0; type <= NBD_INFO_BLOCK_SIZE; type++)
+    if (infos & 1u << type) hs_put_info(c, ex, size, flags, type);
+  /* proto.md: who does not ask for block sizes might send unaligned
+   * requests. */
+  int must_ask = ex->pub.min_block > 1 && !(asked & 1u << NBD_INFO_BLOCK_SIZE);
+  if (c->option == NBD_OPT_GO && !must_ask) {
     hs_ack(c);
-    hs_settle(c, ex, name);
+    hs_enter(c, ex, name, size);
     return HS_ENTER;
   }
-  ex_put(ex);
-  if (!bad) return hs_ack(c);
-  return hs_fail(c, NBD_REP_ERR_BLOCK_SIZE_REQD, "ask for the block size");
+  ex_release(ex);
+  if (!must_ask) return hs_ack(c);
+  return hs_refuse(c, NBD_REP_ERR_BLOCK_SIZE_REQD, "ask for the block size");
 }
 
-/* Asks for another form of replies and, with extended headers, requests. */
-static int hs_opt_mode(struct conn *c) {
-  int ext = c->opt == NBD_OPT_EXTENDED_HEADERS;
-  if (c->len) return hs_fail(c, NBD_REP_ERR_INVALID, "data where none belongs");
-  if (c->mode == WIRE_EXT && !ext)
-    return hs_fail(c, NBD_REP_ERR_EXT_HEADER_REQD, "the headers are extended");
-  c->mode = ext ? WIRE_EXT : WIRE_STRUCTURED;
+/* proto.md, NBD_OPT_STRUCTURED_REPLY and NBD_OPT_EXTENDED_HEADERS. */
+static enum hs_result hs_opt_mode(struct conn *c) {
+  enum wire_mode mode =
+      c->option == NBD_OPT_EXTENDED_HEADERS ? MODE_EXTENDED : MODE_STRUCTURED;
+  if (c->option_left)
+    return hs_refuse(c, NBD_REP_ERR_INVALID, "data where none belongs");
+  if (c->mode == MODE_EXTENDED && mode != MODE_EXTENDED)
+    return hs_refuse(c, NBD_REP_ERR_EXT_HEADER_REQD,
+                     "the headers are extended");
+  c->mode = mode;
   return hs_ack(c);
 }
 
-static int hs_opt_meta_context(struct conn *c) {
-  static const char context[] = "base:allocation";
-  const size_t n = sizeof context - 1;
-  char name[WIRE_STRING_MAX + 1], query[WIRE_STRING_MAX + 1];
-  int set = c->opt == NBD_OPT_SET_META_CONTEXT, found;
+static const char hs_allocation[] = "base:allocation";
+
+/* Takes the queries off the data of LIST or SET_META_CONTEXT.  *found: one of
+ * them means base:allocation.  0, or the error to answer with. */
+static uint32_t hs_take_queries(struct conn *c, int *found) {
+  int lists = c->option == NBD_OPT_LIST_META_CONTEXT;
+  char query[WIRE_STRING_MAX + 1];
+  if (c->option_left < 4) return NBD_REP_ERR_INVALID;
+  uint32_t n = u_get32(c->option_data);
+  hs_advance(c, 4);
+  *found = lists && n == 0; /* no query at all lists everything */
+  for (; n > 0; n--) {
+    uint32_t bad = hs_take_string(c, query);
+    if (bad) return bad;
+    if (strcmp(query, hs_allocation) == 0) *found = 1;
+    if (lists && strcmp(query, "base:") == 0) *found = 1; /* the namespace */
+  }
+  return c->option_left ? NBD_REP_ERR_INVALID : 0;
+}
+
+/* proto.md, NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT. */
+static enum hs_result hs_opt_meta_context(struct conn *c) {
+  const size_t len = sizeof hs_allocation - 1;
+  char name[WIRE_STRING_MAX + 1];
+  int sets = c->option == NBD_OPT_SET_META_CONTEXT;
+  int found = 0;
   struct ex *ex;
-  if (c->mode == WIRE_COMPACT)
-    return hs_fail(c, NBD_REP_ERR_INVALID, "structured replies come first");
-  uint32_t bad = hs_take_string(c, name), left = 0;
-  if (!bad && c->len < 4) bad = NBD_REP_ERR_INVALID;
-  if (!bad) {
-    left = u_get32(c->data);
-    c->data += 4;
-    c->len -= 4;
-  }
-  for (found = !set && !left; left > 0 && !bad; left--) {
-    bad = hs_take_string(c, query);
-    found |= !bad && (strcmp(query, context) == 0 ||
-                      (!set && strcmp(query, "base:") == 0));
-  }
-  if (!bad && c->len > 0) bad = NBD_REP_ERR_INVALID;
-  if (bad) return hs_fail(c, bad, "malformed query for metadata contexts");
-  if (ex_get(c->s, name, &ex, &c->size))
-    return hs_fail(c, NBD_REP_ERR_UNKNOWN, "no such export");
-  ex_put(ex);
-  if (found) {
-    unsigned char *p = hs_reply(c, NBD_REP_META_CONTEXT, 4 + n);
-    u_put32(p, set ? 1 : 0); /* ids mean something in SET only */
-    memcpy(p + 4, context, n);
-    c->meta |= set;
-    if (set) strcpy(c->meta_name, name);
+  uint64_t size;
+  if (c->mode == MODE_SIMPLE)
+    return hs_refuse(c, NBD_REP_ERR_INVALID, "structured replies come first");
+  uint32_t bad = hs_take_string(c, name);
+  if (!bad) bad = hs_take_queries(c, &found);
+  if (bad) return hs_refuse(c, bad, "malformed query for metadata contexts");
+  if (ex_acquire(c->s, name, &ex, &size))
+    return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
+  ex_release(ex);
+  if (!found) return hs_ack(c);
+  unsigned char *p = hs_reply(c, NBD_REP_META_CONTEXT, 4 + len);
+  u_put32(p, sets ? WIRE_CONTEXT_ID : 0); /* ids mean something in SET only */
+  memcpy(p + 4, hs_allocation, len);
+  if (sets) {
+    c->has_allocation = 1;
+    strcpy(c->meta_export, name);
   }
   return hs_ack(c);
 }
 
-static int (*const hs_options[])(struct conn *c) = {
+/* A new option gets a row here.  ABORT is not in it: hs_option answers it
+ * before it looks at anything else. */
+static enum hs_result (*const hs_options[])(struct conn *c) = {
     [NBD_OPT_EXPORT_NAME] = hs_opt_export_name,
     [NBD_OPT_LIST] = hs_opt_list,
     [NBD_OPT_INFO] = hs_opt_go,
     [NBD_OPT_GO] = hs_opt_go,
     [NBD_OPT_STRUCTURED_REPLY] = hs_opt_mode,
-    [NBD_OPT_EXTENDED_HEADERS] = hs_opt_mode,
     [NBD_OPT_LIST_META_CONTEXT] = hs_opt_meta_context,
-    [NBD_OPT_SET_META_CONTEXT] = hs_opt_meta_context};
+    [NBD_OPT_SET_META_CONTEXT] = hs_opt_meta_context,
+    [NBD_OPT_EXTENDED_HEADERS] = hs_opt_mode,
+};
 
-static int hs_option(struct conn *c) {
-  int (*handler)(struct conn *) = NULL;
-  unsigned char head[WIRE_OPTION];
-  int err = io_recv_all(&c->io, head, sizeof head);
-  if (err) return err;
-  c->opt = u_get32(head + 8);
-  uint32_t len = u_get32(head + 12);
-  if (u_get64(head) != NBD_OPTION_MAGIC) return -EPROTO;
-  if (len > WIRE_STRING_MAX && c->opt == NBD_OPT_EXPORT_NAME) return -ENOENT;
-  if (c->opt < sizeof hs_options / sizeof *hs_options &&
-      !(c->s->config.without >> 16 >> c->opt & 1))
-    handler = hs_options[c->opt];
-  for (uint32_t left = len, piece; left > 0 && !err; left -= piece) {
-    piece = (uint32_t)u_min(left, TX_RBUF); /* (H1), (H2) */
-    err = io_recv_all(&c->io, c->rbuf, piece);
-  }
-  if (err) return err;
-  if (c->opt == NBD_OPT_SET_META_CONTEXT) c->meta = 0; /* also if it fails */
-  if (c->opt == NBD_OPT_ABORT) return (void)hs_ack(c), HS_END;
-  if (!handler) return hs_fail(c, NBD_REP_ERR_UNSUP, "unknown option");
-  c->data = c->rbuf;
-  c->len = len;
-  return len <= NBDSERVE_MAX_OPTION
-             ? handler(c)
-             : hs_fail(c, NBD_REP_ERR_TOO_BIG, "too much data");
+/* ---- Haggling ------------------------------------------------------------ */
+
+/* Is the option hidden from clients (config.without, bit 16 + option)? */
+static int hs_is_hidden(const struct conn *c, uint32_t option) {
+  return option < 16 && c->s->config.without >> 16 >> option & 1;
 }
 
-/* The handshake: HS_ENTER, HS_END when the client has left in order, -errno. */
-static int hs_run(struct conn *c) {
-  unsigned char *p = hs_room(c, 18), flags[4];
-  int r, err;
-  c->io.deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
-  u_put64(p, NBD_INIT_MAGIC);
-  u_put64(p + 8, NBD_OPTION_MAGIC);
-  u_put16(p + 16, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
-  err = hs_send(c);
+/* Receives an option's data.  More than is looked at is thrown away, piece by
+ * piece: what is left in rbuf then means nothing. */
+static int hs_take_data(struct conn *c, uint32_t len) {
+  while (len > 0) {
+    uint32_t piece = (uint32_t)u_min(len, CONN_RBUF); /* (H1), (H2) */
+    int err = io_recv_all(&c->io, c->rbuf, piece);
+    if (err) return err;
+    len -= piece;
+  }
+  return 0;
+}
+
+/* Receives an option and answers it. */
+static enum hs_result hs_option(struct conn *c) {
+  unsigned char head[WIRE_OPTION_LEN];
+  int err = io_recv_all(&c->io, head, sizeof head);
+  if (err) return hs_close(c, err);
+  struct wire_option o = wire_get_option(head);
+  c->option = o.option;
+  if (o.magic != NBD_OPTION_MAGIC) return hs_close(c, -EPROTO);
+  if (o.option == NBD_OPT_EXPORT_NAME && o.len > WIRE_STRING_MAX)
+    return hs_close(c, -ENOENT); /* it could not be answered anyway */
+  err = hs_take_data(c, o.len);
+  if (err) return hs_close(c, err);
+  /* proto.md: each SET replaces the selection, also one that fails. */
+  if (o.option == NBD_OPT_SET_META_CONTEXT) c->has_allocation = 0;
+  if (o.option == NBD_OPT_ABORT) return hs_opt_abort(c);
+  if (o.option >= COUNT_OF(hs_options) || !hs_options[o.option] ||
+      hs_is_hidden(c, o.option))
+    return hs_refuse(c, NBD_REP_ERR_UNSUP, "unknown option");
+  if (o.len > NBDSERVE_MAX_OPTION)
+    return hs_refuse(c, NBD_REP_ERR_TOO_BIG, "too much data");
+  c->option_data = c->rbuf;
+  c->option_left = o.len;
+  return hs_options[o.option](c);
+}
+
+/* Greets the client and takes its flags.  0 or -errno. */
+static int hs_greet(struct conn *c) {
+  unsigned char flags[WIRE_CLIENT_FLAGS_LEN];
+  wire_put_hello(hs_reserve(c, WIRE_HELLO_LEN),
+                 NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
+  int err = hs_send(c);
   if (!err) err = io_recv_all(&c->io, flags, sizeof flags);
   if (err) return err;
-  if (u_get32(flags) > (NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES))
-    return -EPROTO;
+  uint32_t known = NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES;
+  if (u_get32(flags) & ~known) return -EPROTO;
   c->no_zeroes = (u_get32(flags) & NBD_FLAG_C_NO_ZEROES) != 0;
+  return 0;
+}
+
+/* The whole handshake: HS_ENTER, HS_END or HS_FAILED. */
+static enum hs_result hs_run(struct conn *c) {
+  enum hs_result result;
+  c->io.deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
+  int err = hs_greet(c);
+  if (err) return hs_close(c, err);
   do {
-    r = hs_option(c);
+    result = hs_option(c);
     err = hs_send(c);
-  } while (r == HS_MORE && !err);
+  } while (result == HS_MORE && !err);
   c->io.deadline = 0;
-  return r < 0 || !err ? r : err;
+  if (err && result != HS_FAILED) return hs_close(c, err);
+  return result;
 }
 
 /* ==== [9] TRANSMISSION (tx_) =============================================
- *   recv -> tx_take: parse, tx_validate -+-> batch -> tx_exec -> one send
- *                                        +-> tx_big: one by one
- *                                        +-> tx_defer -> tx_worker -> send
+ * Requests in, replies out.  The states of a request are drawn in [7].
  *
+ * ---- The life of a request ------------------------------------------------
+ *
+ *   tx_receive       one recv() brings what has come into c->rbuf
+ *   tx_next_request  parses, waits for the payload, validates; then tx_route
+ *                    decides where the request is done:
+ *
+ *   route         requests                  done by          data in
+ *   TX_ANSWER     refused, or empty         nobody           -
+ *   TX_DRAIN      refused, and the payload  nobody           piece_buf, thrown
+ *                 is longer than a batch's                   away
+ *   TX_IN_BATCH   READ, WRITE up to         client's thread, WRITE: rbuf, where
+ *                 TX_IN_BATCH_MAX           all of a batch   it came; READ: a
+ *                                           together         slot in wbuf
+ *   TX_IN_PIECES  longer READ, WRITE        client's thread  piece_buf
+ *   TX_COPIED     READ, WRITE up to         a worker         a buffer of its
+ *                 TX_PIECE on a host's                       own
+ *                 backend
+ *   TX_BY_WORKER  FLUSH, TRIM, CACHE,       a worker, after  BLOCK_STATUS: a
+ *                 WRITE_ZEROES,             the batch's      buffer of its own
+ *                 BLOCK_STATUS              writes
+ *
+ *   tx_run_batch     does what has gathered, when rbuf holds no whole request
+ *                    any more or the batch is full
+ *   tx_answer        counts, logs, sends, frees, in whichever thread is done
+ *
+ * A WRITE of 4 KiB to a file: recv() puts it into rbuf.  It is TX_IN_BATCH, and
+ * its r.buf points into rbuf, which nobody touches until the batch is done.
+ * run_batch calls pwrite from there.  The reply is one of the heads that
+ * tx_answer gathers, and all replies of the batch leave in one sendmsg().  All
+ * of this happens in the client's thread.  A WRITE with FUA is TO_FLUSH after
+ * pwrite: a worker flushes and answers.
+ *
+ * A FLUSH is TO_FLUSH from the start.  When the batch's writes are done it
+ * joins c->to_flush; one worker takes all requests that are there, calls
+ * ex_flush once and answers them all.  ex_flush waits for a flush of the export
+ * that begins after it was asked for.  A write's reply is sent only after the
+ * backend's write has returned.  So, whichever client sent the write: if its
+ * reply was sent before the FLUSH was received, the write had returned before
+ * the flush began, and is covered by it.
+ *
+ * A client that never reads: who sends to it waits in poll() with send_lock
+ * held, until the client takes something or its time is over (I2).  Then
+ * send_err is set and nothing is sent any more.  Meanwhile the other threads of
+ * this client wait for send_lock and no more is received, so memory is bounded
+ * (T5).  Other clients share none of these locks and do not notice.
+ *
+ * ---- Rules ----------------------------------------------------------------
  * (T1) Every request gets exactly one reply, DISC none.  The order is free.
- * (T2) A batch is what one recv brought.  READs get their place in the send
- *      buffer before they are done, each with room for its head in front, so
- *      data is never copied; the other replies follow behind them, and so do
- *      READs of nothing but zeroes, without their data.
+ * (T2) Each READ of a batch has a slot in wbuf: room for the reply's head, and
+ *      its data behind that, so that data is never copied.  Slots are sent
+ *      first, in the order in which they lie there, then the heads of all other
+ *      replies.  A READ that failed or brought nothing but zeroes leaves its
+ *      slot unused and is answered by a head alone.
  * (T3) A batch's writes are done before its flushes start: a flush covers all
  *      that was answered before it arrived, and more.
- * (T4) No slow request holds up a READ behind it, while there are workers:
- *      they do what may take long.
+ * (T4) FLUSH, TRIM, CACHE, WRITE_ZEROES and BLOCK_STATUS, and everything on a
+ *      host's backend, may take as long as they like: while there are workers,
+ *      nothing behind them waits.  What the client's thread does itself, which
+ *      is batches and pieces, holds up the requests behind it.
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
- *      max_deferred requests of up to TX_KEEP bytes (EX_EXTENTS_SIZE with
- *      ops->run_batch: no READ or WRITE waits then); the others go in pieces.
- */
+ *      max_handed_over requests with workers.  On a host's backend each of
+ *      these may hold TX_PIECE bytes.  With run_batch no READ or WRITE is
+ *      TX_COPIED, and each holds the extents of a BLOCK_STATUS at most. */
 
-static int tx_send(struct conn *c, struct iovec *v, int n) {
-  int err;
-  os_lock(&c->sending);
-  if (!c->broken && (c->broken = io_send(&c->io, v, n)) != 0)
-    shutdown(c->io.out, SHUT_RDWR); /* the client's thread sees it so */
-  err = c->broken;
-  os_unlock(&c->sending);
-  return err;
-}
+/* ---- Replies ------------------------------------------------------------- */
 
-static void tx_log(struct conn *c, const struct nbdserve_req *r) {
-  const struct wire_cmd *cmd = wire_cmd(r->type);
-  int level = !r->err || r->err == -ENOTSUP ? NBDSERVE_LOG_TRACE
-              : r->why                      ? NBDSERVE_LOG_INFO
-                                            : NBDSERVE_LOG_WARNING;
-  unsigned logged = 0;
-  if (level > c->s->config.log_level) return;
-  os_lock(&c->lock); /* not while logging: the host may call nbdserve_stats */
-  if (level < NBDSERVE_LOG_TRACE) logged = ++c->nlogged;
-  os_unlock(&c->lock);
-  if (logged <= TX_LOGGED)
-    HS_LOG(c, level,
-           "%d: %s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64 ": %s%s",
-           c->id, cmd ? cmd->name : "?", r->type, r->flags, r->start, r->len,
-           !r->err  ? "ok"
-           : r->why ? r->why
-                    : u_errno_text(r->err),
-           logged == TX_LOGGED ? "; further failures are not logged" : "");
-}
+/* What a reply, or a chunk of one, looks like. */
+enum tx_form {
+  TX_SIMPLE,  /* a simple reply, the data of a READ behind it */
+  TX_NONE,    /* a chunk that says: done */
+  TX_DATA,    /* a chunk of data */
+  TX_HOLE,    /* a chunk that says: zeroes */
+  TX_STATUS,  /* a chunk with extents */
+  TX_ERROR,   /* a chunk with an error */
+  TX_ERROR_AT /* the same, and where it happened */
+};
 
-/* Writes all of r's reply but the data of a READ to p[TX_HEAD]: the bytes
- * written.  That of a BLOCK_STATUS that succeeded lies in r->buf already. */
-static size_t tx_put_head(const struct nbdserve_req *r, unsigned char *p) {
-  unsigned char *q = p + (r->mode == WIRE_EXT ? WIRE_EXTENDED : WIRE_CHUNK);
-  unsigned type = NBD_REPLY_TYPE_NONE;
-  const char *why = r->why || !r->err ? r->why : u_errno_text(r->err);
-  uint32_t err = wire_error(r->err);
-  uint64_t data = 0;
-  size_t n = 0;
-  if (err == NBD_ENOTSUP && !(r->flags & NBD_CMD_FLAG_FAST_ZERO))
-    err = NBD_EINVAL; /* proto.md: only an answer to FAST_ZERO */
-  if (!err && r->type == NBD_CMD_BLOCK_STATUS) return 0;
-  if (r->mode == WIRE_COMPACT ||
-      (r->mode == WIRE_STRUCTURED && !err && r->type != NBD_CMD_READ)) {
-    u_put32(p, NBD_SIMPLE_REPLY_MAGIC);
-    u_put32(p + 4, err);
-    u_put64(p + 8, r->cookie);
-    return WIRE_SIMPLE;
+/* Which form the reply to a request has: its mode, its outcome and its command
+ * decide. */
+static enum tx_form tx_form(const struct nbdserve_req *r) {
+  if (r->mode == MODE_SIMPLE) return TX_SIMPLE;
+  if (r->err) return r->err_has_off ? TX_ERROR_AT : TX_ERROR;
+  if (r->type == NBD_CMD_BLOCK_STATUS) return TX_STATUS;
+  if (r->type == NBD_CMD_READ) {
+    if (!r->len) return TX_NONE;
+    return r->all_zero ? TX_HOLE : TX_DATA;
   }
-  if (err) {
-    int in_pieces = !r->why && r->type == NBD_CMD_READ && r->len > TX_KEEP;
-    type = in_pieces ? NBD_REPLY_TYPE_ERROR_OFFSET : NBD_REPLY_TYPE_ERROR;
-    n = (size_t)u_min(strlen(why), TX_WHY);
-    u_put32(q, err);
-    u_put16(q + 4, (unsigned)n);
-    memcpy(q + 6, why, n);
-    n += 6;
-    u_put64(q + n, r->off);
-    n += in_pieces ? 8 : 0;
-  } else if (r->type == NBD_CMD_READ && r->len) {
-    type = r->hole ? NBD_REPLY_TYPE_OFFSET_HOLE : NBD_REPLY_TYPE_OFFSET_DATA;
-    n = r->hole ? 12 : 8;
-    data = r->hole ? 0 : r->len;
-    u_put64(q, r->off);
-    if (r->hole) u_put32(q + 8, (uint32_t)r->len);
-  }
-  return wire_put_chunk(p, r, type, n + data) + n;
+  return r->mode == MODE_STRUCTURED ? TX_SIMPLE : TX_NONE;
 }
 
-/* Does a READ's data go as a hole?  It mostly costs a look at one byte. */
-static int tx_is_hole(const struct nbdserve_req *r) {
-  return r->mode != WIRE_COMPACT && r->len >= 512 &&
+/* The error that is sent for a request. */
+static uint32_t tx_error(const struct nbdserve_req *r) {
+  uint32_t error = wire_error(r->err);
+  /* proto.md: NBD_ENOTSUP is an answer to FAST_ZERO only. */
+  if (error == NBD_ENOTSUP && !(r->flags & NBD_CMD_FLAG_FAST_ZERO))
+    return NBD_EINVAL;
+  return error;
+}
+
+/* Writes the payload of an error chunk: its length. */
+static size_t tx_put_error(unsigned char *p, const struct nbdserve_req *r) {
+  const char *text = r->refused ? r->refused : u_errno_text(r->err);
+  size_t n = (size_t)u_min(strlen(text), TX_ERROR_TEXT);
+  u_put32(p, tx_error(r));
+  u_put16(p + 4, (unsigned)n);
+  memcpy(p + WIRE_ERROR_LEN, text, n);
+  n += WIRE_ERROR_LEN;
+  if (!r->err_has_off) return n;
+  u_put64(p + n, r->err_off);
+  return n + WIRE_OFFSET_LEN;
+}
+
+/* Writes all of a reply but its data (see tx_data) to p[TX_HEAD_MAX]: the bytes
+ * written. */
+static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
+  enum tx_form form = tx_form(r);
+  if (form == TX_SIMPLE) return wire_put_simple(p, tx_error(r), r->cookie);
+  size_t head = wire_chunk_len(r->mode);
+  struct wire_chunk chunk = {.last = r->err || !r->more_chunks,
+                             .cookie = r->cookie,
+                             .req_off = r->client_off};
+  size_t n = 0; /* bytes of payload that are written here */
+  switch (form) {
+  case TX_DATA:
+    chunk.type = NBD_REPLY_TYPE_OFFSET_DATA;
+    u_put64(p + head, r->off);
+    n = WIRE_OFFSET_LEN;
+    chunk.len = n + r->len;
+    break;
+  case TX_HOLE:
+    chunk.type = NBD_REPLY_TYPE_OFFSET_HOLE;
+    u_put64(p + head, r->off);
+    u_put32(p + head + WIRE_OFFSET_LEN, (uint32_t)r->len);
+    chunk.len = n = WIRE_HOLE_LEN;
+    break;
+  case TX_STATUS:
+    chunk.type = r->mode == MODE_EXTENDED ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT
+                                          : NBD_REPLY_TYPE_BLOCK_STATUS;
+    chunk.len = r->status_len;
+    break;
+  case TX_ERROR:
+  case TX_ERROR_AT:
+    chunk.type =
+        form == TX_ERROR ? NBD_REPLY_TYPE_ERROR : NBD_REPLY_TYPE_ERROR_OFFSET;
+    chunk.len = n = tx_put_error(p + head, r);
+    break;
+  case TX_NONE:
+  case TX_SIMPLE:
+    chunk.type = NBD_REPLY_TYPE_NONE;
+    break;
+  }
+  wire_put_chunk(p, r->mode, &chunk);
+  assert(head + n <= TX_HEAD_MAX);
+  return head + n;
+}
+
+/* The data that follows the head of a reply; no bytes of it if there is
+ * none. */
+static struct iovec tx_data(const struct nbdserve_req *r) {
+  struct iovec v = {.iov_base = r->buf};
+  if (r->err || r->all_zero) return v;
+  if (r->type == NBD_CMD_READ) v.iov_len = (size_t)r->len;
+  if (r->type == NBD_CMD_BLOCK_STATUS) v.iov_len = r->status_len;
+  return v;
+}
+
+/* Were only zeroes read, so that a hole can be sent for them?  Where that is
+ * not so, one look at the data mostly shows it. */
+static int tx_is_all_zero(const struct nbdserve_req *r) {
+  return r->mode != MODE_SIMPLE && r->len >= 512 &&
          u_is_zero(r->buf, (size_t)r->len);
 }
 
-/* Answers the requests of a list, in as few sends as possible, and frees what
- * they own.  The READs that lie ready in the send buffer go first. */
-static int tx_answer(struct conn *c, struct nbdserve_req *list) {
-  unsigned char heads[32 * TX_HEAD];
-  struct iovec v[TX_BATCH + 2];
-  struct nbdserve_stats *stats = &c->s->stats;
-  struct nbdserve_req *r;
-  int err = 0, n = 0;
-  os_lock(&c->s->lock);
-  for (r = list; r; r = r->next) {
-    assert(r->err <= 0 && !r->deferred);
+/* ---- Answering: gather, send, count, free -------------------------------- */
+
+enum {
+  TX_HEADS = 32 /* heads that leave in one send, at most */
+};
+
+/* Replies that leave in one send.  Gathering them needs no socket. */
+struct tx_out {
+  struct iovec v[TX_BATCH + 2 * TX_HEADS];
+  int n;
+  size_t heads_len; /* bytes used of: */
+  unsigned char heads[TX_HEADS * TX_HEAD_MAX];
+};
+
+/* Adds a piece, to the one before it if that ends where it begins. */
+static void tx_add_piece(struct tx_out *out, void *p, size_t len) {
+  struct iovec *last = out->n ? &out->v[out->n - 1] : NULL;
+  if (!len) return;
+  if (last && (unsigned char *)last->iov_base + last->iov_len == p) {
+    last->iov_len += len;
+    return;
+  }
+  assert((size_t)out->n < COUNT_OF(out->v));
+  out->v[out->n].iov_base = p;
+  out->v[out->n].iov_len = len;
+  out->n++;
+}
+
+/* Gathers the READs that stand in their slots of wbuf (T2): neighbours there
+ * become one piece. */
+static void tx_gather_slots(struct tx_out *out, struct nbdserve_req *list,
+                            size_t read_head) {
+  for (struct nbdserve_req *r = list; r; r = r->next)
+    if (r->state == REQ_IN_WBUF)
+      tx_add_piece(out, r->buf - read_head, read_head + (size_t)r->len);
+}
+
+/* Gathers the other replies, head by head, each with its data behind it, as
+ * many as there is room for.  The first of the list that did not fit, or
+ * NULL. */
+static struct nbdserve_req *tx_gather_heads(struct tx_out *out,
+                                            struct nbdserve_req *r) {
+  for (; r; r = r->next) {
+    if (r->state == REQ_IN_WBUF) continue;
+    assert(r->state == REQ_DONE);
+    if (out->heads_len + TX_HEAD_MAX > sizeof out->heads) break;
+    struct iovec data = tx_data(r);
+    unsigned char *head = out->heads + out->heads_len;
+    size_t len = tx_put_head(head, r);
+    out->heads_len += len;
+    tx_add_piece(out, head, len);
+    tx_add_piece(out, data.iov_base, data.iov_len);
+  }
+  return r;
+}
+
+/* Sends the n pieces at v, in one go as far as other threads can see.  After
+ * the first error nothing is sent any more, and the client's thread, which may
+ * wait in recv(), is told by the end of its stream.  0 or -errno. */
+static int tx_send(struct conn *c, struct iovec *v, int n) {
+  os_lock(&c->send_lock);
+  if (!c->send_err) {
+    c->send_err = io_send(&c->io, v, n);
+    if (c->send_err) shutdown(c->io.out, SHUT_RDWR);
+  }
+  int err = c->send_err;
+  os_unlock(&c->send_lock);
+  return err;
+}
+
+/* Sends the replies of a list, in as few sends as possible.  0 or -errno. */
+static int tx_send_all(struct conn *c, struct nbdserve_req *list) {
+  struct tx_out out;
+  struct nbdserve_req *rest = list;
+  int err = 0;
+  out.n = 0;
+  tx_gather_slots(&out, list, c->read_head);
+  do {
+    out.heads_len = 0;
+    rest = tx_gather_heads(&out, rest);
+    if (out.n) err = tx_send(c, out.v, out.n);
+    out.n = 0;
+  } while (rest && !err);
+  return err;
+}
+
+/* Counts requests that are answered. */
+static void tx_count(struct conn *c, const struct nbdserve_req *list) {
+  struct nbdserve_stats *stats = &c->stats;
+  os_lock(&c->queue_lock);
+  for (const struct nbdserve_req *r = list; r; r = r->next) {
     stats->requests++;
-    stats->errors += r->err != 0;
+    if (r->err) stats->errors++;
     if (!r->err && r->type == NBD_CMD_READ) stats->bytes_read += r->len;
     if (!r->err && r->type == NBD_CMD_WRITE) stats->bytes_written += r->len;
-    if (!r->ready || !r->buf) continue;
-    unsigned char *p = r->buf - c->read_head;
-    if (!n || (unsigned char *)v[n - 1].iov_base + v[n - 1].iov_len != p)
-      v[n++] = (struct iovec){p, 0};
-    v[n - 1].iov_len += c->read_head + (size_t)r->len;
   }
-  os_unlock(&c->s->lock);
-  for (r = list; r; r = r->next)
+  os_unlock(&c->queue_lock);
+}
+
+/* At which level a request is logged: what a client did wrong is of interest to
+ * its author only, what a backend could not do to the operator. */
+static int tx_log_level(const struct nbdserve_req *r) {
+  if (!r->err || r->err == -ENOTSUP) return NBDSERVE_LOG_TRACE;
+  return r->refused ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING;
+}
+
+/* Logs a request that is answered; of those that failed only the first few. */
+static void tx_log(struct conn *c, const struct nbdserve_req *r) {
+  const struct wire_cmd *cmd = wire_cmd(r->type);
+  int level = tx_log_level(r);
+  unsigned nth_failure = 0;
+  if (level > c->s->config.log_level) return;
+  if (level < NBDSERVE_LOG_TRACE) {
+    os_lock(&c->queue_lock); /* not held below: the host's code runs there */
+    nth_failure = ++c->nlogged;
+    os_unlock(&c->queue_lock);
+  }
+  if (nth_failure > TX_LOGGED) return;
+  const char *outcome = "ok";
+  if (r->err) outcome = r->refused ? r->refused : u_errno_text(r->err);
+  conn_log(c, level,
+           "%d: %s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64 ": %s%s",
+           c->id, cmd ? cmd->name : "?", r->type, r->flags, r->client_off,
+           r->len, outcome,
+           nth_failure == TX_LOGGED ? "; further failures are not logged" : "");
+}
+
+/* Counts and logs what is answered; mostly before it is sent, so that who has
+ * the reply finds it in the statistics. */
+static void tx_account(struct conn *c, const struct nbdserve_req *list) {
+  tx_count(c, list);
+  for (const struct nbdserve_req *r = list; r; r = r->next)
     tx_log(c, r);
-  for (r = list; r && !err; n = 0) {
-    v[n] = (struct iovec){heads, 0};
-    v[n + 1] = (struct iovec){NULL, 0};
-    for (; r && !v[n + 1].iov_len && v[n].iov_len + TX_HEAD <= sizeof heads;
-         r = r->next) {
-      int is_read = r->type == NBD_CMD_READ;
-      if (r->ready) continue;
-      r->hole |= !r->err && is_read && !r->hole && tx_is_hole(r);
-      v[n].iov_len += tx_put_head(r, heads + v[n].iov_len);
-      if (r->err || r->hole) continue;
-      v[n + 1].iov_base = r->buf;
-      v[n + 1].iov_len = is_read                           ? (size_t)r->len
-                         : r->type == NBD_CMD_BLOCK_STATUS ? r->owned
-                                                           : 0;
-    }
-    err = tx_send(c, v, n + 2);
+}
+
+/* Marks the requests of a list as answered and frees the buffers they own. */
+static void tx_release(struct nbdserve_req *list) {
+  for (struct nbdserve_req *r = list; r; r = r->next) {
+    req_set_state(r, REQ_SENT);
+    if (r->owns_buf) NBDSERVE_FREE(r->buf);
+    r->buf = NULL;
   }
-  for (r = list; r; r = r->next)
-    if (r->owned) NBDSERVE_FREE(r->buf);
+}
+
+/* Answers the requests of a list, which are DONE or IN_WBUF (T1).  0, or -errno
+ * when the client is gone. */
+static int tx_answer(struct conn *c, struct nbdserve_req *list) {
+  if (!list) return 0;
+  tx_account(c, list);
+  int err = tx_send_all(c, list);
+  tx_release(list);
   return err;
 }
 
-/* Does what is left of a request, unless the host has it fail before. */
-static int tx_do(struct conn *c, struct nbdserve_req *r) {
-  const struct nbdserve_config *k = &c->s->config;
-  int err = 0;
-  if (k->before && (!r->flush || r->type == NBD_CMD_FLUSH))
-    err = k->before(k->ctx, r->type, r->off, r->len);
-  if (!err && !r->flush) err = ex_do(c->ex, r);
-  if (!err && (r->flush || ex_wants_fua(c->ex, r, 0))) err = ex_flush(c->ex);
-  return err;
+/* ---- Executing ----------------------------------------------------------- */
+
+/* Notes how a request went: DONE, or a flush is owed. */
+static void tx_executed(struct conn *c, struct nbdserve_req *r, int err) {
+  assert(r->state == REQ_TODO && err <= 0);
+  r->err = err;
+  if (!err && ex_fua(c->export, r) == EX_FUA_BY_FLUSH) {
+    req_set_state(r, REQ_TO_FLUSH);
+    return;
+  }
+  if (!err && r->type == NBD_CMD_READ) r->all_zero = tx_is_all_zero(r);
+  req_set_state(r, REQ_DONE);
 }
 
-/* Waits for a worker to answer something, or to end. */
-static void tx_wait(struct conn *c) {
-  c->waits = 1;
-  os_wait(&c->lock);
-  c->waits = 0;
+/* Flushes for all requests of a list, which are TO_FLUSH, in one go.  `before`
+ * is asked for each FLUSH; those that it refuses are none of the flush's. */
+static void tx_flush(struct conn *c, struct nbdserve_req *list) {
+  int wanted = 0;
+  for (struct nbdserve_req *r = list; r; r = r->next) {
+    assert(r->state == REQ_TO_FLUSH && !r->err);
+    if (r->type == NBD_CMD_FLUSH) r->err = ex_ask_before(c->export, r);
+    if (!r->err) wanted = 1;
+  }
+  int err = wanted ? ex_flush(c->export) : 0;
+  for (struct nbdserve_req *r = list; r; r = r->next) {
+    if (!r->err) r->err = err;
+    req_set_state(r, REQ_DONE);
+  }
 }
 
-/* A worker of a client: does and answers what is queued until it has gone. */
-static void *tx_worker(void *arg) {
-  struct conn *c = arg;
-  os_lock(&c->lock);
+/* Does a request, whatever is left to do of it: it is DONE afterwards. */
+static void tx_execute(struct conn *c, struct nbdserve_req *r) {
+  assert(!r->next);
+  if (r->state == REQ_TODO) {
+    int err = ex_ask_before(c->export, r);
+    if (!err) err = ex_execute(c->export, r);
+    tx_executed(c, r, err);
+  }
+  if (r->state == REQ_TO_FLUSH) tx_flush(c, r);
+}
+
+/* ---- Workers ----------------------------------------------------------------
+ * They run while the client is in transmission: started one by one when there
+ * is more to do than idle workers, up to max_workers. */
+
+/* The client's thread waits for a worker to have answered something, or to end.
+ * The caller holds queue_lock and looks again at what it waits for. */
+static void tx_wait_for_worker(struct conn *c) {
+  c->reader_waits = 1;
+  os_wait(&c->queue_lock);
+  c->reader_waits = 0;
+}
+
+/* Takes what a worker does next, waiting for it: one request, or all that wait
+ * for a flush, as a list.  NULL: the connection ends and there is nothing left;
+ * if flushes are left while another worker flushes, that one takes them next.
+ * The caller holds queue_lock. */
+static struct nbdserve_req *tx_take_work(struct conn *c) {
   for (;;) {
-    int flush = c->flushes && !c->flushing;
-    if (!flush && !c->queue) {
-      if (c->closing) break; /* flushes that came meanwhile are the other's */
-      c->nidle++;
-      os_wait(&c->lock);
-      c->nidle--;
-      continue;
+    if (c->to_flush && !c->flush_at_work) {
+      struct nbdserve_req *list = c->to_flush;
+      c->to_flush = NULL;
+      c->flush_at_work = 1;
+      return list;
     }
-    struct nbdserve_req *list = flush ? c->flushes : c->queue, *r;
-    c->flushing |= flush;
-    if (flush) {
-      c->flushes = NULL;
-    } else {
-      c->queue = list->next;
+    if (c->queue) {
+      struct nbdserve_req *r = c->queue;
+      c->queue = r->next;
       if (!c->queue) c->queue_end = &c->queue;
-      list->next = NULL;
+      r->next = NULL;
       c->nqueue--;
+      return r;
     }
-    os_unlock(&c->lock);
-    for (r = list; r; r = r->next)
-      r->err = r == list || c->s->config.before ? tx_do(c, r) : list->err;
-    tx_answer(c, list);
-    os_lock(&c->lock);
-    if (flush) c->flushing = 0;
-    for (; (r = list); c->ndeferred--) {
-      list = r->next;
-      NBDSERVE_FREE(r);
-    }
-    if (c->waits) os_wake_all(&c->lock);
+    if (c->closing) return NULL;
+    c->nidle++;
+    os_wait(&c->queue_lock);
+    c->nidle--;
   }
+}
+
+/* Frees what a worker has answered.  The caller holds queue_lock. */
+static void tx_retire(struct conn *c, struct nbdserve_req *list) {
+  while (list) {
+    struct nbdserve_req *next = list->next;
+    assert(list->state == REQ_SENT && c->nhanded_over > 0);
+    NBDSERVE_FREE(list);
+    c->nhanded_over--;
+    list = next;
+  }
+  if (c->reader_waits) os_wake_all(&c->queue_lock);
+}
+
+/* A worker of a client: does and answers what is handed over until the client
+ * has gone. */
+static void *tx_worker(void *conn) {
+  struct conn *c = conn;
+  struct nbdserve_req *list;
+  os_lock(&c->queue_lock);
+  while ((list = tx_take_work(c)) != NULL) {
+    int flushes = list->state == REQ_TO_FLUSH;
+    os_unlock(&c->queue_lock);
+    if (flushes)
+      tx_flush(c, list);
+    else
+      tx_execute(c, list);
+    tx_answer(c, list);
+    os_lock(&c->queue_lock);
+    if (flushes) c->flush_at_work = 0;
+    tx_retire(c, list);
+  }
+  assert(c->nworkers > 0);
   c->nworkers--;
-  if (c->waits) os_wake_all(&c->lock);
-  os_unlock(&c->lock);
+  if (c->reader_waits) os_wake_all(&c->queue_lock);
+  os_unlock(&c->queue_lock);
   return NULL;
 }
 
-/* Hands a request to the workers, with its buffer if that is its own.  False
- * when there are none: then the caller does it. */
-static int tx_defer(struct conn *c, const struct nbdserve_req *r) {
-  struct nbdserve_req *q = c->max_workers ? NBDSERVE_MALLOC(sizeof *q) : NULL;
-  assert(!r->err && !r->deferred);
-  if (!q) return 0;
-  *q = *r;
-  q->next = NULL;
-  os_lock(&c->lock);
-  while (c->ndeferred >= c->max_deferred)
-    tx_wait(c);
-  unsigned takers = c->nqueue + !q->flush + /* workers that are wanted */
-                    (!c->flushing && (c->flushes || q->flush));
-  if (takers > c->nidle && c->nworkers < c->max_workers &&
+/* Sees to it that there is a worker for one more request, which is not queued
+ * so far.  False: there is none at all.  The caller holds queue_lock. */
+static int tx_need_worker(struct conn *c, const struct nbdserve_req *r) {
+  int flush = r->state == REQ_TO_FLUSH;
+  unsigned wanted = c->nqueue + (flush ? 0 : 1);
+  if (!c->flush_at_work && (c->to_flush || flush)) wanted++;
+  if (wanted > c->nidle && c->nworkers < c->max_workers &&
       os_thread(tx_worker, c) == 0)
     c->nworkers++;
-  if (!c->nworkers) {
-    os_unlock(&c->lock);
-    NBDSERVE_FREE(q);
-    return 0;
-  }
-  c->ndeferred++;
-  if (q->flush) {
-    q->next = c->flushes;
-    c->flushes = q;
+  return c->nworkers > 0;
+}
+
+/* Puts a worker's request into the list that it belongs to, and wakes a worker.
+ * The caller, the client's thread, holds queue_lock; all others that wait for
+ * it are workers, so whoever is woken is one. */
+static void tx_enqueue(struct conn *c, struct nbdserve_req *r) {
+  c->nhanded_over++;
+  if (r->state == REQ_TO_FLUSH) {
+    r->next = c->to_flush;
+    c->to_flush = r;
   } else {
-    *c->queue_end = q;
-    c->queue_end = &q->next;
+    *c->queue_end = r;
+    c->queue_end = &r->next;
     c->nqueue++;
   }
-  os_wake_one(&c->lock);
-  os_unlock(&c->lock);
-  return 1;
+  os_wake_one(&c->queue_lock);
 }
 
-/* Checks a request against all that was negotiated.  Sets r->err, r->why. */
-static void tx_validate(const struct conn *c, struct nbdserve_req *r,
-                        uint64_t payload) {
-  const struct wire_cmd *cmd = wire_cmd(r->type);
-  int is_status = r->type == NBD_CMD_BLOCK_STATUS, err = -EINVAL;
-  int is_write = r->type == NBD_CMD_WRITE, stray = r->flags;
-  if (cmd) stray &= ~cmd->flags;
-  if (c->tflags & NBD_FLAG_SEND_FUA) stray &= ~NBD_CMD_FLAG_FUA;
-  if (!(c->tflags & NBD_FLAG_SEND_DF)) stray |= r->flags & NBD_CMD_FLAG_DF;
-  if (!(c->tflags & NBD_FLAG_SEND_FAST_ZERO))
-    stray |= r->flags & NBD_CMD_FLAG_FAST_ZERO;
-  if (c->mode != WIRE_EXT ||
-      (is_status && !(c->tflags & NBD_FLAG_BLOCK_STATUS_PAYLOAD)))
-    stray |= r->flags & NBD_CMD_FLAG_PAYLOAD_LEN;
-  r->why = !cmd                               ? "unknown command"
-           : stray & NBD_CMD_FLAG_PAYLOAD_LEN ? "it takes no payload"
-           : cmd->writes && (c->tflags & NBD_FLAG_READ_ONLY)
-               ? ((void)(err = -EPERM), "the export is read-only")
-           : is_write && payload != r->len
-               ? "NBD_CMD_FLAG_PAYLOAD_LEN is missing"
-           : cmd->beyond && (r->off > c->size || r->len > c->size - r->off)
-               ? ((void)(err = cmd->beyond), "beyond the end of the export")
-           : is_status && !c->meta   ? "no metadata context was negotiated"
-           : ~c->tflags & cmd->needs ? "the export does not offer it"
-           : stray                   ? "flag does not apply"
-           : cmd->beyond && (r->off | r->len) & (c->ex->e.min_block - 1)
-               ? "no multiple of the minimum block size"
-           : r->type <= NBD_CMD_WRITE && r->len > c->ex->e.max_request
-               ? "longer than the maximum payload size"
-           : is_status && !r->len ? "nothing to report on"
-           : r->flags & NBD_CMD_FLAG_DF && r->len > TX_KEEP
-               ? ((void)(err = -EOVERFLOW), "too long for a single chunk")
-               : NULL;
-  r->err = r->why ? err : 0;
+/* Hands a request, which is TODO or TO_FLUSH, over to a worker: a copy of it,
+ * and the buffer if the request owns it.  Waits while too many are handed over
+ * (T5).  False: there is no worker, and the caller has to do it. */
+static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
+  if (!c->max_workers) return 0;
+  struct nbdserve_req *copy = NBDSERVE_MALLOC(sizeof *copy);
+  if (!copy) return 0;
+  *copy = *r;
+  copy->next = NULL;
+  /* rbuf and wbuf are the client's thread's; what is left to do needs no
+   * data. */
+  if (!copy->owns_buf) copy->buf = NULL;
+  os_lock(&c->queue_lock);
+  while (c->nhanded_over >= c->max_handed_over)
+    tx_wait_for_worker(c);
+  int taken = tx_need_worker(c, copy);
+  if (taken) tx_enqueue(c, copy);
+  os_unlock(&c->queue_lock);
+  if (taken)
+    req_set_state(r, REQ_HANDED_OVER);
+  else
+    NBDSERVE_FREE(copy);
+  return taken;
 }
 
-/* Does the batch, or defers what is for workers (T4), and answers it: READs in
- * the send buffer (T2).  0, -errno to close. */
-static int tx_exec(struct conn *c) {
-  struct nbdserve_req *r = c->reqs, *list = NULL, **end = &list;
-  size_t n = c->nreqs;
-  if (!n) return 0;
-  c->nreqs = c->wlen = 0;
-  for (size_t i = 0, j; i < n; i = j) {
-    j = i + 1;
-    if (r[i].err || !r[i].len) continue; /* FLUSH has no length either */
-    if (c->run_batch && r[i].type <= NBD_CMD_WRITE) {
-      while (j < n && !r[j].err && r[j].len && r[j].type <= NBD_CMD_WRITE)
-        j++;
-      c->run_batch(c->ex->e.ctx, r + i, j - i);
-      for (size_t k = i; k < j; k++)
-        r[k].flush = !r[k].err && ex_wants_fua(c->ex, r + k, 0);
-    } else {
-      r[i].deferred = r[i].type > NBD_CMD_WRITE && tx_defer(c, r + i);
-      if (!r[i].deferred) r[i].err = tx_do(c, r + i);
+/* Waits until no request is with a worker: none of their replies comes between
+ * the pieces of one that follows. */
+static void tx_wait_for_workers(struct conn *c) {
+  os_lock(&c->queue_lock);
+  while (c->nhanded_over > 0)
+    tx_wait_for_worker(c);
+  os_unlock(&c->queue_lock);
+}
+
+/* Ends the workers, when they have done what is left (DRAINING). */
+static void tx_end_workers(struct conn *c) {
+  os_lock(&c->queue_lock);
+  c->closing = 1;
+  os_wake_all(&c->queue_lock);
+  while (c->nworkers > 0)
+    tx_wait_for_worker(c);
+  assert(!c->queue && !c->to_flush && !c->nhanded_over);
+  os_unlock(&c->queue_lock);
+}
+
+/* ---- The batch ----------------------------------------------------------- */
+
+/* Does the READs and WRITEs from batch[i] on that stand in a row, with one call
+ * of the backend.  The index behind them. */
+static size_t tx_run_row(struct conn *c, size_t i) {
+  size_t end = i;
+  while (end < c->nbatch && c->batch[end].state == REQ_TODO &&
+         req_moves_data(&c->batch[end]))
+    end++;
+  assert(end > i);
+  c->run_batch(c->export->pub.ctx, &c->batch[i], end - i);
+  for (; i < end; i++)
+    tx_executed(c, &c->batch[i], c->batch[i].err);
+  return end;
+}
+
+/* Does all of the batch, or hands over what is for workers (T4). */
+static void tx_run_requests(struct conn *c) {
+  size_t i = 0;
+  while (i < c->nbatch) {
+    struct nbdserve_req *r = &c->batch[i];
+    if (r->state == REQ_TODO && c->run_batch && req_moves_data(r)) {
+      i = tx_run_row(c, i);
+      continue;
     }
+    if (r->state == REQ_TODO && (req_moves_data(r) || !tx_hand_over(c, r)))
+      tx_execute(c, r);
+    i++;
   }
-  for (; n > 0; n--, r++) { /* (T3) */
-    int flush = r->flush && !r->err && !r->deferred;
-    if (flush && !(r->deferred = tx_defer(c, r))) r->err = tx_do(c, r);
-    if (r->deferred) continue;
+  for (i = 0; i < c->nbatch; i++) { /* (T3): only now */
+    struct nbdserve_req *r = &c->batch[i];
+    if (r->state == REQ_TO_FLUSH && !tx_hand_over(c, r)) tx_execute(c, r);
+  }
+}
+
+/* Builds the reply of a READ in its slot of wbuf (T2). */
+static void tx_fill_slot(struct conn *c, struct nbdserve_req *r) {
+  size_t head = tx_put_head(r->buf - c->read_head, r);
+  assert(head == c->read_head);
+  (void)head;
+  req_set_state(r, REQ_IN_WBUF);
+}
+
+/* Does the batch, or hands it over, and answers it.  0, or -errno to close. */
+static int tx_run_batch(struct conn *c) {
+  struct nbdserve_req *list = NULL;
+  struct nbdserve_req **end = &list;
+  if (!c->nbatch) return 0;
+  tx_run_requests(c);
+  for (size_t i = 0; i < c->nbatch; i++) {
+    struct nbdserve_req *r = &c->batch[i];
+    if (r->state == REQ_HANDED_OVER) continue;
+    if (r->type == NBD_CMD_READ && tx_data(r).iov_len > 0) tx_fill_slot(c, r);
     *end = r;
     end = &r->next;
-    if (r->err || r->type != NBD_CMD_READ || !r->buf) continue;
-    if ((r->hole = tx_is_hole(r))) continue;
-    tx_put_head(r, r->buf - c->read_head);
-    r->ready = 1;
   }
+  c->nbatch = 0;
+  c->wbuf_used = 0;
   return tx_answer(c, list);
 }
 
-/* A long READ, in pieces: as chunks of a structured reply.  A simple one cannot
- * be taken back, so one of several pieces is read twice, to see that it can. */
-static int tx_long_read(struct conn *c, struct nbdserve_req *r) {
-  int pass = c->mode == WIRE_COMPACT && r->len > TX_KEEP ? 0 : 1, err;
-  uint64_t end = r->off + r->len;
-  struct nbdserve_req p = *r;
-  p.buf = c->big + TX_HEAD;
-  os_lock(&c->lock); /* no worker's reply may come between the pieces */
-  while (!pass && c->ndeferred)
-    tx_wait(c);
-  os_unlock(&c->lock);
-  for (; pass < 2; pass++)
-    for (p.off = r->off; p.off < end; p.off += p.len) {
-      int bare = c->mode == WIRE_COMPACT && p.off > p.start; /* no new head */
-      p.len = u_min(end - p.off, TX_KEEP);
-      p.more = p.off + p.len < end;
-      if (p.more) p.len -= (p.off + p.len) % 512; /* proto.md: if possible */
-      r->err = ex_do(c->ex, &p);
-      if (r->err && pass && bare) return r->err; /* proto.md: disconnect */
-      if (r->err) r->off = p.off;
-      if (r->err) return tx_answer(c, r);
-      if (!pass) continue;
-      p.hole = tx_is_hole(&p);
-      struct iovec v[] = {{c->big, bare ? 0 : tx_put_head(&p, c->big)},
-                          {p.buf, p.hole ? 0 : (size_t)p.len}};
-      if ((err = tx_send(c, v, 2)) != 0) return err;
-    }
-  r->ready = 1;
+/* Adds a request to the batch, which is run first if there is no room.  A READ
+ * gets a slot in wbuf.  0, or -errno to close. */
+static int tx_add_to_batch(struct conn *c, const struct nbdserve_req *r) {
+  size_t slot = 0;
+  if (r->type == NBD_CMD_READ && r->state == REQ_TODO)
+    slot = c->read_head + (size_t)r->len;
+  assert(slot <= CONN_WBUF);
+  if (c->nbatch == TX_BATCH || c->wbuf_used + slot > CONN_WBUF) {
+    int err = tx_run_batch(c);
+    if (err) return err;
+  }
+  struct nbdserve_req *place = &c->batch[c->nbatch++];
+  *place = *r;
+  if (slot) place->buf = c->wbuf + c->wbuf_used + c->read_head;
+  c->wbuf_used += slot;
+  return 0;
+}
+
+/* ---- What is not done in the batch ------------------------------------------
+ * These run when the batch is done, so all of rbuf is free but the payload of
+ * this request, of which the first bytes may have come. */
+
+/* Receives n bytes of a payload: those that are in rbuf, then from the
+ * socket. */
+static int tx_recv_payload(struct conn *c, unsigned char *to, size_t n) {
+  size_t here = (size_t)u_min(n, c->rbuf_end - c->rbuf_pos);
+  memcpy(to, c->rbuf + c->rbuf_pos, here);
+  c->rbuf_pos += here;
+  return n > here ? io_recv_all(&c->io, to + here, n - here) : 0;
+}
+
+/* Makes the buffer for pieces, once.  0 or -ENOMEM: a connection for which
+ * there is not even a megabyte is closed. */
+static int tx_need_piece_buf(struct conn *c) {
+  if (!c->piece_buf) c->piece_buf = NBDSERVE_MALLOC(TX_HEAD_MAX + TX_PIECE);
+  return c->piece_buf ? 0 : -ENOMEM;
+}
+
+/* Throws away the payload of a request that was refused, and answers it. */
+static int tx_drain(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
+  int err = tx_need_piece_buf(c);
+  assert(r->state == REQ_DONE);
+  c->after_long_write = 1;
+  while (payload > 0 && !err) {
+    size_t n = (size_t)u_min(payload, TX_PIECE);
+    err = tx_recv_payload(c, c->piece_buf, n);
+    payload -= n;
+  }
+  return err ? err : tx_answer(c, r);
+}
+
+/* Does a long WRITE, piece by piece as they come.  After an error the others
+ * are thrown away. */
+static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r) {
+  struct nbdserve_req piece = *r;
+  int failed = ex_ask_before(c->export, r);
+  uint64_t left = r->len;
+  piece.buf = c->piece_buf;
+  c->after_long_write = 1;
+  while (left > 0) {
+    piece.len = u_min(left, TX_PIECE);
+    int err = tx_recv_payload(c, piece.buf, (size_t)piece.len);
+    if (err) return err;
+    if (!failed) failed = ex_execute(c->export, &piece);
+    piece.off += piece.len;
+    left -= piece.len;
+  }
+  tx_executed(c, r, failed);
+  if (r->state == REQ_TO_FLUSH) {
+    if (tx_hand_over(c, r)) return 0;
+    tx_execute(c, r);
+  }
   return tx_answer(c, r);
 }
 
-/* A READ or WRITE behind the batch: one for a worker, with a buffer of its own,
- * or a long one, in pieces; or what is refused, with its payload. */
-static int tx_big(struct conn *c, struct nbdserve_req *r, uint64_t left,
-                  int defer) {
-  const struct nbdserve_config *k = &c->s->config;
-  int err = 0;
-  assert(!c->nreqs && (r->len > 0 || left > 0));
-  if (defer && r->len <= TX_KEEP) r->buf = NBDSERVE_MALLOC((size_t)r->len);
-  if (r->buf) r->owned = (size_t)r->len;
-  if (!r->buf && !c->big) c->big = NBDSERVE_MALLOC(TX_HEAD + TX_KEEP);
-  if (!r->buf && !c->big) return -ENOMEM; /* for not even a megabyte */
-  if (!r->buf && !r->err && k->before)
-    r->err = k->before(k->ctx, r->type, r->off, r->len);
-  if (!r->buf && !r->err && !left) return tx_long_read(c, r);
-  c->big_write |= !r->buf;
-  struct nbdserve_req p = *r;
-  if (!p.buf) p.buf = c->big;
-  for (; left > 0 && !err; left -= p.len, p.off += p.len) {
-    p.len = u_min(left, TX_KEEP);
-    size_t part = (size_t)u_min(p.len, c->rend - c->rpos); /* this is here */
-    memcpy(p.buf, c->rbuf + c->rpos, part);
-    c->rpos += part;
-    err = io_recv_all(&c->io, p.buf + part, (size_t)p.len - part);
-    if (!err && !r->err && !r->owned) r->err = ex_do(c->ex, &p);
-  }
-  r->flush = !r->owned && !r->err && ex_wants_fua(c->ex, r, 0);
-  if (!err && (r->owned || r->flush)) {
-    if (tx_defer(c, r)) return 0;
-    r->err = tx_do(c, r);
-  }
-  if (!err) return tx_answer(c, r);
-  if (r->owned) NBDSERVE_FREE(r->buf);
-  return err;
+/* The next piece of a long READ, from off on. */
+static struct nbdserve_req tx_read_piece(const struct conn *c,
+                                         const struct nbdserve_req *r,
+                                         uint64_t off) {
+  struct nbdserve_req piece = *r;
+  uint64_t end = r->off + r->len;
+  piece.buf = c->piece_buf + TX_HEAD_MAX;
+  piece.off = off;
+  piece.len = u_min(end - off, TX_PIECE);
+  piece.more_chunks = off + piece.len < end;
+  /* proto.md: chunks should end at multiples of 512, where possible. */
+  if (piece.more_chunks) piece.len -= (off + piece.len) % 512;
+  return piece;
 }
 
-enum {
-  TX_NEXT,
-  TX_MORE,
-  TX_DISC
+/* Reads all of a long READ and keeps nothing: what fails now can still be said
+ * in a simple reply, whose head claims success before the data comes. */
+static int tx_try_read(struct conn *c, const struct nbdserve_req *r) {
+  uint64_t off = r->off;
+  while (off < r->off + r->len) {
+    struct nbdserve_req piece = tx_read_piece(c, r, off);
+    int err = ex_execute(c->export, &piece);
+    if (err) return err;
+    off += piece.len;
+  }
+  return 0;
+}
+
+/* Sends one piece of a long READ that was read.  Of a simple reply only the
+ * first piece has a head. */
+static int tx_send_piece(struct conn *c, struct nbdserve_req *piece) {
+  struct iovec v[2];
+  int n = 0;
+  piece->all_zero = tx_is_all_zero(piece);
+  if (piece->mode != MODE_SIMPLE || piece->off == piece->client_off) {
+    v[n].iov_base = c->piece_buf;
+    v[n].iov_len = tx_put_head(c->piece_buf, piece);
+    n++;
+  }
+  if (!piece->all_zero) {
+    v[n].iov_base = piece->buf;
+    v[n].iov_len = (size_t)piece->len;
+    n++;
+  }
+  return tx_send(c, v, n);
+}
+
+/* Answers a long READ that went wrong before a piece, which is said if the
+ * reply has room for it. */
+static int tx_fail_read(struct conn *c, struct nbdserve_req *r, int err,
+                        uint64_t off) {
+  tx_executed(c, r, err);
+  r->err_has_off = r->len > TX_PIECE;
+  r->err_off = off;
+  return tx_answer(c, r);
+}
+
+/* Reads and sends a long READ, piece by piece: as chunks of a structured reply,
+ * or as one simple reply, after tx_try_read. */
+static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
+  uint64_t off = r->off;
+  int err = ex_ask_before(c->export, r);
+  if (!err && r->mode == MODE_SIMPLE && r->len > TX_PIECE) {
+    tx_wait_for_workers(c); /* a simple reply is in one piece */
+    err = tx_try_read(c, r);
+  }
+  if (err) {
+    tx_executed(c, r, err);
+    return tx_answer(c, r);
+  }
+  while (off < r->off + r->len) {
+    struct nbdserve_req piece = tx_read_piece(c, r, off);
+    err = ex_execute(c->export, &piece);
+    /* A simple reply that has begun cannot be taken back (proto.md). */
+    if (err && r->mode == MODE_SIMPLE && off > r->off) return err;
+    if (err) return tx_fail_read(c, r, err, off);
+    err = tx_send_piece(c, &piece);
+    if (err) return err;
+    off += piece.len;
+  }
+  r->buf = NULL;
+  req_set_state(r, REQ_DONE);
+  tx_account(c, r);
+  tx_release(r); /* all was sent */
+  return 0;
+}
+
+/* Does a READ or WRITE that is longer than a batch takes. */
+static int tx_in_pieces(struct conn *c, struct nbdserve_req *r) {
+  int err = tx_need_piece_buf(c);
+  if (err) return err;
+  return r->type == NBD_CMD_READ ? tx_read_in_pieces(c, r)
+                                 : tx_write_in_pieces(c, r);
+}
+
+/* Gives a READ or WRITE a buffer of its own and hands it over, with its
+ * payload.  Without memory it is done in pieces, as if it were longer. */
+static int tx_copied(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
+  assert(r->len <= TX_PIECE);
+  r->buf = NBDSERVE_MALLOC((size_t)r->len);
+  if (!r->buf) return tx_in_pieces(c, r);
+  r->owns_buf = 1;
+  int err = payload ? tx_recv_payload(c, r->buf, (size_t)payload) : 0;
+  if (err) {
+    NBDSERVE_FREE(r->buf);
+    return err;
+  }
+  if (tx_hand_over(c, r)) return 0;
+  tx_execute(c, r);
+  return tx_answer(c, r);
+}
+
+/* ---- Taking requests ----------------------------------------------------- */
+
+/* Refuses a request: it is not done, and answered with that error. */
+static void tx_refuse(struct nbdserve_req *r, int err, const char *why) {
+  r->err = err;
+  r->refused = why;
+  req_set_state(r, REQ_DONE);
+}
+
+/* The flags of a request that do not apply to it here. */
+static unsigned tx_stray_flags(const struct conn *c,
+                               const struct nbdserve_req *r,
+                               const struct wire_cmd *cmd) {
+  unsigned allowed = cmd->flags;
+  unsigned offered = c->transmission_flags;
+  if (offered & NBD_FLAG_SEND_FUA) allowed |= NBD_CMD_FLAG_FUA;
+  if (!(offered & NBD_FLAG_SEND_DF)) allowed &= ~(unsigned)NBD_CMD_FLAG_DF;
+  if (!(offered & NBD_FLAG_SEND_FAST_ZERO))
+    allowed &= ~(unsigned)NBD_CMD_FLAG_FAST_ZERO;
+  if (c->mode != MODE_EXTENDED) allowed &= ~(unsigned)NBD_CMD_FLAG_PAYLOAD_LEN;
+  if (r->type == NBD_CMD_BLOCK_STATUS &&
+      !(offered & NBD_FLAG_BLOCK_STATUS_PAYLOAD))
+    allowed &= ~(unsigned)NBD_CMD_FLAG_PAYLOAD_LEN;
+  return r->flags & ~allowed;
+}
+
+/* Checks a request against all that was negotiated: one rule, one `if`; the
+ * first that is broken counts.  A new rule goes here. */
+static void tx_validate(const struct conn *c, struct nbdserve_req *r,
+                        uint64_t payload) {
+  const struct wire_cmd *cmd = wire_cmd(r->type);
+  if (!cmd) {
+    tx_refuse(r, -EINVAL, "unknown command");
+    return;
+  }
+  const struct nbdserve_export *e = &c->export->pub;
+  unsigned stray = tx_stray_flags(c, r, cmd);
+  int is_status = r->type == NBD_CMD_BLOCK_STATUS;
+  if (stray & NBD_CMD_FLAG_PAYLOAD_LEN) {
+    tx_refuse(r, -EINVAL, "it takes no payload");
+  } else if (cmd->writes && (c->transmission_flags & NBD_FLAG_READ_ONLY)) {
+    tx_refuse(r, -EPERM, "the export is read-only");
+  } else if (r->type == NBD_CMD_WRITE && payload != r->len) {
+    tx_refuse(r, -EINVAL, "NBD_CMD_FLAG_PAYLOAD_LEN is missing");
+  } else if (cmd->has_range &&
+             (r->off > c->export_size || r->len > c->export_size - r->off)) {
+    tx_refuse(r, cmd->err_beyond, "beyond the end of the export");
+  } else if (is_status && !c->has_allocation) {
+    tx_refuse(r, -EINVAL, "no metadata context was negotiated");
+  } else if (cmd->exposed_by & ~c->transmission_flags) {
+    tx_refuse(r, -EINVAL, "the export does not offer it");
+  } else if (stray) {
+    tx_refuse(r, -EINVAL, "flag does not apply");
+  } else if (cmd->has_range && (r->off | r->len) & (e->min_block - 1)) {
+    tx_refuse(r, -EINVAL, "no multiple of the minimum block size");
+  } else if (cmd->has_data && r->len > e->max_request) {
+    tx_refuse(r, -EINVAL, "longer than the maximum payload size");
+  } else if (is_status && !r->len) {
+    tx_refuse(r, -EINVAL, "nothing to report on");
+  } else if (r->flags & NBD_CMD_FLAG_DF && r->len > TX_PIECE) {
+    tx_refuse(r, -EOVERFLOW, "too long for a single chunk");
+  }
+}
+
+/* Where a request is done: see the table at the head of the section.  This is
+ * the only place that decides it. */
+enum tx_route {
+  TX_ANSWER,
+  TX_DRAIN,
+  TX_IN_BATCH,
+  TX_IN_PIECES,
+  TX_COPIED,
+  TX_BY_WORKER
 };
 
-/* Takes the next request out of the receive buffer; a short one goes into the
- * batch.  TX_NEXT, TX_MORE: it is not all there, TX_DISC, -errno to close. */
-static int tx_take(struct conn *c) {
-  unsigned char *p = c->rbuf + c->rpos;
-  int ext = c->mode == WIRE_EXT, err;
-  size_t head = ext ? WIRE_EXTENDED : WIRE_REQUEST, here = c->rend - c->rpos;
-  if (here < head) return TX_MORE;
-  struct nbdserve_req r = {.flags = u_get16(p + 4),
-                           .type = u_get16(p + 6),
-                           .cookie = u_get64(p + 8),
-                           .off = u_get64(p + 16),
-                           .len = ext ? u_get64(p + 24) : u_get32(p + 24),
-                           .mode = c->mode};
-  uint64_t payload =
-      (ext ? r.flags & NBD_CMD_FLAG_PAYLOAD_LEN : r.type == NBD_CMD_WRITE)
-          ? r.len
-          : 0;
-  if (u_get32(p) !=
-          (uint32_t)(ext ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC) ||
-      payload > (ext ? c->ex->e.max_request : NBDSERVE_MAX_REQUEST)) {
-    err = tx_exec(c);
-    HS_LOG(c, NBDSERVE_LOG_INFO,
-           "%d: request magic 0x%08" PRIx32 ", %" PRIu64
-           " bytes of payload; closed",
-           c->id, u_get32(p), payload);
-    return err ? err : -EPROTO;
+/* Decides it, from what was validated and negotiated. */
+static enum tx_route tx_route(const struct conn *c,
+                              const struct nbdserve_req *r, uint64_t payload) {
+  if (r->state == REQ_DONE)
+    return payload > TX_IN_BATCH_MAX ? TX_DRAIN : TX_ANSWER;
+  if (!req_moves_data(r)) return TX_BY_WORKER;
+  if (!c->run_batch && c->max_workers && r->len <= TX_PIECE) return TX_COPIED;
+  return r->len > TX_IN_BATCH_MAX ? TX_IN_PIECES : TX_IN_BATCH;
+}
+
+/* Does a request, or sees to it that it is done later.  0, or -errno to
+ * close. */
+static int tx_dispatch(struct conn *c, struct nbdserve_req *r,
+                       uint64_t payload) {
+  enum tx_route route = tx_route(c, r, payload);
+  if (route == TX_ANSWER || route == TX_IN_BATCH || route == TX_BY_WORKER) {
+    assert(payload <= TX_IN_BATCH_MAX);
+    r->buf = c->rbuf + c->rbuf_pos; /* the payload is all there */
+    c->rbuf_pos += (size_t)payload;
+    return tx_add_to_batch(c, r);
   }
-  if (r.type == NBD_CMD_DISC) return TX_DISC;
-  if (payload <= TX_SMALL && here < head + payload) return TX_MORE;
-  r.start = r.off;
-  r.flush = r.type == NBD_CMD_FLUSH;
-  if (r.flush) r.off = r.len = 0;                /* reserved */
-  if (r.type == NBD_CMD_BLOCK_STATUS && payload) /* contexts that it wants */
-    r.len = payload == 12 && u_get32(p + head + 8) == 1 ? u_get64(p + head) : 0;
-  tx_validate(c, &r, payload);
-  int defer = !c->run_batch && c->max_workers && r.len && !r.err;
-  if (payload > TX_SMALL ||
-      (!r.err && r.type <= NBD_CMD_WRITE && (r.len > TX_SMALL || defer))) {
-    c->rpos += head;
-    err = tx_exec(c);
-    return err ? err : tx_big(c, &r, payload, defer);
-  }
-  c->rpos += head + (size_t)payload;
-  if (payload) r.buf = p + head;
-  int is_read = r.type == NBD_CMD_READ && !r.err && r.len;
-  size_t slot = is_read ? c->read_head + (size_t)r.len : 0; /* (T2) */
-  assert(r.err || r.len <= TX_SMALL || r.type > NBD_CMD_WRITE);
-  err = c->nreqs == TX_BATCH || c->wlen + slot > TX_WBUF ? tx_exec(c) : 0;
+  int err = tx_run_batch(c); /* answers what came before, and frees rbuf */
   if (err) return err;
-  if (slot) r.buf = c->wbuf + c->wlen + c->read_head;
-  c->wlen += slot;
-  c->reqs[c->nreqs++] = r;
-  return TX_NEXT;
+  if (route == TX_DRAIN) return tx_drain(c, r, payload);
+  if (route == TX_COPIED) return tx_copied(c, r, payload);
+  assert(route == TX_IN_PIECES);
+  return tx_in_pieces(c, r);
 }
 
-static int tx_fill(struct conn *c) {
-  size_t left = c->rend - c->rpos, want = TX_RBUF - left;
-  assert(c->rpos <= c->rend && c->rend <= TX_RBUF);
-  assert(!c->nreqs && !c->wlen && want > 0); /* WRITEs of the batch lie there */
-  if (c->rpos) memmove(c->rbuf, c->rbuf + c->rpos, left);
-  c->rend = left;
-  if (c->big_write && want > 4096)
-    want = 4096; /* so that little of the next payload need be copied */
-  c->big_write = 0;
-  ssize_t n = io_recv(&c->io, c->rbuf + left, want, 0);
-  if (c->rpos || !left) c->began = os_now_ms(); /* not while it was idle */
-  c->rpos = 0;
-  if (n == -ETIMEDOUT && !left) return 0; /* idle: as long as it likes */
-  if (n <= 0) return n < 0 ? (int)n : left ? -EPIPE : 1;
-  c->rend += (size_t)n;
-  return left && os_now_ms() - c->began > c->io.stall_ms ? -ETIMEDOUT : 0;
+/* Makes a request of what the client sent; the payload, of which at least
+ * TX_IN_BATCH_MAX bytes or all are there, begins at p. */
+static struct nbdserve_req tx_make_request(const struct conn *c,
+                                           const struct wire_request *w,
+                                           uint64_t payload,
+                                           const unsigned char *p) {
+  struct nbdserve_req r = {.type = w->type,
+                           .flags = w->flags,
+                           .mode = c->mode,
+                           .cookie = w->cookie,
+                           .client_off = w->off,
+                           .off = w->off,
+                           .len = w->len};
+  if (r.type == NBD_CMD_FLUSH) r.off = r.len = 0; /* reserved (proto.md) */
+  if (r.type == NBD_CMD_BLOCK_STATUS && payload) {
+    /* The payload has the length, and the contexts that are wanted. */
+    int is_ours =
+        payload == WIRE_STATUS_PAYLOAD_LEN && u_get32(p + 8) == WIRE_CONTEXT_ID;
+    r.len = is_ours ? u_get64(p) : 0; /* 0: will be refused */
+  }
+  return r;
 }
 
-static int tx_run(struct conn *c) {
-  int r, err;
+/* How many bytes of payload follow the head of a request. */
+static uint64_t tx_payload_len(const struct conn *c,
+                               const struct wire_request *w) {
+  if (c->mode == MODE_EXTENDED)
+    return w->flags & NBD_CMD_FLAG_PAYLOAD_LEN ? w->len : 0;
+  return w->type == NBD_CMD_WRITE ? w->len : 0;
+}
+
+/* Is that a request, with a payload that can be skipped at least? */
+static int tx_is_framed(const struct conn *c, const struct wire_request *w,
+                        uint64_t payload) {
+  uint64_t max = c->mode == MODE_EXTENDED ? c->export->pub.max_request
+                                          : NBDSERVE_MAX_REQUEST;
+  return w->magic == wire_request_magic(c->mode) && payload <= max;
+}
+
+/* What comes next for the client's thread. */
+enum tx_next {
+  TX_GO_ON,
+  TX_NEED_MORE, /* the next request is not all there */
+  TX_DISC,      /* the client leaves in order: DISC, or the end of its stream */
+  TX_FAILED     /* the connection is closed: c->end_err says why */
+};
+
+/* Notes an error that closes the connection; 0 is none. */
+static enum tx_next tx_go_on(struct conn *c, int err) {
+  if (!err) return TX_GO_ON;
+  c->end_err = err;
+  return TX_FAILED;
+}
+
+/* Takes the next request out of rbuf. */
+static enum tx_next tx_next_request(struct conn *c) {
+  const unsigned char *p = c->rbuf + c->rbuf_pos;
+  size_t here = c->rbuf_end - c->rbuf_pos;
+  size_t head = wire_request_len(c->mode);
+  if (here < head) return TX_NEED_MORE;
+  struct wire_request w = wire_get_request(p, c->mode);
+  uint64_t payload = tx_payload_len(c, &w);
+  if (!tx_is_framed(c, &w, payload)) {
+    int err = tx_run_batch(c); /* what came before is answered */
+    conn_log(c, NBDSERVE_LOG_INFO,
+             "%d: request magic 0x%08" PRIx32 ", %" PRIu64
+             " bytes of payload; closed",
+             c->id, w.magic, payload);
+    return tx_go_on(c, err ? err : -EPROTO);
+  }
+  if (w.type == NBD_CMD_DISC) return TX_DISC;
+  if (payload <= TX_IN_BATCH_MAX && here < head + payload) return TX_NEED_MORE;
+  struct nbdserve_req r = tx_make_request(c, &w, payload, p + head);
+  tx_validate(c, &r, payload);
+  if (r.state == REQ_TODO && r.type == NBD_CMD_FLUSH)
+    req_set_state(&r, REQ_TO_FLUSH);
+  if (r.state == REQ_TODO && !r.len) req_set_state(&r, REQ_DONE); /* nothing */
+  c->rbuf_pos += head;
+  return tx_go_on(c, tx_dispatch(c, &r, payload));
+}
+
+/* Receives more, behind what is left in rbuf.  The batch is empty: the payloads
+ * of its WRITEs lay there. */
+static enum tx_next tx_receive(struct conn *c) {
+  size_t left = c->rbuf_end - c->rbuf_pos;
+  size_t room = CONN_RBUF - left;
+  int is_new = c->rbuf_pos > 0 || !left; /* what is left was not there before */
+  assert(c->rbuf_pos <= c->rbuf_end && c->rbuf_end <= CONN_RBUF);
+  assert(!c->nbatch && !c->wbuf_used && room > 0);
+  if (c->rbuf_pos) memmove(c->rbuf, c->rbuf + c->rbuf_pos, left);
+  c->rbuf_pos = 0;
+  c->rbuf_end = left;
+  /* Behind a long WRITE another one is likely.  Its payload is received where
+   * it is written from; what comes along with its head would have to be copied
+   * there. */
+  if (c->after_long_write) room = (size_t)u_min(room, 4096);
+  c->after_long_write = 0;
+  ssize_t n = io_recv(&c->io, c->rbuf + left, room);
+  if (n == -ETIMEDOUT && !left) return TX_GO_ON; /* idle: as long as it likes */
+  if (n < 0) return tx_go_on(c, (int)n);
+  if (n == 0) return left ? tx_go_on(c, -EPIPE) : TX_DISC;
+  c->rbuf_end += (size_t)n;
+  int64_t now = os_now_ms();
+  if (is_new) c->partial_since_ms = now; /* not while it was idle */
+  int too_slow = left && now - c->partial_since_ms > c->io.stall_ms; /* (I2) */
+  return tx_go_on(c, too_slow ? -ETIMEDOUT : 0);
+}
+
+/* The transmission phase, to its end.  c->end_err: why it ended, or 0. */
+static void tx_run(struct conn *c) {
+  enum tx_next next;
   do {
-    r = tx_take(c);
-    err = r == TX_MORE || r == TX_DISC ? tx_exec(c) : r;
-    if (r == TX_MORE && !err) err = tx_fill(c);
-  } while (r != TX_DISC && !err);
-  os_lock(&c->lock);
-  c->closing = 1;
-  os_wake_all(&c->lock);
-  while (c->nworkers)
-    tx_wait(c);
-  assert(!c->queue && !c->flushes && !c->ndeferred);
-  os_unlock(&c->lock);
-  return err > 0 ? 0 : err;
+    next = tx_next_request(c);
+    if (next == TX_NEED_MORE || next == TX_DISC) {
+      int err = tx_run_batch(c);
+      if (err) next = tx_go_on(c, err);
+    }
+    if (next == TX_NEED_MORE) next = tx_receive(c);
+  } while (next == TX_GO_ON);
+  tx_end_workers(c);
 }
 
 /* ==== [10] FLAT (flat_) ==================================================
- * A regular file or block device, served as it is.
+ * A regular file, a block device or memory, served as it is.  Here the file is
+ * called the target, also if it is a device or in memory.
+ *
+ *   export      0 ................................ size
+ *   target      offset .................. offset + size
+ *   overlay     0 [64 KiB] [64 KiB] [64 KiB] [...] size
+ *
+ * Only a temporary export (NBDSERVE_FLAT_TEMPORARY) has an overlay, a file
+ * without a name.  Its target is only read.  The first write to a block brings
+ * the whole block to the overlay; from then on the block is read and written
+ * there.  What is not in the overlay is read from the target.  The functions
+ * that know of blocks begin with overlay_.
+ *
+ * Requests: READ and WRITE come to flat_batch, in the client's thread and many
+ * at a time; the others come one by one to a method of flat_ops, in threads
+ * that may wait.  Their ranges are inside the export (E2).
  *
  * (F1) After a failed fdatasync the kernel may have dropped what it could not
- *      write, and the next one says all is well.  So the first failure is for
- *      good: every later write and flush fails until the file is opened anew.
- * (F2) Calls that a system, file system or sandbox may lack are tried until
- *      they first say so; from then on the portable way is taken.
- * (F3) Nothing here depends on a file offset: any number of threads may call */
+ *      write, and the next fdatasync says that all is well.  So the first
+ *      failure is for good: every later write and flush fails with EIO until
+ *      the file is opened anew.
+ * (F2) A call that a system, a file system or a sandbox may lack is tried until
+ *      it first says so; from then on the portable way is taken.
+ * (F3) Nothing here depends on the offset of a descriptor, so any number of
+ *      threads may call at once.
+ * (F4) What nbdserve_flat_open makes and then cannot use it removes again. */
 #if !NBDSERVE_NO_FLAT
 
 enum {
-  FLAT_RUN = 64,
-  FLAT_BLOCK = 65536
-}; /* in one call; of the temporary */
-enum {
-  FLAT_FAILED = 1 << 30
-}; /* (F1), beside the modes of os_fallocate */
-
-struct flat {
-  struct ex_batched own;
-  int fd, temp;          /* fixed: the file; a nameless one for writes, or -1 */
-  uint64_t offset, size; /* fixed: of the export in the file; 0: all of it */
-  struct os_monitor lock; /* guards: */
-  int lacks;              /* FLAT_FAILED, and 1 << mode for each mode (F2) */
-  unsigned char there[];  /* a bit for each block that is in temp */
+  FLAT_MAX_IOV = 64, /* neighbouring requests that go into one system call */
+  FLAT_OVERLAY_BLOCK = 65536 /* bytes that come to the overlay as a whole */
 };
 
-static int flat_lacks(struct flat *f, int more) {
+/* An open export: nbdserve_flat_open makes it, flat_close frees it.
+ *
+ *   members         written by          read by                  lock
+ *   own ... size    nbdserve_flat_open  everybody                none
+ *   failed          FLUSH               FLUSH, all that writes   lock
+ *   unsupported     TRIM, ZEROES        TRIM, ZEROES             lock
+ *   in_overlay      WRITE               READ, WRITE              lock
+ *
+ * The lock is held for the moment that it takes to look, except for in_overlay:
+ * see there. */
+struct flat {
+  struct ex_batched own; /* must come first: ex_batched_read looks there */
+
+  /* Fixed while the export is open: no lock is needed. */
+  int fd;          /* the target; ours to close */
+  int overlay_fd;  /* the overlay, ours to close; -1: writes go to the target */
+  int follows_end; /* the export ends where the target ends, even if it grows */
+  uint64_t offset; /* bytes of the target in front of the export */
+  uint64_t size;   /* bytes of the export when it was opened */
+
+  struct os_monitor lock; /* guards all that follows */
+  int failed;             /* a sync has failed (F1) */
+  unsigned unsupported;   /* bit N: os_fallocate lacks mode N here (F2) */
+  /* Bit N % 8 of byte N / 8: block N is in the overlay.  A READ or WRITE holds
+   * the lock from its look at the bits to the end of its I/O: another WRITE
+   * could bring the block over in between, and one of the two would be lost. */
+  unsigned char in_overlay[];
+};
+STATIC_ASSERT(modes_of_fallocate_have_bits, OS_FALLOCATE_MODES <= 32);
+
+/* Do writes go to the overlay?  Then clients can do nothing to the target. */
+static int flat_is_temporary(const struct flat *f) {
+  return f->overlay_fd >= 0;
+}
+
+/* ---- What has failed before ---------------------------------------------- */
+
+/* Has a sync failed (F1)?  Takes the lock. */
+static int flat_has_failed(struct flat *f) {
   os_lock(&f->lock);
-  int lacks = f->lacks |= more;
+  int failed = f->failed;
   os_unlock(&f->lock);
-  return lacks;
+  return failed;
 }
 
-/* Does r[0..n), all READs or all WRITEs of neighbouring ranges, in one call. */
-static int flat_transfer(struct flat *f, struct nbdserve_req *r, size_t n) {
-  struct iovec v[FLAT_RUN];
-  assert(n > 0 && n <= FLAT_RUN);
-  for (size_t i = 0; i < n; i++) {
-    v[i].iov_base = r[i].buf;
-    v[i].iov_len = (size_t)r[i].len;
-    assert(i == 0 || r[i].off == r[i - 1].off + r[i - 1].len);
+/* Makes all later writes and flushes fail (F1).  Takes the lock. */
+static void flat_set_failed(struct flat *f) {
+  os_lock(&f->lock);
+  f->failed = 1;
+  os_unlock(&f->lock);
+}
+
+/* Is there still hope that os_fallocate can do that (F2)?  Takes the lock. */
+static int flat_supports(struct flat *f, int mode) {
+  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
+  os_lock(&f->lock);
+  unsigned unsupported = f->unsupported >> mode & 1u;
+  os_unlock(&f->lock);
+  return !unsupported;
+}
+
+/* Remembers that os_fallocate cannot do that (F2).  Takes the lock. */
+static void flat_set_unsupported(struct flat *f, int mode) {
+  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
+  os_lock(&f->lock);
+  f->unsupported |= 1u << mode;
+  os_unlock(&f->lock);
+}
+
+/* ---- The overlay of a temporary export ---------------------------------- */
+
+/* Is a block in the overlay?  The caller holds the lock. */
+static int overlay_has(const struct flat *f, uint64_t block) {
+  assert(block <= f->size / FLAT_OVERLAY_BLOCK);
+  return f->in_overlay[block / 8] >> block % 8 & 1;
+}
+
+/* Notes that a block is in the overlay.  The caller holds the lock. */
+static void overlay_add(struct flat *f, uint64_t block) {
+  assert(block <= f->size / FLAT_OVERLAY_BLOCK);
+  f->in_overlay[block / 8] |= (unsigned char)(1 << block % 8);
+}
+
+/* Reads len bytes at off, all in one block, from where that block is.  The
+ * caller holds the lock. */
+static int overlay_read(struct flat *f, void *buf, uint64_t off, size_t len) {
+  struct iovec v = {buf, len};
+  if (overlay_has(f, off / FLAT_OVERLAY_BLOCK))
+    return os_transfer(f->overlay_fd, OS_READ, &v, 1, off);
+  return os_transfer(f->fd, OS_READ, &v, 1, f->offset + off);
+}
+
+/* Brings a block to the overlay, of which len bytes at off have the new data at
+ * buf and the others are as in the target.  The last block of an export may be
+ * shorter than the others.  The caller holds the lock. */
+static int overlay_write_first(struct flat *f, const void *buf, uint64_t off,
+                               size_t len) {
+  unsigned char block[FLAT_OVERLAY_BLOCK];
+  size_t skip = (size_t)(off % FLAT_OVERLAY_BLOCK);
+  uint64_t start = off - skip;
+  size_t block_len = (size_t)u_min(sizeof block, f->size - start);
+  assert(skip + len <= block_len);
+  if (len < block_len) {
+    struct iovec old = {block, block_len};
+    int err = os_transfer(f->fd, OS_READ, &old, 1, f->offset + start);
+    if (err) return err;
   }
-  return os_transfer(f->fd, r->type == NBD_CMD_WRITE, v, (int)n,
-                     f->offset + r->off);
+  memcpy(block + skip, buf, len);
+  struct iovec v = {block, block_len};
+  int err = os_transfer(f->overlay_fd, OS_WRITE, &v, 1, start);
+  if (err) return err; /* the target's block still counts */
+  overlay_add(f, off / FLAT_OVERLAY_BLOCK);
+  return 0;
 }
 
-/* Reads from where the blocks are, writes to the temporary file. */
-static int flat_overlay(struct flat *f, struct nbdserve_req *r) {
-  unsigned char block[FLAT_BLOCK];
-  int writing = r->type == NBD_CMD_WRITE, err = 0;
-  for (uint64_t at = 0, n; at < r->len && !err; at += n) {
-    uint64_t off = r->off + at, i = off / FLAT_BLOCK, from = i * FLAT_BLOCK;
-    uint64_t whole = u_min(FLAT_BLOCK, f->size - from);
-    int there = f->there[i / 8] >> i % 8 & 1;
-    n = u_min(from + whole - off, r->len - at);
-    struct iovec v = {r->buf + at, (size_t)n}, b = {block, (size_t)whole};
-    if (!there && writing && n < whole) { /* the rest comes along */
-      err = os_transfer(f->fd, 0, &b, 1, f->offset + from);
-      memcpy(block + (off - from), r->buf + at, (size_t)n);
-      v = (struct iovec){block, (size_t)whole};
-      off = from;
-    }
-    if (!err)
-      err = there || writing ? os_transfer(f->temp, writing, &v, 1, off)
-                             : os_transfer(f->fd, 0, &v, 1, f->offset + off);
-    if (writing && !err) f->there[i / 8] |= (unsigned char)(1 << i % 8);
+/* Writes len bytes at off, all in one block, to the overlay.  The caller holds
+ * the lock. */
+static int overlay_write(struct flat *f, void *buf, uint64_t off, size_t len) {
+  struct iovec v = {buf, len};
+  if (!overlay_has(f, off / FLAT_OVERLAY_BLOCK))
+    return overlay_write_first(f, buf, off, len);
+  return os_transfer(f->overlay_fd, OS_WRITE, &v, 1, off);
+}
+
+/* Does a READ or WRITE block by block; returns 0 or the first error.  The
+ * caller holds the lock. */
+static int overlay_do(struct flat *f, const struct nbdserve_req *r) {
+  int err = 0;
+  assert(r->len <= f->size && r->off <= f->size - r->len);
+  for (uint64_t done = 0, len; done < r->len && !err; done += len) {
+    uint64_t off = r->off + done;
+    unsigned char *buf = r->buf + done;
+    len = FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK;
+    len = u_min(len, r->len - done);
+    if (r->type == NBD_CMD_READ)
+      err = overlay_read(f, buf, off, (size_t)len);
+    else
+      err = overlay_write(f, buf, off, (size_t)len);
   }
   return err;
 }
 
-static void flat_batch(void *ctx, struct nbdserve_req *r, size_t n) {
-  struct flat *f = ctx;
-  int failed = flat_lacks(f, 0) & FLAT_FAILED;
-  for (; f->temp >= 0 && n > 0; r++, n--) {
+/* flat_batch for a temporary export.  Each request has the lock while all of
+ * its I/O is done. */
+static void overlay_batch(struct flat *f, struct nbdserve_req *reqs,
+                          size_t nreqs) {
+  for (size_t i = 0; i < nreqs; i++) {
     os_lock(&f->lock);
-    r->err = flat_overlay(f, r);
+    reqs[i].err = overlay_do(f, &reqs[i]);
     os_unlock(&f->lock);
   }
-  for (size_t i = 0, j; i < n; i = j) {
-    for (j = i + 1; j < n && j - i < FLAT_RUN && r[j].type == r[i].type &&
-                    r[j].off == r[j - 1].off + r[j - 1].len;)
-      j++;
-    int err = failed && r[i].type == NBD_CMD_WRITE
-                  ? -EIO
-                  : flat_transfer(f, r + i, j - i);
-    for (size_t k = i; k < j; k++) /* only what fails by itself has failed */
-      r[k].err = err && j - i > 1 ? flat_transfer(f, r + k, 1) : err;
+}
+
+/* ---- Requests ----------------------------------------------------------- */
+
+/* Returns how many of the first requests are of one type and lie one behind the
+ * other, so that one system call can do them all. */
+static size_t flat_run_length(const struct nbdserve_req *reqs, size_t nreqs) {
+  size_t most = nreqs < FLAT_MAX_IOV ? nreqs : FLAT_MAX_IOV;
+  assert(nreqs > 0);
+  for (size_t n = 1; n < most; n++) {
+    const struct nbdserve_req *last = &reqs[n - 1];
+    if (reqs[n].type != last->type) return n;
+    if (reqs[n].off != last->off + last->len) return n;
+  }
+  return most;
+}
+
+/* Does a run of requests with one system call, or more if that does less. */
+static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
+                         size_t nreqs) {
+  struct iovec v[FLAT_MAX_IOV];
+  assert(nreqs > 0 && nreqs <= FLAT_MAX_IOV);
+  for (size_t i = 0; i < nreqs; i++) {
+    v[i].iov_base = reqs[i].buf;
+    v[i].iov_len = (size_t)reqs[i].len;
+    assert(v[i].iov_len == reqs[i].len); /* there is a buffer of that size */
+  }
+  return os_transfer(f->fd, reqs->type == NBD_CMD_WRITE ? OS_WRITE : OS_READ, v,
+                     (int)nreqs, f->offset + reqs->off);
+}
+
+/* Does a run of requests and sets the error of each.  If the run fails they are
+ * repeated one by one, so that only those fail that fail by themselves. */
+static void flat_do_run(struct flat *f, struct nbdserve_req *reqs,
+                        size_t nreqs) {
+  int err = flat_transfer(f, reqs, nreqs);
+  for (size_t i = 0; i < nreqs; i++)
+    reqs[i].err = err && nreqs > 1 ? flat_transfer(f, &reqs[i], 1) : err;
+}
+
+/* Does READs and WRITEs, in their order, in the caller's thread, and sets the
+ * error of each: the method of struct ex_batched.
+ *
+ * Clients that read or write a long range often cut it into requests that lie
+ * one behind the other; those become one system call. */
+static void flat_batch(void *ctx, struct nbdserve_req *reqs, size_t nreqs) {
+  struct flat *f = ctx;
+  if (flat_is_temporary(f)) {
+    overlay_batch(f, reqs, nreqs);
+    return;
+  }
+  int failed = flat_has_failed(f);
+  size_t run;
+  for (; nreqs > 0; reqs += run, nreqs -= run) {
+    assert(reqs->type == NBD_CMD_READ || reqs->type == NBD_CMD_WRITE);
+    if (failed && reqs->type == NBD_CMD_WRITE) { /* (F1) */
+      reqs->err = -EIO;
+      run = 1;
+      continue;
+    }
+    run = flat_run_length(reqs, nreqs);
+    flat_do_run(f, reqs, run);
   }
 }
 
+/* Makes all that was written durable, or fails for good (F1).  A temporary
+ * export has nothing that should last. */
 static int flat_flush(void *ctx, uint32_t flags) {
+  (void)flags;
   struct flat *f = ctx;
-  int err = flat_lacks(f, 0) & FLAT_FAILED ? -EIO
-            : f->temp >= 0                 ? 0
-                           : os_datasync(f->fd); /* it is not to last */
-  if (err) flat_lacks(f, FLAT_FAILED);           /* (F1) */
-  return (void)flags, err;
+  if (flat_is_temporary(f)) return 0;
+  if (flat_has_failed(f)) return -EIO;
+  int err = os_datasync(f->fd);
+  if (err) flat_set_failed(f);
+  return err;
 }
 
-/* os_fallocate on a range of the export; -EOPNOTSUPP: do it another way. */
+/* Changes the space behind a range of the export.  -EOPNOTSUPP: the caller must
+ * do without, now (the range is not made of whole sectors of a device) or, as
+ * is then remembered, always (F2). */
 static int flat_allocate(struct flat *f, int mode, uint64_t off, uint64_t len) {
-  int lacks = flat_lacks(f, f->temp < 0 ? 0 : 1 << mode), err = -EOPNOTSUPP;
-  if (lacks & FLAT_FAILED) return -EIO;
-  off += f->offset;
-  if (!(lacks & 1 << mode)) err = os_fallocate(f->fd, mode, off, len);
-  if (err == -EOPNOTSUPP) flat_lacks(f, 1 << mode); /* (F2) */
+  if (flat_is_temporary(f)) return -EOPNOTSUPP; /* the target stays */
+  if (flat_has_failed(f)) return -EIO;          /* (F1): it is a write */
+  if (!flat_supports(f, mode)) return -EOPNOTSUPP;
+  int err = os_fallocate(f->fd, mode, f->offset + off, len);
+  if (err == -EOPNOTSUPP) flat_set_unsupported(f, mode); /* (F2) */
   return err == -EINVAL ? -EOPNOTSUPP : err;
 }
 
+/* Gives the space behind a range back. */
 static int flat_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
-  int err = flat_allocate(ctx, OS_PUNCH_HOLE, off, len);
   (void)flags;
+  int err = flat_allocate(ctx, OS_PUNCH_HOLE, off, len);
   return err == -EOPNOTSUPP ? 0 : err; /* a trim may do nothing */
 }
 
+/* Makes a range read as zeroes, without space if that is allowed and possible.
+ * -ENOTSUP: nothing here is faster than to write the zeroes. */
 static int flat_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   int err = -EOPNOTSUPP;
   if (!(flags & NBDSERVE_CMD_NO_HOLE))
     err = flat_allocate(ctx, OS_PUNCH_HOLE, off, len);
   if (err == -EOPNOTSUPP) err = flat_allocate(ctx, OS_ZERO_RANGE, off, len);
-  return err == -EOPNOTSUPP ? -ENOTSUP : err; /* the engine writes them */
+  return err == -EOPNOTSUPP ? -ENOTSUP : err;
 }
 
+/* Brings a range of the target into the system's memory, if it likes to. */
 static int flat_cache(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
+  (void)flags;
   struct flat *f = ctx;
-  return (void)flags, os_willneed(f->fd, f->offset + off, len);
+  os_willneed(f->fd, f->offset + off, len);
+  return 0;
 }
 
+/* Reports data and holes.  Of a temporary export nothing is reported, which
+ * means that all is data: a hole of the target may have been written, and what
+ * the overlay holds is not worth the time to look. */
 static int flat_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                         struct nbdserve_extents *out) {
+  (void)flags;
   struct flat *f = ctx;
-  uint64_t pos = f->offset + off, end = pos + len, next;
-  for (int enough = f->temp >= 0; pos < end && !enough; pos = next) {
+  uint64_t pos = f->offset + off;
+  uint64_t end = pos + len;
+  uint64_t next;
+  if (flat_is_temporary(f)) return 0;
+  for (; pos < end; pos = next) {
     int is_data = os_is_data(f->fd, pos, end, &next);
-    assert(next > pos);
-    enough = nbdserve_extent(
-        out, next - pos,
-        is_data ? 0 : NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO);
+    uint32_t status = NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
+    if (nbdserve_extent(out, next - pos, is_data ? 0 : status)) break;
   }
-  return (void)flags, 0;
+  return 0;
 }
 
-static uint64_t flat_size(void *ctx, uint64_t was) {
+/* The size that a new client gets.  size: what the export has so far, maybe by
+ * nbdserve_resize. */
+static uint64_t flat_size(void *ctx, uint64_t size) {
   struct flat *f = ctx;
+  /* The overlay's map has no bits for more than there was. */
+  if (flat_is_temporary(f)) return u_min(size, f->size);
+  /* An offset in the target must not exceed what off_t holds. */
+  if (!f->follows_end) return u_min(size, INT64_MAX - f->offset);
   off_t end = lseek(f->fd, 0, SEEK_END);
-  if (f->temp >= 0) return u_min(was, f->size); /* there is no longer */
-  if (f->size || end < 0) return was;
+  if (end < 0) return size;
   return (uint64_t)end < f->offset ? 0 : (uint64_t)end - f->offset;
 }
 
-static void flat_close(void *ctx) {
-  struct flat *f = ctx;
-  close(f->fd); /* after the last flush nothing is left that could fail */
-  close(f->temp);
+/* Frees an export, whose files the caller closes.  NULL is no harm. */
+static void flat_free(struct flat *f) {
+  if (!f) return;
   os_monitor_free(&f->lock);
   NBDSERVE_FREE(f);
 }
 
-static const struct nbdserve_ops flat_ops = {
-    ex_batched_read, ex_batched_write, flat_flush, flat_trim,  flat_zero,
-    flat_cache,      flat_extents,     flat_close, flat_batch, flat_size};
+/* Ends an export.  Nothing is left that could fail: what has to last was
+ * flushed before. */
+static void flat_close(void *ctx) {
+  struct flat *f = ctx;
+  close(f->fd);
+  if (flat_is_temporary(f)) close(f->overlay_fd);
+  flat_free(f);
+}
 
-int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
-                       struct nbdserve_export *out) {
-  struct nbdserve_flat o = {.offset = 0};
-  if (options) o = *options;
-  int in_memory = strncmp(path, "mem:", 4) == 0;
-  if (in_memory) path = u_parse_size(path + 4, &o.create);
-  if (!path || (in_memory && *path) || o.create > INT64_MAX ||
-      o.flags & ~(NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY))
-    return -EINVAL;
-  int fd = in_memory
-               ? os_nameless_file(NULL)
-               : open(path,
-                      (o.flags ? O_RDONLY : O_RDWR) | (o.create ? O_CREAT : 0) |
-                          O_CLOEXEC | O_NOCTTY | O_NONBLOCK /* a FIFO's open */,
-                      0666);
-  if (fd < 0) return in_memory ? fd : -errno;
-  struct stat st;
-  off_t end = 0;
-  int err = in_memory ? 0 : os_lock_file(fd, o.flags != 0);
-  if (!err && fstat(fd, &st) < 0) err = -errno;
-  if (!err && !S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
-    err = S_ISDIR(st.st_mode) ? -EISDIR : -EINVAL;
-  if (!err && o.create && S_ISREG(st.st_mode) && !st.st_size) {
-    if (ftruncate(fd, (off_t)o.create) < 0)
-      err = -errno;
-    else if (!in_memory)
-      err = os_sync_new_file(fd, path);
+/* Reads and writes come from flat_batch, by way of ex_batched_read and _write
+ * if they are single. */
+static const struct nbdserve_ops flat_ops = {
+    .read = ex_batched_read,
+    .write = ex_batched_write,
+    .flush = flat_flush,
+    .trim = flat_trim,
+    .zero = flat_zero,
+    .cache = flat_cache,
+    .extents = flat_extents,
+    .close = flat_close,
+    .run_batch = flat_batch,
+    .size = flat_size,
+};
+
+/* ---- Opening ------------------------------------------------------------
+ * One function a step.  The steps fill struct flat_target, then struct flat is
+ * made of it.  The lock comes before all that looks at the file or changes it,
+ * so that of several servers that start at once exactly one does. */
+
+/* A target on its way to become an export */
+struct flat_target {
+  const char *path; /* as the caller gave it */
+  int is_memory;    /* path is mem:SIZE, else a name in the file system */
+  int writable;     /* clients' writes go to it */
+  int fd;           /* ours to close; -1: not open */
+  int is_new;       /* this call made the file, and has it locked: (F4) */
+  uint64_t create;  /* size for a new or empty file; 0: none is made */
+  uint64_t size;    /* bytes of the file, once it is complete */
+};
+
+/* Looks at the options, and at a path that is mem:SIZE.  -EINVAL. */
+static int flat_check_options(struct flat_target *t,
+                              const struct nbdserve_flat *options) {
+  static const char prefix[] = "mem:";
+  uint32_t known = NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY;
+  if (options->flags & ~known) return -EINVAL;
+  t->writable = !options->flags;
+  t->create = options->create;
+  t->is_memory = strncmp(t->path, prefix, strlen(prefix)) == 0;
+  if (t->is_memory) {
+    const char *rest = u_parse_size(t->path + strlen(prefix), &t->create);
+    if (!rest || *rest) return -EINVAL;
   }
-  if (!err && (end = lseek(fd, 0, SEEK_END)) < 0) err = -errno;
-  uint64_t size = (uint64_t)end;
-  if (!err && (o.offset > size || o.size > size - o.offset)) err = -EINVAL;
-  int temp = -1, lasts = !(o.flags & NBDSERVE_FLAT_TEMPORARY);
-  if (!err && !lasts && (temp = os_nameless_file(o.dir)) < 0) err = temp;
-  out->size = o.size ? o.size : size - o.offset;
-  uint64_t blocks = lasts ? 0 : out->size / FLAT_BLOCK + 1;
-  struct flat *f = err ? NULL : u_zalloc(sizeof *f + (size_t)(blocks / 8 + 1));
-  if (!err) err = f ? os_monitor_init(&f->lock) : -ENOMEM;
+  return t->create > INT64_MAX ? -EINVAL : 0;
+}
+
+/* Opens the target, and makes the file if it is missing and may be made.  Only
+ * O_EXCL tells whether this call has made it, which (F4) must know; it follows
+ * no link to where nothing is yet.  A new file is opened for writing in any
+ * case, as it gets its size. */
+static int flat_open_target(struct flat_target *t) {
+  int flags = O_CLOEXEC | O_NOCTTY | O_NONBLOCK; /* a FIFO must not block */
+  if (t->is_memory) {
+    t->fd = os_nameless_file(NULL);
+    return t->fd < 0 ? t->fd : 0;
+  }
+  if (t->create) {
+    t->fd = open(t->path, flags | O_RDWR | O_CREAT | O_EXCL, 0666);
+    if (t->fd < 0 && errno != EEXIST) return -errno;
+    t->is_new = t->fd >= 0;
+  }
+  if (t->fd < 0)
+    t->fd = open(t->path, flags | (t->writable ? O_RDWR : O_RDONLY));
+  return t->fd < 0 ? -errno : 0;
+}
+
+/* Keeps other servers away from the target.  If another one was quicker to take
+ * the file that this call has just made, the file is no longer ours. */
+static int flat_lock_target(struct flat_target *t) {
+  if (t->is_memory) return 0;
+  int err = os_lock_file(t->fd, !t->writable);
+  if (err) t->is_new = 0;
+  return err;
+}
+
+/* Refuses what is neither a file nor a block device, and a device that is to be
+ * written and cannot.  Gives a new or empty file its size.  Finds the size.
+ *
+ * If the file that this call has made has a size by now, another server has had
+ * it in between and has ended: the file and its data are no longer ours. */
+static int flat_prepare_target(struct flat_target *t) {
+  struct stat st;
+  if (fstat(t->fd, &st) < 0) return -errno;
+  if (st.st_size != 0) t->is_new = 0;
+  if (S_ISDIR(st.st_mode)) return -EISDIR;
+  if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) return -EINVAL;
+  if (S_ISBLK(st.st_mode) && t->writable && os_is_readonly_device(t->fd))
+    return -EROFS;
+  if (t->create && S_ISREG(st.st_mode) && st.st_size == 0) {
+    if (ftruncate(t->fd, (off_t)t->create) < 0) return -errno;
+    int err = t->is_memory ? 0 : os_sync_new_file(t->fd, t->path);
+    if (err) return err;
+  }
+  off_t end = lseek(t->fd, 0, SEEK_END);
+  if (end < 0) return -errno;
+  t->size = (uint64_t)end;
+  return 0;
+}
+
+/* Undoes what was done to open a target (F4).  The file goes first, while the
+ * lock still keeps others from taking it. */
+static void flat_abandon_target(struct flat_target *t) {
+  if (t->is_new) os_remove_own_file(t->path, t->fd);
+  if (t->fd >= 0) close(t->fd);
+}
+
+/* How many bytes struct flat has for a temporary export of that size.  -EFBIG:
+ * more than most, which is what size_t holds: on a machine with addresses of 32
+ * bits a sparse file may well be too large. */
+static int flat_temporary_len(uint64_t size, size_t most, size_t *len) {
+  uint64_t nblocks = size / FLAT_OVERLAY_BLOCK + 1;
+  uint64_t map_len = nblocks / 8 + 1;
+  assert(most > sizeof(struct flat));
+  if (map_len > most - sizeof(struct flat)) return -EFBIG;
+  *len = sizeof(struct flat) + (size_t)map_len;
+  return 0;
+}
+
+/* Makes the export of a target, as yet without an overlay; flat_free undoes it.
+ * -EINVAL: the slice is not inside the target.  -EFBIG, -ENOMEM. */
+static int flat_new(struct flat **out, const struct flat_target *t,
+                    const struct nbdserve_flat *options) {
+  uint64_t offset = options->offset;
+  uint64_t size = options->size;
+  size_t len = sizeof(struct flat);
+  assert(t->fd >= 0 && t->size <= INT64_MAX);
+  if (offset > t->size || size > t->size - offset) return -EINVAL;
+  if (!size) size = t->size - offset;
+  if (options->flags & NBDSERVE_FLAT_TEMPORARY) {
+    int err = flat_temporary_len(size, SIZE_MAX, &len);
+    if (err) return err;
+  }
+  struct flat *f = u_zalloc(len);
+  if (!f) return -ENOMEM;
+  int err = os_monitor_init(&f->lock);
   if (err) {
-    close(temp); /* -1 is no harm */
-    close(fd);
     NBDSERVE_FREE(f);
     return err;
   }
-  f->fd = fd;
-  f->temp = temp;
   f->own.run_batch = flat_batch;
-  f->offset = o.offset;
-  f->size = lasts ? o.size : out->size;
-  if (o.flags & NBDSERVE_FLAT_READONLY) out->flags |= NBDSERVE_EXPORT_READONLY;
-  out->flags |= NBDSERVE_EXPORT_MULTI_CONN;
-  if (os_is_rotational(fd)) out->flags |= NBDSERVE_EXPORT_ROTATIONAL;
+  f->fd = t->fd; /* and t's, until nbdserve_flat_open has done all */
+  f->overlay_fd = -1;
+  f->follows_end = !options->size;
+  f->offset = offset;
+  f->size = size;
+  *out = f;
+  return 0;
+}
+
+/* Gives a temporary export its overlay. */
+static int flat_open_overlay(struct flat *f,
+                             const struct nbdserve_flat *options) {
+  if (!(options->flags & NBDSERVE_FLAT_TEMPORARY)) return 0;
+  int fd = os_nameless_file(options->dir);
+  if (fd < 0) return fd;
+  f->overlay_fd = fd;
+  return 0;
+}
+
+/* Opens, locks and completes the target.  Whatever it returns, the caller gives
+ * the target back with flat_abandon_target or makes an export of it. */
+static int flat_get_target(struct flat_target *t,
+                           const struct nbdserve_flat *options) {
+  int err = flat_check_options(t, options);
+  if (err) return err;
+  err = flat_open_target(t);
+  if (err) return err;
+  err = flat_lock_target(t);
+  if (err) return err;
+  return flat_prepare_target(t);
+}
+
+/* See nbdserve.h.  Until all steps have succeeded the target is t's; then its
+ * descriptor and the overlay's are the export's. */
+int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
+                       struct nbdserve_export *out) {
+  static const struct nbdserve_flat defaults;
+  struct flat_target t = {.path = path, .fd = -1};
+  struct flat *f = NULL;
+  if (!options) options = &defaults;
+  int err = flat_get_target(&t, options);
+  if (!err) err = flat_new(&f, &t, options);
+  if (!err) err = flat_open_overlay(f, options);
+  if (err) {
+    flat_free(f);
+    flat_abandon_target(&t);
+    return err;
+  }
+  assert(f->offset + f->size <= INT64_MAX); /* for os_transfer */
+  out->size = f->size;
+  out->flags |= NBDSERVE_EXPORT_MULTI_CONN; /* fdatasync is for all writers */
+  if (options->flags & NBDSERVE_FLAT_READONLY)
+    out->flags |= NBDSERVE_EXPORT_READONLY;
+  if (os_is_rotational(f->fd)) out->flags |= NBDSERVE_EXPORT_ROTATIONAL;
   out->ops = &flat_ops;
   out->ctx = f;
   return 0;
@@ -2254,107 +4582,173 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
  * lock, and maps are in memory. */
 #if !NBDSERVE_NO_CAS
 
-#ifndef CAS_UNIT /* the tests make stores with everything in small */
-#define CAS_UNIT 1048576u
-#define CAS_FANOUT(block_size) ((block_size) / 4 - 8)
-#define CAS_ENTRIES 84  /* in a log page */
-#define CAS_SEGMENT 256 /* slots that are taken in a row */
-#define CAS_MIN_BLOCK 4096
+#ifndef CAS_UNIT          /* the tests make stores with everything in small */
+#define CAS_UNIT 1048576u /* bytes: superblocks, log, groups start at these */
+#define CAS_FANOUT(block_size) \
+  ((block_size) / 4 - 8)   /* slots in a map page \
+                            */
+#define CAS_ENTRIES 84     /* in a log page */
+#define CAS_SEGMENT 256    /* slots that are taken in a row */
+#define CAS_MIN_BLOCK 4096 /* bytes */
 #endif
 #define CAS_MAGIC "NBDSCAS1"
-#define CAS_ANY UINT32_MAX
+#define CAS_ANY UINT32_MAX /* cas_item.expect: the map may have any slot */
 #define CAS_TAG(digest) (u_get32(digest) >> 2 | 0x40000000u) /* never 0 */
 #define CAS_GOOD 0x80000000u /* read or written since, and it fitted */
 
+/* What pages begin with: the letters of their names in the format */
 enum {
-  CAS_MAP = 0x4d415031,
-  CAS_CAT = 0x43415431,
-  CAS_LOG = 0x4c4f4731,
-  CAS_PAGE = 4096,
-  CAS_SUM = 4064, /* a log page or superblock; its SHA-256 */
-  CAS_HEAD = 32,
-  CAS_CHECK = 16, /* of other pages; their SHA-256 */
-  CAS_ENTRY = 48,
-  CAS_RECORD = 256,
-  CAS_NAME = 166,
-  CAS_PATH = 334, /* bytes */
-  CAS_ID = 0,
-  CAS_IS_SNAPSHOT = 4,
-  CAS_SIZE = 8,
-  CAS_ROOT = 16,
-  CAS_DEPTH = 20,
-  CAS_CREATED = 24,
-  CAS_ORIGIN = 36,
-  CAS_CID = 40,
-  CAS_NAMED = 89, /* record */
-  CAS_SLOTS = CAS_UNIT / 32,
-  CAS_GROUPS = CAS_UNIT / 8 - 1, /* < 2^32 in all */
-  CAS_LEVELS = 4,
-  CAS_FILL = 128, /* of a map; digests read at a time */
-  CAS_BATCH = 256,
-  CAS_RUN = 64, /* blocks done at a time; in one call */
-  CAS_DIRTY = 4096,
-  CAS_WAITING = 65536,           /* pages, slots for a checkpoint */
-  CAS_RESERVE = 4 * CAS_SEGMENT, /* free slots that data may not take */
-  CAS_SLACK = 64 * CAS_SEGMENT,  /* free slots to have before filling gaps */
-  CAS_FREED = -1,                /* ref of a slot that will be free */
-  CAS_DATA = 1,
-  CAS_DIGEST = 2,
-  CAS_DUP = 4 /* of a block, what is to be done */
+  CAS_MAP = 0x4d415031, /* "MAP1" */
+  CAS_CAT = 0x43415431, /* "CAT1" */
+  CAS_LOG = 0x4c4f4731  /* "LOG1" */
 };
 
+/* Sizes and places of what the format describes, in bytes */
+enum {
+  CAS_PAGE = 4096,  /* size of a log page or superblock */
+  CAS_SUM = 4064,   /* where a log page or superblock has its SHA-256 */
+  CAS_HEAD = 32,    /* size of the head of any page */
+  CAS_CHECK = 16,   /* where other pages have the first half of theirs */
+  CAS_ENTRY = 48,   /* size of an entry of the log */
+  CAS_RECORD = 256, /* size of a record of the catalog */
+  CAS_NAME = 166,   /* length of the longest NAME */
+  CAS_PATH = 334    /* size of the longest VOL@NAME, with the NUL */
+};
+
+/* Where the fields of a catalog record are, in bytes */
+enum {
+  CAS_ID = 0,          /* 4: id of the volume or snapshot */
+  CAS_IS_SNAPSHOT = 4, /* 4: 1 for a snapshot */
+  CAS_SIZE = 8,        /* 8: bytes */
+  CAS_ROOT = 16,       /* 4: slot of the root of the map */
+  CAS_DEPTH = 20,      /* 4: levels of the map */
+  CAS_CREATED = 24,    /* 8: seconds since 1970 */
+  CAS_ORIGIN = 36,     /* 4: id that it was made from */
+  CAS_CID = 40,        /* 32: content id of a snapshot that was sealed */
+  CAS_NAMED = 89       /* the name, and zeroes */
+};
+
+/* Limits that follow from the format */
+enum {
+  CAS_SLOTS = CAS_UNIT / 32,     /* slots in a group */
+  CAS_GROUPS = CAS_UNIT / 8 - 1, /* groups in a store: < 2^32 slots in all */
+  CAS_LEVELS = 4                 /* levels of a map */
+};
+
+/* How much is done at a time */
+enum {
+  CAS_FILL = 128,  /* digests read in one call to fill the index */
+  CAS_BATCH = 256, /* blocks that go through a request's steps together */
+  CAS_RUN = 64     /* pieces in one call of os_transfer */
+};
+
+/* When space is made or kept */
+enum {
+  CAS_DIRTY = 4096,    /* pages that changed: more bring about a checkpoint */
+  CAS_WAITING = 65536, /* slots that wait for one: more bring it about, too */
+  CAS_RESERVE = 4 * CAS_SEGMENT, /* free slots that data may not take */
+  CAS_SLACK = 64 * CAS_SEGMENT   /* free slots to have before filling gaps */
+};
+
+/* cas_group.ref of a slot that will be free when a list of them is */
+enum {
+  CAS_FREED = -1
+};
+
+/* cas_item.state, bits: what is to be done, or was read, of a block */
+enum {
+  CAS_DATA = 1,   /* its data */
+  CAS_DIGEST = 2, /* its digest */
+  CAS_DUP = 4     /* it is compared with a slot that has the same digest */
+};
+
+/* What memory holds of each slot of a group; in arrays, because searches go
+ * along one of these only. */
 struct cas_group {
-  int32_t ref[CAS_SLOTS];   /* 0: free (C13) */
-  uint32_t tag[CAS_SLOTS];  /* CAS_TAG if in the index; CAS_GOOD */
-  uint32_t next[CAS_SLOTS]; /* slot in the index, or in a list */
-  uint32_t head[CAS_SLOTS]; /* of the index: buckets, not slots */
-  uint16_t nfree[CAS_SLOTS / CAS_SEGMENT];
+  int32_t ref[CAS_SLOTS];   /* edges and pins (C13); 0: free; or CAS_FREED */
+  uint32_t tag[CAS_SLOTS];  /* CAS_TAG if it is in the index; CAS_GOOD */
+  uint32_t next[CAS_SLOTS]; /* next slot of its bucket or of a list; 0: none */
+  uint32_t head[CAS_SLOTS]; /* first slot of a bucket: indexed by buckets */
+  uint16_t nfree[CAS_SLOTS / CAS_SEGMENT]; /* free slots in each segment */
 };
 
 /* A page of a map.  All are in memory, a fraction of what is kept of slots. */
 struct cas_node {
   int32_t refs;           /* edges from pages and images (C13) */
-  int level, bad;         /* 0: blocks below; what is below could not be read */
+  int level;              /* 0: its slots are those of blocks */
+  int bad;                /* something below could not be read */
   uint32_t slot;          /* where it lies; 0: nowhere yet as it is now */
   uint32_t *e;            /* [fanout] slots of blocks, on level 0 */
   struct cas_node *kid[]; /* [fanout] pages below, on other levels */
 };
 
-/* A volume or snapshot, and what its exports have in common: all. */
+/* A volume or snapshot.  All its exports are this one struct. */
 struct cas_image {
-  struct ex_batched own;
-  struct nbdserve_cas *s;
-  struct cas_image *next, *parent;  /* parent: whose snapshot it is */
-  struct cas_node *root;            /* NULL: all holes */
-  uint64_t size, clients;           /* exports and calls that use it */
-  unsigned char record[CAS_RECORD]; /* of the catalog; root, size: see above */
+  struct ex_batched own;            /* must come first */
+  struct nbdserve_cas *s;           /* the store that it is in */
+  struct cas_image *next;           /* in the catalog */
+  struct cas_image *parent;         /* the volume of a snapshot, else NULL */
+  struct cas_node *root;            /* its map; NULL: all holes */
+  uint64_t size;                    /* bytes */
+  uint64_t clients;                 /* exports and calls that use it */
+  unsigned char record[CAS_RECORD]; /* of the catalog, but for root and size */
 };
 
 struct nbdserve_cas {
-  /* fixed */
-  int fd, readonly, verify, hw, is_device;
-  uint32_t bs, fanout, log_pages;
-  uint64_t data_off, end, max_blocks; /* of the file when opened; an image */
-  struct os_monitor ckpt;             /* one checkpoint at a time; guards: */
-  struct cas_item *pages;             /* what it writes */
-  uint32_t npages;
+  /* Fixed while the store is open: no lock is needed. */
+  int fd;              /* the file or block device, ours to close */
+  int readonly;        /* nothing is changed */
+  int verify;          /* a block is checked when it is first read */
+  int hw;              /* the processor computes SHA-256 */
+  int is_device;       /* it cannot grow */
+  uint32_t bs;         /* bytes of a block */
+  uint32_t fanout;     /* slots that a map page names */
+  uint32_t log_pages;  /* pages that the log has room for */
+  uint64_t data_off;   /* byte of the file where the groups begin */
+  uint64_t end;        /* bytes of the file when it was opened */
+  uint64_t max_blocks; /* blocks that an image may have */
+
+  struct os_monitor ckpt;        /* one checkpoint at a time; guards these: */
+  struct cas_item *pages;        /* what it writes */
+  uint32_t npages;               /* how many they are */
   unsigned char super[CAS_PAGE]; /* id and log_pages in it are fixed */
+
   struct os_monitor lock; /* guards the rest; woken: a sync or work ended */
-  int syncing;            /* one at a time: else one may miss an error */
-  int failed, log_damaged, damaged; /* -errno (C14); (C9); nothing is freed */
-  int replaying;                    /* what is in the log need not be logged */
-  int busy, closing;                /* a thread is in cas_work; it is to end */
-  struct cas_image *images;
-  struct cas_group *groups[CAS_GROUPS];
-  uint32_t next_id, nimages, catalog; /* slot of its first page, then by next */
-  uint32_t ngroups, nslots, nfree, mask; /* mask: see cas_bucket */
-  uint32_t cursor, ndirty; /* where slots are taken; pages without one */
-  uint32_t dropped, retired, nwaiting; /* slots, by next: (C5), (C6); in both */
-  uint32_t filled, to_fill, nlog; /* slots in the index; to be; log's entries */
-  uint64_t seq, tail, durable;    /* its; the superblock's; (C4) */
-  uint64_t nlogged, nsynced;      /* entries so far; covered by a sync */
-  unsigned char log[CAS_PAGE];    /* the page being filled */
-  unsigned char page[65536];      /* any other */
+
+  int syncing;     /* a sync is under way; a second one may miss its error */
+  int failed;      /* -errno: nothing is written any more (C14) */
+  int log_damaged; /* the log has a page that it should not have (C9) */
+  int damaged;     /* something could not be read: nothing is freed */
+  int replaying;   /* what is in the log need not be logged */
+  int busy;        /* a thread is in cas_work */
+  int closing;     /* that thread is to end */
+
+  struct cas_image *images; /* the catalog */
+  uint32_t nimages;         /* how many they are */
+  uint32_t next_id;         /* id of the next volume or snapshot */
+  uint32_t catalog;         /* slot of its first page; the others by next */
+
+  struct cas_group *groups[CAS_GROUPS]; /* the first ngroups are there */
+  uint32_t ngroups;                     /* groups in memory */
+  uint32_t nslots;                      /* slots in the file */
+  uint32_t nfree;                       /* those with ref 0 */
+  uint32_t mask;                        /* of buckets: see cas_bucket */
+  uint32_t cursor;                      /* slots are taken from here on */
+  uint32_t ndirty;   /* pages of maps that changed: without a slot */
+  uint32_t dropped;  /* list of slots, by next: free after a sync (C5) */
+  uint32_t retired;  /* the same: free after a checkpoint (C6) */
+  uint32_t nwaiting; /* slots in both lists */
+  uint32_t filled;   /* slots that the index was filled with */
+  uint32_t to_fill;  /* slots that it is to be filled with */
+
+  uint32_t nlog;    /* entries in the log page that is being filled */
+  uint64_t seq;     /* number of that page */
+  uint64_t tail;    /* number to replay from, by the superblock */
+  uint64_t durable; /* pages before that number are durable (C4) */
+  uint64_t nlogged; /* entries so far */
+  uint64_t nsynced; /* entries that a sync has covered */
+  unsigned char log[CAS_PAGE]; /* the log page that is being filled */
+  unsigned char page[65536];   /* any other page */
 };
 
 #define CAS_AT(s, x, field) \
@@ -2365,10 +4759,12 @@ struct nbdserve_cas {
 
 /* ---- Slots -------------------------------------------------------------- */
 
+/* How many blocks that many bytes take; the last one may be a part. */
 static uint64_t cas_blocks(const struct nbdserve_cas *s, uint64_t size) {
   return size / s->bs + (size % s->bs != 0);
 }
 
+/* Where the data (CAS_DATA) or the digest of a slot lies in the file. */
 static uint64_t cas_off(const struct nbdserve_cas *s, uint32_t x, int what) {
   uint64_t group = CAS_UNIT + (uint64_t)CAS_SLOTS * s->bs, in = x % CAS_SLOTS;
   in = what == CAS_DATA ? CAS_UNIT + in * s->bs : in * 32;
@@ -2383,6 +4779,7 @@ static uint32_t *cas_bucket(struct nbdserve_cas *s, uint32_t tag) {
   return &CAS_AT(s, b, head);
 }
 
+/* Enters a slot into the index of digests, under its tag. */
 static void cas_index(struct nbdserve_cas *s, uint32_t x, uint32_t tag) {
   uint32_t *b = cas_bucket(s, tag);
   assert(x && tag);
@@ -2391,6 +4788,7 @@ static void cas_index(struct nbdserve_cas *s, uint32_t x, uint32_t tag) {
   *b = x;
 }
 
+/* Takes a slot out of the index, if it is there, and clears its tag. */
 static void cas_unindex(struct nbdserve_cas *s, uint32_t x) {
   uint32_t *tag = &CAS_AT(s, x, tag), *p = cas_bucket(s, *tag);
   while (*tag && *p && *p != x)
@@ -2424,15 +4822,17 @@ static int cas_extend(struct nbdserve_cas *s, uint32_t x) {
   return 0;
 }
 
+/* Makes the file longer by one segment of slots. */
 static int cas_grow(struct nbdserve_cas *s) {
   uint32_t x = s->nslots;
   uint64_t end = cas_off(s, x, CAS_DATA) + (uint64_t)CAS_SEGMENT * s->bs;
   uint64_t off = x ? cas_off(s, x, x % CAS_SLOTS ? CAS_DATA : CAS_DIGEST) : 0;
-  int err = s->is_device ? 0 : os_fallocate(s->fd, 0, off, end - off);
   if (s->is_device ? end > s->end : end > INT64_MAX) return -ENOSPC;
+  int err = s->is_device ? 0 : os_fallocate(s->fd, OS_ALLOCATE, off, end - off);
   return err && err != -EOPNOTSUPP ? err : cas_extend(s, x);
 }
 
+/* Sees to it that there are free slots for a checkpoint and so many more. */
 static int cas_want(struct nbdserve_cas *s, uint32_t more) {
   int err = s->failed;
   while (!err && s->nfree < CAS_NEEDED(s) + more)
@@ -2463,6 +4863,7 @@ static void cas_drop(struct nbdserve_cas *s, uint32_t x, uint32_t *list) {
   s->nwaiting++;
 }
 
+/* Frees a list of slots that nothing durable names any more. */
 static void cas_free(struct nbdserve_cas *s, uint32_t x) {
   for (; x; x = CAS_AT(s, x, next)) {
     assert(CAS_AT(s, x, ref) == CAS_FREED);
@@ -2501,15 +4902,20 @@ static uint32_t cas_alloc(struct nbdserve_cas *s) {
 
 /* ---- Data, pages, log ---------------------------------------------------- */
 
+/* A block, or a page, on its way between a request and the file */
 struct cas_item {
-  uint64_t lba;
-  unsigned char *data; /* [block_size] */
-  struct nbdserve_req *req;
-  uint32_t slot, expect; /* slot that the map must have, or CAS_ANY */
-  int state, err;
-  unsigned char sum[32], digest[32]; /* of data; what the slot's is, if read */
+  uint64_t lba;             /* number of the block in its image */
+  unsigned char *data;      /* [block_size] */
+  struct nbdserve_req *req; /* the request that it is a part of */
+  uint32_t slot;            /* where it lies, or 0 */
+  uint32_t expect;          /* slot that the map must have, or CAS_ANY */
+  int state;                /* bits: CAS_DATA, CAS_DIGEST, CAS_DUP */
+  int err;                  /* 0 or -errno */
+  unsigned char sum[32];    /* SHA-256 of data */
+  unsigned char digest[32]; /* the slot's digest, if it was read */
 };
 
+/* Reads or writes at an offset in the file. */
 static int cas_io(struct nbdserve_cas *s, int writing, void *buf, size_t len,
                   uint64_t off) {
   struct iovec v = {buf, len};
@@ -2545,6 +4951,8 @@ static int cas_store(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
   return err ? err : cas_transfer(s, it, n, CAS_DATA, 1);
 }
 
+/* Computes the digests of the items that have data and digest to do, two at a
+ * time. */
 static void cas_hash(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
   struct cas_item *first = NULL;
   for (; n > 0; it++, n--) {
@@ -2586,6 +4994,7 @@ static int cas_fail(struct nbdserve_cas *s, int err) {
   return err;
 }
 
+/* Writes the log page that is being filled, and begins the next one (C3). */
 static int cas_log_write(struct nbdserve_cas *s) {
   uint64_t off = 2 * CAS_UNIT + s->seq % s->log_pages * CAS_PAGE;
   if (!s->nlog || s->failed) return s->failed;
@@ -2711,6 +5120,7 @@ static int cas_map(struct nbdserve_cas *s, struct cas_image *im, uint64_t lba,
   return 0;
 }
 
+/* The full name, VOL or VOL@SNAP, in out. */
 static const char *cas_name(const struct cas_image *im, char out[CAS_PATH]) {
   const char *up = im->parent ? (char *)im->parent->record + CAS_NAMED : "";
   snprintf(out, CAS_PATH, "%s%s%s", up, im->parent ? "@" : "",
@@ -2739,6 +5149,7 @@ static struct cas_image *cas_find(struct nbdserve_cas *s, const char *name,
   return im;
 }
 
+/* May a volume or snapshot have that name? */
 static int cas_is_name(const char *p) {
   size_t n = strncmp(p, "sha256-", 7) ? strlen(p) : 0;
   while (*p && u_utf8_len(p) && !strchr("/@\"\\", *p))
@@ -2746,6 +5157,7 @@ static int cas_is_name(const char *p) {
   return n > 0 && n <= CAS_NAME && !*p;
 }
 
+/* Gives a volume or snapshot its name; -EEXIST: another one has it. */
 static int cas_give_name(struct nbdserve_cas *s, struct cas_image *im,
                          const char *name) {
   const char *at = strchr(name, '@'), *part = at ? at + 1 : name;
@@ -2759,10 +5171,12 @@ static int cas_give_name(struct nbdserve_cas *s, struct cas_image *im,
   return 0;
 }
 
+/* The arguments of nbdserve_cas_change */
 struct cas_op {
-  int verb;
-  const char *name, *to;
-  uint64_t size;
+  int verb;         /* NBDSERVE_CAS_CREATE..., maybe with _DRY_RUN */
+  const char *name; /* what is changed or made */
+  const char *to;   /* the new name, for verbs that have one, else NULL */
+  uint64_t size;    /* bytes, for verbs that have a size, else 0 */
 };
 
 /* Applies a change to the catalog.  *gone: a map that nothing leads to then. */
@@ -2777,9 +5191,12 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
       (dry_run && verb < NBDSERVE_CAS_ROLLBACK))
     return -EINVAL;
   if (!im && verb != NBDSERVE_CAS_CREATE) return -ENOENT;
-  to = is_new                          ? u_zalloc(sizeof *to)
-       : verb == NBDSERVE_CAS_ROLLBACK ? im->parent
-                                       : im;
+  if (is_new)
+    to = u_zalloc(sizeof *to);
+  else if (verb == NBDSERVE_CAS_ROLLBACK)
+    to = im->parent;
+  else
+    to = im;
   if (!to || (verb == NBDSERVE_CAS_RESIZE && im->parent))
     return is_new ? -ENOMEM : -EINVAL;
   if (verb >= NBDSERVE_CAS_ROLLBACK &&
@@ -2823,6 +5240,7 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
 
 /* ---- Checkpoints --------------------------------------------------------- */
 
+/* Takes a slot for the page that is next in s->pages, and writes its head. */
 static uint32_t cas_take_page(struct nbdserve_cas *s, uint32_t magic, int level,
                               uint32_t index) {
   struct cas_item *it = s->pages + s->npages++;
@@ -2843,10 +5261,14 @@ static void cas_take_map(struct nbdserve_cas *s, struct cas_node **at,
   for (uint32_t i = 0; level && i < s->fanout; i++)
     cas_take_map(s, &b->kid[i], level - 1, index * s->fanout + i);
   unsigned char *p = s->pages[s->npages].data;
-  for (uint32_t i = 0; i < s->fanout; i++)
-    u_put32(p + CAS_HEAD + 4 * i, !level      ? b->e[i]
-                                  : b->kid[i] ? b->kid[i]->slot
-                                              : 0);
+  for (uint32_t i = 0; i < s->fanout; i++) {
+    uint32_t slot = 0;
+    if (!level)
+      slot = b->e[i];
+    else if (b->kid[i])
+      slot = b->kid[i]->slot;
+    u_put32(p + CAS_HEAD + 4 * i, slot);
+  }
   int empty = b->refs == 1 && u_is_zero(p, s->bs);
   s->ndirty--;
   if (!empty) b->slot = cas_take_page(s, CAS_MAP, level, index);
@@ -2854,6 +5276,7 @@ static void cas_take_map(struct nbdserve_cas *s, struct cas_node **at,
   if (empty) *at = NULL;
 }
 
+/* Takes new slots for the whole catalog; the old ones are retired. */
 static void cas_take_catalog(struct nbdserve_cas *s) {
   struct cas_image *im = s->images;
   uint32_t x, next;
@@ -2888,7 +5311,8 @@ static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
     os_lock(&s->lock);
   }
   uint32_t max = CAS_NEEDED(s);
-  s->pages = u_zalloc(max * (sizeof *s->pages + s->bs));
+  size_t page = sizeof *s->pages + s->bs;
+  s->pages = max <= SIZE_MAX / page ? u_zalloc(max * page) : NULL;
   int err = s->pages ? cas_want(s, 0) : -ENOMEM;
   if (!err) err = cas_log_write(s);
   if (!err && op) err = cas_apply(s, op, &gone);
@@ -2939,6 +5363,8 @@ static int cas_due(const struct nbdserve_cas *s) {
   return s->filled < s->to_fill;
 }
 
+/* The thread beside requests: fills the index, writes checkpoints, and ends
+ * when nothing is due. */
 static void *cas_work(void *arg) {
   unsigned char d[CAS_FILL][32];
   struct nbdserve_cas *s = arg;
@@ -2961,6 +5387,7 @@ static void *cas_work(void *arg) {
   return NULL;
 }
 
+/* Starts cas_work if something is due and it does not run. */
 static void cas_kick(struct nbdserve_cas *s) {
   os_lock(&s->lock);
   int start = !s->busy && cas_due(s);
@@ -3064,9 +5491,12 @@ static int cas_read(struct nbdserve_cas *s, struct cas_image *im,
     it[i].slot = 0;
     it[i].err = cas_map(s, im, it[i].lba, 0, &it[i].slot, NULL);
     int good = CAS_AT(s, it[i].slot, tag) & CAS_GOOD && !s->failed;
-    it[i].state = !it[i].slot     ? 0
-                  : good || trust ? want
-                                  : CAS_DATA | CAS_DIGEST;
+    if (!it[i].slot)
+      it[i].state = 0;
+    else if (good || trust)
+      it[i].state = want;
+    else
+      it[i].state = CAS_DATA | CAS_DIGEST;
     cas_hold(s, it[i].slot);
   }
   os_unlock(&s->lock);
@@ -3182,6 +5612,7 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
 
 /* Makes the whole blocks of a range holes: one log entry for many leaves. */
 static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
+  (void)flags;
   struct cas_image *im = ctx;
   struct nbdserve_cas *s = im->s;
   uint64_t from = cas_blocks(s, off), to = (off + len) / s->bs, span;
@@ -3205,9 +5636,10 @@ static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
     os_unlock(&s->lock);
   }
   cas_kick(s);
-  return (void)flags, err;
+  return err;
 }
 
+/* Zeroes a range: whole blocks become holes, parts of blocks are written. */
 static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   struct cas_image *im = ctx;
   uint64_t bs = im->s->bs, tail = (off + len) % bs;
@@ -3219,8 +5651,10 @@ static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   return cas_part(im->s, im, zero, NULL, off + len - tail, tail);
 }
 
+/* Reports blocks as data and the rest as holes. */
 static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                        struct nbdserve_extents *out) {
+  (void)flags;
   struct cas_image *im = ctx;
   uint64_t bs = im->s->bs, end = off + len, span;
   uint32_t slot, hole = NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
@@ -3234,13 +5668,17 @@ static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
     off = next;
   }
   os_unlock(&im->s->lock);
-  return (void)flags, err;
+  return err;
 }
 
+/* ops->flush: one sync for all who wait. */
 static int cas_flush(void *ctx, uint32_t flags) {
-  return (void)flags, cas_sync(((struct cas_image *)ctx)->s, 0);
+  (void)flags;
+  struct cas_image *im = ctx;
+  return cas_sync(im->s, 0);
 }
 
+/* ops->close: the volume stays in the store. */
 static void cas_close(void *ctx) {
   struct cas_image *im = ctx;
   os_lock(&im->s->lock);
@@ -3262,6 +5700,7 @@ static int64_t cas_get_super(struct nbdserve_cas *s, uint64_t off,
   return (int64_t)(u_get64(p + 32) & INT64_MAX);
 }
 
+/* Computes where everything lies, from block size and length of the log. */
 static int cas_place(struct nbdserve_cas *s) {
   uint64_t end = 2 * CAS_UNIT + (uint64_t)s->log_pages * CAS_PAGE;
   if (!u_is_power_of_2(s->bs) || s->bs < CAS_MIN_BLOCK || s->bs > 65536 ||
@@ -3320,15 +5759,18 @@ static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
   if (cas_get_page(s, x, CAS_MAP, level, index, page)) s->damaged = b->bad = 1;
   for (uint32_t c = 0; c < s->fanout && !b->bad && !err; c++) {
     uint32_t v = u_get32(page + CAS_HEAD + 4 * c);
-    err = level ? cas_load(s, v, level - 1, index * s->fanout + c, b->kid + c)
-          : v < s->nslots ? 0
-                          : -EIO;
-    if (!level && !err) cas_hold(s, b->e[c] = v);
+    if (level)
+      err = cas_load(s, v, level - 1, index * s->fanout + c, b->kid + c);
+    else if (v >= s->nslots)
+      err = -EIO;
+    else
+      cas_hold(s, b->e[c] = v);
   }
   NBDSERVE_FREE(page);
   return err;
 }
 
+/* Reads the catalog and all maps, and counts the references to each slot. */
 static int cas_open_catalog(struct nbdserve_cas *s) {
   struct cas_image *im, *p;
   int err = 0;
@@ -3355,13 +5797,14 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
     for (p = s->images; p && u_get32(im->record + CAS_IS_SNAPSHOT); p = p->next)
       if (memcmp(p->record + CAS_ID, im->record + CAS_ORIGIN, 4) == 0)
         im->parent = p;
-    err = !cas_is_name((char *)im->record + CAS_NAMED) ||
-                  cas_blocks(s, im->size) > s->max_blocks
-              ? -EIO
-          : u_get32(im->record + CAS_DEPTH) != CAS_LEVELS
-              ? -EOPNOTSUPP
-              : cas_load(s, u_get32(im->record + CAS_ROOT), CAS_LEVELS - 1, 0,
-                         &im->root);
+    if (!cas_is_name((char *)im->record + CAS_NAMED) ||
+        cas_blocks(s, im->size) > s->max_blocks)
+      err = -EIO;
+    else if (u_get32(im->record + CAS_DEPTH) != CAS_LEVELS)
+      err = -EOPNOTSUPP;
+    else
+      err = cas_load(s, u_get32(im->record + CAS_ROOT), CAS_LEVELS - 1, 0,
+                     &im->root);
   }
   for (uint32_t x = 1; x < s->nslots; x++) {
     CAS_AT(s, x, tag) = CAS_AT(s, x, tag) || CAS_AT(s, x, next); /* a page */
@@ -3371,6 +5814,8 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
   return err;
 }
 
+/* Reads a log page into s->log.  Returns whether it is valid and has that
+ * number. */
 static int cas_log_read(struct nbdserve_cas *s, uint64_t seq) {
   uint64_t off = 2 * CAS_UNIT + seq % s->log_pages * CAS_PAGE;
   if (off + CAS_PAGE > s->end) return 0; /* not written so far */
@@ -3382,6 +5827,7 @@ static int cas_log_read(struct nbdserve_cas *s, uint64_t seq) {
          cas_stamp(s, s->log, CAS_SUM);
 }
 
+/* Applies an entry of the log to the maps (C9). */
 static int cas_redo(struct nbdserve_cas *s, const unsigned char *p, int known) {
   struct cas_item it = {.lba = u_get64(p + 8),
                         .slot = u_get32(p + 4),
@@ -3432,6 +5878,7 @@ static int cas_replay(struct nbdserve_cas *s) {
   return err;
 }
 
+/* Frees a store; nothing is written. */
 static void cas_destroy(struct nbdserve_cas *s) {
   os_lock(&s->lock);
   for (struct cas_image *im; (im = s->images);) {
@@ -3448,6 +5895,7 @@ static void cas_destroy(struct nbdserve_cas *s) {
   NBDSERVE_FREE(s);
 }
 
+/* Makes a store in memory, as yet without a file; NULL without memory. */
 static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
   struct nbdserve_cas *s = u_zalloc(sizeof *s);
   uint32_t flags = o ? o->flags : 0;
@@ -3462,15 +5910,22 @@ static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
   return NULL;
 }
 
+/* Opens and locks the store's file. */
 static int cas_open_file(struct nbdserve_cas *s, const char *path, int flags) {
   struct stat st;
   s->fd = open(path, flags | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0666);
   if (s->fd < 0 || fstat(s->fd, &st) < 0) return -errno;
+  if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) return -EINVAL;
   s->is_device = S_ISBLK(st.st_mode);
-  s->end = (uint64_t)lseek(s->fd, 0, SEEK_END);
+  if (s->is_device && !s->readonly && os_is_readonly_device(s->fd))
+    return -EROFS;
+  off_t end = lseek(s->fd, 0, SEEK_END);
+  if (end < 0) return -errno;
+  s->end = (uint64_t)end;
   return os_lock_file(s->fd, s->readonly);
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
                       struct nbdserve_cas **out) {
   struct nbdserve_cas *s = cas_new(o);
@@ -3495,6 +5950,7 @@ int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
   return err;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_close(struct nbdserve_cas *s) {
   os_lock(&s->lock);
   s->closing = 1;
@@ -3508,6 +5964,7 @@ int nbdserve_cas_close(struct nbdserve_cas *s) {
   return err;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   struct nbdserve_cas *s = cas_new(o);
   if (!s) return -ENOMEM;
@@ -3516,7 +5973,7 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   s->seq = s->next_id = 1;
   int err = cas_place(s);
   if (!err) err = cas_open_file(s, path, O_RDWR | O_CREAT | O_EXCL);
-  int is_new = s->fd >= 0;
+  int is_new = s->fd >= 0 && err != -EBUSY; /* else another one has it now */
   if (err == -EEXIST && !cas_open_file(s, path, O_RDWR) && s->is_device &&
       !cas_io(s, 0, s->super, CAS_PAGE, 0) && u_is_zero(s->super, CAS_PAGE))
     err = 0; /* an unused block device will do */
@@ -3530,7 +5987,7 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   u_put32(s->super + 48, s->log_pages);
   if (!err) err = cas_checkpoint(s, NULL); /* of nothing at all */
   if (!err) err = os_sync_new_file(s->fd, path);
-  if (err && is_new) unlink(path);
+  if (err && is_new) os_remove_own_file(path, s->fd);
   cas_destroy(s);
   return err;
 }
@@ -3538,15 +5995,24 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
 /* ---- The public calls ---------------------------------------------------- */
 
 static const struct nbdserve_ops cas_ops = {
-    ex_batched_read, ex_batched_write, cas_flush, cas_trim, cas_zero, NULL,
-    cas_extents,     cas_close,        cas_batch, NULL};
+    .read = ex_batched_read,
+    .write = ex_batched_write,
+    .flush = cas_flush,
+    .trim = cas_trim,
+    .zero = cas_zero,
+    .extents = cas_extents,
+    .close = cas_close,
+    .run_batch = cas_batch,
+};
 
+/* See nbdserve.h. */
 int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
                         struct nbdserve_export *out) {
   os_lock(&s->ckpt); /* one that is under way may be changing what it is */
   os_lock(&s->lock);
   struct cas_image *im = cas_find(s, name, strlen(name));
-  int err = s->failed ? s->failed : im ? 0 : -ENOENT;
+  int err = s->failed;
+  if (!err && !im) err = -ENOENT;
   if (!err) {
     if (!im->own.run_batch)
       im->own.run_batch = cas_batch; /* others may be using it */
@@ -3571,6 +6037,7 @@ static int cas_clear_tail(struct cas_image *im) {
   return im->size < end ? cas_zero(im, im->size, end - im->size, 0) : 0;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
                         const char *to, uint64_t size) {
   struct cas_op op = {verb, name, to, size};
@@ -3591,6 +6058,7 @@ int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
   return err;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_list_fn *each,
                       void *arg) {
   char name[CAS_PATH], id[72];
@@ -3613,6 +6081,7 @@ int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_list_fn *each,
   return r;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72],
                       nbdserve_progress_fn *progress, void *arg) {
   unsigned char run[32 + 32 * CAS_BATCH], *data; /* see the format of an id */
@@ -3659,6 +6128,7 @@ int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72],
   return err;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_diff(struct nbdserve_cas *s, const char *a, const char *b,
                       nbdserve_range_fn *each, void *arg) {
   struct nbdserve_export e = {0}, f = {0};
@@ -3679,6 +6149,7 @@ int nbdserve_cas_diff(struct nbdserve_cas *s, const char *a, const char *b,
   return err;
 }
 
+/* See nbdserve.h. */
 void nbdserve_cas_stat(struct nbdserve_cas *s, struct nbdserve_cas_stat *out) {
   os_lock(&s->lock);
   *out = (struct nbdserve_cas_stat){
@@ -3690,6 +6161,7 @@ void nbdserve_cas_stat(struct nbdserve_cas *s, struct nbdserve_cas_stat *out) {
   os_unlock(&s->lock);
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage_fn *each,
                         nbdserve_progress_fn *progress, void *arg) {
   unsigned char *data = NBDSERVE_MALLOC(CAS_BATCH * s->bs);
@@ -3755,6 +6227,7 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage_fn *each,
   return stop ? -ECANCELED : found ? -EUCLEAN : 0;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
                     nbdserve_progress_fn *progress, void *arg) {
   int err = s->readonly ? -EROFS : cas_checkpoint(s, NULL);
@@ -3785,14 +6258,38 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
  *
  * (S1) A client is on s->conns while it is there, so that srv_finish finds it.
  * (S2) The last thing a client's thread does with s is to leave that list.
- * (S3) Stopping: no more clients; those that are there get no further requests,
- *      but what they have sent is done and answered, for IO_GRACE_MS at most
- *      where they do not read; then all exports are flushed. */
+ * (S3) Stopping has one order, and each step is here or named here:
+ *        1. No new clients: the listeners are closed (nbdserve_unlisten).
+ *        2. The command's part: a captive command is told, and served until it
+ *           has ended ([13], cli_serve).
+ *        3. No new requests: nbdserve_stop makes the stop pipe readable, and
+ *           srv_finish shuts down the receiving side of unix sockets.
+ *        4. What was sent before is done and answered, in the clients' threads.
+ *        5. TCP: io_linger, so that these answers arrive.
+ *        6. When the grace is over, srv_finish cuts off who is left.  There is
+ *           one grace for all of 3 to 5 (I3).
+ *        7. All exports are flushed (srv_flush_all).
+ *        8. nbdserve_free closes them.
+ * (S4) nbdserve_wake, nbdserve_stop and a client that leaves have a pipe each.
+ *      That a pipe is readable says it all, so a full one loses nothing. */
+
 enum {
-  SRV_BACKLOG = 128,
-  SRV_PAUSE_MS = 100,
-  SRV_WAKE = 'w',
-  SRV_ELSE = '-'
+  SRV_LISTENERS = 32,       /* and one more, since localhost is two */
+  SRV_BACKLOG = 128,        /* connections that the kernel keeps waiting */
+  SRV_PAUSE_MS = 100,       /* after an accept() that failed: do not spin */
+  SRV_TELL_FULL_MS = 60000, /* between two messages that clients wait */
+  SRV_PORT_TRIES = 16,      /* ports for localhost that the kernel picks */
+  SRV_LOCK_TRIES = 100,     /* times SRV_LOCK_PAUSE_MS: see srv_lock_dir */
+  SRV_LOCK_PAUSE_MS = 10,
+  SRV_MAX_THREADS = 1024,
+  SRV_MAX_CONN = 1 << 20
+};
+
+struct srv_listener {
+  int fd;
+  int is_unix;    /* text is the path of a socket that is ours to remove... */
+  struct stat st; /* ...if it still is this one */
+  char text[128]; /* that path, HOST:PORT, or "" */
 };
 
 union srv_address {
@@ -3802,242 +6299,448 @@ union srv_address {
   struct sockaddr_in6 in6; /* ...this one does, on every system */
 };
 
+/* ---- Making a server ----------------------------------------------------- */
+
+/* See nbdserve.h. */
 const char *nbdserve_version(void) {
   return NBDSERVE_VERSION;
 }
 
+/* Fills in what the host has left at 0, and what follows from what it wants. */
+static void srv_fill_defaults(struct nbdserve_config *k) {
+  if (!k->threads) k->threads = 16;
+  if (!k->max_conn) k->max_conn = 128;
+  if (NBDSERVE_NO_THREADS) k->max_conn = k->threads = 1;
+  if (!k->handshake_ms) k->handshake_ms = 10000;
+  if (!k->stall_ms) k->stall_ms = 120000;
+  /* Fast zeroes are zeroes, and extended headers need GO. */
+  if (k->without & NBD_FLAG_SEND_WRITE_ZEROES)
+    k->without |= NBD_FLAG_SEND_FAST_ZERO;
+  if (k->without & 65536u << NBD_OPT_GO)
+    k->without |= 65536u << NBD_OPT_EXTENDED_HEADERS;
+}
+
+/* Closes both ends; one that was not opened is -1. */
+static void srv_close_pipe(int fd[2]) {
+  for (int i = 0; i < 2; i++)
+    if (fd[i] >= 0) close(fd[i]);
+}
+
+/* Frees a server without its locks: they are freed, or were never made. */
+static void srv_free_rest(struct nbdserve *s) {
+  srv_close_pipe(s->stop.pipe);
+  srv_close_pipe(s->wake);
+  srv_close_pipe(s->noticed);
+  NBDSERVE_FREE(s->listeners);
+  NBDSERVE_FREE(s);
+}
+
+/* Makes what a server consists of, the locks last: after an error there are
+ * none, and srv_free_rest frees what there is. */
+static int srv_make(struct nbdserve *s) {
+  s->listeners = u_zalloc((SRV_LISTENERS + 1) * sizeof *s->listeners);
+  int err = s->listeners ? os_pipe(s->stop.pipe) : -ENOMEM;
+  if (!err) err = os_pipe(s->wake);
+  if (!err) err = os_pipe(s->noticed);
+  if (!err) err = os_monitors_init(&s->lock, &s->stop.lock);
+  return err;
+}
+
+/* See nbdserve.h.  Until it has succeeded nobody else knows the server. */
 int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   struct nbdserve_config k = {.version = NBDSERVE_VERSION_NUMBER};
   *out = NULL;
+  /* Of another version the rest of *config may not even be there. */
   if (config && config->version / 100 != NBDSERVE_VERSION_NUMBER / 100)
-    return -EINVAL; /* the rest of *config may not even be there */
+    return -EINVAL;
   if (config) k = *config;
-  if (!k.threads) k.threads = 16;
-  if (!k.max_conn) k.max_conn = 128;
-  if (NBDSERVE_NO_THREADS) k.max_conn = k.threads = 1;
-  if (!k.handshake_ms) k.handshake_ms = 10000;
-  if (!k.stall_ms) k.stall_ms = 120000;
-  k.without |= (k.without & NBD_FLAG_SEND_WRITE_ZEROES) << 5 | /* FAST_ZERO */
-               (k.without & 65536u << NBD_OPT_GO) << 4; /* EXTENDED_HEADERS */
-  if (k.threads > 1024 || k.max_conn > 1 << 20 ||
+  srv_fill_defaults(&k);
+  if (k.threads > SRV_MAX_THREADS || k.max_conn > SRV_MAX_CONN ||
       k.flags & ~NBDSERVE_CONFIG_ONCE)
     return -EINVAL;
   struct nbdserve *s = u_zalloc(sizeof *s);
   if (!s) return -ENOMEM;
   s->config = k;
-  s->stop[0] = s->stop[1] = s->wake[0] = s->wake[1] = -1;
+  s->stop.pipe[0] = s->stop.pipe[1] = -1;
+  s->wake[0] = s->wake[1] = -1;
+  s->noticed[0] = s->noticed[1] = -1;
   s->last_export = &s->exports;
-  int err = os_monitor_init(&s->lock);
-  if (!err) err = os_pipe(s->stop);
-  if (!err) err = os_pipe(s->wake);
+  int err = srv_make(s);
   if (err)
-    nbdserve_free(s);
+    srv_free_rest(s);
   else
     *out = s;
   return err;
 }
 
+/* See nbdserve.h.  The export is made before the lock is taken; if its name is
+ * taken, ctx goes back to the caller, as after any error. */
 int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
-  struct ex *ex = NULL;
+  struct ex *ex;
+  int err = ex_new(s, e, &ex);
+  if (err) return err;
   os_lock(&s->lock);
-  int err = ex_by_name(s, e->name ? e->name : "") ? -EEXIST : ex_new(&ex, e);
-  if (!err) {
+  int is_taken = ex_by_name(s, ex_name(ex)) != NULL;
+  if (!is_taken) {
     *s->last_export = ex;
     s->last_export = &ex->next;
   }
   os_unlock(&s->lock);
-  return err;
+  if (!is_taken) return 0;
+  ex_disown(ex);
+  return -EEXIST;
 }
 
+/* See nbdserve.h.  Clients that are there keep the size that they were told. */
 int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
   if (size > INT64_MAX) return -EINVAL;
   os_lock(&s->lock);
   struct ex *ex = ex_by_name(s, name ? name : "");
-  if (ex) ex->e.size = size;
+  if (ex) ex->pub.size = size;
   os_unlock(&s->lock);
   return ex ? 0 : -ENOENT;
 }
 
-/* Is all of s a number up to max? */
-static int u_parse_number(const char *s, uint64_t max, uint64_t *out) {
-  const char *rest = u_parse_size(s, out);
-  return rest && !*rest && *out <= max;
-}
+/* ---- Listening ----------------------------------------------------------- */
 
-/* Adds a listener on fd, which it owns then; a negative fd is the error. */
-static int srv_add(struct nbdserve *s, int fd, int is_unix, const char *text) {
-  if (fd < 0) return fd;
+/* Adds a listener on fd, which the server owns from now on.  text: the path of
+ * a unix socket, HOST:PORT of a TCP one, or "". */
+static void srv_add_listener(struct nbdserve *s, int fd, int is_unix,
+                             const char *text) {
+  assert(s->nlisteners <= SRV_LISTENERS);
   struct srv_listener *l = &s->listeners[s->nlisteners++];
-  os_set_fd_flags(fd, 1);
+  os_set_fd_flags(fd, OS_NONBLOCKING);
   l->fd = fd;
   l->is_unix = is_unix && lstat(text, &l->st) == 0;
   snprintf(l->text, sizeof l->text, "%s", text);
-  return 0;
 }
 
-/* A socket that listens at an address or is connected to it, or -errno. */
-enum {
+/* Closes the newest listener, and removes its unix socket unless another one
+ * has taken its place. */
+static void srv_drop_listener(struct nbdserve *s) {
+  struct stat st;
+  assert(s->nlisteners > 0);
+  struct srv_listener *l = &s->listeners[--s->nlisteners];
+  close(l->fd);
+  if (l->is_unix && lstat(l->text, &st) == 0 && st.st_ino == l->st.st_ino &&
+      st.st_dev == l->st.st_dev)
+    unlink(l->text);
+}
+
+/* See nbdserve.h. */
+void nbdserve_unlisten(struct nbdserve *s) {
+  while (s->nlisteners > 0)
+    srv_drop_listener(s);
+}
+
+/* What a socket is made for. */
+enum srv_use {
   SRV_LISTEN,
   SRV_CONNECT,
-  SRV_PROBE /* without waiting */
+  SRV_PROBE /* connect, but without waiting: does anybody listen? */
 };
-static int srv_socket(const union srv_address *a, socklen_t len, int how) {
-  int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1;
+
+/* Makes a socket that listens at an address or is connected to it.  A
+ * descriptor, or -errno. */
+static int srv_socket(const union srv_address *a, socklen_t len,
+                      enum srv_use use) {
+  int on = 1;
+  int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (fd < 0) return -errno;
-  os_set_fd_flags(fd, how != SRV_CONNECT);
-  setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one); /* TCP heeds it */
-  setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one); /* IPv6 does */
-  if (how != SRV_LISTEN
-          ? connect(fd, &a->sa, len) == 0
-          : bind(fd, &a->sa, len) == 0 && listen(fd, SRV_BACKLOG) == 0)
-    return fd;
+  os_set_fd_flags(fd, use == SRV_CONNECT ? OS_BLOCKING : OS_NONBLOCKING);
+  int r;
+  if (use == SRV_LISTEN) {
+    /* A socket of another family heeds neither of these. */
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+    r = bind(fd, &a->sa, len);
+    if (r == 0) r = listen(fd, SRV_BACKLOG);
+  } else {
+    r = connect(fd, &a->sa, len);
+  }
+  if (r == 0) return fd;
   int err = -errno;
   close(fd);
   return err;
 }
 
-/* The same for a unix socket.  One that nobody listens on is replaced. */
-static int srv_unix(const char *path, int how) {
-  union srv_address a = {.un = {.sun_family = AF_UNIX}};
+/* Keeps other servers from looking at the sockets of a directory, for a second
+ * at most: between bind() and listen() a socket refuses connections, and to
+ * another server that comes just then it looks like a leftover.  The descriptor
+ * that holds the lock, or a negative number. */
+static int srv_lock_dir(const char *path) {
+  int dir = os_open_dir(path);
+  for (int i = 0; dir >= 0 && i < SRV_LOCK_TRIES; i++) {
+    if (flock(dir, LOCK_EX | LOCK_NB) == 0) break;
+    if (errno != EWOULDBLOCK) break; /* no locks here: go on without */
+    poll(NULL, 0, SRV_LOCK_PAUSE_MS);
+  }
+  return dir;
+}
+
+/* Removes a unix socket on which nobody listens.  True: it is gone. */
+static int srv_remove_leftover(const union srv_address *a) {
   struct stat st;
+  if (lstat(a->un.sun_path, &st) < 0 || !S_ISSOCK(st.st_mode)) return 0;
+  int fd = srv_socket(a, sizeof a->un, SRV_PROBE);
+  if (fd >= 0) close(fd);
+  return fd == -ECONNREFUSED && unlink(a->un.sun_path) == 0;
+}
+
+/* Makes a unix socket for that use; a leftover in its place is replaced.  A
+ * descriptor, or -errno. */
+static int srv_unix_socket(const char *path, enum srv_use use) {
+  union srv_address a = {.un = {.sun_family = AF_UNIX}};
   if (!*path) return -EINVAL;
   if (strlen(path) >= sizeof a.un.sun_path) return -ENAMETOOLONG;
   strcpy(a.un.sun_path, path);
-  if (how != SRV_LISTEN) return srv_socket(&a, sizeof a.un, how);
-  int dir = os_open_dir(path); /* until it listens it looks stale to others */
-  for (int i = 0;
-       i < 100 && flock(dir, LOCK_EX | LOCK_NB) < 0 && errno == EWOULDBLOCK;
-       i++)
-    poll(NULL, 0, 10);
+  if (use != SRV_LISTEN) return srv_socket(&a, sizeof a.un, use);
+  int dir = srv_lock_dir(path);
   int fd = srv_socket(&a, sizeof a.un, SRV_LISTEN);
-  if (fd == -EADDRINUSE && lstat(path, &st) == 0 && S_ISSOCK(st.st_mode)) {
-    int probe = srv_socket(&a, sizeof a.un, SRV_PROBE);
-    if (probe == -ECONNREFUSED && unlink(path) == 0) /* a leftover */
-      fd = srv_socket(&a, sizeof a.un, SRV_LISTEN);
-    if (probe >= 0) close(probe);
-  }
+  if (fd == -EADDRINUSE && srv_remove_leftover(&a))
+    fd = srv_socket(&a, sizeof a.un, SRV_LISTEN);
   if (dir >= 0) close(dir);
   return fd;
 }
 
-/* Writes an internet address for humans and URIs to out, if it is one. */
-static void srv_name(const union srv_address *a, char *out, size_t size) {
 #if !NBDSERVE_NO_TCP
+/* Writes an internet address to out[size], as people and URIs have it; another
+ * address leaves it as it is. */
+static void srv_format_address(const union srv_address *a, char *out,
+                               size_t size) {
   char host[INET6_ADDRSTRLEN];
-  int v6 = a->sa.sa_family == AF_INET6;
-  const void *ip = v6 ? (const void *)&a->in6.sin6_addr : &a->in.sin_addr;
-  if (inet_ntop(a->sa.sa_family, ip, host, sizeof host))
-    snprintf(out, size, v6 ? "[%s]:%d" : "%s:%d", host, ntohs(a->in.sin_port));
-#endif
-  (void)a, (void)out, (void)size;
+  int port = ntohs(a->in.sin_port);
+  if (a->sa.sa_family == AF_INET6) {
+    if (inet_ntop(AF_INET6, &a->in6.sin6_addr, host, sizeof host))
+      snprintf(out, size, "[%s]:%d", host, port);
+  } else if (a->sa.sa_family == AF_INET) {
+    if (inet_ntop(AF_INET, &a->in.sin_addr, host, sizeof host))
+      snprintf(out, size, "%s:%d", host, port);
+  }
 }
 
-#if !NBDSERVE_NO_TCP
-/* Listens on a numeric address; *port 0 becomes what the kernel picked. */
+/* Listens on a numeric address; *port 0 becomes the port that the kernel
+ * picked.  0 or -errno. */
 static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
   union srv_address a = {.in6 = {.sin6_port = htons((uint16_t)*port)}};
-  int v6 = strchr(host, ':') != NULL;
-  void *ip = v6 ? (void *)&a.in6.sin6_addr : &a.in.sin_addr;
-  socklen_t len = v6 ? sizeof a.in6 : sizeof a.in;
-  char text[64] = "";
-  a.sa.sa_family = v6 ? AF_INET6 : AF_INET;
-  if (inet_pton(a.sa.sa_family, host, ip) != 1) return -EINVAL;
+  socklen_t len;
+  int is_address;
+  if (strchr(host, ':')) {
+    a.sa.sa_family = AF_INET6;
+    is_address = inet_pton(AF_INET6, host, &a.in6.sin6_addr) == 1;
+    len = sizeof a.in6;
+  } else {
+    a.sa.sa_family = AF_INET;
+    is_address = inet_pton(AF_INET, host, &a.in.sin_addr) == 1;
+    len = sizeof a.in;
+  }
+  if (!is_address) return -EINVAL;
   int fd = srv_socket(&a, len, SRV_LISTEN);
-  if (fd >= 0) getsockname(fd, &a.sa, &len);
+  if (fd < 0) return fd;
+  char text[64] = "";
+  getsockname(fd, &a.sa, &len);
   *port = ntohs(a.in.sin_port);
-  srv_name(&a, text, sizeof text);
-  return srv_add(s, fd, 0, text);
+  srv_format_address(&a, text, sizeof text);
+  srv_add_listener(s, fd, 0, text);
+  return 0;
 }
 
+/* Listens on both loopback addresses, at the same port.  A port that the kernel
+ * picked for one may be taken on the other: then it picks another one. */
+static int srv_listen_localhost(struct nbdserve *s, uint64_t port) {
+  int err = 0;
+  for (int i = 0; i < SRV_PORT_TRIES; i++) {
+    uint64_t picked = port;
+    err = srv_listen_ip(s, "127.0.0.1", &picked);
+    if (err) return err;
+    err = srv_listen_ip(s, "::1", &picked);
+    if (err == -EAFNOSUPPORT || err == -EADDRNOTAVAIL) return 0; /* no IPv6 */
+    if (!err) return 0;
+    srv_drop_listener(s); /* nothing half done */
+    if (err != -EADDRINUSE || port) return err;
+  }
+  return err;
+}
+
+/* Listens at HOST:PORT or [HOST]:PORT. */
 static int srv_listen_tcp(struct nbdserve *s, const char *address) {
-  uint64_t port = 0;
   const char *colon = strrchr(address, ':');
-  if (!colon || !u_parse_number(colon + 1, 65535, &port)) return -EINVAL;
-  int n = (int)(colon - address);
-  int brackets = n && *address == '[' && colon[-1] == ']';
+  uint64_t port = 0;
   char host[64];
-  snprintf(host, sizeof host, "%.*s", n - 2 * brackets, address + brackets);
-  if (strcmp(host, "localhost") != 0) return srv_listen_ip(s, host, &port);
-  int err = srv_listen_ip(s, "127.0.0.1", &port);
-  if (!err) err = srv_listen_ip(s, "::1", &port);
-  return err == -EAFNOSUPPORT || err == -EADDRNOTAVAIL ? 0 : err; /* no IPv6 */
+  if (!colon || !u_parse_number(colon + 1, 65535, &port)) return -EINVAL;
+  int len = (int)(colon - address);
+  if (len > 1 && *address == '[' && colon[-1] == ']') {
+    address++;
+    len -= 2;
+  }
+  if (snprintf(host, sizeof host, "%.*s", len, address) >= (int)sizeof host)
+    return -EINVAL;
+  if (strcmp(host, "localhost") == 0) return srv_listen_localhost(s, port);
+  return srv_listen_ip(s, host, &port);
+}
+#else
+/* Without TCP there are no such addresses. */
+static void srv_format_address(const union srv_address *a, char *out,
+                               size_t size) {
+  (void)a;
+  (void)out;
+  (void)size;
+}
+
+/* Without TCP no address is one. */
+static int srv_listen_tcp(struct nbdserve *s, const char *address) {
+  (void)s;
+  (void)address;
+  return -EINVAL;
 }
 #endif
 
-int nbdserve_listen(struct nbdserve *s, const char *address) {
-  if (s->nlisteners >= SRV_LISTENERS) return -EMFILE;
-  if (strncmp(address, "unix:", 5) == 0)
-    return srv_add(s, srv_unix(address + 5, SRV_LISTEN), 1, address + 5);
-#if !NBDSERVE_NO_TCP
-  if (strncmp(address, "tcp:", 4) == 0) return srv_listen_tcp(s, address + 4);
-#endif
+/* Takes over a listening socket that is open already. */
+static int srv_listen_fd(struct nbdserve *s, const char *number) {
   uint64_t fd;
   int listens = 0;
   socklen_t len = sizeof listens;
-  if (strncmp(address, "fd:", 3) || !u_parse_number(address + 3, INT_MAX, &fd))
-    return -EINVAL;
+  if (!u_parse_number(number, INT_MAX, &fd)) return -EINVAL;
   if (getsockopt((int)fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) < 0)
     return -errno;
-  return listens ? srv_add(s, (int)fd, 0, "") : -EINVAL;
+  if (!listens) return -EINVAL;
+  srv_add_listener(s, (int)fd, 0, "");
+  return 0;
 }
 
+/* See nbdserve.h. */
+int nbdserve_listen(struct nbdserve *s, const char *address) {
+  if (s->nlisteners >= SRV_LISTENERS) return -EMFILE;
+  if (strncmp(address, "tcp:", 4) == 0) return srv_listen_tcp(s, address + 4);
+  if (strncmp(address, "fd:", 3) == 0) return srv_listen_fd(s, address + 3);
+  if (strncmp(address, "unix:", 5) != 0) return -EINVAL;
+  const char *path = address + 5;
+  int fd = srv_unix_socket(path, SRV_LISTEN);
+  if (fd < 0) return fd;
+  srv_add_listener(s, fd, 1, path);
+  return 0;
+}
+
+/* See nbdserve.h.  The first listener counts. */
 int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
+  static const char socket_query[] = "?socket=";
   const struct srv_listener *l = s->listeners;
   if (!s->nlisteners || !*l->text) return -ENOENT;
   int n = snprintf(buf, size, "nbd%s://%s/", l->is_unix ? "+unix" : "",
                    l->is_unix ? "" : l->text);
-  if ((size_t)n >= size || !u_append_uri(buf, size, name ? name : "") ||
-      (l->is_unix && (strlen(buf) + 8 >= size ||
-                      !u_append_uri(strcat(buf, "?socket="), size, l->text))))
-    return -ERANGE;
-  return 0;
+  if ((size_t)n >= size) return -ERANGE;
+  if (!u_append_uri(buf, size, name ? name : "")) return -ERANGE;
+  if (!l->is_unix) return 0;
+  if (strlen(buf) + sizeof socket_query > size) return -ERANGE;
+  strcat(buf, socket_query);
+  return u_append_uri(buf, size, l->text) ? 0 : -ERANGE;
 }
 
-/* Puts a byte into a pipe that nbdserve_run looks at.  Keeps errno: it may be
- * in a handler.  A full pipe has said it already. */
-static void srv_poke(int fd, char what) {
+/* ---- Signals from other threads and handlers ----------------------------- */
+
+/* Makes a pipe readable.  Async-signal-safe, and keeps errno.  A full pipe is
+ * readable already (S4). */
+static void srv_poke(int fd) {
   int saved = errno;
-  (void)!write(fd, &what, 1);
+  (void)!write(fd, "", 1);
   errno = saved;
 }
 
-void nbdserve_stop(struct nbdserve *s) {
-  srv_poke(s->stop[1], SRV_ELSE);
-}
-void nbdserve_wake(struct nbdserve *s) {
-  srv_poke(s->wake[1], SRV_WAKE);
+/* Empties a pipe.  True: there was something in it. */
+static int srv_take_poke(int fd) {
+  char waste[64];
+  int found = 0;
+  while (read(fd, waste, sizeof waste) > 0)
+    found = 1;
+  return found;
 }
 
+/* See nbdserve.h.  Nobody ever empties this pipe: there is no way back. */
+void nbdserve_stop(struct nbdserve *s) {
+  srv_poke(s->stop.pipe[1]);
+}
+
+/* See nbdserve.h. */
+void nbdserve_wake(struct nbdserve *s) {
+  srv_poke(s->wake[1]);
+}
+
+/* ---- Statistics ---------------------------------------------------------- */
+
+/* Adds what was counted for one client. */
+static void srv_add_stats(struct nbdserve_stats *to,
+                          const struct nbdserve_stats *more) {
+  to->requests += more->requests;
+  to->errors += more->errors;
+  to->bytes_read += more->bytes_read;
+  to->bytes_written += more->bytes_written;
+}
+
+/* See nbdserve.h.  Each client counts for itself; here the counters are added,
+ * to those of the clients that have left. */
 void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
   os_lock(&s->lock);
-  *out = s->stats;
+  *out = s->totals;
   out->clients_now = s->nconns;
+  for (struct conn *c = s->conns; c; c = c->next) {
+    os_lock(&c->queue_lock);
+    srv_add_stats(out, &c->stats);
+    os_unlock(&c->queue_lock);
+  }
   for (struct ex *ex = s->exports; ex; ex = ex->next) {
     os_lock(&ex->lock);
-    out->flushes += ex->nflushes;
+    out->flushes += ex->flushes_begun;
     os_unlock(&ex->lock);
   }
   os_unlock(&s->lock);
 }
 
-/* A client, registered (S1); NULL without memory.  own: close in its end. */
-static struct conn *srv_client(struct nbdserve *s, int in, int out, int own) {
+/* ---- A client's life ----------------------------------------------------- */
+
+/* Whose descriptors a client's are. */
+enum srv_owner {
+  SRV_OURS,    /* an accepted socket: closed in the end */
+  SRV_CALLERS, /* of the caller of nbdserve_serve */
+};
+
+/* Sets up how a connection waits and is stopped: the table at the head of
+ * [6]. */
+static void srv_setup_io(struct conn *c, int in, int out,
+                         enum srv_owner owner) {
+  uint32_t stall_ms = c->s->config.stall_ms;
+  struct sockaddr_storage peer;
+  socklen_t len = sizeof peer;
+  if (getpeername(out, (struct sockaddr *)&peer, &len) == 0)
+    c->is_tcp = peer.ss_family == AF_INET || peer.ss_family == AF_INET6;
+  c->fd = owner == SRV_OURS ? in : -1;
+  c->io.in = in;
+  c->io.out = out;
+  c->io.stop = &c->s->stop;
+  c->io.stall_ms = stall_ms;
+  /* Without threads it is nbdserve_run that serves: nobody would shut down. */
+  c->io.polls_payloads = owner == SRV_CALLERS || NBDSERVE_NO_THREADS;
+  c->io.polls_requests = c->io.polls_payloads || c->is_tcp;
+  if (owner == SRV_OURS) os_set_receive_timeout(in, stall_ms);
+  os_setup_client(in);
+  if (out != in) os_setup_client(out);
+}
+
+/* Makes a client and registers it (S1).  NULL: no memory; the descriptors stay
+ * the caller's. */
+static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
+                                   enum srv_owner owner) {
   struct conn *c = NBDSERVE_MALLOC(sizeof *c);
   if (!c) return NULL;
   memset(c, 0, offsetof(struct conn, rbuf)); /* the rest stays untouched */
   c->s = s;
-  c->fd = own ? in : -1;
-  c->io = (struct io){.in = in,
-                      .out = out,
-                      .stall_ms = s->config.stall_ms,
-                      .stop = own && !NBDSERVE_NO_THREADS ? -1 : s->stop[0]};
   c->queue_end = &c->queue;
-  if (os_monitor_init(&c->lock) || os_monitor_init(&c->sending)) {
+  if (os_monitors_init(&c->queue_lock, &c->send_lock)) {
     NBDSERVE_FREE(c);
     return NULL;
   }
+  srv_setup_io(c, in, out, owner);
   os_lock(&s->lock);
-  c->id = (int)++s->stats.clients;
+  c->id = (int)++s->totals.clients;
   c->next = s->conns;
   s->conns = c;
   s->nconns++;
@@ -4045,158 +6748,282 @@ static struct conn *srv_client(struct nbdserve *s, int in, int out, int own) {
   return c;
 }
 
+/* Takes a client off the list, closes its socket if it is ours, and frees
+ * it. */
 static void srv_free_client(struct conn *c) {
   struct nbdserve *s = c->s;
-  NBDSERVE_FREE(c->big);
-  assert(!c->nworkers && !c->ndeferred);
+  assert(!c->nworkers && !c->nhanded_over);
+  NBDSERVE_FREE(c->piece_buf);
   os_lock(&s->lock);
   struct conn **p = &s->conns;
   while (*p != c)
     p = &(*p)->next;
   *p = c->next;
   s->nconns--;
-  if (c->fd >= 0) close(c->fd); /* locked: srv_finish must not hit another */
-  os_monitor_free(&c->lock);
-  os_monitor_free(&c->sending);
+  if (!s->nconns) s->idle_since = os_now_ms();
+  srv_add_stats(&s->totals, &c->stats);
+  /* Locked, so that srv_finish does not shut down another file of that
+   * number. */
+  if (c->fd >= 0) close(c->fd);
+  os_monitor_free(&c->queue_lock);
+  os_monitor_free(&c->send_lock);
   NBDSERVE_FREE(c);
-  srv_poke(s->wake[1], SRV_ELSE);
+  srv_poke(s->noticed[1]);
   os_unlock(&s->lock); /* (S2) */
 }
 
-/* Serves a client to its end and forgets it.  name: as in nbdserve_serve. */
-static int srv_serve_client(struct conn *c, const char *name) {
+/* Says who a client is. */
+static void srv_log_client(const struct conn *c) {
   char peer[64] = "this machine";
   union srv_address a;
   socklen_t len = sizeof a;
-  struct ex *ex = NULL;
-  if (getpeername(c->io.in, &a.sa, &len) == 0) srv_name(&a, peer, sizeof peer);
-  HS_LOG(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, peer);
-  os_setup_client(c->io.in, c->s->config.stall_ms);
-  os_setup_client(c->io.out, c->s->config.stall_ms);
-  int err = name ? ex_get(c->s, name, &ex, &c->size) : hs_run(c);
-  if (name && !err) hs_settle(c, ex, name);
-  if (err == HS_ENTER) err = tx_run(c);
-  if (c->ex && c->ex->dynamic && !(c->tflags & NBD_FLAG_READ_ONLY))
-    ex_flush(c->ex); /* a courtesy before it is closed: nobody waits for it */
-  ex_put(c->ex);
-  if (err == HS_END) err = 0;
-  int calm = !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
-  HS_LOG(c, calm ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING, "%d: gone: %s",
-         c->id, err ? u_errno_text(err) : "disconnected");
+  if (c->is_tcp && getpeername(c->io.in, &a.sa, &len) == 0)
+    srv_format_address(&a, peer, sizeof peer);
+  conn_log(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, peer);
+}
+
+/* Enters transmission of that export at once, without a handshake. */
+static enum hs_result srv_enter(struct conn *c, const char *name) {
+  struct ex *ex;
+  uint64_t size;
+  int err = ex_acquire(c->s, name, &ex, &size);
+  if (err) return hs_close(c, err);
+  hs_enter(c, ex, name, size);
+  return HS_ENTER;
+}
+
+/* Gives back the export of a client that has left. */
+static void srv_leave_export(struct conn *c) {
+  if (!c->export) return;
+  /* Of one that is closed now nobody can ask for a flush any more. */
+  if (c->export->from_callback && !(c->transmission_flags & NBD_FLAG_READ_ONLY))
+    ex_flush(c->export);
+  ex_release(c->export);
+}
+
+/* Says why a client has left: what is usual, to those who want to know. */
+static void srv_log_end(const struct conn *c) {
+  int level = NBDSERVE_LOG_WARNING;
+  switch (c->end_err) {
+  case 0:
+  case -EPIPE:
+  case -ECONNRESET:
+  case -ESHUTDOWN:
+    level = NBDSERVE_LOG_INFO;
+  }
+  conn_log(c, level, "%d: gone: %s", c->id,
+           c->end_err ? u_errno_text(c->end_err) : "disconnected");
+}
+
+/* Serves a client to its end and frees it.  name: as in nbdserve_serve.  0 or
+ * -errno. */
+static int srv_serve_client(struct conn *c, const char *name) {
+  srv_log_client(c);
+  enum hs_result result = name ? srv_enter(c, name) : hs_run(c);
+  if (result == HS_ENTER) tx_run(c);
+  srv_leave_export(c);
+  if (c->is_tcp) io_linger(&c->io);
+  srv_log_end(c);
+  int err = c->end_err;
   srv_free_client(c);
   return err == -ESHUTDOWN ? 0 : err;
 }
 
+/* The thread of an accepted client. */
 static void *srv_thread(void *client) {
-  return (void)srv_serve_client(client, NULL), NULL;
+  srv_serve_client(client, NULL);
+  return NULL;
 }
 
-static int srv_woken(struct nbdserve *s) {
-  char buf[64];
-  int woken = 0;
-  for (ssize_t n; (n = read(s->wake[0], buf, sizeof buf)) > 0;)
-    woken |= memchr(buf, SRV_WAKE, (size_t)n) != NULL;
-  return woken;
-}
-
-static int srv_finish(struct nbdserve *s) {
-  int64_t until = os_now_ms() + IO_GRACE_MS;
-  struct pollfd p = {s->wake[0], POLLIN, 0}; /* a client has gone */
-  int err = 0;
-  nbdserve_stop(s);
-  for (int busy = 1; busy; srv_woken(s)) {
-    int64_t left = until - os_now_ms();
-    os_lock(&s->lock);
-    busy = s->nconns > 0;
-    for (struct conn *c = s->conns; c; c = c->next)
-      if (c->fd >= 0) shutdown(c->fd, left > 0 ? SHUT_RD : SHUT_RDWR);
-    os_unlock(&s->lock);
-    if (busy) poll(&p, 1, left > 0 ? (int)left : -1);
-  }
-  for (struct ex *ex = s->exports; ex; ex = ex->next) { /* no more are added */
-    int e = ex->e.flags & NBDSERVE_EXPORT_READONLY ? 0 : ex_flush(ex);
-    if (e)
-      u_log(&s->config, NBDSERVE_LOG_ERROR,
-            "export '%s': the last flush: %s; written data may be lost",
-            ex->e.name, u_errno_text(e));
-    if (!err) err = e;
-  }
-  return err;
-}
-
-int nbdserve_run(struct nbdserve *s) {
-  struct pollfd p[SRV_LISTENERS + 3] = {{s->stop[0], POLLIN, 0},
-                                        {s->wake[0], POLLIN, 0}};
-  int n = s->nlisteners;
-  int64_t pause = 0;
-  for (;;) {
-    os_lock(&s->lock);
-    int busy = s->nconns > 0;
-    int room = (int)s->config.max_conn - (int)s->nconns;
-    int over =
-        !busy && s->stats.clients && (s->config.flags & NBDSERVE_CONFIG_ONCE);
-    os_unlock(&s->lock);
-    int64_t now = os_now_ms(), wait = pause > now ? pause - now : INT_MAX;
-    if (pause > now) room = 0;
-    if (busy || !s->idle_from) s->idle_from = now;
-    int64_t idle = s->idle_from + s->config.idle_exit_ms - now;
-    if (!busy && s->config.idle_exit_ms && idle < wait) wait = idle;
-    if (over || wait < 0) wait = 0; /* a last look whether somebody waits */
-    over |= wait == 0;
-    for (int i = 0; i < n; i++)
-      p[i + 2] = (struct pollfd){room > 0 ? s->listeners[i].fd : -1, POLLIN, 0};
-    if (poll(p, (nfds_t)n + 2, (int)wait) < 0 && errno != EINTR) return -errno;
-    if (p[0].revents) return srv_finish(s);
-    if (p[1].revents && srv_woken(s)) return -EINTR;
-    for (int i = 0; i < n; i++) {
-      if (!p[i + 2].revents || room-- <= 0) continue;
-      over = 0;
-      int fd = os_accept(s->listeners[i].fd), err = fd < 0 ? fd : -ENOMEM;
-      if (fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR) continue;
-      struct conn *c = fd < 0 ? NULL : srv_client(s, fd, fd, 1);
-      if (c) err = os_thread(srv_thread, c);
-      if (err && c)
-        srv_free_client(c); /* closes it */
-      else if (err && fd >= 0)
-        close(fd);
-      if (err && now - pause > SRV_PAUSE_MS) /* once, not in every round */
-        u_log(&s->config, NBDSERVE_LOG_WARNING, "clients have to wait: %s",
-              u_errno_text(err));
-      if (err) pause = os_now_ms() + SRV_PAUSE_MS; /* the loop must not spin */
-    }
-    if (over) return srv_finish(s);
-  }
-}
-
+/* See nbdserve.h. */
 int nbdserve_serve(struct nbdserve *s, int in, int out, const char *name) {
-  struct conn *c = srv_client(s, in, out, 0);
+  struct conn *c = srv_new_client(s, in, out, SRV_CALLERS);
   return c ? srv_serve_client(c, name) : -ENOMEM;
 }
 
-void nbdserve_unlisten(struct nbdserve *s) {
-  struct stat st;
-  while (s->nlisteners > 0) {
-    struct srv_listener *l = &s->listeners[--s->nlisteners];
-    close(l->fd);
-    if (l->is_unix && lstat(l->text, &st) == 0 && st.st_ino == l->st.st_ino &&
-        st.st_dev == l->st.st_dev)
-      unlink(l->text);
+/* ---- Stopping (S3) ------------------------------------------------------- */
+
+/* Tells all clients that no more is taken from them, or cuts them off.  Their
+ * number. */
+static unsigned srv_shutdown_clients(struct nbdserve *s, int grace_over) {
+  os_lock(&s->lock);
+  unsigned n = s->nconns;
+  for (struct conn *c = s->conns; c; c = c->next) {
+    if (c->fd < 0) continue; /* the caller's: its thread looks at the pipe */
+    if (grace_over)
+      shutdown(c->fd, SHUT_RDWR);
+    else if (!c->is_tcp)
+      shutdown(c->fd, SHUT_RD);
+  }
+  os_unlock(&s->lock);
+  return n;
+}
+
+/* Flushes what can have been written.  0 or the first error. */
+static int srv_flush_all(struct nbdserve *s) {
+  int first = 0;
+  for (struct ex *ex = s->exports; ex; ex = ex->next) { /* no more are added */
+    if (ex->pub.flags & NBDSERVE_EXPORT_READONLY) continue;
+    int err = ex_flush(ex);
+    if (!err) continue;
+    u_log(&s->config, NBDSERVE_LOG_ERROR,
+          "export '%s': the last flush: %s; written data may be lost",
+          ex_name(ex), u_errno_text(err));
+    if (!first) first = err;
+  }
+  return first;
+}
+
+/* Steps 1 and 3 to 7 of (S3).  0, or the error of a last flush. */
+static int srv_finish(struct nbdserve *s) {
+  struct pollfd p = {.fd = s->noticed[0], .events = POLLIN};
+  nbdserve_unlisten(s);
+  nbdserve_stop(s);
+  int64_t end = io_grace_end(&s->stop);
+  for (;;) {
+    int grace_over = os_now_ms() >= end;
+    if (!srv_shutdown_clients(s, grace_over)) break;
+    poll(&p, 1, grace_over ? -1 : io_timeout(end)); /* until one has left */
+    srv_take_poke(s->noticed[0]);
+  }
+  return srv_flush_all(s);
+}
+
+/* ---- Accepting ----------------------------------------------------------- */
+
+/* What nbdserve_run does in one round. */
+struct srv_plan {
+  int room;       /* clients that may be accepted */
+  int may_exit;   /* nothing is left to do, unless somebody waits for us */
+  int listen;     /* look whether somebody waits */
+  int timeout_ms; /* of poll(); -1: none */
+};
+
+/* Decides it: how long to wait, and for what. */
+static struct srv_plan srv_plan(struct nbdserve *s) {
+  const struct nbdserve_config *k = &s->config;
+  struct srv_plan plan = {.timeout_ms = -1};
+  int64_t now = os_now_ms();
+  os_lock(&s->lock);
+  if (!s->idle_since) s->idle_since = now; /* nobody came so far */
+  int64_t idle_end = s->idle_since + k->idle_exit_ms;
+  int is_idle = s->nconns == 0;
+  plan.room = (int)k->max_conn - (int)s->nconns;
+  if (is_idle && s->totals.clients && (k->flags & NBDSERVE_CONFIG_ONCE))
+    plan.may_exit = 1;
+  os_unlock(&s->lock);
+  if (is_idle && k->idle_exit_ms) {
+    if (now >= idle_end)
+      plan.may_exit = 1;
+    else
+      plan.timeout_ms = io_timeout(idle_end);
+  }
+  if (s->accept_after > now) { /* no memory, no descriptors: a little later */
+    plan.room = 0;
+    int pause_ms = io_timeout(s->accept_after);
+    if (plan.timeout_ms < 0 || pause_ms < plan.timeout_ms)
+      plan.timeout_ms = pause_ms;
+  } else if (plan.room <= 0) {
+    /* Nobody can come; but if somebody waits, that is worth a message. */
+    plan.listen = !s->full_told || now - s->full_told >= SRV_TELL_FULL_MS;
+  }
+  if (plan.room > 0) plan.listen = 1;
+  if (plan.may_exit) plan.timeout_ms = 0; /* a last look */
+  return plan;
+}
+
+/* Accepts a client and starts its thread.  0, also if there was none after all;
+ * -errno: none can be served now. */
+static int srv_accept(struct nbdserve *s, int listener) {
+  int fd = os_accept(listener);
+  if (fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR) return 0;
+  if (fd < 0) return fd;
+  struct conn *c = srv_new_client(s, fd, fd, SRV_OURS);
+  if (!c) {
+    close(fd);
+    return -ENOMEM;
+  }
+  int err = os_thread(srv_thread, c);
+  if (err) srv_free_client(c); /* closes fd */
+  return err;
+}
+
+/* Notes that a client could not be accepted: a pause, and a message if the last
+ * one is not just over. */
+static void srv_pause_accepting(struct nbdserve *s, int err) {
+  int64_t now = os_now_ms();
+  if (now - s->accept_after > SRV_PAUSE_MS)
+    u_log(&s->config, NBDSERVE_LOG_WARNING, "cannot accept clients now: %s",
+          u_errno_text(err));
+  s->accept_after = now + SRV_PAUSE_MS;
+}
+
+/* Says that somebody waits who cannot be served. */
+static void srv_tell_full(struct nbdserve *s) {
+  s->full_told = os_now_ms();
+  u_log(&s->config, NBDSERVE_LOG_WARNING,
+        "%" PRIu32 " clients are served, which is the limit; "
+        "the next one has to wait",
+        s->config.max_conn);
+}
+
+/* Accepts from each listener that poll() found ready.  True: somebody was
+ * there. */
+static int srv_accept_ready(struct nbdserve *s, const struct pollfd *p,
+                            int room) {
+  int found = 0;
+  for (int i = 0; i < s->nlisteners; i++) {
+    if (!p[i].revents) continue;
+    found = 1;
+    if (room <= 0) {
+      srv_tell_full(s);
+      break;
+    }
+    int err = srv_accept(s, s->listeners[i].fd);
+    if (err) srv_pause_accepting(s, err);
+    room--;
+  }
+  return found;
+}
+
+/* See nbdserve.h.  Rounds of: plan, wait, look at each pipe, accept. */
+int nbdserve_run(struct nbdserve *s) {
+  struct pollfd p[3 + SRV_LISTENERS + 1] = {
+      {.fd = s->stop.pipe[0], .events = POLLIN},
+      {.fd = s->wake[0], .events = POLLIN},
+      {.fd = s->noticed[0], .events = POLLIN}};
+  for (;;) {
+    struct srv_plan plan = srv_plan(s);
+    for (int i = 0; i < s->nlisteners; i++) {
+      p[3 + i].fd = plan.listen ? s->listeners[i].fd : -1;
+      p[3 + i].events = POLLIN;
+      p[3 + i].revents = 0;
+    }
+    int r = poll(p, (nfds_t)(3 + s->nlisteners), plan.timeout_ms);
+    if (r < 0 && errno != EINTR) return -errno;
+    if (r < 0) continue;
+    if (p[0].revents) return srv_finish(s);
+    if (p[1].revents && srv_take_poke(s->wake[0])) return -EINTR;
+    if (p[2].revents) srv_take_poke(s->noticed[0]);
+    int found = srv_accept_ready(s, p + 3, plan.room);
+    if (plan.may_exit && !found) return srv_finish(s);
   }
 }
 
+/* See nbdserve.h. */
 void nbdserve_free(struct nbdserve *s) {
   if (!s) return;
   if (s->nconns > 0) srv_finish(s); /* nbdserve_run was left with -EINTR */
   assert(!s->conns);
   nbdserve_unlisten(s);
-  for (struct ex *ex = s->exports, *next; ex; ex = next) {
-    next = ex->next;
+  while (s->exports) {
+    struct ex *ex = s->exports;
+    s->exports = ex->next;
     ex_free(ex);
   }
-  for (int i = 0; i < 4; i++) /* closing -1 is no harm */
-    close((i % 2 ? s->stop : s->wake)[i / 2]);
+  os_monitor_free(&s->stop.lock);
   os_monitor_free(&s->lock);
-  NBDSERVE_FREE(s);
+  srv_free_rest(s);
 }
 
 /* ==== [13] CLI (cli_) ====================================================
@@ -5419,7 +8246,7 @@ static void cli_show_progress(struct cli_job *job, uint64_t done,
  * client that waits for it has gone. */
 static int cli_progress(void *arg, uint64_t done, uint64_t total) {
   struct cli_job *job = arg;
-  struct pollfd p[] = {{cli.server->stop[0], POLLIN, 0},
+  struct pollfd p[] = {{cli.server->stop.pipe[0], POLLIN, 0},
                        {job->client, POLLIN, 0}}; /* -1 is skipped */
   cli_show_progress(job, done, total);
   return poll(p, 2, 0) > 0;
@@ -5614,7 +8441,7 @@ static int cli_copy_in(struct cli_job *job, const struct nbdserve_export *ex,
     uint64_t n = u_min(sizeof cli_buffer, size - off);
     struct iovec piece = {cli_buffer, (size_t)n};
     if (cli_progress(job, off, size)) return -ECANCELED;
-    int err = os_transfer(job->output, 0, &piece, 1, off);
+    int err = os_transfer(job->output, OS_READ, &piece, 1, off);
     if (!err) err = ex->ops->write(ex->ctx, cli_buffer, off, n, 0);
     if (err) return err;
     off += n;
@@ -5667,7 +8494,7 @@ static int cli_copy_out(struct cli_job *job, const struct nbdserve_export *ex,
     if (!err && !is_sparse) {
       err = cli_write_buffer(job->output, n);
     } else if (!err && !u_is_zero(cli_buffer, (size_t)n)) {
-      err = os_transfer(job->output, 1, &piece, 1, off);
+      err = os_transfer(job->output, OS_WRITE, &piece, 1, off);
     }
     if (err) return err;
     off += n;
@@ -5832,7 +8659,7 @@ union cli_passed {
 
 /* Sends a job with its descriptors, of which the receiver gets duplicates.  A
  * socket's buffer takes all of it at once.  Returns 0 or -EPIPE. */
-static int cli_send_command(const struct io *io, struct cli_job *job) {
+static int cli_send_command(int fd, struct cli_job *job) {
   const int fds[2] = {job->output, job->messages};
   struct iovec data = {&job->request, sizeof job->request};
   union cli_passed passed = {.header = {.cmsg_level = SOL_SOCKET,
@@ -5843,14 +8670,14 @@ static int cli_send_command(const struct io *io, struct cli_job *job) {
                            .msg_control = &passed,
                            .msg_controllen = CMSG_LEN(sizeof fds)};
   memcpy(CMSG_DATA(&passed.header), fds, sizeof fds);
-  ssize_t n = sendmsg(io->out, &message, MSG_NOSIGNAL);
+  ssize_t n = sendmsg(fd, &message, MSG_NOSIGNAL);
   return n == (ssize_t)sizeof job->request ? 0 : -EPIPE;
 }
 
 /* Receives a job.  The descriptors that come with it are the caller's to close,
  * even if this fails; where none has come there is -1.  There is room for two:
  * if somebody sends more, the system closes the rest. */
-static int cli_receive_command(const struct io *io, struct cli_job *job) {
+static int cli_receive_command(struct io *io, struct cli_job *job) {
   int fds[2] = {-1, -1};
   struct iovec data = {&job->request, sizeof job->request};
   union cli_passed passed = {.header = {.cmsg_len = 0}};
@@ -5860,7 +8687,7 @@ static int cli_receive_command(const struct io *io, struct cli_job *job) {
                            .msg_controllen = CMSG_LEN(sizeof fds)};
   job->output = -1;
   job->messages = -1;
-  int err = io_wait(io, 0);
+  int err = io_wait_input(io, io->deadline);
   if (err) return err;
   /* The descriptors come with the first bytes; what follows has none. */
   ssize_t n = recvmsg(io->in, &message, 0);
@@ -5895,12 +8722,11 @@ static void cli_check_ctl_owner(void) {
 static int cli_run_remote(struct cli_job *job) {
   unsigned char status;
   cli_check_ctl_owner();
-  int fd = srv_unix(cli.ctl_path, SRV_CONNECT);
-  struct io io = {.in = fd, .out = fd, .stop = -1};
+  int fd = srv_unix_socket(cli.ctl_path, SRV_CONNECT);
   if (fd < 0)
     cli_die(CLI_IN_USE, "%s: in use by a process that takes no commands",
             cli.store);
-  if (cli_send_command(&io, job) || io_recv_all(&io, &status, 1))
+  if (cli_send_command(fd, job) || read(fd, &status, 1) != 1)
     cli_failed("%s: no answer from the server of the store", cli.ctl_path);
   close(fd);
   return status;
@@ -5913,9 +8739,8 @@ static void cli_serve_command(int client) {
   struct cli_job job = {.client = client};
   struct io io = {.in = client,
                   .out = client,
-                  .stop = cli.server->stop[0],
-                  .deadline = os_now_ms() + IO_GRACE_MS,
-                  .stall_ms = IO_GRACE_MS};
+                  .stop = &cli.server->stop,
+                  .deadline = os_now_ms() + IO_GRACE_MS};
   int err = cli_receive_command(&io, &job);
   if (!err && job.messages >= 0 && job.request.verb < VERB_COUNT &&
       cli_verbs[job.request.verb].run) {
@@ -5929,14 +8754,14 @@ static void cli_serve_command(int client) {
   close(job.messages);
 }
 
-/* The thread that takes commands until the server stops, which makes io_wait
- * fail, and ends a command that is under way (cli_progress).  If a client
+/* The thread that takes commands until the server stops.  That makes
+ * io_wait_input fail, and ends a command that is under way (cli_progress).  If a client
  * cannot be accepted, for want of descriptors, trying again at once would not
  * help. */
 static void *cli_control(void *unused) {
-  struct io io = {.in = cli.ctl, .stop = cli.server->stop[0]};
+  struct io io = {.in = cli.ctl, .stop = &cli.server->stop};
   (void)unused;
-  while (io_wait(&io, 0) == 0) {
+  while (io_wait_input(&io, 0) == 0) {
     int client = os_accept(cli.ctl);
     if (client < 0) {
       poll(NULL, 0, SRV_PAUSE_MS);
@@ -5974,7 +8799,7 @@ static int cli_open_store(const char *path, int readonly) {
 static void cli_open_control(void) {
   mode_t mask = umask(0177);
   assert(cli.ctl < 0);
-  cli.ctl = srv_unix(cli.ctl_path, SRV_LISTEN);
+  cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
   umask(mask);
   if (cli.ctl >= 0 && lstat(cli.ctl_path, &cli.ctl_st) < 0) {
     close(cli.ctl);

@@ -123,27 +123,43 @@ struct nbdserve_export {
 
 /* ---- The flat backend: a regular file, a block device, or memory -------- */
 
-#define NBDSERVE_FLAT_READONLY 1u
-/* What is written is gone in the end: it goes to a file without a name; path
- * is only read, and shared with other readers; 1 bit of memory for 64 KiB. */
+#define NBDSERVE_FLAT_READONLY 1u /* clients cannot write */
+/* What clients write is gone when the export is closed: it goes to a file
+ * without a name, and path is only read.  Several exports may share path.
+ * Takes 1 bit of memory for each 64 KiB of the export. */
 #define NBDSERVE_FLAT_TEMPORARY 2u
 
 struct nbdserve_flat {
-  uint64_t offset; /* serve from this byte on */
-  uint64_t size;   /* and that many bytes; 0: to the end */
-  uint64_t create; /* make the file, sparse, with that size if it is missing */
+  uint64_t offset; /* serve the target from this byte on */
+  uint64_t size;   /* serve this many bytes of it; 0: up to its end */
+  uint64_t create; /* if not 0: a file that is missing is made, and one that is
+                      empty becomes sparse, with this many bytes */
   uint32_t flags;  /* NBDSERVE_FLAT_* */
-  const char *dir; /* where that file is; NULL: memory */
+  const char *dir; /* TEMPORARY: the directory for the file without a name;
+                      NULL: it is in memory (in /tmp where the system has no
+                      files in memory) */
 };
 
-/* Opens path ("mem:SIZE" is memory of that size) and fills *out; name and
- * description are the caller's to set, on top of the flags that it finds
- * there.  options may be NULL.  The export goes to nbdserve_add, or is given
- * back with out->ops->close(out->ctx); a second one of the same file is -EBUSY,
- * so the find callback is no place for it.  After a failed flush every write
- * and flush of it fails with -EIO until it is opened anew.
- * -ENOENT, -EACCES, -EISDIR...: as open(2).  -EBUSY: another server has it.
- * -EINVAL: not a file or block device, or the slice is not inside it. */
+/* Opens path, or "mem:SIZE", which is memory of that size, and fills the
+ * members size, flags, ops and ctx of *out; flags are added to those that are
+ * there.  options may be NULL.  If it fails, *out stays as it was.
+ *
+ * The export goes to nbdserve_add, or is closed with out->ops->close(out->ctx).
+ * Until then the file is locked: another server, or a second call for the same
+ * file, gets -EBUSY unless both only read it.  So the find callback is no place
+ * for this call.  After a failed flush every write and flush of the export
+ * fails with -EIO until the file is opened anew.
+ *
+ * A file that this call has made is removed again if the call then fails; a
+ * file that was there before stays.  create makes no file through a symbolic
+ * link that leads nowhere: -ENOENT.
+ *
+ * -ENOENT, -EACCES, -EISDIR, ...: as open(2).  -EBUSY: a server has it.
+ * -EROFS: a block device that refuses writes; it needs one of the flags.
+ * -EINVAL: not a file or block device, a bad option or mem:SIZE, or the slice
+ * is not inside the target.  -EFBIG: create, or mem:SIZE, is more than the file
+ * system can hold; or TEMPORARY needs more memory than addresses reach.
+ * -ENOMEM.  Others as ftruncate(2), fsync(2) and mkstemp(3). */
 NBDSERVE_API int nbdserve_flat_open(const char *path,
                                     const struct nbdserve_flat *options,
                                     struct nbdserve_export *out);
@@ -185,9 +201,10 @@ NBDSERVE_API int nbdserve_cas_init(const char *path,
                                    const struct nbdserve_cas_options *options);
 
 /* Opens a store, and repairs what a crash left behind.  options may be NULL.
- * -EBUSY: another process has it.  -EINVAL: not a store.  -EOPNOTSUPP: one of a
- * version that is not known here.  -EIO: damaged; read-only its last good state
- * may be had.  Others as open(2). */
+ * -EBUSY: another process has it.  -EROFS: it is on a device that refuses
+ * writes (NBDSERVE_CAS_READONLY opens it).  -EINVAL: not a store.  -EOPNOTSUPP:
+ * one of a version that is not known here.  -EIO: damaged; read-only its last
+ * good state may be had.  Others as open(2). */
 NBDSERVE_API int nbdserve_cas_open(const char *path,
                                    const struct nbdserve_cas_options *options,
                                    struct nbdserve_cas **out);

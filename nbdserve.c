@@ -7043,16 +7043,16 @@ void nbdserve_free(struct nbdserve *s) {
  * thread cli_control.  What all of them read, `opt` and most of `cli`, does not
  * change after the server has started.
  *
- * To add a command-line option: an enumerator in enum cli_option_id, a member
- * in `opt` for its value, and a row in cli_options, which names the parser for
- * its kind of value.  --help prints that table.  What it must not be combined
+ * To add a command-line option: an enumerator in enum cli_option_id and a row
+ * in cli_options, which names the parser for its kind of value.  opt[] has the
+ * value then, and --help prints the row.  What the option must not be combined
  * with goes to cli_exclusions.
  *
  * To add a command on stores: an enumerator in enum cli_verb_id, a function
  * that does it, and a row in cli_verbs, from which --help prints it, too.
  *
  * To add a kind of target: cli_parse_target, which tells targets apart, and
- * cli_open_target. */
+ * cli_add_target, which opens them. */
 #if !NBDSERVE_NO_MAIN
 #include <sys/wait.h>
 
@@ -7563,6 +7563,18 @@ static int cli_take_word(const struct cli_word *words, const char **text,
   return 1;
 }
 
+/* Takes the name of a command off the front of *text, up to ":".  Its faults,
+ * or those of all commands, are cli_faults[*from] to cli_faults[*to]. */
+static int cli_take_command(const char **text, uint32_t *from, uint32_t *to) {
+  if (!cli_take_word(cli_commands, text, ":", from)) return 0;
+  *to = *from;
+  if (*from == CLI_ALL_COMMANDS) {
+    *from = 0;
+    *to = CLI_NCOMMANDS - 1;
+  }
+  return 1;
+}
+
 /* Reads a number from 0 to max, which may have a decimal point.  Returns false
  * if the text is something else, or has something behind the number.  NaN fails
  * the comparisons, so it is refused. */
@@ -7628,51 +7640,29 @@ enum cli_option_id {
   OPT_COUNT
 };
 
-/* What the options say.  What was not given is 0 or NULL, which is the default
- * for nbdserve.h as well; where 0 is a value of its own (a port, a descriptor)
- * opt.given tells the difference.  Nobody changes this after cli_parse. */
+/* What the options say: opt[OPT_PORT].number.  What was not given is 0 or NULL,
+ * which is the default for nbdserve.h as well; where 0 is a value of its own (a
+ * port, a descriptor) `given` tells the difference.  Nobody changes this after
+ * cli_parse. */
 static struct {
-  /* How often each option was given; an option without a value has no other
-   * trace. */
-  unsigned given[OPT_COUNT];
+  /* How often the option was given */
+  unsigned given;
+  /* The value of an option that takes a text; it stays in argv. */
+  const char *text;
+  /* The value of an option that takes a number */
+  uint64_t number;
+} opt[OPT_COUNT];
 
-  /* ---- Where to listen */
-  const char *unix_path;
-  const char *bind_address;
-  uint64_t port;
-  uint64_t fd;
+/* What all exports have in common: the sizes and flags that --block-size and
+ * --cache say */
+static struct nbdserve_export cli_common;
 
-  /* ---- The targets and their exports; sizes in bytes */
-  const char *export_name;
-  const char *description;
-  uint64_t offset;
-  uint64_t size;
-  uint64_t create_size;
-  uint32_t min_block;
-  uint32_t preferred_block;
-  uint32_t max_request;
-  /* 0, NBDSERVE_EXPORT_WRITETHROUGH or NBDSERVE_EXPORT_UNSAFE */
-  uint32_t cache_mode;
+/* What --without says: bits of nbdserve_config.without */
+static uint32_t cli_without;
 
-  /* ---- Clients */
-  uint64_t threads;
-  uint64_t max_conn;
-  uint64_t stall_s;
-  /* Bits of nbdserve_config.without */
-  uint32_t without;
-
-  /* ---- The life of the process */
-  uint64_t idle_exit_s;
-  const char *run_command;
-  const char *pidfile;
-  uint64_t ready_fd;
-} opt;
-
-struct cli_option;
-
-/* A parser takes the value of an option into `opt`.  A value that is not
- * allowed ends the process; the message says what is. */
-typedef void cli_parser(const struct cli_option *option, const char *value);
+/* Takes the value of an option.  A value that is not allowed ends the process;
+ * the message says what is. */
+typedef void cli_parser(enum cli_option_id id, const char *value);
 
 struct cli_option {
   /* What stands behind "--" */
@@ -7682,54 +7672,48 @@ struct cli_option {
   /* What --help calls the value; NULL: the option takes none. */
   const char *argument;
   const char *help;
-  /* Takes the value; NULL: opt.given says it all. */
+  /* Checks the value and takes it; NULL: any text will do. */
   cli_parser *parse;
-  /* For cli_parse_text: where the value goes */
-  const char **text;
-  /* For cli_parse_number and cli_parse_fd: where it goes, and its range */
-  uint64_t *number;
+  /* For cli_parse_number and cli_parse_fd: the range */
   uint64_t min;
   uint64_t max;
 };
 
+/* The table comes after the parsers that it names. */
+static const struct cli_option cli_options[OPT_COUNT];
+
 /* ---- A parser for each kind of value ---- */
 
-/* Any text.  It stays in argv. */
-static void cli_parse_text(const struct cli_option *option, const char *value) {
-  assert(option->text);
-  *option->text = value;
-}
-
 /* A number or size in the range that the table says */
-static void cli_parse_number(const struct cli_option *option,
-                             const char *value) {
+static void cli_parse_number(enum cli_option_id id, const char *value) {
+  const struct cli_option *option = &cli_options[id];
   uint64_t number;
-  assert(option->number && option->min <= option->max);
+  assert(option->min <= option->max);
   if (!u_parse_number(value, option->max, &number) || number < option->min)
     cli_usage("--%s %s: not a number from %" PRIu64 " to %" PRIu64,
-              option->name, value, option->min, option->max);
-  *option->number = number;
+              cli_options[id].name, value, option->min, option->max);
+  opt[id].number = number;
 }
 
 /* A descriptor that whoever started us has opened.  It has to be open: a number
  * that is free would later be that of a file of our own, maybe of an image. */
-static void cli_parse_fd(const struct cli_option *option, const char *value) {
+static void cli_parse_fd(enum cli_option_id id, const char *value) {
+  const struct cli_option *option = &cli_options[id];
   uint64_t fd;
-  assert(option->number && option->max <= INT_MAX);
+  assert(option->max <= INT_MAX);
   if (!u_parse_number(value, option->max, &fd) || fd < option->min)
     cli_usage("--%s %s: not the number of a descriptor (%" PRIu64 " or above)",
-              option->name, value, option->min);
+              cli_options[id].name, value, option->min);
   if (fcntl((int)fd, F_GETFD) < 0)
-    cli_usage("--%s %s: not an open descriptor", option->name, value);
-  *option->number = fd;
+    cli_usage("--%s %s: not an open descriptor", cli_options[id].name, value);
+  opt[id].number = fd;
 }
 
 /* --block-size: three sizes.  Whether they go together is for nbdserve_add to
  * say. */
-static void cli_parse_block_sizes(const struct cli_option *option,
-                                  const char *value) {
-  uint32_t *const sizes[] = {&opt.min_block, &opt.preferred_block,
-                             &opt.max_request};
+static void cli_parse_block_sizes(enum cli_option_id id, const char *value) {
+  uint32_t *const sizes[] = {&cli_common.min_block, &cli_common.preferred_block,
+                             &cli_common.max_request};
   const char *rest = value;
   for (int i = 0; i < 3; i++) {
     char end = i < 2 ? ':' : '\0';
@@ -7737,73 +7721,70 @@ static void cli_parse_block_sizes(const struct cli_option *option,
     rest = u_parse_size(rest, &size);
     if (!rest || *rest != end || size < 1 || size > UINT32_MAX)
       cli_usage("--%s %s: not MIN:PREFERRED:MAX, three sizes in bytes",
-                option->name, value);
+                cli_options[id].name, value);
     *sizes[i] = (uint32_t)size;
     rest++;
   }
 }
 
 /* --cache: one of a few words */
-static void cli_parse_cache_mode(const struct cli_option *option,
-                                 const char *value) {
+static void cli_parse_cache_mode(enum cli_option_id id, const char *value) {
   const char *rest = value;
-  if (!cli_take_word(cli_cache_modes, &rest, "", &opt.cache_mode))
-    cli_usage("--%s %s: not writeback, writethrough or unsafe", option->name,
-              value);
+  if (!cli_take_word(cli_cache_modes, &rest, "", &cli_common.flags))
+    cli_usage("--%s %s: not writeback, writethrough or unsafe",
+              cli_options[id].name, value);
 }
 
 /* --without: a list of words, with commas between them.  Given again it adds to
  * the list. */
-static void cli_parse_features(const struct cli_option *option,
-                               const char *value) {
+static void cli_parse_features(enum cli_option_id id, const char *value) {
   const char *rest = value;
   char words[200];
   uint32_t bit;
   while (*rest) {
     if (!cli_take_word(cli_features, &rest, ",", &bit))
-      cli_usage("--%s %s: not a list of: %s (with commas)", option->name, value,
+      cli_usage("--%s %s: not a list of: %s (with commas)",
+                cli_options[id].name, value,
                 cli_list_words(cli_features, words, sizeof words));
-    opt.without |= bit;
+    cli_without |= bit;
   }
 }
 
 /* --fault: which requests fail, how, and how often.  A rate is rounded up: what
  * is above 0 fails some time. */
-static void cli_parse_fault(const struct cli_option *option,
-                            const char *value) {
+static void cli_parse_fault(enum cli_option_id id, const char *value) {
   const char *rest = value;
   char commands[100];
   char errors[100];
-  uint32_t command;
+  uint32_t from;
+  uint32_t to;
   uint32_t error;
   double rate;
-  if (!cli_take_word(cli_commands, &rest, ":", &command) ||
+  if (!cli_take_command(&rest, &from, &to) ||
       !cli_take_word(cli_errors, &rest, ":", &error) ||
       !cli_take_real(rest, 1, &rate))
     cli_usage("--%s %s: not CMD:ERR:RATE; CMD: %s; ERR: %s; RATE: 0 to 1",
-              option->name, value,
+              cli_options[id].name, value,
               cli_list_words(cli_commands, commands, sizeof commands),
               cli_list_words(cli_errors, errors, sizeof errors));
-  for (uint32_t i = 0; i < CLI_NCOMMANDS; i++) {
-    if (i != command && command != CLI_ALL_COMMANDS) continue;
+  for (uint32_t i = from; i <= to; i++) {
     cli_faults[i].err = -(int)error;
     cli_faults[i].rate_ppm = (unsigned)(rate * 1e6 + .999);
   }
 }
 
 /* --delay: which requests wait, and how long, in milliseconds, rounded up */
-static void cli_parse_delay(const struct cli_option *option,
-                            const char *value) {
+static void cli_parse_delay(enum cli_option_id id, const char *value) {
   const char *rest = value;
   char commands[100];
-  uint32_t command;
+  uint32_t from;
+  uint32_t to;
   double ms;
-  if (!cli_take_word(cli_commands, &rest, ":", &command) ||
-      !cli_take_real(rest, 1e6, &ms))
-    cli_usage("--%s %s: not CMD:MS; CMD: %s; MS: 0 to 1000000", option->name,
-              value, cli_list_words(cli_commands, commands, sizeof commands));
-  for (uint32_t i = 0; i < CLI_NCOMMANDS; i++) {
-    if (i != command && command != CLI_ALL_COMMANDS) continue;
+  if (!cli_take_command(&rest, &from, &to) || !cli_take_real(rest, 1e6, &ms))
+    cli_usage("--%s %s: not CMD:MS; CMD: %s; MS: 0 to 1000000",
+              cli_options[id].name, value,
+              cli_list_words(cli_commands, commands, sizeof commands));
+  for (uint32_t i = from; i <= to; i++) {
     cli_faults[i].delay_ms = (int)(ms + .999);
   }
 }
@@ -7813,40 +7794,36 @@ static void cli_parse_delay(const struct cli_option *option,
 /* clang-format off */
 static const struct cli_option cli_options[OPT_COUNT] = {
     [OPT_UNIX] = {.name = "unix", .letter = 'U', .argument = "PATH",
-        .help = "listen on a unix socket (default: a private one)",
-        .parse = cli_parse_text, .text = &opt.unix_path},
+        .help = "listen on a unix socket (default: a private one)"},
     [OPT_PORT] = {.name = "port", .letter = 'p', .argument = "N",
         .help = "listen on TCP (usual: 10809; 0: any free port)",
-        .parse = cli_parse_number, .number = &opt.port, .max = 65535},
+        .parse = cli_parse_number, .max = 65535},
     [OPT_BIND] = {.name = "bind", .letter = 'i', .argument = "ADDR",
-        .help = "TCP address (default: the two of loopback)",
-        .parse = cli_parse_text, .text = &opt.bind_address},
+        .help = "TCP address (default: the two of loopback)"},
     [OPT_STDIN] = {.name = "stdin", .letter = 's',
         .help = "serve one client on standard input and output"},
     [OPT_FD] = {.name = "fd", .argument = "N",
         .help = "serve descriptor N, a listening or connected socket",
-        .parse = cli_parse_fd, .number = &opt.fd, .max = INT_MAX},
+        .parse = cli_parse_fd, .max = INT_MAX},
     [OPT_READ_ONLY] = {.name = "read-only", .letter = 'r',
         .help = "refuse writes"},
     [OPT_EXPORT] = {.name = "export", .letter = 'e', .argument = "NAME",
-        .help = "name of the export (default: every name will do)",
-        .parse = cli_parse_text, .text = &opt.export_name},
+        .help = "name of the export (default: every name will do)"},
     [OPT_DESCRIPTION] = {.name = "description", .letter = 'D',
-        .argument = "TEXT", .help = "shown to clients that list the exports",
-        .parse = cli_parse_text, .text = &opt.description},
+        .argument = "TEXT", .help = "shown to clients that list the exports"},
     [OPT_OFFSET] = {.name = "offset", .letter = 'o', .argument = "N",
         .help = "serve the target from byte N on",
-        .parse = cli_parse_number, .number = &opt.offset, .max = INT64_MAX},
+        .parse = cli_parse_number, .max = INT64_MAX},
     [OPT_SIZE] = {.name = "size", .argument = "N",
         .help = "serve only N bytes of the target",
-        .parse = cli_parse_number, .number = &opt.size,
+        .parse = cli_parse_number,
         .min = 1, .max = INT64_MAX},
     [OPT_BLOCK_SIZE] = {.name = "block-size", .letter = 'b',
         .argument = "SIZES", .help = "MIN:PREFERRED:MAX (1:4096:32M)",
         .parse = cli_parse_block_sizes},
     [OPT_CREATE] = {.name = "create", .argument = "SIZE",
         .help = "make the target, a sparse file, if it is missing",
-        .parse = cli_parse_number, .number = &opt.create_size,
+        .parse = cli_parse_number,
         .min = 1, .max = INT64_MAX},
     [OPT_TEMPORARY] = {.name = "temporary", .letter = 'T',
         .help = "discard at exit what clients have written"},
@@ -7855,33 +7832,31 @@ static const struct cli_option cli_options[OPT_COUNT] = {
         .parse = cli_parse_cache_mode},
     [OPT_THREADS] = {.name = "threads", .letter = 't', .argument = "N",
         .help = "slow requests of a client done at a time (16)",
-        .parse = cli_parse_number, .number = &opt.threads,
+        .parse = cli_parse_number,
         .min = 1, .max = 1024},
     [OPT_MAX_CONN] = {.name = "max-conn", .letter = 'm', .argument = "N",
         .help = "clients served at a time (128)",
-        .parse = cli_parse_number, .number = &opt.max_conn,
+        .parse = cli_parse_number,
         .min = 1, .max = 1 << 20},
     [OPT_STALL] = {.name = "stall", .argument = "SEC",
         .help = "disconnect a client stalled in a request (120)",
-        .parse = cli_parse_number, .number = &opt.stall_s,
+        .parse = cli_parse_number,
         .min = 1, .max = 4000000},
     [OPT_ONCE] = {.name = "once", .letter = '1',
         .help = "exit when the last client has left"},
     [OPT_IDLE_EXIT] = {.name = "idle-exit", .argument = "SEC",
         .help = "exit after SEC seconds without a client",
-        .parse = cli_parse_number, .number = &opt.idle_exit_s,
+        .parse = cli_parse_number,
         .min = 1, .max = 4000000},
     [OPT_RUN] = {.name = "run", .argument = "CMD",
-        .help = "serve while a shell command runs ($uri, $nbd)",
-        .parse = cli_parse_text, .text = &opt.run_command},
+        .help = "serve while a shell command runs ($uri, $nbd)"},
     [OPT_FORK] = {.name = "fork",
         .help = "go into the background once it listens"},
     [OPT_PIDFILE] = {.name = "pidfile", .letter = 'P', .argument = "FILE",
-        .help = "write the process id to FILE once it listens",
-        .parse = cli_parse_text, .text = &opt.pidfile},
+        .help = "write the process id to FILE once it listens"},
     [OPT_READY_FD] = {.name = "ready-fd", .argument = "N",
         .help = "write the URI to descriptor N once it listens",
-        .parse = cli_parse_fd, .number = &opt.ready_fd,
+        .parse = cli_parse_fd,
         .min = 3, .max = INT_MAX},
     [OPT_QUIET] = {.name = "quiet", .letter = 'q',
         .help = "print errors only"},
@@ -7969,13 +7944,16 @@ static enum cli_option_id cli_find_short(char letter) {
 static void cli_set(enum cli_option_id id, const char *value) {
   const struct cli_option *option = &cli_options[id];
   assert(id < OPT_COMMAND && option->name && option->help);
-  assert(!option->argument == !option->parse);
+  assert(option->argument || !option->parse);
   if (option->argument && !value)
     cli_usage("--%s takes %s", option->name, option->argument);
   if (!option->argument && value)
     cli_usage("--%s takes no value", option->name);
-  opt.given[id]++;
-  if (option->parse) option->parse(option, value);
+  opt[id].given++;
+  if (option->parse)
+    option->parse(id, value);
+  else
+    opt[id].text = value;
 }
 
 /* Parses the word at *word, which is --NAME or --NAME=VALUE, and the word
@@ -8030,7 +8008,7 @@ static void cli_parse(char **argv) {
     if (text[0] != '-' || !text[1]) {
       cli.targets[cli.ntargets++] = *word;
     } else if (strcmp(text, "--") == 0) {
-      opt.given[OPT_COMMAND] = 1;
+      opt[OPT_COMMAND].given = 1;
       cli.command = word + 1;
       break;
     } else if (text[1] == '-') {
@@ -8048,23 +8026,14 @@ static void cli_check_options(void) {
   for (size_t i = 0; i < n; i++) {
     enum cli_option_id a = cli_exclusions[i].a;
     enum cli_option_id b = cli_exclusions[i].b;
-    if (opt.given[a] && opt.given[b])
+    if (opt[a].given && opt[b].given)
       cli_usage("--%s: not together with --%s: %s", cli_options[a].name,
                 cli_options[b].name, cli_exclusions[i].reason);
   }
   if (cli.command && !*cli.command) cli_usage("--: no command behind it");
   if (!cli.ntargets) cli_usage("no target (try --help)");
-  if (opt.export_name && cli.ntargets > 1)
+  if (opt[OPT_EXPORT].text && cli.ntargets > 1)
     cli_usage("--export: for a single target (use NAME=TARGET)");
-}
-
-/* Returns what all exports have in common. */
-static struct nbdserve_export cli_new_export(void) {
-  return (struct nbdserve_export){.description = opt.description,
-                                  .min_block = opt.min_block,
-                                  .preferred_block = opt.preferred_block,
-                                  .max_request = opt.max_request,
-                                  .flags = opt.cache_mode};
 }
 
 /* ---- Commands on stores ----------------------------------------------------
@@ -8194,10 +8163,6 @@ struct cli_job {
 
   /* ---- Its output so far */
   unsigned nrows;
-  /* Columns in the row that has been begun */
-  unsigned ncolumns;
-  /* That row goes to a terminal, and its values are aligned. */
-  int is_aligned;
   /* -errno, if something could not be printed */
   int lost;
 
@@ -8264,61 +8229,45 @@ static void OS_PRINTF(2, 3)
   va_end(ap);
 }
 
-/* Begins a row.  Its columns follow, each by cli_row_text or cli_row_number,
- * then cli_row_end. */
-static void cli_row_begin(struct cli_job *job) {
+/* A value in a row */
+struct cli_value {
+  const char *name;
+  /* NULL: the value is a number. */
+  const char *text;
+  uint64_t number;
+};
+
+/* Prints a row of n values.  On a terminal they are aligned; the first column
+ * is wide, as it has the name wherever there is one.  JSON would want nothing
+ * in a text escaped: the store refuses names with such characters, and the
+ * other texts are our own.  Returns 0, or -errno if some of the output was
+ * lost, which ends a list early. */
+static int cli_print_row(struct cli_job *job, const struct cli_value *values,
+                         int n) {
   enum cli_output kind = job->verb->output;
-  assert(kind != OUTPUT_NOTHING);
-  assert(kind == OUTPUT_ROWS || !job->nrows);
+  int json = job->request.json;
+  int is_aligned = !json && kind != OUTPUT_LINES && isatty(job->output);
+  const char *gap = is_aligned ? "  " : "\t";
+  assert(n > 0 && (kind == OUTPUT_ROWS || !job->nrows));
   cli_hide_progress(job);
-  if (job->request.json && kind == OUTPUT_ROWS)
-    cli_print(job, job->nrows ? "," : "[");
-  job->is_aligned =
-      !job->request.json && kind != OUTPUT_LINES && isatty(job->output);
+  if (json && kind == OUTPUT_ROWS) cli_print(job, job->nrows ? "," : "[");
   job->nrows++;
-  job->ncolumns = 0;
-}
-
-/* Prints what stands in front of a value: its name, or what separates it from
- * the one before. */
-static void cli_row_column(struct cli_job *job, const char *name) {
-  int is_first = job->ncolumns == 0;
-  job->ncolumns++;
-  assert(job->nrows > 0);
-  if (job->request.json) {
-    cli_print(job, "%s\"%s\":", is_first ? "{" : ",", name);
-  } else if (job->verb->output == OUTPUT_LINES) {
-    cli_print(job, "%s%s\t", is_first ? "" : "\n", name);
-  } else if (!is_first) {
-    cli_print(job, job->is_aligned ? "  " : "\t");
+  for (const struct cli_value *value = values; value < values + n; value++) {
+    int is_first = value == values;
+    if (json)
+      cli_print(job, "%s\"%s\":", is_first ? "{" : ",", value->name);
+    else if (kind == OUTPUT_LINES)
+      cli_print(job, "%s%s\t", is_first ? "" : "\n", value->name);
+    else if (!is_first)
+      cli_print(job, "%s", gap);
+    if (!value->text)
+      cli_print(job, "%*" PRIu64, is_aligned ? 16 : 0, value->number);
+    else if (json)
+      cli_print(job, "\"%s\"", value->text);
+    else
+      cli_print(job, "%-*s", is_aligned && is_first ? 40 : 0, value->text);
   }
-}
-
-/* Adds a text to a row.  On a terminal the first column is padded, which is the
- * name wherever there is one.  JSON would want nothing in a text escaped: the
- * store refuses names with such characters, and the others are our own. */
-static void cli_row_text(struct cli_job *job, const char *name,
-                         const char *text) {
-  cli_row_column(job, name);
-  if (job->request.json)
-    cli_print(job, "\"%s\"", text);
-  else
-    cli_print(job, "%-*s", job->is_aligned && job->ncolumns == 1 ? 40 : 0,
-              text);
-}
-
-/* Adds a number to a row. */
-static void cli_row_number(struct cli_job *job, const char *name,
-                           uint64_t number) {
-  cli_row_column(job, name);
-  cli_print(job, "%*" PRIu64, job->is_aligned ? 16 : 0, number);
-}
-
-/* Ends a row.  Returns 0, or -errno if some of the output was lost, which ends
- * a list early. */
-static int cli_row_end(struct cli_job *job) {
-  assert(job->ncolumns > 0);
-  cli_print(job, job->request.json ? "}\n" : "\n");
+  cli_print(job, json ? "}\n" : "\n");
   return job->lost;
 }
 
@@ -8344,12 +8293,11 @@ static int cli_list_row(void *arg, const struct nbdserve_cas_info *info) {
   struct tm tm;
   if (!gmtime_r(&created, &tm)) tm = (struct tm){.tm_mday = 1};
   strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &tm);
-  cli_row_begin(job);
-  cli_row_text(job, "name", info->name);
-  cli_row_number(job, "size", info->size);
-  cli_row_text(job, "created", text);
-  cli_row_text(job, "id", info->id);
-  return cli_row_end(job);
+  const struct cli_value row[] = {{.name = "name", .text = info->name},
+                                  {.name = "size", .number = info->size},
+                                  {.name = "created", .text = text},
+                                  {.name = "id", .text = info->id}};
+  return cli_print_row(job, row, 4);
 }
 
 /* list: a row for each volume and snapshot */
@@ -8364,18 +8312,15 @@ static int cli_do_seal(struct cli_job *job, struct nbdserve_cas *cas) {
   int err = nbdserve_cas_seal(cas, job->request.name, id, cli_progress, job);
   if (err) return err;
   assert(strncmp(id, "sha256-", 7) == 0);
-  cli_row_begin(job);
-  cli_row_text(job, "id", id);
-  return cli_row_end(job);
+  const struct cli_value row = {.name = "id", .text = id};
+  return cli_print_row(job, &row, 1);
 }
 
 /* Prints a range that differs: a nbdserve_range_fn */
 static int cli_range_row(void *arg, uint64_t off, uint64_t len) {
-  struct cli_job *job = arg;
-  cli_row_begin(job);
-  cli_row_number(job, "offset", off);
-  cli_row_number(job, "length", len);
-  return cli_row_end(job);
+  const struct cli_value row[] = {{.name = "offset", .number = off},
+                                  {.name = "length", .number = len}};
+  return cli_print_row(arg, row, 2);
 }
 
 /* diff: a row for each range in which two volumes or snapshots differ */
@@ -8390,12 +8335,12 @@ static int cli_do_diff(struct cli_job *job, struct nbdserve_cas *cas) {
 static void cli_damage_row(void *arg, const char *name, uint64_t off,
                            uint64_t len, const char *why) {
   struct cli_job *job = arg;
-  cli_row_begin(job);
-  cli_row_text(job, "name", *name || job->request.json ? name : "-");
-  cli_row_number(job, "offset", off);
-  cli_row_number(job, "length", len);
-  cli_row_text(job, "why", why);
-  cli_row_end(job);
+  if (!*name && !job->request.json) name = "-";
+  const struct cli_value row[] = {{.name = "name", .text = name},
+                                  {.name = "offset", .number = off},
+                                  {.name = "length", .number = len},
+                                  {.name = "why", .text = why}};
+  cli_print_row(job, row, 4);
 }
 
 /* verify: a row for each range that is damaged; the exit status tells, too. */
@@ -8409,9 +8354,8 @@ static int cli_do_gc(struct cli_job *job, struct nbdserve_cas *cas) {
   uint64_t bytes;
   int err = nbdserve_cas_gc(cas, &bytes, cli_progress, job);
   if (err) return err;
-  cli_row_begin(job);
-  cli_row_number(job, "bytes", bytes);
-  return cli_row_end(job);
+  const struct cli_value row = {.name = "bytes", .number = bytes};
+  return cli_print_row(job, &row, 1);
 }
 
 /* stat: how much is stored, and how full the log is */
@@ -8419,13 +8363,13 @@ static int cli_do_stat(struct cli_job *job, struct nbdserve_cas *cas) {
   struct nbdserve_cas_stat stat;
   nbdserve_cas_stat(cas, &stat);
   assert(u_is_power_of_2(stat.block_size));
-  cli_row_begin(job);
-  cli_row_number(job, "block_size", stat.block_size);
-  cli_row_number(job, "stored", stat.stored);
-  cli_row_number(job, "free", stat.free);
-  cli_row_number(job, "file", stat.file);
-  cli_row_number(job, "log", stat.log);
-  return cli_row_end(job);
+  const struct cli_value row[] = {
+      {.name = "block_size", .number = stat.block_size},
+      {.name = "stored", .number = stat.stored},
+      {.name = "free", .number = stat.free},
+      {.name = "file", .number = stat.file},
+      {.name = "log", .number = stat.log}};
+  return cli_print_row(job, row, 5);
 }
 
 /* What import and export move at a time: a whole number of blocks of every size
@@ -8755,9 +8699,9 @@ static void cli_serve_command(int client) {
 }
 
 /* The thread that takes commands until the server stops.  That makes
- * io_wait_input fail, and ends a command that is under way (cli_progress).  If a client
- * cannot be accepted, for want of descriptors, trying again at once would not
- * help. */
+ * io_wait_input fail, and ends a command that is under way (cli_progress).  If
+ * a client cannot be accepted, for want of descriptors, trying again at once
+ * would not help. */
 static void *cli_control(void *unused) {
   struct io io = {.in = cli.ctl, .stop = &cli.server->stop};
   (void)unused;
@@ -8782,7 +8726,7 @@ static int cli_open_store(const char *path, int readonly) {
   struct nbdserve_cas_options options = {.flags = 0};
   assert(!cli.cas);
   if (readonly) options.flags |= NBDSERVE_CAS_READONLY;
-  if (opt.given[OPT_NO_VERIFY]) options.flags |= NBDSERVE_CAS_NO_VERIFY;
+  if (opt[OPT_NO_VERIFY].given) options.flags |= NBDSERVE_CAS_NO_VERIFY;
   if (snprintf(cli.store, PATH_MAX, "%s", path) >= PATH_MAX ||
       snprintf(cli.ctl_path, PATH_MAX, "%s.ctl", path) >= PATH_MAX)
     return -ENAMETOOLONG;
@@ -8841,7 +8785,7 @@ static int cli_await_control(void) {
  * commands, if it is not open yet.  A read-only server takes no commands: next
  * to it the store can be opened by other readers. */
 static int cli_use_store(const char *path) {
-  int readonly = opt.given[OPT_READ_ONLY] != 0;
+  int readonly = opt[OPT_READ_ONLY].given != 0;
   if (*cli.store && strcmp(cli.store, path) != 0)
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
   if (cli.cas) return 0;
@@ -8850,20 +8794,12 @@ static int cli_use_store(const char *path) {
   return err;
 }
 
-/* Opens a volume or snapshot of a store. */
-static int cli_open_volume(const char *path, const char *name,
-                           struct nbdserve_export *ex) {
-  assert(*name);
-  int err = cli_use_store(path);
-  return err ? err : nbdserve_cas_volume(cli.cas, name, ex);
-}
-
 /* The `find` function of a server of all of a store: called in the threads of
  * clients, for each client, so that a volume that was made since is found. */
 static int cli_find_volume(void *unused, const char *name,
                            struct nbdserve_export *out) {
   (void)unused;
-  *out = cli_new_export();
+  *out = cli_common;
   return nbdserve_cas_volume(cli.cas, name, out);
 }
 
@@ -8886,10 +8822,14 @@ static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
   return nbdserve_cas_list(cli.cas, cli_emit_volume, &to);
 }
 
-/* Opens a store and serves all that is in it, also what is made later. */
-static int cli_serve_store(const char *path) {
+/* Opens a volume or snapshot of a store.  With the name "" the server finds and
+ * lists all that is in the store, also what is made later, and *ex stays as it
+ * is. */
+static int cli_open_volume(const char *path, const char *name,
+                           struct nbdserve_export *ex) {
   int err = cli_use_store(path);
   if (err) return err;
+  if (*name) return nbdserve_cas_volume(cli.cas, name, ex);
   cli.server->config.find = cli_find_volume;
   cli.server->config.list = cli_list_volumes;
   return 0;
@@ -8954,7 +8894,7 @@ static void cli_check_verb(const struct cli_verb *verb, int noperands) {
   int most =
       verb->flags & VERB_REPEATS ? INT_MAX : verb->noperands + verb->noptional;
   if (noperands < verb->noperands || noperands > most) cli_verb_usage(verb);
-  if (opt.given[OPT_DRY_RUN] && !(verb->flags & VERB_MAY_DRY_RUN))
+  if (opt[OPT_DRY_RUN].given && !(verb->flags & VERB_MAY_DRY_RUN))
     cli_verb_usage(verb);
 }
 
@@ -9024,8 +8964,8 @@ static void cli_run_verb(void) {
   const char *last = noperands ? operands[noperands - 1] : NULL;
   job.verb = verb;
   job.request.verb = (unsigned char)id;
-  job.request.json = opt.given[OPT_JSON] != 0;
-  job.request.dry_run = opt.given[OPT_DRY_RUN] != 0;
+  job.request.json = opt[OPT_JSON].given != 0;
+  job.request.dry_run = opt[OPT_DRY_RUN].given != 0;
   if (last && verb->flags & VERB_TAKES_SIZE &&
       !u_parse_number(last, INT64_MAX, &job.request.size))
     cli_usage("%s %s: not a size", verb->name, last);
@@ -9072,12 +9012,6 @@ static int cli_open_volume(const char *path, const char *name,
   return -EOPNOTSUPP;
 }
 
-/* No store can be served. */
-static int cli_serve_store(const char *path) {
-  (void)path;
-  return -EOPNOTSUPP;
-}
-
 /* No store is open. */
 static const char *cli_close_store(void) {
   return NULL;
@@ -9103,20 +9037,14 @@ static void cli_help_verbs(void) {}
  * So a file whose name looks like one of the others needs "file:", or "./"
  * where only a "=" is the matter. */
 
-enum cli_target_kind {
-  CLI_FILE,   /* a file, a block device, or memory */
-  CLI_VOLUME, /* a volume or snapshot of a store */
-  CLI_STORE   /* all of a store */
-};
-
 /* A target, taken apart.  The texts belong to argv. */
 struct cli_target {
-  enum cli_target_kind kind;
   /* TARGET as it was written, without NAME=, for messages */
   const char *text;
   /* NAME, or NULL */
   const char *name;
-  /* What stands behind "::", or NULL */
+  /* What stands behind "::", "" for all of a store; NULL: it is a file, a block
+   * device or memory. */
   const char *volume;
   /* The path of the store; or of the file, as nbdserve_flat_open takes it, for
    * which mem:SIZE is one, too */
@@ -9139,7 +9067,7 @@ static void cli_parse_target(char *text, struct cli_target *target) {
   static const char file[] = "file:";
   size_t prefix = sizeof file - 1;
   char *equals = text + strcspn(text, "/=");
-  *target = (struct cli_target){.kind = CLI_FILE, .text = text};
+  *target = (struct cli_target){.text = text};
   if (*equals == '=' && strncmp(text, file, prefix) != 0) {
     *equals = '\0';
     target->name = text;
@@ -9159,7 +9087,6 @@ static void cli_parse_target(char *text, struct cli_target *target) {
   }
   cli_set_path(target, "", target->text, (size_t)(colons - target->text));
   target->volume = colons + 2;
-  target->kind = *target->volume ? CLI_VOLUME : CLI_STORE;
 }
 
 /* Returns the name of the export of a target.  NULL: it is the only one, and
@@ -9167,9 +9094,9 @@ static void cli_parse_target(char *text, struct cli_target *target) {
 static const char *cli_name_export(const struct cli_target *target) {
   assert(cli.ntargets > 0);
   if (target->name) return target->name;
-  if (opt.export_name) return opt.export_name;
+  if (opt[OPT_EXPORT].text) return opt[OPT_EXPORT].text;
   if (cli.ntargets == 1) return NULL;
-  if (target->kind != CLI_FILE) return target->volume;
+  if (target->volume) return target->volume;
   const char *slash = strrchr(target->path, '/');
   return slash ? slash + 1 : target->path;
 }
@@ -9186,10 +9113,11 @@ static int cli_open_file_target(const char *path, struct nbdserve_export *ex) {
  * goes to a directory of the user's choice; a message about that names it, as
  * it is not the target that is wrong. */
 static int cli_open_file_target(const char *path, struct nbdserve_export *ex) {
-  struct nbdserve_flat options = {
-      .offset = opt.offset, .size = opt.size, .create = opt.create_size};
-  if (opt.given[OPT_READ_ONLY]) options.flags = NBDSERVE_FLAT_READONLY;
-  if (opt.given[OPT_TEMPORARY]) {
+  struct nbdserve_flat options = {.offset = opt[OPT_OFFSET].number,
+                                  .size = opt[OPT_SIZE].number,
+                                  .create = opt[OPT_CREATE].number};
+  if (opt[OPT_READ_ONLY].given) options.flags = NBDSERVE_FLAT_READONLY;
+  if (opt[OPT_TEMPORARY].given) {
     options.flags = NBDSERVE_FLAT_TEMPORARY;
     options.dir = getenv("TMPDIR");
     if (!options.dir) options.dir = "/tmp";
@@ -9203,12 +9131,12 @@ static int cli_open_file_target(const char *path, struct nbdserve_export *ex) {
  * cannot be opened and, where an option helps, which one. */
 static void cli_exit_if_unopened(int err, const struct cli_target *target) {
   const char *text = target->text;
-  int writes = !opt.given[OPT_READ_ONLY] && !opt.given[OPT_TEMPORARY];
+  int writes = !opt[OPT_READ_ONLY].given && !opt[OPT_TEMPORARY].given;
   if ((err == -EACCES || err == -EROFS) && writes)
     cli_failed("%s: %s (-r serves it read-only)", text, u_errno_text(err));
-  if (err == -ENOENT && target->kind == CLI_FILE && writes && !opt.create_size)
+  if (err == -ENOENT && !target->volume && writes && !opt[OPT_CREATE].number)
     cli_failed("%s: %s (--create SIZE makes it)", text, u_errno_text(err));
-  if (err == -EINVAL && target->kind == CLI_FILE)
+  if (err == -EINVAL && !target->volume)
     cli_failed("%s: not a file, block device or mem:SIZE, or --offset and "
                "--size exceed it",
                text);
@@ -9236,31 +9164,21 @@ static void cli_add_export(const struct nbdserve_export *ex,
 static void cli_add_target(char *text) {
   struct cli_target target;
   assert(cli.server && !cli.server->nlisteners);
-  struct nbdserve_export ex = cli_new_export();
-  int err = 0;
+  struct nbdserve_export ex = cli_common;
   cli_parse_target(text, &target);
   ex.name = cli_name_export(&target);
+  ex.description = opt[OPT_DESCRIPTION].text;
   if (cli.ntargets == 1 && !ex.name) ex.flags |= NBDSERVE_EXPORT_FALLBACK;
   if (cli.ntargets == 1 && ex.name) cli.export_name = ex.name;
-  if (target.kind != CLI_FILE &&
-      (opt.offset || opt.size || opt.create_size || opt.given[OPT_TEMPORARY]))
+  if (target.volume && (opt[OPT_OFFSET].number || opt[OPT_SIZE].number ||
+                        opt[OPT_CREATE].number || opt[OPT_TEMPORARY].given))
     cli_usage("%s: no --offset, --size, --create or --temporary with a store "
               "(clone it)",
               target.text);
-  switch (target.kind) {
-  case CLI_FILE:
-    err = cli_open_file_target(target.path, &ex);
-    break;
-  case CLI_VOLUME:
-    err = cli_open_volume(target.path, target.volume, &ex);
-    break;
-  case CLI_STORE:
-    err = cli_serve_store(target.path);
-    break;
-  }
+  int err = target.volume ? cli_open_volume(target.path, target.volume, &ex)
+                          : cli_open_file_target(target.path, &ex);
   cli_exit_if_unopened(err, &target);
-  assert(!ex.ops == (target.kind == CLI_STORE));
-  if (target.kind != CLI_STORE) cli_add_export(&ex, target.text);
+  if (ex.ops) cli_add_export(&ex, target.text);
 }
 
 /* ---- Where to listen ---------------------------------------------------- */
@@ -9355,14 +9273,14 @@ static void cli_listen_privately(void) {
 
 /* Listens on TCP, and warns if others than this machine can connect. */
 static void cli_listen_on_tcp(void) {
-  const char *host = opt.bind_address ? opt.bind_address : "localhost";
-  uint64_t port = opt.given[OPT_PORT] ? opt.port : CLI_DEFAULT_PORT;
+  const char *host = opt[OPT_BIND].text ? opt[OPT_BIND].text : "localhost";
+  uint64_t port = opt[OPT_PORT].given ? opt[OPT_PORT].number : CLI_DEFAULT_PORT;
   char address[PATH_MAX];
   snprintf(address, sizeof address, "tcp:%s:%" PRIu64, host, port);
   cli_listen_at(address);
   int is_loopback = strcmp(host, "localhost") == 0 ||
                     strcmp(host, "::1") == 0 || strncmp(host, "127.", 4) == 0;
-  if (!is_loopback && !opt.given[OPT_QUIET])
+  if (!is_loopback && !opt[OPT_QUIET].given)
     cli_say("%s: no authentication: anyone can read and write", host);
 }
 
@@ -9370,26 +9288,26 @@ static void cli_listen_on_tcp(void) {
  * any, takes over those that were passed to us, or makes a private one.  Only
  * sockets that we have opened have a URI that we know. */
 static void cli_listen(void) {
-  int wants_tcp = opt.given[OPT_PORT] || opt.given[OPT_BIND];
-  if (opt.given[OPT_STDIN]) {
+  int wants_tcp = opt[OPT_PORT].given || opt[OPT_BIND].given;
+  if (opt[OPT_STDIN].given) {
     cli.in = 0;
     cli.out = 1;
     return;
   }
-  if (opt.given[OPT_FD]) {
-    cli_listen_on_fd((int)opt.fd);
+  if (opt[OPT_FD].given) {
+    cli_listen_on_fd((int)opt[OPT_FD].number);
     return;
   }
-  uint64_t npassed = opt.unix_path || wants_tcp ? 0 : cli_count_passed();
+  uint64_t npassed = opt[OPT_UNIX].text || wants_tcp ? 0 : cli_count_passed();
   for (uint64_t i = 0; i < npassed; i++)
     cli_listen_on_fd(CLI_FIRST_PASSED_FD + (int)i);
   if (npassed) return;
   int wants_private =
-      opt.unix_path ? strcmp(opt.unix_path, "-") == 0 : !wants_tcp;
+      opt[OPT_UNIX].text ? strcmp(opt[OPT_UNIX].text, "-") == 0 : !wants_tcp;
   if (wants_private) {
     cli_listen_privately();
-  } else if (opt.unix_path) {
-    cli_listen_on_unix(opt.unix_path);
+  } else if (opt[OPT_UNIX].text) {
+    cli_listen_on_unix(opt[OPT_UNIX].text);
   }
   if (wants_tcp) cli_listen_on_tcp();
   int err = nbdserve_uri(cli.server, cli.export_name, cli.uri, sizeof cli.uri);
@@ -9398,9 +9316,8 @@ static void cli_listen(void) {
 
 /* ---- The command that is served (--run, --) ----------------------------- */
 
-/* Returns a copy of the text with the URI in place of each {}, or NULL if there
- * is no memory.  Nobody frees it: the program that gets it is about to be
- * executed. */
+/* Returns a copy of the text with the URI in place of each {}, which is not
+ * freed, or NULL if there is no memory. */
 static char *cli_put_uri(const char *text) {
   size_t n = strlen(text) + 1;
   for (const char *hit = strstr(text, "{}"); hit; hit = strstr(hit + 2, "{}"))
@@ -9437,28 +9354,19 @@ static void cli_set_variables(void) {
   setenv("exportname", cli.export_name, 1);
 }
 
-/* Says why the command cannot be executed, and returns the exit status. */
-static int cli_no_command(const char *program, int err) {
-  cli_say("%s: %s", program, u_errno_text(err));
-  return CLI_NOT_FOUND;
-}
-
 /* In the child: becomes the command.  Returns only if that fails, with the exit
  * status.  The descriptors that we have opened close themselves. */
 static int cli_exec_command(void) {
   const char *program = "/bin/sh";
-  if (opt.run_command) {
-    cli_set_variables();
-    execl(program, "sh", "-c", opt.run_command, (char *)NULL);
-  } else {
+  if (cli.command) {
     program = cli.command[0];
-    for (char **word = cli.command; *word; word++) {
-      *word = cli_put_uri(*word);
-      if (!*word) return cli_no_command(program, -ENOMEM);
-    }
-    execvp(cli.command[0], cli.command);
+    execvp(program, cli.command);
+  } else {
+    cli_set_variables();
+    execl(program, "sh", "-c", opt[OPT_RUN].text, (char *)NULL);
   }
-  return cli_no_command(program, -errno);
+  cli_say("%s: %s", program, u_errno_text(-errno));
+  return CLI_NOT_FOUND;
 }
 
 /* Starts the command.  It is a child of the process, not the other way round,
@@ -9470,6 +9378,10 @@ static void cli_start_command(void) {
   sigset_t was;
   assert(!cli.child);
   if (!*cli.uri) cli_usage("no URI for the command to use");
+  for (char **word = cli.command; word && *word; word++) {
+    *word = cli_put_uri(*word);
+    if (!*word) cli_exit_if_error(-ENOMEM, "--");
+  }
   cli_block_signals(&was);
   if (cli.phase == CLI_SERVING) {
     pid_t pid = fork();
@@ -9556,9 +9468,9 @@ static void cli_tell_ready_fd(int fd) {
  * told may connect at once.  With a command, that is who uses the URI, and
  * standard output is the command's. */
 static void cli_tell_ready(void) {
-  if (opt.pidfile) cli_write_pidfile(opt.pidfile);
-  if (opt.given[OPT_READY_FD]) cli_tell_ready_fd((int)opt.ready_fd);
-  if (opt.run_command || cli.command) {
+  if (opt[OPT_PIDFILE].text) cli_write_pidfile(opt[OPT_PIDFILE].text);
+  if (opt[OPT_READY_FD].given) cli_tell_ready_fd((int)opt[OPT_READY_FD].number);
+  if (opt[OPT_RUN].text || cli.command) {
     cli_start_command();
   } else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0) {
     cli_exit_if_error(-errno, "standard output");
@@ -9583,7 +9495,7 @@ static void cli_print_stats_json(const struct nbdserve_stats *stats) {
 static void cli_print_stats(void) {
   struct nbdserve_stats stats;
   nbdserve_stats(cli.server, &stats);
-  if (opt.given[OPT_JSON]) {
+  if (opt[OPT_JSON].given) {
     cli_print_stats_json(&stats);
     return;
   }
@@ -9624,7 +9536,7 @@ static int cli_serve(void) {
     nbdserve_stop(cli.server);
   }
   int run_err = cli_run();
-  if (opt.given[OPT_STATS]) cli_print_stats();
+  if (opt[OPT_STATS].given) cli_print_stats();
   cli_await_command();
   if (cli.command_status) return cli.command_status;
   return err || run_err ? CLI_FAILED : CLI_OK;
@@ -9706,16 +9618,16 @@ static void cli_open_standard_fds(void) {
 static void cli_new_server(void) {
   struct nbdserve_config config = {
       .version = NBDSERVE_VERSION_NUMBER,
-      .threads = (uint32_t)opt.threads,
-      .max_conn = (uint32_t)opt.max_conn,
-      .stall_ms = (uint32_t)opt.stall_s * 1000,
-      .idle_exit_ms = (uint32_t)opt.idle_exit_s * 1000,
-      .without = opt.without,
-      .log_level = NBDSERVE_LOG_WARNING + (int)u_min(opt.given[OPT_VERBOSE], 2),
+      .threads = (uint32_t)opt[OPT_THREADS].number,
+      .max_conn = (uint32_t)opt[OPT_MAX_CONN].number,
+      .stall_ms = (uint32_t)opt[OPT_STALL].number * 1000,
+      .idle_exit_ms = (uint32_t)opt[OPT_IDLE_EXIT].number * 1000,
+      .without = cli_without,
+      .log_level = NBDSERVE_LOG_WARNING + (int)u_min(opt[OPT_VERBOSE].given, 2),
       .log = cli_log};
-  if (opt.given[OPT_QUIET]) config.log_level = NBDSERVE_LOG_ERROR;
-  if (opt.given[OPT_ONCE]) config.flags |= NBDSERVE_CONFIG_ONCE;
-  if (opt.given[OPT_FAULT] || opt.given[OPT_DELAY]) config.before = cli_before;
+  if (opt[OPT_QUIET].given) config.log_level = NBDSERVE_LOG_ERROR;
+  if (opt[OPT_ONCE].given) config.flags |= NBDSERVE_CONFIG_ONCE;
+  if (opt[OPT_FAULT].given || opt[OPT_DELAY].given) config.before = cli_before;
   cli_exit_if_error(nbdserve_new(&cli.server, &config), "start");
 }
 
@@ -9727,12 +9639,12 @@ int main(int argc, char **argv) {
   cli_open_standard_fds();
   atexit(cli_close);
   if (argc > 0) cli_parse(argv);
-  if (opt.given[OPT_HELP]) return cli_help();
-  if (opt.given[OPT_VERSION]) return cli_version();
+  if (opt[OPT_HELP].given) return cli_help();
+  if (opt[OPT_VERSION].given) return cli_version();
   cli_new_server();
   cli_run_verb();
   cli_check_options();
-  if (opt.given[OPT_FORK]) cli_fork();
+  if (opt[OPT_FORK].given) cli_fork();
   cli_catch_signals(cli_on_signal);
   for (int i = 0; i < cli.ntargets; i++)
     cli_add_target(cli.targets[i]);

@@ -7101,958 +7101,2628 @@ void nbdserve_free(struct nbdserve *s) {
 
 /* ==== [13] CLI (cli_) ====================================================
  * The command, on top of nbdserve.h.  What a process has only one of (signals,
- * standard streams, environment, its end) is touched here and nowhere else. */
+ * standard streams, the environment, its end) is touched here, nowhere else.
+ *
+ * The life of the process: main reads the options.  If the command line is a
+ * command on stores, cli_run_verb does it and exits.  Otherwise main opens the
+ * targets, then the sockets, tells whoever waits that it is ready, and serves
+ * until the end.  However the process ends, by way of exit(), cli_close removes
+ * what was made and closes what was opened.  Whoever finds that it makes no
+ * sense to go on prints one message and calls exit() at once: cli_die.
+ *
+ * Threads: the main thread does all this, and no other one takes signals.  The
+ * threads of clients come here only for --fault and --delay (cli_before) and to
+ * find a volume (cli_find_volume, cli_list_volumes).  A served store has the
+ * thread cli_control.  What all of them read, `opt` and most of `cli`, does not
+ * change after the server has started.
+ *
+ * To add a command-line option: an enumerator in enum cli_option_id and a row
+ * in cli_options, which names the parser for its kind of value.  opt[] has the
+ * value then, and --help prints the row.  What the option must not be combined
+ * with goes to cli_exclusions.
+ *
+ * To add a command on stores: an enumerator in enum cli_verb_id, a function
+ * that does it, and a row in cli_verbs, from which --help prints it, too.
+ *
+ * To add a kind of target: cli_parse_target, which tells targets apart, and
+ * cli_add_target, which opens them. */
 #if !NBDSERVE_NO_MAIN
 #include <sys/wait.h>
 
+/* Exit status.  A command that is served may have any other one. */
 enum {
-  CLI_FAILED = 1,
-  CLI_USAGE,
-  CLI_DAMAGED,
-  CLI_IN_USE
-}; /* exit status */
+  CLI_OK = 0,
+  CLI_FAILED = 1,      /* a message says why */
+  CLI_USAGE = 2,       /* the command line makes no sense */
+  CLI_DAMAGED = 3,     /* verify found damage */
+  CLI_IN_USE = 4,      /* somebody else has the target */
+  CLI_NOT_FOUND = 127, /* as a shell says it: there is no such program */
+  CLI_BY_SIGNAL = 128  /* as a shell says it: plus the number of the signal */
+};
 
-static const struct cli_option {
-  int letter; /* negative: only a name, but to us it is cli.v[letter] */
-  const char *name, *arg;
-  uint64_t min, max; /* of a number; max 0: it is text */
-  const char *help;
-} cli_options[] = {
-    {'U', "unix", "PATH", 0, 0, "listen on a unix socket (else: private)"},
-    {'p', "port", "N", 0, 65535, "listen on TCP (usual: 10809; 0: any free)"},
-    {'i', "bind", "ADDR", 0, 0, "TCP address instead of the two loopbacks"},
-    {'s', "stdin", NULL, 0, 0, "serve one client on standard input and output"},
-    {-'f', "fd", "N", 0, INT_MAX, "serve a listening or a connected socket"},
-    {'r', "read-only", NULL, 0, 0, "refuse writes"},
-    {'e', "export", "NAME", 0, 0, "export name (else: any name will do)"},
-    {'D', "description", "TEXT", 0, 0, "for clients that list the exports"},
-    {'o', "offset", "N", 0, INT64_MAX, "serve the target from this byte on"},
-    {-'S', "size", "N", 1, INT64_MAX, "and that many bytes of it"},
-    {'b', "block-size", "SIZES", 0, 0, "MIN:PREFERRED:MAX (1:4096:32M)"},
-    {-'C', "create", "SIZE", 1, INT64_MAX, "make a missing target, sparse"},
-    {'T', "temporary", NULL, 0, 0, "what is written is gone at exit"},
-    {-'c', "cache", "MODE", 0, 0, "writeback (default), writethrough, unsafe"},
-    {'t', "threads", "N", 1, 1024, "slow requests at a time per client (16)"},
-    {'m', "max-conn", "N", 1, 1 << 20, "clients at a time (128)"},
-    {-'a', "stall", "SEC", 1, 4000000, "to end what a client has begun (120)"},
-    {'1', "once", NULL, 0, 0, "exit when the last client has gone"},
-    {-'I', "idle-exit", "SEC", 1, 4000000, "exit after a time without clients"},
-    {-'R', "run", "CMD", 0, 0, "serve while a shell command runs ($uri, $nbd)"},
-    {-'F', "fork", NULL, 0, 0, "go into the background, once listening"},
-    {'P', "pidfile", "FILE", 0, 0, "write the process id there, then"},
-    {-'y', "ready-fd", "N", 3, INT_MAX, "write the URI there, once listening"},
-    {'q', "quiet", NULL, 0, 0, "errors only"},
-    {'v', "verbose", NULL, 0, 0, "tell of clients; twice: of every request"},
-    {-'z', "stats", NULL, 0, 0, "print totals at exit (and always on SIGUSR1)"},
-    {-'j', "json", NULL, 0, 0, "print them, or a command's output, as JSON"},
-    {-'w', "without", "LIST", 0, 0, "hide features from clients: see README"},
-    {-'x', "fault", "CMD:ERR:RATE", 0, 0, "let commands fail: write:EIO:0.1"},
-    {-'d', "delay", "CMD:MS", 0, 0, "let commands wait before they are done"},
-    {'n', "dry-run", NULL, 0, 0, "change nothing in a store"},
-    {-'N', "no-verify", NULL, 0, 0, "a store's blocks are read unchecked"},
-    {'V', "version", NULL, 0, 0, "print version and features"},
-    {'h', "help", NULL, 0, 0, "print this"},
-    {'-', "", NULL, 0, 0, NULL}}; /* what stands before CMD; no other */
+enum {
+  /* Seconds that a command has, from SIGTERM to its end: enough to write what
+   * it has left, and no more than whoever has sent the signal will wait. */
+  CLI_COMMAND_GRACE_S = 10,
 
+  /* Socket activation passes this descriptor and the ones that follow it. */
+  CLI_FIRST_PASSED_FD = 3,
+
+  /* The port of NBD, as assigned by IANA */
+  CLI_DEFAULT_PORT = 10809
+};
+
+/* How far the end has come; see "Signals, and how it ends" below.  It goes from
+ * one to the next, and never back. */
+enum cli_phase {
+  CLI_SERVING,      /* nobody has asked for the end */
+  CLI_COMMAND_ENDS, /* the command is to end, and is served until it has */
+  CLI_STOPPING      /* nbdserve_stop was called */
+};
+
+/* The state of the process.  What the options say is in `opt`. */
 static struct {
-  const char *v[128];        /* values by letter; NULL: not given */
-  uint64_t n[128];           /* as numbers; how often, for those without */
-  char **command, **targets; /* behind --, or NULL; [NAME=]TARGET */
-  int ntargets;
-  const char *name;          /* of a single export, or "" */
-  struct nbdserve_export ex; /* what all exports have in common */
-  uint32_t without;          /* as in nbdserve_config */
-  struct nbdserve *server;
-  volatile sig_atomic_t usr1, ending; /* signals that came */
-  int in, out, report; /* one client's; pipe to --fork's parent; or -1 */
-  pid_t child;         /* the captive command; 0: none, or... */
-  int status;          /* ...it has ended with this exit status */
-  const char *pidfile, *store; /* to remove; its path, or NULL */
-  struct nbdserve_cas *cas;
-  int ctl, ended[2]; /* control socket, or -1; pipe: its thread has */
-  char ctl_path[PATH_MAX], dir[100]; /* private directory, or "" */
-  char uri[3 * WIRE_STRING_MAX + 1024];
-} cli = {.name = "", .in = -1, .out = 1, .report = -1, .ctl = -1};
+  /* ---- The command line without its options.  It stays where it is, in argv,
+   * but is cut at "=" and "::". */
 
-/* A line on standard error, in one write: threads do not mix.  The status. */
-static int OS_PRINTF(2, 3) cli_say(int status, const char *fmt, ...) {
+  /* [NAME=]TARGET each, or a command on stores with its operands */
+  char **targets;
+  int ntargets;
+  /* What stands behind "--", ended by NULL; or NULL */
+  char **command;
+
+  /* ---- The server, and how it is reached */
+
+  struct nbdserve *server;
+  /* The name of the export if there is only one, for the URI; or "" */
+  const char *export_name;
+  /* The descriptors of a client that is the only one: standard input and output
+   * with --stdin, or a connected socket that was passed to us.  -1: clients
+   * connect, as usual. */
+  int in;
+  int out;
+  /* "": there is nowhere to connect to, or whoever passed us a socket knows.
+   * It has room for the longest name and path, with each byte as %XX. */
+  char uri[3 * WIRE_STRING_MAX + 1024];
+
+  /* ---- What has to be removed at exit */
+
+  /* The directory of the private socket, or "".  It has to be short: the path
+   * of a socket is limited to about a hundred bytes. */
+  char private_dir[100];
+  /* The path of the pidfile, if we have made one, or NULL; and the descriptor
+   * of that file, which stays open: no other file can get its inode number
+   * then, by which cli_remove_pidfile recognises it. */
+  const char *pidfile;
+  int pidfile_fd;
+
+  /* ---- The store that is served, or that a command is for; one at most */
+
+  /* Its path, or "" */
+  char store[PATH_MAX];
+  /* The store; NULL: it is not open. */
+  struct nbdserve_cas *cas;
+  /* The path of the socket that takes commands, STORE.ctl */
+  char ctl_path[PATH_MAX];
+  /* That socket, listening, or -1; and its file, as we have made it */
+  int ctl;
+  struct stat ctl_st;
+  /* A pipe: cli_control writes to it when it ends, for cli_await_control.
+   * ctl_ended[0] is -1 if that thread was never started. */
+  int ctl_ended[2];
+
+  /* --fork: the pipe to our parent, which waits for a byte; or -1 */
+  int ready_pipe;
+
+  /* ---- What the signal handler writes.  Others read it, and write to it only
+   * while the signals are blocked.  (The exception is stats_wanted, which is
+   * cleared before the totals are printed: a signal that comes in between gets
+   * them printed again.) */
+
+  /* SIGUSR1 has come. */
+  volatile sig_atomic_t stats_wanted;
+  /* SIGTERM, SIGINT or SIGHUP has come. */
+  volatile sig_atomic_t end_wanted;
+  /* enum cli_phase */
+  volatile sig_atomic_t phase;
+  /* The process id of the command while it runs; 0: there is none.  As long as
+   * this is set the process exists, though it may have ended: nobody else waits
+   * for it, so its id cannot become that of another process. */
+  volatile sig_atomic_t child;
+  /* We have sent SIGTERM to the command. */
+  volatile sig_atomic_t child_told;
+  /* The exit status of a command that has ended */
+  volatile sig_atomic_t command_status;
+} cli = {.export_name = "",
+         .in = -1,
+         .out = -1,
+         .ctl = -1,
+         .ctl_ended = {-1, -1},
+         .ready_pipe = -1};
+
+STATIC_ASSERT(a_process_id_is_read_in_one_piece,
+              sizeof(sig_atomic_t) >= sizeof(pid_t));
+
+/* ---- Messages ----------------------------------------------------------- */
+
+/* Prints a message: a line on standard error, in one write, so that the lines
+ * of several threads do not mix.  The form is "OBJECT: what is wrong: reason
+ * (what to do)".  What is too long for the buffer is cut; a path fits. */
+static void OS_PRINTF(1, 2) cli_say(const char *fmt, ...) {
   char line[PATH_MAX + 600] = "nbdserve: ";
   size_t n = strlen(line);
   va_list ap;
   va_start(ap, fmt);
   vsnprintf(line + n, sizeof line - n - 1, fmt, ap);
   va_end(ap);
-  strcat(line, "\n");
-  (void)!write(2, line, strlen(line)); /* there is nobody to tell */
-  return status;
+  n = strlen(line);
+  assert(n + 1 < sizeof line);
+  line[n++] = '\n';
+  (void)!write(2, line, n); /* if that fails there is nobody to tell */
 }
 
-static void cli_log(void *ctx, int level, const char *message) {
-  (void)ctx, (void)level, cli_say(0, "%s", message);
+/* The `log` function of the server: it filters by level, so that all that comes
+ * here is to be printed. */
+static void cli_log(void *unused, int level, const char *message) {
+  (void)unused;
+  (void)level;
+  cli_say("%s", message);
 }
 
-static void cli_on_signal(int sig) {
-  if (sig == SIGUSR1) cli.usr1 = 1;
-  nbdserve_wake(cli.server); /* cli_serve looks what it was */
-  if (sig == SIGUSR1 || sig == SIGCHLD) return;
-  if (cli.ending && sig == SIGINT) _exit(130);
-  cli.ending = 1;
-  nbdserve_stop(cli.server);
-}
-
-static void cli_catch_signals(void (*handler)(int)) {
-  static const int signals[] = {SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGCHLD};
-  struct sigaction sa = {.sa_handler = handler, .sa_flags = SA_RESTART}, was;
-  for (size_t i = 0; i < sizeof signals / sizeof *signals; i++)
-    if (i > 1 || (sigaction(signals[i], NULL, &was) == 0 &&
-                  was.sa_handler != SIG_IGN)) /* nohup: it stays so */
-      sigaction(signals[i], &sa, NULL);
-  sa.sa_handler = handler == SIG_DFL ? SIG_DFL : SIG_IGN;
-  sigaction(SIGPIPE, &sa, NULL);
-  sigaction(SIGXFSZ, &sa, NULL); /* writes get EFBIG then */
-}
-
-/* When the process exits: what it has is closed, what it made removed. */
-static void cli_close(void) {
-  struct pollfd p = {cli.ended[0], POLLIN, 0};
-  const char *why = NULL;
-  char c;
-  cli_catch_signals(SIG_IGN);
-  if (cli.pidfile) unlink(cli.pidfile);
-  if (cli.ctl >= 0) unlink(cli.ctl_path);
-  if (p.fd > 0) nbdserve_stop(cli.server);
-  if (p.fd > 0 && (poll(&p, 1, IO_GRACE_MS) <= 0 || read(p.fd, &c, 1) != 1))
-    why = "a command was not finished"; /* to open it will repair it */
-  nbdserve_free(cli.server);
-#if !NBDSERVE_NO_CAS
-  int err = !why && cli.cas ? nbdserve_cas_close(cli.cas) : 0;
-  if (err) why = u_errno_text(err);
-#endif
-  if (*cli.dir) rmdir(cli.dir);
-  if (why) _exit(cli_say(CLI_FAILED, "%s: %s", cli.store, why));
-}
-
-#define cli_die(...) exit(cli_say(__VA_ARGS__))
+/* Prints a message and ends the process, by way of cli_close.  These are macros
+ * because only then every compiler knows that they do not return. */
+#define cli_die(status, ...) \
+  do { \
+    cli_say(__VA_ARGS__); \
+    exit(status); \
+  } while (0)
 #define cli_usage(...) cli_die(CLI_USAGE, __VA_ARGS__)
 #define cli_failed(...) cli_die(CLI_FAILED, __VA_ARGS__)
 
-static void cli_fail(int err, const char *object) {
-  if (err)
-    cli_die(err == -EBUSY ? CLI_IN_USE : CLI_FAILED, "%s: %s%s", object,
-            u_errno_text(err),
-            err == -EBUSY        ? "; another server has it"
-            : err == -EADDRINUSE ? "; not replaced"
-                                 : "");
+/* Ends the process if err is an error (-errno), with a message that names the
+ * object.  EBUSY means that a file or store is locked by another server, which
+ * has an exit status of its own: scripts try again then. */
+static void cli_exit_if_error(int err, const char *object) {
+  assert(err <= 0 && object);
+  if (!err) return;
+  if (err == -EBUSY)
+    cli_die(CLI_IN_USE, "%s: %s; another server has it", object,
+            u_errno_text(err));
+  cli_failed("%s: %s", object, u_errno_text(err));
 }
 
-/* ---- What --without, --fault and --delay do to clients ------------------- */
+/* ---- Signals, and how it ends --------------------------------------------
+ * SIGTERM, SIGINT and SIGHUP ask for the end.  If a command is being served
+ * (--run, or what stands behind "--") the end comes in this order:
+ *
+ *   1. Nobody new can connect: nbdserve_unlisten.  The clients that are there,
+ *      the command's above all, are served as before.
+ *   2. The command is told, by SIGTERM, and served until it has ended.  It may
+ *      still write what it has, and flush.
+ *   3. Its end, a second signal or CLI_COMMAND_GRACE_S seconds finish step 2:
+ *      nbdserve_stop.
+ *   4. The server finishes in its own order: see srv_finish in [12].
+ *   5. The status of the command becomes ours.  If it has still not ended a
+ *      message says so, and it is left alone.
+ *
+ * Without a command the first signal leads to nbdserve_stop and step 4.  When
+ * nbdserve_stop has been called and a signal has come before, SIGINT ends the
+ * process at once: whoever types Ctrl-C twice does not want to wait.
+ *
+ *   CLI_SERVING --- a signal, while a command runs --> CLI_COMMAND_ENDS
+ *        |                                                    |
+ *        | a signal without a command,          its end, a second signal,
+ *        | or the end of the command            or SIGALRM: time is over
+ *        |                                                    |
+ *        +-----------------> CLI_STOPPING <-------------------+
+ *
+ * Who does what: the signal handler owns cli.phase.  It runs in the main thread
+ * (all others block the signals) and interrupts nbdserve_run by nbdserve_wake;
+ * cli_run, around nbdserve_run, then does steps 1 and 2: nbdserve_unlisten must
+ * not be called by a handler.  Without threads nbdserve_run does not return
+ * while it serves a client, so there the handler itself does step 2; step 1 is
+ * not urgent, as nobody is accepted meanwhile.  The handler also waits for the
+ * command, so that its end reaches nbdserve_stop in that case, too. */
 
-static const char *const cli_features[] =
-    {/* by bit of config.without */
-     "",           "",          "flush", "fua",       "", "trim", "zero", "df",
-     "multi-conn", "",          "cache", "fast-zero", "", "",     "",     "",
-     "",           "",          "",      "list",      "", "",     "info", "go",
-     "structured", "list-meta", "meta",  "extended"};
-static const char *const cli_commands[] = {
-    "read", "write", "", "flush", "trim", "cache", "zero", "status", "all"};
-static const char *const cli_errors[] = {"EPERM",   "EIO",      "ENOMEM",
-                                         "EINVAL",  "ENOSPC",   "EOVERFLOW",
-                                         "ENOTSUP", "ESHUTDOWN"};
-static const int cli_errnos[] = {EPERM,  EIO,       ENOMEM,  EINVAL,
-                                 ENOSPC, EOVERFLOW, ENOTSUP, ESHUTDOWN};
-static struct {
-  int err, ms;
-  unsigned ppm, sum;
-} cli_faults[8]; /* commands */
-#define CLI_WORD(words, s, ends) \
-  cli_word(words, (int)(sizeof words / sizeof *words), s, ends)
+/* Signals that are caught, or ignored while the process ends. */
+static const int cli_signals[] = {SIGHUP,  SIGINT,  SIGTERM,
+                                  SIGUSR1, SIGCHLD, SIGALRM};
+enum {
+  CLI_NSIGNALS = sizeof cli_signals / sizeof *cli_signals
+};
 
-/* Takes a word, up to one of ends, off *s.  Its number, or -1. */
-static int cli_word(const char *const *words, int n, const char **s,
-                    const char *ends) {
-  size_t len = strcspn(*s, ends);
-  while (--n >= 0 && (!len || strncmp(words[n], *s, len) || words[n][len])) {
+/* Keeps the handler away until cli_restore_signals.  This changes the mask of
+ * the main thread, which is the only one that takes these signals.  (POSIX
+ * wants pthread_sigmask for that if there are other threads; no system makes a
+ * difference, and without threads there is none.) */
+static void cli_block_signals(sigset_t *was) {
+  sigset_t set;
+  sigemptyset(&set);
+  for (int i = 0; i < CLI_NSIGNALS; i++)
+    sigaddset(&set, cli_signals[i]);
+  sigprocmask(SIG_BLOCK, &set, was);
+}
+
+/* Undoes cli_block_signals: signals that have come meanwhile are handled before
+ * this returns. */
+static void cli_restore_signals(const sigset_t *was) {
+  sigprocmask(SIG_SETMASK, was, NULL);
+}
+
+/* Translates what waitpid says into an exit status, as a shell does. */
+static int cli_exit_status(int wait_status) {
+  assert(WIFSIGNALED(wait_status) || WIFEXITED(wait_status));
+  if (WIFSIGNALED(wait_status)) return CLI_BY_SIGNAL + WTERMSIG(wait_status);
+  return WEXITSTATUS(wait_status);
+}
+
+/* Step 3.  Only the handler calls this: cli.phase is its own. */
+static void cli_stop_server(void) {
+  assert(cli.server);
+  cli.phase = CLI_STOPPING;
+  nbdserve_stop(cli.server);
+}
+
+/* Step 2: sends SIGTERM to the command, if that was not done yet, and sets the
+ * clock that limits its time.  The handler may call this.  The signals are
+ * blocked because the command may end at any moment: once the handler has
+ * waited for it, its process id may belong to somebody else. */
+static void cli_tell_command(void) {
+  sigset_t was;
+  cli_block_signals(&was);
+  if (cli.child && !cli.child_told) {
+    assert(cli.child > 0); /* kill would hit a group of processes */
+    cli.child_told = 1;
+    kill((pid_t)cli.child, SIGTERM);
+    alarm(CLI_COMMAND_GRACE_S);
   }
-  *s += len + ((*s)[len] != 0);
-  return n;
+  cli_restore_signals(&was);
 }
 
-static int cli_disturb(const char *s, int is_delay) {
-  int cmd = CLI_WORD(cli_commands, &s, ":");
-  int err = is_delay ? 0 : CLI_WORD(cli_errors, &s, ":");
-  char *end;
-  double x = strtod(s, &end); /* milliseconds, or a share */
-  if (cmd < 0 || err < 0 || end == s || *end ||
-      !(x >= 0 && x <= (is_delay ? 1e6 : 1)))
-    return 0; /* no NaN either */
-  for (int i = cmd % 8; i < 8 && (i == cmd || cmd == 8); i++) {
-    if (is_delay) cli_faults[i].ms = (int)(x + .999);
-    if (!is_delay) cli_faults[i].err = -cli_errnos[err];
-    if (!is_delay) cli_faults[i].ppm = (unsigned)(x * 1e6 + .999);
+/* SIGCHLD: takes the status of the command if it has ended.  The signal comes
+ * for other reasons, too: the command was suspended, or a process has ended
+ * that was started by whatever program this process was before exec.  Only the
+ * command is waited for, so such children are left alone. */
+static void cli_on_child(void) {
+  int wait_status = 0;
+  if (!cli.child) return;
+  if (waitpid((pid_t)cli.child, &wait_status, WNOHANG) != (pid_t)cli.child)
+    return;
+  cli.command_status = cli_exit_status(wait_status);
+  cli.child = 0;
+  cli_stop_server();
+}
+
+/* SIGTERM, SIGINT or SIGHUP: see the order above.  A SIGINT that the terminal
+ * sends goes to the command as well, so it may well have ended already. */
+static void cli_on_end(int sig) {
+  int is_first = !cli.end_wanted;
+  assert(cli.phase != CLI_COMMAND_ENDS || cli.child);
+  cli.end_wanted = 1;
+  if (!is_first && cli.phase == CLI_STOPPING && sig == SIGINT)
+    _exit(CLI_BY_SIGNAL + sig);
+  if (!is_first || !cli.child) {
+    cli_stop_server();
+    return;
+  }
+  cli.phase = CLI_COMMAND_ENDS;
+  if (NBDSERVE_NO_THREADS) cli_tell_command();
+  nbdserve_wake(cli.server);
+}
+
+/* The signal handler.  It calls nothing but what POSIX and nbdserve.h allow in
+ * a handler.  All other signals are blocked meanwhile (cli_catch_signals), so
+ * that what it does to `cli` is done in one piece.  It may run before there is
+ * a command, and after there was one, but never before there is a server. */
+static void cli_on_signal(int sig) {
+  int saved = errno;
+  assert(cli.server);
+  switch (sig) {
+  case SIGUSR1:
+    cli.stats_wanted = 1;
+    nbdserve_wake(cli.server);
+    break;
+  case SIGCHLD:
+    cli_on_child();
+    break;
+  case SIGALRM: /* the command has had its time */
+    cli_stop_server();
+    break;
+  default:
+    cli_on_end(sig);
+  }
+  errno = saved;
+}
+
+/* Is the signal ignored because whoever started us wants it so, as nohup does
+ * for SIGHUP, and a shell for SIGINT of what it runs in the background? */
+static int cli_stays_ignored(int sig) {
+  struct sigaction was;
+  if (sig != SIGHUP && sig != SIGINT) return 0;
+  return sigaction(sig, NULL, &was) < 0 || was.sa_handler == SIG_IGN;
+}
+
+/* Gives our signals a handler, or SIG_IGN when the process ends, or SIG_DFL for
+ * a program that is to be executed.  SIGPIPE and SIGXFSZ are ignored, so that
+ * writing to a closed pipe, or beyond the limit for the size of files, becomes
+ * an error; but not for such a program, which inherits what is ignored. */
+static void cli_catch_signals(void (*handler)(int)) {
+  struct sigaction action = {.sa_handler = handler, .sa_flags = SA_RESTART};
+  sigfillset(&action.sa_mask);
+  for (int i = 0; i < CLI_NSIGNALS; i++) {
+    if (!cli_stays_ignored(cli_signals[i]))
+      sigaction(cli_signals[i], &action, NULL);
+  }
+  if (handler != SIG_DFL) action.sa_handler = SIG_IGN;
+  sigaction(SIGPIPE, &action, NULL);
+  sigaction(SIGXFSZ, &action, NULL);
+}
+
+/* ---- Files that we make and remove -------------------------------------- */
+
+/* Removes a file that we have made, if it still is that file.  Whoever has put
+ * another one in its place, a server that was started after us for instance,
+ * keeps it.  The caller has the file open, or has it bound as a socket: its
+ * inode number would otherwise be free, and the other file may have got it. */
+static void cli_remove_own(const char *path, const struct stat *made) {
+  struct stat st;
+  if (lstat(path, &st) == 0 && st.st_dev == made->st_dev &&
+      st.st_ino == made->st_ino)
+    unlink(path);
+}
+
+/* Writes our process id to a new file beside path, with the mode that the umask
+ * asks for.  temp[] gets its name.  Returns a descriptor, or -errno and leaves
+ * nothing behind.  mkstemp neither follows symbolic links nor opens a file that
+ * is there already. */
+static int cli_make_pidfile(const char *path, char temp[PATH_MAX]) {
+  if (snprintf(temp, PATH_MAX, "%s.XXXXXX", path) >= PATH_MAX)
+    return -ENAMETOOLONG;
+  int fd = mkstemp(temp);
+  if (fd < 0) return -errno;
+  mode_t mask = umask(077); /* there is no other way to ask for it */
+  umask(mask);
+  if (dprintf(fd, "%ld\n", (long)getpid()) > 0 &&
+      fchmod(fd, 0666 & ~mask) == 0 && fcntl(fd, F_SETFD, FD_CLOEXEC) == 0)
+    return fd;
+  int err = -errno;
+  close(fd);
+  unlink(temp);
+  return err;
+}
+
+/* --pidfile.  The file appears in one step, when it is whole: whoever sees it
+ * may connect.  A symbolic link of that name is replaced, not followed. */
+static void cli_write_pidfile(const char *path) {
+  char temp[PATH_MAX];
+  int fd = cli_make_pidfile(path, temp);
+  if (fd < 0) cli_exit_if_error(fd, path);
+  if (rename(temp, path) < 0) {
+    int err = -errno;
+    unlink(temp);
+    cli_exit_if_error(err, path);
+  }
+  assert(!cli.pidfile);
+  cli.pidfile = path;
+  cli.pidfile_fd = fd;
+}
+
+/* At exit: removes the pidfile that we have made, if any. */
+static void cli_remove_pidfile(void) {
+  struct stat made;
+  assert(!cli.pidfile || cli.pidfile_fd > 2);
+  if (cli.pidfile && fstat(cli.pidfile_fd, &made) == 0)
+    cli_remove_own(cli.pidfile, &made);
+}
+
+/* ---- Words, and what --fault and --delay do to requests ----------------- */
+
+/* A word that the value of an option may contain, and what it stands for.  In a
+ * table of words the last name is NULL. */
+struct cli_word {
+  const char *name;
+  uint32_t value;
+};
+
+enum {
+  /* The types of requests are below this; NBD_CMD_BLOCK_STATUS is the last. */
+  CLI_NCOMMANDS = NBD_CMD_BLOCK_STATUS + 1,
+  /* In place of a type: each of them */
+  CLI_ALL_COMMANDS = CLI_NCOMMANDS
+};
+
+/* clang-format off */
+
+/* --without: bits of nbdserve_config.without, where flags of the transmission
+ * stand for themselves, and option N of the handshake for bit 16 + N */
+static const struct cli_word cli_features[] = {
+    {"flush", NBD_FLAG_SEND_FLUSH},
+    {"fua", NBD_FLAG_SEND_FUA},
+    {"trim", NBD_FLAG_SEND_TRIM},
+    {"zero", NBD_FLAG_SEND_WRITE_ZEROES},
+    {"df", NBD_FLAG_SEND_DF},
+    {"multi-conn", NBD_FLAG_CAN_MULTI_CONN},
+    {"cache", NBD_FLAG_SEND_CACHE},
+    {"fast-zero", NBD_FLAG_SEND_FAST_ZERO},
+    {"list", 65536u << NBD_OPT_LIST},
+    {"info", 65536u << NBD_OPT_INFO},
+    {"go", 65536u << NBD_OPT_GO},
+    {"structured", 65536u << NBD_OPT_STRUCTURED_REPLY},
+    {"list-meta", 65536u << NBD_OPT_LIST_META_CONTEXT},
+    {"meta", 65536u << NBD_OPT_SET_META_CONTEXT},
+    {"extended", 65536u << NBD_OPT_EXTENDED_HEADERS},
+    {NULL, 0}};
+
+/* --fault and --delay: the requests that they concern */
+static const struct cli_word cli_commands[] = {
+    {"read", NBD_CMD_READ},
+    {"write", NBD_CMD_WRITE},
+    {"flush", NBD_CMD_FLUSH},
+    {"trim", NBD_CMD_TRIM},
+    {"cache", NBD_CMD_CACHE},
+    {"zero", NBD_CMD_WRITE_ZEROES},
+    {"status", NBD_CMD_BLOCK_STATUS},
+    {"all", CLI_ALL_COMMANDS},
+    {NULL, 0}};
+
+/* --fault: the errors that the protocol knows, as errno values */
+static const struct cli_word cli_errors[] = {
+    {"EPERM", EPERM},
+    {"EIO", EIO},
+    {"ENOMEM", ENOMEM},
+    {"EINVAL", EINVAL},
+    {"ENOSPC", ENOSPC},
+    {"EOVERFLOW", EOVERFLOW},
+    {"ENOTSUP", ENOTSUP},
+    {"ESHUTDOWN", ESHUTDOWN},
+    {NULL, 0}};
+
+/* --cache: flags of an export */
+static const struct cli_word cli_cache_modes[] = {
+    {"writeback", 0},
+    {"writethrough", NBDSERVE_EXPORT_WRITETHROUGH},
+    {"unsafe", NBDSERVE_EXPORT_UNSAFE},
+    {NULL, 0}};
+
+/* clang-format on */
+
+/* What --fault and --delay do to the requests of a type.  This is fixed before
+ * the server is made, except for `sum`, which server->lock guards. */
+static struct cli_fault {
+  /* The answer to requests that fail, -errno */
+  int err;
+  /* How many of a million requests fail */
+  unsigned rate_ppm;
+  /* Each request adds rate_ppm; where that makes a million the request fails,
+   * and the million is taken off. */
+  unsigned sum;
+  /* How long each request waits before it is done */
+  int delay_ms;
+} cli_faults[CLI_NCOMMANDS];
+
+/* The `before` function of the server: it is called for each request, in the
+ * thread that is about to do it, and may wait there.  Which requests fail is
+ * not left to chance: tests can rely on the number. */
+static int cli_before(void *unused, unsigned type, uint64_t off, uint64_t len) {
+  (void)unused;
+  (void)off;
+  (void)len;
+  assert(type < CLI_NCOMMANDS);
+  struct cli_fault *fault = &cli_faults[type];
+  if (fault->delay_ms) poll(NULL, 0, fault->delay_ms);
+  os_lock(&cli.server->lock);
+  fault->sum += fault->rate_ppm;
+  int fails = fault->sum >= 1000000;
+  if (fails) fault->sum -= 1000000;
+  assert(fault->sum < 1000000);
+  os_unlock(&cli.server->lock);
+  return fails ? fault->err : 0;
+}
+
+/* Takes a word off the front of *text.  The word goes to the first of the
+ * characters in `ends`, which is taken off, too, or to the end of the text.
+ * Returns false, and leaves *text alone, if the table has no such word. */
+static int cli_take_word(const struct cli_word *words, const char **text,
+                         const char *ends, uint32_t *value) {
+  size_t len = strcspn(*text, ends);
+  for (; words->name; words++) {
+    if (strlen(words->name) == len && memcmp(words->name, *text, len) == 0)
+      break;
+  }
+  if (!words->name) return 0;
+  *value = words->value;
+  *text += len;
+  if (**text) ++*text;
+  return 1;
+}
+
+/* Takes the name of a command off the front of *text, up to ":".  Its faults,
+ * or those of all commands, are cli_faults[*from] to cli_faults[*to]. */
+static int cli_take_command(const char **text, uint32_t *from, uint32_t *to) {
+  if (!cli_take_word(cli_commands, text, ":", from)) return 0;
+  *to = *from;
+  if (*from == CLI_ALL_COMMANDS) {
+    *from = 0;
+    *to = CLI_NCOMMANDS - 1;
   }
   return 1;
 }
 
-/* The same share of requests always fails, so that tests can rely on it. */
-static int cli_before(void *ctx, unsigned type, uint64_t off, uint64_t len) {
-  (void)ctx, (void)off, (void)len;
-  if (cli_faults[type].ms) poll(NULL, 0, cli_faults[type].ms);
-  os_lock(&cli.server->lock);
-  int hit = (cli_faults[type].sum += cli_faults[type].ppm) >= 1000000;
-  if (hit) cli_faults[type].sum -= 1000000;
-  os_unlock(&cli.server->lock);
-  return hit ? cli_faults[type].err : 0;
+/* Reads a number from 0 to max, which may have a decimal point.  Returns false
+ * if the text is something else, or has something behind the number.  NaN fails
+ * the comparisons, so it is refused. */
+static int cli_take_real(const char *text, double max, double *value) {
+  char *rest;
+  *value = strtod(text, &rest);
+  return rest != text && !*rest && *value >= 0 && *value <= max;
 }
 
-static void cli_set(const struct cli_option *o, const char *value) {
-  uint32_t *block[] = {&cli.ex.min_block, &cli.ex.preferred_block,
-                       &cli.ex.max_request};
-  const char *rest = value;
-  int c = abs(o->letter), ok = 1;
-  cli.v[c] = value;
-  cli.n[c]++;
-  if (o->max)
-    ok = u_parse_number(value, o->max, &cli.n[c]) && cli.n[c] >= o->min;
-  if (ok && (c == 'f' || c == 'y')) /* or it could become ours */
-    ok = fcntl((int)cli.n[c], F_GETFD) >= 0;
-  for (int i = 0; c == 'b' && ok && i < 3; i++) {
-    uint64_t v = 0;
-    rest = u_parse_size(rest, &v);
-    ok = rest && v >= 1 && v <= UINT32_MAX && *rest++ == (i < 2 ? ':' : 0);
-    *block[i] = (uint32_t)v;
+/* Writes the names in a table to list[size], with blanks between them, for a
+ * message that says what is allowed.  The caller's array must have room. */
+static const char *cli_list_words(const struct cli_word *words, char *list,
+                                  size_t size) {
+  size_t n = 0;
+  assert(words->name);
+  for (; words->name; words++) {
+    n +=
+        (size_t)snprintf(list + n, size - n, "%s%s", n ? " " : "", words->name);
+    assert(n < size);
   }
-  if (c == 'c') {
-    static const char *const modes[] = {"writeback", "writethrough", "unsafe"};
-    int mode = CLI_WORD(modes, &rest, "");
-    ok = mode >= 0;
-    cli.ex.flags =
-        (uint32_t)mode * NBDSERVE_EXPORT_WRITETHROUGH; /* twice: UNSAFE */
-  }
-  if (c == 'x' || c == 'd') ok = cli_disturb(value, c == 'd');
-  for (int bit; c == 'w' && ok && *rest; cli.without |= 1u << (bit & 31))
-    ok = (bit = CLI_WORD(cli_features, &rest, ",")) >= 0;
-  if (!ok)
-    cli_usage("--%s %s: no such %s, or out of range", o->name, value, o->arg);
+  return list;
 }
 
-static const struct cli_option *cli_find(int letter, const char *name) {
-  const struct cli_option *o = cli_options;
-  size_t n = name ? strcspn(name, "=") : 0;
-  while (*o->name && (name ? strncmp(o->name, name, n) != 0 || o->name[n]
-                           : abs(o->letter) != letter))
-    o++;
-  return o;
-}
+/* ---- Options ------------------------------------------------------------ */
 
-static void cli_parse(char **argv) {
-  for (const char *a; !cli.command && (a = *++argv) != NULL;) {
-    if (a[0] != '-' || !a[1]) {
-      cli.targets[cli.ntargets++] = *argv;
-      continue;
-    }
-    int is_long = *++a == '-', more = 1;
-    if (is_long && !*++a) {
-      cli.command = argv + 1;
-      cli.v['-'] = "";
-      more = 0;
-    }
-    while (more) {
-      const struct cli_option *o = cli_find(*a, is_long ? a : NULL);
-      if (!*o->name || (!is_long && o->letter < 0))
-        cli_usage("%s: unknown option; try --help", *argv);
-      a += is_long ? strcspn(a, "=") : 1;
-      more = *a && !is_long && !o->arg;
-      const char *value = !o->arg ? is_long && *a ? NULL : ""
-                          : *a    ? a + is_long
-                                  : *++argv;
-      if (!value)
-        cli_usage("--%s takes %s", o->name, o->arg ? o->arg : "no value");
-      cli_set(o, value);
-    }
-  }
-}
-
-static void cli_check(void) {
-  const char *p = "sUspsisfsFfUfpfiRsRfRFR1RICr-R-s-f-F-1-ITrTC"; /* not both */
-  for (; *p; p += 2)
-    if (cli.v[(int)p[0]] && cli.v[(int)p[1]])
-      cli_usage("--%s: not together with --%s", cli_find(p[0], NULL)->name,
-                cli_find(p[1], NULL)->name);
-  if (cli.command && !*cli.command) cli_usage("--: no command behind it");
-  if (!cli.ntargets) cli_usage("no target; try --help");
-  if (cli.v['e'] && cli.ntargets > 1)
-    cli_usage("--export: for a single target; use NAME=TARGET");
-}
-
-#if !NBDSERVE_NO_CAS
-/* ---- Stores: serving one, and commands on them ---------------------------
- * A command on a store that is being served is done by who serves it: it goes
- * to STORE.ctl, with the descriptors it needs, and a status comes back. */
-enum {
-  CLI_INIT = 10,
-  CLI_IMPORT,
-  CLI_EXPORT,
-  CLI_LIST,
-  CLI_SEAL,
-  CLI_DIFF,
-  CLI_VERIFY,
-  CLI_GC,
-  CLI_STAT,
-  CLI_MANY = 1 << 20
+/* The options, in the order of --help */
+enum cli_option_id {
+  OPT_UNIX,
+  OPT_PORT,
+  OPT_BIND,
+  OPT_STDIN,
+  OPT_FD,
+  OPT_READ_ONLY,
+  OPT_EXPORT,
+  OPT_DESCRIPTION,
+  OPT_OFFSET,
+  OPT_SIZE,
+  OPT_BLOCK_SIZE,
+  OPT_CREATE,
+  OPT_TEMPORARY,
+  OPT_CACHE,
+  OPT_THREADS,
+  OPT_MAX_CONN,
+  OPT_STALL,
+  OPT_ONCE,
+  OPT_IDLE_EXIT,
+  OPT_RUN,
+  OPT_FORK,
+  OPT_PIDFILE,
+  OPT_READY_FD,
+  OPT_QUIET,
+  OPT_VERBOSE,
+  OPT_STATS,
+  OPT_JSON,
+  OPT_WITHOUT,
+  OPT_FAULT,
+  OPT_DELAY,
+  OPT_DRY_RUN,
+  OPT_NO_VERIFY,
+  OPT_VERSION,
+  OPT_HELP,
+  OPT_COMMAND, /* "--", with a command behind it; --help shows it elsewhere */
+  OPT_COUNT
 };
 
-static const struct cli_verb {
+/* What the options say: opt[OPT_PORT].number.  What was not given is 0 or NULL,
+ * which is the default for nbdserve.h as well; where 0 is a value of its own (a
+ * port, a descriptor) `given` tells the difference.  Nobody changes this after
+ * cli_parse. */
+static struct {
+  /* How often the option was given */
+  unsigned given;
+  /* The value of an option that takes a text; it stays in argv. */
+  const char *text;
+  /* The value of an option that takes a number */
+  uint64_t number;
+} opt[OPT_COUNT];
+
+/* What all exports have in common: the sizes and flags that --block-size and
+ * --cache say */
+static struct nbdserve_export cli_common;
+
+/* What --without says: bits of nbdserve_config.without */
+static uint32_t cli_without;
+
+/* Takes the value of an option.  A value that is not allowed ends the process;
+ * the message says what is. */
+typedef void cli_parser(enum cli_option_id id, const char *value);
+
+struct cli_option {
+  /* What stands behind "--" */
   const char *name;
-  int verb, min, max; /* NBDSERVE_CAS_* or CLI_*; operands besides STORE */
-  const char *traits; /* R: only reads; N: takes -n; S: the last operand is a
-                         size; T: takes time, to end; then see cli_row */
+  /* What stands behind "-"; 0: there is no short form. */
+  char letter;
+  /* What --help calls the value; NULL: the option takes none. */
+  const char *argument;
   const char *help;
-} cli_verbs[] = {
-    {"init", CLI_INIT, 0, 1, "S", "STORE [BLOCK-SIZE]"},
-    {"create", NBDSERVE_CAS_CREATE, 2, 2, "S", "STORE::VOLUME SIZE"},
-    {"import", CLI_IMPORT, 2, 2, "T", "STORE::VOLUME FILE"},
-    {"export", CLI_EXPORT, 2, 2, "R", "STORE::NAME FILE (-: standard output)"},
-    {"list", CLI_LIST, 0, 0, "R[name=size#created=id=", "STORE"},
-    {"snapshot", NBDSERVE_CAS_SNAPSHOT, 1, 1, "", "STORE::VOLUME@SNAPSHOT"},
-    {"seal", CLI_SEAL, 1, 1, "T{id=", "STORE::VOLUME@SNAPSHOT (prints its id)"},
-    {"rollback", NBDSERVE_CAS_ROLLBACK, 1, 1, "N", "STORE::VOLUME@SNAPSHOT"},
-    {"clone", NBDSERVE_CAS_CLONE, 2, CLI_MANY, "", "STORE::NAME VOLUME..."},
-    {"rename", NBDSERVE_CAS_RENAME, 2, 2, "", "STORE::NAME NEW"},
-    {"resize", NBDSERVE_CAS_RESIZE, 2, 2, "NS", "STORE::VOLUME SIZE"},
-    {"rm", NBDSERVE_CAS_RM, 1, CLI_MANY, "N", "STORE::NAME [NAME...]"},
-    {"diff", CLI_DIFF, 2, 2, "R[offset#length#", "STORE::NAME NAME"},
-    {"verify", CLI_VERIFY, 0, 0, "RT[name=offset#length#why=", "STORE"},
-    {"gc", CLI_GC, 0, 0, "T{bytes#", "STORE"},
-    {"stat", CLI_STAT, 0, 0, "R|block_size#stored#free#file#log#", "STORE"}};
+  /* Checks the value and takes it; NULL: any text will do. */
+  cli_parser *parse;
+  /* For cli_parse_number and cli_parse_fd: the range */
+  uint64_t min;
+  uint64_t max;
+};
+
+/* The table comes after the parsers that it names. */
+static const struct cli_option cli_options[OPT_COUNT];
+
+/* ---- A parser for each kind of value ---- */
+
+/* A number or size in the range that the table says */
+static void cli_parse_number(enum cli_option_id id, const char *value) {
+  const struct cli_option *option = &cli_options[id];
+  uint64_t number;
+  assert(option->min <= option->max);
+  if (!u_parse_number(value, option->max, &number) || number < option->min)
+    cli_usage("--%s %s: not a number from %" PRIu64 " to %" PRIu64,
+              cli_options[id].name, value, option->min, option->max);
+  opt[id].number = number;
+}
+
+/* A descriptor that whoever started us has opened.  It has to be open: a number
+ * that is free would later be that of a file of our own, maybe of an image. */
+static void cli_parse_fd(enum cli_option_id id, const char *value) {
+  const struct cli_option *option = &cli_options[id];
+  uint64_t fd;
+  assert(option->max <= INT_MAX);
+  if (!u_parse_number(value, option->max, &fd) || fd < option->min)
+    cli_usage("--%s %s: not the number of a descriptor (%" PRIu64 " or above)",
+              cli_options[id].name, value, option->min);
+  if (fcntl((int)fd, F_GETFD) < 0)
+    cli_usage("--%s %s: not an open descriptor", cli_options[id].name, value);
+  opt[id].number = fd;
+}
+
+/* --block-size: three sizes.  Whether they go together is for nbdserve_add to
+ * say. */
+static void cli_parse_block_sizes(enum cli_option_id id, const char *value) {
+  uint32_t *const sizes[] = {&cli_common.min_block, &cli_common.preferred_block,
+                             &cli_common.max_request};
+  const char *rest = value;
+  for (int i = 0; i < 3; i++) {
+    char end = i < 2 ? ':' : '\0';
+    uint64_t size = 0;
+    rest = u_parse_size(rest, &size);
+    if (!rest || *rest != end || size < 1 || size > UINT32_MAX)
+      cli_usage("--%s %s: not MIN:PREFERRED:MAX, three sizes in bytes",
+                cli_options[id].name, value);
+    *sizes[i] = (uint32_t)size;
+    rest++;
+  }
+}
+
+/* --cache: one of a few words */
+static void cli_parse_cache_mode(enum cli_option_id id, const char *value) {
+  const char *rest = value;
+  if (!cli_take_word(cli_cache_modes, &rest, "", &cli_common.flags))
+    cli_usage("--%s %s: not writeback, writethrough or unsafe",
+              cli_options[id].name, value);
+}
+
+/* --without: a list of words, with commas between them.  Given again it adds to
+ * the list. */
+static void cli_parse_features(enum cli_option_id id, const char *value) {
+  const char *rest = value;
+  char words[200];
+  uint32_t bit;
+  while (*rest) {
+    if (!cli_take_word(cli_features, &rest, ",", &bit))
+      cli_usage("--%s %s: not a list of: %s (with commas)",
+                cli_options[id].name, value,
+                cli_list_words(cli_features, words, sizeof words));
+    cli_without |= bit;
+  }
+}
+
+/* --fault: which requests fail, how, and how often.  A rate is rounded up: what
+ * is above 0 fails some time. */
+static void cli_parse_fault(enum cli_option_id id, const char *value) {
+  const char *rest = value;
+  char commands[100];
+  char errors[100];
+  uint32_t from;
+  uint32_t to;
+  uint32_t error;
+  double rate;
+  if (!cli_take_command(&rest, &from, &to) ||
+      !cli_take_word(cli_errors, &rest, ":", &error) ||
+      !cli_take_real(rest, 1, &rate))
+    cli_usage("--%s %s: not CMD:ERR:RATE; CMD: %s; ERR: %s; RATE: 0 to 1",
+              cli_options[id].name, value,
+              cli_list_words(cli_commands, commands, sizeof commands),
+              cli_list_words(cli_errors, errors, sizeof errors));
+  for (uint32_t i = from; i <= to; i++) {
+    cli_faults[i].err = -(int)error;
+    cli_faults[i].rate_ppm = (unsigned)(rate * 1e6 + .999);
+  }
+}
+
+/* --delay: which requests wait, and how long, in milliseconds, rounded up */
+static void cli_parse_delay(enum cli_option_id id, const char *value) {
+  const char *rest = value;
+  char commands[100];
+  uint32_t from;
+  uint32_t to;
+  double ms;
+  if (!cli_take_command(&rest, &from, &to) || !cli_take_real(rest, 1e6, &ms))
+    cli_usage("--%s %s: not CMD:MS; CMD: %s; MS: 0 to 1000000",
+              cli_options[id].name, value,
+              cli_list_words(cli_commands, commands, sizeof commands));
+  for (uint32_t i = from; i <= to; i++) {
+    cli_faults[i].delay_ms = (int)(ms + .999);
+  }
+}
+
+/* ---- The table ---- */
+
+/* clang-format off */
+static const struct cli_option cli_options[OPT_COUNT] = {
+    [OPT_UNIX] = {.name = "unix", .letter = 'U', .argument = "PATH",
+        .help = "listen on a unix socket (default: a private one)"},
+    [OPT_PORT] = {.name = "port", .letter = 'p', .argument = "N",
+        .help = "listen on TCP (usual: 10809; 0: any free port)",
+        .parse = cli_parse_number, .max = 65535},
+    [OPT_BIND] = {.name = "bind", .letter = 'i', .argument = "ADDR",
+        .help = "TCP address (default: the two of loopback)"},
+    [OPT_STDIN] = {.name = "stdin", .letter = 's',
+        .help = "serve one client on standard input and output"},
+    [OPT_FD] = {.name = "fd", .argument = "N",
+        .help = "serve descriptor N, a listening or connected socket",
+        .parse = cli_parse_fd, .max = INT_MAX},
+    [OPT_READ_ONLY] = {.name = "read-only", .letter = 'r',
+        .help = "refuse writes"},
+    [OPT_EXPORT] = {.name = "export", .letter = 'e', .argument = "NAME",
+        .help = "name of the export (default: every name will do)"},
+    [OPT_DESCRIPTION] = {.name = "description", .letter = 'D',
+        .argument = "TEXT", .help = "shown to clients that list the exports"},
+    [OPT_OFFSET] = {.name = "offset", .letter = 'o', .argument = "N",
+        .help = "serve the target from byte N on",
+        .parse = cli_parse_number, .max = INT64_MAX},
+    [OPT_SIZE] = {.name = "size", .argument = "N",
+        .help = "serve only N bytes of the target",
+        .parse = cli_parse_number,
+        .min = 1, .max = INT64_MAX},
+    [OPT_BLOCK_SIZE] = {.name = "block-size", .letter = 'b',
+        .argument = "SIZES", .help = "MIN:PREFERRED:MAX (1:4096:32M)",
+        .parse = cli_parse_block_sizes},
+    [OPT_CREATE] = {.name = "create", .argument = "SIZE",
+        .help = "make the target, a sparse file, if it is missing",
+        .parse = cli_parse_number,
+        .min = 1, .max = INT64_MAX},
+    [OPT_TEMPORARY] = {.name = "temporary", .letter = 'T',
+        .help = "discard at exit what clients have written"},
+    [OPT_CACHE] = {.name = "cache", .argument = "MODE",
+        .help = "writeback (default), writethrough or unsafe",
+        .parse = cli_parse_cache_mode},
+    [OPT_THREADS] = {.name = "threads", .letter = 't', .argument = "N",
+        .help = "slow requests of a client done at a time (16)",
+        .parse = cli_parse_number,
+        .min = 1, .max = 1024},
+    [OPT_MAX_CONN] = {.name = "max-conn", .letter = 'm', .argument = "N",
+        .help = "clients served at a time (128)",
+        .parse = cli_parse_number,
+        .min = 1, .max = 1 << 20},
+    [OPT_STALL] = {.name = "stall", .argument = "SEC",
+        .help = "disconnect a client stalled in a request (120)",
+        .parse = cli_parse_number,
+        .min = 1, .max = 4000000},
+    [OPT_ONCE] = {.name = "once", .letter = '1',
+        .help = "exit when the last client has left"},
+    [OPT_IDLE_EXIT] = {.name = "idle-exit", .argument = "SEC",
+        .help = "exit after SEC seconds without a client",
+        .parse = cli_parse_number,
+        .min = 1, .max = 4000000},
+    [OPT_RUN] = {.name = "run", .argument = "CMD",
+        .help = "serve while a shell command runs ($uri, $nbd)"},
+    [OPT_FORK] = {.name = "fork",
+        .help = "go into the background once it listens"},
+    [OPT_PIDFILE] = {.name = "pidfile", .letter = 'P', .argument = "FILE",
+        .help = "write the process id to FILE once it listens"},
+    [OPT_READY_FD] = {.name = "ready-fd", .argument = "N",
+        .help = "write the URI to descriptor N once it listens",
+        .parse = cli_parse_fd,
+        .min = 3, .max = INT_MAX},
+    [OPT_QUIET] = {.name = "quiet", .letter = 'q',
+        .help = "print errors only"},
+    [OPT_VERBOSE] = {.name = "verbose", .letter = 'v',
+        .help = "log clients; given twice: every request"},
+    [OPT_STATS] = {.name = "stats",
+        .help = "print totals at exit (on SIGUSR1 always)"},
+    [OPT_JSON] = {.name = "json",
+        .help = "print totals, or a command's output, as JSON"},
+    [OPT_WITHOUT] = {.name = "without", .argument = "LIST",
+        .help = "hide features from clients (see README)",
+        .parse = cli_parse_features},
+    [OPT_FAULT] = {.name = "fault", .argument = "CMD:ERR:RATE",
+        .help = "make requests fail: write:EIO:0.1 (see README)",
+        .parse = cli_parse_fault},
+    [OPT_DELAY] = {.name = "delay", .argument = "CMD:MS",
+        .help = "make requests wait: read:50 (see README)",
+        .parse = cli_parse_delay},
+    [OPT_DRY_RUN] = {.name = "dry-run", .letter = 'n',
+        .help = "rollback, resize, rm: only check if they can be done"},
+    [OPT_NO_VERIFY] = {.name = "no-verify",
+        .help = "do not check the blocks of a store when reading"},
+    [OPT_VERSION] = {.name = "version", .letter = 'V',
+        .help = "print the version and what it was built with"},
+    [OPT_HELP] = {.name = "help", .letter = 'h',
+        .help = "print this text"},
+    [OPT_COMMAND] = {.name = " CMD"}}; /* messages put "--" in front */
+
+/* Options that exclude each other, and why.  The rows that concern a command
+ * come twice, as there are two ways to give one. */
+static const struct {
+  enum cli_option_id a;
+  enum cli_option_id b;
+  const char *reason;
+} cli_exclusions[] = {
+    {OPT_STDIN, OPT_UNIX, "with --stdin nobody listens"},
+    {OPT_STDIN, OPT_PORT, "with --stdin nobody listens"},
+    {OPT_STDIN, OPT_BIND, "with --stdin nobody listens"},
+    {OPT_STDIN, OPT_FD, "both name the client"},
+    {OPT_FD, OPT_UNIX, "the socket is there already"},
+    {OPT_FD, OPT_PORT, "the socket is there already"},
+    {OPT_FD, OPT_BIND, "the socket is there already"},
+    {OPT_RUN, OPT_STDIN, "the command could not connect"},
+    {OPT_RUN, OPT_FD, "the command would have no URI"},
+    {OPT_RUN, OPT_FORK, "nobody would wait for the command"},
+    {OPT_RUN, OPT_ONCE, "it ends with the command"},
+    {OPT_RUN, OPT_IDLE_EXIT, "it ends with the command"},
+    {OPT_RUN, OPT_COMMAND, "both name the command"},
+    {OPT_COMMAND, OPT_STDIN, "the command could not connect"},
+    {OPT_COMMAND, OPT_FD, "the command would have no URI"},
+    {OPT_COMMAND, OPT_FORK, "nobody would wait for the command"},
+    {OPT_COMMAND, OPT_ONCE, "it ends with the command"},
+    {OPT_COMMAND, OPT_IDLE_EXIT, "it ends with the command"},
+    {OPT_STDIN, OPT_FORK, "the background has no standard input"},
+    {OPT_CREATE, OPT_READ_ONLY, "a new target would stay empty"},
+    {OPT_TEMPORARY, OPT_READ_ONLY, "there would be nothing to discard"},
+    {OPT_TEMPORARY, OPT_CREATE, "the target is only read"}};
+/* clang-format on */
+
+/* ---- From argv to `opt` ---- */
+
+/* Finds an option by the first len characters of name.  Returns OPT_COUNT if
+ * there is none.  Names have to be written in full: a shorthand that is unique
+ * today would not be so for ever. */
+static enum cli_option_id cli_find_long(const char *name, size_t len) {
+  int id = 0;
+  for (; id < OPT_COMMAND; id++) {
+    const char *known = cli_options[id].name;
+    if (strlen(known) == len && memcmp(known, name, len) == 0) break;
+  }
+  return id < OPT_COMMAND ? (enum cli_option_id)id : OPT_COUNT;
+}
+
+/* Finds an option by its letter.  Returns OPT_COUNT if there is none. */
+static enum cli_option_id cli_find_short(char letter) {
+  int id = 0;
+  assert(letter);
+  while (id < OPT_COMMAND && cli_options[id].letter != letter)
+    id++;
+  return id < OPT_COMMAND ? (enum cli_option_id)id : OPT_COUNT;
+}
+
+/* Takes an option.  The value is NULL if there was none on the command line; it
+ * is refused here where there has to be one, and where there must not. */
+static void cli_set(enum cli_option_id id, const char *value) {
+  const struct cli_option *option = &cli_options[id];
+  assert(id < OPT_COMMAND && option->name && option->help);
+  assert(option->argument || !option->parse);
+  if (option->argument && !value)
+    cli_usage("--%s takes %s", option->name, option->argument);
+  if (!option->argument && value)
+    cli_usage("--%s takes no value", option->name);
+  opt[id].given++;
+  if (option->parse)
+    option->parse(id, value);
+  else
+    opt[id].text = value;
+}
+
+/* Parses the word at *word, which is --NAME or --NAME=VALUE, and the word
+ * behind it if that is the value.  Returns the last word that it has used.
+ * Behind the last word of argv there is NULL, which cli_set takes as "none". */
+static char **cli_parse_long(char **word) {
+  const char *name = *word + 2;
+  size_t len = strcspn(name, "=");
+  enum cli_option_id id = cli_find_long(name, len);
+  if (id == OPT_COUNT) cli_usage("%s: unknown option (try --help)", *word);
+  if (name[len]) {
+    cli_set(id, name + len + 1);
+    return word;
+  }
+  if (!cli_options[id].argument) {
+    cli_set(id, NULL);
+    return word;
+  }
+  cli_set(id, word[1]);
+  return word + 1;
+}
+
+/* Does the same for a word of one or more letters behind "-".  The first letter
+ * that takes a value ends it: the value is the rest of the word or, if there is
+ * no rest, the word behind it. */
+static char **cli_parse_short(char **word) {
+  for (const char *letter = *word + 1; *letter; letter++) {
+    enum cli_option_id id = cli_find_short(*letter);
+    if (id == OPT_COUNT) cli_usage("%s: unknown option (try --help)", *word);
+    if (!cli_options[id].argument) {
+      cli_set(id, NULL);
+    } else if (letter[1]) {
+      cli_set(id, letter + 1);
+      break;
+    } else {
+      cli_set(id, word[1]);
+      return word + 1;
+    }
+  }
+  return word;
+}
+
+/* Parses the command line.  Targets may stand between options.  They are
+ * gathered at the front of argv, over words that have been parsed: there is at
+ * least one such word, the name of the program, so they never reach one that
+ * has not. */
+static void cli_parse(char **argv) {
+  cli.targets = argv;
+  for (char **word = argv + 1; *word; word++) {
+    const char *text = *word;
+    assert(cli.targets + cli.ntargets < word);
+    if (text[0] != '-' || !text[1]) {
+      cli.targets[cli.ntargets++] = *word;
+    } else if (strcmp(text, "--") == 0) {
+      opt[OPT_COMMAND].given = 1;
+      cli.command = word + 1;
+      break;
+    } else if (text[1] == '-') {
+      word = cli_parse_long(word);
+    } else {
+      word = cli_parse_short(word);
+    }
+  }
+}
+
+/* Refuses what makes no sense for a server.  Commands on stores come before
+ * that and just ignore options that are not for them. */
+static void cli_check_options(void) {
+  size_t n = sizeof cli_exclusions / sizeof *cli_exclusions;
+  for (size_t i = 0; i < n; i++) {
+    enum cli_option_id a = cli_exclusions[i].a;
+    enum cli_option_id b = cli_exclusions[i].b;
+    if (opt[a].given && opt[b].given)
+      cli_usage("--%s: not together with --%s: %s", cli_options[a].name,
+                cli_options[b].name, cli_exclusions[i].reason);
+  }
+  if (cli.command && !*cli.command) cli_usage("--: no command behind it");
+  if (!cli.ntargets) cli_usage("no target (try --help)");
+  if (opt[OPT_EXPORT].text && cli.ntargets > 1)
+    cli_usage("--export: for a single target (use NAME=TARGET)");
+}
+
+/* ---- Commands on stores ----------------------------------------------------
+ * A store can be open in one process only, and that process does the command.
+ * Usually it is us: the store is opened, the command done, and that is all.  If
+ * opening it fails with EBUSY it is being served, and the server does it:
+ *
+ *   us                        the server's thread cli_control
+ *   connect to STORE.ctl  ->  accepts
+ *   struct cli_request,
+ *   two descriptors       ->  cli_run_job, with its output and its messages
+ *                             going straight to these descriptors
+ *   exit with the status  <-  a byte: the exit status
+ *
+ * The descriptors are where the output goes (or the FILE of import and export,
+ * which only we may be allowed to open) and our standard error.  If we are gone
+ * before the command is done, the server sees that and ends it (cli_progress).
+ * Both are processes of one machine and one version of nbdserve, so the request
+ * is sent as it lies in memory.  STORE.ctl belongs to the owner of the store
+ * and is nobody else's to connect to.
+ *
+ * The server does one command at a time; the next one waits in the backlog of
+ * the socket.  Built without threads it takes no commands. */
+#if !NBDSERVE_NO_CAS
+
+/* The commands, in the order of --help */
+enum cli_verb_id {
+  VERB_INIT,
+  VERB_CREATE,
+  VERB_IMPORT,
+  VERB_EXPORT,
+  VERB_LIST,
+  VERB_SNAPSHOT,
+  VERB_SEAL,
+  VERB_ROLLBACK,
+  VERB_CLONE,
+  VERB_RENAME,
+  VERB_RESIZE,
+  VERB_RM,
+  VERB_DIFF,
+  VERB_VERIFY,
+  VERB_GC,
+  VERB_STAT,
+  VERB_COUNT
+};
+
+enum cli_verb_flags {
+  /* It changes nothing in the store, which is opened next to other readers. */
+  VERB_READS_ONLY = 1 << 0,
+  /* It knows --dry-run.  The others refuse that option: they would change the
+   * store all the same. */
+  VERB_MAY_DRY_RUN = 1 << 1,
+  /* Its last operand is a size. */
+  VERB_TAKES_SIZE = 1 << 2,
+  /* Its last operand may come many times; it is done for each of them. */
+  VERB_REPEATS = 1 << 3,
+  /* It may take long and leaves nothing half done when a signal ends it. */
+  VERB_IS_LONG = 1 << 4,
+  /* Its last operand is a FILE that it reads. */
+  VERB_READS_FILE = 1 << 5,
+  /* Its last operand is a FILE that it writes; "-" is standard output. */
+  VERB_WRITES_FILE = 1 << 6
+};
+
+/* How a command prints what it finds out */
+enum cli_output {
+  OUTPUT_NOTHING,
+  /* One row: a line with the values.  As JSON: an object. */
+  OUTPUT_ROW,
+  /* Any number of rows.  As JSON: an array of objects. */
+  OUTPUT_ROWS,
+  /* One row, with a line for each value, and its name in front.  As JSON: an
+   * object. */
+  OUTPUT_LINES
+};
+
+struct cli_job;
+
+struct cli_verb {
+  const char *name;
+  /* The operands, as --help and the usage message print them */
+  const char *operands;
+  const char *help;
+  /* VERB_READS_ONLY... */
+  unsigned flags;
+  /* How many operands it needs besides STORE, and how many more it may get
+   * (VERB_REPEATS: any number).  Of two the first one is request.name and the
+   * second one request.to; a single one is request.name. */
+  int noperands;
+  int noptional;
+  enum cli_output output;
+  /* For cli_do_change: NBDSERVE_CAS_CREATE... */
+  int change;
+  /* What -EINVAL means, for the message; NULL: it is not to be expected. */
+  const char *invalid;
+  /* Does the command on an open store.  Returns 0 or -errno.  Only `init` has
+   * none, as there is no store yet: see cli_init. */
+  int (*run)(struct cli_job *job, struct nbdserve_cas *cas);
+};
+
+/* What goes over the control socket.  The receiver believes nothing of it: the
+ * number of the command is checked, and the texts are ended by NUL. */
+struct cli_request {
+  /* The operand that is a size; 0: it has none. */
+  uint64_t size;
+  /* enum cli_verb_id */
+  unsigned char verb;
+  /* --json and --dry-run */
+  unsigned char json;
+  unsigned char dry_run;
+  /* The operands, or "" */
+  char name[PATH_MAX];
+  char to[PATH_MAX];
+};
+
+/* A command while it is being done, by whichever process */
+struct cli_job {
+  /* ---- What is to be done; fixed */
+  const struct cli_verb *verb;
+  struct cli_request request;
+  /* The descriptor that rows go to.  For import and export: the FILE. */
+  int output;
+  /* The descriptor that messages and progress go to */
+  int messages;
+  /* The connection of whoever waits for it, in the server; or -1 */
+  int client;
+
+  /* ---- Its output so far */
+  unsigned nrows;
+  /* -errno, if something could not be printed */
+  int lost;
+
+  /* ---- Its progress; times are in os_now_ms */
+  int64_t begun_ms;
+  /* When progress was last shown; 0: none is on the screen. */
+  int64_t shown_ms;
+};
+
+/* ---- Progress ----------------------------------------------------------- */
 
 enum {
-  CLI_VERBS = sizeof cli_verbs / sizeof *cli_verbs,
-  CLI_JSON = 1
+  /* A command that takes less time than this shows no progress. */
+  CLI_PROGRESS_AFTER_MS = 1000,
+  /* How often it is shown: often enough to look alive */
+  CLI_PROGRESS_EVERY_MS = 100
 };
 
-struct cli_job {
-  int fd[2];        /* output, or the file of import and export; messages */
-  int client, rows; /* who waits for it, or -1; printed so far, of an array */
-  int64_t begun;    /* in os_now_ms */
-  double shown;     /* seconds after that: its progress; 0: is not */
-  struct {          /* what goes over the control socket */
-    uint64_t size;
-    unsigned char verb, flags; /* index; CLI_JSON, NBDSERVE_CAS_DRY_RUN */
-    char name[PATH_MAX], to[PATH_MAX]; /* operands */
-  } ask;
-};
+/* Clears the line that shows the progress, if there is one, so that a row or a
+ * message can take its place. */
+static void cli_hide_progress(struct cli_job *job) {
+  if (!job->shown_ms) return;
+  dprintf(job->messages, "\r%60s\r", "");
+  job->shown_ms = 0;
+}
 
-/* Shows on a terminal how far it is, after a second, ten times a second; with a
- * total of 0 it goes away.  Not 0: what is done shall end, for a signal has
- * come, or the client has gone. */
-static int cli_progress(void *job, uint64_t done, uint64_t total) {
-  struct cli_job *j = job;
+/* Shows on a terminal how many of `total` bytes are done, if it is time.  How
+ * long the rest takes is guessed from the average so far. */
+static void cli_show_progress(struct cli_job *job, uint64_t done,
+                              uint64_t total) {
+  int64_t now = os_now_ms();
+  int64_t passed = now - job->begun_ms;
+  if (!done || passed <= CLI_PROGRESS_AFTER_MS ||
+      now - job->shown_ms <= CLI_PROGRESS_EVERY_MS || !isatty(job->messages))
+    return;
+  double s = (double)passed / 1000;
+  double mib = (double)done / (1 << 20);
+  double left = s * ((double)total / (double)done - 1);
+  dprintf(job->messages, "\r%3.0f%% %8.0f MiB %8.1f MiB/s %6.0f s left",
+          (double)done * 100 / (double)total, mib, mib / s, left);
+  job->shown_ms = now;
+}
+
+/* Is called now and then by what takes long: a nbdserve_progress_fn.  Returns
+ * true if the command has to end, because a signal has come, or because the
+ * client that waits for it has gone. */
+static int cli_progress(void *arg, uint64_t done, uint64_t total) {
+  struct cli_job *job = arg;
   struct pollfd p[] = {{cli.server->stop.pipe[0], POLLIN, 0},
-                       {j->client, POLLIN, 0}};
-  double s = (double)(os_now_ms() - j->begun) / 1000, n = (double)(done >> 20);
-  if (!total && j->shown > 0) dprintf(j->fd[1], "\r%60s\r", "");
-  if (!total) j->shown = 0;
-  if (s > 1 && s - j->shown > .1 && done && isatty(j->fd[1])) {
-    double left = s * ((double)total / (double)done - 1);
-    dprintf(j->fd[1], "\r%3.0f%% %8.0f MiB %8.1f MiB/s %6.0f s left",
-            s / (s + left) * 100, n, n / s, left);
-    j->shown = s;
-  }
+                       {job->client, POLLIN, 0}}; /* -1 is skipped */
+  cli_show_progress(job, done, total);
   return poll(p, 2, 0) > 0;
 }
 
-/* Prints a row of values, for which the traits say NAME= for a string, NAME#
- * for a uint64_t; with { in front there is only one, with [ in JSON an array,
- * with | each value is a line, with its name.  No string is one that JSON would
- * want escaped: the store refuses such names. */
-static int cli_row(struct cli_job *j, ...) {
-  const char *f = strpbrk(cli_verbs[j->ask.verb].traits, "{[|");
-  const char *open = *f != '[' ? "{" : j->rows++ ? ",{" : "[{";
-  int fd = j->fd[0], json = j->ask.flags & CLI_JSON, lines = *f == '|', len;
-  int tty = !lines && !json && isatty(fd), n = 0;
+/* ---- Rows --------------------------------------------------------------- */
+
+/* Prints to the output of a job, and remembers if that fails: whoever reads a
+ * list must not take the half of it for the whole. */
+static void OS_PRINTF(2, 3)
+    cli_print(struct cli_job *job, const char *fmt, ...) {
   va_list ap;
-  cli_progress(j, 0, 0);
-  va_start(ap, j);
-  for (f++; *f; f += len + 1, n++) {
-    len = (int)strcspn(f, "=#");
-    if (json)
-      dprintf(fd, "%s\"%.*s\":", n ? "," : open, len, f);
-    else if (lines)
-      dprintf(fd, "%s%.*s\t", n ? "\n" : "", len, f);
-    else if (n)
-      dprintf(fd, tty ? "  " : "\t");
-    if (f[len] == '#')
-      dprintf(fd, "%*" PRIu64, tty ? 16 : 0, va_arg(ap, uint64_t));
-    else
-      dprintf(fd, json ? "\"%*s\"" : "%*s", tty && !n ? -40 : 0,
-              va_arg(ap, const char *));
-  }
+  va_start(ap, fmt);
+  if (vdprintf(job->output, fmt, ap) < 0) job->lost = -errno;
   va_end(ap);
-  return dprintf(fd, json ? "}\n" : "\n") < 0 ? -errno : 0;
 }
 
-static int cli_range(void *job, uint64_t off, uint64_t len) {
-  return cli_row(job, off, len);
-}
+/* A value in a row */
+struct cli_value {
+  const char *name;
+  /* NULL: the value is a number. */
+  const char *text;
+  uint64_t number;
+};
 
-static int cli_list_row(void *job, const struct nbdserve_cas_info *info) {
-  time_t t = (time_t)info->created;
-  char created[32];
-  struct tm tm;
-  strftime(created, sizeof created, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&t, &tm));
-  return cli_row(job, info->name, info->size, created, info->id);
-}
-
-static void cli_damage_row(void *job, const char *name, uint64_t off,
-                           uint64_t len, const char *why) {
-  int json = ((struct cli_job *)job)->ask.flags & CLI_JSON;
-  cli_row(job, *name || json ? name : "-", off, len, why);
-}
-
-/* Copies a file into a new volume, or a volume or snapshot out. */
-static int cli_copy(struct cli_job *j, struct nbdserve_cas *cas, int in) {
-  static unsigned char buf[65536];
-  off_t end = in ? lseek(j->fd[0], 0, SEEK_END) : 0;
-  struct nbdserve_export ex = {0};
-  int fd = j->fd[0], err = end < 0 ? -errno : 0;
-  ssize_t done = 0;
-  if (!err && in) err = nbdserve_cas_create(cas, j->ask.name, (uint64_t)end);
-  if (!err) err = nbdserve_cas_volume(cas, j->ask.name, &ex);
-  if (err) return err;
-  int is_file = !in && strcmp(j->ask.to, "-") != 0 && !ftruncate(fd, 0) &&
-                !ftruncate(fd, (off_t)ex.size);
-  for (uint64_t off = 0, n; off < ex.size && !err; off += n) {
-    n = u_min(sizeof buf, ex.size - off);
-    struct iovec v = {buf, (size_t)n};
-    err = cli_progress(j, off, ex.size) ? -ECANCELED
-          : in                          ? os_transfer(fd, 0, &v, 1, off)
-                                        : ex.ops->read(ex.ctx, buf, off, n, 0);
-    if (err) break;
-    if (in)
-      err = ex.ops->write(ex.ctx, buf, off, n, 0);
-    else if (is_file && u_is_zero(buf, (size_t)n))
-      err = 0;
-    else if (is_file)
-      err = os_transfer(fd, 1, &v, 1, off);
+/* Prints a row of n values.  On a terminal they are aligned; the first column
+ * is wide, as it has the name wherever there is one.  JSON would want nothing
+ * in a text escaped: the store refuses names with such characters, and the
+ * other texts are our own.  Returns 0, or -errno if some of the output was
+ * lost, which ends a list early. */
+static int cli_print_row(struct cli_job *job, const struct cli_value *values,
+                         int n) {
+  enum cli_output kind = job->verb->output;
+  int json = job->request.json;
+  int is_aligned = !json && kind != OUTPUT_LINES && isatty(job->output);
+  const char *gap = is_aligned ? "  " : "\t";
+  assert(n > 0 && (kind == OUTPUT_ROWS || !job->nrows));
+  cli_hide_progress(job);
+  if (json && kind == OUTPUT_ROWS) cli_print(job, job->nrows ? "," : "[");
+  job->nrows++;
+  for (const struct cli_value *value = values; value < values + n; value++) {
+    int is_first = value == values;
+    if (json)
+      cli_print(job, "%s\"%s\":", is_first ? "{" : ",", value->name);
+    else if (kind == OUTPUT_LINES)
+      cli_print(job, "%s%s\t", is_first ? "" : "\n", value->name);
+    else if (!is_first)
+      cli_print(job, "%s", gap);
+    if (!value->text)
+      cli_print(job, "%*" PRIu64, is_aligned ? 16 : 0, value->number);
+    else if (json)
+      cli_print(job, "\"%s\"", value->text);
     else
-      n = (uint64_t)(done = write(fd, buf, (size_t)n));
-    if (done < 0) err = -errno;
+      cli_print(job, "%-*s", is_aligned && is_first ? 40 : 0, value->text);
   }
-  if (!err) err = in ? ex.ops->flush(ex.ctx, 0) : is_file ? os_datasync(fd) : 0;
-  ex.ops->close(ex.ctx);
-  if (err && in) nbdserve_cas_rm(cas, j->ask.name);
+  cli_print(job, json ? "}\n" : "\n");
+  return job->lost;
+}
+
+/* ---- What each command does --------------------------------------------- */
+
+/* create, snapshot, rollback, clone, rename, resize, rm: they change the
+ * catalog, and nbdserve.h has one call for all of them. */
+static int cli_do_change(struct cli_job *job, struct nbdserve_cas *cas) {
+  int verb = job->verb->change;
+  assert(verb);
+  if (job->request.dry_run && job->verb->flags & VERB_MAY_DRY_RUN)
+    verb |= NBDSERVE_CAS_DRY_RUN;
+  return nbdserve_cas_change(cas, verb, job->request.name, job->request.to,
+                             job->request.size);
+}
+
+/* Prints a volume or snapshot: a nbdserve_list_fn.  The time comes from a file
+ * that anybody may have made: it may lie behind all years. */
+static int cli_list_row(void *arg, const struct nbdserve_cas_info *info) {
+  struct cli_job *job = arg;
+  time_t created = (time_t)info->created;
+  char text[40];
+  struct tm tm;
+  if (!gmtime_r(&created, &tm)) tm = (struct tm){.tm_mday = 1};
+  strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &tm);
+  const struct cli_value row[] = {{.name = "name", .text = info->name},
+                                  {.name = "size", .number = info->size},
+                                  {.name = "created", .text = text},
+                                  {.name = "id", .text = info->id}};
+  return cli_print_row(job, row, 4);
+}
+
+/* list: a row for each volume and snapshot */
+static int cli_do_list(struct cli_job *job, struct nbdserve_cas *cas) {
+  return nbdserve_cas_list(cas, cli_list_row, job);
+}
+
+/* seal: gives a snapshot its id and prints that.  Until it was sealed all of it
+ * has to be read, which takes long. */
+static int cli_do_seal(struct cli_job *job, struct nbdserve_cas *cas) {
+  char id[72];
+  int err = nbdserve_cas_seal(cas, job->request.name, id, cli_progress, job);
+  if (err) return err;
+  assert(strncmp(id, "sha256-", 7) == 0);
+  const struct cli_value row = {.name = "id", .text = id};
+  return cli_print_row(job, &row, 1);
+}
+
+/* Prints a range that differs: a nbdserve_range_fn */
+static int cli_range_row(void *arg, uint64_t off, uint64_t len) {
+  const struct cli_value row[] = {{.name = "offset", .number = off},
+                                  {.name = "length", .number = len}};
+  return cli_print_row(arg, row, 2);
+}
+
+/* diff: a row for each range in which two volumes or snapshots differ */
+static int cli_do_diff(struct cli_job *job, struct nbdserve_cas *cas) {
+  return nbdserve_cas_diff(cas, job->request.name, job->request.to,
+                           cli_range_row, job);
+}
+
+/* Prints what is damaged: a nbdserve_damage_fn.  Damage to the store itself has
+ * no name; a row then has "-" there, so that it always has four fields.  What
+ * cannot be printed shows in job->lost: there is no way to end this early. */
+static void cli_damage_row(void *arg, const char *name, uint64_t off,
+                           uint64_t len, const char *why) {
+  struct cli_job *job = arg;
+  if (!*name && !job->request.json) name = "-";
+  const struct cli_value row[] = {{.name = "name", .text = name},
+                                  {.name = "offset", .number = off},
+                                  {.name = "length", .number = len},
+                                  {.name = "why", .text = why}};
+  cli_print_row(job, row, 4);
+}
+
+/* verify: a row for each range that is damaged; the exit status tells, too. */
+static int cli_do_verify(struct cli_job *job, struct nbdserve_cas *cas) {
+  return nbdserve_cas_verify(cas, cli_damage_row, cli_progress, job);
+}
+
+/* gc: gives unused space to the file system.  The row has the bytes of the file
+ * that nothing uses. */
+static int cli_do_gc(struct cli_job *job, struct nbdserve_cas *cas) {
+  uint64_t bytes;
+  int err = nbdserve_cas_gc(cas, &bytes, cli_progress, job);
+  if (err) return err;
+  const struct cli_value row = {.name = "bytes", .number = bytes};
+  return cli_print_row(job, &row, 1);
+}
+
+/* stat: how much is stored, and how full the log is */
+static int cli_do_stat(struct cli_job *job, struct nbdserve_cas *cas) {
+  struct nbdserve_cas_stat stat;
+  nbdserve_cas_stat(cas, &stat);
+  assert(u_is_power_of_2(stat.block_size));
+  const struct cli_value row[] = {
+      {.name = "block_size", .number = stat.block_size},
+      {.name = "stored", .number = stat.stored},
+      {.name = "free", .number = stat.free},
+      {.name = "file", .number = stat.file},
+      {.name = "log", .number = stat.log}};
+  return cli_print_row(job, row, 5);
+}
+
+/* What import and export move at a time: a whole number of blocks of every size
+ * that a store may have.  A process does one command at a time, in the main
+ * thread or in cli_control, so one buffer is enough. */
+static unsigned char cli_buffer[65536];
+
+/* Copies the first `size` bytes of the FILE of a job to a volume, and makes
+ * them durable.  Zeroes need no care: the store knows them. */
+static int cli_copy_in(struct cli_job *job, const struct nbdserve_export *ex,
+                       uint64_t size) {
+  for (uint64_t off = 0; off < size;) {
+    uint64_t n = u_min(sizeof cli_buffer, size - off);
+    struct iovec piece = {cli_buffer, (size_t)n};
+    if (cli_progress(job, off, size)) return -ECANCELED;
+    int err = os_transfer(job->output, OS_READ, &piece, 1, off);
+    if (!err) err = ex->ops->write(ex->ctx, cli_buffer, off, n, 0);
+    if (err) return err;
+    off += n;
+  }
+  return ex->ops->flush(ex->ctx, 0);
+}
+
+/* import: makes a volume of a file.  If that fails, at whatever point, there is
+ * no volume afterwards.  The size has to be known first, so a pipe will not
+ * do. */
+static int cli_do_import(struct cli_job *job, struct nbdserve_cas *cas) {
+  const char *name = job->request.name;
+  struct nbdserve_export ex = {.name = NULL};
+  off_t size = lseek(job->output, 0, SEEK_END);
+  if (size < 0) return -errno;
+  int err = nbdserve_cas_create(cas, name, (uint64_t)size);
+  if (err) return err; /* what has that name already is not ours to remove */
+  err = nbdserve_cas_volume(cas, name, &ex);
+  if (!err) {
+    assert(ex.size == (uint64_t)size);
+    err = cli_copy_in(job, &ex, (uint64_t)size);
+    ex.ops->close(ex.ctx);
+  }
+  if (err) nbdserve_cas_rm(cas, name);
   return err;
 }
 
-static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
-  const struct cli_verb *v = cli_verbs + j->ask.verb;
-  const char *name = j->ask.name, *to = j->ask.to;
-  int dry = j->ask.flags & NBDSERVE_CAS_DRY_RUN, err;
-  struct nbdserve_cas_stat t;
-  uint64_t bytes;
-  char id[72];
-  j->rows = 0;
-  j->begun = os_now_ms();
-  switch (v->verb) {
-  case CLI_IMPORT:
-    err = cli_copy(j, cas, 1);
-    break;
-  case CLI_EXPORT:
-    err = cli_copy(j, cas, 0);
-    break;
-  case CLI_LIST:
-    err = nbdserve_cas_list(cas, cli_list_row, j);
-    break;
-  case CLI_DIFF:
-    err = nbdserve_cas_diff(cas, name, to, cli_range, j);
-    break;
-  case CLI_SEAL:
-    err = nbdserve_cas_seal(cas, name, id, cli_progress, j);
-    if (!err) err = cli_row(j, id);
-    break;
-  case CLI_STAT:
-    nbdserve_cas_stat(cas, &t);
-    err = cli_row(j, t.block_size, t.stored, t.free, t.file, t.log);
-    break;
-  case CLI_VERIFY:
-    err = nbdserve_cas_verify(cas, cli_damage_row, cli_progress, j);
-    break;
-  case CLI_GC:
-    err = nbdserve_cas_gc(cas, &bytes, cli_progress, j);
-    if (!err) err = cli_row(j, bytes);
-    break;
-  default:
-    err = nbdserve_cas_change(cas, v->verb | dry, name, to, j->ask.size);
+/* Writes the first n bytes of the buffer to a pipe, a terminal, or wherever
+ * standard output may lead, in as many steps as it takes. */
+static int cli_write_buffer(int fd, uint64_t n) {
+  assert(n <= sizeof cli_buffer);
+  for (uint64_t done = 0; done < n;) {
+    ssize_t r = write(fd, cli_buffer + done, (size_t)(n - done));
+    if (r <= 0) return r < 0 ? -errno : -EIO;
+    done += (uint64_t)r;
   }
-  cli_progress(j, 0, 0);
-  if (j->ask.flags & CLI_JSON && strchr(v->traits, '['))
-    dprintf(j->fd[0], j->rows ? "]\n" : "[]\n");
+  return 0;
+}
+
+/* Copies a volume to the output of a job.  A sparse output is a file that has
+ * its size already and is one hole: zeroes need not be written, and in the end
+ * it is made durable. */
+static int cli_copy_out(struct cli_job *job, const struct nbdserve_export *ex,
+                        int is_sparse) {
+  for (uint64_t off = 0; off < ex->size;) {
+    uint64_t n = u_min(sizeof cli_buffer, ex->size - off);
+    struct iovec piece = {cli_buffer, (size_t)n};
+    if (cli_progress(job, off, ex->size)) return -ECANCELED;
+    int err = ex->ops->read(ex->ctx, cli_buffer, off, n, 0);
+    if (!err && !is_sparse) {
+      err = cli_write_buffer(job->output, n);
+    } else if (!err && !u_is_zero(cli_buffer, (size_t)n)) {
+      err = os_transfer(job->output, OS_WRITE, &piece, 1, off);
+    }
+    if (err) return err;
+    off += n;
+  }
+  return is_sparse ? os_datasync(job->output) : 0;
+}
+
+/* export: writes a volume or snapshot to a FILE, which gets its size, or to
+ * standard output, behind what may be there already.  A FILE that cannot be
+ * cut, a block device or a pipe, is written from the front like standard
+ * output. */
+static int cli_do_export(struct cli_job *job, struct nbdserve_cas *cas) {
+  struct nbdserve_export ex = {.name = NULL};
+  int err = nbdserve_cas_volume(cas, job->request.name, &ex);
+  if (err) return err;
+  int is_sparse = strcmp(job->request.to, "-") != 0 &&
+                  ftruncate(job->output, 0) == 0 &&
+                  ftruncate(job->output, (off_t)ex.size) == 0;
+  err = cli_copy_out(job, &ex, is_sparse);
+  ex.ops->close(ex.ctx);
+  return err;
+}
+
+/* ---- The table ---- */
+
+/* clang-format off */
+static const struct cli_verb cli_verbs[VERB_COUNT] = {
+    [VERB_INIT] = {.name = "init", .operands = "STORE [BLOCK-SIZE]",
+        .help = "make an empty store (4K)",
+        .flags = VERB_TAKES_SIZE, .noptional = 1},
+    [VERB_CREATE] = {.name = "create", .operands = "STORE::VOLUME SIZE",
+        .help = "make a volume, all zeroes",
+        .flags = VERB_TAKES_SIZE, .noperands = 2,
+        .run = cli_do_change, .change = NBDSERVE_CAS_CREATE,
+        .invalid = "not a name or size that a volume can have"},
+    [VERB_IMPORT] = {.name = "import", .operands = "STORE::VOLUME FILE",
+        .help = "make a volume of a file",
+        .flags = VERB_IS_LONG | VERB_READS_FILE, .noperands = 2,
+        .run = cli_do_import,
+        .invalid = "not a name or size that a volume can have"},
+    [VERB_EXPORT] = {.name = "export", .operands = "STORE::NAME FILE",
+        .help = "copy to a file (-: standard output)",
+        .flags = VERB_READS_ONLY | VERB_WRITES_FILE, .noperands = 2,
+        .run = cli_do_export,
+        .invalid = "not the name of a volume or snapshot"},
+    [VERB_LIST] = {.name = "list", .operands = "STORE",
+        .help = "print name, size, time and id of each",
+        .flags = VERB_READS_ONLY,
+        .run = cli_do_list, .output = OUTPUT_ROWS},
+    [VERB_SNAPSHOT] = {.name = "snapshot", .operands = "STORE::VOLUME@SNAPSHOT",
+        .help = "keep what VOLUME holds now, under a name",
+        .noperands = 1,
+        .run = cli_do_change, .change = NBDSERVE_CAS_SNAPSHOT,
+        .invalid = "not a name that a snapshot can have"},
+    [VERB_SEAL] = {.name = "seal", .operands = "STORE::VOLUME@SNAPSHOT",
+        .help = "give it an id for its contents; print it",
+        .flags = VERB_IS_LONG, .noperands = 1,
+        .run = cli_do_seal, .output = OUTPUT_ROW,
+        .invalid = "not a snapshot"},
+    [VERB_ROLLBACK] = {.name = "rollback", .operands = "STORE::VOLUME@SNAPSHOT",
+        .help = "make VOLUME what it was then",
+        .flags = VERB_MAY_DRY_RUN, .noperands = 1,
+        .run = cli_do_change, .change = NBDSERVE_CAS_ROLLBACK,
+        .invalid = "not a snapshot"},
+    [VERB_CLONE] = {.name = "clone", .operands = "STORE::NAME VOLUME...",
+        .help = "make volumes that begin as copies",
+        .flags = VERB_REPEATS, .noperands = 2,
+        .run = cli_do_change, .change = NBDSERVE_CAS_CLONE,
+        .invalid = "not a name that a volume can have"},
+    [VERB_RENAME] = {.name = "rename", .operands = "STORE::NAME NEW",
+        .help = "change a name",
+        .noperands = 2,
+        .run = cli_do_change, .change = NBDSERVE_CAS_RENAME,
+        .invalid = "not a name that it can have"},
+    [VERB_RESIZE] = {.name = "resize", .operands = "STORE::VOLUME SIZE",
+        .help = "cut a volume, or add zeroes",
+        .flags = VERB_MAY_DRY_RUN | VERB_TAKES_SIZE, .noperands = 2,
+        .run = cli_do_change, .change = NBDSERVE_CAS_RESIZE,
+        .invalid = "not a volume, or not a size that it can have"},
+    [VERB_RM] = {.name = "rm", .operands = "STORE::NAME [NAME...]",
+        .help = "remove volumes and snapshots",
+        .flags = VERB_MAY_DRY_RUN | VERB_REPEATS, .noperands = 1,
+        .run = cli_do_change, .change = NBDSERVE_CAS_RM,
+        .invalid = "not the name of a volume or snapshot"},
+    [VERB_DIFF] = {.name = "diff", .operands = "STORE::NAME NAME",
+        .help = "print the ranges that differ",
+        .flags = VERB_READS_ONLY, .noperands = 2,
+        .run = cli_do_diff, .output = OUTPUT_ROWS,
+        .invalid = "not the names of volumes or snapshots"},
+    [VERB_VERIFY] = {.name = "verify", .operands = "STORE",
+        .help = "check all data; print what is damaged",
+        .flags = VERB_READS_ONLY | VERB_IS_LONG,
+        .run = cli_do_verify, .output = OUTPUT_ROWS},
+    [VERB_GC] = {.name = "gc", .operands = "STORE",
+        .help = "give unused space back; print its bytes",
+        .flags = VERB_IS_LONG,
+        .run = cli_do_gc, .output = OUTPUT_ROW},
+    [VERB_STAT] = {.name = "stat", .operands = "STORE",
+        .help = "print how much is stored",
+        .flags = VERB_READS_ONLY,
+        .run = cli_do_stat, .output = OUTPUT_LINES}};
+/* clang-format on */
+
+/* ---- Doing a command ---- */
+
+/* Says in words why a command has failed.  The errors of nbdserve.h mean more
+ * here than what strerror has for them. */
+static const char *cli_job_reason(const struct cli_job *job, int err) {
+  switch (err) {
+  case -EINVAL:
+    return job->verb->invalid ? job->verb->invalid : u_errno_text(err);
+  case -EBUSY:
+    return "in use by a client, or being verified";
+  case -ENOTEMPTY:
+    return "it has snapshots";
+  case -EUCLEAN:
+    return "the store is damaged (verify names what is)";
+  default:
+    return u_errno_text(err);
+  }
+}
+
+/* Prints the message of a command that has failed, to whoever gave it: this may
+ * be the server.  The FILE of an import is not named, as the errors that come
+ * after it was opened are about the volume. */
+static void cli_report(const struct cli_job *job, int err) {
+  const char *name = job->request.name;
+  const char *to = job->request.to;
+  if (job->verb->flags & VERB_READS_FILE) to = "";
+  dprintf(job->messages, "nbdserve: %s%s%s%s%s: %s\n", job->verb->name,
+          *name ? " " : "", name, *to ? " " : "", to, cli_job_reason(job, err));
+}
+
+/* Does a command on an open store, and prints what it has to say.  Returns the
+ * exit status.  job->verb has been checked: see cli_run_verb for our own, and
+ * cli_serve_command for what came over the socket. */
+static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
+  assert(job->verb == &cli_verbs[job->request.verb] && job->verb->run);
+  job->nrows = 0;
+  job->lost = 0;
+  job->shown_ms = 0;
+  job->begun_ms = os_now_ms();
+  int err = job->verb->run(job, cas);
+  cli_hide_progress(job);
+  if (job->request.json && job->verb->output == OUTPUT_ROWS)
+    cli_print(job, job->nrows ? "]\n" : "[]\n");
+  if (!err) err = job->lost;
+  if (err == -EUCLEAN && job->nrows) return CLI_DAMAGED; /* rows tell what */
+  if (err) cli_report(job, err);
   if (err == -EUCLEAN) return CLI_DAMAGED;
-  if (v->verb == CLI_IMPORT) to = ""; /* what a File exists is not about */
-  if (err)
-    dprintf(j->fd[1], "nbdserve: %s%s%s%s%s: %s\n", v->name, *name ? " " : "",
-            name, *to ? " " : "", to,
-            err == -EINVAL ? "not with such a name or size"
-                           : u_errno_text(err));
-  return err ? CLI_FAILED : 0;
+  return err ? CLI_FAILED : CLI_OK;
 }
 
-/* Sends or receives a command; descriptors that do not come stay as they are */
-static int cli_pass(struct io *io, struct cli_job *j, int sending) {
-  union {
-    struct cmsghdr h;
-    char room[CMSG_SPACE(sizeof j->fd)];
-  } c = {.h = {.cmsg_level = SOL_SOCKET,
-               .cmsg_type = SCM_RIGHTS,
-               .cmsg_len = CMSG_LEN(sizeof j->fd)}};
-  struct iovec v = {&j->ask, sizeof j->ask};
-  struct msghdr m = {.msg_iov = &v,
-                     .msg_iovlen = 1,
-                     .msg_control = &c,
-                     .msg_controllen = CMSG_LEN(sizeof j->fd)}; /* no more */
-  memcpy(CMSG_DATA(&c.h), j->fd, sizeof j->fd);
-  if (sending)
-    return sendmsg(io->out, &m, MSG_NOSIGNAL) == sizeof j->ask ? 0 : -EPIPE;
-  ssize_t n = recvmsg(io->in, &m, 0); /* the first part: descriptors end it */
-  memcpy(j->fd, CMSG_DATA(&c.h), sizeof j->fd);
-  return n <= 0 ? -EPIPE
-                : io_recv_all(io, (unsigned char *)&j->ask + n,
-                              sizeof j->ask - (size_t)n);
+/* ---- Commands over the control socket ----------------------------------- */
+
+/* The control data of a message that carries two descriptors.  The union gives
+ * the room the alignment of a header. */
+union cli_passed {
+  struct cmsghdr header;
+  char room[CMSG_SPACE(2 * sizeof(int))];
+};
+
+/* Sends a job with its descriptors, of which the receiver gets duplicates.  A
+ * socket's buffer takes all of it at once.  Returns 0 or -EPIPE. */
+static int cli_send_command(int fd, struct cli_job *job) {
+  const int fds[2] = {job->output, job->messages};
+  struct iovec data = {&job->request, sizeof job->request};
+  union cli_passed passed = {.header = {.cmsg_level = SOL_SOCKET,
+                                        .cmsg_type = SCM_RIGHTS,
+                                        .cmsg_len = CMSG_LEN(sizeof fds)}};
+  struct msghdr message = {.msg_iov = &data,
+                           .msg_iovlen = 1,
+                           .msg_control = &passed,
+                           .msg_controllen = CMSG_LEN(sizeof fds)};
+  memcpy(CMSG_DATA(&passed.header), fds, sizeof fds);
+  ssize_t n = sendmsg(fd, &message, MSG_NOSIGNAL);
+  return n == (ssize_t)sizeof job->request ? 0 : -EPIPE;
 }
 
-static int cli_remote(struct cli_job *j) {
+/* Receives a job.  The descriptors that come with it are the caller's to close,
+ * even if this fails; where none has come there is -1.  There is room for two:
+ * if somebody sends more, the system closes the rest. */
+static int cli_receive_command(struct io *io, struct cli_job *job) {
+  int fds[2] = {-1, -1};
+  struct iovec data = {&job->request, sizeof job->request};
+  union cli_passed passed = {.header = {.cmsg_len = 0}};
+  struct msghdr message = {.msg_iov = &data,
+                           .msg_iovlen = 1,
+                           .msg_control = &passed,
+                           .msg_controllen = CMSG_LEN(sizeof fds)};
+  job->output = -1;
+  job->messages = -1;
+  int err = io_wait_input(io, io->deadline);
+  if (err) return err;
+  /* The descriptors come with the first bytes; what follows has none. */
+  ssize_t n = recvmsg(io->in, &message, 0);
+  if (n <= 0) return -EPIPE;
+  assert(n <= (ssize_t)sizeof job->request);
+  if (message.msg_controllen >= CMSG_LEN(0) &&
+      passed.header.cmsg_type == SCM_RIGHTS)
+    memcpy(fds, CMSG_DATA(&passed.header),
+           (size_t)u_min(passed.header.cmsg_len - CMSG_LEN(0), sizeof fds));
+  job->output = fds[0];
+  job->messages = fds[1];
+  return io_recv_all(io, (unsigned char *)&job->request + n,
+                     sizeof job->request - (size_t)n);
+}
+
+/* Refuses a STORE.ctl that is somebody else's.  In a directory where everybody
+ * may make files a stranger who can read the store could lock it, listen there,
+ * and get our descriptors.  A server runs as the owner of the store, as
+ * ourselves, or as root. */
+static void cli_check_ctl_owner(void) {
+  struct stat store;
+  struct stat ctl;
+  if (stat(cli.store, &store) < 0 || lstat(cli.ctl_path, &ctl) < 0) return;
+  if (ctl.st_uid != store.st_uid && ctl.st_uid != geteuid() && ctl.st_uid != 0)
+    cli_failed("%s: belongs neither to the owner of the store nor to us",
+               cli.ctl_path);
+}
+
+/* Lets the server of the store do a job, waits for it as long as it takes, and
+ * returns the exit status.  Whoever has the store without listening at
+ * STORE.ctl is no server, or a read-only one, or was built without threads. */
+static int cli_run_remote(struct cli_job *job) {
   unsigned char status;
+  cli_check_ctl_owner();
   int fd = srv_unix_socket(cli.ctl_path, SRV_CONNECT);
-  struct io io = {.in = fd, .out = fd, .stop = &cli.server->stop};
-  if (fd < 0) cli_die(CLI_IN_USE, "%s: in use by another process", cli.store);
-  if (cli_pass(&io, j, 1) || read(fd, &status, 1) != 1)
-    cli_failed("%s: no answer", cli.ctl_path);
+  if (fd < 0)
+    cli_die(CLI_IN_USE, "%s: in use by a process that takes no commands",
+            cli.store);
+  if (cli_send_command(fd, job) || read(fd, &status, 1) != 1)
+    cli_failed("%s: no answer from the server of the store", cli.ctl_path);
   close(fd);
   return status;
 }
 
-/* Does what comes over the control socket until the server stops. */
-static void *cli_control(void *unused) {
-  static struct cli_job j;
-  struct io io = {.in = cli.ctl, .stop = &cli.server->stop};
-  while (io_wait_input(&io, 0) == 0) {
-    int fd = os_accept(cli.ctl);
-    struct io client = {.in = fd,
-                        .out = fd,
-                        .stop = io.stop,
-                        .deadline = os_now_ms() + IO_GRACE_MS};
-    if (fd < 0) poll(NULL, 0, SRV_PAUSE_MS); /* the loop must not spin */
-    j.fd[0] = j.fd[1] = -1;
-    j.client = fd;
-    if (fd >= 0 && io_wait_input(&client, client.deadline) == 0 &&
-        cli_pass(&client, &j, 0) == 0 && j.fd[1] >= 0 &&
-        j.ask.verb < CLI_VERBS) {
-      j.ask.name[PATH_MAX - 1] = j.ask.to[PATH_MAX - 1] = 0;
-      unsigned char status = (unsigned char)cli_do(&j, cli.cas);
-      (void)!write(fd, &status, 1);
-    }
-    close(j.fd[0]); /* of -1 is no harm */
-    close(j.fd[1]);
-    close(fd);
+/* Does what a client of the control socket asks for.  It has to come in one go:
+ * as long as we wait for it, others wait, too.  A request that makes no sense
+ * is dropped without an answer. */
+static void cli_serve_command(int client) {
+  struct cli_job job = {.client = client};
+  struct io io = {.in = client,
+                  .out = client,
+                  .stop = &cli.server->stop,
+                  .deadline = os_now_ms() + IO_GRACE_MS};
+  int err = cli_receive_command(&io, &job);
+  if (!err && job.messages >= 0 && job.request.verb < VERB_COUNT &&
+      cli_verbs[job.request.verb].run) {
+    job.verb = &cli_verbs[job.request.verb];
+    job.request.name[PATH_MAX - 1] = '\0';
+    job.request.to[PATH_MAX - 1] = '\0';
+    unsigned char status = (unsigned char)cli_run_job(&job, cli.cas);
+    (void)!write(client, &status, 1); /* a client that has gone needs none */
   }
-  (void)!write(cli.ended[1], "", 1);
-  return unused;
+  close(job.output); /* closing -1 does no harm */
+  close(job.messages);
 }
 
+/* The thread that takes commands until the server stops.  That makes
+ * io_wait_input fail, and ends a command that is under way (cli_progress).  If
+ * a client cannot be accepted, for want of descriptors, trying again at once
+ * would not help. */
+static void *cli_control(void *unused) {
+  struct io io = {.in = cli.ctl, .stop = &cli.server->stop};
+  (void)unused;
+  while (io_wait_input(&io, 0) == 0) {
+    int client = os_accept(cli.ctl);
+    if (client < 0) {
+      poll(NULL, 0, SRV_PAUSE_MS);
+      continue;
+    }
+    cli_serve_command(client);
+    close(client);
+  }
+  (void)!write(cli.ctl_ended[1], "", 1);
+  return NULL;
+}
+
+/* ---- The store of this process ------------------------------------------ */
+
+/* Opens the store at path.  The process has one at most.  Returns 0, or -errno
+ * and leaves cli.cas NULL; on -EBUSY the caller may want cli.ctl_path. */
+static int cli_open_store(const char *path, int readonly) {
+  struct nbdserve_cas_options options = {.flags = 0};
+  assert(!cli.cas);
+  if (readonly) options.flags |= NBDSERVE_CAS_READONLY;
+  if (opt[OPT_NO_VERIFY].given) options.flags |= NBDSERVE_CAS_NO_VERIFY;
+  if (snprintf(cli.store, PATH_MAX, "%s", path) >= PATH_MAX ||
+      snprintf(cli.ctl_path, PATH_MAX, "%s.ctl", path) >= PATH_MAX)
+    return -ENAMETOOLONG;
+  int err = nbdserve_cas_open(path, &options, &cli.cas);
+  if (err == -EINVAL) cli_failed("%s: not a store", path);
+  assert(!err == !!cli.cas);
+  return err;
+}
+
+/* Listens on STORE.ctl, for ourselves and root only: the umask is in force when
+ * the socket is made, so there is no moment at which others get in.  If it
+ * cannot be made (its path may be too long for a socket, or the directory
+ * read-only) the store is served all the same. */
+static void cli_open_control(void) {
+  mode_t mask = umask(0177);
+  assert(cli.ctl < 0);
+  cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
+  umask(mask);
+  if (cli.ctl >= 0 && lstat(cli.ctl_path, &cli.ctl_st) < 0) {
+    close(cli.ctl);
+    cli.ctl = -1;
+  }
+}
+
+/* Starts the thread that takes commands.  This comes after --fork and after the
+ * command was started: from now on the process makes no other one, which would
+ * inherit the descriptors that come with commands.  Without the thread nobody
+ * would answer at STORE.ctl, and a command would wait for ever; so it goes. */
+static void cli_start_control(void) {
+  if (cli.ctl < 0) return;
+  assert(cli.cas && cli.ctl_ended[0] < 0);
+  int err = os_pipe(cli.ctl_ended);
+  if (!err) err = os_thread(cli_control, NULL);
+  if (!err) return;
+  cli.ctl_ended[0] = -1;
+  cli_remove_own(cli.ctl_path, &cli.ctl_st);
+  close(cli.ctl);
+  cli.ctl = -1;
+  cli_say("%s: %s; no commands are taken while it is served", cli.store,
+          u_errno_text(err));
+}
+
+/* At exit: waits for the end of cli_control, and of the command that it may be
+ * doing, which looks at whether the server has stopped.  Returns false if that
+ * does not come in time.  The store must then be left as it is. */
+static int cli_await_control(void) {
+  struct pollfd ended = {cli.ctl_ended[0], POLLIN, 0};
+  char byte;
+  if (cli.ctl_ended[0] < 0) return 1;
+  nbdserve_stop(cli.server);
+  return poll(&ended, 1, IO_GRACE_MS) > 0 &&
+         read(cli.ctl_ended[0], &byte, 1) == 1;
+}
+
+/* Opens a store that is to be served, wholly or in part, and its socket for
+ * commands, if it is not open yet.  A read-only server takes no commands: next
+ * to it the store can be opened by other readers. */
+static int cli_use_store(const char *path) {
+  int readonly = opt[OPT_READ_ONLY].given != 0;
+  if (*cli.store && strcmp(cli.store, path) != 0)
+    cli_failed("%s: one store at a time: %s is open", path, cli.store);
+  if (cli.cas) return 0;
+  int err = cli_open_store(path, readonly);
+  if (!err && !readonly && !NBDSERVE_NO_THREADS) cli_open_control();
+  return err;
+}
+
+/* The `find` function of a server of all of a store: called in the threads of
+ * clients, for each client, so that a volume that was made since is found. */
 static int cli_find_volume(void *unused, const char *name,
                            struct nbdserve_export *out) {
-  *out = cli.ex;
-  return (void)unused, nbdserve_cas_volume(cli.cas, name, out);
+  (void)unused;
+  *out = cli_common;
+  return nbdserve_cas_volume(cli.cas, name, out);
 }
 
+/* Where cli_emit_volume passes its names on to */
 struct cli_emit {
   nbdserve_emit_fn *emit;
   void *arg;
 };
 
-static int cli_emit_volume(void *to, const struct nbdserve_cas_info *info) {
-  struct cli_emit *e = to;
-  return e->emit(e->arg, info->name, info->readonly ? "snapshot" : "");
+/* Passes on a volume or snapshot: a nbdserve_list_fn */
+static int cli_emit_volume(void *arg, const struct nbdserve_cas_info *info) {
+  struct cli_emit *to = arg;
+  return to->emit(to->arg, info->name, info->readonly ? "snapshot" : "");
 }
 
+/* The `list` function of a server of all of a store */
 static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
-  struct cli_emit e = {emit, arg};
-  return (void)unused, nbdserve_cas_list(cli.cas, cli_emit_volume, &e);
+  struct cli_emit to = {emit, arg};
+  (void)unused;
+  return nbdserve_cas_list(cli.cas, cli_emit_volume, &to);
 }
 
-static int cli_open_store(const char *path, int readonly) {
-  struct nbdserve_cas_options o = {
-      .flags = (readonly ? NBDSERVE_CAS_READONLY : 0u) |
-               (cli.v['N'] ? NBDSERVE_CAS_NO_VERIFY : 0u)};
-  cli.store = path;
-  snprintf(cli.ctl_path, PATH_MAX, "%s.ctl", path);
-  int err = nbdserve_cas_open(path, &o, &cli.cas);
-  if (err == -EINVAL) cli_failed("%s: not a store", path);
-  return err;
-}
-
-/* Opens a volume or, with the name "", all of a store; and its socket. */
+/* Opens a volume or snapshot of a store.  With the name "" the server finds and
+ * lists all that is in the store, also what is made later, and *ex stays as it
+ * is. */
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
-  if (cli.store && strcmp(cli.store, path) != 0)
-    cli_failed("%s: one store at a time", path);
-  int err = cli.store ? 0 : cli_open_store(path, cli.v['r'] != NULL);
+  int err = cli_use_store(path);
   if (err) return err;
-  if (cli.ctl < 0 && !cli.v['r'] && !NBDSERVE_NO_THREADS) {
-    mode_t was = umask(0177);
-    cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
-    umask(was);
-  }
   if (*name) return nbdserve_cas_volume(cli.cas, name, ex);
   cli.server->config.find = cli_find_volume;
   cli.server->config.list = cli_list_volumes;
   return 0;
 }
 
-/* Does the command that the command line may be, and exits. */
-static void cli_command(void) {
-  static struct cli_job j = {.fd = {1, 2}, .client = -1};
-  char **arg = cli.targets, *store = getenv("NBDSERVE_STORE"), *colons;
-  int n = cli.ntargets - 1, i = 0, status = 0;
-  while (n >= 0 && i < CLI_VERBS && strcmp(cli_verbs[i].name, *arg) != 0)
+/* At exit: closes the store, which makes all durable.  Returns NULL, or what
+ * went wrong.  Exports and commands use the store, so the server has been freed
+ * and cli_control has ended. */
+static const char *cli_close_store(void) {
+  int err = cli.cas ? nbdserve_cas_close(cli.cas) : 0;
+  return err ? u_errno_text(err) : NULL;
+}
+
+/* ---- The command line of a command -------------------------------------- */
+
+/* Finds the command of that name; VERB_COUNT: there is none. */
+static enum cli_verb_id cli_find_verb(const char *name) {
+  int id = 0;
+  while (id < VERB_COUNT && strcmp(cli_verbs[id].name, name) != 0)
+    id++;
+  return (enum cli_verb_id)id;
+}
+
+/* Prints how a command is used, and ends the process. */
+#define cli_verb_usage(verb) \
+  cli_usage("usage: nbdserve %s %s", (verb)->name, (verb)->operands)
+
+/* Finds out which store a command is for, and takes it off the operands:
+ *
+ *   STORE::NAME ...   the first operand becomes NAME
+ *   NAME ...          for commands that take a name: $NBDSERVE_STORE
+ *   STORE, STORE::    for commands that take none; the operand goes
+ *   SIZE              only init: $NBDSERVE_STORE, if it is set
+ *   nothing           $NBDSERVE_STORE
+ *
+ * Returns its path, or NULL if nothing names a store. */
+static char *cli_take_store(const struct cli_verb *verb, char ***operands,
+                            int *noperands) {
+  char *fallback = getenv("NBDSERVE_STORE");
+  uint64_t size;
+  if (!*noperands) return fallback;
+  char *first = **operands;
+  char *colons = strstr(first, "::");
+  if (colons) {
+    **operands = colons + 2;
+    *colons = '\0';
+    if (verb->noperands || colons[2]) return first;
+  } else {
+    if (verb->noperands) return fallback;
+    if (verb->noptional && *noperands == 1 && fallback &&
+        u_parse_number(first, INT64_MAX, &size))
+      return fallback;
+  }
+  ++*operands;
+  --*noperands;
+  return first;
+}
+
+/* Checks the number of operands behind the store, and that --dry-run was not
+ * given to a command that would not heed it. */
+static void cli_check_verb(const struct cli_verb *verb, int noperands) {
+  int most =
+      verb->flags & VERB_REPEATS ? INT_MAX : verb->noperands + verb->noptional;
+  if (noperands < verb->noperands || noperands > most) cli_verb_usage(verb);
+  if (opt[OPT_DRY_RUN].given && !(verb->flags & VERB_MAY_DRY_RUN))
+    cli_verb_usage(verb);
+}
+
+/* init: makes a store.  block_size is how `size` was written, or NULL. */
+static void cli_init(const char *store, const char *block_size, uint64_t size) {
+  struct nbdserve_cas_options options = {.block_size =
+                                             (uint32_t)u_min(size, UINT32_MAX)};
+  int err = nbdserve_cas_init(store, &options);
+  if (err == -EINVAL && block_size)
+    cli_usage("%s: not a block size (4K, 8K, 16K, 32K or 64K)", block_size);
+  cli_exit_if_error(err, store);
+}
+
+/* Opens the FILE of an import or export, which takes the place of the output.
+ * We do it, even if a server does the command: relative paths and permissions
+ * are ours.  A FILE that is to be written may be a store, this one perhaps, or
+ * an image that is being served: both are locked, and nobody wants to lose
+ * them. */
+static void cli_open_file(struct cli_job *job, const char *file) {
+  int writes = (job->verb->flags & VERB_WRITES_FILE) != 0;
+  if (writes && strcmp(file, "-") == 0) return;
+  int flags = writes ? O_RDWR | O_CREAT : O_RDONLY;
+  job->output = open(file, flags | O_CLOEXEC, 0666);
+  if (job->output < 0) cli_exit_if_error(-errno, file);
+  if (writes && os_lock_file(job->output, 0))
+    cli_die(CLI_IN_USE, "%s: in use", file);
+}
+
+/* Does a command on a store, here or at its server.  If it needs one operand,
+ * it is done for each that there is; if it needs two, for the first with each
+ * of the others; otherwise once.  Returns the exit status of the first time
+ * that it fails, or 0. */
+static int cli_run_on_operands(struct cli_job *job, int is_remote,
+                               char **operands, int noperands) {
+  int needed = job->verb->noperands;
+  int i = needed > 1; /* the first of those that may repeat */
+  int status;
+  assert(noperands >= needed);
+  for (int j = 0; j < noperands; j++) {
+    if (strlen(operands[j]) >= PATH_MAX)
+      cli_usage("%s: a name is too long", job->verb->name);
+  }
+  if (needed > 1) strcpy(job->request.name, operands[0]);
+  do {
+    if (needed)
+      strcpy(needed > 1 ? job->request.to : job->request.name, operands[i]);
+    status = is_remote ? cli_run_remote(job) : cli_run_job(job, cli.cas);
     i++;
-  if (n < 0 || i == CLI_VERBS) return;
-  const struct cli_verb *v = cli_verbs + i;
-  colons = n > 0 ? strstr(*++arg, "::") : NULL;
-  int only_size = v->verb == CLI_INIT && n == 1 && store &&
-                  u_parse_number(*arg, INT64_MAX, &j.ask.size);
-  if (colons || (n > 0 && !v->min && !only_size)) {
-    store = *arg;
-    *arg = colons ? colons + 2 : store + strlen(store);
-    if (colons) *colons = 0;
-    int none = !v->min && !**arg;
-    arg += none;
-    n -= none;
+  } while (!status && i < noperands);
+  return status;
+}
+
+/* If the command line is a command on a store: does it, and ends the process.
+ * Its first word has to be one of the names in cli_verbs; a file of such a name
+ * is served as ./NAME. */
+static void cli_run_verb(void) {
+  struct cli_job job = {.output = 1, .messages = 2, .client = -1};
+  if (!cli.ntargets) return;
+  enum cli_verb_id id = cli_find_verb(cli.targets[0]);
+  if (id == VERB_COUNT) return;
+  const struct cli_verb *verb = &cli_verbs[id];
+  char **operands = cli.targets + 1;
+  int noperands = cli.ntargets - 1;
+  char *store = cli_take_store(verb, &operands, &noperands);
+  if (!store) cli_verb_usage(verb);
+  cli_check_verb(verb, noperands);
+  const char *last = noperands ? operands[noperands - 1] : NULL;
+  job.verb = verb;
+  job.request.verb = (unsigned char)id;
+  job.request.json = opt[OPT_JSON].given != 0;
+  job.request.dry_run = opt[OPT_DRY_RUN].given != 0;
+  if (last && verb->flags & VERB_TAKES_SIZE &&
+      !u_parse_number(last, INT64_MAX, &job.request.size))
+    cli_usage("%s %s: not a size", verb->name, last);
+  if (id == VERB_INIT) {
+    cli_init(store, last, job.request.size);
+    exit(CLI_OK);
   }
-  if (!store || n < v->min || n > v->max ||
-      (cli.v['n'] && !strchr(v->traits, 'N')))
-    cli_usage("usage: nbdserve %s %s", v->name, v->help);
-  j.ask.verb = (unsigned char)i;
-  j.ask.flags =
-      (cli.v['n'] ? NBDSERVE_CAS_DRY_RUN : 0) | (cli.v['j'] ? CLI_JSON : 0);
-  if (n > 0 && strchr(v->traits, 'S') &&
-      !u_parse_number(arg[n - 1], INT64_MAX, &j.ask.size))
-    cli_usage("%s %s: no size", v->name, arg[n - 1]);
-  if (v->verb == CLI_INIT) {
-    struct nbdserve_cas_options o = {
-        .block_size = (uint32_t)u_min(j.ask.size, UINT32_MAX)};
-    int err = nbdserve_cas_init(store, &o);
-    if (err == -EINVAL && n) cli_usage("%s: no block size", *arg);
-    cli_fail(err, store);
-    exit(0);
+  if (verb->flags & (VERB_READS_FILE | VERB_WRITES_FILE))
+    cli_open_file(&job, last);
+  int err = cli_open_store(store, (verb->flags & VERB_READS_ONLY) != 0);
+  int is_remote = err == -EBUSY;
+  if (!is_remote) cli_exit_if_error(err, store);
+  if (!is_remote && verb->flags & VERB_IS_LONG)
+    cli_catch_signals(cli_on_signal);
+  exit(cli_run_on_operands(&job, is_remote, operands, noperands));
+}
+
+/* Prints the commands for --help. */
+static void cli_help_verbs(void) {
+  puts("\nCommands on stores, also while they are served.  NAME is VOLUME,\n"
+       "VOLUME@SNAPSHOT or the id of a sealed snapshot; names that follow\n"
+       "are in the same store.");
+  for (int id = 0; id < VERB_COUNT; id++)
+    printf("  %-9s %-23s %s\n", cli_verbs[id].name, cli_verbs[id].operands,
+           cli_verbs[id].help);
+}
+
+#else /* NBDSERVE_NO_CAS: what the rest of the section calls */
+
+/* There are no commands, so no thread takes any. */
+static void cli_start_control(void) {}
+
+/* There is no such thread to wait for. */
+static int cli_await_control(void) {
+  return 1;
+}
+
+/* No volume can be opened. */
+static int cli_open_volume(const char *path, const char *name,
+                           struct nbdserve_export *ex) {
+  (void)path;
+  (void)name;
+  (void)ex;
+  return -EOPNOTSUPP;
+}
+
+/* No store is open. */
+static const char *cli_close_store(void) {
+  return NULL;
+}
+
+/* The command line is never a command on a store. */
+static void cli_run_verb(void) {}
+
+/* There are no commands to print. */
+static void cli_help_verbs(void) {}
+#endif
+
+/* ---- Targets ---------------------------------------------------------------
+ * How the text of a target is read, the first line that fits:
+ *
+ *   file:PATH           a file, whatever PATH looks like
+ *   NAME=TARGET         the export NAME of a TARGET; no "/" stands before "="
+ *   STORE::VOLUME       a volume, a snapshot (VOLUME@NAME) or the id of one
+ *   STORE::             all of a store
+ *   mem:SIZE            memory
+ *   PATH                a file or block device
+ *
+ * So a file whose name looks like one of the others needs "file:", or "./"
+ * where only a "=" is the matter. */
+
+/* A target, taken apart.  The texts belong to argv. */
+struct cli_target {
+  /* TARGET as it was written, without NAME=, for messages */
+  const char *text;
+  /* NAME, or NULL */
+  const char *name;
+  /* What stands behind "::", "" for all of a store; NULL: it is a file, a block
+   * device or memory. */
+  const char *volume;
+  /* The path of the store; or of the file, as nbdserve_flat_open takes it, for
+   * which mem:SIZE is one, too */
+  char path[PATH_MAX];
+};
+
+/* Sets target->path to the prefix and the first len characters of path. */
+static void cli_set_path(struct cli_target *target, const char *prefix,
+                         const char *path, size_t len) {
+  if (strlen(prefix) + len >= PATH_MAX)
+    cli_exit_if_error(-ENAMETOOLONG, target->text);
+  snprintf(target->path, PATH_MAX, "%s%.*s", prefix, (int)len, path);
+  assert(strlen(target->path) == strlen(prefix) + len);
+}
+
+/* Takes a target apart, in the order of the table above.  The text is cut at
+ * the
+ * "=" behind NAME. */
+static void cli_parse_target(char *text, struct cli_target *target) {
+  static const char file[] = "file:";
+  size_t prefix = sizeof file - 1;
+  char *equals = text + strcspn(text, "/=");
+  *target = (struct cli_target){.text = text};
+  if (*equals == '=' && strncmp(text, file, prefix) != 0) {
+    *equals = '\0';
+    target->name = text;
+    target->text = equals + 1;
   }
-  int in = v->verb == CLI_IMPORT;
-  if (in || (v->verb == CLI_EXPORT && strcmp(arg[1], "-") != 0)) {
-    j.fd[0] = open(arg[1], in ? O_RDONLY : O_RDWR | O_CREAT, 0666);
-    if (j.fd[0] < 0) cli_fail(-errno, arg[1]);
-    if (!in && os_lock_file(j.fd[0], 0)) /* a store, maybe this one */
-      cli_die(CLI_IN_USE, "%s: in use", arg[1]);
+  if (strncmp(target->text, file, prefix) == 0) {
+    const char *path = target->text + prefix;
+    /* The backend must not take the file mem:5 for memory. */
+    int is_ambiguous = strncmp(path, "mem:", 4) == 0;
+    cli_set_path(target, is_ambiguous ? "./" : "", path, strlen(path));
+    return;
   }
-  int err = cli_open_store(store, strchr(v->traits, 'R') != NULL);
-  if (err != -EBUSY) cli_fail(err, store);
-  if (!err && strchr(v->traits, 'T')) cli_catch_signals(cli_on_signal);
-  for (i = 0; !status && (i < n || !i); i++) {
-    char *operand = i && v->min > 1 ? j.ask.to : j.ask.name;
-    if (i < n && snprintf(operand, PATH_MAX, "%s", arg[i]) >= PATH_MAX)
-      cli_usage("%s: a name is too long", v->name);
-    if (i + 1 >= v->min) /* the last one may come many times */
-      status = err ? cli_remote(&j) : cli_do(&j, cli.cas);
+  const char *colons = strstr(target->text, "::");
+  if (!colons) {
+    cli_set_path(target, "", target->text, strlen(target->text));
+    return;
   }
-  exit(status);
+  cli_set_path(target, "", target->text, (size_t)(colons - target->text));
+  target->volume = colons + 2;
+}
+
+/* Returns the name of the export of a target.  NULL: it is the only one, and
+ * clients may call it what they like. */
+static const char *cli_name_export(const struct cli_target *target) {
+  assert(cli.ntargets > 0);
+  if (target->name) return target->name;
+  if (opt[OPT_EXPORT].text) return opt[OPT_EXPORT].text;
+  if (cli.ntargets == 1) return NULL;
+  if (target->volume) return target->volume;
+  const char *slash = strrchr(target->path, '/');
+  return slash ? slash + 1 : target->path;
+}
+
+#if NBDSERVE_NO_FLAT
+/* Without that backend no file can be opened. */
+static int cli_open_file_target(const char *path, struct nbdserve_export *ex) {
+  (void)path;
+  (void)ex;
+  return -EOPNOTSUPP;
 }
 #else
-#define cli_open_volume(path, name, ex) (-EOPNOTSUPP)
-#define cli_command() ((void)0)
+/* Opens a file, a block device or memory.  With --temporary what clients write
+ * goes to a directory of the user's choice; a message about that names it, as
+ * it is not the target that is wrong. */
+static int cli_open_file_target(const char *path, struct nbdserve_export *ex) {
+  struct nbdserve_flat options = {.offset = opt[OPT_OFFSET].number,
+                                  .size = opt[OPT_SIZE].number,
+                                  .create = opt[OPT_CREATE].number};
+  if (opt[OPT_READ_ONLY].given) options.flags = NBDSERVE_FLAT_READONLY;
+  if (opt[OPT_TEMPORARY].given) {
+    options.flags = NBDSERVE_FLAT_TEMPORARY;
+    options.dir = getenv("TMPDIR");
+    if (!options.dir) options.dir = "/tmp";
+    if (access(options.dir, W_OK) < 0) cli_exit_if_error(-errno, options.dir);
+  }
+  return nbdserve_flat_open(path, &options, ex);
+}
 #endif
 
-/* Opens a target and adds it. */
-static void cli_add(char *path) {
-  struct nbdserve_export ex = cli.ex;
-  struct nbdserve_flat flat = {.offset = cli.n['o'],
-                               .size = cli.n['S'],
-                               .create = cli.n['C'],
-                               .flags = cli.v['r']   ? NBDSERVE_FLAT_READONLY
-                                        : cli.v['T'] ? NBDSERVE_FLAT_TEMPORARY
-                                                     : 0};
-  flat.dir = getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
-  if (cli.v['T'] && access(flat.dir, W_OK) < 0) cli_fail(-errno, flat.dir);
-  char *equals = path + strcspn(path, "/="), *slash = strrchr(path, '/');
-  ex.name = cli.v['e'];
-  ex.description = cli.v['D'];
-  if (*equals == '=') {
-    *equals = 0;
-    ex.name = path;
-    path = equals + 1;
-  }
-  char *colons = strstr(path, "::");
-  if (!ex.name && cli.ntargets > 1)
-    ex.name = colons ? colons + 2 : slash ? slash + 1 : path;
-  if (cli.ntargets == 1 && !ex.name) ex.flags |= NBDSERVE_EXPORT_FALLBACK;
-  if (cli.ntargets == 1 && ex.name) cli.name = ex.name;
-  if (colons && (cli.v['o'] || cli.v['S'] || cli.v['C'] || cli.v['T']))
-    cli_usage("%s: no --offset, --size, --create; for -T, clone it", path);
-  if (colons) *colons = 0;
-  int err = colons ? cli_open_volume(path, colons + 2, &ex) : -EOPNOTSUPP;
-  if (colons && !err && !ex.ops) return; /* all of it */
-#if !NBDSERVE_NO_FLAT
-  if (!colons) err = nbdserve_flat_open(path, &flat, &ex);
-#endif
-  if ((err == -EACCES || err == -EROFS) && !flat.flags)
-    cli_failed("%s: %s; -r serves it read-only", path, u_errno_text(err));
-  if (err == -ENOENT && !flat.flags && !flat.create && !colons)
-    cli_failed("%s: %s; --create SIZE makes it", path, u_errno_text(err));
-  if (err == -EINVAL)
-    cli_failed("%s: no file, device or mem:SIZE, or it is not that long", path);
-  cli_fail(err, path);
-  err = nbdserve_add(cli.server, &ex);
-  if (!err) return;
-  ex.ops->close(ex.ctx);
-  cli_usage("%s: %s", path,
-            err == -EEXIST ? "another target has that export name"
-                           : "--block-size, name or description out of range");
+/* If err is an error: ends the process with a message that says why the target
+ * cannot be opened and, where an option helps, which one. */
+static void cli_exit_if_unopened(int err, const struct cli_target *target) {
+  const char *text = target->text;
+  int writes = !opt[OPT_READ_ONLY].given && !opt[OPT_TEMPORARY].given;
+  if ((err == -EACCES || err == -EROFS) && writes)
+    cli_failed("%s: %s (-r serves it read-only)", text, u_errno_text(err));
+  if (err == -ENOENT && !target->volume && writes && !opt[OPT_CREATE].number)
+    cli_failed("%s: %s (--create SIZE makes it)", text, u_errno_text(err));
+  if (err == -EINVAL && !target->volume)
+    cli_failed("%s: not a file, block device or mem:SIZE, or --offset and "
+               "--size exceed it",
+               text);
+  cli_exit_if_error(err, text);
 }
 
-/* Listens; a connected socket, which cannot, is the only client. */
-static void cli_listen_on(const char *address) {
+/* Gives an export to the server, which takes over what is behind it; if it does
+ * not take the export, that is closed here. */
+static void cli_add_export(const struct nbdserve_export *ex,
+                           const char *target) {
+  assert(ex->ops && ex->ops->close);
+  int err = nbdserve_add(cli.server, ex);
+  if (!err) return;
+  ex->ops->close(ex->ctx);
+  if (err == -EEXIST)
+    cli_usage("%s: another target has that export name", target);
+  if (err == -EINVAL)
+    cli_usage("%s: --block-size, name or description out of range", target);
+  cli_exit_if_error(err, target);
+}
+
+/* Opens a target and adds it to the server.  A volume cannot be cut like a
+ * file, and has clones in place of --temporary.  A whole store adds no export:
+ * the server asks for each one when a client does. */
+static void cli_add_target(char *text) {
+  struct cli_target target;
+  assert(cli.server && !cli.server->nlisteners);
+  struct nbdserve_export ex = cli_common;
+  cli_parse_target(text, &target);
+  ex.name = cli_name_export(&target);
+  ex.description = opt[OPT_DESCRIPTION].text;
+  if (cli.ntargets == 1 && !ex.name) ex.flags |= NBDSERVE_EXPORT_FALLBACK;
+  if (cli.ntargets == 1 && ex.name) cli.export_name = ex.name;
+  if (target.volume && (opt[OPT_OFFSET].number || opt[OPT_SIZE].number ||
+                        opt[OPT_CREATE].number || opt[OPT_TEMPORARY].given))
+    cli_usage("%s: no --offset, --size, --create or --temporary with a store "
+              "(clone it)",
+              target.text);
+  int err = target.volume ? cli_open_volume(target.path, target.volume, &ex)
+                          : cli_open_file_target(target.path, &ex);
+  cli_exit_if_unopened(err, &target);
+  if (ex.ops) cli_add_export(&ex, target.text);
+}
+
+/* ---- Where to listen ---------------------------------------------------- */
+
+/* Listens at an address, as nbdserve_listen takes it, or ends the process with
+ * a message that says what is wrong with it. */
+static void cli_listen_at(const char *address) {
   int err = nbdserve_listen(cli.server, address);
   if (err == -ENAMETOOLONG)
     cli_failed("%s: a socket path has at most %u bytes", address,
                (unsigned)sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
-  if (err == -EINVAL && cli.in < 0 && strncmp(address, "fd:", 3) == 0)
-    cli.in = cli.out = atoi(address + 3);
-  else
-    cli_fail(err, address);
+  if (err == -EADDRINUSE)
+    cli_failed("%s: %s; not replaced", address, u_errno_text(err));
+  if (err == -EINVAL && strncmp(address, "tcp:", 4) == 0)
+    cli_failed("%s: not a numeric address or localhost, or built without TCP",
+               address);
+  cli_exit_if_error(err, address);
 }
 
+/* Listens on a socket that whoever started us has opened.  If it is not one
+ * that listens, it is connected to a client, the only one then: a second such
+ * socket is an error. */
+static void cli_listen_on_fd(int fd) {
+  char address[32];
+  assert(fd >= 0);
+  snprintf(address, sizeof address, "fd:%d", fd);
+  int err = nbdserve_listen(cli.server, address);
+  if (err == -EINVAL && cli.in < 0) {
+    cli.in = fd;
+    cli.out = fd;
+    return;
+  }
+  cli_exit_if_error(err, address);
+}
+
+/* Returns how many sockets systemd, or a program like nbdinfo, has passed to
+ * us.  LISTEN_PID says whom they are for: the variables are inherited by
+ * children, who must not believe them. */
+static uint64_t cli_count_passed(void) {
+  const char *pid = getenv("LISTEN_PID");
+  const char *fds = getenv("LISTEN_FDS");
+  uint64_t n = 0;
+  if (!pid || !fds || strtol(pid, NULL, 10) != (long)getpid()) return 0;
+  if (!u_parse_number(fds, SRV_LISTENERS, &n))
+    cli_failed("LISTEN_FDS: %s: not a number of sockets up to %d", fds,
+               SRV_LISTENERS);
+  return n;
+}
+
+/* Listens on a unix socket at path.  If the path is relative it gets the
+ * working directory in front, so that the URI is right from everywhere; but
+ * only where the whole fits into the address of a socket, for the path alone
+ * may. */
+static void cli_listen_on_unix(const char *path) {
+  char address[PATH_MAX + 8];
+  char dir[sizeof(((struct sockaddr_un *)0)->sun_path)];
+  size_t n = strlen(path);
+  int fits = n + 1 < sizeof dir && *path != '/' &&
+             getcwd(dir, sizeof dir - n - 1) != NULL;
+  snprintf(address, sizeof address, "unix:%s%s%s", fits ? dir : "",
+           fits ? "/" : "", path);
+  cli_listen_at(address);
+}
+
+/* Makes a directory that only its owner can enter, for a socket.  A parent
+ * whose path is long is passed over: with what comes behind it the path has to
+ * fit into the address of a socket on every system. */
+static void cli_make_private_dir(void) {
+  const char *const parents[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"),
+                                 "/tmp"};
+  for (int i = 0; i < 3; i++) {
+    if (!parents[i] || *parents[i] != '/' || strlen(parents[i]) > 80) continue;
+    snprintf(cli.private_dir, sizeof cli.private_dir, "%s/nbdXXXXXX",
+             parents[i]);
+    if (mkdtemp(cli.private_dir)) return;
+    cli.private_dir[0] = '\0';
+  }
+  cli_failed("private socket: no directory for it (use -U)");
+}
+
+/* Listens on a private socket.  The directory protects it; the mode is for
+ * those who look at the socket alone. */
+static void cli_listen_privately(void) {
+  char address[sizeof cli.private_dir + 16];
+  cli_make_private_dir();
+  assert(*cli.private_dir == '/');
+  snprintf(address, sizeof address, "unix:%s/sock", cli.private_dir);
+  cli_listen_at(address);
+  if (chmod(address + strlen("unix:"), 0600) < 0)
+    cli_exit_if_error(-errno, address);
+}
+
+/* Listens on TCP, and warns if others than this machine can connect. */
+static void cli_listen_on_tcp(void) {
+  const char *host = opt[OPT_BIND].text ? opt[OPT_BIND].text : "localhost";
+  uint64_t port = opt[OPT_PORT].given ? opt[OPT_PORT].number : CLI_DEFAULT_PORT;
+  char address[PATH_MAX];
+  snprintf(address, sizeof address, "tcp:%s:%" PRIu64, host, port);
+  cli_listen_at(address);
+  int is_loopback = strcmp(host, "localhost") == 0 ||
+                    strcmp(host, "::1") == 0 || strncmp(host, "127.", 4) == 0;
+  if (!is_loopback && !opt[OPT_QUIET].given)
+    cli_say("%s: no authentication: anyone can read and write", host);
+}
+
+/* Opens the sockets that the command line asks for.  If it does not ask for
+ * any, takes over those that were passed to us, or makes a private one.  Only
+ * sockets that we have opened have a URI that we know. */
 static void cli_listen(void) {
-  const char *dirs[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"), "/tmp"};
-  const char *path = cli.v['U'], *host = cli.v['i'] ? cli.v['i'] : "localhost";
-  const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
-  char address[PATH_MAX + 8] = "unix:", *sock = address + 5;
-  int is_tcp = cli.v['p'] || cli.v['i'], fd = cli.v['f'] ? (int)cli.n['f'] : 3;
-  uint64_t n = cli.v['f'] != NULL; /* sockets of who started us, from fd on */
-  if (cli.v['s']) cli.in = 0;
-  if (cli.v['s']) return;
-  if (!n && !path && !is_tcp && pid && fds &&
-      strtol(pid, NULL, 10) == (long)getpid())
-    u_parse_size(fds, &n); /* systemd, or nbdinfo and its like */
-  if (n > SRV_LISTENERS) cli_fail(-EMFILE, "LISTEN_FDS");
-  for (uint64_t i = 0; i < n; i++) {
-    snprintf(address, sizeof address, "fd:%d", fd + (int)i);
-    cli_listen_on(address);
+  int wants_tcp = opt[OPT_PORT].given || opt[OPT_BIND].given;
+  if (opt[OPT_STDIN].given) {
+    cli.in = 0;
+    cli.out = 1;
+    return;
   }
-  if (n > 0) return;
-  if (path && strcmp(path, "-") != 0) {
-    /* a whole path, where it fits, so that the URI works from anywhere */
-    if (*path != '/' && getcwd(sock, 100 - u_min(strlen(path), 98)))
-      strcat(sock, "/");
-    strncat(sock, path, PATH_MAX / 2);
-    cli_listen_on(address);
-  } else if (path || !is_tcp) { /* in a directory only the owner reaches */
-    for (int i = 0; i < 3 && !*cli.dir; i++) {
-      if (!dirs[i] || *dirs[i] != '/' || strlen(dirs[i]) > 80)
-        continue; /* with the rest it must fit into every system's address */
-      snprintf(cli.dir, sizeof cli.dir, "%s/nbdXXXXXX", dirs[i]);
-      if (!mkdtemp(cli.dir)) *cli.dir = 0;
-    }
-    if (!*cli.dir) cli_failed("private socket: no directory for it; use -U");
-    strcat(strcpy(sock, cli.dir), "/sock");
-    cli_listen_on(address);
-    if (chmod(sock, 0600) < 0) cli_fail(-errno, sock);
+  if (opt[OPT_FD].given) {
+    cli_listen_on_fd((int)opt[OPT_FD].number);
+    return;
   }
-  if (is_tcp) {
-    snprintf(address, sizeof address, "tcp:%s:%s", host,
-             cli.v['p'] ? cli.v['p'] : "10809");
-    cli_listen_on(address);
-    if (strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
-        strncmp(host, "127.", 4) != 0 && !cli.v['q'])
-      cli_say(0, "%s: no authentication: anyone can read and write", host);
+  uint64_t npassed = opt[OPT_UNIX].text || wants_tcp ? 0 : cli_count_passed();
+  for (uint64_t i = 0; i < npassed; i++)
+    cli_listen_on_fd(CLI_FIRST_PASSED_FD + (int)i);
+  if (npassed) return;
+  int wants_private =
+      opt[OPT_UNIX].text ? strcmp(opt[OPT_UNIX].text, "-") == 0 : !wants_tcp;
+  if (wants_private) {
+    cli_listen_privately();
+  } else if (opt[OPT_UNIX].text) {
+    cli_listen_on_unix(opt[OPT_UNIX].text);
   }
-  nbdserve_uri(cli.server, cli.name, cli.uri, sizeof cli.uri);
+  if (wants_tcp) cli_listen_on_tcp();
+  int err = nbdserve_uri(cli.server, cli.export_name, cli.uri, sizeof cli.uri);
+  cli_exit_if_error(err, "URI");
 }
 
-/* --run gets variables, as nbdkit has them; the ARGs of a command the URI. */
-static void cli_start_command(void) {
+/* ---- The command that is served (--run, --) ----------------------------- */
+
+/* Returns a copy of the text with the URI in place of each {}, which is not
+ * freed, or NULL if there is no memory. */
+static char *cli_put_uri(const char *text) {
+  size_t n = strlen(text) + 1;
+  for (const char *hit = strstr(text, "{}"); hit; hit = strstr(hit + 2, "{}"))
+    n += strlen(cli.uri);
+  char *result = u_zalloc(n);
+  if (!result) return NULL;
+  char *end = result;
+  for (;;) {
+    const char *hit = strstr(text, "{}");
+    if (!hit) break;
+    memcpy(end, text, (size_t)(hit - text));
+    end += hit - text;
+    strcpy(end, cli.uri);
+    end += strlen(cli.uri);
+    text = hit + 2;
+  }
+  strcpy(end, text);
+  assert(strlen(result) < n);
+  return result;
+}
+
+/* Sets the variables that a shell command can use.  They have the names that
+ * nbdkit gives them, so that scripts can be used with both. */
+static void cli_set_variables(void) {
+  assert(*cli.uri && cli.server->nlisteners > 0);
   const struct srv_listener *l = cli.server->listeners;
-  char nbd[sizeof l->text + 16], **command = cli.command, **p;
-  if (!*cli.uri) cli_usage("no URI for the command to use");
-  cli.child = fork();
-  if (cli.child < 0) cli_fail(-errno, "fork");
-  if (cli.child) return;
-  cli_catch_signals(SIG_DFL);
-  if (command) {
-    for (p = command; *p; p++) {
-      char *out = u_zalloc(strlen(*p) * (strlen(cli.uri) + 1) + 1), *hit;
-      for (; out && (hit = strstr(*p, "{}")) != NULL; *p = hit + 2)
-        strcat(strncat(out, *p, (size_t)(hit - *p)), cli.uri);
-      if (out) *p = strcat(out, *p);
-    }
-    execvp(*command, command);
+  char nbd[sizeof l->text + 16];
+  const char *colon = strrchr(l->text, ':');
+  snprintf(nbd, sizeof nbd, "nbd:%s%s", l->is_unix ? "unix:" : "", l->text);
+  setenv("nbd", nbd, 1);
+  setenv("uri", cli.uri, 1);
+  setenv("unixsocket", l->is_unix ? l->text : "", 1);
+  setenv("port", l->is_unix || !colon ? "" : colon + 1, 1);
+  setenv("exportname", cli.export_name, 1);
+}
+
+/* In the child: becomes the command.  Returns only if that fails, with the exit
+ * status.  The descriptors that we have opened close themselves. */
+static int cli_exec_command(void) {
+  const char *program = "/bin/sh";
+  if (cli.command) {
+    program = cli.command[0];
+    execvp(program, cli.command);
   } else {
-    snprintf(nbd, sizeof nbd, "nbd:%s%s", l->is_unix ? "unix:" : "", l->text);
-    setenv("nbd", nbd, 1);
-    setenv("uri", cli.uri, 1);
-    setenv("unixsocket", l->is_unix ? l->text : "", 1);
-    setenv("port", l->is_unix ? "" : strrchr(l->text, ':') + 1, 1);
-    setenv("exportname", cli.name, 1);
-    execl("/bin/sh", "sh", "-c", cli.v['R'], (char *)NULL);
+    cli_set_variables();
+    execl(program, "sh", "-c", opt[OPT_RUN].text, (char *)NULL);
   }
-  _exit(cli_say(127, "%s: %s", command ? *command : "/bin/sh",
-                u_errno_text(-errno)));
+  cli_say("%s: %s", program, u_errno_text(-errno));
+  return CLI_NOT_FOUND;
 }
 
-static int cli_command_ended(int wait) {
-  int st = 0;
-  if (!cli.child || waitpid(cli.child, &st, wait ? 0 : WNOHANG) <= 0) return 0;
-  cli.status = WIFSIGNALED(st) ? 128 + WTERMSIG(st) : WEXITSTATUS(st);
-  cli.child = 0;
-  return 1;
-}
-
-/* All is open and listening: tells everybody who asked. */
-static void cli_ready(void) {
-  if (cli.v['P']) { /* in one step: who sees it may connect */
-    char temp[PATH_MAX];
-    snprintf(temp, sizeof temp, "%.*s.new", PATH_MAX - 8, cli.v['P']);
-    int fd = open(temp, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (fd < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0 || close(fd) < 0 ||
-        rename(temp, cli.v['P']) < 0)
-      cli_fail(-errno, cli.v['P']);
-    cli.pidfile = cli.v['P'];
+/* Starts the command.  It is a child of the process, not the other way round,
+ * so that we can pass on its status.  The signals are blocked until its process
+ * id is known to the handler: it may have ended by then, and SIGCHLD be
+ * waiting.  If a signal has asked for the end already, there is nobody to serve
+ * the command, so it is not started. */
+static void cli_start_command(void) {
+  sigset_t was;
+  assert(!cli.child);
+  if (!*cli.uri) cli_usage("no URI for the command to use");
+  for (char **word = cli.command; word && *word; word++) {
+    *word = cli_put_uri(*word);
+    if (!*word) cli_exit_if_error(-ENOMEM, "--");
   }
-  int ready = (int)cli.n['y'];
-  if (ready &&
-      ((*cli.uri && dprintf(ready, "%s\n", cli.uri) < 0) || close(ready) < 0))
-    cli_fail(-errno, "--ready-fd");
-  if (cli.v['R'] || cli.command)
-    cli_start_command();
-  else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0)
-    cli_fail(-errno, "standard output");
-  if (cli.report < 0) return;
-  int null = open("/dev/null", O_RDWR);
-  if (null < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0)
-    cli_fail(-errno, "/dev/null");
-  close(null);
-  (void)!write(cli.report, "", 1); /* a parent that is gone waits for nothing */
-  close(cli.report);
+  cli_block_signals(&was);
+  if (cli.phase == CLI_SERVING) {
+    pid_t pid = fork();
+    if (pid < 0) cli_exit_if_error(-errno, "fork");
+    if (pid == 0) {
+      cli_catch_signals(SIG_DFL); /* first: it must not run our handler */
+      cli_restore_signals(&was);
+      _exit(cli_exec_command());
+    }
+    cli.child = pid;
+  }
+  cli_restore_signals(&was);
 }
 
-/* --fork: the parent waits until the child serves or fails; that returns. */
+/* Step 5 of the end.  Usually the command has ended, which is what has brought
+ * us here, or has been told and had its time.  If it has not been told (the
+ * server has failed, or two signals have come at once) that is done now; in the
+ * first case there is time to wait for it. */
+static void cli_await_command(void) {
+  sigset_t was;
+  cli_tell_command();
+  cli_block_signals(&was);
+  if (cli.child && cli.phase == CLI_SERVING) cli.phase = CLI_COMMAND_ENDS;
+  while (cli.child && cli.phase != CLI_STOPPING)
+    sigsuspend(&was); /* until the handler has run */
+  if (cli.child) {
+    assert(cli.child_told);
+    cli_say("%s: the command still runs after SIGTERM; not waited for",
+            cli.command ? cli.command[0] : "--run");
+    cli.command_status = CLI_FAILED;
+  }
+  cli_restore_signals(&was);
+}
+
+/* ---- Getting ready ------------------------------------------------------ */
+
+/* --fork: goes on in a child.  Only the child returns.  The parent waits for a
+ * byte from it, which says that it is ready, and exits.  If the pipe is closed
+ * without one, the child has failed, and the parent passes its status on.  This
+ * comes before anything is opened: threads would not come along. */
 static void cli_fork(void) {
   int fd[2];
-  char ready;
-  if (pipe(fd) < 0 || (cli.child = fork()) < 0) cli_fail(-errno, "--fork");
-  if (cli.child > 0) {
-    close(fd[1]);
-    if (read(fd[0], &ready, 1) == 1) _exit(0);
-    cli_command_ended(1);
-    _exit(cli.status ? cli.status : CLI_FAILED);
+  char byte;
+  assert(!cli.cas && !cli.server->nlisteners);
+  if (pipe(fd) < 0) cli_exit_if_error(-errno, "--fork");
+  pid_t pid = fork();
+  if (pid < 0) cli_exit_if_error(-errno, "--fork");
+  if (pid == 0) {
+    close(fd[0]);
+    cli.ready_pipe = fd[1];
+    if (setsid() < 0) cli_exit_if_error(-errno, "--fork");
+    return;
   }
-  close(fd[0]);
-  cli.report = fd[1];
-  if (setsid() < 0) cli_fail(-errno, "--fork");
+  close(fd[1]);
+  if (read(fd[0], &byte, 1) == 1) _exit(CLI_OK);
+  int wait_status = 0;
+  waitpid(pid, &wait_status, 0);
+  int status = cli_exit_status(wait_status);
+  _exit(status ? status : CLI_FAILED);
 }
 
-static void cli_print_stats(void) {
-#define N "%" PRIu64 /* a number */
-  struct nbdserve_stats t;
-  cli.usr1 = 0;
-  nbdserve_stats(cli.server, &t);
+/* --fork: lets go of the terminal, and tells the parent.  If the parent has
+ * gone there is nobody to tell. */
+static void cli_leave_terminal(void) {
+  assert(cli.ready_pipe > 2);
+  int null = open("/dev/null", O_RDWR);
+  if (null < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0)
+    cli_exit_if_error(-errno, "/dev/null");
+  close(null);
+  (void)!write(cli.ready_pipe, "", 1);
+  close(cli.ready_pipe);
+}
+
+/* --ready-fd: tells the URI, if there is one, and closes the descriptor, which
+ * is a sign in itself.  The command does not get it. */
+static void cli_tell_ready_fd(int fd) {
+  assert(fd > 2);
+  if (*cli.uri && dprintf(fd, "%s\n", cli.uri) < 0)
+    cli_exit_if_error(-errno, "--ready-fd");
+  if (close(fd) < 0) cli_exit_if_error(-errno, "--ready-fd");
+}
+
+/* Tells everybody who wants to know that all is open and we listen.  Whoever is
+ * told may connect at once.  With a command, that is who uses the URI, and
+ * standard output is the command's. */
+static void cli_tell_ready(void) {
+  if (opt[OPT_PIDFILE].text) cli_write_pidfile(opt[OPT_PIDFILE].text);
+  if (opt[OPT_READY_FD].given) cli_tell_ready_fd((int)opt[OPT_READY_FD].number);
+  if (opt[OPT_RUN].text || cli.command) {
+    cli_start_command();
+  } else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0) {
+    cli_exit_if_error(-errno, "standard output");
+  }
+  if (cli.ready_pipe >= 0) cli_leave_terminal();
+}
+
+/* ---- Serving ------------------------------------------------------------ */
+
+/* Prints the totals as JSON, with the names that nbdserve.h has for them. */
+static void cli_print_stats_json(const struct nbdserve_stats *stats) {
   fprintf(stderr,
-          cli.v['j'] ? "{\"clients\":" N ",\"clients_now\":" N
-                       ",\"requests\":" N ",\"errors\":" N ",\"bytes_read\":" N
-                       ",\"bytes_written\":" N ",\"flushes\":" N "}\n"
-                     : "nbdserve: " N " clients (" N " now), " N " requests (" N
-                       " failed), " N " bytes read, " N " written, " N
-                       " flushes\n",
-          t.clients, t.clients_now, t.requests, t.errors, t.bytes_read,
-          t.bytes_written, t.flushes);
+          "{\"clients\":%" PRIu64 ",\"clients_now\":%" PRIu64
+          ",\"requests\":%" PRIu64 ",\"errors\":%" PRIu64
+          ",\"bytes_read\":%" PRIu64 ",\"bytes_written\":%" PRIu64
+          ",\"flushes\":%" PRIu64 "}\n",
+          stats->clients, stats->clients_now, stats->requests, stats->errors,
+          stats->bytes_read, stats->bytes_written, stats->flushes);
 }
 
+/* Prints the totals, for --stats and SIGUSR1. */
+static void cli_print_stats(void) {
+  struct nbdserve_stats stats;
+  nbdserve_stats(cli.server, &stats);
+  if (opt[OPT_JSON].given) {
+    cli_print_stats_json(&stats);
+    return;
+  }
+  cli_say("%" PRIu64 " clients (%" PRIu64 " now), %" PRIu64
+          " requests (%" PRIu64 " failed), %" PRIu64 " bytes read, %" PRIu64
+          " written, %" PRIu64 " flushes",
+          stats.clients, stats.clients_now, stats.requests, stats.errors,
+          stats.bytes_read, stats.bytes_written, stats.flushes);
+}
+
+/* Runs the server to its end, and does what the signal handler leaves to
+ * others: it prints totals, and does steps 1 and 2 of the end.  Returns what
+ * nbdserve_run does. */
+static int cli_run(void) {
+  for (;;) {
+    int err = nbdserve_run(cli.server);
+    if (err != -EINTR) return err;
+    if (cli.stats_wanted) {
+      cli.stats_wanted = 0;
+      cli_print_stats();
+    }
+    if (cli.phase == CLI_COMMAND_ENDS) {
+      nbdserve_unlisten(cli.server);
+      cli_tell_command();
+    }
+  }
+}
+
+/* Serves until the end.  Returns the exit status, which is the command's if
+ * there was one and it has failed.  A client that is the only one is served
+ * here; after that cli_run has nothing to do but to flush. */
 static int cli_serve(void) {
-  int err = 0, run;
-#if !NBDSERVE_NO_CAS /* no other process is made now, to inherit from it */
-  if (cli.ctl >= 0 && (os_pipe(cli.ended) || os_thread(cli_control, NULL)))
-    cli.ended[0] = 0;
-#endif
+  int err = 0;
+  assert((cli.in < 0) == (cli.out < 0));
+  cli_start_control();
   if (cli.in >= 0) {
     err = nbdserve_serve(cli.server, cli.in, cli.out, NULL);
-    nbdserve_stop(cli.server); /* what follows only flushes */
+    nbdserve_stop(cli.server);
   }
-  while ((run = nbdserve_run(cli.server)) == -EINTR) {
-    if (cli.usr1) cli_print_stats();
-    if (cli_command_ended(0)) nbdserve_stop(cli.server);
-  }
-  if (cli.v['z']) cli_print_stats();
-  if (cli.child) kill(cli.child, SIGTERM);
-  cli_command_ended(1);
-  return cli.status ? cli.status : err || run ? CLI_FAILED : 0;
+  int run_err = cli_run();
+  if (opt[OPT_STATS].given) cli_print_stats();
+  cli_await_command();
+  if (cli.command_status) return cli.command_status;
+  return err || run_err ? CLI_FAILED : CLI_OK;
 }
 
+/* At exit, however that comes about: removes what we have made, first what
+ * tells others that we are here, and closes what we have opened.  Clients and
+ * commands use the store, so it is closed after they have ended.  If a command
+ * does not end, the store stays open: opening it next time repairs what is
+ * unfinished.  From here on signals are ignored. */
+static void cli_close(void) {
+  const char *trouble = NULL;
+  cli_catch_signals(SIG_IGN);
+  cli_remove_pidfile();
+  if (cli.ctl >= 0) cli_remove_own(cli.ctl_path, &cli.ctl_st);
+  if (!cli_await_control()) trouble = "a command was not finished";
+  nbdserve_free(cli.server);
+  if (!trouble) trouble = cli_close_store();
+  if (*cli.private_dir) rmdir(cli.private_dir);
+  if (trouble) {
+    cli_say("%s: %s", cli.store, trouble);
+    _exit(CLI_FAILED);
+  }
+}
+
+/* ---- The command line as a whole ---------------------------------------- */
+
+/* Prints the options for --help.  Those without a letter are indented, so that
+ * all names are in one column. */
+static void cli_help_options(void) {
+  for (int id = 0; id < OPT_COMMAND; id++) {
+    const struct cli_option *option = &cli_options[id];
+    const char *argument = option->argument ? option->argument : "";
+    char letter[] = "-x,";
+    letter[1] = option->letter;
+    printf("  %3s --%s %-*s %s\n", option->letter ? letter : "", option->name,
+           18 - (int)strlen(option->name), argument, option->help);
+  }
+}
+
+/* --help.  README has a copy of what this prints; a test compares them. */
 static int cli_help(void) {
   puts("usage: nbdserve [OPTION]... [NAME=]TARGET... [-- CMD ARG...]\n"
        "       nbdserve COMMAND ARG...\n"
-       "Serves disks over NBD.  TARGET is a file, a block device, mem:SIZE or\n"
-       "STORE::VOLUME, STORE::VOLUME@SNAPSHOT or, for all of it, STORE::.\n"
-       "With CMD: serves while it runs; {} in an ARG becomes the URI.\n");
-  for (const struct cli_option *o = cli_options; *o->name; o++) {
-    char letter[] = {'-', (char)o->letter, ',', 0};
-    printf("  %3s --%s %-*s %s\n", o->letter > 0 ? letter : "", o->name,
-           18 - (int)strlen(o->name), o->arg ? o->arg : "", o->help);
-  }
-#if !NBDSERVE_NO_CAS
-  puts("\nCommands on stores, also while they are served; NAME: VOLUME, "
-       "VOLUME@SNAPSHOT\nor the id of a snapshot that was sealed:");
-  for (int i = 0; i < CLI_VERBS; i++)
-    printf("  %-9s %s\n", cli_verbs[i].name, cli_verbs[i].help);
-#endif
-  puts("\nNumbers take K, M, G, T, P and E (powers of 1024).  When it listens, "
-       "the URI is\nprinted.  Exit status: 0 ok, 1 failed, 2 usage, 3 verify "
-       "found damage, 4 target\nin use, or CMD's.");
-  return fflush(stdout) == EOF ? CLI_FAILED : 0;
+       "Serves disks over NBD.  TARGET is a file, a block device, mem:SIZE,\n"
+       "file:PATH (a file whatever its name looks like), STORE::VOLUME,\n"
+       "STORE::VOLUME@SNAPSHOT or, for a whole store, STORE::.\n"
+       "With CMD: serves while CMD runs; {} in an ARG becomes the URI.\n");
+  cli_help_options();
+  cli_help_verbs();
+  puts("\nNumbers take K, M, G, T, P and E (powers of 1024).  Once it\n"
+       "listens it prints the URI.  Exit status: 0 success, 1 failure,\n"
+       "2 usage, 3 verify found damage, 4 target in use, or the status\n"
+       "of CMD.");
+  return fflush(stdout) == EOF ? CLI_FAILED : CLI_OK;
 }
 
-int main(int argc, char **argv) {
-  int fd = 0; /* 0 to 2 get opened: no image may be one and get messages */
+/* --version.  The words tell what the build has; --help leaves out what it has
+ * not. */
+static int cli_version(void) {
+  printf("nbdserve %s%s%s%s%s%s\n", nbdserve_version(),
+         NBDSERVE_NO_FLAT ? "" : " flat", NBDSERVE_NO_CAS ? "" : " cas",
+         NBDSERVE_NO_TCP ? "" : " tcp", NBDSERVE_NO_THREADS ? "" : " threads",
+         NBDSERVE_POSIX_ONLY ? " posix-only" : "");
+  return fflush(stdout) == EOF ? CLI_FAILED : CLI_OK;
+}
+
+/* Opens those of the descriptors 0 to 2 that are not open.  Otherwise an image
+ * could become one of them, and our messages would be written to it. */
+static void cli_open_standard_fds(void) {
+  int fd = 0;
   while (fd >= 0 && fd <= 2)
     fd = open("/dev/null", O_RDWR);
   if (fd > 2) close(fd);
-  atexit(cli_close);
-  cli.targets = argv; /* gathered at its front, behind what has been read */
-  if (argc > 0) cli_parse(argv);
-  if (cli.v['h']) return cli_help();
-  if (cli.v['V'])
-    return printf("nbdserve %s%s%s%s%s%s\n", nbdserve_version(),
-                  NBDSERVE_NO_FLAT ? "" : " flat",
-                  NBDSERVE_NO_CAS ? "" : " cas", NBDSERVE_NO_TCP ? "" : " tcp",
-                  NBDSERVE_NO_THREADS ? "" : " threads",
-                  NBDSERVE_POSIX_ONLY ? " posix-only" : "") < 0;
-  int level = NBDSERVE_LOG_WARNING + (int)u_min(cli.n['v'], 2);
+}
+
+/* Makes the server as the options want it.  Commands on stores need one, too: a
+ * signal ends them by way of nbdserve_stop. */
+static void cli_new_server(void) {
   struct nbdserve_config config = {
       .version = NBDSERVE_VERSION_NUMBER,
-      .max_conn = (uint32_t)cli.n['m'],
-      .flags = cli.v['1'] ? NBDSERVE_CONFIG_ONCE : 0,
-      .threads = (uint32_t)cli.n['t'],
-      .idle_exit_ms = (uint32_t)cli.n['I'] * 1000,
-      .log = cli_log,
-      .stall_ms = (uint32_t)cli.n['a'] * 1000,
-      .without = cli.without,
-      .before = cli.v['x'] || cli.v['d'] ? cli_before : NULL,
-      .log_level = cli.v['q'] ? NBDSERVE_LOG_ERROR : level};
-  cli_fail(nbdserve_new(&cli.server, &config), "start");
-  cli_command();
-  cli_check();
-  if (cli.v['F']) cli_fork();
+      .threads = (uint32_t)opt[OPT_THREADS].number,
+      .max_conn = (uint32_t)opt[OPT_MAX_CONN].number,
+      .stall_ms = (uint32_t)opt[OPT_STALL].number * 1000,
+      .idle_exit_ms = (uint32_t)opt[OPT_IDLE_EXIT].number * 1000,
+      .without = cli_without,
+      .log_level = NBDSERVE_LOG_WARNING + (int)u_min(opt[OPT_VERBOSE].given, 2),
+      .log = cli_log};
+  if (opt[OPT_QUIET].given) config.log_level = NBDSERVE_LOG_ERROR;
+  if (opt[OPT_ONCE].given) config.flags |= NBDSERVE_CONFIG_ONCE;
+  if (opt[OPT_FAULT].given || opt[OPT_DELAY].given) config.before = cli_before;
+  cli_exit_if_error(nbdserve_new(&cli.server, &config), "start");
+}
+
+/* A command on a store, or a server from its start to its end: see the head of
+ * this section.  The order matters: --fork before threads and locks, signals
+ * before anything that must be removed, targets before sockets, so that whoever
+ * can connect finds them. */
+int main(int argc, char **argv) {
+  cli_open_standard_fds();
+  atexit(cli_close);
+  if (argc > 0) cli_parse(argv);
+  if (opt[OPT_HELP].given) return cli_help();
+  if (opt[OPT_VERSION].given) return cli_version();
+  cli_new_server();
+  cli_run_verb();
+  cli_check_options();
+  if (opt[OPT_FORK].given) cli_fork();
   cli_catch_signals(cli_on_signal);
   for (int i = 0; i < cli.ntargets; i++)
-    cli_add(cli.targets[i]);
+    cli_add_target(cli.targets[i]);
   cli_listen();
-  cli_ready();
+  cli_tell_ready();
   return cli_serve();
 }
 

@@ -3281,6 +3281,57 @@ testEverySystemCallMayFailOnce() {
   does "$W/simulator" calls 1
   [ -n "${SANITIZER-}" ] || does "$W/simulator" calls 2
 }
+testControlSocketOfASuccessorIsKept() {
+  store && unless NO_THREADS || return 0
+  serve "$S::"
+  rm "$S.ctl"
+  echo other >"$S.ctl"
+  stop TERM
+  assertEquals 'of another server' other "$(cat "$S.ctl")"
+}
+testControlSocketOfAStrangerIsNotUsed() {
+  store && needs python3 || return 0
+  [ "$(id -u)" = 0 ] || { skip 'not root'; return; }
+  python3 - "$S" <<'END' &
+import fcntl, os, socket, sys
+store = open(sys.argv[1], "r+")
+fcntl.flock(store, fcntl.LOCK_EX)
+s = socket.socket(socket.AF_UNIX)
+s.settimeout(20)
+s.bind(sys.argv[1] + ".ctl")
+os.chown(sys.argv[1] + ".ctl", 65534, 65534)
+s.listen()
+try:
+    c = s.accept()[0]
+    c.recv(9000, socket.MSG_WAITALL)
+    open(sys.argv[1] + ".got", "w")
+    c.send(b"\0")
+except socket.timeout:
+    pass
+END
+  await "[ -S '$S.ctl' ]"
+  await "[ \"\$(stat -c %u '$S.ctl')\" = 65534 ]"
+  cas 1 list "$S"
+  says "$S.ctl: belongs neither"
+  assertFalse 'the stranger got descriptors' "[ -e '$S.got' ]"
+  kill $!
+  wait $! 2>/dev/null || :
+}
+testMessagesNameWhatIsMissingInAStore() {
+  store || return 0
+  cas 0 create "$S::v" 1M
+  run "$S::nix"
+  assertEquals 1 "$STATUS"
+  says "$S::nix: "
+  cas 1 rollback "$S::v"
+  says 'rollback v: not a snapshot$'
+  cas 1 create "$S::a@b" 5
+  says 'not a name or size that a volume can have$'
+  cas 2 init "$T/x" 5000
+  says '5000: not a block size .*4K'
+  cas 2 create "$S::w" x
+  says 'create x: not a size$'
+}
 
 # ==== [12] SERVER (@server) ==================================================
 
@@ -3777,7 +3828,7 @@ testWhatIsListedBehindWithoutIsHidden() {
   for words in bogus flush,bogus flush,,fua FLUSH flus flushh; do
     run -s --without $words "$DISK"
     assertEquals "$words" 2 "$STATUS"
-    says "without $words: no such LIST"
+    says "without $words: not a list of: flush fua trim zero df multi-conn"
   done
 }
 testFaultsHitTheirShareOfTheirCommand() {
@@ -3807,7 +3858,7 @@ testFaultsHitTheirShareOfTheirCommand() {
     reads:EIO:1 read:EIO:1x :EIO:1 read:EIO:nan; do
     run -s --fault $what "$DISK"
     assertEquals "$what" 2 "$STATUS"
-    says "fault $what: no such CMD:ERR:RATE"
+    says "fault $what: not CMD:ERR:RATE"
   done
 }
 testDelayedRequestsWaitTogether() {
@@ -3825,7 +3876,7 @@ testDelayedRequestsWaitTogether() {
   for what in read read: read:-1 read:x read:1x x:1 read:EIO:1 read:nan; do
     run -s --delay $what "$DISK"
     assertEquals "$what" 2 "$STATUS"
-    says "delay $what: no such CMD:MS"
+    says "delay $what: not CMD:MS"
   done
 }
 testPassedSocketIsServed() {
@@ -3987,7 +4038,7 @@ testSealAndDiffAreCommands() {
   cas 0 seal "$S::v@s"
   assertTrue "id: $(cat "$T/out")" "grep -Eqx 'sha256-[0-9a-f]{64}' '$T/out'"
   cas 1 seal "$S::v"
-  says 'seal v: not with such a name or size$'
+  says 'seal v: not a snapshot$'
   DISK=$S::v SIZE=100000
   simple OK.1 WRITE,1,5000,4 61626364
   cas 0 diff "$S::v@s" v
@@ -4282,6 +4333,227 @@ time.sleep(2)' "$SOCK" "$T/full" &
   await "'$NBDSERVE' list '$S' >'$T/out' 2>>'$T/err'"
   assertEquals v "$(cut -f1 "$T/out")"
   wait $!
+}
+# A command for --run that is connected: holder FILE says so in FILE, and waits
+# for SIGTERM.  Then it writes "late" to offset 8 over its old connection, tries
+# a new one, tells both in FILE, and ends with status 9.
+holder() {
+  needs python3 || return 1
+  cat >"$T/holder.py" <<END
+import os, signal, socket, sys, threading
+greeting = bytes.fromhex("00000003$(ask GO '')")
+write = bytes.fromhex("$(req WRITE 1 8 4)") + b"late"
+def connect():
+    s = socket.socket(socket.AF_UNIX)
+    s.settimeout(8)
+    s.connect(os.environ["unixsocket"])
+    return s
+def on_term(*unused):
+    try:
+        old.send(write)
+        reply = old.recv(16, socket.MSG_WAITALL)
+        told = "written" if len(reply) == 16 else "cut"
+    except OSError as e:
+        told = type(e).__name__
+    try:
+        if "$SWITCH" != "NO_THREADS": # nobody is accepted meanwhile
+            connect().recv(18)
+            told += " accepted"
+        else:
+            told += " refused"
+    except socket.timeout:
+        told += " hung"
+    except OSError:
+        told += " refused"
+    with open(sys.argv[1], "w") as f: f.write(told)
+    os._exit(9)
+signal.signal(signal.SIGTERM, on_term)
+old = connect()
+old.recv(18, socket.MSG_WAITALL)
+old.send(greeting)
+old.recv(10 + 32 + 20, socket.MSG_WAITALL)
+with open(sys.argv[1], "w") as f: f.write("connected")
+threading.Event().wait(60)
+END
+}
+testSignalledServerServesItsCommandUntilItHasEnded() {
+  holder || return 0
+  OUT=$T/out
+  for signal in TERM INT HUP; do
+    rm -f "$T/told"
+    spawn --run "exec python3 '$T/holder.py' '$T/told'" "$DISK"
+    await "[ -s '$T/told' ]"
+    spawned
+    stop $signal
+    assertEquals "status after $signal" 9 "$STATUS"
+    assertEquals "$signal" 'written refused' "$(cat "$T/told")"
+    assertEquals 'what was written last' 6c617465 "$(at 8 4)"
+    printf 00000000 | dd of="$DISK" bs=1 seek=8 conv=notrunc 2>/dev/null
+  done
+}
+# Its output and what lingers of it must not keep the test waiting
+testSecondSignalEndsAServerWhoseCommandDoesNot() {
+  OUT=$T/out
+  spawn --run "trap '' TERM; echo \$\$ >'$T/command'; exec sleep 60" mem:1M
+  await "[ -s '$T/command' ]"
+  spawned
+  kill -TERM "$PID"
+  sleep 1
+  assertTrue 'it waits for the command' "kill -0 $PID"
+  stop TERM
+  assertEquals 'status' 1 "$STATUS"
+  says 'still runs'
+  assertTrue 'the command is left alone' "kill -KILL $(cat "$T/command")"
+}
+testCommandHasTenSecondsToEnd() {
+  OUT=$T/out
+  spawn --run "trap '' TERM; echo \$\$ >'$T/command'; exec sleep 60" mem:1M
+  await "[ -s '$T/command' ]"
+  spawned
+  from=$(date +%s)
+  stop TERM
+  seconds=$(($(date +%s) - from))
+  assertEquals 'status' 1 "$STATUS"
+  assertTrue "after $seconds s" "[ $seconds -ge 9 ] && [ $seconds -le 20 ]"
+  says 'still runs'
+  kill -KILL "$(cat "$T/command")"
+}
+testSecondINTEndsAtOnceWhatHasNoCommand() {
+  LOG='^nbdserve: client'
+  mkfifo "$T/in" "$T/out"
+  IN=$T/in OUT=$T/out
+  spawn -s "$DISK"
+  exec 9>"$IN" 8<"$OUT"
+  # shellcheck disable=SC2046
+  bytes 00000003 "$(ask GO)" $(seq -f 'READ,%g,0,65536' 20) >&9
+  sleep 0.5 # it is stuck in a reply that nobody reads
+  spawned
+  kill -INT "$PID"
+  sleep 0.2
+  stop INT
+  assertEquals 'status' 130 "$STATUS"
+  exec 9>&- 8<&-
+}
+# What the command has left behind is a client that never goes
+testCommandsEndEndsAServerThatStillHasAClient() {
+  holder || return 0
+  OUT=$T/out
+  spawn --run "python3 '$T/holder.py' '$T/told' & until [ -s '$T/told' ]; do
+    sleep 0.05; done; echo \$! >'$T/command'; exit 3" "$DISK"
+  await "[ -s '$T/told' ]"
+  await "! kill -0 $(cat "$T/pid$NSERVE") 2>/dev/null" ||
+    kill -KILL "$(cat "$T/pid$NSERVE")"
+  wait "$JOB"
+  assertEquals 'status' 3 $?
+  kill -KILL "$(cat "$T/command")"
+}
+
+testPidfileIsNotWrittenThroughALink() {
+  echo precious >"$T/victim"
+  for name in pid.new pid; do
+    rm -f "$T/pid" "$T/pid.new"
+    ln -s victim "$T/$name"
+    run -s -P "$T/pid" "$DISK"
+    assertEquals "$name" 0 "$STATUS"
+    assertEquals "$name" precious "$(cat "$T/victim")"
+  done
+}
+testPidfileHasTheModeThatTheUmaskLeaves() {
+  was=$(umask)
+  for mask in 022 027 077; do
+    umask $mask
+    serve -P "$T/pid" "$DISK"
+    umask "$was"
+    assertEquals "umask $mask" "$(printf %o $((0666 & ~mask)))" \
+      "$(stat -c %a "$T/pid")"
+    assertEquals 'its contents' "$PID" "$(cat "$T/pid")"
+    stop TERM
+  done
+}
+testPidfileThatCannotBeLeavesNothingBehind() {
+  mkdir "$T/here" "$T/here/pid"
+  echo 1 >"$T/here/pid/file"
+  run -s -P "$T/here/pid" "$DISK"
+  assertEquals 1 "$STATUS"
+  says "$T/here/pid: "
+  assertEquals 'what is left' pid "$(ls "$T/here")"
+  run -s -P "$T/none/pid" "$DISK"
+  assertEquals 1 "$STATUS"
+  says "$T/none/pid: "
+}
+testPidfileOfASuccessorIsKept() {
+  serve -P "$T/pid" "$DISK"
+  rm "$T/pid"
+  echo 1 >"$T/pid"
+  stop TERM
+  assertEquals 'of another server' 1 "$(cat "$T/pid")"
+}
+
+testFileSaysThatATargetIsOne() {
+  cd "$T" || return
+  for name in a::b mem:5 x=y file:z mem:; do
+    printf %s "$name" >"$name"
+    for target in "file:$name" "e=file:$name" "file:$T/$name"; do
+      case $target in e=*) export=e ;; *) export='' ;; esac
+      ARGS='' DISK=$target SIZE=${#name}
+      talk "$(ask GO "$(of $export)")" READ,1,0,2 DISC,0,0,0
+      expect "go=export:$SIZE:$FLAGS go=ack" \
+        "OK.1=$(of "$(printf %.2s "$name")")"
+    done
+  done
+  serve file:a::b file:mem:5 n=file:x=y
+  for export in a::b:4 mem:5:5 n:3; do
+    client hello "$SOCK" "${export%:*}"
+    assertEquals "$export" "${export##*:}" "$(cat "$T/log")"
+  done
+  run -s file:absent
+  assertEquals 1 "$STATUS"
+  says 'file:absent: .*o such file'
+  run -s "file:$(printf %05000d 0)"
+  assertEquals 1 "$STATUS"
+  says '^nbdserve: file:0'
+  cd "$here" || return
+}
+
+testRefusedValuesAreToldWhatIsAllowed() {
+  while read -r option value allowed; do
+    run -s "$option" "$value" "$DISK"
+    assertEquals "$option $value" 2 "$STATUS"
+    says "^nbdserve: $option $value: .*$allowed"
+  done <<'END'
+--port 65536 from 0 to 65535$
+--port x from 0 to 65535$
+--threads 0 from 1 to 1024$
+--max-conn 0 from 1 to 1048576$
+--stall 0 from 1 to 4000000$
+--idle-exit -1 from 1 to 4000000$
+--size 0 from 1 to 9223372036854775807$
+--create 8E from 1 to 9223372036854775807$
+--offset x from 0 to 9223372036854775807$
+--fd x number of a descriptor
+--ready-fd 2 number of a descriptor .3 or above
+--block-size 1:2 MIN:PREFERRED:MAX
+--cache maybe writeback, writethrough or unsafe
+--without flush,x flush fua trim zero df multi-conn .* extended
+--fault read:EX:1 CMD: read write .*ERR: EPERM .*RATE: 0 to 1
+--delay read:-1 CMD: read write .* all; MS: 0 to 1000000
+END
+  while read -r a b reason; do
+    run "$a" "$b" "$DISK"
+    assertEquals "$a $b" 2 "$STATUS"
+    says "not together with --.*: .*$reason"
+  done <<'END'
+-s -Ux nobody listens
+--run=true -s could not connect
+--run=true -1 ends with the command
+-T -r nothing to discard
+END
+}
+testBadAddressesSayWhatIsGood() {
+  unless NO_TCP || return 0
+  run -i no.such.host "$DISK"
+  assertEquals 1 "$STATUS"
+  says 'no.such.host:10809: not a numeric address'
 }
 
 # ==== [14] SOURCE (@source) ==================================================

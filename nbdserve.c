@@ -447,7 +447,12 @@ enum {
   OS_WRITE = 1
 };
 
-#if OS_LINUX || (!defined __APPLE__ && !NBDSERVE_POSIX_ONLY)
+#if !OS_LINUX && (defined __APPLE__ || NBDSERVE_POSIX_ONLY)
+/* Where POSIX is all there is, one piece is moved at a time. */
+#define preadv(fd, v, n, off) pread(fd, (v)->iov_base, (v)->iov_len, off)
+#define pwritev(fd, v, n, off) pwrite(fd, (v)->iov_base, (v)->iov_len, off)
+#endif
+
 /* Moves what one system call moves of v[0..n); as pread(2) and pwrite(2).  For
  * a single piece the plain calls are a little faster. */
 static ssize_t os_transfer_some(int fd, int writing, const struct iovec *v,
@@ -456,15 +461,6 @@ static ssize_t os_transfer_some(int fd, int writing, const struct iovec *v,
   return writing ? pwrite(fd, v->iov_base, v->iov_len, off)
                  : pread(fd, v->iov_base, v->iov_len, off);
 }
-#else
-/* The same where POSIX is all there is: one piece at a time. */
-static ssize_t os_transfer_some(int fd, int writing, const struct iovec *v,
-                                int n, off_t off) {
-  (void)n;
-  return writing ? pwrite(fd, v->iov_base, v->iov_len, off)
-                 : pread(fd, v->iov_base, v->iov_len, off);
-}
-#endif
 
 /* Reads (OS_READ) or writes (OS_WRITE) all of v[0..n), which lies at off in one
  * piece.  Changes v.  No piece may be empty.
@@ -497,10 +493,7 @@ static int os_try_datasync(int fd) {
   return r < 0 && errno != EINTR && errno != EIO ? fsync(fd) : r;
 }
 #else
-/* As fdatasync(2). */
-static int os_try_datasync(int fd) {
-  return fdatasync(fd);
-}
+#define os_try_datasync(fd) fdatasync(fd)
 #endif
 
 /* When it returns 0, all that was written to fd is on the medium, with as much
@@ -544,20 +537,15 @@ static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
 }
 #else
 /* Other systems have nothing that keeps all these promises. */
-static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
-  (void)fd;
-  (void)mode;
-  (void)off;
-  (void)len;
-  return -EOPNOTSUPP;
-}
+#define os_fallocate(fd, mode, off, len) \
+  ((void)(fd), (void)(mode), (void)(off), (void)(len), -EOPNOTSUPP)
 #endif
 
 /* Keeps other servers out, until fd is closed: a writer keeps out everybody, a
  * reader keeps out writers.  -EBUSY: another server is there already.  On a
  * file system without locks nobody is kept out.
  *
- * flock(2) it is because its lock belongs to the descriptor.  A lock of
+ * We use flock(2) because its lock belongs to the descriptor.  A lock of
  * fcntl(2) belongs to the process: it would let one server open a file twice,
  * and vanish when the process closes any other descriptor of the file. */
 static int os_lock_file(int fd, int readonly) {
@@ -599,10 +587,7 @@ static int os_is_readonly_device(int fd) {
 }
 #else
 /* Nothing to ask: opening the device must tell. */
-static int os_is_readonly_device(int fd) {
-  (void)fd;
-  return 0;
-}
+#define os_is_readonly_device(fd) ((void)(fd), 0)
 #endif
 #endif
 
@@ -652,9 +637,7 @@ static int os_open_memory(void) {
 }
 #else
 /* This system has no files in memory. */
-static int os_open_memory(void) {
-  return -1;
-}
+#define os_open_memory() (-1)
 #endif
 
 #if OS_LINUX && defined O_TMPFILE
@@ -665,10 +648,7 @@ static int os_open_unnamed(const char *dir) {
 }
 #else
 /* Every file of this system has a name at first. */
-static int os_open_unnamed(const char *dir) {
-  (void)dir;
-  return -1;
-}
+#define os_open_unnamed(dir) ((void)(dir), -1)
 #endif
 
 /* Opens a new file in dir and takes its name away at once.  mkstemp makes the
@@ -687,7 +667,7 @@ static int os_open_and_unlink(const char *dir) {
   return err;
 }
 
-/* Opens a file of nobody else's that is gone when it is closed: in dir or, if
+/* Opens a private file that is gone when it is closed: in dir or, if
  * dir is NULL, in memory, or in /tmp where the system has no files in memory.
  * The caller owns the descriptor.
  *
@@ -711,10 +691,7 @@ static int os_is_rotational(int fd) {
 }
 #else
 /* Nothing to ask. */
-static int os_is_rotational(int fd) {
-  (void)fd;
-  return 0;
-}
+#define os_is_rotational(fd) ((void)(fd), 0)
 #endif
 
 #if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
@@ -725,11 +702,7 @@ static void os_willneed(int fd, uint64_t off, uint64_t len) {
 }
 #else
 /* This system cannot be told. */
-static void os_willneed(int fd, uint64_t off, uint64_t len) {
-  (void)fd;
-  (void)off;
-  (void)len;
-}
+#define os_willneed(fd, off, len) ((void)(fd), (void)(off), (void)(len))
 #endif
 
 #endif /* !NBDSERVE_NO_FLAT */
@@ -1679,17 +1652,20 @@ static void io_note_stop(struct io *io) {
  * `until` (0: without limit).  -ESHUTDOWN: all that had arrived when the server
  * stopped has been taken. */
 static int io_wait_input(struct io *io, int64_t until) {
-  struct pollfd p[2] = {{.fd = io->in, .events = POLLIN},
-                        {.fd = io->stop->pipe[0], .events = POLLIN}};
+  /* Of a pipe for replies poll() says when nobody reads it any more. */
+  int replies = io->out == io->in ? -1 : io->out;
+  struct pollfd p[3] = {{.fd = io->in, .events = POLLIN},
+                        {.fd = io->stop->pipe[0], .events = POLLIN},
+                        {.fd = replies, .events = 0}};
   while (!io->stopping) {
-    int r = poll(p, 2, until ? io_timeout(until) : -1);
+    int timeout = until ? io_timeout(until) : -1;
+    if (timeout == 0) return -ETIMEDOUT; /* even if there is something */
+    int r = poll(p, 3, timeout);
     if (r < 0 && errno != EINTR) return -errno;
-    if (r == 0 && until) return -ETIMEDOUT;
     if (r <= 0) continue;
-    if (p[1].revents)
-      io_note_stop(io);
-    else
-      return 0;
+    if (p[2].revents & POLLERR) return -EPIPE;
+    if (!p[1].revents) return 0;
+    io_note_stop(io);
   }
   return io->arrived_left > 0 ? 0 : -ESHUTDOWN;
 }
@@ -1723,29 +1699,34 @@ static ssize_t io_recv_now(struct io *io, void *buf, size_t len, int flags) {
     n = recv(io->in, buf, len, flags);
     if (n < 0 && errno == ENOTSOCK) n = read(io->in, buf, len);
   } while (n < 0 && errno == EINTR);
-  if (n < 0) return errno == EWOULDBLOCK ? -EAGAIN : -errno;
+  if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
+    io->arrived_left = 0; /* another reader of this descriptor was faster */
+    return -EAGAIN;
+  }
+  if (n < 0) return -errno;
   assert((size_t)n <= len);
   if (io->stopping) io->arrived_left -= (size_t)n;
   if (n == 0) io->at_end = 1;
   return n;
 }
 
-/* Receives up to len bytes, at least one: what a request begins with.  Their
- * number, 0 at the end of the stream, -ETIMEDOUT after stall_ms of silence, or
- * -errno. */
-static ssize_t io_recv(struct io *io, void *buf, size_t len) {
+/* Receives up to len bytes, at least one: requests, or a part of one.  until:
+ * 0, or the time by which something has to come.  Returns their number, 0 at
+ * the end of the stream, -ETIMEDOUT at that time or else after stall_ms of
+ * silence, or -errno. */
+static ssize_t io_recv(struct io *io, void *buf, size_t len, int64_t until) {
   ssize_t n;
   assert(len > 0 && !io->deadline);
   if (io->stopping && !io->arrived_left) return -ESHUTDOWN;
-  if (!io->polls_requests) {
+  if (!io->polls_requests && !until) {
     n = io_recv_now(io, buf, len, 0);
     return n == -EAGAIN ? -ETIMEDOUT : n;
   }
   do {
-    int err = io_wait_input(io, os_now_ms() + io->stall_ms);
+    int err = io_wait_input(io, until ? until : os_now_ms() + io->stall_ms);
     if (err) return err;
     n = io_recv_now(io, buf, len, MSG_DONTWAIT);
-  } while (n == -EAGAIN); /* another reader of this descriptor was faster */
+  } while (n == -EAGAIN);
   return n;
 }
 
@@ -1779,7 +1760,7 @@ static int io_recv_all(struct io *io, unsigned char *p, size_t len) {
  * says that it is ready.  Bytes written, or -1 with errno. */
 static ssize_t io_write_pipe(int fd, const struct iovec *v) {
   struct pollfd p = {.fd = fd, .events = POLLOUT};
-  if (poll(&p, 1, 0) == 0) {
+  if (poll(&p, 1, 0) <= 0) {
     errno = EAGAIN;
     return -1;
   }
@@ -1828,13 +1809,18 @@ static int io_send(const struct io *io, struct iovec *v, int n) {
 static void io_linger(struct io *io) {
   char waste[4096];
   int64_t until = os_now_ms() + IO_GRACE_MS;
-  if (io->at_end) return;
-  if (io->stopping) until = io_grace_end(io->stop);
-  if (shutdown(io->out, SHUT_WR) < 0) return;
-  struct pollfd p = {.fd = io->in, .events = POLLIN};
-  for (;;) {
-    int r = poll(&p, 1, io_timeout(until));
-    if (r == 0 || (r < 0 && errno != EINTR)) return;
+  struct pollfd p[2] = {{.fd = io->in, .events = POLLIN},
+                        {.fd = io->stop->pipe[0], .events = POLLIN}};
+  if (io->at_end || shutdown(io->out, SHUT_WR) < 0) return;
+  for (int timeout; (timeout = io_timeout(until)) > 0;) {
+    int r = poll(p, 2, timeout);
+    if (r < 0 && errno != EINTR) return;
+    if (r <= 0) continue;
+    if (p[1].revents) {
+      until = io_grace_end(io->stop);
+      p[1].fd = -1;
+    }
+    if (!p[0].revents) continue;
     ssize_t n = recv(io->in, waste, sizeof waste, MSG_DONTWAIT);
     if (n == 0) return;
     if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
@@ -1978,6 +1964,7 @@ struct nbdserve {
   int nlisteners;
   int64_t accept_after; /* in os_now_ms: the last accept() failed */
   int64_t full_told;    /* when it was last said that clients have to wait */
+  int first_listener;   /* whom to look at first: each in turn */
   int finished;         /* srv_finish has done its steps */
   /* -- guarded by lock, in which nobody waits */
   struct os_monitor lock;
@@ -1987,7 +1974,7 @@ struct nbdserve {
   unsigned nconns;
   unsigned nlies;     /* wrong results of the host's functions so far */
   int64_t idle_since; /* when the last client left; 0: never run */
-  struct nbdserve_stats totals; /* of the clients that have left */
+  struct nbdserve_stats totals; /* of the clients that have left; all flushes */
 };
 
 /* The name of an export; "" for the default one. */
@@ -2236,6 +2223,9 @@ static void ex_run_flush(struct ex *ex, uint64_t number) {
   ex->flushes_begun = number;
   ex->flush_runs = 1;
   os_unlock(&ex->lock);
+  os_lock(&ex->server->lock);
+  ex->server->totals.flushes++;
+  os_unlock(&ex->server->lock);
   ex_enter(ex);
   int err = ex->pub.ops->flush(ex->pub.ctx, 0);
   ex_leave(ex);
@@ -2570,6 +2560,7 @@ enum {
       WIRE_EXT_CHUNK_LEN + WIRE_ERROR_LEN + TX_ERROR_TEXT + WIRE_OFFSET_LEN
 };
 STATIC_ASSERT(option_fits, (int)NBDSERVE_MAX_OPTION <= (int)CONN_RBUF);
+STATIC_ASSERT(option_holds_a_name, NBDSERVE_MAX_OPTION >= WIRE_STRING_MAX);
 STATIC_ASSERT(write_fits,
               TX_IN_BATCH_MAX + (int)WIRE_EXT_REQUEST_LEN <= (int)CONN_RBUF);
 STATIC_ASSERT(read_fits, TX_IN_BATCH_MAX + TX_HEAD_MAX <= CONN_WBUF);
@@ -2580,7 +2571,7 @@ struct conn {
   struct nbdserve *s;
   int id;     /* for messages: clients are numbered from 1 on */
   int fd;     /* a socket that is closed in the end; -1: it is the caller's */
-  int is_tcp; /* it ends with io_linger */
+  int is_tcp; /* see srv_must_linger */
   /* -- */
   struct conn *next; /* of s->conns */
   struct io io;      /* says itself who may touch what */
@@ -3070,9 +3061,9 @@ static enum hs_result hs_run(struct conn *c) {
  *   TX_COPIED     READ, WRITE up to         a worker         a buffer of its
  *                 TX_PIECE without                           own
  *                 run_batch
- *   TX_BY_WORKER  FLUSH, TRIM, CACHE,       a worker, after  BLOCK_STATUS: a
- *                 WRITE_ZEROES,             the batch's      buffer of its own
- *                 BLOCK_STATUS              writes
+ *   TX_BY_WORKER  FLUSH, TRIM, CACHE,       a worker; FLUSH: BLOCK_STATUS: a
+ *                 WRITE_ZEROES,             after the        buffer of its own
+ *                 BLOCK_STATUS              batch's writes
  *
  *   tx_run_batch     does what has gathered, when rbuf holds no whole request
  *                    any more or the batch is full
@@ -3112,9 +3103,10 @@ static enum hs_result hs_run(struct conn *c) {
  * (T3) A batch's writes are done before its flushes start: a flush covers all
  *      that was answered before it arrived, and more.
  * (T4) FLUSH, TRIM, CACHE, WRITE_ZEROES and BLOCK_STATUS, and without run_batch
- *      READ and WRITE, may take as long as they like: while there are workers,
- *      nothing behind them waits.  What the client's thread does itself, which
- *      is batches and pieces, holds up the requests behind it.
+ *      READ and WRITE, may take as long as they like: nothing behind them
+ *      waits, up to max_handed_over of them and while a worker can be had.
+ *      What the client's thread does itself, which is batches and pieces, holds
+ *      up the requests behind it.
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
  *      max_handed_over requests with workers.  Without run_batch each of these
  *      may hold TX_PIECE bytes.  With it no READ or WRITE is TX_COPIED, and
@@ -4033,27 +4025,31 @@ static enum tx_next tx_receive(struct conn *c) {
   size_t room = CONN_RBUF - left;
   /* Is what is left the beginning of a request of which nothing was there when
    * we received the last time? */
-  int is_first_part = c->rbuf_pos > 0 || !left;
+  int is_first_part = c->rbuf_pos > 0;
+  int64_t until = 0;
   assert(c->rbuf_pos <= c->rbuf_end && c->rbuf_end <= CONN_RBUF);
   assert(!c->nbatch && !c->wbuf_used && room > 0);
   if (c->rbuf_pos) memmove(c->rbuf, c->rbuf + c->rbuf_pos, left);
   c->rbuf_pos = 0;
   c->rbuf_end = left;
+  if (left) { /* (I2); the time that the batch took is not the client's */
+    if (is_first_part) c->partial_since_ms = os_now_ms();
+    until = c->partial_since_ms + c->io.stall_ms;
+  }
   /* Behind a long WRITE another one is likely.  Its payload is received where
    * it is written from; what comes along with its head would have to be copied
    * there. */
   if (c->after_long_write) room = (size_t)u_min(room, TX_AFTER_LONG_WRITE);
   c->after_long_write = 0;
-  ssize_t n = io_recv(&c->io, c->rbuf + left, room);
+  ssize_t n = io_recv(&c->io, c->rbuf + left, room, until);
   if (n == -ETIMEDOUT && !left) return TX_GO_ON; /* idle: as long as it likes */
   if (n < 0) return tx_outcome(c, (int)n);
   if (n == 0) return left ? tx_outcome(c, -EPIPE) : TX_DISC;
   assert((size_t)n <= room);
   c->rbuf_end += (size_t)n;
-  int64_t now = os_now_ms();
-  if (is_first_part) c->partial_since_ms = now; /* not while it was idle */
-  int too_slow = left && now - c->partial_since_ms > c->io.stall_ms; /* (I2) */
-  return tx_outcome(c, too_slow ? -ETIMEDOUT : 0);
+  /* After the first bytes of a request that came when nothing was left. */
+  if (!left) c->partial_since_ms = os_now_ms();
+  return TX_GO_ON;
 }
 
 /* The transmission phase, to its end.  c->end_err: why it ended, or 0.  After
@@ -4565,19 +4561,6 @@ static int flat_open_overlay(struct flat *f,
   return 0;
 }
 
-/* Opens, locks and completes the target.  Whatever it returns, the caller gives
- * the target back with flat_abandon_target or makes an export of it. */
-static int flat_get_target(struct flat_target *t,
-                           const struct nbdserve_flat *options) {
-  int err = flat_check_options(t, options);
-  if (err) return err;
-  err = flat_open_target(t);
-  if (err) return err;
-  err = flat_lock_target(t);
-  if (err) return err;
-  return flat_prepare_target(t);
-}
-
 /* See nbdserve.h.  Until all steps have succeeded the target is t's; then its
  * descriptor and the overlay's are the export's. */
 int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
@@ -4586,7 +4569,10 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   struct flat_target t = {.path = path, .fd = -1};
   struct flat *f = NULL;
   if (!options) options = &defaults;
-  int err = flat_get_target(&t, options);
+  int err = flat_check_options(&t, options);
+  if (!err) err = flat_open_target(&t);
+  if (!err) err = flat_lock_target(&t);
+  if (!err) err = flat_prepare_target(&t);
   if (!err) err = flat_new(&f, &t, options);
   if (!err) err = flat_open_overlay(f, options);
   if (err) {
@@ -6305,7 +6291,7 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
  *   hs_run            the handshake; srv_enter where there is none
  *   tx_run            its requests, to the last answer
  *   srv_leave_export  gives back the export
- *   io_linger         waits until the answers have arrived (TCP)
+ *   io_linger         waits until the answers have arrived, where it must
  *   srv_free_client   takes it off the list, closes its socket
  *
  * (S1) A client is on s->conns while it is there, so that srv_finish finds it.
@@ -6635,19 +6621,10 @@ static int srv_listen_tcp(struct nbdserve *s, const char *address) {
 }
 #else
 /* Without TCP there are no such addresses. */
-static void srv_format_address(const union srv_address *a, char *out,
-                               size_t size) {
-  (void)a;
-  (void)out;
-  (void)size;
-}
+#define srv_format_address(a, out, size) ((void)(a), (void)(out), (void)(size))
 
 /* Without TCP no address is one. */
-static int srv_listen_tcp(struct nbdserve *s, const char *address) {
-  (void)s;
-  (void)address;
-  return -EINVAL;
-}
+#define srv_listen_tcp(s, address) ((void)(s), (void)(address), -EINVAL)
 #endif
 
 /* Takes over a listening socket that is open already. */
@@ -6741,11 +6718,6 @@ void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
     os_lock(&c->queue_lock);
     srv_add_stats(out, &c->stats);
     os_unlock(&c->queue_lock);
-  }
-  for (struct ex *ex = s->exports; ex; ex = ex->next) {
-    os_lock(&ex->lock);
-    out->flushes += ex->flushes_begun;
-    os_unlock(&ex->lock);
   }
   os_unlock(&s->lock);
 }
@@ -6878,15 +6850,25 @@ static void srv_log_end(const struct conn *c) {
            "%d: gone: %s", c->id, err ? u_errno_text(err) : "disconnected");
 }
 
-/* Serves a client to its end and frees it.  name: as in nbdserve_serve.  0 or
- * -errno. */
+/* Must a connection that ends linger?  Only a TCP socket of ours, and only if
+ * it is our side that ends it while the client may be sending: one that leaves
+ * in order sends nothing more, and one that is too slow, or does not even come
+ * to transmission, gets no more of our time. */
+static int srv_must_linger(const struct conn *c) {
+  return c->is_tcp && c->fd >= 0 && c->export && !c->send_err && c->end_err &&
+         c->end_err != -ETIMEDOUT;
+}
+
+/* Serves a client to its end and frees it.  name: as in nbdserve_serve.
+ * Returns 0 or -errno. */
 static int srv_serve_client(struct conn *c, const char *name) {
   srv_log_client(c);
   enum hs_result result = name ? srv_enter(c, name) : hs_run(c);
   if (result == HS_ENTER) tx_run(c);
   assert(!c->nworkers && (result != HS_FAILED || c->end_err));
+  if (srv_must_linger(c)) io_linger(&c->io);
+  if (!c->end_err) c->end_err = c->send_err; /* cut off for not reading */
   srv_leave_export(c);
-  if (c->is_tcp) io_linger(&c->io);
   srv_log_end(c);
   int err = c->end_err;
   srv_free_client(c);
@@ -7004,8 +6986,8 @@ static struct srv_plan srv_plan(struct nbdserve *s) {
   return plan;
 }
 
-/* Accepts a client and starts its thread.  0, also if there was none after all;
- * -errno: none can be served now. */
+/* Accepts a client and starts its thread.  Returns 1, 0 if nobody was there
+ * after all, or -errno if nobody can be served now. */
 static int srv_accept(struct nbdserve *s, int listener) {
   int fd = os_accept(listener);
   if (fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR) return 0;
@@ -7016,7 +6998,11 @@ static int srv_accept(struct nbdserve *s, int listener) {
     return -ENOMEM;
   }
   int err = os_thread(srv_thread, c);
-  if (err) srv_free_client(c); /* closes fd */
+  if (!err) return 1;
+  srv_free_client(c); /* closes fd */
+  os_lock(&s->lock);
+  s->totals.clients--; /* it never was one: see NBDSERVE_CONFIG_ONCE */
+  os_unlock(&s->lock);
   return err;
 }
 
@@ -7029,30 +7015,36 @@ static void srv_pause_accepting(struct nbdserve *s, int err) {
   s->accept_after = now + SRV_PAUSE_MS;
 }
 
-/* Says that somebody waits who cannot be served. */
+/* Says that somebody waits who cannot be served, if that was not said
+ * lately. */
 static void srv_tell_full(struct nbdserve *s) {
-  s->full_told = os_now_ms();
+  int64_t now = os_now_ms();
+  if (s->full_told && now - s->full_told < SRV_TELL_FULL_MS) return;
+  s->full_told = now;
   u_log(&s->config, NBDSERVE_LOG_WARNING,
         "%" PRIu32 " clients are served, which is the limit; "
         "the next one has to wait",
         s->config.max_conn);
 }
 
-/* Accepts from each listener that poll() found ready.  True: somebody was
- * there. */
+/* Accepts from each listener that poll() found ready, beginning with another
+ * one each time, so that all get their share of the slots.  Returns whether
+ * somebody was there. */
 static int srv_accept_ready(struct nbdserve *s, const struct pollfd *p,
                             int room) {
   int found = 0;
+  int first = s->first_listener++;
   for (int i = 0; i < s->nlisteners; i++) {
-    if (!p[i].revents) continue;
+    int which = (int)((unsigned)(first + i) % (unsigned)s->nlisteners);
+    if (!p[which].revents) continue;
     found = 1;
     if (room <= 0) {
       srv_tell_full(s);
       break;
     }
-    int err = srv_accept(s, s->listeners[i].fd);
-    if (err) srv_pause_accepting(s, err);
-    room--;
+    int r = srv_accept(s, s->listeners[which].fd);
+    if (r < 0) srv_pause_accepting(s, r);
+    if (r > 0) room--;
   }
   return found;
 }

@@ -388,9 +388,11 @@ static void os_set_option(int fd, int level, int option, int value) {
   setsockopt(fd, level, option, &value, sizeof value);
 }
 
-/* Has the kernel look after a silent TCP peer: one that has died is noticed
- * within a minute (30 s of silence, then three questions, 10 s apart). */
-static void os_set_keepalive(int fd) {
+/* Prepares a TCP client's socket: no delay by Nagle's algorithm (proto.md,
+ * Protocol phases), and a peer that has died is noticed within a minute: 30 s
+ * of silence, then three questions, 10 s apart. */
+static void os_setup_tcp(int fd) {
+  os_set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
   os_set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
 #if defined TCP_KEEPIDLE && defined TCP_KEEPINTVL && defined TCP_KEEPCNT
   os_set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, 30);
@@ -401,15 +403,12 @@ static void os_set_keepalive(int fd) {
 #endif
 }
 
-/* Prepares a client's socket: no delay by Nagle's algorithm (proto.md, Protocol
- * phases), no SIGPIPE, dead peers noticed. */
+/* Prepares a client's socket of any kind: no SIGPIPE, and a long reply fits in,
+ * which is 3 times faster on Linux, 10 on macOS. */
 static void os_setup_client(int fd) {
-  os_set_keepalive(fd);
 #ifdef SO_NOSIGPIPE
   os_set_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
 #endif
-  os_set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-  /* A long reply fits in: 3 times faster on Linux, 10 on macOS. */
   os_set_option(fd, SOL_SOCKET, SO_SNDBUF, 2 << 20);
 }
 
@@ -6748,8 +6747,8 @@ static void srv_setup_io(struct conn *c, int in, int out,
   c->io.polls_payloads = owner == SRV_CALLERS || NBDSERVE_NO_THREADS;
   c->io.polls_requests = c->io.polls_payloads || c->is_tcp;
   if (owner == SRV_OURS) os_set_receive_timeout(in, stall_ms);
-  os_setup_client(in);
-  if (out != in) os_setup_client(out);
+  os_setup_client(out);
+  if (c->is_tcp) os_setup_tcp(out);
 }
 
 /* Makes a client and registers it (S1).  NULL: no memory; the descriptors stay

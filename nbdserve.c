@@ -830,36 +830,29 @@ static int u_append_uri(char *buf, size_t size, const char *s) {
 /* The length in bytes of the UTF-8 character at s (RFC 3629), or 0 if it is
  * malformed, too long a form, a surrogate or a control character. */
 static int u_utf8_len(const char *s) {
+  static const struct {
+    unsigned char mask; /* the bits of the first byte that tell the form... */
+    unsigned char lead; /* ...and what they are */
+    uint32_t least;     /* below it: a control, or a shorter form exists */
+  } forms[] = {
+      {0x80, 0x00, 0x20},    /* 0xxxxxxx */
+      {0xe0, 0xc0, 0xa0},    /* 110xxxxx 10xxxxxx; 80 to 9f are controls */
+      {0xf0, 0xe0, 0x800},   /* 1110xxxx and two more */
+      {0xf8, 0xf0, 0x10000}, /* 11110xxx and three more */
+  };
   const unsigned char *p = (const unsigned char *)s;
-  uint32_t c;     /* the character's number so far */
-  uint32_t least; /* below it: a control character, or a shorter form exists */
-  int len;
-  if (p[0] < 0x80) { /* 0xxxxxxx */
-    len = 1;
-    c = p[0];
-    least = 0x20;
-  } else if (p[0] >> 5 == 0x6) { /* 110xxxxx; 80 to 9f are controls */
-    len = 2;
-    c = p[0] & 0x1f;
-    least = 0xa0;
-  } else if (p[0] >> 4 == 0xe) { /* 1110xxxx */
-    len = 3;
-    c = p[0] & 0xf;
-    least = 0x800;
-  } else if (p[0] >> 3 == 0x1e) { /* 11110xxx */
-    len = 4;
-    c = p[0] & 0x7;
-    least = 0x10000;
-  } else {
-    return 0;
-  }
-  for (int i = 1; i < len; i++) { /* 10xxxxxx; the NUL at the end is not one */
-    if (p[i] >> 6 != 0x2) return 0;
+  int more = 0; /* bytes behind the first */
+  while (more < 4 && (p[0] & forms[more].mask) != forms[more].lead)
+    more++;
+  if (more == 4) return 0;
+  uint32_t c = p[0] & ~(unsigned)forms[more].mask;
+  for (int i = 1; i <= more; i++) {
+    if (p[i] >> 6 != 0x2) return 0; /* the NUL at the end is none, either */
     c = c << 6 | (p[i] & 0x3f);
   }
-  if (c < least || c == 0x7f || c > 0x10ffff) return 0;
+  if (c < forms[more].least || c == 0x7f || c > 0x10ffff) return 0;
   if (c >= 0xd800 && c <= 0xdfff) return 0; /* a surrogate */
-  return len;
+  return more + 1;
 }
 
 enum {
@@ -1396,11 +1389,6 @@ enum {
 /* How long the head of a request is. */
 static size_t wire_request_len(enum wire_mode mode) {
   return mode == MODE_EXTENDED ? WIRE_EXT_REQUEST_LEN : WIRE_REQUEST_LEN;
-}
-
-/* Which magic a request begins with. */
-static uint32_t wire_request_magic(enum wire_mode mode) {
-  return mode == MODE_EXTENDED ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC;
 }
 
 /* Reads the head of a request: wire_request_len bytes. */
@@ -3969,9 +3957,10 @@ static uint64_t tx_payload_len(const struct conn *c,
 /* Is that a request, with a payload that can be skipped at least? */
 static int tx_is_framed(const struct conn *c, const struct wire_request *w,
                         uint64_t payload) {
-  uint64_t max = c->mode == MODE_EXTENDED ? c->export->pub.max_request
-                                          : NBDSERVE_MAX_REQUEST;
-  return w->magic == wire_request_magic(c->mode) && payload <= max;
+  if (c->mode == MODE_EXTENDED)
+    return w->magic == NBD_EXTENDED_REQUEST_MAGIC &&
+           payload <= c->export->pub.max_request;
+  return w->magic == NBD_REQUEST_MAGIC && payload <= NBDSERVE_MAX_REQUEST;
 }
 
 /* What comes next for the client's thread. */

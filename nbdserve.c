@@ -33,8 +33,8 @@
  *   the format of a store, and what keeps it whole           end of nbdserve.h
  *
  * ---- Where to add ... -----------------------------------------------------
- *   an option of the handshake  its number in enum nbd_opt; a function and a row
- *                               of hs_options in [8]
+ *   an option of the handshake  its number in enum nbd_opt; a function and a
+ *                               row of hs_options in [8]
  *   a command                   its number in enum nbd_cmd; a row of wire_cmds;
  *                               a case in ex_call [7]; a line in
  *                               ex_transmission_flags if clients must be told
@@ -213,7 +213,7 @@ STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
  * A monitor is a mutex and a condition to wait for while holding it. */
 #if NBDSERVE_NO_THREADS
 
-/* One thread: there is nothing to lock and nobody to wait for. */
+/* With one thread there is nothing to lock and nobody to wait for. */
 struct os_monitor {
   char unused;
 };
@@ -589,6 +589,33 @@ static int os_sync_new_file(int fd, const char *path) {
   close(dir);
   return err == -EINVAL ? 0 : err; /* some directories cannot be synced */
 }
+
+/* Removes the file at path if it still is the one that fd is: in the meantime
+ * somebody may have put another one there, which is not ours to remove. */
+static void os_remove_own_file(const char *path, int fd) {
+  struct stat own;
+  struct stat found;
+  if (fstat(fd, &own) < 0 || lstat(path, &found) < 0) return;
+  if (own.st_dev == found.st_dev && own.st_ino == found.st_ino) unlink(path);
+}
+
+#if OS_LINUX
+/* This is of <linux/fs.h>, which not every libc comes with. */
+#define OS_BLKROGET _IO(0x12, 94)
+
+/* Does the block device refuse writes?  Opening such a device for writing
+ * succeeds nevertheless. */
+static int os_is_readonly_device(int fd) {
+  int yes = 0;
+  return ioctl(fd, OS_BLKROGET, &yes) == 0 && yes;
+}
+#else
+/* Nothing to ask: opening the device must tell. */
+static int os_is_readonly_device(int fd) {
+  (void)fd;
+  return 0;
+}
+#endif
 #endif
 
 #if !NBDSERVE_NO_FLAT
@@ -686,26 +713,8 @@ static int os_nameless_file(const char *dir) {
   return fd >= 0 ? fd : os_open_and_unlink(dir);
 }
 
-/* Removes the file at path if it still is the one that fd is: in the meantime
- * somebody may have put another one there, which is not ours to remove. */
-static void os_remove_own_file(const char *path, int fd) {
-  struct stat own;
-  struct stat found;
-  if (fstat(fd, &own) < 0 || lstat(path, &found) < 0) return;
-  if (own.st_dev == found.st_dev && own.st_ino == found.st_ino) unlink(path);
-}
-
 #if OS_LINUX
-/* These two are of <linux/fs.h>, which not every libc comes with. */
-#define OS_BLKROGET _IO(0x12, 94)
-#define OS_BLKROTATIONAL _IO(0x12, 126)
-
-/* Does the block device refuse writes?  Opening such a device for writing
- * succeeds nevertheless. */
-static int os_is_readonly_device(int fd) {
-  int yes = 0;
-  return ioctl(fd, OS_BLKROGET, &yes) == 0 && yes;
-}
+#define OS_BLKROTATIONAL _IO(0x12, 126) /* of <linux/fs.h>, as above */
 
 /* Does the block device have a head to move?  Files do not know. */
 static int os_is_rotational(int fd) {
@@ -713,12 +722,6 @@ static int os_is_rotational(int fd) {
   return ioctl(fd, OS_BLKROTATIONAL, &yes) == 0 && yes;
 }
 #else
-/* Nothing to ask: opening the device must tell. */
-static int os_is_readonly_device(int fd) {
-  (void)fd;
-  return 0;
-}
-
 /* Nothing to ask. */
 static int os_is_rotational(int fd) {
   (void)fd;
@@ -747,24 +750,34 @@ static void os_willneed(int fd, uint64_t off, uint64_t len) {
  * Bytes of network and disk go through u_get and u_put: they are big-endian
  * there and lie at any address, so no struct is ever laid over them. */
 
+/* Reads a 16-bit number. */
 static uint16_t u_get16(const unsigned char *p) {
   return (uint16_t)(p[0] << 8 | p[1]);
 }
+
+/* Reads a 32-bit number. */
 static uint32_t u_get32(const unsigned char *p) {
   return (uint32_t)u_get16(p) << 16 | u_get16(p + 2);
 }
+
+/* Reads a 64-bit number. */
 static uint64_t u_get64(const unsigned char *p) {
   return (uint64_t)u_get32(p) << 32 | u_get32(p + 4);
 }
 
+/* Writes the lower 16 bits of v. */
 static void u_put16(unsigned char *p, unsigned v) {
   p[0] = (unsigned char)(v >> 8);
   p[1] = (unsigned char)v;
 }
+
+/* Writes a 32-bit number. */
 static void u_put32(unsigned char *p, uint32_t v) {
   u_put16(p, v >> 16);
   u_put16(p + 2, v);
 }
+
+/* Writes a 64-bit number. */
 static void u_put64(unsigned char *p, uint64_t v) {
   u_put32(p, (uint32_t)(v >> 32));
   u_put32(p + 4, (uint32_t)v);
@@ -1361,6 +1374,7 @@ enum wire_mode {
  *                       16    4 length of the data behind it
  */
 
+/* Writes the hello: WIRE_HELLO_LEN bytes. */
 static void wire_put_hello(unsigned char *p, unsigned flags) {
   u_put64(p, NBD_INIT_MAGIC);
   u_put64(p + 8, NBD_OPTION_MAGIC);
@@ -1373,12 +1387,15 @@ struct wire_option {
   uint32_t len; /* bytes of data behind the head */
 };
 
+/* Reads the head of an option: WIRE_OPTION_LEN bytes. */
 static struct wire_option wire_get_option(const unsigned char *p) {
   struct wire_option o = {
       .magic = u_get64(p), .option = u_get32(p + 8), .len = u_get32(p + 12)};
   return o;
 }
 
+/* Writes the head of a reply to an option: WIRE_OPTION_REPLY_LEN bytes.  The
+ * caller puts len bytes of data behind it. */
 static void wire_put_option_reply(unsigned char *p, uint32_t option,
                                   uint32_t type, size_t len) {
   assert(len <= UINT32_MAX);
@@ -1416,14 +1433,17 @@ enum {
   WIRE_STATUS_PAYLOAD_LEN = 12 /* with one context: there is no other here */
 };
 
+/* How long the head of a request is. */
 static size_t wire_request_len(enum wire_mode mode) {
   return mode == MODE_EXTENDED ? WIRE_EXT_REQUEST_LEN : WIRE_REQUEST_LEN;
 }
 
+/* Which magic a request begins with. */
 static uint32_t wire_request_magic(enum wire_mode mode) {
   return mode == MODE_EXTENDED ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC;
 }
 
+/* Reads the head of a request: wire_request_len bytes. */
 static struct wire_request wire_get_request(const unsigned char *p,
                                             enum wire_mode mode) {
   struct wire_request w = {.magic = u_get32(p),
@@ -1473,6 +1493,7 @@ enum {
   WIRE_EXT_EXTENT_LEN = 16
 };
 
+/* Writes a simple reply.  Returns its length. */
 static size_t wire_put_simple(unsigned char *p, uint32_t error,
                               uint64_t cookie) {
   u_put32(p, NBD_SIMPLE_REPLY_MAGIC);
@@ -1481,6 +1502,7 @@ static size_t wire_put_simple(unsigned char *p, uint32_t error,
   return WIRE_SIMPLE_REPLY_LEN;
 }
 
+/* How long the head of a chunk is. */
 static size_t wire_chunk_len(enum wire_mode mode) {
   assert(mode != MODE_SIMPLE);
   return mode == MODE_EXTENDED ? WIRE_EXT_CHUNK_LEN : WIRE_CHUNK_LEN;
@@ -1635,11 +1657,13 @@ static int64_t io_grace_end(struct io_stop *stop) {
   if (!stop->grace_end) stop->grace_end = os_now_ms() + IO_GRACE_MS;
   int64_t end = stop->grace_end;
   os_unlock(&stop->lock);
+  assert(end > 0);
   return end;
 }
 
 /* How long n bytes may take (I2). */
 static int64_t io_time_for(const struct io *io, size_t n) {
+  assert(io->stall_ms > 0);
   return io->stall_ms * (int64_t)(1 + n / IO_UNIT);
 }
 
@@ -1707,6 +1731,7 @@ static ssize_t io_recv_now(struct io *io, void *buf, size_t len, int flags) {
     if (n < 0 && errno == ENOTSOCK) n = read(io->in, buf, len);
   } while (n < 0 && errno == EINTR);
   if (n < 0) return errno == EWOULDBLOCK ? -EAGAIN : -errno;
+  assert((size_t)n <= len);
   if (io->stopping) io->left -= (size_t)n;
   if (n == 0) io->at_end = 1;
   return n;
@@ -1782,6 +1807,7 @@ static ssize_t io_send_now(const struct io *io, struct iovec *v, int n) {
 static int io_send(const struct io *io, struct iovec *v, int n) {
   int64_t until = 0; /* fixed when the peer first makes us wait */
   size_t total = 0;
+  assert(n > 0);
   for (int i = 0; i < n; i++)
     total += v[i].iov_len;
   while (n > 0) {
@@ -1970,6 +1996,7 @@ struct nbdserve {
   struct nbdserve_stats totals; /* of the clients that have left */
 };
 
+/* The name of an export; "" for the default one. */
 static const char *ex_name(const struct ex *ex) {
   return ex->pub.name;
 }
@@ -2005,6 +2032,8 @@ static int ex_believe(struct nbdserve *s, const char *where,
 static void ex_enter(struct ex *ex) {
   if (ex->pub.flags & NBDSERVE_EXPORT_SERIAL) os_lock(&ex->serial);
 }
+
+/* Ends what ex_enter began. */
 static void ex_leave(struct ex *ex) {
   if (ex->pub.flags & NBDSERVE_EXPORT_SERIAL) os_unlock(&ex->serial);
 }
@@ -2079,6 +2108,7 @@ static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
     NBDSERVE_FREE(ex);
     return -ENOMEM;
   }
+  assert(e.max_request > 0 && e.min_block <= e.preferred_block);
   e.name = memcpy(ex->strings, e.name, name_size);
   e.description =
       memcpy(ex->strings + name_size, e.description, description_size);
@@ -2147,6 +2177,7 @@ static int ex_current_size(struct ex *ex, uint64_t *size) {
     return -EIO;
   }
   *size = now - now % e->min_block; /* no request reaches the rest */
+  assert(*size <= INT64_MAX && *size % e->min_block == 0);
   return 0;
 }
 
@@ -2175,6 +2206,7 @@ static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
 
 /* Gives back what ex_acquire gave; frees it if it was the client's (E1). */
 static void ex_release(struct ex *ex) {
+  assert(ex);
   if (ex->from_callback) ex_free(ex);
 }
 
@@ -2254,6 +2286,8 @@ enum ex_fua {
   EX_FUA_BY_FLUSH    /* a flush follows it */
 };
 
+/* Decides it for a request: only a write with FUA, or on an export that writes
+ * through, has to get there. */
 static enum ex_fua ex_fua(const struct ex *ex, const struct nbdserve_req *r) {
   uint32_t f = ex->pub.flags;
   int asked =
@@ -2300,6 +2334,7 @@ static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
  * one].  A shared block is described as data, whatever its parts are. */
 int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
   if (status & ~(NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO)) x->lied = 1;
+  assert(x->n <= x->max && x->align > 0);
   uint64_t described = u_min(len, x->overhang);
   x->overhang -= described;
   len = u_min(len - described, x->left);
@@ -2336,6 +2371,7 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   x.max =
       (unsigned)u_min(ex->pub.max_request / WIRE_EXT_EXTENT_LEN, EX_EXTENTS);
   if (flags) x.max = 1;
+  assert(r->mode != MODE_SIMPLE && !r->owns_buf);
   unsigned char *p = NBDSERVE_MALLOC(WIRE_EXT_STATUS_LEN +
                                      (size_t)WIRE_EXT_EXTENT_LEN * EX_EXTENTS);
   if (!p) return -ENOMEM;
@@ -2356,6 +2392,7 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
     return -EIO;
   }
   if (!x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
+  assert(x.n > 0 && x.n <= x.max && x.max <= EX_EXTENTS);
   u_put32(p, WIRE_CONTEXT_ID);
   if (r->mode == MODE_EXTENDED) {
     u_put32(p + 4, x.n);
@@ -2411,6 +2448,7 @@ static int ex_write_zeroes(struct ex *ex, const struct nbdserve_req *r) {
   if (r->len > UINT32_MAX) return -EOVERFLOW;
   uint64_t step = u_min(u_min(r->len, EX_ZERO_STEP), ex->pub.max_request);
   step -= step % ex->pub.min_block; /* r->len is a multiple, so is the rest */
+  assert(step > 0);
   w.buf = u_zalloc((size_t)step);
   int err = w.buf ? 0 : -ENOMEM;
   for (uint64_t left = r->len; left > 0 && !err; left -= w.len) {
@@ -2451,11 +2489,14 @@ struct ex_batched {
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n);
 };
 
+/* Does one request with run_batch. */
 static int ex_batch_of_one(void *ctx, struct nbdserve_req *r) {
   ((struct ex_batched *)ctx)->run_batch(ctx, r, 1);
+  assert(r->err <= 0);
   return r->err;
 }
 
+/* ops->read of a backend that has run_batch. */
 static int ex_batched_read(void *ctx, void *buf, uint64_t off, uint64_t len,
                            uint32_t flags) {
   struct nbdserve_req r = {
@@ -2464,6 +2505,7 @@ static int ex_batched_read(void *ctx, void *buf, uint64_t off, uint64_t len,
   return ex_batch_of_one(ctx, &r);
 }
 
+/* ops->write of a backend that has run_batch. */
 static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
                             uint64_t len, uint32_t flags) {
   struct nbdserve_req r = {.type = NBD_CMD_WRITE, .off = off, .len = len};
@@ -2606,6 +2648,7 @@ enum hs_result {
   HS_FAILED /* the connection is closed: c->end_err says why */
 };
 
+/* Closes the connection for that reason. */
 static enum hs_result hs_close(struct conn *c, int err) {
   assert(err < 0);
   c->end_err = err;
@@ -2627,6 +2670,7 @@ static unsigned char *hs_reserve(struct conn *c, size_t len) {
   if (c->wbuf_used + len > CONN_WBUF) hs_send(c);
   unsigned char *p = c->wbuf + c->wbuf_used;
   c->wbuf_used += len;
+  assert(c->wbuf_used <= CONN_WBUF);
   return p;
 }
 
@@ -2638,6 +2682,7 @@ static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t len) {
   return p + WIRE_OPTION_REPLY_LEN;
 }
 
+/* Answers the option with success. */
 static enum hs_result hs_ack(struct conn *c) {
   hs_reply(c, NBD_REP_ACK, 0);
   return HS_MORE;
@@ -2655,6 +2700,7 @@ static enum hs_result hs_refuse(struct conn *c, uint32_t type,
 
 /* ---- Reading an option's data -------------------------------------------- */
 
+/* Moves on in the option's data. */
 static void hs_advance(struct conn *c, size_t n) {
   assert(n <= c->option_left);
   c->option_data += n;
@@ -2687,7 +2733,7 @@ static int hs_has_allocation(const struct conn *c, const char *name) {
 static void hs_enter(struct conn *c, struct ex *ex, const char *name,
                      uint64_t size) {
   const struct nbdserve_config *k = &c->s->config;
-  assert(!c->export);
+  assert(!c->export && ex && size % ex->pub.min_block == 0);
   c->export = ex;
   c->export_size = size;
   c->has_allocation = hs_has_allocation(c, name);
@@ -2700,6 +2746,7 @@ static void hs_enter(struct conn *c, struct ex *ex, const char *name,
   if (!k->before) c->run_batch = ex->pub.ops->run_batch;
   if (k->threads > 1) c->max_workers = k->threads;
   c->max_handed_over = c->run_batch ? TX_HANDED_OVER : k->threads;
+  assert(c->read_head <= TX_HEAD_MAX && c->max_handed_over > 0);
   conn_log(c, NBDSERVE_LOG_INFO, "%d: export '%s', %" PRIu64 " bytes%s", c->id,
            name, size,
            c->transmission_flags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
@@ -2987,6 +3034,7 @@ static int hs_greet(struct conn *c) {
 /* The whole handshake: HS_ENTER, HS_END or HS_FAILED. */
 static enum hs_result hs_run(struct conn *c) {
   enum hs_result result;
+  assert(!c->io.deadline && !c->export && !c->wbuf_used);
   c->io.deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
   int err = hs_greet(c);
   if (err) return hs_close(c, err);
@@ -2996,6 +3044,7 @@ static enum hs_result hs_run(struct conn *c) {
   } while (result == HS_MORE && !err);
   c->io.deadline = 0;
   if (err && result != HS_FAILED) return hs_close(c, err);
+  assert(result != HS_ENTER || (c->export && !c->wbuf_used));
   return result;
 }
 
@@ -3079,6 +3128,8 @@ enum tx_form {
   TX_ERROR_AT /* the same, and where it happened */
 };
 
+/* Which form the reply to a request has: its mode, its outcome and its command
+ * decide. */
 static enum tx_form tx_form(const struct nbdserve_req *r) {
   if (r->mode == MODE_SIMPLE) return TX_SIMPLE;
   if (r->err) return r->err_has_off ? TX_ERROR_AT : TX_ERROR;
@@ -3321,6 +3372,7 @@ static void tx_release(struct nbdserve_req *list) {
  * when the client is gone. */
 static int tx_answer(struct conn *c, struct nbdserve_req *list) {
   if (!list) return 0;
+  assert(c->export);
   tx_account(c, list);
   int err = tx_send_all(c, list);
   tx_release(list);
@@ -3447,6 +3499,7 @@ static void *tx_worker(void *conn) {
 /* Sees to it that there is a worker for one more request, which is not queued
  * so far.  False: there is none at all.  The caller holds queue_lock. */
 static int tx_need_worker(struct conn *c, const struct nbdserve_req *r) {
+  assert(c->nidle <= c->nworkers && c->nworkers <= c->max_workers);
   int flush = r->state == REQ_TO_FLUSH;
   unsigned wanted = c->nqueue + (flush ? 0 : 1);
   if (!c->flush_at_work && (c->to_flush || flush)) wanted++;
@@ -3476,6 +3529,7 @@ static void tx_enqueue(struct conn *c, struct nbdserve_req *r) {
  * and the buffer if the request owns it.  Waits while too many are handed over
  * (T5).  False: there is no worker, and the caller has to do it. */
 static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
+  assert(r->state == REQ_TODO || r->state == REQ_TO_FLUSH);
   if (!c->max_workers) return 0;
   struct nbdserve_req *copy = NBDSERVE_MALLOC(sizeof *copy);
   if (!copy) return 0;
@@ -3523,6 +3577,7 @@ static void tx_end_workers(struct conn *c) {
  * of the backend.  The index behind them. */
 static size_t tx_run_row(struct conn *c, size_t i) {
   size_t end = i;
+  assert(c->run_batch);
   while (end < c->nbatch && c->batch[end].state == REQ_TODO &&
          req_moves_data(&c->batch[end]))
     end++;
@@ -3555,7 +3610,9 @@ static void tx_run_requests(struct conn *c) {
 /* Builds the reply of a READ in its slot of wbuf (T2). */
 static void tx_fill_slot(struct conn *c, struct nbdserve_req *r) {
   size_t head = tx_put_head(r->buf - c->read_head, r);
-  assert(head == c->read_head);
+  assert(head == c->read_head && r->state == REQ_DONE);
+  assert(r->buf >= c->wbuf + c->read_head);
+  assert(r->buf + r->len <= c->wbuf + c->wbuf_used);
   (void)head;
   req_set_state(r, REQ_IN_WBUF);
 }
@@ -3603,6 +3660,7 @@ static int tx_add_to_batch(struct conn *c, const struct nbdserve_req *r) {
 /* Receives n bytes of a payload: those that are in rbuf, then from the
  * socket. */
 static int tx_recv_payload(struct conn *c, unsigned char *to, size_t n) {
+  assert(c->rbuf_pos <= c->rbuf_end && !c->nbatch);
   size_t here = (size_t)u_min(n, c->rbuf_end - c->rbuf_pos);
   memcpy(to, c->rbuf + c->rbuf_pos, here);
   c->rbuf_pos += here;
@@ -3619,7 +3677,7 @@ static int tx_need_piece_buf(struct conn *c) {
 /* Throws away the payload of a request that was refused, and answers it. */
 static int tx_drain(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
   int err = tx_need_piece_buf(c);
-  assert(r->state == REQ_DONE);
+  assert(r->state == REQ_DONE && r->err && payload > TX_IN_BATCH_MAX);
   c->after_long_write = 1;
   while (payload > 0 && !err) {
     size_t n = (size_t)u_min(payload, TX_PIECE);
@@ -3665,6 +3723,7 @@ static struct nbdserve_req tx_read_piece(const struct conn *c,
   piece.more_chunks = off + piece.len < end;
   /* proto.md: chunks should end at multiples of 512, where possible. */
   if (piece.more_chunks) piece.len -= (off + piece.len) % 512;
+  assert(piece.len > 0 && off + piece.len <= end);
   return piece;
 }
 
@@ -3742,6 +3801,7 @@ static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
 
 /* Does a READ or WRITE that is longer than a batch takes. */
 static int tx_in_pieces(struct conn *c, struct nbdserve_req *r) {
+  assert(r->state == REQ_TODO && req_moves_data(r));
   int err = tx_need_piece_buf(c);
   if (err) return err;
   return r->type == NBD_CMD_READ ? tx_read_in_pieces(c, r)
@@ -3751,7 +3811,7 @@ static int tx_in_pieces(struct conn *c, struct nbdserve_req *r) {
 /* Gives a READ or WRITE a buffer of its own and hands it over, with its
  * payload.  Without memory it is done in pieces, as if it were longer. */
 static int tx_copied(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
-  assert(r->len <= TX_PIECE);
+  assert(!c->run_batch && r->state == REQ_TODO && r->len <= TX_PIECE);
   r->buf = NBDSERVE_MALLOC((size_t)r->len);
   if (!r->buf) return tx_in_pieces(c, r);
   r->owns_buf = 1;
@@ -3769,6 +3829,7 @@ static int tx_copied(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
 
 /* Refuses a request: it is not done, and answered with that error. */
 static void tx_refuse(struct nbdserve_req *r, int err, const char *why) {
+  assert(err < 0 && why);
   r->err = err;
   r->refused = why;
   req_set_state(r, REQ_DONE);
@@ -3840,6 +3901,7 @@ enum tx_route {
   TX_BY_WORKER
 };
 
+/* Decides it, from what was validated and negotiated. */
 static enum tx_route tx_route(const struct conn *c,
                               const struct nbdserve_req *r, uint64_t payload) {
   if (r->state == REQ_DONE)
@@ -3925,6 +3987,7 @@ static enum tx_next tx_go_on(struct conn *c, int err) {
 /* Takes the next request out of rbuf. */
 static enum tx_next tx_next_request(struct conn *c) {
   const unsigned char *p = c->rbuf + c->rbuf_pos;
+  assert(c->rbuf_pos <= c->rbuf_end && c->nbatch <= TX_BATCH);
   size_t here = c->rbuf_end - c->rbuf_pos;
   size_t head = wire_request_len(c->mode);
   if (here < head) return TX_NEED_MORE;
@@ -3979,6 +4042,7 @@ static enum tx_next tx_receive(struct conn *c) {
 /* The transmission phase, to its end.  c->end_err: why it ended, or 0. */
 static void tx_run(struct conn *c) {
   enum tx_next next;
+  assert(c->export && !c->nbatch && !c->wbuf_used && !c->io.deadline);
   do {
     next = tx_next_request(c);
     if (next == TX_NEED_MORE || next == TX_DISC) {
@@ -4723,10 +4787,12 @@ struct nbdserve_cas {
 
 /* ---- Slots -------------------------------------------------------------- */
 
+/* How many blocks that many bytes take; the last one may be a part. */
 static uint64_t cas_blocks(const struct nbdserve_cas *s, uint64_t size) {
   return size / s->bs + (size % s->bs != 0);
 }
 
+/* Where the data (CAS_DATA) or the digest of a slot lies in the file. */
 static uint64_t cas_off(const struct nbdserve_cas *s, uint32_t x, int what) {
   uint64_t group = CAS_UNIT + (uint64_t)CAS_SLOTS * s->bs, in = x % CAS_SLOTS;
   in = what == CAS_DATA ? CAS_UNIT + in * s->bs : in * 32;
@@ -4741,6 +4807,7 @@ static uint32_t *cas_bucket(struct nbdserve_cas *s, uint32_t tag) {
   return &CAS_AT(s, b, head);
 }
 
+/* Enters a slot into the index of digests, under its tag. */
 static void cas_index(struct nbdserve_cas *s, uint32_t x, uint32_t tag) {
   uint32_t *b = cas_bucket(s, tag);
   assert(x && tag);
@@ -4749,6 +4816,7 @@ static void cas_index(struct nbdserve_cas *s, uint32_t x, uint32_t tag) {
   *b = x;
 }
 
+/* Takes a slot out of the index, if it is there, and clears its tag. */
 static void cas_unindex(struct nbdserve_cas *s, uint32_t x) {
   uint32_t *tag = &CAS_AT(s, x, tag), *p = cas_bucket(s, *tag);
   while (*tag && *p && *p != x)
@@ -4782,15 +4850,17 @@ static int cas_extend(struct nbdserve_cas *s, uint32_t x) {
   return 0;
 }
 
+/* Makes the file longer by one segment of slots. */
 static int cas_grow(struct nbdserve_cas *s) {
   uint32_t x = s->nslots;
   uint64_t end = cas_off(s, x, CAS_DATA) + (uint64_t)CAS_SEGMENT * s->bs;
   uint64_t off = x ? cas_off(s, x, x % CAS_SLOTS ? CAS_DATA : CAS_DIGEST) : 0;
-  int err = s->is_device ? 0 : os_fallocate(s->fd, OS_ALLOCATE, off, end - off);
   if (s->is_device ? end > s->end : end > INT64_MAX) return -ENOSPC;
+  int err = s->is_device ? 0 : os_fallocate(s->fd, OS_ALLOCATE, off, end - off);
   return err && err != -EOPNOTSUPP ? err : cas_extend(s, x);
 }
 
+/* Sees to it that there are free slots for a checkpoint and so many more. */
 static int cas_want(struct nbdserve_cas *s, uint32_t more) {
   int err = s->failed;
   while (!err && s->nfree < CAS_NEEDED(s) + more)
@@ -4821,6 +4891,7 @@ static void cas_drop(struct nbdserve_cas *s, uint32_t x, uint32_t *list) {
   s->nwaiting++;
 }
 
+/* Frees a list of slots that nothing durable names any more. */
 static void cas_free(struct nbdserve_cas *s, uint32_t x) {
   for (; x; x = CAS_AT(s, x, next)) {
     assert(CAS_AT(s, x, ref) == CAS_FREED);
@@ -4872,6 +4943,7 @@ struct cas_item {
   unsigned char digest[32]; /* the slot's digest, if it was read */
 };
 
+/* Reads or writes at an offset in the file. */
 static int cas_io(struct nbdserve_cas *s, int writing, void *buf, size_t len,
                   uint64_t off) {
   struct iovec v = {buf, len};
@@ -4907,6 +4979,8 @@ static int cas_store(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
   return err ? err : cas_transfer(s, it, n, CAS_DATA, 1);
 }
 
+/* Computes the digests of the items that have data and digest to do, two at a
+ * time. */
 static void cas_hash(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
   struct cas_item *first = NULL;
   for (; n > 0; it++, n--) {
@@ -4948,6 +5022,7 @@ static int cas_fail(struct nbdserve_cas *s, int err) {
   return err;
 }
 
+/* Writes the log page that is being filled, and begins the next one (C3). */
 static int cas_log_write(struct nbdserve_cas *s) {
   uint64_t off = 2 * CAS_UNIT + s->seq % s->log_pages * CAS_PAGE;
   if (!s->nlog || s->failed) return s->failed;
@@ -5073,6 +5148,7 @@ static int cas_map(struct nbdserve_cas *s, struct cas_image *im, uint64_t lba,
   return 0;
 }
 
+/* The full name, VOL or VOL@SNAP, in out. */
 static const char *cas_name(const struct cas_image *im, char out[CAS_PATH]) {
   const char *up = im->parent ? (char *)im->parent->record + CAS_NAMED : "";
   snprintf(out, CAS_PATH, "%s%s%s", up, im->parent ? "@" : "",
@@ -5101,6 +5177,7 @@ static struct cas_image *cas_find(struct nbdserve_cas *s, const char *name,
   return im;
 }
 
+/* May a volume or snapshot have that name? */
 static int cas_is_name(const char *p) {
   size_t n = strncmp(p, "sha256-", 7) ? strlen(p) : 0;
   while (*p && u_utf8_len(p) && !strchr("/@\"\\", *p))
@@ -5108,6 +5185,7 @@ static int cas_is_name(const char *p) {
   return n > 0 && n <= CAS_NAME && !*p;
 }
 
+/* Gives a volume or snapshot its name; -EEXIST: another one has it. */
 static int cas_give_name(struct nbdserve_cas *s, struct cas_image *im,
                          const char *name) {
   const char *at = strchr(name, '@'), *part = at ? at + 1 : name;
@@ -5190,6 +5268,7 @@ static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
 
 /* ---- Checkpoints --------------------------------------------------------- */
 
+/* Takes a slot for the page that is next in s->pages, and writes its head. */
 static uint32_t cas_take_page(struct nbdserve_cas *s, uint32_t magic, int level,
                               uint32_t index) {
   struct cas_item *it = s->pages + s->npages++;
@@ -5225,6 +5304,7 @@ static void cas_take_map(struct nbdserve_cas *s, struct cas_node **at,
   if (empty) *at = NULL;
 }
 
+/* Takes new slots for the whole catalog; the old ones are retired. */
 static void cas_take_catalog(struct nbdserve_cas *s) {
   struct cas_image *im = s->images;
   uint32_t x, next;
@@ -5259,7 +5339,8 @@ static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
     os_lock(&s->lock);
   }
   uint32_t max = CAS_NEEDED(s);
-  s->pages = u_zalloc(max * (sizeof *s->pages + s->bs));
+  size_t page = sizeof *s->pages + s->bs;
+  s->pages = max <= SIZE_MAX / page ? u_zalloc(max * page) : NULL;
   int err = s->pages ? cas_want(s, 0) : -ENOMEM;
   if (!err) err = cas_log_write(s);
   if (!err && op) err = cas_apply(s, op, &gone);
@@ -5310,6 +5391,8 @@ static int cas_due(const struct nbdserve_cas *s) {
   return s->filled < s->to_fill;
 }
 
+/* The thread beside requests: fills the index, writes checkpoints, and ends
+ * when nothing is due. */
 static void *cas_work(void *arg) {
   unsigned char d[CAS_FILL][32];
   struct nbdserve_cas *s = arg;
@@ -5332,6 +5415,7 @@ static void *cas_work(void *arg) {
   return NULL;
 }
 
+/* Starts cas_work if something is due and it does not run. */
 static void cas_kick(struct nbdserve_cas *s) {
   os_lock(&s->lock);
   int start = !s->busy && cas_due(s);
@@ -5583,6 +5667,7 @@ static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   return err;
 }
 
+/* Zeroes a range: whole blocks become holes, parts of blocks are written. */
 static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   struct cas_image *im = ctx;
   uint64_t bs = im->s->bs, tail = (off + len) % bs;
@@ -5594,6 +5679,7 @@ static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   return cas_part(im->s, im, zero, NULL, off + len - tail, tail);
 }
 
+/* Reports blocks as data and the rest as holes. */
 static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                        struct nbdserve_extents *out) {
   (void)flags;
@@ -5613,12 +5699,14 @@ static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
   return err;
 }
 
+/* ops->flush: one sync for all who wait. */
 static int cas_flush(void *ctx, uint32_t flags) {
   (void)flags;
   struct cas_image *im = ctx;
   return cas_sync(im->s, 0);
 }
 
+/* ops->close: the volume stays in the store. */
 static void cas_close(void *ctx) {
   struct cas_image *im = ctx;
   os_lock(&im->s->lock);
@@ -5640,6 +5728,7 @@ static int64_t cas_get_super(struct nbdserve_cas *s, uint64_t off,
   return (int64_t)(u_get64(p + 32) & INT64_MAX);
 }
 
+/* Computes where everything lies, from block size and length of the log. */
 static int cas_place(struct nbdserve_cas *s) {
   uint64_t end = 2 * CAS_UNIT + (uint64_t)s->log_pages * CAS_PAGE;
   if (!u_is_power_of_2(s->bs) || s->bs < CAS_MIN_BLOCK || s->bs > 65536 ||
@@ -5709,6 +5798,7 @@ static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
   return err;
 }
 
+/* Reads the catalog and all maps, and counts the references to each slot. */
 static int cas_open_catalog(struct nbdserve_cas *s) {
   struct cas_image *im, *p;
   int err = 0;
@@ -5752,6 +5842,8 @@ static int cas_open_catalog(struct nbdserve_cas *s) {
   return err;
 }
 
+/* Reads a log page into s->log.  Returns whether it is valid and has that
+ * number. */
 static int cas_log_read(struct nbdserve_cas *s, uint64_t seq) {
   uint64_t off = 2 * CAS_UNIT + seq % s->log_pages * CAS_PAGE;
   if (off + CAS_PAGE > s->end) return 0; /* not written so far */
@@ -5763,6 +5855,7 @@ static int cas_log_read(struct nbdserve_cas *s, uint64_t seq) {
          cas_stamp(s, s->log, CAS_SUM);
 }
 
+/* Applies an entry of the log to the maps (C9). */
 static int cas_redo(struct nbdserve_cas *s, const unsigned char *p, int known) {
   struct cas_item it = {.lba = u_get64(p + 8),
                         .slot = u_get32(p + 4),
@@ -5813,6 +5906,7 @@ static int cas_replay(struct nbdserve_cas *s) {
   return err;
 }
 
+/* Frees a store; nothing is written. */
 static void cas_destroy(struct nbdserve_cas *s) {
   os_lock(&s->lock);
   for (struct cas_image *im; (im = s->images);) {
@@ -5829,6 +5923,7 @@ static void cas_destroy(struct nbdserve_cas *s) {
   NBDSERVE_FREE(s);
 }
 
+/* Makes a store in memory, as yet without a file; NULL without memory. */
 static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
   struct nbdserve_cas *s = u_zalloc(sizeof *s);
   uint32_t flags = o ? o->flags : 0;
@@ -5843,15 +5938,22 @@ static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
   return NULL;
 }
 
+/* Opens and locks the store's file. */
 static int cas_open_file(struct nbdserve_cas *s, const char *path, int flags) {
   struct stat st;
   s->fd = open(path, flags | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0666);
   if (s->fd < 0 || fstat(s->fd, &st) < 0) return -errno;
+  if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) return -EINVAL;
   s->is_device = S_ISBLK(st.st_mode);
-  s->end = (uint64_t)lseek(s->fd, 0, SEEK_END);
+  if (s->is_device && !s->readonly && os_is_readonly_device(s->fd))
+    return -EROFS;
+  off_t end = lseek(s->fd, 0, SEEK_END);
+  if (end < 0) return -errno;
+  s->end = (uint64_t)end;
   return os_lock_file(s->fd, s->readonly);
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
                       struct nbdserve_cas **out) {
   struct nbdserve_cas *s = cas_new(o);
@@ -5876,6 +5978,7 @@ int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
   return err;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_close(struct nbdserve_cas *s) {
   os_lock(&s->lock);
   s->closing = 1;
@@ -5889,6 +5992,7 @@ int nbdserve_cas_close(struct nbdserve_cas *s) {
   return err;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   struct nbdserve_cas *s = cas_new(o);
   if (!s) return -ENOMEM;
@@ -5897,7 +6001,7 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   s->seq = s->next_id = 1;
   int err = cas_place(s);
   if (!err) err = cas_open_file(s, path, O_RDWR | O_CREAT | O_EXCL);
-  int is_new = s->fd >= 0;
+  int is_new = s->fd >= 0 && err != -EBUSY; /* else another one has it now */
   if (err == -EEXIST && !cas_open_file(s, path, O_RDWR) && s->is_device &&
       !cas_io(s, 0, s->super, CAS_PAGE, 0) && u_is_zero(s->super, CAS_PAGE))
     err = 0; /* an unused block device will do */
@@ -5911,7 +6015,7 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   u_put32(s->super + 48, s->log_pages);
   if (!err) err = cas_checkpoint(s, NULL); /* of nothing at all */
   if (!err) err = os_sync_new_file(s->fd, path);
-  if (err && is_new) unlink(path);
+  if (err && is_new) os_remove_own_file(path, s->fd);
   cas_destroy(s);
   return err;
 }
@@ -5929,6 +6033,7 @@ static const struct nbdserve_ops cas_ops = {
     .run_batch = cas_batch,
 };
 
+/* See nbdserve.h. */
 int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
                         struct nbdserve_export *out) {
   os_lock(&s->ckpt); /* one that is under way may be changing what it is */
@@ -5960,6 +6065,7 @@ static int cas_clear_tail(struct cas_image *im) {
   return im->size < end ? cas_zero(im, im->size, end - im->size, 0) : 0;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
                         const char *to, uint64_t size) {
   struct cas_op op = {verb, name, to, size};
@@ -5980,6 +6086,7 @@ int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
   return err;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_list_fn *each,
                       void *arg) {
   char name[CAS_PATH], id[72];
@@ -6002,6 +6109,7 @@ int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_list_fn *each,
   return r;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72],
                       nbdserve_progress_fn *progress, void *arg) {
   unsigned char run[32 + 32 * CAS_BATCH], *data; /* see the format of an id */
@@ -6048,6 +6156,7 @@ int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72],
   return err;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_diff(struct nbdserve_cas *s, const char *a, const char *b,
                       nbdserve_range_fn *each, void *arg) {
   struct nbdserve_export e = {0}, f = {0};
@@ -6068,6 +6177,7 @@ int nbdserve_cas_diff(struct nbdserve_cas *s, const char *a, const char *b,
   return err;
 }
 
+/* See nbdserve.h. */
 void nbdserve_cas_stat(struct nbdserve_cas *s, struct nbdserve_cas_stat *out) {
   os_lock(&s->lock);
   *out = (struct nbdserve_cas_stat){
@@ -6079,6 +6189,7 @@ void nbdserve_cas_stat(struct nbdserve_cas *s, struct nbdserve_cas_stat *out) {
   os_unlock(&s->lock);
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage_fn *each,
                         nbdserve_progress_fn *progress, void *arg) {
   unsigned char *data = NBDSERVE_MALLOC(CAS_BATCH * s->bs);
@@ -6144,6 +6255,7 @@ int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage_fn *each,
   return stop ? -ECANCELED : found ? -EUCLEAN : 0;
 }
 
+/* See nbdserve.h. */
 int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
                     nbdserve_progress_fn *progress, void *arg) {
   int err = s->readonly ? -EROFS : cas_checkpoint(s, NULL);
@@ -6171,6 +6283,26 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
 
 /* ==== [12] SERVER (srv_) =================================================
  * Listeners, clients and the public calls.
+ *
+ * Who may call what, and when; nbdserve.h says it for users:
+ *
+ *   before nbdserve_run           nbdserve_new, _add, _listen, _uri
+ *   the thread of nbdserve_run,   nbdserve_unlisten
+ *   while it is not in it
+ *   any thread, at any time       nbdserve_serve, _resize, _stats
+ *   the same, and signal handlers nbdserve_stop, _wake
+ *   when no other call runs       nbdserve_free
+ *
+ * The life of a client, each step a function below or in the sections above:
+ *
+ *   srv_accept        takes its socket from the kernel
+ *   srv_new_client    makes struct conn, puts it on the list
+ *   srv_thread        the thread that all of the rest happens in
+ *   hs_run            the handshake; srv_enter where there is none
+ *   tx_run            its requests, to the last answer
+ *   srv_leave_export  gives back the export
+ *   io_linger         waits until the answers have arrived (TCP)
+ *   srv_free_client   takes it off the list, closes its socket
  *
  * (S1) A client is on s->conns while it is there, so that srv_finish finds it.
  * (S2) The last thing a client's thread does with s is to leave that list.
@@ -6217,6 +6349,7 @@ union srv_address {
 
 /* ---- Making a server ----------------------------------------------------- */
 
+/* See nbdserve.h. */
 const char *nbdserve_version(void) {
   return NBDSERVE_VERSION;
 }
@@ -6261,6 +6394,7 @@ static int srv_make(struct nbdserve *s) {
   return err;
 }
 
+/* See nbdserve.h.  Until it has succeeded nobody else knows the server. */
 int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   struct nbdserve_config k = {.version = NBDSERVE_VERSION_NUMBER};
   *out = NULL;
@@ -6287,6 +6421,8 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   return err;
 }
 
+/* See nbdserve.h.  The export is made before the lock is taken; if its name is
+ * taken, ctx goes back to the caller, as after any error. */
 int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
   struct ex *ex;
   int err = ex_new(s, e, &ex);
@@ -6303,6 +6439,7 @@ int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
   return -EEXIST;
 }
 
+/* See nbdserve.h.  Clients that are there keep the size that they were told. */
 int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
   if (size > INT64_MAX) return -EINVAL;
   os_lock(&s->lock);
@@ -6318,7 +6455,7 @@ int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
  * a unix socket, HOST:PORT of a TCP one, or "". */
 static void srv_add_listener(struct nbdserve *s, int fd, int is_unix,
                              const char *text) {
-  assert(s->nlisteners <= SRV_LISTENERS);
+  assert(fd >= 0 && s->nlisteners <= SRV_LISTENERS);
   struct srv_listener *l = &s->listeners[s->nlisteners++];
   os_set_fd_flags(fd, OS_NONBLOCKING);
   l->fd = fd;
@@ -6338,6 +6475,7 @@ static void srv_drop_listener(struct nbdserve *s) {
     unlink(l->text);
 }
 
+/* See nbdserve.h. */
 void nbdserve_unlisten(struct nbdserve *s) {
   while (s->nlisteners > 0)
     srv_drop_listener(s);
@@ -6448,6 +6586,7 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
   int fd = srv_socket(&a, len, SRV_LISTEN);
   if (fd < 0) return fd;
   char text[64] = "";
+  assert(*port <= 65535);
   getsockname(fd, &a.sa, &len);
   *port = ntohs(a.in.sin_port);
   srv_format_address(&a, text, sizeof text);
@@ -6489,6 +6628,7 @@ static int srv_listen_tcp(struct nbdserve *s, const char *address) {
   return srv_listen_ip(s, host, &port);
 }
 #else
+/* Without TCP there are no such addresses. */
 static void srv_format_address(const union srv_address *a, char *out,
                                size_t size) {
   (void)a;
@@ -6496,6 +6636,7 @@ static void srv_format_address(const union srv_address *a, char *out,
   (void)size;
 }
 
+/* Without TCP no address is one. */
 static int srv_listen_tcp(struct nbdserve *s, const char *address) {
   (void)s;
   (void)address;
@@ -6516,6 +6657,7 @@ static int srv_listen_fd(struct nbdserve *s, const char *number) {
   return 0;
 }
 
+/* See nbdserve.h. */
 int nbdserve_listen(struct nbdserve *s, const char *address) {
   if (s->nlisteners >= SRV_LISTENERS) return -EMFILE;
   if (strncmp(address, "tcp:", 4) == 0) return srv_listen_tcp(s, address + 4);
@@ -6528,6 +6670,7 @@ int nbdserve_listen(struct nbdserve *s, const char *address) {
   return 0;
 }
 
+/* See nbdserve.h.  The first listener counts. */
 int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
   static const char socket_query[] = "?socket=";
   const struct srv_listener *l = s->listeners;
@@ -6561,16 +6704,19 @@ static int srv_take_poke(int fd) {
   return found;
 }
 
+/* See nbdserve.h.  Nobody ever empties this pipe: there is no way back. */
 void nbdserve_stop(struct nbdserve *s) {
   srv_poke(s->stop.pipe[1]);
 }
 
+/* See nbdserve.h. */
 void nbdserve_wake(struct nbdserve *s) {
   srv_poke(s->wake[1]);
 }
 
 /* ---- Statistics ---------------------------------------------------------- */
 
+/* Adds what was counted for one client. */
 static void srv_add_stats(struct nbdserve_stats *to,
                           const struct nbdserve_stats *more) {
   to->requests += more->requests;
@@ -6579,6 +6725,8 @@ static void srv_add_stats(struct nbdserve_stats *to,
   to->bytes_written += more->bytes_written;
 }
 
+/* See nbdserve.h.  Each client counts for itself; here the counters are added,
+ * to those of the clients that have left. */
 void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
   os_lock(&s->lock);
   *out = s->totals;
@@ -6657,6 +6805,7 @@ static void srv_free_client(struct conn *c) {
   NBDSERVE_FREE(c->piece_buf);
   os_lock(&s->lock);
   struct conn **p = &s->conns;
+  assert(s->nconns > 0);
   while (*p != c)
     p = &(*p)->next;
   *p = c->next;
@@ -6722,6 +6871,7 @@ static int srv_serve_client(struct conn *c, const char *name) {
   srv_log_client(c);
   enum hs_result result = name ? srv_enter(c, name) : hs_run(c);
   if (result == HS_ENTER) tx_run(c);
+  assert(!c->nworkers && (result != HS_FAILED || c->end_err));
   srv_leave_export(c);
   if (c->is_tcp) io_linger(&c->io);
   srv_log_end(c);
@@ -6736,6 +6886,7 @@ static void *srv_thread(void *client) {
   return NULL;
 }
 
+/* See nbdserve.h. */
 int nbdserve_serve(struct nbdserve *s, int in, int out, const char *name) {
   struct conn *c = srv_new_client(s, in, out, SRV_CALLERS);
   return c ? srv_serve_client(c, name) : -ENOMEM;
@@ -6779,6 +6930,7 @@ static int srv_finish(struct nbdserve *s) {
   struct pollfd p = {.fd = s->noticed[0], .events = POLLIN};
   nbdserve_unlisten(s);
   nbdserve_stop(s);
+  assert(!s->nlisteners);
   int64_t end = io_grace_end(&s->stop);
   for (;;) {
     int grace_over = os_now_ms() >= end;
@@ -6799,6 +6951,7 @@ struct srv_plan {
   int timeout_ms; /* of poll(); -1: none */
 };
 
+/* Decides it: how long to wait, and for what. */
 static struct srv_plan srv_plan(struct nbdserve *s) {
   const struct nbdserve_config *k = &s->config;
   struct srv_plan plan = {.timeout_ms = -1};
@@ -6828,6 +6981,7 @@ static struct srv_plan srv_plan(struct nbdserve *s) {
   }
   if (plan.room > 0) plan.listen = 1;
   if (plan.may_exit) plan.timeout_ms = 0; /* a last look */
+  assert(!plan.may_exit || plan.listen || s->accept_after > now);
   return plan;
 }
 
@@ -6885,6 +7039,7 @@ static int srv_accept_ready(struct nbdserve *s, const struct pollfd *p,
   return found;
 }
 
+/* See nbdserve.h.  Rounds of: plan, wait, look at each pipe, accept. */
 int nbdserve_run(struct nbdserve *s) {
   struct pollfd p[3 + SRV_LISTENERS + 1] = {
       {.fd = s->stop.pipe[0], .events = POLLIN},
@@ -6908,6 +7063,7 @@ int nbdserve_run(struct nbdserve *s) {
   }
 }
 
+/* See nbdserve.h. */
 void nbdserve_free(struct nbdserve *s) {
   if (!s) return;
   if (s->nconns > 0) srv_finish(s); /* nbdserve_run was left with -EINTR */

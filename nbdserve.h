@@ -201,9 +201,10 @@ NBDSERVE_API int nbdserve_cas_init(const char *path,
                                    const struct nbdserve_cas_options *options);
 
 /* Opens a store, and repairs what a crash left behind.  options may be NULL.
- * -EBUSY: another process has it.  -EINVAL: not a store.  -EOPNOTSUPP: one of a
- * version that is not known here.  -EIO: damaged; read-only its last good state
- * may be had.  Others as open(2). */
+ * -EBUSY: another process has it.  -EROFS: it is on a device that refuses
+ * writes (NBDSERVE_CAS_READONLY opens it).  -EINVAL: not a store.  -EOPNOTSUPP:
+ * one of a version that is not known here.  -EIO: damaged; read-only its last
+ * good state may be had.  Others as open(2). */
 NBDSERVE_API int nbdserve_cas_open(const char *path,
                                    const struct nbdserve_cas_options *options,
                                    struct nbdserve_cas **out);

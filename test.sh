@@ -2930,6 +2930,20 @@ testReadOnlyServerLetsOthersReadAndNobodyWrite() {
   stop TERM
   assertTrue 'unchanged' "cmp '$S' '$T/copy'"
 }
+testStoreOnAReadOnlyDeviceIsReadAndNotWritten() {
+  needs losetup || return 0
+  run init "$T/store"
+  run create "$T/store::v" 1M
+  truncate -s 64M "$T/store"
+  device=$(losetup -r -f --show "$T/store" 2>/dev/null)
+  if [ -z "$device" ]; then skip 'no loop devices here'; return 0; fi
+  run list "$device"
+  assertEquals 'list' 0 "$STATUS"
+  run create "$device::w" 1M
+  assertEquals 'create' 1 "$STATUS"
+  says "$device: Read-only file system"
+  losetup -d "$device"
+}
 testTwoHundredClonesAreWrittenThroughOneServer() {
   store && unless NO_THREADS || return 0
   noise 100000 >"$T/in"
@@ -9913,9 +9927,18 @@ static void sim_free(void *p) {
   free(h);
 }
 
+/* A path is that of the store, for which fstat says the same. */
+static int sim_lstat(const char *path, struct stat *st) {
+  if (strcmp(path, "/sim/store") || !d_exists) {
+    errno = ENOENT;
+    return -1;
+  }
+  return sim_fstat(D_FD, st);
+}
 #undef open
 #undef lseek
 #undef fstat
+#undef lstat
 #undef read
 #undef pread
 #undef pwrite
@@ -9928,6 +9951,7 @@ static void sim_free(void *p) {
 #define unlink sim_unlink
 #define flock sim_flock
 #define fstat sim_fstat
+#define lstat sim_lstat
 #define lseek sim_lseek
 #define read sim_read
 #define pread sim_pread

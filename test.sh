@@ -247,16 +247,18 @@ esac
 # every other test counts as 60.
 slow_tests() {
   cat <<'END'
-7200 testProgressIsShownOnATerminal
+3300 testProgressIsShownOnATerminal
 6200 testEverySystemCallMayFailOnce
 5500 testTERMEndsAClientOnStdinThatNeverReads
-4900 testWhoStallsIsDroppedAndWhoIsIdleIsNot
+2700 testWhoStallsIsDroppedAndWhoIsIdleIsNot
+5100 testStoppingLeavesAloneWhoReadsNothing
 3300 testNoPowerCutLosesWhatWasFlushed
 2200 testControlSocketOutlivesTheLackOfDescriptors
 2000 testShortOfDescriptorsItRecovers
-1900 testCopiesThatDifferALittleTakeALittle
+1000 testCopiesThatDifferALittleTakeALittle
 1800 testTERMEndsACommandAndLeavesNothingHalf
 1700 testTERMOfTheServerEndsItsCommandsToo
+1300 testFlushCoversWhatWasWrittenWhileAnotherRan
 1200 testLimitsAndAllocatorMayBeSet
 1200 testHandshakeHasADeadline
 1200 testReadmeCommandsRun
@@ -1449,6 +1451,7 @@ testBackendSeesOnlySoundRequests() { unit requests; }
 testFuaIsAFlushUnlessNative() { unit fua; }
 testMissingMembersAreEmulatedOrNotOffered() { unit missing; }
 testFailedFlushIsReportedAndCloseComesOnce() { unit flush; }
+testFlushCoversWhatWasWrittenWhileAnotherRan() { unit joined; }
 testExportsAreFoundOnDemand() { unit find; }
 testExtentsAreMergedAndCut() { unit extents; }
 testResizeShowsToNewClients() { unit resize; }
@@ -2229,6 +2232,10 @@ testNothingIsReadBehindADisconnect() {
   expect 'go=export:65536:0d6d go=ack'
   assertEquals 6e "$(at 0 1)"
 }
+# Random requests (SEED) over disjoint regions, whose replies may come in any
+# order.  They must find a reply that is missing, double, of another request or
+# with another one's bytes: a slip that hits one request in a thousand is found
+# in every run, as there are 64 times 256 of them in three phases.
 testManyPipelinedRequestsOverManyConnections() {
   unless NO_THREADS || return 0
   truncate -s 64M "$DISK"
@@ -2271,6 +2278,7 @@ testNoReplyComesInsideTheDataOfALoneRead() {
 testBackendIsCalledFromManyThreads() { unit parallel; }
 testSlowCallHoldsNobodyUp() { unit slow; }
 testLeavingClientGetsItsAnswers() { unit leave; }
+testClientsThatVanishInAWriteLeaveNothingBehind() { unit cut; }
 testTransmissionCanBeEnteredAtOnce() { unit direct; }
 testRequestsBeyondTheMemoryAreDone() { unit memory; }
 testSlowFlushOrTrimHoldsNoReadsUp() { fault slow "$DISK"; }
@@ -2530,9 +2538,13 @@ testDurableWritesSurviveKILL() {
   client acked "$SOCK" "$DISK" "$PID" 9 100 fua
   stop KILL
 }
+# 1,200 random reads, writes and zeroes (SEED), compared with a copy in memory.
+# They must find a byte of the target where the overlay's belongs, or the other
+# way round, at the edge of a block: each kind of edge comes up dozens of times.
 testTemporaryWritesDoNotReachTheFile() { unit temporary; }
 testReadErrorBelowTemporaryWritesIsOneOfTheRequest() { unit overerror; }
 testFailedSyncFailsAllLaterWrites() { fault sync "$DISK"; }
+testEachWriteWithFuaIsSynced() { fault fua "$DISK"; }
 testShrunkFileIsEIO() { fault shrunk "$DISK"; }
 testDiskFullIsENOSPCAndPasses() { fault full "$DISK"; }
 testReadErrorIsEIO() { fault read "$DISK"; }
@@ -2570,6 +2582,24 @@ testTemporaryMapThatDoesNotFitInto32BitsIsRefused() {
 }
 
 testMapOfATemporaryExportIsNeverCut() { unit maplen; }
+# All commands count from --offset: a TRIM or zeroes elsewhere would destroy
+# another part of the disk
+testCommandsOnASliceStayInsideIt() {
+  filled || return 0
+  cp "$DISK" "$T/copy"
+  ARGS='-o 64K --size 64K' SIZE=65536
+  structured OK.1 TRIM,1,32768,8192
+  structured 'status.1=base:allocation:32768/0:8192/3:24576/0' \
+    STATUS_OF,1,0,65536
+  simple 'OK.1 OK.2 OK.3 OK.4' ZEROES,1,4096,4096 ZEROES+NO_HOLE,2,12288,100 \
+    WRITE,3,65535,1 61 CACHE,4,0,65536
+  for range in 98304:8192 69632:4096 77824:100; do
+    head -c "${range#*:}" /dev/zero | dd of="$T/copy" bs=1 \
+      seek="${range%:*}" conv=notrunc 2>/dev/null
+  done
+  printf a | dd of="$T/copy" bs=1 seek=131071 conv=notrunc 2>/dev/null
+  assertTrue 'what else changed' "cmp '$T/copy' '$DISK'"
+}
 testSliceNeverReachesBeyondWhatOffsetsHold() { unit slice; }
 
 testReadOnlyDeviceIsServedOnlyWithR() {
@@ -2676,7 +2706,7 @@ testCopiesThatDifferALittleTakeALittle() {
     done
     cas 0 import "$S::v$i" "$T/in$i"
   done
-  distinct=$(cat "$T"/in[0-9]* | od -An -v -tx1 -w4096 | sort -u | wc -l)
+  distinct=$((512 + 3 * 10)) # each copy has three blocks of its own
   stored
   assertTrue "$distinct blocks, $GOT bytes" \
     "[ $((GOT * 100)) -le $((distinct * 4096 * 115)) ]"
@@ -3496,7 +3526,8 @@ transcripts() {
     }' "$self"
 }
 # The input of all transcripts, those run already and those left out, whole and
-# cut somewhere, must neither end the server nor stay in its memory
+# cut somewhere (SEED), must neither end the server nor stay in its memory.  It
+# finds a leak or an end without luck: in 18 of 24 rounds the input is whole.
 testBadInputNeitherHurtsOthersNorLeaks() {
   unless NO_THREADS || return 0
   LOG='^nbdserve: [0-9]* clients are served, which is the limit'
@@ -3553,6 +3584,8 @@ testServerThatCannotBeMadeIsNULL() { unit failed; }
 testLogMayAskForTheTotals() { unit totals; }
 testStopAndWakeEndRun() { unit stop; }
 testFreeEndsTheClientsThatAreLeft() { unit free; }
+testListThatIsNotReadHoldsNobodyUp() { unit listed; }
+testStoppingLeavesAloneWhoReadsNothing() { unit deaf; }
 testStopAnswersWhatIsInFlight() { unit inflight; }
 testServersOfOneProcessAreApart() { unit two; }
 testSocketThatIsBeingMadeIsNotStale() { fault stale "$DISK"; }
@@ -4055,6 +4088,7 @@ testSealAndDiffAreCommands() {
   listed
   assertEquals 'columns' 4 "$(echo "$GOT" | awk -F'\t' '{print NF}' | sort -u)"
 }
+testWhatCommandsWriteIsSynced() { fault export "$DISK"; }
 testImportOverAnExistingNameSaysSo() {
   store || return 0
   noise 1000 >"$T/in"
@@ -4135,23 +4169,51 @@ testRowsAreAlignedOnATerminal() {
     assertFalse "$how: tabs" "grep -q '	' '$T/out'"
   done
 }
+# A reader that pauses for more than a second makes an export long work.  Those
+# without a server wait at the same time, each with a store of its own.
+exports_slowly() { # way: STORE-PAUSE or STORE-piped
+  command="'$NBDSERVE' export '$T/$1::v' -"
+  case $1 in
+    *piped) sh -c "$command" 2>"$T/tty-$1" |
+      { sleep 1.3; cat >"$T/copy-$1"; } ;;
+    *) script -qec "$command | { sleep ${1#*-}; cat >'$T/copy-$1'; }" \
+      /dev/null </dev/null >"$T/tty-$1" ;;
+  esac
+}
 testProgressIsShownOnATerminal() {
   needs script terminal && store || return 0
   noise 2000000 >"$T/in"
   cas 0 import "$S::v" "$T/in"
-  for how in alone served; do
-    [ $how = alone ] || [ "$SWITCH" = NO_THREADS ] || serve "$S::"
-    for pause in 0 2; do
-      script -qec "'$NBDSERVE' export '$S::v' - |
-        { sleep $pause; cat >'$T/copy'; }" /dev/null </dev/null >"$T/tty"
-      assertTrue "$how, $pause s" "cmp '$T/in' '$T/copy'"
-      [ $pause != 0 ] || assertEquals "$how, at once" '' "$(cat "$T/tty")"
+  alone='alone-0 alone-1.5 alone-piped' served=
+  for way in $alone; do cp "$S" "$T/$way"; done
+  if [ "$SWITCH" != NO_THREADS ]; then # a server does one after the other
+    serve "$S::"
+    served='served-0 served-1.5 served-piped'
+    for way in $served; do
+      ln -s "$S" "$T/$way"
+      ln -s "$S.ctl" "$T/$way.ctl"
     done
-    assertTrue "$how: $(cat "$T/tty")" "tr '\r' '\n' <'$T/tty' |
-      grep -Eq '^ *[0-9]+% +[0-9.]+ MiB +[0-9.]+ MiB/s +[0-9]+ s left *$'"
-    assertEquals "$how: nothing stays" '' "$(tr '\r' '\n' <"$T/tty" |
-      tail -n 1 | tr -d ' ')"
-    "$NBDSERVE" export "$S::v" - 2>>"$T/err" | { sleep 1.5; cat >/dev/null; }
+  fi
+  pids=
+  for way in $alone; do
+    exports_slowly "$way" &
+    pids="$pids $!"
+  done
+  for way in $served; do exports_slowly "$way"; done
+  # shellcheck disable=SC2086
+  wait $pids
+  ways="$alone $served"
+  for way in $ways; do
+    assertTrue "$way" "cmp '$T/in' '$T/copy-$way'"
+    case $way in
+      *1.5)
+        assertTrue "$way: $(cat "$T/tty-$way")" "tr '\r' '\n' <'$T/tty-$way' |
+          grep -Eq '^ *[0-9]+% +[0-9.]+ MiB +[0-9.]+ MiB/s +[0-9]+ s left *$'"
+        assertEquals "$way: nothing stays" '' "$(tr '\r' '\n' <"$T/tty-$way" |
+          tail -n 1 | tr -d ' ')"
+        ;;
+      *) assertEquals "$way" '' "$(cat "$T/tty-$way")" ;;
+    esac
   done
 }
 testTheEnvironmentNamesTheStore() {
@@ -6398,6 +6460,36 @@ static int s_end(struct served *v) {
 //== unit
 /* Defends "in your own program": what nbdserve.h promises a host of its calls
  * and asks of the host's functions.  unit VERB DIRECTORY */
+
+/* The library's allocator: counts what it has not given back */
+static pthread_mutex_t m_lock = PTHREAD_MUTEX_INITIALIZER;
+static long m_blocks;
+
+static long m_count(long more) {
+  long blocks;
+  pthread_mutex_lock(&m_lock);
+  blocks = m_blocks += more;
+  pthread_mutex_unlock(&m_lock);
+  return blocks;
+}
+
+static long m_left(void) {
+  return m_count(0);
+}
+
+static void *m_alloc(size_t n) {
+  void *p = malloc(n);
+  if (p) (void)m_count(1);
+  return p;
+}
+
+static void m_free(void *p) {
+  if (p) (void)m_count(-1);
+  free(p);
+}
+
+#define NBDSERVE_MALLOC m_alloc
+#define NBDSERVE_FREE m_free
 #include "nbdserve.c"
 
 static const char *dir; /* for sockets and files */
@@ -7777,16 +7869,18 @@ static void s_halfway(struct t_conn *c, int how, char *b, size_t size) {
     if (t_write(c->fd, i < 32 ? (char *)h + i : b, 1)) break;
     t_sleep(20);
   }
+  CHECK(how != S_TRICKLE || i < 100); /* while it still sends */
   if (how == S_DRIBBLE) CHECK(t_write(c->fd, h, mode == 2 ? 32 : 28) == 0);
   for (i = 0; how == S_DRIBBLE && i < 300; i++) {
     if (t_write(c->fd, b, 1000)) break;
     t_sleep(10);
   }
+  CHECK(how != S_DRIBBLE || i < 300);
   for (i = 0; how == S_UNREAD && i < 32; i++)
     CHECK(t_send(c, 0, READ, 1, 0, size, NULL) == 0);
 }
 
-static void s_each_halfway(void) {
+static void *s_each_halfway(void *unused) {
   static char b[4 << 20];
   struct nbdserve_config config = {0};
   struct ram *r = r_new(sizeof b);
@@ -7794,6 +7888,7 @@ static void s_each_halfway(void) {
   struct nbdserve *s;
   pthread_t run;
   int how, mode, i;
+  (void)unused;
   config.version = NBDSERVE_VERSION_NUMBER;
   config.stall_ms = 200;
   CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
@@ -7822,15 +7917,17 @@ static void s_each_halfway(void) {
   nbdserve_stop(s);
   CHECK(pthread_join(run, NULL) == 0);
   nbdserve_free(s);
+  return NULL;
 }
 
 /* The time of a request begins with its first byte, not with the last reply */
-static void s_each_in_time(void) {
+static void *s_each_in_time(void *unused) {
   static char b[4 << 20];
   struct nbdserve_config config = {0};
   struct nbdserve_export e;
   struct nbdserve *s;
   int how, mode;
+  (void)unused;
   config.version = NBDSERVE_VERSION_NUMBER;
   config.stall_ms = 200;
   for (mode = 0; mode < 3; mode++) {
@@ -7859,11 +7956,56 @@ static void s_each_in_time(void) {
     close(c.fd);
     nbdserve_free(s);
   }
+  return NULL;
 }
 
-static void u_stalls(void) {
-  s_each_halfway();
-  s_each_in_time();
+/* Who needs longer for a long request than a short one may take, but less for
+ * each MiB, stays: in either direction */
+static void *s_each_steady(void *unused) {
+  static char b[4 << 20];
+  struct nbdserve_config config = {0};
+  struct ram *r = r_new(sizeof b);
+  struct nbdserve_export e = r_export(r, 0);
+  struct served v = {0};
+  struct nbdserve *s;
+  struct t_conn c;
+  struct t_reply reply;
+  int i;
+  (void)unused;
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.stall_ms = 600;
+  memset(&reply, 0, sizeof reply);
+  CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
+  s_start(&v, s, &c);
+  CHECK(t_open(&c, c.fd, "", 0) == 0);
+  t_head((unsigned char *)b, 0, WRITE, 1, 0, sizeof b);
+  CHECK(t_write(c.fd, b, 28) == 0);
+  for (i = 0; i < 4; i++) {
+    t_sleep(250);
+    CHECK(t_write(c.fd, b + (i << 20), 1 << 20) == 0);
+  }
+  CHECK(t_recv(&c, &reply) && !reply.error);
+  CHECK(t_send(&c, 0, READ, 1, 0, sizeof b, NULL) == 0);
+  CHECK(t_read(c.fd, b, 16) == 16);
+  for (i = 0; i < 4; i++) {
+    t_sleep(250);
+    CHECK(t_read(c.fd, b, 1 << 20) == 1 << 20);
+  }
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+  nbdserve_free(s);
+  return NULL;
+}
+
+static void u_stalls(void) { /* they mostly wait: at the same time */
+  static void *(*const parts[])(void *) = {s_each_halfway, s_each_in_time,
+                                           s_each_steady};
+  pthread_t t[3];
+  int i;
+  for (i = 0; i < 3; i++)
+    CHECK(!pthread_create(&t[i], NULL, parts[i], NULL));
+  for (i = 0; i < 3; i++)
+    CHECK(!pthread_join(t[i], NULL));
 }
 
 /* What was sent before nbdserve_stop is answered */
@@ -8548,6 +8690,275 @@ static void u_diff(void) {
   CHECK(nbdserve_cas_close(cas) == 0);
 }
 
+/* ---- What is true only while a flush runs ---- */
+
+/* A host's disk that loses what was not flushed: a flush makes last what had
+ * been written when it began, and says so 60 ms later. */
+struct slow_disk {
+  pthread_mutex_t lock;
+  int written;  /* so many writes were done */
+  int durable;  /* and so many of these last */
+  int at[64];   /* number of the last write to each block of 512 bytes */
+  int begun;    /* flushes */
+  int finished; /* of these */
+};
+
+static int w_read(void *ctx, void *buf, uint64_t off, uint64_t len,
+                  uint32_t flags) {
+  (void)ctx;
+  (void)off;
+  (void)flags;
+  memset(buf, 0, (size_t)len);
+  return 0;
+}
+
+static int w_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
+                   uint32_t flags) {
+  struct slow_disk *d = ctx;
+  (void)buf;
+  CHECK(len == 512 && flags == 0);
+  pthread_mutex_lock(&d->lock);
+  d->at[off / 512] = ++d->written;
+  pthread_mutex_unlock(&d->lock);
+  return 0;
+}
+
+static int w_flush(void *ctx, uint32_t flags) {
+  struct slow_disk *d = ctx;
+  int written;
+  CHECK(flags == 0);
+  pthread_mutex_lock(&d->lock);
+  written = d->written;
+  d->begun++;
+  pthread_mutex_unlock(&d->lock);
+  t_sleep(60);
+  pthread_mutex_lock(&d->lock);
+  if (d->durable < written) d->durable = written;
+  d->finished++;
+  pthread_mutex_unlock(&d->lock);
+  return 0;
+}
+
+/* A member of the disk, under its lock */
+static int w_get(struct slow_disk *d, const int *member) {
+  int value;
+  pthread_mutex_lock(&d->lock);
+  value = *member;
+  pthread_mutex_unlock(&d->lock);
+  return value;
+}
+
+struct writer { /* one client, which writes to a block of its own */
+  struct slow_disk *disk;
+  struct served v;
+  struct t_conn c;
+  pthread_t thread;
+  int block;
+};
+
+/* Its last write must last, because the server has said so */
+static void w_lasts(struct writer *w) {
+  int at = w_get(w->disk, &w->disk->at[w->block]);
+  CHECK(w_get(w->disk, &w->disk->durable) >= at);
+}
+
+static void *w_run(void *arg) {
+  struct writer *w = arg;
+  uint64_t off = 512u * (unsigned)w->block;
+  char b[512] = "";
+  int i;
+  for (i = 0; i < 8; i++) {
+    t_sleep(i * w->block % 5 * 11);
+    if (i % 3 == 2) {
+      CHECK(t_do(&w->c, FUA, WRITE, off, 512, b) == 0);
+    } else {
+      CHECK(t_do(&w->c, 0, WRITE, off, 512, b) == 0);
+      CHECK(t_do(&w->c, 0, FLUSH, 0, 0, NULL) == 0);
+    }
+    w_lasts(w);
+  }
+  return NULL;
+}
+
+/* A flush that is asked for while one is running, on the same connection: the
+ * write in between is not covered by the first */
+static void w_in_line(struct writer *w) {
+  static struct t_reply r;
+  int begun = w_get(w->disk, &w->disk->begun), k;
+  uint64_t off = 512u * (unsigned)w->block;
+  char b[512] = "";
+  CHECK(t_send(&w->c, 0, FLUSH, 1, 0, 0, NULL) == 0);
+  while (w_get(w->disk, &w->disk->begun) == begun)
+    t_sleep(1);
+  CHECK(t_send(&w->c, 0, WRITE, 2, off, 512, b) == 0);
+  CHECK(t_recv(&w->c, &r) && (uint32_t)r.cookie == 2 && !r.error);
+  CHECK(t_send(&w->c, 0, FLUSH, 3, 0, 0, NULL) == 0);
+  for (k = 0; k < 2; k++) {
+    CHECK(t_recv(&w->c, &r) && !r.error);
+    CHECK(w_get(w->disk, &w->disk->finished) > begun);
+    if ((uint32_t)r.cookie == 3) w_lasts(w);
+  }
+}
+
+/* Every reply to a FLUSH or FUA says that what was written lasts, also when
+ * another client's flush was running when it was asked for */
+static void u_joined(void) {
+  static const struct nbdserve_ops ops = {
+      .read = w_read, .write = w_write, .flush = w_flush};
+  static struct slow_disk disk;
+  static struct writer w[6];
+  struct nbdserve_export e = {0};
+  struct nbdserve *s;
+  char b[512] = "";
+  int i;
+  pthread_mutex_init(&disk.lock, NULL);
+  e.size = 65536;
+  e.ops = &ops;
+  e.ctx = &disk;
+  e.flags = NBDSERVE_EXPORT_MULTI_CONN;
+  CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == 0);
+  for (i = 0; i < COUNT(w); i++) {
+    w[i].disk = &disk;
+    w[i].block = i;
+    s_start(&w[i].v, s, &w[i].c);
+    CHECK(t_open(&w[i].c, w[i].c.fd, "", i % 3) == 0);
+  }
+  w_in_line(&w[0]);
+  w_in_line(&w[1]);
+  for (i = 1; i < COUNT(w); i++) /* they all wait for one that is running */
+    CHECK(t_do(&w[i].c, 0, WRITE, 512u * (unsigned)i, 512, b) == 0);
+  disk.begun = 0;
+  CHECK(t_send(&w[0].c, 0, FLUSH, 7, 0, 0, NULL) == 0);
+  while (w_get(&disk, &disk.begun) == 0)
+    t_sleep(1);
+  for (i = 1; i < COUNT(w); i++)
+    CHECK(t_send(&w[i].c, 0, FLUSH, 7, 0, 0, NULL) == 0);
+  for (i = 0; i < COUNT(w); i++) {
+    struct t_reply r = {0};
+    CHECK(t_recv(&w[i].c, &r) && !r.error);
+    w_lasts(&w[i]);
+  }
+  CHECK(disk.begun <= 3); /* and then for one that they have in common */
+  for (i = 0; i < COUNT(w); i++)
+    CHECK(!pthread_create(&w[i].thread, NULL, w_run, &w[i]));
+  for (i = 0; i < COUNT(w); i++) {
+    pthread_join(w[i].thread, NULL);
+    t_close(&w[i].c);
+    CHECK(s_end(&w[i].v) == 0);
+  }
+  nbdserve_free(s);
+}
+
+/* A host with so many exports that the answer to LIST fills every buffer on the
+ * way: who does not read it must not keep others from coming in, being served
+ * and adding exports. */
+static void u_listed(void) {
+  static char description[4097];
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e;
+  struct served v[2];
+  struct t_conn deaf, good;
+  struct nbdserve_stats stats;
+  struct nbdserve *s;
+  char name[20], b[512];
+  int i;
+  memset(v, 0, sizeof v);
+  memset(description, 'd', 4096);
+  CHECK(nbdserve_new(&s, NULL) == 0);
+  for (i = 0; i < 1300; i++) {
+    snprintf(name, sizeof name, "e%d", i);
+    e = r_export(i ? r_new(512) : r, 0);
+    e.name = name;
+    e.description = description;
+    CHECK(nbdserve_add(s, &e) == 0);
+  }
+  s_start(&v[0], s, &deaf);
+  CHECK(t_read(deaf.fd, b, 18) == 18 && t_write(deaf.fd, "\0\0\0\3", 4) == 0);
+  CHECK(t_option(deaf.fd, 3, "", 0) == 0);
+  t_sleep(100); /* the answer is stuck */
+  alarm(4);
+  s_start(&v[1], s, &good);
+  CHECK(t_open(&good, good.fd, "e0", 1) == 0);
+  CHECK(t_do(&good, 0, READ, 0, 512, b) == 0);
+  e.name = "one more";
+  e.ctx = r_new(512);
+  CHECK(nbdserve_add(s, &e) == 0);
+  nbdserve_stats(s, &stats);
+  CHECK(stats.clients_now == 2);
+  t_close(&good);
+  CHECK(s_end(&v[1]) == 0);
+  close(deaf.fd);
+  (void)s_end(&v[0]);
+  nbdserve_free(s);
+}
+
+static double t_now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Stopping waits for clients that take their replies, but not for ever: one on
+ * a socket that nbdserve_run accepted, and that reads nothing, is left alone
+ * after the grace of 5 s */
+static void u_deaf(void) {
+  struct ram *r = r_new(4 << 20);
+  struct nbdserve_export e = r_export(r, 0);
+  struct nbdserve *s;
+  struct t_conn c;
+  pthread_t run;
+  void *result;
+  double from;
+  int i, fd;
+  CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == 0);
+  fd = u_dial(s);
+  CHECK(pthread_create(&run, NULL, u_run, s) == 0);
+  CHECK(t_open(&c, fd, "", 1) == 0);
+  for (i = 0; i < 20; i++)
+    CHECK(t_send(&c, 0, READ, (uint32_t)i, 0, 4 << 20, NULL) == 0);
+  t_sleep(100);
+  from = t_now();
+  nbdserve_stop(s);
+  CHECK(pthread_join(run, &result) == 0 && result == NULL);
+  CHECK(t_now() - from > 3 && t_now() - from < 9);
+  CHECK(r->calls[FLUSH] > 0);
+  nbdserve_free(s);
+  close(fd);
+}
+
+/* Clients that vanish in the midst of a WRITE to a host's backend leave nothing
+ * behind (main looks at what is still allocated) */
+static void u_cut(void) {
+  static char b[1 << 20];
+  struct ram *r = r_new(sizeof b);
+  struct nbdserve_export e = r_export(r, 0);
+  struct nbdserve *s;
+  long before;
+  int i;
+  CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == 0);
+  before = m_left();
+  for (i = 0; i < 60; i++) {
+    struct served v = {0};
+    struct t_conn c;
+    uint32_t len = i % 2 ? sizeof b : 131072 + 4096 * (unsigned)i;
+    unsigned char h[32];
+    s_start(&v, s, &c);
+    CHECK(t_open(&c, c.fd, "", i % 3) == 0);
+    t_head(h, 0, WRITE, 1, 0, len);
+    if (i % 3 == 2) {
+      memcpy(h, "\x21\xe4\x1c\x71\0\40", 6);
+      t_put(h + 24, 8, len);
+    }
+    CHECK(t_write(c.fd, h, i % 3 == 2 ? 32 : 28) == 0);
+    CHECK(t_write(c.fd, b, len / 60 * (unsigned)i) == 0);
+    close(c.fd);
+    CHECK(s_end(&v) != 0);
+    CHECK(m_left() == before);
+  }
+  CHECK(r->calls[WRITE] == 0);
+  nbdserve_free(s);
+}
+
 int main(int argc, char **argv) {
   static const struct {
     const char *name;
@@ -8596,6 +9007,10 @@ int main(int argc, char **argv) {
       {"diff", u_diff},
       {"maplen", u_maplen},
       {"slice", u_slice},
+      {"joined", u_joined},
+      {"listed", u_listed},
+      {"deaf", u_deaf},
+      {"cut", u_cut},
   };
   int i;
   CHECK(argc == 3);
@@ -8604,6 +9019,7 @@ int main(int argc, char **argv) {
   for (i = 0; i < COUNT(verbs); i++)
     if (!strcmp(argv[1], verbs[i].name)) {
       verbs[i].run();
+      CHECK(m_left() == 0); /* the host has freed all, and so did we */
       return 0;
     }
   return 2;
@@ -8659,8 +9075,27 @@ static ssize_t fi_pread(int fd, void *b, size_t n, off_t off) {
   return fi_fails(PREAD, off, &n) ? -1 : pread(fd, b, n, off);
 }
 
+/* In which order blocks of 4096 bytes were written and syncs began */
+static int fi_clock, fi_written_at[16], fi_synced_at;
+
+static int fi_tick(void) {
+  int now;
+  pthread_mutex_lock(&fi_lock);
+  now = ++fi_clock;
+  pthread_mutex_unlock(&fi_lock);
+  return now;
+}
+
+static ssize_t fi_written(off_t off, ssize_t n) {
+  off_t i;
+  for (i = off / 4096; i < 16 && i * 4096 < off + n; i++)
+    fi_written_at[i] = fi_tick();
+  return n;
+}
+
 static ssize_t fi_pwrite(int fd, const void *b, size_t n, off_t off) {
-  return fi_fails(PWRITE, off, &n) ? -1 : pwrite(fd, b, n, off);
+  if (fi_fails(PWRITE, off, &n)) return -1;
+  return fi_written(off, pwrite(fd, b, n, off));
 }
 
 static size_t fi_sum(const struct iovec *v, int n) {
@@ -8680,12 +9115,21 @@ static ssize_t fi_preadv(int fd, const struct iovec *v, int n, off_t off) {
 static ssize_t fi_pwritev(int fd, const struct iovec *v, int n, off_t off) {
   size_t len = fi_sum(v, n), all = len;
   if (fi_fails(PWRITE, off, &len)) return -1;
-  if (len == all) return pwritev(fd, v, n, off);
-  return pwrite(fd, v->iov_base, len < v->iov_len ? len : v->iov_len, off);
+  if (len == all) return fi_written(off, pwritev(fd, v, n, off));
+  if (len > v->iov_len) len = v->iov_len;
+  return fi_written(off, pwrite(fd, v->iov_base, len, off));
 }
 
+/* A file that must have been synced when the process exits with status 0 */
+static const char *fi_must_sync;
+
 static int fi_fdatasync(int fd) {
+  struct stat synced, wanted;
   size_t n = 0;
+  fi_synced_at = fi_tick();
+  if (fi_must_sync && stat(fi_must_sync, &wanted) == 0 &&
+      fstat(fd, &synced) == 0 && synced.st_ino == wanted.st_ino)
+    fi_must_sync = NULL;
   return fi_fails(SYNC, 0, &n) ? -1 : fdatasync(fd);
 }
 
@@ -8765,7 +9209,11 @@ static int fi_mkstemp(char *name) {
 #define ioctl fi_ioctl
 #define NBDSERVE_MALLOC fi_malloc
 #define NBDSERVE_FREE free
+#undef NBDSERVE_NO_MAIN
+#define main fault_main
+int fault_main(int argc, char **argv);
 #include "nbdserve.c"
+#undef main
 
 static const char *path;       /* of the image: 64 KiB */
 static const char *error_name; /* argument of some */
@@ -9261,6 +9709,87 @@ static void i_nameless(void) {
   CHECK(nbdserve_flat_open(path, &flat, &e) == -ENAMETOOLONG);
 }
 
+/* Each WRITE with FUA is followed by a sync before it is answered, wherever it
+ * stands among others that were sent together, and nothing else is */
+static void i_fua(void) {
+  static char b[4096];
+  int which, mode, i, n;
+  for (mode = 0; mode < 3; mode++)
+    for (which = 0; which <= 4; which++) { /* 4: none has FUA */
+      struct t_reply r = {0};
+      struct one o;
+      unsigned char all[4 * (32 + 4096)], *p = all;
+      i_open(&o, mode);
+      for (i = 0; i < 4; i++) {
+        t_head(p, i == which ? FUA : 0, WRITE, (uint32_t)i, 4096u * (unsigned)i,
+               4096);
+        if (mode == 2) {
+          t_put(p, 4, 0x21e41c71);
+          p[5] |= PAYLOAD;
+          t_put(p + 24, 8, 4096);
+        }
+        p += mode == 2 ? 32 : 28;
+        memcpy(p, b, 4096);
+        p += 4096;
+      }
+      n = fi[SYNC].calls;
+      CHECK(t_write(o.c.fd, all, (size_t)(p - all)) == 0);
+      for (i = 0; i < 4; i++) {
+        CHECK(t_recv(&o.c, &r) && !r.error);
+        if ((uint32_t)r.cookie == (uint32_t)which) {
+          CHECK(fi[SYNC].calls > n);
+          CHECK(fi_synced_at > fi_written_at[which]);
+        }
+      }
+      CHECK((fi[SYNC].calls > n) == (which < 4));
+      free(r.data);
+      n = fi[SYNC].calls;
+      CHECK(t_do(&o.c, 0, ZEROES, 0, 4096, NULL) == 0);
+      CHECK(t_do(&o.c, 0, TRIM, 0, 4096, NULL) == 0);
+      CHECK(fi[SYNC].calls == n);
+      CHECK(t_do(&o.c, FUA, ZEROES, 0, 4096, NULL) == 0);
+      CHECK(fi[SYNC].calls > n);
+      n = fi[SYNC].calls;
+      if (o.c.flags & 0x20) CHECK(t_do(&o.c, FUA, TRIM, 0, 4096, NULL) == 0);
+      CHECK(fi[SYNC].calls > n || !(o.c.flags & 0x20));
+      o_close(&o);
+    }
+}
+
+static void i_must_have_synced(void) {
+  if (fi_must_sync) _exit(99);
+}
+
+/* Runs a command of the program, which must succeed, in a child of its own */
+static void i_command(char *word, char *store, char *file, const char *synced) {
+  char *argv[] = {"nbdserve", word, store, file, NULL};
+  int status;
+  pid_t pid = fork();
+  CHECK(pid >= 0);
+  if (pid == 0) {
+    fi_must_sync = synced;
+    atexit(i_must_have_synced);
+    exit(fault_main(file ? 4 : 3, argv)); /* or the command does that */
+  }
+  CHECK(waitpid(pid, &status, 0) == pid && WIFEXITED(status));
+  CHECK(WEXITSTATUS(status) == 0);
+}
+
+/* What a command says it has written is on the medium: a store with its
+ * directory, and a file that was exported */
+static void i_export(void) {
+#if !NBDSERVE_NO_CAS
+  char store[300], volume[310], out[300];
+  snprintf(store, sizeof store, "%s.store", path);
+  snprintf(volume, sizeof volume, "%s::v", store);
+  snprintf(out, sizeof out, "%s.out", path);
+  i_command("init", store, NULL, store);
+  i_command("import", volume, strcpy(out, path), store);
+  snprintf(out, sizeof out, "%s.out", path);
+  i_command("export", volume, out, out);
+#endif
+}
+
 int main(int argc, char **argv) {
   static const struct {
     const char *name;
@@ -9274,7 +9803,8 @@ int main(int argc, char **argv) {
       {"threads", i_threads},     {"stale", i_stale},
       {"memory", i_memory},       {"readonly", i_readonly},
       {"create", i_create},       {"syncrun", i_syncrun},
-      {"nameless", i_nameless},
+      {"nameless", i_nameless},   {"fua", i_fua},
+      {"export", i_export},
   };
   int i;
   CHECK(argc > 2);

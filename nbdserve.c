@@ -3252,6 +3252,8 @@ static struct nbdserve_req *tx_gather_heads(struct tx_out *out,
     if (r->state == REQ_IN_WBUF) continue;
     assert(r->state == REQ_DONE);
     if (out->heads_len + TX_HEAD_MAX > sizeof out->heads) break;
+    /* Two pieces, where slots and heads with data lie in between. */
+    if ((size_t)out->n + 2 > COUNT_OF(out->v)) break;
     struct iovec data = tx_data(r);
     unsigned char *head = out->heads + out->heads_len;
     size_t len = tx_put_head(head, r);
@@ -7015,13 +7017,13 @@ static void srv_tell_full(struct nbdserve *s) {
         s->config.max_conn);
 }
 
-/* Accepts from each listener that poll() found ready, beginning with another
- * one each time, so that all get their share of the slots.  Returns whether
- * somebody was there. */
+/* Accepts from each listener that poll() found ready, beginning behind the one
+ * that the last client came from, so that all get their share of the slots.
+ * Returns whether somebody was there. */
 static int srv_accept_ready(struct nbdserve *s, const struct pollfd *p,
                             int room) {
   int found = 0;
-  int first = s->first_listener++;
+  int first = s->first_listener;
   for (int i = 0; i < s->nlisteners; i++) {
     int which = (int)((unsigned)(first + i) % (unsigned)s->nlisteners);
     if (!p[which].revents) continue;
@@ -7032,7 +7034,10 @@ static int srv_accept_ready(struct nbdserve *s, const struct pollfd *p,
     }
     int r = srv_accept(s, s->listeners[which].fd);
     if (r < 0) srv_pause_accepting(s, r);
-    if (r > 0) room--;
+    if (r > 0) {
+      room--;
+      s->first_listener = which + 1;
+    }
   }
   return found;
 }

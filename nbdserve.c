@@ -1575,7 +1575,8 @@ static uint32_t wire_error(int err) {
 
 enum {
   IO_GRACE_MS = 5000, /* from nbdserve_stop on, for what is under way */
-  IO_UNIT = 1 << 20   /* bytes that must move within stall_ms */
+  IO_UNIT = 1 << 20,  /* bytes that must move within stall_ms */
+  IO_TRIES = 8        /* within stall_ms: see io_wait_output */
 };
 
 /* How a server tells its connections that it stops. */
@@ -1657,17 +1658,23 @@ static int io_wait_input(struct io *io, int64_t until) {
   return io->arrived_left > 0 ? 0 : -ESHUTDOWN;
 }
 
-/* Waits until something can be sent.  -ETIMEDOUT: not until the time `until`,
- * or the end of the grace. */
+/* Waits until something can be sent, or it is worth a try.  -ETIMEDOUT: not
+ * until the time `until`, or the end of the grace.
+ *
+ * Some systems call a socket ready only when most of its buffer is empty, which
+ * can be megabytes.  So that a peer which takes enough in time is not cut off
+ * meanwhile, the wait ends now and then without that. */
 static int io_wait_output(const struct io *io, int64_t until) {
   struct pollfd p[2] = {{.fd = io->out, .events = POLLOUT},
                         {.fd = io->stop->pipe[0], .events = POLLIN}};
+  int slice = (int)u_min((uint64_t)io->stall_ms / IO_TRIES + 1, INT_MAX);
   for (;;) {
-    int r = poll(p, 2, io_timeout(until));
+    int timeout = io_timeout(until);
+    if (timeout == 0) return -ETIMEDOUT;
+    int r = poll(p, 2, timeout < slice ? timeout : slice);
     if (r < 0 && errno != EINTR) return -errno;
-    if (r == 0) return -ETIMEDOUT;
     if (r < 0) continue;
-    if (p[0].revents) return 0;
+    if (r == 0 || p[0].revents) return 0;
     p[1].fd = -1; /* seen: poll skips a negative one */
     int64_t end = io_grace_end(io->stop);
     if (end < until) until = end;

@@ -7136,8 +7136,17 @@ enum {
    * it has left, and no more than whoever has sent the signal will wait. */
   CLI_COMMAND_GRACE_S = 10,
 
+  /* A command that takes less time than this shows no progress. */
+  CLI_PROGRESS_AFTER_MS = 1000,
+
+  /* How often progress is shown: often enough to look alive */
+  CLI_PROGRESS_EVERY_MS = 100,
+
   /* Socket activation passes this descriptor and the ones that follow it. */
   CLI_FIRST_PASSED_FD = 3,
+
+  /* Said of operands: there may be as many as the system lets through. */
+  CLI_ANY_NUMBER = INT_MAX,
 
   /* The port of NBD, as assigned by IANA */
   CLI_DEFAULT_PORT = 10809
@@ -7232,16 +7241,15 @@ STATIC_ASSERT(a_process_id_is_read_in_one_piece,
  * of several threads do not mix.  The form is "OBJECT: what is wrong: reason
  * (what to do)".  What is too long for the buffer is cut; a path fits. */
 static void OS_PRINTF(1, 2) cli_say(const char *fmt, ...) {
-  char line[PATH_MAX + 600] = "nbdserve: ";
-  size_t n = strlen(line);
+  char text[PATH_MAX + 600];
+  char line[sizeof text + 20];
   va_list ap;
   va_start(ap, fmt);
-  vsnprintf(line + n, sizeof line - n - 1, fmt, ap);
+  vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
-  n = strlen(line);
-  assert(n + 1 < sizeof line);
-  line[n++] = '\n';
-  (void)!write(2, line, n); /* if that fails there is nobody to tell */
+  int n = snprintf(line, sizeof line, "nbdserve: %s\n", text);
+  assert(n > 0 && n < (int)sizeof line);
+  (void)!write(2, line, (size_t)n); /* if that fails there is nobody to tell */
 }
 
 /* The `log` function of the server: it filters by level, so that all that comes
@@ -7357,10 +7365,9 @@ static void cli_tell_command(void) {
  * that was started by whatever program this process was before exec.  Only the
  * command is waited for, so such children are left alone. */
 static void cli_on_child(void) {
+  pid_t child = (pid_t)cli.child;
   int wait_status = 0;
-  if (!cli.child) return;
-  if (waitpid((pid_t)cli.child, &wait_status, WNOHANG) != (pid_t)cli.child)
-    return;
+  if (!child || waitpid(child, &wait_status, WNOHANG) != child) return;
   cli.command_status = cli_exit_status(wait_status);
   cli.child = 0;
   cli_stop_server();
@@ -7372,38 +7379,33 @@ static void cli_on_end(int sig) {
   int is_first = !cli.end_wanted;
   assert(cli.phase != CLI_COMMAND_ENDS || cli.child);
   cli.end_wanted = 1;
-  if (!is_first && cli.phase == CLI_STOPPING && sig == SIGINT)
-    _exit(CLI_BY_SIGNAL + sig);
-  if (!is_first || !cli.child) {
-    cli_stop_server();
+  if (is_first && cli.child) {
+    cli.phase = CLI_COMMAND_ENDS;
+    if (NBDSERVE_NO_THREADS) cli_tell_command();
     return;
   }
-  cli.phase = CLI_COMMAND_ENDS;
-  if (NBDSERVE_NO_THREADS) cli_tell_command();
-  nbdserve_wake(cli.server);
+  if (!is_first && cli.phase == CLI_STOPPING && sig == SIGINT)
+    _exit(CLI_BY_SIGNAL + sig);
+  cli_stop_server();
 }
 
 /* The signal handler.  It calls nothing but what POSIX and nbdserve.h allow in
  * a handler.  All other signals are blocked meanwhile (cli_catch_signals), so
  * that what it does to `cli` is done in one piece.  It may run before there is
- * a command, and after there was one, but never before there is a server. */
+ * a command, and after there was one, but never before there is a server.  It
+ * always wakes cli_run, which looks at what there is to do. */
 static void cli_on_signal(int sig) {
   int saved = errno;
   assert(cli.server);
-  switch (sig) {
-  case SIGUSR1:
+  if (sig == SIGUSR1)
     cli.stats_wanted = 1;
-    nbdserve_wake(cli.server);
-    break;
-  case SIGCHLD:
+  else if (sig == SIGCHLD)
     cli_on_child();
-    break;
-  case SIGALRM: /* the command has had its time */
+  else if (sig == SIGALRM) /* the command has had its time */
     cli_stop_server();
-    break;
-  default:
+  else
     cli_on_end(sig);
-  }
+  nbdserve_wake(cli.server);
   errno = saved;
 }
 
@@ -7484,22 +7486,17 @@ enum {
 
 /* The words are lists of macros, because they are needed twice: in a table, as
  * rows, and in the message that says which ones are allowed, as text. */
-#define CLI_WORD_ROW(name, value) {name, value},
-#define CLI_WORD_TEXT(name, value) " " name
+#define CLI_ROW(name, value) {name, value},
+#define CLI_TEXT(name, value) " " name
 
 /* --without: bits of nbdserve_config.without, where flags of the transmission
  * stand for themselves, and option N of the handshake for bit 16 + N */
 #define CLI_FEATURES(X) \
-  X("flush", NBD_FLAG_SEND_FLUSH) \
-  X("fua", NBD_FLAG_SEND_FUA) \
-  X("trim", NBD_FLAG_SEND_TRIM) \
-  X("zero", NBD_FLAG_SEND_WRITE_ZEROES) \
-  X("df", NBD_FLAG_SEND_DF) \
-  X("multi-conn", NBD_FLAG_CAN_MULTI_CONN) \
-  X("cache", NBD_FLAG_SEND_CACHE) \
-  X("fast-zero", NBD_FLAG_SEND_FAST_ZERO) \
-  X("list", 65536u << NBD_OPT_LIST) \
-  X("info", 65536u << NBD_OPT_INFO) \
+  X("flush", NBD_FLAG_SEND_FLUSH)     X("fua", NBD_FLAG_SEND_FUA) \
+  X("trim", NBD_FLAG_SEND_TRIM)       X("zero", NBD_FLAG_SEND_WRITE_ZEROES) \
+  X("df", NBD_FLAG_SEND_DF)           X("multi-conn", NBD_FLAG_CAN_MULTI_CONN) \
+  X("cache", NBD_FLAG_SEND_CACHE)     X("fast-zero", NBD_FLAG_SEND_FAST_ZERO) \
+  X("list", 65536u << NBD_OPT_LIST)   X("info", 65536u << NBD_OPT_INFO) \
   X("go", 65536u << NBD_OPT_GO) \
   X("structured", 65536u << NBD_OPT_STRUCTURED_REPLY) \
   X("list-meta", 65536u << NBD_OPT_LIST_META_CONTEXT) \
@@ -7508,32 +7505,21 @@ enum {
 
 /* --fault and --delay: the requests that they concern */
 #define CLI_COMMANDS(X) \
-  X("read", NBD_CMD_READ) \
-  X("write", NBD_CMD_WRITE) \
-  X("flush", NBD_CMD_FLUSH) \
-  X("trim", NBD_CMD_TRIM) \
-  X("cache", NBD_CMD_CACHE) \
-  X("zero", NBD_CMD_WRITE_ZEROES) \
-  X("status", NBD_CMD_BLOCK_STATUS) \
-  X("all", CLI_ALL_COMMANDS)
+  X("read", NBD_CMD_READ)             X("write", NBD_CMD_WRITE) \
+  X("flush", NBD_CMD_FLUSH)           X("trim", NBD_CMD_TRIM) \
+  X("cache", NBD_CMD_CACHE)           X("zero", NBD_CMD_WRITE_ZEROES) \
+  X("status", NBD_CMD_BLOCK_STATUS)   X("all", CLI_ALL_COMMANDS)
 
 /* --fault: the errors that the protocol knows, as errno values */
 #define CLI_ERRORS(X) \
-  X("EPERM", EPERM) \
-  X("EIO", EIO) \
-  X("ENOMEM", ENOMEM) \
-  X("EINVAL", EINVAL) \
-  X("ENOSPC", ENOSPC) \
-  X("EOVERFLOW", EOVERFLOW) \
-  X("ENOTSUP", ENOTSUP) \
-  X("ESHUTDOWN", ESHUTDOWN)
+  X("EPERM", EPERM)                   X("EIO", EIO) \
+  X("ENOMEM", ENOMEM)                 X("EINVAL", EINVAL) \
+  X("ENOSPC", ENOSPC)                 X("EOVERFLOW", EOVERFLOW) \
+  X("ENOTSUP", ENOTSUP)               X("ESHUTDOWN", ESHUTDOWN)
 
-static const struct cli_word cli_features[] = {
-    CLI_FEATURES(CLI_WORD_ROW) {NULL, 0}};
-static const struct cli_word cli_commands[] = {
-    CLI_COMMANDS(CLI_WORD_ROW) {NULL, 0}};
-static const struct cli_word cli_errors[] = {
-    CLI_ERRORS(CLI_WORD_ROW) {NULL, 0}};
+static const struct cli_word cli_features[] = {CLI_FEATURES(CLI_ROW) {0}};
+static const struct cli_word cli_commands[] = {CLI_COMMANDS(CLI_ROW) {0}};
+static const struct cli_word cli_errors[] = {CLI_ERRORS(CLI_ROW) {0}};
 
 /* --cache: flags of an export */
 static const struct cli_word cli_cache_modes[] = {
@@ -7631,18 +7617,16 @@ static int cli_take_word(const struct cli_word *words, const char **text,
   X(CACHE, .name = "cache", .argument = "MODE", .parse = cli_parse_cache, \
     .form = "writeback, writethrough or unsafe", \
     .help = "writeback (default), writethrough or unsafe") \
-  X(THREADS, .name = "threads", .letter = 't', .argument = "N", \
-    .min = 1, .max = SRV_MAX_THREADS, \
-    .help = "slow requests of a client done at a time (16)") \
+  X(THREADS, .name = "threads", .letter = 't', .argument = "N", .min = 1, \
+    .max = 1024, .help = "slow requests of a client done at a time (16)") \
   X(MAX_CONN, .name = "max-conn", .letter = 'm', .argument = "N", \
     .min = 1, .max = SRV_MAX_CONN, .help = "clients served at a time (128)") \
   X(STALL, .name = "stall", .argument = "SEC", .min = 1, .max = 4000000, \
     .help = "disconnect a client stalled in a request (120)") \
   X(ONCE, .name = "once", .letter = '1', \
     .help = "exit when the last client has left") \
-  X(IDLE_EXIT, .name = "idle-exit", .argument = "SEC", \
-    .min = 1, .max = 4000000, \
-    .help = "exit after SEC seconds without a client") \
+  X(IDLE_EXIT, .name = "idle-exit", .argument = "SEC", .min = 1, \
+    .max = 4000000, .help = "exit after SEC seconds without a client") \
   X(RUN, .name = "run", .argument = "CMD", \
     .help = "serve while a shell command runs ($uri, $nbd)") \
   X(FORK, .name = "fork", .help = "go into the background once it listens") \
@@ -7661,15 +7645,15 @@ static int cli_take_word(const struct cli_word *words, const char **text,
     .help = "print totals, or a command's output, as JSON") \
   X(WITHOUT, .name = "without", .argument = "LIST", \
     .parse = cli_parse_features, \
-    .form = "a list of:" CLI_FEATURES(CLI_WORD_TEXT) " (with commas)", \
+    .form = "a list of:" CLI_FEATURES(CLI_TEXT) " (with commas)", \
     .help = "hide features from clients (see README)") \
   X(FAULT, .name = "fault", .argument = "CMD:ERR:RATE", \
     .parse = cli_parse_fault, \
-    .form = "CMD:ERR:RATE; CMD:" CLI_COMMANDS(CLI_WORD_TEXT) \
-            "; ERR:" CLI_ERRORS(CLI_WORD_TEXT) "; RATE: 0 to 1", \
+    .form = "CMD:ERR:RATE; CMD:" CLI_COMMANDS(CLI_TEXT) \
+            "; ERR:" CLI_ERRORS(CLI_TEXT) "; RATE: 0 to 1", \
     .help = "make requests fail: write:EIO:0.1 (see README)") \
   X(DELAY, .name = "delay", .argument = "CMD:MS", .parse = cli_parse_fault, \
-    .form = "CMD:MS; CMD:" CLI_COMMANDS(CLI_WORD_TEXT) "; MS: 0 to 1000000", \
+    .form = "CMD:MS; CMD:" CLI_COMMANDS(CLI_TEXT) "; MS: 0 to 1000000", \
     .help = "make requests wait: read:50 (see README)") \
   X(DRY_RUN, .name = "dry-run", .letter = 'n', \
     .help = "rollback, resize, rm: only check if they can be done") \
@@ -7824,26 +7808,6 @@ static const struct {
 
 /* ---- From argv to `opt` ---- */
 
-/* Finds an option by the first len characters of name, or returns OPT_NONE.
- * Names have to be written in full: a shorthand that is unique today would not
- * be so for ever. */
-static enum cli_option_id cli_find_long(const char *name, size_t len) {
-  int id = OPT_COUNT - 1;
-  while (id > OPT_NONE && (strlen(cli_options[id].name) != len ||
-                           memcmp(cli_options[id].name, name, len) != 0))
-    id--;
-  return (enum cli_option_id)id;
-}
-
-/* Finds an option by its letter, or returns OPT_NONE. */
-static enum cli_option_id cli_find_short(char letter) {
-  int id = OPT_COUNT - 1;
-  assert(letter);
-  while (id > OPT_NONE && cli_options[id].letter != letter)
-    id--;
-  return (enum cli_option_id)id;
-}
-
 /* Takes an option that stands in *word.  The value is what stands behind it in
  * the same word, or NULL; if the option needs one it then is the next word.
  * (Behind the last word of argv there is NULL.)  Returns the last word used.  A
@@ -7863,20 +7827,26 @@ static char **cli_take_option(enum cli_option_id id, char **word,
   int is_good = !option->max || (u_parse_number(value, option->max, number) &&
                                  *number >= option->min);
   if (is_good && option->parse) is_good = option->parse(id, value);
-  if (is_good) return word;
-  if (option->form)
+  if (!is_good && option->form)
     cli_usage("--%s %s: not %s", option->name, value, option->form);
-  cli_usage("--%s %s: not a number from %" PRIu64 " to %" PRIu64, option->name,
-            value, option->min, option->max);
+  if (!is_good)
+    cli_usage("--%s %s: not a number from %" PRIu64 " to %" PRIu64,
+              option->name, value, option->min, option->max);
+  return word;
 }
 
 /* Parses the word at *word, which is --NAME or --NAME=VALUE, and the word
- * behind it if that is the value.  Returns the last word that it has used. */
+ * behind it if that is the value.  Returns the last word that it has used.
+ * Names have to be written in full: a shorthand that is unique today would not
+ * be so for ever. */
 static char **cli_parse_long(char **word) {
   const char *name = *word + 2;
   size_t len = strcspn(name, "=");
-  const char *value = name[len] ? name + len + 1 : NULL;
-  return cli_take_option(cli_find_long(name, len), word, value);
+  enum cli_option_id id = OPT_COUNT - 1;
+  while (id > OPT_NONE && (strlen(cli_options[id].name) != len ||
+                           memcmp(cli_options[id].name, name, len) != 0))
+    id--;
+  return cli_take_option(id, word, name[len] ? name + len + 1 : NULL);
 }
 
 /* Does the same for a word of one or more letters behind "-".  The first letter
@@ -7884,7 +7854,9 @@ static char **cli_parse_long(char **word) {
  * no rest, the word behind it. */
 static char **cli_parse_short(char **word) {
   for (const char *letter = *word + 1; *letter; letter++) {
-    enum cli_option_id id = cli_find_short(*letter);
+    enum cli_option_id id = OPT_COUNT - 1;
+    while (id > OPT_NONE && cli_options[id].letter != *letter)
+      id--;
     int takes_value = cli_options[id].argument != NULL;
     const char *rest = takes_value && letter[1] ? letter + 1 : NULL;
     char **last = cli_take_option(id, word, rest);
@@ -7982,9 +7954,6 @@ enum cli_verb_flags {
   VERB_LINES = 1 << 7
 };
 
-/* The number of operands is not limited. */
-#define CLI_ANY_NUMBER INT_MAX
-
 struct cli_job;
 
 struct cli_verb {
@@ -8052,13 +8021,6 @@ struct cli_job {
 };
 
 /* ---- Progress ----------------------------------------------------------- */
-
-enum {
-  /* A command that takes less time than this shows no progress. */
-  CLI_PROGRESS_AFTER_MS = 1000,
-  /* How often it is shown: often enough to look alive */
-  CLI_PROGRESS_EVERY_MS = 100
-};
 
 /* Clears the line that shows the progress, if there is one, so that a row or a
  * message can take its place. */
@@ -8149,12 +8111,11 @@ static int cli_print_row(struct cli_job *job, const struct cli_value *values,
 /* create, snapshot, rollback, clone, rename, resize, rm: they change the
  * catalog, and nbdserve.h has one call for all of them. */
 static int cli_do_change(struct cli_job *job, struct nbdserve_cas *cas) {
-  int verb = job->verb->change;
-  assert(verb);
-  if (job->request.dry_run && job->verb->flags & VERB_DRY_RUN)
-    verb |= NBDSERVE_CAS_DRY_RUN;
-  return nbdserve_cas_change(cas, verb, job->request.name, job->request.to,
-                             job->request.size);
+  const struct cli_request *request = &job->request;
+  int dry_run = request->dry_run ? NBDSERVE_CAS_DRY_RUN : 0;
+  assert(job->verb->change);
+  return nbdserve_cas_change(cas, job->verb->change | dry_run, request->name,
+                             request->to, request->size);
 }
 
 /* Prints a volume or snapshot: a nbdserve_list_fn.  The time comes from a file
@@ -8256,9 +8217,10 @@ enum cli_copy {
   COPY_IN,
   /* To a pipe, a terminal, or wherever standard output may lead */
   COPY_OUT,
-  /* To a file that has its size already and is one hole: zeroes need not be
-   * written. */
-  COPY_OUT_SPARSE
+  /* To a file that gets the size of the volume first.  It is one hole then:
+   * zeroes need not be written.  A file that cannot be cut, a block device or a
+   * pipe, is written from the front like standard output. */
+  COPY_TO_FILE
 };
 
 /* Writes the first n bytes of the buffer, in as many steps as it takes. */
@@ -8272,32 +8234,42 @@ static int cli_write_buffer(int fd, uint64_t n) {
   return 0;
 }
 
-/* Copies all of a volume from or to the FILE of a job, and makes durable what
- * it has written, except to a pipe. */
-static int cli_copy(struct cli_job *job, const struct nbdserve_export *ex,
-                    enum cli_copy kind) {
-  int file = job->fds.output;
-  uint64_t n;
-  for (uint64_t off = 0; off < ex->size; off += n) {
-    n = u_min(sizeof cli_buffer, ex->size - off);
-    struct iovec piece = {cli_buffer, (size_t)n};
-    int err;
-    if (cli_progress(job, off, ex->size)) return -ECANCELED;
-    if (kind == COPY_IN)
-      err = os_transfer(file, OS_READ, &piece, 1, off);
-    else
-      err = ex->ops->read(ex->ctx, cli_buffer, off, n, 0);
-    if (err) return err;
-    if (kind == COPY_IN)
-      err = ex->ops->write(ex->ctx, cli_buffer, off, n, 0);
-    else if (kind == COPY_OUT)
-      err = cli_write_buffer(file, n);
-    else if (!u_is_zero(cli_buffer, (size_t)n))
-      err = os_transfer(file, OS_WRITE, &piece, 1, off);
-    if (err) return err;
+/* Copies n bytes of a volume at off, as many as fit into the buffer. */
+static int cli_copy_piece(int file, const struct nbdserve_export *ex,
+                          enum cli_copy kind, uint64_t off, uint64_t n) {
+  struct iovec piece = {cli_buffer, (size_t)n};
+  assert(n <= sizeof cli_buffer);
+  if (kind == COPY_IN) {
+    int err = os_transfer(file, OS_READ, &piece, 1, off);
+    return err ? err : ex->ops->write(ex->ctx, cli_buffer, off, n, 0);
   }
-  if (kind == COPY_IN) return ex->ops->flush(ex->ctx, 0);
-  return kind == COPY_OUT ? 0 : os_datasync(file);
+  int err = ex->ops->read(ex->ctx, cli_buffer, off, n, 0);
+  if (err) return err;
+  if (kind == COPY_OUT) return cli_write_buffer(file, n);
+  if (u_is_zero(cli_buffer, (size_t)n)) return 0;
+  return os_transfer(file, OS_WRITE, &piece, 1, off);
+}
+
+/* Copies all of the volume of a job from or to its FILE, and makes durable what
+ * it has written, except to a pipe. */
+static int cli_copy(struct cli_job *job, struct nbdserve_cas *cas,
+                    enum cli_copy kind) {
+  struct nbdserve_export ex = {.name = NULL};
+  int file = job->fds.output;
+  int err = nbdserve_cas_volume(cas, job->request.name, &ex);
+  if (err) return err;
+  if (kind == COPY_TO_FILE &&
+      (ftruncate(file, 0) < 0 || ftruncate(file, (off_t)ex.size) < 0))
+    kind = COPY_OUT;
+  for (uint64_t off = 0; !err && off < ex.size; off += sizeof cli_buffer) {
+    uint64_t n = u_min(sizeof cli_buffer, ex.size - off);
+    if (cli_progress(job, off, ex.size)) err = -ECANCELED;
+    if (!err) err = cli_copy_piece(file, &ex, kind, off, n);
+  }
+  if (!err && kind == COPY_IN) err = ex.ops->flush(ex.ctx, 0);
+  if (!err && kind == COPY_TO_FILE) err = os_datasync(file);
+  ex.ops->close(ex.ctx);
+  return err;
 }
 
 /* import: makes a volume of a file.  If that fails, at whatever point, there is
@@ -8305,36 +8277,20 @@ static int cli_copy(struct cli_job *job, const struct nbdserve_export *ex,
  * do. */
 static int cli_do_import(struct cli_job *job, struct nbdserve_cas *cas) {
   const char *name = job->request.name;
-  struct nbdserve_export ex = {.name = NULL};
   off_t size = lseek(job->fds.output, 0, SEEK_END);
   if (size < 0) return -errno;
   int err = nbdserve_cas_create(cas, name, (uint64_t)size);
   if (err) return err; /* what has that name already is not ours to remove */
-  err = nbdserve_cas_volume(cas, name, &ex);
-  if (!err) {
-    assert(ex.size == (uint64_t)size);
-    err = cli_copy(job, &ex, COPY_IN);
-    ex.ops->close(ex.ctx);
-  }
+  err = cli_copy(job, cas, COPY_IN);
   if (err) nbdserve_cas_rm(cas, name);
   return err;
 }
 
 /* export: writes a volume or snapshot to a FILE, which gets its size, or to
- * standard output, behind what may be there already.  A FILE that cannot be
- * cut, a block device or a pipe, is written from the front like standard
- * output. */
+ * standard output, behind what may be there already. */
 static int cli_do_export(struct cli_job *job, struct nbdserve_cas *cas) {
-  struct nbdserve_export ex = {.name = NULL};
-  int err = nbdserve_cas_volume(cas, job->request.name, &ex);
-  if (err) return err;
-  int file = job->fds.output;
-  int is_sparse = strcmp(job->request.to, "-") != 0 &&
-                  ftruncate(file, 0) == 0 &&
-                  ftruncate(file, (off_t)ex.size) == 0;
-  err = cli_copy(job, &ex, is_sparse ? COPY_OUT_SPARSE : COPY_OUT);
-  ex.ops->close(ex.ctx);
-  return err;
+  int is_file = strcmp(job->request.to, "-") != 0;
+  return cli_copy(job, cas, is_file ? COPY_TO_FILE : COPY_OUT);
 }
 
 /* ---- The table ---- */
@@ -8420,9 +8376,8 @@ static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
   const char *name = job->request.name;
   const char *to = job->verb->flags & VERB_READS_FILE ? "" : job->request.to;
   assert(job->verb == &cli_verbs[job->request.verb] && job->verb->run);
-  job->nrows = 0;
-  job->lost = 0;
-  job->shown_ms = 0;
+  /* A command that is done several times prints nothing. */
+  assert(!job->nrows && !job->lost && !job->shown_ms);
   job->begun_ms = os_now_ms();
   int err = job->verb->run(job, cas);
   cli_hide_progress(job);
@@ -8446,59 +8401,55 @@ union cli_passed {
   char room[CMSG_SPACE(sizeof(struct cli_fds))];
 };
 
-/* Sends a job with its descriptors, of which the receiver gets duplicates.  A
- * socket's buffer takes all of it at once.  Returns 0 or -EPIPE. */
-static int cli_send_command(int fd, struct cli_job *job) {
+/* Returns the message that carries a job, in either direction: the request is
+ * data->iov_base, and the descriptors are in *passed. */
+static struct msghdr cli_message(struct cli_job *job, struct iovec *data,
+                                 union cli_passed *passed) {
   const socklen_t len = CMSG_LEN(sizeof job->fds);
-  struct iovec data = {&job->request, sizeof job->request};
-  union cli_passed passed = {.header = {.cmsg_level = SOL_SOCKET,
-                                        .cmsg_type = SCM_RIGHTS,
-                                        .cmsg_len = len}};
-  struct msghdr message = {.msg_iov = &data,
-                           .msg_iovlen = 1,
-                           .msg_control = &passed,
-                           .msg_controllen = len};
-  memcpy(CMSG_DATA(&passed.header), &job->fds, sizeof job->fds);
-  ssize_t n = sendmsg(fd, &message, MSG_NOSIGNAL);
-  return n == (ssize_t)sizeof job->request ? 0 : -EPIPE;
+  *data = (struct iovec){&job->request, sizeof job->request};
+  passed->header = (struct cmsghdr){.cmsg_len = len};
+  passed->header.cmsg_level = SOL_SOCKET;
+  passed->header.cmsg_type = SCM_RIGHTS;
+  memcpy(CMSG_DATA(&passed->header), &job->fds, sizeof job->fds);
+  return (struct msghdr){.msg_iov = data,
+                         .msg_iovlen = 1,
+                         .msg_control = passed,
+                         .msg_controllen = len};
 }
 
 /* Receives a job.  The descriptors that come with it are the caller's to close,
- * even if this fails; where none has come there is -1.  There is room for two:
- * if somebody sends more, the system closes the rest. */
+ * even if this fails.  Where none has come there is -1: the system writes over
+ * what we have put into the message only what it has got.  There is room for
+ * two: if somebody sends more, the system closes the rest. */
 static int cli_receive_command(struct io *io, struct cli_job *job) {
-  struct iovec data = {&job->request, sizeof job->request};
-  union cli_passed passed = {.header = {.cmsg_len = 0}};
-  struct msghdr message = {.msg_iov = &data,
-                           .msg_iovlen = 1,
-                           .msg_control = &passed,
-                           .msg_controllen = CMSG_LEN(sizeof job->fds)};
+  struct iovec data;
+  union cli_passed passed;
   job->fds = (struct cli_fds){.output = -1, .messages = -1};
+  struct msghdr message = cli_message(job, &data, &passed);
   int err = io_wait_input(io, io->deadline);
   if (err) return err;
   /* The descriptors come with the first bytes; what follows has none. */
   ssize_t n = recvmsg(io->in, &message, 0);
   if (n <= 0) return -EPIPE;
   assert(n <= (ssize_t)sizeof job->request);
-  if (message.msg_controllen >= CMSG_LEN(0) &&
-      passed.header.cmsg_type == SCM_RIGHTS) {
-    uint64_t len = passed.header.cmsg_len - CMSG_LEN(0);
-    memcpy(&job->fds, CMSG_DATA(&passed.header),
-           (size_t)u_min(len, sizeof job->fds));
-  }
+  memcpy(&job->fds, CMSG_DATA(&passed.header), sizeof job->fds);
   return io_recv_all(io, (unsigned char *)&job->request + n,
                      sizeof job->request - (size_t)n);
 }
 
 /* Lets the server of the store do a job, waits for it as long as it takes, and
- * returns the exit status.  Whoever has the store without listening at
- * STORE.ctl is no server, or a read-only one, or was built without threads.
+ * returns the exit status.  The server gets duplicates of the descriptors.
+ * Whoever has the store without listening at STORE.ctl is no server, or a
+ * read-only one, or was built without threads.
  *
  * A STORE.ctl that is somebody else's is refused: in a directory where
  * everybody may make files a stranger who can read the store could lock it,
  * listen there, and get our descriptors.  A server runs as the owner of the
  * store, as ourselves, or as root. */
 static int cli_run_remote(struct cli_job *job) {
+  struct iovec data;
+  union cli_passed passed;
+  struct msghdr message = cli_message(job, &data, &passed);
   struct stat store;
   struct stat ctl;
   unsigned char status;
@@ -8510,13 +8461,15 @@ static int cli_run_remote(struct cli_job *job) {
   if (fd < 0)
     cli_die(CLI_IN_USE, "%s: in use by a process that takes no commands",
             cli.store);
-  if (cli_send_command(fd, job) || read(fd, &status, 1) != 1)
+  /* A socket's buffer takes all of it at once. */
+  if (sendmsg(fd, &message, MSG_NOSIGNAL) != (ssize_t)sizeof job->request ||
+      read(fd, &status, 1) != 1)
     cli_failed("%s: no answer from the server of the store", cli.ctl_path);
   close(fd);
   return status;
 }
 
-/* Does what a client of the control socket asks for.  It has to come in one go:
+/* Does what a client of the control socket asks for, and closes it.  It has to come in one go:
  * as long as we wait for it, others wait, too.  A request that makes no sense
  * is dropped without an answer. */
 static void cli_serve_command(int client) {
@@ -8537,6 +8490,7 @@ static void cli_serve_command(int client) {
   }
   close(job.fds.output); /* closing -1 does no harm */
   close(job.fds.messages);
+  close(client);
 }
 
 /* The thread that takes commands until the server stops.  That makes
@@ -8548,12 +8502,10 @@ static void *cli_control(void *unused) {
   (void)unused;
   while (io_wait_input(&io, 0) == 0) {
     int client = os_accept(cli.ctl);
-    if (client < 0) {
+    if (client >= 0)
+      cli_serve_command(client);
+    else
       poll(NULL, 0, SRV_PAUSE_MS);
-      continue;
-    }
-    cli_serve_command(client);
-    close(client);
   }
   (void)!write(cli.ctl_ended[1], "", 1);
   return NULL;
@@ -8577,21 +8529,6 @@ static int cli_open_store(const char *path, int readonly) {
   return err;
 }
 
-/* Listens on STORE.ctl, for ourselves and root only: the umask is in force when
- * the socket is made, so there is no moment at which others get in.  If it
- * cannot be made (its path may be too long for a socket, or the directory
- * read-only) the store is served all the same. */
-static void cli_open_control(void) {
-  mode_t mask = umask(0177);
-  assert(cli.ctl < 0);
-  cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
-  umask(mask);
-  if (cli.ctl >= 0 && lstat(cli.ctl_path, &cli.ctl_st) < 0) {
-    close(cli.ctl);
-    cli.ctl = -1;
-  }
-}
-
 /* Starts the thread that takes commands.  This comes after --fork and after the
  * command was started: from now on the process makes no other one, which would
  * inherit the descriptors that come with commands.  Without the thread nobody
@@ -8605,7 +8542,6 @@ static void cli_start_control(void) {
   cli.ctl_ended[0] = 0;
   cli_remove_own(cli.ctl_path, &cli.ctl_st);
   close(cli.ctl);
-  cli.ctl = -1;
   cli_say("%s: %s; no commands are taken while it is served", cli.store,
           u_errno_text(err));
 }
@@ -8650,11 +8586,16 @@ static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
   return nbdserve_cas_list(cli.cas, cli_emit_volume, &to);
 }
 
-/* Opens a volume or snapshot of a store, and before it the store, if that is
- * not open yet, with its socket for commands.  A read-only server takes no
- * commands: next to it the store can be opened by other readers.  With the name
- * "" the server finds and lists all that is in the store, also what is made
- * later, and *ex stays as it is. */
+/* Opens a volume or snapshot of a store.  Before it opens the store, if that is
+ * not open yet, and the socket for commands.  STORE.ctl is for ourselves and
+ * root only: the umask is in force when it is made, so there is no moment at
+ * which others get in.  If it cannot be made (its path may be too long for a
+ * socket, or the directory read-only) the store is served all the same.  A
+ * read-only server takes no commands: next to it the store can be opened by
+ * other readers.
+ *
+ * With the name "" the server finds and lists all that is in the store, also
+ * what is made later, and *ex stays as it is. */
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
   int readonly = opt[OPT_READ_ONLY].given != 0;
@@ -8663,7 +8604,11 @@ static int cli_open_volume(const char *path, const char *name,
   if (!cli.cas) {
     int err = cli_open_store(path, readonly);
     if (err) return err;
-    if (!readonly && !NBDSERVE_NO_THREADS) cli_open_control();
+    mode_t mask = umask(0177);
+    if (!readonly && !NBDSERVE_NO_THREADS)
+      cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
+    umask(mask);
+    if (cli.ctl >= 0) lstat(cli.ctl_path, &cli.ctl_st);
   }
   if (*name) return nbdserve_cas_volume(cli.cas, name, ex);
   cli.server->config.find = cli_find_volume;
@@ -8704,29 +8649,30 @@ static char *cli_take_store(const struct cli_verb *verb, char ***operands,
   if (!*noperands) return fallback;
   char *first = **operands;
   char *colons = strstr(first, "::");
+  if (!colons && verb->noperands) return fallback;
+  if (!colons && !verb->run && *noperands == 1 && fallback &&
+      u_parse_number(first, INT64_MAX, &size))
+    return fallback;
   if (colons) {
     **operands = colons + 2;
     *colons = '\0';
     if (verb->noperands || colons[2]) return first;
-  } else {
-    if (verb->noperands) return fallback;
-    if (verb->flags & VERB_SIZE && *noperands == 1 && fallback &&
-        u_parse_number(first, INT64_MAX, &size))
-      return fallback;
   }
   ++*operands;
   --*noperands;
   return first;
 }
 
-/* init: makes a store.  block_size is how `size` was written, or NULL. */
-static void cli_init(const char *store, const char *block_size, uint64_t size) {
+/* init: makes a store.  block_size is how `size` was written, or NULL.  Returns
+ * the exit status. */
+static int cli_init(const char *store, const char *block_size, uint64_t size) {
   struct nbdserve_cas_options options = {.block_size =
                                              (uint32_t)u_min(size, UINT32_MAX)};
   int err = nbdserve_cas_init(store, &options);
   if (err == -EINVAL && block_size)
     cli_usage("%s: not a block size (4K, 8K, 16K, 32K or 64K)", block_size);
   cli_exit_if_error(err, store);
+  return CLI_OK;
 }
 
 /* Opens the FILE of an import or export, which takes the place of the output.
@@ -8787,10 +8733,7 @@ static void cli_run_verb(void) {
   if (last && verb->flags & VERB_SIZE &&
       !u_parse_number(last, INT64_MAX, &job.request.size))
     cli_usage("%s %s: not a size", name, last);
-  if (!verb->run) {
-    cli_init(store, last, job.request.size);
-    exit(CLI_OK);
-  }
+  if (!verb->run) exit(cli_init(store, last, job.request.size));
   if (verb->flags & (VERB_READS_FILE | VERB_WRITES_FILE))
     cli_open_file(&job, last);
   int err = cli_open_store(store, (verb->flags & VERB_READS_ONLY) != 0);
@@ -8924,22 +8867,8 @@ static void cli_exit_if_unopened(int err, const struct cli_target *target) {
   cli_exit_if_error(err, text);
 }
 
-/* Gives an export to the server, which takes over what is behind it; if it does
- * not take the export, that is closed here. */
-static void cli_add_export(const struct nbdserve_export *ex,
-                           const char *target) {
-  assert(ex->ops && ex->ops->close);
-  int err = nbdserve_add(cli.server, ex);
-  if (!err) return;
-  ex->ops->close(ex->ctx);
-  if (err == -EEXIST)
-    cli_usage("%s: another target has that export name", target);
-  if (err == -EINVAL)
-    cli_usage("%s: --block-size, name or description out of range", target);
-  cli_exit_if_error(err, target);
-}
-
-/* Opens a target and adds it to the server.  A volume cannot be cut like a
+/* Opens a target and adds it to the server, which takes over what is behind the
+ * export; if it does not take the export, that is closed here.  A volume cannot be cut like a
  * file, and has clones in place of --temporary.  A whole store adds no export:
  * the server asks for each one when a client does. */
 static void cli_add_target(char *text) {
@@ -8959,7 +8888,15 @@ static void cli_add_target(char *text) {
   int err = target.volume ? cli_open_volume(target.path, target.volume, &ex)
                           : cli_open_file_target(target.path, &ex);
   cli_exit_if_unopened(err, &target);
-  if (ex.ops) cli_add_export(&ex, target.text);
+  if (!ex.ops) return;
+  err = nbdserve_add(cli.server, &ex);
+  if (err) ex.ops->close(ex.ctx);
+  if (err == -EEXIST)
+    cli_usage("%s: another target has that export name", target.text);
+  if (err == -EINVAL)
+    cli_usage("%s: --block-size, name or description out of range",
+              target.text);
+  cli_exit_if_error(err, target.text);
 }
 
 /* ---- Where to listen ---------------------------------------------------- */
@@ -9032,18 +8969,15 @@ static void cli_listen_privately(void) {
   const char *const parents[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"),
                                  "/tmp"};
   char address[sizeof cli.private_dir + 16];
-  char *dir = NULL;
-  for (int i = 0; i < 3 && !dir; i++) {
+  for (int i = 0; i < 3 && !*cli.private_dir; i++) {
     if (!parents[i] || *parents[i] != '/' || strlen(parents[i]) > 80) continue;
     snprintf(cli.private_dir, sizeof cli.private_dir, "%s/nbdXXXXXX",
              parents[i]);
-    dir = mkdtemp(cli.private_dir);
+    if (!mkdtemp(cli.private_dir)) *cli.private_dir = '\0';
   }
-  if (!dir) {
-    cli.private_dir[0] = '\0'; /* it is not ours to remove */
+  if (!*cli.private_dir)
     cli_failed("private socket: no directory for it (use -U)");
-  }
-  snprintf(address, sizeof address, "unix:%s/sock", dir);
+  snprintf(address, sizeof address, "unix:%s/sock", cli.private_dir);
   mode_t mask = umask(0177);
   cli_listen_at(address);
   umask(mask);
@@ -9068,14 +9002,9 @@ static void cli_listen_on_tcp(void) {
 static void cli_listen(void) {
   const char *path = opt[OPT_UNIX].text;
   int wants_tcp = opt[OPT_PORT].given || opt[OPT_BIND].given;
-  if (opt[OPT_STDIN].given) {
-    cli.client = 0;
-    return;
-  }
-  if (opt[OPT_FD].given) {
-    cli_listen_on_fd((int)opt[OPT_FD].number);
-    return;
-  }
+  if (opt[OPT_STDIN].given) cli.client = 0;
+  if (opt[OPT_FD].given) cli_listen_on_fd((int)opt[OPT_FD].number);
+  if (opt[OPT_STDIN].given || opt[OPT_FD].given) return;
   if (!path && !wants_tcp) {
     if (cli_listen_on_passed()) return;
     path = "-";
@@ -9229,16 +9158,13 @@ static void cli_leave_terminal(void) {
 static void cli_tell_ready(void) {
   int fd = (int)opt[OPT_READY_FD].number;
   if (opt[OPT_PIDFILE].text) cli_write_pidfile(opt[OPT_PIDFILE].text);
-  if (opt[OPT_READY_FD].given) {
-    if (*cli.uri && dprintf(fd, "%s\n", cli.uri) < 0)
-      cli_exit_if_error(-errno, "--ready-fd");
-    if (close(fd) < 0) cli_exit_if_error(-errno, "--ready-fd");
-  }
-  if (opt[OPT_RUN].given) {
+  if (opt[OPT_READY_FD].given &&
+      ((*cli.uri && dprintf(fd, "%s\n", cli.uri) < 0) || close(fd) < 0))
+    cli_exit_if_error(-errno, "--ready-fd");
+  if (opt[OPT_RUN].given)
     cli_start_command();
-  } else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0) {
+  else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0)
     cli_exit_if_error(-errno, "standard output");
-  }
   if (cli.ready_pipe >= 0) cli_leave_terminal();
 }
 

@@ -7109,8 +7109,8 @@ void nbdserve_free(struct nbdserve *s) {
  * change after the server has started.
  *
  * To add a command-line option: a row in CLI_OPTIONS, which says what its value
- * may be.  opt[] has the value then, and --help prints the row.  What the option
- * must not be combined with goes to cli_exclusions.
+ * may be.  opt[] has the value then, and --help prints the row.  What the
+ * option must not be combined with goes to cli_exclusions.
  *
  * To add a command on stores: a function that does it, and a row in cli_verbs,
  * from which --help prints it, too.
@@ -7434,8 +7434,8 @@ static void cli_catch_signals(void (*handler)(int)) {
 /* Removes a file that we have made, if it still is that file.  Whoever has put
  * another one in its place, a server that was started after us for instance,
  * keeps it.  We have the file open, or have it bound as a socket: its inode
- * number would otherwise be free, and the other file may have got it.  If `made`
- * is all zero, as before the file was made, it fits no file. */
+ * number would otherwise be free, and the other file may have got it.  If
+ * `made` is all zero, as before the file was made, it fits no file. */
 static void cli_remove_own(const char *path, const struct stat *made) {
   struct stat st;
   if (made->st_ino && lstat(path, &st) == 0 && st.st_dev == made->st_dev &&
@@ -7569,6 +7569,7 @@ static int cli_before(void *unused, unsigned type, uint64_t off, uint64_t len) {
 static int cli_take_word(const struct cli_word *words, const char **text,
                          const char *ends, uint32_t *value) {
   size_t len = strcspn(*text, ends);
+  assert(words->name);
   while (words->name &&
          (strlen(words->name) != len || memcmp(words->name, *text, len) != 0))
     words++;
@@ -7582,89 +7583,84 @@ static int cli_take_word(const struct cli_word *words, const char **text,
 
 /* clang-format off */
 
-/* The options, in the order of --help: a name, and members of struct cli_option.
- * This is a list of macros, so that it says all about an option in one place.
- */
+/* The options, in the order of --help: the name behind OPT_, the name on the
+ * command line, and members of struct cli_option.  This is a list of macros, so
+ * that it says all about an option in one place. */
 #define CLI_OPTIONS(X) \
-  X(UNIX, .name = "unix", .letter = 'U', .argument = "PATH", \
+  X(UNIX, "unix", .letter = 'U', .argument = "PATH", \
     .help = "listen on a unix socket (default: a private one)") \
-  X(PORT, .name = "port", .letter = 'p', .argument = "N", .max = 65535, \
+  X(PORT, "port", .letter = 'p', .argument = "N", .max = 65535, \
     .help = "listen on TCP (usual: 10809; 0: any free port)") \
-  X(BIND, .name = "bind", .letter = 'i', .argument = "ADDR", \
+  X(BIND, "bind", .letter = 'i', .argument = "ADDR", \
     .help = "TCP address (default: the two of loopback)") \
-  X(STDIN, .name = "stdin", .letter = 's', \
+  X(STDIN, "stdin", .letter = 's', \
     .help = "serve one client on standard input and output") \
-  X(FD, .name = "fd", .argument = "N", .max = INT_MAX, .parse = cli_parse_fd, \
+  X(FD, "fd", .argument = "N", .max = INT_MAX, .parse = cli_parse_fd, \
     .form = "the number of a descriptor that is open", \
     .help = "serve descriptor N, a listening or connected socket") \
-  X(READ_ONLY, .name = "read-only", .letter = 'r', .help = "refuse writes") \
-  X(EXPORT, .name = "export", .letter = 'e', .argument = "NAME", \
+  X(READ_ONLY, "read-only", .letter = 'r', .help = "refuse writes") \
+  X(EXPORT, "export", .letter = 'e', .argument = "NAME", \
     .help = "name of the export (default: every name will do)") \
-  X(DESCRIPTION, .name = "description", .letter = 'D', .argument = "TEXT", \
+  X(DESCRIPTION, "description", .letter = 'D', .argument = "TEXT", \
     .help = "shown to clients that list the exports") \
-  X(OFFSET, .name = "offset", .letter = 'o', .argument = "N", \
+  X(OFFSET, "offset", .letter = 'o', .argument = "N", \
     .max = INT64_MAX, .help = "serve the target from byte N on") \
-  X(SIZE, .name = "size", .argument = "N", .min = 1, .max = INT64_MAX, \
+  X(SIZE, "size", .argument = "N", .min = 1, .max = INT64_MAX, \
     .help = "serve only N bytes of the target") \
-  X(BLOCK_SIZE, .name = "block-size", .letter = 'b', .argument = "SIZES", \
-    .parse = cli_parse_block_sizes, \
-    .form = "MIN:PREFERRED:MAX, three sizes in bytes", \
+  X(BLOCK_SIZE, "block-size", .letter = 'b', .argument = "SIZES", \
+    .parse = cli_parse_sizes, .form = "MIN:PREFERRED:MAX, three sizes", \
     .help = "MIN:PREFERRED:MAX (1:4096:32M)") \
-  X(CREATE, .name = "create", .argument = "SIZE", .min = 1, .max = INT64_MAX, \
+  X(CREATE, "create", .argument = "SIZE", .min = 1, .max = INT64_MAX, \
     .help = "make the target, a sparse file, if it is missing") \
-  X(TEMPORARY, .name = "temporary", .letter = 'T', \
+  X(TEMPORARY, "temporary", .letter = 'T', \
     .help = "discard at exit what clients have written") \
-  X(CACHE, .name = "cache", .argument = "MODE", .parse = cli_parse_cache, \
+  X(CACHE, "cache", .argument = "MODE", .parse = cli_parse_cache, \
     .form = "writeback, writethrough or unsafe", \
     .help = "writeback (default), writethrough or unsafe") \
-  X(THREADS, .name = "threads", .letter = 't', .argument = "N", .min = 1, \
+  X(THREADS, "threads", .letter = 't', .argument = "N", .min = 1, \
     .max = 1024, .help = "slow requests of a client done at a time (16)") \
-  X(MAX_CONN, .name = "max-conn", .letter = 'm', .argument = "N", \
+  X(MAX_CONN, "max-conn", .letter = 'm', .argument = "N", \
     .min = 1, .max = SRV_MAX_CONN, .help = "clients served at a time (128)") \
-  X(STALL, .name = "stall", .argument = "SEC", .min = 1, .max = 4000000, \
+  X(STALL, "stall", .argument = "SEC", .min = 1, .max = 4000000, \
     .help = "disconnect a client stalled in a request (120)") \
-  X(ONCE, .name = "once", .letter = '1', \
+  X(ONCE, "once", .letter = '1', \
     .help = "exit when the last client has left") \
-  X(IDLE_EXIT, .name = "idle-exit", .argument = "SEC", .min = 1, \
+  X(IDLE_EXIT, "idle-exit", .argument = "SEC", .min = 1, \
     .max = 4000000, .help = "exit after SEC seconds without a client") \
-  X(RUN, .name = "run", .argument = "CMD", \
+  X(RUN, "run", .argument = "CMD", \
     .help = "serve while a shell command runs ($uri, $nbd)") \
-  X(FORK, .name = "fork", .help = "go into the background once it listens") \
-  X(PIDFILE, .name = "pidfile", .letter = 'P', .argument = "FILE", \
+  X(FORK, "fork", .help = "go into the background once it listens") \
+  X(PIDFILE, "pidfile", .letter = 'P', .argument = "FILE", \
     .help = "write the process id to FILE once it listens") \
-  X(READY_FD, .name = "ready-fd", .argument = "N", .min = 3, .max = INT_MAX, \
+  X(READY_FD, "ready-fd", .argument = "N", .min = 3, .max = INT_MAX, \
     .parse = cli_parse_fd, \
     .form = "the number of a descriptor (3 or above) that is open", \
     .help = "write the URI to descriptor N once it listens") \
-  X(QUIET, .name = "quiet", .letter = 'q', .help = "print errors only") \
-  X(VERBOSE, .name = "verbose", .letter = 'v', \
+  X(QUIET, "quiet", .letter = 'q', .help = "print errors only") \
+  X(VERBOSE, "verbose", .letter = 'v', \
     .help = "log clients; given twice: every request") \
-  X(STATS, .name = "stats", \
-    .help = "print totals at exit (on SIGUSR1 always)") \
-  X(JSON, .name = "json", \
-    .help = "print totals, or a command's output, as JSON") \
-  X(WITHOUT, .name = "without", .argument = "LIST", \
-    .parse = cli_parse_features, \
+  X(STATS, "stats", .help = "print totals at exit (on SIGUSR1 always)") \
+  X(JSON, "json", .help = "print totals, or a command's output, as JSON") \
+  X(WITHOUT, "without", .argument = "LIST", .parse = cli_parse_features, \
     .form = "a list of:" CLI_FEATURES(CLI_TEXT) " (with commas)", \
     .help = "hide features from clients (see README)") \
-  X(FAULT, .name = "fault", .argument = "CMD:ERR:RATE", \
-    .parse = cli_parse_fault, \
+  X(FAULT, "fault", .argument = "CMD:ERR:RATE", .parse = cli_parse_fault, \
     .form = "CMD:ERR:RATE; CMD:" CLI_COMMANDS(CLI_TEXT) \
             "; ERR:" CLI_ERRORS(CLI_TEXT) "; RATE: 0 to 1", \
     .help = "make requests fail: write:EIO:0.1 (see README)") \
-  X(DELAY, .name = "delay", .argument = "CMD:MS", .parse = cli_parse_fault, \
+  X(DELAY, "delay", .argument = "CMD:MS", .parse = cli_parse_fault, \
     .form = "CMD:MS; CMD:" CLI_COMMANDS(CLI_TEXT) "; MS: 0 to 1000000", \
     .help = "make requests wait: read:50 (see README)") \
-  X(DRY_RUN, .name = "dry-run", .letter = 'n', \
+  X(DRY_RUN, "dry-run", .letter = 'n', \
     .help = "rollback, resize, rm: only check if they can be done") \
-  X(NO_VERIFY, .name = "no-verify", \
+  X(NO_VERIFY, "no-verify", \
     .help = "do not check the blocks of a store when reading") \
-  X(VERSION, .name = "version", .letter = 'V', \
+  X(VERSION, "version", .letter = 'V', \
     .help = "print the version and what it was built with") \
-  X(HELP, .name = "help", .letter = 'h', .help = "print this text")
+  X(HELP, "help", .letter = 'h', .help = "print this text")
 
 #define CLI_OPTION_ID(id, ...) OPT_##id,
-#define CLI_OPTION_ROW(id, ...) [OPT_##id] = {__VA_ARGS__},
+#define CLI_OPTION_ROW(id, text, ...) [OPT_##id] = {.name = text, __VA_ARGS__},
 
 /* OPT_NONE is no option, and never given. */
 enum cli_option_id { OPT_NONE, CLI_OPTIONS(CLI_OPTION_ID) OPT_COUNT };
@@ -7722,7 +7718,7 @@ static int cli_parse_fd(enum cli_option_id id, const char *value) {
 
 /* --block-size: three sizes.  Whether they go together is for nbdserve_add to
  * say. */
-static int cli_parse_block_sizes(enum cli_option_id id, const char *value) {
+static int cli_parse_sizes(enum cli_option_id id, const char *value) {
   (void)id;
   uint32_t *const sizes[] = {&cli_common.min_block, &cli_common.preferred_block,
                              &cli_common.max_request};
@@ -7761,6 +7757,7 @@ static int cli_parse_features(enum cli_option_id id, const char *value) {
  * as it fails the comparisons. */
 static int cli_parse_fault(enum cli_option_id id, const char *value) {
   int is_fault = id == OPT_FAULT;
+  assert(is_fault || id == OPT_DELAY);
   uint32_t command;
   uint32_t error = 0;
   char *rest;
@@ -7816,6 +7813,8 @@ static char **cli_take_option(enum cli_option_id id, char **word,
                               const char *value) {
   const struct cli_option *option = &cli_options[id];
   if (id == OPT_NONE) cli_usage("%s: unknown option (try --help)", *word);
+  assert(option->name && option->help && option->min <= option->max);
+  assert(option->argument || (!option->max && !option->parse));
   if (option->argument && !value) value = *++word;
   if (option->argument && !value)
     cli_usage("--%s takes %s", option->name, option->argument);
@@ -8031,9 +8030,9 @@ static void cli_hide_progress(struct cli_job *job) {
 }
 
 /* Is called now and then by what takes long: a nbdserve_progress_fn.  If it is
- * time, shows on a terminal how much is done; how long the rest takes is guessed
- * from the average so far.  Returns true if the command has to end, because a
- * signal has come, or because the client that waits for it has gone. */
+ * time, shows on a terminal how much is done; how long the rest takes is
+ * guessed from the average so far.  Returns true if the command has to end: a
+ * signal has come, or the client that waits for it has gone. */
 static int cli_progress(void *arg, uint64_t done, uint64_t total) {
   struct cli_job *job = arg;
   struct pollfd p[] = {{cli.server->stop.pipe[0], POLLIN, 0},
@@ -8238,7 +8237,8 @@ static int cli_write_buffer(int fd, uint64_t n) {
 static int cli_copy_piece(int file, const struct nbdserve_export *ex,
                           enum cli_copy kind, uint64_t off, uint64_t n) {
   struct iovec piece = {cli_buffer, (size_t)n};
-  assert(n <= sizeof cli_buffer);
+  assert(n > 0 && n <= sizeof cli_buffer);
+  assert(off < ex->size && n <= ex->size - off);
   if (kind == COPY_IN) {
     int err = os_transfer(file, OS_READ, &piece, 1, off);
     return err ? err : ex->ops->write(ex->ctx, cli_buffer, off, n, 0);
@@ -8282,6 +8282,7 @@ static int cli_do_import(struct cli_job *job, struct nbdserve_cas *cas) {
   int err = nbdserve_cas_create(cas, name, (uint64_t)size);
   if (err) return err; /* what has that name already is not ours to remove */
   err = cli_copy(job, cas, COPY_IN);
+  assert(err <= 0);
   if (err) nbdserve_cas_rm(cas, name);
   return err;
 }
@@ -8401,8 +8402,9 @@ union cli_passed {
   char room[CMSG_SPACE(sizeof(struct cli_fds))];
 };
 
-/* Returns the message that carries a job, in either direction: the request is
- * data->iov_base, and the descriptors are in *passed. */
+/* Returns the message that carries a job, in either direction: *data leads to
+ * the request, and the descriptors are in *passed.  All three have to stay
+ * where they are until the message was sent or received. */
 static struct msghdr cli_message(struct cli_job *job, struct iovec *data,
                                  union cli_passed *passed) {
   const socklen_t len = CMSG_LEN(sizeof job->fds);
@@ -8415,26 +8417,6 @@ static struct msghdr cli_message(struct cli_job *job, struct iovec *data,
                          .msg_iovlen = 1,
                          .msg_control = passed,
                          .msg_controllen = len};
-}
-
-/* Receives a job.  The descriptors that come with it are the caller's to close,
- * even if this fails.  Where none has come there is -1: the system writes over
- * what we have put into the message only what it has got.  There is room for
- * two: if somebody sends more, the system closes the rest. */
-static int cli_receive_command(struct io *io, struct cli_job *job) {
-  struct iovec data;
-  union cli_passed passed;
-  job->fds = (struct cli_fds){.output = -1, .messages = -1};
-  struct msghdr message = cli_message(job, &data, &passed);
-  int err = io_wait_input(io, io->deadline);
-  if (err) return err;
-  /* The descriptors come with the first bytes; what follows has none. */
-  ssize_t n = recvmsg(io->in, &message, 0);
-  if (n <= 0) return -EPIPE;
-  assert(n <= (ssize_t)sizeof job->request);
-  memcpy(&job->fds, CMSG_DATA(&passed.header), sizeof job->fds);
-  return io_recv_all(io, (unsigned char *)&job->request + n,
-                     sizeof job->request - (size_t)n);
 }
 
 /* Lets the server of the store do a job, waits for it as long as it takes, and
@@ -8469,18 +8451,33 @@ static int cli_run_remote(struct cli_job *job) {
   return status;
 }
 
-/* Does what a client of the control socket asks for, and closes it.  It has to come in one go:
- * as long as we wait for it, others wait, too.  A request that makes no sense
- * is dropped without an answer. */
+/* Does what a client of the control socket asks for, and closes it.  It has to
+ * come in one go: as long as we wait for it, others wait, too.  A request that
+ * makes no sense is dropped without an answer.
+ *
+ * Where no descriptor has come there is -1: the system writes over what we have
+ * put into the message only what it has got.  There is room for two: if
+ * somebody sends more, the system closes the rest.  They come with the first
+ * bytes; what follows has none. */
 static void cli_serve_command(int client) {
-  struct cli_job job = {.client = client};
+  struct cli_job job = {.fds = {.output = -1, .messages = -1},
+                        .client = client};
   struct io io = {.in = client,
                   .out = client,
                   .stop = &cli.server->stop,
                   .deadline = os_now_ms() + IO_GRACE_MS};
-  int err = cli_receive_command(&io, &job);
+  struct iovec data;
+  union cli_passed passed;
+  struct msghdr message = cli_message(&job, &data, &passed);
+  int err = io_wait_input(&io, io.deadline);
+  ssize_t n = err ? -1 : recvmsg(client, &message, 0);
+  assert(n <= (ssize_t)sizeof job.request);
+  memcpy(&job.fds, CMSG_DATA(&passed.header), sizeof job.fds);
+  if (n > 0)
+    err = io_recv_all(&io, (unsigned char *)&job.request + n,
+                      sizeof job.request - (size_t)n);
   unsigned verb = job.request.verb;
-  if (!err && job.fds.messages >= 0 && verb < COUNT_OF(cli_verbs) &&
+  if (n > 0 && !err && job.fds.messages >= 0 && verb < COUNT_OF(cli_verbs) &&
       cli_verbs[verb].run) {
     job.verb = &cli_verbs[verb];
     job.request.name[PATH_MAX - 1] = '\0';
@@ -8722,6 +8719,7 @@ static void cli_run_verb(void) {
   int n = cli.ntargets - 1;
   if (!verb) return;
   char *store = cli_take_store(verb, &operands, &n);
+  assert(n >= 0);
   if (!store || n < verb->noperands || n - verb->noperands > verb->nmore ||
       (opt[OPT_DRY_RUN].given && !(verb->flags & VERB_DRY_RUN)))
     cli_usage("usage: nbdserve %s %s", name, verb->operands);
@@ -8816,6 +8814,7 @@ static void cli_parse_target(char *text, struct cli_target *target) {
   if (strlen(front) + len >= PATH_MAX)
     cli_exit_if_error(-ENAMETOOLONG, target->text);
   snprintf(target->path, PATH_MAX, "%s%.*s", front, (int)len, path);
+  assert(strlen(target->path) == strlen(front) + len);
 }
 
 /* Returns the name of the export of a target.  NULL: it is the only one, and
@@ -8868,9 +8867,9 @@ static void cli_exit_if_unopened(int err, const struct cli_target *target) {
 }
 
 /* Opens a target and adds it to the server, which takes over what is behind the
- * export; if it does not take the export, that is closed here.  A volume cannot be cut like a
- * file, and has clones in place of --temporary.  A whole store adds no export:
- * the server asks for each one when a client does. */
+ * export; if it does not take the export, that is closed here.  A volume cannot
+ * be cut like a file, and has clones in place of --temporary.  A whole store
+ * adds no export: the server asks for each one when a client does. */
 static void cli_add_target(char *text) {
   struct cli_target target;
   assert(cli.server && !cli.server->nlisteners);
@@ -8889,6 +8888,7 @@ static void cli_add_target(char *text) {
                           : cli_open_file_target(target.path, &ex);
   cli_exit_if_unopened(err, &target);
   if (!ex.ops) return;
+  assert(ex.ops->read && ex.ops->close);
   err = nbdserve_add(cli.server, &ex);
   if (err) ex.ops->close(ex.ctx);
   if (err == -EEXIST)
@@ -8963,8 +8963,9 @@ static void cli_listen_on_unix(const char *path) {
 
 /* Listens on a private socket, in a directory that only its owner can enter.
  * The directory protects it; the mode, from the umask, is for those who look at
- * the socket alone.  A parent whose path is long is passed over: with what comes
- * behind it the path has to fit into the address of a socket on every system. */
+ * the socket alone.  A parent whose path is long is passed over: with what
+ * comes behind it the path has to fit into the address of a socket on every
+ * system. */
 static void cli_listen_privately(void) {
   const char *const parents[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"),
                                  "/tmp"};
@@ -8977,6 +8978,7 @@ static void cli_listen_privately(void) {
   }
   if (!*cli.private_dir)
     cli_failed("private socket: no directory for it (use -U)");
+  assert(*cli.private_dir == '/');
   snprintf(address, sizeof address, "unix:%s/sock", cli.private_dir);
   mode_t mask = umask(0177);
   cli_listen_at(address);
@@ -9025,6 +9027,7 @@ static void cli_listen(void) {
 static char *cli_put_uri(const char *text) {
   char *copy = NULL;
   size_t len;
+  assert(*cli.uri);
   FILE *out = open_memstream(&copy, &len);
   if (!out) return NULL;
   for (const char *hit = strstr(text, "{}"); hit; hit = strstr(text, "{}")) {
@@ -9122,8 +9125,7 @@ static void cli_fork(void) {
   int fd[2];
   char byte;
   assert(!cli.cas && !cli.server->nlisteners);
-  if (pipe(fd) < 0) cli_exit_if_error(-errno, "--fork");
-  pid_t pid = fork();
+  pid_t pid = pipe(fd) < 0 ? -1 : fork();
   if (pid < 0) cli_exit_if_error(-errno, "--fork");
   if (pid == 0) {
     close(fd[0]);
@@ -9152,12 +9154,13 @@ static void cli_leave_terminal(void) {
 }
 
 /* Tells everybody who wants to know that all is open and we listen.  Whoever is
- * told may connect at once.  --ready-fd is closed, which is a sign in itself, and
- * the command does not get it.  With a command, that is who uses the URI, and
- * standard output is the command's. */
+ * told may connect at once.  --ready-fd is closed, which is a sign in itself,
+ * and the command does not get it.  With a command, that is who uses the URI,
+ * and standard output is the command's. */
 static void cli_tell_ready(void) {
   int fd = (int)opt[OPT_READY_FD].number;
   if (opt[OPT_PIDFILE].text) cli_write_pidfile(opt[OPT_PIDFILE].text);
+  assert(!opt[OPT_READY_FD].given || fd > 2);
   if (opt[OPT_READY_FD].given &&
       ((*cli.uri && dprintf(fd, "%s\n", cli.uri) < 0) || close(fd) < 0))
     cli_exit_if_error(-errno, "--ready-fd");

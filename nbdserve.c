@@ -7108,13 +7108,12 @@ void nbdserve_free(struct nbdserve *s) {
  * thread cli_control.  What all of them read, `opt` and most of `cli`, does not
  * change after the server has started.
  *
- * To add a command-line option: an enumerator in enum cli_option_id and a row
- * in cli_options, which names the parser for its kind of value.  opt[] has the
- * value then, and --help prints the row.  What the option must not be combined
- * with goes to cli_exclusions.
+ * To add a command-line option: a row in CLI_OPTIONS, which says what its value
+ * may be.  opt[] has the value then, and --help prints the row.  What the
+ * option must not be combined with goes to cli_exclusions.
  *
- * To add a command on stores: an enumerator in enum cli_verb_id, a function
- * that does it, and a row in cli_verbs, from which --help prints it, too.
+ * To add a command on stores: a function that does it, and a row in cli_verbs,
+ * from which --help prints it, too.
  *
  * To add a kind of target: cli_parse_target, which tells targets apart, and
  * cli_add_target, which opens them. */
@@ -7137,8 +7136,17 @@ enum {
    * it has left, and no more than whoever has sent the signal will wait. */
   CLI_COMMAND_GRACE_S = 10,
 
+  /* A command that takes less time than this shows no progress. */
+  CLI_PROGRESS_AFTER_MS = 1000,
+
+  /* How often progress is shown: often enough to look alive */
+  CLI_PROGRESS_EVERY_MS = 100,
+
   /* Socket activation passes this descriptor and the ones that follow it. */
   CLI_FIRST_PASSED_FD = 3,
+
+  /* Said of operands: there may be as many as the system lets through. */
+  CLI_ANY_NUMBER = INT_MAX,
 
   /* The port of NBD, as assigned by IANA */
   CLI_DEFAULT_PORT = 10809
@@ -7168,11 +7176,10 @@ static struct {
   struct nbdserve *server;
   /* The name of the export if there is only one, for the URI; or "" */
   const char *export_name;
-  /* The descriptors of a client that is the only one: standard input and output
-   * with --stdin, or a connected socket that was passed to us.  -1: clients
-   * connect, as usual. */
-  int in;
-  int out;
+  /* The descriptor of a client that is the only one: standard input (and
+   * output) with --stdin, or a connected socket that was passed to us.  -1:
+   * clients connect, as usual. */
+  int client;
   /* "": there is nowhere to connect to, or whoever passed us a socket knows.
    * It has room for the longest name and path, with each byte as %XX. */
   char uri[3 * WIRE_STRING_MAX + 1024];
@@ -7182,11 +7189,8 @@ static struct {
   /* The directory of the private socket, or "".  It has to be short: the path
    * of a socket is limited to about a hundred bytes. */
   char private_dir[100];
-  /* The path of the pidfile, if we have made one, or NULL; and the descriptor
-   * of that file, which stays open: no other file can get its inode number
-   * then, by which cli_remove_pidfile recognises it. */
-  const char *pidfile;
-  int pidfile_fd;
+  /* The pidfile, as we have made it; all zero: we have not. */
+  struct stat pidfile_st;
 
   /* ---- The store that is served, or that a command is for; one at most */
 
@@ -7196,11 +7200,12 @@ static struct {
   struct nbdserve_cas *cas;
   /* The path of the socket that takes commands, STORE.ctl */
   char ctl_path[PATH_MAX];
-  /* That socket, listening, or -1; and its file, as we have made it */
+  /* That socket, listening, or -1; and its file, as we have made it, or all
+   * zero */
   int ctl;
   struct stat ctl_st;
   /* A pipe: cli_control writes to it when it ends, for cli_await_control.
-   * ctl_ended[0] is -1 if that thread was never started. */
+   * ctl_ended[0] is 0 if that thread was never started. */
   int ctl_ended[2];
 
   /* --fork: the pipe to our parent, which waits for a byte; or -1 */
@@ -7225,12 +7230,7 @@ static struct {
   volatile sig_atomic_t child_told;
   /* The exit status of a command that has ended */
   volatile sig_atomic_t command_status;
-} cli = {.export_name = "",
-         .in = -1,
-         .out = -1,
-         .ctl = -1,
-         .ctl_ended = {-1, -1},
-         .ready_pipe = -1};
+} cli = {.export_name = "", .client = -1, .ctl = -1, .ready_pipe = -1};
 
 STATIC_ASSERT(a_process_id_is_read_in_one_piece,
               sizeof(sig_atomic_t) >= sizeof(pid_t));
@@ -7241,16 +7241,15 @@ STATIC_ASSERT(a_process_id_is_read_in_one_piece,
  * of several threads do not mix.  The form is "OBJECT: what is wrong: reason
  * (what to do)".  What is too long for the buffer is cut; a path fits. */
 static void OS_PRINTF(1, 2) cli_say(const char *fmt, ...) {
-  char line[PATH_MAX + 600] = "nbdserve: ";
-  size_t n = strlen(line);
+  char text[PATH_MAX + 600];
+  char line[sizeof text + 20];
   va_list ap;
   va_start(ap, fmt);
-  vsnprintf(line + n, sizeof line - n - 1, fmt, ap);
+  vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
-  n = strlen(line);
-  assert(n + 1 < sizeof line);
-  line[n++] = '\n';
-  (void)!write(2, line, n); /* if that fails there is nobody to tell */
+  int n = snprintf(line, sizeof line, "nbdserve: %s\n", text);
+  assert(n > 0 && n < (int)sizeof line);
+  (void)!write(2, line, (size_t)n); /* if that fails there is nobody to tell */
 }
 
 /* The `log` function of the server: it filters by level, so that all that comes
@@ -7319,26 +7318,16 @@ static void cli_exit_if_error(int err, const char *object) {
 /* Signals that are caught, or ignored while the process ends. */
 static const int cli_signals[] = {SIGHUP,  SIGINT,  SIGTERM,
                                   SIGUSR1, SIGCHLD, SIGALRM};
-enum {
-  CLI_NSIGNALS = sizeof cli_signals / sizeof *cli_signals
-};
 
-/* Keeps the handler away until cli_restore_signals.  This changes the mask of
- * the main thread, which is the only one that takes these signals.  (POSIX
- * wants pthread_sigmask for that if there are other threads; no system makes a
- * difference, and without threads there is none.) */
+/* Keeps the handler away until the caller restores the mask *was with
+ * sigprocmask; signals that have come meanwhile are handled then.  This is the
+ * mask of the main thread, which is the only one that takes these signals.
+ * (POSIX wants pthread_sigmask for that if there are other threads; no system
+ * makes a difference, and without threads there is none.) */
 static void cli_block_signals(sigset_t *was) {
-  sigset_t set;
-  sigemptyset(&set);
-  for (int i = 0; i < CLI_NSIGNALS; i++)
-    sigaddset(&set, cli_signals[i]);
-  sigprocmask(SIG_BLOCK, &set, was);
-}
-
-/* Undoes cli_block_signals: signals that have come meanwhile are handled before
- * this returns. */
-static void cli_restore_signals(const sigset_t *was) {
-  sigprocmask(SIG_SETMASK, was, NULL);
+  sigset_t all;
+  sigfillset(&all);
+  sigprocmask(SIG_BLOCK, &all, was);
 }
 
 /* Translates what waitpid says into an exit status, as a shell does. */
@@ -7368,7 +7357,7 @@ static void cli_tell_command(void) {
     kill((pid_t)cli.child, SIGTERM);
     alarm(CLI_COMMAND_GRACE_S);
   }
-  cli_restore_signals(&was);
+  sigprocmask(SIG_SETMASK, &was, NULL);
 }
 
 /* SIGCHLD: takes the status of the command if it has ended.  The signal comes
@@ -7376,10 +7365,9 @@ static void cli_tell_command(void) {
  * that was started by whatever program this process was before exec.  Only the
  * command is waited for, so such children are left alone. */
 static void cli_on_child(void) {
+  pid_t child = (pid_t)cli.child;
   int wait_status = 0;
-  if (!cli.child) return;
-  if (waitpid((pid_t)cli.child, &wait_status, WNOHANG) != (pid_t)cli.child)
-    return;
+  if (!child || waitpid(child, &wait_status, WNOHANG) != child) return;
   cli.command_status = cli_exit_status(wait_status);
   cli.child = 0;
   cli_stop_server();
@@ -7391,59 +7379,50 @@ static void cli_on_end(int sig) {
   int is_first = !cli.end_wanted;
   assert(cli.phase != CLI_COMMAND_ENDS || cli.child);
   cli.end_wanted = 1;
-  if (!is_first && cli.phase == CLI_STOPPING && sig == SIGINT)
-    _exit(CLI_BY_SIGNAL + sig);
-  if (!is_first || !cli.child) {
-    cli_stop_server();
+  if (is_first && cli.child) {
+    cli.phase = CLI_COMMAND_ENDS;
+    if (NBDSERVE_NO_THREADS) cli_tell_command();
     return;
   }
-  cli.phase = CLI_COMMAND_ENDS;
-  if (NBDSERVE_NO_THREADS) cli_tell_command();
-  nbdserve_wake(cli.server);
+  if (!is_first && cli.phase == CLI_STOPPING && sig == SIGINT)
+    _exit(CLI_BY_SIGNAL + sig);
+  cli_stop_server();
 }
 
 /* The signal handler.  It calls nothing but what POSIX and nbdserve.h allow in
  * a handler.  All other signals are blocked meanwhile (cli_catch_signals), so
  * that what it does to `cli` is done in one piece.  It may run before there is
- * a command, and after there was one, but never before there is a server. */
+ * a command, and after there was one, but never before there is a server.  It
+ * always wakes cli_run, which looks at what there is to do. */
 static void cli_on_signal(int sig) {
   int saved = errno;
   assert(cli.server);
-  switch (sig) {
-  case SIGUSR1:
+  if (sig == SIGUSR1)
     cli.stats_wanted = 1;
-    nbdserve_wake(cli.server);
-    break;
-  case SIGCHLD:
+  else if (sig == SIGCHLD)
     cli_on_child();
-    break;
-  case SIGALRM: /* the command has had its time */
+  else if (sig == SIGALRM) /* the command has had its time */
     cli_stop_server();
-    break;
-  default:
+  else
     cli_on_end(sig);
-  }
+  nbdserve_wake(cli.server);
   errno = saved;
 }
 
-/* Is the signal ignored because whoever started us wants it so, as nohup does
- * for SIGHUP, and a shell for SIGINT of what it runs in the background? */
-static int cli_stays_ignored(int sig) {
-  struct sigaction was;
-  if (sig != SIGHUP && sig != SIGINT) return 0;
-  return sigaction(sig, NULL, &was) < 0 || was.sa_handler == SIG_IGN;
-}
-
 /* Gives our signals a handler, or SIG_IGN when the process ends, or SIG_DFL for
- * a program that is to be executed.  SIGPIPE and SIGXFSZ are ignored, so that
- * writing to a closed pipe, or beyond the limit for the size of files, becomes
- * an error; but not for such a program, which inherits what is ignored. */
+ * a program that is to be executed.  SIGHUP and SIGINT stay ignored if whoever
+ * started us wants it so, as nohup does, and a shell for what it runs in the
+ * background.  SIGPIPE and SIGXFSZ are ignored, so that writing to a closed
+ * pipe, or beyond the limit for the size of files, becomes an error; but not
+ * for such a program, which inherits what is ignored. */
 static void cli_catch_signals(void (*handler)(int)) {
   struct sigaction action = {.sa_handler = handler, .sa_flags = SA_RESTART};
   sigfillset(&action.sa_mask);
-  for (int i = 0; i < CLI_NSIGNALS; i++) {
-    if (!cli_stays_ignored(cli_signals[i]))
-      sigaction(cli_signals[i], &action, NULL);
+  for (size_t i = 0; i < COUNT_OF(cli_signals); i++) {
+    int sig = cli_signals[i];
+    struct sigaction was = {.sa_handler = SIG_DFL};
+    if (sig == SIGHUP || sig == SIGINT) sigaction(sig, NULL, &was);
+    if (was.sa_handler != SIG_IGN) sigaction(sig, &action, NULL);
   }
   if (handler != SIG_DFL) action.sa_handler = SIG_IGN;
   sigaction(SIGPIPE, &action, NULL);
@@ -7454,57 +7433,37 @@ static void cli_catch_signals(void (*handler)(int)) {
 
 /* Removes a file that we have made, if it still is that file.  Whoever has put
  * another one in its place, a server that was started after us for instance,
- * keeps it.  The caller has the file open, or has it bound as a socket: its
- * inode number would otherwise be free, and the other file may have got it. */
+ * keeps it.  We have the file open, or have it bound as a socket: its inode
+ * number would otherwise be free, and the other file may have got it.  If
+ * `made` is all zero, as before the file was made, it fits no file. */
 static void cli_remove_own(const char *path, const struct stat *made) {
   struct stat st;
-  if (lstat(path, &st) == 0 && st.st_dev == made->st_dev &&
+  if (made->st_ino && lstat(path, &st) == 0 && st.st_dev == made->st_dev &&
       st.st_ino == made->st_ino)
     unlink(path);
 }
 
-/* Writes our process id to a new file beside path, with the mode that the umask
- * asks for.  temp[] gets its name.  Returns a descriptor, or -errno and leaves
- * nothing behind.  mkstemp neither follows symbolic links nor opens a file that
- * is there already. */
-static int cli_make_pidfile(const char *path, char temp[PATH_MAX]) {
-  if (snprintf(temp, PATH_MAX, "%s.XXXXXX", path) >= PATH_MAX)
-    return -ENAMETOOLONG;
-  int fd = mkstemp(temp);
-  if (fd < 0) return -errno;
-  mode_t mask = umask(077); /* there is no other way to ask for it */
-  umask(mask);
-  if (dprintf(fd, "%ld\n", (long)getpid()) > 0 &&
-      fchmod(fd, 0666 & ~mask) == 0 && fcntl(fd, F_SETFD, FD_CLOEXEC) == 0)
-    return fd;
-  int err = -errno;
-  close(fd);
-  unlink(temp);
-  return err;
-}
-
-/* --pidfile.  The file appears in one step, when it is whole: whoever sees it
- * may connect.  A symbolic link of that name is replaced, not followed. */
+/* --pidfile: writes our process id to a file, with the mode that the umask asks
+ * for.  The file appears in one step, when it is whole: whoever sees it may
+ * connect.  Until then it has another name; mkstemp neither follows symbolic
+ * links nor opens a file that is there already.  A symbolic link at path is
+ * replaced, not followed.  The descriptor stays open, for cli_remove_own. */
 static void cli_write_pidfile(const char *path) {
   char temp[PATH_MAX];
-  int fd = cli_make_pidfile(path, temp);
-  if (fd < 0) cli_exit_if_error(fd, path);
-  if (rename(temp, path) < 0) {
+  assert(!cli.pidfile_st.st_ino);
+  if (snprintf(temp, PATH_MAX, "%s.XXXXXX", path) >= PATH_MAX)
+    cli_exit_if_error(-ENAMETOOLONG, path);
+  int fd = mkstemp(temp);
+  if (fd < 0) cli_exit_if_error(-errno, path);
+  mode_t mask = umask(077); /* there is no other way to ask for it */
+  umask(mask);
+  if (dprintf(fd, "%ld\n", (long)getpid()) < 0 ||
+      fchmod(fd, 0666 & ~mask) < 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 ||
+      fstat(fd, &cli.pidfile_st) < 0 || rename(temp, path) < 0) {
     int err = -errno;
     unlink(temp);
     cli_exit_if_error(err, path);
   }
-  assert(!cli.pidfile);
-  cli.pidfile = path;
-  cli.pidfile_fd = fd;
-}
-
-/* At exit: removes the pidfile that we have made, if any. */
-static void cli_remove_pidfile(void) {
-  struct stat made;
-  assert(!cli.pidfile || cli.pidfile_fd > 2);
-  if (cli.pidfile && fstat(cli.pidfile_fd, &made) == 0)
-    cli_remove_own(cli.pidfile, &made);
 }
 
 /* ---- Words, and what --fault and --delay do to requests ----------------- */
@@ -7525,49 +7484,42 @@ enum {
 
 /* clang-format off */
 
+/* The words are lists of macros, because they are needed twice: in a table, as
+ * rows, and in the message that says which ones are allowed, as text. */
+#define CLI_ROW(name, value) {name, value},
+#define CLI_TEXT(name, value) " " name
+
 /* --without: bits of nbdserve_config.without, where flags of the transmission
  * stand for themselves, and option N of the handshake for bit 16 + N */
-static const struct cli_word cli_features[] = {
-    {"flush", NBD_FLAG_SEND_FLUSH},
-    {"fua", NBD_FLAG_SEND_FUA},
-    {"trim", NBD_FLAG_SEND_TRIM},
-    {"zero", NBD_FLAG_SEND_WRITE_ZEROES},
-    {"df", NBD_FLAG_SEND_DF},
-    {"multi-conn", NBD_FLAG_CAN_MULTI_CONN},
-    {"cache", NBD_FLAG_SEND_CACHE},
-    {"fast-zero", NBD_FLAG_SEND_FAST_ZERO},
-    {"list", 65536u << NBD_OPT_LIST},
-    {"info", 65536u << NBD_OPT_INFO},
-    {"go", 65536u << NBD_OPT_GO},
-    {"structured", 65536u << NBD_OPT_STRUCTURED_REPLY},
-    {"list-meta", 65536u << NBD_OPT_LIST_META_CONTEXT},
-    {"meta", 65536u << NBD_OPT_SET_META_CONTEXT},
-    {"extended", 65536u << NBD_OPT_EXTENDED_HEADERS},
-    {NULL, 0}};
+#define CLI_FEATURES(X) \
+  X("flush", NBD_FLAG_SEND_FLUSH)     X("fua", NBD_FLAG_SEND_FUA) \
+  X("trim", NBD_FLAG_SEND_TRIM)       X("zero", NBD_FLAG_SEND_WRITE_ZEROES) \
+  X("df", NBD_FLAG_SEND_DF)           X("multi-conn", NBD_FLAG_CAN_MULTI_CONN) \
+  X("cache", NBD_FLAG_SEND_CACHE)     X("fast-zero", NBD_FLAG_SEND_FAST_ZERO) \
+  X("list", 65536u << NBD_OPT_LIST)   X("info", 65536u << NBD_OPT_INFO) \
+  X("go", 65536u << NBD_OPT_GO) \
+  X("structured", 65536u << NBD_OPT_STRUCTURED_REPLY) \
+  X("list-meta", 65536u << NBD_OPT_LIST_META_CONTEXT) \
+  X("meta", 65536u << NBD_OPT_SET_META_CONTEXT) \
+  X("extended", 65536u << NBD_OPT_EXTENDED_HEADERS)
 
 /* --fault and --delay: the requests that they concern */
-static const struct cli_word cli_commands[] = {
-    {"read", NBD_CMD_READ},
-    {"write", NBD_CMD_WRITE},
-    {"flush", NBD_CMD_FLUSH},
-    {"trim", NBD_CMD_TRIM},
-    {"cache", NBD_CMD_CACHE},
-    {"zero", NBD_CMD_WRITE_ZEROES},
-    {"status", NBD_CMD_BLOCK_STATUS},
-    {"all", CLI_ALL_COMMANDS},
-    {NULL, 0}};
+#define CLI_COMMANDS(X) \
+  X("read", NBD_CMD_READ)             X("write", NBD_CMD_WRITE) \
+  X("flush", NBD_CMD_FLUSH)           X("trim", NBD_CMD_TRIM) \
+  X("cache", NBD_CMD_CACHE)           X("zero", NBD_CMD_WRITE_ZEROES) \
+  X("status", NBD_CMD_BLOCK_STATUS)   X("all", CLI_ALL_COMMANDS)
 
 /* --fault: the errors that the protocol knows, as errno values */
-static const struct cli_word cli_errors[] = {
-    {"EPERM", EPERM},
-    {"EIO", EIO},
-    {"ENOMEM", ENOMEM},
-    {"EINVAL", EINVAL},
-    {"ENOSPC", ENOSPC},
-    {"EOVERFLOW", EOVERFLOW},
-    {"ENOTSUP", ENOTSUP},
-    {"ESHUTDOWN", ESHUTDOWN},
-    {NULL, 0}};
+#define CLI_ERRORS(X) \
+  X("EPERM", EPERM)                   X("EIO", EIO) \
+  X("ENOMEM", ENOMEM)                 X("EINVAL", EINVAL) \
+  X("ENOSPC", ENOSPC)                 X("EOVERFLOW", EOVERFLOW) \
+  X("ENOTSUP", ENOTSUP)               X("ESHUTDOWN", ESHUTDOWN)
+
+static const struct cli_word cli_features[] = {CLI_FEATURES(CLI_ROW) {0}};
+static const struct cli_word cli_commands[] = {CLI_COMMANDS(CLI_ROW) {0}};
+static const struct cli_word cli_errors[] = {CLI_ERRORS(CLI_ROW) {0}};
 
 /* --cache: flags of an export */
 static const struct cli_word cli_cache_modes[] = {
@@ -7613,106 +7565,116 @@ static int cli_before(void *unused, unsigned type, uint64_t off, uint64_t len) {
 
 /* Takes a word off the front of *text.  The word goes to the first of the
  * characters in `ends`, which is taken off, too, or to the end of the text.
- * Returns false, and leaves *text alone, if the table has no such word. */
+ * Returns false if the table has no such word. */
 static int cli_take_word(const struct cli_word *words, const char **text,
                          const char *ends, uint32_t *value) {
   size_t len = strcspn(*text, ends);
-  for (; words->name; words++) {
-    if (strlen(words->name) == len && memcmp(words->name, *text, len) == 0)
-      break;
-  }
-  if (!words->name) return 0;
+  assert(words->name);
+  while (words->name &&
+         (strlen(words->name) != len || memcmp(words->name, *text, len) != 0))
+    words++;
   *value = words->value;
   *text += len;
   if (**text) ++*text;
-  return 1;
-}
-
-/* Takes the name of a command off the front of *text, up to ":".  Its faults,
- * or those of all commands, are cli_faults[*from] to cli_faults[*to]. */
-static int cli_take_command(const char **text, uint32_t *from, uint32_t *to) {
-  if (!cli_take_word(cli_commands, text, ":", from)) return 0;
-  *to = *from;
-  if (*from == CLI_ALL_COMMANDS) {
-    *from = 0;
-    *to = CLI_NCOMMANDS - 1;
-  }
-  return 1;
-}
-
-/* Reads a number from 0 to max, which may have a decimal point.  Returns false
- * if the text is something else, or has something behind the number.  NaN fails
- * the comparisons, so it is refused. */
-static int cli_take_real(const char *text, double max, double *value) {
-  char *rest;
-  *value = strtod(text, &rest);
-  return rest != text && !*rest && *value >= 0 && *value <= max;
-}
-
-/* Writes the names in a table to list[size], with blanks between them, for a
- * message that says what is allowed.  The caller's array must have room. */
-static const char *cli_list_words(const struct cli_word *words, char *list,
-                                  size_t size) {
-  size_t n = 0;
-  assert(words->name);
-  for (; words->name; words++) {
-    n +=
-        (size_t)snprintf(list + n, size - n, "%s%s", n ? " " : "", words->name);
-    assert(n < size);
-  }
-  return list;
+  return words->name != NULL;
 }
 
 /* ---- Options ------------------------------------------------------------ */
 
-/* The options, in the order of --help */
-enum cli_option_id {
-  OPT_UNIX,
-  OPT_PORT,
-  OPT_BIND,
-  OPT_STDIN,
-  OPT_FD,
-  OPT_READ_ONLY,
-  OPT_EXPORT,
-  OPT_DESCRIPTION,
-  OPT_OFFSET,
-  OPT_SIZE,
-  OPT_BLOCK_SIZE,
-  OPT_CREATE,
-  OPT_TEMPORARY,
-  OPT_CACHE,
-  OPT_THREADS,
-  OPT_MAX_CONN,
-  OPT_STALL,
-  OPT_ONCE,
-  OPT_IDLE_EXIT,
-  OPT_RUN,
-  OPT_FORK,
-  OPT_PIDFILE,
-  OPT_READY_FD,
-  OPT_QUIET,
-  OPT_VERBOSE,
-  OPT_STATS,
-  OPT_JSON,
-  OPT_WITHOUT,
-  OPT_FAULT,
-  OPT_DELAY,
-  OPT_DRY_RUN,
-  OPT_NO_VERIFY,
-  OPT_VERSION,
-  OPT_HELP,
-  OPT_COMMAND, /* "--", with a command behind it; --help shows it elsewhere */
-  OPT_COUNT
-};
+/* clang-format off */
+
+/* The options, in the order of --help: the name behind OPT_, the name on the
+ * command line, and members of struct cli_option.  This is a list of macros, so
+ * that it says all about an option in one place. */
+#define CLI_OPTIONS(X) \
+  X(UNIX, "unix", .letter = 'U', .argument = "PATH", \
+    .help = "listen on a unix socket (default: a private one)") \
+  X(PORT, "port", .letter = 'p', .argument = "N", .max = 65535, \
+    .help = "listen on TCP (usual: 10809; 0: any free port)") \
+  X(BIND, "bind", .letter = 'i', .argument = "ADDR", \
+    .help = "TCP address (default: the two of loopback)") \
+  X(STDIN, "stdin", .letter = 's', \
+    .help = "serve one client on standard input and output") \
+  X(FD, "fd", .argument = "N", .max = INT_MAX, .parse = cli_parse_fd, \
+    .form = "the number of a descriptor that is open", \
+    .help = "serve descriptor N, a listening or connected socket") \
+  X(READ_ONLY, "read-only", .letter = 'r', .help = "refuse writes") \
+  X(EXPORT, "export", .letter = 'e', .argument = "NAME", \
+    .help = "name of the export (default: every name will do)") \
+  X(DESCRIPTION, "description", .letter = 'D', .argument = "TEXT", \
+    .help = "shown to clients that list the exports") \
+  X(OFFSET, "offset", .letter = 'o', .argument = "N", \
+    .max = INT64_MAX, .help = "serve the target from byte N on") \
+  X(SIZE, "size", .argument = "N", .min = 1, .max = INT64_MAX, \
+    .help = "serve only N bytes of the target") \
+  X(BLOCK_SIZE, "block-size", .letter = 'b', .argument = "SIZES", \
+    .parse = cli_parse_sizes, .form = "MIN:PREFERRED:MAX, three sizes", \
+    .help = "MIN:PREFERRED:MAX (1:4096:32M)") \
+  X(CREATE, "create", .argument = "SIZE", .min = 1, .max = INT64_MAX, \
+    .help = "make the target, a sparse file, if it is missing") \
+  X(TEMPORARY, "temporary", .letter = 'T', \
+    .help = "discard at exit what clients have written") \
+  X(CACHE, "cache", .argument = "MODE", .parse = cli_parse_cache, \
+    .form = "writeback, writethrough or unsafe", \
+    .help = "writeback (default), writethrough or unsafe") \
+  X(THREADS, "threads", .letter = 't', .argument = "N", .min = 1, \
+    .max = 1024, .help = "slow requests of a client done at a time (16)") \
+  X(MAX_CONN, "max-conn", .letter = 'm', .argument = "N", \
+    .min = 1, .max = SRV_MAX_CONN, .help = "clients served at a time (128)") \
+  X(STALL, "stall", .argument = "SEC", .min = 1, .max = 4000000, \
+    .help = "disconnect a client stalled in a request (120)") \
+  X(ONCE, "once", .letter = '1', \
+    .help = "exit when the last client has left") \
+  X(IDLE_EXIT, "idle-exit", .argument = "SEC", .min = 1, \
+    .max = 4000000, .help = "exit after SEC seconds without a client") \
+  X(RUN, "run", .argument = "CMD", \
+    .help = "serve while a shell command runs ($uri, $nbd)") \
+  X(FORK, "fork", .help = "go into the background once it listens") \
+  X(PIDFILE, "pidfile", .letter = 'P', .argument = "FILE", \
+    .help = "write the process id to FILE once it listens") \
+  X(READY_FD, "ready-fd", .argument = "N", .min = 3, .max = INT_MAX, \
+    .parse = cli_parse_fd, \
+    .form = "the number of a descriptor (3 or above) that is open", \
+    .help = "write the URI to descriptor N once it listens") \
+  X(QUIET, "quiet", .letter = 'q', .help = "print errors only") \
+  X(VERBOSE, "verbose", .letter = 'v', \
+    .help = "log clients; given twice: every request") \
+  X(STATS, "stats", .help = "print totals at exit (on SIGUSR1 always)") \
+  X(JSON, "json", .help = "print totals, or a command's output, as JSON") \
+  X(WITHOUT, "without", .argument = "LIST", .parse = cli_parse_features, \
+    .form = "a list of:" CLI_FEATURES(CLI_TEXT) " (with commas)", \
+    .help = "hide features from clients (see README)") \
+  X(FAULT, "fault", .argument = "CMD:ERR:RATE", .parse = cli_parse_fault, \
+    .form = "CMD:ERR:RATE; CMD:" CLI_COMMANDS(CLI_TEXT) \
+            "; ERR:" CLI_ERRORS(CLI_TEXT) "; RATE: 0 to 1", \
+    .help = "make requests fail: write:EIO:0.1 (see README)") \
+  X(DELAY, "delay", .argument = "CMD:MS", .parse = cli_parse_fault, \
+    .form = "CMD:MS; CMD:" CLI_COMMANDS(CLI_TEXT) "; MS: 0 to 1000000", \
+    .help = "make requests wait: read:50 (see README)") \
+  X(DRY_RUN, "dry-run", .letter = 'n', \
+    .help = "rollback, resize, rm: only check if they can be done") \
+  X(NO_VERIFY, "no-verify", \
+    .help = "do not check the blocks of a store when reading") \
+  X(VERSION, "version", .letter = 'V', \
+    .help = "print the version and what it was built with") \
+  X(HELP, "help", .letter = 'h', .help = "print this text")
+
+#define CLI_OPTION_ID(id, ...) OPT_##id,
+#define CLI_OPTION_ROW(id, text, ...) [OPT_##id] = {.name = text, __VA_ARGS__},
+
+/* OPT_NONE is no option, and never given. */
+enum cli_option_id { OPT_NONE, CLI_OPTIONS(CLI_OPTION_ID) OPT_COUNT };
+
+/* clang-format on */
 
 /* What the options say: opt[OPT_PORT].number.  What was not given is 0 or NULL,
  * which is the default for nbdserve.h as well; where 0 is a value of its own (a
  * port, a descriptor) `given` tells the difference.  Nobody changes this after
  * cli_parse. */
 static struct {
-  /* How often the option was given */
+  /* How often the option was given.  A command behind "--" counts as --run. */
   unsigned given;
-  /* The value of an option that takes a text; it stays in argv. */
+  /* The value as it was written; it stays in argv. */
   const char *text;
   /* The value of an option that takes a number */
   uint64_t number;
@@ -7725,10 +7687,6 @@ static struct nbdserve_export cli_common;
 /* What --without says: bits of nbdserve_config.without */
 static uint32_t cli_without;
 
-/* Takes the value of an option.  A value that is not allowed ends the process;
- * the message says what is. */
-typedef void cli_parser(enum cli_option_id id, const char *value);
-
 struct cli_option {
   /* What stands behind "--" */
   const char *name;
@@ -7737,308 +7695,157 @@ struct cli_option {
   /* What --help calls the value; NULL: the option takes none. */
   const char *argument;
   const char *help;
-  /* Checks the value and takes it; NULL: any text will do. */
-  cli_parser *parse;
-  /* For cli_parse_number and cli_parse_fd: the range */
+  /* The range of an option that takes a number; max is 0: it takes none. */
   uint64_t min;
   uint64_t max;
+  /* Takes a value of another kind, or checks what else a number must be.
+   * Returns false if the value is not allowed.  NULL: any will do. */
+  int (*parse)(enum cli_option_id id, const char *value);
+  /* What is allowed, for the message that refuses a value; NULL: the numbers of
+   * the range. */
+  const char *form;
 };
-
-/* The table comes after the parsers that it names. */
-static const struct cli_option cli_options[OPT_COUNT];
 
 /* ---- A parser for each kind of value ---- */
 
-/* A number or size in the range that the table says */
-static void cli_parse_number(enum cli_option_id id, const char *value) {
-  const struct cli_option *option = &cli_options[id];
-  uint64_t number;
-  assert(option->min <= option->max);
-  if (!u_parse_number(value, option->max, &number) || number < option->min)
-    cli_usage("--%s %s: not a number from %" PRIu64 " to %" PRIu64,
-              cli_options[id].name, value, option->min, option->max);
-  opt[id].number = number;
-}
-
 /* A descriptor that whoever started us has opened.  It has to be open: a number
  * that is free would later be that of a file of our own, maybe of an image. */
-static void cli_parse_fd(enum cli_option_id id, const char *value) {
-  const struct cli_option *option = &cli_options[id];
-  uint64_t fd;
-  assert(option->max <= INT_MAX);
-  if (!u_parse_number(value, option->max, &fd) || fd < option->min)
-    cli_usage("--%s %s: not the number of a descriptor (%" PRIu64 " or above)",
-              cli_options[id].name, value, option->min);
-  if (fcntl((int)fd, F_GETFD) < 0)
-    cli_usage("--%s %s: not an open descriptor", cli_options[id].name, value);
-  opt[id].number = fd;
+static int cli_parse_fd(enum cli_option_id id, const char *value) {
+  (void)value;
+  assert(opt[id].number <= INT_MAX);
+  return fcntl((int)opt[id].number, F_GETFD) >= 0;
 }
 
 /* --block-size: three sizes.  Whether they go together is for nbdserve_add to
  * say. */
-static void cli_parse_block_sizes(enum cli_option_id id, const char *value) {
+static int cli_parse_sizes(enum cli_option_id id, const char *value) {
+  (void)id;
   uint32_t *const sizes[] = {&cli_common.min_block, &cli_common.preferred_block,
                              &cli_common.max_request};
-  const char *rest = value;
   for (int i = 0; i < 3; i++) {
-    char end = i < 2 ? ':' : '\0';
     uint64_t size = 0;
-    rest = u_parse_size(rest, &size);
-    if (!rest || *rest != end || size < 1 || size > UINT32_MAX)
-      cli_usage("--%s %s: not MIN:PREFERRED:MAX, three sizes in bytes",
-                cli_options[id].name, value);
+    value = u_parse_size(value, &size);
+    if (!value || *value != (i < 2 ? ':' : '\0')) return 0;
+    if (size < 1 || size > UINT32_MAX) return 0;
     *sizes[i] = (uint32_t)size;
-    rest++;
+    value++;
   }
+  return 1;
 }
 
 /* --cache: one of a few words */
-static void cli_parse_cache_mode(enum cli_option_id id, const char *value) {
-  const char *rest = value;
-  if (!cli_take_word(cli_cache_modes, &rest, "", &cli_common.flags))
-    cli_usage("--%s %s: not writeback, writethrough or unsafe",
-              cli_options[id].name, value);
+static int cli_parse_cache(enum cli_option_id id, const char *value) {
+  (void)id;
+  return cli_take_word(cli_cache_modes, &value, "", &cli_common.flags);
 }
 
 /* --without: a list of words, with commas between them.  Given again it adds to
  * the list. */
-static void cli_parse_features(enum cli_option_id id, const char *value) {
-  const char *rest = value;
-  char words[200];
+static int cli_parse_features(enum cli_option_id id, const char *value) {
+  (void)id;
   uint32_t bit;
-  while (*rest) {
-    if (!cli_take_word(cli_features, &rest, ",", &bit))
-      cli_usage("--%s %s: not a list of: %s (with commas)",
-                cli_options[id].name, value,
-                cli_list_words(cli_features, words, sizeof words));
+  while (*value) {
+    if (!cli_take_word(cli_features, &value, ",", &bit)) return 0;
     cli_without |= bit;
   }
+  return 1;
 }
 
-/* --fault: which requests fail, how, and how often.  A rate is rounded up: what
- * is above 0 fails some time. */
-static void cli_parse_fault(enum cli_option_id id, const char *value) {
-  const char *rest = value;
-  char commands[100];
-  char errors[100];
-  uint32_t from;
-  uint32_t to;
-  uint32_t error;
-  double rate;
-  if (!cli_take_command(&rest, &from, &to) ||
-      !cli_take_word(cli_errors, &rest, ":", &error) ||
-      !cli_take_real(rest, 1, &rate))
-    cli_usage("--%s %s: not CMD:ERR:RATE; CMD: %s; ERR: %s; RATE: 0 to 1",
-              cli_options[id].name, value,
-              cli_list_words(cli_commands, commands, sizeof commands),
-              cli_list_words(cli_errors, errors, sizeof errors));
-  for (uint32_t i = from; i <= to; i++) {
-    cli_faults[i].err = -(int)error;
-    cli_faults[i].rate_ppm = (unsigned)(rate * 1e6 + .999);
+/* --fault: which requests fail, how, and at what rate; --delay: which requests
+ * wait, and how many milliseconds.  The number may have a decimal point, and is
+ * rounded up: of what is above 0 something happens some time.  NaN is refused,
+ * as it fails the comparisons. */
+static int cli_parse_fault(enum cli_option_id id, const char *value) {
+  int is_fault = id == OPT_FAULT;
+  assert(is_fault || id == OPT_DELAY);
+  uint32_t command;
+  uint32_t error = 0;
+  char *rest;
+  if (!cli_take_word(cli_commands, &value, ":", &command)) return 0;
+  if (is_fault && !cli_take_word(cli_errors, &value, ":", &error)) return 0;
+  double number = strtod(value, &rest);
+  if (rest == value || *rest) return 0;
+  if (!(number >= 0 && number <= (is_fault ? 1 : 1e6))) return 0;
+  for (uint32_t i = 0; i < CLI_NCOMMANDS; i++) {
+    if (command != i && command != CLI_ALL_COMMANDS) continue;
+    if (is_fault) {
+      cli_faults[i].err = -(int)error;
+      cli_faults[i].rate_ppm = (unsigned)(number * 1e6 + .999);
+    } else {
+      cli_faults[i].delay_ms = (int)(number + .999);
+    }
   }
+  return 1;
 }
 
-/* --delay: which requests wait, and how long, in milliseconds, rounded up */
-static void cli_parse_delay(enum cli_option_id id, const char *value) {
-  const char *rest = value;
-  char commands[100];
-  uint32_t from;
-  uint32_t to;
-  double ms;
-  if (!cli_take_command(&rest, &from, &to) || !cli_take_real(rest, 1e6, &ms))
-    cli_usage("--%s %s: not CMD:MS; CMD: %s; MS: 0 to 1000000",
-              cli_options[id].name, value,
-              cli_list_words(cli_commands, commands, sizeof commands));
-  for (uint32_t i = from; i <= to; i++) {
-    cli_faults[i].delay_ms = (int)(ms + .999);
-  }
-}
-
-/* ---- The table ---- */
+/* ---- The tables ---- */
 
 /* clang-format off */
 static const struct cli_option cli_options[OPT_COUNT] = {
-    [OPT_UNIX] = {.name = "unix", .letter = 'U', .argument = "PATH",
-        .help = "listen on a unix socket (default: a private one)"},
-    [OPT_PORT] = {.name = "port", .letter = 'p', .argument = "N",
-        .help = "listen on TCP (usual: 10809; 0: any free port)",
-        .parse = cli_parse_number, .max = 65535},
-    [OPT_BIND] = {.name = "bind", .letter = 'i', .argument = "ADDR",
-        .help = "TCP address (default: the two of loopback)"},
-    [OPT_STDIN] = {.name = "stdin", .letter = 's',
-        .help = "serve one client on standard input and output"},
-    [OPT_FD] = {.name = "fd", .argument = "N",
-        .help = "serve descriptor N, a listening or connected socket",
-        .parse = cli_parse_fd, .max = INT_MAX},
-    [OPT_READ_ONLY] = {.name = "read-only", .letter = 'r',
-        .help = "refuse writes"},
-    [OPT_EXPORT] = {.name = "export", .letter = 'e', .argument = "NAME",
-        .help = "name of the export (default: every name will do)"},
-    [OPT_DESCRIPTION] = {.name = "description", .letter = 'D',
-        .argument = "TEXT", .help = "shown to clients that list the exports"},
-    [OPT_OFFSET] = {.name = "offset", .letter = 'o', .argument = "N",
-        .help = "serve the target from byte N on",
-        .parse = cli_parse_number, .max = INT64_MAX},
-    [OPT_SIZE] = {.name = "size", .argument = "N",
-        .help = "serve only N bytes of the target",
-        .parse = cli_parse_number,
-        .min = 1, .max = INT64_MAX},
-    [OPT_BLOCK_SIZE] = {.name = "block-size", .letter = 'b',
-        .argument = "SIZES", .help = "MIN:PREFERRED:MAX (1:4096:32M)",
-        .parse = cli_parse_block_sizes},
-    [OPT_CREATE] = {.name = "create", .argument = "SIZE",
-        .help = "make the target, a sparse file, if it is missing",
-        .parse = cli_parse_number,
-        .min = 1, .max = INT64_MAX},
-    [OPT_TEMPORARY] = {.name = "temporary", .letter = 'T',
-        .help = "discard at exit what clients have written"},
-    [OPT_CACHE] = {.name = "cache", .argument = "MODE",
-        .help = "writeback (default), writethrough or unsafe",
-        .parse = cli_parse_cache_mode},
-    [OPT_THREADS] = {.name = "threads", .letter = 't', .argument = "N",
-        .help = "slow requests of a client done at a time (16)",
-        .parse = cli_parse_number,
-        .min = 1, .max = 1024},
-    [OPT_MAX_CONN] = {.name = "max-conn", .letter = 'm', .argument = "N",
-        .help = "clients served at a time (128)",
-        .parse = cli_parse_number,
-        .min = 1, .max = 1 << 20},
-    [OPT_STALL] = {.name = "stall", .argument = "SEC",
-        .help = "disconnect a client stalled in a request (120)",
-        .parse = cli_parse_number,
-        .min = 1, .max = 4000000},
-    [OPT_ONCE] = {.name = "once", .letter = '1',
-        .help = "exit when the last client has left"},
-    [OPT_IDLE_EXIT] = {.name = "idle-exit", .argument = "SEC",
-        .help = "exit after SEC seconds without a client",
-        .parse = cli_parse_number,
-        .min = 1, .max = 4000000},
-    [OPT_RUN] = {.name = "run", .argument = "CMD",
-        .help = "serve while a shell command runs ($uri, $nbd)"},
-    [OPT_FORK] = {.name = "fork",
-        .help = "go into the background once it listens"},
-    [OPT_PIDFILE] = {.name = "pidfile", .letter = 'P', .argument = "FILE",
-        .help = "write the process id to FILE once it listens"},
-    [OPT_READY_FD] = {.name = "ready-fd", .argument = "N",
-        .help = "write the URI to descriptor N once it listens",
-        .parse = cli_parse_fd,
-        .min = 3, .max = INT_MAX},
-    [OPT_QUIET] = {.name = "quiet", .letter = 'q',
-        .help = "print errors only"},
-    [OPT_VERBOSE] = {.name = "verbose", .letter = 'v',
-        .help = "log clients; given twice: every request"},
-    [OPT_STATS] = {.name = "stats",
-        .help = "print totals at exit (on SIGUSR1 always)"},
-    [OPT_JSON] = {.name = "json",
-        .help = "print totals, or a command's output, as JSON"},
-    [OPT_WITHOUT] = {.name = "without", .argument = "LIST",
-        .help = "hide features from clients (see README)",
-        .parse = cli_parse_features},
-    [OPT_FAULT] = {.name = "fault", .argument = "CMD:ERR:RATE",
-        .help = "make requests fail: write:EIO:0.1 (see README)",
-        .parse = cli_parse_fault},
-    [OPT_DELAY] = {.name = "delay", .argument = "CMD:MS",
-        .help = "make requests wait: read:50 (see README)",
-        .parse = cli_parse_delay},
-    [OPT_DRY_RUN] = {.name = "dry-run", .letter = 'n',
-        .help = "rollback, resize, rm: only check if they can be done"},
-    [OPT_NO_VERIFY] = {.name = "no-verify",
-        .help = "do not check the blocks of a store when reading"},
-    [OPT_VERSION] = {.name = "version", .letter = 'V',
-        .help = "print the version and what it was built with"},
-    [OPT_HELP] = {.name = "help", .letter = 'h',
-        .help = "print this text"},
-    [OPT_COMMAND] = {.name = " CMD"}}; /* messages put "--" in front */
+    CLI_OPTIONS(CLI_OPTION_ROW)};
 
-/* Options that exclude each other, and why.  The rows that concern a command
- * come twice, as there are two ways to give one. */
+/* Options that exclude others, and why */
 static const struct {
-  enum cli_option_id a;
-  enum cli_option_id b;
+  enum cli_option_id option;
+  enum cli_option_id others[3];
   const char *reason;
 } cli_exclusions[] = {
-    {OPT_STDIN, OPT_UNIX, "with --stdin nobody listens"},
-    {OPT_STDIN, OPT_PORT, "with --stdin nobody listens"},
-    {OPT_STDIN, OPT_BIND, "with --stdin nobody listens"},
-    {OPT_STDIN, OPT_FD, "both name the client"},
-    {OPT_FD, OPT_UNIX, "the socket is there already"},
-    {OPT_FD, OPT_PORT, "the socket is there already"},
-    {OPT_FD, OPT_BIND, "the socket is there already"},
-    {OPT_RUN, OPT_STDIN, "the command could not connect"},
-    {OPT_RUN, OPT_FD, "the command would have no URI"},
-    {OPT_RUN, OPT_FORK, "nobody would wait for the command"},
-    {OPT_RUN, OPT_ONCE, "it ends with the command"},
-    {OPT_RUN, OPT_IDLE_EXIT, "it ends with the command"},
-    {OPT_RUN, OPT_COMMAND, "both name the command"},
-    {OPT_COMMAND, OPT_STDIN, "the command could not connect"},
-    {OPT_COMMAND, OPT_FD, "the command would have no URI"},
-    {OPT_COMMAND, OPT_FORK, "nobody would wait for the command"},
-    {OPT_COMMAND, OPT_ONCE, "it ends with the command"},
-    {OPT_COMMAND, OPT_IDLE_EXIT, "it ends with the command"},
-    {OPT_STDIN, OPT_FORK, "the background has no standard input"},
-    {OPT_CREATE, OPT_READ_ONLY, "a new target would stay empty"},
-    {OPT_TEMPORARY, OPT_READ_ONLY, "there would be nothing to discard"},
-    {OPT_TEMPORARY, OPT_CREATE, "the target is only read"}};
+    {OPT_STDIN, {OPT_UNIX, OPT_PORT, OPT_BIND}, "with --stdin nobody listens"},
+    {OPT_STDIN, {OPT_FD}, "both name the client"},
+    {OPT_STDIN, {OPT_FORK}, "the background has no standard input"},
+    {OPT_FD, {OPT_UNIX, OPT_PORT, OPT_BIND}, "the socket is there already"},
+    {OPT_RUN, {OPT_STDIN}, "the command could not connect"},
+    {OPT_RUN, {OPT_FD}, "the command would have no URI"},
+    {OPT_RUN, {OPT_FORK}, "nobody would wait for the command"},
+    {OPT_RUN, {OPT_ONCE, OPT_IDLE_EXIT}, "it ends with the command"},
+    {OPT_CREATE, {OPT_READ_ONLY}, "a new target would stay empty"},
+    {OPT_TEMPORARY, {OPT_READ_ONLY}, "there would be nothing to discard"},
+    {OPT_TEMPORARY, {OPT_CREATE}, "the target is only read"}};
 /* clang-format on */
 
 /* ---- From argv to `opt` ---- */
 
-/* Finds an option by the first len characters of name.  Returns OPT_COUNT if
- * there is none.  Names have to be written in full: a shorthand that is unique
- * today would not be so for ever. */
-static enum cli_option_id cli_find_long(const char *name, size_t len) {
-  int id = 0;
-  for (; id < OPT_COMMAND; id++) {
-    const char *known = cli_options[id].name;
-    if (strlen(known) == len && memcmp(known, name, len) == 0) break;
-  }
-  return id < OPT_COMMAND ? (enum cli_option_id)id : OPT_COUNT;
-}
-
-/* Finds an option by its letter.  Returns OPT_COUNT if there is none. */
-static enum cli_option_id cli_find_short(char letter) {
-  int id = 0;
-  assert(letter);
-  while (id < OPT_COMMAND && cli_options[id].letter != letter)
-    id++;
-  return id < OPT_COMMAND ? (enum cli_option_id)id : OPT_COUNT;
-}
-
-/* Takes an option.  The value is NULL if there was none on the command line; it
- * is refused here where there has to be one, and where there must not. */
-static void cli_set(enum cli_option_id id, const char *value) {
+/* Takes an option that stands in *word.  The value is what stands behind it in
+ * the same word, or NULL; if the option needs one it then is the next word.
+ * (Behind the last word of argv there is NULL.)  Returns the last word used.  A
+ * value that is not allowed ends the process. */
+static char **cli_take_option(enum cli_option_id id, char **word,
+                              const char *value) {
   const struct cli_option *option = &cli_options[id];
-  assert(id < OPT_COMMAND && option->name && option->help);
-  assert(option->argument || !option->parse);
+  if (id == OPT_NONE) cli_usage("%s: unknown option (try --help)", *word);
+  assert(option->name && option->help && option->min <= option->max);
+  assert(option->argument || (!option->max && !option->parse));
+  if (option->argument && !value) value = *++word;
   if (option->argument && !value)
     cli_usage("--%s takes %s", option->name, option->argument);
   if (!option->argument && value)
     cli_usage("--%s takes no value", option->name);
   opt[id].given++;
-  if (option->parse)
-    option->parse(id, value);
-  else
-    opt[id].text = value;
+  opt[id].text = value;
+  uint64_t *number = &opt[id].number;
+  int is_good = !option->max || (u_parse_number(value, option->max, number) &&
+                                 *number >= option->min);
+  if (is_good && option->parse) is_good = option->parse(id, value);
+  if (!is_good && option->form)
+    cli_usage("--%s %s: not %s", option->name, value, option->form);
+  if (!is_good)
+    cli_usage("--%s %s: not a number from %" PRIu64 " to %" PRIu64,
+              option->name, value, option->min, option->max);
+  return word;
 }
 
 /* Parses the word at *word, which is --NAME or --NAME=VALUE, and the word
  * behind it if that is the value.  Returns the last word that it has used.
- * Behind the last word of argv there is NULL, which cli_set takes as "none". */
+ * Names have to be written in full: a shorthand that is unique today would not
+ * be so for ever. */
 static char **cli_parse_long(char **word) {
   const char *name = *word + 2;
   size_t len = strcspn(name, "=");
-  enum cli_option_id id = cli_find_long(name, len);
-  if (id == OPT_COUNT) cli_usage("%s: unknown option (try --help)", *word);
-  if (name[len]) {
-    cli_set(id, name + len + 1);
-    return word;
-  }
-  if (!cli_options[id].argument) {
-    cli_set(id, NULL);
-    return word;
-  }
-  cli_set(id, word[1]);
-  return word + 1;
+  enum cli_option_id id = OPT_COUNT - 1;
+  while (id > OPT_NONE && (strlen(cli_options[id].name) != len ||
+                           memcmp(cli_options[id].name, name, len) != 0))
+    id--;
+  return cli_take_option(id, word, name[len] ? name + len + 1 : NULL);
 }
 
 /* Does the same for a word of one or more letters behind "-".  The first letter
@@ -8046,17 +7853,13 @@ static char **cli_parse_long(char **word) {
  * no rest, the word behind it. */
 static char **cli_parse_short(char **word) {
   for (const char *letter = *word + 1; *letter; letter++) {
-    enum cli_option_id id = cli_find_short(*letter);
-    if (id == OPT_COUNT) cli_usage("%s: unknown option (try --help)", *word);
-    if (!cli_options[id].argument) {
-      cli_set(id, NULL);
-    } else if (letter[1]) {
-      cli_set(id, letter + 1);
-      break;
-    } else {
-      cli_set(id, word[1]);
-      return word + 1;
-    }
+    enum cli_option_id id = OPT_COUNT - 1;
+    while (id > OPT_NONE && cli_options[id].letter != *letter)
+      id--;
+    int takes_value = cli_options[id].argument != NULL;
+    const char *rest = takes_value && letter[1] ? letter + 1 : NULL;
+    char **last = cli_take_option(id, word, rest);
+    if (takes_value) return last;
   }
   return word;
 }
@@ -8073,7 +7876,7 @@ static void cli_parse(char **argv) {
     if (text[0] != '-' || !text[1]) {
       cli.targets[cli.ntargets++] = *word;
     } else if (strcmp(text, "--") == 0) {
-      opt[OPT_COMMAND].given = 1;
+      opt[OPT_RUN].given++;
       cli.command = word + 1;
       break;
     } else if (text[1] == '-') {
@@ -8087,14 +7890,19 @@ static void cli_parse(char **argv) {
 /* Refuses what makes no sense for a server.  Commands on stores come before
  * that and just ignore options that are not for them. */
 static void cli_check_options(void) {
-  size_t n = sizeof cli_exclusions / sizeof *cli_exclusions;
-  for (size_t i = 0; i < n; i++) {
-    enum cli_option_id a = cli_exclusions[i].a;
-    enum cli_option_id b = cli_exclusions[i].b;
-    if (opt[a].given && opt[b].given)
-      cli_usage("--%s: not together with --%s: %s", cli_options[a].name,
-                cli_options[b].name, cli_exclusions[i].reason);
+  for (size_t i = 0; i < COUNT_OF(cli_exclusions); i++) {
+    enum cli_option_id a = cli_exclusions[i].option;
+    const char *name = cli_options[a].name;
+    if (a == OPT_RUN && cli.command) name = " CMD";
+    for (size_t j = 0; j < COUNT_OF(cli_exclusions[i].others); j++) {
+      enum cli_option_id b = cli_exclusions[i].others[j];
+      if (opt[a].given && opt[b].given)
+        cli_usage("--%s: not together with --%s: %s", name, cli_options[b].name,
+                  cli_exclusions[i].reason);
+    }
   }
+  if (cli.command && opt[OPT_RUN].text)
+    cli_usage("--run: not together with -- CMD: both name the command");
   if (cli.command && !*cli.command) cli_usage("--: no command behind it");
   if (!cli.ntargets) cli_usage("no target (try --help)");
   if (opt[OPT_EXPORT].text && cli.ntargets > 1)
@@ -8124,55 +7932,25 @@ static void cli_check_options(void) {
  * the socket.  Built without threads it takes no commands. */
 #if !NBDSERVE_NO_CAS
 
-/* The commands, in the order of --help */
-enum cli_verb_id {
-  VERB_INIT,
-  VERB_CREATE,
-  VERB_IMPORT,
-  VERB_EXPORT,
-  VERB_LIST,
-  VERB_SNAPSHOT,
-  VERB_SEAL,
-  VERB_ROLLBACK,
-  VERB_CLONE,
-  VERB_RENAME,
-  VERB_RESIZE,
-  VERB_RM,
-  VERB_DIFF,
-  VERB_VERIFY,
-  VERB_GC,
-  VERB_STAT,
-  VERB_COUNT
-};
-
 enum cli_verb_flags {
   /* It changes nothing in the store, which is opened next to other readers. */
   VERB_READS_ONLY = 1 << 0,
   /* It knows --dry-run.  The others refuse that option: they would change the
    * store all the same. */
-  VERB_MAY_DRY_RUN = 1 << 1,
+  VERB_DRY_RUN = 1 << 1,
   /* Its last operand is a size. */
-  VERB_TAKES_SIZE = 1 << 2,
-  /* Its last operand may come many times; it is done for each of them. */
-  VERB_REPEATS = 1 << 3,
+  VERB_SIZE = 1 << 2,
   /* It may take long and leaves nothing half done when a signal ends it. */
-  VERB_IS_LONG = 1 << 4,
+  VERB_IS_LONG = 1 << 3,
   /* Its last operand is a FILE that it reads. */
-  VERB_READS_FILE = 1 << 5,
+  VERB_READS_FILE = 1 << 4,
   /* Its last operand is a FILE that it writes; "-" is standard output. */
-  VERB_WRITES_FILE = 1 << 6
-};
-
-/* How a command prints what it finds out */
-enum cli_output {
-  OUTPUT_NOTHING,
-  /* One row: a line with the values.  As JSON: an object. */
-  OUTPUT_ROW,
-  /* Any number of rows.  As JSON: an array of objects. */
-  OUTPUT_ROWS,
-  /* One row, with a line for each value, and its name in front.  As JSON: an
-   * object. */
-  OUTPUT_LINES
+  VERB_WRITES_FILE = 1 << 5,
+  /* It prints any number of rows, as JSON: an array of objects.  The others
+   * print one row or none, as JSON: an object. */
+  VERB_ROWS = 1 << 6,
+  /* It prints a line for each value of its row, with the name in front. */
+  VERB_LINES = 1 << 7
 };
 
 struct cli_job;
@@ -8184,15 +7962,16 @@ struct cli_verb {
   const char *help;
   /* VERB_READS_ONLY... */
   unsigned flags;
-  /* How many operands it needs besides STORE, and how many more it may get
-   * (VERB_REPEATS: any number).  Of two the first one is request.name and the
-   * second one request.to; a single one is request.name. */
+  /* How many operands it needs besides STORE.  Of two the first one is
+   * request.name and the second one request.to; a single one is
+   * request.name. */
   int noperands;
-  int noptional;
-  enum cli_output output;
+  /* How many more it may get.  CLI_ANY_NUMBER: it is done for each of them, in
+   * the place of the last one that it needs. */
+  int nmore;
   /* For cli_do_change: NBDSERVE_CAS_CREATE... */
   int change;
-  /* What -EINVAL means, for the message; NULL: it is not to be expected. */
+  /* What -EINVAL means, for the message; NULL: see cli_job_reason. */
   const char *invalid;
   /* Does the command on an open store.  Returns 0 or -errno.  Only `init` has
    * none, as there is no store yet: see cli_init. */
@@ -8204,7 +7983,7 @@ struct cli_verb {
 struct cli_request {
   /* The operand that is a size; 0: it has none. */
   uint64_t size;
-  /* enum cli_verb_id */
+  /* The command: an index of cli_verbs */
   unsigned char verb;
   /* --json and --dry-run */
   unsigned char json;
@@ -8214,24 +7993,27 @@ struct cli_request {
   char to[PATH_MAX];
 };
 
+/* Where a command writes to */
+struct cli_fds {
+  /* Rows.  For import and export: the FILE. */
+  int output;
+  /* Messages and progress */
+  int messages;
+};
+
 /* A command while it is being done, by whichever process */
 struct cli_job {
   /* ---- What is to be done; fixed */
   const struct cli_verb *verb;
   struct cli_request request;
-  /* The descriptor that rows go to.  For import and export: the FILE. */
-  int output;
-  /* The descriptor that messages and progress go to */
-  int messages;
+  struct cli_fds fds;
   /* The connection of whoever waits for it, in the server; or -1 */
   int client;
 
-  /* ---- Its output so far */
+  /* ---- Its output and progress so far; times are in os_now_ms */
   unsigned nrows;
   /* -errno, if something could not be printed */
   int lost;
-
-  /* ---- Its progress; times are in os_now_ms */
   int64_t begun_ms;
   /* When progress was last shown; 0: none is on the screen. */
   int64_t shown_ms;
@@ -8239,46 +8021,34 @@ struct cli_job {
 
 /* ---- Progress ----------------------------------------------------------- */
 
-enum {
-  /* A command that takes less time than this shows no progress. */
-  CLI_PROGRESS_AFTER_MS = 1000,
-  /* How often it is shown: often enough to look alive */
-  CLI_PROGRESS_EVERY_MS = 100
-};
-
 /* Clears the line that shows the progress, if there is one, so that a row or a
  * message can take its place. */
 static void cli_hide_progress(struct cli_job *job) {
   if (!job->shown_ms) return;
-  dprintf(job->messages, "\r%60s\r", "");
+  dprintf(job->fds.messages, "\r%60s\r", "");
   job->shown_ms = 0;
 }
 
-/* Shows on a terminal how many of `total` bytes are done, if it is time.  How
- * long the rest takes is guessed from the average so far. */
-static void cli_show_progress(struct cli_job *job, uint64_t done,
-                              uint64_t total) {
-  int64_t now = os_now_ms();
-  int64_t passed = now - job->begun_ms;
-  if (!done || passed <= CLI_PROGRESS_AFTER_MS ||
-      now - job->shown_ms <= CLI_PROGRESS_EVERY_MS || !isatty(job->messages))
-    return;
-  double s = (double)passed / 1000;
-  double mib = (double)done / (1 << 20);
-  double left = s * ((double)total / (double)done - 1);
-  dprintf(job->messages, "\r%3.0f%% %8.0f MiB %8.1f MiB/s %6.0f s left",
-          (double)done * 100 / (double)total, mib, mib / s, left);
-  job->shown_ms = now;
-}
-
-/* Is called now and then by what takes long: a nbdserve_progress_fn.  Returns
- * true if the command has to end, because a signal has come, or because the
- * client that waits for it has gone. */
+/* Is called now and then by what takes long: a nbdserve_progress_fn.  If it is
+ * time, shows on a terminal how much is done; how long the rest takes is
+ * guessed from the average so far.  Returns true if the command has to end: a
+ * signal has come, or the client that waits for it has gone. */
 static int cli_progress(void *arg, uint64_t done, uint64_t total) {
   struct cli_job *job = arg;
   struct pollfd p[] = {{cli.server->stop.pipe[0], POLLIN, 0},
                        {job->client, POLLIN, 0}}; /* -1 is skipped */
-  cli_show_progress(job, done, total);
+  int64_t now = os_now_ms();
+  int64_t passed = now - job->begun_ms;
+  if (done && passed > CLI_PROGRESS_AFTER_MS &&
+      now - job->shown_ms > CLI_PROGRESS_EVERY_MS &&
+      isatty(job->fds.messages)) {
+    double s = (double)passed / 1000;
+    double mib = (double)done / (1 << 20);
+    double ratio = (double)done / (double)total;
+    dprintf(job->fds.messages, "\r%3.0f%% %8.0f MiB %8.1f MiB/s %6.0f s left",
+            ratio * 100, mib, mib / s, s / ratio - s);
+    job->shown_ms = now;
+  }
   return poll(p, 2, 0) > 0;
 }
 
@@ -8290,7 +8060,7 @@ static void OS_PRINTF(2, 3)
     cli_print(struct cli_job *job, const char *fmt, ...) {
   va_list ap;
   va_start(ap, fmt);
-  if (vdprintf(job->output, fmt, ap) < 0) job->lost = -errno;
+  if (vdprintf(job->fds.output, fmt, ap) < 0) job->lost = -errno;
   va_end(ap);
 }
 
@@ -8309,28 +8079,27 @@ struct cli_value {
  * lost, which ends a list early. */
 static int cli_print_row(struct cli_job *job, const struct cli_value *values,
                          int n) {
-  enum cli_output kind = job->verb->output;
+  unsigned flags = job->verb->flags;
   int json = job->request.json;
-  int is_aligned = !json && kind != OUTPUT_LINES && isatty(job->output);
-  const char *gap = is_aligned ? "  " : "\t";
-  assert(n > 0 && (kind == OUTPUT_ROWS || !job->nrows));
+  int is_table = !json && !(flags & VERB_LINES);
+  int is_aligned = is_table && isatty(job->fds.output);
+  const char *quote = json ? "\"" : "";
+  assert(n > 0 && (flags & VERB_ROWS || !job->nrows));
   cli_hide_progress(job);
-  if (json && kind == OUTPUT_ROWS) cli_print(job, job->nrows ? "," : "[");
+  if (json && flags & VERB_ROWS) cli_print(job, job->nrows ? "," : "[");
   job->nrows++;
-  for (const struct cli_value *value = values; value < values + n; value++) {
-    int is_first = value == values;
+  for (int i = 0; i < n; i++) {
     if (json)
-      cli_print(job, "%s\"%s\":", is_first ? "{" : ",", value->name);
-    else if (kind == OUTPUT_LINES)
-      cli_print(job, "%s%s\t", is_first ? "" : "\n", value->name);
-    else if (!is_first)
-      cli_print(job, "%s", gap);
-    if (!value->text)
-      cli_print(job, "%*" PRIu64, is_aligned ? 16 : 0, value->number);
-    else if (json)
-      cli_print(job, "\"%s\"", value->text);
+      cli_print(job, "%s\"%s\":", i ? "," : "{", values[i].name);
+    else if (!is_table)
+      cli_print(job, "%s%s\t", i ? "\n" : "", values[i].name);
+    else if (i)
+      cli_print(job, is_aligned ? "  " : "\t");
+    if (values[i].text)
+      cli_print(job, "%s%-*s%s", quote, is_aligned && !i ? 40 : 0,
+                values[i].text, quote);
     else
-      cli_print(job, "%-*s", is_aligned && is_first ? 40 : 0, value->text);
+      cli_print(job, "%*" PRIu64, is_aligned ? 16 : 0, values[i].number);
   }
   cli_print(job, json ? "}\n" : "\n");
   return job->lost;
@@ -8341,12 +8110,11 @@ static int cli_print_row(struct cli_job *job, const struct cli_value *values,
 /* create, snapshot, rollback, clone, rename, resize, rm: they change the
  * catalog, and nbdserve.h has one call for all of them. */
 static int cli_do_change(struct cli_job *job, struct nbdserve_cas *cas) {
-  int verb = job->verb->change;
-  assert(verb);
-  if (job->request.dry_run && job->verb->flags & VERB_MAY_DRY_RUN)
-    verb |= NBDSERVE_CAS_DRY_RUN;
-  return nbdserve_cas_change(cas, verb, job->request.name, job->request.to,
-                             job->request.size);
+  const struct cli_request *request = &job->request;
+  int dry_run = request->dry_run ? NBDSERVE_CAS_DRY_RUN : 0;
+  assert(job->verb->change);
+  return nbdserve_cas_change(cas, job->verb->change | dry_run, request->name,
+                             request->to, request->size);
 }
 
 /* Prints a volume or snapshot: a nbdserve_list_fn.  The time comes from a file
@@ -8442,44 +8210,19 @@ static int cli_do_stat(struct cli_job *job, struct nbdserve_cas *cas) {
  * thread or in cli_control, so one buffer is enough. */
 static unsigned char cli_buffer[65536];
 
-/* Copies the first `size` bytes of the FILE of a job to a volume, and makes
- * them durable.  Zeroes need no care: the store knows them. */
-static int cli_copy_in(struct cli_job *job, const struct nbdserve_export *ex,
-                       uint64_t size) {
-  for (uint64_t off = 0; off < size;) {
-    uint64_t n = u_min(sizeof cli_buffer, size - off);
-    struct iovec piece = {cli_buffer, (size_t)n};
-    if (cli_progress(job, off, size)) return -ECANCELED;
-    int err = os_transfer(job->output, OS_READ, &piece, 1, off);
-    if (!err) err = ex->ops->write(ex->ctx, cli_buffer, off, n, 0);
-    if (err) return err;
-    off += n;
-  }
-  return ex->ops->flush(ex->ctx, 0);
-}
+/* How import and export move the bytes of a volume */
+enum cli_copy {
+  /* From a file to the volume.  Zeroes need no care: the store knows them. */
+  COPY_IN,
+  /* To a pipe, a terminal, or wherever standard output may lead */
+  COPY_OUT,
+  /* To a file that gets the size of the volume first.  It is one hole then:
+   * zeroes need not be written.  A file that cannot be cut, a block device or a
+   * pipe, is written from the front like standard output. */
+  COPY_TO_FILE
+};
 
-/* import: makes a volume of a file.  If that fails, at whatever point, there is
- * no volume afterwards.  The size has to be known first, so a pipe will not
- * do. */
-static int cli_do_import(struct cli_job *job, struct nbdserve_cas *cas) {
-  const char *name = job->request.name;
-  struct nbdserve_export ex = {.name = NULL};
-  off_t size = lseek(job->output, 0, SEEK_END);
-  if (size < 0) return -errno;
-  int err = nbdserve_cas_create(cas, name, (uint64_t)size);
-  if (err) return err; /* what has that name already is not ours to remove */
-  err = nbdserve_cas_volume(cas, name, &ex);
-  if (!err) {
-    assert(ex.size == (uint64_t)size);
-    err = cli_copy_in(job, &ex, (uint64_t)size);
-    ex.ops->close(ex.ctx);
-  }
-  if (err) nbdserve_cas_rm(cas, name);
-  return err;
-}
-
-/* Writes the first n bytes of the buffer to a pipe, a terminal, or wherever
- * standard output may lead, in as many steps as it takes. */
+/* Writes the first n bytes of the buffer, in as many steps as it takes. */
 static int cli_write_buffer(int fd, uint64_t n) {
   assert(n <= sizeof cli_buffer);
   for (uint64_t done = 0; done < n;) {
@@ -8490,121 +8233,118 @@ static int cli_write_buffer(int fd, uint64_t n) {
   return 0;
 }
 
-/* Copies a volume to the output of a job.  A sparse output is a file that has
- * its size already and is one hole: zeroes need not be written, and in the end
- * it is made durable. */
-static int cli_copy_out(struct cli_job *job, const struct nbdserve_export *ex,
-                        int is_sparse) {
-  for (uint64_t off = 0; off < ex->size;) {
-    uint64_t n = u_min(sizeof cli_buffer, ex->size - off);
-    struct iovec piece = {cli_buffer, (size_t)n};
-    if (cli_progress(job, off, ex->size)) return -ECANCELED;
-    int err = ex->ops->read(ex->ctx, cli_buffer, off, n, 0);
-    if (!err && !is_sparse) {
-      err = cli_write_buffer(job->output, n);
-    } else if (!err && !u_is_zero(cli_buffer, (size_t)n)) {
-      err = os_transfer(job->output, OS_WRITE, &piece, 1, off);
-    }
-    if (err) return err;
-    off += n;
+/* Copies n bytes of a volume at off, as many as fit into the buffer. */
+static int cli_copy_piece(int file, const struct nbdserve_export *ex,
+                          enum cli_copy kind, uint64_t off, uint64_t n) {
+  struct iovec piece = {cli_buffer, (size_t)n};
+  assert(n > 0 && n <= sizeof cli_buffer);
+  assert(off < ex->size && n <= ex->size - off);
+  if (kind == COPY_IN) {
+    int err = os_transfer(file, OS_READ, &piece, 1, off);
+    return err ? err : ex->ops->write(ex->ctx, cli_buffer, off, n, 0);
   }
-  return is_sparse ? os_datasync(job->output) : 0;
+  int err = ex->ops->read(ex->ctx, cli_buffer, off, n, 0);
+  if (err) return err;
+  if (kind == COPY_OUT) return cli_write_buffer(file, n);
+  if (u_is_zero(cli_buffer, (size_t)n)) return 0;
+  return os_transfer(file, OS_WRITE, &piece, 1, off);
+}
+
+/* Copies all of the volume of a job from or to its FILE, and makes durable what
+ * it has written, except to a pipe. */
+static int cli_copy(struct cli_job *job, struct nbdserve_cas *cas,
+                    enum cli_copy kind) {
+  struct nbdserve_export ex = {.name = NULL};
+  int file = job->fds.output;
+  int err = nbdserve_cas_volume(cas, job->request.name, &ex);
+  if (err) return err;
+  if (kind == COPY_TO_FILE &&
+      (ftruncate(file, 0) < 0 || ftruncate(file, (off_t)ex.size) < 0))
+    kind = COPY_OUT;
+  for (uint64_t off = 0; !err && off < ex.size; off += sizeof cli_buffer) {
+    uint64_t n = u_min(sizeof cli_buffer, ex.size - off);
+    if (cli_progress(job, off, ex.size)) err = -ECANCELED;
+    if (!err) err = cli_copy_piece(file, &ex, kind, off, n);
+  }
+  if (!err && kind == COPY_IN) err = ex.ops->flush(ex.ctx, 0);
+  if (!err && kind == COPY_TO_FILE) err = os_datasync(file);
+  ex.ops->close(ex.ctx);
+  return err;
+}
+
+/* import: makes a volume of a file.  If that fails, at whatever point, there is
+ * no volume afterwards.  The size has to be known first, so a pipe will not
+ * do. */
+static int cli_do_import(struct cli_job *job, struct nbdserve_cas *cas) {
+  const char *name = job->request.name;
+  off_t size = lseek(job->fds.output, 0, SEEK_END);
+  if (size < 0) return -errno;
+  int err = nbdserve_cas_create(cas, name, (uint64_t)size);
+  if (err) return err; /* what has that name already is not ours to remove */
+  err = cli_copy(job, cas, COPY_IN);
+  assert(err <= 0);
+  if (err) nbdserve_cas_rm(cas, name);
+  return err;
 }
 
 /* export: writes a volume or snapshot to a FILE, which gets its size, or to
- * standard output, behind what may be there already.  A FILE that cannot be
- * cut, a block device or a pipe, is written from the front like standard
- * output. */
+ * standard output, behind what may be there already. */
 static int cli_do_export(struct cli_job *job, struct nbdserve_cas *cas) {
-  struct nbdserve_export ex = {.name = NULL};
-  int err = nbdserve_cas_volume(cas, job->request.name, &ex);
-  if (err) return err;
-  int is_sparse = strcmp(job->request.to, "-") != 0 &&
-                  ftruncate(job->output, 0) == 0 &&
-                  ftruncate(job->output, (off_t)ex.size) == 0;
-  err = cli_copy_out(job, &ex, is_sparse);
-  ex.ops->close(ex.ctx);
-  return err;
+  int is_file = strcmp(job->request.to, "-") != 0;
+  return cli_copy(job, cas, is_file ? COPY_TO_FILE : COPY_OUT);
 }
 
 /* ---- The table ---- */
 
 /* clang-format off */
-static const struct cli_verb cli_verbs[VERB_COUNT] = {
-    [VERB_INIT] = {.name = "init", .operands = "STORE [BLOCK-SIZE]",
-        .help = "make an empty store (4K)",
-        .flags = VERB_TAKES_SIZE, .noptional = 1},
-    [VERB_CREATE] = {.name = "create", .operands = "STORE::VOLUME SIZE",
-        .help = "make a volume, all zeroes",
-        .flags = VERB_TAKES_SIZE, .noperands = 2,
-        .run = cli_do_change, .change = NBDSERVE_CAS_CREATE,
-        .invalid = "not a name or size that a volume can have"},
-    [VERB_IMPORT] = {.name = "import", .operands = "STORE::VOLUME FILE",
-        .help = "make a volume of a file",
-        .flags = VERB_IS_LONG | VERB_READS_FILE, .noperands = 2,
-        .run = cli_do_import,
-        .invalid = "not a name or size that a volume can have"},
-    [VERB_EXPORT] = {.name = "export", .operands = "STORE::NAME FILE",
-        .help = "copy to a file (-: standard output)",
-        .flags = VERB_READS_ONLY | VERB_WRITES_FILE, .noperands = 2,
-        .run = cli_do_export,
-        .invalid = "not the name of a volume or snapshot"},
-    [VERB_LIST] = {.name = "list", .operands = "STORE",
-        .help = "print name, size, time and id of each",
-        .flags = VERB_READS_ONLY,
-        .run = cli_do_list, .output = OUTPUT_ROWS},
-    [VERB_SNAPSHOT] = {.name = "snapshot", .operands = "STORE::VOLUME@SNAPSHOT",
-        .help = "keep what VOLUME holds now, under a name",
-        .noperands = 1,
-        .run = cli_do_change, .change = NBDSERVE_CAS_SNAPSHOT,
-        .invalid = "not a name that a snapshot can have"},
-    [VERB_SEAL] = {.name = "seal", .operands = "STORE::VOLUME@SNAPSHOT",
-        .help = "give it an id for its contents; print it",
-        .flags = VERB_IS_LONG, .noperands = 1,
-        .run = cli_do_seal, .output = OUTPUT_ROW,
-        .invalid = "not a snapshot"},
-    [VERB_ROLLBACK] = {.name = "rollback", .operands = "STORE::VOLUME@SNAPSHOT",
-        .help = "make VOLUME what it was then",
-        .flags = VERB_MAY_DRY_RUN, .noperands = 1,
-        .run = cli_do_change, .change = NBDSERVE_CAS_ROLLBACK,
-        .invalid = "not a snapshot"},
-    [VERB_CLONE] = {.name = "clone", .operands = "STORE::NAME VOLUME...",
-        .help = "make volumes that begin as copies",
-        .flags = VERB_REPEATS, .noperands = 2,
-        .run = cli_do_change, .change = NBDSERVE_CAS_CLONE,
-        .invalid = "not a name that a volume can have"},
-    [VERB_RENAME] = {.name = "rename", .operands = "STORE::NAME NEW",
-        .help = "change a name",
-        .noperands = 2,
-        .run = cli_do_change, .change = NBDSERVE_CAS_RENAME,
-        .invalid = "not a name that it can have"},
-    [VERB_RESIZE] = {.name = "resize", .operands = "STORE::VOLUME SIZE",
-        .help = "cut a volume, or add zeroes",
-        .flags = VERB_MAY_DRY_RUN | VERB_TAKES_SIZE, .noperands = 2,
-        .run = cli_do_change, .change = NBDSERVE_CAS_RESIZE,
-        .invalid = "not a volume, or not a size that it can have"},
-    [VERB_RM] = {.name = "rm", .operands = "STORE::NAME [NAME...]",
-        .help = "remove volumes and snapshots",
-        .flags = VERB_MAY_DRY_RUN | VERB_REPEATS, .noperands = 1,
-        .run = cli_do_change, .change = NBDSERVE_CAS_RM,
-        .invalid = "not the name of a volume or snapshot"},
-    [VERB_DIFF] = {.name = "diff", .operands = "STORE::NAME NAME",
-        .help = "print the ranges that differ",
-        .flags = VERB_READS_ONLY, .noperands = 2,
-        .run = cli_do_diff, .output = OUTPUT_ROWS,
-        .invalid = "not the names of volumes or snapshots"},
-    [VERB_VERIFY] = {.name = "verify", .operands = "STORE",
-        .help = "check all data; print what is damaged",
-        .flags = VERB_READS_ONLY | VERB_IS_LONG,
-        .run = cli_do_verify, .output = OUTPUT_ROWS},
-    [VERB_GC] = {.name = "gc", .operands = "STORE",
-        .help = "give unused space back; print its bytes",
-        .flags = VERB_IS_LONG,
-        .run = cli_do_gc, .output = OUTPUT_ROW},
-    [VERB_STAT] = {.name = "stat", .operands = "STORE",
-        .help = "print how much is stored",
-        .flags = VERB_READS_ONLY,
-        .run = cli_do_stat, .output = OUTPUT_LINES}};
+static const struct cli_verb cli_verbs[] = {
+    {.name = "init", .operands = "STORE [BLOCK-SIZE]", .nmore = 1,
+     .help = "make an empty store (4K)", .flags = VERB_SIZE},
+    {.name = "create", .operands = "STORE::VOLUME SIZE", .noperands = 2,
+     .help = "make a volume, all zeroes", .flags = VERB_SIZE,
+     .run = cli_do_change, .change = NBDSERVE_CAS_CREATE},
+    {.name = "import", .operands = "STORE::VOLUME FILE", .noperands = 2,
+     .help = "make a volume of a file",
+     .run = cli_do_import, .flags = VERB_IS_LONG | VERB_READS_FILE},
+    {.name = "export", .operands = "STORE::NAME FILE", .noperands = 2,
+     .help = "copy to a file (-: standard output)",
+     .run = cli_do_export, .flags = VERB_READS_ONLY | VERB_WRITES_FILE},
+    {.name = "list", .operands = "STORE",
+     .help = "print name, size, time and id of each",
+     .run = cli_do_list, .flags = VERB_READS_ONLY | VERB_ROWS},
+    {.name = "snapshot", .operands = "STORE::VOLUME@SNAPSHOT", .noperands = 1,
+     .help = "keep what VOLUME holds now, under a name",
+     .run = cli_do_change, .change = NBDSERVE_CAS_SNAPSHOT,
+     .invalid = "not a name that a snapshot can have"},
+    {.name = "seal", .operands = "STORE::VOLUME@SNAPSHOT", .noperands = 1,
+     .help = "give it an id for its contents; print it",
+     .run = cli_do_seal, .flags = VERB_IS_LONG, .invalid = "not a snapshot"},
+    {.name = "rollback", .operands = "STORE::VOLUME@SNAPSHOT", .noperands = 1,
+     .help = "make VOLUME what it was then", .flags = VERB_DRY_RUN,
+     .run = cli_do_change, .change = NBDSERVE_CAS_ROLLBACK,
+     .invalid = "not a snapshot"},
+    {.name = "clone", .operands = "STORE::NAME VOLUME...", .noperands = 2,
+     .help = "make volumes that begin as copies", .nmore = CLI_ANY_NUMBER,
+     .run = cli_do_change, .change = NBDSERVE_CAS_CLONE},
+    {.name = "rename", .operands = "STORE::NAME NEW", .noperands = 2,
+     .help = "change a name", .invalid = "not a name that it can have",
+     .run = cli_do_change, .change = NBDSERVE_CAS_RENAME},
+    {.name = "resize", .operands = "STORE::VOLUME SIZE", .noperands = 2,
+     .help = "cut a volume, or add zeroes", .flags = VERB_DRY_RUN | VERB_SIZE,
+     .run = cli_do_change, .change = NBDSERVE_CAS_RESIZE},
+    {.name = "rm", .operands = "STORE::NAME [NAME...]", .noperands = 1,
+     .help = "remove volumes and snapshots", .nmore = CLI_ANY_NUMBER,
+     .run = cli_do_change, .change = NBDSERVE_CAS_RM, .flags = VERB_DRY_RUN},
+    {.name = "diff", .operands = "STORE::NAME NAME", .noperands = 2,
+     .help = "print the ranges that differ",
+     .run = cli_do_diff, .flags = VERB_READS_ONLY | VERB_ROWS},
+    {.name = "verify", .operands = "STORE",
+     .help = "check all data; print what is damaged",
+     .run = cli_do_verify, .flags = VERB_READS_ONLY | VERB_ROWS | VERB_IS_LONG},
+    {.name = "gc", .operands = "STORE", .run = cli_do_gc, .flags = VERB_IS_LONG,
+     .help = "give unused space back; print its bytes"},
+    {.name = "stat", .operands = "STORE", .help = "print how much is stored",
+     .run = cli_do_stat, .flags = VERB_READS_ONLY | VERB_LINES}};
 /* clang-format on */
 
 /* ---- Doing a command ---- */
@@ -8614,7 +8354,8 @@ static const struct cli_verb cli_verbs[VERB_COUNT] = {
 static const char *cli_job_reason(const struct cli_job *job, int err) {
   switch (err) {
   case -EINVAL:
-    return job->verb->invalid ? job->verb->invalid : u_errno_text(err);
+    if (job->verb->invalid) return job->verb->invalid;
+    return "not a name or size that a volume can have";
   case -EBUSY:
     return "in use by a client, or being verified";
   case -ENOTEMPTY:
@@ -8626,35 +8367,30 @@ static const char *cli_job_reason(const struct cli_job *job, int err) {
   }
 }
 
-/* Prints the message of a command that has failed, to whoever gave it: this may
- * be the server.  The FILE of an import is not named, as the errors that come
- * after it was opened are about the volume. */
-static void cli_report(const struct cli_job *job, int err) {
-  const char *name = job->request.name;
-  const char *to = job->request.to;
-  if (job->verb->flags & VERB_READS_FILE) to = "";
-  dprintf(job->messages, "nbdserve: %s%s%s%s%s: %s\n", job->verb->name,
-          *name ? " " : "", name, *to ? " " : "", to, cli_job_reason(job, err));
-}
-
-/* Does a command on an open store, and prints what it has to say.  Returns the
- * exit status.  job->verb has been checked: see cli_run_verb for our own, and
- * cli_serve_command for what came over the socket. */
+/* Does a command on an open store, and prints what it has to say.  If it fails
+ * the message goes to whoever gave the command: this may be the server.  (The
+ * FILE of an import is not named in it, as the errors that come after it was
+ * opened are about the volume.)  Returns the exit status.  job->verb has been
+ * checked: see cli_run_verb for our own, and cli_serve_command for what came
+ * over the socket. */
 static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
+  const char *name = job->request.name;
+  const char *to = job->verb->flags & VERB_READS_FILE ? "" : job->request.to;
   assert(job->verb == &cli_verbs[job->request.verb] && job->verb->run);
-  job->nrows = 0;
-  job->lost = 0;
-  job->shown_ms = 0;
+  /* A command that is done several times prints nothing. */
+  assert(!job->nrows && !job->lost && !job->shown_ms);
   job->begun_ms = os_now_ms();
   int err = job->verb->run(job, cas);
   cli_hide_progress(job);
-  if (job->request.json && job->verb->output == OUTPUT_ROWS)
+  if (job->request.json && job->verb->flags & VERB_ROWS)
     cli_print(job, job->nrows ? "]\n" : "[]\n");
   if (!err) err = job->lost;
-  if (err == -EUCLEAN && job->nrows) return CLI_DAMAGED; /* rows tell what */
-  if (err) cli_report(job, err);
-  if (err == -EUCLEAN) return CLI_DAMAGED;
-  return err ? CLI_FAILED : CLI_OK;
+  if (!err) return CLI_OK;
+  if (err != -EUCLEAN || !job->nrows) /* else the rows tell what is damaged */
+    dprintf(job->fds.messages, "nbdserve: %s%s%s%s%s: %s\n", job->verb->name,
+            *name ? " " : "", name, *to ? " " : "", to,
+            cli_job_reason(job, err));
+  return err == -EUCLEAN ? CLI_DAMAGED : CLI_FAILED;
 }
 
 /* ---- Commands over the control socket ----------------------------------- */
@@ -8663,104 +8399,95 @@ static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
  * the room the alignment of a header. */
 union cli_passed {
   struct cmsghdr header;
-  char room[CMSG_SPACE(2 * sizeof(int))];
+  char room[CMSG_SPACE(sizeof(struct cli_fds))];
 };
 
-/* Sends a job with its descriptors, of which the receiver gets duplicates.  A
- * socket's buffer takes all of it at once.  Returns 0 or -EPIPE. */
-static int cli_send_command(int fd, struct cli_job *job) {
-  const int fds[2] = {job->output, job->messages};
-  struct iovec data = {&job->request, sizeof job->request};
-  union cli_passed passed = {.header = {.cmsg_level = SOL_SOCKET,
-                                        .cmsg_type = SCM_RIGHTS,
-                                        .cmsg_len = CMSG_LEN(sizeof fds)}};
-  struct msghdr message = {.msg_iov = &data,
-                           .msg_iovlen = 1,
-                           .msg_control = &passed,
-                           .msg_controllen = CMSG_LEN(sizeof fds)};
-  memcpy(CMSG_DATA(&passed.header), fds, sizeof fds);
-  ssize_t n = sendmsg(fd, &message, MSG_NOSIGNAL);
-  return n == (ssize_t)sizeof job->request ? 0 : -EPIPE;
-}
-
-/* Receives a job.  The descriptors that come with it are the caller's to close,
- * even if this fails; where none has come there is -1.  There is room for two:
- * if somebody sends more, the system closes the rest. */
-static int cli_receive_command(struct io *io, struct cli_job *job) {
-  int fds[2] = {-1, -1};
-  struct iovec data = {&job->request, sizeof job->request};
-  union cli_passed passed = {.header = {.cmsg_len = 0}};
-  struct msghdr message = {.msg_iov = &data,
-                           .msg_iovlen = 1,
-                           .msg_control = &passed,
-                           .msg_controllen = CMSG_LEN(sizeof fds)};
-  job->output = -1;
-  job->messages = -1;
-  int err = io_wait_input(io, io->deadline);
-  if (err) return err;
-  /* The descriptors come with the first bytes; what follows has none. */
-  ssize_t n = recvmsg(io->in, &message, 0);
-  if (n <= 0) return -EPIPE;
-  assert(n <= (ssize_t)sizeof job->request);
-  if (message.msg_controllen >= CMSG_LEN(0) &&
-      passed.header.cmsg_type == SCM_RIGHTS)
-    memcpy(fds, CMSG_DATA(&passed.header),
-           (size_t)u_min(passed.header.cmsg_len - CMSG_LEN(0), sizeof fds));
-  job->output = fds[0];
-  job->messages = fds[1];
-  return io_recv_all(io, (unsigned char *)&job->request + n,
-                     sizeof job->request - (size_t)n);
-}
-
-/* Refuses a STORE.ctl that is somebody else's.  In a directory where everybody
- * may make files a stranger who can read the store could lock it, listen there,
- * and get our descriptors.  A server runs as the owner of the store, as
- * ourselves, or as root. */
-static void cli_check_ctl_owner(void) {
-  struct stat store;
-  struct stat ctl;
-  if (stat(cli.store, &store) < 0 || lstat(cli.ctl_path, &ctl) < 0) return;
-  if (ctl.st_uid != store.st_uid && ctl.st_uid != geteuid() && ctl.st_uid != 0)
-    cli_failed("%s: belongs neither to the owner of the store nor to us",
-               cli.ctl_path);
+/* Returns the message that carries a job, in either direction: *data leads to
+ * the request, and the descriptors are in *passed.  All three have to stay
+ * where they are until the message was sent or received. */
+static struct msghdr cli_message(struct cli_job *job, struct iovec *data,
+                                 union cli_passed *passed) {
+  const socklen_t len = CMSG_LEN(sizeof job->fds);
+  *data = (struct iovec){&job->request, sizeof job->request};
+  passed->header = (struct cmsghdr){.cmsg_len = len};
+  passed->header.cmsg_level = SOL_SOCKET;
+  passed->header.cmsg_type = SCM_RIGHTS;
+  memcpy(CMSG_DATA(&passed->header), &job->fds, sizeof job->fds);
+  return (struct msghdr){.msg_iov = data,
+                         .msg_iovlen = 1,
+                         .msg_control = passed,
+                         .msg_controllen = len};
 }
 
 /* Lets the server of the store do a job, waits for it as long as it takes, and
- * returns the exit status.  Whoever has the store without listening at
- * STORE.ctl is no server, or a read-only one, or was built without threads. */
+ * returns the exit status.  The server gets duplicates of the descriptors.
+ * Whoever has the store without listening at STORE.ctl is no server, or a
+ * read-only one, or was built without threads.
+ *
+ * A STORE.ctl that is somebody else's is refused: in a directory where
+ * everybody may make files a stranger who can read the store could lock it,
+ * listen there, and get our descriptors.  A server runs as the owner of the
+ * store, as ourselves, or as root. */
 static int cli_run_remote(struct cli_job *job) {
+  struct iovec data;
+  union cli_passed passed;
+  struct msghdr message = cli_message(job, &data, &passed);
+  struct stat store;
+  struct stat ctl;
   unsigned char status;
-  cli_check_ctl_owner();
+  if (stat(cli.store, &store) == 0 && lstat(cli.ctl_path, &ctl) == 0 &&
+      ctl.st_uid != store.st_uid && ctl.st_uid != geteuid() && ctl.st_uid != 0)
+    cli_failed("%s: belongs neither to the owner of the store nor to us",
+               cli.ctl_path);
   int fd = srv_unix_socket(cli.ctl_path, SRV_CONNECT);
   if (fd < 0)
     cli_die(CLI_IN_USE, "%s: in use by a process that takes no commands",
             cli.store);
-  if (cli_send_command(fd, job) || read(fd, &status, 1) != 1)
+  /* A socket's buffer takes all of it at once. */
+  if (sendmsg(fd, &message, MSG_NOSIGNAL) != (ssize_t)sizeof job->request ||
+      read(fd, &status, 1) != 1)
     cli_failed("%s: no answer from the server of the store", cli.ctl_path);
   close(fd);
   return status;
 }
 
-/* Does what a client of the control socket asks for.  It has to come in one go:
- * as long as we wait for it, others wait, too.  A request that makes no sense
- * is dropped without an answer. */
+/* Does what a client of the control socket asks for, and closes it.  It has to
+ * come in one go: as long as we wait for it, others wait, too.  A request that
+ * makes no sense is dropped without an answer.
+ *
+ * Where no descriptor has come there is -1: the system writes over what we have
+ * put into the message only what it has got.  There is room for two: if
+ * somebody sends more, the system closes the rest.  They come with the first
+ * bytes; what follows has none. */
 static void cli_serve_command(int client) {
-  struct cli_job job = {.client = client};
+  struct cli_job job = {.fds = {.output = -1, .messages = -1},
+                        .client = client};
   struct io io = {.in = client,
                   .out = client,
                   .stop = &cli.server->stop,
                   .deadline = os_now_ms() + IO_GRACE_MS};
-  int err = cli_receive_command(&io, &job);
-  if (!err && job.messages >= 0 && job.request.verb < VERB_COUNT &&
-      cli_verbs[job.request.verb].run) {
-    job.verb = &cli_verbs[job.request.verb];
+  struct iovec data;
+  union cli_passed passed;
+  struct msghdr message = cli_message(&job, &data, &passed);
+  int err = io_wait_input(&io, io.deadline);
+  ssize_t n = err ? -1 : recvmsg(client, &message, 0);
+  assert(n <= (ssize_t)sizeof job.request);
+  memcpy(&job.fds, CMSG_DATA(&passed.header), sizeof job.fds);
+  if (n > 0)
+    err = io_recv_all(&io, (unsigned char *)&job.request + n,
+                      sizeof job.request - (size_t)n);
+  unsigned verb = job.request.verb;
+  if (n > 0 && !err && job.fds.messages >= 0 && verb < COUNT_OF(cli_verbs) &&
+      cli_verbs[verb].run) {
+    job.verb = &cli_verbs[verb];
     job.request.name[PATH_MAX - 1] = '\0';
     job.request.to[PATH_MAX - 1] = '\0';
     unsigned char status = (unsigned char)cli_run_job(&job, cli.cas);
     (void)!write(client, &status, 1); /* a client that has gone needs none */
   }
-  close(job.output); /* closing -1 does no harm */
-  close(job.messages);
+  close(job.fds.output); /* closing -1 does no harm */
+  close(job.fds.messages);
+  close(client);
 }
 
 /* The thread that takes commands until the server stops.  That makes
@@ -8772,12 +8499,10 @@ static void *cli_control(void *unused) {
   (void)unused;
   while (io_wait_input(&io, 0) == 0) {
     int client = os_accept(cli.ctl);
-    if (client < 0) {
+    if (client >= 0)
+      cli_serve_command(client);
+    else
       poll(NULL, 0, SRV_PAUSE_MS);
-      continue;
-    }
-    cli_serve_command(client);
-    close(client);
   }
   (void)!write(cli.ctl_ended[1], "", 1);
   return NULL;
@@ -8788,10 +8513,10 @@ static void *cli_control(void *unused) {
 /* Opens the store at path.  The process has one at most.  Returns 0, or -errno
  * and leaves cli.cas NULL; on -EBUSY the caller may want cli.ctl_path. */
 static int cli_open_store(const char *path, int readonly) {
-  struct nbdserve_cas_options options = {.flags = 0};
+  struct nbdserve_cas_options options = {
+      .flags = (readonly ? NBDSERVE_CAS_READONLY : 0) |
+               (opt[OPT_NO_VERIFY].given ? NBDSERVE_CAS_NO_VERIFY : 0)};
   assert(!cli.cas);
-  if (readonly) options.flags |= NBDSERVE_CAS_READONLY;
-  if (opt[OPT_NO_VERIFY].given) options.flags |= NBDSERVE_CAS_NO_VERIFY;
   if (snprintf(cli.store, PATH_MAX, "%s", path) >= PATH_MAX ||
       snprintf(cli.ctl_path, PATH_MAX, "%s.ctl", path) >= PATH_MAX)
     return -ENAMETOOLONG;
@@ -8801,35 +8526,19 @@ static int cli_open_store(const char *path, int readonly) {
   return err;
 }
 
-/* Listens on STORE.ctl, for ourselves and root only: the umask is in force when
- * the socket is made, so there is no moment at which others get in.  If it
- * cannot be made (its path may be too long for a socket, or the directory
- * read-only) the store is served all the same. */
-static void cli_open_control(void) {
-  mode_t mask = umask(0177);
-  assert(cli.ctl < 0);
-  cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
-  umask(mask);
-  if (cli.ctl >= 0 && lstat(cli.ctl_path, &cli.ctl_st) < 0) {
-    close(cli.ctl);
-    cli.ctl = -1;
-  }
-}
-
 /* Starts the thread that takes commands.  This comes after --fork and after the
  * command was started: from now on the process makes no other one, which would
  * inherit the descriptors that come with commands.  Without the thread nobody
  * would answer at STORE.ctl, and a command would wait for ever; so it goes. */
 static void cli_start_control(void) {
   if (cli.ctl < 0) return;
-  assert(cli.cas && cli.ctl_ended[0] < 0);
+  assert(cli.cas && !cli.ctl_ended[0]);
   int err = os_pipe(cli.ctl_ended);
   if (!err) err = os_thread(cli_control, NULL);
   if (!err) return;
-  cli.ctl_ended[0] = -1;
+  cli.ctl_ended[0] = 0;
   cli_remove_own(cli.ctl_path, &cli.ctl_st);
   close(cli.ctl);
-  cli.ctl = -1;
   cli_say("%s: %s; no commands are taken while it is served", cli.store,
           u_errno_text(err));
 }
@@ -8840,23 +8549,10 @@ static void cli_start_control(void) {
 static int cli_await_control(void) {
   struct pollfd ended = {cli.ctl_ended[0], POLLIN, 0};
   char byte;
-  if (cli.ctl_ended[0] < 0) return 1;
+  if (!cli.ctl_ended[0]) return 1;
   nbdserve_stop(cli.server);
   return poll(&ended, 1, IO_GRACE_MS) > 0 &&
          read(cli.ctl_ended[0], &byte, 1) == 1;
-}
-
-/* Opens a store that is to be served, wholly or in part, and its socket for
- * commands, if it is not open yet.  A read-only server takes no commands: next
- * to it the store can be opened by other readers. */
-static int cli_use_store(const char *path) {
-  int readonly = opt[OPT_READ_ONLY].given != 0;
-  if (*cli.store && strcmp(cli.store, path) != 0)
-    cli_failed("%s: one store at a time: %s is open", path, cli.store);
-  if (cli.cas) return 0;
-  int err = cli_open_store(path, readonly);
-  if (!err && !readonly && !NBDSERVE_NO_THREADS) cli_open_control();
-  return err;
 }
 
 /* The `find` function of a server of all of a store: called in the threads of
@@ -8887,13 +8583,30 @@ static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
   return nbdserve_cas_list(cli.cas, cli_emit_volume, &to);
 }
 
-/* Opens a volume or snapshot of a store.  With the name "" the server finds and
- * lists all that is in the store, also what is made later, and *ex stays as it
- * is. */
+/* Opens a volume or snapshot of a store.  Before it opens the store, if that is
+ * not open yet, and the socket for commands.  STORE.ctl is for ourselves and
+ * root only: the umask is in force when it is made, so there is no moment at
+ * which others get in.  If it cannot be made (its path may be too long for a
+ * socket, or the directory read-only) the store is served all the same.  A
+ * read-only server takes no commands: next to it the store can be opened by
+ * other readers.
+ *
+ * With the name "" the server finds and lists all that is in the store, also
+ * what is made later, and *ex stays as it is. */
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
-  int err = cli_use_store(path);
-  if (err) return err;
+  int readonly = opt[OPT_READ_ONLY].given != 0;
+  if (*cli.store && strcmp(cli.store, path) != 0)
+    cli_failed("%s: one store at a time: %s is open", path, cli.store);
+  if (!cli.cas) {
+    int err = cli_open_store(path, readonly);
+    if (err) return err;
+    mode_t mask = umask(0177);
+    if (!readonly && !NBDSERVE_NO_THREADS)
+      cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
+    umask(mask);
+    if (cli.ctl >= 0) lstat(cli.ctl_path, &cli.ctl_st);
+  }
   if (*name) return nbdserve_cas_volume(cli.cas, name, ex);
   cli.server->config.find = cli_find_volume;
   cli.server->config.list = cli_list_volumes;
@@ -8910,17 +8623,12 @@ static const char *cli_close_store(void) {
 
 /* ---- The command line of a command -------------------------------------- */
 
-/* Finds the command of that name; VERB_COUNT: there is none. */
-static enum cli_verb_id cli_find_verb(const char *name) {
-  int id = 0;
-  while (id < VERB_COUNT && strcmp(cli_verbs[id].name, name) != 0)
-    id++;
-  return (enum cli_verb_id)id;
+/* Finds the command of that name, or returns NULL. */
+static const struct cli_verb *cli_find_verb(const char *name) {
+  for (size_t i = 0; i < COUNT_OF(cli_verbs); i++)
+    if (strcmp(cli_verbs[i].name, name) == 0) return &cli_verbs[i];
+  return NULL;
 }
-
-/* Prints how a command is used, and ends the process. */
-#define cli_verb_usage(verb) \
-  cli_usage("usage: nbdserve %s %s", (verb)->name, (verb)->operands)
 
 /* Finds out which store a command is for, and takes it off the operands:
  *
@@ -8938,39 +8646,30 @@ static char *cli_take_store(const struct cli_verb *verb, char ***operands,
   if (!*noperands) return fallback;
   char *first = **operands;
   char *colons = strstr(first, "::");
+  if (!colons && verb->noperands) return fallback;
+  if (!colons && !verb->run && *noperands == 1 && fallback &&
+      u_parse_number(first, INT64_MAX, &size))
+    return fallback;
   if (colons) {
     **operands = colons + 2;
     *colons = '\0';
     if (verb->noperands || colons[2]) return first;
-  } else {
-    if (verb->noperands) return fallback;
-    if (verb->noptional && *noperands == 1 && fallback &&
-        u_parse_number(first, INT64_MAX, &size))
-      return fallback;
   }
   ++*operands;
   --*noperands;
   return first;
 }
 
-/* Checks the number of operands behind the store, and that --dry-run was not
- * given to a command that would not heed it. */
-static void cli_check_verb(const struct cli_verb *verb, int noperands) {
-  int most =
-      verb->flags & VERB_REPEATS ? INT_MAX : verb->noperands + verb->noptional;
-  if (noperands < verb->noperands || noperands > most) cli_verb_usage(verb);
-  if (opt[OPT_DRY_RUN].given && !(verb->flags & VERB_MAY_DRY_RUN))
-    cli_verb_usage(verb);
-}
-
-/* init: makes a store.  block_size is how `size` was written, or NULL. */
-static void cli_init(const char *store, const char *block_size, uint64_t size) {
+/* init: makes a store.  block_size is how `size` was written, or NULL.  Returns
+ * the exit status. */
+static int cli_init(const char *store, const char *block_size, uint64_t size) {
   struct nbdserve_cas_options options = {.block_size =
                                              (uint32_t)u_min(size, UINT32_MAX)};
   int err = nbdserve_cas_init(store, &options);
   if (err == -EINVAL && block_size)
     cli_usage("%s: not a block size (4K, 8K, 16K, 32K or 64K)", block_size);
   cli_exit_if_error(err, store);
+  return CLI_OK;
 }
 
 /* Opens the FILE of an import or export, which takes the place of the output.
@@ -8982,30 +8681,27 @@ static void cli_open_file(struct cli_job *job, const char *file) {
   int writes = (job->verb->flags & VERB_WRITES_FILE) != 0;
   if (writes && strcmp(file, "-") == 0) return;
   int flags = writes ? O_RDWR | O_CREAT : O_RDONLY;
-  job->output = open(file, flags | O_CLOEXEC, 0666);
-  if (job->output < 0) cli_exit_if_error(-errno, file);
-  if (writes && os_lock_file(job->output, 0))
+  job->fds.output = open(file, flags | O_CLOEXEC, 0666);
+  if (job->fds.output < 0) cli_exit_if_error(-errno, file);
+  if (writes && os_lock_file(job->fds.output, 0))
     cli_die(CLI_IN_USE, "%s: in use", file);
 }
 
 /* Does a command on a store, here or at its server.  If it needs one operand,
  * it is done for each that there is; if it needs two, for the first with each
- * of the others; otherwise once.  Returns the exit status of the first time
+ * of the others; otherwise once.  An operand that does not fit is cut: it is
+ * too long for a name in any case.  Returns the exit status of the first time
  * that it fails, or 0. */
 static int cli_run_on_operands(struct cli_job *job, int is_remote,
                                char **operands, int noperands) {
   int needed = job->verb->noperands;
+  char *each = needed > 1 ? job->request.to : job->request.name;
   int i = needed > 1; /* the first of those that may repeat */
   int status;
   assert(noperands >= needed);
-  for (int j = 0; j < noperands; j++) {
-    if (strlen(operands[j]) >= PATH_MAX)
-      cli_usage("%s: a name is too long", job->verb->name);
-  }
-  if (needed > 1) strcpy(job->request.name, operands[0]);
+  if (needed > 1) snprintf(job->request.name, PATH_MAX, "%s", operands[0]);
   do {
-    if (needed)
-      strcpy(needed > 1 ? job->request.to : job->request.name, operands[i]);
+    if (needed) snprintf(each, PATH_MAX, "%s", operands[i]);
     status = is_remote ? cli_run_remote(job) : cli_run_job(job, cli.cas);
     i++;
   } while (!status && i < noperands);
@@ -9014,38 +8710,34 @@ static int cli_run_on_operands(struct cli_job *job, int is_remote,
 
 /* If the command line is a command on a store: does it, and ends the process.
  * Its first word has to be one of the names in cli_verbs; a file of such a name
- * is served as ./NAME. */
+ * is served as ./NAME.  --dry-run is refused where it would not be heeded. */
 static void cli_run_verb(void) {
-  struct cli_job job = {.output = 1, .messages = 2, .client = -1};
-  if (!cli.ntargets) return;
-  enum cli_verb_id id = cli_find_verb(cli.targets[0]);
-  if (id == VERB_COUNT) return;
-  const struct cli_verb *verb = &cli_verbs[id];
+  struct cli_job job = {.fds = {.output = 1, .messages = 2}, .client = -1};
+  const char *name = cli.ntargets ? cli.targets[0] : "";
+  const struct cli_verb *verb = cli_find_verb(name);
   char **operands = cli.targets + 1;
-  int noperands = cli.ntargets - 1;
-  char *store = cli_take_store(verb, &operands, &noperands);
-  if (!store) cli_verb_usage(verb);
-  cli_check_verb(verb, noperands);
-  const char *last = noperands ? operands[noperands - 1] : NULL;
+  int n = cli.ntargets - 1;
+  if (!verb) return;
+  char *store = cli_take_store(verb, &operands, &n);
+  assert(n >= 0);
+  if (!store || n < verb->noperands || n - verb->noperands > verb->nmore ||
+      (opt[OPT_DRY_RUN].given && !(verb->flags & VERB_DRY_RUN)))
+    cli_usage("usage: nbdserve %s %s", name, verb->operands);
+  const char *last = n ? operands[n - 1] : NULL;
   job.verb = verb;
-  job.request.verb = (unsigned char)id;
+  job.request.verb = (unsigned char)(verb - cli_verbs);
   job.request.json = opt[OPT_JSON].given != 0;
   job.request.dry_run = opt[OPT_DRY_RUN].given != 0;
-  if (last && verb->flags & VERB_TAKES_SIZE &&
+  if (last && verb->flags & VERB_SIZE &&
       !u_parse_number(last, INT64_MAX, &job.request.size))
-    cli_usage("%s %s: not a size", verb->name, last);
-  if (id == VERB_INIT) {
-    cli_init(store, last, job.request.size);
-    exit(CLI_OK);
-  }
+    cli_usage("%s %s: not a size", name, last);
+  if (!verb->run) exit(cli_init(store, last, job.request.size));
   if (verb->flags & (VERB_READS_FILE | VERB_WRITES_FILE))
     cli_open_file(&job, last);
   int err = cli_open_store(store, (verb->flags & VERB_READS_ONLY) != 0);
-  int is_remote = err == -EBUSY;
-  if (!is_remote) cli_exit_if_error(err, store);
-  if (!is_remote && verb->flags & VERB_IS_LONG)
-    cli_catch_signals(cli_on_signal);
-  exit(cli_run_on_operands(&job, is_remote, operands, noperands));
+  if (err != -EBUSY) cli_exit_if_error(err, store);
+  if (!err && verb->flags & VERB_IS_LONG) cli_catch_signals(cli_on_signal);
+  exit(cli_run_on_operands(&job, err == -EBUSY, operands, n));
 }
 
 /* Prints the commands for --help. */
@@ -9053,40 +8745,18 @@ static void cli_help_verbs(void) {
   puts("\nCommands on stores, also while they are served.  NAME is VOLUME,\n"
        "VOLUME@SNAPSHOT or the id of a sealed snapshot; names that follow\n"
        "are in the same store.");
-  for (int id = 0; id < VERB_COUNT; id++)
-    printf("  %-9s %-23s %s\n", cli_verbs[id].name, cli_verbs[id].operands,
-           cli_verbs[id].help);
+  for (size_t i = 0; i < COUNT_OF(cli_verbs); i++)
+    printf("  %-9s %-23s %s\n", cli_verbs[i].name, cli_verbs[i].operands,
+           cli_verbs[i].help);
 }
 
-#else /* NBDSERVE_NO_CAS: what the rest of the section calls */
-
-/* There are no commands, so no thread takes any. */
-static void cli_start_control(void) {}
-
-/* There is no such thread to wait for. */
-static int cli_await_control(void) {
-  return 1;
-}
-
-/* No volume can be opened. */
-static int cli_open_volume(const char *path, const char *name,
-                           struct nbdserve_export *ex) {
-  (void)path;
-  (void)name;
-  (void)ex;
-  return -EOPNOTSUPP;
-}
-
-/* No store is open. */
-static const char *cli_close_store(void) {
-  return NULL;
-}
-
-/* The command line is never a command on a store. */
-static void cli_run_verb(void) {}
-
-/* There are no commands to print. */
-static void cli_help_verbs(void) {}
+#else /* NBDSERVE_NO_CAS: there are no commands, and no store can be opened. */
+#define cli_start_control() ((void)0)
+#define cli_await_control() 1
+#define cli_open_volume(path, name, ex) (-EOPNOTSUPP)
+#define cli_close_store() NULL
+#define cli_run_verb() ((void)0)
+#define cli_help_verbs() ((void)0)
 #endif
 
 /* ---- Targets ---------------------------------------------------------------
@@ -9116,42 +8786,35 @@ struct cli_target {
   char path[PATH_MAX];
 };
 
-/* Sets target->path to the prefix and the first len characters of path. */
-static void cli_set_path(struct cli_target *target, const char *prefix,
-                         const char *path, size_t len) {
-  if (strlen(prefix) + len >= PATH_MAX)
-    cli_exit_if_error(-ENAMETOOLONG, target->text);
-  snprintf(target->path, PATH_MAX, "%s%.*s", prefix, (int)len, path);
-  assert(strlen(target->path) == strlen(prefix) + len);
-}
-
 /* Takes a target apart, in the order of the table above.  The text is cut at
- * the
- * "=" behind NAME. */
+ * the "=" behind NAME. */
 static void cli_parse_target(char *text, struct cli_target *target) {
   static const char file[] = "file:";
-  size_t prefix = sizeof file - 1;
+  size_t nfile = sizeof file - 1;
   char *equals = text + strcspn(text, "/=");
   *target = (struct cli_target){.text = text};
-  if (*equals == '=' && strncmp(text, file, prefix) != 0) {
+  if (*equals == '=' && strncmp(text, file, nfile) != 0) {
     *equals = '\0';
     target->name = text;
     target->text = equals + 1;
   }
-  if (strncmp(target->text, file, prefix) == 0) {
-    const char *path = target->text + prefix;
+  const char *path = target->text;
+  const char *colons = strstr(path, "::");
+  const char *front = "";
+  size_t len = strlen(path);
+  if (strncmp(path, file, nfile) == 0) {
+    path += nfile;
+    len -= nfile;
     /* The backend must not take the file mem:5 for memory. */
-    int is_ambiguous = strncmp(path, "mem:", 4) == 0;
-    cli_set_path(target, is_ambiguous ? "./" : "", path, strlen(path));
-    return;
+    if (strncmp(path, "mem:", 4) == 0) front = "./";
+  } else if (colons) {
+    len = (size_t)(colons - path);
+    target->volume = colons + 2;
   }
-  const char *colons = strstr(target->text, "::");
-  if (!colons) {
-    cli_set_path(target, "", target->text, strlen(target->text));
-    return;
-  }
-  cli_set_path(target, "", target->text, (size_t)(colons - target->text));
-  target->volume = colons + 2;
+  if (strlen(front) + len >= PATH_MAX)
+    cli_exit_if_error(-ENAMETOOLONG, target->text);
+  snprintf(target->path, PATH_MAX, "%s%.*s", front, (int)len, path);
+  assert(strlen(target->path) == strlen(front) + len);
 }
 
 /* Returns the name of the export of a target.  NULL: it is the only one, and
@@ -9167,12 +8830,7 @@ static const char *cli_name_export(const struct cli_target *target) {
 }
 
 #if NBDSERVE_NO_FLAT
-/* Without that backend no file can be opened. */
-static int cli_open_file_target(const char *path, struct nbdserve_export *ex) {
-  (void)path;
-  (void)ex;
-  return -EOPNOTSUPP;
-}
+#define cli_open_file_target(path, ex) (-EOPNOTSUPP)
 #else
 /* Opens a file, a block device or memory.  With --temporary what clients write
  * goes to a directory of the user's choice; a message about that names it, as
@@ -9208,24 +8866,10 @@ static void cli_exit_if_unopened(int err, const struct cli_target *target) {
   cli_exit_if_error(err, text);
 }
 
-/* Gives an export to the server, which takes over what is behind it; if it does
- * not take the export, that is closed here. */
-static void cli_add_export(const struct nbdserve_export *ex,
-                           const char *target) {
-  assert(ex->ops && ex->ops->close);
-  int err = nbdserve_add(cli.server, ex);
-  if (!err) return;
-  ex->ops->close(ex->ctx);
-  if (err == -EEXIST)
-    cli_usage("%s: another target has that export name", target);
-  if (err == -EINVAL)
-    cli_usage("%s: --block-size, name or description out of range", target);
-  cli_exit_if_error(err, target);
-}
-
-/* Opens a target and adds it to the server.  A volume cannot be cut like a
- * file, and has clones in place of --temporary.  A whole store adds no export:
- * the server asks for each one when a client does. */
+/* Opens a target and adds it to the server, which takes over what is behind the
+ * export; if it does not take the export, that is closed here.  A volume cannot
+ * be cut like a file, and has clones in place of --temporary.  A whole store
+ * adds no export: the server asks for each one when a client does. */
 static void cli_add_target(char *text) {
   struct cli_target target;
   assert(cli.server && !cli.server->nlisteners);
@@ -9243,7 +8887,16 @@ static void cli_add_target(char *text) {
   int err = target.volume ? cli_open_volume(target.path, target.volume, &ex)
                           : cli_open_file_target(target.path, &ex);
   cli_exit_if_unopened(err, &target);
-  if (ex.ops) cli_add_export(&ex, target.text);
+  if (!ex.ops) return;
+  assert(ex.ops->read && ex.ops->close);
+  err = nbdserve_add(cli.server, &ex);
+  if (err) ex.ops->close(ex.ctx);
+  if (err == -EEXIST)
+    cli_usage("%s: another target has that export name", target.text);
+  if (err == -EINVAL)
+    cli_usage("%s: --block-size, name or description out of range",
+              target.text);
+  cli_exit_if_error(err, target.text);
 }
 
 /* ---- Where to listen ---------------------------------------------------- */
@@ -9271,18 +8924,16 @@ static void cli_listen_on_fd(int fd) {
   assert(fd >= 0);
   snprintf(address, sizeof address, "fd:%d", fd);
   int err = nbdserve_listen(cli.server, address);
-  if (err == -EINVAL && cli.in < 0) {
-    cli.in = fd;
-    cli.out = fd;
-    return;
-  }
-  cli_exit_if_error(err, address);
+  if (err == -EINVAL && cli.client < 0)
+    cli.client = fd;
+  else
+    cli_exit_if_error(err, address);
 }
 
-/* Returns how many sockets systemd, or a program like nbdinfo, has passed to
- * us.  LISTEN_PID says whom they are for: the variables are inherited by
- * children, who must not believe them. */
-static uint64_t cli_count_passed(void) {
+/* Listens on the sockets that systemd, or a program like nbdinfo, has passed to
+ * us, and returns how many there are.  LISTEN_PID says whom they are for: the
+ * variables are inherited by children, who must not believe them. */
+static int cli_listen_on_passed(void) {
   const char *pid = getenv("LISTEN_PID");
   const char *fds = getenv("LISTEN_FDS");
   uint64_t n = 0;
@@ -9290,7 +8941,9 @@ static uint64_t cli_count_passed(void) {
   if (!u_parse_number(fds, SRV_LISTENERS, &n))
     cli_failed("LISTEN_FDS: %s: not a number of sockets up to %d", fds,
                SRV_LISTENERS);
-  return n;
+  for (int i = 0; i < (int)n; i++)
+    cli_listen_on_fd(CLI_FIRST_PASSED_FD + i);
+  return (int)n;
 }
 
 /* Listens on a unix socket at path.  If the path is relative it gets the
@@ -9308,32 +8961,28 @@ static void cli_listen_on_unix(const char *path) {
   cli_listen_at(address);
 }
 
-/* Makes a directory that only its owner can enter, for a socket.  A parent
- * whose path is long is passed over: with what comes behind it the path has to
- * fit into the address of a socket on every system. */
-static void cli_make_private_dir(void) {
+/* Listens on a private socket, in a directory that only its owner can enter.
+ * The directory protects it; the mode, from the umask, is for those who look at
+ * the socket alone.  A parent whose path is long is passed over: with what
+ * comes behind it the path has to fit into the address of a socket on every
+ * system. */
+static void cli_listen_privately(void) {
   const char *const parents[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"),
                                  "/tmp"};
-  for (int i = 0; i < 3; i++) {
+  char address[sizeof cli.private_dir + 16];
+  for (int i = 0; i < 3 && !*cli.private_dir; i++) {
     if (!parents[i] || *parents[i] != '/' || strlen(parents[i]) > 80) continue;
     snprintf(cli.private_dir, sizeof cli.private_dir, "%s/nbdXXXXXX",
              parents[i]);
-    if (mkdtemp(cli.private_dir)) return;
-    cli.private_dir[0] = '\0';
+    if (!mkdtemp(cli.private_dir)) *cli.private_dir = '\0';
   }
-  cli_failed("private socket: no directory for it (use -U)");
-}
-
-/* Listens on a private socket.  The directory protects it; the mode is for
- * those who look at the socket alone. */
-static void cli_listen_privately(void) {
-  char address[sizeof cli.private_dir + 16];
-  cli_make_private_dir();
+  if (!*cli.private_dir)
+    cli_failed("private socket: no directory for it (use -U)");
   assert(*cli.private_dir == '/');
   snprintf(address, sizeof address, "unix:%s/sock", cli.private_dir);
+  mode_t mask = umask(0177);
   cli_listen_at(address);
-  if (chmod(address + strlen("unix:"), 0600) < 0)
-    cli_exit_if_error(-errno, address);
+  umask(mask);
 }
 
 /* Listens on TCP, and warns if others than this machine can connect. */
@@ -9353,27 +9002,19 @@ static void cli_listen_on_tcp(void) {
  * any, takes over those that were passed to us, or makes a private one.  Only
  * sockets that we have opened have a URI that we know. */
 static void cli_listen(void) {
+  const char *path = opt[OPT_UNIX].text;
   int wants_tcp = opt[OPT_PORT].given || opt[OPT_BIND].given;
-  if (opt[OPT_STDIN].given) {
-    cli.in = 0;
-    cli.out = 1;
-    return;
+  if (opt[OPT_STDIN].given) cli.client = 0;
+  if (opt[OPT_FD].given) cli_listen_on_fd((int)opt[OPT_FD].number);
+  if (opt[OPT_STDIN].given || opt[OPT_FD].given) return;
+  if (!path && !wants_tcp) {
+    if (cli_listen_on_passed()) return;
+    path = "-";
   }
-  if (opt[OPT_FD].given) {
-    cli_listen_on_fd((int)opt[OPT_FD].number);
-    return;
-  }
-  uint64_t npassed = opt[OPT_UNIX].text || wants_tcp ? 0 : cli_count_passed();
-  for (uint64_t i = 0; i < npassed; i++)
-    cli_listen_on_fd(CLI_FIRST_PASSED_FD + (int)i);
-  if (npassed) return;
-  int wants_private =
-      opt[OPT_UNIX].text ? strcmp(opt[OPT_UNIX].text, "-") == 0 : !wants_tcp;
-  if (wants_private) {
+  if (path && strcmp(path, "-") == 0)
     cli_listen_privately();
-  } else if (opt[OPT_UNIX].text) {
-    cli_listen_on_unix(opt[OPT_UNIX].text);
-  }
+  else if (path)
+    cli_listen_on_unix(path);
   if (wants_tcp) cli_listen_on_tcp();
   int err = nbdserve_uri(cli.server, cli.export_name, cli.uri, sizeof cli.uri);
   cli_exit_if_error(err, "URI");
@@ -9384,24 +9025,17 @@ static void cli_listen(void) {
 /* Returns a copy of the text with the URI in place of each {}, which is not
  * freed, or NULL if there is no memory. */
 static char *cli_put_uri(const char *text) {
-  size_t n = strlen(text) + 1;
-  for (const char *hit = strstr(text, "{}"); hit; hit = strstr(hit + 2, "{}"))
-    n += strlen(cli.uri);
-  char *result = u_zalloc(n);
-  if (!result) return NULL;
-  char *end = result;
-  for (;;) {
-    const char *hit = strstr(text, "{}");
-    if (!hit) break;
-    memcpy(end, text, (size_t)(hit - text));
-    end += hit - text;
-    strcpy(end, cli.uri);
-    end += strlen(cli.uri);
+  char *copy = NULL;
+  size_t len;
+  assert(*cli.uri);
+  FILE *out = open_memstream(&copy, &len);
+  if (!out) return NULL;
+  for (const char *hit = strstr(text, "{}"); hit; hit = strstr(text, "{}")) {
+    fprintf(out, "%.*s%s", (int)(hit - text), text, cli.uri);
     text = hit + 2;
   }
-  strcpy(end, text);
-  assert(strlen(result) < n);
-  return result;
+  fputs(text, out);
+  return fclose(out) == 0 ? copy : NULL;
 }
 
 /* Sets the variables that a shell command can use.  They have the names that
@@ -9453,12 +9087,12 @@ static void cli_start_command(void) {
     if (pid < 0) cli_exit_if_error(-errno, "fork");
     if (pid == 0) {
       cli_catch_signals(SIG_DFL); /* first: it must not run our handler */
-      cli_restore_signals(&was);
+      sigprocmask(SIG_SETMASK, &was, NULL);
       _exit(cli_exec_command());
     }
     cli.child = pid;
   }
-  cli_restore_signals(&was);
+  sigprocmask(SIG_SETMASK, &was, NULL);
 }
 
 /* Step 5 of the end.  Usually the command has ended, which is what has brought
@@ -9478,7 +9112,7 @@ static void cli_await_command(void) {
             cli.command ? cli.command[0] : "--run");
     cli.command_status = CLI_FAILED;
   }
-  cli_restore_signals(&was);
+  sigprocmask(SIG_SETMASK, &was, NULL);
 }
 
 /* ---- Getting ready ------------------------------------------------------ */
@@ -9491,8 +9125,7 @@ static void cli_fork(void) {
   int fd[2];
   char byte;
   assert(!cli.cas && !cli.server->nlisteners);
-  if (pipe(fd) < 0) cli_exit_if_error(-errno, "--fork");
-  pid_t pid = fork();
+  pid_t pid = pipe(fd) < 0 ? -1 : fork();
   if (pid < 0) cli_exit_if_error(-errno, "--fork");
   if (pid == 0) {
     close(fd[0]);
@@ -9520,55 +9153,42 @@ static void cli_leave_terminal(void) {
   close(cli.ready_pipe);
 }
 
-/* --ready-fd: tells the URI, if there is one, and closes the descriptor, which
- * is a sign in itself.  The command does not get it. */
-static void cli_tell_ready_fd(int fd) {
-  assert(fd > 2);
-  if (*cli.uri && dprintf(fd, "%s\n", cli.uri) < 0)
-    cli_exit_if_error(-errno, "--ready-fd");
-  if (close(fd) < 0) cli_exit_if_error(-errno, "--ready-fd");
-}
-
 /* Tells everybody who wants to know that all is open and we listen.  Whoever is
- * told may connect at once.  With a command, that is who uses the URI, and
- * standard output is the command's. */
+ * told may connect at once.  --ready-fd is closed, which is a sign in itself,
+ * and the command does not get it.  With a command, that is who uses the URI,
+ * and standard output is the command's. */
 static void cli_tell_ready(void) {
+  int fd = (int)opt[OPT_READY_FD].number;
   if (opt[OPT_PIDFILE].text) cli_write_pidfile(opt[OPT_PIDFILE].text);
-  if (opt[OPT_READY_FD].given) cli_tell_ready_fd((int)opt[OPT_READY_FD].number);
-  if (opt[OPT_RUN].text || cli.command) {
+  assert(!opt[OPT_READY_FD].given || fd > 2);
+  if (opt[OPT_READY_FD].given &&
+      ((*cli.uri && dprintf(fd, "%s\n", cli.uri) < 0) || close(fd) < 0))
+    cli_exit_if_error(-errno, "--ready-fd");
+  if (opt[OPT_RUN].given)
     cli_start_command();
-  } else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0) {
+  else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0)
     cli_exit_if_error(-errno, "standard output");
-  }
   if (cli.ready_pipe >= 0) cli_leave_terminal();
 }
 
 /* ---- Serving ------------------------------------------------------------ */
 
-/* Prints the totals as JSON, with the names that nbdserve.h has for them. */
-static void cli_print_stats_json(const struct nbdserve_stats *stats) {
-  fprintf(stderr,
-          "{\"clients\":%" PRIu64 ",\"clients_now\":%" PRIu64
-          ",\"requests\":%" PRIu64 ",\"errors\":%" PRIu64
-          ",\"bytes_read\":%" PRIu64 ",\"bytes_written\":%" PRIu64
-          ",\"flushes\":%" PRIu64 "}\n",
-          stats->clients, stats->clients_now, stats->requests, stats->errors,
-          stats->bytes_read, stats->bytes_written, stats->flushes);
-}
-
-/* Prints the totals, for --stats and SIGUSR1. */
+/* Prints the totals, for --stats and SIGUSR1: as JSON, with the names that
+ * nbdserve.h has for them, or in words. */
 static void cli_print_stats(void) {
+  static const char json[] =
+      "{\"clients\":%" PRIu64 ",\"clients_now\":%" PRIu64
+      ",\"requests\":%" PRIu64 ",\"errors\":%" PRIu64 ",\"bytes_read\":%" PRIu64
+      ",\"bytes_written\":%" PRIu64 ",\"flushes\":%" PRIu64 "}\n";
+  static const char words[] =
+      "nbdserve: %" PRIu64 " clients (%" PRIu64 " now), %" PRIu64
+      " requests (%" PRIu64 " failed), %" PRIu64 " bytes read, %" PRIu64
+      " written, %" PRIu64 " flushes\n";
   struct nbdserve_stats stats;
   nbdserve_stats(cli.server, &stats);
-  if (opt[OPT_JSON].given) {
-    cli_print_stats_json(&stats);
-    return;
-  }
-  cli_say("%" PRIu64 " clients (%" PRIu64 " now), %" PRIu64
-          " requests (%" PRIu64 " failed), %" PRIu64 " bytes read, %" PRIu64
-          " written, %" PRIu64 " flushes",
-          stats.clients, stats.clients_now, stats.requests, stats.errors,
-          stats.bytes_read, stats.bytes_written, stats.flushes);
+  dprintf(2, opt[OPT_JSON].given ? json : words, stats.clients,
+          stats.clients_now, stats.requests, stats.errors, stats.bytes_read,
+          stats.bytes_written, stats.flushes);
 }
 
 /* Runs the server to its end, and does what the signal handler leaves to
@@ -9594,10 +9214,10 @@ static int cli_run(void) {
  * here; after that cli_run has nothing to do but to flush. */
 static int cli_serve(void) {
   int err = 0;
-  assert((cli.in < 0) == (cli.out < 0));
   cli_start_control();
-  if (cli.in >= 0) {
-    err = nbdserve_serve(cli.server, cli.in, cli.out, NULL);
+  if (cli.client >= 0) {
+    int out = opt[OPT_STDIN].given ? 1 : cli.client;
+    err = nbdserve_serve(cli.server, cli.client, out, NULL);
     nbdserve_stop(cli.server);
   }
   int run_err = cli_run();
@@ -9615,8 +9235,8 @@ static int cli_serve(void) {
 static void cli_close(void) {
   const char *trouble = NULL;
   cli_catch_signals(SIG_IGN);
-  cli_remove_pidfile();
-  if (cli.ctl >= 0) cli_remove_own(cli.ctl_path, &cli.ctl_st);
+  cli_remove_own(opt[OPT_PIDFILE].text, &cli.pidfile_st);
+  cli_remove_own(cli.ctl_path, &cli.ctl_st);
   if (!cli_await_control()) trouble = "a command was not finished";
   nbdserve_free(cli.server);
   if (!trouble) trouble = cli_close_store();
@@ -9632,7 +9252,7 @@ static void cli_close(void) {
 /* Prints the options for --help.  Those without a letter are indented, so that
  * all names are in one column. */
 static void cli_help_options(void) {
-  for (int id = 0; id < OPT_COMMAND; id++) {
+  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++) {
     const struct cli_option *option = &cli_options[id];
     const char *argument = option->argument ? option->argument : "";
     char letter[] = "-x,";

@@ -42,7 +42,7 @@
  *   a type of reply             its number in enum nbd_reply_type; a value of
  *                               enum tx_form, its condition in tx_form, its
  *                               case in tx_put_head, its data in tx_data [9]
- *   a command-line option       a row of cli_options in [13]
+ *   a command-line option       a row of CLI_OPTIONS in [13]
  *   a command on stores         a row of cli_verbs in [13]
  *   an operating system         a body in the functions of [2]
  *

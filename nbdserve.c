@@ -1971,11 +1971,6 @@ struct nbdserve {
   struct nbdserve_stats totals; /* of the clients that have left; all flushes */
 };
 
-/* The name of an export; "" for the default one. */
-static const char *ex_name(const struct ex *ex) {
-  return ex->pub.name;
-}
-
 /* ---- The layer around the host's functions ------------------------------- */
 
 /* Says that a function of the host's has given what it must not.  where: the
@@ -2018,7 +2013,7 @@ static void ex_leave(struct ex *ex) {
 static int ex_ask_before(struct ex *ex, const struct nbdserve_req *r) {
   const struct nbdserve_config *k = &ex->server->config;
   if (!k->before) return 0;
-  return ex_believe(ex->server, ex_name(ex), "before",
+  return ex_believe(ex->server, ex->pub.name, "before",
                     k->before(k->ctx, r->type, r->off, r->len));
 }
 
@@ -2098,7 +2093,7 @@ static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
 /* The added export of that name, or NULL.  The caller holds s->lock. */
 static struct ex *ex_by_name(struct nbdserve *s, const char *name) {
   struct ex *ex = s->exports;
-  while (ex && strcmp(ex_name(ex), name) != 0)
+  while (ex && strcmp(ex->pub.name, name) != 0)
     ex = ex->next;
   return ex;
 }
@@ -2148,7 +2143,8 @@ static int ex_current_size(struct ex *ex, uint64_t *size) {
   if (is_size) e->size = now;
   os_unlock(&ex->server->lock);
   if (!is_size) {
-    ex_log_lie(ex->server, ex_name(ex), "size", "returned more than INT64_MAX");
+    ex_log_lie(ex->server, ex->pub.name, "size",
+               "returned more than INT64_MAX");
     return -EIO;
   }
   *size = now - now % e->min_block; /* no request reaches the rest */
@@ -2223,7 +2219,7 @@ static void ex_run_flush(struct ex *ex, uint64_t number) {
   ex_enter(ex);
   int err = ex->pub.ops->flush(ex->pub.ctx, 0);
   ex_leave(ex);
-  err = ex_believe(ex->server, ex_name(ex), "flush", err);
+  err = ex_believe(ex->server, ex->pub.name, "flush", err);
   os_lock(&ex->lock);
   ex->flush_runs = 0;
   if (err) {
@@ -2361,11 +2357,11 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
     ex_enter(ex);
     err = ex->pub.ops->extents(ex->pub.ctx, r->off, r->len, flags, &x);
     ex_leave(ex);
-    err = ex_believe(ex->server, ex_name(ex), "extents", err);
+    err = ex_believe(ex->server, ex->pub.name, "extents", err);
   }
   if (err) return err;
   if (x.lied) {
-    ex_log_lie(ex->server, ex_name(ex), "extents",
+    ex_log_lie(ex->server, ex->pub.name, "extents",
                "gave a status that does not exist");
     return -EIO;
   }
@@ -2414,7 +2410,7 @@ static int ex_call(struct ex *ex, struct nbdserve_req *r) {
     assert(0); /* (E2) */
   }
   ex_leave(ex);
-  return ex_believe(ex->server, ex_name(ex), wire_cmd(r->type)->name, err);
+  return ex_believe(ex->server, ex->pub.name, wire_cmd(r->type)->name, err);
 }
 
 /* Does a WRITE_ZEROES by writing zeroes.  A range above 4 GiB is -EOVERFLOW: it
@@ -2785,7 +2781,7 @@ static enum hs_result hs_opt_list(struct conn *c) {
   os_lock(&c->s->lock);
   for (struct ex *ex = c->s->exports; ex && !c->send_err; ex = ex->next) {
     os_unlock(&c->s->lock);
-    hs_list_one(c, ex_name(ex), ex->pub.description);
+    hs_list_one(c, ex->pub.name, ex->pub.description);
     os_lock(&c->s->lock);
   }
   os_unlock(&c->s->lock);
@@ -3186,9 +3182,8 @@ static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
         r->err_has_off ? NBD_REPLY_TYPE_ERROR_OFFSET : NBD_REPLY_TYPE_ERROR;
     chunk.len = n = tx_put_error(p + head, r);
     break;
-  case TX_NONE:
+  case TX_NONE: /* is NBD_REPLY_TYPE_NONE, 0 */
   case TX_SIMPLE:
-    chunk.type = NBD_REPLY_TYPE_NONE;
     break;
   }
   wire_put_chunk(p, r->mode, &chunk);
@@ -3316,18 +3311,14 @@ static void tx_count(struct conn *c, const struct nbdserve_req *list) {
   os_unlock(&c->queue_lock);
 }
 
-/* At which level a request is logged: what a client did wrong is of interest to
- * its author only, what a backend could not do to the operator. */
-static int tx_log_level(const struct nbdserve_req *r) {
-  /* -ENOTSUP is the usual answer to FAST_ZERO, no failure. */
-  if (!r->err || r->err == -ENOTSUP) return NBDSERVE_LOG_TRACE;
-  return r->refused ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING;
-}
-
-/* Logs a request that is answered; of those that failed only the first few. */
+/* Logs a request that is answered; of those that failed only the first few.
+ * What a client did wrong is of interest to its author, what a backend could
+ * not do to the operator.  -ENOTSUP is the usual answer to FAST_ZERO, no
+ * failure. */
 static void tx_log(struct conn *c, const struct nbdserve_req *r) {
   const struct wire_cmd *cmd = wire_cmd(r->type);
-  int level = tx_log_level(r);
+  int level = r->refused ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING;
+  if (!r->err || r->err == -ENOTSUP) level = NBDSERVE_LOG_TRACE;
   unsigned nth_failure = 0;
   if (level > c->s->config.log_level) return;
   if (level < NBDSERVE_LOG_TRACE) {
@@ -3666,13 +3657,6 @@ static int tx_recv_payload(struct conn *c, unsigned char *to, size_t n) {
   return n > here ? io_recv_all(&c->io, to + here, n - here) : 0;
 }
 
-/* Makes the buffer for pieces, once.  0 or -ENOMEM: a connection for which
- * there is not even a megabyte is closed. */
-static int tx_need_piece_buf(struct conn *c) {
-  if (!c->piece_buf) c->piece_buf = NBDSERVE_MALLOC(TX_HEAD_MAX + TX_PIECE);
-  return c->piece_buf ? 0 : -ENOMEM;
-}
-
 /* Hands a request over if something is left to do of it, or does it and
  * answers.  Returns 0, or -errno to close. */
 static int tx_finish(struct conn *c, struct nbdserve_req *r) {
@@ -3685,15 +3669,15 @@ static int tx_finish(struct conn *c, struct nbdserve_req *r) {
 
 /* Throws away the payload of a request that was refused, and answers it. */
 static int tx_drain(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
-  int err = tx_need_piece_buf(c);
   assert(r->state == REQ_DONE && r->err && payload > TX_IN_BATCH_MAX);
   c->after_long_write = 1;
-  while (payload > 0 && !err) {
+  while (payload > 0) {
     size_t n = (size_t)u_min(payload, TX_PIECE);
-    err = tx_recv_payload(c, c->piece_buf, n);
+    int err = tx_recv_payload(c, c->piece_buf, n);
+    if (err) return err;
     payload -= n;
   }
-  return err ? err : tx_answer(c, r);
+  return tx_answer(c, r);
 }
 
 /* Does a long WRITE, piece by piece as they come.  After an error the others
@@ -3764,51 +3748,45 @@ static int tx_send_piece(struct conn *c, struct nbdserve_req *piece) {
   return tx_send(c, v, n);
 }
 
-/* Answers a long READ that went wrong at a piece; if there are several, it says
- * at which. */
-static int tx_fail_read(struct conn *c, struct nbdserve_req *r, int err,
-                        uint64_t off) {
-  tx_executed(c, r, err);
-  r->err_has_off = r->len > TX_PIECE;
-  r->err_off = off;
-  return tx_answer(c, r);
-}
-
 /* Reads and sends a long READ, piece by piece: as chunks of a structured reply,
- * or as one simple reply, after tx_try_read. */
+ * or as one simple reply, after tx_try_read.  If there are several pieces, an
+ * error says at which. */
 static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
+  int is_simple = r->mode == MODE_SIMPLE;
   uint64_t off = r->off;
   int err = ex_ask_before(c->export, r);
-  if (!err && r->mode == MODE_SIMPLE && r->len > TX_PIECE) {
+  if (!err && is_simple && r->len > TX_PIECE) {
     tx_wait_for_workers(c); /* a simple reply is in one piece */
     err = tx_try_read(c, r);
   }
-  if (err) {
-    tx_executed(c, r, err);
-    return tx_answer(c, r);
-  }
-  while (off < r->off + r->len) {
+  while (!err && off < r->off + r->len) {
     struct nbdserve_req piece = tx_read_piece(c, r, off);
     err = ex_execute(c->export, &piece);
     /* A simple reply that has begun cannot be taken back (proto.md). */
-    if (err && r->mode == MODE_SIMPLE && off > r->off) return err;
-    if (err) return tx_fail_read(c, r, err, off);
-    err = tx_send_piece(c, &piece);
-    if (err) return err;
+    if (err && is_simple && off > r->off) return err;
+    if (err) break;
+    int send_err = tx_send_piece(c, &piece);
+    if (send_err) return send_err;
     off += piece.len;
   }
-  r->buf = NULL;
+  r->err = err;
+  r->err_has_off = r->len > TX_PIECE;
+  r->err_off = off;
   req_set_state(r, REQ_DONE);
+  if (err) return tx_answer(c, r);
   tx_account(c, r);
   tx_release(r); /* all was sent */
   return 0;
 }
 
-/* Does a READ or WRITE that is longer than a batch takes. */
-static int tx_in_pieces(struct conn *c, struct nbdserve_req *r) {
-  assert(r->state == REQ_TODO && req_moves_data(r));
-  int err = tx_need_piece_buf(c);
-  if (err) return err;
+/* Does what needs the buffer for pieces: drains a request that was refused, or
+ * does a long READ or WRITE.  A connection for which there is not even a
+ * megabyte is closed. */
+static int tx_in_pieces(struct conn *c, struct nbdserve_req *r,
+                        uint64_t payload) {
+  if (!c->piece_buf) c->piece_buf = NBDSERVE_MALLOC(TX_HEAD_MAX + TX_PIECE);
+  if (!c->piece_buf) return -ENOMEM;
+  if (r->state == REQ_DONE) return tx_drain(c, r, payload);
   return r->type == NBD_CMD_READ ? tx_read_in_pieces(c, r)
                                  : tx_write_in_pieces(c, r);
 }
@@ -3818,7 +3796,7 @@ static int tx_in_pieces(struct conn *c, struct nbdserve_req *r) {
 static int tx_copied(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
   assert(!c->run_batch && r->state == REQ_TODO && r->len <= TX_PIECE);
   r->buf = NBDSERVE_MALLOC((size_t)r->len);
-  if (!r->buf) return tx_in_pieces(c, r);
+  if (!r->buf) return tx_in_pieces(c, r, payload);
   r->owns_buf = 1;
   int err = payload ? tx_recv_payload(c, r->buf, (size_t)payload) : 0;
   if (err) {
@@ -3926,10 +3904,8 @@ static int tx_dispatch(struct conn *c, struct nbdserve_req *r,
   }
   int err = tx_run_batch(c); /* answers what came before, and frees rbuf */
   if (err) return err;
-  if (route == TX_DRAIN) return tx_drain(c, r, payload);
-  if (route == TX_COPIED) return tx_copied(c, r, payload);
-  assert(route == TX_IN_PIECES);
-  return tx_in_pieces(c, r);
+  return route == TX_COPIED ? tx_copied(c, r, payload)
+                            : tx_in_pieces(c, r, payload);
 }
 
 /* Makes a request of what the client sent.  The payload begins at p; it is all
@@ -6358,17 +6334,14 @@ static void srv_fill_defaults(struct nbdserve_config *k) {
   assert(k->threads && k->max_conn && k->handshake_ms && k->stall_ms);
 }
 
-/* Closes both ends; one that was not opened is -1. */
-static void srv_close_pipe(int fd[2]) {
-  for (int i = 0; i < 2; i++)
-    if (fd[i] >= 0) close(fd[i]);
-}
-
-/* Frees a server without its locks: they are freed, or were never made. */
+/* Frees a server without its locks: they are freed, or were never made.  A pipe
+ * that was not opened is -1, and closing that does no harm. */
 static void srv_free_rest(struct nbdserve *s) {
-  srv_close_pipe(s->stop.pipe);
-  srv_close_pipe(s->wake);
-  srv_close_pipe(s->noticed);
+  for (int i = 0; i < 2; i++) {
+    close(s->stop.pipe[i]);
+    close(s->wake[i]);
+    close(s->noticed[i]);
+  }
   NBDSERVE_FREE(s->listeners);
   NBDSERVE_FREE(s);
 }
@@ -6399,9 +6372,9 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   struct nbdserve *s = u_zalloc(sizeof *s);
   if (!s) return -ENOMEM;
   s->config = k;
-  s->stop.pipe[0] = s->stop.pipe[1] = -1;
-  s->wake[0] = s->wake[1] = -1;
-  s->noticed[0] = s->noticed[1] = -1;
+  memset(s->stop.pipe, -1, sizeof s->stop.pipe); /* all bits set: -1 */
+  memset(s->wake, -1, sizeof s->wake);
+  memset(s->noticed, -1, sizeof s->noticed);
   s->last_export = &s->exports;
   int err = srv_make(s);
   if (err)
@@ -6418,7 +6391,7 @@ int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
   int err = ex_new(s, e, &ex);
   if (err) return err;
   os_lock(&s->lock);
-  int is_taken = ex_by_name(s, ex_name(ex)) != NULL;
+  int is_taken = ex_by_name(s, ex->pub.name) != NULL;
   if (!is_taken) {
     *s->last_export = ex;
     s->last_export = &ex->next;
@@ -6696,13 +6669,12 @@ void nbdserve_wake(struct nbdserve *s) {
 
 /* ---- Statistics ---------------------------------------------------------- */
 
-/* Adds what was counted for one client. */
-static void srv_add_stats(struct nbdserve_stats *to,
-                          const struct nbdserve_stats *more) {
-  to->requests += more->requests;
-  to->errors += more->errors;
-  to->bytes_read += more->bytes_read;
-  to->bytes_written += more->bytes_written;
+/* Adds what was counted for one client.  The caller holds s->lock. */
+static void srv_add_stats(struct nbdserve_stats *to, const struct conn *c) {
+  to->requests += c->stats.requests;
+  to->errors += c->stats.errors;
+  to->bytes_read += c->stats.bytes_read;
+  to->bytes_written += c->stats.bytes_written;
 }
 
 /* See nbdserve.h.  Each client counts for itself; here the counters are added,
@@ -6713,7 +6685,7 @@ void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
   out->clients_now = s->nconns;
   for (struct conn *c = s->conns; c; c = c->next) {
     os_lock(&c->queue_lock);
-    srv_add_stats(out, &c->stats);
+    srv_add_stats(out, c);
     os_unlock(&c->queue_lock);
   }
   os_unlock(&s->lock);
@@ -6786,7 +6758,7 @@ static void srv_free_client(struct conn *c) {
   *p = c->next;
   s->nconns--;
   if (!s->nconns) s->idle_since = os_now_ms();
-  srv_add_stats(&s->totals, &c->stats);
+  srv_add_stats(&s->totals, c);
   /* Locked, so that srv_finish does not shut down another file of that
    * number. */
   if (c->fd >= 0) close(c->fd);
@@ -6795,16 +6767,6 @@ static void srv_free_client(struct conn *c) {
   NBDSERVE_FREE(c);
   srv_poke(s->noticed[1]);
   os_unlock(&s->lock); /* (S2) */
-}
-
-/* Says who a client is. */
-static void srv_log_client(const struct conn *c) {
-  char peer[64] = "this machine";
-  union srv_address a;
-  socklen_t len = sizeof a;
-  if (c->is_tcp && getpeername(c->io.in, &a.sa, &len) == 0)
-    srv_format_address(&a, peer, sizeof peer);
-  conn_log(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, peer);
 }
 
 /* Enters transmission of that export at once, without a handshake. */
@@ -6826,7 +6788,7 @@ static int srv_last_flush(struct ex *ex) {
   if (err)
     u_log(&ex->server->config, NBDSERVE_LOG_ERROR,
           "export '%s': the last flush: %s; written data may be lost",
-          ex_name(ex), u_errno_text(err));
+          ex->pub.name, u_errno_text(err));
   return err;
 }
 
@@ -6835,16 +6797,6 @@ static void srv_leave_export(struct conn *c) {
   if (!c->export) return;
   if (c->export->from_callback) srv_last_flush(c->export);
   ex_release(c->export);
-}
-
-/* Says why a client has left; the usual reasons only to a host that wants to
- * know of clients. */
-static void srv_log_end(const struct conn *c) {
-  int err = c->end_err;
-  int is_usual =
-      !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
-  conn_log(c, is_usual ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING,
-           "%d: gone: %s", c->id, err ? u_errno_text(err) : "disconnected");
 }
 
 /* Must a connection that ends linger?  Only a TCP socket of ours, and only if
@@ -6859,15 +6811,23 @@ static int srv_must_linger(const struct conn *c) {
 /* Serves a client to its end and frees it.  name: as in nbdserve_serve.
  * Returns 0 or -errno. */
 static int srv_serve_client(struct conn *c, const char *name) {
-  srv_log_client(c);
+  char peer[64] = "this machine";
+  union srv_address a;
+  socklen_t len = sizeof a;
+  if (c->is_tcp && getpeername(c->io.out, &a.sa, &len) == 0)
+    srv_format_address(&a, peer, sizeof peer);
+  conn_log(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, peer);
   enum hs_result result = name ? srv_enter(c, name) : hs_run(c);
   if (result == HS_ENTER) tx_run(c);
   assert(!c->nworkers && (result != HS_FAILED || c->end_err));
   if (srv_must_linger(c)) io_linger(&c->io);
   if (!c->end_err) c->end_err = c->send_err; /* cut off for not reading */
   srv_leave_export(c);
-  srv_log_end(c);
   int err = c->end_err;
+  int is_usual =
+      !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
+  conn_log(c, is_usual ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING,
+           "%d: gone: %s", c->id, err ? u_errno_text(err) : "disconnected");
   srv_free_client(c);
   return err == -ESHUTDOWN ? 0 : err;
 }

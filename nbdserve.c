@@ -1921,7 +1921,7 @@ enum {
                  NBDSERVE_EXPORT_MULTI_CONN | NBDSERVE_EXPORT_ROTATIONAL |
                  NBDSERVE_EXPORT_NATIVE_FUA | NBDSERVE_EXPORT_FALLBACK |
                  NBDSERVE_EXPORT_WRITETHROUGH | NBDSERVE_EXPORT_UNSAFE,
-  EX_MAX_MIN_BLOCK = 65536,  /* proto.md, Block size constraints */
+  EX_MAX_MIN_BLOCK = 65536,  /* proto.md, Size constraints */
   EX_DEFAULT_BLOCK = 4096,   /* the same: what clients take for granted, */
   EX_DEFAULT_MAX = 32 << 20, /* and here */
   EX_ZERO_STEP = 1 << 20,    /* bytes of zeroes that are written at a time */

@@ -40,8 +40,9 @@
  *                               ex_transmission_flags if clients must be told
  *   a rule for requests         an `if` in tx_validate [9]
  *   a type of reply             its number in enum nbd_reply_type; a value of
- *                               enum tx_form and its case in tx_put_head [9]
- *   a command-line option       a row of cli_options in [13]
+ *                               enum tx_form, its condition in tx_form, its
+ *                               case in tx_put_head, its data in tx_data [9]
+ *   a command-line option       a row of CLI_OPTIONS in [13]
  *   a command on stores         a row of cli_verbs in [13]
  *   an operating system         a body in the functions of [2]
  *
@@ -68,13 +69,15 @@
  *                         lock that is held while we wait for a client, and
  *                         only that client is delayed by it
  *   4. ex.serial          one call into an NBDSERVE_EXPORT_SERIAL backend
- *   5. ex.lock            an export's group of waiting flushes
- *   6. flat.lock          what a file has turned out not to support
+ *   5. ex.lock            an export's flush that runs, and its result
+ *   6. flat.lock          what a file has turned out not to support; the I/O of
+ *                         a temporary export
  *   7. nbdserve_cas.ckpt, then .lock: see [11]
- *   8. io_stop.lock       when the grace is over, once the server stops */
+ *   8. io_stop.lock       the moment at which the grace ends */
 
 /* ==== [1] CONFIG (NBDSERVE_) =============================================
- * Set these with -D.  Switches are 0 or 1; 1 takes something out. */
+ * Set these with -D.  The NO_ and ONLY switches are 0 or 1; 1 takes a feature
+ * out. */
 #ifndef NBDSERVE_NO_MAIN
 #define NBDSERVE_NO_MAIN 0 /* a library only: no main(), no command line */
 #endif
@@ -113,7 +116,8 @@
 /* ==== [2] PLATFORM (os_) =================================================
  * Everything that differs between systems.  A call that a system lacks, or
  * that a sandbox forbids, ends in a portable way or in -EOPNOTSUPP; no other
- * section asks which system this is.  tcc has no atomics: only locks. */
+ * section asks which system this is.  Only locks are used, as tcc has no
+ * atomics. */
 #if defined __linux__ && !defined _GNU_SOURCE
 #define _GNU_SOURCE 1
 #elif defined __APPLE__ && !defined _DARWIN_C_SOURCE
@@ -217,29 +221,13 @@ STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 struct os_monitor {
   char unused;
 };
-
-static int os_monitor_init(struct os_monitor *m) {
-  m->unused = 0;
-  return 0;
-}
-static void os_monitor_free(struct os_monitor *m) {
-  (void)m;
-}
-static void os_lock(struct os_monitor *m) {
-  (void)m;
-}
-static void os_unlock(struct os_monitor *m) {
-  (void)m;
-}
-static void os_wait(struct os_monitor *m) {
-  (void)m;
-}
-static void os_wake_one(struct os_monitor *m) {
-  (void)m;
-}
-static void os_wake_all(struct os_monitor *m) {
-  (void)m;
-}
+#define os_monitor_init(m) ((m)->unused = 0)
+#define os_monitor_free(m) ((void)(m))
+#define os_lock(m) ((void)(m))
+#define os_unlock(m) ((void)(m))
+#define os_wait(m) ((void)(m))
+#define os_wake_one(m) ((void)(m))
+#define os_wake_all(m) ((void)(m))
 
 /* Runs fn to its end, at once. */
 static int os_thread(void *(*fn)(void *), void *arg) {
@@ -284,7 +272,8 @@ static void os_unlock(struct os_monitor *m) {
   (void)err;
 }
 
-/* Waits, without the lock, until woken; may return without a reason, too. */
+/* Waits, without the lock, until woken.  It may also return although nobody
+ * woke it, so callers look again at what they wait for. */
 static void os_wait(struct os_monitor *m) {
   pthread_cond_wait(&m->cond, &m->mutex);
 }
@@ -337,7 +326,7 @@ static int os_monitors_init(struct os_monitor *a, struct os_monitor *b) {
 
 /* ---- Time, descriptors, sockets ------------------------------------------ */
 
-/* Milliseconds of a clock that nobody sets. */
+/* Milliseconds of a clock that never jumps. */
 static int64_t os_now_ms(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
@@ -358,8 +347,8 @@ static void os_set_fd_flags(int fd, enum os_blocking blocking) {
   fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
 
-/* Makes a pipe on which nobody waits, to read from fd[0] and write to fd[1].
- * It is a socket pair, since pipe() cannot set FD_CLOEXEC at once. */
+/* Makes a channel that never blocks, to read from fd[0] and write to fd[1].  It
+ * is a socket pair, because pipe() cannot set FD_CLOEXEC at once. */
 static int os_pipe(int fd[2]) {
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0) {
     fd[0] = fd[1] = -1;
@@ -367,6 +356,7 @@ static int os_pipe(int fd[2]) {
   }
   os_set_fd_flags(fd[0], OS_NONBLOCKING);
   os_set_fd_flags(fd[1], OS_NONBLOCKING);
+  assert(fd[0] >= 0 && fd[1] >= 0);
   return 0;
 }
 
@@ -392,37 +382,34 @@ static int os_accept(int fd) {
   return client < 0 ? -errno : client;
 }
 
-/* Has the kernel look after a silent TCP peer: one that has died is noticed
- * within a minute (30 s of silence, then three questions, 10 s apart). */
-static void os_set_keepalive(int fd) {
-  int on = 1;
-  setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+/* Sets a socket's option.  One that does not apply to fd fails, which does no
+ * harm: that is why nobody looks at the result. */
+static void os_set_option(int fd, int level, int option, int value) {
+  setsockopt(fd, level, option, &value, sizeof value);
+}
+
+/* Prepares a TCP client's socket: no delay by Nagle's algorithm (proto.md,
+ * Protocol phases), and a peer that has died is noticed within a minute: 30 s
+ * of silence, then three questions, 10 s apart. */
+static void os_setup_tcp(int fd) {
+  os_set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+  os_set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
 #if defined TCP_KEEPIDLE && defined TCP_KEEPINTVL && defined TCP_KEEPCNT
-  int idle_s = 30;
-  int interval_s = 10;
-  int count = 3;
-  setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof idle_s);
-  setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval_s, sizeof interval_s);
-  setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof count);
+  os_set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, 30);
+  os_set_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, 10);
+  os_set_option(fd, IPPROTO_TCP, TCP_KEEPCNT, 3);
 #elif defined TCP_KEEPALIVE
-  int idle_s = 30;
-  setsockopt(fd, IPPROTO_TCP, TCP_KEEPALIVE, &idle_s, sizeof idle_s);
+  os_set_option(fd, IPPROTO_TCP, TCP_KEEPALIVE, 30);
 #endif
 }
 
-/* Prepares a client's socket: no delay by Nagle's algorithm (proto.md, Protocol
- * phases), no SIGPIPE, dead peers noticed.  What is no TCP socket, or no socket
- * at all, ignores what does not apply to it. */
+/* Prepares a client's socket of any kind: no SIGPIPE, and a long reply fits in,
+ * which is 3 times faster on Linux, 10 on macOS. */
 static void os_setup_client(int fd) {
-  int on = 1;
-  os_set_keepalive(fd);
 #ifdef SO_NOSIGPIPE
-  setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on);
+  os_set_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
 #endif
-  setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-  /* A long reply fits in: 3 times faster on Linux, 10 on macOS. */
-  int send_buffer = 2 << 20;
-  setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &send_buffer, sizeof send_buffer);
+  os_set_option(fd, SOL_SOCKET, SO_SNDBUF, 2 << 20);
 }
 
 /* Calls that receive from a blocking socket fail with EAGAIN after ms. */
@@ -431,7 +418,7 @@ static void os_set_receive_timeout(int fd, uint32_t ms) {
   setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
 }
 
-/* Takes the first done bytes off the n pieces at v. */
+/* Removes the first `done` bytes from the pieces (*v)[0..*n). */
 static void os_advance(struct iovec **v, int *n, size_t done) {
   while (*n > 0 && done >= (*v)->iov_len) {
     done -= (*v)->iov_len;
@@ -459,7 +446,12 @@ enum {
   OS_WRITE = 1
 };
 
-#if OS_LINUX || (!defined __APPLE__ && !NBDSERVE_POSIX_ONLY)
+#if !OS_LINUX && (defined __APPLE__ || NBDSERVE_POSIX_ONLY)
+/* Where POSIX is all there is, one piece is moved at a time. */
+#define preadv(fd, v, n, off) pread(fd, (v)->iov_base, (v)->iov_len, off)
+#define pwritev(fd, v, n, off) pwrite(fd, (v)->iov_base, (v)->iov_len, off)
+#endif
+
 /* Moves what one system call moves of v[0..n); as pread(2) and pwrite(2).  For
  * a single piece the plain calls are a little faster. */
 static ssize_t os_transfer_some(int fd, int writing, const struct iovec *v,
@@ -468,15 +460,6 @@ static ssize_t os_transfer_some(int fd, int writing, const struct iovec *v,
   return writing ? pwrite(fd, v->iov_base, v->iov_len, off)
                  : pread(fd, v->iov_base, v->iov_len, off);
 }
-#else
-/* The same where POSIX is all there is: one piece at a time. */
-static ssize_t os_transfer_some(int fd, int writing, const struct iovec *v,
-                                int n, off_t off) {
-  (void)n;
-  return writing ? pwrite(fd, v->iov_base, v->iov_len, off)
-                 : pread(fd, v->iov_base, v->iov_len, off);
-}
-#endif
 
 /* Reads (OS_READ) or writes (OS_WRITE) all of v[0..n), which lies at off in one
  * piece.  Changes v.  No piece may be empty.
@@ -509,10 +492,7 @@ static int os_try_datasync(int fd) {
   return r < 0 && errno != EINTR && errno != EIO ? fsync(fd) : r;
 }
 #else
-/* As fdatasync(2). */
-static int os_try_datasync(int fd) {
-  return fdatasync(fd);
-}
+#define os_try_datasync(fd) fdatasync(fd)
 #endif
 
 /* When it returns 0, all that was written to fd is on the medium, with as much
@@ -556,20 +536,15 @@ static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
 }
 #else
 /* Other systems have nothing that keeps all these promises. */
-static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
-  (void)fd;
-  (void)mode;
-  (void)off;
-  (void)len;
-  return -EOPNOTSUPP;
-}
+#define os_fallocate(fd, mode, off, len) \
+  ((void)(fd), (void)(mode), (void)(off), (void)(len), -EOPNOTSUPP)
 #endif
 
 /* Keeps other servers out, until fd is closed: a writer keeps out everybody, a
  * reader keeps out writers.  -EBUSY: another server is there already.  On a
  * file system without locks nobody is kept out.
  *
- * flock(2) it is because its lock belongs to the descriptor.  A lock of
+ * We use flock(2) because its lock belongs to the descriptor.  A lock of
  * fcntl(2) belongs to the process: it would let one server open a file twice,
  * and vanish when the process closes any other descriptor of the file. */
 static int os_lock_file(int fd, int readonly) {
@@ -611,10 +586,7 @@ static int os_is_readonly_device(int fd) {
 }
 #else
 /* Nothing to ask: opening the device must tell. */
-static int os_is_readonly_device(int fd) {
-  (void)fd;
-  return 0;
-}
+#define os_is_readonly_device(fd) ((void)(fd), 0)
 #endif
 #endif
 
@@ -664,9 +636,7 @@ static int os_open_memory(void) {
 }
 #else
 /* This system has no files in memory. */
-static int os_open_memory(void) {
-  return -1;
-}
+#define os_open_memory() (-1)
 #endif
 
 #if OS_LINUX && defined O_TMPFILE
@@ -677,10 +647,7 @@ static int os_open_unnamed(const char *dir) {
 }
 #else
 /* Every file of this system has a name at first. */
-static int os_open_unnamed(const char *dir) {
-  (void)dir;
-  return -1;
-}
+#define os_open_unnamed(dir) ((void)(dir), -1)
 #endif
 
 /* Opens a new file in dir and takes its name away at once.  mkstemp makes the
@@ -699,7 +666,7 @@ static int os_open_and_unlink(const char *dir) {
   return err;
 }
 
-/* Opens a file of nobody else's that is gone when it is closed: in dir or, if
+/* Opens a private file that is gone when it is closed: in dir or, if
  * dir is NULL, in memory, or in /tmp where the system has no files in memory.
  * The caller owns the descriptor.
  *
@@ -723,10 +690,7 @@ static int os_is_rotational(int fd) {
 }
 #else
 /* Nothing to ask. */
-static int os_is_rotational(int fd) {
-  (void)fd;
-  return 0;
-}
+#define os_is_rotational(fd) ((void)(fd), 0)
 #endif
 
 #if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
@@ -737,11 +701,7 @@ static void os_willneed(int fd, uint64_t off, uint64_t len) {
 }
 #else
 /* This system cannot be told. */
-static void os_willneed(int fd, uint64_t off, uint64_t len) {
-  (void)fd;
-  (void)off;
-  (void)len;
-}
+#define os_willneed(fd, off, len) ((void)(fd), (void)(off), (void)(len))
 #endif
 
 #endif /* !NBDSERVE_NO_FLAT */
@@ -830,10 +790,12 @@ static const char *u_parse_size(const char *s, uint64_t *out) {
   int shift = unit ? (int)((unit - units) % 6 + 1) * 10 : 0;
   if (p == s || v > (uint64_t)INT64_MAX >> shift) return NULL;
   *out = v << shift;
+  assert(*out <= INT64_MAX);
   return unit ? p + 1 : p;
 }
 
-/* Is all of s a number, as in u_parse_size, of at most max? */
+/* Is all of s a number, as in u_parse_size, of at most max?  *out may have
+ * changed even if it is not. */
 static int u_parse_number(const char *s, uint64_t max, uint64_t *out) {
   const char *rest = u_parse_size(s, out);
   return rest && !*rest && *out <= max;
@@ -868,44 +830,41 @@ static int u_append_uri(char *buf, size_t size, const char *s) {
 /* The length in bytes of the UTF-8 character at s (RFC 3629), or 0 if it is
  * malformed, too long a form, a surrogate or a control character. */
 static int u_utf8_len(const char *s) {
+  static const struct {
+    unsigned char mask; /* the bits of the first byte that tell the form... */
+    unsigned char lead; /* ...and what they are */
+    uint32_t least;     /* below it: a control, or a shorter form exists */
+  } forms[] = {
+      {0x80, 0x00, 0x20},    /* 0xxxxxxx */
+      {0xe0, 0xc0, 0xa0},    /* 110xxxxx 10xxxxxx; 80 to 9f are controls */
+      {0xf0, 0xe0, 0x800},   /* 1110xxxx and two more */
+      {0xf8, 0xf0, 0x10000}, /* 11110xxx and three more */
+  };
   const unsigned char *p = (const unsigned char *)s;
-  uint32_t c;     /* the character's number so far */
-  uint32_t least; /* below it: a control character, or a shorter form exists */
-  int len;
-  if (p[0] < 0x80) { /* 0xxxxxxx */
-    len = 1;
-    c = p[0];
-    least = 0x20;
-  } else if (p[0] >> 5 == 0x6) { /* 110xxxxx; 80 to 9f are controls */
-    len = 2;
-    c = p[0] & 0x1f;
-    least = 0xa0;
-  } else if (p[0] >> 4 == 0xe) { /* 1110xxxx */
-    len = 3;
-    c = p[0] & 0xf;
-    least = 0x800;
-  } else if (p[0] >> 3 == 0x1e) { /* 11110xxx */
-    len = 4;
-    c = p[0] & 0x7;
-    least = 0x10000;
-  } else {
-    return 0;
-  }
-  for (int i = 1; i < len; i++) { /* 10xxxxxx; the NUL at the end is not one */
-    if (p[i] >> 6 != 0x2) return 0;
+  int more = 0; /* bytes behind the first */
+  while (more < 4 && (p[0] & forms[more].mask) != forms[more].lead)
+    more++;
+  if (more == 4) return 0;
+  uint32_t c = p[0] & ~(unsigned)forms[more].mask;
+  for (int i = 1; i <= more; i++) {
+    if (p[i] >> 6 != 0x2) return 0; /* the NUL at the end is none, either */
     c = c << 6 | (p[i] & 0x3f);
   }
-  if (c < least || c == 0x7f || c > 0x10ffff) return 0;
+  if (c < forms[more].least || c == 0x7f || c > 0x10ffff) return 0;
   if (c >= 0xd800 && c <= 0xdfff) return 0; /* a surrogate */
-  return len;
+  return more + 1;
 }
+
+enum {
+  U_LOG_MAX = 512 /* bytes of a message; a longer one is cut */
+};
 
 /* Gives the host a message if it wants messages of that level.  Parts of it may
  * come from a client: what is no text in it becomes '?'.  The caller holds no
  * lock: the host's function may call back, for nbdserve_stats say. */
 static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
                                   int level, const char *fmt, ...) {
-  char text[512];
+  char text[U_LOG_MAX];
   va_list ap;
   if (!config->log || level > config->log_level) return;
   va_start(ap, fmt);
@@ -1102,12 +1061,17 @@ static OS_HWSHA_TARGET void sha_hw(uint32_t *state, const unsigned char *blocks,
   }
 }
 
+#else
+#define sha_hw(state, blocks, other_state, other_blocks, nblocks) assert(0)
+#endif
+
 /* Mixes nblocks blocks into a state, and as many other blocks into another
  * state.  use_hw: with the instructions, both at once; then there must be other
  * blocks, maybe the same ones.  Else other_blocks may be NULL. */
 static void sha_mix(int use_hw, uint32_t *state, const unsigned char *blocks,
                     uint32_t *other_state, const unsigned char *other_blocks,
                     size_t nblocks) {
+  assert(OS_HWSHA || !use_hw);
   assert(other_blocks || !use_hw || !nblocks);
   if (use_hw) {
     sha_hw(state, blocks, other_state, other_blocks, nblocks);
@@ -1116,17 +1080,6 @@ static void sha_mix(int use_hw, uint32_t *state, const unsigned char *blocks,
   sha_portable(state, blocks, nblocks);
   if (other_blocks) sha_portable(other_state, other_blocks, nblocks);
 }
-#else
-/* The same where only plain C can do it. */
-static void sha_mix(int use_hw, uint32_t *state, const unsigned char *blocks,
-                    uint32_t *other_state, const unsigned char *other_blocks,
-                    size_t nblocks) {
-  (void)use_hw;
-  assert(!use_hw); /* os_has_hwsha says so */
-  sha_portable(state, blocks, nblocks);
-  if (other_blocks) sha_portable(other_state, other_blocks, nblocks);
-}
-#endif
 
 /* Writes what comes behind the last whole block of a message, and returns how
  * many blocks that takes, 1 or 2:
@@ -1438,11 +1391,6 @@ static size_t wire_request_len(enum wire_mode mode) {
   return mode == MODE_EXTENDED ? WIRE_EXT_REQUEST_LEN : WIRE_REQUEST_LEN;
 }
 
-/* Which magic a request begins with. */
-static uint32_t wire_request_magic(enum wire_mode mode) {
-  return mode == MODE_EXTENDED ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC;
-}
-
 /* Reads the head of a request: wire_request_len bytes. */
 static struct wire_request wire_get_request(const unsigned char *p,
                                             enum wire_mode mode) {
@@ -1578,6 +1526,7 @@ static const struct wire_cmd *wire_cmd(unsigned type) {
 
 /* The protocol's number for a -errno value: no other number is ever sent. */
 static uint32_t wire_error(int err) {
+  assert(err <= 0);
   static const struct {
     int host;
     enum nbd_error nbd;
@@ -1599,13 +1548,13 @@ static uint32_t wire_error(int err) {
 /* ==== [6] SOCKET I/O (io_) ===============================================
  * Whole messages over sockets and pipes.
  *
- * (I1) Whatever waits has an end: the peer, the time, or the server stops it.
- *      An idle client, from whom nothing is owed, may wait for ever.
+ * (I1) Every wait for a peer ends: by the peer, by a time limit, or because the
+ *      server stops.  Only a client that owes nothing may be idle for ever.
  * (I2) What has begun has a time in total, which grows with its size and never
  *      starts anew: stall_ms for each MiB or part of one.  A peer that takes or
  *      gives one byte at a time gains nothing by it.
- * (I3) Stopping: what has arrived is still received, nothing behind it; and
- *      there is one grace for the whole server, not one for each wait.
+ * (I3) Stopping: what has arrived is still received, but no request behind it.
+ *      There is one grace for the whole server, not one for each wait.
  *
  * Three kinds of connections differ in how they wait and how they learn that
  * the server stops:
@@ -1618,15 +1567,16 @@ static uint32_t wire_error(int err) {
  *   a listener                                    what a peer still sends would
  *                                                 reset the connection
  *   nbdserve_serve  poll()         poll()         the stop pipe: it is the
- *   (NO_THREADS:                                  caller's socket, or a pipe
- *   all)
+ *                                                 caller's socket, or a pipe
  *
- * During the handshake all of them wait in poll(), for the deadline.  Sending
- * never waits in the kernel but in poll(), for the time in total. */
+ * With NO_THREADS all are of the last kind: nobody could shut one down.  During
+ * the handshake all of them wait in poll(), for the deadline.  Sending never
+ * waits in the kernel but in poll(), for the time in total. */
 
 enum {
   IO_GRACE_MS = 5000, /* from nbdserve_stop on, for what is under way */
-  IO_UNIT = 1 << 20   /* bytes that must move within stall_ms */
+  IO_UNIT = 1 << 20,  /* bytes that must move within stall_ms */
+  IO_TRIES = 8        /* within stall_ms: see io_wait_output */
 };
 
 /* How a server tells its connections that it stops. */
@@ -1644,11 +1594,13 @@ struct io {
   int64_t stall_ms;     /* (I2) */
   int polls_requests;   /* wait in poll() for a request, not in recv() */
   int polls_payloads;   /* the same for the rest of what has begun */
+  /* -- written in the handshake, then 0 */
+  int64_t deadline; /* in os_now_ms; 0: none */
   /* -- the client's thread only */
-  int64_t deadline; /* of the handshake, in os_now_ms; 0: none */
-  int stopping;     /* the stop was seen: */
-  size_t left;      /* these bytes had arrived by then, and are still taken */
-  int at_end;       /* the peer has closed its side */
+  int stopping;        /* this thread has seen that the server stops */
+  size_t arrived_left; /* bytes that had arrived by then and are still to be
+                          received */
+  int at_end;          /* the peer has closed its side */
 };
 
 /* When the grace is over: the first who asks starts it, for all (I3). */
@@ -1664,7 +1616,8 @@ static int64_t io_grace_end(struct io_stop *stop) {
 /* How long n bytes may take (I2). */
 static int64_t io_time_for(const struct io *io, size_t n) {
   assert(io->stall_ms > 0);
-  return io->stall_ms * (int64_t)(1 + n / IO_UNIT);
+  int64_t units = (int64_t)((n + IO_UNIT - 1) / IO_UNIT);
+  return io->stall_ms * (units > 0 ? units : 1);
 }
 
 /* poll()'s timeout until a time in os_now_ms, at least 0. */
@@ -1680,41 +1633,51 @@ static void io_note_stop(struct io *io) {
   if (io->stopping) return;
   io->stopping = 1;
   if (ioctl(io->in, FIONREAD, &arrived) == 0 && arrived > 0)
-    io->left = (size_t)arrived;
+    io->arrived_left = (size_t)arrived;
 }
 
 /* Waits until there is something to receive.  -ETIMEDOUT: not until the time
  * `until` (0: without limit).  -ESHUTDOWN: all that had arrived when the server
  * stopped has been taken. */
 static int io_wait_input(struct io *io, int64_t until) {
-  struct pollfd p[2] = {{.fd = io->in, .events = POLLIN},
-                        {.fd = io->stop->pipe[0], .events = POLLIN}};
+  /* Of a pipe for replies poll() says when nobody reads it any more. */
+  int replies = io->out == io->in ? -1 : io->out;
+  struct pollfd p[3] = {{.fd = io->in, .events = POLLIN},
+                        {.fd = io->stop->pipe[0], .events = POLLIN},
+                        {.fd = replies, .events = 0}};
   while (!io->stopping) {
-    int r = poll(p, 2, until ? io_timeout(until) : -1);
+    int timeout = until ? io_timeout(until) : -1;
+    if (timeout == 0) return -ETIMEDOUT; /* even if there is something */
+    int r = poll(p, 3, timeout);
     if (r < 0 && errno != EINTR) return -errno;
-    if (r == 0 && until) return -ETIMEDOUT;
     if (r <= 0) continue;
-    if (p[1].revents)
-      io_note_stop(io);
-    else
-      return 0;
+    if (p[2].revents & POLLERR) return -EPIPE;
+    if (!p[1].revents) return 0;
+    io_note_stop(io);
   }
-  return io->left > 0 ? 0 : -ESHUTDOWN;
+  return io->arrived_left > 0 ? 0 : -ESHUTDOWN;
 }
 
-/* Waits until something can be sent.  -ETIMEDOUT: not until the time `until`,
- * or the end of the grace. */
+/* Waits until something can be sent, or it is worth a try.  -ETIMEDOUT: not
+ * until the time `until`, or the end of the grace.
+ *
+ * Some systems call a socket ready only when most of its buffer is empty, which
+ * can be megabytes.  So that a peer which takes enough in time is not cut off
+ * meanwhile, the wait ends now and then without that. */
 static int io_wait_output(const struct io *io, int64_t until) {
   struct pollfd p[2] = {{.fd = io->out, .events = POLLOUT},
                         {.fd = io->stop->pipe[0], .events = POLLIN}};
+  int slice = (int)u_min((uint64_t)io->stall_ms / IO_TRIES + 1, INT_MAX);
   for (;;) {
-    int r = poll(p, 2, io_timeout(until));
+    int timeout = io_timeout(until);
+    if (timeout == 0) return -ETIMEDOUT;
+    int r = poll(p, 2, timeout < slice ? timeout : slice);
     if (r < 0 && errno != EINTR) return -errno;
-    if (r == 0) return -ETIMEDOUT;
     if (r < 0) continue;
-    if (p[0].revents) return 0;
+    if (r == 0 || p[0].revents) return 0;
     p[1].fd = -1; /* seen: poll skips a negative one */
-    until = (int64_t)u_min((uint64_t)until, (uint64_t)io_grace_end(io->stop));
+    int64_t end = io_grace_end(io->stop);
+    if (end < until) until = end;
   }
 }
 
@@ -1724,35 +1687,40 @@ static int io_wait_output(const struct io *io, int64_t until) {
  * timeout is over, or -errno. */
 static ssize_t io_recv_now(struct io *io, void *buf, size_t len, int flags) {
   ssize_t n;
-  if (io->stopping) len = (size_t)u_min(len, io->left);
+  if (io->stopping) len = (size_t)u_min(len, io->arrived_left);
   assert(len > 0);
   do {
     n = recv(io->in, buf, len, flags);
     if (n < 0 && errno == ENOTSOCK) n = read(io->in, buf, len);
   } while (n < 0 && errno == EINTR);
-  if (n < 0) return errno == EWOULDBLOCK ? -EAGAIN : -errno;
+  if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
+    io->arrived_left = 0; /* another reader of this descriptor was faster */
+    return -EAGAIN;
+  }
+  if (n < 0) return -errno;
   assert((size_t)n <= len);
-  if (io->stopping) io->left -= (size_t)n;
+  if (io->stopping) io->arrived_left -= (size_t)n;
   if (n == 0) io->at_end = 1;
   return n;
 }
 
-/* Receives up to len bytes, at least one: what a request begins with.  Their
- * number, 0 at the end of the stream, -ETIMEDOUT after stall_ms of silence, or
- * -errno. */
-static ssize_t io_recv(struct io *io, void *buf, size_t len) {
+/* Receives up to len bytes, at least one: requests, or a part of one.  until:
+ * 0, or the time by which something has to come.  Returns their number, 0 at
+ * the end of the stream, -ETIMEDOUT at that time or else after stall_ms of
+ * silence, or -errno. */
+static ssize_t io_recv(struct io *io, void *buf, size_t len, int64_t until) {
   ssize_t n;
-  if (io->stopping && !io->left) return -ESHUTDOWN;
-  if (!io->polls_requests && !io->deadline) {
+  assert(len > 0 && !io->deadline);
+  if (io->stopping && !io->arrived_left) return -ESHUTDOWN;
+  if (!io->polls_requests && !until) {
     n = io_recv_now(io, buf, len, 0);
     return n == -EAGAIN ? -ETIMEDOUT : n;
   }
-  int64_t until = io->deadline ? io->deadline : os_now_ms() + io->stall_ms;
   do {
-    int err = io_wait_input(io, until);
+    int err = io_wait_input(io, until ? until : os_now_ms() + io->stall_ms);
     if (err) return err;
     n = io_recv_now(io, buf, len, MSG_DONTWAIT);
-  } while (n == -EAGAIN); /* another reader of this descriptor was faster */
+  } while (n == -EAGAIN);
   return n;
 }
 
@@ -1764,7 +1732,7 @@ static int io_recv_all(struct io *io, unsigned char *p, size_t len) {
       io->deadline ? io->deadline : os_now_ms() + io_time_for(io, len);
   while (len > 0) {
     int err = 0;
-    if (io->stopping && !io->left)
+    if (io->stopping && !io->arrived_left)
       err = -ESHUTDOWN;
     else if (!waits_in_recv)
       err = io_wait_input(io, until);
@@ -1786,7 +1754,7 @@ static int io_recv_all(struct io *io, unsigned char *p, size_t len) {
  * says that it is ready.  Bytes written, or -1 with errno. */
 static ssize_t io_write_pipe(int fd, const struct iovec *v) {
   struct pollfd p = {.fd = fd, .events = POLLOUT};
-  if (poll(&p, 1, 0) == 0) {
+  if (poll(&p, 1, 0) <= 0) {
     errno = EAGAIN;
     return -1;
   }
@@ -1835,13 +1803,18 @@ static int io_send(const struct io *io, struct iovec *v, int n) {
 static void io_linger(struct io *io) {
   char waste[4096];
   int64_t until = os_now_ms() + IO_GRACE_MS;
-  if (io->at_end) return;
-  if (io->stopping) until = io_grace_end(io->stop);
-  if (shutdown(io->out, SHUT_WR) < 0) return;
-  struct pollfd p = {.fd = io->in, .events = POLLIN};
-  for (;;) {
-    int r = poll(&p, 1, io_timeout(until));
-    if (r == 0 || (r < 0 && errno != EINTR)) return;
+  struct pollfd p[2] = {{.fd = io->in, .events = POLLIN},
+                        {.fd = io->stop->pipe[0], .events = POLLIN}};
+  if (io->at_end || shutdown(io->out, SHUT_WR) < 0) return;
+  for (int timeout; (timeout = io_timeout(until)) > 0;) {
+    int r = poll(p, 2, timeout);
+    if (r < 0 && errno != EINTR) return;
+    if (r <= 0) continue;
+    if (p[1].revents) {
+      until = io_grace_end(io->stop);
+      p[1].fd = -1;
+    }
+    if (!p[0].revents) continue;
     ssize_t n = recv(io->in, waste, sizeof waste, MSG_DONTWAIT);
     if (n == 0) return;
     if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
@@ -1867,27 +1840,27 @@ struct nbdserve;
 
 /* ---- Requests -----------------------------------------------------------
  *
- *                    refused, or nothing to do
- *   (tx_validate) ------------------------------------------> DONE
- *      |      |                                               ^  ^
- *      | else | a FLUSH                                       |  |
- *      v      v                                               |  |
- *     TODO   TO_FLUSH <--- a write with FUA, written ---+     |  |
- *      |         |                                      |     |  |
- *      |         +---------- flushed, or failed --------|-----+  |
- *      +-------------------- executed ------------------+--------+
- *      |
- *      +--> HANDED_OVER (also from TO_FLUSH): a worker has a copy, in the state
- *           that this one had; this one is dead
+ *   state         set by                              what comes next
+ *   TODO          tx_make_request                     TO_FLUSH, HANDED_OVER,
+ *                                                     DONE
+ *   TO_FLUSH      tx_next_request, for a FLUSH;       HANDED_OVER, DONE
+ *                 tx_executed, for a write with FUA
+ *   HANDED_OVER   tx_hand_over: a worker has a copy,  nothing: this one is dead
+ *                 in the state that this one had
+ *   DONE          tx_refuse; tx_next_request, if      IN_WBUF, SENT
+ *                 there is nothing to do; tx_executed;
+ *                 tx_flush
+ *   IN_WBUF       tx_fill_slot, for a READ            SENT
+ *   SENT          tx_release                          nothing
  *
- *     DONE --> IN_WBUF --> SENT      a READ whose reply was built in the send
- *     DONE --------------> SENT      buffer; any other request
- */
+ * Until it is HANDED_OVER only the client's thread touches a request; the copy
+ * belongs to the worker that takes it. */
 enum req_state {
   REQ_TODO,        /* is to be executed */
-  REQ_TO_FLUSH,    /* its data is written, if it has any; a flush is owed */
+  REQ_TO_FLUSH,    /* a FLUSH, or a write with FUA that is written: owes a
+                      flush */
   REQ_HANDED_OVER, /* a worker's copy goes on from here */
-  REQ_DONE,        /* err is final, no reply was sent so far */
+  REQ_DONE,        /* err is final; it is not answered yet */
   REQ_IN_WBUF,     /* a READ: head and data stand in its slot of wbuf */
   REQ_SENT         /* the reply was given to the socket */
 };
@@ -1914,8 +1887,8 @@ struct nbdserve_req {
   const char *refused; /* why tx_validate refused it, else NULL */
   int all_zero;        /* READ: only zeroes were read, so a hole may be sent */
   int more_chunks;     /* another chunk of this reply follows */
-  int err_has_off;     /* err happened at: */
-  uint64_t err_off;
+  int err_has_off;     /* err_off is valid */
+  uint64_t err_off;    /* where in the export err happened */
   struct nbdserve_req *next; /* in a list of requests that are answered, or
                                 wait for a worker */
 };
@@ -1952,9 +1925,9 @@ enum {
   EX_DEFAULT_BLOCK = 4096,   /* the same: what clients take for granted, */
   EX_DEFAULT_MAX = 32 << 20, /* and here */
   EX_ZERO_STEP = 1 << 20,    /* bytes of zeroes that are written at a time */
-  EX_EXTENTS = 2048,         /* in one reply, at most */
+  EX_EXTENTS = 2048,         /* in one reply, at most: 32 KiB */
   EX_MAX_ERRNO = 4095,       /* no system has a larger one */
-  EX_LIES_LOGGED = 10        /* messages about a host's wrong results */
+  EX_LIES_LOGGED = 10        /* messages about wrong results: no flood */
 };
 
 struct ex {
@@ -1985,6 +1958,8 @@ struct nbdserve {
   int nlisteners;
   int64_t accept_after; /* in os_now_ms: the last accept() failed */
   int64_t full_told;    /* when it was last said that clients have to wait */
+  int first_listener;   /* whom to look at first: each in turn */
+  int finished;         /* srv_finish has done its steps */
   /* -- guarded by lock, in which nobody waits */
   struct os_monitor lock;
   struct ex *exports; /* (E1): the list only grows, at its end */
@@ -1993,13 +1968,8 @@ struct nbdserve {
   unsigned nconns;
   unsigned nlies;     /* wrong results of the host's functions so far */
   int64_t idle_since; /* when the last client left; 0: never run */
-  struct nbdserve_stats totals; /* of the clients that have left */
+  struct nbdserve_stats totals; /* of the clients that have left; all flushes */
 };
-
-/* The name of an export; "" for the default one. */
-static const char *ex_name(const struct ex *ex) {
-  return ex->pub.name;
-}
 
 /* ---- The layer around the host's functions ------------------------------- */
 
@@ -2028,7 +1998,8 @@ static int ex_believe(struct nbdserve *s, const char *where,
   return -EIO;
 }
 
-/* Around each call into a backend. */
+/* Called around each call of a backend's read ... extents, so that one which is
+ * SERIAL sees one at a time. */
 static void ex_enter(struct ex *ex) {
   if (ex->pub.flags & NBDSERVE_EXPORT_SERIAL) os_lock(&ex->serial);
 }
@@ -2042,14 +2013,14 @@ static void ex_leave(struct ex *ex) {
 static int ex_ask_before(struct ex *ex, const struct nbdserve_req *r) {
   const struct nbdserve_config *k = &ex->server->config;
   if (!k->before) return 0;
-  return ex_believe(ex->server, ex_name(ex), "before",
+  return ex_believe(ex->server, ex->pub.name, "before",
                     k->before(k->ctx, r->type, r->off, r->len));
 }
 
 /* ---- Making, finding, freeing -------------------------------------------- */
 
-/* Frees the export; the backend's context goes back to who gave it. */
-static void ex_disown(struct ex *ex) {
+/* Frees the export; the backend's context goes back to its owner. */
+static void ex_free_keep_ctx(struct ex *ex) {
   assert(!ex->flush_runs);
   os_monitor_free(&ex->lock);
   os_monitor_free(&ex->serial);
@@ -2059,7 +2030,7 @@ static void ex_disown(struct ex *ex) {
 /* Frees the export and, through close, the backend's context. */
 static void ex_free(struct ex *ex) {
   if (ex->pub.ops->close) ex->pub.ops->close(ex->pub.ctx);
-  ex_disown(ex);
+  ex_free_keep_ctx(ex);
 }
 
 /* Fills in what the host has left at 0. */
@@ -2114,6 +2085,7 @@ static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
       memcpy(ex->strings + name_size, e.description, description_size);
   ex->pub = e;
   ex->server = s;
+  assert(!ex_fault(&ex->pub) && !ex->next);
   *out = ex;
   return 0;
 }
@@ -2121,7 +2093,7 @@ static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
 /* The added export of that name, or NULL.  The caller holds s->lock. */
 static struct ex *ex_by_name(struct nbdserve *s, const char *name) {
   struct ex *ex = s->exports;
-  while (ex && strcmp(ex_name(ex), name) != 0)
+  while (ex && strcmp(ex->pub.name, name) != 0)
     ex = ex->next;
   return ex;
 }
@@ -2138,8 +2110,8 @@ static struct ex *ex_fallback(struct nbdserve *s, const char *name) {
 }
 
 /* Asks the host's find callback for an export.  -ENOENT: it knows none of that
- * name, or there is no callback; others: what it said, or why what it gave is
- * none.  The client owns the export. */
+ * name, or there is no callback; others: what it said, or -EIO if what it gave
+ * is not a valid export.  The client owns the export. */
 static int ex_from_callback(struct nbdserve *s, const char *name,
                             struct ex **out) {
   const struct nbdserve_config *k = &s->config;
@@ -2148,18 +2120,16 @@ static int ex_from_callback(struct nbdserve *s, const char *name,
   int err = ex_believe(s, name, "find", k->find(k->ctx, name, &e));
   if (err) return err;
   if (!e.name) e.name = name;
-  err = ex_new(s, &e, out);
-  if (!err) {
-    (*out)->from_callback = 1;
-    return 0;
-  }
-  if (err == -EINVAL) {
-    ex_fill_defaults(&e);
-    u_log(k, NBDSERVE_LOG_ERROR, "the host's find gave a wrong export: %s",
-          ex_fault(&e));
+  ex_fill_defaults(&e);
+  if (ex_fault(&e)) {
+    ex_log_lie(s, name, "find gave a wrong export:", ex_fault(&e));
     err = -EIO;
   }
-  if (e.ops && e.ops->close) e.ops->close(e.ctx);
+  if (!err) err = ex_new(s, &e, out);
+  if (!err)
+    (*out)->from_callback = 1;
+  else if (e.ops && e.ops->close)
+    e.ops->close(e.ctx);
   return err;
 }
 
@@ -2173,7 +2143,8 @@ static int ex_current_size(struct ex *ex, uint64_t *size) {
   if (is_size) e->size = now;
   os_unlock(&ex->server->lock);
   if (!is_size) {
-    ex_log_lie(ex->server, ex_name(ex), "size", "returned more than INT64_MAX");
+    ex_log_lie(ex->server, ex->pub.name, "size",
+               "returned more than INT64_MAX");
     return -EIO;
   }
   *size = now - now % e->min_block; /* no request reaches the rest */
@@ -2212,26 +2183,25 @@ static void ex_release(struct ex *ex) {
 
 /* The transmission flags for a client: each is set exactly when the thing works
  * on this export.  has_allocation: the client has selected base:allocation. */
-static unsigned ex_transmission_flags(const struct nbdserve *s,
-                                      const struct ex *ex, enum wire_mode mode,
+static unsigned ex_transmission_flags(const struct ex *ex, enum wire_mode mode,
                                       int has_allocation) {
+  const struct nbdserve_config *k = &ex->server->config;
   const struct nbdserve_ops *ops = ex->pub.ops;
-  unsigned hidden = s->config.without;
+  int writable = !(ex->pub.flags & NBDSERVE_EXPORT_READONLY);
   unsigned f = 0;
   if (ex->pub.flags & NBDSERVE_EXPORT_ROTATIONAL) f |= NBD_FLAG_ROTATIONAL;
-  /* With a single slot a second connection would wait for ever. */
-  if ((ex->pub.flags & NBDSERVE_EXPORT_MULTI_CONN) && s->config.max_conn > 1)
+  /* With a single slot a second connection would wait until the first ends. */
+  if ((ex->pub.flags & NBDSERVE_EXPORT_MULTI_CONN) && k->max_conn > 1)
     f |= NBD_FLAG_CAN_MULTI_CONN;
   if (ops->cache) f |= NBD_FLAG_SEND_CACHE;
   if (mode != MODE_SIMPLE) f |= NBD_FLAG_SEND_DF;
   if (mode == MODE_EXTENDED && has_allocation)
     f |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
-  if (ex->pub.flags & NBDSERVE_EXPORT_READONLY)
-    return (f & ~hidden) | NBD_FLAG_HAS_FLAGS | NBD_FLAG_READ_ONLY;
-  f |= NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
-  if (ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
-  if (ops->trim) f |= NBD_FLAG_SEND_TRIM;
-  return (f & ~hidden) | NBD_FLAG_HAS_FLAGS;
+  if (writable) f |= NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
+  if (writable && ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
+  if (writable && ops->trim) f |= NBD_FLAG_SEND_TRIM;
+  f &= ~k->without;
+  return f | NBD_FLAG_HAS_FLAGS | (writable ? 0 : NBD_FLAG_READ_ONLY);
 }
 
 /* ---- Flush and FUA ------------------------------------------------------- */
@@ -2243,10 +2213,13 @@ static void ex_run_flush(struct ex *ex, uint64_t number) {
   ex->flushes_begun = number;
   ex->flush_runs = 1;
   os_unlock(&ex->lock);
+  os_lock(&ex->server->lock);
+  ex->server->totals.flushes++;
+  os_unlock(&ex->server->lock);
   ex_enter(ex);
   int err = ex->pub.ops->flush(ex->pub.ctx, 0);
   ex_leave(ex);
-  err = ex_believe(ex->server, ex_name(ex), "flush", err);
+  err = ex_believe(ex->server, ex->pub.name, "flush", err);
   os_lock(&ex->lock);
   ex->flush_runs = 0;
   if (err) {
@@ -2264,8 +2237,8 @@ static void ex_run_flush(struct ex *ex, uint64_t number) {
  *   flush 8                                 |begins ........ ends|
  *                    one of those that need it runs it           ^ we go
  *
- * If meanwhile a later one fails, that is our failure, too: it was to cover our
- * writes as well, and says that they may not be there. */
+ * If a later one fails meanwhile we fail, too, because that flush also covered
+ * our writes. */
 static int ex_flush(struct ex *ex) {
   if (!ex->pub.ops->flush || (ex->pub.flags & NBDSERVE_EXPORT_UNSAFE)) return 0;
   os_lock(&ex->lock);
@@ -2274,6 +2247,7 @@ static int ex_flush(struct ex *ex) {
     os_wait(&ex->lock);
   if (ex->flushes_begun < needed) ex_run_flush(ex, needed);
   assert(ex->flushes_begun >= needed);
+  assert(ex->flush_failed <= ex->flushes_begun);
   int err = ex->flush_failed >= needed ? ex->flush_err : 0;
   os_unlock(&ex->lock);
   return err;
@@ -2311,15 +2285,14 @@ struct nbdserve_extents {
 };
 
 /* Adds len bytes to the extents of the reply: to the last one, if the status is
- * the same.  No room: that is all, then. */
+ * the same.  If there is no room the report ends here. */
 static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
                           uint32_t status) {
   unsigned char *next = x->data + (size_t)WIRE_EXT_EXTENT_LEN * x->n;
-  unsigned char *last = next - WIRE_EXT_EXTENT_LEN;
-  assert(len > 0 && len <= x->left);
+  assert(len > 0 && len <= x->left && x->n <= x->max);
   x->left -= len;
-  if (x->n && u_get64(last + 8) == status) {
-    u_put64(last, u_get64(last) + len);
+  if (x->n && u_get64(next - 8) == status) {
+    u_put64(next - 16, u_get64(next - 16) + len);
   } else if (x->n < x->max) {
     u_put64(next, len);
     u_put64(next + 8, status);
@@ -2344,6 +2317,7 @@ int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
   if (rest && x->left) {
     uint64_t block = u_min(x->align, x->left);
     x->overhang = block - rest;
+    assert(x->overhang < x->align);
     ex_put_extent(x, block, 0);
   }
   return x->left == 0;
@@ -2370,7 +2344,7 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   struct nbdserve_extents x = {.left = r->len, .align = ex->pub.min_block};
   x.max =
       (unsigned)u_min(ex->pub.max_request / WIRE_EXT_EXTENT_LEN, EX_EXTENTS);
-  if (flags) x.max = 1;
+  if (flags & NBDSERVE_CMD_REQ_ONE) x.max = 1;
   assert(r->mode != MODE_SIMPLE && !r->owns_buf);
   unsigned char *p = NBDSERVE_MALLOC(WIRE_EXT_STATUS_LEN +
                                      (size_t)WIRE_EXT_EXTENT_LEN * EX_EXTENTS);
@@ -2383,11 +2357,11 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
     ex_enter(ex);
     err = ex->pub.ops->extents(ex->pub.ctx, r->off, r->len, flags, &x);
     ex_leave(ex);
-    err = ex_believe(ex->server, ex_name(ex), "extents", err);
+    err = ex_believe(ex->server, ex->pub.name, "extents", err);
   }
   if (err) return err;
   if (x.lied) {
-    ex_log_lie(ex->server, ex_name(ex), "extents",
+    ex_log_lie(ex->server, ex->pub.name, "extents",
                "gave a status that does not exist");
     return -EIO;
   }
@@ -2406,8 +2380,8 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
 
 /* ---- One request on a backend -------------------------------------------- */
 
-/* Calls the backend's function for a request.  0 or -errno; -ENOTSUP is also
- * said for WRITE_ZEROES if the backend has no function for it. */
+/* Calls the backend's function for a request.  Returns 0 or -errno; for
+ * WRITE_ZEROES -ENOTSUP also if the backend has no function for it. */
 static int ex_call(struct ex *ex, struct nbdserve_req *r) {
   const struct nbdserve_ops *ops = ex->pub.ops;
   void *ctx = ex->pub.ctx;
@@ -2436,7 +2410,7 @@ static int ex_call(struct ex *ex, struct nbdserve_req *r) {
     assert(0); /* (E2) */
   }
   ex_leave(ex);
-  return ex_believe(ex->server, ex_name(ex), wire_cmd(r->type)->name, err);
+  return ex_believe(ex->server, ex->pub.name, wire_cmd(r->type)->name, err);
 }
 
 /* Does a WRITE_ZEROES by writing zeroes.  A range above 4 GiB is -EOVERFLOW: it
@@ -2466,6 +2440,7 @@ static int ex_execute(struct ex *ex, struct nbdserve_req *r) {
   assert(r->off % ex->pub.min_block == 0); /* (E2) */
   assert(!wire_cmd(r->type)->writes ||
          !(ex->pub.flags & NBDSERVE_EXPORT_READONLY));
+  assert(r->buf || !wire_cmd(r->type)->has_data);
   int err = ex_call(ex, r);
   if (err == -ENOTSUP && r->type == NBD_CMD_WRITE_ZEROES &&
       !(r->flags & NBD_CMD_FLAG_FAST_ZERO))
@@ -2548,28 +2523,34 @@ static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
  *                       from TRANSMISSION on
  *   option, receiving,  the client's thread              -
  *   the batch
- *   sending             whoever answers a request        send_lock
+ *   sending             whoever answers a request (in    send_lock
+ *                       the handshake: the client's
+ *                       thread, without a lock)
  *   queue, statistics   the client's thread, workers,    queue_lock
  *                       nbdserve_stats
  *
+ * The phase is not stored: it follows from where the client's thread is.
  * queue_lock is waited on by idle workers, for work, and by the client's
  * thread, for a worker to finish (reader_waits). */
 
 enum {
   CONN_RBUF = 256 << 10, /* bytes received at a time */
   CONN_WBUF = 288 << 10, /* bytes of slots: 64 READs of 4 KiB and their heads */
-  TX_IN_BATCH_MAX = 128 << 10, /* READ, WRITE: longer ones are not in a batch */
+  TX_IN_BATCH_MAX = 128 << 10, /* the longest READ or WRITE in a batch */
   TX_PIECE = 1 << 20,          /* they are done in pieces of this size, which
                                   is also the longest that a worker gets, the
                                   longest single chunk, and IO_UNIT */
   TX_BATCH = 128,              /* requests in a batch, at most */
   TX_HANDED_OVER = 1024, /* requests with workers, if none of them has data */
-  TX_ERROR_TEXT = 80,    /* bytes of an error's text that are sent */
-  TX_LOGGED = 10,        /* failed requests of a client that are logged */
-  TX_HEAD_MAX =          /* the longest reply without data: ERROR_OFFSET */
+  TX_MIN_HOLE = 512,     /* bytes: to send a shorter hole saves too little */
+  TX_AFTER_LONG_WRITE = 4096, /* bytes received then: a few heads, see there */
+  TX_ERROR_TEXT = 80,         /* bytes of an error's text that are sent */
+  TX_LOGGED = 10,             /* failed requests of a client that are logged */
+  TX_HEAD_MAX =               /* the longest reply without data: ERROR_OFFSET */
       WIRE_EXT_CHUNK_LEN + WIRE_ERROR_LEN + TX_ERROR_TEXT + WIRE_OFFSET_LEN
 };
 STATIC_ASSERT(option_fits, (int)NBDSERVE_MAX_OPTION <= (int)CONN_RBUF);
+STATIC_ASSERT(option_holds_a_name, NBDSERVE_MAX_OPTION >= WIRE_STRING_MAX);
 STATIC_ASSERT(write_fits,
               TX_IN_BATCH_MAX + (int)WIRE_EXT_REQUEST_LEN <= (int)CONN_RBUF);
 STATIC_ASSERT(read_fits, TX_IN_BATCH_MAX + TX_HEAD_MAX <= CONN_WBUF);
@@ -2580,7 +2561,7 @@ struct conn {
   struct nbdserve *s;
   int id;     /* for messages: clients are numbered from 1 on */
   int fd;     /* a socket that is closed in the end; -1: it is the caller's */
-  int is_tcp; /* it ends with io_linger */
+  int is_tcp; /* see srv_must_linger */
   /* -- */
   struct conn *next; /* of s->conns */
   struct io io;      /* says itself who may touch what */
@@ -2595,7 +2576,7 @@ struct conn {
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n); /* or NULL */
   size_t read_head;         /* bytes in front of the data of a READ's reply */
   unsigned max_workers;     /* 0: none, the client's thread does all itself */
-  unsigned max_handed_over; /* requests that workers have or will get */
+  unsigned max_handed_over; /* limit for nhanded_over */
   /* -- the option that is being answered */
   uint32_t option;
   const unsigned char *option_data; /* what is left of its data */
@@ -2618,8 +2599,8 @@ struct conn {
   struct os_monitor queue_lock;
   struct nbdserve_req *queue; /* each for one worker */
   struct nbdserve_req **queue_end;
-  struct nbdserve_req *to_flush; /* all of them for one worker, */
-  int flush_at_work;             /* which is doing the ones before them */
+  struct nbdserve_req *to_flush; /* one worker takes all of them */
+  int flush_at_work;             /* a worker took others and is not done */
   unsigned nqueue;
   unsigned nhanded_over; /* in both lists, and being done */
   unsigned nworkers;
@@ -2648,8 +2629,8 @@ enum hs_result {
   HS_FAILED /* the connection is closed: c->end_err says why */
 };
 
-/* Closes the connection for that reason. */
-static enum hs_result hs_close(struct conn *c, int err) {
+/* Notes why the connection is to be closed. */
+static enum hs_result hs_fail(struct conn *c, int err) {
   assert(err < 0);
   c->end_err = err;
   return HS_FAILED;
@@ -2664,7 +2645,7 @@ static int hs_send(struct conn *c) {
 }
 
 /* Makes room for len more bytes in wbuf, all to be written by the caller.  If
- * the client is gone they go nowhere, and hs_run will see it. */
+ * sending has failed they are dropped, and hs_run notices it. */
 static unsigned char *hs_reserve(struct conn *c, size_t len) {
   assert(len <= CONN_WBUF);
   if (c->wbuf_used + len > CONN_WBUF) hs_send(c);
@@ -2737,8 +2718,7 @@ static void hs_enter(struct conn *c, struct ex *ex, const char *name,
   c->export = ex;
   c->export_size = size;
   c->has_allocation = hs_has_allocation(c, name);
-  c->transmission_flags =
-      ex_transmission_flags(c->s, ex, c->mode, c->has_allocation);
+  c->transmission_flags = ex_transmission_flags(ex, c->mode, c->has_allocation);
   c->read_head = WIRE_SIMPLE_REPLY_LEN;
   if (c->mode != MODE_SIMPLE)
     c->read_head = wire_chunk_len(c->mode) + WIRE_OFFSET_LEN;
@@ -2762,12 +2742,12 @@ static enum hs_result hs_opt_export_name(struct conn *c) {
   char name[WIRE_STRING_MAX + 1];
   struct ex *ex;
   uint64_t size;
-  if (c->mode == MODE_EXTENDED) return hs_close(c, -EPROTO); /* GO is needed */
+  if (c->mode == MODE_EXTENDED) return hs_fail(c, -EPROTO); /* GO is needed */
   assert(c->option_left <= WIRE_STRING_MAX); /* hs_option has seen to it */
   memcpy(name, c->option_data, c->option_left);
   name[c->option_left] = 0;
-  if (strlen(name) != c->option_left) return hs_close(c, -ENOENT);
-  if (ex_acquire(c->s, name, &ex, &size)) return hs_close(c, -ENOENT);
+  if (strlen(name) != c->option_left) return hs_fail(c, -ENOENT);
+  if (ex_acquire(c->s, name, &ex, &size)) return hs_fail(c, -ENOENT);
   hs_enter(c, ex, name, size);
   if (!c->no_zeroes) len += WIRE_EXPORT_NAME_PAD;
   unsigned char *p = memset(hs_reserve(c, len), 0, len);
@@ -2776,19 +2756,13 @@ static enum hs_result hs_opt_export_name(struct conn *c) {
   return HS_ENTER;
 }
 
-/* proto.md, NBD_OPT_ABORT: whatever its data, and however much that is. */
-static enum hs_result hs_opt_abort(struct conn *c) {
-  hs_ack(c);
-  return HS_END;
-}
-
 /* Lists an export; the host's list callback calls it, too.  Not 0: the client
  * is gone, and the rest is for nobody. */
 static int hs_list_one(void *conn, const char *name, const char *description) {
   struct conn *c = conn;
   size_t n = name ? strlen(name) : 0;
   size_t d = description ? strlen(description) : 0;
-  /* Nobody could ask for such an export. */
+  /* The protocol has no longer strings, so it cannot be listed. */
   if (n > WIRE_STRING_MAX || d > WIRE_STRING_MAX) return 0;
   unsigned char *p = hs_reply(c, NBD_REP_SERVER, 4 + n + d);
   u_put32(p, (uint32_t)n);
@@ -2801,20 +2775,19 @@ static int hs_list_one(void *conn, const char *name, const char *description) {
  * that reads slowly must not hold up others.  (E1): the list only grows. */
 static enum hs_result hs_opt_list(struct conn *c) {
   const struct nbdserve_config *k = &c->s->config;
-  int gone = 0;
   int err = 0;
   if (c->option_left)
     return hs_refuse(c, NBD_REP_ERR_INVALID, "data with NBD_OPT_LIST");
   os_lock(&c->s->lock);
-  for (struct ex *ex = c->s->exports; ex && !gone; ex = ex->next) {
+  for (struct ex *ex = c->s->exports; ex && !c->send_err; ex = ex->next) {
     os_unlock(&c->s->lock);
-    gone = hs_list_one(c, ex_name(ex), ex->pub.description);
+    hs_list_one(c, ex->pub.name, ex->pub.description);
     os_lock(&c->s->lock);
   }
   os_unlock(&c->s->lock);
-  if (!gone && k->list)
+  if (!c->send_err && k->list)
     err = ex_believe(c->s, "", "list", k->list(k->ctx, hs_list_one, c));
-  if (c->send_err) return hs_close(c, c->send_err);
+  if (c->send_err) return hs_fail(c, c->send_err);
   if (!err) return hs_ack(c);
   u_log(k, NBDSERVE_LOG_WARNING, "the host's list of exports: %s",
         u_errno_text(err));
@@ -2883,11 +2856,11 @@ static enum hs_result hs_opt_go(struct conn *c) {
     return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
   if (err) return hs_refuse(c, NBD_REP_ERR_UNKNOWN, u_errno_text(err));
   unsigned flags =
-      ex_transmission_flags(c->s, ex, c->mode, hs_has_allocation(c, name));
+      ex_transmission_flags(ex, c->mode, hs_has_allocation(c, name));
   unsigned infos = hs_infos(&ex->pub, asked);
   for (unsigned type = 0; type <= NBD_INFO_BLOCK_SIZE; type++)
     if (infos & 1u << type) hs_put_info(c, ex, size, flags, type);
-  /* proto.md: who does not ask for block sizes might send unaligned
+  /* proto.md: a client that does not ask for block sizes might send unaligned
    * requests. */
   int must_ask = ex->pub.min_block > 1 && !(asked & 1u << NBD_INFO_BLOCK_SIZE);
   if (c->option == NBD_OPT_GO && !must_ask) {
@@ -2975,10 +2948,17 @@ static enum hs_result (*const hs_options[])(struct conn *c) = {
 
 /* ---- Haggling ------------------------------------------------------------ */
 
-/* Is the option hidden from clients (config.without, bit 16 + option)? */
+enum {
+  HS_WITHOUT_OPTIONS = 16 /* from this bit of config.without on: options */
+};
+
+/* Is the option, one of ours, hidden from clients? */
 static int hs_is_hidden(const struct conn *c, uint32_t option) {
-  return option < 16 && c->s->config.without >> 16 >> option & 1;
+  assert(option < COUNT_OF(hs_options));
+  return c->s->config.without >> (HS_WITHOUT_OPTIONS + option) & 1;
 }
+STATIC_ASSERT(options_have_bits,
+              HS_WITHOUT_OPTIONS + COUNT_OF(hs_options) <= 32);
 
 /* Receives an option's data.  More than is looked at is thrown away, piece by
  * piece: what is left in rbuf then means nothing. */
@@ -2996,17 +2976,20 @@ static int hs_take_data(struct conn *c, uint32_t len) {
 static enum hs_result hs_option(struct conn *c) {
   unsigned char head[WIRE_OPTION_LEN];
   int err = io_recv_all(&c->io, head, sizeof head);
-  if (err) return hs_close(c, err);
+  if (err) return hs_fail(c, err);
   struct wire_option o = wire_get_option(head);
   c->option = o.option;
-  if (o.magic != NBD_OPTION_MAGIC) return hs_close(c, -EPROTO);
+  if (o.magic != NBD_OPTION_MAGIC) return hs_fail(c, -EPROTO);
   if (o.option == NBD_OPT_EXPORT_NAME && o.len > WIRE_STRING_MAX)
-    return hs_close(c, -ENOENT); /* it could not be answered anyway */
+    return hs_fail(c, -ENOENT); /* it could not be answered anyway */
   err = hs_take_data(c, o.len);
-  if (err) return hs_close(c, err);
+  if (err) return hs_fail(c, err);
   /* proto.md: each SET replaces the selection, also one that fails. */
   if (o.option == NBD_OPT_SET_META_CONTEXT) c->has_allocation = 0;
-  if (o.option == NBD_OPT_ABORT) return hs_opt_abort(c);
+  if (o.option == NBD_OPT_ABORT) { /* whatever its data, however much */
+    hs_ack(c);
+    return HS_END;
+  }
   if (o.option >= COUNT_OF(hs_options) || !hs_options[o.option] ||
       hs_is_hidden(c, o.option))
     return hs_refuse(c, NBD_REP_ERR_UNSUP, "unknown option");
@@ -3037,13 +3020,13 @@ static enum hs_result hs_run(struct conn *c) {
   assert(!c->io.deadline && !c->export && !c->wbuf_used);
   c->io.deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
   int err = hs_greet(c);
-  if (err) return hs_close(c, err);
+  if (err) return hs_fail(c, err);
   do {
     result = hs_option(c);
     err = hs_send(c);
   } while (result == HS_MORE && !err);
   c->io.deadline = 0;
-  if (err && result != HS_FAILED) return hs_close(c, err);
+  if (err && result != HS_FAILED) return hs_fail(c, err);
   assert(result != HS_ENTER || (c->export && !c->wbuf_used));
   return result;
 }
@@ -3066,15 +3049,17 @@ static enum hs_result hs_run(struct conn *c) {
  *                                           together         slot in wbuf
  *   TX_IN_PIECES  longer READ, WRITE        client's thread  piece_buf
  *   TX_COPIED     READ, WRITE up to         a worker         a buffer of its
- *                 TX_PIECE on a host's                       own
- *                 backend
- *   TX_BY_WORKER  FLUSH, TRIM, CACHE,       a worker, after  BLOCK_STATUS: a
- *                 WRITE_ZEROES,             the batch's      buffer of its own
- *                 BLOCK_STATUS              writes
+ *                 TX_PIECE without                           own
+ *                 run_batch
+ *   TX_BY_WORKER  FLUSH, TRIM, CACHE,       a worker; FLUSH: BLOCK_STATUS: a
+ *                 WRITE_ZEROES,             after the        buffer of its own
+ *                 BLOCK_STATUS              batch's writes
  *
  *   tx_run_batch     does what has gathered, when rbuf holds no whole request
  *                    any more or the batch is full
  *   tx_answer        counts, logs, sends, frees, in whichever thread is done
+ *
+ * Without run_batch: on a host's backend, or with config.before.
  *
  * A WRITE of 4 KiB to a file: recv() puts it into rbuf.  It is TX_IN_BATCH, and
  * its r.buf points into rbuf, which nobody touches until the batch is done.
@@ -3094,8 +3079,9 @@ static enum hs_result hs_run(struct conn *c) {
  * A client that never reads: who sends to it waits in poll() with send_lock
  * held, until the client takes something or its time is over (I2).  Then
  * send_err is set and nothing is sent any more.  Meanwhile the other threads of
- * this client wait for send_lock and no more is received, so memory is bounded
- * (T5).  Other clients share none of these locks and do not notice.
+ * this client wait when they have to send, and its own thread receives no more
+ * when it has to send or max_handed_over is reached, so memory is bounded (T5).
+ * Other clients share none of these locks and do not notice.
  *
  * ---- Rules ----------------------------------------------------------------
  * (T1) Every request gets exactly one reply, DISC none.  The order is free.
@@ -3106,33 +3092,33 @@ static enum hs_result hs_run(struct conn *c) {
  *      slot unused and is answered by a head alone.
  * (T3) A batch's writes are done before its flushes start: a flush covers all
  *      that was answered before it arrived, and more.
- * (T4) FLUSH, TRIM, CACHE, WRITE_ZEROES and BLOCK_STATUS, and everything on a
- *      host's backend, may take as long as they like: while there are workers,
- *      nothing behind them waits.  What the client's thread does itself, which
- *      is batches and pieces, holds up the requests behind it.
+ * (T4) FLUSH, TRIM, CACHE, WRITE_ZEROES and BLOCK_STATUS, and without run_batch
+ *      READ and WRITE, may take as long as they like: nothing behind them
+ *      waits, up to max_handed_over of them and while a worker can be had.
+ *      What the client's thread does itself, which is batches and pieces, holds
+ *      up the requests behind it.
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
- *      max_handed_over requests with workers.  On a host's backend each of
- *      these may hold TX_PIECE bytes.  With run_batch no READ or WRITE is
- *      TX_COPIED, and each holds the extents of a BLOCK_STATUS at most. */
+ *      max_handed_over requests with workers.  Without run_batch each of these
+ *      may hold TX_PIECE bytes.  With it no READ or WRITE is TX_COPIED, and
+ *      each holds the extents of a BLOCK_STATUS at most. */
 
 /* ---- Replies ------------------------------------------------------------- */
 
 /* What a reply, or a chunk of one, looks like. */
 enum tx_form {
-  TX_SIMPLE,  /* a simple reply, the data of a READ behind it */
-  TX_NONE,    /* a chunk that says: done */
-  TX_DATA,    /* a chunk of data */
-  TX_HOLE,    /* a chunk that says: zeroes */
-  TX_STATUS,  /* a chunk with extents */
-  TX_ERROR,   /* a chunk with an error */
-  TX_ERROR_AT /* the same, and where it happened */
+  TX_SIMPLE, /* a simple reply, the data of a READ behind it */
+  TX_NONE,   /* a chunk that says: done */
+  TX_DATA,   /* a chunk of data */
+  TX_HOLE,   /* a chunk that says: zeroes */
+  TX_STATUS, /* a chunk with extents */
+  TX_ERROR   /* a chunk with an error, and its place if that is known */
 };
 
 /* Which form the reply to a request has: its mode, its outcome and its command
  * decide. */
 static enum tx_form tx_form(const struct nbdserve_req *r) {
   if (r->mode == MODE_SIMPLE) return TX_SIMPLE;
-  if (r->err) return r->err_has_off ? TX_ERROR_AT : TX_ERROR;
+  if (r->err) return TX_ERROR;
   if (r->type == NBD_CMD_BLOCK_STATUS) return TX_STATUS;
   if (r->type == NBD_CMD_READ) {
     if (!r->len) return TX_NONE;
@@ -3150,7 +3136,7 @@ static uint32_t tx_error(const struct nbdserve_req *r) {
   return error;
 }
 
-/* Writes the payload of an error chunk: its length. */
+/* Writes the payload of an error chunk.  Returns its length. */
 static size_t tx_put_error(unsigned char *p, const struct nbdserve_req *r) {
   const char *text = r->refused ? r->refused : u_errno_text(r->err);
   size_t n = (size_t)u_min(strlen(text), TX_ERROR_TEXT);
@@ -3163,8 +3149,8 @@ static size_t tx_put_error(unsigned char *p, const struct nbdserve_req *r) {
   return n + WIRE_OFFSET_LEN;
 }
 
-/* Writes all of a reply but its data (see tx_data) to p[TX_HEAD_MAX]: the bytes
- * written. */
+/* Writes all of a reply but its data (see tx_data) to p[TX_HEAD_MAX].  Returns
+ * the number of bytes. */
 static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
   enum tx_form form = tx_form(r);
   if (form == TX_SIMPLE) return wire_put_simple(p, tx_error(r), r->cookie);
@@ -3192,14 +3178,12 @@ static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
     chunk.len = r->status_len;
     break;
   case TX_ERROR:
-  case TX_ERROR_AT:
     chunk.type =
-        form == TX_ERROR ? NBD_REPLY_TYPE_ERROR : NBD_REPLY_TYPE_ERROR_OFFSET;
+        r->err_has_off ? NBD_REPLY_TYPE_ERROR_OFFSET : NBD_REPLY_TYPE_ERROR;
     chunk.len = n = tx_put_error(p + head, r);
     break;
-  case TX_NONE:
+  case TX_NONE: /* is NBD_REPLY_TYPE_NONE, 0 */
   case TX_SIMPLE:
-    chunk.type = NBD_REPLY_TYPE_NONE;
     break;
   }
   wire_put_chunk(p, r->mode, &chunk);
@@ -3220,7 +3204,7 @@ static struct iovec tx_data(const struct nbdserve_req *r) {
 /* Were only zeroes read, so that a hole can be sent for them?  Where that is
  * not so, one look at the data mostly shows it. */
 static int tx_is_all_zero(const struct nbdserve_req *r) {
-  return r->mode != MODE_SIMPLE && r->len >= 512 &&
+  return r->mode != MODE_SIMPLE && r->len >= TX_MIN_HOLE &&
          u_is_zero(r->buf, (size_t)r->len);
 }
 
@@ -3270,6 +3254,8 @@ static struct nbdserve_req *tx_gather_heads(struct tx_out *out,
     if (r->state == REQ_IN_WBUF) continue;
     assert(r->state == REQ_DONE);
     if (out->heads_len + TX_HEAD_MAX > sizeof out->heads) break;
+    /* Two pieces, where slots and heads with data lie in between. */
+    if ((size_t)out->n + 2 > COUNT_OF(out->v)) break;
     struct iovec data = tx_data(r);
     unsigned char *head = out->heads + out->heads_len;
     size_t len = tx_put_head(head, r);
@@ -3282,7 +3268,8 @@ static struct nbdserve_req *tx_gather_heads(struct tx_out *out,
 
 /* Sends the n pieces at v, in one go as far as other threads can see.  After
  * the first error nothing is sent any more, and the client's thread, which may
- * wait in recv(), is told by the end of its stream.  0 or -errno. */
+ * wait for a request, is told by the end of its stream (unless that is a pipe
+ * of its own).  Returns 0 or -errno. */
 static int tx_send(struct conn *c, struct iovec *v, int n) {
   os_lock(&c->send_lock);
   if (!c->send_err) {
@@ -3304,7 +3291,8 @@ static int tx_send_all(struct conn *c, struct nbdserve_req *list) {
   do {
     out.heads_len = 0;
     rest = tx_gather_heads(&out, rest);
-    if (out.n) err = tx_send(c, out.v, out.n);
+    assert(out.n > 0 && out.heads_len <= sizeof out.heads);
+    err = tx_send(c, out.v, out.n);
     out.n = 0;
   } while (rest && !err);
   return err;
@@ -3323,17 +3311,14 @@ static void tx_count(struct conn *c, const struct nbdserve_req *list) {
   os_unlock(&c->queue_lock);
 }
 
-/* At which level a request is logged: what a client did wrong is of interest to
- * its author only, what a backend could not do to the operator. */
-static int tx_log_level(const struct nbdserve_req *r) {
-  if (!r->err || r->err == -ENOTSUP) return NBDSERVE_LOG_TRACE;
-  return r->refused ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING;
-}
-
-/* Logs a request that is answered; of those that failed only the first few. */
+/* Logs a request that is answered; of those that failed only the first few.
+ * What a client did wrong is of interest to its author, what a backend could
+ * not do to the operator.  -ENOTSUP is the usual answer to FAST_ZERO, no
+ * failure. */
 static void tx_log(struct conn *c, const struct nbdserve_req *r) {
   const struct wire_cmd *cmd = wire_cmd(r->type);
-  int level = tx_log_level(r);
+  int level = r->refused ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING;
+  if (!r->err || r->err == -ENOTSUP) level = NBDSERVE_LOG_TRACE;
   unsigned nth_failure = 0;
   if (level > c->s->config.log_level) return;
   if (level < NBDSERVE_LOG_TRACE) {
@@ -3351,8 +3336,8 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
            nth_failure == TX_LOGGED ? "; further failures are not logged" : "");
 }
 
-/* Counts and logs what is answered; mostly before it is sent, so that who has
- * the reply finds it in the statistics. */
+/* Counts and logs what is answered; mostly before it is sent, so that a client
+ * which has its reply finds it counted. */
 static void tx_account(struct conn *c, const struct nbdserve_req *list) {
   tx_count(c, list);
   for (const struct nbdserve_req *r = list; r; r = r->next)
@@ -3394,7 +3379,7 @@ static void tx_executed(struct conn *c, struct nbdserve_req *r, int err) {
 }
 
 /* Flushes for all requests of a list, which are TO_FLUSH, in one go.  `before`
- * is asked for each FLUSH; those that it refuses are none of the flush's. */
+ * is asked for each FLUSH; one that it refuses takes no part. */
 static void tx_flush(struct conn *c, struct nbdserve_req *list) {
   int wanted = 0;
   for (struct nbdserve_req *r = list; r; r = r->next) {
@@ -3497,13 +3482,16 @@ static void *tx_worker(void *conn) {
 }
 
 /* Sees to it that there is a worker for one more request, which is not queued
- * so far.  False: there is none at all.  The caller holds queue_lock. */
+ * yet.  Jobs that wait are: each queued request, and all flushes together,
+ * unless a flush is running, whose worker takes the next ones.  If these are
+ * more than the workers that are idle, one is started.  Returns false if there
+ * is none at all.  The caller holds queue_lock. */
 static int tx_need_worker(struct conn *c, const struct nbdserve_req *r) {
   assert(c->nidle <= c->nworkers && c->nworkers <= c->max_workers);
   int flush = r->state == REQ_TO_FLUSH;
-  unsigned wanted = c->nqueue + (flush ? 0 : 1);
-  if (!c->flush_at_work && (c->to_flush || flush)) wanted++;
-  if (wanted > c->nidle && c->nworkers < c->max_workers &&
+  unsigned jobs = c->nqueue + (flush ? 0 : 1);
+  if (!c->flush_at_work && (c->to_flush || flush)) jobs++;
+  if (jobs > c->nidle && c->nworkers < c->max_workers &&
       os_thread(tx_worker, c) == 0)
     c->nworkers++;
   return c->nworkers > 0;
@@ -3535,8 +3523,8 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
   if (!copy) return 0;
   *copy = *r;
   copy->next = NULL;
-  /* rbuf and wbuf are the client's thread's; what is left to do needs no
-   * data. */
+  /* A request whose data lies in rbuf or wbuf was executed; it only owes a
+   * flush, which needs no data. */
   if (!copy->owns_buf) copy->buf = NULL;
   os_lock(&c->queue_lock);
   while (c->nhanded_over >= c->max_handed_over)
@@ -3597,8 +3585,10 @@ static void tx_run_requests(struct conn *c) {
       i = tx_run_row(c, i);
       continue;
     }
-    if (r->state == REQ_TODO && (req_moves_data(r) || !tx_hand_over(c, r)))
-      tx_execute(c, r);
+    if (r->state == REQ_TODO) {
+      int given = !req_moves_data(r) && tx_hand_over(c, r);
+      if (!given) tx_execute(c, r);
+    }
     i++;
   }
   for (i = 0; i < c->nbatch; i++) { /* (T3): only now */
@@ -3667,24 +3657,27 @@ static int tx_recv_payload(struct conn *c, unsigned char *to, size_t n) {
   return n > here ? io_recv_all(&c->io, to + here, n - here) : 0;
 }
 
-/* Makes the buffer for pieces, once.  0 or -ENOMEM: a connection for which
- * there is not even a megabyte is closed. */
-static int tx_need_piece_buf(struct conn *c) {
-  if (!c->piece_buf) c->piece_buf = NBDSERVE_MALLOC(TX_HEAD_MAX + TX_PIECE);
-  return c->piece_buf ? 0 : -ENOMEM;
+/* Hands a request over if something is left to do of it, or does it and
+ * answers.  Returns 0, or -errno to close. */
+static int tx_finish(struct conn *c, struct nbdserve_req *r) {
+  if (r->state != REQ_DONE) {
+    if (tx_hand_over(c, r)) return 0;
+    tx_execute(c, r);
+  }
+  return tx_answer(c, r);
 }
 
 /* Throws away the payload of a request that was refused, and answers it. */
 static int tx_drain(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
-  int err = tx_need_piece_buf(c);
   assert(r->state == REQ_DONE && r->err && payload > TX_IN_BATCH_MAX);
   c->after_long_write = 1;
-  while (payload > 0 && !err) {
+  while (payload > 0) {
     size_t n = (size_t)u_min(payload, TX_PIECE);
-    err = tx_recv_payload(c, c->piece_buf, n);
+    int err = tx_recv_payload(c, c->piece_buf, n);
+    if (err) return err;
     payload -= n;
   }
-  return err ? err : tx_answer(c, r);
+  return tx_answer(c, r);
 }
 
 /* Does a long WRITE, piece by piece as they come.  After an error the others
@@ -3704,11 +3697,7 @@ static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r) {
     left -= piece.len;
   }
   tx_executed(c, r, failed);
-  if (r->state == REQ_TO_FLUSH) {
-    if (tx_hand_over(c, r)) return 0;
-    tx_execute(c, r);
-  }
-  return tx_answer(c, r);
+  return tx_finish(c, r);
 }
 
 /* The next piece of a long READ, from off on. */
@@ -3759,51 +3748,45 @@ static int tx_send_piece(struct conn *c, struct nbdserve_req *piece) {
   return tx_send(c, v, n);
 }
 
-/* Answers a long READ that went wrong before a piece, which is said if the
- * reply has room for it. */
-static int tx_fail_read(struct conn *c, struct nbdserve_req *r, int err,
-                        uint64_t off) {
-  tx_executed(c, r, err);
-  r->err_has_off = r->len > TX_PIECE;
-  r->err_off = off;
-  return tx_answer(c, r);
-}
-
 /* Reads and sends a long READ, piece by piece: as chunks of a structured reply,
- * or as one simple reply, after tx_try_read. */
+ * or as one simple reply, after tx_try_read.  If there are several pieces, an
+ * error says at which. */
 static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
+  int is_simple = r->mode == MODE_SIMPLE;
   uint64_t off = r->off;
   int err = ex_ask_before(c->export, r);
-  if (!err && r->mode == MODE_SIMPLE && r->len > TX_PIECE) {
+  if (!err && is_simple && r->len > TX_PIECE) {
     tx_wait_for_workers(c); /* a simple reply is in one piece */
     err = tx_try_read(c, r);
   }
-  if (err) {
-    tx_executed(c, r, err);
-    return tx_answer(c, r);
-  }
-  while (off < r->off + r->len) {
+  while (!err && off < r->off + r->len) {
     struct nbdserve_req piece = tx_read_piece(c, r, off);
     err = ex_execute(c->export, &piece);
     /* A simple reply that has begun cannot be taken back (proto.md). */
-    if (err && r->mode == MODE_SIMPLE && off > r->off) return err;
-    if (err) return tx_fail_read(c, r, err, off);
-    err = tx_send_piece(c, &piece);
-    if (err) return err;
+    if (err && is_simple && off > r->off) return err;
+    if (err) break;
+    int send_err = tx_send_piece(c, &piece);
+    if (send_err) return send_err;
     off += piece.len;
   }
-  r->buf = NULL;
+  r->err = err;
+  r->err_has_off = r->len > TX_PIECE;
+  r->err_off = off;
   req_set_state(r, REQ_DONE);
+  if (err) return tx_answer(c, r);
   tx_account(c, r);
   tx_release(r); /* all was sent */
   return 0;
 }
 
-/* Does a READ or WRITE that is longer than a batch takes. */
-static int tx_in_pieces(struct conn *c, struct nbdserve_req *r) {
-  assert(r->state == REQ_TODO && req_moves_data(r));
-  int err = tx_need_piece_buf(c);
-  if (err) return err;
+/* Does what needs the buffer for pieces: drains a request that was refused, or
+ * does a long READ or WRITE.  A connection for which there is not even a
+ * megabyte is closed. */
+static int tx_in_pieces(struct conn *c, struct nbdserve_req *r,
+                        uint64_t payload) {
+  if (!c->piece_buf) c->piece_buf = NBDSERVE_MALLOC(TX_HEAD_MAX + TX_PIECE);
+  if (!c->piece_buf) return -ENOMEM;
+  if (r->state == REQ_DONE) return tx_drain(c, r, payload);
   return r->type == NBD_CMD_READ ? tx_read_in_pieces(c, r)
                                  : tx_write_in_pieces(c, r);
 }
@@ -3813,16 +3796,14 @@ static int tx_in_pieces(struct conn *c, struct nbdserve_req *r) {
 static int tx_copied(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
   assert(!c->run_batch && r->state == REQ_TODO && r->len <= TX_PIECE);
   r->buf = NBDSERVE_MALLOC((size_t)r->len);
-  if (!r->buf) return tx_in_pieces(c, r);
+  if (!r->buf) return tx_in_pieces(c, r, payload);
   r->owns_buf = 1;
   int err = payload ? tx_recv_payload(c, r->buf, (size_t)payload) : 0;
   if (err) {
     NBDSERVE_FREE(r->buf);
     return err;
   }
-  if (tx_hand_over(c, r)) return 0;
-  tx_execute(c, r);
-  return tx_answer(c, r);
+  return tx_finish(c, r);
 }
 
 /* ---- Taking requests ----------------------------------------------------- */
@@ -3890,8 +3871,7 @@ static void tx_validate(const struct conn *c, struct nbdserve_req *r,
   }
 }
 
-/* Where a request is done: see the table at the head of the section.  This is
- * the only place that decides it. */
+/* Where a request is done: see the table at the head of the section. */
 enum tx_route {
   TX_ANSWER,
   TX_DRAIN,
@@ -3924,14 +3904,12 @@ static int tx_dispatch(struct conn *c, struct nbdserve_req *r,
   }
   int err = tx_run_batch(c); /* answers what came before, and frees rbuf */
   if (err) return err;
-  if (route == TX_DRAIN) return tx_drain(c, r, payload);
-  if (route == TX_COPIED) return tx_copied(c, r, payload);
-  assert(route == TX_IN_PIECES);
-  return tx_in_pieces(c, r);
+  return route == TX_COPIED ? tx_copied(c, r, payload)
+                            : tx_in_pieces(c, r, payload);
 }
 
-/* Makes a request of what the client sent; the payload, of which at least
- * TX_IN_BATCH_MAX bytes or all are there, begins at p. */
+/* Makes a request of what the client sent.  The payload begins at p; it is all
+ * there, unless it is longer than TX_IN_BATCH_MAX. */
 static struct nbdserve_req tx_make_request(const struct conn *c,
                                            const struct wire_request *w,
                                            uint64_t payload,
@@ -3948,7 +3926,7 @@ static struct nbdserve_req tx_make_request(const struct conn *c,
     /* The payload has the length, and the contexts that are wanted. */
     int is_ours =
         payload == WIRE_STATUS_PAYLOAD_LEN && u_get32(p + 8) == WIRE_CONTEXT_ID;
-    r.len = is_ours ? u_get64(p) : 0; /* 0: will be refused */
+    r.len = is_ours ? u_get64(p) : 0; /* tx_validate refuses 0 */
   }
   return r;
 }
@@ -3964,9 +3942,10 @@ static uint64_t tx_payload_len(const struct conn *c,
 /* Is that a request, with a payload that can be skipped at least? */
 static int tx_is_framed(const struct conn *c, const struct wire_request *w,
                         uint64_t payload) {
-  uint64_t max = c->mode == MODE_EXTENDED ? c->export->pub.max_request
-                                          : NBDSERVE_MAX_REQUEST;
-  return w->magic == wire_request_magic(c->mode) && payload <= max;
+  if (c->mode == MODE_EXTENDED)
+    return w->magic == NBD_EXTENDED_REQUEST_MAGIC &&
+           payload <= c->export->pub.max_request;
+  return w->magic == NBD_REQUEST_MAGIC && payload <= NBDSERVE_MAX_REQUEST;
 }
 
 /* What comes next for the client's thread. */
@@ -3978,7 +3957,7 @@ enum tx_next {
 };
 
 /* Notes an error that closes the connection; 0 is none. */
-static enum tx_next tx_go_on(struct conn *c, int err) {
+static enum tx_next tx_outcome(struct conn *c, int err) {
   if (!err) return TX_GO_ON;
   c->end_err = err;
   return TX_FAILED;
@@ -3999,7 +3978,7 @@ static enum tx_next tx_next_request(struct conn *c) {
              "%d: request magic 0x%08" PRIx32 ", %" PRIu64
              " bytes of payload; closed",
              c->id, w.magic, payload);
-    return tx_go_on(c, err ? err : -EPROTO);
+    return tx_outcome(c, err ? err : -EPROTO);
   }
   if (w.type == NBD_CMD_DISC) return TX_DISC;
   if (payload <= TX_IN_BATCH_MAX && here < head + payload) return TX_NEED_MORE;
@@ -4009,7 +3988,7 @@ static enum tx_next tx_next_request(struct conn *c) {
     req_set_state(&r, REQ_TO_FLUSH);
   if (r.state == REQ_TODO && !r.len) req_set_state(&r, REQ_DONE); /* nothing */
   c->rbuf_pos += head;
-  return tx_go_on(c, tx_dispatch(c, &r, payload));
+  return tx_outcome(c, tx_dispatch(c, &r, payload));
 }
 
 /* Receives more, behind what is left in rbuf.  The batch is empty: the payloads
@@ -4017,29 +3996,37 @@ static enum tx_next tx_next_request(struct conn *c) {
 static enum tx_next tx_receive(struct conn *c) {
   size_t left = c->rbuf_end - c->rbuf_pos;
   size_t room = CONN_RBUF - left;
-  int is_new = c->rbuf_pos > 0 || !left; /* what is left was not there before */
+  /* Is what is left the beginning of a request of which nothing was there when
+   * we received the last time? */
+  int is_first_part = c->rbuf_pos > 0;
+  int64_t until = 0;
   assert(c->rbuf_pos <= c->rbuf_end && c->rbuf_end <= CONN_RBUF);
   assert(!c->nbatch && !c->wbuf_used && room > 0);
   if (c->rbuf_pos) memmove(c->rbuf, c->rbuf + c->rbuf_pos, left);
   c->rbuf_pos = 0;
   c->rbuf_end = left;
+  if (left) { /* (I2); the time that the batch took is not the client's */
+    if (is_first_part) c->partial_since_ms = os_now_ms();
+    until = c->partial_since_ms + c->io.stall_ms;
+  }
   /* Behind a long WRITE another one is likely.  Its payload is received where
    * it is written from; what comes along with its head would have to be copied
    * there. */
-  if (c->after_long_write) room = (size_t)u_min(room, 4096);
+  if (c->after_long_write) room = (size_t)u_min(room, TX_AFTER_LONG_WRITE);
   c->after_long_write = 0;
-  ssize_t n = io_recv(&c->io, c->rbuf + left, room);
+  ssize_t n = io_recv(&c->io, c->rbuf + left, room, until);
   if (n == -ETIMEDOUT && !left) return TX_GO_ON; /* idle: as long as it likes */
-  if (n < 0) return tx_go_on(c, (int)n);
-  if (n == 0) return left ? tx_go_on(c, -EPIPE) : TX_DISC;
+  if (n < 0) return tx_outcome(c, (int)n);
+  if (n == 0) return left ? tx_outcome(c, -EPIPE) : TX_DISC;
+  assert((size_t)n <= room);
   c->rbuf_end += (size_t)n;
-  int64_t now = os_now_ms();
-  if (is_new) c->partial_since_ms = now; /* not while it was idle */
-  int too_slow = left && now - c->partial_since_ms > c->io.stall_ms; /* (I2) */
-  return tx_go_on(c, too_slow ? -ETIMEDOUT : 0);
+  /* After the first bytes of a request that came when nothing was left. */
+  if (!left) c->partial_since_ms = os_now_ms();
+  return TX_GO_ON;
 }
 
-/* The transmission phase, to its end.  c->end_err: why it ended, or 0. */
+/* The transmission phase, to its end.  c->end_err: why it ended, or 0.  After
+ * TX_FAILED the requests of a batch that was not run are dropped. */
 static void tx_run(struct conn *c) {
   enum tx_next next;
   assert(c->export && !c->nbatch && !c->wbuf_used && !c->io.deadline);
@@ -4047,7 +4034,7 @@ static void tx_run(struct conn *c) {
     next = tx_next_request(c);
     if (next == TX_NEED_MORE || next == TX_DISC) {
       int err = tx_run_batch(c);
-      if (err) next = tx_go_on(c, err);
+      if (err) next = tx_outcome(c, err);
     }
     if (next == TX_NEED_MORE) next = tx_receive(c);
   } while (next == TX_GO_ON);
@@ -4085,15 +4072,15 @@ static void tx_run(struct conn *c) {
 
 enum {
   FLAT_MAX_IOV = 64, /* neighbouring requests that go into one system call */
-  FLAT_OVERLAY_BLOCK = 65536 /* bytes that come to the overlay as a whole */
+  FLAT_OVERLAY_BLOCK = 65536, /* bytes that come to the overlay as a whole */
+  FLAT_FAILED = 1 << 30       /* a sync has failed (F1) */
 };
 
 /* An open export: nbdserve_flat_open makes it, flat_close frees it.
  *
  *   members         written by          read by                  lock
  *   own ... size    nbdserve_flat_open  everybody                none
- *   failed          FLUSH               FLUSH, all that writes   lock
- *   unsupported     TRIM, ZEROES        TRIM, ZEROES             lock
+ *   known           FLUSH, TRIM, ZEROES  all that writes          lock
  *   in_overlay      WRITE               READ, WRITE              lock
  *
  * The lock is held for the moment that it takes to look, except for in_overlay:
@@ -4109,14 +4096,14 @@ struct flat {
   uint64_t size;   /* bytes of the export when it was opened */
 
   struct os_monitor lock; /* guards all that follows */
-  int failed;             /* a sync has failed (F1) */
-  unsigned unsupported;   /* bit N: os_fallocate lacks mode N here (F2) */
+  unsigned known;         /* FLAT_FAILED, and a bit for each mode of
+                             os_fallocate that is missing: see flat_known */
   /* Bit N % 8 of byte N / 8: block N is in the overlay.  A READ or WRITE holds
    * the lock from its look at the bits to the end of its I/O: another WRITE
    * could bring the block over in between, and one of the two would be lost. */
   unsigned char in_overlay[];
 };
-STATIC_ASSERT(modes_of_fallocate_have_bits, OS_FALLOCATE_MODES <= 32);
+STATIC_ASSERT(modes_of_fallocate_have_bits, OS_FALLOCATE_MODES <= 30);
 
 /* Do writes go to the overlay?  Then clients can do nothing to the target. */
 static int flat_is_temporary(const struct flat *f) {
@@ -4125,35 +4112,19 @@ static int flat_is_temporary(const struct flat *f) {
 
 /* ---- What has failed before ---------------------------------------------- */
 
-/* Has a sync failed (F1)?  Takes the lock. */
-static int flat_has_failed(struct flat *f) {
+/* What an export has learned so far, as bits: FLAT_FAILED, and 1 << mode for
+ * each mode that os_fallocate lacks here (F2).  Takes the lock. */
+static unsigned flat_known(struct flat *f) {
   os_lock(&f->lock);
-  int failed = f->failed;
+  unsigned known = f->known;
   os_unlock(&f->lock);
-  return failed;
+  return known;
 }
 
-/* Makes all later writes and flushes fail (F1).  Takes the lock. */
-static void flat_set_failed(struct flat *f) {
+/* Remembers one more of these bits for good.  Takes the lock. */
+static void flat_learn(struct flat *f, unsigned bit) {
   os_lock(&f->lock);
-  f->failed = 1;
-  os_unlock(&f->lock);
-}
-
-/* Is there still hope that os_fallocate can do that (F2)?  Takes the lock. */
-static int flat_supports(struct flat *f, int mode) {
-  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
-  os_lock(&f->lock);
-  unsigned unsupported = f->unsupported >> mode & 1u;
-  os_unlock(&f->lock);
-  return !unsupported;
-}
-
-/* Remembers that os_fallocate cannot do that (F2).  Takes the lock. */
-static void flat_set_unsupported(struct flat *f, int mode) {
-  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
-  os_lock(&f->lock);
-  f->unsupported |= 1u << mode;
+  f->known |= bit;
   os_unlock(&f->lock);
 }
 
@@ -4290,7 +4261,7 @@ static void flat_batch(void *ctx, struct nbdserve_req *reqs, size_t nreqs) {
     overlay_batch(f, reqs, nreqs);
     return;
   }
-  int failed = flat_has_failed(f);
+  int failed = (flat_known(f) & FLAT_FAILED) != 0;
   size_t run;
   for (; nreqs > 0; reqs += run, nreqs -= run) {
     assert(reqs->type == NBD_CMD_READ || reqs->type == NBD_CMD_WRITE);
@@ -4310,9 +4281,9 @@ static int flat_flush(void *ctx, uint32_t flags) {
   (void)flags;
   struct flat *f = ctx;
   if (flat_is_temporary(f)) return 0;
-  if (flat_has_failed(f)) return -EIO;
+  if (flat_known(f) & FLAT_FAILED) return -EIO;
   int err = os_datasync(f->fd);
-  if (err) flat_set_failed(f);
+  if (err) flat_learn(f, FLAT_FAILED);
   return err;
 }
 
@@ -4321,10 +4292,12 @@ static int flat_flush(void *ctx, uint32_t flags) {
  * is then remembered, always (F2). */
 static int flat_allocate(struct flat *f, int mode, uint64_t off, uint64_t len) {
   if (flat_is_temporary(f)) return -EOPNOTSUPP; /* the target stays */
-  if (flat_has_failed(f)) return -EIO;          /* (F1): it is a write */
-  if (!flat_supports(f, mode)) return -EOPNOTSUPP;
+  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
+  unsigned known = flat_known(f);
+  if (known & FLAT_FAILED) return -EIO; /* (F1): it is a write */
+  if (known & 1u << mode) return -EOPNOTSUPP;
   int err = os_fallocate(f->fd, mode, f->offset + off, len);
-  if (err == -EOPNOTSUPP) flat_set_unsupported(f, mode); /* (F2) */
+  if (err == -EOPNOTSUPP) flat_learn(f, 1u << mode); /* (F2) */
   return err == -EINVAL ? -EOPNOTSUPP : err;
 }
 
@@ -4561,19 +4534,6 @@ static int flat_open_overlay(struct flat *f,
   return 0;
 }
 
-/* Opens, locks and completes the target.  Whatever it returns, the caller gives
- * the target back with flat_abandon_target or makes an export of it. */
-static int flat_get_target(struct flat_target *t,
-                           const struct nbdserve_flat *options) {
-  int err = flat_check_options(t, options);
-  if (err) return err;
-  err = flat_open_target(t);
-  if (err) return err;
-  err = flat_lock_target(t);
-  if (err) return err;
-  return flat_prepare_target(t);
-}
-
 /* See nbdserve.h.  Until all steps have succeeded the target is t's; then its
  * descriptor and the overlay's are the export's. */
 int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
@@ -4582,7 +4542,10 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   struct flat_target t = {.path = path, .fd = -1};
   struct flat *f = NULL;
   if (!options) options = &defaults;
-  int err = flat_get_target(&t, options);
+  int err = flat_check_options(&t, options);
+  if (!err) err = flat_open_target(&t);
+  if (!err) err = flat_lock_target(&t);
+  if (!err) err = flat_prepare_target(&t);
   if (!err) err = flat_new(&f, &t, options);
   if (!err) err = flat_open_overlay(f, options);
   if (err) {
@@ -6301,11 +6264,12 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
  *   hs_run            the handshake; srv_enter where there is none
  *   tx_run            its requests, to the last answer
  *   srv_leave_export  gives back the export
- *   io_linger         waits until the answers have arrived (TCP)
+ *   io_linger         waits until the answers have arrived, where it must
  *   srv_free_client   takes it off the list, closes its socket
  *
  * (S1) A client is on s->conns while it is there, so that srv_finish finds it.
- * (S2) The last thing a client's thread does with s is to leave that list.
+ * (S2) A client's thread leaves that list under s->lock, and touches s no more
+ *      once it has given that lock back.
  * (S3) Stopping has one order, and each step is here or named here:
  *        1. No new clients: the listeners are closed (nbdserve_unlisten).
  *        2. The command's part: a captive command is told, and served until it
@@ -6315,7 +6279,8 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
  *        4. What was sent before is done and answered, in the clients' threads.
  *        5. TCP: io_linger, so that these answers arrive.
  *        6. When the grace is over, srv_finish cuts off who is left.  There is
- *           one grace for all of 3 to 5 (I3).
+ *           one grace for all of 3 to 5 (I3).  A thread inside a backend is
+ *           waited for without limit: nothing can end it.
  *        7. All exports are flushed (srv_flush_all).
  *        8. nbdserve_free closes them.
  * (S4) nbdserve_wake, nbdserve_stop and a client that leaves have a pipe each.
@@ -6327,7 +6292,7 @@ enum {
   SRV_PAUSE_MS = 100,       /* after an accept() that failed: do not spin */
   SRV_TELL_FULL_MS = 60000, /* between two messages that clients wait */
   SRV_PORT_TRIES = 16,      /* ports for localhost that the kernel picks */
-  SRV_LOCK_TRIES = 100,     /* times SRV_LOCK_PAUSE_MS: see srv_lock_dir */
+  SRV_LOCK_TRIES = 100,     /* so far apart: see srv_lock_dir */
   SRV_LOCK_PAUSE_MS = 10,
   SRV_MAX_THREADS = 1024,
   SRV_MAX_CONN = 1 << 20
@@ -6364,21 +6329,19 @@ static void srv_fill_defaults(struct nbdserve_config *k) {
   /* Fast zeroes are zeroes, and extended headers need GO. */
   if (k->without & NBD_FLAG_SEND_WRITE_ZEROES)
     k->without |= NBD_FLAG_SEND_FAST_ZERO;
-  if (k->without & 65536u << NBD_OPT_GO)
-    k->without |= 65536u << NBD_OPT_EXTENDED_HEADERS;
+  if (k->without & 1u << (HS_WITHOUT_OPTIONS + NBD_OPT_GO))
+    k->without |= 1u << (HS_WITHOUT_OPTIONS + NBD_OPT_EXTENDED_HEADERS);
+  assert(k->threads && k->max_conn && k->handshake_ms && k->stall_ms);
 }
 
-/* Closes both ends; one that was not opened is -1. */
-static void srv_close_pipe(int fd[2]) {
-  for (int i = 0; i < 2; i++)
-    if (fd[i] >= 0) close(fd[i]);
-}
-
-/* Frees a server without its locks: they are freed, or were never made. */
+/* Frees a server without its locks: they are freed, or were never made.  A pipe
+ * that was not opened is -1, and closing that does no harm. */
 static void srv_free_rest(struct nbdserve *s) {
-  srv_close_pipe(s->stop.pipe);
-  srv_close_pipe(s->wake);
-  srv_close_pipe(s->noticed);
+  for (int i = 0; i < 2; i++) {
+    close(s->stop.pipe[i]);
+    close(s->wake[i]);
+    close(s->noticed[i]);
+  }
   NBDSERVE_FREE(s->listeners);
   NBDSERVE_FREE(s);
 }
@@ -6409,9 +6372,9 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   struct nbdserve *s = u_zalloc(sizeof *s);
   if (!s) return -ENOMEM;
   s->config = k;
-  s->stop.pipe[0] = s->stop.pipe[1] = -1;
-  s->wake[0] = s->wake[1] = -1;
-  s->noticed[0] = s->noticed[1] = -1;
+  memset(s->stop.pipe, -1, sizeof s->stop.pipe); /* all bits set: -1 */
+  memset(s->wake, -1, sizeof s->wake);
+  memset(s->noticed, -1, sizeof s->noticed);
   s->last_export = &s->exports;
   int err = srv_make(s);
   if (err)
@@ -6428,14 +6391,14 @@ int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
   int err = ex_new(s, e, &ex);
   if (err) return err;
   os_lock(&s->lock);
-  int is_taken = ex_by_name(s, ex_name(ex)) != NULL;
+  int is_taken = ex_by_name(s, ex->pub.name) != NULL;
   if (!is_taken) {
     *s->last_export = ex;
     s->last_export = &ex->next;
   }
   os_unlock(&s->lock);
   if (!is_taken) return 0;
-  ex_disown(ex);
+  ex_free_keep_ctx(ex);
   return -EEXIST;
 }
 
@@ -6492,15 +6455,14 @@ enum srv_use {
  * descriptor, or -errno. */
 static int srv_socket(const union srv_address *a, socklen_t len,
                       enum srv_use use) {
-  int on = 1;
   int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (fd < 0) return -errno;
   os_set_fd_flags(fd, use == SRV_CONNECT ? OS_BLOCKING : OS_NONBLOCKING);
   int r;
   if (use == SRV_LISTEN) {
     /* A socket of another family heeds neither of these. */
-    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+    os_set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+    os_set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
     r = bind(fd, &a->sa, len);
     if (r == 0) r = listen(fd, SRV_BACKLOG);
   } else {
@@ -6629,19 +6591,10 @@ static int srv_listen_tcp(struct nbdserve *s, const char *address) {
 }
 #else
 /* Without TCP there are no such addresses. */
-static void srv_format_address(const union srv_address *a, char *out,
-                               size_t size) {
-  (void)a;
-  (void)out;
-  (void)size;
-}
+#define srv_format_address(a, out, size) ((void)(a), (void)(out), (void)(size))
 
 /* Without TCP no address is one. */
-static int srv_listen_tcp(struct nbdserve *s, const char *address) {
-  (void)s;
-  (void)address;
-  return -EINVAL;
-}
+#define srv_listen_tcp(s, address) ((void)(s), (void)(address), -EINVAL)
 #endif
 
 /* Takes over a listening socket that is open already. */
@@ -6716,13 +6669,12 @@ void nbdserve_wake(struct nbdserve *s) {
 
 /* ---- Statistics ---------------------------------------------------------- */
 
-/* Adds what was counted for one client. */
-static void srv_add_stats(struct nbdserve_stats *to,
-                          const struct nbdserve_stats *more) {
-  to->requests += more->requests;
-  to->errors += more->errors;
-  to->bytes_read += more->bytes_read;
-  to->bytes_written += more->bytes_written;
+/* Adds what was counted for one client.  The caller holds s->lock. */
+static void srv_add_stats(struct nbdserve_stats *to, const struct conn *c) {
+  to->requests += c->stats.requests;
+  to->errors += c->stats.errors;
+  to->bytes_read += c->stats.bytes_read;
+  to->bytes_written += c->stats.bytes_written;
 }
 
 /* See nbdserve.h.  Each client counts for itself; here the counters are added,
@@ -6733,20 +6685,15 @@ void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
   out->clients_now = s->nconns;
   for (struct conn *c = s->conns; c; c = c->next) {
     os_lock(&c->queue_lock);
-    srv_add_stats(out, &c->stats);
+    srv_add_stats(out, c);
     os_unlock(&c->queue_lock);
-  }
-  for (struct ex *ex = s->exports; ex; ex = ex->next) {
-    os_lock(&ex->lock);
-    out->flushes += ex->flushes_begun;
-    os_unlock(&ex->lock);
   }
   os_unlock(&s->lock);
 }
 
 /* ---- A client's life ----------------------------------------------------- */
 
-/* Whose descriptors a client's are. */
+/* Who owns a client's descriptors. */
 enum srv_owner {
   SRV_OURS,    /* an accepted socket: closed in the end */
   SRV_CALLERS, /* of the caller of nbdserve_serve */
@@ -6770,8 +6717,8 @@ static void srv_setup_io(struct conn *c, int in, int out,
   c->io.polls_payloads = owner == SRV_CALLERS || NBDSERVE_NO_THREADS;
   c->io.polls_requests = c->io.polls_payloads || c->is_tcp;
   if (owner == SRV_OURS) os_set_receive_timeout(in, stall_ms);
-  os_setup_client(in);
-  if (out != in) os_setup_client(out);
+  os_setup_client(out);
+  if (c->is_tcp) os_setup_tcp(out);
 }
 
 /* Makes a client and registers it (S1).  NULL: no memory; the descriptors stay
@@ -6811,7 +6758,7 @@ static void srv_free_client(struct conn *c) {
   *p = c->next;
   s->nconns--;
   if (!s->nconns) s->idle_since = os_now_ms();
-  srv_add_stats(&s->totals, &c->stats);
+  srv_add_stats(&s->totals, c);
   /* Locked, so that srv_finish does not shut down another file of that
    * number. */
   if (c->fd >= 0) close(c->fd);
@@ -6822,60 +6769,65 @@ static void srv_free_client(struct conn *c) {
   os_unlock(&s->lock); /* (S2) */
 }
 
-/* Says who a client is. */
-static void srv_log_client(const struct conn *c) {
-  char peer[64] = "this machine";
-  union srv_address a;
-  socklen_t len = sizeof a;
-  if (c->is_tcp && getpeername(c->io.in, &a.sa, &len) == 0)
-    srv_format_address(&a, peer, sizeof peer);
-  conn_log(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, peer);
-}
-
 /* Enters transmission of that export at once, without a handshake. */
 static enum hs_result srv_enter(struct conn *c, const char *name) {
   struct ex *ex;
   uint64_t size;
   int err = ex_acquire(c->s, name, &ex, &size);
-  if (err) return hs_close(c, err);
+  if (err) return hs_fail(c, err);
   hs_enter(c, ex, name, size);
   return HS_ENTER;
+}
+
+/* Flushes an export before it is closed, if it can have been written.  Nobody
+ * can ask for that any more, nor be told if it fails, except the host.  Returns
+ * 0 or -errno. */
+static int srv_last_flush(struct ex *ex) {
+  if (ex->pub.flags & NBDSERVE_EXPORT_READONLY) return 0;
+  int err = ex_flush(ex);
+  if (err)
+    u_log(&ex->server->config, NBDSERVE_LOG_ERROR,
+          "export '%s': the last flush: %s; written data may be lost",
+          ex->pub.name, u_errno_text(err));
+  return err;
 }
 
 /* Gives back the export of a client that has left. */
 static void srv_leave_export(struct conn *c) {
   if (!c->export) return;
-  /* Of one that is closed now nobody can ask for a flush any more. */
-  if (c->export->from_callback && !(c->transmission_flags & NBD_FLAG_READ_ONLY))
-    ex_flush(c->export);
+  if (c->export->from_callback) srv_last_flush(c->export);
   ex_release(c->export);
 }
 
-/* Says why a client has left: what is usual, to those who want to know. */
-static void srv_log_end(const struct conn *c) {
-  int level = NBDSERVE_LOG_WARNING;
-  switch (c->end_err) {
-  case 0:
-  case -EPIPE:
-  case -ECONNRESET:
-  case -ESHUTDOWN:
-    level = NBDSERVE_LOG_INFO;
-  }
-  conn_log(c, level, "%d: gone: %s", c->id,
-           c->end_err ? u_errno_text(c->end_err) : "disconnected");
+/* Must a connection that ends linger?  Only a TCP socket of ours, and only if
+ * it is our side that ends it while the client may be sending: one that leaves
+ * in order sends nothing more, and one that is too slow, or does not even come
+ * to transmission, gets no more of our time. */
+static int srv_must_linger(const struct conn *c) {
+  return c->is_tcp && c->fd >= 0 && c->export && !c->send_err && c->end_err &&
+         c->end_err != -ETIMEDOUT;
 }
 
-/* Serves a client to its end and frees it.  name: as in nbdserve_serve.  0 or
- * -errno. */
+/* Serves a client to its end and frees it.  name: as in nbdserve_serve.
+ * Returns 0 or -errno. */
 static int srv_serve_client(struct conn *c, const char *name) {
-  srv_log_client(c);
+  char peer[64] = "this machine";
+  union srv_address a;
+  socklen_t len = sizeof a;
+  if (c->is_tcp && getpeername(c->io.out, &a.sa, &len) == 0)
+    srv_format_address(&a, peer, sizeof peer);
+  conn_log(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, peer);
   enum hs_result result = name ? srv_enter(c, name) : hs_run(c);
   if (result == HS_ENTER) tx_run(c);
   assert(!c->nworkers && (result != HS_FAILED || c->end_err));
+  if (srv_must_linger(c)) io_linger(&c->io);
+  if (!c->end_err) c->end_err = c->send_err; /* cut off for not reading */
   srv_leave_export(c);
-  if (c->is_tcp) io_linger(&c->io);
-  srv_log_end(c);
   int err = c->end_err;
+  int is_usual =
+      !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
+  conn_log(c, is_usual ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING,
+           "%d: gone: %s", c->id, err ? u_errno_text(err) : "disconnected");
   srv_free_client(c);
   return err == -ESHUTDOWN ? 0 : err;
 }
@@ -6894,34 +6846,39 @@ int nbdserve_serve(struct nbdserve *s, int in, int out, const char *name) {
 
 /* ---- Stopping (S3) ------------------------------------------------------- */
 
-/* Tells all clients that no more is taken from them, or cuts them off.  Their
- * number. */
-static unsigned srv_shutdown_clients(struct nbdserve *s, int grace_over) {
+enum srv_shutdown {
+  SRV_NO_MORE, /* no more requests are taken */
+  SRV_CUT_OFF  /* nothing is sent any more, either */
+};
+
+/* Shuts down all clients that far.  Returns their number. */
+static unsigned srv_shutdown_clients(struct nbdserve *s,
+                                     enum srv_shutdown how) {
   os_lock(&s->lock);
   unsigned n = s->nconns;
   for (struct conn *c = s->conns; c; c = c->next) {
     if (c->fd < 0) continue; /* the caller's: its thread looks at the pipe */
-    if (grace_over)
+    if (how == SRV_CUT_OFF)
       shutdown(c->fd, SHUT_RDWR);
     else if (!c->is_tcp)
-      shutdown(c->fd, SHUT_RD);
+      shutdown(c->fd, SHUT_RD); /* TCP looks, too */
   }
   os_unlock(&s->lock);
   return n;
 }
 
-/* Flushes what can have been written.  0 or the first error. */
+/* Flushes all exports.  Returns 0 or the first error.  (E1): the list only
+ * grows, maybe just now. */
 static int srv_flush_all(struct nbdserve *s) {
   int first = 0;
-  for (struct ex *ex = s->exports; ex; ex = ex->next) { /* no more are added */
-    if (ex->pub.flags & NBDSERVE_EXPORT_READONLY) continue;
-    int err = ex_flush(ex);
-    if (!err) continue;
-    u_log(&s->config, NBDSERVE_LOG_ERROR,
-          "export '%s': the last flush: %s; written data may be lost",
-          ex_name(ex), u_errno_text(err));
+  os_lock(&s->lock);
+  for (struct ex *ex = s->exports; ex; ex = ex->next) {
+    os_unlock(&s->lock);
+    int err = srv_last_flush(ex);
     if (!first) first = err;
+    os_lock(&s->lock);
   }
+  os_unlock(&s->lock);
   return first;
 }
 
@@ -6933,11 +6890,12 @@ static int srv_finish(struct nbdserve *s) {
   assert(!s->nlisteners);
   int64_t end = io_grace_end(&s->stop);
   for (;;) {
-    int grace_over = os_now_ms() >= end;
-    if (!srv_shutdown_clients(s, grace_over)) break;
-    poll(&p, 1, grace_over ? -1 : io_timeout(end)); /* until one has left */
+    int over = os_now_ms() >= end;
+    if (!srv_shutdown_clients(s, over ? SRV_CUT_OFF : SRV_NO_MORE)) break;
+    poll(&p, 1, over ? -1 : io_timeout(end)); /* until one has left */
     srv_take_poke(s->noticed[0]);
   }
+  s->finished = 1;
   return srv_flush_all(s);
 }
 
@@ -6946,47 +6904,47 @@ static int srv_finish(struct nbdserve *s) {
 /* What nbdserve_run does in one round. */
 struct srv_plan {
   int room;       /* clients that may be accepted */
-  int may_exit;   /* nothing is left to do, unless somebody waits for us */
   int listen;     /* look whether somebody waits */
+  int may_exit;   /* if nobody does, nothing is left to do */
   int timeout_ms; /* of poll(); -1: none */
 };
 
-/* Decides it: how long to wait, and for what. */
+/* Makes the plan wait no longer than until that time. */
+static void srv_wait_until(struct srv_plan *plan, int64_t until) {
+  int ms = io_timeout(until);
+  if (plan->timeout_ms < 0 || ms < plan->timeout_ms) plan->timeout_ms = ms;
+}
+
+/* Decides how long to wait, and for what. */
 static struct srv_plan srv_plan(struct nbdserve *s) {
   const struct nbdserve_config *k = &s->config;
   struct srv_plan plan = {.timeout_ms = -1};
   int64_t now = os_now_ms();
   os_lock(&s->lock);
-  if (!s->idle_since) s->idle_since = now; /* nobody came so far */
+  if (!s->idle_since) s->idle_since = now; /* nobody has come yet */
   int64_t idle_end = s->idle_since + k->idle_exit_ms;
   int is_idle = s->nconns == 0;
+  int was_used = s->totals.clients > 0;
   plan.room = (int)k->max_conn - (int)s->nconns;
-  if (is_idle && s->totals.clients && (k->flags & NBDSERVE_CONFIG_ONCE))
-    plan.may_exit = 1;
   os_unlock(&s->lock);
-  if (is_idle && k->idle_exit_ms) {
-    if (now >= idle_end)
-      plan.may_exit = 1;
-    else
-      plan.timeout_ms = io_timeout(idle_end);
-  }
+  if (is_idle && k->idle_exit_ms) srv_wait_until(&plan, idle_end);
+  plan.may_exit = is_idle && ((was_used && (k->flags & NBDSERVE_CONFIG_ONCE)) ||
+                              (k->idle_exit_ms && now >= idle_end));
+  if (plan.may_exit) plan.timeout_ms = 0; /* a last look */
   if (s->accept_after > now) { /* no memory, no descriptors: a little later */
     plan.room = 0;
-    int pause_ms = io_timeout(s->accept_after);
-    if (plan.timeout_ms < 0 || pause_ms < plan.timeout_ms)
-      plan.timeout_ms = pause_ms;
-  } else if (plan.room <= 0) {
-    /* Nobody can come; but if somebody waits, that is worth a message. */
-    plan.listen = !s->full_told || now - s->full_told >= SRV_TELL_FULL_MS;
+    srv_wait_until(&plan, s->accept_after);
+    return plan;
   }
-  if (plan.room > 0) plan.listen = 1;
-  if (plan.may_exit) plan.timeout_ms = 0; /* a last look */
-  assert(!plan.may_exit || plan.listen || s->accept_after > now);
+  /* When all slots are taken nobody is accepted, but that somebody waits is
+   * worth a message now and then. */
+  int may_tell = !s->full_told || now - s->full_told >= SRV_TELL_FULL_MS;
+  plan.listen = plan.room > 0 || may_tell;
   return plan;
 }
 
-/* Accepts a client and starts its thread.  0, also if there was none after all;
- * -errno: none can be served now. */
+/* Accepts a client and starts its thread.  Returns 1, 0 if nobody was there
+ * after all, or -errno if nobody can be served now. */
 static int srv_accept(struct nbdserve *s, int listener) {
   int fd = os_accept(listener);
   if (fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR) return 0;
@@ -6997,12 +6955,15 @@ static int srv_accept(struct nbdserve *s, int listener) {
     return -ENOMEM;
   }
   int err = os_thread(srv_thread, c);
-  if (err) srv_free_client(c); /* closes fd */
+  if (!err) return 1;
+  srv_free_client(c); /* closes fd */
+  os_lock(&s->lock);
+  s->totals.clients--; /* it never was one: see NBDSERVE_CONFIG_ONCE */
+  os_unlock(&s->lock);
   return err;
 }
 
-/* Notes that a client could not be accepted: a pause, and a message if the last
- * one is not just over. */
+/* Pauses accepting, and says so, unless a pause ended a moment ago. */
 static void srv_pause_accepting(struct nbdserve *s, int err) {
   int64_t now = os_now_ms();
   if (now - s->accept_after > SRV_PAUSE_MS)
@@ -7011,54 +6972,66 @@ static void srv_pause_accepting(struct nbdserve *s, int err) {
   s->accept_after = now + SRV_PAUSE_MS;
 }
 
-/* Says that somebody waits who cannot be served. */
+/* Says that somebody waits who cannot be served, if that was not said
+ * lately. */
 static void srv_tell_full(struct nbdserve *s) {
-  s->full_told = os_now_ms();
+  int64_t now = os_now_ms();
+  if (s->full_told && now - s->full_told < SRV_TELL_FULL_MS) return;
+  s->full_told = now;
   u_log(&s->config, NBDSERVE_LOG_WARNING,
         "%" PRIu32 " clients are served, which is the limit; "
         "the next one has to wait",
         s->config.max_conn);
 }
 
-/* Accepts from each listener that poll() found ready.  True: somebody was
- * there. */
+/* Accepts from each listener that poll() found ready, beginning behind the one
+ * that the last client came from, so that all get their share of the slots.
+ * Returns whether somebody was there. */
 static int srv_accept_ready(struct nbdserve *s, const struct pollfd *p,
                             int room) {
   int found = 0;
+  int first = s->first_listener;
   for (int i = 0; i < s->nlisteners; i++) {
-    if (!p[i].revents) continue;
+    int which = (int)((unsigned)(first + i) % (unsigned)s->nlisteners);
+    if (!p[which].revents) continue;
     found = 1;
     if (room <= 0) {
       srv_tell_full(s);
       break;
     }
-    int err = srv_accept(s, s->listeners[i].fd);
-    if (err) srv_pause_accepting(s, err);
-    room--;
+    int r = srv_accept(s, s->listeners[which].fd);
+    if (r < 0) srv_pause_accepting(s, r);
+    if (r > 0) {
+      room--;
+      s->first_listener = which + 1;
+    }
   }
   return found;
 }
 
 /* See nbdserve.h.  Rounds of: plan, wait, look at each pipe, accept. */
 int nbdserve_run(struct nbdserve *s) {
-  struct pollfd p[3 + SRV_LISTENERS + 1] = {
+  enum {
+    OWN = 3
+  }; /* descriptors of our own, in front of the listeners */
+  struct pollfd p[OWN + SRV_LISTENERS + 1] = {
       {.fd = s->stop.pipe[0], .events = POLLIN},
       {.fd = s->wake[0], .events = POLLIN},
       {.fd = s->noticed[0], .events = POLLIN}};
   for (;;) {
     struct srv_plan plan = srv_plan(s);
     for (int i = 0; i < s->nlisteners; i++) {
-      p[3 + i].fd = plan.listen ? s->listeners[i].fd : -1;
-      p[3 + i].events = POLLIN;
-      p[3 + i].revents = 0;
+      p[OWN + i].fd = plan.listen ? s->listeners[i].fd : -1;
+      p[OWN + i].events = POLLIN;
+      p[OWN + i].revents = 0;
     }
-    int r = poll(p, (nfds_t)(3 + s->nlisteners), plan.timeout_ms);
+    int r = poll(p, (nfds_t)(OWN + s->nlisteners), plan.timeout_ms);
     if (r < 0 && errno != EINTR) return -errno;
     if (r < 0) continue;
     if (p[0].revents) return srv_finish(s);
     if (p[1].revents && srv_take_poke(s->wake[0])) return -EINTR;
     if (p[2].revents) srv_take_poke(s->noticed[0]);
-    int found = srv_accept_ready(s, p + 3, plan.room);
+    int found = srv_accept_ready(s, p + OWN, plan.room);
     if (plan.may_exit && !found) return srv_finish(s);
   }
 }
@@ -7066,9 +7039,8 @@ int nbdserve_run(struct nbdserve *s) {
 /* See nbdserve.h. */
 void nbdserve_free(struct nbdserve *s) {
   if (!s) return;
-  if (s->nconns > 0) srv_finish(s); /* nbdserve_run was left with -EINTR */
-  assert(!s->conns);
-  nbdserve_unlisten(s);
+  if (!s->finished) srv_finish(s); /* nbdserve_run did not come to its end */
+  assert(!s->conns && !s->nlisteners);
   while (s->exports) {
     struct ex *ex = s->exports;
     s->exports = ex->next;
@@ -7081,607 +7053,1519 @@ void nbdserve_free(struct nbdserve *s) {
 
 /* ==== [13] CLI (cli_) ====================================================
  * The command, on top of nbdserve.h.  What a process has only one of (signals,
- * standard streams, environment, its end) is touched here and nowhere else. */
+ * standard streams, the environment, its end) is touched here, nowhere else.
+ *
+ * The life of the process: main reads the options.  If the command line is a
+ * command on stores, cli_run_verb does it and exits.  Otherwise main opens the
+ * targets, then the sockets, tells whoever waits that it is ready, and serves
+ * until the end.  However the process ends, by way of exit(), cli_close removes
+ * what was made and closes what was opened.  Whoever finds that it makes no
+ * sense to go on prints one message and calls exit() at once: cli_die.
+ *
+ * Threads: the main thread does all this, and no other one takes signals.  The
+ * threads of clients come here only for --fault and --delay (cli_before) and to
+ * find a volume (cli_find_volume, cli_list_volumes).  A served store has the
+ * thread cli_control.  What all of them read, `opt` and most of `cli`, does not
+ * change after the server has started.
+ *
+ * To add a command-line option: a row in CLI_OPTIONS, which says what its value
+ * may be.  opt[] has the value then, and --help prints the row.  What the
+ * option must not be combined with goes to cli_exclusions.
+ *
+ * To add a command on stores: a function that does it, and a row in cli_verbs,
+ * from which --help prints it, too.
+ *
+ * To add a kind of target: cli_parse_target, which tells targets apart, and
+ * cli_add_target, which opens them. */
 #if !NBDSERVE_NO_MAIN
 #include <sys/wait.h>
 
+/* Exit status.  A command that is served may have any other one. */
 enum {
-  CLI_FAILED = 1,
-  CLI_USAGE,
-  CLI_DAMAGED,
-  CLI_IN_USE
-}; /* exit status */
+  CLI_OK = 0,
+  CLI_FAILED = 1,      /* a message says why */
+  CLI_USAGE = 2,       /* the command line makes no sense */
+  CLI_DAMAGED = 3,     /* verify found damage */
+  CLI_IN_USE = 4,      /* somebody else has the target */
+  CLI_NOT_FOUND = 127, /* as a shell says it: there is no such program */
+  CLI_BY_SIGNAL = 128  /* as a shell says it: plus the number of the signal */
+};
 
-static const struct cli_option {
-  int letter; /* negative: only a name, but to us it is cli.v[letter] */
-  const char *name, *arg;
-  uint64_t min, max; /* of a number; max 0: it is text */
-  const char *help;
-} cli_options[] = {
-    {'U', "unix", "PATH", 0, 0, "listen on a unix socket (else: private)"},
-    {'p', "port", "N", 0, 65535, "listen on TCP (usual: 10809; 0: any free)"},
-    {'i', "bind", "ADDR", 0, 0, "TCP address instead of the two loopbacks"},
-    {'s', "stdin", NULL, 0, 0, "serve one client on standard input and output"},
-    {-'f', "fd", "N", 0, INT_MAX, "serve a listening or a connected socket"},
-    {'r', "read-only", NULL, 0, 0, "refuse writes"},
-    {'e', "export", "NAME", 0, 0, "export name (else: any name will do)"},
-    {'D', "description", "TEXT", 0, 0, "for clients that list the exports"},
-    {'o', "offset", "N", 0, INT64_MAX, "serve the target from this byte on"},
-    {-'S', "size", "N", 1, INT64_MAX, "and that many bytes of it"},
-    {'b', "block-size", "SIZES", 0, 0, "MIN:PREFERRED:MAX (1:4096:32M)"},
-    {-'C', "create", "SIZE", 1, INT64_MAX, "make a missing target, sparse"},
-    {'T', "temporary", NULL, 0, 0, "what is written is gone at exit"},
-    {-'c', "cache", "MODE", 0, 0, "writeback (default), writethrough, unsafe"},
-    {'t', "threads", "N", 1, 1024, "slow requests at a time per client (16)"},
-    {'m', "max-conn", "N", 1, 1 << 20, "clients at a time (128)"},
-    {-'a', "stall", "SEC", 1, 4000000, "to end what a client has begun (120)"},
-    {'1', "once", NULL, 0, 0, "exit when the last client has gone"},
-    {-'I', "idle-exit", "SEC", 1, 4000000, "exit after a time without clients"},
-    {-'R', "run", "CMD", 0, 0, "serve while a shell command runs ($uri, $nbd)"},
-    {-'F', "fork", NULL, 0, 0, "go into the background, once listening"},
-    {'P', "pidfile", "FILE", 0, 0, "write the process id there, then"},
-    {-'y', "ready-fd", "N", 3, INT_MAX, "write the URI there, once listening"},
-    {'q', "quiet", NULL, 0, 0, "errors only"},
-    {'v', "verbose", NULL, 0, 0, "tell of clients; twice: of every request"},
-    {-'z', "stats", NULL, 0, 0, "print totals at exit (and always on SIGUSR1)"},
-    {-'j', "json", NULL, 0, 0, "print them, or a command's output, as JSON"},
-    {-'w', "without", "LIST", 0, 0, "hide features from clients: see README"},
-    {-'x', "fault", "CMD:ERR:RATE", 0, 0, "let commands fail: write:EIO:0.1"},
-    {-'d', "delay", "CMD:MS", 0, 0, "let commands wait before they are done"},
-    {'n', "dry-run", NULL, 0, 0, "change nothing in a store"},
-    {-'N', "no-verify", NULL, 0, 0, "a store's blocks are read unchecked"},
-    {'V', "version", NULL, 0, 0, "print version and features"},
-    {'h', "help", NULL, 0, 0, "print this"},
-    {'-', "", NULL, 0, 0, NULL}}; /* what stands before CMD; no other */
+enum {
+  /* Seconds that a command has, from SIGTERM to its end: enough to write what
+   * it has left, and no more than whoever has sent the signal will wait. */
+  CLI_COMMAND_GRACE_S = 10,
 
+  /* A command that takes less time than this shows no progress. */
+  CLI_PROGRESS_AFTER_MS = 1000,
+
+  /* How often progress is shown: often enough to look alive */
+  CLI_PROGRESS_EVERY_MS = 100,
+
+  /* Socket activation passes this descriptor and the ones that follow it. */
+  CLI_FIRST_PASSED_FD = 3,
+
+  /* Said of operands: there may be as many as the system lets through. */
+  CLI_ANY_NUMBER = INT_MAX,
+
+  /* The port of NBD, as assigned by IANA */
+  CLI_DEFAULT_PORT = 10809
+};
+
+/* How far the end has come; see "Signals, and how it ends" below.  It goes from
+ * one to the next, and never back. */
+enum cli_phase {
+  CLI_SERVING,      /* nobody has asked for the end */
+  CLI_COMMAND_ENDS, /* the command is to end, and is served until it has */
+  CLI_STOPPING      /* nbdserve_stop was called */
+};
+
+/* The state of the process.  What the options say is in `opt`. */
 static struct {
-  const char *v[128];        /* values by letter; NULL: not given */
-  uint64_t n[128];           /* as numbers; how often, for those without */
-  char **command, **targets; /* behind --, or NULL; [NAME=]TARGET */
-  int ntargets;
-  const char *name;          /* of a single export, or "" */
-  struct nbdserve_export ex; /* what all exports have in common */
-  uint32_t without;          /* as in nbdserve_config */
-  struct nbdserve *server;
-  volatile sig_atomic_t usr1, ending; /* signals that came */
-  int in, out, report; /* one client's; pipe to --fork's parent; or -1 */
-  pid_t child;         /* the captive command; 0: none, or... */
-  int status;          /* ...it has ended with this exit status */
-  const char *pidfile, *store; /* to remove; its path, or NULL */
-  struct nbdserve_cas *cas;
-  int ctl, ended[2]; /* control socket, or -1; pipe: its thread has */
-  char ctl_path[PATH_MAX], dir[100]; /* private directory, or "" */
-  char uri[3 * WIRE_STRING_MAX + 1024];
-} cli = {.name = "", .in = -1, .out = 1, .report = -1, .ctl = -1};
+  /* ---- The command line without its options.  It stays where it is, in argv,
+   * but is cut at "=" and "::". */
 
-/* A line on standard error, in one write: threads do not mix.  The status. */
-static int OS_PRINTF(2, 3) cli_say(int status, const char *fmt, ...) {
-  char line[PATH_MAX + 600] = "nbdserve: ";
-  size_t n = strlen(line);
+  /* [NAME=]TARGET each, or a command on stores with its operands */
+  char **targets;
+  int ntargets;
+  /* What stands behind "--", ended by NULL; or NULL */
+  char **command;
+
+  /* ---- The server, and how it is reached */
+
+  struct nbdserve *server;
+  /* The name of the export if there is only one, for the URI; or "" */
+  const char *export_name;
+  /* The descriptor of a client that is the only one: standard input (and
+   * output) with --stdin, or a connected socket that was passed to us.  -1:
+   * clients connect, as usual. */
+  int client;
+  /* "": there is nowhere to connect to, or whoever passed us a socket knows.
+   * It has room for the longest name and path, with each byte as %XX. */
+  char uri[3 * WIRE_STRING_MAX + 1024];
+
+  /* ---- What has to be removed at exit */
+
+  /* The directory of the private socket, or "".  It has to be short: the path
+   * of a socket is limited to about a hundred bytes. */
+  char private_dir[100];
+  /* The pidfile, as we have made it; all zero: we have not. */
+  struct stat pidfile_st;
+
+  /* ---- The store that is served, or that a command is for; one at most */
+
+  /* Its path, or "" */
+  char store[PATH_MAX];
+  /* The store; NULL: it is not open. */
+  struct nbdserve_cas *cas;
+  /* The path of the socket that takes commands, STORE.ctl */
+  char ctl_path[PATH_MAX];
+  /* That socket, listening, or -1; and its file, as we have made it, or all
+   * zero */
+  int ctl;
+  struct stat ctl_st;
+  /* A pipe: cli_control writes to it when it ends, for cli_await_control.
+   * ctl_ended[0] is 0 if that thread was never started. */
+  int ctl_ended[2];
+
+  /* --fork: the pipe to our parent, which waits for a byte; or -1 */
+  int ready_pipe;
+
+  /* ---- What the signal handler writes.  Others read it, and write to it only
+   * while the signals are blocked.  (The exception is stats_wanted, which is
+   * cleared before the totals are printed: a signal that comes in between gets
+   * them printed again.) */
+
+  /* SIGUSR1 has come. */
+  volatile sig_atomic_t stats_wanted;
+  /* SIGTERM, SIGINT or SIGHUP has come. */
+  volatile sig_atomic_t end_wanted;
+  /* enum cli_phase */
+  volatile sig_atomic_t phase;
+  /* The process id of the command while it runs; 0: there is none.  As long as
+   * this is set the process exists, though it may have ended: nobody else waits
+   * for it, so its id cannot become that of another process. */
+  volatile sig_atomic_t child;
+  /* We have sent SIGTERM to the command. */
+  volatile sig_atomic_t child_told;
+  /* The exit status of a command that has ended */
+  volatile sig_atomic_t command_status;
+} cli = {.export_name = "", .client = -1, .ctl = -1, .ready_pipe = -1};
+
+STATIC_ASSERT(a_process_id_is_read_in_one_piece,
+              sizeof(sig_atomic_t) >= sizeof(pid_t));
+
+/* ---- Messages ----------------------------------------------------------- */
+
+/* Prints a message: a line on standard error, in one write, so that the lines
+ * of several threads do not mix.  The form is "OBJECT: what is wrong: reason
+ * (what to do)".  What is too long for the buffer is cut; a path fits. */
+static void OS_PRINTF(1, 2) cli_say(const char *fmt, ...) {
+  char text[PATH_MAX + 600];
+  char line[sizeof text + 20];
   va_list ap;
   va_start(ap, fmt);
-  vsnprintf(line + n, sizeof line - n - 1, fmt, ap);
+  vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
-  strcat(line, "\n");
-  (void)!write(2, line, strlen(line)); /* there is nobody to tell */
-  return status;
+  int n = snprintf(line, sizeof line, "nbdserve: %s\n", text);
+  assert(n > 0 && n < (int)sizeof line);
+  (void)!write(2, line, (size_t)n); /* if that fails there is nobody to tell */
 }
 
-static void cli_log(void *ctx, int level, const char *message) {
-  (void)ctx, (void)level, cli_say(0, "%s", message);
+/* The `log` function of the server: it filters by level, so that all that comes
+ * here is to be printed. */
+static void cli_log(void *unused, int level, const char *message) {
+  (void)unused;
+  (void)level;
+  cli_say("%s", message);
 }
 
-static void cli_on_signal(int sig) {
-  if (sig == SIGUSR1) cli.usr1 = 1;
-  nbdserve_wake(cli.server); /* cli_serve looks what it was */
-  if (sig == SIGUSR1 || sig == SIGCHLD) return;
-  if (cli.ending && sig == SIGINT) _exit(130);
-  cli.ending = 1;
-  nbdserve_stop(cli.server);
-}
-
-static void cli_catch_signals(void (*handler)(int)) {
-  static const int signals[] = {SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGCHLD};
-  struct sigaction sa = {.sa_handler = handler, .sa_flags = SA_RESTART}, was;
-  for (size_t i = 0; i < sizeof signals / sizeof *signals; i++)
-    if (i > 1 || (sigaction(signals[i], NULL, &was) == 0 &&
-                  was.sa_handler != SIG_IGN)) /* nohup: it stays so */
-      sigaction(signals[i], &sa, NULL);
-  sa.sa_handler = handler == SIG_DFL ? SIG_DFL : SIG_IGN;
-  sigaction(SIGPIPE, &sa, NULL);
-  sigaction(SIGXFSZ, &sa, NULL); /* writes get EFBIG then */
-}
-
-/* When the process exits: what it has is closed, what it made removed. */
-static void cli_close(void) {
-  struct pollfd p = {cli.ended[0], POLLIN, 0};
-  const char *why = NULL;
-  char c;
-  cli_catch_signals(SIG_IGN);
-  if (cli.pidfile) unlink(cli.pidfile);
-  if (cli.ctl >= 0) unlink(cli.ctl_path);
-  if (p.fd > 0) nbdserve_stop(cli.server);
-  if (p.fd > 0 && (poll(&p, 1, IO_GRACE_MS) <= 0 || read(p.fd, &c, 1) != 1))
-    why = "a command was not finished"; /* to open it will repair it */
-  nbdserve_free(cli.server);
-#if !NBDSERVE_NO_CAS
-  int err = !why && cli.cas ? nbdserve_cas_close(cli.cas) : 0;
-  if (err) why = u_errno_text(err);
-#endif
-  if (*cli.dir) rmdir(cli.dir);
-  if (why) _exit(cli_say(CLI_FAILED, "%s: %s", cli.store, why));
-}
-
-#define cli_die(...) exit(cli_say(__VA_ARGS__))
+/* Prints a message and ends the process, by way of cli_close.  These are macros
+ * because only then every compiler knows that they do not return. */
+#define cli_die(status, ...) \
+  do { \
+    cli_say(__VA_ARGS__); \
+    exit(status); \
+  } while (0)
 #define cli_usage(...) cli_die(CLI_USAGE, __VA_ARGS__)
 #define cli_failed(...) cli_die(CLI_FAILED, __VA_ARGS__)
 
-static void cli_fail(int err, const char *object) {
-  if (err)
-    cli_die(err == -EBUSY ? CLI_IN_USE : CLI_FAILED, "%s: %s%s", object,
-            u_errno_text(err),
-            err == -EBUSY        ? "; another server has it"
-            : err == -EADDRINUSE ? "; not replaced"
-                                 : "");
+/* Ends the process if err is an error (-errno), with a message that names the
+ * object.  EBUSY means that a file or store is locked by another server, which
+ * has an exit status of its own: scripts try again then. */
+static void cli_exit_if_error(int err, const char *object) {
+  assert(err <= 0 && object);
+  if (!err) return;
+  if (err == -EBUSY)
+    cli_die(CLI_IN_USE, "%s: %s; another server has it", object,
+            u_errno_text(err));
+  cli_failed("%s: %s", object, u_errno_text(err));
 }
 
-/* ---- What --without, --fault and --delay do to clients ------------------- */
+/* ---- Signals, and how it ends --------------------------------------------
+ * SIGTERM, SIGINT and SIGHUP ask for the end.  If a command is being served
+ * (--run, or what stands behind "--") the end comes in this order:
+ *
+ *   1. Nobody new can connect: nbdserve_unlisten.  The clients that are there,
+ *      the command's above all, are served as before.
+ *   2. The command is told, by SIGTERM, and served until it has ended.  It may
+ *      still write what it has, and flush.
+ *   3. Its end, a second signal or CLI_COMMAND_GRACE_S seconds finish step 2:
+ *      nbdserve_stop.
+ *   4. The server finishes in its own order: see srv_finish in [12].
+ *   5. The status of the command becomes ours.  If it has still not ended a
+ *      message says so, and it is left alone.
+ *
+ * Without a command the first signal leads to nbdserve_stop and step 4.  When
+ * nbdserve_stop has been called and a signal has come before, SIGINT ends the
+ * process at once: whoever types Ctrl-C twice does not want to wait.
+ *
+ *   CLI_SERVING --- a signal, while a command runs --> CLI_COMMAND_ENDS
+ *        |                                                    |
+ *        | a signal without a command,          its end, a second signal,
+ *        | or the end of the command            or SIGALRM: time is over
+ *        |                                                    |
+ *        +-----------------> CLI_STOPPING <-------------------+
+ *
+ * Who does what: the signal handler owns cli.phase.  It runs in the main thread
+ * (all others block the signals) and interrupts nbdserve_run by nbdserve_wake;
+ * cli_run, around nbdserve_run, then does steps 1 and 2: nbdserve_unlisten must
+ * not be called by a handler.  Without threads nbdserve_run does not return
+ * while it serves a client, so there the handler itself does step 2; step 1 is
+ * not urgent, as nobody is accepted meanwhile.  The handler also waits for the
+ * command, so that its end reaches nbdserve_stop in that case, too. */
 
-static const char *const cli_features[] =
-    {/* by bit of config.without */
-     "",           "",          "flush", "fua",       "", "trim", "zero", "df",
-     "multi-conn", "",          "cache", "fast-zero", "", "",     "",     "",
-     "",           "",          "",      "list",      "", "",     "info", "go",
-     "structured", "list-meta", "meta",  "extended"};
-static const char *const cli_commands[] = {
-    "read", "write", "", "flush", "trim", "cache", "zero", "status", "all"};
-static const char *const cli_errors[] = {"EPERM",   "EIO",      "ENOMEM",
-                                         "EINVAL",  "ENOSPC",   "EOVERFLOW",
-                                         "ENOTSUP", "ESHUTDOWN"};
-static const int cli_errnos[] = {EPERM,  EIO,       ENOMEM,  EINVAL,
-                                 ENOSPC, EOVERFLOW, ENOTSUP, ESHUTDOWN};
-static struct {
-  int err, ms;
-  unsigned ppm, sum;
-} cli_faults[8]; /* commands */
-#define CLI_WORD(words, s, ends) \
-  cli_word(words, (int)(sizeof words / sizeof *words), s, ends)
+/* Signals that are caught, or ignored while the process ends. */
+static const int cli_signals[] = {SIGHUP,  SIGINT,  SIGTERM,
+                                  SIGUSR1, SIGCHLD, SIGALRM};
 
-/* Takes a word, up to one of ends, off *s.  Its number, or -1. */
-static int cli_word(const char *const *words, int n, const char **s,
-                    const char *ends) {
-  size_t len = strcspn(*s, ends);
-  while (--n >= 0 && (!len || strncmp(words[n], *s, len) || words[n][len])) {
+/* Keeps the handler away until the caller restores the mask *was with
+ * sigprocmask; signals that have come meanwhile are handled then.  This is the
+ * mask of the main thread, which is the only one that takes these signals.
+ * (POSIX wants pthread_sigmask for that if there are other threads; no system
+ * makes a difference, and without threads there is none.) */
+static void cli_block_signals(sigset_t *was) {
+  sigset_t all;
+  sigfillset(&all);
+  sigprocmask(SIG_BLOCK, &all, was);
+}
+
+/* Translates what waitpid says into an exit status, as a shell does. */
+static int cli_exit_status(int wait_status) {
+  assert(WIFSIGNALED(wait_status) || WIFEXITED(wait_status));
+  if (WIFSIGNALED(wait_status)) return CLI_BY_SIGNAL + WTERMSIG(wait_status);
+  return WEXITSTATUS(wait_status);
+}
+
+/* Step 3.  Only the handler calls this: cli.phase is its own. */
+static void cli_stop_server(void) {
+  assert(cli.server);
+  cli.phase = CLI_STOPPING;
+  nbdserve_stop(cli.server);
+}
+
+/* Step 2: sends SIGTERM to the command, if that was not done yet, and sets the
+ * clock that limits its time.  The handler may call this.  The signals are
+ * blocked because the command may end at any moment: once the handler has
+ * waited for it, its process id may belong to somebody else. */
+static void cli_tell_command(void) {
+  sigset_t was;
+  cli_block_signals(&was);
+  if (cli.child && !cli.child_told) {
+    assert(cli.child > 0); /* kill would hit a group of processes */
+    cli.child_told = 1;
+    kill((pid_t)cli.child, SIGTERM);
+    alarm(CLI_COMMAND_GRACE_S);
   }
-  *s += len + ((*s)[len] != 0);
-  return n;
+  sigprocmask(SIG_SETMASK, &was, NULL);
 }
 
-static int cli_disturb(const char *s, int is_delay) {
-  int cmd = CLI_WORD(cli_commands, &s, ":");
-  int err = is_delay ? 0 : CLI_WORD(cli_errors, &s, ":");
-  char *end;
-  double x = strtod(s, &end); /* milliseconds, or a share */
-  if (cmd < 0 || err < 0 || end == s || *end ||
-      !(x >= 0 && x <= (is_delay ? 1e6 : 1)))
-    return 0; /* no NaN either */
-  for (int i = cmd % 8; i < 8 && (i == cmd || cmd == 8); i++) {
-    if (is_delay) cli_faults[i].ms = (int)(x + .999);
-    if (!is_delay) cli_faults[i].err = -cli_errnos[err];
-    if (!is_delay) cli_faults[i].ppm = (unsigned)(x * 1e6 + .999);
+/* SIGCHLD: takes the status of the command if it has ended.  The signal comes
+ * for other reasons, too: the command was suspended, or a process has ended
+ * that was started by whatever program this process was before exec.  Only the
+ * command is waited for, so such children are left alone. */
+static void cli_on_child(void) {
+  pid_t child = (pid_t)cli.child;
+  int wait_status = 0;
+  if (!child || waitpid(child, &wait_status, WNOHANG) != child) return;
+  cli.command_status = cli_exit_status(wait_status);
+  cli.child = 0;
+  cli_stop_server();
+}
+
+/* SIGTERM, SIGINT or SIGHUP: see the order above.  A SIGINT that the terminal
+ * sends goes to the command as well, so it may well have ended already. */
+static void cli_on_end(int sig) {
+  int is_first = !cli.end_wanted;
+  assert(cli.phase != CLI_COMMAND_ENDS || cli.child);
+  cli.end_wanted = 1;
+  if (is_first && cli.child) {
+    cli.phase = CLI_COMMAND_ENDS;
+    if (NBDSERVE_NO_THREADS) cli_tell_command();
+    return;
+  }
+  if (!is_first && cli.phase == CLI_STOPPING && sig == SIGINT)
+    _exit(CLI_BY_SIGNAL + sig);
+  cli_stop_server();
+}
+
+/* The signal handler.  It calls nothing but what POSIX and nbdserve.h allow in
+ * a handler.  All other signals are blocked meanwhile (cli_catch_signals), so
+ * that what it does to `cli` is done in one piece.  It may run before there is
+ * a command, and after there was one, but never before there is a server.  It
+ * always wakes cli_run, which looks at what there is to do. */
+static void cli_on_signal(int sig) {
+  int saved = errno;
+  assert(cli.server);
+  if (sig == SIGUSR1)
+    cli.stats_wanted = 1;
+  else if (sig == SIGCHLD)
+    cli_on_child();
+  else if (sig == SIGALRM) /* the command has had its time */
+    cli_stop_server();
+  else
+    cli_on_end(sig);
+  nbdserve_wake(cli.server);
+  errno = saved;
+}
+
+/* Gives our signals a handler, or SIG_IGN when the process ends, or SIG_DFL for
+ * a program that is to be executed.  SIGHUP and SIGINT stay ignored if whoever
+ * started us wants it so, as nohup does, and a shell for what it runs in the
+ * background.  SIGPIPE and SIGXFSZ are ignored, so that writing to a closed
+ * pipe, or beyond the limit for the size of files, becomes an error; but not
+ * for such a program, which inherits what is ignored. */
+static void cli_catch_signals(void (*handler)(int)) {
+  struct sigaction action = {.sa_handler = handler, .sa_flags = SA_RESTART};
+  sigfillset(&action.sa_mask);
+  for (size_t i = 0; i < COUNT_OF(cli_signals); i++) {
+    int sig = cli_signals[i];
+    struct sigaction was = {.sa_handler = SIG_DFL};
+    if (sig == SIGHUP || sig == SIGINT) sigaction(sig, NULL, &was);
+    if (was.sa_handler != SIG_IGN) sigaction(sig, &action, NULL);
+  }
+  if (handler != SIG_DFL) action.sa_handler = SIG_IGN;
+  sigaction(SIGPIPE, &action, NULL);
+  sigaction(SIGXFSZ, &action, NULL);
+}
+
+/* ---- Files that we make and remove -------------------------------------- */
+
+/* Removes a file that we have made, if it still is that file.  Whoever has put
+ * another one in its place, a server that was started after us for instance,
+ * keeps it.  We have the file open, or have it bound as a socket: its inode
+ * number would otherwise be free, and the other file may have got it.  If
+ * `made` is all zero, as before the file was made, it fits no file. */
+static void cli_remove_own(const char *path, const struct stat *made) {
+  struct stat st;
+  if (made->st_ino && lstat(path, &st) == 0 && st.st_dev == made->st_dev &&
+      st.st_ino == made->st_ino)
+    unlink(path);
+}
+
+/* --pidfile: writes our process id to a file, with the mode that the umask asks
+ * for.  The file appears in one step, when it is whole: whoever sees it may
+ * connect.  Until then it has another name; mkstemp neither follows symbolic
+ * links nor opens a file that is there already.  A symbolic link at path is
+ * replaced, not followed.  The descriptor stays open, for cli_remove_own. */
+static void cli_write_pidfile(const char *path) {
+  char temp[PATH_MAX];
+  assert(!cli.pidfile_st.st_ino);
+  if (snprintf(temp, PATH_MAX, "%s.XXXXXX", path) >= PATH_MAX)
+    cli_exit_if_error(-ENAMETOOLONG, path);
+  int fd = mkstemp(temp);
+  if (fd < 0) cli_exit_if_error(-errno, path);
+  mode_t mask = umask(077); /* there is no other way to ask for it */
+  umask(mask);
+  if (dprintf(fd, "%ld\n", (long)getpid()) < 0 ||
+      fchmod(fd, 0666 & ~mask) < 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 ||
+      fstat(fd, &cli.pidfile_st) < 0 || rename(temp, path) < 0) {
+    int err = -errno;
+    unlink(temp);
+    cli_exit_if_error(err, path);
+  }
+}
+
+/* ---- Words, and what --fault and --delay do to requests ----------------- */
+
+/* A word that the value of an option may contain, and what it stands for.  In a
+ * table of words the last name is NULL. */
+struct cli_word {
+  const char *name;
+  uint32_t value;
+};
+
+enum {
+  /* The types of requests are below this; NBD_CMD_BLOCK_STATUS is the last. */
+  CLI_NCOMMANDS = NBD_CMD_BLOCK_STATUS + 1,
+  /* In place of a type: each of them */
+  CLI_ALL_COMMANDS = CLI_NCOMMANDS
+};
+
+/* clang-format off */
+
+/* The words are lists of macros, because they are needed twice: in a table, as
+ * rows, and in the message that says which ones are allowed, as text. */
+#define CLI_ROW(name, value) {name, value},
+#define CLI_TEXT(name, value) " " name
+
+/* --without: bits of nbdserve_config.without, where flags of the transmission
+ * stand for themselves, and option N of the handshake for bit 16 + N */
+#define CLI_FEATURES(X) \
+  X("flush", NBD_FLAG_SEND_FLUSH)     X("fua", NBD_FLAG_SEND_FUA) \
+  X("trim", NBD_FLAG_SEND_TRIM)       X("zero", NBD_FLAG_SEND_WRITE_ZEROES) \
+  X("df", NBD_FLAG_SEND_DF)           X("multi-conn", NBD_FLAG_CAN_MULTI_CONN) \
+  X("cache", NBD_FLAG_SEND_CACHE)     X("fast-zero", NBD_FLAG_SEND_FAST_ZERO) \
+  X("list", 65536u << NBD_OPT_LIST)   X("info", 65536u << NBD_OPT_INFO) \
+  X("go", 65536u << NBD_OPT_GO) \
+  X("structured", 65536u << NBD_OPT_STRUCTURED_REPLY) \
+  X("list-meta", 65536u << NBD_OPT_LIST_META_CONTEXT) \
+  X("meta", 65536u << NBD_OPT_SET_META_CONTEXT) \
+  X("extended", 65536u << NBD_OPT_EXTENDED_HEADERS)
+
+/* --fault and --delay: the requests that they concern */
+#define CLI_COMMANDS(X) \
+  X("read", NBD_CMD_READ)             X("write", NBD_CMD_WRITE) \
+  X("flush", NBD_CMD_FLUSH)           X("trim", NBD_CMD_TRIM) \
+  X("cache", NBD_CMD_CACHE)           X("zero", NBD_CMD_WRITE_ZEROES) \
+  X("status", NBD_CMD_BLOCK_STATUS)   X("all", CLI_ALL_COMMANDS)
+
+/* --fault: the errors that the protocol knows, as errno values */
+#define CLI_ERRORS(X) \
+  X("EPERM", EPERM)                   X("EIO", EIO) \
+  X("ENOMEM", ENOMEM)                 X("EINVAL", EINVAL) \
+  X("ENOSPC", ENOSPC)                 X("EOVERFLOW", EOVERFLOW) \
+  X("ENOTSUP", ENOTSUP)               X("ESHUTDOWN", ESHUTDOWN)
+
+static const struct cli_word cli_features[] = {CLI_FEATURES(CLI_ROW) {0}};
+static const struct cli_word cli_commands[] = {CLI_COMMANDS(CLI_ROW) {0}};
+static const struct cli_word cli_errors[] = {CLI_ERRORS(CLI_ROW) {0}};
+
+/* --cache: flags of an export */
+static const struct cli_word cli_cache_modes[] = {
+    {"writeback", 0},
+    {"writethrough", NBDSERVE_EXPORT_WRITETHROUGH},
+    {"unsafe", NBDSERVE_EXPORT_UNSAFE},
+    {NULL, 0}};
+
+/* clang-format on */
+
+/* What --fault and --delay do to the requests of a type.  This is fixed before
+ * the server is made, except for `sum`, which server->lock guards. */
+static struct cli_fault {
+  /* The answer to requests that fail, -errno */
+  int err;
+  /* How many of a million requests fail */
+  unsigned rate_ppm;
+  /* Each request adds rate_ppm; where that makes a million the request fails,
+   * and the million is taken off. */
+  unsigned sum;
+  /* How long each request waits before it is done */
+  int delay_ms;
+} cli_faults[CLI_NCOMMANDS];
+
+/* The `before` function of the server: it is called for each request, in the
+ * thread that is about to do it, and may wait there.  Which requests fail is
+ * not left to chance: tests can rely on the number. */
+static int cli_before(void *unused, unsigned type, uint64_t off, uint64_t len) {
+  (void)unused;
+  (void)off;
+  (void)len;
+  assert(type < CLI_NCOMMANDS);
+  struct cli_fault *fault = &cli_faults[type];
+  if (fault->delay_ms) poll(NULL, 0, fault->delay_ms);
+  os_lock(&cli.server->lock);
+  fault->sum += fault->rate_ppm;
+  int fails = fault->sum >= 1000000;
+  if (fails) fault->sum -= 1000000;
+  assert(fault->sum < 1000000);
+  os_unlock(&cli.server->lock);
+  return fails ? fault->err : 0;
+}
+
+/* Takes a word off the front of *text.  The word goes to the first of the
+ * characters in `ends`, which is taken off, too, or to the end of the text.
+ * Returns false if the table has no such word. */
+static int cli_take_word(const struct cli_word *words, const char **text,
+                         const char *ends, uint32_t *value) {
+  size_t len = strcspn(*text, ends);
+  assert(words->name);
+  while (words->name &&
+         (strlen(words->name) != len || memcmp(words->name, *text, len) != 0))
+    words++;
+  *value = words->value;
+  *text += len;
+  if (**text) ++*text;
+  return words->name != NULL;
+}
+
+/* ---- Options ------------------------------------------------------------ */
+
+/* clang-format off */
+
+/* The options, in the order of --help: the name behind OPT_, the name on the
+ * command line, and members of struct cli_option.  This is a list of macros, so
+ * that it says all about an option in one place. */
+#define CLI_OPTIONS(X) \
+  X(UNIX, "unix", .letter = 'U', .argument = "PATH", \
+    .help = "listen on a unix socket (default: a private one)") \
+  X(PORT, "port", .letter = 'p', .argument = "N", .max = 65535, \
+    .help = "listen on TCP (usual: 10809; 0: any free port)") \
+  X(BIND, "bind", .letter = 'i', .argument = "ADDR", \
+    .help = "TCP address (default: the two of loopback)") \
+  X(STDIN, "stdin", .letter = 's', \
+    .help = "serve one client on standard input and output") \
+  X(FD, "fd", .argument = "N", .max = INT_MAX, .parse = cli_parse_fd, \
+    .form = "the number of a descriptor that is open", \
+    .help = "serve descriptor N, a listening or connected socket") \
+  X(READ_ONLY, "read-only", .letter = 'r', .help = "refuse writes") \
+  X(EXPORT, "export", .letter = 'e', .argument = "NAME", \
+    .help = "name of the export (default: every name will do)") \
+  X(DESCRIPTION, "description", .letter = 'D', .argument = "TEXT", \
+    .help = "shown to clients that list the exports") \
+  X(OFFSET, "offset", .letter = 'o', .argument = "N", \
+    .max = INT64_MAX, .help = "serve the target from byte N on") \
+  X(SIZE, "size", .argument = "N", .min = 1, .max = INT64_MAX, \
+    .help = "serve only N bytes of the target") \
+  X(BLOCK_SIZE, "block-size", .letter = 'b', .argument = "SIZES", \
+    .parse = cli_parse_sizes, .form = "MIN:PREFERRED:MAX, three sizes", \
+    .help = "MIN:PREFERRED:MAX (1:4096:32M)") \
+  X(CREATE, "create", .argument = "SIZE", .min = 1, .max = INT64_MAX, \
+    .help = "make the target, a sparse file, if it is missing") \
+  X(TEMPORARY, "temporary", .letter = 'T', \
+    .help = "discard at exit what clients have written") \
+  X(CACHE, "cache", .argument = "MODE", .parse = cli_parse_cache, \
+    .form = "writeback, writethrough or unsafe", \
+    .help = "writeback (default), writethrough or unsafe") \
+  X(THREADS, "threads", .letter = 't', .argument = "N", .min = 1, \
+    .max = 1024, .help = "slow requests of a client done at a time (16)") \
+  X(MAX_CONN, "max-conn", .letter = 'm', .argument = "N", \
+    .min = 1, .max = SRV_MAX_CONN, .help = "clients served at a time (128)") \
+  X(STALL, "stall", .argument = "SEC", .min = 1, .max = 4000000, \
+    .help = "disconnect a client stalled in a request (120)") \
+  X(ONCE, "once", .letter = '1', \
+    .help = "exit when the last client has left") \
+  X(IDLE_EXIT, "idle-exit", .argument = "SEC", .min = 1, \
+    .max = 4000000, .help = "exit after SEC seconds without a client") \
+  X(RUN, "run", .argument = "CMD", \
+    .help = "serve while a shell command runs ($uri, $nbd)") \
+  X(FORK, "fork", .help = "go into the background once it listens") \
+  X(PIDFILE, "pidfile", .letter = 'P', .argument = "FILE", \
+    .help = "write the process id to FILE once it listens") \
+  X(READY_FD, "ready-fd", .argument = "N", .min = 3, .max = INT_MAX, \
+    .parse = cli_parse_fd, \
+    .form = "the number of a descriptor (3 or above) that is open", \
+    .help = "write the URI to descriptor N once it listens") \
+  X(QUIET, "quiet", .letter = 'q', .help = "print errors only") \
+  X(VERBOSE, "verbose", .letter = 'v', \
+    .help = "log clients; given twice: every request") \
+  X(STATS, "stats", .help = "print totals at exit (on SIGUSR1 always)") \
+  X(JSON, "json", .help = "print totals, or a command's output, as JSON") \
+  X(WITHOUT, "without", .argument = "LIST", .parse = cli_parse_features, \
+    .form = "a list of:" CLI_FEATURES(CLI_TEXT) " (with commas)", \
+    .help = "hide features from clients (see README)") \
+  X(FAULT, "fault", .argument = "CMD:ERR:RATE", .parse = cli_parse_fault, \
+    .form = "CMD:ERR:RATE; CMD:" CLI_COMMANDS(CLI_TEXT) \
+            "; ERR:" CLI_ERRORS(CLI_TEXT) "; RATE: 0 to 1", \
+    .help = "make requests fail: write:EIO:0.1 (see README)") \
+  X(DELAY, "delay", .argument = "CMD:MS", .parse = cli_parse_fault, \
+    .form = "CMD:MS; CMD:" CLI_COMMANDS(CLI_TEXT) "; MS: 0 to 1000000", \
+    .help = "make requests wait: read:50 (see README)") \
+  X(DRY_RUN, "dry-run", .letter = 'n', \
+    .help = "rollback, resize, rm: only check if they can be done") \
+  X(NO_VERIFY, "no-verify", \
+    .help = "do not check the blocks of a store when reading") \
+  X(VERSION, "version", .letter = 'V', \
+    .help = "print the version and what it was built with") \
+  X(HELP, "help", .letter = 'h', .help = "print this text")
+
+#define CLI_OPTION_ID(id, ...) OPT_##id,
+#define CLI_OPTION_ROW(id, text, ...) [OPT_##id] = {.name = text, __VA_ARGS__},
+
+/* OPT_NONE is no option, and never given. */
+enum cli_option_id { OPT_NONE, CLI_OPTIONS(CLI_OPTION_ID) OPT_COUNT };
+
+/* clang-format on */
+
+/* What the options say: opt[OPT_PORT].number.  What was not given is 0 or NULL,
+ * which is the default for nbdserve.h as well; where 0 is a value of its own (a
+ * port, a descriptor) `given` tells the difference.  Nobody changes this after
+ * cli_parse. */
+static struct {
+  /* How often the option was given.  A command behind "--" counts as --run. */
+  unsigned given;
+  /* The value as it was written; it stays in argv. */
+  const char *text;
+  /* The value of an option that takes a number */
+  uint64_t number;
+} opt[OPT_COUNT];
+
+/* What all exports have in common: the sizes and flags that --block-size and
+ * --cache say */
+static struct nbdserve_export cli_common;
+
+/* What --without says: bits of nbdserve_config.without */
+static uint32_t cli_without;
+
+struct cli_option {
+  /* What stands behind "--" */
+  const char *name;
+  /* What stands behind "-"; 0: there is no short form. */
+  char letter;
+  /* What --help calls the value; NULL: the option takes none. */
+  const char *argument;
+  const char *help;
+  /* The range of an option that takes a number; max is 0: it takes none. */
+  uint64_t min;
+  uint64_t max;
+  /* Takes a value of another kind, or checks what else a number must be.
+   * Returns false if the value is not allowed.  NULL: any will do. */
+  int (*parse)(enum cli_option_id id, const char *value);
+  /* What is allowed, for the message that refuses a value; NULL: the numbers of
+   * the range. */
+  const char *form;
+};
+
+/* ---- A parser for each kind of value ---- */
+
+/* A descriptor that whoever started us has opened.  It has to be open: a number
+ * that is free would later be that of a file of our own, maybe of an image. */
+static int cli_parse_fd(enum cli_option_id id, const char *value) {
+  (void)value;
+  assert(opt[id].number <= INT_MAX);
+  return fcntl((int)opt[id].number, F_GETFD) >= 0;
+}
+
+/* --block-size: three sizes.  Whether they go together is for nbdserve_add to
+ * say. */
+static int cli_parse_sizes(enum cli_option_id id, const char *value) {
+  (void)id;
+  uint32_t *const sizes[] = {&cli_common.min_block, &cli_common.preferred_block,
+                             &cli_common.max_request};
+  for (int i = 0; i < 3; i++) {
+    uint64_t size = 0;
+    value = u_parse_size(value, &size);
+    if (!value || *value != (i < 2 ? ':' : '\0')) return 0;
+    if (size < 1 || size > UINT32_MAX) return 0;
+    *sizes[i] = (uint32_t)size;
+    value++;
   }
   return 1;
 }
 
-/* The same share of requests always fails, so that tests can rely on it. */
-static int cli_before(void *ctx, unsigned type, uint64_t off, uint64_t len) {
-  (void)ctx, (void)off, (void)len;
-  if (cli_faults[type].ms) poll(NULL, 0, cli_faults[type].ms);
-  os_lock(&cli.server->lock);
-  int hit = (cli_faults[type].sum += cli_faults[type].ppm) >= 1000000;
-  if (hit) cli_faults[type].sum -= 1000000;
-  os_unlock(&cli.server->lock);
-  return hit ? cli_faults[type].err : 0;
+/* --cache: one of a few words */
+static int cli_parse_cache(enum cli_option_id id, const char *value) {
+  (void)id;
+  return cli_take_word(cli_cache_modes, &value, "", &cli_common.flags);
 }
 
-static void cli_set(const struct cli_option *o, const char *value) {
-  uint32_t *block[] = {&cli.ex.min_block, &cli.ex.preferred_block,
-                       &cli.ex.max_request};
-  const char *rest = value;
-  int c = abs(o->letter), ok = 1;
-  cli.v[c] = value;
-  cli.n[c]++;
-  if (o->max)
-    ok = u_parse_number(value, o->max, &cli.n[c]) && cli.n[c] >= o->min;
-  if (ok && (c == 'f' || c == 'y')) /* or it could become ours */
-    ok = fcntl((int)cli.n[c], F_GETFD) >= 0;
-  for (int i = 0; c == 'b' && ok && i < 3; i++) {
-    uint64_t v = 0;
-    rest = u_parse_size(rest, &v);
-    ok = rest && v >= 1 && v <= UINT32_MAX && *rest++ == (i < 2 ? ':' : 0);
-    *block[i] = (uint32_t)v;
+/* --without: a list of words, with commas between them.  Given again it adds to
+ * the list. */
+static int cli_parse_features(enum cli_option_id id, const char *value) {
+  (void)id;
+  uint32_t bit;
+  while (*value) {
+    if (!cli_take_word(cli_features, &value, ",", &bit)) return 0;
+    cli_without |= bit;
   }
-  if (c == 'c') {
-    static const char *const modes[] = {"writeback", "writethrough", "unsafe"};
-    int mode = CLI_WORD(modes, &rest, "");
-    ok = mode >= 0;
-    cli.ex.flags =
-        (uint32_t)mode * NBDSERVE_EXPORT_WRITETHROUGH; /* twice: UNSAFE */
+  return 1;
+}
+
+/* --fault: which requests fail, how, and at what rate; --delay: which requests
+ * wait, and how many milliseconds.  The number may have a decimal point, and is
+ * rounded up: of what is above 0 something happens some time.  NaN is refused,
+ * as it fails the comparisons. */
+static int cli_parse_fault(enum cli_option_id id, const char *value) {
+  int is_fault = id == OPT_FAULT;
+  assert(is_fault || id == OPT_DELAY);
+  uint32_t command;
+  uint32_t error = 0;
+  char *rest;
+  if (!cli_take_word(cli_commands, &value, ":", &command)) return 0;
+  if (is_fault && !cli_take_word(cli_errors, &value, ":", &error)) return 0;
+  double number = strtod(value, &rest);
+  if (rest == value || *rest) return 0;
+  if (!(number >= 0 && number <= (is_fault ? 1 : 1e6))) return 0;
+  for (uint32_t i = 0; i < CLI_NCOMMANDS; i++) {
+    if (command != i && command != CLI_ALL_COMMANDS) continue;
+    if (is_fault) {
+      cli_faults[i].err = -(int)error;
+      cli_faults[i].rate_ppm = (unsigned)(number * 1e6 + .999);
+    } else {
+      cli_faults[i].delay_ms = (int)(number + .999);
+    }
   }
-  if (c == 'x' || c == 'd') ok = cli_disturb(value, c == 'd');
-  for (int bit; c == 'w' && ok && *rest; cli.without |= 1u << (bit & 31))
-    ok = (bit = CLI_WORD(cli_features, &rest, ",")) >= 0;
-  if (!ok)
-    cli_usage("--%s %s: no such %s, or out of range", o->name, value, o->arg);
+  return 1;
 }
 
-static const struct cli_option *cli_find(int letter, const char *name) {
-  const struct cli_option *o = cli_options;
-  size_t n = name ? strcspn(name, "=") : 0;
-  while (*o->name && (name ? strncmp(o->name, name, n) != 0 || o->name[n]
-                           : abs(o->letter) != letter))
-    o++;
-  return o;
+/* ---- The tables ---- */
+
+/* clang-format off */
+static const struct cli_option cli_options[OPT_COUNT] = {
+    CLI_OPTIONS(CLI_OPTION_ROW)};
+
+/* Options that exclude others, and why */
+static const struct {
+  enum cli_option_id option;
+  enum cli_option_id others[3];
+  const char *reason;
+} cli_exclusions[] = {
+    {OPT_STDIN, {OPT_UNIX, OPT_PORT, OPT_BIND}, "with --stdin nobody listens"},
+    {OPT_STDIN, {OPT_FD}, "both name the client"},
+    {OPT_STDIN, {OPT_FORK}, "the background has no standard input"},
+    {OPT_FD, {OPT_UNIX, OPT_PORT, OPT_BIND}, "the socket is there already"},
+    {OPT_RUN, {OPT_STDIN}, "the command could not connect"},
+    {OPT_RUN, {OPT_FD}, "the command would have no URI"},
+    {OPT_RUN, {OPT_FORK}, "nobody would wait for the command"},
+    {OPT_RUN, {OPT_ONCE, OPT_IDLE_EXIT}, "it ends with the command"},
+    {OPT_CREATE, {OPT_READ_ONLY}, "a new target would stay empty"},
+    {OPT_TEMPORARY, {OPT_READ_ONLY}, "there would be nothing to discard"},
+    {OPT_TEMPORARY, {OPT_CREATE}, "the target is only read"}};
+/* clang-format on */
+
+/* ---- From argv to `opt` ---- */
+
+/* Takes an option that stands in *word.  The value is what stands behind it in
+ * the same word, or NULL; if the option needs one it then is the next word.
+ * (Behind the last word of argv there is NULL.)  Returns the last word used.  A
+ * value that is not allowed ends the process. */
+static char **cli_take_option(enum cli_option_id id, char **word,
+                              const char *value) {
+  const struct cli_option *option = &cli_options[id];
+  if (id == OPT_NONE) cli_usage("%s: unknown option (try --help)", *word);
+  assert(option->name && option->help && option->min <= option->max);
+  assert(option->argument || (!option->max && !option->parse));
+  if (option->argument && !value) value = *++word;
+  if (option->argument && !value)
+    cli_usage("--%s takes %s", option->name, option->argument);
+  if (!option->argument && value)
+    cli_usage("--%s takes no value", option->name);
+  opt[id].given++;
+  opt[id].text = value;
+  uint64_t *number = &opt[id].number;
+  int is_good = !option->max || (u_parse_number(value, option->max, number) &&
+                                 *number >= option->min);
+  if (is_good && option->parse) is_good = option->parse(id, value);
+  if (!is_good && option->form)
+    cli_usage("--%s %s: not %s", option->name, value, option->form);
+  if (!is_good)
+    cli_usage("--%s %s: not a number from %" PRIu64 " to %" PRIu64,
+              option->name, value, option->min, option->max);
+  return word;
 }
 
+/* Parses the word at *word, which is --NAME or --NAME=VALUE, and the word
+ * behind it if that is the value.  Returns the last word that it has used.
+ * Names have to be written in full: a shorthand that is unique today would not
+ * be so for ever. */
+static char **cli_parse_long(char **word) {
+  const char *name = *word + 2;
+  size_t len = strcspn(name, "=");
+  enum cli_option_id id = OPT_COUNT - 1;
+  while (id > OPT_NONE && (strlen(cli_options[id].name) != len ||
+                           memcmp(cli_options[id].name, name, len) != 0))
+    id--;
+  return cli_take_option(id, word, name[len] ? name + len + 1 : NULL);
+}
+
+/* Does the same for a word of one or more letters behind "-".  The first letter
+ * that takes a value ends it: the value is the rest of the word or, if there is
+ * no rest, the word behind it. */
+static char **cli_parse_short(char **word) {
+  for (const char *letter = *word + 1; *letter; letter++) {
+    enum cli_option_id id = OPT_COUNT - 1;
+    while (id > OPT_NONE && cli_options[id].letter != *letter)
+      id--;
+    int takes_value = cli_options[id].argument != NULL;
+    const char *rest = takes_value && letter[1] ? letter + 1 : NULL;
+    char **last = cli_take_option(id, word, rest);
+    if (takes_value) return last;
+  }
+  return word;
+}
+
+/* Parses the command line.  Targets may stand between options.  They are
+ * gathered at the front of argv, over words that have been parsed: there is at
+ * least one such word, the name of the program, so they never reach one that
+ * has not. */
 static void cli_parse(char **argv) {
-  for (const char *a; !cli.command && (a = *++argv) != NULL;) {
-    if (a[0] != '-' || !a[1]) {
-      cli.targets[cli.ntargets++] = *argv;
-      continue;
-    }
-    int is_long = *++a == '-', more = 1;
-    if (is_long && !*++a) {
-      cli.command = argv + 1;
-      cli.v['-'] = "";
-      more = 0;
-    }
-    while (more) {
-      const struct cli_option *o = cli_find(*a, is_long ? a : NULL);
-      if (!*o->name || (!is_long && o->letter < 0))
-        cli_usage("%s: unknown option; try --help", *argv);
-      a += is_long ? strcspn(a, "=") : 1;
-      more = *a && !is_long && !o->arg;
-      const char *value = !o->arg ? is_long && *a ? NULL : ""
-                          : *a    ? a + is_long
-                                  : *++argv;
-      if (!value)
-        cli_usage("--%s takes %s", o->name, o->arg ? o->arg : "no value");
-      cli_set(o, value);
+  cli.targets = argv;
+  for (char **word = argv + 1; *word; word++) {
+    const char *text = *word;
+    assert(cli.targets + cli.ntargets < word);
+    if (text[0] != '-' || !text[1]) {
+      cli.targets[cli.ntargets++] = *word;
+    } else if (strcmp(text, "--") == 0) {
+      opt[OPT_RUN].given++;
+      cli.command = word + 1;
+      break;
+    } else if (text[1] == '-') {
+      word = cli_parse_long(word);
+    } else {
+      word = cli_parse_short(word);
     }
   }
 }
 
-static void cli_check(void) {
-  const char *p = "sUspsisfsFfUfpfiRsRfRFR1RICr-R-s-f-F-1-ITrTC"; /* not both */
-  for (; *p; p += 2)
-    if (cli.v[(int)p[0]] && cli.v[(int)p[1]])
-      cli_usage("--%s: not together with --%s", cli_find(p[0], NULL)->name,
-                cli_find(p[1], NULL)->name);
+/* Refuses what makes no sense for a server.  Commands on stores come before
+ * that and just ignore options that are not for them. */
+static void cli_check_options(void) {
+  for (size_t i = 0; i < COUNT_OF(cli_exclusions); i++) {
+    enum cli_option_id a = cli_exclusions[i].option;
+    const char *name = cli_options[a].name;
+    if (a == OPT_RUN && cli.command) name = " CMD";
+    for (size_t j = 0; j < COUNT_OF(cli_exclusions[i].others); j++) {
+      enum cli_option_id b = cli_exclusions[i].others[j];
+      if (opt[a].given && opt[b].given)
+        cli_usage("--%s: not together with --%s: %s", name, cli_options[b].name,
+                  cli_exclusions[i].reason);
+    }
+  }
+  if (cli.command && opt[OPT_RUN].text)
+    cli_usage("--run: not together with -- CMD: both name the command");
   if (cli.command && !*cli.command) cli_usage("--: no command behind it");
-  if (!cli.ntargets) cli_usage("no target; try --help");
-  if (cli.v['e'] && cli.ntargets > 1)
-    cli_usage("--export: for a single target; use NAME=TARGET");
+  if (!cli.ntargets) cli_usage("no target (try --help)");
+  if (opt[OPT_EXPORT].text && cli.ntargets > 1)
+    cli_usage("--export: for a single target (use NAME=TARGET)");
 }
 
+/* ---- Commands on stores ----------------------------------------------------
+ * A store can be open in one process only, and that process does the command.
+ * Usually it is us: the store is opened, the command done, and that is all.  If
+ * opening it fails with EBUSY it is being served, and the server does it:
+ *
+ *   us                        the server's thread cli_control
+ *   connect to STORE.ctl  ->  accepts
+ *   struct cli_request,
+ *   two descriptors       ->  cli_run_job, with its output and its messages
+ *                             going straight to these descriptors
+ *   exit with the status  <-  a byte: the exit status
+ *
+ * The descriptors are where the output goes (or the FILE of import and export,
+ * which only we may be allowed to open) and our standard error.  If we are gone
+ * before the command is done, the server sees that and ends it (cli_progress).
+ * Both are processes of one machine and one version of nbdserve, so the request
+ * is sent as it lies in memory.  STORE.ctl belongs to the owner of the store
+ * and is nobody else's to connect to.
+ *
+ * The server does one command at a time; the next one waits in the backlog of
+ * the socket.  Built without threads it takes no commands. */
 #if !NBDSERVE_NO_CAS
-/* ---- Stores: serving one, and commands on them ---------------------------
- * A command on a store that is being served is done by who serves it: it goes
- * to STORE.ctl, with the descriptors it needs, and a status comes back. */
-enum {
-  CLI_INIT = 10,
-  CLI_IMPORT,
-  CLI_EXPORT,
-  CLI_LIST,
-  CLI_SEAL,
-  CLI_DIFF,
-  CLI_VERIFY,
-  CLI_GC,
-  CLI_STAT,
-  CLI_MANY = 1 << 20
+
+enum cli_verb_flags {
+  /* It changes nothing in the store, which is opened next to other readers. */
+  VERB_READS_ONLY = 1 << 0,
+  /* It knows --dry-run.  The others refuse that option: they would change the
+   * store all the same. */
+  VERB_DRY_RUN = 1 << 1,
+  /* Its last operand is a size. */
+  VERB_SIZE = 1 << 2,
+  /* It may take long and leaves nothing half done when a signal ends it. */
+  VERB_IS_LONG = 1 << 3,
+  /* Its last operand is a FILE that it reads. */
+  VERB_READS_FILE = 1 << 4,
+  /* Its last operand is a FILE that it writes; "-" is standard output. */
+  VERB_WRITES_FILE = 1 << 5,
+  /* It prints any number of rows, as JSON: an array of objects.  The others
+   * print one row or none, as JSON: an object. */
+  VERB_ROWS = 1 << 6,
+  /* It prints a line for each value of its row, with the name in front. */
+  VERB_LINES = 1 << 7
 };
 
-static const struct cli_verb {
+struct cli_job;
+
+struct cli_verb {
   const char *name;
-  int verb, min, max; /* NBDSERVE_CAS_* or CLI_*; operands besides STORE */
-  const char *traits; /* R: only reads; N: takes -n; S: the last operand is a
-                         size; T: takes time, to end; then see cli_row */
+  /* The operands, as --help and the usage message print them */
+  const char *operands;
   const char *help;
-} cli_verbs[] = {
-    {"init", CLI_INIT, 0, 1, "S", "STORE [BLOCK-SIZE]"},
-    {"create", NBDSERVE_CAS_CREATE, 2, 2, "S", "STORE::VOLUME SIZE"},
-    {"import", CLI_IMPORT, 2, 2, "T", "STORE::VOLUME FILE"},
-    {"export", CLI_EXPORT, 2, 2, "R", "STORE::NAME FILE (-: standard output)"},
-    {"list", CLI_LIST, 0, 0, "R[name=size#created=id=", "STORE"},
-    {"snapshot", NBDSERVE_CAS_SNAPSHOT, 1, 1, "", "STORE::VOLUME@SNAPSHOT"},
-    {"seal", CLI_SEAL, 1, 1, "T{id=", "STORE::VOLUME@SNAPSHOT (prints its id)"},
-    {"rollback", NBDSERVE_CAS_ROLLBACK, 1, 1, "N", "STORE::VOLUME@SNAPSHOT"},
-    {"clone", NBDSERVE_CAS_CLONE, 2, CLI_MANY, "", "STORE::NAME VOLUME..."},
-    {"rename", NBDSERVE_CAS_RENAME, 2, 2, "", "STORE::NAME NEW"},
-    {"resize", NBDSERVE_CAS_RESIZE, 2, 2, "NS", "STORE::VOLUME SIZE"},
-    {"rm", NBDSERVE_CAS_RM, 1, CLI_MANY, "N", "STORE::NAME [NAME...]"},
-    {"diff", CLI_DIFF, 2, 2, "R[offset#length#", "STORE::NAME NAME"},
-    {"verify", CLI_VERIFY, 0, 0, "RT[name=offset#length#why=", "STORE"},
-    {"gc", CLI_GC, 0, 0, "T{bytes#", "STORE"},
-    {"stat", CLI_STAT, 0, 0, "R|block_size#stored#free#file#log#", "STORE"}};
-
-enum {
-  CLI_VERBS = sizeof cli_verbs / sizeof *cli_verbs,
-  CLI_JSON = 1
+  /* VERB_READS_ONLY... */
+  unsigned flags;
+  /* How many operands it needs besides STORE.  Of two the first one is
+   * request.name and the second one request.to; a single one is
+   * request.name. */
+  int noperands;
+  /* How many more it may get.  CLI_ANY_NUMBER: it is done for each of them, in
+   * the place of the last one that it needs. */
+  int nmore;
+  /* For cli_do_change: NBDSERVE_CAS_CREATE... */
+  int change;
+  /* What -EINVAL means, for the message; NULL: see cli_job_reason. */
+  const char *invalid;
+  /* Does the command on an open store.  Returns 0 or -errno.  Only `init` has
+   * none, as there is no store yet: see cli_init. */
+  int (*run)(struct cli_job *job, struct nbdserve_cas *cas);
 };
 
+/* What goes over the control socket.  The receiver believes nothing of it: the
+ * number of the command is checked, and the texts are ended by NUL. */
+struct cli_request {
+  /* The operand that is a size; 0: it has none. */
+  uint64_t size;
+  /* The command: an index of cli_verbs */
+  unsigned char verb;
+  /* --json and --dry-run */
+  unsigned char json;
+  unsigned char dry_run;
+  /* The operands, or "" */
+  char name[PATH_MAX];
+  char to[PATH_MAX];
+};
+
+/* Where a command writes to */
+struct cli_fds {
+  /* Rows.  For import and export: the FILE. */
+  int output;
+  /* Messages and progress */
+  int messages;
+};
+
+/* A command while it is being done, by whichever process */
 struct cli_job {
-  int fd[2];        /* output, or the file of import and export; messages */
-  int client, rows; /* who waits for it, or -1; printed so far, of an array */
-  int64_t begun;    /* in os_now_ms */
-  double shown;     /* seconds after that: its progress; 0: is not */
-  struct {          /* what goes over the control socket */
-    uint64_t size;
-    unsigned char verb, flags; /* index; CLI_JSON, NBDSERVE_CAS_DRY_RUN */
-    char name[PATH_MAX], to[PATH_MAX]; /* operands */
-  } ask;
+  /* ---- What is to be done; fixed */
+  const struct cli_verb *verb;
+  struct cli_request request;
+  struct cli_fds fds;
+  /* The connection of whoever waits for it, in the server; or -1 */
+  int client;
+
+  /* ---- Its output and progress so far; times are in os_now_ms */
+  unsigned nrows;
+  /* -errno, if something could not be printed */
+  int lost;
+  int64_t begun_ms;
+  /* When progress was last shown; 0: none is on the screen. */
+  int64_t shown_ms;
 };
 
-/* Shows on a terminal how far it is, after a second, ten times a second; with a
- * total of 0 it goes away.  Not 0: what is done shall end, for a signal has
- * come, or the client has gone. */
-static int cli_progress(void *job, uint64_t done, uint64_t total) {
-  struct cli_job *j = job;
+/* ---- Progress ----------------------------------------------------------- */
+
+/* Clears the line that shows the progress, if there is one, so that a row or a
+ * message can take its place. */
+static void cli_hide_progress(struct cli_job *job) {
+  if (!job->shown_ms) return;
+  dprintf(job->fds.messages, "\r%60s\r", "");
+  job->shown_ms = 0;
+}
+
+/* Is called now and then by what takes long: a nbdserve_progress_fn.  If it is
+ * time, shows on a terminal how much is done; how long the rest takes is
+ * guessed from the average so far.  Returns true if the command has to end: a
+ * signal has come, or the client that waits for it has gone. */
+static int cli_progress(void *arg, uint64_t done, uint64_t total) {
+  struct cli_job *job = arg;
   struct pollfd p[] = {{cli.server->stop.pipe[0], POLLIN, 0},
-                       {j->client, POLLIN, 0}};
-  double s = (double)(os_now_ms() - j->begun) / 1000, n = (double)(done >> 20);
-  if (!total && j->shown > 0) dprintf(j->fd[1], "\r%60s\r", "");
-  if (!total) j->shown = 0;
-  if (s > 1 && s - j->shown > .1 && done && isatty(j->fd[1])) {
-    double left = s * ((double)total / (double)done - 1);
-    dprintf(j->fd[1], "\r%3.0f%% %8.0f MiB %8.1f MiB/s %6.0f s left",
-            s / (s + left) * 100, n, n / s, left);
-    j->shown = s;
+                       {job->client, POLLIN, 0}}; /* -1 is skipped */
+  int64_t now = os_now_ms();
+  int64_t passed = now - job->begun_ms;
+  if (done && passed > CLI_PROGRESS_AFTER_MS &&
+      now - job->shown_ms > CLI_PROGRESS_EVERY_MS &&
+      isatty(job->fds.messages)) {
+    double s = (double)passed / 1000;
+    double mib = (double)done / (1 << 20);
+    double ratio = (double)done / (double)total;
+    dprintf(job->fds.messages, "\r%3.0f%% %8.0f MiB %8.1f MiB/s %6.0f s left",
+            ratio * 100, mib, mib / s, s / ratio - s);
+    job->shown_ms = now;
   }
   return poll(p, 2, 0) > 0;
 }
 
-/* Prints a row of values, for which the traits say NAME= for a string, NAME#
- * for a uint64_t; with { in front there is only one, with [ in JSON an array,
- * with | each value is a line, with its name.  No string is one that JSON would
- * want escaped: the store refuses such names. */
-static int cli_row(struct cli_job *j, ...) {
-  const char *f = strpbrk(cli_verbs[j->ask.verb].traits, "{[|");
-  const char *open = *f != '[' ? "{" : j->rows++ ? ",{" : "[{";
-  int fd = j->fd[0], json = j->ask.flags & CLI_JSON, lines = *f == '|', len;
-  int tty = !lines && !json && isatty(fd), n = 0;
+/* ---- Rows --------------------------------------------------------------- */
+
+/* Prints to the output of a job, and remembers if that fails: whoever reads a
+ * list must not take the half of it for the whole. */
+static void OS_PRINTF(2, 3)
+    cli_print(struct cli_job *job, const char *fmt, ...) {
   va_list ap;
-  cli_progress(j, 0, 0);
-  va_start(ap, j);
-  for (f++; *f; f += len + 1, n++) {
-    len = (int)strcspn(f, "=#");
-    if (json)
-      dprintf(fd, "%s\"%.*s\":", n ? "," : open, len, f);
-    else if (lines)
-      dprintf(fd, "%s%.*s\t", n ? "\n" : "", len, f);
-    else if (n)
-      dprintf(fd, tty ? "  " : "\t");
-    if (f[len] == '#')
-      dprintf(fd, "%*" PRIu64, tty ? 16 : 0, va_arg(ap, uint64_t));
-    else
-      dprintf(fd, json ? "\"%*s\"" : "%*s", tty && !n ? -40 : 0,
-              va_arg(ap, const char *));
-  }
+  va_start(ap, fmt);
+  if (vdprintf(job->fds.output, fmt, ap) < 0) job->lost = -errno;
   va_end(ap);
-  return dprintf(fd, json ? "}\n" : "\n") < 0 ? -errno : 0;
 }
 
-static int cli_range(void *job, uint64_t off, uint64_t len) {
-  return cli_row(job, off, len);
-}
+/* A value in a row */
+struct cli_value {
+  const char *name;
+  /* NULL: the value is a number. */
+  const char *text;
+  uint64_t number;
+};
 
-static int cli_list_row(void *job, const struct nbdserve_cas_info *info) {
-  time_t t = (time_t)info->created;
-  char created[32];
-  struct tm tm;
-  strftime(created, sizeof created, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&t, &tm));
-  return cli_row(job, info->name, info->size, created, info->id);
-}
-
-static void cli_damage_row(void *job, const char *name, uint64_t off,
-                           uint64_t len, const char *why) {
-  int json = ((struct cli_job *)job)->ask.flags & CLI_JSON;
-  cli_row(job, *name || json ? name : "-", off, len, why);
-}
-
-/* Copies a file into a new volume, or a volume or snapshot out. */
-static int cli_copy(struct cli_job *j, struct nbdserve_cas *cas, int in) {
-  static unsigned char buf[65536];
-  off_t end = in ? lseek(j->fd[0], 0, SEEK_END) : 0;
-  struct nbdserve_export ex = {0};
-  int fd = j->fd[0], err = end < 0 ? -errno : 0;
-  ssize_t done = 0;
-  if (!err && in) err = nbdserve_cas_create(cas, j->ask.name, (uint64_t)end);
-  if (!err) err = nbdserve_cas_volume(cas, j->ask.name, &ex);
-  if (err) return err;
-  int is_file = !in && strcmp(j->ask.to, "-") != 0 && !ftruncate(fd, 0) &&
-                !ftruncate(fd, (off_t)ex.size);
-  for (uint64_t off = 0, n; off < ex.size && !err; off += n) {
-    n = u_min(sizeof buf, ex.size - off);
-    struct iovec v = {buf, (size_t)n};
-    err = cli_progress(j, off, ex.size) ? -ECANCELED
-          : in                          ? os_transfer(fd, 0, &v, 1, off)
-                                        : ex.ops->read(ex.ctx, buf, off, n, 0);
-    if (err) break;
-    if (in)
-      err = ex.ops->write(ex.ctx, buf, off, n, 0);
-    else if (is_file && u_is_zero(buf, (size_t)n))
-      err = 0;
-    else if (is_file)
-      err = os_transfer(fd, 1, &v, 1, off);
+/* Prints a row of n values.  On a terminal they are aligned; the first column
+ * is wide, as it has the name wherever there is one.  JSON would want nothing
+ * in a text escaped: the store refuses names with such characters, and the
+ * other texts are our own.  Returns 0, or -errno if some of the output was
+ * lost, which ends a list early. */
+static int cli_print_row(struct cli_job *job, const struct cli_value *values,
+                         int n) {
+  unsigned flags = job->verb->flags;
+  int json = job->request.json;
+  int is_table = !json && !(flags & VERB_LINES);
+  int is_aligned = is_table && isatty(job->fds.output);
+  const char *quote = json ? "\"" : "";
+  assert(n > 0 && (flags & VERB_ROWS || !job->nrows));
+  cli_hide_progress(job);
+  if (json && flags & VERB_ROWS) cli_print(job, job->nrows ? "," : "[");
+  job->nrows++;
+  for (int i = 0; i < n; i++) {
+    if (json)
+      cli_print(job, "%s\"%s\":", i ? "," : "{", values[i].name);
+    else if (!is_table)
+      cli_print(job, "%s%s\t", i ? "\n" : "", values[i].name);
+    else if (i)
+      cli_print(job, is_aligned ? "  " : "\t");
+    if (values[i].text)
+      cli_print(job, "%s%-*s%s", quote, is_aligned && !i ? 40 : 0,
+                values[i].text, quote);
     else
-      n = (uint64_t)(done = write(fd, buf, (size_t)n));
-    if (done < 0) err = -errno;
+      cli_print(job, "%*" PRIu64, is_aligned ? 16 : 0, values[i].number);
   }
-  if (!err) err = in ? ex.ops->flush(ex.ctx, 0) : is_file ? os_datasync(fd) : 0;
+  cli_print(job, json ? "}\n" : "\n");
+  return job->lost;
+}
+
+/* ---- What each command does --------------------------------------------- */
+
+/* create, snapshot, rollback, clone, rename, resize, rm: they change the
+ * catalog, and nbdserve.h has one call for all of them. */
+static int cli_do_change(struct cli_job *job, struct nbdserve_cas *cas) {
+  const struct cli_request *request = &job->request;
+  int dry_run = request->dry_run ? NBDSERVE_CAS_DRY_RUN : 0;
+  assert(job->verb->change);
+  return nbdserve_cas_change(cas, job->verb->change | dry_run, request->name,
+                             request->to, request->size);
+}
+
+/* Prints a volume or snapshot: a nbdserve_list_fn.  The time comes from a file
+ * that anybody may have made: it may lie behind all years. */
+static int cli_list_row(void *arg, const struct nbdserve_cas_info *info) {
+  struct cli_job *job = arg;
+  time_t created = (time_t)info->created;
+  char text[40];
+  struct tm tm;
+  if (!gmtime_r(&created, &tm)) tm = (struct tm){.tm_mday = 1};
+  strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &tm);
+  const struct cli_value row[] = {{.name = "name", .text = info->name},
+                                  {.name = "size", .number = info->size},
+                                  {.name = "created", .text = text},
+                                  {.name = "id", .text = info->id}};
+  return cli_print_row(job, row, 4);
+}
+
+/* list: a row for each volume and snapshot */
+static int cli_do_list(struct cli_job *job, struct nbdserve_cas *cas) {
+  return nbdserve_cas_list(cas, cli_list_row, job);
+}
+
+/* seal: gives a snapshot its id and prints that.  Until it was sealed all of it
+ * has to be read, which takes long. */
+static int cli_do_seal(struct cli_job *job, struct nbdserve_cas *cas) {
+  char id[72];
+  int err = nbdserve_cas_seal(cas, job->request.name, id, cli_progress, job);
+  if (err) return err;
+  assert(strncmp(id, "sha256-", 7) == 0);
+  const struct cli_value row = {.name = "id", .text = id};
+  return cli_print_row(job, &row, 1);
+}
+
+/* Prints a range that differs: a nbdserve_range_fn */
+static int cli_range_row(void *arg, uint64_t off, uint64_t len) {
+  const struct cli_value row[] = {{.name = "offset", .number = off},
+                                  {.name = "length", .number = len}};
+  return cli_print_row(arg, row, 2);
+}
+
+/* diff: a row for each range in which two volumes or snapshots differ */
+static int cli_do_diff(struct cli_job *job, struct nbdserve_cas *cas) {
+  return nbdserve_cas_diff(cas, job->request.name, job->request.to,
+                           cli_range_row, job);
+}
+
+/* Prints what is damaged: a nbdserve_damage_fn.  Damage to the store itself has
+ * no name; a row then has "-" there, so that it always has four fields.  What
+ * cannot be printed shows in job->lost: there is no way to end this early. */
+static void cli_damage_row(void *arg, const char *name, uint64_t off,
+                           uint64_t len, const char *why) {
+  struct cli_job *job = arg;
+  if (!*name && !job->request.json) name = "-";
+  const struct cli_value row[] = {{.name = "name", .text = name},
+                                  {.name = "offset", .number = off},
+                                  {.name = "length", .number = len},
+                                  {.name = "why", .text = why}};
+  cli_print_row(job, row, 4);
+}
+
+/* verify: a row for each range that is damaged; the exit status tells, too. */
+static int cli_do_verify(struct cli_job *job, struct nbdserve_cas *cas) {
+  return nbdserve_cas_verify(cas, cli_damage_row, cli_progress, job);
+}
+
+/* gc: gives unused space to the file system.  The row has the bytes of the file
+ * that nothing uses. */
+static int cli_do_gc(struct cli_job *job, struct nbdserve_cas *cas) {
+  uint64_t bytes;
+  int err = nbdserve_cas_gc(cas, &bytes, cli_progress, job);
+  if (err) return err;
+  const struct cli_value row = {.name = "bytes", .number = bytes};
+  return cli_print_row(job, &row, 1);
+}
+
+/* stat: how much is stored, and how full the log is */
+static int cli_do_stat(struct cli_job *job, struct nbdserve_cas *cas) {
+  struct nbdserve_cas_stat stat;
+  nbdserve_cas_stat(cas, &stat);
+  assert(u_is_power_of_2(stat.block_size));
+  const struct cli_value row[] = {
+      {.name = "block_size", .number = stat.block_size},
+      {.name = "stored", .number = stat.stored},
+      {.name = "free", .number = stat.free},
+      {.name = "file", .number = stat.file},
+      {.name = "log", .number = stat.log}};
+  return cli_print_row(job, row, 5);
+}
+
+/* What import and export move at a time: a whole number of blocks of every size
+ * that a store may have.  A process does one command at a time, in the main
+ * thread or in cli_control, so one buffer is enough. */
+static unsigned char cli_buffer[65536];
+
+/* How import and export move the bytes of a volume */
+enum cli_copy {
+  /* From a file to the volume.  Zeroes need no care: the store knows them. */
+  COPY_IN,
+  /* To a pipe, a terminal, or wherever standard output may lead */
+  COPY_OUT,
+  /* To a file that gets the size of the volume first.  It is one hole then:
+   * zeroes need not be written.  A file that cannot be cut, a block device or a
+   * pipe, is written from the front like standard output. */
+  COPY_TO_FILE
+};
+
+/* Writes the first n bytes of the buffer, in as many steps as it takes. */
+static int cli_write_buffer(int fd, uint64_t n) {
+  assert(n <= sizeof cli_buffer);
+  for (uint64_t done = 0; done < n;) {
+    ssize_t r = write(fd, cli_buffer + done, (size_t)(n - done));
+    if (r <= 0) return r < 0 ? -errno : -EIO;
+    done += (uint64_t)r;
+  }
+  return 0;
+}
+
+/* Copies n bytes of a volume at off, as many as fit into the buffer. */
+static int cli_copy_piece(int file, const struct nbdserve_export *ex,
+                          enum cli_copy kind, uint64_t off, uint64_t n) {
+  struct iovec piece = {cli_buffer, (size_t)n};
+  assert(n > 0 && n <= sizeof cli_buffer);
+  assert(off < ex->size && n <= ex->size - off);
+  if (kind == COPY_IN) {
+    int err = os_transfer(file, OS_READ, &piece, 1, off);
+    return err ? err : ex->ops->write(ex->ctx, cli_buffer, off, n, 0);
+  }
+  int err = ex->ops->read(ex->ctx, cli_buffer, off, n, 0);
+  if (err) return err;
+  if (kind == COPY_OUT) return cli_write_buffer(file, n);
+  if (u_is_zero(cli_buffer, (size_t)n)) return 0;
+  return os_transfer(file, OS_WRITE, &piece, 1, off);
+}
+
+/* Copies all of the volume of a job from or to its FILE, and makes durable what
+ * it has written, except to a pipe. */
+static int cli_copy(struct cli_job *job, struct nbdserve_cas *cas,
+                    enum cli_copy kind) {
+  struct nbdserve_export ex = {.name = NULL};
+  int file = job->fds.output;
+  int err = nbdserve_cas_volume(cas, job->request.name, &ex);
+  if (err) return err;
+  if (kind == COPY_TO_FILE &&
+      (ftruncate(file, 0) < 0 || ftruncate(file, (off_t)ex.size) < 0))
+    kind = COPY_OUT;
+  for (uint64_t off = 0; !err && off < ex.size; off += sizeof cli_buffer) {
+    uint64_t n = u_min(sizeof cli_buffer, ex.size - off);
+    if (cli_progress(job, off, ex.size)) err = -ECANCELED;
+    if (!err) err = cli_copy_piece(file, &ex, kind, off, n);
+  }
+  if (!err && kind == COPY_IN) err = ex.ops->flush(ex.ctx, 0);
+  if (!err && kind == COPY_TO_FILE) err = os_datasync(file);
   ex.ops->close(ex.ctx);
-  if (err && in) nbdserve_cas_rm(cas, j->ask.name);
   return err;
 }
 
-static int cli_do(struct cli_job *j, struct nbdserve_cas *cas) {
-  const struct cli_verb *v = cli_verbs + j->ask.verb;
-  const char *name = j->ask.name, *to = j->ask.to;
-  int dry = j->ask.flags & NBDSERVE_CAS_DRY_RUN, err;
-  struct nbdserve_cas_stat t;
-  uint64_t bytes;
-  char id[72];
-  j->rows = 0;
-  j->begun = os_now_ms();
-  switch (v->verb) {
-  case CLI_IMPORT:
-    err = cli_copy(j, cas, 1);
-    break;
-  case CLI_EXPORT:
-    err = cli_copy(j, cas, 0);
-    break;
-  case CLI_LIST:
-    err = nbdserve_cas_list(cas, cli_list_row, j);
-    break;
-  case CLI_DIFF:
-    err = nbdserve_cas_diff(cas, name, to, cli_range, j);
-    break;
-  case CLI_SEAL:
-    err = nbdserve_cas_seal(cas, name, id, cli_progress, j);
-    if (!err) err = cli_row(j, id);
-    break;
-  case CLI_STAT:
-    nbdserve_cas_stat(cas, &t);
-    err = cli_row(j, t.block_size, t.stored, t.free, t.file, t.log);
-    break;
-  case CLI_VERIFY:
-    err = nbdserve_cas_verify(cas, cli_damage_row, cli_progress, j);
-    break;
-  case CLI_GC:
-    err = nbdserve_cas_gc(cas, &bytes, cli_progress, j);
-    if (!err) err = cli_row(j, bytes);
-    break;
+/* import: makes a volume of a file.  If that fails, at whatever point, there is
+ * no volume afterwards.  The size has to be known first, so a pipe will not
+ * do. */
+static int cli_do_import(struct cli_job *job, struct nbdserve_cas *cas) {
+  const char *name = job->request.name;
+  off_t size = lseek(job->fds.output, 0, SEEK_END);
+  if (size < 0) return -errno;
+  int err = nbdserve_cas_create(cas, name, (uint64_t)size);
+  if (err) return err; /* what has that name already is not ours to remove */
+  err = cli_copy(job, cas, COPY_IN);
+  assert(err <= 0);
+  if (err) nbdserve_cas_rm(cas, name);
+  return err;
+}
+
+/* export: writes a volume or snapshot to a FILE, which gets its size, or to
+ * standard output, behind what may be there already. */
+static int cli_do_export(struct cli_job *job, struct nbdserve_cas *cas) {
+  int is_file = strcmp(job->request.to, "-") != 0;
+  return cli_copy(job, cas, is_file ? COPY_TO_FILE : COPY_OUT);
+}
+
+/* ---- The table ---- */
+
+/* clang-format off */
+static const struct cli_verb cli_verbs[] = {
+    {.name = "init", .operands = "STORE [BLOCK-SIZE]", .nmore = 1,
+     .help = "make an empty store (4K)", .flags = VERB_SIZE},
+    {.name = "create", .operands = "STORE::VOLUME SIZE", .noperands = 2,
+     .help = "make a volume, all zeroes", .flags = VERB_SIZE,
+     .run = cli_do_change, .change = NBDSERVE_CAS_CREATE},
+    {.name = "import", .operands = "STORE::VOLUME FILE", .noperands = 2,
+     .help = "make a volume of a file",
+     .run = cli_do_import, .flags = VERB_IS_LONG | VERB_READS_FILE},
+    {.name = "export", .operands = "STORE::NAME FILE", .noperands = 2,
+     .help = "copy to a file (-: standard output)",
+     .run = cli_do_export, .flags = VERB_READS_ONLY | VERB_WRITES_FILE},
+    {.name = "list", .operands = "STORE",
+     .help = "print name, size, time and id of each",
+     .run = cli_do_list, .flags = VERB_READS_ONLY | VERB_ROWS},
+    {.name = "snapshot", .operands = "STORE::VOLUME@SNAPSHOT", .noperands = 1,
+     .help = "keep what VOLUME holds now, under a name",
+     .run = cli_do_change, .change = NBDSERVE_CAS_SNAPSHOT,
+     .invalid = "not a name that a snapshot can have"},
+    {.name = "seal", .operands = "STORE::VOLUME@SNAPSHOT", .noperands = 1,
+     .help = "give it an id for its contents; print it",
+     .run = cli_do_seal, .flags = VERB_IS_LONG, .invalid = "not a snapshot"},
+    {.name = "rollback", .operands = "STORE::VOLUME@SNAPSHOT", .noperands = 1,
+     .help = "make VOLUME what it was then", .flags = VERB_DRY_RUN,
+     .run = cli_do_change, .change = NBDSERVE_CAS_ROLLBACK,
+     .invalid = "not a snapshot"},
+    {.name = "clone", .operands = "STORE::NAME VOLUME...", .noperands = 2,
+     .help = "make volumes that begin as copies", .nmore = CLI_ANY_NUMBER,
+     .run = cli_do_change, .change = NBDSERVE_CAS_CLONE},
+    {.name = "rename", .operands = "STORE::NAME NEW", .noperands = 2,
+     .help = "change a name", .invalid = "not a name that it can have",
+     .run = cli_do_change, .change = NBDSERVE_CAS_RENAME},
+    {.name = "resize", .operands = "STORE::VOLUME SIZE", .noperands = 2,
+     .help = "cut a volume, or add zeroes", .flags = VERB_DRY_RUN | VERB_SIZE,
+     .run = cli_do_change, .change = NBDSERVE_CAS_RESIZE},
+    {.name = "rm", .operands = "STORE::NAME [NAME...]", .noperands = 1,
+     .help = "remove volumes and snapshots", .nmore = CLI_ANY_NUMBER,
+     .run = cli_do_change, .change = NBDSERVE_CAS_RM, .flags = VERB_DRY_RUN},
+    {.name = "diff", .operands = "STORE::NAME NAME", .noperands = 2,
+     .help = "print the ranges that differ",
+     .run = cli_do_diff, .flags = VERB_READS_ONLY | VERB_ROWS},
+    {.name = "verify", .operands = "STORE",
+     .help = "check all data; print what is damaged",
+     .run = cli_do_verify, .flags = VERB_READS_ONLY | VERB_ROWS | VERB_IS_LONG},
+    {.name = "gc", .operands = "STORE", .run = cli_do_gc, .flags = VERB_IS_LONG,
+     .help = "give unused space back; print its bytes"},
+    {.name = "stat", .operands = "STORE", .help = "print how much is stored",
+     .run = cli_do_stat, .flags = VERB_READS_ONLY | VERB_LINES}};
+/* clang-format on */
+
+/* ---- Doing a command ---- */
+
+/* Says in words why a command has failed.  The errors of nbdserve.h mean more
+ * here than what strerror has for them. */
+static const char *cli_job_reason(const struct cli_job *job, int err) {
+  switch (err) {
+  case -EINVAL:
+    if (job->verb->invalid) return job->verb->invalid;
+    return "not a name or size that a volume can have";
+  case -EBUSY:
+    return "in use by a client, or being verified";
+  case -ENOTEMPTY:
+    return "it has snapshots";
+  case -EUCLEAN:
+    return "the store is damaged (verify names what is)";
   default:
-    err = nbdserve_cas_change(cas, v->verb | dry, name, to, j->ask.size);
+    return u_errno_text(err);
   }
-  cli_progress(j, 0, 0);
-  if (j->ask.flags & CLI_JSON && strchr(v->traits, '['))
-    dprintf(j->fd[0], j->rows ? "]\n" : "[]\n");
-  if (err == -EUCLEAN) return CLI_DAMAGED;
-  if (v->verb == CLI_IMPORT) to = ""; /* what a File exists is not about */
-  if (err)
-    dprintf(j->fd[1], "nbdserve: %s%s%s%s%s: %s\n", v->name, *name ? " " : "",
-            name, *to ? " " : "", to,
-            err == -EINVAL ? "not with such a name or size"
-                           : u_errno_text(err));
-  return err ? CLI_FAILED : 0;
 }
 
-/* Sends or receives a command; descriptors that do not come stay as they are */
-static int cli_pass(struct io *io, struct cli_job *j, int sending) {
-  union {
-    struct cmsghdr h;
-    char room[CMSG_SPACE(sizeof j->fd)];
-  } c = {.h = {.cmsg_level = SOL_SOCKET,
-               .cmsg_type = SCM_RIGHTS,
-               .cmsg_len = CMSG_LEN(sizeof j->fd)}};
-  struct iovec v = {&j->ask, sizeof j->ask};
-  struct msghdr m = {.msg_iov = &v,
-                     .msg_iovlen = 1,
-                     .msg_control = &c,
-                     .msg_controllen = CMSG_LEN(sizeof j->fd)}; /* no more */
-  memcpy(CMSG_DATA(&c.h), j->fd, sizeof j->fd);
-  if (sending)
-    return sendmsg(io->out, &m, MSG_NOSIGNAL) == sizeof j->ask ? 0 : -EPIPE;
-  ssize_t n = recvmsg(io->in, &m, 0); /* the first part: descriptors end it */
-  memcpy(j->fd, CMSG_DATA(&c.h), sizeof j->fd);
-  return n <= 0 ? -EPIPE
-                : io_recv_all(io, (unsigned char *)&j->ask + n,
-                              sizeof j->ask - (size_t)n);
+/* Does a command on an open store, and prints what it has to say.  If it fails
+ * the message goes to whoever gave the command: this may be the server.  (The
+ * FILE of an import is not named in it, as the errors that come after it was
+ * opened are about the volume.)  Returns the exit status.  job->verb has been
+ * checked: see cli_run_verb for our own, and cli_serve_command for what came
+ * over the socket. */
+static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
+  const char *name = job->request.name;
+  const char *to = job->verb->flags & VERB_READS_FILE ? "" : job->request.to;
+  assert(job->verb == &cli_verbs[job->request.verb] && job->verb->run);
+  /* A command that is done several times prints nothing. */
+  assert(!job->nrows && !job->lost && !job->shown_ms);
+  job->begun_ms = os_now_ms();
+  int err = job->verb->run(job, cas);
+  cli_hide_progress(job);
+  if (job->request.json && job->verb->flags & VERB_ROWS)
+    cli_print(job, job->nrows ? "]\n" : "[]\n");
+  if (!err) err = job->lost;
+  if (!err) return CLI_OK;
+  if (err != -EUCLEAN || !job->nrows) /* else the rows tell what is damaged */
+    dprintf(job->fds.messages, "nbdserve: %s%s%s%s%s: %s\n", job->verb->name,
+            *name ? " " : "", name, *to ? " " : "", to,
+            cli_job_reason(job, err));
+  return err == -EUCLEAN ? CLI_DAMAGED : CLI_FAILED;
 }
 
-static int cli_remote(struct cli_job *j) {
+/* ---- Commands over the control socket ----------------------------------- */
+
+/* The control data of a message that carries two descriptors.  The union gives
+ * the room the alignment of a header. */
+union cli_passed {
+  struct cmsghdr header;
+  char room[CMSG_SPACE(sizeof(struct cli_fds))];
+};
+
+/* Returns the message that carries a job, in either direction: *data leads to
+ * the request, and the descriptors are in *passed.  All three have to stay
+ * where they are until the message was sent or received. */
+static struct msghdr cli_message(struct cli_job *job, struct iovec *data,
+                                 union cli_passed *passed) {
+  const socklen_t len = CMSG_LEN(sizeof job->fds);
+  *data = (struct iovec){&job->request, sizeof job->request};
+  passed->header = (struct cmsghdr){.cmsg_len = len};
+  passed->header.cmsg_level = SOL_SOCKET;
+  passed->header.cmsg_type = SCM_RIGHTS;
+  memcpy(CMSG_DATA(&passed->header), &job->fds, sizeof job->fds);
+  return (struct msghdr){.msg_iov = data,
+                         .msg_iovlen = 1,
+                         .msg_control = passed,
+                         .msg_controllen = len};
+}
+
+/* Lets the server of the store do a job, waits for it as long as it takes, and
+ * returns the exit status.  The server gets duplicates of the descriptors.
+ * Whoever has the store without listening at STORE.ctl is no server, or a
+ * read-only one, or was built without threads.
+ *
+ * A STORE.ctl that is somebody else's is refused: in a directory where
+ * everybody may make files a stranger who can read the store could lock it,
+ * listen there, and get our descriptors.  A server runs as the owner of the
+ * store, as ourselves, or as root. */
+static int cli_run_remote(struct cli_job *job) {
+  struct iovec data;
+  union cli_passed passed;
+  struct msghdr message = cli_message(job, &data, &passed);
+  struct stat store;
+  struct stat ctl;
   unsigned char status;
+  if (stat(cli.store, &store) == 0 && lstat(cli.ctl_path, &ctl) == 0 &&
+      ctl.st_uid != store.st_uid && ctl.st_uid != geteuid() && ctl.st_uid != 0)
+    cli_failed("%s: belongs neither to the owner of the store nor to us",
+               cli.ctl_path);
   int fd = srv_unix_socket(cli.ctl_path, SRV_CONNECT);
-  struct io io = {.in = fd, .out = fd, .stop = &cli.server->stop};
-  if (fd < 0) cli_die(CLI_IN_USE, "%s: in use by another process", cli.store);
-  if (cli_pass(&io, j, 1) || read(fd, &status, 1) != 1)
-    cli_failed("%s: no answer", cli.ctl_path);
+  if (fd < 0)
+    cli_die(CLI_IN_USE, "%s: in use by a process that takes no commands",
+            cli.store);
+  /* A socket's buffer takes all of it at once. */
+  if (sendmsg(fd, &message, MSG_NOSIGNAL) != (ssize_t)sizeof job->request ||
+      read(fd, &status, 1) != 1)
+    cli_failed("%s: no answer from the server of the store", cli.ctl_path);
   close(fd);
   return status;
 }
 
-/* Does what comes over the control socket until the server stops. */
-static void *cli_control(void *unused) {
-  static struct cli_job j;
-  struct io io = {.in = cli.ctl, .stop = &cli.server->stop};
-  while (io_wait_input(&io, 0) == 0) {
-    int fd = os_accept(cli.ctl);
-    struct io client = {.in = fd,
-                        .out = fd,
-                        .stop = io.stop,
-                        .deadline = os_now_ms() + IO_GRACE_MS};
-    if (fd < 0) poll(NULL, 0, SRV_PAUSE_MS); /* the loop must not spin */
-    j.fd[0] = j.fd[1] = -1;
-    j.client = fd;
-    if (fd >= 0 && io_wait_input(&client, client.deadline) == 0 &&
-        cli_pass(&client, &j, 0) == 0 && j.fd[1] >= 0 &&
-        j.ask.verb < CLI_VERBS) {
-      j.ask.name[PATH_MAX - 1] = j.ask.to[PATH_MAX - 1] = 0;
-      unsigned char status = (unsigned char)cli_do(&j, cli.cas);
-      (void)!write(fd, &status, 1);
-    }
-    close(j.fd[0]); /* of -1 is no harm */
-    close(j.fd[1]);
-    close(fd);
+/* Does what a client of the control socket asks for, and closes it.  It has to
+ * come in one go: as long as we wait for it, others wait, too.  A request that
+ * makes no sense is dropped without an answer.
+ *
+ * Where no descriptor has come there is -1: the system writes over what we have
+ * put into the message only what it has got.  There is room for two: if
+ * somebody sends more, the system closes the rest.  They come with the first
+ * bytes; what follows has none. */
+static void cli_serve_command(int client) {
+  struct cli_job job = {.fds = {.output = -1, .messages = -1},
+                        .client = client};
+  struct io io = {.in = client,
+                  .out = client,
+                  .stop = &cli.server->stop,
+                  .deadline = os_now_ms() + IO_GRACE_MS};
+  struct iovec data;
+  union cli_passed passed;
+  struct msghdr message = cli_message(&job, &data, &passed);
+  int err = io_wait_input(&io, io.deadline);
+  ssize_t n = err ? -1 : recvmsg(client, &message, 0);
+  assert(n <= (ssize_t)sizeof job.request);
+  memcpy(&job.fds, CMSG_DATA(&passed.header), sizeof job.fds);
+  if (n > 0)
+    err = io_recv_all(&io, (unsigned char *)&job.request + n,
+                      sizeof job.request - (size_t)n);
+  unsigned verb = job.request.verb;
+  if (n > 0 && !err && job.fds.messages >= 0 && verb < COUNT_OF(cli_verbs) &&
+      cli_verbs[verb].run) {
+    job.verb = &cli_verbs[verb];
+    job.request.name[PATH_MAX - 1] = '\0';
+    job.request.to[PATH_MAX - 1] = '\0';
+    unsigned char status = (unsigned char)cli_run_job(&job, cli.cas);
+    (void)!write(client, &status, 1); /* a client that has gone needs none */
   }
-  (void)!write(cli.ended[1], "", 1);
-  return unused;
+  close(job.fds.output); /* closing -1 does no harm */
+  close(job.fds.messages);
+  close(client);
 }
 
+/* The thread that takes commands until the server stops.  That makes
+ * io_wait_input fail, and ends a command that is under way (cli_progress).  If
+ * a client cannot be accepted, for want of descriptors, trying again at once
+ * would not help. */
+static void *cli_control(void *unused) {
+  struct io io = {.in = cli.ctl, .stop = &cli.server->stop};
+  (void)unused;
+  while (io_wait_input(&io, 0) == 0) {
+    int client = os_accept(cli.ctl);
+    if (client >= 0)
+      cli_serve_command(client);
+    else
+      poll(NULL, 0, SRV_PAUSE_MS);
+  }
+  (void)!write(cli.ctl_ended[1], "", 1);
+  return NULL;
+}
+
+/* ---- The store of this process ------------------------------------------ */
+
+/* Opens the store at path.  The process has one at most.  Returns 0, or -errno
+ * and leaves cli.cas NULL; on -EBUSY the caller may want cli.ctl_path. */
+static int cli_open_store(const char *path, int readonly) {
+  struct nbdserve_cas_options options = {
+      .flags = (readonly ? NBDSERVE_CAS_READONLY : 0) |
+               (opt[OPT_NO_VERIFY].given ? NBDSERVE_CAS_NO_VERIFY : 0)};
+  assert(!cli.cas);
+  if (snprintf(cli.store, PATH_MAX, "%s", path) >= PATH_MAX ||
+      snprintf(cli.ctl_path, PATH_MAX, "%s.ctl", path) >= PATH_MAX)
+    return -ENAMETOOLONG;
+  int err = nbdserve_cas_open(path, &options, &cli.cas);
+  if (err == -EINVAL) cli_failed("%s: not a store", path);
+  assert(!err == !!cli.cas);
+  return err;
+}
+
+/* Starts the thread that takes commands.  This comes after --fork and after the
+ * command was started: from now on the process makes no other one, which would
+ * inherit the descriptors that come with commands.  Without the thread nobody
+ * would answer at STORE.ctl, and a command would wait for ever; so it goes. */
+static void cli_start_control(void) {
+  if (cli.ctl < 0) return;
+  assert(cli.cas && !cli.ctl_ended[0]);
+  int err = os_pipe(cli.ctl_ended);
+  if (!err) err = os_thread(cli_control, NULL);
+  if (!err) return;
+  cli.ctl_ended[0] = 0;
+  cli_remove_own(cli.ctl_path, &cli.ctl_st);
+  close(cli.ctl);
+  cli_say("%s: %s; no commands are taken while it is served", cli.store,
+          u_errno_text(err));
+}
+
+/* At exit: waits for the end of cli_control, and of the command that it may be
+ * doing, which looks at whether the server has stopped.  Returns false if that
+ * does not come in time.  The store must then be left as it is. */
+static int cli_await_control(void) {
+  struct pollfd ended = {cli.ctl_ended[0], POLLIN, 0};
+  char byte;
+  if (!cli.ctl_ended[0]) return 1;
+  nbdserve_stop(cli.server);
+  return poll(&ended, 1, IO_GRACE_MS) > 0 &&
+         read(cli.ctl_ended[0], &byte, 1) == 1;
+}
+
+/* The `find` function of a server of all of a store: called in the threads of
+ * clients, for each client, so that a volume that was made since is found. */
 static int cli_find_volume(void *unused, const char *name,
                            struct nbdserve_export *out) {
-  *out = cli.ex;
-  return (void)unused, nbdserve_cas_volume(cli.cas, name, out);
+  (void)unused;
+  *out = cli_common;
+  return nbdserve_cas_volume(cli.cas, name, out);
 }
 
+/* Where cli_emit_volume passes its names on to */
 struct cli_emit {
   nbdserve_emit_fn *emit;
   void *arg;
 };
 
-static int cli_emit_volume(void *to, const struct nbdserve_cas_info *info) {
-  struct cli_emit *e = to;
-  return e->emit(e->arg, info->name, info->readonly ? "snapshot" : "");
+/* Passes on a volume or snapshot: a nbdserve_list_fn */
+static int cli_emit_volume(void *arg, const struct nbdserve_cas_info *info) {
+  struct cli_emit *to = arg;
+  return to->emit(to->arg, info->name, info->readonly ? "snapshot" : "");
 }
 
+/* The `list` function of a server of all of a store */
 static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
-  struct cli_emit e = {emit, arg};
-  return (void)unused, nbdserve_cas_list(cli.cas, cli_emit_volume, &e);
+  struct cli_emit to = {emit, arg};
+  (void)unused;
+  return nbdserve_cas_list(cli.cas, cli_emit_volume, &to);
 }
 
-static int cli_open_store(const char *path, int readonly) {
-  struct nbdserve_cas_options o = {
-      .flags = (readonly ? NBDSERVE_CAS_READONLY : 0u) |
-               (cli.v['N'] ? NBDSERVE_CAS_NO_VERIFY : 0u)};
-  cli.store = path;
-  snprintf(cli.ctl_path, PATH_MAX, "%s.ctl", path);
-  int err = nbdserve_cas_open(path, &o, &cli.cas);
-  if (err == -EINVAL) cli_failed("%s: not a store", path);
-  return err;
-}
-
-/* Opens a volume or, with the name "", all of a store; and its socket. */
+/* Opens a volume or snapshot of a store.  Before it opens the store, if that is
+ * not open yet, and the socket for commands.  STORE.ctl is for ourselves and
+ * root only: the umask is in force when it is made, so there is no moment at
+ * which others get in.  If it cannot be made (its path may be too long for a
+ * socket, or the directory read-only) the store is served all the same.  A
+ * read-only server takes no commands: next to it the store can be opened by
+ * other readers.
+ *
+ * With the name "" the server finds and lists all that is in the store, also
+ * what is made later, and *ex stays as it is. */
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
-  if (cli.store && strcmp(cli.store, path) != 0)
-    cli_failed("%s: one store at a time", path);
-  int err = cli.store ? 0 : cli_open_store(path, cli.v['r'] != NULL);
-  if (err) return err;
-  if (cli.ctl < 0 && !cli.v['r'] && !NBDSERVE_NO_THREADS) {
-    mode_t was = umask(0177);
-    cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
-    umask(was);
+  int readonly = opt[OPT_READ_ONLY].given != 0;
+  if (*cli.store && strcmp(cli.store, path) != 0)
+    cli_failed("%s: one store at a time: %s is open", path, cli.store);
+  if (!cli.cas) {
+    int err = cli_open_store(path, readonly);
+    if (err) return err;
+    mode_t mask = umask(0177);
+    if (!readonly && !NBDSERVE_NO_THREADS)
+      cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
+    umask(mask);
+    if (cli.ctl >= 0) lstat(cli.ctl_path, &cli.ctl_st);
   }
   if (*name) return nbdserve_cas_volume(cli.cas, name, ex);
   cli.server->config.find = cli_find_volume;
@@ -7689,350 +8573,728 @@ static int cli_open_volume(const char *path, const char *name,
   return 0;
 }
 
-/* Does the command that the command line may be, and exits. */
-static void cli_command(void) {
-  static struct cli_job j = {.fd = {1, 2}, .client = -1};
-  char **arg = cli.targets, *store = getenv("NBDSERVE_STORE"), *colons;
-  int n = cli.ntargets - 1, i = 0, status = 0;
-  while (n >= 0 && i < CLI_VERBS && strcmp(cli_verbs[i].name, *arg) != 0)
+/* At exit: closes the store, which makes all durable.  Returns NULL, or what
+ * went wrong.  Exports and commands use the store, so the server has been freed
+ * and cli_control has ended. */
+static const char *cli_close_store(void) {
+  int err = cli.cas ? nbdserve_cas_close(cli.cas) : 0;
+  return err ? u_errno_text(err) : NULL;
+}
+
+/* ---- The command line of a command -------------------------------------- */
+
+/* Finds the command of that name, or returns NULL. */
+static const struct cli_verb *cli_find_verb(const char *name) {
+  for (size_t i = 0; i < COUNT_OF(cli_verbs); i++)
+    if (strcmp(cli_verbs[i].name, name) == 0) return &cli_verbs[i];
+  return NULL;
+}
+
+/* Finds out which store a command is for, and takes it off the operands:
+ *
+ *   STORE::NAME ...   the first operand becomes NAME
+ *   NAME ...          for commands that take a name: $NBDSERVE_STORE
+ *   STORE, STORE::    for commands that take none; the operand goes
+ *   SIZE              only init: $NBDSERVE_STORE, if it is set
+ *   nothing           $NBDSERVE_STORE
+ *
+ * Returns its path, or NULL if nothing names a store. */
+static char *cli_take_store(const struct cli_verb *verb, char ***operands,
+                            int *noperands) {
+  char *fallback = getenv("NBDSERVE_STORE");
+  uint64_t size;
+  if (!*noperands) return fallback;
+  char *first = **operands;
+  char *colons = strstr(first, "::");
+  if (!colons && verb->noperands) return fallback;
+  if (!colons && !verb->run && *noperands == 1 && fallback &&
+      u_parse_number(first, INT64_MAX, &size))
+    return fallback;
+  if (colons) {
+    **operands = colons + 2;
+    *colons = '\0';
+    if (verb->noperands || colons[2]) return first;
+  }
+  ++*operands;
+  --*noperands;
+  return first;
+}
+
+/* init: makes a store.  block_size is how `size` was written, or NULL.  Returns
+ * the exit status. */
+static int cli_init(const char *store, const char *block_size, uint64_t size) {
+  struct nbdserve_cas_options options = {.block_size =
+                                             (uint32_t)u_min(size, UINT32_MAX)};
+  int err = nbdserve_cas_init(store, &options);
+  if (err == -EINVAL && block_size)
+    cli_usage("%s: not a block size (4K, 8K, 16K, 32K or 64K)", block_size);
+  cli_exit_if_error(err, store);
+  return CLI_OK;
+}
+
+/* Opens the FILE of an import or export, which takes the place of the output.
+ * We do it, even if a server does the command: relative paths and permissions
+ * are ours.  A FILE that is to be written may be a store, this one perhaps, or
+ * an image that is being served: both are locked, and nobody wants to lose
+ * them. */
+static void cli_open_file(struct cli_job *job, const char *file) {
+  int writes = (job->verb->flags & VERB_WRITES_FILE) != 0;
+  if (writes && strcmp(file, "-") == 0) return;
+  int flags = writes ? O_RDWR | O_CREAT : O_RDONLY;
+  job->fds.output = open(file, flags | O_CLOEXEC, 0666);
+  if (job->fds.output < 0) cli_exit_if_error(-errno, file);
+  if (writes && os_lock_file(job->fds.output, 0))
+    cli_die(CLI_IN_USE, "%s: in use", file);
+}
+
+/* Does a command on a store, here or at its server.  If it needs one operand,
+ * it is done for each that there is; if it needs two, for the first with each
+ * of the others; otherwise once.  An operand that does not fit is cut: it is
+ * too long for a name in any case.  Returns the exit status of the first time
+ * that it fails, or 0. */
+static int cli_run_on_operands(struct cli_job *job, int is_remote,
+                               char **operands, int noperands) {
+  int needed = job->verb->noperands;
+  char *each = needed > 1 ? job->request.to : job->request.name;
+  int i = needed > 1; /* the first of those that may repeat */
+  int status;
+  assert(noperands >= needed);
+  if (needed > 1) snprintf(job->request.name, PATH_MAX, "%s", operands[0]);
+  do {
+    if (needed) snprintf(each, PATH_MAX, "%s", operands[i]);
+    status = is_remote ? cli_run_remote(job) : cli_run_job(job, cli.cas);
     i++;
-  if (n < 0 || i == CLI_VERBS) return;
-  const struct cli_verb *v = cli_verbs + i;
-  colons = n > 0 ? strstr(*++arg, "::") : NULL;
-  int only_size = v->verb == CLI_INIT && n == 1 && store &&
-                  u_parse_number(*arg, INT64_MAX, &j.ask.size);
-  if (colons || (n > 0 && !v->min && !only_size)) {
-    store = *arg;
-    *arg = colons ? colons + 2 : store + strlen(store);
-    if (colons) *colons = 0;
-    int none = !v->min && !**arg;
-    arg += none;
-    n -= none;
-  }
-  if (!store || n < v->min || n > v->max ||
-      (cli.v['n'] && !strchr(v->traits, 'N')))
-    cli_usage("usage: nbdserve %s %s", v->name, v->help);
-  j.ask.verb = (unsigned char)i;
-  j.ask.flags =
-      (cli.v['n'] ? NBDSERVE_CAS_DRY_RUN : 0) | (cli.v['j'] ? CLI_JSON : 0);
-  if (n > 0 && strchr(v->traits, 'S') &&
-      !u_parse_number(arg[n - 1], INT64_MAX, &j.ask.size))
-    cli_usage("%s %s: no size", v->name, arg[n - 1]);
-  if (v->verb == CLI_INIT) {
-    struct nbdserve_cas_options o = {
-        .block_size = (uint32_t)u_min(j.ask.size, UINT32_MAX)};
-    int err = nbdserve_cas_init(store, &o);
-    if (err == -EINVAL && n) cli_usage("%s: no block size", *arg);
-    cli_fail(err, store);
-    exit(0);
-  }
-  int in = v->verb == CLI_IMPORT;
-  if (in || (v->verb == CLI_EXPORT && strcmp(arg[1], "-") != 0)) {
-    j.fd[0] = open(arg[1], in ? O_RDONLY : O_RDWR | O_CREAT, 0666);
-    if (j.fd[0] < 0) cli_fail(-errno, arg[1]);
-    if (!in && os_lock_file(j.fd[0], 0)) /* a store, maybe this one */
-      cli_die(CLI_IN_USE, "%s: in use", arg[1]);
-  }
-  int err = cli_open_store(store, strchr(v->traits, 'R') != NULL);
-  if (err != -EBUSY) cli_fail(err, store);
-  if (!err && strchr(v->traits, 'T')) cli_catch_signals(cli_on_signal);
-  for (i = 0; !status && (i < n || !i); i++) {
-    char *operand = i && v->min > 1 ? j.ask.to : j.ask.name;
-    if (i < n && snprintf(operand, PATH_MAX, "%s", arg[i]) >= PATH_MAX)
-      cli_usage("%s: a name is too long", v->name);
-    if (i + 1 >= v->min) /* the last one may come many times */
-      status = err ? cli_remote(&j) : cli_do(&j, cli.cas);
-  }
-  exit(status);
+  } while (!status && i < noperands);
+  return status;
 }
-#else
+
+/* If the command line is a command on a store: does it, and ends the process.
+ * Its first word has to be one of the names in cli_verbs; a file of such a name
+ * is served as ./NAME.  --dry-run is refused where it would not be heeded. */
+static void cli_run_verb(void) {
+  struct cli_job job = {.fds = {.output = 1, .messages = 2}, .client = -1};
+  const char *name = cli.ntargets ? cli.targets[0] : "";
+  const struct cli_verb *verb = cli_find_verb(name);
+  char **operands = cli.targets + 1;
+  int n = cli.ntargets - 1;
+  if (!verb) return;
+  char *store = cli_take_store(verb, &operands, &n);
+  assert(n >= 0);
+  if (!store || n < verb->noperands || n - verb->noperands > verb->nmore ||
+      (opt[OPT_DRY_RUN].given && !(verb->flags & VERB_DRY_RUN)))
+    cli_usage("usage: nbdserve %s %s", name, verb->operands);
+  const char *last = n ? operands[n - 1] : NULL;
+  job.verb = verb;
+  job.request.verb = (unsigned char)(verb - cli_verbs);
+  job.request.json = opt[OPT_JSON].given != 0;
+  job.request.dry_run = opt[OPT_DRY_RUN].given != 0;
+  if (last && verb->flags & VERB_SIZE &&
+      !u_parse_number(last, INT64_MAX, &job.request.size))
+    cli_usage("%s %s: not a size", name, last);
+  if (!verb->run) exit(cli_init(store, last, job.request.size));
+  if (verb->flags & (VERB_READS_FILE | VERB_WRITES_FILE))
+    cli_open_file(&job, last);
+  int err = cli_open_store(store, (verb->flags & VERB_READS_ONLY) != 0);
+  if (err != -EBUSY) cli_exit_if_error(err, store);
+  if (!err && verb->flags & VERB_IS_LONG) cli_catch_signals(cli_on_signal);
+  exit(cli_run_on_operands(&job, err == -EBUSY, operands, n));
+}
+
+/* Prints the commands for --help. */
+static void cli_help_verbs(void) {
+  puts("\nCommands on stores, also while they are served.  NAME is VOLUME,\n"
+       "VOLUME@SNAPSHOT or the id of a sealed snapshot; names that follow\n"
+       "are in the same store.");
+  for (size_t i = 0; i < COUNT_OF(cli_verbs); i++)
+    printf("  %-9s %-23s %s\n", cli_verbs[i].name, cli_verbs[i].operands,
+           cli_verbs[i].help);
+}
+
+#else /* NBDSERVE_NO_CAS: there are no commands, and no store can be opened. */
+#define cli_start_control() ((void)0)
+#define cli_await_control() 1
 #define cli_open_volume(path, name, ex) (-EOPNOTSUPP)
-#define cli_command() ((void)0)
+#define cli_close_store() NULL
+#define cli_run_verb() ((void)0)
+#define cli_help_verbs() ((void)0)
 #endif
 
-/* Opens a target and adds it. */
-static void cli_add(char *path) {
-  struct nbdserve_export ex = cli.ex;
-  struct nbdserve_flat flat = {.offset = cli.n['o'],
-                               .size = cli.n['S'],
-                               .create = cli.n['C'],
-                               .flags = cli.v['r']   ? NBDSERVE_FLAT_READONLY
-                                        : cli.v['T'] ? NBDSERVE_FLAT_TEMPORARY
-                                                     : 0};
-  flat.dir = getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
-  if (cli.v['T'] && access(flat.dir, W_OK) < 0) cli_fail(-errno, flat.dir);
-  char *equals = path + strcspn(path, "/="), *slash = strrchr(path, '/');
-  ex.name = cli.v['e'];
-  ex.description = cli.v['D'];
-  if (*equals == '=') {
-    *equals = 0;
-    ex.name = path;
-    path = equals + 1;
+/* ---- Targets ---------------------------------------------------------------
+ * How the text of a target is read, the first line that fits:
+ *
+ *   file:PATH           a file, whatever PATH looks like
+ *   NAME=TARGET         the export NAME of a TARGET; no "/" stands before "="
+ *   STORE::VOLUME       a volume, a snapshot (VOLUME@NAME) or the id of one
+ *   STORE::             all of a store
+ *   mem:SIZE            memory
+ *   PATH                a file or block device
+ *
+ * So a file whose name looks like one of the others needs "file:", or "./"
+ * where only a "=" is the matter. */
+
+/* A target, taken apart.  The texts belong to argv. */
+struct cli_target {
+  /* TARGET as it was written, without NAME=, for messages */
+  const char *text;
+  /* NAME, or NULL */
+  const char *name;
+  /* What stands behind "::", "" for all of a store; NULL: it is a file, a block
+   * device or memory. */
+  const char *volume;
+  /* The path of the store; or of the file, as nbdserve_flat_open takes it, for
+   * which mem:SIZE is one, too */
+  char path[PATH_MAX];
+};
+
+/* Takes a target apart, in the order of the table above.  The text is cut at
+ * the "=" behind NAME. */
+static void cli_parse_target(char *text, struct cli_target *target) {
+  static const char file[] = "file:";
+  size_t nfile = sizeof file - 1;
+  char *equals = text + strcspn(text, "/=");
+  *target = (struct cli_target){.text = text};
+  if (*equals == '=' && strncmp(text, file, nfile) != 0) {
+    *equals = '\0';
+    target->name = text;
+    target->text = equals + 1;
   }
-  char *colons = strstr(path, "::");
-  if (!ex.name && cli.ntargets > 1)
-    ex.name = colons ? colons + 2 : slash ? slash + 1 : path;
-  if (cli.ntargets == 1 && !ex.name) ex.flags |= NBDSERVE_EXPORT_FALLBACK;
-  if (cli.ntargets == 1 && ex.name) cli.name = ex.name;
-  if (colons && (cli.v['o'] || cli.v['S'] || cli.v['C'] || cli.v['T']))
-    cli_usage("%s: no --offset, --size, --create; for -T, clone it", path);
-  if (colons) *colons = 0;
-  int err = colons ? cli_open_volume(path, colons + 2, &ex) : -EOPNOTSUPP;
-  if (colons && !err && !ex.ops) return; /* all of it */
-#if !NBDSERVE_NO_FLAT
-  if (!colons) err = nbdserve_flat_open(path, &flat, &ex);
-#endif
-  if ((err == -EACCES || err == -EROFS) && !flat.flags)
-    cli_failed("%s: %s; -r serves it read-only", path, u_errno_text(err));
-  if (err == -ENOENT && !flat.flags && !flat.create && !colons)
-    cli_failed("%s: %s; --create SIZE makes it", path, u_errno_text(err));
-  if (err == -EINVAL)
-    cli_failed("%s: no file, device or mem:SIZE, or it is not that long", path);
-  cli_fail(err, path);
-  err = nbdserve_add(cli.server, &ex);
-  if (!err) return;
-  ex.ops->close(ex.ctx);
-  cli_usage("%s: %s", path,
-            err == -EEXIST ? "another target has that export name"
-                           : "--block-size, name or description out of range");
+  const char *path = target->text;
+  const char *colons = strstr(path, "::");
+  const char *front = "";
+  size_t len = strlen(path);
+  if (strncmp(path, file, nfile) == 0) {
+    path += nfile;
+    len -= nfile;
+    /* The backend must not take the file mem:5 for memory. */
+    if (strncmp(path, "mem:", 4) == 0) front = "./";
+  } else if (colons) {
+    len = (size_t)(colons - path);
+    target->volume = colons + 2;
+  }
+  if (strlen(front) + len >= PATH_MAX)
+    cli_exit_if_error(-ENAMETOOLONG, target->text);
+  snprintf(target->path, PATH_MAX, "%s%.*s", front, (int)len, path);
+  assert(strlen(target->path) == strlen(front) + len);
 }
 
-/* Listens; a connected socket, which cannot, is the only client. */
-static void cli_listen_on(const char *address) {
+/* Returns the name of the export of a target.  NULL: it is the only one, and
+ * clients may call it what they like. */
+static const char *cli_name_export(const struct cli_target *target) {
+  assert(cli.ntargets > 0);
+  if (target->name) return target->name;
+  if (opt[OPT_EXPORT].text) return opt[OPT_EXPORT].text;
+  if (cli.ntargets == 1) return NULL;
+  if (target->volume) return target->volume;
+  const char *slash = strrchr(target->path, '/');
+  return slash ? slash + 1 : target->path;
+}
+
+#if NBDSERVE_NO_FLAT
+#define cli_open_file_target(path, ex) (-EOPNOTSUPP)
+#else
+/* Opens a file, a block device or memory.  With --temporary what clients write
+ * goes to a directory of the user's choice; a message about that names it, as
+ * it is not the target that is wrong. */
+static int cli_open_file_target(const char *path, struct nbdserve_export *ex) {
+  struct nbdserve_flat options = {.offset = opt[OPT_OFFSET].number,
+                                  .size = opt[OPT_SIZE].number,
+                                  .create = opt[OPT_CREATE].number};
+  if (opt[OPT_READ_ONLY].given) options.flags = NBDSERVE_FLAT_READONLY;
+  if (opt[OPT_TEMPORARY].given) {
+    options.flags = NBDSERVE_FLAT_TEMPORARY;
+    options.dir = getenv("TMPDIR");
+    if (!options.dir) options.dir = "/tmp";
+    if (access(options.dir, W_OK) < 0) cli_exit_if_error(-errno, options.dir);
+  }
+  return nbdserve_flat_open(path, &options, ex);
+}
+#endif
+
+/* If err is an error: ends the process with a message that says why the target
+ * cannot be opened and, where an option helps, which one. */
+static void cli_exit_if_unopened(int err, const struct cli_target *target) {
+  const char *text = target->text;
+  int writes = !opt[OPT_READ_ONLY].given && !opt[OPT_TEMPORARY].given;
+  if ((err == -EACCES || err == -EROFS) && writes)
+    cli_failed("%s: %s (-r serves it read-only)", text, u_errno_text(err));
+  if (err == -ENOENT && !target->volume && writes && !opt[OPT_CREATE].number)
+    cli_failed("%s: %s (--create SIZE makes it)", text, u_errno_text(err));
+  if (err == -EINVAL && !target->volume)
+    cli_failed("%s: not a file, block device or mem:SIZE, or --offset and "
+               "--size exceed it",
+               text);
+  cli_exit_if_error(err, text);
+}
+
+/* Opens a target and adds it to the server, which takes over what is behind the
+ * export; if it does not take the export, that is closed here.  A volume cannot
+ * be cut like a file, and has clones in place of --temporary.  A whole store
+ * adds no export: the server asks for each one when a client does. */
+static void cli_add_target(char *text) {
+  struct cli_target target;
+  assert(cli.server && !cli.server->nlisteners);
+  struct nbdserve_export ex = cli_common;
+  cli_parse_target(text, &target);
+  ex.name = cli_name_export(&target);
+  ex.description = opt[OPT_DESCRIPTION].text;
+  if (cli.ntargets == 1 && !ex.name) ex.flags |= NBDSERVE_EXPORT_FALLBACK;
+  if (cli.ntargets == 1 && ex.name) cli.export_name = ex.name;
+  if (target.volume && (opt[OPT_OFFSET].number || opt[OPT_SIZE].number ||
+                        opt[OPT_CREATE].number || opt[OPT_TEMPORARY].given))
+    cli_usage("%s: no --offset, --size, --create or --temporary with a store "
+              "(clone it)",
+              target.text);
+  int err = target.volume ? cli_open_volume(target.path, target.volume, &ex)
+                          : cli_open_file_target(target.path, &ex);
+  cli_exit_if_unopened(err, &target);
+  if (!ex.ops) return;
+  assert(ex.ops->read && ex.ops->close);
+  err = nbdserve_add(cli.server, &ex);
+  if (err) ex.ops->close(ex.ctx);
+  if (err == -EEXIST)
+    cli_usage("%s: another target has that export name", target.text);
+  if (err == -EINVAL)
+    cli_usage("%s: --block-size, name or description out of range",
+              target.text);
+  cli_exit_if_error(err, target.text);
+}
+
+/* ---- Where to listen ---------------------------------------------------- */
+
+/* Listens at an address, as nbdserve_listen takes it, or ends the process with
+ * a message that says what is wrong with it. */
+static void cli_listen_at(const char *address) {
   int err = nbdserve_listen(cli.server, address);
   if (err == -ENAMETOOLONG)
     cli_failed("%s: a socket path has at most %u bytes", address,
                (unsigned)sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
-  if (err == -EINVAL && cli.in < 0 && strncmp(address, "fd:", 3) == 0)
-    cli.in = cli.out = atoi(address + 3);
+  if (err == -EADDRINUSE)
+    cli_failed("%s: %s; not replaced", address, u_errno_text(err));
+  if (err == -EINVAL && strncmp(address, "tcp:", 4) == 0)
+    cli_failed("%s: not a numeric address or localhost, or built without TCP",
+               address);
+  cli_exit_if_error(err, address);
+}
+
+/* Listens on a socket that whoever started us has opened.  If it is not one
+ * that listens, it is connected to a client, the only one then: a second such
+ * socket is an error. */
+static void cli_listen_on_fd(int fd) {
+  char address[32];
+  assert(fd >= 0);
+  snprintf(address, sizeof address, "fd:%d", fd);
+  int err = nbdserve_listen(cli.server, address);
+  if (err == -EINVAL && cli.client < 0)
+    cli.client = fd;
   else
-    cli_fail(err, address);
+    cli_exit_if_error(err, address);
 }
 
+/* Listens on the sockets that systemd, or a program like nbdinfo, has passed to
+ * us, and returns how many there are.  LISTEN_PID says whom they are for: the
+ * variables are inherited by children, who must not believe them. */
+static int cli_listen_on_passed(void) {
+  const char *pid = getenv("LISTEN_PID");
+  const char *fds = getenv("LISTEN_FDS");
+  uint64_t n = 0;
+  if (!pid || !fds || strtol(pid, NULL, 10) != (long)getpid()) return 0;
+  if (!u_parse_number(fds, SRV_LISTENERS, &n))
+    cli_failed("LISTEN_FDS: %s: not a number of sockets up to %d", fds,
+               SRV_LISTENERS);
+  for (int i = 0; i < (int)n; i++)
+    cli_listen_on_fd(CLI_FIRST_PASSED_FD + i);
+  return (int)n;
+}
+
+/* Listens on a unix socket at path.  If the path is relative it gets the
+ * working directory in front, so that the URI is right from everywhere; but
+ * only where the whole fits into the address of a socket, for the path alone
+ * may. */
+static void cli_listen_on_unix(const char *path) {
+  char address[PATH_MAX + 8];
+  char dir[sizeof(((struct sockaddr_un *)0)->sun_path)];
+  size_t n = strlen(path);
+  int fits = n + 1 < sizeof dir && *path != '/' &&
+             getcwd(dir, sizeof dir - n - 1) != NULL;
+  snprintf(address, sizeof address, "unix:%s%s%s", fits ? dir : "",
+           fits ? "/" : "", path);
+  cli_listen_at(address);
+}
+
+/* Listens on a private socket, in a directory that only its owner can enter.
+ * The directory protects it; the mode, from the umask, is for those who look at
+ * the socket alone.  A parent whose path is long is passed over: with what
+ * comes behind it the path has to fit into the address of a socket on every
+ * system. */
+static void cli_listen_privately(void) {
+  const char *const parents[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"),
+                                 "/tmp"};
+  char address[sizeof cli.private_dir + 16];
+  for (int i = 0; i < 3 && !*cli.private_dir; i++) {
+    if (!parents[i] || *parents[i] != '/' || strlen(parents[i]) > 80) continue;
+    snprintf(cli.private_dir, sizeof cli.private_dir, "%s/nbdXXXXXX",
+             parents[i]);
+    if (!mkdtemp(cli.private_dir)) *cli.private_dir = '\0';
+  }
+  if (!*cli.private_dir)
+    cli_failed("private socket: no directory for it (use -U)");
+  assert(*cli.private_dir == '/');
+  snprintf(address, sizeof address, "unix:%s/sock", cli.private_dir);
+  mode_t mask = umask(0177);
+  cli_listen_at(address);
+  umask(mask);
+}
+
+/* Listens on TCP, and warns if others than this machine can connect. */
+static void cli_listen_on_tcp(void) {
+  const char *host = opt[OPT_BIND].text ? opt[OPT_BIND].text : "localhost";
+  uint64_t port = opt[OPT_PORT].given ? opt[OPT_PORT].number : CLI_DEFAULT_PORT;
+  char address[PATH_MAX];
+  snprintf(address, sizeof address, "tcp:%s:%" PRIu64, host, port);
+  cli_listen_at(address);
+  int is_loopback = strcmp(host, "localhost") == 0 ||
+                    strcmp(host, "::1") == 0 || strncmp(host, "127.", 4) == 0;
+  if (!is_loopback && !opt[OPT_QUIET].given)
+    cli_say("%s: no authentication: anyone can read and write", host);
+}
+
+/* Opens the sockets that the command line asks for.  If it does not ask for
+ * any, takes over those that were passed to us, or makes a private one.  Only
+ * sockets that we have opened have a URI that we know. */
 static void cli_listen(void) {
-  const char *dirs[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"), "/tmp"};
-  const char *path = cli.v['U'], *host = cli.v['i'] ? cli.v['i'] : "localhost";
-  const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
-  char address[PATH_MAX + 8] = "unix:", *sock = address + 5;
-  int is_tcp = cli.v['p'] || cli.v['i'], fd = cli.v['f'] ? (int)cli.n['f'] : 3;
-  uint64_t n = cli.v['f'] != NULL; /* sockets of who started us, from fd on */
-  if (cli.v['s']) cli.in = 0;
-  if (cli.v['s']) return;
-  if (!n && !path && !is_tcp && pid && fds &&
-      strtol(pid, NULL, 10) == (long)getpid())
-    u_parse_size(fds, &n); /* systemd, or nbdinfo and its like */
-  if (n > SRV_LISTENERS) cli_fail(-EMFILE, "LISTEN_FDS");
-  for (uint64_t i = 0; i < n; i++) {
-    snprintf(address, sizeof address, "fd:%d", fd + (int)i);
-    cli_listen_on(address);
+  const char *path = opt[OPT_UNIX].text;
+  int wants_tcp = opt[OPT_PORT].given || opt[OPT_BIND].given;
+  if (opt[OPT_STDIN].given) cli.client = 0;
+  if (opt[OPT_FD].given) cli_listen_on_fd((int)opt[OPT_FD].number);
+  if (opt[OPT_STDIN].given || opt[OPT_FD].given) return;
+  if (!path && !wants_tcp) {
+    if (cli_listen_on_passed()) return;
+    path = "-";
   }
-  if (n > 0) return;
-  if (path && strcmp(path, "-") != 0) {
-    /* a whole path, where it fits, so that the URI works from anywhere */
-    if (*path != '/' && getcwd(sock, 100 - u_min(strlen(path), 98)))
-      strcat(sock, "/");
-    strncat(sock, path, PATH_MAX / 2);
-    cli_listen_on(address);
-  } else if (path || !is_tcp) { /* in a directory only the owner reaches */
-    for (int i = 0; i < 3 && !*cli.dir; i++) {
-      if (!dirs[i] || *dirs[i] != '/' || strlen(dirs[i]) > 80)
-        continue; /* with the rest it must fit into every system's address */
-      snprintf(cli.dir, sizeof cli.dir, "%s/nbdXXXXXX", dirs[i]);
-      if (!mkdtemp(cli.dir)) *cli.dir = 0;
-    }
-    if (!*cli.dir) cli_failed("private socket: no directory for it; use -U");
-    strcat(strcpy(sock, cli.dir), "/sock");
-    cli_listen_on(address);
-    if (chmod(sock, 0600) < 0) cli_fail(-errno, sock);
-  }
-  if (is_tcp) {
-    snprintf(address, sizeof address, "tcp:%s:%s", host,
-             cli.v['p'] ? cli.v['p'] : "10809");
-    cli_listen_on(address);
-    if (strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
-        strncmp(host, "127.", 4) != 0 && !cli.v['q'])
-      cli_say(0, "%s: no authentication: anyone can read and write", host);
-  }
-  nbdserve_uri(cli.server, cli.name, cli.uri, sizeof cli.uri);
+  if (path && strcmp(path, "-") == 0)
+    cli_listen_privately();
+  else if (path)
+    cli_listen_on_unix(path);
+  if (wants_tcp) cli_listen_on_tcp();
+  int err = nbdserve_uri(cli.server, cli.export_name, cli.uri, sizeof cli.uri);
+  cli_exit_if_error(err, "URI");
 }
 
-/* --run gets variables, as nbdkit has them; the ARGs of a command the URI. */
-static void cli_start_command(void) {
+/* ---- The command that is served (--run, --) ----------------------------- */
+
+/* Returns a copy of the text with the URI in place of each {}, which is not
+ * freed, or NULL if there is no memory. */
+static char *cli_put_uri(const char *text) {
+  char *copy = NULL;
+  size_t len;
+  assert(*cli.uri);
+  FILE *out = open_memstream(&copy, &len);
+  if (!out) return NULL;
+  for (const char *hit = strstr(text, "{}"); hit; hit = strstr(text, "{}")) {
+    fprintf(out, "%.*s%s", (int)(hit - text), text, cli.uri);
+    text = hit + 2;
+  }
+  fputs(text, out);
+  return fclose(out) == 0 ? copy : NULL;
+}
+
+/* Sets the variables that a shell command can use.  They have the names that
+ * nbdkit gives them, so that scripts can be used with both. */
+static void cli_set_variables(void) {
+  assert(*cli.uri && cli.server->nlisteners > 0);
   const struct srv_listener *l = cli.server->listeners;
-  char nbd[sizeof l->text + 16], **command = cli.command, **p;
-  if (!*cli.uri) cli_usage("no URI for the command to use");
-  cli.child = fork();
-  if (cli.child < 0) cli_fail(-errno, "fork");
-  if (cli.child) return;
-  cli_catch_signals(SIG_DFL);
-  if (command) {
-    for (p = command; *p; p++) {
-      char *out = u_zalloc(strlen(*p) * (strlen(cli.uri) + 1) + 1), *hit;
-      for (; out && (hit = strstr(*p, "{}")) != NULL; *p = hit + 2)
-        strcat(strncat(out, *p, (size_t)(hit - *p)), cli.uri);
-      if (out) *p = strcat(out, *p);
-    }
-    execvp(*command, command);
+  char nbd[sizeof l->text + 16];
+  const char *colon = strrchr(l->text, ':');
+  snprintf(nbd, sizeof nbd, "nbd:%s%s", l->is_unix ? "unix:" : "", l->text);
+  setenv("nbd", nbd, 1);
+  setenv("uri", cli.uri, 1);
+  setenv("unixsocket", l->is_unix ? l->text : "", 1);
+  setenv("port", l->is_unix || !colon ? "" : colon + 1, 1);
+  setenv("exportname", cli.export_name, 1);
+}
+
+/* In the child: becomes the command.  Returns only if that fails, with the exit
+ * status.  The descriptors that we have opened close themselves. */
+static int cli_exec_command(void) {
+  const char *program = "/bin/sh";
+  if (cli.command) {
+    program = cli.command[0];
+    execvp(program, cli.command);
   } else {
-    snprintf(nbd, sizeof nbd, "nbd:%s%s", l->is_unix ? "unix:" : "", l->text);
-    setenv("nbd", nbd, 1);
-    setenv("uri", cli.uri, 1);
-    setenv("unixsocket", l->is_unix ? l->text : "", 1);
-    setenv("port", l->is_unix ? "" : strrchr(l->text, ':') + 1, 1);
-    setenv("exportname", cli.name, 1);
-    execl("/bin/sh", "sh", "-c", cli.v['R'], (char *)NULL);
+    cli_set_variables();
+    execl(program, "sh", "-c", opt[OPT_RUN].text, (char *)NULL);
   }
-  _exit(cli_say(127, "%s: %s", command ? *command : "/bin/sh",
-                u_errno_text(-errno)));
+  cli_say("%s: %s", program, u_errno_text(-errno));
+  return CLI_NOT_FOUND;
 }
 
-static int cli_command_ended(int wait) {
-  int st = 0;
-  if (!cli.child || waitpid(cli.child, &st, wait ? 0 : WNOHANG) <= 0) return 0;
-  cli.status = WIFSIGNALED(st) ? 128 + WTERMSIG(st) : WEXITSTATUS(st);
-  cli.child = 0;
-  return 1;
-}
-
-/* All is open and listening: tells everybody who asked. */
-static void cli_ready(void) {
-  if (cli.v['P']) { /* in one step: who sees it may connect */
-    char temp[PATH_MAX];
-    snprintf(temp, sizeof temp, "%.*s.new", PATH_MAX - 8, cli.v['P']);
-    int fd = open(temp, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (fd < 0 || dprintf(fd, "%ld\n", (long)getpid()) < 0 || close(fd) < 0 ||
-        rename(temp, cli.v['P']) < 0)
-      cli_fail(-errno, cli.v['P']);
-    cli.pidfile = cli.v['P'];
+/* Starts the command.  It is a child of the process, not the other way round,
+ * so that we can pass on its status.  The signals are blocked until its process
+ * id is known to the handler: it may have ended by then, and SIGCHLD be
+ * waiting.  If a signal has asked for the end already, there is nobody to serve
+ * the command, so it is not started. */
+static void cli_start_command(void) {
+  sigset_t was;
+  assert(!cli.child);
+  if (!*cli.uri) cli_usage("no URI for the command to use");
+  for (char **word = cli.command; word && *word; word++) {
+    *word = cli_put_uri(*word);
+    if (!*word) cli_exit_if_error(-ENOMEM, "--");
   }
-  int ready = (int)cli.n['y'];
-  if (ready &&
-      ((*cli.uri && dprintf(ready, "%s\n", cli.uri) < 0) || close(ready) < 0))
-    cli_fail(-errno, "--ready-fd");
-  if (cli.v['R'] || cli.command)
-    cli_start_command();
-  else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0)
-    cli_fail(-errno, "standard output");
-  if (cli.report < 0) return;
-  int null = open("/dev/null", O_RDWR);
-  if (null < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0)
-    cli_fail(-errno, "/dev/null");
-  close(null);
-  (void)!write(cli.report, "", 1); /* a parent that is gone waits for nothing */
-  close(cli.report);
+  cli_block_signals(&was);
+  if (cli.phase == CLI_SERVING) {
+    pid_t pid = fork();
+    if (pid < 0) cli_exit_if_error(-errno, "fork");
+    if (pid == 0) {
+      cli_catch_signals(SIG_DFL); /* first: it must not run our handler */
+      sigprocmask(SIG_SETMASK, &was, NULL);
+      _exit(cli_exec_command());
+    }
+    cli.child = pid;
+  }
+  sigprocmask(SIG_SETMASK, &was, NULL);
 }
 
-/* --fork: the parent waits until the child serves or fails; that returns. */
+/* Step 5 of the end.  Usually the command has ended, which is what has brought
+ * us here, or has been told and had its time.  If it has not been told (the
+ * server has failed, or two signals have come at once) that is done now; in the
+ * first case there is time to wait for it. */
+static void cli_await_command(void) {
+  sigset_t was;
+  cli_tell_command();
+  cli_block_signals(&was);
+  if (cli.child && cli.phase == CLI_SERVING) cli.phase = CLI_COMMAND_ENDS;
+  while (cli.child && cli.phase != CLI_STOPPING)
+    sigsuspend(&was); /* until the handler has run */
+  if (cli.child) {
+    assert(cli.child_told);
+    cli_say("%s: the command still runs after SIGTERM; not waited for",
+            cli.command ? cli.command[0] : "--run");
+    cli.command_status = CLI_FAILED;
+  }
+  sigprocmask(SIG_SETMASK, &was, NULL);
+}
+
+/* ---- Getting ready ------------------------------------------------------ */
+
+/* --fork: goes on in a child.  Only the child returns.  The parent waits for a
+ * byte from it, which says that it is ready, and exits.  If the pipe is closed
+ * without one, the child has failed, and the parent passes its status on.  This
+ * comes before anything is opened: threads would not come along. */
 static void cli_fork(void) {
   int fd[2];
-  char ready;
-  if (pipe(fd) < 0 || (cli.child = fork()) < 0) cli_fail(-errno, "--fork");
-  if (cli.child > 0) {
-    close(fd[1]);
-    if (read(fd[0], &ready, 1) == 1) _exit(0);
-    cli_command_ended(1);
-    _exit(cli.status ? cli.status : CLI_FAILED);
+  char byte;
+  assert(!cli.cas && !cli.server->nlisteners);
+  pid_t pid = pipe(fd) < 0 ? -1 : fork();
+  if (pid < 0) cli_exit_if_error(-errno, "--fork");
+  if (pid == 0) {
+    close(fd[0]);
+    cli.ready_pipe = fd[1];
+    if (setsid() < 0) cli_exit_if_error(-errno, "--fork");
+    return;
   }
-  close(fd[0]);
-  cli.report = fd[1];
-  if (setsid() < 0) cli_fail(-errno, "--fork");
+  close(fd[1]);
+  if (read(fd[0], &byte, 1) == 1) _exit(CLI_OK);
+  int wait_status = 0;
+  waitpid(pid, &wait_status, 0);
+  int status = cli_exit_status(wait_status);
+  _exit(status ? status : CLI_FAILED);
 }
 
+/* --fork: lets go of the terminal, and tells the parent.  If the parent has
+ * gone there is nobody to tell. */
+static void cli_leave_terminal(void) {
+  assert(cli.ready_pipe > 2);
+  int null = open("/dev/null", O_RDWR);
+  if (null < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0)
+    cli_exit_if_error(-errno, "/dev/null");
+  close(null);
+  (void)!write(cli.ready_pipe, "", 1);
+  close(cli.ready_pipe);
+}
+
+/* Tells everybody who wants to know that all is open and we listen.  Whoever is
+ * told may connect at once.  --ready-fd is closed, which is a sign in itself,
+ * and the command does not get it.  With a command, that is who uses the URI,
+ * and standard output is the command's. */
+static void cli_tell_ready(void) {
+  int fd = (int)opt[OPT_READY_FD].number;
+  if (opt[OPT_PIDFILE].text) cli_write_pidfile(opt[OPT_PIDFILE].text);
+  assert(!opt[OPT_READY_FD].given || fd > 2);
+  if (opt[OPT_READY_FD].given &&
+      ((*cli.uri && dprintf(fd, "%s\n", cli.uri) < 0) || close(fd) < 0))
+    cli_exit_if_error(-errno, "--ready-fd");
+  if (opt[OPT_RUN].given)
+    cli_start_command();
+  else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0)
+    cli_exit_if_error(-errno, "standard output");
+  if (cli.ready_pipe >= 0) cli_leave_terminal();
+}
+
+/* ---- Serving ------------------------------------------------------------ */
+
+/* Prints the totals, for --stats and SIGUSR1: as JSON, with the names that
+ * nbdserve.h has for them, or in words. */
 static void cli_print_stats(void) {
-#define N "%" PRIu64 /* a number */
-  struct nbdserve_stats t;
-  cli.usr1 = 0;
-  nbdserve_stats(cli.server, &t);
-  fprintf(stderr,
-          cli.v['j'] ? "{\"clients\":" N ",\"clients_now\":" N
-                       ",\"requests\":" N ",\"errors\":" N ",\"bytes_read\":" N
-                       ",\"bytes_written\":" N ",\"flushes\":" N "}\n"
-                     : "nbdserve: " N " clients (" N " now), " N " requests (" N
-                       " failed), " N " bytes read, " N " written, " N
-                       " flushes\n",
-          t.clients, t.clients_now, t.requests, t.errors, t.bytes_read,
-          t.bytes_written, t.flushes);
+  static const char json[] =
+      "{\"clients\":%" PRIu64 ",\"clients_now\":%" PRIu64
+      ",\"requests\":%" PRIu64 ",\"errors\":%" PRIu64 ",\"bytes_read\":%" PRIu64
+      ",\"bytes_written\":%" PRIu64 ",\"flushes\":%" PRIu64 "}\n";
+  static const char words[] =
+      "nbdserve: %" PRIu64 " clients (%" PRIu64 " now), %" PRIu64
+      " requests (%" PRIu64 " failed), %" PRIu64 " bytes read, %" PRIu64
+      " written, %" PRIu64 " flushes\n";
+  struct nbdserve_stats stats;
+  nbdserve_stats(cli.server, &stats);
+  dprintf(2, opt[OPT_JSON].given ? json : words, stats.clients,
+          stats.clients_now, stats.requests, stats.errors, stats.bytes_read,
+          stats.bytes_written, stats.flushes);
 }
 
+/* Runs the server to its end, and does what the signal handler leaves to
+ * others: it prints totals, and does steps 1 and 2 of the end.  Returns what
+ * nbdserve_run does. */
+static int cli_run(void) {
+  for (;;) {
+    int err = nbdserve_run(cli.server);
+    if (err != -EINTR) return err;
+    if (cli.stats_wanted) {
+      cli.stats_wanted = 0;
+      cli_print_stats();
+    }
+    if (cli.phase == CLI_COMMAND_ENDS) {
+      nbdserve_unlisten(cli.server);
+      cli_tell_command();
+    }
+  }
+}
+
+/* Serves until the end.  Returns the exit status, which is the command's if
+ * there was one and it has failed.  A client that is the only one is served
+ * here; after that cli_run has nothing to do but to flush. */
 static int cli_serve(void) {
-  int err = 0, run;
-#if !NBDSERVE_NO_CAS /* no other process is made now, to inherit from it */
-  if (cli.ctl >= 0 && (os_pipe(cli.ended) || os_thread(cli_control, NULL)))
-    cli.ended[0] = 0;
-#endif
-  if (cli.in >= 0) {
-    err = nbdserve_serve(cli.server, cli.in, cli.out, NULL);
-    nbdserve_stop(cli.server); /* what follows only flushes */
+  int err = 0;
+  cli_start_control();
+  if (cli.client >= 0) {
+    int out = opt[OPT_STDIN].given ? 1 : cli.client;
+    err = nbdserve_serve(cli.server, cli.client, out, NULL);
+    nbdserve_stop(cli.server);
   }
-  while ((run = nbdserve_run(cli.server)) == -EINTR) {
-    if (cli.usr1) cli_print_stats();
-    if (cli_command_ended(0)) nbdserve_stop(cli.server);
-  }
-  if (cli.v['z']) cli_print_stats();
-  if (cli.child) kill(cli.child, SIGTERM);
-  cli_command_ended(1);
-  return cli.status ? cli.status : err || run ? CLI_FAILED : 0;
+  int run_err = cli_run();
+  if (opt[OPT_STATS].given) cli_print_stats();
+  cli_await_command();
+  if (cli.command_status) return cli.command_status;
+  return err || run_err ? CLI_FAILED : CLI_OK;
 }
 
+/* At exit, however that comes about: removes what we have made, first what
+ * tells others that we are here, and closes what we have opened.  Clients and
+ * commands use the store, so it is closed after they have ended.  If a command
+ * does not end, the store stays open: opening it next time repairs what is
+ * unfinished.  From here on signals are ignored. */
+static void cli_close(void) {
+  const char *trouble = NULL;
+  cli_catch_signals(SIG_IGN);
+  cli_remove_own(opt[OPT_PIDFILE].text, &cli.pidfile_st);
+  cli_remove_own(cli.ctl_path, &cli.ctl_st);
+  if (!cli_await_control()) trouble = "a command was not finished";
+  nbdserve_free(cli.server);
+  if (!trouble) trouble = cli_close_store();
+  if (*cli.private_dir) rmdir(cli.private_dir);
+  if (trouble) {
+    cli_say("%s: %s", cli.store, trouble);
+    _exit(CLI_FAILED);
+  }
+}
+
+/* ---- The command line as a whole ---------------------------------------- */
+
+/* Prints the options for --help.  Those without a letter are indented, so that
+ * all names are in one column. */
+static void cli_help_options(void) {
+  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++) {
+    const struct cli_option *option = &cli_options[id];
+    const char *argument = option->argument ? option->argument : "";
+    char letter[] = "-x,";
+    letter[1] = option->letter;
+    printf("  %3s --%s %-*s %s\n", option->letter ? letter : "", option->name,
+           18 - (int)strlen(option->name), argument, option->help);
+  }
+}
+
+/* --help.  README has a copy of what this prints; a test compares them. */
 static int cli_help(void) {
   puts("usage: nbdserve [OPTION]... [NAME=]TARGET... [-- CMD ARG...]\n"
        "       nbdserve COMMAND ARG...\n"
-       "Serves disks over NBD.  TARGET is a file, a block device, mem:SIZE or\n"
-       "STORE::VOLUME, STORE::VOLUME@SNAPSHOT or, for all of it, STORE::.\n"
-       "With CMD: serves while it runs; {} in an ARG becomes the URI.\n");
-  for (const struct cli_option *o = cli_options; *o->name; o++) {
-    char letter[] = {'-', (char)o->letter, ',', 0};
-    printf("  %3s --%s %-*s %s\n", o->letter > 0 ? letter : "", o->name,
-           18 - (int)strlen(o->name), o->arg ? o->arg : "", o->help);
-  }
-#if !NBDSERVE_NO_CAS
-  puts("\nCommands on stores, also while they are served; NAME: VOLUME, "
-       "VOLUME@SNAPSHOT\nor the id of a snapshot that was sealed:");
-  for (int i = 0; i < CLI_VERBS; i++)
-    printf("  %-9s %s\n", cli_verbs[i].name, cli_verbs[i].help);
-#endif
-  puts("\nNumbers take K, M, G, T, P and E (powers of 1024).  When it listens, "
-       "the URI is\nprinted.  Exit status: 0 ok, 1 failed, 2 usage, 3 verify "
-       "found damage, 4 target\nin use, or CMD's.");
-  return fflush(stdout) == EOF ? CLI_FAILED : 0;
+       "Serves disks over NBD.  TARGET is a file, a block device, mem:SIZE,\n"
+       "file:PATH (a file whatever its name looks like), STORE::VOLUME,\n"
+       "STORE::VOLUME@SNAPSHOT or, for a whole store, STORE::.\n"
+       "With CMD: serves while CMD runs; {} in an ARG becomes the URI.\n");
+  cli_help_options();
+  cli_help_verbs();
+  puts("\nNumbers take K, M, G, T, P and E (powers of 1024).  Once it\n"
+       "listens it prints the URI.  Exit status: 0 success, 1 failure,\n"
+       "2 usage, 3 verify found damage, 4 target in use, or the status\n"
+       "of CMD.");
+  return fflush(stdout) == EOF ? CLI_FAILED : CLI_OK;
 }
 
-int main(int argc, char **argv) {
-  int fd = 0; /* 0 to 2 get opened: no image may be one and get messages */
+/* --version.  The words tell what the build has; --help leaves out what it has
+ * not. */
+static int cli_version(void) {
+  printf("nbdserve %s%s%s%s%s%s\n", nbdserve_version(),
+         NBDSERVE_NO_FLAT ? "" : " flat", NBDSERVE_NO_CAS ? "" : " cas",
+         NBDSERVE_NO_TCP ? "" : " tcp", NBDSERVE_NO_THREADS ? "" : " threads",
+         NBDSERVE_POSIX_ONLY ? " posix-only" : "");
+  return fflush(stdout) == EOF ? CLI_FAILED : CLI_OK;
+}
+
+/* Opens those of the descriptors 0 to 2 that are not open.  Otherwise an image
+ * could become one of them, and our messages would be written to it. */
+static void cli_open_standard_fds(void) {
+  int fd = 0;
   while (fd >= 0 && fd <= 2)
     fd = open("/dev/null", O_RDWR);
   if (fd > 2) close(fd);
-  atexit(cli_close);
-  cli.targets = argv; /* gathered at its front, behind what has been read */
-  if (argc > 0) cli_parse(argv);
-  if (cli.v['h']) return cli_help();
-  if (cli.v['V'])
-    return printf("nbdserve %s%s%s%s%s%s\n", nbdserve_version(),
-                  NBDSERVE_NO_FLAT ? "" : " flat",
-                  NBDSERVE_NO_CAS ? "" : " cas", NBDSERVE_NO_TCP ? "" : " tcp",
-                  NBDSERVE_NO_THREADS ? "" : " threads",
-                  NBDSERVE_POSIX_ONLY ? " posix-only" : "") < 0;
-  int level = NBDSERVE_LOG_WARNING + (int)u_min(cli.n['v'], 2);
+}
+
+/* Makes the server as the options want it.  Commands on stores need one, too: a
+ * signal ends them by way of nbdserve_stop. */
+static void cli_new_server(void) {
   struct nbdserve_config config = {
       .version = NBDSERVE_VERSION_NUMBER,
-      .max_conn = (uint32_t)cli.n['m'],
-      .flags = cli.v['1'] ? NBDSERVE_CONFIG_ONCE : 0,
-      .threads = (uint32_t)cli.n['t'],
-      .idle_exit_ms = (uint32_t)cli.n['I'] * 1000,
-      .log = cli_log,
-      .stall_ms = (uint32_t)cli.n['a'] * 1000,
-      .without = cli.without,
-      .before = cli.v['x'] || cli.v['d'] ? cli_before : NULL,
-      .log_level = cli.v['q'] ? NBDSERVE_LOG_ERROR : level};
-  cli_fail(nbdserve_new(&cli.server, &config), "start");
-  cli_command();
-  cli_check();
-  if (cli.v['F']) cli_fork();
+      .threads = (uint32_t)opt[OPT_THREADS].number,
+      .max_conn = (uint32_t)opt[OPT_MAX_CONN].number,
+      .stall_ms = (uint32_t)opt[OPT_STALL].number * 1000,
+      .idle_exit_ms = (uint32_t)opt[OPT_IDLE_EXIT].number * 1000,
+      .without = cli_without,
+      .log_level = NBDSERVE_LOG_WARNING + (int)u_min(opt[OPT_VERBOSE].given, 2),
+      .log = cli_log};
+  if (opt[OPT_QUIET].given) config.log_level = NBDSERVE_LOG_ERROR;
+  if (opt[OPT_ONCE].given) config.flags |= NBDSERVE_CONFIG_ONCE;
+  if (opt[OPT_FAULT].given || opt[OPT_DELAY].given) config.before = cli_before;
+  cli_exit_if_error(nbdserve_new(&cli.server, &config), "start");
+}
+
+/* A command on a store, or a server from its start to its end: see the head of
+ * this section.  The order matters: --fork before threads and locks, signals
+ * before anything that must be removed, targets before sockets, so that whoever
+ * can connect finds them. */
+int main(int argc, char **argv) {
+  cli_open_standard_fds();
+  atexit(cli_close);
+  if (argc > 0) cli_parse(argv);
+  if (opt[OPT_HELP].given) return cli_help();
+  if (opt[OPT_VERSION].given) return cli_version();
+  cli_new_server();
+  cli_run_verb();
+  cli_check_options();
+  if (opt[OPT_FORK].given) cli_fork();
   cli_catch_signals(cli_on_signal);
   for (int i = 0; i < cli.ntargets; i++)
-    cli_add(cli.targets[i]);
+    cli_add_target(cli.targets[i]);
   cli_listen();
-  cli_ready();
+  cli_tell_ready();
   return cli_serve();
 }
 

@@ -4,17 +4,26 @@
  * Compile nbdserve.c with -DNBDSERVE_NO_MAIN, include this file, and:
  *
  *   1. fill a struct nbdserve_ops with your functions (only read is required)
- *   2. nbdserve_new, nbdserve_add, nbdserve_listen, nbdserve_run, nbdserve_free
+ *   2. call nbdserve_new, nbdserve_add, nbdserve_listen, nbdserve_run and, in
+ *      the end, nbdserve_free
  *
- * Every function that can fail returns 0 or a negative errno value.  Zero all
- * structures, then set what you need: 0 and NULL always mean the default.
- * Strings are UTF-8, ended by NUL, and copied where they are kept.
+ * Conventions: a function that can fail returns 0 or a negative errno value.
+ * Zero all structures, then set what you need: 0 and NULL always mean the
+ * default.  Strings are UTF-8, end with NUL, and are copied where they are
+ * kept.  proto.md is doc/proto.md of NetworkBlockDevice/nbd, the protocol.
  *
- * The library installs no signal handlers, prints nothing, never exits, reads
- * no environment and keeps no global state: several servers may live in one
- * process.  Its own threads block all signals.  A program that serves pipes
- * should ignore SIGPIPE (sockets do not need it), and one that serves files
- * should ignore SIGXFSZ if it may run under a file size limit.
+ * What the library leaves to you: it installs no signal handlers, prints
+ * nothing, never exits, reads no environment, changes neither locale nor umask
+ * nor directory, and keeps no global state, so that several servers may live in
+ * one process.  Its descriptors are closed on exec.  It may change errno,
+ * except in nbdserve_stop and nbdserve_wake.
+ *
+ * Its own threads have a stack of NBDSERVE_STACK bytes (256 KiB), on which your
+ * functions run, too.  They block all signals but those that a fault of the
+ * thread itself raises (SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT,
+ * SIGSYS): your handlers for these work in them.  A program that serves pipes
+ * should ignore SIGPIPE (sockets do not raise it), and one that serves files
+ * should ignore SIGXFSZ if it may run under a limit for the size of files.
  */
 #ifndef NBDSERVE_H
 #define NBDSERVE_H
@@ -37,88 +46,110 @@ struct nbdserve;
 struct nbdserve_extents;
 struct nbdserve_req;
 
-/* ---- Backends ---------------------------------------------------------- */
+/* ---- Backends ------------------------------------------------------------ */
 
-/* Flags of one call; as NBD_CMD_FLAG_... in proto.md */
-#define NBDSERVE_CMD_FUA 1u /* durable before it returns (NATIVE_FUA only) */
-#define NBDSERVE_CMD_NO_HOLE 2u /* zero: the range stays allocated */
-#define NBDSERVE_CMD_FAST_ZERO \
-  16u                           /* zero: -ENOTSUP if no faster than write \
-                                 */
-#define NBDSERVE_CMD_REQ_ONE 8u /* extents: the first extent is enough */
+/* Flags of one call; the numbers are those of NBD_CMD_FLAG_... in proto.md. */
 
-/* Status of an extent: 0 is plain data (proto.md, base:allocation) */
-#define NBDSERVE_EXTENT_HOLE 1u /* not allocated */
-#define NBDSERVE_EXTENT_ZERO 2u /* reads as zeroes */
+/* write, trim, zero: the data is durable when the call returns.  Only exports
+ * with NBDSERVE_EXPORT_NATIVE_FUA see this flag. */
+#define NBDSERVE_CMD_FUA 1u
+/* zero: the range keeps its space. */
+#define NBDSERVE_CMD_NO_HOLE 2u
+/* extents: the first extent is enough. */
+#define NBDSERVE_CMD_REQ_ONE 8u
+/* zero: if this is no faster than to write zeroes, do nothing and return
+ * -ENOTSUP. */
+#define NBDSERVE_CMD_FAST_ZERO 16u
 
-/* What a backend does.  The caller has checked each request: len > 0, off and
- * len inside the export and multiples of min_block, no writes to a read-only
- * export, only the flags named here.  len of read and write is at most
- * max_request, and 1 MiB: longer ones come in pieces; of the others up to the
- * export's size.  Return 0 for the whole range done, or -errno, of which
- * clients see the nearest NBD error; a short count does not exist.
+/* The status of an extent, as in proto.md, base:allocation; 0 is plain data. */
+#define NBDSERVE_EXTENT_HOLE 1u /* it has no space */
+#define NBDSERVE_EXTENT_ZERO 2u /* it reads as zeroes */
+
+/* What a backend does.
  *
- * A NULL member is not offered to clients, except zero (done by writes, up to
- * 4 GiB, as where zero is -ENOTSUP) and extents (all is data).  Calls come from
- * several threads at once unless the export says NBDSERVE_EXPORT_SERIAL, and
- * may block for as long as they like.
- */
+ * Each request was checked before it comes here: len > 0; off and len lie
+ * inside the export and are multiples of min_block; nothing writes to a
+ * read-only export; flags are those named above for the call.  read and write
+ * get at most max_request bytes, and at most 1 MiB, at a time; the others up to
+ * the whole export.
+ *
+ * Return 0 when the whole range is done, or -errno, of which clients see the
+ * nearest NBD error.  There are no short counts.  Any other number, an unknown
+ * status of an extent, or a size above INT64_MAX is logged (ten times) and
+ * taken as -EIO.  "Not supported" is -ENOTSUP; on systems where -EOPNOTSUPP is
+ * another number, that one is an error like any other.
+ *
+ * A NULL member is not offered to clients, with two exceptions: without zero,
+ * or where it returns -ENOTSUP, zeroes are written, up to 4 GiB in a request;
+ * without extents all is data.
+ *
+ * Calls come from several threads at once, unless the export says
+ * NBDSERVE_EXPORT_SERIAL, and may block for as long as they like. */
 struct nbdserve_ops {
   int (*read)(void *ctx, void *buf, uint64_t off, uint64_t len, uint32_t flags);
   int (*write)(void *ctx, const void *buf, uint64_t off, uint64_t len,
                uint32_t flags);
-  /* All writes that have returned reach permanent storage. */
+  /* Brings all writes that have returned to permanent storage. */
   int (*flush)(void *ctx, uint32_t flags);
-  /* The data is no longer needed; may do nothing. */
+  /* The client no longer needs the data.  This may do nothing. */
   int (*trim)(void *ctx, uint64_t off, uint64_t len, uint32_t flags);
-  /* The range reads as zeroes afterwards. */
+  /* Makes the range read as zeroes. */
   int (*zero)(void *ctx, uint64_t off, uint64_t len, uint32_t flags);
-  /* The range will be read soon. */
+  /* The client will read the range soon. */
   int (*cache)(void *ctx, uint64_t off, uint64_t len, uint32_t flags);
-  /* Calls nbdserve_extent for consecutive pieces from off on. */
+  /* Calls nbdserve_extent for consecutive pieces, from off on. */
   int (*extents)(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                  struct nbdserve_extents *out);
-  /* The last call of all: frees ctx. */
+  /* Frees ctx.  No call follows this one. */
   void (*close)(void *ctx);
-  /* nbdserve's own backends only: keep it NULL. */
+  /* For nbdserve's own backends only: keep it NULL. */
   void (*run_batch)(void *ctx, struct nbdserve_req *reqs, size_t nreqs);
-  /* The size that a client gets who comes now: size, the export's so far, or
-   * another one, which replaces that.  NULL: it stays.  One call at a time, for
-   * all exports of a server: it must not block, nor call the server. */
+  /* Called when a client asks for the export, with its size so far; returns its
+   * size now, which is remembered.  NULL: the size stays.  A server makes one
+   * such call at a time, maybe beside other calls of a SERIAL export; it must
+   * not block, nor call the server. */
   uint64_t (*size)(void *ctx, uint64_t size);
 };
 
 /* Reports the next extent: len bytes (> 0) with that status.  Returns 0, or 1
- * when the client has enough: the backend may then return. */
+ * when the client has enough: the backend may then return.  Only from extents,
+ * in its thread. */
 NBDSERVE_API int nbdserve_extent(struct nbdserve_extents *out, uint64_t len,
                                  uint32_t status);
 
 /* Flags of an export */
-#define NBDSERVE_EXPORT_READONLY 1u /* writes are refused with EPERM */
-#define NBDSERVE_EXPORT_SERIAL 2u   /* one call into ops at a time */
-#define NBDSERVE_EXPORT_MULTI_CONN \
-  4u                                  /* flush covers all connections' writes \
-                                       */
-#define NBDSERVE_EXPORT_ROTATIONAL 8u /* a hint for the client's scheduler */
-/* write, zero and trim do NBDSERVE_CMD_FUA; without it a flush follows them */
+
+/* Writes are refused with EPERM. */
+#define NBDSERVE_EXPORT_READONLY 1u
+/* Only one of the calls read ... extents runs at a time. */
+#define NBDSERVE_EXPORT_SERIAL 2u
+/* A flush on one connection covers the writes of all: clients may open several
+ * (proto.md, NBD_FLAG_CAN_MULTI_CONN). */
+#define NBDSERVE_EXPORT_MULTI_CONN 4u
+/* A hint for the client's scheduler: the disk has a head to move. */
+#define NBDSERVE_EXPORT_ROTATIONAL 8u
+/* write, zero and trim heed NBDSERVE_CMD_FUA.  Without this a flush follows. */
 #define NBDSERVE_EXPORT_NATIVE_FUA 16u
-#define NBDSERVE_EXPORT_FALLBACK \
-  32u /* reached by every name no other one has */
-#define NBDSERVE_EXPORT_WRITETHROUGH 64u /* every write as if it had FUA */
-#define NBDSERVE_EXPORT_UNSAFE \
-  128u /* flush and FUA do nothing: not durable \
-        */
+/* Serves every name that no other export has. */
+#define NBDSERVE_EXPORT_FALLBACK 32u
+/* Every write is treated as if it had FUA. */
+#define NBDSERVE_EXPORT_WRITETHROUGH 64u
+/* Flush and FUA do nothing: what clients write is not durable. */
+#define NBDSERVE_EXPORT_UNSAFE 128u
 
 struct nbdserve_export {
-  const char *name;         /* up to 4096 bytes; "" or NULL: the default one */
-  const char *description;  /* for humans, up to 4096 bytes */
-  uint64_t size;            /* bytes, up to INT64_MAX; any number */
-  uint32_t min_block;       /* 1..65536, power of two; 0: 1 */
-  uint32_t preferred_block; /* power of two >= 512 and min; 0: 4096 or min */
-  uint32_t max_request;     /* bytes of one read or write; 0: 32 MiB */
-  uint32_t flags;           /* NBDSERVE_EXPORT_READONLY... */
+  const char *name;        /* up to 4096 bytes; "" or NULL: the default one */
+  const char *description; /* for people, up to 4096 bytes */
+  uint64_t size;           /* bytes, any number up to INT64_MAX */
+  uint32_t min_block;      /* bytes, a power of two up to 65536; 0: 1 */
+  uint32_t
+      preferred_block;  /* bytes, a power of two, at least 512 and min_block;
+                               0: 4096, or min_block if that is larger */
+  uint32_t max_request; /* bytes of one read or write, at least
+                               preferred_block; 0: 32 MiB */
+  uint32_t flags;       /* NBDSERVE_EXPORT_* */
   const struct nbdserve_ops *ops;
-  void *ctx;
+  void *ctx; /* is passed to ops */
 };
 
 /* ---- The flat backend: a regular file, a block device, or memory -------- */
@@ -164,29 +195,31 @@ NBDSERVE_API int nbdserve_flat_open(const char *path,
                                     const struct nbdserve_flat *options,
                                     struct nbdserve_export *out);
 
-/* ---- The content-addressed store ----------------------------------------
+/* ---- The content-addressed store -----------------------------------------
  *
- * One file or block device holds any number of volumes and snapshots, every
- * distinct block once, named by its SHA-256 (FIPS 180-4).  What a flush covered
- * survives a power cut at any instant.  All calls may come from any thread.
+ * A store is one file or block device that holds any number of volumes and
+ * snapshots.  Each distinct block is stored once, named by its SHA-256 (FIPS
+ * 180-4).  What a flush has covered survives a power cut at any instant.  All
+ * calls may come from any thread.
  *
- * A volume is NAME; a snapshot, read-only, is VOL@NAME.  A NAME has 1 to 166
- * bytes, no / @ " \, no control characters, and does not begin with "sha256-":
- * what does is the id of a snapshot (nbdserve_cas_seal).
+ * A volume is called NAME; a snapshot, which is read-only, VOL@NAME.  A NAME
+ * has 1 to 166 bytes, none of / @ " \ and no control characters, and does not
+ * begin with "sha256-": such a name is the id of a snapshot
+ * (nbdserve_cas_seal).
  *
- * Besides their own errors all calls may return -EIO (the medium fails, or is
- * damaged; once a sync has failed, all changes do until the store is opened
- * anew), -ENOSPC and -ENOMEM; changes -EROFS if the store is read-only.
+ * Besides their own errors all calls may return -ENOSPC, -ENOMEM, and -EIO when
+ * the medium fails or is damaged; once a sync has failed, all changes do until
+ * the store is opened anew.  Changes return -EROFS if the store is read-only.
  *
- * Memory: 16 bytes for each block of the store and 4 for each one in a map.
+ * Memory: 16 bytes for each block of the store and 4 for each block in a map.
  */
 struct nbdserve_cas;
 
 /* Check a block's SHA-256 when it is read for the first time since the store
  * was opened; the default if the processor computes it. */
 #define NBDSERVE_CAS_VERIFY 1u
-#define NBDSERVE_CAS_NO_VERIFY 2u /* do not */
-#define NBDSERVE_CAS_READONLY 4u  /* next to other readers; changes nothing */
+#define NBDSERVE_CAS_NO_VERIFY 2u /* do not check blocks when they are read */
+#define NBDSERVE_CAS_READONLY 4u  /* change nothing; other readers may, too */
 
 struct nbdserve_cas_options {
   uint32_t flags;      /* NBDSERVE_CAS_* */
@@ -209,31 +242,41 @@ NBDSERVE_API int nbdserve_cas_open(const char *path,
                                    const struct nbdserve_cas_options *options,
                                    struct nbdserve_cas **out);
 
-/* Makes all durable and frees it; its exports must have been closed.  0 or the
- * error of that last sync. */
+/* Makes all changes durable and frees the store, whose exports must have been
+ * closed.  Returns 0 or the error of that last sync. */
 NBDSERVE_API int nbdserve_cas_close(struct nbdserve_cas *cas);
 
-/* Fills *out with a volume or snapshot, as nbdserve_flat_open does; one may be
- * open many times, so the find callback may do it.  -ENOENT: no such name. */
+/* Fills *out with a volume or snapshot, as nbdserve_flat_open does with a file.
+ * It may be open many times, so the find callback may call this.  -ENOENT:
+ * there is no such name. */
 NBDSERVE_API int nbdserve_cas_volume(struct nbdserve_cas *cas, const char *name,
                                      struct nbdserve_export *out);
 
-/* Changes the catalog, durably when it returns 0.  -ENOENT: no such name.
- * -EEXIST: that one is taken.  -EINVAL: not a possible name or size.
- * -EBUSY: it is open, or being verified (ROLLBACK, RESIZE, RM).  -ENOTEMPTY:
- * it has snapshots. */
+/* Changes the catalog; the change is durable when this returns 0.  verb is one
+ * of those below, which also say what name, to and size are; the macros behind
+ * them are easier to read.  -ENOENT: there is no such name.  -EEXIST: the new
+ * name is taken.  -EINVAL: not a possible name or size.  -EBUSY: it is open, or
+ * being verified (ROLLBACK, RESIZE, RM).  -ENOTEMPTY: it has snapshots (RM). */
 NBDSERVE_API int nbdserve_cas_change(struct nbdserve_cas *cas, int verb,
                                      const char *name, const char *to,
                                      uint64_t size);
 
-#define NBDSERVE_CAS_CREATE 1   /* name: a volume of size bytes, all zero */
-#define NBDSERVE_CAS_SNAPSHOT 2 /* name: VOL@NAME */
-#define NBDSERVE_CAS_CLONE 3    /* to: a volume with what name has */
-#define NBDSERVE_CAS_RENAME 4   /* name becomes to; snapshots follow */
-#define NBDSERVE_CAS_ROLLBACK 5 /* name: VOL@NAME; VOL becomes what that is */
-#define NBDSERVE_CAS_RESIZE 6   /* name gets size bytes */
-#define NBDSERVE_CAS_RM 7       /* name is no more */
-#define NBDSERVE_CAS_DRY_RUN 16 /* with one of the last three: only checks */
+/* Makes the volume name, of size bytes, all zero. */
+#define NBDSERVE_CAS_CREATE 1
+/* Keeps what a volume holds now; name is VOL@NAME. */
+#define NBDSERVE_CAS_SNAPSHOT 2
+/* Makes the volume `to`, with the contents of name. */
+#define NBDSERVE_CAS_CLONE 3
+/* Gives name the new name `to`; snapshots follow their volume. */
+#define NBDSERVE_CAS_RENAME 4
+/* Gives VOL the contents of its snapshot; name is VOL@NAME. */
+#define NBDSERVE_CAS_ROLLBACK 5
+/* Gives the volume name size bytes. */
+#define NBDSERVE_CAS_RESIZE 6
+/* Removes name. */
+#define NBDSERVE_CAS_RM 7
+/* Or'ed to ROLLBACK, RESIZE or RM: only checks whether it could be done. */
+#define NBDSERVE_CAS_DRY_RUN 16
 
 #define nbdserve_cas_create(cas, name, size) \
   nbdserve_cas_change(cas, NBDSERVE_CAS_CREATE, name, NULL, size)
@@ -259,34 +302,38 @@ struct nbdserve_cas_info {
   const char *id;   /* of a snapshot that was sealed, else "" */
 };
 
-/* Calls each for all in the catalog until it returns non-zero, which is
- * returned; that one counts as open meanwhile. */
+/* Calls each once for each volume and snapshot, until it returns a number that
+ * is not 0, which is then returned.  The one that it is called for counts as
+ * open meanwhile. */
 typedef int nbdserve_list_fn(void *arg, const struct nbdserve_cas_info *info);
 
 NBDSERVE_API int nbdserve_cas_list(struct nbdserve_cas *cas,
                                    nbdserve_list_fn *each, void *arg);
 
-/* Tells how far long work is, now and then, in bytes; it ends with -ECANCELED
- * if that returns non-zero.  May be NULL where it is asked for. */
+/* Is called now and then by what takes long, with the bytes done so far and in
+ * total.  If it returns a number that is not 0, the work ends with -ECANCELED.
+ * May be NULL. */
 typedef int nbdserve_progress_fn(void *arg, uint64_t done, uint64_t total);
 
-/* Gives a snapshot its identity, durably when it returns 0: "sha256-" and 64
- * hexadecimal digits, which name the same size, block size and contents in any
- * store.  id gets it, or "".  It is a name of the snapshot from then on; if
- * several have it, of one of them.  Reads and checks what has not been since
- * the store was opened; once sealed, a snapshot has its id at once.
- * -ENOENT: no such name.  -EINVAL: that is a volume.  -EIO: it is damaged. */
+/* Gives a snapshot its id, durably when this returns 0: "sha256-" and 64
+ * hexadecimal digits, which are the same for equal size, block size and
+ * contents in any store.  id gets it, or "" after an error.  From then on the
+ * id can be used in place of the name (of one of them, if several snapshots
+ * have it).  The blocks that were not read since the store was opened are read
+ * and checked; a snapshot that has its id gets it at once.  -ENOENT: there is
+ * no such name.  -EINVAL: it is a volume.  -EIO: it is damaged. */
 NBDSERVE_API int nbdserve_cas_seal(struct nbdserve_cas *cas, const char *name,
                                    char id[72], nbdserve_progress_fn *progress,
                                    void *arg);
 
-/* Calls each, in order, for the ranges in bytes in which two volumes or
- * snapshots differ, until it returns non-zero, which is returned.  They begin
- * at blocks and end there or at the larger size; behind the smaller one all is
- * zero.  What both have in common since one was made from the other takes no
- * time.  All that differs is listed; what is equal only if it is stored twice,
- * or if just one of the two ends in the block.  Of a volume that is written
- * meanwhile each block is as it was at some moment.  -ENOENT: no such name. */
+/* Calls each, in order, for the ranges (in bytes) in which two volumes or
+ * snapshots differ, until it returns a number that is not 0, which is then
+ * returned.  Ranges begin at a block and end at a block or at the larger size;
+ * the smaller one counts as zeroes behind its end.  What both share, since one
+ * was made from the other, takes no time.  All that differs is listed; a listed
+ * block may be equal if it is stored twice, or at the end of the shorter one.
+ * Of a volume that is being written each block is as it was at some moment.
+ * -ENOENT: there is no such name. */
 typedef int nbdserve_range_fn(void *arg, uint64_t off, uint64_t len);
 
 NBDSERVE_API int nbdserve_cas_diff(struct nbdserve_cas *cas, const char *a,
@@ -304,22 +351,23 @@ struct nbdserve_cas_stat {
 NBDSERVE_API void nbdserve_cas_stat(struct nbdserve_cas *cas,
                                     struct nbdserve_cas_stat *out);
 
-/* Checks all that is stored against its SHA-256 and calls each for what is
- * damaged: len bytes at off of a volume or snapshot or, with len 0 and name "",
- * the part of the store that why names.  0: nothing is damaged.  -EUCLEAN:
- * something is. */
+/* Checks everything that is stored against its SHA-256, and calls each for what
+ * is damaged: len bytes at off of the volume or snapshot name or, if len is 0
+ * and name "", a part of the store; why says what is wrong.  Returns 0 if
+ * nothing is damaged, -EUCLEAN if something is. */
 typedef void nbdserve_damage_fn(void *arg, const char *name, uint64_t off,
                                 uint64_t len, const char *why);
 NBDSERVE_API int nbdserve_cas_verify(struct nbdserve_cas *cas,
                                      nbdserve_damage_fn *each,
                                      nbdserve_progress_fn *progress, void *arg);
 
-/* Gives unused space back to the file system.  *bytes: how much of the file is
- * unused.  -EUCLEAN: the store is damaged, and nobody knows what is. */
+/* Gives unused space back to the file system.  *bytes: how many bytes of the
+ * file are unused.  -EUCLEAN: the store is damaged, so it cannot be determined
+ * what is unused. */
 NBDSERVE_API int nbdserve_cas_gc(struct nbdserve_cas *cas, uint64_t *bytes,
                                  nbdserve_progress_fn *progress, void *arg);
 
-/* ---- The server --------------------------------------------------------- */
+/* ---- The server ---------------------------------------------------------- */
 
 /* Levels of log messages */
 #define NBDSERVE_LOG_ERROR 0   /* something was refused or lost */
@@ -327,120 +375,160 @@ NBDSERVE_API int nbdserve_cas_gc(struct nbdserve_cas *cas, uint64_t *bytes,
 #define NBDSERVE_LOG_INFO 2    /* clients come and go */
 #define NBDSERVE_LOG_TRACE 3   /* every request */
 
-/* Flags of a server */
-#define NBDSERVE_CONFIG_ONCE \
-  1u /* nbdserve_run returns after the last client \
-      */
+/* Flag of a server: nbdserve_run returns after the last client has left. */
+#define NBDSERVE_CONFIG_ONCE 1u
 
+/* Passes on an export's name and description (either may be NULL) to the client
+ * that asks for the list.  Returns a number that is not 0 when the client is
+ * gone: the rest is for nobody. */
 typedef int nbdserve_emit_fn(void *arg, const char *name,
                              const char *description);
 
 struct nbdserve_config {
-  uint32_t version; /* NBDSERVE_VERSION_NUMBER: header and library must agree */
-  uint32_t flags;   /* NBDSERVE_CONFIG_ONCE */
-  uint32_t threads; /* calls into a backend at a time per client, besides one
-                       for a request above 1 MiB; each of them may hold 1 MiB;
-                       0: 16 */
-  uint32_t max_conn;     /* clients at a time; the others wait; 0: 128 */
-  uint32_t handshake_ms; /* for the whole handshake; 0: 10000 */
-  uint32_t stall_ms;     /* for what a client has begun: a request (each MiB
-                            of its data), taking a reply; then it is
-                            disconnected; 0: 120000 */
-  uint32_t idle_exit_ms; /* nbdserve_run returns after that time without
-                            clients; 0: never */
-  uint32_t without;      /* what clients do not get: bits 2 to 15, those
-                            transmission flags (WRITE_ZEROES with
-                            FAST_ZERO); bit 16 + N, option N */
-  int log_level;         /* highest level wanted; 0: errors only */
-  void (*log)(void *ctx, int level, const char *message); /* NULL: silent; may
-                               be called from several threads at once */
-  /* Exports that are not known beforehand: find fills *out and returns 0 (each
-   * client gets its own; close ends it), or -ENOENT; list calls emit for each
-   * until emit returns non-zero.  Both may be NULL. */
+  /* NBDSERVE_VERSION_NUMBER: header and library may differ in the patch. */
+  uint32_t version;
+  uint32_t flags; /* NBDSERVE_CONFIG_ONCE */
+  /* How many calls into a backend may run at a time for one client, besides one
+   * for a request above 1 MiB; each may hold 1 MiB of memory.  Up to 1024; with
+   * 1 the client's thread does all itself.  0: 16. */
+  uint32_t threads;
+  /* How many clients are served at a time; others wait, and one message a
+   * minute says so.  Up to 2^20; 0: 128. */
+  uint32_t max_conn;
+  /* Milliseconds for the whole handshake; 0: 10000. */
+  uint32_t handshake_ms;
+  /* Milliseconds for what a client has begun: sending a request, or each MiB of
+   * its data, and taking each MiB of a reply.  A client that needs more is
+   * disconnected; one that is idle is not.  0: 120000. */
+  uint32_t stall_ms;
+  /* nbdserve_run returns when nobody has been connected for so many
+   * milliseconds, counted from its start or from when the last client left.  0:
+   * never. */
+  uint32_t idle_exit_ms;
+  /* What clients do not get: bits 2 to 15 stand for these transmission flags
+   * (WRITE_ZEROES takes FAST_ZERO with it), bit 16 + N for option N (proto.md,
+   * Transmission flags, Option types). */
+  uint32_t without;
+  /* The highest level of messages that log wants; 0: errors only. */
+  int log_level;
+  /* Gets each message, a line without its end.  May be called from several
+   * threads at once, and may call nbdserve_stats.  NULL: nothing is logged. */
+  void (*log)(void *ctx, int level, const char *message);
+  /* Finds an export that was not added: fills *out and returns 0, or -ENOENT.
+   * Each client gets one of its own, which close ends.  Any other error refuses
+   * the client, as does an export that is not valid; then close is called if
+   * ops has it.  May be NULL. */
   int (*find)(void *ctx, const char *name, struct nbdserve_export *out);
+  /* Lists these exports: calls emit(arg, ...) for each, until emit returns a
+   * number that is not 0.  Returns 0 or -errno; after an error the client is
+   * told that the list is not complete, and goes on.  May be NULL. */
   int (*list)(void *ctx, nbdserve_emit_fn *emit, void *arg);
-  /* Called before each sound request of a length above 0, and each FLUSH, is
+  /* Called before each valid request of a length above 0, and each FLUSH, is
    * done, from several threads at once; it may take its time.  type: the
-   * NBD_CMD of proto.md.  0: go on, or -errno, which is the answer.  NULL:
-   * none.  With it neighbours are not joined: slower. */
+   * NBD_CMD of proto.md.  Returns 0 to go on, or -errno, which is then the
+   * answer.  With it, adjacent requests are not joined, which is slower.  May
+   * be NULL. */
   int (*before)(void *ctx, unsigned type, uint64_t off, uint64_t len);
-  void *ctx; /* for log, find, list and before */
+  void *ctx; /* is passed to log, find, list and before */
 };
 
-/* Makes a server; *out is NULL if that fails.  config may be NULL.
- * -EINVAL: another version, or a value out of range.  -ENOMEM, -EMFILE. */
+/* Makes a server; *out is NULL if that fails.  config may be NULL.  -EINVAL:
+ * the header is of another version, or a value is out of range.  -ENOMEM,
+ * -EMFILE.
+ */
 NBDSERVE_API int nbdserve_new(struct nbdserve **out,
                               const struct nbdserve_config *config);
 
-/* Adds an export; any time, any thread.  The first one also answers to the
- * empty name if none has it.  From then on the server owns ctx.
- * -EINVAL: a value out of range, or no read.  -EEXIST: the name is taken. */
+/* Adds an export; at any time, from any thread.  The first one also answers to
+ * the empty name if no other has it.  On success the server owns ctx and calls
+ * close in the end; after an error ctx is still yours.  -EINVAL: a value is out
+ * of range, or there is no read.  -EEXIST: the name is taken.  -ENOMEM. */
 NBDSERVE_API int nbdserve_add(struct nbdserve *s,
                               const struct nbdserve_export *ex);
 
-/* Changes the size of an added export: new clients see it, connected ones keep
- * theirs; one that has ops->size has that, as a file does.  -ENOENT, or -EINVAL
- * for more than INT64_MAX. */
+/* Changes the size of an added export, from any thread: new clients see it,
+ * those that are connected keep theirs.  An export that has ops->size is asked
+ * nevertheless, and a file follows its end.  -ENOENT: there is no such name.
+ * -EINVAL: more than INT64_MAX. */
 NBDSERVE_API int nbdserve_resize(struct nbdserve *s, const char *name,
                                  uint64_t size);
 
-/* Listens on "unix:PATH", "tcp:HOST:PORT" (a numeric address, [IPv6], or
- * localhost for both loopbacks; port 0: the kernel picks one) or "fd:N" (a
- * listening socket, which is closed in the end; a connected one is -EINVAL, for
- * nbdserve_serve).  Before nbdserve_run.
- * -EINVAL: not one of these.  -ENAMETOOLONG: PATH is over the system's limit.
- * -EADDRINUSE: someone listens there.  Others as socket(2), bind(2). */
+/* Listens on "unix:PATH", on "tcp:HOST:PORT" (HOST is a numeric address, [IPv6]
+ * in brackets, or localhost for both loopback addresses; with PORT 0 the kernel
+ * picks one) or on "fd:N" (a listening socket, which the server closes in the
+ * end).  Call it before nbdserve_run, in one thread; up to 32 times.  A unix
+ * socket has the mode that the umask leaves; one on which nobody listens is
+ * replaced.  After an error nothing is left behind.
+ *
+ * -EINVAL: none of these; or N is connected, which is for nbdserve_serve.
+ * -ENAMETOOLONG: PATH is longer than the system allows.  -EADDRINUSE: somebody
+ * listens there, or a file is in the way.  -EMFILE: too many.  Others as
+ * socket(2) and bind(2). */
 NBDSERVE_API int nbdserve_listen(struct nbdserve *s, const char *address);
 
-/* The NBD URI of the first listener for the export of that name, into
- * buf[size].  -ENOENT: there is none.  -ERANGE: size is too small. */
+/* Writes the NBD URI of the first listener, for the export of that name, to
+ * buf[size].  In the thread that called nbdserve_listen, before nbdserve_run.
+ * -ENOENT: there is no listener, or it is of "fd:N".  -ERANGE: size is too
+ * small. */
 NBDSERVE_API int nbdserve_uri(struct nbdserve *s, const char *name, char *buf,
                               size_t size);
 
-/* Serves clients until nbdserve_stop, then lets what is in flight finish,
- * flushes all added exports and returns 0, or the flush's error.
- * -EINTR: nbdserve_wake; clients are still served; call it again. */
+/* Serves clients until nbdserve_stop (or the end of the flag ONCE or
+ * idle_exit_ms).  Then the listeners are closed, what clients have sent is done
+ * and answered, for five seconds at most (a backend's call that runs longer is
+ * waited for), and all added exports are flushed.  Returns 0, or the error of
+ * such a flush.  -EINTR: nbdserve_wake was called; clients are still served;
+ * call nbdserve_run again.  One thread at a time. */
 NBDSERVE_API int nbdserve_run(struct nbdserve *s);
 
 /* Serves one client in the caller's thread, on sockets or pipes (in_fd and
- * out_fd may be the same), which stay open.  name: NULL for a normal
- * handshake, else the export to enter transmission with at once, as for a
- * socket handed to the kernel.  Returns 0 when the client has left in order,
- * -ENOENT: no such export, -EPROTO: it broke the protocol, others: I/O. */
+ * out_fd may be the same), which stay open; from any number of threads.  name:
+ * NULL for a normal handshake, else the export whose transmission phase begins
+ * at once, as for a socket that is handed to the kernel.
+ *
+ * Returns 0 when the client has left in order or nbdserve_stop was called.
+ * -ENOENT: there is no such export.  -EPROTO: the client broke the protocol.
+ * -ETIMEDOUT: it took too long.  -ENOMEM.  Others as recv(2) and send(2).
+ *
+ * Over TCP, replies that are still on their way can be lost if you close the
+ * socket while the client sends: shut down its writing side first and read to
+ * the end. */
 NBDSERVE_API int nbdserve_serve(struct nbdserve *s, int in_fd, int out_fd,
                                 const char *name);
 
-/* Ends nbdserve_run and nbdserve_serve.  From any thread or a signal handler;
- * may repeat.  There is no way back. */
+/* Ends nbdserve_run and all nbdserve_serve, for good.  From any thread or a
+ * signal handler; may be called again. */
 NBDSERVE_API void nbdserve_stop(struct nbdserve *s);
 
 /* Closes the listeners and removes their unix sockets: nobody new connects, the
- * clients that are there are served on.  May repeat.  Only the thread that
- * calls nbdserve_run may call this, and not while nbdserve_run is running. */
+ * clients that are there are served on.  May be called again.  Only in the
+ * thread that calls nbdserve_run, and not while nbdserve_run is running. */
 NBDSERVE_API void nbdserve_unlisten(struct nbdserve *s);
 
-/* Makes nbdserve_run return -EINTR.  From any thread or a signal handler. */
+/* Makes nbdserve_run return -EINTR, now or the next time it is called.  From
+ * any thread or a signal handler. */
 NBDSERVE_API void nbdserve_wake(struct nbdserve *s);
 
 struct nbdserve_stats {
-  uint64_t clients;       /* accepted so far */
-  uint64_t clients_now;   /* connected now */
-  uint64_t requests;      /* answered, failed ones included */
-  uint64_t errors;        /* answered with an error */
+  uint64_t clients;       /* that were accepted so far */
+  uint64_t clients_now;   /* that are connected now */
+  uint64_t requests;      /* that were answered, failed ones included */
+  uint64_t errors;        /* requests that were answered with an error */
   uint64_t bytes_read;    /* by NBD_CMD_READ */
   uint64_t bytes_written; /* by NBD_CMD_WRITE */
   uint64_t flushes;       /* calls of the backends' flush */
 };
 
-/* Totals so far; any thread. */
+/* Writes the totals so far to *out; from any thread. */
 NBDSERVE_API void nbdserve_stats(struct nbdserve *s,
                                  struct nbdserve_stats *out);
 
-/* Closes the listeners (unlinking their sockets) and all exports.  s may be
- * NULL; nobody may be in another call on s. */
+/* Ends what nbdserve_run has not ended: clients are cut off after the grace,
+ * and all exports are flushed, of which errors are only logged.  Then closes
+ * all exports.  s may be NULL; no other call may be running on s. */
 NBDSERVE_API void nbdserve_free(struct nbdserve *s);
 
-/* NBDSERVE_VERSION of the library. */
+/* Returns NBDSERVE_VERSION as the library was compiled with. */
 NBDSERVE_API const char *nbdserve_version(void);
 
 #ifdef __cplusplus

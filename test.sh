@@ -272,6 +272,7 @@ slow_tests() {
 1000 testForgedStoresAreRefusedOrSound
 1000 testReadmeCExamplesCompileAndServe
 1000 testUSR1DoesNotPostponeTheIdleExit
+2700 testIdleTimeBeginsWhenTheLastClientHasLeft
 1000 testIdleExitEndsItWithoutClients
 1000 testHeaderServesCxx98
 800 testNoReplyComesInsideTheDataOfALoneRead
@@ -337,6 +338,7 @@ testExtendedStatusIsOf64Bits testOffsetsNear2To64DoNotWrap
 testWriteOverTheMaximumIsEINVALAndInStep testCookiesAreOpaqueAndMayRepeat
 testRequestsBeforeADisconnectAreAnswered testManyPipelinedRequestsToMemory
 testNoReplyComesInsideTheDataOfALongRead testSlowFlushOrTrimHoldsNoReadsUp
+testMixedRequestsGetTheirOneAnswer testOperationsThatLieAreEIO
 testLeavingClientGetsItsAnswers testMemoryRefusedIsNoCrash
 testReadOnlyFileIsServedWithR testSecondServerOfAFileExits4
 testSliceIsServedAlone testTemporaryWritesLeaveTheTargetAlone
@@ -1481,9 +1483,13 @@ testSerialBackendIsCalledOneAtATime() { unit serial; }
 testBackendSeesOnlySoundRequests() { unit requests; }
 testFuaIsAFlushUnlessNative() { unit fua; }
 testMissingMembersAreEmulatedOrNotOffered() { unit missing; }
+testOperationsThatLieAreEIO() { unit lies; }
+testCallbacksThatLieAreToldAsErrors() { unit liestold; }
+testLocksThatCannotBeMadeAreErrors() { fault monitors "$DISK"; }
 testFailedFlushIsReportedAndCloseComesOnce() { unit flush; }
 testFlushCoversWhatWasWrittenWhileAnotherRan() { unit joined; }
 testExportsAreFoundOnDemand() { unit find; }
+testSignalsReachAHostAsItHasThem() { unit signals; }
 testFlushesOfFoundExportsAreCounted() { unit counted; }
 testFailedLastFlushOfAFoundExportIsLogged() { unit lastflush; }
 testExtentsAreMergedAndCut() { unit extents; }
@@ -1786,6 +1792,7 @@ testExtendedHeadersWithDataAreInvalidAndNotNegotiated() {
   haggle 'extended=invalid setmeta=invalid' "$(opt EXTENDED 00)" \
     "$(meta SET_META '' base:allocation)"
 }
+testListThatFailsIsAnErrorAndHagglingGoesOn() { unit listfails; }
 testRefusedOptionsLeaveTheRepliesSimple() {
   talk "$(opt STRUCTURED 00)" "$(opt EXTENDED 00)" "$(ask GO)" READ,1,0,1 \
     DISC,0,0,0
@@ -2275,6 +2282,7 @@ testManyPipelinedRequestsOverManyConnections() {
   serve "$DISK"
   client pipeline "$SOCK" 64 256
 }
+testMixedRequestsGetTheirOneAnswer() { unit mixed; }
 testManyPipelinedRequestsToMemory() {
   unless NO_THREADS || return 0
   serve mem:64M
@@ -3509,6 +3517,33 @@ testIdleExitEndsItWithoutClients() {
   assertFalse 'socket gone' "[ -e '$SOCK' ]"
   JOBS=
 }
+# The time without clients begins when the last one has left
+testIdleTimeBeginsWhenTheLastClientHasLeft() {
+  build client || return 0
+  serve --idle-exit 1 "$DISK"
+  client stay "$SOCK" 1500
+  sleep 0.5
+  assertTrue 'half a second later' "kill -0 '$PID'"
+  await "! kill -0 '$PID' 2>/dev/null"
+  wait "$JOB"
+  assertEquals 0 $?
+  JOBS=
+}
+# Who waits for a slot is told of once, in the server's log
+testWaitingForASlotIsToldOnce() {
+  unless NO_THREADS || return 0
+  serve -m 1 "$DISK"
+  build client || return 0
+  "$W/client" stay "$SOCK" 600 &
+  first=$!
+  sleep 0.2
+  client hello "$SOCK"
+  wait $first
+  client hello "$SOCK"
+  assertEquals "$(cat "$T/err")" 1 "$(grep -c 'limit.*wait' "$T/err")"
+  assertEquals 1 "$(wc -l <"$T/err")"
+  : >"$T/err"
+}
 testOnceServesWhoWaitedForTheOnlySlot() {
   LOG='^nbdserve: [0-9]* clients are served, which is the limit'
   serve -1 -m 1 "$DISK"
@@ -3617,6 +3652,30 @@ testLibraryRefusesWrongArguments() { unit arguments; }
 testServerThatCannotBeMadeIsNULL() { unit failed; }
 testLogMayAskForTheTotals() { unit totals; }
 testStopAndWakeEndRun() { unit stop; }
+testWakeIsSeenBehindWhateverElseHappens() { unit poked; }
+testPortThatOneLoopbackHasTakenIsNotPicked() { fault loopbacks "$DISK"; }
+testVanishedTcpPeersAreNoticed() {
+  needs loopback || return 0
+  fault keepalive "$DISK"
+}
+# A TCP client that has sent more than is answered gets what was answered: the
+# end must not come as a reset, which overtakes data
+testTERMOverTcpLosesNoReply() {
+  tcp && unless NO_THREADS || return 0
+  start -p 0 -i 127.0.0.1 "$DISK"
+  port=${URI#nbd://127.0.0.1:}
+  client term "127.0.0.1:${port%/}" "$PID"
+  wait "$JOB"
+  assertEquals 0 $?
+  JOBS=
+}
+testBadMagicOverTcpLosesNoReply() {
+  tcp || return 0
+  LOG='^nbdserve: client'
+  start -p 0 -i 127.0.0.1 "$DISK"
+  port=${URI#nbd://127.0.0.1:}
+  client magic "127.0.0.1:${port%/}"
+}
 testFreeEndsTheClientsThatAreLeft() { unit free; }
 testListThatIsNotReadHoldsNobodyUp() { unit listed; }
 testStoppingLeavesAloneWhoReadsNothing() { unit deaf; }
@@ -5406,12 +5465,6 @@ static void t_fail(int line, const char *what) {
   _exit(1);
 }
 
-/* What random choices of this run follow from; the run prints it */
-static unsigned t_seed(void) {
-  const char *seed = getenv("SEED");
-  return seed ? (unsigned)strtoul(seed, NULL, 10) : 1;
-}
-
 static void t_put(unsigned char *p, int n, uint64_t v) {
   while (n > 0)
     p[--n] = (unsigned char)v, v >>= 8;
@@ -5653,6 +5706,13 @@ static void t_sleep(int ms) {
   t.tv_sec = ms / 1000;
   t.tv_nsec = ms % 1000 * 1000000L;
   nanosleep(&t, NULL);
+}
+
+//== client unit
+/* What random choices of this run follow from; the run prints it */
+static unsigned t_seed(void) {
+  const char *seed = getenv("SEED");
+  return seed ? (unsigned)strtoul(seed, NULL, 10) : 1;
 }
 
 /* Milliseconds since some moment */
@@ -6489,6 +6549,73 @@ static void v_activate(char **a) /* ADDRESS PROGRAM ARG... */
   c_given(fd, c_connect(a[0]), 1, a + 1);
 }
 
+/* A client that is there for a while and leaves in order */
+static void v_stay(char **a) /* ADDRESS MS */
+{
+  struct t_conn c;
+  CHECK(t_open(&c, c_connect(a[0]), "", 0) == 0);
+  t_sleep(atoi(a[1]));
+  t_close(&c);
+}
+
+/* Takes n replies to READs of 64 KiB, slowly, then the end of the stream in
+ * order: not a reset, which would throw away what had been sent.  Sends up to
+ * `more` requests meanwhile, which need not be answered. */
+static void c_take(struct t_conn *c, int n, int more) {
+  static char b[16 + 65536];
+  char seen[100] = "";
+  size_t got;
+  int i, sent = 0;
+  for (i = 0; i <= n + more; i++) {
+    uint32_t cookie;
+    if (i % 8 == 0) t_sleep(20);
+    if (i % 8 == 0 && sent < more)
+      CHECK(t_send(c, 0, READ, (uint32_t)(90 + sent++), 0, 65536, NULL) == 0);
+    errno = 0;
+    got = t_read(c->fd, b, sizeof b);
+    if (!got && i >= n) break;
+    CHECK(got == sizeof b);
+    CHECK(t_get((unsigned char *)b, 8) == UINT64_C(0x6744669800000000));
+    cookie = (uint32_t)t_get((unsigned char *)b + 12, 4);
+    CHECK(cookie < 100 && !seen[cookie]++);
+  }
+  CHECK(i <= n + more && errno == 0);
+}
+
+/* TERM comes to the server when it has answered one of 64 requests, and more
+ * come: all 64 were sent before it and are answered */
+static void v_term(char **a) /* ADDRESS PID */
+{
+  static char first[16 + 65536];
+  unsigned char all[64 * 28];
+  struct t_conn c;
+  int i;
+  CHECK(t_open(&c, c_connect(a[0]), "", 0) == 0);
+  for (i = 0; i < 64; i++)
+    t_head(all + 28 * i, 0, READ, (uint32_t)i, 0, 65536);
+  CHECK(t_write(c.fd, all, sizeof all) == 0); /* one segment */
+  CHECK(t_read(c.fd, first, sizeof first) == sizeof first);
+  CHECK(kill(atoi(a[1]), SIGTERM) == 0);
+  c_take(&c, 63, 8);
+  close(c.fd);
+}
+
+/* What is no request ends the connection, after the answers to what was one */
+static void v_magic(char **a) /* ADDRESS */
+{
+  static const char junk[5000] = "GET / HTTP/1.1\r\n";
+  struct t_conn c;
+  int i;
+  CHECK(t_open(&c, c_connect(a[0]), "", 0) == 0);
+  for (i = 0; i < 30; i++)
+    CHECK(t_send(&c, 0, READ, (uint32_t)i, 0, 65536, NULL) == 0);
+  CHECK(t_write(c.fd, junk, 100) == 0);
+  t_sleep(100); /* it is answering, and will not look at the rest */
+  CHECK(t_write(c.fd, junk, sizeof junk) == 0);
+  c_take(&c, 30, 0);
+  close(c.fd);
+}
+
 int main(int argc, char **argv) {
   static const struct {
     const char *name;
@@ -6503,6 +6630,7 @@ int main(int argc, char **argv) {
       {"mixed", v_mixed},   {"lone", v_lone},         {"next", v_next},
       {"half", v_half},     {"lost", v_lost},         {"full", v_full},
       {"each", v_each},     {"noise", v_noise},       {"slots", v_slots},
+      {"stay", v_stay},     {"term", v_term},         {"magic", v_magic},
   };
   int i;
   CHECK(argc > 2);
@@ -6667,6 +6795,17 @@ static int r_enter(void *ctx, int what, uint64_t off, uint64_t len,
   return r->error;
 }
 
+/* Copies or (from NULL) clears, as one step: clients may let their requests
+ * overlap, whose order is theirs to see to */
+static void r_copy(struct ram *r, void *to, const void *from, uint64_t len) {
+  pthread_mutex_lock(&r->lock);
+  if (from)
+    memcpy(to, from, (size_t)len);
+  else
+    memset(to, 0, (size_t)len);
+  pthread_mutex_unlock(&r->lock);
+}
+
 static int r_leave(void *ctx, int error) {
   struct ram *r = ctx;
   pthread_mutex_lock(&r->lock);
@@ -6679,7 +6818,7 @@ static int r_read(void *ctx, void *buf, uint64_t off, uint64_t len,
                   uint32_t f) {
   struct ram *r = ctx;
   int error = r_enter(ctx, READ, off, len, f);
-  if (!error) memcpy(buf, r->data + off, (size_t)len);
+  if (!error) r_copy(r, buf, r->data + off, len);
   return r_leave(ctx, error);
 }
 
@@ -6688,7 +6827,7 @@ static int r_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
   struct ram *r = ctx;
   int error = r_enter(ctx, WRITE, off, len, f);
   CHECK(!(f & ~1u)); /* FUA */
-  if (!error) memcpy(r->data + off, buf, (size_t)len);
+  if (!error) r_copy(r, r->data + off, buf, len);
   return r_leave(ctx, error);
 }
 
@@ -6706,7 +6845,7 @@ static int r_zero(void *ctx, uint64_t off, uint64_t len, uint32_t f) {
   struct ram *r = ctx;
   int error = r_enter(ctx, ZEROES, off, len, f);
   if (!error && f & NBDSERVE_CMD_FAST_ZERO) error = -ENOTSUP;
-  if (!error) memset(r->data + off, 0, (size_t)len);
+  if (!error) r_copy(r, r->data + off, NULL, len);
   return r_leave(ctx, error);
 }
 
@@ -8103,14 +8242,93 @@ static void *s_each_steady(void *unused) {
   return NULL;
 }
 
+/* A client whose replies come through a pipe, and who takes them in sips: each
+ * makes room for some more, unlike with a socket and its large buffer */
+struct sipper {
+  struct nbdserve *s;
+  pthread_t thread;
+  int in[2], out[2];
+  int result;
+};
+
+static void *sip_serve(void *arg) {
+  struct sipper *p = arg;
+  p->result = nbdserve_serve(p->s, p->in[0], p->out[1], "ram");
+  close(p->out[1]);
+  return NULL;
+}
+
+/* Sends n READs of len bytes */
+static void sip_start(struct sipper *p, struct nbdserve *s, int n,
+                      uint32_t len) {
+  struct nbdserve_stats t;
+  unsigned char h[32];
+  p->s = s;
+  CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, p->in) == 0 && pipe(p->out) == 0);
+  CHECK(pthread_create(&p->thread, NULL, sip_serve, p) == 0);
+  t_head(h, 0, READ, 1, 0, len);
+  while (n-- > 0)
+    CHECK(t_write(p->in[1], h, 28) == 0);
+  do {
+    t_sleep(1);
+    nbdserve_stats(s, &t);
+  } while (!t.clients_now);
+}
+
+/* Takes 4096 bytes every pause ms: how many ms until the server has given up,
+ * or limit */
+static int sip(struct sipper *p, int pause, int limit) {
+  struct nbdserve_stats t;
+  struct pollfd ready = {p->out[0], POLLIN, 0};
+  char b[4096];
+  int ms;
+  for (ms = 0; ms < limit; ms += pause) {
+    nbdserve_stats(p->s, &t);
+    if (!t.clients_now) break;
+    CHECK(poll(&ready, 1, 3000) == 1); /* else it hangs */
+    CHECK(read(p->out[0], b, sizeof b) > 0);
+    t_sleep(pause);
+  }
+  return ms;
+}
+
+static int sip_end(struct sipper *p) {
+  close(p->in[1]);
+  close(p->out[0]);
+  CHECK(pthread_join(p->thread, NULL) == 0);
+  close(p->in[0]);
+  return p->result;
+}
+
+static void s_sip(uint32_t len) {
+  struct nbdserve_config config = {0};
+  struct nbdserve_export e = r_export(r_new(4 << 20), 0);
+  struct nbdserve *s;
+  struct sipper p;
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.stall_ms = 200;
+  CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
+  sip_start(&p, s, 1, len);
+  CHECK(sip(&p, 20, 3000) < 3000);
+  CHECK(sip_end(&p) == -ETIMEDOUT);
+  nbdserve_free(s);
+}
+
+/* Who takes a long reply in sips gains nothing by it: the time counts for the
+ * whole, it does not begin anew with each of them */
+static void *s_each_sip(void *unused) {
+  s_sip(4 << 20);
+  return unused;
+}
+
 static void u_stalls(void) { /* they mostly wait: at the same time */
   static void *(*const parts[])(void *) = {s_each_halfway, s_each_in_time,
-                                           s_each_steady};
-  pthread_t t[3];
+                                           s_each_steady, s_each_sip};
+  pthread_t t[4];
   int i;
-  for (i = 0; i < 3; i++)
+  for (i = 0; i < 4; i++)
     CHECK(!pthread_create(&t[i], NULL, parts[i], NULL));
-  for (i = 0; i < 3; i++)
+  for (i = 0; i < 4; i++)
     CHECK(!pthread_join(t[i], NULL));
 }
 
@@ -9000,29 +9218,39 @@ static void u_listed(void) {
 
 /* Stopping waits for clients that take their replies, but not for ever: one on
  * a socket that nbdserve_run accepted, and that reads nothing, is left alone
- * after the grace of 5 s */
+ * after the grace of 5 s, as is one of nbdserve_serve that reads a little now
+ * and then, which does not start the grace anew */
 static void u_deaf(void) {
   struct ram *r = r_new(4 << 20);
   struct nbdserve_export e = r_export(r, 0);
-  struct nbdserve *s;
+  struct nbdserve *s, *other;
+  struct sipper p;
   struct t_conn c;
   pthread_t run;
   void *result;
   int64_t from;
   int i, fd;
   CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == 0);
+  e = r_export(r_new(4 << 20), 0);
+  CHECK(nbdserve_new(&other, NULL) == 0 && nbdserve_add(other, &e) == 0);
   fd = u_dial(s);
   CHECK(pthread_create(&run, NULL, u_run, s) == 0);
   CHECK(t_open(&c, fd, "", 1) == 0);
   for (i = 0; i < 20; i++)
     CHECK(t_send(&c, 0, READ, (uint32_t)i, 0, 4 << 20, NULL) == 0);
+  sip_start(&p, other, 20, 4 << 20);
   t_sleep(100);
   from = t_now();
   nbdserve_stop(s);
+  nbdserve_stop(other);
+  i = sip(&p, 100, 9000);
+  CHECK(i > 3000 && i < 9000);
   CHECK(pthread_join(run, &result) == 0 && result == NULL);
   CHECK(t_now() - from > 3000 && t_now() - from < 9000);
   CHECK(r->calls[FLUSH] > 0);
+  (void)sip_end(&p);
   nbdserve_free(s);
+  nbdserve_free(other);
   close(fd);
 }
 
@@ -9057,6 +9285,473 @@ static void u_cut(void) {
   }
   CHECK(r->calls[WRITE] == 0);
   nbdserve_free(s);
+}
+
+/* ---- A host whose functions return what they must not ---- */
+
+/* What the host does wrong in its next call */
+enum lie {
+  HONEST,
+  POSITIVE,   /* an operation returns a positive errno */
+  STATUS_BITS /* extents reports a status that does not exist */
+};
+static int lie; /* (t_hold) */
+
+static int lie_answer(int error) {
+  return t_hold(&lie, -1) == POSITIVE ? EIO : error;
+}
+
+static int lie_read(void *ctx, void *buf, uint64_t off, uint64_t len,
+                    uint32_t flags) {
+  return lie_answer(r_read(ctx, buf, off, len, flags));
+}
+
+static int lie_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
+                     uint32_t flags) {
+  return lie_answer(r_write(ctx, buf, off, len, flags));
+}
+
+static int lie_flush(void *ctx, uint32_t flags) {
+  return lie_answer(r_flush(ctx, flags));
+}
+
+static int lie_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
+  return lie_answer(r_trim(ctx, off, len, flags));
+}
+
+static int lie_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
+  return lie_answer(r_zero(ctx, off, len, flags));
+}
+
+static int lie_cache(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
+  return lie_answer(r_leave(ctx, r_enter(ctx, CACHE, off, len, flags)));
+}
+
+static int lie_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
+                       struct nbdserve_extents *out) {
+  if (t_hold(&lie, -1) == STATUS_BITS)
+    return nbdserve_extent(out, len, 0x80000004u) < 0;
+  return lie_answer(r_extents(ctx, off, len, flags, out));
+}
+
+static const struct nbdserve_ops lie_ops = {.read = lie_read,
+                                            .write = lie_write,
+                                            .flush = lie_flush,
+                                            .trim = lie_trim,
+                                            .zero = lie_zero,
+                                            .cache = lie_cache,
+                                            .extents = lie_extents,
+                                            .close = r_close};
+
+static int lie_logged; /* errors and warnings (t_hold) */
+
+static void lie_log(void *ctx, int level, const char *message) {
+  (void)ctx;
+  CHECK(strlen(message) > 10);
+  if (level <= NBDSERVE_LOG_WARNING) t_hold(&lie_logged, 1);
+}
+
+/* Was something logged since the last look? */
+static int lie_was_logged(void) {
+  int was = t_hold(&lie_logged, -1);
+  t_hold(&lie_logged, 0);
+  return was;
+}
+
+static void lie_server(struct nbdserve **s, struct nbdserve_config *config) {
+  config->version = NBDSERVE_VERSION_NUMBER;
+  config->log = lie_log;
+  config->log_level = NBDSERVE_LOG_WARNING;
+  CHECK(nbdserve_new(s, config) == 0);
+}
+
+/* Requests on a backend that lies are EIO, in every way that they take through
+ * the server; what follows is answered as if nothing had been */
+static void u_lies(void) {
+  static const int what[] = {READ, WRITE, FLUSH, TRIM, CACHE, ZEROES, STATUS};
+  static char b[3 << 20];
+  struct nbdserve_config config = {0};
+  struct nbdserve *s;
+  int mode, serial, i, k;
+  for (serial = 0; serial < 2; serial++) {
+    struct ram *r = r_new(sizeof b);
+    struct nbdserve_export e = r_export(r, serial ? NBDSERVE_EXPORT_SERIAL : 0);
+    struct served v[2];
+    struct t_conn other;
+    memset(v, 0, sizeof v);
+    e.ops = &lie_ops;
+    lie_server(&s, &config);
+    CHECK(nbdserve_add(s, &e) == 0);
+    s_start(&v[1], s, &other);
+    CHECK(t_open(&other, other.fd, "", 1) == 0);
+    for (mode = 0; mode < 3; mode++) {
+      struct t_conn c;
+      s_start(&v[0], s, &c);
+      CHECK(t_open(&c, c.fd, "", mode) == 0);
+      for (i = 0; i < COUNT(what); i++)
+        for (k = 0; k < 3; k++) { /* short, for a worker, in pieces */
+          uint32_t len = what[i] == FLUSH ? 0
+                         : k == 0         ? 512
+                         : k == 1         ? 1 << 20
+                                          : sizeof b;
+          if (what[i] == STATUS && mode == 0) continue;
+          t_hold(&lie, POSITIVE);
+          CHECK(t_do(&c, 0, what[i], 0, len, b) == 5);
+          t_hold(&lie, HONEST);
+          CHECK(t_do(&c, 0, what[i], 0, len, b) == 0);
+        }
+      t_hold(&lie, POSITIVE);
+      CHECK(t_do(&c, FUA, WRITE, 0, 512, b) == 5);
+      CHECK(lie_was_logged() || mode > 0); /* at least the first ones */
+      t_hold(&lie, STATUS_BITS);
+      if (mode) i = t_do(&c, 0, STATUS, 0, 65536, NULL);
+      CHECK(!mode || i == 5 || i == 22);
+      t_hold(&lie, HONEST);
+      CHECK(t_do(&other, 0, READ, 0, 512, b) == 0);
+      t_close(&c);
+      CHECK(s_end(&v[0]) == 0);
+    }
+    t_close(&other);
+    CHECK(s_end(&v[1]) == 0);
+    nbdserve_free(s);
+    CHECK(r->closes == 1);
+  }
+}
+
+/* Callbacks of the configuration, and ops->size, that lie */
+static uint64_t lie_size(void *ctx, uint64_t size) {
+  (void)ctx;
+  (void)size;
+  return (uint64_t)INT64_MAX + 1;
+}
+
+static int lie_find(void *ctx, const char *name, struct nbdserve_export *out) {
+  static const struct nbdserve_ops none = {.write = r_write, .close = r_close};
+  if (!strcmp(name, "two")) return 2;
+  if (!strcmp(name, "huge")) return INT_MIN;
+  if (strcmp(name, "empty") != 0) return -ENOENT;
+  *out = r_export(ctx, 0);
+  out->ops = &none;
+  return 0;
+}
+
+static int lie_before(void *ctx, unsigned type, uint64_t off, uint64_t len) {
+  (void)ctx;
+  (void)type;
+  (void)len;
+  return off == 4096 ? 5 : 0;
+}
+
+static int lie_list(void *ctx, nbdserve_emit_fn *emit, void *arg) {
+  (void)ctx;
+  (void)emit(arg, "listed", NULL);
+  return 2;
+}
+
+/* Sends GO for a name: the type of the answer, behind the information */
+static uint32_t lie_go(struct t_conn *c, const char *name) {
+  unsigned char p[100], b[4200];
+  uint32_t n = (uint32_t)strlen(name), type;
+  t_put(p, 4, n);
+  memcpy(p + 4, name, n);
+  t_put(p + 4 + n, 2, 0);
+  CHECK(t_option(c->fd, 7, p, n + 6) == 0);
+  while ((type = t_answer(c->fd, b)) == 3)
+    ;
+  return type;
+}
+
+/* The answers to LIST: how many exports, and the type of the last answer */
+static int lie_list_answers(struct t_conn *c, uint32_t *last) {
+  unsigned char b[4200];
+  int n = 0;
+  CHECK(t_option(c->fd, 3, "", 0) == 0);
+  while ((*last = t_answer(c->fd, b)) == 2)
+    n++;
+  return n;
+}
+
+static void u_liestold(void) {
+  static const char *const wrong[] = {"two", "huge", "empty", "sized"};
+  struct nbdserve_config config = {0};
+  struct ram *r = r_new(65536), *found = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0), sized = r_export(r_new(512), 0);
+  struct nbdserve_ops size_ops = r_ops;
+  struct nbdserve *s;
+  struct served v = {0};
+  struct t_conn c;
+  unsigned char b[512];
+  uint32_t type;
+  int i, n;
+  config.find = lie_find;
+  config.before = lie_before;
+  config.list = lie_list;
+  config.ctx = found;
+  size_ops.size = lie_size;
+  sized.name = "sized";
+  sized.ops = &size_ops;
+  lie_server(&s, &config);
+  CHECK(nbdserve_add(s, &e) == 0 && nbdserve_add(s, &sized) == 0);
+  s_start(&v, s, &c);
+  CHECK(t_read(c.fd, b, 18) == 18 && t_write(c.fd, "\0\0\0\3", 4) == 0);
+  for (i = 0; i < COUNT(wrong); i++) {
+    CHECK(lie_go(&c, wrong[i]) >> 31 == 1);
+    CHECK(lie_was_logged());
+  }
+  CHECK(found->closes <= 1); /* an export that was refused */
+  n = lie_list_answers(&c, &type);
+  CHECK(n == 3 && (type >> 31 == 1 || type == 1) && lie_was_logged());
+  CHECK(lie_go(&c, "ram") == 1); /* haggling has gone on in step */
+  c.structured = 0;
+  CHECK(t_do(&c, 0, READ, 4096, 512, b) == 5);
+  CHECK(t_do(&c, 0, WRITE, 4096, 512, b) == 5 && lie_was_logged());
+  CHECK(r->calls[READ] == 0 && r->calls[WRITE] == 0);
+  CHECK(t_do(&c, 0, READ, 0, 512, b) == 0);
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+  nbdserve_free(s);
+}
+
+static int lie_list_fails(void *ctx, nbdserve_emit_fn *emit, void *arg) {
+  (void)ctx;
+  return emit(arg, "listed", NULL) ? 0 : -EIO;
+}
+
+/* An error of the host's list is told to the client, which is not dropped */
+static void u_listfails(void) {
+  struct nbdserve_config config = {0};
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct nbdserve *s;
+  struct served v = {0};
+  struct t_conn c;
+  unsigned char b[512];
+  uint32_t type;
+  config.list = lie_list_fails;
+  lie_server(&s, &config);
+  CHECK(nbdserve_add(s, &e) == 0);
+  s_start(&v, s, &c);
+  CHECK(t_read(c.fd, b, 18) == 18 && t_write(c.fd, "\0\0\0\3", 4) == 0);
+  CHECK(lie_list_answers(&c, &type) == 2 && type >> 31 == 1);
+  CHECK(lie_list_answers(&c, &type) == 2 && type >> 31 == 1);
+  CHECK(lie_go(&c, "ram") == 1);
+  c.structured = 0;
+  CHECK(t_do(&c, 0, READ, 0, 512, b) == 0);
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+  nbdserve_free(s);
+}
+
+/* Bytes of clients that have gone must not hide a call of nbdserve_wake */
+static void u_poked(void) {
+  struct nbdserve *s;
+  int i, fd[2];
+  CHECK(nbdserve_new(&s, NULL) == 0);
+  for (i = 0; i < 400; i++) {
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
+    close(fd[1]);
+    (void)nbdserve_serve(s, fd[0], fd[0], NULL);
+    close(fd[0]);
+  }
+  alarm(5);
+  nbdserve_wake(s);
+  CHECK(nbdserve_run(s) == -EINTR);
+  for (i = 0; i < 2000; i++) /* and as often as one likes */
+    nbdserve_wake(s);
+  CHECK(nbdserve_run(s) == -EINTR);
+  nbdserve_stop(s);
+  CHECK(nbdserve_run(s) == 0);
+  nbdserve_free(s);
+}
+
+/* ---- Signals in the library's threads ---- */
+
+static char *g_page; /* may not be touched until the handler has run */
+static int g_page_size;
+static volatile sig_atomic_t g_faults;
+
+static void g_handler(int sig) {
+  (void)sig;
+  g_faults++;
+  if (mprotect(g_page, (size_t)g_page_size, PROT_READ | PROT_WRITE)) _exit(9);
+}
+
+/* A host that maps its data, and makes pages accessible when they are touched:
+ * what a fault raises must reach its handler, what comes from elsewhere must
+ * not arrive in our threads */
+static int g_read(void *ctx, void *buf, uint64_t off, uint64_t len,
+                  uint32_t flags) {
+  static const int synchronous[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
+  static const int others[] = {SIGTERM, SIGINT,  SIGHUP,  SIGUSR1, SIGUSR2,
+                               SIGALRM, SIGCHLD, SIGPIPE, SIGXFSZ};
+  sigset_t blocked;
+  int i;
+  (void)ctx;
+  (void)off;
+  (void)flags;
+  CHECK(pthread_sigmask(SIG_BLOCK, NULL, &blocked) == 0);
+  for (i = 0; i < COUNT(synchronous); i++)
+    CHECK(!sigismember(&blocked, synchronous[i]));
+  for (i = 0; i < COUNT(others); i++)
+    CHECK(sigismember(&blocked, others[i]));
+  CHECK(len <= (uint64_t)g_page_size);
+  memcpy(buf, g_page, (size_t)len);
+  return 0;
+}
+
+static void u_signals(void) {
+  static const struct nbdserve_ops ops = {.read = g_read};
+  struct nbdserve_config config = {0};
+  struct sigaction action;
+  struct nbdserve_export e = {0};
+  struct nbdserve *s;
+  struct t_conn c;
+  pthread_t run;
+  char b[512];
+  int workers;
+  memset(&action, 0, sizeof action);
+  action.sa_handler = g_handler;
+  CHECK(sigaction(SIGSEGV, &action, NULL) == 0);
+  CHECK(sigaction(SIGBUS, &action, NULL) == 0);
+  g_page_size = (int)sysconf(_SC_PAGESIZE);
+  g_page = mmap(NULL, (size_t)g_page_size, PROT_READ | PROT_WRITE,
+                MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  CHECK(g_page != MAP_FAILED);
+  memset(g_page, 'g', (size_t)g_page_size);
+  config.version = NBDSERVE_VERSION_NUMBER;
+  e.size = 512;
+  e.ops = &ops;
+  for (workers = 0; workers < 2; workers++) { /* its thread, or a worker */
+    config.threads = workers ? 4 : 1;
+    CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
+    c.fd = u_dial(s);
+    CHECK(pthread_create(&run, NULL, u_run, s) == 0);
+    CHECK(t_open(&c, c.fd, "", 0) == 0);
+    CHECK(mprotect(g_page, (size_t)g_page_size, PROT_NONE) == 0);
+    CHECK(t_do(&c, 0, READ, 0, 512, b) == 0 && b[0] == 'g' && b[511] == 'g');
+    CHECK(g_faults == workers + 1);
+    t_close(&c);
+    nbdserve_stop(s);
+    CHECK(pthread_join(run, NULL) == 0);
+    nbdserve_free(s);
+  }
+}
+
+/* ---- Every request gets its one answer ---- */
+
+enum {
+  X_SIZE = 65536,
+  X_HOLE = 32768, /* from there on all is zero */
+  X_REQUESTS = 100
+};
+
+/* Kinds of requests, with the error that each must get */
+static const struct x_kind {
+  int command, flags;
+  uint64_t off;
+  uint32_t len;
+  int error;
+} x_kinds[] = {
+    {READ, 0, 0, 4096, 0},
+    {READ, 0, X_HOLE, 8192, 0},
+    {READ, 0, X_HOLE - 512, 1024, 0},
+    {READ, 0, X_SIZE - 1, 2, 22},
+    {READ, 0, 5, 0, 0},
+    {WRITE, 0, 8192, 512, 0},
+    {WRITE, FUA, 8704, 512, 0},
+    {WRITE, 0, X_SIZE - 1, 2, 28},
+    {WRITE, DF, 8192, 512, 22},
+    {FLUSH, 0, 0, 0, 0},
+    {FLUSH, DF, 0, 0, 22},
+    {TRIM, 0, X_HOLE, 512, 0},
+    {TRIM, 0, X_SIZE, 1, 22},
+    {ZEROES, 0, X_HOLE + 4096, 4096, 0},
+    {ZEROES, FUA, X_HOLE, 1, 0},
+    {77, 0, 0, 0, 22},
+};
+
+/* One reply or chunk: READs must bring what the disk has */
+static void x_check(const struct t_reply *r, const struct x_kind *k) {
+  uint64_t i, from;
+  CHECK((int)r->error == k->error);
+  if (k->command != READ || k->error || !k->len) return;
+  if (r->chunk == 0) return; /* the last one of several, without data */
+  from = r->chunk < 0 ? k->off : r->off;
+  CHECK(from >= k->off && from + r->len <= k->off + k->len);
+  for (i = 0; i < r->len; i++)
+    CHECK(r->data[i] == (from + i < X_HOLE ? 'r' : 0));
+}
+
+/* X_REQUESTS of random kinds are sent at once; each cookie must come back, with
+ * the last chunk of its answer once, and nothing else */
+static void x_round(struct t_conn *c, unsigned *seed) {
+  static unsigned char all[X_REQUESTS * (32 + 512)];
+  static char data[512];
+  static struct t_reply r;
+  unsigned char *p = all, done[X_REQUESTS];
+  const struct x_kind *kinds[X_REQUESTS];
+  int i, left = X_REQUESTS, extended = c->structured > 1;
+  memset(data, 'r', sizeof data);
+  memset(done, 0, sizeof done);
+  for (i = 0; i < X_REQUESTS; i++) {
+    const struct x_kind *k;
+    *seed = *seed * 1103515245u + 12345;
+    k = kinds[i] = &x_kinds[(*seed >> 16) % (unsigned)COUNT(x_kinds)];
+    t_head(p, k->flags, k->command, (uint32_t)i, k->off, k->len);
+    if (extended) {
+      t_put(p, 4, 0x21e41c71);
+      if (k->command == WRITE) p[5] |= PAYLOAD;
+      t_put(p + 24, 8, k->len);
+    }
+    p += extended ? 32 : 28;
+    if (k->command != WRITE) continue;
+    memcpy(p, data, k->len);
+    p += k->len;
+  }
+  CHECK(t_write(c->fd, all, (size_t)(p - all)) == 0);
+  while (left > 0) {
+    CHECK(t_recv(c, &r) && (uint32_t)r.cookie < X_REQUESTS);
+    i = (int)(uint32_t)r.cookie;
+    CHECK(!done[i]);
+    x_check(&r, kinds[i]);
+    done[i] = r.done != 0;
+    left -= done[i];
+  }
+}
+
+/* 120 rounds (SEED), over all forms of replies, own and host's backends, with
+ * and without workers: a reply that is lost or double once in a thousand times
+ * is found in every run */
+static void u_mixed(void) {
+  struct nbdserve_config config = {0};
+  unsigned seed = t_seed();
+  int how, round;
+  config.version = NBDSERVE_VERSION_NUMBER;
+  for (how = 0; how < 12; how++) {
+    struct ram *r = r_new(X_SIZE);
+    struct nbdserve_export e = r_export(r, 0);
+    struct served v = {0};
+    struct nbdserve *s;
+    struct t_conn c;
+    char b[X_HOLE];
+    if (how & 1) {
+      memset(&e, 0, sizeof e);
+      CHECK(nbdserve_flat_open("mem:64K", NULL, &e) == 0);
+    }
+    memset(r->data + X_HOLE, 0, X_SIZE - X_HOLE);
+    memset(b, 'r', sizeof b);
+    config.threads = how & 2 ? 1 : 8;
+    CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
+    s_start(&v, s, &c);
+    CHECK(t_open(&c, c.fd, "", how / 4) == 0);
+    CHECK(t_do(&c, 0, WRITE, 0, X_HOLE, b) == 0);
+    for (round = 0; round < 10; round++)
+      x_round(&c, &seed);
+    CHECK(t_do(&c, 0, READ, 0, 512, b) == 0); /* nothing is left over */
+    t_close(&c);
+    CHECK(s_end(&v) == 0);
+    nbdserve_free(s);
+  }
 }
 
 /* ---- Ends of clients and servers that a host notices ---- */
@@ -9648,70 +10343,77 @@ static void u_gather(void) {
   }
 }
 
+static const struct {
+  const char *name;
+  void (*run)(void);
+} verbs[] = {
+    {"arguments", u_arguments},
+    {"uris", u_uris},
+    {"parallel", u_parallel},
+    {"serial", u_serial},
+    {"slow", u_slow},
+    {"leave", u_leave},
+    {"nagle", u_nagle},
+    {"vanish", u_vanish},
+    {"inflight", u_inflight},
+    {"memory", u_memory},
+    {"requests", u_requests},
+    {"fua", u_fua},
+    {"errors", u_errors},
+    {"dependent", u_dependent},
+    {"missing", u_missing},
+    {"flush", u_flush},
+    {"find", u_find},
+    {"extents", u_extents},
+    {"resize", u_resize},
+    {"sizes", u_sizes},
+    {"before", u_before},
+    {"without", u_without},
+    {"temporary", u_temporary},
+    {"overerror", u_overerror},
+    {"deadline", u_deadline},
+    {"stalls", u_stalls},
+    {"direct", u_direct},
+    {"stop", u_stop},
+    {"two", u_two},
+    {"failed", u_failed},
+    {"flags", u_flags},
+    {"null", u_null},
+    {"totals", u_totals},
+    {"free", u_free},
+    {"fips", u_fips},
+    {"ways", u_ways},
+    {"together", u_together},
+    {"ids", u_ids},
+    {"seal", u_seal},
+    {"rotten", u_rotten},
+    {"diff", u_diff},
+    {"maplen", u_maplen},
+    {"slice", u_slice},
+    {"joined", u_joined},
+    {"listed", u_listed},
+    {"deaf", u_deaf},
+    {"cut", u_cut},
+    {"lies", u_lies},
+    {"liestold", u_liestold},
+    {"listfails", u_listfails},
+    {"poked", u_poked},
+    {"signals", u_signals},
+    {"mixed", u_mixed},
+    {"pipelined", u_pipelined},
+    {"total", u_total},
+    {"unread", u_unread},
+    {"linger", u_linger},
+    {"counted", u_counted},
+    {"lastflush", u_lastflush},
+    {"unflushed", u_unflushed},
+    {"turns", u_turns},
+    {"once", u_once},
+    {"adding", u_adding},
+    {"gather", u_gather},
+};
+
 int main(int argc, char **argv) {
-  static const struct {
-    const char *name;
-    void (*run)(void);
-  } verbs[] = {
-      {"arguments", u_arguments},
-      {"uris", u_uris},
-      {"parallel", u_parallel},
-      {"serial", u_serial},
-      {"slow", u_slow},
-      {"leave", u_leave},
-      {"nagle", u_nagle},
-      {"vanish", u_vanish},
-      {"inflight", u_inflight},
-      {"memory", u_memory},
-      {"requests", u_requests},
-      {"fua", u_fua},
-      {"errors", u_errors},
-      {"dependent", u_dependent},
-      {"missing", u_missing},
-      {"flush", u_flush},
-      {"find", u_find},
-      {"extents", u_extents},
-      {"resize", u_resize},
-      {"sizes", u_sizes},
-      {"before", u_before},
-      {"without", u_without},
-      {"temporary", u_temporary},
-      {"overerror", u_overerror},
-      {"deadline", u_deadline},
-      {"stalls", u_stalls},
-      {"direct", u_direct},
-      {"stop", u_stop},
-      {"two", u_two},
-      {"failed", u_failed},
-      {"flags", u_flags},
-      {"null", u_null},
-      {"totals", u_totals},
-      {"free", u_free},
-      {"fips", u_fips},
-      {"ways", u_ways},
-      {"together", u_together},
-      {"ids", u_ids},
-      {"seal", u_seal},
-      {"rotten", u_rotten},
-      {"diff", u_diff},
-      {"maplen", u_maplen},
-      {"slice", u_slice},
-      {"joined", u_joined},
-      {"listed", u_listed},
-      {"deaf", u_deaf},
-      {"cut", u_cut},
-      {"pipelined", u_pipelined},
-      {"total", u_total},
-      {"unread", u_unread},
-      {"linger", u_linger},
-      {"counted", u_counted},
-      {"lastflush", u_lastflush},
-      {"unflushed", u_unflushed},
-      {"turns", u_turns},
-      {"once", u_once},
-      {"adding", u_adding},
-      {"gather", u_gather},
-  };
   int i;
   CHECK(argc == 3);
   alarm(30);
@@ -9733,6 +10435,9 @@ int main(int argc, char **argv) {
  * next times calls (-1: all) behind the next skip, at most cut bytes at a time,
  * EINTR before every other call, EIO for what covers the file's byte bad; a
  * call waits for the end of hold. */
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+
 enum {
   PREAD,
   PWRITE,
@@ -9740,6 +10445,7 @@ enum {
   FALLOCATE,
   THREAD,
   MALLOC,
+  BIND6, /* bind() to an IPv6 address */
   NCALLS
 };
 static struct {
@@ -9850,9 +10556,93 @@ static int fi_listen(int fd, int backlog) {
   return listen(fd, backlog);
 }
 
+static int fi_bind(int fd, const struct sockaddr *a, socklen_t len) {
+  size_t n = 0;
+  if (a->sa_family == AF_INET6 && fi_fails(BIND6, 0, &n)) return -1;
+  return bind(fd, a, len);
+}
+
+/* What was set last, on any socket */
+static int fi_keepalive, fi_keepidle, fi_keepintvl, fi_keepcnt;
+
+static int fi_setsockopt(int fd, int level, int name, const void *value,
+                         socklen_t len) {
+  int v = 0;
+  if (len == sizeof v) memcpy(&v, value, sizeof v);
+  if (level == SOL_SOCKET && name == SO_KEEPALIVE) fi_keepalive = v;
+#ifdef TCP_KEEPIDLE
+  if (level == IPPROTO_TCP && name == TCP_KEEPIDLE) fi_keepidle = v;
+  if (level == IPPROTO_TCP && name == TCP_KEEPINTVL) fi_keepintvl = v;
+  if (level == IPPROTO_TCP && name == TCP_KEEPCNT) fi_keepcnt = v;
+#endif
+  return setsockopt(fd, level, name, value, len);
+}
+
+/* Mutexes and conditions: the call number fi_monitor_bad to make one fails; how
+ * many there are; those that are none must not be destroyed */
+static int fi_monitors, fi_monitor_calls, fi_monitor_bad;
+static const void *fi_monitor[1000];
+
+static int fi_make(const void *monitor) {
+  int i = 0, err = 0;
+  pthread_mutex_lock(&fi_lock);
+  if (++fi_monitor_calls == fi_monitor_bad) err = EAGAIN;
+  while (!err && fi_monitor[i])
+    CHECK(++i < COUNT(fi_monitor));
+  if (!err) fi_monitor[i] = monitor;
+  if (!err) fi_monitors++;
+  pthread_mutex_unlock(&fi_lock);
+  return err;
+}
+
+static void fi_unmake(const void *monitor) {
+  int i = 0;
+  pthread_mutex_lock(&fi_lock);
+  while (fi_monitor[i] != monitor)
+    CHECK(++i < COUNT(fi_monitor));
+  fi_monitor[i] = NULL;
+  fi_monitors--;
+  pthread_mutex_unlock(&fi_lock);
+}
+
+static int fi_mutex_init(pthread_mutex_t *m, const pthread_mutexattr_t *a) {
+  int err = fi_make(m);
+  return err ? err : pthread_mutex_init(m, a);
+}
+
+static int fi_mutex_destroy(pthread_mutex_t *m) {
+  fi_unmake(m);
+  return pthread_mutex_destroy(m);
+}
+
+static int fi_cond_init(pthread_cond_t *c, const pthread_condattr_t *a) {
+  int err = fi_make(c);
+  return err ? err : pthread_cond_init(c, a);
+}
+
+static int fi_cond_destroy(pthread_cond_t *c) {
+  fi_unmake(c);
+  return pthread_cond_destroy(c);
+}
+
+static long fi_blocks; /* that the library has allocated */
+
+static void fi_count(long more) {
+  pthread_mutex_lock(&fi_lock);
+  fi_blocks += more;
+  pthread_mutex_unlock(&fi_lock);
+}
+
 static void *fi_malloc(size_t n) {
   size_t unused = 0;
-  return fi_fails(MALLOC, 1 << 30, &unused) ? NULL : malloc(n);
+  void *p = fi_fails(MALLOC, 1 << 30, &unused) ? NULL : malloc(n);
+  if (p) fi_count(1);
+  return p;
+}
+
+static void fi_free(void *p) {
+  if (p) fi_count(-1);
+  free(p);
 }
 
 #include <sys/ioctl.h>
@@ -9900,6 +10690,12 @@ static int fi_mkstemp(char *name) {
 #define fallocate fi_fallocate
 #define pthread_create fi_create
 #define listen fi_listen
+#define bind fi_bind
+#define setsockopt fi_setsockopt
+#define pthread_mutex_init fi_mutex_init
+#define pthread_mutex_destroy fi_mutex_destroy
+#define pthread_cond_init fi_cond_init
+#define pthread_cond_destroy fi_cond_destroy
 #undef open
 #undef fstat
 #undef mkstemp
@@ -9908,7 +10704,7 @@ static int fi_mkstemp(char *name) {
 #define mkstemp fi_mkstemp
 #define ioctl fi_ioctl
 #define NBDSERVE_MALLOC fi_malloc
-#define NBDSERVE_FREE free
+#define NBDSERVE_FREE fi_free
 #undef NBDSERVE_NO_MAIN
 #define main fault_main
 int fault_main(int argc, char **argv);
@@ -10490,6 +11286,156 @@ static void i_export(void) {
 #endif
 }
 
+/* Can this machine listen on both loopback addresses? */
+static int i_has_ipv6(void) {
+  struct sockaddr_in6 a;
+  int fd = socket(AF_INET6, SOCK_STREAM, 0), ok;
+  memset(&a, 0, sizeof a);
+  a.sin6_family = AF_INET6;
+  a.sin6_addr.s6_addr[15] = 1;
+  ok = fd >= 0 && bind(fd, (struct sockaddr *)&a, sizeof a) == 0;
+  if (fd >= 0) close(fd);
+  return ok;
+}
+
+/* The port that the kernel picks for 127.0.0.1 may be taken on ::1: then it
+ * picks another one; what cannot be had leaves no half behind */
+static void i_loopbacks(void) {
+#if !NBDSERVE_NO_TCP
+  struct nbdserve *s;
+  char uri[100];
+  if (!i_has_ipv6()) return;
+  CHECK(nbdserve_new(&s, NULL) == 0);
+  fi[BIND6].calls = 0;
+  fi[BIND6].err = EADDRINUSE;
+  fi[BIND6].times = 2;
+  CHECK(nbdserve_listen(s, "tcp:localhost:0") == 0);
+  CHECK(fi[BIND6].times == 0 && fi[BIND6].calls == 3);
+  CHECK(nbdserve_uri(s, "", uri, sizeof uri) == 0);
+  CHECK(!strncmp(uri, "nbd://127.0.0.1:", 16));
+  nbdserve_free(s);
+  CHECK(nbdserve_new(&s, NULL) == 0);
+  fi[BIND6].times = -1;
+  CHECK(nbdserve_listen(s, "tcp:localhost:0") == -EADDRINUSE);
+  CHECK(nbdserve_uri(s, "", uri, sizeof uri) == -ENOENT);
+  fi[BIND6].err = EACCES;
+  CHECK(nbdserve_listen(s, "tcp:localhost:0") == -EACCES);
+  CHECK(nbdserve_uri(s, "", uri, sizeof uri) == -ENOENT);
+  fi[BIND6].err = EADDRNOTAVAIL; /* a machine without IPv6 */
+  CHECK(nbdserve_listen(s, "tcp:localhost:0") == 0);
+  CHECK(nbdserve_uri(s, "", uri, sizeof uri) == 0);
+  nbdserve_free(s);
+#endif
+}
+
+static void *i_run(void *s) {
+  return (void *)(intptr_t)nbdserve_run(s);
+}
+
+/* A TCP peer that is gone without a word is noticed within minutes: keepalive
+ * is on, begins after about a minute, and does not take for ever */
+static void i_keepalive(void) {
+#if !NBDSERVE_NO_TCP
+  struct nbdserve_export e = {0};
+  struct sockaddr_in a;
+  struct nbdserve *s;
+  struct t_conn c;
+  pthread_t run;
+  char uri[100];
+  CHECK(nbdserve_flat_open(path, NULL, &e) == 0);
+  CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == 0);
+  CHECK(nbdserve_listen(s, "tcp:127.0.0.1:0") == 0);
+  CHECK(nbdserve_uri(s, "", uri, sizeof uri) == 0);
+  memset(&a, 0, sizeof a);
+  a.sin_family = AF_INET;
+  a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  a.sin_port = htons((uint16_t)atoi(strrchr(uri, ':') + 1));
+  CHECK(pthread_create(&run, NULL, i_run, s) == 0);
+  c.fd = socket(AF_INET, SOCK_STREAM, 0);
+  CHECK(connect(c.fd, (struct sockaddr *)&a, sizeof a) == 0);
+  CHECK(t_open(&c, c.fd, "", 0) == 0);
+  CHECK(fi_keepalive == 1);
+#ifdef TCP_KEEPIDLE
+  CHECK(fi_keepidle > 0 && fi_keepidle <= 90);
+  CHECK(fi_keepintvl > 0 && fi_keepcnt > 0);
+  CHECK(fi_keepintvl * fi_keepcnt <= 180);
+#endif
+  t_close(&c);
+  nbdserve_stop(s);
+  CHECK(pthread_join(run, NULL) == 0);
+  nbdserve_free(s);
+#endif
+}
+
+static void i_never_closed(void *ctx) {
+  (void)ctx;
+  CHECK(!"close is called");
+}
+
+/* Locks that cannot be made: what needs them fails, unmakes what was made and
+ * nothing else, and the host keeps what is the host's */
+static void i_monitors(void) {
+  static struct nbdserve_ops ops;
+  struct nbdserve_export flat = {0}, e = {0};
+  struct nbdserve *s;
+  struct t_conn c;
+  struct served v = {0};
+  int n, err, done = 0;
+  CHECK(nbdserve_flat_open("mem:64K", NULL, &flat) == 0);
+  ops.read = flat.ops->read;
+  ops.close = i_never_closed;
+  e.ops = &ops;
+  e.size = 65536;
+  e.ctx = flat.ctx;
+  for (n = 1; !done; n++) {
+    int live = fi_monitors;
+    long blocks = fi_blocks;
+    CHECK(n < 100);
+    fi_monitor_calls = 0;
+    fi_monitor_bad = n;
+    s = (struct nbdserve *)(void *)&flat;
+    err = nbdserve_new(&s, NULL);
+    CHECK(err == 0 || (err < 0 && s == NULL));
+    if (!err) {
+      err = nbdserve_add(s, &e);
+      CHECK(err <= 0);
+      if (err) { /* it may be added later; nobody has closed it */
+        fi_monitor_bad = 0;
+        CHECK(nbdserve_add(s, &e) == 0);
+      } else {
+        s_start(&v, s, &c);
+        err = t_open(&c, c.fd, "", 1) ? -1 : 0;
+        if (!err) t_close(&c);
+        if (err) close(c.fd);
+        err = s_end(&v);
+      }
+      ops.close = NULL;
+      nbdserve_free(s);
+      ops.close = i_never_closed;
+    }
+    done = fi_monitor_calls < n;
+    fi_monitor_bad = 0;
+    CHECK(fi_monitors == live && fi_blocks == blocks);
+    CHECK(done ? err == 0 : err < 0);
+  }
+  CHECK(n > 4);
+  flat.ops->close(flat.ctx);
+  for (n = 1, done = 0; !done; n++) { /* the backends' own */
+    int live = fi_monitors;
+    long blocks = fi_blocks;
+    struct nbdserve_export mine = {0};
+    fi_monitor_calls = 0;
+    fi_monitor_bad = n;
+    err = nbdserve_flat_open("mem:64K", NULL, &mine);
+    CHECK(err <= 0);
+    if (!err) mine.ops->close(mine.ctx);
+    done = fi_monitor_calls < n;
+    fi_monitor_bad = 0;
+    CHECK(fi_monitors == live && fi_blocks == blocks);
+    CHECK(done ? err == 0 : err < 0);
+  }
+}
+
 int main(int argc, char **argv) {
   static const struct {
     const char *name;
@@ -10504,7 +11450,8 @@ int main(int argc, char **argv) {
       {"memory", i_memory},       {"readonly", i_readonly},
       {"create", i_create},       {"syncrun", i_syncrun},
       {"nameless", i_nameless},   {"fua", i_fua},
-      {"export", i_export},
+      {"export", i_export},       {"loopbacks", i_loopbacks},
+      {"keepalive", i_keepalive}, {"monitors", i_monitors},
   };
   int i;
   CHECK(argc > 2);

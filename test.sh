@@ -1386,6 +1386,7 @@ testNobodyWaitsForNagle() { unit nagle; }
 testVanishingClientRaisesNoSIGPIPE() { unit vanish; }
 testHandshakeHasADeadline() { unit deadline; }
 testWhoStallsIsDroppedAndWhoIsIdleIsNot() { unit stalls; }
+testWhoStallsWithAWorkersReplyOverAPipeIsDropped() { unit sipworker; }
 testPipelinedOptionsDoNotProlongTheHandshake() { unit pipelined; }
 testARequestHasItsTimeInTotal() {
   unless NO_THREADS || return 0
@@ -8321,6 +8322,12 @@ static void *s_each_sip(void *unused) {
   return unused;
 }
 
+/* The same for a reply that a worker sends: the client's thread, which waits
+ * for the next request, has to learn of it */
+static void u_sipworker(void) {
+  s_sip(1 << 20);
+}
+
 static void u_stalls(void) { /* they mostly wait: at the same time */
   static void *(*const parts[])(void *) = {s_each_halfway, s_each_in_time,
                                            s_each_steady, s_each_sip};
@@ -10373,6 +10380,7 @@ static const struct {
     {"overerror", u_overerror},
     {"deadline", u_deadline},
     {"stalls", u_stalls},
+    {"sipworker", u_sipworker},
     {"direct", u_direct},
     {"stop", u_stop},
     {"two", u_two},

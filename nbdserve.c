@@ -3281,6 +3281,14 @@ static int tx_send(struct conn *c, struct iovec *v, int n) {
   return err;
 }
 
+/* Why nothing is sent any more: 0 or -errno. */
+static int tx_send_error(struct conn *c) {
+  os_lock(&c->send_lock);
+  int err = c->send_err;
+  os_unlock(&c->send_lock);
+  return err;
+}
+
 /* Sends the replies of a list, in as few sends as possible.  0 or -errno. */
 static int tx_send_all(struct conn *c, struct nbdserve_req *list) {
   struct tx_out out;
@@ -4015,7 +4023,11 @@ static enum tx_next tx_receive(struct conn *c) {
   if (c->after_long_write) room = (size_t)u_min(room, TX_AFTER_LONG_WRITE);
   c->after_long_write = 0;
   ssize_t n = io_recv(&c->io, c->rbuf + left, room, until);
-  if (n == -ETIMEDOUT && !left) return TX_GO_ON; /* idle: as long as it likes */
+  if (n == -ETIMEDOUT && !left) {
+    /* Idle, as long as it likes; unless a worker could not send to it, which
+     * shutdown() tells us only if the replies go over the same socket. */
+    return tx_outcome(c, tx_send_error(c));
+  }
   if (n < 0) return tx_outcome(c, (int)n);
   if (n == 0) return left ? tx_outcome(c, -EPIPE) : TX_DISC;
   assert((size_t)n <= room);

@@ -3236,10 +3236,11 @@ static void tx_add_piece(struct tx_out *out, void *p, size_t len) {
   out->n++;
 }
 
-/* Gathers the READs that stand in their slots of wbuf (T2): neighbours there
- * become one piece. */
+/* Begins with the READs that stand in their slots of wbuf (T2): neighbours
+ * there become one piece. */
 static void tx_gather_slots(struct tx_out *out, struct nbdserve_req *list,
                             size_t read_head) {
+  out->n = 0;
   for (struct nbdserve_req *r = list; r; r = r->next)
     if (r->state == REQ_IN_WBUF)
       tx_add_piece(out, r->buf - read_head, read_head + (size_t)r->len);
@@ -3294,7 +3295,6 @@ static int tx_send_all(struct conn *c, struct nbdserve_req *list) {
   struct tx_out out;
   struct nbdserve_req *rest = list;
   int err = 0;
-  out.n = 0;
   tx_gather_slots(&out, list, c->read_head);
   do {
     out.heads_len = 0;

@@ -319,26 +319,23 @@ static int64_t os_now_ms(void) {
 }
 
 enum os_blocking {
-  OS_BLOCKING,
-  OS_NONBLOCKING
+  OS_BLOCKING = 0,
+  OS_NONBLOCKING = O_NONBLOCK /* what fcntl(2) wants */
 };
 
 /* Makes calls on fd wait or not, and keeps programs that the host runs from
  * inheriting it. */
 static void os_set_fd_flags(int fd, enum os_blocking blocking) {
   int flags = fcntl(fd, F_GETFL) & ~O_NONBLOCK;
-  if (blocking == OS_NONBLOCKING) flags |= O_NONBLOCK;
-  fcntl(fd, F_SETFL, flags);
+  fcntl(fd, F_SETFL, flags | (int)blocking);
   fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
 
 /* Makes a channel that never blocks, to read from fd[0] and write to fd[1].  It
- * is a socket pair, because pipe() cannot set FD_CLOEXEC at once. */
+ * is a socket pair, because pipe() cannot set FD_CLOEXEC at once.  After an
+ * error fd is as it was. */
 static int os_pipe(int fd[2]) {
-  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0) {
-    fd[0] = fd[1] = -1;
-    return -errno;
-  }
+  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0) return -errno;
   os_set_fd_flags(fd[0], OS_NONBLOCKING);
   os_set_fd_flags(fd[1], OS_NONBLOCKING);
   assert(fd[0] >= 0 && fd[1] >= 0);
@@ -4379,10 +4376,10 @@ static int flat_open_target(struct flat_target *t) {
   return t->fd < 0 ? -errno : 0;
 }
 
-/* Keeps other servers away from the target.  If another one was quicker to take
- * the file that this call has just made, the file is no longer ours. */
+/* Keeps other servers away from the target, which does no harm to memory.  If
+ * another one was quicker to take the file that this call has just made, the
+ * file is no longer ours. */
 static int flat_lock_target(struct flat_target *t) {
-  if (t->is_memory) return 0;
   int err = os_lock_file(t->fd, !t->writable);
   if (err) t->is_new = 0;
   return err;

@@ -225,10 +225,7 @@ struct os_monitor {
 #define os_wake_all(m) ((void)(m))
 
 /* Runs fn to its end, at once. */
-static int os_thread(void *(*fn)(void *), void *arg) {
-  fn(arg);
-  return 0;
-}
+#define os_thread(fn, arg) ((void)fn(arg), 0)
 
 #else
 #include <pthread.h>
@@ -509,10 +506,9 @@ static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
   assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
   assert(len > 0 && off <= INT64_MAX && len <= INT64_MAX - off);
   while (fallocate(fd, mode, (off_t)off, (off_t)len) < 0) {
-    if (errno == EINTR) continue;
     if (errno == ENOSYS || errno == EPERM || errno == ENODEV)
       return -EOPNOTSUPP;
-    return -errno;
+    if (errno != EINTR) return -errno;
   }
   return 0;
 }
@@ -557,8 +553,9 @@ static void os_remove_own_file(const char *path, int fd) {
 }
 
 #if OS_LINUX
-/* Puts a question, BLK* of <linux/fs.h>, to a block device.  A file knows no
- * answer, which means no.  Some answers fill only the first half of `yes`. */
+/* Puts a question to a block device: a BLK* of <linux/fs.h>, which not every
+ * libc comes with.  A file knows no answer, which means no.  Some answers fill
+ * only the first half of `yes`. */
 static int os_ask_device(int fd, unsigned question) {
   int yes = 0;
   return ioctl(fd, question, &yes) == 0 && yes;
@@ -568,11 +565,11 @@ static int os_ask_device(int fd, unsigned question) {
 #define os_ask_device(fd, question) ((void)(fd), 0)
 #endif
 
-/* Does the block device refuse writes?  To open such a device for writing
- * succeeds on Linux nevertheless.  (BLKROGET: not every libc names it.) */
+/* BLKROGET: does the device refuse writes?  Linux opens such a device for
+ * writing nevertheless; elsewhere opening it must tell. */
 #define os_is_readonly_device(fd) os_ask_device(fd, _IO(0x12, 94))
 
-/* Has the block device a head to move?  (BLKROTATIONAL) */
+/* BLKROTATIONAL: does the device have a head to move? */
 #define os_is_rotational(fd) os_ask_device(fd, _IO(0x12, 126))
 #endif
 
@@ -605,29 +602,14 @@ static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
 #define os_is_data(fd, off, end, next) ((void)(*(next) = (end)), 1)
 #endif
 
-/* Opens a new file in dir and takes its name away at once.  mkstemp makes the
- * name up and refuses one that is there, so it follows no link that others may
- * have placed. */
-static int os_open_and_unlink(const char *dir) {
-  char path[PATH_MAX];
-  if (snprintf(path, sizeof path, "%s/nbdserveXXXXXX", dir) >= PATH_MAX)
-    return -ENAMETOOLONG;
-  int fd = mkstemp(path);
-  if (fd < 0) return -errno;
-  fcntl(fd, F_SETFD, FD_CLOEXEC);
-  if (unlink(path) == 0) return fd;
-  int err = -errno;
-  close(fd);
-  return err;
-}
-
-/* Opens a private file that is gone when it is closed: in dir or, if
- * dir is NULL, in memory, or in /tmp where the system has no files in memory.
+/* Opens a private file that is gone when it is closed: in dir or, if dir is
+ * NULL, in memory, or in /tmp where the system has no files in memory.
  * The caller owns the descriptor.
  *
  * The ways are tried from the best to the one that works everywhere, without a
  * look at why one has failed.  -errno: of the last one. */
 static int os_nameless_file(const char *dir) {
+  char path[PATH_MAX];
 #if OS_LINUX && defined MFD_CLOEXEC
   int memory = dir ? -1 : memfd_create("nbdserve", MFD_CLOEXEC);
   if (memory >= 0) return memory;
@@ -639,7 +621,17 @@ static int os_nameless_file(const char *dir) {
   int unnamed = open(dir, O_TMPFILE | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
   if (unnamed >= 0) return unnamed;
 #endif
-  return os_open_and_unlink(dir);
+  /* This file has a name for a moment.  mkstemp makes the name up and refuses
+   * one that is there, so it follows no link that others may have placed. */
+  if (snprintf(path, sizeof path, "%s/nbdserveXXXXXX", dir) >= PATH_MAX)
+    return -ENAMETOOLONG;
+  int fd = mkstemp(path);
+  if (fd < 0) return -errno;
+  fcntl(fd, F_SETFD, FD_CLOEXEC);
+  if (unlink(path) == 0) return fd;
+  int err = -errno;
+  close(fd);
+  return err;
 }
 
 #if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
@@ -4083,20 +4075,20 @@ static int flat_is_temporary(const struct flat *f) {
 
 /* ---- What has failed before ---------------------------------------------- */
 
-/* What an export has learned so far, as bits: FLAT_FAILED, and 1 << mode for
- * each mode that os_fallocate lacks here (F2).  Takes the lock. */
-static unsigned flat_known(struct flat *f) {
+/* Adds bits for good to what an export has learned so far, and returns all of
+ * it: FLAT_FAILED, and 1 << mode for each mode that os_fallocate lacks here
+ * (F2).  Takes the lock. */
+static unsigned flat_learn(struct flat *f, unsigned bits) {
   os_lock(&f->lock);
+  f->known |= bits;
   unsigned known = f->known;
   os_unlock(&f->lock);
   return known;
 }
 
-/* Remembers one more of these bits for good.  Takes the lock. */
-static void flat_learn(struct flat *f, unsigned bit) {
-  os_lock(&f->lock);
-  f->known |= bit;
-  os_unlock(&f->lock);
+/* What an export has learned so far.  Takes the lock. */
+static unsigned flat_known(struct flat *f) {
+  return flat_learn(f, 0);
 }
 
 /* ---- The overlay of a temporary export ---------------------------------- */
@@ -4155,8 +4147,7 @@ static int overlay_do(struct flat *f, const struct nbdserve_req *r) {
   os_lock(&f->lock);
   for (uint64_t done = 0, len; done < r->len && !err; done += len) {
     uint64_t off = r->off + done;
-    len = FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK;
-    len = u_min(len, r->len - done);
+    len = u_min(FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK, r->len - done);
     err = overlay_do_piece(f, r->type == NBD_CMD_WRITE, r->buf + done, off,
                            (size_t)len);
   }
@@ -4440,8 +4431,9 @@ static int flat_temporary_len(uint64_t size, size_t most, size_t *len) {
 /* Makes the export of a target and its overlay, whose descriptors it takes over
  * if it succeeds.  -EINVAL: the slice is not inside the target.  -EFBIG,
  * -ENOMEM. */
-static int flat_new(struct flat **out, const struct flat_target *t,
-                    const struct nbdserve_flat *options) {
+static int flat_make_export(const struct flat_target *t,
+                            const struct nbdserve_flat *options,
+                            struct nbdserve_export *out) {
   uint64_t offset = options->offset;
   uint64_t size = options->size;
   size_t len = sizeof(struct flat);
@@ -4449,6 +4441,7 @@ static int flat_new(struct flat **out, const struct flat_target *t,
   assert(t->fd >= 0 && t->size <= INT64_MAX);
   if (offset > t->size || size > t->size - offset) return -EINVAL;
   if (!size) size = t->size - offset;
+  assert(offset + size <= INT64_MAX); /* for os_transfer */
   if (t->overlay_fd >= 0) err = flat_temporary_len(size, SIZE_MAX, &len);
   if (err) return err;
   struct flat *f = u_zalloc(len);
@@ -4464,7 +4457,13 @@ static int flat_new(struct flat **out, const struct flat_target *t,
   f->follows_end = !options->size;
   f->offset = offset;
   f->size = size;
-  *out = f;
+  out->size = size;
+  out->flags |= NBDSERVE_EXPORT_MULTI_CONN; /* fdatasync is for all writers */
+  if (options->flags & NBDSERVE_FLAT_READONLY)
+    out->flags |= NBDSERVE_EXPORT_READONLY;
+  if (os_is_rotational(f->fd)) out->flags |= NBDSERVE_EXPORT_ROTATIONAL;
+  out->ops = &flat_ops;
+  out->ctx = f;
   return 0;
 }
 
@@ -4474,27 +4473,15 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
                        struct nbdserve_export *out) {
   static const struct nbdserve_flat defaults;
   struct flat_target t = {.path = path, .fd = -1, .overlay_fd = -1};
-  struct flat *f = NULL;
   if (!options) options = &defaults;
   int err = flat_check_options(&t, options);
   if (!err) err = flat_open_target(&t);
   if (!err) err = flat_lock_target(&t);
   if (!err) err = flat_prepare_target(&t);
   if (!err) err = flat_open_overlay(&t, options);
-  if (!err) err = flat_new(&f, &t, options);
-  if (err) {
-    flat_abandon_target(&t);
-    return err;
-  }
-  assert(f->offset + f->size <= INT64_MAX); /* for os_transfer */
-  out->size = f->size;
-  out->flags |= NBDSERVE_EXPORT_MULTI_CONN; /* fdatasync is for all writers */
-  if (options->flags & NBDSERVE_FLAT_READONLY)
-    out->flags |= NBDSERVE_EXPORT_READONLY;
-  if (os_is_rotational(f->fd)) out->flags |= NBDSERVE_EXPORT_ROTATIONAL;
-  out->ops = &flat_ops;
-  out->ctx = f;
-  return 0;
+  if (!err) err = flat_make_export(&t, options, out);
+  if (err) flat_abandon_target(&t);
+  return err;
 }
 
 #endif /* !NBDSERVE_NO_FLAT */

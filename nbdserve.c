@@ -169,14 +169,12 @@ enum {
 
 /* Does this processor have the SHA-256 instructions that [4] uses? */
 static int os_has_hwsha(void) {
-  unsigned a;
-  unsigned b = 0;
-  unsigned c = 0;
-  unsigned d;
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
-  if (!(c & OS_CPUID_1_ECX_SSE41)) return 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-  return (b & OS_CPUID_7_EBX_SHA) != 0;
+  unsigned ebx = 0; /* what the processor does not tell stays 0 */
+  unsigned ecx = 0;
+  unsigned unused;
+  __get_cpuid(1, &unused, &unused, &ecx, &unused);
+  __get_cpuid_count(7, 0, &unused, &ebx, &unused, &unused);
+  return (ecx & OS_CPUID_1_ECX_SSE41) && (ebx & OS_CPUID_7_EBX_SHA);
 }
 #else
 #define OS_HWSHA 0
@@ -188,10 +186,7 @@ static int os_has_hwsha(void) {
 void *(NBDSERVE_MALLOC)(size_t);
 void(NBDSERVE_FREE)(void *);
 
-#define STATIC_ASSERT(name, cond) \
-  enum { \
-    assert_##name = 1 / (int)!!(cond) \
-  }
+#define STATIC_ASSERT(name, cond) typedef char assert_##name[(cond) ? 1 : -1]
 STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 
 #define COUNT_OF(array) (sizeof(array) / sizeof *(array))
@@ -230,10 +225,7 @@ struct os_monitor {
 #define os_wake_all(m) ((void)(m))
 
 /* Runs fn to its end, at once. */
-static int os_thread(void *(*fn)(void *), void *arg) {
-  fn(arg);
-  return 0;
-}
+#define os_thread(fn, arg) ((void)fn(arg), 0)
 
 #else
 #include <pthread.h>
@@ -258,35 +250,25 @@ static void os_monitor_free(struct os_monitor *m) {
   pthread_mutex_destroy(&m->mutex);
 }
 
-/* Takes the lock; not recursive. */
-static void os_lock(struct os_monitor *m) {
-  int err = pthread_mutex_lock(&m->mutex);
+/* Calls on a monitor that was made fail only if the caller is wrong. */
+static void os_must(int err) {
   assert(!err);
   (void)err;
 }
 
+/* Takes the lock; not recursive. */
+#define os_lock(m) os_must(pthread_mutex_lock(&(m)->mutex))
+
 /* Gives the lock back. */
-static void os_unlock(struct os_monitor *m) {
-  int err = pthread_mutex_unlock(&m->mutex);
-  assert(!err);
-  (void)err;
-}
+#define os_unlock(m) os_must(pthread_mutex_unlock(&(m)->mutex))
 
 /* Waits, without the lock, until woken.  It may also return although nobody
  * woke it, so callers look again at what they wait for. */
-static void os_wait(struct os_monitor *m) {
-  pthread_cond_wait(&m->cond, &m->mutex);
-}
+#define os_wait(m) os_must(pthread_cond_wait(&(m)->cond, &(m)->mutex))
 
-/* Wakes one of those that wait, whichever. */
-static void os_wake_one(struct os_monitor *m) {
-  pthread_cond_signal(&m->cond);
-}
-
-/* Wakes all that wait. */
-static void os_wake_all(struct os_monitor *m) {
-  pthread_cond_broadcast(&m->cond);
-}
+/* Wakes one of those that wait, whichever, or all of them. */
+#define os_wake_one(m) os_must(pthread_cond_signal(&(m)->cond))
+#define os_wake_all(m) os_must(pthread_cond_broadcast(&(m)->cond))
 
 /* Starts a detached thread.  Asynchronous signals are the host's, and this
  * thread takes none of them.  Signals that a fault of the thread itself raises
@@ -334,26 +316,23 @@ static int64_t os_now_ms(void) {
 }
 
 enum os_blocking {
-  OS_BLOCKING,
-  OS_NONBLOCKING
+  OS_BLOCKING = 0,
+  OS_NONBLOCKING = O_NONBLOCK /* what fcntl(2) wants */
 };
 
 /* Makes calls on fd wait or not, and keeps programs that the host runs from
  * inheriting it. */
 static void os_set_fd_flags(int fd, enum os_blocking blocking) {
   int flags = fcntl(fd, F_GETFL) & ~O_NONBLOCK;
-  if (blocking == OS_NONBLOCKING) flags |= O_NONBLOCK;
-  fcntl(fd, F_SETFL, flags);
+  fcntl(fd, F_SETFL, flags | (int)blocking);
   fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
 
 /* Makes a channel that never blocks, to read from fd[0] and write to fd[1].  It
- * is a socket pair, because pipe() cannot set FD_CLOEXEC at once. */
+ * is a socket pair, because pipe() cannot set FD_CLOEXEC at once.  After an
+ * error fd is as it was. */
 static int os_pipe(int fd[2]) {
-  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0) {
-    fd[0] = fd[1] = -1;
-    return -errno;
-  }
+  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0) return -errno;
   os_set_fd_flags(fd[0], OS_NONBLOCKING);
   os_set_fd_flags(fd[1], OS_NONBLOCKING);
   assert(fd[0] >= 0 && fd[1] >= 0);
@@ -527,10 +506,9 @@ static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
   assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
   assert(len > 0 && off <= INT64_MAX && len <= INT64_MAX - off);
   while (fallocate(fd, mode, (off_t)off, (off_t)len) < 0) {
-    if (errno == EINTR) continue;
     if (errno == ENOSYS || errno == EPERM || errno == ENODEV)
       return -EOPNOTSUPP;
-    return -errno;
+    if (errno != EINTR) return -errno;
   }
   return 0;
 }
@@ -575,19 +553,24 @@ static void os_remove_own_file(const char *path, int fd) {
 }
 
 #if OS_LINUX
-/* This is of <linux/fs.h>, which not every libc comes with. */
-#define OS_BLKROGET _IO(0x12, 94)
-
-/* Does the block device refuse writes?  Opening such a device for writing
- * succeeds nevertheless. */
-static int os_is_readonly_device(int fd) {
+/* Puts a question to a block device: a BLK* of <linux/fs.h>, which not every
+ * libc comes with.  A file knows no answer, which means no.  Some answers fill
+ * only the first half of `yes`. */
+static int os_ask_device(int fd, unsigned question) {
   int yes = 0;
-  return ioctl(fd, OS_BLKROGET, &yes) == 0 && yes;
+  return ioctl(fd, question, &yes) == 0 && yes;
 }
 #else
-/* Nothing to ask: opening the device must tell. */
-#define os_is_readonly_device(fd) ((void)(fd), 0)
+/* There is nobody to ask. */
+#define os_ask_device(fd, question) ((void)(fd), 0)
 #endif
+
+/* BLKROGET: does the device refuse writes?  Linux opens such a device for
+ * writing nevertheless; elsewhere opening it must tell. */
+#define os_is_readonly_device(fd) os_ask_device(fd, _IO(0x12, 94))
+
+/* BLKROTATIONAL: does the device have a head to move? */
+#define os_is_rotational(fd) os_ask_device(fd, _IO(0x12, 126))
 #endif
 
 #if !NBDSERVE_NO_FLAT
@@ -604,59 +587,44 @@ static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
   assert(off < end && end <= INT64_MAX);
   *next = end;
   off_t data = lseek(fd, (off_t)off, SEEK_DATA);
-  if (data < 0 && errno == ENXIO) {
-    /* There is no data behind off.  All up to end is a hole, unless the file
-     * has become shorter: a read behind its end must still fail. */
-    return lseek(fd, 0, SEEK_END) < (off_t)end;
-  }
-  if (data < 0) return 1; /* the file system does not know */
-  if ((uint64_t)data > off) {
-    if ((uint64_t)data < end) *next = (uint64_t)data;
-    return 0;
-  }
-  off_t hole = lseek(fd, (off_t)off, SEEK_HOLE);
-  if (hole > (off_t)off && (uint64_t)hole < end) *next = (uint64_t)hole;
+  /* ENXIO: there is no data behind off.  All up to end is a hole, unless the
+   * file has become shorter: a read behind its end must still fail.  After any
+   * other error the file system does not know. */
+  if (data < 0) return errno != ENXIO || lseek(fd, 0, SEEK_END) < (off_t)end;
+  int is_data = data == (off_t)off;
+  off_t edge = is_data ? lseek(fd, (off_t)off, SEEK_HOLE) : data;
+  if (edge > (off_t)off && edge < (off_t)end) *next = (uint64_t)edge;
   assert(*next > off && *next <= end);
-  return 1;
+  return is_data;
 }
 #else
 /* Where files do not tell their holes, all is data. */
-static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
-  (void)fd;
-  (void)off;
-  *next = end;
-  return 1;
-}
+#define os_is_data(fd, off, end, next) ((void)(*(next) = (end)), 1)
 #endif
 
-#if OS_LINUX && defined MFD_CLOEXEC
-/* Opens a new file in memory, as open(2). */
-static int os_open_memory(void) {
-  return memfd_create("nbdserve", MFD_CLOEXEC);
-}
-#else
-/* This system has no files in memory. */
-#define os_open_memory() (-1)
-#endif
-
-#if OS_LINUX && defined O_TMPFILE
-/* Opens a new file in dir that never has a name, as open(2).  O_EXCL: nobody
- * can give it one. */
-static int os_open_unnamed(const char *dir) {
-  return open(dir, O_TMPFILE | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
-}
-#else
-/* Every file of this system has a name at first. */
-#define os_open_unnamed(dir) ((void)(dir), -1)
-#endif
-
-/* Opens a new file in dir and takes its name away at once.  mkstemp makes the
- * name up and refuses one that is there, so it follows no link that others may
- * have placed. */
-static int os_open_and_unlink(const char *dir) {
+/* Opens a private file that is gone when it is closed: in dir or, if dir is
+ * NULL, in memory, or in /tmp where the system has no files in memory.
+ * The caller owns the descriptor.
+ *
+ * The ways are tried from the best to the one that works everywhere, without a
+ * look at why one has failed.  -errno: of the last one. */
+static int os_nameless_file(const char *dir) {
   char path[PATH_MAX];
-  int len = snprintf(path, sizeof path, "%s/nbdserveXXXXXX", dir);
-  if (len < 0 || len >= (int)sizeof path) return -ENAMETOOLONG;
+#if OS_LINUX && defined MFD_CLOEXEC
+  int memory = dir ? -1 : memfd_create("nbdserve", MFD_CLOEXEC);
+  if (memory >= 0) return memory;
+#endif
+  if (!dir) dir = "/tmp";
+#if OS_LINUX && defined O_TMPFILE
+  /* This file never has a name, and O_EXCL lets nobody give it one.  Not every
+   * file system has that. */
+  int unnamed = open(dir, O_TMPFILE | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
+  if (unnamed >= 0) return unnamed;
+#endif
+  /* This file has a name for a moment.  mkstemp makes the name up and refuses
+   * one that is there, so it follows no link that others may have placed. */
+  if (snprintf(path, sizeof path, "%s/nbdserveXXXXXX", dir) >= PATH_MAX)
+    return -ENAMETOOLONG;
   int fd = mkstemp(path);
   if (fd < 0) return -errno;
   fcntl(fd, F_SETFD, FD_CLOEXEC);
@@ -665,33 +633,6 @@ static int os_open_and_unlink(const char *dir) {
   close(fd);
   return err;
 }
-
-/* Opens a private file that is gone when it is closed: in dir or, if
- * dir is NULL, in memory, or in /tmp where the system has no files in memory.
- * The caller owns the descriptor.
- *
- * The ways are tried from the best to the one that works everywhere, without a
- * look at why one has failed.  -errno: of the last one. */
-static int os_nameless_file(const char *dir) {
-  int fd = dir ? -1 : os_open_memory();
-  if (fd >= 0) return fd;
-  if (!dir) dir = "/tmp";
-  fd = os_open_unnamed(dir); /* not every file system can do that */
-  return fd >= 0 ? fd : os_open_and_unlink(dir);
-}
-
-#if OS_LINUX
-#define OS_BLKROTATIONAL _IO(0x12, 126) /* of <linux/fs.h>, as above */
-
-/* Does the block device have a head to move?  Files do not know. */
-static int os_is_rotational(int fd) {
-  unsigned short yes = 0;
-  return ioctl(fd, OS_BLKROTATIONAL, &yes) == 0 && yes;
-}
-#else
-/* Nothing to ask. */
-#define os_is_rotational(fd) ((void)(fd), 0)
-#endif
 
 #if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
 /* Says that a range will be read soon. */
@@ -927,10 +868,10 @@ static const uint32_t sha_k[SHA_ROUNDS] = {
 /* The functions of the standard.  They are macros because tcc does not inline;
  * their arguments are evaluated several times. */
 #define SHA_ROR(x, n) ((x) >> (n) | (x) << (32 - (n)))
-#define SHA_BIG_SIGMA_0(x) (SHA_ROR(x, 2) ^ SHA_ROR(x, 13) ^ SHA_ROR(x, 22))
-#define SHA_BIG_SIGMA_1(x) (SHA_ROR(x, 6) ^ SHA_ROR(x, 11) ^ SHA_ROR(x, 25))
-#define SHA_SIGMA_0(x) (SHA_ROR(x, 7) ^ SHA_ROR(x, 18) ^ (x) >> 3)
-#define SHA_SIGMA_1(x) (SHA_ROR(x, 17) ^ SHA_ROR(x, 19) ^ (x) >> 10)
+#define SHA_BIG_SIGMA0(x) (SHA_ROR(x, 2) ^ SHA_ROR(x, 13) ^ SHA_ROR(x, 22))
+#define SHA_BIG_SIGMA1(x) (SHA_ROR(x, 6) ^ SHA_ROR(x, 11) ^ SHA_ROR(x, 25))
+#define SHA_SIGMA0(x) (SHA_ROR(x, 7) ^ SHA_ROR(x, 18) ^ (x) >> 3)
+#define SHA_SIGMA1(x) (SHA_ROR(x, 17) ^ SHA_ROR(x, 19) ^ (x) >> 10)
 #define SHA_CHOOSE(x, y, z) (((x) & (y)) ^ (~(x) & (z)))
 #define SHA_MAJORITY(x, y, z) (((x) & (y)) ^ ((x) & (z)) ^ ((y) & (z)))
 
@@ -939,10 +880,10 @@ static const uint32_t sha_k[SHA_ROUNDS] = {
  * them differently instead.  addend: the constant plus the message's word. */
 #define SHA_ROUND(v, a, b, c, d, e, f, g, h, addend) \
   do { \
-    v[SHA_##h] += SHA_BIG_SIGMA_1(v[SHA_##e]) + \
+    v[SHA_##h] += SHA_BIG_SIGMA1(v[SHA_##e]) + \
                   SHA_CHOOSE(v[SHA_##e], v[SHA_##f], v[SHA_##g]) + (addend); \
     v[SHA_##d] += v[SHA_##h]; \
-    v[SHA_##h] += SHA_BIG_SIGMA_0(v[SHA_##a]) + \
+    v[SHA_##h] += SHA_BIG_SIGMA0(v[SHA_##a]) + \
                   SHA_MAJORITY(v[SHA_##a], v[SHA_##b], v[SHA_##c]); \
   } while (0)
 
@@ -953,8 +894,7 @@ static void sha_schedule(uint32_t w[SHA_ROUNDS], const unsigned char *block) {
   for (i = 0; i < 16; i++)
     w[i] = u_get32(block + 4 * i);
   for (; i < SHA_ROUNDS; i++)
-    w[i] =
-        SHA_SIGMA_1(w[i - 2]) + w[i - 7] + SHA_SIGMA_0(w[i - 15]) + w[i - 16];
+    w[i] = SHA_SIGMA1(w[i - 2]) + w[i - 7] + SHA_SIGMA0(w[i - 15]) + w[i - 16];
 }
 
 /* Mixes nblocks blocks into a state, in plain C.  For each block a copy of the
@@ -1040,45 +980,43 @@ static inline OS_HWSHA_TARGET void sha_lane_save(struct sha_lane *lane,
 /* Mixes nblocks blocks each into two states, with the instructions.  The lines
  * for the two lanes alternate, and the compiler keeps that order more or less;
  * the processor does the rest. */
-static OS_HWSHA_TARGET void sha_hw(uint32_t *state, const unsigned char *blocks,
-                                   uint32_t *other_state,
-                                   const unsigned char *other_blocks,
+static OS_HWSHA_TARGET void sha_hw(uint32_t state[2][SHA_STATE_WORDS],
+                                   const unsigned char *const blocks[2],
                                    size_t nblocks) {
-  struct sha_lane lane = {.abef = sha_load(state + SHA_F),
-                          .cdgh = sha_load(state + SHA_H)};
-  struct sha_lane other = {.abef = sha_load(other_state + SHA_F),
-                           .cdgh = sha_load(other_state + SHA_H)};
+  struct sha_lane lane = {.abef = sha_load(&state[0][SHA_F]),
+                          .cdgh = sha_load(&state[0][SHA_H])};
+  struct sha_lane other = {.abef = sha_load(&state[1][SHA_F]),
+                           .cdgh = sha_load(&state[1][SHA_H])};
   for (size_t i = 0; i < nblocks; i++) {
-    sha_lane_load(&lane, blocks + SHA_BLOCK_LEN * i);
-    sha_lane_load(&other, other_blocks + SHA_BLOCK_LEN * i);
+    sha_lane_load(&lane, blocks[0] + SHA_BLOCK_LEN * i);
+    sha_lane_load(&other, blocks[1] + SHA_BLOCK_LEN * i);
     for (int round = 0; round < SHA_ROUNDS; round += 4) {
       __m128i k = sha_load(sha_k + round);
       sha_lane_rounds(&lane, k);
       sha_lane_rounds(&other, k);
     }
-    sha_lane_save(&lane, state);
-    sha_lane_save(&other, other_state);
+    sha_lane_save(&lane, state[0]);
+    sha_lane_save(&other, state[1]);
   }
 }
 
 #else
-#define sha_hw(state, blocks, other_state, other_blocks, nblocks) assert(0)
+#define sha_hw(state, blocks, nblocks) assert(0)
 #endif
 
-/* Mixes nblocks blocks into a state, and as many other blocks into another
- * state.  use_hw: with the instructions, both at once; then there must be other
- * blocks, maybe the same ones.  Else other_blocks may be NULL. */
-static void sha_mix(int use_hw, uint32_t *state, const unsigned char *blocks,
-                    uint32_t *other_state, const unsigned char *other_blocks,
-                    size_t nblocks) {
+/* Mixes nblocks blocks each into two states.  use_hw: with the instructions,
+ * both at once; then there must be blocks for both, maybe the same ones.  Else
+ * blocks[1] may be NULL. */
+static void sha_mix(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
+                    const unsigned char *const blocks[2], size_t nblocks) {
   assert(OS_HWSHA || !use_hw);
-  assert(other_blocks || !use_hw || !nblocks);
+  assert(blocks[1] || !use_hw || !nblocks);
   if (use_hw) {
-    sha_hw(state, blocks, other_state, other_blocks, nblocks);
+    sha_hw(state, blocks, nblocks);
     return;
   }
-  sha_portable(state, blocks, nblocks);
-  if (other_blocks) sha_portable(other_state, other_blocks, nblocks);
+  sha_portable(state[0], blocks[0], nblocks);
+  if (blocks[1]) sha_portable(state[1], blocks[1], nblocks);
 }
 
 /* Writes what comes behind the last whole block of a message, and returns how
@@ -1127,13 +1065,14 @@ static void sha_256(int use_hw, const void *first, const void *second,
 
   /* The instructions always work on two messages.  A single message keeps
    * itself company, and the second result is not looked at. */
-  const void *beside = use_hw && !second ? first : second;
+  const unsigned char *messages[] = {first, use_hw && !second ? first : second};
+  const unsigned char *tails[] = {tail[0], messages[1] ? tail[1] : NULL};
   memcpy(state[0], start, sizeof start);
   memcpy(state[1], start, sizeof start);
   size_t ntail = sha_pad(tail[0], first, len);
-  if (beside) sha_pad(tail[1], beside, len);
-  sha_mix(use_hw, state[0], first, state[1], beside, len / SHA_BLOCK_LEN);
-  sha_mix(use_hw, state[0], tail[0], state[1], beside ? tail[1] : NULL, ntail);
+  if (messages[1]) sha_pad(tail[1], messages[1], len);
+  sha_mix(use_hw, state, messages, len / SHA_BLOCK_LEN);
+  sha_mix(use_hw, state, tails, ntail);
   sha_put_digest(first_digest, state[0]);
   if (second) sha_put_digest(second_digest, state[1]);
 }
@@ -4124,20 +4063,20 @@ static int flat_is_temporary(const struct flat *f) {
 
 /* ---- What has failed before ---------------------------------------------- */
 
-/* What an export has learned so far, as bits: FLAT_FAILED, and 1 << mode for
- * each mode that os_fallocate lacks here (F2).  Takes the lock. */
-static unsigned flat_known(struct flat *f) {
+/* Adds bits for good to what an export has learned so far, and returns all of
+ * it: FLAT_FAILED, and 1 << mode for each mode that os_fallocate lacks here
+ * (F2).  Takes the lock. */
+static unsigned flat_learn(struct flat *f, unsigned bits) {
   os_lock(&f->lock);
+  f->known |= bits;
   unsigned known = f->known;
   os_unlock(&f->lock);
   return known;
 }
 
-/* Remembers one more of these bits for good.  Takes the lock. */
-static void flat_learn(struct flat *f, unsigned bit) {
-  os_lock(&f->lock);
-  f->known |= bit;
-  os_unlock(&f->lock);
+/* What an export has learned so far.  Takes the lock. */
+static unsigned flat_known(struct flat *f) {
+  return flat_learn(f, 0);
 }
 
 /* ---- The overlay of a temporary export ---------------------------------- */
@@ -4152,15 +4091,6 @@ static int overlay_has(const struct flat *f, uint64_t block) {
 static void overlay_add(struct flat *f, uint64_t block) {
   assert(block <= f->size / FLAT_OVERLAY_BLOCK);
   f->in_overlay[block / 8] |= (unsigned char)(1 << block % 8);
-}
-
-/* Reads len bytes at off, all in one block, from where that block is.  The
- * caller holds the lock. */
-static int overlay_read(struct flat *f, void *buf, uint64_t off, size_t len) {
-  struct iovec v = {buf, len};
-  if (overlay_has(f, off / FLAT_OVERLAY_BLOCK))
-    return os_transfer(f->overlay_fd, OS_READ, &v, 1, off);
-  return os_transfer(f->fd, OS_READ, &v, 1, f->offset + off);
 }
 
 /* Brings a block to the overlay, of which len bytes at off have the new data at
@@ -4186,42 +4116,31 @@ static int overlay_write_first(struct flat *f, const void *buf, uint64_t off,
   return 0;
 }
 
-/* Writes len bytes at off, all in one block, to the overlay.  The caller holds
- * the lock. */
-static int overlay_write(struct flat *f, void *buf, uint64_t off, size_t len) {
+/* Reads or writes len bytes at off, all in one block, where that block is or,
+ * after a write, has to be.  The caller holds the lock. */
+static int overlay_do_piece(struct flat *f, int writing, void *buf,
+                            uint64_t off, size_t len) {
   struct iovec v = {buf, len};
-  if (!overlay_has(f, off / FLAT_OVERLAY_BLOCK))
-    return overlay_write_first(f, buf, off, len);
-  return os_transfer(f->overlay_fd, OS_WRITE, &v, 1, off);
+  if (overlay_has(f, off / FLAT_OVERLAY_BLOCK))
+    return os_transfer(f->overlay_fd, writing, &v, 1, off);
+  if (writing) return overlay_write_first(f, buf, off, len);
+  return os_transfer(f->fd, OS_READ, &v, 1, f->offset + off);
 }
 
-/* Does a READ or WRITE block by block; returns 0 or the first error.  The
- * caller holds the lock. */
+/* Does a READ or WRITE block by block, with the lock from the first to the
+ * last.  Returns 0 or the first error. */
 static int overlay_do(struct flat *f, const struct nbdserve_req *r) {
   int err = 0;
   assert(r->len <= f->size && r->off <= f->size - r->len);
+  os_lock(&f->lock);
   for (uint64_t done = 0, len; done < r->len && !err; done += len) {
     uint64_t off = r->off + done;
-    unsigned char *buf = r->buf + done;
-    len = FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK;
-    len = u_min(len, r->len - done);
-    if (r->type == NBD_CMD_READ)
-      err = overlay_read(f, buf, off, (size_t)len);
-    else
-      err = overlay_write(f, buf, off, (size_t)len);
+    len = u_min(FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK, r->len - done);
+    err = overlay_do_piece(f, r->type == NBD_CMD_WRITE, r->buf + done, off,
+                           (size_t)len);
   }
+  os_unlock(&f->lock);
   return err;
-}
-
-/* flat_batch for a temporary export.  Each request has the lock while all of
- * its I/O is done. */
-static void overlay_batch(struct flat *f, struct nbdserve_req *reqs,
-                          size_t nreqs) {
-  for (size_t i = 0; i < nreqs; i++) {
-    os_lock(&f->lock);
-    reqs[i].err = overlay_do(f, &reqs[i]);
-    os_unlock(&f->lock);
-  }
 }
 
 /* ---- Requests ----------------------------------------------------------- */
@@ -4243,47 +4162,36 @@ static size_t flat_run_length(const struct nbdserve_req *reqs, size_t nreqs) {
 static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
                          size_t nreqs) {
   struct iovec v[FLAT_MAX_IOV];
+  int writing = reqs->type == NBD_CMD_WRITE;
   assert(nreqs > 0 && nreqs <= FLAT_MAX_IOV);
+  if (writing && flat_known(f) & FLAT_FAILED) return -EIO; /* (F1) */
   for (size_t i = 0; i < nreqs; i++) {
     v[i].iov_base = reqs[i].buf;
     v[i].iov_len = (size_t)reqs[i].len;
     assert(v[i].iov_len == reqs[i].len); /* there is a buffer of that size */
   }
-  return os_transfer(f->fd, reqs->type == NBD_CMD_WRITE ? OS_WRITE : OS_READ, v,
-                     (int)nreqs, f->offset + reqs->off);
-}
-
-/* Does a run of requests and sets the error of each.  If the run fails they are
- * repeated one by one, so that only those fail that fail by themselves. */
-static void flat_do_run(struct flat *f, struct nbdserve_req *reqs,
-                        size_t nreqs) {
-  int err = flat_transfer(f, reqs, nreqs);
-  for (size_t i = 0; i < nreqs; i++)
-    reqs[i].err = err && nreqs > 1 ? flat_transfer(f, &reqs[i], 1) : err;
+  return os_transfer(f->fd, writing, v, (int)nreqs, f->offset + reqs->off);
 }
 
 /* Does READs and WRITEs, in their order, in the caller's thread, and sets the
  * error of each: the method of struct ex_batched.
  *
  * Clients that read or write a long range often cut it into requests that lie
- * one behind the other; those become one system call. */
+ * one behind the other; such a run becomes one system call.  If it fails they
+ * are repeated one by one, so that only those fail that fail by themselves. */
 static void flat_batch(void *ctx, struct nbdserve_req *reqs, size_t nreqs) {
   struct flat *f = ctx;
   if (flat_is_temporary(f)) {
-    overlay_batch(f, reqs, nreqs);
+    for (size_t i = 0; i < nreqs; i++)
+      reqs[i].err = overlay_do(f, &reqs[i]);
     return;
   }
-  int failed = (flat_known(f) & FLAT_FAILED) != 0;
-  size_t run;
-  for (; nreqs > 0; reqs += run, nreqs -= run) {
+  for (size_t run; nreqs > 0; reqs += run, nreqs -= run) {
     assert(reqs->type == NBD_CMD_READ || reqs->type == NBD_CMD_WRITE);
-    if (failed && reqs->type == NBD_CMD_WRITE) { /* (F1) */
-      reqs->err = -EIO;
-      run = 1;
-      continue;
-    }
     run = flat_run_length(reqs, nreqs);
-    flat_do_run(f, reqs, run);
+    int err = flat_transfer(f, reqs, run);
+    for (size_t i = 0; i < run; i++)
+      reqs[i].err = err && run > 1 ? flat_transfer(f, &reqs[i], 1) : err;
   }
 }
 
@@ -4370,20 +4278,14 @@ static uint64_t flat_size(void *ctx, uint64_t size) {
   return (uint64_t)end < f->offset ? 0 : (uint64_t)end - f->offset;
 }
 
-/* Frees an export, whose files the caller closes.  NULL is no harm. */
-static void flat_free(struct flat *f) {
-  if (!f) return;
-  os_monitor_free(&f->lock);
-  NBDSERVE_FREE(f);
-}
-
 /* Ends an export.  Nothing is left that could fail: what has to last was
  * flushed before. */
 static void flat_close(void *ctx) {
   struct flat *f = ctx;
   close(f->fd);
   if (flat_is_temporary(f)) close(f->overlay_fd);
-  flat_free(f);
+  os_monitor_free(&f->lock);
+  NBDSERVE_FREE(f);
 }
 
 /* Reads and writes come from flat_batch, by way of ex_batched_read and _write
@@ -4411,7 +4313,8 @@ struct flat_target {
   const char *path; /* as the caller gave it */
   int is_memory;    /* path is mem:SIZE, else a name in the file system */
   int writable;     /* clients' writes go to it */
-  int fd;           /* ours to close; -1: not open */
+  int fd;           /* ours to close; negative: not open */
+  int overlay_fd;   /* the same, of the overlay of a temporary export */
   int is_new;       /* this call made the file, and has it locked: (F4) */
   uint64_t create;  /* size for a new or empty file; 0: none is made */
   uint64_t size;    /* bytes of the file, once it is complete */
@@ -4421,15 +4324,14 @@ struct flat_target {
 static int flat_check_options(struct flat_target *t,
                               const struct nbdserve_flat *options) {
   static const char prefix[] = "mem:";
-  uint32_t known = NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY;
-  if (options->flags & ~known) return -EINVAL;
+  if (options->flags & ~(NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY))
+    return -EINVAL;
   t->writable = !options->flags;
   t->create = options->create;
   t->is_memory = strncmp(t->path, prefix, strlen(prefix)) == 0;
-  if (t->is_memory) {
-    const char *rest = u_parse_size(t->path + strlen(prefix), &t->create);
-    if (!rest || *rest) return -EINVAL;
-  }
+  if (t->is_memory &&
+      !u_parse_number(t->path + strlen(prefix), INT64_MAX, &t->create))
+    return -EINVAL;
   return t->create > INT64_MAX ? -EINVAL : 0;
 }
 
@@ -4453,10 +4355,10 @@ static int flat_open_target(struct flat_target *t) {
   return t->fd < 0 ? -errno : 0;
 }
 
-/* Keeps other servers away from the target.  If another one was quicker to take
- * the file that this call has just made, the file is no longer ours. */
+/* Keeps other servers away from the target, which does no harm to memory.  If
+ * another one was quicker to take the file that this call has just made, the
+ * file is no longer ours. */
 static int flat_lock_target(struct flat_target *t) {
-  if (t->is_memory) return 0;
   int err = os_lock_file(t->fd, !t->writable);
   if (err) t->is_new = 0;
   return err;
@@ -4486,11 +4388,20 @@ static int flat_prepare_target(struct flat_target *t) {
   return 0;
 }
 
+/* Opens the overlay, if there must be one. */
+static int flat_open_overlay(struct flat_target *t,
+                             const struct nbdserve_flat *options) {
+  if (!(options->flags & NBDSERVE_FLAT_TEMPORARY)) return 0;
+  t->overlay_fd = os_nameless_file(options->dir);
+  return t->overlay_fd < 0 ? t->overlay_fd : 0;
+}
+
 /* Undoes what was done to open a target (F4).  The file goes first, while the
  * lock still keeps others from taking it. */
 static void flat_abandon_target(struct flat_target *t) {
   if (t->is_new) os_remove_own_file(t->path, t->fd);
   if (t->fd >= 0) close(t->fd);
+  if (t->overlay_fd >= 0) close(t->overlay_fd);
 }
 
 /* How many bytes struct flat has for a temporary export of that size.  -EFBIG:
@@ -4505,68 +4416,36 @@ static int flat_temporary_len(uint64_t size, size_t most, size_t *len) {
   return 0;
 }
 
-/* Makes the export of a target, as yet without an overlay; flat_free undoes it.
- * -EINVAL: the slice is not inside the target.  -EFBIG, -ENOMEM. */
-static int flat_new(struct flat **out, const struct flat_target *t,
-                    const struct nbdserve_flat *options) {
+/* Makes the export of a target and its overlay, whose descriptors it takes over
+ * if it succeeds.  -EINVAL: the slice is not inside the target.  -EFBIG,
+ * -ENOMEM. */
+static int flat_make_export(const struct flat_target *t,
+                            const struct nbdserve_flat *options,
+                            struct nbdserve_export *out) {
   uint64_t offset = options->offset;
   uint64_t size = options->size;
   size_t len = sizeof(struct flat);
+  int err = 0;
   assert(t->fd >= 0 && t->size <= INT64_MAX);
   if (offset > t->size || size > t->size - offset) return -EINVAL;
   if (!size) size = t->size - offset;
-  if (options->flags & NBDSERVE_FLAT_TEMPORARY) {
-    int err = flat_temporary_len(size, SIZE_MAX, &len);
-    if (err) return err;
-  }
+  assert(offset + size <= INT64_MAX); /* for os_transfer */
+  if (t->overlay_fd >= 0) err = flat_temporary_len(size, SIZE_MAX, &len);
+  if (err) return err;
   struct flat *f = u_zalloc(len);
   if (!f) return -ENOMEM;
-  int err = os_monitor_init(&f->lock);
+  err = os_monitor_init(&f->lock);
   if (err) {
     NBDSERVE_FREE(f);
     return err;
   }
   f->own.run_batch = flat_batch;
-  f->fd = t->fd; /* and t's, until nbdserve_flat_open has done all */
-  f->overlay_fd = -1;
+  f->fd = t->fd;
+  f->overlay_fd = t->overlay_fd;
   f->follows_end = !options->size;
   f->offset = offset;
   f->size = size;
-  *out = f;
-  return 0;
-}
-
-/* Gives a temporary export its overlay. */
-static int flat_open_overlay(struct flat *f,
-                             const struct nbdserve_flat *options) {
-  if (!(options->flags & NBDSERVE_FLAT_TEMPORARY)) return 0;
-  int fd = os_nameless_file(options->dir);
-  if (fd < 0) return fd;
-  f->overlay_fd = fd;
-  return 0;
-}
-
-/* See nbdserve.h.  Until all steps have succeeded the target is t's; then its
- * descriptor and the overlay's are the export's. */
-int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
-                       struct nbdserve_export *out) {
-  static const struct nbdserve_flat defaults;
-  struct flat_target t = {.path = path, .fd = -1};
-  struct flat *f = NULL;
-  if (!options) options = &defaults;
-  int err = flat_check_options(&t, options);
-  if (!err) err = flat_open_target(&t);
-  if (!err) err = flat_lock_target(&t);
-  if (!err) err = flat_prepare_target(&t);
-  if (!err) err = flat_new(&f, &t, options);
-  if (!err) err = flat_open_overlay(f, options);
-  if (err) {
-    flat_free(f);
-    flat_abandon_target(&t);
-    return err;
-  }
-  assert(f->offset + f->size <= INT64_MAX); /* for os_transfer */
-  out->size = f->size;
+  out->size = size;
   out->flags |= NBDSERVE_EXPORT_MULTI_CONN; /* fdatasync is for all writers */
   if (options->flags & NBDSERVE_FLAT_READONLY)
     out->flags |= NBDSERVE_EXPORT_READONLY;
@@ -4574,6 +4453,23 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   out->ops = &flat_ops;
   out->ctx = f;
   return 0;
+}
+
+/* See nbdserve.h.  Until the last step has succeeded the descriptors are t's;
+ * then they are the export's. */
+int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
+                       struct nbdserve_export *out) {
+  static const struct nbdserve_flat defaults;
+  struct flat_target t = {.path = path, .fd = -1, .overlay_fd = -1};
+  if (!options) options = &defaults;
+  int err = flat_check_options(&t, options);
+  if (!err) err = flat_open_target(&t);
+  if (!err) err = flat_lock_target(&t);
+  if (!err) err = flat_prepare_target(&t);
+  if (!err) err = flat_open_overlay(&t, options);
+  if (!err) err = flat_make_export(&t, options, out);
+  if (err) flat_abandon_target(&t);
+  return err;
 }
 
 #endif /* !NBDSERVE_NO_FLAT */

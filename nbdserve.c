@@ -7497,10 +7497,9 @@ enum {
   X("df", NBD_FLAG_SEND_DF)           X("multi-conn", NBD_FLAG_CAN_MULTI_CONN) \
   X("cache", NBD_FLAG_SEND_CACHE)     X("fast-zero", NBD_FLAG_SEND_FAST_ZERO) \
   X("list", 65536u << NBD_OPT_LIST)   X("info", 65536u << NBD_OPT_INFO) \
-  X("go", 65536u << NBD_OPT_GO) \
+  X("go", 65536u << NBD_OPT_GO) X("meta", 65536u << NBD_OPT_SET_META_CONTEXT) \
   X("structured", 65536u << NBD_OPT_STRUCTURED_REPLY) \
   X("list-meta", 65536u << NBD_OPT_LIST_META_CONTEXT) \
-  X("meta", 65536u << NBD_OPT_SET_META_CONTEXT) \
   X("extended", 65536u << NBD_OPT_EXTENDED_HEADERS)
 
 /* --fault and --delay: the requests that they concern */
@@ -8597,24 +8596,23 @@ static int cli_open_volume(const char *path, const char *name,
  *   nothing           $NBDSERVE_STORE
  *
  * Returns its path, or NULL if nothing names a store. */
-static char *cli_take_store(const struct cli_verb *verb, char ***operands,
-                            int *noperands) {
+static char *cli_take_store(const struct cli_verb *verb) {
   char *fallback = getenv("NBDSERVE_STORE");
   uint64_t size;
-  if (!*noperands) return fallback;
-  char *first = **operands;
+  if (!cli.ntargets) return fallback;
+  char *first = *cli.targets;
   char *colons = strstr(first, "::");
   if (!colons && verb->noperands) return fallback;
-  if (!colons && !verb->run && *noperands == 1 && fallback &&
+  if (!colons && !verb->run && cli.ntargets == 1 && fallback &&
       u_parse_number(first, INT64_MAX, &size))
     return fallback;
   if (colons) {
-    **operands = colons + 2;
+    *cli.targets = colons + 2;
     *colons = '\0';
     if (verb->noperands || colons[2]) return first;
   }
-  ++*operands;
-  --*noperands;
+  cli.targets++;
+  cli.ntargets--;
   return first;
 }
 
@@ -8650,19 +8648,18 @@ static void cli_open_file(struct cli_job *job, const char *file) {
  * of the others; otherwise once.  An operand that does not fit is cut: it is
  * too long for a name in any case.  Returns the exit status of the first time
  * that it fails, or 0. */
-static int cli_run_on_operands(struct cli_job *job, int is_remote,
-                               char **operands, int noperands) {
+static int cli_run_on_operands(struct cli_job *job) {
   int needed = job->verb->noperands;
   char *each = needed > 1 ? job->request.to : job->request.name;
   int i = needed > 1; /* the first of those that may repeat */
   int status;
-  assert(noperands >= needed);
-  if (needed > 1) snprintf(job->request.name, PATH_MAX, "%s", operands[0]);
+  assert(cli.ntargets >= needed);
+  if (needed > 1) snprintf(job->request.name, PATH_MAX, "%s", cli.targets[0]);
   do {
-    if (needed) snprintf(each, PATH_MAX, "%s", operands[i]);
-    status = is_remote ? cli_run_remote(job) : cli_run_job(job, cli.cas);
+    if (needed) snprintf(each, PATH_MAX, "%s", cli.targets[i]);
+    status = cli.cas ? cli_run_job(job, cli.cas) : cli_run_remote(job);
     i++;
-  } while (!status && i < noperands);
+  } while (!status && i < cli.ntargets);
   return status;
 }
 
@@ -8673,17 +8670,18 @@ static void cli_run_verb(void) {
   struct cli_job job = {.fds = {.output = 1, .messages = 2}, .client = -1};
   const char *name = cli.ntargets ? cli.targets[0] : "";
   const struct cli_verb *verb = cli_verbs;
-  char **operands = cli.targets + 1;
-  int n = cli.ntargets - 1;
   while (verb->name && strcmp(verb->name, name) != 0)
     verb++;
   if (!verb->name) return;
-  char *store = cli_take_store(verb, &operands, &n);
+  cli.targets++;
+  cli.ntargets--;
+  char *store = cli_take_store(verb);
+  int n = cli.ntargets;
   assert(n >= 0);
   if (!store || n < verb->noperands || n - verb->noperands > verb->nmore ||
       (opt[OPT_DRY_RUN].given && !(verb->flags & VERB_DRY_RUN)))
     cli_usage("usage: nbdserve %s %s", name, verb->operands);
-  const char *last = n ? operands[n - 1] : NULL;
+  const char *last = n ? cli.targets[n - 1] : NULL;
   job.verb = verb;
   job.request.verb = (unsigned char)(verb - cli_verbs);
   job.request.json = opt[OPT_JSON].given != 0;
@@ -8697,7 +8695,7 @@ static void cli_run_verb(void) {
   int err = cli_open_store(store, (verb->flags & VERB_READS_ONLY) != 0);
   if (err != -EBUSY) cli_exit_if_error(err, store);
   if (!err && verb->flags & VERB_IS_LONG) cli_catch_signals(cli_on_signal);
-  exit(cli_run_on_operands(&job, err == -EBUSY, operands, n));
+  exit(cli_run_on_operands(&job));
 }
 
 /* Prints the commands for --help. */
@@ -8977,20 +8975,21 @@ static void cli_listen(void) {
 
 /* ---- The command that is served (--run, --) ----------------------------- */
 
-/* Returns a copy of the text with the URI in place of each {}, which is not
- * freed, or NULL if there is no memory. */
+/* Returns a copy of the text, which is not freed, with the URI in place of each
+ * {}. */
 static char *cli_put_uri(const char *text) {
   char *copy = NULL;
   size_t len;
   assert(*cli.uri);
   FILE *out = open_memstream(&copy, &len);
-  if (!out) return NULL;
+  if (!out) cli_exit_if_error(-errno, "--");
   for (const char *hit = strstr(text, "{}"); hit; hit = strstr(text, "{}")) {
     fprintf(out, "%.*s%s", (int)(hit - text), text, cli.uri);
     text = hit + 2;
   }
   fputs(text, out);
-  return fclose(out) == 0 ? copy : NULL;
+  if (fclose(out) == EOF) cli_exit_if_error(-errno, "--");
+  return copy;
 }
 
 /* Sets the variables that a shell command can use.  They have the names that
@@ -9032,10 +9031,8 @@ static void cli_start_command(void) {
   sigset_t was;
   assert(!cli.child);
   if (!*cli.uri) cli_usage("no URI for the command to use");
-  for (char **word = cli.command; word && *word; word++) {
+  for (char **word = cli.command; word && *word; word++)
     *word = cli_put_uri(*word);
-    if (!*word) cli_exit_if_error(-ENOMEM, "--");
-  }
   cli_block_signals(&was);
   if (cli.phase == CLI_SERVING) {
     pid_t pid = fork();

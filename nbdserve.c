@@ -7057,8 +7057,8 @@ static struct {
   /* The directory of the private socket, or "".  It has to be short: the path
    * of a socket is limited to about a hundred bytes. */
   char private_dir[100];
-  /* The pidfile, as we have made it; all zero: we have not. */
-  struct stat pidfile_st;
+  /* The pidfile that we have made, open; 0: we have not. */
+  int pidfile;
 
   /* ---- The store that is served, or that a command is for; one at most */
 
@@ -7100,8 +7100,7 @@ static struct {
   volatile sig_atomic_t command_status;
 } cli = {.export_name = "", .client = -1, .ctl = -1, .ready_pipe = -1};
 
-STATIC_ASSERT(a_process_id_is_read_in_one_piece,
-              sizeof(sig_atomic_t) >= sizeof(pid_t));
+STATIC_ASSERT(a_process_id_fits, sizeof(sig_atomic_t) >= sizeof(pid_t));
 
 /* ---- Messages ----------------------------------------------------------- */
 
@@ -7299,35 +7298,36 @@ static void cli_catch_signals(void (*handler)(int)) {
 
 /* ---- Files that we make and remove -------------------------------------- */
 
-/* Removes a file that we have made, if it still is that file.  Whoever has put
- * another one in its place, a server that was started after us for instance,
- * keeps it.  We have the file open, or have it bound as a socket: its inode
- * number would otherwise be free, and the other file may have got it.  If
- * `made` is all zero, as before the file was made, it fits no file. */
-static void cli_remove_own(const char *path, const struct stat *made) {
+/* Removes the socket for commands, if it still is ours.  Whoever has put another
+ * file in its place keeps that.  We have the socket bound: its inode number
+ * would otherwise be free, and the other file may have got it.  As long as we
+ * have not made it, ctl_st is all zero and fits no file. */
+static void cli_remove_ctl(void) {
   struct stat st;
-  if (made->st_ino && lstat(path, &st) == 0 && st.st_dev == made->st_dev &&
-      st.st_ino == made->st_ino)
-    unlink(path);
+  if (lstat(cli.ctl_path, &st) == 0 && st.st_dev == cli.ctl_st.st_dev &&
+      st.st_ino == cli.ctl_st.st_ino)
+    unlink(cli.ctl_path);
 }
 
 /* --pidfile: writes our process id to a file, with the mode that the umask asks
  * for.  The file appears in one step, when it is whole: whoever sees it may
  * connect.  Until then it has another name; mkstemp neither follows symbolic
  * links nor opens a file that is there already.  A symbolic link at path is
- * replaced, not followed.  The descriptor stays open, for cli_remove_own. */
+ * replaced, not followed.  The descriptor stays open, for
+ * os_remove_own_file: with it closed, the inode number might become that of
+ * another server's pidfile. */
 static void cli_write_pidfile(const char *path) {
   char temp[PATH_MAX];
-  assert(!cli.pidfile_st.st_ino);
+  assert(!cli.pidfile);
   if (snprintf(temp, PATH_MAX, "%s.XXXXXX", path) >= PATH_MAX)
     cli_exit_if_error(-ENAMETOOLONG, path);
-  int fd = mkstemp(temp);
+  int fd = cli.pidfile = mkstemp(temp);
   if (fd < 0) cli_exit_if_error(-errno, path);
   mode_t mask = umask(077); /* there is no other way to ask for it */
   umask(mask);
   if (dprintf(fd, "%ld\n", (long)getpid()) < 0 ||
       fchmod(fd, 0666 & ~mask) < 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 ||
-      fstat(fd, &cli.pidfile_st) < 0 || rename(temp, path) < 0) {
+      rename(temp, path) < 0) {
     int err = -errno;
     unlink(temp);
     cli_exit_if_error(err, path);
@@ -7365,10 +7365,9 @@ enum {
   X("df", NBD_FLAG_SEND_DF)           X("multi-conn", NBD_FLAG_CAN_MULTI_CONN) \
   X("cache", NBD_FLAG_SEND_CACHE)     X("fast-zero", NBD_FLAG_SEND_FAST_ZERO) \
   X("list", 65536u << NBD_OPT_LIST)   X("info", 65536u << NBD_OPT_INFO) \
-  X("go", 65536u << NBD_OPT_GO) \
+  X("go", 65536u << NBD_OPT_GO) X("meta", 65536u << NBD_OPT_SET_META_CONTEXT) \
   X("structured", 65536u << NBD_OPT_STRUCTURED_REPLY) \
   X("list-meta", 65536u << NBD_OPT_LIST_META_CONTEXT) \
-  X("meta", 65536u << NBD_OPT_SET_META_CONTEXT) \
   X("extended", 65536u << NBD_OPT_EXTENDED_HEADERS)
 
 /* --fault and --delay: the requests that they concern */
@@ -7391,10 +7390,8 @@ static const struct cli_word cli_errors[] = {CLI_ERRORS(CLI_ROW) {0}};
 
 /* --cache: flags of an export */
 static const struct cli_word cli_cache_modes[] = {
-    {"writeback", 0},
-    {"writethrough", NBDSERVE_EXPORT_WRITETHROUGH},
-    {"unsafe", NBDSERVE_EXPORT_UNSAFE},
-    {NULL, 0}};
+    {"writeback", 0},                       {"unsafe", NBDSERVE_EXPORT_UNSAFE},
+    {"writethrough", NBDSERVE_EXPORT_WRITETHROUGH}, {0}};
 
 /* clang-format on */
 
@@ -7438,8 +7435,7 @@ static int cli_take_word(const struct cli_word *words, const char **text,
                          const char *ends, uint32_t *value) {
   size_t len = strcspn(*text, ends);
   assert(words->name);
-  while (words->name &&
-         (strlen(words->name) != len || memcmp(words->name, *text, len) != 0))
+  while (words->name && (strncmp(words->name, *text, len) || words->name[len]))
     words++;
   *value = words->value;
   *text += len;
@@ -7491,8 +7487,7 @@ static int cli_take_word(const struct cli_word *words, const char **text,
     .min = 1, .max = SRV_MAX_CONN, .help = "clients served at a time (128)") \
   X(STALL, "stall", .argument = "SEC", .min = 1, .max = 4000000, \
     .help = "disconnect a client stalled in a request (120)") \
-  X(ONCE, "once", .letter = '1', \
-    .help = "exit when the last client has left") \
+  X(ONCE, "once", .letter = '1', .help = "exit when the last client has left") \
   X(IDLE_EXIT, "idle-exit", .argument = "SEC", .min = 1, \
     .max = 4000000, .help = "exit after SEC seconds without a client") \
   X(RUN, "run", .argument = "CMD", \
@@ -7500,10 +7495,9 @@ static int cli_take_word(const struct cli_word *words, const char **text,
   X(FORK, "fork", .help = "go into the background once it listens") \
   X(PIDFILE, "pidfile", .letter = 'P', .argument = "FILE", \
     .help = "write the process id to FILE once it listens") \
-  X(READY_FD, "ready-fd", .argument = "N", .min = 3, .max = INT_MAX, \
-    .parse = cli_parse_fd, \
+  X(READY_FD, "ready-fd", .parse = cli_parse_fd, .min = 3, .max = INT_MAX, \
     .form = "the number of a descriptor (3 or above) that is open", \
-    .help = "write the URI to descriptor N once it listens") \
+    .argument = "N", .help = "write the URI to descriptor N once it listens") \
   X(QUIET, "quiet", .letter = 'q', .help = "print errors only") \
   X(VERBOSE, "verbose", .letter = 'v', \
     .help = "log clients; given twice: every request") \
@@ -7988,7 +7982,6 @@ static int cli_do_change(struct cli_job *job, struct nbdserve_cas *cas) {
 /* Prints a volume or snapshot: a nbdserve_list_fn.  The time comes from a file
  * that anybody may have made: it may lie behind all years. */
 static int cli_list_row(void *arg, const struct nbdserve_cas_info *info) {
-  struct cli_job *job = arg;
   time_t created = (time_t)info->created;
   char text[40];
   struct tm tm;
@@ -7998,7 +7991,7 @@ static int cli_list_row(void *arg, const struct nbdserve_cas_info *info) {
                                   {.name = "size", .number = info->size},
                                   {.name = "created", .text = text},
                                   {.name = "id", .text = info->id}};
-  return cli_print_row(job, row, 4);
+  return cli_print_row(arg, row, 4);
 }
 
 /* list: a row for each volume and snapshot */
@@ -8118,17 +8111,18 @@ static int cli_copy_piece(int file, const struct nbdserve_export *ex,
   return os_transfer(file, OS_WRITE, &piece, 1, off);
 }
 
-/* Copies all of the volume of a job from or to its FILE, and makes durable what
- * it has written, except to a pipe. */
-static int cli_copy(struct cli_job *job, struct nbdserve_cas *cas,
-                    enum cli_copy kind) {
+/* export: writes a volume or snapshot to a FILE, which gets its size, or to
+ * standard output, behind what may be there already.  import: the other way, to
+ * a new volume.  Makes durable what it has written, except to a pipe. */
+static int cli_do_copy(struct cli_job *job, struct nbdserve_cas *cas) {
   struct nbdserve_export ex = {.name = NULL};
   int file = job->fds.output;
+  enum cli_copy kind = job->verb->flags & VERB_READS_FILE ? COPY_IN : COPY_OUT;
   int err = nbdserve_cas_volume(cas, job->request.name, &ex);
   if (err) return err;
-  if (kind == COPY_TO_FILE &&
-      (ftruncate(file, 0) < 0 || ftruncate(file, (off_t)ex.size) < 0))
-    kind = COPY_OUT;
+  if (kind == COPY_OUT && strcmp(job->request.to, "-") != 0 &&
+      ftruncate(file, 0) == 0 && ftruncate(file, (off_t)ex.size) == 0)
+    kind = COPY_TO_FILE;
   for (uint64_t off = 0; !err && off < ex.size; off += sizeof cli_buffer) {
     uint64_t n = u_min(sizeof cli_buffer, ex.size - off);
     if (cli_progress(job, off, ex.size)) err = -ECANCELED;
@@ -8149,17 +8143,10 @@ static int cli_do_import(struct cli_job *job, struct nbdserve_cas *cas) {
   if (size < 0) return -errno;
   int err = nbdserve_cas_create(cas, name, (uint64_t)size);
   if (err) return err; /* what has that name already is not ours to remove */
-  err = cli_copy(job, cas, COPY_IN);
+  err = cli_do_copy(job, cas);
   assert(err <= 0);
   if (err) nbdserve_cas_rm(cas, name);
   return err;
-}
-
-/* export: writes a volume or snapshot to a FILE, which gets its size, or to
- * standard output, behind what may be there already. */
-static int cli_do_export(struct cli_job *job, struct nbdserve_cas *cas) {
-  int is_file = strcmp(job->request.to, "-") != 0;
-  return cli_copy(job, cas, is_file ? COPY_TO_FILE : COPY_OUT);
 }
 
 /* ---- The table ---- */
@@ -8176,10 +8163,9 @@ static const struct cli_verb cli_verbs[] = {
      .run = cli_do_import, .flags = VERB_IS_LONG | VERB_READS_FILE},
     {.name = "export", .operands = "STORE::NAME FILE", .noperands = 2,
      .help = "copy to a file (-: standard output)",
-     .run = cli_do_export, .flags = VERB_READS_ONLY | VERB_WRITES_FILE},
-    {.name = "list", .operands = "STORE",
-     .help = "print name, size, time and id of each",
-     .run = cli_do_list, .flags = VERB_READS_ONLY | VERB_ROWS},
+     .run = cli_do_copy, .flags = VERB_READS_ONLY | VERB_WRITES_FILE},
+    {.name = "list", .operands = "STORE", .flags = VERB_READS_ONLY | VERB_ROWS,
+     .help = "print name, size, time and id of each", .run = cli_do_list},
     {.name = "snapshot", .operands = "STORE::VOLUME@SNAPSHOT", .noperands = 1,
      .help = "keep what VOLUME holds now, under a name",
      .run = cli_do_change, .change = NBDSERVE_CAS_SNAPSHOT,
@@ -8212,7 +8198,8 @@ static const struct cli_verb cli_verbs[] = {
     {.name = "gc", .operands = "STORE", .run = cli_do_gc, .flags = VERB_IS_LONG,
      .help = "give unused space back; print its bytes"},
     {.name = "stat", .operands = "STORE", .help = "print how much is stored",
-     .run = cli_do_stat, .flags = VERB_READS_ONLY | VERB_LINES}};
+     .run = cli_do_stat, .flags = VERB_READS_ONLY | VERB_LINES},
+    {.name = NULL}};
 /* clang-format on */
 
 /* ---- Doing a command ---- */
@@ -8220,19 +8207,12 @@ static const struct cli_verb cli_verbs[] = {
 /* Says in words why a command has failed.  The errors of nbdserve.h mean more
  * here than what strerror has for them. */
 static const char *cli_job_reason(const struct cli_job *job, int err) {
-  switch (err) {
-  case -EINVAL:
-    if (job->verb->invalid) return job->verb->invalid;
-    return "not a name or size that a volume can have";
-  case -EBUSY:
-    return "in use by a client, or being verified";
-  case -ENOTEMPTY:
-    return "it has snapshots";
-  case -EUCLEAN:
-    return "the store is damaged (verify names what is)";
-  default:
-    return u_errno_text(err);
-  }
+  const char *invalid = job->verb->invalid;
+  if (err == -EBUSY) return "in use by a client, or being verified";
+  if (err == -ENOTEMPTY) return "it has snapshots";
+  if (err == -EUCLEAN) return "the store is damaged (verify names what is)";
+  if (err != -EINVAL) return u_errno_text(err);
+  return invalid ? invalid : "not a name or size that a volume can have";
 }
 
 /* Does a command on an open store, and prints what it has to say.  If it fails
@@ -8320,33 +8300,25 @@ static int cli_run_remote(struct cli_job *job) {
 }
 
 /* Does what a client of the control socket asks for, and closes it.  It has to
- * come in one go: as long as we wait for it, others wait, too.  A request that
- * makes no sense is dropped without an answer.
+ * come in one go: as long as we wait for it, others wait, too, so there is a
+ * limit, which is over when a server that stops has waited for us.  A request
+ * that makes no sense is dropped without an answer.
  *
  * Where no descriptor has come there is -1: the system writes over what we have
  * put into the message only what it has got.  There is room for two: if
- * somebody sends more, the system closes the rest.  They come with the first
- * bytes; what follows has none. */
+ * somebody sends more, the system closes the rest. */
 static void cli_serve_command(int client) {
   struct cli_job job = {.fds = {.output = -1, .messages = -1},
                         .client = client};
-  struct io io = {.in = client,
-                  .out = client,
-                  .stop = &cli.server->stop,
-                  .deadline = os_now_ms() + IO_GRACE_MS};
   struct iovec data;
   union cli_passed passed;
   struct msghdr message = cli_message(&job, &data, &passed);
-  int err = io_wait_input(&io, io.deadline);
-  ssize_t n = err ? -1 : recvmsg(client, &message, 0);
-  assert(n <= (ssize_t)sizeof job.request);
+  os_set_receive_timeout(client, IO_GRACE_MS);
+  ssize_t n = recvmsg(client, &message, MSG_WAITALL);
   memcpy(&job.fds, CMSG_DATA(&passed.header), sizeof job.fds);
-  if (n > 0)
-    err = io_recv_all(&io, (unsigned char *)&job.request + n,
-                      sizeof job.request - (size_t)n);
   unsigned verb = job.request.verb;
-  if (n > 0 && !err && job.fds.messages >= 0 && verb < COUNT_OF(cli_verbs) &&
-      cli_verbs[verb].run) {
+  if (n == (ssize_t)sizeof job.request && job.fds.messages >= 0 &&
+      verb < COUNT_OF(cli_verbs) && cli_verbs[verb].run) {
     job.verb = &cli_verbs[verb];
     job.request.name[PATH_MAX - 1] = '\0';
     job.request.to[PATH_MAX - 1] = '\0';
@@ -8405,7 +8377,7 @@ static void cli_start_control(void) {
   if (!err) err = os_thread(cli_control, NULL);
   if (!err) return;
   cli.ctl_ended[0] = 0;
-  cli_remove_own(cli.ctl_path, &cli.ctl_st);
+  cli_remove_ctl();
   close(cli.ctl);
   cli_say("%s: %s; no commands are taken while it is served", cli.store,
           u_errno_text(err));
@@ -8481,22 +8453,7 @@ static int cli_open_volume(const char *path, const char *name,
   return 0;
 }
 
-/* At exit: closes the store, which makes all durable.  Returns NULL, or what
- * went wrong.  Exports and commands use the store, so the server has been freed
- * and cli_control has ended. */
-static const char *cli_close_store(void) {
-  int err = cli.cas ? nbdserve_cas_close(cli.cas) : 0;
-  return err ? u_errno_text(err) : NULL;
-}
-
 /* ---- The command line of a command -------------------------------------- */
-
-/* Finds the command of that name, or returns NULL. */
-static const struct cli_verb *cli_find_verb(const char *name) {
-  for (size_t i = 0; i < COUNT_OF(cli_verbs); i++)
-    if (strcmp(cli_verbs[i].name, name) == 0) return &cli_verbs[i];
-  return NULL;
-}
 
 /* Finds out which store a command is for, and takes it off the operands:
  *
@@ -8507,24 +8464,23 @@ static const struct cli_verb *cli_find_verb(const char *name) {
  *   nothing           $NBDSERVE_STORE
  *
  * Returns its path, or NULL if nothing names a store. */
-static char *cli_take_store(const struct cli_verb *verb, char ***operands,
-                            int *noperands) {
+static char *cli_take_store(const struct cli_verb *verb) {
   char *fallback = getenv("NBDSERVE_STORE");
   uint64_t size;
-  if (!*noperands) return fallback;
-  char *first = **operands;
+  if (!cli.ntargets) return fallback;
+  char *first = *cli.targets;
   char *colons = strstr(first, "::");
   if (!colons && verb->noperands) return fallback;
-  if (!colons && !verb->run && *noperands == 1 && fallback &&
+  if (!colons && !verb->run && cli.ntargets == 1 && fallback &&
       u_parse_number(first, INT64_MAX, &size))
     return fallback;
   if (colons) {
-    **operands = colons + 2;
+    *cli.targets = colons + 2;
     *colons = '\0';
     if (verb->noperands || colons[2]) return first;
   }
-  ++*operands;
-  --*noperands;
+  cli.targets++;
+  cli.ntargets--;
   return first;
 }
 
@@ -8560,19 +8516,18 @@ static void cli_open_file(struct cli_job *job, const char *file) {
  * of the others; otherwise once.  An operand that does not fit is cut: it is
  * too long for a name in any case.  Returns the exit status of the first time
  * that it fails, or 0. */
-static int cli_run_on_operands(struct cli_job *job, int is_remote,
-                               char **operands, int noperands) {
+static int cli_run_on_operands(struct cli_job *job) {
   int needed = job->verb->noperands;
   char *each = needed > 1 ? job->request.to : job->request.name;
   int i = needed > 1; /* the first of those that may repeat */
   int status;
-  assert(noperands >= needed);
-  if (needed > 1) snprintf(job->request.name, PATH_MAX, "%s", operands[0]);
+  assert(cli.ntargets >= needed);
+  if (needed > 1) snprintf(job->request.name, PATH_MAX, "%s", cli.targets[0]);
   do {
-    if (needed) snprintf(each, PATH_MAX, "%s", operands[i]);
-    status = is_remote ? cli_run_remote(job) : cli_run_job(job, cli.cas);
+    if (needed) snprintf(each, PATH_MAX, "%s", cli.targets[i]);
+    status = cli.cas ? cli_run_job(job, cli.cas) : cli_run_remote(job);
     i++;
-  } while (!status && i < noperands);
+  } while (!status && i < cli.ntargets);
   return status;
 }
 
@@ -8582,16 +8537,19 @@ static int cli_run_on_operands(struct cli_job *job, int is_remote,
 static void cli_run_verb(void) {
   struct cli_job job = {.fds = {.output = 1, .messages = 2}, .client = -1};
   const char *name = cli.ntargets ? cli.targets[0] : "";
-  const struct cli_verb *verb = cli_find_verb(name);
-  char **operands = cli.targets + 1;
-  int n = cli.ntargets - 1;
-  if (!verb) return;
-  char *store = cli_take_store(verb, &operands, &n);
+  const struct cli_verb *verb = cli_verbs;
+  while (verb->name && strcmp(verb->name, name) != 0)
+    verb++;
+  if (!verb->name) return;
+  cli.targets++;
+  cli.ntargets--;
+  char *store = cli_take_store(verb);
+  int n = cli.ntargets;
   assert(n >= 0);
   if (!store || n < verb->noperands || n - verb->noperands > verb->nmore ||
       (opt[OPT_DRY_RUN].given && !(verb->flags & VERB_DRY_RUN)))
     cli_usage("usage: nbdserve %s %s", name, verb->operands);
-  const char *last = n ? operands[n - 1] : NULL;
+  const char *last = n ? cli.targets[n - 1] : NULL;
   job.verb = verb;
   job.request.verb = (unsigned char)(verb - cli_verbs);
   job.request.json = opt[OPT_JSON].given != 0;
@@ -8605,7 +8563,7 @@ static void cli_run_verb(void) {
   int err = cli_open_store(store, (verb->flags & VERB_READS_ONLY) != 0);
   if (err != -EBUSY) cli_exit_if_error(err, store);
   if (!err && verb->flags & VERB_IS_LONG) cli_catch_signals(cli_on_signal);
-  exit(cli_run_on_operands(&job, err == -EBUSY, operands, n));
+  exit(cli_run_on_operands(&job));
 }
 
 /* Prints the commands for --help. */
@@ -8613,16 +8571,15 @@ static void cli_help_verbs(void) {
   puts("\nCommands on stores, also while they are served.  NAME is VOLUME,\n"
        "VOLUME@SNAPSHOT or the id of a sealed snapshot; names that follow\n"
        "are in the same store.");
-  for (size_t i = 0; i < COUNT_OF(cli_verbs); i++)
-    printf("  %-9s %-23s %s\n", cli_verbs[i].name, cli_verbs[i].operands,
-           cli_verbs[i].help);
+  for (const struct cli_verb *verb = cli_verbs; verb->name; verb++)
+    printf("  %-9s %-23s %s\n", verb->name, verb->operands, verb->help);
 }
 
 #else /* NBDSERVE_NO_CAS: there are no commands, and no store can be opened. */
 #define cli_start_control() ((void)0)
 #define cli_await_control() 1
 #define cli_open_volume(path, name, ex) (-EOPNOTSUPP)
-#define cli_close_store() NULL
+#define nbdserve_cas_close(cas) 0
 #define cli_run_verb() ((void)0)
 #define cli_help_verbs() ((void)0)
 #endif
@@ -8669,20 +8626,16 @@ static void cli_parse_target(char *text, struct cli_target *target) {
   const char *path = target->text;
   const char *colons = strstr(path, "::");
   const char *front = "";
-  size_t len = strlen(path);
   if (strncmp(path, file, nfile) == 0) {
     path += nfile;
-    len -= nfile;
     /* The backend must not take the file mem:5 for memory. */
     if (strncmp(path, "mem:", 4) == 0) front = "./";
   } else if (colons) {
-    len = (size_t)(colons - path);
     target->volume = colons + 2;
   }
-  if (strlen(front) + len >= PATH_MAX)
+  if (snprintf(target->path, PATH_MAX, "%s%s", front, path) >= PATH_MAX)
     cli_exit_if_error(-ENAMETOOLONG, target->text);
-  snprintf(target->path, PATH_MAX, "%s%.*s", front, (int)len, path);
-  assert(strlen(target->path) == strlen(front) + len);
+  if (target->volume) target->path[colons - path] = '\0';
 }
 
 /* Returns the name of the export of a target.  NULL: it is the only one, and
@@ -8890,20 +8843,21 @@ static void cli_listen(void) {
 
 /* ---- The command that is served (--run, --) ----------------------------- */
 
-/* Returns a copy of the text with the URI in place of each {}, which is not
- * freed, or NULL if there is no memory. */
+/* Returns a copy of the text, which is not freed, with the URI in place of each
+ * {}. */
 static char *cli_put_uri(const char *text) {
   char *copy = NULL;
   size_t len;
   assert(*cli.uri);
   FILE *out = open_memstream(&copy, &len);
-  if (!out) return NULL;
+  if (!out) cli_exit_if_error(-errno, "--");
   for (const char *hit = strstr(text, "{}"); hit; hit = strstr(text, "{}")) {
     fprintf(out, "%.*s%s", (int)(hit - text), text, cli.uri);
     text = hit + 2;
   }
   fputs(text, out);
-  return fclose(out) == 0 ? copy : NULL;
+  if (fclose(out) == EOF) cli_exit_if_error(-errno, "--");
+  return copy;
 }
 
 /* Sets the variables that a shell command can use.  They have the names that
@@ -8945,10 +8899,8 @@ static void cli_start_command(void) {
   sigset_t was;
   assert(!cli.child);
   if (!*cli.uri) cli_usage("no URI for the command to use");
-  for (char **word = cli.command; word && *word; word++) {
+  for (char **word = cli.command; word && *word; word++)
     *word = cli_put_uri(*word);
-    if (!*word) cli_exit_if_error(-ENOMEM, "--");
-  }
   cli_block_signals(&was);
   if (cli.phase == CLI_SERVING) {
     pid_t pid = fork();
@@ -9101,18 +9053,17 @@ static int cli_serve(void) {
  * does not end, the store stays open: opening it next time repairs what is
  * unfinished.  From here on signals are ignored. */
 static void cli_close(void) {
-  const char *trouble = NULL;
   cli_catch_signals(SIG_IGN);
-  cli_remove_own(opt[OPT_PIDFILE].text, &cli.pidfile_st);
-  cli_remove_own(cli.ctl_path, &cli.ctl_st);
-  if (!cli_await_control()) trouble = "a command was not finished";
+  if (cli.pidfile) os_remove_own_file(opt[OPT_PIDFILE].text, cli.pidfile);
+  cli_remove_ctl();
+  int is_finished = cli_await_control();
   nbdserve_free(cli.server);
-  if (!trouble) trouble = cli_close_store();
+  int err = is_finished && cli.cas ? nbdserve_cas_close(cli.cas) : 0;
   if (*cli.private_dir) rmdir(cli.private_dir);
-  if (trouble) {
-    cli_say("%s: %s", cli.store, trouble);
-    _exit(CLI_FAILED);
-  }
+  if (is_finished && !err) return;
+  cli_say("%s: %s", cli.store,
+          err ? u_errno_text(err) : "a command was not finished");
+  _exit(CLI_FAILED);
 }
 
 /* ---- The command line as a whole ---------------------------------------- */

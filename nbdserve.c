@@ -7298,10 +7298,10 @@ static void cli_catch_signals(void (*handler)(int)) {
 
 /* ---- Files that we make and remove -------------------------------------- */
 
-/* Removes the socket for commands, if it still is ours.  Whoever has put another
- * file in its place keeps that.  We have the socket bound: its inode number
- * would otherwise be free, and the other file may have got it.  As long as we
- * have not made it, ctl_st is all zero and fits no file. */
+/* Removes the socket for commands, if it still is ours.  Whoever has put
+ * another file in its place keeps that.  We have the socket bound: its inode
+ * number would otherwise be free, and the other file may have got it.  As long
+ * as we have not made it, ctl_st is all zero and fits no file. */
 static void cli_remove_ctl(void) {
   struct stat st;
   if (lstat(cli.ctl_path, &st) == 0 && st.st_dev == cli.ctl_st.st_dev &&

@@ -7430,10 +7430,10 @@ static void cli_catch_signals(void (*handler)(int)) {
 
 /* ---- Files that we make and remove -------------------------------------- */
 
-/* Removes the socket for commands, if it still is ours.  Whoever has put another
- * file in its place keeps that.  We have the socket bound: its inode number
- * would otherwise be free, and the other file may have got it.  As long as we
- * have not made it, ctl_st is all zero and fits no file. */
+/* Removes the socket for commands, if it still is ours.  Whoever has put
+ * another file in its place keeps that.  We have the socket bound: its inode
+ * number would otherwise be free, and the other file may have got it.  As long
+ * as we have not made it, ctl_st is all zero and fits no file. */
 static void cli_remove_ctl(void) {
   struct stat st;
   if (lstat(cli.ctl_path, &st) == 0 && st.st_dev == cli.ctl_st.st_dev &&
@@ -7497,9 +7497,10 @@ enum {
   X("df", NBD_FLAG_SEND_DF)           X("multi-conn", NBD_FLAG_CAN_MULTI_CONN) \
   X("cache", NBD_FLAG_SEND_CACHE)     X("fast-zero", NBD_FLAG_SEND_FAST_ZERO) \
   X("list", 65536u << NBD_OPT_LIST)   X("info", 65536u << NBD_OPT_INFO) \
-  X("go", 65536u << NBD_OPT_GO) X("meta", 65536u << NBD_OPT_SET_META_CONTEXT) \
+  X("go", 65536u << NBD_OPT_GO) \
   X("structured", 65536u << NBD_OPT_STRUCTURED_REPLY) \
   X("list-meta", 65536u << NBD_OPT_LIST_META_CONTEXT) \
+  X("meta", 65536u << NBD_OPT_SET_META_CONTEXT) \
   X("extended", 65536u << NBD_OPT_EXTENDED_HEADERS)
 
 /* --fault and --delay: the requests that they concern */
@@ -8954,14 +8955,12 @@ static void cli_listen_on_tcp(void) {
 static void cli_listen(void) {
   const char *path = opt[OPT_UNIX].text;
   int wants_tcp = opt[OPT_PORT].given || opt[OPT_BIND].given;
+  int is_private = path ? strcmp(path, "-") == 0 : !wants_tcp;
   if (opt[OPT_STDIN].given) cli.client = 0;
   if (opt[OPT_FD].given) cli_listen_on_fd((int)opt[OPT_FD].number);
   if (opt[OPT_STDIN].given || opt[OPT_FD].given) return;
-  if (!path && !wants_tcp) {
-    if (cli_listen_on_passed()) return;
-    path = "-";
-  }
-  if (path && strcmp(path, "-") == 0)
+  if (!path && is_private && cli_listen_on_passed()) return;
+  if (is_private)
     cli_listen_privately();
   else if (path)
     cli_listen_on_unix(path);

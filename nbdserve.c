@@ -7365,9 +7365,10 @@ enum {
   X("df", NBD_FLAG_SEND_DF)           X("multi-conn", NBD_FLAG_CAN_MULTI_CONN) \
   X("cache", NBD_FLAG_SEND_CACHE)     X("fast-zero", NBD_FLAG_SEND_FAST_ZERO) \
   X("list", 65536u << NBD_OPT_LIST)   X("info", 65536u << NBD_OPT_INFO) \
-  X("go", 65536u << NBD_OPT_GO) X("meta", 65536u << NBD_OPT_SET_META_CONTEXT) \
+  X("go", 65536u << NBD_OPT_GO) \
   X("structured", 65536u << NBD_OPT_STRUCTURED_REPLY) \
   X("list-meta", 65536u << NBD_OPT_LIST_META_CONTEXT) \
+  X("meta", 65536u << NBD_OPT_SET_META_CONTEXT) \
   X("extended", 65536u << NBD_OPT_EXTENDED_HEADERS)
 
 /* --fault and --delay: the requests that they concern */
@@ -7934,23 +7935,31 @@ struct cli_value {
   uint64_t number;
 };
 
-/* Prints a row of n values.  On a terminal they are aligned; the first column
- * is wide, as it has the name wherever there is one.  JSON would want nothing
- * in a text escaped: the store refuses names with such characters, and the
- * other texts are our own.  Returns 0, or -errno if some of the output was
- * lost, which ends a list early. */
-static int cli_print_row(struct cli_job *job, const struct cli_value *values,
-                         int n) {
+/* clang-format off */
+#define CLI_STRING(name_, text_) {.name = name_, .text = text_}
+#define CLI_NUMBER(name_, number_) {.name = name_, .number = number_}
+/* clang-format on */
+
+/* Prints a row of such values. */
+#define CLI_PRINT_ROW(job, ...) \
+  cli_print_row(job, (const struct cli_value[]){__VA_ARGS__, {.name = NULL}})
+
+/* Prints a row of values, which end with one that has no name.  On a terminal
+ * they are aligned; the first column is wide, as it has the name wherever there
+ * is one.  JSON would want nothing in a text escaped: the store refuses names
+ * with such characters, and the other texts are our own.  Returns 0, or -errno
+ * if some of the output was lost, which ends a list early. */
+static int cli_print_row(struct cli_job *job, const struct cli_value *values) {
   unsigned flags = job->verb->flags;
   int json = job->request.json;
   int is_table = !json && !(flags & VERB_LINES);
   int is_aligned = is_table && isatty(job->fds.output);
   const char *quote = json ? "\"" : "";
-  assert(n > 0 && (flags & VERB_ROWS || !job->nrows));
+  assert(values->name && (flags & VERB_ROWS || !job->nrows));
   cli_hide_progress(job);
   if (json && flags & VERB_ROWS) cli_print(job, job->nrows ? "," : "[");
   job->nrows++;
-  for (int i = 0; i < n; i++) {
+  for (int i = 0; values[i].name; i++) {
     if (json)
       cli_print(job, "%s\"%s\":", i ? "," : "{", values[i].name);
     else if (!is_table)
@@ -7987,11 +7996,9 @@ static int cli_list_row(void *arg, const struct nbdserve_cas_info *info) {
   struct tm tm;
   if (!gmtime_r(&created, &tm)) tm = (struct tm){.tm_mday = 1};
   strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &tm);
-  const struct cli_value row[] = {{.name = "name", .text = info->name},
-                                  {.name = "size", .number = info->size},
-                                  {.name = "created", .text = text},
-                                  {.name = "id", .text = info->id}};
-  return cli_print_row(arg, row, 4);
+  return CLI_PRINT_ROW(arg, CLI_STRING("name", info->name),
+                       CLI_NUMBER("size", info->size),
+                       CLI_STRING("created", text), CLI_STRING("id", info->id));
 }
 
 /* list: a row for each volume and snapshot */
@@ -8006,15 +8013,13 @@ static int cli_do_seal(struct cli_job *job, struct nbdserve_cas *cas) {
   int err = nbdserve_cas_seal(cas, job->request.name, id, cli_progress, job);
   if (err) return err;
   assert(strncmp(id, "sha256-", 7) == 0);
-  const struct cli_value row = {.name = "id", .text = id};
-  return cli_print_row(job, &row, 1);
+  return CLI_PRINT_ROW(job, CLI_STRING("id", id));
 }
 
 /* Prints a range that differs: a nbdserve_range_fn */
 static int cli_range_row(void *arg, uint64_t off, uint64_t len) {
-  const struct cli_value row[] = {{.name = "offset", .number = off},
-                                  {.name = "length", .number = len}};
-  return cli_print_row(arg, row, 2);
+  return CLI_PRINT_ROW(arg, CLI_NUMBER("offset", off),
+                       CLI_NUMBER("length", len));
 }
 
 /* diff: a row for each range in which two volumes or snapshots differ */
@@ -8030,11 +8035,8 @@ static void cli_damage_row(void *arg, const char *name, uint64_t off,
                            uint64_t len, const char *why) {
   struct cli_job *job = arg;
   if (!*name && !job->request.json) name = "-";
-  const struct cli_value row[] = {{.name = "name", .text = name},
-                                  {.name = "offset", .number = off},
-                                  {.name = "length", .number = len},
-                                  {.name = "why", .text = why}};
-  cli_print_row(job, row, 4);
+  CLI_PRINT_ROW(job, CLI_STRING("name", name), CLI_NUMBER("offset", off),
+                CLI_NUMBER("length", len), CLI_STRING("why", why));
 }
 
 /* verify: a row for each range that is damaged; the exit status tells, too. */
@@ -8048,8 +8050,7 @@ static int cli_do_gc(struct cli_job *job, struct nbdserve_cas *cas) {
   uint64_t bytes;
   int err = nbdserve_cas_gc(cas, &bytes, cli_progress, job);
   if (err) return err;
-  const struct cli_value row = {.name = "bytes", .number = bytes};
-  return cli_print_row(job, &row, 1);
+  return CLI_PRINT_ROW(job, CLI_NUMBER("bytes", bytes));
 }
 
 /* stat: how much is stored, and how full the log is */
@@ -8057,13 +8058,10 @@ static int cli_do_stat(struct cli_job *job, struct nbdserve_cas *cas) {
   struct nbdserve_cas_stat stat;
   nbdserve_cas_stat(cas, &stat);
   assert(u_is_power_of_2(stat.block_size));
-  const struct cli_value row[] = {
-      {.name = "block_size", .number = stat.block_size},
-      {.name = "stored", .number = stat.stored},
-      {.name = "free", .number = stat.free},
-      {.name = "file", .number = stat.file},
-      {.name = "log", .number = stat.log}};
-  return cli_print_row(job, row, 5);
+  return CLI_PRINT_ROW(
+      job, CLI_NUMBER("block_size", stat.block_size),
+      CLI_NUMBER("stored", stat.stored), CLI_NUMBER("free", stat.free),
+      CLI_NUMBER("file", stat.file), CLI_NUMBER("log", stat.log));
 }
 
 /* What import and export move at a time: a whole number of blocks of every size
@@ -8825,14 +8823,12 @@ static void cli_listen_on_tcp(void) {
 static void cli_listen(void) {
   const char *path = opt[OPT_UNIX].text;
   int wants_tcp = opt[OPT_PORT].given || opt[OPT_BIND].given;
+  int is_private = path ? strcmp(path, "-") == 0 : !wants_tcp;
   if (opt[OPT_STDIN].given) cli.client = 0;
   if (opt[OPT_FD].given) cli_listen_on_fd((int)opt[OPT_FD].number);
   if (opt[OPT_STDIN].given || opt[OPT_FD].given) return;
-  if (!path && !wants_tcp) {
-    if (cli_listen_on_passed()) return;
-    path = "-";
-  }
-  if (path && strcmp(path, "-") == 0)
+  if (!path && is_private && cli_listen_on_passed()) return;
+  if (is_private)
     cli_listen_privately();
   else if (path)
     cli_listen_on_unix(path);
@@ -9068,20 +9064,9 @@ static void cli_close(void) {
 
 /* ---- The command line as a whole ---------------------------------------- */
 
-/* Prints the options for --help.  Those without a letter are indented, so that
- * all names are in one column. */
-static void cli_help_options(void) {
-  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++) {
-    const struct cli_option *option = &cli_options[id];
-    const char *argument = option->argument ? option->argument : "";
-    char letter[] = "-x,";
-    letter[1] = option->letter;
-    printf("  %3s --%s %-*s %s\n", option->letter ? letter : "", option->name,
-           18 - (int)strlen(option->name), argument, option->help);
-  }
-}
-
-/* --help.  README has a copy of what this prints; a test compares them. */
+/* --help.  README has a copy of what this prints; a test compares them.
+ * Options without a letter are indented, so that all names are in one
+ * column. */
 static int cli_help(void) {
   puts("usage: nbdserve [OPTION]... [NAME=]TARGET... [-- CMD ARG...]\n"
        "       nbdserve COMMAND ARG...\n"
@@ -9089,7 +9074,13 @@ static int cli_help(void) {
        "file:PATH (a file whatever its name looks like), STORE::VOLUME,\n"
        "STORE::VOLUME@SNAPSHOT or, for a whole store, STORE::.\n"
        "With CMD: serves while CMD runs; {} in an ARG becomes the URI.\n");
-  cli_help_options();
+  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++) {
+    const struct cli_option *option = &cli_options[id];
+    const char *argument = option->argument ? option->argument : "";
+    const char letter[] = {'-', option->letter, ',', '\0'};
+    printf("  %3s --%s %-*s %s\n", option->letter ? letter : "", option->name,
+           18 - (int)strlen(option->name), argument, option->help);
+  }
   cli_help_verbs();
   puts("\nNumbers take K, M, G, T, P and E (powers of 1024).  Once it\n"
        "listens it prints the URI.  Exit status: 0 success, 1 failure,\n"

@@ -44,11 +44,12 @@
  *                               case in tx_put_head, its data in tx_data [9]
  *   a command-line option       a row of CLI_OPTIONS in [13]
  *   a command on stores         a row of cli_verbs in [13]
+ *   a kind of target            cli_parse_target and cli_add_target in [13]
  *   an operating system         a body in the functions of [2]
  *
  * ---- Threads ------------------------------------------------------------
- * The host's thread runs nbdserve_run, which accepts clients, until
- * nbdserve_stop.  The others:
+ * The host is the program that this file is linked into.  Its thread runs
+ * nbdserve_run, which accepts clients, until nbdserve_stop.  The others:
  *
  *   thread      started by             runs                    ended by
  *   client's    nbdserve_run for each  srv_thread: [8], then   the client, or
@@ -61,8 +62,11 @@
  *   store's     a request or command   cas_work: fills the     itself, when it
  *               that leaves work       index, checkpoints      is done
  *               behind
+ *   control     the command, when it   cli_control: commands   the server's
+ *               serves a store         on that store           end
  *
  * ---- Locks, in the order in which they may be taken ------------------------
+ * Each is named after the struct that it is in.
  *   1. nbdserve.lock      exports and their sizes, the list of clients
  *   2. conn.queue_lock    a client's queue, workers and statistics
  *   3. conn.send_lock     one writer on a client's socket at a time: the only
@@ -209,7 +213,8 @@ STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 #endif
 
 /* ---- Locks and threads --------------------------------------------------
- * A monitor is a mutex and a condition to wait for while holding it. */
+ * A monitor is a mutex and a condition variable: os_wait gives the mutex back
+ * while it sleeps, and holds it again when it returns. */
 #if NBDSERVE_NO_THREADS
 
 /* With one thread there is nothing to lock and nobody to wait for. */
@@ -262,8 +267,8 @@ static void os_must(int err) {
 /* Gives the lock back. */
 #define os_unlock(m) os_must(pthread_mutex_unlock(&(m)->mutex))
 
-/* Waits, without the lock, until woken.  It may also return although nobody
- * woke it, so callers look again at what they wait for. */
+/* Waits until woken.  It may also return although nobody woke it, so callers
+ * look again at what they wait for. */
 #define os_wait(m) os_must(pthread_cond_wait(&(m)->cond, &(m)->mutex))
 
 /* Wakes one of those that wait, whichever, or all of them. */
@@ -329,7 +334,7 @@ static void os_set_fd_flags(int fd, enum os_blocking blocking) {
 }
 
 /* Makes a channel that never blocks, to read from fd[0] and write to fd[1].  It
- * is a socket pair, because pipe() cannot set FD_CLOEXEC at once.  After an
+ * is a socket pair, because most systems can make that with FD_CLOEXEC at once.  After an
  * error fd is as it was. */
 static int os_pipe(int fd[2]) {
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0) return -errno;
@@ -356,7 +361,7 @@ static int os_accept(int fd) {
   int client = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
 #else
   int client = accept(fd, NULL, NULL);
-  if (client >= 0) os_set_fd_flags(client, OS_BLOCKING); /* BSDs inherit it */
+  if (client >= 0) os_set_fd_flags(client, OS_BLOCKING); /* BSDs copy flags */
 #endif
   return client < 0 ? -errno : client;
 }
@@ -382,8 +387,8 @@ static void os_setup_tcp(int fd) {
 #endif
 }
 
-/* Prepares a client's socket of any kind: no SIGPIPE, and a long reply fits in,
- * which is 3 times faster on Linux, 10 on macOS. */
+/* Prepares a client's socket of any kind: no SIGPIPE, and room for a long reply,
+ * as far as the system allows, which is 3 times faster on Linux, 10 on macOS. */
 static void os_setup_client(int fd) {
 #ifdef SO_NOSIGPIPE
   os_set_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
@@ -850,7 +855,7 @@ enum {
   SHA_COUNT_LEN = 8   /* bytes at a message's end that hold its length */
 };
 
-/* The constant that goes into each round: the first 32 bits behind the point of
+/* The constant that goes into each round: the first 32 bits of the fractional part of
  * the cube root of each of the first 64 primes */
 static const uint32_t sha_k[SHA_ROUNDS] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1,
@@ -1065,12 +1070,14 @@ static void sha_256(int use_hw, const void *first, const void *second,
 
   /* The instructions always work on two messages.  A single message keeps
    * itself company, and the second result is not looked at. */
-  const unsigned char *messages[] = {first, use_hw && !second ? first : second};
-  const unsigned char *tails[] = {tail[0], messages[1] ? tail[1] : NULL};
+  int is_pair = use_hw || second;
+  const unsigned char *other = second ? second : first;
+  const unsigned char *messages[] = {first, is_pair ? other : NULL};
+  const unsigned char *tails[] = {tail[0], is_pair ? tail[1] : NULL};
   memcpy(state[0], start, sizeof start);
   memcpy(state[1], start, sizeof start);
   size_t ntail = sha_pad(tail[0], first, len);
-  if (messages[1]) sha_pad(tail[1], messages[1], len);
+  if (is_pair) sha_pad(tail[1], other, len);
   sha_mix(use_hw, state, messages, len / SHA_BLOCK_LEN);
   sha_mix(use_hw, state, tails, ntail);
   sha_put_digest(first_digest, state[0]);
@@ -3994,7 +4001,7 @@ static void tx_run(struct conn *c) {
 
 /* ==== [10] FLAT (flat_) ==================================================
  * A regular file, a block device or memory, served as it is.  Here the file is
- * called the target, also if it is a device or in memory.
+ * called the target, even if it is a device or in memory.
  *
  *   export      0 ................................ size
  *   target      offset .................. offset + size
@@ -4018,7 +4025,7 @@ static void tx_run(struct conn *c) {
  *      it first says so; from then on the portable way is taken.
  * (F3) Nothing here depends on the offset of a descriptor, so any number of
  *      threads may call at once.
- * (F4) What nbdserve_flat_open makes and then cannot use it removes again. */
+ * (F4) If nbdserve_flat_open fails, it removes the file that it has made. */
 #if !NBDSERVE_NO_FLAT
 
 enum {
@@ -4056,7 +4063,7 @@ struct flat {
 };
 STATIC_ASSERT(modes_of_fallocate_have_bits, OS_FALLOCATE_MODES <= 30);
 
-/* Do writes go to the overlay?  Then clients can do nothing to the target. */
+/* Do writes go to the overlay?  Then no request changes the target. */
 static int flat_is_temporary(const struct flat *f) {
   return f->overlay_fd >= 0;
 }
@@ -4238,7 +4245,8 @@ static int flat_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   return err == -EOPNOTSUPP ? -ENOTSUP : err;
 }
 
-/* Brings a range of the target into the system's memory, if it likes to. */
+/* Brings a range of the target into the system's memory, if the system chooses
+ * to. */
 static int flat_cache(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   (void)flags;
   struct flat *f = ctx;
@@ -7002,7 +7010,7 @@ enum {
 enum {
   /* Seconds that a command has, from SIGTERM to its end: enough to write what
    * it has left, and no more than whoever has sent the signal will wait. */
-  CLI_COMMAND_GRACE_S = 10,
+  CLI_CHILD_GRACE_S = 10,
 
   /* A command that takes less time than this shows no progress. */
   CLI_PROGRESS_AFTER_MS = 1000,
@@ -7023,9 +7031,9 @@ enum {
 /* How far the end has come; see "Signals, and how it ends" below.  It goes from
  * one to the next, and never back. */
 enum cli_phase {
-  CLI_SERVING,      /* nobody has asked for the end */
-  CLI_COMMAND_ENDS, /* the command is to end, and is served until it has */
-  CLI_STOPPING      /* nbdserve_stop was called */
+  CLI_SERVING,    /* nobody has asked for the end */
+  CLI_CHILD_ENDS, /* the command is to end, and is served until it has */
+  CLI_STOPPING    /* nbdserve_stop was called */
 };
 
 /* The state of the process.  What the options say is in `opt`. */
@@ -7097,7 +7105,7 @@ static struct {
   /* We have sent SIGTERM to the command. */
   volatile sig_atomic_t child_told;
   /* The exit status of a command that has ended */
-  volatile sig_atomic_t command_status;
+  volatile sig_atomic_t child_status;
 } cli = {.export_name = "", .client = -1, .ctl = -1, .ready_pipe = -1};
 
 STATIC_ASSERT(a_process_id_fits, sizeof(sig_atomic_t) >= sizeof(pid_t));
@@ -7157,7 +7165,7 @@ static void cli_exit_if_error(int err, const char *object) {
  *      the command's above all, are served as before.
  *   2. The command is told, by SIGTERM, and served until it has ended.  It may
  *      still write what it has, and flush.
- *   3. Its end, a second signal or CLI_COMMAND_GRACE_S seconds finish step 2:
+ *   3. Its end, a second signal or CLI_CHILD_GRACE_S seconds finish step 2:
  *      nbdserve_stop.
  *   4. The server finishes in its own order: see srv_finish in [12].
  *   5. The status of the command becomes ours.  If it has still not ended a
@@ -7167,7 +7175,7 @@ static void cli_exit_if_error(int err, const char *object) {
  * nbdserve_stop has been called and a signal has come before, SIGINT ends the
  * process at once: whoever types Ctrl-C twice does not want to wait.
  *
- *   CLI_SERVING --- a signal, while a command runs --> CLI_COMMAND_ENDS
+ *   CLI_SERVING --- a signal, while a command runs --> CLI_CHILD_ENDS
  *        |                                                    |
  *        | a signal without a command,          its end, a second signal,
  *        | or the end of the command            or SIGALRM: time is over
@@ -7215,14 +7223,14 @@ static void cli_stop_server(void) {
  * clock that limits its time.  The handler may call this.  The signals are
  * blocked because the command may end at any moment: once the handler has
  * waited for it, its process id may belong to somebody else. */
-static void cli_tell_command(void) {
+static void cli_tell_child(void) {
   sigset_t was;
   cli_block_signals(&was);
   if (cli.child && !cli.child_told) {
     assert(cli.child > 0); /* kill would hit a group of processes */
     cli.child_told = 1;
     kill((pid_t)cli.child, SIGTERM);
-    alarm(CLI_COMMAND_GRACE_S);
+    alarm(CLI_CHILD_GRACE_S);
   }
   sigprocmask(SIG_SETMASK, &was, NULL);
 }
@@ -7235,7 +7243,7 @@ static void cli_on_child(void) {
   pid_t child = (pid_t)cli.child;
   int wait_status = 0;
   if (!child || waitpid(child, &wait_status, WNOHANG) != child) return;
-  cli.command_status = cli_exit_status(wait_status);
+  cli.child_status = cli_exit_status(wait_status);
   cli.child = 0;
   cli_stop_server();
 }
@@ -7244,11 +7252,11 @@ static void cli_on_child(void) {
  * sends goes to the command as well, so it may well have ended already. */
 static void cli_on_end(int sig) {
   int is_first = !cli.end_wanted;
-  assert(cli.phase != CLI_COMMAND_ENDS || cli.child);
+  assert(cli.phase != CLI_CHILD_ENDS || cli.child);
   cli.end_wanted = 1;
   if (is_first && cli.child) {
-    cli.phase = CLI_COMMAND_ENDS;
-    if (NBDSERVE_NO_THREADS) cli_tell_command();
+    cli.phase = CLI_CHILD_ENDS;
+    if (NBDSERVE_NO_THREADS) cli_tell_child();
     return;
   }
   if (!is_first && cli.phase == CLI_STOPPING && sig == SIGINT)
@@ -7345,9 +7353,9 @@ struct cli_word {
 
 enum {
   /* The types of requests are below this; NBD_CMD_BLOCK_STATUS is the last. */
-  CLI_NCOMMANDS = NBD_CMD_BLOCK_STATUS + 1,
+  CLI_NTYPES = NBD_CMD_BLOCK_STATUS + 1,
   /* In place of a type: each of them */
-  CLI_ALL_COMMANDS = CLI_NCOMMANDS
+  CLI_ALL_TYPES = CLI_NTYPES
 };
 
 /* clang-format off */
@@ -7372,11 +7380,11 @@ enum {
   X("extended", 65536u << NBD_OPT_EXTENDED_HEADERS)
 
 /* --fault and --delay: the requests that they concern */
-#define CLI_COMMANDS(X) \
+#define CLI_TYPES(X) \
   X("read", NBD_CMD_READ)             X("write", NBD_CMD_WRITE) \
   X("flush", NBD_CMD_FLUSH)           X("trim", NBD_CMD_TRIM) \
   X("cache", NBD_CMD_CACHE)           X("zero", NBD_CMD_WRITE_ZEROES) \
-  X("status", NBD_CMD_BLOCK_STATUS)   X("all", CLI_ALL_COMMANDS)
+  X("status", NBD_CMD_BLOCK_STATUS)   X("all", CLI_ALL_TYPES)
 
 /* --fault: the errors that the protocol knows, as errno values */
 #define CLI_ERRORS(X) \
@@ -7386,7 +7394,7 @@ enum {
   X("ENOTSUP", ENOTSUP)               X("ESHUTDOWN", ESHUTDOWN)
 
 static const struct cli_word cli_features[] = {CLI_FEATURES(CLI_ROW) {0}};
-static const struct cli_word cli_commands[] = {CLI_COMMANDS(CLI_ROW) {0}};
+static const struct cli_word cli_types[] = {CLI_TYPES(CLI_ROW) {0}};
 static const struct cli_word cli_errors[] = {CLI_ERRORS(CLI_ROW) {0}};
 
 /* --cache: flags of an export */
@@ -7408,7 +7416,7 @@ static struct cli_fault {
   unsigned sum;
   /* How long each request waits before it is done */
   int delay_ms;
-} cli_faults[CLI_NCOMMANDS];
+} cli_faults[CLI_NTYPES];
 
 /* The `before` function of the server: it is called for each request, in the
  * thread that is about to do it, and may wait there.  Which requests fail is
@@ -7417,7 +7425,7 @@ static int cli_before(void *unused, unsigned type, uint64_t off, uint64_t len) {
   (void)unused;
   (void)off;
   (void)len;
-  assert(type < CLI_NCOMMANDS);
+  assert(type < CLI_NTYPES);
   struct cli_fault *fault = &cli_faults[type];
   if (fault->delay_ms) poll(NULL, 0, fault->delay_ms);
   os_lock(&cli.server->lock);
@@ -7508,11 +7516,11 @@ static int cli_take_word(const struct cli_word *words, const char **text,
     .form = "a list of:" CLI_FEATURES(CLI_TEXT) " (with commas)", \
     .help = "hide features from clients (see README)") \
   X(FAULT, "fault", .argument = "CMD:ERR:RATE", .parse = cli_parse_fault, \
-    .form = "CMD:ERR:RATE; CMD:" CLI_COMMANDS(CLI_TEXT) \
+    .form = "CMD:ERR:RATE; CMD:" CLI_TYPES(CLI_TEXT) \
             "; ERR:" CLI_ERRORS(CLI_TEXT) "; RATE: 0 to 1", \
     .help = "make requests fail: write:EIO:0.1 (see README)") \
   X(DELAY, "delay", .argument = "CMD:MS", .parse = cli_parse_fault, \
-    .form = "CMD:MS; CMD:" CLI_COMMANDS(CLI_TEXT) "; MS: 0 to 1000000", \
+    .form = "CMD:MS; CMD:" CLI_TYPES(CLI_TEXT) "; MS: 0 to 1000000", \
     .help = "make requests wait: read:50 (see README)") \
   X(DRY_RUN, "dry-run", .letter = 'n', \
     .help = "rollback, resize, rm: only check if they can be done") \
@@ -7624,13 +7632,13 @@ static int cli_parse_fault(enum cli_option_id id, const char *value) {
   uint32_t command;
   uint32_t error = 0;
   char *rest;
-  if (!cli_take_word(cli_commands, &value, ":", &command)) return 0;
+  if (!cli_take_word(cli_types, &value, ":", &command)) return 0;
   if (is_fault && !cli_take_word(cli_errors, &value, ":", &error)) return 0;
   double number = strtod(value, &rest);
   if (rest == value || *rest) return 0;
   if (!(number >= 0 && number <= (is_fault ? 1 : 1e6))) return 0;
-  for (uint32_t i = 0; i < CLI_NCOMMANDS; i++) {
-    if (command != i && command != CLI_ALL_COMMANDS) continue;
+  for (uint32_t i = 0; i < CLI_NTYPES; i++) {
+    if (command != i && command != CLI_ALL_TYPES) continue;
     if (is_fault) {
       cli_faults[i].err = -(int)error;
       cli_faults[i].rate_ppm = (unsigned)(number * 1e6 + .999);
@@ -8127,7 +8135,10 @@ static int cli_do_copy(struct cli_job *job, struct nbdserve_cas *cas) {
     if (!err) err = cli_copy_piece(file, &ex, kind, off, n);
   }
   if (!err && kind == COPY_IN) err = ex.ops->flush(ex.ctx, 0);
-  if (!err && kind == COPY_TO_FILE) err = os_datasync(file);
+  if (!err && kind != COPY_IN) {
+    err = os_datasync(file);
+    if (err == -EINVAL || err == -ENOTSUP) err = 0; /* a pipe, a terminal */
+  }
   ex.ops->close(ex.ctx);
   return err;
 }
@@ -8217,7 +8228,7 @@ static const char *cli_job_reason(const struct cli_job *job, int err) {
  * the message goes to whoever gave the command: this may be the server.  (The
  * FILE of an import is not named in it, as the errors that come after it was
  * opened are about the volume.)  Returns the exit status.  job->verb has been
- * checked: see cli_run_verb for our own, and cli_serve_command for what came
+ * checked: see cli_run_verb for our own, and cli_serve_verb for what came
  * over the socket. */
 static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
   const char *name = job->request.name;
@@ -8305,7 +8316,7 @@ static int cli_run_remote(struct cli_job *job) {
  * Where no descriptor has come there is -1: the system writes over what we have
  * put into the message only what it has got.  There is room for two: if
  * somebody sends more, the system closes the rest. */
-static void cli_serve_command(int client) {
+static void cli_serve_verb(int client) {
   struct cli_job job = {.fds = {.output = -1, .messages = -1},
                         .client = client};
   struct iovec data;
@@ -8338,7 +8349,7 @@ static void *cli_control(void *unused) {
   while (io_wait_input(&io, 0) == 0) {
     int client = os_accept(cli.ctl);
     if (client >= 0)
-      cli_serve_command(client);
+      cli_serve_verb(client);
     else
       poll(NULL, 0, SRV_PAUSE_MS);
   }
@@ -8873,7 +8884,7 @@ static void cli_set_variables(void) {
 
 /* In the child: becomes the command.  Returns only if that fails, with the exit
  * status.  The descriptors that we have opened close themselves. */
-static int cli_exec_command(void) {
+static int cli_exec_child(void) {
   const char *program = "/bin/sh";
   if (cli.command) {
     program = cli.command[0];
@@ -8891,7 +8902,7 @@ static int cli_exec_command(void) {
  * id is known to the handler: it may have ended by then, and SIGCHLD be
  * waiting.  If a signal has asked for the end already, there is nobody to serve
  * the command, so it is not started. */
-static void cli_start_command(void) {
+static void cli_start_child(void) {
   sigset_t was;
   assert(!cli.child);
   if (!*cli.uri) cli_usage("no URI for the command to use");
@@ -8904,7 +8915,7 @@ static void cli_start_command(void) {
     if (pid == 0) {
       cli_catch_signals(SIG_DFL); /* first: it must not run our handler */
       sigprocmask(SIG_SETMASK, &was, NULL);
-      _exit(cli_exec_command());
+      _exit(cli_exec_child());
     }
     cli.child = pid;
   }
@@ -8915,18 +8926,18 @@ static void cli_start_command(void) {
  * us here, or has been told and had its time.  If it has not been told (the
  * server has failed, or two signals have come at once) that is done now; in the
  * first case there is time to wait for it. */
-static void cli_await_command(void) {
+static void cli_await_child(void) {
   sigset_t was;
-  cli_tell_command();
+  cli_tell_child();
   cli_block_signals(&was);
-  if (cli.child && cli.phase == CLI_SERVING) cli.phase = CLI_COMMAND_ENDS;
+  if (cli.child && cli.phase == CLI_SERVING) cli.phase = CLI_CHILD_ENDS;
   while (cli.child && cli.phase != CLI_STOPPING)
     sigsuspend(&was); /* until the handler has run */
   if (cli.child) {
     assert(cli.child_told);
     cli_say("%s: the command still runs after SIGTERM; not waited for",
             cli.command ? cli.command[0] : "--run");
-    cli.command_status = CLI_FAILED;
+    cli.child_status = CLI_FAILED;
   }
   sigprocmask(SIG_SETMASK, &was, NULL);
 }
@@ -8981,7 +8992,7 @@ static void cli_tell_ready(void) {
       ((*cli.uri && dprintf(fd, "%s\n", cli.uri) < 0) || close(fd) < 0))
     cli_exit_if_error(-errno, "--ready-fd");
   if (opt[OPT_RUN].given)
-    cli_start_command();
+    cli_start_child();
   else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0)
     cli_exit_if_error(-errno, "standard output");
   if (cli.ready_pipe >= 0) cli_leave_terminal();
@@ -9018,9 +9029,9 @@ static int cli_run(void) {
       cli.stats_wanted = 0;
       cli_print_stats();
     }
-    if (cli.phase == CLI_COMMAND_ENDS) {
+    if (cli.phase == CLI_CHILD_ENDS) {
       nbdserve_unlisten(cli.server);
-      cli_tell_command();
+      cli_tell_child();
     }
   }
 }
@@ -9038,8 +9049,8 @@ static int cli_serve(void) {
   }
   int run_err = cli_run();
   if (opt[OPT_STATS].given) cli_print_stats();
-  cli_await_command();
-  if (cli.command_status) return cli.command_status;
+  cli_await_child();
+  if (cli.child_status) return cli.child_status;
   return err || run_err ? CLI_FAILED : CLI_OK;
 }
 

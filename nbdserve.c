@@ -334,8 +334,8 @@ static void os_set_fd_flags(int fd, enum os_blocking blocking) {
 }
 
 /* Makes a channel that never blocks, to read from fd[0] and write to fd[1].  It
- * is a socket pair, because most systems can make that with FD_CLOEXEC at once.  After an
- * error fd is as it was. */
+ * is a socket pair, because most systems can make that with FD_CLOEXEC at once.
+ * After an error fd is as it was. */
 static int os_pipe(int fd[2]) {
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0) return -errno;
   os_set_fd_flags(fd[0], OS_NONBLOCKING);
@@ -387,8 +387,9 @@ static void os_setup_tcp(int fd) {
 #endif
 }
 
-/* Prepares a client's socket of any kind: no SIGPIPE, and room for a long reply,
- * as far as the system allows, which is 3 times faster on Linux, 10 on macOS. */
+/* Prepares a client's socket of any kind: no SIGPIPE, and room for a long
+ * reply, as far as the system allows, which is 3 times faster on Linux, 10 on
+ * macOS. */
 static void os_setup_client(int fd) {
 #ifdef SO_NOSIGPIPE
   os_set_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
@@ -855,8 +856,8 @@ enum {
   SHA_COUNT_LEN = 8   /* bytes at a message's end that hold its length */
 };
 
-/* The constant that goes into each round: the first 32 bits of the fractional part of
- * the cube root of each of the first 64 primes */
+/* The constant that goes into each round: the first 32 bits of the fractional
+ * part of the cube root of each of the first 64 primes */
 static const uint32_t sha_k[SHA_ROUNDS] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1,
     0x923f82a4, 0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3,

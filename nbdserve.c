@@ -1574,15 +1574,6 @@ static int io_timeout(int64_t until) {
   return left > INT_MAX ? INT_MAX : (int)left;
 }
 
-/* Notes that the server stops, and how much has arrived by now (I3). */
-static void io_note_stop(struct io *io) {
-  int arrived = 0;
-  if (io->stopping) return;
-  io->stopping = 1;
-  if (ioctl(io->in, FIONREAD, &arrived) == 0 && arrived > 0)
-    io->arrived_left = (size_t)arrived;
-}
-
 /* Waits until there is something to receive.  -ETIMEDOUT: not until the time
  * `until` (0: without limit).  -ESHUTDOWN: all that had arrived when the server
  * stopped has been taken. */
@@ -1600,7 +1591,10 @@ static int io_wait_input(struct io *io, int64_t until) {
     if (r <= 0) continue;
     if (p[2].revents & POLLERR) return -EPIPE;
     if (!p[1].revents) return 0;
-    io_note_stop(io);
+    int arrived = 0; /* until now: all that is still taken (I3) */
+    if (ioctl(io->in, FIONREAD, &arrived) == 0 && arrived > 0)
+      io->arrived_left = (size_t)arrived;
+    io->stopping = 1;
   }
   return io->arrived_left > 0 ? 0 : -ESHUTDOWN;
 }
@@ -2411,20 +2405,14 @@ struct ex_batched {
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n);
 };
 
-/* Does one request with run_batch. */
-static int ex_batch_of_one(void *ctx, struct nbdserve_req *r) {
-  ((struct ex_batched *)ctx)->run_batch(ctx, r, 1);
-  assert(r->err <= 0);
-  return r->err;
-}
-
 /* ops->read of a backend that has run_batch. */
 static int ex_batched_read(void *ctx, void *buf, uint64_t off, uint64_t len,
                            uint32_t flags) {
   struct nbdserve_req r = {
       .type = NBD_CMD_READ, .off = off, .len = len, .buf = buf};
   (void)flags;
-  return ex_batch_of_one(ctx, &r);
+  ((struct ex_batched *)ctx)->run_batch(ctx, &r, 1);
+  return r.err;
 }
 
 /* ops->write of a backend that has run_batch. */
@@ -2434,7 +2422,8 @@ static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
   assert(!(flags & NBDSERVE_CMD_FUA)); /* not NATIVE_FUA: a flush follows */
   (void)flags;
   r.buf = (unsigned char *)(uintptr_t)buf; /* which a WRITE only reads */
-  return ex_batch_of_one(ctx, &r);
+  ((struct ex_batched *)ctx)->run_batch(ctx, &r, 1);
+  return r.err;
 }
 #endif
 
@@ -2899,11 +2888,6 @@ enum {
   HS_WITHOUT_OPTIONS = 16 /* from this bit of config.without on: options */
 };
 
-/* Is the option, one of ours, hidden from clients? */
-static int hs_is_hidden(const struct conn *c, uint32_t option) {
-  assert(option < COUNT_OF(hs_options));
-  return c->s->config.without >> (HS_WITHOUT_OPTIONS + option) & 1;
-}
 STATIC_ASSERT(options_have_bits,
               HS_WITHOUT_OPTIONS + COUNT_OF(hs_options) <= 32);
 
@@ -2938,7 +2922,7 @@ static enum hs_result hs_option(struct conn *c) {
     return HS_END;
   }
   if (o.option >= COUNT_OF(hs_options) || !hs_options[o.option] ||
-      hs_is_hidden(c, o.option))
+      (c->s->config.without >> (HS_WITHOUT_OPTIONS + o.option) & 1))
     return hs_refuse(c, NBD_REP_ERR_UNSUP, "unknown option");
   if (o.len > NBDSERVE_MAX_OPTION)
     return hs_refuse(c, NBD_REP_ERR_TOO_BIG, "too much data");
@@ -7255,7 +7239,7 @@ static void cli_on_end(int sig) {
   int is_first = !cli.end_wanted;
   assert(cli.phase != CLI_CHILD_ENDS || cli.child);
   cli.end_wanted = 1;
-  if (is_first && cli.child) {
+  if (cli.child && (is_first || !cli.child_told)) {
     cli.phase = CLI_CHILD_ENDS;
     if (NBDSERVE_NO_THREADS) cli_tell_child();
     return;
@@ -7277,10 +7261,10 @@ static void cli_on_signal(int sig) {
     cli.stats_wanted = 1;
   else if (sig == SIGCHLD)
     cli_on_child();
-  else if (sig == SIGALRM) /* the command has had its time */
-    cli_stop_server();
-  else
+  else if (sig != SIGALRM)
     cli_on_end(sig);
+  else if (cli.child_told) /* the command has had its time */
+    cli_stop_server();
   nbdserve_wake(cli.server);
   errno = saved;
 }
@@ -7290,12 +7274,16 @@ static void cli_on_signal(int sig) {
  * started us wants it so, as nohup does, and a shell for what it runs in the
  * background.  SIGPIPE and SIGXFSZ are ignored, so that writing to a closed
  * pipe, or beyond the limit for the size of files, becomes an error; but not
- * for such a program, which inherits what is ignored. */
+ * for such a program, which inherits what is ignored.  Who started us may have
+ * blocked signals, without which we would not learn of a command's end. */
 static void cli_catch_signals(void (*handler)(int)) {
   struct sigaction action = {.sa_handler = handler, .sa_flags = SA_RESTART};
+  sigset_t ours;
+  sigemptyset(&ours);
   sigfillset(&action.sa_mask);
   for (size_t i = 0; i < COUNT_OF(cli_signals); i++) {
     int sig = cli_signals[i];
+    sigaddset(&ours, sig);
     struct sigaction was = {.sa_handler = SIG_DFL};
     if (sig == SIGHUP || sig == SIGINT) sigaction(sig, NULL, &was);
     if (was.sa_handler != SIG_IGN) sigaction(sig, &action, NULL);
@@ -7303,6 +7291,7 @@ static void cli_catch_signals(void (*handler)(int)) {
   if (handler != SIG_DFL) action.sa_handler = SIG_IGN;
   sigaction(SIGPIPE, &action, NULL);
   sigaction(SIGXFSZ, &action, NULL);
+  if (handler == cli_on_signal) sigprocmask(SIG_UNBLOCK, &ours, NULL);
 }
 
 /* ---- Files that we make and remove -------------------------------------- */
@@ -7327,9 +7316,12 @@ static void cli_remove_ctl(void) {
  * another server's pidfile. */
 static void cli_write_pidfile(const char *path) {
   char temp[PATH_MAX];
+  struct stat st;
   assert(!cli.pidfile);
   if (snprintf(temp, PATH_MAX, "%s.XXXXXX", path) >= PATH_MAX)
     cli_exit_if_error(-ENAMETOOLONG, path);
+  if (lstat(path, &st) == 0 && !S_ISREG(st.st_mode) && !S_ISLNK(st.st_mode))
+    cli_failed("%s: not a file, so not replaced by the pidfile", path);
   int fd = cli.pidfile = mkstemp(temp);
   if (fd < 0) cli_exit_if_error(-errno, path);
   mode_t mask = umask(077); /* there is no other way to ask for it */
@@ -8326,6 +8318,11 @@ static void cli_serve_verb(int client) {
   os_set_receive_timeout(client, IO_GRACE_MS);
   ssize_t n = recvmsg(client, &message, MSG_WAITALL);
   memcpy(&job.fds, CMSG_DATA(&passed.header), sizeof job.fds);
+  if (n > 0 && n < (ssize_t)sizeof job.request) { /* descriptors end a call */
+    ssize_t more = recv(client, (unsigned char *)&job.request + n,
+                        sizeof job.request - (size_t)n, MSG_WAITALL);
+    if (more > 0) n += more;
+  }
   unsigned verb = job.request.verb;
   if (n == (ssize_t)sizeof job.request && job.fds.messages >= 0 &&
       verb < COUNT_OF(cli_verbs) && cli_verbs[verb].run) {
@@ -8710,8 +8707,8 @@ static void cli_add_target(char *text) {
   ex.description = opt[OPT_DESCRIPTION].text;
   if (cli.ntargets == 1 && !ex.name) ex.flags |= NBDSERVE_EXPORT_FALLBACK;
   if (cli.ntargets == 1 && ex.name) cli.export_name = ex.name;
-  if (target.volume && (opt[OPT_OFFSET].number || opt[OPT_SIZE].number ||
-                        opt[OPT_CREATE].number || opt[OPT_TEMPORARY].given))
+  if (target.volume && (opt[OPT_OFFSET].given || opt[OPT_SIZE].given ||
+                        opt[OPT_CREATE].given || opt[OPT_TEMPORARY].given))
     cli_usage("%s: no --offset, --size, --create or --temporary with a store "
               "(clone it)",
               target.text);
@@ -8919,6 +8916,8 @@ static void cli_start_child(void) {
       _exit(cli_exec_child());
     }
     cli.child = pid;
+  } else {
+    cli.child_status = CLI_FAILED; /* what never ran has not succeeded */
   }
   sigprocmask(SIG_SETMASK, &was, NULL);
 }
@@ -9049,7 +9048,7 @@ static int cli_serve(void) {
     nbdserve_stop(cli.server);
   }
   int run_err = cli_run();
-  if (opt[OPT_STATS].given) cli_print_stats();
+  if (opt[OPT_STATS].given || cli.stats_wanted) cli_print_stats();
   cli_await_child();
   if (cli.child_status) return cli.child_status;
   return err || run_err ? CLI_FAILED : CLI_OK;

@@ -4595,6 +4595,53 @@ testCommandHasTenSecondsToEnd() {
   says 'still runs'
   kill -KILL "$(cat "$T/command")"
 }
+# The signal comes while the server waits to tell that it is ready
+testCommandThatASignalForestallsIsAFailure() {
+  mkfifo "$T/ready"
+  exec 9<>"$T/ready"
+  head -c 65536 /dev/zero >&9 # it is full now
+  OUT=$T/out
+  spawn --ready-fd 9 --run "echo >'$T/ran'" mem:1M
+  await "[ -s '$T/pid$NSERVE' ]"
+  sleep 0.3
+  kill -TERM "$(cat "$T/pid$NSERVE")"
+  sleep 0.1
+  head -c 65536 <&9 >/dev/null
+  wait "$JOB"
+  assertEquals 'status' 1 $?
+  assertFalse 'it ran' "[ -e '$T/ran' ]"
+  exec 9>&-
+}
+# What counts is the second signal after the command was told
+testTwoSignalsAtOnceLeaveTheCommandItsTime() {
+  unless NO_THREADS || return 0 # it is told at once there
+  for _ in 1 2 3; do
+    # shellcheck disable=SC2016
+    run --run 'trap "sleep 0.2; exit 9" TERM; kill -TERM $PPID
+      kill -HUP $PPID; while :; do sleep 0.02; done' mem:1M
+    assertEquals 'status' 9 "$STATUS"
+  done
+}
+testBlockedSignalsDoNotHideTheCommandsEnd() {
+  needs python3 || return 0
+  timeout -s KILL 10 python3 -c 'import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD, signal.SIGTERM])
+os.execv(sys.argv[1], sys.argv[1:])' "$NBDSERVE" mem:1M --run 'exit 3'
+  assertEquals 'status' 3 $?
+}
+testAlarmOfSomebodyElseEndsNothing() {
+  serve "$DISK"
+  kill -ALRM "$PID"
+  client hello "$SOCK" ''
+}
+testPidfileDoesNotReplaceADevice() {
+  needs root || return 0
+  mknod "$T/node" c 1 3 || { skip 'no devices here'; return 0; }
+  run -s -P "$T/node" "$DISK"
+  assertEquals 1 "$STATUS"
+  says "$T/node: not a file"
+  assertTrue 'it is there' "[ -c '$T/node' ]"
+}
 testSecondINTEndsAtOnceWhatHasNoCommand() {
   LOG='^nbdserve: client'
   mkfifo "$T/in" "$T/out"

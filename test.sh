@@ -1499,6 +1499,8 @@ testBackendsMayChangeTheirSize() { unit sizes; }
 testEveryRequestIsAnnouncedAndMayBeRefused() { unit before; }
 testWhatNeedsWhatIsTakenAwayIsGoneToo() { unit dependent; }
 testWhatIsTakenAwayIsGoneAndTheRestWorks() { unit without; }
+testZeroesThatAreWrittenAreAsDurableAsAsked() { unit fuazero; }
+testSerialBackendIsCalledOneAtATimeForAllRequests() { unit serialmix; }
 
 # ==== [8] HANDSHAKE (@handshake) =============================================
 
@@ -1942,6 +1944,8 @@ testSetHoldsForExportName() {
   selected status.1=base:allocation:512/0 \
     "$(meta SET_META '' base:allocation)" "$(opt EXPORT_NAME)"
 }
+testExportsThatAreOnlyAskedAboutAreGivenBack() { unit givenback; }
+testWhoSaysNothingHasTheTimeOfTheHandshake() { unit silent; }
 
 # ==== [9] TRANSMISSION (@transmission) =======================================
 
@@ -2328,6 +2332,7 @@ testLongSimpleReplyIsInOnePiece() { fault whole "$DISK"; }
 testLongWriteThatFailsHalfwayIsOneError() { fault halfway "$DISK"; }
 testMemoryRefusedIsNoCrash() { fault memory "$DISK"; }
 testRepliesAreGatheredOnceEachInOrder() { unit gather; }
+testAClientHoldsNoMoreWritesThanThereAreThreads() { unit fullhands; }
 
 # ==== [10] FLAT (@flat) ======================================================
 
@@ -9555,7 +9560,7 @@ static void u_liestold(void) {
     CHECK(lie_go(&c, wrong[i]) >> 31 == 1);
     CHECK(lie_was_logged());
   }
-  CHECK(found->closes <= 1); /* an export that was refused */
+  CHECK(found->closes == 1); /* "empty" was refused, and closed */
   n = lie_list_answers(&c, &type);
   CHECK(n == 3 && (type >> 31 == 1 || type == 1) && lie_was_logged());
   CHECK(lie_go(&c, "ram") == 1); /* haggling has gone on in step */
@@ -10400,6 +10405,220 @@ static void u_gather(void) {
   }
 }
 
+/* ---- What a host is promised, request by request ---- */
+
+static int z_writes, z_bare; /* writes, and those without FUA */
+
+static int z_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
+                   uint32_t f) {
+  struct ram *r = ctx;
+  pthread_mutex_lock(&r->lock);
+  z_writes++;
+  if (!(f & NBDSERVE_CMD_FUA)) z_bare++;
+  pthread_mutex_unlock(&r->lock);
+  return r_write(ctx, buf, off, len, f);
+}
+
+/* Zeroes that have to be written are as durable as the client has asked, in
+ * each of their pieces: a backend with NATIVE_FUA sees FUA in all writes, or in
+ * none, and no flush follows */
+static void u_fuazero(void) {
+  static const struct nbdserve_ops ops = {
+      .read = r_read, .write = z_write, .flush = r_flush, .close = r_close};
+  const uint32_t len = (2 << 20) + 512;
+  int fua, through;
+  for (through = 0; through < 2; through++)
+    for (fua = 0; fua < 2; fua++) {
+      struct ram *r = r_new(len);
+      struct nbdserve_export e = r_export(r, NBDSERVE_EXPORT_NATIVE_FUA);
+      struct one o;
+      if (through) e.flags |= NBDSERVE_EXPORT_WRITETHROUGH;
+      e.ops = &ops;
+      z_writes = z_bare = 0;
+      o_open(&o, &e, 1);
+      CHECK(t_do(&o.c, fua ? FUA : 0, ZEROES, 0, len, NULL) == 0);
+      CHECK(r->data[0] == 0 && r->data[len - 1] == 0);
+      CHECK(z_writes >= 3 && r->calls[FLUSH] == 0);
+      CHECK(z_bare == (fua || through ? 0 : z_writes));
+      o_close(&o);
+    }
+}
+
+/* Calls of all kinds, from several clients at once, come one at a time to a
+ * SERIAL backend: also flushes and extents, which go other ways than writes */
+static void u_serialmix(void) {
+  static const int kinds[] = {WRITE, FLUSH, TRIM, ZEROES, STATUS, READ};
+  enum {
+    CLIENTS = 3,
+    EACH = 24
+  };
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, NBDSERVE_EXPORT_SERIAL);
+  static struct t_reply reply;
+  struct nbdserve *s;
+  struct served v[CLIENTS];
+  struct t_conn c[CLIENTS];
+  char b[512] = "";
+  int i, k;
+  memset(v, 0, sizeof v);
+  r->blocks_ms = 4;
+  CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == 0);
+  for (i = 0; i < CLIENTS; i++) {
+    s_start(&v[i], s, &c[i]);
+    CHECK(t_open(&c[i], c[i].fd, "", 1) == 0);
+    for (k = 0; k < EACH; k++) {
+      int kind = kinds[(i + k) % COUNT(kinds)];
+      CHECK(t_send(&c[i], 0, kind, (uint32_t)k,
+                   kind == FLUSH ? 0 : 512u * (unsigned)k,
+                   kind == FLUSH ? 0 : 512, b) == 0);
+    }
+  }
+  for (i = 0; i < CLIENTS; i++) {
+    for (k = 0; k < EACH; k += reply.done)
+      CHECK(t_recv(&c[i], &reply) && !reply.error);
+    t_close(&c[i]);
+    CHECK(s_end(&v[i]) == 0);
+  }
+  nbdserve_free(s);
+  for (i = 0; i < COUNT(kinds); i++)
+    CHECK(r->calls[kinds[i]] > 0);
+  CHECK(r->most == 1);
+}
+
+struct lent {
+  struct ram *r;
+  int times;
+};
+
+static int lent_find(void *ctx, const char *name, struct nbdserve_export *out) {
+  struct lent *l = ctx;
+  *out = r_export(l->r, 0);
+  out->min_block = strcmp(name, "blocks") == 0 ? 512 : 1;
+  l->times++;
+  return 0;
+}
+
+/* Who only asks about an export that was found, by INFO, by a GO that is
+ * refused, or for its metadata contexts, gives it back each time */
+static void u_givenback(void) {
+  static const unsigned char query[] = "\0\0\0\5found\0\0\0\1"
+                                       "\0\0\0\17base:allocation";
+  struct nbdserve_config config = {0};
+  struct lent l = {r_new(4096), 0};
+  struct nbdserve *s;
+  struct served v = {0};
+  struct t_conn c;
+  unsigned char b[4200];
+  uint32_t option;
+  int i;
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.find = lent_find;
+  config.ctx = &l;
+  CHECK(nbdserve_new(&s, &config) == 0);
+  s_start(&v, s, &c);
+  CHECK(t_read(c.fd, b, 18) == 18 && t_write(c.fd, "\0\0\0\3", 4) == 0);
+  CHECK(t_option(c.fd, 8, "", 0) == 0 && t_answer(c.fd, b) == 1);
+  for (i = 0; i < 5; i++) {
+    CHECK(t_option(c.fd, 6, "\0\0\0\5found\0\0", 11) == 0);
+    CHECK(t_answer(c.fd, b) == 3 && t_answer(c.fd, b) == 1);
+    for (option = 9; option <= 10; option++) { /* LIST and SET */
+      CHECK(t_option(c.fd, option, query, sizeof query - 1) == 0);
+      CHECK(t_answer(c.fd, b) == 4 && t_answer(c.fd, b) == 1);
+    }
+    CHECK(lie_go(&c, "blocks") >> 31 == 1); /* NBD_REP_ERR_BLOCK_SIZE_REQD */
+  }
+  CHECK(t_option(c.fd, 2, "", 0) == 0 && t_answer(c.fd, b) == 1);
+  CHECK(s_end(&v) == 0);
+  CHECK(l.times >= 20 && l.r->closes == l.times);
+  close(c.fd);
+  nbdserve_free(s);
+  CHECK(l.r->closes == l.times);
+}
+
+static int h_holds; /* writes do not return (t_hold) */
+
+static int h_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
+                   uint32_t f) {
+  while (t_hold(&h_holds, -1))
+    t_sleep(1);
+  return r_write(ctx, buf, off, len, f);
+}
+
+/* A client that writes more than a host's backend can take is not heard any
+ * more: as many requests as there are threads hold their data, one waits for a
+ * thread, and a part of another one is on its way */
+static void u_fullhands(void) {
+  static const struct nbdserve_ops ops = {.read = r_read, .write = h_write};
+  static unsigned char request[28 + (1 << 20)];
+  enum {
+    THREADS = 4,
+    SENT_MOST = 12
+  };
+  struct nbdserve_config config = {0};
+  struct nbdserve_export e = r_export(r_new(1 << 20), 0);
+  static struct t_reply reply;
+  struct nbdserve *s;
+  struct served v = {0};
+  struct t_conn c;
+  size_t sent = 0, whole;
+  e.ops = &ops;
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.threads = THREADS;
+  CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
+  s_start(&v, s, &c);
+  CHECK(t_open(&c, c.fd, "", 0) == 0);
+  t_hold(&h_holds, 1);
+  t_head(request, 0, WRITE, 1, 0, 1 << 20);
+  while (sent < SENT_MOST * sizeof request) { /* until it takes no more */
+    struct pollfd p = {.fd = c.fd, .events = POLLOUT};
+    size_t at = sent % sizeof request;
+    ssize_t n;
+    if (poll(&p, 1, 400) == 0 && sent > THREADS * sizeof request) break;
+    n = send(c.fd, request + at, sizeof request - at,
+             MSG_DONTWAIT | MSG_NOSIGNAL);
+    CHECK(n >= 0 || errno == EAGAIN);
+    if (n > 0) sent += (size_t)n;
+  }
+  t_hold(&h_holds, 0);
+  whole = (sent + sizeof request - 1) / sizeof request;
+  if (whole > THREADS + 2) fprintf(stderr, "took %d\n", (int)whole);
+  CHECK(whole > THREADS && whole <= THREADS + 2);
+  if (sent % sizeof request) /* what was begun is ended, and all is answered */
+    CHECK(t_write(c.fd, request + sent % sizeof request,
+                  sizeof request - sent % sizeof request) == 0);
+  while (whole-- > 0)
+    CHECK(t_recv(&c, &reply) && !reply.error);
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+  nbdserve_free(s);
+}
+
+/* The time of the handshake runs from its first moment: a client that is
+ * greeted and says nothing has handshake_ms, not the stall_ms of others */
+static void u_silent(void) {
+  struct nbdserve_config config = {0};
+  struct nbdserve *s;
+  struct served v = {0};
+  struct t_conn c;
+  struct pollfd p = {.events = POLLIN};
+  char b[18];
+  int64_t ms, from = t_now();
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.handshake_ms = 300;
+  config.stall_ms = 5000;
+  CHECK(nbdserve_new(&s, &config) == 0);
+  s_start(&v, s, &c);
+  CHECK(t_read(c.fd, b, 18) == 18);
+  p.fd = c.fd;
+  CHECK(poll(&p, 1, 3000) == 1 && t_read(c.fd, b, 1) == 0);
+  ms = t_now() - from;
+  if (ms < 290 || ms >= 1500) fprintf(stderr, "after %d ms\n", (int)ms);
+  CHECK(ms >= 290 && ms < 1500);
+  CHECK(s_end(&v) == -ETIMEDOUT);
+  close(c.fd);
+  nbdserve_free(s);
+}
+
 static const struct {
   const char *name;
   void (*run)(void);
@@ -10469,6 +10688,11 @@ static const struct {
     {"once", u_once},
     {"adding", u_adding},
     {"gather", u_gather},
+    {"fuazero", u_fuazero},
+    {"serialmix", u_serialmix},
+    {"givenback", u_givenback},
+    {"fullhands", u_fullhands},
+    {"silent", u_silent},
 };
 
 int main(int argc, char **argv) {

@@ -1414,6 +1414,8 @@ testTrimsWhoseRepliesNobodyReadsEndTheServer() {
   assertEquals 'bytes of the greeting' 70 "$(wc -c <"$T/greeting")"
   assertTrue "took $(cat "$T/sent") TRIMs" "[ $(cat "$T/sent") -lt 40 ]"
 }
+testAClientThatNeverPausesHoldsUpNoStop() { unit flooded; }
+testAReplyThatCannotBeSentEndsTheConnectionAtOnce() { unit sendfails; }
 
 # ==== [7] EXPORT (@export) ===================================================
 
@@ -2719,6 +2721,7 @@ testCreateFollowsNoLinkToNowhere() {
 testCreateThatCannotBeSyncedLeavesNoFile() { fault create "$DISK"; }
 testAfterAFailedSyncNeighbouringWritesFail() { fault syncrun "$DISK"; }
 testTemporaryFilesNeverHaveAName() { fault nameless "$DISK"; }
+testTemporaryExportsLeaveNoDescriptor() { unit closed; }
 
 # ---- C ----
 # What follows a line "//== fault" goes to "//== fault": 1 in front of "#undef
@@ -3709,6 +3712,22 @@ testExportsMayBeAddedWhileItStops() {
   unit adding
 }
 testSocketThatIsBeingMadeIsNotStale() { fault stale "$DISK"; }
+# Unlike that of a unix socket, the receiving side of a TCP socket is not shut
+# down: its thread has to see by itself that the server stops
+testTERMWithIdleTcpClientsEndsAtOnce() {
+  tcp && unless NO_THREADS && build client || return 0
+  start -p 0 -i 127.0.0.1 "$DISK"
+  port=${URI#nbd://127.0.0.1:}
+  from=$(clock)
+  client idle "127.0.0.1:${port%/}" "$PID"
+  wait "$JOB"
+  assertEquals 'status' 0 $?
+  took=$(($(clock) - from))
+  assertTrue "took $took ms" "[ $took -lt 3000 ]" # the grace has 5,000
+  JOBS=
+}
+testTwoAtOnceDoNotShareTheOnlySlot() { unit sametime; }
+testALastFlushThatFailsIsToldByRun() { unit oneflush; }
 
 # ==== [13] CLI (@cli) ========================================================
 
@@ -10619,6 +10638,142 @@ static void u_silent(void) {
   nbdserve_free(s);
 }
 
+/* ---- Ends that come at once ---- */
+
+/* Sends FLUSHes until nobody takes them any more or 5 s are over */
+static void *u_flood(void *arg) {
+  static unsigned char many[1000 * 28];
+  int64_t from = t_now();
+  int i;
+  for (i = 0; i < 1000; i++)
+    t_head(many + 28 * i, 0, FLUSH, (uint32_t)i, 0, 0);
+  while (t_now() - from < 5000)
+    if (t_write(*(int *)arg, many, sizeof many)) return NULL;
+  shutdown(*(int *)arg, SHUT_WR);
+  return NULL;
+}
+
+/* Takes what is sent until the end */
+static void *u_drain(void *arg) {
+  static char waste[65536];
+  while (read(*(int *)arg, waste, sizeof waste) > 0)
+    ;
+  return NULL;
+}
+
+/* A client that never pauses cannot keep the server from stopping: it takes
+ * what had arrived by then and not what comes later */
+static void u_flooded(void) {
+  struct nbdserve_export e = r_export(r_new(4096), 0);
+  pthread_t flood, drain;
+  struct one o;
+  int64_t from;
+  u_recv_ms = 1; /* so there is always something */
+  o_open(&o, &e, 0);
+  CHECK(pthread_create(&drain, NULL, u_drain, &o.c.fd) == 0);
+  CHECK(pthread_create(&flood, NULL, u_flood, &o.c.fd) == 0);
+  t_sleep(100);
+  from = t_now();
+  nbdserve_stop(o.s);
+  CHECK(s_end(&o.v) == 0);
+  CHECK(t_now() - from < 2000);
+  pthread_join(flood, NULL);
+  pthread_join(drain, NULL);
+  close(o.c.fd);
+  nbdserve_free(o.s);
+}
+
+/* When a worker cannot send its reply the connection ends then, although the
+ * client's thread waits for a request and could go on with that for stall_ms:
+ * nothing comes, nor does the end, as the client has closed one side only */
+static void u_sendfails(void) {
+  struct nbdserve_config config = {0};
+  struct ram *r = r_new(4096);
+  struct nbdserve_export e = r_export(r, 0);
+  struct served v = {0};
+  struct nbdserve *s;
+  struct t_conn c;
+  int64_t from;
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.stall_ms = 6000;
+  CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
+  s_start(&v, s, &c);
+  CHECK(t_open(&c, c.fd, "", 0) == 0);
+  r->blocks_ms = 100; /* by then the client's thread waits */
+  from = t_now();
+  CHECK(t_send(&c, 0, READ, 1, 0, 512, NULL) == 0);
+  CHECK(shutdown(c.fd, SHUT_RD) == 0);
+  CHECK(s_end(&v) == -EPIPE);
+  CHECK(t_now() - from < 3000);
+  close(c.fd);
+  nbdserve_free(s);
+}
+
+/* A temporary export leaves no descriptor open when it is closed */
+static void u_closed(void) {
+  struct nbdserve_flat flat = {.flags = NBDSERVE_FLAT_TEMPORARY};
+  int round, before = u_descriptors();
+  for (round = 0; round < 20; round++) {
+    struct nbdserve_export e = {0};
+    flat.dir = round & 1 ? dir : NULL;
+    CHECK(nbdserve_flat_open("mem:1M", &flat, &e) == 0);
+    CHECK(u_descriptors() > before);
+    e.ops->close(e.ctx);
+    CHECK(u_descriptors() == before);
+  }
+}
+
+/* Who comes in the same moment as another one does not get a slot that is not
+ * there: with one slot two clients wait, each at a socket of its own, before
+ * the server looks for the first time */
+static void u_sametime(void) {
+  struct listener l;
+  struct nbdserve *s = k_new(&l, "has to wait", 1);
+  struct nbdserve_stats stats;
+  pthread_t run;
+  int fd[2], i;
+  n_listen(s, "first");
+  n_listen(s, "second");
+  fd[0] = n_dial("first");
+  fd[1] = n_dial("second");
+  CHECK(pthread_create(&run, NULL, u_run, s) == 0);
+  for (i = 0; i < 1000; i++) {
+    int waits = k_times(&l); /* it has looked at both */
+    nbdserve_stats(s, &stats);
+    CHECK(stats.clients_now <= 1);
+    if (waits) break;
+    t_sleep(10);
+  }
+  CHECK(i < 1000 && stats.clients_now == 1);
+  close(fd[0]);
+  close(fd[1]);
+  nbdserve_stop(s);
+  CHECK(pthread_join(run, NULL) == 0);
+  nbdserve_free(s);
+}
+
+/* nbdserve_run tells of a last flush that fails, whether it is that of the
+ * first export or of the second */
+static void u_oneflush(void) {
+  int which, i;
+  for (which = 0; which < 2; which++) {
+    struct ram *r[2];
+    struct nbdserve *s;
+    CHECK(nbdserve_new(&s, NULL) == 0);
+    for (i = 0; i < 2; i++) {
+      struct nbdserve_export e = r_export(r[i] = r_new(4096), 0);
+      e.name = i ? "second" : "first";
+      if (i == which) r[i]->flush_error = -EIO;
+      CHECK(nbdserve_add(s, &e) == 0);
+    }
+    nbdserve_stop(s);
+    CHECK(nbdserve_run(s) == -EIO);
+    for (i = 0; i < 2; i++)
+      CHECK(r[i]->calls[FLUSH] == 1);
+    nbdserve_free(s);
+  }
+}
+
 static const struct {
   const char *name;
   void (*run)(void);
@@ -10693,6 +10848,11 @@ static const struct {
     {"givenback", u_givenback},
     {"fullhands", u_fullhands},
     {"silent", u_silent},
+    {"flooded", u_flooded},
+    {"sendfails", u_sendfails},
+    {"closed", u_closed},
+    {"sametime", u_sametime},
+    {"oneflush", u_oneflush},
 };
 
 int main(int argc, char **argv) {

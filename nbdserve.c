@@ -226,6 +226,7 @@ struct os_monitor {
 #define os_lock(m) ((void)(m))
 #define os_unlock(m) ((void)(m))
 #define os_wait(m) ((void)(m))
+#define os_wait_ms(m, ms) ((void)(m), (void)(ms))
 #define os_wake_one(m) ((void)(m))
 #define os_wake_all(m) ((void)(m))
 
@@ -270,6 +271,21 @@ static void os_must(int err) {
 /* Waits until woken.  It may also return although nobody woke it, so callers
  * look again at what they wait for. */
 #define os_wait(m) os_must(pthread_cond_wait(&(m)->cond, &(m)->mutex))
+
+/* Waits until woken, or for so many milliseconds.  The system's clock may be
+ * set meanwhile, and the wait be longer or shorter for it. */
+static void os_wait_ms(struct os_monitor *m, int ms) {
+  struct timespec until;
+  clock_gettime(CLOCK_REALTIME, &until);
+  until.tv_sec += ms / 1000;
+  until.tv_nsec += ms % 1000 * 1000000L;
+  if (until.tv_nsec >= 1000000000L) {
+    until.tv_sec++;
+    until.tv_nsec -= 1000000000L;
+  }
+  int err = pthread_cond_timedwait(&m->cond, &m->mutex, &until);
+  os_must(err == ETIMEDOUT ? 0 : err);
+}
 
 /* Wakes one of those that wait, whichever, or all of them. */
 #define os_wake_one(m) os_must(pthread_cond_signal(&(m)->cond))
@@ -559,6 +575,16 @@ static void os_remove_own_file(const char *path, int fd) {
 }
 
 #if OS_LINUX
+/* Asks for blocks of a new file to be overwritten in place, where the file
+ * system (btrfs) would copy them: FS_IOC_SETFLAGS, FS_NOCOW_FL.  Others do not
+ * know it. */
+static void os_set_nocow(int fd) {
+  long flags = 0;
+  if (ioctl(fd, _IOR('f', 1, long), &flags) < 0) return;
+  flags |= 0x00800000;
+  ioctl(fd, _IOW('f', 2, long), &flags);
+}
+
 /* Puts a question to a block device: a BLK* of <linux/fs.h>, which not every
  * libc comes with.  A file knows no answer, which means no.  Some answers fill
  * only the first half of `yes`. */
@@ -567,6 +593,8 @@ static int os_ask_device(int fd, unsigned question) {
   return ioctl(fd, question, &yes) == 0 && yes;
 }
 #else
+#define os_set_nocow(fd) ((void)(fd))
+
 /* There is nobody to ask. */
 #define os_ask_device(fd, question) ((void)(fd), 0)
 #endif
@@ -1031,14 +1059,16 @@ static void sha_mix(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
  *   the rest of the message, 0 to 63 bytes
  *   the byte 0x80
  *   zeroes, as few as it takes to fill the last block
- *   the length of the whole message in bits, 8 bytes */
+ *   the length of the whole message in bits, 8 bytes
+ *
+ * last: where the rest stands; len: of the whole message. */
 static size_t sha_pad(unsigned char tail[2 * SHA_BLOCK_LEN],
-                      const unsigned char *message, size_t len) {
+                      const unsigned char *last, size_t len) {
   size_t rest = len % SHA_BLOCK_LEN;
   size_t nblocks = rest + 1 + SHA_COUNT_LEN <= SHA_BLOCK_LEN ? 1 : 2;
   size_t end = SHA_BLOCK_LEN * nblocks;
   memset(tail, 0, end);
-  if (rest) memcpy(tail, message + (len - rest), rest); /* else maybe NULL */
+  if (rest) memcpy(tail, last, rest); /* else maybe NULL */
   tail[rest] = 0x80;
   assert(rest + 1 <= end - SHA_COUNT_LEN);
   u_put64(tail + end - SHA_COUNT_LEN, (uint64_t)len * 8);
@@ -1053,6 +1083,33 @@ static void sha_put_digest(unsigned char digest[32], const uint32_t *state) {
     u_put32(digest + 4 * i, state[order[i]]);
 }
 
+/* The state before a message. */
+static void sha_begin(uint32_t state[2][SHA_STATE_WORDS]) {
+  static const uint32_t start[SHA_STATE_WORDS] = {
+      [SHA_A] = 0x6a09e667, [SHA_B] = 0xbb67ae85, [SHA_C] = 0x3c6ef372,
+      [SHA_D] = 0xa54ff53a, [SHA_E] = 0x510e527f, [SHA_F] = 0x9b05688c,
+      [SHA_G] = 0x1f83d9ab, [SHA_H] = 0x5be0cd19};
+  memcpy(state[0], start, sizeof start);
+  memcpy(state[1], start, sizeof start);
+}
+
+/* Mixes nblocks blocks of one message into a state. */
+static void sha_add(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
+                    const unsigned char *blocks, size_t nblocks) {
+  const unsigned char *messages[] = {blocks, use_hw ? blocks : NULL};
+  sha_mix(use_hw, state, messages, nblocks);
+}
+
+/* Writes the digest of a message of len bytes: its whole blocks are in the state
+ * already, and what is left of it is at rest. */
+static void sha_end(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
+                    const unsigned char *rest, size_t len,
+                    unsigned char digest[32]) {
+  unsigned char tail[2 * SHA_BLOCK_LEN];
+  sha_add(use_hw, state, tail, sha_pad(tail, rest, len));
+  sha_put_digest(digest, state[0]);
+}
+
 /* Writes the digest of first[len] to first_digest and, if second is not NULL,
  * the digest of second[len] to second_digest.  A digest may be written over its
  * own message.  use_hw: use the processor's instructions; only where
@@ -1060,26 +1117,23 @@ static void sha_put_digest(unsigned char digest[32], const uint32_t *state) {
 static void sha_256(int use_hw, const void *first, const void *second,
                     size_t len, unsigned char *first_digest,
                     unsigned char *second_digest) {
-  static const uint32_t start[SHA_STATE_WORDS] = {
-      [SHA_A] = 0x6a09e667, [SHA_B] = 0xbb67ae85, [SHA_C] = 0x3c6ef372,
-      [SHA_D] = 0xa54ff53a, [SHA_E] = 0x510e527f, [SHA_F] = 0x9b05688c,
-      [SHA_G] = 0x1f83d9ab, [SHA_H] = 0x5be0cd19};
   uint32_t state[2][SHA_STATE_WORDS];
   unsigned char tail[2][2 * SHA_BLOCK_LEN];
+  size_t whole = len - len % SHA_BLOCK_LEN;
   assert(first || !len);
   assert(second_digest || !second);
 
   /* The instructions always work on two messages.  A single message keeps
    * itself company, and the second result is not looked at. */
   int is_pair = use_hw || second;
+  const unsigned char *one = first;
   const unsigned char *other = second ? second : first;
-  const unsigned char *messages[] = {first, is_pair ? other : NULL};
+  const unsigned char *messages[] = {one, is_pair ? other : NULL};
   const unsigned char *tails[] = {tail[0], is_pair ? tail[1] : NULL};
-  memcpy(state[0], start, sizeof start);
-  memcpy(state[1], start, sizeof start);
-  size_t ntail = sha_pad(tail[0], first, len);
-  if (is_pair) sha_pad(tail[1], other, len);
-  sha_mix(use_hw, state, messages, len / SHA_BLOCK_LEN);
+  sha_begin(state);
+  size_t ntail = sha_pad(tail[0], whole ? one + whole : one, len);
+  if (is_pair) sha_pad(tail[1], whole ? other + whole : other, len);
+  sha_mix(use_hw, state, messages, whole / SHA_BLOCK_LEN);
   sha_mix(use_hw, state, tails, ntail);
   sha_put_digest(first_digest, state[0]);
   if (second) sha_put_digest(second_digest, state[1]);
@@ -4469,576 +4523,1522 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 
 /* ==== [11] CAS (cas_) ====================================================
  * A store: volumes and snapshots in one file, every distinct block once.  Its
- * format, and the rules (C1) to (C15) that keep it whole, stand at the end of
- * nbdserve.h.  Locks: ckpt, then lock.  Data is never read or written under
- * lock, and maps are in memory. */
+ * format, and the rules (C1) to (C23) that keep it whole, stand at the end of
+ * nbdserve.h; this is how the code goes about it.
+ *
+ * The life of a block that a client writes (cas_put)
+ *
+ *   1. It is hashed.  All zeroes: it becomes a hole, and 2 to 4 are left out.
+ *   2. It gets a slot: one that the index finds by the digest, or a free one.
+ *      From here until 5 a hold on the slot (a count in `refs`) is ours.
+ *   3. A slot of the index is read and compared; one that differs is given up
+ *      for the next.  A free slot is written: digest, then data.
+ *   4. Under the lock: the entry "block -> slot" is put into the open log page,
+ *      and the leaf of the volume's map gets the slot, and with it our hold.
+ *      The slot that was there before loses one.
+ *   5. The open log page is written, not synced, before the lock is let go:
+ *      from now on the write survives kill -9, and may be answered.
+ *   6. A flush closes the log page and syncs: now it survives a power cut.
+ *   7. Later a checkpoint writes the leaf; the log entry is not needed then.
+ *
+ * The life of a slot
+ *
+ *                  cas_take_slot, cas_take_pair
+ *        FREE  ------------------------------------->  refs > 0
+ *    (refs = 0)                                          |
+ *         ^                                              | the last hold goes:
+ *         |   of data: a sync that covers the log        | cas_drop
+ *         |   page which says so (C5)                    v
+ *         +----------------------------------------  CAS_PENDING
+ *             of a page: a checkpoint without it (C6)    in a list
+ *
+ * A map is a tree of nodes; in memory always, but for leaves that were not
+ * used lately.  A node is `dirty` when it differs from what is stored: then its
+ * slot is 0, and all nodes above it are dirty.  Nodes are shared by snapshots
+ * and clones; one that is shared is copied before it changes.
+ *
+ * Locks: ckpt, then lock.  Under `lock` the file is touched only to write the
+ * open log page, to give a segment its space and to punch a hole.  It is let go
+ * with cas_unlock and cas_wait only, which write the log page; functions that
+ * may do so say it in their names: ..._may_unlock. */
 #if !NBDSERVE_NO_CAS
 
 #ifndef CAS_UNIT          /* the tests make stores with everything in small */
 #define CAS_UNIT 1048576u /* bytes: superblocks, log, groups start at these */
 #define CAS_FANOUT(block_size) \
-  ((block_size) / 4 - 8)   /* slots in a map page \
-                            */
-#define CAS_ENTRIES 84     /* in a log page */
-#define CAS_SEGMENT 256    /* slots that are taken in a row */
-#define CAS_MIN_BLOCK 4096 /* bytes */
+  ((block_size) / 4 - 8)      /* slots in a map page \
+                               */
+#define CAS_ENTRIES 84        /* in a log page */
+#define CAS_SEGMENT 256u      /* slots; they are taken a segment at a time */
+#define CAS_MIN_BLOCK 4096    /* bytes */
+#define CAS_RESERVE_PAIRS 128 /* that only what gives them back may take */
+#define CAS_MAX_DIRTY 65536   /* nodes; more bring about a checkpoint */
 #endif
-#define CAS_MAGIC "NBDSCAS1"
-#define CAS_ANY UINT32_MAX /* cas_item.expect: the map may have any slot */
-#define CAS_TAG(digest) (u_get32(digest) >> 2 | 0x40000000u) /* never 0 */
-#define CAS_GOOD 0x80000000u /* read or written since, and it fitted */
 
-/* What pages begin with: the letters of their names in the format */
+/* ---- The format ------------------------------------------------------------
+ * This part knows no locks and does no I/O: where each field is, and the
+ * structures that are decoded from bytes and encoded to them. */
+
+/* Sizes, in bytes */
 enum {
-  CAS_MAP = 0x4d415031, /* "MAP1" */
-  CAS_CAT = 0x43415431, /* "CAT1" */
-  CAS_LOG = 0x4c4f4731  /* "LOG1" */
+  CAS_PAGE = 4096,     /* of a log page, and of a superblock's place */
+  CAS_SUPER_LEN = 512, /* of a superblock: what a disk writes in one go */
+  CAS_DIGEST_LEN = 32, /* of a SHA-256 */
+  CAS_HEAD = 32,       /* of the head of a map or catalog page */
+  CAS_ENTRY = 48,      /* of an entry of the log */
+  CAS_RECORD = 288,    /* of a record of the catalog */
+  CAS_NAME = 166,      /* of the longest NAME */
+  CAS_PATH = 334       /* of the longest VOL@NAME, with a NUL */
 };
 
-/* Sizes and places of what the format describes, in bytes */
+/* superblock: OFFSET = name, SIZE, what it is */
 enum {
-  CAS_PAGE = 4096,  /* size of a log page or superblock */
-  CAS_SUM = 4064,   /* where a log page or superblock has its SHA-256 */
-  CAS_HEAD = 32,    /* size of the head of any page */
-  CAS_CHECK = 16,   /* where other pages have the first half of theirs */
-  CAS_ENTRY = 48,   /* size of an entry of the log */
-  CAS_RECORD = 256, /* size of a record of the catalog */
-  CAS_NAME = 166,   /* length of the longest NAME */
-  CAS_PATH = 334    /* size of the longest VOL@NAME, with the NUL */
+  SUPER_MAGIC = 0,       /* 8: "NBDSCAS", and the digit of the version */
+  SUPER_VERSION = 8,     /* 4 */
+  SUPER_BLOCK_SIZE = 12, /* 4: bytes */
+  SUPER_ID = 16,         /* 16: of the store */
+  SUPER_NUMBER = 32,     /* 8: of the checkpoint that wrote it */
+  SUPER_REPLAY = 40,     /* 8: log page to replay from */
+  SUPER_LOG_PAGES = 48,  /* 4 */
+  SUPER_SLOTS = 52,      /* 4: slots in use */
+  SUPER_CATALOG = 56,    /* 4: slot of the catalog's root */
+  SUPER_NEXT_ID = 60,    /* 4: id of the next volume or snapshot */
+  SUPER_INCOMPAT = 64,   /* 4: a bit that is not known: do not open */
+  SUPER_RO_COMPAT = 68,  /* 4: a bit that is not known: do not write */
+  SUPER_SUM = 480        /* 32: SHA-256 of what stands before */
 };
 
-/* Where the fields of a catalog record are, in bytes */
+/* log page */
 enum {
-  CAS_ID = 0,          /* 4: id of the volume or snapshot */
-  CAS_IS_SNAPSHOT = 4, /* 4: 1 for a snapshot */
-  CAS_SIZE = 8,        /* 8: bytes */
-  CAS_ROOT = 16,       /* 4: slot of the root of the map */
-  CAS_DEPTH = 20,      /* 4: levels of the map */
-  CAS_CREATED = 24,    /* 8: seconds since 1970 */
-  CAS_ORIGIN = 36,     /* 4: id that it was made from */
-  CAS_CID = 40,        /* 32: content id of a snapshot that was sealed */
-  CAS_NAMED = 89       /* the name, and zeroes */
+  LOG_MAGIC = 4032,   /* 4: "LOG1"; before it 84 entries */
+  LOG_COUNT = 4036,   /* 4: entries */
+  LOG_SEQ = 4040,     /* 8: its number; it lies at that mod log_pages */
+  LOG_DURABLE = 4048, /* 8: all log pages before that one are durable */
+  LOG_SUPER = 4056,   /* 8: number of the newest durable superblock */
+  LOG_SUM = 4064      /* 32: see cas_log_sum */
+};
+
+/* entry of the log */
+enum {
+  ENTRY_VOLUME = 0, /* 4: id */
+  ENTRY_SLOT = 4,   /* 4: slot; 0: a hole */
+  ENTRY_BLOCK = 8,  /* 8: number of the block */
+  ENTRY_COUNT = 16, /* 8: with slot 0: number of blocks */
+  ENTRY_DIGEST = 16 /* 32: else: SHA-256 of the slot's data */
+};
+
+/* map or catalog page */
+enum {
+  PAGE_MAGIC = 0,   /* 4: "MAP1" or "CAT1" */
+  PAGE_LEVEL = 4,   /* 4: 0: it names blocks, or has records */
+  PAGE_INDEX = 8,   /* 4: of the page in its level */
+  PAGE_NUMBER = 12, /* 4: of its checkpoint, the lower half */
+  PAGE_SUM = 16     /* 16: first half of the page's SHA-256, with zeroes here */
+};
+
+/* record of the catalog */
+enum {
+  RECORD_ID = 0,         /* 4: of the volume or snapshot; 0: no record */
+  RECORD_FLAGS = 4,      /* 4: CAS_IS_SNAPSHOT, CAS_IS_PARTIAL */
+  RECORD_SIZE = 8,       /* 8: bytes */
+  RECORD_ROOT = 16,      /* 4: slot of the root of its map */
+  RECORD_LEVELS = 20,    /* 4: of the map: CAS_LEVELS */
+  RECORD_CREATED = 24,   /* 8: seconds since 1970 */
+  RECORD_MADE_FROM = 32, /* 4: id; of a snapshot: its volume */
+  RECORD_DIGESTS = 36,   /* 4: root of the map with the tree of its id */
+  RECORD_CID = 40,       /* 32: content id, or zeroes */
+  RECORD_ORIGIN = 72,    /* 32: zeroes; kept for the origin of a lazy clone */
+  RECORD_QUOTA = 104,    /* 8: zeroes; kept for a quota */
+  RECORD_NAME = 112      /* 166: name, and zeroes to the end */
+};
+
+enum {
+  CAS_VERSION = 2,
+  CAS_IS_SNAPSHOT = 1, /* in RECORD_FLAGS */
+  CAS_IS_PARTIAL = 2,  /* its contents are still being fetched */
+  CAS_MAP = 0x4d415031,
+  CAS_CAT = 0x43415431,
+  CAS_LOG = 0x4c4f4731
 };
 
 /* Limits that follow from the format */
 enum {
   CAS_SLOTS = CAS_UNIT / 32,     /* slots in a group */
   CAS_GROUPS = CAS_UNIT / 8 - 1, /* groups in a store: < 2^32 slots in all */
-  CAS_LEVELS = 4                 /* levels of a map */
+  CAS_TWIN = CAS_SEGMENT / 2,    /* a page in slot x has its twin in x ^ this */
+  CAS_LEVELS = 4,                /* levels of a map */
+  CAS_CAT_LEVELS = 3             /* levels of the catalog */
 };
 
-/* How much is done at a time */
-enum {
-  CAS_FILL = 128,  /* digests read in one call to fill the index */
-  CAS_BATCH = 256, /* blocks that go through a request's steps together */
-  CAS_RUN = 64     /* pieces in one call of os_transfer */
+/* A slot whose contents were lost: reading is an error, writing heals. */
+#define CAS_LOST UINT32_MAX
+/* Kept for blocks that are known by their digest only; never written. */
+#define CAS_ABSENT (UINT32_MAX - 1)
+
+STATIC_ASSERT(super_fits, SUPER_SUM + CAS_DIGEST_LEN == CAS_SUPER_LEN);
+STATIC_ASSERT(log_fits, LOG_SUM + CAS_DIGEST_LEN == CAS_PAGE);
+STATIC_ASSERT(entries_fit, 84 * CAS_ENTRY == LOG_MAGIC);
+STATIC_ASSERT(name_fits, RECORD_NAME + CAS_NAME <= CAS_RECORD);
+
+/* A superblock */
+struct cas_super {
+  uint64_t number;
+  uint64_t replay;
+  uint32_t block_size;
+  uint32_t log_pages;
+  uint32_t nslots;
+  uint32_t catalog;
+  uint32_t next_id;
+  unsigned char id[16];
 };
 
-/* When space is made or kept */
-enum {
-  CAS_DIRTY = 4096,    /* pages that changed: more bring about a checkpoint */
-  CAS_WAITING = 65536, /* slots that wait for one: more bring it about, too */
-  CAS_RESERVE = 4 * CAS_SEGMENT, /* free slots that data may not take */
-  CAS_SLACK = 64 * CAS_SEGMENT   /* free slots to have before filling gaps */
+/* Writes a superblock, all but its sum. */
+static void cas_encode_super(const struct cas_super *super, unsigned char *p) {
+  memset(p, 0, CAS_PAGE);
+  memcpy(p + SUPER_MAGIC, "NBDSCAS2", 8);
+  u_put32(p + SUPER_VERSION, CAS_VERSION);
+  u_put32(p + SUPER_BLOCK_SIZE, super->block_size);
+  memcpy(p + SUPER_ID, super->id, sizeof super->id);
+  u_put64(p + SUPER_NUMBER, super->number);
+  u_put64(p + SUPER_REPLAY, super->replay);
+  u_put32(p + SUPER_LOG_PAGES, super->log_pages);
+  u_put32(p + SUPER_SLOTS, super->nslots);
+  u_put32(p + SUPER_CATALOG, super->catalog);
+  u_put32(p + SUPER_NEXT_ID, super->next_id);
+}
+
+/* Reads a superblock whose magic and sum are right. */
+static void cas_decode_super(const unsigned char *p, struct cas_super *super) {
+  memcpy(super->id, p + SUPER_ID, sizeof super->id);
+  super->block_size = u_get32(p + SUPER_BLOCK_SIZE);
+  super->number = u_get64(p + SUPER_NUMBER);
+  super->replay = u_get64(p + SUPER_REPLAY);
+  super->log_pages = u_get32(p + SUPER_LOG_PAGES);
+  super->nslots = u_get32(p + SUPER_SLOTS);
+  super->catalog = u_get32(p + SUPER_CATALOG);
+  super->next_id = u_get32(p + SUPER_NEXT_ID);
+}
+
+/* An entry of the log */
+struct cas_entry {
+  uint32_t volume;
+  uint32_t slot;
+  uint64_t block;
+  uint64_t count;              /* of holes */
+  const unsigned char *digest; /* of the slot's data */
 };
 
-/* cas_group.ref of a slot that will be free when a list of them is */
-enum {
-  CAS_FREED = -1
+/* Writes an entry. */
+static void cas_encode_entry(const struct cas_entry *entry, unsigned char *p) {
+  u_put32(p + ENTRY_VOLUME, entry->volume);
+  u_put32(p + ENTRY_SLOT, entry->slot);
+  u_put64(p + ENTRY_BLOCK, entry->block);
+  if (entry->slot)
+    memcpy(p + ENTRY_DIGEST, entry->digest, CAS_DIGEST_LEN);
+  else
+    u_put64(p + ENTRY_COUNT, entry->count);
+}
+
+/* Reads an entry; its digest stays at p. */
+static struct cas_entry cas_decode_entry(const unsigned char *p) {
+  return (struct cas_entry){.volume = u_get32(p + ENTRY_VOLUME),
+                            .slot = u_get32(p + ENTRY_SLOT),
+                            .block = u_get64(p + ENTRY_BLOCK),
+                            .count = u_get64(p + ENTRY_COUNT),
+                            .digest = p + ENTRY_DIGEST};
+}
+
+/* What of a volume or snapshot a change of the catalog can change, and its
+ * record has as well */
+struct cas_facts {
+  uint64_t size;                     /* bytes */
+  unsigned char cid[CAS_DIGEST_LEN]; /* content id, or zeroes */
+  char name[CAS_NAME + 1];           /* without that of its volume */
+  int is_there;                      /* 0: not yet, or no more */
 };
 
-/* cas_item.state, bits: what is to be done, or was read, of a block */
+/* Does a superblock, or a place where one should be, begin as one does?  One
+ * wrong letter is damage; more are somebody else's. */
+static int cas_has_magic(const unsigned char *p) {
+  int fit = 0;
+  for (int i = 0; i < 7; i++)
+    fit += p[i] == "NBDSCAS"[i];
+  return fit >= 6;
+}
+
+/* Computes the SHA-256 of a page with zeroes in the place of its own sum.  The
+ * first half of it stands there, all of it in the digest area.  Returns whether
+ * that half is there, and puts it there. */
+static int cas_page_sum(int hw, unsigned char *p, size_t len,
+                        unsigned char sum[CAS_DIGEST_LEN]) {
+  unsigned char was[CAS_DIGEST_LEN / 2];
+  memcpy(was, p + PAGE_SUM, sizeof was);
+  memset(p + PAGE_SUM, 0, sizeof was);
+  sha_256(hw, p, NULL, len, sum, NULL);
+  memcpy(p + PAGE_SUM, sum, sizeof was);
+  return memcmp(was, sum, sizeof was) == 0;
+}
+
+/* ---- What is in memory ---------------------------------------------------- */
+
+/* How much is done at a time, and what is kept free */
 enum {
-  CAS_DATA = 1,   /* its data */
-  CAS_DIGEST = 2, /* its digest */
-  CAS_DUP = 4     /* it is compared with a slot that has the same digest */
+  CAS_FILL = 128,     /* digests read in one call to fill the index */
+  CAS_BATCH = 256,    /* blocks that go through a request's steps together */
+  CAS_RUN = 64,       /* pieces in one call of os_transfer */
+  CAS_PORTION = 64,   /* leaves that a checkpoint copies under one lock */
+  CAS_LOOK = 4096,    /* segments that are looked at before one is made do */
+  CAS_MARGIN = 8,     /* pairs: a block dirties so many nodes at most, and 1 */
+  CAS_FOR_RM = 6,     /* pairs that only removing may take */
+  CAS_IDLE_MS = 1000, /* without work until the log says what is durable */
+  CAS_MAX_LOST = 8,   /* pages; with more of them lost a store is not written */
+  CAS_WAITING = 65536,          /* pending slots that bring on a checkpoint */
+  CAS_SLACK = 64 * CAS_SEGMENT, /* free slots to have before filling gaps */
+  CAS_LEAF_MIB = 64             /* memory for leaves, by default */
+};
+
+/* cas_group.refs of a slot that nothing in memory names, but something durable
+ * may: it becomes free when the list that it is in does */
+enum {
+  CAS_PENDING = -1
+};
+
+/* cas_group.tag: what the slot holds */
+enum {
+  TAG_NONE = 0,              /* nothing, or data that is not in the index */
+  TAG_PAGE = 1,              /* a page: never in the index (C11) */
+  TAG_INDEXED = 0x40000000u, /* data; the other bits are of its digest */
+};
+#define CAS_TAG(digest) (u_get32(digest) >> 2 | (uint32_t)TAG_INDEXED)
+#define CAS_GOOD 0x80000000u /* read or written since, and it fitted */
+
+/* Which volumes a name may be that of */
+enum cas_view {
+  VIEW_NOW,     /* those that are there */
+  VIEW_THEN,    /* those that are there when what is staged holds, */
+  VIEW_RESERVED /* and those that are hidden */
+};
+
+/* cas_segment.fence: why nothing is taken from a segment (C19) */
+enum cas_fence {
+  FENCE_NONE,
+  FENCE_SPACE, /* until something is freed: a write had no space */
+  FENCE_BROKEN /* until the store is opened anew: a write failed */
+};
+
+/* 256 slots */
+struct cas_segment {
+  uint16_t nfree;       /* free slots */
+  uint16_t npairs;      /* pairs of slots, x and x ^ CAS_TWIN, that are free */
+  uint16_t npages;      /* slots that hold pages */
+  unsigned char backed; /* the file has the space for all of it (C18) */
+  unsigned char fence;  /* enum cas_fence */
 };
 
 /* What memory holds of each slot of a group; in arrays, because searches go
  * along one of these only. */
 struct cas_group {
-  int32_t ref[CAS_SLOTS];   /* edges and pins (C13); 0: free; or CAS_FREED */
-  uint32_t tag[CAS_SLOTS];  /* CAS_TAG if it is in the index; CAS_GOOD */
-  uint32_t next[CAS_SLOTS]; /* next slot of its bucket or of a list; 0: none */
-  uint32_t head[CAS_SLOTS]; /* first slot of a bucket: indexed by buckets */
-  uint16_t nfree[CAS_SLOTS / CAS_SEGMENT]; /* free slots in each segment */
+  int32_t refs[CAS_SLOTS];    /* holds: edges and pins; 0: free; CAS_PENDING */
+  uint32_t tag[CAS_SLOTS];    /* TAG_..., CAS_TAG; CAS_GOOD */
+  uint32_t link[CAS_SLOTS];   /* next slot of its bucket or list; 0: none */
+  uint32_t bucket[CAS_SLOTS]; /* its first slot; by number of the bucket */
+  struct cas_segment segment[CAS_SLOTS / CAS_SEGMENT];
 };
 
-/* A page of a map.  All are in memory, a fraction of what is kept of slots. */
+/* A node of a map */
 struct cas_node {
-  int32_t refs;           /* edges from pages and images (C13) */
-  int level;              /* 0: its slots are those of blocks */
-  int bad;                /* something below could not be read */
-  uint32_t slot;          /* where it lies; 0: nowhere yet as it is now */
-  uint32_t *e;            /* [fanout] slots of blocks, on level 0 */
-  struct cas_node *kid[]; /* [fanout] pages below, on other levels */
+  int32_t refs;           /* edges from nodes and volumes (C13) */
+  uint32_t slot;          /* of its page; 0: it is dirty; CAS_LOST */
+  uint32_t index;         /* in its level */
+  uint32_t at;            /* leaf: where st->leaves has it */
+  uint32_t nkids;         /* kids that there is room for */
+  unsigned char level;    /* 0: a leaf, whose slots are those of blocks */
+  unsigned char is_used;  /* leaf: since eviction came by */
+  unsigned char is_given; /* leaf: a checkpoint that is being written has its
+                             slot, but maybe not its contents yet */
+  uint32_t *slots;        /* leaf: [fanout]; NULL: not in memory */
+  struct cas_node **kid;  /* else: [nkids]; NULL: all below is zeroes */
 };
 
 /* A volume or snapshot.  All its exports are this one struct. */
-struct cas_image {
-  struct ex_batched own;            /* must come first */
-  struct nbdserve_cas *s;           /* the store that it is in */
-  struct cas_image *next;           /* in the catalog */
-  struct cas_image *parent;         /* the volume of a snapshot, else NULL */
-  struct cas_node *root;            /* its map; NULL: all holes */
-  uint64_t size;                    /* bytes */
-  uint64_t clients;                 /* exports and calls that use it */
-  unsigned char record[CAS_RECORD]; /* of the catalog, but for root and size */
+struct cas_volume {
+  struct ex_batched own;     /* must come first */
+  struct nbdserve_cas *st;   /* the store that it is in */
+  struct cas_volume *next;   /* in the order of their ids */
+  struct cas_volume *parent; /* the volume of a snapshot, else NULL */
+  int is_snapshot;           /* it has a parent */
+  int is_hidden;             /* it is being filled, and has no name yet */
+  uint32_t id;               /* 0: it is not in the catalog */
+  uint32_t made_from;        /* id */
+  uint32_t at;               /* its record is the at-th of the catalog */
+  uint64_t created;          /* seconds since 1970 */
+  uint64_t clients;          /* exports and calls that use it */
+  uint64_t pins;             /* readers that are done in a moment */
+  struct cas_node *root;     /* its map; NULL: all holes */
+  struct cas_node *digests;  /* the map with the tree of its id, or NULL */
+  struct cas_facts now;      /* what everybody sees */
+  struct cas_facts then;     /* what a checkpoint that is being written says, */
+  int is_staged;             /* if this is set */
+  struct cas_volume *old;    /* rolled back: takes over the map it had, */
+  struct cas_node *new_root; /* for which it gets this one */
+};
+
+/* A level of the catalog */
+struct cas_shelf {
+  uint32_t *slots; /* [npages]; 0: the page is dirty */
+  uint32_t npages;
 };
 
 struct nbdserve_cas {
-  /* Fixed while the store is open: no lock is needed. */
+  /* ---- Fixed while the store is open: no lock is needed. */
   int fd;              /* the file or block device, ours to close */
   int readonly;        /* nothing is changed */
   int verify;          /* a block is checked when it is first read */
   int hw;              /* the processor computes SHA-256 */
-  int is_device;       /* it cannot grow */
+  int is_device;       /* it cannot grow, and has all its space */
+  int repair;          /* goes on behind a damaged end of the log */
+  int accept_loss;     /* pages that cannot be read are given up */
   uint32_t bs;         /* bytes of a block */
   uint32_t fanout;     /* slots that a map page names */
-  uint32_t log_pages;  /* pages that the log has room for */
+  uint32_t per_page;   /* records in a page of the catalog */
+  uint32_t cache_mib;  /* memory for leaves, */
+  uint32_t max_leaves; /* which is so many; beyond it clean ones are evicted */
   uint64_t data_off;   /* byte of the file where the groups begin */
   uint64_t end;        /* bytes of the file when it was opened */
-  uint64_t max_blocks; /* blocks that an image may have */
+  uint64_t max_blocks; /* blocks that a volume may have */
 
-  struct os_monitor ckpt;        /* one checkpoint at a time; guards these: */
-  struct cas_item *pages;        /* what it writes */
-  uint32_t npages;               /* how many they are */
-  unsigned char super[CAS_PAGE]; /* id and log_pages in it are fixed */
+  /* ---- Guarded by ckpt: one checkpoint at a time. */
+  struct os_monitor ckpt;
+  struct cas_super super; /* of the last checkpoint */
 
-  struct os_monitor lock; /* guards the rest; woken: a sync or work ended */
+  /* ---- Guarded by lock, as is all that follows; woken: a sync, a checkpoint
+   * or other work has ended. */
+  struct os_monitor lock;
+  int syncing;      /* a sync is under way; a second one may miss its error */
+  int failed;       /* -errno: nothing is written any more (C14) */
+  int is_outdated;  /* the log follows a superblock that is gone */
+  int log_damaged;  /* the log has a page that it should not have (C9) */
+  int super_bad[2]; /* that superblock was found damaged */
+  int is_replaying; /* what is in the log need not be logged */
+  int is_ending;    /* the store is freed: nothing is dropped, read, ... */
+  int busy;         /* a thread is in cas_work, */
+  int closing;      /* which is to end */
 
-  int syncing;     /* a sync is under way; a second one may miss its error */
-  int failed;      /* -errno: nothing is written any more (C14) */
-  int log_damaged; /* the log has a page that it should not have (C9) */
-  int damaged;     /* something could not be read: nothing is freed */
-  int replaying;   /* what is in the log need not be logged */
-  int busy;        /* a thread is in cas_work */
-  int closing;     /* that thread is to end */
-
-  struct cas_image *images; /* the catalog */
-  uint32_t nimages;         /* how many they are */
-  uint32_t next_id;         /* id of the next volume or snapshot */
-  uint32_t catalog;         /* slot of its first page; the others by next */
+  struct cas_volume *volumes;   /* all of them, also what is hidden */
+  uint64_t generation;          /* counts changes of that list */
+  struct cas_volume **by_place; /* [places]: by cas_volume.at */
+  uint32_t places;              /* in the catalog */
+  struct cas_shelf catalog[CAS_CAT_LEVELS];
+  uint32_t next_id; /* id of the next volume or snapshot */
 
   struct cas_group *groups[CAS_GROUPS]; /* the first ngroups are there */
   uint32_t ngroups;                     /* groups in memory */
   uint32_t nslots;                      /* slots in the file */
-  uint32_t nfree;                       /* those with ref 0 */
+  uint32_t nfree;                       /* free slots that may be taken */
+  uint32_t npairs;                      /* free pairs that pages may take */
+  uint32_t nsingle;                     /* of nfree: not part of a free pair */
+  uint32_t nfenced;                     /* segments that are fenced */
   uint32_t mask;                        /* of buckets: see cas_bucket */
-  uint32_t cursor;                      /* slots are taken from here on */
-  uint32_t ndirty;   /* pages of maps that changed: without a slot */
-  uint32_t dropped;  /* list of slots, by next: free after a sync (C5) */
+  uint32_t data_cursor;                 /* where to look for a free slot */
+  uint32_t pair_cursor;                 /* segment of the last pair */
+  uint32_t back_cursor;                 /* before it: backed, or no hope */
+  uint32_t ndirty;                      /* dirty nodes and catalog pages */
+  uint32_t dropped;  /* list of pending slots: free after a sync (C5) */
   uint32_t retired;  /* the same: free after a checkpoint (C6) */
   uint32_t nwaiting; /* slots in both lists */
   uint32_t filled;   /* slots that the index was filled with */
   uint32_t to_fill;  /* slots that it is to be filled with */
 
-  uint32_t nlog;    /* entries in the log page that is being filled */
-  uint64_t seq;     /* number of that page */
-  uint64_t tail;    /* number to replay from, by the superblock */
-  uint64_t durable; /* pages before that number are durable (C4) */
-  uint64_t nlogged; /* entries so far */
-  uint64_t nsynced; /* entries that a sync has covered */
-  unsigned char log[CAS_PAGE]; /* the log page that is being filled */
-  unsigned char page[65536];   /* any other page */
+  struct cas_node **leaves; /* [nleaves]: those that are in memory */
+  uint32_t nleaves;
+  uint32_t leaf_room; /* that leaves has */
+  uint32_t hand;      /* eviction goes on from there */
+
+  unsigned char *room; /* [block_size], while the log is replayed */
+
+  unsigned char page[CAS_PAGE];       /* the log page that is being filled */
+  uint32_t nlog;                      /* entries in it */
+  uint32_t nwritten;                  /* of them are in the file, too */
+  uint32_t nmixed;                    /* blocks of 64 bytes in: */
+  uint32_t mixed[2][SHA_STATE_WORDS]; /* see cas_log_sum */
+  uint64_t seq;                       /* number of that page */
+  uint64_t tail;         /* number to replay from, by the superblock */
+  uint64_t durable;      /* pages before that number are durable (C4) */
+  uint64_t marked;       /* what the log says about that (C22) */
+  uint64_t super_number; /* of the newest durable superblock */
+  uint64_t nlogged;      /* entries so far */
+  uint64_t nsynced;      /* entries that a sync has covered */
 };
 
-#define CAS_AT(s, x, field) \
-  ((s)->groups[(x) / CAS_SLOTS]->field[(x) % CAS_SLOTS])
-#define CAS_NFREE(s, x) /* of its segment */ \
-  ((s)->groups[(x) / CAS_SLOTS]->nfree[(x) % CAS_SLOTS / CAS_SEGMENT])
-#define CAS_NEEDED(s) ((s)->ndirty + (s)->nimages + 2) /* by a checkpoint */
+#define CAS_AT(st, slot, field) \
+  ((st)->groups[(slot) / CAS_SLOTS]->field[(slot) % CAS_SLOTS])
 
-/* ---- Slots -------------------------------------------------------------- */
+/* The segment of a slot. */
+static struct cas_segment *cas_segment(struct nbdserve_cas *st, uint32_t slot) {
+  return &st->groups[slot / CAS_SLOTS]->segment[slot % CAS_SLOTS / CAS_SEGMENT];
+}
 
 /* How many blocks that many bytes take; the last one may be a part. */
-static uint64_t cas_blocks(const struct nbdserve_cas *s, uint64_t size) {
-  return size / s->bs + (size % s->bs != 0);
+static uint64_t cas_blocks(const struct nbdserve_cas *st, uint64_t size) {
+  return size / st->bs + (size % st->bs != 0);
 }
 
-/* Where the data (CAS_DATA) or the digest of a slot lies in the file. */
-static uint64_t cas_off(const struct nbdserve_cas *s, uint32_t x, int what) {
-  uint64_t group = CAS_UNIT + (uint64_t)CAS_SLOTS * s->bs, in = x % CAS_SLOTS;
-  in = what == CAS_DATA ? CAS_UNIT + in * s->bs : in * 32;
-  return s->data_off + x / CAS_SLOTS * group + in;
+/* Where a slot lies in the file. */
+static uint64_t cas_data_off(const struct nbdserve_cas *st, uint32_t slot) {
+  uint64_t group = CAS_UNIT + (uint64_t)CAS_SLOTS * st->bs;
+  return st->data_off + slot / CAS_SLOTS * group + CAS_UNIT +
+         (uint64_t)(slot % CAS_SLOTS) * st->bs;
 }
+
+/* Where the digest of a slot lies in the file. */
+static uint64_t cas_digest_off(const struct nbdserve_cas *st, uint32_t slot) {
+  uint64_t group = CAS_UNIT + (uint64_t)CAS_SLOTS * st->bs;
+  return st->data_off + slot / CAS_SLOTS * group +
+         (uint64_t)(slot % CAS_SLOTS) * CAS_DIGEST_LEN;
+}
+
+/* Where a log page lies in the file. */
+static uint64_t cas_log_off(const struct nbdserve_cas *st, uint64_t seq) {
+  return 2 * CAS_UNIT + seq % st->super.log_pages * CAS_PAGE;
+}
+
+/* ---- The log -------------------------------------------------------------- */
+
+/* Reads or writes at an offset in the file. */
+static int cas_io(struct nbdserve_cas *st, int writing, void *buf, size_t len,
+                  uint64_t off) {
+  struct iovec v = {buf, len};
+  return os_transfer(st->fd, writing, &v, 1, off);
+}
+
+/* Nothing is written any more (C14). */
+static void cas_fail(struct nbdserve_cas *st, int err) {
+  if (!err) return;
+  st->failed = -EIO;
+  os_wake_all(&st->lock);
+}
+
+/* Computes the sum of a log page: the SHA-256 of its entries, with zeroes up to
+ * a multiple of 64 bytes, of its head, and of the store's id.  mixed: the state
+ * after the first *nmixed blocks of 64 bytes; it goes on to the last block that
+ * later entries do not change.  So an entry costs two blocks of SHA-256 and not
+ * all of its page. */
+static void cas_log_sum(const struct nbdserve_cas *st, const unsigned char *p,
+                        uint32_t mixed[2][SHA_STATE_WORDS], uint32_t *nmixed,
+                        unsigned char sum[CAS_DIGEST_LEN]) {
+  uint32_t len = u_get32(p + LOG_COUNT) * CAS_ENTRY;
+  uint32_t whole = len / SHA_BLOCK_LEN;
+  uint32_t all = (len + SHA_BLOCK_LEN - 1) / SHA_BLOCK_LEN;
+  unsigned char tail[CAS_HEAD + 16];
+  uint32_t state[2][SHA_STATE_WORDS];
+  assert(*nmixed <= whole && all * SHA_BLOCK_LEN <= LOG_MAGIC);
+  sha_add(st->hw, mixed, p + *nmixed * SHA_BLOCK_LEN, whole - *nmixed);
+  *nmixed = whole;
+  memcpy(state, mixed, sizeof state);
+  sha_add(st->hw, state, p + whole * SHA_BLOCK_LEN, all - whole);
+  memcpy(tail, p + LOG_MAGIC, CAS_HEAD);
+  memcpy(tail + CAS_HEAD, st->super.id, 16);
+  sha_end(st->hw, state, tail, all * SHA_BLOCK_LEN + sizeof tail, sum);
+}
+
+/* Writes the log page that is being filled, at its place: a torn write loses
+ * nothing that was there before, because the entries come first and the sum
+ * last (C12).  s->failed tells whether it failed. */
+static void cas_log_write(struct nbdserve_cas *st) {
+  unsigned char *p = st->page;
+  if (st->failed) return;
+  assert(st->seq - st->tail < st->super.log_pages);
+  u_put32(p + LOG_MAGIC, CAS_LOG);
+  u_put32(p + LOG_COUNT, st->nlog);
+  u_put64(p + LOG_SEQ, st->seq);
+  u_put64(p + LOG_DURABLE, st->durable);
+  u_put64(p + LOG_SUPER, st->super_number);
+  cas_log_sum(st, p, st->mixed, &st->nmixed, p + LOG_SUM);
+  cas_fail(st, cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, st->seq)));
+  st->nwritten = st->nlog;
+  st->marked = st->durable;
+}
+
+/* Lets the lock go.  What was logged is out of the process first, so nobody can
+ * be answered because of it before (C3). */
+static void cas_unlock(struct nbdserve_cas *st) {
+  if (st->nwritten < st->nlog) cas_log_write(st);
+  os_unlock(&st->lock);
+}
+
+/* Waits to be woken, as os_wait. */
+static void cas_wait(struct nbdserve_cas *st) {
+  if (st->nwritten < st->nlog) cas_log_write(st);
+  os_wait(&st->lock);
+}
+
+/* Begins the next log page, if anything is in this one.  Closed pages are never
+ * written again. */
+static void cas_log_close(struct nbdserve_cas *st) {
+  if (!st->nlog) return;
+  if (st->nwritten < st->nlog) cas_log_write(st);
+  memset(st->page, 0, CAS_PAGE);
+  st->nlog = st->nwritten = st->nmixed = 0;
+  sha_begin(st->mixed);
+  st->seq++;
+}
+
+/* Logs that a block of a volume is now in a slot, or count of them zeroes.
+ * What is hidden is not logged: after a crash it is not there. */
+static void cas_log(struct nbdserve_cas *st, const struct cas_volume *vol,
+                    struct cas_entry entry) {
+  if (st->is_replaying || !vol->id) return;
+  entry.volume = vol->id;
+  cas_encode_entry(&entry, st->page + st->nlog * CAS_ENTRY);
+  st->nlogged++;
+  if (++st->nlog == CAS_ENTRIES) cas_log_close(st);
+}
+
+/* ---- Slots ---------------------------------------------------------------- */
 
 /* The bucket of a tag.  There are as many as slots in all groups: their number
- * is above mask and at most twice that, so a new group splits just some. */
-static uint32_t *cas_bucket(struct nbdserve_cas *s, uint32_t tag) {
-  uint32_t b = tag & ~CAS_GOOD & (2 * s->mask + 1);
-  if (b >= s->ngroups * CAS_SLOTS) b &= s->mask;
-  return &CAS_AT(s, b, head);
+ * is above mask and at most twice that, so a new group splits just some (linear
+ * hashing). */
+static uint32_t *cas_bucket(struct nbdserve_cas *st, uint32_t tag) {
+  uint32_t b = tag & ~CAS_GOOD & (2 * st->mask + 1);
+  if (b >= st->ngroups * CAS_SLOTS) b &= st->mask;
+  return &CAS_AT(st, b, bucket);
 }
 
 /* Enters a slot into the index of digests, under its tag. */
-static void cas_index(struct nbdserve_cas *s, uint32_t x, uint32_t tag) {
-  uint32_t *b = cas_bucket(s, tag);
-  assert(x && tag);
-  CAS_AT(s, x, tag) |= tag;
-  CAS_AT(s, x, next) = *b;
-  *b = x;
+static void cas_index(struct nbdserve_cas *st, uint32_t slot, uint32_t tag) {
+  uint32_t *bucket = cas_bucket(st, tag);
+  assert(slot && tag & TAG_INDEXED);
+  CAS_AT(st, slot, tag) |= tag;
+  CAS_AT(st, slot, link) = *bucket;
+  *bucket = slot;
 }
 
 /* Takes a slot out of the index, if it is there, and clears its tag. */
-static void cas_unindex(struct nbdserve_cas *s, uint32_t x) {
-  uint32_t *tag = &CAS_AT(s, x, tag), *p = cas_bucket(s, *tag);
-  while (*tag && *p && *p != x)
-    p = &CAS_AT(s, *p, next);
-  if (*p == x) *p = CAS_AT(s, x, next); /* else it is a page, or not there */
-  *tag = 0;
+static void cas_unindex(struct nbdserve_cas *st, uint32_t slot) {
+  uint32_t *tag = &CAS_AT(st, slot, tag);
+  uint32_t *p = cas_bucket(st, *tag);
+  while (*tag & TAG_INDEXED && *p && *p != slot)
+    p = &CAS_AT(st, *p, link);
+  if (*tag & TAG_INDEXED && *p) *p = CAS_AT(st, slot, link);
+  *tag = TAG_NONE;
 }
 
-/* Counts segments in until there is slot x; a new group splits buckets. */
-static int cas_extend(struct nbdserve_cas *s, uint32_t x) {
-  for (; s->nslots <= x; s->nslots += CAS_SEGMENT) {
-    if (s->nslots == s->ngroups * CAS_SLOTS) {
-      if (s->ngroups == CAS_GROUPS) return -ENOSPC;
-      s->groups[s->ngroups] = u_zalloc(sizeof(struct cas_group));
-      if (!s->groups[s->ngroups]) return -ENOMEM;
-      s->ngroups++;
-      uint32_t b = s->nslots ? s->nslots : 1;
-      for (; b < s->ngroups * CAS_SLOTS; b++) {
-        if (b > 2 * s->mask + 1) s->mask = 2 * s->mask + 1;
-        uint32_t *p = &CAS_AT(s, b - s->mask - 1, head), y = *p, next;
-        for (*p = 0; y; y = next) {
-          next = CAS_AT(s, y, next);
-          cas_index(s, y, CAS_AT(s, y, tag));
-        }
-      }
+/* Splits buckets until there is one for each slot of the groups. */
+static void cas_split_buckets(struct nbdserve_cas *st, uint32_t from) {
+  for (uint32_t b = from ? from : 1; b < st->ngroups * CAS_SLOTS; b++) {
+    if (b > 2 * st->mask + 1) st->mask = 2 * st->mask + 1;
+    uint32_t *p = &CAS_AT(st, b - st->mask - 1, bucket);
+    uint32_t next;
+    uint32_t slot = *p;
+    for (*p = 0; slot; slot = next) {
+      next = CAS_AT(st, slot, link);
+      cas_index(st, slot, CAS_AT(st, slot, tag));
     }
-    CAS_NFREE(s, s->nslots) = s->nslots ? CAS_SEGMENT : CAS_SEGMENT - 1;
-    s->nfree += CAS_NFREE(s, s->nslots);
-    CAS_AT(s, 0, ref) = 1; /* that number means zeroes */
+  }
+}
+
+/* Adds what is free in a segment to the totals (1), or takes it off (-1): what
+ * changes a segment does so between these two. */
+static void cas_count(struct nbdserve_cas *st, const struct cas_segment *seg,
+                      int sign) {
+  uint32_t times = (uint32_t)sign; /* unsigned: it wraps, and wraps back */
+  if (seg->fence) {
+    st->nfenced += times;
+    return;
+  }
+  st->nfree += times * seg->nfree;
+  st->nsingle += times * (seg->nfree - 2u * seg->npairs);
+  if (seg->backed) st->npairs += times * seg->npairs;
+}
+
+/* Counts a slot, whose refs are 0, as free or as taken. */
+static void cas_set_free(struct nbdserve_cas *st, uint32_t slot, int is_free) {
+  struct cas_segment *seg = cas_segment(st, slot);
+  int is_pair = CAS_AT(st, slot ^ CAS_TWIN, refs) == 0;
+  int by = is_free ? 1 : -1;
+  cas_count(st, seg, -1);
+  seg->nfree = (uint16_t)(seg->nfree + by);
+  if (is_pair) seg->npairs = (uint16_t)(seg->npairs + by);
+  cas_count(st, seg, 1);
+}
+
+/* Sets the fence of a segment, or whether it is backed. */
+static void cas_set_segment(struct nbdserve_cas *st, uint32_t slot, int fence,
+                            int backed) {
+  struct cas_segment *seg = cas_segment(st, slot);
+  cas_count(st, seg, -1);
+  seg->fence = (unsigned char)fence;
+  seg->backed = (unsigned char)backed;
+  cas_count(st, seg, 1);
+}
+
+/* Counts segments in until there is a slot. */
+static int cas_extend(struct nbdserve_cas *st, uint32_t slot) {
+  for (; st->nslots <= slot; st->nslots += CAS_SEGMENT) {
+    if (st->nslots == st->ngroups * CAS_SLOTS) {
+      if (st->ngroups == CAS_GROUPS) return -ENOSPC;
+      st->groups[st->ngroups] = u_zalloc(sizeof(struct cas_group));
+      if (!st->groups[st->ngroups]) return -ENOMEM;
+      st->ngroups++;
+      cas_split_buckets(st, st->nslots);
+    }
+    struct cas_segment *seg = cas_segment(st, st->nslots);
+    seg->nfree = CAS_SEGMENT;
+    seg->npairs = CAS_TWIN;
+    seg->backed = st->is_device != 0;
+    cas_count(st, seg, 1);
+    if (st->nslots > 0) continue;
+    cas_set_free(st, 0, 0);
+    CAS_AT(st, 0, refs) = 1; /* that number means zeroes */
   }
   return 0;
 }
 
-/* Makes the file longer by one segment of slots. */
-static int cas_grow(struct nbdserve_cas *s) {
-  uint32_t x = s->nslots;
-  uint64_t end = cas_off(s, x, CAS_DATA) + (uint64_t)CAS_SEGMENT * s->bs;
-  uint64_t off = x ? cas_off(s, x, x % CAS_SLOTS ? CAS_DATA : CAS_DIGEST) : 0;
-  if (s->is_device ? end > s->end : end > INT64_MAX) return -ENOSPC;
-  int err = s->is_device ? 0 : os_fallocate(s->fd, OS_ALLOCATE, off, end - off);
-  return err && err != -EOPNOTSUPP ? err : cas_extend(s, x);
-}
-
-/* Sees to it that there are free slots for a checkpoint and so many more. */
-static int cas_want(struct nbdserve_cas *s, uint32_t more) {
-  int err = s->failed;
-  while (!err && s->nfree < CAS_NEEDED(s) + more)
-    err = cas_grow(s);
+/* Writes zeroes to a new segment, from off to end, or to the free slots of one
+ * that is there: where the file system has no better way to give them space. */
+static int cas_write_zeroes(struct nbdserve_cas *st, uint32_t first,
+                            uint64_t off, uint64_t end) {
+  unsigned char *zeroes = u_zalloc(st->bs);
+  int err = zeroes ? 0 : -ENOMEM;
+  for (; first >= st->nslots && off < end && !err; off += st->bs)
+    err = cas_io(st, OS_WRITE, zeroes, st->bs, off);
+  for (uint32_t i = 0; first < st->nslots && i < CAS_SEGMENT && !err; i++)
+    if (!CAS_AT(st, first + i, refs))
+      err = cas_io(st, OS_WRITE, zeroes, st->bs, cas_data_off(st, first + i));
+  NBDSERVE_FREE(zeroes);
   return err;
 }
 
-/* One more edge to a slot, or pin on it.  A free one is taken by that. */
-static void cas_hold(struct nbdserve_cas *s, uint32_t x) {
-  int32_t *ref = &CAS_AT(s, x, ref);
-  if (!x) return;
-  if (!*ref) s->nfree--;
-  if (!*ref) CAS_NFREE(s, x)--;
-  *ref = *ref == CAS_FREED ? 1 : *ref + 1;
+/* Gives a segment its space in the file (C18), maybe behind the file's end.  The
+ * first segment of a group brings the digests of the group along, the very first
+ * one all that stands before it. */
+static int cas_back(struct nbdserve_cas *st, uint32_t first) {
+  uint64_t off = cas_data_off(st, first);
+  uint64_t end = off + (uint64_t)CAS_SEGMENT * st->bs;
+  if (first % CAS_SLOTS == 0) off = cas_digest_off(st, first);
+  if (first == 0) off = 0;
+  if (st->is_device) return end > st->end ? -ENOSPC : 0;
+  if (end > INT64_MAX) return -ENOSPC;
+  int err = os_fallocate(st->fd, OS_ALLOCATE, off, end - off);
+  if (err == -EOPNOTSUPP) err = cas_write_zeroes(st, first, off, end);
+  return err;
 }
 
-/* One less.  After the last the slot goes to a list that will be freed. */
-static void cas_drop(struct nbdserve_cas *s, uint32_t x, uint32_t *list) {
-  int32_t *ref = &CAS_AT(s, x, ref);
-  if (!x || (s->damaged && *ref == 1)) return;
-  assert(*ref > 0);
-  if (--*ref > 0) return;
-  cas_unindex(s, x);
-  *ref = CAS_FREED;
-  if (s->replaying) return; /* it may come back: see nbdserve_cas_open */
-  CAS_AT(s, x, next) = *list;
-  *list = x;
-  s->nwaiting++;
+/* Makes the file longer by one segment of slots. */
+static int cas_grow(struct nbdserve_cas *st) {
+  uint32_t first = st->nslots;
+  int err = cas_back(st, first);
+  if (!err) err = cas_extend(st, first);
+  if (!err) cas_set_segment(st, first, FENCE_NONE, 1);
+  return err;
+}
+
+/* Sees to it that there are free pairs for all that is dirty, and more. */
+static int cas_want_pairs(struct nbdserve_cas *st, uint32_t more) {
+  int err = st->failed;
+  while (!err && st->npairs < st->ndirty + more) {
+    uint32_t first = st->back_cursor;
+    if (first >= st->nslots) {
+      err = cas_grow(st);
+      continue;
+    }
+    struct cas_segment *seg = cas_segment(st, first);
+    if (!seg->backed && seg->npairs && !cas_back(st, first))
+      cas_set_segment(st, first, seg->fence, 1);
+    st->back_cursor += CAS_SEGMENT;
+  }
+  return err;
+}
+
+/* One more hold on a slot.  A free one is taken by that. */
+static void cas_hold(struct nbdserve_cas *st, uint32_t slot) {
+  if (!slot || slot == CAS_LOST) return;
+  int32_t *refs = &CAS_AT(st, slot, refs);
+  if (*refs == 0) cas_set_free(st, slot, 0);
+  *refs = *refs == CAS_PENDING ? 1 : *refs + 1;
+}
+
+/* One hold less.  After the last one the slot goes to a list that becomes free
+ * later.  While the log is replayed it may yet come back: see cas_recover. */
+static void cas_drop(struct nbdserve_cas *st, uint32_t slot, uint32_t *list) {
+  if (!slot || slot == CAS_LOST || st->is_ending) return;
+  int32_t *refs = &CAS_AT(st, slot, refs);
+  assert(*refs > 0);
+  if (--*refs > 0) return;
+  if (CAS_AT(st, slot, tag) == TAG_PAGE) cas_segment(st, slot)->npages--;
+  cas_unindex(st, slot);
+  *refs = CAS_PENDING;
+  if (st->is_replaying && list == &st->dropped) return;
+  CAS_AT(st, slot, link) = *list;
+  *list = slot;
+  st->nwaiting++;
 }
 
 /* Frees a list of slots that nothing durable names any more. */
-static void cas_free(struct nbdserve_cas *s, uint32_t x) {
-  for (; x; x = CAS_AT(s, x, next)) {
-    assert(CAS_AT(s, x, ref) == CAS_FREED);
-    CAS_AT(s, x, ref) = 0;
-    CAS_NFREE(s, x)++;
-    s->nfree++;
-    s->nwaiting--;
+static void cas_free_list(struct nbdserve_cas *st, uint32_t slot) {
+  for (; slot; slot = CAS_AT(st, slot, link)) {
+    assert(CAS_AT(st, slot, refs) == CAS_PENDING);
+    CAS_AT(st, slot, refs) = 0;
+    cas_set_free(st, slot, 1);
+    st->nwaiting--;
   }
 }
 
-/* The segment to take slots from next, from x on: one with room enough, or a
- * new one at the file's end while that has little to spare. */
-static uint32_t cas_segment(struct nbdserve_cas *s, uint32_t x) {
-  int spare = s->nfree > (s->nslots - s->nfree) / 10 + CAS_SLACK;
-  uint32_t want = spare ? CAS_SEGMENT / 4 : CAS_SEGMENT * 3 / 4;
-  for (uint32_t i = 1;; i++, x += CAS_SEGMENT) {
-    if (x >= s->nslots) x = 0;
-    if (CAS_NFREE(s, x) >= want) return x;
-    if (i % 4096 && i < s->nslots / CAS_SEGMENT) continue;
-    if (!spare && cas_grow(s) == 0) return s->nslots - CAS_SEGMENT;
-    want = want > 4 ? want / 4 : 1; /* there is one: nfree > 0 */
-    i = 0;
-  }
-}
-
-/* Takes a free slot; the caller knows that there is one. */
-static uint32_t cas_alloc(struct nbdserve_cas *s) {
-  assert(s->nfree > 0);
-  for (;; s->cursor++) {
-    if (s->cursor % CAS_SEGMENT == 0) s->cursor = cas_segment(s, s->cursor);
-    if (!CAS_AT(s, s->cursor, ref)) break;
-  }
-  cas_hold(s, s->cursor);
-  return s->cursor++;
-}
-
-/* ---- Data, pages, log ---------------------------------------------------- */
-
-/* A block, or a page, on its way between a request and the file */
-struct cas_item {
-  uint64_t lba;             /* number of the block in its image */
-  unsigned char *data;      /* [block_size] */
-  struct nbdserve_req *req; /* the request that it is a part of */
-  uint32_t slot;            /* where it lies, or 0 */
-  uint32_t expect;          /* slot that the map must have, or CAS_ANY */
-  int state;                /* bits: CAS_DATA, CAS_DIGEST, CAS_DUP */
-  int err;                  /* 0 or -errno */
-  unsigned char sum[32];    /* SHA-256 of data */
-  unsigned char digest[32]; /* the slot's digest, if it was read */
+/* Which segments cas_search takes */
+enum cas_wanted {
+  WANT_DATA,   /* without pages, with so many free slots */
+  WANT_ANY,    /* with so many free slots */
+  WANT_SINGLE, /* with free slots that are no part of a free pair */
+  WANT_PAGES,  /* with pages, and a free pair */
+  WANT_EMPTY,  /* wholly free */
+  WANT_PAIR    /* with a free pair */
 };
 
-/* Reads or writes at an offset in the file. */
-static int cas_io(struct nbdserve_cas *s, int writing, void *buf, size_t len,
-                  uint64_t off) {
-  struct iovec v = {buf, len};
-  return os_transfer(s->fd, writing, &v, 1, off);
-}
-
-/* Reads or writes what of the items, in few calls.  0 or the last error. */
-static int cas_transfer(struct nbdserve_cas *s, struct cas_item *it, size_t n,
-                        int what, int writing) {
-  struct iovec v[CAS_RUN];
-  int err = 0;
-  for (size_t k; n > 0; it += k, n -= k) {
-    for (k = 0; k < n && k < CAS_RUN && it[k].state & what; k++) {
-      if (k && (it[k].slot % CAS_SLOTS == 0 || it[k].slot - k != it->slot))
-        break;
-      v[k] = (struct iovec){writing ? it[k].sum : it[k].digest, 32};
-      if (what == CAS_DATA) v[k] = (struct iovec){it[k].data, s->bs};
-    }
-    int e =
-        k ? os_transfer(s->fd, writing, v, (int)k, cas_off(s, it->slot, what))
-          : 0;
-    if (e && k == 1) err = it->err = e;
-    for (size_t i = 0; e && k > 1 && i < k; i++) /* what fails alone failed */
-      if (cas_transfer(s, it + i, 1, what, writing)) err = it[i].err;
-    if (!k) k = 1;
+/* Finds a segment behind one, and stores it there.  Returns whether there is
+ * one among the next nsegments. */
+static int cas_search(struct nbdserve_cas *st, uint32_t *cursor,
+                      enum cas_wanted wanted, uint32_t nfree,
+                      uint32_t nsegments) {
+  uint32_t first = *cursor / CAS_SEGMENT * CAS_SEGMENT;
+  if (first >= st->nslots) first = 0;
+  nsegments = (uint32_t)u_min(nsegments, st->nslots / CAS_SEGMENT);
+  for (uint32_t i = 0; i < nsegments; i++) {
+    const struct cas_segment *seg = cas_segment(st, first);
+    int has_pair = seg->npairs && seg->backed;
+    const int fits[] = {
+        [WANT_DATA] = seg->nfree >= nfree && !seg->npages,
+        [WANT_ANY] = seg->nfree >= nfree,
+        [WANT_SINGLE] = seg->nfree > 2 * seg->npairs,
+        [WANT_PAGES] = has_pair && seg->npages,
+        [WANT_EMPTY] = has_pair && seg->nfree == CAS_SEGMENT,
+        [WANT_PAIR] = has_pair,
+    };
+    *cursor = first;
+    if (fits[wanted] && !seg->fence) return 1;
+    first += CAS_SEGMENT;
+    if (first >= st->nslots) first = 0;
   }
-  return err;
+  return 0;
 }
 
-/* Writes what is to be written; first the digests: who finds data finds both */
-static int cas_store(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
-  int err = cas_transfer(s, it, n, CAS_DIGEST, 1);
-  return err ? err : cas_transfer(s, it, n, CAS_DATA, 1);
-}
-
-/* Computes the digests of the items that have data and digest to do, two at a
- * time. */
-static void cas_hash(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
-  struct cas_item *first = NULL;
-  for (; n > 0; it++, n--) {
-    if (~it->state & (CAS_DATA | CAS_DIGEST) || it->err) continue;
-    if (first)
-      sha_256(s->hw, first->data, it->data, s->bs, first->sum, it->sum);
-    first = first ? NULL : it;
+/* Chooses the segment to take slots for data from: one with much room, a new
+ * one at the file's end while that has little to spare, else what there is.
+ * Slots in a row are written in a row, so much room is worth looking for.  Those
+ * with pages come last.  single: pairs have become few. */
+static void cas_data_segment(struct nbdserve_cas *st, int single) {
+  uint32_t used = st->nslots - st->nfree;
+  int has_spare = st->nfree > used / 10 + CAS_SLACK;
+  uint32_t nfree = has_spare ? CAS_SEGMENT / 4 : CAS_SEGMENT * 3 / 4;
+  if (single) {
+    cas_search(st, &st->data_cursor, WANT_SINGLE, 0, UINT32_MAX);
+    return;
   }
-  if (first) sha_256(s->hw, first->data, NULL, s->bs, first->sum, NULL);
+  for (; nfree > 0; nfree /= 4) {
+    if (cas_search(st, &st->data_cursor, WANT_DATA, nfree, CAS_LOOK)) return;
+    if (has_spare || cas_grow(st)) continue;
+    st->data_cursor = st->nslots - CAS_SEGMENT;
+    return;
+  }
+  if (!cas_search(st, &st->data_cursor, WANT_DATA, 1, UINT32_MAX))
+    cas_search(st, &st->data_cursor, WANT_ANY, 1, UINT32_MAX);
 }
 
-/* Puts its sum into a page, superblock or log page, at.  Was it there? */
-static int cas_stamp(const struct nbdserve_cas *s, unsigned char *p, int at) {
-  unsigned char was[32], sum[32];
-  size_t len = at == CAS_SUM ? CAS_SUM : s->bs, n = at == CAS_SUM ? 32 : 16;
-  memcpy(was, p + at, n);
-  memset(p + at, 0, n);
-  sha_256(s->hw, p, NULL, len, sum, NULL);
-  memcpy(p + at, sum, n);
-  return memcmp(was, sum, n) == 0;
+/* Takes a free slot for data; *slot gets it, and the caller the hold.  Pairs
+ * that pages may need are not broken for it: -ENOSPC. */
+static int cas_take_slot(struct nbdserve_cas *st, uint32_t *slot) {
+  uint32_t more = CAS_RESERVE_PAIRS + CAS_MARGIN;
+  int single = cas_want_pairs(st, more + 1) != 0;
+  if (st->failed) return st->failed;
+  if (single ? !st->nsingle : !st->nfree) return -ENOSPC;
+  for (;; st->data_cursor++) {
+    uint32_t x = st->data_cursor;
+    if (x % CAS_SEGMENT == 0) cas_data_segment(st, single);
+    x = st->data_cursor;
+    const struct cas_segment *seg = cas_segment(st, x);
+    int is_free = !CAS_AT(st, x, refs) && !seg->fence;
+    if (is_free && (!single || CAS_AT(st, x ^ CAS_TWIN, refs))) break;
+  }
+  *slot = st->data_cursor++;
+  cas_hold(st, *slot);
+  return 0;
 }
 
-/* Reads a page.  -EIO: it is not what it should be. */
-static int cas_get_page(struct nbdserve_cas *s, uint32_t x, uint32_t magic,
-                        int level, uint32_t index, unsigned char *p) {
-  if (x >= s->nslots) return -EIO;
-  int err = cas_io(s, 0, p, s->bs, cas_off(s, x, CAS_DATA));
-  if (err) return err;
-  return cas_stamp(s, p, CAS_CHECK) && u_get32(p) == magic &&
-                 u_get32(p + 4) == (uint32_t)level && u_get32(p + 8) == index
-             ? 0
-             : -EIO;
+/* Takes a free pair for a page, and returns the first of the two; the caller
+ * knows that there is one. */
+static uint32_t cas_take_pair(struct nbdserve_cas *st) {
+  uint32_t *cursor = &st->pair_cursor;
+  assert(st->npairs > 0);
+  if (!cas_search(st, cursor, WANT_PAGES, 0, CAS_LOOK) &&
+      !cas_search(st, cursor, WANT_EMPTY, 0, CAS_LOOK) && cas_grow(st) == 0)
+    *cursor = st->nslots - CAS_SEGMENT;
+  cas_search(st, cursor, WANT_PAIR, 0, UINT32_MAX);
+  uint32_t slot = *cursor;
+  while (CAS_AT(st, slot, refs) || CAS_AT(st, slot + CAS_TWIN, refs))
+    slot++;
+  assert(slot < *cursor + CAS_TWIN);
+  for (uint32_t i = 0; i < 2; i++, slot += CAS_TWIN) {
+    cas_hold(st, slot);
+    CAS_AT(st, slot, tag) = TAG_PAGE;
+    cas_segment(st, slot)->npages++;
+  }
+  return slot - 2 * CAS_TWIN;
 }
 
-/* Nothing is written any more (C14). */
-static int cas_fail(struct nbdserve_cas *s, int err) {
-  if (err) s->failed = -EIO;
-  if (err) os_wake_all(&s->lock);
-  return err;
+/* Drops a pair: it is free when a checkpoint without it is durable (C6). */
+static void cas_retire(struct nbdserve_cas *st, uint32_t slot) {
+  if (!slot || slot == CAS_LOST) return;
+  cas_drop(st, slot, &st->retired);
+  cas_drop(st, slot + CAS_TWIN, &st->retired);
 }
 
-/* Writes the log page that is being filled, and begins the next one (C3). */
-static int cas_log_write(struct nbdserve_cas *s) {
-  uint64_t off = 2 * CAS_UNIT + s->seq % s->log_pages * CAS_PAGE;
-  if (!s->nlog || s->failed) return s->failed;
-  assert(s->seq - s->tail < s->log_pages);
-  u_put32(s->log, CAS_LOG);
-  u_put16(s->log + 4, s->nlog);
-  u_put64(s->log + 8, s->seq++); /* (C3) */
-  u_put64(s->log + 16, s->durable);
-  memcpy(s->log + 24, s->super + 16, 8);
-  cas_stamp(s, s->log, CAS_SUM);
-  s->nlog = 0;
-  return cas_fail(s, cas_io(s, 1, s->log, CAS_PAGE, off));
-}
-
-/* Logs that a block of an image is now in a slot, or count of them zeroes. */
-static void cas_log(struct nbdserve_cas *s, const struct cas_image *im,
-                    const struct cas_item *it, uint64_t count) {
-  unsigned char *p = s->log + 32 + CAS_ENTRY * s->nlog;
-  if (s->replaying) return;
-  memset(p, 0, CAS_ENTRY);
-  memcpy(p, im->record + CAS_ID, 4);
-  u_put32(p + 4, it->slot);
-  u_put64(p + 8, it->lba);
-  if (!it->slot) u_put64(p + 16, count);
-  if (it->slot) memcpy(p + 16, it->sum, 32);
-  s->nlogged++;
-  if (++s->nlog == CAS_ENTRIES) cas_log_write(s); /* s->failed tells */
+/* Where there was no space there may be some now. */
+static void cas_space_came(struct nbdserve_cas *st) {
+  st->back_cursor = 0;
+  if (!st->nfenced) return;
+  for (uint32_t first = 0; first < st->nslots; first += CAS_SEGMENT)
+    if (cas_segment(st, first)->fence == FENCE_SPACE)
+      cas_set_segment(st, first, FENCE_NONE, st->is_device);
 }
 
 /* Makes all that was written so far durable; one caller syncs for those that
  * wait meanwhile, unless it is told to. */
-static int cas_sync(struct nbdserve_cas *s, int always) {
-  os_lock(&s->lock);
-  uint64_t mine = s->nlogged;
-  while (s->syncing)
-    os_wait(&s->lock);
-  int err = s->failed;
-  if (!err && (always || s->nsynced < mine)) {
-    s->syncing = 1;
-    mine = s->nlogged;
-    err = cas_log_write(s);
-    uint64_t seq = s->seq;
-    uint32_t dropped = s->dropped;
-    s->dropped = 0;
-    os_unlock(&s->lock);
-    if (!err) err = os_datasync(s->fd);
-    os_lock(&s->lock);
-    cas_fail(s, err);
-    if (!err) s->durable = seq; /* (C4) */
-    if (!err) s->nsynced = mine;
-    if (!err) cas_free(s, dropped); /* (C5) */
-    s->syncing = 0;
-    os_wake_all(&s->lock);
+static int cas_sync(struct nbdserve_cas *st, int always) {
+  os_lock(&st->lock);
+  uint64_t mine = st->nlogged;
+  while (st->syncing)
+    cas_wait(st);
+  int err = st->failed;
+  if (!err && (always || st->nsynced < mine)) {
+    st->syncing = 1;
+    cas_log_close(st); /* (C13) */
+    mine = st->nlogged;
+    uint64_t seq = st->seq;
+    /* What was dropped so far is free when the pages that say so, which are
+     * written by now, are durable; what is dropped from now on is not. */
+    uint32_t dropped = st->dropped;
+    st->dropped = 0;
+    cas_unlock(st);
+    err = st->failed;
+    if (!err) err = os_datasync(st->fd);
+    os_lock(&st->lock);
+    cas_fail(st, err);
+    if (!err) {
+      st->durable = seq; /* (C4) */
+      st->nsynced = mine;
+      cas_free_list(st, dropped); /* (C5) */
+      if (dropped) cas_space_came(st);
+    }
+    st->syncing = 0;
+    os_wake_all(&st->lock);
   }
-  os_unlock(&s->lock);
+  cas_unlock(st);
+  return err ? err : st->failed;
+}
+
+/* ---- Blocks and pages ----------------------------------------------------- */
+
+/* cas_block.todo: what is to be moved or was moved, bits */
+enum {
+  CAS_DATA = 1,
+  CAS_DIGEST = 2
+};
+
+#define CAS_ANY CAS_ABSENT /* cas_block.expected: the map may have any slot */
+
+/* A block, or a page, on its way between a request and the file */
+struct cas_block {
+  uint64_t number;          /* of the block in its volume */
+  unsigned char *data;      /* [block_size] */
+  struct nbdserve_req *req; /* the request that it is a part of */
+  uint32_t slot;            /* where it lies, with a hold; or 0 */
+  uint32_t expected;        /* slot that the map must have, or CAS_ANY */
+  int todo;                 /* CAS_DATA, CAS_DIGEST */
+  int is_wanting;           /* it needs a slot */
+  int is_duplicate;         /* it is to be compared with what its slot has */
+  int err;                  /* 0 or -errno */
+  int digest_err;           /* 0 or -errno: its digest could not be read */
+  unsigned char sum[CAS_DIGEST_LEN];    /* SHA-256 of data */
+  unsigned char digest[CAS_DIGEST_LEN]; /* what stands in the digest area */
+};
+
+/* How many blocks from blk on lie in a row, and have `what` to do. */
+static size_t cas_run_length(const struct cas_block *blk, size_t n, int what) {
+  size_t k = 0;
+  while (k < n && k < CAS_RUN && blk[k].todo & what && !blk[k].err &&
+         (!k || (blk[k].slot % CAS_SLOTS && blk[k].slot == blk->slot + k)))
+    k++;
+  return k;
+}
+
+/* Moves the data or the digests of k blocks that lie in a row. */
+static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
+                        size_t k, int what, int writing) {
+  uint64_t off = what == CAS_DATA ? cas_data_off(st, blk->slot)
+                                  : cas_digest_off(st, blk->slot);
+  struct iovec v[CAS_RUN];
+  assert(k > 0 && k <= CAS_RUN);
+  for (size_t i = 0; i < k; i++) {
+    if (what == CAS_DATA)
+      v[i] = (struct iovec){blk[i].data, st->bs};
+    else
+      v[i] =
+          (struct iovec){writing ? blk[i].sum : blk[i].digest, CAS_DIGEST_LEN};
+  }
+  return os_transfer(st->fd, writing, v, (int)k, off);
+}
+
+/* Takes note that a block could not be moved.  The segment of one that could
+ * not be written is passed over from now on (C19). */
+static void cas_move_failed(struct nbdserve_cas *st, struct cas_block *blk,
+                            int what, int writing, int err) {
+  if (!writing && what == CAS_DIGEST)
+    blk->digest_err = err;
+  else
+    blk->err = err;
+  if (!writing) return;
+  os_lock(&st->lock);
+  cas_set_segment(st, blk->slot, err == -ENOSPC ? FENCE_SPACE : FENCE_BROKEN,
+                  0);
+  cas_unlock(st);
+}
+
+/* Moves what there is to do of `what`, in few calls.  What fails together is
+ * tried again one by one, so only that fails which must. */
+static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
+                     int what, int writing) {
+  for (size_t k; n > 0; blk += k, n -= k) {
+    k = cas_run_length(blk, n, what);
+    if (!k) {
+      k = 1;
+      continue;
+    }
+    int err = cas_move_run(st, blk, k, what, writing);
+    for (size_t i = 0; err && i < k; i++) {
+      if (k > 1) err = cas_move_run(st, blk + i, 1, what, writing);
+      if (err) cas_move_failed(st, blk + i, what, writing, err);
+      err = k > 1 ? -EIO : 0; /* go on */
+    }
+  }
+}
+
+/* Writes what is to be written: first the digests, so who finds the data finds
+ * both. */
+static void cas_store(struct nbdserve_cas *st, struct cas_block *blk,
+                      size_t n) {
+  cas_move(st, blk, n, CAS_DIGEST, OS_WRITE);
+  cas_move(st, blk, n, CAS_DATA, OS_WRITE);
+}
+
+/* Computes the digests of the blocks that have data and digest to do, two at a
+ * time. */
+static void cas_hash(struct nbdserve_cas *st, struct cas_block *blk, size_t n) {
+  struct cas_block *first = NULL;
+  for (; n > 0; blk++, n--) {
+    if (blk->todo != (CAS_DATA | CAS_DIGEST) || blk->err) continue;
+    if (first)
+      sha_256(st->hw, first->data, blk->data, st->bs, first->sum, blk->sum);
+    first = first ? NULL : blk;
+  }
+  if (first) sha_256(st->hw, first->data, NULL, st->bs, first->sum, NULL);
+}
+
+/* What cas_read_page found */
+enum cas_page_state {
+  PAGE_GOOD,
+  PAGE_HEALED,     /* one of the copies is good, the other one is not */
+  PAGE_WRONG,      /* both can be read, and are not what they should be */
+  PAGE_UNREADABLE, /* no copy is good, and one cannot be read */
+};
+
+/* A page that is to be read */
+struct cas_page {
+  uint32_t magic;
+  int level; /* -1: any */
+  uint32_t index;
+};
+
+/* Is a copy whole, by itself? */
+static int cas_is_whole(struct nbdserve_cas *st, struct cas_block *copy,
+                        const struct cas_page *page) {
+  const unsigned char *p = copy->data;
+  if (copy->err || !cas_page_sum(st->hw, copy->data, st->bs, copy->sum))
+    return 0;
+  if (page->level < 0)
+    return u_get32(p + PAGE_MAGIC) == CAS_MAP ||
+           u_get32(p + PAGE_MAGIC) == CAS_CAT;
+  return u_get32(p + PAGE_MAGIC) == page->magic &&
+         u_get32(p + PAGE_LEVEL) == (uint32_t)page->level &&
+         u_get32(p + PAGE_INDEX) == page->index;
+}
+
+/* Does a copy fit a digest place, as far as that can be read? */
+static int cas_is_vouched(const struct cas_block *copy,
+                          const struct cas_block *place) {
+  return !place->digest_err &&
+         memcmp(copy->sum, place->digest, CAS_DIGEST_LEN) == 0;
+}
+
+/* Chooses between the two copies of a page, of which `whole` tells what they
+ * are by themselves (C17).  Returns the good one, or NULL. */
+static struct cas_block *cas_choose_copy(struct cas_block copy[2],
+                                         const int whole[2]) {
+  if (whole[0] && whole[1]) {
+    uint32_t ahead = u_get32(copy[0].data + PAGE_NUMBER) -
+                     u_get32(copy[1].data + PAGE_NUMBER);
+    return copy + (ahead > UINT32_MAX / 2); /* the newer one */
+  }
+  for (int i = 0; i < 2; i++) {
+    int is_blind = copy[0].digest_err && copy[1].digest_err;
+    if (whole[i] && (is_blind || cas_is_vouched(copy + i, copy) ||
+                     cas_is_vouched(copy + i, copy + 1)))
+      return copy + i;
+  }
+  return NULL;
+}
+
+/* Writes a page to both of its places.  What fails is tried again whenever the
+ * page is read. */
+static void cas_heal(struct nbdserve_cas *st, uint32_t slot,
+                     const struct cas_block *good) {
+  for (uint32_t i = 0; i < 2; i++, slot += CAS_TWIN) {
+    struct cas_block blk = *good;
+    blk.slot = slot;
+    blk.todo = CAS_DATA | CAS_DIGEST;
+    cas_store(st, &blk, 1);
+  }
+}
+
+/* Reads the page in a slot and its twin to p.  The twin is read only if the
+ * page does not fit both digests.  heals: writes it anew where a copy is
+ * damaged. */
+static enum cas_page_state cas_read_page(struct nbdserve_cas *st, uint32_t slot,
+                                         const struct cas_page *page, int heals,
+                                         unsigned char *p) {
+  struct cas_block copy[2] = {
+      {.slot = slot, .data = p, .todo = CAS_DATA | CAS_DIGEST},
+      {.slot = slot + CAS_TWIN, .todo = CAS_DIGEST}};
+  enum cas_page_state state = PAGE_GOOD;
+  int whole[2] = {0, 0};
+  cas_move(st, copy, 1, CAS_DATA, OS_READ);
+  cas_move(st, copy, 1, CAS_DIGEST, OS_READ);
+  cas_move(st, copy + 1, 1, CAS_DIGEST, OS_READ);
+  whole[0] = cas_is_whole(st, copy, page);
+  if (whole[0] && cas_is_vouched(copy, copy) && cas_is_vouched(copy, copy + 1))
+    return PAGE_GOOD;
+  copy[1].data = NBDSERVE_MALLOC(st->bs);
+  copy[1].todo = CAS_DATA;
+  if (!copy[1].data) return PAGE_UNREADABLE;
+  cas_move(st, copy + 1, 1, CAS_DATA, OS_READ);
+  whole[1] = cas_is_whole(st, copy + 1, page);
+  const struct cas_block *good = cas_choose_copy(copy, whole);
+  if (good) {
+    state = PAGE_HEALED;
+    if (heals) cas_heal(st, slot, good);
+    if (good != copy) memcpy(p, good->data, st->bs);
+  } else {
+    state = copy[0].err || copy[1].err ? PAGE_UNREADABLE : PAGE_WRONG;
+  }
+  NBDSERVE_FREE(copy[1].data);
+  return state;
+}
+
+/* ---- Maps ----------------------------------------------------------------- */
+
+/* A new node that nothing leads to but the caller; NULL without memory. */
+static struct cas_node *cas_new_node(int level, uint32_t index) {
+  struct cas_node *node = u_zalloc(sizeof *node);
+  if (!node) return NULL;
+  node->refs = 1;
+  node->level = (unsigned char)level;
+  node->index = index;
+  return node;
+}
+
+/* Makes room for kid c of a node. */
+static int cas_make_room_for_kid(struct nbdserve_cas *st, struct cas_node *node,
+                                 uint32_t c) {
+  uint32_t n = node->nkids ? node->nkids : 4;
+  if (c < node->nkids) return 0;
+  while (n <= c)
+    n *= 2;
+  n = (uint32_t)u_min(n, st->fanout);
+  struct cas_node **kid = u_zalloc(n * sizeof *kid);
+  if (!kid) return -ENOMEM;
+  if (node->nkids) memcpy(kid, node->kid, node->nkids * sizeof *kid);
+  NBDSERVE_FREE(node->kid);
+  node->kid = kid;
+  node->nkids = n;
+  return 0;
+}
+
+/* Kid c of a node, or NULL. */
+static struct cas_node *cas_kid(const struct cas_node *node, uint64_t c) {
+  return c < node->nkids ? node->kid[c] : NULL;
+}
+
+/* Frees the slots of a leaf: it is no longer in memory. */
+static void cas_forget_leaf(struct nbdserve_cas *st, struct cas_node *leaf) {
+  if (!leaf->slots) return;
+  struct cas_node *last = st->leaves[--st->nleaves];
+  assert(st->leaves[leaf->at] == leaf);
+  st->leaves[leaf->at] = last;
+  last->at = leaf->at;
+  NBDSERVE_FREE(leaf->slots);
+  leaf->slots = NULL;
+}
+
+/* Makes room for another leaf in memory: beyond the budget, one that was not
+ * used since this came by last goes.  It can be read back: it is clean, and the
+ * superblock that names it is durable. */
+static void cas_evict_leaf(struct nbdserve_cas *st) {
+  for (uint32_t i = 0; i < CAS_RUN && st->nleaves >= st->max_leaves; i++) {
+    if (st->hand >= st->nleaves) st->hand = 0;
+    struct cas_node *leaf = st->leaves[st->hand++];
+    if (!leaf->is_used && leaf->slot && !leaf->is_given)
+      cas_forget_leaf(st, leaf);
+    else
+      leaf->is_used = 0;
+  }
+}
+
+/* Gives a leaf its slots, all of them `fill`. */
+static int cas_make_leaf(struct nbdserve_cas *st, struct cas_node *leaf,
+                         uint32_t fill) {
+  cas_evict_leaf(st);
+  if (st->nleaves == st->leaf_room) {
+    uint32_t room = st->leaf_room ? 2 * st->leaf_room : 64;
+    struct cas_node **leaves = NBDSERVE_MALLOC(room * sizeof *leaves);
+    if (!leaves) return -ENOMEM;
+    if (st->nleaves)
+      memcpy(leaves, st->leaves, st->nleaves * sizeof(struct cas_node *));
+    NBDSERVE_FREE(st->leaves);
+    st->leaves = leaves;
+    st->leaf_room = room;
+  }
+  leaf->slots = NBDSERVE_MALLOC(st->fanout * sizeof *leaf->slots);
+  if (!leaf->slots) return -ENOMEM;
+  for (uint32_t c = 0; c < st->fanout; c++)
+    leaf->slots[c] = fill;
+  leaf->at = st->nleaves;
+  leaf->is_used = 1;
+  st->leaves[st->nleaves++] = leaf;
+  return 0;
+}
+
+/* Puts what a page says into a leaf. */
+static int cas_fill_leaf(struct nbdserve_cas *st, struct cas_node *leaf,
+                         const unsigned char *page) {
+  int err = cas_make_leaf(st, leaf, 0);
+  for (uint32_t c = 0; c < st->fanout && !err; c++) {
+    uint32_t slot = u_get32(page + CAS_HEAD + 4 * c);
+    leaf->slots[c] = slot < st->nslots ? slot : CAS_LOST;
+    if (leaf->slots[c] && leaf->slots[c] != CAS_LOST &&
+        CAS_AT(st, leaf->slots[c], tag) == TAG_PAGE)
+      leaf->slots[c] = CAS_LOST;
+  }
   return err;
 }
 
-/* ---- Maps and the catalog ------------------------------------------------ */
+/* Where a block's slot stands in a volume's map */
+struct cas_spot {
+  struct cas_node *leaf; /* in memory; NULL: it is below a hole, or lost */
+  uint32_t slot;         /* of the block; 0; or CAS_LOST */
+  uint64_t span;         /* blocks from it on, at least 1, of which the leaf,
+                            or the lack of one, is the same */
+  int gives_back;        /* all pages to it are the volume's own: to change one
+                            of them gives back as many pairs as it takes */
+};
 
-/* Takes an edge off a page, after the last off all below, and yields lock. */
-static void cas_unref(struct nbdserve_cas *s, struct cas_node *b) {
-  if (!b || --b->refs > 0) return;
-  for (uint32_t c = 0; b->level && c < s->fanout; c++)
-    cas_unref(s, b->kid[c]);
-  for (uint32_t c = 0; !b->level && c < s->fanout; c++)
-    cas_drop(s, b->e[c], &s->retired);
-  if (!b->slot) s->ndirty--;
-  cas_drop(s, b->slot, &s->retired);
-  NBDSERVE_FREE(b);
-  os_unlock(&s->lock);
-  os_lock(&s->lock);
+/* Follows the map to a block.  Returns the leaf if it has to be read first. */
+static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
+                                 uint64_t block, struct cas_spot *spot) {
+  uint64_t size = st->max_blocks; /* below node */
+  *spot = (struct cas_spot){.gives_back = 1};
+  for (int level = CAS_LEVELS - 1; node && node->slot != CAS_LOST; level--) {
+    assert(node->level == level);
+    if (node->refs > 1) spot->gives_back = 0;
+    size /= st->fanout;
+    if (!level) break;
+    node = cas_kid(node, block / size % st->fanout);
+  }
+  if (!node) spot->gives_back = 0;
+  if (!node || node->slot == CAS_LOST) {
+    spot->slot = node ? CAS_LOST : 0;
+    spot->span = size - block % size;
+    return NULL;
+  }
+  spot->span = st->fanout - block % st->fanout;
+  if (!node->slots) return node;
+  node->is_used = 1;
+  spot->leaf = node;
+  spot->slot = node->slots[block % st->fanout];
+  return NULL;
 }
 
-/* Makes the page at *p, which is to change or new, the image's own (C13). */
-static int cas_own(struct nbdserve_cas *s, struct cas_node **p, int level) {
-  struct cas_node *b = *p;
-  if (b && b->refs == 1) {
-    if (b->slot) s->ndirty++;
-    cas_drop(s, b->slot, &s->retired);
-    b->slot = 0;
+/* Reads the page of a leaf, which is returned, or NULL; the lock is let go
+ * meanwhile.  *err is not changed if that succeeds. */
+static unsigned char *cas_read_leaf_may_unlock(struct nbdserve_cas *st,
+                                               const struct cas_node *leaf,
+                                               int *err) {
+  struct cas_page page = {CAS_MAP, 0, leaf->index};
+  uint32_t slot = leaf->slot;
+  unsigned char *p = NBDSERVE_MALLOC(st->bs);
+  if (!p) {
+    *err = -ENOMEM;
+    return NULL;
+  }
+  cas_hold(st, slot); /* so it is not given to another page meanwhile */
+  cas_unlock(st);
+  enum cas_page_state state = cas_read_page(st, slot, &page, !st->readonly, p);
+  os_lock(&st->lock);
+  cas_drop(st, slot, &st->retired);
+  if (state == PAGE_GOOD || state == PAGE_HEALED) return p;
+  NBDSERVE_FREE(p);
+  *err = -EIO;
+  return NULL;
+}
+
+/* Follows a map to a block, and reads the leaf if it is not in memory.  For
+ * that the lock is let go, but not after the walk that succeeds. */
+static int cas_find_spot_may_unlock(struct nbdserve_cas *st,
+                                    struct cas_node **root, uint64_t block,
+                                    struct cas_spot *spot) {
+  const struct cas_node *leaf;
+  int err = 0;
+  while (!err && (leaf = cas_walk(st, *root, block, spot))) {
+    uint32_t slot = leaf->slot;
+    unsigned char *p = cas_read_leaf_may_unlock(st, leaf, &err);
+    if (!p) return err;
+    struct cas_node *found = cas_walk(st, *root, block, spot);
+    if (found && found->slot == slot) err = cas_fill_leaf(st, found, p);
+    NBDSERVE_FREE(p);
+  }
+  return err;
+}
+
+/* Counts how many blocks from one on, at most max, are like it: data or not. */
+static uint64_t cas_run_of(struct nbdserve_cas *st, const struct cas_spot *spot,
+                           uint64_t block, uint64_t max) {
+  uint64_t first = block % st->fanout;
+  uint64_t n = 1;
+  max = u_min(spot->span, max);
+  if (!spot->leaf) return max;
+  while (n < max && !spot->leaf->slots[first + n] == !spot->slot)
+    n++;
+  return n;
+}
+
+/* Makes a record of the catalog dirty, and what is above it. */
+static void cas_touch(struct nbdserve_cas *st, const struct cas_volume *vol) {
+  uint32_t at = vol->at / st->per_page;
+  if (!vol->id) return; /* it has none */
+  for (int level = 0; level < CAS_CAT_LEVELS; level++, at /= st->fanout) {
+    uint32_t *slot = &st->catalog[level].slots[at];
+    if (!*slot) continue;
+    cas_retire(st, *slot);
+    *slot = 0;
+    st->ndirty++;
+  }
+}
+
+/* Takes an edge off a node, after the last one off all below it, and lets
+ * others have the lock.  A leaf that cannot be read leaves its edges counted
+ * until the store is opened anew. */
+static void cas_unref_may_unlock(struct nbdserve_cas *st,
+                                 struct cas_node *node) {
+  if (!node || --node->refs > 0) return;
+  int err = 0;
+  for (uint32_t c = 0; c < node->nkids; c++)
+    cas_unref_may_unlock(st, node->kid[c]);
+  int is_away = !node->level && !node->slots && node->slot != CAS_LOST;
+  if (is_away && !st->is_ending) {
+    unsigned char *p = cas_read_leaf_may_unlock(st, node, &err);
+    if (p) cas_fill_leaf(st, node, p);
+    NBDSERVE_FREE(p);
+  }
+  for (uint32_t c = 0; node->slots && c < st->fanout; c++)
+    cas_drop(st, node->slots[c], &st->retired);
+  cas_forget_leaf(st, node);
+  if (!node->slot) st->ndirty--;
+  cas_retire(st, node->slot);
+  NBDSERVE_FREE(node->kid);
+  NBDSERVE_FREE(node);
+  cas_unlock(st);
+  os_lock(&st->lock);
+}
+
+/* Gives copy, a new node, what node has below it; NULL: nothing, i.e. zeroes.
+ * Everything below gains an edge (C13). */
+static int cas_copy_below(struct nbdserve_cas *st, const struct cas_node *node,
+                          struct cas_node *copy) {
+  int is_lost = node && node->slot == CAS_LOST;
+  if (!copy->level) {
+    int err = cas_make_leaf(st, copy, is_lost ? CAS_LOST : 0);
+    for (uint32_t c = 0; node && !is_lost && c < st->fanout && !err; c++) {
+      copy->slots[c] = node->slots[c];
+      cas_hold(st, copy->slots[c]);
+    }
+    return err;
+  }
+  uint32_t n = 0;
+  if (node) n = is_lost ? st->fanout : node->nkids;
+  int err = n ? cas_make_room_for_kid(st, copy, n - 1) : 0;
+  for (uint32_t c = 0; c < n && !err; c++) {
+    struct cas_node *kid = is_lost ? NULL : node->kid[c];
+    if (is_lost) {
+      kid = cas_new_node(copy->level - 1, copy->index * st->fanout + c);
+      if (!kid) return -ENOMEM;
+      kid->slot = CAS_LOST;
+    } else if (kid) {
+      kid->refs++;
+    }
+    copy->kid[c] = kid;
+  }
+  return err;
+}
+
+/* Makes the node at *p, which is to change, or to be there, the map's own and
+ * dirty.  A leaf that is shared has to be in memory. */
+static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
+                   uint32_t index) {
+  struct cas_node *node = *p;
+  if (node && node->refs == 1 && node->slot != CAS_LOST) {
+    if (node->slot) st->ndirty++;
+    cas_retire(st, node->slot);
+    node->slot = 0;
     return 0;
   }
-  struct cas_node *n =
-      u_zalloc(sizeof *n + s->fanout * (level ? sizeof *n->kid : sizeof *n->e));
-  if (!n) return -ENOMEM;
-  n->refs = 1;
-  n->level = level;
-  n->e = (uint32_t *)(void *)n->kid;
-  for (uint32_t c = 0; b && c < s->fanout; c++)
-    if (!level)
-      cas_hold(s, n->e[c] = b->e[c]);
-    else if ((n->kid[c] = b->kid[c]))
-      n->kid[c]->refs++;
-  if (b) b->refs--;
-  s->ndirty++;
-  *p = n;
+  struct cas_node *copy = cas_new_node(level, index);
+  if (!copy) return -ENOMEM;
+  st->ndirty++;
+  int err = cas_copy_below(st, node, copy);
+  if (err) {
+    cas_unref_may_unlock(st, copy);
+    return err;
+  }
+  if (node && --node->refs == 0) NBDSERVE_FREE(node); /* it was lost */
+  *p = copy;
   return 0;
 }
 
-/* Gets the slot of block lba to *x, and *span blocks that are as that one if
- * span is not NULL; set: puts *x there, and the caller's hold passes to it. */
-static int cas_map(struct nbdserve_cas *s, struct cas_image *im, uint64_t lba,
-                   int set, uint32_t *x, uint64_t *span) {
-  struct cas_node **p = &im->root, *b;
-  uint64_t size = s->max_blocks, i = lba % s->fanout; /* size: below *p */
-  int level, err;
-  for (level = CAS_LEVELS - 1;; level--) {
-    if (*p && (*p)->bad) return -EIO;
-    if (set && (err = cas_own(s, p, level))) return err;
-    b = *p;
-    if (!b || !level) break;
-    size /= s->fanout;
-    p = &b->kid[lba / size % s->fanout];
+/* Makes all nodes on the way to a block the map's own and dirty, and returns its
+ * leaf.  The spot must have been found since the lock was taken. */
+static int cas_own_path(struct nbdserve_cas *st, const struct cas_volume *vol,
+                        struct cas_node **root, uint64_t block,
+                        struct cas_node **leaf) {
+  struct cas_node **p = root;
+  uint64_t size = st->max_blocks / st->fanout; /* below a kid of *p */
+  int level = CAS_LEVELS - 1;
+  int err = cas_own(st, p, level, 0);
+  cas_touch(st, vol);
+  for (; level > 0 && !err; level--) {
+    uint32_t c = (uint32_t)(block / size % st->fanout);
+    err = cas_make_room_for_kid(st, *p, c);
+    if (err) break;
+    p = &(*p)->kid[c];
+    err = cas_own(st, p, level - 1, (uint32_t)(block / size));
+    size /= st->fanout;
   }
-  if (set) cas_drop(s, b->e[i], &s->dropped);
-  if (set) b->e[i] = *x;
-  *x = b ? b->e[i] : 0;
-  if (!span) return 0;
-  *span = b ? 1 : size - lba % size;
-  while (b && !*x && i + *span < s->fanout && !b->e[i + *span])
-    ++*span;
+  *leaf = *p;
+  return err;
+}
+
+/* Puts a slot into a map, and takes over the caller's hold on it. */
+static int cas_set_slot(struct nbdserve_cas *st, const struct cas_volume *vol,
+                        struct cas_node **root, uint64_t block, uint32_t slot) {
+  struct cas_node *leaf;
+  int err = cas_own_path(st, vol, root, block, &leaf);
+  if (err) return err;
+  uint32_t *at = &leaf->slots[block % st->fanout];
+  cas_drop(st, *at, &st->dropped);
+  *at = slot;
   return 0;
+}
+
+/* Sees to it that the catalog has so many pages of records, and what that takes
+ * above them. */
+static int cas_extend_catalog(struct nbdserve_cas *st, uint32_t npages) {
+  uint32_t places = npages * st->per_page;
+  if (npages <= st->catalog[0].npages) return 0;
+  if (npages > st->fanout * st->fanout) return -ENOSPC;
+  struct cas_volume **by_place = u_zalloc(places * sizeof *by_place);
+  if (!by_place) return -ENOMEM;
+  if (st->places)
+    memcpy(by_place, st->by_place, st->places * sizeof(struct cas_volume *));
+  NBDSERVE_FREE(st->by_place);
+  st->by_place = by_place;
+  for (int level = 0; level < CAS_CAT_LEVELS; level++) {
+    struct cas_shelf *shelf = &st->catalog[level];
+    uint32_t *slots = u_zalloc(npages * sizeof *slots);
+    if (!slots) return -ENOMEM;
+    if (shelf->npages)
+      memcpy(slots, shelf->slots, shelf->npages * sizeof *slots);
+    NBDSERVE_FREE(shelf->slots);
+    shelf->slots = slots;
+    st->ndirty += npages - shelf->npages;
+    shelf->npages = npages;
+    npages = (npages + st->fanout - 1) / st->fanout;
+  }
+  st->places = places;
+  return 0;
+}
+
+/* ---- Volumes and their names ---------------------------------------------- */
+
+/* What a volume is, or will be when the checkpoint under way is durable. */
+static const struct cas_facts *cas_facts_of(const struct cas_volume *vol,
+                                            enum cas_view view) {
+  return view != VIEW_NOW && vol->is_staged ? &vol->then : &vol->now;
 }
 
 /* The full name, VOL or VOL@SNAP, in out. */
-static const char *cas_name(const struct cas_image *im, char out[CAS_PATH]) {
-  const char *up = im->parent ? (char *)im->parent->record + CAS_NAMED : "";
-  snprintf(out, CAS_PATH, "%s%s%s", up, im->parent ? "@" : "",
-           (const char *)im->record + CAS_NAMED);
+static const char *cas_full_name(const struct cas_volume *vol,
+                                 char out[CAS_PATH]) {
+  const char *up = vol->parent ? vol->parent->now.name : "";
+  snprintf(out, CAS_PATH, "%s%s%s", up, vol->parent ? "@" : "", vol->now.name);
   return out;
 }
 
 /* Its "sha256-HEX", or "". */
-static char *cas_spell(const struct cas_image *im, char id[72]) {
-  const unsigned char *h = im->record + CAS_CID;
-  strcpy(id, u_is_zero(h, 32) ? "" : "sha256-");
-  for (int i = 0; *id && i < 32; i += 8)
+static char *cas_spell_id(const struct cas_volume *vol, char id[72]) {
+  const unsigned char *h = vol->now.cid;
+  strcpy(id, u_is_zero(h, CAS_DIGEST_LEN) ? "" : "sha256-");
+  for (int i = 0; *id && i < CAS_DIGEST_LEN; i += 8)
     snprintf(id + 7 + 2 * i, 17, "%016" PRIx64, u_get64(h + i));
   return id;
 }
 
-/* The volume or snapshot of that name, of n bytes, or content id. */
-static struct cas_image *cas_find(struct nbdserve_cas *s, const char *name,
-                                  size_t n) {
-  char full[CAS_PATH], id[72];
-  struct cas_image *im = s->images;
-  for (; im; im = im->next)
-    if ((strncmp(cas_name(im, full), name, n) == 0 && !full[n]) ||
-        (n == 71 && strncmp(cas_spell(im, id), name, n) == 0))
-      break;
-  return im;
+/* Is the name of n bytes that of a volume or snapshot, or its content id?
+ * Hidden ones
+ * have reserved their names. */
+static int cas_is_called(const struct cas_volume *vol, const char *name,
+                         size_t n, enum cas_view view) {
+  const struct cas_facts *facts = cas_facts_of(vol, view);
+  const char *at = memchr(name, '@', n);
+  char id[72];
+  if (!facts->is_there && !(view == VIEW_RESERVED && vol->is_hidden)) return 0;
+  if (n == 71 && memcmp(name, "sha256-", 7) == 0)
+    return memcmp(cas_spell_id(vol, id), name, n) == 0;
+  if (!at != !vol->parent) return 0;
+  if (at) {
+    const char *up = cas_facts_of(vol->parent, view)->name;
+    size_t len = (size_t)(at - name);
+    if (strncmp(up, name, len) != 0 || up[len]) return 0;
+    n -= len + 1;
+    name = at + 1;
+  }
+  return strncmp(facts->name, name, n) == 0 && !facts->name[n];
+}
+
+/* The volume or snapshot of that name, of n bytes, or content id, or NULL. */
+static struct cas_volume *cas_find(struct nbdserve_cas *st, const char *name,
+                                   size_t n, enum cas_view view) {
+  struct cas_volume *vol = st->volumes;
+  if (n >= CAS_PATH) return NULL;
+  while (vol && !cas_is_called(vol, name, n, view))
+    vol = vol->next;
+  return vol;
 }
 
 /* May a volume or snapshot have that name? */
@@ -5049,842 +6049,1689 @@ static int cas_is_name(const char *p) {
   return n > 0 && n <= CAS_NAME && !*p;
 }
 
-/* Gives a volume or snapshot its name; -EEXIST: another one has it. */
-static int cas_give_name(struct nbdserve_cas *s, struct cas_image *im,
+/* Gives what is staged its name; -EEXIST: another one has it. */
+static int cas_give_name(struct nbdserve_cas *st, struct cas_volume *vol,
                          const char *name) {
-  const char *at = strchr(name, '@'), *part = at ? at + 1 : name;
+  const char *at = strchr(name, '@');
+  const char *part = at ? at + 1 : name;
+  size_t up = at ? (size_t)(at - name) : 0;
   if (!cas_is_name(part) || strncmp(name, "sha256-", 7) == 0 ||
-      !at != !im->parent ||
-      im->parent != (at ? cas_find(s, name, (size_t)(at - name)) : NULL))
+      !at != !vol->parent ||
+      (at && vol->parent != cas_find(st, name, up, VIEW_THEN)))
     return -EINVAL;
-  if (cas_find(s, name, strlen(name))) return -EEXIST;
-  memset(im->record + CAS_NAMED, 0, CAS_RECORD - CAS_NAMED);
-  memcpy(im->record + CAS_NAMED, part, strlen(part));
+  if (cas_find(st, name, strlen(name), VIEW_RESERVED)) return -EEXIST;
+  memset(vol->then.name, 0, sizeof vol->then.name);
+  memcpy(vol->then.name, part, strlen(part));
   return 0;
 }
 
-/* The arguments of nbdserve_cas_change */
-struct cas_op {
-  int verb;         /* NBDSERVE_CAS_CREATE..., maybe with _DRY_RUN */
-  const char *name; /* what is changed or made */
-  const char *to;   /* the new name, for verbs that have one, else NULL */
-  uint64_t size;    /* bytes, for verbs that have a size, else 0 */
+/* Encodes a volume's record as the checkpoint that is being written has it. */
+static void cas_encode_record(const struct cas_volume *vol, unsigned char *p) {
+  const struct cas_facts *facts = cas_facts_of(vol, VIEW_THEN);
+  const struct cas_node *root = vol->old ? vol->new_root : vol->root;
+  u_put32(p + RECORD_ID, vol->id);
+  u_put32(p + RECORD_FLAGS, vol->is_snapshot ? CAS_IS_SNAPSHOT : 0);
+  u_put64(p + RECORD_SIZE, facts->size);
+  u_put32(p + RECORD_ROOT, root ? root->slot : 0);
+  u_put32(p + RECORD_LEVELS, CAS_LEVELS);
+  u_put64(p + RECORD_CREATED, vol->created);
+  u_put32(p + RECORD_MADE_FROM, vol->made_from);
+  u_put32(p + RECORD_DIGESTS, vol->digests ? vol->digests->slot : 0);
+  memcpy(p + RECORD_CID, facts->cid, CAS_DIGEST_LEN);
+  memcpy(p + RECORD_NAME, facts->name, CAS_NAME);
+}
+
+/* ---- Changes of the catalog ----------------------------------------------- */
+
+/* What a checkpoint is to change */
+struct cas_change {
+  const struct nbdserve_cas_op *ops; /* [nops]: all of them or none */
+  size_t nops;
+  size_t failed;            /* the one that is at fault */
+  struct cas_volume *vol;   /* or, with nops 0: what is sealed or appears */
+  const unsigned char *cid; /* sealed: its content id */
+  struct cas_node *digests; /* and the tree of that */
 };
 
-/* Applies a change to the catalog.  *gone: a map that nothing leads to then. */
-static int cas_apply(struct nbdserve_cas *s, const struct cas_op *op,
-                     struct cas_node **gone) {
-  int verb = op->verb & ~NBDSERVE_CAS_DRY_RUN, dry_run = verb != op->verb;
-  int is_new = verb < NBDSERVE_CAS_RENAME, err = 0;
-  size_t n = strcspn(op->name, verb == NBDSERVE_CAS_SNAPSHOT ? "@" : "");
-  struct cas_image *im = cas_find(s, op->name, n), *to, *kid, **p = &s->images;
-  if (verb < NBDSERVE_CAS_CREATE || verb > NBDSERVE_CAS_RM ||
-      cas_blocks(s, op->size) > s->max_blocks || op->size > INT64_MAX ||
-      (dry_run && verb < NBDSERVE_CAS_ROLLBACK))
-    return -EINVAL;
-  if (!im && verb != NBDSERVE_CAS_CREATE) return -ENOENT;
-  if (is_new)
-    to = u_zalloc(sizeof *to);
-  else if (verb == NBDSERVE_CAS_ROLLBACK)
-    to = im->parent;
-  else
-    to = im;
-  if (!to || (verb == NBDSERVE_CAS_RESIZE && im->parent))
-    return is_new ? -ENOMEM : -EINVAL;
-  if (verb >= NBDSERVE_CAS_ROLLBACK &&
-      to->clients > (op->verb == NBDSERVE_CAS_RESIZE))
-    return -EBUSY;
-  for (kid = s->images; kid && verb == NBDSERVE_CAS_RM; kid = kid->next)
-    if (kid->parent == im) return -ENOTEMPTY;
-  if (dry_run) return 0;
-  if (verb == NBDSERVE_CAS_SNAPSHOT) to->parent = im;
-  if (verb <= NBDSERVE_CAS_RENAME)
-    err = cas_give_name(s, to, verb < NBDSERVE_CAS_CLONE ? op->name : op->to);
-  if (err && is_new) NBDSERVE_FREE(to);
-  if (err || verb == NBDSERVE_CAS_RENAME) return err;
-  while (*p && (is_new || *p != im))
+/* The map of a volume once what is staged holds. */
+static struct cas_node *cas_root_then(const struct cas_volume *vol) {
+  return vol->old ? vol->new_root : vol->root;
+}
+
+/* From here on a volume has facts that hold when the checkpoint is durable. */
+static void cas_begin_staging(struct nbdserve_cas *st, struct cas_volume *vol) {
+  if (!vol->is_staged) vol->then = vol->now;
+  vol->is_staged = 1;
+  cas_touch(st, vol);
+}
+
+/* Puts a volume that is new in the catalog at the end of the list, gives it an
+ * id and a place for its record. */
+static int cas_enter(struct nbdserve_cas *st, struct cas_volume *vol) {
+  uint32_t at = 0;
+  while (at < st->places && st->by_place[at])
+    at++;
+  int err =
+      at < st->places ? 0 : cas_extend_catalog(st, st->catalog[0].npages + 1);
+  if (err) return err;
+  struct cas_volume **p = &st->volumes;
+  while (*p)
     p = &(*p)->next;
-  if (is_new) {
-    u_put32(to->record + CAS_ID, s->next_id++);
-    u_put32(to->record + CAS_IS_SNAPSHOT, to->parent != NULL);
-    u_put32(to->record + CAS_DEPTH, CAS_LEVELS);
-    u_put64(to->record + CAS_CREATED, (uint64_t)time(NULL));
-    if (im) memcpy(to->record + CAS_ORIGIN, im->record + CAS_ID, 4);
-    to->s = s;
-    *p = to;
-    s->nimages++;
-  }
-  if (verb == NBDSERVE_CAS_RM) {
-    *p = im->next;
-    *gone = im->root;
-    s->nimages--;
-    NBDSERVE_FREE(im);
-  } else if (verb == NBDSERVE_CAS_CREATE || verb == NBDSERVE_CAS_RESIZE) {
-    to->size = op->size;
-  } else { /* it gets what im has */
-    *gone = to->root;
-    to->size = im->size;
-    to->root = im->root;
-    if (to->root) to->root->refs++;
-  }
+  *p = vol;
+  vol->next = NULL;
+  vol->id = st->next_id++;
+  vol->created = (uint64_t)time(NULL);
+  vol->at = at;
+  st->by_place[at] = vol;
+  st->generation++;
+  cas_touch(st, vol);
   return 0;
 }
 
-/* ---- Checkpoints --------------------------------------------------------- */
-
-/* Takes a slot for the page that is next in s->pages, and writes its head. */
-static uint32_t cas_take_page(struct nbdserve_cas *s, uint32_t magic, int level,
-                              uint32_t index) {
-  struct cas_item *it = s->pages + s->npages++;
-  u_put32(it->data, magic);
-  u_put32(it->data + 4, (uint32_t)level);
-  u_put32(it->data + 8, index);
-  it->state = CAS_DATA | CAS_DIGEST;
-  it->slot = cas_alloc(s);
-  CAS_AT(s, it->slot, tag) = 1; /* in no bucket: cas_work skips it */
-  return it->slot;
+/* Takes a volume out of the list and the catalog. */
+static void cas_remove(struct nbdserve_cas *st, struct cas_volume *vol) {
+  struct cas_volume **p = &st->volumes;
+  while (*p != vol)
+    p = &(*p)->next;
+  *p = vol->next;
+  vol->next = NULL;
+  st->generation++;
+  if (vol->id) st->by_place[vol->at] = NULL;
 }
 
-/* Takes slots for pages from *at down that have none; empty ones go. */
-static void cas_take_map(struct nbdserve_cas *s, struct cas_node **at,
-                         int level, uint32_t index) {
-  struct cas_node *b = *at;
-  if (!b || b->slot) return;
-  for (uint32_t i = 0; level && i < s->fanout; i++)
-    cas_take_map(s, &b->kid[i], level - 1, index * s->fanout + i);
-  unsigned char *p = s->pages[s->npages].data;
-  for (uint32_t i = 0; i < s->fanout; i++) {
-    uint32_t slot = 0;
-    if (!level)
-      slot = b->e[i];
-    else if (b->kid[i])
-      slot = b->kid[i]->slot;
-    u_put32(p + CAS_HEAD + 4 * i, slot);
+/* Stages a new volume or snapshot, with the contents of `from` or, if that is
+ * NULL, all zeroes. */
+static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
+                         const struct nbdserve_cas_op *op) {
+  struct cas_volume *vol = u_zalloc(sizeof *vol);
+  if (!vol) return -ENOMEM;
+  vol->st = st;
+  vol->is_staged = 1;
+  vol->then.is_there = 1;
+  vol->then.size = from ? cas_facts_of(from, VIEW_THEN)->size : op->size;
+  if (op->verb == NBDSERVE_CAS_SNAPSHOT) {
+    vol->is_snapshot = 1;
+    vol->parent = from;
   }
-  int empty = b->refs == 1 && u_is_zero(p, s->bs);
-  s->ndirty--;
-  if (!empty) b->slot = cas_take_page(s, CAS_MAP, level, index);
-  if (empty) NBDSERVE_FREE(b);
-  if (empty) *at = NULL;
+  int err = cas_give_name(st, vol,
+                          op->verb == NBDSERVE_CAS_CLONE ? op->to : op->name);
+  if (!err) err = cas_enter(st, vol);
+  if (err) {
+    NBDSERVE_FREE(vol);
+    return err;
+  }
+  if (from) {
+    vol->made_from = from->id;
+    vol->root = cas_root_then(from);
+  }
+  if (vol->root) vol->root->refs++;
+  return 0;
 }
 
-/* Takes new slots for the whole catalog; the old ones are retired. */
-static void cas_take_catalog(struct nbdserve_cas *s) {
-  struct cas_image *im = s->images;
-  uint32_t x, next;
-  for (x = s->catalog; x; x = next) {
-    next = CAS_AT(s, x, next);
-    cas_drop(s, x, &s->retired);
+/* Stages that a volume gets the contents of its snapshot. */
+static int cas_stage_rollback(struct cas_volume *vol,
+                              const struct cas_volume *snapshot) {
+  if (!vol->old) vol->old = u_zalloc(sizeof *vol->old);
+  if (!vol->old) return -ENOMEM;
+  if (vol->new_root) vol->new_root->refs--;
+  vol->new_root = cas_root_then(snapshot);
+  if (vol->new_root) vol->new_root->refs++;
+  vol->then.size = cas_facts_of(snapshot, VIEW_THEN)->size;
+  return 0;
+}
+
+/* Does a volume have a snapshot, once what is staged holds? */
+static int cas_has_snapshots(struct nbdserve_cas *st,
+                             const struct cas_volume *vol) {
+  for (const struct cas_volume *kid = st->volumes; kid; kid = kid->next)
+    if (kid->parent == vol && cas_facts_of(kid, VIEW_THEN)->is_there) return 1;
+  return 0;
+}
+
+/* What nbdserve_cas_change's verbs have in common, or not */
+static const struct cas_verb {
+  unsigned char makes_volume;
+  unsigned char needs_closed; /* nobody may have it open */
+  unsigned char may_dry_run;
+} cas_verbs[] = {
+    [NBDSERVE_CAS_CREATE] = {.makes_volume = 1},
+    [NBDSERVE_CAS_SNAPSHOT] = {.makes_volume = 1},
+    [NBDSERVE_CAS_CLONE] = {.makes_volume = 1},
+    [NBDSERVE_CAS_RENAME] = {0},
+    [NBDSERVE_CAS_ROLLBACK] = {.needs_closed = 1, .may_dry_run = 1},
+    [NBDSERVE_CAS_RESIZE] = {.needs_closed = 1, .may_dry_run = 1},
+    [NBDSERVE_CAS_RM] = {.needs_closed = 1, .may_dry_run = 1},
+};
+
+/* Stages one change.  Nothing is to be seen of it until cas_settle. */
+static int cas_stage_op(struct nbdserve_cas *st,
+                        const struct nbdserve_cas_op *op) {
+  unsigned verb = (unsigned)op->verb & ~(unsigned)NBDSERVE_CAS_DRY_RUN;
+  int dry_run = (op->verb & NBDSERVE_CAS_DRY_RUN) != 0;
+  if (!verb || verb >= COUNT_OF(cas_verbs) || op->size > INT64_MAX ||
+      cas_blocks(st, op->size) > st->max_blocks ||
+      (dry_run && !cas_verbs[verb].may_dry_run))
+    return -EINVAL;
+  size_t n = strcspn(op->name, verb == NBDSERVE_CAS_SNAPSHOT ? "@" : "");
+  struct cas_volume *vol = cas_find(st, op->name, n, VIEW_THEN);
+  if (verb == NBDSERVE_CAS_CREATE) return cas_stage_new(st, NULL, op);
+  if (!vol) return -ENOENT;
+  if (cas_verbs[verb].makes_volume) return cas_stage_new(st, vol, op);
+  struct cas_volume *snapshot = vol;
+  if (verb == NBDSERVE_CAS_ROLLBACK) vol = vol->parent;
+  if (!vol || (verb == NBDSERVE_CAS_RESIZE && vol->parent)) return -EINVAL;
+  uint64_t own = verb == NBDSERVE_CAS_RESIZE && !dry_run; /* the caller's */
+  while (cas_verbs[verb].needs_closed && vol->pins)
+    cas_wait(st);
+  if (cas_verbs[verb].needs_closed && vol->clients > own) return -EBUSY;
+  if (verb == NBDSERVE_CAS_RM && cas_has_snapshots(st, vol)) return -ENOTEMPTY;
+  if (dry_run) return 0;
+  cas_begin_staging(st, vol);
+  if (verb == NBDSERVE_CAS_RENAME) return cas_give_name(st, vol, op->to);
+  if (verb == NBDSERVE_CAS_ROLLBACK) return cas_stage_rollback(vol, snapshot);
+  if (verb == NBDSERVE_CAS_RESIZE) vol->then.size = op->size;
+  if (verb == NBDSERVE_CAS_RM) vol->then.is_there = 0;
+  return 0;
+}
+
+/* Stages all of a change, in order: each is tested against what those before it
+ * make of the catalog. */
+static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
+  struct cas_volume *vol = change->vol;
+  int err = 0;
+  for (size_t i = 0; i < change->nops && !err; i++) {
+    change->failed = i;
+    err = cas_stage_op(st, change->ops + i);
   }
-  for (s->catalog = 0; im; s->catalog = x) {
-    unsigned char *p = s->pages[s->npages].data;
-    for (uint32_t k = CAS_HEAD; k + CAS_RECORD <= s->bs && im; im = im->next) {
-      u_put64(im->record + CAS_SIZE, im->size);
-      u_put32(im->record + CAS_ROOT, im->root ? im->root->slot : 0);
-      memcpy(p + k, im->record, CAS_RECORD);
-      k += CAS_RECORD;
+  if (vol && change->cid) {
+    cas_begin_staging(st, vol);
+    memcpy(vol->then.cid, change->cid, CAS_DIGEST_LEN);
+    vol->digests = change->digests;
+  } else if (vol) { /* it was hidden */
+    if (!vol->id) {
+      cas_remove(st, vol);
+      err = cas_enter(st, vol);
     }
-    u_put32(p + 12, s->catalog);
-    x = cas_take_page(s, CAS_CAT, 0, 0);
-    CAS_AT(s, x, next) = s->catalog;
+    cas_begin_staging(st, vol);
+    vol->then.is_there = !err;
   }
-}
-
-/* Writes all changed pages and the catalog, with a change to it if op is not
- * NULL, so that the log up to now is not needed any more.  The error of op,
- * -ENOSPC or -ENOMEM: nothing has changed; others last. */
-static int cas_checkpoint(struct nbdserve_cas *s, const struct cas_op *op) {
-  struct cas_node *gone = NULL;
-  os_lock(&s->ckpt);
-  os_lock(&s->lock);
-  if (cas_want(s, 0)) {
-    os_unlock(&s->lock);
-    cas_sync(s, 1); /* may give some back */
-    os_lock(&s->lock);
-  }
-  uint32_t max = CAS_NEEDED(s);
-  size_t page = sizeof *s->pages + s->bs;
-  s->pages = max <= SIZE_MAX / page ? u_zalloc(max * page) : NULL;
-  int err = s->pages ? cas_want(s, 0) : -ENOMEM;
-  if (!err) err = cas_log_write(s);
-  if (!err && op) err = cas_apply(s, op, &gone);
-  if (err) goto out;
-  for (uint32_t i = 0; i < max; i++)
-    s->pages[i].data = (unsigned char *)(s->pages + max) + (size_t)i * s->bs;
-  s->npages = 0;
-  for (struct cas_image *im = s->images; im; im = im->next)
-    cas_take_map(s, &im->root, CAS_LEVELS - 1, 0);
-  cas_take_catalog(s);
-  assert(s->npages <= max);
-  uint64_t seq = s->seq;
-  uint32_t retired = s->retired;
-  s->retired = 0;
-  u_put64(s->super + 32, u_get64(s->super + 32) + 1);
-  u_put64(s->super + 40, seq);
-  u_put32(s->super + 52, s->nslots);
-  u_put32(s->super + 56, s->catalog);
-  u_put32(s->super + 60, s->next_id);
-  cas_stamp(s, s->super, CAS_SUM);
-  os_unlock(&s->lock);
-  for (uint32_t i = 0; i < s->npages; i++)
-    cas_stamp(s, s->pages[i].data, CAS_CHECK);
-  err = cas_store(s, s->pages, s->npages); /* their digests: zeroes (C11) */
-  if (!err) err = cas_sync(s, 1);          /* (C7) */
-  if (!err) err = cas_io(s, 1, s->super, CAS_PAGE, 0);
-  if (!err) err = cas_sync(s, 1);
-  if (!err) err = cas_io(s, 1, s->super, CAS_PAGE, CAS_UNIT);
-  os_lock(&s->lock);
-  cas_fail(s, err);
-  if (!err) s->tail = seq;
-  if (!err) cas_free(s, retired); /* (C6) */
-  cas_unref(s, gone);
-out:
-  os_unlock(&s->lock);
-  NBDSERVE_FREE(s->pages);
-  os_unlock(&s->ckpt);
   return err;
 }
 
-/* What is to be done beside requests?  1: fill the index, 2: a checkpoint. */
-static int cas_due(const struct nbdserve_cas *s) {
-  if (s->failed || s->readonly || s->replaying || s->closing) return 0;
-  if (s->seq - s->tail > s->log_pages / 2 || s->ndirty > CAS_DIRTY ||
-      s->nwaiting > CAS_WAITING ||
-      (s->nwaiting > 0 && s->nfree < CAS_NEEDED(s) + CAS_SEGMENT))
-    return 2;
-  return s->filled < s->to_fill;
+/* How many free pairs a change leaves alone (C20): what is kept for changes
+ * that give back what they take. */
+static uint32_t cas_kept_pairs(const struct cas_change *change) {
+  uint32_t kept = 0;
+  if (change && change->vol) return CAS_RESERVE_PAIRS;
+  for (size_t i = 0; change && i < change->nops; i++) {
+    unsigned verb = (unsigned)change->ops[i].verb;
+    if (verb < COUNT_OF(cas_verbs) && cas_verbs[verb].makes_volume)
+      return CAS_RESERVE_PAIRS;
+    if (verb != NBDSERVE_CAS_RM) kept = CAS_FOR_RM;
+  }
+  return kept;
 }
 
-/* The thread beside requests: fills the index, writes checkpoints, and ends
- * when nothing is due. */
-static void *cas_work(void *arg) {
-  unsigned char d[CAS_FILL][32];
-  struct nbdserve_cas *s = arg;
-  os_lock(&s->lock);
-  for (int err = 0, due; !err && (due = cas_due(s));) {
-    uint32_t x = s->filled;
-    if (due == 1) s->filled += CAS_FILL;
-    if (due == 1 && !cas_io(s, 0, d, sizeof d, cas_off(s, x, CAS_DIGEST)))
-      for (uint32_t i = x ? 0 : 1; i < CAS_FILL; i++)
-        if (CAS_AT(s, x + i, ref) > 0 && !(CAS_AT(s, x + i, tag) & ~CAS_GOOD) &&
-            !u_is_zero(d[i], 32)) /* (C11) */
-          cas_index(s, x + i, CAS_TAG(d[i]));
-    os_unlock(&s->lock); /* others may want it */
-    if (due == 2) err = cas_checkpoint(s, NULL);
-    os_lock(&s->lock);
+/* Ends what is staged: it holds from now on (is_durable), or never was.  Nobody
+ * sees a part of it.  Returns a list of what is to be freed. */
+static struct cas_volume *cas_settle(struct nbdserve_cas *st, int is_durable) {
+  struct cas_volume *gone = NULL;
+  struct cas_volume *next;
+  for (struct cas_volume *vol = st->volumes; vol; vol = next) {
+    next = vol->next;
+    if (!vol->is_staged) continue;
+    vol->is_staged = 0;
+    if (is_durable) {
+      struct cas_node *root = vol->root;
+      vol->now = vol->then;
+      if (vol->old) vol->root = vol->new_root;
+      if (vol->old) vol->new_root = root;
+      vol->is_hidden = 0;
+    }
+    if (vol->old) { /* the map that it does not have in the end */
+      vol->old->root = vol->new_root;
+      vol->old->next = gone;
+      gone = vol->old;
+    }
+    vol->old = NULL;
+    vol->new_root = NULL;
+    if (!vol->now.is_there && !vol->is_hidden) {
+      cas_remove(st, vol);
+      vol->next = gone;
+      gone = vol;
+    }
   }
-  s->busy = 0;
-  os_wake_all(&s->lock);
-  os_unlock(&s->lock);
+  os_wake_all(&st->lock);
+  return gone;
+}
+
+/* Frees a list that cas_settle has returned, with the maps. */
+static void cas_free_volumes_may_unlock(struct nbdserve_cas *st,
+                                        struct cas_volume *gone) {
+  struct cas_volume *next;
+  for (; gone; gone = next) {
+    next = gone->next;
+    cas_unref_may_unlock(st, gone->root);
+    cas_unref_may_unlock(st, gone->digests);
+    NBDSERVE_FREE(gone);
+  }
+}
+
+/* ---- Checkpoints ----------------------------------------------------------
+ * The cut, under the lock, gives every dirty page a pair of slots and writes
+ * down all pages but the leaves.  From then on nothing is dirty.  Leaves are
+ * copied later, in portions, as they are then: if one has changed, the log
+ * tells it once more.  Nodes are freed only by who holds ckpt, so none of them
+ * vanishes meanwhile. */
+
+/* A page that a checkpoint writes */
+struct cas_write {
+  uint32_t slot;
+  uint32_t *named;       /* where the cut has put the slot */
+  struct cas_node *leaf; /* NULL: page has the contents */
+  unsigned char *page;
+};
+
+/* What a cut has made */
+struct cas_cut {
+  struct cas_write *writes; /* [n], room for max */
+  uint32_t n;
+  uint32_t max;
+  uint32_t retired; /* list of slots that are free when it is durable */
+  uint64_t seq;     /* the first log page that is needed then */
+  struct cas_super super;
+};
+
+/* Writes the head of a page. */
+static void cas_encode_head(unsigned char *p, uint32_t magic, int level,
+                            uint32_t index, uint64_t number) {
+  u_put32(p + PAGE_MAGIC, magic);
+  u_put32(p + PAGE_LEVEL, (uint32_t)level);
+  u_put32(p + PAGE_INDEX, index);
+  u_put32(p + PAGE_NUMBER, (uint32_t)number);
+}
+
+/* Adds a dirty page to a cut, and gives it its slot at *named.  Returns the
+ * page if it is to be filled, all zeroes; with a leaf, NULL. */
+static unsigned char *cas_add_write(struct nbdserve_cas *st,
+                                    struct cas_cut *cut, uint32_t *named,
+                                    struct cas_node *leaf) {
+  struct cas_write *write = cut->writes + cut->n;
+  unsigned char *page = leaf ? NULL : u_zalloc(st->bs);
+  if (!leaf && !page) return NULL;
+  assert(cut->n < cut->max && !*named);
+  *write = (struct cas_write){cas_take_pair(st), named, leaf, page};
+  *named = write->slot;
+  if (leaf) leaf->is_given = 1;
+  cut->n++;
+  st->ndirty--;
+  return page;
+}
+
+/* Does a node have nothing below it? */
+static int cas_is_empty(struct nbdserve_cas *st, const struct cas_node *node) {
+  for (uint32_t c = 0; c < node->nkids; c++)
+    if (node->kid[c]) return 0;
+  return node->level ||
+         u_is_zero((const unsigned char *)node->slots, st->fanout * 4);
+}
+
+/* Adds what is dirty from *at on down to a cut; what is empty goes. */
+static int cas_cut_map(struct nbdserve_cas *st, struct cas_cut *cut,
+                       struct cas_node **at) {
+  struct cas_node *node = *at;
+  if (!node || node->slot) return 0;
+  for (uint32_t c = 0; c < node->nkids; c++) {
+    int err = cas_cut_map(st, cut, &node->kid[c]);
+    if (err) return err;
+  }
+  if (node->refs == 1 && cas_is_empty(st, node)) {
+    cas_forget_leaf(st, node);
+    NBDSERVE_FREE(node->kid);
+    NBDSERVE_FREE(node);
+    st->ndirty--;
+    *at = NULL;
+    return 0;
+  }
+  if (!node->level) {
+    cas_add_write(st, cut, &node->slot, node);
+    return 0;
+  }
+  unsigned char *p = cas_add_write(st, cut, &node->slot, NULL);
+  if (!p) return -ENOMEM;
+  cas_encode_head(p, CAS_MAP, node->level, node->index, cut->super.number);
+  for (uint32_t c = 0; c < node->nkids; c++)
+    if (node->kid[c]) u_put32(p + CAS_HEAD + 4 * c, node->kid[c]->slot);
+  return 0;
+}
+
+/* Adds the dirty pages of the catalog to a cut, from the records upwards. */
+static int cas_cut_catalog(struct nbdserve_cas *st, struct cas_cut *cut) {
+  for (int level = 0; level < CAS_CAT_LEVELS; level++) {
+    struct cas_shelf *shelf = &st->catalog[level];
+    uint32_t per_page = level ? st->fanout : st->per_page;
+    for (uint32_t i = 0; i < shelf->npages; i++) {
+      if (shelf->slots[i]) continue;
+      unsigned char *p = cas_add_write(st, cut, &shelf->slots[i], NULL);
+      if (!p) return -ENOMEM;
+      cas_encode_head(p, CAS_CAT, level, i, cut->super.number);
+      p += CAS_HEAD;
+      for (uint32_t c = 0; c < per_page; c++) {
+        uint32_t at = i * per_page + c;
+        if (level && at < st->catalog[level - 1].npages)
+          u_put32(p + 4 * c, st->catalog[level - 1].slots[at]);
+        else if (!level && st->by_place[at] &&
+                 cas_facts_of(st->by_place[at], VIEW_THEN)->is_there)
+          cas_encode_record(st->by_place[at], p + CAS_RECORD * c);
+      }
+    }
+  }
+  return 0;
+}
+
+/* Takes a cut back: what it made clean is dirty again, and its pairs, which
+ * nothing durable names, are free. */
+static void cas_undo_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
+  uint32_t unused = 0;
+  for (uint32_t i = 0; i < cut->n; i++) {
+    struct cas_write *write = cut->writes + i;
+    if (*write->named != write->slot) continue; /* changed, so retired, since */
+    *write->named = 0;
+    st->ndirty++;
+    cas_drop(st, write->slot, &unused);
+    cas_drop(st, write->slot + CAS_TWIN, &unused);
+  }
+  cas_free_list(st, unused);
+  uint32_t *end = &cut->retired;
+  while (*end)
+    end = &CAS_AT(st, *end, link);
+  *end = st->retired;
+  st->retired = cut->retired;
+}
+
+/* Frees the memory of a cut. */
+static void cas_free_cut(struct cas_cut *cut) {
+  for (uint32_t i = 0; i < cut->n; i++) {
+    if (cut->writes[i].leaf) cut->writes[i].leaf->is_given = 0;
+    NBDSERVE_FREE(cut->writes[i].page);
+  }
+  NBDSERVE_FREE(cut->writes);
+}
+
+/* Makes a cut, with a change if there is one.  The first half, in which a sync
+ * may let the lock go, sees to it that there are pairs for all that is dirty;
+ * nothing has changed if it fails. */
+static int cas_make_cut_may_unlock(struct nbdserve_cas *st,
+                                   struct cas_change *change,
+                                   struct cas_cut *cut) {
+  uint32_t kept = cas_kept_pairs(change);
+  int err = st->failed;
+  *cut = (struct cas_cut){.super = st->super};
+  if (!err && change) err = cas_stage(st, change);
+  if (err) return err;
+  if (cas_want_pairs(st, kept) && st->dropped) {
+    cas_unlock(st);
+    cas_sync(st, 1);
+    os_lock(&st->lock);
+  }
+  err = cas_want_pairs(st, kept);
+  if (err) return err;
+  cut->max = st->ndirty;
+  cut->writes = NBDSERVE_MALLOC((cut->max + 1) * sizeof *cut->writes);
+  if (!cut->writes) return -ENOMEM;
+  cas_log_close(st); /* (C13) */
+  cut->seq = st->seq;
+  cut->retired = st->retired;
+  st->retired = 0;
+  cut->super.number++;
+  for (struct cas_volume *vol = st->volumes; vol && !err; vol = vol->next) {
+    err = cas_cut_map(st, cut, &vol->root);
+    if (!err) err = cas_cut_map(st, cut, &vol->digests);
+  }
+  if (!err) err = cas_cut_catalog(st, cut);
+  cut->super.replay = cut->seq;
+  cut->super.nslots = st->nslots;
+  if (st->places) cut->super.catalog = st->catalog[CAS_CAT_LEVELS - 1].slots[0];
+  cut->super.next_id = st->next_id;
+  return err ? err : st->failed;
+}
+
+/* Copies a portion of leaves as they are now. */
+static void cas_copy_leaves(struct nbdserve_cas *st, struct cas_cut *cut,
+                            uint32_t first, uint32_t n, unsigned char *pages) {
+  os_lock(&st->lock);
+  for (uint32_t i = 0; i < n; i++) {
+    const struct cas_write *write = cut->writes + first + i;
+    unsigned char *p = pages + (size_t)i * st->bs;
+    if (!write->leaf) {
+      memcpy(p, write->page, st->bs);
+      continue;
+    }
+    memset(p, 0, CAS_HEAD);
+    cas_encode_head(p, CAS_MAP, 0, write->leaf->index, cut->super.number);
+    for (uint32_t c = 0; c < st->fanout; c++)
+      u_put32(p + CAS_HEAD + 4 * c, write->leaf->slots[c]);
+  }
+  cas_unlock(st);
+}
+
+/* Writes the pages of a cut, each to both of its slots. */
+static int cas_write_pages(struct nbdserve_cas *st, struct cas_cut *cut) {
+  unsigned char *pages = NBDSERVE_MALLOC(CAS_PORTION * (size_t)st->bs);
+  struct cas_block blk[2 * CAS_PORTION];
+  int err = pages ? 0 : -ENOMEM;
+  for (uint32_t first = 0; first < cut->n && !err; first += CAS_PORTION) {
+    uint32_t n = (uint32_t)u_min(cut->n - first, CAS_PORTION);
+    cas_copy_leaves(st, cut, first, n, pages);
+    for (uint32_t i = 0; i < n; i++) {
+      blk[i] = (struct cas_block){.slot = cut->writes[first + i].slot,
+                                  .data = pages + (size_t)i * st->bs,
+                                  .todo = CAS_DATA | CAS_DIGEST};
+      cas_page_sum(st->hw, blk[i].data, st->bs, blk[i].sum);
+      blk[n + i] = blk[i];
+      blk[n + i].slot += CAS_TWIN;
+    }
+    cas_store(st, blk, 2 * n);
+    for (uint32_t i = 0; i < 2 * n; i++)
+      if (blk[i].err) err = blk[i].err;
+  }
+  NBDSERVE_FREE(pages);
+  return err;
+}
+
+/* Writes a superblock to its first or second place. */
+static int cas_write_super(struct nbdserve_cas *st,
+                           const struct cas_super *super, int place) {
+  unsigned char p[CAS_PAGE];
+  cas_encode_super(super, p);
+  sha_256(st->hw, p, NULL, SUPER_SUM, p + SUPER_SUM, NULL);
+  return cas_io(st, OS_WRITE, p, sizeof p, (uint64_t)place * CAS_UNIT);
+}
+
+/* Writes both superblocks of a cut, and makes each durable before the next
+ * step: the first one while the second is still the old one, and both before
+ * anything is free or answered (C7).  If one fails, nobody knows what is
+ * there (C14). */
+static int cas_write_supers(struct nbdserve_cas *st, struct cas_cut *cut) {
+  int err = 0;
+  for (int place = 0; place < 2 && !err; place++) {
+    err = cas_write_super(st, &cut->super, place);
+    if (!err) err = cas_sync(st, 1);
+  }
+  os_lock(&st->lock);
+  cas_fail(st, err);
+  cas_unlock(st);
+  return err;
+}
+
+/* Writes all that is dirty, with a change of the catalog if there is one, so
+ * that the log up to now is not needed any more.  An error before the
+ * superblocks: nothing has changed, and pages that could not be written are
+ * tried elsewhere.  since: does nothing if there was another one meanwhile. */
+static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
+                          uint64_t since) {
+  struct cas_cut cut;
+  struct cas_volume *gone = NULL;
+  int err = 0;
+  os_lock(&st->ckpt);
+  os_lock(&st->lock);
+  for (int tries = 0; tries < 3 && st->super_number <= since; tries++) {
+    err = cas_make_cut_may_unlock(st, change, &cut);
+    if (!err) {
+      cas_unlock(st);
+      err = cas_write_pages(st, &cut);
+      if (!err) err = cas_sync(st, 1);
+      if (!err) err = cas_write_supers(st, &cut);
+      os_lock(&st->lock);
+    }
+    int is_over = !err || err == -ENOMEM || !cut.n || st->failed;
+    if (err) {
+      cas_undo_cut(st, &cut);
+    } else {
+      st->super = cut.super;
+      st->super_number = cut.super.number;
+      st->tail = cut.seq;
+      cas_free_list(st, cut.retired); /* (C6) */
+      cas_space_came(st);
+    }
+    cas_free_cut(&cut);
+    gone = cas_settle(st, !err);
+    cas_free_volumes_may_unlock(st, gone);
+    if (is_over) break;
+  }
+  cas_unlock(st);
+  os_unlock(&st->ckpt);
+  return err;
+}
+
+/* What is to be done beside requests */
+enum cas_job {
+  JOB_NONE,
+  JOB_CHECKPOINT,
+  JOB_FILL_INDEX,
+  JOB_MARK /* say in the log that all of it is durable, if that stays so */
+};
+
+/* The next of these. */
+static enum cas_job cas_next_job(const struct nbdserve_cas *st) {
+  if (st->failed || st->readonly || st->is_replaying || st->closing)
+    return JOB_NONE;
+  if (st->seq - st->tail > st->super.log_pages / 2 ||
+      st->ndirty > CAS_MAX_DIRTY || st->nwaiting > CAS_WAITING ||
+      (st->retired && st->npairs < st->ndirty + CAS_RESERVE_PAIRS))
+    return JOB_CHECKPOINT;
+  if (st->filled < st->to_fill) return JOB_FILL_INDEX;
+  if (st->marked < st->durable && st->nsynced == st->nlogged) return JOB_MARK;
+  return JOB_NONE;
+}
+
+/* Enters some slots into the index, by the digests in the file. */
+static void cas_fill_index(struct nbdserve_cas *st) {
+  unsigned char digest[CAS_FILL][CAS_DIGEST_LEN];
+  uint32_t first = st->filled;
+  st->filled += CAS_FILL;
+  if (cas_io(st, OS_READ, digest, sizeof digest, cas_digest_off(st, first)))
+    return; /* what is not found is stored twice */
+  for (uint32_t i = first ? 0 : 1; i < CAS_FILL; i++) {
+    uint32_t slot = first + i;
+    int is_data = CAS_AT(st, slot, refs) > 0 &&
+                  !(CAS_AT(st, slot, tag) & ~CAS_GOOD); /* (C11) */
+    if (is_data && !u_is_zero(digest[i], CAS_DIGEST_LEN))
+      cas_index(st, slot, CAS_TAG(digest[i]));
+  }
+}
+
+/* When a second has passed without a request, writes a log page without
+ * entries: it says that all before it is durable, so that nobody takes damage
+ * there for a torn end (C22).  What is logged next fills the same page. */
+static void cas_mark(struct nbdserve_cas *st) {
+  uint64_t logged = st->nlogged;
+  os_wait_ms(&st->lock, CAS_IDLE_MS);
+  if (st->nlogged == logged && !st->nlog && !st->closing && !st->syncing &&
+      st->seq - st->tail < st->super.log_pages / 4 * 3)
+    cas_log_write(st);
+}
+
+/* The thread beside requests.  It ends when there is nothing to do. */
+static void *cas_work(void *arg) {
+  struct nbdserve_cas *st = arg;
+  enum cas_job job;
+  int err = 0;
+  os_lock(&st->lock);
+  while (!err && (job = cas_next_job(st)) != JOB_NONE) {
+    if (job == JOB_FILL_INDEX) cas_fill_index(st);
+    if (job == JOB_MARK) cas_mark(st);
+    cas_unlock(st); /* others may want it */
+    if (job == JOB_CHECKPOINT) err = cas_checkpoint(st, NULL, UINT64_MAX);
+    os_lock(&st->lock);
+  }
+  st->busy = 0;
+  os_wake_all(&st->lock);
+  cas_unlock(st);
   return NULL;
 }
 
-/* Starts cas_work if something is due and it does not run. */
-static void cas_kick(struct nbdserve_cas *s) {
-  os_lock(&s->lock);
-  int start = !s->busy && cas_due(s);
-  if (start) s->busy = 1;
-  os_unlock(&s->lock);
-  if (start && os_thread(cas_work, s)) cas_work(s);
+/* Starts cas_work if there is something to do and it does not run. */
+static void cas_kick(struct nbdserve_cas *st) {
+  os_lock(&st->lock);
+  enum cas_job job = cas_next_job(st);
+  int starts = !st->busy && job != JOB_NONE;
+  if (starts) st->busy = 1;
+  if (job == JOB_CHECKPOINT) os_wake_all(&st->lock); /* it may be idle */
+  cas_unlock(st);
+  if (starts && os_thread(cas_work, st)) cas_work(st);
 }
 
-/* ---- Requests ------------------------------------------------------------ */
+/* ---- Requests ------------------------------------------------------------- */
 
-/* Waits, without lock, for room for an entry in the log, whose last quarter is
- * for pages that are not full, and for the pages that it may dirty. */
-static int cas_room(struct nbdserve_cas *s) {
-  int err = 0, tried = 0;
-  while (!s->failed && !s->replaying) {
-    int tight = cas_want(s, CAS_SEGMENT) != 0;
-    if (!tight && s->seq - s->tail < s->log_pages / 4 * 3) return 0;
-    if (err || (tight && tried)) return err ? err : -ENOSPC;
-    if (s->busy) {
-      os_wait(&s->lock);
-    } else {
-      os_unlock(&s->lock);
-      err = cas_checkpoint(s, NULL);
-      os_lock(&s->lock);
-      tried = 1;
+/* Gets free what only waits to be: by a sync or, if that frees nothing, a
+ * checkpoint.  Returns whether there was anything. */
+static int cas_reclaim_may_unlock(struct nbdserve_cas *st) {
+  uint64_t number = st->super_number;
+  int has_dropped = st->dropped != 0;
+  if ((!st->dropped && !st->retired) || st->failed) return 0;
+  cas_unlock(st);
+  int err = has_dropped ? cas_sync(st, 1) : cas_checkpoint(st, NULL, number);
+  os_lock(&st->lock);
+  return !err;
+}
+
+/* Finds a block in a map, and sees to it that its slot can be changed: there is
+ * room for an entry in the log, whose last quarter is for pages that are not
+ * full, and there are pairs for the nodes that get dirty.  The lock may be let
+ * go, but not after the last look at any of these. */
+static int cas_prepare_may_unlock(struct nbdserve_cas *st,
+                                  struct cas_volume *vol, uint64_t block,
+                                  struct cas_spot *spot) {
+  for (;;) {
+    int err = cas_find_spot_may_unlock(st, &vol->root, block, spot);
+    if (!err) err = st->failed;
+    if (err || st->is_replaying) return err;
+    uint32_t kept = spot->gives_back ? CAS_FOR_RM : CAS_RESERVE_PAIRS;
+    uint64_t number = st->super_number;
+    int is_full = st->seq - st->tail >= st->super.log_pages / 4 * 3;
+    err = cas_want_pairs(st, kept + CAS_MARGIN);
+    if (!err && !is_full) return 0;
+    if (is_full) {
+      cas_unlock(st);
+      err = cas_checkpoint(st, NULL, number);
+      os_lock(&st->lock);
+      if (err) return err;
+    } else if (!cas_reclaim_may_unlock(st)) {
+      return st->failed ? st->failed : err;
     }
   }
-  return s->failed;
 }
 
-/* Takes a slot for a block: one that may have the same data, or a new one. */
-static int cas_choose(struct nbdserve_cas *s, struct cas_item *it, int hint) {
-  uint32_t tag = CAS_TAG(it->sum), x = hint ? *cas_bucket(s, tag) : 0;
-  while (x && ((CAS_AT(s, x, tag) & ~CAS_GOOD) != tag ||
-               CAS_AT(s, x, ref) > INT32_MAX / 2))
-    x = CAS_AT(s, x, next);
-  int err = x ? 0 : cas_want(s, CAS_RESERVE + 1);
-  it->state = x ? CAS_DUP : CAS_DATA | CAS_DIGEST;
-  if (x) cas_hold(s, x);
-  if (!x && !err) cas_index(s, x = cas_alloc(s), tag);
-  it->slot = x;
-  return err;
-}
-
-/* Stores blocks; no slots are set.  0, or an error, which is that of all that
- * fail; -EAGAIN: the map does not have what was expected. */
-static int cas_put(struct nbdserve_cas *s, struct cas_image *im,
-                   struct cas_item *it, size_t n) {
-  unsigned char *same = NULL;
-  uint32_t was = 0;
-  for (size_t i = 0; i < n; i++)
-    it[i].state = u_is_zero(it[i].data, s->bs) ? 0 : CAS_DATA | CAS_DIGEST;
-  cas_hash(s, it, n);
-  os_lock(&s->lock);
-  int err = s->failed;
-  for (size_t i = 0; i < n && !err; i++)
-    if (it[i].state) err = cas_choose(s, it + i, 1);
-  os_unlock(&s->lock);
-  if (!err) err = cas_store(s, it, n);
-  for (size_t i = 0; i < n && !err; i++) {
-    if (it[i].state != CAS_DUP) continue; /* maybe of a block of this call */
-    uint64_t off = cas_off(s, it[i].slot, CAS_DATA);
-    if (!same && !(same = NBDSERVE_MALLOC(s->bs))) err = -ENOMEM;
-    if (err || (!cas_io(s, 0, same, s->bs, off) &&
-                memcmp(same, it[i].data, s->bs) == 0))
+/* Chooses a slot for a block, which gets a hold on it: the skip-th that the
+ * index has for its digest, or a free one. */
+static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
+                           int skip) {
+  uint32_t tag = CAS_TAG(blk->sum);
+  uint32_t slot = *cas_bucket(st, tag);
+  for (; slot; slot = CAS_AT(st, slot, link)) {
+    if ((CAS_AT(st, slot, tag) & ~CAS_GOOD) != tag ||
+        CAS_AT(st, slot, refs) > INT32_MAX / 2 || skip-- > 0)
       continue;
-    os_lock(&s->lock); /* it is not: take another one (C12) */
-    cas_drop(s, it[i].slot, &s->dropped);
-    err = cas_choose(s, it + i, 0);
-    os_unlock(&s->lock);
-    if (!err) err = cas_store(s, it + i, 1);
+    cas_hold(st, slot);
+    blk->slot = slot;
+    blk->is_duplicate = 1;
+    blk->todo = 0;
+    return 0;
   }
-  NBDSERVE_FREE(same);
-  os_lock(&s->lock);
-  for (size_t i = 0; i < n; i++) { /* into the map and the log (C2) */
-    if (!err) err = cas_room(s);
-    if (!err) err = cas_map(s, im, it[i].lba, 0, &was, NULL);
-    if (!err && it[i].expect != CAS_ANY && it[i].expect != was) err = -EAGAIN;
-    if (!err && it[i].state & CAS_DATA) CAS_AT(s, it[i].slot, tag) |= CAS_GOOD;
-    if (!err && it[i].slot != was &&
-        !(err = cas_map(s, im, it[i].lba, 1, &it[i].slot, NULL))) {
-      cas_log(s, im, it + i, 1);
-      it[i].slot = 0; /* it is the map's */
-      err = s->failed;
-    }
-    cas_drop(s, it[i].slot, &s->dropped);
-    it[i].err = err;
-  }
-  os_unlock(&s->lock);
-  return err;
+  int err = cas_take_slot(st, &blk->slot);
+  if (err) return err;
+  cas_index(st, blk->slot, tag);
+  blk->is_duplicate = 0;
+  blk->todo = CAS_DATA | CAS_DIGEST;
+  return 0;
 }
 
-/* Pins the slots of blocks and reads what is wanted, CAS_DATA, CAS_DIGEST or 0,
- * of them, and both of those that are not known to be good, which are checked:
- * for data only if s->verify.  0 or the last of their errors. */
-static int cas_read(struct nbdserve_cas *s, struct cas_image *im,
-                    struct cas_item *it, size_t n, int want) {
-  int err = 0, trust = want == CAS_DATA && !s->verify;
-  os_lock(&s->lock);
-  for (size_t i = 0; i < n; i++) {
-    it[i].slot = 0;
-    it[i].err = cas_map(s, im, it[i].lba, 0, &it[i].slot, NULL);
-    int good = CAS_AT(s, it[i].slot, tag) & CAS_GOOD && !s->failed;
-    if (!it[i].slot)
-      it[i].state = 0;
-    else if (good || trust)
-      it[i].state = want;
-    else
-      it[i].state = CAS_DATA | CAS_DIGEST;
-    cas_hold(s, it[i].slot);
+/* Does the slot of a block, which the index has found, have the same data?  A
+ * hit is only a hint (C12). */
+static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk,
+                       unsigned char *room) {
+  return !cas_io(st, OS_READ, room, st->bs, cas_data_off(st, blk->slot)) &&
+         memcmp(room, blk->data, st->bs) == 0;
+}
+
+/* Gives slots to the blocks that want one, and holds on them.  The first two
+ * rounds try what the index knows; what cannot be written in one place is
+ * written to another. */
+static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
+                             size_t n) {
+  unsigned char *room = NULL;
+  int nwanting = 1;
+  for (int round = 0; round < 4 && nwanting; round++) {
+    os_lock(&st->lock);
+    for (size_t i = 0; i < n; i++) {
+      if (!blk[i].is_wanting) continue;
+      cas_drop(st, blk[i].slot, &st->dropped); /* the last try */
+      blk[i].slot = 0;
+      blk[i].todo = 0;
+      blk[i].err = st->failed;
+      while (!blk[i].err &&
+             (blk[i].err = cas_choose_slot(st, blk + i, round)) == -ENOSPC)
+        if (!cas_reclaim_may_unlock(st)) break;
+    }
+    cas_unlock(st);
+    cas_store(st, blk, n);
+    nwanting = 0;
+    for (size_t i = 0; i < n; i++) {
+      if (!blk[i].is_wanting || !blk[i].slot) continue;
+      blk[i].todo = 0;
+      if (blk[i].is_duplicate && !room) room = NBDSERVE_MALLOC(st->bs);
+      int is_placed = !blk[i].err;
+      if (blk[i].is_duplicate)
+        is_placed = room && cas_is_same(st, blk + i, room);
+      blk[i].is_wanting = !is_placed;
+      nwanting += !is_placed;
+    }
   }
-  os_unlock(&s->lock);
-  cas_transfer(s, it, n, CAS_DATA, 0);
-  cas_transfer(s, it, n, CAS_DIGEST, 0);
-  cas_hash(s, it, n);
+  NBDSERVE_FREE(room);
+}
+
+/* Enters a block that has its slot into the map and the log.  The hold passes
+ * to the map; if it does not, it stays the block's. */
+static int cas_commit_block_may_unlock(struct nbdserve_cas *st,
+                                       struct cas_volume *vol,
+                                       struct cas_block *blk) {
+  struct cas_spot spot;
+  int err = cas_prepare_may_unlock(st, vol, blk->number, &spot);
+  if (err) return err;
+  if (blk->expected != CAS_ANY && blk->expected != spot.slot) return -EAGAIN;
+  if (blk->slot == spot.slot) return 0; /* the same data is there already */
+  err = cas_set_slot(st, vol, &vol->root, blk->number, blk->slot);
+  if (err) return err;
+  cas_log(st, vol,
+          (struct cas_entry){.slot = blk->slot,
+                             .block = blk->number,
+                             .count = 1,
+                             .digest = blk->sum});
+  if (blk->slot && !blk->is_duplicate) CAS_AT(st, blk->slot, tag) |= CAS_GOOD;
+  blk->slot = 0;
+  return 0;
+}
+
+/* Stores blocks.  Each gets its own error; -EAGAIN: the map does not have what
+ * was expected.  The slots that the caller has set count for nothing. */
+static void cas_put(struct nbdserve_cas *st, struct cas_volume *vol,
+                    struct cas_block *blk, size_t n) {
   for (size_t i = 0; i < n; i++) {
-    if (!it[i].slot && want == CAS_DATA) memset(it[i].data, 0, s->bs);
-    if (it[i].state == (CAS_DATA | CAS_DIGEST) && !it[i].err &&
-        memcmp(it[i].digest, it[i].sum, 32) != 0)
-      it[i].err = -EIO;
-    if (it[i].err) err = it[i].err;
+    blk[i].slot = 0;
+    blk[i].is_wanting = !u_is_zero(blk[i].data, st->bs);
+    blk[i].todo = blk[i].is_wanting ? CAS_DATA | CAS_DIGEST : 0;
   }
-  return err;
+  cas_hash(st, blk, n);
+  cas_place_blocks(st, blk, n);
+  os_lock(&st->lock);
+  for (size_t i = 0; i < n; i++) {
+    if (blk[i].is_wanting && !blk[i].err) blk[i].err = -EIO;
+    if (!blk[i].err) blk[i].err = cas_commit_block_may_unlock(st, vol, blk + i);
+    cas_drop(st, blk[i].slot, &st->dropped);
+  }
+  cas_unlock(st);
+  for (size_t i = 0; i < n && st->failed; i++)
+    blk[i].err = st->failed; /* maybe the log could not be written */
+}
+
+/* Pins the slots of blocks, and tells what is to be read of them: what is
+ * wanted, CAS_DATA, CAS_DIGEST or 0, and both of those that are not known to be
+ * good, which are checked; for data only if st->verify. */
+static void cas_pin(struct nbdserve_cas *st, struct cas_volume *vol,
+                    struct cas_block *blk, size_t n, int want) {
+  int trusts = want == CAS_DATA && !st->verify;
+  struct cas_spot spot = {.slot = 0};
+  os_lock(&st->lock);
+  for (size_t i = 0; i < n; i++) {
+    blk[i].slot = 0;
+    blk[i].todo = 0;
+    blk[i].err = cas_find_spot_may_unlock(st, &vol->root, blk[i].number, &spot);
+    if (!blk[i].err && spot.slot == CAS_LOST) blk[i].err = -EIO;
+    if (blk[i].err || !spot.slot) continue;
+    int is_good = CAS_AT(st, spot.slot, tag) & CAS_GOOD && !st->failed;
+    blk[i].slot = spot.slot;
+    blk[i].todo = is_good || trusts ? want : CAS_DATA | CAS_DIGEST;
+    cas_hold(st, spot.slot);
+  }
+  cas_unlock(st);
+}
+
+/* Pins blocks and reads what is wanted of them; see cas_pin.  Each gets its own
+ * error.  A digest that cannot be read does not make its data bad. */
+static void cas_read(struct nbdserve_cas *st, struct cas_volume *vol,
+                     struct cas_block *blk, size_t n, int want) {
+  cas_pin(st, vol, blk, n, want);
+  cas_move(st, blk, n, CAS_DATA, OS_READ);
+  cas_move(st, blk, n, CAS_DIGEST, OS_READ);
+  cas_hash(st, blk, n);
+  for (size_t i = 0; i < n; i++) {
+    if (!blk[i].slot && !blk[i].err && want == CAS_DATA)
+      memset(blk[i].data, 0, st->bs);
+    if (blk[i].todo != (CAS_DATA | CAS_DIGEST) || blk[i].err) continue;
+    if (blk[i].digest_err)
+      memcpy(blk[i].digest, blk[i].sum, CAS_DIGEST_LEN);
+    else if (memcmp(blk[i].digest, blk[i].sum, CAS_DIGEST_LEN) != 0)
+      blk[i].err = -EUCLEAN;
+  }
 }
 
 /* Takes the pins away again.  What is bad is not used again: writing heals. */
-static void cas_unpin(struct nbdserve_cas *s, struct cas_item *it, size_t n) {
-  os_lock(&s->lock);
-  for (; n-- > 0; it++) {
-    if (it->slot && it->err) cas_unindex(s, it->slot);
-    if (it->state & CAS_DIGEST && !it->err)
-      CAS_AT(s, it->slot, tag) |= CAS_GOOD;
-    cas_drop(s, it->slot, &s->dropped);
+static void cas_unpin(struct nbdserve_cas *st, struct cas_block *blk,
+                      size_t n) {
+  os_lock(&st->lock);
+  for (; n-- > 0; blk++) {
+    if (!blk->slot) continue;
+    if (blk->err) cas_unindex(st, blk->slot);
+    if (blk->todo == (CAS_DATA | CAS_DIGEST) && !blk->err && !blk->digest_err)
+      CAS_AT(st, blk->slot, tag) |= CAS_GOOD;
+    cas_drop(st, blk->slot, &st->dropped);
   }
-  os_unlock(&s->lock);
+  cas_unlock(st);
 }
 
-/* READs, WRITEs or WRITE_ZEROES a part of one block. */
-static int cas_part(struct nbdserve_cas *s, struct cas_image *im, int what,
-                    unsigned char *buf, uint64_t off, uint64_t len) {
-  struct cas_item it = {.lba = off / s->bs, .data = NBDSERVE_MALLOC(s->bs)};
-  if (!it.data) return -ENOMEM;
-  unsigned char *part = it.data + off % s->bs;
-  int err;
-  do {
-    err = cas_read(s, im, &it, 1, CAS_DATA);
-    if (!err && what == NBD_CMD_READ) memcpy(buf, part, (size_t)len);
-    if (!err && what != NBD_CMD_READ) {
-      if (what == NBD_CMD_WRITE) memcpy(part, buf, (size_t)len);
-      if (what != NBD_CMD_WRITE) memset(part, 0, (size_t)len);
-      struct cas_item w = {.lba = it.lba, .data = it.data, .expect = it.slot};
-      err = cas_put(s, im, &w, 1); /* that is pinned: no other can become it */
-    }
-    cas_unpin(s, &it, 1);
-  } while (err == -EAGAIN);
-  NBDSERVE_FREE(it.data);
-  return err;
+/* What clients are told of an error: damage is -EIO to them. */
+static int cas_client_error(int err) {
+  return err == -EUCLEAN ? -EIO : err;
 }
 
-/* Is block lba of two images in the same slot?  *span: for how many blocks that
- * is so; pages that they share are not looked at.  Where only one ends inside
- * the block, it is not the same. */
-static int cas_same(struct nbdserve_cas *s, struct cas_image **im, uint64_t lba,
-                    uint64_t *span, int *same) {
-  struct cas_node *b[2];
-  uint32_t slot[2] = {0, 0};
-  uint64_t below = s->max_blocks; /* blocks below b */
-  int err = 0, odd = 0;
-  *span = below;
-  os_lock(&s->lock);
-  for (int i = 0; i < 2; i++) {
-    uint64_t whole = im[i]->size / s->bs;
-    b[i] = lba < cas_blocks(s, im[i]->size) ? im[i]->root : NULL;
-    if (lba < whole) *span = u_min(*span, whole - lba);
-    odd |= lba == whole && b[i] && im[0]->size != im[1]->size;
-  }
-  for (int level = CAS_LEVELS; level-- > 0 && (odd || b[0] != b[1]);) {
-    below /= s->fanout;
-    for (int i = 0; i < 2; i++) {
-      uint64_t c = lba / below % s->fanout;
-      if (b[i] && b[i]->bad) err = -EIO;
-      if (b[i] && !level) slot[i] = b[i]->e[c];
-      b[i] = b[i] && level ? b[i]->kid[c] : NULL;
+/* READs, WRITEs or WRITE_ZEROES a part of one block.  What would not change is
+ * not written. */
+static int cas_part(struct nbdserve_cas *st, struct cas_volume *vol,
+                    enum nbd_cmd type, unsigned char *buf, uint64_t off,
+                    uint64_t len) {
+  unsigned char *data = NBDSERVE_MALLOC(st->bs);
+  if (!data) return -ENOMEM;
+  unsigned char *part = data + off % st->bs;
+  struct cas_block put = {.err = -EAGAIN};
+  while (put.err == -EAGAIN) {
+    struct cas_block blk = {.number = off / st->bs, .data = data};
+    int changes = 0;
+    cas_read(st, vol, &blk, 1, CAS_DATA);
+    put = (struct cas_block){.number = blk.number,
+                             .data = data,
+                             .expected = blk.slot, /* pinned: it stays that */
+                             .err = cas_client_error(blk.err)};
+    if (!put.err && type == NBD_CMD_READ) {
+      memcpy(buf, part, (size_t)len);
+    } else if (!put.err && type == NBD_CMD_WRITE) {
+      changes = memcmp(part, buf, (size_t)len) != 0;
+      memcpy(part, buf, (size_t)len);
+    } else if (!put.err) {
+      changes = !u_is_zero(part, (size_t)len);
+      memset(part, 0, (size_t)len);
     }
+    if (changes) cas_put(st, vol, &put, 1);
+    cas_unpin(st, &blk, 1);
   }
-  os_unlock(&s->lock);
-  *span = u_min(*span, below - lba % below);
-  *same = slot[0] == slot[1] && !(odd && slot[0]);
-  return err;
+  NBDSERVE_FREE(data);
+  return put.err;
+}
+
+/* READs or WRITEs whole blocks, of several requests. */
+static void cas_do_blocks(struct nbdserve_cas *st, struct cas_volume *vol,
+                          enum nbd_cmd type, struct cas_block *blk, size_t n) {
+  if (type == NBD_CMD_WRITE) {
+    cas_put(st, vol, blk, n);
+    cas_kick(st);
+  } else {
+    cas_read(st, vol, blk, n, CAS_DATA);
+    cas_unpin(st, blk, n);
+  }
+  for (size_t i = 0; i < n; i++)
+    if (blk[i].err) blk[i].req->err = cas_client_error(blk[i].err);
 }
 
 /* READs and WRITEs: whole blocks together, parts of blocks one by one. */
 static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
-  struct cas_image *im = ctx;
-  struct nbdserve_cas *s = im->s;
-  struct cas_item it[CAS_BATCH];
-  uint64_t bs = s->bs, len;
+  struct cas_volume *vol = ctx;
+  struct nbdserve_cas *st = vol->st;
+  struct cas_block blk[CAS_BATCH];
   size_t k = 0;
-  for (; n > 0; r++, n--) {
-    int writing = r->type == NBD_CMD_WRITE, err = r->err = 0;
-    for (uint64_t at = 0; at < r->len; at += len) { /* in the request */
-      len = u_min(bs - (r->off + at) % bs, r->len - at);
-      if (len == bs)
-        it[k++] = (struct cas_item){.lba = (r->off + at) / bs,
-                                    .req = r,
-                                    .data = r->buf + at,
-                                    .expect = CAS_ANY};
-      else if ((err = cas_part(s, im, r->type, r->buf + at, r->off + at, len)))
-        r->err = err;
-      if (k < CAS_BATCH &&
-          (at + len < r->len || (n > 1 && r->type == r[1].type)))
-        continue;
-      if (writing) cas_put(s, im, it, k);
-      if (writing) cas_kick(s);
-      if (!writing) cas_read(s, im, it, k, CAS_DATA);
-      if (!writing) cas_unpin(s, it, k);
-      for (; k > 0; k--)
-        if (it[k - 1].err) it[k - 1].req->err = it[k - 1].err;
+  for (size_t i = 0; i < n; i++) {
+    enum nbd_cmd type = (enum nbd_cmd)r[i].type;
+    uint64_t len;
+    r[i].err = 0;
+    for (uint64_t at = 0; at < r[i].len; at += len) { /* in the request */
+      uint64_t off = r[i].off + at;
+      len = u_min(st->bs - off % st->bs, r[i].len - at);
+      if (len == st->bs) {
+        blk[k++] = (struct cas_block){.number = off / st->bs,
+                                      .req = r + i,
+                                      .data = r[i].buf + at,
+                                      .expected = CAS_ANY};
+      } else {
+        int err = cas_part(st, vol, type, r[i].buf + at, off, len);
+        if (err) r[i].err = err;
+      }
+      if (k == CAS_BATCH) {
+        cas_do_blocks(st, vol, type, blk, k);
+        k = 0;
+      }
+    }
+    int is_last = i + 1 == n || r[i + 1].type != r[i].type;
+    if (k && is_last) {
+      cas_do_blocks(st, vol, type, blk, k);
+      k = 0;
     }
   }
 }
 
-/* Makes the whole blocks of a range holes: one log entry for many leaves. */
+/* Makes blocks of one leaf holes, from one on, at most up to `to`, and logs it
+ * in one entry.  *next: behind what is done.  The spot is that of the first
+ * block. */
+static int cas_trim_leaf(struct nbdserve_cas *st, struct cas_volume *vol,
+                         const struct cas_spot *spot, uint64_t block,
+                         uint64_t to, uint64_t *next) {
+  uint64_t end = u_min(block + st->fanout - block % st->fanout, to);
+  struct cas_node *leaf;
+  *next = end;
+  if (!spot->leaf && !spot->slot) {
+    *next = u_min(block + spot->span, to);
+    return 0; /* nothing is there */
+  }
+  if (!spot->slot && cas_run_of(st, spot, block, end - block) == end - block)
+    return 0;
+  int err = cas_own_path(st, vol, &vol->root, block, &leaf);
+  if (err) return err;
+  for (uint64_t at = block; at < end; at++) {
+    cas_drop(st, leaf->slots[at % st->fanout], &st->dropped);
+    leaf->slots[at % st->fanout] = 0;
+  }
+  cas_log(st, vol, (struct cas_entry){.block = block, .count = end - block});
+  return 0;
+}
+
+/* Makes the whole blocks of a range holes. */
+static int cas_make_holes(struct cas_volume *vol, uint64_t off, uint64_t len) {
+  struct nbdserve_cas *st = vol->st;
+  uint64_t block = cas_blocks(st, off);
+  uint64_t to = (off + len) / st->bs;
+  int err = 0;
+  while (block < to && !err) {
+    struct cas_spot spot;
+    os_lock(&st->lock);
+    err = cas_prepare_may_unlock(st, vol, block, &spot);
+    if (!err) err = cas_trim_leaf(st, vol, &spot, block, to, &block);
+    if (!err) err = st->failed;
+    cas_unlock(st);
+  }
+  cas_kick(st);
+  return err ? err : st->failed;
+}
+
+/* ops->trim: a full store has no pages for it, and then it is left undone. */
 static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   (void)flags;
-  struct cas_image *im = ctx;
-  struct nbdserve_cas *s = im->s;
-  uint64_t from = cas_blocks(s, off), to = (off + len) / s->bs, span;
-  uint32_t x;
-  int err = 0;
-  while (from < to && !err) {
-    struct cas_item hole = {.lba = from};
-    int k = 0, changed = 0;
-    os_lock(&s->lock);
-    err = cas_room(s);
-    while (k < CAS_SEGMENT / CAS_LEVELS && from < to && !err) {
-      err = cas_map(s, im, from, 0, &x, &span);
-      if (!err && x) err = cas_map(s, im, from, 1, &hole.slot, NULL);
-      if (err) break;
-      if (x) changed = 1;
-      from += u_min(span, to - from);
-      if (from % s->fanout == 0) k++;
-    }
-    if (changed) cas_log(s, im, &hole, from - hole.lba);
-    if (!err) err = s->failed;
-    os_unlock(&s->lock);
-  }
-  cas_kick(s);
-  return err;
+  int err = cas_make_holes(ctx, off, len);
+  return err == -ENOSPC ? 0 : err;
 }
 
-/* Zeroes a range: whole blocks become holes, parts of blocks are written. */
+/* ops->zero: whole blocks become holes, parts of blocks are written. */
 static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
-  struct cas_image *im = ctx;
-  uint64_t bs = im->s->bs, tail = (off + len) % bs;
+  (void)flags;
+  struct cas_volume *vol = ctx;
+  uint64_t bs = vol->st->bs;
+  uint64_t tail = (off + len) % bs;
   uint64_t head = u_min((bs - off % bs) % bs, len);
-  int zero = NBD_CMD_WRITE_ZEROES, err = 0;
-  if (head) err = cas_part(im->s, im, zero, NULL, off, head);
-  if (!err) err = cas_trim(ctx, off, len, flags);
+  enum nbd_cmd type = NBD_CMD_WRITE_ZEROES;
+  int err = head ? cas_part(vol->st, vol, type, NULL, off, head) : 0;
+  if (!err) err = cas_make_holes(vol, off, len);
   if (err || !tail || tail > len - head) return err;
-  return cas_part(im->s, im, zero, NULL, off + len - tail, tail);
+  return cas_part(vol->st, vol, type, NULL, off + len - tail, tail);
 }
 
-/* Reports blocks as data and the rest as holes. */
+/* ops->extents: reports blocks as data and the rest as holes. */
 static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                        struct nbdserve_extents *out) {
   (void)flags;
-  struct cas_image *im = ctx;
-  uint64_t bs = im->s->bs, end = off + len, span;
-  uint32_t slot, hole = NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
-  int err = 0, enough = 0;
-  os_lock(&im->s->lock);
-  while (off < end && !enough) {
-    err = cas_map(im->s, im, off / bs, 0, &slot, &span);
-    if (err) break;
-    uint64_t next = u_min((off / bs + span) * bs, end);
-    enough = nbdserve_extent(out, next - off, slot ? 0 : hole);
+  struct cas_volume *vol = ctx;
+  struct nbdserve_cas *st = vol->st;
+  uint64_t end = off + len;
+  int is_enough = 0;
+  int err = 0;
+  while (off < end && !is_enough && !err) {
+    uint64_t block = off / st->bs;
+    struct cas_spot spot;
+    os_lock(&st->lock); /* others may have it between two leaves */
+    err = cas_find_spot_may_unlock(st, &vol->root, block, &spot);
+    uint64_t n = err ? 0 : cas_run_of(st, &spot, block, cas_blocks(st, end));
+    cas_unlock(st);
+    uint64_t next = u_min((block + n) * st->bs, end);
+    int hole = NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
+    if (!err)
+      is_enough =
+          nbdserve_extent(out, next - off, spot.slot ? 0 : (uint32_t)hole);
     off = next;
   }
-  os_unlock(&im->s->lock);
   return err;
 }
 
 /* ops->flush: one sync for all who wait. */
 static int cas_flush(void *ctx, uint32_t flags) {
   (void)flags;
-  struct cas_image *im = ctx;
-  return cas_sync(im->s, 0);
+  struct cas_volume *vol = ctx;
+  int err = cas_sync(vol->st, 0);
+  cas_kick(vol->st);
+  return err;
 }
 
 /* ops->close: the volume stays in the store. */
 static void cas_close(void *ctx) {
-  struct cas_image *im = ctx;
-  os_lock(&im->s->lock);
-  im->clients--;
-  os_unlock(&im->s->lock);
+  struct cas_volume *vol = ctx;
+  os_lock(&vol->st->lock);
+  assert(vol->clients > 0);
+  vol->clients--;
+  cas_unlock(vol->st);
 }
 
-/* ---- Opening ------------------------------------------------------------- */
+/* ---- Opening -------------------------------------------------------------- */
 
-/* A superblock's number; or -EINVAL: it is none, -EUCLEAN: damaged, others. */
-static int64_t cas_get_super(struct nbdserve_cas *s, uint64_t off,
-                             unsigned char *p) {
-  int err = off + CAS_PAGE > s->end ? -EINVAL : cas_io(s, 0, p, CAS_PAGE, off);
-  if (err || memcmp(p, CAS_MAGIC, 8) != 0) return err ? err : -EINVAL;
-  if (!cas_stamp(s, p, CAS_SUM)) return -EUCLEAN;
-  if (u_get32(p + 8) != 1 || u_get32(p + 64) ||
-      (u_get32(p + 68) && !s->readonly))
-    return -EOPNOTSUPP;
-  return (int64_t)(u_get64(p + 32) & INT64_MAX);
+/* What stands in the place of a superblock */
+enum cas_super_state {
+  SUPER_GOOD,
+  SUPER_EMPTY,   /* zeroes, or the file ends before it */
+  SUPER_DAMAGED, /* it cannot be read, or its sum is wrong */
+  SUPER_FOREIGN, /* somebody else's */
+  SUPER_OTHER    /* of another version */
+};
+
+/* Reads the superblock in a place.  Unknown bits, too, make it another
+ * version. */
+static enum cas_super_state cas_read_super(struct nbdserve_cas *st, int place,
+                                           struct cas_super *super) {
+  unsigned char p[CAS_PAGE];
+  unsigned char sum[CAS_DIGEST_LEN];
+  uint64_t off = (uint64_t)place * CAS_UNIT;
+  if (off + CAS_PAGE > st->end) return SUPER_EMPTY;
+  if (cas_io(st, OS_READ, p, CAS_PAGE, off) &&
+      cas_io(st, OS_READ, p, CAS_SUPER_LEN, off))
+    return SUPER_DAMAGED;
+  if (u_is_zero(p, CAS_PAGE)) return SUPER_EMPTY;
+  if (!cas_has_magic(p)) return SUPER_FOREIGN;
+  sha_256(st->hw, p, NULL, SUPER_SUM, sum, NULL);
+  int fits = memcmp(sum, p + SUPER_SUM, CAS_DIGEST_LEN) == 0;
+  if (p[7] == '1' && !fits) return SUPER_OTHER;
+  if (!fits) return SUPER_DAMAGED;
+  if (u_get32(p + SUPER_VERSION) != CAS_VERSION ||
+      u_get32(p + SUPER_INCOMPAT) ||
+      (u_get32(p + SUPER_RO_COMPAT) && !st->readonly))
+    return SUPER_OTHER;
+  cas_decode_super(p, super);
+  return SUPER_GOOD;
 }
 
-/* Computes where everything lies, from block size and length of the log. */
-static int cas_place(struct nbdserve_cas *s) {
-  uint64_t end = 2 * CAS_UNIT + (uint64_t)s->log_pages * CAS_PAGE;
-  if (!u_is_power_of_2(s->bs) || s->bs < CAS_MIN_BLOCK || s->bs > 65536 ||
-      s->log_pages < 8 || s->log_pages > 1 << 24)
+/* Computes where everything lies, from the block size and the length of the
+ * log. */
+static int cas_lay_out(struct nbdserve_cas *st) {
+  uint64_t end = 2 * CAS_UNIT + (uint64_t)st->super.log_pages * CAS_PAGE;
+  st->bs = st->super.block_size;
+  if (!u_is_power_of_2(st->bs) || st->bs < CAS_MIN_BLOCK || st->bs > 65536 ||
+      st->super.log_pages < 8 || st->super.log_pages > 1 << 24)
     return -EINVAL;
-  s->data_off = (end + CAS_UNIT - 1) / CAS_UNIT * CAS_UNIT;
-  s->fanout = CAS_FANOUT(s->bs);
-  s->max_blocks = (uint64_t)s->fanout * s->fanout * s->fanout * s->fanout;
+  st->data_off = (end + CAS_UNIT - 1) / CAS_UNIT * CAS_UNIT;
+  st->fanout = CAS_FANOUT(st->bs);
+  st->per_page = (st->bs - CAS_HEAD) / CAS_RECORD;
+  st->max_blocks = (uint64_t)st->fanout * st->fanout * st->fanout * st->fanout;
   return 0;
 }
 
-/* Takes what the newest superblock says, and makes both alike (C8). */
-static int cas_open_super(struct nbdserve_cas *s) {
-  unsigned char copy[2][CAS_PAGE];
-  int64_t a = cas_get_super(s, 0, copy[0]);
-  int64_t b = cas_get_super(s, CAS_UNIT, copy[1]);
-  if (a < 0 && a != -EUCLEAN && (a != -EINVAL || b <= 0)) return (int)a;
-  if (b == -EIO || (a < 0 && b < 0)) return -EIO; /* one may be damaged only */
-  unsigned char *p = memcpy(s->super, copy[b > a], CAS_PAGE);
-  s->bs = u_get32(p + 12);
-  s->seq = s->tail = s->durable = u_get64(p + 40);
-  s->log_pages = u_get32(p + 48);
-  s->to_fill = u_get32(p + 52);
-  s->next_id = u_get32(p + 60);
-  if (cas_place(s) || s->to_fill < CAS_SEGMENT) return -EIO;
-  if (a == b || s->readonly) return 0;
-  int err = os_datasync(s->fd); /* what was read may be only in memory */
-  if (!err) err = cas_io(s, 1, p, CAS_PAGE, b > a ? 0 : CAS_UNIT);
-  return err ? err : os_datasync(s->fd);
+/* Does the file have room for a slot? */
+static int cas_is_in_file(const struct nbdserve_cas *st, uint32_t slot) {
+  uint64_t off = slot < CAS_GROUPS * (uint64_t)CAS_SLOTS
+                     ? cas_data_off(st, slot)
+                     : UINT64_MAX;
+  return off < st->end && st->bs <= st->end - off;
 }
 
-/* Puts the page in slot x and all that hangs on it into memory, and counts
- * references.  While that goes on tag and next of a page say where it is. */
-static int cas_load(struct nbdserve_cas *s, uint32_t x, int level,
-                    uint32_t index, struct cas_node **out) {
-  struct cas_node *b;
-  int err = 0;
-  if (!x) return 0;
-  if (x >= s->nslots) return -EIO;
-  if (CAS_AT(s, x, ref)) {
-    b = (struct cas_node *)((uintptr_t)CAS_AT(s, x, tag) |
-                            (uintptr_t)CAS_AT(s, x, next) << 16 << 16);
-    if (!b || b->level != level) return -EIO;
-    b->refs++;
-    *out = b;
+/* Makes both superblocks alike (C8).  What was read may be in memory only, so
+ * it is made durable before it is relied on.  A place that can be neither read
+ * nor written is an error, as is what somebody else has written there. */
+static int cas_mend_super(struct nbdserve_cas *st, int place,
+                          enum cas_super_state state) {
+  if (state == SUPER_FOREIGN && !st->repair) return -EUCLEAN;
+  int err = os_datasync(st->fd);
+  if (!err) err = cas_write_super(st, &st->super, place);
+  return err ? err : os_datasync(st->fd);
+}
+
+/* Takes what the newest superblock says.  One is enough. */
+static int cas_open_super(struct nbdserve_cas *st) {
+  struct cas_super super[2];
+  enum cas_super_state state[2];
+  for (int i = 0; i < 2; i++) {
+    state[i] = cas_read_super(st, i, super + i);
+    if (state[i] == SUPER_OTHER) return -EOPNOTSUPP;
+    st->super_bad[i] = state[i] != SUPER_GOOD;
+  }
+  if (st->super_bad[0] && st->super_bad[1])
+    return state[0] == SUPER_DAMAGED || state[1] == SUPER_DAMAGED ? -EUCLEAN
+                                                                  : -EINVAL;
+  int newer = st->super_bad[0] ||
+              (!st->super_bad[1] && super[1].number > super[0].number);
+  st->super = super[newer];
+  int err = cas_lay_out(st);
+  if (err || st->super.nslots < CAS_SEGMENT || st->super.nslots % CAS_SEGMENT ||
+      !cas_is_in_file(st, st->super.nslots - 1))
+    return -EUCLEAN;
+  st->seq = st->tail = st->durable = st->marked = st->super.replay;
+  st->super_number = st->super.number;
+  st->next_id = st->super.next_id;
+  int is_alike = !st->super_bad[!newer] && super[0].number == super[1].number;
+  if (st->readonly || is_alike) return 0;
+  return cas_mend_super(st, !newer, state[!newer]);
+}
+
+/* While a store is opened */
+struct cas_loader {
+  struct cas_node **nodes; /* [n]: all nodes, each before what is below it;
+                              the link of a page's slot is its number here, + 1,
+                              for the pages of maps */
+  uint32_t n;
+  uint32_t room;
+  uint32_t nlost;            /* map pages that were found wrong */
+  uint32_t nunreadable;      /* that cannot be read; or pages of the catalog */
+  struct cas_volume **by_id; /* [nvolumes], in the order of ids */
+  uint32_t nvolumes;
+};
+
+/* Counts a pair that holds a page.  Returns whether it can hold one. */
+static int cas_claim_page(struct nbdserve_cas *st, uint32_t slot) {
+  if (slot >= st->nslots || slot % CAS_SEGMENT >= CAS_TWIN ||
+      CAS_AT(st, slot, refs) || CAS_AT(st, slot + CAS_TWIN, refs))
+    return 0;
+  for (uint32_t i = 0; i < 2; i++, slot += CAS_TWIN) {
+    cas_hold(st, slot);
+    CAS_AT(st, slot, tag) = TAG_PAGE;
+    cas_segment(st, slot)->npages++;
+  }
+  return 1;
+}
+
+/* Adds an edge to the node whose page is in a slot, to *out.  What the page
+ * says is read later. */
+static int cas_load_node(struct nbdserve_cas *st, struct cas_loader *loader,
+                         uint32_t slot, int level, uint32_t index,
+                         struct cas_node **out) {
+  if (!slot) return 0;
+  uint32_t number = slot < st->nslots && CAS_AT(st, slot, tag) == TAG_PAGE
+                        ? CAS_AT(st, slot, link)
+                        : 0;
+  struct cas_node *node = number ? loader->nodes[number - 1] : NULL;
+  if (node && node->slot == slot && node->level == level &&
+      node->index == index) {
+    node->refs++;
+    *out = node;
     return 0;
   }
-  if (cas_own(s, out, level)) return -ENOMEM;
-  b = *out;
-  s->ndirty--;
-  cas_hold(s, b->slot = x);
-  CAS_AT(s, x, tag) = (uint32_t)(uintptr_t)b;
-  CAS_AT(s, x, next) = (uint32_t)((uintptr_t)b >> 16 >> 16);
-  unsigned char *page = NBDSERVE_MALLOC(s->bs);
-  if (!page) return -ENOMEM;
-  if (cas_get_page(s, x, CAS_MAP, level, index, page)) s->damaged = b->bad = 1;
-  for (uint32_t c = 0; c < s->fanout && !b->bad && !err; c++) {
-    uint32_t v = u_get32(page + CAS_HEAD + 4 * c);
-    if (level)
-      err = cas_load(s, v, level - 1, index * s->fanout + c, b->kid + c);
-    else if (v >= s->nslots)
-      err = -EIO;
-    else
-      cas_hold(s, b->e[c] = v);
+  if (loader->n == loader->room) {
+    uint32_t room = loader->room ? 2 * loader->room : 256;
+    struct cas_node **nodes = NBDSERVE_MALLOC(room * sizeof *nodes);
+    if (!nodes) return -ENOMEM;
+    if (loader->n)
+      memcpy(nodes, loader->nodes, loader->n * sizeof(struct cas_node *));
+    NBDSERVE_FREE(loader->nodes);
+    loader->nodes = nodes;
+    loader->room = room;
   }
-  NBDSERVE_FREE(page);
-  return err;
+  *out = node = cas_new_node(level, index);
+  if (!node) return -ENOMEM;
+  loader->nodes[loader->n++] = node;
+  node->slot = CAS_LOST;
+  if (slot == CAS_LOST) return 0;
+  if (!cas_claim_page(st, slot)) {
+    loader->nlost++; /* no page can be there */
+    return 0;
+  }
+  node->slot = slot;
+  CAS_AT(st, slot, link) = loader->n;
+  return 0;
 }
 
-/* Reads the catalog and all maps, and counts the references to each slot. */
-static int cas_open_catalog(struct nbdserve_cas *s) {
-  struct cas_image *im, *p;
+/* Reads the page of a node, and loads what is below it.  A page that is wrong
+ * is lost (C21): so are the blocks below it, but nothing else. */
+static int cas_load_page(struct nbdserve_cas *st, struct cas_loader *loader,
+                         struct cas_node *node, unsigned char *p) {
+  struct cas_page page = {CAS_MAP, node->level, node->index};
+  if (node->slot == CAS_LOST) return 0;
+  enum cas_page_state state =
+      cas_read_page(st, node->slot, &page, !st->readonly, p);
+  if (state == PAGE_WRONG || state == PAGE_UNREADABLE) {
+    if (state == PAGE_WRONG) loader->nlost++;
+    if (state == PAGE_UNREADABLE) loader->nunreadable++;
+    cas_retire(st, node->slot);
+    node->slot = CAS_LOST;
+    return 0;
+  }
   int err = 0;
-  for (uint32_t x = u_get32(s->super + 56), k; x; x = u_get32(s->page + 12)) {
-    err = cas_get_page(s, x, CAS_CAT, 0, 0, s->page);
-    if (err || CAS_AT(s, x, ref)) return err ? err : -EIO; /* a loop */
-    cas_hold(s, x); /* until there is a new one */
-    cas_drop(s, x, &s->retired);
-    for (k = (s->bs - CAS_HEAD) / CAS_RECORD; k-- > 0;) { /* last first */
-      const unsigned char *record = s->page + CAS_HEAD + k * CAS_RECORD;
-      if (!u_get32(record)) continue;
-      im = u_zalloc(sizeof *im);
-      if (!im) return -ENOMEM;
-      memcpy(im->record, record, CAS_RECORD);
-      im->record[CAS_RECORD - 1] = 0; /* a name ends */
-      im->s = s;
-      im->size = u_get64(im->record + CAS_SIZE);
-      im->next = s->images;
-      s->images = im;
-      s->nimages++;
-    }
+  if (!node->level) {
+    err = cas_fill_leaf(st, node, p);
+    for (uint32_t c = 0; c < st->fanout && !err; c++)
+      cas_hold(st, node->slots[c]);
+    return err;
   }
-  for (im = s->images; im && !err; im = im->next) {
-    for (p = s->images; p && u_get32(im->record + CAS_IS_SNAPSHOT); p = p->next)
-      if (memcmp(p->record + CAS_ID, im->record + CAS_ORIGIN, 4) == 0)
-        im->parent = p;
-    if (!cas_is_name((char *)im->record + CAS_NAMED) ||
-        cas_blocks(s, im->size) > s->max_blocks)
-      err = -EIO;
-    else if (u_get32(im->record + CAS_DEPTH) != CAS_LEVELS)
-      err = -EOPNOTSUPP;
-    else
-      err = cas_load(s, u_get32(im->record + CAS_ROOT), CAS_LEVELS - 1, 0,
-                     &im->root);
-  }
-  for (uint32_t x = 1; x < s->nslots; x++) {
-    CAS_AT(s, x, tag) = CAS_AT(s, x, tag) || CAS_AT(s, x, next); /* a page */
-    CAS_AT(s, x, next) = 0;
-    if (s->damaged && !CAS_AT(s, x, ref)) cas_hold(s, x); /* who knows */
-  }
+  uint32_t n = st->fanout;
+  while (n > 0 && !u_get32(p + CAS_HEAD + 4 * (n - 1)))
+    n--;
+  if (n) err = cas_make_room_for_kid(st, node, n - 1);
+  for (uint32_t c = 0; c < n && !err; c++)
+    err = cas_load_node(st, loader, u_get32(p + CAS_HEAD + 4 * c),
+                        node->level - 1, node->index * st->fanout + c,
+                        &node->kid[c]);
   return err;
 }
 
-/* Reads a log page into s->log.  Returns whether it is valid and has that
- * number. */
-static int cas_log_read(struct nbdserve_cas *s, uint64_t seq) {
-  uint64_t off = 2 * CAS_UNIT + seq % s->log_pages * CAS_PAGE;
-  if (off + CAS_PAGE > s->end) return 0; /* not written so far */
-  int err = cas_io(s, 0, s->log, CAS_PAGE, off);
-  if (err) s->log_damaged = 1;
-  return !err && u_get32(s->log) == CAS_LOG &&
-         u_get16(s->log + 4) <= CAS_ENTRIES && u_get64(s->log + 8) == seq &&
-         !memcmp(s->log + 24, s->super + 16, 8) &&
-         cas_stamp(s, s->log, CAS_SUM);
+/* After pages were found to be lost: makes dirty what leads to them. */
+static void cas_dirty_above_lost(struct nbdserve_cas *st,
+                                 struct cas_loader *loader) {
+  for (uint32_t i = loader->n; i-- > 0;) { /* what is below comes later */
+    struct cas_node *node = loader->nodes[i];
+    int is_dirty = 0;
+    for (uint32_t c = 0; c < node->nkids; c++)
+      if (node->kid[c] &&
+          (!node->kid[c]->slot || node->kid[c]->slot == CAS_LOST))
+        is_dirty = 1;
+    if (!is_dirty) continue;
+    cas_retire(st, node->slot);
+    node->slot = 0;
+    st->ndirty++;
+  }
+  for (const struct cas_volume *vol = st->volumes; vol; vol = vol->next)
+    cas_touch(st, vol);
 }
 
-/* Applies an entry of the log to the maps (C9). */
-static int cas_redo(struct nbdserve_cas *s, const unsigned char *p, int known) {
-  struct cas_item it = {.lba = u_get64(p + 8),
-                        .slot = u_get32(p + 4),
-                        .data = s->page,
-                        .state = known ? CAS_DIGEST : CAS_DATA | CAS_DIGEST};
-  struct cas_image *im = s->images;
-  while (im && memcmp(im->record + CAS_ID, p, 4) != 0)
-    im = im->next;
-  uint64_t blocks = im ? cas_blocks(s, im->size) : 0;
-  if (it.lba >= blocks) return 0;
-  if (!it.slot)
-    return cas_trim(im, it.lba * s->bs,
-                    u_min(blocks - it.lba, u_get64(p + 16)) * s->bs, 0);
-  if (!known) { /* (C9) */
-    if (cas_off(s, it.slot, CAS_DATA) + s->bs > s->end) return 0;
-    if (cas_transfer(s, &it, 1, CAS_DATA, 0)) return it.err;
-    cas_hash(s, &it, 1);
-    if (memcmp(it.sum, p + 16, 32) != 0) return 0;
-  }
-  memcpy(it.sum, p + 16, 32);
-  int err = cas_extend(s, it.slot);
-  /* data, too: if that has failed it may be in memory only */
-  if (!err && !s->readonly) err = cas_store(s, &it, 1);
+/* Loads a record of the catalog.  A partial volume is left out: what it had is
+ * free then. */
+static int cas_load_record(struct nbdserve_cas *st, struct cas_loader *loader,
+                           const unsigned char *p, uint32_t at) {
+  uint32_t flags = u_get32(p + RECORD_FLAGS);
+  if (!u_get32(p + RECORD_ID) || flags & CAS_IS_PARTIAL) return 0;
+  if (flags & ~(uint32_t)CAS_IS_SNAPSHOT ||
+      u_get32(p + RECORD_LEVELS) != CAS_LEVELS)
+    return -EOPNOTSUPP;
+  struct cas_volume *vol = u_zalloc(sizeof *vol);
+  if (!vol) return -ENOMEM;
+  vol->st = st;
+  vol->next = st->volumes; /* the order comes later */
+  st->volumes = vol;
+  vol->id = u_get32(p + RECORD_ID);
+  vol->at = at;
+  vol->created = u_get64(p + RECORD_CREATED);
+  vol->made_from = u_get32(p + RECORD_MADE_FROM);
+  vol->now.is_there = 1;
+  vol->now.size = u_get64(p + RECORD_SIZE);
+  memcpy(vol->now.cid, p + RECORD_CID, CAS_DIGEST_LEN);
+  memcpy(vol->now.name, p + RECORD_NAME, CAS_NAME);
+  vol->is_snapshot = (flags & CAS_IS_SNAPSHOT) != 0;
+  st->by_place[at] = vol;
+  loader->nvolumes++;
+  if (!cas_is_name(vol->now.name) || vol->now.size > INT64_MAX ||
+      cas_blocks(st, vol->now.size) > st->max_blocks)
+    return -EUCLEAN;
+  int err = cas_load_node(st, loader, u_get32(p + RECORD_ROOT), CAS_LEVELS - 1,
+                          0, &vol->root);
   if (err) return err;
-  cas_hold(s, it.slot);
-  if (!known) CAS_AT(s, it.slot, tag) |= CAS_GOOD;
-  return cas_map(s, im, it.lba, 1, &it.slot, NULL);
+  return cas_load_node(st, loader, u_get32(p + RECORD_DIGESTS), CAS_LEVELS - 1,
+                       0, &vol->digests);
 }
 
-/* Brings the maps up to what the log says (C9). */
-static int cas_replay(struct nbdserve_cas *s) {
-  uint64_t end = s->tail;
+/* Loads a page of the catalog and all below it.  One that is damaged is left
+ * out, with the records below it, and written anew: see cas_check_loss. */
+static int cas_load_catalog(struct nbdserve_cas *st, struct cas_loader *loader,
+                            int level, uint32_t index, uint32_t slot) {
+  struct cas_page page = {CAS_CAT, level, index};
+  enum cas_page_state state = PAGE_WRONG;
   int err = 0;
-  for (; end - s->tail < s->log_pages && cas_log_read(s, end); end++)
-    s->durable = u_get64(s->log + 16);
-  for (uint32_t i = 1; i < s->log_pages; i++)
-    s->log_damaged |= cas_log_read(s, end + i) && u_get64(s->log + 16) > end;
-  if (s->log_damaged && !s->readonly) return -EIO;
-  for (uint64_t seq = s->tail; seq < end && !err; seq++) {
-    if (!cas_log_read(s, seq)) return -EIO;
-    for (unsigned i = 0; i < u_get16(s->log + 4) && !err; i++)
-      if ((err = cas_redo(s, s->log + 32 + CAS_ENTRY * i, seq < s->durable)) ==
-              -EIO &&
-          s->damaged && s->readonly)
-        err = 0; /* it is below a page that cannot be read */
+  if (!slot) return 0;
+  unsigned char *p = NBDSERVE_MALLOC(st->bs);
+  if (!p) return -ENOMEM;
+  if (cas_claim_page(st, slot))
+    state = cas_read_page(st, slot, &page, !st->readonly, p);
+  if (state == PAGE_WRONG || state == PAGE_UNREADABLE) {
+    loader->nunreadable++;
+  } else if (level) {
+    for (uint32_t c = 0; c < st->fanout && !err; c++)
+      err = cas_load_catalog(st, loader, level - 1, index * st->fanout + c,
+                             u_get32(p + CAS_HEAD + 4 * c));
+  } else {
+    err = cas_extend_catalog(st, index + 1);
+    for (uint32_t c = 0; c < st->per_page && !err; c++)
+      err = cas_load_record(st, loader, p + CAS_HEAD + CAS_RECORD * c,
+                            index * st->per_page + c);
   }
-  s->seq = s->tail = s->durable = end + s->log_pages; /* (C10) */
+  struct cas_shelf *shelf = &st->catalog[level];
+  if (index < shelf->npages && state <= PAGE_HEALED) {
+    shelf->slots[index] = slot;
+    st->ndirty--;
+  }
+  NBDSERVE_FREE(p);
   return err;
+}
+
+/* For qsort and bsearch: the order of ids. */
+static int cas_compare_ids(const void *a, const void *b) {
+  uint32_t x = (*(struct cas_volume *const *)a)->id;
+  uint32_t y = (*(struct cas_volume *const *)b)->id;
+  return (x > y) - (x < y);
+}
+
+/* The volume or snapshot with an id, or NULL. */
+static struct cas_volume *cas_by_id(const struct cas_loader *loader,
+                                    uint32_t id) {
+  struct cas_volume key = {.id = id};
+  const struct cas_volume *p = &key;
+  struct cas_volume **found = bsearch(&p, loader->by_id, loader->nvolumes,
+                                      sizeof *loader->by_id, cas_compare_ids);
+  return found ? *found : NULL;
+}
+
+/* Puts the volumes into the order of their ids, which have to be different, and
+ * finds the volume of each snapshot. */
+static int cas_order_volumes(struct nbdserve_cas *st,
+                             struct cas_loader *loader) {
+  uint32_t n = 0;
+  loader->by_id =
+      NBDSERVE_MALLOC((loader->nvolumes + 1) * sizeof *loader->by_id);
+  if (!loader->by_id) return -ENOMEM;
+  for (struct cas_volume *vol = st->volumes; vol; vol = vol->next)
+    loader->by_id[n++] = vol;
+  qsort(loader->by_id, n, sizeof *loader->by_id, cas_compare_ids);
+  struct cas_volume *next = NULL;
+  uint32_t above = st->next_id;
+  for (; n > 0; n--) {
+    struct cas_volume *vol = loader->by_id[n - 1];
+    if (vol->id >= above) return -EUCLEAN;
+    if (vol->is_snapshot) vol->parent = cas_by_id(loader, vol->made_from);
+    above = vol->id;
+    vol->next = next;
+    next = vol;
+    st->volumes = vol;
+  }
+  return 0;
+}
+
+/* Is the volume of each snapshot there? */
+static int cas_check_parents(struct nbdserve_cas *st) {
+  for (const struct cas_volume *vol = st->volumes; vol; vol = vol->next)
+    if (vol->is_snapshot && (!vol->parent || vol->parent->parent))
+      return -EUCLEAN;
+  return 0;
+}
+
+/* Loads the catalog and all maps, and counts the holds on each slot. */
+static int cas_load(struct nbdserve_cas *st, struct cas_loader *loader) {
+  int err =
+      cas_load_catalog(st, loader, CAS_CAT_LEVELS - 1, 0, st->super.catalog);
+  if (!err) err = cas_order_volumes(st, loader);
+  unsigned char *p = NBDSERVE_MALLOC(st->bs);
+  if (!p) return -ENOMEM;
+  for (uint32_t i = 0; i < loader->n && !err; i++) /* level by level */
+    err = cas_load_page(st, loader, loader->nodes[i], p);
+  NBDSERVE_FREE(p);
+  if (err) return err;
+  int is_bad = loader->nunreadable || loader->nlost > CAS_MAX_LOST;
+  if (is_bad && !st->readonly && !st->accept_loss) return -EUCLEAN;
+  if (loader->nlost || loader->nunreadable) cas_dirty_above_lost(st, loader);
+  return 0;
+}
+
+/* ---- Recovery: what the log says ------------------------------------------ */
+
+/* Reads a log page.  Returns whether it is valid and has that number; one that
+ * cannot be read is none (C9). */
+static int cas_log_read(struct nbdserve_cas *st, uint64_t seq,
+                        unsigned char *p) {
+  uint64_t off = cas_log_off(st, seq);
+  uint32_t mixed[2][SHA_STATE_WORDS];
+  unsigned char sum[CAS_DIGEST_LEN];
+  uint32_t nmixed = 0;
+  if (off + CAS_PAGE > st->end || cas_io(st, OS_READ, p, CAS_PAGE, off) ||
+      u_get32(p + LOG_MAGIC) != CAS_LOG || u_get64(p + LOG_SEQ) != seq ||
+      u_get32(p + LOG_COUNT) > CAS_ENTRIES)
+    return 0;
+  sha_begin(mixed);
+  cas_log_sum(st, p, mixed, &nmixed, sum);
+  return memcmp(sum, p + LOG_SUM, CAS_DIGEST_LEN) == 0;
+}
+
+/* Finds the end of the log, and what of it is durable.  A valid page behind the
+ * end that says the end is durable means damage, as does one that follows a
+ * newer superblock than there is (C9).  Repairing goes on behind it.  Returns
+ * whether there are valid pages behind the end. */
+static int cas_find_log_end(struct nbdserve_cas *st, uint64_t *end,
+                            unsigned char *p) {
+  int has_gap = 0;
+  int has_more = 0;
+  *end = st->tail;
+  for (uint64_t i = 0; i < st->super.log_pages; i++) {
+    if (!cas_log_read(st, st->tail + i, p)) {
+      has_gap = 1;
+      continue;
+    }
+    uint64_t durable = u_get64(p + LOG_DURABLE);
+    if (u_get64(p + LOG_SUPER) > st->super_number) st->is_outdated = 1;
+    if (has_gap) {
+      has_more = 1;
+      if (durable <= *end) continue;
+      st->log_damaged = 1;
+      if (!st->repair) continue;
+    }
+    *end = st->tail + i + 1;
+    if (durable > st->durable) st->durable = durable;
+  }
+  return has_more;
+}
+
+/* Applies an entry to the maps.  One that is not known to be durable counts only
+ * if the slot has the data that it says (C9); then that is written once more,
+ * because after a failed sync it may be in memory only. */
+static int cas_redo(struct nbdserve_cas *st, struct cas_volume *vol,
+                    struct cas_entry entry, int is_known) {
+  uint64_t blocks = cas_blocks(st, vol->now.size);
+  struct cas_spot spot;
+  int err = 0;
+  if (entry.block >= blocks) return 0;
+  uint64_t to = entry.block + u_min(entry.count, blocks - entry.block);
+  while (!entry.slot && entry.block < to && !err) {
+    err = cas_prepare_may_unlock(st, vol, entry.block, &spot);
+    if (!err)
+      err = cas_trim_leaf(st, vol, &spot, entry.block, to, &entry.block);
+  }
+  if (!entry.slot || err) return err;
+  int is_there = cas_is_in_file(st, entry.slot) &&
+                 !cas_extend(st, entry.slot) &&
+                 CAS_AT(st, entry.slot, tag) != TAG_PAGE;
+  if (!is_there) entry.slot = CAS_LOST;
+  if (!is_there && !is_known) return 0;
+  if (!is_known) {
+    unsigned char sum[CAS_DIGEST_LEN];
+    unsigned char *data = st->room;
+    uint64_t off = cas_data_off(st, entry.slot);
+    if (cas_io(st, OS_READ, data, st->bs, off)) return 0;
+    sha_256(st->hw, data, NULL, st->bs, sum, NULL);
+    if (memcmp(sum, entry.digest, CAS_DIGEST_LEN) != 0) return 0;
+    if (!st->readonly) err = cas_io(st, OS_WRITE, data, st->bs, off);
+    if (!st->readonly && !err)
+      err =
+          cas_io(st, OS_WRITE, sum, sizeof sum, cas_digest_off(st, entry.slot));
+    if (!err) CAS_AT(st, entry.slot, tag) |= CAS_GOOD;
+  }
+  if (!err) err = cas_prepare_may_unlock(st, vol, entry.block, &spot);
+  if (err) return err;
+  cas_hold(st, entry.slot);
+  return cas_set_slot(st, vol, &vol->root, entry.block, entry.slot);
+}
+
+/* Applies a log page, and writes it once more if it may be in memory only. */
+static int cas_redo_page(struct nbdserve_cas *st,
+                         const struct cas_loader *loader, uint64_t seq,
+                         unsigned char *p) {
+  int is_known = seq < st->durable;
+  int err = 0;
+  if (!cas_log_read(st, seq, p)) return 0; /* the gap that repair goes over */
+  for (uint32_t i = 0; i < u_get32(p + LOG_COUNT) && !err; i++) {
+    struct cas_entry entry = cas_decode_entry(p + CAS_ENTRY * i);
+    struct cas_volume *vol = cas_by_id(loader, entry.volume);
+    if (vol) err = cas_redo(st, vol, entry, is_known);
+  }
+  if (!err && !is_known && !st->readonly)
+    err = cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, seq));
+  return err;
+}
+
+/* Data that the log has dropped is free: the log is durable by now.  Pages that
+ * it made dirty are still named by the superblock, and wait. */
+static void cas_free_dropped(struct nbdserve_cas *st) {
+  uint32_t slot;
+  for (slot = st->retired; slot; slot = CAS_AT(st, slot, link))
+    CAS_AT(st, slot, refs) = 1;
+  for (slot = 1; slot < st->nslots; slot++) {
+    if (CAS_AT(st, slot, refs) != CAS_PENDING) continue;
+    CAS_AT(st, slot, refs) = 0;
+    cas_set_free(st, slot, 1);
+  }
+  for (slot = st->retired; slot; slot = CAS_AT(st, slot, link))
+    CAS_AT(st, slot, refs) = CAS_PENDING;
+}
+
+/* Brings the maps up to what the log says.  What was found is durable before a
+ * slot is taken (C10); so what was free to the store that wrote this is free
+ * now, and there is room for the checkpoint. */
+static int cas_recover(struct nbdserve_cas *st,
+                       const struct cas_loader *loader) {
+  unsigned char *p = st->page;
+  uint64_t end;
+  int has_more = cas_find_log_end(st, &end, p);
+  int is_bad =
+      (st->log_damaged && !st->repair) || (st->is_outdated && !st->accept_loss);
+  if (is_bad && !st->readonly) return -EUCLEAN;
+  int is_clean = end == st->tail && !has_more && !st->ndirty;
+  int err = 0;
+  st->room = NBDSERVE_MALLOC(st->bs);
+  if (!st->room) return -ENOMEM;
+  os_lock(&st->lock);
+  st->is_replaying = 1;
+  for (uint64_t seq = st->tail; seq < end && !err; seq++)
+    err = cas_redo_page(st, loader, seq, p);
+  st->is_replaying = 0;
+  os_unlock(&st->lock);
+  NBDSERVE_FREE(st->room);
+  if (err) return err;
+  if (!st->readonly && end > st->durable) err = os_datasync(st->fd);
+  cas_free_dropped(st);
+  memset(p, 0, CAS_PAGE);
+  if (err || is_clean || st->readonly) return err;
+  st->seq = st->tail = st->durable = st->marked = end + st->super.log_pages;
+  return cas_checkpoint(st, NULL, UINT64_MAX);
 }
 
 /* Frees a store; nothing is written. */
-static void cas_destroy(struct nbdserve_cas *s) {
-  os_lock(&s->lock);
-  for (struct cas_image *im; (im = s->images);) {
-    s->images = im->next;
-    cas_unref(s, im->root);
-    NBDSERVE_FREE(im);
-  }
-  os_unlock(&s->lock);
-  while (s->ngroups > 0)
-    NBDSERVE_FREE(s->groups[--s->ngroups]);
-  os_monitor_free(&s->ckpt);
-  os_monitor_free(&s->lock);
-  if (s->fd >= 0) close(s->fd);
-  NBDSERVE_FREE(s);
+static void cas_destroy(struct nbdserve_cas *st) {
+  st->is_ending = 1;
+  os_lock(&st->lock);
+  struct cas_volume *gone = st->volumes;
+  st->volumes = NULL;
+  cas_free_volumes_may_unlock(st, gone);
+  os_unlock(&st->lock);
+  for (int level = 0; level < CAS_CAT_LEVELS; level++)
+    NBDSERVE_FREE(st->catalog[level].slots);
+  NBDSERVE_FREE(st->by_place);
+  NBDSERVE_FREE(st->leaves);
+  while (st->ngroups > 0)
+    NBDSERVE_FREE(st->groups[--st->ngroups]);
+  os_monitor_free(&st->ckpt);
+  os_monitor_free(&st->lock);
+  if (st->fd >= 0) close(st->fd);
+  NBDSERVE_FREE(st);
 }
 
 /* Makes a store in memory, as yet without a file; NULL without memory. */
 static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
-  struct nbdserve_cas *s = u_zalloc(sizeof *s);
+  struct nbdserve_cas *st = u_zalloc(sizeof *st);
   uint32_t flags = o ? o->flags : 0;
-  if (!s) return NULL;
-  s->fd = -1;
-  s->readonly = (flags & NBDSERVE_CAS_READONLY) != 0;
-  s->hw = os_has_hwsha();
-  s->verify = flags & NBDSERVE_CAS_VERIFY ||
-              (s->hw && !(flags & NBDSERVE_CAS_NO_VERIFY));
-  if (!os_monitor_init(&s->ckpt) && !os_monitor_init(&s->lock)) return s;
-  cas_destroy(s);
+  if (!st) return NULL;
+  st->fd = -1;
+  st->readonly = (flags & NBDSERVE_CAS_READONLY) != 0;
+  st->accept_loss = (flags & NBDSERVE_CAS_ACCEPT_LOSS) != 0;
+  st->repair = st->accept_loss || flags & NBDSERVE_CAS_REPAIR;
+  st->hw = os_has_hwsha();
+  st->verify = flags & NBDSERVE_CAS_VERIFY ||
+               (st->hw && !(flags & NBDSERVE_CAS_NO_VERIFY));
+  st->cache_mib = o && o->cache_mib ? o->cache_mib : CAS_LEAF_MIB;
+  sha_begin(st->mixed);
+  if (os_monitors_init(&st->ckpt, &st->lock) == 0) return st;
+  NBDSERVE_FREE(st);
   return NULL;
 }
 
 /* Opens and locks the store's file. */
-static int cas_open_file(struct nbdserve_cas *s, const char *path, int flags) {
-  struct stat st;
-  s->fd = open(path, flags | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0666);
-  if (s->fd < 0 || fstat(s->fd, &st) < 0) return -errno;
-  if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) return -EINVAL;
-  s->is_device = S_ISBLK(st.st_mode);
-  if (s->is_device && !s->readonly && os_is_readonly_device(s->fd))
+static int cas_open_file(struct nbdserve_cas *st, const char *path, int flags) {
+  struct stat file;
+  st->fd = open(path, flags | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0666);
+  if (st->fd < 0 || fstat(st->fd, &file) < 0) return -errno;
+  if (!S_ISREG(file.st_mode) && !S_ISBLK(file.st_mode)) return -EINVAL;
+  st->is_device = S_ISBLK(file.st_mode);
+  if (st->is_device && !st->readonly && os_is_readonly_device(st->fd))
     return -EROFS;
-  off_t end = lseek(s->fd, 0, SEEK_END);
+  off_t end = lseek(st->fd, 0, SEEK_END);
   if (end < 0) return -errno;
-  s->end = (uint64_t)end;
-  return os_lock_file(s->fd, s->readonly);
+  st->end = (uint64_t)end;
+  return os_lock_file(st->fd, st->readonly);
+}
+
+/* Loads what is in the file, and recovers from a crash. */
+static int cas_open_contents(struct nbdserve_cas *st) {
+  struct cas_loader loader = {.n = 0};
+  int err = cas_open_super(st);
+  if (err) return err;
+  st->max_leaves =
+      (uint32_t)u_min(((uint64_t)st->cache_mib << 20) / st->bs, UINT32_MAX / 2);
+  err = cas_extend(st, st->super.nslots - 1);
+  if (!err) err = cas_load(st, &loader);
+  NBDSERVE_FREE(loader.nodes);
+  if (!err) err = cas_check_parents(st);
+  if (!err) err = cas_recover(st, &loader);
+  NBDSERVE_FREE(loader.by_id);
+  if (!st->readonly) st->log_damaged = 0; /* it is gone, or this fails */
+  st->to_fill = st->nslots;
+  return err;
 }
 
 /* See nbdserve.h. */
 int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
                       struct nbdserve_cas **out) {
-  struct nbdserve_cas *s = cas_new(o);
-  if (!s) return -ENOMEM;
-  int err = cas_open_file(s, path, s->readonly ? O_RDONLY : O_RDWR);
-  if (!err) err = cas_open_super(s);
-  if (!err) err = cas_extend(s, s->to_fill - 1);
-  s->replaying = 1;
-  if (!err) err = cas_open_catalog(s);
-  if (!err) err = cas_replay(s);
-  s->replaying = 0;
-  for (uint32_t x = 1; x < s->nslots && !err; x++) {
-    if (CAS_AT(s, x, ref) != CAS_FREED) continue;
-    CAS_AT(s, x, ref) = 1;
-    cas_drop(s, x, &s->retired);
+  struct nbdserve_cas *st = cas_new(o);
+  if (!st) return -ENOMEM;
+  int err = cas_open_file(st, path, st->readonly ? O_RDONLY : O_RDWR);
+  if (!err) err = cas_open_contents(st);
+  if (err) {
+    cas_destroy(st);
+    return err;
   }
-  if (!err && !s->readonly) err = cas_checkpoint(s, NULL);
-  s->to_fill = s->nslots;
-  if (!err) cas_kick(s);
-  if (err) cas_destroy(s);
-  if (!err) *out = s;
-  return err;
+  cas_kick(st);
+  *out = st;
+  return 0;
 }
 
 /* See nbdserve.h. */
-int nbdserve_cas_close(struct nbdserve_cas *s) {
-  os_lock(&s->lock);
-  s->closing = 1;
-  while (s->busy)
-    os_wait(&s->lock);
-  int err = s->failed;
-  os_unlock(&s->lock);
-  if (!err && !s->readonly && (s->nlogged > s->nsynced || s->seq > s->tail))
-    err = cas_checkpoint(s, NULL);
-  cas_destroy(s);
+int nbdserve_cas_close(struct nbdserve_cas *st) {
+  os_lock(&st->lock);
+  st->closing = 1;
+  os_wake_all(&st->lock);
+  while (st->busy)
+    cas_wait(st);
+  int err = st->failed;
+  int is_clean = st->nlogged == st->nsynced && st->seq == st->tail;
+  cas_unlock(st);
+  if (!err && !st->readonly && !is_clean)
+    err = cas_checkpoint(st, NULL, UINT64_MAX);
+  cas_destroy(st);
   return err;
+}
+
+/* Does a device have zeroes in the first and last MiB, and where the second
+ * superblock comes?  That is where file systems, RAIDs and pools have their
+ * labels. */
+static int cas_is_unused(struct nbdserve_cas *st) {
+  unsigned char *p = NBDSERVE_MALLOC(CAS_UNIT);
+  uint64_t last = st->end > CAS_UNIT ? st->end - CAS_UNIT : 0;
+  int is_unused =
+      p && st->end >= 2 * CAS_UNIT && !cas_io(st, OS_READ, p, CAS_UNIT, 0) &&
+      u_is_zero(p, CAS_UNIT) && !cas_io(st, OS_READ, p, CAS_PAGE, CAS_UNIT) &&
+      u_is_zero(p, CAS_PAGE) && !cas_io(st, OS_READ, p, CAS_UNIT, last) &&
+      u_is_zero(p, CAS_UNIT);
+  NBDSERVE_FREE(p);
+  return is_unused;
 }
 
 /* See nbdserve.h. */
 int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
-  struct nbdserve_cas *s = cas_new(o);
-  if (!s) return -ENOMEM;
-  s->bs = o && o->block_size ? o->block_size : CAS_MIN_BLOCK;
-  s->log_pages = o && o->log_pages ? o->log_pages : 4096;
-  s->seq = s->next_id = 1;
-  int err = cas_place(s);
-  if (!err) err = cas_open_file(s, path, O_RDWR | O_CREAT | O_EXCL);
-  int is_new = s->fd >= 0 && err != -EBUSY; /* else another one has it now */
-  if (err == -EEXIST && !cas_open_file(s, path, O_RDWR) && s->is_device &&
-      !cas_io(s, 0, s->super, CAS_PAGE, 0) && u_is_zero(s->super, CAS_PAGE))
+  struct nbdserve_cas *st = cas_new(o);
+  if (!st) return -ENOMEM;
+  struct cas_super *super = &st->super;
+  super->block_size = o && o->block_size ? o->block_size : CAS_MIN_BLOCK;
+  super->log_pages = o && o->log_pages ? o->log_pages : 4096;
+  st->seq = st->tail = st->next_id = 1;
+  int err = cas_lay_out(st);
+  if (!err) err = cas_open_file(st, path, O_RDWR | O_CREAT | O_EXCL);
+  int is_new = st->fd >= 0 && err != -EBUSY; /* else another one has it now */
+  if (is_new) os_set_nocow(st->fd);
+  if (err == -EEXIST && !cas_open_file(st, path, O_RDWR) && st->is_device &&
+      cas_is_unused(st))
     err = 0; /* an unused block device will do */
   struct timespec t;
   clock_gettime(CLOCK_REALTIME, &t); /* for an id that no other store has */
-  memcpy(s->super, CAS_MAGIC, 8);
-  u_put32(s->super + 8, 1);
-  u_put32(s->super + 12, s->bs);
-  u_put64(s->super + 16, (uint64_t)t.tv_sec << 30 ^ (uint64_t)t.tv_nsec);
-  u_put64(s->super + 24, (uint64_t)getpid() << 32 ^ (uint64_t)(uintptr_t)s);
-  u_put32(s->super + 48, s->log_pages);
-  if (!err) err = cas_checkpoint(s, NULL); /* of nothing at all */
-  if (!err) err = os_sync_new_file(s->fd, path);
-  if (err && is_new) os_remove_own_file(path, s->fd);
-  cas_destroy(s);
+  u_put64(super->id, (uint64_t)t.tv_sec << 30 ^ (uint64_t)t.tv_nsec);
+  u_put64(super->id + 8, (uint64_t)getpid() << 32 ^ (uint64_t)(uintptr_t)st);
+  if (!err) err = cas_grow(st);
+  if (!err) err = cas_checkpoint(st, NULL, UINT64_MAX); /* of nothing at all */
+  if (!err) err = os_sync_new_file(st->fd, path);
+  if (err && is_new) os_remove_own_file(path, st->fd);
+  cas_destroy(st);
   return err;
 }
 
-/* ---- The public calls ---------------------------------------------------- */
+/* ---- The public calls ----------------------------------------------------- */
 
 static const struct nbdserve_ops cas_ops = {
     .read = ex_batched_read,
@@ -5897,249 +7744,767 @@ static const struct nbdserve_ops cas_ops = {
     .run_batch = cas_batch,
 };
 
-/* See nbdserve.h. */
-int nbdserve_cas_volume(struct nbdserve_cas *s, const char *name,
-                        struct nbdserve_export *out) {
-  os_lock(&s->ckpt); /* one that is under way may be changing what it is */
-  os_lock(&s->lock);
-  struct cas_image *im = cas_find(s, name, strlen(name));
-  int err = s->failed;
-  if (!err && !im) err = -ENOENT;
-  if (!err) {
-    if (!im->own.run_batch)
-      im->own.run_batch = cas_batch; /* others may be using it */
-    im->clients++;
-    out->size = im->size;
-    out->preferred_block = s->bs;
-    out->flags |= NBDSERVE_EXPORT_MULTI_CONN;
-    if (im->parent || s->readonly) out->flags |= NBDSERVE_EXPORT_READONLY;
-    out->ops = &cas_ops;
-    out->ctx = im;
-  }
-  os_unlock(&s->lock);
-  os_unlock(&s->ckpt);
+/* Fills *out with a volume, which gets one more client. */
+static void cas_fill_export(struct cas_volume *vol,
+                            struct nbdserve_export *out) {
+  vol->own.run_batch = cas_batch;
+  vol->clients++;
+  out->size = vol->now.size;
+  out->preferred_block = vol->st->bs;
+  out->flags |= NBDSERVE_EXPORT_MULTI_CONN;
+  if (vol->parent || vol->st->readonly) out->flags |= NBDSERVE_EXPORT_READONLY;
+  out->ops = &cas_ops;
+  out->ctx = vol;
+}
+
+/* Finds a volume or snapshot and counts the caller as a client.  One that a
+ * checkpoint is changing is waited for. */
+static int cas_use(struct nbdserve_cas *st, const char *name, size_t n,
+                   struct cas_volume **vol) {
+  os_lock(&st->lock);
+  while ((*vol = cas_find(st, name, n, VIEW_NOW)) && (*vol)->is_staged)
+    cas_wait(st);
+  int err = st->failed;
+  if (!err && !*vol) err = -ENOENT;
+  if (err)
+    *vol = NULL;
+  else
+    (*vol)->clients++;
+  cas_unlock(st);
   return err;
+}
+
+/* See nbdserve.h. */
+int nbdserve_cas_volume(struct nbdserve_cas *st, const char *name,
+                        struct nbdserve_export *out) {
+  struct cas_volume *vol;
+  int err = cas_use(st, name, strlen(name), &vol);
+  if (err) return err;
+  cas_fill_export(vol, out);
+  return 0;
 }
 
 /* Zeroes what is behind the end of a volume: that is of no account while it is
  * there, but has to be zero when it grows, and takes space after it shrank; and
  * in a snapshot it would count for the id. */
-static int cas_clear_tail(struct cas_image *im) {
-  uint64_t bs = im->s->bs, end = u_min(im->s->max_blocks, INT64_MAX / bs) * bs;
-  return im->size < end ? cas_zero(im, im->size, end - im->size, 0) : 0;
+static int cas_clear_tail(struct cas_volume *vol) {
+  uint64_t bs = vol->st->bs;
+  uint64_t end = u_min(vol->st->max_blocks, INT64_MAX / bs) * bs;
+  uint64_t size = vol->now.size;
+  return size < end ? cas_zero(vol, size, end - size, 0) : 0;
+}
+
+/* Makes ready for a change: a volume that is to grow, or of which there is to
+ * be a snapshot, has zeroes behind its end.  *vol: is the caller's to close. */
+static int cas_prepare_op(struct nbdserve_cas *st,
+                          const struct nbdserve_cas_op *op,
+                          struct cas_volume **vol) {
+  if (op->verb != NBDSERVE_CAS_RESIZE && op->verb != NBDSERVE_CAS_SNAPSHOT)
+    return 0;
+  int err = cas_use(st, op->name, strcspn(op->name, "@"), vol);
+  /* A volume that comes into being before in the same change has none. */
+  if (err == -ENOENT) return 0;
+  return err || (*vol)->parent ? err : cas_clear_tail(*vol);
 }
 
 /* See nbdserve.h. */
-int nbdserve_cas_change(struct nbdserve_cas *s, int verb, const char *name,
-                        const char *to, uint64_t size) {
-  struct cas_op op = {verb, name, to, size};
-  struct nbdserve_export e = {0}; /* open: no other one may resize it */
-  char part[CAS_PATH];
-  int resize = verb == NBDSERVE_CAS_RESIZE, err = s->readonly ? -EROFS : 0;
-  os_lock(&s->lock); /* what is to be written now may be there already */
-  while (verb == NBDSERVE_CAS_CREATE && s->busy)
-    os_wait(&s->lock);
-  os_unlock(&s->lock);
-  snprintf(part, sizeof part, "%.*s", (int)strcspn(name, "@"), name);
-  if (!err && (resize || verb == NBDSERVE_CAS_SNAPSHOT))
-    err = nbdserve_cas_volume(s, part, &e);
-  if (!err && e.ctx) err = cas_clear_tail(e.ctx);
-  if (!err) err = cas_checkpoint(s, &op);
-  if (!err && resize) cas_clear_tail(e.ctx);
-  if (e.ctx) cas_close(e.ctx);
+int nbdserve_cas_changes(struct nbdserve_cas *st,
+                         const struct nbdserve_cas_op *ops, size_t n,
+                         size_t *failed) {
+  struct cas_change change = {.ops = ops, .nops = n};
+  struct cas_volume **used = u_zalloc((n + 1) * sizeof(struct cas_volume *));
+  int err = used ? 0 : -ENOMEM;
+  if (st->readonly) err = -EROFS;
+  for (size_t i = 0; i < n && !err; i++) {
+    change.failed = i;
+    err = cas_prepare_op(st, ops + i, used + i);
+  }
+  if (!err) err = cas_checkpoint(st, &change, UINT64_MAX);
+  for (size_t i = 0; used && i < n; i++) {
+    if (!used[i]) continue;
+    if (!err && ops[i].verb == NBDSERVE_CAS_RESIZE) cas_clear_tail(used[i]);
+    cas_close(used[i]);
+  }
+  NBDSERVE_FREE(used);
+  if (failed) *failed = change.failed;
   return err;
 }
 
 /* See nbdserve.h. */
-int nbdserve_cas_list(struct nbdserve_cas *s, nbdserve_list_fn *each,
-                      void *arg) {
-  char name[CAS_PATH], id[72];
-  int r = 0;
-  os_lock(&s->lock);
-  for (struct cas_image *im = s->images; im && !r; im = im->next) {
-    struct nbdserve_cas_info info = {cas_name(im, name),
-                                     im->size,
-                                     u_get64(im->record + CAS_CREATED),
-                                     (uint32_t)im->clients,
-                                     im->parent != NULL,
-                                     cas_spell(im, id)};
-    im->clients++; /* it stays in the list */
-    os_unlock(&s->lock);
-    r = each(arg, &info);
-    os_lock(&s->lock);
-    im->clients--;
+int nbdserve_cas_change(struct nbdserve_cas *st, int verb, const char *name,
+                        const char *to, uint64_t size) {
+  struct nbdserve_cas_op op = {verb, name, to, size};
+  return nbdserve_cas_changes(st, &op, 1, NULL);
+}
+
+/* See nbdserve.h. */
+int nbdserve_cas_begin(struct nbdserve_cas *st, const char *name, uint64_t size,
+                       struct nbdserve_export *out) {
+  struct cas_volume *vol = u_zalloc(sizeof *vol);
+  int err = vol ? 0 : -ENOMEM;
+  if (st->readonly) err = -EROFS;
+  if (size > INT64_MAX || cas_blocks(st, size) > st->max_blocks) err = -EINVAL;
+  os_lock(&st->lock); /* what is to be written may be there already */
+  while (st->busy && st->filled < st->to_fill)
+    cas_wait(st);
+  if (!err) err = cas_give_name(st, vol, name);
+  if (err) {
+    cas_unlock(st);
+    NBDSERVE_FREE(vol);
+    return err;
   }
-  os_unlock(&s->lock);
+  vol->st = st;
+  vol->is_hidden = 1;
+  vol->now = vol->then;
+  vol->now.size = size;
+  vol->next = st->volumes;
+  st->volumes = vol;
+  st->generation++;
+  cas_fill_export(vol, out);
+  out->flags &= ~NBDSERVE_EXPORT_READONLY;
+  cas_unlock(st);
+  return 0;
+}
+
+/* See nbdserve.h. */
+int nbdserve_cas_finish(struct nbdserve_cas *st, struct nbdserve_export *ex,
+                        int keep) {
+  struct cas_volume *vol = ex->ctx;
+  struct cas_change change = {.vol = vol};
+  int err = 0;
+  assert(vol->is_hidden && vol->clients == 1);
+  if (keep) err = cas_clear_tail(vol);
+  if (keep && !err) err = cas_checkpoint(st, &change, UINT64_MAX);
+  os_lock(&st->ckpt); /* to free its map */
+  os_lock(&st->lock);
+  vol->clients--;
+  if (vol->is_hidden) {
+    cas_remove(st, vol);
+    cas_free_volumes_may_unlock(st, vol);
+  }
+  cas_unlock(st);
+  os_unlock(&st->ckpt);
+  return err;
+}
+
+/* The next volume that anybody may see, or NULL. */
+static struct cas_volume *cas_next_visible(struct cas_volume *vol) {
+  while (vol && !vol->now.is_there)
+    vol = vol->next;
+  return vol;
+}
+
+/* See nbdserve.h. */
+int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
+                      void *arg) {
+  char name[CAS_PATH];
+  char id[72];
+  int r = 0;
+  os_lock(&st->lock);
+  struct cas_volume *vol = cas_next_visible(st->volumes);
+  while (vol && !r) {
+    uint64_t generation = st->generation;
+    uint32_t last = vol->id;
+    struct nbdserve_cas_info info = {.name = cas_full_name(vol, name),
+                                     .size = vol->now.size,
+                                     .created = vol->created,
+                                     .clients = (uint32_t)vol->clients,
+                                     .readonly = vol->parent != NULL,
+                                     .id = cas_spell_id(vol, id)};
+    cas_unlock(st);
+    r = each(arg, &info);
+    os_lock(&st->lock);
+    if (st->generation == generation) {
+      vol = cas_next_visible(vol->next);
+      continue;
+    }
+    vol = cas_next_visible(st->volumes); /* vol may be gone */
+    while (vol && vol->id <= last)
+      vol = cas_next_visible(vol->next);
+  }
+  cas_unlock(st);
   return r;
 }
 
 /* See nbdserve.h. */
-int nbdserve_cas_seal(struct nbdserve_cas *s, const char *name, char id[72],
-                      nbdserve_progress_fn *progress, void *arg) {
-  unsigned char run[32 + 32 * CAS_BATCH], *data; /* see the format of an id */
-  struct cas_item it[CAS_BATCH];
-  struct nbdserve_export e = {0};
-  int err = nbdserve_cas_volume(s, name, &e);
-  *id = 0;
-  if (err) return err;
-  struct cas_image *im = e.ctx;
-  os_lock(&s->lock);
-  int sealed = *cas_spell(im, id) != 0;
-  os_unlock(&s->lock);
-  uint64_t blocks = sealed ? 0 : cas_blocks(s, im->size);
-  if (!im->parent) err = -EINVAL;
-  if (!err && !sealed && s->readonly) err = -EROFS;
-  if (!(data = NBDSERVE_MALLOC(CAS_BATCH * s->bs))) err = -ENOMEM;
-  memcpy(run, "nbdserve-cid-1", 14);
-  u_put32(run + 14, s->bs);
-  u_put64(run + 18, im->size);
-  sha_256(s->hw, run, NULL, 26, run, NULL);
-  for (uint64_t lba = 0; lba < blocks && !err; lba += CAS_BATCH) {
-    size_t n = (size_t)u_min(blocks - lba, CAS_BATCH), i;
-    for (i = 0; i < n; i++)
-      it[i] = (struct cas_item){.lba = lba + i, .data = data + i * s->bs};
-    err = progress && progress(arg, lba * s->bs, im->size)
-              ? -ECANCELED
-              : cas_read(s, im, it, n, CAS_DIGEST);
-    cas_unpin(s, it, n);
-    memset(run + 32, 0, sizeof run - 32);
-    for (i = 0; i < n; i++)
-      memcpy(run + 32 + 32 * i, it[i].digest, 32);
-    sha_256(s->hw, run, NULL, sizeof run, run, NULL);
-  }
-  NBDSERVE_FREE(data);
-  if (!err && !sealed) {
-    os_lock(&s->lock);
-    memcpy(im->record + CAS_CID, run, 32); /* and it stays true if this fails */
-    os_unlock(&s->lock);
-    err = cas_checkpoint(s, NULL);
-  }
-  if (!err) cas_spell(im, id); /* from now on it is fixed */
-  if (err) *id = 0;
-  cas_close(im);
-  return err;
-}
-
-/* See nbdserve.h. */
-int nbdserve_cas_diff(struct nbdserve_cas *s, const char *a, const char *b,
-                      nbdserve_range_fn *each, void *arg) {
-  struct nbdserve_export e = {0}, f = {0};
-  int err = nbdserve_cas_volume(s, a, &e), same;
-  if (err) return err;
-  err = nbdserve_cas_volume(s, b, &f);
-  struct cas_image *im[2] = {e.ctx, f.ctx};
-  uint64_t size = e.size > f.size ? e.size : f.size, from = 0, lba = 0, span;
-  for (; lba < cas_blocks(s, size) && !err; lba += span) {
-    err = cas_same(s, im, lba, &span, &same);
-    if (err || !same) continue;
-    if (from < lba) err = each(arg, from * s->bs, (lba - from) * s->bs);
-    from = lba + span;
-  }
-  if (!err && from < lba) err = each(arg, from * s->bs, size - from * s->bs);
-  if (f.ctx) cas_close(f.ctx);
-  cas_close(e.ctx);
-  return err;
-}
-
-/* See nbdserve.h. */
-void nbdserve_cas_stat(struct nbdserve_cas *s, struct nbdserve_cas_stat *out) {
-  os_lock(&s->lock);
+void nbdserve_cas_stat(struct nbdserve_cas *st, struct nbdserve_cas_stat *out) {
+  os_lock(&st->lock);
+  uint32_t nused = st->nslots - 1 - st->nwaiting;
+  for (uint32_t x = 0; x < st->nslots; x += CAS_SEGMENT)
+    nused -= cas_segment(st, x)->nfree;
   *out = (struct nbdserve_cas_stat){
-      .block_size = s->bs,
-      .free = (uint64_t)s->nfree * s->bs,
-      .stored = (uint64_t)(s->nslots - s->nfree - s->nwaiting - 1) * s->bs,
-      .file = (uint64_t)lseek(s->fd, 0, SEEK_END),
-      .log = (s->seq - s->tail) * 100 / s->log_pages};
-  os_unlock(&s->lock);
+      .block_size = st->bs,
+      .free = (uint64_t)(st->nslots - 1 - st->nwaiting - nused) * st->bs,
+      .stored = (uint64_t)nused * st->bs,
+      .file = (uint64_t)lseek(st->fd, 0, SEEK_END),
+      .log = (st->seq - st->tail) * 100 / st->super.log_pages};
+  cas_unlock(st);
+}
+
+/* ---- Content ids ----------------------------------------------------------
+ * The tree of an id has the shape of the map: see the format.  What is sealed
+ * keeps it in a map of its own, vol->digests, in which each level above the
+ * blocks has a region.  A snapshot that is sealed after another one begins with
+ * that one's tree, and computes only what lies below nodes that they do not
+ * share. */
+
+/* While a snapshot is sealed */
+struct cas_sealer {
+  struct cas_volume *vol; /* the snapshot */
+  struct cas_volume tree; /* its digests: a volume that nobody knows of */
+  unsigned char *data;    /* [CAS_BATCH] blocks */
+  nbdserve_progress_fn *progress;
+  void *arg;
+};
+
+/* Reads or writes the digests of a node's kids in the tree. */
+static int cas_move_digests(struct cas_sealer *sealer, int writing, int level,
+                            uint32_t index, unsigned char *digests) {
+  struct nbdserve_cas *st = sealer->vol->st;
+  uint64_t region = st->max_blocks / st->fanout * st->bs;
+  uint64_t len = (uint64_t)st->fanout * CAS_DIGEST_LEN;
+  uint64_t off = region * (uint64_t)(level - 1) + index * len;
+  assert(level > 0);
+  return writing ? ex_batched_write(&sealer->tree, digests, off, len, 0)
+                 : ex_batched_read(&sealer->tree, digests, off, len, 0);
+}
+
+/* Gets the digests of the blocks of a leaf.  Those that were not read since the
+ * store was opened are checked. */
+static int cas_digest_blocks(struct cas_sealer *sealer, uint32_t index,
+                             unsigned char *digests) {
+  struct cas_volume *vol = sealer->vol;
+  struct nbdserve_cas *st = vol->st;
+  struct cas_block blk[CAS_BATCH];
+  uint64_t first = (uint64_t)index * st->fanout;
+  uint64_t blocks = cas_blocks(st, vol->now.size);
+  int err = 0;
+  for (uint32_t c = 0; c < st->fanout && !err; c += CAS_BATCH) {
+    size_t n = (size_t)u_min(st->fanout - c, CAS_BATCH);
+    for (size_t i = 0; i < n; i++)
+      blk[i] = (struct cas_block){.number = first + c + i,
+                                  .data = sealer->data + i * st->bs};
+    cas_read(st, vol, blk, n, CAS_DIGEST);
+    cas_unpin(st, blk, n);
+    for (size_t i = 0; i < n; i++) {
+      if (blk[i].err || blk[i].digest_err) err = -EIO;
+      if (blk[i].slot && blk[i].number >= blocks) err = -EIO;
+      if (blk[i].slot)
+        memcpy(digests + (c + i) * CAS_DIGEST_LEN, blk[i].digest,
+               CAS_DIGEST_LEN);
+    }
+  }
+  uint64_t done = u_min((first + st->fanout) * st->bs, vol->now.size);
+  if (!err && sealer->progress &&
+      sealer->progress(sealer->arg, done, vol->now.size))
+    err = -ECANCELED;
+  return err;
+}
+
+/* Computes the digest of a node, of which base is the counterpart in the
+ * snapshot whose tree this one begins with, or NULL. */
+static int cas_seal_node(struct cas_sealer *sealer, const struct cas_node *node,
+                         const struct cas_node *base,
+                         unsigned char digest[CAS_DIGEST_LEN]) {
+  struct nbdserve_cas *st = sealer->vol->st;
+  size_t len = (size_t)st->fanout * CAS_DIGEST_LEN;
+  unsigned char *digests = u_zalloc(len);
+  int level = node->level;
+  int err = digests ? 0 : -ENOMEM;
+  if (!err && node->slot == CAS_LOST) err = -EIO;
+  if (!err && !level) err = cas_digest_blocks(sealer, node->index, digests);
+  if (!err && level && base)
+    err = cas_move_digests(sealer, OS_READ, level, node->index, digests);
+  for (uint32_t c = 0; level && c < st->fanout && !err; c++) {
+    const struct cas_node *kid = cas_kid(node, c);
+    const struct cas_node *same = base ? cas_kid(base, c) : NULL;
+    unsigned char *at = digests + c * CAS_DIGEST_LEN;
+    if (kid == same) continue;
+    if (kid)
+      err = cas_seal_node(sealer, kid, same, at);
+    else
+      memset(at, 0, CAS_DIGEST_LEN);
+  }
+  if (!err && level)
+    err = cas_move_digests(sealer, OS_WRITE, level, node->index, digests);
+  if (!err && u_is_zero(digests, len))
+    memset(digest, 0, CAS_DIGEST_LEN);
+  else if (!err)
+    sha_256(st->hw, digests, NULL, len, digest, NULL);
+  NBDSERVE_FREE(digests);
+  return err;
+}
+
+/* Finds the newest sealed snapshot of the same volume, or what that volume was
+ * made from, and counts the caller as its client; or NULL. */
+static struct cas_volume *cas_use_base(struct nbdserve_cas *st,
+                                       const struct cas_volume *vol) {
+  struct cas_volume *base = NULL;
+  os_lock(&st->lock);
+  for (struct cas_volume *p = st->volumes; p; p = p->next) {
+    int is_near = p->parent == vol->parent || p->id == vol->parent->made_from;
+    if (is_near && p != vol && p->digests && !p->is_staged &&
+        !u_is_zero(p->now.cid, CAS_DIGEST_LEN))
+      base = p;
+  }
+  if (base) base->clients++;
+  cas_unlock(st);
+  return base;
+}
+
+/* Computes the content id of a snapshot, and the tree below it. */
+static int cas_compute_id(struct cas_sealer *sealer,
+                          unsigned char cid[CAS_DIGEST_LEN]) {
+  struct cas_volume *vol = sealer->vol;
+  struct nbdserve_cas *st = vol->st;
+  unsigned char top[14 + 4 + 8 + CAS_DIGEST_LEN] = "nbdserve-cid-2";
+  struct cas_volume *base = cas_use_base(st, vol);
+  int err = 0;
+  sealer->tree.st = st;
+  sealer->tree.own.run_batch = cas_batch;
+  sealer->data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
+  if (!sealer->data) err = -ENOMEM;
+  if (base) {
+    os_lock(&st->lock);
+    sealer->tree.root = base->digests;
+    sealer->tree.root->refs++;
+    cas_unlock(st);
+  }
+  if (!err && vol->root)
+    err = cas_seal_node(sealer, vol->root, base ? base->root : NULL, top + 26);
+  u_put32(top + 14, st->bs);
+  u_put64(top + 18, vol->now.size);
+  sha_256(st->hw, top, NULL, sizeof top, cid, NULL);
+  if (base) cas_close(base);
+  NBDSERVE_FREE(sealer->data);
+  return err;
 }
 
 /* See nbdserve.h. */
-int nbdserve_cas_verify(struct nbdserve_cas *s, nbdserve_damage_fn *each,
-                        nbdserve_progress_fn *progress, void *arg) {
-  unsigned char *data = NBDSERVE_MALLOC(CAS_BATCH * s->bs);
-  int found = s->log_damaged, stop = 0;
-  struct cas_item it[CAS_BATCH];
-  uint64_t done = 0, total = 0;
-  char name[CAS_PATH];
-  struct cas_image *im;
-  if (!data) return -ENOMEM;
-  if (found) each(arg, "", 0, 0, "the log is damaged");
-  os_lock(&s->ckpt);
-  for (unsigned i = 0; i < 2; i++) {
-    if (cas_get_super(s, i * CAS_UNIT, data) >= 0) continue;
-    each(arg, "", 0, 0,
-         i ? "the second superblock is damaged"
-           : "the first superblock is damaged");
-    found = 1;
+int nbdserve_cas_seal(struct nbdserve_cas *st, const char *name, char id[72],
+                      nbdserve_progress_fn *progress, void *arg) {
+  struct cas_sealer sealer = {.progress = progress, .arg = arg};
+  unsigned char cid[CAS_DIGEST_LEN];
+  struct cas_volume *vol;
+  *id = 0;
+  int err = cas_use(st, name, strlen(name), &vol);
+  if (err) return err;
+  sealer.vol = vol;
+  struct cas_change change = {.vol = vol, .cid = cid};
+  os_lock(&st->lock);
+  int is_sealed = *cas_spell_id(vol, id) != 0;
+  cas_unlock(st);
+  if (!vol->parent) err = -EINVAL;
+  if (!err && !is_sealed && st->readonly) err = -EROFS;
+  if (!err && !is_sealed) {
+    err = cas_compute_id(&sealer, cid);
+    change.digests = sealer.tree.root;
+    if (!err) err = cas_checkpoint(st, &change, UINT64_MAX);
+    os_lock(&st->ckpt); /* to free a map */
+    os_lock(&st->lock);
+    if (vol->digests != sealer.tree.root)
+      cas_unref_may_unlock(st, sealer.tree.root);
+    cas_unlock(st);
+    os_unlock(&st->ckpt);
   }
-  os_lock(&s->lock); /* read-only: what is in memory has been checked */
-  for (uint32_t x = 1; x < s->nslots && !s->readonly; x++) {
-    if (CAS_AT(s, x, tag) != 1) continue; /* cas_take_page */
-    os_unlock(&s->lock);
-    int bad = cas_io(s, 0, data, s->bs, cas_off(s, x, CAS_DATA)) ||
-              !cas_stamp(s, data, CAS_CHECK);
-    if (bad) each(arg, "", 0, 0, "a page of a map or the catalog is damaged");
-    found |= bad;
-    os_lock(&s->lock);
+  os_lock(&st->lock);
+  cas_spell_id(vol, id); /* from now on it is fixed */
+  cas_unlock(st);
+  if (err) *id = 0;
+  cas_close(vol);
+  return err;
+}
+
+/* ---- Comparing, checking, mending ----------------------------------------- */
+
+/* Do two maps share the node above a block?  *span: for how many blocks on. */
+static int cas_is_shared(struct nbdserve_cas *st, struct cas_node **root[2],
+                         uint64_t block, uint64_t *span) {
+  const struct cas_node *node[2] = {*root[0], *root[1]};
+  uint64_t size = st->max_blocks; /* below node */
+  for (int level = CAS_LEVELS - 1; level >= 0; level--) {
+    *span = size - block % size;
+    if (node[0] == node[1] && !(node[0] && node[0]->slot == CAS_LOST)) return 1;
+    size /= st->fanout;
+    for (int i = 0; i < 2; i++)
+      if (node[i]) node[i] = cas_kid(node[i], block / size % st->fanout);
   }
-  os_unlock(&s->ckpt);
-  for (uint32_t x = 0; x < s->nslots && !s->readonly; x++)
-    CAS_AT(s, x, tag) &= ~CAS_GOOD;
-  for (im = s->images; im; im = im->next)
-    total += im->size;
-  for (im = s->images; im && !stop; im = im->next) {
-    im->clients++; /* it stays in the list */
-    cas_name(im, name);
-    os_unlock(&s->lock);
+  return 0;
+}
+
+/* Have two maps the same slot for a block?  *span: for how many blocks on that
+ * is so.  1 or 0, or -errno. */
+static int cas_same_slots(struct nbdserve_cas *st, struct cas_node **root[2],
+                          uint64_t block, uint64_t *span) {
+  struct cas_spot spot[2];
+  int err = 0;
+  do { /* the lock is let go, but not between the last two */
+    for (int i = 0; i < 2 && !err; i++)
+      err = cas_find_spot_may_unlock(st, root[i], block, spot + i);
+  } while (!err && cas_walk(st, *root[0], block, spot));
+  if (err) return err;
+  int same = spot[0].slot == spot[1].slot && spot[0].slot != CAS_LOST;
+  uint64_t n = 1;
+  *span = u_min(spot[0].span, spot[1].span);
+  if (!spot[0].leaf && !spot[1].leaf) return same;
+  for (uint64_t c = block % st->fanout; n < *span; n++) {
+    uint32_t a = spot[0].leaf ? spot[0].leaf->slots[c + n] : spot[0].slot;
+    uint32_t b = spot[1].leaf ? spot[1].leaf->slots[c + n] : spot[1].slot;
+    if ((a == b && a != CAS_LOST) != same) break;
+  }
+  *span = n;
+  return same;
+}
+
+/* Are blocks of two volumes the same, from one on?  *span: for how many that is
+ * so.  1 or 0, or -errno.  Behind its end a volume is all zeroes; where only one
+ * ends inside a block, that is not the same unless it is a hole. */
+static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
+                    uint64_t block, uint64_t *span) {
+  struct cas_node *nothing = NULL;
+  struct cas_node **root[2];
+  uint64_t max = UINT64_MAX;
+  os_lock(&st->lock);
+  for (int i = 0; i < 2; i++) {
+    uint64_t size = vol[i]->now.size;
+    uint64_t whole = size / st->bs;
+    root[i] = block < cas_blocks(st, size) ? &vol[i]->root : &nothing;
+    if (block < whole) max = u_min(max, whole - block);
+    if (block == whole) max = 1;
+  }
+  int same = cas_is_shared(st, root, block, span);
+  if (!same || max == 1) same = cas_same_slots(st, root, block, span);
+  if (same > 0 && max == 1 && vol[0]->now.size != vol[1]->now.size) {
+    struct cas_spot spot;
+    int err = cas_find_spot_may_unlock(st, root[0], block, &spot);
+    same = err ? err : !spot.slot;
+  }
+  cas_unlock(st);
+  *span = u_min(*span, max);
+  return same;
+}
+
+/* See nbdserve.h. */
+int nbdserve_cas_diff(struct nbdserve_cas *st, const char *a, const char *b,
+                      nbdserve_range_fn *each, void *arg) {
+  struct cas_volume *vol[2] = {NULL, NULL};
+  int err = cas_use(st, a, strlen(a), &vol[0]);
+  if (!err) err = cas_use(st, b, strlen(b), &vol[1]);
+  uint64_t size = 0;
+  if (!err)
+    size = vol[0]->now.size > vol[1]->now.size ? vol[0]->now.size
+                                               : vol[1]->now.size;
+  uint64_t blocks = cas_blocks(st, size);
+  uint64_t from = 0; /* the first block of the range that is being collected */
+  uint64_t span;
+  for (uint64_t block = 0; block < blocks && !err; block += span) {
+    int same = cas_same(st, vol, block, &span);
+    if (same < 0) err = same;
+    if (same <= 0) continue;
+    if (from < block) err = each(arg, from * st->bs, (block - from) * st->bs);
+    from = block + span;
+  }
+  if (!err && from < blocks)
+    err = each(arg, from * st->bs, size - from * st->bs);
+  for (int i = 0; i < 2; i++)
+    if (vol[i]) cas_close(vol[i]);
+  return err;
+}
+
+/* While a store is verified, or mended */
+struct cas_verifier {
+  struct nbdserve_cas *st;
+  nbdserve_damage_fn *each;
+  nbdserve_progress_fn *progress;
+  void *arg;
+  int mends;      /* what can be mended is written anew */
+  int has_mended; /* so a sync is due */
+  int found;      /* something is damaged */
+  int stop;       /* not 0: it ends, by this */
+  uint64_t done;  /* bytes */
+  uint64_t total;
+  unsigned char *data; /* [CAS_BATCH] blocks */
+  uint64_t from;       /* of a range that is damaged, which is not told yet, */
+  const char *why;     /* if this is not NULL */
+};
+
+/* Tells what is damaged, len bytes at off of a volume, or a part of the
+ * store. */
+static void cas_tell(struct cas_verifier *v, const char *name, uint64_t off,
+                     uint64_t len, const char *why) {
+  if (!v->stop) v->stop = v->each(v->arg, name, off, len, why);
+}
+
+/* Takes note of what a block is, NULL: whole; tells a range when it ends.
+ * Ranges end where a block is not damaged in the same way. */
+static void cas_note_block(struct cas_verifier *v, const char *name,
+                           uint64_t off, const char *why) {
+  if (why == v->why) return;
+  if (v->why) cas_tell(v, name, v->from, off - v->from, v->why);
+  v->from = off;
+  v->why = why;
+  if (why) v->found = 1;
+}
+
+/* Checks the superblocks, and mends one that is damaged by the other. */
+static void cas_verify_supers(struct cas_verifier *v) {
+  struct nbdserve_cas *st = v->st;
+  struct cas_super super;
+  if (st->log_damaged) v->found = 1;
+  if (st->log_damaged) cas_tell(v, "", 0, 0, "the log is damaged");
+  for (int place = 0; place < 2; place++) {
+    os_lock(&st->ckpt);
+    int is_bad = cas_read_super(st, place, &super) != SUPER_GOOD;
+    int err =
+        is_bad && !st->readonly ? cas_write_super(st, &st->super, place) : 0;
+    os_unlock(&st->ckpt);
+    if (err) v->found = 1;
+    if (err) cas_tell(v, "", 0, 0, "a superblock cannot be written");
+    if (is_bad && !err) v->has_mended = 1;
+  }
+}
+
+/* Checks the pages of a segment, and mends those of which a copy is damaged.  No
+ * checkpoint runs meanwhile, so all of them have been written. */
+static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
+  struct nbdserve_cas *st = v->st;
+  struct cas_page page = {.level = -1};
+  int nbad = 0;
+  os_lock(&st->ckpt);
+  for (uint32_t slot = first; slot < first + CAS_TWIN; slot++) {
+    os_lock(&st->lock);
+    int is_page = CAS_AT(st, slot, tag) == TAG_PAGE;
+    if (is_page) cas_hold(st, slot);
+    cas_unlock(st);
+    if (!is_page) continue;
+    enum cas_page_state state =
+        cas_read_page(st, slot, &page, !st->readonly, v->data);
+    if (state == PAGE_HEALED) v->has_mended = 1;
+    if (state > PAGE_HEALED) nbad++;
+    os_lock(&st->lock);
+    cas_drop(st, slot, &st->retired);
+    cas_unlock(st);
+  }
+  os_unlock(&st->ckpt);
+  if (nbad) v->found = 1;
+  for (; nbad > 0; nbad--)
+    cas_tell(v, "", 0, 0, "a page of a map or the catalog is damaged");
+}
+
+/* Mends a block: its digest by the data, if only the digest cannot be read; or
+ * the data by a slot that has the same digest.  This is the one exception to
+ * (C1): what durable state names gets what it should have been. */
+static void cas_mend_block(struct cas_verifier *v, struct cas_block *blk) {
+  struct nbdserve_cas *st = v->st;
+  struct cas_block other = *blk;
+  if (blk->digest_err && !blk->err) {
+    blk->todo = CAS_DIGEST;
+    cas_move(st, blk, 1, CAS_DIGEST, OS_WRITE);
+    blk->digest_err = blk->err;
+    v->has_mended = 1;
+    return;
+  }
+  if (blk->digest_err || !blk->slot) return;
+  memcpy(other.sum, blk->digest, CAS_DIGEST_LEN);
+  os_lock(&st->lock);
+  cas_unindex(st, blk->slot);
+  other.slot = *cas_bucket(st, CAS_TAG(other.sum));
+  while (other.slot &&
+         (CAS_AT(st, other.slot, tag) & ~CAS_GOOD) != CAS_TAG(other.sum))
+    other.slot = CAS_AT(st, other.slot, link);
+  cas_hold(st, other.slot);
+  cas_unlock(st);
+  if (!other.slot) return;
+  other.todo = CAS_DATA | CAS_DIGEST;
+  other.err = 0;
+  cas_move(st, &other, 1, CAS_DATA, OS_READ);
+  cas_hash(st, &other, 1);
+  if (!other.err && memcmp(other.sum, blk->digest, CAS_DIGEST_LEN) == 0) {
+    blk->err =
+        cas_io(st, OS_WRITE, other.data, st->bs, cas_data_off(st, blk->slot));
+    v->has_mended = 1;
+  }
+  os_lock(&st->lock);
+  cas_drop(st, other.slot, &st->dropped);
+  cas_unlock(st);
+}
+
+/* Checks some blocks of a volume. */
+static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
+                              const char *name, uint64_t block, size_t n) {
+  struct nbdserve_cas *st = v->st;
+  struct cas_block blk[CAS_BATCH];
+  for (size_t i = 0; i < n; i++)
+    blk[i] =
+        (struct cas_block){.number = block + i, .data = v->data + i * st->bs};
+  cas_read(st, vol, blk, n, 0);
+  for (size_t i = 0; i < n; i++) {
     const char *why = NULL;
-    uint64_t blocks = cas_blocks(s, im->size), from = 0;
-    for (uint64_t lba = 0, n; lba < blocks && !stop; lba += n) {
-      n = u_min(blocks - lba, CAS_BATCH);
-      stop = progress && progress(arg, done += n * s->bs, total);
-      for (size_t i = 0; i < n; i++)
-        it[i] = (struct cas_item){.lba = lba + i, .data = data + i * s->bs};
-      if (cas_read(s, im, it, (size_t)n, 0)) found = 1;
-      for (size_t i = 0; i < n; i++) {
-        const char *next = !it[i].err   ? NULL
-                           : it[i].slot ? "the data is not what it was"
-                                        : "the map cannot be read";
-        if (next == why) continue;
-        if (why) each(arg, name, from, (lba + i) * s->bs - from, why);
-        from = (lba + i) * s->bs;
-        why = next;
-      }
-      cas_unpin(s, it, (size_t)n);
-    }
-    if (why && !stop) each(arg, name, from, im->size - from, why);
-    os_lock(&s->lock);
-    im->clients--;
+    if (v->mends && (blk[i].err || blk[i].digest_err))
+      cas_mend_block(v, blk + i);
+    if (blk[i].err && blk[i].slot)
+      why = "the data is not what it was";
+    else if (blk[i].err)
+      why = "the map cannot be read";
+    else if (blk[i].digest_err)
+      why = "the digest cannot be read";
+    cas_note_block(v, name, (block + i) * st->bs, why);
   }
-  os_unlock(&s->lock);
-  NBDSERVE_FREE(data);
-  return stop ? -ECANCELED : found ? -EUCLEAN : 0;
+  cas_unpin(st, blk, n);
+}
+
+/* The first volume that anybody sees with an id above one, or NULL. */
+static struct cas_volume *cas_volume_above(struct nbdserve_cas *st,
+                                           uint32_t id) {
+  struct cas_volume *vol = cas_next_visible(st->volumes);
+  while (vol && vol->id <= id)
+    vol = cas_next_visible(vol->next);
+  return vol;
+}
+
+/* Finds out about the next blocks of a volume: returns how many are alike, and
+ * why they cannot be read, if the map is damaged there. */
+static uint64_t cas_next_run(struct nbdserve_cas *st, struct cas_volume *vol,
+                             uint64_t block, uint64_t max, int *is_hole,
+                             const char **why) {
+  struct cas_spot spot;
+  os_lock(&st->lock);
+  int err = cas_find_spot_may_unlock(st, &vol->root, block, &spot);
+  uint64_t n = u_min(st->fanout - block % st->fanout, max);
+  if (!err) n = cas_run_of(st, &spot, block, max);
+  cas_unlock(st);
+  int is_lost = err || (!spot.leaf && spot.slot == CAS_LOST);
+  *why = is_lost ? "the map cannot be read" : NULL;
+  *is_hole = !is_lost && !spot.slot;
+  return n;
+}
+
+/* Checks the next blocks of the volume with an id, which is looked up each time:
+ * who verifies keeps nobody from removing it.  *block goes on, to UINT64_MAX
+ * behind the last one, or if the volume is gone. */
+static void cas_verify_step(struct cas_verifier *v, uint32_t id,
+                            uint64_t *block) {
+  struct nbdserve_cas *st = v->st;
+  const char *why = NULL;
+  char name[CAS_PATH];
+  os_lock(&st->lock);
+  struct cas_volume *vol = cas_volume_above(st, id - 1);
+  int is_there = vol && vol->id == id && !vol->is_staged;
+  if (is_there) vol->pins++;
+  if (is_there) cas_full_name(vol, name);
+  cas_unlock(st);
+  if (!is_there) {
+    v->why = NULL;
+    *block = UINT64_MAX;
+    return;
+  }
+  uint64_t size = vol->now.size;
+  uint64_t left = cas_blocks(st, size) - u_min(*block, cas_blocks(st, size));
+  int is_hole = 0;
+  uint64_t n = left ? cas_next_run(st, vol, *block, left, &is_hole, &why) : 0;
+  if (n && !is_hole && !why) {
+    n = u_min(n, CAS_BATCH);
+    cas_verify_blocks(v, vol, name, *block, (size_t)n);
+  } else if (n) {
+    cas_note_block(v, name, *block * st->bs, why);
+  }
+  if (n == left) cas_note_block(v, name, size, NULL);
+  v->done += n * st->bs;
+  *block = n == left ? UINT64_MAX : *block + n;
+  os_lock(&st->lock);
+  vol->pins--;
+  os_wake_all(&st->lock);
+  cas_unlock(st);
+}
+
+/* Checks everything, and mends what it can if it is told to. */
+static int cas_verify(struct cas_verifier *v) {
+  struct nbdserve_cas *st = v->st;
+  uint32_t id = 0;
+  uint64_t block = UINT64_MAX;
+  v->data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
+  if (!v->data) return -ENOMEM;
+  cas_verify_supers(v);
+  os_lock(&st->lock);
+  uint32_t nslots = st->nslots;
+  for (uint32_t slot = 0; slot < nslots && !st->readonly; slot++)
+    CAS_AT(st, slot, tag) &= ~CAS_GOOD; /* all of it is read again */
+  const struct cas_volume *vol = cas_next_visible(st->volumes);
+  for (; vol; vol = cas_next_visible(vol->next))
+    v->total += vol->now.size;
+  cas_unlock(st);
+  for (uint32_t x = 0; x < nslots && !v->stop; x += CAS_SEGMENT)
+    cas_verify_pages(v, x);
+  while (!v->stop) {
+    if (block == UINT64_MAX) {
+      os_lock(&st->lock);
+      vol = cas_volume_above(st, id);
+      if (vol) id = vol->id;
+      cas_unlock(st);
+      if (!vol) break;
+      block = 0;
+    }
+    cas_verify_step(v, id, &block);
+    if (v->progress && v->progress(v->arg, v->done, v->total))
+      v->stop = -ECANCELED;
+  }
+  NBDSERVE_FREE(v->data);
+  int err = v->has_mended && !st->readonly ? cas_sync(st, 1) : 0;
+  if (err || v->stop) return err ? err : v->stop;
+  return v->found ? -EUCLEAN : 0;
 }
 
 /* See nbdserve.h. */
-int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
-                    nbdserve_progress_fn *progress, void *arg) {
-  int err = s->readonly ? -EROFS : cas_checkpoint(s, NULL);
-  if (!err && s->damaged) err = -EUCLEAN; /* who knows what is free */
-  os_lock(&s->lock);
-  uint32_t nslots = s->nslots;
-  *bytes = (uint64_t)s->nfree * s->bs;
-  os_unlock(&s->lock);
-  for (uint32_t x = 0; !err && x < nslots; x += CAS_SEGMENT) {
-    os_lock(&s->lock); /* what is free stays so meanwhile */
-    for (uint32_t i = x, n; i < x + CAS_SEGMENT && !err; i += n + 1) {
-      for (n = 0; i + n < x + CAS_SEGMENT && !CAS_AT(s, i + n, ref);)
-        n++;
-      if (n)
-        err = os_fallocate(s->fd, OS_PUNCH_HOLE, cas_off(s, i, CAS_DATA),
-                           (uint64_t)n * s->bs);
-    }
-    os_unlock(&s->lock);
-    if (!err && progress && progress(arg, x, nslots)) err = -ECANCELED;
+int nbdserve_cas_verify(struct nbdserve_cas *st, nbdserve_damage_fn *each,
+                        nbdserve_progress_fn *progress, void *arg) {
+  struct cas_verifier v = {
+      .st = st, .each = each, .progress = progress, .arg = arg};
+  return cas_verify(&v);
+}
+
+/* See nbdserve.h. */
+int nbdserve_cas_repair(struct nbdserve_cas *st, nbdserve_damage_fn *each,
+                        nbdserve_progress_fn *progress, void *arg) {
+  struct cas_verifier v = {
+      .st = st, .each = each, .progress = progress, .arg = arg, .mends = 1};
+  return st->readonly ? -EROFS : cas_verify(&v);
+}
+
+/* Gives the free slots of a segment back to the file system, unless pages are
+ * there or will be (C18). */
+static int cas_punch(struct nbdserve_cas *st, uint32_t first) {
+  struct cas_segment *seg = cas_segment(st, first);
+  uint32_t kept = st->ndirty + CAS_RESERVE_PAIRS + CAS_TWIN;
+  int err = 0;
+  if (seg->npages || (seg->backed && st->npairs < kept + seg->npairs)) return 0;
+  if (!st->is_device) cas_set_segment(st, first, seg->fence, 0);
+  st->back_cursor = (uint32_t)u_min(st->back_cursor, first);
+  for (uint32_t x = first, n; x < first + CAS_SEGMENT && !err; x += n + 1) {
+    for (n = 0; x + n < first + CAS_SEGMENT && !CAS_AT(st, x + n, refs);)
+      n++;
+    if (n)
+      err = os_fallocate(st->fd, OS_PUNCH_HOLE, cas_data_off(st, x),
+                         (uint64_t)n * st->bs);
   }
+  return err;
+}
+
+/* See nbdserve.h. */
+int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
+                    nbdserve_progress_fn *progress, void *arg) {
+  struct nbdserve_cas_stat stat;
+  int err = st->readonly ? -EROFS : cas_checkpoint(st, NULL, UINT64_MAX);
+  nbdserve_cas_stat(st, &stat);
+  *bytes = stat.free;
+  os_lock(&st->lock);
+  cas_want_pairs(st, CAS_RESERVE_PAIRS + CAS_TWIN);
+  for (uint32_t x = 0; x < st->nslots && !err; x += CAS_SEGMENT) {
+    err = cas_punch(st, x); /* what is free stays so meanwhile */
+    cas_unlock(st);
+    if (!err && progress && progress(arg, x, st->nslots)) err = -ECANCELED;
+    os_lock(&st->lock);
+  }
+  cas_unlock(st);
   return err;
 }
 
@@ -8032,12 +10397,12 @@ static int cli_do_diff(struct cli_job *job, struct nbdserve_cas *cas) {
 /* Prints what is damaged: a nbdserve_damage_fn.  Damage to the store itself has
  * no name; a row then has "-" there, so that it always has four fields.  What
  * cannot be printed shows in job->lost: there is no way to end this early. */
-static void cli_damage_row(void *arg, const char *name, uint64_t off,
-                           uint64_t len, const char *why) {
+static int cli_damage_row(void *arg, const char *name, uint64_t off,
+                          uint64_t len, const char *why) {
   struct cli_job *job = arg;
   if (!*name && !job->request.json) name = "-";
-  CLI_PRINT_ROW(job, CLI_STRING("name", name), CLI_NUMBER("offset", off),
-                CLI_NUMBER("length", len), CLI_STRING("why", why));
+  return CLI_PRINT_ROW(job, CLI_STRING("name", name), CLI_NUMBER("offset", off),
+                       CLI_NUMBER("length", len), CLI_STRING("why", why));
 }
 
 /* verify: a row for each range that is damaged; the exit status tells, too. */

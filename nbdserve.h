@@ -220,11 +220,16 @@ struct nbdserve_cas;
 #define NBDSERVE_CAS_VERIFY 1u
 #define NBDSERVE_CAS_NO_VERIFY 2u /* do not check blocks when they are read */
 #define NBDSERVE_CAS_READONLY 4u  /* change nothing; other readers may, too */
+/* Go on behind a damaged part of the log; what it said there is lost. */
+#define NBDSERVE_CAS_REPAIR 8u
+/* Besides, give up the maps and records that cannot be read. */
+#define NBDSERVE_CAS_ACCEPT_LOSS 16u
 
 struct nbdserve_cas_options {
   uint32_t flags;      /* NBDSERVE_CAS_* */
   uint32_t block_size; /* init: power of two, 4096 (0: that) to 65536 */
   uint32_t log_pages;  /* init: of 4096 bytes, 8 to 2^24; 0: 4096 */
+  uint32_t cache_mib;  /* open: memory for leaves of maps, in MiB; 0: 64 */
 };
 
 /* Makes an empty store.  -EEXIST: there is a file of that name (a block device
@@ -260,6 +265,32 @@ NBDSERVE_API int nbdserve_cas_volume(struct nbdserve_cas *cas, const char *name,
 NBDSERVE_API int nbdserve_cas_change(struct nbdserve_cas *cas, int verb,
                                      const char *name, const char *to,
                                      uint64_t size);
+
+/* The same for several changes: all of ops[0..n), each as those before it have
+ * left the catalog, or none.  After an error *failed, which may be NULL, is the
+ * index of the one that is at fault. */
+struct nbdserve_cas_op {
+  int verb;
+  const char *name;
+  const char *to;
+  uint64_t size;
+};
+
+NBDSERVE_API int nbdserve_cas_changes(struct nbdserve_cas *cas,
+                                      const struct nbdserve_cas_op *ops,
+                                      size_t n, size_t *failed);
+
+/* Makes a volume that nobody can find until it is complete, and fills *out with
+ * it as nbdserve_cas_volume does.  Only its name is taken.  After a crash it is
+ * not there.  Errors as of NBDSERVE_CAS_CREATE. */
+NBDSERVE_API int nbdserve_cas_begin(struct nbdserve_cas *cas, const char *name,
+                                    uint64_t size, struct nbdserve_export *out);
+
+/* Closes *ex, which nbdserve_cas_begin has filled.  keep: all that was written
+ * is made durable and the volume appears; else, or after an error, it is
+ * removed. */
+NBDSERVE_API int nbdserve_cas_finish(struct nbdserve_cas *cas,
+                                     struct nbdserve_export *ex, int keep);
 
 /* Makes the volume name, of size bytes, all zero. */
 #define NBDSERVE_CAS_CREATE 1
@@ -355,9 +386,16 @@ NBDSERVE_API void nbdserve_cas_stat(struct nbdserve_cas *cas,
  * is damaged: len bytes at off of the volume or snapshot name or, if len is 0
  * and name "", a part of the store; why says what is wrong.  Returns 0 if
  * nothing is damaged, -EUCLEAN if something is. */
-typedef void nbdserve_damage_fn(void *arg, const char *name, uint64_t off,
-                                uint64_t len, const char *why);
+typedef int nbdserve_damage_fn(void *arg, const char *name, uint64_t off,
+                               uint64_t len, const char *why);
 NBDSERVE_API int nbdserve_cas_verify(struct nbdserve_cas *cas,
+                                     nbdserve_damage_fn *each,
+                                     nbdserve_progress_fn *progress, void *arg);
+
+/* As nbdserve_cas_verify, and mends what it can: a block of which there is a
+ * second one with the same digest, and a digest that cannot be read.  Maps and
+ * superblocks lie twice, and are mended whenever they are read. */
+NBDSERVE_API int nbdserve_cas_repair(struct nbdserve_cas *cas,
                                      nbdserve_damage_fn *each,
                                      nbdserve_progress_fn *progress, void *arg);
 

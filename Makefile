@@ -11,6 +11,7 @@ AR = ar
 PREFIX = /usr/local
 DESTDIR =
 CUTS = 0
+KIND = cuts
 SECONDS = 60
 FILE =
 COMPILERS = gcc clang tcc musl-gcc
@@ -141,7 +142,7 @@ check-tsan: ## the tests with threads under the thread sanitizer
 	NBDSERVE=$$PWD/build/nbdserve-tsan SANITIZER=thread CC="$(CC)" \
 	  CFLAGS="-g -O1 -fsanitize=thread" ./test.sh $(TSAN_TESTS)
 
-crash: ## cuts the power on a simulated store until it loses; or CUTS=100000
+crash: ## cuts the power on simulated stores until one loses: CUTS=9000 KIND=full
 	@mkdir -p build
 	@./test.sh --emit simulator > build/simulator.c
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -I. -o build/simulator \

@@ -12540,7 +12540,7 @@ enum {
   CELLS = 512 * PER,
   NVOLS = 8,
   NLATER = 20000,
-  NHURT = 8,
+  NHURT = 64,
   LOST = 0xffffff
 };
 enum {
@@ -12554,9 +12554,10 @@ enum {
   IMPORT, /* its contents are those of vols[NVOLS] */
   MANY    /* some of the above in one */
 };
-enum {      /* bits of m_vol.bad */
-  BAD = 1,  /* the block cannot be read: what the model has of it may be so */
-  VAGUE = 2 /* or not: it could not be read when that was to be found out */
+enum {       /* bits of m_vol.bad */
+  BAD = 1,   /* the block cannot be read: what the model has of it may be so */
+  VAGUE = 2, /* or not: it could not be read when that was to be found out */
+  WAS = 4    /* it was written since, which is not durable as yet */
 };
 
 struct m_vol {
@@ -12650,7 +12651,10 @@ static void m_do(const char *format, ...) {
 
 /* What cannot be forgotten any more */
 static void m_settle(struct m_vol *v, uint32_t from, uint32_t to) {
+  uint32_t b;
   int i, n = 0;
+  for (b = (from + PER - 1) / PER; b < to / PER; b++)
+    v->bad[b] &= (unsigned char)~WAS;
   memcpy(v->old + from, v->cur + from, (to - from) * sizeof *v->old);
   for (i = 0; i < nlater; i++)
     if (later[i].vol != v - vols || later[i].cell < from || later[i].cell >= to)
@@ -12733,6 +12737,7 @@ static uint32_t m_number(const unsigned char *p) {
 static int m_legal(const struct m_vol *v, uint32_t c, uint32_t value) {
   int i = m_acked ? m_flight : 0;
   if (value == v->cur[c] || (!m_acked && value == v->old[c])) return 1;
+  if (v->bad[c / PER] & (VAGUE | WAS)) return 1;
   for (; i < nlater; i++)
     if (later[i].vol == v - vols && later[i].cell == c &&
         later[i].value == value)
@@ -12742,10 +12747,12 @@ static int m_legal(const struct m_vol *v, uint32_t c, uint32_t value) {
 
 /* May a block be gone, because something was done to one with its contents? */
 static int m_may_fail(const struct m_vol *v, uint32_t block) {
+  struct m_vol *s = change.kind == ROLLBACK ? m_find(change.name) : NULL;
   uint32_t c;
   int k;
   if (v->bad[block]) return 1;
-  for (k = 0; k < m_hurt.n; k++) {
+  if (s && v == m_base(change.name) && m_may_fail(s, block)) return 1;
+  for (k = 0; k < m_hurt.n && k < NHURT; k++) {
     for (c = block * PER; c < (block + 1) * PER && c < v->size; c++)
       if (!m_legal(v, c, m_hurt.cells[k][c % PER])) break;
     if (c == (block + 1) * PER || c >= v->size) return 1;
@@ -12870,7 +12877,8 @@ static void m_put(struct m_vol *v, uint32_t at, uint32_t n,
              (at + i) / PER, (at + i) % PER, v->cur[at + i], values[i],
              found[i]);
     v->cur[at + i] = found[i];
-    if (!err && kind != M_TRIM) v->bad[(at + i) / PER] = 0;
+    if (!err && kind != M_TRIM && v->bad[(at + i) / PER])
+      v->bad[(at + i) / PER] = WAS;
   }
   m_flight = nlater;
   if (!err && fua) m_settle(v, at, at + n);
@@ -13007,6 +13015,15 @@ static int m_odd(const struct change *c) {
   return (c->kind <= CLONE && !m_find("")) || !strcmp(c->name, c->from);
 }
 
+/* A change that clears what is behind the end of a volume fails if it cannot
+ * read the block there. */
+static int m_tail(int err) {
+  struct m_vol *v = m_base(change.name);
+  return err == -EIO && m_hurt.any && v && v->size % PER &&
+         (change.kind == SNAPSHOT || change.kind == RESIZE) &&
+         m_may_fail(v, v->size / PER);
+}
+
 static int m_change(void) {
   uint64_t size = (uint64_t)change.size * CELL;
   int possible = m_possible(), i, err = 0;
@@ -13022,7 +13039,7 @@ static int m_change(void) {
   if (!err && !possible) m_fail("that cannot succeed");
   m_must =
       change.kind == RM || change.kind == RENAME || change.kind == ROLLBACK;
-  if (err && possible && !m_excused(err)) m_fail("%d", err);
+  if (err && possible && !m_excused(err) && !m_tail(err)) m_fail("%d", err);
   m_must = 0;
   if (!err)
     m_apply();
@@ -13215,6 +13232,7 @@ static int m_diff(struct m_vol *v, struct m_vol *w) {
   for (c = 0; c < size; c += PER) {
     for (i = c, differs = 0; i < c + PER && i < size; i++)
       differs |= (i < v->size ? v->cur[i] : 0) != (i < w->size ? w->cur[i] : 0);
+    if ((v->bad[c / PER] | w->bad[c / PER]) & VAGUE) continue;
     if (differs && !range.is[c / PER]) /* too much is allowed: see the header */
       m_fail("%s and %s differ in block %u: %d", v->name, w->name, c / PER,
              differs);
@@ -13790,7 +13808,7 @@ static void c_hurt(long x) {
   uint32_t i;
   for (i = 0; i < PER; i++)
     m_hurt.cells[m_hurt.n % NHURT][i] = m_number(d_now + d_at(x, 1) + i * CELL);
-  if (m_hurt.n < NHURT) m_hurt.n++;
+  m_hurt.n++;
 }
 
 /* One superblock is not what it was. */
@@ -13811,11 +13829,11 @@ static void c_super(void) {
   }
 }
 
-/* A slot that is or was used; rather one with a page */
+/* A slot that is or was used, for a page or data; 0: none was found */
 static long c_slot(void) {
-  long n = d_size > d_at(1, 1) ? 1 + d_slot(d_size - 1, 1) : 0, x = 1;
+  long n = (long)((d_size - d_meta) / (D_SLOT + 32)), x;
   int tries, k, page = (int)rnd(2);
-  if (n < 2) n = d_size > d_at(0, 1) ? (long)((d_size - d_meta) / 544) : 2;
+  if (d_size < d_meta || n < 2) return 0;
   for (tries = 0; tries < 50; tries++) {
     x = 1 + (long)rnd((uint32_t)n - 1);
     const unsigned char *p = d_now + d_at(x, 1);
@@ -13824,7 +13842,7 @@ static long c_slot(void) {
         if (!memcmp(p, d_letters[k], 4)) return x;
     if (!page && m_number(p) && m_number(p) != LOST) return x;
   }
-  return x;
+  return 0;
 }
 
 /* One sector is not what it was: of the log, of digests, or a slot. */
@@ -13832,6 +13850,7 @@ static void c_sector(void) {
   int what = (int)rnd(8), rots = (int)rnd(2);
   uint64_t len = rnd(2) ? 512 : 4096, off;
   long x = c_slot(), i;
+  if (!x) return;
   if (what < 2) {
     off = 2 * CAS_UNIT +
           rnd((uint32_t)((d_meta - 2 * CAS_UNIT) / len)) * (uint32_t)len;
@@ -13874,6 +13893,7 @@ static void c_twins(void) {
   struct nbdserve_cas_options o = {0};
   long x = c_slot();
   int i;
+  if (!x) return;
   m_do("slot %ld and its twin are unreadable once", x);
   for (i = 0; i < 2; i++, x ^= CAS_SEGMENT / 2) {
     d_bad[i].off = d_at(x, 1);
@@ -13905,6 +13925,7 @@ static void c_after(int how) {
     d_pool = 0;
   }
   if (!made) return;
+  if (d_kind == SUPER || d_kind == SECTOR) d_settle(NULL, 1, D_OPS);
   if (d_kind == SUPER && rnd(2)) c_super();
   if (d_kind == SECTOR && rnd(6) == 0)
     c_twins();

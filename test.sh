@@ -12566,7 +12566,9 @@ struct m_vol {
   char id[72];                           /* that it has, or is to get */
   uint32_t size, old[CELLS], cur[CELLS]; /* old: after the last flush */
   unsigned char bad[CELLS / PER];        /* of each block */
-  unsigned char hot[CELLS / PER]; /* written since the last flush but: 2, 1 */
+  /* When it was written: 8: since the last flush that made something durable,
+   * 4: since the one before that, and so on */
+  unsigned char hot[CELLS / PER];
   struct nbdserve_export e;
 };
 static struct m_vol vols[NVOLS + 1]; /* the last one is being imported */
@@ -12576,6 +12578,7 @@ static struct {
 } later[NLATER];
 static int nlater;   /* what was written since the flush, if not cur */
 static int m_flight; /* from here on: by a call that has not returned */
+static int m_wrote;  /* something changed since the last flush */
 static int m_acked;  /* no power was cut: what was acknowledged is there */
 struct change {
   int kind;
@@ -12750,7 +12753,7 @@ static int m_may_fail(const struct m_vol *v, uint32_t block) {
   struct m_vol *s = change.kind == ROLLBACK ? m_find(change.name) : NULL;
   uint32_t c;
   int k;
-  if (v->bad[block]) return 1;
+  if (v->bad[block] || m_hurt.log) return 1; /* its slot may be a page now */
   if (s && v == m_base(change.name) && m_may_fail(s, block)) return 1;
   for (k = 0; k < m_hurt.n && k < NHURT; k++) {
     for (c = block * PER; c < (block + 1) * PER && c < v->size; c++)
@@ -12876,6 +12879,7 @@ static void m_put(struct m_vol *v, uint32_t at, uint32_t n,
       m_fail("%s: block %u cell %u was %x, should be %x, is %x", v->name,
              (at + i) / PER, (at + i) % PER, v->cur[at + i], values[i],
              found[i]);
+    m_wrote |= v->cur[at + i] != found[i];
     v->cur[at + i] = found[i];
     if (!err && kind != M_TRIM && v->bad[(at + i) / PER])
       v->bad[(at + i) / PER] = WAS;
@@ -12903,9 +12907,10 @@ static int m_flush(struct m_vol *v) {
     m_settle(v, 0, CELLS);
   else if (!m_excused_but(err))
     m_fail("%s: %d", v->name, err);
-  for (i = 0; !err && i < NVOLS; i++)
+  for (i = 0; !err && m_wrote && i < NVOLS; i++)
     for (k = 0; vols[i].name[0] && k < CELLS / PER; k++)
       vols[i].hot[k] /= 2;
+  if (!err) m_wrote = 0;
   return err;
 }
 
@@ -13232,7 +13237,7 @@ static int m_diff(struct m_vol *v, struct m_vol *w) {
   for (c = 0; c < size; c += PER) {
     for (i = c, differs = 0; i < c + PER && i < size; i++)
       differs |= (i < v->size ? v->cur[i] : 0) != (i < w->size ? w->cur[i] : 0);
-    if ((v->bad[c / PER] | w->bad[c / PER]) & VAGUE) continue;
+    if (v->bad[c / PER] | w->bad[c / PER]) continue;
     if (differs && !range.is[c / PER]) /* too much is allowed: see the header */
       m_fail("%s and %s differ in block %u: %d", v->name, w->name, c / PER,
              differs);
@@ -13250,8 +13255,7 @@ static int m_spared(const struct m_vol *v, uint32_t block, long *spared) {
   static uint32_t last_block;
   uint32_t c;
   int zero = 1;
-  if (m_may_fail(v, block)) return 1;
-  if (!m_hurt.log) return 0;
+  if (!m_hurt.log) return m_may_fail(v, block);
   for (c = block * PER; c < (block + 1) * PER && c < v->size; c++)
     zero &= !v->cur[c];
   if (v->hot[block] || zero) return 1; /* zeroes: many have one entry */
@@ -13309,6 +13313,8 @@ static void m_check(void) {
              v->name, c / PER, c % PER, v->old[c], v->cur[c], found[c]);
     }
     m_found(v, found);
+    if (s) memcpy(v->cur, s->cur, sizeof v->cur);
+    if (s) m_settle(v, 0, CELLS);
   }
   v = change.kind == RESIZE ? m_find(change.name) : vols + rnd(NVOLS);
   for (s = vols; v && v->name[0] && s < vols + NVOLS; s++)

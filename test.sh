@@ -8,7 +8,7 @@
 #   ./test.sh --shard 1/2 ...   one of two parts that take equally long
 #   ./test.sh --list ...        prints which tests these are
 #   ./test.sh --emit NAME       prints a C program: client, unit, fault,
-#                               simulator, fuzz, bench
+#                               simulator, syncs, fuzz, bench
 #   ./test.sh --bench           a table against the servers that are installed
 #   ./test.sh --figures [FILE]  how nbdserve.c, or a C file, reads in numbers
 #   ./test.sh --lint            what the files have against the rules
@@ -3361,6 +3361,10 @@ testEverySystemCallMayFailOnce() {
   simulates && build simulator || return 0
   does "$W/simulator" calls 1
   [ -n "${SANITIZER-}" ] || does "$W/simulator" calls 2
+}
+testWhatIsTrueOnlyWhileASyncRuns() {
+  unless NO_CAS && unless NO_THREADS && build syncs || return 0
+  does "$W/syncs" "$T/store"
 }
 testControlSocketOfASuccessorIsKept() {
   store && unless NO_THREADS || return 0
@@ -14101,6 +14105,446 @@ int main(int argc, char **argv) {
     kind++;
   if (kind == NKINDS && strcmp(what, "cuts")) return 2;
   return c_cuts(kind, argc > 2 ? number : 2000, seed);
+}
+
+//== syncs
+/* Defends what is true only while a sync runs, or between two: "power cut,
+ * kill -9: what was flushed is there" with several threads.
+ *
+ * syncs FILE: fdatasync waits at a gate.  What is written is put down, and what
+ * was written before a sync began is on the medium when that sync has returned.
+ * After a cut a store is left that has the medium and some of the rest. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1
+#endif
+#ifndef _FILE_OFFSET_BITS
+#define _FILE_OFFSET_BITS 64
+#endif
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+/* A small store: a few hundred slots, which soon are used again */
+#define CAS_ENTRIES 84
+#define CAS_UNIT 4096
+#define CAS_FANOUT(bs) 8
+#define CAS_SEGMENT 16
+#define CAS_MIN_BLOCK 512
+#define CAS_RESERVE_PAIRS 12
+
+enum {
+  SY_SIZE = 1 << 20,
+  SY_OPS = 20000,
+  SY_BLOCK = 512,
+  SY_USED = 64,     /* blocks that are written first */
+  SY_MORE = 200,    /* blocks that look for slots to use again */
+  SY_BLOCKS = 1000, /* of the volume */
+  SY_LOG = 64,      /* pages */
+  SY_DATA = 2 * CAS_UNIT + SY_LOG * 4096
+};
+/* Which writes a cut leaves that are not on the medium as yet */
+enum {
+  SY_NONE = 0,
+  SY_META = 1,  /* log and superblocks */
+  SY_SLOTS = 2, /* data, pages, and their digests */
+  SY_ROTTEN = 4 /* and the first superblock has rotted: not in format 1 */
+};
+
+static pthread_mutex_t sy_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t sy_woken = PTHREAD_COND_INITIALIZER;
+static int sy_fd = -1;           /* of the store */
+static int sy_gate = 1 << 30;    /* so many syncs may pass */
+static int sy_began, sy_ended;   /* syncs */
+static int sy_on_medium, sy_ops; /* writes on the medium; all of them */
+static struct {
+  off_t off;
+  size_t len;
+  unsigned char *data;
+} sy_op[SY_OPS];
+static unsigned char sy_medium[SY_SIZE], sy_image[SY_SIZE];
+static off_t sy_limit = SY_SIZE;
+static const char *sy_doing = "start";
+
+static void sy_fail(const char *what, long n) {
+  printf("%s: %s (%ld)\n", sy_doing, what, n);
+  exit(1);
+}
+
+static void sy_put(int fd, const void *p, size_t len, off_t off) {
+  pthread_mutex_lock(&sy_lock);
+  if (fd == sy_fd) {
+    if (sy_ops == SY_OPS || off + (off_t)len > SY_SIZE)
+      sy_fail("too much is written", off);
+    sy_op[sy_ops].off = off;
+    sy_op[sy_ops].len = len;
+    sy_op[sy_ops].data = malloc(len);
+    memcpy(sy_op[sy_ops++].data, p, len);
+  }
+  pthread_mutex_unlock(&sy_lock);
+}
+
+static ssize_t sy_pwrite(int fd, const void *p, size_t len, off_t off) {
+  sy_put(fd, p, len, off);
+  return pwrite(fd, p, len, off);
+}
+
+static ssize_t sy_pwritev(int fd, const struct iovec *v, int n, off_t off) {
+  off_t at = off;
+  int i;
+  for (i = 0; i < n; at += (off_t)v[i++].iov_len)
+    sy_put(fd, v[i].iov_base, v[i].iov_len, at);
+  return pwritev(fd, v, n, off);
+}
+
+static int sy_fallocate(int fd, int mode, off_t off, off_t len) {
+  if (fd == sy_fd && off + len > sy_limit) return errno = ENOSPC, -1;
+  return fallocate(fd, mode, off, len);
+}
+
+static int sy_fdatasync(int fd) {
+  int mine, mark, i;
+  if (fd != sy_fd) return 0;
+  pthread_mutex_lock(&sy_lock);
+  mine = sy_began++;
+  mark = sy_ops;
+  pthread_cond_broadcast(&sy_woken);
+  while (mine >= sy_gate)
+    pthread_cond_wait(&sy_woken, &sy_lock);
+  for (i = sy_on_medium; i < mark; i++)
+    memcpy(sy_medium + sy_op[i].off, sy_op[i].data, sy_op[i].len);
+  if (mark > sy_on_medium) sy_on_medium = mark;
+  sy_ended++;
+  pthread_cond_broadcast(&sy_woken);
+  pthread_mutex_unlock(&sy_lock);
+  return 0;
+}
+
+#define pwrite sy_pwrite
+#define pwritev sy_pwritev
+#define fallocate sy_fallocate
+#define fdatasync sy_fdatasync
+#define NBDSERVE_NO_MAIN 1
+#include "nbdserve.c"
+#undef pwrite
+#undef pwritev
+#undef fallocate
+#undef fdatasync
+
+static struct nbdserve_cas *sy_cas;
+static struct nbdserve_export sy_export;
+static char sy_path[4096], sy_copy[4096];
+static uint32_t sy_content[SY_BLOCKS]; /* what a block must be, or... */
+static uint32_t sy_before[SY_BLOCKS];  /* ...may be, if that was not flushed */
+static uint32_t sy_last;               /* contents that no block had before */
+
+static void sy_fill(unsigned char b[SY_BLOCK], uint32_t content) {
+  int i;
+  for (i = 0; i < SY_BLOCK; i++)
+    b[i] = (unsigned char)(i < 4 || !content ? content >> i % 4 * 8 : 7u);
+}
+
+static int sy_write(uint32_t block) {
+  unsigned char b[SY_BLOCK];
+  sy_fill(b, ++sy_last);
+  int err = sy_export.ops->write(sy_export.ctx, b, (uint64_t)block * SY_BLOCK,
+                                 SY_BLOCK, 0);
+  if (!err) sy_content[block] = sy_last;
+  return err;
+}
+
+/* All that was written has been flushed. */
+static void sy_flushed(void) {
+  memcpy(sy_before, sy_content, sizeof sy_before);
+}
+
+#ifdef NBDSERVE_CAS_REPAIR
+static int sy_damaged(void *arg, const char *name, uint64_t off, uint64_t len,
+                      const char *why) {
+  (void)arg, (void)name, (void)len;
+  sy_fail(why, (long)off);
+  return 0;
+}
+#else
+static void sy_damaged(void *arg, const char *name, uint64_t off, uint64_t len,
+                       const char *why) {
+  (void)arg, (void)name, (void)len;
+  sy_fail(why, (long)off);
+}
+#endif
+
+/* Opens what a cut leaves: what must be there is, and nothing is damaged. */
+static void sy_cut(int kept) {
+  struct nbdserve_cas_options o = {.flags = NBDSERVE_CAS_VERIFY};
+  struct nbdserve_export e = {0};
+  struct nbdserve_cas *copy;
+  unsigned char b[SY_BLOCK], want[SY_BLOCK];
+  int i, fd, err;
+  pthread_mutex_lock(&sy_lock);
+  memcpy(sy_image, sy_medium, SY_SIZE);
+  for (i = sy_on_medium; i < sy_ops; i++)
+    if (kept & (sy_op[i].off < SY_DATA ? SY_META : SY_SLOTS))
+      memcpy(sy_image + sy_op[i].off, sy_op[i].data, sy_op[i].len);
+  if (kept & SY_ROTTEN) sy_image[100] ^= 1;
+  pthread_mutex_unlock(&sy_lock);
+  fd = open(sy_copy, O_RDWR | O_CREAT | O_TRUNC, 0600);
+  if (fd < 0 || pwrite(fd, sy_image, SY_SIZE, 0) != SY_SIZE) exit(2);
+  close(fd);
+  err = nbdserve_cas_open(sy_copy, &o, &copy);
+  if (err) sy_fail("it does not open after a cut", err);
+  err = nbdserve_cas_volume(copy, "v", &e);
+  if (err) sy_fail("the volume is not there after a cut", err);
+  for (i = 0; i < SY_BLOCKS; i++) {
+    err = e.ops->read(e.ctx, b, (uint64_t)i * SY_BLOCK, SY_BLOCK, 0);
+    sy_fill(want, sy_content[i]);
+    if (!err && memcmp(b, want, SY_BLOCK)) sy_fill(want, sy_before[i]);
+    if (err || memcmp(b, want, SY_BLOCK)) sy_fail("lost after a cut: block", i);
+  }
+  err = nbdserve_cas_verify(copy, sy_damaged, NULL, NULL);
+  if (err) sy_fail("verify", err);
+  e.ops->close(e.ctx);
+  if (nbdserve_cas_close(copy)) sy_fail("close", 0);
+}
+
+/* ---- What threads do ---------------------------------------------------- */
+
+struct sy_thread {
+  pthread_t id;
+  uint32_t block;  /* that it writes first */
+  int is_change;   /* it makes a snapshot, else it flushes */
+  int ended;       /* under sy_lock */
+  int syncs_ended; /* when it had ended */
+};
+
+static void *sy_run(void *arg) {
+  struct sy_thread *t = arg;
+  char name[32];
+  if (!t->is_change) {
+    if (sy_export.ops->flush(sy_export.ctx, 0)) sy_fail("flush", 0);
+  } else {
+    snprintf(name, sizeof name, "v@%u", t->block);
+    if (nbdserve_cas_snapshot(sy_cas, name)) sy_fail("snapshot", 0);
+  }
+  pthread_mutex_lock(&sy_lock);
+  t->ended = 1;
+  t->syncs_ended = sy_ended;
+  pthread_cond_broadcast(&sy_woken);
+  pthread_mutex_unlock(&sy_lock);
+  return NULL;
+}
+
+static void sy_start(struct sy_thread *t) {
+  t->ended = 0;
+  if (pthread_create(&t->id, NULL, sy_run, t)) exit(2);
+}
+
+/* So many syncs more than now may pass. */
+static void sy_open(int n) {
+  pthread_mutex_lock(&sy_lock);
+  sy_gate = n < 0 ? 1 << 30 : sy_ended + n;
+  pthread_cond_broadcast(&sy_woken);
+  pthread_mutex_unlock(&sy_lock);
+}
+
+/* Waits until a sync is held at the gate, or the thread has ended: 0. */
+static int sy_held(struct sy_thread *t) {
+  int held;
+  pthread_mutex_lock(&sy_lock);
+  while (!(sy_began > sy_gate) && !t->ended)
+    pthread_cond_wait(&sy_woken, &sy_lock);
+  held = !t->ended;
+  pthread_mutex_unlock(&sy_lock);
+  return held;
+}
+
+static void sy_join(struct sy_thread *t) {
+  pthread_join(t->id, NULL);
+}
+
+/* Writes so many blocks from there on, as long as no other sync begins. */
+static void sy_writes(uint32_t from, int n) {
+  int began = sy_began;
+  for (; n > 0 && sy_began == began; n--)
+    if (sy_write(from++)) return; /* no space is no news */
+}
+
+/* ---- The tests ---------------------------------------------------------- */
+
+/* A new store with a few flushed blocks, which cannot grow */
+static void sy_new(const char *doing) {
+  struct nbdserve_cas_options o = {.block_size = SY_BLOCK, .log_pages = SY_LOG};
+  int i, fd;
+  sy_doing = doing;
+  sy_gate = 1 << 30;
+  sy_fd = -1;
+  sy_limit = SY_SIZE;
+  unlink(sy_path);
+  memset(sy_content, 0, sizeof sy_content);
+  if (nbdserve_cas_init(sy_path, &o)) sy_fail("init", 0);
+  if (nbdserve_cas_open(sy_path, NULL, &sy_cas)) sy_fail("open", 0);
+  if (nbdserve_cas_create(sy_cas, "v", SY_BLOCKS * SY_BLOCK) ||
+      nbdserve_cas_volume(sy_cas, "v", &sy_export))
+    sy_fail("create", 0);
+  for (i = 0; i < SY_USED; i++)
+    if (sy_write((uint32_t)i)) sy_fail("write", i);
+  if (nbdserve_cas_snapshot(sy_cas, "v@0")) sy_fail("snapshot", 0);
+  sy_writes(SY_USED, 300); /* make room in the file, and free it again */
+  if (sy_export.ops->trim(sy_export.ctx, SY_USED * SY_BLOCK, 300 * SY_BLOCK, 0))
+    sy_fail("trim", 0);
+  memset(sy_content + SY_USED, 0, 300 * sizeof *sy_content);
+  if (nbdserve_cas_rm(sy_cas, "v@0")) sy_fail("rm", 0);
+  sy_flushed();
+  fd = open(sy_path, O_RDONLY);
+  memset(sy_medium, 0, SY_SIZE);
+  if (fd < 0 || pread(fd, sy_medium, SY_SIZE, 0) < 0) exit(2);
+  close(fd);
+  for (i = 0; i < sy_ops; i++)
+    free(sy_op[i].data);
+  sy_ops = sy_on_medium = sy_began = sy_ended = 0;
+  sy_limit = 0;
+  sy_fd = sy_cas->fd;
+}
+
+static void sy_end(void) {
+  sy_open(-1);
+  sy_export.ops->close(sy_export.ctx);
+  memset(&sy_export, 0, sizeof sy_export);
+  if (nbdserve_cas_close(sy_cas)) sy_fail("close", 0);
+}
+
+/* Cuts the power in all ways. */
+static void sy_cuts(void) {
+  int kept, n = SY_ROTTEN;
+#ifdef NBDSERVE_CAS_REPAIR
+  n *= 2;
+#endif
+  for (kept = 0; kept < n; kept++)
+    sy_cut(kept);
+}
+
+/* What log pages say that are written during a sync, or behind it: not that it
+ * has ended, or has covered those.  What it has not may be missing. */
+static void sy_durable(void) {
+  struct sy_thread a = {.is_change = 0};
+  sy_new("log pages that are written during a sync");
+  sy_write(700);
+  sy_open(0);
+  sy_start(&a);
+  sy_held(&a);
+  sy_writes(SY_USED, 2 * CAS_ENTRIES);
+  sy_cuts();
+  sy_open(1);
+  sy_join(&a);
+  sy_writes(SY_USED + 2 * CAS_ENTRIES, CAS_ENTRIES + 1);
+  sy_cuts();
+  sy_end();
+}
+
+/* What is written during a sync is not flushed by it: another one follows. */
+static void sy_counted(void) {
+  struct sy_thread a = {.is_change = 0}, b = {.is_change = 0};
+  sy_new("a flush of what was written during a sync");
+  sy_write(700);
+  sy_open(0);
+  sy_start(&a);
+  sy_held(&a);
+  sy_write(1);
+  sy_open(1);
+  sy_join(&a);
+  sy_open(-1);
+  sy_start(&b);
+  sy_join(&b);
+  sy_flushed();
+  sy_cut(SY_NONE);
+  sy_end();
+}
+
+/* Slots that are dropped during a sync are not free when it ends. */
+static void sy_dropped(void) {
+  struct sy_thread a = {.is_change = 0};
+  sy_new("slots that are dropped during a sync");
+  sy_write(700);
+  sy_open(0);
+  sy_start(&a);
+  sy_held(&a);
+  sy_writes(0, SY_USED);
+  sy_open(1);
+  sy_join(&a);
+  sy_writes(SY_USED, SY_MORE);
+  sy_cuts();
+  sy_end();
+}
+
+/* What only the older superblock names is not free before the newer one is
+ * durable; cut in each sync of a checkpoint. */
+static void sy_superblock(void) {
+  struct sy_thread a = {.is_change = 1};
+  int k, held = 1;
+  for (k = 0; held; k++) {
+    sy_new("slots that the older superblock names");
+    sy_writes(0, SY_USED);
+    if (sy_export.ops->flush(sy_export.ctx, 0)) sy_fail("flush", 0);
+    sy_flushed();
+    a.block = 100;
+    sy_open(k);
+    sy_start(&a);
+    held = sy_held(&a);
+    sy_writes(SY_USED, SY_MORE);
+    sy_cuts();
+    sy_open(-1);
+    sy_join(&a);
+    sy_end();
+  }
+  if (k < 3) sy_fail("there were not enough syncs", k);
+}
+
+/* A flush waits for a sync that began after it was called; one for all. */
+static void sy_joined(void) {
+  struct sy_thread a = {.is_change = 0}, b[2] = {{.is_change = 0}};
+  int i;
+  sy_new("flushes while a sync runs");
+  sy_write(700);
+  sy_open(0);
+  sy_start(&a);
+  sy_held(&a);
+  for (i = 0; i < 2; i++) {
+    sy_write((uint32_t)i);
+    sy_start(b + i);
+  }
+  usleep(50000); /* if they do not wait, they have time to end */
+  if (b[0].ended || b[1].ended) sy_fail("one ended before any sync had", 0);
+  sy_open(1);
+  sy_join(&a);
+  usleep(50000);
+  pthread_mutex_lock(&sy_lock);
+  if (b[0].ended || b[1].ended) sy_fail("one was joined to an older sync", 0);
+  pthread_mutex_unlock(&sy_lock);
+  sy_open(-1);
+  for (i = 0; i < 2; i++)
+    sy_join(b + i);
+  if (sy_ended != 2) sy_fail("not one sync for both", sy_ended);
+  sy_flushed();
+  sy_cut(SY_NONE);
+  sy_end();
+}
+
+int main(int argc, char **argv) {
+  if (argc < 2) return 2;
+  snprintf(sy_path, sizeof sy_path, "%s", argv[1]);
+  snprintf(sy_copy, sizeof sy_copy, "%s.cut", argv[1]);
+  alarm(60);
+  sy_durable();
+  sy_counted();
+  sy_dropped();
+  sy_superblock();
+  sy_joined();
+  return 0;
 }
 
 //== fuzz

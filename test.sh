@@ -12288,8 +12288,8 @@ static ssize_t d_read(int kind, int fd, const struct iovec *v, int n,
 
 static ssize_t d_write(int kind, int fd, const struct iovec *v, int n,
                        off_t off) {
-  static unsigned char b[D_SIZE];
-  size_t len = 0, all = 0;
+  static unsigned char b[D_SIZE], bad[sizeof d_bad];
+  size_t len = 0, all = 0, whole;
   int i;
   for (i = 0; i < n; i++)
     len += v[i].iov_len;
@@ -12298,15 +12298,18 @@ static ssize_t d_write(int kind, int fd, const struct iovec *v, int n,
     return -1;
   }
   if (d_refuse((uint64_t)off)) return -1;
+  memcpy(bad, d_bad, sizeof bad);
+  if (d_rotten(1, (uint64_t)off, &len)) return errno = EIO, -1;
+  whole = len;
   if (!off && d_fuse > 2 && d_aim && rnd(3) == 0) d_fuse = 1 + (long)rnd(2);
   if (d_fuse == 1 && rnd(2))
     len = len / 512 ? rnd((uint32_t)len / 512) * 512 : 0;
+  if (len < whole) memcpy(d_bad, bad, sizeof bad); /* it heals nothing */
   if ((uint64_t)off >= d_limit || len > d_limit - (uint64_t)off) {
     d_full = 1;
     len = (uint64_t)off >= d_limit ? 0 : (size_t)(d_limit - (uint64_t)off);
     if (!len) return errno = ENOSPC, -1;
   }
-  if (d_rotten(1, (uint64_t)off, &len)) return errno = EIO, -1;
   if (len && !(len = d_allocate((uint64_t)off, len)))
     return d_full = 1, errno = ENOSPC, -1;
   for (i = 0; i < n && all < len; all += v[i++].iov_len)
@@ -12597,6 +12600,8 @@ static int nmany;
 static struct {
   uint32_t cells[NHURT][PER];
   int n, any, log, digests;
+  int super; /* 1 + which one was hurt, and may not have been healed */
+  int fresh; /* something was hurt that may not have been healed */
 } m_hurt;
 static struct nbdserve_cas *cas;
 static uint64_t m_seed;
@@ -12659,13 +12664,16 @@ static void m_do(const char *format, ...) {
 /* What cannot be forgotten any more */
 static void m_settle(struct m_vol *v, uint32_t from, uint32_t to) {
   uint32_t b;
-  int i, n = 0;
+  int i, n = 0, flight = 0;
   for (b = (from + PER - 1) / PER; b < to / PER; b++)
     v->bad[b] &= (unsigned char)~WAS;
   memcpy(v->old + from, v->cur + from, (to - from) * sizeof *v->old);
-  for (i = 0; i < nlater; i++)
+  for (i = 0; i < nlater; i++) {
+    if (i == m_flight) flight = n;
     if (later[i].vol != v - vols || later[i].cell < from || later[i].cell >= to)
       later[n++] = later[i];
+  }
+  m_flight = m_flight < nlater ? flight : n;
   nlater = n;
 }
 
@@ -13326,6 +13334,7 @@ static void m_check(void) {
   change.kind = 0;
   m_verify();
   m_hurt.log &= d_frozen;
+  if (!d_frozen) m_hurt.super = m_hurt.fresh = 0;
   m_acked = 1;
   m_flight = nlater;
 }
@@ -13823,8 +13832,10 @@ static void c_hurt(long x) {
 
 /* One superblock is not what it was. */
 static void c_super(void) {
-  uint64_t off = rnd(2) * CAS_UNIT, len = rnd(2) ? 512 : 4096;
-  int how = (int)rnd(5);
+  int which = (int)rnd(2), how = (int)rnd(5);
+  uint64_t off = (uint64_t)which * CAS_UNIT, len = rnd(2) ? 512 : 4096;
+  if (m_hurt.super == 2 - which) return; /* one at a time */
+  m_hurt.super = 1 + which;
   m_do("superblock %d, %d, %lu bytes", off != 0, how, (unsigned long)len);
   m_hurt.any = 1;
   if (how < 2) {
@@ -13860,7 +13871,7 @@ static void c_sector(void) {
   int what = (int)rnd(8), rots = (int)rnd(2);
   uint64_t len = rnd(2) ? 512 : 4096, off;
   long x = c_slot(), i;
-  if (!x) return;
+  if (!x || m_hurt.fresh) return; /* one at a time */
   if (what < 2) {
     off = 2 * CAS_UNIT +
           rnd((uint32_t)((d_meta - 2 * CAS_UNIT) / len)) * (uint32_t)len;
@@ -13879,9 +13890,10 @@ static void c_sector(void) {
     off = d_at(x, 1);
     c_hurt(x);
   }
-  for (i = 0; i < 2; i++) /* one at a time */
-    if (d_bad[i].len) rots = 1;
   if (off + len > d_size) return;
+  for (i = 0; i < 2; i++)
+    if (d_bad[i].len) rots = 1;
+  m_hurt.fresh = 1;
   m_do("%s, byte %lu, slot %ld, %lu bytes, %s",
        what < 2   ? "log"
        : what < 3 ? "digests"

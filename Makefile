@@ -11,6 +11,7 @@ AR = ar
 PREFIX = /usr/local
 DESTDIR =
 CUTS = 0
+KIND = cuts
 SECONDS = 60
 FILE =
 COMPILERS = gcc clang tcc musl-gcc
@@ -141,15 +142,15 @@ check-tsan: ## the tests with threads under the thread sanitizer
 	NBDSERVE=$$PWD/build/nbdserve-tsan SANITIZER=thread CC="$(CC)" \
 	  CFLAGS="-g -O1 -fsanitize=thread" ./test.sh $(TSAN_TESTS)
 
-crash: ## cuts the power on a simulated store until it loses; or CUTS=100000
+crash: ## cuts the power on a simulated store until it loses; CUTS=9, KIND=full
 	@mkdir -p build
 	@./test.sh --emit simulator > build/simulator.c
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -I. -o build/simulator \
 	  build/simulator.c $(LDLIBS)
 	@seed=$(SEED); [ -n "$$seed" ] || \
 	  seed=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' '); \
-	  echo "build/simulator cuts $(CUTS) $$seed"; \
-	  build/simulator cuts $(CUTS) $$seed
+	  echo "build/simulator $(KIND) $(CUTS) $$seed"; \
+	  build/simulator $(KIND) $(CUTS) $$seed
 
 fuzz: nbdserve ## what clients send, from the tests' transcripts; SECONDS=60
 	@mkdir -p build/corpus build/found

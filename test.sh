@@ -248,6 +248,7 @@ esac
 slow_tests() {
   cat <<'END'
 3300 testProgressIsShownOnATerminal
+4500 testKillLosesNothingThatWasAcknowledged
 6200 testEverySystemCallMayFailOnce
 5500 testTERMEndsAClientOnStdinThatNeverReads
 2700 testWhoStallsIsDroppedAndWhoIsIdleIsNot
@@ -3045,6 +3046,16 @@ testDurableWritesToAVolumeSurviveKILL() {
   serve "$S::v" # in place of which there is a new one
   [ "$SWITCH" = NO_THREADS ] || names
   [ "$SWITCH" = NO_THREADS ] || assertEquals 'v ' "$GOT"
+}
+# Each kill falls on unflushed writes, so one that loses some is noticed at once
+testKillLosesNothingThatWasAcknowledged() {
+  unless NO_THREADS && store || return 0
+  client kills "$T/k" 10 '' "$NBDSERVE" --idle-exit 5 -U "$T/k" \
+    --create 4195081 "$T/flat"
+  cas 0 create "$S::v" 4195081
+  client kills "$T/k" 50 "$S" "$NBDSERVE" --idle-exit 5 -U "$T/k" "$S::"
+  cas 0 verify "$S"
+  assertEquals '' "$(cat "$T/out")"
 }
 word() { # at that offset of the store, as a number
   echo $((0x$(od -An -v -tx1 -j "$1" -N 4 "$S" | tr -d ' \n')))
@@ -6521,6 +6532,382 @@ static void v_each(char **a) /* ADDRESS PREFIX NUMBER */
     }
 }
 
+/* ---- kills: what was acknowledged outlives kill -9 of the server ---- */
+
+enum {
+  K_BLOCK = 4096,
+  K_SIZE = (4 << 20) + 777, /* its last block is an odd one */
+  K_DEPTH = 16,
+  K_MOST = 65536, /* bytes of a write */
+  K_READ = 16384, /* of a read: replies to all fit into the socket */
+  K_SNAPSHOTS = 16
+};
+
+/* A request that is not known to be done; len 0: none.  A TRIM that has been
+ * answered goes on as a READ of what it left. */
+struct k_request {
+  int command, flags, trimmed, conn;
+  uint32_t len;
+  uint64_t off;
+  unsigned char data[K_MOST]; /* what it writes */
+};
+
+static struct kills {
+  char **a; /* ADDRESS KILLS STORE PROGRAM ARG... */
+  pid_t server;
+  struct t_conn c[2];
+  int conns;
+  struct k_request r[K_DEPTH];
+  uint64_t state; /* of k_random */
+  long acknowledged, again, kills;
+  int flushing;                 /* is a FLUSH under way? */
+  unsigned char shadow[K_SIZE]; /* all that was acknowledged */
+  unsigned char image[K_SIZE];
+  unsigned char *snapshot[K_SNAPSHOTS]; /* what it held when it was new */
+  int snapshots;
+} k;
+
+static unsigned k_random(unsigned n) /* 0 to n - 1; splitmix64 */
+{
+  uint64_t z = k.state += UINT64_C(0x9e3779b97f4a7c15);
+  z = (z ^ z >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+  z = (z ^ z >> 27) * UINT64_C(0x94d049bb133111eb);
+  return (unsigned)((z ^ z >> 31) >> 33) % n;
+}
+
+static void k_pause(unsigned us) {
+  struct timespec t = {0, 0};
+  t.tv_nsec = (long)us * 1000;
+  nanosleep(&t, NULL);
+}
+
+static int k_overlaps(const struct k_request *r, uint64_t off, uint64_t len) {
+  return r->len && r->off < off + len && off < r->off + r->len;
+}
+
+/* In how many blocks is `got` (what was read at off) neither what was
+ * acknowledged nor, as far as one reaches, what a request without a reply
+ * writes?  Of each block such a request writes all or nothing. */
+static int k_wrong(const unsigned char *got, uint64_t off, uint32_t len) {
+  unsigned char b[K_BLOCK];
+  uint64_t from, to, end = off + len;
+  int i, wrong = 0;
+  for (from = off; from < end; from = to) {
+    to = from / K_BLOCK * K_BLOCK + K_BLOCK;
+    if (to > end) to = end;
+    memcpy(b, got + (from - off), to - from);
+    for (i = 0; i < K_DEPTH; i++) {
+      const struct k_request *r = &k.r[i];
+      uint64_t lo = r->off > from ? r->off : from;
+      uint64_t hi = r->off + r->len < to ? r->off + r->len : to;
+      if (!k_overlaps(r, from, to - from) || r->command == READ) continue;
+      if (!memcmp(b + (lo - from), r->data + (lo - r->off), hi - lo))
+        memcpy(b + (lo - from), k.shadow + lo, hi - lo);
+    }
+    wrong += memcmp(b, k.shadow + from, to - from) != 0;
+  }
+  return wrong;
+}
+
+static void k_image(struct t_conn *c, unsigned char *image) {
+  uint32_t off, len;
+  CHECK(c->size == K_SIZE);
+  for (off = 0; off < K_SIZE; off += len) {
+    len = K_SIZE - off < 65536 ? K_SIZE - off : 65536;
+    CHECK(t_do(c, 0, READ, off, len, image + off) == 0);
+  }
+}
+
+static pid_t k_spawn(char **a) {
+  pid_t pid = fork();
+  CHECK(pid >= 0);
+  if (pid == 0) {
+    CHECK(freopen("/dev/null", "w", stdout) != NULL);
+    execv(a[0], a);
+    _exit(126);
+  }
+  return pid;
+}
+
+static void k_kill(void) {
+  CHECK(kill(k.server, SIGKILL) == 0);
+  CHECK(waitpid(k.server, NULL, 0) == k.server);
+  k.kills++;
+}
+
+/* A connection to the server, which may need a while to listen */
+static int k_connect(struct t_conn *c, const char *name) {
+  int i, fd;
+  for (i = 0; i < 10000; i++) {
+    CHECK((fd = socket(AF_UNIX, SOCK_STREAM, 0)) >= 0);
+    if (c_unix(k.a[0], fd, connect) == 0) return t_open(c, fd, name, 1);
+    close(fd);
+    CHECK(waitpid(k.server, NULL, WNOHANG) == 0); /* it has to start */
+    k_pause(1000);
+  }
+  errno = ETIMEDOUT;
+  return -1;
+}
+
+/* The server, now and then the second after one that was killed at once */
+static void k_start(void) {
+  int i;
+  k.server = k_spawn(k.a + 3);
+  if (k_random(4) == 0) {
+    k_pause(k_random(8000));
+    k_kill();
+    k.server = k_spawn(k.a + 3);
+  }
+  k.conns = 1;
+  for (i = 0; i < k.conns; i++) {
+    CHECK(k_connect(&k.c[i], "v") == 0);
+    if (k.c[0].flags & 0x100) k.conns = 2; /* CAN_MULTI_CONN */
+  }
+}
+
+static int k_send(struct k_request *r) {
+  int command = r->trimmed ? READ : r->command;
+  struct t_conn *c = &k.c[r->conn % k.conns];
+  return t_send(c, r->flags, command, (uint32_t)(r - k.r), r->off, r->len,
+                r->data);
+}
+
+/* What to write: something new, the same block again and again, what stands in
+ * another place, or zeroes */
+static void k_data(struct k_request *r) {
+  uint32_t i, from = k_random((K_SIZE - K_MOST) / K_BLOCK) * K_BLOCK;
+  unsigned kind = k_random(8), x = k_random(5);
+  if (kind < 3)
+    for (i = 0; i < r->len; i++)
+      r->data[i] = (unsigned char)k_random(256);
+  else if (kind < 5)
+    for (i = 0; i < r->len; i++)
+      r->data[i] = (unsigned char)(x + (r->off + i) % K_BLOCK / 16);
+  else if (kind < 7)
+    memcpy(r->data, k.shadow + from, r->len);
+  else
+    memset(r->data, 0, r->len);
+}
+
+/* A new request that meets no other one, unless it writes just the same */
+static void k_choose(struct k_request *r) {
+  static const int commands[] = {WRITE, WRITE, WRITE, WRITE,  WRITE,
+                                 WRITE, WRITE, TRIM,  ZEROES, READ};
+  const struct k_request *twin = &k.r[k_random(K_DEPTH)];
+  uint32_t len, off;
+  int i, whole = k_random(3) > 0;
+  r->command = commands[k_random(COUNT(commands))];
+  r->flags = r->command != READ && k_random(1000) == 0 ? FUA : 0;
+  r->trimmed = 0;
+  r->conn = (int)k_random(2);
+  if (twin->len && twin->command == WRITE && k_random(8) == 0) {
+    *r = *twin;
+    r->conn ^= 1;
+    return;
+  }
+  len = 1 + k_random(k_random(10) ? 4 * K_BLOCK : K_MOST);
+  if (r->command == READ && len > K_READ) len = K_READ;
+  off = k_random(K_SIZE);
+  if (whole) off = off / K_BLOCK * K_BLOCK;
+  if (whole) len = (len + K_BLOCK - 1) / K_BLOCK * K_BLOCK;
+  if (len > K_SIZE - off) len = K_SIZE - off;
+  for (i = 0; i < K_DEPTH; i++)
+    if (k_overlaps(&k.r[i], off, len)) return;
+  r->off = off;
+  r->len = len;
+  if (r->command == WRITE)
+    k_data(r);
+  else
+    memset(r->data, 0, r->len);
+}
+
+/* A reply is there, so r is done: what it did has to last */
+static void k_done(struct k_request *r, const struct t_reply *reply) {
+  k.acknowledged++;
+  if (reply->error)
+    fprintf(stderr, "command %d: error %u\n", r->command, reply->error);
+  CHECK(reply->error == 0);
+  if (r->command == TRIM && !r->trimmed) {
+    r->trimmed = 1;
+    r->flags = 0;
+    return;
+  }
+  if (r->command != READ && !r->trimmed)
+    memcpy(k.shadow + r->off, r->data, r->len);
+  if (r->trimmed) memcpy(k.shadow + r->off, k.image + r->off, r->len);
+  r->len = 0;
+}
+
+/* Takes one reply, a READ's in its chunks; 0 at the end of the stream */
+static int k_take(struct t_conn *c) {
+  static struct t_reply reply;
+  struct k_request *r;
+  do {
+    if (!t_recv(c, &reply)) return 0;
+    CHECK((uint32_t)reply.cookie <= K_DEPTH);
+    if ((uint32_t)reply.cookie == K_DEPTH) { /* a flush */
+      CHECK(reply.error == 0 && k.flushing);
+      return k.flushing = 0, 1;
+    }
+    r = &k.r[(uint32_t)reply.cookie];
+    CHECK(r->len && &k.c[r->conn % k.conns] == c);
+    if (reply.chunk != 1) continue;
+    CHECK(reply.off >= r->off && reply.off + reply.len <= r->off + r->len);
+    memcpy(k.image + reply.off, reply.data, reply.len);
+  } while (!reply.done);
+  if (r->command == READ || r->trimmed)
+    CHECK(k_wrong(k.image + r->off, r->off, r->len) == 0);
+  k_done(r, &reply);
+  return 1;
+}
+
+/* Sends and takes replies for so many ms; then, at the end, takes them all */
+static void k_work(int ms, int end) {
+  int64_t until = t_now() + ms;
+  for (;;) {
+    struct pollfd p[2];
+    int i, busy = k.flushing, more = t_now() < until;
+    for (i = 0; i < K_DEPTH; i++) {
+      struct k_request *r = &k.r[i];
+      int fresh = !r->len;
+      if (fresh && more) k_choose(r);
+      if (r->len && (fresh || r->trimmed == 1)) CHECK(k_send(r) == 0);
+      if (r->trimmed) r->trimmed = 2;
+      busy += r->len > 0;
+    }
+    if (!more && !(end && busy)) return;
+    if (more && !k.flushing && k_random(500) == 0) {
+      CHECK(t_send(&k.c[0], 0, FLUSH, K_DEPTH, 0, 0, NULL) == 0);
+      k.flushing = 1;
+    }
+    for (i = 0; i < k.conns; i++) {
+      p[i].fd = k.c[i].fd;
+      p[i].events = POLLIN;
+    }
+    CHECK(poll(p, (nfds_t)k.conns, 1000) >= 0);
+    for (i = 0; i < k.conns; i++)
+      if (p[i].revents) CHECK(k_take(&k.c[i]));
+  }
+}
+
+/* The newest snapshot holds what had been acknowledged before the command */
+static void k_check_snapshot(int must) {
+  struct t_conn c;
+  char name[20];
+  unsigned char *got = t_alloc(K_SIZE);
+  snprintf(name, sizeof name, "v@s%d", k.snapshots);
+  if (k_connect(&c, name)) {
+    CHECK(!must);
+    close(c.fd);
+    return;
+  }
+  k_image(&c, got);
+  t_close(&c);
+  CHECK(k_wrong(got, 0, K_SIZE) == 0);
+  k.snapshot[k.snapshots++] = got;
+}
+
+/* Takes a snapshot while requests are under way; their replies are left where
+ * they are, so what was acknowledged stays the same.  Is the server killed? */
+static int k_take_snapshot(void) {
+  char name[4200], *a[] = {k.a[3], (char *)"snapshot", name, NULL};
+  int status, killed = k_random(2) > 0;
+  pid_t pid;
+  snprintf(name, sizeof name, "%s::v@s%d", k.a[2], k.snapshots);
+  pid = k_spawn(a);
+  if (killed) {
+    k_pause(k_random(6000));
+    k_kill();
+  }
+  CHECK(waitpid(pid, &status, 0) == pid && (killed || status == 0));
+  if (killed) return status == 0 ? 2 : 1;
+  k_check_snapshot(1);
+  return 0;
+}
+
+/* The server is there again.  What it had answered is still to be read; then
+ * it has to know all of it, and gets the rest once more. */
+static void k_again(struct t_conn old[2], int conns) {
+  struct t_conn live[2];
+  int i, wrong;
+  memcpy(live, k.c, sizeof live);
+  memcpy(k.c, old, sizeof live);
+  i = k.conns, k.conns = conns, conns = i;
+  for (i = 0; i < k.conns; i++) {
+    while (k_take(&k.c[i]))
+      ;
+    close(k.c[i].fd);
+  }
+  memcpy(k.c, live, sizeof live);
+  k.conns = conns;
+  k.flushing = 0;
+  k_image(&k.c[0], k.image);
+  wrong = k_wrong(k.image, 0, K_SIZE);
+  if (wrong)
+    fprintf(stderr,
+            "kill %ld: %d of %d blocks are not what was acknowledged (%ld "
+            "acknowledged)\n",
+            k.kills, wrong, K_SIZE / K_BLOCK + 1, k.acknowledged);
+  CHECK(wrong == 0);
+  for (i = 0; i < K_DEPTH; i++)
+    if (k.r[i].len) {
+      k.again++;
+      CHECK(k_send(&k.r[i]) == 0);
+      if (k.r[i].trimmed) k.r[i].trimmed = 2;
+    }
+}
+
+static void k_check_all(void) {
+  struct t_conn c;
+  char name[20];
+  int i;
+  k_image(&k.c[0], k.image);
+  CHECK(memcmp(k.image, k.shadow, K_SIZE) == 0);
+  for (i = 0; i < k.snapshots; i++) {
+    snprintf(name, sizeof name, "v@s%d", i);
+    CHECK(k_connect(&c, name) == 0);
+    k_image(&c, k.image);
+    t_close(&c);
+    CHECK(memcmp(k.image, k.snapshot[i], K_SIZE) == 0);
+  }
+}
+
+/* Writes to the export "v", zeroes so far, of a server that it starts, kills so
+ * many times and starts again; takes snapshots if there is a STORE.  Checks all
+ * that was acknowledged after each kill. */
+static void v_kills(char **a) /* ADDRESS KILLS STORE PROGRAM ARG... */
+{
+  int i, n = 0, conns, status, taken;
+  struct t_conn old[2];
+  k.a = a;
+  k.state = t_seed();
+  k_start();
+  while (k.kills < atoi(a[1])) {
+    unsigned ms = k_random(12);
+    k_work((int)(ms * ms), 0);
+    taken = 0;
+    if (*a[2] && ++n % 3 == 0 && k.snapshots < K_SNAPSHOTS)
+      taken = k_take_snapshot();
+    if (!taken) k_kill();
+    memcpy(old, k.c, sizeof old);
+    conns = k.conns;
+    k_start();
+    if (taken) k_check_snapshot(taken == 2);
+    k_again(old, conns);
+  }
+  k_work(20, 1);
+  for (n = 0; n < 2; n++) { /* as it is, and after an end in order */
+    k_check_all();
+    for (i = 0; i < k.conns; i++)
+      t_close(&k.c[i]);
+    CHECK(kill(k.server, SIGTERM) == 0);
+    CHECK(waitpid(k.server, &status, 0) == k.server && status == 0);
+    if (n == 0) k_start();
+  }
+  printf("%ld kills, %ld replies, %ld requests sent again, %d snapshots\n",
+         k.kills, k.acknowledged, k.again, k.snapshots);
+}
+
 /* ---- a server that is given its socket ---- */
 
 static void c_given(int server, int client, int activation, char **a) {
@@ -6703,6 +7090,7 @@ int main(int argc, char **argv) {
       {"half", v_half},     {"lost", v_lost},         {"full", v_full},
       {"each", v_each},     {"noise", v_noise},       {"slots", v_slots},
       {"stay", v_stay},     {"term", v_term},         {"magic", v_magic},
+      {"kills", v_kills},
   };
   int i;
   CHECK(argc > 2);

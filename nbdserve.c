@@ -62,8 +62,10 @@
  *   store's     a request or command   cas_work: fills the     itself, when it
  *               that leaves work       index, checkpoints      is done
  *               behind
- *   control     the command, when it   cli_control: commands   the server's
- *               serves a store         on that store           end
+ *   control     the command, when it   cli_control: accepts    the server's
+ *               serves a store         commands on that store  end
+ *   job         control, for each      cli_serve_job: does     itself, or the
+ *               command                that command            server's end
  *
  * ---- Locks, in the order in which they may be taken ------------------------
  * Each is named after the struct that it is in.
@@ -77,7 +79,8 @@
  *   6. flat.lock          what a file has turned out not to support; the I/O of
  *                         a temporary export
  *   7. nbdserve_cas.ckpt, then .lock: see [11]
- *   8. io_stop.lock       the moment at which the grace ends */
+ *   8. io_stop.lock       the moment at which the grace ends
+ *   9. cli.jobs_lock      how many commands are being done */
 
 /* ==== [1] CONFIG (NBDSERVE_) =============================================
  * Set these with -D.  The NO_ and ONLY switches are 0 or 1; 1 takes a feature
@@ -7005,8 +7008,9 @@ void nbdserve_free(struct nbdserve *s) {
  * Threads: the main thread does all this, and no other one takes signals.  The
  * threads of clients come here only for --fault and --delay (cli_before) and to
  * find a volume (cli_find_volume, cli_list_volumes).  A served store has the
- * thread cli_control.  What all of them read, `opt` and most of `cli`, does not
- * change after the server has started.
+ * thread cli_control and one for each command that is being done.  What all of
+ * them read, `opt` and most of `cli`, does not change after the server has
+ * started.
  *
  * To add a command-line option: a row in CLI_OPTIONS, which says what its value
  * may be.  opt[] has the value then, and --help prints the row.  What the
@@ -8019,7 +8023,10 @@ static int cli_write(const struct cli_job *job, int fd, const void *data,
 /* Clears the line that shows the progress, if there is one, so that a row or a
  * message can take its place. */
 static void cli_hide_progress(struct cli_job *job) {
-  if (job->shown_ms) dprintf(job->fds.messages, "\r%60s\r", "");
+  char blanks[62];
+  struct iovec piece = {memset(blanks, ' ', sizeof blanks), sizeof blanks};
+  blanks[0] = blanks[sizeof blanks - 1] = '\r';
+  if (job->shown_ms) io_write_pipe(job->fds.messages, &piece);
   job->shown_ms = 0;
 }
 
@@ -9334,7 +9341,7 @@ static void cli_close(void) {
   if (*cli.temp) unlink(cli.temp);
   cli_remove_ctl();
   int is_finished = cli_await_jobs();
-  nbdserve_free(cli.server);
+  if (is_finished) nbdserve_free(cli.server);
   int err = is_finished && cli.cas ? nbdserve_cas_close(cli.cas) : 0;
   if (*cli.private_dir) rmdir(cli.private_dir);
   if (is_finished && !err) return;

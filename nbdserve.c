@@ -8598,7 +8598,8 @@ static int cli_open_store(const char *path, uint32_t flags, int *server) {
     err = nbdserve_cas_open(path, &options, &cli.cas);
     if (err == -EINVAL) cli_failed("%s: not a store", path);
     if (err == -EUCLEAN)
-      cli_failed("%s: damaged; `nbdserve repair %s` goes on", path, path);
+      cli_failed("%s: damaged; `nbdserve repair %s%s` goes on", path,
+                 flags & NBDSERVE_CAS_REPAIR ? "--accept-loss " : "", path);
     if (err == -EBUSY) *server = cli_connect();
   } while (err == -EBUSY && *server < 0 && os_now_ms() < until &&
            poll(&stop, 1, CLI_BUSY_STEP_MS) == 0);
@@ -8615,12 +8616,9 @@ static int cli_open_store(const char *path, uint32_t flags, int *server) {
 static void cli_start_control(void) {
   if (!cli.cas || opt[OPT_READ_ONLY].given || NBDSERVE_NO_THREADS) return;
   int err = cli.ctl < 0 ? cli.ctl : os_monitor_init(&cli.jobs_lock);
-  if (!err) {
-    cli.njobs = 1; /* cli_control */
-    cli.takes_commands = 1;
-    err = os_thread(cli_control, NULL);
-    cli.takes_commands = !err;
-  }
+  cli.njobs = 1; /* cli_control */
+  if (!err) err = os_thread(cli_control, NULL);
+  cli.takes_commands = !err;
   if (!err) return;
   cli_remove_ctl();
   if (cli.ctl >= 0) close(cli.ctl);

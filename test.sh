@@ -4621,6 +4621,19 @@ testOutputThatNobodyTakesEndsACommand() {
   done
   exec 9>&-
 }
+testMessageThatNobodyTakesIsDropped() {
+  store && unless NO_THREADS || return 0
+  serve "$S::"
+  mkfifo "$T/pipe"
+  exec 9<>"$T/pipe"
+  head -c 65536 /dev/zero >&9 # it is full now
+  from=$(clock)
+  timeout 20 "$NBDSERVE" rm "$S::nix" 2>&9
+  assertEquals 'status' 1 $?
+  MS=$(($(clock) - from))
+  assertTrue "$MS ms" "[ $MS -lt 3000 ]"
+  exec 9>&-
+}
 testReaderThatHasGoneEndsACommand() {
   store || return 0
   cas 0 create "$S::v" 1G

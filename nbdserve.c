@@ -7150,9 +7150,9 @@ STATIC_ASSERT(a_process_id_fits, sizeof(sig_atomic_t) >= sizeof(pid_t));
 
 /* Prints a message to a descriptor: a line in one write, so that the lines of
  * several threads do not mix.  The form is "OBJECT: what is wrong: reason (what
- * to do)".  What is too long for the buffer is cut; a path fits.  On standard
- * error it waits until it fits; on that of a client, which may be a pipe that
- * nobody reads, for a second. */
+ * to do)".  What is too long for one write is cut.  On standard error it waits
+ * until there is room; on that of a client, which may be a pipe that nobody
+ * reads, for a second. */
 static void OS_PRINTF(2, 3) cli_say_to(int fd, const char *fmt, ...) {
   char text[PATH_MAX - 20];
   char line[sizeof text + 20];
@@ -7367,8 +7367,8 @@ static void cli_remove_ctl(void) {
  * can rely on it, and one that was there before stays until then.  Meanwhile it
  * has another name beside it; cli_close removes it if it comes to nothing.
  * mkstemp neither follows symbolic links nor opens a file that is there.  It
- * gets the mode of the old file or, if that is NULL, the one that the umask asks
- * for.  Returns the descriptor, which stays open. */
+ * gets the mode of the old file or, if that is NULL, the one that the umask
+ * asks for.  Returns the descriptor, which stays open. */
 static int cli_new_file(const char *path, const struct stat *old) {
   const char *slash = strrchr(path, '/');
   const char *name = slash ? slash + 1 : path;

@@ -248,6 +248,14 @@ esac
 slow_tests() {
   cat <<'END'
 3300 testProgressIsShownOnATerminal
+5500 testStoreThatIsInUseForAMomentIsWaitedFor
+5300 testACommandWaitsForNoOther
+3100 testExportDoesNotOverwriteAStore
+2400 testExportLeavesNoHalfFile
+2100 testOutputThatNobodyTakesEndsACommand
+1200 testMessageThatNobodyTakesIsDropped
+1100 testReaderThatHasGoneEndsACommand
+1100 testTERMEndsAnExportAndLeavesNoHalfFile
 6200 testEverySystemCallMayFailOnce
 5500 testTERMEndsAClientOnStdinThatNeverReads
 2700 testWhoStallsIsDroppedAndWhoIsIdleIsNot

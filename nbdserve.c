@@ -62,8 +62,10 @@
  *   store's     a request or command   cas_work: fills the     itself, when it
  *               that leaves work       index, checkpoints      is done
  *               behind
- *   control     the command, when it   cli_control: commands   the server's
- *               serves a store         on that store           end
+ *   control     the command, when it   cli_control: accepts    the server's
+ *               serves a store         commands on that store  end
+ *   job         control, for each      cli_serve_job: does     itself, or the
+ *               command                that command            server's end
  *
  * ---- Locks, in the order in which they may be taken ------------------------
  * Each is named after the struct that it is in.
@@ -77,7 +79,8 @@
  *   6. flat.lock          what a file has turned out not to support; the I/O of
  *                         a temporary export
  *   7. nbdserve_cas.ckpt, then .lock: see [11]
- *   8. io_stop.lock       the moment at which the grace ends */
+ *   8. io_stop.lock       the moment at which the grace ends
+ *   9. cli.jobs_lock      how many commands are being done */
 
 /* ==== [1] CONFIG (NBDSERVE_) =============================================
  * Set these with -D.  The NO_ and ONLY switches are 0 or 1; 1 takes a feature
@@ -605,10 +608,6 @@ static int os_ask_device(int fd, unsigned question) {
 
 /* BLKROTATIONAL: does the device have a head to move? */
 #define os_is_rotational(fd) os_ask_device(fd, _IO(0x12, 126))
-#endif
-
-#if !NBDSERVE_NO_FLAT
-/* ---- Files and block devices: for [10] alone ---------------------------- */
 
 #if defined SEEK_HOLE && !NBDSERVE_POSIX_ONLY
 /* Returns 1 if there is data at off, and 0 if there is a hole, which reads as
@@ -635,6 +634,10 @@ static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
 /* Where files do not tell their holes, all is data. */
 #define os_is_data(fd, off, end, next) ((void)(*(next) = (end)), 1)
 #endif
+#endif
+
+#if !NBDSERVE_NO_FLAT
+/* ---- Files and block devices: for [10] alone ---------------------------- */
 
 /* Opens a private file that is gone when it is closed: in dir or, if dir is
  * NULL, in memory, or in /tmp where the system has no files in memory.
@@ -9394,8 +9397,9 @@ void nbdserve_free(struct nbdserve *s) {
  * Threads: the main thread does all this, and no other one takes signals.  The
  * threads of clients come here only for --fault and --delay (cli_before) and to
  * find a volume (cli_find_volume, cli_list_volumes).  A served store has the
- * thread cli_control.  What all of them read, `opt` and most of `cli`, does not
- * change after the server has started.
+ * thread cli_control and one for each command that is being done.  What all of
+ * them read, `opt` and most of `cli`, does not change after the server has
+ * started.
  *
  * To add a command-line option: a row in CLI_OPTIONS, which says what its value
  * may be.  opt[] has the value then, and --help prints the row.  What the
@@ -9480,22 +9484,30 @@ static struct {
   char private_dir[100];
   /* The pidfile that we have made, open; 0: we have not. */
   int pidfile;
+  /* A new file while it has another name than its own, or "" */
+  char temp[PATH_MAX];
+  /* Its own name */
+  char path[PATH_MAX];
 
   /* ---- The store that is served, or that a command is for; one at most */
 
-  /* Its path, or "" */
+  /* Its path, without symbolic links, or "" */
   char store[PATH_MAX];
   /* The store; NULL: it is not open. */
   struct nbdserve_cas *cas;
   /* The path of the socket that takes commands, STORE.ctl */
   char ctl_path[PATH_MAX];
-  /* That socket, listening, or -1; and its file, as we have made it, or all
+  /* That socket, listening, or -errno; and its file, as we have made it, or all
    * zero */
   int ctl;
   struct stat ctl_st;
-  /* A pipe: cli_control writes to it when it ends, for cli_await_control.
-   * ctl_ended[0] is 0 if that thread was never started. */
-  int ctl_ended[2];
+  /* cli_control runs, or did. */
+  int takes_commands;
+  /* Guards: how many threads do commands, cli_control included, and how many of
+   * the commands are long */
+  struct os_monitor jobs_lock;
+  int njobs;
+  int nlong;
 
   /* --fork: the pipe to our parent, which waits for a byte; or -1 */
   int ready_pipe;
@@ -9525,20 +9537,25 @@ STATIC_ASSERT(a_process_id_fits, sizeof(sig_atomic_t) >= sizeof(pid_t));
 
 /* ---- Messages ----------------------------------------------------------- */
 
-/* Prints a message: a line on standard error, in one write, so that the lines
- * of several threads do not mix.  The form is "OBJECT: what is wrong: reason
- * (what to do)".  What is too long for the buffer is cut; a path fits. */
-static void OS_PRINTF(1, 2) cli_say(const char *fmt, ...) {
-  char text[PATH_MAX + 600];
+/* Prints a message to a descriptor: a line in one write, so that the lines of
+ * several threads do not mix.  The form is "OBJECT: what is wrong: reason (what
+ * to do)".  What is too long for one write is cut.  On standard error it waits
+ * until there is room; on that of a client, which may be a pipe that nobody
+ * reads, for a second. */
+static void OS_PRINTF(2, 3) cli_say_to(int fd, const char *fmt, ...) {
+  char text[PATH_MAX - 20];
   char line[sizeof text + 20];
+  struct pollfd p = {fd, POLLOUT, 0};
   va_list ap;
   va_start(ap, fmt);
   vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
   int n = snprintf(line, sizeof line, "nbdserve: %s\n", text);
   assert(n > 0 && n < (int)sizeof line);
-  (void)!write(2, line, (size_t)n); /* if that fails there is nobody to tell */
+  int is_ready = fd == 2 || poll(&p, 1, 1000) > 0;
+  if (is_ready) (void)!write(fd, line, (size_t)n); /* else nobody can be told */
 }
+#define cli_say(...) cli_say_to(2, __VA_ARGS__)
 
 /* The `log` function of the server: it filters by level, so that all that comes
  * here is to be printed. */
@@ -9735,32 +9752,49 @@ static void cli_remove_ctl(void) {
     unlink(cli.ctl_path);
 }
 
-/* --pidfile: writes our process id to a file, with the mode that the umask asks
- * for.  The file appears in one step, when it is whole: whoever sees it may
- * connect.  Until then it has another name; mkstemp neither follows symbolic
- * links nor opens a file that is there already.  A symbolic link at path is
- * replaced, not followed.  The descriptor stays open, for
- * os_remove_own_file: with it closed, the inode number might become that of
- * another server's pidfile. */
-static void cli_write_pidfile(const char *path) {
-  char temp[PATH_MAX];
-  struct stat st;
-  assert(!cli.pidfile);
-  if (snprintf(temp, PATH_MAX, "%s.XXXXXX", path) >= PATH_MAX)
+/* Makes a new file that will be at path when it is whole: whoever sees it there
+ * can rely on it, and one that was there before stays until then.  Meanwhile it
+ * has another name beside it; cli_close removes it if it comes to nothing.
+ * mkstemp neither follows symbolic links nor opens a file that is there.  It
+ * gets the mode of the old file or, if that is NULL, the one that the umask
+ * asks for.  Returns the descriptor, which stays open. */
+static int cli_new_file(const char *path, const struct stat *old) {
+  const char *slash = strrchr(path, '/');
+  const char *name = slash ? slash + 1 : path;
+  assert(!*cli.temp);
+  if (snprintf(cli.path, PATH_MAX, "%s", path) >= PATH_MAX ||
+      snprintf(cli.temp, PATH_MAX, "%.*s.%.200s.nbdserve-XXXXXX",
+               (int)(name - path), path, name) >= PATH_MAX)
     cli_exit_if_error(-ENAMETOOLONG, path);
-  if (lstat(path, &st) == 0 && !S_ISREG(st.st_mode) && !S_ISLNK(st.st_mode))
-    cli_failed("%s: not a file, so not replaced by the pidfile", path);
-  int fd = cli.pidfile = mkstemp(temp);
-  if (fd < 0) cli_exit_if_error(-errno, path);
+  int fd = mkstemp(cli.temp);
+  if (fd < 0) *cli.temp = '\0';
   mode_t mask = umask(077); /* there is no other way to ask for it */
   umask(mask);
-  if (dprintf(fd, "%ld\n", (long)getpid()) < 0 ||
-      fchmod(fd, 0666 & ~mask) < 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 ||
-      rename(temp, path) < 0) {
-    int err = -errno;
-    unlink(temp);
-    cli_exit_if_error(err, path);
-  }
+  if (fd < 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 ||
+      fchmod(fd, old ? old->st_mode & 0777 : 0666 & ~mask) < 0)
+    cli_exit_if_error(-errno, path);
+  return fd;
+}
+
+/* Gives the new file its own name. */
+static void cli_put_new_file(void) {
+  if (rename(cli.temp, cli.path) < 0) cli_exit_if_error(-errno, cli.path);
+  *cli.temp = '\0';
+}
+
+/* --pidfile: writes our process id to a file.  A symbolic link at path is
+ * replaced, not followed.  The descriptor stays open, for os_remove_own_file:
+ * with it closed, the inode number might become that of another server's
+ * pidfile. */
+static void cli_write_pidfile(const char *path) {
+  struct stat st;
+  assert(!cli.pidfile);
+  if (lstat(path, &st) == 0 && !S_ISREG(st.st_mode) && !S_ISLNK(st.st_mode))
+    cli_failed("%s: not a file, so not replaced by the pidfile", path);
+  int fd = cli_new_file(path, NULL);
+  if (dprintf(fd, "%ld\n", (long)getpid()) < 0) cli_exit_if_error(-errno, path);
+  cli_put_new_file();
+  cli.pidfile = fd;
 }
 
 /* ---- Words, and what --fault and --delay do to requests ----------------- */
@@ -9945,6 +9979,8 @@ static int cli_take_word(const struct cli_word *words, const char **text,
     .help = "make requests wait: read:50 (see README)") \
   X(DRY_RUN, "dry-run", .letter = 'n', \
     .help = "rollback, resize, rm: only check if they can be done") \
+  X(ACCEPT_LOSS, "accept-loss", \
+    .help = "repair: give up what cannot be read") \
   X(NO_VERIFY, "no-verify", \
     .help = "do not check the blocks of a store when reading") \
   X(VERSION, "version", .letter = 'V', \
@@ -10206,43 +10242,63 @@ static void cli_check_options(void) {
  * Usually it is us: the store is opened, the command done, and that is all.  If
  * opening it fails with EBUSY it is being served, and the server does it:
  *
- *   us                        the server's thread cli_control
- *   connect to STORE.ctl  ->  accepts
+ *   us                        the server
+ *   connect to STORE.ctl  ->  cli_control accepts, starts a thread for it
  *   struct cli_request,
- *   two descriptors       ->  cli_run_job, with its output and its messages
- *                             going straight to these descriptors
+ *   two descriptors,
+ *   the operands          ->  cli_serve_job: cli_run_job, with its output and
+ *                             its messages going straight to these descriptors
  *   exit with the status  <-  a byte: the exit status
  *
  * The descriptors are where the output goes (or the FILE of import and export,
  * which only we may be allowed to open) and our standard error.  If we are gone
- * before the command is done, the server sees that and ends it (cli_progress).
+ * before the command is done, the server sees that and ends it (cli_wait).
  * Both are processes of one machine and one version of nbdserve, so the request
  * is sent as it lies in memory.  STORE.ctl belongs to the owner of the store
  * and is nobody else's to connect to.
  *
- * The server does one command at a time; the next one waits in the backlog of
- * the socket.  Built without threads it takes no commands. */
+ * Each command has a thread of its own, so none waits for another one, nor for
+ * output that nobody takes, nor for a client that says nothing.  Of those that
+ * may take long a server does CLI_LONG_JOBS at a time and refuses more; the
+ * others are a checkpoint each, and are never refused.  Built without threads
+ * it takes no commands. */
 #if !NBDSERVE_NO_CAS
 
+enum {
+  /* How many long commands a server does at a time */
+  CLI_LONG_JOBS = 16,
+
+  /* How long somebody who uses a store without taking commands is waited for: a
+   * reader like `list`, or a server that starts or ends.  How often we look. */
+  CLI_BUSY_MS = 3000,
+  CLI_BUSY_STEP_MS = 50,
+
+  /* How often the end of commands is looked at when the server ends */
+  CLI_END_STEP_MS = 5,
+
+  /* Bytes of operands that a server takes: no system has longer command
+   * lines. */
+  CLI_MAX_OPERANDS = 8 << 20
+};
+
 enum cli_verb_flags {
-  /* It changes nothing in the store, which is opened next to other readers. */
-  VERB_READS_ONLY = 1 << 0,
   /* It knows --dry-run.  The others refuse that option: they would change the
    * store all the same. */
-  VERB_DRY_RUN = 1 << 1,
+  VERB_DRY_RUN = 1 << 0,
   /* Its last operand is a size. */
-  VERB_SIZE = 1 << 2,
-  /* It may take long and leaves nothing half done when a signal ends it. */
-  VERB_IS_LONG = 1 << 3,
+  VERB_SIZE = 1 << 1,
+  /* It may take long, calls cli_progress, and leaves nothing half done when a
+   * signal ends it. */
+  VERB_IS_LONG = 1 << 2,
   /* Its last operand is a FILE that it reads. */
-  VERB_READS_FILE = 1 << 4,
+  VERB_READS_FILE = 1 << 3,
   /* Its last operand is a FILE that it writes; "-" is standard output. */
-  VERB_WRITES_FILE = 1 << 5,
+  VERB_WRITES_FILE = 1 << 4,
   /* It prints any number of rows, as JSON: an array of objects.  The others
    * print one row or none, as JSON: an object. */
-  VERB_ROWS = 1 << 6,
+  VERB_ROWS = 1 << 5,
   /* It prints a line for each value of its row, with the name in front. */
-  VERB_LINES = 1 << 7
+  VERB_LINES = 1 << 6
 };
 
 struct cli_job;
@@ -10252,14 +10308,15 @@ struct cli_verb {
   /* The operands, as --help and the usage message print them */
   const char *operands;
   const char *help;
-  /* VERB_READS_ONLY... */
+  /* VERB_DRY_RUN... */
   unsigned flags;
-  /* How many operands it needs besides STORE.  Of two the first one is
-   * request.name and the second one request.to; a single one is
-   * request.name. */
+  /* How the store is opened for it: NBDSERVE_CAS_READONLY, to let other readers
+   * in, or NBDSERVE_CAS_REPAIR */
+  uint32_t open;
+  /* How many operands it needs besides STORE, and how many more it may get.  It
+   * is done for each one or, if it needs two, for the first with each of the
+   * others, all at once: see cli_split_operands. */
   int noperands;
-  /* How many more it may get.  CLI_ANY_NUMBER: it is done for each of them, in
-   * the place of the last one that it needs. */
   int nmore;
   /* For cli_do_change: NBDSERVE_CAS_CREATE... */
   int change;
@@ -10270,19 +10327,16 @@ struct cli_verb {
   int (*run)(struct cli_job *job, struct nbdserve_cas *cas);
 };
 
-/* What goes over the control socket.  The receiver believes nothing of it: the
- * number of the command is checked, and the texts are ended by NUL. */
+/* What goes over the control socket, with the operands behind it.  The receiver
+ * believes nothing of it: see cli_receive. */
 struct cli_request {
-  /* The operand that is a size; 0: it has none. */
-  uint64_t size;
+  /* Bytes of the operands, each of which NUL ends */
+  uint32_t length;
   /* The command: an index of cli_verbs */
   unsigned char verb;
   /* --json and --dry-run */
   unsigned char json;
   unsigned char dry_run;
-  /* The operands, or "" */
-  char name[PATH_MAX];
-  char to[PATH_MAX];
 };
 
 /* Where a command writes to */
@@ -10295,45 +10349,86 @@ struct cli_fds {
 
 /* A command while it is being done, by whichever process */
 struct cli_job {
-  /* ---- What is to be done; fixed */
+  /* ---- What is to be done; fixed.  The texts are in `operands`. */
   const struct cli_verb *verb;
   struct cli_request request;
+  char *operands;
+  /* At least one.  Commands that change nothing have their operands in the name
+   * and `to` of the first. */
+  struct nbdserve_cas_op *ops;
+  size_t nops;
   struct cli_fds fds;
-  /* The connection of whoever waits for it, in the server; or -1 */
+  /* The connection between server and client, for both; else -1 */
   int client;
 
   /* ---- Its output and progress so far; times are in os_now_ms */
   unsigned nrows;
   /* -errno, if something could not be printed */
   int lost;
+  /* Which of the ops has failed */
+  size_t failed;
   int64_t begun_ms;
   /* When progress was last shown; 0: none is on the screen. */
   int64_t shown_ms;
 };
 
-/* ---- Progress ----------------------------------------------------------- */
+/* ---- Output ------------------------------------------------------------- */
+
+/* Waits until a descriptor (-1: none) takes output, for ms milliseconds (-1:
+ * without limit).  -ECANCELED: the job has to end, as the server stops, a
+ * signal has come, or the other side of the connection has gone (or answered,
+ * if that is the server).  -ETIMEDOUT. */
+static int cli_wait(const struct cli_job *job, int fd, int ms) {
+  struct pollfd p[] = {{fd, POLLOUT, 0},
+                       {cli.server->stop.pipe[0], POLLIN, 0},
+                       {job->client, POLLIN, 0}}; /* -1 is skipped */
+  while (poll(p, COUNT_OF(p), ms) < 0 && errno == EINTR)
+    continue;
+  if (p[1].revents || p[2].revents) return -ECANCELED;
+  return p[0].revents ? 0 : -ETIMEDOUT;
+}
+
+/* Writes to a descriptor that may be anything and is the client's, so it stays
+ * as it is: what poll() calls ready takes PIPE_BUF bytes without blocking.
+ * Returns 0 or -errno: that of cli_wait if nobody takes it. */
+static int cli_write(const struct cli_job *job, int fd, const void *data,
+                     size_t n) {
+  const char *p = data;
+  int stall_ms = (int)u_min(cli.server->config.stall_ms, INT_MAX);
+  while (n > 0) {
+    int err = cli_wait(job, fd, stall_ms);
+    if (err) return err;
+    ssize_t done = write(fd, p, (size_t)u_min(n, PIPE_BUF));
+    if (done == 0) return -EIO;
+    if (done < 0 && errno != EINTR && errno != EAGAIN) return -errno;
+    if (done < 0) continue;
+    assert((size_t)done <= n);
+    p += done;
+    n -= (size_t)done;
+  }
+  return 0;
+}
 
 /* Clears the line that shows the progress, if there is one, so that a row or a
  * message can take its place. */
 static void cli_hide_progress(struct cli_job *job) {
-  if (!job->shown_ms) return;
-  dprintf(job->fds.messages, "\r%60s\r", "");
+  char blanks[62];
+  struct iovec piece = {memset(blanks, ' ', sizeof blanks), sizeof blanks};
+  blanks[0] = blanks[sizeof blanks - 1] = '\r';
+  if (job->shown_ms) io_write_pipe(job->fds.messages, &piece);
   job->shown_ms = 0;
 }
 
 /* Is called now and then by what takes long: a nbdserve_progress_fn.  If it is
  * time, shows on a terminal how much is done; how long the rest takes is
- * guessed from the average so far.  Returns true if the command has to end: a
- * signal has come, or the client that waits for it has gone. */
+ * guessed from the average so far.  Returns true if the command has to end. */
 static int cli_progress(void *arg, uint64_t done, uint64_t total) {
   struct cli_job *job = arg;
-  struct pollfd p[] = {{cli.server->stop.pipe[0], POLLIN, 0},
-                       {job->client, POLLIN, 0}}; /* -1 is skipped */
   int64_t now = os_now_ms();
   int64_t passed = now - job->begun_ms;
   if (done && passed > CLI_PROGRESS_AFTER_MS &&
       now - job->shown_ms > CLI_PROGRESS_EVERY_MS &&
-      isatty(job->fds.messages)) {
+      isatty(job->fds.messages) && !cli_wait(job, job->fds.messages, 0)) {
     double s = (double)passed / 1000;
     double mib = (double)done / (1 << 20);
     double ratio = (double)done / (double)total;
@@ -10341,19 +10436,7 @@ static int cli_progress(void *arg, uint64_t done, uint64_t total) {
             ratio * 100, mib, mib / s, s / ratio - s);
     job->shown_ms = now;
   }
-  return poll(p, 2, 0) > 0;
-}
-
-/* ---- Rows --------------------------------------------------------------- */
-
-/* Prints to the output of a job, and remembers if that fails: whoever reads a
- * list must not take the half of it for the whole. */
-static void OS_PRINTF(2, 3)
-    cli_print(struct cli_job *job, const char *fmt, ...) {
-  va_list ap;
-  va_start(ap, fmt);
-  if (vdprintf(job->fds.output, fmt, ap) < 0) job->lost = -errno;
-  va_end(ap);
+  return job->lost || cli_wait(job, -1, 0) == -ECANCELED;
 }
 
 /* A value in a row */
@@ -10373,35 +10456,43 @@ struct cli_value {
 #define CLI_PRINT_ROW(job, ...) \
   cli_print_row(job, (const struct cli_value[]){__VA_ARGS__, {.name = NULL}})
 
-/* Prints a row of values, which end with one that has no name.  On a terminal
- * they are aligned; the first column is wide, as it has the name wherever there
- * is one.  JSON would want nothing in a text escaped: the store refuses names
- * with such characters, and the other texts are our own.  Returns 0, or -errno
- * if some of the output was lost, which ends a list early. */
+/* Prints a row of values, which end with one that has no name, in one piece.
+ * On a terminal they are aligned; the first column is wide, as it has the name
+ * wherever there is one.  JSON would want nothing in a text escaped: the store
+ * refuses names with such characters, and the other texts are our own.  Returns
+ * 0, or -errno if it is lost, which ends a list early: whoever reads a list
+ * must not take the half of it for the whole. */
 static int cli_print_row(struct cli_job *job, const struct cli_value *values) {
   unsigned flags = job->verb->flags;
   int json = job->request.json;
   int is_table = !json && !(flags & VERB_LINES);
   int is_aligned = is_table && isatty(job->fds.output);
   const char *quote = json ? "\"" : "";
+  char *row = NULL;
+  size_t n = 0;
   assert(values->name && (flags & VERB_ROWS || !job->nrows));
-  cli_hide_progress(job);
-  if (json && flags & VERB_ROWS) cli_print(job, job->nrows ? "," : "[");
+  FILE *out = open_memstream(&row, &n);
+  if (!out) return job->lost = -errno;
+  if (json && flags & VERB_ROWS) fputs(job->nrows ? "," : "[", out);
   job->nrows++;
   for (int i = 0; values[i].name; i++) {
     if (json)
-      cli_print(job, "%s\"%s\":", i ? "," : "{", values[i].name);
+      fprintf(out, "%s\"%s\":", i ? "," : "{", values[i].name);
     else if (!is_table)
-      cli_print(job, "%s%s\t", i ? "\n" : "", values[i].name);
+      fprintf(out, "%s%s\t", i ? "\n" : "", values[i].name);
     else if (i)
-      cli_print(job, is_aligned ? "  " : "\t");
+      fputs(is_aligned ? "  " : "\t", out);
     if (values[i].text)
-      cli_print(job, "%s%-*s%s", quote, is_aligned && !i ? 40 : 0,
-                values[i].text, quote);
+      fprintf(out, "%s%-*s%s", quote, is_aligned && !i ? 40 : 0, values[i].text,
+              quote);
     else
-      cli_print(job, "%*" PRIu64, is_aligned ? 16 : 0, values[i].number);
+      fprintf(out, "%*" PRIu64, is_aligned ? 16 : 0, values[i].number);
   }
-  cli_print(job, json ? "}\n" : "\n");
+  fputs(json ? "}\n" : "\n", out);
+  job->lost = fclose(out) == EOF ? -errno : 0;
+  cli_hide_progress(job);
+  if (!job->lost) job->lost = cli_write(job, job->fds.output, row, n);
+  free(row);
   return job->lost;
 }
 
@@ -10410,11 +10501,8 @@ static int cli_print_row(struct cli_job *job, const struct cli_value *values) {
 /* create, snapshot, rollback, clone, rename, resize, rm: they change the
  * catalog, and nbdserve.h has one call for all of them. */
 static int cli_do_change(struct cli_job *job, struct nbdserve_cas *cas) {
-  const struct cli_request *request = &job->request;
-  int dry_run = request->dry_run ? NBDSERVE_CAS_DRY_RUN : 0;
   assert(job->verb->change);
-  return nbdserve_cas_change(cas, job->verb->change | dry_run, request->name,
-                             request->to, request->size);
+  return nbdserve_cas_changes(cas, job->ops, job->nops, &job->failed);
 }
 
 /* Prints a volume or snapshot: a nbdserve_list_fn.  The time comes from a file
@@ -10439,7 +10527,7 @@ static int cli_do_list(struct cli_job *job, struct nbdserve_cas *cas) {
  * has to be read, which takes long. */
 static int cli_do_seal(struct cli_job *job, struct nbdserve_cas *cas) {
   char id[72];
-  int err = nbdserve_cas_seal(cas, job->request.name, id, cli_progress, job);
+  int err = nbdserve_cas_seal(cas, job->ops->name, id, cli_progress, job);
   if (err) return err;
   assert(strncmp(id, "sha256-", 7) == 0);
   return CLI_PRINT_ROW(job, CLI_STRING("id", id));
@@ -10453,13 +10541,12 @@ static int cli_range_row(void *arg, uint64_t off, uint64_t len) {
 
 /* diff: a row for each range in which two volumes or snapshots differ */
 static int cli_do_diff(struct cli_job *job, struct nbdserve_cas *cas) {
-  return nbdserve_cas_diff(cas, job->request.name, job->request.to,
-                           cli_range_row, job);
+  return nbdserve_cas_diff(cas, job->ops->name, job->ops->to, cli_range_row,
+                           job);
 }
 
 /* Prints what is damaged: a nbdserve_damage_fn.  Damage to the store itself has
- * no name; a row then has "-" there, so that it always has four fields.  What
- * cannot be printed shows in job->lost: there is no way to end this early. */
+ * no name; a row then has "-" there, so that it always has four fields. */
 static int cli_damage_row(void *arg, const char *name, uint64_t off,
                           uint64_t len, const char *why) {
   struct cli_job *job = arg;
@@ -10468,9 +10555,12 @@ static int cli_damage_row(void *arg, const char *name, uint64_t off,
                        CLI_NUMBER("length", len), CLI_STRING("why", why));
 }
 
-/* verify: a row for each range that is damaged; the exit status tells, too. */
+/* verify: a row for each range that is damaged; the exit status tells, too.
+ * repair: the same for what remains damaged. */
 static int cli_do_verify(struct cli_job *job, struct nbdserve_cas *cas) {
-  return nbdserve_cas_verify(cas, cli_damage_row, cli_progress, job);
+  int repairs = job->verb->open == NBDSERVE_CAS_REPAIR;
+  return (repairs ? nbdserve_cas_repair : nbdserve_cas_verify)(
+      cas, cli_damage_row, cli_progress, job);
 }
 
 /* gc: gives unused space to the file system.  The row has the bytes of the file
@@ -10493,74 +10583,79 @@ static int cli_do_stat(struct cli_job *job, struct nbdserve_cas *cas) {
       CLI_NUMBER("file", stat.file), CLI_NUMBER("log", stat.log));
 }
 
-/* What import and export move at a time: a whole number of blocks of every size
- * that a store may have.  A process does one command at a time, in the main
- * thread or in cli_control, so one buffer is enough. */
-static unsigned char cli_buffer[65536];
-
-/* How import and export move the bytes of a volume */
-enum cli_copy {
-  /* From a file to the volume.  Zeroes need no care: the store knows them. */
-  COPY_IN,
-  /* To a pipe, a terminal, or wherever standard output may lead */
-  COPY_OUT,
-  /* To a file that gets the size of the volume first.  It is one hole then:
-   * zeroes need not be written.  A file that cannot be cut, a block device or a
-   * pipe, is written from the front like standard output. */
-  COPY_TO_FILE
-};
-
-/* Writes the first n bytes of the buffer, in as many steps as it takes. */
-static int cli_write_buffer(int fd, uint64_t n) {
-  assert(n <= sizeof cli_buffer);
-  for (uint64_t done = 0; done < n;) {
-    ssize_t r = write(fd, cli_buffer + done, (size_t)(n - done));
-    if (r <= 0) return r < 0 ? -errno : -EIO;
-    done += (uint64_t)r;
-  }
-  return 0;
+/* Is there data at off of a volume?  *end: where that changes.  What is not
+ * known is data: then reading it tells what is wrong. */
+static int cli_is_data(const struct nbdserve_export *volume, uint64_t off,
+                       uint64_t *end) {
+  unsigned char extent[WIRE_EXT_EXTENT_LEN];
+  uint64_t left = volume->size - off;
+  struct nbdserve_extents x = {
+      .left = left, .align = 1, .max = 1, .data = extent};
+  *end = volume->size;
+  int err =
+      volume->ops->extents(volume->ctx, off, left, NBDSERVE_CMD_REQ_ONE, &x);
+  if (err || !x.n) return 1;
+  *end = off + u_get64(extent);
+  assert(*end > off && *end <= volume->size);
+  return !(u_get64(extent + 8) & NBDSERVE_EXTENT_ZERO);
 }
 
-/* Copies n bytes of a volume at off, as many as fit into the buffer. */
-static int cli_copy_piece(int file, const struct nbdserve_export *ex,
-                          enum cli_copy kind, uint64_t off, uint64_t n) {
-  struct iovec piece = {cli_buffer, (size_t)n};
-  assert(n > 0 && n <= sizeof cli_buffer);
-  assert(off < ex->size && n <= ex->size - off);
-  if (kind == COPY_IN) {
-    int err = os_transfer(file, OS_READ, &piece, 1, off);
-    return err ? err : ex->ops->write(ex->ctx, cli_buffer, off, n, 0);
+/* Copies a volume from or to the FILE of an import or export, IO_UNIT bytes at
+ * a time, which is a whole number of blocks of every size.  A FILE without
+ * offsets (a pipe, or wherever standard output may lead) is written from front
+ * to back.  Holes are not copied where the other side is one hole already: a
+ * new volume, or a file that can be given its size. */
+static int cli_copy(struct cli_job *job, const struct nbdserve_export *volume) {
+  const struct nbdserve_ops *ops = volume->ops;
+  int file = job->fds.output;
+  int is_import = (job->verb->flags & VERB_READS_FILE) != 0;
+  int has_offsets = is_import || (strcmp(job->ops->to, "-") != 0 &&
+                                  lseek(file, 0, SEEK_CUR) >= 0);
+  int skips_holes =
+      is_import || (has_offsets && ftruncate(file, (off_t)volume->size) == 0);
+  unsigned char *buffer = NBDSERVE_MALLOC(IO_UNIT);
+  uint64_t end = 0;
+  uint64_t n = 0;
+  int is_data = 0;
+  int err = buffer ? 0 : -ENOMEM;
+  for (uint64_t off = 0; off < volume->size && !err; off += n) {
+    if (off >= end)
+      is_data = is_import ? os_is_data(file, off, volume->size, &end)
+                          : cli_is_data(volume, off, &end);
+    n = end - off;
+    if (!is_data && skips_holes) continue;
+    n = u_min(n, IO_UNIT);
+    struct iovec piece = {buffer, (size_t)n};
+    if (cli_progress(job, off, volume->size))
+      err = -ECANCELED;
+    else if (is_import)
+      err = os_transfer(file, OS_READ, &piece, 1, off);
+    else if (is_data)
+      err = ops->read(volume->ctx, buffer, off, n, 0);
+    else
+      memset(buffer, 0, (size_t)n);
+    if (err) break;
+    piece = (struct iovec){buffer, (size_t)n};
+    if (is_import)
+      err = ops->write(volume->ctx, buffer, off, n, 0);
+    else if (has_offsets)
+      err = os_transfer(file, OS_WRITE, &piece, 1, off);
+    else
+      err = cli_write(job, file, buffer, (size_t)n);
   }
-  int err = ex->ops->read(ex->ctx, cli_buffer, off, n, 0);
-  if (err) return err;
-  if (kind == COPY_OUT) return cli_write_buffer(file, n);
-  if (u_is_zero(cli_buffer, (size_t)n)) return 0;
-  return os_transfer(file, OS_WRITE, &piece, 1, off);
+  NBDSERVE_FREE(buffer);
+  return err;
 }
 
 /* export: writes a volume or snapshot to a FILE, which gets its size, or to
- * standard output, behind what may be there already.  import: the other way, to
- * a new volume.  Makes durable what it has written, except to a pipe. */
-static int cli_do_copy(struct cli_job *job, struct nbdserve_cas *cas) {
-  struct nbdserve_export ex = {.name = NULL};
-  int file = job->fds.output;
-  enum cli_copy kind = job->verb->flags & VERB_READS_FILE ? COPY_IN : COPY_OUT;
-  int err = nbdserve_cas_volume(cas, job->request.name, &ex);
+ * standard output, behind what may be there already.  Whoever gave the command
+ * makes it durable: cli_finish_file. */
+static int cli_do_export(struct cli_job *job, struct nbdserve_cas *cas) {
+  struct nbdserve_export volume = {.name = NULL};
+  int err = nbdserve_cas_volume(cas, job->ops->name, &volume);
   if (err) return err;
-  if (kind == COPY_OUT && strcmp(job->request.to, "-") != 0 &&
-      ftruncate(file, 0) == 0 && ftruncate(file, (off_t)ex.size) == 0)
-    kind = COPY_TO_FILE;
-  for (uint64_t off = 0; !err && off < ex.size; off += sizeof cli_buffer) {
-    uint64_t n = u_min(sizeof cli_buffer, ex.size - off);
-    if (cli_progress(job, off, ex.size)) err = -ECANCELED;
-    if (!err) err = cli_copy_piece(file, &ex, kind, off, n);
-  }
-  if (!err && kind == COPY_IN) err = ex.ops->flush(ex.ctx, 0);
-  if (!err && kind != COPY_IN) {
-    err = os_datasync(file);
-    if (err == -EINVAL || err == -ENOTSUP) err = 0; /* a pipe, a terminal */
-  }
-  ex.ops->close(ex.ctx);
+  err = cli_copy(job, &volume);
+  volume.ops->close(volume.ctx);
   return err;
 }
 
@@ -10568,15 +10663,15 @@ static int cli_do_copy(struct cli_job *job, struct nbdserve_cas *cas) {
  * no volume afterwards.  The size has to be known first, so a pipe will not
  * do. */
 static int cli_do_import(struct cli_job *job, struct nbdserve_cas *cas) {
-  const char *name = job->request.name;
+  struct nbdserve_export volume = {.name = NULL};
   off_t size = lseek(job->fds.output, 0, SEEK_END);
   if (size < 0) return -errno;
-  int err = nbdserve_cas_create(cas, name, (uint64_t)size);
-  if (err) return err; /* what has that name already is not ours to remove */
-  err = cli_do_copy(job, cas);
+  int err = nbdserve_cas_begin(cas, job->ops->name, (uint64_t)size, &volume);
+  if (err) return err;
+  err = cli_copy(job, &volume);
   assert(err <= 0);
-  if (err) nbdserve_cas_rm(cas, name);
-  return err;
+  int finish_err = nbdserve_cas_finish(cas, &volume, !err);
+  return err ? err : finish_err;
 }
 
 /* ---- The table ---- */
@@ -10593,11 +10688,14 @@ static const struct cli_verb cli_verbs[] = {
      .run = cli_do_import, .flags = VERB_IS_LONG | VERB_READS_FILE},
     {.name = "export", .operands = "STORE::NAME FILE", .noperands = 2,
      .help = "copy to a file (-: standard output)",
-     .run = cli_do_copy, .flags = VERB_READS_ONLY | VERB_WRITES_FILE},
-    {.name = "list", .operands = "STORE", .flags = VERB_READS_ONLY | VERB_ROWS,
-     .help = "print name, size, time and id of each", .run = cli_do_list},
-    {.name = "snapshot", .operands = "STORE::VOLUME@SNAPSHOT", .noperands = 1,
+     .run = cli_do_export, .flags = VERB_IS_LONG | VERB_WRITES_FILE,
+     .open = NBDSERVE_CAS_READONLY},
+    {.name = "list", .operands = "STORE", .run = cli_do_list,
+     .help = "print name, size, time and id of each",
+     .flags = VERB_ROWS, .open = NBDSERVE_CAS_READONLY},
+    {.name = "snapshot", .operands = "STORE::VOLUME@SNAP...", .noperands = 1,
      .help = "keep what VOLUME holds now, under a name",
+     .nmore = CLI_ANY_NUMBER,
      .run = cli_do_change, .change = NBDSERVE_CAS_SNAPSHOT,
      .invalid = "not a name that a snapshot can have"},
     {.name = "seal", .operands = "STORE::VOLUME@SNAPSHOT", .noperands = 1,
@@ -10620,19 +10718,53 @@ static const struct cli_verb cli_verbs[] = {
      .help = "remove volumes and snapshots", .nmore = CLI_ANY_NUMBER,
      .run = cli_do_change, .change = NBDSERVE_CAS_RM, .flags = VERB_DRY_RUN},
     {.name = "diff", .operands = "STORE::NAME NAME", .noperands = 2,
-     .help = "print the ranges that differ",
-     .run = cli_do_diff, .flags = VERB_READS_ONLY | VERB_ROWS},
-    {.name = "verify", .operands = "STORE",
+     .help = "print the ranges that differ", .run = cli_do_diff,
+     .flags = VERB_ROWS, .open = NBDSERVE_CAS_READONLY},
+    {.name = "verify", .operands = "STORE", .run = cli_do_verify,
      .help = "check all data; print what is damaged",
-     .run = cli_do_verify, .flags = VERB_READS_ONLY | VERB_ROWS | VERB_IS_LONG},
+     .flags = VERB_ROWS | VERB_IS_LONG, .open = NBDSERVE_CAS_READONLY},
+    {.name = "repair", .operands = "STORE", .run = cli_do_verify,
+     .help = "mend what can be; print what cannot",
+     .flags = VERB_ROWS | VERB_IS_LONG, .open = NBDSERVE_CAS_REPAIR},
     {.name = "gc", .operands = "STORE", .run = cli_do_gc, .flags = VERB_IS_LONG,
      .help = "give unused space back; print its bytes"},
     {.name = "stat", .operands = "STORE", .help = "print how much is stored",
-     .run = cli_do_stat, .flags = VERB_READS_ONLY | VERB_LINES},
+     .run = cli_do_stat, .flags = VERB_LINES, .open = NBDSERVE_CAS_READONLY},
     {.name = NULL}};
 /* clang-format on */
 
 /* ---- Doing a command ---- */
+
+/* Makes the ops of a job from its operands: one for each operand or, if the
+ * command needs two, for the first with each of the others, or at least one.
+ * Returns 0 or -errno; the ops are freed with the job.  -EINVAL: too few or too
+ * many operands.  -EDOM: the last one is not a size. */
+static int cli_split_operands(struct cli_job *job) {
+  const struct cli_verb *verb = job->verb;
+  const char *first = job->operands;
+  const char *end = first + job->request.length;
+  int n = 0;
+  for (const char *p = first; p < end; p++)
+    n += !*p;
+  if (n < verb->noperands || n - verb->noperands > verb->nmore) return -EINVAL;
+  job->ops = u_zalloc(((size_t)n + 1) * sizeof *job->ops);
+  if (!job->ops) return -ENOMEM;
+  struct nbdserve_cas_op op = {
+      .verb = verb->change | (job->request.dry_run ? NBDSERVE_CAS_DRY_RUN : 0),
+      .name = "",
+      .to = ""};
+  for (const char *p = first; p < end; p += strlen(p) + 1) {
+    int is_alone = verb->noperands < 2;
+    op.name = is_alone ? p : first;
+    op.to = is_alone ? "" : p;
+    if (!is_alone && p == first) continue;
+    if (verb->flags & VERB_SIZE && !u_parse_number(p, INT64_MAX, &op.size))
+      return -EDOM;
+    job->ops[job->nops++] = op;
+  }
+  if (!job->nops) job->ops[job->nops++] = op;
+  return 0;
+}
 
 /* Says in words why a command has failed.  The errors of nbdserve.h mean more
  * here than what strerror has for them. */
@@ -10641,33 +10773,36 @@ static const char *cli_job_reason(const struct cli_job *job, int err) {
   if (err == -EBUSY) return "in use by a client, or being verified";
   if (err == -ENOTEMPTY) return "it has snapshots";
   if (err == -EUCLEAN) return "the store is damaged (verify names what is)";
+  if (err == -ETIMEDOUT) return "nobody takes its output";
   if (err != -EINVAL) return u_errno_text(err);
   return invalid ? invalid : "not a name or size that a volume can have";
 }
 
-/* Does a command on an open store, and prints what it has to say.  If it fails
- * the message goes to whoever gave the command: this may be the server.  (The
- * FILE of an import is not named in it, as the errors that come after it was
- * opened are about the volume.)  Returns the exit status.  job->verb has been
- * checked: see cli_run_verb for our own, and cli_serve_verb for what came
- * over the socket. */
+/* Does a command on an open store, and prints what it has to say.  (The FILE of
+ * an import is not named in a message, as the errors that come after it was
+ * opened are about the volume.  A reader who has seen enough of a list, as
+ * `head` does, wants none.)  Returns the exit status. */
 static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
-  const char *name = job->request.name;
-  const char *to = job->verb->flags & VERB_READS_FILE ? "" : job->request.to;
+  unsigned flags = job->verb->flags;
   assert(job->verb == &cli_verbs[job->request.verb] && job->verb->run);
-  /* A command that is done several times prints nothing. */
-  assert(!job->nrows && !job->lost && !job->shown_ms);
+  assert(job->nops > 0 && !job->nrows && !job->lost && !job->shown_ms);
   job->begun_ms = os_now_ms();
   int err = job->verb->run(job, cas);
   cli_hide_progress(job);
-  if (job->request.json && job->verb->flags & VERB_ROWS)
-    cli_print(job, job->nrows ? "]\n" : "[]\n");
-  if (!err) err = job->lost;
+  const char *end = job->nrows ? "]\n" : "[]\n";
+  if (job->request.json && flags & VERB_ROWS && !job->lost)
+    job->lost = cli_write(job, job->fds.output, end, strlen(end));
+  if (job->lost) err = job->lost;
   if (!err) return CLI_OK;
-  if (err != -EUCLEAN || !job->nrows) /* else the rows tell what is damaged */
-    dprintf(job->fds.messages, "nbdserve: %s%s%s%s%s: %s\n", job->verb->name,
-            *name ? " " : "", name, *to ? " " : "", to,
-            cli_job_reason(job, err));
+  assert(job->failed < job->nops);
+  const struct nbdserve_cas_op *op = &job->ops[job->failed];
+  const char *to = flags & VERB_READS_FILE ? "" : op->to;
+  int is_told = err == -EUCLEAN ? job->nrows > 0 /* the rows say it */
+                                : err == -EPIPE && flags & VERB_ROWS;
+  if (!is_told)
+    cli_say_to(job->fds.messages, "%s%s%.999s%s%.999s: %s", job->verb->name,
+               *op->name ? " " : "", op->name, *to ? " " : "", to,
+               cli_job_reason(job, err));
   return err == -EUCLEAN ? CLI_DAMAGED : CLI_FAILED;
 }
 
@@ -10680,123 +10815,183 @@ union cli_passed {
   char room[CMSG_SPACE(sizeof(struct cli_fds))];
 };
 
-/* Returns the message that carries a job, in either direction: *data leads to
- * the request, and the descriptors are in *passed.  All three have to stay
- * where they are until the message was sent or received. */
-static struct msghdr cli_message(struct cli_job *job, struct iovec *data,
+/* Returns the message that carries a job, in either direction: data leads to
+ * the request and the operands, and the descriptors are in *passed.  All three
+ * have to stay where they are until the message was sent or received. */
+static struct msghdr cli_message(struct cli_job *job, struct iovec data[2],
                                  union cli_passed *passed) {
   const socklen_t len = CMSG_LEN(sizeof job->fds);
-  *data = (struct iovec){&job->request, sizeof job->request};
+  data[0] = (struct iovec){&job->request, sizeof job->request};
+  data[1] = (struct iovec){job->operands, job->request.length};
   passed->header = (struct cmsghdr){.cmsg_len = len};
   passed->header.cmsg_level = SOL_SOCKET;
   passed->header.cmsg_type = SCM_RIGHTS;
   memcpy(CMSG_DATA(&passed->header), &job->fds, sizeof job->fds);
   return (struct msghdr){.msg_iov = data,
-                         .msg_iovlen = 1,
+                         .msg_iovlen = 2,
                          .msg_control = passed,
                          .msg_controllen = len};
 }
 
-/* Lets the server of the store do a job, waits for it as long as it takes, and
- * returns the exit status.  The server gets duplicates of the descriptors.
- * Whoever has the store without listening at STORE.ctl is no server, or a
- * read-only one, or was built without threads.
+/* Connects to the server of the store: a socket, or -errno.
  *
  * A STORE.ctl that is somebody else's is refused: in a directory where
  * everybody may make files a stranger who can read the store could lock it,
  * listen there, and get our descriptors.  A server runs as the owner of the
  * store, as ourselves, or as root. */
-static int cli_run_remote(struct cli_job *job) {
-  struct iovec data;
-  union cli_passed passed;
-  struct msghdr message = cli_message(job, &data, &passed);
+static int cli_connect(void) {
   struct stat store;
   struct stat ctl;
-  unsigned char status;
   if (stat(cli.store, &store) == 0 && lstat(cli.ctl_path, &ctl) == 0 &&
       ctl.st_uid != store.st_uid && ctl.st_uid != geteuid() && ctl.st_uid != 0)
     cli_failed("%s: belongs neither to the owner of the store nor to us",
                cli.ctl_path);
-  int fd = srv_unix_socket(cli.ctl_path, SRV_CONNECT);
-  if (fd < 0)
-    cli_die(CLI_IN_USE, "%s: in use by a process that takes no commands",
-            cli.store);
-  /* A socket's buffer takes all of it at once. */
-  if (sendmsg(fd, &message, MSG_NOSIGNAL) != (ssize_t)sizeof job->request ||
-      read(fd, &status, 1) != 1)
+  return srv_unix_socket(cli.ctl_path, SRV_CONNECT);
+}
+
+/* Lets the server that we are connected to do a job, waits for it as long as it
+ * takes, and returns the exit status.  The server gets duplicates of the
+ * descriptors.  A signal ends the wait; that we are gone ends the job. */
+static int cli_run_remote(struct cli_job *job) {
+  struct iovec data[2];
+  union cli_passed passed;
+  struct msghdr message = cli_message(job, data, &passed);
+  size_t n = sizeof job->request + job->request.length;
+  unsigned char status;
+  assert(job->client >= 0);
+  int is_sent = sendmsg(job->client, &message, MSG_NOSIGNAL) == (ssize_t)n;
+  if (is_sent) cli_wait(job, -1, -1);
+  ssize_t got = recv(job->client, &status, 1, MSG_DONTWAIT);
+  if (got < 0 && is_sent)
+    cli_failed("%s: %s", job->verb->name, u_errno_text(-ECANCELED));
+  if (got != 1)
     cli_failed("%s: no answer from the server of the store", cli.ctl_path);
-  close(fd);
   return status;
 }
 
-/* Does what a client of the control socket asks for, and closes it.  It has to
- * come in one go: as long as we wait for it, others wait, too, so there is a
- * limit, which is over when a server that stops has waited for us.  A request
- * that makes no sense is dropped without an answer.
- *
- * Where no descriptor has come there is -1: the system writes over what we have
- * put into the message only what it has got.  There is room for two: if
- * somebody sends more, the system closes the rest. */
-static void cli_serve_verb(int client) {
-  struct cli_job job = {.fds = {.output = -1, .messages = -1},
-                        .client = client};
-  struct iovec data;
+/* Receives a job.  It has to come within IO_GRACE_MS, and the request in one
+ * go, with its descriptors: where none has come there stays -1, as the system
+ * writes over what we have put into the message only what it has got.  There is
+ * room for two: if somebody sends more, the system closes the rest.  Returns
+ * 0, or -errno if it makes no sense. */
+static int cli_receive(struct cli_job *job) {
+  struct io io = {.in = job->client,
+                  .out = job->client,
+                  .stop = &cli.server->stop,
+                  .stall_ms = IO_GRACE_MS,
+                  .deadline = os_now_ms() + IO_GRACE_MS};
+  struct iovec data[2];
   union cli_passed passed;
-  struct msghdr message = cli_message(&job, &data, &passed);
-  os_set_receive_timeout(client, IO_GRACE_MS);
-  ssize_t n = recvmsg(client, &message, MSG_WAITALL);
-  memcpy(&job.fds, CMSG_DATA(&passed.header), sizeof job.fds);
-  if (n > 0 && n < (ssize_t)sizeof job.request) { /* descriptors end a call */
-    ssize_t more = recv(client, (unsigned char *)&job.request + n,
-                        sizeof job.request - (size_t)n, MSG_WAITALL);
-    if (more > 0) n += more;
-  }
-  unsigned verb = job.request.verb;
-  if (n == (ssize_t)sizeof job.request && job.fds.messages >= 0 &&
-      verb < COUNT_OF(cli_verbs) && cli_verbs[verb].run) {
-    job.verb = &cli_verbs[verb];
-    job.request.name[PATH_MAX - 1] = '\0';
-    job.request.to[PATH_MAX - 1] = '\0';
-    unsigned char status = (unsigned char)cli_run_job(&job, cli.cas);
-    (void)!write(client, &status, 1); /* a client that has gone needs none */
-  }
-  close(job.fds.output); /* closing -1 does no harm */
-  close(job.fds.messages);
-  close(client);
+  struct cli_request *request = &job->request;
+  struct msghdr message = cli_message(job, data, &passed);
+  message.msg_iovlen = 1;
+  int err = io_wait_input(&io, io.deadline);
+  if (err) return err;
+  ssize_t n = recvmsg(job->client, &message, MSG_DONTWAIT);
+  memcpy(&job->fds, CMSG_DATA(&passed.header), sizeof job->fds);
+  if (n != (ssize_t)sizeof *request || job->fds.messages < 0 ||
+      request->verb >= COUNT_OF(cli_verbs) || !cli_verbs[request->verb].run ||
+      request->length > CLI_MAX_OPERANDS)
+    return -EINVAL;
+  job->verb = &cli_verbs[request->verb];
+  job->operands = u_zalloc(request->length + 1u);
+  if (!job->operands) return -ENOMEM;
+  io.arrived_left -= (size_t)u_min(io.arrived_left, sizeof *request);
+  err = io_recv_all(&io, (unsigned char *)job->operands, request->length);
+  return err ? err : cli_split_operands(job);
 }
 
-/* The thread that takes commands until the server stops.  That makes
- * io_wait_input fail, and ends a command that is under way (cli_progress).  If
- * a client cannot be accepted, for want of descriptors, trying again at once
- * would not help. */
+/* Changes a number that threads share, as long as it stays within max.  Returns
+ * false if it would not. */
+static int cli_count(int *number, int change, int max) {
+  os_lock(&cli.jobs_lock);
+  int fits = *number + change <= max;
+  if (fits) *number += change;
+  assert(*number >= 0);
+  os_unlock(&cli.jobs_lock);
+  return fits;
+}
+
+/* The thread of a command, which frees the job.  A request that makes no sense
+ * is dropped without an answer. */
+static void *cli_serve_job(void *arg) {
+  struct cli_job *job = arg;
+  unsigned char status = CLI_FAILED;
+  int is_sound = cli_receive(job) == 0;
+  int is_long =
+      is_sound && (job->verb->flags & (VERB_ROWS | VERB_IS_LONG)) != 0;
+  int has_room = cli_count(&cli.nlong, is_long, CLI_LONG_JOBS);
+  if (is_sound && has_room)
+    status = (unsigned char)cli_run_job(job, cli.cas);
+  else if (is_sound)
+    cli_say_to(job->fds.messages,
+               "%s: the server is doing %d others (try later)", job->verb->name,
+               CLI_LONG_JOBS);
+  if (has_room) cli_count(&cli.nlong, -is_long, CLI_LONG_JOBS);
+  /* A client that has gone needs none. */
+  if (is_sound) (void)!write(job->client, &status, 1);
+  close(job->fds.output); /* closing -1 does no harm */
+  close(job->fds.messages);
+  close(job->client);
+  NBDSERVE_FREE(job->operands);
+  NBDSERVE_FREE(job->ops);
+  NBDSERVE_FREE(job);
+  cli_count(&cli.njobs, -1, INT_MAX);
+  return NULL;
+}
+
+/* The thread that takes commands until the server stops: that makes
+ * io_wait_input fail, and ends commands that are under way (cli_wait).  If a
+ * client cannot be served, for want of descriptors, trying again at once would
+ * not help. */
 static void *cli_control(void *unused) {
-  struct io io = {.in = cli.ctl, .stop = &cli.server->stop};
+  struct io io = {.in = cli.ctl, .out = cli.ctl, .stop = &cli.server->stop};
   (void)unused;
   while (io_wait_input(&io, 0) == 0) {
     int client = os_accept(cli.ctl);
-    if (client >= 0)
-      cli_serve_verb(client);
-    else
-      poll(NULL, 0, SRV_PAUSE_MS);
+    struct cli_job *job = client < 0 ? NULL : u_zalloc(sizeof *job);
+    if (job) {
+      job->client = client;
+      job->fds = (struct cli_fds){.output = -1, .messages = -1};
+      cli_count(&cli.njobs, 1, INT_MAX);
+      if (os_thread(cli_serve_job, job) == 0) continue;
+      cli_count(&cli.njobs, -1, INT_MAX);
+      NBDSERVE_FREE(job);
+    }
+    close(client);
+    poll(NULL, 0, SRV_PAUSE_MS);
   }
-  (void)!write(cli.ctl_ended[1], "", 1);
+  cli_count(&cli.njobs, -1, INT_MAX);
   return NULL;
 }
 
 /* ---- The store of this process ------------------------------------------ */
 
-/* Opens the store at path.  The process has one at most.  Returns 0, or -errno
- * and leaves cli.cas NULL; on -EBUSY the caller may want cli.ctl_path. */
-static int cli_open_store(const char *path, int readonly) {
-  struct nbdserve_cas_options options = {
-      .flags = (readonly ? NBDSERVE_CAS_READONLY : 0) |
-               (opt[OPT_NO_VERIFY].given ? NBDSERVE_CAS_NO_VERIFY : 0)};
+/* Opens the store at path.  The process has one at most.  STORE.ctl lies beside
+ * the file itself, so that all who come by symbolic links find it.  Returns 0,
+ * or -errno and leaves cli.cas NULL.  -EBUSY: somebody has it.  If that is its
+ * server *server is connected to it, else -1: a reader like `list` is waited
+ * for, and a server that just starts or ends. */
+static int cli_open_store(const char *path, uint32_t flags, int *server) {
+  struct nbdserve_cas_options options = {.flags = flags};
+  struct pollfd stop = {cli.server->stop.pipe[0], POLLIN, 0};
+  int64_t until = os_now_ms() + CLI_BUSY_MS;
   assert(!cli.cas);
-  if (snprintf(cli.store, PATH_MAX, "%s", path) >= PATH_MAX ||
-      snprintf(cli.ctl_path, PATH_MAX, "%s.ctl", path) >= PATH_MAX)
+  *server = -1;
+  if (opt[OPT_NO_VERIFY].given) options.flags |= NBDSERVE_CAS_NO_VERIFY;
+  if (!realpath(path, cli.store)) return -errno;
+  if (snprintf(cli.ctl_path, PATH_MAX, "%s.ctl", cli.store) >= PATH_MAX)
     return -ENAMETOOLONG;
-  int err = nbdserve_cas_open(path, &options, &cli.cas);
-  if (err == -EINVAL) cli_failed("%s: not a store", path);
+  int err;
+  do {
+    err = nbdserve_cas_open(path, &options, &cli.cas);
+    if (err == -EINVAL) cli_failed("%s: not a store", path);
+    if (err == -EUCLEAN)
+      cli_failed("%s: damaged; `nbdserve repair %s%s` goes on", path,
+                 flags & NBDSERVE_CAS_REPAIR ? "--accept-loss " : "", path);
+    if (err == -EBUSY) *server = cli_connect();
+  } while (err == -EBUSY && *server < 0 && os_now_ms() < until &&
+           poll(&stop, 1, CLI_BUSY_STEP_MS) == 0);
   assert(!err == !!cli.cas);
   return err;
 }
@@ -10804,30 +10999,33 @@ static int cli_open_store(const char *path, int readonly) {
 /* Starts the thread that takes commands.  This comes after --fork and after the
  * command was started: from now on the process makes no other one, which would
  * inherit the descriptors that come with commands.  Without the thread nobody
- * would answer at STORE.ctl, and a command would wait for ever; so it goes. */
+ * would answer at STORE.ctl, and a command would wait for ever; so it goes.  A
+ * read-only server takes no commands: next to it the store can be opened by
+ * other readers. */
 static void cli_start_control(void) {
-  if (cli.ctl < 0) return;
-  assert(cli.cas && !cli.ctl_ended[0]);
-  int err = os_pipe(cli.ctl_ended);
+  if (!cli.cas || opt[OPT_READ_ONLY].given || NBDSERVE_NO_THREADS) return;
+  int err = cli.ctl < 0 ? cli.ctl : os_monitor_init(&cli.jobs_lock);
+  cli.njobs = 1; /* cli_control */
   if (!err) err = os_thread(cli_control, NULL);
+  cli.takes_commands = !err;
   if (!err) return;
-  cli.ctl_ended[0] = 0;
   cli_remove_ctl();
-  close(cli.ctl);
-  cli_say("%s: %s; no commands are taken while it is served", cli.store,
-          u_errno_text(err));
+  if (cli.ctl >= 0) close(cli.ctl);
+  if (!opt[OPT_QUIET].given)
+    cli_say("%s: %s; no commands are taken while the store is served",
+            cli.ctl_path, u_errno_text(err));
 }
 
-/* At exit: waits for the end of cli_control, and of the command that it may be
- * doing, which looks at whether the server has stopped.  Returns false if that
- * does not come in time.  The store must then be left as it is. */
-static int cli_await_control(void) {
-  struct pollfd ended = {cli.ctl_ended[0], POLLIN, 0};
-  char byte;
-  if (!cli.ctl_ended[0]) return 1;
+/* At exit: waits for the end of cli_control and of the commands, which look at
+ * whether the server has stopped.  Returns false if that does not come in time.
+ * The store must then be left as it is. */
+static int cli_await_jobs(void) {
+  int64_t until = os_now_ms() + IO_GRACE_MS;
+  if (!cli.takes_commands) return 1;
   nbdserve_stop(cli.server);
-  return poll(&ended, 1, IO_GRACE_MS) > 0 &&
-         read(cli.ctl_ended[0], &byte, 1) == 1;
+  while (!cli_count(&cli.njobs, 0, 0) && os_now_ms() < until)
+    poll(NULL, 0, CLI_END_STEP_MS);
+  return cli_count(&cli.njobs, 0, 0);
 }
 
 /* The `find` function of a server of all of a store: called in the threads of
@@ -10862,19 +11060,22 @@ static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
  * not open yet, and the socket for commands.  STORE.ctl is for ourselves and
  * root only: the umask is in force when it is made, so there is no moment at
  * which others get in.  If it cannot be made (its path may be too long for a
- * socket, or the directory read-only) the store is served all the same.  A
- * read-only server takes no commands: next to it the store can be opened by
- * other readers.
+ * socket, or the directory read-only) the store is served all the same, and
+ * cli_start_control says what that means.
  *
  * With the name "" the server finds and lists all that is in the store, also
  * what is made later, and *ex stays as it is. */
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
   int readonly = opt[OPT_READ_ONLY].given != 0;
-  if (*cli.store && strcmp(cli.store, path) != 0)
+  char real[PATH_MAX];
+  if (cli.cas && (!realpath(path, real) || strcmp(cli.store, real) != 0))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
   if (!cli.cas) {
-    int err = cli_open_store(path, readonly);
+    int server;
+    int err =
+        cli_open_store(path, readonly ? NBDSERVE_CAS_READONLY : 0, &server);
+    if (server >= 0) close(server);
     if (err) return err;
     mode_t mask = umask(0177);
     if (!readonly && !NBDSERVE_NO_THREADS)
@@ -10933,44 +11134,88 @@ static int cli_init(const char *store, const char *block_size, uint64_t size) {
 
 /* Opens the FILE of an import or export, which takes the place of the output.
  * We do it, even if a server does the command: relative paths and permissions
- * are ours.  A FILE that is to be written may be a store, this one perhaps, or
- * an image that is being served: both are locked, and nobody wants to lose
- * them. */
+ * are ours.  A regular FILE is written under another name until it is whole; a
+ * symbolic link to one stays.  A FILE that is to be written may be a store,
+ * this one perhaps, or an image that is being served: both are locked, and
+ * nobody wants to lose them.
+ *
+ * From here on signals end the command in order, and not before: to open a FIFO
+ * waits for its other side. */
 static void cli_open_file(struct cli_job *job, const char *file) {
   int writes = (job->verb->flags & VERB_WRITES_FILE) != 0;
+  char real[PATH_MAX];
+  struct stat st;
   if (writes && strcmp(file, "-") == 0) return;
-  int flags = writes ? O_RDWR | O_CREAT : O_RDONLY;
-  job->fds.output = open(file, flags | O_CLOEXEC, 0666);
-  if (job->fds.output < 0) cli_exit_if_error(-errno, file);
-  if (writes && os_lock_file(job->fds.output, 0))
+  int fd = open(file, (writes ? O_WRONLY : O_RDONLY) | O_CLOEXEC | O_NOCTTY);
+  if (fd < 0 && (!writes || errno != ENOENT)) cli_exit_if_error(-errno, file);
+  if (writes && fd >= 0 && os_lock_file(fd, 0))
     cli_die(CLI_IN_USE, "%s: in use", file);
+  job->fds.output = fd;
+  int is_old = fd >= 0 && fstat(fd, &st) == 0;
+  if (!writes || (is_old && !S_ISREG(st.st_mode))) return;
+  cli_catch_signals(cli_on_signal);
+  int has_path = is_old && realpath(file, real);
+  job->fds.output = cli_new_file(has_path ? real : file, is_old ? &st : NULL);
 }
 
-/* Does a command on a store, here or at its server.  If it needs one operand,
- * it is done for each that there is; if it needs two, for the first with each
- * of the others; otherwise once.  An operand that does not fit is cut: it is
- * too long for a name in any case.  Returns the exit status of the first time
- * that it fails, or 0. */
-static int cli_run_on_operands(struct cli_job *job) {
-  int needed = job->verb->noperands;
-  char *each = needed > 1 ? job->request.to : job->request.name;
-  int i = needed > 1; /* the first of those that may repeat */
-  int status;
-  assert(cli.ntargets >= needed);
-  if (needed > 1) snprintf(job->request.name, PATH_MAX, "%s", cli.targets[0]);
-  do {
-    if (needed) snprintf(each, PATH_MAX, "%s", cli.targets[i]);
-    status = cli.cas ? cli_run_job(job, cli.cas) : cli_run_remote(job);
-    i++;
-  } while (!status && i < cli.ntargets);
+/* After an export: makes what was written durable, where that can be, and lets
+ * a regular FILE appear. */
+static void cli_finish_file(const struct cli_job *job, const char *file) {
+  int err = os_datasync(job->fds.output);
+  int is_other = err == -EINVAL || err == -ENOTSUP; /* a pipe, a terminal */
+  cli_exit_if_error(is_other ? 0 : err, file);
+  if (!*cli.temp) return;
+  cli_put_new_file();
+  cli_exit_if_error(os_sync_new_file(job->fds.output, cli.path), file);
+}
+
+/* Puts the operands behind each other, as they go over the control socket.
+ * Returns 0 or what cli_split_operands does. */
+static int cli_join_operands(struct cli_job *job) {
+  size_t length = 0;
+  for (int i = 0; i < cli.ntargets; i++)
+    length += strlen(cli.targets[i]) + 1;
+  if (length > CLI_MAX_OPERANDS) return -E2BIG;
+  job->request.length = (uint32_t)length;
+  job->operands = u_zalloc(length + 1);
+  if (!job->operands) return -ENOMEM;
+  char *p = job->operands;
+  for (int i = 0; i < cli.ntargets; i++)
+    p = stpcpy(p, cli.targets[i]) + 1;
+  assert(p == job->operands + length);
+  return cli_split_operands(job);
+}
+
+/* Does a command on a store, here or at its server.  --accept-loss is for a
+ * store that cannot be opened without it, so there is no server to do that.
+ * Returns the exit status. */
+static int cli_run_on_store(struct cli_job *job, const char *store,
+                            const char *file) {
+  uint32_t flags = job->verb->open;
+  int accept_loss = opt[OPT_ACCEPT_LOSS].given != 0;
+  if (accept_loss) flags |= NBDSERVE_CAS_ACCEPT_LOSS;
+  if (file) cli_open_file(job, file);
+  if (job->verb->flags & VERB_IS_LONG) cli_catch_signals(cli_on_signal);
+  int err = cli_open_store(store, flags, &job->client);
+  if (err == -EBUSY && job->client < 0)
+    cli_die(CLI_IN_USE, "%s: in use by a process that takes no commands",
+            store);
+  if (err == -EBUSY && accept_loss)
+    cli_failed("%s: is being served; stop the server first", store);
+  if (err != -EBUSY) cli_exit_if_error(err, store);
+  int status = err ? cli_run_remote(job) : cli_run_job(job, cli.cas);
+  if (!status && job->verb->flags & VERB_WRITES_FILE)
+    cli_finish_file(job, file);
   return status;
 }
 
 /* If the command line is a command on a store: does it, and ends the process.
  * Its first word has to be one of the names in cli_verbs; a file of such a name
- * is served as ./NAME.  --dry-run is refused where it would not be heeded. */
+ * is served as ./NAME.  --dry-run and --accept-loss are refused where they
+ * would not be heeded. */
 static void cli_run_verb(void) {
-  struct cli_job job = {.fds = {.output = 1, .messages = 2}, .client = -1};
+  static struct cli_job job = {.fds = {.output = 1, .messages = 2},
+                               .client = -1};
   const char *name = cli.ntargets ? cli.targets[0] : "";
   const struct cli_verb *verb = cli_verbs;
   while (verb->name && strcmp(verb->name, name) != 0)
@@ -10979,26 +11224,23 @@ static void cli_run_verb(void) {
   cli.targets++;
   cli.ntargets--;
   char *store = cli_take_store(verb);
-  int n = cli.ntargets;
-  assert(n >= 0);
-  if (!store || n < verb->noperands || n - verb->noperands > verb->nmore ||
-      (opt[OPT_DRY_RUN].given && !(verb->flags & VERB_DRY_RUN)))
-    cli_usage("usage: nbdserve %s %s", name, verb->operands);
-  const char *last = n ? cli.targets[n - 1] : NULL;
+  const char *last = cli.ntargets ? cli.targets[cli.ntargets - 1] : NULL;
+  assert(cli.ntargets >= 0);
   job.verb = verb;
   job.request.verb = (unsigned char)(verb - cli_verbs);
   job.request.json = opt[OPT_JSON].given != 0;
   job.request.dry_run = opt[OPT_DRY_RUN].given != 0;
-  if (last && verb->flags & VERB_SIZE &&
-      !u_parse_number(last, INT64_MAX, &job.request.size))
-    cli_usage("%s %s: not a size", name, last);
-  if (!verb->run) exit(cli_init(store, last, job.request.size));
-  if (verb->flags & (VERB_READS_FILE | VERB_WRITES_FILE))
-    cli_open_file(&job, last);
-  int err = cli_open_store(store, (verb->flags & VERB_READS_ONLY) != 0);
-  if (err != -EBUSY) cli_exit_if_error(err, store);
-  if (!err && verb->flags & VERB_IS_LONG) cli_catch_signals(cli_on_signal);
-  exit(cli_run_on_operands(&job));
+  int err = store ? cli_join_operands(&job) : -EINVAL;
+  if (err == -EINVAL ||
+      (opt[OPT_DRY_RUN].given && !(verb->flags & VERB_DRY_RUN)) ||
+      (opt[OPT_ACCEPT_LOSS].given && verb->open != NBDSERVE_CAS_REPAIR))
+    cli_usage("usage: nbdserve %s %s", name, verb->operands);
+  if (err == -EDOM) cli_usage("%s %s: not a size", name, last);
+  cli_exit_if_error(err, name);
+  if (!verb->run) exit(cli_init(store, last, job.ops->size));
+  signal(SIGPIPE, SIG_IGN);
+  int has_file = (verb->flags & (VERB_READS_FILE | VERB_WRITES_FILE)) != 0;
+  exit(cli_run_on_store(&job, store, has_file ? last : NULL));
 }
 
 /* Prints the commands for --help. */
@@ -11012,7 +11254,7 @@ static void cli_help_verbs(void) {
 
 #else /* NBDSERVE_NO_CAS: there are no commands, and no store can be opened. */
 #define cli_start_control() ((void)0)
-#define cli_await_control() 1
+#define cli_await_jobs() 1
 #define cli_open_volume(path, name, ex) (-EOPNOTSUPP)
 #define nbdserve_cas_close(cas) 0
 #define cli_run_verb() ((void)0)
@@ -11308,26 +11550,12 @@ static void cli_set_variables(void) {
   setenv("exportname", cli.export_name, 1);
 }
 
-/* In the child: becomes the command.  Returns only if that fails, with the exit
- * status.  The descriptors that we have opened close themselves. */
-static int cli_exec_child(void) {
-  const char *program = "/bin/sh";
-  if (cli.command) {
-    program = cli.command[0];
-    execvp(program, cli.command);
-  } else {
-    cli_set_variables();
-    execl(program, "sh", "-c", opt[OPT_RUN].text, (char *)NULL);
-  }
-  cli_say("%s: %s", program, u_errno_text(-errno));
-  return CLI_NOT_FOUND;
-}
-
 /* Starts the command.  It is a child of the process, not the other way round,
  * so that we can pass on its status.  The signals are blocked until its process
  * id is known to the handler: it may have ended by then, and SIGCHLD be
  * waiting.  If a signal has asked for the end already, there is nobody to serve
- * the command, so it is not started. */
+ * the command, so it is not started.  The descriptors that we have opened close
+ * themselves in it. */
 static void cli_start_child(void) {
   sigset_t was;
   assert(!cli.child);
@@ -11341,7 +11569,14 @@ static void cli_start_child(void) {
     if (pid == 0) {
       cli_catch_signals(SIG_DFL); /* first: it must not run our handler */
       sigprocmask(SIG_SETMASK, &was, NULL);
-      _exit(cli_exec_child());
+      cli_set_variables();
+      if (cli.command)
+        execvp(cli.command[0], cli.command);
+      else
+        execl("/bin/sh", "sh", "-c", opt[OPT_RUN].text, (char *)NULL);
+      cli_say("%s: %s", cli.command ? cli.command[0] : "/bin/sh",
+              u_errno_text(-errno));
+      _exit(CLI_NOT_FOUND);
     }
     cli.child = pid;
   } else {
@@ -11490,9 +11725,10 @@ static int cli_serve(void) {
 static void cli_close(void) {
   cli_catch_signals(SIG_IGN);
   if (cli.pidfile) os_remove_own_file(opt[OPT_PIDFILE].text, cli.pidfile);
+  if (*cli.temp) unlink(cli.temp);
   cli_remove_ctl();
-  int is_finished = cli_await_control();
-  nbdserve_free(cli.server);
+  int is_finished = cli_await_jobs();
+  if (is_finished) nbdserve_free(cli.server);
   int err = is_finished && cli.cas ? nbdserve_cas_close(cli.cas) : 0;
   if (*cli.private_dir) rmdir(cli.private_dir);
   if (is_finished && !err) return;

@@ -254,6 +254,14 @@ slow_tests() {
 4000 testStoreOnAFullBtrfs
 3000 testStoreOnAFullTmpfs
 4500 testKillLosesNothingThatWasAcknowledged
+5500 testStoreThatIsInUseForAMomentIsWaitedFor
+5300 testACommandWaitsForNoOther
+3100 testExportDoesNotOverwriteAStore
+2400 testExportLeavesNoHalfFile
+2100 testOutputThatNobodyTakesEndsACommand
+1200 testMessageThatNobodyTakesIsDropped
+1100 testReaderThatHasGoneEndsACommand
+1100 testTERMEndsAnExportAndLeavesNoHalfFile
 6200 testEverySystemCallMayFailOnce
 5500 testTERMEndsAClientOnStdinThatNeverReads
 2700 testWhoStallsIsDroppedAndWhoIsIdleIsNot
@@ -2886,6 +2894,7 @@ testStoreOfALongPathKeepsItsFile() {
   mv "$S" "$long"
   cas 0 create "$long::v" 1M
   cas 0 "$long::v" -- true
+  [ "$SWITCH" = NO_THREADS ] || says "$long.ctl: .*; no commands are taken"
   cas 0 verify "$long"
 }
 testWrongNamesAreRefused() {
@@ -4548,10 +4557,12 @@ testLongListsOfNamesReachTheServerWhole() {
   names
   assertEquals "$(echo v "$n" | tr ' ' '\n' | sort | tr '\n' ' ')" "$GOT"
 }
+# 512 MiB of data, which take a while, in $W/much
+much() { [ -e "$W/much" ] || yes | head -c 512M >"$W/much"; }
 # Waits for a command in the background: STATUS, within 10 s
-finishes() {
+finishes() { # signal, seconds until then
   PID=$!
-  sleep 0.5
+  sleep "${2-0.5}"
   kill -"$1" "$PID"
   await "! kill -0 $PID 2>/dev/null"
   wait "$PID"
@@ -4559,9 +4570,9 @@ finishes() {
 }
 testTERMEndsACommandAndLeavesNothingHalf() {
   store || return 0
-  truncate -s 1T "$T/huge"
-  "$NBDSERVE" import "$S::n" "$T/huge" 2>>"$T/err" &
-  finishes TERM
+  much
+  "$NBDSERVE" import "$S::n" "$W/much" 2>>"$T/err" &
+  finishes TERM 0.1
   assertEquals import 1 $STATUS
   says 'import n: .*ancel'
   names
@@ -4581,13 +4592,13 @@ testTERMOfTheServerEndsItsCommandsToo() {
   store && unless NO_THREADS || return 0
   cas 0 create "$S::v" 1T
   cas 0 snapshot "$S::v@s"
-  truncate -s 1T "$T/huge"
-  for command in "verify $S" "import $S::n $T/huge" "seal $S::v@s"; do
+  much
+  for command in "verify $S" "import $S::n $W/much" "seal $S::v@s"; do
     serve "$S::"
     # shellcheck disable=SC2086
     "$NBDSERVE" $command 2>>"$T/err" &
     COMMAND=$!
-    sleep 0.5
+    sleep 0.1
     stop TERM
     assertEquals "the server: $(cat "$T/err")" 0 $STATUS
     wait $COMMAND
@@ -4601,10 +4612,11 @@ testTERMOfTheServerEndsItsCommandsToo() {
 testCommandOfAClientThatIsGoneIsNotGoneOnWith() {
   store && unless NO_THREADS || return 0
   cas 0 create "$S::v" 1T
-  truncate -s 1T "$T/huge"
+  much
   serve "$S::"
-  "$NBDSERVE" import "$S::n" "$T/huge" 2>>"$T/err" &
-  finishes KILL
+  "$NBDSERVE" import "$S::n" "$W/much" 2>>"$T/err" &
+  finishes KILL 0.1
+  await "! '$NBDSERVE' rm -n '$S::n' 2>/dev/null" # it is seen to soon
   names
   assertEquals 'v ' "$GOT"
   : >"$T/err"
@@ -4647,6 +4659,293 @@ time.sleep(2)' "$SOCK" "$T/full" &
   await "'$NBDSERVE' list '$S' >'$T/out' 2>>'$T/err'"
   assertEquals v "$(cut -f1 "$T/out")"
   wait $!
+}
+
+# ---- Commands beside each other ----
+
+# Milliseconds that a command takes, which must succeed: MS
+timed() {
+  from=$(clock)
+  cas 0 "$@"
+  MS=$(($(clock) - from))
+}
+testACommandWaitsForNoOther() {
+  needs python3 && store && unless NO_THREADS || return 0
+  cas 0 create "$S::v" 1T
+  cas 0 create "$S::w" 1M
+  serve "$S::"
+  python3 - "$S.ctl" "$T/silent" <<'END' & # who says nothing
+import socket, sys, time
+c = [socket.socket(socket.AF_UNIX) for i in range(20)]
+for s in c: s.connect(sys.argv[1])
+from_ = time.time()
+open(sys.argv[2], "w").close()
+for s in c:
+    s.settimeout(20)
+    assert s.recv(1) == b""
+with open(sys.argv[2], "w") as f: f.write("%d" % (time.time() - from_))
+END
+  silent=$!
+  mkfifo "$T/pipe"
+  exec 9<>"$T/pipe"
+  "$NBDSERVE" export "$S::v" - >&9 2>/dev/null & # who reads nothing
+  "$NBDSERVE" verify "$S" 2>/dev/null & # what takes long
+  await "[ -e '$T/silent' ]"
+  sleep 0.3
+  timed snapshot "$S::w@s"
+  assertTrue "snapshot: $MS ms" "[ $MS -lt 1000 ]"
+  timed list "$S"
+  assertTrue "list: $MS ms" "[ $MS -lt 1000 ]"
+  wait $silent
+  assertTrue "silent for $(cat "$T/silent") s" \
+    "[ $(cat "$T/silent") -ge 4 ] && [ $(cat "$T/silent") -le 7 ]"
+  from=$(clock)
+  stop TERM
+  MS=$(($(clock) - from))
+  assertTrue "the end: $MS ms" "[ $MS -lt 2000 ]"
+  cas 0 list "$S"
+  exec 9>&-
+}
+testLongCommandsAtATimeAreLimited() {
+  store && unless NO_THREADS || return 0
+  cas 0 create "$S::v" 1T
+  serve "$S::"
+  mkfifo "$T/pipe"
+  exec 9<>"$T/pipe"
+  pids=
+  for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do
+    "$NBDSERVE" export "$S::v" - >&9 2>/dev/null &
+    pids="$pids $!"
+  done
+  await "! '$NBDSERVE' list '$S' >'$T/out' 2>'$T/err'"
+  says '^nbdserve: list: the server is doing 16 others'
+  assertEquals 'no rows' '' "$(cat "$T/out")"
+  cas 1 export "$S::v" "$T/file"
+  says 'export: the server is doing 16 others'
+  assertFalse 'no file' "[ -e '$T/file' ]"
+  cas 0 snapshot "$S::v@s"
+  cas 0 stat "$S"
+  # shellcheck disable=SC2086
+  kill $pids
+  # shellcheck disable=SC2086
+  wait $pids 2>/dev/null
+  await "'$NBDSERVE' list '$S' >'$T/out' 2>/dev/null"
+  exec 9>&-
+}
+testOutputThatNobodyTakesEndsACommand() {
+  store || return 0
+  cas 0 create "$S::v" 1G
+  mkfifo "$T/pipe"
+  exec 9<>"$T/pipe"
+  for how in alone served; do
+    [ $how = alone ] || [ "$SWITCH" = NO_THREADS ] || serve --stall 1 "$S::"
+    timeout 20 "$NBDSERVE" --stall 1 export "$S::v" - >&9 2>>"$T/err"
+    assertEquals "$how" 1 $?
+    says '^nbdserve: export v -: nobody takes its output$'
+  done
+  exec 9>&-
+}
+testMessageThatNobodyTakesIsDropped() {
+  store && unless NO_THREADS || return 0
+  serve "$S::"
+  mkfifo "$T/pipe"
+  exec 9<>"$T/pipe"
+  head -c 65536 /dev/zero >&9 # it is full now
+  from=$(clock)
+  timeout 20 "$NBDSERVE" rm "$S::nix" 2>&9
+  assertEquals 'status' 1 $?
+  MS=$(($(clock) - from))
+  assertTrue "$MS ms" "[ $MS -lt 3000 ]"
+  exec 9>&-
+}
+testReaderThatHasGoneEndsACommand() {
+  store || return 0
+  cas 0 create "$S::v" 1G
+  n=$(seq -f "$(printf %0150d 0)-%g" 600) # 90 KB
+  # shellcheck disable=SC2086
+  cas 0 clone "$S::v" $n
+  for how in alone served; do
+    [ $how = alone ] || [ "$SWITCH" = NO_THREADS ] || serve "$S::"
+    { "$NBDSERVE" list "$S" 2>>"$T/err"; echo $? >"$T/status"; } |
+      { sleep 0.2; head -n 1 >"$T/out"; }
+    assertEquals "$how: list" '1 1' "$(cat "$T/status") $(wc -l <"$T/out")"
+    assertEquals "$how: list is silent" '' "$(cat "$T/err")"
+    { "$NBDSERVE" export "$S::v" - 2>>"$T/err"; echo $? >"$T/status"; } |
+      head -c 1 >"$T/out"
+    assertEquals "$how: export" 1 "$(cat "$T/status")"
+    says '^nbdserve: export v -: Broken pipe$'
+  done
+}
+testSeveralSnapshotsAreOneCommand() {
+  store || return 0
+  cas 0 create "$S::v" 1M
+  cas 0 create "$S::w" 1M
+  for how in alone served; do
+    [ $how = alone ] || [ "$SWITCH" = NO_THREADS ] || serve "$S::"
+    cas 0 snapshot "$S::v@$how" w@$how
+  done
+  names
+  assertEquals 'v v@alone v@served w w@alone w@served ' "$GOT"
+}
+testSeveralChangesAreAllOrNone() {
+  store || return 0
+  for name in v w x; do cas 0 create "$S::$name" 1M; done
+  for how in alone served; do
+    [ $how = alone ] || [ "$SWITCH" = NO_THREADS ] || serve "$S::"
+    cas 1 rm "$S::v" w nix x
+    says '^nbdserve: rm nix: No such file'
+    cas 1 clone "$S::v" a b w c
+    says '^nbdserve: clone v w: File exists'
+    cas 1 snapshot "$S::v@s" w@s nix@s
+    says '^nbdserve: snapshot nix@s: No such file'
+    names
+    assertEquals "$how" 'v w x ' "$GOT"
+  done
+}
+files() { find "$1" -mindepth 1 -printf '%f\n' | sort | tr '\n' ' '; }
+testExportLeavesNoHalfFile() {
+  store || return 0
+  was=$(umask)
+  noise 300000 >"$T/in"
+  truncate -s 300M "$T/in"
+  cas 0 import "$S::v" "$T/in"
+  mkdir "$T/to"
+  echo old >"$T/to/old"
+  chmod 604 "$T/to/old"
+  ln -s old "$T/to/link"
+  for how in alone served; do
+    if [ $how = served ] && [ "$SWITCH" != NO_THREADS ]; then
+      printf '#!/bin/sh\nulimit -f 100000\nexec "%s" "$@"\n' "$NBDSERVE" >"$T/few"
+      chmod +x "$T/few"
+      alone=$NBDSERVE NBDSERVE=$T/few
+      serve "$S::"
+      NBDSERVE=$alone
+    fi
+    for file in old link new; do
+      (ulimit -f 100000 && exec "$NBDSERVE" export "$S::v" "$T/to/$file") \
+        2>>"$T/err"
+      assertEquals "$how $file" 1 $?
+      says "export v .*$file: File too large"
+    done
+    assertEquals "$how" 'link old ' "$(files "$T/to")"
+    assertEquals "$how" old "$(cat "$T/to/old")"
+  done
+  [ "$SWITCH" = NO_THREADS ] || stop TERM
+  umask 027
+  cas 0 export "$S::v" "$T/to/new"
+  cas 0 export "$S::v" "$T/to/link"
+  umask "$was"
+  assertEquals 'the old mode' 604 "$(stat -c %a "$T/to/old")"
+  assertEquals 'a new mode' 640 "$(stat -c %a "$T/to/new")"
+  assertTrue 'the link stays' "[ -L '$T/to/link' ]"
+  assertTrue 'what it leads to' "cmp '$T/in' '$T/to/old'"
+  assertTrue 'the new file' "cmp '$T/in' '$T/to/new'"
+  assertEquals 'nothing else' 'link new old ' "$(files "$T/to")"
+}
+testTERMEndsAnExportAndLeavesNoHalfFile() {
+  store || return 0
+  much
+  cas 0 import "$S::v" "$W/much"
+  mkdir "$T/to"
+  echo old >"$T/to/old"
+  for how in alone served; do
+    [ $how = alone ] || [ "$SWITCH" = NO_THREADS ] || serve "$S::"
+    for file in old new; do
+      "$NBDSERVE" export "$S::v" "$T/to/$file" 2>>"$T/err" &
+      finishes TERM 0.1
+      assertEquals "$how $file" 1 $STATUS
+      says 'export.*: .*ancel'
+    done
+    assertEquals "$how" 'old old' "$(cat "$T/to/old") $(ls -A "$T/to")"
+  done
+  JOB=${JOBS# } PID=${JOBS#*:} JOB=${JOB%:*}
+}
+testExportWritesToWhatIsNoFile() {
+  store || return 0
+  noise 300000 >"$T/in"
+  truncate -s 1M "$T/in"
+  cas 0 import "$S::v" "$T/in"
+  mkfifo "$T/fifo"
+  for how in alone served; do
+    [ $how = alone ] || [ "$SWITCH" = NO_THREADS ] || serve "$S::"
+    cat "$T/fifo" >"$T/copy" &
+    cas 0 export "$S::v" "$T/fifo"
+    wait $!
+    assertTrue "$how: fifo" "[ -p '$T/fifo' ] && cmp '$T/in' '$T/copy'"
+    cas 0 export "$S::v" /dev/null
+    assertTrue "$how: device" '[ -c /dev/null ]'
+  done
+}
+testHolesOfAFileTakeNoTime() {
+  store && unless POSIX_ONLY || return 0
+  truncate -s 1T "$T/holes"
+  printf x | dd of="$T/holes" bs=1 seek=500G conv=notrunc 2>/dev/null
+  for how in alone served; do
+    [ $how = alone ] || [ "$SWITCH" = NO_THREADS ] || serve "$S::"
+    timed import "$S::$how" "$T/holes"
+    assertTrue "$how: import: $MS ms" "[ $MS -lt 5000 ]"
+    timed export "$S::$how" "$T/copy"
+    assertTrue "$how: export: $MS ms" "[ $MS -lt 5000 ]"
+    assertEquals "$how" 1099511627776 "$(stat -c %s "$T/copy")"
+    assertEquals "$how" x "$(dd if="$T/copy" bs=1 skip=500G count=1 2>/dev/null)"
+    assertTrue "$how: sparse" "[ $(du -k "$T/copy" | cut -f1) -lt 1000 ]"
+    rm "$T/copy"
+  done
+}
+testStoreThatIsInUseForAMomentIsWaitedFor() {
+  needs flock && store || return 0
+  cas 0 create "$S::v" 1M
+  flock "$S" sleep 0.7 &
+  sleep 0.2
+  cas 0 list "$S"
+  flock "$S" sleep 0.7 &
+  sleep 0.2
+  serve "$S::v"
+  stop TERM
+  flock "$S" sleep 4 &
+  holder=$!
+  sleep 0.2
+  cas 4 list "$S"
+  says "$S: in use by a process that takes no commands"
+  wait $holder
+}
+testSymbolicLinksLeadToTheServerOfAStore() {
+  store && unless NO_THREADS || return 0
+  cas 0 create "$S::v" 1M
+  mkdir "$T/there"
+  ln -s ../store "$T/there/link"
+  serve "$S::"
+  cas 0 list "$T/there/link"
+  stop TERM
+  serve "$T/there/link::"
+  assertTrue 'beside the store' "[ -S '$S.ctl' ]"
+  cas 0 snapshot "$S::v@s"
+  cas 0 snapshot "$T/there/link::v@t"
+  names
+  assertEquals 'v v@s v@t ' "$GOT"
+}
+testRepairIsACommand() {
+  store || return 0
+  cas 0 create "$S::v" 1M
+  cas 0 repair "$S"
+  assertEquals '' "$(cat "$T/out")"
+  cas 0 --accept-loss repair "$S"
+  cas 2 --accept-loss verify "$S"
+  says 'usage: nbdserve verify'
+  unless NO_THREADS || return 0
+  serve "$S::"
+  cas 0 repair "$S"
+  cas 1 repair "$S" --accept-loss
+  says "$S: is being served; stop the server first"
+}
+testRepairTellsWhatRemainsDamaged() {
+  damageable || return 0
+  flip $(($(slot "$DATA") + 100))
+  for how in alone served; do
+    [ $how = alone ] || [ "$SWITCH" = NO_THREADS ] || serve "$S::"
+    cas 3 repair "$S"
+    assertEquals "$how" 'v	81920	4096' "$(cut -f1-3 "$T/out")"
+  done
 }
 # A command for --run that is connected: holder FILE says so in FILE, and waits
 # for SIGTERM.  Then it writes "late" to offset 8 over its old connection, tries
@@ -9222,10 +9521,11 @@ static void k_sound(const char *name, int last) {
   e.ops->close(e.ctx);
 }
 
-static void k_damage(void *arg, const char *name, uint64_t off, uint64_t len,
-                     const char *why) {
+static int k_damage(void *arg, const char *name, uint64_t off, uint64_t len,
+                    const char *why) {
   (void)arg, (void)name, (void)off, (void)len;
   t_fail(__LINE__, why);
+  return 0;
 }
 
 static int k_listed(void *arg, const struct nbdserve_cas_info *info) {

@@ -1498,8 +1498,9 @@ static uint32_t wire_error(int err) {
  * (I1) Every wait for a peer ends: by the peer, by a time limit, or because the
  *      server stops.  Only a client that owes nothing may be idle for ever.
  * (I2) What has begun has a time in total, which grows with its size and never
- *      starts anew: stall_ms for each MiB or part of one.  A peer that takes or
- *      gives one byte at a time gains nothing by it.
+ *      starts anew: stall_ms for the head of a request, and for each MiB, or
+ *      part of one, of its data and of replies.  A peer that takes or gives one
+ *      byte at a time gains nothing by it.
  * (I3) Stopping: what has arrived is still received, but no request behind it.
  *      There is one grace for the whole server, not one for each wait.
  *
@@ -1523,7 +1524,7 @@ static uint32_t wire_error(int err) {
 enum {
   IO_GRACE_MS = 5000, /* from nbdserve_stop on, for what is under way */
   IO_UNIT = 1 << 20,  /* bytes that must move within stall_ms */
-  IO_TRIES = 8        /* within stall_ms: see io_wait_output */
+  IO_TRIES = 8        /* within stall_ms: see io_wait_ready */
 };
 
 /* How a server tells its connections that it stops. */
@@ -1560,11 +1561,12 @@ static int64_t io_grace_end(struct io_stop *stop) {
   return end;
 }
 
-/* How long n bytes may take (I2). */
-static int64_t io_time_for(const struct io *io, size_t n) {
+/* By when n bytes that are asked for now must have moved (I2), (H3). */
+static int64_t io_until(const struct io *io, size_t n) {
   assert(io->stall_ms > 0);
+  if (io->deadline) return io->deadline;
   int64_t units = (int64_t)((n + IO_UNIT - 1) / IO_UNIT);
-  return io->stall_ms * (units > 0 ? units : 1);
+  return os_now_ms() + io->stall_ms * (units > 0 ? units : 1);
 }
 
 /* poll()'s timeout until a time in os_now_ms, at least 0. */
@@ -1599,23 +1601,24 @@ static int io_wait_input(struct io *io, int64_t until) {
   return io->arrived_left > 0 ? 0 : -ESHUTDOWN;
 }
 
-/* Waits until something can be sent, or it is worth a try.  -ETIMEDOUT: not
- * until the time `until`, or the end of the grace.
+/* Waits until a descriptor is ready for the events, or it is worth a try.
+ * -ETIMEDOUT: not until the time `until`, or the end of the grace.
  *
- * Some systems call a socket ready only when most of its buffer is empty, which
- * can be megabytes.  So that a peer which takes enough in time is not cut off
- * meanwhile, the wait ends now and then without that. */
-static int io_wait_output(const struct io *io, int64_t until) {
-  struct pollfd p[2] = {{.fd = io->out, .events = POLLOUT},
+ * Some systems call a socket ready to send only when most of its buffer is
+ * empty, which can be megabytes.  So that a peer which takes enough in time is
+ * not cut off meanwhile, the wait ends now and then without that. */
+static int io_wait_ready(const struct io *io, int fd, short events,
+                         int64_t until) {
+  struct pollfd p[2] = {{.fd = fd, .events = events},
                         {.fd = io->stop->pipe[0], .events = POLLIN}};
   int slice = (int)u_min((uint64_t)io->stall_ms / IO_TRIES + 1, INT_MAX);
   for (;;) {
     int timeout = io_timeout(until);
-    if (timeout == 0) return -ETIMEDOUT;
+    if (timeout == 0) return -ETIMEDOUT; /* even if it is ready */
     int r = poll(p, 2, timeout < slice ? timeout : slice);
     if (r < 0 && errno != EINTR) return -errno;
     if (r < 0) continue;
-    if (r == 0 || p[0].revents) return 0;
+    if (!p[1].revents) return 0;
     p[1].fd = -1; /* seen: poll skips a negative one */
     int64_t end = io_grace_end(io->stop);
     if (end < until) until = end;
@@ -1645,50 +1648,38 @@ static ssize_t io_recv_now(struct io *io, void *buf, size_t len, int flags) {
   return n;
 }
 
-/* Receives up to len bytes, at least one: requests, or a part of one.  until:
- * 0, or the time by which something has to come.  Returns their number, 0 at
- * the end of the stream, -ETIMEDOUT at that time or else after stall_ms of
- * silence, or -errno. */
-static ssize_t io_recv(struct io *io, void *buf, size_t len, int64_t until) {
-  ssize_t n;
-  assert(len > 0 && !io->deadline);
-  if (io->stopping && !io->arrived_left) return -ESHUTDOWN;
-  if (!io->polls_requests && !until) {
-    n = io_recv_now(io, buf, len, 0);
-    return n == -EAGAIN ? -ETIMEDOUT : n;
-  }
-  do {
-    int err = io_wait_input(io, until ? until : os_now_ms() + io->stall_ms);
-    if (err) return err;
-    n = io_recv_now(io, buf, len, MSG_DONTWAIT);
-  } while (n == -EAGAIN);
-  return n;
-}
-
-/* Receives exactly len bytes.  0, -EPIPE when the stream ends before,
- * -ETIMEDOUT when they take too long in total (I2), or -errno. */
-static int io_recv_all(struct io *io, unsigned char *p, size_t len) {
-  int waits_in_recv = !io->polls_payloads && !io->deadline;
-  int64_t until =
-      io->deadline ? io->deadline : os_now_ms() + io_time_for(io, len);
-  while (len > 0) {
-    int err = 0;
-    if (io->stopping && !io->arrived_left)
-      err = -ESHUTDOWN;
-    else if (!waits_in_recv)
-      err = io_wait_input(io, until);
+/* Receives at least `least` bytes, and up to `most`: if these are the same, the
+ * data of something, else requests, of which the next one lacks that many
+ * bytes.  Returns their number.  -EPIPE: the stream ends before.  -ETIMEDOUT:
+ * they take too long in total (I2), or an idle client says nothing for
+ * stall_ms.  Or -errno. */
+static ssize_t io_recv(struct io *io, unsigned char *p, size_t least,
+                       size_t most) {
+  int is_data = least == most;
+  int polls = io->polls_payloads;
+  if (!is_data) polls = io->polls_requests || least > 1;
+  if (io->deadline) polls = 1;
+  int waiting = is_data ? MSG_WAITALL : 0;
+  int64_t until = io_until(io, least);
+  size_t got = 0;
+  assert(least > 0 && least <= most);
+  while (got < least) {
+    int err = polls || io->stopping ? io_wait_input(io, until) : 0;
     if (err) return err;
     ssize_t n =
-        io_recv_now(io, p, len, waits_in_recv ? MSG_WAITALL : MSG_DONTWAIT);
+        io_recv_now(io, p + got, most - got, polls ? MSG_DONTWAIT : waiting);
     if (n == 0) return -EPIPE;
-    if (n < 0 && n != -EAGAIN) return (int)n;
-    if (n > 0) {
-      p += n;
-      len -= (size_t)n;
-    }
-    if (len > 0 && os_now_ms() >= until) return -ETIMEDOUT;
+    if (n < 0 && n != -EAGAIN) return n;
+    if (n > 0) got += (size_t)n;
+    if (got < least && os_now_ms() >= until) return -ETIMEDOUT;
   }
-  return 0;
+  return (ssize_t)got;
+}
+
+/* Receives exactly len bytes.  0, or -errno as io_recv. */
+static int io_recv_all(struct io *io, unsigned char *p, size_t len) {
+  ssize_t n = io_recv(io, p, len, len);
+  return n < 0 ? (int)n : 0;
 }
 
 /* Writes to a pipe what it takes without waiting: PIPE_BUF bytes, if poll()
@@ -1728,10 +1719,8 @@ static int io_send(const struct io *io, struct iovec *v, int n) {
     }
     if (done == -EINTR) continue;
     if (done != -EAGAIN) return (int)done;
-    if (!until)
-      until =
-          io->deadline ? io->deadline : os_now_ms() + io_time_for(io, total);
-    int err = io_wait_output(io, until);
+    if (!until) until = io_until(io, total);
+    int err = io_wait_ready(io, io->out, POLLOUT, until);
     if (err) return err;
   }
   return 0;
@@ -1744,18 +1733,8 @@ static int io_send(const struct io *io, struct iovec *v, int n) {
 static void io_linger(struct io *io) {
   char waste[4096];
   int64_t until = os_now_ms() + IO_GRACE_MS;
-  struct pollfd p[2] = {{.fd = io->in, .events = POLLIN},
-                        {.fd = io->stop->pipe[0], .events = POLLIN}};
   if (io->at_end || shutdown(io->out, SHUT_WR) < 0) return;
-  for (int timeout; (timeout = io_timeout(until)) > 0;) {
-    int r = poll(p, 2, timeout);
-    if (r < 0 && errno != EINTR) return;
-    if (r <= 0) continue;
-    if (p[1].revents) {
-      until = io_grace_end(io->stop);
-      p[1].fd = -1;
-    }
-    if (!p[0].revents) continue;
+  while (io_wait_ready(io, io->in, POLLIN, until) == 0) {
     ssize_t n = recv(io->in, waste, sizeof waste, MSG_DONTWAIT);
     if (n == 0) return;
     if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
@@ -2520,7 +2499,7 @@ struct conn {
   /* -- receiving */
   size_t rbuf_pos; /* rbuf[rbuf_pos..rbuf_end) is received and not looked at */
   size_t rbuf_end;
-  int64_t partial_since_ms; /* when what is there of a request began to come */
+  size_t needed;            /* bytes that are to be there of the next request */
   int after_long_write;     /* another one is likely: see tx_receive */
   unsigned char *piece_buf; /* [TX_HEAD_MAX + TX_PIECE], made when needed */
   int end_err;              /* why the connection ends: 0 or -errno */
@@ -3908,6 +3887,7 @@ static enum tx_next tx_next_request(struct conn *c) {
   assert(c->rbuf_pos <= c->rbuf_end && c->nbatch <= TX_BATCH);
   size_t here = c->rbuf_end - c->rbuf_pos;
   size_t head = wire_request_len(c->mode);
+  c->needed = head;
   if (here < head) return TX_NEED_MORE;
   struct wire_request w = wire_get_request(p, c->mode);
   uint64_t payload = tx_payload_len(c, &w);
@@ -3920,7 +3900,8 @@ static enum tx_next tx_next_request(struct conn *c) {
     return tx_outcome(c, err ? err : -EPROTO);
   }
   if (w.type == NBD_CMD_DISC) return TX_DISC;
-  if (payload <= TX_IN_BATCH_MAX && here < head + payload) return TX_NEED_MORE;
+  if (payload <= TX_IN_BATCH_MAX) c->needed += (size_t)payload;
+  if (here < c->needed) return TX_NEED_MORE;
   struct nbdserve_req r = tx_make_request(c, &w, payload, p + head);
   tx_validate(c, &r, payload);
   if (r.state == REQ_TODO && r.type == NBD_CMD_FLUSH)
@@ -3930,41 +3911,33 @@ static enum tx_next tx_next_request(struct conn *c) {
   return tx_outcome(c, tx_dispatch(c, &r, payload));
 }
 
-/* Receives more, behind what is left in rbuf.  The batch is empty: the payloads
- * of its WRITEs lay there. */
+/* Receives more, behind what is left in rbuf, until the next request is there.
+ * The batch is empty: the payloads of its WRITEs lay there. */
 static enum tx_next tx_receive(struct conn *c) {
   size_t left = c->rbuf_end - c->rbuf_pos;
   size_t room = CONN_RBUF - left;
-  /* Is what is left the beginning of a request of which nothing was there when
-   * we received the last time? */
-  int is_first_part = c->rbuf_pos > 0;
-  int64_t until = 0;
   assert(c->rbuf_pos <= c->rbuf_end && c->rbuf_end <= CONN_RBUF);
-  assert(!c->nbatch && !c->wbuf_used && room > 0);
+  assert(!c->nbatch && !c->wbuf_used && left < c->needed);
   if (c->rbuf_pos) memmove(c->rbuf, c->rbuf + c->rbuf_pos, left);
   c->rbuf_pos = 0;
   c->rbuf_end = left;
-  if (left) { /* (I2); the time that the batch took is not the client's */
-    if (is_first_part) c->partial_since_ms = os_now_ms();
-    until = c->partial_since_ms + c->io.stall_ms;
-  }
   /* Behind a long WRITE another one is likely.  Its payload is received where
    * it is written from; what comes along with its head would have to be copied
    * there. */
-  if (c->after_long_write) room = (size_t)u_min(room, TX_AFTER_LONG_WRITE);
+  if (c->after_long_write) room = TX_AFTER_LONG_WRITE;
+  assert(!c->after_long_write || !left); /* that took all that was there */
   c->after_long_write = 0;
-  ssize_t n = io_recv(&c->io, c->rbuf + left, room, until);
-  if (n == -ETIMEDOUT && !left) {
+  size_t least = left ? c->needed - left : 1; /* all of it may stay away */
+  ssize_t n = io_recv(&c->io, c->rbuf + left, least, room);
+  if (!left && n == -ETIMEDOUT) {
     /* Idle, as long as it likes; unless a worker could not send to it, which
      * shutdown() tells us only if the replies go over the same socket. */
     return tx_outcome(c, tx_send_error(c));
   }
+  if (!left && c->io.at_end) return TX_DISC;
   if (n < 0) return tx_outcome(c, (int)n);
-  if (n == 0) return left ? tx_outcome(c, -EPIPE) : TX_DISC;
   assert((size_t)n <= room);
   c->rbuf_end += (size_t)n;
-  /* After the first bytes of a request that came when nothing was left. */
-  if (!left) c->partial_since_ms = os_now_ms();
   return TX_GO_ON;
 }
 

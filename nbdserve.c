@@ -15,9 +15,9 @@
  *   [2]  PLATFORM      os_        the operating system; all #if on it
  *   [3]  UTIL          u_         bytes, numbers, text, log
  *   [4]  SHA-256       sha_       FIPS 180-4
- *   [5]  WIRE          wire_      constants, messages, tables of the protocol
+ *   [5]  WIRE          wire_      constants, messages, requests, tables
  *   [6]  SOCKET I/O    io_        bytes in and out, deadlines, stopping
- *   [7]  EXPORT        ex_        exports, requests, one request on a backend
+ *   [7]  EXPORT        ex_        exports, one request on a backend
  *   [8]  HANDSHAKE     hs_        connections, option haggling
  *   [9]  TRANSMISSION  tx_        requests in, replies out
  *   [10] FLAT          flat_      backend: file, block device, memory
@@ -39,9 +39,8 @@
  *                               a case in ex_call [7]; a line in
  *                               ex_transmission_flags if clients must be told
  *   a rule for requests         an `if` in tx_validate [9]
- *   a type of reply             its number in enum nbd_reply_type; a value of
- *                               enum tx_form, its condition in tx_form, its
- *                               case in tx_put_head, its data in tx_data [9]
+ *   a type of reply             its number in enum nbd_reply_type; its condition
+ *                               and head in tx_put_head, its data in tx_data [9]
  *   a command-line option       a row of CLI_OPTIONS in [13]
  *   a command on stores         a row of cli_verbs in [13]
  *   a kind of target            cli_parse_target and cli_add_target in [13]
@@ -1320,34 +1319,81 @@ static void wire_put_option_reply(unsigned char *p, uint32_t option,
  *                     8    4 id of a context, and so on
  */
 
-struct wire_request {
-  uint32_t magic;
-  uint16_t flags;
-  uint16_t type;
-  uint64_t cookie;
-  uint64_t off;
-  uint64_t len;
+/* The life of a request:
+ *
+ *   state         set by                              what comes next
+ *   TODO          wire_get_request                    TO_FLUSH, HANDED_OVER,
+ *                                                     DONE
+ *   TO_FLUSH      tx_next_request, for a FLUSH;       HANDED_OVER, DONE
+ *                 tx_executed, for a write with FUA
+ *   HANDED_OVER   tx_hand_over: a worker has a copy,  nothing: this one is dead
+ *                 in the state that this one had
+ *   DONE          tx_refuse; tx_next_request, if      it is answered
+ *                 there is nothing to do; tx_executed;
+ *                 tx_flush
+ *
+ * Until it is HANDED_OVER only the client's thread touches a request; the copy
+ * belongs to the worker that takes it. */
+enum req_state {
+  REQ_TODO,        /* is to be executed */
+  REQ_TO_FLUSH,    /* a FLUSH, or a write with FUA that is written: owes a
+                      flush */
+  REQ_HANDED_OVER, /* a worker's copy goes on from here */
+  REQ_DONE         /* err is final */
 };
 
-enum {
-  WIRE_STATUS_PAYLOAD_LEN = 12 /* with one context: there is no other here */
+/* One request of a client, or a piece of a long one. */
+struct nbdserve_req {
+  /* -- the client's, fixed */
+  uint16_t type;       /* enum nbd_cmd */
+  uint16_t flags;      /* enum nbd_cmd_flag */
+  enum wire_mode mode; /* the form of the reply */
+  uint64_t cookie;     /* goes back as it came */
+  uint64_t client_off; /* offset of the client's request */
+  uint64_t off;        /* offset of this piece; the same if it is whole */
+  uint64_t len;        /* bytes of this piece */
+  /* -- its data */
+  unsigned char *buf; /* READ: room for it, behind room for the reply's head;
+                         WRITE: it; BLOCK_STATUS: extents as they are sent */
+  size_t status_len;  /* BLOCK_STATUS: bytes at buf */
+  void *owned;        /* the memory that buf lies in, which is freed with the
+                         request; NULL: it is the client's thread's */
+  /* -- the outcome */
+  enum req_state state;
+  int err;             /* 0 or -errno */
+  const char *refused; /* why tx_validate refused it, else NULL */
+  int all_zero;        /* READ: only zeroes were read, so a hole may be sent */
+  int more_chunks;     /* another chunk of this reply follows */
+  int err_has_off;     /* err_off is valid */
+  uint64_t err_off;    /* where in the export err happened */
+  struct nbdserve_req *next; /* in a list of requests that are answered, or
+                                wait for a worker */
 };
+
+/* Moves a request on in the table above. */
+static void req_set_state(struct nbdserve_req *r, enum req_state to) {
+  assert(r->state == REQ_TODO || r->state == REQ_TO_FLUSH);
+  assert(to > r->state);
+  r->state = to;
+}
 
 /* How long the head of a request is. */
 static size_t wire_request_len(enum wire_mode mode) {
   return mode == MODE_EXTENDED ? WIRE_EXT_REQUEST_LEN : WIRE_REQUEST_LEN;
 }
 
-/* Reads the head of a request: wire_request_len bytes. */
-static struct wire_request wire_get_request(const unsigned char *p,
+/* Reads the head of a request: wire_request_len bytes, of which the caller has
+ * seen the magic. */
+static struct nbdserve_req wire_get_request(const unsigned char *p,
                                             enum wire_mode mode) {
-  struct wire_request w = {.magic = u_get32(p),
+  struct nbdserve_req r = {.mode = mode,
                            .flags = u_get16(p + 4),
                            .type = u_get16(p + 6),
                            .cookie = u_get64(p + 8),
-                           .off = u_get64(p + 16)};
-  w.len = mode == MODE_EXTENDED ? u_get64(p + 24) : u_get32(p + 24);
-  return w;
+                           .client_off = u_get64(p + 16)};
+  r.off = r.client_off;
+  r.len = mode == MODE_EXTENDED ? u_get64(p + 24) : u_get32(p + 24);
+  return r;
 }
 
 /* ---- Replies (proto.md, Simple reply message, Structured reply chunk message,
@@ -1382,11 +1428,20 @@ static struct wire_request wire_get_request(const unsigned char *p,
 
 enum {
   WIRE_CONTEXT_ID = 1, /* of base:allocation, which is the only context */
-  WIRE_STATUS_LEN = 4, /* in front of the extents of BLOCK_STATUS */
+  WIRE_STATUS_PAYLOAD_LEN = 12, /* of a request for that one context */
+  WIRE_STATUS_LEN = 4,          /* in front of the extents of BLOCK_STATUS */
   WIRE_EXTENT_LEN = 8,
   WIRE_EXT_STATUS_LEN = 8, /* the same of BLOCK_STATUS_EXT */
   WIRE_EXT_EXTENT_LEN = 16
 };
+
+/* How many bytes to report on the payload of a BLOCK_STATUS asks for; 0 if it
+ * is none, or asks for other contexts than ours. */
+static uint64_t wire_get_status_len(const unsigned char *p, uint64_t len) {
+  int is_ours =
+      len == WIRE_STATUS_PAYLOAD_LEN && u_get32(p + 8) == WIRE_CONTEXT_ID;
+  return is_ours ? u_get64(p) : 0;
+}
 
 /* Writes a simple reply.  Returns its length. */
 static size_t wire_put_simple(unsigned char *p, uint32_t error,
@@ -1403,29 +1458,28 @@ static size_t wire_chunk_len(enum wire_mode mode) {
   return mode == MODE_EXTENDED ? WIRE_EXT_CHUNK_LEN : WIRE_CHUNK_LEN;
 }
 
-/* What the head of a chunk says. */
-struct wire_chunk {
-  enum nbd_reply_type type;
-  int last;         /* no other chunk of this reply follows */
-  uint64_t cookie;  /* the request's */
-  uint64_t req_off; /* offset of the client's request */
-  uint64_t len;     /* bytes of payload */
-};
+/* How long the head of a READ's reply is: all that stands before its data. */
+static size_t wire_read_head_len(enum wire_mode mode) {
+  return mode == MODE_SIMPLE ? WIRE_SIMPLE_REPLY_LEN
+                             : wire_chunk_len(mode) + WIRE_OFFSET_LEN;
+}
 
-/* Writes the head of a chunk: wire_chunk_len bytes. */
-static void wire_put_chunk(unsigned char *p, enum wire_mode mode,
-                           const struct wire_chunk *chunk) {
-  int extended = mode == MODE_EXTENDED;
-  assert(mode != MODE_SIMPLE && (extended || chunk->len <= UINT32_MAX));
+/* Writes the head of a chunk of a request's reply, with len bytes of payload:
+ * wire_chunk_len bytes. */
+static void wire_put_chunk(unsigned char *p, const struct nbdserve_req *r,
+                           enum nbd_reply_type type, uint64_t len) {
+  int extended = r->mode == MODE_EXTENDED;
+  int is_last = r->err || !r->more_chunks;
+  assert(r->mode != MODE_SIMPLE && (extended || len <= UINT32_MAX));
   u_put32(p, extended ? NBD_EXTENDED_REPLY_MAGIC : NBD_STRUCTURED_REPLY_MAGIC);
-  u_put16(p + 4, chunk->last ? NBD_REPLY_FLAG_DONE : 0);
-  u_put16(p + 6, chunk->type);
-  u_put64(p + 8, chunk->cookie);
+  u_put16(p + 4, is_last ? NBD_REPLY_FLAG_DONE : 0);
+  u_put16(p + 6, type);
+  u_put64(p + 8, r->cookie);
   if (extended) {
-    u_put64(p + 16, chunk->req_off);
-    u_put64(p + 24, chunk->len);
+    u_put64(p + 16, r->client_off);
+    u_put64(p + 24, len);
   } else {
-    u_put32(p + 16, (uint32_t)chunk->len);
+    u_put32(p + 16, (uint32_t)len);
   }
 }
 
@@ -1469,6 +1523,12 @@ static const struct wire_cmd {
 /* What is known of a command, or NULL: its number comes from a client. */
 static const struct wire_cmd *wire_cmd(unsigned type) {
   return type < COUNT_OF(wire_cmds) ? &wire_cmds[type] : NULL;
+}
+
+/* Is it a READ or a WRITE that moves at least one byte? */
+static int req_moves_data(const struct nbdserve_req *r) {
+  const struct wire_cmd *cmd = wire_cmd(r->type);
+  return cmd && cmd->has_data && r->len > 0;
 }
 
 /* The protocol's number for a -errno value: no other number is ever sent. */
@@ -1757,82 +1817,6 @@ static void io_linger(struct io *io) {
  *      ex_believe. */
 
 struct nbdserve;
-
-/* ---- Requests -----------------------------------------------------------
- *
- *   state         set by                              what comes next
- *   TODO          tx_make_request                     TO_FLUSH, HANDED_OVER,
- *                                                     DONE
- *   TO_FLUSH      tx_next_request, for a FLUSH;       HANDED_OVER, DONE
- *                 tx_executed, for a write with FUA
- *   HANDED_OVER   tx_hand_over: a worker has a copy,  nothing: this one is dead
- *                 in the state that this one had
- *   DONE          tx_refuse; tx_next_request, if      IN_WBUF, SENT
- *                 there is nothing to do; tx_executed;
- *                 tx_flush
- *   IN_WBUF       tx_fill_slot, for a READ            SENT
- *   SENT          tx_release                          nothing
- *
- * Until it is HANDED_OVER only the client's thread touches a request; the copy
- * belongs to the worker that takes it. */
-enum req_state {
-  REQ_TODO,        /* is to be executed */
-  REQ_TO_FLUSH,    /* a FLUSH, or a write with FUA that is written: owes a
-                      flush */
-  REQ_HANDED_OVER, /* a worker's copy goes on from here */
-  REQ_DONE,        /* err is final; it is not answered yet */
-  REQ_IN_WBUF,     /* a READ: head and data stand in its slot of wbuf */
-  REQ_SENT         /* the reply was given to the socket */
-};
-
-/* One request of a client, or a piece of a long one. */
-struct nbdserve_req {
-  /* -- the client's, fixed */
-  uint16_t type;       /* enum nbd_cmd */
-  uint16_t flags;      /* enum nbd_cmd_flag */
-  enum wire_mode mode; /* the form of the reply */
-  uint64_t cookie;     /* goes back as it came */
-  uint64_t client_off; /* offset of the client's request */
-  uint64_t off;        /* offset of this piece; the same if it is whole */
-  uint64_t len;        /* bytes of this piece */
-  /* -- its data */
-  unsigned char *buf; /* READ: room for it; WRITE: it; BLOCK_STATUS: extents as
-                         they are sent */
-  size_t status_len;  /* BLOCK_STATUS: bytes at buf */
-  int owns_buf;       /* buf is freed with the request; else it belongs to the
-                         client's thread */
-  /* -- the outcome */
-  enum req_state state;
-  int err;             /* 0 or -errno */
-  const char *refused; /* why tx_validate refused it, else NULL */
-  int all_zero;        /* READ: only zeroes were read, so a hole may be sent */
-  int more_chunks;     /* another chunk of this reply follows */
-  int err_has_off;     /* err_off is valid */
-  uint64_t err_off;    /* where in the export err happened */
-  struct nbdserve_req *next; /* in a list of requests that are answered, or
-                                wait for a worker */
-};
-
-/* Moves a request on in the diagram above. */
-static void req_set_state(struct nbdserve_req *r, enum req_state to) {
-  static const unsigned char from[] = {
-      /* a bit for each state before it */
-      [REQ_TODO] = 0,
-      [REQ_TO_FLUSH] = 1 << REQ_TODO,
-      [REQ_HANDED_OVER] = 1 << REQ_TODO | 1 << REQ_TO_FLUSH,
-      [REQ_DONE] = 1 << REQ_TODO | 1 << REQ_TO_FLUSH,
-      [REQ_IN_WBUF] = 1 << REQ_DONE,
-      [REQ_SENT] = 1 << REQ_DONE | 1 << REQ_IN_WBUF};
-  assert(from[to] >> r->state & 1);
-  (void)from;
-  r->state = to;
-}
-
-/* Is it a READ or a WRITE that moves at least one byte? */
-static int req_moves_data(const struct nbdserve_req *r) {
-  const struct wire_cmd *cmd = wire_cmd(r->type);
-  return cmd && cmd->has_data && r->len > 0;
-}
 
 /* ---- Exports and the state of a server ----------------------------------- */
 
@@ -2265,12 +2249,11 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   x.max =
       (unsigned)u_min(ex->pub.max_request / WIRE_EXT_EXTENT_LEN, EX_EXTENTS);
   if (flags & NBDSERVE_CMD_REQ_ONE) x.max = 1;
-  assert(r->mode != MODE_SIMPLE && !r->owns_buf);
+  assert(r->mode != MODE_SIMPLE && !r->owned);
   unsigned char *p = NBDSERVE_MALLOC(WIRE_EXT_STATUS_LEN +
                                      (size_t)WIRE_EXT_EXTENT_LEN * EX_EXTENTS);
   if (!p) return -ENOMEM;
-  r->buf = p;
-  r->owns_buf = 1;
+  r->buf = r->owned = p;
   x.data = p + WIRE_EXT_STATUS_LEN;
   int err = 0;
   if (ex->pub.ops->extents) {
@@ -2461,14 +2444,17 @@ enum {
   TX_AFTER_LONG_WRITE = 4096, /* bytes received then: a few heads, see there */
   TX_ERROR_TEXT = 80,         /* bytes of an error's text that are sent */
   TX_LOGGED = 10,             /* failed requests of a client that are logged */
-  TX_HEAD_MAX =               /* the longest reply without data: ERROR_OFFSET */
+  TX_HEAD_ROOM = 64, /* bytes before a READ's data, for its head: 40 and more */
+  TX_HEAD_MAX =      /* the longest reply without data: ERROR_OFFSET */
       WIRE_EXT_CHUNK_LEN + WIRE_ERROR_LEN + TX_ERROR_TEXT + WIRE_OFFSET_LEN
 };
 STATIC_ASSERT(option_fits, (int)NBDSERVE_MAX_OPTION <= (int)CONN_RBUF);
 STATIC_ASSERT(option_holds_a_name, NBDSERVE_MAX_OPTION >= WIRE_STRING_MAX);
 STATIC_ASSERT(write_fits,
               TX_IN_BATCH_MAX + (int)WIRE_EXT_REQUEST_LEN <= (int)CONN_RBUF);
-STATIC_ASSERT(read_fits, TX_IN_BATCH_MAX + TX_HEAD_MAX <= CONN_WBUF);
+STATIC_ASSERT(read_fits, TX_IN_BATCH_MAX + TX_HEAD_ROOM <= CONN_WBUF);
+STATIC_ASSERT(head_fits,
+              WIRE_EXT_CHUNK_LEN + (int)WIRE_OFFSET_LEN <= (int)TX_HEAD_ROOM);
 STATIC_ASSERT(piece_is_unit, (int)TX_PIECE == (int)IO_UNIT);
 
 struct conn {
@@ -2489,7 +2475,6 @@ struct conn {
   uint64_t export_size;
   unsigned transmission_flags;
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n); /* or NULL */
-  size_t read_head;         /* bytes in front of the data of a READ's reply */
   unsigned max_workers;     /* 0: none, the client's thread does all itself */
   unsigned max_handed_over; /* limit for nhanded_over */
   /* -- the option that is being answered */
@@ -2501,7 +2486,7 @@ struct conn {
   size_t rbuf_end;
   size_t needed;            /* bytes that are to be there of the next request */
   int after_long_write;     /* another one is likely: see tx_receive */
-  unsigned char *piece_buf; /* [TX_HEAD_MAX + TX_PIECE], made when needed */
+  unsigned char *piece_buf; /* [TX_HEAD_ROOM + TX_PIECE], made when needed */
   int end_err;              /* why the connection ends: 0 or -errno */
   /* -- the batch */
   struct nbdserve_req batch[TX_BATCH];
@@ -2634,14 +2619,11 @@ static void hs_enter(struct conn *c, struct ex *ex, const char *name,
   c->export_size = size;
   c->has_allocation = hs_has_allocation(c, name);
   c->transmission_flags = ex_transmission_flags(ex, c->mode, c->has_allocation);
-  c->read_head = WIRE_SIMPLE_REPLY_LEN;
-  if (c->mode != MODE_SIMPLE)
-    c->read_head = wire_chunk_len(c->mode) + WIRE_OFFSET_LEN;
   /* `before` is asked for each request, so there is nothing to do together. */
   if (!k->before) c->run_batch = ex->pub.ops->run_batch;
   if (k->threads > 1) c->max_workers = k->threads;
   c->max_handed_over = c->run_batch ? TX_HANDED_OVER : k->threads;
-  assert(c->read_head <= TX_HEAD_MAX && c->max_handed_over > 0);
+  assert(c->max_handed_over > 0);
   conn_log(c, NBDSERVE_LOG_INFO, "%d: export '%s', %" PRIu64 " bytes%s", c->id,
            name, size,
            c->transmission_flags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
@@ -2942,28 +2924,28 @@ static enum hs_result hs_run(struct conn *c) {
 }
 
 /* ==== [9] TRANSMISSION (tx_) =============================================
- * Requests in, replies out.  The states of a request are drawn in [7].
+ * Requests in, replies out.  The states of a request stand in [5].
  *
  * ---- The life of a request ------------------------------------------------
  *
  *   tx_receive       one recv() brings what has come into c->rbuf
- *   tx_next_request  parses, waits for the payload, validates; then tx_route
- *                    decides where the request is done:
+ *   tx_next_request  parses, waits for the payload, validates
+ *   tx_dispatch      decides where the request is done:
  *
- *   route         requests                  done by          data in
- *   TX_ANSWER     refused, or empty         nobody           -
- *   TX_DRAIN      refused, and the payload  nobody           piece_buf, thrown
- *                 is longer than a batch's                   away
- *   TX_IN_BATCH   READ, WRITE up to         client's thread, WRITE: rbuf, where
- *                 TX_IN_BATCH_MAX           all of a batch   it came; READ: a
- *                                           together         slot in wbuf
- *   TX_IN_PIECES  longer READ, WRITE        client's thread  piece_buf
- *   TX_COPIED     READ, WRITE up to         a worker         a buffer of its
- *                 TX_PIECE without                           own
- *                 run_batch
- *   TX_BY_WORKER  FLUSH, TRIM, CACHE,       a worker; FLUSH: BLOCK_STATUS: a
- *                 WRITE_ZEROES,             after the        buffer of its own
- *                 BLOCK_STATUS              batch's writes
+ *   requests                  done by            data in
+ *   refused, or empty         nobody             -
+ *   refused, with a payload   nobody             piece_buf, thrown away: tx_drain
+ *   longer than a batch's
+ *   READ, WRITE up to         client's thread,   WRITE: rbuf, where it came;
+ *   TX_IN_BATCH_MAX           all of a batch     READ: a slot in wbuf
+ *                             together
+ *   longer READ, WRITE        client's thread    piece_buf: tx_in_pieces
+ *   READ, WRITE up to         a worker           a buffer of its own: tx_copied
+ *   TX_PIECE without
+ *   run_batch
+ *   FLUSH, TRIM, CACHE,       a worker; FLUSH:   BLOCK_STATUS: a buffer of its
+ *   WRITE_ZEROES,             after the batch's  own
+ *   BLOCK_STATUS              writes
  *
  *   tx_run_batch     does what has gathered, when rbuf holds no whole request
  *                    any more or the batch is full
@@ -2971,9 +2953,9 @@ static enum hs_result hs_run(struct conn *c) {
  *
  * Without run_batch: on a host's backend, or with config.before.
  *
- * A WRITE of 4 KiB to a file: recv() puts it into rbuf.  It is TX_IN_BATCH, and
- * its r.buf points into rbuf, which nobody touches until the batch is done.
- * run_batch calls pwrite from there.  The reply is one of the heads that
+ * A WRITE of 4 KiB to a file: recv() puts it into rbuf.  It goes into the
+ * batch, and its r.buf points into rbuf, which nobody touches until the batch is
+ * done.  run_batch calls pwrite from there.  The reply is one of the heads that
  * tx_answer gathers, and all replies of the batch leave in one sendmsg().  All
  * of this happens in the client's thread.  A WRITE with FUA is TO_FLUSH after
  * pwrite: a worker flushes and answers.
@@ -2995,11 +2977,11 @@ static enum hs_result hs_run(struct conn *c) {
  *
  * ---- Rules ----------------------------------------------------------------
  * (T1) Every request gets exactly one reply, DISC none.  The order is free.
- * (T2) Each READ of a batch has a slot in wbuf: room for the reply's head, and
- *      its data behind that, so that data is never copied.  Slots are sent
- *      first, in the order in which they lie there, then the heads of all other
- *      replies.  A READ that failed or brought nothing but zeroes leaves its
- *      slot unused and is answered by a head alone.
+ * (T2) The buffer of a READ has room for the reply's head in front of the data,
+ *      so that neither is ever copied.  Those of a batch lie side by side in
+ *      wbuf, each in its slot, and neighbours leave as one piece.  A READ that failed or
+ *      brought nothing but zeroes leaves its slot unused: it is answered by a
+ *      head alone, which stands with the other replies' heads.
  * (T3) A batch's writes are done before its flushes start: a flush covers all
  *      that was answered before it arrived, and more.
  * (T4) FLUSH, TRIM, CACHE, WRITE_ZEROES and BLOCK_STATUS, and without run_batch
@@ -3009,33 +2991,10 @@ static enum hs_result hs_run(struct conn *c) {
  *      up the requests behind it.
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
  *      max_handed_over requests with workers.  Without run_batch each of these
- *      may hold TX_PIECE bytes.  With it no READ or WRITE is TX_COPIED, and
+ *      may hold TX_PIECE bytes.  With it no READ or WRITE is copied, and
  *      each holds the extents of a BLOCK_STATUS at most. */
 
 /* ---- Replies ------------------------------------------------------------- */
-
-/* What a reply, or a chunk of one, looks like. */
-enum tx_form {
-  TX_SIMPLE, /* a simple reply, the data of a READ behind it */
-  TX_NONE,   /* a chunk that says: done */
-  TX_DATA,   /* a chunk of data */
-  TX_HOLE,   /* a chunk that says: zeroes */
-  TX_STATUS, /* a chunk with extents */
-  TX_ERROR   /* a chunk with an error, and its place if that is known */
-};
-
-/* Which form the reply to a request has: its mode, its outcome and its command
- * decide. */
-static enum tx_form tx_form(const struct nbdserve_req *r) {
-  if (r->mode == MODE_SIMPLE) return TX_SIMPLE;
-  if (r->err) return TX_ERROR;
-  if (r->type == NBD_CMD_BLOCK_STATUS) return TX_STATUS;
-  if (r->type == NBD_CMD_READ) {
-    if (!r->len) return TX_NONE;
-    return r->all_zero ? TX_HOLE : TX_DATA;
-  }
-  return r->mode == MODE_STRUCTURED ? TX_SIMPLE : TX_NONE;
-}
 
 /* The error that is sent for a request. */
 static uint32_t tx_error(const struct nbdserve_req *r) {
@@ -3059,48 +3018,6 @@ static size_t tx_put_error(unsigned char *p, const struct nbdserve_req *r) {
   return n + WIRE_OFFSET_LEN;
 }
 
-/* Writes all of a reply but its data (see tx_data) to p[TX_HEAD_MAX].  Returns
- * the number of bytes. */
-static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
-  enum tx_form form = tx_form(r);
-  if (form == TX_SIMPLE) return wire_put_simple(p, tx_error(r), r->cookie);
-  size_t head = wire_chunk_len(r->mode);
-  struct wire_chunk chunk = {.last = r->err || !r->more_chunks,
-                             .cookie = r->cookie,
-                             .req_off = r->client_off};
-  size_t n = 0; /* bytes of payload that are written here */
-  switch (form) {
-  case TX_DATA:
-    chunk.type = NBD_REPLY_TYPE_OFFSET_DATA;
-    u_put64(p + head, r->off);
-    n = WIRE_OFFSET_LEN;
-    chunk.len = n + r->len;
-    break;
-  case TX_HOLE:
-    chunk.type = NBD_REPLY_TYPE_OFFSET_HOLE;
-    u_put64(p + head, r->off);
-    u_put32(p + head + WIRE_OFFSET_LEN, (uint32_t)r->len);
-    chunk.len = n = WIRE_HOLE_LEN;
-    break;
-  case TX_STATUS:
-    chunk.type = r->mode == MODE_EXTENDED ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT
-                                          : NBD_REPLY_TYPE_BLOCK_STATUS;
-    chunk.len = r->status_len;
-    break;
-  case TX_ERROR:
-    chunk.type =
-        r->err_has_off ? NBD_REPLY_TYPE_ERROR_OFFSET : NBD_REPLY_TYPE_ERROR;
-    chunk.len = n = tx_put_error(p + head, r);
-    break;
-  case TX_NONE: /* is NBD_REPLY_TYPE_NONE, 0 */
-  case TX_SIMPLE:
-    break;
-  }
-  wire_put_chunk(p, r->mode, &chunk);
-  assert(head + n <= TX_HEAD_MAX);
-  return head + n;
-}
-
 /* The data that follows the head of a reply; no bytes of it if there is
  * none. */
 static struct iovec tx_data(const struct nbdserve_req *r) {
@@ -3111,11 +3028,44 @@ static struct iovec tx_data(const struct nbdserve_req *r) {
   return v;
 }
 
-/* Were only zeroes read, so that a hole can be sent for them?  Where that is
- * not so, one look at the data mostly shows it. */
+/* Writes all of a reply but its data to p[TX_HEAD_MAX]: its mode, its outcome
+ * and its command decide what it looks like.  Returns the number of bytes. */
+static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
+  int is_status = r->type == NBD_CMD_BLOCK_STATUS;
+  int is_read = r->type == NBD_CMD_READ;
+  int has_chunks =
+      r->mode == MODE_EXTENDED ||
+      (r->mode == MODE_STRUCTURED && (is_read || is_status || r->err));
+  if (!has_chunks) return wire_put_simple(p, tx_error(r), r->cookie);
+  unsigned char *payload = p + wire_chunk_len(r->mode);
+  enum nbd_reply_type type = NBD_REPLY_TYPE_NONE;
+  size_t n = 0; /* bytes of payload that are written here */
+  if (r->err) {
+    type = r->err_has_off ? NBD_REPLY_TYPE_ERROR_OFFSET : NBD_REPLY_TYPE_ERROR;
+    n = tx_put_error(payload, r);
+  } else if (is_status) {
+    type = r->mode == MODE_EXTENDED ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT
+                                    : NBD_REPLY_TYPE_BLOCK_STATUS;
+  } else if (is_read && r->len) {
+    type = NBD_REPLY_TYPE_OFFSET_DATA;
+    u_put64(payload, r->off);
+    n = WIRE_OFFSET_LEN;
+    if (r->all_zero) {
+      type = NBD_REPLY_TYPE_OFFSET_HOLE;
+      u_put32(payload + n, (uint32_t)r->len);
+      n = WIRE_HOLE_LEN;
+    }
+  }
+  wire_put_chunk(p, r, type, n + tx_data(r).iov_len);
+  assert(payload + n <= p + TX_HEAD_MAX);
+  return (size_t)(payload - p) + n;
+}
+
+/* Has a READ brought only zeroes, so that a hole can be sent for them?  Where
+ * that is not so, one look at the data mostly shows it. */
 static int tx_is_all_zero(const struct nbdserve_req *r) {
-  return r->mode != MODE_SIMPLE && r->len >= TX_MIN_HOLE &&
-         u_is_zero(r->buf, (size_t)r->len);
+  return r->type == NBD_CMD_READ && !r->err && r->mode != MODE_SIMPLE &&
+         r->len >= TX_MIN_HOLE && u_is_zero(r->buf, (size_t)r->len);
 }
 
 /* ---- Answering: gather, send, count, free -------------------------------- */
@@ -3146,28 +3096,28 @@ static void tx_add_piece(struct tx_out *out, void *p, size_t len) {
   out->n++;
 }
 
-/* Begins with the READs that stand in their slots of wbuf (T2): neighbours
- * there become one piece. */
-static void tx_gather_slots(struct tx_out *out, struct nbdserve_req *list,
-                            size_t read_head) {
+/* Gathers replies, each with its data behind it, as many as there is room for.
+ * The head of a READ's data goes into the room in front of it, so READs side by
+ * side in wbuf become one piece (T2).  Returns the first of the list that did
+ * not fit, or NULL. */
+static struct nbdserve_req *tx_gather(struct tx_out *out,
+                                      struct nbdserve_req *r) {
   out->n = 0;
-  for (struct nbdserve_req *r = list; r; r = r->next)
-    if (r->state == REQ_IN_WBUF)
-      tx_add_piece(out, r->buf - read_head, read_head + (size_t)r->len);
-}
-
-/* Gathers the other replies, head by head, each with its data behind it, as
- * many as there is room for.  The first of the list that did not fit, or
- * NULL. */
-static struct nbdserve_req *tx_gather_heads(struct tx_out *out,
-                                            struct nbdserve_req *r) {
+  out->heads_len = 0;
   for (; r; r = r->next) {
-    if (r->state == REQ_IN_WBUF) continue;
     assert(r->state == REQ_DONE);
     if (out->heads_len + TX_HEAD_MAX > sizeof out->heads) break;
-    /* Two pieces, where slots and heads with data lie in between. */
     if ((size_t)out->n + 2 > COUNT_OF(out->v)) break;
+    r->all_zero = tx_is_all_zero(r);
     struct iovec data = tx_data(r);
+    if (r->type == NBD_CMD_READ && data.iov_len) {
+      size_t room = wire_read_head_len(r->mode);
+      /* Of a long simple reply only the first piece has a head. */
+      if (r->mode == MODE_SIMPLE && r->off != r->client_off) room = 0;
+      if (room) tx_put_head(r->buf - room, r);
+      tx_add_piece(out, r->buf - room, room + data.iov_len);
+      continue;
+    }
     unsigned char *head = out->heads + out->heads_len;
     size_t len = tx_put_head(head, r);
     out->heads_len += len;
@@ -3203,16 +3153,12 @@ static int tx_send_error(struct conn *c) {
 /* Sends the replies of a list, in as few sends as possible.  0 or -errno. */
 static int tx_send_all(struct conn *c, struct nbdserve_req *list) {
   struct tx_out out;
-  struct nbdserve_req *rest = list;
   int err = 0;
-  tx_gather_slots(&out, list, c->read_head);
-  do {
-    out.heads_len = 0;
-    rest = tx_gather_heads(&out, rest);
+  while (list && !err) {
+    list = tx_gather(&out, list);
     assert(out.n > 0 && out.heads_len <= sizeof out.heads);
     err = tx_send(c, out.v, out.n);
-    out.n = 0;
-  } while (rest && !err);
+  }
   return err;
 }
 
@@ -3262,16 +3208,15 @@ static void tx_account(struct conn *c, const struct nbdserve_req *list) {
     tx_log(c, r);
 }
 
-/* Marks the requests of a list as answered and frees the buffers they own. */
+/* Frees the buffers that the requests of a list own. */
 static void tx_release(struct nbdserve_req *list) {
   for (struct nbdserve_req *r = list; r; r = r->next) {
-    req_set_state(r, REQ_SENT);
-    if (r->owns_buf) NBDSERVE_FREE(r->buf);
-    r->buf = NULL;
+    NBDSERVE_FREE(r->owned);
+    r->owned = NULL;
   }
 }
 
-/* Answers the requests of a list, which are DONE or IN_WBUF (T1).  0, or -errno
+/* Answers the requests of a list, which are DONE (T1).  0, or -errno
  * when the client is gone. */
 static int tx_answer(struct conn *c, struct nbdserve_req *list) {
   if (!list) return 0;
@@ -3288,12 +3233,8 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list) {
 static void tx_executed(struct conn *c, struct nbdserve_req *r, int err) {
   assert(r->state == REQ_TODO && err <= 0);
   r->err = err;
-  if (!err && ex_fua(c->export, r) == EX_FUA_BY_FLUSH) {
-    req_set_state(r, REQ_TO_FLUSH);
-    return;
-  }
-  if (!err && r->type == NBD_CMD_READ) r->all_zero = tx_is_all_zero(r);
-  req_set_state(r, REQ_DONE);
+  int owes_flush = !err && ex_fua(c->export, r) == EX_FUA_BY_FLUSH;
+  req_set_state(r, owes_flush ? REQ_TO_FLUSH : REQ_DONE);
 }
 
 /* Flushes for all requests of a list, which are TO_FLUSH, in one go.  `before`
@@ -3366,7 +3307,7 @@ static struct nbdserve_req *tx_take_work(struct conn *c) {
 static void tx_retire(struct conn *c, struct nbdserve_req *list) {
   while (list) {
     struct nbdserve_req *next = list->next;
-    assert(list->state == REQ_SENT && c->nhanded_over > 0);
+    assert(list->state == REQ_DONE && c->nhanded_over > 0);
     NBDSERVE_FREE(list);
     c->nhanded_over--;
     list = next;
@@ -3443,7 +3384,7 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
   copy->next = NULL;
   /* A request whose data lies in rbuf or wbuf was executed; it only owes a
    * flush, which needs no data. */
-  if (!copy->owns_buf) copy->buf = NULL;
+  if (!copy->owned) copy->buf = NULL;
   os_lock(&c->queue_lock);
   while (c->nhanded_over >= c->max_handed_over)
     tx_wait_for_worker(c);
@@ -3515,16 +3456,6 @@ static void tx_run_requests(struct conn *c) {
   }
 }
 
-/* Builds the reply of a READ in its slot of wbuf (T2). */
-static void tx_fill_slot(struct conn *c, struct nbdserve_req *r) {
-  size_t head = tx_put_head(r->buf - c->read_head, r);
-  assert(head == c->read_head && r->state == REQ_DONE);
-  assert(r->buf >= c->wbuf + c->read_head);
-  assert(r->buf + r->len <= c->wbuf + c->wbuf_used);
-  (void)head;
-  req_set_state(r, REQ_IN_WBUF);
-}
-
 /* Does the batch, or hands it over, and answers it.  0, or -errno to close. */
 static int tx_run_batch(struct conn *c) {
   struct nbdserve_req *list = NULL;
@@ -3534,7 +3465,6 @@ static int tx_run_batch(struct conn *c) {
   for (size_t i = 0; i < c->nbatch; i++) {
     struct nbdserve_req *r = &c->batch[i];
     if (r->state == REQ_HANDED_OVER) continue;
-    if (r->type == NBD_CMD_READ && tx_data(r).iov_len > 0) tx_fill_slot(c, r);
     *end = r;
     end = &r->next;
   }
@@ -3548,7 +3478,7 @@ static int tx_run_batch(struct conn *c) {
 static int tx_add_to_batch(struct conn *c, const struct nbdserve_req *r) {
   size_t slot = 0;
   if (r->type == NBD_CMD_READ && r->state == REQ_TODO)
-    slot = c->read_head + (size_t)r->len;
+    slot = wire_read_head_len(c->mode) + (size_t)r->len;
   assert(slot <= CONN_WBUF);
   if (c->nbatch == TX_BATCH || c->wbuf_used + slot > CONN_WBUF) {
     int err = tx_run_batch(c);
@@ -3556,8 +3486,8 @@ static int tx_add_to_batch(struct conn *c, const struct nbdserve_req *r) {
   }
   struct nbdserve_req *place = &c->batch[c->nbatch++];
   *place = *r;
-  if (slot) place->buf = c->wbuf + c->wbuf_used + c->read_head;
   c->wbuf_used += slot;
+  if (slot) place->buf = c->wbuf + c->wbuf_used - r->len;
   return 0;
 }
 
@@ -3618,52 +3548,29 @@ static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r) {
   return tx_finish(c, r);
 }
 
-/* The next piece of a long READ, from off on. */
-static struct nbdserve_req tx_read_piece(const struct conn *c,
-                                         const struct nbdserve_req *r,
-                                         uint64_t off) {
-  struct nbdserve_req piece = *r;
+/* Reads the next piece of a long READ, from off on, into piece_buf. */
+static int tx_read_piece(struct conn *c, const struct nbdserve_req *r,
+                         uint64_t off, struct nbdserve_req *piece) {
   uint64_t end = r->off + r->len;
-  piece.buf = c->piece_buf + TX_HEAD_MAX;
-  piece.off = off;
-  piece.len = u_min(end - off, TX_PIECE);
-  piece.more_chunks = off + piece.len < end;
+  *piece = *r;
+  piece->buf = c->piece_buf + TX_HEAD_ROOM;
+  piece->off = off;
+  piece->len = u_min(end - off, TX_PIECE);
+  piece->more_chunks = off + piece->len < end;
   /* proto.md: chunks should end at multiples of 512, where possible. */
-  if (piece.more_chunks) piece.len -= (off + piece.len) % 512;
-  assert(piece.len > 0 && off + piece.len <= end);
-  return piece;
+  if (piece->more_chunks) piece->len -= (off + piece->len) % 512;
+  assert(piece->len > 0 && off + piece->len <= end);
+  return ex_execute(c->export, piece);
 }
 
 /* Reads all of a long READ and keeps nothing: what fails now can still be said
  * in a simple reply, whose head claims success before the data comes. */
 static int tx_try_read(struct conn *c, const struct nbdserve_req *r) {
-  uint64_t off = r->off;
-  while (off < r->off + r->len) {
-    struct nbdserve_req piece = tx_read_piece(c, r, off);
-    int err = ex_execute(c->export, &piece);
-    if (err) return err;
-    off += piece.len;
-  }
-  return 0;
-}
-
-/* Sends one piece of a long READ that was read.  Of a simple reply only the
- * first piece has a head. */
-static int tx_send_piece(struct conn *c, struct nbdserve_req *piece) {
-  struct iovec v[2];
-  int n = 0;
-  piece->all_zero = tx_is_all_zero(piece);
-  if (piece->mode != MODE_SIMPLE || piece->off == piece->client_off) {
-    v[n].iov_base = c->piece_buf;
-    v[n].iov_len = tx_put_head(c->piece_buf, piece);
-    n++;
-  }
-  if (!piece->all_zero) {
-    v[n].iov_base = piece->buf;
-    v[n].iov_len = (size_t)piece->len;
-    n++;
-  }
-  return tx_send(c, v, n);
+  struct nbdserve_req piece;
+  int err = 0;
+  for (uint64_t off = r->off; off < r->off + r->len && !err; off += piece.len)
+    err = tx_read_piece(c, r, off, &piece);
+  return err;
 }
 
 /* Reads and sends a long READ, piece by piece: as chunks of a structured reply,
@@ -3678,12 +3585,13 @@ static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
     err = tx_try_read(c, r);
   }
   while (!err && off < r->off + r->len) {
-    struct nbdserve_req piece = tx_read_piece(c, r, off);
-    err = ex_execute(c->export, &piece);
+    struct nbdserve_req piece;
+    err = tx_read_piece(c, r, off, &piece);
     /* A simple reply that has begun cannot be taken back (proto.md). */
     if (err && is_simple && off > r->off) return err;
     if (err) break;
-    int send_err = tx_send_piece(c, &piece);
+    req_set_state(&piece, REQ_DONE);
+    int send_err = tx_send_all(c, &piece);
     if (send_err) return send_err;
     off += piece.len;
   }
@@ -3702,7 +3610,7 @@ static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
  * megabyte is closed. */
 static int tx_in_pieces(struct conn *c, struct nbdserve_req *r,
                         uint64_t payload) {
-  if (!c->piece_buf) c->piece_buf = NBDSERVE_MALLOC(TX_HEAD_MAX + TX_PIECE);
+  if (!c->piece_buf) c->piece_buf = NBDSERVE_MALLOC(TX_HEAD_ROOM + TX_PIECE);
   if (!c->piece_buf) return -ENOMEM;
   if (r->state == REQ_DONE) return tx_drain(c, r, payload);
   return r->type == NBD_CMD_READ ? tx_read_in_pieces(c, r)
@@ -3713,15 +3621,13 @@ static int tx_in_pieces(struct conn *c, struct nbdserve_req *r,
  * payload.  Without memory it is done in pieces, as if it were longer. */
 static int tx_copied(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
   assert(!c->run_batch && r->state == REQ_TODO && r->len <= TX_PIECE);
-  r->buf = NBDSERVE_MALLOC((size_t)r->len);
-  if (!r->buf) return tx_in_pieces(c, r, payload);
-  r->owns_buf = 1;
+  r->owned = NBDSERVE_MALLOC(TX_HEAD_ROOM + (size_t)r->len);
+  if (!r->owned) return tx_in_pieces(c, r, payload);
+  r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
   int err = payload ? tx_recv_payload(c, r->buf, (size_t)payload) : 0;
-  if (err) {
-    NBDSERVE_FREE(r->buf);
-    return err;
-  }
-  return tx_finish(c, r);
+  if (!err) return tx_finish(c, r);
+  tx_release(r);
+  return err;
 }
 
 /* ---- Taking requests ----------------------------------------------------- */
@@ -3789,81 +3695,38 @@ static void tx_validate(const struct conn *c, struct nbdserve_req *r,
   }
 }
 
-/* Where a request is done: see the table at the head of the section. */
-enum tx_route {
-  TX_ANSWER,
-  TX_DRAIN,
-  TX_IN_BATCH,
-  TX_IN_PIECES,
-  TX_COPIED,
-  TX_BY_WORKER
-};
-
-/* Decides it, from what was validated and negotiated. */
-static enum tx_route tx_route(const struct conn *c,
-                              const struct nbdserve_req *r, uint64_t payload) {
-  if (r->state == REQ_DONE)
-    return payload > TX_IN_BATCH_MAX ? TX_DRAIN : TX_ANSWER;
-  if (!req_moves_data(r)) return TX_BY_WORKER;
-  if (!c->run_batch && c->max_workers && r->len <= TX_PIECE) return TX_COPIED;
-  return r->len > TX_IN_BATCH_MAX ? TX_IN_PIECES : TX_IN_BATCH;
-}
-
-/* Does a request, or sees to it that it is done later.  0, or -errno to
- * close. */
+/* Does a request, or sees to it that it is done later, as the table at the head
+ * of the section says.  0, or -errno to close. */
 static int tx_dispatch(struct conn *c, struct nbdserve_req *r,
                        uint64_t payload) {
-  enum tx_route route = tx_route(c, r, payload);
-  if (route == TX_ANSWER || route == TX_IN_BATCH || route == TX_BY_WORKER) {
-    assert(payload <= TX_IN_BATCH_MAX);
+  int moves_data = r->state == REQ_TODO && req_moves_data(r);
+  int is_copied =
+      moves_data && !c->run_batch && c->max_workers && r->len <= TX_PIECE;
+  uint64_t data = moves_data ? r->len : payload; /* of a READ, too */
+  if (!is_copied && data <= TX_IN_BATCH_MAX) {
     r->buf = c->rbuf + c->rbuf_pos; /* the payload is all there */
     c->rbuf_pos += (size_t)payload;
     return tx_add_to_batch(c, r);
   }
   int err = tx_run_batch(c); /* answers what came before, and frees rbuf */
   if (err) return err;
-  return route == TX_COPIED ? tx_copied(c, r, payload)
-                            : tx_in_pieces(c, r, payload);
-}
-
-/* Makes a request of what the client sent.  The payload begins at p; it is all
- * there, unless it is longer than TX_IN_BATCH_MAX. */
-static struct nbdserve_req tx_make_request(const struct conn *c,
-                                           const struct wire_request *w,
-                                           uint64_t payload,
-                                           const unsigned char *p) {
-  struct nbdserve_req r = {.type = w->type,
-                           .flags = w->flags,
-                           .mode = c->mode,
-                           .cookie = w->cookie,
-                           .client_off = w->off,
-                           .off = w->off,
-                           .len = w->len};
-  if (r.type == NBD_CMD_FLUSH) r.off = r.len = 0; /* reserved (proto.md) */
-  if (r.type == NBD_CMD_BLOCK_STATUS && payload) {
-    /* The payload has the length, and the contexts that are wanted. */
-    int is_ours =
-        payload == WIRE_STATUS_PAYLOAD_LEN && u_get32(p + 8) == WIRE_CONTEXT_ID;
-    r.len = is_ours ? u_get64(p) : 0; /* tx_validate refuses 0 */
-  }
-  return r;
+  return is_copied ? tx_copied(c, r, payload) : tx_in_pieces(c, r, payload);
 }
 
 /* How many bytes of payload follow the head of a request. */
-static uint64_t tx_payload_len(const struct conn *c,
-                               const struct wire_request *w) {
-  if (c->mode == MODE_EXTENDED)
-    return w->flags & NBD_CMD_FLAG_PAYLOAD_LEN ? w->len : 0;
-  return w->type == NBD_CMD_WRITE ? w->len : 0;
+static uint64_t tx_payload_len(const struct nbdserve_req *r) {
+  if (r->mode == MODE_EXTENDED)
+    return r->flags & NBD_CMD_FLAG_PAYLOAD_LEN ? r->len : 0;
+  return r->type == NBD_CMD_WRITE ? r->len : 0;
 }
 
 /* Is that a request, with a payload that can be skipped at least? */
-static int tx_is_framed(const struct conn *c, const struct wire_request *w,
+static int tx_is_framed(const struct conn *c, uint32_t magic,
                         uint64_t payload) {
   if (c->mode == MODE_EXTENDED)
-    return w->magic == NBD_EXTENDED_REQUEST_MAGIC &&
+    return magic == NBD_EXTENDED_REQUEST_MAGIC &&
            payload <= c->export->pub.max_request;
-  return w->magic == NBD_REQUEST_MAGIC && payload <= NBDSERVE_MAX_REQUEST;
+  return magic == NBD_REQUEST_MAGIC && payload <= NBDSERVE_MAX_REQUEST;
 }
 
 /* What comes next for the client's thread. */
@@ -3889,20 +3752,22 @@ static enum tx_next tx_next_request(struct conn *c) {
   size_t head = wire_request_len(c->mode);
   c->needed = head;
   if (here < head) return TX_NEED_MORE;
-  struct wire_request w = wire_get_request(p, c->mode);
-  uint64_t payload = tx_payload_len(c, &w);
-  if (!tx_is_framed(c, &w, payload)) {
+  struct nbdserve_req r = wire_get_request(p, c->mode);
+  uint64_t payload = tx_payload_len(&r);
+  if (!tx_is_framed(c, u_get32(p), payload)) {
     int err = tx_run_batch(c); /* what came before is answered */
     conn_log(c, NBDSERVE_LOG_INFO,
              "%d: request magic 0x%08" PRIx32 ", %" PRIu64
              " bytes of payload; closed",
-             c->id, w.magic, payload);
+             c->id, u_get32(p), payload);
     return tx_outcome(c, err ? err : -EPROTO);
   }
-  if (w.type == NBD_CMD_DISC) return TX_DISC;
+  if (r.type == NBD_CMD_DISC) return TX_DISC;
   if (payload <= TX_IN_BATCH_MAX) c->needed += (size_t)payload;
   if (here < c->needed) return TX_NEED_MORE;
-  struct nbdserve_req r = tx_make_request(c, &w, payload, p + head);
+  if (r.type == NBD_CMD_FLUSH) r.off = r.len = 0; /* reserved (proto.md) */
+  if (r.type == NBD_CMD_BLOCK_STATUS && payload)
+    r.len = wire_get_status_len(p + head, payload); /* 0 is refused */
   tx_validate(c, &r, payload);
   if (r.state == REQ_TODO && r.type == NBD_CMD_FLUSH)
     req_set_state(&r, REQ_TO_FLUSH);

@@ -39,8 +39,9 @@
  *                               a case in ex_call [7]; a line in
  *                               ex_transmission_flags if clients must be told
  *   a rule for requests         an `if` in tx_validate [9]
- *   a type of reply             its number in enum nbd_reply_type; its condition
- *                               and head in tx_put_head, its data in tx_data [9]
+ *   a type of reply             its number in enum nbd_reply_type; when it is
+ *                               sent and its head in tx_put_head, its data in
+ *                               tx_data [9]
  *   a command-line option       a row of CLI_OPTIONS in [13]
  *   a command on stores         a row of cli_verbs in [13]
  *   a kind of target            cli_parse_target and cli_add_target in [13]
@@ -2487,7 +2488,6 @@ struct conn {
   size_t needed;            /* bytes that are to be there of the next request */
   int after_long_write;     /* another one is likely: see tx_receive */
   unsigned char *piece_buf; /* [TX_HEAD_ROOM + TX_PIECE], made when needed */
-  int end_err;              /* why the connection ends: 0 or -errno */
   /* -- the batch */
   struct nbdserve_req batch[TX_BATCH];
   size_t nbatch;
@@ -2521,20 +2521,12 @@ struct conn {
 
 /* ---- Replies to options -------------------------------------------------- */
 
-/* What follows the answer to an option. */
-enum hs_result {
-  HS_MORE,  /* another option */
-  HS_ENTER, /* transmission */
-  HS_END,   /* the client leaves in order */
-  HS_FAILED /* the connection is closed: c->end_err says why */
+/* What the steps of a connection return, in the handshake and in transmission:
+ * 0 to go on, the -errno that ends it, or one of these. */
+enum conn_step {
+  CONN_LEFT = 1,      /* the client leaves in order */
+  CONN_NEEDS_MORE = 2 /* the next request is not all there */
 };
-
-/* Notes why the connection is to be closed. */
-static enum hs_result hs_fail(struct conn *c, int err) {
-  assert(err < 0);
-  c->end_err = err;
-  return HS_FAILED;
-}
 
 /* Sends the replies that have gathered in wbuf.  0 or -errno. */
 static int hs_send(struct conn *c) {
@@ -2564,19 +2556,18 @@ static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t len) {
 }
 
 /* Answers the option with success. */
-static enum hs_result hs_ack(struct conn *c) {
+static int hs_ack(struct conn *c) {
   hs_reply(c, NBD_REP_ACK, 0);
-  return HS_MORE;
+  return 0;
 }
 
 /* Answers the option with an error; haggling goes on. */
-static enum hs_result hs_refuse(struct conn *c, uint32_t type,
-                                const char *why) {
+static int hs_refuse(struct conn *c, uint32_t type, const char *why) {
   size_t n = strlen(why);
   memcpy(hs_reply(c, type, n), why, n);
   conn_log(c, NBDSERVE_LOG_INFO, "%d: option %" PRIu32 " refused: %s", c->id,
            c->option, why);
-  return HS_MORE;
+  return 0;
 }
 
 /* ---- Reading an option's data -------------------------------------------- */
@@ -2630,27 +2621,29 @@ static void hs_enter(struct conn *c, struct ex *ex, const char *name,
 }
 
 /* ---- The options -----------------------------------------------------------
- * Each function takes its option's data, which is all there, and answers. */
+ * Each function takes its option's data, which is all there, and answers: 0, or
+ * the -errno that closes the connection.  When c->export is set haggling ends.
+ */
 
 /* proto.md, NBD_OPT_EXPORT_NAME: all of the data is the name.  This option has
  * no error reply: what is wrong closes the connection. */
-static enum hs_result hs_opt_export_name(struct conn *c) {
+static int hs_opt_export_name(struct conn *c) {
   size_t len = WIRE_EXPORT_NAME_LEN;
   char name[WIRE_STRING_MAX + 1];
   struct ex *ex;
   uint64_t size;
-  if (c->mode == MODE_EXTENDED) return hs_fail(c, -EPROTO); /* GO is needed */
-  assert(c->option_left <= WIRE_STRING_MAX); /* hs_option has seen to it */
+  if (c->mode == MODE_EXTENDED) return -EPROTO; /* GO is needed */
+  assert(c->option_left <= WIRE_STRING_MAX);    /* hs_option has seen to it */
   memcpy(name, c->option_data, c->option_left);
   name[c->option_left] = 0;
-  if (strlen(name) != c->option_left) return hs_fail(c, -ENOENT);
-  if (ex_acquire(c->s, name, &ex, &size)) return hs_fail(c, -ENOENT);
+  if (strlen(name) != c->option_left) return -ENOENT;
+  if (ex_acquire(c->s, name, &ex, &size)) return -ENOENT;
   hs_enter(c, ex, name, size);
   if (!c->no_zeroes) len += WIRE_EXPORT_NAME_PAD;
   unsigned char *p = memset(hs_reserve(c, len), 0, len);
   u_put64(p, size);
   u_put16(p + 8, c->transmission_flags);
-  return HS_ENTER;
+  return 0;
 }
 
 /* Lists an export; the host's list callback calls it, too.  Not 0: the client
@@ -2670,7 +2663,7 @@ static int hs_list_one(void *conn, const char *name, const char *description) {
 
 /* proto.md, NBD_OPT_LIST.  s->lock is not held while a reply is sent: a client
  * that reads slowly must not hold up others.  (E1): the list only grows. */
-static enum hs_result hs_opt_list(struct conn *c) {
+static int hs_opt_list(struct conn *c) {
   const struct nbdserve_config *k = &c->s->config;
   int err = 0;
   if (c->option_left)
@@ -2684,7 +2677,7 @@ static enum hs_result hs_opt_list(struct conn *c) {
   os_unlock(&c->s->lock);
   if (!c->send_err && k->list)
     err = ex_believe(c->s, "", "list", k->list(k->ctx, hs_list_one, c));
-  if (c->send_err) return hs_fail(c, c->send_err);
+  if (c->send_err) return c->send_err;
   if (!err) return hs_ack(c);
   u_log(k, NBDSERVE_LOG_WARNING, "the host's list of exports: %s",
         u_errno_text(err));
@@ -2740,7 +2733,7 @@ static unsigned hs_infos(const struct nbdserve_export *e, unsigned asked) {
 }
 
 /* proto.md, NBD_OPT_INFO and NBD_OPT_GO: the same, but GO enters the export. */
-static enum hs_result hs_opt_go(struct conn *c) {
+static int hs_opt_go(struct conn *c) {
   char name[WIRE_STRING_MAX + 1];
   unsigned asked = 0;
   struct ex *ex;
@@ -2763,7 +2756,7 @@ static enum hs_result hs_opt_go(struct conn *c) {
   if (c->option == NBD_OPT_GO && !must_ask) {
     hs_ack(c);
     hs_enter(c, ex, name, size);
-    return HS_ENTER;
+    return 0;
   }
   ex_release(ex);
   if (!must_ask) return hs_ack(c);
@@ -2771,7 +2764,7 @@ static enum hs_result hs_opt_go(struct conn *c) {
 }
 
 /* proto.md, NBD_OPT_STRUCTURED_REPLY and NBD_OPT_EXTENDED_HEADERS. */
-static enum hs_result hs_opt_mode(struct conn *c) {
+static int hs_opt_mode(struct conn *c) {
   enum wire_mode mode =
       c->option == NBD_OPT_EXTENDED_HEADERS ? MODE_EXTENDED : MODE_STRUCTURED;
   if (c->option_left)
@@ -2804,7 +2797,7 @@ static uint32_t hs_take_queries(struct conn *c, int *found) {
 }
 
 /* proto.md, NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT. */
-static enum hs_result hs_opt_meta_context(struct conn *c) {
+static int hs_opt_meta_context(struct conn *c) {
   const size_t len = sizeof hs_allocation - 1;
   char name[WIRE_STRING_MAX + 1];
   int sets = c->option == NBD_OPT_SET_META_CONTEXT;
@@ -2832,7 +2825,7 @@ static enum hs_result hs_opt_meta_context(struct conn *c) {
 
 /* A new option gets a row here.  ABORT is not in it: hs_option answers it
  * before it looks at anything else. */
-static enum hs_result (*const hs_options[])(struct conn *c) = {
+static int (*const hs_options[])(struct conn *c) = {
     [NBD_OPT_EXPORT_NAME] = hs_opt_export_name,
     [NBD_OPT_LIST] = hs_opt_list,
     [NBD_OPT_INFO] = hs_opt_go,
@@ -2865,22 +2858,22 @@ static int hs_take_data(struct conn *c, uint32_t len) {
 }
 
 /* Receives an option and answers it. */
-static enum hs_result hs_option(struct conn *c) {
+static int hs_option(struct conn *c) {
   unsigned char head[WIRE_OPTION_LEN];
   int err = io_recv_all(&c->io, head, sizeof head);
-  if (err) return hs_fail(c, err);
+  if (err) return err;
   struct wire_option o = wire_get_option(head);
   c->option = o.option;
-  if (o.magic != NBD_OPTION_MAGIC) return hs_fail(c, -EPROTO);
+  if (o.magic != NBD_OPTION_MAGIC) return -EPROTO;
   if (o.option == NBD_OPT_EXPORT_NAME && o.len > WIRE_STRING_MAX)
-    return hs_fail(c, -ENOENT); /* it could not be answered anyway */
+    return -ENOENT; /* it could not be answered anyway */
   err = hs_take_data(c, o.len);
-  if (err) return hs_fail(c, err);
+  if (err) return err;
   /* proto.md: each SET replaces the selection, also one that fails. */
   if (o.option == NBD_OPT_SET_META_CONTEXT) c->has_allocation = 0;
   if (o.option == NBD_OPT_ABORT) { /* whatever its data, however much */
     hs_ack(c);
-    return HS_END;
+    return CONN_LEFT;
   }
   if (o.option >= COUNT_OF(hs_options) || !hs_options[o.option] ||
       (c->s->config.without >> (HS_WITHOUT_OPTIONS + o.option) & 1))
@@ -2906,21 +2899,18 @@ static int hs_greet(struct conn *c) {
   return 0;
 }
 
-/* The whole handshake: HS_ENTER, HS_END or HS_FAILED. */
-static enum hs_result hs_run(struct conn *c) {
-  enum hs_result result;
+/* The whole handshake.  0: c->export is entered; else see enum conn_step. */
+static int hs_run(struct conn *c) {
   assert(!c->io.deadline && !c->export && !c->wbuf_used);
   c->io.deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
-  int err = hs_greet(c);
-  if (err) return hs_fail(c, err);
-  do {
-    result = hs_option(c);
-    err = hs_send(c);
-  } while (result == HS_MORE && !err);
+  int step = hs_greet(c);
+  while (!step && !c->export) {
+    step = hs_option(c);
+    if (step >= 0 && hs_send(c)) step = c->send_err;
+  }
   c->io.deadline = 0;
-  if (err && result != HS_FAILED) return hs_fail(c, err);
-  assert(result != HS_ENTER || (c->export && !c->wbuf_used));
-  return result;
+  assert(step || !c->wbuf_used);
+  return step;
 }
 
 /* ==== [9] TRANSMISSION (tx_) =============================================
@@ -2934,7 +2924,7 @@ static enum hs_result hs_run(struct conn *c) {
  *
  *   requests                  done by            data in
  *   refused, or empty         nobody             -
- *   refused, with a payload   nobody             piece_buf, thrown away: tx_drain
+ *   refused, with a payload   nobody             piece_buf: tx_drain
  *   longer than a batch's
  *   READ, WRITE up to         client's thread,   WRITE: rbuf, where it came;
  *   TX_IN_BATCH_MAX           all of a batch     READ: a slot in wbuf
@@ -2954,11 +2944,11 @@ static enum hs_result hs_run(struct conn *c) {
  * Without run_batch: on a host's backend, or with config.before.
  *
  * A WRITE of 4 KiB to a file: recv() puts it into rbuf.  It goes into the
- * batch, and its r.buf points into rbuf, which nobody touches until the batch is
- * done.  run_batch calls pwrite from there.  The reply is one of the heads that
- * tx_answer gathers, and all replies of the batch leave in one sendmsg().  All
- * of this happens in the client's thread.  A WRITE with FUA is TO_FLUSH after
- * pwrite: a worker flushes and answers.
+ * batch, and its r.buf points into rbuf, which nobody touches until the batch
+ * is done.  run_batch calls pwrite from there.  The reply is one of the heads
+ * that tx_answer gathers, and all replies of the batch leave in one sendmsg().
+ * All of this happens in the client's thread.  A WRITE with FUA is TO_FLUSH
+ * after pwrite: a worker flushes and answers.
  *
  * A FLUSH is TO_FLUSH from the start.  When the batch's writes are done it
  * joins c->to_flush; one worker takes all requests that are there, calls
@@ -2979,9 +2969,9 @@ static enum hs_result hs_run(struct conn *c) {
  * (T1) Every request gets exactly one reply, DISC none.  The order is free.
  * (T2) The buffer of a READ has room for the reply's head in front of the data,
  *      so that neither is ever copied.  Those of a batch lie side by side in
- *      wbuf, each in its slot, and neighbours leave as one piece.  A READ that failed or
- *      brought nothing but zeroes leaves its slot unused: it is answered by a
- *      head alone, which stands with the other replies' heads.
+ *      wbuf, each in its slot, and neighbours leave as one piece.  A READ that
+ *      failed or brought nothing but zeroes leaves its slot unused: it is
+ *      answered by a head alone, which stands with the other replies' heads.
  * (T3) A batch's writes are done before its flushes start: a flush covers all
  *      that was answered before it arrived, and more.
  * (T4) FLUSH, TRIM, CACHE, WRITE_ZEROES and BLOCK_STATUS, and without run_batch
@@ -3729,29 +3719,14 @@ static int tx_is_framed(const struct conn *c, uint32_t magic,
   return magic == NBD_REQUEST_MAGIC && payload <= NBDSERVE_MAX_REQUEST;
 }
 
-/* What comes next for the client's thread. */
-enum tx_next {
-  TX_GO_ON,
-  TX_NEED_MORE, /* the next request is not all there */
-  TX_DISC,      /* the client leaves in order: DISC, or the end of its stream */
-  TX_FAILED     /* the connection is closed: c->end_err says why */
-};
-
-/* Notes an error that closes the connection; 0 is none. */
-static enum tx_next tx_outcome(struct conn *c, int err) {
-  if (!err) return TX_GO_ON;
-  c->end_err = err;
-  return TX_FAILED;
-}
-
-/* Takes the next request out of rbuf. */
-static enum tx_next tx_next_request(struct conn *c) {
+/* Takes the next request out of rbuf.  As enum conn_step says. */
+static int tx_next_request(struct conn *c) {
   const unsigned char *p = c->rbuf + c->rbuf_pos;
   assert(c->rbuf_pos <= c->rbuf_end && c->nbatch <= TX_BATCH);
   size_t here = c->rbuf_end - c->rbuf_pos;
   size_t head = wire_request_len(c->mode);
   c->needed = head;
-  if (here < head) return TX_NEED_MORE;
+  if (here < head) return CONN_NEEDS_MORE;
   struct nbdserve_req r = wire_get_request(p, c->mode);
   uint64_t payload = tx_payload_len(&r);
   if (!tx_is_framed(c, u_get32(p), payload)) {
@@ -3760,11 +3735,11 @@ static enum tx_next tx_next_request(struct conn *c) {
              "%d: request magic 0x%08" PRIx32 ", %" PRIu64
              " bytes of payload; closed",
              c->id, u_get32(p), payload);
-    return tx_outcome(c, err ? err : -EPROTO);
+    return err ? err : -EPROTO;
   }
-  if (r.type == NBD_CMD_DISC) return TX_DISC;
+  if (r.type == NBD_CMD_DISC) return CONN_LEFT;
   if (payload <= TX_IN_BATCH_MAX) c->needed += (size_t)payload;
-  if (here < c->needed) return TX_NEED_MORE;
+  if (here < c->needed) return CONN_NEEDS_MORE;
   if (r.type == NBD_CMD_FLUSH) r.off = r.len = 0; /* reserved (proto.md) */
   if (r.type == NBD_CMD_BLOCK_STATUS && payload)
     r.len = wire_get_status_len(p + head, payload); /* 0 is refused */
@@ -3773,12 +3748,13 @@ static enum tx_next tx_next_request(struct conn *c) {
     req_set_state(&r, REQ_TO_FLUSH);
   if (r.state == REQ_TODO && !r.len) req_set_state(&r, REQ_DONE); /* nothing */
   c->rbuf_pos += head;
-  return tx_outcome(c, tx_dispatch(c, &r, payload));
+  return tx_dispatch(c, &r, payload);
 }
 
 /* Receives more, behind what is left in rbuf, until the next request is there.
- * The batch is empty: the payloads of its WRITEs lay there. */
-static enum tx_next tx_receive(struct conn *c) {
+ * The batch is empty: the payloads of its WRITEs lay there.  0, CONN_LEFT or
+ * -errno. */
+static int tx_receive(struct conn *c) {
   size_t left = c->rbuf_end - c->rbuf_pos;
   size_t room = CONN_RBUF - left;
   assert(c->rbuf_pos <= c->rbuf_end && c->rbuf_end <= CONN_RBUF);
@@ -3797,29 +3773,30 @@ static enum tx_next tx_receive(struct conn *c) {
   if (!left && n == -ETIMEDOUT) {
     /* Idle, as long as it likes; unless a worker could not send to it, which
      * shutdown() tells us only if the replies go over the same socket. */
-    return tx_outcome(c, tx_send_error(c));
+    return tx_send_error(c);
   }
-  if (!left && c->io.at_end) return TX_DISC;
-  if (n < 0) return tx_outcome(c, (int)n);
+  if (!left && c->io.at_end) return CONN_LEFT;
+  if (n < 0) return (int)n;
   assert((size_t)n <= room);
   c->rbuf_end += (size_t)n;
-  return TX_GO_ON;
+  return 0;
 }
 
-/* The transmission phase, to its end.  c->end_err: why it ended, or 0.  After
- * TX_FAILED the requests of a batch that was not run are dropped. */
-static void tx_run(struct conn *c) {
-  enum tx_next next;
+/* The transmission phase, to its end: CONN_LEFT or -errno.  After an error the
+ * requests of a batch that was not run are dropped. */
+static int tx_run(struct conn *c) {
+  int step;
   assert(c->export && !c->nbatch && !c->wbuf_used && !c->io.deadline);
   do {
-    next = tx_next_request(c);
-    if (next == TX_NEED_MORE || next == TX_DISC) {
+    step = tx_next_request(c);
+    if (step > 0) {
       int err = tx_run_batch(c);
-      if (err) next = tx_outcome(c, err);
+      if (err) step = err;
     }
-    if (next == TX_NEED_MORE) next = tx_receive(c);
-  } while (next == TX_GO_ON);
+    if (step == CONN_NEEDS_MORE) step = tx_receive(c);
+  } while (!step);
   tx_end_workers(c);
+  return step;
 }
 
 /* ==== [10] FLAT (flat_) ==================================================
@@ -6509,13 +6486,13 @@ static void srv_free_client(struct conn *c) {
 }
 
 /* Enters transmission of that export at once, without a handshake. */
-static enum hs_result srv_enter(struct conn *c, const char *name) {
+static int srv_enter(struct conn *c, const char *name) {
   struct ex *ex;
   uint64_t size;
   int err = ex_acquire(c->s, name, &ex, &size);
-  if (err) return hs_fail(c, err);
+  if (err) return err;
   hs_enter(c, ex, name, size);
-  return HS_ENTER;
+  return 0;
 }
 
 /* Flushes an export before it is closed, if it can have been written.  Nobody
@@ -6538,13 +6515,13 @@ static void srv_leave_export(struct conn *c) {
   ex_release(c->export);
 }
 
-/* Must a connection that ends linger?  Only a TCP socket of ours, and only if
- * it is our side that ends it while the client may be sending: one that leaves
- * in order sends nothing more, and one that is too slow, or does not even come
- * to transmission, gets no more of our time. */
-static int srv_must_linger(const struct conn *c) {
-  return c->is_tcp && c->fd >= 0 && c->export && !c->send_err && c->end_err &&
-         c->end_err != -ETIMEDOUT;
+/* Must a connection linger?  end: how it ends, CONN_LEFT or -errno.  Only a TCP
+ * socket of ours, and only if it is our side that ends it while the client may
+ * be sending: one that leaves in order sends nothing more, and one that is too
+ * slow, or does not even come to transmission, gets no more of our time. */
+static int srv_must_linger(const struct conn *c, int end) {
+  return c->is_tcp && c->fd >= 0 && c->export && !c->send_err && end < 0 &&
+         end != -ETIMEDOUT;
 }
 
 /* Serves a client to its end and frees it.  name: as in nbdserve_serve.
@@ -6556,13 +6533,12 @@ static int srv_serve_client(struct conn *c, const char *name) {
   if (c->is_tcp && getpeername(c->io.out, &a.sa, &len) == 0)
     srv_format_address(&a, peer, sizeof peer);
   conn_log(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, peer);
-  enum hs_result result = name ? srv_enter(c, name) : hs_run(c);
-  if (result == HS_ENTER) tx_run(c);
-  assert(!c->nworkers && (result != HS_FAILED || c->end_err));
-  if (srv_must_linger(c)) io_linger(&c->io);
-  if (!c->end_err) c->end_err = c->send_err; /* cut off for not reading */
+  int err = name ? srv_enter(c, name) : hs_run(c);
+  if (!err) err = tx_run(c);
+  assert(!c->nworkers && (err == CONN_LEFT || err < 0));
+  if (srv_must_linger(c, err)) io_linger(&c->io);
+  if (err == CONN_LEFT) err = c->send_err; /* or it was cut off: not reading */
   srv_leave_export(c);
-  int err = c->end_err;
   int is_usual =
       !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
   conn_log(c, is_usual ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING,

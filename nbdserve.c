@@ -1903,17 +1903,6 @@ static int ex_believe(struct nbdserve *s, const char *where,
   return -EIO;
 }
 
-/* Called around each call of a backend's read ... extents, so that one which is
- * SERIAL sees one at a time. */
-static void ex_enter(struct ex *ex) {
-  if (ex->pub.flags & NBDSERVE_EXPORT_SERIAL) os_lock(&ex->serial);
-}
-
-/* Ends what ex_enter began. */
-static void ex_leave(struct ex *ex) {
-  if (ex->pub.flags & NBDSERVE_EXPORT_SERIAL) os_unlock(&ex->serial);
-}
-
 /* Asks the host's `before` whether a request shall fail.  0 or -errno. */
 static int ex_ask_before(struct ex *ex, const struct nbdserve_req *r) {
   const struct nbdserve_config *k = &ex->server->config;
@@ -1938,8 +1927,9 @@ static void ex_free(struct ex *ex) {
   ex_free_keep_ctx(ex);
 }
 
-/* Fills in what the host has left at 0. */
-static void ex_fill_defaults(struct nbdserve_export *e) {
+/* Fills in what the host has left at 0.  Returns what is wrong with the export
+ * then, or NULL. */
+static const char *ex_complete(struct nbdserve_export *e) {
   if (!e->name) e->name = "";
   if (!e->description) e->description = "";
   if (!e->min_block) e->min_block = 1;
@@ -1948,12 +1938,8 @@ static void ex_fill_defaults(struct nbdserve_export *e) {
         e->min_block > EX_DEFAULT_BLOCK ? e->min_block : EX_DEFAULT_BLOCK;
   if (!e->max_request)
     e->max_request = (uint32_t)u_min(EX_DEFAULT_MAX, NBDSERVE_MAX_REQUEST);
-  if (e->ops && !e->ops->write) e->flags |= NBDSERVE_EXPORT_READONLY;
-}
-
-/* What is wrong with an export as the host describes it, or NULL. */
-static const char *ex_fault(const struct nbdserve_export *e) {
   if (!e->ops || !e->ops->read) return "no read function";
+  if (!e->ops->write) e->flags |= NBDSERVE_EXPORT_READONLY;
   if (e->size > INT64_MAX) return "size above INT64_MAX";
   if (e->flags & ~(uint32_t)EX_ALL_FLAGS) return "unknown flags";
   if (strlen(e->name) > WIRE_STRING_MAX) return "name too long";
@@ -1974,8 +1960,7 @@ static const char *ex_fault(const struct nbdserve_export *e) {
 static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
                   struct ex **out) {
   struct nbdserve_export e = *from;
-  ex_fill_defaults(&e);
-  if (ex_fault(&e)) return -EINVAL;
+  if (ex_complete(&e)) return -EINVAL;
   size_t name_size = strlen(e.name) + 1;
   size_t description_size = strlen(e.description) + 1;
   struct ex *ex = u_zalloc(sizeof *ex + name_size + description_size);
@@ -1990,7 +1975,7 @@ static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
       memcpy(ex->strings + name_size, e.description, description_size);
   ex->pub = e;
   ex->server = s;
-  assert(!ex_fault(&ex->pub) && !ex->next);
+  assert(ex->pub.ops->read && ex->pub.size <= INT64_MAX && !ex->next);
   *out = ex;
   return 0;
 }
@@ -2025,12 +2010,9 @@ static int ex_from_callback(struct nbdserve *s, const char *name,
   int err = ex_believe(s, name, "find", k->find(k->ctx, name, &e));
   if (err) return err;
   if (!e.name) e.name = name;
-  ex_fill_defaults(&e);
-  if (ex_fault(&e)) {
-    ex_log_lie(s, name, "find gave a wrong export:", ex_fault(&e));
-    err = -EIO;
-  }
-  if (!err) err = ex_new(s, &e, out);
+  const char *fault = ex_complete(&e);
+  if (fault) ex_log_lie(s, name, "find gave a wrong export:", fault);
+  err = fault ? -EIO : ex_new(s, &e, out);
   if (!err)
     (*out)->from_callback = 1;
   else if (e.ops && e.ops->close)
@@ -2109,11 +2091,73 @@ static unsigned ex_transmission_flags(const struct ex *ex, enum wire_mode mode,
   return f | NBD_FLAG_HAS_FLAGS | (writable ? 0 : NBD_FLAG_READ_ONLY);
 }
 
-/* ---- Flush and FUA ------------------------------------------------------- */
+/* ---- Calling the backend ------------------------------------------------- */
+
+/* How a write gets to permanent storage before it is answered. */
+enum ex_fua {
+  EX_FUA_NO,         /* it need not */
+  EX_FUA_BY_BACKEND, /* the backend sees to it: NBDSERVE_CMD_FUA */
+  EX_FUA_BY_FLUSH    /* a flush follows it */
+};
+
+/* Decides it for a request: only a write with FUA, or on an export that writes
+ * through, has to get there. */
+static enum ex_fua ex_fua(const struct ex *ex, const struct nbdserve_req *r) {
+  uint32_t f = ex->pub.flags;
+  int asked =
+      (r->flags & NBD_CMD_FLAG_FUA) || (f & NBDSERVE_EXPORT_WRITETHROUGH);
+  if (!asked || !r->len || !wire_cmd(r->type)->writes) return EX_FUA_NO;
+  if (f & NBDSERVE_EXPORT_UNSAFE) return EX_FUA_NO;
+  return f & NBDSERVE_EXPORT_NATIVE_FUA ? EX_FUA_BY_BACKEND : EX_FUA_BY_FLUSH;
+}
+
+/* Calls the backend's function for a request.  Only zero and extents may be
+ * missing: -ENOTSUP, and all is data.  x: gets the extents of BLOCK_STATUS. */
+static int ex_dispatch(const struct ex *ex, const struct nbdserve_req *r,
+                       struct nbdserve_extents *x) {
+  const struct nbdserve_ops *ops = ex->pub.ops;
+  void *ctx = ex->pub.ctx;
+  /* Validated, so each of these can only be set where it means something. */
+  uint32_t f = r->flags & (NBDSERVE_CMD_NO_HOLE | NBDSERVE_CMD_REQ_ONE |
+                           NBDSERVE_CMD_FAST_ZERO);
+  if (ex_fua(ex, r) == EX_FUA_BY_BACKEND) f |= NBDSERVE_CMD_FUA;
+  switch (r->type) {
+  case NBD_CMD_READ:
+    return ops->read(ctx, r->buf, r->off, r->len, f);
+  case NBD_CMD_WRITE:
+    return ops->write(ctx, r->buf, r->off, r->len, f);
+  case NBD_CMD_FLUSH:
+    return ops->flush(ctx, f);
+  case NBD_CMD_TRIM:
+    return ops->trim(ctx, r->off, r->len, f);
+  case NBD_CMD_CACHE:
+    return ops->cache(ctx, r->off, r->len, f);
+  case NBD_CMD_WRITE_ZEROES:
+    return ops->zero ? ops->zero(ctx, r->off, r->len, f) : -ENOTSUP;
+  case NBD_CMD_BLOCK_STATUS:
+    return ops->extents ? ops->extents(ctx, r->off, r->len, f, x) : 0;
+  default:
+    assert(0); /* (E2) */
+    return -EINVAL;
+  }
+}
+
+/* The same, for an export that is SERIAL one call at a time.  0 or -errno. */
+static int ex_call(struct ex *ex, const struct nbdserve_req *r,
+                   struct nbdserve_extents *x) {
+  int is_serial = (ex->pub.flags & NBDSERVE_EXPORT_SERIAL) != 0;
+  if (is_serial) os_lock(&ex->serial);
+  int err = ex_dispatch(ex, r, x);
+  if (is_serial) os_unlock(&ex->serial);
+  return ex_believe(ex->server, ex->pub.name, wire_cmd(r->type)->name, err);
+}
+
+/* ---- Flush --------------------------------------------------------------- */
 
 /* Calls the backend's flush, as the flush of that number.  Takes and gives back
  * ex->lock, which the caller holds, around the call. */
 static void ex_run_flush(struct ex *ex, uint64_t number) {
+  const struct nbdserve_req r = {.type = NBD_CMD_FLUSH};
   assert(!ex->flush_runs && number == ex->flushes_begun + 1);
   ex->flushes_begun = number;
   ex->flush_runs = 1;
@@ -2121,10 +2165,7 @@ static void ex_run_flush(struct ex *ex, uint64_t number) {
   os_lock(&ex->server->lock);
   ex->server->totals.flushes++;
   os_unlock(&ex->server->lock);
-  ex_enter(ex);
-  int err = ex->pub.ops->flush(ex->pub.ctx, 0);
-  ex_leave(ex);
-  err = ex_believe(ex->server, ex->pub.name, "flush", err);
+  int err = ex_call(ex, &r, NULL);
   os_lock(&ex->lock);
   ex->flush_runs = 0;
   if (err) {
@@ -2158,52 +2199,46 @@ static int ex_flush(struct ex *ex) {
   return err;
 }
 
-/* How a write gets to permanent storage before it is answered. */
-enum ex_fua {
-  EX_FUA_NO,         /* it need not */
-  EX_FUA_BY_BACKEND, /* the backend sees to it: NBDSERVE_CMD_FUA */
-  EX_FUA_BY_FLUSH    /* a flush follows it */
-};
-
-/* Decides it for a request: only a write with FUA, or on an export that writes
- * through, has to get there. */
-static enum ex_fua ex_fua(const struct ex *ex, const struct nbdserve_req *r) {
-  uint32_t f = ex->pub.flags;
-  int asked =
-      (r->flags & NBD_CMD_FLAG_FUA) || (f & NBDSERVE_EXPORT_WRITETHROUGH);
-  if (!asked || !r->len || !wire_cmd(r->type)->writes) return EX_FUA_NO;
-  if (f & NBDSERVE_EXPORT_UNSAFE) return EX_FUA_NO;
-  return f & NBDSERVE_EXPORT_NATIVE_FUA ? EX_FUA_BY_BACKEND : EX_FUA_BY_FLUSH;
-}
-
 /* ---- Block status -------------------------------------------------------- */
 
 struct nbdserve_extents {
-  uint64_t left;       /* bytes of the request that are still to be described */
-  uint64_t overhang;   /* bytes at the front of the next extent from the host
-                          that were described with the one before it */
-  uint64_t align;      /* boundaries in the reply are multiples of it */
-  unsigned n;          /* extents so far */
-  unsigned max;        /* that the reply may have */
-  int lied;            /* the host gave a status that does not exist */
-  unsigned char *data; /* for each 8 bytes of length and 8 of status */
+  uint64_t left;     /* bytes of the request that are still to be described */
+  uint64_t overhang; /* bytes at the front of the next extent from the host
+                        that were described with the one before it */
+  uint64_t align;    /* boundaries in the reply are multiples of it */
+  unsigned n;        /* extents so far */
+  unsigned max;      /* that the reply may have */
+  int lied;          /* the host gave a status that does not exist */
+  int extended;      /* length and status have 8 bytes each, else 4 */
+  uint64_t last_len; /* of the last extent so far */
+  uint32_t last_status;
+  unsigned char *data; /* they begin here */
 };
 
 /* Adds len bytes to the extents of the reply: to the last one, if the status is
  * the same.  If there is no room the report ends here. */
 static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
                           uint32_t status) {
-  unsigned char *next = x->data + (size_t)WIRE_EXT_EXTENT_LEN * x->n;
   assert(len > 0 && len <= x->left && x->n <= x->max);
   x->left -= len;
-  if (x->n && u_get64(next - 8) == status) {
-    u_put64(next - 16, u_get64(next - 16) + len);
+  if (x->n && x->last_status == status) {
+    x->last_len += len;
   } else if (x->n < x->max) {
-    u_put64(next, len);
-    u_put64(next + 8, status);
     x->n++;
+    x->last_len = len;
+    x->last_status = status;
   } else {
     x->left = 0;
+  }
+  if (x->extended) {
+    unsigned char *p = x->data + (size_t)WIRE_EXT_EXTENT_LEN * (x->n - 1);
+    u_put64(p, x->last_len);
+    u_put64(p + 8, x->last_status);
+  } else {
+    unsigned char *p = x->data + (size_t)WIRE_EXTENT_LEN * (x->n - 1);
+    assert(x->last_len <= UINT32_MAX); /* as was the request's */
+    u_put32(p, (uint32_t)x->last_len);
+    u_put32(p + 4, x->last_status);
   }
 }
 
@@ -2228,94 +2263,37 @@ int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
   return x->left == 0;
 }
 
-/* Turns extents of 64 bits, from `from` on, into those of 32 bits, at `to`,
- * which lies before or at it. */
-static void ex_narrow_extents(unsigned char *to, const unsigned char *from,
-                              unsigned n) {
-  assert(to <= from);
-  for (unsigned i = 0; i < n; i++) {
-    uint64_t len = u_get64(from + (size_t)WIRE_EXT_EXTENT_LEN * i);
-    uint64_t status = u_get64(from + (size_t)WIRE_EXT_EXTENT_LEN * i + 8);
-    assert(len <= UINT32_MAX); /* as was the request's */
-    u_put32(to + (size_t)WIRE_EXTENT_LEN * i, (uint32_t)len);
-    u_put32(to + (size_t)WIRE_EXTENT_LEN * i + 4, (uint32_t)status);
-  }
-}
-
 /* Asks for the extents of a request.  r->buf becomes the payload of its reply,
  * of r->status_len bytes, which the request owns. */
 static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
-  uint32_t flags = r->flags & NBDSERVE_CMD_REQ_ONE;
-  struct nbdserve_extents x = {.left = r->len, .align = ex->pub.min_block};
+  int extended = r->mode == MODE_EXTENDED;
+  size_t head = extended ? WIRE_EXT_STATUS_LEN : WIRE_STATUS_LEN;
+  size_t each = extended ? WIRE_EXT_EXTENT_LEN : WIRE_EXTENT_LEN;
+  struct nbdserve_extents x = {
+      .left = r->len, .align = ex->pub.min_block, .extended = extended};
   x.max =
       (unsigned)u_min(ex->pub.max_request / WIRE_EXT_EXTENT_LEN, EX_EXTENTS);
-  if (flags & NBDSERVE_CMD_REQ_ONE) x.max = 1;
+  if (r->flags & NBD_CMD_FLAG_REQ_ONE) x.max = 1;
   assert(r->mode != MODE_SIMPLE && !r->owned);
-  unsigned char *p = NBDSERVE_MALLOC(WIRE_EXT_STATUS_LEN +
-                                     (size_t)WIRE_EXT_EXTENT_LEN * EX_EXTENTS);
-  if (!p) return -ENOMEM;
-  r->buf = r->owned = p;
-  x.data = p + WIRE_EXT_STATUS_LEN;
-  int err = 0;
-  if (ex->pub.ops->extents) {
-    ex_enter(ex);
-    err = ex->pub.ops->extents(ex->pub.ctx, r->off, r->len, flags, &x);
-    ex_leave(ex);
-    err = ex_believe(ex->server, ex->pub.name, "extents", err);
-  }
-  if (err) return err;
-  if (x.lied) {
+  r->buf = r->owned = NBDSERVE_MALLOC(head + each * x.max);
+  if (!r->buf) return -ENOMEM;
+  x.data = r->buf + head;
+  int err = ex_call(ex, r, &x);
+  if (!err && x.lied) {
     ex_log_lie(ex->server, ex->pub.name, "extents",
                "gave a status that does not exist");
-    return -EIO;
+    err = -EIO;
   }
+  if (err) return err;
   if (!x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
   assert(x.n > 0 && x.n <= x.max && x.max <= EX_EXTENTS);
-  u_put32(p, WIRE_CONTEXT_ID);
-  if (r->mode == MODE_EXTENDED) {
-    u_put32(p + 4, x.n);
-    r->status_len = WIRE_EXT_STATUS_LEN + (size_t)WIRE_EXT_EXTENT_LEN * x.n;
-  } else {
-    ex_narrow_extents(p + WIRE_STATUS_LEN, x.data, x.n);
-    r->status_len = WIRE_STATUS_LEN + (size_t)WIRE_EXTENT_LEN * x.n;
-  }
+  u_put32(r->buf, WIRE_CONTEXT_ID);
+  if (extended) u_put32(r->buf + 4, x.n);
+  r->status_len = head + each * x.n;
   return 0;
 }
 
 /* ---- One request on a backend -------------------------------------------- */
-
-/* Calls the backend's function for a request.  Returns 0 or -errno; for
- * WRITE_ZEROES -ENOTSUP also if the backend has no function for it. */
-static int ex_call(struct ex *ex, struct nbdserve_req *r) {
-  const struct nbdserve_ops *ops = ex->pub.ops;
-  void *ctx = ex->pub.ctx;
-  uint32_t f = r->flags & (NBDSERVE_CMD_NO_HOLE | NBDSERVE_CMD_FAST_ZERO);
-  int err = -EINVAL;
-  if (r->type == NBD_CMD_BLOCK_STATUS) return ex_block_status(ex, r);
-  if (ex_fua(ex, r) == EX_FUA_BY_BACKEND) f |= NBDSERVE_CMD_FUA;
-  ex_enter(ex);
-  switch (r->type) {
-  case NBD_CMD_READ:
-    err = ops->read(ctx, r->buf, r->off, r->len, 0);
-    break;
-  case NBD_CMD_WRITE:
-    err = ops->write(ctx, r->buf, r->off, r->len, f);
-    break;
-  case NBD_CMD_TRIM:
-    err = ops->trim(ctx, r->off, r->len, f);
-    break;
-  case NBD_CMD_CACHE:
-    err = ops->cache(ctx, r->off, r->len, 0);
-    break;
-  case NBD_CMD_WRITE_ZEROES:
-    err = ops->zero ? ops->zero(ctx, r->off, r->len, f) : -ENOTSUP;
-    break;
-  default:
-    assert(0); /* (E2) */
-  }
-  ex_leave(ex);
-  return ex_believe(ex->server, ex->pub.name, wire_cmd(r->type)->name, err);
-}
 
 /* Does a WRITE_ZEROES by writing zeroes.  A range above 4 GiB is -EOVERFLOW: it
  * would take long, and nobody could cancel it. */
@@ -2331,7 +2309,7 @@ static int ex_write_zeroes(struct ex *ex, const struct nbdserve_req *r) {
   int err = w.buf ? 0 : -ENOMEM;
   for (uint64_t left = r->len; left > 0 && !err; left -= w.len) {
     w.len = u_min(step, left);
-    err = ex_call(ex, &w);
+    err = ex_call(ex, &w, NULL);
     w.off += w.len;
   }
   NBDSERVE_FREE(w.buf);
@@ -2345,7 +2323,8 @@ static int ex_execute(struct ex *ex, struct nbdserve_req *r) {
   assert(!wire_cmd(r->type)->writes ||
          !(ex->pub.flags & NBDSERVE_EXPORT_READONLY));
   assert(r->buf || !wire_cmd(r->type)->has_data);
-  int err = ex_call(ex, r);
+  if (r->type == NBD_CMD_BLOCK_STATUS) return ex_block_status(ex, r);
+  int err = ex_call(ex, r, NULL);
   if (err == -ENOTSUP && r->type == NBD_CMD_WRITE_ZEROES &&
       !(r->flags & NBD_CMD_FLAG_FAST_ZERO))
     return ex_write_zeroes(ex, r);

@@ -777,29 +777,22 @@ static int u_append_uri(char *buf, size_t size, const char *s) {
 /* The length in bytes of the UTF-8 character at s (RFC 3629), or 0 if it is
  * malformed, too long a form, a surrogate or a control character. */
 static int u_utf8_len(const char *s) {
-  static const struct {
-    unsigned char mask; /* the bits of the first byte that tell the form... */
-    unsigned char lead; /* ...and what they are */
-    uint32_t least;     /* below it: a control, or a shorter form exists */
-  } forms[] = {
-      {0x80, 0x00, 0x20},    /* 0xxxxxxx */
-      {0xe0, 0xc0, 0xa0},    /* 110xxxxx 10xxxxxx; 80 to 9f are controls */
-      {0xf0, 0xe0, 0x800},   /* 1110xxxx and two more */
-      {0xf8, 0xf0, 0x10000}, /* 11110xxx and three more */
-  };
+  /* By the number of ones at the front of the first byte, which is that of all
+   * bytes, or 0 for ASCII.  Below it: a control, or a shorter form exists. */
+  static const uint32_t least[] = {0x20, UINT32_MAX, 0xa0, 0x800, 0x10000};
   const unsigned char *p = (const unsigned char *)s;
-  int more = 0; /* bytes behind the first */
-  while (more < 4 && (p[0] & forms[more].mask) != forms[more].lead)
-    more++;
-  if (more == 4) return 0;
-  uint32_t c = p[0] & ~(unsigned)forms[more].mask;
-  for (int i = 1; i <= more; i++) {
+  int ones = 0;
+  while (p[0] << ones & 0x80)
+    ones++;
+  if (ones > 4) return 0;
+  uint32_t c = p[0] & (0x7fu >> ones);
+  for (int i = 1; i < ones; i++) {
     if (p[i] >> 6 != 0x2) return 0; /* the NUL at the end is none, either */
     c = c << 6 | (p[i] & 0x3f);
   }
-  if (c < forms[more].least || c == 0x7f || c > 0x10ffff) return 0;
+  if (c < least[ones] || c == 0x7f || c > 0x10ffff) return 0;
   if (c >= 0xd800 && c <= 0xdfff) return 0; /* a surrogate */
-  return more + 1;
+  return ones ? ones : 1;
 }
 
 enum {
@@ -1089,8 +1082,8 @@ static void sha_256(int use_hw, const void *first, const void *second,
 
 /* ==== [5] WIRE (wire_) ===================================================
  * The protocol's numbers, the layout of its messages, and what is true of each
- * command.  All integers are big-endian.  Offsets stand here and nowhere else:
- * the other sections call wire_get_... and wire_put_... */
+ * command.  All integers are big-endian.  Every message is drawn here, also those
+ * that are read or written in one place of [8] or [9] only. */
 
 /* proto.md, Newstyle negotiation and Option types */
 #define NBD_INIT_MAGIC UINT64_C(0x4e42444d41474943)   /* "NBDMAGIC" */
@@ -1273,37 +1266,6 @@ enum wire_mode {
  *                       12    4 enum nbd_rep, or NBD_REP_ERR_...
  *                       16    4 length of the data behind it
  */
-
-/* Writes the hello: WIRE_HELLO_LEN bytes. */
-static void wire_put_hello(unsigned char *p, unsigned flags) {
-  u_put64(p, NBD_INIT_MAGIC);
-  u_put64(p + 8, NBD_OPTION_MAGIC);
-  u_put16(p + 16, flags);
-}
-
-struct wire_option {
-  uint64_t magic;
-  uint32_t option;
-  uint32_t len; /* bytes of data behind the head */
-};
-
-/* Reads the head of an option: WIRE_OPTION_LEN bytes. */
-static struct wire_option wire_get_option(const unsigned char *p) {
-  struct wire_option o = {
-      .magic = u_get64(p), .option = u_get32(p + 8), .len = u_get32(p + 12)};
-  return o;
-}
-
-/* Writes the head of a reply to an option: WIRE_OPTION_REPLY_LEN bytes.  The
- * caller puts len bytes of data behind it. */
-static void wire_put_option_reply(unsigned char *p, uint32_t option,
-                                  uint32_t type, size_t len) {
-  assert(len <= UINT32_MAX);
-  u_put64(p, NBD_REP_MAGIC);
-  u_put32(p + 8, option);
-  u_put32(p + 12, type);
-  u_put32(p + 16, (uint32_t)len);
-}
 
 /* ---- Requests (proto.md, Request message, Extended request message)
  *
@@ -2530,7 +2492,11 @@ static unsigned char *hs_reserve(struct conn *c, size_t len) {
  * result. */
 static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t len) {
   unsigned char *p = hs_reserve(c, WIRE_OPTION_REPLY_LEN + len);
-  wire_put_option_reply(p, c->option, type, len);
+  assert(len <= UINT32_MAX);
+  u_put64(p, NBD_REP_MAGIC);
+  u_put32(p + 8, c->option);
+  u_put32(p + 12, type);
+  u_put32(p + 16, (uint32_t)len);
   return p + WIRE_OPTION_REPLY_LEN;
 }
 
@@ -2599,6 +2565,15 @@ static void hs_enter(struct conn *c, struct ex *ex, const char *name,
            c->transmission_flags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
 }
 
+/* Enters the export of that name.  0, or -errno as ex_acquire. */
+static int hs_enter_name(struct conn *c, const char *name) {
+  struct ex *ex;
+  uint64_t size;
+  int err = ex_acquire(c->s, name, &ex, &size);
+  if (!err) hs_enter(c, ex, name, size);
+  return err;
+}
+
 /* ---- The options -----------------------------------------------------------
  * Each function takes its option's data, which is all there, and answers: 0, or
  * the -errno that closes the connection.  When c->export is set haggling ends.
@@ -2609,18 +2584,16 @@ static void hs_enter(struct conn *c, struct ex *ex, const char *name,
 static int hs_opt_export_name(struct conn *c) {
   size_t len = WIRE_EXPORT_NAME_LEN;
   char name[WIRE_STRING_MAX + 1];
-  struct ex *ex;
-  uint64_t size;
   if (c->mode == MODE_EXTENDED) return -EPROTO; /* GO is needed */
   assert(c->option_left <= WIRE_STRING_MAX);    /* hs_option has seen to it */
   memcpy(name, c->option_data, c->option_left);
   name[c->option_left] = 0;
   if (strlen(name) != c->option_left) return -ENOENT;
-  if (ex_acquire(c->s, name, &ex, &size)) return -ENOENT;
-  hs_enter(c, ex, name, size);
+  int err = hs_enter_name(c, name);
+  if (err) return err;
   if (!c->no_zeroes) len += WIRE_EXPORT_NAME_PAD;
   unsigned char *p = memset(hs_reserve(c, len), 0, len);
-  u_put64(p, size);
+  u_put64(p, c->export_size);
   u_put16(p + 8, c->transmission_flags);
   return 0;
 }
@@ -2836,39 +2809,41 @@ static int hs_take_data(struct conn *c, uint32_t len) {
   return 0;
 }
 
-/* Receives an option and answers it. */
+/* Receives an option and answers it.  0, CONN_LEFT or -errno. */
 static int hs_option(struct conn *c) {
   unsigned char head[WIRE_OPTION_LEN];
   int err = io_recv_all(&c->io, head, sizeof head);
   if (err) return err;
-  struct wire_option o = wire_get_option(head);
-  c->option = o.option;
-  if (o.magic != NBD_OPTION_MAGIC) return -EPROTO;
-  if (o.option == NBD_OPT_EXPORT_NAME && o.len > WIRE_STRING_MAX)
+  uint32_t option = c->option = u_get32(head + 8);
+  uint32_t len = u_get32(head + 12);
+  if (u_get64(head) != NBD_OPTION_MAGIC) return -EPROTO;
+  if (option == NBD_OPT_EXPORT_NAME && len > WIRE_STRING_MAX)
     return -ENOENT; /* it could not be answered anyway */
-  err = hs_take_data(c, o.len);
+  err = hs_take_data(c, len);
   if (err) return err;
   /* proto.md: each SET replaces the selection, also one that fails. */
-  if (o.option == NBD_OPT_SET_META_CONTEXT) c->has_allocation = 0;
-  if (o.option == NBD_OPT_ABORT) { /* whatever its data, however much */
+  if (option == NBD_OPT_SET_META_CONTEXT) c->has_allocation = 0;
+  if (option == NBD_OPT_ABORT) { /* whatever its data, however much */
     hs_ack(c);
     return CONN_LEFT;
   }
-  if (o.option >= COUNT_OF(hs_options) || !hs_options[o.option] ||
-      (c->s->config.without >> (HS_WITHOUT_OPTIONS + o.option) & 1))
+  if (option >= COUNT_OF(hs_options) || !hs_options[option] ||
+      (c->s->config.without >> (HS_WITHOUT_OPTIONS + option) & 1))
     return hs_refuse(c, NBD_REP_ERR_UNSUP, "unknown option");
-  if (o.len > NBDSERVE_MAX_OPTION)
+  if (len > NBDSERVE_MAX_OPTION)
     return hs_refuse(c, NBD_REP_ERR_TOO_BIG, "too much data");
   c->option_data = c->rbuf;
-  c->option_left = o.len;
-  return hs_options[o.option](c);
+  c->option_left = len;
+  return hs_options[option](c);
 }
 
 /* Greets the client and takes its flags.  0 or -errno. */
 static int hs_greet(struct conn *c) {
   unsigned char flags[WIRE_CLIENT_FLAGS_LEN];
-  wire_put_hello(hs_reserve(c, WIRE_HELLO_LEN),
-                 NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
+  unsigned char *p = hs_reserve(c, WIRE_HELLO_LEN);
+  u_put64(p, NBD_INIT_MAGIC);
+  u_put64(p + 8, NBD_OPTION_MAGIC);
+  u_put16(p + 16, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
   int err = hs_send(c);
   if (!err) err = io_recv_all(&c->io, flags, sizeof flags);
   if (err) return err;
@@ -5956,7 +5931,7 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
  *   srv_accept        takes its socket from the kernel
  *   srv_new_client    makes struct conn, puts it on the list
  *   srv_thread        the thread that all of the rest happens in
- *   hs_run            the handshake; srv_enter where there is none
+ *   hs_run            the handshake; hs_enter_name where there is none
  *   tx_run            its requests, to the last answer
  *   srv_leave_export  gives back the export
  *   io_linger         waits until the answers have arrived, where it must
@@ -6464,16 +6439,6 @@ static void srv_free_client(struct conn *c) {
   os_unlock(&s->lock); /* (S2) */
 }
 
-/* Enters transmission of that export at once, without a handshake. */
-static int srv_enter(struct conn *c, const char *name) {
-  struct ex *ex;
-  uint64_t size;
-  int err = ex_acquire(c->s, name, &ex, &size);
-  if (err) return err;
-  hs_enter(c, ex, name, size);
-  return 0;
-}
-
 /* Flushes an export before it is closed, if it can have been written.  Nobody
  * can ask for that any more, nor be told if it fails, except the host.  Returns
  * 0 or -errno. */
@@ -6512,7 +6477,7 @@ static int srv_serve_client(struct conn *c, const char *name) {
   if (c->is_tcp && getpeername(c->io.out, &a.sa, &len) == 0)
     srv_format_address(&a, peer, sizeof peer);
   conn_log(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, peer);
-  int err = name ? srv_enter(c, name) : hs_run(c);
+  int err = name ? hs_enter_name(c, name) : hs_run(c);
   if (!err) err = tx_run(c);
   assert(!c->nworkers && (err == CONN_LEFT || err < 0));
   if (srv_must_linger(c, err)) io_linger(&c->io);

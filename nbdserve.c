@@ -1813,7 +1813,18 @@ struct ex {
   char strings[];           /* name and description, each with its NUL */
 };
 
-/* A server.  struct conn is in [8], struct srv_listener in [12]. */
+enum {
+  SRV_LISTENERS = 32 /* and one more, since localhost is two */
+};
+
+struct srv_listener {
+  int fd;
+  int is_unix;    /* text is the path of a socket that is ours to remove... */
+  struct stat st; /* ...if it still is this one */
+  char text[128]; /* that path, HOST:PORT, or "" */
+};
+
+/* A server.  struct conn is in [8]. */
 struct nbdserve {
   /* -- fixed after nbdserve_new (the command sets find and list later) */
   struct nbdserve_config config; /* defaults filled in */
@@ -1821,12 +1832,12 @@ struct nbdserve {
   int wake[2];    /* pipe: nbdserve_wake was called, and nothing else */
   int noticed[2]; /* pipe: a client has left; nbdserve_run looks around */
   /* -- the thread that calls nbdserve_run */
-  struct srv_listener *listeners; /* [SRV_LISTENERS + 1] */
+  struct srv_listener listeners[SRV_LISTENERS + 1];
   int nlisteners;
-  int64_t accept_after; /* in os_now_ms: the last accept() failed */
-  int64_t full_told;    /* when it was last said that clients have to wait */
-  int first_listener;   /* whom to look at first: each in turn */
-  int finished;         /* srv_finish has done its steps */
+  int64_t accept_after;    /* in os_now_ms: the last accept() failed */
+  int64_t tell_full_after; /* when to say again that clients have to wait */
+  int first_listener;      /* whom to look at first: each in turn */
+  int finished;            /* srv_finish has done its steps */
   /* -- guarded by lock, in which nobody waits */
   struct os_monitor lock;
   struct ex *exports; /* (E1): the list only grows, at its end */
@@ -1948,6 +1959,15 @@ static struct ex *ex_by_name(struct nbdserve *s, const char *name) {
   while (ex && strcmp(ex->pub.name, name) != 0)
     ex = ex->next;
   return ex;
+}
+
+/* The added export behind that one, or behind NULL the first one; NULL: there is
+ * no more.  (E1): they stay, so no lock is needed in between. */
+static struct ex *ex_next(struct nbdserve *s, const struct ex *ex) {
+  os_lock(&s->lock);
+  struct ex *next = ex ? ex->next : s->exports;
+  os_unlock(&s->lock);
+  return next;
 }
 
 /* The added export that serves a name which no other has, or NULL: for the
@@ -2620,13 +2640,9 @@ static int hs_opt_list(struct conn *c) {
   int err = 0;
   if (c->option_left)
     return hs_refuse(c, NBD_REP_ERR_INVALID, "data with NBD_OPT_LIST");
-  os_lock(&c->s->lock);
-  for (struct ex *ex = c->s->exports; ex && !c->send_err; ex = ex->next) {
-    os_unlock(&c->s->lock);
+  struct ex *ex = ex_next(c->s, NULL);
+  for (; ex && !c->send_err; ex = ex_next(c->s, ex))
     hs_list_one(c, ex->pub.name, ex->pub.description);
-    os_lock(&c->s->lock);
-  }
-  os_unlock(&c->s->lock);
   if (!c->send_err && k->list)
     err = ex_believe(c->s, "", "list", k->list(k->ctx, hs_list_one, c));
   if (c->send_err) return c->send_err;
@@ -5933,8 +5949,8 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
  *   srv_thread        the thread that all of the rest happens in
  *   hs_run            the handshake; hs_enter_name where there is none
  *   tx_run            its requests, to the last answer
- *   srv_leave_export  gives back the export
  *   io_linger         waits until the answers have arrived, where it must
+ *   ex_release        gives back the export
  *   srv_free_client   takes it off the list, closes its socket
  *
  * (S1) A client is on s->conns while it is there, so that srv_finish finds it.
@@ -5951,13 +5967,12 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
  *        6. When the grace is over, srv_finish cuts off who is left.  There is
  *           one grace for all of 3 to 5 (I3).  A thread inside a backend is
  *           waited for without limit: nothing can end it.
- *        7. All exports are flushed (srv_flush_all).
+ *        7. All exports are flushed.
  *        8. nbdserve_free closes them.
  * (S4) nbdserve_wake, nbdserve_stop and a client that leaves have a pipe each.
  *      That a pipe is readable says it all, so a full one loses nothing. */
 
 enum {
-  SRV_LISTENERS = 32,       /* and one more, since localhost is two */
   SRV_BACKLOG = 128,        /* connections that the kernel keeps waiting */
   SRV_PAUSE_MS = 100,       /* after an accept() that failed: do not spin */
   SRV_TELL_FULL_MS = 60000, /* between two messages that clients wait */
@@ -5966,13 +5981,6 @@ enum {
   SRV_LOCK_PAUSE_MS = 10,
   SRV_MAX_THREADS = 1024,
   SRV_MAX_CONN = 1 << 20
-};
-
-struct srv_listener {
-  int fd;
-  int is_unix;    /* text is the path of a socket that is ours to remove... */
-  struct stat st; /* ...if it still is this one */
-  char text[128]; /* that path, HOST:PORT, or "" */
 };
 
 union srv_address {
@@ -6004,29 +6012,6 @@ static void srv_fill_defaults(struct nbdserve_config *k) {
   assert(k->threads && k->max_conn && k->handshake_ms && k->stall_ms);
 }
 
-/* Frees a server without its locks: they are freed, or were never made.  A pipe
- * that was not opened is -1, and closing that does no harm. */
-static void srv_free_rest(struct nbdserve *s) {
-  for (int i = 0; i < 2; i++) {
-    close(s->stop.pipe[i]);
-    close(s->wake[i]);
-    close(s->noticed[i]);
-  }
-  NBDSERVE_FREE(s->listeners);
-  NBDSERVE_FREE(s);
-}
-
-/* Makes what a server consists of, the locks last: after an error there are
- * none, and srv_free_rest frees what there is. */
-static int srv_make(struct nbdserve *s) {
-  s->listeners = u_zalloc((SRV_LISTENERS + 1) * sizeof *s->listeners);
-  int err = s->listeners ? os_pipe(s->stop.pipe) : -ENOMEM;
-  if (!err) err = os_pipe(s->wake);
-  if (!err) err = os_pipe(s->noticed);
-  if (!err) err = os_monitors_init(&s->lock, &s->stop.lock);
-  return err;
-}
-
 /* See nbdserve.h.  Until it has succeeded nobody else knows the server. */
 int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   struct nbdserve_config k = {.version = NBDSERVE_VERSION_NUMBER};
@@ -6041,16 +6026,22 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
     return -EINVAL;
   struct nbdserve *s = u_zalloc(sizeof *s);
   if (!s) return -ENOMEM;
+  int err = os_monitors_init(&s->lock, &s->stop.lock);
+  if (err) {
+    NBDSERVE_FREE(s);
+    return err;
+  }
   s->config = k;
+  s->last_export = &s->exports;
   memset(s->stop.pipe, -1, sizeof s->stop.pipe); /* all bits set: -1 */
   memset(s->wake, -1, sizeof s->wake);
   memset(s->noticed, -1, sizeof s->noticed);
-  s->last_export = &s->exports;
-  int err = srv_make(s);
-  if (err)
-    srv_free_rest(s);
-  else
-    *out = s;
+  err = os_pipe(s->stop.pipe);
+  if (!err) err = os_pipe(s->wake);
+  if (!err) err = os_pipe(s->noticed);
+  if (!err) *out = s;
+  s->finished = err != 0; /* then nothing has begun */
+  if (err) nbdserve_free(s);
   return err;
 }
 
@@ -6184,41 +6175,34 @@ static int srv_unix_socket(const char *path, enum srv_use use) {
 }
 
 #if !NBDSERVE_NO_TCP
+/* Where the bytes of an internet address stand. */
+static void *srv_ip(union srv_address *a) {
+  return a->sa.sa_family == AF_INET6 ? (void *)&a->in6.sin6_addr
+                                     : (void *)&a->in.sin_addr;
+}
+
 /* Writes an internet address to out[size], as people and URIs have it; another
  * address leaves it as it is. */
-static void srv_format_address(const union srv_address *a, char *out,
-                               size_t size) {
+static void srv_format_address(union srv_address *a, char *out, size_t size) {
   char host[INET6_ADDRSTRLEN];
-  int port = ntohs(a->in.sin_port);
-  if (a->sa.sa_family == AF_INET6) {
-    if (inet_ntop(AF_INET6, &a->in6.sin6_addr, host, sizeof host))
-      snprintf(out, size, "[%s]:%d", host, port);
-  } else if (a->sa.sa_family == AF_INET) {
-    if (inet_ntop(AF_INET, &a->in.sin_addr, host, sizeof host))
-      snprintf(out, size, "%s:%d", host, port);
-  }
+  int is_v6 = a->sa.sa_family == AF_INET6;
+  if (inet_ntop(a->sa.sa_family, srv_ip(a), host, sizeof host))
+    snprintf(out, size, is_v6 ? "[%s]:%d" : "%s:%d", host,
+             ntohs(a->in.sin_port));
 }
 
 /* Listens on a numeric address; *port 0 becomes the port that the kernel
  * picked.  0 or -errno. */
 static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
   union srv_address a = {.in6 = {.sin6_port = htons((uint16_t)*port)}};
-  socklen_t len;
-  int is_address;
-  if (strchr(host, ':')) {
-    a.sa.sa_family = AF_INET6;
-    is_address = inet_pton(AF_INET6, host, &a.in6.sin6_addr) == 1;
-    len = sizeof a.in6;
-  } else {
-    a.sa.sa_family = AF_INET;
-    is_address = inet_pton(AF_INET, host, &a.in.sin_addr) == 1;
-    len = sizeof a.in;
-  }
-  if (!is_address) return -EINVAL;
-  int fd = srv_socket(&a, len, SRV_LISTEN);
-  if (fd < 0) return fd;
+  int is_v6 = strchr(host, ':') != NULL;
+  socklen_t len = is_v6 ? sizeof a.in6 : sizeof a.in;
   char text[64] = "";
   assert(*port <= 65535);
+  a.sa.sa_family = is_v6 ? AF_INET6 : AF_INET;
+  if (inet_pton(a.sa.sa_family, host, srv_ip(&a)) != 1) return -EINVAL;
+  int fd = srv_socket(&a, len, SRV_LISTEN);
+  if (fd < 0) return fd;
   getsockname(fd, &a.sa, &len);
   *port = ntohs(a.in.sin_port);
   srv_format_address(&a, text, sizeof text);
@@ -6363,48 +6347,41 @@ void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
 
 /* ---- A client's life ----------------------------------------------------- */
 
-/* Who owns a client's descriptors. */
-enum srv_owner {
-  SRV_OURS,    /* an accepted socket: closed in the end */
-  SRV_CALLERS, /* of the caller of nbdserve_serve */
-};
-
 /* Sets up how a connection waits and is stopped: the table at the head of
  * [6]. */
-static void srv_setup_io(struct conn *c, int in, int out,
-                         enum srv_owner owner) {
+static void srv_setup_io(struct conn *c, int in, int out) {
   uint32_t stall_ms = c->s->config.stall_ms;
   struct sockaddr_storage peer;
   socklen_t len = sizeof peer;
   if (getpeername(out, (struct sockaddr *)&peer, &len) == 0)
     c->is_tcp = peer.ss_family == AF_INET || peer.ss_family == AF_INET6;
-  c->fd = owner == SRV_OURS ? in : -1;
   c->io.in = in;
   c->io.out = out;
   c->io.stop = &c->s->stop;
   c->io.stall_ms = stall_ms;
   /* Without threads it is nbdserve_run that serves: nobody would shut down. */
-  c->io.polls_payloads = owner == SRV_CALLERS || NBDSERVE_NO_THREADS;
+  c->io.polls_payloads = c->fd < 0 || NBDSERVE_NO_THREADS;
   c->io.polls_requests = c->io.polls_payloads || c->is_tcp;
-  if (owner == SRV_OURS) os_set_receive_timeout(in, stall_ms);
+  if (c->fd >= 0) os_set_receive_timeout(in, stall_ms);
   os_setup_client(out);
   if (c->is_tcp) os_setup_tcp(out);
 }
 
-/* Makes a client and registers it (S1).  NULL: no memory; the descriptors stay
- * the caller's. */
+/* Makes a client and registers it (S1).  fd: a socket that is closed in the
+ * end, or -1.  NULL: no memory; all descriptors stay the caller's. */
 static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
-                                   enum srv_owner owner) {
+                                   int fd) {
   struct conn *c = NBDSERVE_MALLOC(sizeof *c);
   if (!c) return NULL;
   memset(c, 0, offsetof(struct conn, rbuf)); /* the rest stays untouched */
   c->s = s;
+  c->fd = fd;
   c->queue_end = &c->queue;
   if (os_monitors_init(&c->queue_lock, &c->send_lock)) {
     NBDSERVE_FREE(c);
     return NULL;
   }
-  srv_setup_io(c, in, out, owner);
+  srv_setup_io(c, in, out);
   os_lock(&s->lock);
   c->id = (int)++s->totals.clients;
   c->next = s->conns;
@@ -6452,13 +6429,6 @@ static int srv_last_flush(struct ex *ex) {
   return err;
 }
 
-/* Gives back the export of a client that has left. */
-static void srv_leave_export(struct conn *c) {
-  if (!c->export) return;
-  if (c->export->from_callback) srv_last_flush(c->export);
-  ex_release(c->export);
-}
-
 /* Must a connection linger?  end: how it ends, CONN_LEFT or -errno.  Only a TCP
  * socket of ours, and only if it is our side that ends it while the client may
  * be sending: one that leaves in order sends nothing more, and one that is too
@@ -6482,7 +6452,8 @@ static int srv_serve_client(struct conn *c, const char *name) {
   assert(!c->nworkers && (err == CONN_LEFT || err < 0));
   if (srv_must_linger(c, err)) io_linger(&c->io);
   if (err == CONN_LEFT) err = c->send_err; /* or it was cut off: not reading */
-  srv_leave_export(c);
+  if (c->export && c->export->from_callback) srv_last_flush(c->export);
+  if (c->export) ex_release(c->export);
   int is_usual =
       !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
   conn_log(c, is_usual ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING,
@@ -6499,46 +6470,23 @@ static void *srv_thread(void *client) {
 
 /* See nbdserve.h. */
 int nbdserve_serve(struct nbdserve *s, int in, int out, const char *name) {
-  struct conn *c = srv_new_client(s, in, out, SRV_CALLERS);
+  struct conn *c = srv_new_client(s, in, out, -1);
   return c ? srv_serve_client(c, name) : -ENOMEM;
 }
 
 /* ---- Stopping (S3) ------------------------------------------------------- */
 
-enum srv_shutdown {
-  SRV_NO_MORE, /* no more requests are taken */
-  SRV_CUT_OFF  /* nothing is sent any more, either */
-};
-
-/* Shuts down all clients that far.  Returns their number. */
-static unsigned srv_shutdown_clients(struct nbdserve *s,
-                                     enum srv_shutdown how) {
+/* Shuts down all clients: SHUT_RD, no more requests are taken, or SHUT_RDWR,
+ * nothing is sent any more, either.  Returns their number. */
+static unsigned srv_shutdown_clients(struct nbdserve *s, int how) {
   os_lock(&s->lock);
   unsigned n = s->nconns;
   for (struct conn *c = s->conns; c; c = c->next) {
-    if (c->fd < 0) continue; /* the caller's: its thread looks at the pipe */
-    if (how == SRV_CUT_OFF)
-      shutdown(c->fd, SHUT_RDWR);
-    else if (!c->is_tcp)
-      shutdown(c->fd, SHUT_RD); /* TCP looks, too */
+    int looks = c->fd < 0 || (c->is_tcp && how == SHUT_RD); /* at the pipe */
+    if (!looks) shutdown(c->fd, how);
   }
   os_unlock(&s->lock);
   return n;
-}
-
-/* Flushes all exports.  Returns 0 or the first error.  (E1): the list only
- * grows, maybe just now. */
-static int srv_flush_all(struct nbdserve *s) {
-  int first = 0;
-  os_lock(&s->lock);
-  for (struct ex *ex = s->exports; ex; ex = ex->next) {
-    os_unlock(&s->lock);
-    int err = srv_last_flush(ex);
-    if (!first) first = err;
-    os_lock(&s->lock);
-  }
-  os_unlock(&s->lock);
-  return first;
 }
 
 /* Steps 1 and 3 to 7 of (S3).  0, or the error of a last flush. */
@@ -6550,55 +6498,51 @@ static int srv_finish(struct nbdserve *s) {
   int64_t end = io_grace_end(&s->stop);
   for (;;) {
     int over = os_now_ms() >= end;
-    if (!srv_shutdown_clients(s, over ? SRV_CUT_OFF : SRV_NO_MORE)) break;
+    if (!srv_shutdown_clients(s, over ? SHUT_RDWR : SHUT_RD)) break;
     poll(&p, 1, over ? -1 : io_timeout(end)); /* until one has left */
     srv_take_poke(s->noticed[0]);
   }
   s->finished = 1;
-  return srv_flush_all(s);
+  int first = 0;
+  for (struct ex *ex = ex_next(s, NULL); ex; ex = ex_next(s, ex)) {
+    int err = srv_last_flush(ex);
+    if (!first) first = err;
+  }
+  return first;
 }
 
 /* ---- Accepting ----------------------------------------------------------- */
 
 /* What nbdserve_run does in one round. */
 struct srv_plan {
-  int room;       /* clients that may be accepted */
-  int listen;     /* look whether somebody waits */
-  int may_exit;   /* if nobody does, nothing is left to do */
-  int timeout_ms; /* of poll(); -1: none */
+  int room;      /* clients that may be accepted */
+  int listen;    /* look whether somebody waits */
+  int may_exit;  /* if nobody does, nothing is left to do */
+  int64_t until; /* in os_now_ms: wait no longer than that */
 };
-
-/* Makes the plan wait no longer than until that time. */
-static void srv_wait_until(struct srv_plan *plan, int64_t until) {
-  int ms = io_timeout(until);
-  if (plan->timeout_ms < 0 || ms < plan->timeout_ms) plan->timeout_ms = ms;
-}
 
 /* Decides how long to wait, and for what. */
 static struct srv_plan srv_plan(struct nbdserve *s) {
   const struct nbdserve_config *k = &s->config;
-  struct srv_plan plan = {.timeout_ms = -1};
+  struct srv_plan plan = {.until = INT64_MAX};
   int64_t now = os_now_ms();
   os_lock(&s->lock);
   if (!s->idle_since) s->idle_since = now; /* nobody has come yet */
-  int64_t idle_end = s->idle_since + k->idle_exit_ms;
-  int is_idle = s->nconns == 0;
-  int was_used = s->totals.clients > 0;
+  if (!s->nconns && k->idle_exit_ms)
+    plan.until = s->idle_since + k->idle_exit_ms;
+  if (!s->nconns && s->totals.clients > 0 && (k->flags & NBDSERVE_CONFIG_ONCE))
+    plan.until = now;
   plan.room = (int)k->max_conn - (int)s->nconns;
   os_unlock(&s->lock);
-  if (is_idle && k->idle_exit_ms) srv_wait_until(&plan, idle_end);
-  plan.may_exit = is_idle && ((was_used && (k->flags & NBDSERVE_CONFIG_ONCE)) ||
-                              (k->idle_exit_ms && now >= idle_end));
-  if (plan.may_exit) plan.timeout_ms = 0; /* a last look */
+  plan.may_exit = plan.until <= now; /* after a last look */
   if (s->accept_after > now) { /* no memory, no descriptors: a little later */
     plan.room = 0;
-    srv_wait_until(&plan, s->accept_after);
+    if (s->accept_after < plan.until) plan.until = s->accept_after;
     return plan;
   }
   /* When all slots are taken nobody is accepted, but that somebody waits is
    * worth a message now and then. */
-  int may_tell = !s->full_told || now - s->full_told >= SRV_TELL_FULL_MS;
-  plan.listen = plan.room > 0 || may_tell;
+  plan.listen = plan.room > 0 || now >= s->tell_full_after;
   return plan;
 }
 
@@ -6608,7 +6552,7 @@ static int srv_accept(struct nbdserve *s, int listener) {
   int fd = os_accept(listener);
   if (fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR) return 0;
   if (fd < 0) return fd;
-  struct conn *c = srv_new_client(s, fd, fd, SRV_OURS);
+  struct conn *c = srv_new_client(s, fd, fd, fd);
   if (!c) {
     close(fd);
     return -ENOMEM;
@@ -6635,8 +6579,8 @@ static void srv_pause_accepting(struct nbdserve *s, int err) {
  * lately. */
 static void srv_tell_full(struct nbdserve *s) {
   int64_t now = os_now_ms();
-  if (s->full_told && now - s->full_told < SRV_TELL_FULL_MS) return;
-  s->full_told = now;
+  if (now < s->tell_full_after) return;
+  s->tell_full_after = now + SRV_TELL_FULL_MS;
   u_log(&s->config, NBDSERVE_LOG_WARNING,
         "%" PRIu32 " clients are served, which is the limit; "
         "the next one has to wait",
@@ -6684,7 +6628,8 @@ int nbdserve_run(struct nbdserve *s) {
       p[OWN + i].events = POLLIN;
       p[OWN + i].revents = 0;
     }
-    int r = poll(p, (nfds_t)(OWN + s->nlisteners), plan.timeout_ms);
+    nfds_t n = (nfds_t)(OWN + s->nlisteners);
+    int r = poll(p, n, io_timeout(plan.until));
     if (r < 0 && errno != EINTR) return -errno;
     if (r < 0) continue;
     if (p[0].revents) return srv_finish(s);
@@ -6705,9 +6650,14 @@ void nbdserve_free(struct nbdserve *s) {
     s->exports = ex->next;
     ex_free(ex);
   }
+  for (int i = 0; i < 2; i++) { /* -1, if nbdserve_new failed, does no harm */
+    close(s->stop.pipe[i]);
+    close(s->wake[i]);
+    close(s->noticed[i]);
+  }
   os_monitor_free(&s->stop.lock);
   os_monitor_free(&s->lock);
-  srv_free_rest(s);
+  NBDSERVE_FREE(s);
 }
 
 /* ==== [13] CLI (cli_) ====================================================

@@ -1082,8 +1082,8 @@ static void sha_256(int use_hw, const void *first, const void *second,
 
 /* ==== [5] WIRE (wire_) ===================================================
  * The protocol's numbers, the layout of its messages, and what is true of each
- * command.  All integers are big-endian.  Every message is drawn here, also those
- * that are read or written in one place of [8] or [9] only. */
+ * command.  All integers are big-endian.  Every message is drawn here, also
+ * those that only one place of [8] or [9] reads or writes. */
 
 /* proto.md, Newstyle negotiation and Option types */
 #define NBD_INIT_MAGIC UINT64_C(0x4e42444d41474943)   /* "NBDMAGIC" */
@@ -1961,8 +1961,8 @@ static struct ex *ex_by_name(struct nbdserve *s, const char *name) {
   return ex;
 }
 
-/* The added export behind that one, or behind NULL the first one; NULL: there is
- * no more.  (E1): they stay, so no lock is needed in between. */
+/* The added export behind that one, or behind NULL the first one; NULL: there
+ * is no more.  (E1): they stay, so no lock is needed in between. */
 static struct ex *ex_next(struct nbdserve *s, const struct ex *ex) {
   os_lock(&s->lock);
   struct ex *next = ex ? ex->next : s->exports;
@@ -3828,8 +3828,9 @@ struct flat {
                              os_fallocate that is missing: see flat_known */
   /* Bit N % 8 of byte N / 8: block N is in the overlay.  A READ or WRITE holds
    * the lock from its look at the bits to the end of its I/O: another WRITE
-   * could bring the block over in between, and one of the two would be lost. */
-  unsigned char in_overlay[];
+   * could bring the block over in between, and one of the two would be lost.
+   * NULL: there is no overlay. */
+  unsigned char *in_overlay;
 };
 STATIC_ASSERT(modes_of_fallocate_have_bits, OS_FALLOCATE_MODES <= 30);
 
@@ -4062,6 +4063,7 @@ static void flat_close(void *ctx) {
   struct flat *f = ctx;
   close(f->fd);
   if (flat_is_temporary(f)) close(f->overlay_fd);
+  NBDSERVE_FREE(f->in_overlay);
   os_monitor_free(&f->lock);
   NBDSERVE_FREE(f);
 }
@@ -4082,30 +4084,28 @@ static const struct nbdserve_ops flat_ops = {
 };
 
 /* ---- Opening ------------------------------------------------------------
- * One function a step.  The steps fill struct flat_target, then struct flat is
- * made of it.  The lock comes before all that looks at the file or changes it,
- * so that of several servers that start at once exactly one does. */
+ * One function a step; each fills its part of struct flat.  The lock comes
+ * before all that looks at the file or changes it, so that of several servers
+ * that start at once exactly one does. */
 
-/* A target on its way to become an export */
-struct flat_target {
+/* What the steps need to know. */
+struct flat_opening {
+  struct flat *f;   /* the export that is being made */
   const char *path; /* as the caller gave it */
-  int is_memory;    /* path is mem:SIZE, else a name in the file system */
-  int writable;     /* clients' writes go to it */
-  int fd;           /* ours to close; negative: not open */
-  int overlay_fd;   /* the same, of the overlay of a temporary export */
-  int is_new;       /* this call made the file, and has it locked: (F4) */
-  uint64_t create;  /* size for a new or empty file; 0: none is made */
-  uint64_t size;    /* bytes of the file, once it is complete */
+  const struct nbdserve_flat *options;
+  int is_memory;   /* path is mem:SIZE, else a name in the file system */
+  int writable;    /* clients' writes go to the target */
+  int is_new;      /* this call made the file, and has it locked: (F4) */
+  uint64_t create; /* size for a new or empty file; 0: none is made */
 };
 
 /* Looks at the options, and at a path that is mem:SIZE.  -EINVAL. */
-static int flat_check_options(struct flat_target *t,
-                              const struct nbdserve_flat *options) {
+static int flat_check_options(struct flat_opening *t) {
   static const char prefix[] = "mem:";
-  if (options->flags & ~(NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY))
+  if (t->options->flags & ~(NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY))
     return -EINVAL;
-  t->writable = !options->flags;
-  t->create = options->create;
+  t->writable = !t->options->flags;
+  t->create = t->options->create;
   t->is_memory = strncmp(t->path, prefix, strlen(prefix)) == 0;
   if (t->is_memory &&
       !u_parse_number(t->path + strlen(prefix), INT64_MAX, &t->create))
@@ -4117,113 +4117,100 @@ static int flat_check_options(struct flat_target *t,
  * O_EXCL tells whether this call has made it, which (F4) must know; it follows
  * no link to where nothing is yet.  A new file is opened for writing in any
  * case, as it gets its size. */
-static int flat_open_target(struct flat_target *t) {
+static int flat_open_target(struct flat_opening *t) {
   int flags = O_CLOEXEC | O_NOCTTY | O_NONBLOCK; /* a FIFO must not block */
+  int fd = -1;
   if (t->is_memory) {
-    t->fd = os_nameless_file(NULL);
-    return t->fd < 0 ? t->fd : 0;
+    t->f->fd = os_nameless_file(NULL);
+    return t->f->fd < 0 ? t->f->fd : 0;
   }
   if (t->create) {
-    t->fd = open(t->path, flags | O_RDWR | O_CREAT | O_EXCL, 0666);
-    if (t->fd < 0 && errno != EEXIST) return -errno;
-    t->is_new = t->fd >= 0;
+    fd = open(t->path, flags | O_RDWR | O_CREAT | O_EXCL, 0666);
+    if (fd < 0 && errno != EEXIST) return -errno;
+    t->is_new = fd >= 0;
   }
-  if (t->fd < 0)
-    t->fd = open(t->path, flags | (t->writable ? O_RDWR : O_RDONLY));
-  return t->fd < 0 ? -errno : 0;
+  if (fd < 0) fd = open(t->path, flags | (t->writable ? O_RDWR : O_RDONLY));
+  t->f->fd = fd;
+  return fd < 0 ? -errno : 0;
 }
 
-/* Keeps other servers away from the target, which does no harm to memory.  If
- * another one was quicker to take the file that this call has just made, the
- * file is no longer ours. */
-static int flat_lock_target(struct flat_target *t) {
-  int err = os_lock_file(t->fd, !t->writable);
-  if (err) t->is_new = 0;
-  return err;
-}
-
-/* Refuses what is neither a file nor a block device, and a device that is to be
- * written and cannot.  Gives a new or empty file its size.  Finds the size.
+/* Keeps other servers away from the target.  Refuses what is neither a file nor
+ * a block device, and a device that is to be written and cannot.  Gives a new
+ * or empty file its size.
  *
- * If the file that this call has made has a size by now, another server has had
- * it in between and has ended: the file and its data are no longer ours. */
-static int flat_prepare_target(struct flat_target *t) {
-  struct stat st;
-  if (fstat(t->fd, &st) < 0) return -errno;
-  if (st.st_size != 0) t->is_new = 0;
+ * If another server was quicker to lock the file that this call has just made,
+ * or the file has a size by now, which another one gave it that has ended, then
+ * the file and its data are no longer ours. */
+static int flat_prepare_target(struct flat_opening *t) {
+  struct stat st = {0};
+  int fd = t->f->fd;
+  int err = os_lock_file(fd, !t->writable);
+  if (!err && fstat(fd, &st) < 0) err = -errno;
+  if (err || st.st_size != 0) t->is_new = 0;
+  if (err) return err;
   if (S_ISDIR(st.st_mode)) return -EISDIR;
   if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) return -EINVAL;
-  if (S_ISBLK(st.st_mode) && t->writable && os_is_readonly_device(t->fd))
+  if (S_ISBLK(st.st_mode) && t->writable && os_is_readonly_device(fd))
     return -EROFS;
-  if (t->create && S_ISREG(st.st_mode) && st.st_size == 0) {
-    if (ftruncate(t->fd, (off_t)t->create) < 0) return -errno;
-    int err = t->is_memory ? 0 : os_sync_new_file(t->fd, t->path);
-    if (err) return err;
-  }
-  off_t end = lseek(t->fd, 0, SEEK_END);
+  if (!t->create || !S_ISREG(st.st_mode) || st.st_size != 0) return 0;
+  if (ftruncate(fd, (off_t)t->create) < 0) return -errno;
+  return t->is_memory ? 0 : os_sync_new_file(fd, t->path);
+}
+
+/* Settles which part of the target is served.  -EINVAL: it is not inside. */
+static int flat_find_slice(struct flat *f,
+                           const struct nbdserve_flat *options) {
+  off_t end = lseek(f->fd, 0, SEEK_END);
   if (end < 0) return -errno;
-  t->size = (uint64_t)end;
+  if (options->offset > (uint64_t)end) return -EINVAL;
+  uint64_t most = (uint64_t)end - options->offset;
+  if (options->size > most) return -EINVAL;
+  f->offset = options->offset;
+  f->size = options->size ? options->size : most;
+  f->follows_end = !options->size;
+  assert(f->offset + f->size <= INT64_MAX); /* for os_transfer */
   return 0;
 }
 
-/* Opens the overlay, if there must be one. */
-static int flat_open_overlay(struct flat_target *t,
-                             const struct nbdserve_flat *options) {
-  if (!(options->flags & NBDSERVE_FLAT_TEMPORARY)) return 0;
-  t->overlay_fd = os_nameless_file(options->dir);
-  return t->overlay_fd < 0 ? t->overlay_fd : 0;
+/* Makes the overlay of a temporary export in dir.  -EFBIG: its map would have
+ * more bytes than `most`, which is what size_t holds: on a machine with
+ * addresses of 32 bits a sparse file may well be too large. */
+static int flat_make_overlay(struct flat *f, const char *dir, size_t most) {
+  uint64_t len = f->size / FLAT_OVERLAY_BLOCK / 8 + 1;
+  if (len > most) return -EFBIG;
+  f->in_overlay = u_zalloc((size_t)len);
+  if (!f->in_overlay) return -ENOMEM;
+  f->overlay_fd = os_nameless_file(dir);
+  return f->overlay_fd < 0 ? f->overlay_fd : 0;
 }
 
-/* Undoes what was done to open a target (F4).  The file goes first, while the
- * lock still keeps others from taking it. */
-static void flat_abandon_target(struct flat_target *t) {
-  if (t->is_new) os_remove_own_file(t->path, t->fd);
-  if (t->fd >= 0) close(t->fd);
-  if (t->overlay_fd >= 0) close(t->overlay_fd);
-}
-
-/* How many bytes struct flat has for a temporary export of that size.  -EFBIG:
- * more than most, which is what size_t holds: on a machine with addresses of 32
- * bits a sparse file may well be too large. */
-static int flat_temporary_len(uint64_t size, size_t most, size_t *len) {
-  uint64_t nblocks = size / FLAT_OVERLAY_BLOCK + 1;
-  uint64_t map_len = nblocks / 8 + 1;
-  assert(most > sizeof(struct flat));
-  if (map_len > most - sizeof(struct flat)) return -EFBIG;
-  *len = sizeof(struct flat) + (size_t)map_len;
-  return 0;
-}
-
-/* Makes the export of a target and its overlay, whose descriptors it takes over
- * if it succeeds.  -EINVAL: the slice is not inside the target.  -EFBIG,
- * -ENOMEM. */
-static int flat_make_export(const struct flat_target *t,
-                            const struct nbdserve_flat *options,
-                            struct nbdserve_export *out) {
-  uint64_t offset = options->offset;
-  uint64_t size = options->size;
-  size_t len = sizeof(struct flat);
-  int err = 0;
-  assert(t->fd >= 0 && t->size <= INT64_MAX);
-  if (offset > t->size || size > t->size - offset) return -EINVAL;
-  if (!size) size = t->size - offset;
-  assert(offset + size <= INT64_MAX); /* for os_transfer */
-  if (t->overlay_fd >= 0) err = flat_temporary_len(size, SIZE_MAX, &len);
-  if (err) return err;
-  struct flat *f = u_zalloc(len);
-  if (!f) return -ENOMEM;
-  err = os_monitor_init(&f->lock);
+/* See nbdserve.h.  If it fails a file that it has made goes first, while the
+ * lock still keeps others from taking it (F4). */
+int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
+                       struct nbdserve_export *out) {
+  static const struct nbdserve_flat defaults;
+  if (!options) options = &defaults;
+  struct flat *f = u_zalloc(sizeof *f);
+  struct flat_opening t = {.f = f, .path = path, .options = options};
+  int err = f ? os_monitor_init(&f->lock) : -ENOMEM;
   if (err) {
     NBDSERVE_FREE(f);
     return err;
   }
   f->own.run_batch = flat_batch;
-  f->fd = t->fd;
-  f->overlay_fd = t->overlay_fd;
-  f->follows_end = !options->size;
-  f->offset = offset;
-  f->size = size;
-  out->size = size;
+  f->fd = f->overlay_fd = -1;
+  err = flat_check_options(&t);
+  if (!err) err = flat_open_target(&t);
+  if (!err) err = flat_prepare_target(&t);
+  if (!err) err = flat_find_slice(f, options);
+  if (!err && (options->flags & NBDSERVE_FLAT_TEMPORARY))
+    err = flat_make_overlay(f, options->dir, SIZE_MAX);
+  if (err) {
+    if (t.is_new) os_remove_own_file(path, f->fd);
+    flat_close(f);
+    return err;
+  }
+  out->size = f->size;
   out->flags |= NBDSERVE_EXPORT_MULTI_CONN; /* fdatasync is for all writers */
   if (options->flags & NBDSERVE_FLAT_READONLY)
     out->flags |= NBDSERVE_EXPORT_READONLY;
@@ -4231,23 +4218,6 @@ static int flat_make_export(const struct flat_target *t,
   out->ops = &flat_ops;
   out->ctx = f;
   return 0;
-}
-
-/* See nbdserve.h.  Until the last step has succeeded the descriptors are t's;
- * then they are the export's. */
-int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
-                       struct nbdserve_export *out) {
-  static const struct nbdserve_flat defaults;
-  struct flat_target t = {.path = path, .fd = -1, .overlay_fd = -1};
-  if (!options) options = &defaults;
-  int err = flat_check_options(&t, options);
-  if (!err) err = flat_open_target(&t);
-  if (!err) err = flat_lock_target(&t);
-  if (!err) err = flat_prepare_target(&t);
-  if (!err) err = flat_open_overlay(&t, options);
-  if (!err) err = flat_make_export(&t, options, out);
-  if (err) flat_abandon_target(&t);
-  return err;
 }
 
 #endif /* !NBDSERVE_NO_FLAT */

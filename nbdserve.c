@@ -2894,7 +2894,7 @@ static int hs_run(struct conn *c) {
  *
  *   requests                  done by            data in
  *   refused, or empty         nobody             -
- *   refused, with a payload   nobody             piece_buf: tx_drain
+ *   refused, with a payload   nobody             piece_buf: tx_in_pieces
  *   longer than a batch's
  *   READ, WRITE up to         client's thread,   WRITE: rbuf, where it came;
  *   TX_IN_BATCH_MAX           all of a batch     READ: a slot in wbuf
@@ -3090,21 +3090,14 @@ static struct nbdserve_req *tx_gather(struct tx_out *out,
 /* Sends the n pieces at v, in one go as far as other threads can see.  After
  * the first error nothing is sent any more, and the client's thread, which may
  * wait for a request, is told by the end of its stream (unless that is a pipe
- * of its own).  Returns 0 or -errno. */
+ * of its own).  Returns 0, or -errno, which may be of an earlier send: with n 0
+ * only that is looked at. */
 static int tx_send(struct conn *c, struct iovec *v, int n) {
   os_lock(&c->send_lock);
-  if (!c->send_err) {
+  if (!c->send_err && n) {
     c->send_err = io_send(&c->io, v, n);
     if (c->send_err) shutdown(c->io.out, SHUT_RDWR);
   }
-  int err = c->send_err;
-  os_unlock(&c->send_lock);
-  return err;
-}
-
-/* Why nothing is sent any more: 0 or -errno. */
-static int tx_send_error(struct conn *c) {
-  os_lock(&c->send_lock);
   int err = c->send_err;
   os_unlock(&c->send_lock);
   return err;
@@ -3120,19 +3113,6 @@ static int tx_send_all(struct conn *c, struct nbdserve_req *list) {
     err = tx_send(c, out.v, out.n);
   }
   return err;
-}
-
-/* Counts requests that are answered. */
-static void tx_count(struct conn *c, const struct nbdserve_req *list) {
-  struct nbdserve_stats *stats = &c->stats;
-  os_lock(&c->queue_lock);
-  for (const struct nbdserve_req *r = list; r; r = r->next) {
-    stats->requests++;
-    if (r->err) stats->errors++;
-    if (!r->err && r->type == NBD_CMD_READ) stats->bytes_read += r->len;
-    if (!r->err && r->type == NBD_CMD_WRITE) stats->bytes_written += r->len;
-  }
-  os_unlock(&c->queue_lock);
 }
 
 /* Logs a request that is answered; of those that failed only the first few.
@@ -3163,27 +3143,29 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
 /* Counts and logs what is answered; mostly before it is sent, so that a client
  * which has its reply finds it counted. */
 static void tx_account(struct conn *c, const struct nbdserve_req *list) {
-  tx_count(c, list);
-  for (const struct nbdserve_req *r = list; r; r = r->next)
+  struct nbdserve_stats *stats = &c->stats;
+  const struct nbdserve_req *r;
+  os_lock(&c->queue_lock);
+  for (r = list; r; r = r->next) {
+    stats->requests++;
+    if (r->err) stats->errors++;
+    if (!r->err && r->type == NBD_CMD_READ) stats->bytes_read += r->len;
+    if (!r->err && r->type == NBD_CMD_WRITE) stats->bytes_written += r->len;
+  }
+  os_unlock(&c->queue_lock);
+  for (r = list; r; r = r->next)
     tx_log(c, r);
 }
 
-/* Frees the buffers that the requests of a list own. */
-static void tx_release(struct nbdserve_req *list) {
-  for (struct nbdserve_req *r = list; r; r = r->next) {
-    NBDSERVE_FREE(r->owned);
-    r->owned = NULL;
-  }
-}
-
-/* Answers the requests of a list, which are DONE (T1).  0, or -errno
- * when the client is gone. */
+/* Answers the requests of a list, which are DONE (T1), and frees the buffers
+ * that they own.  0, or -errno when the client is gone. */
 static int tx_answer(struct conn *c, struct nbdserve_req *list) {
   if (!list) return 0;
   assert(c->export);
   tx_account(c, list);
   int err = tx_send_all(c, list);
-  tx_release(list);
+  for (; list; list = list->next)
+    NBDSERVE_FREE(list->owned);
   return err;
 }
 
@@ -3316,22 +3298,6 @@ static int tx_need_worker(struct conn *c, const struct nbdserve_req *r) {
   return c->nworkers > 0;
 }
 
-/* Puts a worker's request into the list that it belongs to, and wakes a worker.
- * The caller, the client's thread, holds queue_lock; all others that wait for
- * it are workers, so whoever is woken is one. */
-static void tx_enqueue(struct conn *c, struct nbdserve_req *r) {
-  c->nhanded_over++;
-  if (r->state == REQ_TO_FLUSH) {
-    r->next = c->to_flush;
-    c->to_flush = r;
-  } else {
-    *c->queue_end = r;
-    c->queue_end = &r->next;
-    c->nqueue++;
-  }
-  os_wake_one(&c->queue_lock);
-}
-
 /* Hands a request, which is TODO or TO_FLUSH, over to a worker: a copy of it,
  * and the buffer if the request owns it.  Waits while too many are handed over
  * (T5).  False: there is no worker, and the caller has to do it. */
@@ -3348,14 +3314,24 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
   os_lock(&c->queue_lock);
   while (c->nhanded_over >= c->max_handed_over)
     tx_wait_for_worker(c);
-  int taken = tx_need_worker(c, copy);
-  if (taken) tx_enqueue(c, copy);
-  os_unlock(&c->queue_lock);
-  if (taken)
-    req_set_state(r, REQ_HANDED_OVER);
-  else
+  if (!tx_need_worker(c, copy)) {
+    os_unlock(&c->queue_lock);
     NBDSERVE_FREE(copy);
-  return taken;
+    return 0;
+  }
+  if (copy->state == REQ_TO_FLUSH) {
+    copy->next = c->to_flush;
+    c->to_flush = copy;
+  } else {
+    *c->queue_end = copy;
+    c->queue_end = &copy->next;
+    c->nqueue++;
+  }
+  c->nhanded_over++;
+  os_wake_one(&c->queue_lock); /* a worker: this thread does not wait */
+  os_unlock(&c->queue_lock);
+  req_set_state(r, REQ_HANDED_OVER);
+  return 1;
 }
 
 /* Waits until no request is with a worker: none of their replies comes between
@@ -3380,39 +3356,24 @@ static void tx_end_workers(struct conn *c) {
 
 /* ---- The batch ----------------------------------------------------------- */
 
-/* Does the READs and WRITEs from batch[i] on that stand in a row, with one call
- * of the backend.  The index behind them. */
-static size_t tx_run_row(struct conn *c, size_t i) {
-  size_t end = i;
-  assert(c->run_batch);
-  while (end < c->nbatch && c->batch[end].state == REQ_TODO &&
-         req_moves_data(&c->batch[end]))
-    end++;
-  assert(end > i);
-  c->run_batch(c->export->pub.ctx, &c->batch[i], end - i);
-  for (; i < end; i++)
-    tx_executed(c, &c->batch[i], c->batch[i].err);
-  return end;
-}
-
-/* Does all of the batch, or hands over what is for workers (T4). */
+/* Does what is TODO of the batch, or hands over what is for workers (T4).  READs
+ * and WRITEs that stand in a row are done with one call of run_batch. */
 static void tx_run_requests(struct conn *c) {
   size_t i = 0;
   while (i < c->nbatch) {
-    struct nbdserve_req *r = &c->batch[i];
-    if (r->state == REQ_TODO && c->run_batch && req_moves_data(r)) {
-      i = tx_run_row(c, i);
-      continue;
-    }
-    if (r->state == REQ_TODO) {
+    struct nbdserve_req *r = &c->batch[i++];
+    if (r->state != REQ_TODO) continue;
+    if (!c->run_batch || !req_moves_data(r)) {
       int given = !req_moves_data(r) && tx_hand_over(c, r);
       if (!given) tx_execute(c, r);
+      continue;
     }
-    i++;
-  }
-  for (i = 0; i < c->nbatch; i++) { /* (T3): only now */
-    struct nbdserve_req *r = &c->batch[i];
-    if (r->state == REQ_TO_FLUSH && !tx_hand_over(c, r)) tx_execute(c, r);
+    while (i < c->nbatch && c->batch[i].state == REQ_TODO &&
+           req_moves_data(&c->batch[i]))
+      i++;
+    c->run_batch(c->export->pub.ctx, r, (size_t)(&c->batch[i] - r));
+    for (; r < &c->batch[i]; r++)
+      tx_executed(c, r, r->err);
   }
 }
 
@@ -3424,6 +3385,8 @@ static int tx_run_batch(struct conn *c) {
   tx_run_requests(c);
   for (size_t i = 0; i < c->nbatch; i++) {
     struct nbdserve_req *r = &c->batch[i];
+    if (r->state == REQ_TO_FLUSH && !tx_hand_over(c, r))
+      tx_execute(c, r); /* (T3): only now */
     if (r->state == REQ_HANDED_OVER) continue;
     *end = r;
     end = &r->next;
@@ -3475,36 +3438,24 @@ static int tx_finish(struct conn *c, struct nbdserve_req *r) {
   return tx_answer(c, r);
 }
 
-/* Throws away the payload of a request that was refused, and answers it. */
-static int tx_drain(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
-  assert(r->state == REQ_DONE && r->err && payload > TX_IN_BATCH_MAX);
-  c->after_long_write = 1;
-  while (payload > 0) {
-    size_t n = (size_t)u_min(payload, TX_PIECE);
-    int err = tx_recv_payload(c, c->piece_buf, n);
-    if (err) return err;
-    payload -= n;
-  }
-  return tx_answer(c, r);
-}
-
-/* Does a long WRITE, piece by piece as they come.  After an error the others
- * are thrown away. */
-static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r) {
+/* Does a long WRITE, piece by piece as they come, or only receives the payload
+ * of a request that was refused.  After an error the rest is thrown away. */
+static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r,
+                              uint64_t payload) {
   struct nbdserve_req piece = *r;
-  int failed = ex_ask_before(c->export, r);
-  uint64_t left = r->len;
+  int is_refused = r->state == REQ_DONE;
+  int failed = is_refused ? r->err : ex_ask_before(c->export, r);
+  assert(is_refused || payload == r->len);
   piece.buf = c->piece_buf;
   c->after_long_write = 1;
-  while (left > 0) {
-    piece.len = u_min(left, TX_PIECE);
+  for (; payload > 0; payload -= piece.len) {
+    piece.len = u_min(payload, TX_PIECE);
     int err = tx_recv_payload(c, piece.buf, (size_t)piece.len);
     if (err) return err;
     if (!failed) failed = ex_execute(c->export, &piece);
     piece.off += piece.len;
-    left -= piece.len;
   }
-  tx_executed(c, r, failed);
+  if (!is_refused) tx_executed(c, r, failed);
   return tx_finish(c, r);
 }
 
@@ -3520,7 +3471,8 @@ static int tx_read_piece(struct conn *c, const struct nbdserve_req *r,
   /* proto.md: chunks should end at multiples of 512, where possible. */
   if (piece->more_chunks) piece->len -= (off + piece->len) % 512;
   assert(piece->len > 0 && off + piece->len <= end);
-  return ex_execute(c->export, piece);
+  tx_executed(c, piece, ex_execute(c->export, piece));
+  return piece->err;
 }
 
 /* Reads all of a long READ and keeps nothing: what fails now can still be said
@@ -3550,7 +3502,6 @@ static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
     /* A simple reply that has begun cannot be taken back (proto.md). */
     if (err && is_simple && off > r->off) return err;
     if (err) break;
-    req_set_state(&piece, REQ_DONE);
     int send_err = tx_send_all(c, &piece);
     if (send_err) return send_err;
     off += piece.len;
@@ -3560,21 +3511,17 @@ static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
   r->err_off = off;
   req_set_state(r, REQ_DONE);
   if (err) return tx_answer(c, r);
-  tx_account(c, r);
-  tx_release(r); /* all was sent */
+  tx_account(c, r); /* all was sent */
   return 0;
 }
 
-/* Does what needs the buffer for pieces: drains a request that was refused, or
- * does a long READ or WRITE.  A connection for which there is not even a
- * megabyte is closed. */
+/* Does what needs the buffer for pieces: a long READ, or what has a long
+ * payload.  A connection for which there is not even a megabyte is closed. */
 static int tx_in_pieces(struct conn *c, struct nbdserve_req *r,
                         uint64_t payload) {
   if (!c->piece_buf) c->piece_buf = NBDSERVE_MALLOC(TX_HEAD_ROOM + TX_PIECE);
   if (!c->piece_buf) return -ENOMEM;
-  if (r->state == REQ_DONE) return tx_drain(c, r, payload);
-  return r->type == NBD_CMD_READ ? tx_read_in_pieces(c, r)
-                                 : tx_write_in_pieces(c, r);
+  return payload ? tx_write_in_pieces(c, r, payload) : tx_read_in_pieces(c, r);
 }
 
 /* Gives a READ or WRITE a buffer of its own and hands it over, with its
@@ -3586,7 +3533,7 @@ static int tx_copied(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
   r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
   int err = payload ? tx_recv_payload(c, r->buf, (size_t)payload) : 0;
   if (!err) return tx_finish(c, r);
-  tx_release(r);
+  NBDSERVE_FREE(r->owned);
   return err;
 }
 
@@ -3600,21 +3547,16 @@ static void tx_refuse(struct nbdserve_req *r, int err, const char *why) {
   req_set_state(r, REQ_DONE);
 }
 
-/* The flags of a request that do not apply to it here. */
-static unsigned tx_stray_flags(const struct conn *c,
-                               const struct nbdserve_req *r,
-                               const struct wire_cmd *cmd) {
-  unsigned allowed = cmd->flags;
-  unsigned offered = c->transmission_flags;
-  if (offered & NBD_FLAG_SEND_FUA) allowed |= NBD_CMD_FLAG_FUA;
-  if (!(offered & NBD_FLAG_SEND_DF)) allowed &= ~(unsigned)NBD_CMD_FLAG_DF;
-  if (!(offered & NBD_FLAG_SEND_FAST_ZERO))
-    allowed &= ~(unsigned)NBD_CMD_FLAG_FAST_ZERO;
-  if (c->mode != MODE_EXTENDED) allowed &= ~(unsigned)NBD_CMD_FLAG_PAYLOAD_LEN;
-  if (r->type == NBD_CMD_BLOCK_STATUS &&
-      !(offered & NBD_FLAG_BLOCK_STATUS_PAYLOAD))
-    allowed &= ~(unsigned)NBD_CMD_FLAG_PAYLOAD_LEN;
-  return r->flags & ~allowed;
+/* The transmission flags without which a request is not possible. */
+static unsigned tx_needed_flags(const struct nbdserve_req *r,
+                                const struct wire_cmd *cmd) {
+  unsigned needed = cmd->exposed_by;
+  if (r->flags & NBD_CMD_FLAG_FUA) needed |= NBD_FLAG_SEND_FUA;
+  if (r->flags & NBD_CMD_FLAG_DF) needed |= NBD_FLAG_SEND_DF;
+  if (r->flags & NBD_CMD_FLAG_FAST_ZERO) needed |= NBD_FLAG_SEND_FAST_ZERO;
+  if (r->type == NBD_CMD_BLOCK_STATUS && r->flags & NBD_CMD_FLAG_PAYLOAD_LEN)
+    needed |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
+  return needed;
 }
 
 /* Checks a request against all that was negotiated: one rule, one `if`; the
@@ -3627,9 +3569,12 @@ static void tx_validate(const struct conn *c, struct nbdserve_req *r,
     return;
   }
   const struct nbdserve_export *e = &c->export->pub;
-  unsigned stray = tx_stray_flags(c, r, cmd);
+  unsigned lacking = tx_needed_flags(r, cmd) & ~c->transmission_flags;
+  unsigned stray = r->flags & ~(unsigned)(cmd->flags | NBD_CMD_FLAG_FUA);
+  if (c->mode != MODE_EXTENDED) stray |= r->flags & NBD_CMD_FLAG_PAYLOAD_LEN;
   int is_status = r->type == NBD_CMD_BLOCK_STATUS;
-  if (stray & NBD_CMD_FLAG_PAYLOAD_LEN) {
+  if (stray & NBD_CMD_FLAG_PAYLOAD_LEN ||
+      lacking & NBD_FLAG_BLOCK_STATUS_PAYLOAD) {
     tx_refuse(r, -EINVAL, "it takes no payload");
   } else if (cmd->writes && (c->transmission_flags & NBD_FLAG_READ_ONLY)) {
     tx_refuse(r, -EPERM, "the export is read-only");
@@ -3640,7 +3585,7 @@ static void tx_validate(const struct conn *c, struct nbdserve_req *r,
     tx_refuse(r, cmd->err_beyond, "beyond the end of the export");
   } else if (is_status && !c->has_allocation) {
     tx_refuse(r, -EINVAL, "no metadata context was negotiated");
-  } else if (cmd->exposed_by & ~c->transmission_flags) {
+  } else if (lacking) {
     tx_refuse(r, -EINVAL, "the export does not offer it");
   } else if (stray) {
     tx_refuse(r, -EINVAL, "flag does not apply");
@@ -3743,7 +3688,7 @@ static int tx_receive(struct conn *c) {
   if (!left && n == -ETIMEDOUT) {
     /* Idle, as long as it likes; unless a worker could not send to it, which
      * shutdown() tells us only if the replies go over the same socket. */
-    return tx_send_error(c);
+    return tx_send(c, NULL, 0);
   }
   if (!left && c->io.at_end) return CONN_LEFT;
   if (n < 0) return (int)n;

@@ -1455,31 +1455,29 @@ static const struct wire_cmd {
   uint16_t exposed_by; /* transmission flag that offers it; 0: always there */
   uint8_t writes;      /* refused on a read-only export */
   uint8_t has_data;    /* moves data: the request has a buffer of len bytes */
-  uint8_t has_range;   /* offset and length mean something */
-  int err_beyond;      /* -errno of a range beyond the end (proto.md) */
+  int err_beyond;      /* -errno of a range beyond the end (proto.md); 0:
+                          offset and length mean nothing */
 } wire_cmds[] = {
     /* clang-format off */
     [NBD_CMD_READ] = {.name = "NBD_CMD_READ", .flags = NBD_CMD_FLAG_DF,
-        .has_data = 1, .has_range = 1, .err_beyond = -EINVAL},
+        .has_data = 1, .err_beyond = -EINVAL},
     [NBD_CMD_WRITE] = {.name = "NBD_CMD_WRITE",
         .flags = NBD_CMD_FLAG_PAYLOAD_LEN, .writes = 1,
-        .has_data = 1, .has_range = 1, .err_beyond = -ENOSPC},
+        .has_data = 1, .err_beyond = -ENOSPC},
     [NBD_CMD_DISC] = {.name = "NBD_CMD_DISC"},
     [NBD_CMD_FLUSH] = {.name = "NBD_CMD_FLUSH",
         .exposed_by = NBD_FLAG_SEND_FLUSH},
     [NBD_CMD_TRIM] = {.name = "NBD_CMD_TRIM",
-        .exposed_by = NBD_FLAG_SEND_TRIM, .writes = 1,
-        .has_range = 1, .err_beyond = -EINVAL},
+        .exposed_by = NBD_FLAG_SEND_TRIM, .writes = 1, .err_beyond = -EINVAL},
     [NBD_CMD_CACHE] = {.name = "NBD_CMD_CACHE",
-        .exposed_by = NBD_FLAG_SEND_CACHE,
-        .has_range = 1, .err_beyond = -EINVAL},
+        .exposed_by = NBD_FLAG_SEND_CACHE, .err_beyond = -EINVAL},
     [NBD_CMD_WRITE_ZEROES] = {.name = "NBD_CMD_WRITE_ZEROES",
         .flags = NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
         .exposed_by = NBD_FLAG_SEND_WRITE_ZEROES, .writes = 1,
-        .has_range = 1, .err_beyond = -ENOSPC},
+        .err_beyond = -ENOSPC},
     [NBD_CMD_BLOCK_STATUS] = {.name = "NBD_CMD_BLOCK_STATUS",
         .flags = NBD_CMD_FLAG_REQ_ONE | NBD_CMD_FLAG_PAYLOAD_LEN,
-        .has_range = 1, .err_beyond = -EINVAL},
+        .err_beyond = -EINVAL},
     /* clang-format on */
 };
 
@@ -2652,26 +2650,35 @@ static int hs_opt_list(struct conn *c) {
   return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "the list is not complete");
 }
 
-/* proto.md, NBD_INFO_...: a reply with one piece of information. */
-static void hs_put_info(struct conn *c, const struct ex *ex, uint64_t size,
-                        unsigned flags, enum nbd_info type) {
-  const struct nbdserve_export *e = &ex->pub;
-  unsigned char *p;
-  if (type == NBD_INFO_EXPORT) {
-    p = hs_reply(c, NBD_REP_INFO, WIRE_INFO_EXPORT_LEN);
-    u_put64(p + 2, size);
-    u_put16(p + 10, flags);
-  } else if (type == NBD_INFO_BLOCK_SIZE) {
-    p = hs_reply(c, NBD_REP_INFO, WIRE_INFO_BLOCK_SIZE_LEN);
-    u_put32(p + 2, e->min_block);
-    u_put32(p + 6, e->preferred_block);
-    u_put32(p + 10, e->max_request);
-  } else {
-    const char *text = type == NBD_INFO_NAME ? e->name : e->description;
-    p = hs_reply(c, NBD_REP_INFO, 2 + strlen(text));
-    memcpy(p + 2, text, strlen(text));
-  }
+/* Sends information that is a text. */
+static void hs_put_text(struct conn *c, enum nbd_info type, const char *text) {
+  size_t n = strlen(text);
+  unsigned char *p = hs_reply(c, NBD_REP_INFO, 2 + n);
   u_put16(p, type);
+  memcpy(p + 2, text, n);
+}
+
+/* proto.md, NBD_INFO_...: sends what INFO and GO give.  EXPORT always; block
+ * sizes also unasked if they are not what a client takes for granted. */
+static void hs_put_infos(struct conn *c, const struct ex *ex, uint64_t size,
+                         unsigned flags, unsigned asked) {
+  const struct nbdserve_export *e = &ex->pub;
+  unsigned char *p = hs_reply(c, NBD_REP_INFO, WIRE_INFO_EXPORT_LEN);
+  u_put16(p, NBD_INFO_EXPORT);
+  u_put64(p + 2, size);
+  u_put16(p + 10, flags);
+  if (asked & 1u << NBD_INFO_NAME) hs_put_text(c, NBD_INFO_NAME, e->name);
+  if (asked & 1u << NBD_INFO_DESCRIPTION && *e->description)
+    hs_put_text(c, NBD_INFO_DESCRIPTION, e->description);
+  if (!(asked & 1u << NBD_INFO_BLOCK_SIZE) && e->min_block == 1 &&
+      e->preferred_block == EX_DEFAULT_BLOCK &&
+      e->max_request == EX_DEFAULT_MAX)
+    return;
+  p = hs_reply(c, NBD_REP_INFO, WIRE_INFO_BLOCK_SIZE_LEN);
+  u_put16(p, NBD_INFO_BLOCK_SIZE);
+  u_put32(p + 2, e->min_block);
+  u_put32(p + 6, e->preferred_block);
+  u_put32(p + 10, e->max_request);
 }
 
 /* Takes the list of information types off the data of INFO or GO: a set of
@@ -2689,17 +2696,6 @@ static uint32_t hs_take_infos(struct conn *c, unsigned *asked) {
   return 0;
 }
 
-/* Which information INFO and GO give: EXPORT always; block sizes also unasked
- * if they are not what a client takes for granted. */
-static unsigned hs_infos(const struct nbdserve_export *e, unsigned asked) {
-  unsigned infos = asked | 1u << NBD_INFO_EXPORT;
-  if (e->min_block > 1 || e->preferred_block != EX_DEFAULT_BLOCK ||
-      e->max_request != EX_DEFAULT_MAX)
-    infos |= 1u << NBD_INFO_BLOCK_SIZE;
-  if (!*e->description) infos &= ~(1u << NBD_INFO_DESCRIPTION);
-  return infos;
-}
-
 /* proto.md, NBD_OPT_INFO and NBD_OPT_GO: the same, but GO enters the export. */
 static int hs_opt_go(struct conn *c) {
   char name[WIRE_STRING_MAX + 1];
@@ -2715,9 +2711,7 @@ static int hs_opt_go(struct conn *c) {
   if (err) return hs_refuse(c, NBD_REP_ERR_UNKNOWN, u_errno_text(err));
   unsigned flags =
       ex_transmission_flags(ex, c->mode, hs_has_allocation(c, name));
-  unsigned infos = hs_infos(&ex->pub, asked);
-  for (unsigned type = 0; type <= NBD_INFO_BLOCK_SIZE; type++)
-    if (infos & 1u << type) hs_put_info(c, ex, size, flags, type);
+  hs_put_infos(c, ex, size, flags, asked);
   /* proto.md: a client that does not ask for block sizes might send unaligned
    * requests. */
   int must_ask = ex->pub.min_block > 1 && !(asked & 1u << NBD_INFO_BLOCK_SIZE);
@@ -3539,12 +3533,14 @@ static int tx_copied(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
 
 /* ---- Taking requests ----------------------------------------------------- */
 
-/* Refuses a request: it is not done, and answered with that error. */
-static void tx_refuse(struct nbdserve_req *r, int err, const char *why) {
+/* Refuses a request: it is not done, and answered with that error, which is
+ * returned. */
+static int tx_refuse(struct nbdserve_req *r, int err, const char *why) {
   assert(err < 0 && why);
   r->err = err;
   r->refused = why;
   req_set_state(r, REQ_DONE);
+  return err;
 }
 
 /* The transmission flags without which a request is not possible. */
@@ -3560,44 +3556,41 @@ static unsigned tx_needed_flags(const struct nbdserve_req *r,
 }
 
 /* Checks a request against all that was negotiated: one rule, one `if`; the
- * first that is broken counts.  A new rule goes here. */
-static void tx_validate(const struct conn *c, struct nbdserve_req *r,
-                        uint64_t payload) {
-  const struct wire_cmd *cmd = wire_cmd(r->type);
-  if (!cmd) {
-    tx_refuse(r, -EINVAL, "unknown command");
-    return;
-  }
+ * first that is broken counts.  A new rule goes here.  0, or -errno if the
+ * request was refused. */
+static int tx_validate(const struct conn *c, struct nbdserve_req *r,
+                       uint64_t payload) {
   const struct nbdserve_export *e = &c->export->pub;
+  const struct wire_cmd *cmd = wire_cmd(r->type);
+  if (!cmd) return tx_refuse(r, -EINVAL, "unknown command");
   unsigned lacking = tx_needed_flags(r, cmd) & ~c->transmission_flags;
   unsigned stray = r->flags & ~(unsigned)(cmd->flags | NBD_CMD_FLAG_FUA);
   if (c->mode != MODE_EXTENDED) stray |= r->flags & NBD_CMD_FLAG_PAYLOAD_LEN;
   int is_status = r->type == NBD_CMD_BLOCK_STATUS;
+  int has_range = cmd->err_beyond != 0;
   if (stray & NBD_CMD_FLAG_PAYLOAD_LEN ||
-      lacking & NBD_FLAG_BLOCK_STATUS_PAYLOAD) {
-    tx_refuse(r, -EINVAL, "it takes no payload");
-  } else if (cmd->writes && (c->transmission_flags & NBD_FLAG_READ_ONLY)) {
-    tx_refuse(r, -EPERM, "the export is read-only");
-  } else if (r->type == NBD_CMD_WRITE && payload != r->len) {
-    tx_refuse(r, -EINVAL, "NBD_CMD_FLAG_PAYLOAD_LEN is missing");
-  } else if (cmd->has_range &&
-             (r->off > c->export_size || r->len > c->export_size - r->off)) {
-    tx_refuse(r, cmd->err_beyond, "beyond the end of the export");
-  } else if (is_status && !c->has_allocation) {
-    tx_refuse(r, -EINVAL, "no metadata context was negotiated");
-  } else if (lacking) {
-    tx_refuse(r, -EINVAL, "the export does not offer it");
-  } else if (stray) {
-    tx_refuse(r, -EINVAL, "flag does not apply");
-  } else if (cmd->has_range && (r->off | r->len) & (e->min_block - 1)) {
-    tx_refuse(r, -EINVAL, "no multiple of the minimum block size");
-  } else if (cmd->has_data && r->len > e->max_request) {
-    tx_refuse(r, -EINVAL, "longer than the maximum payload size");
-  } else if (is_status && !r->len) {
-    tx_refuse(r, -EINVAL, "nothing to report on");
-  } else if (r->flags & NBD_CMD_FLAG_DF && r->len > TX_PIECE) {
-    tx_refuse(r, -EOVERFLOW, "too long for a single chunk");
-  }
+      lacking & NBD_FLAG_BLOCK_STATUS_PAYLOAD)
+    return tx_refuse(r, -EINVAL, "it takes no payload");
+  if (cmd->writes && (c->transmission_flags & NBD_FLAG_READ_ONLY))
+    return tx_refuse(r, -EPERM, "the export is read-only");
+  if (r->type == NBD_CMD_WRITE && payload != r->len)
+    return tx_refuse(r, -EINVAL, "NBD_CMD_FLAG_PAYLOAD_LEN is missing");
+  if (has_range &&
+      (r->off > c->export_size || r->len > c->export_size - r->off))
+    return tx_refuse(r, cmd->err_beyond, "beyond the end of the export");
+  if (is_status && !c->has_allocation)
+    return tx_refuse(r, -EINVAL, "no metadata context was negotiated");
+  if (lacking) return tx_refuse(r, -EINVAL, "the export does not offer it");
+  if (stray) return tx_refuse(r, -EINVAL, "flag does not apply");
+  if (has_range && (r->off | r->len) & (e->min_block - 1))
+    return tx_refuse(r, -EINVAL, "no multiple of the minimum block size");
+  if (cmd->has_data && r->len > e->max_request)
+    return tx_refuse(r, -EINVAL, "longer than the maximum payload size");
+  if (is_status && !r->len)
+    return tx_refuse(r, -EINVAL, "nothing to report on");
+  if (r->flags & NBD_CMD_FLAG_DF && r->len > TX_PIECE)
+    return tx_refuse(r, -EOVERFLOW, "too long for a single chunk");
+  return 0;
 }
 
 /* Does a request, or sees to it that it is done later, as the table at the head
@@ -3658,10 +3651,8 @@ static int tx_next_request(struct conn *c) {
   if (r.type == NBD_CMD_FLUSH) r.off = r.len = 0; /* reserved (proto.md) */
   if (r.type == NBD_CMD_BLOCK_STATUS && payload)
     r.len = wire_get_status_len(p + head, payload); /* 0 is refused */
-  tx_validate(c, &r, payload);
-  if (r.state == REQ_TODO && r.type == NBD_CMD_FLUSH)
-    req_set_state(&r, REQ_TO_FLUSH);
-  if (r.state == REQ_TODO && !r.len) req_set_state(&r, REQ_DONE); /* nothing */
+  if (!tx_validate(c, &r, payload) && !r.len) /* only a flush, or nothing */
+    req_set_state(&r, r.type == NBD_CMD_FLUSH ? REQ_TO_FLUSH : REQ_DONE);
   c->rbuf_pos += head;
   return tx_dispatch(c, &r, payload);
 }
@@ -6266,10 +6257,10 @@ void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
  * [6]. */
 static void srv_setup_io(struct conn *c, int in, int out) {
   uint32_t stall_ms = c->s->config.stall_ms;
-  struct sockaddr_storage peer;
-  socklen_t len = sizeof peer;
-  if (getpeername(out, (struct sockaddr *)&peer, &len) == 0)
-    c->is_tcp = peer.ss_family == AF_INET || peer.ss_family == AF_INET6;
+  union srv_address a = {.sa = {.sa_family = AF_UNSPEC}}; /* a pipe's */
+  socklen_t len = sizeof a;
+  getpeername(out, &a.sa, &len);
+  c->is_tcp = a.sa.sa_family == AF_INET || a.sa.sa_family == AF_INET6;
   c->io.in = in;
   c->io.out = out;
   c->io.stop = &c->s->stop;

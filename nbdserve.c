@@ -795,16 +795,12 @@ static int u_utf8_len(const char *s) {
   return ones ? ones : 1;
 }
 
-enum {
-  U_LOG_MAX = 512 /* bytes of a message; a longer one is cut */
-};
-
 /* Gives the host a message if it wants messages of that level.  Parts of it may
  * come from a client: what is no text in it becomes '?'.  The caller holds no
  * lock: the host's function may call back, for nbdserve_stats say. */
 static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
                                   int level, const char *fmt, ...) {
-  char text[U_LOG_MAX];
+  char text[512]; /* a longer message is cut */
   va_list ap;
   if (!config->log || level > config->log_level) return;
   va_start(ap, fmt);
@@ -1090,14 +1086,10 @@ static void sha_256(int use_hw, const void *first, const void *second,
 #define NBD_OPTION_MAGIC UINT64_C(0x49484156454f5054) /* "IHAVEOPT" */
 #define NBD_REP_MAGIC UINT64_C(0x0003e889045565a9)
 
-/* proto.md, Handshake flags: of the server */
+/* proto.md, Handshake flags, of the server, and Client flags */
 enum nbd_handshake_flag {
   NBD_FLAG_FIXED_NEWSTYLE = 1 << 0,
-  NBD_FLAG_NO_ZEROES = 1 << 1
-};
-
-/* proto.md, Client flags */
-enum nbd_client_flag {
+  NBD_FLAG_NO_ZEROES = 1 << 1,
   NBD_FLAG_C_FIXED_NEWSTYLE = 1 << 0,
   NBD_FLAG_C_NO_ZEROES = 1 << 1
 };
@@ -1225,8 +1217,7 @@ enum nbd_error {
 /* ---- Sizes and limits --------------------------------------------------- */
 
 enum {
-  WIRE_STRING_MAX =
-      4096, /* bytes of a name or description (proto.md, Values) */
+  WIRE_STRING_MAX = 4096, /* bytes of a name or text (proto.md, Values) */
   WIRE_HELLO_LEN = 18,
   WIRE_CLIENT_FLAGS_LEN = 4,
   WIRE_OPTION_LEN = 16,
@@ -1792,7 +1783,8 @@ enum {
   EX_ZERO_STEP = 1 << 20,    /* bytes of zeroes that are written at a time */
   EX_EXTENTS = 2048,         /* in one reply, at most: 32 KiB */
   EX_MAX_ERRNO = 4095,       /* no system has a larger one */
-  EX_LIES_LOGGED = 10        /* messages about wrong results: no flood */
+  EX_LIES_LOGGED = 10,       /* messages about wrong results: no flood */
+  SRV_LISTENERS = 32         /* and one more, since localhost is two */
 };
 
 struct ex {
@@ -1809,10 +1801,6 @@ struct ex {
   int flush_err;            /* the error of that one */
   int flush_runs;           /* the last one has not returned */
   char strings[];           /* name and description, each with its NUL */
-};
-
-enum {
-  SRV_LISTENERS = 32 /* and one more, since localhost is two */
 };
 
 struct srv_listener {
@@ -2073,22 +2061,14 @@ static unsigned ex_transmission_flags(const struct ex *ex, enum wire_mode mode,
 
 /* ---- Calling the backend ------------------------------------------------- */
 
-/* How a write gets to permanent storage before it is answered. */
-enum ex_fua {
-  EX_FUA_NO,         /* it need not */
-  EX_FUA_BY_BACKEND, /* the backend sees to it: NBDSERVE_CMD_FUA */
-  EX_FUA_BY_FLUSH    /* a flush follows it */
-};
-
-/* Decides it for a request: only a write with FUA, or on an export that writes
- * through, has to get there. */
-static enum ex_fua ex_fua(const struct ex *ex, const struct nbdserve_req *r) {
+/* Must a request be on permanent storage before it is answered?  Only a write
+ * with FUA, or on an export that writes through.  A backend with NATIVE_FUA
+ * sees to it; else a flush follows. */
+static int ex_wants_fua(const struct ex *ex, const struct nbdserve_req *r) {
   uint32_t f = ex->pub.flags;
-  int asked =
-      (r->flags & NBD_CMD_FLAG_FUA) || (f & NBDSERVE_EXPORT_WRITETHROUGH);
-  if (!asked || !r->len || !wire_cmd(r->type)->writes) return EX_FUA_NO;
-  if (f & NBDSERVE_EXPORT_UNSAFE) return EX_FUA_NO;
-  return f & NBDSERVE_EXPORT_NATIVE_FUA ? EX_FUA_BY_BACKEND : EX_FUA_BY_FLUSH;
+  if (!r->len || !wire_cmd(r->type)->writes) return 0;
+  if (f & NBDSERVE_EXPORT_UNSAFE) return 0;
+  return (r->flags & NBD_CMD_FLAG_FUA) || (f & NBDSERVE_EXPORT_WRITETHROUGH);
 }
 
 /* Calls the backend's function for a request.  Only zero and extents may be
@@ -2100,7 +2080,8 @@ static int ex_dispatch(const struct ex *ex, const struct nbdserve_req *r,
   /* Validated, so each of these can only be set where it means something. */
   uint32_t f = r->flags & (NBDSERVE_CMD_NO_HOLE | NBDSERVE_CMD_REQ_ONE |
                            NBDSERVE_CMD_FAST_ZERO);
-  if (ex_fua(ex, r) == EX_FUA_BY_BACKEND) f |= NBDSERVE_CMD_FUA;
+  if (ex_wants_fua(ex, r) && ex->pub.flags & NBDSERVE_EXPORT_NATIVE_FUA)
+    f |= NBDSERVE_CMD_FUA;
   switch (r->type) {
   case NBD_CMD_READ:
     return ops->read(ctx, r->buf, r->off, r->len, f);
@@ -2392,13 +2373,15 @@ static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
  * thread, for a worker to finish (reader_waits). */
 
 enum {
-  CONN_RBUF = 256 << 10, /* bytes received at a time */
+  CONN_RBUF = 256 << 10,   /* bytes received at a time */
+  HS_WITHOUT_OPTIONS = 16, /* from this bit of config.without on: options */
   CONN_WBUF = 288 << 10, /* bytes of slots: 64 READs of 4 KiB and their heads */
   TX_IN_BATCH_MAX = 128 << 10, /* the longest READ or WRITE in a batch */
   TX_PIECE = 1 << 20,          /* they are done in pieces of this size, which
                                   is also the longest that a worker gets, the
                                   longest single chunk, and IO_UNIT */
   TX_BATCH = 128,              /* requests in a batch, at most */
+  TX_HEADS = 32,               /* long heads that leave in one send, at most */
   TX_HANDED_OVER = 1024, /* requests with workers, if none of them has data */
   TX_MIN_HOLE = 512,     /* bytes: to send a shorter hole saves too little */
   TX_AFTER_LONG_WRITE = 4096, /* bytes received then: a few heads, see there */
@@ -2800,10 +2783,6 @@ static int (*const hs_options[])(struct conn *c) = {
 
 /* ---- Haggling ------------------------------------------------------------ */
 
-enum {
-  HS_WITHOUT_OPTIONS = 16 /* from this bit of config.without on: options */
-};
-
 STATIC_ASSERT(options_have_bits,
               HS_WITHOUT_OPTIONS + COUNT_OF(hs_options) <= 32);
 
@@ -3024,10 +3003,6 @@ static int tx_is_all_zero(const struct nbdserve_req *r) {
 
 /* ---- Answering: gather, send, count, free -------------------------------- */
 
-enum {
-  TX_HEADS = 32 /* heads that leave in one send, at most */
-};
-
 /* Replies that leave in one send.  Gathering them needs no socket. */
 struct tx_out {
   struct iovec v[TX_BATCH + 2 * TX_HEADS];
@@ -3169,7 +3144,8 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list) {
 static void tx_executed(struct conn *c, struct nbdserve_req *r, int err) {
   assert(r->state == REQ_TODO && err <= 0);
   r->err = err;
-  int owes_flush = !err && ex_fua(c->export, r) == EX_FUA_BY_FLUSH;
+  int is_native = (c->export->pub.flags & NBDSERVE_EXPORT_NATIVE_FUA) != 0;
+  int owes_flush = !err && !is_native && ex_wants_fua(c->export, r);
   req_set_state(r, owes_flush ? REQ_TO_FLUSH : REQ_DONE);
 }
 
@@ -3350,8 +3326,8 @@ static void tx_end_workers(struct conn *c) {
 
 /* ---- The batch ----------------------------------------------------------- */
 
-/* Does what is TODO of the batch, or hands over what is for workers (T4).  READs
- * and WRITEs that stand in a row are done with one call of run_batch. */
+/* Does what is TODO of the batch, or hands over what is for workers (T4).
+ * READs and WRITEs that stand in a row are done with one call of run_batch. */
 static void tx_run_requests(struct conn *c) {
   size_t i = 0;
   while (i < c->nbatch) {
@@ -5879,6 +5855,7 @@ int nbdserve_cas_gc(struct nbdserve_cas *s, uint64_t *bytes,
  *      That a pipe is readable says it all, so a full one loses nothing. */
 
 enum {
+  SRV_OWN_FDS = 3,          /* that nbdserve_run looks at before listeners */
   SRV_BACKLOG = 128,        /* connections that the kernel keeps waiting */
   SRV_PAUSE_MS = 100,       /* after an accept() that failed: do not spin */
   SRV_TELL_FULL_MS = 60000, /* between two messages that clients wait */
@@ -6520,28 +6497,26 @@ static int srv_accept_ready(struct nbdserve *s, const struct pollfd *p,
 
 /* See nbdserve.h.  Rounds of: plan, wait, look at each pipe, accept. */
 int nbdserve_run(struct nbdserve *s) {
-  enum {
-    OWN = 3
-  }; /* descriptors of our own, in front of the listeners */
-  struct pollfd p[OWN + SRV_LISTENERS + 1] = {
+  struct pollfd p[SRV_OWN_FDS + SRV_LISTENERS + 1] = {
       {.fd = s->stop.pipe[0], .events = POLLIN},
       {.fd = s->wake[0], .events = POLLIN},
       {.fd = s->noticed[0], .events = POLLIN}};
+  struct pollfd *l = p + SRV_OWN_FDS; /* the listeners */
   for (;;) {
     struct srv_plan plan = srv_plan(s);
     for (int i = 0; i < s->nlisteners; i++) {
-      p[OWN + i].fd = plan.listen ? s->listeners[i].fd : -1;
-      p[OWN + i].events = POLLIN;
-      p[OWN + i].revents = 0;
+      l[i].fd = plan.listen ? s->listeners[i].fd : -1;
+      l[i].events = POLLIN;
+      l[i].revents = 0;
     }
-    nfds_t n = (nfds_t)(OWN + s->nlisteners);
+    nfds_t n = (nfds_t)(SRV_OWN_FDS + s->nlisteners);
     int r = poll(p, n, io_timeout(plan.until));
     if (r < 0 && errno != EINTR) return -errno;
     if (r < 0) continue;
     if (p[0].revents) return srv_finish(s);
     if (p[1].revents && srv_take_poke(s->wake[0])) return -EINTR;
     if (p[2].revents) srv_take_poke(s->noticed[0]);
-    int found = srv_accept_ready(s, p + OWN, plan.room);
+    int found = srv_accept_ready(s, l, plan.room);
     if (plan.may_exit && !found) return srv_finish(s);
   }
 }

@@ -1872,18 +1872,13 @@ static int ex_ask_before(struct ex *ex, const struct nbdserve_req *r) {
 
 /* ---- Making, finding, freeing -------------------------------------------- */
 
-/* Frees the export; the backend's context goes back to its owner. */
-static void ex_free_keep_ctx(struct ex *ex) {
+/* Frees the export and, through close, the backend's context. */
+static void ex_free(struct ex *ex) {
   assert(!ex->flush_runs);
+  if (ex->pub.ops->close) ex->pub.ops->close(ex->pub.ctx);
   os_monitor_free(&ex->lock);
   os_monitor_free(&ex->serial);
   NBDSERVE_FREE(ex);
-}
-
-/* Frees the export and, through close, the backend's context. */
-static void ex_free(struct ex *ex) {
-  if (ex->pub.ops->close) ex->pub.ops->close(ex->pub.ctx);
-  ex_free_keep_ctx(ex);
 }
 
 /* Fills in what the host has left at 0.  Returns what is wrong with the export
@@ -5928,22 +5923,18 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   return err;
 }
 
-/* See nbdserve.h.  The export is made before the lock is taken; if its name is
- * taken, ctx goes back to the caller, as after any error. */
+/* See nbdserve.h.  After an error no export was made: ctx is the caller's. */
 int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
   struct ex *ex;
-  int err = ex_new(s, e, &ex);
-  if (err) return err;
   os_lock(&s->lock);
-  int is_taken = ex_by_name(s, ex->pub.name) != NULL;
-  if (!is_taken) {
+  int is_taken = ex_by_name(s, e->name ? e->name : "") != NULL;
+  int err = is_taken ? -EEXIST : ex_new(s, e, &ex);
+  if (!err) {
     *s->last_export = ex;
     s->last_export = &ex->next;
   }
   os_unlock(&s->lock);
-  if (!is_taken) return 0;
-  ex_free_keep_ctx(ex);
-  return -EEXIST;
+  return err;
 }
 
 /* See nbdserve.h.  Clients that are there keep the size that they were told. */

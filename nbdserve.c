@@ -5925,7 +5925,7 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
 
 /* See nbdserve.h.  After an error no export was made: ctx is the caller's. */
 int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
-  struct ex *ex;
+  struct ex *ex = NULL;
   os_lock(&s->lock);
   int is_taken = ex_by_name(s, e->name ? e->name : "") != NULL;
   int err = is_taken ? -EEXIST : ex_new(s, e, &ex);

@@ -15,9 +15,9 @@
  *   [2]  PLATFORM      os_        the operating system; all #if on it
  *   [3]  UTIL          u_         bytes, numbers, text, log
  *   [4]  SHA-256       sha_       FIPS 180-4
- *   [5]  WIRE          wire_      constants, messages, tables of the protocol
+ *   [5]  WIRE          wire_      constants, messages, requests, tables
  *   [6]  SOCKET I/O    io_        bytes in and out, deadlines, stopping
- *   [7]  EXPORT        ex_        exports, requests, one request on a backend
+ *   [7]  EXPORT        ex_        exports, one request on a backend
  *   [8]  HANDSHAKE     hs_        connections, option haggling
  *   [9]  TRANSMISSION  tx_        requests in, replies out
  *   [10] FLAT          flat_      backend: file, block device, memory
@@ -39,9 +39,9 @@
  *                               a case in ex_call [7]; a line in
  *                               ex_transmission_flags if clients must be told
  *   a rule for requests         an `if` in tx_validate [9]
- *   a type of reply             its number in enum nbd_reply_type; a value of
- *                               enum tx_form, its condition in tx_form, its
- *                               case in tx_put_head, its data in tx_data [9]
+ *   a type of reply             its number in enum nbd_reply_type; when it is
+ *                               sent and its head in tx_put_head, its data in
+ *                               tx_data [9]
  *   a command-line option       a row of CLI_OPTIONS in [13]
  *   a command on stores         a row of cli_verbs in [13]
  *   a kind of target            cli_parse_target and cli_add_target in [13]
@@ -808,41 +808,30 @@ static int u_append_uri(char *buf, size_t size, const char *s) {
 /* The length in bytes of the UTF-8 character at s (RFC 3629), or 0 if it is
  * malformed, too long a form, a surrogate or a control character. */
 static int u_utf8_len(const char *s) {
-  static const struct {
-    unsigned char mask; /* the bits of the first byte that tell the form... */
-    unsigned char lead; /* ...and what they are */
-    uint32_t least;     /* below it: a control, or a shorter form exists */
-  } forms[] = {
-      {0x80, 0x00, 0x20},    /* 0xxxxxxx */
-      {0xe0, 0xc0, 0xa0},    /* 110xxxxx 10xxxxxx; 80 to 9f are controls */
-      {0xf0, 0xe0, 0x800},   /* 1110xxxx and two more */
-      {0xf8, 0xf0, 0x10000}, /* 11110xxx and three more */
-  };
+  /* By the number of ones at the front of the first byte, which is that of all
+   * bytes, or 0 for ASCII.  Below it: a control, or a shorter form exists. */
+  static const uint32_t least[] = {0x20, UINT32_MAX, 0xa0, 0x800, 0x10000};
   const unsigned char *p = (const unsigned char *)s;
-  int more = 0; /* bytes behind the first */
-  while (more < 4 && (p[0] & forms[more].mask) != forms[more].lead)
-    more++;
-  if (more == 4) return 0;
-  uint32_t c = p[0] & ~(unsigned)forms[more].mask;
-  for (int i = 1; i <= more; i++) {
+  int ones = 0;
+  while (p[0] << ones & 0x80)
+    ones++;
+  if (ones > 4) return 0;
+  uint32_t c = p[0] & (0x7fu >> ones);
+  for (int i = 1; i < ones; i++) {
     if (p[i] >> 6 != 0x2) return 0; /* the NUL at the end is none, either */
     c = c << 6 | (p[i] & 0x3f);
   }
-  if (c < forms[more].least || c == 0x7f || c > 0x10ffff) return 0;
+  if (c < least[ones] || c == 0x7f || c > 0x10ffff) return 0;
   if (c >= 0xd800 && c <= 0xdfff) return 0; /* a surrogate */
-  return more + 1;
+  return ones ? ones : 1;
 }
-
-enum {
-  U_LOG_MAX = 512 /* bytes of a message; a longer one is cut */
-};
 
 /* Gives the host a message if it wants messages of that level.  Parts of it may
  * come from a client: what is no text in it becomes '?'.  The caller holds no
  * lock: the host's function may call back, for nbdserve_stats say. */
 static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
                                   int level, const char *fmt, ...) {
-  char text[U_LOG_MAX];
+  char text[512]; /* a longer message is cut */
   va_list ap;
   if (!config->log || level > config->log_level) return;
   va_start(ap, fmt);
@@ -1146,22 +1135,18 @@ static void sha_256(int use_hw, const void *first, const void *second,
 
 /* ==== [5] WIRE (wire_) ===================================================
  * The protocol's numbers, the layout of its messages, and what is true of each
- * command.  All integers are big-endian.  Offsets stand here and nowhere else:
- * the other sections call wire_get_... and wire_put_... */
+ * command.  All integers are big-endian.  Every message is drawn here, also
+ * those that only one place of [8] or [9] reads or writes. */
 
 /* proto.md, Newstyle negotiation and Option types */
 #define NBD_INIT_MAGIC UINT64_C(0x4e42444d41474943)   /* "NBDMAGIC" */
 #define NBD_OPTION_MAGIC UINT64_C(0x49484156454f5054) /* "IHAVEOPT" */
 #define NBD_REP_MAGIC UINT64_C(0x0003e889045565a9)
 
-/* proto.md, Handshake flags: of the server */
+/* proto.md, Handshake flags, of the server, and Client flags */
 enum nbd_handshake_flag {
   NBD_FLAG_FIXED_NEWSTYLE = 1 << 0,
-  NBD_FLAG_NO_ZEROES = 1 << 1
-};
-
-/* proto.md, Client flags */
-enum nbd_client_flag {
+  NBD_FLAG_NO_ZEROES = 1 << 1,
   NBD_FLAG_C_FIXED_NEWSTYLE = 1 << 0,
   NBD_FLAG_C_NO_ZEROES = 1 << 1
 };
@@ -1289,8 +1274,7 @@ enum nbd_error {
 /* ---- Sizes and limits --------------------------------------------------- */
 
 enum {
-  WIRE_STRING_MAX =
-      4096, /* bytes of a name or description (proto.md, Values) */
+  WIRE_STRING_MAX = 4096, /* bytes of a name or text (proto.md, Values) */
   WIRE_HELLO_LEN = 18,
   WIRE_CLIENT_FLAGS_LEN = 4,
   WIRE_OPTION_LEN = 16,
@@ -1331,37 +1315,6 @@ enum wire_mode {
  *                       16    4 length of the data behind it
  */
 
-/* Writes the hello: WIRE_HELLO_LEN bytes. */
-static void wire_put_hello(unsigned char *p, unsigned flags) {
-  u_put64(p, NBD_INIT_MAGIC);
-  u_put64(p + 8, NBD_OPTION_MAGIC);
-  u_put16(p + 16, flags);
-}
-
-struct wire_option {
-  uint64_t magic;
-  uint32_t option;
-  uint32_t len; /* bytes of data behind the head */
-};
-
-/* Reads the head of an option: WIRE_OPTION_LEN bytes. */
-static struct wire_option wire_get_option(const unsigned char *p) {
-  struct wire_option o = {
-      .magic = u_get64(p), .option = u_get32(p + 8), .len = u_get32(p + 12)};
-  return o;
-}
-
-/* Writes the head of a reply to an option: WIRE_OPTION_REPLY_LEN bytes.  The
- * caller puts len bytes of data behind it. */
-static void wire_put_option_reply(unsigned char *p, uint32_t option,
-                                  uint32_t type, size_t len) {
-  assert(len <= UINT32_MAX);
-  u_put64(p, NBD_REP_MAGIC);
-  u_put32(p + 8, option);
-  u_put32(p + 12, type);
-  u_put32(p + 16, (uint32_t)len);
-}
-
 /* ---- Requests (proto.md, Request message, Extended request message)
  *
  *   request         OFFSET SIZE FIELD          extended request
@@ -1377,34 +1330,81 @@ static void wire_put_option_reply(unsigned char *p, uint32_t option,
  *                     8    4 id of a context, and so on
  */
 
-struct wire_request {
-  uint32_t magic;
-  uint16_t flags;
-  uint16_t type;
-  uint64_t cookie;
-  uint64_t off;
-  uint64_t len;
+/* The life of a request:
+ *
+ *   state         set by                              what comes next
+ *   TODO          wire_get_request                    TO_FLUSH, HANDED_OVER,
+ *                                                     DONE
+ *   TO_FLUSH      tx_next_request, for a FLUSH;       HANDED_OVER, DONE
+ *                 tx_executed, for a write with FUA
+ *   HANDED_OVER   tx_hand_over: a worker has a copy,  nothing: this one is dead
+ *                 in the state that this one had
+ *   DONE          tx_refuse; tx_next_request, if      it is answered
+ *                 there is nothing to do; tx_executed;
+ *                 tx_flush
+ *
+ * Until it is HANDED_OVER only the client's thread touches a request; the copy
+ * belongs to the worker that takes it. */
+enum req_state {
+  REQ_TODO,        /* is to be executed */
+  REQ_TO_FLUSH,    /* a FLUSH, or a write with FUA that is written: owes a
+                      flush */
+  REQ_HANDED_OVER, /* a worker's copy goes on from here */
+  REQ_DONE         /* err is final */
 };
 
-enum {
-  WIRE_STATUS_PAYLOAD_LEN = 12 /* with one context: there is no other here */
+/* One request of a client, or a piece of a long one. */
+struct nbdserve_req {
+  /* -- the client's, fixed */
+  uint16_t type;       /* enum nbd_cmd */
+  uint16_t flags;      /* enum nbd_cmd_flag */
+  enum wire_mode mode; /* the form of the reply */
+  uint64_t cookie;     /* goes back as it came */
+  uint64_t client_off; /* offset of the client's request */
+  uint64_t off;        /* offset of this piece; the same if it is whole */
+  uint64_t len;        /* bytes of this piece */
+  /* -- its data */
+  unsigned char *buf; /* READ: room for it, behind room for the reply's head;
+                         WRITE: it; BLOCK_STATUS: extents as they are sent */
+  size_t status_len;  /* BLOCK_STATUS: bytes at buf */
+  void *owned;        /* the memory that buf lies in, which is freed with the
+                         request; NULL: it is the client's thread's */
+  /* -- the outcome */
+  enum req_state state;
+  int err;             /* 0 or -errno */
+  const char *refused; /* why tx_validate refused it, else NULL */
+  int all_zero;        /* READ: only zeroes were read, so a hole may be sent */
+  int more_chunks;     /* another chunk of this reply follows */
+  int err_has_off;     /* err_off is valid */
+  uint64_t err_off;    /* where in the export err happened */
+  struct nbdserve_req *next; /* in a list of requests that are answered, or
+                                wait for a worker */
 };
+
+/* Moves a request on in the table above. */
+static void req_set_state(struct nbdserve_req *r, enum req_state to) {
+  assert(r->state == REQ_TODO || r->state == REQ_TO_FLUSH);
+  assert(to > r->state);
+  r->state = to;
+}
 
 /* How long the head of a request is. */
 static size_t wire_request_len(enum wire_mode mode) {
   return mode == MODE_EXTENDED ? WIRE_EXT_REQUEST_LEN : WIRE_REQUEST_LEN;
 }
 
-/* Reads the head of a request: wire_request_len bytes. */
-static struct wire_request wire_get_request(const unsigned char *p,
+/* Reads the head of a request: wire_request_len bytes, of which the caller has
+ * seen the magic. */
+static struct nbdserve_req wire_get_request(const unsigned char *p,
                                             enum wire_mode mode) {
-  struct wire_request w = {.magic = u_get32(p),
+  struct nbdserve_req r = {.mode = mode,
                            .flags = u_get16(p + 4),
                            .type = u_get16(p + 6),
                            .cookie = u_get64(p + 8),
-                           .off = u_get64(p + 16)};
-  w.len = mode == MODE_EXTENDED ? u_get64(p + 24) : u_get32(p + 24);
-  return w;
+                           .client_off = u_get64(p + 16)};
+  r.off = r.client_off;
+  r.len = mode == MODE_EXTENDED ? u_get64(p + 24) : u_get32(p + 24);
+  return r;
 }
 
 /* ---- Replies (proto.md, Simple reply message, Structured reply chunk message,
@@ -1439,11 +1439,20 @@ static struct wire_request wire_get_request(const unsigned char *p,
 
 enum {
   WIRE_CONTEXT_ID = 1, /* of base:allocation, which is the only context */
-  WIRE_STATUS_LEN = 4, /* in front of the extents of BLOCK_STATUS */
+  WIRE_STATUS_PAYLOAD_LEN = 12, /* of a request for that one context */
+  WIRE_STATUS_LEN = 4,          /* in front of the extents of BLOCK_STATUS */
   WIRE_EXTENT_LEN = 8,
   WIRE_EXT_STATUS_LEN = 8, /* the same of BLOCK_STATUS_EXT */
   WIRE_EXT_EXTENT_LEN = 16
 };
+
+/* How many bytes to report on the payload of a BLOCK_STATUS asks for; 0 if it
+ * is none, or asks for other contexts than ours. */
+static uint64_t wire_get_status_len(const unsigned char *p, uint64_t len) {
+  int is_ours =
+      len == WIRE_STATUS_PAYLOAD_LEN && u_get32(p + 8) == WIRE_CONTEXT_ID;
+  return is_ours ? u_get64(p) : 0;
+}
 
 /* Writes a simple reply.  Returns its length. */
 static size_t wire_put_simple(unsigned char *p, uint32_t error,
@@ -1460,29 +1469,28 @@ static size_t wire_chunk_len(enum wire_mode mode) {
   return mode == MODE_EXTENDED ? WIRE_EXT_CHUNK_LEN : WIRE_CHUNK_LEN;
 }
 
-/* What the head of a chunk says. */
-struct wire_chunk {
-  enum nbd_reply_type type;
-  int last;         /* no other chunk of this reply follows */
-  uint64_t cookie;  /* the request's */
-  uint64_t req_off; /* offset of the client's request */
-  uint64_t len;     /* bytes of payload */
-};
+/* How long the head of a READ's reply is: all that stands before its data. */
+static size_t wire_read_head_len(enum wire_mode mode) {
+  return mode == MODE_SIMPLE ? WIRE_SIMPLE_REPLY_LEN
+                             : wire_chunk_len(mode) + WIRE_OFFSET_LEN;
+}
 
-/* Writes the head of a chunk: wire_chunk_len bytes. */
-static void wire_put_chunk(unsigned char *p, enum wire_mode mode,
-                           const struct wire_chunk *chunk) {
-  int extended = mode == MODE_EXTENDED;
-  assert(mode != MODE_SIMPLE && (extended || chunk->len <= UINT32_MAX));
+/* Writes the head of a chunk of a request's reply, with len bytes of payload:
+ * wire_chunk_len bytes. */
+static void wire_put_chunk(unsigned char *p, const struct nbdserve_req *r,
+                           enum nbd_reply_type type, uint64_t len) {
+  int extended = r->mode == MODE_EXTENDED;
+  int is_last = r->err || !r->more_chunks;
+  assert(r->mode != MODE_SIMPLE && (extended || len <= UINT32_MAX));
   u_put32(p, extended ? NBD_EXTENDED_REPLY_MAGIC : NBD_STRUCTURED_REPLY_MAGIC);
-  u_put16(p + 4, chunk->last ? NBD_REPLY_FLAG_DONE : 0);
-  u_put16(p + 6, chunk->type);
-  u_put64(p + 8, chunk->cookie);
+  u_put16(p + 4, is_last ? NBD_REPLY_FLAG_DONE : 0);
+  u_put16(p + 6, type);
+  u_put64(p + 8, r->cookie);
   if (extended) {
-    u_put64(p + 16, chunk->req_off);
-    u_put64(p + 24, chunk->len);
+    u_put64(p + 16, r->client_off);
+    u_put64(p + 24, len);
   } else {
-    u_put32(p + 16, (uint32_t)chunk->len);
+    u_put32(p + 16, (uint32_t)len);
   }
 }
 
@@ -1495,37 +1503,41 @@ static const struct wire_cmd {
   uint16_t exposed_by; /* transmission flag that offers it; 0: always there */
   uint8_t writes;      /* refused on a read-only export */
   uint8_t has_data;    /* moves data: the request has a buffer of len bytes */
-  uint8_t has_range;   /* offset and length mean something */
-  int err_beyond;      /* -errno of a range beyond the end (proto.md) */
+  int err_beyond;      /* -errno of a range beyond the end (proto.md); 0:
+                          offset and length mean nothing */
 } wire_cmds[] = {
     /* clang-format off */
     [NBD_CMD_READ] = {.name = "NBD_CMD_READ", .flags = NBD_CMD_FLAG_DF,
-        .has_data = 1, .has_range = 1, .err_beyond = -EINVAL},
+        .has_data = 1, .err_beyond = -EINVAL},
     [NBD_CMD_WRITE] = {.name = "NBD_CMD_WRITE",
         .flags = NBD_CMD_FLAG_PAYLOAD_LEN, .writes = 1,
-        .has_data = 1, .has_range = 1, .err_beyond = -ENOSPC},
+        .has_data = 1, .err_beyond = -ENOSPC},
     [NBD_CMD_DISC] = {.name = "NBD_CMD_DISC"},
     [NBD_CMD_FLUSH] = {.name = "NBD_CMD_FLUSH",
         .exposed_by = NBD_FLAG_SEND_FLUSH},
     [NBD_CMD_TRIM] = {.name = "NBD_CMD_TRIM",
-        .exposed_by = NBD_FLAG_SEND_TRIM, .writes = 1,
-        .has_range = 1, .err_beyond = -EINVAL},
+        .exposed_by = NBD_FLAG_SEND_TRIM, .writes = 1, .err_beyond = -EINVAL},
     [NBD_CMD_CACHE] = {.name = "NBD_CMD_CACHE",
-        .exposed_by = NBD_FLAG_SEND_CACHE,
-        .has_range = 1, .err_beyond = -EINVAL},
+        .exposed_by = NBD_FLAG_SEND_CACHE, .err_beyond = -EINVAL},
     [NBD_CMD_WRITE_ZEROES] = {.name = "NBD_CMD_WRITE_ZEROES",
         .flags = NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
         .exposed_by = NBD_FLAG_SEND_WRITE_ZEROES, .writes = 1,
-        .has_range = 1, .err_beyond = -ENOSPC},
+        .err_beyond = -ENOSPC},
     [NBD_CMD_BLOCK_STATUS] = {.name = "NBD_CMD_BLOCK_STATUS",
         .flags = NBD_CMD_FLAG_REQ_ONE | NBD_CMD_FLAG_PAYLOAD_LEN,
-        .has_range = 1, .err_beyond = -EINVAL},
+        .err_beyond = -EINVAL},
     /* clang-format on */
 };
 
 /* What is known of a command, or NULL: its number comes from a client. */
 static const struct wire_cmd *wire_cmd(unsigned type) {
   return type < COUNT_OF(wire_cmds) ? &wire_cmds[type] : NULL;
+}
+
+/* Is it a READ or a WRITE that moves at least one byte? */
+static int req_moves_data(const struct nbdserve_req *r) {
+  const struct wire_cmd *cmd = wire_cmd(r->type);
+  return cmd && cmd->has_data && r->len > 0;
 }
 
 /* The protocol's number for a -errno value: no other number is ever sent. */
@@ -1555,8 +1567,9 @@ static uint32_t wire_error(int err) {
  * (I1) Every wait for a peer ends: by the peer, by a time limit, or because the
  *      server stops.  Only a client that owes nothing may be idle for ever.
  * (I2) What has begun has a time in total, which grows with its size and never
- *      starts anew: stall_ms for each MiB or part of one.  A peer that takes or
- *      gives one byte at a time gains nothing by it.
+ *      starts anew: stall_ms for the head of a request, and for each MiB, or
+ *      part of one, of its data and of replies.  A peer that takes or gives one
+ *      byte at a time gains nothing by it.
  * (I3) Stopping: what has arrived is still received, but no request behind it.
  *      There is one grace for the whole server, not one for each wait.
  *
@@ -1580,7 +1593,7 @@ static uint32_t wire_error(int err) {
 enum {
   IO_GRACE_MS = 5000, /* from nbdserve_stop on, for what is under way */
   IO_UNIT = 1 << 20,  /* bytes that must move within stall_ms */
-  IO_TRIES = 8        /* within stall_ms: see io_wait_output */
+  IO_TRIES = 8        /* within stall_ms: see io_wait_ready */
 };
 
 /* How a server tells its connections that it stops. */
@@ -1617,11 +1630,12 @@ static int64_t io_grace_end(struct io_stop *stop) {
   return end;
 }
 
-/* How long n bytes may take (I2). */
-static int64_t io_time_for(const struct io *io, size_t n) {
+/* By when n bytes that are asked for now must have moved (I2), (H3). */
+static int64_t io_until(const struct io *io, size_t n) {
   assert(io->stall_ms > 0);
+  if (io->deadline) return io->deadline;
   int64_t units = (int64_t)((n + IO_UNIT - 1) / IO_UNIT);
-  return io->stall_ms * (units > 0 ? units : 1);
+  return os_now_ms() + io->stall_ms * (units > 0 ? units : 1);
 }
 
 /* poll()'s timeout until a time in os_now_ms, at least 0. */
@@ -1656,23 +1670,24 @@ static int io_wait_input(struct io *io, int64_t until) {
   return io->arrived_left > 0 ? 0 : -ESHUTDOWN;
 }
 
-/* Waits until something can be sent, or it is worth a try.  -ETIMEDOUT: not
- * until the time `until`, or the end of the grace.
+/* Waits until a descriptor is ready for the events, or it is worth a try.
+ * -ETIMEDOUT: not until the time `until`, or the end of the grace.
  *
- * Some systems call a socket ready only when most of its buffer is empty, which
- * can be megabytes.  So that a peer which takes enough in time is not cut off
- * meanwhile, the wait ends now and then without that. */
-static int io_wait_output(const struct io *io, int64_t until) {
-  struct pollfd p[2] = {{.fd = io->out, .events = POLLOUT},
+ * Some systems call a socket ready to send only when most of its buffer is
+ * empty, which can be megabytes.  So that a peer which takes enough in time is
+ * not cut off meanwhile, the wait ends now and then without that. */
+static int io_wait_ready(const struct io *io, int fd, short events,
+                         int64_t until) {
+  struct pollfd p[2] = {{.fd = fd, .events = events},
                         {.fd = io->stop->pipe[0], .events = POLLIN}};
   int slice = (int)u_min((uint64_t)io->stall_ms / IO_TRIES + 1, INT_MAX);
   for (;;) {
     int timeout = io_timeout(until);
-    if (timeout == 0) return -ETIMEDOUT;
+    if (timeout == 0) return -ETIMEDOUT; /* even if it is ready */
     int r = poll(p, 2, timeout < slice ? timeout : slice);
     if (r < 0 && errno != EINTR) return -errno;
     if (r < 0) continue;
-    if (r == 0 || p[0].revents) return 0;
+    if (!p[1].revents) return 0;
     p[1].fd = -1; /* seen: poll skips a negative one */
     int64_t end = io_grace_end(io->stop);
     if (end < until) until = end;
@@ -1702,50 +1717,38 @@ static ssize_t io_recv_now(struct io *io, void *buf, size_t len, int flags) {
   return n;
 }
 
-/* Receives up to len bytes, at least one: requests, or a part of one.  until:
- * 0, or the time by which something has to come.  Returns their number, 0 at
- * the end of the stream, -ETIMEDOUT at that time or else after stall_ms of
- * silence, or -errno. */
-static ssize_t io_recv(struct io *io, void *buf, size_t len, int64_t until) {
-  ssize_t n;
-  assert(len > 0 && !io->deadline);
-  if (io->stopping && !io->arrived_left) return -ESHUTDOWN;
-  if (!io->polls_requests && !until) {
-    n = io_recv_now(io, buf, len, 0);
-    return n == -EAGAIN ? -ETIMEDOUT : n;
-  }
-  do {
-    int err = io_wait_input(io, until ? until : os_now_ms() + io->stall_ms);
-    if (err) return err;
-    n = io_recv_now(io, buf, len, MSG_DONTWAIT);
-  } while (n == -EAGAIN);
-  return n;
-}
-
-/* Receives exactly len bytes.  0, -EPIPE when the stream ends before,
- * -ETIMEDOUT when they take too long in total (I2), or -errno. */
-static int io_recv_all(struct io *io, unsigned char *p, size_t len) {
-  int waits_in_recv = !io->polls_payloads && !io->deadline;
-  int64_t until =
-      io->deadline ? io->deadline : os_now_ms() + io_time_for(io, len);
-  while (len > 0) {
-    int err = 0;
-    if (io->stopping && !io->arrived_left)
-      err = -ESHUTDOWN;
-    else if (!waits_in_recv)
-      err = io_wait_input(io, until);
+/* Receives at least `least` bytes, and up to `most`: if these are the same, the
+ * data of something, else requests, of which the next one lacks that many
+ * bytes.  Returns their number.  -EPIPE: the stream ends before.  -ETIMEDOUT:
+ * they take too long in total (I2), or an idle client says nothing for
+ * stall_ms.  Or -errno. */
+static ssize_t io_recv(struct io *io, unsigned char *p, size_t least,
+                       size_t most) {
+  int is_data = least == most;
+  int polls = io->polls_payloads;
+  if (!is_data) polls = io->polls_requests || least > 1;
+  if (io->deadline) polls = 1;
+  int waiting = is_data ? MSG_WAITALL : 0;
+  int64_t until = io_until(io, least);
+  size_t got = 0;
+  assert(least > 0 && least <= most);
+  while (got < least) {
+    int err = polls || io->stopping ? io_wait_input(io, until) : 0;
     if (err) return err;
     ssize_t n =
-        io_recv_now(io, p, len, waits_in_recv ? MSG_WAITALL : MSG_DONTWAIT);
+        io_recv_now(io, p + got, most - got, polls ? MSG_DONTWAIT : waiting);
     if (n == 0) return -EPIPE;
-    if (n < 0 && n != -EAGAIN) return (int)n;
-    if (n > 0) {
-      p += n;
-      len -= (size_t)n;
-    }
-    if (len > 0 && os_now_ms() >= until) return -ETIMEDOUT;
+    if (n < 0 && n != -EAGAIN) return n;
+    if (n > 0) got += (size_t)n;
+    if (got < least && os_now_ms() >= until) return -ETIMEDOUT;
   }
-  return 0;
+  return (ssize_t)got;
+}
+
+/* Receives exactly len bytes.  0, or -errno as io_recv. */
+static int io_recv_all(struct io *io, unsigned char *p, size_t len) {
+  ssize_t n = io_recv(io, p, len, len);
+  return n < 0 ? (int)n : 0;
 }
 
 /* Writes to a pipe what it takes without waiting: PIPE_BUF bytes, if poll()
@@ -1785,10 +1788,8 @@ static int io_send(const struct io *io, struct iovec *v, int n) {
     }
     if (done == -EINTR) continue;
     if (done != -EAGAIN) return (int)done;
-    if (!until)
-      until =
-          io->deadline ? io->deadline : os_now_ms() + io_time_for(io, total);
-    int err = io_wait_output(io, until);
+    if (!until) until = io_until(io, total);
+    int err = io_wait_ready(io, io->out, POLLOUT, until);
     if (err) return err;
   }
   return 0;
@@ -1801,18 +1802,8 @@ static int io_send(const struct io *io, struct iovec *v, int n) {
 static void io_linger(struct io *io) {
   char waste[4096];
   int64_t until = os_now_ms() + IO_GRACE_MS;
-  struct pollfd p[2] = {{.fd = io->in, .events = POLLIN},
-                        {.fd = io->stop->pipe[0], .events = POLLIN}};
   if (io->at_end || shutdown(io->out, SHUT_WR) < 0) return;
-  for (int timeout; (timeout = io_timeout(until)) > 0;) {
-    int r = poll(p, 2, timeout);
-    if (r < 0 && errno != EINTR) return;
-    if (r <= 0) continue;
-    if (p[1].revents) {
-      until = io_grace_end(io->stop);
-      p[1].fd = -1;
-    }
-    if (!p[0].revents) continue;
+  while (io_wait_ready(io, io->in, POLLIN, until) == 0) {
     ssize_t n = recv(io->in, waste, sizeof waste, MSG_DONTWAIT);
     if (n == 0) return;
     if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
@@ -1836,82 +1827,6 @@ static void io_linger(struct io *io) {
 
 struct nbdserve;
 
-/* ---- Requests -----------------------------------------------------------
- *
- *   state         set by                              what comes next
- *   TODO          tx_make_request                     TO_FLUSH, HANDED_OVER,
- *                                                     DONE
- *   TO_FLUSH      tx_next_request, for a FLUSH;       HANDED_OVER, DONE
- *                 tx_executed, for a write with FUA
- *   HANDED_OVER   tx_hand_over: a worker has a copy,  nothing: this one is dead
- *                 in the state that this one had
- *   DONE          tx_refuse; tx_next_request, if      IN_WBUF, SENT
- *                 there is nothing to do; tx_executed;
- *                 tx_flush
- *   IN_WBUF       tx_fill_slot, for a READ            SENT
- *   SENT          tx_release                          nothing
- *
- * Until it is HANDED_OVER only the client's thread touches a request; the copy
- * belongs to the worker that takes it. */
-enum req_state {
-  REQ_TODO,        /* is to be executed */
-  REQ_TO_FLUSH,    /* a FLUSH, or a write with FUA that is written: owes a
-                      flush */
-  REQ_HANDED_OVER, /* a worker's copy goes on from here */
-  REQ_DONE,        /* err is final; it is not answered yet */
-  REQ_IN_WBUF,     /* a READ: head and data stand in its slot of wbuf */
-  REQ_SENT         /* the reply was given to the socket */
-};
-
-/* One request of a client, or a piece of a long one. */
-struct nbdserve_req {
-  /* -- the client's, fixed */
-  uint16_t type;       /* enum nbd_cmd */
-  uint16_t flags;      /* enum nbd_cmd_flag */
-  enum wire_mode mode; /* the form of the reply */
-  uint64_t cookie;     /* goes back as it came */
-  uint64_t client_off; /* offset of the client's request */
-  uint64_t off;        /* offset of this piece; the same if it is whole */
-  uint64_t len;        /* bytes of this piece */
-  /* -- its data */
-  unsigned char *buf; /* READ: room for it; WRITE: it; BLOCK_STATUS: extents as
-                         they are sent */
-  size_t status_len;  /* BLOCK_STATUS: bytes at buf */
-  int owns_buf;       /* buf is freed with the request; else it belongs to the
-                         client's thread */
-  /* -- the outcome */
-  enum req_state state;
-  int err;             /* 0 or -errno */
-  const char *refused; /* why tx_validate refused it, else NULL */
-  int all_zero;        /* READ: only zeroes were read, so a hole may be sent */
-  int more_chunks;     /* another chunk of this reply follows */
-  int err_has_off;     /* err_off is valid */
-  uint64_t err_off;    /* where in the export err happened */
-  struct nbdserve_req *next; /* in a list of requests that are answered, or
-                                wait for a worker */
-};
-
-/* Moves a request on in the diagram above. */
-static void req_set_state(struct nbdserve_req *r, enum req_state to) {
-  static const unsigned char from[] = {
-      /* a bit for each state before it */
-      [REQ_TODO] = 0,
-      [REQ_TO_FLUSH] = 1 << REQ_TODO,
-      [REQ_HANDED_OVER] = 1 << REQ_TODO | 1 << REQ_TO_FLUSH,
-      [REQ_DONE] = 1 << REQ_TODO | 1 << REQ_TO_FLUSH,
-      [REQ_IN_WBUF] = 1 << REQ_DONE,
-      [REQ_SENT] = 1 << REQ_DONE | 1 << REQ_IN_WBUF};
-  assert(from[to] >> r->state & 1);
-  (void)from;
-  r->state = to;
-}
-
-/* Is it a READ or a WRITE that moves at least one byte? */
-static int req_moves_data(const struct nbdserve_req *r) {
-  const struct wire_cmd *cmd = wire_cmd(r->type);
-  return cmd && cmd->has_data && r->len > 0;
-}
-
 /* ---- Exports and the state of a server ----------------------------------- */
 
 enum {
@@ -1925,7 +1840,8 @@ enum {
   EX_ZERO_STEP = 1 << 20,    /* bytes of zeroes that are written at a time */
   EX_EXTENTS = 2048,         /* in one reply, at most: 32 KiB */
   EX_MAX_ERRNO = 4095,       /* no system has a larger one */
-  EX_LIES_LOGGED = 10        /* messages about wrong results: no flood */
+  EX_LIES_LOGGED = 10,       /* messages about wrong results: no flood */
+  SRV_LISTENERS = 32         /* and one more, since localhost is two */
 };
 
 struct ex {
@@ -1944,7 +1860,14 @@ struct ex {
   char strings[];           /* name and description, each with its NUL */
 };
 
-/* A server.  struct conn is in [8], struct srv_listener in [12]. */
+struct srv_listener {
+  int fd;
+  int is_unix;    /* text is the path of a socket that is ours to remove... */
+  struct stat st; /* ...if it still is this one */
+  char text[128]; /* that path, HOST:PORT, or "" */
+};
+
+/* A server.  struct conn is in [8]. */
 struct nbdserve {
   /* -- fixed after nbdserve_new (the command sets find and list later) */
   struct nbdserve_config config; /* defaults filled in */
@@ -1952,12 +1875,12 @@ struct nbdserve {
   int wake[2];    /* pipe: nbdserve_wake was called, and nothing else */
   int noticed[2]; /* pipe: a client has left; nbdserve_run looks around */
   /* -- the thread that calls nbdserve_run */
-  struct srv_listener *listeners; /* [SRV_LISTENERS + 1] */
+  struct srv_listener listeners[SRV_LISTENERS + 1];
   int nlisteners;
-  int64_t accept_after; /* in os_now_ms: the last accept() failed */
-  int64_t full_told;    /* when it was last said that clients have to wait */
-  int first_listener;   /* whom to look at first: each in turn */
-  int finished;         /* srv_finish has done its steps */
+  int64_t accept_after;    /* in os_now_ms: the last accept() failed */
+  int64_t tell_full_after; /* when to say again that clients have to wait */
+  int first_listener;      /* whom to look at first: each in turn */
+  int finished;            /* srv_finish has done its steps */
   /* -- guarded by lock, in which nobody waits */
   struct os_monitor lock;
   struct ex *exports; /* (E1): the list only grows, at its end */
@@ -1996,17 +1919,6 @@ static int ex_believe(struct nbdserve *s, const char *where,
   return -EIO;
 }
 
-/* Called around each call of a backend's read ... extents, so that one which is
- * SERIAL sees one at a time. */
-static void ex_enter(struct ex *ex) {
-  if (ex->pub.flags & NBDSERVE_EXPORT_SERIAL) os_lock(&ex->serial);
-}
-
-/* Ends what ex_enter began. */
-static void ex_leave(struct ex *ex) {
-  if (ex->pub.flags & NBDSERVE_EXPORT_SERIAL) os_unlock(&ex->serial);
-}
-
 /* Asks the host's `before` whether a request shall fail.  0 or -errno. */
 static int ex_ask_before(struct ex *ex, const struct nbdserve_req *r) {
   const struct nbdserve_config *k = &ex->server->config;
@@ -2017,22 +1929,18 @@ static int ex_ask_before(struct ex *ex, const struct nbdserve_req *r) {
 
 /* ---- Making, finding, freeing -------------------------------------------- */
 
-/* Frees the export; the backend's context goes back to its owner. */
-static void ex_free_keep_ctx(struct ex *ex) {
+/* Frees the export and, through close, the backend's context. */
+static void ex_free(struct ex *ex) {
   assert(!ex->flush_runs);
+  if (ex->pub.ops->close) ex->pub.ops->close(ex->pub.ctx);
   os_monitor_free(&ex->lock);
   os_monitor_free(&ex->serial);
   NBDSERVE_FREE(ex);
 }
 
-/* Frees the export and, through close, the backend's context. */
-static void ex_free(struct ex *ex) {
-  if (ex->pub.ops->close) ex->pub.ops->close(ex->pub.ctx);
-  ex_free_keep_ctx(ex);
-}
-
-/* Fills in what the host has left at 0. */
-static void ex_fill_defaults(struct nbdserve_export *e) {
+/* Fills in what the host has left at 0.  Returns what is wrong with the export
+ * then, or NULL. */
+static const char *ex_complete(struct nbdserve_export *e) {
   if (!e->name) e->name = "";
   if (!e->description) e->description = "";
   if (!e->min_block) e->min_block = 1;
@@ -2041,12 +1949,8 @@ static void ex_fill_defaults(struct nbdserve_export *e) {
         e->min_block > EX_DEFAULT_BLOCK ? e->min_block : EX_DEFAULT_BLOCK;
   if (!e->max_request)
     e->max_request = (uint32_t)u_min(EX_DEFAULT_MAX, NBDSERVE_MAX_REQUEST);
-  if (e->ops && !e->ops->write) e->flags |= NBDSERVE_EXPORT_READONLY;
-}
-
-/* What is wrong with an export as the host describes it, or NULL. */
-static const char *ex_fault(const struct nbdserve_export *e) {
   if (!e->ops || !e->ops->read) return "no read function";
+  if (!e->ops->write) e->flags |= NBDSERVE_EXPORT_READONLY;
   if (e->size > INT64_MAX) return "size above INT64_MAX";
   if (e->flags & ~(uint32_t)EX_ALL_FLAGS) return "unknown flags";
   if (strlen(e->name) > WIRE_STRING_MAX) return "name too long";
@@ -2067,8 +1971,7 @@ static const char *ex_fault(const struct nbdserve_export *e) {
 static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
                   struct ex **out) {
   struct nbdserve_export e = *from;
-  ex_fill_defaults(&e);
-  if (ex_fault(&e)) return -EINVAL;
+  if (ex_complete(&e)) return -EINVAL;
   size_t name_size = strlen(e.name) + 1;
   size_t description_size = strlen(e.description) + 1;
   struct ex *ex = u_zalloc(sizeof *ex + name_size + description_size);
@@ -2083,7 +1986,7 @@ static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
       memcpy(ex->strings + name_size, e.description, description_size);
   ex->pub = e;
   ex->server = s;
-  assert(!ex_fault(&ex->pub) && !ex->next);
+  assert(ex->pub.ops->read && ex->pub.size <= INT64_MAX && !ex->next);
   *out = ex;
   return 0;
 }
@@ -2094,6 +1997,15 @@ static struct ex *ex_by_name(struct nbdserve *s, const char *name) {
   while (ex && strcmp(ex->pub.name, name) != 0)
     ex = ex->next;
   return ex;
+}
+
+/* The added export behind that one, or behind NULL the first one; NULL: there
+ * is no more.  (E1): they stay, so no lock is needed in between. */
+static struct ex *ex_next(struct nbdserve *s, const struct ex *ex) {
+  os_lock(&s->lock);
+  struct ex *next = ex ? ex->next : s->exports;
+  os_unlock(&s->lock);
+  return next;
 }
 
 /* The added export that serves a name which no other has, or NULL: for the
@@ -2118,12 +2030,9 @@ static int ex_from_callback(struct nbdserve *s, const char *name,
   int err = ex_believe(s, name, "find", k->find(k->ctx, name, &e));
   if (err) return err;
   if (!e.name) e.name = name;
-  ex_fill_defaults(&e);
-  if (ex_fault(&e)) {
-    ex_log_lie(s, name, "find gave a wrong export:", ex_fault(&e));
-    err = -EIO;
-  }
-  if (!err) err = ex_new(s, &e, out);
+  const char *fault = ex_complete(&e);
+  if (fault) ex_log_lie(s, name, "find gave a wrong export:", fault);
+  err = fault ? -EIO : ex_new(s, &e, out);
   if (!err)
     (*out)->from_callback = 1;
   else if (e.ops && e.ops->close)
@@ -2202,11 +2111,66 @@ static unsigned ex_transmission_flags(const struct ex *ex, enum wire_mode mode,
   return f | NBD_FLAG_HAS_FLAGS | (writable ? 0 : NBD_FLAG_READ_ONLY);
 }
 
-/* ---- Flush and FUA ------------------------------------------------------- */
+/* ---- Calling the backend ------------------------------------------------- */
+
+/* Must a request be on permanent storage before it is answered?  Only a write
+ * with FUA, or on an export that writes through.  A backend with NATIVE_FUA
+ * sees to it; else a flush follows. */
+static int ex_wants_fua(const struct ex *ex, const struct nbdserve_req *r) {
+  uint32_t f = ex->pub.flags;
+  if (!r->len || !wire_cmd(r->type)->writes) return 0;
+  if (f & NBDSERVE_EXPORT_UNSAFE) return 0;
+  return (r->flags & NBD_CMD_FLAG_FUA) || (f & NBDSERVE_EXPORT_WRITETHROUGH);
+}
+
+/* Calls the backend's function for a request.  Only zero and extents may be
+ * missing: -ENOTSUP, and all is data.  x: gets the extents of BLOCK_STATUS. */
+static int ex_dispatch(const struct ex *ex, const struct nbdserve_req *r,
+                       struct nbdserve_extents *x) {
+  const struct nbdserve_ops *ops = ex->pub.ops;
+  void *ctx = ex->pub.ctx;
+  /* Validated, so each of these can only be set where it means something. */
+  uint32_t f = r->flags & (NBDSERVE_CMD_NO_HOLE | NBDSERVE_CMD_REQ_ONE |
+                           NBDSERVE_CMD_FAST_ZERO);
+  if (ex_wants_fua(ex, r) && ex->pub.flags & NBDSERVE_EXPORT_NATIVE_FUA)
+    f |= NBDSERVE_CMD_FUA;
+  switch (r->type) {
+  case NBD_CMD_READ:
+    return ops->read(ctx, r->buf, r->off, r->len, f);
+  case NBD_CMD_WRITE:
+    return ops->write(ctx, r->buf, r->off, r->len, f);
+  case NBD_CMD_FLUSH:
+    return ops->flush(ctx, f);
+  case NBD_CMD_TRIM:
+    return ops->trim(ctx, r->off, r->len, f);
+  case NBD_CMD_CACHE:
+    return ops->cache(ctx, r->off, r->len, f);
+  case NBD_CMD_WRITE_ZEROES:
+    return ops->zero ? ops->zero(ctx, r->off, r->len, f) : -ENOTSUP;
+  case NBD_CMD_BLOCK_STATUS:
+    return ops->extents ? ops->extents(ctx, r->off, r->len, f, x) : 0;
+  default:
+    assert(0); /* (E2) */
+    return -EINVAL;
+  }
+}
+
+/* The same, for an export that is SERIAL one call at a time.  0 or -errno. */
+static int ex_call(struct ex *ex, const struct nbdserve_req *r,
+                   struct nbdserve_extents *x) {
+  int is_serial = (ex->pub.flags & NBDSERVE_EXPORT_SERIAL) != 0;
+  if (is_serial) os_lock(&ex->serial);
+  int err = ex_dispatch(ex, r, x);
+  if (is_serial) os_unlock(&ex->serial);
+  return ex_believe(ex->server, ex->pub.name, wire_cmd(r->type)->name, err);
+}
+
+/* ---- Flush --------------------------------------------------------------- */
 
 /* Calls the backend's flush, as the flush of that number.  Takes and gives back
  * ex->lock, which the caller holds, around the call. */
 static void ex_run_flush(struct ex *ex, uint64_t number) {
+  const struct nbdserve_req r = {.type = NBD_CMD_FLUSH};
   assert(!ex->flush_runs && number == ex->flushes_begun + 1);
   ex->flushes_begun = number;
   ex->flush_runs = 1;
@@ -2214,10 +2178,7 @@ static void ex_run_flush(struct ex *ex, uint64_t number) {
   os_lock(&ex->server->lock);
   ex->server->totals.flushes++;
   os_unlock(&ex->server->lock);
-  ex_enter(ex);
-  int err = ex->pub.ops->flush(ex->pub.ctx, 0);
-  ex_leave(ex);
-  err = ex_believe(ex->server, ex->pub.name, "flush", err);
+  int err = ex_call(ex, &r, NULL);
   os_lock(&ex->lock);
   ex->flush_runs = 0;
   if (err) {
@@ -2251,52 +2212,46 @@ static int ex_flush(struct ex *ex) {
   return err;
 }
 
-/* How a write gets to permanent storage before it is answered. */
-enum ex_fua {
-  EX_FUA_NO,         /* it need not */
-  EX_FUA_BY_BACKEND, /* the backend sees to it: NBDSERVE_CMD_FUA */
-  EX_FUA_BY_FLUSH    /* a flush follows it */
-};
-
-/* Decides it for a request: only a write with FUA, or on an export that writes
- * through, has to get there. */
-static enum ex_fua ex_fua(const struct ex *ex, const struct nbdserve_req *r) {
-  uint32_t f = ex->pub.flags;
-  int asked =
-      (r->flags & NBD_CMD_FLAG_FUA) || (f & NBDSERVE_EXPORT_WRITETHROUGH);
-  if (!asked || !r->len || !wire_cmd(r->type)->writes) return EX_FUA_NO;
-  if (f & NBDSERVE_EXPORT_UNSAFE) return EX_FUA_NO;
-  return f & NBDSERVE_EXPORT_NATIVE_FUA ? EX_FUA_BY_BACKEND : EX_FUA_BY_FLUSH;
-}
-
 /* ---- Block status -------------------------------------------------------- */
 
 struct nbdserve_extents {
-  uint64_t left;       /* bytes of the request that are still to be described */
-  uint64_t overhang;   /* bytes at the front of the next extent from the host
-                          that were described with the one before it */
-  uint64_t align;      /* boundaries in the reply are multiples of it */
-  unsigned n;          /* extents so far */
-  unsigned max;        /* that the reply may have */
-  int lied;            /* the host gave a status that does not exist */
-  unsigned char *data; /* for each 8 bytes of length and 8 of status */
+  uint64_t left;     /* bytes of the request that are still to be described */
+  uint64_t overhang; /* bytes at the front of the next extent from the host
+                        that were described with the one before it */
+  uint64_t align;    /* boundaries in the reply are multiples of it */
+  unsigned n;        /* extents so far */
+  unsigned max;      /* that the reply may have */
+  int lied;          /* the host gave a status that does not exist */
+  int extended;      /* length and status have 8 bytes each, else 4 */
+  uint64_t last_len; /* of the last extent so far */
+  uint32_t last_status;
+  unsigned char *data; /* they begin here */
 };
 
 /* Adds len bytes to the extents of the reply: to the last one, if the status is
  * the same.  If there is no room the report ends here. */
 static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
                           uint32_t status) {
-  unsigned char *next = x->data + (size_t)WIRE_EXT_EXTENT_LEN * x->n;
   assert(len > 0 && len <= x->left && x->n <= x->max);
   x->left -= len;
-  if (x->n && u_get64(next - 8) == status) {
-    u_put64(next - 16, u_get64(next - 16) + len);
+  if (x->n && x->last_status == status) {
+    x->last_len += len;
   } else if (x->n < x->max) {
-    u_put64(next, len);
-    u_put64(next + 8, status);
     x->n++;
+    x->last_len = len;
+    x->last_status = status;
   } else {
     x->left = 0;
+  }
+  if (x->extended) {
+    unsigned char *p = x->data + (size_t)WIRE_EXT_EXTENT_LEN * (x->n - 1);
+    u_put64(p, x->last_len);
+    u_put64(p + 8, x->last_status);
+  } else {
+    unsigned char *p = x->data + (size_t)WIRE_EXTENT_LEN * (x->n - 1);
+    assert(x->last_len <= UINT32_MAX); /* as was the request's */
+    u_put32(p, (uint32_t)x->last_len);
+    u_put32(p + 4, x->last_status);
   }
 }
 
@@ -2321,95 +2276,37 @@ int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
   return x->left == 0;
 }
 
-/* Turns extents of 64 bits, from `from` on, into those of 32 bits, at `to`,
- * which lies before or at it. */
-static void ex_narrow_extents(unsigned char *to, const unsigned char *from,
-                              unsigned n) {
-  assert(to <= from);
-  for (unsigned i = 0; i < n; i++) {
-    uint64_t len = u_get64(from + (size_t)WIRE_EXT_EXTENT_LEN * i);
-    uint64_t status = u_get64(from + (size_t)WIRE_EXT_EXTENT_LEN * i + 8);
-    assert(len <= UINT32_MAX); /* as was the request's */
-    u_put32(to + (size_t)WIRE_EXTENT_LEN * i, (uint32_t)len);
-    u_put32(to + (size_t)WIRE_EXTENT_LEN * i + 4, (uint32_t)status);
-  }
-}
-
 /* Asks for the extents of a request.  r->buf becomes the payload of its reply,
  * of r->status_len bytes, which the request owns. */
 static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
-  uint32_t flags = r->flags & NBDSERVE_CMD_REQ_ONE;
-  struct nbdserve_extents x = {.left = r->len, .align = ex->pub.min_block};
+  int extended = r->mode == MODE_EXTENDED;
+  size_t head = extended ? WIRE_EXT_STATUS_LEN : WIRE_STATUS_LEN;
+  size_t each = extended ? WIRE_EXT_EXTENT_LEN : WIRE_EXTENT_LEN;
+  struct nbdserve_extents x = {
+      .left = r->len, .align = ex->pub.min_block, .extended = extended};
   x.max =
       (unsigned)u_min(ex->pub.max_request / WIRE_EXT_EXTENT_LEN, EX_EXTENTS);
-  if (flags & NBDSERVE_CMD_REQ_ONE) x.max = 1;
-  assert(r->mode != MODE_SIMPLE && !r->owns_buf);
-  unsigned char *p = NBDSERVE_MALLOC(WIRE_EXT_STATUS_LEN +
-                                     (size_t)WIRE_EXT_EXTENT_LEN * EX_EXTENTS);
-  if (!p) return -ENOMEM;
-  r->buf = p;
-  r->owns_buf = 1;
-  x.data = p + WIRE_EXT_STATUS_LEN;
-  int err = 0;
-  if (ex->pub.ops->extents) {
-    ex_enter(ex);
-    err = ex->pub.ops->extents(ex->pub.ctx, r->off, r->len, flags, &x);
-    ex_leave(ex);
-    err = ex_believe(ex->server, ex->pub.name, "extents", err);
-  }
-  if (err) return err;
-  if (x.lied) {
+  if (r->flags & NBD_CMD_FLAG_REQ_ONE) x.max = 1;
+  assert(r->mode != MODE_SIMPLE && !r->owned);
+  r->buf = r->owned = NBDSERVE_MALLOC(head + each * x.max);
+  if (!r->buf) return -ENOMEM;
+  x.data = r->buf + head;
+  int err = ex_call(ex, r, &x);
+  if (!err && x.lied) {
     ex_log_lie(ex->server, ex->pub.name, "extents",
                "gave a status that does not exist");
-    return -EIO;
+    err = -EIO;
   }
+  if (err) return err;
   if (!x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
   assert(x.n > 0 && x.n <= x.max && x.max <= EX_EXTENTS);
-  u_put32(p, WIRE_CONTEXT_ID);
-  if (r->mode == MODE_EXTENDED) {
-    u_put32(p + 4, x.n);
-    r->status_len = WIRE_EXT_STATUS_LEN + (size_t)WIRE_EXT_EXTENT_LEN * x.n;
-  } else {
-    ex_narrow_extents(p + WIRE_STATUS_LEN, x.data, x.n);
-    r->status_len = WIRE_STATUS_LEN + (size_t)WIRE_EXTENT_LEN * x.n;
-  }
+  u_put32(r->buf, WIRE_CONTEXT_ID);
+  if (extended) u_put32(r->buf + 4, x.n);
+  r->status_len = head + each * x.n;
   return 0;
 }
 
 /* ---- One request on a backend -------------------------------------------- */
-
-/* Calls the backend's function for a request.  Returns 0 or -errno; for
- * WRITE_ZEROES -ENOTSUP also if the backend has no function for it. */
-static int ex_call(struct ex *ex, struct nbdserve_req *r) {
-  const struct nbdserve_ops *ops = ex->pub.ops;
-  void *ctx = ex->pub.ctx;
-  uint32_t f = r->flags & (NBDSERVE_CMD_NO_HOLE | NBDSERVE_CMD_FAST_ZERO);
-  int err = -EINVAL;
-  if (r->type == NBD_CMD_BLOCK_STATUS) return ex_block_status(ex, r);
-  if (ex_fua(ex, r) == EX_FUA_BY_BACKEND) f |= NBDSERVE_CMD_FUA;
-  ex_enter(ex);
-  switch (r->type) {
-  case NBD_CMD_READ:
-    err = ops->read(ctx, r->buf, r->off, r->len, 0);
-    break;
-  case NBD_CMD_WRITE:
-    err = ops->write(ctx, r->buf, r->off, r->len, f);
-    break;
-  case NBD_CMD_TRIM:
-    err = ops->trim(ctx, r->off, r->len, f);
-    break;
-  case NBD_CMD_CACHE:
-    err = ops->cache(ctx, r->off, r->len, 0);
-    break;
-  case NBD_CMD_WRITE_ZEROES:
-    err = ops->zero ? ops->zero(ctx, r->off, r->len, f) : -ENOTSUP;
-    break;
-  default:
-    assert(0); /* (E2) */
-  }
-  ex_leave(ex);
-  return ex_believe(ex->server, ex->pub.name, wire_cmd(r->type)->name, err);
-}
 
 /* Does a WRITE_ZEROES by writing zeroes.  A range above 4 GiB is -EOVERFLOW: it
  * would take long, and nobody could cancel it. */
@@ -2425,7 +2322,7 @@ static int ex_write_zeroes(struct ex *ex, const struct nbdserve_req *r) {
   int err = w.buf ? 0 : -ENOMEM;
   for (uint64_t left = r->len; left > 0 && !err; left -= w.len) {
     w.len = u_min(step, left);
-    err = ex_call(ex, &w);
+    err = ex_call(ex, &w, NULL);
     w.off += w.len;
   }
   NBDSERVE_FREE(w.buf);
@@ -2439,7 +2336,8 @@ static int ex_execute(struct ex *ex, struct nbdserve_req *r) {
   assert(!wire_cmd(r->type)->writes ||
          !(ex->pub.flags & NBDSERVE_EXPORT_READONLY));
   assert(r->buf || !wire_cmd(r->type)->has_data);
-  int err = ex_call(ex, r);
+  if (r->type == NBD_CMD_BLOCK_STATUS) return ex_block_status(ex, r);
+  int err = ex_call(ex, r, NULL);
   if (err == -ENOTSUP && r->type == NBD_CMD_WRITE_ZEROES &&
       !(r->flags & NBD_CMD_FLAG_FAST_ZERO))
     return ex_write_zeroes(ex, r);
@@ -2527,26 +2425,31 @@ static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
  * thread, for a worker to finish (reader_waits). */
 
 enum {
-  CONN_RBUF = 256 << 10, /* bytes received at a time */
+  CONN_RBUF = 256 << 10,   /* bytes received at a time */
+  HS_WITHOUT_OPTIONS = 16, /* from this bit of config.without on: options */
   CONN_WBUF = 288 << 10, /* bytes of slots: 64 READs of 4 KiB and their heads */
   TX_IN_BATCH_MAX = 128 << 10, /* the longest READ or WRITE in a batch */
   TX_PIECE = 1 << 20,          /* they are done in pieces of this size, which
                                   is also the longest that a worker gets, the
                                   longest single chunk, and IO_UNIT */
   TX_BATCH = 128,              /* requests in a batch, at most */
+  TX_HEADS = 32,               /* long heads that leave in one send, at most */
   TX_HANDED_OVER = 1024, /* requests with workers, if none of them has data */
   TX_MIN_HOLE = 512,     /* bytes: to send a shorter hole saves too little */
   TX_AFTER_LONG_WRITE = 4096, /* bytes received then: a few heads, see there */
   TX_ERROR_TEXT = 80,         /* bytes of an error's text that are sent */
   TX_LOGGED = 10,             /* failed requests of a client that are logged */
-  TX_HEAD_MAX =               /* the longest reply without data: ERROR_OFFSET */
+  TX_HEAD_ROOM = 64, /* bytes before a READ's data, for its head: 40 and more */
+  TX_HEAD_MAX =      /* the longest reply without data: ERROR_OFFSET */
       WIRE_EXT_CHUNK_LEN + WIRE_ERROR_LEN + TX_ERROR_TEXT + WIRE_OFFSET_LEN
 };
 STATIC_ASSERT(option_fits, (int)NBDSERVE_MAX_OPTION <= (int)CONN_RBUF);
 STATIC_ASSERT(option_holds_a_name, NBDSERVE_MAX_OPTION >= WIRE_STRING_MAX);
 STATIC_ASSERT(write_fits,
               TX_IN_BATCH_MAX + (int)WIRE_EXT_REQUEST_LEN <= (int)CONN_RBUF);
-STATIC_ASSERT(read_fits, TX_IN_BATCH_MAX + TX_HEAD_MAX <= CONN_WBUF);
+STATIC_ASSERT(read_fits, TX_IN_BATCH_MAX + TX_HEAD_ROOM <= CONN_WBUF);
+STATIC_ASSERT(head_fits,
+              WIRE_EXT_CHUNK_LEN + (int)WIRE_OFFSET_LEN <= (int)TX_HEAD_ROOM);
 STATIC_ASSERT(piece_is_unit, (int)TX_PIECE == (int)IO_UNIT);
 
 struct conn {
@@ -2567,7 +2470,6 @@ struct conn {
   uint64_t export_size;
   unsigned transmission_flags;
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n); /* or NULL */
-  size_t read_head;         /* bytes in front of the data of a READ's reply */
   unsigned max_workers;     /* 0: none, the client's thread does all itself */
   unsigned max_handed_over; /* limit for nhanded_over */
   /* -- the option that is being answered */
@@ -2577,10 +2479,9 @@ struct conn {
   /* -- receiving */
   size_t rbuf_pos; /* rbuf[rbuf_pos..rbuf_end) is received and not looked at */
   size_t rbuf_end;
-  int64_t partial_since_ms; /* when what is there of a request began to come */
+  size_t needed;            /* bytes that are to be there of the next request */
   int after_long_write;     /* another one is likely: see tx_receive */
-  unsigned char *piece_buf; /* [TX_HEAD_MAX + TX_PIECE], made when needed */
-  int end_err;              /* why the connection ends: 0 or -errno */
+  unsigned char *piece_buf; /* [TX_HEAD_ROOM + TX_PIECE], made when needed */
   /* -- the batch */
   struct nbdserve_req batch[TX_BATCH];
   size_t nbatch;
@@ -2614,20 +2515,12 @@ struct conn {
 
 /* ---- Replies to options -------------------------------------------------- */
 
-/* What follows the answer to an option. */
-enum hs_result {
-  HS_MORE,  /* another option */
-  HS_ENTER, /* transmission */
-  HS_END,   /* the client leaves in order */
-  HS_FAILED /* the connection is closed: c->end_err says why */
+/* What the steps of a connection return, in the handshake and in transmission:
+ * 0 to go on, the -errno that ends it, or one of these. */
+enum conn_step {
+  CONN_LEFT = 1,      /* the client leaves in order */
+  CONN_NEEDS_MORE = 2 /* the next request is not all there */
 };
-
-/* Notes why the connection is to be closed. */
-static enum hs_result hs_fail(struct conn *c, int err) {
-  assert(err < 0);
-  c->end_err = err;
-  return HS_FAILED;
-}
 
 /* Sends the replies that have gathered in wbuf.  0 or -errno. */
 static int hs_send(struct conn *c) {
@@ -2652,24 +2545,27 @@ static unsigned char *hs_reserve(struct conn *c, size_t len) {
  * result. */
 static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t len) {
   unsigned char *p = hs_reserve(c, WIRE_OPTION_REPLY_LEN + len);
-  wire_put_option_reply(p, c->option, type, len);
+  assert(len <= UINT32_MAX);
+  u_put64(p, NBD_REP_MAGIC);
+  u_put32(p + 8, c->option);
+  u_put32(p + 12, type);
+  u_put32(p + 16, (uint32_t)len);
   return p + WIRE_OPTION_REPLY_LEN;
 }
 
 /* Answers the option with success. */
-static enum hs_result hs_ack(struct conn *c) {
+static int hs_ack(struct conn *c) {
   hs_reply(c, NBD_REP_ACK, 0);
-  return HS_MORE;
+  return 0;
 }
 
 /* Answers the option with an error; haggling goes on. */
-static enum hs_result hs_refuse(struct conn *c, uint32_t type,
-                                const char *why) {
+static int hs_refuse(struct conn *c, uint32_t type, const char *why) {
   size_t n = strlen(why);
   memcpy(hs_reply(c, type, n), why, n);
   conn_log(c, NBDSERVE_LOG_INFO, "%d: option %" PRIu32 " refused: %s", c->id,
            c->option, why);
-  return HS_MORE;
+  return 0;
 }
 
 /* ---- Reading an option's data -------------------------------------------- */
@@ -2712,41 +2608,47 @@ static void hs_enter(struct conn *c, struct ex *ex, const char *name,
   c->export_size = size;
   c->has_allocation = hs_has_allocation(c, name);
   c->transmission_flags = ex_transmission_flags(ex, c->mode, c->has_allocation);
-  c->read_head = WIRE_SIMPLE_REPLY_LEN;
-  if (c->mode != MODE_SIMPLE)
-    c->read_head = wire_chunk_len(c->mode) + WIRE_OFFSET_LEN;
   /* `before` is asked for each request, so there is nothing to do together. */
   if (!k->before) c->run_batch = ex->pub.ops->run_batch;
   if (k->threads > 1) c->max_workers = k->threads;
   c->max_handed_over = c->run_batch ? TX_HANDED_OVER : k->threads;
-  assert(c->read_head <= TX_HEAD_MAX && c->max_handed_over > 0);
+  assert(c->max_handed_over > 0);
   conn_log(c, NBDSERVE_LOG_INFO, "%d: export '%s', %" PRIu64 " bytes%s", c->id,
            name, size,
            c->transmission_flags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
 }
 
+/* Enters the export of that name.  0, or -errno as ex_acquire. */
+static int hs_enter_name(struct conn *c, const char *name) {
+  struct ex *ex;
+  uint64_t size;
+  int err = ex_acquire(c->s, name, &ex, &size);
+  if (!err) hs_enter(c, ex, name, size);
+  return err;
+}
+
 /* ---- The options -----------------------------------------------------------
- * Each function takes its option's data, which is all there, and answers. */
+ * Each function takes its option's data, which is all there, and answers: 0, or
+ * the -errno that closes the connection.  When c->export is set haggling ends.
+ */
 
 /* proto.md, NBD_OPT_EXPORT_NAME: all of the data is the name.  This option has
  * no error reply: what is wrong closes the connection. */
-static enum hs_result hs_opt_export_name(struct conn *c) {
+static int hs_opt_export_name(struct conn *c) {
   size_t len = WIRE_EXPORT_NAME_LEN;
   char name[WIRE_STRING_MAX + 1];
-  struct ex *ex;
-  uint64_t size;
-  if (c->mode == MODE_EXTENDED) return hs_fail(c, -EPROTO); /* GO is needed */
-  assert(c->option_left <= WIRE_STRING_MAX); /* hs_option has seen to it */
+  if (c->mode == MODE_EXTENDED) return -EPROTO; /* GO is needed */
+  assert(c->option_left <= WIRE_STRING_MAX);    /* hs_option has seen to it */
   memcpy(name, c->option_data, c->option_left);
   name[c->option_left] = 0;
-  if (strlen(name) != c->option_left) return hs_fail(c, -ENOENT);
-  if (ex_acquire(c->s, name, &ex, &size)) return hs_fail(c, -ENOENT);
-  hs_enter(c, ex, name, size);
+  if (strlen(name) != c->option_left) return -ENOENT;
+  int err = hs_enter_name(c, name);
+  if (err) return err;
   if (!c->no_zeroes) len += WIRE_EXPORT_NAME_PAD;
   unsigned char *p = memset(hs_reserve(c, len), 0, len);
-  u_put64(p, size);
+  u_put64(p, c->export_size);
   u_put16(p + 8, c->transmission_flags);
-  return HS_ENTER;
+  return 0;
 }
 
 /* Lists an export; the host's list callback calls it, too.  Not 0: the client
@@ -2766,47 +2668,52 @@ static int hs_list_one(void *conn, const char *name, const char *description) {
 
 /* proto.md, NBD_OPT_LIST.  s->lock is not held while a reply is sent: a client
  * that reads slowly must not hold up others.  (E1): the list only grows. */
-static enum hs_result hs_opt_list(struct conn *c) {
+static int hs_opt_list(struct conn *c) {
   const struct nbdserve_config *k = &c->s->config;
   int err = 0;
   if (c->option_left)
     return hs_refuse(c, NBD_REP_ERR_INVALID, "data with NBD_OPT_LIST");
-  os_lock(&c->s->lock);
-  for (struct ex *ex = c->s->exports; ex && !c->send_err; ex = ex->next) {
-    os_unlock(&c->s->lock);
+  struct ex *ex = ex_next(c->s, NULL);
+  for (; ex && !c->send_err; ex = ex_next(c->s, ex))
     hs_list_one(c, ex->pub.name, ex->pub.description);
-    os_lock(&c->s->lock);
-  }
-  os_unlock(&c->s->lock);
   if (!c->send_err && k->list)
     err = ex_believe(c->s, "", "list", k->list(k->ctx, hs_list_one, c));
-  if (c->send_err) return hs_fail(c, c->send_err);
+  if (c->send_err) return c->send_err;
   if (!err) return hs_ack(c);
   u_log(k, NBDSERVE_LOG_WARNING, "the host's list of exports: %s",
         u_errno_text(err));
   return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "the list is not complete");
 }
 
-/* proto.md, NBD_INFO_...: a reply with one piece of information. */
-static void hs_put_info(struct conn *c, const struct ex *ex, uint64_t size,
-                        unsigned flags, enum nbd_info type) {
-  const struct nbdserve_export *e = &ex->pub;
-  unsigned char *p;
-  if (type == NBD_INFO_EXPORT) {
-    p = hs_reply(c, NBD_REP_INFO, WIRE_INFO_EXPORT_LEN);
-    u_put64(p + 2, size);
-    u_put16(p + 10, flags);
-  } else if (type == NBD_INFO_BLOCK_SIZE) {
-    p = hs_reply(c, NBD_REP_INFO, WIRE_INFO_BLOCK_SIZE_LEN);
-    u_put32(p + 2, e->min_block);
-    u_put32(p + 6, e->preferred_block);
-    u_put32(p + 10, e->max_request);
-  } else {
-    const char *text = type == NBD_INFO_NAME ? e->name : e->description;
-    p = hs_reply(c, NBD_REP_INFO, 2 + strlen(text));
-    memcpy(p + 2, text, strlen(text));
-  }
+/* Sends information that is a text. */
+static void hs_put_text(struct conn *c, enum nbd_info type, const char *text) {
+  size_t n = strlen(text);
+  unsigned char *p = hs_reply(c, NBD_REP_INFO, 2 + n);
   u_put16(p, type);
+  memcpy(p + 2, text, n);
+}
+
+/* proto.md, NBD_INFO_...: sends what INFO and GO give.  EXPORT always; block
+ * sizes also unasked if they are not what a client takes for granted. */
+static void hs_put_infos(struct conn *c, const struct ex *ex, uint64_t size,
+                         unsigned flags, unsigned asked) {
+  const struct nbdserve_export *e = &ex->pub;
+  unsigned char *p = hs_reply(c, NBD_REP_INFO, WIRE_INFO_EXPORT_LEN);
+  u_put16(p, NBD_INFO_EXPORT);
+  u_put64(p + 2, size);
+  u_put16(p + 10, flags);
+  if (asked & 1u << NBD_INFO_NAME) hs_put_text(c, NBD_INFO_NAME, e->name);
+  if (asked & 1u << NBD_INFO_DESCRIPTION && *e->description)
+    hs_put_text(c, NBD_INFO_DESCRIPTION, e->description);
+  if (!(asked & 1u << NBD_INFO_BLOCK_SIZE) && e->min_block == 1 &&
+      e->preferred_block == EX_DEFAULT_BLOCK &&
+      e->max_request == EX_DEFAULT_MAX)
+    return;
+  p = hs_reply(c, NBD_REP_INFO, WIRE_INFO_BLOCK_SIZE_LEN);
+  u_put16(p, NBD_INFO_BLOCK_SIZE);
+  u_put32(p + 2, e->min_block);
+  u_put32(p + 6, e->preferred_block);
+  u_put32(p + 10, e->max_request);
 }
 
 /* Takes the list of information types off the data of INFO or GO: a set of
@@ -2824,19 +2731,8 @@ static uint32_t hs_take_infos(struct conn *c, unsigned *asked) {
   return 0;
 }
 
-/* Which information INFO and GO give: EXPORT always; block sizes also unasked
- * if they are not what a client takes for granted. */
-static unsigned hs_infos(const struct nbdserve_export *e, unsigned asked) {
-  unsigned infos = asked | 1u << NBD_INFO_EXPORT;
-  if (e->min_block > 1 || e->preferred_block != EX_DEFAULT_BLOCK ||
-      e->max_request != EX_DEFAULT_MAX)
-    infos |= 1u << NBD_INFO_BLOCK_SIZE;
-  if (!*e->description) infos &= ~(1u << NBD_INFO_DESCRIPTION);
-  return infos;
-}
-
 /* proto.md, NBD_OPT_INFO and NBD_OPT_GO: the same, but GO enters the export. */
-static enum hs_result hs_opt_go(struct conn *c) {
+static int hs_opt_go(struct conn *c) {
   char name[WIRE_STRING_MAX + 1];
   unsigned asked = 0;
   struct ex *ex;
@@ -2850,16 +2746,14 @@ static enum hs_result hs_opt_go(struct conn *c) {
   if (err) return hs_refuse(c, NBD_REP_ERR_UNKNOWN, u_errno_text(err));
   unsigned flags =
       ex_transmission_flags(ex, c->mode, hs_has_allocation(c, name));
-  unsigned infos = hs_infos(&ex->pub, asked);
-  for (unsigned type = 0; type <= NBD_INFO_BLOCK_SIZE; type++)
-    if (infos & 1u << type) hs_put_info(c, ex, size, flags, type);
+  hs_put_infos(c, ex, size, flags, asked);
   /* proto.md: a client that does not ask for block sizes might send unaligned
    * requests. */
   int must_ask = ex->pub.min_block > 1 && !(asked & 1u << NBD_INFO_BLOCK_SIZE);
   if (c->option == NBD_OPT_GO && !must_ask) {
     hs_ack(c);
     hs_enter(c, ex, name, size);
-    return HS_ENTER;
+    return 0;
   }
   ex_release(ex);
   if (!must_ask) return hs_ack(c);
@@ -2867,7 +2761,7 @@ static enum hs_result hs_opt_go(struct conn *c) {
 }
 
 /* proto.md, NBD_OPT_STRUCTURED_REPLY and NBD_OPT_EXTENDED_HEADERS. */
-static enum hs_result hs_opt_mode(struct conn *c) {
+static int hs_opt_mode(struct conn *c) {
   enum wire_mode mode =
       c->option == NBD_OPT_EXTENDED_HEADERS ? MODE_EXTENDED : MODE_STRUCTURED;
   if (c->option_left)
@@ -2900,7 +2794,7 @@ static uint32_t hs_take_queries(struct conn *c, int *found) {
 }
 
 /* proto.md, NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT. */
-static enum hs_result hs_opt_meta_context(struct conn *c) {
+static int hs_opt_meta_context(struct conn *c) {
   const size_t len = sizeof hs_allocation - 1;
   char name[WIRE_STRING_MAX + 1];
   int sets = c->option == NBD_OPT_SET_META_CONTEXT;
@@ -2928,7 +2822,7 @@ static enum hs_result hs_opt_meta_context(struct conn *c) {
 
 /* A new option gets a row here.  ABORT is not in it: hs_option answers it
  * before it looks at anything else. */
-static enum hs_result (*const hs_options[])(struct conn *c) = {
+static int (*const hs_options[])(struct conn *c) = {
     [NBD_OPT_EXPORT_NAME] = hs_opt_export_name,
     [NBD_OPT_LIST] = hs_opt_list,
     [NBD_OPT_INFO] = hs_opt_go,
@@ -2940,10 +2834,6 @@ static enum hs_result (*const hs_options[])(struct conn *c) = {
 };
 
 /* ---- Haggling ------------------------------------------------------------ */
-
-enum {
-  HS_WITHOUT_OPTIONS = 16 /* from this bit of config.without on: options */
-};
 
 STATIC_ASSERT(options_have_bits,
               HS_WITHOUT_OPTIONS + COUNT_OF(hs_options) <= 32);
@@ -2960,39 +2850,41 @@ static int hs_take_data(struct conn *c, uint32_t len) {
   return 0;
 }
 
-/* Receives an option and answers it. */
-static enum hs_result hs_option(struct conn *c) {
+/* Receives an option and answers it.  0, CONN_LEFT or -errno. */
+static int hs_option(struct conn *c) {
   unsigned char head[WIRE_OPTION_LEN];
   int err = io_recv_all(&c->io, head, sizeof head);
-  if (err) return hs_fail(c, err);
-  struct wire_option o = wire_get_option(head);
-  c->option = o.option;
-  if (o.magic != NBD_OPTION_MAGIC) return hs_fail(c, -EPROTO);
-  if (o.option == NBD_OPT_EXPORT_NAME && o.len > WIRE_STRING_MAX)
-    return hs_fail(c, -ENOENT); /* it could not be answered anyway */
-  err = hs_take_data(c, o.len);
-  if (err) return hs_fail(c, err);
+  if (err) return err;
+  uint32_t option = c->option = u_get32(head + 8);
+  uint32_t len = u_get32(head + 12);
+  if (u_get64(head) != NBD_OPTION_MAGIC) return -EPROTO;
+  if (option == NBD_OPT_EXPORT_NAME && len > WIRE_STRING_MAX)
+    return -ENOENT; /* it could not be answered anyway */
+  err = hs_take_data(c, len);
+  if (err) return err;
   /* proto.md: each SET replaces the selection, also one that fails. */
-  if (o.option == NBD_OPT_SET_META_CONTEXT) c->has_allocation = 0;
-  if (o.option == NBD_OPT_ABORT) { /* whatever its data, however much */
+  if (option == NBD_OPT_SET_META_CONTEXT) c->has_allocation = 0;
+  if (option == NBD_OPT_ABORT) { /* whatever its data, however much */
     hs_ack(c);
-    return HS_END;
+    return CONN_LEFT;
   }
-  if (o.option >= COUNT_OF(hs_options) || !hs_options[o.option] ||
-      (c->s->config.without >> (HS_WITHOUT_OPTIONS + o.option) & 1))
+  if (option >= COUNT_OF(hs_options) || !hs_options[option] ||
+      (c->s->config.without >> (HS_WITHOUT_OPTIONS + option) & 1))
     return hs_refuse(c, NBD_REP_ERR_UNSUP, "unknown option");
-  if (o.len > NBDSERVE_MAX_OPTION)
+  if (len > NBDSERVE_MAX_OPTION)
     return hs_refuse(c, NBD_REP_ERR_TOO_BIG, "too much data");
   c->option_data = c->rbuf;
-  c->option_left = o.len;
-  return hs_options[o.option](c);
+  c->option_left = len;
+  return hs_options[option](c);
 }
 
 /* Greets the client and takes its flags.  0 or -errno. */
 static int hs_greet(struct conn *c) {
   unsigned char flags[WIRE_CLIENT_FLAGS_LEN];
-  wire_put_hello(hs_reserve(c, WIRE_HELLO_LEN),
-                 NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
+  unsigned char *p = hs_reserve(c, WIRE_HELLO_LEN);
+  u_put64(p, NBD_INIT_MAGIC);
+  u_put64(p + 8, NBD_OPTION_MAGIC);
+  u_put16(p + 16, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
   int err = hs_send(c);
   if (!err) err = io_recv_all(&c->io, flags, sizeof flags);
   if (err) return err;
@@ -3002,46 +2894,43 @@ static int hs_greet(struct conn *c) {
   return 0;
 }
 
-/* The whole handshake: HS_ENTER, HS_END or HS_FAILED. */
-static enum hs_result hs_run(struct conn *c) {
-  enum hs_result result;
+/* The whole handshake.  0: c->export is entered; else see enum conn_step. */
+static int hs_run(struct conn *c) {
   assert(!c->io.deadline && !c->export && !c->wbuf_used);
   c->io.deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
-  int err = hs_greet(c);
-  if (err) return hs_fail(c, err);
-  do {
-    result = hs_option(c);
-    err = hs_send(c);
-  } while (result == HS_MORE && !err);
+  int step = hs_greet(c);
+  while (!step && !c->export) {
+    step = hs_option(c);
+    if (step >= 0 && hs_send(c)) step = c->send_err;
+  }
   c->io.deadline = 0;
-  if (err && result != HS_FAILED) return hs_fail(c, err);
-  assert(result != HS_ENTER || (c->export && !c->wbuf_used));
-  return result;
+  assert(step || !c->wbuf_used);
+  return step;
 }
 
 /* ==== [9] TRANSMISSION (tx_) =============================================
- * Requests in, replies out.  The states of a request are drawn in [7].
+ * Requests in, replies out.  The states of a request stand in [5].
  *
  * ---- The life of a request ------------------------------------------------
  *
  *   tx_receive       one recv() brings what has come into c->rbuf
- *   tx_next_request  parses, waits for the payload, validates; then tx_route
- *                    decides where the request is done:
+ *   tx_next_request  parses, waits for the payload, validates
+ *   tx_dispatch      decides where the request is done:
  *
- *   route         requests                  done by          data in
- *   TX_ANSWER     refused, or empty         nobody           -
- *   TX_DRAIN      refused, and the payload  nobody           piece_buf, thrown
- *                 is longer than a batch's                   away
- *   TX_IN_BATCH   READ, WRITE up to         client's thread, WRITE: rbuf, where
- *                 TX_IN_BATCH_MAX           all of a batch   it came; READ: a
- *                                           together         slot in wbuf
- *   TX_IN_PIECES  longer READ, WRITE        client's thread  piece_buf
- *   TX_COPIED     READ, WRITE up to         a worker         a buffer of its
- *                 TX_PIECE without                           own
- *                 run_batch
- *   TX_BY_WORKER  FLUSH, TRIM, CACHE,       a worker; FLUSH: BLOCK_STATUS: a
- *                 WRITE_ZEROES,             after the        buffer of its own
- *                 BLOCK_STATUS              batch's writes
+ *   requests                  done by            data in
+ *   refused, or empty         nobody             -
+ *   refused, with a payload   nobody             piece_buf: tx_in_pieces
+ *   longer than a batch's
+ *   READ, WRITE up to         client's thread,   WRITE: rbuf, where it came;
+ *   TX_IN_BATCH_MAX           all of a batch     READ: a slot in wbuf
+ *                             together
+ *   longer READ, WRITE        client's thread    piece_buf: tx_in_pieces
+ *   READ, WRITE up to         a worker           a buffer of its own: tx_copied
+ *   TX_PIECE without
+ *   run_batch
+ *   FLUSH, TRIM, CACHE,       a worker; FLUSH:   BLOCK_STATUS: a buffer of its
+ *   WRITE_ZEROES,             after the batch's  own
+ *   BLOCK_STATUS              writes
  *
  *   tx_run_batch     does what has gathered, when rbuf holds no whole request
  *                    any more or the batch is full
@@ -3049,12 +2938,12 @@ static enum hs_result hs_run(struct conn *c) {
  *
  * Without run_batch: on a host's backend, or with config.before.
  *
- * A WRITE of 4 KiB to a file: recv() puts it into rbuf.  It is TX_IN_BATCH, and
- * its r.buf points into rbuf, which nobody touches until the batch is done.
- * run_batch calls pwrite from there.  The reply is one of the heads that
- * tx_answer gathers, and all replies of the batch leave in one sendmsg().  All
- * of this happens in the client's thread.  A WRITE with FUA is TO_FLUSH after
- * pwrite: a worker flushes and answers.
+ * A WRITE of 4 KiB to a file: recv() puts it into rbuf.  It goes into the
+ * batch, and its r.buf points into rbuf, which nobody touches until the batch
+ * is done.  run_batch calls pwrite from there.  The reply is one of the heads
+ * that tx_answer gathers, and all replies of the batch leave in one sendmsg().
+ * All of this happens in the client's thread.  A WRITE with FUA is TO_FLUSH
+ * after pwrite: a worker flushes and answers.
  *
  * A FLUSH is TO_FLUSH from the start.  When the batch's writes are done it
  * joins c->to_flush; one worker takes all requests that are there, calls
@@ -3073,11 +2962,11 @@ static enum hs_result hs_run(struct conn *c) {
  *
  * ---- Rules ----------------------------------------------------------------
  * (T1) Every request gets exactly one reply, DISC none.  The order is free.
- * (T2) Each READ of a batch has a slot in wbuf: room for the reply's head, and
- *      its data behind that, so that data is never copied.  Slots are sent
- *      first, in the order in which they lie there, then the heads of all other
- *      replies.  A READ that failed or brought nothing but zeroes leaves its
- *      slot unused and is answered by a head alone.
+ * (T2) The buffer of a READ has room for the reply's head in front of the data,
+ *      so that neither is ever copied.  Those of a batch lie side by side in
+ *      wbuf, each in its slot, and neighbours leave as one piece.  A READ that
+ *      failed or brought nothing but zeroes leaves its slot unused: it is
+ *      answered by a head alone, which stands with the other replies' heads.
  * (T3) A batch's writes are done before its flushes start: a flush covers all
  *      that was answered before it arrived, and more.
  * (T4) FLUSH, TRIM, CACHE, WRITE_ZEROES and BLOCK_STATUS, and without run_batch
@@ -3087,33 +2976,10 @@ static enum hs_result hs_run(struct conn *c) {
  *      up the requests behind it.
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
  *      max_handed_over requests with workers.  Without run_batch each of these
- *      may hold TX_PIECE bytes.  With it no READ or WRITE is TX_COPIED, and
+ *      may hold TX_PIECE bytes.  With it no READ or WRITE is copied, and
  *      each holds the extents of a BLOCK_STATUS at most. */
 
 /* ---- Replies ------------------------------------------------------------- */
-
-/* What a reply, or a chunk of one, looks like. */
-enum tx_form {
-  TX_SIMPLE, /* a simple reply, the data of a READ behind it */
-  TX_NONE,   /* a chunk that says: done */
-  TX_DATA,   /* a chunk of data */
-  TX_HOLE,   /* a chunk that says: zeroes */
-  TX_STATUS, /* a chunk with extents */
-  TX_ERROR   /* a chunk with an error, and its place if that is known */
-};
-
-/* Which form the reply to a request has: its mode, its outcome and its command
- * decide. */
-static enum tx_form tx_form(const struct nbdserve_req *r) {
-  if (r->mode == MODE_SIMPLE) return TX_SIMPLE;
-  if (r->err) return TX_ERROR;
-  if (r->type == NBD_CMD_BLOCK_STATUS) return TX_STATUS;
-  if (r->type == NBD_CMD_READ) {
-    if (!r->len) return TX_NONE;
-    return r->all_zero ? TX_HOLE : TX_DATA;
-  }
-  return r->mode == MODE_STRUCTURED ? TX_SIMPLE : TX_NONE;
-}
 
 /* The error that is sent for a request. */
 static uint32_t tx_error(const struct nbdserve_req *r) {
@@ -3137,48 +3003,6 @@ static size_t tx_put_error(unsigned char *p, const struct nbdserve_req *r) {
   return n + WIRE_OFFSET_LEN;
 }
 
-/* Writes all of a reply but its data (see tx_data) to p[TX_HEAD_MAX].  Returns
- * the number of bytes. */
-static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
-  enum tx_form form = tx_form(r);
-  if (form == TX_SIMPLE) return wire_put_simple(p, tx_error(r), r->cookie);
-  size_t head = wire_chunk_len(r->mode);
-  struct wire_chunk chunk = {.last = r->err || !r->more_chunks,
-                             .cookie = r->cookie,
-                             .req_off = r->client_off};
-  size_t n = 0; /* bytes of payload that are written here */
-  switch (form) {
-  case TX_DATA:
-    chunk.type = NBD_REPLY_TYPE_OFFSET_DATA;
-    u_put64(p + head, r->off);
-    n = WIRE_OFFSET_LEN;
-    chunk.len = n + r->len;
-    break;
-  case TX_HOLE:
-    chunk.type = NBD_REPLY_TYPE_OFFSET_HOLE;
-    u_put64(p + head, r->off);
-    u_put32(p + head + WIRE_OFFSET_LEN, (uint32_t)r->len);
-    chunk.len = n = WIRE_HOLE_LEN;
-    break;
-  case TX_STATUS:
-    chunk.type = r->mode == MODE_EXTENDED ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT
-                                          : NBD_REPLY_TYPE_BLOCK_STATUS;
-    chunk.len = r->status_len;
-    break;
-  case TX_ERROR:
-    chunk.type =
-        r->err_has_off ? NBD_REPLY_TYPE_ERROR_OFFSET : NBD_REPLY_TYPE_ERROR;
-    chunk.len = n = tx_put_error(p + head, r);
-    break;
-  case TX_NONE: /* is NBD_REPLY_TYPE_NONE, 0 */
-  case TX_SIMPLE:
-    break;
-  }
-  wire_put_chunk(p, r->mode, &chunk);
-  assert(head + n <= TX_HEAD_MAX);
-  return head + n;
-}
-
 /* The data that follows the head of a reply; no bytes of it if there is
  * none. */
 static struct iovec tx_data(const struct nbdserve_req *r) {
@@ -3189,18 +3013,47 @@ static struct iovec tx_data(const struct nbdserve_req *r) {
   return v;
 }
 
-/* Were only zeroes read, so that a hole can be sent for them?  Where that is
- * not so, one look at the data mostly shows it. */
+/* Writes all of a reply but its data to p[TX_HEAD_MAX]: its mode, its outcome
+ * and its command decide what it looks like.  Returns the number of bytes. */
+static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
+  int is_status = r->type == NBD_CMD_BLOCK_STATUS;
+  int is_read = r->type == NBD_CMD_READ;
+  int has_chunks =
+      r->mode == MODE_EXTENDED ||
+      (r->mode == MODE_STRUCTURED && (is_read || is_status || r->err));
+  if (!has_chunks) return wire_put_simple(p, tx_error(r), r->cookie);
+  unsigned char *payload = p + wire_chunk_len(r->mode);
+  enum nbd_reply_type type = NBD_REPLY_TYPE_NONE;
+  size_t n = 0; /* bytes of payload that are written here */
+  if (r->err) {
+    type = r->err_has_off ? NBD_REPLY_TYPE_ERROR_OFFSET : NBD_REPLY_TYPE_ERROR;
+    n = tx_put_error(payload, r);
+  } else if (is_status) {
+    type = r->mode == MODE_EXTENDED ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT
+                                    : NBD_REPLY_TYPE_BLOCK_STATUS;
+  } else if (is_read && r->len) {
+    type = NBD_REPLY_TYPE_OFFSET_DATA;
+    u_put64(payload, r->off);
+    n = WIRE_OFFSET_LEN;
+    if (r->all_zero) {
+      type = NBD_REPLY_TYPE_OFFSET_HOLE;
+      u_put32(payload + n, (uint32_t)r->len);
+      n = WIRE_HOLE_LEN;
+    }
+  }
+  wire_put_chunk(p, r, type, n + tx_data(r).iov_len);
+  assert(payload + n <= p + TX_HEAD_MAX);
+  return (size_t)(payload - p) + n;
+}
+
+/* Has a READ brought only zeroes, so that a hole can be sent for them?  Where
+ * that is not so, one look at the data mostly shows it. */
 static int tx_is_all_zero(const struct nbdserve_req *r) {
-  return r->mode != MODE_SIMPLE && r->len >= TX_MIN_HOLE &&
-         u_is_zero(r->buf, (size_t)r->len);
+  return r->type == NBD_CMD_READ && !r->err && r->mode != MODE_SIMPLE &&
+         r->len >= TX_MIN_HOLE && u_is_zero(r->buf, (size_t)r->len);
 }
 
 /* ---- Answering: gather, send, count, free -------------------------------- */
-
-enum {
-  TX_HEADS = 32 /* heads that leave in one send, at most */
-};
 
 /* Replies that leave in one send.  Gathering them needs no socket. */
 struct tx_out {
@@ -3224,28 +3077,28 @@ static void tx_add_piece(struct tx_out *out, void *p, size_t len) {
   out->n++;
 }
 
-/* Begins with the READs that stand in their slots of wbuf (T2): neighbours
- * there become one piece. */
-static void tx_gather_slots(struct tx_out *out, struct nbdserve_req *list,
-                            size_t read_head) {
+/* Gathers replies, each with its data behind it, as many as there is room for.
+ * The head of a READ's data goes into the room in front of it, so READs side by
+ * side in wbuf become one piece (T2).  Returns the first of the list that did
+ * not fit, or NULL. */
+static struct nbdserve_req *tx_gather(struct tx_out *out,
+                                      struct nbdserve_req *r) {
   out->n = 0;
-  for (struct nbdserve_req *r = list; r; r = r->next)
-    if (r->state == REQ_IN_WBUF)
-      tx_add_piece(out, r->buf - read_head, read_head + (size_t)r->len);
-}
-
-/* Gathers the other replies, head by head, each with its data behind it, as
- * many as there is room for.  The first of the list that did not fit, or
- * NULL. */
-static struct nbdserve_req *tx_gather_heads(struct tx_out *out,
-                                            struct nbdserve_req *r) {
+  out->heads_len = 0;
   for (; r; r = r->next) {
-    if (r->state == REQ_IN_WBUF) continue;
     assert(r->state == REQ_DONE);
     if (out->heads_len + TX_HEAD_MAX > sizeof out->heads) break;
-    /* Two pieces, where slots and heads with data lie in between. */
     if ((size_t)out->n + 2 > COUNT_OF(out->v)) break;
+    r->all_zero = tx_is_all_zero(r);
     struct iovec data = tx_data(r);
+    if (r->type == NBD_CMD_READ && data.iov_len) {
+      size_t room = wire_read_head_len(r->mode);
+      /* Of a long simple reply only the first piece has a head. */
+      if (r->mode == MODE_SIMPLE && r->off != r->client_off) room = 0;
+      if (room) tx_put_head(r->buf - room, r);
+      tx_add_piece(out, r->buf - room, room + data.iov_len);
+      continue;
+    }
     unsigned char *head = out->heads + out->heads_len;
     size_t len = tx_put_head(head, r);
     out->heads_len += len;
@@ -3258,10 +3111,11 @@ static struct nbdserve_req *tx_gather_heads(struct tx_out *out,
 /* Sends the n pieces at v, in one go as far as other threads can see.  After
  * the first error nothing is sent any more, and the client's thread, which may
  * wait for a request, is told by the end of its stream (unless that is a pipe
- * of its own).  Returns 0 or -errno. */
+ * of its own).  Returns 0, or -errno, which may be of an earlier send: with n 0
+ * only that is looked at. */
 static int tx_send(struct conn *c, struct iovec *v, int n) {
   os_lock(&c->send_lock);
-  if (!c->send_err) {
+  if (!c->send_err && n) {
     c->send_err = io_send(&c->io, v, n);
     if (c->send_err) shutdown(c->io.out, SHUT_RDWR);
   }
@@ -3270,41 +3124,16 @@ static int tx_send(struct conn *c, struct iovec *v, int n) {
   return err;
 }
 
-/* Why nothing is sent any more: 0 or -errno. */
-static int tx_send_error(struct conn *c) {
-  os_lock(&c->send_lock);
-  int err = c->send_err;
-  os_unlock(&c->send_lock);
-  return err;
-}
-
 /* Sends the replies of a list, in as few sends as possible.  0 or -errno. */
 static int tx_send_all(struct conn *c, struct nbdserve_req *list) {
   struct tx_out out;
-  struct nbdserve_req *rest = list;
   int err = 0;
-  tx_gather_slots(&out, list, c->read_head);
-  do {
-    out.heads_len = 0;
-    rest = tx_gather_heads(&out, rest);
+  while (list && !err) {
+    list = tx_gather(&out, list);
     assert(out.n > 0 && out.heads_len <= sizeof out.heads);
     err = tx_send(c, out.v, out.n);
-    out.n = 0;
-  } while (rest && !err);
-  return err;
-}
-
-/* Counts requests that are answered. */
-static void tx_count(struct conn *c, const struct nbdserve_req *list) {
-  struct nbdserve_stats *stats = &c->stats;
-  os_lock(&c->queue_lock);
-  for (const struct nbdserve_req *r = list; r; r = r->next) {
-    stats->requests++;
-    if (r->err) stats->errors++;
-    if (!r->err && r->type == NBD_CMD_READ) stats->bytes_read += r->len;
-    if (!r->err && r->type == NBD_CMD_WRITE) stats->bytes_written += r->len;
   }
-  os_unlock(&c->queue_lock);
+  return err;
 }
 
 /* Logs a request that is answered; of those that failed only the first few.
@@ -3335,28 +3164,29 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
 /* Counts and logs what is answered; mostly before it is sent, so that a client
  * which has its reply finds it counted. */
 static void tx_account(struct conn *c, const struct nbdserve_req *list) {
-  tx_count(c, list);
-  for (const struct nbdserve_req *r = list; r; r = r->next)
+  struct nbdserve_stats *stats = &c->stats;
+  const struct nbdserve_req *r;
+  os_lock(&c->queue_lock);
+  for (r = list; r; r = r->next) {
+    stats->requests++;
+    if (r->err) stats->errors++;
+    if (!r->err && r->type == NBD_CMD_READ) stats->bytes_read += r->len;
+    if (!r->err && r->type == NBD_CMD_WRITE) stats->bytes_written += r->len;
+  }
+  os_unlock(&c->queue_lock);
+  for (r = list; r; r = r->next)
     tx_log(c, r);
 }
 
-/* Marks the requests of a list as answered and frees the buffers they own. */
-static void tx_release(struct nbdserve_req *list) {
-  for (struct nbdserve_req *r = list; r; r = r->next) {
-    req_set_state(r, REQ_SENT);
-    if (r->owns_buf) NBDSERVE_FREE(r->buf);
-    r->buf = NULL;
-  }
-}
-
-/* Answers the requests of a list, which are DONE or IN_WBUF (T1).  0, or -errno
- * when the client is gone. */
+/* Answers the requests of a list, which are DONE (T1), and frees the buffers
+ * that they own.  0, or -errno when the client is gone. */
 static int tx_answer(struct conn *c, struct nbdserve_req *list) {
   if (!list) return 0;
   assert(c->export);
   tx_account(c, list);
   int err = tx_send_all(c, list);
-  tx_release(list);
+  for (; list; list = list->next)
+    NBDSERVE_FREE(list->owned);
   return err;
 }
 
@@ -3366,12 +3196,9 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list) {
 static void tx_executed(struct conn *c, struct nbdserve_req *r, int err) {
   assert(r->state == REQ_TODO && err <= 0);
   r->err = err;
-  if (!err && ex_fua(c->export, r) == EX_FUA_BY_FLUSH) {
-    req_set_state(r, REQ_TO_FLUSH);
-    return;
-  }
-  if (!err && r->type == NBD_CMD_READ) r->all_zero = tx_is_all_zero(r);
-  req_set_state(r, REQ_DONE);
+  int is_native = (c->export->pub.flags & NBDSERVE_EXPORT_NATIVE_FUA) != 0;
+  int owes_flush = !err && !is_native && ex_wants_fua(c->export, r);
+  req_set_state(r, owes_flush ? REQ_TO_FLUSH : REQ_DONE);
 }
 
 /* Flushes for all requests of a list, which are TO_FLUSH, in one go.  `before`
@@ -3444,7 +3271,7 @@ static struct nbdserve_req *tx_take_work(struct conn *c) {
 static void tx_retire(struct conn *c, struct nbdserve_req *list) {
   while (list) {
     struct nbdserve_req *next = list->next;
-    assert(list->state == REQ_SENT && c->nhanded_over > 0);
+    assert(list->state == REQ_DONE && c->nhanded_over > 0);
     NBDSERVE_FREE(list);
     c->nhanded_over--;
     list = next;
@@ -3493,22 +3320,6 @@ static int tx_need_worker(struct conn *c, const struct nbdserve_req *r) {
   return c->nworkers > 0;
 }
 
-/* Puts a worker's request into the list that it belongs to, and wakes a worker.
- * The caller, the client's thread, holds queue_lock; all others that wait for
- * it are workers, so whoever is woken is one. */
-static void tx_enqueue(struct conn *c, struct nbdserve_req *r) {
-  c->nhanded_over++;
-  if (r->state == REQ_TO_FLUSH) {
-    r->next = c->to_flush;
-    c->to_flush = r;
-  } else {
-    *c->queue_end = r;
-    c->queue_end = &r->next;
-    c->nqueue++;
-  }
-  os_wake_one(&c->queue_lock);
-}
-
 /* Hands a request, which is TODO or TO_FLUSH, over to a worker: a copy of it,
  * and the buffer if the request owns it.  Waits while too many are handed over
  * (T5).  False: there is no worker, and the caller has to do it. */
@@ -3521,18 +3332,28 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
   copy->next = NULL;
   /* A request whose data lies in rbuf or wbuf was executed; it only owes a
    * flush, which needs no data. */
-  if (!copy->owns_buf) copy->buf = NULL;
+  if (!copy->owned) copy->buf = NULL;
   os_lock(&c->queue_lock);
   while (c->nhanded_over >= c->max_handed_over)
     tx_wait_for_worker(c);
-  int taken = tx_need_worker(c, copy);
-  if (taken) tx_enqueue(c, copy);
-  os_unlock(&c->queue_lock);
-  if (taken)
-    req_set_state(r, REQ_HANDED_OVER);
-  else
+  if (!tx_need_worker(c, copy)) {
+    os_unlock(&c->queue_lock);
     NBDSERVE_FREE(copy);
-  return taken;
+    return 0;
+  }
+  if (copy->state == REQ_TO_FLUSH) {
+    copy->next = c->to_flush;
+    c->to_flush = copy;
+  } else {
+    *c->queue_end = copy;
+    c->queue_end = &copy->next;
+    c->nqueue++;
+  }
+  c->nhanded_over++;
+  os_wake_one(&c->queue_lock); /* a worker: this thread does not wait */
+  os_unlock(&c->queue_lock);
+  req_set_state(r, REQ_HANDED_OVER);
+  return 1;
 }
 
 /* Waits until no request is with a worker: none of their replies comes between
@@ -3557,50 +3378,25 @@ static void tx_end_workers(struct conn *c) {
 
 /* ---- The batch ----------------------------------------------------------- */
 
-/* Does the READs and WRITEs from batch[i] on that stand in a row, with one call
- * of the backend.  The index behind them. */
-static size_t tx_run_row(struct conn *c, size_t i) {
-  size_t end = i;
-  assert(c->run_batch);
-  while (end < c->nbatch && c->batch[end].state == REQ_TODO &&
-         req_moves_data(&c->batch[end]))
-    end++;
-  assert(end > i);
-  c->run_batch(c->export->pub.ctx, &c->batch[i], end - i);
-  for (; i < end; i++)
-    tx_executed(c, &c->batch[i], c->batch[i].err);
-  return end;
-}
-
-/* Does all of the batch, or hands over what is for workers (T4). */
+/* Does what is TODO of the batch, or hands over what is for workers (T4).
+ * READs and WRITEs that stand in a row are done with one call of run_batch. */
 static void tx_run_requests(struct conn *c) {
   size_t i = 0;
   while (i < c->nbatch) {
-    struct nbdserve_req *r = &c->batch[i];
-    if (r->state == REQ_TODO && c->run_batch && req_moves_data(r)) {
-      i = tx_run_row(c, i);
-      continue;
-    }
-    if (r->state == REQ_TODO) {
+    struct nbdserve_req *r = &c->batch[i++];
+    if (r->state != REQ_TODO) continue;
+    if (!c->run_batch || !req_moves_data(r)) {
       int given = !req_moves_data(r) && tx_hand_over(c, r);
       if (!given) tx_execute(c, r);
+      continue;
     }
-    i++;
+    while (i < c->nbatch && c->batch[i].state == REQ_TODO &&
+           req_moves_data(&c->batch[i]))
+      i++;
+    c->run_batch(c->export->pub.ctx, r, (size_t)(&c->batch[i] - r));
+    for (; r < &c->batch[i]; r++)
+      tx_executed(c, r, r->err);
   }
-  for (i = 0; i < c->nbatch; i++) { /* (T3): only now */
-    struct nbdserve_req *r = &c->batch[i];
-    if (r->state == REQ_TO_FLUSH && !tx_hand_over(c, r)) tx_execute(c, r);
-  }
-}
-
-/* Builds the reply of a READ in its slot of wbuf (T2). */
-static void tx_fill_slot(struct conn *c, struct nbdserve_req *r) {
-  size_t head = tx_put_head(r->buf - c->read_head, r);
-  assert(head == c->read_head && r->state == REQ_DONE);
-  assert(r->buf >= c->wbuf + c->read_head);
-  assert(r->buf + r->len <= c->wbuf + c->wbuf_used);
-  (void)head;
-  req_set_state(r, REQ_IN_WBUF);
 }
 
 /* Does the batch, or hands it over, and answers it.  0, or -errno to close. */
@@ -3611,8 +3407,9 @@ static int tx_run_batch(struct conn *c) {
   tx_run_requests(c);
   for (size_t i = 0; i < c->nbatch; i++) {
     struct nbdserve_req *r = &c->batch[i];
+    if (r->state == REQ_TO_FLUSH && !tx_hand_over(c, r))
+      tx_execute(c, r); /* (T3): only now */
     if (r->state == REQ_HANDED_OVER) continue;
-    if (r->type == NBD_CMD_READ && tx_data(r).iov_len > 0) tx_fill_slot(c, r);
     *end = r;
     end = &r->next;
   }
@@ -3626,7 +3423,7 @@ static int tx_run_batch(struct conn *c) {
 static int tx_add_to_batch(struct conn *c, const struct nbdserve_req *r) {
   size_t slot = 0;
   if (r->type == NBD_CMD_READ && r->state == REQ_TODO)
-    slot = c->read_head + (size_t)r->len;
+    slot = wire_read_head_len(c->mode) + (size_t)r->len;
   assert(slot <= CONN_WBUF);
   if (c->nbatch == TX_BATCH || c->wbuf_used + slot > CONN_WBUF) {
     int err = tx_run_batch(c);
@@ -3634,8 +3431,8 @@ static int tx_add_to_batch(struct conn *c, const struct nbdserve_req *r) {
   }
   struct nbdserve_req *place = &c->batch[c->nbatch++];
   *place = *r;
-  if (slot) place->buf = c->wbuf + c->wbuf_used + c->read_head;
   c->wbuf_used += slot;
+  if (slot) place->buf = c->wbuf + c->wbuf_used - r->len;
   return 0;
 }
 
@@ -3663,85 +3460,51 @@ static int tx_finish(struct conn *c, struct nbdserve_req *r) {
   return tx_answer(c, r);
 }
 
-/* Throws away the payload of a request that was refused, and answers it. */
-static int tx_drain(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
-  assert(r->state == REQ_DONE && r->err && payload > TX_IN_BATCH_MAX);
-  c->after_long_write = 1;
-  while (payload > 0) {
-    size_t n = (size_t)u_min(payload, TX_PIECE);
-    int err = tx_recv_payload(c, c->piece_buf, n);
-    if (err) return err;
-    payload -= n;
-  }
-  return tx_answer(c, r);
-}
-
-/* Does a long WRITE, piece by piece as they come.  After an error the others
- * are thrown away. */
-static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r) {
+/* Does a long WRITE, piece by piece as they come, or only receives the payload
+ * of a request that was refused.  After an error the rest is thrown away. */
+static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r,
+                              uint64_t payload) {
   struct nbdserve_req piece = *r;
-  int failed = ex_ask_before(c->export, r);
-  uint64_t left = r->len;
+  int is_refused = r->state == REQ_DONE;
+  int failed = is_refused ? r->err : ex_ask_before(c->export, r);
+  assert(is_refused || payload == r->len);
   piece.buf = c->piece_buf;
   c->after_long_write = 1;
-  while (left > 0) {
-    piece.len = u_min(left, TX_PIECE);
+  for (; payload > 0; payload -= piece.len) {
+    piece.len = u_min(payload, TX_PIECE);
     int err = tx_recv_payload(c, piece.buf, (size_t)piece.len);
     if (err) return err;
     if (!failed) failed = ex_execute(c->export, &piece);
     piece.off += piece.len;
-    left -= piece.len;
   }
-  tx_executed(c, r, failed);
+  if (!is_refused) tx_executed(c, r, failed);
   return tx_finish(c, r);
 }
 
-/* The next piece of a long READ, from off on. */
-static struct nbdserve_req tx_read_piece(const struct conn *c,
-                                         const struct nbdserve_req *r,
-                                         uint64_t off) {
-  struct nbdserve_req piece = *r;
+/* Reads the next piece of a long READ, from off on, into piece_buf. */
+static int tx_read_piece(struct conn *c, const struct nbdserve_req *r,
+                         uint64_t off, struct nbdserve_req *piece) {
   uint64_t end = r->off + r->len;
-  piece.buf = c->piece_buf + TX_HEAD_MAX;
-  piece.off = off;
-  piece.len = u_min(end - off, TX_PIECE);
-  piece.more_chunks = off + piece.len < end;
+  *piece = *r;
+  piece->buf = c->piece_buf + TX_HEAD_ROOM;
+  piece->off = off;
+  piece->len = u_min(end - off, TX_PIECE);
+  piece->more_chunks = off + piece->len < end;
   /* proto.md: chunks should end at multiples of 512, where possible. */
-  if (piece.more_chunks) piece.len -= (off + piece.len) % 512;
-  assert(piece.len > 0 && off + piece.len <= end);
-  return piece;
+  if (piece->more_chunks) piece->len -= (off + piece->len) % 512;
+  assert(piece->len > 0 && off + piece->len <= end);
+  tx_executed(c, piece, ex_execute(c->export, piece));
+  return piece->err;
 }
 
 /* Reads all of a long READ and keeps nothing: what fails now can still be said
  * in a simple reply, whose head claims success before the data comes. */
 static int tx_try_read(struct conn *c, const struct nbdserve_req *r) {
-  uint64_t off = r->off;
-  while (off < r->off + r->len) {
-    struct nbdserve_req piece = tx_read_piece(c, r, off);
-    int err = ex_execute(c->export, &piece);
-    if (err) return err;
-    off += piece.len;
-  }
-  return 0;
-}
-
-/* Sends one piece of a long READ that was read.  Of a simple reply only the
- * first piece has a head. */
-static int tx_send_piece(struct conn *c, struct nbdserve_req *piece) {
-  struct iovec v[2];
-  int n = 0;
-  piece->all_zero = tx_is_all_zero(piece);
-  if (piece->mode != MODE_SIMPLE || piece->off == piece->client_off) {
-    v[n].iov_base = c->piece_buf;
-    v[n].iov_len = tx_put_head(c->piece_buf, piece);
-    n++;
-  }
-  if (!piece->all_zero) {
-    v[n].iov_base = piece->buf;
-    v[n].iov_len = (size_t)piece->len;
-    n++;
-  }
-  return tx_send(c, v, n);
+  struct nbdserve_req piece;
+  int err = 0;
+  for (uint64_t off = r->off; off < r->off + r->len && !err; off += piece.len)
+    err = tx_read_piece(c, r, off, &piece);
+  return err;
 }
 
 /* Reads and sends a long READ, piece by piece: as chunks of a structured reply,
@@ -3756,12 +3519,12 @@ static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
     err = tx_try_read(c, r);
   }
   while (!err && off < r->off + r->len) {
-    struct nbdserve_req piece = tx_read_piece(c, r, off);
-    err = ex_execute(c->export, &piece);
+    struct nbdserve_req piece;
+    err = tx_read_piece(c, r, off, &piece);
     /* A simple reply that has begun cannot be taken back (proto.md). */
     if (err && is_simple && off > r->off) return err;
     if (err) break;
-    int send_err = tx_send_piece(c, &piece);
+    int send_err = tx_send_all(c, &piece);
     if (send_err) return send_err;
     off += piece.len;
   }
@@ -3770,275 +3533,204 @@ static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
   r->err_off = off;
   req_set_state(r, REQ_DONE);
   if (err) return tx_answer(c, r);
-  tx_account(c, r);
-  tx_release(r); /* all was sent */
+  tx_account(c, r); /* all was sent */
   return 0;
 }
 
-/* Does what needs the buffer for pieces: drains a request that was refused, or
- * does a long READ or WRITE.  A connection for which there is not even a
- * megabyte is closed. */
+/* Does what needs the buffer for pieces: a long READ, or what has a long
+ * payload.  A connection for which there is not even a megabyte is closed. */
 static int tx_in_pieces(struct conn *c, struct nbdserve_req *r,
                         uint64_t payload) {
-  if (!c->piece_buf) c->piece_buf = NBDSERVE_MALLOC(TX_HEAD_MAX + TX_PIECE);
+  if (!c->piece_buf) c->piece_buf = NBDSERVE_MALLOC(TX_HEAD_ROOM + TX_PIECE);
   if (!c->piece_buf) return -ENOMEM;
-  if (r->state == REQ_DONE) return tx_drain(c, r, payload);
-  return r->type == NBD_CMD_READ ? tx_read_in_pieces(c, r)
-                                 : tx_write_in_pieces(c, r);
+  return payload ? tx_write_in_pieces(c, r, payload) : tx_read_in_pieces(c, r);
 }
 
 /* Gives a READ or WRITE a buffer of its own and hands it over, with its
  * payload.  Without memory it is done in pieces, as if it were longer. */
 static int tx_copied(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
   assert(!c->run_batch && r->state == REQ_TODO && r->len <= TX_PIECE);
-  r->buf = NBDSERVE_MALLOC((size_t)r->len);
-  if (!r->buf) return tx_in_pieces(c, r, payload);
-  r->owns_buf = 1;
+  r->owned = NBDSERVE_MALLOC(TX_HEAD_ROOM + (size_t)r->len);
+  if (!r->owned) return tx_in_pieces(c, r, payload);
+  r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
   int err = payload ? tx_recv_payload(c, r->buf, (size_t)payload) : 0;
-  if (err) {
-    NBDSERVE_FREE(r->buf);
-    return err;
-  }
-  return tx_finish(c, r);
+  if (!err) return tx_finish(c, r);
+  NBDSERVE_FREE(r->owned);
+  return err;
 }
 
 /* ---- Taking requests ----------------------------------------------------- */
 
-/* Refuses a request: it is not done, and answered with that error. */
-static void tx_refuse(struct nbdserve_req *r, int err, const char *why) {
+/* Refuses a request: it is not done, and answered with that error, which is
+ * returned. */
+static int tx_refuse(struct nbdserve_req *r, int err, const char *why) {
   assert(err < 0 && why);
   r->err = err;
   r->refused = why;
   req_set_state(r, REQ_DONE);
+  return err;
 }
 
-/* The flags of a request that do not apply to it here. */
-static unsigned tx_stray_flags(const struct conn *c,
-                               const struct nbdserve_req *r,
-                               const struct wire_cmd *cmd) {
-  unsigned allowed = cmd->flags;
-  unsigned offered = c->transmission_flags;
-  if (offered & NBD_FLAG_SEND_FUA) allowed |= NBD_CMD_FLAG_FUA;
-  if (!(offered & NBD_FLAG_SEND_DF)) allowed &= ~(unsigned)NBD_CMD_FLAG_DF;
-  if (!(offered & NBD_FLAG_SEND_FAST_ZERO))
-    allowed &= ~(unsigned)NBD_CMD_FLAG_FAST_ZERO;
-  if (c->mode != MODE_EXTENDED) allowed &= ~(unsigned)NBD_CMD_FLAG_PAYLOAD_LEN;
-  if (r->type == NBD_CMD_BLOCK_STATUS &&
-      !(offered & NBD_FLAG_BLOCK_STATUS_PAYLOAD))
-    allowed &= ~(unsigned)NBD_CMD_FLAG_PAYLOAD_LEN;
-  return r->flags & ~allowed;
+/* The transmission flags without which a request is not possible. */
+static unsigned tx_needed_flags(const struct nbdserve_req *r,
+                                const struct wire_cmd *cmd) {
+  unsigned needed = cmd->exposed_by;
+  if (r->flags & NBD_CMD_FLAG_FUA) needed |= NBD_FLAG_SEND_FUA;
+  if (r->flags & NBD_CMD_FLAG_DF) needed |= NBD_FLAG_SEND_DF;
+  if (r->flags & NBD_CMD_FLAG_FAST_ZERO) needed |= NBD_FLAG_SEND_FAST_ZERO;
+  if (r->type == NBD_CMD_BLOCK_STATUS && r->flags & NBD_CMD_FLAG_PAYLOAD_LEN)
+    needed |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
+  return needed;
 }
 
 /* Checks a request against all that was negotiated: one rule, one `if`; the
- * first that is broken counts.  A new rule goes here. */
-static void tx_validate(const struct conn *c, struct nbdserve_req *r,
-                        uint64_t payload) {
-  const struct wire_cmd *cmd = wire_cmd(r->type);
-  if (!cmd) {
-    tx_refuse(r, -EINVAL, "unknown command");
-    return;
-  }
+ * first that is broken counts.  A new rule goes here.  0, or -errno if the
+ * request was refused. */
+static int tx_validate(const struct conn *c, struct nbdserve_req *r,
+                       uint64_t payload) {
   const struct nbdserve_export *e = &c->export->pub;
-  unsigned stray = tx_stray_flags(c, r, cmd);
+  const struct wire_cmd *cmd = wire_cmd(r->type);
+  if (!cmd) return tx_refuse(r, -EINVAL, "unknown command");
+  unsigned lacking = tx_needed_flags(r, cmd) & ~c->transmission_flags;
+  unsigned stray = r->flags & ~(unsigned)(cmd->flags | NBD_CMD_FLAG_FUA);
+  if (c->mode != MODE_EXTENDED) stray |= r->flags & NBD_CMD_FLAG_PAYLOAD_LEN;
   int is_status = r->type == NBD_CMD_BLOCK_STATUS;
-  if (stray & NBD_CMD_FLAG_PAYLOAD_LEN) {
-    tx_refuse(r, -EINVAL, "it takes no payload");
-  } else if (cmd->writes && (c->transmission_flags & NBD_FLAG_READ_ONLY)) {
-    tx_refuse(r, -EPERM, "the export is read-only");
-  } else if (r->type == NBD_CMD_WRITE && payload != r->len) {
-    tx_refuse(r, -EINVAL, "NBD_CMD_FLAG_PAYLOAD_LEN is missing");
-  } else if (cmd->has_range &&
-             (r->off > c->export_size || r->len > c->export_size - r->off)) {
-    tx_refuse(r, cmd->err_beyond, "beyond the end of the export");
-  } else if (is_status && !c->has_allocation) {
-    tx_refuse(r, -EINVAL, "no metadata context was negotiated");
-  } else if (cmd->exposed_by & ~c->transmission_flags) {
-    tx_refuse(r, -EINVAL, "the export does not offer it");
-  } else if (stray) {
-    tx_refuse(r, -EINVAL, "flag does not apply");
-  } else if (cmd->has_range && (r->off | r->len) & (e->min_block - 1)) {
-    tx_refuse(r, -EINVAL, "no multiple of the minimum block size");
-  } else if (cmd->has_data && r->len > e->max_request) {
-    tx_refuse(r, -EINVAL, "longer than the maximum payload size");
-  } else if (is_status && !r->len) {
-    tx_refuse(r, -EINVAL, "nothing to report on");
-  } else if (r->flags & NBD_CMD_FLAG_DF && r->len > TX_PIECE) {
-    tx_refuse(r, -EOVERFLOW, "too long for a single chunk");
-  }
+  int has_range = cmd->err_beyond != 0;
+  if (stray & NBD_CMD_FLAG_PAYLOAD_LEN ||
+      lacking & NBD_FLAG_BLOCK_STATUS_PAYLOAD)
+    return tx_refuse(r, -EINVAL, "it takes no payload");
+  if (cmd->writes && (c->transmission_flags & NBD_FLAG_READ_ONLY))
+    return tx_refuse(r, -EPERM, "the export is read-only");
+  if (r->type == NBD_CMD_WRITE && payload != r->len)
+    return tx_refuse(r, -EINVAL, "NBD_CMD_FLAG_PAYLOAD_LEN is missing");
+  if (has_range &&
+      (r->off > c->export_size || r->len > c->export_size - r->off))
+    return tx_refuse(r, cmd->err_beyond, "beyond the end of the export");
+  if (is_status && !c->has_allocation)
+    return tx_refuse(r, -EINVAL, "no metadata context was negotiated");
+  if (lacking) return tx_refuse(r, -EINVAL, "the export does not offer it");
+  if (stray) return tx_refuse(r, -EINVAL, "flag does not apply");
+  if (has_range && (r->off | r->len) & (e->min_block - 1))
+    return tx_refuse(r, -EINVAL, "no multiple of the minimum block size");
+  if (cmd->has_data && r->len > e->max_request)
+    return tx_refuse(r, -EINVAL, "longer than the maximum payload size");
+  if (is_status && !r->len)
+    return tx_refuse(r, -EINVAL, "nothing to report on");
+  if (r->flags & NBD_CMD_FLAG_DF && r->len > TX_PIECE)
+    return tx_refuse(r, -EOVERFLOW, "too long for a single chunk");
+  return 0;
 }
 
-/* Where a request is done: see the table at the head of the section. */
-enum tx_route {
-  TX_ANSWER,
-  TX_DRAIN,
-  TX_IN_BATCH,
-  TX_IN_PIECES,
-  TX_COPIED,
-  TX_BY_WORKER
-};
-
-/* Decides it, from what was validated and negotiated. */
-static enum tx_route tx_route(const struct conn *c,
-                              const struct nbdserve_req *r, uint64_t payload) {
-  if (r->state == REQ_DONE)
-    return payload > TX_IN_BATCH_MAX ? TX_DRAIN : TX_ANSWER;
-  if (!req_moves_data(r)) return TX_BY_WORKER;
-  if (!c->run_batch && c->max_workers && r->len <= TX_PIECE) return TX_COPIED;
-  return r->len > TX_IN_BATCH_MAX ? TX_IN_PIECES : TX_IN_BATCH;
-}
-
-/* Does a request, or sees to it that it is done later.  0, or -errno to
- * close. */
+/* Does a request, or sees to it that it is done later, as the table at the head
+ * of the section says.  0, or -errno to close. */
 static int tx_dispatch(struct conn *c, struct nbdserve_req *r,
                        uint64_t payload) {
-  enum tx_route route = tx_route(c, r, payload);
-  if (route == TX_ANSWER || route == TX_IN_BATCH || route == TX_BY_WORKER) {
-    assert(payload <= TX_IN_BATCH_MAX);
+  int moves_data = r->state == REQ_TODO && req_moves_data(r);
+  int is_copied =
+      moves_data && !c->run_batch && c->max_workers && r->len <= TX_PIECE;
+  uint64_t data = moves_data ? r->len : payload; /* of a READ, too */
+  if (!is_copied && data <= TX_IN_BATCH_MAX) {
     r->buf = c->rbuf + c->rbuf_pos; /* the payload is all there */
     c->rbuf_pos += (size_t)payload;
     return tx_add_to_batch(c, r);
   }
   int err = tx_run_batch(c); /* answers what came before, and frees rbuf */
   if (err) return err;
-  return route == TX_COPIED ? tx_copied(c, r, payload)
-                            : tx_in_pieces(c, r, payload);
-}
-
-/* Makes a request of what the client sent.  The payload begins at p; it is all
- * there, unless it is longer than TX_IN_BATCH_MAX. */
-static struct nbdserve_req tx_make_request(const struct conn *c,
-                                           const struct wire_request *w,
-                                           uint64_t payload,
-                                           const unsigned char *p) {
-  struct nbdserve_req r = {.type = w->type,
-                           .flags = w->flags,
-                           .mode = c->mode,
-                           .cookie = w->cookie,
-                           .client_off = w->off,
-                           .off = w->off,
-                           .len = w->len};
-  if (r.type == NBD_CMD_FLUSH) r.off = r.len = 0; /* reserved (proto.md) */
-  if (r.type == NBD_CMD_BLOCK_STATUS && payload) {
-    /* The payload has the length, and the contexts that are wanted. */
-    int is_ours =
-        payload == WIRE_STATUS_PAYLOAD_LEN && u_get32(p + 8) == WIRE_CONTEXT_ID;
-    r.len = is_ours ? u_get64(p) : 0; /* tx_validate refuses 0 */
-  }
-  return r;
+  return is_copied ? tx_copied(c, r, payload) : tx_in_pieces(c, r, payload);
 }
 
 /* How many bytes of payload follow the head of a request. */
-static uint64_t tx_payload_len(const struct conn *c,
-                               const struct wire_request *w) {
-  if (c->mode == MODE_EXTENDED)
-    return w->flags & NBD_CMD_FLAG_PAYLOAD_LEN ? w->len : 0;
-  return w->type == NBD_CMD_WRITE ? w->len : 0;
+static uint64_t tx_payload_len(const struct nbdserve_req *r) {
+  if (r->mode == MODE_EXTENDED)
+    return r->flags & NBD_CMD_FLAG_PAYLOAD_LEN ? r->len : 0;
+  return r->type == NBD_CMD_WRITE ? r->len : 0;
 }
 
 /* Is that a request, with a payload that can be skipped at least? */
-static int tx_is_framed(const struct conn *c, const struct wire_request *w,
+static int tx_is_framed(const struct conn *c, uint32_t magic,
                         uint64_t payload) {
   if (c->mode == MODE_EXTENDED)
-    return w->magic == NBD_EXTENDED_REQUEST_MAGIC &&
+    return magic == NBD_EXTENDED_REQUEST_MAGIC &&
            payload <= c->export->pub.max_request;
-  return w->magic == NBD_REQUEST_MAGIC && payload <= NBDSERVE_MAX_REQUEST;
+  return magic == NBD_REQUEST_MAGIC && payload <= NBDSERVE_MAX_REQUEST;
 }
 
-/* What comes next for the client's thread. */
-enum tx_next {
-  TX_GO_ON,
-  TX_NEED_MORE, /* the next request is not all there */
-  TX_DISC,      /* the client leaves in order: DISC, or the end of its stream */
-  TX_FAILED     /* the connection is closed: c->end_err says why */
-};
-
-/* Notes an error that closes the connection; 0 is none. */
-static enum tx_next tx_outcome(struct conn *c, int err) {
-  if (!err) return TX_GO_ON;
-  c->end_err = err;
-  return TX_FAILED;
-}
-
-/* Takes the next request out of rbuf. */
-static enum tx_next tx_next_request(struct conn *c) {
+/* Takes the next request out of rbuf.  As enum conn_step says. */
+static int tx_next_request(struct conn *c) {
   const unsigned char *p = c->rbuf + c->rbuf_pos;
   assert(c->rbuf_pos <= c->rbuf_end && c->nbatch <= TX_BATCH);
   size_t here = c->rbuf_end - c->rbuf_pos;
   size_t head = wire_request_len(c->mode);
-  if (here < head) return TX_NEED_MORE;
-  struct wire_request w = wire_get_request(p, c->mode);
-  uint64_t payload = tx_payload_len(c, &w);
-  if (!tx_is_framed(c, &w, payload)) {
+  c->needed = head;
+  if (here < head) return CONN_NEEDS_MORE;
+  struct nbdserve_req r = wire_get_request(p, c->mode);
+  uint64_t payload = tx_payload_len(&r);
+  if (!tx_is_framed(c, u_get32(p), payload)) {
     int err = tx_run_batch(c); /* what came before is answered */
     conn_log(c, NBDSERVE_LOG_INFO,
              "%d: request magic 0x%08" PRIx32 ", %" PRIu64
              " bytes of payload; closed",
-             c->id, w.magic, payload);
-    return tx_outcome(c, err ? err : -EPROTO);
+             c->id, u_get32(p), payload);
+    return err ? err : -EPROTO;
   }
-  if (w.type == NBD_CMD_DISC) return TX_DISC;
-  if (payload <= TX_IN_BATCH_MAX && here < head + payload) return TX_NEED_MORE;
-  struct nbdserve_req r = tx_make_request(c, &w, payload, p + head);
-  tx_validate(c, &r, payload);
-  if (r.state == REQ_TODO && r.type == NBD_CMD_FLUSH)
-    req_set_state(&r, REQ_TO_FLUSH);
-  if (r.state == REQ_TODO && !r.len) req_set_state(&r, REQ_DONE); /* nothing */
+  if (r.type == NBD_CMD_DISC) return CONN_LEFT;
+  if (payload <= TX_IN_BATCH_MAX) c->needed += (size_t)payload;
+  if (here < c->needed) return CONN_NEEDS_MORE;
+  if (r.type == NBD_CMD_FLUSH) r.off = r.len = 0; /* reserved (proto.md) */
+  if (r.type == NBD_CMD_BLOCK_STATUS && payload)
+    r.len = wire_get_status_len(p + head, payload); /* 0 is refused */
+  if (!tx_validate(c, &r, payload) && !r.len) /* only a flush, or nothing */
+    req_set_state(&r, r.type == NBD_CMD_FLUSH ? REQ_TO_FLUSH : REQ_DONE);
   c->rbuf_pos += head;
-  return tx_outcome(c, tx_dispatch(c, &r, payload));
+  return tx_dispatch(c, &r, payload);
 }
 
-/* Receives more, behind what is left in rbuf.  The batch is empty: the payloads
- * of its WRITEs lay there. */
-static enum tx_next tx_receive(struct conn *c) {
+/* Receives more, behind what is left in rbuf, until the next request is there.
+ * The batch is empty: the payloads of its WRITEs lay there.  0, CONN_LEFT or
+ * -errno. */
+static int tx_receive(struct conn *c) {
   size_t left = c->rbuf_end - c->rbuf_pos;
   size_t room = CONN_RBUF - left;
-  /* Is what is left the beginning of a request of which nothing was there when
-   * we received the last time? */
-  int is_first_part = c->rbuf_pos > 0;
-  int64_t until = 0;
   assert(c->rbuf_pos <= c->rbuf_end && c->rbuf_end <= CONN_RBUF);
-  assert(!c->nbatch && !c->wbuf_used && room > 0);
+  assert(!c->nbatch && !c->wbuf_used && left < c->needed);
   if (c->rbuf_pos) memmove(c->rbuf, c->rbuf + c->rbuf_pos, left);
   c->rbuf_pos = 0;
   c->rbuf_end = left;
-  if (left) { /* (I2); the time that the batch took is not the client's */
-    if (is_first_part) c->partial_since_ms = os_now_ms();
-    until = c->partial_since_ms + c->io.stall_ms;
-  }
   /* Behind a long WRITE another one is likely.  Its payload is received where
    * it is written from; what comes along with its head would have to be copied
    * there. */
-  if (c->after_long_write) room = (size_t)u_min(room, TX_AFTER_LONG_WRITE);
+  if (c->after_long_write) room = TX_AFTER_LONG_WRITE;
+  assert(!c->after_long_write || !left); /* that took all that was there */
   c->after_long_write = 0;
-  ssize_t n = io_recv(&c->io, c->rbuf + left, room, until);
-  if (n == -ETIMEDOUT && !left) {
+  size_t least = left ? c->needed - left : 1; /* all of it may stay away */
+  ssize_t n = io_recv(&c->io, c->rbuf + left, least, room);
+  if (!left && n == -ETIMEDOUT) {
     /* Idle, as long as it likes; unless a worker could not send to it, which
      * shutdown() tells us only if the replies go over the same socket. */
-    return tx_outcome(c, tx_send_error(c));
+    return tx_send(c, NULL, 0);
   }
-  if (n < 0) return tx_outcome(c, (int)n);
-  if (n == 0) return left ? tx_outcome(c, -EPIPE) : TX_DISC;
+  if (!left && c->io.at_end) return CONN_LEFT;
+  if (n < 0) return (int)n;
   assert((size_t)n <= room);
   c->rbuf_end += (size_t)n;
-  /* After the first bytes of a request that came when nothing was left. */
-  if (!left) c->partial_since_ms = os_now_ms();
-  return TX_GO_ON;
+  return 0;
 }
 
-/* The transmission phase, to its end.  c->end_err: why it ended, or 0.  After
- * TX_FAILED the requests of a batch that was not run are dropped. */
-static void tx_run(struct conn *c) {
-  enum tx_next next;
+/* The transmission phase, to its end: CONN_LEFT or -errno.  After an error the
+ * requests of a batch that was not run are dropped. */
+static int tx_run(struct conn *c) {
+  int step;
   assert(c->export && !c->nbatch && !c->wbuf_used && !c->io.deadline);
   do {
-    next = tx_next_request(c);
-    if (next == TX_NEED_MORE || next == TX_DISC) {
+    step = tx_next_request(c);
+    if (step > 0) {
       int err = tx_run_batch(c);
-      if (err) next = tx_outcome(c, err);
+      if (err) step = err;
     }
-    if (next == TX_NEED_MORE) next = tx_receive(c);
-  } while (next == TX_GO_ON);
+    if (step == CONN_NEEDS_MORE) step = tx_receive(c);
+  } while (!step);
   tx_end_workers(c);
+  return step;
 }
 
 /* ==== [10] FLAT (flat_) ==================================================
@@ -4100,8 +3792,9 @@ struct flat {
                              os_fallocate that is missing: see flat_known */
   /* Bit N % 8 of byte N / 8: block N is in the overlay.  A READ or WRITE holds
    * the lock from its look at the bits to the end of its I/O: another WRITE
-   * could bring the block over in between, and one of the two would be lost. */
-  unsigned char in_overlay[];
+   * could bring the block over in between, and one of the two would be lost.
+   * NULL: there is no overlay. */
+  unsigned char *in_overlay;
 };
 STATIC_ASSERT(modes_of_fallocate_have_bits, OS_FALLOCATE_MODES <= 30);
 
@@ -4334,6 +4027,7 @@ static void flat_close(void *ctx) {
   struct flat *f = ctx;
   close(f->fd);
   if (flat_is_temporary(f)) close(f->overlay_fd);
+  NBDSERVE_FREE(f->in_overlay);
   os_monitor_free(&f->lock);
   NBDSERVE_FREE(f);
 }
@@ -4354,30 +4048,28 @@ static const struct nbdserve_ops flat_ops = {
 };
 
 /* ---- Opening ------------------------------------------------------------
- * One function a step.  The steps fill struct flat_target, then struct flat is
- * made of it.  The lock comes before all that looks at the file or changes it,
- * so that of several servers that start at once exactly one does. */
+ * One function a step; each fills its part of struct flat.  The lock comes
+ * before all that looks at the file or changes it, so that of several servers
+ * that start at once exactly one does. */
 
-/* A target on its way to become an export */
-struct flat_target {
+/* What the steps need to know. */
+struct flat_opening {
+  struct flat *f;   /* the export that is being made */
   const char *path; /* as the caller gave it */
-  int is_memory;    /* path is mem:SIZE, else a name in the file system */
-  int writable;     /* clients' writes go to it */
-  int fd;           /* ours to close; negative: not open */
-  int overlay_fd;   /* the same, of the overlay of a temporary export */
-  int is_new;       /* this call made the file, and has it locked: (F4) */
-  uint64_t create;  /* size for a new or empty file; 0: none is made */
-  uint64_t size;    /* bytes of the file, once it is complete */
+  const struct nbdserve_flat *options;
+  int is_memory;   /* path is mem:SIZE, else a name in the file system */
+  int writable;    /* clients' writes go to the target */
+  int is_new;      /* this call made the file, and has it locked: (F4) */
+  uint64_t create; /* size for a new or empty file; 0: none is made */
 };
 
 /* Looks at the options, and at a path that is mem:SIZE.  -EINVAL. */
-static int flat_check_options(struct flat_target *t,
-                              const struct nbdserve_flat *options) {
+static int flat_check_options(struct flat_opening *t) {
   static const char prefix[] = "mem:";
-  if (options->flags & ~(NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY))
+  if (t->options->flags & ~(NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY))
     return -EINVAL;
-  t->writable = !options->flags;
-  t->create = options->create;
+  t->writable = !t->options->flags;
+  t->create = t->options->create;
   t->is_memory = strncmp(t->path, prefix, strlen(prefix)) == 0;
   if (t->is_memory &&
       !u_parse_number(t->path + strlen(prefix), INT64_MAX, &t->create))
@@ -4389,113 +4081,100 @@ static int flat_check_options(struct flat_target *t,
  * O_EXCL tells whether this call has made it, which (F4) must know; it follows
  * no link to where nothing is yet.  A new file is opened for writing in any
  * case, as it gets its size. */
-static int flat_open_target(struct flat_target *t) {
+static int flat_open_target(struct flat_opening *t) {
   int flags = O_CLOEXEC | O_NOCTTY | O_NONBLOCK; /* a FIFO must not block */
+  int fd = -1;
   if (t->is_memory) {
-    t->fd = os_nameless_file(NULL);
-    return t->fd < 0 ? t->fd : 0;
+    t->f->fd = os_nameless_file(NULL);
+    return t->f->fd < 0 ? t->f->fd : 0;
   }
   if (t->create) {
-    t->fd = open(t->path, flags | O_RDWR | O_CREAT | O_EXCL, 0666);
-    if (t->fd < 0 && errno != EEXIST) return -errno;
-    t->is_new = t->fd >= 0;
+    fd = open(t->path, flags | O_RDWR | O_CREAT | O_EXCL, 0666);
+    if (fd < 0 && errno != EEXIST) return -errno;
+    t->is_new = fd >= 0;
   }
-  if (t->fd < 0)
-    t->fd = open(t->path, flags | (t->writable ? O_RDWR : O_RDONLY));
-  return t->fd < 0 ? -errno : 0;
+  if (fd < 0) fd = open(t->path, flags | (t->writable ? O_RDWR : O_RDONLY));
+  t->f->fd = fd;
+  return fd < 0 ? -errno : 0;
 }
 
-/* Keeps other servers away from the target, which does no harm to memory.  If
- * another one was quicker to take the file that this call has just made, the
- * file is no longer ours. */
-static int flat_lock_target(struct flat_target *t) {
-  int err = os_lock_file(t->fd, !t->writable);
-  if (err) t->is_new = 0;
-  return err;
-}
-
-/* Refuses what is neither a file nor a block device, and a device that is to be
- * written and cannot.  Gives a new or empty file its size.  Finds the size.
+/* Keeps other servers away from the target.  Refuses what is neither a file nor
+ * a block device, and a device that is to be written and cannot.  Gives a new
+ * or empty file its size.
  *
- * If the file that this call has made has a size by now, another server has had
- * it in between and has ended: the file and its data are no longer ours. */
-static int flat_prepare_target(struct flat_target *t) {
-  struct stat st;
-  if (fstat(t->fd, &st) < 0) return -errno;
-  if (st.st_size != 0) t->is_new = 0;
+ * If another server was quicker to lock the file that this call has just made,
+ * or the file has a size by now, which another one gave it that has ended, then
+ * the file and its data are no longer ours. */
+static int flat_prepare_target(struct flat_opening *t) {
+  struct stat st = {0};
+  int fd = t->f->fd;
+  int err = os_lock_file(fd, !t->writable);
+  if (!err && fstat(fd, &st) < 0) err = -errno;
+  if (err || st.st_size != 0) t->is_new = 0;
+  if (err) return err;
   if (S_ISDIR(st.st_mode)) return -EISDIR;
   if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) return -EINVAL;
-  if (S_ISBLK(st.st_mode) && t->writable && os_is_readonly_device(t->fd))
+  if (S_ISBLK(st.st_mode) && t->writable && os_is_readonly_device(fd))
     return -EROFS;
-  if (t->create && S_ISREG(st.st_mode) && st.st_size == 0) {
-    if (ftruncate(t->fd, (off_t)t->create) < 0) return -errno;
-    int err = t->is_memory ? 0 : os_sync_new_file(t->fd, t->path);
-    if (err) return err;
-  }
-  off_t end = lseek(t->fd, 0, SEEK_END);
+  if (!t->create || !S_ISREG(st.st_mode) || st.st_size != 0) return 0;
+  if (ftruncate(fd, (off_t)t->create) < 0) return -errno;
+  return t->is_memory ? 0 : os_sync_new_file(fd, t->path);
+}
+
+/* Settles which part of the target is served.  -EINVAL: it is not inside. */
+static int flat_find_slice(struct flat *f,
+                           const struct nbdserve_flat *options) {
+  off_t end = lseek(f->fd, 0, SEEK_END);
   if (end < 0) return -errno;
-  t->size = (uint64_t)end;
+  if (options->offset > (uint64_t)end) return -EINVAL;
+  uint64_t most = (uint64_t)end - options->offset;
+  if (options->size > most) return -EINVAL;
+  f->offset = options->offset;
+  f->size = options->size ? options->size : most;
+  f->follows_end = !options->size;
+  assert(f->offset + f->size <= INT64_MAX); /* for os_transfer */
   return 0;
 }
 
-/* Opens the overlay, if there must be one. */
-static int flat_open_overlay(struct flat_target *t,
-                             const struct nbdserve_flat *options) {
-  if (!(options->flags & NBDSERVE_FLAT_TEMPORARY)) return 0;
-  t->overlay_fd = os_nameless_file(options->dir);
-  return t->overlay_fd < 0 ? t->overlay_fd : 0;
+/* Makes the overlay of a temporary export in dir.  -EFBIG: its map would have
+ * more bytes than `most`, which is what size_t holds: on a machine with
+ * addresses of 32 bits a sparse file may well be too large. */
+static int flat_make_overlay(struct flat *f, const char *dir, size_t most) {
+  uint64_t len = f->size / FLAT_OVERLAY_BLOCK / 8 + 1;
+  if (len > most) return -EFBIG;
+  f->in_overlay = u_zalloc((size_t)len);
+  if (!f->in_overlay) return -ENOMEM;
+  f->overlay_fd = os_nameless_file(dir);
+  return f->overlay_fd < 0 ? f->overlay_fd : 0;
 }
 
-/* Undoes what was done to open a target (F4).  The file goes first, while the
- * lock still keeps others from taking it. */
-static void flat_abandon_target(struct flat_target *t) {
-  if (t->is_new) os_remove_own_file(t->path, t->fd);
-  if (t->fd >= 0) close(t->fd);
-  if (t->overlay_fd >= 0) close(t->overlay_fd);
-}
-
-/* How many bytes struct flat has for a temporary export of that size.  -EFBIG:
- * more than most, which is what size_t holds: on a machine with addresses of 32
- * bits a sparse file may well be too large. */
-static int flat_temporary_len(uint64_t size, size_t most, size_t *len) {
-  uint64_t nblocks = size / FLAT_OVERLAY_BLOCK + 1;
-  uint64_t map_len = nblocks / 8 + 1;
-  assert(most > sizeof(struct flat));
-  if (map_len > most - sizeof(struct flat)) return -EFBIG;
-  *len = sizeof(struct flat) + (size_t)map_len;
-  return 0;
-}
-
-/* Makes the export of a target and its overlay, whose descriptors it takes over
- * if it succeeds.  -EINVAL: the slice is not inside the target.  -EFBIG,
- * -ENOMEM. */
-static int flat_make_export(const struct flat_target *t,
-                            const struct nbdserve_flat *options,
-                            struct nbdserve_export *out) {
-  uint64_t offset = options->offset;
-  uint64_t size = options->size;
-  size_t len = sizeof(struct flat);
-  int err = 0;
-  assert(t->fd >= 0 && t->size <= INT64_MAX);
-  if (offset > t->size || size > t->size - offset) return -EINVAL;
-  if (!size) size = t->size - offset;
-  assert(offset + size <= INT64_MAX); /* for os_transfer */
-  if (t->overlay_fd >= 0) err = flat_temporary_len(size, SIZE_MAX, &len);
-  if (err) return err;
-  struct flat *f = u_zalloc(len);
-  if (!f) return -ENOMEM;
-  err = os_monitor_init(&f->lock);
+/* See nbdserve.h.  If it fails a file that it has made goes first, while the
+ * lock still keeps others from taking it (F4). */
+int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
+                       struct nbdserve_export *out) {
+  static const struct nbdserve_flat defaults;
+  if (!options) options = &defaults;
+  struct flat *f = u_zalloc(sizeof *f);
+  struct flat_opening t = {.f = f, .path = path, .options = options};
+  int err = f ? os_monitor_init(&f->lock) : -ENOMEM;
   if (err) {
     NBDSERVE_FREE(f);
     return err;
   }
   f->own.run_batch = flat_batch;
-  f->fd = t->fd;
-  f->overlay_fd = t->overlay_fd;
-  f->follows_end = !options->size;
-  f->offset = offset;
-  f->size = size;
-  out->size = size;
+  f->fd = f->overlay_fd = -1;
+  err = flat_check_options(&t);
+  if (!err) err = flat_open_target(&t);
+  if (!err) err = flat_prepare_target(&t);
+  if (!err) err = flat_find_slice(f, options);
+  if (!err && (options->flags & NBDSERVE_FLAT_TEMPORARY))
+    err = flat_make_overlay(f, options->dir, SIZE_MAX);
+  if (err) {
+    if (t.is_new) os_remove_own_file(path, f->fd);
+    flat_close(f);
+    return err;
+  }
+  out->size = f->size;
   out->flags |= NBDSERVE_EXPORT_MULTI_CONN; /* fdatasync is for all writers */
   if (options->flags & NBDSERVE_FLAT_READONLY)
     out->flags |= NBDSERVE_EXPORT_READONLY;
@@ -4503,23 +4182,6 @@ static int flat_make_export(const struct flat_target *t,
   out->ops = &flat_ops;
   out->ctx = f;
   return 0;
-}
-
-/* See nbdserve.h.  Until the last step has succeeded the descriptors are t's;
- * then they are the export's. */
-int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
-                       struct nbdserve_export *out) {
-  static const struct nbdserve_flat defaults;
-  struct flat_target t = {.path = path, .fd = -1, .overlay_fd = -1};
-  if (!options) options = &defaults;
-  int err = flat_check_options(&t, options);
-  if (!err) err = flat_open_target(&t);
-  if (!err) err = flat_lock_target(&t);
-  if (!err) err = flat_prepare_target(&t);
-  if (!err) err = flat_open_overlay(&t, options);
-  if (!err) err = flat_make_export(&t, options, out);
-  if (err) flat_abandon_target(&t);
-  return err;
 }
 
 #endif /* !NBDSERVE_NO_FLAT */
@@ -8593,10 +8255,10 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
  *   srv_accept        takes its socket from the kernel
  *   srv_new_client    makes struct conn, puts it on the list
  *   srv_thread        the thread that all of the rest happens in
- *   hs_run            the handshake; srv_enter where there is none
+ *   hs_run            the handshake; hs_enter_name where there is none
  *   tx_run            its requests, to the last answer
- *   srv_leave_export  gives back the export
  *   io_linger         waits until the answers have arrived, where it must
+ *   ex_release        gives back the export
  *   srv_free_client   takes it off the list, closes its socket
  *
  * (S1) A client is on s->conns while it is there, so that srv_finish finds it.
@@ -8613,13 +8275,13 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
  *        6. When the grace is over, srv_finish cuts off who is left.  There is
  *           one grace for all of 3 to 5 (I3).  A thread inside a backend is
  *           waited for without limit: nothing can end it.
- *        7. All exports are flushed (srv_flush_all).
+ *        7. All exports are flushed.
  *        8. nbdserve_free closes them.
  * (S4) nbdserve_wake, nbdserve_stop and a client that leaves have a pipe each.
  *      That a pipe is readable says it all, so a full one loses nothing. */
 
 enum {
-  SRV_LISTENERS = 32,       /* and one more, since localhost is two */
+  SRV_OWN_FDS = 3,          /* that nbdserve_run looks at before listeners */
   SRV_BACKLOG = 128,        /* connections that the kernel keeps waiting */
   SRV_PAUSE_MS = 100,       /* after an accept() that failed: do not spin */
   SRV_TELL_FULL_MS = 60000, /* between two messages that clients wait */
@@ -8628,13 +8290,6 @@ enum {
   SRV_LOCK_PAUSE_MS = 10,
   SRV_MAX_THREADS = 1024,
   SRV_MAX_CONN = 1 << 20
-};
-
-struct srv_listener {
-  int fd;
-  int is_unix;    /* text is the path of a socket that is ours to remove... */
-  struct stat st; /* ...if it still is this one */
-  char text[128]; /* that path, HOST:PORT, or "" */
 };
 
 union srv_address {
@@ -8666,29 +8321,6 @@ static void srv_fill_defaults(struct nbdserve_config *k) {
   assert(k->threads && k->max_conn && k->handshake_ms && k->stall_ms);
 }
 
-/* Frees a server without its locks: they are freed, or were never made.  A pipe
- * that was not opened is -1, and closing that does no harm. */
-static void srv_free_rest(struct nbdserve *s) {
-  for (int i = 0; i < 2; i++) {
-    close(s->stop.pipe[i]);
-    close(s->wake[i]);
-    close(s->noticed[i]);
-  }
-  NBDSERVE_FREE(s->listeners);
-  NBDSERVE_FREE(s);
-}
-
-/* Makes what a server consists of, the locks last: after an error there are
- * none, and srv_free_rest frees what there is. */
-static int srv_make(struct nbdserve *s) {
-  s->listeners = u_zalloc((SRV_LISTENERS + 1) * sizeof *s->listeners);
-  int err = s->listeners ? os_pipe(s->stop.pipe) : -ENOMEM;
-  if (!err) err = os_pipe(s->wake);
-  if (!err) err = os_pipe(s->noticed);
-  if (!err) err = os_monitors_init(&s->lock, &s->stop.lock);
-  return err;
-}
-
 /* See nbdserve.h.  Until it has succeeded nobody else knows the server. */
 int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   struct nbdserve_config k = {.version = NBDSERVE_VERSION_NUMBER};
@@ -8703,35 +8335,37 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
     return -EINVAL;
   struct nbdserve *s = u_zalloc(sizeof *s);
   if (!s) return -ENOMEM;
+  int err = os_monitors_init(&s->lock, &s->stop.lock);
+  if (err) {
+    NBDSERVE_FREE(s);
+    return err;
+  }
   s->config = k;
+  s->last_export = &s->exports;
   memset(s->stop.pipe, -1, sizeof s->stop.pipe); /* all bits set: -1 */
   memset(s->wake, -1, sizeof s->wake);
   memset(s->noticed, -1, sizeof s->noticed);
-  s->last_export = &s->exports;
-  int err = srv_make(s);
-  if (err)
-    srv_free_rest(s);
-  else
-    *out = s;
+  err = os_pipe(s->stop.pipe);
+  if (!err) err = os_pipe(s->wake);
+  if (!err) err = os_pipe(s->noticed);
+  if (!err) *out = s;
+  s->finished = err != 0; /* then nothing has begun */
+  if (err) nbdserve_free(s);
   return err;
 }
 
-/* See nbdserve.h.  The export is made before the lock is taken; if its name is
- * taken, ctx goes back to the caller, as after any error. */
+/* See nbdserve.h.  After an error no export was made: ctx is the caller's. */
 int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
-  struct ex *ex;
-  int err = ex_new(s, e, &ex);
-  if (err) return err;
+  struct ex *ex = NULL;
   os_lock(&s->lock);
-  int is_taken = ex_by_name(s, ex->pub.name) != NULL;
-  if (!is_taken) {
+  int is_taken = ex_by_name(s, e->name ? e->name : "") != NULL;
+  int err = is_taken ? -EEXIST : ex_new(s, e, &ex);
+  if (!err) {
     *s->last_export = ex;
     s->last_export = &ex->next;
   }
   os_unlock(&s->lock);
-  if (!is_taken) return 0;
-  ex_free_keep_ctx(ex);
-  return -EEXIST;
+  return err;
 }
 
 /* See nbdserve.h.  Clients that are there keep the size that they were told. */
@@ -8846,41 +8480,34 @@ static int srv_unix_socket(const char *path, enum srv_use use) {
 }
 
 #if !NBDSERVE_NO_TCP
+/* Where the bytes of an internet address stand. */
+static void *srv_ip(union srv_address *a) {
+  return a->sa.sa_family == AF_INET6 ? (void *)&a->in6.sin6_addr
+                                     : (void *)&a->in.sin_addr;
+}
+
 /* Writes an internet address to out[size], as people and URIs have it; another
  * address leaves it as it is. */
-static void srv_format_address(const union srv_address *a, char *out,
-                               size_t size) {
+static void srv_format_address(union srv_address *a, char *out, size_t size) {
   char host[INET6_ADDRSTRLEN];
-  int port = ntohs(a->in.sin_port);
-  if (a->sa.sa_family == AF_INET6) {
-    if (inet_ntop(AF_INET6, &a->in6.sin6_addr, host, sizeof host))
-      snprintf(out, size, "[%s]:%d", host, port);
-  } else if (a->sa.sa_family == AF_INET) {
-    if (inet_ntop(AF_INET, &a->in.sin_addr, host, sizeof host))
-      snprintf(out, size, "%s:%d", host, port);
-  }
+  int is_v6 = a->sa.sa_family == AF_INET6;
+  if (inet_ntop(a->sa.sa_family, srv_ip(a), host, sizeof host))
+    snprintf(out, size, is_v6 ? "[%s]:%d" : "%s:%d", host,
+             ntohs(a->in.sin_port));
 }
 
 /* Listens on a numeric address; *port 0 becomes the port that the kernel
  * picked.  0 or -errno. */
 static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
   union srv_address a = {.in6 = {.sin6_port = htons((uint16_t)*port)}};
-  socklen_t len;
-  int is_address;
-  if (strchr(host, ':')) {
-    a.sa.sa_family = AF_INET6;
-    is_address = inet_pton(AF_INET6, host, &a.in6.sin6_addr) == 1;
-    len = sizeof a.in6;
-  } else {
-    a.sa.sa_family = AF_INET;
-    is_address = inet_pton(AF_INET, host, &a.in.sin_addr) == 1;
-    len = sizeof a.in;
-  }
-  if (!is_address) return -EINVAL;
-  int fd = srv_socket(&a, len, SRV_LISTEN);
-  if (fd < 0) return fd;
+  int is_v6 = strchr(host, ':') != NULL;
+  socklen_t len = is_v6 ? sizeof a.in6 : sizeof a.in;
   char text[64] = "";
   assert(*port <= 65535);
+  a.sa.sa_family = is_v6 ? AF_INET6 : AF_INET;
+  if (inet_pton(a.sa.sa_family, host, srv_ip(&a)) != 1) return -EINVAL;
+  int fd = srv_socket(&a, len, SRV_LISTEN);
+  if (fd < 0) return fd;
   getsockname(fd, &a.sa, &len);
   *port = ntohs(a.in.sin_port);
   srv_format_address(&a, text, sizeof text);
@@ -9025,48 +8652,41 @@ void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
 
 /* ---- A client's life ----------------------------------------------------- */
 
-/* Who owns a client's descriptors. */
-enum srv_owner {
-  SRV_OURS,    /* an accepted socket: closed in the end */
-  SRV_CALLERS, /* of the caller of nbdserve_serve */
-};
-
 /* Sets up how a connection waits and is stopped: the table at the head of
  * [6]. */
-static void srv_setup_io(struct conn *c, int in, int out,
-                         enum srv_owner owner) {
+static void srv_setup_io(struct conn *c, int in, int out) {
   uint32_t stall_ms = c->s->config.stall_ms;
-  struct sockaddr_storage peer;
-  socklen_t len = sizeof peer;
-  if (getpeername(out, (struct sockaddr *)&peer, &len) == 0)
-    c->is_tcp = peer.ss_family == AF_INET || peer.ss_family == AF_INET6;
-  c->fd = owner == SRV_OURS ? in : -1;
+  union srv_address a = {.sa = {.sa_family = AF_UNSPEC}}; /* a pipe's */
+  socklen_t len = sizeof a;
+  getpeername(out, &a.sa, &len);
+  c->is_tcp = a.sa.sa_family == AF_INET || a.sa.sa_family == AF_INET6;
   c->io.in = in;
   c->io.out = out;
   c->io.stop = &c->s->stop;
   c->io.stall_ms = stall_ms;
   /* Without threads it is nbdserve_run that serves: nobody would shut down. */
-  c->io.polls_payloads = owner == SRV_CALLERS || NBDSERVE_NO_THREADS;
+  c->io.polls_payloads = c->fd < 0 || NBDSERVE_NO_THREADS;
   c->io.polls_requests = c->io.polls_payloads || c->is_tcp;
-  if (owner == SRV_OURS) os_set_receive_timeout(in, stall_ms);
+  if (c->fd >= 0) os_set_receive_timeout(in, stall_ms);
   os_setup_client(out);
   if (c->is_tcp) os_setup_tcp(out);
 }
 
-/* Makes a client and registers it (S1).  NULL: no memory; the descriptors stay
- * the caller's. */
+/* Makes a client and registers it (S1).  fd: a socket that is closed in the
+ * end, or -1.  NULL: no memory; all descriptors stay the caller's. */
 static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
-                                   enum srv_owner owner) {
+                                   int fd) {
   struct conn *c = NBDSERVE_MALLOC(sizeof *c);
   if (!c) return NULL;
   memset(c, 0, offsetof(struct conn, rbuf)); /* the rest stays untouched */
   c->s = s;
+  c->fd = fd;
   c->queue_end = &c->queue;
   if (os_monitors_init(&c->queue_lock, &c->send_lock)) {
     NBDSERVE_FREE(c);
     return NULL;
   }
-  srv_setup_io(c, in, out, owner);
+  srv_setup_io(c, in, out);
   os_lock(&s->lock);
   c->id = (int)++s->totals.clients;
   c->next = s->conns;
@@ -9101,16 +8721,6 @@ static void srv_free_client(struct conn *c) {
   os_unlock(&s->lock); /* (S2) */
 }
 
-/* Enters transmission of that export at once, without a handshake. */
-static enum hs_result srv_enter(struct conn *c, const char *name) {
-  struct ex *ex;
-  uint64_t size;
-  int err = ex_acquire(c->s, name, &ex, &size);
-  if (err) return hs_fail(c, err);
-  hs_enter(c, ex, name, size);
-  return HS_ENTER;
-}
-
 /* Flushes an export before it is closed, if it can have been written.  Nobody
  * can ask for that any more, nor be told if it fails, except the host.  Returns
  * 0 or -errno. */
@@ -9124,20 +8734,13 @@ static int srv_last_flush(struct ex *ex) {
   return err;
 }
 
-/* Gives back the export of a client that has left. */
-static void srv_leave_export(struct conn *c) {
-  if (!c->export) return;
-  if (c->export->from_callback) srv_last_flush(c->export);
-  ex_release(c->export);
-}
-
-/* Must a connection that ends linger?  Only a TCP socket of ours, and only if
- * it is our side that ends it while the client may be sending: one that leaves
- * in order sends nothing more, and one that is too slow, or does not even come
- * to transmission, gets no more of our time. */
-static int srv_must_linger(const struct conn *c) {
-  return c->is_tcp && c->fd >= 0 && c->export && !c->send_err && c->end_err &&
-         c->end_err != -ETIMEDOUT;
+/* Must a connection linger?  end: how it ends, CONN_LEFT or -errno.  Only a TCP
+ * socket of ours, and only if it is our side that ends it while the client may
+ * be sending: one that leaves in order sends nothing more, and one that is too
+ * slow, or does not even come to transmission, gets no more of our time. */
+static int srv_must_linger(const struct conn *c, int end) {
+  return c->is_tcp && c->fd >= 0 && c->export && !c->send_err && end < 0 &&
+         end != -ETIMEDOUT;
 }
 
 /* Serves a client to its end and frees it.  name: as in nbdserve_serve.
@@ -9149,13 +8752,13 @@ static int srv_serve_client(struct conn *c, const char *name) {
   if (c->is_tcp && getpeername(c->io.out, &a.sa, &len) == 0)
     srv_format_address(&a, peer, sizeof peer);
   conn_log(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, peer);
-  enum hs_result result = name ? srv_enter(c, name) : hs_run(c);
-  if (result == HS_ENTER) tx_run(c);
-  assert(!c->nworkers && (result != HS_FAILED || c->end_err));
-  if (srv_must_linger(c)) io_linger(&c->io);
-  if (!c->end_err) c->end_err = c->send_err; /* cut off for not reading */
-  srv_leave_export(c);
-  int err = c->end_err;
+  int err = name ? hs_enter_name(c, name) : hs_run(c);
+  if (!err) err = tx_run(c);
+  assert(!c->nworkers && (err == CONN_LEFT || err < 0));
+  if (srv_must_linger(c, err)) io_linger(&c->io);
+  if (err == CONN_LEFT) err = c->send_err; /* or it was cut off: not reading */
+  if (c->export && c->export->from_callback) srv_last_flush(c->export);
+  if (c->export) ex_release(c->export);
   int is_usual =
       !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
   conn_log(c, is_usual ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING,
@@ -9172,46 +8775,23 @@ static void *srv_thread(void *client) {
 
 /* See nbdserve.h. */
 int nbdserve_serve(struct nbdserve *s, int in, int out, const char *name) {
-  struct conn *c = srv_new_client(s, in, out, SRV_CALLERS);
+  struct conn *c = srv_new_client(s, in, out, -1);
   return c ? srv_serve_client(c, name) : -ENOMEM;
 }
 
 /* ---- Stopping (S3) ------------------------------------------------------- */
 
-enum srv_shutdown {
-  SRV_NO_MORE, /* no more requests are taken */
-  SRV_CUT_OFF  /* nothing is sent any more, either */
-};
-
-/* Shuts down all clients that far.  Returns their number. */
-static unsigned srv_shutdown_clients(struct nbdserve *s,
-                                     enum srv_shutdown how) {
+/* Shuts down all clients: SHUT_RD, no more requests are taken, or SHUT_RDWR,
+ * nothing is sent any more, either.  Returns their number. */
+static unsigned srv_shutdown_clients(struct nbdserve *s, int how) {
   os_lock(&s->lock);
   unsigned n = s->nconns;
   for (struct conn *c = s->conns; c; c = c->next) {
-    if (c->fd < 0) continue; /* the caller's: its thread looks at the pipe */
-    if (how == SRV_CUT_OFF)
-      shutdown(c->fd, SHUT_RDWR);
-    else if (!c->is_tcp)
-      shutdown(c->fd, SHUT_RD); /* TCP looks, too */
+    int looks = c->fd < 0 || (c->is_tcp && how == SHUT_RD); /* at the pipe */
+    if (!looks) shutdown(c->fd, how);
   }
   os_unlock(&s->lock);
   return n;
-}
-
-/* Flushes all exports.  Returns 0 or the first error.  (E1): the list only
- * grows, maybe just now. */
-static int srv_flush_all(struct nbdserve *s) {
-  int first = 0;
-  os_lock(&s->lock);
-  for (struct ex *ex = s->exports; ex; ex = ex->next) {
-    os_unlock(&s->lock);
-    int err = srv_last_flush(ex);
-    if (!first) first = err;
-    os_lock(&s->lock);
-  }
-  os_unlock(&s->lock);
-  return first;
 }
 
 /* Steps 1 and 3 to 7 of (S3).  0, or the error of a last flush. */
@@ -9223,55 +8803,51 @@ static int srv_finish(struct nbdserve *s) {
   int64_t end = io_grace_end(&s->stop);
   for (;;) {
     int over = os_now_ms() >= end;
-    if (!srv_shutdown_clients(s, over ? SRV_CUT_OFF : SRV_NO_MORE)) break;
+    if (!srv_shutdown_clients(s, over ? SHUT_RDWR : SHUT_RD)) break;
     poll(&p, 1, over ? -1 : io_timeout(end)); /* until one has left */
     srv_take_poke(s->noticed[0]);
   }
   s->finished = 1;
-  return srv_flush_all(s);
+  int first = 0;
+  for (struct ex *ex = ex_next(s, NULL); ex; ex = ex_next(s, ex)) {
+    int err = srv_last_flush(ex);
+    if (!first) first = err;
+  }
+  return first;
 }
 
 /* ---- Accepting ----------------------------------------------------------- */
 
 /* What nbdserve_run does in one round. */
 struct srv_plan {
-  int room;       /* clients that may be accepted */
-  int listen;     /* look whether somebody waits */
-  int may_exit;   /* if nobody does, nothing is left to do */
-  int timeout_ms; /* of poll(); -1: none */
+  int room;      /* clients that may be accepted */
+  int listen;    /* look whether somebody waits */
+  int may_exit;  /* if nobody does, nothing is left to do */
+  int64_t until; /* in os_now_ms: wait no longer than that */
 };
-
-/* Makes the plan wait no longer than until that time. */
-static void srv_wait_until(struct srv_plan *plan, int64_t until) {
-  int ms = io_timeout(until);
-  if (plan->timeout_ms < 0 || ms < plan->timeout_ms) plan->timeout_ms = ms;
-}
 
 /* Decides how long to wait, and for what. */
 static struct srv_plan srv_plan(struct nbdserve *s) {
   const struct nbdserve_config *k = &s->config;
-  struct srv_plan plan = {.timeout_ms = -1};
+  struct srv_plan plan = {.until = INT64_MAX};
   int64_t now = os_now_ms();
   os_lock(&s->lock);
   if (!s->idle_since) s->idle_since = now; /* nobody has come yet */
-  int64_t idle_end = s->idle_since + k->idle_exit_ms;
-  int is_idle = s->nconns == 0;
-  int was_used = s->totals.clients > 0;
+  if (!s->nconns && k->idle_exit_ms)
+    plan.until = s->idle_since + k->idle_exit_ms;
+  if (!s->nconns && s->totals.clients > 0 && (k->flags & NBDSERVE_CONFIG_ONCE))
+    plan.until = now;
   plan.room = (int)k->max_conn - (int)s->nconns;
   os_unlock(&s->lock);
-  if (is_idle && k->idle_exit_ms) srv_wait_until(&plan, idle_end);
-  plan.may_exit = is_idle && ((was_used && (k->flags & NBDSERVE_CONFIG_ONCE)) ||
-                              (k->idle_exit_ms && now >= idle_end));
-  if (plan.may_exit) plan.timeout_ms = 0; /* a last look */
+  plan.may_exit = plan.until <= now; /* after a last look */
   if (s->accept_after > now) { /* no memory, no descriptors: a little later */
     plan.room = 0;
-    srv_wait_until(&plan, s->accept_after);
+    if (s->accept_after < plan.until) plan.until = s->accept_after;
     return plan;
   }
   /* When all slots are taken nobody is accepted, but that somebody waits is
    * worth a message now and then. */
-  int may_tell = !s->full_told || now - s->full_told >= SRV_TELL_FULL_MS;
-  plan.listen = plan.room > 0 || may_tell;
+  plan.listen = plan.room > 0 || now >= s->tell_full_after;
   return plan;
 }
 
@@ -9281,7 +8857,7 @@ static int srv_accept(struct nbdserve *s, int listener) {
   int fd = os_accept(listener);
   if (fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR) return 0;
   if (fd < 0) return fd;
-  struct conn *c = srv_new_client(s, fd, fd, SRV_OURS);
+  struct conn *c = srv_new_client(s, fd, fd, fd);
   if (!c) {
     close(fd);
     return -ENOMEM;
@@ -9308,8 +8884,8 @@ static void srv_pause_accepting(struct nbdserve *s, int err) {
  * lately. */
 static void srv_tell_full(struct nbdserve *s) {
   int64_t now = os_now_ms();
-  if (s->full_told && now - s->full_told < SRV_TELL_FULL_MS) return;
-  s->full_told = now;
+  if (now < s->tell_full_after) return;
+  s->tell_full_after = now + SRV_TELL_FULL_MS;
   u_log(&s->config, NBDSERVE_LOG_WARNING,
         "%" PRIu32 " clients are served, which is the limit; "
         "the next one has to wait",
@@ -9343,27 +8919,26 @@ static int srv_accept_ready(struct nbdserve *s, const struct pollfd *p,
 
 /* See nbdserve.h.  Rounds of: plan, wait, look at each pipe, accept. */
 int nbdserve_run(struct nbdserve *s) {
-  enum {
-    OWN = 3
-  }; /* descriptors of our own, in front of the listeners */
-  struct pollfd p[OWN + SRV_LISTENERS + 1] = {
+  struct pollfd p[SRV_OWN_FDS + SRV_LISTENERS + 1] = {
       {.fd = s->stop.pipe[0], .events = POLLIN},
       {.fd = s->wake[0], .events = POLLIN},
       {.fd = s->noticed[0], .events = POLLIN}};
+  struct pollfd *l = p + SRV_OWN_FDS; /* the listeners */
   for (;;) {
     struct srv_plan plan = srv_plan(s);
     for (int i = 0; i < s->nlisteners; i++) {
-      p[OWN + i].fd = plan.listen ? s->listeners[i].fd : -1;
-      p[OWN + i].events = POLLIN;
-      p[OWN + i].revents = 0;
+      l[i].fd = plan.listen ? s->listeners[i].fd : -1;
+      l[i].events = POLLIN;
+      l[i].revents = 0;
     }
-    int r = poll(p, (nfds_t)(OWN + s->nlisteners), plan.timeout_ms);
+    nfds_t n = (nfds_t)(SRV_OWN_FDS + s->nlisteners);
+    int r = poll(p, n, io_timeout(plan.until));
     if (r < 0 && errno != EINTR) return -errno;
     if (r < 0) continue;
     if (p[0].revents) return srv_finish(s);
     if (p[1].revents && srv_take_poke(s->wake[0])) return -EINTR;
     if (p[2].revents) srv_take_poke(s->noticed[0]);
-    int found = srv_accept_ready(s, p + OWN, plan.room);
+    int found = srv_accept_ready(s, l, plan.room);
     if (plan.may_exit && !found) return srv_finish(s);
   }
 }
@@ -9378,9 +8953,14 @@ void nbdserve_free(struct nbdserve *s) {
     s->exports = ex->next;
     ex_free(ex);
   }
+  for (int i = 0; i < 2; i++) { /* -1, if nbdserve_new failed, does no harm */
+    close(s->stop.pipe[i]);
+    close(s->wake[i]);
+    close(s->noticed[i]);
+  }
   os_monitor_free(&s->stop.lock);
   os_monitor_free(&s->lock);
-  srv_free_rest(s);
+  NBDSERVE_FREE(s);
 }
 
 /* ==== [13] CLI (cli_) ====================================================

@@ -13938,6 +13938,8 @@ static void m_apply(void) {
     memcpy(f->name, change.name, sizeof f->name);
     break;
   case RESIZE:
+    if (change.size > v->size) /* it grows with zeroes */
+      memset(v->cur + v->size, 0, (change.size - v->size) * sizeof *v->cur);
     v->size = change.size;
     memset(v->cur + v->size, 0, (CELLS - v->size) * sizeof *v->cur);
     memset(v->bad + (v->size + PER - 1) / PER, 0,
@@ -14798,6 +14800,8 @@ static void c_sector(void) {
   uint64_t len = rnd(2) ? 512 : 4096, off;
   long x = c_slot(), i;
   if (!x || m_hurt.fresh) return; /* one at a time */
+  for (i = 0; i < 2; i++)
+    if (d_bad[i].len) rots = 1;
   if (what < 2) {
     off = 2 * CAS_UNIT +
           rnd((uint32_t)((d_meta - 2 * CAS_UNIT) / len)) * (uint32_t)len;
@@ -14817,8 +14821,6 @@ static void c_sector(void) {
     c_hurt(x);
   }
   if (off + len > d_size) return;
-  for (i = 0; i < 2; i++)
-    if (d_bad[i].len) rots = 1;
   m_hurt.fresh = 1;
   m_do("%s, byte %lu, slot %ld, %lu bytes, %s",
        what < 2   ? "log"

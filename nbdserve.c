@@ -5304,7 +5304,7 @@ static struct cas_block *cas_choose_copy(struct cas_block copy[2],
 }
 
 /* Reads the page in a slot to p, and its twin only if the page does not fit both
- * digests.  Where one copy is damaged, both are written anew: if that fails, it
+ * digests, or any page will do: then both are checked.  Where one copy is damaged, both are written anew: if that fails, it
  * is tried again whenever the page is read.  head: see cas_is_whole. (locks) */
 static enum cas_page_state cas_read_page(struct nbdserve_cas *st, uint32_t slot,
                                          struct cas_head head,
@@ -5318,18 +5318,22 @@ static enum cas_page_state cas_read_page(struct nbdserve_cas *st, uint32_t slot,
   cas_move(st, copy, 1, CAS_DATA, OS_READ);
   cas_move(st, copy, 2, CAS_DIGEST, OS_READ);
   whole[0] = cas_is_whole(st, copy, &head);
-  if (whole[0] && cas_is_vouched(copy, copy) && cas_is_vouched(copy, copy + 1))
-    return PAGE_GOOD;
+  int is_good =
+      whole[0] && cas_is_vouched(copy, copy) && cas_is_vouched(copy, copy + 1);
+  if (is_good && head.magic) return PAGE_GOOD;
   unsigned char *twin = NBDSERVE_MALLOC(st->bs);
   if (!twin) return PAGE_UNREADABLE;
   copy[1].data = twin;
   copy[1].todo = CAS_DATA;
   cas_move(st, copy + 1, 1, CAS_DATA, OS_READ);
   whole[1] = cas_is_whole(st, copy + 1, &head);
+  is_good &= whole[1] && memcmp(p, twin, st->bs) == 0;
   enum cas_page_state state =
       copy[0].err || copy[1].err ? PAGE_UNREADABLE : PAGE_WRONG;
   const struct cas_block *good = cas_choose_copy(copy, whole);
-  if (good) {
+  if (is_good) {
+    state = PAGE_GOOD;
+  } else if (good) {
     state = PAGE_HEALED;
     if (good != copy) memcpy(p, twin, st->bs);
     memcpy(copy[0].sum, good->sum, CAS_DIGEST_LEN);

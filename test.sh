@@ -13689,6 +13689,8 @@ static int m_may_fail(const struct m_vol *v, uint32_t block) {
   uint32_t c;
   int k;
   if (v->bad[block] || m_hurt.log) return 1; /* its slot may be a page now */
+  for (c = block * PER; c < (block + 1) * PER && c < v->size; c++)
+    if (v->cur[c] == LOST) return 1; /* it was read so, unchecked */
   if (s && v == m_base(change.name) && m_may_fail(s, block)) return 1;
   for (k = 0; k < m_hurt.n && k < NHURT; k++) {
     for (c = block * PER; c < (block + 1) * PER && c < v->size; c++)
@@ -14127,6 +14129,7 @@ static void m_identify(struct m_vol *v) {
 static int m_seal(struct m_vol *v) {
   char id[72];
   int err, i, bad = 0;
+  if (m_hurt.digests) return 0; /* what is read may be unchecked */
   m_do("seal %s", v->name);
   for (i = 0; i < CELLS / PER; i++)
     bad |= v->bad[i];

@@ -4598,6 +4598,8 @@ struct nbdserve_cas {
   int failed;       /* -errno: nothing is written any more (C14) */
   int is_outdated;  /* the log follows a superblock that is gone */
   int log_damaged;  /* a durable page of the log is not there (C9) */
+  int log_unread;   /* a page of the log cannot be read: who knows what it is
+                       when it can be */
   int is_replaying; /* what is in the log need not be logged */
   int is_open;      /* recovery is over */
   int is_ending;    /* the store is freed: nothing is read or dropped */
@@ -7035,8 +7037,11 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq, unsigned char *p,
   uint32_t mixed[2][SHA_STATE_WORDS];
   unsigned char sum[CAS_DIGEST_LEN];
   uint32_t nmixed = 0;
-  if (off + CAS_PAGE > st->end || cas_io(st, OS_READ, p, CAS_PAGE, off))
+  if (off + CAS_PAGE > st->end) return 0;
+  if (cas_io(st, OS_READ, p, CAS_PAGE, off)) {
+    st->log_unread = 1;
     return 0;
+  }
   cas_decode(cas_log_fields, p + CAS_LOG_HEAD, head);
   if (head->magic != CAS_LOG || head->seq != seq || head->count > CAS_ENTRIES)
     return 0;
@@ -7186,7 +7191,8 @@ static int cas_recover(struct nbdserve_cas *st,
   if (err) return err;
   cas_free_dropped(st);
   memset(p, 0, CAS_PAGE);
-  if (st->readonly || (end == st->tail && !st->ndirty)) return 0;
+  int is_clean = end == st->tail && !st->log_unread && !st->ndirty;
+  if (st->readonly || is_clean) return 0;
   st->seq = st->tail = st->durable = st->marked = end + st->super.log_pages;
   st->log_damaged = 0; /* the checkpoint leaves the log behind */
   return cas_checkpoint(st, NULL, UINT64_MAX);

@@ -1747,7 +1747,7 @@ static ssize_t io_recv(struct io *io, unsigned char *p, size_t least,
 
 /* Receives exactly len bytes.  0, or -errno as io_recv. */
 static int io_recv_all(struct io *io, unsigned char *p, size_t len) {
-  ssize_t n = io_recv(io, p, len, len);
+  ssize_t n = len ? io_recv(io, p, len, len) : 0;
   return n < 0 ? (int)n : 0;
 }
 

@@ -9942,10 +9942,13 @@ static int q_find(void *ctx, const char *name, struct nbdserve_export *out) {
 static void u_ids(void) {
   static const char want[] =
       "sha256-"
-      "d1ab95ccbb7c8f1bb7270819d1a36d875feb92d4cb7a88f3ab1ea68df6352b25";
+      "e329ac1005f8a4e4157f5d29d35b207bd23cf271f60e90b1b64ff69ef66e4b29";
   static const char longer[] =
       "sha256-"
-      "97e59fa1792698d3ab0bffcea7f77a9932e4b4409df02050ab09cd4a027e7d69";
+      "378c96b374d630ded1fc8f5a09465683ac351e155318d7f70a221d2cd8ccd7e1";
+  static const char wide[] = /* with holes between its leaves */
+      "sha256-"
+      "680c399284258c497d8df53d908d2310b30ac5fd54b3bc80474cd278f3bf4025";
   char path[500], other[500], id[72], seen[12][72];
   struct nbdserve_cas *cas = q_new(path, "ids", 0), *two;
   int i, n = 0;
@@ -9974,6 +9977,11 @@ static void u_ids(void) {
   q_put(cas, "v", 300 * 4096, 4096, 'c');
   q_seal(cas, "v", seen[n++]);
   CHECK(strcmp(seen[n - 1], longer) == 0);
+  CHECK(nbdserve_cas_resize(cas, "v", 5000 * 4096 + 1) == 0);
+  q_put(cas, "v", 1016 * 4096, 4096, 'd');
+  q_put(cas, "v", 5000 * 4096, 1, 'f');
+  q_seal(cas, "v", seen[n++]);
+  CHECK(strcmp(seen[n - 1], wide) == 0);
 
   /* another order, other garbage, copies, what is behind the end */
   two = q_new(other, "ids2", 0);
@@ -10151,6 +10159,19 @@ static int q_range(void *arg, uint64_t off, uint64_t len) {
   return ++m->calls == m->stop ? 77 : 0;
 }
 
+/* The slot that a volume has for a block */
+static uint32_t q_slot(struct nbdserve_cas *cas, const char *name,
+                       uint64_t block) {
+  struct cas_spot spot = {0};
+  struct cas_volume *vol;
+  os_lock(&cas->lock);
+  vol = cas_find(cas, name, strlen(name), VIEW_NOW);
+  CHECK(vol != NULL);
+  CHECK(cas_find_spot_may_unlock(cas, &vol->root, block, &spot) == 0);
+  cas_unlock(cas);
+  return spot.slot;
+}
+
 static void q_same(struct nbdserve_cas *cas, const char *a, const char *b,
                    uint64_t a_size, uint64_t b_size) {
   static unsigned char p[2][1 << 19];
@@ -10169,7 +10190,10 @@ static void q_same(struct nbdserve_cas *cas, const char *a, const char *b,
         (at == a_size - a_size % 4096 || at == b_size - b_size % 4096) &&
         m.is[at / 4096])
       continue; /* the end of one inside a block is taken for a difference */
-    CHECK((memcmp(p[0] + at, p[1] + at, (size_t)n) != 0) == m.is[at / 4096]);
+    if (!memcmp(p[0] + at, p[1] + at, (size_t)n) && m.is[at / 4096])
+      CHECK(q_slot(cas, a, at / 4096) != q_slot(cas, b, at / 4096));
+    else /* it is not only stored twice */
+      CHECK((memcmp(p[0] + at, p[1] + at, (size_t)n) != 0) == m.is[at / 4096]);
   }
   if (size && m.is[(size - 1) / 4096]) CHECK(m.end == size);
 }

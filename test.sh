@@ -8,7 +8,7 @@
 #   ./test.sh --shard 1/2 ...   one of two parts that take equally long
 #   ./test.sh --list ...        prints which tests these are
 #   ./test.sh --emit NAME       prints a C program: client, unit, fault,
-#                               simulator, syncs, fuzz, bench
+#                               simulator, mutate, syncs, fuzz, bench
 #   ./test.sh --bench           a table against the servers that are installed
 #   ./test.sh --figures [FILE]  how nbdserve.c, or a C file, reads in numbers
 #   ./test.sh --lint            what the files have against the rules
@@ -267,6 +267,7 @@ slow_tests() {
 2700 testWhoStallsIsDroppedAndWhoIsIdleIsNot
 5100 testStoppingLeavesAloneWhoReadsNothing
 3300 testNoPowerCutLosesWhatWasFlushed
+6000 testTenThousandMutatedStoresAreRefusedOrSound
 2200 testControlSocketOutlivesTheLackOfDescriptors
 2000 testShortOfDescriptorsItRecovers
 1000 testCopiesThatDifferALittleTakeALittle
@@ -701,13 +702,13 @@ needs() {
   done
 }
 
-# The C program of that name, built when first needed: $W/NAME.  The simulators
-# compute more than they wait, so they are worth -O2.
+# The C program of that name, built when first needed: $W/NAME.  Those that
+# compute more than they wait are worth -O2.
 build() {
   if [ ! -e "$W/$1.log" ]; then
     emit "$1" >"$W/$1.c"
     fast=
-    [ "$1" != simulator ] || fast=-O2
+    case $1 in simulator | mutate) fast=-O2 ;; esac
     # shellcheck disable=SC2086
     $CC $CFLAGS $fast -I"$here" -o "$W/$1" "$W/$1.c" $LDLIBS >"$W/$1.log" 2>&1
   fi
@@ -3718,6 +3719,11 @@ testEverySystemCallMayFailOnce() {
   simulates && build simulator || return 0
   does "$W/simulator" calls 1
   [ -n "${SANITIZER-}" ] || does "$W/simulator" calls 2
+}
+# The same thousand in each run; make mutate has more, under sanitizers
+testTenThousandMutatedStoresAreRefusedOrSound() {
+  simulates && build mutate || return 0
+  does "$W/mutate" 1000 1
 }
 testWhatIsTrueOnlyWhileASyncRuns() {
   unless NO_CAS && unless NO_THREADS && build syncs || return 0
@@ -15317,6 +15323,994 @@ int main(int argc, char **argv) {
     kind++;
   if (kind == NKINDS && strcmp(what, "cuts")) return 2;
   return c_cuts(kind, argc > 2 ? number : 2000, seed);
+}
+
+//== mutate
+/* Defends "a file that is not a sound store is refused, or as good as it can
+ * be": forged and damaged stores, whose sums are right, so that what they say
+ * is believed.  mutate COUNT SEED [CASE]
+ *
+ * Each case takes a sound store, changes 1 to 4 fields of it, and opens it: for
+ * reading, for writing and once more.  No case may crash, hang, take much more
+ * memory than the file has bytes, or make a later open worse: what could be
+ * read before a change of something else is there after it.  The store is in
+ * memory, and everything follows from SEED and the number of the case. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1
+#endif
+#ifndef _FILE_OFFSET_BITS
+#define _FILE_OFFSET_BITS 64
+#endif
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+/* A store so small that all of it can be read in every case */
+#define CAS_ENTRIES 6
+#define CAS_RESERVE_PAIRS 12
+#define CAS_UNIT 4096
+#define CAS_FANOUT(bs) 8
+#define CAS_SEGMENT 16
+#define CAS_MAX_DIRTY 400
+#define CAS_MARGIN 8
+#define CAS_MIN_BLOCK 512
+
+enum {
+  F_MAX = 8 << 20, /* bytes that there are for the file */
+  F_FD = 5000,
+  F_DIR = 6000
+};
+
+static unsigned char f_now[F_MAX]; /* the file */
+static uint64_t f_size;
+static int f_exists;
+static int f_frozen; /* it is open for reading only */
+
+static struct { /* shared with the process that watches */
+  long current; /* the case */
+  char what[2000];
+  size_t len; /* of what */
+} * m_shared;
+
+static size_t m_blocks; /* of memory, not given back */
+static size_t m_bytes;  /* in these */
+static size_t m_limit;
+static uint64_t m_seed;
+
+/* Ends the case. */
+static void m_fail(const char *format, ...) {
+  va_list ap;
+  va_start(ap, format);
+  printf("case %ld: ", m_shared->current);
+  vprintf(format, ap);
+  printf("\n");
+  va_end(ap);
+  fflush(stdout);
+  _exit(1);
+}
+
+#define SO(condition) \
+  ((condition) ? (void)0 : m_fail("line %d: not so: %s", __LINE__, #condition))
+
+/* Takes note of a change, to tell if the case fails. */
+static void m_note(const char *format, ...) {
+  va_list ap;
+  size_t room = sizeof m_shared->what - m_shared->len;
+  va_start(ap, format);
+  int n = vsnprintf(m_shared->what + m_shared->len, room, format, ap);
+  va_end(ap);
+  if (n > 0 && (size_t)n < room) m_shared->len += (size_t)n;
+}
+
+static uint32_t rnd(uint32_t n) { /* 0..n-1 */
+  m_seed ^= m_seed << 13;
+  m_seed ^= m_seed >> 7;
+  m_seed ^= m_seed << 17;
+  return (uint32_t)((m_seed * UINT64_C(0x2545f4914f6cdd1d)) >> 32) % n;
+}
+
+/* ---- The file ------------------------------------------------------------ */
+
+static ssize_t f_move(int writing, int fd, const struct iovec *v, int n,
+                      off_t off) {
+  uint64_t at = (uint64_t)off;
+  ssize_t all = 0;
+  SO(fd >= F_FD && fd < F_DIR && off >= 0 && !(writing && f_frozen));
+  for (; n > 0; n--, v++) {
+    uint64_t limit = writing ? F_MAX : f_size;
+    size_t len = v->iov_len;
+    if (at >= limit) break;
+    if (len > limit - at) len = (size_t)(limit - at);
+    if (writing)
+      memcpy(f_now + at, v->iov_base, len);
+    else
+      memcpy(v->iov_base, f_now + at, len);
+    at += len;
+    all += (ssize_t)len;
+    if (writing && at > f_size) f_size = at;
+  }
+  if (writing && !all) {
+    errno = ENOSPC;
+    return -1;
+  }
+  return all;
+}
+
+static ssize_t sim_preadv(int fd, const struct iovec *v, int n, off_t off) {
+  return f_move(0, fd, v, n, off);
+}
+
+static ssize_t sim_pwritev(int fd, const struct iovec *v, int n, off_t off) {
+  return f_move(1, fd, v, n, off);
+}
+
+static ssize_t sim_pread(int fd, void *b, size_t n, off_t off) {
+  struct iovec v = {b, n};
+  return f_move(0, fd, &v, 1, off);
+}
+
+static ssize_t sim_pwrite(int fd, const void *b, size_t n, off_t off) {
+  struct iovec v = {(void *)(uintptr_t)b, n};
+  return f_move(1, fd, &v, 1, off);
+}
+
+static int sim_sync(int fd) {
+  SO(fd >= F_FD);
+  return 0;
+}
+
+static int sim_ftruncate(int fd, off_t size) {
+  SO(fd >= F_FD && !f_frozen && size >= 0);
+  if (size > F_MAX) {
+    errno = EFBIG;
+    return -1;
+  }
+  if ((uint64_t)size < f_size)
+    memset(f_now + size, 0, (size_t)(f_size - (uint64_t)size));
+  f_size = (uint64_t)size;
+  return 0;
+}
+
+static int sim_fallocate(int fd, int mode, off_t off, off_t len) {
+  uint64_t end = (uint64_t)(off + len);
+  SO(fd >= F_FD && !f_frozen && off >= 0 && len > 0);
+  if (!(mode & 1) && end > F_MAX) {
+    errno = ENOSPC;
+    return -1;
+  }
+  if ((mode & ~1) && end > f_size) end = f_size; /* PUNCH_HOLE, ZERO_RANGE */
+  if ((mode & ~1) && end > (uint64_t)off)
+    memset(f_now + off, 0, (size_t)(end - (uint64_t)off));
+  if (!mode && end > f_size) f_size = end;
+  return 0;
+}
+
+static int sim_open(const char *path, int flags, ...) {
+  if (strcmp(path, "/sim/store") != 0) return F_DIR;
+  if (f_exists && (flags & O_EXCL)) {
+    errno = EEXIST;
+    return -1;
+  }
+  f_exists = 1;
+  return F_FD;
+}
+
+static int sim_close(int fd) {
+  SO(fd >= F_FD);
+  return 0;
+}
+
+static int sim_fstat(int fd, struct stat *st) {
+  memset(st, 0, sizeof *st);
+  st->st_mode = (fd == F_DIR ? S_IFDIR : S_IFREG) | 0644;
+  st->st_size = (off_t)f_size;
+  return 0;
+}
+
+static int sim_lstat(const char *path, struct stat *st) {
+  (void)path;
+  return sim_fstat(F_FD, st);
+}
+
+static int sim_flock(int fd, int how) {
+  (void)how;
+  SO(fd == F_FD);
+  return 0;
+}
+
+static off_t sim_lseek(int fd, off_t off, int whence) {
+  SO(fd >= F_FD);
+  return whence == SEEK_END ? (off_t)f_size + off : off;
+}
+
+/* Time goes on by a millisecond at each look, so that cases are the same. */
+static int sim_clock(clockid_t clock, struct timespec *t) {
+  static long looks;
+  (void)clock;
+  looks++;
+  t->tv_sec = 1700000000 + looks / 1000;
+  t->tv_nsec = looks % 1000 * 1000000;
+  return 0;
+}
+
+/* The store's thread is run as a call instead. */
+static int sim_create(pthread_t *t, const pthread_attr_t *a, void *(*f)(void *),
+                      void *arg) {
+  (void)t, (void)a, (void)f, (void)arg;
+  return EAGAIN;
+}
+
+static int sim_wait(pthread_cond_t *c, pthread_mutex_t *m) {
+  (void)c, (void)m;
+  m_fail("it waits for nobody");
+  return 0;
+}
+
+/* Memory with its length before it */
+static void *sim_malloc(size_t n) {
+  size_t *p;
+  if (n > m_limit || m_bytes + n > m_limit)
+    m_fail("%zu bytes of memory, and %zu more", m_bytes, n);
+  p = malloc(2 * sizeof *p + n);
+  if (!p) exit(2);
+  p[0] = n;
+  m_blocks++;
+  m_bytes += n;
+  memset(p + 2, 0xa5, n);
+  return p + 2;
+}
+
+static void sim_free(void *p) {
+  size_t *start = p;
+  if (!p) return;
+  start -= 2;
+  m_blocks--;
+  m_bytes -= start[0];
+  free(start);
+}
+
+#undef open
+#undef lseek
+#undef fstat
+#undef lstat
+#undef pread
+#undef pwrite
+#undef preadv
+#undef pwritev
+#undef ftruncate
+#undef fallocate
+#define open sim_open
+#define close sim_close
+#define unlink(path) (f_exists = 0)
+#define flock sim_flock
+#define fstat sim_fstat
+#define lstat sim_lstat
+#define lseek sim_lseek
+#define pread sim_pread
+#define pwrite sim_pwrite
+#define preadv sim_preadv
+#define pwritev sim_pwritev
+#define fdatasync sim_sync
+#define fsync sim_sync
+#define ftruncate sim_ftruncate
+#define fallocate sim_fallocate
+#define clock_gettime sim_clock
+#define time(p) 1700000000
+#define pthread_create sim_create
+#define pthread_cond_wait sim_wait
+#define pthread_cond_timedwait(c, m, t) \
+  ((void)(c), (void)(m), (void)(t), ETIMEDOUT)
+#define NBDSERVE_MALLOC sim_malloc
+#define NBDSERVE_FREE sim_free
+#define NBDSERVE_NO_MAIN 1
+#include "nbdserve.c"
+
+/* ---- Sound stores ---------------------------------------------------------
+ * Kept as files: two of a store that is open, with a log, and one closed. */
+
+enum {
+  X_BLOCK = 512,
+  X_LEAF = 8 * X_BLOCK, /* bytes below a leaf */
+  X_NSTORES = 3,
+  X_NVOLS = 40,
+  X_NAME = 340, /* bytes of the longest, with a NUL */
+  X_MOST = 4096 /* blocks of the largest volume */
+};
+
+struct stored {
+  unsigned char *bytes;
+  uint64_t size;
+};
+static struct stored sound[X_NSTORES];
+
+static struct nbdserve_cas *c_open(uint32_t flags, int *err) {
+  struct nbdserve_cas_options o = {.flags = flags};
+  struct nbdserve_cas *cas = NULL;
+  f_frozen = (flags & NBDSERVE_CAS_READONLY) != 0;
+  *err = nbdserve_cas_open("/sim/store", &o, &cas);
+  return *err ? NULL : cas;
+}
+
+/* Writes a pattern, or zeroes, to a volume. */
+static int c_write(struct nbdserve_cas *cas, const char *name, uint64_t off,
+                   uint64_t len, uint32_t pattern) {
+  struct nbdserve_export e = {0};
+  unsigned char b[X_LEAF];
+  int err = nbdserve_cas_volume(cas, name, &e);
+  if (err) return err;
+  for (uint64_t at = 0; at < len && !err; at += X_BLOCK) {
+    uint64_t n = len - at < X_BLOCK ? len - at : X_BLOCK;
+    for (size_t i = 0; i < X_BLOCK; i += 4)
+      u_put32(b + i, pattern ? pattern + (uint32_t)at : 0);
+    err = e.ops->write(e.ctx, b, off + at, n, 0);
+  }
+  e.ops->close(e.ctx);
+  return err;
+}
+
+static void c_flush(struct nbdserve_cas *cas, const char *name) {
+  struct nbdserve_export e = {0};
+  SO(nbdserve_cas_volume(cas, name, &e) == 0);
+  SO(e.ops->flush(e.ctx, 0) == 0);
+  e.ops->close(e.ctx);
+}
+
+static void c_keep(struct stored *to) {
+  to->bytes = malloc(f_size);
+  if (!to->bytes) exit(2);
+  memcpy(to->bytes, f_now, f_size);
+  to->size = f_size;
+}
+
+/* Makes the sound stores. */
+static void c_make(void) {
+  struct nbdserve_cas_options o = {.block_size = X_BLOCK, .log_pages = 16};
+  char name[16];
+  char id[72];
+  int err;
+  m_limit = SIZE_MAX;
+  SO(nbdserve_cas_init("/sim/store", &o) == 0);
+  struct nbdserve_cas *cas = c_open(0, &err);
+  SO(cas);
+  SO(nbdserve_cas_create(cas, "a", 61 * X_BLOCK + 100) == 0);
+  SO(c_write(cas, "a", 0, 50 * X_BLOCK, 1000) == 0);
+  SO(nbdserve_cas_snapshot(cas, "a@1") == 0);
+  SO(nbdserve_cas_seal(cas, "a@1", id, NULL, NULL) == 0);
+  SO(c_write(cas, "a", 3 * X_BLOCK, 20 * X_BLOCK, 200000) == 0);
+  SO(nbdserve_cas_snapshot(cas, "a@2") == 0);
+  SO(nbdserve_cas_clone(cas, "a@1", "b") == 0);
+  SO(c_write(cas, "b", 30 * X_BLOCK + 7, 9 * X_BLOCK, 300000) == 0);
+  SO(nbdserve_cas_create(cas, "c", X_MOST * X_BLOCK) == 0);
+  for (uint32_t i = 0; i < 12; i++)
+    SO(c_write(cas, "c", i * 340 * X_BLOCK, 3 * X_BLOCK, 400000 + i * 999) ==
+       0);
+  for (int i = 0; i < 10; i++) {
+    snprintf(name, sizeof name, "e%d", i);
+    SO(nbdserve_cas_create(cas, name, 5 * X_BLOCK) == 0);
+    if (i % 3 == 0) SO(c_write(cas, name, 0, X_BLOCK, 500000) == 0);
+  }
+  SO(nbdserve_cas_rm(cas, "e5") == 0);
+  SO(c_write(cas, "a", 40 * X_BLOCK, 7 * X_BLOCK, 600000) == 0);
+  SO(c_write(cas, "b", 3 * X_BLOCK, 5 * X_BLOCK, 0) == 0);
+  c_flush(cas, "a");
+  SO(c_write(cas, "c", 340 * X_BLOCK, 5 * X_BLOCK, 700000) == 0);
+  c_keep(&sound[0]);
+  c_flush(cas, "a");
+  SO(c_write(cas, "e0", 0, 3 * X_BLOCK, 800000) == 0);
+  c_flush(cas, "a");
+  SO(c_write(cas, "e3", 0, 2 * X_BLOCK, 900000) == 0);
+  c_keep(&sound[1]);
+  SO(nbdserve_cas_close(cas) == 0);
+  c_keep(&sound[2]);
+  SO(m_blocks == 0);
+}
+
+/* ---- Changes ------------------------------------------------------------- */
+
+/* Where things are in the file, as the format has it: see nbdserve.h */
+enum {
+  X_SUPER_ID = 16,
+  X_SUPER_REPLAY = 40,
+  X_SUPER_NSLOTS = 52,
+  X_SUPER_SUM = 480,
+  X_LOG_BEGIN = 2 * CAS_UNIT,
+  X_LOG_PAGES = 16,
+  X_LOG_PAGE = 4096, /* bytes */
+  X_LOG_HEAD = 4032,
+  X_LOG_COUNT = 4036,
+  X_LOG_SEQ = 4040,
+  X_LOG_SUM = 4064,
+  X_ENTRY = 48,
+  X_PAGE_LEVEL = 4,
+  X_PAGE_INDEX = 8,
+  X_PAGE_BODY = 32, /* behind the page's sum */
+  X_SEGMENT = CAS_SEGMENT,
+  X_TWIN = X_SEGMENT / 2,
+  X_GROUP_BEGIN = X_LOG_BEGIN + X_LOG_PAGES * X_LOG_PAGE,
+  X_GROUP_SLOTS = CAS_UNIT / 32,
+  X_GROUP = CAS_UNIT + X_GROUP_SLOTS * X_BLOCK
+};
+
+/* A field: where it is, and its bytes */
+struct field {
+  const char *name;
+  uint32_t off;
+  uint32_t len;
+};
+
+static const struct field super_fields[] = {
+    {"version", 8, 4},   {"block_size", 12, 4}, {"id", 16, 4},
+    {"number", 32, 8},   {"replay", 40, 8},     {"log_pages", 48, 4},
+    {"slots", 52, 4},    {"catalog", 56, 4},    {"next_id", 60, 4},
+    {"incompat", 64, 4}, {"ro_compat", 68, 4},
+};
+static const struct field log_fields[] = {
+    {"count", 4036, 4},
+    {"seq", 4040, 8},
+    {"durable", 4048, 8},
+    {"super", 4056, 8},
+};
+static const struct field entry_fields[] = {
+    {"volume", 0, 4},           {"slot", 4, 4}, {"slot", 4, 4}, {"block", 8, 8},
+    {"count or digest", 16, 8},
+};
+static const struct field page_fields[] = {
+    {"magic", 0, 4},
+    {"level", 4, 4},
+    {"index", 8, 4},
+    {"number", 12, 4},
+};
+static const struct field record_fields[] = {
+    {"id", 0, 4},      {"flags", 4, 4},    {"size", 8, 8},  {"root", 16, 4},
+    {"levels", 20, 4}, {"created", 24, 8}, {"from", 32, 4}, {"digests", 36, 4},
+    {"cid", 40, 8},    {"name", 112, 4},
+};
+
+static uint32_t x_pages[4000]; /* slots of pages, all of the sound store */
+static uint32_t x_npages;
+static uint32_t x_nslots;
+static uint32_t x_sum_at; /* where the sum of a page begins */
+
+static unsigned char *x_slot(uint32_t slot) {
+  return f_now + X_GROUP_BEGIN + slot / X_GROUP_SLOTS * (size_t)X_GROUP +
+         CAS_UNIT + slot % X_GROUP_SLOTS * (size_t)X_BLOCK;
+}
+
+static unsigned char *x_digest(uint32_t slot) {
+  return f_now + X_GROUP_BEGIN + slot / X_GROUP_SLOTS * (size_t)X_GROUP +
+         slot % X_GROUP_SLOTS * (size_t)32;
+}
+
+/* The sum of a page, of which the beginning stands in it */
+static void x_sum(const unsigned char *p, unsigned char sum[32]) {
+  unsigned char copy[X_BLOCK];
+  memcpy(copy, p, X_BLOCK);
+  memset(copy + x_sum_at, 0, X_PAGE_BODY - x_sum_at);
+  sha_256(0, copy, NULL, X_BLOCK, sum, NULL);
+}
+
+/* Takes a sound store, and finds its pages. */
+static void x_take(const struct stored *from) {
+  unsigned char sum[32];
+  memcpy(f_now, from->bytes, from->size);
+  memset(f_now + from->size, 0, F_MAX - from->size);
+  f_size = from->size;
+  x_nslots = u_get32(f_now + X_SUPER_NSLOTS);
+  x_npages = 0;
+  for (x_sum_at = 16; x_sum_at <= 20 && !x_npages; x_sum_at += 4)
+    for (uint32_t slot = 1; slot < x_nslots; slot++) {
+      x_sum(x_slot(slot), sum);
+      if (slot % X_SEGMENT < X_TWIN &&
+          !memcmp(x_slot(slot) + x_sum_at, sum, 12))
+        x_pages[x_npages++] = slot;
+    }
+  x_sum_at -= 4;
+  SO(x_npages > 0);
+}
+
+/* A number that may be trouble, instead of one */
+static uint64_t x_number(uint64_t was, uint32_t len) {
+  static const uint64_t some[] = {
+      0,          1,          2,          3,          5,          7,
+      8,          15,         16,         17,         100,        127,
+      128,        255,        256,        511,        512,        513,
+      4095,       4096,       4097,       65536,      0x7fffffff, 0x80000000,
+      0xfffffffe, 0xffffffff, 0xffffffff, 0x01000000,
+  };
+  switch (rnd(8)) {
+  case 0:
+    return was + 1;
+  case 1:
+    return was - 1;
+  case 2:
+    return was ^ UINT64_C(1) << rnd(8 * len);
+  case 3:
+    return rnd(x_nslots + 2);
+  case 4:
+    return x_pages[rnd(x_npages)];
+  case 5:
+    return len == 8 ? UINT64_C(1) << rnd(64) : x_nslots;
+  case 6:
+    if (len == 8) return UINT64_MAX >> rnd(3);
+    break;
+  default:
+    break;
+  }
+  return some[rnd(COUNT_OF(some))];
+}
+
+/* Changes one of the fields at p. */
+static void x_field(unsigned char *p, const struct field *fields, size_t n) {
+  const struct field *field = fields + rnd((uint32_t)n);
+  unsigned char *at = p + field->off;
+  uint64_t was = field->len == 8 ? u_get64(at) : u_get32(at);
+  uint64_t now = x_number(was, field->len);
+  if (field->len == 8)
+    u_put64(at, now);
+  else
+    u_put32(at, (uint32_t)now);
+  m_note(" %s=%" PRIx64 ">%" PRIx64, field->name, was, now);
+}
+
+static void x_super(void) {
+  uint32_t which = rnd(4); /* one of them, or both */
+  uint64_t seed = m_seed;
+  for (uint32_t i = 0; i < 2; i++) {
+    unsigned char *p = f_now + i * CAS_UNIT;
+    if (which == 1 - i) continue;
+    m_note(" super%u", (unsigned)i);
+    m_seed = seed;
+    x_field(p, super_fields, COUNT_OF(super_fields));
+    sha_256(0, p, NULL, X_SUPER_SUM, p + X_SUPER_SUM, NULL);
+  }
+}
+
+/* Makes the sums of a page right, and those of its twin. */
+static void x_seal(uint32_t slot, uint32_t copies) {
+  unsigned char sum[32];
+  for (uint32_t i = 0; i < 2; i++) {
+    unsigned char *p = x_slot(slot + i * X_TWIN);
+    if (!(copies >> i & 1)) continue;
+    x_sum(p, sum);
+    memcpy(p + x_sum_at, sum, X_PAGE_BODY - x_sum_at);
+    memcpy(x_digest(slot), sum, 32);
+    memcpy(x_digest(slot + X_TWIN), sum, 32);
+  }
+}
+
+/* Changes a page: its head, a slot that it names, or its record. */
+static void x_page(void) {
+  uint32_t slot = x_pages[rnd(x_npages)];
+  uint32_t copies = rnd(4) ? 3 : 1 + rnd(2);
+  unsigned char *p = x_slot(slot);
+  int is_record = !memcmp(p, "CAT1", 4) && u_get32(p + X_PAGE_LEVEL) % 4 == 0;
+  m_note(" page%u(%.4s,%u,%u)", (unsigned)slot, (const char *)p,
+         (unsigned)u_get32(p + X_PAGE_LEVEL),
+         (unsigned)u_get32(p + X_PAGE_INDEX));
+  if (rnd(6) == 0) {
+    x_field(p, page_fields, COUNT_OF(page_fields));
+  } else if (is_record) {
+    x_field(p + X_PAGE_BODY, record_fields, COUNT_OF(record_fields));
+  } else {
+    struct field entry = {"entry", X_PAGE_BODY, 4};
+    for (int i = 0; i < 6; i++) { /* rather one that is there */
+      entry.off = X_PAGE_BODY + 4 * rnd(8);
+      if (u_get32(p + entry.off)) break;
+    }
+    m_note("[%u]", (unsigned)(entry.off - X_PAGE_BODY) / 4);
+    x_field(p, &entry, 1);
+  }
+  if (copies == 3) memcpy(x_slot(slot + X_TWIN), p, X_BLOCK);
+  if (copies == 2) { /* only the twin is changed */
+    unsigned char was[X_BLOCK];
+    memcpy(was, x_slot(slot + X_TWIN), X_BLOCK);
+    memcpy(x_slot(slot + X_TWIN), p, X_BLOCK);
+    memcpy(p, was, X_BLOCK);
+  }
+  if (rnd(8))
+    x_seal(slot, copies);
+  else
+    m_note("(not sealed)");
+}
+
+/* Puts a page in the place of another one. */
+static void x_swap(void) {
+  uint32_t from = x_pages[rnd(x_npages)];
+  uint32_t to = x_pages[rnd(x_npages)];
+  m_note(" page%u=page%u", (unsigned)to, (unsigned)from);
+  memcpy(x_slot(to), x_slot(from), X_BLOCK);
+  memcpy(x_slot(to + X_TWIN), x_slot(from), X_BLOCK);
+  x_seal(to, 3);
+}
+
+/* Makes the sum of a log page right: of its entries, with zeroes up to a
+ * multiple of 64, its head, and the id of the store. */
+static void x_seal_log(unsigned char *p) {
+  unsigned char b[X_LOG_HEAD + 64 + 32 + 16] = {0};
+  size_t len = (size_t)u_get32(p + X_LOG_COUNT) * X_ENTRY;
+  if (len > X_LOG_HEAD) return; /* it has none */
+  memcpy(b, p, len);
+  len = (len + 63) / 64 * 64;
+  memcpy(b + len, p + X_LOG_HEAD, 32);
+  memcpy(b + len + 32, f_now + X_SUPER_ID, 16);
+  sha_256(0, b, NULL, len + 48, p + X_LOG_SUM, NULL);
+}
+
+/* Changes a log page that has entries. */
+static void x_log_page(void) {
+  for (int i = 0; i < 40; i++) {
+    uint32_t at = rnd(X_LOG_PAGES);
+    unsigned char *p = f_now + X_LOG_BEGIN + at * X_LOG_PAGE;
+    uint32_t count = u_get32(p + X_LOG_COUNT);
+    if (memcmp(p + X_LOG_HEAD, "LOG1", 4) || !count) continue;
+    /* rather one that will be replayed */
+    if (u_get64(p + X_LOG_SEQ) < u_get64(f_now + X_SUPER_REPLAY) && i < 30)
+      continue;
+    m_note(" log%u", (unsigned)at);
+    if (rnd(4) == 0)
+      x_field(p, log_fields, COUNT_OF(log_fields));
+    else
+      x_field(p + rnd(count) % CAS_ENTRIES * X_ENTRY, entry_fields,
+              COUNT_OF(entry_fields));
+    x_seal_log(p);
+    return;
+  }
+}
+
+/* Overwrites something as a disk would, or cuts the file. */
+static void x_rot(void) {
+  uint32_t slot = rnd(x_nslots);
+  uint64_t at = rnd((uint32_t)f_size / X_BLOCK) * (uint64_t)X_BLOCK;
+  switch (rnd(4)) {
+  case 0:
+    m_note(" digest%u", (unsigned)slot);
+    x_digest(slot)[rnd(32)] ^= 1;
+    break;
+  case 1:
+    slot = x_pages[rnd(x_npages)];
+    m_note(" rot page%u and twin", (unsigned)slot);
+    x_slot(slot)[rnd(X_BLOCK)] ^= 1;
+    x_slot(slot + X_TWIN)[rnd(X_BLOCK)] ^= 1;
+    break;
+  case 2:
+    if (rnd(4)) return;
+    m_note(" cut at %" PRIu64, at);
+    memset(f_now + at, 0, (size_t)(f_size - at));
+    f_size = at;
+    break;
+  default:
+    m_note(" rot at %" PRIu64, at);
+    for (uint32_t i = 0; i < X_BLOCK; i++)
+      f_now[at + i] = (unsigned char)rnd(256);
+  }
+}
+
+static void x_change(void) {
+  switch (rnd(12)) {
+  case 0:
+  case 1:
+    x_super();
+    break;
+  case 2:
+  case 3:
+  case 4:
+    x_log_page();
+    break;
+  case 5:
+    x_swap();
+    break;
+  case 6:
+    x_rot();
+    break;
+  default:
+    x_page();
+  }
+}
+
+/* ---- What can be read ---------------------------------------------------- */
+
+struct seen {
+  char name[X_NAME];
+  uint64_t size;
+  uint64_t hash[X_MOST + 1]; /* of each block; 0: it cannot be read */
+};
+struct view {
+  uint32_t n;
+  uint32_t missed; /* there was no room for */
+  struct seen volume[X_NVOLS];
+};
+static struct view views[4];
+
+static int v_list(void *arg, const struct nbdserve_cas_info *info) {
+  struct view *view = arg;
+  SO(strlen(info->name) > 0 && strlen(info->name) < X_NAME);
+  SO(info->size <= (uint64_t)X_MOST * X_BLOCK);
+  if (view->n == X_NVOLS) {
+    view->missed++;
+    return 0;
+  }
+  struct seen *seen = view->volume + view->n++;
+  strcpy(seen->name, info->name);
+  seen->size = info->size;
+  return 0;
+}
+
+static uint64_t v_hash(const unsigned char *p, size_t len) {
+  uint64_t h = UINT64_C(0xcbf29ce484222325);
+  for (size_t i = 0; i < len; i++)
+    h = (h ^ p[i]) * UINT64_C(0x100000001b3);
+  return h | 1;
+}
+
+/* Reads a volume, a leaf at a time and where that fails a block at a time. */
+static void v_read(struct nbdserve_cas *cas, struct seen *seen) {
+  struct nbdserve_export e = {0};
+  unsigned char b[X_LEAF];
+  int err = nbdserve_cas_volume(cas, seen->name, &e);
+  memset(seen->hash, 0, sizeof seen->hash);
+  if (err) return;
+  for (uint64_t off = 0; off < e.size; off += X_LEAF) {
+    uint64_t len = e.size - off < X_LEAF ? e.size - off : X_LEAF;
+    int whole = e.ops->read(e.ctx, b, off, len, 0) == 0;
+    for (uint64_t at = 0; at < len; at += X_BLOCK) {
+      size_t n = len - at < X_BLOCK ? (size_t)(len - at) : X_BLOCK;
+      if (whole || e.ops->read(e.ctx, b + at, off + at, n, 0) == 0)
+        seen->hash[(off + at) / X_BLOCK] = v_hash(b + at, n);
+    }
+  }
+  e.ops->close(e.ctx);
+}
+
+/* All that a store has. */
+static void v_take(struct nbdserve_cas *cas, struct view *view) {
+  view->n = view->missed = 0;
+  SO(nbdserve_cas_list(cas, v_list, view) == 0);
+  for (uint32_t i = 0; i < view->n; i++)
+    v_read(cas, view->volume + i);
+}
+
+/* A volume is to change: comparing leaves it out. */
+static void v_forget(struct view *view, const char *name) {
+  for (uint32_t i = 0; i < view->n; i++)
+    if (strcmp(view->volume[i].name, name) == 0) view->volume[i].name[0] = 0;
+}
+
+static struct seen *v_find(struct view *view, const char *name) {
+  for (uint32_t i = 0; i < view->n; i++)
+    if (strcmp(view->volume[i].name, name) == 0) return view->volume + i;
+  return NULL;
+}
+
+/* What could be read in one view can be read in the other one, and is the
+ * same. */
+static void v_compare(struct view *before, struct view *after,
+                      const char *when) {
+  for (uint32_t i = 0; i < before->n; i++) {
+    const struct seen *a = before->volume + i;
+    if (v_find(before, a->name) != a) continue; /* twice the same name */
+    if (!*a->name) continue;                    /* it was to change */
+    const struct seen *b = v_find(after, a->name);
+    if (!b) m_fail("%s %s is not there", when, a->name);
+    if (a->size != b->size) m_fail("%s %s has another size", when, a->name);
+    for (uint32_t k = 0; k < X_MOST; k++)
+      if (a->hash[k] && a->hash[k] != b->hash[k])
+        m_fail("%s block %u of %s %s", when, (unsigned)k, a->name,
+               b->hash[k] ? "has changed" : "cannot be read");
+  }
+}
+
+/* ---- A case -------------------------------------------------------------- */
+
+static int m_damage(void *arg, const char *name, uint64_t off, uint64_t len,
+                    const char *why) {
+  (void)arg;
+  SO(strlen(name) < X_NAME && strlen(why) > 0);
+  SO(off <= (uint64_t)X_MOST * X_BLOCK && len <= (uint64_t)X_MOST * X_BLOCK);
+  return 0;
+}
+
+static int m_range(void *arg, uint64_t off, uint64_t len) {
+  uint64_t *end = arg;
+  SO(off >= *end && len > 0 && off + len <= (uint64_t)X_MOST * X_BLOCK);
+  *end = off + len;
+  return 0;
+}
+
+/* Is that a reason not to open a store that was changed? */
+static int m_is_refusal(int err) {
+  return err == -EUCLEAN || err == -EINVAL || err == -EOPNOTSUPP;
+}
+
+static void m_check(struct nbdserve_cas *cas) {
+#ifdef CAS_CHECK
+  cas_check(cas);
+#else
+  (void)cas;
+#endif
+}
+
+/* Looks at everything in an open store, without changing it. */
+static void m_look(struct nbdserve_cas *cas, struct view *view) {
+  struct nbdserve_cas_stat stat;
+  m_check(cas);
+  v_take(cas, view);
+  nbdserve_cas_stat(cas, &stat);
+  SO(stat.file == f_size && stat.stored <= f_size && stat.free <= f_size);
+  for (uint32_t i = 1; i < view->n; i++) {
+    uint64_t end = 0;
+    (void)nbdserve_cas_diff(cas, view->volume[i - 1].name, view->volume[i].name,
+                            m_range, &end);
+  }
+  int err = nbdserve_cas_verify(cas, m_damage, NULL, NULL);
+  SO(err == 0 || err == -EUCLEAN);
+  m_check(cas);
+}
+
+/* Changes something in a store that is open for writing: a volume is written,
+ * another one gone or resized, and some are new.  Any of it may be refused. */
+static void m_use(struct nbdserve_cas *cas, struct view *view) {
+  struct nbdserve_export e = {0};
+  unsigned char b[X_BLOCK];
+  uint64_t bytes;
+  char id[72];
+  char changed[X_NAME];
+  char other[X_NAME];
+  char name[X_NAME + 8];
+  if (!view->n) return;
+  const struct seen *seen = view->volume + rnd(view->n);
+  uint64_t size = seen->size;
+  strcpy(changed, seen->name);
+  strcpy(other, view->volume[rnd(view->n)].name);
+  v_forget(view, changed);
+  v_forget(view, other);
+  for (int i = 0; i < 8 && size >= X_BLOCK; i++) {
+    uint64_t off = rnd((uint32_t)(size / X_BLOCK)) * (uint64_t)X_BLOCK;
+    uint32_t pattern = 1 + rnd(9999);
+    if (c_write(cas, changed, off, X_BLOCK, pattern)) continue;
+    SO(nbdserve_cas_volume(cas, changed, &e) == 0);
+    SO(e.ops->read(e.ctx, b, off, X_BLOCK, 0) == 0 && u_get32(b) == pattern);
+    if (rnd(3) == 0) (void)e.ops->trim(e.ctx, off, X_BLOCK, 0);
+    if (rnd(9) == 0) (void)e.ops->zero(e.ctx, 0, size, 0);
+    if (rnd(3) == 0) (void)e.ops->flush(e.ctx, 0);
+    e.ops->close(e.ctx);
+    m_check(cas);
+  }
+  if (nbdserve_cas_create(cas, "new", 20 * X_BLOCK) == 0)
+    (void)c_write(cas, "new", 0, 20 * X_BLOCK, 1 + rnd(9999));
+  snprintf(name, sizeof name, "%s@new", changed);
+  if (nbdserve_cas_snapshot(cas, name) == 0 && rnd(2))
+    (void)nbdserve_cas_seal(cas, name, id, NULL, NULL);
+  m_check(cas);
+  if (rnd(2)) (void)nbdserve_cas_clone(cas, changed, "copy");
+  if (rnd(2))
+    (void)nbdserve_cas_resize(cas, other, rnd(X_MOST * X_BLOCK));
+  else
+    (void)nbdserve_cas_rm(cas, other);
+  m_check(cas);
+  if (rnd(3) == 0) (void)nbdserve_cas_repair(cas, m_damage, NULL, NULL);
+  if (rnd(3) == 0) (void)nbdserve_cas_gc(cas, &bytes, NULL, NULL);
+  m_check(cas);
+}
+
+/* Closes a store: with all of its memory. */
+static void m_close(struct nbdserve_cas *cas) {
+  SO(nbdserve_cas_close(cas) == 0);
+  SO(m_blocks == 0);
+}
+
+/* Uses a store that was opened for writing.  seen: what was read before. */
+static void m_go_on(struct nbdserve_cas *cas, struct view *seen) {
+  int err;
+  if (rnd(4) == 0) cas->max_leaves = 3; /* so they are read back */
+  m_look(cas, &views[1]);
+  if (seen) v_compare(seen, &views[1], "for writing");
+  m_use(cas, &views[1]);
+  m_look(cas, &views[2]);
+  v_compare(&views[1], &views[2], "after writing");
+  m_close(cas);
+  cas = c_open(NBDSERVE_CAS_READONLY, &err);
+  if (!cas) m_fail("opened for writing, then refused for reading: %d", err);
+  m_look(cas, &views[3]);
+  v_compare(&views[2], &views[3], "later");
+  m_close(cas);
+  cas = c_open(0, &err);
+  if (!cas) m_fail("opened for writing, then refused: %d", err);
+  m_look(cas, &views[3]);
+  v_compare(&views[2], &views[3], "once more");
+  m_close(cas);
+}
+
+static void m_case(void) {
+  static unsigned char was[F_MAX];
+  uint64_t size;
+  int err;
+  x_take(&sound[rnd(X_NSTORES)]);
+  for (uint32_t n = 1 + rnd(4); n > 0; n--)
+    x_change();
+  size = f_size;
+  m_limit = (4 << 20) + 64 * f_size;
+  memcpy(was, f_now, f_size);
+  struct view *seen = NULL;
+  struct nbdserve_cas *cas = c_open(NBDSERVE_CAS_READONLY, &err);
+  if (!cas && !m_is_refusal(err)) m_fail("refused for reading: %d", err);
+  if (cas) {
+    seen = &views[0];
+    m_look(cas, seen);
+    m_close(cas);
+  }
+  SO(m_blocks == 0 && f_size == size && memcmp(was, f_now, f_size) == 0);
+  cas = c_open(0, &err);
+  if (!cas && !m_is_refusal(err)) m_fail("refused for writing: %d", err);
+  if (cas) {
+    m_go_on(cas, seen);
+  } else {
+    SO(m_blocks == 0);
+    cas = c_open(NBDSERVE_CAS_ACCEPT_LOSS, &err);
+    if (!cas && !m_is_refusal(err)) m_fail("refused for repair: %d", err);
+    if (cas) m_go_on(cas, seen);
+  }
+  SO(m_blocks == 0);
+  if (f_size > 2 * size + (1 << 20))
+    m_fail("the file grew from %" PRIu64 " to %" PRIu64 " bytes", size, f_size);
+}
+
+/* Runs the cases from one on, until one ends the process. */
+static void m_run(long from, long to, uint64_t seed) {
+  c_make();
+  for (long n = from; n < to; n++) {
+    m_shared->current = n;
+    m_shared->len = 0;
+    m_shared->what[0] = 0;
+    m_seed = (seed + 1) * UINT64_C(0x9e3779b97f4a7c15) ^
+             (uint64_t)(n + 1) * UINT64_C(0xbf58476d1ce4e5b9);
+    for (int i = 0; i < 9; i++)
+      (void)rnd(2);
+    alarm(30);
+    m_case();
+    alarm(0);
+  }
+  _exit(0);
+}
+
+int main(int argc, char **argv) {
+  long count = argc > 1 ? atol(argv[1]) : 1000;
+  uint64_t seed = argc > 2 ? (uint64_t)atol(argv[2]) : 1;
+  long from = argc > 3 ? atol(argv[3]) : 0;
+  int failures = 0;
+  int status = 0;
+  m_shared = mmap(NULL, sizeof *m_shared, PROT_READ | PROT_WRITE,
+                  MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (m_shared == MAP_FAILED) return 2;
+  if (argc > 3) count = from + 1;
+  while (from < count && failures < 25) {
+    fflush(stdout);
+    pid_t pid = fork();
+    if (!pid) m_run(from, count, seed);
+    if (pid < 0 || waitpid(pid, &status, 0) != pid) return 2;
+    if (!status) break;
+    printf("case %ld ended by %s %d:%s\nmutate 1 %" PRIu64 " %ld\n\n",
+           m_shared->current, WIFSIGNALED(status) ? "signal" : "status",
+           WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status),
+           m_shared->what, seed, m_shared->current);
+    failures++;
+    from = m_shared->current + 1;
+  }
+  printf("%ld cases, %d failures\n", from < count ? count : from, failures);
+  return failures > 0;
 }
 
 //== syncs

@@ -12,6 +12,7 @@ PREFIX = /usr/local
 DESTDIR =
 CUTS = 0
 KIND = cuts
+COUNT = 10000
 SECONDS = 60
 FILE =
 COMPILERS = gcc clang tcc musl-gcc
@@ -152,6 +153,16 @@ crash: ## cuts the power on a simulated store until it loses; CUTS=9, KIND=full
 	  echo "build/simulator $(KIND) $(CUTS) $$seed"; \
 	  build/simulator $(KIND) $(CUTS) $$seed
 
+mutate: ## forged stores, believed: refused or sound; COUNT=10000
+	@mkdir -p build
+	@./test.sh --emit mutate > build/mutate.c
+	$(CC) -g -O1 -fsanitize=address,undefined \
+	  -fno-sanitize-recover=undefined -I. -o build/mutate build/mutate.c \
+	  $(LDLIBS)
+	@seed=$(SEED); [ -n "$$seed" ] || \
+	  seed=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' '); \
+	  echo "build/mutate $(COUNT) $$seed"; build/mutate $(COUNT) $$seed
+
 fuzz: nbdserve ## what clients send, from the tests' transcripts; SECONDS=60
 	@mkdir -p build/corpus build/found
 	@[ -n "$$(ls build/corpus)" ] || CORPUS=$$PWD/build/corpus \
@@ -197,4 +208,5 @@ clean: ## remove what was built
 	rm -rf build nbdserve libnbdserve.a
 
 .PHONY: all lib install uninstall check check-cc check-strict check-config \
-  check-san check-tsan crash fuzz check-symbols lint figures bench help clean
+  check-san check-tsan crash mutate fuzz check-symbols lint figures bench help \
+  clean

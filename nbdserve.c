@@ -9999,7 +9999,7 @@ static int cli_is_data(const struct nbdserve_export *volume, uint64_t off,
   unsigned char extent[WIRE_EXT_EXTENT_LEN];
   uint64_t left = volume->size - off;
   struct nbdserve_extents x = {
-      .left = left, .align = 1, .max = 1, .data = extent};
+      .left = left, .align = 1, .max = 1, .data = extent, .extended = 1};
   *end = volume->size;
   int err =
       volume->ops->extents(volume->ctx, off, left, NBDSERVE_CMD_REQ_ONE, &x);

@@ -4506,10 +4506,12 @@ enum cas_space {
 
 /* 256 slots */
 struct cas_segment {
-  uint16_t nfree;  /* free slots */
-  uint16_t npairs; /* pairs of slots, x and x ^ CAS_TWIN, that are free */
-  uint16_t npages; /* slots that hold pages */
-  uint16_t space;  /* enum cas_space */
+  uint16_t nfree;      /* free slots */
+  uint16_t npairs;     /* pairs of slots, x and x ^ CAS_TWIN, that are free */
+  uint16_t npages;     /* slots that hold pages */
+  unsigned char space; /* enum cas_space */
+  unsigned char is_given; /* digests say that it was given back, and it was
+                             got again */
 };
 
 /* What memory holds of each slot of a group; in arrays, because searches go
@@ -4881,7 +4883,7 @@ static void cas_set_space(struct nbdserve_cas *st, uint32_t slot,
                           enum cas_space space) {
   struct cas_segment *seg = cas_segment(st, slot);
   cas_count(st, seg, -1);
-  seg->space = (uint16_t)space;
+  seg->space = (unsigned char)space;
   cas_count(st, seg, 1);
 }
 
@@ -4933,6 +4935,51 @@ static int cas_write_zeroes(struct nbdserve_cas *st, uint32_t first,
   return err;
 }
 
+/* Does the file have room for a slot? */
+static int cas_is_in_file(const struct nbdserve_cas *st, uint64_t slot) {
+  if (slot >= (uint64_t)CAS_GROUPS * CAS_SLOTS) return 0;
+  uint64_t off = cas_data_off(st, (uint32_t)slot);
+  return off < st->end && st->bs <= st->end - off;
+}
+
+/* The digest of a free slot that was given back to the file system */
+static const unsigned char cas_given[CAS_DIGEST_LEN] = {
+    255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255,
+    255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255,
+    255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
+
+/* Reads the digests of a segment and counts its free slots that gc has given
+ * back to the file system.  Their digests say so: all ones.  On an error it may
+ * be all of them. */
+static int cas_given_back(struct nbdserve_cas *st, uint32_t first,
+                          unsigned char digest[][CAS_DIGEST_LEN]) {
+  int n = 0;
+  if (cas_io(st, OS_READ, digest, CAS_SEGMENT * CAS_DIGEST_LEN,
+             cas_digest_off(st, first)))
+    return CAS_SEGMENT;
+  for (uint32_t i = 0; i < CAS_SEGMENT; i++)
+    if (!CAS_AT(st, first + i, refs) &&
+        memcmp(digest[i], cas_given, CAS_DIGEST_LEN) == 0)
+      n++;
+  return n;
+}
+
+/* Segments that were given back and have durable space again are like any
+ * others: their digests say so from the next sync on. */
+static void cas_clear_given(struct nbdserve_cas *st) {
+  unsigned char zeroes[CAS_DIGEST_LEN] = {0};
+  for (uint32_t x = 0; x < st->nslots; x++) {
+    struct cas_segment *seg = cas_segment(st, x);
+    if (!seg->is_given || seg->space != SPACE_SYNCING) {
+      x += CAS_SEGMENT - 1;
+      continue;
+    }
+    if (!CAS_AT(st, x, refs))
+      (void)!cas_io(st, OS_WRITE, zeroes, sizeof zeroes, cas_digest_off(st, x));
+    if (x % CAS_SEGMENT == CAS_SEGMENT - 1) seg->is_given = 0;
+  }
+}
+
 /* Gives a segment its space in the file (C18), maybe behind the file's end.  The
  * first segment of a group brings the digests of the group along, the very first
  * one all that stands before it.  The space counts from the next sync on, but at
@@ -4941,15 +4988,22 @@ static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
   uint64_t off = cas_data_off(st, first);
   uint64_t end = off + (uint64_t)CAS_SEGMENT * st->bs;
   int is_durable = !st->is_open || st->is_device;
+  unsigned char digest[CAS_SEGMENT][CAS_DIGEST_LEN];
   int err = 0;
   if (end > (st->is_device ? st->end : INT64_MAX)) return -ENOSPC;
   if (first % CAS_SLOTS == 0) off = cas_digest_off(st, first);
   if (first == 0) off = 0;
   if (!st->is_device) err = os_fallocate(st->fd, OS_ALLOCATE, off, end - off);
   if (err == -EOPNOTSUPP) err = cas_write_zeroes(st, first, off, end);
+  /* Some file systems refuse that when they are full, though the space is
+   * there.  It is if it was there at the last checkpoint and was not given
+   * back. */
+  int ngiven = first < st->nslots ? cas_given_back(st, first, digest) : 0;
+  if (err == -ENOSPC && !ngiven && first < st->super.nslots) err = 0;
   if (!err) err = cas_extend(st, first);
   if (!err)
     cas_set_space(st, first, is_durable ? SPACE_DURABLE : SPACE_WRITTEN);
+  if (!err && ngiven) cas_segment(st, first)->is_given = 1;
   return err;
 }
 
@@ -5143,7 +5197,10 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
     st->durable = seq; /* (C4) */
     st->nsynced = mine;
     cas_free_list(st, dropped); /* (C5) */
-    if (st->npending) cas_change_space(st, SPACE_SYNCING, SPACE_DURABLE);
+    if (st->npending) {
+      cas_clear_given(st);
+      cas_change_space(st, SPACE_SYNCING, SPACE_DURABLE);
+    }
     if (dropped) cas_space_came(st);
   }
   st->syncing = 0;
@@ -5203,18 +5260,19 @@ static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
 }
 
 /* Passes over the segment of a slot that could not be written from now on
- * (C19); and over all that have their digests in the same 4096 bytes, because
- * what is bad may be that.  (locks) */
+ * (C19).  If the medium failed, so it does all that have their digests in the
+ * same 4096 bytes, because what is bad may be that.  If there was no space, its
+ * digest says so again.  (locks) */
 static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
-  uint32_t n = CAS_PAGE / CAS_DIGEST_LEN;
+  uint32_t n = err == -ENOSPC ? 1 : CAS_PAGE / CAS_DIGEST_LEN;
   uint32_t first = slot / n * n;
   uint32_t x = first / CAS_SEGMENT * CAS_SEGMENT;
   os_lock(&st->lock);
   for (; x < st->nslots && x < first + n; x += CAS_SEGMENT)
-    if (err != -ENOSPC)
-      cas_set_space(st, x, SPACE_BROKEN);
-    else if (cas_segment(st, x)->space != SPACE_DURABLE)
-      cas_set_space(st, x, SPACE_FULL);
+    cas_set_space(st, x, err == -ENOSPC ? SPACE_FULL : SPACE_BROKEN);
+  if (err == -ENOSPC)
+    (void)!cas_io(st, OS_WRITE, (void *)(uintptr_t)cas_given, CAS_DIGEST_LEN,
+                  cas_digest_off(st, slot));
   cas_unlock(st);
 }
 
@@ -6196,7 +6254,7 @@ static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
   int is_over = 0;
   os_lock(&st->ckpt);
   os_lock(&st->lock);
-  for (int i = 0; i < CAS_TRIES && !is_over && st->super_number <= since; i++) {
+  while (!is_over && st->super_number <= since) {
     struct cas_cut cut = {.n = 0};
     err = cas_make_cut(st, change, &cut);
     is_over = err == -ENOMEM || !cut.n;
@@ -6768,13 +6826,6 @@ static int cas_lay_out(struct nbdserve_cas *st) {
   return 0;
 }
 
-/* Does the file have room for a slot? */
-static int cas_is_in_file(const struct nbdserve_cas *st, uint64_t slot) {
-  if (slot >= (uint64_t)CAS_GROUPS * CAS_SLOTS) return 0;
-  uint64_t off = cas_data_off(st, (uint32_t)slot);
-  return off < st->end && st->bs <= st->end - off;
-}
-
 /* Takes what the newest superblock says, of which one is enough, and makes both
  * alike (C8).  What was read may be in memory only, so it is made durable before
  * it is relied on.  What somebody else has written in a place is not written
@@ -7090,13 +7141,17 @@ static void cas_rewrite_digests(struct nbdserve_cas *st, uint32_t slot) {
 
 /* Does the slot of an entry have the data that the entry says?  Then it is
  * written once more, as after a failed sync it may be in memory only; if that
- * fails there still is what was read.  room: [block_size] */
+ * fails there still is what was read.  Where the data cannot be read the digest
+ * has to do, so that a client gets an error and not what was there before.
+ * room: [block_size] */
 static int cas_confirm(struct nbdserve_cas *st, const struct cas_entry *entry,
                        unsigned char *room) {
   uint32_t slot = (uint32_t)entry->slot;
   uint64_t off = cas_data_off(st, slot);
   unsigned char sum[CAS_DIGEST_LEN];
-  if (cas_io(st, OS_READ, room, st->bs, off)) return 0;
+  if (cas_io(st, OS_READ, room, st->bs, off))
+    return !cas_io(st, OS_READ, sum, sizeof sum, cas_digest_off(st, slot)) &&
+           memcmp(sum, entry->digest, sizeof sum) == 0;
   sha_256(st->hw, room, NULL, st->bs, sum, NULL);
   if (memcmp(sum, entry->digest, sizeof sum) != 0) return 0;
   CAS_AT(st, slot, tag) |= CAS_GOOD;
@@ -7153,6 +7208,38 @@ static int cas_redo_page(struct nbdserve_cas *st,
   return err;
 }
 
+/* Takes note, in their digests, that the free slots of a segment will be given
+ * back to the file system; or, once that is durable, gives those back of which
+ * it was noted.  Not where pages are, or will be (C18). */
+static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
+  unsigned char digest[CAS_SEGMENT][CAS_DIGEST_LEN];
+  struct cas_segment *seg = cas_segment(st, first);
+  uint32_t kept = st->ndirty + CAS_RESERVE_PAIRS + CAS_TWIN;
+  int err = 0;
+  if (seg->npages || seg->space == SPACE_WRITTEN ||
+      seg->space == SPACE_SYNCING ||
+      (seg->space == SPACE_DURABLE && st->npairs < kept + seg->npairs))
+    return 0;
+  if (seg->space == SPACE_DURABLE) cas_set_space(st, first, SPACE_UNKNOWN);
+  st->back_cursor = (uint32_t)u_min(st->back_cursor, first);
+  if (is_noted && !cas_given_back(st, first, digest)) return 0;
+  for (uint32_t i = 0, n; i < CAS_SEGMENT && !err; i += n + 1) {
+    for (n = 0; i + n < CAS_SEGMENT && !CAS_AT(st, first + i + n, refs); n++) {
+      if (!is_noted)
+        memcpy(digest[i + n], cas_given, CAS_DIGEST_LEN);
+      else if (memcmp(digest[i + n], cas_given, CAS_DIGEST_LEN) != 0)
+        break;
+    }
+    if (n && is_noted)
+      err = os_fallocate(st->fd, OS_PUNCH_HOLE, cas_data_off(st, first + i),
+                         (uint64_t)n * st->bs);
+    else if (n && cas_io(st, OS_WRITE, digest[i], n * CAS_DIGEST_LEN,
+                         cas_digest_off(st, first + i)))
+      break; /* what is not noted is not given back */
+  }
+  return err;
+}
+
 /* Data that the log has dropped is free: the log is durable by now.  Pages that
  * it made dirty are still named by the superblock, and wait. */
 static void cas_free_dropped(struct nbdserve_cas *st) {
@@ -7190,6 +7277,10 @@ static int cas_recover(struct nbdserve_cas *st,
   if (!err && !st->readonly && end > st->durable) err = os_datasync(st->fd);
   if (err) return err;
   cas_free_dropped(st);
+  /* Where the file ends is where a power cut has left it. */
+  for (uint32_t x = (uint32_t)st->super.nslots; x < st->nslots && !st->readonly;
+       x += CAS_SEGMENT)
+    if (cas_give_space(st, x)) cas_punch(st, x, 0);
   memset(p, 0, CAS_PAGE);
   int is_clean = end == st->tail && !st->log_unread && !st->ndirty;
   if (st->readonly || is_clean) return 0;
@@ -8023,28 +8114,6 @@ int nbdserve_cas_repair(struct nbdserve_cas *st, nbdserve_damage_fn *each,
   return st->readonly ? -EROFS : cas_verify(&v);
 }
 
-/* Gives the free slots of a segment back to the file system, unless pages are
- * there or will be (C18). */
-static int cas_punch(struct nbdserve_cas *st, uint32_t first) {
-  struct cas_segment *seg = cas_segment(st, first);
-  uint32_t kept = st->ndirty + CAS_RESERVE_PAIRS + CAS_TWIN;
-  int err = 0;
-  if (seg->npages || seg->space == SPACE_WRITTEN ||
-      seg->space == SPACE_SYNCING ||
-      (seg->space == SPACE_DURABLE && st->npairs < kept + seg->npairs))
-    return 0;
-  if (seg->space == SPACE_DURABLE) cas_set_space(st, first, SPACE_UNKNOWN);
-  st->back_cursor = (uint32_t)u_min(st->back_cursor, first);
-  for (uint32_t x = first, n; x < first + CAS_SEGMENT && !err; x += n + 1) {
-    for (n = 0; x + n < first + CAS_SEGMENT && !CAS_AT(st, x + n, refs);)
-      n++;
-    if (n)
-      err = os_fallocate(st->fd, OS_PUNCH_HOLE, cas_data_off(st, x),
-                         (uint64_t)n * st->bs);
-  }
-  return err;
-}
-
 /* See nbdserve.h. */
 int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
                     nbdserve_progress_fn *progress, void *arg) {
@@ -8054,12 +8123,18 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
   *bytes = stat.free;
   os_lock(&st->lock);
   /* What is kept has to be known to be there before the rest is given away. */
-  int may_punch = !err && !cas_want_pairs(st, CAS_RESERVE_PAIRS + CAS_TWIN);
-  for (uint32_t x = 0; x < st->nslots && may_punch && !err; x += CAS_SEGMENT) {
-    err = cas_punch(st, x); /* what is free stays so meanwhile */
-    cas_unlock(st);
-    if (!err && progress && progress(arg, x, st->nslots)) err = -ECANCELED;
-    os_lock(&st->lock);
+  uint32_t kept = CAS_RESERVE_PAIRS + CAS_TWIN;
+  while (!err && cas_want_pairs(st, kept) == -ENOSPC && cas_reclaim(st))
+    continue;
+  int may_punch = !err && !cas_want_pairs(st, kept);
+  for (int is_noted = 0; is_noted < 2 && may_punch && !err; is_noted++) {
+    for (uint32_t x = 0; x < st->nslots && !err; x += CAS_SEGMENT) {
+      err = cas_punch(st, x, is_noted); /* what is free stays so meanwhile */
+      cas_unlock(st);
+      if (!err && progress && progress(arg, x, st->nslots)) err = -ECANCELED;
+      os_lock(&st->lock);
+    }
+    if (!err && !is_noted) err = cas_sync(st, 1);
   }
   cas_unlock(st);
   return err;

@@ -15126,7 +15126,7 @@ static void c_twins(void) {
   struct nbdserve_cas_options o = {0};
   long x = c_slot();
   int i;
-  if (!x) return;
+  if (!x || m_number(d_now + d_at(x, 1)) != LOST) return; /* no page */
   m_do("slot %ld and its twin are unreadable once", x);
   for (i = 0; i < 2; i++, x ^= CAS_SEGMENT / 2) {
     d_bad[i].off = d_at(x, 1);

@@ -5228,7 +5228,8 @@ struct cas_block {
   uint32_t expected;        /* slot that the map must have, or CAS_ANY */
   int todo;                 /* CAS_DATA, CAS_DIGEST */
   int is_wanting;           /* it needs a slot */
-  int is_duplicate;         /* it is to be compared with what its slot has */
+  int is_duplicate;         /* it is to be compared with what its slot has, */
+  int is_trusted;           /* of which the digest is known to fit */
   int err;                  /* 0 or -errno */
   int digest_err;           /* 0 or -errno: its digest could not be read */
   unsigned char sum[CAS_DIGEST_LEN];    /* SHA-256 of data */
@@ -6417,6 +6418,7 @@ static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
   blk->todo = slot ? 0 : CAS_BOTH;
   if (slot) cas_hold(st, blk->slot = slot);
   if (!slot) cas_index(st, blk->slot, tag);
+  blk->is_trusted = (CAS_AT(st, blk->slot, tag) & CAS_GOOD) != 0;
   return 0;
 }
 
@@ -6426,11 +6428,12 @@ static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk,
                        unsigned char *room) {
   unsigned char digest[CAS_DIGEST_LEN];
   uint32_t slot = blk->slot;
-  return !cas_io(st, OS_READ, room, st->bs, cas_data_off(st, slot)) &&
-         memcmp(room, blk->data, st->bs) == 0 &&
-         !cas_io(st, OS_READ, digest, sizeof digest,
-                 cas_digest_off(st, slot)) &&
-         memcmp(digest, blk->sum, sizeof digest) == 0;
+  if (cas_io(st, OS_READ, room, st->bs, cas_data_off(st, slot)) ||
+      memcmp(room, blk->data, st->bs) != 0)
+    return 0;
+  return blk->is_trusted || (!cas_io(st, OS_READ, digest, sizeof digest,
+                                     cas_digest_off(st, slot)) &&
+                             memcmp(digest, blk->sum, sizeof digest) == 0);
 }
 
 /* Gives slots to the blocks that want one, and holds on them.  The first rounds
@@ -6475,11 +6478,11 @@ static int cas_commit_block(struct cas_volume *vol, struct cas_block *blk) {
   int err = cas_prepare(vol, blk->number, &spot);
   if (err) return err;
   if (blk->expected != CAS_ANY && blk->expected != spot.slot) return -EAGAIN;
+  if (blk->slot) CAS_AT(st, blk->slot, tag) |= CAS_GOOD;
   if (blk->slot == spot.slot) return 0; /* the same data is there already */
   err = cas_set_slot(vol, blk->number, blk->slot);
   if (err) return err;
   cas_log(vol, blk->number, 1, blk->slot, blk->slot ? blk->sum : NULL);
-  if (blk->slot && !blk->is_duplicate) CAS_AT(st, blk->slot, tag) |= CAS_GOOD;
   blk->slot = 0;
   return 0;
 }

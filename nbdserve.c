@@ -4271,11 +4271,9 @@ enum {
   CAS_VERSION = 2,      /* of the format */
   CAS_MAP = 0x4d415031, /* "MAP1" */
   CAS_CAT = 0x43415431, /* "CAT1" */
-  CAS_LOG = 0x4c4f4731  /* "LOG1" */
-};
+  CAS_LOG = 0x4c4f4731, /* "LOG1" */
 
-/* Limits that follow from the format */
-enum {
+  /* Limits that follow */
   CAS_SLOTS = CAS_UNIT / 32,     /* slots in a group */
   CAS_GROUPS = CAS_UNIT / 8 - 1, /* groups in a store: < 2^32 slots in all */
   CAS_TWIN = CAS_SEGMENT / 2,    /* a page in slot x has its twin in x ^ this */
@@ -4323,8 +4321,8 @@ struct cas_entry {
   uint64_t volume; /* id */
   uint64_t slot;   /* 0: holes */
   uint64_t block;  /* number of the block, or of the first */
-  uint64_t count;  /* holes: number of blocks */
-  unsigned char digest[CAS_DIGEST_LEN]; /* else: of the slot's data */
+  unsigned char digest[CAS_DIGEST_LEN]; /* of the slot's data; or, of holes,
+                                           number of blocks, 8 bytes */
 };
 struct cas_head {
   uint64_t magic;  /* CAS_MAP or CAS_CAT */
@@ -4345,57 +4343,49 @@ struct cas_record {
   unsigned char name[CAS_NAME + 1];  /* without that of its volume */
 };
 
-#define CAS_FIELD(type, at, size, member) \
+#define FIELD(type, at, size, member) \
   { at, size, offsetof(struct cas_##type, member) }
 
 static const struct cas_field cas_super_fields[] = {
-    CAS_FIELD(super, 0, 7, magic),      CAS_FIELD(super, 7, 1, digit),
-    CAS_FIELD(super, 8, 4, version),    CAS_FIELD(super, 12, 4, block_size),
-    CAS_FIELD(super, 16, 16, id),       CAS_FIELD(super, 32, 8, number),
-    CAS_FIELD(super, 40, 8, replay),    CAS_FIELD(super, 48, 4, log_pages),
-    CAS_FIELD(super, 52, 4, nslots),    CAS_FIELD(super, 56, 4, catalog),
-    CAS_FIELD(super, 60, 4, next_id),   CAS_FIELD(super, 64, 4, incompat),
-    CAS_FIELD(super, 68, 4, ro_compat), {0, 0, 0}};
+    FIELD(super, 0, 7, magic),      FIELD(super, 7, 1, digit),
+    FIELD(super, 8, 4, version),    FIELD(super, 12, 4, block_size),
+    FIELD(super, 16, 16, id),       FIELD(super, 32, 8, number),
+    FIELD(super, 40, 8, replay),    FIELD(super, 48, 4, log_pages),
+    FIELD(super, 52, 4, nslots),    FIELD(super, 56, 4, catalog),
+    FIELD(super, 60, 4, next_id),   FIELD(super, 64, 4, incompat),
+    FIELD(super, 68, 4, ro_compat), {0, 0, 0}};
 
 static const struct cas_field cas_log_fields[] = {
-    CAS_FIELD(log_head, 0, 4, magic),  CAS_FIELD(log_head, 4, 4, count),
-    CAS_FIELD(log_head, 8, 8, seq),    CAS_FIELD(log_head, 16, 8, durable),
-    CAS_FIELD(log_head, 24, 8, super), {0, 0, 0}};
-
-static const struct cas_field cas_hole_fields[] = {
-    CAS_FIELD(entry, 0, 4, volume),
-    CAS_FIELD(entry, 4, 4, slot),
-    CAS_FIELD(entry, 8, 8, block),
-    CAS_FIELD(entry, 16, 8, count),
-    {0, 0, 0}};
+    FIELD(log_head, 0, 4, magic),  FIELD(log_head, 4, 4, count),
+    FIELD(log_head, 8, 8, seq),    FIELD(log_head, 16, 8, durable),
+    FIELD(log_head, 24, 8, super), {0, 0, 0}};
 
 static const struct cas_field cas_entry_fields[] = {
-    CAS_FIELD(entry, 0, 4, volume),
-    CAS_FIELD(entry, 4, 4, slot),
-    CAS_FIELD(entry, 8, 8, block),
-    CAS_FIELD(entry, 16, 32, digest),
+    FIELD(entry, 0, 4, volume),
+    FIELD(entry, 4, 4, slot),
+    FIELD(entry, 8, 8, block),
+    FIELD(entry, 16, 32, digest),
     {0, 0, 0}};
 
-static const struct cas_field cas_head_fields[] = {
-    CAS_FIELD(head, 0, 4, magic),
-    CAS_FIELD(head, 4, 4, level),
-    CAS_FIELD(head, 8, 4, index),
-    CAS_FIELD(head, 12, 8, number),
-    {0, 0, 0}};
+static const struct cas_field cas_head_fields[] = {FIELD(head, 0, 4, magic),
+                                                   FIELD(head, 4, 4, level),
+                                                   FIELD(head, 8, 4, index),
+                                                   FIELD(head, 12, 8, number),
+                                                   {0, 0, 0}};
 
 /* Bytes 72 to 111 are zero: 32 are kept for the origin of a lazy clone, and 8
  * for a quota.  So are those behind the name. */
 static const struct cas_field cas_record_fields[] = {
-    CAS_FIELD(record, 0, 4, id),
-    CAS_FIELD(record, 4, 4, flags),
-    CAS_FIELD(record, 8, 8, size),
-    CAS_FIELD(record, 16, 4, root),
-    CAS_FIELD(record, 20, 4, levels),
-    CAS_FIELD(record, 24, 8, created),
-    CAS_FIELD(record, 32, 4, made_from),
-    CAS_FIELD(record, 36, 4, digests),
-    CAS_FIELD(record, 40, 32, cid),
-    CAS_FIELD(record, 112, CAS_NAME, name),
+    FIELD(record, 0, 4, id),
+    FIELD(record, 4, 4, flags),
+    FIELD(record, 8, 8, size),
+    FIELD(record, 16, 4, root),
+    FIELD(record, 20, 4, levels),
+    FIELD(record, 24, 8, created),
+    FIELD(record, 32, 4, made_from),
+    FIELD(record, 36, 4, digests),
+    FIELD(record, 40, 32, cid),
+    FIELD(record, 112, CAS_NAME, name),
     {0, 0, 0}};
 
 STATIC_ASSERT(super_fits, CAS_SUPER_SUM + CAS_DIGEST_LEN == 512);
@@ -4409,12 +4399,11 @@ static void cas_encode(const struct cas_field *field, const void *from,
                        unsigned char *p) {
   for (; field->size; field++) {
     const unsigned char *member = (const unsigned char *)from + field->offset;
-    uint64_t number;
-    if (field->size != 4 && field->size != 8) {
+    uint64_t number = 0;
+    if (field->size == 4 || field->size == 8)
+      memcpy(&number, member, sizeof number);
+    else
       memcpy(p + field->at, member, field->size);
-      continue;
-    }
-    memcpy(&number, member, sizeof number);
     if (field->size == 8) u_put64(p + field->at, number);
     if (field->size == 4) u_put32(p + field->at, (uint32_t)number);
   }
@@ -4477,9 +4466,7 @@ enum {
 
 /* cas_group.refs of a slot that nothing in memory names, but something durable
  * may: it becomes free when the list that it is in does */
-enum {
-  CAS_PENDING = -1
-};
+#define CAS_PENDING (-1)
 
 /* cas_group.tag: what the slot holds */
 enum {
@@ -4563,9 +4550,8 @@ struct cas_volume {
   struct cas_facts now;      /* what everybody sees */
   struct cas_facts then;     /* what a checkpoint that is being written says, */
   int is_staged;             /* if this is set */
-  struct cas_volume *old;    /* rolled back: takes along what map goes */
-  struct cas_node *old_root; /* its map, while and after it is taken out */
-  struct cas_node *old_digests; /* the same of its digests */
+  int is_rolled_back;        /* staged: it gets another map, */
+  struct cas_node *old_root; /* and had this one */
 };
 
 struct nbdserve_cas {
@@ -4580,15 +4566,17 @@ struct nbdserve_cas {
   uint32_t bs;         /* bytes of a block */
   uint32_t fanout;     /* slots that a map page names */
   uint32_t per_page;   /* records in a page of the catalog */
-  uint32_t cache_mib;  /* memory for leaves, */
-  uint32_t max_leaves; /* which is so many; beyond it clean ones are evicted */
+  uint64_t cache;      /* bytes for leaves; beyond it clean ones are evicted */
   uint64_t data_off;   /* byte of the file where the groups begin */
   uint64_t end;        /* bytes of the file when it was opened */
   uint64_t max_blocks; /* blocks that a volume may have */
 
   /* ---- Guarded by ckpt: one checkpoint at a time. */
   struct os_monitor ckpt;
-  struct cas_super super; /* of the last checkpoint; id, log_pages: fixed */
+  struct cas_super super; /* of the last checkpoint, durable; id, log_pages:
+                             fixed; next_id: of the next volume or snapshot.
+                             It changes under both locks, so one is enough to
+                             read it. */
   uint64_t last_number;   /* of a checkpoint, maybe of one that failed */
 
   /* ---- Guarded by lock, as is all that follows; woken: a sync, a checkpoint
@@ -4611,7 +4599,6 @@ struct nbdserve_cas {
   uint64_t generation;          /* counts changes of that list */
   struct cas_volume **by_place; /* [places]: by cas_volume.place */
   uint32_t places;              /* that there is room for */
-  uint32_t next_id;             /* id of the next volume or snapshot */
 
   struct cas_group *groups[CAS_GROUPS]; /* the first ngroups are there */
   uint32_t ngroups;                     /* groups in memory */
@@ -4642,12 +4629,10 @@ struct nbdserve_cas {
   uint32_t nmixed;                    /* blocks of 64 bytes in: */
   uint32_t mixed[2][SHA_STATE_WORDS]; /* see cas_log_sum */
   uint64_t seq;                       /* number of that page */
-  uint64_t tail;         /* number to replay from, by the superblock */
-  uint64_t durable;      /* pages before that number are durable (C4) */
-  uint64_t marked;       /* what the log says about that (C22) */
-  uint64_t super_number; /* of the newest durable superblock */
-  uint64_t nlogged;      /* entries so far */
-  uint64_t nsynced;      /* entries that a sync has covered */
+  uint64_t durable; /* pages before that number are durable (C4) */
+  uint64_t marked;  /* what the log says about that (C22) */
+  uint64_t nlogged; /* entries so far */
+  uint64_t nsynced; /* entries that a sync has covered */
 };
 
 #define CAS_AT(st, slot, field) \
@@ -4661,6 +4646,11 @@ static struct cas_segment *cas_segment(struct nbdserve_cas *st, uint32_t slot) {
 /* How many blocks that many bytes take; the last one may be a part. */
 static uint64_t cas_blocks(const struct nbdserve_cas *st, uint64_t size) {
   return size / st->bs + (size % st->bs != 0);
+}
+
+/* May a volume have that many bytes? */
+static int cas_is_size(const struct nbdserve_cas *st, uint64_t size) {
+  return size <= INT64_MAX && cas_blocks(st, size) <= st->max_blocks;
 }
 
 /* Where the digest of a slot lies in the file. */
@@ -4747,10 +4737,10 @@ static void cas_log_write(struct nbdserve_cas *st) {
                               .count = st->nlog,
                               .seq = st->seq,
                               .durable = st->durable,
-                              .super = st->super_number};
+                              .super = st->super.number};
   unsigned char *p = st->page;
   if (st->failed) return;
-  assert(st->seq - st->tail < st->super.log_pages);
+  assert(st->seq - st->super.replay < st->super.log_pages);
   cas_encode(cas_log_fields, &head, p + CAS_LOG_HEAD);
   cas_log_sum(st, p, st->nlog, st->mixed, &st->nmixed, p + CAS_LOG_SUM);
   cas_fail(st, cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, st->seq)));
@@ -4789,13 +4779,12 @@ static void cas_log(const struct cas_volume *vol, uint64_t block,
                     uint64_t count, uint32_t slot,
                     const unsigned char *digest) {
   struct nbdserve_cas *st = vol->st;
-  struct cas_entry entry = {
-      .volume = vol->id, .slot = slot, .block = block, .count = count};
+  struct cas_entry entry = {.volume = vol->id, .slot = slot, .block = block};
   if (st->is_replaying || !vol->id) return;
-  assert(!slot == !digest && slot != CAS_LOST);
+  assert(!slot == !digest && slot != CAS_LOST && st->nlog < CAS_ENTRIES);
+  u_put64(entry.digest, count);
   if (digest) memcpy(entry.digest, digest, CAS_DIGEST_LEN);
-  cas_encode(digest ? cas_entry_fields : cas_hole_fields, &entry,
-             st->page + st->nlog * CAS_ENTRY);
+  cas_encode(cas_entry_fields, &entry, st->page + st->nlog * CAS_ENTRY);
   st->nlogged++;
   if (++st->nlog == CAS_ENTRIES) cas_log_close(st);
 }
@@ -4961,14 +4950,13 @@ static int cas_want_pairs(struct nbdserve_cas *st, uint32_t more) {
   if (st->failed || st->npairs >= need) return st->failed;
   while (!err && st->npairs + st->npending < 2 * need) {
     uint32_t first = st->back_cursor;
-    if (first >= st->nslots) {
-      err = cas_give_space(st, st->nslots);
-      continue;
-    }
-    const struct cas_segment *seg = cas_segment(st, first);
-    if (seg->space == SPACE_UNKNOWN && seg->npairs)
+    assert(first <= st->nslots && first % CAS_SEGMENT == 0);
+    if (first == st->nslots)
+      err = cas_give_space(st, first);
+    else if (cas_segment(st, first)->space == SPACE_UNKNOWN &&
+             cas_segment(st, first)->npairs)
       cas_give_space(st, first); /* or it is passed over */
-    st->back_cursor += CAS_SEGMENT;
+    if (!err) st->back_cursor += CAS_SEGMENT;
   }
   if (st->npairs >= need) return 0;
   return err ? err : -ENOSPC;
@@ -5016,60 +5004,51 @@ static void cas_free_list(struct nbdserve_cas *st, uint32_t slot) {
   }
 }
 
-/* Which segments cas_search takes */
-enum cas_wanted {
-  WANT_DATA,  /* with so many free slots, and no pages */
-  WANT_ANY,   /* with so many free slots */
-  WANT_LOOSE, /* with free slots that are no part of a pair that counts */
-  WANT_PAGES, /* with pages, and a free pair */
-  WANT_EMPTY, /* wholly free */
-  WANT_PAIR   /* with a free pair */
+/* What slots are taken for */
+enum cas_need {
+  NEED_SLOT,  /* data */
+  NEED_LOOSE, /* data, while pairs are few: none that counts is taken apart */
+  NEED_PAIR   /* a page */
 };
 
-/* Is a segment one of those? */
-static int cas_is_wanted(const struct cas_segment *seg, enum cas_wanted wanted,
-                         uint32_t nfree) {
-  int has_pair = seg->npairs && seg->space == SPACE_DURABLE;
+/* How good it is to take slots from a segment: up to CAS_SEGMENT; 0: it has
+ * none.  Slots in a row are written in a row, so for data much room is good, and
+ * what has pages comes last.  Pages lie together, so that opening reads long
+ * runs. */
+static uint32_t cas_rate(const struct cas_segment *seg, enum cas_need need) {
   if (seg->space > SPACE_DURABLE) return 0;
-  if (wanted == WANT_DATA) return seg->nfree >= nfree && !seg->npages;
-  if (wanted == WANT_ANY) return seg->nfree >= nfree;
-  if (wanted == WANT_LOOSE) return cas_loose(seg) > 0;
-  if (wanted == WANT_PAGES) return has_pair && seg->npages;
-  if (wanted == WANT_EMPTY) return has_pair && seg->nfree == CAS_SEGMENT;
-  return has_pair;
+  if (need == NEED_LOOSE) return cas_loose(seg);
+  if (need == NEED_SLOT) return seg->npages ? seg->nfree > 0 : seg->nfree;
+  if (seg->space != SPACE_DURABLE || !seg->npairs) return 0;
+  return seg->npages ? CAS_SEGMENT : 1 + (seg->nfree == CAS_SEGMENT);
 }
 
-/* Finds a segment, from one on among the next n, and stores it there.  Returns
- * whether there is one. */
-static int cas_search(struct nbdserve_cas *st, uint32_t *cursor,
-                      enum cas_wanted wanted, uint32_t nfree, uint32_t n) {
-  *cursor = *cursor / CAS_SEGMENT * CAS_SEGMENT;
-  for (n = (uint32_t)u_min(n, st->nslots / CAS_SEGMENT); n > 0; n--) {
-    if (*cursor >= st->nslots) *cursor = 0;
-    if (cas_is_wanted(cas_segment(st, *cursor), wanted, nfree)) return 1;
-    *cursor += CAS_SEGMENT;
+/* Moves a cursor to the first segment that is good enough or, if there is none
+ * among the next ones, to the best of these; *rating tells how good it is.
+ * Before that one has to be better than nothing, it looks at all of them. */
+static uint32_t cas_search(struct nbdserve_cas *st, uint32_t *cursor,
+                           enum cas_need need, uint32_t enough) {
+  uint32_t n = st->nslots / CAS_SEGMENT;
+  uint32_t first = *cursor / CAS_SEGMENT;
+  uint32_t best = 0;
+  for (uint32_t i = 0; i < n && best < enough && (!best || i < CAS_LOOK); i++) {
+    uint32_t slot = (first + i) % n * CAS_SEGMENT;
+    uint32_t rating = cas_rate(cas_segment(st, slot), need);
+    if (rating > best) *cursor = slot;
+    if (rating > best) best = rating;
   }
-  return 0;
+  return best;
 }
 
-/* Chooses the segment to take slots for data from: one with much room, a new
- * one at the file's end while that has little to spare, else what there is.
- * Slots in a row are written in a row, so much room is worth looking for.  Those
- * with pages come last.  loose: pairs are few, so none is taken apart. */
-static void cas_choose_segment(struct nbdserve_cas *st, int loose) {
-  uint32_t *cursor = &st->data_cursor;
+/* Chooses the segment to take slots for data from: one with much room, or a new
+ * one at the file's end while that has little to spare, else what there is. */
+static void cas_choose_segment(struct nbdserve_cas *st, enum cas_need need) {
   int has_spare = st->nfree > (st->nslots - st->nfree) / 10 + CAS_SLACK;
-  uint32_t nfree = has_spare ? CAS_SEGMENT / 4 : CAS_SEGMENT * 3 / 4;
-  for (; nfree > 0 && !loose; nfree /= 4) {
-    if (cas_search(st, cursor, WANT_DATA, nfree, CAS_LOOK)) return;
-    if (has_spare || cas_give_space(st, st->nslots)) continue;
-    *cursor = st->nslots - CAS_SEGMENT;
-    return;
-  }
-  if (loose)
-    cas_search(st, cursor, WANT_LOOSE, 0, UINT32_MAX);
-  else if (!cas_search(st, cursor, WANT_DATA, 1, UINT32_MAX))
-    cas_search(st, cursor, WANT_ANY, 1, UINT32_MAX);
+  uint32_t enough = has_spare ? CAS_SEGMENT / 4 : CAS_SEGMENT * 3 / 4;
+  uint32_t rating = cas_search(st, &st->data_cursor, need, enough);
+  if (need == NEED_SLOT && !has_spare && rating < enough &&
+      !cas_give_space(st, st->nslots))
+    st->data_cursor = st->nslots - CAS_SEGMENT;
 }
 
 /* Takes a free slot for data; *slot gets it, and the caller the hold.  Pairs
@@ -5081,7 +5060,8 @@ static int cas_take_slot(struct nbdserve_cas *st, uint32_t *slot) {
   if (loose && !st->nloose) cas_give_space(st, st->nslots);
   if (loose ? !st->nloose : !st->nfree) return -ENOSPC;
   for (;; ++*cursor) {
-    if (*cursor % CAS_SEGMENT == 0) cas_choose_segment(st, loose);
+    if (*cursor % CAS_SEGMENT == 0)
+      cas_choose_segment(st, loose ? NEED_LOOSE : NEED_SLOT);
     const struct cas_segment *seg = cas_segment(st, *cursor);
     if (CAS_AT(st, *cursor, refs) || seg->space > SPACE_DURABLE) continue;
     if (!loose || seg->space != SPACE_DURABLE ||
@@ -5089,6 +5069,7 @@ static int cas_take_slot(struct nbdserve_cas *st, uint32_t *slot) {
       break;
   }
   *slot = (*cursor)++;
+  assert(*slot && CAS_AT(st, *slot, tag) == TAG_NONE);
   cas_hold(st, *slot);
   return 0;
 }
@@ -5104,17 +5085,14 @@ static void cas_hold_pair(struct nbdserve_cas *st, uint32_t slot) {
 }
 
 /* Takes a free pair and returns the first of the two; the caller knows that
- * there is one.  Pages lie together, so that opening reads long runs. */
+ * there is one. */
 static uint32_t cas_take_pair(struct nbdserve_cas *st) {
-  uint32_t *cursor = &st->pair_cursor;
   assert(st->npairs > 0);
-  if (!cas_search(st, cursor, WANT_PAGES, 0, CAS_LOOK) &&
-      !cas_search(st, cursor, WANT_EMPTY, 0, CAS_LOOK))
-    cas_search(st, cursor, WANT_PAIR, 0, UINT32_MAX);
-  uint32_t slot = *cursor;
+  cas_search(st, &st->pair_cursor, NEED_PAIR, CAS_SEGMENT);
+  uint32_t slot = st->pair_cursor;
   while (CAS_AT(st, slot, refs) || CAS_AT(st, slot + CAS_TWIN, refs))
     slot++;
-  assert(slot < *cursor + CAS_TWIN);
+  assert(slot < st->pair_cursor + CAS_TWIN);
   cas_hold_pair(st, slot);
   return slot;
 }
@@ -5315,7 +5293,7 @@ static enum cas_page_state cas_read_page(struct nbdserve_cas *st, uint32_t slot,
                               {.slot = slot + CAS_TWIN, .todo = CAS_DIGEST}};
   int whole[2] = {0, 0};
   os_lock(&st->lock);
-  head.number = st->super_number;
+  head.number = st->super.number;
   cas_unlock(st);
   cas_move(st, copy, 1, CAS_DATA, OS_READ);
   cas_move(st, copy, 2, CAS_DIGEST, OS_READ);
@@ -5388,6 +5366,12 @@ static struct cas_node **cas_digests(const struct cas_volume *vol) {
   return cas_root(vol) + 1;
 }
 
+/* Makes an edge lead to a node, or to none (C13). */
+static void cas_share(struct cas_node **edge, struct cas_node *node) {
+  *edge = node;
+  if (node) node->refs++;
+}
+
 /* Frees the slots of a leaf: it is no longer in memory. */
 static void cas_forget_leaf(struct nbdserve_cas *st, struct cas_node *leaf) {
   if (!leaf->slots) return;
@@ -5403,7 +5387,8 @@ static void cas_forget_leaf(struct nbdserve_cas *st, struct cas_node *leaf) {
  * memory.  It can be read back: it is clean, and the superblock that names it is
  * durable. */
 static void cas_evict_leaf(struct nbdserve_cas *st) {
-  for (int i = 0; i < CAS_RUN && st->nleaves >= st->max_leaves; i++) {
+  for (int i = 0; i < CAS_RUN && st->nleaves * (uint64_t)st->bs >= st->cache;
+       i++) {
     if (st->hand >= st->nleaves) st->hand = 0;
     struct cas_node *leaf = st->leaves[st->hand++];
     if (!leaf->is_used && leaf->slot && !leaf->is_given)
@@ -5767,19 +5752,23 @@ static int cas_enter(struct nbdserve_cas *st, struct cas_volume *vol) {
   return 0;
 }
 
-/* Takes a volume out of the list and the catalog.  Its maps are in old_root and
- * old_digests then. */
+/* Takes a volume, which nobody uses, out of the list and the catalog, and frees
+ * it with its maps.  (unlocks) */
 static void cas_leave(struct cas_volume *vol) {
   struct nbdserve_cas *st = vol->st;
   struct cas_volume **p = &st->volumes;
+  struct cas_node *root = *cas_root(vol);
+  struct cas_node *digests = *cas_digests(vol);
+  assert(!vol->clients && !vol->pins && !vol->is_staged);
   while (*p != vol)
     p = &(*p)->next;
   *p = vol->next;
   st->generation++;
   st->by_place[vol->place] = NULL;
-  vol->old_root = *cas_root(vol);
-  vol->old_digests = *cas_digests(vol);
-  cas_root(vol)[0] = cas_root(vol)[1] = NULL;
+  *cas_root(vol) = *cas_digests(vol) = NULL;
+  NBDSERVE_FREE(vol);
+  cas_unref(st, root);
+  cas_unref(st, digests);
 }
 
 /* Stages a new volume or snapshot, with the contents of `from` or, if that is
@@ -5801,10 +5790,8 @@ static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
     NBDSERVE_FREE(vol);
     return err;
   }
-  vol->id = st->next_id++;
-  if (!from || !*cas_root(from)) return 0;
-  *cas_root(vol) = *cas_root(from);
-  (*cas_root(vol))->refs++;
+  vol->id = (uint32_t)st->super.next_id++;
+  if (from) cas_share(cas_root(vol), *cas_root(from));
   return 0;
 }
 
@@ -5812,13 +5799,10 @@ static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
  * The map that it had waits in old_root. */
 static int cas_stage_rollback(struct cas_volume *vol,
                               const struct cas_volume *snapshot) {
-  struct cas_node *root = *cas_root(snapshot);
-  if (vol->old) return -EINVAL; /* once in a change is enough */
-  vol->old = u_zalloc(sizeof *vol->old);
-  if (!vol->old) return -ENOMEM;
+  if (vol->is_rolled_back) return -EINVAL; /* once in a change is enough */
+  vol->is_rolled_back = 1;
   vol->old_root = *cas_root(vol);
-  *cas_root(vol) = root;
-  if (root) root->refs++;
+  cas_share(cas_root(vol), *cas_root(snapshot));
   vol->then.size = cas_facts(snapshot, VIEW_THEN)->size;
   return 0;
 }
@@ -5831,50 +5815,40 @@ static int cas_has_snapshots(struct nbdserve_cas *st,
   return 0;
 }
 
-/* What nbdserve_cas_change's verbs have in common, or not */
-static const struct cas_verb {
-  int makes_volume;
-  int needs_closed; /* nobody may have it open; it may be a dry run */
-} cas_verbs[] = {
-    [NBDSERVE_CAS_CREATE] = {.makes_volume = 1},
-    [NBDSERVE_CAS_SNAPSHOT] = {.makes_volume = 1},
-    [NBDSERVE_CAS_CLONE] = {.makes_volume = 1},
-    [NBDSERVE_CAS_RENAME] = {0},
-    [NBDSERVE_CAS_ROLLBACK] = {.needs_closed = 1},
-    [NBDSERVE_CAS_RESIZE] = {.needs_closed = 1},
-    [NBDSERVE_CAS_RM] = {.needs_closed = 1},
-};
-
 /* Stages one change.  Nothing is to be seen of it until cas_settle.
  * (unlocks) */
 static int cas_stage_op(struct nbdserve_cas *st,
                         const struct nbdserve_cas_op *op) {
   int dry_run = op->verb & NBDSERVE_CAS_DRY_RUN;
   int verb = op->verb - dry_run;
+  int is_rollback = verb == NBDSERVE_CAS_ROLLBACK;
+  int is_resize = verb == NBDSERVE_CAS_RESIZE;
+  int is_rm = verb == NBDSERVE_CAS_RM;
+  int needs_closed = is_rollback || is_resize || is_rm;
   if (verb < NBDSERVE_CAS_CREATE || verb > NBDSERVE_CAS_RM ||
-      op->size > INT64_MAX || cas_blocks(st, op->size) > st->max_blocks ||
-      (dry_run && !cas_verbs[verb].needs_closed))
+      !cas_is_size(st, op->size) || (dry_run && !needs_closed))
     return -EINVAL;
   size_t n = strcspn(op->name, verb == NBDSERVE_CAS_SNAPSHOT ? "@" : "");
   struct cas_volume *vol = cas_find(st, op->name, n, VIEW_THEN);
   if (verb == NBDSERVE_CAS_CREATE) return cas_stage_new(st, NULL, op);
   if (!vol) return -ENOENT;
-  if (cas_verbs[verb].makes_volume) return cas_stage_new(st, vol, op);
+  if (!needs_closed && verb != NBDSERVE_CAS_RENAME)
+    return cas_stage_new(st, vol, op);
   struct cas_volume *snapshot = vol;
-  if (verb == NBDSERVE_CAS_ROLLBACK) vol = vol->parent;
-  if (!vol || (verb == NBDSERVE_CAS_RESIZE && vol->parent)) return -EINVAL;
-  uint64_t own = verb == NBDSERVE_CAS_RESIZE && !dry_run; /* the caller's */
-  while (cas_verbs[verb].needs_closed && vol->pins)
+  if (is_rollback) vol = vol->parent;
+  if (!vol || (is_resize && vol->parent)) return -EINVAL;
+  while (needs_closed && vol->pins)
     cas_wait(st);
-  if (cas_verbs[verb].needs_closed && vol->clients > own) return -EBUSY;
-  if (verb == NBDSERVE_CAS_RM && cas_has_snapshots(st, vol)) return -ENOTEMPTY;
+  if (needs_closed && vol->clients > (is_resize && !dry_run)) /* the caller */
+    return -EBUSY;
+  if (is_rm && cas_has_snapshots(st, vol)) return -ENOTEMPTY;
   if (dry_run) return 0;
   int err = cas_begin_staging(st, vol);
   if (err) return err;
-  if (verb == NBDSERVE_CAS_RENAME) return cas_give_name(st, vol, op->to);
-  if (verb == NBDSERVE_CAS_ROLLBACK) return cas_stage_rollback(vol, snapshot);
-  if (verb == NBDSERVE_CAS_RESIZE) vol->then.size = op->size;
-  if (verb == NBDSERVE_CAS_RM) vol->then.is_there = 0;
+  if (is_rollback) return cas_stage_rollback(vol, snapshot);
+  if (!needs_closed) return cas_give_name(st, vol, op->to);
+  if (is_resize) vol->then.size = op->size;
+  if (is_rm) vol->then.is_there = 0;
   return 0;
 }
 
@@ -5891,12 +5865,10 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   err = cas_begin_staging(st, vol);
   if (err) return err;
   vol->then.is_there = 1;
-  if (!vol->id) vol->id = st->next_id++;
+  if (!vol->id) vol->id = (uint32_t)st->super.next_id++;
   if (!change->tree) return 0;
   memcpy(vol->then.cid, change->cid, CAS_DIGEST_LEN);
-  struct cas_node *digests = *cas_root(change->tree);
-  *cas_digests(vol) = digests;
-  if (digests) digests->refs++;
+  cas_share(cas_digests(vol), *cas_root(change->tree));
   return 0;
 }
 
@@ -5913,12 +5885,11 @@ static uint32_t cas_kept_pairs(const struct cas_change *change) {
 }
 
 /* Ends what is staged: it holds from now on (is_durable), or never was.  Nobody
- * sees a part of it.  Returns a list of what is to be freed. */
-static struct cas_volume *cas_settle(struct nbdserve_cas *st, int is_durable) {
-  struct cas_volume *gone = NULL;
+ * sees a part of it.  Then it frees what is gone.  (unlocks) */
+static void cas_settle(struct nbdserve_cas *st, int is_durable) {
   struct cas_volume *next;
-  for (struct cas_volume *vol = st->volumes; vol; vol = next) {
-    next = vol->next;
+  for (struct cas_volume *vol = st->volumes; vol; vol = vol->next) {
+    struct cas_node *root = *cas_root(vol);
     if (!vol->is_staged) continue;
     vol->is_staged = 0;
     if (is_durable) {
@@ -5928,32 +5899,19 @@ static struct cas_volume *cas_settle(struct nbdserve_cas *st, int is_durable) {
       (*cas_digests(vol))->refs--; /* of the tree, which has it, too */
       *cas_digests(vol) = NULL;
     }
-    if (vol->old) { /* one of two maps goes */
-      struct cas_node *root = *cas_root(vol);
-      if (!is_durable) *cas_root(vol) = vol->old_root;
-      vol->old->old_root = is_durable ? vol->old_root : root;
-      vol->old->next = gone;
-      gone = vol->old;
-      vol->old = NULL;
+    if (vol->is_rolled_back && !is_durable) {
+      *cas_root(vol) = vol->old_root;
+      vol->old_root = root;
     }
-    if (!vol->now.is_there && !vol->is_hidden) {
-      cas_leave(vol);
-      vol->next = gone;
-      gone = vol;
-    }
+    vol->is_rolled_back = 0;
   }
   os_wake_all(&st->lock);
-  return gone;
-}
-
-/* Frees a list that cas_settle has returned, with the maps. (unlocks) */
-static void cas_free_volumes(struct nbdserve_cas *st, struct cas_volume *gone) {
-  while (gone) {
-    struct cas_volume *next = gone->next;
-    cas_unref(st, gone->old_root);
-    cas_unref(st, gone->old_digests);
-    NBDSERVE_FREE(gone);
-    gone = next;
+  for (struct cas_volume *vol = st->volumes; vol; vol = next) {
+    struct cas_node *old_root = vol->old_root;
+    next = vol->next; /* only who holds ckpt takes it out */
+    vol->old_root = NULL;
+    cas_unref(st, old_root);
+    if (!vol->now.is_there && !vol->is_hidden) cas_leave(vol);
   }
 }
 
@@ -6127,7 +6085,6 @@ static int cas_make_cut(struct nbdserve_cas *st, struct cas_change *change,
   cut->super.replay = st->seq;
   cut->super.nslots = st->nslots;
   cut->super.catalog = st->catalog ? st->catalog->slot : 0;
-  cut->super.next_id = st->next_id;
   return err ? err : st->failed;
 }
 
@@ -6196,7 +6153,7 @@ static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
   int is_over = 0;
   os_lock(&st->ckpt);
   os_lock(&st->lock);
-  for (int i = 0; i < CAS_TRIES && !is_over && st->super_number <= since; i++) {
+  for (int i = 0; i < CAS_TRIES && !is_over && st->super.number <= since; i++) {
     struct cas_cut cut = {.n = 0};
     err = cas_make_cut(st, change, &cut);
     is_over = err == -ENOMEM || !cut.n;
@@ -6206,13 +6163,11 @@ static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
       cas_undo_cut(st, &cut);
     } else {
       st->super = cut.super;
-      st->super_number = cut.super.number;
-      st->tail = cut.super.replay;
       cas_free_list(st, cut.retired); /* (C6) */
       cas_space_came(st);
     }
     cas_free_cut(&cut);
-    cas_free_volumes(st, cas_settle(st, !err));
+    cas_settle(st, !err);
   }
   cas_unlock(st);
   os_unlock(&st->ckpt);
@@ -6238,7 +6193,7 @@ enum cas_job {
 /* The next of these. */
 static enum cas_job cas_next_job(const struct nbdserve_cas *st) {
   if (st->failed || st->readonly || st->closing) return JOB_NONE;
-  if (st->seq - st->tail > st->super.log_pages / 2 ||
+  if (st->seq - st->super.replay > st->super.log_pages / 2 ||
       st->ndirty > CAS_MAX_DIRTY || st->nwaiting > CAS_WAITING ||
       (st->retired && st->npairs < st->ndirty + CAS_RESERVE_PAIRS))
     return JOB_CHECKPOINT;
@@ -6308,7 +6263,7 @@ static void cas_kick(struct nbdserve_cas *st) {
 /* Gets free what only waits to be: by a sync or, if that frees nothing, a
  * checkpoint.  Returns whether there was anything. (unlocks) */
 static int cas_reclaim(struct nbdserve_cas *st) {
-  uint64_t number = st->super_number;
+  uint64_t number = st->super.number;
   if (st->failed) return 0;
   if (st->dropped || st->npending) return !cas_sync(st, 1);
   if (!st->retired) return 0;
@@ -6330,8 +6285,8 @@ static int cas_prepare(struct cas_volume *vol, uint64_t block,
     if (!err) err = st->failed;
     if (err || st->is_replaying) return err;
     uint32_t kept = spot->gives_back ? CAS_FOR_RM : CAS_RESERVE_PAIRS;
-    if (st->seq - st->tail >= st->super.log_pages / 4 * 3) {
-      uint64_t number = st->super_number;
+    if (st->seq - st->super.replay >= st->super.log_pages / 4 * 3) {
+      uint64_t number = st->super.number;
       cas_unlock(st);
       err = cas_checkpoint(st, NULL, number);
       os_lock(&st->lock);
@@ -6763,8 +6718,6 @@ static int cas_lay_out(struct nbdserve_cas *st) {
   st->fanout = CAS_FANOUT(st->bs);
   st->per_page = (st->bs - CAS_HEAD) / CAS_RECORD;
   st->max_blocks = (uint64_t)st->fanout * st->fanout * st->fanout * st->fanout;
-  st->max_leaves =
-      (uint32_t)u_min(((uint64_t)st->cache_mib << 20) / st->bs, UINT32_MAX / 2);
   return 0;
 }
 
@@ -6796,9 +6749,8 @@ static int cas_open_super(struct nbdserve_cas *st) {
       st->super.nslots % CAS_SEGMENT ||
       !cas_is_in_file(st, st->super.nslots - CAS_SEGMENT))
     return -EUCLEAN;
-  st->seq = st->tail = st->durable = st->marked = st->super.replay;
-  st->super_number = st->last_number = st->super.number;
-  st->next_id = (uint32_t)st->super.next_id;
+  st->seq = st->durable = st->marked = st->super.replay;
+  st->last_number = st->super.number;
   int is_alike =
       state[!newer] == SUPER_GOOD && super[0].number == super[1].number;
   if (st->readonly || is_alike) return 0;
@@ -6864,8 +6816,8 @@ static int cas_load_record(struct nbdserve_cas *st, struct cas_loader *loader,
   if (!record.id || record.flags & CAS_IS_PARTIAL) return 0;
   if (record.flags > CAS_IS_SNAPSHOT || record.levels != CAS_LEVELS)
     return -EOPNOTSUPP;
-  if (!cas_is_name((char *)record.name) || record.size > INT64_MAX ||
-      cas_blocks(st, record.size) > st->max_blocks || record.id >= st->next_id)
+  if (!cas_is_name((char *)record.name) || !cas_is_size(st, record.size) ||
+      record.id >= st->super.next_id)
     return -EUCLEAN;
   struct cas_volume *vol = u_zalloc(sizeof *vol);
   uint32_t place = page->index * st->per_page + c;
@@ -7056,14 +7008,15 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq, unsigned char *p,
  * is damage, as is a page that follows a newer superblock than there is (C9). */
 static uint64_t cas_find_log_end(struct nbdserve_cas *st, unsigned char *p) {
   struct cas_log_head head;
-  uint64_t end = st->tail;
+  uint64_t end = st->super.replay;
   uint64_t gap = UINT64_MAX; /* the first page that is not valid */
-  for (uint64_t seq = st->tail; seq - st->tail < st->super.log_pages; seq++) {
+  for (uint64_t seq = st->super.replay;
+       seq - st->super.replay < st->super.log_pages; seq++) {
     if (!cas_log_read(st, seq, p, &head)) {
       gap = u_min(gap, seq);
       continue;
     }
-    if (head.super > st->super_number) st->is_outdated = 1;
+    if (head.super > st->super.number) st->is_outdated = 1;
     if (head.durable > gap) st->log_damaged = 1;
     if (head.durable > st->durable) st->durable = head.durable;
     end = seq + 1;
@@ -7117,7 +7070,8 @@ static int cas_redo(struct cas_volume *vol, struct cas_entry *entry,
   struct cas_spot spot;
   int err = 0;
   if (entry->block >= blocks) return 0;
-  uint64_t to = entry->block + u_min(entry->count, blocks - entry->block);
+  uint64_t count = u_get64(entry->digest); /* if they are holes */
+  uint64_t to = entry->block + u_min(count, blocks - entry->block);
   while (!slot && entry->block < to && !err) {
     err = cas_prepare(vol, entry->block, &spot);
     if (!err) err = cas_trim_leaf(vol, &spot, entry->block, to, &entry->block);
@@ -7143,7 +7097,6 @@ static int cas_redo_page(struct nbdserve_cas *st,
   if (!cas_log_read(st, seq, p, &head)) return 0;
   for (uint32_t i = 0; i < head.count && !err; i++) {
     struct cas_entry entry;
-    cas_decode(cas_hole_fields, p + CAS_ENTRY * i, &entry);
     cas_decode(cas_entry_fields, p + CAS_ENTRY * i, &entry);
     struct cas_volume *vol = cas_by_id(loader, entry.volume);
     if (vol) err = cas_redo(vol, &entry, is_known, room);
@@ -7182,7 +7135,7 @@ static int cas_recover(struct nbdserve_cas *st,
   if (is_bad && !st->readonly) err = -EUCLEAN;
   os_lock(&st->lock);
   st->is_replaying = 1;
-  for (uint64_t seq = st->tail; seq < end && !err; seq++)
+  for (uint64_t seq = st->super.replay; seq < end && !err; seq++)
     err = cas_redo_page(st, loader, seq, p, room);
   st->is_replaying = 0;
   os_unlock(&st->lock);
@@ -7191,9 +7144,10 @@ static int cas_recover(struct nbdserve_cas *st,
   if (err) return err;
   cas_free_dropped(st);
   memset(p, 0, CAS_PAGE);
-  int is_clean = end == st->tail && !st->log_unread && !st->ndirty;
+  int is_clean = end == st->super.replay && !st->log_unread && !st->ndirty;
   if (st->readonly || is_clean) return 0;
-  st->seq = st->tail = st->durable = st->marked = end + st->super.log_pages;
+  st->seq = st->super.replay = st->durable = st->marked =
+      end + st->super.log_pages;
   st->log_damaged = 0; /* the checkpoint leaves the log behind */
   return cas_checkpoint(st, NULL, UINT64_MAX);
 }
@@ -7231,7 +7185,8 @@ static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
   st->hw = os_has_hwsha();
   st->verify = flags & NBDSERVE_CAS_VERIFY ||
                (st->hw && !(flags & NBDSERVE_CAS_NO_VERIFY));
-  st->cache_mib = o && o->cache_mib ? o->cache_mib : CAS_CACHE_MIB;
+  st->cache = (uint64_t)(o && o->cache_mib ? o->cache_mib : CAS_CACHE_MIB)
+              << 20;
   sha_begin(st->mixed);
   if (os_monitors_init(&st->ckpt, &st->lock) == 0) return st;
   NBDSERVE_FREE(st);
@@ -7285,7 +7240,7 @@ int nbdserve_cas_close(struct nbdserve_cas *st) {
   while (st->busy)
     cas_wait(st);
   int err = st->failed;
-  int is_clean = st->nlogged == st->nsynced && st->seq == st->tail;
+  int is_clean = st->nlogged == st->nsynced && st->seq == st->super.replay;
   cas_unlock(st);
   if (!err && !st->readonly && !is_clean)
     err = cas_checkpoint(st, NULL, UINT64_MAX);
@@ -7318,11 +7273,13 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
       .digit = {'0' + CAS_VERSION},
       .version = CAS_VERSION,
       .block_size = o && o->block_size ? o->block_size : CAS_MIN_BLOCK,
-      .log_pages = o && o->log_pages ? o->log_pages : 4096};
+      .log_pages = o && o->log_pages ? o->log_pages : 4096,
+      .replay = 1,
+      .next_id = 1};
   /* An id that no other store has */
   u_put64(st->super.id, (uint64_t)t.tv_sec << 30 ^ (uint64_t)t.tv_nsec);
   u_put64(st->super.id + 8, (uint64_t)getpid() << 32 ^ (uint64_t)(uintptr_t)st);
-  st->seq = st->tail = st->next_id = 1;
+  st->seq = 1;
   int err = cas_lay_out(st);
   if (!err) err = cas_open_file(st, path, O_RDWR | O_CREAT | O_EXCL);
   int is_new = st->fd >= 0 && err != -EBUSY; /* else another one has it now */
@@ -7481,11 +7438,7 @@ static void cas_unhide(struct cas_volume *vol) {
   os_lock(&st->ckpt); /* to free its map */
   os_lock(&st->lock);
   vol->clients--;
-  if (vol->is_hidden) {
-    cas_leave(vol);
-    vol->next = NULL;
-    cas_free_volumes(st, vol);
-  }
+  if (vol->is_hidden) cas_leave(vol);
   cas_unlock(st);
   os_unlock(&st->ckpt);
 }
@@ -7494,7 +7447,7 @@ static void cas_unhide(struct cas_volume *vol) {
 int nbdserve_cas_begin(struct nbdserve_cas *st, const char *name, uint64_t size,
                        struct nbdserve_export *out) {
   struct cas_volume *vol;
-  if (size > INT64_MAX || cas_blocks(st, size) > st->max_blocks) return -EINVAL;
+  if (!cas_is_size(st, size)) return -EINVAL;
   int err = cas_hide(st, name, size, &vol);
   if (!err) cas_fill_export(vol, out);
   return err;
@@ -7560,7 +7513,7 @@ void nbdserve_cas_stat(struct nbdserve_cas *st, struct nbdserve_cas_stat *out) {
       .free = nfree * st->bs,
       .stored = (st->nslots - 1 - st->nwaiting - nfree) * st->bs,
       .file = (uint64_t)lseek(st->fd, 0, SEEK_END),
-      .log = (st->seq - st->tail) * 100 / st->super.log_pages};
+      .log = (st->seq - st->super.replay) * 100 / st->super.log_pages};
   cas_unlock(st);
 }
 
@@ -7668,8 +7621,7 @@ static struct cas_volume *cas_use_base(struct cas_sealer *sealer) {
       base = p;
   if (base) {
     base->clients++;
-    *cas_root(sealer->tree) = *cas_digests(base);
-    (*cas_digests(base))->refs++;
+    cas_share(cas_root(sealer->tree), *cas_digests(base));
   }
   cas_unlock(vol->st);
   return base;

@@ -4281,6 +4281,8 @@ enum {
   CAS_TOP = 6                    /* level of the catalog's root */
 };
 
+#define CAS_MAGIC "NBDSCAS"
+
 /* A slot whose contents were lost: reading is an error, writing heals. */
 #define CAS_LOST UINT32_MAX
 /* Kept for blocks that are known by their digest only; never written. */
@@ -4423,15 +4425,6 @@ static void cas_decode(const struct cas_field *field, const unsigned char *p,
   }
 }
 
-/* Does a place begin as a superblock does?  One wrong letter is damage; more are
- * somebody else's. */
-static int cas_has_magic(const unsigned char *p) {
-  int fit = 0;
-  for (int i = 0; i < 7; i++)
-    fit += p[i] == "NBDSCAS"[i];
-  return fit >= 6;
-}
-
 /* Computes the SHA-256 of a page with zeroes in the place of its own sum.  A
  * part of it stands there, all of it in the digest area.  Returns whether that
  * part is there, and puts it there. */
@@ -4537,12 +4530,12 @@ struct cas_volume {
   struct ex_batched own;     /* must come first */
   struct nbdserve_cas *st;   /* the store that it is in */
   struct cas_volume *next;   /* in the order of their ids */
-  struct cas_volume *parent; /* the volume of a snapshot, else NULL */
+  struct cas_volume *parent; /* the volume of a snapshot, else NULL; itself, of
+                                a snapshot whose volume is still looked for */
   struct cas_node *page;     /* of level 4, with its record and maps */
   uint32_t place;            /* of its record in the catalog */
-  uint32_t id;               /* 0: hidden, and never was in the catalog */
+  uint32_t id;               /* unlike all others; in the order of coming */
   uint32_t made_from;        /* id */
-  int is_snapshot;           /* it has a parent */
   int is_hidden;             /* it is being filled; its name is reserved */
   uint64_t created;          /* seconds since 1970 */
   uint64_t clients;          /* exports and calls that use it */
@@ -4574,9 +4567,8 @@ struct nbdserve_cas {
   /* ---- Guarded by ckpt: one checkpoint at a time. */
   struct os_monitor ckpt;
   struct cas_super super; /* of the last checkpoint, durable; id, log_pages:
-                             fixed; next_id: of the next volume or snapshot.
-                             It changes under both locks, so one is enough to
-                             read it. */
+                             fixed.  It changes under both locks, so one is
+                             enough to read it. */
   uint64_t last_number;   /* of a checkpoint, maybe of one that failed */
 
   /* ---- Guarded by lock, as is all that follows; woken: a sync, a checkpoint
@@ -4591,14 +4583,16 @@ struct nbdserve_cas {
   int is_replaying; /* what is in the log need not be logged */
   int is_open;      /* recovery is over */
   int is_ending;    /* the store is freed: nothing is read or dropped */
-  int busy;         /* a thread is in cas_work, */
-  int closing;      /* which is to end */
+  struct cas_loader *loader; /* while it is opened */
+  int busy;                  /* a thread is in cas_work, */
+  int closing;               /* which is to end */
 
   struct cas_node *catalog;     /* the root of all */
   struct cas_volume *volumes;   /* all of them, also what is hidden */
   uint64_t generation;          /* counts changes of that list */
   struct cas_volume **by_place; /* [places]: by cas_volume.place */
   uint32_t places;              /* that there is room for */
+  uint32_t next_id;             /* id of the next volume or snapshot */
 
   struct cas_group *groups[CAS_GROUPS]; /* the first ngroups are there */
   uint32_t ngroups;                     /* groups in memory */
@@ -4678,20 +4672,23 @@ static int cas_io(struct nbdserve_cas *st, int writing, void *buf, size_t len,
   return os_transfer(st->fd, writing, &v, 1, off);
 }
 
-/* Makes room in an array for item `at`, maybe elsewhere in memory; what is new
- * is zero.  Returns the array, or NULL: it is as it was. */
-static void *cas_enlarge(void *array, uint32_t *room, uint32_t at,
-                         size_t size) {
+/* Makes room for item `at` in an array, of which `array` is the address, maybe
+ * elsewhere in memory; what is new is zero.  After an error it is as it was. */
+static int cas_enlarge(void *array, uint32_t *room, uint32_t at, size_t size) {
   uint32_t want = *room ? *room : 4;
-  if (at < *room) return array;
+  void *old;
+  memcpy(&old, array, sizeof old);
+  assert(!old == !*room);
+  if (at < *room) return 0;
   while (want <= at)
     want *= 2;
   void *larger = u_zalloc(want * size);
-  if (!larger) return NULL;
-  if (*room) memcpy(larger, array, *room * size);
-  NBDSERVE_FREE(array);
+  if (!larger) return -ENOMEM;
+  if (old) memcpy(larger, old, *room * size);
+  NBDSERVE_FREE(old);
+  memcpy(array, &larger, sizeof larger);
   *room = want;
-  return larger;
+  return 0;
 }
 
 /* ---- The log -------------------------------------------------------------- */
@@ -4780,7 +4777,7 @@ static void cas_log(const struct cas_volume *vol, uint64_t block,
                     const unsigned char *digest) {
   struct nbdserve_cas *st = vol->st;
   struct cas_entry entry = {.volume = vol->id, .slot = slot, .block = block};
-  if (st->is_replaying || !vol->id) return;
+  if (st->is_replaying || (vol->is_hidden && !vol->is_staged)) return;
   assert(!slot == !digest && slot != CAS_LOST && st->nlog < CAS_ENTRIES);
   u_put64(entry.digest, count);
   if (digest) memcpy(entry.digest, digest, CAS_DIGEST_LEN);
@@ -5241,90 +5238,72 @@ enum cas_page_state {
   PAGE_UNREADABLE /* no copy is good, and one cannot be read */
 };
 
-/* Is a copy of a page whole, by itself?  head: what it should say; of magic 0:
- * it may be any page.  One of a checkpoint that never became durable is not. */
-static int cas_is_whole(struct nbdserve_cas *st, struct cas_block *copy,
-                        const struct cas_head *head) {
-  struct cas_head own;
-  if (copy->err || !cas_sum_page(st->hw, copy->data, st->bs, copy->sum))
-    return 0;
-  cas_decode(cas_head_fields, copy->data, &own);
-  if (own.number > head->number) return 0;
-  if (!head->magic) return own.magic == CAS_MAP || own.magic == CAS_CAT;
-  return own.magic == head->magic && own.level == head->level &&
-         own.index == head->index;
-}
-
-/* Does the digest in one of the places vouch for a copy that is whole? */
-static int cas_is_vouched(const struct cas_block *copy,
-                          const struct cas_block *place) {
+/* Does the digest in one of the places vouch for a copy of a page? */
+static int cas_vouches(const struct cas_block *place,
+                       const struct cas_block *copy) {
   return !place->digest_err &&
          memcmp(copy->sum, place->digest, CAS_DIGEST_LEN) == 0;
 }
 
-/* Chooses between the copies of a page, of which `whole` tells what they are by
- * themselves (C17): one that a digest vouches for, if there are both the newer
- * one.  If no digest can be read, being whole is enough; so it is if both are
- * and both digests are wrong.  Returns the good one, or NULL. */
-static struct cas_block *cas_choose_copy(struct cas_block copy[2],
-                                         const int whole[2]) {
-  struct cas_head head[2] = {{.number = 0}, {.number = 0}};
-  int is_blind = copy[0].digest_err && copy[1].digest_err;
-  int vouched[2] = {0, 0};
-  for (int i = 0; i < 2; i++) {
-    if (!whole[i]) continue;
-    cas_decode(cas_head_fields, copy[i].data, head + i);
-    vouched[i] = is_blind || cas_is_vouched(copy + i, copy) ||
-                 cas_is_vouched(copy + i, copy + 1);
-  }
-  if (whole[0] && whole[1] && vouched[0] == vouched[1])
-    return copy + (head[1].number > head[0].number);
-  if (!vouched[0] && !vouched[1]) return NULL;
-  return copy + vouched[1];
+/* How good is copy i of a page, and what is its *number?  0: it is not whole, or
+ * not of a page with that head (of magic 0: any page), or of a checkpoint that
+ * never became durable.  1: it is, by itself.  2 or 3: one digest or both vouch
+ * for it, too; or there is no digest that can be read. */
+static int cas_rank_copy(struct nbdserve_cas *st, struct cas_block copy[2],
+                         int i, const struct cas_head *head, uint64_t *number) {
+  struct cas_head own;
+  assert(!copy[i].todo || copy[i].data);
+  if (copy[i].err || !cas_sum_page(st->hw, copy[i].data, st->bs, copy[i].sum))
+    return 0;
+  cas_decode(cas_head_fields, copy[i].data, &own);
+  *number = own.number;
+  int fits = head->magic
+                 ? own.magic == head->magic && own.level == head->level &&
+                       own.index == head->index
+                 : own.magic == CAS_MAP || own.magic == CAS_CAT;
+  if (!fits || own.number > head->number) return 0;
+  if (copy[0].digest_err && copy[1].digest_err) return 2;
+  return 1 + cas_vouches(copy, copy + i) + cas_vouches(copy + 1, copy + i);
 }
 
-/* Reads the page in a slot to p, and its twin only if the page does not fit both
- * digests, or any page will do: then both are checked.  Where one copy is damaged, both are written anew: if that fails, it
- * is tried again whenever the page is read.  head: see cas_is_whole. (locks) */
+/* Reads the page in a slot to p, which has room for two, and its twin only if
+ * the page does not fit both digests, or any page will do: then both are
+ * checked.  Of the copies (C17) it takes one that a digest vouches for; if there
+ * are two, or two that are whole but both digests are wrong, the newer one.
+ * Where one copy is damaged, both are written anew: if that fails, it is tried
+ * again whenever the page is read.  head: see cas_rank_copy.  (locks) */
 static enum cas_page_state cas_read_page(struct nbdserve_cas *st, uint32_t slot,
                                          struct cas_head head,
                                          unsigned char *p) {
-  struct cas_block copy[2] = {{.slot = slot, .data = p, .todo = CAS_BOTH},
-                              {.slot = slot + CAS_TWIN, .todo = CAS_DIGEST}};
-  int whole[2] = {0, 0};
+  struct cas_block copy[2] = {
+      {.slot = slot, .data = p, .todo = CAS_BOTH},
+      {.slot = slot + CAS_TWIN, .data = p + st->bs, .todo = CAS_DIGEST}};
+  uint64_t number[2] = {0, 0};
+  int rank[2];
+  assert(slot % CAS_SEGMENT < CAS_TWIN);
   os_lock(&st->lock);
   head.number = st->super.number;
   cas_unlock(st);
   cas_move(st, copy, 1, CAS_DATA, OS_READ);
   cas_move(st, copy, 2, CAS_DIGEST, OS_READ);
-  whole[0] = cas_is_whole(st, copy, &head);
-  int is_good =
-      whole[0] && cas_is_vouched(copy, copy) && cas_is_vouched(copy, copy + 1);
-  if (is_good && head.magic) return PAGE_GOOD;
-  unsigned char *twin = NBDSERVE_MALLOC(st->bs);
-  if (!twin) return PAGE_UNREADABLE;
-  copy[1].data = twin;
+  rank[0] = cas_rank_copy(st, copy, 0, &head, number);
+  if (rank[0] == 3 && head.magic) return PAGE_GOOD;
   copy[1].todo = CAS_DATA;
   cas_move(st, copy + 1, 1, CAS_DATA, OS_READ);
-  whole[1] = cas_is_whole(st, copy + 1, &head);
-  is_good &= whole[1] && memcmp(p, twin, st->bs) == 0;
-  enum cas_page_state state =
-      copy[0].err || copy[1].err ? PAGE_UNREADABLE : PAGE_WRONG;
-  const struct cas_block *good = cas_choose_copy(copy, whole);
-  if (is_good) {
-    state = PAGE_GOOD;
-  } else if (good) {
-    state = PAGE_HEALED;
-    if (good != copy) memcpy(p, twin, st->bs);
-    memcpy(copy[0].sum, good->sum, CAS_DIGEST_LEN);
-    copy[0].err = 0;
-    copy[0].todo = CAS_BOTH;
-    copy[1] = copy[0];
-    copy[1].slot += CAS_TWIN;
-    if (!st->readonly) cas_store(st, copy, 2);
-  }
-  NBDSERVE_FREE(twin);
-  return state;
+  rank[1] = cas_rank_copy(st, copy, 1, &head, number + 1);
+  if (rank[0] == 3 && rank[1] == 3) return PAGE_GOOD;
+  if (rank[0] + rank[1] < 2)
+    return copy[0].err || copy[1].err ? PAGE_UNREADABLE : PAGE_WRONG;
+  int i = rank[1] > rank[0] || (rank[1] == rank[0] && number[1] > number[0]);
+  if (i == 1) memcpy(p, copy[1].data, st->bs);
+  assert(!copy[i].err);
+  copy[0] = copy[i];
+  copy[0].slot = slot;
+  copy[0].todo = CAS_BOTH;
+  copy[1] = copy[0];
+  copy[1].slot += CAS_TWIN;
+  if (!st->readonly) cas_store(st, copy, 2);
+  return PAGE_HEALED;
 }
 
 /* ---- The tree of nodes ---------------------------------------------------- */
@@ -5351,9 +5330,15 @@ static struct cas_node *cas_kid(const struct cas_node *node, uint64_t c) {
 
 /* Makes room for kid c of a node. */
 static int cas_add_kid(struct cas_node *node, uint32_t c) {
-  void *kid = cas_enlarge(node->kid, &node->nkids, c, sizeof *node->kid);
-  if (kid) node->kid = kid;
-  return kid ? 0 : -ENOMEM;
+  return cas_enlarge(&node->kid, &node->nkids, c, sizeof *node->kid);
+}
+
+/* What the head of a node's page says, but for the number. */
+static struct cas_head cas_head_of(const struct cas_node *node) {
+  return (struct cas_head){.magic =
+                               node->level < CAS_LEVELS ? CAS_MAP : CAS_CAT,
+                           .level = node->level,
+                           .index = node->index};
 }
 
 /* Where the map of a volume has its root. */
@@ -5402,11 +5387,11 @@ static void cas_evict_leaf(struct nbdserve_cas *st) {
  * `fill`.  What cannot be the slot of a block is lost. */
 static int cas_make_leaf(struct nbdserve_cas *st, struct cas_node *leaf,
                          const unsigned char *page, uint32_t fill) {
+  assert(!leaf->level && !leaf->slots);
   cas_evict_leaf(st);
-  void *leaves = cas_enlarge(st->leaves, &st->leaf_room, st->nleaves,
-                             sizeof(struct cas_node *));
-  if (!leaves) return -ENOMEM;
-  st->leaves = leaves;
+  int err =
+      cas_enlarge(&st->leaves, &st->leaf_room, st->nleaves, sizeof *st->leaves);
+  if (err) return err;
   leaf->slots = NBDSERVE_MALLOC(st->fanout * sizeof *leaf->slots);
   if (!leaf->slots) return -ENOMEM;
   for (uint32_t c = 0; c < st->fanout; c++) {
@@ -5459,9 +5444,10 @@ static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
 /* Reads the page of a leaf, which is returned, or NULL. (unlocks) */
 static unsigned char *cas_read_leaf(struct nbdserve_cas *st,
                                     const struct cas_node *leaf, int *err) {
-  struct cas_head head = {.magic = CAS_MAP, .index = leaf->index};
+  struct cas_head head = cas_head_of(leaf);
   uint32_t slot = leaf->slot;
-  unsigned char *p = NBDSERVE_MALLOC(st->bs);
+  unsigned char *p = NBDSERVE_MALLOC(2 * (size_t)st->bs);
+  assert(slot && slot != CAS_LOST && CAS_AT(st, slot, tag) == TAG_PAGE);
   *err = p ? 0 : -ENOMEM;
   if (!p) return NULL;
   cas_hold(st, slot); /* so it is not given to another page meanwhile */
@@ -5480,12 +5466,12 @@ static int cas_find_spot(struct nbdserve_cas *st, struct cas_node **root,
                          uint64_t block, struct cas_spot *spot) {
   const struct cas_node *leaf;
   int err = 0;
+  assert(block < st->max_blocks);
   while (!err && (leaf = cas_walk(st, *root, block, spot))) {
     uint32_t slot = leaf->slot;
     unsigned char *p = cas_read_leaf(st, leaf, &err);
-    if (!p) return err;
-    struct cas_node *found = cas_walk(st, *root, block, spot);
-    if (found && found->slot == slot) err = cas_make_leaf(st, found, p, 0);
+    struct cas_node *now = p ? cas_walk(st, *root, block, spot) : NULL;
+    if (now && now->slot == slot) err = cas_make_leaf(st, now, p, 0);
     NBDSERVE_FREE(p);
   }
   return err;
@@ -5496,7 +5482,8 @@ static int cas_find_spot(struct nbdserve_cas *st, struct cas_node **root,
  * until the store is opened anew. (unlocks) */
 static void cas_unref(struct nbdserve_cas *st, struct cas_node *node) {
   if (!node || --node->refs > 0) return;
-  int is_away = !node->level && !node->slots && node->slot != CAS_LOST;
+  int is_stored = node->slot && node->slot != CAS_LOST;
+  int is_away = !node->level && !node->slots && is_stored;
   int err;
   for (uint32_t c = 0; c < node->nkids; c++)
     cas_unref(st, node->kid[c]);
@@ -5522,23 +5509,23 @@ static int cas_copy_below(struct nbdserve_cas *st, const struct cas_node *node,
   int is_lost = node && node->slot == CAS_LOST;
   uint32_t n = node ? node->nkids : 0;
   int err = 0;
-  if (is_lost) n = cas_fanout(st, copy->level);
   if (!copy->level) {
     err = cas_make_leaf(st, copy, NULL, is_lost ? CAS_LOST : 0);
-    for (uint32_t c = 0; node && !is_lost && c < st->fanout && !err; c++) {
-      copy->slots[c] = node->slots[c];
-      cas_hold(st, copy->slots[c]);
-    }
+    assert(!node || is_lost || node->slots);
+    for (uint32_t c = 0; node && !is_lost && c < st->fanout && !err; c++)
+      cas_hold(st, copy->slots[c] = node->slots[c]);
     return err;
   }
+  if (is_lost) n = cas_fanout(st, copy->level);
   if (n) err = cas_add_kid(copy, n - 1);
   for (uint32_t c = 0; c < n && !err; c++) {
-    copy->kid[c] =
-        is_lost ? cas_new_node(copy->level - 1, copy->index * st->fanout + c)
-                : node->kid[c];
-    if (is_lost && !copy->kid[c]) return -ENOMEM;
-    if (is_lost) copy->kid[c]->slot = CAS_LOST;
-    if (!is_lost && copy->kid[c]) copy->kid[c]->refs++;
+    if (!is_lost) {
+      cas_share(&copy->kid[c], node->kid[c]);
+      continue;
+    }
+    copy->kid[c] = cas_new_node(copy->level - 1, copy->index * st->fanout + c);
+    if (!copy->kid[c]) return -ENOMEM;
+    copy->kid[c]->slot = CAS_LOST;
   }
   return err;
 }
@@ -5568,6 +5555,19 @@ static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
   return 0;
 }
 
+/* Goes on from a node, which is its parent's own, to the kid with an index in
+ * its level, and makes that own and dirty. */
+static int cas_own_kid(struct nbdserve_cas *st, struct cas_node ***p,
+                       uint64_t index) {
+  struct cas_node *node = **p;
+  uint32_t c = (uint32_t)(index % st->fanout);
+  assert(node->level && node->refs == 1 && !node->slot);
+  int err = cas_add_kid(node, c);
+  if (err) return err;
+  *p = &node->kid[c];
+  return cas_own(st, *p, node->level - 1, (uint32_t)index);
+}
+
 /* Makes all nodes own and dirty from the catalog's root down to the page with
  * the record in a place, which is returned in *page; what is not there yet is
  * made. */
@@ -5576,13 +5576,8 @@ static int cas_own_record(struct nbdserve_cas *st, uint32_t place,
   struct cas_node **p = &st->catalog;
   uint32_t index = place / st->per_page;
   int err = cas_own(st, p, CAS_TOP, 0);
-  for (int level = CAS_TOP - 1; level >= CAS_LEVELS && !err; level--) {
-    uint32_t in_level = level == CAS_LEVELS ? index : index / st->fanout;
-    err = cas_add_kid(*p, in_level % st->fanout);
-    if (err) break;
-    p = &(*p)->kid[in_level % st->fanout];
-    err = cas_own(st, p, level, in_level);
-  }
+  if (!err) err = cas_own_kid(st, &p, index / st->fanout);
+  if (!err) err = cas_own_kid(st, &p, index);
   if (!err && !(*p)->nkids) err = cas_add_kid(*p, 2 * st->per_page - 1);
   if (!err) *page = *p;
   return err;
@@ -5597,15 +5592,10 @@ static int cas_own_leaf(struct cas_volume *vol, uint64_t block,
   uint64_t size = st->max_blocks / st->fanout; /* below a kid of *p */
   struct cas_node *page;
   int err = cas_own_record(st, vol->place, &page);
+  assert(err || page == vol->page);
   if (!err) err = cas_own(st, p, CAS_LEVELS - 1, 0);
-  for (int level = CAS_LEVELS - 2; level >= 0 && !err; level--) {
-    uint32_t c = (uint32_t)(block / size % st->fanout);
-    err = cas_add_kid(*p, c);
-    if (err) break;
-    p = &(*p)->kid[c];
-    err = cas_own(st, p, level, (uint32_t)(block / size));
-    size /= st->fanout;
-  }
+  for (; !err && (*p)->level > 0; size /= st->fanout)
+    err = cas_own_kid(st, &p, block / size);
   *leaf = *p;
   return err;
 }
@@ -5727,6 +5717,19 @@ static int cas_begin_staging(struct nbdserve_cas *st, struct cas_volume *vol) {
   return cas_own_record(st, vol->place, &vol->page);
 }
 
+/* Gives a volume a place in the catalog. */
+static int cas_set_place(struct nbdserve_cas *st, struct cas_volume *vol,
+                         uint32_t place) {
+  int err =
+      cas_enlarge(&st->by_place, &st->places, place, sizeof *st->by_place);
+  if (err) return err;
+  assert(!st->by_place[place]);
+  st->by_place[place] = vol;
+  vol->place = place;
+  vol->st = st;
+  return 0;
+}
+
 /* Puts a volume into the list, behind all others, and finds a place for its
  * record. */
 static int cas_enter(struct nbdserve_cas *st, struct cas_volume *vol) {
@@ -5735,16 +5738,11 @@ static int cas_enter(struct nbdserve_cas *st, struct cas_volume *vol) {
   while (place < st->places && st->by_place[place])
     place++;
   if (place >= st->per_page * st->fanout * st->fanout) return -ENOSPC;
-  void *places =
-      cas_enlarge(st->by_place, &st->places, place, sizeof *st->by_place);
-  if (!places) return -ENOMEM;
-  st->by_place = places;
-  vol->st = st;
-  vol->place = place;
-  vol->created = (uint64_t)time(NULL);
   int err = cas_own_record(st, place, &vol->page);
+  if (!err) err = cas_set_place(st, vol, place);
   if (err) return err;
-  st->by_place[place] = vol;
+  vol->id = st->next_id++;
+  vol->created = (uint64_t)time(NULL);
   while (*p)
     p = &(*p)->next;
   *p = vol;
@@ -5779,8 +5777,7 @@ static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
   int is_clone = op->verb == NBDSERVE_CAS_CLONE;
   if (!vol) return -ENOMEM;
   vol->is_staged = 1;
-  vol->is_snapshot = op->verb == NBDSERVE_CAS_SNAPSHOT;
-  vol->parent = vol->is_snapshot ? from : NULL;
+  vol->parent = op->verb == NBDSERVE_CAS_SNAPSHOT ? from : NULL;
   vol->made_from = from ? from->id : 0;
   vol->then.is_there = 1;
   vol->then.size = from ? cas_facts(from, VIEW_THEN)->size : op->size;
@@ -5790,7 +5787,6 @@ static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
     NBDSERVE_FREE(vol);
     return err;
   }
-  vol->id = (uint32_t)st->super.next_id++;
   if (from) cas_share(cas_root(vol), *cas_root(from));
   return 0;
 }
@@ -5865,7 +5861,6 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   err = cas_begin_staging(st, vol);
   if (err) return err;
   vol->then.is_there = 1;
-  if (!vol->id) vol->id = (uint32_t)st->super.next_id++;
   if (!change->tree) return 0;
   memcpy(vol->then.cid, change->cid, CAS_DIGEST_LEN);
   cas_share(cas_digests(vol), *cas_root(change->tree));
@@ -5941,25 +5936,27 @@ struct cas_cut {
 /* Encodes the records of a page of the catalog as the checkpoint has them. */
 static void cas_encode_records(struct nbdserve_cas *st,
                                const struct cas_node *node, unsigned char *p) {
-  for (uint32_t c = 0; c < st->per_page; c++) {
-    uint32_t place = node->index * st->per_page + c;
-    const struct cas_volume *vol =
-        place < st->places ? st->by_place[place] : NULL;
+  uint32_t first = node->index * st->per_page;
+  uint32_t end = (uint32_t)u_min(first + st->per_page, st->places);
+  for (uint32_t place = first; place < end; place++, p += CAS_RECORD) {
+    const struct cas_volume *vol = st->by_place[place];
     if (!vol || !cas_facts(vol, VIEW_THEN)->is_there) continue;
     const struct cas_facts *facts = cas_facts(vol, VIEW_THEN);
     const struct cas_node *root = *cas_root(vol);
     const struct cas_node *digests = *cas_digests(vol);
     struct cas_record record = {.id = vol->id,
-                                .flags = vol->is_snapshot ? CAS_IS_SNAPSHOT : 0,
+                                .flags = vol->parent ? CAS_IS_SNAPSHOT : 0,
                                 .size = facts->size,
                                 .root = root ? root->slot : 0,
                                 .levels = CAS_LEVELS,
                                 .created = vol->created,
                                 .made_from = vol->made_from,
                                 .digests = digests ? digests->slot : 0};
+    assert(vol->page == node && vol->id);
+    assert((!root || root->slot) && (!digests || digests->slot));
     memcpy(record.cid, facts->cid, sizeof record.cid);
     memcpy(record.name, facts->name, sizeof record.name);
-    cas_encode(cas_record_fields, &record, p + CAS_HEAD + CAS_RECORD * c);
+    cas_encode(cas_record_fields, &record, p + CAS_HEAD);
   }
 }
 
@@ -5967,10 +5964,9 @@ static void cas_encode_records(struct nbdserve_cas *st,
 static void cas_encode_node(struct nbdserve_cas *st,
                             const struct cas_node *node, uint64_t number,
                             unsigned char *p) {
-  struct cas_head head = {.magic = node->level < CAS_LEVELS ? CAS_MAP : CAS_CAT,
-                          .level = node->level,
-                          .index = node->index,
-                          .number = number};
+  struct cas_head head = cas_head_of(node);
+  assert(node->level || node->slots);
+  head.number = number;
   memset(p, 0, st->bs);
   cas_encode(cas_head_fields, &head, p);
   if (node->level == CAS_LEVELS) cas_encode_records(st, node, p);
@@ -6084,6 +6080,7 @@ static int cas_make_cut(struct nbdserve_cas *st, struct cas_change *change,
   err = cas_cut_below(st, cut, &st->catalog);
   cut->super.replay = st->seq;
   cut->super.nslots = st->nslots;
+  cut->super.next_id = st->next_id;
   cut->super.catalog = st->catalog ? st->catalog->slot : 0;
   return err ? err : st->failed;
 }
@@ -6260,17 +6257,22 @@ static void cas_kick(struct nbdserve_cas *st) {
 
 /* ---- Requests ------------------------------------------------------------- */
 
-/* Gets free what only waits to be: by a sync or, if that frees nothing, a
- * checkpoint.  Returns whether there was anything. (unlocks) */
-static int cas_reclaim(struct nbdserve_cas *st) {
+/* Makes a checkpoint, or lets one do that another thread has made meanwhile.
+ * (unlocks) */
+static int cas_checkpoint_meanwhile(struct nbdserve_cas *st) {
   uint64_t number = st->super.number;
-  if (st->failed) return 0;
-  if (st->dropped || st->npending) return !cas_sync(st, 1);
-  if (!st->retired) return 0;
   cas_unlock(st);
   int err = cas_checkpoint(st, NULL, number);
   os_lock(&st->lock);
-  return !err;
+  return err;
+}
+
+/* Gets free what only waits to be: by a sync or, if that frees nothing, a
+ * checkpoint.  Returns whether there was anything. (unlocks) */
+static int cas_reclaim(struct nbdserve_cas *st) {
+  if (st->failed) return 0;
+  if (st->dropped || st->npending) return !cas_sync(st, 1);
+  return st->retired && !cas_checkpoint_meanwhile(st);
 }
 
 /* Finds a block in a map, and sees to it that its slot can be changed: there is
@@ -6286,10 +6288,7 @@ static int cas_prepare(struct cas_volume *vol, uint64_t block,
     if (err || st->is_replaying) return err;
     uint32_t kept = spot->gives_back ? CAS_FOR_RM : CAS_RESERVE_PAIRS;
     if (st->seq - st->super.replay >= st->super.log_pages / 4 * 3) {
-      uint64_t number = st->super.number;
-      cas_unlock(st);
-      err = cas_checkpoint(st, NULL, number);
-      os_lock(&st->lock);
+      err = cas_checkpoint_meanwhile(st);
       if (err) return err;
       continue;
     }
@@ -6318,16 +6317,18 @@ static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
 }
 
 /* Has the slot of a block, which the index has found, the same data, and a
- * digest that fits?  A hit is only a hint (C12).  room: [block_size] */
-static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk,
-                       unsigned char *room) {
+ * digest that fits?  A hit is only a hint (C12). */
+static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk) {
   unsigned char digest[CAS_DIGEST_LEN];
-  uint32_t slot = blk->slot;
-  return !cas_io(st, OS_READ, room, st->bs, cas_data_off(st, slot)) &&
-         memcmp(room, blk->data, st->bs) == 0 &&
-         !cas_io(st, OS_READ, digest, sizeof digest,
-                 cas_digest_off(st, slot)) &&
-         memcmp(digest, blk->sum, sizeof digest) == 0;
+  unsigned char *data = NBDSERVE_MALLOC(st->bs);
+  uint64_t off = cas_digest_off(st, blk->slot);
+  int is_same =
+      data && !cas_io(st, OS_READ, data, st->bs, cas_data_off(st, blk->slot)) &&
+      memcmp(data, blk->data, st->bs) == 0 &&
+      !cas_io(st, OS_READ, digest, sizeof digest, off) &&
+      memcmp(digest, blk->sum, sizeof digest) == 0;
+  NBDSERVE_FREE(data);
+  return is_same;
 }
 
 /* Gives slots to the blocks that want one, and holds on them.  The first rounds
@@ -6335,7 +6336,6 @@ static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk,
  * another. */
 static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
                              size_t n) {
-  unsigned char *room = NULL;
   int is_over = 0;
   for (int round = 0; round < CAS_TRIES && !is_over; round++) {
     os_lock(&st->lock);
@@ -6353,15 +6353,12 @@ static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
     is_over = 1;
     for (size_t i = 0; i < n; i++) {
       if (!blk[i].is_wanting || !blk[i].slot) continue;
-      if (blk[i].is_duplicate && !room) room = NBDSERVE_MALLOC(st->bs);
-      int is_placed = !blk[i].err && (!blk[i].is_duplicate ||
-                                      (room && cas_is_same(st, blk + i, room)));
+      blk[i].is_wanting =
+          blk[i].err || (blk[i].is_duplicate && !cas_is_same(st, blk + i));
       blk[i].todo = 0;
-      blk[i].is_wanting = !is_placed;
-      is_over &= is_placed;
+      is_over &= !blk[i].is_wanting;
     }
   }
-  NBDSERVE_FREE(room);
 }
 
 /* Enters a block that has its slot into the map and the log.  The hold passes
@@ -6463,33 +6460,29 @@ static int cas_client_error(int err) {
   return err == -EUCLEAN ? -EIO : err;
 }
 
-/* READs, WRITEs or WRITE_ZEROES a part of one block.  What would not change is
- * not written. */
-static int cas_part(struct cas_volume *vol, enum nbd_cmd type,
-                    unsigned char *buf, uint64_t off, uint64_t len) {
+/* READs, WRITEs or (buf is NULL) zeroes a part of one block.  What would not
+ * change is not written. */
+static int cas_part(struct cas_volume *vol, int is_read, unsigned char *buf,
+                    uint64_t off, uint64_t len) {
   struct nbdserve_cas *st = vol->st;
   unsigned char *data = NBDSERVE_MALLOC(st->bs);
   if (!data) return -ENOMEM;
   unsigned char *part = data + off % st->bs;
   int err = -EAGAIN;
+  assert(len < st->bs && off % st->bs + len <= st->bs);
   while (err == -EAGAIN) {
     struct cas_block blk = {.number = off / st->bs, .data = data};
-    int changes = 0;
     cas_read(vol, &blk, 1, CAS_DATA);
     struct cas_block put = {.number = blk.number,
                             .data = data,
                             .expected = blk.slot}; /* pinned: it stays that */
     err = cas_client_error(blk.err);
-    if (!err && type == NBD_CMD_READ) {
+    if (!err && is_read) {
       memcpy(buf, part, (size_t)len);
-    } else if (!err && type == NBD_CMD_WRITE) {
-      changes = memcmp(part, buf, (size_t)len) != 0;
-      memcpy(part, buf, (size_t)len);
-    } else if (!err) {
-      changes = !u_is_zero(part, (size_t)len);
+    } else if (!err && (buf ? memcmp(part, buf, (size_t)len) != 0
+                            : !u_is_zero(part, (size_t)len))) {
       memset(part, 0, (size_t)len);
-    }
-    if (changes) {
+      if (buf) memcpy(part, buf, (size_t)len);
       cas_put(vol, &put, 1);
       err = put.err;
     }
@@ -6532,7 +6525,7 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
                                       .data = r->buf + at,
                                       .expected = CAS_ANY};
       else
-        err = cas_part(vol, (enum nbd_cmd)r->type, r->buf + at, off, len);
+        err = cas_part(vol, r->type == NBD_CMD_READ, r->buf + at, off, len);
       if (err) r->err = err;
       if (k < CAS_BATCH) continue;
       cas_do_blocks(vol, r->type, blk, k);
@@ -6609,11 +6602,10 @@ static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   uint64_t bs = vol->st->bs;
   uint64_t tail = (off + len) % bs;
   uint64_t head = u_min((bs - off % bs) % bs, len);
-  enum nbd_cmd type = NBD_CMD_WRITE_ZEROES;
-  int err = head ? cas_part(vol, type, NULL, off, head) : 0;
+  int err = head ? cas_part(vol, 0, NULL, off, head) : 0;
   if (!err) err = cas_make_holes(vol, off, len);
   if (err || !tail || tail > len - head) return err;
-  return cas_part(vol, type, NULL, off + len - tail, tail);
+  return cas_part(vol, 0, NULL, off + len - tail, tail);
 }
 
 /* Finds out about the blocks of a volume from one on: *n of them, at most max,
@@ -6682,23 +6674,25 @@ enum cas_super_state {
   SUPER_OTHER    /* of another version */
 };
 
-/* Reads the superblock in a place.  Unknown bits, too, make it another
- * version. */
+/* Reads the superblock in a place.  One wrong letter at its beginning is damage,
+ * more are somebody else's.  Unknown bits, too, make it another version. */
 static enum cas_super_state cas_read_super(struct nbdserve_cas *st, int place,
                                            struct cas_super *super) {
   unsigned char p[CAS_PAGE] = {0};
   unsigned char sum[CAS_DIGEST_LEN];
   uint64_t off = (uint64_t)place * CAS_UNIT;
-  size_t one_sector = CAS_SUPER_SUM + CAS_DIGEST_LEN;
+  int nfit = 0;
   if (off + CAS_PAGE > st->end) return SUPER_EMPTY;
   if (cas_io(st, OS_READ, p, CAS_PAGE, off) &&
-      cas_io(st, OS_READ, p, one_sector, off))
-    return SUPER_DAMAGED;
+      cas_io(st, OS_READ, p, CAS_SUPER_SUM + CAS_DIGEST_LEN, off))
+    return SUPER_DAMAGED; /* not even its first sector can be read */
   if (u_is_zero(p, CAS_PAGE)) return SUPER_EMPTY;
-  if (!cas_has_magic(p)) return SUPER_FOREIGN;
-  sha_256(st->hw, p, NULL, CAS_SUPER_SUM, sum, NULL);
   cas_decode(cas_super_fields, p, super);
+  for (size_t i = 0; i < sizeof super->magic; i++)
+    nfit += super->magic[i] == CAS_MAGIC[i];
+  if (nfit < 6) return SUPER_FOREIGN;
   if (super->digit[0] == '1' && super->version == 1) return SUPER_OTHER;
+  sha_256(st->hw, p, NULL, CAS_SUPER_SUM, sum, NULL);
   if (memcmp(sum, p + CAS_SUPER_SUM, sizeof sum) != 0) return SUPER_DAMAGED;
   if (super->version != CAS_VERSION || super->incompat ||
       (super->ro_compat && !st->readonly))
@@ -6751,6 +6745,7 @@ static int cas_open_super(struct nbdserve_cas *st) {
     return -EUCLEAN;
   st->seq = st->durable = st->marked = st->super.replay;
   st->last_number = st->super.number;
+  st->next_id = (uint32_t)st->super.next_id;
   int is_alike =
       state[!newer] == SUPER_GOOD && super[0].number == super[1].number;
   if (st->readonly || is_alike) return 0;
@@ -6770,29 +6765,29 @@ struct cas_loader {
   uint32_t nunreadable;      /* that cannot be read; or pages of the catalog */
   struct cas_volume **by_id; /* [nvolumes], in the order of ids */
   uint32_t nvolumes;
+  unsigned char *data; /* [2] blocks */
 };
 
 /* Adds an edge to the node whose page is in a slot, to *out.  What the page
  * says is read later.  Where no page can be, it is lost. */
-static int cas_load_node(struct nbdserve_cas *st, struct cas_loader *loader,
-                         uint64_t slot, int level, uint32_t index,
-                         struct cas_node **out) {
+static int cas_load_node(struct nbdserve_cas *st, uint64_t slot, int level,
+                         uint32_t index, struct cas_node **out) {
+  struct cas_loader *loader = st->loader;
   int is_slot = slot < st->nslots && slot % CAS_SEGMENT < CAS_TWIN;
   uint32_t x = is_slot ? (uint32_t)slot : 0;
   if (!slot) return 0;
   if (x && CAS_AT(st, x, tag) == TAG_PAGE) {
+    assert(CAS_AT(st, x, link) - 1 < loader->n);
     struct cas_node *node = loader->nodes[CAS_AT(st, x, link) - 1];
-    *out = node;
     if (node->slot == x && node->level == level && node->index == index) {
-      node->refs++;
+      cas_share(out, node);
       return 0;
     }
   }
-  void *nodes = cas_enlarge(loader->nodes, &loader->room, loader->n,
-                            sizeof(struct cas_node *));
+  int err = cas_enlarge(&loader->nodes, &loader->room, loader->n,
+                        sizeof *loader->nodes);
   *out = cas_new_node(level, index);
-  if (nodes) loader->nodes = nodes;
-  if (!nodes || !*out) return -ENOMEM;
+  if (err || !*out) return -ENOMEM;
   loader->nodes[loader->n++] = *out;
   (*out)->slot = CAS_LOST;
   if (slot == CAS_LOST) return 0;
@@ -6808,51 +6803,43 @@ static int cas_load_node(struct nbdserve_cas *st, struct cas_loader *loader,
 
 /* Loads a record of the catalog.  A partial volume is left out: what it had is
  * free then. */
-static int cas_load_record(struct nbdserve_cas *st, struct cas_loader *loader,
-                           struct cas_node *page, uint32_t c,
-                           const unsigned char *p) {
+static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
+                           uint32_t c, const unsigned char *p) {
   struct cas_record record = {.id = 0};
+  int level = CAS_LEVELS - 1;
   cas_decode(cas_record_fields, p, &record);
   if (!record.id || record.flags & CAS_IS_PARTIAL) return 0;
   if (record.flags > CAS_IS_SNAPSHOT || record.levels != CAS_LEVELS)
     return -EOPNOTSUPP;
   if (!cas_is_name((char *)record.name) || !cas_is_size(st, record.size) ||
-      record.id >= st->super.next_id)
+      record.id >= st->next_id)
     return -EUCLEAN;
   struct cas_volume *vol = u_zalloc(sizeof *vol);
-  uint32_t place = page->index * st->per_page + c;
-  void *places =
-      cas_enlarge(st->by_place, &st->places, place, sizeof *st->by_place);
-  if (places) st->by_place = places;
-  if (!places || !vol) {
+  if (!vol || cas_set_place(st, vol, page->index * st->per_page + c)) {
     NBDSERVE_FREE(vol);
     return -ENOMEM;
   }
-  st->by_place[place] = vol;
-  vol->st = st;
-  vol->next = st->volumes; /* the order comes later, as does the parent */
+  vol->next = st->volumes; /* the order comes later, as does the parent, */
   st->volumes = vol;
+  if (record.flags) vol->parent = vol; /* which a snapshot has */
   vol->page = page;
-  vol->place = place;
   vol->id = (uint32_t)record.id;
-  vol->is_snapshot = record.flags == CAS_IS_SNAPSHOT;
   vol->made_from = (uint32_t)record.made_from;
   vol->created = record.created;
   vol->now.is_there = 1;
   vol->now.size = record.size;
   memcpy(vol->now.cid, record.cid, sizeof record.cid);
   memcpy(vol->now.name, record.name, sizeof record.name);
-  loader->nvolumes++;
-  int err =
-      cas_load_node(st, loader, record.root, CAS_LEVELS - 1, 0, cas_root(vol));
+  st->loader->nvolumes++;
+  int err = cas_load_node(st, record.root, level, 0, cas_root(vol));
   if (err) return err;
-  return cas_load_node(st, loader, record.digests, CAS_LEVELS - 1, 0,
-                       cas_digests(vol));
+  return cas_load_node(st, record.digests, level, 0, cas_digests(vol));
 }
 
 /* Puts what a page says into a node, and adds what is below to the nodes. */
-static int cas_load_below(struct nbdserve_cas *st, struct cas_loader *loader,
-                          struct cas_node *node, const unsigned char *p) {
+static int cas_load_below(struct nbdserve_cas *st, struct cas_node *node,
+                          const unsigned char *p) {
+  const unsigned char *at = p + CAS_HEAD;
   uint32_t n = cas_fanout(st, node->level);
   int err = 0;
   if (!node->level) {
@@ -6861,37 +6848,31 @@ static int cas_load_below(struct nbdserve_cas *st, struct cas_loader *loader,
       cas_hold(st, node->slots[c]);
     return err;
   }
-  if (node->level == CAS_LEVELS) {
-    err = cas_add_kid(node, n - 1);
-    for (uint32_t c = 0; c < st->per_page && !err; c++)
-      err = cas_load_record(st, loader, node, c, p + CAS_HEAD + CAS_RECORD * c);
-    return err;
-  }
-  while (n > 0 && !u_get32(p + CAS_HEAD + 4 * (n - 1)))
+  while (node->level != CAS_LEVELS && n > 0 && !u_get32(at + 4 * (n - 1)))
     n--;
   if (n) err = cas_add_kid(node, n - 1);
+  if (node->level == CAS_LEVELS) {
+    for (uint32_t c = 0; c < st->per_page && !err; c++)
+      err = cas_load_record(st, node, c, at + CAS_RECORD * c);
+    return err;
+  }
   for (uint32_t c = 0; c < n && !err; c++)
-    err = cas_load_node(st, loader, u_get32(p + CAS_HEAD + 4 * c),
-                        node->level - 1, node->index * st->fanout + c,
-                        &node->kid[c]);
+    err = cas_load_node(st, u_get32(at + 4 * c), node->level - 1,
+                        node->index * st->fanout + c, &node->kid[c]);
   return err;
 }
 
 /* Reads the page of a node.  One that is wrong is lost (C21): so are the blocks
  * below it, but nothing else.  Of the catalog the volumes below are left out,
  * and what led to them is made anew. */
-static int cas_load_page(struct nbdserve_cas *st, struct cas_loader *loader,
-                         struct cas_node *node, unsigned char *p) {
+static int cas_load_page(struct nbdserve_cas *st, struct cas_node *node) {
+  struct cas_loader *loader = st->loader;
   int is_map = node->level < CAS_LEVELS;
-  struct cas_head head = {.magic = is_map ? CAS_MAP : CAS_CAT,
-                          .level = node->level,
-                          .index = node->index};
   enum cas_page_state state = PAGE_WRONG;
+  if (node->slot == CAS_LOST && is_map) return 0;
   if (node->slot != CAS_LOST)
-    state = cas_read_page(st, node->slot, head, p);
-  else if (is_map)
-    return 0;
-  if (state <= PAGE_HEALED) return cas_load_below(st, loader, node, p);
+    state = cas_read_page(st, node->slot, cas_head_of(node), loader->data);
+  if (state <= PAGE_HEALED) return cas_load_below(st, node, loader->data);
   if (state == PAGE_WRONG && is_map)
     loader->nlost++;
   else
@@ -6903,15 +6884,14 @@ static int cas_load_page(struct nbdserve_cas *st, struct cas_loader *loader,
 }
 
 /* After pages were found to be lost: makes dirty what leads to them. */
-static void cas_dirty_above_lost(struct nbdserve_cas *st,
-                                 const struct cas_loader *loader) {
-  for (uint32_t i = loader->n; i-- > 0;) { /* what is below comes later */
-    struct cas_node *node = loader->nodes[i];
+static void cas_dirty_above_lost(struct nbdserve_cas *st) {
+  for (uint32_t i = st->loader->n; i-- > 0;) { /* what is below comes later */
+    struct cas_node *node = st->loader->nodes[i];
     int is_dirty = 0;
-    for (uint32_t c = 0; c < node->nkids; c++)
-      if (node->kid[c] &&
-          (!node->kid[c]->slot || node->kid[c]->slot == CAS_LOST))
-        is_dirty = 1;
+    for (uint32_t c = 0; c < node->nkids; c++) {
+      const struct cas_node *kid = node->kid[c];
+      is_dirty |= kid && (!kid->slot || kid->slot == CAS_LOST);
+    }
     if (!is_dirty || !node->slot) continue;
     cas_drop_pair(st, node->slot, &st->retired);
     node->slot = 0;
@@ -6927,55 +6907,51 @@ static int cas_compare_ids(const void *a, const void *b) {
 }
 
 /* The volume or snapshot with an id, or NULL. */
-static struct cas_volume *cas_by_id(const struct cas_loader *loader,
-                                    uint64_t id) {
+static struct cas_volume *cas_by_id(const struct cas_loader *in, uint64_t id) {
   struct cas_volume key = {.id = (uint32_t)id};
   const struct cas_volume *p = &key;
-  struct cas_volume **found = bsearch(&p, loader->by_id, loader->nvolumes,
-                                      sizeof *loader->by_id, cas_compare_ids);
+  struct cas_volume **found =
+      bsearch(&p, in->by_id, in->nvolumes, sizeof *in->by_id, cas_compare_ids);
   return found ? *found : NULL;
 }
 
 /* Puts the volumes into the order of their ids, which have to be different, and
  * finds the volume of each snapshot. */
-static int cas_order_volumes(struct nbdserve_cas *st,
-                             struct cas_loader *loader) {
+static int cas_order_volumes(struct nbdserve_cas *st) {
+  struct cas_loader *loader = st->loader;
   uint32_t n = 0;
-  loader->by_id =
-      NBDSERVE_MALLOC((loader->nvolumes + 1) * sizeof *loader->by_id);
+  loader->by_id = u_zalloc((loader->nvolumes + 1) * sizeof *loader->by_id);
   if (!loader->by_id) return -ENOMEM;
   for (struct cas_volume *vol = st->volumes; vol; vol = vol->next)
     loader->by_id[n++] = vol;
+  assert(n == loader->nvolumes);
   qsort(loader->by_id, n, sizeof *loader->by_id, cas_compare_ids);
   st->volumes = NULL;
-  for (uint32_t i = n; i-- > 0;) {
-    loader->by_id[i]->next = st->volumes;
-    st->volumes = loader->by_id[i];
+  while (n-- > 0) {
+    loader->by_id[n]->next = st->volumes;
+    st->volumes = loader->by_id[n];
   }
   for (struct cas_volume *vol = st->volumes; vol; vol = vol->next) {
-    if (vol->is_snapshot) vol->parent = cas_by_id(loader, vol->made_from);
-    if ((vol->next && vol->next->id == vol->id) ||
-        (vol->is_snapshot && (!vol->parent || vol->parent->is_snapshot)))
-      return -EUCLEAN;
+    if (vol->next && vol->next->id == vol->id) return -EUCLEAN;
+    if (!vol->parent) continue;
+    vol->parent = cas_by_id(loader, vol->made_from);
+    if (!vol->parent || vol->parent->parent) return -EUCLEAN;
   }
   return 0;
 }
 
 /* Loads the catalog and all maps, level by level, and counts the holds on each
  * slot. */
-static int cas_load(struct nbdserve_cas *st, struct cas_loader *loader) {
-  int err =
-      cas_load_node(st, loader, st->super.catalog, CAS_TOP, 0, &st->catalog);
-  unsigned char *p = NBDSERVE_MALLOC(st->bs);
-  if (!p) return -ENOMEM;
+static int cas_load(struct nbdserve_cas *st) {
+  const struct cas_loader *loader = st->loader;
+  int err = cas_load_node(st, st->super.catalog, CAS_TOP, 0, &st->catalog);
   for (uint32_t i = 0; i < loader->n && !err; i++)
-    err = cas_load_page(st, loader, loader->nodes[i], p);
-  NBDSERVE_FREE(p);
-  if (!err) err = cas_order_volumes(st, loader);
+    err = cas_load_page(st, loader->nodes[i]);
+  if (!err) err = cas_order_volumes(st);
   if (err) return err;
   int is_bad = loader->nunreadable || loader->nlost > CAS_MAX_LOST;
   if (is_bad && !st->readonly && !st->accept_loss) return -EUCLEAN;
-  if (loader->nlost || loader->nunreadable) cas_dirty_above_lost(st, loader);
+  if (loader->nlost || loader->nunreadable) cas_dirty_above_lost(st);
   return 0;
 }
 
@@ -7043,18 +7019,18 @@ static void cas_rewrite_digests(struct nbdserve_cas *st, uint32_t slot) {
 
 /* Does the slot of an entry have the data that the entry says?  Then it is
  * written once more, as after a failed sync it may be in memory only; if that
- * fails there still is what was read.  room: [block_size] */
-static int cas_confirm(struct nbdserve_cas *st, const struct cas_entry *entry,
-                       unsigned char *room) {
+ * fails there still is what was read. */
+static int cas_confirm(struct nbdserve_cas *st, const struct cas_entry *entry) {
+  unsigned char *data = st->loader->data;
   uint32_t slot = (uint32_t)entry->slot;
   uint64_t off = cas_data_off(st, slot);
   unsigned char sum[CAS_DIGEST_LEN];
-  if (cas_io(st, OS_READ, room, st->bs, off)) return 0;
-  sha_256(st->hw, room, NULL, st->bs, sum, NULL);
+  if (cas_io(st, OS_READ, data, st->bs, off)) return 0;
+  sha_256(st->hw, data, NULL, st->bs, sum, NULL);
   if (memcmp(sum, entry->digest, sizeof sum) != 0) return 0;
   CAS_AT(st, slot, tag) |= CAS_GOOD;
   if (st->readonly) return 1;
-  (void)!cas_io(st, OS_WRITE, room, st->bs, off);
+  (void)!cas_io(st, OS_WRITE, data, st->bs, off);
   if (cas_io(st, OS_WRITE, sum, sizeof sum, cas_digest_off(st, slot)))
     cas_rewrite_digests(st, slot);
   return 1;
@@ -7062,35 +7038,35 @@ static int cas_confirm(struct nbdserve_cas *st, const struct cas_entry *entry,
 
 /* Applies an entry to the maps.  One that is not known to be durable counts only
  * if the slot has the data (C9). */
-static int cas_redo(struct cas_volume *vol, struct cas_entry *entry,
-                    int is_known, unsigned char *room) {
+static int cas_redo(struct cas_volume *vol, const struct cas_entry *entry,
+                    int is_known) {
   struct nbdserve_cas *st = vol->st;
-  uint64_t blocks = cas_blocks(st, vol->now.size);
+  uint64_t block = entry->block;
+  uint64_t end = cas_blocks(st, vol->now.size);
   uint32_t slot = (uint32_t)entry->slot;
   struct cas_spot spot;
   int err = 0;
-  if (entry->block >= blocks) return 0;
-  uint64_t count = u_get64(entry->digest); /* if they are holes */
-  uint64_t to = entry->block + u_min(count, blocks - entry->block);
-  while (!slot && entry->block < to && !err) {
-    err = cas_prepare(vol, entry->block, &spot);
-    if (!err) err = cas_trim_leaf(vol, &spot, entry->block, to, &entry->block);
+  assert(st->is_replaying);
+  if (block >= end) return 0;
+  if (!slot) end = block + u_min(u_get64(entry->digest), end - block);
+  while (!slot && block < end && !err) {
+    err = cas_prepare(vol, block, &spot);
+    if (!err) err = cas_trim_leaf(vol, &spot, block, end, &block);
   }
   if (!slot || err) return err;
   int is_slot = cas_is_in_file(st, slot) && !cas_extend(st, slot) &&
                 CAS_AT(st, slot, tag) != TAG_PAGE;
-  if (!is_known && (!is_slot || !cas_confirm(st, entry, room))) return 0;
+  if (!is_known && (!is_slot || !cas_confirm(st, entry))) return 0;
   if (!is_slot) slot = CAS_LOST;
-  err = cas_prepare(vol, entry->block, &spot);
+  err = cas_prepare(vol, block, &spot);
   if (err) return err;
   cas_hold(st, slot);
-  return cas_set_slot(vol, entry->block, slot);
+  return cas_set_slot(vol, block, slot);
 }
 
 /* Applies a log page, and writes it once more if it may be in memory only. */
-static int cas_redo_page(struct nbdserve_cas *st,
-                         const struct cas_loader *loader, uint64_t seq,
-                         unsigned char *p, unsigned char *room) {
+static int cas_redo_page(struct nbdserve_cas *st, uint64_t seq) {
+  unsigned char *p = st->page;
   int is_known = seq < st->durable;
   struct cas_log_head head;
   int err = 0;
@@ -7098,12 +7074,11 @@ static int cas_redo_page(struct nbdserve_cas *st,
   for (uint32_t i = 0; i < head.count && !err; i++) {
     struct cas_entry entry;
     cas_decode(cas_entry_fields, p + CAS_ENTRY * i, &entry);
-    struct cas_volume *vol = cas_by_id(loader, entry.volume);
-    if (vol) err = cas_redo(vol, &entry, is_known, room);
+    struct cas_volume *vol = cas_by_id(st->loader, entry.volume);
+    if (vol) err = cas_redo(vol, &entry, is_known);
   }
-  if (!err && !is_known && !st->readonly)
-    err = cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, seq));
-  return err;
+  if (err || is_known || st->readonly) return err;
+  return cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, seq));
 }
 
 /* Data that the log has dropped is free: the log is durable by now.  Pages that
@@ -7124,30 +7099,26 @@ static void cas_free_dropped(struct nbdserve_cas *st) {
 /* Brings the maps up to what the log says.  What was found is durable before a
  * slot is taken (C10); so what was free to the store that wrote this is free
  * now, and there is room for the checkpoint. */
-static int cas_recover(struct nbdserve_cas *st,
-                       const struct cas_loader *loader) {
-  unsigned char *p = st->page;
-  unsigned char *room = NBDSERVE_MALLOC(st->bs);
-  uint64_t end = cas_find_log_end(st, p);
+static int cas_recover(struct nbdserve_cas *st) {
+  uint64_t end = cas_find_log_end(st, st->page);
   int is_bad =
       (st->log_damaged && !st->repair) || (st->is_outdated && !st->accept_loss);
-  int err = room ? 0 : -ENOMEM;
-  if (is_bad && !st->readonly) err = -EUCLEAN;
+  int err = is_bad && !st->readonly ? -EUCLEAN : 0;
   os_lock(&st->lock);
   st->is_replaying = 1;
   for (uint64_t seq = st->super.replay; seq < end && !err; seq++)
-    err = cas_redo_page(st, loader, seq, p, room);
+    err = cas_redo_page(st, seq);
   st->is_replaying = 0;
+  memset(st->page, 0, CAS_PAGE);
+  assert(!st->nlog && !st->nlogged);
   os_unlock(&st->lock);
-  NBDSERVE_FREE(room);
   if (!err && !st->readonly && end > st->durable) err = os_datasync(st->fd);
   if (err) return err;
   cas_free_dropped(st);
-  memset(p, 0, CAS_PAGE);
   int is_clean = end == st->super.replay && !st->log_unread && !st->ndirty;
   if (st->readonly || is_clean) return 0;
-  st->seq = st->super.replay = st->durable = st->marked =
-      end + st->super.log_pages;
+  st->seq = end + st->super.log_pages;
+  st->super.replay = st->durable = st->marked = st->seq;
   st->log_damaged = 0; /* the checkpoint leaves the log behind */
   return cas_checkpoint(st, NULL, UINT64_MAX);
 }
@@ -7214,13 +7185,18 @@ int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
   struct cas_loader loader = {.n = 0};
   struct nbdserve_cas *st = cas_new(o);
   if (!st) return -ENOMEM;
+  st->loader = &loader;
   int err = cas_open_file(st, path, st->readonly ? O_RDONLY : O_RDWR);
   if (!err) err = cas_open_super(st);
   if (!err) err = cas_extend(st, (uint32_t)st->super.nslots - 1);
-  if (!err) err = cas_load(st, &loader);
-  if (!err) err = cas_recover(st, &loader);
+  if (!err) loader.data = NBDSERVE_MALLOC(2 * (size_t)st->bs);
+  if (!err && !loader.data) err = -ENOMEM;
+  if (!err) err = cas_load(st);
+  if (!err) err = cas_recover(st);
   NBDSERVE_FREE(loader.nodes);
   NBDSERVE_FREE(loader.by_id);
+  NBDSERVE_FREE(loader.data);
+  st->loader = NULL;
   if (err) {
     cas_destroy(st);
     return err;
@@ -7269,17 +7245,16 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   if (!st) return -ENOMEM;
   clock_gettime(CLOCK_REALTIME, &t);
   st->super = (struct cas_super){
-      .magic = {'N', 'B', 'D', 'S', 'C', 'A', 'S'},
+      .magic = CAS_MAGIC,
       .digit = {'0' + CAS_VERSION},
       .version = CAS_VERSION,
       .block_size = o && o->block_size ? o->block_size : CAS_MIN_BLOCK,
       .log_pages = o && o->log_pages ? o->log_pages : 4096,
-      .replay = 1,
-      .next_id = 1};
+      .replay = 1};
   /* An id that no other store has */
   u_put64(st->super.id, (uint64_t)t.tv_sec << 30 ^ (uint64_t)t.tv_nsec);
   u_put64(st->super.id + 8, (uint64_t)getpid() << 32 ^ (uint64_t)(uintptr_t)st);
-  st->seq = 1;
+  st->seq = st->next_id = 1;
   int err = cas_lay_out(st);
   if (!err) err = cas_open_file(st, path, O_RDWR | O_CREAT | O_EXCL);
   int is_new = st->fd >= 0 && err != -EBUSY; /* else another one has it now */
@@ -7464,11 +7439,11 @@ int nbdserve_cas_finish(struct nbdserve_cas *st, struct nbdserve_export *ex,
   return err;
 }
 
-/* The first volume that anybody sees with an id above one, or NULL. */
-static struct cas_volume *cas_volume_above(struct nbdserve_cas *st,
-                                           uint32_t id) {
+/* The first volume that anybody sees with an id from one on, or NULL. */
+static struct cas_volume *cas_volume_from(struct nbdserve_cas *st,
+                                          uint32_t id) {
   struct cas_volume *vol = st->volumes;
-  while (vol && (!vol->now.is_there || vol->id <= id))
+  while (vol && (!vol->now.is_there || vol->id < id))
     vol = vol->next;
   return vol;
 }
@@ -7480,10 +7455,10 @@ int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
   char id[72];
   int r = 0;
   os_lock(&st->lock);
-  struct cas_volume *vol = cas_volume_above(st, 0);
+  struct cas_volume *vol = cas_volume_from(st, 0);
   while (vol && !r) {
     uint64_t generation = st->generation;
-    uint32_t last = vol->id;
+    uint32_t next = vol->id + 1;
     struct nbdserve_cas_info info = {.name = cas_full_name(vol, name),
                                      .size = vol->now.size,
                                      .created = vol->created,
@@ -7495,7 +7470,7 @@ int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
     os_lock(&st->lock);
     do /* what comes behind it; from the beginning, if it may be gone */
       vol =
-          st->generation == generation ? vol->next : cas_volume_above(st, last);
+          st->generation == generation ? vol->next : cas_volume_from(st, next);
     while (vol && !vol->now.is_there);
   }
   cas_unlock(st);
@@ -7695,27 +7670,25 @@ static int cas_is_shared(struct nbdserve_cas *st, struct cas_node **root[2],
   return 0;
 }
 
-/* Have two maps the same slot for a block?  *span: for how many blocks on that
- * is so.  1 or 0, or -errno. (unlocks) */
-static int cas_is_same_slot(struct nbdserve_cas *st, struct cas_node **root[2],
-                            uint64_t block, uint64_t *span) {
-  struct cas_spot spot[2];
-  int err = 0;
-  do /* until the lock was not let go between the two */
-    for (int i = 0; i < 2 && !err; i++)
-      err = cas_find_spot(st, root[i], block, spot + i);
-  while (!err && cas_walk(st, *root[0], block, spot));
-  if (err) return err;
-  int same = spot[0].slot == spot[1].slot && spot[0].slot != CAS_LOST;
-  uint64_t n = 1;
-  *span = u_min(spot[0].span, spot[1].span);
-  if (!spot[0].leaf && !spot[1].leaf) return same;
-  for (uint64_t c = block % st->fanout; n < *span; n++) {
-    uint32_t a = spot[0].leaf ? spot[0].leaf->slots[c + n] : spot[0].slot;
-    uint32_t b = spot[1].leaf ? spot[1].leaf->slots[c + n] : spot[1].slot;
-    if ((a == b && a != CAS_LOST) != same) break;
-  }
-  *span = n;
+/* Has a block of two maps the same slot?  c: its number in its leaf. */
+static int cas_is_same_slot(const struct cas_spot spot[2], uint64_t c) {
+  uint32_t slot[2];
+  for (int i = 0; i < 2; i++)
+    slot[i] = spot[i].leaf ? spot[i].leaf->slots[c] : spot[i].slot;
+  return slot[0] == slot[1] && slot[0] != CAS_LOST;
+}
+
+/* Has a block of two maps the same slot?  *span: for how many blocks on that is
+ * so. */
+static int cas_is_same_run(struct nbdserve_cas *st,
+                           const struct cas_spot spot[2], uint64_t block,
+                           uint64_t *span) {
+  uint64_t c = block % st->fanout;
+  uint64_t max = u_min(spot[0].span, spot[1].span);
+  int same = cas_is_same_slot(spot, c);
+  *span = spot[0].leaf || spot[1].leaf ? 1 : max;
+  while (*span < max && cas_is_same_slot(spot, c + *span) == same)
+    ++*span;
   return same;
 }
 
@@ -7726,8 +7699,9 @@ static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
                     uint64_t block, uint64_t *span) {
   struct cas_node *nothing = NULL;
   struct cas_node **root[2];
-  struct cas_spot spot;
+  struct cas_spot spot[2];
   uint64_t max = UINT64_MAX;
+  int err = 0;
   os_lock(&st->lock);
   for (int i = 0; i < 2; i++) {
     uint64_t size = vol[i]->now.size;
@@ -7735,15 +7709,18 @@ static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
     if (block <= size / st->bs) max = u_min(max, size / st->bs - block);
   }
   int is_odd = max == 0; /* one ends here */
-  int same = cas_is_shared(st, root, block, span);
-  if (!same || is_odd) same = cas_is_same_slot(st, root, block, span);
-  if (same > 0 && is_odd && vol[0]->now.size != vol[1]->now.size) {
-    int err = cas_find_spot(st, root[0], block, &spot);
-    same = err ? err : !spot.slot;
+  int same = !is_odd && cas_is_shared(st, root, block, span);
+  if (!same) {
+    do /* until the lock was not let go between the two */
+      for (int i = 0; i < 2 && !err; i++)
+        err = cas_find_spot(st, root[i], block, spot + i);
+    while (!err && cas_walk(st, *root[0], block, spot));
+    same = !err && cas_is_same_run(st, spot, block, span);
+    if (is_odd && vol[0]->now.size != vol[1]->now.size) same &= !spot[0].slot;
   }
   cas_unlock(st);
   *span = is_odd ? 1 : u_min(*span, max);
-  return same;
+  return err ? err : same;
 }
 
 /* See nbdserve.h. */
@@ -7778,10 +7755,12 @@ struct cas_verifier {
   nbdserve_damage_fn *each;
   nbdserve_progress_fn *progress;
   void *arg;
-  int mends;     /* what can be mended is written anew */
-  int found;     /* something is damaged */
-  int stop;      /* not 0: it ends, by this */
-  uint64_t done; /* bytes */
+  int mends;      /* what can be mended is written anew */
+  int found;      /* something is damaged */
+  int stop;       /* not 0: it ends, by this */
+  uint32_t id;    /* what comes next: of a volume, or of one above it, */
+  uint64_t block; /* and from where on */
+  uint64_t done;  /* bytes */
   uint64_t total;
   unsigned char *data; /* [CAS_BATCH] blocks */
   uint64_t from;       /* of a range that is damaged, which is not told yet, */
@@ -7807,7 +7786,8 @@ static void cas_note(struct cas_verifier *v, const char *name, uint64_t off,
 }
 
 /* Checks the superblocks and, segment by segment, the pages, and mends those of
- * which one is damaged.  No checkpoint runs meanwhile, so all were written. */
+ * which one is damaged.  No checkpoint runs meanwhile, so all were written, and
+ * none is written over. */
 static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
   struct nbdserve_cas *st = v->st;
   struct cas_super super;
@@ -7815,19 +7795,13 @@ static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
   int nbad = 0;
   os_lock(&st->ckpt);
   for (int i = 0; first == 0 && i < 2 && !st->readonly; i++)
-    if (cas_read_super(st, i, &super) != SUPER_GOOD &&
-        cas_write_super(st, &st->super, i))
-      nbad++;
+    nbad += cas_read_super(st, i, &super) != SUPER_GOOD &&
+            cas_write_super(st, &st->super, i);
   for (uint32_t slot = first; slot < first + CAS_TWIN; slot++) {
     os_lock(&st->lock);
     int is_page = CAS_AT(st, slot, tag) == TAG_PAGE;
-    if (is_page) cas_hold(st, slot);
     cas_unlock(st);
-    if (!is_page) continue;
-    if (cas_read_page(st, slot, any, v->data) > PAGE_HEALED) nbad++;
-    os_lock(&st->lock);
-    cas_drop(st, slot, &st->retired);
-    cas_unlock(st);
+    nbad += is_page && cas_read_page(st, slot, any, v->data) > PAGE_HEALED;
   }
   os_unlock(&st->ckpt);
   for (; nbad > 0; nbad--)
@@ -7866,68 +7840,73 @@ static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
   cas_unlock(st);
 }
 
-/* Checks some blocks of a volume. */
+/* Checks the next n blocks of a volume. */
 static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
-                              const char *name, uint64_t block, size_t n) {
+                              const char *name, size_t n) {
   struct cas_block blk[CAS_BATCH];
   uint64_t bs = v->st->bs;
+  assert(n <= CAS_BATCH);
   for (size_t i = 0; i < n; i++)
-    blk[i] = (struct cas_block){.number = block + i, .data = v->data + i * bs};
+    blk[i] =
+        (struct cas_block){.number = v->block + i, .data = v->data + i * bs};
   cas_read(vol, blk, n, 0);
   for (size_t i = 0; i < n; i++) {
     int is_bad = blk[i].err || blk[i].digest_err;
     const char *why = NULL;
     if (is_bad && v->mends && blk[i].slot) cas_mend(v->st, blk + i);
+    if (blk[i].digest_err) why = "the digest cannot be read";
     if (blk[i].err)
       why = blk[i].slot ? "the data is not what it was"
                         : "the map cannot be read";
-    else if (blk[i].digest_err)
-      why = "the digest cannot be read";
-    cas_note(v, name, (block + i) * bs, why);
+    cas_note(v, name, blk[i].number * bs, why);
   }
   cas_unpin(v->st, blk, n);
 }
 
-/* Checks the next blocks of the volume with an id, which is looked up each time:
- * who verifies keeps nobody from removing it.  *block goes on, to UINT64_MAX
- * behind the last one, or if the volume is gone. */
-static void cas_verify_step(struct cas_verifier *v, uint32_t id,
-                            uint64_t *block) {
+/* Checks the next blocks; returns 0 if there are none.  The volume is looked up
+ * by its id each time: who verifies keeps nobody from removing it. */
+static int cas_verify_step(struct cas_verifier *v) {
   struct nbdserve_cas *st = v->st;
+  struct cas_volume *vol;
   char name[CAS_PATH];
-  os_lock(&st->lock);
-  struct cas_volume *vol = cas_volume_above(st, id - 1);
-  int is_there = vol && vol->id == id && !vol->is_staged;
-  if (is_there) vol->pins++;
-  if (is_there) cas_full_name(vol, name);
-  cas_unlock(st);
-  uint64_t at = *block;
-  uint64_t end = is_there ? cas_blocks(st, vol->now.size) : 0;
   uint64_t n = 0;
-  int kind = at < end ? cas_next_run(vol, at, end - at, &n) : 0;
-  if (n && kind > 0) {
-    n = u_min(n, CAS_BATCH);
-    cas_verify_blocks(v, vol, name, at, (size_t)n);
-  } else if (n) {
-    cas_note(v, name, at * st->bs, kind ? "the map cannot be read" : NULL);
-  }
-  v->done += n * st->bs;
-  *block = at + n < end ? at + n : UINT64_MAX;
-  if (!is_there) {
+  os_lock(&st->lock);
+  while ((vol = cas_volume_from(st, v->id)) && vol->is_staged)
+    cas_wait(st);
+  if (vol) vol->pins++;
+  if (vol) cas_full_name(vol, name);
+  cas_unlock(st);
+  if (!vol) return 0;
+  if (vol->id != v->id) { /* the one before is over, or gone */
+    v->id = vol->id;
+    v->block = 0;
     v->why = NULL;
-    return;
   }
-  if (*block == UINT64_MAX) cas_note(v, name, vol->now.size, NULL);
+  uint64_t left = cas_blocks(st, vol->now.size) - v->block;
+  int kind = left ? cas_next_run(vol, v->block, left, &n) : 0;
+  if (kind > 0) n = u_min(n, CAS_BATCH);
+  if (kind > 0)
+    cas_verify_blocks(v, vol, name, (size_t)n);
+  else if (n)
+    cas_note(v, name, v->block * st->bs,
+             kind ? "the map cannot be read" : NULL);
+  v->done += n * st->bs;
+  v->block += n;
+  if (n == left) {
+    cas_note(v, name, vol->now.size, NULL);
+    v->block = 0;
+    v->id++;
+  }
   os_lock(&st->lock);
   vol->pins--;
   os_wake_all(&st->lock);
   cas_unlock(st);
+  return 1;
 }
 
 /* Checks everything, and mends what it can if it is told to. */
 static int cas_verify(struct cas_verifier *v) {
   struct nbdserve_cas *st = v->st;
-  uint32_t id = 0;
   v->data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
   if (!v->data) return -ENOMEM;
   if (st->log_damaged) cas_tell(v, "", 0, 0, "the log is damaged");
@@ -7940,17 +7919,9 @@ static int cas_verify(struct cas_verifier *v) {
   cas_unlock(st);
   for (uint32_t x = 0; x < nslots && !v->stop; x += CAS_SEGMENT)
     cas_verify_pages(v, x);
-  for (uint64_t block = UINT64_MAX; !v->stop;) {
-    os_lock(&st->lock);
-    const struct cas_volume *vol = cas_volume_above(st, id);
-    if (block == UINT64_MAX && vol) id = vol->id;
-    cas_unlock(st);
-    if (block == UINT64_MAX && !vol) break;
-    if (block == UINT64_MAX) block = 0;
-    cas_verify_step(v, id, &block);
+  while (!v->stop && cas_verify_step(v))
     if (v->progress && v->progress(v->arg, v->done, v->total))
       v->stop = -ECANCELED;
-  }
   NBDSERVE_FREE(v->data);
   os_lock(&st->lock);
   int err = st->readonly ? 0 : cas_sync(st, 1); /* of what was mended */

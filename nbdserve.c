@@ -4249,8 +4249,8 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 #endif
 
 /* ---- The format ------------------------------------------------------------
- * This part knows no locks and does no I/O.  Each structure has a table that
- * says where its fields are in the file; numbers are big-endian there. */
+ * This part knows no locks and does no I/O.  Numbers are big-endian in the
+ * file. */
 
 /* Sizes, in bytes, and where sums and entries are */
 enum {
@@ -4287,15 +4287,6 @@ enum {
 #define CAS_LOST UINT32_MAX
 /* Kept for blocks that are known by their digest only; never written. */
 #define CAS_ABSENT (UINT32_MAX - 1)
-
-/* A field: where it is in the file, how long it is there, and where it is in the
- * structure.  Of 4 or 8 bytes: a number, which is a uint64_t in the structure;
- * of others: bytes. */
-struct cas_field {
-  size_t at;
-  size_t size;
-  size_t offset;
-};
 
 struct cas_super {
   unsigned char magic[7]; /* "NBDSCAS" */
@@ -4342,86 +4333,64 @@ struct cas_record {
   uint64_t made_from; /* id; of a snapshot: its volume */
   uint64_t digests;   /* slot of the root of the map with its id's tree, or 0 */
   unsigned char cid[CAS_DIGEST_LEN]; /* content id, or zeroes */
+  unsigned char kept[40];            /* zeroes: 32 for the origin of a lazy
+                                        clone, 8 for a quota */
   unsigned char name[CAS_NAME + 1];  /* without that of its volume */
 };
 
-#define FIELD(type, at, size, member) \
-  { at, size, offsetof(struct cas_##type, member) }
+/* How many bytes the members of these have in the file, where they lie one
+ * behind the other; to 0.  Of 4 or 8 bytes: a number, which is a uint64_t in the
+ * structure; of others: bytes. */
+static const unsigned char cas_super_sizes[] = {7, 1, 4, 4, 16, 8, 8,
+                                                4, 4, 4, 4, 4,  4, 0};
+static const unsigned char cas_log_sizes[] = {4, 4, 8, 8, 8, 0};
+static const unsigned char cas_entry_sizes[] = {4, 4, 8, CAS_DIGEST_LEN, 0};
+static const unsigned char cas_head_sizes[] = {4, 4, 4, 8, 0};
+static const unsigned char cas_record_sizes[] = {
+    4, 4, 8, 4, 4, 8, 4, 4, CAS_DIGEST_LEN, 40, CAS_NAME, 0};
 
-static const struct cas_field cas_super_fields[] = {
-    FIELD(super, 0, 7, magic),      FIELD(super, 7, 1, digit),
-    FIELD(super, 8, 4, version),    FIELD(super, 12, 4, block_size),
-    FIELD(super, 16, 16, id),       FIELD(super, 32, 8, number),
-    FIELD(super, 40, 8, replay),    FIELD(super, 48, 4, log_pages),
-    FIELD(super, 52, 4, nslots),    FIELD(super, 56, 4, catalog),
-    FIELD(super, 60, 4, next_id),   FIELD(super, 64, 4, incompat),
-    FIELD(super, 68, 4, ro_compat), {0, 0, 0}};
-
-static const struct cas_field cas_log_fields[] = {
-    FIELD(log_head, 0, 4, magic),  FIELD(log_head, 4, 4, count),
-    FIELD(log_head, 8, 8, seq),    FIELD(log_head, 16, 8, durable),
-    FIELD(log_head, 24, 8, super), {0, 0, 0}};
-
-static const struct cas_field cas_entry_fields[] = {
-    FIELD(entry, 0, 4, volume),
-    FIELD(entry, 4, 4, slot),
-    FIELD(entry, 8, 8, block),
-    FIELD(entry, 16, 32, digest),
-    {0, 0, 0}};
-
-static const struct cas_field cas_head_fields[] = {FIELD(head, 0, 4, magic),
-                                                   FIELD(head, 4, 4, level),
-                                                   FIELD(head, 8, 4, index),
-                                                   FIELD(head, 12, 8, number),
-                                                   {0, 0, 0}};
-
-/* Bytes 72 to 111 are zero: 32 are kept for the origin of a lazy clone, and 8
- * for a quota.  So are those behind the name. */
-static const struct cas_field cas_record_fields[] = {
-    FIELD(record, 0, 4, id),
-    FIELD(record, 4, 4, flags),
-    FIELD(record, 8, 8, size),
-    FIELD(record, 16, 4, root),
-    FIELD(record, 20, 4, levels),
-    FIELD(record, 24, 8, created),
-    FIELD(record, 32, 4, made_from),
-    FIELD(record, 36, 4, digests),
-    FIELD(record, 40, 32, cid),
-    FIELD(record, 112, CAS_NAME, name),
-    {0, 0, 0}};
-
+/* The members have no space between them in memory, either. */
+STATIC_ASSERT(super_is_dense, sizeof(struct cas_super) == 8 + 16 + 10 * 8);
+STATIC_ASSERT(log_is_dense, sizeof(struct cas_log_head) == 5 * 8);
+STATIC_ASSERT(entry_is_dense, sizeof(struct cas_entry) == 3 * 8 + 32);
+STATIC_ASSERT(head_is_dense, sizeof(struct cas_head) == 4 * 8);
+STATIC_ASSERT(record_is_dense, offsetof(struct cas_record, name) == 8 * 8 + 72);
 STATIC_ASSERT(super_fits, CAS_SUPER_SUM + CAS_DIGEST_LEN == 512);
 STATIC_ASSERT(log_fits, CAS_LOG_SUM + CAS_DIGEST_LEN == CAS_PAGE);
 STATIC_ASSERT(log_head_fits, CAS_LOG_HEAD + CAS_HEAD == CAS_LOG_SUM);
 STATIC_ASSERT(entries_fit, 84 * CAS_ENTRY == CAS_LOG_HEAD);
 STATIC_ASSERT(record_fits, 112 + CAS_NAME <= CAS_RECORD);
 
-/* Encodes a structure to p by its table. */
-static void cas_encode(const struct cas_field *field, const void *from,
+/* Encodes a structure to p. */
+static void cas_encode(const unsigned char *size, const void *from,
                        unsigned char *p) {
-  for (; field->size; field++) {
-    const unsigned char *member = (const unsigned char *)from + field->offset;
+  const unsigned char *member = from;
+  for (; *size; p += *size++) {
+    int is_number = *size == 4 || *size == 8;
     uint64_t number = 0;
-    if (field->size == 4 || field->size == 8)
+    if (is_number)
       memcpy(&number, member, sizeof number);
     else
-      memcpy(p + field->at, member, field->size);
-    if (field->size == 8) u_put64(p + field->at, number);
-    if (field->size == 4) u_put32(p + field->at, (uint32_t)number);
+      memcpy(p, member, *size);
+    if (*size == 8) u_put64(p, number);
+    if (*size == 4) u_put32(p, (uint32_t)number);
+    member += is_number ? sizeof number : *size;
   }
 }
 
-/* Decodes a structure from p by its table. */
-static void cas_decode(const struct cas_field *field, const unsigned char *p,
+/* Decodes a structure from p. */
+static void cas_decode(const unsigned char *size, const unsigned char *p,
                        void *to) {
-  for (; field->size; field++) {
-    unsigned char *member = (unsigned char *)to + field->offset;
-    uint64_t number = field->size == 8 ? u_get64(p + field->at) : 0;
-    if (field->size == 4) number = u_get32(p + field->at);
-    if (field->size == 4 || field->size == 8)
+  unsigned char *member = to;
+  for (; *size; p += *size++) {
+    int is_number = *size == 4 || *size == 8;
+    uint64_t number = *size == 8 ? u_get64(p) : 0;
+    if (*size == 4) number = u_get32(p);
+    if (is_number)
       memcpy(member, &number, sizeof number);
     else
-      memcpy(member, p + field->at, field->size);
+      memcpy(member, p, *size);
+    member += is_number ? sizeof number : *size;
   }
 }
 
@@ -4738,7 +4707,7 @@ static void cas_log_write(struct nbdserve_cas *st) {
   unsigned char *p = st->page;
   if (st->failed) return;
   assert(st->seq - st->super.replay < st->super.log_pages);
-  cas_encode(cas_log_fields, &head, p + CAS_LOG_HEAD);
+  cas_encode(cas_log_sizes, &head, p + CAS_LOG_HEAD);
   cas_log_sum(st, p, st->nlog, st->mixed, &st->nmixed, p + CAS_LOG_SUM);
   cas_fail(st, cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, st->seq)));
   st->nwritten = st->nlog;
@@ -4781,7 +4750,7 @@ static void cas_log(const struct cas_volume *vol, uint64_t block,
   assert(!slot == !digest && slot != CAS_LOST && st->nlog < CAS_ENTRIES);
   u_put64(entry.digest, count);
   if (digest) memcpy(entry.digest, digest, CAS_DIGEST_LEN);
-  cas_encode(cas_entry_fields, &entry, st->page + st->nlog * CAS_ENTRY);
+  cas_encode(cas_entry_sizes, &entry, st->page + st->nlog * CAS_ENTRY);
   st->nlogged++;
   if (++st->nlog == CAS_ENTRIES) cas_log_close(st);
 }
@@ -5255,7 +5224,7 @@ static int cas_rank_copy(struct nbdserve_cas *st, struct cas_block copy[2],
   assert(!copy[i].todo || copy[i].data);
   if (copy[i].err || !cas_sum_page(st->hw, copy[i].data, st->bs, copy[i].sum))
     return 0;
-  cas_decode(cas_head_fields, copy[i].data, &own);
+  cas_decode(cas_head_sizes, copy[i].data, &own);
   *number = own.number;
   int fits = head->magic
                  ? own.magic == head->magic && own.level == head->level &&
@@ -5281,9 +5250,6 @@ static enum cas_page_state cas_read_page(struct nbdserve_cas *st, uint32_t slot,
   uint64_t number[2] = {0, 0};
   int rank[2];
   assert(slot % CAS_SEGMENT < CAS_TWIN);
-  os_lock(&st->lock);
-  head.number = st->super.number;
-  cas_unlock(st);
   cas_move(st, copy, 1, CAS_DATA, OS_READ);
   cas_move(st, copy, 2, CAS_DIGEST, OS_READ);
   rank[0] = cas_rank_copy(st, copy, 0, &head, number);
@@ -5333,12 +5299,15 @@ static int cas_add_kid(struct cas_node *node, uint32_t c) {
   return cas_enlarge(&node->kid, &node->nkids, c, sizeof *node->kid);
 }
 
-/* What the head of a node's page says, but for the number. */
-static struct cas_head cas_head_of(const struct cas_node *node) {
+/* What the head of a node's page says; its number is that of the newest durable
+ * checkpoint, or less. */
+static struct cas_head cas_head_of(const struct nbdserve_cas *st,
+                                   const struct cas_node *node) {
   return (struct cas_head){.magic =
                                node->level < CAS_LEVELS ? CAS_MAP : CAS_CAT,
                            .level = node->level,
-                           .index = node->index};
+                           .index = node->index,
+                           .number = st->super.number};
 }
 
 /* Where the map of a volume has its root. */
@@ -5444,7 +5413,7 @@ static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
 /* Reads the page of a leaf, which is returned, or NULL. (unlocks) */
 static unsigned char *cas_read_leaf(struct nbdserve_cas *st,
                                     const struct cas_node *leaf, int *err) {
-  struct cas_head head = cas_head_of(leaf);
+  struct cas_head head = cas_head_of(st, leaf);
   uint32_t slot = leaf->slot;
   unsigned char *p = NBDSERVE_MALLOC(2 * (size_t)st->bs);
   assert(slot && slot != CAS_LOST && CAS_AT(st, slot, tag) == TAG_PAGE);
@@ -5956,7 +5925,7 @@ static void cas_encode_records(struct nbdserve_cas *st,
     assert((!root || root->slot) && (!digests || digests->slot));
     memcpy(record.cid, facts->cid, sizeof record.cid);
     memcpy(record.name, facts->name, sizeof record.name);
-    cas_encode(cas_record_fields, &record, p + CAS_HEAD);
+    cas_encode(cas_record_sizes, &record, p + CAS_HEAD);
   }
 }
 
@@ -5964,11 +5933,11 @@ static void cas_encode_records(struct nbdserve_cas *st,
 static void cas_encode_node(struct nbdserve_cas *st,
                             const struct cas_node *node, uint64_t number,
                             unsigned char *p) {
-  struct cas_head head = cas_head_of(node);
+  struct cas_head head = cas_head_of(st, node);
   assert(node->level || node->slots);
   head.number = number;
   memset(p, 0, st->bs);
-  cas_encode(cas_head_fields, &head, p);
+  cas_encode(cas_head_sizes, &head, p);
   if (node->level == CAS_LEVELS) cas_encode_records(st, node, p);
   for (uint32_t c = 0; node->level != CAS_LEVELS && c < node->nkids; c++)
     if (node->kid[c]) u_put32(p + CAS_HEAD + 4 * c, node->kid[c]->slot);
@@ -6120,7 +6089,7 @@ static int cas_write_pages(struct nbdserve_cas *st, struct cas_cut *cut) {
 static int cas_write_super(struct nbdserve_cas *st,
                            const struct cas_super *super, int place) {
   unsigned char p[CAS_PAGE] = {0};
-  cas_encode(cas_super_fields, super, p);
+  cas_encode(cas_super_sizes, super, p);
   sha_256(st->hw, p, NULL, CAS_SUPER_SUM, p + CAS_SUPER_SUM, NULL);
   return cas_io(st, OS_WRITE, p, sizeof p, (uint64_t)place * CAS_UNIT);
 }
@@ -6171,6 +6140,16 @@ static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
   return err;
 }
 
+/* Makes a checkpoint, or leaves it at one that another thread has made
+ * meanwhile.  (unlocks) */
+static int cas_checkpoint_meanwhile(struct nbdserve_cas *st) {
+  uint64_t number = st->super.number;
+  cas_unlock(st);
+  int err = cas_checkpoint(st, NULL, number);
+  os_lock(&st->lock);
+  return err;
+}
+
 /* Makes a change of the catalog.  Before there is no space for it, what only
  * waits to be free is made so. */
 static int cas_apply(struct nbdserve_cas *st, struct cas_change *change) {
@@ -6215,27 +6194,25 @@ static void cas_fill_index(struct nbdserve_cas *st) {
   }
 }
 
-/* When a second has passed without a request, writes a log page without
- * entries: it says that all before it is durable, so that nobody takes damage
- * there for a torn end (C22).  What is logged next fills the same page. */
-static void cas_mark(struct nbdserve_cas *st) {
-  uint64_t logged = st->nlogged;
-  os_wait_ms(&st->lock, CAS_IDLE_MS);
-  if (st->nlogged == logged && !st->nlog && !st->closing && !st->syncing)
-    cas_log_write(st);
-}
-
-/* The thread beside requests.  It ends when there is nothing to do. */
+/* The thread beside requests.  It ends when there is nothing to do.  When a
+ * second has passed without a request, it writes a log page without entries,
+ * which says that all before it is durable, so that nobody takes damage there
+ * for a torn end (C22).  What is logged next fills the same page. */
 static void *cas_work(void *arg) {
   struct nbdserve_cas *st = arg;
   enum cas_job job;
   int err = 0;
   os_lock(&st->lock);
   while (!err && (job = cas_next_job(st)) != JOB_NONE) {
+    uint64_t logged = st->nlogged;
+    assert(st->busy && !st->readonly);
+    if (job == JOB_CHECKPOINT) err = cas_checkpoint_meanwhile(st);
     if (job == JOB_FILL_INDEX) cas_fill_index(st);
-    if (job == JOB_MARK) cas_mark(st);
+    if (job == JOB_MARK) os_wait_ms(&st->lock, CAS_IDLE_MS);
+    if (job == JOB_MARK && st->nlogged == logged && !st->nlog && !st->closing &&
+        !st->syncing)
+      cas_log_write(st);
     cas_unlock(st); /* others may want it */
-    if (job == JOB_CHECKPOINT) err = cas_checkpoint(st, NULL, UINT64_MAX);
     os_lock(&st->lock);
   }
   st->busy = 0;
@@ -6256,16 +6233,6 @@ static void cas_kick(struct nbdserve_cas *st) {
 }
 
 /* ---- Requests ------------------------------------------------------------- */
-
-/* Makes a checkpoint, or lets one do that another thread has made meanwhile.
- * (unlocks) */
-static int cas_checkpoint_meanwhile(struct nbdserve_cas *st) {
-  uint64_t number = st->super.number;
-  cas_unlock(st);
-  int err = cas_checkpoint(st, NULL, number);
-  os_lock(&st->lock);
-  return err;
-}
 
 /* Gets free what only waits to be: by a sync or, if that frees nothing, a
  * checkpoint.  Returns whether there was anything. (unlocks) */
@@ -6455,11 +6422,6 @@ static void cas_unpin(struct nbdserve_cas *st, struct cas_block *blk,
   cas_unlock(st);
 }
 
-/* What clients are told of an error. */
-static int cas_client_error(int err) {
-  return err == -EUCLEAN ? -EIO : err;
-}
-
 /* READs, WRITEs or (buf is NULL) zeroes a part of one block.  What would not
  * change is not written. */
 static int cas_part(struct cas_volume *vol, int is_read, unsigned char *buf,
@@ -6476,7 +6438,7 @@ static int cas_part(struct cas_volume *vol, int is_read, unsigned char *buf,
     struct cas_block put = {.number = blk.number,
                             .data = data,
                             .expected = blk.slot}; /* pinned: it stays that */
-    err = cas_client_error(blk.err);
+    err = blk.err == -EUCLEAN ? -EIO : blk.err;
     if (!err && is_read) {
       memcpy(buf, part, (size_t)len);
     } else if (!err && (buf ? memcmp(part, buf, (size_t)len) != 0
@@ -6503,7 +6465,8 @@ static void cas_do_blocks(struct cas_volume *vol, unsigned type,
     cas_unpin(vol->st, blk, n);
   }
   for (size_t i = 0; i < n; i++)
-    if (blk[i].err) blk[i].req->err = cas_client_error(blk[i].err);
+    if (blk[i].err)
+      blk[i].req->err = blk[i].err == -EUCLEAN ? -EIO : blk[i].err;
 }
 
 /* READs and WRITEs: whole blocks together, parts of blocks one by one. */
@@ -6687,7 +6650,7 @@ static enum cas_super_state cas_read_super(struct nbdserve_cas *st, int place,
       cas_io(st, OS_READ, p, CAS_SUPER_SUM + CAS_DIGEST_LEN, off))
     return SUPER_DAMAGED; /* not even its first sector can be read */
   if (u_is_zero(p, CAS_PAGE)) return SUPER_EMPTY;
-  cas_decode(cas_super_fields, p, super);
+  cas_decode(cas_super_sizes, p, super);
   for (size_t i = 0; i < sizeof super->magic; i++)
     nfit += super->magic[i] == CAS_MAGIC[i];
   if (nfit < 6) return SUPER_FOREIGN;
@@ -6807,7 +6770,7 @@ static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
                            uint32_t c, const unsigned char *p) {
   struct cas_record record = {.id = 0};
   int level = CAS_LEVELS - 1;
-  cas_decode(cas_record_fields, p, &record);
+  cas_decode(cas_record_sizes, p, &record);
   if (!record.id || record.flags & CAS_IS_PARTIAL) return 0;
   if (record.flags > CAS_IS_SNAPSHOT || record.levels != CAS_LEVELS)
     return -EOPNOTSUPP;
@@ -6871,7 +6834,7 @@ static int cas_load_page(struct nbdserve_cas *st, struct cas_node *node) {
   enum cas_page_state state = PAGE_WRONG;
   if (node->slot == CAS_LOST && is_map) return 0;
   if (node->slot != CAS_LOST)
-    state = cas_read_page(st, node->slot, cas_head_of(node), loader->data);
+    state = cas_read_page(st, node->slot, cas_head_of(st, node), loader->data);
   if (state <= PAGE_HEALED) return cas_load_below(st, node, loader->data);
   if (state == PAGE_WRONG && is_map)
     loader->nlost++;
@@ -6970,7 +6933,7 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq, unsigned char *p,
     st->log_unread = 1;
     return 0;
   }
-  cas_decode(cas_log_fields, p + CAS_LOG_HEAD, head);
+  cas_decode(cas_log_sizes, p + CAS_LOG_HEAD, head);
   if (head->magic != CAS_LOG || head->seq != seq || head->count > CAS_ENTRIES)
     return 0;
   sha_begin(mixed);
@@ -7073,7 +7036,7 @@ static int cas_redo_page(struct nbdserve_cas *st, uint64_t seq) {
   if (!cas_log_read(st, seq, p, &head)) return 0;
   for (uint32_t i = 0; i < head.count && !err; i++) {
     struct cas_entry entry;
-    cas_decode(cas_entry_fields, p + CAS_ENTRY * i, &entry);
+    cas_decode(cas_entry_sizes, p + CAS_ENTRY * i, &entry);
     struct cas_volume *vol = cas_by_id(st->loader, entry.volume);
     if (vol) err = cas_redo(vol, &entry, is_known);
   }
@@ -7670,31 +7633,9 @@ static int cas_is_shared(struct nbdserve_cas *st, struct cas_node **root[2],
   return 0;
 }
 
-/* Has a block of two maps the same slot?  c: its number in its leaf. */
-static int cas_is_same_slot(const struct cas_spot spot[2], uint64_t c) {
-  uint32_t slot[2];
-  for (int i = 0; i < 2; i++)
-    slot[i] = spot[i].leaf ? spot[i].leaf->slots[c] : spot[i].slot;
-  return slot[0] == slot[1] && slot[0] != CAS_LOST;
-}
-
-/* Has a block of two maps the same slot?  *span: for how many blocks on that is
- * so. */
-static int cas_is_same_run(struct nbdserve_cas *st,
-                           const struct cas_spot spot[2], uint64_t block,
-                           uint64_t *span) {
-  uint64_t c = block % st->fanout;
-  uint64_t max = u_min(spot[0].span, spot[1].span);
-  int same = cas_is_same_slot(spot, c);
-  *span = spot[0].leaf || spot[1].leaf ? 1 : max;
-  while (*span < max && cas_is_same_slot(spot, c + *span) == same)
-    ++*span;
-  return same;
-}
-
 /* Are blocks of two volumes the same, from one on?  *span: for how many that is
- * so.  1 or 0, or -errno.  Behind its end a volume is all zeroes; where only one
- * ends inside a block, that is not the same unless it is a hole. */
+ * known.  1 or 0, or -errno.  Behind its end a volume is all zeroes; where only
+ * one ends inside a block, that is not the same unless it is a hole. */
 static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
                     uint64_t block, uint64_t *span) {
   struct cas_node *nothing = NULL;
@@ -7715,8 +7656,10 @@ static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
       for (int i = 0; i < 2 && !err; i++)
         err = cas_find_spot(st, root[i], block, spot + i);
     while (!err && cas_walk(st, *root[0], block, spot));
-    same = !err && cas_is_same_run(st, spot, block, span);
+    same = !err && spot[0].slot == spot[1].slot && spot[0].slot != CAS_LOST;
     if (is_odd && vol[0]->now.size != vol[1]->now.size) same &= !spot[0].slot;
+    *span = u_min(spot[0].span, spot[1].span);
+    if (spot[0].leaf || spot[1].leaf) *span = 1;
   }
   cas_unlock(st);
   *span = is_odd ? 1 : u_min(*span, max);
@@ -7794,6 +7737,7 @@ static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
   struct cas_head any = {.magic = 0};
   int nbad = 0;
   os_lock(&st->ckpt);
+  any.number = st->super.number;
   for (int i = 0; first == 0 && i < 2 && !st->readonly; i++)
     nbad += cas_read_super(st, i, &super) != SUPER_GOOD &&
             cas_write_super(st, &st->super, i);

@@ -4619,6 +4619,7 @@ static int cas_is_size(const struct nbdserve_cas *st, uint64_t size) {
 /* Where the digest of a slot lies in the file. */
 static uint64_t cas_digest_off(const struct nbdserve_cas *st, uint32_t slot) {
   uint64_t group = CAS_UNIT + (uint64_t)CAS_SLOTS * st->bs;
+  assert(st->data_off && slot / CAS_SLOTS < CAS_GROUPS);
   return st->data_off + slot / CAS_SLOTS * group +
          (uint64_t)(slot % CAS_SLOTS) * CAS_DIGEST_LEN;
 }
@@ -4631,12 +4632,14 @@ static uint64_t cas_data_off(const struct nbdserve_cas *st, uint32_t slot) {
 
 /* Where a log page lies in the file. */
 static uint64_t cas_log_off(const struct nbdserve_cas *st, uint64_t seq) {
+  assert(st->super.log_pages >= 8);
   return 2 * CAS_UNIT + seq % st->super.log_pages * CAS_PAGE;
 }
 
 /* Reads or writes at an offset in the file. */
 static int cas_io(struct nbdserve_cas *st, int writing, void *buf, size_t len,
                   uint64_t off) {
+  assert(buf && len && !(writing == OS_WRITE && st->readonly));
   struct iovec v = {buf, len};
   return os_transfer(st->fd, writing, &v, 1, off);
 }
@@ -4706,6 +4709,9 @@ static void cas_log_write(struct nbdserve_cas *st) {
                               .super = st->super.number};
   unsigned char *p = st->page;
   if (st->failed) return;
+  assert(!st->readonly && st->nwritten <= st->nlog &&
+         st->nlog < CAS_ENTRIES + 1);
+  assert(st->durable <= st->seq && st->marked <= st->durable);
   assert(st->seq - st->super.replay < st->super.log_pages);
   cas_encode(cas_log_sizes, &head, p + CAS_LOG_HEAD);
   cas_log_sum(st, p, st->nlog, st->mixed, &st->nmixed, p + CAS_LOG_SUM);
@@ -4732,6 +4738,7 @@ static void cas_wait(struct nbdserve_cas *st) {
 static void cas_log_close(struct nbdserve_cas *st) {
   if (!st->nlog) return;
   if (st->nwritten < st->nlog) cas_log_write(st);
+  assert(st->failed || st->nwritten == st->nlog);
   memset(st->page, 0, CAS_PAGE);
   st->nlog = st->nwritten = st->nmixed = 0;
   sha_begin(st->mixed);
@@ -4763,12 +4770,14 @@ static void cas_log(const struct cas_volume *vol, uint64_t block,
 static uint32_t *cas_bucket(struct nbdserve_cas *st, uint32_t tag) {
   uint32_t b = tag & ~CAS_GOOD & (2 * st->mask + 1);
   if (b >= st->ngroups * CAS_SLOTS) b &= st->mask;
+  assert(b < st->ngroups * CAS_SLOTS);
   return &CAS_AT(st, b, bucket);
 }
 
 /* Enters a slot into the index of digests, under its tag. */
 static void cas_index(struct nbdserve_cas *st, uint32_t slot, uint32_t tag) {
   uint32_t *bucket = cas_bucket(st, tag);
+  assert(CAS_AT(st, slot, refs) > 0);
   assert(slot && tag & TAG_INDEXED);
   CAS_AT(st, slot, tag) |= tag;
   CAS_AT(st, slot, link) = *bucket;
@@ -4781,6 +4790,7 @@ static void cas_unindex(struct nbdserve_cas *st, uint32_t slot) {
   uint32_t *p = cas_bucket(st, *tag);
   while (*tag & TAG_INDEXED && *p && *p != slot)
     p = &CAS_AT(st, *p, link);
+  assert(!(*tag & TAG_INDEXED) || *p == slot);
   if (*tag & TAG_INDEXED && *p) *p = CAS_AT(st, slot, link);
   *tag = TAG_NONE;
 }
@@ -4824,6 +4834,7 @@ static void cas_set_free(struct nbdserve_cas *st, uint32_t slot, int is_free) {
   struct cas_segment *seg = cas_segment(st, slot);
   int is_pair = CAS_AT(st, slot ^ CAS_TWIN, refs) == 0;
   int by = is_free ? 1 : -1;
+  assert(CAS_AT(st, slot, refs) == 0);
   cas_count(st, seg, -1);
   seg->nfree = (uint16_t)(seg->nfree + by);
   if (is_pair) seg->npairs = (uint16_t)(seg->npairs + by);
@@ -4835,6 +4846,7 @@ static void cas_set_free(struct nbdserve_cas *st, uint32_t slot, int is_free) {
 static void cas_set_space(struct nbdserve_cas *st, uint32_t slot,
                           enum cas_space space) {
   struct cas_segment *seg = cas_segment(st, slot);
+  assert(slot < st->nslots);
   cas_count(st, seg, -1);
   seg->space = (uint16_t)space;
   cas_count(st, seg, 1);
@@ -4897,6 +4909,7 @@ static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
   uint64_t end = off + (uint64_t)CAS_SEGMENT * st->bs;
   int is_durable = !st->is_open || st->is_device;
   int err = 0;
+  assert(!st->readonly && first % CAS_SEGMENT == 0 && first <= st->nslots);
   if (end > (st->is_device ? st->end : INT64_MAX)) return -ENOSPC;
   if (first % CAS_SLOTS == 0) off = cas_digest_off(st, first);
   if (first == 0) off = 0;
@@ -4932,6 +4945,7 @@ static int cas_want_pairs(struct nbdserve_cas *st, uint32_t more) {
 static void cas_hold(struct nbdserve_cas *st, uint32_t slot) {
   if (!slot || slot == CAS_LOST) return;
   int32_t *refs = &CAS_AT(st, slot, refs);
+  assert(*refs >= CAS_PENDING && *refs < INT32_MAX);
   if (*refs == 0) cas_set_free(st, slot, 0);
   *refs = *refs == CAS_PENDING ? 1 : *refs + 1;
 }
@@ -4956,6 +4970,7 @@ static void cas_drop(struct nbdserve_cas *st, uint32_t slot, uint32_t *list) {
 static void cas_drop_pair(struct nbdserve_cas *st, uint32_t slot,
                           uint32_t *list) {
   if (!slot || slot == CAS_LOST) return;
+  assert(slot % CAS_SEGMENT < CAS_TWIN);
   cas_drop(st, slot, list);
   cas_drop(st, slot + CAS_TWIN, list);
 }
@@ -5042,6 +5057,7 @@ static int cas_take_slot(struct nbdserve_cas *st, uint32_t *slot) {
 
 /* Takes a pair of slots for a page. */
 static void cas_hold_pair(struct nbdserve_cas *st, uint32_t slot) {
+  assert(slot && slot % CAS_SEGMENT < CAS_TWIN);
   for (int i = 0; i < 2; i++, slot += CAS_TWIN) {
     assert(!CAS_AT(st, slot, refs));
     cas_hold(st, slot);
@@ -5070,6 +5086,7 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
   while (st->syncing)
     cas_wait(st);
   if (st->failed || (!always && st->nsynced >= mine)) return st->failed;
+  assert(!st->readonly && st->nsynced <= mine);
   st->syncing = 1;
   cas_log_close(st); /* (C13) */
   mine = st->nlogged;
@@ -5084,6 +5101,7 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
   os_lock(&st->lock);
   cas_fail(st, err);
   if (!st->failed) {
+    assert(st->durable <= seq && mine <= st->nlogged);
     st->durable = seq; /* (C4) */
     st->nsynced = mine;
     cas_free_list(st, dropped); /* (C5) */
@@ -5136,6 +5154,7 @@ static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
                         size_t k, int what, int writing) {
   struct iovec v[CAS_RUN];
   assert(k > 0 && k <= CAS_RUN);
+  assert(!(writing == OS_WRITE && st->readonly));
   for (size_t i = 0; i < k; i++) {
     unsigned char *digest = writing ? blk[i].sum : blk[i].digest;
     v[i] = (struct iovec){digest, CAS_DIGEST_LEN};
@@ -5153,6 +5172,7 @@ static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
   uint32_t n = CAS_PAGE / CAS_DIGEST_LEN;
   uint32_t first = slot / n * n;
   uint32_t x = first / CAS_SEGMENT * CAS_SEGMENT;
+  assert(err && slot < st->nslots);
   os_lock(&st->lock);
   for (; x < st->nslots && x < first + n; x += CAS_SEGMENT)
     if (err != -ENOSPC)
@@ -5199,21 +5219,6 @@ static void cas_hash(struct nbdserve_cas *st, struct cas_block *blk, size_t n) {
   if (first) sha_256(st->hw, first->data, NULL, st->bs, first->sum, NULL);
 }
 
-/* What cas_read_page found */
-enum cas_page_state {
-  PAGE_GOOD,
-  PAGE_HEALED,    /* one of the copies is good, the other one is not */
-  PAGE_WRONG,     /* both can be read, and are not what they should be */
-  PAGE_UNREADABLE /* no copy is good, and one cannot be read */
-};
-
-/* Does the digest in one of the places vouch for a copy of a page? */
-static int cas_vouches(const struct cas_block *place,
-                       const struct cas_block *copy) {
-  return !place->digest_err &&
-         memcmp(copy->sum, place->digest, CAS_DIGEST_LEN) == 0;
-}
-
 /* How good is copy i of a page, and what is its *number?  0: it is not whole, or
  * not of a page with that head (of magic 0: any page), or of a checkpoint that
  * never became durable.  1: it is, by itself.  2 or 3: one digest or both vouch
@@ -5232,7 +5237,11 @@ static int cas_rank_copy(struct nbdserve_cas *st, struct cas_block copy[2],
                  : own.magic == CAS_MAP || own.magic == CAS_CAT;
   if (!fits || own.number > head->number) return 0;
   if (copy[0].digest_err && copy[1].digest_err) return 2;
-  return 1 + cas_vouches(copy, copy + i) + cas_vouches(copy + 1, copy + i);
+  int rank = 1;
+  for (int k = 0; k < 2; k++)
+    rank += !copy[k].digest_err &&
+            memcmp(copy[i].sum, copy[k].digest, CAS_DIGEST_LEN) == 0;
+  return rank;
 }
 
 /* Reads the page in a slot to p, which has room for two, and its twin only if
@@ -5240,10 +5249,10 @@ static int cas_rank_copy(struct nbdserve_cas *st, struct cas_block copy[2],
  * checked.  Of the copies (C17) it takes one that a digest vouches for; if there
  * are two, or two that are whole but both digests are wrong, the newer one.
  * Where one copy is damaged, both are written anew: if that fails, it is tried
- * again whenever the page is read.  head: see cas_rank_copy.  (locks) */
-static enum cas_page_state cas_read_page(struct nbdserve_cas *st, uint32_t slot,
-                                         struct cas_head head,
-                                         unsigned char *p) {
+ * again whenever the page is read.  head: see cas_rank_copy.  -EIO: no copy is
+ * good, and one cannot be read; -EUCLEAN: both can.  (locks) */
+static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
+                         struct cas_head head, unsigned char *p) {
   struct cas_block copy[2] = {
       {.slot = slot, .data = p, .todo = CAS_BOTH},
       {.slot = slot + CAS_TWIN, .data = p + st->bs, .todo = CAS_DIGEST}};
@@ -5253,13 +5262,13 @@ static enum cas_page_state cas_read_page(struct nbdserve_cas *st, uint32_t slot,
   cas_move(st, copy, 1, CAS_DATA, OS_READ);
   cas_move(st, copy, 2, CAS_DIGEST, OS_READ);
   rank[0] = cas_rank_copy(st, copy, 0, &head, number);
-  if (rank[0] == 3 && head.magic) return PAGE_GOOD;
+  if (rank[0] == 3 && head.magic) return 0;
   copy[1].todo = CAS_DATA;
   cas_move(st, copy + 1, 1, CAS_DATA, OS_READ);
   rank[1] = cas_rank_copy(st, copy, 1, &head, number + 1);
-  if (rank[0] == 3 && rank[1] == 3) return PAGE_GOOD;
+  if (rank[0] == 3 && rank[1] == 3) return 0;
   if (rank[0] + rank[1] < 2)
-    return copy[0].err || copy[1].err ? PAGE_UNREADABLE : PAGE_WRONG;
+    return copy[0].err || copy[1].err ? -EIO : -EUCLEAN;
   int i = rank[1] > rank[0] || (rank[1] == rank[0] && number[1] > number[0]);
   if (i == 1) memcpy(p, copy[1].data, st->bs);
   assert(!copy[i].err);
@@ -5269,7 +5278,7 @@ static enum cas_page_state cas_read_page(struct nbdserve_cas *st, uint32_t slot,
   copy[1] = copy[0];
   copy[1].slot += CAS_TWIN;
   if (!st->readonly) cas_store(st, copy, 2);
-  return PAGE_HEALED;
+  return 0;
 }
 
 /* ---- The tree of nodes ---------------------------------------------------- */
@@ -5282,11 +5291,6 @@ static struct cas_node *cas_new_node(int level, uint32_t index) {
   node->level = (unsigned char)level;
   node->index = index;
   return node;
-}
-
-/* How many kids a node of a level may have. */
-static uint32_t cas_fanout(const struct nbdserve_cas *st, int level) {
-  return level == CAS_LEVELS ? 2 * st->per_page : st->fanout;
 }
 
 /* Kid c of a node, or NULL. */
@@ -5345,6 +5349,7 @@ static void cas_evict_leaf(struct nbdserve_cas *st) {
        i++) {
     if (st->hand >= st->nleaves) st->hand = 0;
     struct cas_node *leaf = st->leaves[st->hand++];
+    assert(leaf->slots && leaf->at == st->hand - 1);
     if (!leaf->is_used && leaf->slot && !leaf->is_given)
       cas_forget_leaf(st, leaf);
     else
@@ -5388,6 +5393,7 @@ struct cas_spot {
 static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
                                  uint64_t block, struct cas_spot *spot) {
   uint64_t size = st->max_blocks; /* below node */
+  assert(block < st->max_blocks);
   *spot = (struct cas_spot){.gives_back = 1};
   while (node && node->slot != CAS_LOST) {
     if (node->refs > 1) spot->gives_back = 0;
@@ -5421,7 +5427,7 @@ static unsigned char *cas_read_leaf(struct nbdserve_cas *st,
   if (!p) return NULL;
   cas_hold(st, slot); /* so it is not given to another page meanwhile */
   cas_unlock(st);
-  if (cas_read_page(st, slot, head, p) > PAGE_HEALED) *err = -EIO;
+  if (cas_read_page(st, slot, head, p)) *err = -EIO;
   os_lock(&st->lock);
   cas_drop(st, slot, &st->retired);
   if (!*err) return p;
@@ -5450,6 +5456,7 @@ static int cas_find_spot(struct nbdserve_cas *st, struct cas_node **root,
  * others have the lock.  A leaf that cannot be read leaves its edges counted
  * until the store is opened anew. (unlocks) */
 static void cas_unref(struct nbdserve_cas *st, struct cas_node *node) {
+  assert(!node || node->refs > 0);
   if (!node || --node->refs > 0) return;
   int is_stored = node->slot && node->slot != CAS_LOST;
   int is_away = !node->level && !node->slots && is_stored;
@@ -5478,6 +5485,7 @@ static int cas_copy_below(struct nbdserve_cas *st, const struct cas_node *node,
   int is_lost = node && node->slot == CAS_LOST;
   uint32_t n = node ? node->nkids : 0;
   int err = 0;
+  assert(copy->refs == 1 && !copy->slot && !copy->nkids);
   if (!copy->level) {
     err = cas_make_leaf(st, copy, NULL, is_lost ? CAS_LOST : 0);
     assert(!node || is_lost || node->slots);
@@ -5485,7 +5493,7 @@ static int cas_copy_below(struct nbdserve_cas *st, const struct cas_node *node,
       cas_hold(st, copy->slots[c] = node->slots[c]);
     return err;
   }
-  if (is_lost) n = cas_fanout(st, copy->level);
+  if (is_lost) n = st->fanout;
   if (n) err = cas_add_kid(copy, n - 1);
   for (uint32_t c = 0; c < n && !err; c++) {
     if (!is_lost) {
@@ -5504,6 +5512,8 @@ static int cas_copy_below(struct nbdserve_cas *st, const struct cas_node *node,
 static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
                    uint32_t index) {
   struct cas_node *node = *p;
+  assert(!st->is_ending);
+  assert(!node || (node->level == level && node->index == index));
   if (node && node->refs == 1 && node->slot != CAS_LOST) {
     if (node->slot) st->ndirty++;
     cas_drop_pair(st, node->slot, &st->retired);
@@ -5567,18 +5577,6 @@ static int cas_own_leaf(struct cas_volume *vol, uint64_t block,
     err = cas_own_kid(st, &p, block / size);
   *leaf = *p;
   return err;
-}
-
-/* Puts a slot into a volume's map, and takes over the caller's hold on it. */
-static int cas_set_slot(struct cas_volume *vol, uint64_t block, uint32_t slot) {
-  struct nbdserve_cas *st = vol->st;
-  struct cas_node *leaf;
-  int err = cas_own_leaf(vol, block, &leaf);
-  if (err) return err;
-  uint32_t *at = &leaf->slots[block % st->fanout];
-  cas_drop(st, *at, &st->dropped);
-  *at = slot;
-  return 0;
 }
 
 /* ---- Volumes and their names ---------------------------------------------- */
@@ -5667,6 +5665,48 @@ static int cas_give_name(struct nbdserve_cas *st, struct cas_volume *vol,
   return 0;
 }
 
+/* Gives a volume a place in the catalog. */
+static int cas_set_place(struct nbdserve_cas *st, struct cas_volume *vol,
+                         uint32_t place) {
+  int err =
+      cas_enlarge(&st->by_place, &st->places, place, sizeof *st->by_place);
+  if (err) return err;
+  assert(!st->by_place[place]);
+  st->by_place[place] = vol;
+  vol->place = place;
+  vol->st = st;
+  return 0;
+}
+
+/* Makes a volume of a name, if that is not NULL, or a snapshot of its parent;
+ * finds a place for its record, and puts it into the list, behind all others. */
+static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
+                     const char *name, struct cas_volume **out) {
+  struct cas_volume **p = &st->volumes;
+  struct cas_volume *vol = u_zalloc(sizeof *vol);
+  uint32_t place = 0;
+  if (!vol) return -ENOMEM;
+  vol->parent = parent;
+  while (place < st->places && st->by_place[place])
+    place++;
+  int is_full = place >= st->per_page * st->fanout * st->fanout;
+  int err = is_full ? -ENOSPC : 0;
+  if (!err && name) err = cas_give_name(st, vol, name);
+  if (!err) err = cas_own_record(st, place, &vol->page);
+  if (!err) err = cas_set_place(st, vol, place);
+  if (err) {
+    NBDSERVE_FREE(vol);
+    return err;
+  }
+  vol->id = st->next_id++;
+  vol->created = (uint64_t)time(NULL);
+  for (; *p; p = &(*p)->next)
+    assert((*p)->id < vol->id);
+  *p = *out = vol;
+  st->generation++;
+  return 0;
+}
+
 /* ---- Changes of the catalog ----------------------------------------------- */
 
 /* What a checkpoint is to change */
@@ -5681,42 +5721,10 @@ struct cas_change {
 
 /* From here on a volume has facts that hold when the checkpoint is durable. */
 static int cas_begin_staging(struct nbdserve_cas *st, struct cas_volume *vol) {
+  assert(vol->id && st->by_place[vol->place] == vol);
   if (!vol->is_staged) vol->then = vol->now;
   vol->is_staged = 1;
   return cas_own_record(st, vol->place, &vol->page);
-}
-
-/* Gives a volume a place in the catalog. */
-static int cas_set_place(struct nbdserve_cas *st, struct cas_volume *vol,
-                         uint32_t place) {
-  int err =
-      cas_enlarge(&st->by_place, &st->places, place, sizeof *st->by_place);
-  if (err) return err;
-  assert(!st->by_place[place]);
-  st->by_place[place] = vol;
-  vol->place = place;
-  vol->st = st;
-  return 0;
-}
-
-/* Puts a volume into the list, behind all others, and finds a place for its
- * record. */
-static int cas_enter(struct nbdserve_cas *st, struct cas_volume *vol) {
-  struct cas_volume **p = &st->volumes;
-  uint32_t place = 0;
-  while (place < st->places && st->by_place[place])
-    place++;
-  if (place >= st->per_page * st->fanout * st->fanout) return -ENOSPC;
-  int err = cas_own_record(st, place, &vol->page);
-  if (!err) err = cas_set_place(st, vol, place);
-  if (err) return err;
-  vol->id = st->next_id++;
-  vol->created = (uint64_t)time(NULL);
-  while (*p)
-    p = &(*p)->next;
-  *p = vol;
-  st->generation++;
-  return 0;
 }
 
 /* Takes a volume, which nobody uses, out of the list and the catalog, and frees
@@ -5742,20 +5750,16 @@ static void cas_leave(struct cas_volume *vol) {
  * NULL, all zeroes. */
 static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
                          const struct nbdserve_cas_op *op) {
-  struct cas_volume *vol = u_zalloc(sizeof *vol);
+  struct cas_volume *vol;
+  int is_snapshot = op->verb == NBDSERVE_CAS_SNAPSHOT;
   int is_clone = op->verb == NBDSERVE_CAS_CLONE;
-  if (!vol) return -ENOMEM;
+  int err = cas_enter(st, is_snapshot ? from : NULL,
+                      is_clone ? op->to : op->name, &vol);
+  if (err) return err;
   vol->is_staged = 1;
-  vol->parent = op->verb == NBDSERVE_CAS_SNAPSHOT ? from : NULL;
   vol->made_from = from ? from->id : 0;
   vol->then.is_there = 1;
   vol->then.size = from ? cas_facts(from, VIEW_THEN)->size : op->size;
-  int err = cas_give_name(st, vol, is_clone ? op->to : op->name);
-  if (!err) err = cas_enter(st, vol);
-  if (err) {
-    NBDSERVE_FREE(vol);
-    return err;
-  }
   if (from) cas_share(cas_root(vol), *cas_root(from));
   return 0;
 }
@@ -5769,14 +5773,6 @@ static int cas_stage_rollback(struct cas_volume *vol,
   vol->old_root = *cas_root(vol);
   cas_share(cas_root(vol), *cas_root(snapshot));
   vol->then.size = cas_facts(snapshot, VIEW_THEN)->size;
-  return 0;
-}
-
-/* Does a volume have a snapshot, once what is staged holds? */
-static int cas_has_snapshots(struct nbdserve_cas *st,
-                             const struct cas_volume *vol) {
-  for (const struct cas_volume *kid = st->volumes; kid; kid = kid->next)
-    if (kid->parent == vol && cas_facts(kid, VIEW_THEN)->is_there) return 1;
   return 0;
 }
 
@@ -5806,7 +5802,9 @@ static int cas_stage_op(struct nbdserve_cas *st,
     cas_wait(st);
   if (needs_closed && vol->clients > (is_resize && !dry_run)) /* the caller */
     return -EBUSY;
-  if (is_rm && cas_has_snapshots(st, vol)) return -ENOTEMPTY;
+  for (const struct cas_volume *p = st->volumes; p && is_rm; p = p->next)
+    if (p->parent == vol && cas_facts(p, VIEW_THEN)->is_there)
+      return -ENOTEMPTY;
   if (dry_run) return 0;
   int err = cas_begin_staging(st, vol);
   if (err) return err;
@@ -5855,6 +5853,7 @@ static void cas_settle(struct nbdserve_cas *st, int is_durable) {
   for (struct cas_volume *vol = st->volumes; vol; vol = vol->next) {
     struct cas_node *root = *cas_root(vol);
     if (!vol->is_staged) continue;
+    assert(vol->page && vol->id);
     vol->is_staged = 0;
     if (is_durable) {
       vol->now = vol->then;
@@ -5923,6 +5922,7 @@ static void cas_encode_records(struct nbdserve_cas *st,
                                 .digests = digests ? digests->slot : 0};
     assert(vol->page == node && vol->id);
     assert((!root || root->slot) && (!digests || digests->slot));
+    assert(cas_is_name((const char *)facts->name));
     memcpy(record.cid, facts->cid, sizeof record.cid);
     memcpy(record.name, facts->name, sizeof record.name);
     cas_encode(cas_record_sizes, &record, p + CAS_HEAD);
@@ -5981,6 +5981,7 @@ static int cas_cut_below(struct nbdserve_cas *st, struct cas_cut *cut,
   }
   assert(cut->n < cut->max);
   write.slot = node->slot = cas_take_pair(st);
+  assert(CAS_AT(st, node->slot, refs) == 1 && st->ndirty > 0);
   node->is_given = 1;
   cut->writes[cut->n++] = write;
   st->ndirty--;
@@ -5999,20 +6000,12 @@ static void cas_undo_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
     node->slot = 0;
     st->ndirty++;
   }
+  assert(cut->n <= cut->max);
   cas_free_list(st, unused);
   while (*end)
     end = &CAS_AT(st, *end, link);
   *end = st->retired;
   st->retired = cut->retired;
-}
-
-/* Frees the memory of a cut. */
-static void cas_free_cut(struct cas_cut *cut) {
-  for (uint32_t i = 0; i < cut->n; i++) {
-    cut->writes[i].node->is_given = 0;
-    NBDSERVE_FREE(cut->writes[i].page);
-  }
-  NBDSERVE_FREE(cut->writes);
 }
 
 /* The number of the next checkpoint: microseconds since 1970, or one more than
@@ -6089,6 +6082,8 @@ static int cas_write_pages(struct nbdserve_cas *st, struct cas_cut *cut) {
 static int cas_write_super(struct nbdserve_cas *st,
                            const struct cas_super *super, int place) {
   unsigned char p[CAS_PAGE] = {0};
+  assert(place < 2 && super->number >= st->super.number);
+  assert(super->nslots <= st->nslots && super->log_pages);
   cas_encode(cas_super_sizes, super, p);
   sha_256(st->hw, p, NULL, CAS_SUPER_SUM, p + CAS_SUPER_SUM, NULL);
   return cas_io(st, OS_WRITE, p, sizeof p, (uint64_t)place * CAS_UNIT);
@@ -6099,6 +6094,7 @@ static int cas_write_super(struct nbdserve_cas *st,
  * anything is free or answered.  If a superblock fails, nobody knows what is
  * there (C14). (unlocks) */
 static int cas_write_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
+  assert(cut->super.number > st->super.number && cut->super.replay <= st->seq);
   int err = cas_write_pages(st, cut);
   if (!err) err = cas_sync(st, 1);
   for (int place = 0; place < 2 && !err; place++) {
@@ -6132,7 +6128,11 @@ static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
       cas_free_list(st, cut.retired); /* (C6) */
       cas_space_came(st);
     }
-    cas_free_cut(&cut);
+    for (uint32_t k = 0; k < cut.n; k++) {
+      cut.writes[k].node->is_given = 0;
+      NBDSERVE_FREE(cut.writes[k].page);
+    }
+    NBDSERVE_FREE(cut.writes);
     cas_settle(st, !err);
   }
   cas_unlock(st);
@@ -6182,6 +6182,7 @@ static enum cas_job cas_next_job(const struct nbdserve_cas *st) {
 static void cas_fill_index(struct nbdserve_cas *st) {
   unsigned char digest[CAS_FILL][CAS_DIGEST_LEN];
   uint32_t first = st->filled;
+  assert(first < st->to_fill && first % CAS_FILL == 0);
   st->filled += CAS_FILL;
   if (cas_io(st, OS_READ, digest, sizeof digest, cas_digest_off(st, first)))
     return; /* what is not found is stored twice */
@@ -6268,6 +6269,7 @@ static int cas_prepare(struct cas_volume *vol, uint64_t block,
  * index has for its digest, or a free one. */
 static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
                            int skip) {
+  assert(!blk->slot && blk->is_wanting);
   uint32_t tag = CAS_TAG(blk->sum);
   uint32_t slot = skip < CAS_CANDIDATES ? *cas_bucket(st, tag) : 0;
   for (; slot; slot = CAS_AT(st, slot, link))
@@ -6333,12 +6335,16 @@ static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
 static int cas_commit_block(struct cas_volume *vol, struct cas_block *blk) {
   struct nbdserve_cas *st = vol->st;
   struct cas_spot spot;
+  struct cas_node *leaf;
   int err = cas_prepare(vol, blk->number, &spot);
   if (err) return err;
   if (blk->expected != CAS_ANY && blk->expected != spot.slot) return -EAGAIN;
   if (blk->slot == spot.slot) return 0; /* the same data is there already */
-  err = cas_set_slot(vol, blk->number, blk->slot);
+  err = cas_own_leaf(vol, blk->number, &leaf);
   if (err) return err;
+  assert(leaf->slots[blk->number % st->fanout] == spot.slot);
+  cas_drop(st, spot.slot, &st->dropped);
+  leaf->slots[blk->number % st->fanout] = blk->slot;
   cas_log(vol, blk->number, 1, blk->slot, blk->slot ? blk->sum : NULL);
   if (blk->slot && !blk->is_duplicate) CAS_AT(st, blk->slot, tag) |= CAS_GOOD;
   blk->slot = 0;
@@ -6454,19 +6460,18 @@ static int cas_part(struct cas_volume *vol, int is_read, unsigned char *buf,
   return err;
 }
 
-/* READs or WRITEs whole blocks, of several requests. */
+/* READs or WRITEs the first *n blocks, of several requests; then *n is 0. */
 static void cas_do_blocks(struct cas_volume *vol, unsigned type,
-                          struct cas_block *blk, size_t n) {
+                          struct cas_block *blk, size_t *n) {
   if (type == NBD_CMD_WRITE) {
-    cas_put(vol, blk, n);
+    cas_put(vol, blk, *n);
     cas_kick(vol->st);
   } else {
-    cas_read(vol, blk, n, CAS_DATA);
-    cas_unpin(vol->st, blk, n);
+    cas_read(vol, blk, *n, CAS_DATA);
+    cas_unpin(vol->st, blk, *n);
   }
-  for (size_t i = 0; i < n; i++)
-    if (blk[i].err)
-      blk[i].req->err = blk[i].err == -EUCLEAN ? -EIO : blk[i].err;
+  for (; *n > 0; blk++, --*n)
+    if (blk->err) blk->req->err = blk->err == -EUCLEAN ? -EIO : blk->err;
 }
 
 /* READs and WRITEs: whole blocks together, parts of blocks one by one. */
@@ -6477,6 +6482,7 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   size_t k = 0;
   for (const struct nbdserve_req *end = r + n; r < end; r++) {
     uint64_t len;
+    assert(r->off <= vol->now.size && r->len <= vol->now.size - r->off);
     r->err = 0;
     for (uint64_t at = 0; at < r->len; at += len) { /* in the request */
       uint64_t off = r->off + at;
@@ -6490,13 +6496,10 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
       else
         err = cas_part(vol, r->type == NBD_CMD_READ, r->buf + at, off, len);
       if (err) r->err = err;
-      if (k < CAS_BATCH) continue;
-      cas_do_blocks(vol, r->type, blk, k);
-      k = 0;
+      if (k == CAS_BATCH) cas_do_blocks(vol, r->type, blk, &k);
     }
-    if (k && r + 1 < end && r[1].type == r->type) continue;
-    cas_do_blocks(vol, r->type, blk, k);
-    k = 0;
+    if (!k || r + 1 == end || r[1].type != r->type)
+      cas_do_blocks(vol, r->type, blk, &k);
   }
 }
 
@@ -6506,6 +6509,7 @@ static uint64_t cas_run_of(struct nbdserve_cas *st, const struct cas_spot *spot,
                            uint64_t block, uint64_t max) {
   uint64_t first = block % st->fanout;
   uint64_t n = 1;
+  assert(max > 0 && spot->span > 0);
   max = u_min(spot->span, max);
   if (!spot->leaf) return max;
   while (n < max && !spot->leaf->slots[first + n] == !spot->slot)
@@ -6513,48 +6517,48 @@ static uint64_t cas_run_of(struct nbdserve_cas *st, const struct cas_spot *spot,
   return n;
 }
 
-/* Makes blocks of one leaf holes, from one on, at most up to `to`, and logs it
- * in one entry.  *next: behind what is done.  The spot is that of the first. */
-static int cas_trim_leaf(struct cas_volume *vol, const struct cas_spot *spot,
-                         uint64_t block, uint64_t to, uint64_t *next) {
+/* Makes the blocks of a volume from one on, up to `to`, holes, and logs that,
+ * leaf by leaf; in between others may have the lock.  (unlocks) */
+static int cas_make_holes(struct cas_volume *vol, uint64_t block, uint64_t to) {
   struct nbdserve_cas *st = vol->st;
-  uint64_t end = u_min(block + st->fanout - block % st->fanout, to);
+  struct cas_spot spot;
   struct cas_node *leaf;
-  *next = end;
-  if (!spot->slot && !spot->leaf) *next = u_min(block + spot->span, to);
-  if (!spot->slot && cas_run_of(st, spot, block, end - block) == end - block)
-    return 0; /* nothing is there */
-  int err = cas_own_leaf(vol, block, &leaf);
-  if (err) return err;
-  for (uint64_t at = block; at < end; at++) {
-    cas_drop(st, leaf->slots[at % st->fanout], &st->dropped);
-    leaf->slots[at % st->fanout] = 0;
+  for (uint64_t end; block < to; block = end) {
+    int err = cas_prepare(vol, block, &spot);
+    if (err) return err;
+    end = u_min(block + st->fanout - block % st->fanout, to);
+    if (!spot.slot && !spot.leaf) end = u_min(block + spot.span, to);
+    uint64_t n = end - block;
+    if (spot.slot || cas_run_of(st, &spot, block, n) < n) {
+      err = cas_own_leaf(vol, block, &leaf);
+      if (err) return err;
+      assert(leaf->refs == 1 && !leaf->slot && leaf->slots);
+      for (uint64_t at = block; at < end; at++) {
+        cas_drop(st, leaf->slots[at % st->fanout], &st->dropped);
+        leaf->slots[at % st->fanout] = 0;
+      }
+      cas_log(vol, block, n, 0, NULL);
+    }
+    cas_unlock(st);
+    os_lock(&st->lock);
   }
-  cas_log(vol, block, end - block, 0, NULL);
-  return 0;
+  return st->failed;
 }
 
-/* Makes the whole blocks of a range holes. */
-static int cas_make_holes(struct cas_volume *vol, uint64_t off, uint64_t len) {
+/* Makes the whole blocks of a range holes.  (locks) */
+static int cas_discard(struct cas_volume *vol, uint64_t off, uint64_t len) {
   struct nbdserve_cas *st = vol->st;
-  uint64_t block = cas_blocks(st, off);
-  uint64_t to = (off + len) / st->bs;
-  struct cas_spot spot;
-  int err = 0;
-  while (block < to && !err) {
-    os_lock(&st->lock);
-    err = cas_prepare(vol, block, &spot);
-    if (!err) err = cas_trim_leaf(vol, &spot, block, to, &block);
-    cas_unlock(st);
-  }
+  os_lock(&st->lock);
+  int err = cas_make_holes(vol, cas_blocks(st, off), (off + len) / st->bs);
+  cas_unlock(st);
   cas_kick(st);
-  return err ? err : st->failed;
+  return err;
 }
 
 /* ops->trim: a full store has no pages for it, and then it is left undone. */
 static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   (void)flags;
-  int err = cas_make_holes(ctx, off, len);
+  int err = cas_discard(ctx, off, len);
   return err == -ENOSPC ? 0 : err;
 }
 
@@ -6566,7 +6570,7 @@ static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   uint64_t tail = (off + len) % bs;
   uint64_t head = u_min((bs - off % bs) % bs, len);
   int err = head ? cas_part(vol, 0, NULL, off, head) : 0;
-  if (!err) err = cas_make_holes(vol, off, len);
+  if (!err) err = cas_discard(vol, off, len);
   if (err || !tail || tail > len - head) return err;
   return cas_part(vol, 0, NULL, off + len - tail, tail);
 }
@@ -6628,39 +6632,32 @@ static void cas_close(void *ctx) {
 
 /* ---- Opening -------------------------------------------------------------- */
 
-/* What stands in the place of a superblock */
-enum cas_super_state {
-  SUPER_GOOD,
-  SUPER_EMPTY,   /* zeroes, or the file ends before it */
-  SUPER_DAMAGED, /* it cannot be read, or its sum is wrong */
-  SUPER_FOREIGN, /* somebody else's */
-  SUPER_OTHER    /* of another version */
-};
-
 /* Reads the superblock in a place.  One wrong letter at its beginning is damage,
- * more are somebody else's.  Unknown bits, too, make it another version. */
-static enum cas_super_state cas_read_super(struct nbdserve_cas *st, int place,
-                                           struct cas_super *super) {
+ * more are somebody else's: -EINVAL.  Unknown bits, too, make it another version:
+ * -EOPNOTSUPP.  -ENODATA: zeroes, or the file ends before it; -EUCLEAN: it cannot
+ * be read, or its sum is wrong. */
+static int cas_read_super(struct nbdserve_cas *st, int place,
+                          struct cas_super *super) {
   unsigned char p[CAS_PAGE] = {0};
   unsigned char sum[CAS_DIGEST_LEN];
   uint64_t off = (uint64_t)place * CAS_UNIT;
   int nfit = 0;
-  if (off + CAS_PAGE > st->end) return SUPER_EMPTY;
+  if (off + CAS_PAGE > st->end) return -ENODATA;
   if (cas_io(st, OS_READ, p, CAS_PAGE, off) &&
       cas_io(st, OS_READ, p, CAS_SUPER_SUM + CAS_DIGEST_LEN, off))
-    return SUPER_DAMAGED; /* not even its first sector can be read */
-  if (u_is_zero(p, CAS_PAGE)) return SUPER_EMPTY;
+    return -EUCLEAN; /* not even its first sector can be read */
+  if (u_is_zero(p, CAS_PAGE)) return -ENODATA;
   cas_decode(cas_super_sizes, p, super);
   for (size_t i = 0; i < sizeof super->magic; i++)
     nfit += super->magic[i] == CAS_MAGIC[i];
-  if (nfit < 6) return SUPER_FOREIGN;
-  if (super->digit[0] == '1' && super->version == 1) return SUPER_OTHER;
+  if (nfit < 6) return -EINVAL;
+  if (super->digit[0] == '1' && super->version == 1) return -EOPNOTSUPP;
   sha_256(st->hw, p, NULL, CAS_SUPER_SUM, sum, NULL);
-  if (memcmp(sum, p + CAS_SUPER_SUM, sizeof sum) != 0) return SUPER_DAMAGED;
+  if (memcmp(sum, p + CAS_SUPER_SUM, sizeof sum) != 0) return -EUCLEAN;
   if (super->version != CAS_VERSION || super->incompat ||
       (super->ro_compat && !st->readonly))
-    return SUPER_OTHER;
-  return SUPER_GOOD;
+    return -EOPNOTSUPP;
+  return 0;
 }
 
 /* Computes where everything lies, from the block size and the length of the
@@ -6691,16 +6688,13 @@ static int cas_is_in_file(const struct nbdserve_cas *st, uint64_t slot) {
  * over. */
 static int cas_open_super(struct nbdserve_cas *st) {
   struct cas_super super[2];
-  enum cas_super_state state[2];
-  int newer = 0;
+  int bad[2]; /* why: -errno */
   for (int i = 0; i < 2; i++)
-    state[i] = cas_read_super(st, i, super + i);
-  if (state[0] == SUPER_OTHER || state[1] == SUPER_OTHER) return -EOPNOTSUPP;
-  if (state[1] == SUPER_GOOD)
-    newer = state[0] != SUPER_GOOD || super[1].number > super[0].number;
-  if (state[newer] != SUPER_GOOD)
-    return state[0] == SUPER_DAMAGED || state[1] == SUPER_DAMAGED ? -EUCLEAN
-                                                                  : -EINVAL;
+    bad[i] = cas_read_super(st, i, super + i);
+  if (bad[0] == -EOPNOTSUPP || bad[1] == -EOPNOTSUPP) return -EOPNOTSUPP;
+  int newer = !bad[1] && (bad[0] || super[1].number > super[0].number);
+  if (bad[newer])
+    return bad[0] == -EUCLEAN || bad[1] == -EUCLEAN ? -EUCLEAN : -EINVAL;
   st->super = super[newer];
   if (cas_lay_out(st) || st->super.nslots < CAS_SEGMENT ||
       st->super.nslots % CAS_SEGMENT ||
@@ -6709,10 +6703,9 @@ static int cas_open_super(struct nbdserve_cas *st) {
   st->seq = st->durable = st->marked = st->super.replay;
   st->last_number = st->super.number;
   st->next_id = (uint32_t)st->super.next_id;
-  int is_alike =
-      state[!newer] == SUPER_GOOD && super[0].number == super[1].number;
+  int is_alike = !bad[!newer] && super[0].number == super[1].number;
   if (st->readonly || is_alike) return 0;
-  if (state[!newer] == SUPER_FOREIGN && !st->repair) return -EUCLEAN;
+  if (bad[!newer] == -EINVAL && !st->repair) return -EUCLEAN;
   int err = os_datasync(st->fd);
   if (!err) err = cas_write_super(st, &st->super, !newer);
   return err ? err : os_datasync(st->fd);
@@ -6803,23 +6796,22 @@ static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
 static int cas_load_below(struct nbdserve_cas *st, struct cas_node *node,
                           const unsigned char *p) {
   const unsigned char *at = p + CAS_HEAD;
-  uint32_t n = cas_fanout(st, node->level);
+  int has_records = node->level == CAS_LEVELS;
+  uint32_t n = has_records ? 2 * st->per_page : st->fanout;
   int err = 0;
+  assert(st->loader && node->refs > 0 && !node->nkids);
   if (!node->level) {
     err = cas_make_leaf(st, node, p, 0);
     for (uint32_t c = 0; c < st->fanout && !err; c++)
       cas_hold(st, node->slots[c]);
     return err;
   }
-  while (node->level != CAS_LEVELS && n > 0 && !u_get32(at + 4 * (n - 1)))
+  while (!has_records && n > 0 && !u_get32(at + 4 * (n - 1)))
     n--;
   if (n) err = cas_add_kid(node, n - 1);
-  if (node->level == CAS_LEVELS) {
-    for (uint32_t c = 0; c < st->per_page && !err; c++)
-      err = cas_load_record(st, node, c, at + CAS_RECORD * c);
-    return err;
-  }
-  for (uint32_t c = 0; c < n && !err; c++)
+  for (uint32_t c = 0; has_records && c < st->per_page && !err; c++)
+    err = cas_load_record(st, node, c, at + CAS_RECORD * c);
+  for (uint32_t c = 0; !has_records && c < n && !err; c++)
     err = cas_load_node(st, u_get32(at + 4 * c), node->level - 1,
                         node->index * st->fanout + c, &node->kid[c]);
   return err;
@@ -6831,12 +6823,12 @@ static int cas_load_below(struct nbdserve_cas *st, struct cas_node *node,
 static int cas_load_page(struct nbdserve_cas *st, struct cas_node *node) {
   struct cas_loader *loader = st->loader;
   int is_map = node->level < CAS_LEVELS;
-  enum cas_page_state state = PAGE_WRONG;
+  int err = -EUCLEAN;
   if (node->slot == CAS_LOST && is_map) return 0;
   if (node->slot != CAS_LOST)
-    state = cas_read_page(st, node->slot, cas_head_of(st, node), loader->data);
-  if (state <= PAGE_HEALED) return cas_load_below(st, node, loader->data);
-  if (state == PAGE_WRONG && is_map)
+    err = cas_read_page(st, node->slot, cas_head_of(st, node), loader->data);
+  if (!err) return cas_load_below(st, node, loader->data);
+  if (err == -EUCLEAN && is_map)
     loader->nlost++;
   else
     loader->nunreadable++;
@@ -7005,26 +6997,25 @@ static int cas_redo(struct cas_volume *vol, const struct cas_entry *entry,
                     int is_known) {
   struct nbdserve_cas *st = vol->st;
   uint64_t block = entry->block;
-  uint64_t end = cas_blocks(st, vol->now.size);
+  uint64_t left = cas_blocks(st, vol->now.size);
   uint32_t slot = (uint32_t)entry->slot;
-  struct cas_spot spot;
-  int err = 0;
   assert(st->is_replaying);
-  if (block >= end) return 0;
-  if (!slot) end = block + u_min(u_get64(entry->digest), end - block);
-  while (!slot && block < end && !err) {
-    err = cas_prepare(vol, block, &spot);
-    if (!err) err = cas_trim_leaf(vol, &spot, block, end, &block);
-  }
-  if (!slot || err) return err;
+  if (block >= left) return 0;
+  left -= block;
+  if (!slot)
+    return cas_make_holes(vol, block,
+                          block + u_min(u_get64(entry->digest), left));
   int is_slot = cas_is_in_file(st, slot) && !cas_extend(st, slot) &&
                 CAS_AT(st, slot, tag) != TAG_PAGE;
   if (!is_known && (!is_slot || !cas_confirm(st, entry))) return 0;
-  if (!is_slot) slot = CAS_LOST;
-  err = cas_prepare(vol, block, &spot);
-  if (err) return err;
-  cas_hold(st, slot);
-  return cas_set_slot(vol, block, slot);
+  struct cas_block blk = {.number = block,
+                          .slot = is_slot ? slot : CAS_LOST,
+                          .expected = CAS_ANY,
+                          .is_duplicate = 1};
+  cas_hold(st, blk.slot);
+  int err = cas_commit_block(vol, &blk);
+  cas_drop(st, blk.slot, &st->dropped);
+  return err;
 }
 
 /* Applies a log page, and writes it once more if it may be in memory only. */
@@ -7048,6 +7039,7 @@ static int cas_redo_page(struct nbdserve_cas *st, uint64_t seq) {
  * it made dirty are still named by the superblock, and wait. */
 static void cas_free_dropped(struct nbdserve_cas *st) {
   uint32_t slot;
+  assert(!st->dropped && !st->is_open && !st->is_replaying);
   for (slot = st->retired; slot; slot = CAS_AT(st, slot, link))
     CAS_AT(st, slot, refs) = 1;
   for (slot = 1; slot < st->nslots; slot++) {
@@ -7077,6 +7069,7 @@ static int cas_recover(struct nbdserve_cas *st) {
   os_unlock(&st->lock);
   if (!err && !st->readonly && end > st->durable) err = os_datasync(st->fd);
   if (err) return err;
+  assert(st->readonly || st->super.replay <= end);
   cas_free_dropped(st);
   int is_clean = end == st->super.replay && !st->log_unread && !st->ndirty;
   if (st->readonly || is_clean) return 0;
@@ -7088,6 +7081,7 @@ static int cas_recover(struct nbdserve_cas *st) {
 
 /* Frees a store; nothing is written. */
 static void cas_destroy(struct nbdserve_cas *st) {
+  assert(!st->busy && !st->loader && !st->syncing);
   os_lock(&st->lock);
   st->is_ending = 1;
   cas_unref(st, st->catalog);
@@ -7346,18 +7340,16 @@ int nbdserve_cas_change(struct nbdserve_cas *st, int verb, const char *name,
  * that; NULL: it is never to be seen. */
 static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
                     struct cas_volume **out) {
-  struct cas_volume *vol = u_zalloc(sizeof *vol);
-  int err = vol ? 0 : -ENOMEM;
-  if (st->readonly) err = -EROFS;
+  uint32_t npairs = CAS_RESERVE_PAIRS + CAS_MARGIN;
+  if (st->readonly) return -EROFS;
   os_lock(&st->lock); /* what is to be written may be there already */
   while (st->busy && st->filled < st->to_fill)
     cas_wait(st);
-  if (!err && name) err = cas_give_name(st, vol, name);
-  if (!err && cas_want_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN))
-    cas_reclaim(st);
-  if (!err) err = cas_want_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
-  if (!err) err = cas_enter(st, vol);
+  if (cas_want_pairs(st, npairs)) cas_reclaim(st);
+  int err = cas_want_pairs(st, npairs);
+  if (!err) err = cas_enter(st, NULL, name, out);
   if (!err) {
+    struct cas_volume *vol = *out;
     vol->own.run_batch = cas_batch;
     vol->is_hidden = 1;
     vol->clients = 1;
@@ -7365,14 +7357,13 @@ static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
     vol->now.size = size;
   }
   cas_unlock(st);
-  if (err) NBDSERVE_FREE(vol);
-  *out = vol;
   return err;
 }
 
 /* Ends what cas_hide has begun.  Unless it is to be seen by now, it goes. */
 static void cas_unhide(struct cas_volume *vol) {
   struct nbdserve_cas *st = vol->st;
+  assert(vol->clients == 1);
   os_lock(&st->ckpt); /* to free its map */
   os_lock(&st->lock);
   vol->clients--;
@@ -7521,6 +7512,7 @@ static int cas_seal_node(struct cas_sealer *sealer, const struct cas_node *node,
                          unsigned char digest[CAS_DIGEST_LEN]) {
   size_t len = (size_t)sealer->vol->st->fanout * CAS_DIGEST_LEN;
   unsigned char *digests = u_zalloc(len);
+  assert(!base || (base->level == node->level && base->index == node->index));
   int err = digests ? 0 : -ENOMEM;
   if (!err && node->slot == CAS_LOST) err = -EIO;
   if (!err && !node->level)
@@ -7565,14 +7557,17 @@ static struct cas_volume *cas_use_base(struct cas_sealer *sealer) {
   return base;
 }
 
-/* Computes the content id of a snapshot, and the tree below it. */
-static int cas_compute_id(struct cas_sealer *sealer,
-                          unsigned char cid[CAS_DIGEST_LEN]) {
+/* Seals a snapshot: computes its content id and the tree below, and makes a
+ * checkpoint with both. */
+static int cas_seal(struct cas_sealer *sealer) {
   struct cas_volume *vol = sealer->vol;
   struct nbdserve_cas *st = vol->st;
   unsigned char top[14 + 4 + 8 + CAS_DIGEST_LEN] = "nbdserve-cid-2";
+  unsigned char cid[CAS_DIGEST_LEN];
+  int err = cas_hide(st, NULL, INT64_MAX, &sealer->tree);
+  if (err) return err;
+  struct cas_change change = {.vol = vol, .tree = sealer->tree, .cid = cid};
   struct cas_volume *base = cas_use_base(sealer);
-  int err = 0;
   sealer->data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
   if (!sealer->data) err = -ENOMEM;
   if (!err && *cas_root(vol))
@@ -7583,6 +7578,8 @@ static int cas_compute_id(struct cas_sealer *sealer,
   sha_256(st->hw, top, NULL, sizeof top, cid, NULL);
   if (base) cas_close(base);
   NBDSERVE_FREE(sealer->data);
+  if (!err) err = cas_apply(st, &change);
+  cas_unhide(sealer->tree);
   return err;
 }
 
@@ -7590,24 +7587,13 @@ static int cas_compute_id(struct cas_sealer *sealer,
 int nbdserve_cas_seal(struct nbdserve_cas *st, const char *name, char id[72],
                       nbdserve_progress_fn *progress, void *arg) {
   struct cas_sealer sealer = {.progress = progress, .arg = arg};
-  unsigned char cid[CAS_DIGEST_LEN];
   *id = 0;
   int err = cas_use(st, name, strlen(name), &sealer.vol);
   if (err) return err;
-  struct cas_change change = {.vol = sealer.vol, .cid = cid};
   os_lock(&st->lock);
   int is_sealed = *cas_spell_id(sealer.vol, id) != 0;
   cas_unlock(st);
-  if (!sealer.vol->parent) err = -EINVAL;
-  if (!err && !is_sealed) {
-    err = cas_hide(st, NULL, INT64_MAX, &sealer.tree);
-    change.tree = sealer.tree;
-    if (!err) {
-      err = cas_compute_id(&sealer, cid);
-      if (!err) err = cas_apply(st, &change);
-      cas_unhide(sealer.tree);
-    }
-  }
+  if (!is_sealed) err = sealer.vol->parent ? cas_seal(&sealer) : -EINVAL;
   os_lock(&st->lock);
   cas_spell_id(sealer.vol, id); /* from now on it is fixed */
   cas_unlock(st);
@@ -7739,13 +7725,12 @@ static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
   os_lock(&st->ckpt);
   any.number = st->super.number;
   for (int i = 0; first == 0 && i < 2 && !st->readonly; i++)
-    nbad += cas_read_super(st, i, &super) != SUPER_GOOD &&
-            cas_write_super(st, &st->super, i);
+    nbad += cas_read_super(st, i, &super) && cas_write_super(st, &st->super, i);
   for (uint32_t slot = first; slot < first + CAS_TWIN; slot++) {
     os_lock(&st->lock);
     int is_page = CAS_AT(st, slot, tag) == TAG_PAGE;
     cas_unlock(st);
-    nbad += is_page && cas_read_page(st, slot, any, v->data) > PAGE_HEALED;
+    nbad += is_page && cas_read_page(st, slot, any, v->data);
   }
   os_unlock(&st->ckpt);
   for (; nbad > 0; nbad--)
@@ -7826,7 +7811,8 @@ static int cas_verify_step(struct cas_verifier *v) {
     v->block = 0;
     v->why = NULL;
   }
-  uint64_t left = cas_blocks(st, vol->now.size) - v->block;
+  uint64_t end = cas_blocks(st, vol->now.size);
+  uint64_t left = end - u_min(v->block, end); /* it may be smaller now */
   int kind = left ? cas_next_run(vol, v->block, left, &n) : 0;
   if (kind > 0) n = u_min(n, CAS_BATCH);
   if (kind > 0)
@@ -7896,6 +7882,7 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first) {
   struct cas_segment *seg = cas_segment(st, first);
   uint32_t kept = st->ndirty + CAS_RESERVE_PAIRS + CAS_TWIN;
   int err = 0;
+  assert(!st->readonly && first % CAS_SEGMENT == 0);
   if (seg->npages || seg->space == SPACE_WRITTEN ||
       seg->space == SPACE_SYNCING ||
       (seg->space == SPACE_DURABLE && st->npairs < kept + seg->npairs))

@@ -6083,7 +6083,7 @@ static int cas_write_super(struct nbdserve_cas *st,
                            const struct cas_super *super, int place) {
   unsigned char p[CAS_PAGE] = {0};
   assert(place < 2 && super->number >= st->super.number);
-  assert(super->nslots <= st->nslots && super->log_pages);
+  assert(super->nslots && super->nslots % CAS_SEGMENT == 0);
   cas_encode(cas_super_sizes, super, p);
   sha_256(st->hw, p, NULL, CAS_SUPER_SUM, p + CAS_SUPER_SUM, NULL);
   return cas_io(st, OS_WRITE, p, sizeof p, (uint64_t)place * CAS_UNIT);

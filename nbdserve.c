@@ -5005,8 +5005,8 @@ static uint32_t cas_rate(const struct cas_segment *seg, enum cas_need need) {
 }
 
 /* Moves a cursor to the first segment that is good enough or, if there is none
- * among the next ones, to the best of these; *rating tells how good it is.
- * Before that one has to be better than nothing, it looks at all of them. */
+ * among the next ones, to the best of these.  If none of these has a slot it
+ * goes on to one that has.  Returns how good it is; 0: no segment will do. */
 static uint32_t cas_search(struct nbdserve_cas *st, uint32_t *cursor,
                            enum cas_need need, uint32_t enough) {
   uint32_t n = st->nslots / CAS_SEGMENT;
@@ -5086,7 +5086,7 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
   while (st->syncing)
     cas_wait(st);
   if (st->failed || (!always && st->nsynced >= mine)) return st->failed;
-  assert(!st->readonly && st->nsynced <= mine);
+  assert(!st->readonly && st->nsynced <= st->nlogged);
   st->syncing = 1;
   cas_log_close(st); /* (C13) */
   mine = st->nlogged;
@@ -5764,18 +5764,6 @@ static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
   return 0;
 }
 
-/* Stages that a volume gets the contents of its snapshot; nobody has it open.
- * The map that it had waits in old_root. */
-static int cas_stage_rollback(struct cas_volume *vol,
-                              const struct cas_volume *snapshot) {
-  if (vol->is_rolled_back) return -EINVAL; /* once in a change is enough */
-  vol->is_rolled_back = 1;
-  vol->old_root = *cas_root(vol);
-  cas_share(cas_root(vol), *cas_root(snapshot));
-  vol->then.size = cas_facts(snapshot, VIEW_THEN)->size;
-  return 0;
-}
-
 /* Stages one change.  Nothing is to be seen of it until cas_settle.
  * (unlocks) */
 static int cas_stage_op(struct nbdserve_cas *st,
@@ -5808,10 +5796,15 @@ static int cas_stage_op(struct nbdserve_cas *st,
   if (dry_run) return 0;
   int err = cas_begin_staging(st, vol);
   if (err) return err;
-  if (is_rollback) return cas_stage_rollback(vol, snapshot);
   if (!needs_closed) return cas_give_name(st, vol, op->to);
+  vol->then.is_there = !is_rm;
   if (is_resize) vol->then.size = op->size;
-  if (is_rm) vol->then.is_there = 0;
+  if (!is_rollback) return 0;
+  if (vol->is_rolled_back) return -EINVAL; /* once in a change is enough */
+  vol->is_rolled_back = 1;
+  vol->old_root = *cas_root(vol);
+  cas_share(cas_root(vol), *cas_root(snapshot));
+  vol->then.size = cas_facts(snapshot, VIEW_THEN)->size;
   return 0;
 }
 

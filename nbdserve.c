@@ -4249,8 +4249,8 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 #endif
 
 /* ---- The format ------------------------------------------------------------
- * This part knows no locks and does no I/O.  Each structure has a table that
- * says where its fields are in the file; numbers are big-endian there. */
+ * This part knows no locks and does no I/O.  Numbers are big-endian in the
+ * file. */
 
 /* Sizes, in bytes, and where sums and entries are */
 enum {
@@ -4271,11 +4271,9 @@ enum {
   CAS_VERSION = 2,      /* of the format */
   CAS_MAP = 0x4d415031, /* "MAP1" */
   CAS_CAT = 0x43415431, /* "CAT1" */
-  CAS_LOG = 0x4c4f4731  /* "LOG1" */
-};
+  CAS_LOG = 0x4c4f4731, /* "LOG1" */
 
-/* Limits that follow from the format */
-enum {
+  /* Limits that follow */
   CAS_SLOTS = CAS_UNIT / 32,     /* slots in a group */
   CAS_GROUPS = CAS_UNIT / 8 - 1, /* groups in a store: < 2^32 slots in all */
   CAS_TWIN = CAS_SEGMENT / 2,    /* a page in slot x has its twin in x ^ this */
@@ -4283,19 +4281,12 @@ enum {
   CAS_TOP = 6                    /* level of the catalog's root */
 };
 
+#define CAS_MAGIC "NBDSCAS"
+
 /* A slot whose contents were lost: reading is an error, writing heals. */
 #define CAS_LOST UINT32_MAX
 /* Kept for blocks that are known by their digest only; never written. */
 #define CAS_ABSENT (UINT32_MAX - 1)
-
-/* A field: where it is in the file, how long it is there, and where it is in the
- * structure.  Of 4 or 8 bytes: a number, which is a uint64_t in the structure;
- * of others: bytes. */
-struct cas_field {
-  size_t at;
-  size_t size;
-  size_t offset;
-};
 
 struct cas_super {
   unsigned char magic[7]; /* "NBDSCAS" */
@@ -4323,8 +4314,8 @@ struct cas_entry {
   uint64_t volume; /* id */
   uint64_t slot;   /* 0: holes */
   uint64_t block;  /* number of the block, or of the first */
-  uint64_t count;  /* holes: number of blocks */
-  unsigned char digest[CAS_DIGEST_LEN]; /* else: of the slot's data */
+  unsigned char digest[CAS_DIGEST_LEN]; /* of the slot's data; or, of holes,
+                                           number of blocks, 8 bytes */
 };
 struct cas_head {
   uint64_t magic;  /* CAS_MAP or CAS_CAT */
@@ -4342,105 +4333,65 @@ struct cas_record {
   uint64_t made_from; /* id; of a snapshot: its volume */
   uint64_t digests;   /* slot of the root of the map with its id's tree, or 0 */
   unsigned char cid[CAS_DIGEST_LEN]; /* content id, or zeroes */
+  unsigned char kept[40];            /* zeroes: 32 for the origin of a lazy
+                                        clone, 8 for a quota */
   unsigned char name[CAS_NAME + 1];  /* without that of its volume */
 };
 
-#define CAS_FIELD(type, at, size, member) \
-  { at, size, offsetof(struct cas_##type, member) }
+/* How many bytes the members of these have in the file, where they lie one
+ * behind the other; to 0.  Of 4 or 8 bytes: a number, which is a uint64_t in the
+ * structure; of others: bytes. */
+static const unsigned char cas_super_sizes[] = {7, 1, 4, 4, 16, 8, 8,
+                                                4, 4, 4, 4, 4,  4, 0};
+static const unsigned char cas_log_sizes[] = {4, 4, 8, 8, 8, 0};
+static const unsigned char cas_entry_sizes[] = {4, 4, 8, CAS_DIGEST_LEN, 0};
+static const unsigned char cas_head_sizes[] = {4, 4, 4, 8, 0};
+static const unsigned char cas_record_sizes[] = {
+    4, 4, 8, 4, 4, 8, 4, 4, CAS_DIGEST_LEN, 40, CAS_NAME, 0};
 
-static const struct cas_field cas_super_fields[] = {
-    CAS_FIELD(super, 0, 7, magic),      CAS_FIELD(super, 7, 1, digit),
-    CAS_FIELD(super, 8, 4, version),    CAS_FIELD(super, 12, 4, block_size),
-    CAS_FIELD(super, 16, 16, id),       CAS_FIELD(super, 32, 8, number),
-    CAS_FIELD(super, 40, 8, replay),    CAS_FIELD(super, 48, 4, log_pages),
-    CAS_FIELD(super, 52, 4, nslots),    CAS_FIELD(super, 56, 4, catalog),
-    CAS_FIELD(super, 60, 4, next_id),   CAS_FIELD(super, 64, 4, incompat),
-    CAS_FIELD(super, 68, 4, ro_compat), {0, 0, 0}};
-
-static const struct cas_field cas_log_fields[] = {
-    CAS_FIELD(log_head, 0, 4, magic),  CAS_FIELD(log_head, 4, 4, count),
-    CAS_FIELD(log_head, 8, 8, seq),    CAS_FIELD(log_head, 16, 8, durable),
-    CAS_FIELD(log_head, 24, 8, super), {0, 0, 0}};
-
-static const struct cas_field cas_hole_fields[] = {
-    CAS_FIELD(entry, 0, 4, volume),
-    CAS_FIELD(entry, 4, 4, slot),
-    CAS_FIELD(entry, 8, 8, block),
-    CAS_FIELD(entry, 16, 8, count),
-    {0, 0, 0}};
-
-static const struct cas_field cas_entry_fields[] = {
-    CAS_FIELD(entry, 0, 4, volume),
-    CAS_FIELD(entry, 4, 4, slot),
-    CAS_FIELD(entry, 8, 8, block),
-    CAS_FIELD(entry, 16, 32, digest),
-    {0, 0, 0}};
-
-static const struct cas_field cas_head_fields[] = {
-    CAS_FIELD(head, 0, 4, magic),
-    CAS_FIELD(head, 4, 4, level),
-    CAS_FIELD(head, 8, 4, index),
-    CAS_FIELD(head, 12, 8, number),
-    {0, 0, 0}};
-
-/* Bytes 72 to 111 are zero: 32 are kept for the origin of a lazy clone, and 8
- * for a quota.  So are those behind the name. */
-static const struct cas_field cas_record_fields[] = {
-    CAS_FIELD(record, 0, 4, id),
-    CAS_FIELD(record, 4, 4, flags),
-    CAS_FIELD(record, 8, 8, size),
-    CAS_FIELD(record, 16, 4, root),
-    CAS_FIELD(record, 20, 4, levels),
-    CAS_FIELD(record, 24, 8, created),
-    CAS_FIELD(record, 32, 4, made_from),
-    CAS_FIELD(record, 36, 4, digests),
-    CAS_FIELD(record, 40, 32, cid),
-    CAS_FIELD(record, 112, CAS_NAME, name),
-    {0, 0, 0}};
-
+/* The members have no space between them in memory, either. */
+STATIC_ASSERT(super_is_dense, sizeof(struct cas_super) == 8 + 16 + 10 * 8);
+STATIC_ASSERT(log_is_dense, sizeof(struct cas_log_head) == 5 * 8);
+STATIC_ASSERT(entry_is_dense, sizeof(struct cas_entry) == 3 * 8 + 32);
+STATIC_ASSERT(head_is_dense, sizeof(struct cas_head) == 4 * 8);
+STATIC_ASSERT(record_is_dense, offsetof(struct cas_record, name) == 8 * 8 + 72);
 STATIC_ASSERT(super_fits, CAS_SUPER_SUM + CAS_DIGEST_LEN == 512);
 STATIC_ASSERT(log_fits, CAS_LOG_SUM + CAS_DIGEST_LEN == CAS_PAGE);
 STATIC_ASSERT(log_head_fits, CAS_LOG_HEAD + CAS_HEAD == CAS_LOG_SUM);
 STATIC_ASSERT(entries_fit, 84 * CAS_ENTRY == CAS_LOG_HEAD);
 STATIC_ASSERT(record_fits, 112 + CAS_NAME <= CAS_RECORD);
 
-/* Encodes a structure to p by its table. */
-static void cas_encode(const struct cas_field *field, const void *from,
+/* Encodes a structure to p. */
+static void cas_encode(const unsigned char *size, const void *from,
                        unsigned char *p) {
-  for (; field->size; field++) {
-    const unsigned char *member = (const unsigned char *)from + field->offset;
-    uint64_t number;
-    if (field->size != 4 && field->size != 8) {
-      memcpy(p + field->at, member, field->size);
-      continue;
-    }
-    memcpy(&number, member, sizeof number);
-    if (field->size == 8) u_put64(p + field->at, number);
-    if (field->size == 4) u_put32(p + field->at, (uint32_t)number);
+  const unsigned char *member = from;
+  for (; *size; p += *size++) {
+    int is_number = *size == 4 || *size == 8;
+    uint64_t number = 0;
+    if (is_number)
+      memcpy(&number, member, sizeof number);
+    else
+      memcpy(p, member, *size);
+    if (*size == 8) u_put64(p, number);
+    if (*size == 4) u_put32(p, (uint32_t)number);
+    member += is_number ? sizeof number : *size;
   }
 }
 
-/* Decodes a structure from p by its table. */
-static void cas_decode(const struct cas_field *field, const unsigned char *p,
+/* Decodes a structure from p. */
+static void cas_decode(const unsigned char *size, const unsigned char *p,
                        void *to) {
-  for (; field->size; field++) {
-    unsigned char *member = (unsigned char *)to + field->offset;
-    uint64_t number = field->size == 8 ? u_get64(p + field->at) : 0;
-    if (field->size == 4) number = u_get32(p + field->at);
-    if (field->size == 4 || field->size == 8)
+  unsigned char *member = to;
+  for (; *size; p += *size++) {
+    int is_number = *size == 4 || *size == 8;
+    uint64_t number = *size == 8 ? u_get64(p) : 0;
+    if (*size == 4) number = u_get32(p);
+    if (is_number)
       memcpy(member, &number, sizeof number);
     else
-      memcpy(member, p + field->at, field->size);
+      memcpy(member, p, *size);
+    member += is_number ? sizeof number : *size;
   }
-}
-
-/* Does a place begin as a superblock does?  One wrong letter is damage; more are
- * somebody else's. */
-static int cas_has_magic(const unsigned char *p) {
-  int fit = 0;
-  for (int i = 0; i < 7; i++)
-    fit += p[i] == "NBDSCAS"[i];
-  return fit >= 6;
 }
 
 /* Computes the SHA-256 of a page with zeroes in the place of its own sum.  A
@@ -4477,9 +4428,7 @@ enum {
 
 /* cas_group.refs of a slot that nothing in memory names, but something durable
  * may: it becomes free when the list that it is in does */
-enum {
-  CAS_PENDING = -1
-};
+#define CAS_PENDING (-1)
 
 /* cas_group.tag: what the slot holds */
 enum {
@@ -4552,12 +4501,12 @@ struct cas_volume {
   struct ex_batched own;     /* must come first */
   struct nbdserve_cas *st;   /* the store that it is in */
   struct cas_volume *next;   /* in the order of their ids */
-  struct cas_volume *parent; /* the volume of a snapshot, else NULL */
+  struct cas_volume *parent; /* the volume of a snapshot, else NULL; itself, of
+                                a snapshot whose volume is still looked for */
   struct cas_node *page;     /* of level 4, with its record and maps */
   uint32_t place;            /* of its record in the catalog */
-  uint32_t id;               /* 0: hidden, and never was in the catalog */
+  uint32_t id;               /* unlike all others; in the order of coming */
   uint32_t made_from;        /* id */
-  int is_snapshot;           /* it has a parent */
   int is_hidden;             /* it is being filled; its name is reserved */
   uint64_t created;          /* seconds since 1970 */
   uint64_t clients;          /* exports and calls that use it */
@@ -4565,9 +4514,8 @@ struct cas_volume {
   struct cas_facts now;      /* what everybody sees */
   struct cas_facts then;     /* what a checkpoint that is being written says, */
   int is_staged;             /* if this is set */
-  struct cas_volume *old;    /* rolled back: takes along what map goes */
-  struct cas_node *old_root; /* its map, while and after it is taken out */
-  struct cas_node *old_digests; /* the same of its digests */
+  int is_rolled_back;        /* staged: it gets another map, */
+  struct cas_node *old_root; /* and had this one */
 };
 
 struct nbdserve_cas {
@@ -4582,15 +4530,16 @@ struct nbdserve_cas {
   uint32_t bs;         /* bytes of a block */
   uint32_t fanout;     /* slots that a map page names */
   uint32_t per_page;   /* records in a page of the catalog */
-  uint32_t cache_mib;  /* memory for leaves, */
-  uint32_t max_leaves; /* which is so many; beyond it clean ones are evicted */
+  uint64_t cache;      /* bytes for leaves; beyond it clean ones are evicted */
   uint64_t data_off;   /* byte of the file where the groups begin */
   uint64_t end;        /* bytes of the file when it was opened */
   uint64_t max_blocks; /* blocks that a volume may have */
 
   /* ---- Guarded by ckpt: one checkpoint at a time. */
   struct os_monitor ckpt;
-  struct cas_super super; /* of the last checkpoint; id, log_pages: fixed */
+  struct cas_super super; /* of the last checkpoint, durable; id, log_pages:
+                             fixed.  It changes under both locks, so one is
+                             enough to read it. */
   uint64_t last_number;   /* of a checkpoint, maybe of one that failed */
 
   /* ---- Guarded by lock, as is all that follows; woken: a sync, a checkpoint
@@ -4605,8 +4554,9 @@ struct nbdserve_cas {
   int is_replaying; /* what is in the log need not be logged */
   int is_open;      /* recovery is over */
   int is_ending;    /* the store is freed: nothing is read or dropped */
-  int busy;         /* a thread is in cas_work, */
-  int closing;      /* which is to end */
+  struct cas_loader *loader; /* while it is opened */
+  int busy;                  /* a thread is in cas_work, */
+  int closing;               /* which is to end */
 
   struct cas_node *catalog;     /* the root of all */
   struct cas_volume *volumes;   /* all of them, also what is hidden */
@@ -4644,12 +4594,10 @@ struct nbdserve_cas {
   uint32_t nmixed;                    /* blocks of 64 bytes in: */
   uint32_t mixed[2][SHA_STATE_WORDS]; /* see cas_log_sum */
   uint64_t seq;                       /* number of that page */
-  uint64_t tail;         /* number to replay from, by the superblock */
-  uint64_t durable;      /* pages before that number are durable (C4) */
-  uint64_t marked;       /* what the log says about that (C22) */
-  uint64_t super_number; /* of the newest durable superblock */
-  uint64_t nlogged;      /* entries so far */
-  uint64_t nsynced;      /* entries that a sync has covered */
+  uint64_t durable; /* pages before that number are durable (C4) */
+  uint64_t marked;  /* what the log says about that (C22) */
+  uint64_t nlogged; /* entries so far */
+  uint64_t nsynced; /* entries that a sync has covered */
 };
 
 #define CAS_AT(st, slot, field) \
@@ -4665,9 +4613,15 @@ static uint64_t cas_blocks(const struct nbdserve_cas *st, uint64_t size) {
   return size / st->bs + (size % st->bs != 0);
 }
 
+/* May a volume have that many bytes? */
+static int cas_is_size(const struct nbdserve_cas *st, uint64_t size) {
+  return size <= INT64_MAX && cas_blocks(st, size) <= st->max_blocks;
+}
+
 /* Where the digest of a slot lies in the file. */
 static uint64_t cas_digest_off(const struct nbdserve_cas *st, uint32_t slot) {
   uint64_t group = CAS_UNIT + (uint64_t)CAS_SLOTS * st->bs;
+  assert(st->data_off && slot / CAS_SLOTS < CAS_GROUPS);
   return st->data_off + slot / CAS_SLOTS * group +
          (uint64_t)(slot % CAS_SLOTS) * CAS_DIGEST_LEN;
 }
@@ -4680,30 +4634,35 @@ static uint64_t cas_data_off(const struct nbdserve_cas *st, uint32_t slot) {
 
 /* Where a log page lies in the file. */
 static uint64_t cas_log_off(const struct nbdserve_cas *st, uint64_t seq) {
+  assert(st->super.log_pages >= 8);
   return 2 * CAS_UNIT + seq % st->super.log_pages * CAS_PAGE;
 }
 
 /* Reads or writes at an offset in the file. */
 static int cas_io(struct nbdserve_cas *st, int writing, void *buf, size_t len,
                   uint64_t off) {
+  assert(buf && len && !(writing == OS_WRITE && st->readonly));
   struct iovec v = {buf, len};
   return os_transfer(st->fd, writing, &v, 1, off);
 }
 
-/* Makes room in an array for item `at`, maybe elsewhere in memory; what is new
- * is zero.  Returns the array, or NULL: it is as it was. */
-static void *cas_enlarge(void *array, uint32_t *room, uint32_t at,
-                         size_t size) {
+/* Makes room for item `at` in an array, of which `array` is the address, maybe
+ * elsewhere in memory; what is new is zero.  After an error it is as it was. */
+static int cas_enlarge(void *array, uint32_t *room, uint32_t at, size_t size) {
   uint32_t want = *room ? *room : 4;
-  if (at < *room) return array;
+  void *old;
+  memcpy(&old, array, sizeof old);
+  assert(!old == !*room);
+  if (at < *room) return 0;
   while (want <= at)
     want *= 2;
   void *larger = u_zalloc(want * size);
-  if (!larger) return NULL;
-  if (*room) memcpy(larger, array, *room * size);
-  NBDSERVE_FREE(array);
+  if (!larger) return -ENOMEM;
+  if (old) memcpy(larger, old, *room * size);
+  NBDSERVE_FREE(old);
+  memcpy(array, &larger, sizeof larger);
   *room = want;
-  return larger;
+  return 0;
 }
 
 /* ---- The log -------------------------------------------------------------- */
@@ -4749,11 +4708,14 @@ static void cas_log_write(struct nbdserve_cas *st) {
                               .count = st->nlog,
                               .seq = st->seq,
                               .durable = st->durable,
-                              .super = st->super_number};
+                              .super = st->super.number};
   unsigned char *p = st->page;
   if (st->failed) return;
-  assert(st->seq - st->tail < st->super.log_pages);
-  cas_encode(cas_log_fields, &head, p + CAS_LOG_HEAD);
+  assert(!st->readonly && st->nwritten <= st->nlog &&
+         st->nlog < CAS_ENTRIES + 1);
+  assert(st->durable <= st->seq && st->marked <= st->durable);
+  assert(st->seq - st->super.replay < st->super.log_pages);
+  cas_encode(cas_log_sizes, &head, p + CAS_LOG_HEAD);
   cas_log_sum(st, p, st->nlog, st->mixed, &st->nmixed, p + CAS_LOG_SUM);
   cas_fail(st, cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, st->seq)));
   st->nwritten = st->nlog;
@@ -4778,6 +4740,7 @@ static void cas_wait(struct nbdserve_cas *st) {
 static void cas_log_close(struct nbdserve_cas *st) {
   if (!st->nlog) return;
   if (st->nwritten < st->nlog) cas_log_write(st);
+  assert(st->failed || st->nwritten == st->nlog);
   memset(st->page, 0, CAS_PAGE);
   st->nlog = st->nwritten = st->nmixed = 0;
   sha_begin(st->mixed);
@@ -4791,13 +4754,12 @@ static void cas_log(const struct cas_volume *vol, uint64_t block,
                     uint64_t count, uint32_t slot,
                     const unsigned char *digest) {
   struct nbdserve_cas *st = vol->st;
-  struct cas_entry entry = {
-      .volume = vol->id, .slot = slot, .block = block, .count = count};
-  if (st->is_replaying || !vol->id) return;
-  assert(!slot == !digest && slot != CAS_LOST);
+  struct cas_entry entry = {.volume = vol->id, .slot = slot, .block = block};
+  if (st->is_replaying || (vol->is_hidden && !vol->is_staged)) return;
+  assert(!slot == !digest && slot != CAS_LOST && st->nlog < CAS_ENTRIES);
+  u_put64(entry.digest, count);
   if (digest) memcpy(entry.digest, digest, CAS_DIGEST_LEN);
-  cas_encode(digest ? cas_entry_fields : cas_hole_fields, &entry,
-             st->page + st->nlog * CAS_ENTRY);
+  cas_encode(cas_entry_sizes, &entry, st->page + st->nlog * CAS_ENTRY);
   st->nlogged++;
   if (++st->nlog == CAS_ENTRIES) cas_log_close(st);
 }
@@ -4810,12 +4772,14 @@ static void cas_log(const struct cas_volume *vol, uint64_t block,
 static uint32_t *cas_bucket(struct nbdserve_cas *st, uint32_t tag) {
   uint32_t b = tag & ~CAS_GOOD & (2 * st->mask + 1);
   if (b >= st->ngroups * CAS_SLOTS) b &= st->mask;
+  assert(b < st->ngroups * CAS_SLOTS);
   return &CAS_AT(st, b, bucket);
 }
 
 /* Enters a slot into the index of digests, under its tag. */
 static void cas_index(struct nbdserve_cas *st, uint32_t slot, uint32_t tag) {
   uint32_t *bucket = cas_bucket(st, tag);
+  assert(CAS_AT(st, slot, refs) > 0);
   assert(slot && tag & TAG_INDEXED);
   CAS_AT(st, slot, tag) |= tag;
   CAS_AT(st, slot, link) = *bucket;
@@ -4828,6 +4792,7 @@ static void cas_unindex(struct nbdserve_cas *st, uint32_t slot) {
   uint32_t *p = cas_bucket(st, *tag);
   while (*tag & TAG_INDEXED && *p && *p != slot)
     p = &CAS_AT(st, *p, link);
+  assert(!(*tag & TAG_INDEXED) || *p == slot);
   if (*tag & TAG_INDEXED && *p) *p = CAS_AT(st, slot, link);
   *tag = TAG_NONE;
 }
@@ -4871,6 +4836,7 @@ static void cas_set_free(struct nbdserve_cas *st, uint32_t slot, int is_free) {
   struct cas_segment *seg = cas_segment(st, slot);
   int is_pair = CAS_AT(st, slot ^ CAS_TWIN, refs) == 0;
   int by = is_free ? 1 : -1;
+  assert(CAS_AT(st, slot, refs) == 0);
   cas_count(st, seg, -1);
   seg->nfree = (uint16_t)(seg->nfree + by);
   if (is_pair) seg->npairs = (uint16_t)(seg->npairs + by);
@@ -4882,6 +4848,7 @@ static void cas_set_free(struct nbdserve_cas *st, uint32_t slot, int is_free) {
 static void cas_set_space(struct nbdserve_cas *st, uint32_t slot,
                           enum cas_space space) {
   struct cas_segment *seg = cas_segment(st, slot);
+  assert(slot < st->nslots);
   cas_count(st, seg, -1);
   seg->space = (unsigned char)space;
   cas_count(st, seg, 1);
@@ -4990,6 +4957,7 @@ static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
   int is_durable = !st->is_open || st->is_device;
   unsigned char digest[CAS_SEGMENT][CAS_DIGEST_LEN];
   int err = 0;
+  assert(!st->readonly && first % CAS_SEGMENT == 0 && first <= st->nslots);
   if (end > (st->is_device ? st->end : INT64_MAX)) return -ENOSPC;
   if (first % CAS_SLOTS == 0) off = cas_digest_off(st, first);
   if (first == 0) off = 0;
@@ -5015,14 +4983,13 @@ static int cas_want_pairs(struct nbdserve_cas *st, uint32_t more) {
   if (st->failed || st->npairs >= need) return st->failed;
   while (!err && st->npairs + st->npending < 2 * need) {
     uint32_t first = st->back_cursor;
-    if (first >= st->nslots) {
-      err = cas_give_space(st, st->nslots);
-      continue;
-    }
-    const struct cas_segment *seg = cas_segment(st, first);
-    if (seg->space == SPACE_UNKNOWN && seg->npairs)
+    assert(first <= st->nslots && first % CAS_SEGMENT == 0);
+    if (first == st->nslots)
+      err = cas_give_space(st, first);
+    else if (cas_segment(st, first)->space == SPACE_UNKNOWN &&
+             cas_segment(st, first)->npairs)
       cas_give_space(st, first); /* or it is passed over */
-    st->back_cursor += CAS_SEGMENT;
+    if (!err) st->back_cursor += CAS_SEGMENT;
   }
   if (st->npairs >= need) return 0;
   return err ? err : -ENOSPC;
@@ -5032,6 +4999,7 @@ static int cas_want_pairs(struct nbdserve_cas *st, uint32_t more) {
 static void cas_hold(struct nbdserve_cas *st, uint32_t slot) {
   if (!slot || slot == CAS_LOST) return;
   int32_t *refs = &CAS_AT(st, slot, refs);
+  assert(*refs >= CAS_PENDING && *refs < INT32_MAX);
   if (*refs == 0) cas_set_free(st, slot, 0);
   *refs = *refs == CAS_PENDING ? 1 : *refs + 1;
 }
@@ -5056,6 +5024,7 @@ static void cas_drop(struct nbdserve_cas *st, uint32_t slot, uint32_t *list) {
 static void cas_drop_pair(struct nbdserve_cas *st, uint32_t slot,
                           uint32_t *list) {
   if (!slot || slot == CAS_LOST) return;
+  assert(slot % CAS_SEGMENT < CAS_TWIN);
   cas_drop(st, slot, list);
   cas_drop(st, slot + CAS_TWIN, list);
 }
@@ -5070,60 +5039,51 @@ static void cas_free_list(struct nbdserve_cas *st, uint32_t slot) {
   }
 }
 
-/* Which segments cas_search takes */
-enum cas_wanted {
-  WANT_DATA,  /* with so many free slots, and no pages */
-  WANT_ANY,   /* with so many free slots */
-  WANT_LOOSE, /* with free slots that are no part of a pair that counts */
-  WANT_PAGES, /* with pages, and a free pair */
-  WANT_EMPTY, /* wholly free */
-  WANT_PAIR   /* with a free pair */
+/* What slots are taken for */
+enum cas_need {
+  NEED_SLOT,  /* data */
+  NEED_LOOSE, /* data, while pairs are few: none that counts is taken apart */
+  NEED_PAIR   /* a page */
 };
 
-/* Is a segment one of those? */
-static int cas_is_wanted(const struct cas_segment *seg, enum cas_wanted wanted,
-                         uint32_t nfree) {
-  int has_pair = seg->npairs && seg->space == SPACE_DURABLE;
+/* How good it is to take slots from a segment: up to CAS_SEGMENT; 0: it has
+ * none.  Slots in a row are written in a row, so for data much room is good, and
+ * what has pages comes last.  Pages lie together, so that opening reads long
+ * runs. */
+static uint32_t cas_rate(const struct cas_segment *seg, enum cas_need need) {
   if (seg->space > SPACE_DURABLE) return 0;
-  if (wanted == WANT_DATA) return seg->nfree >= nfree && !seg->npages;
-  if (wanted == WANT_ANY) return seg->nfree >= nfree;
-  if (wanted == WANT_LOOSE) return cas_loose(seg) > 0;
-  if (wanted == WANT_PAGES) return has_pair && seg->npages;
-  if (wanted == WANT_EMPTY) return has_pair && seg->nfree == CAS_SEGMENT;
-  return has_pair;
+  if (need == NEED_LOOSE) return cas_loose(seg);
+  if (need == NEED_SLOT) return seg->npages ? seg->nfree > 0 : seg->nfree;
+  if (seg->space != SPACE_DURABLE || !seg->npairs) return 0;
+  return seg->npages ? CAS_SEGMENT : 1 + (seg->nfree == CAS_SEGMENT);
 }
 
-/* Finds a segment, from one on among the next n, and stores it there.  Returns
- * whether there is one. */
-static int cas_search(struct nbdserve_cas *st, uint32_t *cursor,
-                      enum cas_wanted wanted, uint32_t nfree, uint32_t n) {
-  *cursor = *cursor / CAS_SEGMENT * CAS_SEGMENT;
-  for (n = (uint32_t)u_min(n, st->nslots / CAS_SEGMENT); n > 0; n--) {
-    if (*cursor >= st->nslots) *cursor = 0;
-    if (cas_is_wanted(cas_segment(st, *cursor), wanted, nfree)) return 1;
-    *cursor += CAS_SEGMENT;
+/* Moves a cursor to the first segment that is good enough or, if there is none
+ * among the next ones, to the best of these.  If none of these has a slot it
+ * goes on to one that has.  Returns how good it is; 0: no segment will do. */
+static uint32_t cas_search(struct nbdserve_cas *st, uint32_t *cursor,
+                           enum cas_need need, uint32_t enough) {
+  uint32_t n = st->nslots / CAS_SEGMENT;
+  uint32_t first = *cursor / CAS_SEGMENT;
+  uint32_t best = 0;
+  for (uint32_t i = 0; i < n && best < enough && (!best || i < CAS_LOOK); i++) {
+    uint32_t slot = (first + i) % n * CAS_SEGMENT;
+    uint32_t rating = cas_rate(cas_segment(st, slot), need);
+    if (rating > best) *cursor = slot;
+    if (rating > best) best = rating;
   }
-  return 0;
+  return best;
 }
 
-/* Chooses the segment to take slots for data from: one with much room, a new
- * one at the file's end while that has little to spare, else what there is.
- * Slots in a row are written in a row, so much room is worth looking for.  Those
- * with pages come last.  loose: pairs are few, so none is taken apart. */
-static void cas_choose_segment(struct nbdserve_cas *st, int loose) {
-  uint32_t *cursor = &st->data_cursor;
+/* Chooses the segment to take slots for data from: one with much room, or a new
+ * one at the file's end while that has little to spare, else what there is. */
+static void cas_choose_segment(struct nbdserve_cas *st, enum cas_need need) {
   int has_spare = st->nfree > (st->nslots - st->nfree) / 10 + CAS_SLACK;
-  uint32_t nfree = has_spare ? CAS_SEGMENT / 4 : CAS_SEGMENT * 3 / 4;
-  for (; nfree > 0 && !loose; nfree /= 4) {
-    if (cas_search(st, cursor, WANT_DATA, nfree, CAS_LOOK)) return;
-    if (has_spare || cas_give_space(st, st->nslots)) continue;
-    *cursor = st->nslots - CAS_SEGMENT;
-    return;
-  }
-  if (loose)
-    cas_search(st, cursor, WANT_LOOSE, 0, UINT32_MAX);
-  else if (!cas_search(st, cursor, WANT_DATA, 1, UINT32_MAX))
-    cas_search(st, cursor, WANT_ANY, 1, UINT32_MAX);
+  uint32_t enough = has_spare ? CAS_SEGMENT / 4 : CAS_SEGMENT * 3 / 4;
+  uint32_t rating = cas_search(st, &st->data_cursor, need, enough);
+  if (need == NEED_SLOT && !has_spare && rating < enough &&
+      !cas_give_space(st, st->nslots))
+    st->data_cursor = st->nslots - CAS_SEGMENT;
 }
 
 /* Takes a free slot for data; *slot gets it, and the caller the hold.  Pairs
@@ -5135,7 +5095,8 @@ static int cas_take_slot(struct nbdserve_cas *st, uint32_t *slot) {
   if (loose && !st->nloose) cas_give_space(st, st->nslots);
   if (loose ? !st->nloose : !st->nfree) return -ENOSPC;
   for (;; ++*cursor) {
-    if (*cursor % CAS_SEGMENT == 0) cas_choose_segment(st, loose);
+    if (*cursor % CAS_SEGMENT == 0)
+      cas_choose_segment(st, loose ? NEED_LOOSE : NEED_SLOT);
     const struct cas_segment *seg = cas_segment(st, *cursor);
     if (CAS_AT(st, *cursor, refs) || seg->space > SPACE_DURABLE) continue;
     if (!loose || seg->space != SPACE_DURABLE ||
@@ -5143,12 +5104,14 @@ static int cas_take_slot(struct nbdserve_cas *st, uint32_t *slot) {
       break;
   }
   *slot = (*cursor)++;
+  assert(*slot && CAS_AT(st, *slot, tag) == TAG_NONE);
   cas_hold(st, *slot);
   return 0;
 }
 
 /* Takes a pair of slots for a page. */
 static void cas_hold_pair(struct nbdserve_cas *st, uint32_t slot) {
+  assert(slot && slot % CAS_SEGMENT < CAS_TWIN);
   for (int i = 0; i < 2; i++, slot += CAS_TWIN) {
     assert(!CAS_AT(st, slot, refs));
     cas_hold(st, slot);
@@ -5158,17 +5121,14 @@ static void cas_hold_pair(struct nbdserve_cas *st, uint32_t slot) {
 }
 
 /* Takes a free pair and returns the first of the two; the caller knows that
- * there is one.  Pages lie together, so that opening reads long runs. */
+ * there is one. */
 static uint32_t cas_take_pair(struct nbdserve_cas *st) {
-  uint32_t *cursor = &st->pair_cursor;
   assert(st->npairs > 0);
-  if (!cas_search(st, cursor, WANT_PAGES, 0, CAS_LOOK) &&
-      !cas_search(st, cursor, WANT_EMPTY, 0, CAS_LOOK))
-    cas_search(st, cursor, WANT_PAIR, 0, UINT32_MAX);
-  uint32_t slot = *cursor;
+  cas_search(st, &st->pair_cursor, NEED_PAIR, CAS_SEGMENT);
+  uint32_t slot = st->pair_cursor;
   while (CAS_AT(st, slot, refs) || CAS_AT(st, slot + CAS_TWIN, refs))
     slot++;
-  assert(slot < *cursor + CAS_TWIN);
+  assert(slot < st->pair_cursor + CAS_TWIN);
   cas_hold_pair(st, slot);
   return slot;
 }
@@ -5180,6 +5140,7 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
   while (st->syncing)
     cas_wait(st);
   if (st->failed || (!always && st->nsynced >= mine)) return st->failed;
+  assert(!st->readonly && st->nsynced <= st->nlogged);
   st->syncing = 1;
   cas_log_close(st); /* (C13) */
   mine = st->nlogged;
@@ -5194,6 +5155,7 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
   os_lock(&st->lock);
   cas_fail(st, err);
   if (!st->failed) {
+    assert(st->durable <= seq && mine <= st->nlogged);
     st->durable = seq; /* (C4) */
     st->nsynced = mine;
     cas_free_list(st, dropped); /* (C5) */
@@ -5250,6 +5212,7 @@ static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
                         size_t k, int what, int writing) {
   struct iovec v[CAS_RUN];
   assert(k > 0 && k <= CAS_RUN);
+  assert(!(writing == OS_WRITE && st->readonly));
   for (size_t i = 0; i < k; i++) {
     unsigned char *digest = writing ? blk[i].sum : blk[i].digest;
     v[i] = (struct iovec){digest, CAS_DIGEST_LEN};
@@ -5268,6 +5231,7 @@ static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
   uint32_t n = err == -ENOSPC ? 1 : CAS_PAGE / CAS_DIGEST_LEN;
   uint32_t first = slot / n * n;
   uint32_t x = first / CAS_SEGMENT * CAS_SEGMENT;
+  assert(err && slot < st->nslots);
   os_lock(&st->lock);
   for (; x < st->nslots && x < first + n; x += CAS_SEGMENT)
     cas_set_space(st, x, err == -ENOSPC ? SPACE_FULL : SPACE_BROKEN);
@@ -5314,98 +5278,66 @@ static void cas_hash(struct nbdserve_cas *st, struct cas_block *blk, size_t n) {
   if (first) sha_256(st->hw, first->data, NULL, st->bs, first->sum, NULL);
 }
 
-/* What cas_read_page found */
-enum cas_page_state {
-  PAGE_GOOD,
-  PAGE_HEALED,    /* one of the copies is good, the other one is not */
-  PAGE_WRONG,     /* both can be read, and are not what they should be */
-  PAGE_UNREADABLE /* no copy is good, and one cannot be read */
-};
-
-/* Is a copy of a page whole, by itself?  head: what it should say; of magic 0:
- * it may be any page.  One of a checkpoint that never became durable is not. */
-static int cas_is_whole(struct nbdserve_cas *st, struct cas_block *copy,
-                        const struct cas_head *head) {
+/* How good is copy i of a page, and what is its *number?  0: it is not whole, or
+ * not of a page with that head (of magic 0: any page), or of a checkpoint that
+ * never became durable.  1: it is, by itself.  2 or 3: one digest or both vouch
+ * for it, too; or there is no digest that can be read. */
+static int cas_rank_copy(struct nbdserve_cas *st, struct cas_block copy[2],
+                         int i, const struct cas_head *head, uint64_t *number) {
   struct cas_head own;
-  if (copy->err || !cas_sum_page(st->hw, copy->data, st->bs, copy->sum))
+  assert(!copy[i].todo || copy[i].data);
+  if (copy[i].err || !cas_sum_page(st->hw, copy[i].data, st->bs, copy[i].sum))
     return 0;
-  cas_decode(cas_head_fields, copy->data, &own);
-  if (own.number > head->number) return 0;
-  if (!head->magic) return own.magic == CAS_MAP || own.magic == CAS_CAT;
-  return own.magic == head->magic && own.level == head->level &&
-         own.index == head->index;
+  cas_decode(cas_head_sizes, copy[i].data, &own);
+  *number = own.number;
+  int fits = head->magic
+                 ? own.magic == head->magic && own.level == head->level &&
+                       own.index == head->index
+                 : own.magic == CAS_MAP || own.magic == CAS_CAT;
+  if (!fits || own.number > head->number) return 0;
+  if (copy[0].digest_err && copy[1].digest_err) return 2;
+  int rank = 1;
+  for (int k = 0; k < 2; k++)
+    rank += !copy[k].digest_err &&
+            memcmp(copy[i].sum, copy[k].digest, CAS_DIGEST_LEN) == 0;
+  return rank;
 }
 
-/* Does the digest in one of the places vouch for a copy that is whole? */
-static int cas_is_vouched(const struct cas_block *copy,
-                          const struct cas_block *place) {
-  return !place->digest_err &&
-         memcmp(copy->sum, place->digest, CAS_DIGEST_LEN) == 0;
-}
-
-/* Chooses between the copies of a page, of which `whole` tells what they are by
- * themselves (C17): one that a digest vouches for, if there are both the newer
- * one.  If no digest can be read, being whole is enough; so it is if both are
- * and both digests are wrong.  Returns the good one, or NULL. */
-static struct cas_block *cas_choose_copy(struct cas_block copy[2],
-                                         const int whole[2]) {
-  struct cas_head head[2] = {{.number = 0}, {.number = 0}};
-  int is_blind = copy[0].digest_err && copy[1].digest_err;
-  int vouched[2] = {0, 0};
-  for (int i = 0; i < 2; i++) {
-    if (!whole[i]) continue;
-    cas_decode(cas_head_fields, copy[i].data, head + i);
-    vouched[i] = is_blind || cas_is_vouched(copy + i, copy) ||
-                 cas_is_vouched(copy + i, copy + 1);
-  }
-  if (whole[0] && whole[1] && vouched[0] == vouched[1])
-    return copy + (head[1].number > head[0].number);
-  if (!vouched[0] && !vouched[1]) return NULL;
-  return copy + vouched[1];
-}
-
-/* Reads the page in a slot to p, and its twin only if the page does not fit both
- * digests, or any page will do: then both are checked.  Where one copy is damaged, both are written anew: if that fails, it
- * is tried again whenever the page is read.  head: see cas_is_whole. (locks) */
-static enum cas_page_state cas_read_page(struct nbdserve_cas *st, uint32_t slot,
-                                         struct cas_head head,
-                                         unsigned char *p) {
-  struct cas_block copy[2] = {{.slot = slot, .data = p, .todo = CAS_BOTH},
-                              {.slot = slot + CAS_TWIN, .todo = CAS_DIGEST}};
-  int whole[2] = {0, 0};
-  os_lock(&st->lock);
-  head.number = st->super_number;
-  cas_unlock(st);
+/* Reads the page in a slot to p, which has room for two, and its twin only if
+ * the page does not fit both digests, or any page will do: then both are
+ * checked.  Of the copies (C17) it takes one that a digest vouches for; if there
+ * are two, or two that are whole but both digests are wrong, the newer one.
+ * Where one copy is damaged, both are written anew: if that fails, it is tried
+ * again whenever the page is read.  head: see cas_rank_copy.  -EIO: no copy is
+ * good, and one cannot be read; -EUCLEAN: both can.  (locks) */
+static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
+                         struct cas_head head, unsigned char *p) {
+  struct cas_block copy[2] = {
+      {.slot = slot, .data = p, .todo = CAS_BOTH},
+      {.slot = slot + CAS_TWIN, .data = p + st->bs, .todo = CAS_DIGEST}};
+  uint64_t number[2] = {0, 0};
+  int rank[2];
+  assert(slot % CAS_SEGMENT < CAS_TWIN);
   cas_move(st, copy, 1, CAS_DATA, OS_READ);
   cas_move(st, copy, 2, CAS_DIGEST, OS_READ);
-  whole[0] = cas_is_whole(st, copy, &head);
-  int is_good =
-      whole[0] && cas_is_vouched(copy, copy) && cas_is_vouched(copy, copy + 1);
-  if (is_good && head.magic) return PAGE_GOOD;
-  unsigned char *twin = NBDSERVE_MALLOC(st->bs);
-  if (!twin) return PAGE_UNREADABLE;
-  copy[1].data = twin;
+  rank[0] = cas_rank_copy(st, copy, 0, &head, number);
+  if (rank[0] == 3 && head.magic) return 0;
   copy[1].todo = CAS_DATA;
   cas_move(st, copy + 1, 1, CAS_DATA, OS_READ);
-  whole[1] = cas_is_whole(st, copy + 1, &head);
-  is_good &= whole[1] && memcmp(p, twin, st->bs) == 0;
-  enum cas_page_state state =
-      copy[0].err || copy[1].err ? PAGE_UNREADABLE : PAGE_WRONG;
-  const struct cas_block *good = cas_choose_copy(copy, whole);
-  if (is_good) {
-    state = PAGE_GOOD;
-  } else if (good) {
-    state = PAGE_HEALED;
-    if (good != copy) memcpy(p, twin, st->bs);
-    memcpy(copy[0].sum, good->sum, CAS_DIGEST_LEN);
-    copy[0].err = 0;
-    copy[0].todo = CAS_BOTH;
-    copy[1] = copy[0];
-    copy[1].slot += CAS_TWIN;
-    if (!st->readonly) cas_store(st, copy, 2);
-  }
-  NBDSERVE_FREE(twin);
-  return state;
+  rank[1] = cas_rank_copy(st, copy, 1, &head, number + 1);
+  if (rank[0] == 3 && rank[1] == 3) return 0;
+  if (rank[0] + rank[1] < 2)
+    return copy[0].err || copy[1].err ? -EIO : -EUCLEAN;
+  int i = rank[1] > rank[0] || (rank[1] == rank[0] && number[1] > number[0]);
+  if (i == 1) memcpy(p, copy[1].data, st->bs);
+  assert(!copy[i].err);
+  copy[0] = copy[i];
+  copy[0].slot = slot;
+  copy[0].todo = CAS_BOTH;
+  copy[1] = copy[0];
+  copy[1].slot += CAS_TWIN;
+  if (!st->readonly) cas_store(st, copy, 2);
+  return 0;
 }
 
 /* ---- The tree of nodes ---------------------------------------------------- */
@@ -5420,11 +5352,6 @@ static struct cas_node *cas_new_node(int level, uint32_t index) {
   return node;
 }
 
-/* How many kids a node of a level may have. */
-static uint32_t cas_fanout(const struct nbdserve_cas *st, int level) {
-  return level == CAS_LEVELS ? 2 * st->per_page : st->fanout;
-}
-
 /* Kid c of a node, or NULL. */
 static struct cas_node *cas_kid(const struct cas_node *node, uint64_t c) {
   return c < node->nkids ? node->kid[c] : NULL;
@@ -5432,9 +5359,18 @@ static struct cas_node *cas_kid(const struct cas_node *node, uint64_t c) {
 
 /* Makes room for kid c of a node. */
 static int cas_add_kid(struct cas_node *node, uint32_t c) {
-  void *kid = cas_enlarge(node->kid, &node->nkids, c, sizeof *node->kid);
-  if (kid) node->kid = kid;
-  return kid ? 0 : -ENOMEM;
+  return cas_enlarge(&node->kid, &node->nkids, c, sizeof *node->kid);
+}
+
+/* What the head of a node's page says; its number is that of the newest durable
+ * checkpoint, or less. */
+static struct cas_head cas_head_of(const struct nbdserve_cas *st,
+                                   const struct cas_node *node) {
+  return (struct cas_head){.magic =
+                               node->level < CAS_LEVELS ? CAS_MAP : CAS_CAT,
+                           .level = node->level,
+                           .index = node->index,
+                           .number = st->super.number};
 }
 
 /* Where the map of a volume has its root. */
@@ -5445,6 +5381,12 @@ static struct cas_node **cas_root(const struct cas_volume *vol) {
 /* Where the map with the tree of its id has its root. */
 static struct cas_node **cas_digests(const struct cas_volume *vol) {
   return cas_root(vol) + 1;
+}
+
+/* Makes an edge lead to a node, or to none (C13). */
+static void cas_share(struct cas_node **edge, struct cas_node *node) {
+  *edge = node;
+  if (node) node->refs++;
 }
 
 /* Frees the slots of a leaf: it is no longer in memory. */
@@ -5462,9 +5404,11 @@ static void cas_forget_leaf(struct nbdserve_cas *st, struct cas_node *leaf) {
  * memory.  It can be read back: it is clean, and the superblock that names it is
  * durable. */
 static void cas_evict_leaf(struct nbdserve_cas *st) {
-  for (int i = 0; i < CAS_RUN && st->nleaves >= st->max_leaves; i++) {
+  for (int i = 0; i < CAS_RUN && st->nleaves * (uint64_t)st->bs >= st->cache;
+       i++) {
     if (st->hand >= st->nleaves) st->hand = 0;
     struct cas_node *leaf = st->leaves[st->hand++];
+    assert(leaf->slots && leaf->at == st->hand - 1);
     if (!leaf->is_used && leaf->slot && !leaf->is_given)
       cas_forget_leaf(st, leaf);
     else
@@ -5476,11 +5420,11 @@ static void cas_evict_leaf(struct nbdserve_cas *st) {
  * `fill`.  What cannot be the slot of a block is lost. */
 static int cas_make_leaf(struct nbdserve_cas *st, struct cas_node *leaf,
                          const unsigned char *page, uint32_t fill) {
+  assert(!leaf->level && !leaf->slots);
   cas_evict_leaf(st);
-  void *leaves = cas_enlarge(st->leaves, &st->leaf_room, st->nleaves,
-                             sizeof(struct cas_node *));
-  if (!leaves) return -ENOMEM;
-  st->leaves = leaves;
+  int err =
+      cas_enlarge(&st->leaves, &st->leaf_room, st->nleaves, sizeof *st->leaves);
+  if (err) return err;
   leaf->slots = NBDSERVE_MALLOC(st->fanout * sizeof *leaf->slots);
   if (!leaf->slots) return -ENOMEM;
   for (uint32_t c = 0; c < st->fanout; c++) {
@@ -5508,6 +5452,7 @@ struct cas_spot {
 static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
                                  uint64_t block, struct cas_spot *spot) {
   uint64_t size = st->max_blocks; /* below node */
+  assert(block < st->max_blocks);
   *spot = (struct cas_spot){.gives_back = 1};
   while (node && node->slot != CAS_LOST) {
     if (node->refs > 1) spot->gives_back = 0;
@@ -5533,14 +5478,15 @@ static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
 /* Reads the page of a leaf, which is returned, or NULL. (unlocks) */
 static unsigned char *cas_read_leaf(struct nbdserve_cas *st,
                                     const struct cas_node *leaf, int *err) {
-  struct cas_head head = {.magic = CAS_MAP, .index = leaf->index};
+  struct cas_head head = cas_head_of(st, leaf);
   uint32_t slot = leaf->slot;
-  unsigned char *p = NBDSERVE_MALLOC(st->bs);
+  unsigned char *p = NBDSERVE_MALLOC(2 * (size_t)st->bs);
+  assert(slot && slot != CAS_LOST && CAS_AT(st, slot, tag) == TAG_PAGE);
   *err = p ? 0 : -ENOMEM;
   if (!p) return NULL;
   cas_hold(st, slot); /* so it is not given to another page meanwhile */
   cas_unlock(st);
-  if (cas_read_page(st, slot, head, p) > PAGE_HEALED) *err = -EIO;
+  if (cas_read_page(st, slot, head, p)) *err = -EIO;
   os_lock(&st->lock);
   cas_drop(st, slot, &st->retired);
   if (!*err) return p;
@@ -5554,12 +5500,12 @@ static int cas_find_spot(struct nbdserve_cas *st, struct cas_node **root,
                          uint64_t block, struct cas_spot *spot) {
   const struct cas_node *leaf;
   int err = 0;
+  assert(block < st->max_blocks);
   while (!err && (leaf = cas_walk(st, *root, block, spot))) {
     uint32_t slot = leaf->slot;
     unsigned char *p = cas_read_leaf(st, leaf, &err);
-    if (!p) return err;
-    struct cas_node *found = cas_walk(st, *root, block, spot);
-    if (found && found->slot == slot) err = cas_make_leaf(st, found, p, 0);
+    struct cas_node *now = p ? cas_walk(st, *root, block, spot) : NULL;
+    if (now && now->slot == slot) err = cas_make_leaf(st, now, p, 0);
     NBDSERVE_FREE(p);
   }
   return err;
@@ -5569,8 +5515,10 @@ static int cas_find_spot(struct nbdserve_cas *st, struct cas_node **root,
  * others have the lock.  A leaf that cannot be read leaves its edges counted
  * until the store is opened anew. (unlocks) */
 static void cas_unref(struct nbdserve_cas *st, struct cas_node *node) {
+  assert(!node || node->refs > 0);
   if (!node || --node->refs > 0) return;
-  int is_away = !node->level && !node->slots && node->slot != CAS_LOST;
+  int is_stored = node->slot && node->slot != CAS_LOST;
+  int is_away = !node->level && !node->slots && is_stored;
   int err;
   for (uint32_t c = 0; c < node->nkids; c++)
     cas_unref(st, node->kid[c]);
@@ -5596,23 +5544,24 @@ static int cas_copy_below(struct nbdserve_cas *st, const struct cas_node *node,
   int is_lost = node && node->slot == CAS_LOST;
   uint32_t n = node ? node->nkids : 0;
   int err = 0;
-  if (is_lost) n = cas_fanout(st, copy->level);
+  assert(copy->refs == 1 && !copy->slot && !copy->nkids);
   if (!copy->level) {
     err = cas_make_leaf(st, copy, NULL, is_lost ? CAS_LOST : 0);
-    for (uint32_t c = 0; node && !is_lost && c < st->fanout && !err; c++) {
-      copy->slots[c] = node->slots[c];
-      cas_hold(st, copy->slots[c]);
-    }
+    assert(!node || is_lost || node->slots);
+    for (uint32_t c = 0; node && !is_lost && c < st->fanout && !err; c++)
+      cas_hold(st, copy->slots[c] = node->slots[c]);
     return err;
   }
+  if (is_lost) n = st->fanout;
   if (n) err = cas_add_kid(copy, n - 1);
   for (uint32_t c = 0; c < n && !err; c++) {
-    copy->kid[c] =
-        is_lost ? cas_new_node(copy->level - 1, copy->index * st->fanout + c)
-                : node->kid[c];
-    if (is_lost && !copy->kid[c]) return -ENOMEM;
-    if (is_lost) copy->kid[c]->slot = CAS_LOST;
-    if (!is_lost && copy->kid[c]) copy->kid[c]->refs++;
+    if (!is_lost) {
+      cas_share(&copy->kid[c], node->kid[c]);
+      continue;
+    }
+    copy->kid[c] = cas_new_node(copy->level - 1, copy->index * st->fanout + c);
+    if (!copy->kid[c]) return -ENOMEM;
+    copy->kid[c]->slot = CAS_LOST;
   }
   return err;
 }
@@ -5622,6 +5571,8 @@ static int cas_copy_below(struct nbdserve_cas *st, const struct cas_node *node,
 static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
                    uint32_t index) {
   struct cas_node *node = *p;
+  assert(!st->is_ending);
+  assert(!node || (node->level == level && node->index == index));
   if (node && node->refs == 1 && node->slot != CAS_LOST) {
     if (node->slot) st->ndirty++;
     cas_drop_pair(st, node->slot, &st->retired);
@@ -5642,6 +5593,19 @@ static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
   return 0;
 }
 
+/* Goes on from a node, which is its parent's own, to the kid with an index in
+ * its level, and makes that own and dirty. */
+static int cas_own_kid(struct nbdserve_cas *st, struct cas_node ***p,
+                       uint64_t index) {
+  struct cas_node *node = **p;
+  uint32_t c = (uint32_t)(index % st->fanout);
+  assert(node->level && node->refs == 1 && !node->slot);
+  int err = cas_add_kid(node, c);
+  if (err) return err;
+  *p = &node->kid[c];
+  return cas_own(st, *p, node->level - 1, (uint32_t)index);
+}
+
 /* Makes all nodes own and dirty from the catalog's root down to the page with
  * the record in a place, which is returned in *page; what is not there yet is
  * made. */
@@ -5650,13 +5614,8 @@ static int cas_own_record(struct nbdserve_cas *st, uint32_t place,
   struct cas_node **p = &st->catalog;
   uint32_t index = place / st->per_page;
   int err = cas_own(st, p, CAS_TOP, 0);
-  for (int level = CAS_TOP - 1; level >= CAS_LEVELS && !err; level--) {
-    uint32_t in_level = level == CAS_LEVELS ? index : index / st->fanout;
-    err = cas_add_kid(*p, in_level % st->fanout);
-    if (err) break;
-    p = &(*p)->kid[in_level % st->fanout];
-    err = cas_own(st, p, level, in_level);
-  }
+  if (!err) err = cas_own_kid(st, &p, index / st->fanout);
+  if (!err) err = cas_own_kid(st, &p, index);
   if (!err && !(*p)->nkids) err = cas_add_kid(*p, 2 * st->per_page - 1);
   if (!err) *page = *p;
   return err;
@@ -5671,29 +5630,12 @@ static int cas_own_leaf(struct cas_volume *vol, uint64_t block,
   uint64_t size = st->max_blocks / st->fanout; /* below a kid of *p */
   struct cas_node *page;
   int err = cas_own_record(st, vol->place, &page);
+  assert(err || page == vol->page);
   if (!err) err = cas_own(st, p, CAS_LEVELS - 1, 0);
-  for (int level = CAS_LEVELS - 2; level >= 0 && !err; level--) {
-    uint32_t c = (uint32_t)(block / size % st->fanout);
-    err = cas_add_kid(*p, c);
-    if (err) break;
-    p = &(*p)->kid[c];
-    err = cas_own(st, p, level, (uint32_t)(block / size));
-    size /= st->fanout;
-  }
+  for (; !err && (*p)->level > 0; size /= st->fanout)
+    err = cas_own_kid(st, &p, block / size);
   *leaf = *p;
   return err;
-}
-
-/* Puts a slot into a volume's map, and takes over the caller's hold on it. */
-static int cas_set_slot(struct cas_volume *vol, uint64_t block, uint32_t slot) {
-  struct nbdserve_cas *st = vol->st;
-  struct cas_node *leaf;
-  int err = cas_own_leaf(vol, block, &leaf);
-  if (err) return err;
-  uint32_t *at = &leaf->slots[block % st->fanout];
-  cas_drop(st, *at, &st->dropped);
-  *at = slot;
-  return 0;
 }
 
 /* ---- Volumes and their names ---------------------------------------------- */
@@ -5782,6 +5724,48 @@ static int cas_give_name(struct nbdserve_cas *st, struct cas_volume *vol,
   return 0;
 }
 
+/* Gives a volume a place in the catalog. */
+static int cas_set_place(struct nbdserve_cas *st, struct cas_volume *vol,
+                         uint32_t place) {
+  int err =
+      cas_enlarge(&st->by_place, &st->places, place, sizeof *st->by_place);
+  if (err) return err;
+  assert(!st->by_place[place]);
+  st->by_place[place] = vol;
+  vol->place = place;
+  vol->st = st;
+  return 0;
+}
+
+/* Makes a volume of a name, if that is not NULL, or a snapshot of its parent;
+ * finds a place for its record, and puts it into the list, behind all others. */
+static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
+                     const char *name, struct cas_volume **out) {
+  struct cas_volume **p = &st->volumes;
+  struct cas_volume *vol = u_zalloc(sizeof *vol);
+  uint32_t place = 0;
+  if (!vol) return -ENOMEM;
+  vol->parent = parent;
+  while (place < st->places && st->by_place[place])
+    place++;
+  int is_full = place >= st->per_page * st->fanout * st->fanout;
+  int err = is_full ? -ENOSPC : 0;
+  if (!err && name) err = cas_give_name(st, vol, name);
+  if (!err) err = cas_own_record(st, place, &vol->page);
+  if (!err) err = cas_set_place(st, vol, place);
+  if (err) {
+    NBDSERVE_FREE(vol);
+    return err;
+  }
+  vol->id = st->next_id++;
+  vol->created = (uint64_t)time(NULL);
+  for (; *p; p = &(*p)->next)
+    assert((*p)->id < vol->id);
+  *p = *out = vol;
+  st->generation++;
+  return 0;
+}
+
 /* ---- Changes of the catalog ----------------------------------------------- */
 
 /* What a checkpoint is to change */
@@ -5796,113 +5780,48 @@ struct cas_change {
 
 /* From here on a volume has facts that hold when the checkpoint is durable. */
 static int cas_begin_staging(struct nbdserve_cas *st, struct cas_volume *vol) {
+  assert(vol->id && st->by_place[vol->place] == vol);
   if (!vol->is_staged) vol->then = vol->now;
   vol->is_staged = 1;
   return cas_own_record(st, vol->place, &vol->page);
 }
 
-/* Puts a volume into the list, behind all others, and finds a place for its
- * record. */
-static int cas_enter(struct nbdserve_cas *st, struct cas_volume *vol) {
-  struct cas_volume **p = &st->volumes;
-  uint32_t place = 0;
-  while (place < st->places && st->by_place[place])
-    place++;
-  if (place >= st->per_page * st->fanout * st->fanout) return -ENOSPC;
-  void *places =
-      cas_enlarge(st->by_place, &st->places, place, sizeof *st->by_place);
-  if (!places) return -ENOMEM;
-  st->by_place = places;
-  vol->st = st;
-  vol->place = place;
-  vol->created = (uint64_t)time(NULL);
-  int err = cas_own_record(st, place, &vol->page);
-  if (err) return err;
-  st->by_place[place] = vol;
-  while (*p)
-    p = &(*p)->next;
-  *p = vol;
-  st->generation++;
-  return 0;
-}
-
-/* Takes a volume out of the list and the catalog.  Its maps are in old_root and
- * old_digests then. */
+/* Takes a volume, which nobody uses, out of the list and the catalog, and frees
+ * it with its maps.  (unlocks) */
 static void cas_leave(struct cas_volume *vol) {
   struct nbdserve_cas *st = vol->st;
   struct cas_volume **p = &st->volumes;
+  struct cas_node *root = *cas_root(vol);
+  struct cas_node *digests = *cas_digests(vol);
+  assert(!vol->clients && !vol->pins && !vol->is_staged);
   while (*p != vol)
     p = &(*p)->next;
   *p = vol->next;
   st->generation++;
   st->by_place[vol->place] = NULL;
-  vol->old_root = *cas_root(vol);
-  vol->old_digests = *cas_digests(vol);
-  cas_root(vol)[0] = cas_root(vol)[1] = NULL;
+  *cas_root(vol) = *cas_digests(vol) = NULL;
+  NBDSERVE_FREE(vol);
+  cas_unref(st, root);
+  cas_unref(st, digests);
 }
 
 /* Stages a new volume or snapshot, with the contents of `from` or, if that is
  * NULL, all zeroes. */
 static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
                          const struct nbdserve_cas_op *op) {
-  struct cas_volume *vol = u_zalloc(sizeof *vol);
+  struct cas_volume *vol;
+  int is_snapshot = op->verb == NBDSERVE_CAS_SNAPSHOT;
   int is_clone = op->verb == NBDSERVE_CAS_CLONE;
-  if (!vol) return -ENOMEM;
+  int err = cas_enter(st, is_snapshot ? from : NULL,
+                      is_clone ? op->to : op->name, &vol);
+  if (err) return err;
   vol->is_staged = 1;
-  vol->is_snapshot = op->verb == NBDSERVE_CAS_SNAPSHOT;
-  vol->parent = vol->is_snapshot ? from : NULL;
   vol->made_from = from ? from->id : 0;
   vol->then.is_there = 1;
   vol->then.size = from ? cas_facts(from, VIEW_THEN)->size : op->size;
-  int err = cas_give_name(st, vol, is_clone ? op->to : op->name);
-  if (!err) err = cas_enter(st, vol);
-  if (err) {
-    NBDSERVE_FREE(vol);
-    return err;
-  }
-  vol->id = st->next_id++;
-  if (!from || !*cas_root(from)) return 0;
-  *cas_root(vol) = *cas_root(from);
-  (*cas_root(vol))->refs++;
+  if (from) cas_share(cas_root(vol), *cas_root(from));
   return 0;
 }
-
-/* Stages that a volume gets the contents of its snapshot; nobody has it open.
- * The map that it had waits in old_root. */
-static int cas_stage_rollback(struct cas_volume *vol,
-                              const struct cas_volume *snapshot) {
-  struct cas_node *root = *cas_root(snapshot);
-  if (vol->old) return -EINVAL; /* once in a change is enough */
-  vol->old = u_zalloc(sizeof *vol->old);
-  if (!vol->old) return -ENOMEM;
-  vol->old_root = *cas_root(vol);
-  *cas_root(vol) = root;
-  if (root) root->refs++;
-  vol->then.size = cas_facts(snapshot, VIEW_THEN)->size;
-  return 0;
-}
-
-/* Does a volume have a snapshot, once what is staged holds? */
-static int cas_has_snapshots(struct nbdserve_cas *st,
-                             const struct cas_volume *vol) {
-  for (const struct cas_volume *kid = st->volumes; kid; kid = kid->next)
-    if (kid->parent == vol && cas_facts(kid, VIEW_THEN)->is_there) return 1;
-  return 0;
-}
-
-/* What nbdserve_cas_change's verbs have in common, or not */
-static const struct cas_verb {
-  int makes_volume;
-  int needs_closed; /* nobody may have it open; it may be a dry run */
-} cas_verbs[] = {
-    [NBDSERVE_CAS_CREATE] = {.makes_volume = 1},
-    [NBDSERVE_CAS_SNAPSHOT] = {.makes_volume = 1},
-    [NBDSERVE_CAS_CLONE] = {.makes_volume = 1},
-    [NBDSERVE_CAS_RENAME] = {0},
-    [NBDSERVE_CAS_ROLLBACK] = {.needs_closed = 1},
-    [NBDSERVE_CAS_RESIZE] = {.needs_closed = 1},
-    [NBDSERVE_CAS_RM] = {.needs_closed = 1},
-};
 
 /* Stages one change.  Nothing is to be seen of it until cas_settle.
  * (unlocks) */
@@ -5910,30 +5829,41 @@ static int cas_stage_op(struct nbdserve_cas *st,
                         const struct nbdserve_cas_op *op) {
   int dry_run = op->verb & NBDSERVE_CAS_DRY_RUN;
   int verb = op->verb - dry_run;
+  int is_rollback = verb == NBDSERVE_CAS_ROLLBACK;
+  int is_resize = verb == NBDSERVE_CAS_RESIZE;
+  int is_rm = verb == NBDSERVE_CAS_RM;
+  int needs_closed = is_rollback || is_resize || is_rm;
   if (verb < NBDSERVE_CAS_CREATE || verb > NBDSERVE_CAS_RM ||
-      op->size > INT64_MAX || cas_blocks(st, op->size) > st->max_blocks ||
-      (dry_run && !cas_verbs[verb].needs_closed))
+      !cas_is_size(st, op->size) || (dry_run && !needs_closed))
     return -EINVAL;
   size_t n = strcspn(op->name, verb == NBDSERVE_CAS_SNAPSHOT ? "@" : "");
   struct cas_volume *vol = cas_find(st, op->name, n, VIEW_THEN);
   if (verb == NBDSERVE_CAS_CREATE) return cas_stage_new(st, NULL, op);
   if (!vol) return -ENOENT;
-  if (cas_verbs[verb].makes_volume) return cas_stage_new(st, vol, op);
+  if (!needs_closed && verb != NBDSERVE_CAS_RENAME)
+    return cas_stage_new(st, vol, op);
   struct cas_volume *snapshot = vol;
-  if (verb == NBDSERVE_CAS_ROLLBACK) vol = vol->parent;
-  if (!vol || (verb == NBDSERVE_CAS_RESIZE && vol->parent)) return -EINVAL;
-  uint64_t own = verb == NBDSERVE_CAS_RESIZE && !dry_run; /* the caller's */
-  while (cas_verbs[verb].needs_closed && vol->pins)
+  if (is_rollback) vol = vol->parent;
+  if (!vol || (is_resize && vol->parent)) return -EINVAL;
+  while (needs_closed && vol->pins)
     cas_wait(st);
-  if (cas_verbs[verb].needs_closed && vol->clients > own) return -EBUSY;
-  if (verb == NBDSERVE_CAS_RM && cas_has_snapshots(st, vol)) return -ENOTEMPTY;
+  if (needs_closed && vol->clients > (is_resize && !dry_run)) /* the caller */
+    return -EBUSY;
+  for (const struct cas_volume *p = st->volumes; p && is_rm; p = p->next)
+    if (p->parent == vol && cas_facts(p, VIEW_THEN)->is_there)
+      return -ENOTEMPTY;
   if (dry_run) return 0;
   int err = cas_begin_staging(st, vol);
   if (err) return err;
-  if (verb == NBDSERVE_CAS_RENAME) return cas_give_name(st, vol, op->to);
-  if (verb == NBDSERVE_CAS_ROLLBACK) return cas_stage_rollback(vol, snapshot);
-  if (verb == NBDSERVE_CAS_RESIZE) vol->then.size = op->size;
-  if (verb == NBDSERVE_CAS_RM) vol->then.is_there = 0;
+  if (!needs_closed) return cas_give_name(st, vol, op->to);
+  vol->then.is_there = !is_rm;
+  if (is_resize) vol->then.size = op->size;
+  if (!is_rollback) return 0;
+  if (vol->is_rolled_back) return -EINVAL; /* once in a change is enough */
+  vol->is_rolled_back = 1;
+  vol->old_root = *cas_root(vol);
+  cas_share(cas_root(vol), *cas_root(snapshot));
+  vol->then.size = cas_facts(snapshot, VIEW_THEN)->size;
   return 0;
 }
 
@@ -5950,12 +5880,9 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   err = cas_begin_staging(st, vol);
   if (err) return err;
   vol->then.is_there = 1;
-  if (!vol->id) vol->id = st->next_id++;
   if (!change->tree) return 0;
   memcpy(vol->then.cid, change->cid, CAS_DIGEST_LEN);
-  struct cas_node *digests = *cas_root(change->tree);
-  *cas_digests(vol) = digests;
-  if (digests) digests->refs++;
+  cas_share(cas_digests(vol), *cas_root(change->tree));
   return 0;
 }
 
@@ -5972,13 +5899,13 @@ static uint32_t cas_kept_pairs(const struct cas_change *change) {
 }
 
 /* Ends what is staged: it holds from now on (is_durable), or never was.  Nobody
- * sees a part of it.  Returns a list of what is to be freed. */
-static struct cas_volume *cas_settle(struct nbdserve_cas *st, int is_durable) {
-  struct cas_volume *gone = NULL;
+ * sees a part of it.  Then it frees what is gone.  (unlocks) */
+static void cas_settle(struct nbdserve_cas *st, int is_durable) {
   struct cas_volume *next;
-  for (struct cas_volume *vol = st->volumes; vol; vol = next) {
-    next = vol->next;
+  for (struct cas_volume *vol = st->volumes; vol; vol = vol->next) {
+    struct cas_node *root = *cas_root(vol);
     if (!vol->is_staged) continue;
+    assert(vol->page && vol->id);
     vol->is_staged = 0;
     if (is_durable) {
       vol->now = vol->then;
@@ -5987,32 +5914,19 @@ static struct cas_volume *cas_settle(struct nbdserve_cas *st, int is_durable) {
       (*cas_digests(vol))->refs--; /* of the tree, which has it, too */
       *cas_digests(vol) = NULL;
     }
-    if (vol->old) { /* one of two maps goes */
-      struct cas_node *root = *cas_root(vol);
-      if (!is_durable) *cas_root(vol) = vol->old_root;
-      vol->old->old_root = is_durable ? vol->old_root : root;
-      vol->old->next = gone;
-      gone = vol->old;
-      vol->old = NULL;
+    if (vol->is_rolled_back && !is_durable) {
+      *cas_root(vol) = vol->old_root;
+      vol->old_root = root;
     }
-    if (!vol->now.is_there && !vol->is_hidden) {
-      cas_leave(vol);
-      vol->next = gone;
-      gone = vol;
-    }
+    vol->is_rolled_back = 0;
   }
   os_wake_all(&st->lock);
-  return gone;
-}
-
-/* Frees a list that cas_settle has returned, with the maps. (unlocks) */
-static void cas_free_volumes(struct nbdserve_cas *st, struct cas_volume *gone) {
-  while (gone) {
-    struct cas_volume *next = gone->next;
-    cas_unref(st, gone->old_root);
-    cas_unref(st, gone->old_digests);
-    NBDSERVE_FREE(gone);
-    gone = next;
+  for (struct cas_volume *vol = st->volumes; vol; vol = next) {
+    struct cas_node *old_root = vol->old_root;
+    next = vol->next; /* only who holds ckpt takes it out */
+    vol->old_root = NULL;
+    cas_unref(st, old_root);
+    if (!vol->now.is_there && !vol->is_hidden) cas_leave(vol);
   }
 }
 
@@ -6042,25 +5956,28 @@ struct cas_cut {
 /* Encodes the records of a page of the catalog as the checkpoint has them. */
 static void cas_encode_records(struct nbdserve_cas *st,
                                const struct cas_node *node, unsigned char *p) {
-  for (uint32_t c = 0; c < st->per_page; c++) {
-    uint32_t place = node->index * st->per_page + c;
-    const struct cas_volume *vol =
-        place < st->places ? st->by_place[place] : NULL;
+  uint32_t first = node->index * st->per_page;
+  uint32_t end = (uint32_t)u_min(first + st->per_page, st->places);
+  for (uint32_t place = first; place < end; place++, p += CAS_RECORD) {
+    const struct cas_volume *vol = st->by_place[place];
     if (!vol || !cas_facts(vol, VIEW_THEN)->is_there) continue;
     const struct cas_facts *facts = cas_facts(vol, VIEW_THEN);
     const struct cas_node *root = *cas_root(vol);
     const struct cas_node *digests = *cas_digests(vol);
     struct cas_record record = {.id = vol->id,
-                                .flags = vol->is_snapshot ? CAS_IS_SNAPSHOT : 0,
+                                .flags = vol->parent ? CAS_IS_SNAPSHOT : 0,
                                 .size = facts->size,
                                 .root = root ? root->slot : 0,
                                 .levels = CAS_LEVELS,
                                 .created = vol->created,
                                 .made_from = vol->made_from,
                                 .digests = digests ? digests->slot : 0};
+    assert(vol->page == node && vol->id);
+    assert((!root || root->slot) && (!digests || digests->slot));
+    assert(cas_is_name((const char *)facts->name));
     memcpy(record.cid, facts->cid, sizeof record.cid);
     memcpy(record.name, facts->name, sizeof record.name);
-    cas_encode(cas_record_fields, &record, p + CAS_HEAD + CAS_RECORD * c);
+    cas_encode(cas_record_sizes, &record, p + CAS_HEAD);
   }
 }
 
@@ -6068,12 +5985,11 @@ static void cas_encode_records(struct nbdserve_cas *st,
 static void cas_encode_node(struct nbdserve_cas *st,
                             const struct cas_node *node, uint64_t number,
                             unsigned char *p) {
-  struct cas_head head = {.magic = node->level < CAS_LEVELS ? CAS_MAP : CAS_CAT,
-                          .level = node->level,
-                          .index = node->index,
-                          .number = number};
+  struct cas_head head = cas_head_of(st, node);
+  assert(node->level || node->slots);
+  head.number = number;
   memset(p, 0, st->bs);
-  cas_encode(cas_head_fields, &head, p);
+  cas_encode(cas_head_sizes, &head, p);
   if (node->level == CAS_LEVELS) cas_encode_records(st, node, p);
   for (uint32_t c = 0; node->level != CAS_LEVELS && c < node->nkids; c++)
     if (node->kid[c]) u_put32(p + CAS_HEAD + 4 * c, node->kid[c]->slot);
@@ -6117,6 +6033,7 @@ static int cas_cut_below(struct nbdserve_cas *st, struct cas_cut *cut,
   }
   assert(cut->n < cut->max);
   write.slot = node->slot = cas_take_pair(st);
+  assert(CAS_AT(st, node->slot, refs) == 1 && st->ndirty > 0);
   node->is_given = 1;
   cut->writes[cut->n++] = write;
   st->ndirty--;
@@ -6135,20 +6052,12 @@ static void cas_undo_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
     node->slot = 0;
     st->ndirty++;
   }
+  assert(cut->n <= cut->max);
   cas_free_list(st, unused);
   while (*end)
     end = &CAS_AT(st, *end, link);
   *end = st->retired;
   st->retired = cut->retired;
-}
-
-/* Frees the memory of a cut. */
-static void cas_free_cut(struct cas_cut *cut) {
-  for (uint32_t i = 0; i < cut->n; i++) {
-    cut->writes[i].node->is_given = 0;
-    NBDSERVE_FREE(cut->writes[i].page);
-  }
-  NBDSERVE_FREE(cut->writes);
 }
 
 /* The number of the next checkpoint: microseconds since 1970, or one more than
@@ -6185,8 +6094,8 @@ static int cas_make_cut(struct nbdserve_cas *st, struct cas_change *change,
   err = cas_cut_below(st, cut, &st->catalog);
   cut->super.replay = st->seq;
   cut->super.nslots = st->nslots;
-  cut->super.catalog = st->catalog ? st->catalog->slot : 0;
   cut->super.next_id = st->next_id;
+  cut->super.catalog = st->catalog ? st->catalog->slot : 0;
   return err ? err : st->failed;
 }
 
@@ -6225,7 +6134,9 @@ static int cas_write_pages(struct nbdserve_cas *st, struct cas_cut *cut) {
 static int cas_write_super(struct nbdserve_cas *st,
                            const struct cas_super *super, int place) {
   unsigned char p[CAS_PAGE] = {0};
-  cas_encode(cas_super_fields, super, p);
+  assert(place < 2 && super->number >= st->super.number);
+  assert(super->nslots && super->nslots % CAS_SEGMENT == 0);
+  cas_encode(cas_super_sizes, super, p);
   sha_256(st->hw, p, NULL, CAS_SUPER_SUM, p + CAS_SUPER_SUM, NULL);
   return cas_io(st, OS_WRITE, p, sizeof p, (uint64_t)place * CAS_UNIT);
 }
@@ -6235,6 +6146,7 @@ static int cas_write_super(struct nbdserve_cas *st,
  * anything is free or answered.  If a superblock fails, nobody knows what is
  * there (C14). (unlocks) */
 static int cas_write_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
+  assert(cut->super.number > st->super.number && cut->super.replay <= st->seq);
   int err = cas_write_pages(st, cut);
   if (!err) err = cas_sync(st, 1);
   for (int place = 0; place < 2 && !err; place++) {
@@ -6255,7 +6167,7 @@ static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
   int is_over = 0;
   os_lock(&st->ckpt);
   os_lock(&st->lock);
-  while (!is_over && st->super_number <= since) {
+  while (!is_over && st->super.number <= since) {
     struct cas_cut cut = {.n = 0};
     err = cas_make_cut(st, change, &cut);
     is_over = err == -ENOMEM || !cut.n;
@@ -6265,16 +6177,28 @@ static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
       cas_undo_cut(st, &cut);
     } else {
       st->super = cut.super;
-      st->super_number = cut.super.number;
-      st->tail = cut.super.replay;
       cas_free_list(st, cut.retired); /* (C6) */
       cas_space_came(st);
     }
-    cas_free_cut(&cut);
-    cas_free_volumes(st, cas_settle(st, !err));
+    for (uint32_t k = 0; k < cut.n; k++) {
+      cut.writes[k].node->is_given = 0;
+      NBDSERVE_FREE(cut.writes[k].page);
+    }
+    NBDSERVE_FREE(cut.writes);
+    cas_settle(st, !err);
   }
   cas_unlock(st);
   os_unlock(&st->ckpt);
+  return err;
+}
+
+/* Makes a checkpoint, or leaves it at one that another thread has made
+ * meanwhile.  (unlocks) */
+static int cas_checkpoint_meanwhile(struct nbdserve_cas *st) {
+  uint64_t number = st->super.number;
+  cas_unlock(st);
+  int err = cas_checkpoint(st, NULL, number);
+  os_lock(&st->lock);
   return err;
 }
 
@@ -6297,7 +6221,7 @@ enum cas_job {
 /* The next of these. */
 static enum cas_job cas_next_job(const struct nbdserve_cas *st) {
   if (st->failed || st->readonly || st->closing) return JOB_NONE;
-  if (st->seq - st->tail > st->super.log_pages / 2 ||
+  if (st->seq - st->super.replay > st->super.log_pages / 2 ||
       st->ndirty > CAS_MAX_DIRTY || st->nwaiting > CAS_WAITING ||
       (st->retired && st->npairs < st->ndirty + CAS_RESERVE_PAIRS))
     return JOB_CHECKPOINT;
@@ -6310,6 +6234,7 @@ static enum cas_job cas_next_job(const struct nbdserve_cas *st) {
 static void cas_fill_index(struct nbdserve_cas *st) {
   unsigned char digest[CAS_FILL][CAS_DIGEST_LEN];
   uint32_t first = st->filled;
+  assert(first < st->to_fill && first % CAS_FILL == 0);
   st->filled += CAS_FILL;
   if (cas_io(st, OS_READ, digest, sizeof digest, cas_digest_off(st, first)))
     return; /* what is not found is stored twice */
@@ -6322,27 +6247,25 @@ static void cas_fill_index(struct nbdserve_cas *st) {
   }
 }
 
-/* When a second has passed without a request, writes a log page without
- * entries: it says that all before it is durable, so that nobody takes damage
- * there for a torn end (C22).  What is logged next fills the same page. */
-static void cas_mark(struct nbdserve_cas *st) {
-  uint64_t logged = st->nlogged;
-  os_wait_ms(&st->lock, CAS_IDLE_MS);
-  if (st->nlogged == logged && !st->nlog && !st->closing && !st->syncing)
-    cas_log_write(st);
-}
-
-/* The thread beside requests.  It ends when there is nothing to do. */
+/* The thread beside requests.  It ends when there is nothing to do.  When a
+ * second has passed without a request, it writes a log page without entries,
+ * which says that all before it is durable, so that nobody takes damage there
+ * for a torn end (C22).  What is logged next fills the same page. */
 static void *cas_work(void *arg) {
   struct nbdserve_cas *st = arg;
   enum cas_job job;
   int err = 0;
   os_lock(&st->lock);
   while (!err && (job = cas_next_job(st)) != JOB_NONE) {
+    uint64_t logged = st->nlogged;
+    assert(st->busy && !st->readonly);
+    if (job == JOB_CHECKPOINT) err = cas_checkpoint_meanwhile(st);
     if (job == JOB_FILL_INDEX) cas_fill_index(st);
-    if (job == JOB_MARK) cas_mark(st);
+    if (job == JOB_MARK) os_wait_ms(&st->lock, CAS_IDLE_MS);
+    if (job == JOB_MARK && st->nlogged == logged && !st->nlog && !st->closing &&
+        !st->syncing)
+      cas_log_write(st);
     cas_unlock(st); /* others may want it */
-    if (job == JOB_CHECKPOINT) err = cas_checkpoint(st, NULL, UINT64_MAX);
     os_lock(&st->lock);
   }
   st->busy = 0;
@@ -6367,14 +6290,9 @@ static void cas_kick(struct nbdserve_cas *st) {
 /* Gets free what only waits to be: by a sync or, if that frees nothing, a
  * checkpoint.  Returns whether there was anything. (unlocks) */
 static int cas_reclaim(struct nbdserve_cas *st) {
-  uint64_t number = st->super_number;
   if (st->failed) return 0;
   if (st->dropped || st->npending) return !cas_sync(st, 1);
-  if (!st->retired) return 0;
-  cas_unlock(st);
-  int err = cas_checkpoint(st, NULL, number);
-  os_lock(&st->lock);
-  return !err;
+  return st->retired && !cas_checkpoint_meanwhile(st);
 }
 
 /* Finds a block in a map, and sees to it that its slot can be changed: there is
@@ -6389,11 +6307,8 @@ static int cas_prepare(struct cas_volume *vol, uint64_t block,
     if (!err) err = st->failed;
     if (err || st->is_replaying) return err;
     uint32_t kept = spot->gives_back ? CAS_FOR_RM : CAS_RESERVE_PAIRS;
-    if (st->seq - st->tail >= st->super.log_pages / 4 * 3) {
-      uint64_t number = st->super_number;
-      cas_unlock(st);
-      err = cas_checkpoint(st, NULL, number);
-      os_lock(&st->lock);
+    if (st->seq - st->super.replay >= st->super.log_pages / 4 * 3) {
+      err = cas_checkpoint_meanwhile(st);
       if (err) return err;
       continue;
     }
@@ -6406,6 +6321,7 @@ static int cas_prepare(struct cas_volume *vol, uint64_t block,
  * index has for its digest, or a free one. */
 static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
                            int skip) {
+  assert(!blk->slot && blk->is_wanting);
   uint32_t tag = CAS_TAG(blk->sum);
   uint32_t slot = skip < CAS_CANDIDATES ? *cas_bucket(st, tag) : 0;
   for (; slot; slot = CAS_AT(st, slot, link))
@@ -6423,17 +6339,19 @@ static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
 }
 
 /* Has the slot of a block, which the index has found, the same data, and a
- * digest that fits?  A hit is only a hint (C12).  room: [block_size] */
-static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk,
-                       unsigned char *room) {
+ * digest that fits?  A hit is only a hint (C12). */
+static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk) {
   unsigned char digest[CAS_DIGEST_LEN];
-  uint32_t slot = blk->slot;
-  if (cas_io(st, OS_READ, room, st->bs, cas_data_off(st, slot)) ||
-      memcmp(room, blk->data, st->bs) != 0)
-    return 0;
-  return blk->is_trusted || (!cas_io(st, OS_READ, digest, sizeof digest,
-                                     cas_digest_off(st, slot)) &&
-                             memcmp(digest, blk->sum, sizeof digest) == 0);
+  unsigned char *data = NBDSERVE_MALLOC(st->bs);
+  uint64_t off = cas_digest_off(st, blk->slot);
+  int is_same =
+      data && !cas_io(st, OS_READ, data, st->bs, cas_data_off(st, blk->slot)) &&
+      memcmp(data, blk->data, st->bs) == 0;
+  if (is_same && !blk->is_trusted)
+    is_same = !cas_io(st, OS_READ, digest, sizeof digest, off) &&
+              memcmp(digest, blk->sum, sizeof digest) == 0;
+  NBDSERVE_FREE(data);
+  return is_same;
 }
 
 /* Gives slots to the blocks that want one, and holds on them.  The first rounds
@@ -6441,7 +6359,6 @@ static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk,
  * another. */
 static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
                              size_t n) {
-  unsigned char *room = NULL;
   int is_over = 0;
   for (int round = 0; round < CAS_TRIES && !is_over; round++) {
     os_lock(&st->lock);
@@ -6459,15 +6376,12 @@ static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
     is_over = 1;
     for (size_t i = 0; i < n; i++) {
       if (!blk[i].is_wanting || !blk[i].slot) continue;
-      if (blk[i].is_duplicate && !room) room = NBDSERVE_MALLOC(st->bs);
-      int is_placed = !blk[i].err && (!blk[i].is_duplicate ||
-                                      (room && cas_is_same(st, blk + i, room)));
+      blk[i].is_wanting =
+          blk[i].err || (blk[i].is_duplicate && !cas_is_same(st, blk + i));
       blk[i].todo = 0;
-      blk[i].is_wanting = !is_placed;
-      is_over &= is_placed;
+      is_over &= !blk[i].is_wanting;
     }
   }
-  NBDSERVE_FREE(room);
 }
 
 /* Enters a block that has its slot into the map and the log.  The hold passes
@@ -6475,13 +6389,17 @@ static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
 static int cas_commit_block(struct cas_volume *vol, struct cas_block *blk) {
   struct nbdserve_cas *st = vol->st;
   struct cas_spot spot;
+  struct cas_node *leaf;
   int err = cas_prepare(vol, blk->number, &spot);
   if (err) return err;
   if (blk->expected != CAS_ANY && blk->expected != spot.slot) return -EAGAIN;
   if (blk->slot) CAS_AT(st, blk->slot, tag) |= CAS_GOOD;
   if (blk->slot == spot.slot) return 0; /* the same data is there already */
-  err = cas_set_slot(vol, blk->number, blk->slot);
+  err = cas_own_leaf(vol, blk->number, &leaf);
   if (err) return err;
+  assert(leaf->slots[blk->number % st->fanout] == spot.slot);
+  cas_drop(st, spot.slot, &st->dropped);
+  leaf->slots[blk->number % st->fanout] = blk->slot;
   cas_log(vol, blk->number, 1, blk->slot, blk->slot ? blk->sum : NULL);
   blk->slot = 0;
   return 0;
@@ -6564,38 +6482,29 @@ static void cas_unpin(struct nbdserve_cas *st, struct cas_block *blk,
   cas_unlock(st);
 }
 
-/* What clients are told of an error. */
-static int cas_client_error(int err) {
-  return err == -EUCLEAN ? -EIO : err;
-}
-
-/* READs, WRITEs or WRITE_ZEROES a part of one block.  What would not change is
- * not written. */
-static int cas_part(struct cas_volume *vol, enum nbd_cmd type,
-                    unsigned char *buf, uint64_t off, uint64_t len) {
+/* READs, WRITEs or (buf is NULL) zeroes a part of one block.  What would not
+ * change is not written. */
+static int cas_part(struct cas_volume *vol, int is_read, unsigned char *buf,
+                    uint64_t off, uint64_t len) {
   struct nbdserve_cas *st = vol->st;
   unsigned char *data = NBDSERVE_MALLOC(st->bs);
   if (!data) return -ENOMEM;
   unsigned char *part = data + off % st->bs;
   int err = -EAGAIN;
+  assert(len < st->bs && off % st->bs + len <= st->bs);
   while (err == -EAGAIN) {
     struct cas_block blk = {.number = off / st->bs, .data = data};
-    int changes = 0;
     cas_read(vol, &blk, 1, CAS_DATA);
     struct cas_block put = {.number = blk.number,
                             .data = data,
                             .expected = blk.slot}; /* pinned: it stays that */
-    err = cas_client_error(blk.err);
-    if (!err && type == NBD_CMD_READ) {
+    err = blk.err == -EUCLEAN ? -EIO : blk.err;
+    if (!err && is_read) {
       memcpy(buf, part, (size_t)len);
-    } else if (!err && type == NBD_CMD_WRITE) {
-      changes = memcmp(part, buf, (size_t)len) != 0;
-      memcpy(part, buf, (size_t)len);
-    } else if (!err) {
-      changes = !u_is_zero(part, (size_t)len);
+    } else if (!err && (buf ? memcmp(part, buf, (size_t)len) != 0
+                            : !u_is_zero(part, (size_t)len))) {
       memset(part, 0, (size_t)len);
-    }
-    if (changes) {
+      if (buf) memcpy(part, buf, (size_t)len);
       cas_put(vol, &put, 1);
       err = put.err;
     }
@@ -6605,18 +6514,18 @@ static int cas_part(struct cas_volume *vol, enum nbd_cmd type,
   return err;
 }
 
-/* READs or WRITEs whole blocks, of several requests. */
+/* READs or WRITEs the first *n blocks, of several requests; then *n is 0. */
 static void cas_do_blocks(struct cas_volume *vol, unsigned type,
-                          struct cas_block *blk, size_t n) {
+                          struct cas_block *blk, size_t *n) {
   if (type == NBD_CMD_WRITE) {
-    cas_put(vol, blk, n);
+    cas_put(vol, blk, *n);
     cas_kick(vol->st);
   } else {
-    cas_read(vol, blk, n, CAS_DATA);
-    cas_unpin(vol->st, blk, n);
+    cas_read(vol, blk, *n, CAS_DATA);
+    cas_unpin(vol->st, blk, *n);
   }
-  for (size_t i = 0; i < n; i++)
-    if (blk[i].err) blk[i].req->err = cas_client_error(blk[i].err);
+  for (; *n > 0; blk++, --*n)
+    if (blk->err) blk->req->err = blk->err == -EUCLEAN ? -EIO : blk->err;
 }
 
 /* READs and WRITEs: whole blocks together, parts of blocks one by one. */
@@ -6627,6 +6536,7 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   size_t k = 0;
   for (const struct nbdserve_req *end = r + n; r < end; r++) {
     uint64_t len;
+    assert(r->off <= vol->now.size && r->len <= vol->now.size - r->off);
     r->err = 0;
     for (uint64_t at = 0; at < r->len; at += len) { /* in the request */
       uint64_t off = r->off + at;
@@ -6638,15 +6548,12 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
                                       .data = r->buf + at,
                                       .expected = CAS_ANY};
       else
-        err = cas_part(vol, (enum nbd_cmd)r->type, r->buf + at, off, len);
+        err = cas_part(vol, r->type == NBD_CMD_READ, r->buf + at, off, len);
       if (err) r->err = err;
-      if (k < CAS_BATCH) continue;
-      cas_do_blocks(vol, r->type, blk, k);
-      k = 0;
+      if (k == CAS_BATCH) cas_do_blocks(vol, r->type, blk, &k);
     }
-    if (k && r + 1 < end && r[1].type == r->type) continue;
-    cas_do_blocks(vol, r->type, blk, k);
-    k = 0;
+    if (!k || r + 1 == end || r[1].type != r->type)
+      cas_do_blocks(vol, r->type, blk, &k);
   }
 }
 
@@ -6656,6 +6563,7 @@ static uint64_t cas_run_of(struct nbdserve_cas *st, const struct cas_spot *spot,
                            uint64_t block, uint64_t max) {
   uint64_t first = block % st->fanout;
   uint64_t n = 1;
+  assert(max > 0 && spot->span > 0);
   max = u_min(spot->span, max);
   if (!spot->leaf) return max;
   while (n < max && !spot->leaf->slots[first + n] == !spot->slot)
@@ -6663,48 +6571,48 @@ static uint64_t cas_run_of(struct nbdserve_cas *st, const struct cas_spot *spot,
   return n;
 }
 
-/* Makes blocks of one leaf holes, from one on, at most up to `to`, and logs it
- * in one entry.  *next: behind what is done.  The spot is that of the first. */
-static int cas_trim_leaf(struct cas_volume *vol, const struct cas_spot *spot,
-                         uint64_t block, uint64_t to, uint64_t *next) {
+/* Makes the blocks of a volume from one on, up to `to`, holes, and logs that,
+ * leaf by leaf; in between others may have the lock.  (unlocks) */
+static int cas_make_holes(struct cas_volume *vol, uint64_t block, uint64_t to) {
   struct nbdserve_cas *st = vol->st;
-  uint64_t end = u_min(block + st->fanout - block % st->fanout, to);
+  struct cas_spot spot;
   struct cas_node *leaf;
-  *next = end;
-  if (!spot->slot && !spot->leaf) *next = u_min(block + spot->span, to);
-  if (!spot->slot && cas_run_of(st, spot, block, end - block) == end - block)
-    return 0; /* nothing is there */
-  int err = cas_own_leaf(vol, block, &leaf);
-  if (err) return err;
-  for (uint64_t at = block; at < end; at++) {
-    cas_drop(st, leaf->slots[at % st->fanout], &st->dropped);
-    leaf->slots[at % st->fanout] = 0;
+  for (uint64_t end; block < to; block = end) {
+    int err = cas_prepare(vol, block, &spot);
+    if (err) return err;
+    end = u_min(block + st->fanout - block % st->fanout, to);
+    if (!spot.slot && !spot.leaf) end = u_min(block + spot.span, to);
+    uint64_t n = end - block;
+    if (spot.slot || cas_run_of(st, &spot, block, n) < n) {
+      err = cas_own_leaf(vol, block, &leaf);
+      if (err) return err;
+      assert(leaf->refs == 1 && !leaf->slot && leaf->slots);
+      for (uint64_t at = block; at < end; at++) {
+        cas_drop(st, leaf->slots[at % st->fanout], &st->dropped);
+        leaf->slots[at % st->fanout] = 0;
+      }
+      cas_log(vol, block, n, 0, NULL);
+    }
+    cas_unlock(st);
+    os_lock(&st->lock);
   }
-  cas_log(vol, block, end - block, 0, NULL);
-  return 0;
+  return st->failed;
 }
 
-/* Makes the whole blocks of a range holes. */
-static int cas_make_holes(struct cas_volume *vol, uint64_t off, uint64_t len) {
+/* Makes the whole blocks of a range holes.  (locks) */
+static int cas_discard(struct cas_volume *vol, uint64_t off, uint64_t len) {
   struct nbdserve_cas *st = vol->st;
-  uint64_t block = cas_blocks(st, off);
-  uint64_t to = (off + len) / st->bs;
-  struct cas_spot spot;
-  int err = 0;
-  while (block < to && !err) {
-    os_lock(&st->lock);
-    err = cas_prepare(vol, block, &spot);
-    if (!err) err = cas_trim_leaf(vol, &spot, block, to, &block);
-    cas_unlock(st);
-  }
+  os_lock(&st->lock);
+  int err = cas_make_holes(vol, cas_blocks(st, off), (off + len) / st->bs);
+  cas_unlock(st);
   cas_kick(st);
-  return err ? err : st->failed;
+  return err;
 }
 
 /* ops->trim: a full store has no pages for it, and then it is left undone. */
 static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   (void)flags;
-  int err = cas_make_holes(ctx, off, len);
+  int err = cas_discard(ctx, off, len);
   return err == -ENOSPC ? 0 : err;
 }
 
@@ -6715,11 +6623,10 @@ static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   uint64_t bs = vol->st->bs;
   uint64_t tail = (off + len) % bs;
   uint64_t head = u_min((bs - off % bs) % bs, len);
-  enum nbd_cmd type = NBD_CMD_WRITE_ZEROES;
-  int err = head ? cas_part(vol, type, NULL, off, head) : 0;
-  if (!err) err = cas_make_holes(vol, off, len);
+  int err = head ? cas_part(vol, 0, NULL, off, head) : 0;
+  if (!err) err = cas_discard(vol, off, len);
   if (err || !tail || tail > len - head) return err;
-  return cas_part(vol, type, NULL, off + len - tail, tail);
+  return cas_part(vol, 0, NULL, off + len - tail, tail);
 }
 
 /* Finds out about the blocks of a volume from one on: *n of them, at most max,
@@ -6779,37 +6686,32 @@ static void cas_close(void *ctx) {
 
 /* ---- Opening -------------------------------------------------------------- */
 
-/* What stands in the place of a superblock */
-enum cas_super_state {
-  SUPER_GOOD,
-  SUPER_EMPTY,   /* zeroes, or the file ends before it */
-  SUPER_DAMAGED, /* it cannot be read, or its sum is wrong */
-  SUPER_FOREIGN, /* somebody else's */
-  SUPER_OTHER    /* of another version */
-};
-
-/* Reads the superblock in a place.  Unknown bits, too, make it another
- * version. */
-static enum cas_super_state cas_read_super(struct nbdserve_cas *st, int place,
-                                           struct cas_super *super) {
+/* Reads the superblock in a place.  One wrong letter at its beginning is damage,
+ * more are somebody else's: -EINVAL.  Unknown bits, too, make it another version:
+ * -EOPNOTSUPP.  -ENODATA: zeroes, or the file ends before it; -EUCLEAN: it cannot
+ * be read, or its sum is wrong. */
+static int cas_read_super(struct nbdserve_cas *st, int place,
+                          struct cas_super *super) {
   unsigned char p[CAS_PAGE] = {0};
   unsigned char sum[CAS_DIGEST_LEN];
   uint64_t off = (uint64_t)place * CAS_UNIT;
-  size_t one_sector = CAS_SUPER_SUM + CAS_DIGEST_LEN;
-  if (off + CAS_PAGE > st->end) return SUPER_EMPTY;
+  int nfit = 0;
+  if (off + CAS_PAGE > st->end) return -ENODATA;
   if (cas_io(st, OS_READ, p, CAS_PAGE, off) &&
-      cas_io(st, OS_READ, p, one_sector, off))
-    return SUPER_DAMAGED;
-  if (u_is_zero(p, CAS_PAGE)) return SUPER_EMPTY;
-  if (!cas_has_magic(p)) return SUPER_FOREIGN;
+      cas_io(st, OS_READ, p, CAS_SUPER_SUM + CAS_DIGEST_LEN, off))
+    return -EUCLEAN; /* not even its first sector can be read */
+  if (u_is_zero(p, CAS_PAGE)) return -ENODATA;
+  cas_decode(cas_super_sizes, p, super);
+  for (size_t i = 0; i < sizeof super->magic; i++)
+    nfit += super->magic[i] == CAS_MAGIC[i];
+  if (nfit < 6) return -EINVAL;
+  if (super->digit[0] == '1' && super->version == 1) return -EOPNOTSUPP;
   sha_256(st->hw, p, NULL, CAS_SUPER_SUM, sum, NULL);
-  cas_decode(cas_super_fields, p, super);
-  if (super->digit[0] == '1' && super->version == 1) return SUPER_OTHER;
-  if (memcmp(sum, p + CAS_SUPER_SUM, sizeof sum) != 0) return SUPER_DAMAGED;
+  if (memcmp(sum, p + CAS_SUPER_SUM, sizeof sum) != 0) return -EUCLEAN;
   if (super->version != CAS_VERSION || super->incompat ||
       (super->ro_compat && !st->readonly))
-    return SUPER_OTHER;
-  return SUPER_GOOD;
+    return -EOPNOTSUPP;
+  return 0;
 }
 
 /* Computes where everything lies, from the block size and the length of the
@@ -6824,8 +6726,6 @@ static int cas_lay_out(struct nbdserve_cas *st) {
   st->fanout = CAS_FANOUT(st->bs);
   st->per_page = (st->bs - CAS_HEAD) / CAS_RECORD;
   st->max_blocks = (uint64_t)st->fanout * st->fanout * st->fanout * st->fanout;
-  st->max_leaves =
-      (uint32_t)u_min(((uint64_t)st->cache_mib << 20) / st->bs, UINT32_MAX / 2);
   return 0;
 }
 
@@ -6835,28 +6735,24 @@ static int cas_lay_out(struct nbdserve_cas *st) {
  * over. */
 static int cas_open_super(struct nbdserve_cas *st) {
   struct cas_super super[2];
-  enum cas_super_state state[2];
-  int newer = 0;
+  int bad[2]; /* why: -errno */
   for (int i = 0; i < 2; i++)
-    state[i] = cas_read_super(st, i, super + i);
-  if (state[0] == SUPER_OTHER || state[1] == SUPER_OTHER) return -EOPNOTSUPP;
-  if (state[1] == SUPER_GOOD)
-    newer = state[0] != SUPER_GOOD || super[1].number > super[0].number;
-  if (state[newer] != SUPER_GOOD)
-    return state[0] == SUPER_DAMAGED || state[1] == SUPER_DAMAGED ? -EUCLEAN
-                                                                  : -EINVAL;
+    bad[i] = cas_read_super(st, i, super + i);
+  if (bad[0] == -EOPNOTSUPP || bad[1] == -EOPNOTSUPP) return -EOPNOTSUPP;
+  int newer = !bad[1] && (bad[0] || super[1].number > super[0].number);
+  if (bad[newer])
+    return bad[0] == -EUCLEAN || bad[1] == -EUCLEAN ? -EUCLEAN : -EINVAL;
   st->super = super[newer];
   if (cas_lay_out(st) || st->super.nslots < CAS_SEGMENT ||
       st->super.nslots % CAS_SEGMENT ||
       !cas_is_in_file(st, st->super.nslots - CAS_SEGMENT))
     return -EUCLEAN;
-  st->seq = st->tail = st->durable = st->marked = st->super.replay;
-  st->super_number = st->last_number = st->super.number;
+  st->seq = st->durable = st->marked = st->super.replay;
+  st->last_number = st->super.number;
   st->next_id = (uint32_t)st->super.next_id;
-  int is_alike =
-      state[!newer] == SUPER_GOOD && super[0].number == super[1].number;
+  int is_alike = !bad[!newer] && super[0].number == super[1].number;
   if (st->readonly || is_alike) return 0;
-  if (state[!newer] == SUPER_FOREIGN && !st->repair) return -EUCLEAN;
+  if (bad[!newer] == -EINVAL && !st->repair) return -EUCLEAN;
   int err = os_datasync(st->fd);
   if (!err) err = cas_write_super(st, &st->super, !newer);
   return err ? err : os_datasync(st->fd);
@@ -6872,29 +6768,29 @@ struct cas_loader {
   uint32_t nunreadable;      /* that cannot be read; or pages of the catalog */
   struct cas_volume **by_id; /* [nvolumes], in the order of ids */
   uint32_t nvolumes;
+  unsigned char *data; /* [2] blocks */
 };
 
 /* Adds an edge to the node whose page is in a slot, to *out.  What the page
  * says is read later.  Where no page can be, it is lost. */
-static int cas_load_node(struct nbdserve_cas *st, struct cas_loader *loader,
-                         uint64_t slot, int level, uint32_t index,
-                         struct cas_node **out) {
+static int cas_load_node(struct nbdserve_cas *st, uint64_t slot, int level,
+                         uint32_t index, struct cas_node **out) {
+  struct cas_loader *loader = st->loader;
   int is_slot = slot < st->nslots && slot % CAS_SEGMENT < CAS_TWIN;
   uint32_t x = is_slot ? (uint32_t)slot : 0;
   if (!slot) return 0;
   if (x && CAS_AT(st, x, tag) == TAG_PAGE) {
+    assert(CAS_AT(st, x, link) - 1 < loader->n);
     struct cas_node *node = loader->nodes[CAS_AT(st, x, link) - 1];
-    *out = node;
     if (node->slot == x && node->level == level && node->index == index) {
-      node->refs++;
+      cas_share(out, node);
       return 0;
     }
   }
-  void *nodes = cas_enlarge(loader->nodes, &loader->room, loader->n,
-                            sizeof(struct cas_node *));
+  int err = cas_enlarge(&loader->nodes, &loader->room, loader->n,
+                        sizeof *loader->nodes);
   *out = cas_new_node(level, index);
-  if (nodes) loader->nodes = nodes;
-  if (!nodes || !*out) return -ENOMEM;
+  if (err || !*out) return -ENOMEM;
   loader->nodes[loader->n++] = *out;
   (*out)->slot = CAS_LOST;
   if (slot == CAS_LOST) return 0;
@@ -6910,91 +6806,76 @@ static int cas_load_node(struct nbdserve_cas *st, struct cas_loader *loader,
 
 /* Loads a record of the catalog.  A partial volume is left out: what it had is
  * free then. */
-static int cas_load_record(struct nbdserve_cas *st, struct cas_loader *loader,
-                           struct cas_node *page, uint32_t c,
-                           const unsigned char *p) {
+static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
+                           uint32_t c, const unsigned char *p) {
   struct cas_record record = {.id = 0};
-  cas_decode(cas_record_fields, p, &record);
+  int level = CAS_LEVELS - 1;
+  cas_decode(cas_record_sizes, p, &record);
   if (!record.id || record.flags & CAS_IS_PARTIAL) return 0;
   if (record.flags > CAS_IS_SNAPSHOT || record.levels != CAS_LEVELS)
     return -EOPNOTSUPP;
-  if (!cas_is_name((char *)record.name) || record.size > INT64_MAX ||
-      cas_blocks(st, record.size) > st->max_blocks || record.id >= st->next_id)
+  if (!cas_is_name((char *)record.name) || !cas_is_size(st, record.size) ||
+      record.id >= st->next_id)
     return -EUCLEAN;
   struct cas_volume *vol = u_zalloc(sizeof *vol);
-  uint32_t place = page->index * st->per_page + c;
-  void *places =
-      cas_enlarge(st->by_place, &st->places, place, sizeof *st->by_place);
-  if (places) st->by_place = places;
-  if (!places || !vol) {
+  if (!vol || cas_set_place(st, vol, page->index * st->per_page + c)) {
     NBDSERVE_FREE(vol);
     return -ENOMEM;
   }
-  st->by_place[place] = vol;
-  vol->st = st;
-  vol->next = st->volumes; /* the order comes later, as does the parent */
+  vol->next = st->volumes; /* the order comes later, as does the parent, */
   st->volumes = vol;
+  if (record.flags) vol->parent = vol; /* which a snapshot has */
   vol->page = page;
-  vol->place = place;
   vol->id = (uint32_t)record.id;
-  vol->is_snapshot = record.flags == CAS_IS_SNAPSHOT;
   vol->made_from = (uint32_t)record.made_from;
   vol->created = record.created;
   vol->now.is_there = 1;
   vol->now.size = record.size;
   memcpy(vol->now.cid, record.cid, sizeof record.cid);
   memcpy(vol->now.name, record.name, sizeof record.name);
-  loader->nvolumes++;
-  int err =
-      cas_load_node(st, loader, record.root, CAS_LEVELS - 1, 0, cas_root(vol));
+  st->loader->nvolumes++;
+  int err = cas_load_node(st, record.root, level, 0, cas_root(vol));
   if (err) return err;
-  return cas_load_node(st, loader, record.digests, CAS_LEVELS - 1, 0,
-                       cas_digests(vol));
+  return cas_load_node(st, record.digests, level, 0, cas_digests(vol));
 }
 
 /* Puts what a page says into a node, and adds what is below to the nodes. */
-static int cas_load_below(struct nbdserve_cas *st, struct cas_loader *loader,
-                          struct cas_node *node, const unsigned char *p) {
-  uint32_t n = cas_fanout(st, node->level);
+static int cas_load_below(struct nbdserve_cas *st, struct cas_node *node,
+                          const unsigned char *p) {
+  const unsigned char *at = p + CAS_HEAD;
+  int has_records = node->level == CAS_LEVELS;
+  uint32_t n = has_records ? 2 * st->per_page : st->fanout;
   int err = 0;
+  assert(st->loader && node->refs > 0 && !node->nkids);
   if (!node->level) {
     err = cas_make_leaf(st, node, p, 0);
     for (uint32_t c = 0; c < st->fanout && !err; c++)
       cas_hold(st, node->slots[c]);
     return err;
   }
-  if (node->level == CAS_LEVELS) {
-    err = cas_add_kid(node, n - 1);
-    for (uint32_t c = 0; c < st->per_page && !err; c++)
-      err = cas_load_record(st, loader, node, c, p + CAS_HEAD + CAS_RECORD * c);
-    return err;
-  }
-  while (n > 0 && !u_get32(p + CAS_HEAD + 4 * (n - 1)))
+  while (!has_records && n > 0 && !u_get32(at + 4 * (n - 1)))
     n--;
   if (n) err = cas_add_kid(node, n - 1);
-  for (uint32_t c = 0; c < n && !err; c++)
-    err = cas_load_node(st, loader, u_get32(p + CAS_HEAD + 4 * c),
-                        node->level - 1, node->index * st->fanout + c,
-                        &node->kid[c]);
+  for (uint32_t c = 0; has_records && c < st->per_page && !err; c++)
+    err = cas_load_record(st, node, c, at + CAS_RECORD * c);
+  for (uint32_t c = 0; !has_records && c < n && !err; c++)
+    err = cas_load_node(st, u_get32(at + 4 * c), node->level - 1,
+                        node->index * st->fanout + c, &node->kid[c]);
   return err;
 }
 
 /* Reads the page of a node.  One that is wrong is lost (C21): so are the blocks
  * below it, but nothing else.  Of the catalog the volumes below are left out,
  * and what led to them is made anew. */
-static int cas_load_page(struct nbdserve_cas *st, struct cas_loader *loader,
-                         struct cas_node *node, unsigned char *p) {
+static int cas_load_page(struct nbdserve_cas *st, struct cas_node *node) {
+  struct cas_loader *loader = st->loader;
   int is_map = node->level < CAS_LEVELS;
-  struct cas_head head = {.magic = is_map ? CAS_MAP : CAS_CAT,
-                          .level = node->level,
-                          .index = node->index};
-  enum cas_page_state state = PAGE_WRONG;
+  int err = -EUCLEAN;
+  if (node->slot == CAS_LOST && is_map) return 0;
   if (node->slot != CAS_LOST)
-    state = cas_read_page(st, node->slot, head, p);
-  else if (is_map)
-    return 0;
-  if (state <= PAGE_HEALED) return cas_load_below(st, loader, node, p);
-  if (state == PAGE_WRONG && is_map)
+    err = cas_read_page(st, node->slot, cas_head_of(st, node), loader->data);
+  if (!err) return cas_load_below(st, node, loader->data);
+  if (err == -EUCLEAN && is_map)
     loader->nlost++;
   else
     loader->nunreadable++;
@@ -7005,15 +6886,14 @@ static int cas_load_page(struct nbdserve_cas *st, struct cas_loader *loader,
 }
 
 /* After pages were found to be lost: makes dirty what leads to them. */
-static void cas_dirty_above_lost(struct nbdserve_cas *st,
-                                 const struct cas_loader *loader) {
-  for (uint32_t i = loader->n; i-- > 0;) { /* what is below comes later */
-    struct cas_node *node = loader->nodes[i];
+static void cas_dirty_above_lost(struct nbdserve_cas *st) {
+  for (uint32_t i = st->loader->n; i-- > 0;) { /* what is below comes later */
+    struct cas_node *node = st->loader->nodes[i];
     int is_dirty = 0;
-    for (uint32_t c = 0; c < node->nkids; c++)
-      if (node->kid[c] &&
-          (!node->kid[c]->slot || node->kid[c]->slot == CAS_LOST))
-        is_dirty = 1;
+    for (uint32_t c = 0; c < node->nkids; c++) {
+      const struct cas_node *kid = node->kid[c];
+      is_dirty |= kid && (!kid->slot || kid->slot == CAS_LOST);
+    }
     if (!is_dirty || !node->slot) continue;
     cas_drop_pair(st, node->slot, &st->retired);
     node->slot = 0;
@@ -7029,55 +6909,51 @@ static int cas_compare_ids(const void *a, const void *b) {
 }
 
 /* The volume or snapshot with an id, or NULL. */
-static struct cas_volume *cas_by_id(const struct cas_loader *loader,
-                                    uint64_t id) {
+static struct cas_volume *cas_by_id(const struct cas_loader *in, uint64_t id) {
   struct cas_volume key = {.id = (uint32_t)id};
   const struct cas_volume *p = &key;
-  struct cas_volume **found = bsearch(&p, loader->by_id, loader->nvolumes,
-                                      sizeof *loader->by_id, cas_compare_ids);
+  struct cas_volume **found =
+      bsearch(&p, in->by_id, in->nvolumes, sizeof *in->by_id, cas_compare_ids);
   return found ? *found : NULL;
 }
 
 /* Puts the volumes into the order of their ids, which have to be different, and
  * finds the volume of each snapshot. */
-static int cas_order_volumes(struct nbdserve_cas *st,
-                             struct cas_loader *loader) {
+static int cas_order_volumes(struct nbdserve_cas *st) {
+  struct cas_loader *loader = st->loader;
   uint32_t n = 0;
-  loader->by_id =
-      NBDSERVE_MALLOC((loader->nvolumes + 1) * sizeof *loader->by_id);
+  loader->by_id = u_zalloc((loader->nvolumes + 1) * sizeof *loader->by_id);
   if (!loader->by_id) return -ENOMEM;
   for (struct cas_volume *vol = st->volumes; vol; vol = vol->next)
     loader->by_id[n++] = vol;
+  assert(n == loader->nvolumes);
   qsort(loader->by_id, n, sizeof *loader->by_id, cas_compare_ids);
   st->volumes = NULL;
-  for (uint32_t i = n; i-- > 0;) {
-    loader->by_id[i]->next = st->volumes;
-    st->volumes = loader->by_id[i];
+  while (n-- > 0) {
+    loader->by_id[n]->next = st->volumes;
+    st->volumes = loader->by_id[n];
   }
   for (struct cas_volume *vol = st->volumes; vol; vol = vol->next) {
-    if (vol->is_snapshot) vol->parent = cas_by_id(loader, vol->made_from);
-    if ((vol->next && vol->next->id == vol->id) ||
-        (vol->is_snapshot && (!vol->parent || vol->parent->is_snapshot)))
-      return -EUCLEAN;
+    if (vol->next && vol->next->id == vol->id) return -EUCLEAN;
+    if (!vol->parent) continue;
+    vol->parent = cas_by_id(loader, vol->made_from);
+    if (!vol->parent || vol->parent->parent) return -EUCLEAN;
   }
   return 0;
 }
 
 /* Loads the catalog and all maps, level by level, and counts the holds on each
  * slot. */
-static int cas_load(struct nbdserve_cas *st, struct cas_loader *loader) {
-  int err =
-      cas_load_node(st, loader, st->super.catalog, CAS_TOP, 0, &st->catalog);
-  unsigned char *p = NBDSERVE_MALLOC(st->bs);
-  if (!p) return -ENOMEM;
+static int cas_load(struct nbdserve_cas *st) {
+  const struct cas_loader *loader = st->loader;
+  int err = cas_load_node(st, st->super.catalog, CAS_TOP, 0, &st->catalog);
   for (uint32_t i = 0; i < loader->n && !err; i++)
-    err = cas_load_page(st, loader, loader->nodes[i], p);
-  NBDSERVE_FREE(p);
-  if (!err) err = cas_order_volumes(st, loader);
+    err = cas_load_page(st, loader->nodes[i]);
+  if (!err) err = cas_order_volumes(st);
   if (err) return err;
   int is_bad = loader->nunreadable || loader->nlost > CAS_MAX_LOST;
   if (is_bad && !st->readonly && !st->accept_loss) return -EUCLEAN;
-  if (loader->nlost || loader->nunreadable) cas_dirty_above_lost(st, loader);
+  if (loader->nlost || loader->nunreadable) cas_dirty_above_lost(st);
   return 0;
 }
 
@@ -7096,7 +6972,7 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq, unsigned char *p,
     st->log_unread = 1;
     return 0;
   }
-  cas_decode(cas_log_fields, p + CAS_LOG_HEAD, head);
+  cas_decode(cas_log_sizes, p + CAS_LOG_HEAD, head);
   if (head->magic != CAS_LOG || head->seq != seq || head->count > CAS_ENTRIES)
     return 0;
   sha_begin(mixed);
@@ -7110,14 +6986,15 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq, unsigned char *p,
  * is damage, as is a page that follows a newer superblock than there is (C9). */
 static uint64_t cas_find_log_end(struct nbdserve_cas *st, unsigned char *p) {
   struct cas_log_head head;
-  uint64_t end = st->tail;
+  uint64_t end = st->super.replay;
   uint64_t gap = UINT64_MAX; /* the first page that is not valid */
-  for (uint64_t seq = st->tail; seq - st->tail < st->super.log_pages; seq++) {
+  for (uint64_t seq = st->super.replay;
+       seq - st->super.replay < st->super.log_pages; seq++) {
     if (!cas_log_read(st, seq, p, &head)) {
       gap = u_min(gap, seq);
       continue;
     }
-    if (head.super > st->super_number) st->is_outdated = 1;
+    if (head.super > st->super.number) st->is_outdated = 1;
     if (head.durable > gap) st->log_damaged = 1;
     if (head.durable > st->durable) st->durable = head.durable;
     end = seq + 1;
@@ -7145,21 +7022,20 @@ static void cas_rewrite_digests(struct nbdserve_cas *st, uint32_t slot) {
 /* Does the slot of an entry have the data that the entry says?  Then it is
  * written once more, as after a failed sync it may be in memory only; if that
  * fails there still is what was read.  Where the data cannot be read the digest
- * has to do, so that a client gets an error and not what was there before.
- * room: [block_size] */
-static int cas_confirm(struct nbdserve_cas *st, const struct cas_entry *entry,
-                       unsigned char *room) {
+ * has to do, so that a client gets an error and not what was there before. */
+static int cas_confirm(struct nbdserve_cas *st, const struct cas_entry *entry) {
+  unsigned char *data = st->loader->data;
   uint32_t slot = (uint32_t)entry->slot;
   uint64_t off = cas_data_off(st, slot);
   unsigned char sum[CAS_DIGEST_LEN];
-  if (cas_io(st, OS_READ, room, st->bs, off))
+  if (cas_io(st, OS_READ, data, st->bs, off))
     return !cas_io(st, OS_READ, sum, sizeof sum, cas_digest_off(st, slot)) &&
            memcmp(sum, entry->digest, sizeof sum) == 0;
-  sha_256(st->hw, room, NULL, st->bs, sum, NULL);
+  sha_256(st->hw, data, NULL, st->bs, sum, NULL);
   if (memcmp(sum, entry->digest, sizeof sum) != 0) return 0;
   CAS_AT(st, slot, tag) |= CAS_GOOD;
   if (st->readonly) return 1;
-  (void)!cas_io(st, OS_WRITE, room, st->bs, off);
+  (void)!cas_io(st, OS_WRITE, data, st->bs, off);
   if (cas_io(st, OS_WRITE, sum, sizeof sum, cas_digest_off(st, slot)))
     cas_rewrite_digests(st, slot);
   return 1;
@@ -7167,48 +7043,46 @@ static int cas_confirm(struct nbdserve_cas *st, const struct cas_entry *entry,
 
 /* Applies an entry to the maps.  One that is not known to be durable counts only
  * if the slot has the data (C9). */
-static int cas_redo(struct cas_volume *vol, struct cas_entry *entry,
-                    int is_known, unsigned char *room) {
+static int cas_redo(struct cas_volume *vol, const struct cas_entry *entry,
+                    int is_known) {
   struct nbdserve_cas *st = vol->st;
-  uint64_t blocks = cas_blocks(st, vol->now.size);
+  uint64_t block = entry->block;
+  uint64_t left = cas_blocks(st, vol->now.size);
   uint32_t slot = (uint32_t)entry->slot;
-  struct cas_spot spot;
-  int err = 0;
-  if (entry->block >= blocks) return 0;
-  uint64_t to = entry->block + u_min(entry->count, blocks - entry->block);
-  while (!slot && entry->block < to && !err) {
-    err = cas_prepare(vol, entry->block, &spot);
-    if (!err) err = cas_trim_leaf(vol, &spot, entry->block, to, &entry->block);
-  }
-  if (!slot || err) return err;
+  assert(st->is_replaying);
+  if (block >= left) return 0;
+  left -= block;
+  if (!slot)
+    return cas_make_holes(vol, block,
+                          block + u_min(u_get64(entry->digest), left));
   int is_slot = cas_is_in_file(st, slot) && !cas_extend(st, slot) &&
                 CAS_AT(st, slot, tag) != TAG_PAGE;
-  if (!is_known && (!is_slot || !cas_confirm(st, entry, room))) return 0;
-  if (!is_slot) slot = CAS_LOST;
-  err = cas_prepare(vol, entry->block, &spot);
-  if (err) return err;
-  cas_hold(st, slot);
-  return cas_set_slot(vol, entry->block, slot);
+  if (!is_known && (!is_slot || !cas_confirm(st, entry))) return 0;
+  struct cas_block blk = {.number = block,
+                          .slot = is_slot ? slot : CAS_LOST,
+                          .expected = CAS_ANY,
+                          .is_duplicate = 1};
+  cas_hold(st, blk.slot);
+  int err = cas_commit_block(vol, &blk);
+  cas_drop(st, blk.slot, &st->dropped);
+  return err;
 }
 
 /* Applies a log page, and writes it once more if it may be in memory only. */
-static int cas_redo_page(struct nbdserve_cas *st,
-                         const struct cas_loader *loader, uint64_t seq,
-                         unsigned char *p, unsigned char *room) {
+static int cas_redo_page(struct nbdserve_cas *st, uint64_t seq) {
+  unsigned char *p = st->page;
   int is_known = seq < st->durable;
   struct cas_log_head head;
   int err = 0;
   if (!cas_log_read(st, seq, p, &head)) return 0;
   for (uint32_t i = 0; i < head.count && !err; i++) {
     struct cas_entry entry;
-    cas_decode(cas_hole_fields, p + CAS_ENTRY * i, &entry);
-    cas_decode(cas_entry_fields, p + CAS_ENTRY * i, &entry);
-    struct cas_volume *vol = cas_by_id(loader, entry.volume);
-    if (vol) err = cas_redo(vol, &entry, is_known, room);
+    cas_decode(cas_entry_sizes, p + CAS_ENTRY * i, &entry);
+    struct cas_volume *vol = cas_by_id(st->loader, entry.volume);
+    if (vol) err = cas_redo(vol, &entry, is_known);
   }
-  if (!err && !is_known && !st->readonly)
-    err = cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, seq));
-  return err;
+  if (err || is_known || st->readonly) return err;
+  return cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, seq));
 }
 
 /* Takes note, in their digests, that the free slots of a segment will be given
@@ -7247,6 +7121,7 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
  * it made dirty are still named by the superblock, and wait. */
 static void cas_free_dropped(struct nbdserve_cas *st) {
   uint32_t slot;
+  assert(!st->dropped && !st->is_open && !st->is_replaying);
   for (slot = st->retired; slot; slot = CAS_AT(st, slot, link))
     CAS_AT(st, slot, refs) = 1;
   for (slot = 1; slot < st->nslots; slot++) {
@@ -7261,39 +7136,38 @@ static void cas_free_dropped(struct nbdserve_cas *st) {
 /* Brings the maps up to what the log says.  What was found is durable before a
  * slot is taken (C10); so what was free to the store that wrote this is free
  * now, and there is room for the checkpoint. */
-static int cas_recover(struct nbdserve_cas *st,
-                       const struct cas_loader *loader) {
-  unsigned char *p = st->page;
-  unsigned char *room = NBDSERVE_MALLOC(st->bs);
-  uint64_t end = cas_find_log_end(st, p);
+static int cas_recover(struct nbdserve_cas *st) {
+  uint64_t end = cas_find_log_end(st, st->page);
   int is_bad =
       (st->log_damaged && !st->repair) || (st->is_outdated && !st->accept_loss);
-  int err = room ? 0 : -ENOMEM;
-  if (is_bad && !st->readonly) err = -EUCLEAN;
+  int err = is_bad && !st->readonly ? -EUCLEAN : 0;
   os_lock(&st->lock);
   st->is_replaying = 1;
-  for (uint64_t seq = st->tail; seq < end && !err; seq++)
-    err = cas_redo_page(st, loader, seq, p, room);
+  for (uint64_t seq = st->super.replay; seq < end && !err; seq++)
+    err = cas_redo_page(st, seq);
   st->is_replaying = 0;
+  memset(st->page, 0, CAS_PAGE);
+  assert(!st->nlog && !st->nlogged);
   os_unlock(&st->lock);
-  NBDSERVE_FREE(room);
   if (!err && !st->readonly && end > st->durable) err = os_datasync(st->fd);
   if (err) return err;
+  assert(st->readonly || st->super.replay <= end);
   cas_free_dropped(st);
   /* Where the file ends is where a power cut has left it. */
   for (uint32_t x = (uint32_t)st->super.nslots; x < st->nslots && !st->readonly;
        x += CAS_SEGMENT)
     if (cas_give_space(st, x)) cas_punch(st, x, 0);
-  memset(p, 0, CAS_PAGE);
-  int is_clean = end == st->tail && !st->log_unread && !st->ndirty;
+  int is_clean = end == st->super.replay && !st->log_unread && !st->ndirty;
   if (st->readonly || is_clean) return 0;
-  st->seq = st->tail = st->durable = st->marked = end + st->super.log_pages;
+  st->seq = end + st->super.log_pages;
+  st->super.replay = st->durable = st->marked = st->seq;
   st->log_damaged = 0; /* the checkpoint leaves the log behind */
   return cas_checkpoint(st, NULL, UINT64_MAX);
 }
 
 /* Frees a store; nothing is written. */
 static void cas_destroy(struct nbdserve_cas *st) {
+  assert(!st->busy && !st->loader && !st->syncing);
   os_lock(&st->lock);
   st->is_ending = 1;
   cas_unref(st, st->catalog);
@@ -7325,7 +7199,8 @@ static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
   st->hw = os_has_hwsha();
   st->verify = flags & NBDSERVE_CAS_VERIFY ||
                (st->hw && !(flags & NBDSERVE_CAS_NO_VERIFY));
-  st->cache_mib = o && o->cache_mib ? o->cache_mib : CAS_CACHE_MIB;
+  st->cache = (uint64_t)(o && o->cache_mib ? o->cache_mib : CAS_CACHE_MIB)
+              << 20;
   sha_begin(st->mixed);
   if (os_monitors_init(&st->ckpt, &st->lock) == 0) return st;
   NBDSERVE_FREE(st);
@@ -7353,13 +7228,18 @@ int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
   struct cas_loader loader = {.n = 0};
   struct nbdserve_cas *st = cas_new(o);
   if (!st) return -ENOMEM;
+  st->loader = &loader;
   int err = cas_open_file(st, path, st->readonly ? O_RDONLY : O_RDWR);
   if (!err) err = cas_open_super(st);
   if (!err) err = cas_extend(st, (uint32_t)st->super.nslots - 1);
-  if (!err) err = cas_load(st, &loader);
-  if (!err) err = cas_recover(st, &loader);
+  if (!err) loader.data = NBDSERVE_MALLOC(2 * (size_t)st->bs);
+  if (!err && !loader.data) err = -ENOMEM;
+  if (!err) err = cas_load(st);
+  if (!err) err = cas_recover(st);
   NBDSERVE_FREE(loader.nodes);
   NBDSERVE_FREE(loader.by_id);
+  NBDSERVE_FREE(loader.data);
+  st->loader = NULL;
   if (err) {
     cas_destroy(st);
     return err;
@@ -7379,7 +7259,7 @@ int nbdserve_cas_close(struct nbdserve_cas *st) {
   while (st->busy)
     cas_wait(st);
   int err = st->failed;
-  int is_clean = st->nlogged == st->nsynced && st->seq == st->tail;
+  int is_clean = st->nlogged == st->nsynced && st->seq == st->super.replay;
   cas_unlock(st);
   if (!err && !st->readonly && !is_clean)
     err = cas_checkpoint(st, NULL, UINT64_MAX);
@@ -7408,15 +7288,16 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   if (!st) return -ENOMEM;
   clock_gettime(CLOCK_REALTIME, &t);
   st->super = (struct cas_super){
-      .magic = {'N', 'B', 'D', 'S', 'C', 'A', 'S'},
+      .magic = CAS_MAGIC,
       .digit = {'0' + CAS_VERSION},
       .version = CAS_VERSION,
       .block_size = o && o->block_size ? o->block_size : CAS_MIN_BLOCK,
-      .log_pages = o && o->log_pages ? o->log_pages : 4096};
+      .log_pages = o && o->log_pages ? o->log_pages : 4096,
+      .replay = 1};
   /* An id that no other store has */
   u_put64(st->super.id, (uint64_t)t.tv_sec << 30 ^ (uint64_t)t.tv_nsec);
   u_put64(st->super.id + 8, (uint64_t)getpid() << 32 ^ (uint64_t)(uintptr_t)st);
-  st->seq = st->tail = st->next_id = 1;
+  st->seq = st->next_id = 1;
   int err = cas_lay_out(st);
   if (!err) err = cas_open_file(st, path, O_RDWR | O_CREAT | O_EXCL);
   int is_new = st->fd >= 0 && err != -EBUSY; /* else another one has it now */
@@ -7545,18 +7426,16 @@ int nbdserve_cas_change(struct nbdserve_cas *st, int verb, const char *name,
  * that; NULL: it is never to be seen. */
 static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
                     struct cas_volume **out) {
-  struct cas_volume *vol = u_zalloc(sizeof *vol);
-  int err = vol ? 0 : -ENOMEM;
-  if (st->readonly) err = -EROFS;
+  uint32_t npairs = CAS_RESERVE_PAIRS + CAS_MARGIN;
+  if (st->readonly) return -EROFS;
   os_lock(&st->lock); /* what is to be written may be there already */
   while (st->busy && st->filled < st->to_fill)
     cas_wait(st);
-  if (!err && name) err = cas_give_name(st, vol, name);
-  if (!err && cas_want_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN))
-    cas_reclaim(st);
-  if (!err) err = cas_want_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
-  if (!err) err = cas_enter(st, vol);
+  if (cas_want_pairs(st, npairs)) cas_reclaim(st);
+  int err = cas_want_pairs(st, npairs);
+  if (!err) err = cas_enter(st, NULL, name, out);
   if (!err) {
+    struct cas_volume *vol = *out;
     vol->own.run_batch = cas_batch;
     vol->is_hidden = 1;
     vol->clients = 1;
@@ -7564,22 +7443,17 @@ static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
     vol->now.size = size;
   }
   cas_unlock(st);
-  if (err) NBDSERVE_FREE(vol);
-  *out = vol;
   return err;
 }
 
 /* Ends what cas_hide has begun.  Unless it is to be seen by now, it goes. */
 static void cas_unhide(struct cas_volume *vol) {
   struct nbdserve_cas *st = vol->st;
+  assert(vol->clients == 1);
   os_lock(&st->ckpt); /* to free its map */
   os_lock(&st->lock);
   vol->clients--;
-  if (vol->is_hidden) {
-    cas_leave(vol);
-    vol->next = NULL;
-    cas_free_volumes(st, vol);
-  }
+  if (vol->is_hidden) cas_leave(vol);
   cas_unlock(st);
   os_unlock(&st->ckpt);
 }
@@ -7588,7 +7462,7 @@ static void cas_unhide(struct cas_volume *vol) {
 int nbdserve_cas_begin(struct nbdserve_cas *st, const char *name, uint64_t size,
                        struct nbdserve_export *out) {
   struct cas_volume *vol;
-  if (size > INT64_MAX || cas_blocks(st, size) > st->max_blocks) return -EINVAL;
+  if (!cas_is_size(st, size)) return -EINVAL;
   int err = cas_hide(st, name, size, &vol);
   if (!err) cas_fill_export(vol, out);
   return err;
@@ -7605,11 +7479,11 @@ int nbdserve_cas_finish(struct nbdserve_cas *st, struct nbdserve_export *ex,
   return err;
 }
 
-/* The first volume that anybody sees with an id above one, or NULL. */
-static struct cas_volume *cas_volume_above(struct nbdserve_cas *st,
-                                           uint32_t id) {
+/* The first volume that anybody sees with an id from one on, or NULL. */
+static struct cas_volume *cas_volume_from(struct nbdserve_cas *st,
+                                          uint32_t id) {
   struct cas_volume *vol = st->volumes;
-  while (vol && (!vol->now.is_there || vol->id <= id))
+  while (vol && (!vol->now.is_there || vol->id < id))
     vol = vol->next;
   return vol;
 }
@@ -7621,10 +7495,10 @@ int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
   char id[72];
   int r = 0;
   os_lock(&st->lock);
-  struct cas_volume *vol = cas_volume_above(st, 0);
+  struct cas_volume *vol = cas_volume_from(st, 0);
   while (vol && !r) {
     uint64_t generation = st->generation;
-    uint32_t last = vol->id;
+    uint32_t next = vol->id + 1;
     struct nbdserve_cas_info info = {.name = cas_full_name(vol, name),
                                      .size = vol->now.size,
                                      .created = vol->created,
@@ -7636,7 +7510,7 @@ int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
     os_lock(&st->lock);
     do /* what comes behind it; from the beginning, if it may be gone */
       vol =
-          st->generation == generation ? vol->next : cas_volume_above(st, last);
+          st->generation == generation ? vol->next : cas_volume_from(st, next);
     while (vol && !vol->now.is_there);
   }
   cas_unlock(st);
@@ -7654,7 +7528,7 @@ void nbdserve_cas_stat(struct nbdserve_cas *st, struct nbdserve_cas_stat *out) {
       .free = nfree * st->bs,
       .stored = (st->nslots - 1 - st->nwaiting - nfree) * st->bs,
       .file = (uint64_t)lseek(st->fd, 0, SEEK_END),
-      .log = (st->seq - st->tail) * 100 / st->super.log_pages};
+      .log = (st->seq - st->super.replay) * 100 / st->super.log_pages};
   cas_unlock(st);
 }
 
@@ -7724,6 +7598,7 @@ static int cas_seal_node(struct cas_sealer *sealer, const struct cas_node *node,
                          unsigned char digest[CAS_DIGEST_LEN]) {
   size_t len = (size_t)sealer->vol->st->fanout * CAS_DIGEST_LEN;
   unsigned char *digests = u_zalloc(len);
+  assert(!base || (base->level == node->level && base->index == node->index));
   int err = digests ? 0 : -ENOMEM;
   if (!err && node->slot == CAS_LOST) err = -EIO;
   if (!err && !node->level)
@@ -7762,21 +7637,23 @@ static struct cas_volume *cas_use_base(struct cas_sealer *sealer) {
       base = p;
   if (base) {
     base->clients++;
-    *cas_root(sealer->tree) = *cas_digests(base);
-    (*cas_digests(base))->refs++;
+    cas_share(cas_root(sealer->tree), *cas_digests(base));
   }
   cas_unlock(vol->st);
   return base;
 }
 
-/* Computes the content id of a snapshot, and the tree below it. */
-static int cas_compute_id(struct cas_sealer *sealer,
-                          unsigned char cid[CAS_DIGEST_LEN]) {
+/* Seals a snapshot: computes its content id and the tree below, and makes a
+ * checkpoint with both. */
+static int cas_seal(struct cas_sealer *sealer) {
   struct cas_volume *vol = sealer->vol;
   struct nbdserve_cas *st = vol->st;
   unsigned char top[14 + 4 + 8 + CAS_DIGEST_LEN] = "nbdserve-cid-2";
+  unsigned char cid[CAS_DIGEST_LEN];
+  int err = cas_hide(st, NULL, INT64_MAX, &sealer->tree);
+  if (err) return err;
+  struct cas_change change = {.vol = vol, .tree = sealer->tree, .cid = cid};
   struct cas_volume *base = cas_use_base(sealer);
-  int err = 0;
   sealer->data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
   if (!sealer->data) err = -ENOMEM;
   if (!err && *cas_root(vol))
@@ -7787,6 +7664,8 @@ static int cas_compute_id(struct cas_sealer *sealer,
   sha_256(st->hw, top, NULL, sizeof top, cid, NULL);
   if (base) cas_close(base);
   NBDSERVE_FREE(sealer->data);
+  if (!err) err = cas_apply(st, &change);
+  cas_unhide(sealer->tree);
   return err;
 }
 
@@ -7794,24 +7673,13 @@ static int cas_compute_id(struct cas_sealer *sealer,
 int nbdserve_cas_seal(struct nbdserve_cas *st, const char *name, char id[72],
                       nbdserve_progress_fn *progress, void *arg) {
   struct cas_sealer sealer = {.progress = progress, .arg = arg};
-  unsigned char cid[CAS_DIGEST_LEN];
   *id = 0;
   int err = cas_use(st, name, strlen(name), &sealer.vol);
   if (err) return err;
-  struct cas_change change = {.vol = sealer.vol, .cid = cid};
   os_lock(&st->lock);
   int is_sealed = *cas_spell_id(sealer.vol, id) != 0;
   cas_unlock(st);
-  if (!sealer.vol->parent) err = -EINVAL;
-  if (!err && !is_sealed) {
-    err = cas_hide(st, NULL, INT64_MAX, &sealer.tree);
-    change.tree = sealer.tree;
-    if (!err) {
-      err = cas_compute_id(&sealer, cid);
-      if (!err) err = cas_apply(st, &change);
-      cas_unhide(sealer.tree);
-    }
-  }
+  if (!is_sealed) err = sealer.vol->parent ? cas_seal(&sealer) : -EINVAL;
   os_lock(&st->lock);
   cas_spell_id(sealer.vol, id); /* from now on it is fixed */
   cas_unlock(st);
@@ -7837,39 +7705,16 @@ static int cas_is_shared(struct nbdserve_cas *st, struct cas_node **root[2],
   return 0;
 }
 
-/* Have two maps the same slot for a block?  *span: for how many blocks on that
- * is so.  1 or 0, or -errno. (unlocks) */
-static int cas_is_same_slot(struct nbdserve_cas *st, struct cas_node **root[2],
-                            uint64_t block, uint64_t *span) {
-  struct cas_spot spot[2];
-  int err = 0;
-  do /* until the lock was not let go between the two */
-    for (int i = 0; i < 2 && !err; i++)
-      err = cas_find_spot(st, root[i], block, spot + i);
-  while (!err && cas_walk(st, *root[0], block, spot));
-  if (err) return err;
-  int same = spot[0].slot == spot[1].slot && spot[0].slot != CAS_LOST;
-  uint64_t n = 1;
-  *span = u_min(spot[0].span, spot[1].span);
-  if (!spot[0].leaf && !spot[1].leaf) return same;
-  for (uint64_t c = block % st->fanout; n < *span; n++) {
-    uint32_t a = spot[0].leaf ? spot[0].leaf->slots[c + n] : spot[0].slot;
-    uint32_t b = spot[1].leaf ? spot[1].leaf->slots[c + n] : spot[1].slot;
-    if ((a == b && a != CAS_LOST) != same) break;
-  }
-  *span = n;
-  return same;
-}
-
 /* Are blocks of two volumes the same, from one on?  *span: for how many that is
- * so.  1 or 0, or -errno.  Behind its end a volume is all zeroes; where only one
- * ends inside a block, that is not the same unless it is a hole. */
+ * known.  1 or 0, or -errno.  Behind its end a volume is all zeroes; where only
+ * one ends inside a block, that is not the same unless it is a hole. */
 static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
                     uint64_t block, uint64_t *span) {
   struct cas_node *nothing = NULL;
   struct cas_node **root[2];
-  struct cas_spot spot;
+  struct cas_spot spot[2];
   uint64_t max = UINT64_MAX;
+  int err = 0;
   os_lock(&st->lock);
   for (int i = 0; i < 2; i++) {
     uint64_t size = vol[i]->now.size;
@@ -7877,15 +7722,20 @@ static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
     if (block <= size / st->bs) max = u_min(max, size / st->bs - block);
   }
   int is_odd = max == 0; /* one ends here */
-  int same = cas_is_shared(st, root, block, span);
-  if (!same || is_odd) same = cas_is_same_slot(st, root, block, span);
-  if (same > 0 && is_odd && vol[0]->now.size != vol[1]->now.size) {
-    int err = cas_find_spot(st, root[0], block, &spot);
-    same = err ? err : !spot.slot;
+  int same = !is_odd && cas_is_shared(st, root, block, span);
+  if (!same) {
+    do /* until the lock was not let go between the two */
+      for (int i = 0; i < 2 && !err; i++)
+        err = cas_find_spot(st, root[i], block, spot + i);
+    while (!err && cas_walk(st, *root[0], block, spot));
+    same = !err && spot[0].slot == spot[1].slot && spot[0].slot != CAS_LOST;
+    if (is_odd && vol[0]->now.size != vol[1]->now.size) same &= !spot[0].slot;
+    *span = u_min(spot[0].span, spot[1].span);
+    if (spot[0].leaf || spot[1].leaf) *span = 1;
   }
   cas_unlock(st);
   *span = is_odd ? 1 : u_min(*span, max);
-  return same;
+  return err ? err : same;
 }
 
 /* See nbdserve.h. */
@@ -7920,10 +7770,12 @@ struct cas_verifier {
   nbdserve_damage_fn *each;
   nbdserve_progress_fn *progress;
   void *arg;
-  int mends;     /* what can be mended is written anew */
-  int found;     /* something is damaged */
-  int stop;      /* not 0: it ends, by this */
-  uint64_t done; /* bytes */
+  int mends;      /* what can be mended is written anew */
+  int found;      /* something is damaged */
+  int stop;       /* not 0: it ends, by this */
+  uint32_t id;    /* what comes next: of a volume, or of one above it, */
+  uint64_t block; /* and from where on */
+  uint64_t done;  /* bytes */
   uint64_t total;
   unsigned char *data; /* [CAS_BATCH] blocks */
   uint64_t from;       /* of a range that is damaged, which is not told yet, */
@@ -7949,27 +7801,22 @@ static void cas_note(struct cas_verifier *v, const char *name, uint64_t off,
 }
 
 /* Checks the superblocks and, segment by segment, the pages, and mends those of
- * which one is damaged.  No checkpoint runs meanwhile, so all were written. */
+ * which one is damaged.  No checkpoint runs meanwhile, so all were written, and
+ * none is written over. */
 static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
   struct nbdserve_cas *st = v->st;
   struct cas_super super;
   struct cas_head any = {.magic = 0};
   int nbad = 0;
   os_lock(&st->ckpt);
+  any.number = st->super.number;
   for (int i = 0; first == 0 && i < 2 && !st->readonly; i++)
-    if (cas_read_super(st, i, &super) != SUPER_GOOD &&
-        cas_write_super(st, &st->super, i))
-      nbad++;
+    nbad += cas_read_super(st, i, &super) && cas_write_super(st, &st->super, i);
   for (uint32_t slot = first; slot < first + CAS_TWIN; slot++) {
     os_lock(&st->lock);
     int is_page = CAS_AT(st, slot, tag) == TAG_PAGE;
-    if (is_page) cas_hold(st, slot);
     cas_unlock(st);
-    if (!is_page) continue;
-    if (cas_read_page(st, slot, any, v->data) > PAGE_HEALED) nbad++;
-    os_lock(&st->lock);
-    cas_drop(st, slot, &st->retired);
-    cas_unlock(st);
+    nbad += is_page && cas_read_page(st, slot, any, v->data);
   }
   os_unlock(&st->ckpt);
   for (; nbad > 0; nbad--)
@@ -8008,68 +7855,74 @@ static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
   cas_unlock(st);
 }
 
-/* Checks some blocks of a volume. */
+/* Checks the next n blocks of a volume. */
 static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
-                              const char *name, uint64_t block, size_t n) {
+                              const char *name, size_t n) {
   struct cas_block blk[CAS_BATCH];
   uint64_t bs = v->st->bs;
+  assert(n <= CAS_BATCH);
   for (size_t i = 0; i < n; i++)
-    blk[i] = (struct cas_block){.number = block + i, .data = v->data + i * bs};
+    blk[i] =
+        (struct cas_block){.number = v->block + i, .data = v->data + i * bs};
   cas_read(vol, blk, n, 0);
   for (size_t i = 0; i < n; i++) {
     int is_bad = blk[i].err || blk[i].digest_err;
     const char *why = NULL;
     if (is_bad && v->mends && blk[i].slot) cas_mend(v->st, blk + i);
+    if (blk[i].digest_err) why = "the digest cannot be read";
     if (blk[i].err)
       why = blk[i].slot ? "the data is not what it was"
                         : "the map cannot be read";
-    else if (blk[i].digest_err)
-      why = "the digest cannot be read";
-    cas_note(v, name, (block + i) * bs, why);
+    cas_note(v, name, blk[i].number * bs, why);
   }
   cas_unpin(v->st, blk, n);
 }
 
-/* Checks the next blocks of the volume with an id, which is looked up each time:
- * who verifies keeps nobody from removing it.  *block goes on, to UINT64_MAX
- * behind the last one, or if the volume is gone. */
-static void cas_verify_step(struct cas_verifier *v, uint32_t id,
-                            uint64_t *block) {
+/* Checks the next blocks; returns 0 if there are none.  The volume is looked up
+ * by its id each time: who verifies keeps nobody from removing it. */
+static int cas_verify_step(struct cas_verifier *v) {
   struct nbdserve_cas *st = v->st;
+  struct cas_volume *vol;
   char name[CAS_PATH];
-  os_lock(&st->lock);
-  struct cas_volume *vol = cas_volume_above(st, id - 1);
-  int is_there = vol && vol->id == id && !vol->is_staged;
-  if (is_there) vol->pins++;
-  if (is_there) cas_full_name(vol, name);
-  cas_unlock(st);
-  uint64_t at = *block;
-  uint64_t end = is_there ? cas_blocks(st, vol->now.size) : 0;
   uint64_t n = 0;
-  int kind = at < end ? cas_next_run(vol, at, end - at, &n) : 0;
-  if (n && kind > 0) {
-    n = u_min(n, CAS_BATCH);
-    cas_verify_blocks(v, vol, name, at, (size_t)n);
-  } else if (n) {
-    cas_note(v, name, at * st->bs, kind ? "the map cannot be read" : NULL);
-  }
-  v->done += n * st->bs;
-  *block = at + n < end ? at + n : UINT64_MAX;
-  if (!is_there) {
+  os_lock(&st->lock);
+  while ((vol = cas_volume_from(st, v->id)) && vol->is_staged)
+    cas_wait(st);
+  if (vol) vol->pins++;
+  if (vol) cas_full_name(vol, name);
+  cas_unlock(st);
+  if (!vol) return 0;
+  if (vol->id != v->id) { /* the one before is over, or gone */
+    v->id = vol->id;
+    v->block = 0;
     v->why = NULL;
-    return;
   }
-  if (*block == UINT64_MAX) cas_note(v, name, vol->now.size, NULL);
+  uint64_t end = cas_blocks(st, vol->now.size);
+  uint64_t left = end - u_min(v->block, end); /* it may be smaller now */
+  int kind = left ? cas_next_run(vol, v->block, left, &n) : 0;
+  if (kind > 0) n = u_min(n, CAS_BATCH);
+  if (kind > 0)
+    cas_verify_blocks(v, vol, name, (size_t)n);
+  else if (n)
+    cas_note(v, name, v->block * st->bs,
+             kind ? "the map cannot be read" : NULL);
+  v->done += n * st->bs;
+  v->block += n;
+  if (n == left) {
+    cas_note(v, name, vol->now.size, NULL);
+    v->block = 0;
+    v->id++;
+  }
   os_lock(&st->lock);
   vol->pins--;
   os_wake_all(&st->lock);
   cas_unlock(st);
+  return 1;
 }
 
 /* Checks everything, and mends what it can if it is told to. */
 static int cas_verify(struct cas_verifier *v) {
   struct nbdserve_cas *st = v->st;
-  uint32_t id = 0;
   v->data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
   if (!v->data) return -ENOMEM;
   if (st->log_damaged) cas_tell(v, "", 0, 0, "the log is damaged");
@@ -8082,17 +7935,9 @@ static int cas_verify(struct cas_verifier *v) {
   cas_unlock(st);
   for (uint32_t x = 0; x < nslots && !v->stop; x += CAS_SEGMENT)
     cas_verify_pages(v, x);
-  for (uint64_t block = UINT64_MAX; !v->stop;) {
-    os_lock(&st->lock);
-    const struct cas_volume *vol = cas_volume_above(st, id);
-    if (block == UINT64_MAX && vol) id = vol->id;
-    cas_unlock(st);
-    if (block == UINT64_MAX && !vol) break;
-    if (block == UINT64_MAX) block = 0;
-    cas_verify_step(v, id, &block);
+  while (!v->stop && cas_verify_step(v))
     if (v->progress && v->progress(v->arg, v->done, v->total))
       v->stop = -ECANCELED;
-  }
   NBDSERVE_FREE(v->data);
   os_lock(&st->lock);
   int err = st->readonly ? 0 : cas_sync(st, 1); /* of what was mended */

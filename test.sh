@@ -3553,6 +3553,195 @@ testDamagedLogIsReadOnly() {
   cas 0 create "$S::n" 5
   cas 0 verify "$S"
 }
+# Makes the store for the table below: v of 40 blocks, some of which have changed
+# since v@s; other; and w, of which the log alone knows what is in it, in three
+# pages and an empty one that says that they are durable.
+mixed_store() {
+  store && unless NO_THREADS && needs python3 || return 1
+  noise 163840 >"$T/v@s"
+  noise 50000 >"$T/other"
+  cas 0 import "$S::v" "$T/v@s"
+  cas 0 snapshot "$S::v@s"
+  cas 0 import "$S::other" "$T/other"
+  cas 0 create "$S::w" 196608
+  serve "$S::"
+  cp "$T/v@s" "$T/v"
+  client brim "$SOCK" v "$T/v" over:6 flush
+  stop TERM
+  serve "$S::w"
+  client brim "$SOCK" w "$T/w" add:1 flush add:1 flush add:1 flush
+  sleep 1.5 # for the page that vouches for the last one
+  stop KILL
+}
+# What each place of a store costs that is destroyed: nothing, or the blocks that
+# lie or are described there; for a page, both of its copies must go.
+testWhichDestroyedSectorCostsWhat() {
+  mixed_store || return 0
+  cat >"$T/table.py" <<'END'
+import concurrent.futures, os, random, struct, subprocess, sys
+nbdserve, store, data = sys.argv[1:4]
+MIB, names = 2**20, ["v", "v@s", "other", "w"]
+sound = open(store, "rb").read()
+random.seed(5)
+want = {n: open(data + "/" + n, "rb").read() for n in names}
+
+def u32(at): return struct.unpack_from(">I", sound, at)[0]
+def u64(at): return struct.unpack_from(">Q", sound, at)[0]
+def slot(x): return 19 * MIB + 4096 * x
+def digest(x): return 18 * MIB + 32 * x
+def kids(x): return [u32(slot(x) + 32 + 4 * i) for i in range(1016)]
+
+# pages: slot -> the blocks below it, by name; blocks: slot -> the same
+pages, blocks, ids = {}, {}, {}
+def add(to, x, name, these):
+    to.setdefault(x, {}).setdefault(name, set()).update(these)
+def walk(x, level, name):
+    found = set()
+    for i, kid in enumerate(kids(x)):
+        if kid and level:
+            found |= walk(kid, level - 1, name)
+        elif kid:
+            found.add(i)
+            add(blocks, kid, name, {i})
+    add(pages, x, name, found)
+    return found
+root = u32(56)
+middle = kids(root)[0]
+records = kids(middle)[0]
+catalog = [root, middle, records]
+volumes = []
+for at in range(slot(records) + 32, slot(records) + 4032, 288):
+    if u32(at):
+        name = sound[at + 112:at + 278].rstrip(b"\0").decode()
+        name = "v@" + name if u32(at + 4) & 1 else name
+        volumes.append(name)
+        ids[u32(at)] = name
+        if u32(at + 16): walk(u32(at + 16), 3, name)
+assert sorted(volumes) == sorted(names), volumes
+live, pages_of_log = u64(40), []
+while True:
+    at = 2 * MIB + live % 4096 * 4096
+    if sound[at + 4032:at + 4036] != b"LOG1" or u64(at + 4040) != live: break
+    there = set()
+    for e in range(at, at + 48 * u32(at + 4036), 48):
+        assert ids[u32(e)] == "w"
+        there.add(u64(e + 8))
+        add(blocks, u32(e + 4), "w", {u64(e + 8)})
+    pages_of_log.append((at, there))
+    live += 1
+assert len(pages_of_log) == 4 and not pages_of_log[3][1]
+assert len(blocks) > 40 + 13 + 48, len(blocks)
+
+def run(*words):
+    p = subprocess.run([nbdserve, *words], capture_output=True, timeout=20)
+    assert p.returncode in (0, 1, 3), (words, p)
+    return p.returncode, p.stdout.decode(), p.stderr.decode()
+def damage(work):
+    """What verify names, and w's blocks that are not what they were"""
+    code, out, _ = run("verify", work)
+    lost, other = {}, 0
+    for row in out.splitlines():
+        name, off, length, why = row.split("\t")
+        if name == "-": other += 1; continue
+        off, length = int(off), int(length)
+        lost.setdefault(name, set()).update(
+            range(off // 4096, (off + length + 4095) // 4096))
+    assert code == (3 if lost or other else 0), (code, out)
+    for n in names:
+        if n in lost:
+            assert run("export", work + "::" + n, "-")[0] == 1 or \
+                not checks, n + " can be exported"
+            continue
+        code, _, err = run("export", work + "::" + n, work + ".out")
+        assert code == 0, (n, err)
+        got = open(work + ".out", "rb").read()
+        wrong = {i // 4096 for i in range(0, len(got), 4096)
+                 if got[i:i + 4096] != want[n][i:i + 4096]}
+        assert len(got) == len(want[n]) and (n == "w" or not wrong), n
+        if wrong:
+            assert not any(any(got[4096 * i:4096 * i + 4096]) for i in wrong)
+            lost["w gone"] = wrong
+    return lost, other
+
+cases = []
+def hurt(*case, **more): cases.append((len(cases), case, more))
+def try_case(case):
+    work = f"{store}.{case[0]}"
+    try:
+        hurt_now(work, *case[1], **case[2])
+    except (AssertionError, subprocess.TimeoutExpired) as e:
+        print(*case[1][:3], repr(e), flush=True)
+    for end in "", ".out":
+        if os.path.exists(work + end): os.remove(work + end)
+def hurt_now(work, what, length, offsets, expected, says_log=False,
+             refused=False):
+    with open(work, "wb") as f:
+        f.write(sound)
+        for off in offsets:
+            f.seek(off)
+            f.write(random.randbytes(length))
+    lost, other = damage(work)
+    assert lost == expected, (lost, expected)
+    assert bool(other) == says_log, other
+    code, _, err = run("rm", work + "::nix")
+    if refused:
+        assert code == 1 and "`nbdserve repair " in err, err
+        code, out, err = run("repair", work)
+        assert code == (3 if set(expected) - {"w gone"} else 0), (out, err)
+    else:
+        assert code == 1 and "No such file" in err, err
+    lost, other = damage(work)
+    assert lost == expected and not other, ("later", lost, expected, other)
+
+# Are reads checked?
+with open(store + ".checks", "wb") as f:
+    f.write(sound)
+    f.seek(slot(next(x for x in blocks if "v" in blocks[x])))
+    f.write(b"x" * 512)
+checks = run("export", store + ".checks::v", "-")[0] == 1
+
+def within(of, lo, hi):
+    """What of blocks has its slot, or that slot its digest, there"""
+    lost = {}
+    for x in of:
+        if lo <= x < hi:
+            for name in blocks.get(x, {}):
+                lost.setdefault(name, set()).update(blocks[x][name])
+    return lost
+for length in 512, 4096:
+    for place in 0, MIB:
+        hurt("superblock", length, [place], {}, refused=True)
+    for i, (at, there) in enumerate(pages_of_log):
+        for part in range(0, 4096, length):
+            if part and part < 3584 and i: continue
+            is_used = part >= 3584 or part < 48 * len(there) or length == 4096
+            gone = {"w gone": there} if there and is_used else {}
+            hurt(f"log page {i}", length, [at + part], gone,
+                 says_log=bool(gone), refused=bool(gone))
+    hurt("dead log page", length, [pages_of_log[0][0] - 4096], {})
+    hurt("log page to come", length, [pages_of_log[3][0] + 4096], {})
+    for x in sorted({x // (length // 32) for x in [*blocks, *pages, *catalog]}):
+        lo, hi = x * (length // 32), (x + 1) * (length // 32)
+        hurt("digests", length, [digest(lo)], within(blocks, lo, hi))
+    for x in [*pages, *catalog]:
+        hurt("a page", length, [slot(x)], {})
+        hurt("a twin", length, [slot(x + 128)], {})
+        if x in pages:
+            hurt("a page and its twin", length, [slot(x), slot(x + 128)],
+                 pages[x])
+    for x in random.sample(sorted(blocks), 8):
+        for part in range(0, 4096, length)[::3]:
+            hurt("data", length, [slot(x) + part], blocks[x])
+    free = max(u32(52) - 3, 600)
+    hurt("free", length, [slot(free)], {})
+    hurt("digest of free", length, [digest(free) // length * length], {})
+assert len(cases) > 100
+with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    list(pool.map(try_case, cases))
+END
+  python3 "$T/table.py" "$NBDSERVE" "$S" "$T" >"$T/table" 2>&1
+  assertEquals '' "$(head -n 20 "$T/table")"
+}
 testFullStoreIsENOSPCForTheWriteOnly() {
   unless POSIX_ONLY || return 0 # without fallocate the reserve is not backed
   needs qemu-io mount root && unless NO_THREADS && store || return 0

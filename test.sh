@@ -2746,6 +2746,7 @@ testTemporaryExportsLeaveNoDescriptor() { unit closed; }
 # ==== [11] CAS (@cas) ========================================================
 
 testWritersReadersAndChangesOfAStoreTogether() { unit together; }
+testSlotsThatRunningCountsAreThoseThatOpeningFinds() { unit slots; }
 testIdsAreOfTheContentAlone() { unit ids; }
 testSealedSnapshotsAreFoundByTheirId() { unit seal; }
 testDamagedSnapshotsAreNotSealed() { unit rotten; }
@@ -2937,8 +2938,10 @@ testInitAndForeignFiles() {
   done
   for file in foreign older empty; do
     cp "$T/$file" "$T/copy"
-    for command in list verify stat; do
+    for command in list verify stat repair '--accept-loss repair'; do
+      # shellcheck disable=SC2086
       cas 1 $command "$T/$file"
+      assertNotContains "$file is not damaged" "$(cat "$T/err")" repair
       says "$file: "
     done
     cas 1 create "$T/$file::v" 1M
@@ -5263,7 +5266,8 @@ testExportLeavesNoHalfFile() {
   ln -s old "$T/to/link"
   for how in alone served; do
     if [ $how = served ] && [ "$SWITCH" != NO_THREADS ]; then
-      printf '#!/bin/sh\nulimit -f 100000\nexec "%s" "$@"\n' "$NBDSERVE" >"$T/few"
+      printf '#!/bin/sh\nulimit -f 100000\nexec "%s" "$@"\n' "$NBDSERVE" \
+        >"$T/few"
       chmod +x "$T/few"
       alone=$NBDSERVE NBDSERVE=$T/few
       serve "$S::"
@@ -5335,7 +5339,8 @@ testHolesOfAFileTakeNoTime() {
     timed export "$S::$how" "$T/copy"
     assertTrue "$how: export: $MS ms" "[ $MS -lt 5000 ]"
     assertEquals "$how" 1099511627776 "$(stat -c %s "$T/copy")"
-    assertEquals "$how" x "$(dd if="$T/copy" bs=1 skip=500G count=1 2>/dev/null)"
+    assertEquals "$how" x \
+      "$(dd if="$T/copy" bs=1 skip=500G count=1 2>/dev/null)"
     assertTrue "$how: sparse" "[ $(du -k "$T/copy" | cut -f1) -lt 1000 ]"
     rm "$T/copy"
   done
@@ -10297,6 +10302,111 @@ static void u_seal(void) {
   CHECK(nbdserve_cas_close(cas) == 0);
 }
 
+/* The store's own view of its slots */
+static void q_check(struct nbdserve_cas *cas) {
+#ifdef CAS_CHECK
+  cas_check(cas);
+#else
+  (void)cas;
+#endif
+}
+
+/* What a store has in use and free, when nothing waits to become free */
+static struct nbdserve_cas_stat q_idle(struct nbdserve_cas *cas) {
+  struct nbdserve_cas_stat stat;
+  uint64_t bytes;
+  int i;
+  for (i = 0; i < 3; i++)
+    CHECK(nbdserve_cas_gc(cas, &bytes, NULL, NULL) == 0);
+  q_check(cas);
+  nbdserve_cas_stat(cas, &stat);
+  CHECK(bytes == stat.free);
+  return stat;
+}
+
+static uint32_t q_pick(uint32_t *x, uint32_t n) { /* 0..n-1 */
+  return (h_next(x) >> 6) % n;
+}
+
+/* One change of whatever kind.  There are v, w and x, with snapshots 0 to 2. */
+static void q_any(struct nbdserve_cas *cas, uint32_t *x) {
+  static const char *const volumes[] = {"v", "w", "x"};
+  const char *name = volumes[q_pick(x, 3)];
+  uint64_t off = (uint64_t)q_pick(x, 3000) * 4096 + q_pick(x, 2) * 100;
+  uint64_t len = 1 + q_pick(x, 300000);
+  struct nbdserve_export e = {0};
+  char snapshot[9], id[72];
+  int err = 0;
+  snprintf(snapshot, sizeof snapshot, "%s@%u", name, (unsigned)q_pick(x, 3));
+  switch (q_pick(x, 12)) {
+  case 0:
+    err = nbdserve_cas_snapshot(cas, snapshot);
+    break;
+  case 1:
+    err = nbdserve_cas_rm(cas, snapshot);
+    break;
+  case 2:
+    err = nbdserve_cas_rollback(cas, snapshot);
+    break;
+  case 3:
+    err = nbdserve_cas_seal(cas, snapshot, id, NULL, NULL);
+    break;
+  case 4:
+    err = nbdserve_cas_rm(cas, name);
+    if (!err) err = nbdserve_cas_create(cas, name, UINT64_C(16) << 20);
+    break;
+  case 5:
+    err = nbdserve_cas_resize(cas, name, (UINT64_C(16) << 20) + len);
+    break;
+  default:
+    CHECK(nbdserve_cas_volume(cas, name, &e) == 0);
+    if (q_pick(x, 3) == 0)
+      err = e.ops->trim(e.ctx, off, len, 0);
+    else if (q_pick(x, 3) == 0)
+      err = e.ops->zero(e.ctx, off, len, 0);
+    else
+      q_put(cas, name, off, len, 1 + (int)q_pick(x, 200));
+    if (q_pick(x, 4) == 0) CHECK(e.ops->flush(e.ctx, 0) == 0);
+    e.ops->close(e.ctx);
+  }
+  CHECK(!err || err == -ENOENT || err == -EEXIST || err == -ENOTEMPTY);
+  q_check(cas);
+}
+
+/* The slots that a running store counts as used and free are those that are
+ * found when it is opened: none is lost, and none is given out twice.  In the
+ * end all are free but those of the catalog. */
+static void u_slots(void) {
+  char path[500];
+  struct nbdserve_cas *cas = q_new(path, "slots", 0);
+  static const char *const left[] = {"v@0", "v@1", "v@2", "w@0", "w@1", "w@2",
+                                     "x@0", "x@1", "x@2", "v",   "w",   "x"};
+  struct nbdserve_cas_stat empty, running, opened;
+  uint32_t x = t_seed(), i, k;
+  for (i = 9; i < 12; i++)
+    CHECK(nbdserve_cas_create(cas, left[i], UINT64_C(16) << 20) == 0);
+  empty = q_idle(cas);
+  for (k = 0; k < 12; k++) {
+    for (i = 0; i < 30; i++)
+      q_any(cas, &x);
+    running = q_idle(cas);
+    CHECK(nbdserve_cas_verify(cas, k_damage, NULL, NULL) == 0);
+    CHECK(nbdserve_cas_close(cas) == 0);
+    cas = q_open(path, 0);
+    q_check(cas);
+    nbdserve_cas_stat(cas, &opened);
+    CHECK(opened.stored == running.stored && opened.free == running.free);
+  }
+  for (i = 0; i < 12; i++) {
+    int err = nbdserve_cas_rm(cas, left[i]);
+    CHECK(!err || (i < 9 && err == -ENOENT));
+    q_check(cas);
+  }
+  running = q_idle(cas);
+  CHECK(running.stored <= empty.stored);
+  CHECK(nbdserve_cas_close(cas) == 0);
+}
+
 /* What is damaged gets no id: not even what is known by its digest only */
 static void u_rotten(void) {
   char path[500], id[72], c;
@@ -12181,6 +12291,7 @@ static const struct {
     {"ways", u_ways},
     {"together", u_together},
     {"ids", u_ids},
+    {"slots", u_slots},
     {"seal", u_seal},
     {"rotten", u_rotten},
     {"diff", u_diff},

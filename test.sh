@@ -10332,7 +10332,7 @@ static uint32_t q_pick(uint32_t *x, uint32_t n) { /* 0..n-1 */
 static void q_any(struct nbdserve_cas *cas, uint32_t *x) {
   static const char *const volumes[] = {"v", "w", "x"};
   const char *name = volumes[q_pick(x, 3)];
-  uint64_t off = (uint64_t)q_pick(x, 3000) * 4096 + q_pick(x, 2) * 100;
+  uint64_t off = (uint64_t)q_pick(x, 300) * 4096 + q_pick(x, 2) * 100;
   uint64_t len = 1 + q_pick(x, 300000);
   struct nbdserve_export e = {0};
   char snapshot[9], id[72];

@@ -1747,7 +1747,7 @@ static ssize_t io_recv(struct io *io, unsigned char *p, size_t least,
 
 /* Receives exactly len bytes.  0, or -errno as io_recv. */
 static int io_recv_all(struct io *io, unsigned char *p, size_t len) {
-  ssize_t n = io_recv(io, p, len, len);
+  ssize_t n = len ? io_recv(io, p, len, len) : 0;
   return n < 0 ? (int)n : 0;
 }
 
@@ -4188,7 +4188,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 
 /* ==== [11] CAS (cas_) ====================================================
  * A store: volumes and snapshots in one file, every distinct block once.  Its
- * format, and the rules (C1) to (C23) that keep it whole, stand at the end of
+ * format, and the rules (C1) to (C22) that keep it whole, stand at the end of
  * nbdserve.h; this is how the code goes about it.
  *
  * The life of a block that a client writes (cas_put)
@@ -4198,9 +4198,9 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
  *      From here until 5 a hold on the slot (a count in `refs`) is ours.
  *   3. A slot of the index is read and compared; one that differs is given up
  *      for the next.  A free slot is written: digest, then data.
- *   4. Under the lock: the entry "block -> slot" is put into the open log page,
- *      and the leaf of the volume's map gets the slot, and with it our hold.
- *      The slot that was there before loses one.
+ *   4. Under the lock: the leaf of the volume's map gets the slot, and with it
+ *      our hold, and the entry "block -> slot" is put into the open log page.
+ *      The slot that the block had before loses a hold.
  *   5. The open log page is written, not synced, before the lock is let go:
  *      from now on the write survives kill -9, and may be answered.
  *   6. A flush closes the log page and syncs: now it survives a power cut.
@@ -4217,114 +4217,61 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
  *         +----------------------------------------  CAS_PENDING
  *             of a page: a checkpoint without it (C6)    in a list
  *
- * A map is a tree of nodes; in memory always, but for leaves that were not
- * used lately.  A node is `dirty` when it differs from what is stored: then its
- * slot is 0, and all nodes above it are dirty.  Nodes are shared by snapshots
- * and clones; one that is shared is copied before it changes.
+ * Everything hangs in one tree of nodes.  At the top is the catalog, then come
+ * the pages of its records, then the maps of the volumes, then their leaves:
+ *
+ *   level   page   names
+ *   6, 5    CAT1   pages of the catalog
+ *   4       CAT1   volumes, by records, with two maps for each
+ *   3 to 1  MAP1   pages of a map
+ *   0       MAP1   slots of blocks: a leaf
+ *
+ * A node is `dirty` when it differs from what is stored: its slot is 0 then, and
+ * all nodes above it are dirty.  Maps are shared by snapshots and clones; a node
+ * that is shared is copied before it changes.  All nodes are in memory, but the
+ * slots of leaves that were not used lately are not.
  *
  * Locks: ckpt, then lock.  Under `lock` the file is touched only to write the
- * open log page, to give a segment its space and to punch a hole.  It is let go
- * with cas_unlock and cas_wait only, which write the log page; functions that
- * may do so say it in their names: ..._may_unlock. */
+ * open log page, to give space to a segment and to punch holes.  The lock is let
+ * go by cas_unlock and cas_wait only, which write that page.  A function that
+ * lets it go meanwhile has "(unlocks)" in its comment. */
 #if !NBDSERVE_NO_CAS
 
 #ifndef CAS_UNIT          /* the tests make stores with everything in small */
 #define CAS_UNIT 1048576u /* bytes: superblocks, log, groups start at these */
-#define CAS_FANOUT(block_size) \
-  ((block_size) / 4 - 8)      /* slots in a map page \
-                               */
-#define CAS_ENTRIES 84        /* in a log page */
+#define CAS_FANOUT(block_size) ((block_size) / 4 - 8) /* slots in a map page */
+#define CAS_ENTRIES 84                                /* in a log page */
 #define CAS_SEGMENT 256u      /* slots; they are taken a segment at a time */
 #define CAS_MIN_BLOCK 4096    /* bytes */
 #define CAS_RESERVE_PAIRS 128 /* that only what gives them back may take */
 #define CAS_MAX_DIRTY 65536   /* nodes; more bring about a checkpoint */
-#define CAS_MARGIN 8 /* pairs: a block dirties so many nodes at most, and 1 */
+#define CAS_MARGIN 8 /* pairs: a block makes so many nodes dirty, and 1 */
 #endif
 
 /* ---- The format ------------------------------------------------------------
- * This part knows no locks and does no I/O: where each field is, and the
- * structures that are decoded from bytes and encoded to them. */
+ * This part knows no locks and does no I/O.  Each structure has a table that
+ * says where its fields are in the file; numbers are big-endian there. */
 
-/* Sizes, in bytes */
+/* Sizes, in bytes, and where sums and entries are */
 enum {
-  CAS_PAGE = 4096,     /* of a log page, and of a superblock's place */
-  CAS_SUPER_LEN = 512, /* of a superblock: what a disk writes in one go */
-  CAS_DIGEST_LEN = 32, /* of a SHA-256 */
-  CAS_HEAD = 32,       /* of the head of a map or catalog page */
-  CAS_ENTRY = 48,      /* of an entry of the log */
-  CAS_RECORD = 288,    /* of a record of the catalog */
-  CAS_NAME = 166,      /* of the longest NAME */
-  CAS_PATH = 334       /* of the longest VOL@NAME, with a NUL */
-};
-
-/* superblock: OFFSET = name, SIZE, what it is */
-enum {
-  SUPER_MAGIC = 0,       /* 8: "NBDSCAS", and the digit of the version */
-  SUPER_VERSION = 8,     /* 4 */
-  SUPER_BLOCK_SIZE = 12, /* 4: bytes */
-  SUPER_ID = 16,         /* 16: of the store */
-  SUPER_NUMBER = 32,     /* 8: of the checkpoint that wrote it */
-  SUPER_REPLAY = 40,     /* 8: log page to replay from */
-  SUPER_LOG_PAGES = 48,  /* 4 */
-  SUPER_SLOTS = 52,      /* 4: slots in use */
-  SUPER_CATALOG = 56,    /* 4: slot of the catalog's root */
-  SUPER_NEXT_ID = 60,    /* 4: id of the next volume or snapshot */
-  SUPER_INCOMPAT = 64,   /* 4: a bit that is not known: do not open */
-  SUPER_RO_COMPAT = 68,  /* 4: a bit that is not known: do not write */
-  SUPER_SUM = 480        /* 32: SHA-256 of what stands before */
-};
-
-/* log page */
-enum {
-  LOG_MAGIC = 4032,   /* 4: "LOG1"; before it 84 entries */
-  LOG_COUNT = 4036,   /* 4: entries */
-  LOG_SEQ = 4040,     /* 8: its number; it lies at that mod log_pages */
-  LOG_DURABLE = 4048, /* 8: all log pages before that one are durable */
-  LOG_SUPER = 4056,   /* 8: number of the newest durable superblock */
-  LOG_SUM = 4064      /* 32: see cas_log_sum */
-};
-
-/* entry of the log */
-enum {
-  ENTRY_VOLUME = 0, /* 4: id */
-  ENTRY_SLOT = 4,   /* 4: slot; 0: a hole */
-  ENTRY_BLOCK = 8,  /* 8: number of the block */
-  ENTRY_COUNT = 16, /* 8: with slot 0: number of blocks */
-  ENTRY_DIGEST = 16 /* 32: else: SHA-256 of the slot's data */
-};
-
-/* map or catalog page */
-enum {
-  PAGE_MAGIC = 0,   /* 4: "MAP1" or "CAT1" */
-  PAGE_LEVEL = 4,   /* 4: 0: it names blocks, or has records */
-  PAGE_INDEX = 8,   /* 4: of the page in its level */
-  PAGE_NUMBER = 12, /* 4: of its checkpoint, the lower half */
-  PAGE_SUM = 16     /* 16: first half of the page's SHA-256, with zeroes here */
-};
-
-/* record of the catalog */
-enum {
-  RECORD_ID = 0,         /* 4: of the volume or snapshot; 0: no record */
-  RECORD_FLAGS = 4,      /* 4: CAS_IS_SNAPSHOT, CAS_IS_PARTIAL */
-  RECORD_SIZE = 8,       /* 8: bytes */
-  RECORD_ROOT = 16,      /* 4: slot of the root of its map */
-  RECORD_LEVELS = 20,    /* 4: of the map: CAS_LEVELS */
-  RECORD_CREATED = 24,   /* 8: seconds since 1970 */
-  RECORD_MADE_FROM = 32, /* 4: id; of a snapshot: its volume */
-  RECORD_DIGESTS = 36,   /* 4: root of the map with the tree of its id */
-  RECORD_CID = 40,       /* 32: content id, or zeroes */
-  RECORD_ORIGIN = 72,    /* 32: zeroes; kept for the origin of a lazy clone */
-  RECORD_QUOTA = 104,    /* 8: zeroes; kept for a quota */
-  RECORD_NAME = 112      /* 166: name, and zeroes to the end */
-};
-
-enum {
-  CAS_VERSION = 2,
-  CAS_IS_SNAPSHOT = 1, /* in RECORD_FLAGS */
-  CAS_IS_PARTIAL = 2,  /* its contents are still being fetched */
-  CAS_MAP = 0x4d415031,
-  CAS_CAT = 0x43415431,
-  CAS_LOG = 0x4c4f4731
+  CAS_PAGE = 4096,      /* of a log page, and of a superblock's place */
+  CAS_SUPER_SUM = 480,  /* a superblock's SHA-256 of what stands before */
+  CAS_LOG_HEAD = 4032,  /* the head of a log page; before it 84 entries */
+  CAS_LOG_SUM = 4064,   /* the sum of a log page: see cas_log_sum */
+  CAS_DIGEST_LEN = 32,  /* of a SHA-256 */
+  CAS_HEAD = 32,        /* of a head */
+  CAS_PAGE_SUM = 20,    /* first 12 bytes of a page's SHA-256, with zeroes
+                           here */
+  CAS_ENTRY = 48,       /* of an entry of the log */
+  CAS_RECORD = 288,     /* of a record of the catalog */
+  CAS_NAME = 166,       /* of the longest NAME */
+  CAS_PATH = 334,       /* of the longest VOL@NAME, with a NUL */
+  CAS_IS_SNAPSHOT = 1,  /* in cas_record.flags */
+  CAS_IS_PARTIAL = 2,   /* its contents are still being fetched */
+  CAS_VERSION = 2,      /* of the format */
+  CAS_MAP = 0x4d415031, /* "MAP1" */
+  CAS_CAT = 0x43415431, /* "CAT1" */
+  CAS_LOG = 0x4c4f4731  /* "LOG1" */
 };
 
 /* Limits that follow from the format */
@@ -4332,8 +4279,8 @@ enum {
   CAS_SLOTS = CAS_UNIT / 32,     /* slots in a group */
   CAS_GROUPS = CAS_UNIT / 8 - 1, /* groups in a store: < 2^32 slots in all */
   CAS_TWIN = CAS_SEGMENT / 2,    /* a page in slot x has its twin in x ^ this */
-  CAS_LEVELS = 4,                /* levels of a map */
-  CAS_CAT_LEVELS = 3             /* levels of the catalog */
+  CAS_LEVELS = 4,                /* levels of a map; the next has records */
+  CAS_TOP = 6                    /* level of the catalog's root */
 };
 
 /* A slot whose contents were lost: reading is an error, writing heals. */
@@ -4341,90 +4288,154 @@ enum {
 /* Kept for blocks that are known by their digest only; never written. */
 #define CAS_ABSENT (UINT32_MAX - 1)
 
-STATIC_ASSERT(super_fits, SUPER_SUM + CAS_DIGEST_LEN == CAS_SUPER_LEN);
-STATIC_ASSERT(log_fits, LOG_SUM + CAS_DIGEST_LEN == CAS_PAGE);
-STATIC_ASSERT(entries_fit, 84 * CAS_ENTRY == LOG_MAGIC);
-STATIC_ASSERT(name_fits, RECORD_NAME + CAS_NAME <= CAS_RECORD);
+/* A field: where it is in the file, how long it is there, and where it is in the
+ * structure.  Of 4 or 8 bytes: a number, which is a uint64_t in the structure;
+ * of others: bytes. */
+struct cas_field {
+  size_t at;
+  size_t size;
+  size_t offset;
+};
 
-/* A superblock */
 struct cas_super {
-  uint64_t number;
-  uint64_t replay;
-  uint32_t block_size;
-  uint32_t log_pages;
-  uint32_t nslots;
-  uint32_t catalog;
-  uint32_t next_id;
-  unsigned char id[16];
+  unsigned char magic[7]; /* "NBDSCAS" */
+  unsigned char digit[1]; /* of the version, for people */
+  uint64_t version;
+  uint64_t block_size;  /* bytes */
+  unsigned char id[16]; /* of the store */
+  uint64_t number;      /* of the checkpoint that wrote it */
+  uint64_t replay;      /* log page to replay from */
+  uint64_t log_pages;
+  uint64_t nslots;    /* slots in use */
+  uint64_t catalog;   /* slot of the catalog's root, or 0 */
+  uint64_t next_id;   /* id of the next volume or snapshot */
+  uint64_t incompat;  /* a bit that is not known: do not open */
+  uint64_t ro_compat; /* a bit that is not known: do not write */
 };
-
-/* Writes a superblock, all but its sum. */
-static void cas_encode_super(const struct cas_super *super, unsigned char *p) {
-  memset(p, 0, CAS_PAGE);
-  memcpy(p + SUPER_MAGIC, "NBDSCAS2", 8);
-  u_put32(p + SUPER_VERSION, CAS_VERSION);
-  u_put32(p + SUPER_BLOCK_SIZE, super->block_size);
-  memcpy(p + SUPER_ID, super->id, sizeof super->id);
-  u_put64(p + SUPER_NUMBER, super->number);
-  u_put64(p + SUPER_REPLAY, super->replay);
-  u_put32(p + SUPER_LOG_PAGES, super->log_pages);
-  u_put32(p + SUPER_SLOTS, super->nslots);
-  u_put32(p + SUPER_CATALOG, super->catalog);
-  u_put32(p + SUPER_NEXT_ID, super->next_id);
-}
-
-/* Reads a superblock whose magic and sum are right. */
-static void cas_decode_super(const unsigned char *p, struct cas_super *super) {
-  memcpy(super->id, p + SUPER_ID, sizeof super->id);
-  super->block_size = u_get32(p + SUPER_BLOCK_SIZE);
-  super->number = u_get64(p + SUPER_NUMBER);
-  super->replay = u_get64(p + SUPER_REPLAY);
-  super->log_pages = u_get32(p + SUPER_LOG_PAGES);
-  super->nslots = u_get32(p + SUPER_SLOTS);
-  super->catalog = u_get32(p + SUPER_CATALOG);
-  super->next_id = u_get32(p + SUPER_NEXT_ID);
-}
-
-/* An entry of the log */
+struct cas_log_head {
+  uint64_t magic;   /* CAS_LOG */
+  uint64_t count;   /* entries */
+  uint64_t seq;     /* its number; it lies at that mod log_pages */
+  uint64_t durable; /* all log pages before that one are durable */
+  uint64_t super;   /* number of the newest superblock that is durable twice */
+};
 struct cas_entry {
-  uint32_t volume;
-  uint32_t slot;
-  uint64_t block;
-  uint64_t count;              /* of holes */
-  const unsigned char *digest; /* of the slot's data */
+  uint64_t volume; /* id */
+  uint64_t slot;   /* 0: holes */
+  uint64_t block;  /* number of the block, or of the first */
+  uint64_t count;  /* holes: number of blocks */
+  unsigned char digest[CAS_DIGEST_LEN]; /* else: of the slot's data */
 };
-
-/* Writes an entry. */
-static void cas_encode_entry(const struct cas_entry *entry, unsigned char *p) {
-  u_put32(p + ENTRY_VOLUME, entry->volume);
-  u_put32(p + ENTRY_SLOT, entry->slot);
-  u_put64(p + ENTRY_BLOCK, entry->block);
-  if (entry->slot)
-    memcpy(p + ENTRY_DIGEST, entry->digest, CAS_DIGEST_LEN);
-  else
-    u_put64(p + ENTRY_COUNT, entry->count);
-}
-
-/* Reads an entry; its digest stays at p. */
-static struct cas_entry cas_decode_entry(const unsigned char *p) {
-  return (struct cas_entry){.volume = u_get32(p + ENTRY_VOLUME),
-                            .slot = u_get32(p + ENTRY_SLOT),
-                            .block = u_get64(p + ENTRY_BLOCK),
-                            .count = u_get64(p + ENTRY_COUNT),
-                            .digest = p + ENTRY_DIGEST};
-}
-
-/* What of a volume or snapshot a change of the catalog can change, and its
- * record has as well */
-struct cas_facts {
-  uint64_t size;                     /* bytes */
+struct cas_head {
+  uint64_t magic;  /* CAS_MAP or CAS_CAT */
+  uint64_t level;  /* 0: a leaf */
+  uint64_t index;  /* in its level, mod 2^32 */
+  uint64_t number; /* of its checkpoint */
+};
+struct cas_record {
+  uint64_t id;        /* of the volume or snapshot; 0: no record */
+  uint64_t flags;     /* CAS_IS_... */
+  uint64_t size;      /* bytes */
+  uint64_t root;      /* slot of the root of its map */
+  uint64_t levels;    /* CAS_LEVELS */
+  uint64_t created;   /* seconds since 1970 */
+  uint64_t made_from; /* id; of a snapshot: its volume */
+  uint64_t digests;   /* slot of the root of the map with its id's tree, or 0 */
   unsigned char cid[CAS_DIGEST_LEN]; /* content id, or zeroes */
-  char name[CAS_NAME + 1];           /* without that of its volume */
-  int is_there;                      /* 0: not yet, or no more */
+  unsigned char name[CAS_NAME + 1];  /* without that of its volume */
 };
 
-/* Does a superblock, or a place where one should be, begin as one does?  One
- * wrong letter is damage; more are somebody else's. */
+#define CAS_FIELD(type, at, size, member) \
+  { at, size, offsetof(struct cas_##type, member) }
+
+static const struct cas_field cas_super_fields[] = {
+    CAS_FIELD(super, 0, 7, magic),      CAS_FIELD(super, 7, 1, digit),
+    CAS_FIELD(super, 8, 4, version),    CAS_FIELD(super, 12, 4, block_size),
+    CAS_FIELD(super, 16, 16, id),       CAS_FIELD(super, 32, 8, number),
+    CAS_FIELD(super, 40, 8, replay),    CAS_FIELD(super, 48, 4, log_pages),
+    CAS_FIELD(super, 52, 4, nslots),    CAS_FIELD(super, 56, 4, catalog),
+    CAS_FIELD(super, 60, 4, next_id),   CAS_FIELD(super, 64, 4, incompat),
+    CAS_FIELD(super, 68, 4, ro_compat), {0, 0, 0}};
+
+static const struct cas_field cas_log_fields[] = {
+    CAS_FIELD(log_head, 0, 4, magic),  CAS_FIELD(log_head, 4, 4, count),
+    CAS_FIELD(log_head, 8, 8, seq),    CAS_FIELD(log_head, 16, 8, durable),
+    CAS_FIELD(log_head, 24, 8, super), {0, 0, 0}};
+
+static const struct cas_field cas_hole_fields[] = {
+    CAS_FIELD(entry, 0, 4, volume),
+    CAS_FIELD(entry, 4, 4, slot),
+    CAS_FIELD(entry, 8, 8, block),
+    CAS_FIELD(entry, 16, 8, count),
+    {0, 0, 0}};
+
+static const struct cas_field cas_entry_fields[] = {
+    CAS_FIELD(entry, 0, 4, volume),
+    CAS_FIELD(entry, 4, 4, slot),
+    CAS_FIELD(entry, 8, 8, block),
+    CAS_FIELD(entry, 16, 32, digest),
+    {0, 0, 0}};
+
+static const struct cas_field cas_head_fields[] = {
+    CAS_FIELD(head, 0, 4, magic),
+    CAS_FIELD(head, 4, 4, level),
+    CAS_FIELD(head, 8, 4, index),
+    CAS_FIELD(head, 12, 8, number),
+    {0, 0, 0}};
+
+/* Bytes 72 to 111 are zero: 32 are kept for the origin of a lazy clone, and 8
+ * for a quota.  So are those behind the name. */
+static const struct cas_field cas_record_fields[] = {
+    CAS_FIELD(record, 0, 4, id),
+    CAS_FIELD(record, 4, 4, flags),
+    CAS_FIELD(record, 8, 8, size),
+    CAS_FIELD(record, 16, 4, root),
+    CAS_FIELD(record, 20, 4, levels),
+    CAS_FIELD(record, 24, 8, created),
+    CAS_FIELD(record, 32, 4, made_from),
+    CAS_FIELD(record, 36, 4, digests),
+    CAS_FIELD(record, 40, 32, cid),
+    CAS_FIELD(record, 112, CAS_NAME, name),
+    {0, 0, 0}};
+
+STATIC_ASSERT(super_fits, CAS_SUPER_SUM + CAS_DIGEST_LEN == 512);
+STATIC_ASSERT(log_fits, CAS_LOG_SUM + CAS_DIGEST_LEN == CAS_PAGE);
+STATIC_ASSERT(log_head_fits, CAS_LOG_HEAD + CAS_HEAD == CAS_LOG_SUM);
+STATIC_ASSERT(entries_fit, 84 * CAS_ENTRY == CAS_LOG_HEAD);
+STATIC_ASSERT(record_fits, 112 + CAS_NAME <= CAS_RECORD);
+
+/* Encodes a structure to p by its table. */
+static void cas_encode(const struct cas_field *field, const void *from,
+                       unsigned char *p) {
+  for (; field->size; field++) {
+    const unsigned char *member = (const unsigned char *)from + field->offset;
+    uint64_t number;
+    if (field->size != 4 && field->size != 8) {
+      memcpy(p + field->at, member, field->size);
+      continue;
+    }
+    memcpy(&number, member, sizeof number);
+    if (field->size == 8) u_put64(p + field->at, number);
+    if (field->size == 4) u_put32(p + field->at, (uint32_t)number);
+  }
+}
+
+/* Decodes a structure from p by its table. */
+static void cas_decode(const struct cas_field *field, const unsigned char *p,
+                       void *to) {
+  for (; field->size; field++) {
+    unsigned char *member = (unsigned char *)to + field->offset;
+    uint64_t number = field->size == 8 ? u_get64(p + field->at) : 0;
+    if (field->size == 4) number = u_get32(p + field->at);
+    if (field->size == 4 || field->size == 8)
+      memcpy(member, &number, sizeof number);
+    else
+      memcpy(member, p + field->at, field->size);
+  }
+}
+
+/* Does a place begin as a superblock does?  One wrong letter is damage; more are
+ * somebody else's. */
 static int cas_has_magic(const unsigned char *p) {
   int fit = 0;
   for (int i = 0; i < 7; i++)
@@ -4432,16 +4443,16 @@ static int cas_has_magic(const unsigned char *p) {
   return fit >= 6;
 }
 
-/* Computes the SHA-256 of a page with zeroes in the place of its own sum.  The
- * first half of it stands there, all of it in the digest area.  Returns whether
- * that half is there, and puts it there. */
-static int cas_page_sum(int hw, unsigned char *p, size_t len,
+/* Computes the SHA-256 of a page with zeroes in the place of its own sum.  A
+ * part of it stands there, all of it in the digest area.  Returns whether that
+ * part is there, and puts it there. */
+static int cas_sum_page(int hw, unsigned char *p, size_t len,
                         unsigned char sum[CAS_DIGEST_LEN]) {
-  unsigned char was[CAS_DIGEST_LEN / 2];
-  memcpy(was, p + PAGE_SUM, sizeof was);
-  memset(p + PAGE_SUM, 0, sizeof was);
+  unsigned char was[CAS_HEAD - CAS_PAGE_SUM];
+  memcpy(was, p + CAS_PAGE_SUM, sizeof was);
+  memset(p + CAS_PAGE_SUM, 0, sizeof was);
   sha_256(hw, p, NULL, len, sum, NULL);
-  memcpy(p + PAGE_SUM, sum, sizeof was);
+  memcpy(p + CAS_PAGE_SUM, sum, sizeof was);
   return memcmp(was, sum, sizeof was) == 0;
 }
 
@@ -4452,15 +4463,16 @@ enum {
   CAS_FILL = 128,     /* digests read in one call to fill the index */
   CAS_BATCH = 256,    /* blocks that go through a request's steps together */
   CAS_RUN = 64,       /* pieces in one call of os_transfer */
-  CAS_PORTION = 64,   /* leaves that a checkpoint copies under one lock */
+  CAS_PORTION = 64,   /* pages that a checkpoint copies under one lock */
   CAS_CANDIDATES = 2, /* slots of the index that a block is compared with */
+  CAS_TRIES = 4,      /* places where a block or checkpoint may be written */
   CAS_LOOK = 4096,    /* segments that are looked at before one is made do */
   CAS_FOR_RM = 6,     /* pairs that only removing may take */
   CAS_IDLE_MS = 1000, /* without work until the log says what is durable */
   CAS_MAX_LOST = 8,   /* pages; with more of them lost a store is not written */
   CAS_WAITING = 65536,          /* pending slots that bring on a checkpoint */
   CAS_SLACK = 64 * CAS_SEGMENT, /* free slots to have before filling gaps */
-  CAS_LEAF_MIB = 64             /* memory for leaves, by default */
+  CAS_CACHE_MIB = 64            /* memory for leaves, by default */
 };
 
 /* cas_group.refs of a slot that nothing in memory names, but something durable
@@ -4471,43 +4483,33 @@ enum {
 
 /* cas_group.tag: what the slot holds */
 enum {
-  TAG_NONE = 0,              /* nothing, or data that is not in the index */
-  TAG_PAGE = 1,              /* a page: never in the index (C11) */
-  TAG_INDEXED = 0x40000000u, /* data; the other bits are of its digest */
+  TAG_NONE = 0,            /* nothing, or data that is not in the index */
+  TAG_PAGE = 1,            /* a page: never in the index (C11) */
+  TAG_INDEXED = 0x40000000 /* data; the other bits are of its digest */
 };
 #define CAS_TAG(digest) (u_get32(digest) >> 2 | (uint32_t)TAG_INDEXED)
 #define CAS_GOOD 0x80000000u /* read or written since, and it fitted */
 
-/* Which volumes a name may be that of */
-enum cas_view {
-  VIEW_NOW,     /* those that are there */
-  VIEW_THEN,    /* those that are there when what is staged holds, */
-  VIEW_RESERVED /* and those that are hidden */
-};
-
-/* cas_segment.fence: why nothing is taken from a segment (C19) */
-enum cas_fence {
-  FENCE_NONE,
-  FENCE_SPACE, /* until something is freed: a write had no space */
-  FENCE_BROKEN /* until the store is opened anew: a write failed */
-};
-
-/* cas_segment.backing: does the file have the space for all of a segment, so
- * that a pair in it counts (C18)? */
-enum cas_backing {
-  BACKING_UNKNOWN,
-  BACKING_WRITTEN, /* yes, but after a power cut maybe not */
-  BACKING_SYNCING, /* the sync that is running changes that */
-  BACKING_DURABLE
+/* cas_segment.space: does the file have the space for all of a segment, so that
+ * a free pair in it counts (C18)?  Each is followed by what a sync makes of
+ * it. */
+enum cas_space {
+  SPACE_UNKNOWN,
+  SPACE_WRITTEN, /* yes, but after a power cut maybe not */
+  SPACE_SYNCING, /* the sync that is running changes that */
+  SPACE_DURABLE,
+  SPACE_FULL,  /* a write found none: nothing is taken from it (C19) until
+                  something is freed */
+  SPACE_BROKEN /* a write failed: nothing is taken until the store is opened
+                  anew */
 };
 
 /* 256 slots */
 struct cas_segment {
-  uint16_t nfree;        /* free slots */
-  uint16_t npairs;       /* pairs of slots, x and x ^ CAS_TWIN, that are free */
-  uint16_t npages;       /* slots that hold pages */
-  unsigned char backing; /* enum cas_backing */
-  unsigned char fence;   /* enum cas_fence */
+  uint16_t nfree;  /* free slots */
+  uint16_t npairs; /* pairs of slots, x and x ^ CAS_TWIN, that are free */
+  uint16_t npages; /* slots that hold pages */
+  uint16_t space;  /* enum cas_space */
 };
 
 /* What memory holds of each slot of a group; in arrays, because searches go
@@ -4520,19 +4522,27 @@ struct cas_group {
   struct cas_segment segment[CAS_SLOTS / CAS_SEGMENT];
 };
 
-/* A node of a map */
+/* A node of the tree */
 struct cas_node {
-  int32_t refs;           /* edges from nodes and volumes (C13) */
+  int32_t refs;           /* edges from nodes (C13) */
   uint32_t slot;          /* of its page; 0: it is dirty; CAS_LOST */
   uint32_t index;         /* in its level */
-  uint32_t at;            /* leaf: where st->leaves has it */
+  uint32_t at;            /* leaf in memory: where st->leaves has it */
   uint32_t nkids;         /* kids that there is room for */
-  unsigned char level;    /* 0: a leaf, whose slots are those of blocks */
+  unsigned char level;    /* 0: a leaf */
   unsigned char is_used;  /* leaf: since eviction came by */
   unsigned char is_given; /* leaf: a checkpoint that is being written has its
                              slot, but maybe not its contents yet */
   uint32_t *slots;        /* leaf: [fanout]; NULL: not in memory */
-  struct cas_node **kid;  /* else: [nkids]; NULL: all below is zeroes */
+  struct cas_node **kid;  /* else: [nkids]; NULL: zeroes, or no volume */
+};
+
+/* What a change of the catalog can change of a volume */
+struct cas_facts {
+  uint64_t size;                     /* bytes */
+  unsigned char cid[CAS_DIGEST_LEN]; /* content id, or zeroes */
+  char name[CAS_NAME + 1];           /* without that of its volume */
+  int is_there;                      /* 0: hidden, not yet, or no more */
 };
 
 /* A volume or snapshot.  All its exports are this one struct. */
@@ -4541,27 +4551,21 @@ struct cas_volume {
   struct nbdserve_cas *st;   /* the store that it is in */
   struct cas_volume *next;   /* in the order of their ids */
   struct cas_volume *parent; /* the volume of a snapshot, else NULL */
-  int is_snapshot;           /* it has a parent */
-  int is_hidden;             /* it is being filled, and has no name yet */
-  uint32_t id;               /* 0: it is not in the catalog */
+  struct cas_node *page;     /* of level 4, with its record and maps */
+  uint32_t place;            /* of its record in the catalog */
+  uint32_t id;               /* 0: hidden, and never was in the catalog */
   uint32_t made_from;        /* id */
-  uint32_t at;               /* its record is the at-th of the catalog */
+  int is_snapshot;           /* it has a parent */
+  int is_hidden;             /* it is being filled; its name is reserved */
   uint64_t created;          /* seconds since 1970 */
   uint64_t clients;          /* exports and calls that use it */
   uint64_t pins;             /* readers that are done in a moment */
-  struct cas_node *root;     /* its map; NULL: all holes */
-  struct cas_node *digests;  /* the map with the tree of its id, or NULL */
   struct cas_facts now;      /* what everybody sees */
   struct cas_facts then;     /* what a checkpoint that is being written says, */
   int is_staged;             /* if this is set */
-  struct cas_volume *old;    /* rolled back: takes over the map it had, */
-  struct cas_node *new_root; /* for which it gets this one */
-};
-
-/* A level of the catalog */
-struct cas_shelf {
-  uint32_t *slots; /* [npages]; 0: the page is dirty */
-  uint32_t npages;
+  struct cas_volume *old;    /* rolled back: takes along what map goes */
+  struct cas_node *old_root; /* its map, while and after it is taken out */
+  struct cas_node *old_digests; /* the same of its digests */
 };
 
 struct nbdserve_cas {
@@ -4571,7 +4575,7 @@ struct nbdserve_cas {
   int verify;          /* a block is checked when it is first read */
   int hw;              /* the processor computes SHA-256 */
   int is_device;       /* it cannot grow, and has all its space */
-  int repair;          /* goes on behind a damaged end of the log */
+  int repair;          /* goes on behind a damaged part of the log */
   int accept_loss;     /* pages that cannot be read are given up */
   uint32_t bs;         /* bytes of a block */
   uint32_t fanout;     /* slots that a map page names */
@@ -4584,7 +4588,8 @@ struct nbdserve_cas {
 
   /* ---- Guarded by ckpt: one checkpoint at a time. */
   struct os_monitor ckpt;
-  struct cas_super super; /* of the last checkpoint */
+  struct cas_super super; /* of the last checkpoint; id, log_pages: fixed */
+  uint64_t last_number;   /* of a checkpoint, maybe of one that failed */
 
   /* ---- Guarded by lock, as is all that follows; woken: a sync, a checkpoint
    * or other work has ended. */
@@ -4592,46 +4597,44 @@ struct nbdserve_cas {
   int syncing;      /* a sync is under way; a second one may miss its error */
   int failed;       /* -errno: nothing is written any more (C14) */
   int is_outdated;  /* the log follows a superblock that is gone */
-  int log_damaged;  /* the log has a page that it should not have (C9) */
-  int super_bad[2]; /* that superblock was found damaged */
+  int log_damaged;  /* a durable page of the log is not there (C9) */
+  int log_unread;   /* a page of the log cannot be read: who knows what it is
+                       when it can be */
   int is_replaying; /* what is in the log need not be logged */
-  int is_ending;    /* the store is freed: nothing is dropped, read, ... */
   int is_open;      /* recovery is over */
+  int is_ending;    /* the store is freed: nothing is read or dropped */
   int busy;         /* a thread is in cas_work, */
   int closing;      /* which is to end */
 
+  struct cas_node *catalog;     /* the root of all */
   struct cas_volume *volumes;   /* all of them, also what is hidden */
   uint64_t generation;          /* counts changes of that list */
-  struct cas_volume **by_place; /* [places]: by cas_volume.at */
-  uint32_t places;              /* in the catalog */
-  struct cas_shelf catalog[CAS_CAT_LEVELS];
-  uint32_t next_id; /* id of the next volume or snapshot */
+  struct cas_volume **by_place; /* [places]: by cas_volume.place */
+  uint32_t places;              /* that there is room for */
+  uint32_t next_id;             /* id of the next volume or snapshot */
 
   struct cas_group *groups[CAS_GROUPS]; /* the first ngroups are there */
   uint32_t ngroups;                     /* groups in memory */
   uint32_t nslots;                      /* slots in the file */
   uint32_t nfree;                       /* free slots that may be taken */
-  uint32_t npairs;                      /* free pairs that pages may take */
-  uint32_t nloose;                      /* of nfree: not part of such a pair */
-  uint32_t npending;                    /* pairs that wait for a sync */
-  uint32_t nfenced;                     /* segments that are fenced */
-  uint32_t mask;                        /* of buckets: see cas_bucket */
-  uint32_t data_cursor;                 /* where to look for a free slot */
-  uint32_t pair_cursor;                 /* segment of the last pair */
-  uint32_t back_cursor;                 /* before it: backed, or no hope */
-  uint32_t ndirty;                      /* dirty nodes and catalog pages */
-  uint32_t dropped;  /* list of pending slots: free after a sync (C5) */
-  uint32_t retired;  /* the same: free after a checkpoint (C6) */
-  uint32_t nwaiting; /* slots in both lists */
-  uint32_t filled;   /* slots that the index was filled with */
-  uint32_t to_fill;  /* slots that it is to be filled with */
+  uint32_t npairs;                      /* free pairs that count */
+  uint32_t npending;                    /* free pairs that wait for a sync */
+  uint32_t nloose;      /* of nfree: not part of a pair that counts */
+  uint32_t mask;        /* of buckets: see cas_bucket */
+  uint32_t data_cursor; /* where to look for a free slot */
+  uint32_t pair_cursor; /* segment of the last pair */
+  uint32_t back_cursor; /* before it: space is there, or there is none */
+  uint32_t ndirty;      /* dirty nodes */
+  uint32_t dropped;     /* list of pending slots: free after a sync (C5) */
+  uint32_t retired;     /* the same: free after a checkpoint (C6) */
+  uint32_t nwaiting;    /* slots in both lists */
+  uint32_t filled;      /* slots that the index was filled with */
+  uint32_t to_fill;     /* slots that it is to be filled with */
 
   struct cas_node **leaves; /* [nleaves]: those that are in memory */
   uint32_t nleaves;
   uint32_t leaf_room; /* that leaves has */
   uint32_t hand;      /* eviction goes on from there */
-
-  unsigned char *room; /* [block_size], while the log is replayed */
 
   unsigned char page[CAS_PAGE];       /* the log page that is being filled */
   uint32_t nlog;                      /* entries in it */
@@ -4660,13 +4663,6 @@ static uint64_t cas_blocks(const struct nbdserve_cas *st, uint64_t size) {
   return size / st->bs + (size % st->bs != 0);
 }
 
-/* Where a slot lies in the file. */
-static uint64_t cas_data_off(const struct nbdserve_cas *st, uint32_t slot) {
-  uint64_t group = CAS_UNIT + (uint64_t)CAS_SLOTS * st->bs;
-  return st->data_off + slot / CAS_SLOTS * group + CAS_UNIT +
-         (uint64_t)(slot % CAS_SLOTS) * st->bs;
-}
-
 /* Where the digest of a slot lies in the file. */
 static uint64_t cas_digest_off(const struct nbdserve_cas *st, uint32_t slot) {
   uint64_t group = CAS_UNIT + (uint64_t)CAS_SLOTS * st->bs;
@@ -4674,12 +4670,16 @@ static uint64_t cas_digest_off(const struct nbdserve_cas *st, uint32_t slot) {
          (uint64_t)(slot % CAS_SLOTS) * CAS_DIGEST_LEN;
 }
 
+/* Where a slot lies in the file. */
+static uint64_t cas_data_off(const struct nbdserve_cas *st, uint32_t slot) {
+  uint32_t in = slot % CAS_SLOTS;
+  return cas_digest_off(st, slot - in) + CAS_UNIT + (uint64_t)in * st->bs;
+}
+
 /* Where a log page lies in the file. */
 static uint64_t cas_log_off(const struct nbdserve_cas *st, uint64_t seq) {
   return 2 * CAS_UNIT + seq % st->super.log_pages * CAS_PAGE;
 }
-
-/* ---- The log -------------------------------------------------------------- */
 
 /* Reads or writes at an offset in the file. */
 static int cas_io(struct nbdserve_cas *st, int writing, void *buf, size_t len,
@@ -4688,6 +4688,24 @@ static int cas_io(struct nbdserve_cas *st, int writing, void *buf, size_t len,
   return os_transfer(st->fd, writing, &v, 1, off);
 }
 
+/* Makes room in an array for item `at`, maybe elsewhere in memory; what is new
+ * is zero.  Returns the array, or NULL: it is as it was. */
+static void *cas_enlarge(void *array, uint32_t *room, uint32_t at,
+                         size_t size) {
+  uint32_t want = *room ? *room : 4;
+  if (at < *room) return array;
+  while (want <= at)
+    want *= 2;
+  void *larger = u_zalloc(want * size);
+  if (!larger) return NULL;
+  if (*room) memcpy(larger, array, *room * size);
+  NBDSERVE_FREE(array);
+  *room = want;
+  return larger;
+}
+
+/* ---- The log -------------------------------------------------------------- */
+
 /* Nothing is written any more (C14). */
 static void cas_fail(struct nbdserve_cas *st, int err) {
   if (!err) return;
@@ -4695,45 +4713,46 @@ static void cas_fail(struct nbdserve_cas *st, int err) {
   os_wake_all(&st->lock);
 }
 
-/* Computes the sum of a log page: the SHA-256 of its entries, with zeroes up to
- * a multiple of 64 bytes, of its head, and of the store's id.  mixed: the state
- * after the first *nmixed blocks of 64 bytes; it goes on to the last block that
- * later entries do not change.  So an entry costs two blocks of SHA-256 and not
- * all of its page. */
+/* Computes the sum of a log page with so many entries: the SHA-256 of these,
+ * with zeroes up to a multiple of 64 bytes, of its head, and of the store's id.
+ * mixed: the state after the first *nmixed blocks of 64 bytes; it goes on to the
+ * last block that later entries do not change, so an entry costs two blocks of
+ * SHA-256 and not all of its page. */
 static void cas_log_sum(const struct nbdserve_cas *st, const unsigned char *p,
-                        uint32_t mixed[2][SHA_STATE_WORDS], uint32_t *nmixed,
-                        unsigned char sum[CAS_DIGEST_LEN]) {
-  uint32_t len = u_get32(p + LOG_COUNT) * CAS_ENTRY;
-  uint32_t whole = len / SHA_BLOCK_LEN;
-  uint32_t rest = len % SHA_BLOCK_LEN;
-  unsigned char tail[SHA_BLOCK_LEN + CAS_HEAD + 16] = {0};
+                        uint32_t count, uint32_t mixed[2][SHA_STATE_WORDS],
+                        uint32_t *nmixed, unsigned char sum[CAS_DIGEST_LEN]) {
+  uint32_t whole = count * CAS_ENTRY / SHA_BLOCK_LEN;
+  uint32_t rest = count * CAS_ENTRY % SHA_BLOCK_LEN;
+  unsigned char tail[SHA_BLOCK_LEN + CAS_HEAD + sizeof st->super.id] = {0};
   unsigned char *end = tail + (rest ? SHA_BLOCK_LEN : 0);
+  size_t len = SHA_BLOCK_LEN * whole + sizeof tail;
   uint32_t state[2][SHA_STATE_WORDS];
-  assert(*nmixed <= whole && len <= LOG_MAGIC);
+  assert(*nmixed <= whole && count <= CAS_ENTRIES);
   sha_add(st->hw, mixed, p + *nmixed * SHA_BLOCK_LEN, whole - *nmixed);
   *nmixed = whole;
   memcpy(state, mixed, sizeof state);
   memcpy(tail, p + whole * SHA_BLOCK_LEN, rest);
-  memcpy(end, p + LOG_MAGIC, CAS_HEAD);
-  memcpy(end + CAS_HEAD, st->super.id, 16);
+  memcpy(end, p + CAS_LOG_HEAD, CAS_HEAD);
+  memcpy(end + CAS_HEAD, st->super.id, sizeof st->super.id);
   if (rest) sha_add(st->hw, state, tail, 1);
-  sha_end(st->hw, state, end, (whole + !!rest) * SHA_BLOCK_LEN + CAS_HEAD + 16,
-          sum);
+  if (!rest) len -= SHA_BLOCK_LEN;
+  sha_end(st->hw, state, end, len, sum);
 }
 
-/* Writes the log page that is being filled, at its place: a torn write loses
- * nothing that was there before, because the entries come first and the sum
- * last (C12).  s->failed tells whether it failed. */
+/* Writes the log page that is being filled, at its place.  A torn write loses
+ * nothing that was there before, because the entries come first and the sum last
+ * (C12).  st->failed tells whether it failed. */
 static void cas_log_write(struct nbdserve_cas *st) {
+  struct cas_log_head head = {.magic = CAS_LOG,
+                              .count = st->nlog,
+                              .seq = st->seq,
+                              .durable = st->durable,
+                              .super = st->super_number};
   unsigned char *p = st->page;
   if (st->failed) return;
   assert(st->seq - st->tail < st->super.log_pages);
-  u_put32(p + LOG_MAGIC, CAS_LOG);
-  u_put32(p + LOG_COUNT, st->nlog);
-  u_put64(p + LOG_SEQ, st->seq);
-  u_put64(p + LOG_DURABLE, st->durable);
-  u_put64(p + LOG_SUPER, st->super_number);
-  cas_log_sum(st, p, st->mixed, &st->nmixed, p + LOG_SUM);
+  cas_encode(cas_log_fields, &head, p + CAS_LOG_HEAD);
+  cas_log_sum(st, p, st->nlog, st->mixed, &st->nmixed, p + CAS_LOG_SUM);
   cas_fail(st, cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, st->seq)));
   st->nwritten = st->nlog;
   st->marked = st->durable;
@@ -4763,13 +4782,20 @@ static void cas_log_close(struct nbdserve_cas *st) {
   st->seq++;
 }
 
-/* Logs that a block of a volume is now in a slot, or count of them zeroes.
- * What is hidden is not logged: after a crash it is not there. */
-static void cas_log(struct nbdserve_cas *st, const struct cas_volume *vol,
-                    struct cas_entry entry) {
+/* Logs that a block of a volume is now in a slot or, with digest NULL, that
+ * count of them are zeroes.  What is hidden is not logged: after a crash it is
+ * not there. */
+static void cas_log(const struct cas_volume *vol, uint64_t block,
+                    uint64_t count, uint32_t slot,
+                    const unsigned char *digest) {
+  struct nbdserve_cas *st = vol->st;
+  struct cas_entry entry = {
+      .volume = vol->id, .slot = slot, .block = block, .count = count};
   if (st->is_replaying || !vol->id) return;
-  entry.volume = vol->id;
-  cas_encode_entry(&entry, st->page + st->nlog * CAS_ENTRY);
+  assert(!slot == !digest && slot != CAS_LOST);
+  if (digest) memcpy(entry.digest, digest, CAS_DIGEST_LEN);
+  cas_encode(digest ? cas_entry_fields : cas_hole_fields, &entry,
+             st->page + st->nlog * CAS_ENTRY);
   st->nlogged++;
   if (++st->nlog == CAS_ENTRIES) cas_log_close(st);
 }
@@ -4809,18 +4835,19 @@ static void cas_split_buckets(struct nbdserve_cas *st, uint32_t from) {
   for (uint32_t b = from ? from : 1; b < st->ngroups * CAS_SLOTS; b++) {
     if (b > 2 * st->mask + 1) st->mask = 2 * st->mask + 1;
     uint32_t *p = &CAS_AT(st, b - st->mask - 1, bucket);
-    uint32_t next;
     uint32_t slot = *p;
-    for (*p = 0; slot; slot = next) {
-      next = CAS_AT(st, slot, link);
+    *p = 0;
+    while (slot) {
+      uint32_t next = CAS_AT(st, slot, link);
       cas_index(st, slot, CAS_AT(st, slot, tag));
+      slot = next;
     }
   }
 }
 
 /* Free slots of a segment that are no part of a pair that counts. */
 static uint32_t cas_loose(const struct cas_segment *seg) {
-  return seg->nfree - (seg->backing == BACKING_DURABLE ? 2u * seg->npairs : 0);
+  return seg->nfree - (seg->space == SPACE_DURABLE ? 2u * seg->npairs : 0);
 }
 
 /* Adds what is free in a segment to the totals (1), or takes it off (-1): what
@@ -4828,16 +4855,13 @@ static uint32_t cas_loose(const struct cas_segment *seg) {
 static void cas_count(struct nbdserve_cas *st, const struct cas_segment *seg,
                       int sign) {
   uint32_t times = (uint32_t)sign; /* unsigned: it wraps, and wraps back */
-  if (seg->fence) {
-    st->nfenced += times;
-    return;
-  }
+  if (seg->space > SPACE_DURABLE) return;
   st->nfree += times * seg->nfree;
-  if (seg->backing == BACKING_DURABLE)
-    st->npairs += times * seg->npairs;
-  else if (seg->backing != BACKING_UNKNOWN)
-    st->npending += times * seg->npairs;
   st->nloose += times * cas_loose(seg);
+  if (seg->space == SPACE_DURABLE)
+    st->npairs += times * seg->npairs;
+  else if (seg->space != SPACE_UNKNOWN)
+    st->npending += times * seg->npairs;
 }
 
 /* Counts a slot, whose refs are 0, as free or as taken. */
@@ -4849,16 +4873,29 @@ static void cas_set_free(struct nbdserve_cas *st, uint32_t slot, int is_free) {
   seg->nfree = (uint16_t)(seg->nfree + by);
   if (is_pair) seg->npairs = (uint16_t)(seg->npairs + by);
   cas_count(st, seg, 1);
+  assert(seg->nfree <= CAS_SEGMENT && 2 * seg->npairs <= seg->nfree);
 }
 
-/* Sets the fence and the backing of a segment. */
-static void cas_set_segment(struct nbdserve_cas *st, uint32_t slot, int fence,
-                            int backing) {
+/* Sets what is known of the space of a segment. */
+static void cas_set_space(struct nbdserve_cas *st, uint32_t slot,
+                          enum cas_space space) {
   struct cas_segment *seg = cas_segment(st, slot);
   cas_count(st, seg, -1);
-  seg->fence = (unsigned char)fence;
-  seg->backing = (unsigned char)backing;
+  seg->space = (uint16_t)space;
   cas_count(st, seg, 1);
+}
+
+/* Changes what is known of the space of all segments of which `from` is. */
+static void cas_change_space(struct nbdserve_cas *st, enum cas_space from,
+                             enum cas_space to) {
+  for (uint32_t slot = 0; slot < st->nslots; slot += CAS_SEGMENT)
+    if (cas_segment(st, slot)->space == from) cas_set_space(st, slot, to);
+}
+
+/* Something is free: where there was no space there may be some now. */
+static void cas_space_came(struct nbdserve_cas *st) {
+  st->back_cursor = 0;
+  cas_change_space(st, SPACE_FULL, SPACE_UNKNOWN);
 }
 
 /* Counts segments in until there is a slot. */
@@ -4874,7 +4911,6 @@ static int cas_extend(struct nbdserve_cas *st, uint32_t slot) {
     struct cas_segment *seg = cas_segment(st, st->nslots);
     seg->nfree = CAS_SEGMENT;
     seg->npairs = CAS_TWIN;
-    if (st->is_device) seg->backing = BACKING_DURABLE;
     cas_count(st, seg, 1);
     if (st->nslots > 0) continue;
     cas_set_free(st, 0, 0);
@@ -4889,45 +4925,32 @@ static int cas_write_zeroes(struct nbdserve_cas *st, uint32_t first,
                             uint64_t off, uint64_t end) {
   unsigned char *zeroes = u_zalloc(st->bs);
   int err = zeroes ? 0 : -ENOMEM;
-  for (; first >= st->nslots && off < end && !err; off += st->bs)
-    err = cas_io(st, OS_WRITE, zeroes, st->bs, off);
-  for (uint32_t i = 0; first < st->nslots && i < CAS_SEGMENT && !err; i++)
-    if (!CAS_AT(st, first + i, refs))
-      err = cas_io(st, OS_WRITE, zeroes, st->bs, cas_data_off(st, first + i));
+  if (first < st->nslots) off = cas_data_off(st, first);
+  for (uint32_t slot = first; off < end && !err; off += st->bs, slot++)
+    if (first >= st->nslots || !CAS_AT(st, slot, refs))
+      err = cas_io(st, OS_WRITE, zeroes, st->bs, off);
   NBDSERVE_FREE(zeroes);
   return err;
 }
 
 /* Gives a segment its space in the file (C18), maybe behind the file's end.  The
  * first segment of a group brings the digests of the group along, the very first
- * one all that stands before it. */
-static int cas_back(struct nbdserve_cas *st, uint32_t first) {
+ * one all that stands before it.  The space counts from the next sync on, but at
+ * once while the store is opened: what recovery needs was durable before. */
+static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
   uint64_t off = cas_data_off(st, first);
   uint64_t end = off + (uint64_t)CAS_SEGMENT * st->bs;
+  int is_durable = !st->is_open || st->is_device;
+  int err = 0;
+  if (end > (st->is_device ? st->end : INT64_MAX)) return -ENOSPC;
   if (first % CAS_SLOTS == 0) off = cas_digest_off(st, first);
   if (first == 0) off = 0;
-  if (st->is_device) return end > st->end ? -ENOSPC : 0;
-  if (end > INT64_MAX) return -ENOSPC;
-  int err = os_fallocate(st->fd, OS_ALLOCATE, off, end - off);
+  if (!st->is_device) err = os_fallocate(st->fd, OS_ALLOCATE, off, end - off);
   if (err == -EOPNOTSUPP) err = cas_write_zeroes(st, first, off, end);
-  return err;
-}
-
-/* Gives a segment its space.  It counts from the next sync on, but at once
- * while the store is opened: what recovery needs was durable before. */
-static int cas_back_and_count(struct nbdserve_cas *st, uint32_t first) {
-  int err = cas_back(st, first);
   if (!err) err = cas_extend(st, first);
-  if (err) return err;
-  int backing = BACKING_WRITTEN;
-  if (!st->is_open || st->is_device) backing = BACKING_DURABLE;
-  cas_set_segment(st, first, cas_segment(st, first)->fence, backing);
-  return 0;
-}
-
-/* Makes the file longer by one segment of slots. */
-static int cas_grow(struct nbdserve_cas *st) {
-  return cas_back_and_count(st, st->nslots);
+  if (!err)
+    cas_set_space(st, first, is_durable ? SPACE_DURABLE : SPACE_WRITTEN);
+  return err;
 }
 
 /* Are there free pairs for all that is dirty, and more?  If not, gives space to
@@ -4939,24 +4962,16 @@ static int cas_want_pairs(struct nbdserve_cas *st, uint32_t more) {
   while (!err && st->npairs + st->npending < 2 * need) {
     uint32_t first = st->back_cursor;
     if (first >= st->nslots) {
-      err = cas_grow(st);
+      err = cas_give_space(st, st->nslots);
       continue;
     }
     const struct cas_segment *seg = cas_segment(st, first);
-    if (seg->backing == BACKING_UNKNOWN && seg->npairs)
-      cas_back_and_count(st, first); /* or it is passed over */
+    if (seg->space == SPACE_UNKNOWN && seg->npairs)
+      cas_give_space(st, first); /* or it is passed over */
     st->back_cursor += CAS_SEGMENT;
   }
   if (st->npairs >= need) return 0;
   return err ? err : -ENOSPC;
-}
-
-/* Counts what has been given its space: before a sync `from` is what was
- * written, and after it what it has synced. */
-static void cas_advance_backing(struct nbdserve_cas *st, int from) {
-  for (uint32_t x = 0; st->npending && x < st->nslots; x += CAS_SEGMENT)
-    if (cas_segment(st, x)->backing == from)
-      cas_set_segment(st, x, cas_segment(st, x)->fence, from + 1);
 }
 
 /* One more hold on a slot.  A free one is taken by that. */
@@ -4983,6 +4998,14 @@ static void cas_drop(struct nbdserve_cas *st, uint32_t slot, uint32_t *list) {
   st->nwaiting++;
 }
 
+/* Drops both slots of a page. */
+static void cas_drop_pair(struct nbdserve_cas *st, uint32_t slot,
+                          uint32_t *list) {
+  if (!slot || slot == CAS_LOST) return;
+  cas_drop(st, slot, list);
+  cas_drop(st, slot + CAS_TWIN, list);
+}
+
 /* Frees a list of slots that nothing durable names any more. */
 static void cas_free_list(struct nbdserve_cas *st, uint32_t slot) {
   for (; slot; slot = CAS_AT(st, slot, link)) {
@@ -4995,7 +5018,7 @@ static void cas_free_list(struct nbdserve_cas *st, uint32_t slot) {
 
 /* Which segments cas_search takes */
 enum cas_wanted {
-  WANT_DATA,  /* without pages, with so many free slots */
+  WANT_DATA,  /* with so many free slots, and no pages */
   WANT_ANY,   /* with so many free slots */
   WANT_LOOSE, /* with free slots that are no part of a pair that counts */
   WANT_PAGES, /* with pages, and a free pair */
@@ -5003,29 +5026,28 @@ enum cas_wanted {
   WANT_PAIR   /* with a free pair */
 };
 
-/* Finds a segment behind one, and stores it there.  Returns whether there is
- * one among the next nsegments. */
+/* Is a segment one of those? */
+static int cas_is_wanted(const struct cas_segment *seg, enum cas_wanted wanted,
+                         uint32_t nfree) {
+  int has_pair = seg->npairs && seg->space == SPACE_DURABLE;
+  if (seg->space > SPACE_DURABLE) return 0;
+  if (wanted == WANT_DATA) return seg->nfree >= nfree && !seg->npages;
+  if (wanted == WANT_ANY) return seg->nfree >= nfree;
+  if (wanted == WANT_LOOSE) return cas_loose(seg) > 0;
+  if (wanted == WANT_PAGES) return has_pair && seg->npages;
+  if (wanted == WANT_EMPTY) return has_pair && seg->nfree == CAS_SEGMENT;
+  return has_pair;
+}
+
+/* Finds a segment, from one on among the next n, and stores it there.  Returns
+ * whether there is one. */
 static int cas_search(struct nbdserve_cas *st, uint32_t *cursor,
-                      enum cas_wanted wanted, uint32_t nfree,
-                      uint32_t nsegments) {
-  uint32_t first = *cursor / CAS_SEGMENT * CAS_SEGMENT;
-  if (first >= st->nslots) first = 0;
-  nsegments = (uint32_t)u_min(nsegments, st->nslots / CAS_SEGMENT);
-  for (uint32_t i = 0; i < nsegments; i++) {
-    const struct cas_segment *seg = cas_segment(st, first);
-    int has_pair = seg->npairs && seg->backing == BACKING_DURABLE;
-    const int fits[] = {
-        [WANT_DATA] = seg->nfree >= nfree && !seg->npages,
-        [WANT_ANY] = seg->nfree >= nfree,
-        [WANT_LOOSE] = cas_loose(seg) > 0,
-        [WANT_PAGES] = has_pair && seg->npages,
-        [WANT_EMPTY] = has_pair && seg->nfree == CAS_SEGMENT,
-        [WANT_PAIR] = has_pair,
-    };
-    *cursor = first;
-    if (fits[wanted] && !seg->fence) return 1;
-    first += CAS_SEGMENT;
-    if (first >= st->nslots) first = 0;
+                      enum cas_wanted wanted, uint32_t nfree, uint32_t n) {
+  *cursor = *cursor / CAS_SEGMENT * CAS_SEGMENT;
+  for (n = (uint32_t)u_min(n, st->nslots / CAS_SEGMENT); n > 0; n--) {
+    if (*cursor >= st->nslots) *cursor = 0;
+    if (cas_is_wanted(cas_segment(st, *cursor), wanted, nfree)) return 1;
+    *cursor += CAS_SEGMENT;
   }
   return 0;
 }
@@ -5034,118 +5056,99 @@ static int cas_search(struct nbdserve_cas *st, uint32_t *cursor,
  * one at the file's end while that has little to spare, else what there is.
  * Slots in a row are written in a row, so much room is worth looking for.  Those
  * with pages come last.  loose: pairs are few, so none is taken apart. */
-static void cas_data_segment(struct nbdserve_cas *st, int loose) {
-  uint32_t used = st->nslots - st->nfree;
-  int has_spare = st->nfree > used / 10 + CAS_SLACK;
+static void cas_choose_segment(struct nbdserve_cas *st, int loose) {
+  uint32_t *cursor = &st->data_cursor;
+  int has_spare = st->nfree > (st->nslots - st->nfree) / 10 + CAS_SLACK;
   uint32_t nfree = has_spare ? CAS_SEGMENT / 4 : CAS_SEGMENT * 3 / 4;
-  if (loose) {
-    cas_search(st, &st->data_cursor, WANT_LOOSE, 0, UINT32_MAX);
+  for (; nfree > 0 && !loose; nfree /= 4) {
+    if (cas_search(st, cursor, WANT_DATA, nfree, CAS_LOOK)) return;
+    if (has_spare || cas_give_space(st, st->nslots)) continue;
+    *cursor = st->nslots - CAS_SEGMENT;
     return;
   }
-  for (; nfree > 0; nfree /= 4) {
-    if (cas_search(st, &st->data_cursor, WANT_DATA, nfree, CAS_LOOK)) return;
-    if (has_spare || cas_grow(st)) continue;
-    st->data_cursor = st->nslots - CAS_SEGMENT;
-    return;
-  }
-  if (!cas_search(st, &st->data_cursor, WANT_DATA, 1, UINT32_MAX))
-    cas_search(st, &st->data_cursor, WANT_ANY, 1, UINT32_MAX);
+  if (loose)
+    cas_search(st, cursor, WANT_LOOSE, 0, UINT32_MAX);
+  else if (!cas_search(st, cursor, WANT_DATA, 1, UINT32_MAX))
+    cas_search(st, cursor, WANT_ANY, 1, UINT32_MAX);
 }
 
 /* Takes a free slot for data; *slot gets it, and the caller the hold.  Pairs
  * that pages may need are not taken apart for it: -ENOSPC. */
 static int cas_take_slot(struct nbdserve_cas *st, uint32_t *slot) {
-  uint32_t more = CAS_RESERVE_PAIRS + CAS_MARGIN;
-  int loose = cas_want_pairs(st, more + 1) != 0;
+  uint32_t *cursor = &st->data_cursor;
+  int loose = cas_want_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN + 1) != 0;
   if (st->failed) return st->failed;
-  if (loose && !st->nloose) cas_grow(st);
+  if (loose && !st->nloose) cas_give_space(st, st->nslots);
   if (loose ? !st->nloose : !st->nfree) return -ENOSPC;
-  for (;; st->data_cursor++) {
-    if (st->data_cursor % CAS_SEGMENT == 0) cas_data_segment(st, loose);
-    uint32_t x = st->data_cursor;
-    const struct cas_segment *seg = cas_segment(st, x);
-    if (CAS_AT(st, x, refs) || seg->fence) continue;
-    if (!loose || seg->backing != BACKING_DURABLE ||
-        CAS_AT(st, x ^ CAS_TWIN, refs))
+  for (;; ++*cursor) {
+    if (*cursor % CAS_SEGMENT == 0) cas_choose_segment(st, loose);
+    const struct cas_segment *seg = cas_segment(st, *cursor);
+    if (CAS_AT(st, *cursor, refs) || seg->space > SPACE_DURABLE) continue;
+    if (!loose || seg->space != SPACE_DURABLE ||
+        CAS_AT(st, *cursor ^ CAS_TWIN, refs))
       break;
   }
-  *slot = st->data_cursor++;
+  *slot = (*cursor)++;
   cas_hold(st, *slot);
   return 0;
 }
 
-/* Takes a free pair for a page, and returns the first of the two; the caller
- * knows that there is one. */
-static uint32_t cas_take_pair(struct nbdserve_cas *st) {
-  uint32_t *cursor = &st->pair_cursor;
-  assert(st->npairs > 0);
-  if (!cas_search(st, cursor, WANT_PAGES, 0, CAS_LOOK) &&
-      !cas_search(st, cursor, WANT_EMPTY, 0, CAS_LOOK) && cas_grow(st) == 0)
-    *cursor = st->nslots - CAS_SEGMENT;
-  cas_search(st, cursor, WANT_PAIR, 0, UINT32_MAX);
-  uint32_t slot = *cursor;
-  while (CAS_AT(st, slot, refs) || CAS_AT(st, slot + CAS_TWIN, refs))
-    slot++;
-  assert(slot < *cursor + CAS_TWIN);
-  for (uint32_t i = 0; i < 2; i++, slot += CAS_TWIN) {
+/* Takes a pair of slots for a page. */
+static void cas_hold_pair(struct nbdserve_cas *st, uint32_t slot) {
+  for (int i = 0; i < 2; i++, slot += CAS_TWIN) {
+    assert(!CAS_AT(st, slot, refs));
     cas_hold(st, slot);
     CAS_AT(st, slot, tag) = TAG_PAGE;
     cas_segment(st, slot)->npages++;
   }
-  return slot - 2 * CAS_TWIN;
 }
 
-/* Drops a pair: it is free when a checkpoint without it is durable (C6). */
-static void cas_retire(struct nbdserve_cas *st, uint32_t slot) {
-  if (!slot || slot == CAS_LOST) return;
-  cas_drop(st, slot, &st->retired);
-  cas_drop(st, slot + CAS_TWIN, &st->retired);
-}
-
-/* Where there was no space there may be some now. */
-static void cas_space_came(struct nbdserve_cas *st) {
-  st->back_cursor = 0;
-  if (!st->nfenced) return;
-  for (uint32_t first = 0; first < st->nslots; first += CAS_SEGMENT)
-    if (cas_segment(st, first)->fence == FENCE_SPACE)
-      cas_set_segment(st, first, FENCE_NONE, BACKING_UNKNOWN);
+/* Takes a free pair and returns the first of the two; the caller knows that
+ * there is one.  Pages lie together, so that opening reads long runs. */
+static uint32_t cas_take_pair(struct nbdserve_cas *st) {
+  uint32_t *cursor = &st->pair_cursor;
+  assert(st->npairs > 0);
+  if (!cas_search(st, cursor, WANT_PAGES, 0, CAS_LOOK) &&
+      !cas_search(st, cursor, WANT_EMPTY, 0, CAS_LOOK))
+    cas_search(st, cursor, WANT_PAIR, 0, UINT32_MAX);
+  uint32_t slot = *cursor;
+  while (CAS_AT(st, slot, refs) || CAS_AT(st, slot + CAS_TWIN, refs))
+    slot++;
+  assert(slot < *cursor + CAS_TWIN);
+  cas_hold_pair(st, slot);
+  return slot;
 }
 
 /* Makes all that was written so far durable; one caller syncs for those that
- * wait meanwhile, unless it is told to. */
+ * wait meanwhile, unless it is told to.  (unlocks) */
 static int cas_sync(struct nbdserve_cas *st, int always) {
-  os_lock(&st->lock);
   uint64_t mine = st->nlogged;
   while (st->syncing)
     cas_wait(st);
-  int err = st->failed;
-  if (!err && (always || st->nsynced < mine)) {
-    st->syncing = 1;
-    cas_log_close(st); /* (C13) */
-    mine = st->nlogged;
-    uint64_t seq = st->seq;
-    /* What was dropped so far is free when the pages that say so, which are
-     * written by now, are durable; what is dropped from now on is not. */
-    uint32_t dropped = st->dropped;
-    st->dropped = 0;
-    cas_advance_backing(st, BACKING_WRITTEN);
-    cas_unlock(st);
-    err = st->failed;
-    if (!err) err = os_datasync(st->fd);
-    os_lock(&st->lock);
-    cas_fail(st, err);
-    if (!err) {
-      st->durable = seq; /* (C4) */
-      st->nsynced = mine;
-      cas_free_list(st, dropped); /* (C5) */
-      cas_advance_backing(st, BACKING_SYNCING);
-      if (dropped) cas_space_came(st);
-    }
-    st->syncing = 0;
-    os_wake_all(&st->lock);
-  }
+  if (st->failed || (!always && st->nsynced >= mine)) return st->failed;
+  st->syncing = 1;
+  cas_log_close(st); /* (C13) */
+  mine = st->nlogged;
+  uint64_t seq = st->seq;
+  /* What was dropped so far is free when the pages that say so, which are
+   * written by now, are durable; what is dropped from now on is not. */
+  uint32_t dropped = st->dropped;
+  st->dropped = 0;
+  if (st->npending) cas_change_space(st, SPACE_WRITTEN, SPACE_SYNCING);
   cas_unlock(st);
-  return err ? err : st->failed;
+  int err = os_datasync(st->fd);
+  os_lock(&st->lock);
+  cas_fail(st, err);
+  if (!st->failed) {
+    st->durable = seq; /* (C4) */
+    st->nsynced = mine;
+    cas_free_list(st, dropped); /* (C5) */
+    if (st->npending) cas_change_space(st, SPACE_SYNCING, SPACE_DURABLE);
+    if (dropped) cas_space_came(st);
+  }
+  st->syncing = 0;
+  os_wake_all(&st->lock);
+  return st->failed;
 }
 
 /* ---- Blocks and pages ----------------------------------------------------- */
@@ -5153,7 +5156,8 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
 /* cas_block.todo: what is to be moved or was moved, bits */
 enum {
   CAS_DATA = 1,
-  CAS_DIGEST = 2
+  CAS_DIGEST = 2,
+  CAS_BOTH = CAS_DATA | CAS_DIGEST
 };
 
 #define CAS_ANY CAS_ABSENT /* cas_block.expected: the map may have any slot */
@@ -5186,73 +5190,64 @@ static size_t cas_run_length(const struct cas_block *blk, size_t n, int what) {
 /* Moves the data or the digests of k blocks that lie in a row. */
 static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
                         size_t k, int what, int writing) {
-  uint64_t off = what == CAS_DATA ? cas_data_off(st, blk->slot)
-                                  : cas_digest_off(st, blk->slot);
   struct iovec v[CAS_RUN];
   assert(k > 0 && k <= CAS_RUN);
   for (size_t i = 0; i < k; i++) {
-    if (what == CAS_DATA)
-      v[i] = (struct iovec){blk[i].data, st->bs};
-    else
-      v[i] =
-          (struct iovec){writing ? blk[i].sum : blk[i].digest, CAS_DIGEST_LEN};
+    unsigned char *digest = writing ? blk[i].sum : blk[i].digest;
+    v[i] = (struct iovec){digest, CAS_DIGEST_LEN};
+    if (what == CAS_DATA) v[i] = (struct iovec){blk[i].data, st->bs};
   }
-  return os_transfer(st->fd, writing, v, (int)k, off);
+  return os_transfer(st->fd, writing, v, (int)k,
+                     what == CAS_DATA ? cas_data_off(st, blk->slot)
+                                      : cas_digest_off(st, blk->slot));
 }
 
-/* Takes note that a block could not be moved.  Its segment is passed over from
- * now on if it could not be written (C19), and so are those that have their
- * digests in the same 4096 bytes, if it was the digest. */
-static void cas_move_failed(struct nbdserve_cas *st, struct cas_block *blk,
-                            int what, int writing, int err) {
-  uint32_t n = what == CAS_DIGEST ? CAS_PAGE / CAS_DIGEST_LEN : 1;
-  if (!writing && what == CAS_DIGEST)
-    blk->digest_err = err;
-  else
-    blk->err = err;
-  if (!writing) return;
+/* Passes over the segment of a slot that could not be written from now on
+ * (C19); and over all that have their digests in the same 4096 bytes, because
+ * what is bad may be that.  (locks) */
+static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
+  uint32_t n = CAS_PAGE / CAS_DIGEST_LEN;
+  uint32_t first = slot / n * n;
+  uint32_t x = first / CAS_SEGMENT * CAS_SEGMENT;
   os_lock(&st->lock);
-  uint32_t first = blk->slot / n * n / CAS_SEGMENT * CAS_SEGMENT;
-  for (uint32_t x = first; x < st->nslots && x <= blk->slot / n * n + n - 1;
-       x += CAS_SEGMENT)
-    cas_set_segment(st, x, err == -ENOSPC ? FENCE_SPACE : FENCE_BROKEN,
-                    BACKING_UNKNOWN);
+  for (; x < st->nslots && x < first + n; x += CAS_SEGMENT)
+    if (err != -ENOSPC)
+      cas_set_space(st, x, SPACE_BROKEN);
+    else if (cas_segment(st, x)->space != SPACE_DURABLE)
+      cas_set_space(st, x, SPACE_FULL);
   cas_unlock(st);
 }
 
 /* Moves what there is to do of `what`, in few calls.  What fails together is
- * tried again one by one, so only that fails which must. */
+ * tried again one by one, so only that fails which must.  (locks) */
 static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
                      int what, int writing) {
   for (size_t k; n > 0; blk += k, n -= k) {
     k = cas_run_length(blk, n, what);
-    if (!k) {
-      k = 1;
-      continue;
-    }
-    int err = cas_move_run(st, blk, k, what, writing);
+    int err = k ? cas_move_run(st, blk, k, what, writing) : 0;
     for (size_t i = 0; err && i < k; i++) {
-      if (k > 1) err = cas_move_run(st, blk + i, 1, what, writing);
-      if (err) cas_move_failed(st, blk + i, what, writing, err);
-      err = k > 1 ? -EIO : 0; /* go on */
+      int alone = k > 1 ? cas_move_run(st, blk + i, 1, what, writing) : err;
+      int is_digest_read = what == CAS_DIGEST && !writing;
+      *(is_digest_read ? &blk[i].digest_err : &blk[i].err) = alone;
+      if (alone && writing) cas_pass_over(st, blk[i].slot, alone);
     }
+    if (!k) k = 1;
   }
 }
 
 /* Writes what is to be written: first the digests, so who finds the data finds
- * both. */
+ * both.  (locks) */
 static void cas_store(struct nbdserve_cas *st, struct cas_block *blk,
                       size_t n) {
   cas_move(st, blk, n, CAS_DIGEST, OS_WRITE);
   cas_move(st, blk, n, CAS_DATA, OS_WRITE);
 }
 
-/* Computes the digests of the blocks that have data and digest to do, two at a
- * time. */
+/* Computes the digests of the blocks that have both to do, two at a time. */
 static void cas_hash(struct nbdserve_cas *st, struct cas_block *blk, size_t n) {
   struct cas_block *first = NULL;
   for (; n > 0; blk++, n--) {
-    if (blk->todo != (CAS_DATA | CAS_DIGEST) || blk->err) continue;
+    if (blk->todo != CAS_BOTH || blk->err) continue;
     if (first)
       sha_256(st->hw, first->data, blk->data, st->bs, first->sum, blk->sum);
     first = first ? NULL : blk;
@@ -5263,104 +5258,98 @@ static void cas_hash(struct nbdserve_cas *st, struct cas_block *blk, size_t n) {
 /* What cas_read_page found */
 enum cas_page_state {
   PAGE_GOOD,
-  PAGE_HEALED,     /* one of the copies is good, the other one is not */
-  PAGE_WRONG,      /* both can be read, and are not what they should be */
-  PAGE_UNREADABLE, /* no copy is good, and one cannot be read */
+  PAGE_HEALED,    /* one of the copies is good, the other one is not */
+  PAGE_WRONG,     /* both can be read, and are not what they should be */
+  PAGE_UNREADABLE /* no copy is good, and one cannot be read */
 };
 
-/* A page that is to be read */
-struct cas_page {
-  uint32_t magic;
-  int level; /* -1: any */
-  uint32_t index;
-};
-
-/* Is a copy whole, by itself? */
+/* Is a copy of a page whole, by itself?  head: what it should say; of magic 0:
+ * it may be any page.  One of a checkpoint that never became durable is not. */
 static int cas_is_whole(struct nbdserve_cas *st, struct cas_block *copy,
-                        const struct cas_page *page) {
-  const unsigned char *p = copy->data;
-  if (copy->err || !cas_page_sum(st->hw, copy->data, st->bs, copy->sum))
+                        const struct cas_head *head) {
+  struct cas_head own;
+  if (copy->err || !cas_sum_page(st->hw, copy->data, st->bs, copy->sum))
     return 0;
-  if (page->level < 0)
-    return u_get32(p + PAGE_MAGIC) == CAS_MAP ||
-           u_get32(p + PAGE_MAGIC) == CAS_CAT;
-  return u_get32(p + PAGE_MAGIC) == page->magic &&
-         u_get32(p + PAGE_LEVEL) == (uint32_t)page->level &&
-         u_get32(p + PAGE_INDEX) == page->index;
+  cas_decode(cas_head_fields, copy->data, &own);
+  if (own.number > head->number) return 0;
+  if (!head->magic) return own.magic == CAS_MAP || own.magic == CAS_CAT;
+  return own.magic == head->magic && own.level == head->level &&
+         own.index == head->index;
 }
 
-/* Does a copy fit a digest place, as far as that can be read? */
+/* Does the digest in one of the places vouch for a copy that is whole? */
 static int cas_is_vouched(const struct cas_block *copy,
                           const struct cas_block *place) {
   return !place->digest_err &&
          memcmp(copy->sum, place->digest, CAS_DIGEST_LEN) == 0;
 }
 
-/* Chooses between the two copies of a page, of which `whole` tells what they
- * are by themselves (C17).  Returns the good one, or NULL. */
+/* Chooses between the copies of a page, of which `whole` tells what they are by
+ * themselves (C17): one that a digest vouches for, if there are both the newer
+ * one.  If no digest can be read, being whole is enough; so it is if both are
+ * and both digests are wrong.  Returns the good one, or NULL. */
 static struct cas_block *cas_choose_copy(struct cas_block copy[2],
                                          const int whole[2]) {
-  if (whole[0] && whole[1]) {
-    uint32_t ahead = u_get32(copy[0].data + PAGE_NUMBER) -
-                     u_get32(copy[1].data + PAGE_NUMBER);
-    return copy + (ahead > UINT32_MAX / 2); /* the newer one */
-  }
+  struct cas_head head[2] = {{.number = 0}, {.number = 0}};
+  int is_blind = copy[0].digest_err && copy[1].digest_err;
+  int vouched[2] = {0, 0};
   for (int i = 0; i < 2; i++) {
-    int is_blind = copy[0].digest_err && copy[1].digest_err;
-    if (whole[i] && (is_blind || cas_is_vouched(copy + i, copy) ||
-                     cas_is_vouched(copy + i, copy + 1)))
-      return copy + i;
+    if (!whole[i]) continue;
+    cas_decode(cas_head_fields, copy[i].data, head + i);
+    vouched[i] = is_blind || cas_is_vouched(copy + i, copy) ||
+                 cas_is_vouched(copy + i, copy + 1);
   }
-  return NULL;
+  if (whole[0] && whole[1] && vouched[0] == vouched[1])
+    return copy + (head[1].number > head[0].number);
+  if (!vouched[0] && !vouched[1]) return NULL;
+  return copy + vouched[1];
 }
 
-/* Writes a page to both of its places.  What fails is tried again whenever the
- * page is read. */
-static void cas_heal(struct nbdserve_cas *st, uint32_t slot,
-                     const struct cas_block *good) {
-  for (uint32_t i = 0; i < 2; i++, slot += CAS_TWIN) {
-    struct cas_block blk = *good;
-    blk.slot = slot;
-    blk.todo = CAS_DATA | CAS_DIGEST;
-    cas_store(st, &blk, 1);
-  }
-}
-
-/* Reads the page in a slot and its twin to p.  The twin is read only if the
- * page does not fit both digests.  heals: writes it anew where a copy is
- * damaged. */
+/* Reads the page in a slot to p, and its twin only if the page does not fit both
+ * digests, or any page will do: then both are checked.  Where one copy is damaged, both are written anew: if that fails, it
+ * is tried again whenever the page is read.  head: see cas_is_whole. (locks) */
 static enum cas_page_state cas_read_page(struct nbdserve_cas *st, uint32_t slot,
-                                         const struct cas_page *page, int heals,
+                                         struct cas_head head,
                                          unsigned char *p) {
-  struct cas_block copy[2] = {
-      {.slot = slot, .data = p, .todo = CAS_DATA | CAS_DIGEST},
-      {.slot = slot + CAS_TWIN, .todo = CAS_DIGEST}};
-  enum cas_page_state state = PAGE_GOOD;
+  struct cas_block copy[2] = {{.slot = slot, .data = p, .todo = CAS_BOTH},
+                              {.slot = slot + CAS_TWIN, .todo = CAS_DIGEST}};
   int whole[2] = {0, 0};
+  os_lock(&st->lock);
+  head.number = st->super_number;
+  cas_unlock(st);
   cas_move(st, copy, 1, CAS_DATA, OS_READ);
-  cas_move(st, copy, 1, CAS_DIGEST, OS_READ);
-  cas_move(st, copy + 1, 1, CAS_DIGEST, OS_READ);
-  whole[0] = cas_is_whole(st, copy, page);
-  if (whole[0] && cas_is_vouched(copy, copy) && cas_is_vouched(copy, copy + 1))
-    return PAGE_GOOD;
-  copy[1].data = NBDSERVE_MALLOC(st->bs);
+  cas_move(st, copy, 2, CAS_DIGEST, OS_READ);
+  whole[0] = cas_is_whole(st, copy, &head);
+  int is_good =
+      whole[0] && cas_is_vouched(copy, copy) && cas_is_vouched(copy, copy + 1);
+  if (is_good && head.magic) return PAGE_GOOD;
+  unsigned char *twin = NBDSERVE_MALLOC(st->bs);
+  if (!twin) return PAGE_UNREADABLE;
+  copy[1].data = twin;
   copy[1].todo = CAS_DATA;
-  if (!copy[1].data) return PAGE_UNREADABLE;
   cas_move(st, copy + 1, 1, CAS_DATA, OS_READ);
-  whole[1] = cas_is_whole(st, copy + 1, page);
+  whole[1] = cas_is_whole(st, copy + 1, &head);
+  is_good &= whole[1] && memcmp(p, twin, st->bs) == 0;
+  enum cas_page_state state =
+      copy[0].err || copy[1].err ? PAGE_UNREADABLE : PAGE_WRONG;
   const struct cas_block *good = cas_choose_copy(copy, whole);
-  if (good) {
+  if (is_good) {
+    state = PAGE_GOOD;
+  } else if (good) {
     state = PAGE_HEALED;
-    if (heals) cas_heal(st, slot, good);
-    if (good != copy) memcpy(p, good->data, st->bs);
-  } else {
-    state = copy[0].err || copy[1].err ? PAGE_UNREADABLE : PAGE_WRONG;
+    if (good != copy) memcpy(p, twin, st->bs);
+    memcpy(copy[0].sum, good->sum, CAS_DIGEST_LEN);
+    copy[0].err = 0;
+    copy[0].todo = CAS_BOTH;
+    copy[1] = copy[0];
+    copy[1].slot += CAS_TWIN;
+    if (!st->readonly) cas_store(st, copy, 2);
   }
-  NBDSERVE_FREE(copy[1].data);
+  NBDSERVE_FREE(twin);
   return state;
 }
 
-/* ---- Maps ----------------------------------------------------------------- */
+/* ---- The tree of nodes ---------------------------------------------------- */
 
 /* A new node that nothing leads to but the caller; NULL without memory. */
 static struct cas_node *cas_new_node(int level, uint32_t index) {
@@ -5372,26 +5361,31 @@ static struct cas_node *cas_new_node(int level, uint32_t index) {
   return node;
 }
 
-/* Makes room for kid c of a node. */
-static int cas_make_room_for_kid(struct nbdserve_cas *st, struct cas_node *node,
-                                 uint32_t c) {
-  uint32_t n = node->nkids ? node->nkids : 4;
-  if (c < node->nkids) return 0;
-  while (n <= c)
-    n *= 2;
-  n = (uint32_t)u_min(n, st->fanout);
-  struct cas_node **kid = u_zalloc(n * sizeof *kid);
-  if (!kid) return -ENOMEM;
-  if (node->nkids) memcpy(kid, node->kid, node->nkids * sizeof *kid);
-  NBDSERVE_FREE(node->kid);
-  node->kid = kid;
-  node->nkids = n;
-  return 0;
+/* How many kids a node of a level may have. */
+static uint32_t cas_fanout(const struct nbdserve_cas *st, int level) {
+  return level == CAS_LEVELS ? 2 * st->per_page : st->fanout;
 }
 
 /* Kid c of a node, or NULL. */
 static struct cas_node *cas_kid(const struct cas_node *node, uint64_t c) {
   return c < node->nkids ? node->kid[c] : NULL;
+}
+
+/* Makes room for kid c of a node. */
+static int cas_add_kid(struct cas_node *node, uint32_t c) {
+  void *kid = cas_enlarge(node->kid, &node->nkids, c, sizeof *node->kid);
+  if (kid) node->kid = kid;
+  return kid ? 0 : -ENOMEM;
+}
+
+/* Where the map of a volume has its root. */
+static struct cas_node **cas_root(const struct cas_volume *vol) {
+  return &vol->page->kid[2 * (vol->place % vol->st->per_page)];
+}
+
+/* Where the map with the tree of its id has its root. */
+static struct cas_node **cas_digests(const struct cas_volume *vol) {
+  return cas_root(vol) + 1;
 }
 
 /* Frees the slots of a leaf: it is no longer in memory. */
@@ -5405,11 +5399,11 @@ static void cas_forget_leaf(struct nbdserve_cas *st, struct cas_node *leaf) {
   leaf->slots = NULL;
 }
 
-/* Makes room for another leaf in memory: beyond the budget, one that was not
- * used since this came by last goes.  It can be read back: it is clean, and the
- * superblock that names it is durable. */
+/* Beyond the budget, a leaf that was not used since this came by last leaves
+ * memory.  It can be read back: it is clean, and the superblock that names it is
+ * durable. */
 static void cas_evict_leaf(struct nbdserve_cas *st) {
-  for (uint32_t i = 0; i < CAS_RUN && st->nleaves >= st->max_leaves; i++) {
+  for (int i = 0; i < CAS_RUN && st->nleaves >= st->max_leaves; i++) {
     if (st->hand >= st->nleaves) st->hand = 0;
     struct cas_node *leaf = st->leaves[st->hand++];
     if (!leaf->is_used && leaf->slot && !leaf->is_given)
@@ -5419,72 +5413,56 @@ static void cas_evict_leaf(struct nbdserve_cas *st) {
   }
 }
 
-/* Gives a leaf its slots, all of them `fill`. */
+/* Gives a leaf its slots: those of a page or, if that is NULL, all of them
+ * `fill`.  What cannot be the slot of a block is lost. */
 static int cas_make_leaf(struct nbdserve_cas *st, struct cas_node *leaf,
-                         uint32_t fill) {
+                         const unsigned char *page, uint32_t fill) {
   cas_evict_leaf(st);
-  if (st->nleaves == st->leaf_room) {
-    uint32_t room = st->leaf_room ? 2 * st->leaf_room : 64;
-    struct cas_node **leaves = NBDSERVE_MALLOC(room * sizeof *leaves);
-    if (!leaves) return -ENOMEM;
-    if (st->nleaves)
-      memcpy(leaves, st->leaves, st->nleaves * sizeof(struct cas_node *));
-    NBDSERVE_FREE(st->leaves);
-    st->leaves = leaves;
-    st->leaf_room = room;
-  }
+  void *leaves = cas_enlarge(st->leaves, &st->leaf_room, st->nleaves,
+                             sizeof(struct cas_node *));
+  if (!leaves) return -ENOMEM;
+  st->leaves = leaves;
   leaf->slots = NBDSERVE_MALLOC(st->fanout * sizeof *leaf->slots);
   if (!leaf->slots) return -ENOMEM;
-  for (uint32_t c = 0; c < st->fanout; c++)
-    leaf->slots[c] = fill;
+  for (uint32_t c = 0; c < st->fanout; c++) {
+    uint32_t slot = page ? u_get32(page + CAS_HEAD + 4 * c) : fill;
+    int is_block = slot < st->nslots && CAS_AT(st, slot, tag) != TAG_PAGE;
+    leaf->slots[c] = is_block ? slot : CAS_LOST;
+  }
   leaf->at = st->nleaves;
   leaf->is_used = 1;
   st->leaves[st->nleaves++] = leaf;
   return 0;
 }
 
-/* Puts what a page says into a leaf. */
-static int cas_fill_leaf(struct nbdserve_cas *st, struct cas_node *leaf,
-                         const unsigned char *page) {
-  int err = cas_make_leaf(st, leaf, 0);
-  for (uint32_t c = 0; c < st->fanout && !err; c++) {
-    uint32_t slot = u_get32(page + CAS_HEAD + 4 * c);
-    leaf->slots[c] = slot < st->nslots ? slot : CAS_LOST;
-    if (leaf->slots[c] && leaf->slots[c] != CAS_LOST &&
-        CAS_AT(st, leaf->slots[c], tag) == TAG_PAGE)
-      leaf->slots[c] = CAS_LOST;
-  }
-  return err;
-}
-
-/* Where a block's slot stands in a volume's map */
+/* Where a block's slot stands in a map */
 struct cas_spot {
   struct cas_node *leaf; /* in memory; NULL: it is below a hole, or lost */
   uint32_t slot;         /* of the block; 0; or CAS_LOST */
-  uint64_t span;         /* blocks from it on, at least 1, of which the leaf,
-                            or the lack of one, is the same */
-  int gives_back;        /* all pages to it are the volume's own: to change one
-                            of them gives back as many pairs as it takes */
+  uint64_t span;         /* blocks from it on of which the leaf, or the lack of
+                            one, is the same */
+  int gives_back;        /* all pages to it are the map's own: to change one
+                            gives back as many pairs as it takes */
 };
 
-/* Follows the map to a block.  Returns the leaf if it has to be read first. */
+/* Follows a map to a block.  Returns the leaf if it has to be read first. */
 static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
                                  uint64_t block, struct cas_spot *spot) {
   uint64_t size = st->max_blocks; /* below node */
   *spot = (struct cas_spot){.gives_back = 1};
-  for (int level = CAS_LEVELS - 1; node && node->slot != CAS_LOST; level--) {
-    assert(node->level == level);
+  while (node && node->slot != CAS_LOST) {
     if (node->refs > 1) spot->gives_back = 0;
     size /= st->fanout;
-    if (!level) break;
+    if (!node->level) break;
     node = cas_kid(node, block / size % st->fanout);
   }
-  if (!node) spot->gives_back = 0;
   if (!node || node->slot == CAS_LOST) {
+    spot->gives_back = node != NULL;
     spot->slot = node ? CAS_LOST : 0;
     spot->span = size - block % size;
     return NULL;
   }
+  assert(!node->level);
   spot->span = st->fanout - block % st->fanout;
   if (!node->slots) return node;
   node->is_used = 1;
@@ -5493,145 +5471,111 @@ static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
   return NULL;
 }
 
-/* Reads the page of a leaf, which is returned, or NULL; the lock is let go
- * meanwhile.  *err is not changed if that succeeds. */
-static unsigned char *cas_read_leaf_may_unlock(struct nbdserve_cas *st,
-                                               const struct cas_node *leaf,
-                                               int *err) {
-  struct cas_page page = {CAS_MAP, 0, leaf->index};
+/* Reads the page of a leaf, which is returned, or NULL. (unlocks) */
+static unsigned char *cas_read_leaf(struct nbdserve_cas *st,
+                                    const struct cas_node *leaf, int *err) {
+  struct cas_head head = {.magic = CAS_MAP, .index = leaf->index};
   uint32_t slot = leaf->slot;
   unsigned char *p = NBDSERVE_MALLOC(st->bs);
-  if (!p) {
-    *err = -ENOMEM;
-    return NULL;
-  }
+  *err = p ? 0 : -ENOMEM;
+  if (!p) return NULL;
   cas_hold(st, slot); /* so it is not given to another page meanwhile */
   cas_unlock(st);
-  enum cas_page_state state = cas_read_page(st, slot, &page, !st->readonly, p);
+  if (cas_read_page(st, slot, head, p) > PAGE_HEALED) *err = -EIO;
   os_lock(&st->lock);
   cas_drop(st, slot, &st->retired);
-  if (state == PAGE_GOOD || state == PAGE_HEALED) return p;
+  if (!*err) return p;
   NBDSERVE_FREE(p);
-  *err = -EIO;
   return NULL;
 }
 
-/* Follows a map to a block, and reads the leaf if it is not in memory.  For
- * that the lock is let go, but not after the walk that succeeds. */
-static int cas_find_spot_may_unlock(struct nbdserve_cas *st,
-                                    struct cas_node **root, uint64_t block,
-                                    struct cas_spot *spot) {
+/* Follows a map to a block, and reads the leaf if it is not in memory. (unlocks,
+ * but not after the walk that succeeds) */
+static int cas_find_spot(struct nbdserve_cas *st, struct cas_node **root,
+                         uint64_t block, struct cas_spot *spot) {
   const struct cas_node *leaf;
   int err = 0;
   while (!err && (leaf = cas_walk(st, *root, block, spot))) {
     uint32_t slot = leaf->slot;
-    unsigned char *p = cas_read_leaf_may_unlock(st, leaf, &err);
+    unsigned char *p = cas_read_leaf(st, leaf, &err);
     if (!p) return err;
     struct cas_node *found = cas_walk(st, *root, block, spot);
-    if (found && found->slot == slot) err = cas_fill_leaf(st, found, p);
+    if (found && found->slot == slot) err = cas_make_leaf(st, found, p, 0);
     NBDSERVE_FREE(p);
   }
   return err;
 }
 
-/* Counts how many blocks from one on, at most max, are like it: data or not. */
-static uint64_t cas_run_of(struct nbdserve_cas *st, const struct cas_spot *spot,
-                           uint64_t block, uint64_t max) {
-  uint64_t first = block % st->fanout;
-  uint64_t n = 1;
-  max = u_min(spot->span, max);
-  if (!spot->leaf) return max;
-  while (n < max && !spot->leaf->slots[first + n] == !spot->slot)
-    n++;
-  return n;
-}
-
-/* Makes a record of the catalog dirty, and what is above it. */
-static void cas_touch(struct nbdserve_cas *st, const struct cas_volume *vol) {
-  uint32_t at = vol->at / st->per_page;
-  if (!vol->id) return; /* it has none */
-  for (int level = 0; level < CAS_CAT_LEVELS; level++, at /= st->fanout) {
-    uint32_t *slot = &st->catalog[level].slots[at];
-    if (!*slot) continue;
-    cas_retire(st, *slot);
-    *slot = 0;
-    st->ndirty++;
-  }
-}
-
 /* Takes an edge off a node, after the last one off all below it, and lets
  * others have the lock.  A leaf that cannot be read leaves its edges counted
- * until the store is opened anew. */
-static void cas_unref_may_unlock(struct nbdserve_cas *st,
-                                 struct cas_node *node) {
+ * until the store is opened anew. (unlocks) */
+static void cas_unref(struct nbdserve_cas *st, struct cas_node *node) {
   if (!node || --node->refs > 0) return;
-  int err = 0;
-  for (uint32_t c = 0; c < node->nkids; c++)
-    cas_unref_may_unlock(st, node->kid[c]);
   int is_away = !node->level && !node->slots && node->slot != CAS_LOST;
-  if (is_away && !st->is_ending) {
-    unsigned char *p = cas_read_leaf_may_unlock(st, node, &err);
-    if (p) cas_fill_leaf(st, node, p);
-    NBDSERVE_FREE(p);
-  }
+  int err;
+  for (uint32_t c = 0; c < node->nkids; c++)
+    cas_unref(st, node->kid[c]);
+  unsigned char *p =
+      is_away && !st->is_ending ? cas_read_leaf(st, node, &err) : NULL;
+  if (p) cas_make_leaf(st, node, p, 0);
+  NBDSERVE_FREE(p);
   for (uint32_t c = 0; node->slots && c < st->fanout; c++)
     cas_drop(st, node->slots[c], &st->retired);
   cas_forget_leaf(st, node);
   if (!node->slot) st->ndirty--;
-  cas_retire(st, node->slot);
+  cas_drop_pair(st, node->slot, &st->retired);
   NBDSERVE_FREE(node->kid);
   NBDSERVE_FREE(node);
   cas_unlock(st);
   os_lock(&st->lock);
 }
 
-/* Gives copy, a new node, what node has below it; NULL: nothing, i.e. zeroes.
- * Everything below gains an edge (C13). */
+/* Gives copy, a new node, what node has below it; NULL: nothing, that is,
+ * zeroes.  Everything below gains an edge (C13). */
 static int cas_copy_below(struct nbdserve_cas *st, const struct cas_node *node,
                           struct cas_node *copy) {
   int is_lost = node && node->slot == CAS_LOST;
+  uint32_t n = node ? node->nkids : 0;
+  int err = 0;
+  if (is_lost) n = cas_fanout(st, copy->level);
   if (!copy->level) {
-    int err = cas_make_leaf(st, copy, is_lost ? CAS_LOST : 0);
+    err = cas_make_leaf(st, copy, NULL, is_lost ? CAS_LOST : 0);
     for (uint32_t c = 0; node && !is_lost && c < st->fanout && !err; c++) {
       copy->slots[c] = node->slots[c];
       cas_hold(st, copy->slots[c]);
     }
     return err;
   }
-  uint32_t n = 0;
-  if (node) n = is_lost ? st->fanout : node->nkids;
-  int err = n ? cas_make_room_for_kid(st, copy, n - 1) : 0;
+  if (n) err = cas_add_kid(copy, n - 1);
   for (uint32_t c = 0; c < n && !err; c++) {
-    struct cas_node *kid = is_lost ? NULL : node->kid[c];
-    if (is_lost) {
-      kid = cas_new_node(copy->level - 1, copy->index * st->fanout + c);
-      if (!kid) return -ENOMEM;
-      kid->slot = CAS_LOST;
-    } else if (kid) {
-      kid->refs++;
-    }
-    copy->kid[c] = kid;
+    copy->kid[c] =
+        is_lost ? cas_new_node(copy->level - 1, copy->index * st->fanout + c)
+                : node->kid[c];
+    if (is_lost && !copy->kid[c]) return -ENOMEM;
+    if (is_lost) copy->kid[c]->slot = CAS_LOST;
+    if (!is_lost && copy->kid[c]) copy->kid[c]->refs++;
   }
   return err;
 }
 
-/* Makes the node at *p, which is to change, or to be there, the map's own and
+/* Makes the node at *p, which is to change, or to be there, its parent's own and
  * dirty.  A leaf that is shared has to be in memory. */
 static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
                    uint32_t index) {
   struct cas_node *node = *p;
   if (node && node->refs == 1 && node->slot != CAS_LOST) {
     if (node->slot) st->ndirty++;
-    cas_retire(st, node->slot);
+    cas_drop_pair(st, node->slot, &st->retired);
     node->slot = 0;
     return 0;
   }
   struct cas_node *copy = cas_new_node(level, index);
   if (!copy) return -ENOMEM;
+  assert(!node || level < CAS_LEVELS); /* the catalog is not shared */
   st->ndirty++;
   int err = cas_copy_below(st, node, copy);
   if (err) {
-    cas_unref_may_unlock(st, copy);
+    cas_unref(st, copy);
     return err;
   }
   if (node && --node->refs == 0) NBDSERVE_FREE(node); /* it was lost */
@@ -5639,33 +5583,53 @@ static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
   return 0;
 }
 
-/* Makes all nodes on the way to a block the map's own and dirty, and returns its
- * leaf.  The spot must have been found since the lock was taken. */
-static int cas_own_path(struct nbdserve_cas *st, const struct cas_volume *vol,
-                        struct cas_node **root, uint64_t block,
+/* Makes all nodes own and dirty from the catalog's root down to the page with
+ * the record in a place, which is returned in *page; what is not there yet is
+ * made. */
+static int cas_own_record(struct nbdserve_cas *st, uint32_t place,
+                          struct cas_node **page) {
+  struct cas_node **p = &st->catalog;
+  uint32_t index = place / st->per_page;
+  int err = cas_own(st, p, CAS_TOP, 0);
+  for (int level = CAS_TOP - 1; level >= CAS_LEVELS && !err; level--) {
+    uint32_t in_level = level == CAS_LEVELS ? index : index / st->fanout;
+    err = cas_add_kid(*p, in_level % st->fanout);
+    if (err) break;
+    p = &(*p)->kid[in_level % st->fanout];
+    err = cas_own(st, p, level, in_level);
+  }
+  if (!err && !(*p)->nkids) err = cas_add_kid(*p, 2 * st->per_page - 1);
+  if (!err) *page = *p;
+  return err;
+}
+
+/* Makes all nodes on the way to a block of a volume own and dirty, and returns
+ * its leaf.  The spot must have been found since the lock was taken. */
+static int cas_own_leaf(struct cas_volume *vol, uint64_t block,
                         struct cas_node **leaf) {
-  struct cas_node **p = root;
+  struct nbdserve_cas *st = vol->st;
+  struct cas_node **p = cas_root(vol);
   uint64_t size = st->max_blocks / st->fanout; /* below a kid of *p */
-  int level = CAS_LEVELS - 1;
-  int err = cas_own(st, p, level, 0);
-  cas_touch(st, vol);
-  for (; level > 0 && !err; level--) {
+  struct cas_node *page;
+  int err = cas_own_record(st, vol->place, &page);
+  if (!err) err = cas_own(st, p, CAS_LEVELS - 1, 0);
+  for (int level = CAS_LEVELS - 2; level >= 0 && !err; level--) {
     uint32_t c = (uint32_t)(block / size % st->fanout);
-    err = cas_make_room_for_kid(st, *p, c);
+    err = cas_add_kid(*p, c);
     if (err) break;
     p = &(*p)->kid[c];
-    err = cas_own(st, p, level - 1, (uint32_t)(block / size));
+    err = cas_own(st, p, level, (uint32_t)(block / size));
     size /= st->fanout;
   }
   *leaf = *p;
   return err;
 }
 
-/* Puts a slot into a map, and takes over the caller's hold on it. */
-static int cas_set_slot(struct nbdserve_cas *st, const struct cas_volume *vol,
-                        struct cas_node **root, uint64_t block, uint32_t slot) {
+/* Puts a slot into a volume's map, and takes over the caller's hold on it. */
+static int cas_set_slot(struct cas_volume *vol, uint64_t block, uint32_t slot) {
+  struct nbdserve_cas *st = vol->st;
   struct cas_node *leaf;
-  int err = cas_own_path(st, vol, root, block, &leaf);
+  int err = cas_own_leaf(vol, block, &leaf);
   if (err) return err;
   uint32_t *at = &leaf->slots[block % st->fanout];
   cas_drop(st, *at, &st->dropped);
@@ -5673,39 +5637,18 @@ static int cas_set_slot(struct nbdserve_cas *st, const struct cas_volume *vol,
   return 0;
 }
 
-/* Sees to it that the catalog has so many pages of records, and what that takes
- * above them. */
-static int cas_extend_catalog(struct nbdserve_cas *st, uint32_t npages) {
-  uint32_t places = npages * st->per_page;
-  if (npages <= st->catalog[0].npages) return 0;
-  if (npages > st->fanout * st->fanout) return -ENOSPC;
-  struct cas_volume **by_place = u_zalloc(places * sizeof *by_place);
-  if (!by_place) return -ENOMEM;
-  if (st->places)
-    memcpy(by_place, st->by_place, st->places * sizeof(struct cas_volume *));
-  NBDSERVE_FREE(st->by_place);
-  st->by_place = by_place;
-  for (int level = 0; level < CAS_CAT_LEVELS; level++) {
-    struct cas_shelf *shelf = &st->catalog[level];
-    uint32_t *slots = u_zalloc(npages * sizeof *slots);
-    if (!slots) return -ENOMEM;
-    if (shelf->npages)
-      memcpy(slots, shelf->slots, shelf->npages * sizeof *slots);
-    NBDSERVE_FREE(shelf->slots);
-    shelf->slots = slots;
-    st->ndirty += npages - shelf->npages;
-    shelf->npages = npages;
-    npages = (npages + st->fanout - 1) / st->fanout;
-  }
-  st->places = places;
-  return 0;
-}
-
 /* ---- Volumes and their names ---------------------------------------------- */
 
-/* What a volume is, or will be when the checkpoint under way is durable. */
-static const struct cas_facts *cas_facts_of(const struct cas_volume *vol,
-                                            enum cas_view view) {
+/* Which volumes a name may be that of */
+enum cas_view {
+  VIEW_NOW,     /* those that are there */
+  VIEW_THEN,    /* those that are there when what is staged holds, */
+  VIEW_RESERVED /* and those that are hidden */
+};
+
+/* What a volume is now, or will be when the checkpoint under way is durable. */
+static const struct cas_facts *cas_facts(const struct cas_volume *vol,
+                                         enum cas_view view) {
   return view != VIEW_NOW && vol->is_staged ? &vol->then : &vol->now;
 }
 
@@ -5726,12 +5669,10 @@ static char *cas_spell_id(const struct cas_volume *vol, char id[72]) {
   return id;
 }
 
-/* Is the name of n bytes that of a volume or snapshot, or its content id?
- * Hidden ones
- * have reserved their names. */
+/* Is the name of n bytes that of a volume or snapshot, or its content id? */
 static int cas_is_called(const struct cas_volume *vol, const char *name,
                          size_t n, enum cas_view view) {
-  const struct cas_facts *facts = cas_facts_of(vol, view);
+  const struct cas_facts *facts = cas_facts(vol, view);
   const char *at = memchr(name, '@', n);
   char id[72];
   if (!facts->is_there && !(view == VIEW_RESERVED && vol->is_hidden)) return 0;
@@ -5739,7 +5680,7 @@ static int cas_is_called(const struct cas_volume *vol, const char *name,
     return memcmp(cas_spell_id(vol, id), name, n) == 0;
   if (!at != !vol->parent) return 0;
   if (at) {
-    const char *up = cas_facts_of(vol->parent, view)->name;
+    const char *up = cas_facts(vol->parent, view)->name;
     size_t len = (size_t)(at - name);
     if (strncmp(up, name, len) != 0 || up[len]) return 0;
     n -= len + 1;
@@ -5782,22 +5723,6 @@ static int cas_give_name(struct nbdserve_cas *st, struct cas_volume *vol,
   return 0;
 }
 
-/* Encodes a volume's record as the checkpoint that is being written has it. */
-static void cas_encode_record(const struct cas_volume *vol, unsigned char *p) {
-  const struct cas_facts *facts = cas_facts_of(vol, VIEW_THEN);
-  const struct cas_node *root = vol->old ? vol->new_root : vol->root;
-  u_put32(p + RECORD_ID, vol->id);
-  u_put32(p + RECORD_FLAGS, vol->is_snapshot ? CAS_IS_SNAPSHOT : 0);
-  u_put64(p + RECORD_SIZE, facts->size);
-  u_put32(p + RECORD_ROOT, root ? root->slot : 0);
-  u_put32(p + RECORD_LEVELS, CAS_LEVELS);
-  u_put64(p + RECORD_CREATED, vol->created);
-  u_put32(p + RECORD_MADE_FROM, vol->made_from);
-  u_put32(p + RECORD_DIGESTS, vol->digests ? vol->digests->slot : 0);
-  memcpy(p + RECORD_CID, facts->cid, CAS_DIGEST_LEN);
-  memcpy(p + RECORD_NAME, facts->name, CAS_NAME);
-}
-
 /* ---- Changes of the catalog ----------------------------------------------- */
 
 /* What a checkpoint is to change */
@@ -5805,55 +5730,56 @@ struct cas_change {
   const struct nbdserve_cas_op *ops; /* [nops]: all of them or none */
   size_t nops;
   size_t failed;            /* the one that is at fault */
-  struct cas_volume *vol;   /* or, with nops 0: what is sealed or appears */
-  const unsigned char *cid; /* sealed: its content id */
-  struct cas_node *digests; /* and the tree of that */
+  struct cas_volume *vol;   /* or, with nops 0: what appears, or is sealed: */
+  struct cas_volume *tree;  /* with the digests that this has as its data, */
+  const unsigned char *cid; /* and this as its content id */
 };
 
-/* The map of a volume once what is staged holds. */
-static struct cas_node *cas_root_then(const struct cas_volume *vol) {
-  return vol->old ? vol->new_root : vol->root;
-}
-
 /* From here on a volume has facts that hold when the checkpoint is durable. */
-static void cas_begin_staging(struct nbdserve_cas *st, struct cas_volume *vol) {
+static int cas_begin_staging(struct nbdserve_cas *st, struct cas_volume *vol) {
   if (!vol->is_staged) vol->then = vol->now;
   vol->is_staged = 1;
-  cas_touch(st, vol);
+  return cas_own_record(st, vol->place, &vol->page);
 }
 
-/* Puts a volume that is new in the catalog at the end of the list, gives it an
- * id and a place for its record. */
+/* Puts a volume into the list, behind all others, and finds a place for its
+ * record. */
 static int cas_enter(struct nbdserve_cas *st, struct cas_volume *vol) {
-  uint32_t at = 0;
-  while (at < st->places && st->by_place[at])
-    at++;
-  int err =
-      at < st->places ? 0 : cas_extend_catalog(st, st->catalog[0].npages + 1);
-  if (err) return err;
   struct cas_volume **p = &st->volumes;
+  uint32_t place = 0;
+  while (place < st->places && st->by_place[place])
+    place++;
+  if (place >= st->per_page * st->fanout * st->fanout) return -ENOSPC;
+  void *places =
+      cas_enlarge(st->by_place, &st->places, place, sizeof *st->by_place);
+  if (!places) return -ENOMEM;
+  st->by_place = places;
+  vol->st = st;
+  vol->place = place;
+  vol->created = (uint64_t)time(NULL);
+  int err = cas_own_record(st, place, &vol->page);
+  if (err) return err;
+  st->by_place[place] = vol;
   while (*p)
     p = &(*p)->next;
   *p = vol;
-  vol->next = NULL;
-  vol->id = st->next_id++;
-  vol->created = (uint64_t)time(NULL);
-  vol->at = at;
-  st->by_place[at] = vol;
   st->generation++;
-  cas_touch(st, vol);
   return 0;
 }
 
-/* Takes a volume out of the list and the catalog. */
-static void cas_remove(struct nbdserve_cas *st, struct cas_volume *vol) {
+/* Takes a volume out of the list and the catalog.  Its maps are in old_root and
+ * old_digests then. */
+static void cas_leave(struct cas_volume *vol) {
+  struct nbdserve_cas *st = vol->st;
   struct cas_volume **p = &st->volumes;
   while (*p != vol)
     p = &(*p)->next;
   *p = vol->next;
-  vol->next = NULL;
   st->generation++;
-  if (vol->id) st->by_place[vol->at] = NULL;
+  st->by_place[vol->place] = NULL;
+  vol->old_root = *cas_root(vol);
+  vol->old_digests = *cas_digests(vol);
+  cas_root(vol)[0] = cas_root(vol)[1] = NULL;
 }
 
 /* Stages a new volume or snapshot, with the contents of `from` or, if that is
@@ -5861,39 +5787,39 @@ static void cas_remove(struct nbdserve_cas *st, struct cas_volume *vol) {
 static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
                          const struct nbdserve_cas_op *op) {
   struct cas_volume *vol = u_zalloc(sizeof *vol);
+  int is_clone = op->verb == NBDSERVE_CAS_CLONE;
   if (!vol) return -ENOMEM;
-  vol->st = st;
   vol->is_staged = 1;
+  vol->is_snapshot = op->verb == NBDSERVE_CAS_SNAPSHOT;
+  vol->parent = vol->is_snapshot ? from : NULL;
+  vol->made_from = from ? from->id : 0;
   vol->then.is_there = 1;
-  vol->then.size = from ? cas_facts_of(from, VIEW_THEN)->size : op->size;
-  if (op->verb == NBDSERVE_CAS_SNAPSHOT) {
-    vol->is_snapshot = 1;
-    vol->parent = from;
-  }
-  int err = cas_give_name(st, vol,
-                          op->verb == NBDSERVE_CAS_CLONE ? op->to : op->name);
+  vol->then.size = from ? cas_facts(from, VIEW_THEN)->size : op->size;
+  int err = cas_give_name(st, vol, is_clone ? op->to : op->name);
   if (!err) err = cas_enter(st, vol);
   if (err) {
     NBDSERVE_FREE(vol);
     return err;
   }
-  if (from) {
-    vol->made_from = from->id;
-    vol->root = cas_root_then(from);
-  }
-  if (vol->root) vol->root->refs++;
+  vol->id = st->next_id++;
+  if (!from || !*cas_root(from)) return 0;
+  *cas_root(vol) = *cas_root(from);
+  (*cas_root(vol))->refs++;
   return 0;
 }
 
-/* Stages that a volume gets the contents of its snapshot. */
+/* Stages that a volume gets the contents of its snapshot; nobody has it open.
+ * The map that it had waits in old_root. */
 static int cas_stage_rollback(struct cas_volume *vol,
                               const struct cas_volume *snapshot) {
-  if (!vol->old) vol->old = u_zalloc(sizeof *vol->old);
+  struct cas_node *root = *cas_root(snapshot);
+  if (vol->old) return -EINVAL; /* once in a change is enough */
+  vol->old = u_zalloc(sizeof *vol->old);
   if (!vol->old) return -ENOMEM;
-  if (vol->new_root) vol->new_root->refs--;
-  vol->new_root = cas_root_then(snapshot);
-  if (vol->new_root) vol->new_root->refs++;
-  vol->then.size = cas_facts_of(snapshot, VIEW_THEN)->size;
+  vol->old_root = *cas_root(vol);
+  *cas_root(vol) = root;
+  if (root) root->refs++;
+  vol->then.size = cas_facts(snapshot, VIEW_THEN)->size;
   return 0;
 }
 
@@ -5901,33 +5827,33 @@ static int cas_stage_rollback(struct cas_volume *vol,
 static int cas_has_snapshots(struct nbdserve_cas *st,
                              const struct cas_volume *vol) {
   for (const struct cas_volume *kid = st->volumes; kid; kid = kid->next)
-    if (kid->parent == vol && cas_facts_of(kid, VIEW_THEN)->is_there) return 1;
+    if (kid->parent == vol && cas_facts(kid, VIEW_THEN)->is_there) return 1;
   return 0;
 }
 
 /* What nbdserve_cas_change's verbs have in common, or not */
 static const struct cas_verb {
-  unsigned char makes_volume;
-  unsigned char needs_closed; /* nobody may have it open */
-  unsigned char may_dry_run;
+  int makes_volume;
+  int needs_closed; /* nobody may have it open; it may be a dry run */
 } cas_verbs[] = {
     [NBDSERVE_CAS_CREATE] = {.makes_volume = 1},
     [NBDSERVE_CAS_SNAPSHOT] = {.makes_volume = 1},
     [NBDSERVE_CAS_CLONE] = {.makes_volume = 1},
     [NBDSERVE_CAS_RENAME] = {0},
-    [NBDSERVE_CAS_ROLLBACK] = {.needs_closed = 1, .may_dry_run = 1},
-    [NBDSERVE_CAS_RESIZE] = {.needs_closed = 1, .may_dry_run = 1},
-    [NBDSERVE_CAS_RM] = {.needs_closed = 1, .may_dry_run = 1},
+    [NBDSERVE_CAS_ROLLBACK] = {.needs_closed = 1},
+    [NBDSERVE_CAS_RESIZE] = {.needs_closed = 1},
+    [NBDSERVE_CAS_RM] = {.needs_closed = 1},
 };
 
-/* Stages one change.  Nothing is to be seen of it until cas_settle. */
+/* Stages one change.  Nothing is to be seen of it until cas_settle.
+ * (unlocks) */
 static int cas_stage_op(struct nbdserve_cas *st,
                         const struct nbdserve_cas_op *op) {
-  unsigned verb = (unsigned)op->verb & ~(unsigned)NBDSERVE_CAS_DRY_RUN;
-  int dry_run = (op->verb & NBDSERVE_CAS_DRY_RUN) != 0;
-  if (!verb || verb >= COUNT_OF(cas_verbs) || op->size > INT64_MAX ||
-      cas_blocks(st, op->size) > st->max_blocks ||
-      (dry_run && !cas_verbs[verb].may_dry_run))
+  int dry_run = op->verb & NBDSERVE_CAS_DRY_RUN;
+  int verb = op->verb - dry_run;
+  if (verb < NBDSERVE_CAS_CREATE || verb > NBDSERVE_CAS_RM ||
+      op->size > INT64_MAX || cas_blocks(st, op->size) > st->max_blocks ||
+      (dry_run && !cas_verbs[verb].needs_closed))
     return -EINVAL;
   size_t n = strcspn(op->name, verb == NBDSERVE_CAS_SNAPSHOT ? "@" : "");
   struct cas_volume *vol = cas_find(st, op->name, n, VIEW_THEN);
@@ -5943,7 +5869,8 @@ static int cas_stage_op(struct nbdserve_cas *st,
   if (cas_verbs[verb].needs_closed && vol->clients > own) return -EBUSY;
   if (verb == NBDSERVE_CAS_RM && cas_has_snapshots(st, vol)) return -ENOTEMPTY;
   if (dry_run) return 0;
-  cas_begin_staging(st, vol);
+  int err = cas_begin_staging(st, vol);
+  if (err) return err;
   if (verb == NBDSERVE_CAS_RENAME) return cas_give_name(st, vol, op->to);
   if (verb == NBDSERVE_CAS_ROLLBACK) return cas_stage_rollback(vol, snapshot);
   if (verb == NBDSERVE_CAS_RESIZE) vol->then.size = op->size;
@@ -5952,7 +5879,7 @@ static int cas_stage_op(struct nbdserve_cas *st,
 }
 
 /* Stages all of a change, in order: each is tested against what those before it
- * make of the catalog. */
+ * make of the catalog. (unlocks) */
 static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   struct cas_volume *vol = change->vol;
   int err = 0;
@@ -5960,30 +5887,26 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
     change->failed = i;
     err = cas_stage_op(st, change->ops + i);
   }
-  if (vol && change->cid) {
-    cas_begin_staging(st, vol);
-    memcpy(vol->then.cid, change->cid, CAS_DIGEST_LEN);
-    vol->digests = change->digests;
-  } else if (vol) { /* it was hidden */
-    if (!vol->id) {
-      cas_remove(st, vol);
-      err = cas_enter(st, vol);
-    }
-    cas_begin_staging(st, vol);
-    vol->then.is_there = !err;
-  }
-  return err;
+  if (!vol) return err;
+  err = cas_begin_staging(st, vol);
+  if (err) return err;
+  vol->then.is_there = 1;
+  if (!vol->id) vol->id = st->next_id++;
+  if (!change->tree) return 0;
+  memcpy(vol->then.cid, change->cid, CAS_DIGEST_LEN);
+  struct cas_node *digests = *cas_root(change->tree);
+  *cas_digests(vol) = digests;
+  if (digests) digests->refs++;
+  return 0;
 }
 
 /* How many free pairs a change leaves alone (C20): what is kept for changes
  * that give back what they take. */
 static uint32_t cas_kept_pairs(const struct cas_change *change) {
-  uint32_t kept = 0;
-  if (change && change->vol) return CAS_RESERVE_PAIRS;
+  uint32_t kept = change && change->vol ? CAS_RESERVE_PAIRS : 0;
   for (size_t i = 0; change && i < change->nops; i++) {
-    unsigned verb = (unsigned)change->ops[i].verb;
-    if (verb < COUNT_OF(cas_verbs) && cas_verbs[verb].makes_volume)
-      return CAS_RESERVE_PAIRS;
+    int verb = change->ops[i].verb;
+    if (verb < NBDSERVE_CAS_RENAME) return CAS_RESERVE_PAIRS;
     if (verb != NBDSERVE_CAS_RM) kept = CAS_FOR_RM;
   }
   return kept;
@@ -5999,21 +5922,22 @@ static struct cas_volume *cas_settle(struct nbdserve_cas *st, int is_durable) {
     if (!vol->is_staged) continue;
     vol->is_staged = 0;
     if (is_durable) {
-      struct cas_node *root = vol->root;
       vol->now = vol->then;
-      if (vol->old) vol->root = vol->new_root;
-      if (vol->old) vol->new_root = root;
       vol->is_hidden = 0;
+    } else if (u_is_zero(vol->now.cid, CAS_DIGEST_LEN) && *cas_digests(vol)) {
+      (*cas_digests(vol))->refs--; /* of the tree, which has it, too */
+      *cas_digests(vol) = NULL;
     }
-    if (vol->old) { /* the map that it does not have in the end */
-      vol->old->root = vol->new_root;
+    if (vol->old) { /* one of two maps goes */
+      struct cas_node *root = *cas_root(vol);
+      if (!is_durable) *cas_root(vol) = vol->old_root;
+      vol->old->old_root = is_durable ? vol->old_root : root;
       vol->old->next = gone;
       gone = vol->old;
+      vol->old = NULL;
     }
-    vol->old = NULL;
-    vol->new_root = NULL;
     if (!vol->now.is_there && !vol->is_hidden) {
-      cas_remove(st, vol);
+      cas_leave(vol);
       vol->next = gone;
       gone = vol;
     }
@@ -6022,31 +5946,29 @@ static struct cas_volume *cas_settle(struct nbdserve_cas *st, int is_durable) {
   return gone;
 }
 
-/* Frees a list that cas_settle has returned, with the maps. */
-static void cas_free_volumes_may_unlock(struct nbdserve_cas *st,
-                                        struct cas_volume *gone) {
-  struct cas_volume *next;
-  for (; gone; gone = next) {
-    next = gone->next;
-    cas_unref_may_unlock(st, gone->root);
-    cas_unref_may_unlock(st, gone->digests);
+/* Frees a list that cas_settle has returned, with the maps. (unlocks) */
+static void cas_free_volumes(struct nbdserve_cas *st, struct cas_volume *gone) {
+  while (gone) {
+    struct cas_volume *next = gone->next;
+    cas_unref(st, gone->old_root);
+    cas_unref(st, gone->old_digests);
     NBDSERVE_FREE(gone);
+    gone = next;
   }
 }
 
 /* ---- Checkpoints ----------------------------------------------------------
- * The cut, under the lock, gives every dirty page a pair of slots and writes
+ * The cut, under the lock, gives every dirty node a pair of slots and writes
  * down all pages but the leaves.  From then on nothing is dirty.  Leaves are
- * copied later, in portions, as they are then: if one has changed, the log
- * tells it once more.  Nodes are freed only by who holds ckpt, so none of them
+ * copied later, in portions, as they are then: if one has changed, the log tells
+ * it once more.  Nodes are freed only by who holds ckpt, so none of them
  * vanishes meanwhile. */
 
 /* A page that a checkpoint writes */
 struct cas_write {
+  struct cas_node *node;
   uint32_t slot;
-  uint32_t *named;       /* where the cut has put the slot */
-  struct cas_node *leaf; /* NULL: page has the contents */
-  unsigned char *page;
+  unsigned char *page; /* NULL: a leaf */
 };
 
 /* What a cut has made */
@@ -6055,51 +5977,70 @@ struct cas_cut {
   uint32_t n;
   uint32_t max;
   uint32_t retired; /* list of slots that are free when it is durable */
-  uint64_t seq;     /* the first log page that is needed then */
   struct cas_super super;
 };
 
-/* Writes the head of a page. */
-static void cas_encode_head(unsigned char *p, uint32_t magic, int level,
-                            uint32_t index, uint64_t number) {
-  u_put32(p + PAGE_MAGIC, magic);
-  u_put32(p + PAGE_LEVEL, (uint32_t)level);
-  u_put32(p + PAGE_INDEX, index);
-  u_put32(p + PAGE_NUMBER, (uint32_t)number);
+/* Encodes the records of a page of the catalog as the checkpoint has them. */
+static void cas_encode_records(struct nbdserve_cas *st,
+                               const struct cas_node *node, unsigned char *p) {
+  for (uint32_t c = 0; c < st->per_page; c++) {
+    uint32_t place = node->index * st->per_page + c;
+    const struct cas_volume *vol =
+        place < st->places ? st->by_place[place] : NULL;
+    if (!vol || !cas_facts(vol, VIEW_THEN)->is_there) continue;
+    const struct cas_facts *facts = cas_facts(vol, VIEW_THEN);
+    const struct cas_node *root = *cas_root(vol);
+    const struct cas_node *digests = *cas_digests(vol);
+    struct cas_record record = {.id = vol->id,
+                                .flags = vol->is_snapshot ? CAS_IS_SNAPSHOT : 0,
+                                .size = facts->size,
+                                .root = root ? root->slot : 0,
+                                .levels = CAS_LEVELS,
+                                .created = vol->created,
+                                .made_from = vol->made_from,
+                                .digests = digests ? digests->slot : 0};
+    memcpy(record.cid, facts->cid, sizeof record.cid);
+    memcpy(record.name, facts->name, sizeof record.name);
+    cas_encode(cas_record_fields, &record, p + CAS_HEAD + CAS_RECORD * c);
+  }
 }
 
-/* Adds a dirty page to a cut, and gives it its slot at *named.  Returns the
- * page if it is to be filled, all zeroes; with a leaf, NULL. */
-static unsigned char *cas_add_write(struct nbdserve_cas *st,
-                                    struct cas_cut *cut, uint32_t *named,
-                                    struct cas_node *leaf) {
-  struct cas_write *write = cut->writes + cut->n;
-  unsigned char *page = leaf ? NULL : u_zalloc(st->bs);
-  if (!leaf && !page) return NULL;
-  assert(cut->n < cut->max && !*named);
-  *write = (struct cas_write){cas_take_pair(st), named, leaf, page};
-  *named = write->slot;
-  if (leaf) leaf->is_given = 1;
-  cut->n++;
-  st->ndirty--;
-  return page;
+/* Encodes a node as a page; a leaf has to be in memory. */
+static void cas_encode_node(struct nbdserve_cas *st,
+                            const struct cas_node *node, uint64_t number,
+                            unsigned char *p) {
+  struct cas_head head = {.magic = node->level < CAS_LEVELS ? CAS_MAP : CAS_CAT,
+                          .level = node->level,
+                          .index = node->index,
+                          .number = number};
+  memset(p, 0, st->bs);
+  cas_encode(cas_head_fields, &head, p);
+  if (node->level == CAS_LEVELS) cas_encode_records(st, node, p);
+  for (uint32_t c = 0; node->level != CAS_LEVELS && c < node->nkids; c++)
+    if (node->kid[c]) u_put32(p + CAS_HEAD + 4 * c, node->kid[c]->slot);
+  for (uint32_t c = 0; node->slots && c < st->fanout; c++)
+    u_put32(p + CAS_HEAD + 4 * c, node->slots[c]);
 }
 
 /* Does a node have nothing below it? */
 static int cas_is_empty(struct nbdserve_cas *st, const struct cas_node *node) {
+  uint32_t first = node->index * st->per_page; /* place; of a catalog page */
   for (uint32_t c = 0; c < node->nkids; c++)
     if (node->kid[c]) return 0;
+  for (uint32_t c = 0; node->level == CAS_LEVELS && c < st->per_page; c++)
+    if (first + c < st->places && st->by_place[first + c]) return 0;
   return node->level ||
          u_is_zero((const unsigned char *)node->slots, st->fanout * 4);
 }
 
 /* Adds what is dirty from *at on down to a cut; what is empty goes. */
-static int cas_cut_map(struct nbdserve_cas *st, struct cas_cut *cut,
-                       struct cas_node **at) {
+static int cas_cut_below(struct nbdserve_cas *st, struct cas_cut *cut,
+                         struct cas_node **at) {
   struct cas_node *node = *at;
+  struct cas_write write = {.node = node};
   if (!node || node->slot) return 0;
   for (uint32_t c = 0; c < node->nkids; c++) {
-    int err = cas_cut_map(st, cut, &node->kid[c]);
+    int err = cas_cut_below(st, cut, &node->kid[c]);
     if (err) return err;
   }
   if (node->refs == 1 && cas_is_empty(st, node)) {
@@ -6110,39 +6051,16 @@ static int cas_cut_map(struct nbdserve_cas *st, struct cas_cut *cut,
     *at = NULL;
     return 0;
   }
-  if (!node->level) {
-    cas_add_write(st, cut, &node->slot, node);
-    return 0;
+  if (node->level) {
+    write.page = NBDSERVE_MALLOC(st->bs);
+    if (!write.page) return -ENOMEM;
+    cas_encode_node(st, node, cut->super.number, write.page);
   }
-  unsigned char *p = cas_add_write(st, cut, &node->slot, NULL);
-  if (!p) return -ENOMEM;
-  cas_encode_head(p, CAS_MAP, node->level, node->index, cut->super.number);
-  for (uint32_t c = 0; c < node->nkids; c++)
-    if (node->kid[c]) u_put32(p + CAS_HEAD + 4 * c, node->kid[c]->slot);
-  return 0;
-}
-
-/* Adds the dirty pages of the catalog to a cut, from the records upwards. */
-static int cas_cut_catalog(struct nbdserve_cas *st, struct cas_cut *cut) {
-  for (int level = 0; level < CAS_CAT_LEVELS; level++) {
-    struct cas_shelf *shelf = &st->catalog[level];
-    uint32_t per_page = level ? st->fanout : st->per_page;
-    for (uint32_t i = 0; i < shelf->npages; i++) {
-      if (shelf->slots[i]) continue;
-      unsigned char *p = cas_add_write(st, cut, &shelf->slots[i], NULL);
-      if (!p) return -ENOMEM;
-      cas_encode_head(p, CAS_CAT, level, i, cut->super.number);
-      p += CAS_HEAD;
-      for (uint32_t c = 0; c < per_page; c++) {
-        uint32_t at = i * per_page + c;
-        if (level && at < st->catalog[level - 1].npages)
-          u_put32(p + 4 * c, st->catalog[level - 1].slots[at]);
-        else if (!level && st->by_place[at] &&
-                 cas_facts_of(st->by_place[at], VIEW_THEN)->is_there)
-          cas_encode_record(st->by_place[at], p + CAS_RECORD * c);
-      }
-    }
-  }
+  assert(cut->n < cut->max);
+  write.slot = node->slot = cas_take_pair(st);
+  node->is_given = 1;
+  cut->writes[cut->n++] = write;
+  st->ndirty--;
   return 0;
 }
 
@@ -6150,16 +6068,15 @@ static int cas_cut_catalog(struct nbdserve_cas *st, struct cas_cut *cut) {
  * nothing durable names, are free. */
 static void cas_undo_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
   uint32_t unused = 0;
+  uint32_t *end = &cut->retired;
   for (uint32_t i = 0; i < cut->n; i++) {
-    struct cas_write *write = cut->writes + i;
-    if (*write->named != write->slot) continue; /* changed, so retired, since */
-    *write->named = 0;
+    struct cas_node *node = cut->writes[i].node;
+    if (node->slot != cut->writes[i].slot) continue; /* changed since */
+    cas_drop_pair(st, node->slot, &unused);
+    node->slot = 0;
     st->ndirty++;
-    cas_drop(st, write->slot, &unused);
-    cas_drop(st, write->slot + CAS_TWIN, &unused);
   }
   cas_free_list(st, unused);
-  uint32_t *end = &cut->retired;
   while (*end)
     end = &CAS_AT(st, *end, link);
   *end = st->retired;
@@ -6169,88 +6086,77 @@ static void cas_undo_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
 /* Frees the memory of a cut. */
 static void cas_free_cut(struct cas_cut *cut) {
   for (uint32_t i = 0; i < cut->n; i++) {
-    if (cut->writes[i].leaf) cut->writes[i].leaf->is_given = 0;
+    cut->writes[i].node->is_given = 0;
     NBDSERVE_FREE(cut->writes[i].page);
   }
   NBDSERVE_FREE(cut->writes);
 }
 
-/* Makes a cut, with a change if there is one.  The first half, in which a sync
- * may let the lock go, sees to it that there are pairs for all that is dirty;
- * nothing has changed if it fails. */
-static int cas_make_cut_may_unlock(struct nbdserve_cas *st,
-                                   struct cas_change *change,
-                                   struct cas_cut *cut) {
+/* The number of the next checkpoint: microseconds since 1970, or one more than
+ * the last, whichever is higher.  So it is also higher than that of a checkpoint
+ * which a power cut has ended, and of which pages may be left. */
+static uint64_t cas_next_number(const struct nbdserve_cas *st) {
+  struct timespec t;
+  clock_gettime(CLOCK_REALTIME, &t);
+  uint64_t now = (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
+  return now > st->last_number ? now : st->last_number + 1;
+}
+
+/* Makes a cut, with a change if there is one.  First, while syncs may let the
+ * lock go, it sees to it that there are pairs for all that is dirty; nothing has
+ * changed if that fails. (unlocks) */
+static int cas_make_cut(struct nbdserve_cas *st, struct cas_change *change,
+                        struct cas_cut *cut) {
   uint32_t kept = cas_kept_pairs(change);
   int err = st->failed;
-  *cut = (struct cas_cut){.super = st->super};
   if (!err && change) err = cas_stage(st, change);
   if (err) return err;
   while ((err = cas_want_pairs(st, kept)) == -ENOSPC &&
-         (st->dropped || st->npending)) {
-    cas_unlock(st);
+         (st->dropped || st->npending))
     cas_sync(st, 1);
-    os_lock(&st->lock);
-  }
   if (err) return err;
   cut->max = st->ndirty;
   cut->writes = NBDSERVE_MALLOC((cut->max + 1) * sizeof *cut->writes);
   if (!cut->writes) return -ENOMEM;
   cas_log_close(st); /* (C13) */
-  cut->seq = st->seq;
   cut->retired = st->retired;
   st->retired = 0;
-  cut->super.number++;
-  for (struct cas_volume *vol = st->volumes; vol && !err; vol = vol->next) {
-    err = cas_cut_map(st, cut, &vol->root);
-    if (!err) err = cas_cut_map(st, cut, &vol->digests);
-  }
-  if (!err) err = cas_cut_catalog(st, cut);
-  cut->super.replay = cut->seq;
+  cut->super = st->super;
+  cut->super.number = st->last_number = cas_next_number(st);
+  err = cas_cut_below(st, cut, &st->catalog);
+  cut->super.replay = st->seq;
   cut->super.nslots = st->nslots;
-  if (st->places) cut->super.catalog = st->catalog[CAS_CAT_LEVELS - 1].slots[0];
+  cut->super.catalog = st->catalog ? st->catalog->slot : 0;
   cut->super.next_id = st->next_id;
   return err ? err : st->failed;
 }
 
-/* Copies a portion of leaves as they are now. */
-static void cas_copy_leaves(struct nbdserve_cas *st, struct cas_cut *cut,
-                            uint32_t first, uint32_t n, unsigned char *pages) {
-  os_lock(&st->lock);
-  for (uint32_t i = 0; i < n; i++) {
-    const struct cas_write *write = cut->writes + first + i;
-    unsigned char *p = pages + (size_t)i * st->bs;
-    if (!write->leaf) {
-      memcpy(p, write->page, st->bs);
-      continue;
-    }
-    memset(p, 0, CAS_HEAD);
-    cas_encode_head(p, CAS_MAP, 0, write->leaf->index, cut->super.number);
-    for (uint32_t c = 0; c < st->fanout; c++)
-      u_put32(p + CAS_HEAD + 4 * c, write->leaf->slots[c]);
-  }
-  cas_unlock(st);
-}
-
-/* Writes the pages of a cut, each to both of its slots. */
+/* Writes the pages of a cut, each to both of its slots. (unlocks) */
 static int cas_write_pages(struct nbdserve_cas *st, struct cas_cut *cut) {
   unsigned char *pages = NBDSERVE_MALLOC(CAS_PORTION * (size_t)st->bs);
   struct cas_block blk[2 * CAS_PORTION];
   int err = pages ? 0 : -ENOMEM;
   for (uint32_t first = 0; first < cut->n && !err; first += CAS_PORTION) {
     uint32_t n = (uint32_t)u_min(cut->n - first, CAS_PORTION);
-    cas_copy_leaves(st, cut, first, n, pages);
     for (uint32_t i = 0; i < n; i++) {
-      blk[i] = (struct cas_block){.slot = cut->writes[first + i].slot,
-                                  .data = pages + (size_t)i * st->bs,
-                                  .todo = CAS_DATA | CAS_DIGEST};
-      cas_page_sum(st->hw, blk[i].data, st->bs, blk[i].sum);
+      const struct cas_write *write = cut->writes + first + i;
+      unsigned char *page = write->page;
+      if (!page) page = pages + (size_t)i * st->bs;
+      if (!write->page)
+        cas_encode_node(st, write->node, cut->super.number, page);
+      blk[i] = (struct cas_block){
+          .slot = write->slot, .data = page, .todo = CAS_BOTH};
+    }
+    cas_unlock(st);
+    for (uint32_t i = 0; i < n; i++) {
+      cas_sum_page(st->hw, blk[i].data, st->bs, blk[i].sum);
       blk[n + i] = blk[i];
       blk[n + i].slot += CAS_TWIN;
     }
     cas_store(st, blk, 2 * n);
     for (uint32_t i = 0; i < 2 * n; i++)
       if (blk[i].err) err = blk[i].err;
+    os_lock(&st->lock);
   }
   NBDSERVE_FREE(pages);
   return err;
@@ -6259,66 +6165,66 @@ static int cas_write_pages(struct nbdserve_cas *st, struct cas_cut *cut) {
 /* Writes a superblock to its first or second place. */
 static int cas_write_super(struct nbdserve_cas *st,
                            const struct cas_super *super, int place) {
-  unsigned char p[CAS_PAGE];
-  cas_encode_super(super, p);
-  sha_256(st->hw, p, NULL, SUPER_SUM, p + SUPER_SUM, NULL);
+  unsigned char p[CAS_PAGE] = {0};
+  cas_encode(cas_super_fields, super, p);
+  sha_256(st->hw, p, NULL, CAS_SUPER_SUM, p + CAS_SUPER_SUM, NULL);
   return cas_io(st, OS_WRITE, p, sizeof p, (uint64_t)place * CAS_UNIT);
 }
 
-/* Writes both superblocks of a cut, and makes each durable before the next
- * step: the first one while the second is still the old one, and both before
- * anything is free or answered (C7).  If one fails, nobody knows what is
- * there (C14). */
-static int cas_write_supers(struct nbdserve_cas *st, struct cas_cut *cut) {
-  int err = 0;
+/* Writes a cut and makes it durable, in this order (C7): the pages; the first
+ * superblock, while the second is still the old one; the second one, before
+ * anything is free or answered.  If a superblock fails, nobody knows what is
+ * there (C14). (unlocks) */
+static int cas_write_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
+  int err = cas_write_pages(st, cut);
+  if (!err) err = cas_sync(st, 1);
   for (int place = 0; place < 2 && !err; place++) {
     err = cas_write_super(st, &cut->super, place);
+    cas_fail(st, err);
     if (!err) err = cas_sync(st, 1);
   }
-  os_lock(&st->lock);
-  cas_fail(st, err);
-  cas_unlock(st);
   return err;
 }
 
 /* Writes all that is dirty, with a change of the catalog if there is one, so
- * that the log up to now is not needed any more.  An error before the
- * superblocks: nothing has changed, and pages that could not be written are
- * tried elsewhere.  since: does nothing if there was another one meanwhile. */
+ * that the log up to now is not needed any more.  After an error before the
+ * superblocks nothing has changed; pages that could not be written are tried
+ * elsewhere.  since: does nothing if there was another one meanwhile. */
 static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
                           uint64_t since) {
-  struct cas_cut cut;
-  struct cas_volume *gone = NULL;
   int err = 0;
+  int is_over = 0;
   os_lock(&st->ckpt);
   os_lock(&st->lock);
-  for (int tries = 0; tries < 3 && st->super_number <= since; tries++) {
-    err = cas_make_cut_may_unlock(st, change, &cut);
-    if (!err) {
-      cas_unlock(st);
-      err = cas_write_pages(st, &cut);
-      if (!err) err = cas_sync(st, 1);
-      if (!err) err = cas_write_supers(st, &cut);
-      os_lock(&st->lock);
-    }
-    int is_over = !err || err == -ENOMEM || !cut.n || st->failed;
+  for (int i = 0; i < CAS_TRIES && !is_over && st->super_number <= since; i++) {
+    struct cas_cut cut = {.n = 0};
+    err = cas_make_cut(st, change, &cut);
+    is_over = err == -ENOMEM || !cut.n;
+    if (!err) err = cas_write_cut(st, &cut);
+    is_over |= !err || st->failed;
     if (err) {
       cas_undo_cut(st, &cut);
     } else {
       st->super = cut.super;
       st->super_number = cut.super.number;
-      st->tail = cut.seq;
+      st->tail = cut.super.replay;
       cas_free_list(st, cut.retired); /* (C6) */
       cas_space_came(st);
     }
     cas_free_cut(&cut);
-    gone = cas_settle(st, !err);
-    cas_free_volumes_may_unlock(st, gone);
-    if (is_over) break;
+    cas_free_volumes(st, cas_settle(st, !err));
   }
   cas_unlock(st);
   os_unlock(&st->ckpt);
   return err;
+}
+
+/* Makes a change of the catalog.  Before there is no space for it, what only
+ * waits to be free is made so. */
+static int cas_apply(struct nbdserve_cas *st, struct cas_change *change) {
+  int err = cas_checkpoint(st, change, UINT64_MAX);
+  if (err != -ENOSPC || cas_checkpoint(st, NULL, UINT64_MAX)) return err;
+  return cas_checkpoint(st, change, UINT64_MAX);
 }
 
 /* What is to be done beside requests */
@@ -6331,8 +6237,7 @@ enum cas_job {
 
 /* The next of these. */
 static enum cas_job cas_next_job(const struct nbdserve_cas *st) {
-  if (st->failed || st->readonly || st->is_replaying || st->closing)
-    return JOB_NONE;
+  if (st->failed || st->readonly || st->closing) return JOB_NONE;
   if (st->seq - st->tail > st->super.log_pages / 2 ||
       st->ndirty > CAS_MAX_DIRTY || st->nwaiting > CAS_WAITING ||
       (st->retired && st->npairs < st->ndirty + CAS_RESERVE_PAIRS))
@@ -6364,8 +6269,7 @@ static void cas_fill_index(struct nbdserve_cas *st) {
 static void cas_mark(struct nbdserve_cas *st) {
   uint64_t logged = st->nlogged;
   os_wait_ms(&st->lock, CAS_IDLE_MS);
-  if (st->nlogged == logged && !st->nlog && !st->closing && !st->syncing &&
-      st->seq - st->tail < st->super.log_pages / 4 * 3)
+  if (st->nlogged == logged && !st->nlog && !st->closing && !st->syncing)
     cas_log_write(st);
 }
 
@@ -6402,41 +6306,40 @@ static void cas_kick(struct nbdserve_cas *st) {
 /* ---- Requests ------------------------------------------------------------- */
 
 /* Gets free what only waits to be: by a sync or, if that frees nothing, a
- * checkpoint.  Returns whether there was anything. */
-static int cas_reclaim_may_unlock(struct nbdserve_cas *st) {
+ * checkpoint.  Returns whether there was anything. (unlocks) */
+static int cas_reclaim(struct nbdserve_cas *st) {
   uint64_t number = st->super_number;
-  int has_dropped = st->dropped || st->npending;
-  if ((!has_dropped && !st->retired) || st->failed) return 0;
+  if (st->failed) return 0;
+  if (st->dropped || st->npending) return !cas_sync(st, 1);
+  if (!st->retired) return 0;
   cas_unlock(st);
-  int err = has_dropped ? cas_sync(st, 1) : cas_checkpoint(st, NULL, number);
+  int err = cas_checkpoint(st, NULL, number);
   os_lock(&st->lock);
   return !err;
 }
 
 /* Finds a block in a map, and sees to it that its slot can be changed: there is
  * room for an entry in the log, whose last quarter is for pages that are not
- * full, and there are pairs for the nodes that get dirty.  The lock may be let
- * go, but not after the last look at any of these. */
-static int cas_prepare_may_unlock(struct nbdserve_cas *st,
-                                  struct cas_volume *vol, uint64_t block,
-                                  struct cas_spot *spot) {
+ * full, and there are pairs for the nodes that get dirty. (unlocks, but not
+ * after the last look at any of these) */
+static int cas_prepare(struct cas_volume *vol, uint64_t block,
+                       struct cas_spot *spot) {
+  struct nbdserve_cas *st = vol->st;
   for (;;) {
-    int err = cas_find_spot_may_unlock(st, &vol->root, block, spot);
+    int err = cas_find_spot(st, cas_root(vol), block, spot);
     if (!err) err = st->failed;
     if (err || st->is_replaying) return err;
     uint32_t kept = spot->gives_back ? CAS_FOR_RM : CAS_RESERVE_PAIRS;
-    uint64_t number = st->super_number;
-    int is_full = st->seq - st->tail >= st->super.log_pages / 4 * 3;
-    err = cas_want_pairs(st, kept + CAS_MARGIN);
-    if (!err && !is_full) return 0;
-    if (is_full) {
+    if (st->seq - st->tail >= st->super.log_pages / 4 * 3) {
+      uint64_t number = st->super_number;
       cas_unlock(st);
       err = cas_checkpoint(st, NULL, number);
       os_lock(&st->lock);
       if (err) return err;
-    } else if (!cas_reclaim_may_unlock(st)) {
-      return st->failed ? st->failed : err;
+      continue;
     }
+    err = cas_want_pairs(st, kept + CAS_MARGIN);
+    if (!err || !cas_reclaim(st)) return err;
   }
 }
 
@@ -6446,109 +6349,98 @@ static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
                            int skip) {
   uint32_t tag = CAS_TAG(blk->sum);
   uint32_t slot = skip < CAS_CANDIDATES ? *cas_bucket(st, tag) : 0;
-  for (; slot; slot = CAS_AT(st, slot, link)) {
-    if ((CAS_AT(st, slot, tag) & ~CAS_GOOD) != tag ||
-        CAS_AT(st, slot, refs) > INT32_MAX / 2 || skip-- > 0)
-      continue;
-    cas_hold(st, slot);
-    blk->slot = slot;
-    blk->is_duplicate = 1;
-    blk->todo = 0;
-    return 0;
-  }
-  int err = cas_take_slot(st, &blk->slot);
+  for (; slot; slot = CAS_AT(st, slot, link))
+    if ((CAS_AT(st, slot, tag) & ~CAS_GOOD) == tag &&
+        CAS_AT(st, slot, refs) < INT32_MAX / 2 && skip-- == 0)
+      break;
+  int err = slot ? 0 : cas_take_slot(st, &blk->slot);
   if (err) return err;
-  cas_index(st, blk->slot, tag);
-  blk->is_duplicate = 0;
-  blk->todo = CAS_DATA | CAS_DIGEST;
+  blk->is_duplicate = slot != 0;
+  blk->todo = slot ? 0 : CAS_BOTH;
+  if (slot) cas_hold(st, blk->slot = slot);
+  if (!slot) cas_index(st, blk->slot, tag);
   return 0;
 }
 
-/* Does the slot of a block, which the index has found, have the same data, and
- * a digest that fits?  A hit is only a hint (C12). */
+/* Has the slot of a block, which the index has found, the same data, and a
+ * digest that fits?  A hit is only a hint (C12).  room: [block_size] */
 static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk,
                        unsigned char *room) {
   unsigned char digest[CAS_DIGEST_LEN];
-  return !cas_io(st, OS_READ, room, st->bs, cas_data_off(st, blk->slot)) &&
+  uint32_t slot = blk->slot;
+  return !cas_io(st, OS_READ, room, st->bs, cas_data_off(st, slot)) &&
          memcmp(room, blk->data, st->bs) == 0 &&
          !cas_io(st, OS_READ, digest, sizeof digest,
-                 cas_digest_off(st, blk->slot)) &&
+                 cas_digest_off(st, slot)) &&
          memcmp(digest, blk->sum, sizeof digest) == 0;
 }
 
-/* Gives slots to the blocks that want one, and holds on them.  The first two
- * rounds try what the index knows; what cannot be written in one place is
- * written to another. */
+/* Gives slots to the blocks that want one, and holds on them.  The first rounds
+ * try what the index knows; what cannot be written in one place is written to
+ * another. */
 static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
                              size_t n) {
   unsigned char *room = NULL;
-  int nwanting = 1;
-  for (int round = 0; round < CAS_CANDIDATES + 2 && nwanting; round++) {
+  int is_over = 0;
+  for (int round = 0; round < CAS_TRIES && !is_over; round++) {
     os_lock(&st->lock);
     for (size_t i = 0; i < n; i++) {
       if (!blk[i].is_wanting) continue;
       cas_drop(st, blk[i].slot, &st->dropped); /* the last try */
       blk[i].slot = 0;
       blk[i].todo = 0;
-      blk[i].err = st->failed;
-      while (!blk[i].err &&
-             (blk[i].err = cas_choose_slot(st, blk + i, round)) == -ENOSPC)
-        if (!cas_reclaim_may_unlock(st)) break;
+      do
+        blk[i].err = cas_choose_slot(st, blk + i, round);
+      while (blk[i].err == -ENOSPC && cas_reclaim(st));
     }
     cas_unlock(st);
     cas_store(st, blk, n);
-    nwanting = 0;
+    is_over = 1;
     for (size_t i = 0; i < n; i++) {
       if (!blk[i].is_wanting || !blk[i].slot) continue;
-      blk[i].todo = 0;
       if (blk[i].is_duplicate && !room) room = NBDSERVE_MALLOC(st->bs);
-      int is_placed = !blk[i].err;
-      if (blk[i].is_duplicate)
-        is_placed = room && cas_is_same(st, blk + i, room);
+      int is_placed = !blk[i].err && (!blk[i].is_duplicate ||
+                                      (room && cas_is_same(st, blk + i, room)));
+      blk[i].todo = 0;
       blk[i].is_wanting = !is_placed;
-      nwanting += !is_placed;
+      is_over &= is_placed;
     }
   }
   NBDSERVE_FREE(room);
 }
 
 /* Enters a block that has its slot into the map and the log.  The hold passes
- * to the map; if it does not, it stays the block's. */
-static int cas_commit_block_may_unlock(struct nbdserve_cas *st,
-                                       struct cas_volume *vol,
-                                       struct cas_block *blk) {
+ * to the map; if it does not, it stays the block's. (unlocks) */
+static int cas_commit_block(struct cas_volume *vol, struct cas_block *blk) {
+  struct nbdserve_cas *st = vol->st;
   struct cas_spot spot;
-  int err = cas_prepare_may_unlock(st, vol, blk->number, &spot);
+  int err = cas_prepare(vol, blk->number, &spot);
   if (err) return err;
   if (blk->expected != CAS_ANY && blk->expected != spot.slot) return -EAGAIN;
   if (blk->slot == spot.slot) return 0; /* the same data is there already */
-  err = cas_set_slot(st, vol, &vol->root, blk->number, blk->slot);
+  err = cas_set_slot(vol, blk->number, blk->slot);
   if (err) return err;
-  cas_log(st, vol,
-          (struct cas_entry){.slot = blk->slot,
-                             .block = blk->number,
-                             .count = 1,
-                             .digest = blk->sum});
+  cas_log(vol, blk->number, 1, blk->slot, blk->slot ? blk->sum : NULL);
   if (blk->slot && !blk->is_duplicate) CAS_AT(st, blk->slot, tag) |= CAS_GOOD;
   blk->slot = 0;
   return 0;
 }
 
 /* Stores blocks.  Each gets its own error; -EAGAIN: the map does not have what
- * was expected.  The slots that the caller has set count for nothing. */
-static void cas_put(struct nbdserve_cas *st, struct cas_volume *vol,
-                    struct cas_block *blk, size_t n) {
+ * was expected. */
+static void cas_put(struct cas_volume *vol, struct cas_block *blk, size_t n) {
+  struct nbdserve_cas *st = vol->st;
   for (size_t i = 0; i < n; i++) {
     blk[i].slot = 0;
     blk[i].is_wanting = !u_is_zero(blk[i].data, st->bs);
-    blk[i].todo = blk[i].is_wanting ? CAS_DATA | CAS_DIGEST : 0;
+    blk[i].todo = blk[i].is_wanting ? CAS_BOTH : 0;
   }
   cas_hash(st, blk, n);
   cas_place_blocks(st, blk, n);
   os_lock(&st->lock);
   for (size_t i = 0; i < n; i++) {
     if (blk[i].is_wanting && !blk[i].err) blk[i].err = -EIO;
-    if (!blk[i].err) blk[i].err = cas_commit_block_may_unlock(st, vol, blk + i);
+    if (!blk[i].err) blk[i].err = cas_commit_block(vol, blk + i);
     cas_drop(st, blk[i].slot, &st->dropped);
   }
   cas_unlock(st);
@@ -6556,45 +6448,40 @@ static void cas_put(struct nbdserve_cas *st, struct cas_volume *vol,
     blk[i].err = st->failed; /* maybe the log could not be written */
 }
 
-/* Pins the slots of blocks, and tells what is to be read of them: what is
- * wanted, CAS_DATA, CAS_DIGEST or 0, and both of those that are not known to be
- * good, which are checked; for data only if st->verify. */
-static void cas_pin(struct nbdserve_cas *st, struct cas_volume *vol,
-                    struct cas_block *blk, size_t n, int want) {
+/* Pins the slots of blocks and reads what is wanted of them: CAS_DATA,
+ * CAS_DIGEST or 0; and both of those that are not known to be good, which are
+ * checked: for data only if st->verify.  Each gets its own error; -EUCLEAN: the
+ * data is not what it was.  A digest that cannot be read does not make its data
+ * bad. */
+static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
+                     int want) {
+  struct nbdserve_cas *st = vol->st;
   int trusts = want == CAS_DATA && !st->verify;
   struct cas_spot spot = {.slot = 0};
   os_lock(&st->lock);
   for (size_t i = 0; i < n; i++) {
-    blk[i].slot = 0;
-    blk[i].todo = 0;
-    blk[i].err = cas_find_spot_may_unlock(st, &vol->root, blk[i].number, &spot);
+    blk[i].err = cas_find_spot(st, cas_root(vol), blk[i].number, &spot);
     if (!blk[i].err && spot.slot == CAS_LOST) blk[i].err = -EIO;
-    if (blk[i].err || !spot.slot) continue;
+    blk[i].slot = blk[i].err ? 0 : spot.slot;
+    blk[i].todo = 0;
+    if (!blk[i].slot) continue;
     int is_good = CAS_AT(st, spot.slot, tag) & CAS_GOOD && !st->failed;
-    blk[i].slot = spot.slot;
-    blk[i].todo = is_good || trusts ? want : CAS_DATA | CAS_DIGEST;
+    blk[i].todo = is_good || trusts ? want : CAS_BOTH;
     cas_hold(st, spot.slot);
   }
   cas_unlock(st);
-}
-
-/* Pins blocks and reads what is wanted of them; see cas_pin.  Each gets its own
- * error.  A digest that cannot be read does not make its data bad. */
-static void cas_read(struct nbdserve_cas *st, struct cas_volume *vol,
-                     struct cas_block *blk, size_t n, int want) {
-  cas_pin(st, vol, blk, n, want);
   cas_move(st, blk, n, CAS_DATA, OS_READ);
   cas_move(st, blk, n, CAS_DIGEST, OS_READ);
   for (size_t i = 0; i < n; i++) {
     if (!blk[i].digest_err || blk[i].todo != CAS_DIGEST) continue;
-    blk[i].todo = CAS_DATA | CAS_DIGEST;
+    blk[i].todo = CAS_BOTH;
     cas_move(st, blk + i, 1, CAS_DATA, OS_READ);
   }
   cas_hash(st, blk, n);
   for (size_t i = 0; i < n; i++) {
     if (!blk[i].slot && !blk[i].err && want == CAS_DATA)
       memset(blk[i].data, 0, st->bs);
-    if (blk[i].todo != (CAS_DATA | CAS_DIGEST) || blk[i].err) continue;
+    if (blk[i].todo != CAS_BOTH || blk[i].err) continue;
     if (blk[i].digest_err)
       memcpy(blk[i].digest, blk[i].sum, CAS_DIGEST_LEN);
     else if (memcmp(blk[i].digest, blk[i].sum, CAS_DIGEST_LEN) != 0)
@@ -6609,60 +6496,63 @@ static void cas_unpin(struct nbdserve_cas *st, struct cas_block *blk,
   for (; n-- > 0; blk++) {
     if (!blk->slot) continue;
     if (blk->err) cas_unindex(st, blk->slot);
-    if (blk->todo == (CAS_DATA | CAS_DIGEST) && !blk->err && !blk->digest_err)
+    if (blk->todo == CAS_BOTH && !blk->err && !blk->digest_err)
       CAS_AT(st, blk->slot, tag) |= CAS_GOOD;
     cas_drop(st, blk->slot, &st->dropped);
   }
   cas_unlock(st);
 }
 
-/* What clients are told of an error: damage is -EIO to them. */
+/* What clients are told of an error. */
 static int cas_client_error(int err) {
   return err == -EUCLEAN ? -EIO : err;
 }
 
 /* READs, WRITEs or WRITE_ZEROES a part of one block.  What would not change is
  * not written. */
-static int cas_part(struct nbdserve_cas *st, struct cas_volume *vol,
-                    enum nbd_cmd type, unsigned char *buf, uint64_t off,
-                    uint64_t len) {
+static int cas_part(struct cas_volume *vol, enum nbd_cmd type,
+                    unsigned char *buf, uint64_t off, uint64_t len) {
+  struct nbdserve_cas *st = vol->st;
   unsigned char *data = NBDSERVE_MALLOC(st->bs);
   if (!data) return -ENOMEM;
   unsigned char *part = data + off % st->bs;
-  struct cas_block put = {.err = -EAGAIN};
-  while (put.err == -EAGAIN) {
+  int err = -EAGAIN;
+  while (err == -EAGAIN) {
     struct cas_block blk = {.number = off / st->bs, .data = data};
     int changes = 0;
-    cas_read(st, vol, &blk, 1, CAS_DATA);
-    put = (struct cas_block){.number = blk.number,
-                             .data = data,
-                             .expected = blk.slot, /* pinned: it stays that */
-                             .err = cas_client_error(blk.err)};
-    if (!put.err && type == NBD_CMD_READ) {
+    cas_read(vol, &blk, 1, CAS_DATA);
+    struct cas_block put = {.number = blk.number,
+                            .data = data,
+                            .expected = blk.slot}; /* pinned: it stays that */
+    err = cas_client_error(blk.err);
+    if (!err && type == NBD_CMD_READ) {
       memcpy(buf, part, (size_t)len);
-    } else if (!put.err && type == NBD_CMD_WRITE) {
+    } else if (!err && type == NBD_CMD_WRITE) {
       changes = memcmp(part, buf, (size_t)len) != 0;
       memcpy(part, buf, (size_t)len);
-    } else if (!put.err) {
+    } else if (!err) {
       changes = !u_is_zero(part, (size_t)len);
       memset(part, 0, (size_t)len);
     }
-    if (changes) cas_put(st, vol, &put, 1);
+    if (changes) {
+      cas_put(vol, &put, 1);
+      err = put.err;
+    }
     cas_unpin(st, &blk, 1);
   }
   NBDSERVE_FREE(data);
-  return put.err;
+  return err;
 }
 
 /* READs or WRITEs whole blocks, of several requests. */
-static void cas_do_blocks(struct nbdserve_cas *st, struct cas_volume *vol,
-                          enum nbd_cmd type, struct cas_block *blk, size_t n) {
+static void cas_do_blocks(struct cas_volume *vol, unsigned type,
+                          struct cas_block *blk, size_t n) {
   if (type == NBD_CMD_WRITE) {
-    cas_put(st, vol, blk, n);
-    cas_kick(st);
+    cas_put(vol, blk, n);
+    cas_kick(vol->st);
   } else {
-    cas_read(st, vol, blk, n, CAS_DATA);
-    cas_unpin(st, blk, n);
+    cas_read(vol, blk, n, CAS_DATA);
+    cas_unpin(vol->st, blk, n);
   }
   for (size_t i = 0; i < n; i++)
     if (blk[i].err) blk[i].req->err = cas_client_error(blk[i].err);
@@ -6674,57 +6564,62 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   struct nbdserve_cas *st = vol->st;
   struct cas_block blk[CAS_BATCH];
   size_t k = 0;
-  for (size_t i = 0; i < n; i++) {
-    enum nbd_cmd type = (enum nbd_cmd)r[i].type;
+  for (const struct nbdserve_req *end = r + n; r < end; r++) {
     uint64_t len;
-    r[i].err = 0;
-    for (uint64_t at = 0; at < r[i].len; at += len) { /* in the request */
-      uint64_t off = r[i].off + at;
-      len = u_min(st->bs - off % st->bs, r[i].len - at);
-      if (len == st->bs) {
+    r->err = 0;
+    for (uint64_t at = 0; at < r->len; at += len) { /* in the request */
+      uint64_t off = r->off + at;
+      int err = 0;
+      len = u_min(st->bs - off % st->bs, r->len - at);
+      if (len == st->bs)
         blk[k++] = (struct cas_block){.number = off / st->bs,
-                                      .req = r + i,
-                                      .data = r[i].buf + at,
+                                      .req = r,
+                                      .data = r->buf + at,
                                       .expected = CAS_ANY};
-      } else {
-        int err = cas_part(st, vol, type, r[i].buf + at, off, len);
-        if (err) r[i].err = err;
-      }
-      if (k == CAS_BATCH) {
-        cas_do_blocks(st, vol, type, blk, k);
-        k = 0;
-      }
-    }
-    int is_last = i + 1 == n || r[i + 1].type != r[i].type;
-    if (k && is_last) {
-      cas_do_blocks(st, vol, type, blk, k);
+      else
+        err = cas_part(vol, (enum nbd_cmd)r->type, r->buf + at, off, len);
+      if (err) r->err = err;
+      if (k < CAS_BATCH) continue;
+      cas_do_blocks(vol, r->type, blk, k);
       k = 0;
     }
+    if (k && r + 1 < end && r[1].type == r->type) continue;
+    cas_do_blocks(vol, r->type, blk, k);
+    k = 0;
   }
 }
 
+/* Counts how many blocks from a spot on, at most max, are like it: data or
+ * not. */
+static uint64_t cas_run_of(struct nbdserve_cas *st, const struct cas_spot *spot,
+                           uint64_t block, uint64_t max) {
+  uint64_t first = block % st->fanout;
+  uint64_t n = 1;
+  max = u_min(spot->span, max);
+  if (!spot->leaf) return max;
+  while (n < max && !spot->leaf->slots[first + n] == !spot->slot)
+    n++;
+  return n;
+}
+
 /* Makes blocks of one leaf holes, from one on, at most up to `to`, and logs it
- * in one entry.  *next: behind what is done.  The spot is that of the first
- * block. */
-static int cas_trim_leaf(struct nbdserve_cas *st, struct cas_volume *vol,
-                         const struct cas_spot *spot, uint64_t block,
-                         uint64_t to, uint64_t *next) {
+ * in one entry.  *next: behind what is done.  The spot is that of the first. */
+static int cas_trim_leaf(struct cas_volume *vol, const struct cas_spot *spot,
+                         uint64_t block, uint64_t to, uint64_t *next) {
+  struct nbdserve_cas *st = vol->st;
   uint64_t end = u_min(block + st->fanout - block % st->fanout, to);
   struct cas_node *leaf;
   *next = end;
-  if (!spot->leaf && !spot->slot) {
-    *next = u_min(block + spot->span, to);
-    return 0; /* nothing is there */
-  }
+  if (!spot->slot && !spot->leaf) *next = u_min(block + spot->span, to);
   if (!spot->slot && cas_run_of(st, spot, block, end - block) == end - block)
-    return 0;
-  int err = cas_own_path(st, vol, &vol->root, block, &leaf);
+    return 0; /* nothing is there */
+  int err = cas_own_leaf(vol, block, &leaf);
   if (err) return err;
   for (uint64_t at = block; at < end; at++) {
     cas_drop(st, leaf->slots[at % st->fanout], &st->dropped);
     leaf->slots[at % st->fanout] = 0;
   }
-  cas_log(st, vol, (struct cas_entry){.block = block, .count = end - block});
+  cas_log(vol, block, end - block, 0, NULL);
   return 0;
 }
 
@@ -6733,13 +6628,12 @@ static int cas_make_holes(struct cas_volume *vol, uint64_t off, uint64_t len) {
   struct nbdserve_cas *st = vol->st;
   uint64_t block = cas_blocks(st, off);
   uint64_t to = (off + len) / st->bs;
+  struct cas_spot spot;
   int err = 0;
   while (block < to && !err) {
-    struct cas_spot spot;
     os_lock(&st->lock);
-    err = cas_prepare_may_unlock(st, vol, block, &spot);
-    if (!err) err = cas_trim_leaf(st, vol, &spot, block, to, &block);
-    if (!err) err = st->failed;
+    err = cas_prepare(vol, block, &spot);
+    if (!err) err = cas_trim_leaf(vol, &spot, block, to, &block);
     cas_unlock(st);
   }
   cas_kick(st);
@@ -6761,10 +6655,26 @@ static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   uint64_t tail = (off + len) % bs;
   uint64_t head = u_min((bs - off % bs) % bs, len);
   enum nbd_cmd type = NBD_CMD_WRITE_ZEROES;
-  int err = head ? cas_part(vol->st, vol, type, NULL, off, head) : 0;
+  int err = head ? cas_part(vol, type, NULL, off, head) : 0;
   if (!err) err = cas_make_holes(vol, off, len);
   if (err || !tail || tail > len - head) return err;
-  return cas_part(vol->st, vol, type, NULL, off + len - tail, tail);
+  return cas_part(vol, type, NULL, off + len - tail, tail);
+}
+
+/* Finds out about the blocks of a volume from one on: *n of them, at most max,
+ * are holes (0), have data (1) or cannot be found (-EIO), as is returned.  In
+ * between, others may have the lock. */
+static int cas_next_run(struct cas_volume *vol, uint64_t block, uint64_t max,
+                        uint64_t *n) {
+  struct nbdserve_cas *st = vol->st;
+  struct cas_spot spot;
+  os_lock(&st->lock);
+  int err = cas_find_spot(st, cas_root(vol), block, &spot);
+  *n = u_min(st->fanout - block % st->fanout, max);
+  if (!err) *n = cas_run_of(st, &spot, block, max);
+  cas_unlock(st);
+  if (err || (!spot.leaf && spot.slot)) return -EIO;
+  return spot.slot != 0;
 }
 
 /* ops->extents: reports blocks as data and the rest as holes. */
@@ -6772,33 +6682,28 @@ static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                        struct nbdserve_extents *out) {
   (void)flags;
   struct cas_volume *vol = ctx;
-  struct nbdserve_cas *st = vol->st;
+  uint64_t bs = vol->st->bs;
   uint64_t end = off + len;
-  int is_enough = 0;
-  int err = 0;
-  while (off < end && !is_enough && !err) {
-    uint64_t block = off / st->bs;
-    struct cas_spot spot;
-    os_lock(&st->lock); /* others may have it between two leaves */
-    err = cas_find_spot_may_unlock(st, &vol->root, block, &spot);
-    uint64_t n = err ? 0 : cas_run_of(st, &spot, block, cas_blocks(st, end));
-    cas_unlock(st);
-    uint64_t next = u_min((block + n) * st->bs, end);
-    int hole = NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
-    if (!err)
-      is_enough =
-          nbdserve_extent(out, next - off, spot.slot ? 0 : (uint32_t)hole);
+  uint64_t n;
+  for (int is_enough = 0; off < end && !is_enough;) {
+    uint64_t blocks = cas_blocks(vol->st, end) - off / bs;
+    int is_data = cas_next_run(vol, off / bs, blocks, &n);
+    uint64_t next = u_min((off / bs + n) * bs, end);
+    uint32_t hole = NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
+    is_enough = nbdserve_extent(out, next - off, is_data ? 0 : hole);
     off = next;
   }
-  return err;
+  return 0;
 }
 
 /* ops->flush: one sync for all who wait. */
 static int cas_flush(void *ctx, uint32_t flags) {
   (void)flags;
-  struct cas_volume *vol = ctx;
-  int err = cas_sync(vol->st, 0);
-  cas_kick(vol->st);
+  struct nbdserve_cas *st = ((struct cas_volume *)ctx)->st;
+  os_lock(&st->lock);
+  int err = cas_sync(st, 0);
+  cas_unlock(st);
+  cas_kick(st);
   return err;
 }
 
@@ -6826,32 +6731,31 @@ enum cas_super_state {
  * version. */
 static enum cas_super_state cas_read_super(struct nbdserve_cas *st, int place,
                                            struct cas_super *super) {
-  unsigned char p[CAS_PAGE];
+  unsigned char p[CAS_PAGE] = {0};
   unsigned char sum[CAS_DIGEST_LEN];
   uint64_t off = (uint64_t)place * CAS_UNIT;
+  size_t one_sector = CAS_SUPER_SUM + CAS_DIGEST_LEN;
   if (off + CAS_PAGE > st->end) return SUPER_EMPTY;
   if (cas_io(st, OS_READ, p, CAS_PAGE, off) &&
-      cas_io(st, OS_READ, p, CAS_SUPER_LEN, off))
+      cas_io(st, OS_READ, p, one_sector, off))
     return SUPER_DAMAGED;
   if (u_is_zero(p, CAS_PAGE)) return SUPER_EMPTY;
   if (!cas_has_magic(p)) return SUPER_FOREIGN;
-  sha_256(st->hw, p, NULL, SUPER_SUM, sum, NULL);
-  int fits = memcmp(sum, p + SUPER_SUM, CAS_DIGEST_LEN) == 0;
-  if (p[7] == '1' && !fits) return SUPER_OTHER;
-  if (!fits) return SUPER_DAMAGED;
-  if (u_get32(p + SUPER_VERSION) != CAS_VERSION ||
-      u_get32(p + SUPER_INCOMPAT) ||
-      (u_get32(p + SUPER_RO_COMPAT) && !st->readonly))
+  sha_256(st->hw, p, NULL, CAS_SUPER_SUM, sum, NULL);
+  cas_decode(cas_super_fields, p, super);
+  if (super->digit[0] == '1' && super->version == 1) return SUPER_OTHER;
+  if (memcmp(sum, p + CAS_SUPER_SUM, sizeof sum) != 0) return SUPER_DAMAGED;
+  if (super->version != CAS_VERSION || super->incompat ||
+      (super->ro_compat && !st->readonly))
     return SUPER_OTHER;
-  cas_decode_super(p, super);
   return SUPER_GOOD;
 }
 
 /* Computes where everything lies, from the block size and the length of the
  * log. */
 static int cas_lay_out(struct nbdserve_cas *st) {
-  uint64_t end = 2 * CAS_UNIT + (uint64_t)st->super.log_pages * CAS_PAGE;
-  st->bs = st->super.block_size;
+  uint64_t end = 2 * CAS_UNIT + st->super.log_pages * CAS_PAGE;
+  st->bs = (uint32_t)st->super.block_size;
   if (!u_is_power_of_2(st->bs) || st->bs < CAS_MIN_BLOCK || st->bs > 65536 ||
       st->super.log_pages < 8 || st->super.log_pages > 1 << 24)
     return -EINVAL;
@@ -6859,147 +6763,161 @@ static int cas_lay_out(struct nbdserve_cas *st) {
   st->fanout = CAS_FANOUT(st->bs);
   st->per_page = (st->bs - CAS_HEAD) / CAS_RECORD;
   st->max_blocks = (uint64_t)st->fanout * st->fanout * st->fanout * st->fanout;
+  st->max_leaves =
+      (uint32_t)u_min(((uint64_t)st->cache_mib << 20) / st->bs, UINT32_MAX / 2);
   return 0;
 }
 
 /* Does the file have room for a slot? */
-static int cas_is_in_file(const struct nbdserve_cas *st, uint32_t slot) {
-  uint64_t off = slot < CAS_GROUPS * (uint64_t)CAS_SLOTS
-                     ? cas_data_off(st, slot)
-                     : UINT64_MAX;
+static int cas_is_in_file(const struct nbdserve_cas *st, uint64_t slot) {
+  if (slot >= (uint64_t)CAS_GROUPS * CAS_SLOTS) return 0;
+  uint64_t off = cas_data_off(st, (uint32_t)slot);
   return off < st->end && st->bs <= st->end - off;
 }
 
-/* Makes both superblocks alike (C8).  What was read may be in memory only, so
- * it is made durable before it is relied on.  A place that can be neither read
- * nor written is an error, as is what somebody else has written there. */
-static int cas_mend_super(struct nbdserve_cas *st, int place,
-                          enum cas_super_state state) {
-  if (state == SUPER_FOREIGN && !st->repair) return -EUCLEAN;
-  int err = os_datasync(st->fd);
-  if (!err) err = cas_write_super(st, &st->super, place);
-  return err ? err : os_datasync(st->fd);
-}
-
-/* Takes what the newest superblock says.  One is enough. */
+/* Takes what the newest superblock says, of which one is enough, and makes both
+ * alike (C8).  What was read may be in memory only, so it is made durable before
+ * it is relied on.  What somebody else has written in a place is not written
+ * over. */
 static int cas_open_super(struct nbdserve_cas *st) {
   struct cas_super super[2];
   enum cas_super_state state[2];
-  for (int i = 0; i < 2; i++) {
+  int newer = 0;
+  for (int i = 0; i < 2; i++)
     state[i] = cas_read_super(st, i, super + i);
-    if (state[i] == SUPER_OTHER) return -EOPNOTSUPP;
-    st->super_bad[i] = state[i] != SUPER_GOOD;
-  }
-  if (st->super_bad[0] && st->super_bad[1])
+  if (state[0] == SUPER_OTHER || state[1] == SUPER_OTHER) return -EOPNOTSUPP;
+  if (state[1] == SUPER_GOOD)
+    newer = state[0] != SUPER_GOOD || super[1].number > super[0].number;
+  if (state[newer] != SUPER_GOOD)
     return state[0] == SUPER_DAMAGED || state[1] == SUPER_DAMAGED ? -EUCLEAN
                                                                   : -EINVAL;
-  int newer = st->super_bad[0] ||
-              (!st->super_bad[1] && super[1].number > super[0].number);
   st->super = super[newer];
-  int err = cas_lay_out(st);
-  if (err || st->super.nslots < CAS_SEGMENT || st->super.nslots % CAS_SEGMENT ||
-      !cas_is_in_file(st, st->super.nslots - 1))
+  if (cas_lay_out(st) || st->super.nslots < CAS_SEGMENT ||
+      st->super.nslots % CAS_SEGMENT ||
+      !cas_is_in_file(st, st->super.nslots - CAS_SEGMENT))
     return -EUCLEAN;
   st->seq = st->tail = st->durable = st->marked = st->super.replay;
-  st->super_number = st->super.number;
-  st->next_id = st->super.next_id;
-  int is_alike = !st->super_bad[!newer] && super[0].number == super[1].number;
+  st->super_number = st->last_number = st->super.number;
+  st->next_id = (uint32_t)st->super.next_id;
+  int is_alike =
+      state[!newer] == SUPER_GOOD && super[0].number == super[1].number;
   if (st->readonly || is_alike) return 0;
-  return cas_mend_super(st, !newer, state[!newer]);
+  if (state[!newer] == SUPER_FOREIGN && !st->repair) return -EUCLEAN;
+  int err = os_datasync(st->fd);
+  if (!err) err = cas_write_super(st, &st->super, !newer);
+  return err ? err : os_datasync(st->fd);
 }
 
 /* While a store is opened */
 struct cas_loader {
-  struct cas_node **nodes; /* [n]: all nodes, each before what is below it;
-                              the link of a page's slot is its number here, + 1,
-                              for the pages of maps */
+  struct cas_node **nodes; /* [n]: all nodes, each before what is below it; the
+                              link of a page's slot is its number here, + 1 */
   uint32_t n;
   uint32_t room;
-  uint32_t nlost;            /* map pages that were found wrong */
+  uint32_t nlost;            /* pages of maps that were found wrong */
   uint32_t nunreadable;      /* that cannot be read; or pages of the catalog */
   struct cas_volume **by_id; /* [nvolumes], in the order of ids */
   uint32_t nvolumes;
 };
 
-/* Counts a pair that holds a page.  Returns whether it can hold one. */
-static int cas_claim_page(struct nbdserve_cas *st, uint32_t slot) {
-  if (slot >= st->nslots || slot % CAS_SEGMENT >= CAS_TWIN ||
-      CAS_AT(st, slot, refs) || CAS_AT(st, slot + CAS_TWIN, refs))
-    return 0;
-  for (uint32_t i = 0; i < 2; i++, slot += CAS_TWIN) {
-    cas_hold(st, slot);
-    CAS_AT(st, slot, tag) = TAG_PAGE;
-    cas_segment(st, slot)->npages++;
-  }
-  return 1;
-}
-
 /* Adds an edge to the node whose page is in a slot, to *out.  What the page
- * says is read later. */
+ * says is read later.  Where no page can be, it is lost. */
 static int cas_load_node(struct nbdserve_cas *st, struct cas_loader *loader,
-                         uint32_t slot, int level, uint32_t index,
+                         uint64_t slot, int level, uint32_t index,
                          struct cas_node **out) {
+  int is_slot = slot < st->nslots && slot % CAS_SEGMENT < CAS_TWIN;
+  uint32_t x = is_slot ? (uint32_t)slot : 0;
   if (!slot) return 0;
-  uint32_t number = slot < st->nslots && CAS_AT(st, slot, tag) == TAG_PAGE
-                        ? CAS_AT(st, slot, link)
-                        : 0;
-  struct cas_node *node = number ? loader->nodes[number - 1] : NULL;
-  if (node && node->slot == slot && node->level == level &&
-      node->index == index) {
-    node->refs++;
+  if (x && CAS_AT(st, x, tag) == TAG_PAGE) {
+    struct cas_node *node = loader->nodes[CAS_AT(st, x, link) - 1];
     *out = node;
-    return 0;
+    if (node->slot == x && node->level == level && node->index == index) {
+      node->refs++;
+      return 0;
+    }
   }
-  if (loader->n == loader->room) {
-    uint32_t room = loader->room ? 2 * loader->room : 256;
-    struct cas_node **nodes = NBDSERVE_MALLOC(room * sizeof *nodes);
-    if (!nodes) return -ENOMEM;
-    if (loader->n)
-      memcpy(nodes, loader->nodes, loader->n * sizeof(struct cas_node *));
-    NBDSERVE_FREE(loader->nodes);
-    loader->nodes = nodes;
-    loader->room = room;
-  }
-  *out = node = cas_new_node(level, index);
-  if (!node) return -ENOMEM;
-  loader->nodes[loader->n++] = node;
-  node->slot = CAS_LOST;
+  void *nodes = cas_enlarge(loader->nodes, &loader->room, loader->n,
+                            sizeof(struct cas_node *));
+  *out = cas_new_node(level, index);
+  if (nodes) loader->nodes = nodes;
+  if (!nodes || !*out) return -ENOMEM;
+  loader->nodes[loader->n++] = *out;
+  (*out)->slot = CAS_LOST;
   if (slot == CAS_LOST) return 0;
-  if (!cas_claim_page(st, slot)) {
-    loader->nlost++; /* no page can be there */
+  if (!x || CAS_AT(st, x, refs) || CAS_AT(st, x + CAS_TWIN, refs)) {
+    loader->nlost++;
     return 0;
   }
-  node->slot = slot;
-  CAS_AT(st, slot, link) = loader->n;
+  cas_hold_pair(st, x);
+  CAS_AT(st, x, link) = loader->n;
+  (*out)->slot = x;
   return 0;
 }
 
-/* Reads the page of a node, and loads what is below it.  A page that is wrong
- * is lost (C21): so are the blocks below it, but nothing else. */
-static int cas_load_page(struct nbdserve_cas *st, struct cas_loader *loader,
-                         struct cas_node *node, unsigned char *p) {
-  struct cas_page page = {CAS_MAP, node->level, node->index};
-  if (node->slot == CAS_LOST) return 0;
-  enum cas_page_state state =
-      cas_read_page(st, node->slot, &page, !st->readonly, p);
-  if (state == PAGE_WRONG || state == PAGE_UNREADABLE) {
-    if (state == PAGE_WRONG) loader->nlost++;
-    if (state == PAGE_UNREADABLE) loader->nunreadable++;
-    cas_retire(st, node->slot);
-    node->slot = CAS_LOST;
-    return 0;
+/* Loads a record of the catalog.  A partial volume is left out: what it had is
+ * free then. */
+static int cas_load_record(struct nbdserve_cas *st, struct cas_loader *loader,
+                           struct cas_node *page, uint32_t c,
+                           const unsigned char *p) {
+  struct cas_record record = {.id = 0};
+  cas_decode(cas_record_fields, p, &record);
+  if (!record.id || record.flags & CAS_IS_PARTIAL) return 0;
+  if (record.flags > CAS_IS_SNAPSHOT || record.levels != CAS_LEVELS)
+    return -EOPNOTSUPP;
+  if (!cas_is_name((char *)record.name) || record.size > INT64_MAX ||
+      cas_blocks(st, record.size) > st->max_blocks || record.id >= st->next_id)
+    return -EUCLEAN;
+  struct cas_volume *vol = u_zalloc(sizeof *vol);
+  uint32_t place = page->index * st->per_page + c;
+  void *places =
+      cas_enlarge(st->by_place, &st->places, place, sizeof *st->by_place);
+  if (places) st->by_place = places;
+  if (!places || !vol) {
+    NBDSERVE_FREE(vol);
+    return -ENOMEM;
   }
+  st->by_place[place] = vol;
+  vol->st = st;
+  vol->next = st->volumes; /* the order comes later, as does the parent */
+  st->volumes = vol;
+  vol->page = page;
+  vol->place = place;
+  vol->id = (uint32_t)record.id;
+  vol->is_snapshot = record.flags == CAS_IS_SNAPSHOT;
+  vol->made_from = (uint32_t)record.made_from;
+  vol->created = record.created;
+  vol->now.is_there = 1;
+  vol->now.size = record.size;
+  memcpy(vol->now.cid, record.cid, sizeof record.cid);
+  memcpy(vol->now.name, record.name, sizeof record.name);
+  loader->nvolumes++;
+  int err =
+      cas_load_node(st, loader, record.root, CAS_LEVELS - 1, 0, cas_root(vol));
+  if (err) return err;
+  return cas_load_node(st, loader, record.digests, CAS_LEVELS - 1, 0,
+                       cas_digests(vol));
+}
+
+/* Puts what a page says into a node, and adds what is below to the nodes. */
+static int cas_load_below(struct nbdserve_cas *st, struct cas_loader *loader,
+                          struct cas_node *node, const unsigned char *p) {
+  uint32_t n = cas_fanout(st, node->level);
   int err = 0;
   if (!node->level) {
-    err = cas_fill_leaf(st, node, p);
+    err = cas_make_leaf(st, node, p, 0);
     for (uint32_t c = 0; c < st->fanout && !err; c++)
       cas_hold(st, node->slots[c]);
     return err;
   }
-  uint32_t n = st->fanout;
+  if (node->level == CAS_LEVELS) {
+    err = cas_add_kid(node, n - 1);
+    for (uint32_t c = 0; c < st->per_page && !err; c++)
+      err = cas_load_record(st, loader, node, c, p + CAS_HEAD + CAS_RECORD * c);
+    return err;
+  }
   while (n > 0 && !u_get32(p + CAS_HEAD + 4 * (n - 1)))
     n--;
-  if (n) err = cas_make_room_for_kid(st, node, n - 1);
+  if (n) err = cas_add_kid(node, n - 1);
   for (uint32_t c = 0; c < n && !err; c++)
     err = cas_load_node(st, loader, u_get32(p + CAS_HEAD + 4 * c),
                         node->level - 1, node->index * st->fanout + c,
@@ -7007,9 +6925,34 @@ static int cas_load_page(struct nbdserve_cas *st, struct cas_loader *loader,
   return err;
 }
 
+/* Reads the page of a node.  One that is wrong is lost (C21): so are the blocks
+ * below it, but nothing else.  Of the catalog the volumes below are left out,
+ * and what led to them is made anew. */
+static int cas_load_page(struct nbdserve_cas *st, struct cas_loader *loader,
+                         struct cas_node *node, unsigned char *p) {
+  int is_map = node->level < CAS_LEVELS;
+  struct cas_head head = {.magic = is_map ? CAS_MAP : CAS_CAT,
+                          .level = node->level,
+                          .index = node->index};
+  enum cas_page_state state = PAGE_WRONG;
+  if (node->slot != CAS_LOST)
+    state = cas_read_page(st, node->slot, head, p);
+  else if (is_map)
+    return 0;
+  if (state <= PAGE_HEALED) return cas_load_below(st, loader, node, p);
+  if (state == PAGE_WRONG && is_map)
+    loader->nlost++;
+  else
+    loader->nunreadable++;
+  cas_drop_pair(st, node->slot, &st->retired);
+  node->slot = is_map ? CAS_LOST : 0;
+  if (!is_map) st->ndirty++;
+  return 0;
+}
+
 /* After pages were found to be lost: makes dirty what leads to them. */
 static void cas_dirty_above_lost(struct nbdserve_cas *st,
-                                 struct cas_loader *loader) {
+                                 const struct cas_loader *loader) {
   for (uint32_t i = loader->n; i-- > 0;) { /* what is below comes later */
     struct cas_node *node = loader->nodes[i];
     int is_dirty = 0;
@@ -7017,81 +6960,11 @@ static void cas_dirty_above_lost(struct nbdserve_cas *st,
       if (node->kid[c] &&
           (!node->kid[c]->slot || node->kid[c]->slot == CAS_LOST))
         is_dirty = 1;
-    if (!is_dirty) continue;
-    cas_retire(st, node->slot);
+    if (!is_dirty || !node->slot) continue;
+    cas_drop_pair(st, node->slot, &st->retired);
     node->slot = 0;
     st->ndirty++;
   }
-  for (const struct cas_volume *vol = st->volumes; vol; vol = vol->next)
-    cas_touch(st, vol);
-}
-
-/* Loads a record of the catalog.  A partial volume is left out: what it had is
- * free then. */
-static int cas_load_record(struct nbdserve_cas *st, struct cas_loader *loader,
-                           const unsigned char *p, uint32_t at) {
-  uint32_t flags = u_get32(p + RECORD_FLAGS);
-  if (!u_get32(p + RECORD_ID) || flags & CAS_IS_PARTIAL) return 0;
-  if (flags & ~(uint32_t)CAS_IS_SNAPSHOT ||
-      u_get32(p + RECORD_LEVELS) != CAS_LEVELS)
-    return -EOPNOTSUPP;
-  struct cas_volume *vol = u_zalloc(sizeof *vol);
-  if (!vol) return -ENOMEM;
-  vol->st = st;
-  vol->next = st->volumes; /* the order comes later */
-  st->volumes = vol;
-  vol->id = u_get32(p + RECORD_ID);
-  vol->at = at;
-  vol->created = u_get64(p + RECORD_CREATED);
-  vol->made_from = u_get32(p + RECORD_MADE_FROM);
-  vol->now.is_there = 1;
-  vol->now.size = u_get64(p + RECORD_SIZE);
-  memcpy(vol->now.cid, p + RECORD_CID, CAS_DIGEST_LEN);
-  memcpy(vol->now.name, p + RECORD_NAME, CAS_NAME);
-  vol->is_snapshot = (flags & CAS_IS_SNAPSHOT) != 0;
-  st->by_place[at] = vol;
-  loader->nvolumes++;
-  if (!cas_is_name(vol->now.name) || vol->now.size > INT64_MAX ||
-      cas_blocks(st, vol->now.size) > st->max_blocks)
-    return -EUCLEAN;
-  int err = cas_load_node(st, loader, u_get32(p + RECORD_ROOT), CAS_LEVELS - 1,
-                          0, &vol->root);
-  if (err) return err;
-  return cas_load_node(st, loader, u_get32(p + RECORD_DIGESTS), CAS_LEVELS - 1,
-                       0, &vol->digests);
-}
-
-/* Loads a page of the catalog and all below it.  One that is damaged is left
- * out, with the records below it, and written anew: see cas_check_loss. */
-static int cas_load_catalog(struct nbdserve_cas *st, struct cas_loader *loader,
-                            int level, uint32_t index, uint32_t slot) {
-  struct cas_page page = {CAS_CAT, level, index};
-  enum cas_page_state state = PAGE_WRONG;
-  int err = 0;
-  if (!slot) return 0;
-  unsigned char *p = NBDSERVE_MALLOC(st->bs);
-  if (!p) return -ENOMEM;
-  if (cas_claim_page(st, slot))
-    state = cas_read_page(st, slot, &page, !st->readonly, p);
-  if (state == PAGE_WRONG || state == PAGE_UNREADABLE) {
-    loader->nunreadable++;
-  } else if (level) {
-    for (uint32_t c = 0; c < st->fanout && !err; c++)
-      err = cas_load_catalog(st, loader, level - 1, index * st->fanout + c,
-                             u_get32(p + CAS_HEAD + 4 * c));
-  } else {
-    err = cas_extend_catalog(st, index + 1);
-    for (uint32_t c = 0; c < st->per_page && !err; c++)
-      err = cas_load_record(st, loader, p + CAS_HEAD + CAS_RECORD * c,
-                            index * st->per_page + c);
-  }
-  struct cas_shelf *shelf = &st->catalog[level];
-  if (index < shelf->npages && state <= PAGE_HEALED) {
-    shelf->slots[index] = slot;
-    st->ndirty--;
-  }
-  NBDSERVE_FREE(p);
-  return err;
 }
 
 /* For qsort and bsearch: the order of ids. */
@@ -7103,8 +6976,8 @@ static int cas_compare_ids(const void *a, const void *b) {
 
 /* The volume or snapshot with an id, or NULL. */
 static struct cas_volume *cas_by_id(const struct cas_loader *loader,
-                                    uint32_t id) {
-  struct cas_volume key = {.id = id};
+                                    uint64_t id) {
+  struct cas_volume key = {.id = (uint32_t)id};
   const struct cas_volume *p = &key;
   struct cas_volume **found = bsearch(&p, loader->by_id, loader->nvolumes,
                                       sizeof *loader->by_id, cas_compare_ids);
@@ -7122,38 +6995,31 @@ static int cas_order_volumes(struct nbdserve_cas *st,
   for (struct cas_volume *vol = st->volumes; vol; vol = vol->next)
     loader->by_id[n++] = vol;
   qsort(loader->by_id, n, sizeof *loader->by_id, cas_compare_ids);
-  struct cas_volume *next = NULL;
-  uint32_t above = st->next_id;
-  for (; n > 0; n--) {
-    struct cas_volume *vol = loader->by_id[n - 1];
-    if (vol->id >= above) return -EUCLEAN;
+  st->volumes = NULL;
+  for (uint32_t i = n; i-- > 0;) {
+    loader->by_id[i]->next = st->volumes;
+    st->volumes = loader->by_id[i];
+  }
+  for (struct cas_volume *vol = st->volumes; vol; vol = vol->next) {
     if (vol->is_snapshot) vol->parent = cas_by_id(loader, vol->made_from);
-    above = vol->id;
-    vol->next = next;
-    next = vol;
-    st->volumes = vol;
+    if ((vol->next && vol->next->id == vol->id) ||
+        (vol->is_snapshot && (!vol->parent || vol->parent->is_snapshot)))
+      return -EUCLEAN;
   }
   return 0;
 }
 
-/* Is the volume of each snapshot there? */
-static int cas_check_parents(struct nbdserve_cas *st) {
-  for (const struct cas_volume *vol = st->volumes; vol; vol = vol->next)
-    if (vol->is_snapshot && (!vol->parent || vol->parent->parent))
-      return -EUCLEAN;
-  return 0;
-}
-
-/* Loads the catalog and all maps, and counts the holds on each slot. */
+/* Loads the catalog and all maps, level by level, and counts the holds on each
+ * slot. */
 static int cas_load(struct nbdserve_cas *st, struct cas_loader *loader) {
   int err =
-      cas_load_catalog(st, loader, CAS_CAT_LEVELS - 1, 0, st->super.catalog);
-  if (!err) err = cas_order_volumes(st, loader);
+      cas_load_node(st, loader, st->super.catalog, CAS_TOP, 0, &st->catalog);
   unsigned char *p = NBDSERVE_MALLOC(st->bs);
   if (!p) return -ENOMEM;
-  for (uint32_t i = 0; i < loader->n && !err; i++) /* level by level */
+  for (uint32_t i = 0; i < loader->n && !err; i++)
     err = cas_load_page(st, loader, loader->nodes[i], p);
   NBDSERVE_FREE(p);
+  if (!err) err = cas_order_volumes(st, loader);
   if (err) return err;
   int is_bad = loader->nunreadable || loader->nlost > CAS_MAX_LOST;
   if (is_bad && !st->readonly && !st->accept_loss) return -EUCLEAN;
@@ -7165,19 +7031,23 @@ static int cas_load(struct nbdserve_cas *st, struct cas_loader *loader) {
 
 /* Reads a log page.  Returns whether it is valid and has that number; one that
  * cannot be read is none (C9). */
-static int cas_log_read(struct nbdserve_cas *st, uint64_t seq,
-                        unsigned char *p) {
+static int cas_log_read(struct nbdserve_cas *st, uint64_t seq, unsigned char *p,
+                        struct cas_log_head *head) {
   uint64_t off = cas_log_off(st, seq);
   uint32_t mixed[2][SHA_STATE_WORDS];
   unsigned char sum[CAS_DIGEST_LEN];
   uint32_t nmixed = 0;
-  if (off + CAS_PAGE > st->end || cas_io(st, OS_READ, p, CAS_PAGE, off) ||
-      u_get32(p + LOG_MAGIC) != CAS_LOG || u_get64(p + LOG_SEQ) != seq ||
-      u_get32(p + LOG_COUNT) > CAS_ENTRIES)
+  if (off + CAS_PAGE > st->end) return 0;
+  if (cas_io(st, OS_READ, p, CAS_PAGE, off)) {
+    st->log_unread = 1;
+    return 0;
+  }
+  cas_decode(cas_log_fields, p + CAS_LOG_HEAD, head);
+  if (head->magic != CAS_LOG || head->seq != seq || head->count > CAS_ENTRIES)
     return 0;
   sha_begin(mixed);
-  cas_log_sum(st, p, mixed, &nmixed, sum);
-  return memcmp(sum, p + LOG_SUM, CAS_DIGEST_LEN) == 0;
+  cas_log_sum(st, p, (uint32_t)head->count, mixed, &nmixed, sum);
+  return memcmp(sum, p + CAS_LOG_SUM, sizeof sum) == 0;
 }
 
 /* Finds the end of the log, and what of it is durable.  Pages that are not valid
@@ -7185,74 +7055,98 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq,
  * that a flush has covered.  But if a later page says that it was durable, that
  * is damage, as is a page that follows a newer superblock than there is (C9). */
 static uint64_t cas_find_log_end(struct nbdserve_cas *st, unsigned char *p) {
+  struct cas_log_head head;
   uint64_t end = st->tail;
   uint64_t gap = UINT64_MAX; /* the first page that is not valid */
   for (uint64_t seq = st->tail; seq - st->tail < st->super.log_pages; seq++) {
-    if (!cas_log_read(st, seq, p)) {
+    if (!cas_log_read(st, seq, p, &head)) {
       gap = u_min(gap, seq);
       continue;
     }
-    uint64_t durable = u_get64(p + LOG_DURABLE);
-    if (u_get64(p + LOG_SUPER) > st->super_number) st->is_outdated = 1;
-    if (durable > gap) st->log_damaged = 1;
-    if (durable > st->durable) st->durable = durable;
+    if (head.super > st->super_number) st->is_outdated = 1;
+    if (head.durable > gap) st->log_damaged = 1;
+    if (head.durable > st->durable) st->durable = head.durable;
     end = seq + 1;
   }
   return end;
 }
 
+/* Writes anew, from the data, all digests in the same 4096 bytes as that of a
+ * slot: a bad sector among them can be written only as a whole.  Only while the
+ * store is opened, when nobody else writes there. */
+static void cas_rewrite_digests(struct nbdserve_cas *st, uint32_t slot) {
+  unsigned char digests[CAS_PAGE] = {0};
+  uint32_t n = CAS_PAGE / CAS_DIGEST_LEN;
+  uint32_t first = slot / n * n;
+  unsigned char *data = NBDSERVE_MALLOC(st->bs);
+  assert(!st->is_open);
+  for (uint32_t i = 0; data && i < n && cas_is_in_file(st, first + i); i++)
+    if (!cas_io(st, OS_READ, data, st->bs, cas_data_off(st, first + i)))
+      sha_256(st->hw, data, NULL, st->bs, digests + CAS_DIGEST_LEN * i, NULL);
+  if (data)
+    (void)!cas_io(st, OS_WRITE, digests, CAS_PAGE, cas_digest_off(st, first));
+  NBDSERVE_FREE(data);
+}
+
+/* Does the slot of an entry have the data that the entry says?  Then it is
+ * written once more, as after a failed sync it may be in memory only; if that
+ * fails there still is what was read.  room: [block_size] */
+static int cas_confirm(struct nbdserve_cas *st, const struct cas_entry *entry,
+                       unsigned char *room) {
+  uint32_t slot = (uint32_t)entry->slot;
+  uint64_t off = cas_data_off(st, slot);
+  unsigned char sum[CAS_DIGEST_LEN];
+  if (cas_io(st, OS_READ, room, st->bs, off)) return 0;
+  sha_256(st->hw, room, NULL, st->bs, sum, NULL);
+  if (memcmp(sum, entry->digest, sizeof sum) != 0) return 0;
+  CAS_AT(st, slot, tag) |= CAS_GOOD;
+  if (st->readonly) return 1;
+  (void)!cas_io(st, OS_WRITE, room, st->bs, off);
+  if (cas_io(st, OS_WRITE, sum, sizeof sum, cas_digest_off(st, slot)))
+    cas_rewrite_digests(st, slot);
+  return 1;
+}
+
 /* Applies an entry to the maps.  One that is not known to be durable counts only
- * if the slot has the data that it says (C9); then that is written once more,
- * because after a failed sync it may be in memory only. */
-static int cas_redo(struct nbdserve_cas *st, struct cas_volume *vol,
-                    struct cas_entry entry, int is_known) {
+ * if the slot has the data (C9). */
+static int cas_redo(struct cas_volume *vol, struct cas_entry *entry,
+                    int is_known, unsigned char *room) {
+  struct nbdserve_cas *st = vol->st;
   uint64_t blocks = cas_blocks(st, vol->now.size);
+  uint32_t slot = (uint32_t)entry->slot;
   struct cas_spot spot;
   int err = 0;
-  if (entry.block >= blocks) return 0;
-  uint64_t to = entry.block + u_min(entry.count, blocks - entry.block);
-  while (!entry.slot && entry.block < to && !err) {
-    err = cas_prepare_may_unlock(st, vol, entry.block, &spot);
-    if (!err)
-      err = cas_trim_leaf(st, vol, &spot, entry.block, to, &entry.block);
+  if (entry->block >= blocks) return 0;
+  uint64_t to = entry->block + u_min(entry->count, blocks - entry->block);
+  while (!slot && entry->block < to && !err) {
+    err = cas_prepare(vol, entry->block, &spot);
+    if (!err) err = cas_trim_leaf(vol, &spot, entry->block, to, &entry->block);
   }
-  if (!entry.slot || err) return err;
-  int is_there = cas_is_in_file(st, entry.slot) &&
-                 !cas_extend(st, entry.slot) &&
-                 CAS_AT(st, entry.slot, tag) != TAG_PAGE;
-  if (!is_there) entry.slot = CAS_LOST;
-  if (!is_there && !is_known) return 0;
-  if (!is_known) {
-    unsigned char sum[CAS_DIGEST_LEN];
-    unsigned char *data = st->room;
-    uint64_t off = cas_data_off(st, entry.slot);
-    if (cas_io(st, OS_READ, data, st->bs, off)) return 0;
-    sha_256(st->hw, data, NULL, st->bs, sum, NULL);
-    if (memcmp(sum, entry.digest, CAS_DIGEST_LEN) != 0) return 0;
-    if (!st->readonly) { /* where that fails there is what was read */
-      (void)!cas_io(st, OS_WRITE, data, st->bs, off);
-      (void)!cas_io(st, OS_WRITE, sum, sizeof sum,
-                    cas_digest_off(st, entry.slot));
-    }
-    CAS_AT(st, entry.slot, tag) |= CAS_GOOD;
-  }
-  err = cas_prepare_may_unlock(st, vol, entry.block, &spot);
+  if (!slot || err) return err;
+  int is_slot = cas_is_in_file(st, slot) && !cas_extend(st, slot) &&
+                CAS_AT(st, slot, tag) != TAG_PAGE;
+  if (!is_known && (!is_slot || !cas_confirm(st, entry, room))) return 0;
+  if (!is_slot) slot = CAS_LOST;
+  err = cas_prepare(vol, entry->block, &spot);
   if (err) return err;
-  cas_hold(st, entry.slot);
-  return cas_set_slot(st, vol, &vol->root, entry.block, entry.slot);
+  cas_hold(st, slot);
+  return cas_set_slot(vol, entry->block, slot);
 }
 
 /* Applies a log page, and writes it once more if it may be in memory only. */
 static int cas_redo_page(struct nbdserve_cas *st,
                          const struct cas_loader *loader, uint64_t seq,
-                         unsigned char *p) {
+                         unsigned char *p, unsigned char *room) {
   int is_known = seq < st->durable;
+  struct cas_log_head head;
   int err = 0;
-  if (!cas_log_read(st, seq, p)) return 0; /* the gap that repair goes over */
-  for (uint32_t i = 0; i < u_get32(p + LOG_COUNT) && !err; i++) {
-    struct cas_entry entry = cas_decode_entry(p + CAS_ENTRY * i);
+  if (!cas_log_read(st, seq, p, &head)) return 0;
+  for (uint32_t i = 0; i < head.count && !err; i++) {
+    struct cas_entry entry;
+    cas_decode(cas_hole_fields, p + CAS_ENTRY * i, &entry);
+    cas_decode(cas_entry_fields, p + CAS_ENTRY * i, &entry);
     struct cas_volume *vol = cas_by_id(loader, entry.volume);
-    if (vol) err = cas_redo(st, vol, entry, is_known);
+    if (vol) err = cas_redo(vol, &entry, is_known, room);
   }
   if (!err && !is_known && !st->readonly)
     err = cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, seq));
@@ -7280,40 +7174,41 @@ static void cas_free_dropped(struct nbdserve_cas *st) {
 static int cas_recover(struct nbdserve_cas *st,
                        const struct cas_loader *loader) {
   unsigned char *p = st->page;
+  unsigned char *room = NBDSERVE_MALLOC(st->bs);
   uint64_t end = cas_find_log_end(st, p);
   int is_bad =
       (st->log_damaged && !st->repair) || (st->is_outdated && !st->accept_loss);
-  if (is_bad && !st->readonly) return -EUCLEAN;
-  int is_clean = end == st->tail && !st->ndirty;
-  int err = 0;
-  st->room = NBDSERVE_MALLOC(st->bs);
-  if (!st->room) return -ENOMEM;
+  int err = room ? 0 : -ENOMEM;
+  if (is_bad && !st->readonly) err = -EUCLEAN;
   os_lock(&st->lock);
   st->is_replaying = 1;
   for (uint64_t seq = st->tail; seq < end && !err; seq++)
-    err = cas_redo_page(st, loader, seq, p);
+    err = cas_redo_page(st, loader, seq, p, room);
   st->is_replaying = 0;
   os_unlock(&st->lock);
-  NBDSERVE_FREE(st->room);
+  NBDSERVE_FREE(room);
+  if (!err && !st->readonly && end > st->durable) err = os_datasync(st->fd);
   if (err) return err;
-  if (!st->readonly && end > st->durable) err = os_datasync(st->fd);
   cas_free_dropped(st);
   memset(p, 0, CAS_PAGE);
-  if (err || is_clean || st->readonly) return err;
+  int is_clean = end == st->tail && !st->log_unread && !st->ndirty;
+  if (st->readonly || is_clean) return 0;
   st->seq = st->tail = st->durable = st->marked = end + st->super.log_pages;
+  st->log_damaged = 0; /* the checkpoint leaves the log behind */
   return cas_checkpoint(st, NULL, UINT64_MAX);
 }
 
 /* Frees a store; nothing is written. */
 static void cas_destroy(struct nbdserve_cas *st) {
-  st->is_ending = 1;
   os_lock(&st->lock);
-  struct cas_volume *gone = st->volumes;
-  st->volumes = NULL;
-  cas_free_volumes_may_unlock(st, gone);
+  st->is_ending = 1;
+  cas_unref(st, st->catalog);
   os_unlock(&st->lock);
-  for (int level = 0; level < CAS_CAT_LEVELS; level++)
-    NBDSERVE_FREE(st->catalog[level].slots);
+  while (st->volumes) {
+    struct cas_volume *next = st->volumes->next;
+    NBDSERVE_FREE(st->volumes);
+    st->volumes = next;
+  }
   NBDSERVE_FREE(st->by_place);
   NBDSERVE_FREE(st->leaves);
   while (st->ngroups > 0)
@@ -7336,7 +7231,7 @@ static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
   st->hw = os_has_hwsha();
   st->verify = flags & NBDSERVE_CAS_VERIFY ||
                (st->hw && !(flags & NBDSERVE_CAS_NO_VERIFY));
-  st->cache_mib = o && o->cache_mib ? o->cache_mib : CAS_LEAF_MIB;
+  st->cache_mib = o && o->cache_mib ? o->cache_mib : CAS_CACHE_MIB;
   sha_begin(st->mixed);
   if (os_monitors_init(&st->ckpt, &st->lock) == 0) return st;
   NBDSERVE_FREE(st);
@@ -7358,35 +7253,24 @@ static int cas_open_file(struct nbdserve_cas *st, const char *path, int flags) {
   return os_lock_file(st->fd, st->readonly);
 }
 
-/* Loads what is in the file, and recovers from a crash. */
-static int cas_open_contents(struct nbdserve_cas *st) {
-  struct cas_loader loader = {.n = 0};
-  int err = cas_open_super(st);
-  if (err) return err;
-  st->max_leaves =
-      (uint32_t)u_min(((uint64_t)st->cache_mib << 20) / st->bs, UINT32_MAX / 2);
-  err = cas_extend(st, st->super.nslots - 1);
-  if (!err) err = cas_load(st, &loader);
-  NBDSERVE_FREE(loader.nodes);
-  if (!err) err = cas_check_parents(st);
-  if (!err) err = cas_recover(st, &loader);
-  NBDSERVE_FREE(loader.by_id);
-  if (!st->readonly) st->log_damaged = 0; /* it is gone, or this fails */
-  st->to_fill = st->nslots;
-  return err;
-}
-
 /* See nbdserve.h. */
 int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
                       struct nbdserve_cas **out) {
+  struct cas_loader loader = {.n = 0};
   struct nbdserve_cas *st = cas_new(o);
   if (!st) return -ENOMEM;
   int err = cas_open_file(st, path, st->readonly ? O_RDONLY : O_RDWR);
-  if (!err) err = cas_open_contents(st);
+  if (!err) err = cas_open_super(st);
+  if (!err) err = cas_extend(st, (uint32_t)st->super.nslots - 1);
+  if (!err) err = cas_load(st, &loader);
+  if (!err) err = cas_recover(st, &loader);
+  NBDSERVE_FREE(loader.nodes);
+  NBDSERVE_FREE(loader.by_id);
   if (err) {
     cas_destroy(st);
     return err;
   }
+  st->to_fill = st->nslots;
   st->is_open = 1;
   cas_kick(st);
   *out = st;
@@ -7409,17 +7293,16 @@ int nbdserve_cas_close(struct nbdserve_cas *st) {
   return err;
 }
 
-/* Does a device have zeroes in the first and last MiB, and where the second
+/* Is a device all zeroes in the first and last MiB, and where the second
  * superblock comes?  That is where file systems, RAIDs and pools have their
  * labels. */
 static int cas_is_unused(struct nbdserve_cas *st) {
   unsigned char *p = NBDSERVE_MALLOC(CAS_UNIT);
-  uint64_t last = st->end > CAS_UNIT ? st->end - CAS_UNIT : 0;
-  int is_unused =
-      p && st->end >= 2 * CAS_UNIT && !cas_io(st, OS_READ, p, CAS_UNIT, 0) &&
-      u_is_zero(p, CAS_UNIT) && !cas_io(st, OS_READ, p, CAS_PAGE, CAS_UNIT) &&
-      u_is_zero(p, CAS_PAGE) && !cas_io(st, OS_READ, p, CAS_UNIT, last) &&
-      u_is_zero(p, CAS_UNIT);
+  const uint64_t places[] = {0, CAS_UNIT, st->end - CAS_UNIT};
+  int is_unused = p && st->end >= 3 * CAS_UNIT;
+  for (size_t i = 0; i < COUNT_OF(places) && is_unused; i++)
+    is_unused =
+        !cas_io(st, OS_READ, p, CAS_UNIT, places[i]) && u_is_zero(p, CAS_UNIT);
   NBDSERVE_FREE(p);
   return is_unused;
 }
@@ -7427,10 +7310,18 @@ static int cas_is_unused(struct nbdserve_cas *st) {
 /* See nbdserve.h. */
 int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   struct nbdserve_cas *st = cas_new(o);
+  struct timespec t;
   if (!st) return -ENOMEM;
-  struct cas_super *super = &st->super;
-  super->block_size = o && o->block_size ? o->block_size : CAS_MIN_BLOCK;
-  super->log_pages = o && o->log_pages ? o->log_pages : 4096;
+  clock_gettime(CLOCK_REALTIME, &t);
+  st->super = (struct cas_super){
+      .magic = {'N', 'B', 'D', 'S', 'C', 'A', 'S'},
+      .digit = {'0' + CAS_VERSION},
+      .version = CAS_VERSION,
+      .block_size = o && o->block_size ? o->block_size : CAS_MIN_BLOCK,
+      .log_pages = o && o->log_pages ? o->log_pages : 4096};
+  /* An id that no other store has */
+  u_put64(st->super.id, (uint64_t)t.tv_sec << 30 ^ (uint64_t)t.tv_nsec);
+  u_put64(st->super.id + 8, (uint64_t)getpid() << 32 ^ (uint64_t)(uintptr_t)st);
   st->seq = st->tail = st->next_id = 1;
   int err = cas_lay_out(st);
   if (!err) err = cas_open_file(st, path, O_RDWR | O_CREAT | O_EXCL);
@@ -7439,11 +7330,7 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   if (err == -EEXIST && !cas_open_file(st, path, O_RDWR) && st->is_device &&
       cas_is_unused(st))
     err = 0; /* an unused block device will do */
-  struct timespec t;
-  clock_gettime(CLOCK_REALTIME, &t); /* for an id that no other store has */
-  u_put64(super->id, (uint64_t)t.tv_sec << 30 ^ (uint64_t)t.tv_nsec);
-  u_put64(super->id + 8, (uint64_t)getpid() << 32 ^ (uint64_t)(uintptr_t)st);
-  if (!err) err = cas_grow(st);
+  if (!err) err = cas_give_space(st, 0);
   if (!err) err = cas_checkpoint(st, NULL, UINT64_MAX); /* of nothing at all */
   if (!err) err = os_sync_new_file(st->fd, path);
   if (err && is_new) os_remove_own_file(path, st->fd);
@@ -7464,18 +7351,6 @@ static const struct nbdserve_ops cas_ops = {
     .run_batch = cas_batch,
 };
 
-/* Fills *out with a volume, of which the caller is a client. */
-static void cas_fill_export(struct cas_volume *vol,
-                            struct nbdserve_export *out) {
-  vol->own.run_batch = cas_batch;
-  out->size = vol->now.size;
-  out->preferred_block = vol->st->bs;
-  out->flags |= NBDSERVE_EXPORT_MULTI_CONN;
-  if (vol->parent || vol->st->readonly) out->flags |= NBDSERVE_EXPORT_READONLY;
-  out->ops = &cas_ops;
-  out->ctx = vol;
-}
-
 /* Finds a volume or snapshot and counts the caller as a client.  One that a
  * checkpoint is changing is waited for. */
 static int cas_use(struct nbdserve_cas *st, const char *name, size_t n,
@@ -7493,14 +7368,25 @@ static int cas_use(struct nbdserve_cas *st, const char *name, size_t n,
   return err;
 }
 
+/* Fills *out with a volume, of which the caller is a client. */
+static void cas_fill_export(struct cas_volume *vol,
+                            struct nbdserve_export *out) {
+  vol->own.run_batch = cas_batch;
+  out->size = vol->now.size;
+  out->preferred_block = vol->st->bs;
+  out->flags |= NBDSERVE_EXPORT_MULTI_CONN;
+  if (vol->parent || vol->st->readonly) out->flags |= NBDSERVE_EXPORT_READONLY;
+  out->ops = &cas_ops;
+  out->ctx = vol;
+}
+
 /* See nbdserve.h. */
 int nbdserve_cas_volume(struct nbdserve_cas *st, const char *name,
                         struct nbdserve_export *out) {
   struct cas_volume *vol;
   int err = cas_use(st, name, strlen(name), &vol);
-  if (err) return err;
-  cas_fill_export(vol, out);
-  return 0;
+  if (!err) cas_fill_export(vol, out);
+  return err;
 }
 
 /* Zeroes what is behind the end of a volume: that is of no account while it is
@@ -7514,22 +7400,21 @@ static int cas_clear_tail(struct cas_volume *vol) {
 }
 
 /* Makes ready for a change: a volume that is to grow, or of which there is to
- * be a snapshot, has zeroes behind its end.  *vol: is the caller's to close. */
+ * be a snapshot, has zeroes behind its end.  A volume that comes into being
+ * before in the same change has none.  *vol: what is to be resized, which is the
+ * caller's to close. */
 static int cas_prepare_op(struct nbdserve_cas *st,
                           const struct nbdserve_cas_op *op,
                           struct cas_volume **vol) {
-  if (op->verb != NBDSERVE_CAS_RESIZE && op->verb != NBDSERVE_CAS_SNAPSHOT)
-    return 0;
+  int is_snapshot = op->verb == NBDSERVE_CAS_SNAPSHOT;
+  if (op->verb != NBDSERVE_CAS_RESIZE && !is_snapshot) return 0;
   int err = cas_use(st, op->name, strcspn(op->name, "@"), vol);
-  /* A volume that comes into being before in the same change has none. */
-  if (err == -ENOENT) return 0;
-  if (!err && !(*vol)->parent) err = cas_clear_tail(*vol);
-  if (*vol && op->verb == NBDSERVE_CAS_SNAPSHOT) {
-    cas_close(*vol); /* it may be removed in the same change */
-    *vol = NULL;
-    if (err == -EIO) err = 0; /* a block is damaged; all others are not */
-  }
-  return err;
+  if (err) return err == -ENOENT ? 0 : err;
+  if (!(*vol)->parent) err = cas_clear_tail(*vol);
+  if (!is_snapshot) return err;
+  cas_close(*vol); /* it may be removed in the same change */
+  *vol = NULL;
+  return err == -EIO ? 0 : err; /* a block is damaged; all others are not */
 }
 
 /* See nbdserve.h. */
@@ -7544,10 +7429,10 @@ int nbdserve_cas_changes(struct nbdserve_cas *st,
     change.failed = i;
     err = cas_prepare_op(st, ops + i, used + i);
   }
-  if (!err) err = cas_checkpoint(st, &change, UINT64_MAX);
+  if (!err) err = cas_apply(st, &change);
   for (size_t i = 0; used && i < n; i++) {
     if (!used[i]) continue;
-    if (!err && ops[i].verb == NBDSERVE_CAS_RESIZE) cas_clear_tail(used[i]);
+    if (!err) cas_clear_tail(used[i]);
     cas_close(used[i]);
   }
   NBDSERVE_FREE(used);
@@ -7562,60 +7447,75 @@ int nbdserve_cas_change(struct nbdserve_cas *st, int verb, const char *name,
   return nbdserve_cas_changes(st, &op, 1, NULL);
 }
 
-/* See nbdserve.h. */
-int nbdserve_cas_begin(struct nbdserve_cas *st, const char *name, uint64_t size,
-                       struct nbdserve_export *out) {
+/* Makes a hidden volume, of which the caller is a client.  name: it is to have
+ * that; NULL: it is never to be seen. */
+static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
+                    struct cas_volume **out) {
   struct cas_volume *vol = u_zalloc(sizeof *vol);
   int err = vol ? 0 : -ENOMEM;
   if (st->readonly) err = -EROFS;
-  if (size > INT64_MAX || cas_blocks(st, size) > st->max_blocks) err = -EINVAL;
   os_lock(&st->lock); /* what is to be written may be there already */
   while (st->busy && st->filled < st->to_fill)
     cas_wait(st);
-  if (!err) err = cas_give_name(st, vol, name);
-  if (err) {
-    cas_unlock(st);
-    NBDSERVE_FREE(vol);
-    return err;
+  if (!err && name) err = cas_give_name(st, vol, name);
+  if (!err && cas_want_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN))
+    cas_reclaim(st);
+  if (!err) err = cas_want_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
+  if (!err) err = cas_enter(st, vol);
+  if (!err) {
+    vol->own.run_batch = cas_batch;
+    vol->is_hidden = 1;
+    vol->clients = 1;
+    vol->now = vol->then;
+    vol->now.size = size;
   }
-  vol->st = st;
-  vol->is_hidden = 1;
-  vol->clients = 1;
-  vol->now = vol->then;
-  vol->now.size = size;
-  vol->next = st->volumes;
-  st->volumes = vol;
-  st->generation++;
-  cas_fill_export(vol, out);
-  out->flags &= ~NBDSERVE_EXPORT_READONLY;
   cas_unlock(st);
-  return 0;
+  if (err) NBDSERVE_FREE(vol);
+  *out = vol;
+  return err;
+}
+
+/* Ends what cas_hide has begun.  Unless it is to be seen by now, it goes. */
+static void cas_unhide(struct cas_volume *vol) {
+  struct nbdserve_cas *st = vol->st;
+  os_lock(&st->ckpt); /* to free its map */
+  os_lock(&st->lock);
+  vol->clients--;
+  if (vol->is_hidden) {
+    cas_leave(vol);
+    vol->next = NULL;
+    cas_free_volumes(st, vol);
+  }
+  cas_unlock(st);
+  os_unlock(&st->ckpt);
+}
+
+/* See nbdserve.h. */
+int nbdserve_cas_begin(struct nbdserve_cas *st, const char *name, uint64_t size,
+                       struct nbdserve_export *out) {
+  struct cas_volume *vol;
+  if (size > INT64_MAX || cas_blocks(st, size) > st->max_blocks) return -EINVAL;
+  int err = cas_hide(st, name, size, &vol);
+  if (!err) cas_fill_export(vol, out);
+  return err;
 }
 
 /* See nbdserve.h. */
 int nbdserve_cas_finish(struct nbdserve_cas *st, struct nbdserve_export *ex,
                         int keep) {
-  struct cas_volume *vol = ex->ctx;
-  struct cas_change change = {.vol = vol};
-  int err = 0;
-  assert(vol->is_hidden && vol->clients == 1);
-  if (keep) err = cas_clear_tail(vol);
-  if (keep && !err) err = cas_checkpoint(st, &change, UINT64_MAX);
-  os_lock(&st->ckpt); /* to free its map */
-  os_lock(&st->lock);
-  vol->clients--;
-  if (vol->is_hidden) {
-    cas_remove(st, vol);
-    cas_free_volumes_may_unlock(st, vol);
-  }
-  cas_unlock(st);
-  os_unlock(&st->ckpt);
+  struct cas_change change = {.vol = ex->ctx};
+  int err = keep ? cas_clear_tail(ex->ctx) : 0;
+  assert(change.vol->is_hidden && change.vol->clients == 1);
+  if (keep && !err) err = cas_apply(st, &change);
+  cas_unhide(ex->ctx);
   return err;
 }
 
-/* The next volume that anybody may see, or NULL. */
-static struct cas_volume *cas_next_visible(struct cas_volume *vol) {
-  while (vol && !vol->now.is_there)
+/* The first volume that anybody sees with an id above one, or NULL. */
+static struct cas_volume *cas_volume_above(struct nbdserve_cas *st,
+                                           uint32_t id) {
+  struct cas_volume *vol = st->volumes;
+  while (vol && (!vol->now.is_there || vol->id <= id))
     vol = vol->next;
   return vol;
 }
@@ -7627,7 +7527,7 @@ int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
   char id[72];
   int r = 0;
   os_lock(&st->lock);
-  struct cas_volume *vol = cas_next_visible(st->volumes);
+  struct cas_volume *vol = cas_volume_above(st, 0);
   while (vol && !r) {
     uint64_t generation = st->generation;
     uint32_t last = vol->id;
@@ -7640,13 +7540,10 @@ int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
     cas_unlock(st);
     r = each(arg, &info);
     os_lock(&st->lock);
-    if (st->generation == generation) {
-      vol = cas_next_visible(vol->next);
-      continue;
-    }
-    vol = cas_next_visible(st->volumes); /* vol may be gone */
-    while (vol && vol->id <= last)
-      vol = cas_next_visible(vol->next);
+    do /* what comes behind it; from the beginning, if it may be gone */
+      vol =
+          st->generation == generation ? vol->next : cas_volume_above(st, last);
+    while (vol && !vol->now.is_there);
   }
   cas_unlock(st);
   return r;
@@ -7654,14 +7551,14 @@ int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
 
 /* See nbdserve.h. */
 void nbdserve_cas_stat(struct nbdserve_cas *st, struct nbdserve_cas_stat *out) {
+  uint64_t nfree = 0;
   os_lock(&st->lock);
-  uint32_t nused = st->nslots - 1 - st->nwaiting;
   for (uint32_t x = 0; x < st->nslots; x += CAS_SEGMENT)
-    nused -= cas_segment(st, x)->nfree;
+    nfree += cas_segment(st, x)->nfree;
   *out = (struct nbdserve_cas_stat){
       .block_size = st->bs,
-      .free = (uint64_t)(st->nslots - 1 - st->nwaiting - nused) * st->bs,
-      .stored = (uint64_t)nused * st->bs,
+      .free = nfree * st->bs,
+      .stored = (st->nslots - 1 - st->nwaiting - nfree) * st->bs,
       .file = (uint64_t)lseek(st->fd, 0, SEEK_END),
       .log = (st->seq - st->tail) * 100 / st->super.log_pages};
   cas_unlock(st);
@@ -7669,60 +7566,59 @@ void nbdserve_cas_stat(struct nbdserve_cas *st, struct nbdserve_cas_stat *out) {
 
 /* ---- Content ids ----------------------------------------------------------
  * The tree of an id has the shape of the map: see the format.  What is sealed
- * keeps it in a map of its own, vol->digests, in which each level above the
- * blocks has a region.  A snapshot that is sealed after another one begins with
- * that one's tree, and computes only what lies below nodes that they do not
- * share. */
+ * keeps it in a map of its own, in which each level above the blocks has a
+ * region.  A snapshot that is sealed after another one begins with that one's
+ * tree, and computes only what lies below nodes that they do not share. */
 
 /* While a snapshot is sealed */
 struct cas_sealer {
-  struct cas_volume *vol; /* the snapshot */
-  struct cas_volume tree; /* its digests: a volume that nobody knows of */
-  unsigned char *data;    /* [CAS_BATCH] blocks */
+  struct cas_volume *vol;  /* the snapshot */
+  struct cas_volume *tree; /* hidden: its digests, as data */
+  unsigned char *data;     /* [CAS_BATCH] blocks */
   nbdserve_progress_fn *progress;
   void *arg;
 };
 
 /* Reads or writes the digests of a node's kids in the tree. */
-static int cas_move_digests(struct cas_sealer *sealer, int writing, int level,
-                            uint32_t index, unsigned char *digests) {
+static int cas_move_digests(struct cas_sealer *sealer, int writing,
+                            const struct cas_node *node,
+                            unsigned char *digests) {
   struct nbdserve_cas *st = sealer->vol->st;
   uint64_t region = st->max_blocks / st->fanout * st->bs;
   uint64_t len = (uint64_t)st->fanout * CAS_DIGEST_LEN;
-  uint64_t off = region * (uint64_t)(level - 1) + index * len;
-  assert(level > 0);
-  return writing ? ex_batched_write(&sealer->tree, digests, off, len, 0)
-                 : ex_batched_read(&sealer->tree, digests, off, len, 0);
+  uint64_t off = region * (node->level - 1u) + node->index * len;
+  assert(node->level > 0);
+  return writing ? ex_batched_write(sealer->tree, digests, off, len, 0)
+                 : ex_batched_read(sealer->tree, digests, off, len, 0);
 }
 
 /* Gets the digests of the blocks of a leaf.  Those that were not read since the
- * store was opened are checked. */
+ * store was opened are checked.  Nothing may be behind the end. */
 static int cas_digest_blocks(struct cas_sealer *sealer, uint32_t index,
                              unsigned char *digests) {
   struct cas_volume *vol = sealer->vol;
   struct nbdserve_cas *st = vol->st;
   struct cas_block blk[CAS_BATCH];
   uint64_t first = (uint64_t)index * st->fanout;
-  uint64_t blocks = cas_blocks(st, vol->now.size);
+  uint64_t size = vol->now.size;
   int err = 0;
   for (uint32_t c = 0; c < st->fanout && !err; c += CAS_BATCH) {
     size_t n = (size_t)u_min(st->fanout - c, CAS_BATCH);
     for (size_t i = 0; i < n; i++)
       blk[i] = (struct cas_block){.number = first + c + i,
                                   .data = sealer->data + i * st->bs};
-    cas_read(st, vol, blk, n, CAS_DIGEST);
+    cas_read(vol, blk, n, CAS_DIGEST);
     cas_unpin(st, blk, n);
     for (size_t i = 0; i < n; i++) {
-      if (blk[i].err) err = -EIO;
-      if (blk[i].slot && blk[i].number >= blocks) err = -EIO;
+      if (blk[i].err || (blk[i].slot && blk[i].number >= cas_blocks(st, size)))
+        err = -EIO;
       if (blk[i].slot)
         memcpy(digests + (c + i) * CAS_DIGEST_LEN, blk[i].digest,
                CAS_DIGEST_LEN);
     }
   }
-  uint64_t done = u_min((first + st->fanout) * st->bs, vol->now.size);
-  if (!err && sealer->progress &&
-      sealer->progress(sealer->arg, done, vol->now.size))
+  uint64_t done = u_min((first + st->fanout) * st->bs, size);
+  if (!err && sealer->progress && sealer->progress(sealer->arg, done, size))
     err = -ECANCELED;
   return err;
 }
@@ -7732,49 +7628,50 @@ static int cas_digest_blocks(struct cas_sealer *sealer, uint32_t index,
 static int cas_seal_node(struct cas_sealer *sealer, const struct cas_node *node,
                          const struct cas_node *base,
                          unsigned char digest[CAS_DIGEST_LEN]) {
-  struct nbdserve_cas *st = sealer->vol->st;
-  size_t len = (size_t)st->fanout * CAS_DIGEST_LEN;
+  size_t len = (size_t)sealer->vol->st->fanout * CAS_DIGEST_LEN;
   unsigned char *digests = u_zalloc(len);
-  int level = node->level;
   int err = digests ? 0 : -ENOMEM;
   if (!err && node->slot == CAS_LOST) err = -EIO;
-  if (!err && !level) err = cas_digest_blocks(sealer, node->index, digests);
-  if (!err && level && base)
-    err = cas_move_digests(sealer, OS_READ, level, node->index, digests);
-  for (uint32_t c = 0; level && c < st->fanout && !err; c++) {
+  if (!err && !node->level)
+    err = cas_digest_blocks(sealer, node->index, digests);
+  if (!err && node->level && base)
+    err = cas_move_digests(sealer, OS_READ, node, digests);
+  uint32_t n = node->nkids;
+  if (base && base->nkids > n) n = base->nkids;
+  for (uint32_t c = 0; c < n && !err; c++) {
     const struct cas_node *kid = cas_kid(node, c);
     const struct cas_node *same = base ? cas_kid(base, c) : NULL;
     unsigned char *at = digests + c * CAS_DIGEST_LEN;
     if (kid == same) continue;
-    if (kid)
-      err = cas_seal_node(sealer, kid, same, at);
-    else
-      memset(at, 0, CAS_DIGEST_LEN);
+    memset(at, 0, CAS_DIGEST_LEN);
+    if (kid) err = cas_seal_node(sealer, kid, same, at);
   }
-  if (!err && level)
-    err = cas_move_digests(sealer, OS_WRITE, level, node->index, digests);
-  if (!err && u_is_zero(digests, len))
-    memset(digest, 0, CAS_DIGEST_LEN);
-  else if (!err)
-    sha_256(st->hw, digests, NULL, len, digest, NULL);
+  if (!err && node->level)
+    err = cas_move_digests(sealer, OS_WRITE, node, digests);
+  if (!err) sha_256(sealer->vol->st->hw, digests, NULL, len, digest, NULL);
+  if (!err && u_is_zero(digests, len)) memset(digest, 0, CAS_DIGEST_LEN);
   NBDSERVE_FREE(digests);
   return err;
 }
 
 /* Finds the newest sealed snapshot of the same volume, or what that volume was
- * made from, and counts the caller as its client; or NULL. */
-static struct cas_volume *cas_use_base(struct nbdserve_cas *st,
-                                       const struct cas_volume *vol) {
+ * made from, counts the caller as its client, and begins with its tree; or
+ * returns NULL. */
+static struct cas_volume *cas_use_base(struct cas_sealer *sealer) {
+  struct cas_volume *vol = sealer->vol;
   struct cas_volume *base = NULL;
-  os_lock(&st->lock);
-  for (struct cas_volume *p = st->volumes; p; p = p->next) {
-    int is_near = p->parent == vol->parent || p->id == vol->parent->made_from;
-    if (is_near && p != vol && p->digests && !p->is_staged &&
-        !u_is_zero(p->now.cid, CAS_DIGEST_LEN))
+  os_lock(&vol->st->lock);
+  for (struct cas_volume *p = vol->st->volumes; p; p = p->next)
+    if ((p->parent == vol->parent || p->id == vol->parent->made_from) &&
+        p != vol && p->now.is_there && !p->is_staged &&
+        !u_is_zero(p->now.cid, CAS_DIGEST_LEN) && *cas_digests(p))
       base = p;
+  if (base) {
+    base->clients++;
+    *cas_root(sealer->tree) = *cas_digests(base);
+    (*cas_digests(base))->refs++;
   }
-  if (base) base->clients++;
-  cas_unlock(st);
+  cas_unlock(vol->st);
   return base;
 }
 
@@ -7784,20 +7681,13 @@ static int cas_compute_id(struct cas_sealer *sealer,
   struct cas_volume *vol = sealer->vol;
   struct nbdserve_cas *st = vol->st;
   unsigned char top[14 + 4 + 8 + CAS_DIGEST_LEN] = "nbdserve-cid-2";
-  struct cas_volume *base = cas_use_base(st, vol);
+  struct cas_volume *base = cas_use_base(sealer);
   int err = 0;
-  sealer->tree.st = st;
-  sealer->tree.own.run_batch = cas_batch;
   sealer->data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
   if (!sealer->data) err = -ENOMEM;
-  if (base) {
-    os_lock(&st->lock);
-    sealer->tree.root = base->digests;
-    sealer->tree.root->refs++;
-    cas_unlock(st);
-  }
-  if (!err && vol->root)
-    err = cas_seal_node(sealer, vol->root, base ? base->root : NULL, top + 26);
+  if (!err && *cas_root(vol))
+    err = cas_seal_node(sealer, *cas_root(vol), base ? *cas_root(base) : NULL,
+                        top + 26);
   u_put32(top + 14, st->bs);
   u_put64(top + 18, vol->now.size);
   sha_256(st->hw, top, NULL, sizeof top, cid, NULL);
@@ -7811,33 +7701,28 @@ int nbdserve_cas_seal(struct nbdserve_cas *st, const char *name, char id[72],
                       nbdserve_progress_fn *progress, void *arg) {
   struct cas_sealer sealer = {.progress = progress, .arg = arg};
   unsigned char cid[CAS_DIGEST_LEN];
-  struct cas_volume *vol;
   *id = 0;
-  int err = cas_use(st, name, strlen(name), &vol);
+  int err = cas_use(st, name, strlen(name), &sealer.vol);
   if (err) return err;
-  sealer.vol = vol;
-  struct cas_change change = {.vol = vol, .cid = cid};
+  struct cas_change change = {.vol = sealer.vol, .cid = cid};
   os_lock(&st->lock);
-  int is_sealed = *cas_spell_id(vol, id) != 0;
+  int is_sealed = *cas_spell_id(sealer.vol, id) != 0;
   cas_unlock(st);
-  if (!vol->parent) err = -EINVAL;
-  if (!err && !is_sealed && st->readonly) err = -EROFS;
+  if (!sealer.vol->parent) err = -EINVAL;
   if (!err && !is_sealed) {
-    err = cas_compute_id(&sealer, cid);
-    change.digests = sealer.tree.root;
-    if (!err) err = cas_checkpoint(st, &change, UINT64_MAX);
-    os_lock(&st->ckpt); /* to free a map */
-    os_lock(&st->lock);
-    if (vol->digests != sealer.tree.root)
-      cas_unref_may_unlock(st, sealer.tree.root);
-    cas_unlock(st);
-    os_unlock(&st->ckpt);
+    err = cas_hide(st, NULL, INT64_MAX, &sealer.tree);
+    change.tree = sealer.tree;
+    if (!err) {
+      err = cas_compute_id(&sealer, cid);
+      if (!err) err = cas_apply(st, &change);
+      cas_unhide(sealer.tree);
+    }
   }
   os_lock(&st->lock);
-  cas_spell_id(vol, id); /* from now on it is fixed */
+  cas_spell_id(sealer.vol, id); /* from now on it is fixed */
   cas_unlock(st);
   if (err) *id = 0;
-  cas_close(vol);
+  cas_close(sealer.vol);
   return err;
 }
 
@@ -7848,7 +7733,7 @@ static int cas_is_shared(struct nbdserve_cas *st, struct cas_node **root[2],
                          uint64_t block, uint64_t *span) {
   const struct cas_node *node[2] = {*root[0], *root[1]};
   uint64_t size = st->max_blocks; /* below node */
-  for (int level = CAS_LEVELS - 1; level >= 0; level--) {
+  for (int level = CAS_LEVELS; level > 0; level--) {
     *span = size - block % size;
     if (node[0] == node[1] && !(node[0] && node[0]->slot == CAS_LOST)) return 1;
     size /= st->fanout;
@@ -7859,15 +7744,15 @@ static int cas_is_shared(struct nbdserve_cas *st, struct cas_node **root[2],
 }
 
 /* Have two maps the same slot for a block?  *span: for how many blocks on that
- * is so.  1 or 0, or -errno. */
-static int cas_same_slots(struct nbdserve_cas *st, struct cas_node **root[2],
-                          uint64_t block, uint64_t *span) {
+ * is so.  1 or 0, or -errno. (unlocks) */
+static int cas_is_same_slot(struct nbdserve_cas *st, struct cas_node **root[2],
+                            uint64_t block, uint64_t *span) {
   struct cas_spot spot[2];
   int err = 0;
-  do { /* the lock is let go, but not between the last two */
+  do /* until the lock was not let go between the two */
     for (int i = 0; i < 2 && !err; i++)
-      err = cas_find_spot_may_unlock(st, root[i], block, spot + i);
-  } while (!err && cas_walk(st, *root[0], block, spot));
+      err = cas_find_spot(st, root[i], block, spot + i);
+  while (!err && cas_walk(st, *root[0], block, spot));
   if (err) return err;
   int same = spot[0].slot == spot[1].slot && spot[0].slot != CAS_LOST;
   uint64_t n = 1;
@@ -7889,24 +7774,23 @@ static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
                     uint64_t block, uint64_t *span) {
   struct cas_node *nothing = NULL;
   struct cas_node **root[2];
+  struct cas_spot spot;
   uint64_t max = UINT64_MAX;
   os_lock(&st->lock);
   for (int i = 0; i < 2; i++) {
     uint64_t size = vol[i]->now.size;
-    uint64_t whole = size / st->bs;
-    root[i] = block < cas_blocks(st, size) ? &vol[i]->root : &nothing;
-    if (block < whole) max = u_min(max, whole - block);
-    if (block == whole) max = 1;
+    root[i] = block < cas_blocks(st, size) ? cas_root(vol[i]) : &nothing;
+    if (block <= size / st->bs) max = u_min(max, size / st->bs - block);
   }
+  int is_odd = max == 0; /* one ends here */
   int same = cas_is_shared(st, root, block, span);
-  if (!same || max == 1) same = cas_same_slots(st, root, block, span);
-  if (same > 0 && max == 1 && vol[0]->now.size != vol[1]->now.size) {
-    struct cas_spot spot;
-    int err = cas_find_spot_may_unlock(st, root[0], block, &spot);
+  if (!same || is_odd) same = cas_is_same_slot(st, root, block, span);
+  if (same > 0 && is_odd && vol[0]->now.size != vol[1]->now.size) {
+    int err = cas_find_spot(st, root[0], block, &spot);
     same = err ? err : !spot.slot;
   }
   cas_unlock(st);
-  *span = u_min(*span, max);
+  *span = is_odd ? 1 : u_min(*span, max);
   return same;
 }
 
@@ -7914,15 +7798,14 @@ static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
 int nbdserve_cas_diff(struct nbdserve_cas *st, const char *a, const char *b,
                       nbdserve_range_fn *each, void *arg) {
   struct cas_volume *vol[2] = {NULL, NULL};
-  int err = cas_use(st, a, strlen(a), &vol[0]);
-  if (!err) err = cas_use(st, b, strlen(b), &vol[1]);
   uint64_t size = 0;
-  if (!err)
-    size = vol[0]->now.size > vol[1]->now.size ? vol[0]->now.size
-                                               : vol[1]->now.size;
-  uint64_t blocks = cas_blocks(st, size);
   uint64_t from = 0; /* the first block of the range that is being collected */
   uint64_t span;
+  int err = cas_use(st, a, strlen(a), &vol[0]);
+  if (!err) err = cas_use(st, b, strlen(b), &vol[1]);
+  for (int i = 0; i < 2 && !err; i++)
+    if (vol[i]->now.size > size) size = vol[i]->now.size;
+  uint64_t blocks = cas_blocks(st, size);
   for (uint64_t block = 0; block < blocks && !err; block += span) {
     int same = cas_same(st, vol, block, &span);
     if (same < 0) err = same;
@@ -7943,11 +7826,10 @@ struct cas_verifier {
   nbdserve_damage_fn *each;
   nbdserve_progress_fn *progress;
   void *arg;
-  int mends;      /* what can be mended is written anew */
-  int has_mended; /* so a sync is due */
-  int found;      /* something is damaged */
-  int stop;       /* not 0: it ends, by this */
-  uint64_t done;  /* bytes */
+  int mends;     /* what can be mended is written anew */
+  int found;     /* something is damaged */
+  int stop;      /* not 0: it ends, by this */
+  uint64_t done; /* bytes */
   uint64_t total;
   unsigned char *data; /* [CAS_BATCH] blocks */
   uint64_t from;       /* of a range that is damaged, which is not told yet, */
@@ -7958,61 +7840,44 @@ struct cas_verifier {
  * store. */
 static void cas_tell(struct cas_verifier *v, const char *name, uint64_t off,
                      uint64_t len, const char *why) {
+  v->found = 1;
   if (!v->stop) v->stop = v->each(v->arg, name, off, len, why);
 }
 
-/* Takes note of what a block is, NULL: whole; tells a range when it ends.
- * Ranges end where a block is not damaged in the same way. */
-static void cas_note_block(struct cas_verifier *v, const char *name,
-                           uint64_t off, const char *why) {
+/* Takes note of what a volume is from off on, NULL: whole; tells a range when it
+ * ends. */
+static void cas_note(struct cas_verifier *v, const char *name, uint64_t off,
+                     const char *why) {
   if (why == v->why) return;
   if (v->why) cas_tell(v, name, v->from, off - v->from, v->why);
   v->from = off;
   v->why = why;
-  if (why) v->found = 1;
 }
 
-/* Checks the superblocks, and mends one that is damaged by the other. */
-static void cas_verify_supers(struct cas_verifier *v) {
-  struct nbdserve_cas *st = v->st;
-  struct cas_super super;
-  if (st->log_damaged) v->found = 1;
-  if (st->log_damaged) cas_tell(v, "", 0, 0, "the log is damaged");
-  for (int place = 0; place < 2; place++) {
-    os_lock(&st->ckpt);
-    int is_bad = cas_read_super(st, place, &super) != SUPER_GOOD;
-    int err =
-        is_bad && !st->readonly ? cas_write_super(st, &st->super, place) : 0;
-    os_unlock(&st->ckpt);
-    if (err) v->found = 1;
-    if (err) cas_tell(v, "", 0, 0, "a superblock cannot be written");
-    if (is_bad && !err) v->has_mended = 1;
-  }
-}
-
-/* Checks the pages of a segment, and mends those of which a copy is damaged.  No
- * checkpoint runs meanwhile, so all of them have been written. */
+/* Checks the superblocks and, segment by segment, the pages, and mends those of
+ * which one is damaged.  No checkpoint runs meanwhile, so all were written. */
 static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
   struct nbdserve_cas *st = v->st;
-  struct cas_page page = {.level = -1};
+  struct cas_super super;
+  struct cas_head any = {.magic = 0};
   int nbad = 0;
   os_lock(&st->ckpt);
+  for (int i = 0; first == 0 && i < 2 && !st->readonly; i++)
+    if (cas_read_super(st, i, &super) != SUPER_GOOD &&
+        cas_write_super(st, &st->super, i))
+      nbad++;
   for (uint32_t slot = first; slot < first + CAS_TWIN; slot++) {
     os_lock(&st->lock);
     int is_page = CAS_AT(st, slot, tag) == TAG_PAGE;
     if (is_page) cas_hold(st, slot);
     cas_unlock(st);
     if (!is_page) continue;
-    enum cas_page_state state =
-        cas_read_page(st, slot, &page, !st->readonly, v->data);
-    if (state == PAGE_HEALED) v->has_mended = 1;
-    if (state > PAGE_HEALED) nbad++;
+    if (cas_read_page(st, slot, any, v->data) > PAGE_HEALED) nbad++;
     os_lock(&st->lock);
     cas_drop(st, slot, &st->retired);
     cas_unlock(st);
   }
   os_unlock(&st->ckpt);
-  if (nbad) v->found = 1;
   for (; nbad > 0; nbad--)
     cas_tell(v, "", 0, 0, "a page of a map or the catalog is damaged");
 }
@@ -8020,36 +7885,30 @@ static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
 /* Mends a block: its digest by the data, if only the digest cannot be read; or
  * the data by a slot that has the same digest.  This is the one exception to
  * (C1): what durable state names gets what it should have been. */
-static void cas_mend_block(struct cas_verifier *v, struct cas_block *blk) {
-  struct nbdserve_cas *st = v->st;
+static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
+  uint32_t tag = CAS_TAG(blk->digest);
   struct cas_block other = *blk;
-  if (blk->digest_err && !blk->err) {
+  if (blk->digest_err) {
     blk->todo = CAS_DIGEST;
-    cas_move(st, blk, 1, CAS_DIGEST, OS_WRITE);
+    if (!blk->err) cas_move(st, blk, 1, CAS_DIGEST, OS_WRITE);
     blk->digest_err = blk->err;
-    v->has_mended = 1;
     return;
   }
-  if (blk->digest_err || !blk->slot) return;
-  memcpy(other.sum, blk->digest, CAS_DIGEST_LEN);
   os_lock(&st->lock);
   cas_unindex(st, blk->slot);
-  other.slot = *cas_bucket(st, CAS_TAG(other.sum));
-  while (other.slot &&
-         (CAS_AT(st, other.slot, tag) & ~CAS_GOOD) != CAS_TAG(other.sum))
+  other.slot = *cas_bucket(st, tag);
+  while (other.slot && (CAS_AT(st, other.slot, tag) & ~CAS_GOOD) != tag)
     other.slot = CAS_AT(st, other.slot, link);
   cas_hold(st, other.slot);
   cas_unlock(st);
-  if (!other.slot) return;
-  other.todo = CAS_DATA | CAS_DIGEST;
+  other.todo = other.slot ? CAS_BOTH : 0;
   other.err = 0;
   cas_move(st, &other, 1, CAS_DATA, OS_READ);
   cas_hash(st, &other, 1);
-  if (!other.err && memcmp(other.sum, blk->digest, CAS_DIGEST_LEN) == 0) {
+  if (other.slot && !other.err &&
+      memcmp(other.sum, blk->digest, CAS_DIGEST_LEN) == 0)
     blk->err =
         cas_io(st, OS_WRITE, other.data, st->bs, cas_data_off(st, blk->slot));
-    v->has_mended = 1;
-  }
   os_lock(&st->lock);
   cas_drop(st, other.slot, &st->dropped);
   cas_unlock(st);
@@ -8058,51 +7917,23 @@ static void cas_mend_block(struct cas_verifier *v, struct cas_block *blk) {
 /* Checks some blocks of a volume. */
 static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
                               const char *name, uint64_t block, size_t n) {
-  struct nbdserve_cas *st = v->st;
   struct cas_block blk[CAS_BATCH];
+  uint64_t bs = v->st->bs;
   for (size_t i = 0; i < n; i++)
-    blk[i] =
-        (struct cas_block){.number = block + i, .data = v->data + i * st->bs};
-  cas_read(st, vol, blk, n, 0);
+    blk[i] = (struct cas_block){.number = block + i, .data = v->data + i * bs};
+  cas_read(vol, blk, n, 0);
   for (size_t i = 0; i < n; i++) {
+    int is_bad = blk[i].err || blk[i].digest_err;
     const char *why = NULL;
-    if (v->mends && (blk[i].err || blk[i].digest_err))
-      cas_mend_block(v, blk + i);
-    if (blk[i].err && blk[i].slot)
-      why = "the data is not what it was";
-    else if (blk[i].err)
-      why = "the map cannot be read";
+    if (is_bad && v->mends && blk[i].slot) cas_mend(v->st, blk + i);
+    if (blk[i].err)
+      why = blk[i].slot ? "the data is not what it was"
+                        : "the map cannot be read";
     else if (blk[i].digest_err)
       why = "the digest cannot be read";
-    cas_note_block(v, name, (block + i) * st->bs, why);
+    cas_note(v, name, (block + i) * bs, why);
   }
-  cas_unpin(st, blk, n);
-}
-
-/* The first volume that anybody sees with an id above one, or NULL. */
-static struct cas_volume *cas_volume_above(struct nbdserve_cas *st,
-                                           uint32_t id) {
-  struct cas_volume *vol = cas_next_visible(st->volumes);
-  while (vol && vol->id <= id)
-    vol = cas_next_visible(vol->next);
-  return vol;
-}
-
-/* Finds out about the next blocks of a volume: returns how many are alike, and
- * why they cannot be read, if the map is damaged there. */
-static uint64_t cas_next_run(struct nbdserve_cas *st, struct cas_volume *vol,
-                             uint64_t block, uint64_t max, int *is_hole,
-                             const char **why) {
-  struct cas_spot spot;
-  os_lock(&st->lock);
-  int err = cas_find_spot_may_unlock(st, &vol->root, block, &spot);
-  uint64_t n = u_min(st->fanout - block % st->fanout, max);
-  if (!err) n = cas_run_of(st, &spot, block, max);
-  cas_unlock(st);
-  int is_lost = err || (!spot.leaf && spot.slot == CAS_LOST);
-  *why = is_lost ? "the map cannot be read" : NULL;
-  *is_hole = !is_lost && !spot.slot;
-  return n;
+  cas_unpin(v->st, blk, n);
 }
 
 /* Checks the next blocks of the volume with an id, which is looked up each time:
@@ -8111,7 +7942,6 @@ static uint64_t cas_next_run(struct nbdserve_cas *st, struct cas_volume *vol,
 static void cas_verify_step(struct cas_verifier *v, uint32_t id,
                             uint64_t *block) {
   struct nbdserve_cas *st = v->st;
-  const char *why = NULL;
   char name[CAS_PATH];
   os_lock(&st->lock);
   struct cas_volume *vol = cas_volume_above(st, id - 1);
@@ -8119,24 +7949,23 @@ static void cas_verify_step(struct cas_verifier *v, uint32_t id,
   if (is_there) vol->pins++;
   if (is_there) cas_full_name(vol, name);
   cas_unlock(st);
+  uint64_t at = *block;
+  uint64_t end = is_there ? cas_blocks(st, vol->now.size) : 0;
+  uint64_t n = 0;
+  int kind = at < end ? cas_next_run(vol, at, end - at, &n) : 0;
+  if (n && kind > 0) {
+    n = u_min(n, CAS_BATCH);
+    cas_verify_blocks(v, vol, name, at, (size_t)n);
+  } else if (n) {
+    cas_note(v, name, at * st->bs, kind ? "the map cannot be read" : NULL);
+  }
+  v->done += n * st->bs;
+  *block = at + n < end ? at + n : UINT64_MAX;
   if (!is_there) {
     v->why = NULL;
-    *block = UINT64_MAX;
     return;
   }
-  uint64_t size = vol->now.size;
-  uint64_t left = cas_blocks(st, size) - u_min(*block, cas_blocks(st, size));
-  int is_hole = 0;
-  uint64_t n = left ? cas_next_run(st, vol, *block, left, &is_hole, &why) : 0;
-  if (n && !is_hole && !why) {
-    n = u_min(n, CAS_BATCH);
-    cas_verify_blocks(v, vol, name, *block, (size_t)n);
-  } else if (n) {
-    cas_note_block(v, name, *block * st->bs, why);
-  }
-  if (n == left) cas_note_block(v, name, size, NULL);
-  v->done += n * st->bs;
-  *block = n == left ? UINT64_MAX : *block + n;
+  if (*block == UINT64_MAX) cas_note(v, name, vol->now.size, NULL);
   os_lock(&st->lock);
   vol->pins--;
   os_wake_all(&st->lock);
@@ -8147,35 +7976,33 @@ static void cas_verify_step(struct cas_verifier *v, uint32_t id,
 static int cas_verify(struct cas_verifier *v) {
   struct nbdserve_cas *st = v->st;
   uint32_t id = 0;
-  uint64_t block = UINT64_MAX;
   v->data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
   if (!v->data) return -ENOMEM;
-  cas_verify_supers(v);
+  if (st->log_damaged) cas_tell(v, "", 0, 0, "the log is damaged");
   os_lock(&st->lock);
   uint32_t nslots = st->nslots;
   for (uint32_t slot = 0; slot < nslots && !st->readonly; slot++)
     CAS_AT(st, slot, tag) &= ~CAS_GOOD; /* all of it is read again */
-  const struct cas_volume *vol = cas_next_visible(st->volumes);
-  for (; vol; vol = cas_next_visible(vol->next))
+  for (const struct cas_volume *vol = st->volumes; vol; vol = vol->next)
     v->total += vol->now.size;
   cas_unlock(st);
   for (uint32_t x = 0; x < nslots && !v->stop; x += CAS_SEGMENT)
     cas_verify_pages(v, x);
-  while (!v->stop) {
-    if (block == UINT64_MAX) {
-      os_lock(&st->lock);
-      vol = cas_volume_above(st, id);
-      if (vol) id = vol->id;
-      cas_unlock(st);
-      if (!vol) break;
-      block = 0;
-    }
+  for (uint64_t block = UINT64_MAX; !v->stop;) {
+    os_lock(&st->lock);
+    const struct cas_volume *vol = cas_volume_above(st, id);
+    if (block == UINT64_MAX && vol) id = vol->id;
+    cas_unlock(st);
+    if (block == UINT64_MAX && !vol) break;
+    if (block == UINT64_MAX) block = 0;
     cas_verify_step(v, id, &block);
     if (v->progress && v->progress(v->arg, v->done, v->total))
       v->stop = -ECANCELED;
   }
   NBDSERVE_FREE(v->data);
-  int err = v->has_mended && !st->readonly ? cas_sync(st, 1) : 0;
+  os_lock(&st->lock);
+  int err = st->readonly ? 0 : cas_sync(st, 1); /* of what was mended */
+  cas_unlock(st);
   if (err || v->stop) return err ? err : v->stop;
   return v->found ? -EUCLEAN : 0;
 }
@@ -8201,11 +8028,12 @@ int nbdserve_cas_repair(struct nbdserve_cas *st, nbdserve_damage_fn *each,
 static int cas_punch(struct nbdserve_cas *st, uint32_t first) {
   struct cas_segment *seg = cas_segment(st, first);
   uint32_t kept = st->ndirty + CAS_RESERVE_PAIRS + CAS_TWIN;
-  int is_needed =
-      seg->backing == BACKING_DURABLE && st->npairs < kept + seg->npairs;
   int err = 0;
-  if (seg->npages || is_needed) return 0;
-  if (!st->is_device) cas_set_segment(st, first, seg->fence, BACKING_UNKNOWN);
+  if (seg->npages || seg->space == SPACE_WRITTEN ||
+      seg->space == SPACE_SYNCING ||
+      (seg->space == SPACE_DURABLE && st->npairs < kept + seg->npairs))
+    return 0;
+  if (seg->space == SPACE_DURABLE) cas_set_space(st, first, SPACE_UNKNOWN);
   st->back_cursor = (uint32_t)u_min(st->back_cursor, first);
   for (uint32_t x = first, n; x < first + CAS_SEGMENT && !err; x += n + 1) {
     for (n = 0; x + n < first + CAS_SEGMENT && !CAS_AT(st, x + n, refs);)
@@ -8225,8 +8053,9 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
   nbdserve_cas_stat(st, &stat);
   *bytes = stat.free;
   os_lock(&st->lock);
-  cas_want_pairs(st, CAS_RESERVE_PAIRS + CAS_TWIN);
-  for (uint32_t x = 0; x < st->nslots && !err; x += CAS_SEGMENT) {
+  /* What is kept has to be known to be there before the rest is given away. */
+  int may_punch = !err && !cas_want_pairs(st, CAS_RESERVE_PAIRS + CAS_TWIN);
+  for (uint32_t x = 0; x < st->nslots && may_punch && !err; x += CAS_SEGMENT) {
     err = cas_punch(st, x); /* what is free stays so meanwhile */
     cas_unlock(st);
     if (!err && progress && progress(arg, x, st->nslots)) err = -ECANCELED;
@@ -10170,7 +9999,7 @@ static int cli_is_data(const struct nbdserve_export *volume, uint64_t off,
   unsigned char extent[WIRE_EXT_EXTENT_LEN];
   uint64_t left = volume->size - off;
   struct nbdserve_extents x = {
-      .left = left, .align = 1, .max = 1, .data = extent};
+      .left = left, .align = 1, .max = 1, .data = extent, .extended = 1};
   *end = volume->size;
   int err =
       volume->ops->extents(volume->ctx, off, left, NBDSERVE_CMD_REQ_ONE, &x);

@@ -35,8 +35,8 @@
 extern "C" {
 #endif
 
-#define NBDSERVE_VERSION "0.3.0"
-#define NBDSERVE_VERSION_NUMBER 300u /* major * 10000 + minor * 100 + patch */
+#define NBDSERVE_VERSION "0.4.0"
+#define NBDSERVE_VERSION_NUMBER 400u /* major * 10000 + minor * 100 + patch */
 
 #ifndef NBDSERVE_API
 #define NBDSERVE_API /* storage class or visibility of the public functions */
@@ -207,11 +207,15 @@ NBDSERVE_API int nbdserve_flat_open(const char *path,
  * begin with "sha256-": such a name is the id of a snapshot
  * (nbdserve_cas_seal).
  *
- * Besides their own errors all calls may return -ENOSPC, -ENOMEM, and -EIO when
- * the medium fails or is damaged; once a sync has failed, all changes do until
- * the store is opened anew.  Changes return -EROFS if the store is read-only.
+ * What was answered survives the end of the process, even by SIGKILL.
  *
- * Memory: 16 bytes for each block of the store and 4 for each block in a map.
+ * Besides their own errors all calls may return -ENOSPC, which leaves all as it
+ * was, -ENOMEM, and -EIO when the medium fails or is damaged; once a sync has
+ * failed, all changes do until the store is opened anew.  Changes return -EROFS
+ * if the store is read-only.
+ *
+ * Memory: 16 bytes for each block of the store, cache_mib, and 8 KiB for each
+ * 4 GiB of a map of which something is in use.
  */
 struct nbdserve_cas;
 
@@ -233,16 +237,18 @@ struct nbdserve_cas_options {
 };
 
 /* Makes an empty store.  -EEXIST: there is a file of that name (a block device
- * is taken if its first 4096 bytes are zero).  -EINVAL: bad options.  Others as
- * open(2). */
+ * is taken if its first two MiB and its last one are zero).  -EINVAL: bad
+ * options.  Others as open(2). */
 NBDSERVE_API int nbdserve_cas_init(const char *path,
                                    const struct nbdserve_cas_options *options);
 
 /* Opens a store, and repairs what a crash left behind.  options may be NULL.
  * -EBUSY: another process has it.  -EROFS: it is on a device that refuses
  * writes (NBDSERVE_CAS_READONLY opens it).  -EINVAL: not a store.  -EOPNOTSUPP:
- * one of a version that is not known here.  -EIO: damaged; read-only its last
- * good state may be had.  Others as open(2). */
+ * one of a version that is not known here.  -EUCLEAN: damaged, so it is not
+ * written until NBDSERVE_CAS_REPAIR or, if that does not do,
+ * NBDSERVE_CAS_ACCEPT_LOSS is given; read-only, what is left may be had.
+ * Others as open(2). */
 NBDSERVE_API int nbdserve_cas_open(const char *path,
                                    const struct nbdserve_cas_options *options,
                                    struct nbdserve_cas **out);
@@ -260,8 +266,8 @@ NBDSERVE_API int nbdserve_cas_volume(struct nbdserve_cas *cas, const char *name,
 /* Changes the catalog; the change is durable when this returns 0.  verb is one
  * of those below, which also say what name, to and size are; the macros behind
  * them are easier to read.  -ENOENT: there is no such name.  -EEXIST: the new
- * name is taken.  -EINVAL: not a possible name or size.  -EBUSY: it is open, or
- * being verified (ROLLBACK, RESIZE, RM).  -ENOTEMPTY: it has snapshots (RM). */
+ * name is taken.  -EINVAL: not a possible name or size.  -EBUSY: it is open
+ * (ROLLBACK, RESIZE, RM).  -ENOTEMPTY: it has snapshots (RM). */
 NBDSERVE_API int nbdserve_cas_change(struct nbdserve_cas *cas, int verb,
                                      const char *name, const char *to,
                                      uint64_t size);
@@ -334,8 +340,7 @@ struct nbdserve_cas_info {
 };
 
 /* Calls each once for each volume and snapshot, until it returns a number that
- * is not 0, which is then returned.  The one that it is called for counts as
- * open meanwhile. */
+ * is not 0, which is then returned.  It may call the store. */
 typedef int nbdserve_list_fn(void *arg, const struct nbdserve_cas_info *info);
 
 NBDSERVE_API int nbdserve_cas_list(struct nbdserve_cas *cas,
@@ -351,8 +356,9 @@ typedef int nbdserve_progress_fn(void *arg, uint64_t done, uint64_t total);
  * contents in any store.  id gets it, or "" after an error.  From then on the
  * id can be used in place of the name (of one of them, if several snapshots
  * have it).  The blocks that were not read since the store was opened are read
- * and checked; a snapshot that has its id gets it at once.  -ENOENT: there is
- * no such name.  -EINVAL: it is a volume.  -EIO: it is damaged. */
+ * and checked, but for what is shared with a snapshot of the same volume that
+ * was sealed before; a snapshot that has its id gets it at once.  -ENOENT:
+ * there is no such name.  -EINVAL: it is a volume.  -EIO: it is damaged. */
 NBDSERVE_API int nbdserve_cas_seal(struct nbdserve_cas *cas, const char *name,
                                    char id[72], nbdserve_progress_fn *progress,
                                    void *arg);
@@ -362,7 +368,8 @@ NBDSERVE_API int nbdserve_cas_seal(struct nbdserve_cas *cas, const char *name,
  * returned.  Ranges begin at a block and end at a block or at the larger size;
  * the smaller one counts as zeroes behind its end.  What both share, since one
  * was made from the other, takes no time.  All that differs is listed; a listed
- * block may be equal if it is stored twice, or at the end of the shorter one.
+ * block may be equal if it is stored twice, at the end of the shorter one, or
+ * lost in both.
  * Of a volume that is being written each block is as it was at some moment.
  * -ENOENT: there is no such name. */
 typedef int nbdserve_range_fn(void *arg, uint64_t off, uint64_t len);
@@ -384,8 +391,10 @@ NBDSERVE_API void nbdserve_cas_stat(struct nbdserve_cas *cas,
 
 /* Checks everything that is stored against its SHA-256, and calls each for what
  * is damaged: len bytes at off of the volume or snapshot name or, if len is 0
- * and name "", a part of the store; why says what is wrong.  Returns 0 if
- * nothing is damaged, -EUCLEAN if something is. */
+ * and name "", a part of the store; why says what is wrong.  It may call the
+ * store.  If it returns a number that is not 0, the work ends with that.
+ * Returns 0 if nothing is damaged, -EUCLEAN if something is.  Of what lies
+ * twice one copy that is damaged is no damage: it is written anew. */
 typedef int nbdserve_damage_fn(void *arg, const char *name, uint64_t off,
                                uint64_t len, const char *why);
 NBDSERVE_API int nbdserve_cas_verify(struct nbdserve_cas *cas,
@@ -399,9 +408,8 @@ NBDSERVE_API int nbdserve_cas_repair(struct nbdserve_cas *cas,
                                      nbdserve_damage_fn *each,
                                      nbdserve_progress_fn *progress, void *arg);
 
-/* Gives unused space back to the file system.  *bytes: how many bytes of the
- * file are unused.  -EUCLEAN: the store is damaged, so it cannot be determined
- * what is unused. */
+/* Gives unused space back to the file system, but for what the store needs to
+ * go on on a full disk.  *bytes: how many bytes of the file are unused. */
 NBDSERVE_API int nbdserve_cas_gc(struct nbdserve_cas *cas, uint64_t *bytes,
                                  nbdserve_progress_fn *progress, void *arg);
 
@@ -574,73 +582,148 @@ NBDSERVE_API const char *nbdserve_version(void);
 #endif
 #endif
 
-/* ---- The format of a store, version 1 ------------------------------------
+/* ---- The format of a store, version 2 ------------------------------------
  *
- * Big-endian.  Superblocks lie at 0 and 1 MiB, the log at 2 MiB; from the next
- * multiple of 1 MiB behind it on, groups of 32768 slots: first the SHA-256 of
- * each, then the slots.  A slot, of block_size bytes, holds data or a page; as
- * the number of a slot 0 means: all zeroes.
+ * This format is kept.  What a program of this version writes, every later one
+ * reads and goes on with.  A store of a later format says so in one of two
+ * words of feature bits: with a bit of the first one that it does not know,
+ * this version does not open the store, and with one of the second it opens it
+ * for reading only.  Bytes that have no meaning here are written as zeroes and
+ * not looked at.  Version 1 was never released; its stores are refused.
  *
- *   superblock                       log page
- *   0     8 "NBDSCAS1"               0     4 "LOG1"
- *   8     4 version                  4     2 entries
- *   12    4 block_size               8     8 seq; it lies at seq mod log_pages
- *   16   16 id of the store          16    8 durable: all pages before that one
- *   32    8 its number               24    8 of the id of the store
- *   40    8 seq to replay from       32   48 an entry, and so on, up to 84
- *   48    4 log_pages                4064 32 SHA-256 of what stands before
- *   52    4 slots in use
- *   56    4 slot of the catalog      log entry
- *   60    4 id of the next volume    0     4 id of a volume
- *   64    4 unknown bit: refuse      4     4 slot, or 0
- *   68    4 unknown bit: read-only   8     8 block of the volume
- *   4064 32 SHA-256                  16   32 SHA-256 of the slot's data; with
+ * Words
+ *
+ *   slot      room for a block, or for a page of block_size bytes.  Slots are
+ *             counted from 1; where a slot is named, 0 means: all zeroes
+ *   segment   256 slots; group: 128 segments, behind the digests of their slots
+ *   pair      two slots of a segment, x and x + 128, with x mod 256 below 128.
+ *             A page lies in both, and is named by the first
+ *   leaf      a page that names the slots of blocks
+ *   to drop   to take away a name; to retire: the same of a page
+ *   durable   survives a power cut: written before an fdatasync that has
+ *             returned began.  Durable state is what the newest superblock's
+ *             maps say, with the log behind it
+ *
+ * The file
+ *
+ *   0           first superblock, 4096 bytes
+ *   1 MiB       second superblock
+ *   2 MiB       log_pages log pages of 4096 bytes
+ *   ...         from the next multiple of 1 MiB on groups, each of 1 MiB with
+ *               the SHA-256 of 32768 slots, and these slots
+ *
+ * Numbers are big-endian.  OFFSET SIZE FIELD:
+ *
+ *   superblock: all of it stands in 512 bytes, which a disk writes in one go
+ *   0     7 "NBDSCAS"                48    4 log_pages
+ *   7     1 "2"                      52    4 slots in use, whole segments
+ *   8     4 version: 2               56    4 slot of the root of the catalog
+ *   12    4 block_size               60    4 id of the next volume
+ *   16   16 id of the store          64    4 unknown bit: do not open
+ *   32    8 number of its checkpoint 68    4 unknown bit: do not write
+ *   40    8 log page to replay from  480  32 SHA-256 of what stands before
+ *
+ *   log page
+ *   0    48 an entry, and so on, up to 84
+ *   4032  4 "LOG1"                   4048  8 durable: all pages before that one
+ *   4036  4 entries                  4056  8 number of the newest superblock of
+ *   4040  8 number of the page; it           which both copies are durable
+ *           lies at that mod         4064 32 SHA-256 of the entries, with
+ *           log_pages                        zeroes up to a multiple of 64
+ *                                            bytes, of 4032 to 4063, and of
+ *                                            the store's id
+ *   entry
+ *   0     4 id of a volume           8     8 block of the volume
+ *   4     4 slot, or 0               16   32 SHA-256 of the slot's data; with
  *                                            slot 0: 8 number of blocks
- *   page
- *   0     4 "MAP1" or "CAT1"         catalog record, 256 bytes
- *   4     4 level; 0: of blocks      0  4 id        4  4 1: snapshot
- *   8     4 index in the level       8  8 size      16 4 slot of the root
- *   12    4 CAT1: slot of the next   20 4 levels, 4
- *   16   16 of its SHA-256, with     24 8 seconds since 1970
- *           zeroes here              36 4 id it was made from
- *   32      slots, 4 bytes each,     40 32 content id of a snapshot, or zeroes
- *           or records               89   name, up to 166 bytes, and zeroes
+ *   page, of a map or the catalog
+ *   0     4 "MAP1" or "CAT1"         20   12 first bytes of its SHA-256, with
+ *   4     4 level                            zeroes here
+ *   8     4 index in the level,      32      slots, 4 bytes each, F =
+ *           mod 2^32                         block_size / 4 - 8 of them; or
+ *                                            records
+ *   12    8 number of its checkpoint
  *
- * A page's own SHA-256 in its group is zero.
+ *   record of the catalog, 288 bytes
+ *   0     4 id; 0: no record         32    4 id that it was made from; of a
+ *   4     4 1: snapshot; 2: partial,         snapshot: its volume
+ *           and left out by this     36    4 slot of the root of the map with
+ *           version                          the tree of its id, or 0
+ *   8     8 size, bytes              40   32 content id, or zeroes
+ *   16    4 slot of the map's root   72   32 kept for an origin
+ *   20    4 levels of the map: 4     104   8 kept for a quota
+ *   24    8 seconds since 1970       112 166 name, and zeroes
  *
- * A content id is h when h = SHA-256("nbdserve-cid-1", 4 block_size, 8 size)
- * has become SHA-256(h, digests) for each 256 blocks in turn, where the digest
- * of a block is its SHA-256, with zeroes behind the end of the volume; or
- * zeroes for one that is all zeroes, and for those that lack in the end.
+ * The catalog is a tree of pages: its root has level 6, then come level 5, and
+ * level 4 with the records.  A map has the levels 3 to 0.  The slot numbers
+ * 0xffffffff (what was there is lost) and 0xfffffffe (kept for blocks that are
+ * known by their SHA-256 only) stand in maps only.  The digest of a slot is the
+ * SHA-256 of its data, that of a page the SHA-256 of the page with zeroes in 20
+ * to 31.
  *
- * What keeps it whole ("durable state" is what the newest superblock's maps
- * say, with the log behind it):
+ * A content id is a tree, too.  d0[i] is the SHA-256 of block i, with zeroes
+ * behind the end of the volume, or 32 zeroes if all of the block is zero;
+ * d(k+1)[j] is the SHA-256 of d(k)[jF] to d(k)[jF + F - 1], zeroes for those
+ * that lack, or 32 zeroes if all of these are.  The id is
+ * SHA-256("nbdserve-cid-2", 4 bytes block_size, 8 bytes size, d4[0]).  The map
+ * with a tree has d(k)[j] at byte (k - 1) * F^3 * block_size + 32 j.
  *
- * (C1) A slot that durable state names is never written.
+ * What keeps it whole
+ *
+ * (C1) A slot that durable state names is never written; except that repairing
+ *      writes what should have been there.
  * (C2) An entry is logged after the writes of its data and digest returned.
- * (C3) A log page is written once; each flush begins a new one, seq + 1.
- * (C4) All pages before durable, and their data, were there when an fdatasync
+ * (C3) Entries are in the file, not synced, before the lock is let go under
+ *      which they were made.  So kill -9 loses nothing that was answered.
+ * (C4) All pages before `durable`, and their data, were there when an fdatasync
  *      began that has returned.
  * (C5) A data slot that an entry drops is free after an fdatasync that began
- *      after that entry's page was written.
- * (C6) A page's slot is free when a superblock without it is durable.
- * (C7) Checkpoint: pages, fdatasync, first superblock, fdatasync, second.
+ *      after that entry was written.
+ * (C6) A page's slots are free when a superblock without it is durable twice.
+ * (C7) Checkpoint: pages, fdatasync, first superblock, fdatasync, second one,
+ *      fdatasync.  Only then slots become free, the log's beginning moves, and
+ *      the change is answered.
  * (C8) On opening, superblocks that differ are made equal: the newer one is
  *      synced, then the other one written and synced, before either changes.
- * (C9) Replay takes pages while seq and digest fit.  Entries before the highest
- *      durable apply; later ones each only if the slot's data has their digest.
- *      A valid page behind the end that says the end is durable means damage:
- *      then nothing is written.
- * (C10) Recovery counts all references before it takes a slot, takes none that
- *      the log names, ends with a checkpoint, and goes on log_pages behind the
- *      end of the log, so that no page that was left there can fit again.
+ *      One is enough.  What somebody else has written in a place is not written
+ *      over.
+ * (C9) Replay takes all valid pages of the log.  Entries before the highest
+ *      `durable` apply; later ones each only if the slot's data has their
+ *      digest. A page that is not valid is left out; but one before the highest
+ *      `durable`, or a page that follows a newer superblock than there is,
+ *      means damage: then the store is not written until it is repaired.
+ * (C10) Recovery counts all holds, makes durable what it has found, only then
+ *      takes a slot, ends with a checkpoint, and goes on log_pages behind the
+ *      end of the log, so that no page that was left there can fit again.  It
+ *      does so unless every page of the log can be read and none is valid.
  * (C11) Pages never enter the index of digests.
- * (C12) A hit in the index is a hint: the bytes are compared.
- * (C13) ref counts edges from distinct pages and the catalog, and pins.  A page
- *      with several is copied before it changes: its children gain an edge.
- * (C14) After a failed sync, or write of page, log or superblock, nothing is
- *      written until the store is opened anew.
- * (C15) The catalog changes only in a checkpoint.
+ * (C12) A log page is rewritten as it fills, entries first, sum last: what a
+ *      torn write leaves is the page as it was before, or as it is.  A hit in
+ *      the index of digests is a hint: the bytes are compared.
+ * (C13) A log page is never written again once a sync that covers it, or a
+ *      checkpoint that does not need it, has begun.  A page of a map that
+ *      several name is copied before it changes: what is below gains an edge.
+ * (C14) After a failed sync, or write of log or superblock, nothing is written
+ *      until the store is opened anew.  Other writes that fail are the error of
+ *      who asked; a checkpoint that they end is taken back.
+ * (C15) The catalog changes only in a checkpoint, and nobody sees a change
+ *      before it is durable, or a part of it.
+ * (C16) A volume that is being filled is in no record, and is not logged.
+ * (C17) Of a page's two copies that one is good which is whole (sum, level,
+ *      index, and a number not above the superblock's) and which a digest
+ *      vouches for; of two, the one with the higher number.  If both are whole
+ *      and equal, or no digest can be read, no digest is needed.
+ * (C18) A pair counts as free for pages when its segment is known to have all
+ *      its space in the file, durably.
+ * (C19) A segment in which a write failed is passed over.
+ * (C20) There are free pairs for all that is dirty, and 128 more, which only
+ *      changes take that give back what they take; the last 6 are for removing.
+ * (C21) A page of which both copies are wrong is lost: its blocks cannot be
+ *      read until they are written, and nothing else is harmed.  If more than 8
+ *      are lost, or one cannot be read, or is of the catalog, the store is not
+ *      written until loss is accepted.
+ * (C22) A second after the last request a page without entries says that all of
+ *      the log is durable.
  */
 
 /*

@@ -14269,6 +14269,8 @@ static int m_may_fail(const struct m_vol *v, uint32_t block) {
   uint32_t c;
   int k;
   if (v->bad[block] || m_hurt.log) return 1; /* its slot may be a page now */
+  for (c = block * PER; c < (block + 1) * PER && c < v->size; c++)
+    if (v->cur[c] == LOST) return 1; /* it was read so, unchecked */
   if (s && v == m_base(change.name) && m_may_fail(s, block)) return 1;
   for (k = 0; k < m_hurt.n && k < NHURT; k++) {
     for (c = block * PER; c < (block + 1) * PER && c < v->size; c++)
@@ -14518,6 +14520,8 @@ static void m_apply(void) {
     memcpy(f->name, change.name, sizeof f->name);
     break;
   case RESIZE:
+    if (change.size > v->size) /* it grows with zeroes */
+      memset(v->cur + v->size, 0, (change.size - v->size) * sizeof *v->cur);
     v->size = change.size;
     memset(v->cur + v->size, 0, (CELLS - v->size) * sizeof *v->cur);
     memset(v->bad + (v->size + PER - 1) / PER, 0,
@@ -14705,6 +14709,7 @@ static void m_identify(struct m_vol *v) {
 static int m_seal(struct m_vol *v) {
   char id[72];
   int err, i, bad = 0;
+  if (m_hurt.digests) return 0; /* what is read may be unchecked */
   m_do("seal %s", v->name);
   for (i = 0; i < CELLS / PER; i++)
     bad |= v->bad[i];
@@ -15378,6 +15383,8 @@ static void c_sector(void) {
   uint64_t len = rnd(2) ? 512 : 4096, off;
   long x = c_slot(), i;
   if (!x || m_hurt.fresh) return; /* one at a time */
+  for (i = 0; i < 2; i++)
+    if (d_bad[i].len) rots = 1;
   if (what < 2) {
     off = 2 * CAS_UNIT +
           rnd((uint32_t)((d_meta - 2 * CAS_UNIT) / len)) * (uint32_t)len;
@@ -15397,8 +15404,6 @@ static void c_sector(void) {
     c_hurt(x);
   }
   if (off + len > d_size) return;
-  for (i = 0; i < 2; i++)
-    if (d_bad[i].len) rots = 1;
   m_hurt.fresh = 1;
   m_do("%s, byte %lu, slot %ld, %lu bytes, %s",
        what < 2   ? "log"

@@ -2934,7 +2934,8 @@ testInitAndForeignFiles() {
   mkdir "$T/dir"
   cp "$S" "$T/older" # whose sums were elsewhere
   for at in 0 1048576; do
-    printf 1 | dd of="$T/older" bs=1 seek=$((at + 7)) conv=notrunc 2>/dev/null
+    printf '1\0\0\0\1' |
+      dd of="$T/older" bs=1 seek=$((at + 7)) conv=notrunc 2>/dev/null
   done
   for file in foreign older empty; do
     cp "$T/$file" "$T/copy"
@@ -3434,9 +3435,9 @@ with open(sys.argv[1], "r+b") as f:
         p = bytearray(f.read(4096))
         p[at:at + len(new)] = new
         if slot:
-            p[16:32] = bytes(16)
+            p[20:32] = bytes(12)
             digest = hashlib.sha256(p).digest()
-            p[16:32] = digest[:16]
+            p[20:32] = digest[:12]
         else:
             p[480:512] = hashlib.sha256(p[:480]).digest()
         f.seek(base)
@@ -3460,7 +3461,10 @@ testForgedStoresAreRefusedOrSound() {
   cas 0 create "$S::w" 5
   same v "$T/in"
   cas 0 verify "$S"
-  for number in 0000000000000000 8000000000000000 ffffffffffffffff; do
+  forge 0 32 0000000000000000 # its pages are newer
+  cas 1 create "$S::w" 5
+  says "$S: "
+  for number in 8000000000000000 ffffffffffffffff; do
     cp "$T/sound" "$S"
     forge 0 32 $number
     cas 0 create "$S::w" 5
@@ -16042,7 +16046,8 @@ enum {
   X_ENTRY = 48,
   X_PAGE_LEVEL = 4,
   X_PAGE_INDEX = 8,
-  X_PAGE_BODY = 32, /* behind the page's sum */
+  X_PAGE_SUM = 20,
+  X_PAGE_BODY = 32,
   X_SEGMENT = CAS_SEGMENT,
   X_TWIN = X_SEGMENT / 2,
   X_GROUP_BEGIN = X_LOG_BEGIN + X_LOG_PAGES * X_LOG_PAGE,
@@ -16077,7 +16082,7 @@ static const struct field page_fields[] = {
     {"magic", 0, 4},
     {"level", 4, 4},
     {"index", 8, 4},
-    {"number", 12, 4},
+    {"number", 12, 8},
 };
 static const struct field record_fields[] = {
     {"id", 0, 4},      {"flags", 4, 4},    {"size", 8, 8},  {"root", 16, 4},
@@ -16088,7 +16093,6 @@ static const struct field record_fields[] = {
 static uint32_t x_pages[4000]; /* slots of pages, all of the sound store */
 static uint32_t x_npages;
 static uint32_t x_nslots;
-static uint32_t x_sum_at; /* where the sum of a page begins */
 
 static unsigned char *x_slot(uint32_t slot) {
   return f_now + X_GROUP_BEGIN + slot / X_GROUP_SLOTS * (size_t)X_GROUP +
@@ -16100,11 +16104,11 @@ static unsigned char *x_digest(uint32_t slot) {
          slot % X_GROUP_SLOTS * (size_t)32;
 }
 
-/* The sum of a page, of which the beginning stands in it */
+/* The sum of a page, the first 12 bytes of which stand in it */
 static void x_sum(const unsigned char *p, unsigned char sum[32]) {
   unsigned char copy[X_BLOCK];
   memcpy(copy, p, X_BLOCK);
-  memset(copy + x_sum_at, 0, X_PAGE_BODY - x_sum_at);
+  memset(copy + X_PAGE_SUM, 0, 12);
   sha_256(0, copy, NULL, X_BLOCK, sum, NULL);
 }
 
@@ -16116,14 +16120,12 @@ static void x_take(const struct stored *from) {
   f_size = from->size;
   x_nslots = u_get32(f_now + X_SUPER_NSLOTS);
   x_npages = 0;
-  for (x_sum_at = 16; x_sum_at <= 20 && !x_npages; x_sum_at += 4)
-    for (uint32_t slot = 1; slot < x_nslots; slot++) {
-      x_sum(x_slot(slot), sum);
-      if (slot % X_SEGMENT < X_TWIN &&
-          !memcmp(x_slot(slot) + x_sum_at, sum, 12))
-        x_pages[x_npages++] = slot;
-    }
-  x_sum_at -= 4;
+  for (uint32_t slot = 1; slot < x_nslots; slot++) {
+    x_sum(x_slot(slot), sum);
+    if (slot % X_SEGMENT < X_TWIN &&
+        !memcmp(x_slot(slot) + X_PAGE_SUM, sum, 12))
+      x_pages[x_npages++] = slot;
+  }
   SO(x_npages > 0);
 }
 
@@ -16191,7 +16193,7 @@ static void x_seal(uint32_t slot, uint32_t copies) {
     unsigned char *p = x_slot(slot + i * X_TWIN);
     if (!(copies >> i & 1)) continue;
     x_sum(p, sum);
-    memcpy(p + x_sum_at, sum, X_PAGE_BODY - x_sum_at);
+    memcpy(p + X_PAGE_SUM, sum, 12);
     memcpy(x_digest(slot), sum, 32);
     memcpy(x_digest(slot + X_TWIN), sum, 32);
   }

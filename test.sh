@@ -267,7 +267,10 @@ slow_tests() {
 2700 testWhoStallsIsDroppedAndWhoIsIdleIsNot
 5100 testStoppingLeavesAloneWhoReadsNothing
 3300 testNoPowerCutLosesWhatWasFlushed
-6000 testTenThousandMutatedStoresAreRefusedOrSound
+11000 testTenThousandMutatedStoresAreRefusedOrSound
+8000 testWhichDestroyedSectorCostsWhat
+4000 testOneBadCopyOfAPageIsMendedInSilence
+2500 testSlotsThatRunningCountsAreThoseThatOpeningFinds
 2200 testControlSocketOutlivesTheLackOfDescriptors
 2000 testShortOfDescriptorsItRecovers
 1000 testCopiesThatDifferALittleTakeALittle
@@ -2747,6 +2750,7 @@ testTemporaryExportsLeaveNoDescriptor() { unit closed; }
 
 testWritersReadersAndChangesOfAStoreTogether() { unit together; }
 testSlotsThatRunningCountsAreThoseThatOpeningFinds() { unit slots; }
+testSixteenLeavesInMemoryAreEnough() { unit cache; }
 testIdsAreOfTheContentAlone() { unit ids; }
 testSealedSnapshotsAreFoundByTheirId() { unit seal; }
 testDamagedSnapshotsAreNotSealed() { unit rotten; }
@@ -10328,6 +10332,19 @@ static struct nbdserve_cas_stat q_idle(struct nbdserve_cas *cas) {
   return stat;
 }
 
+/* Ranges of a difference: a byte per unit that is in one */
+struct q_map {
+  unsigned char is[1 << 16];
+  uint64_t unit, end; /* bytes */
+  int calls, stop;    /* at that call */
+};
+
+static int q_count(void *arg, uint64_t off, uint64_t len) {
+  struct q_map *m = arg;
+  CHECK(off % m->unit == 0 && len % m->unit == 0 && len > 0);
+  return m->calls++, 0;
+}
+
 static uint32_t q_pick(uint32_t *x, uint32_t n) { /* 0..n-1 */
   return (h_next(x) >> 6) % n;
 }
@@ -10411,6 +10428,45 @@ static void u_slots(void) {
   CHECK(nbdserve_cas_close(cas) == 0);
 }
 
+/* With room for 16 leaves, a map of 40 is written, shared, compared and read */
+static void u_cache(void) {
+  struct nbdserve_cas_options o = {.cache_mib = 1};
+  char path[500];
+  static const char *const names[] = {"v", "v@0", "v@1", "v@2"};
+  struct nbdserve_cas *cas = q_new(path, "cache", 65536);
+  const uint64_t gib = UINT64_C(1) << 30;
+  uint32_t i, k;
+  CHECK(nbdserve_cas_create(cas, "v", 40 * gib) == 0);
+  CHECK(nbdserve_cas_close(cas) == 0);
+  alarm(60); /* or it does not come back */
+  CHECK(nbdserve_cas_open(path, &o, &cas) == 0);
+  for (k = 0; k < 3; k++) {
+    for (i = 0; i < 40; i++)
+      q_put(cas, "v", i * gib + k * 65536, 65536, (int)(1 + k));
+    CHECK(nbdserve_cas_snapshot(cas, names[k + 1]) == 0);
+  }
+  for (i = 0; i < 16; i++) {
+    static struct q_map m;
+    memset(&m, 0, sizeof m);
+    m.unit = 65536;
+    CHECK(nbdserve_cas_diff(cas, names[i % 4], names[i / 4], q_count, &m) == 0);
+    k = i / 4 ? i / 4 - 1 : 2; /* v is as v@2 */
+    k -= i % 4 ? i % 4 - 1 : 2;
+    CHECK(m.calls == (k ? 40 : 0));
+  }
+  for (i = 0; i < 120; i++) {
+    unsigned char b = 0;
+    CHECK(q_get(cas, "v@1", i % 40 * gib + i / 40 * 65536, 1, &b) == 0);
+    CHECK(b == (i / 40 < 2 ? 1 + i / 40 : 0));
+  }
+  CHECK(nbdserve_cas_verify(cas, k_damage, NULL, NULL) == 0);
+  for (i = 4; i-- > 0;)
+    CHECK(nbdserve_cas_rm(cas, names[i]) == 0);
+  q_check(cas);
+  CHECK(nbdserve_cas_close(cas) == 0);
+  alarm(0);
+}
+
 /* What is damaged gets no id: not even what is known by its digest only */
 static void u_rotten(void) {
   char path[500], id[72], c;
@@ -10450,13 +10506,6 @@ static void u_rotten(void) {
     CHECK(nbdserve_cas_close(cas) == 0);
   }
 }
-
-/* Ranges of a difference: a byte per unit that is in one */
-struct q_map {
-  unsigned char is[1 << 16];
-  uint64_t unit, end; /* bytes */
-  int calls, stop;    /* at that call */
-};
 
 static int q_range(void *arg, uint64_t off, uint64_t len) {
   struct q_map *m = arg;
@@ -12296,6 +12345,7 @@ static const struct {
     {"together", u_together},
     {"ids", u_ids},
     {"slots", u_slots},
+    {"cache", u_cache},
     {"seal", u_seal},
     {"rotten", u_rotten},
     {"diff", u_diff},

@@ -267,7 +267,10 @@ slow_tests() {
 2700 testWhoStallsIsDroppedAndWhoIsIdleIsNot
 5100 testStoppingLeavesAloneWhoReadsNothing
 3300 testNoPowerCutLosesWhatWasFlushed
-6000 testTenThousandMutatedStoresAreRefusedOrSound
+11000 testTenThousandMutatedStoresAreRefusedOrSound
+8000 testWhichDestroyedSectorCostsWhat
+4000 testOneBadCopyOfAPageIsMendedInSilence
+2500 testSlotsThatRunningCountsAreThoseThatOpeningFinds
 2200 testControlSocketOutlivesTheLackOfDescriptors
 2000 testShortOfDescriptorsItRecovers
 1000 testCopiesThatDifferALittleTakeALittle
@@ -2746,6 +2749,8 @@ testTemporaryExportsLeaveNoDescriptor() { unit closed; }
 # ==== [11] CAS (@cas) ========================================================
 
 testWritersReadersAndChangesOfAStoreTogether() { unit together; }
+testSlotsThatRunningCountsAreThoseThatOpeningFinds() { unit slots; }
+testSixteenLeavesInMemoryAreEnough() { unit cache; }
 testIdsAreOfTheContentAlone() { unit ids; }
 testSealedSnapshotsAreFoundByTheirId() { unit seal; }
 testDamagedSnapshotsAreNotSealed() { unit rotten; }
@@ -2933,12 +2938,15 @@ testInitAndForeignFiles() {
   mkdir "$T/dir"
   cp "$S" "$T/older" # whose sums were elsewhere
   for at in 0 1048576; do
-    printf 1 | dd of="$T/older" bs=1 seek=$((at + 7)) conv=notrunc 2>/dev/null
+    printf '1\0\0\0\1' |
+      dd of="$T/older" bs=1 seek=$((at + 7)) conv=notrunc 2>/dev/null
   done
   for file in foreign older empty; do
     cp "$T/$file" "$T/copy"
-    for command in list verify stat; do
+    for command in list verify stat repair '--accept-loss repair'; do
+      # shellcheck disable=SC2086
       cas 1 $command "$T/$file"
+      assertNotContains "$file is not damaged" "$(cat "$T/err")" repair
       says "$file: "
     done
     cas 1 create "$T/$file::v" 1M
@@ -3431,9 +3439,9 @@ with open(sys.argv[1], "r+b") as f:
         p = bytearray(f.read(4096))
         p[at:at + len(new)] = new
         if slot:
-            p[16:32] = bytes(16)
+            p[20:32] = bytes(12)
             digest = hashlib.sha256(p).digest()
-            p[16:32] = digest[:16]
+            p[20:32] = digest[:12]
         else:
             p[480:512] = hashlib.sha256(p[:480]).digest()
         f.seek(base)
@@ -3457,7 +3465,10 @@ testForgedStoresAreRefusedOrSound() {
   cas 0 create "$S::w" 5
   same v "$T/in"
   cas 0 verify "$S"
-  for number in 0000000000000000 8000000000000000 ffffffffffffffff; do
+  forge 0 32 0000000000000000 # its pages are newer
+  cas 1 create "$S::w" 5
+  says "$S: "
+  for number in 8000000000000000 ffffffffffffffff; do
     cp "$T/sound" "$S"
     forge 0 32 $number
     cas 0 create "$S::w" 5
@@ -3552,6 +3563,195 @@ testDamagedLogIsReadOnly() {
   same v "$T/in"
   cas 0 create "$S::n" 5
   cas 0 verify "$S"
+}
+# Makes the store for the table below: v of 40 blocks, some of which have changed
+# since v@s; other; and w, of which the log alone knows what is in it, in three
+# pages and an empty one that says that they are durable.
+mixed_store() {
+  store && unless NO_THREADS && needs python3 || return 1
+  noise 163840 >"$T/v@s"
+  noise 50000 >"$T/other"
+  cas 0 import "$S::v" "$T/v@s"
+  cas 0 snapshot "$S::v@s"
+  cas 0 import "$S::other" "$T/other"
+  cas 0 create "$S::w" 196608
+  serve "$S::"
+  cp "$T/v@s" "$T/v"
+  client brim "$SOCK" v "$T/v" over:6 flush
+  stop TERM
+  serve "$S::w"
+  client brim "$SOCK" w "$T/w" add:1 flush add:1 flush add:1 flush
+  sleep 1.5 # for the page that vouches for the last one
+  stop KILL
+}
+# What each place of a store costs that is destroyed: nothing, or the blocks that
+# lie or are described there; for a page, both of its copies must go.
+testWhichDestroyedSectorCostsWhat() {
+  mixed_store || return 0
+  cat >"$T/table.py" <<'END'
+import concurrent.futures, os, random, struct, subprocess, sys
+nbdserve, store, data = sys.argv[1:4]
+MIB, names = 2**20, ["v", "v@s", "other", "w"]
+sound = open(store, "rb").read()
+random.seed(5)
+want = {n: open(data + "/" + n, "rb").read() for n in names}
+
+def u32(at): return struct.unpack_from(">I", sound, at)[0]
+def u64(at): return struct.unpack_from(">Q", sound, at)[0]
+def slot(x): return 19 * MIB + 4096 * x
+def digest(x): return 18 * MIB + 32 * x
+def kids(x): return [u32(slot(x) + 32 + 4 * i) for i in range(1016)]
+
+# pages: slot -> the blocks below it, by name; blocks: slot -> the same
+pages, blocks, ids = {}, {}, {}
+def add(to, x, name, these):
+    to.setdefault(x, {}).setdefault(name, set()).update(these)
+def walk(x, level, name):
+    found = set()
+    for i, kid in enumerate(kids(x)):
+        if kid and level:
+            found |= walk(kid, level - 1, name)
+        elif kid:
+            found.add(i)
+            add(blocks, kid, name, {i})
+    add(pages, x, name, found)
+    return found
+root = u32(56)
+middle = kids(root)[0]
+records = kids(middle)[0]
+catalog = [root, middle, records]
+volumes = []
+for at in range(slot(records) + 32, slot(records) + 4032, 288):
+    if u32(at):
+        name = sound[at + 112:at + 278].rstrip(b"\0").decode()
+        name = "v@" + name if u32(at + 4) & 1 else name
+        volumes.append(name)
+        ids[u32(at)] = name
+        if u32(at + 16): walk(u32(at + 16), 3, name)
+assert sorted(volumes) == sorted(names), volumes
+live, pages_of_log = u64(40), []
+while True:
+    at = 2 * MIB + live % 4096 * 4096
+    if sound[at + 4032:at + 4036] != b"LOG1" or u64(at + 4040) != live: break
+    there = set()
+    for e in range(at, at + 48 * u32(at + 4036), 48):
+        assert ids[u32(e)] == "w"
+        there.add(u64(e + 8))
+        add(blocks, u32(e + 4), "w", {u64(e + 8)})
+    pages_of_log.append((at, there))
+    live += 1
+assert len(pages_of_log) == 4 and not pages_of_log[3][1]
+assert len(blocks) > 40 + 13 + 48, len(blocks)
+
+def run(*words):
+    p = subprocess.run([nbdserve, *words], capture_output=True, timeout=20)
+    assert p.returncode in (0, 1, 3), (words, p)
+    return p.returncode, p.stdout.decode(), p.stderr.decode()
+def damage(work):
+    """What verify names, and w's blocks that are not what they were"""
+    code, out, _ = run("verify", work)
+    lost, other = {}, 0
+    for row in out.splitlines():
+        name, off, length, why = row.split("\t")
+        if name == "-": other += 1; continue
+        off, length = int(off), int(length)
+        lost.setdefault(name, set()).update(
+            range(off // 4096, (off + length + 4095) // 4096))
+    assert code == (3 if lost or other else 0), (code, out)
+    for n in names:
+        if n in lost:
+            assert run("export", work + "::" + n, "-")[0] == 1 or \
+                not checks, n + " can be exported"
+            continue
+        code, _, err = run("export", work + "::" + n, work + ".out")
+        assert code == 0, (n, err)
+        got = open(work + ".out", "rb").read()
+        wrong = {i // 4096 for i in range(0, len(got), 4096)
+                 if got[i:i + 4096] != want[n][i:i + 4096]}
+        assert len(got) == len(want[n]) and (n == "w" or not wrong), n
+        if wrong:
+            assert not any(any(got[4096 * i:4096 * i + 4096]) for i in wrong)
+            lost["w gone"] = wrong
+    return lost, other
+
+cases = []
+def hurt(*case, **more): cases.append((len(cases), case, more))
+def try_case(case):
+    work = f"{store}.{case[0]}"
+    try:
+        hurt_now(work, *case[1], **case[2])
+    except (AssertionError, subprocess.TimeoutExpired) as e:
+        print(*case[1][:3], repr(e), flush=True)
+    for end in "", ".out":
+        if os.path.exists(work + end): os.remove(work + end)
+def hurt_now(work, what, length, offsets, expected, says_log=False,
+             refused=False):
+    with open(work, "wb") as f:
+        f.write(sound)
+        for off in offsets:
+            f.seek(off)
+            f.write(random.randbytes(length))
+    lost, other = damage(work)
+    assert lost == expected, (lost, expected)
+    assert bool(other) == says_log, other
+    code, _, err = run("rm", work + "::nix")
+    if refused:
+        assert code == 1 and "`nbdserve repair " in err, err
+        code, out, err = run("repair", work)
+        assert code == (3 if set(expected) - {"w gone"} else 0), (out, err)
+    else:
+        assert code == 1 and "No such file" in err, err
+    lost, other = damage(work)
+    assert lost == expected and not other, ("later", lost, expected, other)
+
+# Are reads checked?
+with open(store + ".checks", "wb") as f:
+    f.write(sound)
+    f.seek(slot(next(x for x in blocks if "v" in blocks[x])))
+    f.write(b"x" * 512)
+checks = run("export", store + ".checks::v", "-")[0] == 1
+
+def within(of, lo, hi):
+    """What of blocks has its slot, or that slot its digest, there"""
+    lost = {}
+    for x in of:
+        if lo <= x < hi:
+            for name in blocks.get(x, {}):
+                lost.setdefault(name, set()).update(blocks[x][name])
+    return lost
+for length in 512, 4096:
+    for place in 0, MIB:
+        hurt("superblock", length, [place], {}, refused=True)
+    for i, (at, there) in enumerate(pages_of_log):
+        for part in range(0, 4096, length):
+            if part and part < 3584 and i: continue
+            is_used = part >= 3584 or part < 48 * len(there) or length == 4096
+            gone = {"w gone": there} if there and is_used else {}
+            hurt(f"log page {i}", length, [at + part], gone,
+                 says_log=bool(gone), refused=bool(gone))
+    hurt("dead log page", length, [pages_of_log[0][0] - 4096], {})
+    hurt("log page to come", length, [pages_of_log[3][0] + 4096], {})
+    for x in sorted({x // (length // 32) for x in [*blocks, *pages, *catalog]}):
+        lo, hi = x * (length // 32), (x + 1) * (length // 32)
+        hurt("digests", length, [digest(lo)], within(blocks, lo, hi))
+    for x in [*pages, *catalog]:
+        hurt("a page", length, [slot(x)], {})
+        hurt("a twin", length, [slot(x + 128)], {})
+        if x in pages:
+            hurt("a page and its twin", length, [slot(x), slot(x + 128)],
+                 pages[x])
+    for x in random.sample(sorted(blocks), 8):
+        for part in range(0, 4096, length)[::3]:
+            hurt("data", length, [slot(x) + part], blocks[x])
+    free = max(u32(52) - 3, 600)
+    hurt("free", length, [slot(free)], {})
+    hurt("digest of free", length, [digest(free) // length * length], {})
+assert len(cases) > 100
+with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    list(pool.map(try_case, cases))
+END
+  python3 "$T/table.py" "$NBDSERVE" "$S" "$T" >"$T/table" 2>&1
+  assertEquals '' "$(head -n 20 "$T/table")"
 }
 testFullStoreIsENOSPCForTheWriteOnly() {
   unless POSIX_ONLY || return 0 # without fallocate the reserve is not backed
@@ -5074,7 +5274,8 @@ testExportLeavesNoHalfFile() {
   ln -s old "$T/to/link"
   for how in alone served; do
     if [ $how = served ] && [ "$SWITCH" != NO_THREADS ]; then
-      printf '#!/bin/sh\nulimit -f 100000\nexec "%s" "$@"\n' "$NBDSERVE" >"$T/few"
+      printf '#!/bin/sh\nulimit -f 100000\nexec "%s" "$@"\n' "$NBDSERVE" \
+        >"$T/few"
       chmod +x "$T/few"
       alone=$NBDSERVE NBDSERVE=$T/few
       serve "$S::"
@@ -5146,7 +5347,8 @@ testHolesOfAFileTakeNoTime() {
     timed export "$S::$how" "$T/copy"
     assertTrue "$how: export: $MS ms" "[ $MS -lt 5000 ]"
     assertEquals "$how" 1099511627776 "$(stat -c %s "$T/copy")"
-    assertEquals "$how" x "$(dd if="$T/copy" bs=1 skip=500G count=1 2>/dev/null)"
+    assertEquals "$how" x \
+      "$(dd if="$T/copy" bs=1 skip=500G count=1 2>/dev/null)"
     assertTrue "$how: sparse" "[ $(du -k "$T/copy" | cut -f1) -lt 1000 ]"
     rm "$T/copy"
   done
@@ -10108,6 +10310,163 @@ static void u_seal(void) {
   CHECK(nbdserve_cas_close(cas) == 0);
 }
 
+/* The store's own view of its slots */
+static void q_check(struct nbdserve_cas *cas) {
+#ifdef CAS_CHECK
+  cas_check(cas);
+#else
+  (void)cas;
+#endif
+}
+
+/* What a store has in use and free, when nothing waits to become free */
+static struct nbdserve_cas_stat q_idle(struct nbdserve_cas *cas) {
+  struct nbdserve_cas_stat stat;
+  uint64_t bytes;
+  int i;
+  for (i = 0; i < 3; i++)
+    CHECK(nbdserve_cas_gc(cas, &bytes, NULL, NULL) == 0);
+  q_check(cas);
+  nbdserve_cas_stat(cas, &stat);
+  CHECK(bytes == stat.free);
+  return stat;
+}
+
+/* Ranges of a difference: a byte per unit that is in one */
+struct q_map {
+  unsigned char is[1 << 16];
+  uint64_t unit, end; /* bytes */
+  int calls, stop;    /* at that call */
+};
+
+static int q_count(void *arg, uint64_t off, uint64_t len) {
+  struct q_map *m = arg;
+  CHECK(off % m->unit == 0 && len % m->unit == 0 && len > 0);
+  return m->calls++, 0;
+}
+
+static uint32_t q_pick(uint32_t *x, uint32_t n) { /* 0..n-1 */
+  return (h_next(x) >> 6) % n;
+}
+
+/* One change of whatever kind.  There are v, w and x, with snapshots 0 to 2. */
+static void q_any(struct nbdserve_cas *cas, uint32_t *x) {
+  static const char *const volumes[] = {"v", "w", "x"};
+  const char *name = volumes[q_pick(x, 3)];
+  uint64_t off = (uint64_t)q_pick(x, 300) * 4096 + q_pick(x, 2) * 100;
+  uint64_t len = 1 + q_pick(x, 300000);
+  struct nbdserve_export e = {0};
+  char snapshot[9], id[72];
+  int err = 0;
+  snprintf(snapshot, sizeof snapshot, "%s@%u", name, (unsigned)q_pick(x, 3));
+  switch (q_pick(x, 12)) {
+  case 0:
+    err = nbdserve_cas_snapshot(cas, snapshot);
+    break;
+  case 1:
+    err = nbdserve_cas_rm(cas, snapshot);
+    break;
+  case 2:
+    err = nbdserve_cas_rollback(cas, snapshot);
+    break;
+  case 3:
+    err = nbdserve_cas_seal(cas, snapshot, id, NULL, NULL);
+    break;
+  case 4:
+    err = nbdserve_cas_rm(cas, name);
+    if (!err) err = nbdserve_cas_create(cas, name, UINT64_C(16) << 20);
+    break;
+  case 5:
+    err = nbdserve_cas_resize(cas, name, (UINT64_C(16) << 20) + len);
+    break;
+  default:
+    CHECK(nbdserve_cas_volume(cas, name, &e) == 0);
+    if (q_pick(x, 3) == 0)
+      err = e.ops->trim(e.ctx, off, len, 0);
+    else if (q_pick(x, 3) == 0)
+      err = e.ops->zero(e.ctx, off, len, 0);
+    else
+      q_put(cas, name, off, len, 1 + (int)q_pick(x, 200));
+    if (q_pick(x, 4) == 0) CHECK(e.ops->flush(e.ctx, 0) == 0);
+    e.ops->close(e.ctx);
+  }
+  CHECK(!err || err == -ENOENT || err == -EEXIST || err == -ENOTEMPTY);
+  q_check(cas);
+}
+
+/* The slots that a running store counts as used and free are those that are
+ * found when it is opened: none is lost, and none is given out twice.  In the
+ * end all are free but those of the catalog. */
+static void u_slots(void) {
+  char path[500];
+  struct nbdserve_cas *cas = q_new(path, "slots", 0);
+  static const char *const left[] = {"v@0", "v@1", "v@2", "w@0", "w@1", "w@2",
+                                     "x@0", "x@1", "x@2", "v",   "w",   "x"};
+  struct nbdserve_cas_stat empty, running, opened;
+  uint32_t x = t_seed(), i, k;
+  for (i = 9; i < 12; i++)
+    CHECK(nbdserve_cas_create(cas, left[i], UINT64_C(16) << 20) == 0);
+  empty = q_idle(cas);
+  for (k = 0; k < 12; k++) {
+    for (i = 0; i < 30; i++)
+      q_any(cas, &x);
+    running = q_idle(cas);
+    CHECK(nbdserve_cas_verify(cas, k_damage, NULL, NULL) == 0);
+    CHECK(nbdserve_cas_close(cas) == 0);
+    cas = q_open(path, 0);
+    q_check(cas);
+    nbdserve_cas_stat(cas, &opened);
+    CHECK(opened.stored == running.stored && opened.free == running.free);
+  }
+  for (i = 0; i < 12; i++) {
+    int err = nbdserve_cas_rm(cas, left[i]);
+    CHECK(!err || (i < 9 && err == -ENOENT));
+    q_check(cas);
+  }
+  running = q_idle(cas);
+  CHECK(running.stored <= empty.stored);
+  CHECK(nbdserve_cas_close(cas) == 0);
+}
+
+/* With room for 16 leaves, a map of 40 is written, shared, compared and read */
+static void u_cache(void) {
+  struct nbdserve_cas_options o = {.cache_mib = 1};
+  char path[500];
+  static const char *const names[] = {"v", "v@0", "v@1", "v@2"};
+  struct nbdserve_cas *cas = q_new(path, "cache", 65536);
+  const uint64_t gib = UINT64_C(1) << 30;
+  uint32_t i, k;
+  CHECK(nbdserve_cas_create(cas, "v", 40 * gib) == 0);
+  CHECK(nbdserve_cas_close(cas) == 0);
+  alarm(60); /* or it does not come back */
+  CHECK(nbdserve_cas_open(path, &o, &cas) == 0);
+  for (k = 0; k < 3; k++) {
+    for (i = 0; i < 40; i++)
+      q_put(cas, "v", i * gib + k * 65536, 65536, (int)(1 + k));
+    CHECK(nbdserve_cas_snapshot(cas, names[k + 1]) == 0);
+  }
+  for (i = 0; i < 16; i++) {
+    static struct q_map m;
+    memset(&m, 0, sizeof m);
+    m.unit = 65536;
+    CHECK(nbdserve_cas_diff(cas, names[i % 4], names[i / 4], q_count, &m) == 0);
+    k = i / 4 ? i / 4 - 1 : 2; /* v is as v@2 */
+    k -= i % 4 ? i % 4 - 1 : 2;
+    CHECK(m.calls == (k ? 40 : 0));
+  }
+  for (i = 0; i < 120; i++) {
+    unsigned char b = 0;
+    CHECK(q_get(cas, "v@1", i % 40 * gib + i / 40 * 65536, 1, &b) == 0);
+    CHECK(b == (i / 40 < 2 ? 1 + i / 40 : 0));
+  }
+  CHECK(nbdserve_cas_verify(cas, k_damage, NULL, NULL) == 0);
+  for (i = 4; i-- > 0;)
+    CHECK(nbdserve_cas_rm(cas, names[i]) == 0);
+  q_check(cas);
+  CHECK(nbdserve_cas_close(cas) == 0);
+  alarm(0);
+}
+
 /* What is damaged gets no id: not even what is known by its digest only */
 static void u_rotten(void) {
   char path[500], id[72], c;
@@ -10147,13 +10506,6 @@ static void u_rotten(void) {
     CHECK(nbdserve_cas_close(cas) == 0);
   }
 }
-
-/* Ranges of a difference: a byte per unit that is in one */
-struct q_map {
-  unsigned char is[1 << 16];
-  uint64_t unit, end; /* bytes */
-  int calls, stop;    /* at that call */
-};
 
 static int q_range(void *arg, uint64_t off, uint64_t len) {
   struct q_map *m = arg;
@@ -11992,6 +12344,8 @@ static const struct {
     {"ways", u_ways},
     {"together", u_together},
     {"ids", u_ids},
+    {"slots", u_slots},
+    {"cache", u_cache},
     {"seal", u_seal},
     {"rotten", u_rotten},
     {"diff", u_diff},
@@ -15742,7 +16096,8 @@ enum {
   X_ENTRY = 48,
   X_PAGE_LEVEL = 4,
   X_PAGE_INDEX = 8,
-  X_PAGE_BODY = 32, /* behind the page's sum */
+  X_PAGE_SUM = 20,
+  X_PAGE_BODY = 32,
   X_SEGMENT = CAS_SEGMENT,
   X_TWIN = X_SEGMENT / 2,
   X_GROUP_BEGIN = X_LOG_BEGIN + X_LOG_PAGES * X_LOG_PAGE,
@@ -15777,7 +16132,7 @@ static const struct field page_fields[] = {
     {"magic", 0, 4},
     {"level", 4, 4},
     {"index", 8, 4},
-    {"number", 12, 4},
+    {"number", 12, 8},
 };
 static const struct field record_fields[] = {
     {"id", 0, 4},      {"flags", 4, 4},    {"size", 8, 8},  {"root", 16, 4},
@@ -15788,7 +16143,6 @@ static const struct field record_fields[] = {
 static uint32_t x_pages[4000]; /* slots of pages, all of the sound store */
 static uint32_t x_npages;
 static uint32_t x_nslots;
-static uint32_t x_sum_at; /* where the sum of a page begins */
 
 static unsigned char *x_slot(uint32_t slot) {
   return f_now + X_GROUP_BEGIN + slot / X_GROUP_SLOTS * (size_t)X_GROUP +
@@ -15800,11 +16154,11 @@ static unsigned char *x_digest(uint32_t slot) {
          slot % X_GROUP_SLOTS * (size_t)32;
 }
 
-/* The sum of a page, of which the beginning stands in it */
+/* The sum of a page, the first 12 bytes of which stand in it */
 static void x_sum(const unsigned char *p, unsigned char sum[32]) {
   unsigned char copy[X_BLOCK];
   memcpy(copy, p, X_BLOCK);
-  memset(copy + x_sum_at, 0, X_PAGE_BODY - x_sum_at);
+  memset(copy + X_PAGE_SUM, 0, 12);
   sha_256(0, copy, NULL, X_BLOCK, sum, NULL);
 }
 
@@ -15816,14 +16170,12 @@ static void x_take(const struct stored *from) {
   f_size = from->size;
   x_nslots = u_get32(f_now + X_SUPER_NSLOTS);
   x_npages = 0;
-  for (x_sum_at = 16; x_sum_at <= 20 && !x_npages; x_sum_at += 4)
-    for (uint32_t slot = 1; slot < x_nslots; slot++) {
-      x_sum(x_slot(slot), sum);
-      if (slot % X_SEGMENT < X_TWIN &&
-          !memcmp(x_slot(slot) + x_sum_at, sum, 12))
-        x_pages[x_npages++] = slot;
-    }
-  x_sum_at -= 4;
+  for (uint32_t slot = 1; slot < x_nslots; slot++) {
+    x_sum(x_slot(slot), sum);
+    if (slot % X_SEGMENT < X_TWIN &&
+        !memcmp(x_slot(slot) + X_PAGE_SUM, sum, 12))
+      x_pages[x_npages++] = slot;
+  }
   SO(x_npages > 0);
 }
 
@@ -15891,7 +16243,7 @@ static void x_seal(uint32_t slot, uint32_t copies) {
     unsigned char *p = x_slot(slot + i * X_TWIN);
     if (!(copies >> i & 1)) continue;
     x_sum(p, sum);
-    memcpy(p + x_sum_at, sum, X_PAGE_BODY - x_sum_at);
+    memcpy(p + X_PAGE_SUM, sum, 12);
     memcpy(x_digest(slot), sum, 32);
     memcpy(x_digest(slot + X_TWIN), sum, 32);
   }

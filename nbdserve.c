@@ -10170,14 +10170,14 @@ static int cli_is_data(const struct nbdserve_export *volume, uint64_t off,
   unsigned char extent[WIRE_EXT_EXTENT_LEN];
   uint64_t left = volume->size - off;
   struct nbdserve_extents x = {
-      .left = left, .align = 1, .max = 1, .data = extent};
+      .left = left, .align = 1, .max = 1, .extended = 1, .data = extent};
   *end = volume->size;
   int err =
       volume->ops->extents(volume->ctx, off, left, NBDSERVE_CMD_REQ_ONE, &x);
   if (err || !x.n) return 1;
-  *end = off + u_get64(extent);
+  *end = off + x.last_len;
   assert(*end > off && *end <= volume->size);
-  return !(u_get64(extent + 8) & NBDSERVE_EXTENT_ZERO);
+  return !(x.last_status & NBDSERVE_EXTENT_ZERO);
 }
 
 /* Copies a volume from or to the FILE of an import or export, IO_UNIT bytes at
@@ -10477,7 +10477,8 @@ static int cli_receive(struct cli_job *job) {
   job->operands = u_zalloc(request->length + 1u);
   if (!job->operands) return -ENOMEM;
   io.arrived_left -= (size_t)u_min(io.arrived_left, sizeof *request);
-  err = io_recv_all(&io, (unsigned char *)job->operands, request->length);
+  if (request->length)
+    err = io_recv_all(&io, (unsigned char *)job->operands, request->length);
   return err ? err : cli_split_operands(job);
 }
 

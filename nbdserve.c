@@ -8996,28 +8996,11 @@ void nbdserve_free(struct nbdserve *s) {
 /* Exit status.  A command that is served may have any other one. */
 enum {
   CLI_OK = 0,
-  CLI_FAILED = 1,      /* a message says why */
-  CLI_USAGE = 2,       /* the command line makes no sense */
-  CLI_DAMAGED = 3,     /* verify found damage */
-  CLI_IN_USE = 4,      /* somebody else has the target */
-  CLI_NOT_FOUND = 127, /* as a shell says it: there is no such program */
-  CLI_BY_SIGNAL = 128  /* as a shell says it: plus the number of the signal */
-};
-
-enum {
-  /* Seconds that a command has, from SIGTERM to its end: enough to write what
-   * it has left, and no more than whoever has sent the signal will wait. */
-  CLI_CHILD_GRACE_S = 10,
-
-  /* Signals that come closer together count as one: a terminal that is closed
-   * and a supervisor that ends may both send theirs. */
-  CLI_SAME_SIGNAL_MS = 500,
-
-  /* A command that takes less time than this shows no progress. */
-  CLI_PROGRESS_AFTER_MS = 1000,
-
-  /* How often progress is shown: often enough to look alive */
-  CLI_PROGRESS_EVERY_MS = 100
+  CLI_FAILED = 1,     /* a message says why */
+  CLI_USAGE = 2,      /* the command line makes no sense */
+  CLI_DAMAGED = 3,    /* verify found damage */
+  CLI_IN_USE = 4,     /* somebody else has the target */
+  CLI_BY_SIGNAL = 128 /* as a shell says it: plus the number of the signal */
 };
 
 /* The state of the process.  What the options say is in `opt`. */
@@ -9051,10 +9034,10 @@ static struct {
   char private_dir[90];
   /* The pidfile that we have made, open; 0: we have not. */
   int pidfile;
-  /* A new file while it has another name than its own, or "" */
-  char temp[PATH_MAX];
-  /* Its own name */
-  char path[PATH_MAX];
+  /* A new file while it has another name than its own, or ""; and its own name.
+   * There is room for a name that the system finds too long. */
+  char temp[PATH_MAX + 300];
+  const char *path;
 
   /* ---- The store that is served, or that a command is for; one at most */
 
@@ -9063,9 +9046,8 @@ static struct {
   /* The store; NULL: it is not open. */
   struct nbdserve_cas *cas;
   /* The path of the socket that takes commands, STORE.ctl */
-  char ctl_path[PATH_MAX];
-  /* That socket, listening, or -errno; and its file, as we have made it, or all
-   * zero */
+  char ctl_path[PATH_MAX + 4];
+  /* That socket, listening; and its file, as we have made it, or all zero */
   int ctl;
   struct stat ctl_st;
   /* Guarded by server->lock: how many threads do commands, cli_control
@@ -9095,17 +9077,19 @@ static struct {
   volatile sig_atomic_t child;
   /* The exit status of a command that has ended */
   volatile sig_atomic_t child_status;
-} cli = {.export_name = "", .client = -1, .ctl = -1, .ready_pipe = -1};
+} cli = {.export_name = "", .client = -1, .ready_pipe = -1};
 
 STATIC_ASSERT(a_process_id_fits, sizeof(sig_atomic_t) >= sizeof(pid_t));
 
 /* ---- Messages ----------------------------------------------------------- */
 
+/* A number in a format */
+#define CLI_N "%" PRIu64
+
 /* Prints a message to a descriptor: a line in one write, so that the lines of
  * several threads do not mix.  The form is "OBJECT: what is wrong: reason (what
- * to do)".  What is too long for one write is cut.  On standard error it waits
- * until there is room; on that of a client, which may be a pipe that nobody
- * reads, for a second. */
+ * to do)".  What is too long for one write is cut.  The descriptor may be a
+ * pipe that nobody reads, or a client's: after a second the message is lost. */
 static void OS_PRINTF(2, 3) cli_say_to(int fd, const char *fmt, ...) {
   char line[PATH_MAX] = "nbdserve: ";
   size_t n = strlen(line);
@@ -9115,8 +9099,7 @@ static void OS_PRINTF(2, 3) cli_say_to(int fd, const char *fmt, ...) {
   vsnprintf(line + n, sizeof line - n - 1, fmt, ap);
   va_end(ap);
   strcat(line, "\n");
-  int is_ready = fd == 2 || poll(&p, 1, 1000) > 0;
-  if (is_ready) (void)!write(fd, line, strlen(line)); /* or nobody is told */
+  if (poll(&p, 1, 1000) > 0) (void)!write(fd, line, strlen(line));
 }
 #define cli_say(...) cli_say_to(2, __VA_ARGS__)
 
@@ -9157,8 +9140,8 @@ static void cli_exit_if_error(int err, const char *object) {
  *      still write what it has, and flush.
  *   2. Nobody new can connect: nbdserve_unlisten.  (Built without threads that
  *      may come later, but nobody is accepted meanwhile.)
- *   3. The command's end, a second signal or CLI_CHILD_GRACE_S seconds finish
- *      that: nbdserve_stop.
+ *   3. The command's end, a second signal or ten seconds finish that:
+ *      nbdserve_stop.
  *   4. The server finishes in its own order: see srv_finish in [12].
  *   5. The status of the command becomes ours.  If it has still not ended a
  *      message says so, and it is left alone.
@@ -9180,49 +9163,42 @@ static int cli_exit_status(int wait_status) {
   return WEXITSTATUS(wait_status);
 }
 
-/* Does what a signal asks for; true: the server has to stop.
- *
- * SIGCHLD comes for other reasons, too: the command was suspended, or a process
- * has ended that was started by whatever program this process was before exec.
- * Only the command is waited for, so such children are left alone.  A SIGINT
- * that the terminal sends goes to the command as well, so it may well have
- * ended already. */
-static int cli_take_signal(int sig) {
-  pid_t child = (pid_t)cli.child;
-  int wait_status = 0;
-  if (sig == SIGUSR1) {
-    cli.stats_wanted = 1;
-    return 0;
-  }
-  if (sig == SIGCHLD) {
-    if (!child || waitpid(child, &wait_status, WNOHANG) != child) return 0;
-    cli.child_status = cli_exit_status(wait_status);
-    cli.child = 0;
-    return 1;
-  }
-  if (sig == SIGALRM) return cli.end_wanted; /* the command has had its time */
-  if (cli.end_wanted) {
-    if (child) return os_now_ms() - cli.end_wanted_ms > CLI_SAME_SIGNAL_MS;
-    if (cli.stopping && sig == SIGINT) _exit(CLI_BY_SIGNAL + sig);
-    return 1;
-  }
-  cli.end_wanted = 1;
-  cli.end_wanted_ms = os_now_ms();
-  if (!child) return 1;
-  assert(child > 0); /* kill would hit a group of processes */
-  kill(child, SIGTERM);
-  alarm(CLI_CHILD_GRACE_S);
-  return 0;
-}
-
 /* The signal handler.  It calls nothing but what POSIX and nbdserve.h allow in
  * a handler.  All other signals are blocked meanwhile (cli_catch_signals), so
  * that what it does to `cli` is done in one piece.  It may run before there is
- * a command, and after there was one, but never before there is a server. */
+ * a command, and after there was one, but never before there is a server.
+ *
+ * SIGCHLD comes for other reasons, too: the command was suspended, or a process
+ * has ended that was started by whatever program this process was before exec.
+ * Only the command is waited for, so such children are left alone.  SIGALRM of
+ * somebody else means nothing.
+ *
+ * Signals for the end that come within half a second are one: a terminal that
+ * is closed and a supervisor may both send theirs.  A SIGINT of the terminal
+ * goes to the command as well, so it may well have ended already. */
 static void cli_on_signal(int sig) {
   int saved = errno;
-  assert(cli.server);
-  if (cli_take_signal(sig)) {
+  int wait_status = 0;
+  int stops = 0;
+  pid_t child = (pid_t)cli.child;
+  assert(cli.server && child >= 0); /* kill could hit a group of processes */
+  if (sig == SIGUSR1) {
+    cli.stats_wanted = 1;
+  } else if (sig == SIGCHLD) {
+    stops = child && waitpid(child, &wait_status, WNOHANG) == child;
+    if (stops) cli.child_status = cli_exit_status(wait_status);
+    if (stops) cli.child = 0;
+  } else if (cli.end_wanted) {
+    stops = !child || os_now_ms() - cli.end_wanted_ms > 500;
+    if (!child && cli.stopping && sig == SIGINT) _exit(CLI_BY_SIGNAL + sig);
+  } else if (sig != SIGALRM) {
+    cli.end_wanted = 1;
+    cli.end_wanted_ms = os_now_ms();
+    stops = !child;
+    if (child) kill(child, SIGTERM);
+    if (child) alarm(10); /* no more than whoever sent the signal will wait */
+  }
+  if (stops) {
     cli.stopping = 1;
     nbdserve_stop(cli.server);
   }
@@ -9238,21 +9214,19 @@ static void cli_on_signal(int sig) {
  * for such a program, which inherits what is ignored.  Who started us may have
  * blocked signals, without which we would not learn of a command's end. */
 static void cli_catch_signals(void (*handler)(int)) {
-  static const int signals[] = {SIGHUP,  SIGINT,  SIGTERM,
-                                SIGUSR1, SIGCHLD, SIGALRM};
+  static const int signals[] = {SIGHUP,  SIGINT,  SIGTERM, SIGUSR1,
+                                SIGCHLD, SIGALRM, SIGPIPE, SIGXFSZ};
   struct sigaction action = {.sa_handler = handler, .sa_flags = SA_RESTART};
   struct sigaction was;
   sigset_t none;
   sigfillset(&action.sa_mask);
   for (size_t i = 0; i < COUNT_OF(signals); i++) {
-    int may_be_ignored = signals[i] == SIGHUP || signals[i] == SIGINT;
-    sigaction(signals[i], NULL, &was);
-    if (!may_be_ignored || was.sa_handler != SIG_IGN)
-      sigaction(signals[i], &action, NULL);
+    int sig = signals[i];
+    sigaction(sig, NULL, &was);
+    if (sig == SIGPIPE && handler != SIG_DFL) action.sa_handler = SIG_IGN;
+    if (was.sa_handler != SIG_IGN || (sig != SIGHUP && sig != SIGINT))
+      sigaction(sig, &action, NULL);
   }
-  if (handler != SIG_DFL) action.sa_handler = SIG_IGN;
-  sigaction(SIGPIPE, &action, NULL);
-  sigaction(SIGXFSZ, &action, NULL);
   sigemptyset(&none);
   if (handler == cli_on_signal) sigprocmask(SIG_SETMASK, &none, NULL);
 }
@@ -9278,21 +9252,14 @@ static void cli_remove_ctl(void) {
  * umask asks for.  Returns the descriptor, which stays open. */
 static int cli_new_file(const char *path, const struct stat *old) {
   const char *slash = strrchr(path, '/');
-  const char *name = slash ? slash + 1 : path;
+  int dir = slash ? (int)(slash - path) + 1 : 0;
   assert(!*cli.temp);
-  snprintf(cli.path, PATH_MAX, "%s", path);
-  int n = snprintf(cli.temp, PATH_MAX, "%.*s.%.200s.nbdserve-%lx-%" PRIx64,
-                   (int)(name - path), path, name, (unsigned long)getpid(),
-                   (uint64_t)os_now_ms());
-  int fd = -1;
-  errno = ENAMETOOLONG;
-  if (n < PATH_MAX)
-    fd = open(cli.temp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-  if (fd < 0) {
-    *cli.temp = '\0';
-    cli_exit_if_error(-errno, path);
-  }
-  if (old && fchmod(fd, old->st_mode & 0777) < 0)
+  cli.path = path;
+  snprintf(cli.temp, sizeof cli.temp, "%.*s.%.200s.nbdserve-%lx-%" PRIx64, dir,
+           path, path + dir, (unsigned long)getpid(), (uint64_t)os_now_ms());
+  int fd = open(cli.temp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  if (fd < 0) *cli.temp = '\0';
+  if (fd < 0 || (old && fchmod(fd, old->st_mode & 0777) < 0))
     cli_exit_if_error(-errno, path);
   return fd;
 }
@@ -9309,7 +9276,6 @@ static void cli_put_new_file(void) {
  * pidfile. */
 static void cli_write_pidfile(const char *path) {
   struct stat st;
-  assert(!cli.pidfile);
   if (lstat(path, &st) == 0 && !S_ISREG(st.st_mode) && !S_ISLNK(st.st_mode))
     cli_failed("%s: not a file, so not replaced by the pidfile", path);
   int fd = cli_new_file(path, NULL);
@@ -9430,24 +9396,23 @@ enum cli_option_id {
 };
 
 static const struct cli_option cli_options[OPT_COUNT] = {
+    [OPT_NONE] = {0, "", NULL, 0, 0},
     CLI_OPTIONS(CLI_TEXT_ROW, CLI_NUMBER_ROW)};
 
 /* Options that exclude others, and why */
-static const struct {
+static const struct cli_exclusion {
   enum cli_option_id option;
   uint64_t others;
-  const char *reason;
+  const char *why;
 } cli_exclusions[] = {
-    {OPT_STDIN, CLI_BIT(UNIX) | CLI_BIT(PORT) | CLI_BIT(BIND) | CLI_BIT(FD),
-     "nobody listens, the client is there"},
-    {OPT_FD, CLI_BIT(UNIX) | CLI_BIT(PORT) | CLI_BIT(BIND),
+    {OPT_STDIN, CLI_BIT(UNIX) | CLI_BIT(PORT) | CLI_BIT(BIND), "nobody listens"},
+    {OPT_FD, CLI_BIT(UNIX) | CLI_BIT(PORT) | CLI_BIT(BIND) | CLI_BIT(STDIN),
      "the socket is there already"},
-    {OPT_FORK, CLI_BIT(STDIN) | CLI_BIT(RUN), "nobody would wait for it"},
     {OPT_RUN, CLI_BIT(STDIN) | CLI_BIT(FD), "the command could not connect"},
     {OPT_RUN, CLI_BIT(ONCE) | CLI_BIT(IDLE_EXIT), "it ends with the command"},
+    {OPT_FORK, CLI_BIT(STDIN) | CLI_BIT(RUN), "nobody would wait for it"},
     {OPT_READ_ONLY, CLI_BIT(CREATE), "a new target would stay empty"},
-    {OPT_TEMPORARY, CLI_BIT(READ_ONLY) | CLI_BIT(CREATE),
-     "there would be nothing to discard"}};
+    {OPT_TEMPORARY, CLI_BIT(READ_ONLY) | CLI_BIT(CREATE), "nothing to discard"}};
 
 /* A word that the value of an option may contain, and what it stands for.  In a
  * table of words the last name is NULL. */
@@ -9519,25 +9484,21 @@ static uint32_t cli_without;
   (int)strcspn(cli_options[id].name, " "), cli_options[id].name
 
 /* Takes a word off the front of *text, the value of an option, and returns what
- * it stands for.  The word goes to the first of the characters in `ends`, which
- * is taken off, too, or to the end of the text.  A word that is not in the
- * table ends the process. */
-static uint32_t cli_take_word(enum cli_option_id id,
-                              const struct cli_word *words, const char **text,
-                              const char *ends) {
-  const struct cli_word *word = words;
-  size_t len = strcspn(*text, ends);
+ * it stands for.  The word goes to a colon or comma, which is taken off, too,
+ * or to the end of the text.  A word that is not in the table ends the
+ * process. */
+static uint32_t cli_take_word(enum cli_option_id id, const char **text,
+                              const struct cli_word *word) {
+  size_t len = strcspn(*text, ":,");
   char all[200] = "";
-  while (word->name && (strncmp(word->name, *text, len) || word->name[len]))
-    word++;
-  for (const struct cli_word *w = words; w->name && !word->name; w++) {
-    assert(strlen(all) + strlen(w->name) + 2 < sizeof all);
-    strcat(strcat(all, " "), w->name);
+  for (; word->name; word++) {
+    if (strncmp(word->name, *text, len) == 0 && !word->name[len]) break;
+    strcat(strcat(all, " "), word->name);
+    assert(strlen(all) + 20 < sizeof all);
   }
   if (!word->name)
     cli_usage("--%.*s %s: not one of:%s", CLI_NAME(id), opt[id].text, all);
-  *text += len;
-  if (**text) ++*text;
+  *text += len + ((*text)[len] != '\0');
   return word->value;
 }
 
@@ -9546,13 +9507,12 @@ static uint32_t cli_take_word(enum cli_option_id id,
 static int cli_parse_sizes(const char *value) {
   uint32_t *const sizes[] = {&cli_common.min_block, &cli_common.preferred_block,
                              &cli_common.max_request};
+  uint64_t size = 0;
   for (int i = 0; i < 3; i++) {
-    uint64_t size = 0;
     value = u_parse_size(value, &size);
-    if (!value || *value != (i < 2 ? ':' : '\0')) return 0;
-    if (size < 1 || size > UINT32_MAX) return 0;
+    if (!value || size < 1 || size > UINT32_MAX) return 0;
+    if (*value++ != (i < 2 ? ':' : '\0')) return 0;
     *sizes[i] = (uint32_t)size;
-    value++;
   }
   return 1;
 }
@@ -9563,20 +9523,17 @@ static int cli_parse_sizes(const char *value) {
  * as it fails the comparisons.  False: it is no such value. */
 static int cli_parse_fault(enum cli_option_id id, const char *value) {
   int is_fault = id == OPT_FAULT;
-  uint32_t type = cli_take_word(id, cli_types, &value, ":");
-  uint32_t error = is_fault ? cli_take_word(id, cli_errors, &value, ":") : 0;
+  uint32_t type = cli_take_word(id, &value, cli_types);
+  uint32_t error = is_fault ? cli_take_word(id, &value, cli_errors) : 0;
   char *rest;
   double number = strtod(value, &rest);
-  if (rest == value || *rest) return 0;
-  if (!(number >= 0 && number <= (is_fault ? 1 : 1e6))) return 0;
+  int is_good = number >= 0 && number <= (is_fault ? 1 : 1e6);
+  if (!is_good || rest == value || *rest) return 0;
   for (uint32_t i = 0; i < CLI_NTYPES; i++) {
     if (type != i && type != CLI_NTYPES) continue;
-    if (is_fault) {
-      cli_faults[i].err = -(int)error;
-      cli_faults[i].rate_ppm = (unsigned)(number * 1e6 + .999);
-    } else {
-      cli_faults[i].delay_ms = (int)(number + .999);
-    }
+    if (is_fault) cli_faults[i].err = -(int)error;
+    if (is_fault) cli_faults[i].rate_ppm = (unsigned)(number * 1e6 + .999);
+    if (!is_fault) cli_faults[i].delay_ms = (int)(number + .999);
   }
   return 1;
 }
@@ -9585,47 +9542,39 @@ static int cli_parse_fault(enum cli_option_id id, const char *value) {
  * ends the process.  A descriptor has to be open: a number that is free would
  * later be that of a file of our own, maybe of an image. */
 static void cli_set_option(enum cli_option_id id, const char *value) {
-  const struct cli_option *option = &cli_options[id];
-  uint64_t *number = &opt[id].number;
+  const struct cli_option *o = &cli_options[id];
+  uint64_t *n = &opt[id].number;
   int is_good = 1;
   opt[id].given++;
   opt[id].text = value;
-  if (option->max &&
-      (!u_parse_number(value, option->max, number) || *number < option->min))
-    cli_usage("--%.*s %s: not a number from %" PRIu64 " to %" PRIu64,
-              CLI_NAME(id), value, option->min, option->max);
-  if ((id == OPT_FD || id == OPT_READY_FD) && fcntl((int)*number, F_GETFD) < 0)
-    cli_usage("--%.*s %s: not the number of a descriptor that is open",
-              CLI_NAME(id), value);
-  if (id == OPT_BLOCK_SIZE)
-    is_good = cli_parse_sizes(value);
-  else if (id == OPT_FAULT || id == OPT_DELAY)
-    is_good = cli_parse_fault(id, value);
-  else if (id == OPT_CACHE)
-    cli_common.flags = cli_take_word(id, cli_cache_modes, &value, "");
-  else if (id == OPT_WITHOUT)
-    while (*value)
-      cli_without |= cli_take_word(id, cli_features, &value, ",");
+  if (o->max && (!u_parse_number(value, o->max, n) || *n < o->min))
+    cli_usage("--%.*s %s: not a number from " CLI_N " to " CLI_N, CLI_NAME(id),
+              value, o->min, o->max);
+  if ((id == OPT_FD || id == OPT_READY_FD) && fcntl((int)*n, F_GETFD) < 0)
+    cli_usage("--%.*s %s: not open", CLI_NAME(id), value);
+  if (id == OPT_BLOCK_SIZE) is_good = cli_parse_sizes(value);
+  if (id == OPT_FAULT || id == OPT_DELAY) is_good = cli_parse_fault(id, value);
+  if (id == OPT_CACHE)
+    cli_common.flags = cli_take_word(id, &value, cli_cache_modes);
+  while (id == OPT_WITHOUT && *value)
+    cli_without |= cli_take_word(id, &value, cli_features);
   if (!is_good)
-    cli_usage("--%.*s %s: not as in --%s: %s", CLI_NAME(id), value,
-              option->name, option->help);
+    cli_usage("--%.*s %s: not as in --%s: %s", CLI_NAME(id), value, o->name,
+              o->help);
 }
 
-/* Returns the option with that name or, if is_letter, that letter; or ends the
- * process.  Names have to be written in full: a shorthand that is unique today
- * would not be so for ever. */
+/* Returns the option with that name or, if is_letter, that letter; OPT_NONE if
+ * there is none.  Names have to be written in full: a shorthand that is unique
+ * today would not be so for ever. */
 static enum cli_option_id cli_find_option(const char *name, size_t len,
                                           int is_letter) {
   enum cli_option_id id = OPT_COUNT - 1;
   for (; id > OPT_NONE; id--) {
-    const struct cli_option *option = &cli_options[id];
-    if (is_letter && option->letter == *name) break;
-    if (!is_letter && strcspn(option->name, " ") == len &&
-        strncmp(option->name, name, len) == 0)
+    const char *found = cli_options[id].name;
+    if (is_letter ? cli_options[id].letter == *name
+                  : strcspn(found, " ") == len && !strncmp(found, name, len))
       break;
   }
-  if (id == OPT_NONE)
-    cli_usage("-%s%s: unknown option (try --help)", is_letter ? "" : "-", name);
   return id;
 }
 
@@ -9639,31 +9588,25 @@ static enum cli_option_id cli_find_option(const char *name, size_t len,
 static void cli_parse(char **argv) {
   cli.targets = argv;
   for (char **word = argv + 1; *word && !cli.command; word++) {
-    const char *p = *word;
+    int is_letter = (*word)[0] == '-' && (*word)[1] != '-';
+    const char *value = NULL;
     assert(cli.targets + cli.ntargets < word);
-    if (p[0] != '-' || !p[1]) {
+    if (strcmp(*word, "--") == 0) {
+      opt[OPT_RUN].given++;
+      cli.command = word + 1;
+    } else if (**word != '-' || !(*word)[1]) {
       cli.targets[cli.ntargets++] = *word;
       continue;
     }
-    if (strcmp(p, "--") == 0) {
-      opt[OPT_RUN].given++;
-      cli.command = word + 1;
-      continue;
-    }
-    int is_letter = p[1] != '-';
-    p += is_letter ? 1 : 2;
-    const char *value = NULL;
-    while (*p && !value) {
+    for (const char *p = *word + 2 - is_letter; *p && !value;) {
       size_t len = is_letter ? 1 : strcspn(p, "=");
       enum cli_option_id id = cli_find_option(p, len, is_letter);
-      const char *name = cli_options[id].name;
+      int takes_value = strchr(cli_options[id].name, ' ') != NULL;
       p += len;
-      if (!strchr(name, ' ')) {
-        if (!is_letter && *p) cli_usage("--%s takes no value", name);
-      } else {
-        value = *p ? p + !is_letter : *++word;
-        if (!value) cli_usage("--%s: the value is missing", name);
-      }
+      if (takes_value) value = *p ? p + !is_letter : *++word;
+      if (!id) cli_usage("%s: unknown option (try --help)", *word);
+      if (takes_value ? !value : !is_letter && *p)
+        cli_usage("--%s is how to write it", cli_options[id].name);
       cli_set_option(id, value);
     }
   }
@@ -9672,16 +9615,15 @@ static void cli_parse(char **argv) {
 /* Refuses what makes no sense for a server.  Commands on stores come before
  * that and just ignore options that are not for them. */
 static void cli_check_options(void) {
-  for (size_t i = 0; i < COUNT_OF(cli_exclusions); i++)
-    for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
-      if (opt[cli_exclusions[i].option].given && opt[id].given &&
-          cli_exclusions[i].others >> id & 1)
+  for (size_t i = 0; i < COUNT_OF(cli_exclusions); i++) {
+    const struct cli_exclusion *x = &cli_exclusions[i];
+    for (int id = OPT_NONE + 1; opt[x->option].given && id < OPT_COUNT; id++)
+      if (opt[id].given && x->others >> id & 1)
         cli_usage("--%s: not together with --%s: %s",
-                  cli_options[cli_exclusions[i].option].name,
-                  cli_options[id].name, cli_exclusions[i].reason);
-  if (cli.command && opt[OPT_RUN].text)
-    cli_usage("--run: not together with -- CMD: both name the command");
-  if (cli.command && !*cli.command) cli_usage("--: no command behind it");
+                  cli_options[x->option].name, cli_options[id].name, x->why);
+  }
+  if (opt[OPT_RUN].given > 1 || (cli.command && !*cli.command))
+    cli_usage("--: there must be one command, behind it or --run");
   if (!cli.ntargets) cli_usage("no target (try --help)");
   if (opt[OPT_EXPORT].text && cli.ntargets > 1)
     cli_usage("--export: for a single target (use NAME=TARGET)");
@@ -9716,11 +9658,6 @@ static void cli_check_options(void) {
 enum {
   /* How many long commands a server does at a time */
   CLI_LONG_JOBS = 16,
-
-  /* How long somebody who uses a store without taking commands is waited for: a
-   * reader like `list`, or a server that starts or ends.  How often we look. */
-  CLI_BUSY_MS = 3000,
-  CLI_BUSY_STEP_MS = 50,
 
   /* Bytes of operands that a server takes: no system has longer command
    * lines. */
@@ -9835,18 +9772,16 @@ static int cli_wait(const struct cli_job *job, int fd, int ms) {
  * nobody takes it. */
 static int cli_write(const struct cli_job *job, int fd, const void *data,
                      size_t n) {
-  const char *p = data;
   size_t most = lseek(fd, 0, SEEK_CUR) < 0 ? PIPE_BUF : IO_UNIT;
   int stall_ms = (int)u_min(cli.server->config.stall_ms, INT_MAX);
-  while (n > 0) {
+  for (size_t done = 0; done < n;) {
     int err = cli_wait(job, fd, stall_ms);
     if (err) return err;
-    ssize_t done = write(fd, p, (size_t)u_min(n, most));
-    if (done < 0 && errno != EINTR && errno != EAGAIN) return -errno;
-    if (done <= 0) continue;
-    assert((size_t)done <= n);
-    p += done;
-    n -= (size_t)done;
+    ssize_t some =
+        write(fd, (const char *)data + done, (size_t)u_min(n - done, most));
+    if (some < 0 && errno != EINTR && errno != EAGAIN) return -errno;
+    if (some > 0) done += (size_t)some;
+    assert(done <= n);
   }
   return 0;
 }
@@ -9859,19 +9794,18 @@ static void cli_hide_progress(struct cli_job *job) {
   job->shown_ms = 0;
 }
 
-/* Is called now and then by what takes long: a nbdserve_progress_fn.  If it is
- * time, shows on a terminal how much is done.  Returns true if the command has
- * to end. */
+/* Is called now and then by what takes long: a nbdserve_progress_fn.  After a
+ * second, and ten times a second, shows on a terminal how much is done.  Returns
+ * true if the command has to end. */
 static int cli_progress(void *arg, uint64_t done, uint64_t total) {
   struct cli_job *job = arg;
   int64_t now = os_now_ms();
   int err = cli_wait(job, job->fds.messages, 0);
-  if (!err && done && now - job->begun_ms > CLI_PROGRESS_AFTER_MS &&
-      now - job->shown_ms > CLI_PROGRESS_EVERY_MS &&
+  if (!err && done && now - job->begun_ms > 1000 && now - job->shown_ms > 100 &&
       isatty(job->fds.messages)) {
+    job->shown_ms = now;
     dprintf(job->fds.messages, "\r%3.0f%%\r",
             100 * (double)done / (double)total);
-    job->shown_ms = now;
   }
   return job->lost || err == -ECANCELED;
 }
@@ -9884,13 +9818,13 @@ static int cli_progress(void *arg, uint64_t done, uint64_t total) {
 static int OS_PRINTF(2, 4) OS_PRINTF(3, 4)
     cli_row(struct cli_job *job, const char *text, const char *json, ...) {
   char row[1024]; /* the longest name has 333 bytes */
-  int is_array = job->request.json && job->verb->flags & VERB_ROWS;
+  int is_json = job->request.json;
+  int is_array = is_json && job->verb->flags & VERB_ROWS;
   va_list ap;
   assert(job->verb->flags & VERB_ROWS || !job->nrows);
   row[0] = job->nrows++ ? ',' : '[';
   va_start(ap, json);
-  int n =
-      vsnprintf(row + 1, sizeof row - 1, job->request.json ? json : text, ap);
+  int n = vsnprintf(row + 1, sizeof row - 1, is_json ? json : text, ap);
   va_end(ap);
   assert(n > 0 && n < (int)sizeof row - 1);
   cli_hide_progress(job);
@@ -9898,9 +9832,6 @@ static int OS_PRINTF(2, 4) OS_PRINTF(3, 4)
       cli_write(job, job->fds.output, row + !is_array, (size_t)(n + is_array));
   return job->lost;
 }
-
-/* A number in such a format */
-#define CLI_U64 "%" PRIu64
 
 /* ---- What each command does --------------------------------------------- */
 
@@ -9915,14 +9846,14 @@ static int cli_do_change(struct cli_job *job, struct nbdserve_cas *cas) {
  * that anybody may have made: it may lie behind all years. */
 static int cli_list_row(void *arg, const struct nbdserve_cas_info *info) {
   time_t created = (time_t)info->created;
-  char time[40];
+  char date[40];
   struct tm tm;
   if (!gmtime_r(&created, &tm)) tm = (struct tm){.tm_mday = 1};
-  strftime(time, sizeof time, "%Y-%m-%dT%H:%M:%SZ", &tm);
-  return cli_row(arg, "%s\t" CLI_U64 "\t%s\t%s\n",
-                 "{\"name\":\"%s\",\"size\":" CLI_U64
+  strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", &tm);
+  return cli_row(arg, "%s\t" CLI_N "\t%s\t%s\n",
+                 "{\"name\":\"%s\",\"size\":" CLI_N
                  ",\"created\":\"%s\",\"id\":\"%s\"}\n",
-                 info->name, info->size, time, info->id);
+                 info->name, info->size, date, info->id);
 }
 
 /* list: a row for each volume and snapshot */
@@ -9942,8 +9873,8 @@ static int cli_do_seal(struct cli_job *job, struct nbdserve_cas *cas) {
 
 /* Prints a range that differs: a nbdserve_range_fn */
 static int cli_range_row(void *arg, uint64_t off, uint64_t len) {
-  return cli_row(arg, CLI_U64 "\t" CLI_U64 "\n",
-                 "{\"offset\":" CLI_U64 ",\"length\":" CLI_U64 "}\n", off, len);
+  return cli_row(arg, CLI_N "\t" CLI_N "\n",
+                 "{\"offset\":" CLI_N ",\"length\":" CLI_N "}\n", off, len);
 }
 
 /* diff: a row for each range in which two volumes or snapshots differ */
@@ -9958,8 +9889,8 @@ static int cli_damage_row(void *arg, const char *name, uint64_t off,
                           uint64_t len, const char *why) {
   struct cli_job *job = arg;
   if (!*name && !job->request.json) name = "-";
-  return cli_row(job, "%s\t" CLI_U64 "\t" CLI_U64 "\t%s\n",
-                 "{\"name\":\"%s\",\"offset\":" CLI_U64 ",\"length\":" CLI_U64
+  return cli_row(job, "%s\t" CLI_N "\t" CLI_N "\t%s\n",
+                 "{\"name\":\"%s\",\"offset\":" CLI_N ",\"length\":" CLI_N
                  ",\"why\":\"%s\"}\n",
                  name, off, len, why);
 }
@@ -9978,7 +9909,7 @@ static int cli_do_gc(struct cli_job *job, struct nbdserve_cas *cas) {
   uint64_t bytes;
   int err = nbdserve_cas_gc(cas, &bytes, cli_progress, job);
   if (err) return err;
-  return cli_row(job, CLI_U64 "\n", "{\"bytes\":" CLI_U64 "}\n", bytes);
+  return cli_row(job, CLI_N "\n", "{\"bytes\":" CLI_N "}\n", bytes);
 }
 
 /* stat: how much is stored, and how full the log is: a line for each value */
@@ -9987,11 +9918,10 @@ static int cli_do_stat(struct cli_job *job, struct nbdserve_cas *cas) {
   nbdserve_cas_stat(cas, &s);
   assert(u_is_power_of_2(s.block_size));
   return cli_row(job,
-                 "block_size\t" CLI_U64 "\nstored\t" CLI_U64 "\nfree\t" CLI_U64
-                 "\nfile\t" CLI_U64 "\nlog\t" CLI_U64 "\n",
-                 "{\"block_size\":" CLI_U64 ",\"stored\":" CLI_U64
-                 ",\"free\":" CLI_U64 ",\"file\":" CLI_U64 ",\"log\":" CLI_U64
-                 "}\n",
+                 "block_size\t" CLI_N "\nstored\t" CLI_N "\nfree\t" CLI_N
+                 "\nfile\t" CLI_N "\nlog\t" CLI_N "\n",
+                 "{\"block_size\":" CLI_N ",\"stored\":" CLI_N
+                 ",\"free\":" CLI_N ",\"file\":" CLI_N ",\"log\":" CLI_N "}\n",
                  s.block_size, s.stored, s.free, s.file, s.log);
 }
 
@@ -10018,38 +9948,30 @@ static int cli_is_data(const struct nbdserve_export *volume, uint64_t off,
  * where the other side is one hole already: a new volume, or a file that can be
  * given its size; not standard output, where something may stand before. */
 static int cli_copy(struct cli_job *job, const struct nbdserve_export *volume,
-                    int is_import) {
-  const struct nbdserve_ops *ops = volume->ops;
+                    int is_import, unsigned char *buffer) {
   int file = job->fds.output;
   int is_sparse = is_import || (strcmp(job->ops->to, "-") != 0 &&
                                 ftruncate(file, (off_t)volume->size) == 0);
-  unsigned char *buffer = NBDSERVE_MALLOC(IO_UNIT);
   uint64_t n = 0;
   uint64_t end = 0; /* of the data or hole that we are in */
   int is_data = 0;
-  int err = buffer ? 0 : -ENOMEM;
+  int err = 0;
   for (uint64_t off = 0; off < volume->size && !err; off += n) {
     if (off >= end)
       is_data = is_import ? os_is_data(file, off, volume->size, &end)
                           : cli_is_data(volume, off, &end);
-    n = end - off;
-    if (is_sparse && !is_data) {
-      if (!is_import) lseek(file, (off_t)n, SEEK_CUR);
-      continue;
-    }
-    n = u_min(n, IO_UNIT);
+    int is_skipped = is_sparse && !is_data;
+    n = is_skipped ? end - off : u_min(end - off, IO_UNIT);
     struct iovec piece = {buffer, (size_t)n};
-    if (cli_progress(job, off, volume->size))
-      err = -ECANCELED;
-    else if (is_import)
-      err = os_transfer(file, OS_READ, &piece, 1, off);
-    else
-      err = ops->read(volume->ctx, buffer, off, n, 0);
-    if (!err)
-      err = is_import ? ops->write(volume->ctx, buffer, off, n, 0)
-                      : cli_write(job, file, buffer, (size_t)n);
+    if (cli_progress(job, off, volume->size)) return -ECANCELED;
+    if (is_skipped && is_import) continue;
+    if (is_skipped && lseek(file, (off_t)n, SEEK_CUR) >= 0) continue;
+    err = is_import ? os_transfer(file, OS_READ, &piece, 1, off)
+                    : volume->ops->read(volume->ctx, buffer, off, n, 0);
+    if (err) return err;
+    err = is_import ? volume->ops->write(volume->ctx, buffer, off, n, 0)
+                    : cli_write(job, file, buffer, (size_t)n);
   }
-  NBDSERVE_FREE(buffer);
   return err;
 }
 
@@ -10069,13 +9991,12 @@ static int cli_do_copy(struct cli_job *job, struct nbdserve_cas *cas) {
   int err = is_import ? nbdserve_cas_begin(cas, name, (uint64_t)size, &volume)
                       : nbdserve_cas_volume(cas, name, &volume);
   if (err) return err;
-  err = cli_copy(job, &volume, is_import);
+  unsigned char *buffer = NBDSERVE_MALLOC(IO_UNIT);
+  err = buffer ? cli_copy(job, &volume, is_import, buffer) : -ENOMEM;
+  NBDSERVE_FREE(buffer);
   assert(err <= 0);
-  if (!is_import) {
-    volume.ops->close(volume.ctx);
-    return err;
-  }
-  int finish_err = nbdserve_cas_finish(cas, &volume, !err);
+  int finish_err = is_import ? nbdserve_cas_finish(cas, &volume, !err) : 0;
+  if (!is_import) volume.ops->close(volume.ctx);
   return err ? err : finish_err;
 }
 
@@ -10128,26 +10049,23 @@ static const struct cli_verb cli_verbs[] = {
  * many operands.  -EDOM: the last one is not a size. */
 static int cli_split_operands(struct cli_job *job) {
   const struct cli_verb *verb = job->verb;
-  const char *first = job->operands;
-  const char *end = first + job->request.length;
-  const char *p = first;
+  const char *end = job->operands + job->request.length;
+  const char *p = job->operands;
   int n = 0;
-  for (const char *q = first; q < end; q += strlen(q) + 1)
+  for (const char *q = p; q < end; q += strlen(q) + 1)
     n++;
   if (n < verb->min || n > verb->max) return -EINVAL;
   job->ops = u_zalloc(((size_t)n + 1) * sizeof *job->ops);
   if (!job->ops) return -ENOMEM;
   if (verb->min == 2) p += strlen(p) + 1;
-  do {
+  for (; p < end || !job->nops; p += strlen(p) + 1) {
     struct nbdserve_cas_op *op = &job->ops[job->nops++];
     op->verb = verb->change | (job->request.dry_run ? NBDSERVE_CAS_DRY_RUN : 0);
-    op->name = verb->min == 2 ? first : p;
+    op->name = verb->min == 2 ? job->operands : p;
     op->to = verb->min == 2 ? p : "";
-    if (n && verb->flags & VERB_SIZE &&
-        !u_parse_number(p, INT64_MAX, &op->size))
-      return -EDOM;
-    p += strlen(p) + 1;
-  } while (p < end);
+    int has_size = verb->flags & VERB_SIZE && n > 0;
+    if (has_size && !u_parse_number(p, INT64_MAX, &op->size)) return -EDOM;
+  }
   return 0;
 }
 
@@ -10200,21 +10118,19 @@ static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
  * has got.  There is room for two: if somebody sends more, the system closes
  * the rest.  Returns 0 or -errno. */
 static int cli_pass(struct cli_job *job, int sends) {
+  const socklen_t len = CMSG_LEN(sizeof job->fds);
   union { /* gives the room the alignment of a header */
     struct cmsghdr header;
     char room[CMSG_SPACE(sizeof job->fds)];
-  } passed = {.header = {.cmsg_len = CMSG_LEN(sizeof job->fds),
-                         .cmsg_level = SOL_SOCKET,
-                         .cmsg_type = SCM_RIGHTS}};
+  } c = {.header = {.cmsg_len = len, .cmsg_level = SOL_SOCKET}};
   struct iovec data = {&job->request, sizeof job->request};
-  struct msghdr m = {.msg_iov = &data,
-                     .msg_iovlen = 1,
-                     .msg_control = &passed,
-                     .msg_controllen = CMSG_LEN(sizeof job->fds)};
-  memcpy(CMSG_DATA(&passed.header), &job->fds, sizeof job->fds);
+  struct msghdr m = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = &c};
+  m.msg_controllen = len;
+  c.header.cmsg_type = SCM_RIGHTS;
+  memcpy(CMSG_DATA(&c.header), &job->fds, sizeof job->fds);
   ssize_t n = sends ? sendmsg(job->client, &m, MSG_NOSIGNAL)
                     : recvmsg(job->client, &m, MSG_DONTWAIT);
-  memcpy(&job->fds, CMSG_DATA(&passed.header), sizeof job->fds);
+  memcpy(&job->fds, CMSG_DATA(&c.header), sizeof job->fds);
   return n == (ssize_t)data.iov_len ? 0 : -EPROTO;
 }
 
@@ -10222,40 +10138,38 @@ static int cli_pass(struct cli_job *job, int sends) {
  * takes, and returns the exit status.  A signal ends the wait; that we are gone
  * ends the job. */
 static int cli_run_remote(struct cli_job *job) {
-  unsigned char status;
-  assert(job->client >= 0);
+  unsigned char status = CLI_FAILED;
+  size_t length = job->request.length;
   int err = cli_pass(job, 1);
-  if (!err)
-    err = cli_write(job, job->client, job->operands, job->request.length);
+  if (!err) err = cli_write(job, job->client, job->operands, length);
   if (!err) cli_wait(job, -1, -1);
   ssize_t got = recv(job->client, &status, 1, MSG_DONTWAIT);
   if (got < 0 && !err)
-    cli_failed("%s: %s", job->verb->name, u_errno_text(-ECANCELED));
-  if (got != 1)
-    cli_failed("%s: no answer from the server of the store", cli.ctl_path);
+    cli_say("%s: %s", job->verb->name, u_errno_text(-ECANCELED));
+  else if (got != 1)
+    cli_say("%s: no answer from the server of the store", cli.ctl_path);
   return status;
 }
 
 /* Receives a job, within IO_GRACE_MS.  Returns 0, or -errno if it makes no
  * sense. */
 static int cli_receive(struct cli_job *job) {
-  struct io io = {.in = job->client,
-                  .out = job->client,
-                  .stop = &cli.server->stop,
-                  .stall_ms = IO_GRACE_MS,
-                  .deadline = os_now_ms() + IO_GRACE_MS};
-  const struct cli_request *request = &job->request;
+  struct io io = {.in = job->client, .out = job->client};
+  size_t length;
+  io.stop = &cli.server->stop;
+  io.stall_ms = IO_GRACE_MS;
+  io.deadline = os_now_ms() + IO_GRACE_MS;
   int err = io_wait_input(&io, io.deadline);
   if (!err) err = cli_pass(job, 0);
   if (err) return err;
-  if (job->fds.messages < 0 || request->verb >= COUNT_OF(cli_verbs) ||
-      !cli_verbs[request->verb].run || request->length > CLI_MAX_OPERANDS)
+  length = job->request.length;
+  if (job->request.verb >= COUNT_OF(cli_verbs) || length > CLI_MAX_OPERANDS)
     return -EINVAL;
-  job->verb = &cli_verbs[request->verb];
-  job->operands = u_zalloc(request->length + 1u);
-  if (!job->operands) return -ENOMEM;
-  if (request->length)
-    err = io_recv_all(&io, (unsigned char *)job->operands, request->length);
+  job->verb = &cli_verbs[job->request.verb];
+  job->operands = u_zalloc(length + 1);
+  if (!job->operands || !job->verb->run || job->fds.messages < 0)
+    return -EINVAL;
+  if (length) err = io_recv_all(&io, (unsigned char *)job->operands, length);
   return err ? err : cli_split_operands(job);
 }
 
@@ -10264,8 +10178,7 @@ static int cli_receive(struct cli_job *job) {
 static int cli_count(int jobs, int longs) {
   os_lock(&cli.server->lock);
   cli.njobs += jobs;
-  cli.nlong += longs;
-  int nlong = cli.nlong;
+  int nlong = cli.nlong += longs;
   assert(cli.njobs >= 0 && nlong >= 0);
   os_wake_all(&cli.server->lock);
   os_unlock(&cli.server->lock);
@@ -10273,7 +10186,7 @@ static int cli_count(int jobs, int longs) {
 }
 
 /* The thread of a command, which frees the job.  A request that makes no sense
- * is dropped without an answer. */
+ * is dropped without an answer.  A client that has gone needs none. */
 static void *cli_serve_job(void *arg) {
   struct cli_job *job = arg;
   unsigned char status = CLI_FAILED;
@@ -10283,10 +10196,10 @@ static void *cli_serve_job(void *arg) {
       status = (unsigned char)cli_run_job(job, cli.cas);
     else
       cli_say_to(job->fds.messages,
-                 "%s: the server is doing %d others (try later)",
+                 "%s: the server is doing %d others (try "
+                 "later)",
                  job->verb->name, CLI_LONG_JOBS);
     cli_count(0, -is_long);
-    /* A client that has gone needs none. */
     (void)!send(job->client, &status, 1, MSG_NOSIGNAL);
   }
   close(job->fds.output); /* closing -1 does no harm */
@@ -10305,64 +10218,56 @@ static void *cli_serve_job(void *arg) {
  * not help. */
 static void *cli_control(void *unused) {
   struct io io = {.in = cli.ctl, .out = cli.ctl, .stop = &cli.server->stop};
-  (void)unused;
   while (io_wait_input(&io, 0) == 0) {
     int client = os_accept(cli.ctl);
     struct cli_job *job = client < 0 ? NULL : u_zalloc(sizeof *job);
     if (job) {
-      job->client = client;
-      job->fds = (struct cli_fds){.output = -1, .messages = -1};
+      *job = (struct cli_job){.fds = {-1, -1}, .client = client};
       cli_count(1, 0);
       if (os_thread(cli_serve_job, job) == 0) continue;
       cli_count(-1, 0);
-      NBDSERVE_FREE(job);
     }
+    NBDSERVE_FREE(job);
     close(client);
     poll(NULL, 0, SRV_PAUSE_MS);
   }
   cli_count(-1, 0);
-  return NULL;
+  return unused;
 }
 
 /* ---- The store of this process ------------------------------------------ */
-
-/* Connects to the server of the store: a socket, or -errno.
- *
- * A STORE.ctl that is somebody else's is refused: in a directory where
- * everybody may make files a stranger who can read the store could lock it,
- * listen there, and get our descriptors.  A server runs as the owner of the
- * store, as ourselves, or as root. */
-static int cli_connect(void) {
-  struct stat store;
-  struct stat ctl;
-  if (stat(cli.store, &store) == 0 && lstat(cli.ctl_path, &ctl) == 0 &&
-      ctl.st_uid != store.st_uid && ctl.st_uid != geteuid() && ctl.st_uid != 0)
-    cli_failed("%s: belongs neither to the owner of the store nor to us",
-               cli.ctl_path);
-  return srv_unix_socket(cli.ctl_path, SRV_CONNECT);
-}
 
 /* Opens the store at path.  The process has one at most.  STORE.ctl lies beside
  * the file itself, so that all who come by symbolic links find it.  Returns 0,
  * or -errno and leaves cli.cas NULL.  -EBUSY: somebody has it.  If that is its
  * server *server is connected to it, else -1: a reader like `list` is waited
- * for, and a server that just starts or ends. */
+ * for, and a server that just starts or ends, for three seconds.
+ *
+ * A STORE.ctl that is somebody else's is refused: in a directory where
+ * everybody may make files a stranger who can read the store could lock it,
+ * listen there, and get our descriptors.  A server runs as the owner of the
+ * store, as ourselves, or as root. */
 static int cli_open_store(const char *path, uint32_t flags, int *server) {
   struct nbdserve_cas_options options = {.flags = flags};
   struct pollfd stop = {cli.server->stop.pipe[0], POLLIN, 0};
-  int64_t until = os_now_ms() + CLI_BUSY_MS;
+  int64_t until = os_now_ms() + 3000;
+  struct stat st;
+  struct stat ctl;
+  int err;
   assert(!cli.cas);
   *server = -1;
   if (opt[OPT_NO_VERIFY].given) options.flags |= NBDSERVE_CAS_NO_VERIFY;
-  if (!realpath(path, cli.store)) return -errno;
-  if (snprintf(cli.ctl_path, PATH_MAX, "%s.ctl", cli.store) >= PATH_MAX)
-    return -ENAMETOOLONG;
-  int err;
+  if (!realpath(path, cli.store) || stat(path, &st) < 0) return -errno;
+  snprintf(cli.ctl_path, sizeof cli.ctl_path, "%s.ctl", cli.store);
   do {
     err = nbdserve_cas_open(path, &options, &cli.cas);
-    if (err == -EBUSY) *server = cli_connect();
-  } while (err == -EBUSY && *server < 0 && os_now_ms() < until &&
-           poll(&stop, 1, CLI_BUSY_STEP_MS) == 0);
+    if (err != -EBUSY) break;
+    if (lstat(cli.ctl_path, &ctl) == 0 && ctl.st_uid != st.st_uid &&
+        ctl.st_uid != geteuid() && ctl.st_uid != 0)
+      cli_failed("%s: belongs neither to the owner of the store nor to us",
+                 cli.ctl_path);
+    *server = srv_unix_socket(cli.ctl_path, SRV_CONNECT);
+  } while (*server < 0 && os_now_ms() < until && poll(&stop, 1, 50) == 0);
   if (err == -EINVAL) cli_failed("%s: not a store", path);
   if (err == -EUCLEAN)
     cli_failed("%s: damaged; `nbdserve repair %s%s` goes on", path,
@@ -10371,20 +10276,28 @@ static int cli_open_store(const char *path, uint32_t flags, int *server) {
   return err;
 }
 
-/* Starts the thread that takes commands.  This comes after --fork and after the
- * command was started: from now on the process makes no other one, which would
- * inherit the descriptors that come with commands.  Without the thread nobody
- * would answer at STORE.ctl, and a command would wait for ever; so it goes.  A
- * read-only server takes no commands: next to it the store can be opened by
- * other readers. */
+/* Listens at STORE.ctl and starts the thread that takes commands.  This comes
+ * after --fork and after the command was started: from now on the process makes
+ * no other one, which would inherit the descriptors that come with commands.
+ * (Commands that come before wait: see cli_open_store.)  STORE.ctl is for
+ * ourselves and root only: the umask is in force when it is made, so there is
+ * no moment at which others get in.  If it cannot be made (its path may be too
+ * long for a socket, or the directory read-only) the store is served all the
+ * same.  Without the thread nobody would answer, and a command would wait for
+ * ever; so the socket goes.  A read-only server takes no commands: next to it
+ * the store can be opened by other readers. */
 static void cli_start_control(void) {
   if (!cli.cas || opt[OPT_READ_ONLY].given || NBDSERVE_NO_THREADS) return;
+  mode_t mask = umask(0177);
+  int err = cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
+  umask(mask);
   cli.njobs = 1; /* cli_control */
-  int err = cli.ctl < 0 ? cli.ctl : os_thread(cli_control, NULL);
+  if (err >= 0) lstat(cli.ctl_path, &cli.ctl_st);
+  if (err >= 0) err = os_thread(cli_control, NULL);
   if (!err) return;
   cli.njobs = 0;
   cli_remove_ctl();
-  if (cli.ctl >= 0) close(cli.ctl);
+  close(cli.ctl);
   if (!opt[OPT_QUIET].given)
     cli_say("%s: %s; no commands are taken while the store is served",
             cli.ctl_path, u_errno_text(err));
@@ -10399,8 +10312,8 @@ static int cli_await_jobs(void) {
   nbdserve_stop(cli.server);
   os_lock(&cli.server->lock);
   while (cli.njobs > 0 && os_now_ms() < until)
-    os_wait_ms(&cli.server->lock, io_timeout(until));
-  int is_finished = cli.njobs == 0;
+    os_wait_ms(&cli.server->lock, 100);
+  int is_finished = !cli.njobs;
   os_unlock(&cli.server->lock);
   return is_finished;
 }
@@ -10433,32 +10346,20 @@ static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
   return nbdserve_cas_list(cli.cas, cli_emit_volume, &to);
 }
 
-/* Opens a volume or snapshot of a store.  Before it opens the store, if that is
- * not open yet, and the socket for commands.  STORE.ctl is for ourselves and
- * root only: the umask is in force when it is made, so there is no moment at
- * which others get in.  If it cannot be made (its path may be too long for a
- * socket, or the directory read-only) the store is served all the same, and
- * cli_start_control says what that means.
- *
- * With the name "" the server finds and lists all that is in the store, also
- * what is made later, and *ex stays as it is. */
+/* Opens a volume or snapshot of a store and before, if that is not open yet,
+ * the store.  With the name "" the server finds and lists all that is in the
+ * store, also what is made later, and *ex stays as it is. */
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
-  int readonly = opt[OPT_READ_ONLY].given != 0;
   char real[PATH_MAX];
   int server;
+  int readonly = opt[OPT_READ_ONLY].given != 0;
   if (cli.cas && (!realpath(path, real) || strcmp(cli.store, real) != 0))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
-  if (!cli.cas) {
-    int err =
-        cli_open_store(path, readonly ? NBDSERVE_CAS_READONLY : 0, &server);
-    if (err) return err;
-    mode_t mask = umask(0177);
-    if (!readonly && !NBDSERVE_NO_THREADS)
-      cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
-    umask(mask);
-    if (cli.ctl >= 0) lstat(cli.ctl_path, &cli.ctl_st);
-  }
+  int err = cli.cas ? 0
+                    : cli_open_store(path, readonly ? NBDSERVE_CAS_READONLY : 0,
+                                     &server);
+  if (err) return err;
   if (*name) return nbdserve_cas_volume(cli.cas, name, ex);
   cli.server->config.find = cli_find_volume;
   cli.server->config.list = cli_list_volumes;
@@ -10478,17 +10379,14 @@ static int cli_open_volume(const char *path, const char *name,
  * Returns its path, or NULL if nothing names a store. */
 static char *cli_take_store(const struct cli_verb *verb) {
   char *fallback = getenv("NBDSERVE_STORE");
-  char *first = *cli.targets;
+  char *first = cli.ntargets ? *cli.targets : NULL;
+  char *colons = first ? strstr(first, "::") : NULL;
   uint64_t size;
-  if (!cli.ntargets) return fallback;
-  char *colons = strstr(first, "::");
   int is_size = !verb->run && cli.ntargets == 1 && fallback &&
                 u_parse_number(first, INT64_MAX, &size);
-  if (!colons && (verb->min || is_size)) return fallback;
-  if (colons) {
-    *cli.targets = colons + 2;
-    *colons = '\0';
-  }
+  if (!first || (!colons && (verb->min || is_size))) return fallback;
+  if (colons) *colons = '\0';
+  if (colons) *cli.targets = colons + 2;
   if (!colons || (!verb->min && !colons[2])) {
     cli.targets++;
     cli.ntargets--;
@@ -10502,32 +10400,28 @@ static char *cli_take_store(const struct cli_verb *verb) {
  * symbolic link to one stays.  A FILE that is to be written may be a store,
  * this one perhaps, or an image that is being served: both are locked, and
  * nobody wants to lose them. */
-static void cli_open_file(struct cli_job *job, const char *file) {
-  int writes = (job->verb->flags & VERB_WRITES_FILE) != 0;
-  char real[PATH_MAX];
+static int cli_open_file(const char *file, int writes) {
   struct stat st;
-  if (writes && strcmp(file, "-") == 0) return;
+  if (writes && strcmp(file, "-") == 0) return 1;
   int fd = open(file, (writes ? O_WRONLY : O_RDONLY) | O_CLOEXEC | O_NOCTTY);
   if (fd < 0 && (!writes || errno != ENOENT)) cli_exit_if_error(-errno, file);
   if (writes && fd >= 0 && os_lock_file(fd, 0))
     cli_die(CLI_IN_USE, "%s: in use", file);
-  job->fds.output = fd;
-  int is_old = fd >= 0 && fstat(fd, &st) == 0;
-  if (!writes || (is_old && !S_ISREG(st.st_mode))) return;
-  cli_catch_signals(cli_on_signal); /* a FIFO waits, but here it is a file */
-  int has_path = is_old && realpath(file, real);
-  job->fds.output = cli_new_file(has_path ? real : file, is_old ? &st : NULL);
+  if (!writes || (fd >= 0 && fstat(fd, &st) == 0 && !S_ISREG(st.st_mode)))
+    return fd;
+  cli_catch_signals(cli_on_signal); /* now there is something to remove */
+  const char *real = fd >= 0 ? realpath(file, NULL) : NULL; /* is not freed */
+  return cli_new_file(real ? real : file, fd >= 0 ? &st : NULL);
 }
 
-/* After an export: makes what was written durable, where that can be, and lets
- * a regular FILE appear. */
-static void cli_finish_file(const struct cli_job *job, const char *file) {
-  int err = os_datasync(job->fds.output);
-  int is_other = err == -EINVAL || err == -ENOTSUP; /* a pipe, a terminal */
-  if (!is_other) cli_exit_if_error(err, file);
+/* After an export: makes what was written durable, where that can be (not in a
+ * pipe or terminal), and lets a regular FILE appear. */
+static void cli_finish_file(int fd, const char *file) {
+  int err = os_datasync(fd);
+  if (err != -EINVAL && err != -ENOTSUP) cli_exit_if_error(err, file);
   if (!*cli.temp) return;
   cli_put_new_file();
-  cli_exit_if_error(os_sync_new_file(job->fds.output, cli.path), file);
+  cli_exit_if_error(os_sync_new_file(fd, cli.path), file);
 }
 
 /* Does a command on a store, here or at its server.  --accept-loss is for a
@@ -10539,70 +10433,64 @@ static void cli_finish_file(const struct cli_job *job, const char *file) {
 static int cli_run_on_store(struct cli_job *job, const char *store,
                             const char *last) {
   unsigned flags = job->verb->flags;
-  int accept_loss = opt[OPT_ACCEPT_LOSS].given != 0;
+  uint32_t how = job->verb->open;
+  if (opt[OPT_ACCEPT_LOSS].given) how |= NBDSERVE_CAS_ACCEPT_LOSS;
   signal(SIGPIPE, SIG_IGN);
-  if (flags & (VERB_READS_FILE | VERB_WRITES_FILE)) cli_open_file(job, last);
+  if (flags & (VERB_READS_FILE | VERB_WRITES_FILE))
+    job->fds.output = cli_open_file(last, !(flags & VERB_READS_FILE));
   if (flags & VERB_LONG) cli_catch_signals(cli_on_signal);
-  int err = cli_open_store(
-      store, job->verb->open | (accept_loss ? NBDSERVE_CAS_ACCEPT_LOSS : 0),
-      &job->client);
+  int err = cli_open_store(store, how, &job->client);
   if (err == -EBUSY && job->client < 0)
     cli_die(CLI_IN_USE, "%s: in use by a process that takes no commands",
             store);
-  if (err == -EBUSY && accept_loss)
+  if (err == -EBUSY && how & NBDSERVE_CAS_ACCEPT_LOSS)
     cli_failed("%s: is being served; stop the server first", store);
   if (err != -EBUSY) cli_exit_if_error(err, store);
   int status = err ? cli_run_remote(job) : cli_run_job(job, cli.cas);
-  if (!status && flags & VERB_WRITES_FILE) cli_finish_file(job, last);
+  if (!status && flags & VERB_WRITES_FILE)
+    cli_finish_file(job->fds.output, last);
   return status;
-}
-
-/* Puts the operands behind each other, as they go over the control socket.
- * Returns 0 or what cli_split_operands does. */
-static int cli_join_operands(struct cli_job *job) {
-  size_t length = 0;
-  for (int i = 0; i < cli.ntargets; i++)
-    length += strlen(cli.targets[i]) + 1;
-  job->operands = length > CLI_MAX_OPERANDS ? NULL : u_zalloc(length + 1);
-  if (!job->operands) return -E2BIG;
-  char *p = job->operands;
-  for (int i = 0; i < cli.ntargets; i++)
-    p = stpcpy(p, cli.targets[i]) + 1;
-  assert(p == job->operands + length);
-  job->request.length = (uint32_t)length;
-  return cli_split_operands(job);
 }
 
 /* If the command line is a command on a store: does it, and ends the process.
  * Its first word has to be one of the names in cli_verbs; a file of such a name
  * is served as ./NAME.  --dry-run and --accept-loss are refused where they
- * would not be heeded. */
+ * would not be heeded.
+ *
+ * The operands are put behind each other, as they go over the control
+ * socket. */
 static void cli_run_verb(void) {
-  static struct cli_job job = {.fds = {.output = 1, .messages = 2},
-                               .client = -1};
+  static struct cli_job job = {.fds = {1, 2}, .client = -1};
   struct nbdserve_cas_options options = {.flags = 0};
   const char *name = cli.ntargets ? *cli.targets : "";
+  const char *last = NULL;
+  size_t length;
   unsigned char i = 0;
   while (i < COUNT_OF(cli_verbs) && strcmp(cli_verbs[i].name, name) != 0)
     i++;
   if (i == COUNT_OF(cli_verbs)) return;
-  const struct cli_verb *verb = &cli_verbs[i];
-  cli.targets++;
-  cli.ntargets--;
-  char *store = cli_take_store(verb);
-  const char *last = cli.ntargets ? cli.targets[cli.ntargets - 1] : NULL;
-  job.verb = verb;
+  job.verb = &cli_verbs[i];
   job.request.verb = i;
   job.request.json = opt[OPT_JSON].given != 0;
   job.request.dry_run = opt[OPT_DRY_RUN].given != 0;
-  int err = store ? cli_join_operands(&job) : -EINVAL;
+  cli.targets++;
+  cli.ntargets--;
+  char *store = cli_take_store(job.verb);
+  FILE *out = open_memstream(&job.operands, &length);
+  for (int j = 0; out && j < cli.ntargets; j++) {
+    last = cli.targets[j];
+    fwrite(last, 1, strlen(last) + 1, out);
+  }
+  int err = out && fclose(out) == 0 && length < CLI_MAX_OPERANDS ? 0 : -E2BIG;
+  job.request.length = (uint32_t)length;
+  if (!err) err = store ? cli_split_operands(&job) : -EINVAL;
   if (err == -EINVAL ||
-      (job.request.dry_run && !(verb->flags & VERB_DRY_RUN)) ||
-      (opt[OPT_ACCEPT_LOSS].given && verb->open != NBDSERVE_CAS_REPAIR))
-    cli_usage("usage: nbdserve %s %s", name, verb->operands);
+      (job.request.dry_run && !(job.verb->flags & VERB_DRY_RUN)) ||
+      (opt[OPT_ACCEPT_LOSS].given && job.verb->open != NBDSERVE_CAS_REPAIR))
+    cli_usage("usage: nbdserve %s %s", name, job.verb->operands);
   if (err == -EDOM) cli_usage("%s %s: not a size", name, last);
   cli_exit_if_error(err, name);
-  if (verb->run) exit(cli_run_on_store(&job, store, last));
+  if (job.verb->run) exit(cli_run_on_store(&job, store, last));
   options.block_size = (uint32_t)u_min(job.ops->size, UINT32_MAX);
   err = nbdserve_cas_init(store, &options);
   if (err == -EINVAL && last)
@@ -10651,43 +10539,47 @@ static void cli_help_verbs(void) {
  * goes to a directory of the user's choice; a message about that names it, as
  * it is not the target that is wrong. */
 static int cli_open_flat(const char *path, struct nbdserve_export *ex) {
+  const char *dir = getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
   struct nbdserve_flat options = {.offset = opt[OPT_OFFSET].number,
                                   .size = opt[OPT_SIZE].number,
-                                  .create = opt[OPT_CREATE].number};
+                                  .create = opt[OPT_CREATE].number,
+                                  .dir = dir};
   if (opt[OPT_READ_ONLY].given) options.flags = NBDSERVE_FLAT_READONLY;
-  if (opt[OPT_TEMPORARY].given) {
-    options.flags = NBDSERVE_FLAT_TEMPORARY;
-    options.dir = getenv("TMPDIR");
-    if (!options.dir) options.dir = "/tmp";
-    if (access(options.dir, W_OK) < 0) cli_exit_if_error(-errno, options.dir);
-  }
+  if (opt[OPT_TEMPORARY].given) options.flags = NBDSERVE_FLAT_TEMPORARY;
+  if (opt[OPT_TEMPORARY].given && access(dir, W_OK) < 0)
+    cli_exit_if_error(-errno, dir);
   return nbdserve_flat_open(path, &options, ex);
 }
 
-/* If err is an error: ends the process with a message that says why the target
- * cannot be opened and, where an option helps, which one. */
-static void cli_exit_if_unopened(int err, const char *text, int is_volume) {
-  const char *help = "";
+/* Opens a target, which is a volume if that is not NULL, at path.  If that
+ * fails the process ends with a message that says why and, where an option
+ * helps, which one.  A volume cannot be cut like a file, and has clones in
+ * place of --temporary. */
+static void cli_open_target(const char *text, const char *path,
+                            const char *volume, struct nbdserve_export *ex) {
   int writes = !opt[OPT_READ_ONLY].given && !opt[OPT_TEMPORARY].given;
+  if (volume && (opt[OPT_OFFSET].given || opt[OPT_SIZE].given ||
+                 opt[OPT_CREATE].given || opt[OPT_TEMPORARY].given))
+    cli_usage("%s: no --offset, --size, --create or --temporary with a store "
+              "(clone it)",
+              text);
+  int err =
+      volume ? cli_open_volume(path, volume, ex) : cli_open_flat(path, ex);
   if ((err == -EACCES || err == -EROFS) && writes)
-    help = " (-r serves it read-only)";
-  if (err == -ENOENT && !is_volume && writes && !opt[OPT_CREATE].given)
-    help = " (--create SIZE makes it)";
-  if (*help) cli_failed("%s: %s%s", text, u_errno_text(err), help);
-  if (err == -EINVAL && !is_volume)
-    cli_failed("%s: not a file, block device or mem:SIZE, or --offset and "
-               "--size exceed it",
+    cli_failed("%s: %s (-r serves it read-only)", text, u_errno_text(err));
+  if (err == -ENOENT && !volume && writes && !opt[OPT_CREATE].given)
+    cli_failed("%s: %s (--create SIZE makes it)", text, u_errno_text(err));
+  if (err == -EINVAL && !volume)
+    cli_failed("%s: not a file, block device or mem:SIZE, or shorter than "
+               "--offset and --size",
                text);
   cli_exit_if_error(err, text);
 }
 
 /* Opens a target and adds it to the server, which takes over what is behind the
- * export; if it does not take the export, the process ends.  A volume cannot be
- * cut like a file, and has clones in place of --temporary.  A whole store adds
- * no export: the server asks for each one when a client does.
- *
- * The only export may be called what clients like, if nothing gives it a
- * name. */
+ * export; if it does not take the export, the process ends.  A whole store adds
+ * no export: the server asks for each one when a client does.  The only export
+ * may be called what clients like, if nothing gives it a name. */
 static void cli_add_target(char *text) {
   struct nbdserve_export ex = cli_common;
   char path[PATH_MAX];
@@ -10706,31 +10598,19 @@ static void cli_add_target(char *text) {
   const char *front = is_file && strncmp(rest, "mem:", 4) == 0 ? "./" : "";
   if (snprintf(path, sizeof path, "%s%s", front, rest) >= PATH_MAX)
     cli_exit_if_error(-ENAMETOOLONG, text);
-  char *volume = is_file ? NULL : strstr(path, "::");
-  if (volume) {
-    *volume = '\0';
-    volume += 2;
-  }
+  char *colons = is_file ? NULL : strstr(path, "::");
   const char *slash = strrchr(rest, '/');
-  if (!ex.name && cli.ntargets == 1) ex.flags |= NBDSERVE_EXPORT_FALLBACK;
-  if (!ex.name && cli.ntargets > 1 && volume)
-    ex.name = volume;
-  else if (!ex.name && cli.ntargets > 1)
-    ex.name = slash ? slash + 1 : rest;
-  if (cli.ntargets == 1 && ex.name) cli.export_name = ex.name;
-  if (volume && (opt[OPT_OFFSET].given || opt[OPT_SIZE].given ||
-                 opt[OPT_CREATE].given || opt[OPT_TEMPORARY].given))
-    cli_usage("%s: no --offset, --size, --create or --temporary with a store "
-              "(clone it)",
-              text);
-  int err =
-      volume ? cli_open_volume(path, volume, &ex) : cli_open_flat(path, &ex);
-  cli_exit_if_unopened(err, text, volume != NULL);
+  const char *name = slash ? slash + 1 : rest;
+  if (colons) *colons = '\0';
+  if (colons) name = colons + 2;
+  if (cli.ntargets > 1 && !ex.name) ex.name = name;
+  if (!ex.name) ex.flags |= NBDSERVE_EXPORT_FALLBACK;
+  if (ex.name && cli.ntargets == 1) cli.export_name = ex.name;
+  cli_open_target(text, path, colons ? name : NULL, &ex);
   if (!ex.ops) return;
   assert(ex.ops->read && ex.ops->close);
-  err = nbdserve_add(cli.server, &ex);
-  if (!err) return;
-  ex.ops->close(ex.ctx);
+  int err = nbdserve_add(cli.server, &ex);
+  if (err) ex.ops->close(ex.ctx);
   if (err == -EEXIST)
     cli_usage("%s: another target has that export name", text);
   if (err == -EINVAL)
@@ -10776,24 +10656,10 @@ static int cli_listen_on_passed(void) {
   uint64_t n = 0;
   if (!pid || !fds || strtol(pid, NULL, 10) != (long)getpid()) return 0;
   if (!u_parse_number(fds, SRV_LISTENERS, &n))
-    cli_failed("LISTEN_FDS: %s: not a number of sockets up to %d", fds,
-               SRV_LISTENERS);
+    cli_failed("LISTEN_FDS: %s: too many sockets, or no number", fds);
   for (int i = 0; i < (int)n; i++)
     cli_listen_at("fd:%d", 3 + i);
   return (int)n;
-}
-
-/* Listens on a unix socket at path.  If the path is relative it gets the
- * working directory in front, so that the URI is right from everywhere; but
- * only where the whole fits into the address of a socket, for the path alone
- * may. */
-static void cli_listen_on_unix(const char *path) {
-  char dir[sizeof(((struct sockaddr_un *)0)->sun_path)];
-  size_t n = strlen(path);
-  if (*path != '/' && n + 1 < sizeof dir && getcwd(dir, sizeof dir - n - 1))
-    cli_listen_at("unix:%s/%s", dir, path);
-  else
-    cli_listen_at("unix:%s", path);
 }
 
 /* Listens on a private socket, in a directory that only its owner can enter.
@@ -10805,11 +10671,10 @@ static void cli_listen_privately(void) {
   const char *const parents[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"),
                                  "/tmp"};
   char *dir = cli.private_dir;
-  const int size = (int)sizeof cli.private_dir;
+  const size_t size = sizeof cli.private_dir;
   for (size_t i = 0; i < COUNT_OF(parents) && !*dir; i++) {
-    if (!parents[i] || *parents[i] != '/') continue;
-    int n = snprintf(dir, (size_t)size, "%s/nbdXXXXXX", parents[i]);
-    if (n >= size || !mkdtemp(dir)) *dir = '\0';
+    int n = snprintf(dir, size, "%s/nbdXXXXXX", parents[i] ? parents[i] : "");
+    if (*dir != '/' || n >= (int)size || !mkdtemp(dir)) *dir = '\0';
   }
   if (!*dir) cli_failed("private socket: no directory for it (use -U)");
   mode_t mask = umask(0177);
@@ -10817,32 +10682,36 @@ static void cli_listen_privately(void) {
   umask(mask);
 }
 
-/* Listens on TCP, and warns if others than this machine can connect. */
-static void cli_listen_on_tcp(void) {
-  const char *host = opt[OPT_BIND].text ? opt[OPT_BIND].text : "localhost";
-  int port = opt[OPT_PORT].given ? (int)opt[OPT_PORT].number : 10809;
-  cli_listen_at("tcp:%s:%d", host, port);
-  int is_loopback = strcmp(host, "localhost") == 0 ||
-                    strcmp(host, "::1") == 0 || strncmp(host, "127.", 4) == 0;
-  if (!is_loopback && !opt[OPT_QUIET].given)
-    cli_say("%s: no authentication: anyone can read and write", host);
-}
-
 /* Opens the sockets that the command line asks for.  If it does not ask for
  * any, takes over those that were passed to us, or makes a private one.  Only
- * sockets that we have opened have a URI that we know. */
+ * sockets that we have opened have a URI that we know.
+ *
+ * A relative path gets the working directory in front, so that the URI is right
+ * from everywhere; but only where the whole fits into the address of a socket,
+ * for the path alone may.  Others than this machine may use TCP: a warning. */
 static void cli_listen(void) {
   const char *path = opt[OPT_UNIX].text;
+  const char *host = opt[OPT_BIND].text ? opt[OPT_BIND].text : "localhost";
+  int port = opt[OPT_PORT].given ? (int)opt[OPT_PORT].number : 10809;
   int wants_tcp = opt[OPT_PORT].given || opt[OPT_BIND].given;
+  char dir[sizeof(((struct sockaddr_un *)0)->sun_path)];
+  size_t n = path ? strlen(path) : 0;
   if (opt[OPT_STDIN].given)
     cli.client = 0;
   else if (opt[OPT_FD].given)
     cli_listen_at("fd:%d", (int)opt[OPT_FD].number);
-  else if (path && strcmp(path, "-") != 0)
-    cli_listen_on_unix(path);
-  else if (path || (!wants_tcp && !cli_listen_on_passed()))
+  else if (path ? strcmp(path, "-") == 0
+                : !wants_tcp && !cli_listen_on_passed())
     cli_listen_privately();
-  if (wants_tcp) cli_listen_on_tcp();
+  else if (path && *path != '/' && n + 1 < sizeof dir &&
+           getcwd(dir, sizeof dir - n - 1))
+    cli_listen_at("unix:%s/%s", dir, path);
+  else if (path)
+    cli_listen_at("unix:%s", path);
+  if (wants_tcp) cli_listen_at("tcp:%s:%d", host, port);
+  if (wants_tcp && strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
+      strncmp(host, "127.", 4) != 0 && !opt[OPT_QUIET].given)
+    cli_say("%s: no authentication: anyone can read and write", host);
   int err = nbdserve_uri(cli.server, cli.export_name, cli.uri, sizeof cli.uri);
   if (err != -ENOENT) cli_exit_if_error(err, "URI");
 }
@@ -10886,44 +10755,27 @@ static void cli_exec_child(void) {
  * so that we can pass on its status.  The signals are blocked until its process
  * id is known to the handler: it may have ended by then, and SIGCHLD be
  * waiting.  If a signal has asked for the end already, there is nobody to serve
- * the command, so it is not started.  The descriptors that we have opened close
- * themselves in it. */
+ * the command, so it is not started: what never ran has not succeeded.  The
+ * descriptors that we have opened close themselves in it. */
 static void cli_start_child(void) {
   sigset_t all;
   sigset_t was;
-  assert(!cli.child);
   if (!*cli.uri) cli_usage("no URI for the command to use");
   for (char **word = cli.command; word && *word; word++)
     *word = cli_put_uri(*word);
   sigfillset(&all);
   sigprocmask(SIG_BLOCK, &all, &was);
-  if (cli.stopping) {
-    cli.child_status = CLI_FAILED; /* what never ran has not succeeded */
-  } else {
-    pid_t pid = fork();
-    if (pid < 0) cli_exit_if_error(-errno, "fork");
-    if (pid == 0) {
-      cli_catch_signals(SIG_DFL); /* first: it must not run our handler */
-      sigprocmask(SIG_SETMASK, &was, NULL);
-      cli_exec_child();
-      _exit(CLI_NOT_FOUND);
-    }
-    cli.child = pid;
+  pid_t pid = cli.stopping ? -1 : fork();
+  if (pid < 0) cli.child_status = CLI_FAILED;
+  if (pid < 0 && !cli.stopping) cli_exit_if_error(-errno, "fork");
+  if (pid == 0) {
+    cli_catch_signals(SIG_DFL); /* first: it must not run our handler */
+    sigprocmask(SIG_SETMASK, &was, NULL);
+    cli_exec_child();
+    _exit(127); /* as a shell says it */
   }
+  if (pid > 0) cli.child = pid;
   sigprocmask(SIG_SETMASK, &was, NULL);
-}
-
-/* Step 5 of the end.  Usually the command has ended, which is what has brought
- * us here, or has been told and had its time.  If it has not been told (the
- * server has failed) that is done now, and there is time to wait for it. */
-static void cli_await_child(void) {
-  if (cli.child && !cli.end_wanted) raise(SIGTERM);
-  while (cli.child && !cli.stopping)
-    poll(NULL, 0, 100);
-  if (!cli.child) return;
-  cli_say("%s: the command still runs after SIGTERM; not waited for",
-          cli.command ? *cli.command : "--run");
-  cli.child_status = CLI_FAILED;
 }
 
 /* ---- Getting ready ------------------------------------------------------ */
@@ -10939,12 +10791,9 @@ static void cli_fork(void) {
   assert(!cli.cas && !cli.server->nlisteners);
   pid_t pid = pipe(fd) < 0 ? -1 : fork();
   if (pid < 0 || (pid == 0 && setsid() < 0)) cli_exit_if_error(-errno, "fork");
+  close(fd[pid > 0]);
   cli.ready_pipe = fd[1];
-  if (pid == 0) {
-    close(fd[0]);
-    return;
-  }
-  close(fd[1]);
+  if (pid == 0) return;
   if (read(fd[0], &byte, 1) == 1) _exit(CLI_OK);
   waitpid(pid, &wait_status, 0);
   int status = cli_exit_status(wait_status);
@@ -10984,19 +10833,21 @@ static void cli_print_stats(void) {
   struct nbdserve_stats s;
   nbdserve_stats(cli.server, &s);
   dprintf(2,
-          "{\"clients\":%" PRIu64 ",\"clients_now\":%" PRIu64
-          ",\"requests\":%" PRIu64 ",\"errors\":%" PRIu64
-          ",\"bytes_read\":%" PRIu64 ",\"bytes_written\":%" PRIu64
-          ",\"flushes\":%" PRIu64 "}\n",
+          "{\"clients\":" CLI_N ",\"clients_now\":" CLI_N ",\"requests\":" CLI_N
+          ",\"errors\":" CLI_N ",\"bytes_read\":" CLI_N
+          ",\"bytes_written\":" CLI_N ",\"flushes\":" CLI_N "}\n",
           s.clients, s.clients_now, s.requests, s.errors, s.bytes_read,
           s.bytes_written, s.flushes);
 }
 
 /* Serves until the end, and does what the signal handler leaves to others: it
- * prints totals, and does step 2 of the end.  Returns the exit status, which is
- * the command's if there was one and it has failed.  A client that is the only
- * one is served here; after that nbdserve_run has nothing to do but to
- * flush. */
+ * prints totals, and does step 2 of the end.  A client that is the only one is
+ * served here; after that nbdserve_run has nothing to do but to flush.
+ *
+ * Step 5 of the end: usually the command has ended, or has been told and had
+ * its time.  If it has not been told (the server has failed) that is done now,
+ * and there is time to wait for it.  Returns the exit status, which is the
+ * command's if there was one and it has failed. */
 static int cli_serve(void) {
   int err = 0;
   int run_err;
@@ -11009,13 +10860,18 @@ static int cli_serve(void) {
   do {
     run_err = nbdserve_run(cli.server);
     int is_last = run_err != -EINTR && opt[OPT_STATS].given;
-    if (cli.stats_wanted || is_last) {
-      cli.stats_wanted = 0;
-      cli_print_stats();
-    }
+    int wants_stats = cli.stats_wanted || is_last;
+    cli.stats_wanted = 0;
+    if (wants_stats) cli_print_stats();
     if (cli.end_wanted) nbdserve_unlisten(cli.server);
   } while (run_err == -EINTR);
-  cli_await_child();
+  if (cli.child && !cli.end_wanted) raise(SIGTERM);
+  while (cli.child && !cli.stopping)
+    poll(NULL, 0, 100);
+  if (cli.child) {
+    cli_say("the command still runs after SIGTERM; not waited for");
+    return CLI_FAILED;
+  }
   if (cli.child_status) return cli.child_status;
   return err || run_err ? CLI_FAILED : CLI_OK;
 }
@@ -11026,21 +10882,16 @@ static int cli_serve(void) {
  * does not end, the store stays open: opening it next time repairs what is
  * unfinished.  From here on signals are ignored. */
 static void cli_close(void) {
-  const char *why = NULL;
   cli_catch_signals(SIG_IGN);
   if (cli.pidfile) os_remove_own_file(opt[OPT_PIDFILE].text, cli.pidfile);
   if (*cli.temp) unlink(cli.temp);
   cli_remove_ctl();
-  if (cli_await_jobs()) {
-    nbdserve_free(cli.server);
-    int err = cli.cas ? nbdserve_cas_close(cli.cas) : 0;
-    if (err) why = u_errno_text(err);
-  } else {
-    why = "a command was not finished";
-  }
+  int err = cli_await_jobs() ? 0 : -ETIMEDOUT; /* a command does not end */
+  if (!err) nbdserve_free(cli.server);
+  if (!err && cli.cas) err = nbdserve_cas_close(cli.cas);
   if (*cli.private_dir) rmdir(cli.private_dir);
-  if (!why) return;
-  cli_say("%s: %s", cli.store, why);
+  if (!err) return;
+  cli_say("%s: %s at the end", cli.store, u_errno_text(err));
   _exit(CLI_FAILED);
 }
 
@@ -11049,7 +10900,7 @@ static void cli_close(void) {
 /* --help.  README has a copy of what this prints; a test compares them.
  * Options without a letter are indented, so that all names are in one
  * column. */
-static int cli_help(void) {
+static void cli_help(void) {
   puts("usage: nbdserve [OPTION]... [NAME=]TARGET... [-- CMD ARG...]\n"
        "       nbdserve COMMAND ARG...\n"
        "Serves disks over NBD.  TARGET is a file, a block device, mem:SIZE,\n"
@@ -11067,26 +10918,6 @@ static int cli_help(void) {
        "listens it prints the URI.  Exit status: 0 success, 1 failure,\n"
        "2 usage, 3 verify found damage, 4 target in use, or the status\n"
        "of CMD.");
-  return fflush(stdout) == EOF ? CLI_FAILED : CLI_OK;
-}
-
-/* --version.  The words tell what the build has; --help leaves out what it has
- * not. */
-static int cli_version(void) {
-  printf("nbdserve %s%s%s%s%s%s\n", nbdserve_version(),
-         NBDSERVE_NO_FLAT ? "" : " flat", NBDSERVE_NO_CAS ? "" : " cas",
-         NBDSERVE_NO_TCP ? "" : " tcp", NBDSERVE_NO_THREADS ? "" : " threads",
-         NBDSERVE_POSIX_ONLY ? " posix-only" : "");
-  return fflush(stdout) == EOF ? CLI_FAILED : CLI_OK;
-}
-
-/* Opens those of the descriptors 0 to 2 that are not open.  Otherwise an image
- * could become one of them, and our messages would be written to it. */
-static void cli_open_standard_fds(void) {
-  int fd = 0;
-  while (fd >= 0 && fd <= 2)
-    fd = open("/dev/null", O_RDWR);
-  if (fd > 2) close(fd);
 }
 
 /* Makes the server as the options want it.  Commands on stores need one, too: a
@@ -11110,13 +10941,27 @@ static void cli_new_server(void) {
 /* A command on a store, or a server from its start to its end: see the head of
  * this section.  The order matters: --fork before threads and locks, signals
  * before anything that must be removed, targets before sockets, so that whoever
- * can connect finds them. */
+ * can connect finds them.
+ *
+ * First those of the descriptors 0 to 2 are opened that are not open: otherwise
+ * an image could become one of them, and our messages would be written to it.
+ * The words of --version tell what the build has; --help leaves out what it has
+ * not. */
 int main(int argc, char **argv) {
-  cli_open_standard_fds();
+  int fd = 0;
+  while (fd >= 0 && fd <= 2)
+    fd = open("/dev/null", O_RDWR);
+  if (fd > 2) close(fd);
   atexit(cli_close);
   if (argc > 0) cli_parse(argv);
-  if (opt[OPT_HELP].given) return cli_help();
-  if (opt[OPT_VERSION].given) return cli_version();
+  if (opt[OPT_HELP].given) cli_help();
+  if (opt[OPT_VERSION].given)
+    printf("nbdserve %s%s%s%s%s%s\n", nbdserve_version(),
+           NBDSERVE_NO_FLAT ? "" : " flat", NBDSERVE_NO_CAS ? "" : " cas",
+           NBDSERVE_NO_TCP ? "" : " tcp", NBDSERVE_NO_THREADS ? "" : " threads",
+           NBDSERVE_POSIX_ONLY ? " posix-only" : "");
+  if (opt[OPT_HELP].given || opt[OPT_VERSION].given)
+    return fflush(stdout) == EOF ? CLI_FAILED : CLI_OK;
   cli_new_server();
   cli_run_verb();
   cli_check_options();

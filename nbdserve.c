@@ -9126,9 +9126,7 @@ static void cli_log(void *unused, int level, const char *message) {
  * has an exit status of its own: scripts try again then. */
 static void cli_exit_if_error(int err, const char *object) {
   assert(err <= 0 && object);
-  if (err == -EBUSY)
-    cli_die(CLI_IN_USE, "%s: %s; another server has it", object,
-            u_errno_text(err));
+  if (err == -EBUSY) cli_die(CLI_IN_USE, "%s: another server has it", object);
   if (err) cli_failed("%s: %s", object, u_errno_text(err));
 }
 
@@ -9233,17 +9231,6 @@ static void cli_catch_signals(void (*handler)(int)) {
 
 /* ---- Files that we make and remove -------------------------------------- */
 
-/* Removes the socket for commands, if it still is ours.  Whoever has put
- * another file in its place keeps that.  We have the socket bound: its inode
- * number would otherwise be free, and the other file may have got it.  As long
- * as we have not made it, ctl_st is all zero and fits no file. */
-static void cli_remove_ctl(void) {
-  struct stat st;
-  if (lstat(cli.ctl_path, &st) == 0 && st.st_dev == cli.ctl_st.st_dev &&
-      st.st_ino == cli.ctl_st.st_ino)
-    unlink(cli.ctl_path);
-}
-
 /* Makes a new file that will be at path when it is whole: whoever sees it there
  * can rely on it, and one that was there before stays until then.  Meanwhile it
  * has another name beside it; cli_close removes it if it comes to nothing.
@@ -9268,20 +9255,6 @@ static int cli_new_file(const char *path, const struct stat *old) {
 static void cli_put_new_file(void) {
   if (rename(cli.temp, cli.path) < 0) cli_exit_if_error(-errno, cli.path);
   *cli.temp = '\0';
-}
-
-/* --pidfile: writes our process id to a file.  A symbolic link at path is
- * replaced, not followed.  The descriptor stays open, for os_remove_own_file:
- * with it closed, the inode number might become that of another server's
- * pidfile. */
-static void cli_write_pidfile(const char *path) {
-  struct stat st;
-  if (lstat(path, &st) == 0 && !S_ISREG(st.st_mode) && !S_ISLNK(st.st_mode))
-    cli_failed("%s: not a file, so not replaced by the pidfile", path);
-  int fd = cli_new_file(path, NULL);
-  if (dprintf(fd, "%ld\n", (long)getpid()) < 0) cli_exit_if_error(-errno, path);
-  cli_put_new_file();
-  cli.pidfile = fd;
 }
 
 /* ---- What --fault and --delay do to requests ---------------------------- */
@@ -9480,8 +9453,8 @@ static uint32_t cli_without;
 /* ---- From argv to `opt` ---- */
 
 /* The name of an option, without what it takes, for "%.*s" in a message */
-#define CLI_NAME(id) \
-  (int)strcspn(cli_options[id].name, " "), cli_options[id].name
+#define CLI_NAME_LEN(id) (int)strcspn(cli_options[id].name, " ")
+#define CLI_NAME(id) CLI_NAME_LEN(id), cli_options[id].name
 
 /* Takes a word off the front of *text, the value of an option, and returns what
  * it stands for.  The word goes to a colon or comma, which is taken off, too,
@@ -9544,7 +9517,7 @@ static int cli_parse_fault(enum cli_option_id id, const char *value) {
 static void cli_set_option(enum cli_option_id id, const char *value) {
   const struct cli_option *o = &cli_options[id];
   uint64_t *n = &opt[id].number;
-  int is_good = 1;
+  int is_bad = 0;
   opt[id].given++;
   opt[id].text = value;
   if (o->max && (!u_parse_number(value, o->max, n) || *n < o->min))
@@ -9552,59 +9525,54 @@ static void cli_set_option(enum cli_option_id id, const char *value) {
               value, o->min, o->max);
   if ((id == OPT_FD || id == OPT_READY_FD) && fcntl((int)*n, F_GETFD) < 0)
     cli_usage("--%.*s %s: not open", CLI_NAME(id), value);
-  if (id == OPT_BLOCK_SIZE) is_good = cli_parse_sizes(value);
-  if (id == OPT_FAULT || id == OPT_DELAY) is_good = cli_parse_fault(id, value);
+  if (id == OPT_BLOCK_SIZE) is_bad = !cli_parse_sizes(value);
+  if (id == OPT_FAULT || id == OPT_DELAY) is_bad = !cli_parse_fault(id, value);
   if (id == OPT_CACHE)
     cli_common.flags = cli_take_word(id, &value, cli_cache_modes);
   while (id == OPT_WITHOUT && *value)
     cli_without |= cli_take_word(id, &value, cli_features);
-  if (!is_good)
-    cli_usage("--%.*s %s: not as in --%s: %s", CLI_NAME(id), value, o->name,
-              o->help);
-}
-
-/* Returns the option with that name or, if is_letter, that letter; OPT_NONE if
- * there is none.  Names have to be written in full: a shorthand that is unique
- * today would not be so for ever. */
-static enum cli_option_id cli_find_option(const char *name, size_t len,
-                                          int is_letter) {
-  enum cli_option_id id = OPT_COUNT - 1;
-  for (; id > OPT_NONE; id--) {
-    const char *found = cli_options[id].name;
-    if (is_letter ? cli_options[id].letter == *name
-                  : strcspn(found, " ") == len && !strncmp(found, name, len))
-      break;
-  }
-  return id;
+  if (is_bad)
+    cli_usage("--%.*s %s: not as in --%s: %s", CLI_NAME(id), opt[id].text,
+              o->name, o->help);
 }
 
 /* Parses the command line.  A word is a target, which may stand between
  * options; --NAME or --NAME=VALUE; or letters behind "-", of which the first
  * that takes a value ends it: the rest of the word is the value.  If that is
- * empty, or "=VALUE" is missing, the value is the next word.  Targets are
- * gathered at the front of argv, over words that have been parsed: there is at
- * least one such word, the name of the program, so they never reach one that
- * has not. */
+ * empty, or "=VALUE" is missing, the value is the next word.  Names have to be
+ * written in full: a shorthand that is unique today would not be so for ever.
+ *
+ * Targets are gathered at the front of argv, over words that have been parsed:
+ * there is at least one such word, the name of the program, so they never reach
+ * one that has not. */
 static void cli_parse(char **argv) {
   cli.targets = argv;
   for (char **word = argv + 1; *word && !cli.command; word++) {
-    int is_letter = (*word)[0] == '-' && (*word)[1] != '-';
+    const char *text = *word;
     const char *value = NULL;
+    int is_letter = text[0] == '-' && text[1] != '-';
     assert(cli.targets + cli.ntargets < word);
-    if (strcmp(*word, "--") == 0) {
+    if (strcmp(text, "--") == 0) {
       opt[OPT_RUN].given++;
       cli.command = word + 1;
-    } else if (**word != '-' || !(*word)[1]) {
+    }
+    if (text[0] != '-' || !text[1]) {
       cli.targets[cli.ntargets++] = *word;
       continue;
     }
-    for (const char *p = *word + 2 - is_letter; *p && !value;) {
-      size_t len = is_letter ? 1 : strcspn(p, "=");
-      enum cli_option_id id = cli_find_option(p, len, is_letter);
-      int takes_value = strchr(cli_options[id].name, ' ') != NULL;
+    for (const char *p = text + 2 - is_letter; *p && !value;) {
+      int len = is_letter ? 1 : (int)strcspn(p, "=");
+      enum cli_option_id id = OPT_COUNT - 1;
+      for (; id > OPT_NONE; id--) {
+        const struct cli_option *o = &cli_options[id];
+        if (is_letter && o->letter == *p) break;
+        if (is_letter || len != CLI_NAME_LEN(id)) continue;
+        if (memcmp(o->name, p, (size_t)len) == 0) break;
+      }
       p += len;
+      int takes_value = strchr(cli_options[id].name, ' ') != NULL;
+      if (id == OPT_NONE) cli_usage("%s: unknown option (try --help)", text);
       if (takes_value) value = *p ? p + !is_letter : *++word;
-      if (!id) cli_usage("%s: unknown option (try --help)", *word);
       if (takes_value ? !value : !is_letter && *p)
         cli_usage("--%s is how to write it", cli_options[id].name);
       cli_set_option(id, value);
@@ -9651,16 +9619,12 @@ static void cli_check_options(void) {
  *
  * Each command has a thread of its own, so none waits for another one, nor for
  * output that nobody takes, nor for a client that says nothing.  Of those that
- * may take long a server does CLI_LONG_JOBS at a time and refuses more; the
+ * may take long a server does 16 at a time and refuses more; the
  * others are a checkpoint each, and are never refused.  Built without threads
  * it takes no commands. */
 #if !NBDSERVE_NO_CAS
+/* Bytes of operands that a server takes: no system has longer command lines. */
 enum {
-  /* How many long commands a server does at a time */
-  CLI_LONG_JOBS = 16,
-
-  /* Bytes of operands that a server takes: no system has longer command
-   * lines. */
   CLI_MAX_OPERANDS = 8 << 20
 };
 
@@ -9942,61 +9906,53 @@ static int cli_is_data(const struct nbdserve_export *volume, uint64_t off,
   return !(x.last_status & NBDSERVE_EXTENT_ZERO);
 }
 
-/* Copies a volume from or to the FILE of an import or export, IO_UNIT bytes at
- * a time, which is a whole number of blocks of every size.  What is written to
- * FILE goes from front to back, as it may be a pipe.  Holes are not copied
- * where the other side is one hole already: a new volume, or a file that can be
- * given its size; not standard output, where something may stand before. */
-static int cli_copy(struct cli_job *job, const struct nbdserve_export *volume,
-                    int is_import, unsigned char *buffer) {
+/* export: writes a volume or snapshot to a FILE, which gets its size, or to
+ * standard output, behind what may be there already.  Whoever gave the command
+ * makes it durable: cli_run_on_store.
+ *
+ * import: makes a volume of a file.  If that fails, at whatever point, there is
+ * no volume afterwards.  The size has to be known first, so a pipe will not do.
+ *
+ * IO_UNIT bytes are copied at a time, which is a whole number of blocks of
+ * every size.  What is written to FILE goes from front to back, as it may be a
+ * pipe.  Holes are not copied where the other side is one hole already: a new
+ * volume, or a file that can be given its size; not standard output, where
+ * something may stand before. */
+static int cli_do_copy(struct cli_job *job, struct nbdserve_cas *cas) {
+  struct nbdserve_export v = {.name = NULL}; /* the volume */
   int file = job->fds.output;
-  int is_sparse = is_import || (strcmp(job->ops->to, "-") != 0 &&
-                                ftruncate(file, (off_t)volume->size) == 0);
-  uint64_t n = 0;
-  uint64_t end = 0; /* of the data or hole that we are in */
+  int imports = (job->verb->flags & VERB_READS_FILE) != 0;
   int is_data = 0;
-  int err = 0;
-  for (uint64_t off = 0; off < volume->size && !err; off += n) {
+  uint64_t end = 0; /* of the data or hole that we are in */
+  off_t size = imports ? lseek(file, 0, SEEK_END) : 0;
+  unsigned char *buffer = size < 0 ? NULL : NBDSERVE_MALLOC(IO_UNIT);
+  if (!buffer) return size < 0 ? -errno : -ENOMEM;
+  int err = imports
+                ? nbdserve_cas_begin(cas, job->ops->name, (uint64_t)size, &v)
+                : nbdserve_cas_volume(cas, job->ops->name, &v);
+  int is_sparse = imports || (!err && strcmp(job->ops->to, "-") != 0 &&
+                              ftruncate(file, (off_t)v.size) == 0);
+  uint64_t n = 0;
+  for (uint64_t off = 0; off < v.size && !err; off += n) {
     if (off >= end)
-      is_data = is_import ? os_is_data(file, off, volume->size, &end)
-                          : cli_is_data(volume, off, &end);
+      is_data = imports ? os_is_data(file, off, v.size, &end)
+                        : cli_is_data(&v, off, &end);
     int is_skipped = is_sparse && !is_data;
     n = is_skipped ? end - off : u_min(end - off, IO_UNIT);
     struct iovec piece = {buffer, (size_t)n};
-    if (cli_progress(job, off, volume->size)) return -ECANCELED;
-    if (is_skipped && is_import) continue;
-    if (is_skipped && lseek(file, (off_t)n, SEEK_CUR) >= 0) continue;
-    err = is_import ? os_transfer(file, OS_READ, &piece, 1, off)
-                    : volume->ops->read(volume->ctx, buffer, off, n, 0);
-    if (err) return err;
-    err = is_import ? volume->ops->write(volume->ctx, buffer, off, n, 0)
-                    : cli_write(job, file, buffer, (size_t)n);
+    if (cli_progress(job, off, v.size)) err = -ECANCELED;
+    if (is_skipped && !imports) lseek(file, (off_t)n, SEEK_CUR);
+    if (is_skipped || err) continue;
+    err = imports ? os_transfer(file, OS_READ, &piece, 1, off)
+                  : v.ops->read(v.ctx, buffer, off, n, 0);
+    if (err) break;
+    err = imports ? v.ops->write(v.ctx, buffer, off, n, 0)
+                  : cli_write(job, file, buffer, piece.iov_len);
   }
-  return err;
-}
-
-/* export: writes a volume or snapshot to a FILE, which gets its size, or to
- * standard output, behind what may be there already.  Whoever gave the command
- * makes it durable: cli_finish_file.
- *
- * import: makes a volume of a file.  If that fails, at whatever point, there is
- * no volume afterwards.  The size has to be known first, so a pipe will not
- * do. */
-static int cli_do_copy(struct cli_job *job, struct nbdserve_cas *cas) {
-  const char *name = job->ops->name;
-  struct nbdserve_export volume = {.name = NULL};
-  int is_import = (job->verb->flags & VERB_READS_FILE) != 0;
-  off_t size = is_import ? lseek(job->fds.output, 0, SEEK_END) : 0;
-  if (size < 0) return -errno;
-  int err = is_import ? nbdserve_cas_begin(cas, name, (uint64_t)size, &volume)
-                      : nbdserve_cas_volume(cas, name, &volume);
-  if (err) return err;
-  unsigned char *buffer = NBDSERVE_MALLOC(IO_UNIT);
-  err = buffer ? cli_copy(job, &volume, is_import, buffer) : -ENOMEM;
   NBDSERVE_FREE(buffer);
   assert(err <= 0);
-  int finish_err = is_import ? nbdserve_cas_finish(cas, &volume, !err) : 0;
-  if (!is_import) volume.ops->close(volume.ctx);
+  int finish_err = imports && v.ops ? nbdserve_cas_finish(cas, &v, !err) : 0;
+  if (!imports && v.ops) v.ops->close(v.ctx);
   return err ? err : finish_err;
 }
 
@@ -10069,43 +10025,37 @@ static int cli_split_operands(struct cli_job *job) {
   return 0;
 }
 
-/* Says in words why a command has failed.  The errors of nbdserve.h mean more
- * here than what strerror has for them. */
-static const char *cli_job_reason(const struct cli_job *job, int err) {
-  if (err == -EBUSY) return "in use by a client, or being verified";
-  if (err == -ENOTEMPTY) return "it has snapshots";
-  if (err == -EUCLEAN) return "the store is damaged (verify names what is)";
-  if (err == -ETIMEDOUT) return "nobody takes its output";
-  if (err != -EINVAL) return u_errno_text(err);
-  if (job->verb->flags & VERB_SNAPSHOT) return "not a snapshot";
-  return "not a name or size that a volume can have";
-}
-
 /* Does a command on an open store, and prints what it has to say.  (The FILE of
  * an import is not named in a message, as the errors that come after it was
  * opened are about the volume.  A reader who has seen enough of a list, as
- * `head` does, wants none.)  Returns the exit status. */
+ * `head` does, wants none.  Nor does whoever was told by rows of damage.)  The
+ * errors of nbdserve.h mean more here than what strerror has for them.  Returns
+ * the exit status. */
 static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
   unsigned flags = job->verb->flags;
+  const char *end = job->request.json && flags & VERB_ROWS ? "]\n" : "";
   assert(job->verb == &cli_verbs[job->request.verb] && job->verb->run);
   assert(job->nops > 0 && !job->nrows && !job->lost && !job->shown_ms);
   job->begun_ms = os_now_ms();
   int err = job->verb->run(job, cas);
   cli_hide_progress(job);
-  if (job->request.json && flags & VERB_ROWS && !job->lost)
-    job->lost = cli_write(job, job->fds.output, job->nrows ? "]\n" : "[]\n",
-                          job->nrows ? 2 : 3);
+  if (*end && !job->nrows) end = "[]\n";
+  if (!job->lost) job->lost = cli_write(job, job->fds.output, end, strlen(end));
   if (job->lost) err = job->lost;
   if (!err) return CLI_OK;
   assert(job->failed < job->nops);
   const struct nbdserve_cas_op *op = &job->ops[job->failed];
   const char *to = flags & VERB_READS_FILE ? "" : op->to;
-  int is_told = err == -EUCLEAN ? job->nrows > 0 /* the rows say it */
-                                : err == -EPIPE && flags & VERB_ROWS;
-  if (!is_told)
+  const char *why = u_errno_text(err);
+  if (err == -EINVAL) why = "not a name or size that a volume can have";
+  if (err == -EINVAL && flags & VERB_SNAPSHOT) why = "not a snapshot";
+  if (err == -EBUSY) why = "in use by a client, or being verified";
+  if (err == -ENOTEMPTY) why = "it has snapshots";
+  if (err == -EUCLEAN) why = "the store is damaged (verify names what is)";
+  if (err == -ETIMEDOUT) why = "nobody takes its output";
+  if (!(err == -EUCLEAN && job->nrows) && !(err == -EPIPE && flags & VERB_ROWS))
     cli_say_to(job->fds.messages, "%s%s%.999s%s%.999s: %s", job->verb->name,
-               *op->name ? " " : "", op->name, *to ? " " : "", to,
-               cli_job_reason(job, err));
+               *op->name ? " " : "", op->name, *to ? " " : "", to, why);
   return err == -EUCLEAN ? CLI_DAMAGED : CLI_FAILED;
 }
 
@@ -10192,13 +10142,11 @@ static void *cli_serve_job(void *arg) {
   unsigned char status = CLI_FAILED;
   if (cli_receive(job) == 0) {
     int is_long = (job->verb->flags & VERB_LONG) != 0;
-    if (cli_count(0, is_long) <= CLI_LONG_JOBS || !is_long)
+    if (cli_count(0, is_long) <= 16 || !is_long)
       status = (unsigned char)cli_run_job(job, cli.cas);
     else
-      cli_say_to(job->fds.messages,
-                 "%s: the server is doing %d others (try "
-                 "later)",
-                 job->verb->name, CLI_LONG_JOBS);
+      cli_say_to(job->fds.messages, "%s: the server is doing 16 others",
+                 job->verb->name);
     cli_count(0, -is_long);
     (void)!send(job->client, &status, 1, MSG_NOSIGNAL);
   }
@@ -10284,7 +10232,7 @@ static int cli_open_store(const char *path, uint32_t flags, int *server) {
  * no moment at which others get in.  If it cannot be made (its path may be too
  * long for a socket, or the directory read-only) the store is served all the
  * same.  Without the thread nobody would answer, and a command would wait for
- * ever; so the socket goes.  A read-only server takes no commands: next to it
+ * ever; so the socket is closed.  A read-only server takes no commands: next to it
  * the store can be opened by other readers. */
 static void cli_start_control(void) {
   if (!cli.cas || opt[OPT_READ_ONLY].given || NBDSERVE_NO_THREADS) return;
@@ -10296,7 +10244,6 @@ static void cli_start_control(void) {
   if (err >= 0) err = os_thread(cli_control, NULL);
   if (!err) return;
   cli.njobs = 0;
-  cli_remove_ctl();
   close(cli.ctl);
   if (!opt[OPT_QUIET].given)
     cli_say("%s: %s; no commands are taken while the store is served",
@@ -10351,14 +10298,12 @@ static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
  * store, also what is made later, and *ex stays as it is. */
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
+  uint32_t how = opt[OPT_READ_ONLY].given ? NBDSERVE_CAS_READONLY : 0;
   char real[PATH_MAX];
   int server;
-  int readonly = opt[OPT_READ_ONLY].given != 0;
   if (cli.cas && (!realpath(path, real) || strcmp(cli.store, real) != 0))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
-  int err = cli.cas ? 0
-                    : cli_open_store(path, readonly ? NBDSERVE_CAS_READONLY : 0,
-                                     &server);
+  int err = cli.cas ? 0 : cli_open_store(path, how, &server);
   if (err) return err;
   if (*name) return nbdserve_cas_volume(cli.cas, name, ex);
   cli.server->config.find = cli_find_volume;
@@ -10414,31 +10359,22 @@ static int cli_open_file(const char *file, int writes) {
   return cli_new_file(real ? real : file, fd >= 0 ? &st : NULL);
 }
 
-/* After an export: makes what was written durable, where that can be (not in a
- * pipe or terminal), and lets a regular FILE appear. */
-static void cli_finish_file(int fd, const char *file) {
-  int err = os_datasync(fd);
-  if (err != -EINVAL && err != -ENOTSUP) cli_exit_if_error(err, file);
-  if (!*cli.temp) return;
-  cli_put_new_file();
-  cli_exit_if_error(os_sync_new_file(fd, cli.path), file);
-}
-
-/* Does a command on a store, here or at its server.  --accept-loss is for a
- * store that cannot be opened without it, so there is no server to do that.
- * Returns the exit status.
+/* Does a command on a store, here or at its server, and returns the exit
+ * status.  --accept-loss is for a store that cannot be opened without it, so
+ * there is no server to do that.
  *
  * From where a FILE is open signals end the command in order, and not before:
- * to open a FIFO waits for its other side. */
+ * to open a FIFO waits for its other side.  After an export what was written is
+ * made durable, where that can be (not in a pipe or terminal), and a regular
+ * FILE appears. */
 static int cli_run_on_store(struct cli_job *job, const char *store,
                             const char *last) {
   unsigned flags = job->verb->flags;
   uint32_t how = job->verb->open;
   if (opt[OPT_ACCEPT_LOSS].given) how |= NBDSERVE_CAS_ACCEPT_LOSS;
-  signal(SIGPIPE, SIG_IGN);
   if (flags & (VERB_READS_FILE | VERB_WRITES_FILE))
     job->fds.output = cli_open_file(last, !(flags & VERB_READS_FILE));
-  if (flags & VERB_LONG) cli_catch_signals(cli_on_signal);
+  cli_catch_signals(cli_on_signal);
   int err = cli_open_store(store, how, &job->client);
   if (err == -EBUSY && job->client < 0)
     cli_die(CLI_IN_USE, "%s: in use by a process that takes no commands",
@@ -10447,8 +10383,12 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
     cli_failed("%s: is being served; stop the server first", store);
   if (err != -EBUSY) cli_exit_if_error(err, store);
   int status = err ? cli_run_remote(job) : cli_run_job(job, cli.cas);
-  if (!status && flags & VERB_WRITES_FILE)
-    cli_finish_file(job->fds.output, last);
+  if (status || !(flags & VERB_WRITES_FILE)) return status;
+  err = os_datasync(job->fds.output);
+  if (err != -EINVAL && err != -ENOTSUP) cli_exit_if_error(err, last);
+  if (!*cli.temp) return status;
+  cli_put_new_file();
+  cli_exit_if_error(os_sync_new_file(job->fds.output, cli.path), last);
   return status;
 }
 
@@ -10535,44 +10475,36 @@ static void cli_help_verbs(void) {
 #define nbdserve_flat_open(path, options, ex) ((void)(options), -EOPNOTSUPP)
 #endif
 
-/* Opens a file, a block device or memory.  With --temporary what clients write
- * goes to a directory of the user's choice; a message about that names it, as
- * it is not the target that is wrong. */
-static int cli_open_flat(const char *path, struct nbdserve_export *ex) {
-  const char *dir = getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
-  struct nbdserve_flat options = {.offset = opt[OPT_OFFSET].number,
-                                  .size = opt[OPT_SIZE].number,
-                                  .create = opt[OPT_CREATE].number,
-                                  .dir = dir};
-  if (opt[OPT_READ_ONLY].given) options.flags = NBDSERVE_FLAT_READONLY;
-  if (opt[OPT_TEMPORARY].given) options.flags = NBDSERVE_FLAT_TEMPORARY;
-  if (opt[OPT_TEMPORARY].given && access(dir, W_OK) < 0)
-    cli_exit_if_error(-errno, dir);
-  return nbdserve_flat_open(path, &options, ex);
-}
-
 /* Opens a target, which is a volume if that is not NULL, at path.  If that
  * fails the process ends with a message that says why and, where an option
  * helps, which one.  A volume cannot be cut like a file, and has clones in
- * place of --temporary. */
+ * place of --temporary.  What clients write with --temporary goes to a
+ * directory of the user's choice; a message about that names it, as it is not
+ * the target that is wrong. */
 static void cli_open_target(const char *text, const char *path,
                             const char *volume, struct nbdserve_export *ex) {
-  int writes = !opt[OPT_READ_ONLY].given && !opt[OPT_TEMPORARY].given;
-  if (volume && (opt[OPT_OFFSET].given || opt[OPT_SIZE].given ||
-                 opt[OPT_CREATE].given || opt[OPT_TEMPORARY].given))
-    cli_usage("%s: no --offset, --size, --create or --temporary with a store "
-              "(clone it)",
-              text);
-  int err =
-      volume ? cli_open_volume(path, volume, ex) : cli_open_flat(path, ex);
-  if ((err == -EACCES || err == -EROFS) && writes)
-    cli_failed("%s: %s (-r serves it read-only)", text, u_errno_text(err));
-  if (err == -ENOENT && !volume && writes && !opt[OPT_CREATE].given)
-    cli_failed("%s: %s (--create SIZE makes it)", text, u_errno_text(err));
+  const char *hint = "";
+  struct nbdserve_flat flat = {.dir = getenv("TMPDIR")};
+  if (!flat.dir) flat.dir = "/tmp";
+  flat.offset = opt[OPT_OFFSET].number;
+  flat.size = opt[OPT_SIZE].number;
+  flat.create = opt[OPT_CREATE].number;
+  if (opt[OPT_READ_ONLY].given) flat.flags = NBDSERVE_FLAT_READONLY;
+  if (opt[OPT_TEMPORARY].given) flat.flags = NBDSERVE_FLAT_TEMPORARY;
+  int is_cut = flat.size || flat.create || opt[OPT_OFFSET].given;
+  if (volume && (is_cut || opt[OPT_TEMPORARY].given))
+    cli_usage("%s: no --offset, --size, --create or -T of a volume", text);
+  if (opt[OPT_TEMPORARY].given && access(flat.dir, W_OK) < 0)
+    cli_exit_if_error(-errno, flat.dir);
+  int err = volume ? cli_open_volume(path, volume, ex)
+                   : nbdserve_flat_open(path, &flat, ex);
+  if ((err == -EACCES || err == -EROFS) && !flat.flags)
+    hint = " (-r serves it read-only)";
+  if (err == -ENOENT && !volume && !flat.flags && !flat.create)
+    hint = " (--create SIZE makes it)";
   if (err == -EINVAL && !volume)
-    cli_failed("%s: not a file, block device or mem:SIZE, or shorter than "
-               "--offset and --size",
-               text);
+    hint = ": no file, device or mem:SIZE, or smaller than --offset and --size";
+  if (*hint) cli_failed("%s: %s%s", text, u_errno_text(err), hint);
   cli_exit_if_error(err, text);
 }
 
@@ -10620,12 +10552,16 @@ static void cli_add_target(char *text) {
 
 /* ---- Where to listen ---------------------------------------------------- */
 
+/* The longest path of a socket */
+#define CLI_PATH_MAX ((int)sizeof((struct sockaddr_un *)0)->sun_path - 1)
+
 /* Listens at an address, as nbdserve_listen takes it, or ends the process with
  * a message that says what is wrong with it.  A descriptor that does not listen
  * is connected to a client, the only one then: a second such socket is an
  * error. */
 static void OS_PRINTF(1, 2) cli_listen_at(const char *fmt, ...) {
   char address[PATH_MAX + 8];
+  const char *hint = "";
   va_list ap;
   va_start(ap, fmt);
   vsnprintf(address, sizeof address, fmt, ap);
@@ -10635,15 +10571,12 @@ static void OS_PRINTF(1, 2) cli_listen_at(const char *fmt, ...) {
     cli.client = atoi(address + 3);
     return;
   }
-  if (err == -ENAMETOOLONG)
-    cli_failed("%s: a socket path has at most %u bytes", address,
-               (unsigned)sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
-  if (err == -EADDRINUSE)
-    cli_failed("%s: %s; not replaced", address, u_errno_text(err));
+  if (err == -EADDRINUSE) hint = "; not replaced";
   if (err == -EINVAL && strncmp(address, "tcp:", 4) == 0)
-    cli_failed("%s: not a numeric address or localhost, or built without TCP",
-               address);
-  cli_exit_if_error(err, address);
+    hint = ": not a numeric address or localhost, or built without TCP";
+  if (err == -ENAMETOOLONG)
+    cli_failed("%s: a socket path has at most %d bytes", address, CLI_PATH_MAX);
+  if (err) cli_failed("%s: %s%s", address, u_errno_text(err), hint);
 }
 
 /* Listens on the sockets that systemd, or a program like nbdinfo, has passed to
@@ -10694,7 +10627,7 @@ static void cli_listen(void) {
   const char *host = opt[OPT_BIND].text ? opt[OPT_BIND].text : "localhost";
   int port = opt[OPT_PORT].given ? (int)opt[OPT_PORT].number : 10809;
   int wants_tcp = opt[OPT_PORT].given || opt[OPT_BIND].given;
-  char dir[sizeof(((struct sockaddr_un *)0)->sun_path)];
+  char dir[CLI_PATH_MAX + 1];
   size_t n = path ? strlen(path) : 0;
   if (opt[OPT_STDIN].given)
     cli.client = 0;
@@ -10718,26 +10651,23 @@ static void cli_listen(void) {
 
 /* ---- The command that is served (--run, --) ----------------------------- */
 
-/* Returns a copy of the text, which is not freed, with the URI in place of each
- * {}. */
-static char *cli_put_uri(const char *text) {
-  char *copy = u_zalloc(strlen(text) * (strlen(cli.uri) + 1) + 1);
-  if (!copy) cli_exit_if_error(-ENOMEM, "--");
-  for (const char *hit = strstr(text, "{}"); hit; hit = strstr(text, "{}")) {
-    strncat(copy, text, (size_t)(hit - text));
-    strcat(copy, cli.uri);
-    text = hit + 2;
-  }
-  return strcat(copy, text);
-}
-
-/* Becomes the command; or says why not.  A shell command gets variables with
+/* Becomes the command, with the URI in place of each {}; or says why not.  A shell command gets variables with
  * the names that nbdkit gives them, so that scripts can be used with both. */
 static void cli_exec_child(void) {
   const struct srv_listener *l = cli.server->listeners;
   char nbd[sizeof l->text + 16];
   const char *colon = strrchr(l->text, ':');
   const char *program = cli.command ? *cli.command : "/bin/sh";
+  for (char **word = cli.command; word && *word; word++) {
+    const char *text = *word;
+    char *copy = u_zalloc(strlen(text) * (strlen(cli.uri) + 1) + 1);
+    if (!copy) return;
+    for (const char *hit = strstr(text, "{}"); hit; hit = strstr(text, "{}")) {
+      strcat(strncat(copy, text, (size_t)(hit - text)), cli.uri);
+      text = hit + 2;
+    }
+    *word = strcat(copy, text);
+  }
   snprintf(nbd, sizeof nbd, "nbd:%s%s", l->is_unix ? "unix:" : "", l->text);
   setenv("nbd", nbd, 1);
   setenv("uri", cli.uri, 1);
@@ -10761,8 +10691,6 @@ static void cli_start_child(void) {
   sigset_t all;
   sigset_t was;
   if (!*cli.uri) cli_usage("no URI for the command to use");
-  for (char **word = cli.command; word && *word; word++)
-    *word = cli_put_uri(*word);
   sigfillset(&all);
   sigprocmask(SIG_BLOCK, &all, &was);
   pid_t pid = cli.stopping ? -1 : fork();
@@ -10796,18 +10724,29 @@ static void cli_fork(void) {
   if (pid == 0) return;
   if (read(fd[0], &byte, 1) == 1) _exit(CLI_OK);
   waitpid(pid, &wait_status, 0);
-  int status = cli_exit_status(wait_status);
-  _exit(status ? status : CLI_FAILED);
+  _exit(cli_exit_status(wait_status));
 }
 
 /* Tells everybody who wants to know that all is open and we listen.  Whoever is
  * told may connect at once.  --ready-fd is closed, which is a sign in itself,
  * and the command does not get it.  With a command, that is who uses the URI,
  * and standard output is the command's.  --fork lets go of the terminal; if the
- * parent has gone there is nobody to tell. */
+ * parent has gone there is nobody to tell.
+ *
+ * --pidfile: a symbolic link at its path is replaced, not followed.  The
+ * descriptor stays open, for os_remove_own_file: with it closed, the inode
+ * number might become that of another server's pidfile. */
 static void cli_tell_ready(void) {
+  const char *path = opt[OPT_PIDFILE].text;
   int fd = (int)opt[OPT_READY_FD].number;
-  if (opt[OPT_PIDFILE].text) cli_write_pidfile(opt[OPT_PIDFILE].text);
+  struct stat st;
+  if (path && !lstat(path, &st) && !S_ISREG(st.st_mode) && !S_ISLNK(st.st_mode))
+    cli_failed("%s: not a file, so not replaced by the pidfile", path);
+  int pidfile = path ? cli_new_file(path, NULL) : 0;
+  if (path && dprintf(pidfile, "%ld\n", (long)getpid()) < 0)
+    cli_exit_if_error(-errno, path);
+  if (path) cli_put_new_file();
+  cli.pidfile = pidfile;
   assert(!opt[OPT_READY_FD].given || fd > 2);
   if (fd && ((*cli.uri && dprintf(fd, "%s\n", cli.uri) < 0) || close(fd) < 0))
     cli_exit_if_error(-errno, "--ready-fd");
@@ -10827,19 +10766,6 @@ static void cli_tell_ready(void) {
 
 /* ---- Serving ------------------------------------------------------------ */
 
-/* Prints the totals, for --stats and SIGUSR1, as JSON, with the names that
- * nbdserve.h has for them. */
-static void cli_print_stats(void) {
-  struct nbdserve_stats s;
-  nbdserve_stats(cli.server, &s);
-  dprintf(2,
-          "{\"clients\":" CLI_N ",\"clients_now\":" CLI_N ",\"requests\":" CLI_N
-          ",\"errors\":" CLI_N ",\"bytes_read\":" CLI_N
-          ",\"bytes_written\":" CLI_N ",\"flushes\":" CLI_N "}\n",
-          s.clients, s.clients_now, s.requests, s.errors, s.bytes_read,
-          s.bytes_written, s.flushes);
-}
-
 /* Serves until the end, and does what the signal handler leaves to others: it
  * prints totals, and does step 2 of the end.  A client that is the only one is
  * served here; after that nbdserve_run has nothing to do but to flush.
@@ -10849,6 +10775,7 @@ static void cli_print_stats(void) {
  * and there is time to wait for it.  Returns the exit status, which is the
  * command's if there was one and it has failed. */
 static int cli_serve(void) {
+  struct nbdserve_stats s;
   int err = 0;
   int run_err;
   cli_start_control();
@@ -10862,7 +10789,15 @@ static int cli_serve(void) {
     int is_last = run_err != -EINTR && opt[OPT_STATS].given;
     int wants_stats = cli.stats_wanted || is_last;
     cli.stats_wanted = 0;
-    if (wants_stats) cli_print_stats();
+    nbdserve_stats(cli.server, &s);
+    if (wants_stats)
+      dprintf(2,
+              "{\"clients\":" CLI_N ",\"clients_now\":" CLI_N
+              ",\"requests\":" CLI_N ",\"errors\":" CLI_N
+              ",\"bytes_read\":" CLI_N ",\"bytes_written\":" CLI_N
+              ",\"flushes\":" CLI_N "}\n",
+              s.clients, s.clients_now, s.requests, s.errors, s.bytes_read,
+              s.bytes_written, s.flushes);
     if (cli.end_wanted) nbdserve_unlisten(cli.server);
   } while (run_err == -EINTR);
   if (cli.child && !cli.end_wanted) raise(SIGTERM);
@@ -10880,12 +10815,20 @@ static int cli_serve(void) {
  * tells others that we are here, and closes what we have opened.  Clients and
  * commands use the store, so it is closed after they have ended.  If a command
  * does not end, the store stays open: opening it next time repairs what is
- * unfinished.  From here on signals are ignored. */
+ * unfinished.  From here on signals are ignored.
+ *
+ * Whoever has put another file in the place of STORE.ctl keeps that.  We have
+ * the socket bound: its inode number would otherwise be free, and the other
+ * file may have got it.  As long as we have not made it, ctl_st is all zero and
+ * fits no file. */
 static void cli_close(void) {
+  struct stat st;
   cli_catch_signals(SIG_IGN);
   if (cli.pidfile) os_remove_own_file(opt[OPT_PIDFILE].text, cli.pidfile);
   if (*cli.temp) unlink(cli.temp);
-  cli_remove_ctl();
+  if (lstat(cli.ctl_path, &st) == 0 && st.st_dev == cli.ctl_st.st_dev &&
+      st.st_ino == cli.ctl_st.st_ino)
+    unlink(cli.ctl_path);
   int err = cli_await_jobs() ? 0 : -ETIMEDOUT; /* a command does not end */
   if (!err) nbdserve_free(cli.server);
   if (!err && cli.cas) err = nbdserve_cas_close(cli.cas);
@@ -10920,24 +10863,6 @@ static void cli_help(void) {
        "of CMD.");
 }
 
-/* Makes the server as the options want it.  Commands on stores need one, too: a
- * signal ends them by way of nbdserve_stop. */
-static void cli_new_server(void) {
-  struct nbdserve_config config = {
-      .version = NBDSERVE_VERSION_NUMBER,
-      .threads = (uint32_t)opt[OPT_THREADS].number,
-      .max_conn = (uint32_t)opt[OPT_MAX_CONN].number,
-      .stall_ms = (uint32_t)opt[OPT_STALL].number * 1000,
-      .idle_exit_ms = (uint32_t)opt[OPT_IDLE_EXIT].number * 1000,
-      .without = cli_without,
-      .log_level = NBDSERVE_LOG_WARNING + (int)u_min(opt[OPT_VERBOSE].given, 2),
-      .log = cli_log};
-  if (opt[OPT_QUIET].given) config.log_level = NBDSERVE_LOG_ERROR;
-  if (opt[OPT_ONCE].given) config.flags |= NBDSERVE_CONFIG_ONCE;
-  if (opt[OPT_FAULT].given || opt[OPT_DELAY].given) config.before = cli_before;
-  cli_exit_if_error(nbdserve_new(&cli.server, &config), "start");
-}
-
 /* A command on a store, or a server from its start to its end: see the head of
  * this section.  The order matters: --fork before threads and locks, signals
  * before anything that must be removed, targets before sockets, so that whoever
@@ -10962,7 +10887,19 @@ int main(int argc, char **argv) {
            NBDSERVE_POSIX_ONLY ? " posix-only" : "");
   if (opt[OPT_HELP].given || opt[OPT_VERSION].given)
     return fflush(stdout) == EOF ? CLI_FAILED : CLI_OK;
-  cli_new_server();
+  struct nbdserve_config config = {
+      .version = NBDSERVE_VERSION_NUMBER,
+      .threads = (uint32_t)opt[OPT_THREADS].number,
+      .max_conn = (uint32_t)opt[OPT_MAX_CONN].number,
+      .stall_ms = (uint32_t)opt[OPT_STALL].number * 1000,
+      .idle_exit_ms = (uint32_t)opt[OPT_IDLE_EXIT].number * 1000,
+      .without = cli_without,
+      .log_level = NBDSERVE_LOG_WARNING + (int)u_min(opt[OPT_VERBOSE].given, 2),
+      .log = cli_log};
+  if (opt[OPT_QUIET].given) config.log_level = NBDSERVE_LOG_ERROR;
+  if (opt[OPT_ONCE].given) config.flags |= NBDSERVE_CONFIG_ONCE;
+  if (opt[OPT_FAULT].given || opt[OPT_DELAY].given) config.before = cli_before;
+  cli_exit_if_error(nbdserve_new(&cli.server, &config), "start");
   cli_run_verb();
   cli_check_options();
   if (opt[OPT_FORK].given) cli_fork();

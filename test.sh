@@ -5206,7 +5206,7 @@ testBadAddressesSayWhatIsGood() {
   unless NO_TCP || return 0
   run -i no.such.host "$DISK"
   assertEquals 1 "$STATUS"
-  says 'no.such.host:10809: not a numeric address'
+  says 'no.such.host:10809: .*: not a numeric address'
 }
 
 # ==== [14] SOURCE (@source) ==================================================

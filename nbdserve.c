@@ -8993,9 +8993,9 @@ void nbdserve_free(struct nbdserve *s) {
 #if !NBDSERVE_NO_MAIN
 #include <sys/wait.h>
 
-/* Exit status.  A command that is served may have any other one. */
+/* Exit status, if it is not 0.  A command that is served may have any other
+ * one. */
 enum {
-  CLI_OK = 0,
   CLI_FAILED = 1,     /* a message says why */
   CLI_USAGE = 2,      /* the command line makes no sense */
   CLI_DAMAGED = 3,    /* verify found damage */
@@ -9318,6 +9318,7 @@ struct cli_option {
  * N a number in that range.  This is a list of macros, so that it says
  * all about an option in one place. */
 #define CLI_OPTIONS(T, N) \
+  T(NONE, 0, "", "") \
   T(UNIX, 'U', "unix PATH", "listen on a unix socket (default: private)") \
   N(PORT, 'p', "port N", 0, 65535, "listen on TCP (usual: 10809; 0: any)") \
   T(BIND, 'i', "bind ADDR", "TCP address (default: the two of loopback)") \
@@ -9359,17 +9360,12 @@ struct cli_option {
   [OPT_##id] = {letter, name, help, 0, 0},
 #define CLI_NUMBER_ROW(id, letter, name, min, max, help) \
   [OPT_##id] = {letter, name, help, min, max},
-#define CLI_BIT(id) (UINT64_C(1) << OPT_##id)
+#define BIT(id) (UINT64_C(1) << OPT_##id)
 
 /* OPT_NONE is no option, and never given. */
-enum cli_option_id {
-  OPT_NONE,
-  CLI_OPTIONS(CLI_OPTION_ID, CLI_OPTION_ID)
-  OPT_COUNT
-};
+enum cli_option_id { CLI_OPTIONS(CLI_OPTION_ID, CLI_OPTION_ID) OPT_COUNT };
 
 static const struct cli_option cli_options[OPT_COUNT] = {
-    [OPT_NONE] = {0, "", NULL, 0, 0},
     CLI_OPTIONS(CLI_TEXT_ROW, CLI_NUMBER_ROW)};
 
 /* Options that exclude others, and why */
@@ -9378,14 +9374,13 @@ static const struct cli_exclusion {
   uint64_t others;
   const char *why;
 } cli_exclusions[] = {
-    {OPT_STDIN, CLI_BIT(UNIX) | CLI_BIT(PORT) | CLI_BIT(BIND), "nobody listens"},
-    {OPT_FD, CLI_BIT(UNIX) | CLI_BIT(PORT) | CLI_BIT(BIND) | CLI_BIT(STDIN),
-     "the socket is there already"},
-    {OPT_RUN, CLI_BIT(STDIN) | CLI_BIT(FD), "the command could not connect"},
-    {OPT_RUN, CLI_BIT(ONCE) | CLI_BIT(IDLE_EXIT), "it ends with the command"},
-    {OPT_FORK, CLI_BIT(STDIN) | CLI_BIT(RUN), "nobody would wait for it"},
-    {OPT_READ_ONLY, CLI_BIT(CREATE), "a new target would stay empty"},
-    {OPT_TEMPORARY, CLI_BIT(READ_ONLY) | CLI_BIT(CREATE), "nothing to discard"}};
+    {OPT_STDIN, BIT(UNIX) | BIT(PORT) | BIT(BIND) | BIT(FD), "nobody listens"},
+    {OPT_FD, BIT(UNIX) | BIT(PORT) | BIT(BIND), "the socket is there already"},
+    {OPT_RUN, BIT(STDIN) | BIT(FD), "the command could not connect"},
+    {OPT_RUN, BIT(ONCE) | BIT(IDLE_EXIT), "it ends with the command"},
+    {OPT_FORK, BIT(STDIN) | BIT(RUN), "nobody would wait for it"},
+    {OPT_READ_ONLY, BIT(CREATE), "a new target would stay empty"},
+    {OPT_TEMPORARY, BIT(READ_ONLY) | BIT(CREATE), "nothing to discard"}};
 
 /* A word that the value of an option may contain, and what it stands for.  In a
  * table of words the last name is NULL. */
@@ -9424,8 +9419,7 @@ static const struct cli_word cli_errors[] = {
 
 /* --cache: flags of an export */
 static const struct cli_word cli_cache_modes[] = {
-    {"writeback", 0},
-    {"writethrough", NBDSERVE_EXPORT_WRITETHROUGH},
+    {"writeback", 0}, {"writethrough", NBDSERVE_EXPORT_WRITETHROUGH},
     {"unsafe", NBDSERVE_EXPORT_UNSAFE}, {NULL, 0}};
 
 /* clang-format on */
@@ -9623,10 +9617,6 @@ static void cli_check_options(void) {
  * others are a checkpoint each, and are never refused.  Built without threads
  * it takes no commands. */
 #if !NBDSERVE_NO_CAS
-/* Bytes of operands that a server takes: no system has longer command lines. */
-enum {
-  CLI_MAX_OPERANDS = 8 << 20
-};
 
 enum cli_verb_flags {
   /* It knows --dry-run.  The others refuse that option: they would change the
@@ -9733,13 +9723,12 @@ static int cli_wait(const struct cli_job *job, int fd, int ms) {
 /* Writes to a descriptor that may be anything and is the client's, so it stays
  * as it is: what has no offsets, like a pipe, takes PIPE_BUF bytes without
  * blocking if poll() calls it ready.  Returns 0 or -errno: that of cli_wait if
- * nobody takes it. */
+ * nobody takes it for --stall seconds (months are for ever). */
 static int cli_write(const struct cli_job *job, int fd, const void *data,
                      size_t n) {
   size_t most = lseek(fd, 0, SEEK_CUR) < 0 ? PIPE_BUF : IO_UNIT;
-  int stall_ms = (int)u_min(cli.server->config.stall_ms, INT_MAX);
   for (size_t done = 0; done < n;) {
-    int err = cli_wait(job, fd, stall_ms);
+    int err = cli_wait(job, fd, (int)cli.server->config.stall_ms);
     if (err) return err;
     ssize_t some =
         write(fd, (const char *)data + done, (size_t)u_min(n - done, most));
@@ -10019,8 +10008,8 @@ static int cli_split_operands(struct cli_job *job) {
     op->verb = verb->change | (job->request.dry_run ? NBDSERVE_CAS_DRY_RUN : 0);
     op->name = verb->min == 2 ? job->operands : p;
     op->to = verb->min == 2 ? p : "";
-    int has_size = verb->flags & VERB_SIZE && n > 0;
-    if (has_size && !u_parse_number(p, INT64_MAX, &op->size)) return -EDOM;
+    if (!(verb->flags & VERB_SIZE) || !n) continue;
+    if (!u_parse_number(p, INT64_MAX, &op->size)) return -EDOM;
   }
   return 0;
 }
@@ -10042,7 +10031,7 @@ static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
   if (*end && !job->nrows) end = "[]\n";
   if (!job->lost) job->lost = cli_write(job, job->fds.output, end, strlen(end));
   if (job->lost) err = job->lost;
-  if (!err) return CLI_OK;
+  if (!err) return 0;
   assert(job->failed < job->nops);
   const struct nbdserve_cas_op *op = &job->ops[job->failed];
   const char *to = flags & VERB_READS_FILE ? "" : op->to;
@@ -10093,27 +10082,22 @@ static int cli_run_remote(struct cli_job *job) {
   int err = cli_pass(job, 1);
   if (!err) err = cli_write(job, job->client, job->operands, length);
   if (!err) cli_wait(job, -1, -1);
-  ssize_t got = recv(job->client, &status, 1, MSG_DONTWAIT);
-  if (got < 0 && !err)
-    cli_say("%s: %s", job->verb->name, u_errno_text(-ECANCELED));
-  else if (got != 1)
-    cli_say("%s: no answer from the server of the store", cli.ctl_path);
+  if (err || recv(job->client, &status, 1, MSG_DONTWAIT) != 1)
+    cli_say("%s: canceled, or no answer from the server", job->verb->name);
   return status;
 }
 
 /* Receives a job, within IO_GRACE_MS.  Returns 0, or -errno if it makes no
- * sense. */
+ * sense: no system has command lines of more than 8 MiB. */
 static int cli_receive(struct cli_job *job) {
   struct io io = {.in = job->client, .out = job->client};
-  size_t length;
   io.stop = &cli.server->stop;
   io.stall_ms = IO_GRACE_MS;
   io.deadline = os_now_ms() + IO_GRACE_MS;
   int err = io_wait_input(&io, io.deadline);
   if (!err) err = cli_pass(job, 0);
-  if (err) return err;
-  length = job->request.length;
-  if (job->request.verb >= COUNT_OF(cli_verbs) || length > CLI_MAX_OPERANDS)
+  size_t length = job->request.length;
+  if (err || job->request.verb >= COUNT_OF(cli_verbs) || length > 8 << 20)
     return -EINVAL;
   job->verb = &cli_verbs[job->request.verb];
   job->operands = u_zalloc(length + 1);
@@ -10135,49 +10119,45 @@ static int cli_count(int jobs, int longs) {
   return nlong;
 }
 
-/* The thread of a command, which frees the job.  A request that makes no sense
- * is dropped without an answer.  A client that has gone needs none. */
-static void *cli_serve_job(void *arg) {
-  struct cli_job *job = arg;
+/* The thread of a command; the argument is the number of the connection.  A
+ * request that makes no sense is dropped without an answer.  A client that has
+ * gone needs none. */
+static void *cli_serve_job(void *client) {
+  struct cli_job job = {.fds = {-1, -1}, .client = (int)(intptr_t)client};
   unsigned char status = CLI_FAILED;
-  if (cli_receive(job) == 0) {
-    int is_long = (job->verb->flags & VERB_LONG) != 0;
+  if (cli_receive(&job) == 0) {
+    int is_long = (job.verb->flags & VERB_LONG) != 0;
     if (cli_count(0, is_long) <= 16 || !is_long)
-      status = (unsigned char)cli_run_job(job, cli.cas);
+      status = (unsigned char)cli_run_job(&job, cli.cas);
     else
-      cli_say_to(job->fds.messages, "%s: the server is doing 16 others",
-                 job->verb->name);
+      cli_say_to(job.fds.messages, "%s: the server is doing 16 others",
+                 job.verb->name);
     cli_count(0, -is_long);
-    (void)!send(job->client, &status, 1, MSG_NOSIGNAL);
+    (void)!send(job.client, &status, 1, MSG_NOSIGNAL);
   }
-  close(job->fds.output); /* closing -1 does no harm */
-  close(job->fds.messages);
-  close(job->client);
-  NBDSERVE_FREE(job->operands);
-  NBDSERVE_FREE(job->ops);
-  NBDSERVE_FREE(job);
+  close(job.fds.output); /* closing -1 does no harm */
+  close(job.fds.messages);
+  close(job.client);
+  NBDSERVE_FREE(job.operands);
+  NBDSERVE_FREE(job.ops);
   cli_count(-1, 0);
   return NULL;
 }
 
 /* The thread that takes commands until the server stops: that makes
- * io_wait_input fail, and ends commands that are under way (cli_wait).  If a
- * client cannot be served, for want of descriptors, trying again at once would
- * not help. */
+ * io_wait_input fail, and ends commands that are under way (cli_wait).  For
+ * want of descriptors a client may have to wait; a command that gets no thread
+ * is done here, and the others wait. */
 static void *cli_control(void *unused) {
   struct io io = {.in = cli.ctl, .out = cli.ctl, .stop = &cli.server->stop};
   while (io_wait_input(&io, 0) == 0) {
     int client = os_accept(cli.ctl);
-    struct cli_job *job = client < 0 ? NULL : u_zalloc(sizeof *job);
-    if (job) {
-      *job = (struct cli_job){.fds = {-1, -1}, .client = client};
-      cli_count(1, 0);
-      if (os_thread(cli_serve_job, job) == 0) continue;
-      cli_count(-1, 0);
-    }
-    NBDSERVE_FREE(job);
-    close(client);
-    poll(NULL, 0, SRV_PAUSE_MS);
+    void *arg = (void *)(intptr_t)client;
+    cli_count(client >= 0, 0);
+    if (client < 0)
+      poll(NULL, 0, SRV_PAUSE_MS);
+    else if (os_thread(cli_serve_job, arg))
+      cli_serve_job(arg);
   }
   cli_count(-1, 0);
   return unused;
@@ -10188,22 +10168,21 @@ static void *cli_control(void *unused) {
 /* Opens the store at path.  The process has one at most.  STORE.ctl lies beside
  * the file itself, so that all who come by symbolic links find it.  Returns 0,
  * or -errno and leaves cli.cas NULL.  -EBUSY: somebody has it.  If that is its
- * server *server is connected to it, else -1: a reader like `list` is waited
- * for, and a server that just starts or ends, for three seconds.
+ * server the job is connected to it now: a reader like `list` is waited for, and
+ * a server that just starts or ends, for three seconds.
  *
  * A STORE.ctl that is somebody else's is refused: in a directory where
  * everybody may make files a stranger who can read the store could lock it,
  * listen there, and get our descriptors.  A server runs as the owner of the
  * store, as ourselves, or as root. */
-static int cli_open_store(const char *path, uint32_t flags, int *server) {
+static int cli_open_store(const char *path, uint32_t flags,
+                          struct cli_job *job) {
   struct nbdserve_cas_options options = {.flags = flags};
-  struct pollfd stop = {cli.server->stop.pipe[0], POLLIN, 0};
   int64_t until = os_now_ms() + 3000;
   struct stat st;
   struct stat ctl;
   int err;
-  assert(!cli.cas);
-  *server = -1;
+  assert(!cli.cas && job->client < 0);
   if (opt[OPT_NO_VERIFY].given) options.flags |= NBDSERVE_CAS_NO_VERIFY;
   if (!realpath(path, cli.store) || stat(path, &st) < 0) return -errno;
   snprintf(cli.ctl_path, sizeof cli.ctl_path, "%s.ctl", cli.store);
@@ -10214,8 +10193,9 @@ static int cli_open_store(const char *path, uint32_t flags, int *server) {
         ctl.st_uid != geteuid() && ctl.st_uid != 0)
       cli_failed("%s: belongs neither to the owner of the store nor to us",
                  cli.ctl_path);
-    *server = srv_unix_socket(cli.ctl_path, SRV_CONNECT);
-  } while (*server < 0 && os_now_ms() < until && poll(&stop, 1, 50) == 0);
+    job->client = srv_unix_socket(cli.ctl_path, SRV_CONNECT);
+  } while (job->client < 0 && os_now_ms() < until &&
+           cli_wait(job, -1, 50) == -ETIMEDOUT);
   if (err == -EINVAL) cli_failed("%s: not a store", path);
   if (err == -EUCLEAN)
     cli_failed("%s: damaged; `nbdserve repair %s%s` goes on", path,
@@ -10299,11 +10279,11 @@ static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
   uint32_t how = opt[OPT_READ_ONLY].given ? NBDSERVE_CAS_READONLY : 0;
+  struct cli_job none = {.client = -1};
   char real[PATH_MAX];
-  int server;
   if (cli.cas && (!realpath(path, real) || strcmp(cli.store, real) != 0))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
-  int err = cli.cas ? 0 : cli_open_store(path, how, &server);
+  int err = cli.cas ? 0 : cli_open_store(path, how, &none);
   if (err) return err;
   if (*name) return nbdserve_cas_volume(cli.cas, name, ex);
   cli.server->config.find = cli_find_volume;
@@ -10375,7 +10355,7 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
   if (flags & (VERB_READS_FILE | VERB_WRITES_FILE))
     job->fds.output = cli_open_file(last, !(flags & VERB_READS_FILE));
   cli_catch_signals(cli_on_signal);
-  int err = cli_open_store(store, how, &job->client);
+  int err = cli_open_store(store, how, job);
   if (err == -EBUSY && job->client < 0)
     cli_die(CLI_IN_USE, "%s: in use by a process that takes no commands",
             store);
@@ -10405,12 +10385,11 @@ static void cli_run_verb(void) {
   const char *name = cli.ntargets ? *cli.targets : "";
   const char *last = NULL;
   size_t length;
-  unsigned char i = 0;
-  while (i < COUNT_OF(cli_verbs) && strcmp(cli_verbs[i].name, name) != 0)
-    i++;
-  if (i == COUNT_OF(cli_verbs)) return;
-  job.verb = &cli_verbs[i];
-  job.request.verb = i;
+  unsigned char *i = &job.request.verb;
+  while (*i < COUNT_OF(cli_verbs) && strcmp(cli_verbs[*i].name, name) != 0)
+    ++*i;
+  if (*i == COUNT_OF(cli_verbs)) return;
+  job.verb = &cli_verbs[*i];
   job.request.json = opt[OPT_JSON].given != 0;
   job.request.dry_run = opt[OPT_DRY_RUN].given != 0;
   cli.targets++;
@@ -10421,7 +10400,7 @@ static void cli_run_verb(void) {
     last = cli.targets[j];
     fwrite(last, 1, strlen(last) + 1, out);
   }
-  int err = out && fclose(out) == 0 && length < CLI_MAX_OPERANDS ? 0 : -E2BIG;
+  int err = out && fclose(out) == 0 ? 0 : -ENOMEM;
   job.request.length = (uint32_t)length;
   if (!err) err = store ? cli_split_operands(&job) : -EINVAL;
   if (err == -EINVAL ||
@@ -10436,7 +10415,7 @@ static void cli_run_verb(void) {
   if (err == -EINVAL && last)
     cli_usage("%s: not a block size (4K, 8K, 16K, 32K or 64K)", last);
   cli_exit_if_error(err, store);
-  exit(CLI_OK);
+  exit(0);
 }
 
 /* Prints the commands for --help. */
@@ -10543,10 +10522,8 @@ static void cli_add_target(char *text) {
   assert(ex.ops->read && ex.ops->close);
   int err = nbdserve_add(cli.server, &ex);
   if (err) ex.ops->close(ex.ctx);
-  if (err == -EEXIST)
-    cli_usage("%s: another target has that export name", text);
-  if (err == -EINVAL)
-    cli_usage("%s: --block-size, name or description out of range", text);
+  if (err == -EEXIST) cli_usage("%s: that export name is taken", text);
+  if (err == -EINVAL) cli_usage("%s: bad --block-size, name or text", text);
   cli_exit_if_error(err, text);
 }
 
@@ -10722,7 +10699,7 @@ static void cli_fork(void) {
   close(fd[pid > 0]);
   cli.ready_pipe = fd[1];
   if (pid == 0) return;
-  if (read(fd[0], &byte, 1) == 1) _exit(CLI_OK);
+  if (read(fd[0], &byte, 1) == 1) _exit(0);
   waitpid(pid, &wait_status, 0);
   _exit(cli_exit_status(wait_status));
 }
@@ -10808,7 +10785,7 @@ static int cli_serve(void) {
     return CLI_FAILED;
   }
   if (cli.child_status) return cli.child_status;
-  return err || run_err ? CLI_FAILED : CLI_OK;
+  return err || run_err ? CLI_FAILED : 0;
 }
 
 /* At exit, however that comes about: removes what we have made, first what
@@ -10886,7 +10863,7 @@ int main(int argc, char **argv) {
            NBDSERVE_NO_TCP ? "" : " tcp", NBDSERVE_NO_THREADS ? "" : " threads",
            NBDSERVE_POSIX_ONLY ? " posix-only" : "");
   if (opt[OPT_HELP].given || opt[OPT_VERSION].given)
-    return fflush(stdout) == EOF ? CLI_FAILED : CLI_OK;
+    return fflush(stdout) == EOF ? CLI_FAILED : 0;
   struct nbdserve_config config = {
       .version = NBDSERVE_VERSION_NUMBER,
       .threads = (uint32_t)opt[OPT_THREADS].number,

@@ -9511,7 +9511,6 @@ static int cli_parse_fault(enum cli_option_id id, const char *value) {
 static void cli_set_option(enum cli_option_id id, const char *value) {
   const struct cli_option *o = &cli_options[id];
   uint64_t *n = &opt[id].number;
-  int is_bad = 0;
   opt[id].given++;
   opt[id].text = value;
   if (o->max && (!u_parse_number(value, o->max, n) || *n < o->min))
@@ -9519,13 +9518,12 @@ static void cli_set_option(enum cli_option_id id, const char *value) {
               value, o->min, o->max);
   if ((id == OPT_FD || id == OPT_READY_FD) && fcntl((int)*n, F_GETFD) < 0)
     cli_usage("--%.*s %s: not open", CLI_NAME(id), value);
-  if (id == OPT_BLOCK_SIZE) is_bad = !cli_parse_sizes(value);
-  if (id == OPT_FAULT || id == OPT_DELAY) is_bad = !cli_parse_fault(id, value);
   if (id == OPT_CACHE)
     cli_common.flags = cli_take_word(id, &value, cli_cache_modes);
   while (id == OPT_WITHOUT && *value)
     cli_without |= cli_take_word(id, &value, cli_features);
-  if (is_bad)
+  if ((id == OPT_BLOCK_SIZE && !cli_parse_sizes(value)) ||
+      ((id == OPT_FAULT || id == OPT_DELAY) && !cli_parse_fault(id, value)))
     cli_usage("--%.*s %s: not as in --%s: %s", CLI_NAME(id), opt[id].text,
               o->name, o->help);
 }
@@ -9598,7 +9596,7 @@ static void cli_check_options(void) {
  *
  *   us                        the server
  *   connect to STORE.ctl  ->  cli_control accepts, starts a thread for it
- *   struct cli_request,
+ *   the request,
  *   two descriptors,
  *   the operands          ->  cli_serve_job: cli_run_job, with its output and
  *                             its messages going straight to these descriptors
@@ -9624,20 +9622,57 @@ enum cli_verb_flags {
   VERB_DRY_RUN = 1 << 0,
   /* Its last operand is a size. */
   VERB_SIZE = 1 << 1,
-  /* Its operand is a snapshot, no volume. */
-  VERB_SNAPSHOT = 1 << 2,
   /* It may take long, and leaves nothing half done when a signal ends it. */
-  VERB_LONG = 1 << 3,
+  VERB_LONG = 1 << 2,
   /* Its last operand is a FILE that it reads. */
-  VERB_READS_FILE = 1 << 4,
+  VERB_READS_FILE = 1 << 3,
   /* Its last operand is a FILE that it writes; "-" is standard output. */
-  VERB_WRITES_FILE = 1 << 5,
+  VERB_WRITES_FILE = 1 << 4,
   /* It prints any number of rows, as JSON: an array of objects.  The others
    * print one or none. */
-  VERB_ROWS = 1 << 6
+  VERB_ROWS = 1 << 5
 };
 
-struct cli_job;
+/* A command while it is being done, by whichever process */
+struct cli_job {
+  /* ---- What is to be done; fixed.  The texts are in `operands`. */
+  const struct cli_verb *verb;
+  /* What goes over the control socket, with the operands behind it.  The
+   * receiver believes nothing of it: see cli_receive. */
+  struct {
+    /* Bytes of the operands, each of which NUL ends */
+    uint32_t length;
+    /* The command: an index of cli_verbs */
+    unsigned char verb;
+    /* --json and --dry-run */
+    unsigned char json;
+    unsigned char dry_run;
+  } request;
+  char *operands;
+  /* At least one.  Commands that change nothing have their operands in the name
+   * and `to` of the first. */
+  struct nbdserve_cas_op *ops;
+  size_t nops;
+  /* Where it writes to */
+  struct {
+    /* Rows.  For import and export: the FILE. */
+    int output;
+    /* Messages and progress */
+    int messages;
+  } fds;
+  /* The connection between server and client, for both; else -1 */
+  int client;
+
+  /* ---- Its output and progress so far; times are in os_now_ms */
+  unsigned nrows;
+  /* -errno, if something could not be printed */
+  int lost;
+  /* Which of the ops has failed */
+  size_t failed;
+  int64_t begun_ms;
+  /* When progress was last shown; 0: none is on the screen. */
+  int64_t shown_ms;
+};
 
 struct cli_verb {
   const char *name;
@@ -9659,49 +9694,6 @@ struct cli_verb {
   uint32_t open;
   /* For cli_do_change: NBDSERVE_CAS_CREATE... */
   int change;
-};
-
-/* What goes over the control socket, with the operands behind it.  The receiver
- * believes nothing of it: see cli_receive. */
-struct cli_request {
-  /* Bytes of the operands, each of which NUL ends */
-  uint32_t length;
-  /* The command: an index of cli_verbs */
-  unsigned char verb;
-  /* --json and --dry-run */
-  unsigned char json;
-  unsigned char dry_run;
-};
-
-/* A command while it is being done, by whichever process */
-struct cli_job {
-  /* ---- What is to be done; fixed.  The texts are in `operands`. */
-  const struct cli_verb *verb;
-  struct cli_request request;
-  char *operands;
-  /* At least one.  Commands that change nothing have their operands in the name
-   * and `to` of the first. */
-  struct nbdserve_cas_op *ops;
-  size_t nops;
-  /* Where it writes to */
-  struct cli_fds {
-    /* Rows.  For import and export: the FILE. */
-    int output;
-    /* Messages and progress */
-    int messages;
-  } fds;
-  /* The connection between server and client, for both; else -1 */
-  int client;
-
-  /* ---- Its output and progress so far; times are in os_now_ms */
-  unsigned nrows;
-  /* -errno, if something could not be printed */
-  int lost;
-  /* Which of the ops has failed */
-  size_t failed;
-  int64_t begun_ms;
-  /* When progress was last shown; 0: none is on the screen. */
-  int64_t shown_ms;
 };
 
 /* ---- Output ------------------------------------------------------------- */
@@ -9757,8 +9749,7 @@ static int cli_progress(void *arg, uint64_t done, uint64_t total) {
   if (!err && done && now - job->begun_ms > 1000 && now - job->shown_ms > 100 &&
       isatty(job->fds.messages)) {
     job->shown_ms = now;
-    dprintf(job->fds.messages, "\r%3.0f%%\r",
-            100 * (double)done / (double)total);
+    dprintf(job->fds.messages, "\r%3d%%\r", (int)(done / (total / 100 + 1)));
   }
   return job->lost || err == -ECANCELED;
 }
@@ -9772,7 +9763,7 @@ static int OS_PRINTF(2, 4) OS_PRINTF(3, 4)
     cli_row(struct cli_job *job, const char *text, const char *json, ...) {
   char row[1024]; /* the longest name has 333 bytes */
   int is_json = job->request.json;
-  int is_array = is_json && job->verb->flags & VERB_ROWS;
+  int start = is_json && job->verb->flags & VERB_ROWS ? 0 : 1;
   va_list ap;
   assert(job->verb->flags & VERB_ROWS || !job->nrows);
   row[0] = job->nrows++ ? ',' : '[';
@@ -9781,8 +9772,8 @@ static int OS_PRINTF(2, 4) OS_PRINTF(3, 4)
   va_end(ap);
   assert(n > 0 && n < (int)sizeof row - 1);
   cli_hide_progress(job);
-  job->lost =
-      cli_write(job, job->fds.output, row + !is_array, (size_t)(n + is_array));
+  n += 1 - start;
+  job->lost = cli_write(job, job->fds.output, row + start, (size_t)n);
   return job->lost;
 }
 
@@ -9880,18 +9871,16 @@ static int cli_do_stat(struct cli_job *job, struct nbdserve_cas *cas) {
 
 /* Is there data at off of a volume?  *end: where that changes.  What is not
  * known is data: then reading it tells what is wrong. */
-static int cli_is_data(const struct nbdserve_export *volume, uint64_t off,
+static int cli_is_data(const struct nbdserve_export *v, uint64_t off,
                        uint64_t *end) {
   unsigned char extent[WIRE_EXT_EXTENT_LEN];
-  uint64_t left = volume->size - off;
-  struct nbdserve_extents x = {
-      .left = left, .align = 1, .max = 1, .extended = 1, .data = extent};
-  *end = volume->size;
-  int err =
-      volume->ops->extents(volume->ctx, off, left, NBDSERVE_CMD_REQ_ONE, &x);
-  if (err || !x.n) return 1;
+  struct nbdserve_extents x = {.align = 1, .max = 1, .extended = 1};
+  x.left = v->size - off;
+  x.data = extent;
+  *end = v->size;
+  if (v->ops->extents(v->ctx, off, x.left, 0, &x) || !x.n) return 1;
   *end = off + x.last_len;
-  assert(*end > off && *end <= volume->size);
+  assert(*end > off && *end <= v->size);
   return !(x.last_status & NBDSERVE_EXTENT_ZERO);
 }
 
@@ -9962,10 +9951,9 @@ static const struct cli_verb cli_verbs[] = {
     {"snapshot", "STORE::VOLUME@SNAP...", "keep what VOLUME holds now",
      cli_do_change, 1, INT_MAX, 0, 0, NBDSERVE_CAS_SNAPSHOT},
     {"seal", "STORE::VOLUME@SNAPSHOT", "print the id of its contents",
-     cli_do_seal, 1, 1, VERB_LONG | VERB_SNAPSHOT, 0, 0},
+     cli_do_seal, 1, 1, VERB_LONG, 0, 0},
     {"rollback", "STORE::VOLUME@SNAPSHOT", "make VOLUME what it was then",
-     cli_do_change, 1, 1, VERB_DRY_RUN | VERB_SNAPSHOT, 0,
-     NBDSERVE_CAS_ROLLBACK},
+     cli_do_change, 1, 1, VERB_DRY_RUN, 0, NBDSERVE_CAS_ROLLBACK},
     {"clone", "STORE::NAME VOLUME...", "make volumes that begin as copies",
      cli_do_change, 2, INT_MAX, 0, 0, NBDSERVE_CAS_CLONE},
     {"rename", "STORE::NAME NEW", "change a name",
@@ -10036,8 +10024,7 @@ static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
   const struct nbdserve_cas_op *op = &job->ops[job->failed];
   const char *to = flags & VERB_READS_FILE ? "" : op->to;
   const char *why = u_errno_text(err);
-  if (err == -EINVAL) why = "not a name or size that a volume can have";
-  if (err == -EINVAL && flags & VERB_SNAPSHOT) why = "not a snapshot";
+  if (err == -EINVAL) why = "not a possible name or size, or not a snapshot";
   if (err == -EBUSY) why = "in use by a client, or being verified";
   if (err == -ENOTEMPTY) why = "it has snapshots";
   if (err == -EUCLEAN) why = "the store is damaged (verify names what is)";
@@ -10470,8 +10457,8 @@ static void cli_open_target(const char *text, const char *path,
   flat.create = opt[OPT_CREATE].number;
   if (opt[OPT_READ_ONLY].given) flat.flags = NBDSERVE_FLAT_READONLY;
   if (opt[OPT_TEMPORARY].given) flat.flags = NBDSERVE_FLAT_TEMPORARY;
-  int is_cut = flat.size || flat.create || opt[OPT_OFFSET].given;
-  if (volume && (is_cut || opt[OPT_TEMPORARY].given))
+  if (volume && (flat.offset || flat.size || flat.create ||
+                 flat.flags == NBDSERVE_FLAT_TEMPORARY))
     cli_usage("%s: no --offset, --size, --create or -T of a volume", text);
   if (opt[OPT_TEMPORARY].given && access(flat.dir, W_OK) < 0)
     cli_exit_if_error(-errno, flat.dir);
@@ -10493,7 +10480,7 @@ static void cli_open_target(const char *text, const char *path,
  * may be called what clients like, if nothing gives it a name. */
 static void cli_add_target(char *text) {
   struct nbdserve_export ex = cli_common;
-  char path[PATH_MAX];
+  char path[PATH_MAX + 8]; /* one that is cut is still too long */
   char *equals = text + strcspn(text, "/=");
   assert(cli.server && !cli.server->nlisteners);
   ex.name = opt[OPT_EXPORT].text;
@@ -10507,8 +10494,7 @@ static void cli_add_target(char *text) {
   const char *rest = is_file ? text + 5 : text;
   /* The backend must not take the file mem:5 for memory. */
   const char *front = is_file && strncmp(rest, "mem:", 4) == 0 ? "./" : "";
-  if (snprintf(path, sizeof path, "%s%s", front, rest) >= PATH_MAX)
-    cli_exit_if_error(-ENAMETOOLONG, text);
+  snprintf(path, sizeof path, "%s%s", front, rest);
   char *colons = is_file ? NULL : strstr(path, "::");
   const char *slash = strrchr(rest, '/');
   const char *name = slash ? slash + 1 : rest;
@@ -10719,11 +10705,10 @@ static void cli_tell_ready(void) {
   struct stat st;
   if (path && !lstat(path, &st) && !S_ISREG(st.st_mode) && !S_ISLNK(st.st_mode))
     cli_failed("%s: not a file, so not replaced by the pidfile", path);
-  int pidfile = path ? cli_new_file(path, NULL) : 0;
-  if (path && dprintf(pidfile, "%ld\n", (long)getpid()) < 0)
+  if (path) cli.pidfile = cli_new_file(path, NULL);
+  if (path && dprintf(cli.pidfile, "%ld\n", (long)getpid()) < 0)
     cli_exit_if_error(-errno, path);
   if (path) cli_put_new_file();
-  cli.pidfile = pidfile;
   assert(!opt[OPT_READY_FD].given || fd > 2);
   if (fd && ((*cli.uri && dprintf(fd, "%s\n", cli.uri) < 0) || close(fd) < 0))
     cli_exit_if_error(-errno, "--ready-fd");
@@ -10828,10 +10813,9 @@ static void cli_help(void) {
        "STORE::VOLUME@SNAPSHOT or, for a whole store, STORE::.\n"
        "With CMD: serves while CMD runs; {} in an ARG becomes the URI.\n");
   for (int id = OPT_NONE + 1; id < OPT_COUNT; id++) {
-    const struct cli_option *option = &cli_options[id];
-    const char letter[] = {'-', option->letter, ',', '\0'};
-    printf("  %3s --%-19s %s\n", option->letter ? letter : "", option->name,
-           option->help);
+    const struct cli_option *o = &cli_options[id];
+    const char letter[] = {'-', o->letter, ',', '\0'};
+    printf("  %3s --%-19s %s\n", o->letter ? letter : "", o->name, o->help);
   }
   cli_help_verbs();
   puts("\nNumbers take K, M, G, T, P and E (powers of 1024).  Once it\n"

@@ -10217,21 +10217,6 @@ static void cli_start_control(void) {
             cli.ctl_path, u_errno_text(err));
 }
 
-/* At exit: waits for the end of cli_control and of the commands, which look at
- * whether the server has stopped.  Returns false if that does not come in time.
- * The store must then be left as it is. */
-static int cli_await_jobs(void) {
-  int64_t until = os_now_ms() + IO_GRACE_MS;
-  if (!cli.server) return 1;
-  nbdserve_stop(cli.server);
-  os_lock(&cli.server->lock);
-  while (cli.njobs > 0 && os_now_ms() < until)
-    os_wait_ms(&cli.server->lock, 100);
-  int is_finished = !cli.njobs;
-  os_unlock(&cli.server->lock);
-  return is_finished;
-}
-
 /* The `find` function of a server of all of a store: called in the threads of
  * clients, for each client, so that a volume that was made since is found. */
 static int cli_find_volume(void *unused, const char *name,
@@ -10417,7 +10402,6 @@ static void cli_help_verbs(void) {
 
 #else /* NBDSERVE_NO_CAS: there are no commands, and no store can be opened. */
 #define cli_start_control() ((void)0)
-#define cli_await_jobs() 1
 #define cli_open_volume(path, name, ex) (-EOPNOTSUPP)
 #define nbdserve_cas_close(cas) 0
 #define cli_run_verb() ((void)0)
@@ -10438,7 +10422,8 @@ static void cli_help_verbs(void) {
  * where only a "=" is the matter. */
 
 #if NBDSERVE_NO_FLAT
-#define nbdserve_flat_open(path, options, ex) ((void)(options), -EOPNOTSUPP)
+#define nbdserve_flat_open(path, options, ex) \
+  ((void)(path), (void)(options), (void)(ex), -EOPNOTSUPP)
 #endif
 
 /* Opens a target, which is a volume if that is not NULL, at path.  If that
@@ -10509,7 +10494,7 @@ static void cli_add_target(char *text) {
   int err = nbdserve_add(cli.server, &ex);
   if (err) ex.ops->close(ex.ctx);
   if (err == -EEXIST) cli_usage("%s: that export name is taken", text);
-  if (err == -EINVAL) cli_usage("%s: bad --block-size, name or text", text);
+  if (err == -EINVAL) cli_usage("%s: bad -b, name or description", text);
   cli_exit_if_error(err, text);
 }
 
@@ -10774,29 +10759,39 @@ static int cli_serve(void) {
 }
 
 /* At exit, however that comes about: removes what we have made, first what
- * tells others that we are here, and closes what we have opened.  Clients and
- * commands use the store, so it is closed after they have ended.  If a command
- * does not end, the store stays open: opening it next time repairs what is
- * unfinished.  From here on signals are ignored.
+ * tells others that we are here, and closes what we have opened.  From here on
+ * signals are ignored.
  *
  * Whoever has put another file in the place of STORE.ctl keeps that.  We have
  * the socket bound: its inode number would otherwise be free, and the other
  * file may have got it.  As long as we have not made it, ctl_st is all zero and
- * fits no file. */
+ * fits no file.
+ *
+ * Clients and commands use the store, so it is closed after they have ended:
+ * cli_control and the commands see that the server has stopped.  If one does
+ * not end in time, the store stays open: opening it next time repairs what is
+ * unfinished. */
 static void cli_close(void) {
   struct stat st;
+  int64_t until = os_now_ms() + IO_GRACE_MS;
   cli_catch_signals(SIG_IGN);
   if (cli.pidfile) os_remove_own_file(opt[OPT_PIDFILE].text, cli.pidfile);
   if (*cli.temp) unlink(cli.temp);
   if (lstat(cli.ctl_path, &st) == 0 && st.st_dev == cli.ctl_st.st_dev &&
       st.st_ino == cli.ctl_st.st_ino)
     unlink(cli.ctl_path);
-  int err = cli_await_jobs() ? 0 : -ETIMEDOUT; /* a command does not end */
+  if (!cli.server) return;
+  nbdserve_stop(cli.server);
+  os_lock(&cli.server->lock);
+  while (cli.njobs > 0 && os_now_ms() < until)
+    os_wait_ms(&cli.server->lock, 100);
+  int err = cli.njobs ? -ETIMEDOUT : 0;
+  os_unlock(&cli.server->lock);
   if (!err) nbdserve_free(cli.server);
   if (!err && cli.cas) err = nbdserve_cas_close(cli.cas);
   if (*cli.private_dir) rmdir(cli.private_dir);
   if (!err) return;
-  cli_say("%s: %s at the end", cli.store, u_errno_text(err));
+  cli_say("%s: not closed in order: %s", cli.store, u_errno_text(err));
   _exit(CLI_FAILED);
 }
 

@@ -9047,7 +9047,8 @@ static struct {
   struct nbdserve_cas *cas;
   /* The path of the socket that takes commands, STORE.ctl */
   char ctl_path[PATH_MAX + 4];
-  /* That socket, listening; and its file, as we have made it, or all zero */
+  /* That socket, listening, or -errno, or 0: there is none; and its file, as we
+   * have made it, or all zero */
   int ctl;
   struct stat ctl_st;
   /* Guarded by server->lock: how many threads do commands, cli_control
@@ -10191,24 +10192,16 @@ static int cli_open_store(const char *path, uint32_t flags,
   return err;
 }
 
-/* Listens at STORE.ctl and starts the thread that takes commands.  This comes
- * after --fork and after the command was started: from now on the process makes
- * no other one, which would inherit the descriptors that come with commands.
- * (Commands that come before wait: see cli_open_store.)  STORE.ctl is for
- * ourselves and root only: the umask is in force when it is made, so there is
- * no moment at which others get in.  If it cannot be made (its path may be too
- * long for a socket, or the directory read-only) the store is served all the
- * same.  Without the thread nobody would answer, and a command would wait for
- * ever; so the socket is closed.  A read-only server takes no commands: next to it
- * the store can be opened by other readers. */
+/* Starts the thread that takes commands.  This comes after --fork and after the
+ * command was started: from now on the process makes no other one, which would
+ * inherit the descriptors that come with commands.  Without the thread nobody
+ * would answer at STORE.ctl, and a command would wait for ever; so the socket
+ * is closed.  A read-only server takes no commands: next to it the store can be
+ * opened by other readers. */
 static void cli_start_control(void) {
-  if (!cli.cas || opt[OPT_READ_ONLY].given || NBDSERVE_NO_THREADS) return;
-  mode_t mask = umask(0177);
-  int err = cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
-  umask(mask);
+  if (!cli.ctl) return;
   cli.njobs = 1; /* cli_control */
-  if (err >= 0) lstat(cli.ctl_path, &cli.ctl_st);
-  if (err >= 0) err = os_thread(cli_control, NULL);
+  int err = cli.ctl < 0 ? cli.ctl : os_thread(cli_control, NULL);
   if (!err) return;
   cli.njobs = 0;
   close(cli.ctl);
@@ -10245,9 +10238,15 @@ static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
   return nbdserve_cas_list(cli.cas, cli_emit_volume, &to);
 }
 
-/* Opens a volume or snapshot of a store and before, if that is not open yet,
- * the store.  With the name "" the server finds and lists all that is in the
- * store, also what is made later, and *ex stays as it is. */
+/* Opens a volume or snapshot of a store.  Before it opens the store, if that is
+ * not open yet, and the socket for commands.  STORE.ctl is for ourselves and
+ * root only: the umask is in force when it is made, so there is no moment at
+ * which others get in.  If it cannot be made (its path may be too long for a
+ * socket, or the directory read-only) the store is served all the same, and
+ * cli_start_control says what that means.
+ *
+ * With the name "" the server finds and lists all that is in the store, also
+ * what is made later, and *ex stays as it is. */
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
   uint32_t how = opt[OPT_READ_ONLY].given ? NBDSERVE_CAS_READONLY : 0;
@@ -10257,6 +10256,11 @@ static int cli_open_volume(const char *path, const char *name,
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
   int err = cli.cas ? 0 : cli_open_store(path, how, &none);
   if (err) return err;
+  mode_t mask = umask(0177);
+  if (!cli.ctl && !how && !NBDSERVE_NO_THREADS)
+    cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
+  umask(mask);
+  if (cli.ctl > 0) lstat(cli.ctl_path, &cli.ctl_st);
   if (*name) return nbdserve_cas_volume(cli.cas, name, ex);
   cli.server->config.find = cli_find_volume;
   cli.server->config.list = cli_list_volumes;

@@ -69,8 +69,8 @@
  *
  * ---- Locks, in the order in which they may be taken ------------------------
  * Each is named after the struct that it is in.
- *   1. nbdserve.lock      exports and their sizes, the list of clients, how many
- *                         commands are being done
+ *   1. nbdserve.lock      exports and their sizes, the list of clients, the
+ *                         number of commands that are being done
  *   2. conn.queue_lock    a client's queue, workers and statistics
  *   3. conn.send_lock     one writer on a client's socket at a time: the only
  *                         lock that is held while we wait for a client, and
@@ -9254,6 +9254,7 @@ static int cli_new_file(const char *path, const struct stat *old) {
 
 /* Gives the new file its own name. */
 static void cli_put_new_file(void) {
+  assert(*cli.temp && cli.path);
   if (rename(cli.temp, cli.path) < 0) cli_exit_if_error(-errno, cli.path);
   *cli.temp = '\0';
 }
@@ -9368,6 +9369,8 @@ enum cli_option_id { CLI_OPTIONS(CLI_OPTION_ID, CLI_OPTION_ID) OPT_COUNT };
 
 static const struct cli_option cli_options[OPT_COUNT] = {
     CLI_OPTIONS(CLI_TEXT_ROW, CLI_NUMBER_ROW)};
+
+STATIC_ASSERT(options_have_a_bit_each, OPT_COUNT <= 64);
 
 /* Options that exclude others, and why */
 static const struct cli_exclusion {
@@ -9512,6 +9515,8 @@ static int cli_parse_fault(enum cli_option_id id, const char *value) {
 static void cli_set_option(enum cli_option_id id, const char *value) {
   const struct cli_option *o = &cli_options[id];
   uint64_t *n = &opt[id].number;
+  assert(id > OPT_NONE && id < OPT_COUNT && o->min <= o->max);
+  assert(!o->max || value);
   opt[id].given++;
   opt[id].text = value;
   if (o->max && (!u_parse_number(value, o->max, n) || *n < o->min))
@@ -9741,8 +9746,8 @@ static void cli_hide_progress(struct cli_job *job) {
 }
 
 /* Is called now and then by what takes long: a nbdserve_progress_fn.  After a
- * second, and ten times a second, shows on a terminal how much is done.  Returns
- * true if the command has to end. */
+ * second, and ten times a second, shows on a terminal how much is done.
+ * Returns true if the command has to end. */
 static int cli_progress(void *arg, uint64_t done, uint64_t total) {
   struct cli_job *job = arg;
   int64_t now = os_now_ms();
@@ -10067,6 +10072,7 @@ static int cli_pass(struct cli_job *job, int sends) {
 static int cli_run_remote(struct cli_job *job) {
   unsigned char status = CLI_FAILED;
   size_t length = job->request.length;
+  assert(job->client >= 0 && !cli.cas);
   int err = cli_pass(job, 1);
   if (!err) err = cli_write(job, job->client, job->operands, length);
   if (!err) cli_wait(job, -1, -1);
@@ -10113,6 +10119,7 @@ static int cli_count(int jobs, int longs) {
 static void *cli_serve_job(void *client) {
   struct cli_job job = {.fds = {-1, -1}, .client = (int)(intptr_t)client};
   unsigned char status = CLI_FAILED;
+  assert(job.client >= 0 && cli.cas);
   if (cli_receive(&job) == 0) {
     int is_long = (job.verb->flags & VERB_LONG) != 0;
     if (cli_count(0, is_long) <= 16 || !is_long)
@@ -10156,8 +10163,8 @@ static void *cli_control(void *unused) {
 /* Opens the store at path.  The process has one at most.  STORE.ctl lies beside
  * the file itself, so that all who come by symbolic links find it.  Returns 0,
  * or -errno and leaves cli.cas NULL.  -EBUSY: somebody has it.  If that is its
- * server the job is connected to it now: a reader like `list` is waited for, and
- * a server that just starts or ends, for three seconds.
+ * server the job is connected to it now; a reader like `list` is waited for,
+ * and a server that just starts or ends, for three seconds.
  *
  * A STORE.ctl that is somebody else's is refused: in a directory where
  * everybody may make files a stranger who can read the store could lock it,
@@ -10603,8 +10610,9 @@ static void cli_listen(void) {
 
 /* ---- The command that is served (--run, --) ----------------------------- */
 
-/* Becomes the command, with the URI in place of each {}; or says why not.  A shell command gets variables with
- * the names that nbdkit gives them, so that scripts can be used with both. */
+/* Becomes the command, with the URI in place of each {}; or says why not.  A
+ * shell command gets variables with the names that nbdkit gives them, so that
+ * scripts can be used with both. */
 static void cli_exec_child(void) {
   const struct srv_listener *l = cli.server->listeners;
   char nbd[sizeof l->text + 16];
@@ -10642,6 +10650,7 @@ static void cli_exec_child(void) {
 static void cli_start_child(void) {
   sigset_t all;
   sigset_t was;
+  assert(!cli.child);
   if (!*cli.uri) cli_usage("no URI for the command to use");
   sigfillset(&all);
   sigprocmask(SIG_BLOCK, &all, &was);
@@ -10694,6 +10703,7 @@ static void cli_tell_ready(void) {
   struct stat st;
   if (path && !lstat(path, &st) && !S_ISREG(st.st_mode) && !S_ISLNK(st.st_mode))
     cli_failed("%s: not a file, so not replaced by the pidfile", path);
+  assert(!cli.pidfile);
   if (path) cli.pidfile = cli_new_file(path, NULL);
   if (path && dprintf(cli.pidfile, "%ld\n", (long)getpid()) < 0)
     cli_exit_if_error(-errno, path);

@@ -44,7 +44,7 @@
  *                               tx_data [9]
  *   a command-line option       a row of CLI_OPTIONS in [13]
  *   a command on stores         a row of cli_verbs in [13]
- *   a kind of target            cli_parse_target and cli_add_target in [13]
+ *   a kind of target            cli_add_target in [13]
  *   an operating system         a body in the functions of [2]
  *
  * ---- Threads ------------------------------------------------------------
@@ -69,7 +69,8 @@
  *
  * ---- Locks, in the order in which they may be taken ------------------------
  * Each is named after the struct that it is in.
- *   1. nbdserve.lock      exports and their sizes, the list of clients
+ *   1. nbdserve.lock      exports and their sizes, the list of clients, the
+ *                         number of commands that are being done
  *   2. conn.queue_lock    a client's queue, workers and statistics
  *   3. conn.send_lock     one writer on a client's socket at a time: the only
  *                         lock that is held while we wait for a client, and
@@ -79,8 +80,7 @@
  *   6. flat.lock          what a file has turned out not to support; the I/O of
  *                         a temporary export
  *   7. nbdserve_cas.ckpt, then .lock: see [11]
- *   8. io_stop.lock       the moment at which the grace ends
- *   9. cli.jobs_lock      how many commands are being done */
+ *   8. io_stop.lock       the moment at which the grace ends */
 
 /* ==== [1] CONFIG (NBDSERVE_) =============================================
  * Set these with -D.  The NO_ and ONLY switches are 0 or 1; 1 takes a feature
@@ -8733,56 +8733,26 @@ void nbdserve_free(struct nbdserve *s) {
  * them read, `opt` and most of `cli`, does not change after the server has
  * started.
  *
- * To add a command-line option: a row in CLI_OPTIONS, which says what its value
- * may be.  opt[] has the value then, and --help prints the row.  What the
- * option must not be combined with goes to cli_exclusions.
+ * To add a command-line option: a row in CLI_OPTIONS, from which --help prints
+ * it.  opt[] has its value then; if that is more than a text or a number
+ * cli_set_option checks it.  What the option must not be combined with goes to
+ * cli_exclusions.
  *
  * To add a command on stores: a function that does it, and a row in cli_verbs,
  * from which --help prints it, too.
  *
- * To add a kind of target: cli_parse_target, which tells targets apart, and
- * cli_add_target, which opens them. */
+ * To add a kind of target: cli_add_target, which tells targets apart. */
 #if !NBDSERVE_NO_MAIN
 #include <sys/wait.h>
 
-/* Exit status.  A command that is served may have any other one. */
+/* Exit status, if it is not 0.  A command that is served may have any other
+ * one. */
 enum {
-  CLI_OK = 0,
-  CLI_FAILED = 1,      /* a message says why */
-  CLI_USAGE = 2,       /* the command line makes no sense */
-  CLI_DAMAGED = 3,     /* verify found damage */
-  CLI_IN_USE = 4,      /* somebody else has the target */
-  CLI_NOT_FOUND = 127, /* as a shell says it: there is no such program */
-  CLI_BY_SIGNAL = 128  /* as a shell says it: plus the number of the signal */
-};
-
-enum {
-  /* Seconds that a command has, from SIGTERM to its end: enough to write what
-   * it has left, and no more than whoever has sent the signal will wait. */
-  CLI_CHILD_GRACE_S = 10,
-
-  /* A command that takes less time than this shows no progress. */
-  CLI_PROGRESS_AFTER_MS = 1000,
-
-  /* How often progress is shown: often enough to look alive */
-  CLI_PROGRESS_EVERY_MS = 100,
-
-  /* Socket activation passes this descriptor and the ones that follow it. */
-  CLI_FIRST_PASSED_FD = 3,
-
-  /* Said of operands: there may be as many as the system lets through. */
-  CLI_ANY_NUMBER = INT_MAX,
-
-  /* The port of NBD, as assigned by IANA */
-  CLI_DEFAULT_PORT = 10809
-};
-
-/* How far the end has come; see "Signals, and how it ends" below.  It goes from
- * one to the next, and never back. */
-enum cli_phase {
-  CLI_SERVING,    /* nobody has asked for the end */
-  CLI_CHILD_ENDS, /* the command is to end, and is served until it has */
-  CLI_STOPPING    /* nbdserve_stop was called */
+  CLI_FAILED = 1,     /* a message says why */
+  CLI_USAGE = 2,      /* the command line makes no sense */
+  CLI_DAMAGED = 3,    /* verify found damage */
+  CLI_IN_USE = 4,     /* somebody else has the target */
+  CLI_BY_SIGNAL = 128 /* as a shell says it: plus the number of the signal */
 };
 
 /* The state of the process.  What the options say is in `opt`. */
@@ -8811,15 +8781,15 @@ static struct {
 
   /* ---- What has to be removed at exit */
 
-  /* The directory of the private socket, or "".  It has to be short: the path
+  /* The directory of the private socket, or "".  It is short because the path
    * of a socket is limited to about a hundred bytes. */
-  char private_dir[100];
+  char private_dir[90];
   /* The pidfile that we have made, open; 0: we have not. */
   int pidfile;
-  /* A new file while it has another name than its own, or "" */
-  char temp[PATH_MAX];
-  /* Its own name */
-  char path[PATH_MAX];
+  /* A new file while it has another name than its own, or ""; and its own name.
+   * There is room for a name that the system finds too long. */
+  char temp[PATH_MAX + 300];
+  const char *path;
 
   /* ---- The store that is served, or that a command is for; one at most */
 
@@ -8828,16 +8798,13 @@ static struct {
   /* The store; NULL: it is not open. */
   struct nbdserve_cas *cas;
   /* The path of the socket that takes commands, STORE.ctl */
-  char ctl_path[PATH_MAX];
-  /* That socket, listening, or -errno; and its file, as we have made it, or all
-   * zero */
+  char ctl_path[PATH_MAX + 4];
+  /* That socket, listening, or -errno, or 0: there is none; and its file, as we
+   * have made it, or all zero */
   int ctl;
   struct stat ctl_st;
-  /* cli_control runs, or did. */
-  int takes_commands;
-  /* Guards: how many threads do commands, cli_control included, and how many of
-   * the commands are long */
-  struct os_monitor jobs_lock;
+  /* Guarded by server->lock: how many threads do commands, cli_control
+   * included, and how many of the commands are long */
   int njobs;
   int nlong;
 
@@ -8851,41 +8818,41 @@ static struct {
 
   /* SIGUSR1 has come. */
   volatile sig_atomic_t stats_wanted;
-  /* SIGTERM, SIGINT or SIGHUP has come. */
+  /* SIGTERM, SIGINT or SIGHUP has come; and when first, in os_now_ms, which
+   * nobody but the handler looks at.  If a command runs it was told then. */
   volatile sig_atomic_t end_wanted;
-  /* enum cli_phase */
-  volatile sig_atomic_t phase;
+  int64_t end_wanted_ms;
+  /* The handler has called nbdserve_stop. */
+  volatile sig_atomic_t stopping;
   /* The process id of the command while it runs; 0: there is none.  As long as
    * this is set the process exists, though it may have ended: nobody else waits
    * for it, so its id cannot become that of another process. */
   volatile sig_atomic_t child;
-  /* We have sent SIGTERM to the command. */
-  volatile sig_atomic_t child_told;
   /* The exit status of a command that has ended */
   volatile sig_atomic_t child_status;
-} cli = {.export_name = "", .client = -1, .ctl = -1, .ready_pipe = -1};
+} cli = {.export_name = "", .client = -1, .ready_pipe = -1};
 
 STATIC_ASSERT(a_process_id_fits, sizeof(sig_atomic_t) >= sizeof(pid_t));
 
 /* ---- Messages ----------------------------------------------------------- */
 
+/* A number in a format */
+#define CLI_N "%" PRIu64
+
 /* Prints a message to a descriptor: a line in one write, so that the lines of
  * several threads do not mix.  The form is "OBJECT: what is wrong: reason (what
- * to do)".  What is too long for one write is cut.  On standard error it waits
- * until there is room; on that of a client, which may be a pipe that nobody
- * reads, for a second. */
+ * to do)".  What is too long for one write is cut.  The descriptor may be a
+ * pipe that nobody reads, or a client's: after a second the message is lost. */
 static void OS_PRINTF(2, 3) cli_say_to(int fd, const char *fmt, ...) {
-  char text[PATH_MAX - 20];
-  char line[sizeof text + 20];
+  char line[PATH_MAX] = "nbdserve: ";
+  size_t n = strlen(line);
   struct pollfd p = {fd, POLLOUT, 0};
   va_list ap;
   va_start(ap, fmt);
-  vsnprintf(text, sizeof text, fmt, ap);
+  vsnprintf(line + n, sizeof line - n - 1, fmt, ap);
   va_end(ap);
-  int n = snprintf(line, sizeof line, "nbdserve: %s\n", text);
-  assert(n > 0 && n < (int)sizeof line);
-  int is_ready = fd == 2 || poll(&p, 1, 1000) > 0;
-  if (is_ready) (void)!write(fd, line, (size_t)n); /* else nobody can be told */
+  strcat(line, "\n");
+  if (poll(&p, 1, 1000) > 0) (void)!write(fd, line, strlen(line));
 }
 #define cli_say(...) cli_say_to(2, __VA_ARGS__)
 
@@ -8912,22 +8879,19 @@ static void cli_log(void *unused, int level, const char *message) {
  * has an exit status of its own: scripts try again then. */
 static void cli_exit_if_error(int err, const char *object) {
   assert(err <= 0 && object);
-  if (!err) return;
-  if (err == -EBUSY)
-    cli_die(CLI_IN_USE, "%s: %s; another server has it", object,
-            u_errno_text(err));
-  cli_failed("%s: %s", object, u_errno_text(err));
+  if (err == -EBUSY) cli_die(CLI_IN_USE, "%s: another server has it", object);
+  if (err) cli_failed("%s: %s", object, u_errno_text(err));
 }
 
 /* ---- Signals, and how it ends --------------------------------------------
  * SIGTERM, SIGINT and SIGHUP ask for the end.  If a command is being served
  * (--run, or what stands behind "--") the end comes in this order:
  *
- *   1. Nobody new can connect: nbdserve_unlisten.  The clients that are there,
- *      the command's above all, are served as before.
- *   2. The command is told, by SIGTERM, and served until it has ended.  It may
+ *   1. The command is told, by SIGTERM, and served until it has ended.  It may
  *      still write what it has, and flush.
- *   3. Its end, a second signal or CLI_CHILD_GRACE_S seconds finish step 2:
+ *   2. Nobody new can connect: nbdserve_unlisten.  (Built without threads that
+ *      may come later, but nobody is accepted meanwhile.)
+ *   3. The command's end, a second signal or ten seconds finish that:
  *      nbdserve_stop.
  *   4. The server finishes in its own order: see srv_finish in [12].
  *   5. The status of the command becomes ours.  If it has still not ended a
@@ -8937,35 +8901,11 @@ static void cli_exit_if_error(int err, const char *object) {
  * nbdserve_stop has been called and a signal has come before, SIGINT ends the
  * process at once: whoever types Ctrl-C twice does not want to wait.
  *
- *   CLI_SERVING --- a signal, while a command runs --> CLI_CHILD_ENDS
- *        |                                                    |
- *        | a signal without a command,          its end, a second signal,
- *        | or the end of the command            or SIGALRM: time is over
- *        |                                                    |
- *        +-----------------> CLI_STOPPING <-------------------+
- *
- * Who does what: the signal handler owns cli.phase.  It runs in the main thread
- * (all others block the signals) and interrupts nbdserve_run by nbdserve_wake;
- * cli_run, around nbdserve_run, then does steps 1 and 2: nbdserve_unlisten must
- * not be called by a handler.  Without threads nbdserve_run does not return
- * while it serves a client, so there the handler itself does step 2; step 1 is
- * not urgent, as nobody is accepted meanwhile.  The handler also waits for the
- * command, so that its end reaches nbdserve_stop in that case, too. */
-
-/* Signals that are caught, or ignored while the process ends. */
-static const int cli_signals[] = {SIGHUP,  SIGINT,  SIGTERM,
-                                  SIGUSR1, SIGCHLD, SIGALRM};
-
-/* Keeps the handler away until the caller restores the mask *was with
- * sigprocmask; signals that have come meanwhile are handled then.  This is the
- * mask of the main thread, which is the only one that takes these signals.
- * (POSIX wants pthread_sigmask for that if there are other threads; no system
- * makes a difference, and without threads there is none.) */
-static void cli_block_signals(sigset_t *was) {
-  sigset_t all;
-  sigfillset(&all);
-  sigprocmask(SIG_BLOCK, &all, was);
-}
+ * Who does what: the signal handler, which runs in the main thread (all others
+ * block the signals), does steps 1 and 3, and waits for the command.  So it
+ * works, too, where nbdserve_run does not return while it serves a client.
+ * Then it interrupts nbdserve_run by nbdserve_wake, and cli_serve, around that,
+ * does the rest. */
 
 /* Translates what waitpid says into an exit status, as a shell does. */
 static int cli_exit_status(int wait_status) {
@@ -8974,74 +8914,45 @@ static int cli_exit_status(int wait_status) {
   return WEXITSTATUS(wait_status);
 }
 
-/* Step 3.  Only the handler calls this: cli.phase is its own. */
-static void cli_stop_server(void) {
-  assert(cli.server);
-  cli.phase = CLI_STOPPING;
-  nbdserve_stop(cli.server);
-}
-
-/* Step 2: sends SIGTERM to the command, if that was not done yet, and sets the
- * clock that limits its time.  The handler may call this.  The signals are
- * blocked because the command may end at any moment: once the handler has
- * waited for it, its process id may belong to somebody else. */
-static void cli_tell_child(void) {
-  sigset_t was;
-  cli_block_signals(&was);
-  if (cli.child && !cli.child_told) {
-    assert(cli.child > 0); /* kill would hit a group of processes */
-    cli.child_told = 1;
-    kill((pid_t)cli.child, SIGTERM);
-    alarm(CLI_CHILD_GRACE_S);
-  }
-  sigprocmask(SIG_SETMASK, &was, NULL);
-}
-
-/* SIGCHLD: takes the status of the command if it has ended.  The signal comes
- * for other reasons, too: the command was suspended, or a process has ended
- * that was started by whatever program this process was before exec.  Only the
- * command is waited for, so such children are left alone. */
-static void cli_on_child(void) {
-  pid_t child = (pid_t)cli.child;
-  int wait_status = 0;
-  if (!child || waitpid(child, &wait_status, WNOHANG) != child) return;
-  cli.child_status = cli_exit_status(wait_status);
-  cli.child = 0;
-  cli_stop_server();
-}
-
-/* SIGTERM, SIGINT or SIGHUP: see the order above.  A SIGINT that the terminal
- * sends goes to the command as well, so it may well have ended already. */
-static void cli_on_end(int sig) {
-  int is_first = !cli.end_wanted;
-  assert(cli.phase != CLI_CHILD_ENDS || cli.child);
-  cli.end_wanted = 1;
-  if (cli.child && (is_first || !cli.child_told)) {
-    cli.phase = CLI_CHILD_ENDS;
-    if (NBDSERVE_NO_THREADS) cli_tell_child();
-    return;
-  }
-  if (!is_first && cli.phase == CLI_STOPPING && sig == SIGINT)
-    _exit(CLI_BY_SIGNAL + sig);
-  cli_stop_server();
-}
-
 /* The signal handler.  It calls nothing but what POSIX and nbdserve.h allow in
  * a handler.  All other signals are blocked meanwhile (cli_catch_signals), so
  * that what it does to `cli` is done in one piece.  It may run before there is
- * a command, and after there was one, but never before there is a server.  It
- * always wakes cli_run, which looks at what there is to do. */
+ * a command, and after there was one, but never before there is a server.
+ *
+ * SIGCHLD comes for other reasons, too: the command was suspended, or a process
+ * has ended that was started by whatever program this process was before exec.
+ * Only the command is waited for, so such children are left alone.  SIGALRM of
+ * somebody else means nothing.
+ *
+ * Signals for the end that come within half a second are one: a terminal that
+ * is closed and a supervisor may both send theirs.  A SIGINT of the terminal
+ * goes to the command as well, so it may well have ended already. */
 static void cli_on_signal(int sig) {
   int saved = errno;
-  assert(cli.server);
-  if (sig == SIGUSR1)
+  int wait_status = 0;
+  int stops = 0;
+  pid_t child = (pid_t)cli.child;
+  assert(cli.server && child >= 0); /* kill could hit a group of processes */
+  if (sig == SIGUSR1) {
     cli.stats_wanted = 1;
-  else if (sig == SIGCHLD)
-    cli_on_child();
-  else if (sig != SIGALRM)
-    cli_on_end(sig);
-  else if (cli.child_told) /* the command has had its time */
-    cli_stop_server();
+  } else if (sig == SIGCHLD) {
+    stops = child && waitpid(child, &wait_status, WNOHANG) == child;
+    if (stops) cli.child_status = cli_exit_status(wait_status);
+    if (stops) cli.child = 0;
+  } else if (cli.end_wanted) {
+    stops = !child || os_now_ms() - cli.end_wanted_ms > 500;
+    if (!child && cli.stopping && sig == SIGINT) _exit(CLI_BY_SIGNAL + sig);
+  } else if (sig != SIGALRM) {
+    cli.end_wanted = 1;
+    cli.end_wanted_ms = os_now_ms();
+    stops = !child;
+    if (child) kill(child, SIGTERM);
+    if (child) alarm(10); /* no more than whoever sent the signal will wait */
+  }
+  if (stops) {
+    cli.stopping = 1;
+    nbdserve_stop(cli.server);
+  }
   nbdserve_wake(cli.server);
   errno = saved;
 }
@@ -9054,142 +8965,59 @@ static void cli_on_signal(int sig) {
  * for such a program, which inherits what is ignored.  Who started us may have
  * blocked signals, without which we would not learn of a command's end. */
 static void cli_catch_signals(void (*handler)(int)) {
+  static const int signals[] = {SIGHUP,  SIGINT,  SIGTERM, SIGUSR1,
+                                SIGCHLD, SIGALRM, SIGPIPE, SIGXFSZ};
   struct sigaction action = {.sa_handler = handler, .sa_flags = SA_RESTART};
-  sigset_t ours;
-  sigemptyset(&ours);
+  struct sigaction was;
+  sigset_t none;
   sigfillset(&action.sa_mask);
-  for (size_t i = 0; i < COUNT_OF(cli_signals); i++) {
-    int sig = cli_signals[i];
-    sigaddset(&ours, sig);
-    struct sigaction was = {.sa_handler = SIG_DFL};
-    if (sig == SIGHUP || sig == SIGINT) sigaction(sig, NULL, &was);
-    if (was.sa_handler != SIG_IGN) sigaction(sig, &action, NULL);
+  for (size_t i = 0; i < COUNT_OF(signals); i++) {
+    int sig = signals[i];
+    sigaction(sig, NULL, &was);
+    if (sig == SIGPIPE && handler != SIG_DFL) action.sa_handler = SIG_IGN;
+    if (was.sa_handler != SIG_IGN || (sig != SIGHUP && sig != SIGINT))
+      sigaction(sig, &action, NULL);
   }
-  if (handler != SIG_DFL) action.sa_handler = SIG_IGN;
-  sigaction(SIGPIPE, &action, NULL);
-  sigaction(SIGXFSZ, &action, NULL);
-  if (handler == cli_on_signal) sigprocmask(SIG_UNBLOCK, &ours, NULL);
+  sigemptyset(&none);
+  if (handler == cli_on_signal) sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
 /* ---- Files that we make and remove -------------------------------------- */
 
-/* Removes the socket for commands, if it still is ours.  Whoever has put
- * another file in its place keeps that.  We have the socket bound: its inode
- * number would otherwise be free, and the other file may have got it.  As long
- * as we have not made it, ctl_st is all zero and fits no file. */
-static void cli_remove_ctl(void) {
-  struct stat st;
-  if (lstat(cli.ctl_path, &st) == 0 && st.st_dev == cli.ctl_st.st_dev &&
-      st.st_ino == cli.ctl_st.st_ino)
-    unlink(cli.ctl_path);
-}
-
 /* Makes a new file that will be at path when it is whole: whoever sees it there
  * can rely on it, and one that was there before stays until then.  Meanwhile it
  * has another name beside it; cli_close removes it if it comes to nothing.
- * mkstemp neither follows symbolic links nor opens a file that is there.  It
- * gets the mode of the old file or, if that is NULL, the one that the umask
- * asks for.  Returns the descriptor, which stays open. */
+ * O_EXCL neither follows symbolic links nor opens a file that is there.  The
+ * new file gets the mode of the old one or, if that is NULL, the one that the
+ * umask asks for.  Returns the descriptor, which stays open. */
 static int cli_new_file(const char *path, const struct stat *old) {
   const char *slash = strrchr(path, '/');
-  const char *name = slash ? slash + 1 : path;
+  int dir = slash ? (int)(slash - path) + 1 : 0;
   assert(!*cli.temp);
-  if (snprintf(cli.path, PATH_MAX, "%s", path) >= PATH_MAX ||
-      snprintf(cli.temp, PATH_MAX, "%.*s.%.200s.nbdserve-XXXXXX",
-               (int)(name - path), path, name) >= PATH_MAX)
-    cli_exit_if_error(-ENAMETOOLONG, path);
-  int fd = mkstemp(cli.temp);
+  cli.path = path;
+  snprintf(cli.temp, sizeof cli.temp, "%.*s.%.200s.nbdserve-%lx-%" PRIx64, dir,
+           path, path + dir, (unsigned long)getpid(), (uint64_t)os_now_ms());
+  int fd = open(cli.temp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
   if (fd < 0) *cli.temp = '\0';
-  mode_t mask = umask(077); /* there is no other way to ask for it */
-  umask(mask);
-  if (fd < 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 ||
-      fchmod(fd, old ? old->st_mode & 0777 : 0666 & ~mask) < 0)
+  if (fd < 0 || (old && fchmod(fd, old->st_mode & 0777) < 0))
     cli_exit_if_error(-errno, path);
   return fd;
 }
 
 /* Gives the new file its own name. */
 static void cli_put_new_file(void) {
+  assert(*cli.temp && cli.path);
   if (rename(cli.temp, cli.path) < 0) cli_exit_if_error(-errno, cli.path);
   *cli.temp = '\0';
 }
 
-/* --pidfile: writes our process id to a file.  A symbolic link at path is
- * replaced, not followed.  The descriptor stays open, for os_remove_own_file:
- * with it closed, the inode number might become that of another server's
- * pidfile. */
-static void cli_write_pidfile(const char *path) {
-  struct stat st;
-  assert(!cli.pidfile);
-  if (lstat(path, &st) == 0 && !S_ISREG(st.st_mode) && !S_ISLNK(st.st_mode))
-    cli_failed("%s: not a file, so not replaced by the pidfile", path);
-  int fd = cli_new_file(path, NULL);
-  if (dprintf(fd, "%ld\n", (long)getpid()) < 0) cli_exit_if_error(-errno, path);
-  cli_put_new_file();
-  cli.pidfile = fd;
-}
+/* ---- What --fault and --delay do to requests ---------------------------- */
 
-/* ---- Words, and what --fault and --delay do to requests ----------------- */
-
-/* A word that the value of an option may contain, and what it stands for.  In a
- * table of words the last name is NULL. */
-struct cli_word {
-  const char *name;
-  uint32_t value;
-};
-
+/* The types of requests are below this; NBD_CMD_BLOCK_STATUS is the last.  As a
+ * type it stands for each of them. */
 enum {
-  /* The types of requests are below this; NBD_CMD_BLOCK_STATUS is the last. */
-  CLI_NTYPES = NBD_CMD_BLOCK_STATUS + 1,
-  /* In place of a type: each of them */
-  CLI_ALL_TYPES = CLI_NTYPES
+  CLI_NTYPES = NBD_CMD_BLOCK_STATUS + 1
 };
-
-/* clang-format off */
-
-/* The words are lists of macros, because they are needed twice: in a table, as
- * rows, and in the message that says which ones are allowed, as text. */
-#define CLI_ROW(name, value) {name, value},
-#define CLI_TEXT(name, value) " " name
-
-/* --without: bits of nbdserve_config.without, where flags of the transmission
- * stand for themselves, and option N of the handshake for bit 16 + N */
-#define CLI_FEATURES(X) \
-  X("flush", NBD_FLAG_SEND_FLUSH)     X("fua", NBD_FLAG_SEND_FUA) \
-  X("trim", NBD_FLAG_SEND_TRIM)       X("zero", NBD_FLAG_SEND_WRITE_ZEROES) \
-  X("df", NBD_FLAG_SEND_DF)           X("multi-conn", NBD_FLAG_CAN_MULTI_CONN) \
-  X("cache", NBD_FLAG_SEND_CACHE)     X("fast-zero", NBD_FLAG_SEND_FAST_ZERO) \
-  X("list", 65536u << NBD_OPT_LIST)   X("info", 65536u << NBD_OPT_INFO) \
-  X("go", 65536u << NBD_OPT_GO) \
-  X("structured", 65536u << NBD_OPT_STRUCTURED_REPLY) \
-  X("list-meta", 65536u << NBD_OPT_LIST_META_CONTEXT) \
-  X("meta", 65536u << NBD_OPT_SET_META_CONTEXT) \
-  X("extended", 65536u << NBD_OPT_EXTENDED_HEADERS)
-
-/* --fault and --delay: the requests that they concern */
-#define CLI_TYPES(X) \
-  X("read", NBD_CMD_READ)             X("write", NBD_CMD_WRITE) \
-  X("flush", NBD_CMD_FLUSH)           X("trim", NBD_CMD_TRIM) \
-  X("cache", NBD_CMD_CACHE)           X("zero", NBD_CMD_WRITE_ZEROES) \
-  X("status", NBD_CMD_BLOCK_STATUS)   X("all", CLI_ALL_TYPES)
-
-/* --fault: the errors that the protocol knows, as errno values */
-#define CLI_ERRORS(X) \
-  X("EPERM", EPERM)                   X("EIO", EIO) \
-  X("ENOMEM", ENOMEM)                 X("EINVAL", EINVAL) \
-  X("ENOSPC", ENOSPC)                 X("EOVERFLOW", EOVERFLOW) \
-  X("ENOTSUP", ENOTSUP)               X("ESHUTDOWN", ESHUTDOWN)
-
-static const struct cli_word cli_features[] = {CLI_FEATURES(CLI_ROW) {0}};
-static const struct cli_word cli_types[] = {CLI_TYPES(CLI_ROW) {0}};
-static const struct cli_word cli_errors[] = {CLI_ERRORS(CLI_ROW) {0}};
-
-/* --cache: flags of an export */
-static const struct cli_word cli_cache_modes[] = {
-    {"writeback", 0},                       {"unsafe", NBDSERVE_EXPORT_UNSAFE},
-    {"writethrough", NBDSERVE_EXPORT_WRITETHROUGH}, {0}};
-
-/* clang-format on */
 
 /* What --fault and --delay do to the requests of a type.  This is fixed before
  * the server is made, except for `sum`, which server->lock guards. */
@@ -9224,106 +9052,131 @@ static int cli_before(void *unused, unsigned type, uint64_t off, uint64_t len) {
   return fails ? fault->err : 0;
 }
 
-/* Takes a word off the front of *text.  The word goes to the first of the
- * characters in `ends`, which is taken off, too, or to the end of the text.
- * Returns false if the table has no such word. */
-static int cli_take_word(const struct cli_word *words, const char **text,
-                         const char *ends, uint32_t *value) {
-  size_t len = strcspn(*text, ends);
-  assert(words->name);
-  while (words->name && (strncmp(words->name, *text, len) || words->name[len]))
-    words++;
-  *value = words->value;
-  *text += len;
-  if (**text) ++*text;
-  return words->name != NULL;
-}
-
 /* ---- Options ------------------------------------------------------------ */
+
+struct cli_option {
+  /* What stands behind "-"; 0: there is no short form. */
+  char letter;
+  /* What stands behind "--".  If the option takes a value, a blank and what
+   * --help calls that follow: "port N". */
+  const char *name;
+  const char *help;
+  /* The range of an option that takes a number; max is 0: it takes none. */
+  uint64_t min;
+  uint64_t max;
+};
 
 /* clang-format off */
 
-/* The options, in the order of --help: the name behind OPT_, the name on the
- * command line, and members of struct cli_option.  This is a list of macros, so
- * that it says all about an option in one place. */
-#define CLI_OPTIONS(X) \
-  X(UNIX, "unix", .letter = 'U', .argument = "PATH", \
-    .help = "listen on a unix socket (default: a private one)") \
-  X(PORT, "port", .letter = 'p', .argument = "N", .max = 65535, \
-    .help = "listen on TCP (usual: 10809; 0: any free port)") \
-  X(BIND, "bind", .letter = 'i', .argument = "ADDR", \
-    .help = "TCP address (default: the two of loopback)") \
-  X(STDIN, "stdin", .letter = 's', \
-    .help = "serve one client on standard input and output") \
-  X(FD, "fd", .argument = "N", .max = INT_MAX, .parse = cli_parse_fd, \
-    .form = "the number of a descriptor that is open", \
-    .help = "serve descriptor N, a listening or connected socket") \
-  X(READ_ONLY, "read-only", .letter = 'r', .help = "refuse writes") \
-  X(EXPORT, "export", .letter = 'e', .argument = "NAME", \
-    .help = "name of the export (default: every name will do)") \
-  X(DESCRIPTION, "description", .letter = 'D', .argument = "TEXT", \
-    .help = "shown to clients that list the exports") \
-  X(OFFSET, "offset", .letter = 'o', .argument = "N", \
-    .max = INT64_MAX, .help = "serve the target from byte N on") \
-  X(SIZE, "size", .argument = "N", .min = 1, .max = INT64_MAX, \
-    .help = "serve only N bytes of the target") \
-  X(BLOCK_SIZE, "block-size", .letter = 'b', .argument = "SIZES", \
-    .parse = cli_parse_sizes, .form = "MIN:PREFERRED:MAX, three sizes", \
-    .help = "MIN:PREFERRED:MAX (1:4096:32M)") \
-  X(CREATE, "create", .argument = "SIZE", .min = 1, .max = INT64_MAX, \
-    .help = "make the target, a sparse file, if it is missing") \
-  X(TEMPORARY, "temporary", .letter = 'T', \
-    .help = "discard at exit what clients have written") \
-  X(CACHE, "cache", .argument = "MODE", .parse = cli_parse_cache, \
-    .form = "writeback, writethrough or unsafe", \
-    .help = "writeback (default), writethrough or unsafe") \
-  X(THREADS, "threads", .letter = 't', .argument = "N", .min = 1, \
-    .max = 1024, .help = "slow requests of a client done at a time (16)") \
-  X(MAX_CONN, "max-conn", .letter = 'm', .argument = "N", \
-    .min = 1, .max = SRV_MAX_CONN, .help = "clients served at a time (128)") \
-  X(STALL, "stall", .argument = "SEC", .min = 1, .max = 4000000, \
-    .help = "disconnect a client stalled in a request (120)") \
-  X(ONCE, "once", .letter = '1', .help = "exit when the last client has left") \
-  X(IDLE_EXIT, "idle-exit", .argument = "SEC", .min = 1, \
-    .max = 4000000, .help = "exit after SEC seconds without a client") \
-  X(RUN, "run", .argument = "CMD", \
-    .help = "serve while a shell command runs ($uri, $nbd)") \
-  X(FORK, "fork", .help = "go into the background once it listens") \
-  X(PIDFILE, "pidfile", .letter = 'P', .argument = "FILE", \
-    .help = "write the process id to FILE once it listens") \
-  X(READY_FD, "ready-fd", .parse = cli_parse_fd, .min = 3, .max = INT_MAX, \
-    .form = "the number of a descriptor (3 or above) that is open", \
-    .argument = "N", .help = "write the URI to descriptor N once it listens") \
-  X(QUIET, "quiet", .letter = 'q', .help = "print errors only") \
-  X(VERBOSE, "verbose", .letter = 'v', \
-    .help = "log clients; given twice: every request") \
-  X(STATS, "stats", .help = "print totals at exit (on SIGUSR1 always)") \
-  X(JSON, "json", .help = "print totals, or a command's output, as JSON") \
-  X(WITHOUT, "without", .argument = "LIST", .parse = cli_parse_features, \
-    .form = "a list of:" CLI_FEATURES(CLI_TEXT) " (with commas)", \
-    .help = "hide features from clients (see README)") \
-  X(FAULT, "fault", .argument = "CMD:ERR:RATE", .parse = cli_parse_fault, \
-    .form = "CMD:ERR:RATE; CMD:" CLI_TYPES(CLI_TEXT) \
-            "; ERR:" CLI_ERRORS(CLI_TEXT) "; RATE: 0 to 1", \
-    .help = "make requests fail: write:EIO:0.1 (see README)") \
-  X(DELAY, "delay", .argument = "CMD:MS", .parse = cli_parse_fault, \
-    .form = "CMD:MS; CMD:" CLI_TYPES(CLI_TEXT) "; MS: 0 to 1000000", \
-    .help = "make requests wait: read:50 (see README)") \
-  X(DRY_RUN, "dry-run", .letter = 'n', \
-    .help = "rollback, resize, rm: only check if they can be done") \
-  X(ACCEPT_LOSS, "accept-loss", \
-    .help = "repair: give up what cannot be read") \
-  X(NO_VERIFY, "no-verify", \
-    .help = "do not check the blocks of a store when reading") \
-  X(VERSION, "version", .letter = 'V', \
-    .help = "print the version and what it was built with") \
-  X(HELP, "help", .letter = 'h', .help = "print this text")
+/* The options, in the order of --help: T has a text as its value, or none, and
+ * N a number in that range.  This is a list of macros, so that it says
+ * all about an option in one place. */
+#define CLI_OPTIONS(T, N) \
+  T(NONE, 0, "", "") \
+  T(UNIX, 'U', "unix PATH", "listen on a unix socket (default: private)") \
+  N(PORT, 'p', "port N", 0, 65535, "listen on TCP (usual: 10809; 0: any)") \
+  T(BIND, 'i', "bind ADDR", "TCP address (default: the two of loopback)") \
+  T(STDIN, 's', "stdin", "serve one client on standard input and output") \
+  N(FD, 0, "fd N", 0, INT_MAX, "serve a listening or connected socket") \
+  T(READ_ONLY, 'r', "read-only", "refuse writes") \
+  T(EXPORT, 'e', "export NAME", "name of the export (default: any)") \
+  T(DESCRIPTION, 'D', "description TEXT", "for clients that list the exports") \
+  N(OFFSET, 'o', "offset N", 0, INT64_MAX, "serve the target from byte N on") \
+  N(SIZE, 0, "size N", 1, INT64_MAX, "serve only N bytes of the target") \
+  T(BLOCK_SIZE, 'b', "block-size SIZES", "MIN:PREFERRED:MAX (1:4096:32M)") \
+  N(CREATE, 0, "create SIZE", 1, INT64_MAX, "make a missing target, sparse") \
+  T(TEMPORARY, 'T', "temporary", "discard at exit what clients have written") \
+  T(CACHE, 0, "cache MODE", "writeback (default), writethrough or unsafe") \
+  N(THREADS, 't', "threads N", 1, 1024, "slow requests per client (16)") \
+  N(MAX_CONN, 'm', "max-conn N", 1, SRV_MAX_CONN, "clients at a time (128)") \
+  N(STALL, 0, "stall SEC", 1, 4000000, "end clients stalled midway (120)") \
+  T(ONCE, '1', "once", "exit when the last client has left") \
+  N(IDLE_EXIT, 0, "idle-exit SEC", 1, 4000000, "exit when unused for SEC") \
+  T(RUN, 0, "run CMD", "serve while a shell command runs ($uri, $nbd)") \
+  T(FORK, 0, "fork", "go into the background once it listens") \
+  T(PIDFILE, 'P', "pidfile FILE", "write the process id once it listens") \
+  N(READY_FD, 0, "ready-fd N", 3, INT_MAX, "write the URI once it listens") \
+  T(QUIET, 'q', "quiet", "print errors only") \
+  T(VERBOSE, 'v', "verbose", "log clients; given twice: every request") \
+  T(STATS, 0, "stats", "print totals as JSON at exit (on SIGUSR1 always)") \
+  T(JSON, 0, "json", "print a command's output as JSON") \
+  T(WITHOUT, 0, "without LIST", "hide features from clients (see README)") \
+  T(FAULT, 0, "fault CMD:ERR:RATE", "make requests fail: write:EIO:0.1") \
+  T(DELAY, 0, "delay CMD:MS", "make requests wait: read:50 (see README)") \
+  T(DRY_RUN, 'n', "dry-run", "rollback, resize, rm: only check if possible") \
+  T(ACCEPT_LOSS, 0, "accept-loss", "repair: give up what cannot be read") \
+  T(NO_VERIFY, 0, "no-verify", "do not check a store's blocks when reading") \
+  T(VERSION, 'V', "version", "print the version and what it was built with") \
+  T(HELP, 'h', "help", "print this text")
 
 #define CLI_OPTION_ID(id, ...) OPT_##id,
-#define CLI_OPTION_ROW(id, text, ...) [OPT_##id] = {.name = text, __VA_ARGS__},
+#define CLI_TEXT_ROW(id, letter, name, help) \
+  [OPT_##id] = {letter, name, help, 0, 0},
+#define CLI_NUMBER_ROW(id, letter, name, min, max, help) \
+  [OPT_##id] = {letter, name, help, min, max},
+#define BIT(id) (UINT64_C(1) << OPT_##id)
 
 /* OPT_NONE is no option, and never given. */
-enum cli_option_id { OPT_NONE, CLI_OPTIONS(CLI_OPTION_ID) OPT_COUNT };
+enum cli_option_id { CLI_OPTIONS(CLI_OPTION_ID, CLI_OPTION_ID) OPT_COUNT };
+
+static const struct cli_option cli_options[OPT_COUNT] = {
+    CLI_OPTIONS(CLI_TEXT_ROW, CLI_NUMBER_ROW)};
+
+STATIC_ASSERT(options_have_a_bit_each, OPT_COUNT <= 64);
+
+/* Options that exclude others, and why */
+static const struct cli_exclusion {
+  enum cli_option_id option;
+  uint64_t others;
+  const char *why;
+} cli_exclusions[] = {
+    {OPT_STDIN, BIT(UNIX) | BIT(PORT) | BIT(BIND) | BIT(FD), "nobody listens"},
+    {OPT_FD, BIT(UNIX) | BIT(PORT) | BIT(BIND), "the socket is there already"},
+    {OPT_RUN, BIT(STDIN) | BIT(FD), "the command could not connect"},
+    {OPT_RUN, BIT(ONCE) | BIT(IDLE_EXIT), "it ends with the command"},
+    {OPT_FORK, BIT(STDIN) | BIT(RUN), "nobody would wait for it"},
+    {OPT_READ_ONLY, BIT(CREATE), "a new target would stay empty"},
+    {OPT_TEMPORARY, BIT(READ_ONLY) | BIT(CREATE), "nothing to discard"}};
+
+/* A word that the value of an option may contain, and what it stands for.  In a
+ * table of words the last name is NULL. */
+struct cli_word {
+  const char *name;
+  uint32_t value;
+};
+
+/* --without: bits of nbdserve_config.without, where flags of the transmission
+ * stand for themselves, and option N of the handshake for bit 16 + N */
+static const struct cli_word cli_features[] = {
+    {"flush", NBD_FLAG_SEND_FLUSH},     {"fua", NBD_FLAG_SEND_FUA},
+    {"trim", NBD_FLAG_SEND_TRIM},       {"zero", NBD_FLAG_SEND_WRITE_ZEROES},
+    {"df", NBD_FLAG_SEND_DF},           {"multi-conn", NBD_FLAG_CAN_MULTI_CONN},
+    {"cache", NBD_FLAG_SEND_CACHE},     {"fast-zero", NBD_FLAG_SEND_FAST_ZERO},
+    {"list", 65536u << NBD_OPT_LIST},   {"info", 65536u << NBD_OPT_INFO},
+    {"go", 65536u << NBD_OPT_GO},
+    {"structured", 65536u << NBD_OPT_STRUCTURED_REPLY},
+    {"list-meta", 65536u << NBD_OPT_LIST_META_CONTEXT},
+    {"meta", 65536u << NBD_OPT_SET_META_CONTEXT},
+    {"extended", 65536u << NBD_OPT_EXTENDED_HEADERS}, {NULL, 0}};
+
+/* --fault and --delay: the requests that they concern */
+static const struct cli_word cli_types[] = {
+    {"read", NBD_CMD_READ},             {"write", NBD_CMD_WRITE},
+    {"flush", NBD_CMD_FLUSH},           {"trim", NBD_CMD_TRIM},
+    {"cache", NBD_CMD_CACHE},           {"zero", NBD_CMD_WRITE_ZEROES},
+    {"status", NBD_CMD_BLOCK_STATUS},   {"all", CLI_NTYPES}, {NULL, 0}};
+
+/* --fault: the errors that the protocol knows, as errno values */
+static const struct cli_word cli_errors[] = {
+    {"EPERM", EPERM},                   {"EIO", EIO},
+    {"ENOMEM", ENOMEM},                 {"EINVAL", EINVAL},
+    {"ENOSPC", ENOSPC},                 {"EOVERFLOW", EOVERFLOW},
+    {"ENOTSUP", ENOTSUP},               {"ESHUTDOWN", ESHUTDOWN}, {NULL, 0}};
+
+/* --cache: flags of an export */
+static const struct cli_word cli_cache_modes[] = {
+    {"writeback", 0}, {"writethrough", NBDSERVE_EXPORT_WRITETHROUGH},
+    {"unsafe", NBDSERVE_EXPORT_UNSAFE}, {NULL, 0}};
 
 /* clang-format on */
 
@@ -9347,66 +9200,42 @@ static struct nbdserve_export cli_common;
 /* What --without says: bits of nbdserve_config.without */
 static uint32_t cli_without;
 
-struct cli_option {
-  /* What stands behind "--" */
-  const char *name;
-  /* What stands behind "-"; 0: there is no short form. */
-  char letter;
-  /* What --help calls the value; NULL: the option takes none. */
-  const char *argument;
-  const char *help;
-  /* The range of an option that takes a number; max is 0: it takes none. */
-  uint64_t min;
-  uint64_t max;
-  /* Takes a value of another kind, or checks what else a number must be.
-   * Returns false if the value is not allowed.  NULL: any will do. */
-  int (*parse)(enum cli_option_id id, const char *value);
-  /* What is allowed, for the message that refuses a value; NULL: the numbers of
-   * the range. */
-  const char *form;
-};
+/* ---- From argv to `opt` ---- */
 
-/* ---- A parser for each kind of value ---- */
+/* The name of an option, without what it takes, for "%.*s" in a message */
+#define CLI_NAME_LEN(id) (int)strcspn(cli_options[id].name, " ")
+#define CLI_NAME(id) CLI_NAME_LEN(id), cli_options[id].name
 
-/* A descriptor that whoever started us has opened.  It has to be open: a number
- * that is free would later be that of a file of our own, maybe of an image. */
-static int cli_parse_fd(enum cli_option_id id, const char *value) {
-  (void)value;
-  assert(opt[id].number <= INT_MAX);
-  return fcntl((int)opt[id].number, F_GETFD) >= 0;
+/* Takes a word off the front of *text, the value of an option, and returns what
+ * it stands for.  The word goes to a colon or comma, which is taken off, too,
+ * or to the end of the text.  A word that is not in the table ends the
+ * process. */
+static uint32_t cli_take_word(enum cli_option_id id, const char **text,
+                              const struct cli_word *word) {
+  size_t len = strcspn(*text, ":,");
+  char all[200] = "";
+  for (; word->name; word++) {
+    if (strncmp(word->name, *text, len) == 0 && !word->name[len]) break;
+    strcat(strcat(all, " "), word->name);
+    assert(strlen(all) + 20 < sizeof all);
+  }
+  if (!word->name)
+    cli_usage("--%.*s %s: not one of:%s", CLI_NAME(id), opt[id].text, all);
+  *text += len + ((*text)[len] != '\0');
+  return word->value;
 }
 
 /* --block-size: three sizes.  Whether they go together is for nbdserve_add to
- * say. */
-static int cli_parse_sizes(enum cli_option_id id, const char *value) {
-  (void)id;
+ * say.  False: it is no such value. */
+static int cli_parse_sizes(const char *value) {
   uint32_t *const sizes[] = {&cli_common.min_block, &cli_common.preferred_block,
                              &cli_common.max_request};
+  uint64_t size = 0;
   for (int i = 0; i < 3; i++) {
-    uint64_t size = 0;
     value = u_parse_size(value, &size);
-    if (!value || *value != (i < 2 ? ':' : '\0')) return 0;
-    if (size < 1 || size > UINT32_MAX) return 0;
+    if (!value || size < 1 || size > UINT32_MAX) return 0;
+    if (*value++ != (i < 2 ? ':' : '\0')) return 0;
     *sizes[i] = (uint32_t)size;
-    value++;
-  }
-  return 1;
-}
-
-/* --cache: one of a few words */
-static int cli_parse_cache(enum cli_option_id id, const char *value) {
-  (void)id;
-  return cli_take_word(cli_cache_modes, &value, "", &cli_common.flags);
-}
-
-/* --without: a list of words, with commas between them.  Given again it adds to
- * the list. */
-static int cli_parse_features(enum cli_option_id id, const char *value) {
-  (void)id;
-  uint32_t bit;
-  while (*value) {
-    if (!cli_take_word(cli_features, &value, ",", &bit)) return 0;
-    cli_without |= bit;
   }
   return 1;
 }
@@ -9414,135 +9243,89 @@ static int cli_parse_features(enum cli_option_id id, const char *value) {
 /* --fault: which requests fail, how, and at what rate; --delay: which requests
  * wait, and how many milliseconds.  The number may have a decimal point, and is
  * rounded up: of what is above 0 something happens some time.  NaN is refused,
- * as it fails the comparisons. */
+ * as it fails the comparisons.  False: it is no such value. */
 static int cli_parse_fault(enum cli_option_id id, const char *value) {
   int is_fault = id == OPT_FAULT;
-  assert(is_fault || id == OPT_DELAY);
-  uint32_t command;
-  uint32_t error = 0;
+  uint32_t type = cli_take_word(id, &value, cli_types);
+  uint32_t error = is_fault ? cli_take_word(id, &value, cli_errors) : 0;
   char *rest;
-  if (!cli_take_word(cli_types, &value, ":", &command)) return 0;
-  if (is_fault && !cli_take_word(cli_errors, &value, ":", &error)) return 0;
   double number = strtod(value, &rest);
-  if (rest == value || *rest) return 0;
-  if (!(number >= 0 && number <= (is_fault ? 1 : 1e6))) return 0;
+  int is_good = number >= 0 && number <= (is_fault ? 1 : 1e6);
+  if (!is_good || rest == value || *rest) return 0;
   for (uint32_t i = 0; i < CLI_NTYPES; i++) {
-    if (command != i && command != CLI_ALL_TYPES) continue;
-    if (is_fault) {
-      cli_faults[i].err = -(int)error;
-      cli_faults[i].rate_ppm = (unsigned)(number * 1e6 + .999);
-    } else {
-      cli_faults[i].delay_ms = (int)(number + .999);
-    }
+    if (type != i && type != CLI_NTYPES) continue;
+    if (is_fault) cli_faults[i].err = -(int)error;
+    if (is_fault) cli_faults[i].rate_ppm = (unsigned)(number * 1e6 + .999);
+    if (!is_fault) cli_faults[i].delay_ms = (int)(number + .999);
   }
   return 1;
 }
 
-/* ---- The tables ---- */
-
-/* clang-format off */
-static const struct cli_option cli_options[OPT_COUNT] = {
-    CLI_OPTIONS(CLI_OPTION_ROW)};
-
-/* Options that exclude others, and why */
-static const struct {
-  enum cli_option_id option;
-  enum cli_option_id others[3];
-  const char *reason;
-} cli_exclusions[] = {
-    {OPT_STDIN, {OPT_UNIX, OPT_PORT, OPT_BIND}, "with --stdin nobody listens"},
-    {OPT_STDIN, {OPT_FD}, "both name the client"},
-    {OPT_STDIN, {OPT_FORK}, "the background has no standard input"},
-    {OPT_FD, {OPT_UNIX, OPT_PORT, OPT_BIND}, "the socket is there already"},
-    {OPT_RUN, {OPT_STDIN}, "the command could not connect"},
-    {OPT_RUN, {OPT_FD}, "the command would have no URI"},
-    {OPT_RUN, {OPT_FORK}, "nobody would wait for the command"},
-    {OPT_RUN, {OPT_ONCE, OPT_IDLE_EXIT}, "it ends with the command"},
-    {OPT_CREATE, {OPT_READ_ONLY}, "a new target would stay empty"},
-    {OPT_TEMPORARY, {OPT_READ_ONLY}, "there would be nothing to discard"},
-    {OPT_TEMPORARY, {OPT_CREATE}, "the target is only read"}};
-/* clang-format on */
-
-/* ---- From argv to `opt` ---- */
-
-/* Takes an option that stands in *word.  The value is what stands behind it in
- * the same word, or NULL; if the option needs one it then is the next word.
- * (Behind the last word of argv there is NULL.)  Returns the last word used.  A
- * value that is not allowed ends the process. */
-static char **cli_take_option(enum cli_option_id id, char **word,
-                              const char *value) {
-  const struct cli_option *option = &cli_options[id];
-  if (id == OPT_NONE) cli_usage("%s: unknown option (try --help)", *word);
-  assert(option->name && option->help && option->min <= option->max);
-  assert(option->argument || (!option->max && !option->parse));
-  if (option->argument && !value) value = *++word;
-  if (option->argument && !value)
-    cli_usage("--%s takes %s", option->name, option->argument);
-  if (!option->argument && value)
-    cli_usage("--%s takes no value", option->name);
+/* Notes that an option was given, and checks its value; one that is not allowed
+ * ends the process.  A descriptor has to be open: a number that is free would
+ * later be that of a file of our own, maybe of an image. */
+static void cli_set_option(enum cli_option_id id, const char *value) {
+  const struct cli_option *o = &cli_options[id];
+  uint64_t *n = &opt[id].number;
+  assert(id > OPT_NONE && id < OPT_COUNT && o->min <= o->max);
+  assert(!o->max || value);
   opt[id].given++;
   opt[id].text = value;
-  uint64_t *number = &opt[id].number;
-  int is_good = !option->max || (u_parse_number(value, option->max, number) &&
-                                 *number >= option->min);
-  if (is_good && option->parse) is_good = option->parse(id, value);
-  if (!is_good && option->form)
-    cli_usage("--%s %s: not %s", option->name, value, option->form);
-  if (!is_good)
-    cli_usage("--%s %s: not a number from %" PRIu64 " to %" PRIu64,
-              option->name, value, option->min, option->max);
-  return word;
+  if (o->max && (!u_parse_number(value, o->max, n) || *n < o->min))
+    cli_usage("--%.*s %s: not a number from " CLI_N " to " CLI_N, CLI_NAME(id),
+              value, o->min, o->max);
+  if ((id == OPT_FD || id == OPT_READY_FD) && fcntl((int)*n, F_GETFD) < 0)
+    cli_usage("--%.*s %s: not open", CLI_NAME(id), value);
+  if (id == OPT_CACHE)
+    cli_common.flags = cli_take_word(id, &value, cli_cache_modes);
+  while (id == OPT_WITHOUT && *value)
+    cli_without |= cli_take_word(id, &value, cli_features);
+  if ((id == OPT_BLOCK_SIZE && !cli_parse_sizes(value)) ||
+      ((id == OPT_FAULT || id == OPT_DELAY) && !cli_parse_fault(id, value)))
+    cli_usage("--%.*s %s: not as in --%s: %s", CLI_NAME(id), opt[id].text,
+              o->name, o->help);
 }
 
-/* Parses the word at *word, which is --NAME or --NAME=VALUE, and the word
- * behind it if that is the value.  Returns the last word that it has used.
- * Names have to be written in full: a shorthand that is unique today would not
- * be so for ever. */
-static char **cli_parse_long(char **word) {
-  const char *name = *word + 2;
-  size_t len = strcspn(name, "=");
-  enum cli_option_id id = OPT_COUNT - 1;
-  while (id > OPT_NONE && (strlen(cli_options[id].name) != len ||
-                           memcmp(cli_options[id].name, name, len) != 0))
-    id--;
-  return cli_take_option(id, word, name[len] ? name + len + 1 : NULL);
-}
-
-/* Does the same for a word of one or more letters behind "-".  The first letter
- * that takes a value ends it: the value is the rest of the word or, if there is
- * no rest, the word behind it. */
-static char **cli_parse_short(char **word) {
-  for (const char *letter = *word + 1; *letter; letter++) {
-    enum cli_option_id id = OPT_COUNT - 1;
-    while (id > OPT_NONE && cli_options[id].letter != *letter)
-      id--;
-    int takes_value = cli_options[id].argument != NULL;
-    const char *rest = takes_value && letter[1] ? letter + 1 : NULL;
-    char **last = cli_take_option(id, word, rest);
-    if (takes_value) return last;
-  }
-  return word;
-}
-
-/* Parses the command line.  Targets may stand between options.  They are
- * gathered at the front of argv, over words that have been parsed: there is at
- * least one such word, the name of the program, so they never reach one that
- * has not. */
+/* Parses the command line.  A word is a target, which may stand between
+ * options; --NAME or --NAME=VALUE; or letters behind "-", of which the first
+ * that takes a value ends it: the rest of the word is the value.  If that is
+ * empty, or "=VALUE" is missing, the value is the next word.  Names have to be
+ * written in full: a shorthand that is unique today would not be so for ever.
+ *
+ * Targets are gathered at the front of argv, over words that have been parsed:
+ * there is at least one such word, the name of the program, so they never reach
+ * one that has not. */
 static void cli_parse(char **argv) {
   cli.targets = argv;
-  for (char **word = argv + 1; *word; word++) {
+  for (char **word = argv + 1; *word && !cli.command; word++) {
     const char *text = *word;
+    const char *value = NULL;
+    int is_letter = text[0] == '-' && text[1] != '-';
     assert(cli.targets + cli.ntargets < word);
-    if (text[0] != '-' || !text[1]) {
-      cli.targets[cli.ntargets++] = *word;
-    } else if (strcmp(text, "--") == 0) {
+    if (strcmp(text, "--") == 0) {
       opt[OPT_RUN].given++;
       cli.command = word + 1;
-      break;
-    } else if (text[1] == '-') {
-      word = cli_parse_long(word);
-    } else {
-      word = cli_parse_short(word);
+    }
+    if (text[0] != '-' || !text[1]) {
+      cli.targets[cli.ntargets++] = *word;
+      continue;
+    }
+    for (const char *p = text + 2 - is_letter; *p && !value;) {
+      int len = is_letter ? 1 : (int)strcspn(p, "=");
+      enum cli_option_id id = OPT_COUNT - 1;
+      for (; id > OPT_NONE; id--) {
+        const struct cli_option *o = &cli_options[id];
+        if (is_letter && o->letter == *p) break;
+        if (is_letter || len != CLI_NAME_LEN(id)) continue;
+        if (memcmp(o->name, p, (size_t)len) == 0) break;
+      }
+      p += len;
+      int takes_value = strchr(cli_options[id].name, ' ') != NULL;
+      if (id == OPT_NONE) cli_usage("%s: unknown option (try --help)", text);
+      if (takes_value) value = *p ? p + !is_letter : *++word;
+      if (takes_value ? !value : !is_letter && *p)
+        cli_usage("--%s is how to write it", cli_options[id].name);
+      cli_set_option(id, value);
     }
   }
 }
@@ -9551,19 +9334,14 @@ static void cli_parse(char **argv) {
  * that and just ignore options that are not for them. */
 static void cli_check_options(void) {
   for (size_t i = 0; i < COUNT_OF(cli_exclusions); i++) {
-    enum cli_option_id a = cli_exclusions[i].option;
-    const char *name = cli_options[a].name;
-    if (a == OPT_RUN && cli.command) name = " CMD";
-    for (size_t j = 0; j < COUNT_OF(cli_exclusions[i].others); j++) {
-      enum cli_option_id b = cli_exclusions[i].others[j];
-      if (opt[a].given && opt[b].given)
-        cli_usage("--%s: not together with --%s: %s", name, cli_options[b].name,
-                  cli_exclusions[i].reason);
-    }
+    const struct cli_exclusion *x = &cli_exclusions[i];
+    for (int id = OPT_NONE + 1; opt[x->option].given && id < OPT_COUNT; id++)
+      if (opt[id].given && x->others >> id & 1)
+        cli_usage("--%s: not together with --%s: %s",
+                  cli_options[x->option].name, cli_options[id].name, x->why);
   }
-  if (cli.command && opt[OPT_RUN].text)
-    cli_usage("--run: not together with -- CMD: both name the command");
-  if (cli.command && !*cli.command) cli_usage("--: no command behind it");
+  if (opt[OPT_RUN].given > 1 || (cli.command && !*cli.command))
+    cli_usage("--: there must be one command, behind it or --run");
   if (!cli.ntargets) cli_usage("no target (try --help)");
   if (opt[OPT_EXPORT].text && cli.ntargets > 1)
     cli_usage("--export: for a single target (use NAME=TARGET)");
@@ -9576,7 +9354,7 @@ static void cli_check_options(void) {
  *
  *   us                        the server
  *   connect to STORE.ctl  ->  cli_control accepts, starts a thread for it
- *   struct cli_request,
+ *   the request,
  *   two descriptors,
  *   the operands          ->  cli_serve_job: cli_run_job, with its output and
  *                             its messages going straight to these descriptors
@@ -9591,27 +9369,10 @@ static void cli_check_options(void) {
  *
  * Each command has a thread of its own, so none waits for another one, nor for
  * output that nobody takes, nor for a client that says nothing.  Of those that
- * may take long a server does CLI_LONG_JOBS at a time and refuses more; the
+ * may take long a server does 16 at a time and refuses more; the
  * others are a checkpoint each, and are never refused.  Built without threads
  * it takes no commands. */
 #if !NBDSERVE_NO_CAS
-
-enum {
-  /* How many long commands a server does at a time */
-  CLI_LONG_JOBS = 16,
-
-  /* How long somebody who uses a store without taking commands is waited for: a
-   * reader like `list`, or a server that starts or ends.  How often we look. */
-  CLI_BUSY_MS = 3000,
-  CLI_BUSY_STEP_MS = 50,
-
-  /* How often the end of commands is looked at when the server ends */
-  CLI_END_STEP_MS = 5,
-
-  /* Bytes of operands that a server takes: no system has longer command
-   * lines. */
-  CLI_MAX_OPERANDS = 8 << 20
-};
 
 enum cli_verb_flags {
   /* It knows --dry-run.  The others refuse that option: they would change the
@@ -9619,77 +9380,44 @@ enum cli_verb_flags {
   VERB_DRY_RUN = 1 << 0,
   /* Its last operand is a size. */
   VERB_SIZE = 1 << 1,
-  /* It may take long, calls cli_progress, and leaves nothing half done when a
-   * signal ends it. */
-  VERB_IS_LONG = 1 << 2,
+  /* It may take long, and leaves nothing half done when a signal ends it. */
+  VERB_LONG = 1 << 2,
   /* Its last operand is a FILE that it reads. */
   VERB_READS_FILE = 1 << 3,
   /* Its last operand is a FILE that it writes; "-" is standard output. */
   VERB_WRITES_FILE = 1 << 4,
   /* It prints any number of rows, as JSON: an array of objects.  The others
-   * print one row or none, as JSON: an object. */
-  VERB_ROWS = 1 << 5,
-  /* It prints a line for each value of its row, with the name in front. */
-  VERB_LINES = 1 << 6
-};
-
-struct cli_job;
-
-struct cli_verb {
-  const char *name;
-  /* The operands, as --help and the usage message print them */
-  const char *operands;
-  const char *help;
-  /* VERB_DRY_RUN... */
-  unsigned flags;
-  /* How the store is opened for it: NBDSERVE_CAS_READONLY, to let other readers
-   * in, or NBDSERVE_CAS_REPAIR */
-  uint32_t open;
-  /* How many operands it needs besides STORE, and how many more it may get.  It
-   * is done for each one or, if it needs two, for the first with each of the
-   * others, all at once: see cli_split_operands. */
-  int noperands;
-  int nmore;
-  /* For cli_do_change: NBDSERVE_CAS_CREATE... */
-  int change;
-  /* What -EINVAL means, for the message; NULL: see cli_job_reason. */
-  const char *invalid;
-  /* Does the command on an open store.  Returns 0 or -errno.  Only `init` has
-   * none, as there is no store yet: see cli_init. */
-  int (*run)(struct cli_job *job, struct nbdserve_cas *cas);
-};
-
-/* What goes over the control socket, with the operands behind it.  The receiver
- * believes nothing of it: see cli_receive. */
-struct cli_request {
-  /* Bytes of the operands, each of which NUL ends */
-  uint32_t length;
-  /* The command: an index of cli_verbs */
-  unsigned char verb;
-  /* --json and --dry-run */
-  unsigned char json;
-  unsigned char dry_run;
-};
-
-/* Where a command writes to */
-struct cli_fds {
-  /* Rows.  For import and export: the FILE. */
-  int output;
-  /* Messages and progress */
-  int messages;
+   * print one or none. */
+  VERB_ROWS = 1 << 5
 };
 
 /* A command while it is being done, by whichever process */
 struct cli_job {
   /* ---- What is to be done; fixed.  The texts are in `operands`. */
   const struct cli_verb *verb;
-  struct cli_request request;
+  /* What goes over the control socket, with the operands behind it.  The
+   * receiver believes nothing of it: see cli_receive. */
+  struct {
+    /* Bytes of the operands, each of which NUL ends */
+    uint32_t length;
+    /* The command: an index of cli_verbs */
+    unsigned char verb;
+    /* --json and --dry-run */
+    unsigned char json;
+    unsigned char dry_run;
+  } request;
   char *operands;
   /* At least one.  Commands that change nothing have their operands in the name
    * and `to` of the first. */
   struct nbdserve_cas_op *ops;
   size_t nops;
-  struct cli_fds fds;
+  /* Where it writes to */
+  struct {
+    /* Rows.  For import and export: the FILE. */
+    int output;
+    /* Messages and progress */
+    int messages;
+  } fds;
   /* The connection between server and client, for both; else -1 */
   int client;
 
@@ -9702,6 +9430,28 @@ struct cli_job {
   int64_t begun_ms;
   /* When progress was last shown; 0: none is on the screen. */
   int64_t shown_ms;
+};
+
+struct cli_verb {
+  const char *name;
+  /* The operands, as --help and the usage message print them */
+  const char *operands;
+  const char *help;
+  /* Does the command on an open store.  Returns 0 or -errno.  Only `init` has
+   * none, as there is no store yet. */
+  int (*run)(struct cli_job *job, struct nbdserve_cas *cas);
+  /* How many operands it needs besides STORE, and how many it may get.  It is
+   * done for each one or, if it needs two, for the first with each of the
+   * others, all at once: see cli_split_operands. */
+  int min;
+  int max;
+  /* VERB_DRY_RUN... */
+  unsigned flags;
+  /* How the store is opened for it: NBDSERVE_CAS_READONLY, to let other readers
+   * in, or NBDSERVE_CAS_REPAIR */
+  uint32_t open;
+  /* For cli_do_change: NBDSERVE_CAS_CREATE... */
+  int change;
 };
 
 /* ---- Output ------------------------------------------------------------- */
@@ -9721,22 +9471,20 @@ static int cli_wait(const struct cli_job *job, int fd, int ms) {
 }
 
 /* Writes to a descriptor that may be anything and is the client's, so it stays
- * as it is: what poll() calls ready takes PIPE_BUF bytes without blocking.
- * Returns 0 or -errno: that of cli_wait if nobody takes it. */
+ * as it is: what has no offsets, like a pipe, takes PIPE_BUF bytes without
+ * blocking if poll() calls it ready.  Returns 0 or -errno: that of cli_wait if
+ * nobody takes it for --stall seconds (months are for ever). */
 static int cli_write(const struct cli_job *job, int fd, const void *data,
                      size_t n) {
-  const char *p = data;
-  int stall_ms = (int)u_min(cli.server->config.stall_ms, INT_MAX);
-  while (n > 0) {
-    int err = cli_wait(job, fd, stall_ms);
+  size_t most = lseek(fd, 0, SEEK_CUR) < 0 ? PIPE_BUF : IO_UNIT;
+  for (size_t done = 0; done < n;) {
+    int err = cli_wait(job, fd, (int)cli.server->config.stall_ms);
     if (err) return err;
-    ssize_t done = write(fd, p, (size_t)u_min(n, PIPE_BUF));
-    if (done == 0) return -EIO;
-    if (done < 0 && errno != EINTR && errno != EAGAIN) return -errno;
-    if (done < 0) continue;
-    assert((size_t)done <= n);
-    p += done;
-    n -= (size_t)done;
+    ssize_t some =
+        write(fd, (const char *)data + done, (size_t)u_min(n - done, most));
+    if (some < 0 && errno != EINTR && errno != EAGAIN) return -errno;
+    if (some > 0) done += (size_t)some;
+    assert(done <= n);
   }
   return 0;
 }
@@ -9744,87 +9492,46 @@ static int cli_write(const struct cli_job *job, int fd, const void *data,
 /* Clears the line that shows the progress, if there is one, so that a row or a
  * message can take its place. */
 static void cli_hide_progress(struct cli_job *job) {
-  char blanks[62];
-  struct iovec piece = {memset(blanks, ' ', sizeof blanks), sizeof blanks};
-  blanks[0] = blanks[sizeof blanks - 1] = '\r';
-  if (job->shown_ms) io_write_pipe(job->fds.messages, &piece);
+  if (job->shown_ms && cli_wait(job, job->fds.messages, 0) != -ETIMEDOUT)
+    dprintf(job->fds.messages, "\r    \r");
   job->shown_ms = 0;
 }
 
-/* Is called now and then by what takes long: a nbdserve_progress_fn.  If it is
- * time, shows on a terminal how much is done; how long the rest takes is
- * guessed from the average so far.  Returns true if the command has to end. */
+/* Is called now and then by what takes long: a nbdserve_progress_fn.  After a
+ * second, and ten times a second, shows on a terminal how much is done.
+ * Returns true if the command has to end. */
 static int cli_progress(void *arg, uint64_t done, uint64_t total) {
   struct cli_job *job = arg;
   int64_t now = os_now_ms();
-  int64_t passed = now - job->begun_ms;
-  if (done && passed > CLI_PROGRESS_AFTER_MS &&
-      now - job->shown_ms > CLI_PROGRESS_EVERY_MS &&
-      isatty(job->fds.messages) && !cli_wait(job, job->fds.messages, 0)) {
-    double s = (double)passed / 1000;
-    double mib = (double)done / (1 << 20);
-    double ratio = (double)done / (double)total;
-    dprintf(job->fds.messages, "\r%3.0f%% %8.0f MiB %8.1f MiB/s %6.0f s left",
-            ratio * 100, mib, mib / s, s / ratio - s);
+  int err = cli_wait(job, job->fds.messages, 0);
+  if (!err && done && now - job->begun_ms > 1000 && now - job->shown_ms > 100 &&
+      isatty(job->fds.messages)) {
     job->shown_ms = now;
+    dprintf(job->fds.messages, "\r%3d%%\r", (int)(done / (total / 100 + 1)));
   }
-  return job->lost || cli_wait(job, -1, 0) == -ECANCELED;
+  return job->lost || err == -ECANCELED;
 }
 
-/* A value in a row */
-struct cli_value {
-  const char *name;
-  /* NULL: the value is a number. */
-  const char *text;
-  uint64_t number;
-};
-
-/* clang-format off */
-#define CLI_STRING(name_, text_) {.name = name_, .text = text_}
-#define CLI_NUMBER(name_, number_) {.name = name_, .number = number_}
-/* clang-format on */
-
-/* Prints a row of such values. */
-#define CLI_PRINT_ROW(job, ...) \
-  cli_print_row(job, (const struct cli_value[]){__VA_ARGS__, {.name = NULL}})
-
-/* Prints a row of values, which end with one that has no name, in one piece.
- * On a terminal they are aligned; the first column is wide, as it has the name
- * wherever there is one.  JSON would want nothing in a text escaped: the store
- * refuses names with such characters, and the other texts are our own.  Returns
- * 0, or -errno if it is lost, which ends a list early: whoever reads a list
- * must not take the half of it for the whole. */
-static int cli_print_row(struct cli_job *job, const struct cli_value *values) {
-  unsigned flags = job->verb->flags;
-  int json = job->request.json;
-  int is_table = !json && !(flags & VERB_LINES);
-  int is_aligned = is_table && isatty(job->fds.output);
-  const char *quote = json ? "\"" : "";
-  char *row = NULL;
-  size_t n = 0;
-  assert(values->name && (flags & VERB_ROWS || !job->nrows));
-  FILE *out = open_memstream(&row, &n);
-  if (!out) return job->lost = -errno;
-  if (json && flags & VERB_ROWS) fputs(job->nrows ? "," : "[", out);
-  job->nrows++;
-  for (int i = 0; values[i].name; i++) {
-    if (json)
-      fprintf(out, "%s\"%s\":", i ? "," : "{", values[i].name);
-    else if (!is_table)
-      fprintf(out, "%s%s\t", i ? "\n" : "", values[i].name);
-    else if (i)
-      fputs(is_aligned ? "  " : "\t", out);
-    if (values[i].text)
-      fprintf(out, "%s%-*s%s", quote, is_aligned && !i ? 40 : 0, values[i].text,
-              quote);
-    else
-      fprintf(out, "%*" PRIu64, is_aligned ? 16 : 0, values[i].number);
-  }
-  fputs(json ? "}\n" : "\n", out);
-  job->lost = fclose(out) == EOF ? -errno : 0;
+/* Prints a row of values, in one piece: by the format `text` with tabs between
+ * them, or by `json`, which has the same values.  JSON would want nothing in a
+ * text escaped: the store refuses names with such characters, and the other
+ * texts are our own.  Returns 0, or -errno if it is lost, which ends a list
+ * early: whoever reads a list must not take the half of it for the whole. */
+static int OS_PRINTF(2, 4) OS_PRINTF(3, 4)
+    cli_row(struct cli_job *job, const char *text, const char *json, ...) {
+  char row[1024]; /* the longest name has 333 bytes */
+  int is_json = job->request.json;
+  int start = is_json && job->verb->flags & VERB_ROWS ? 0 : 1;
+  va_list ap;
+  assert(job->verb->flags & VERB_ROWS || !job->nrows);
+  row[0] = job->nrows++ ? ',' : '[';
+  va_start(ap, json);
+  int n = vsnprintf(row + 1, sizeof row - 1, is_json ? json : text, ap);
+  va_end(ap);
+  assert(n > 0 && n < (int)sizeof row - 1);
   cli_hide_progress(job);
-  if (!job->lost) job->lost = cli_write(job, job->fds.output, row, n);
-  free(row);
+  n += 1 - start;
+  job->lost = cli_write(job, job->fds.output, row + start, (size_t)n);
   return job->lost;
 }
 
@@ -9841,13 +9548,14 @@ static int cli_do_change(struct cli_job *job, struct nbdserve_cas *cas) {
  * that anybody may have made: it may lie behind all years. */
 static int cli_list_row(void *arg, const struct nbdserve_cas_info *info) {
   time_t created = (time_t)info->created;
-  char text[40];
+  char date[40];
   struct tm tm;
   if (!gmtime_r(&created, &tm)) tm = (struct tm){.tm_mday = 1};
-  strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &tm);
-  return CLI_PRINT_ROW(arg, CLI_STRING("name", info->name),
-                       CLI_NUMBER("size", info->size),
-                       CLI_STRING("created", text), CLI_STRING("id", info->id));
+  strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", &tm);
+  return cli_row(arg, "%s\t" CLI_N "\t%s\t%s\n",
+                 "{\"name\":\"%s\",\"size\":" CLI_N
+                 ",\"created\":\"%s\",\"id\":\"%s\"}\n",
+                 info->name, info->size, date, info->id);
 }
 
 /* list: a row for each volume and snapshot */
@@ -9862,13 +9570,13 @@ static int cli_do_seal(struct cli_job *job, struct nbdserve_cas *cas) {
   int err = nbdserve_cas_seal(cas, job->ops->name, id, cli_progress, job);
   if (err) return err;
   assert(strncmp(id, "sha256-", 7) == 0);
-  return CLI_PRINT_ROW(job, CLI_STRING("id", id));
+  return cli_row(job, "%s\n", "{\"id\":\"%s\"}\n", id);
 }
 
 /* Prints a range that differs: a nbdserve_range_fn */
 static int cli_range_row(void *arg, uint64_t off, uint64_t len) {
-  return CLI_PRINT_ROW(arg, CLI_NUMBER("offset", off),
-                       CLI_NUMBER("length", len));
+  return cli_row(arg, CLI_N "\t" CLI_N "\n",
+                 "{\"offset\":" CLI_N ",\"length\":" CLI_N "}\n", off, len);
 }
 
 /* diff: a row for each range in which two volumes or snapshots differ */
@@ -9883,8 +9591,10 @@ static int cli_damage_row(void *arg, const char *name, uint64_t off,
                           uint64_t len, const char *why) {
   struct cli_job *job = arg;
   if (!*name && !job->request.json) name = "-";
-  return CLI_PRINT_ROW(job, CLI_STRING("name", name), CLI_NUMBER("offset", off),
-                       CLI_NUMBER("length", len), CLI_STRING("why", why));
+  return cli_row(job, "%s\t" CLI_N "\t" CLI_N "\t%s\n",
+                 "{\"name\":\"%s\",\"offset\":" CLI_N ",\"length\":" CLI_N
+                 ",\"why\":\"%s\"}\n",
+                 name, off, len, why);
 }
 
 /* verify: a row for each range that is damaged; the exit status tells, too.
@@ -9901,108 +9611,84 @@ static int cli_do_gc(struct cli_job *job, struct nbdserve_cas *cas) {
   uint64_t bytes;
   int err = nbdserve_cas_gc(cas, &bytes, cli_progress, job);
   if (err) return err;
-  return CLI_PRINT_ROW(job, CLI_NUMBER("bytes", bytes));
+  return cli_row(job, CLI_N "\n", "{\"bytes\":" CLI_N "}\n", bytes);
 }
 
-/* stat: how much is stored, and how full the log is */
+/* stat: how much is stored, and how full the log is: a line for each value */
 static int cli_do_stat(struct cli_job *job, struct nbdserve_cas *cas) {
-  struct nbdserve_cas_stat stat;
-  nbdserve_cas_stat(cas, &stat);
-  assert(u_is_power_of_2(stat.block_size));
-  return CLI_PRINT_ROW(
-      job, CLI_NUMBER("block_size", stat.block_size),
-      CLI_NUMBER("stored", stat.stored), CLI_NUMBER("free", stat.free),
-      CLI_NUMBER("file", stat.file), CLI_NUMBER("log", stat.log));
+  struct nbdserve_cas_stat s;
+  nbdserve_cas_stat(cas, &s);
+  assert(u_is_power_of_2(s.block_size));
+  return cli_row(job,
+                 "block_size\t" CLI_N "\nstored\t" CLI_N "\nfree\t" CLI_N
+                 "\nfile\t" CLI_N "\nlog\t" CLI_N "\n",
+                 "{\"block_size\":" CLI_N ",\"stored\":" CLI_N
+                 ",\"free\":" CLI_N ",\"file\":" CLI_N ",\"log\":" CLI_N "}\n",
+                 s.block_size, s.stored, s.free, s.file, s.log);
 }
 
 /* Is there data at off of a volume?  *end: where that changes.  What is not
  * known is data: then reading it tells what is wrong. */
-static int cli_is_data(const struct nbdserve_export *volume, uint64_t off,
+static int cli_is_data(const struct nbdserve_export *v, uint64_t off,
                        uint64_t *end) {
   unsigned char extent[WIRE_EXT_EXTENT_LEN];
-  uint64_t left = volume->size - off;
-  struct nbdserve_extents x = {
-      .left = left, .align = 1, .max = 1, .data = extent, .extended = 1};
-  *end = volume->size;
-  int err =
-      volume->ops->extents(volume->ctx, off, left, NBDSERVE_CMD_REQ_ONE, &x);
-  if (err || !x.n) return 1;
-  *end = off + u_get64(extent);
-  assert(*end > off && *end <= volume->size);
-  return !(u_get64(extent + 8) & NBDSERVE_EXTENT_ZERO);
-}
-
-/* Copies a volume from or to the FILE of an import or export, IO_UNIT bytes at
- * a time, which is a whole number of blocks of every size.  A FILE without
- * offsets (a pipe, or wherever standard output may lead) is written from front
- * to back.  Holes are not copied where the other side is one hole already: a
- * new volume, or a file that can be given its size. */
-static int cli_copy(struct cli_job *job, const struct nbdserve_export *volume) {
-  const struct nbdserve_ops *ops = volume->ops;
-  int file = job->fds.output;
-  int is_import = (job->verb->flags & VERB_READS_FILE) != 0;
-  int has_offsets = is_import || (strcmp(job->ops->to, "-") != 0 &&
-                                  lseek(file, 0, SEEK_CUR) >= 0);
-  int skips_holes =
-      is_import || (has_offsets && ftruncate(file, (off_t)volume->size) == 0);
-  unsigned char *buffer = NBDSERVE_MALLOC(IO_UNIT);
-  uint64_t end = 0;
-  uint64_t n = 0;
-  int is_data = 0;
-  int err = buffer ? 0 : -ENOMEM;
-  for (uint64_t off = 0; off < volume->size && !err; off += n) {
-    if (off >= end)
-      is_data = is_import ? os_is_data(file, off, volume->size, &end)
-                          : cli_is_data(volume, off, &end);
-    n = end - off;
-    if (!is_data && skips_holes) continue;
-    n = u_min(n, IO_UNIT);
-    struct iovec piece = {buffer, (size_t)n};
-    if (cli_progress(job, off, volume->size))
-      err = -ECANCELED;
-    else if (is_import)
-      err = os_transfer(file, OS_READ, &piece, 1, off);
-    else if (is_data)
-      err = ops->read(volume->ctx, buffer, off, n, 0);
-    else
-      memset(buffer, 0, (size_t)n);
-    if (err) break;
-    piece = (struct iovec){buffer, (size_t)n};
-    if (is_import)
-      err = ops->write(volume->ctx, buffer, off, n, 0);
-    else if (has_offsets)
-      err = os_transfer(file, OS_WRITE, &piece, 1, off);
-    else
-      err = cli_write(job, file, buffer, (size_t)n);
-  }
-  NBDSERVE_FREE(buffer);
-  return err;
+  struct nbdserve_extents x = {.align = 1, .max = 1, .extended = 1};
+  x.left = v->size - off;
+  x.data = extent;
+  *end = v->size;
+  if (v->ops->extents(v->ctx, off, x.left, 0, &x) || !x.n) return 1;
+  *end = off + x.last_len;
+  assert(*end > off && *end <= v->size);
+  return !(x.last_status & NBDSERVE_EXTENT_ZERO);
 }
 
 /* export: writes a volume or snapshot to a FILE, which gets its size, or to
  * standard output, behind what may be there already.  Whoever gave the command
- * makes it durable: cli_finish_file. */
-static int cli_do_export(struct cli_job *job, struct nbdserve_cas *cas) {
-  struct nbdserve_export volume = {.name = NULL};
-  int err = nbdserve_cas_volume(cas, job->ops->name, &volume);
-  if (err) return err;
-  err = cli_copy(job, &volume);
-  volume.ops->close(volume.ctx);
-  return err;
-}
-
-/* import: makes a volume of a file.  If that fails, at whatever point, there is
- * no volume afterwards.  The size has to be known first, so a pipe will not
- * do. */
-static int cli_do_import(struct cli_job *job, struct nbdserve_cas *cas) {
-  struct nbdserve_export volume = {.name = NULL};
-  off_t size = lseek(job->fds.output, 0, SEEK_END);
-  if (size < 0) return -errno;
-  int err = nbdserve_cas_begin(cas, job->ops->name, (uint64_t)size, &volume);
-  if (err) return err;
-  err = cli_copy(job, &volume);
+ * makes it durable: cli_run_on_store.
+ *
+ * import: makes a volume of a file.  If that fails, at whatever point, there is
+ * no volume afterwards.  The size has to be known first, so a pipe will not do.
+ *
+ * IO_UNIT bytes are copied at a time, which is a whole number of blocks of
+ * every size.  What is written to FILE goes from front to back, as it may be a
+ * pipe.  Holes are not copied where the other side is one hole already: a new
+ * volume, or a file that can be given its size; not standard output, where
+ * something may stand before. */
+static int cli_do_copy(struct cli_job *job, struct nbdserve_cas *cas) {
+  struct nbdserve_export v = {.name = NULL}; /* the volume */
+  int file = job->fds.output;
+  int imports = (job->verb->flags & VERB_READS_FILE) != 0;
+  int is_data = 0;
+  uint64_t end = 0; /* of the data or hole that we are in */
+  off_t size = imports ? lseek(file, 0, SEEK_END) : 0;
+  unsigned char *buffer = size < 0 ? NULL : NBDSERVE_MALLOC(IO_UNIT);
+  if (!buffer) return size < 0 ? -errno : -ENOMEM;
+  int err = imports
+                ? nbdserve_cas_begin(cas, job->ops->name, (uint64_t)size, &v)
+                : nbdserve_cas_volume(cas, job->ops->name, &v);
+  int is_sparse = imports || (!err && strcmp(job->ops->to, "-") != 0 &&
+                              ftruncate(file, (off_t)v.size) == 0);
+  uint64_t n = 0;
+  for (uint64_t off = 0; off < v.size && !err; off += n) {
+    if (off >= end)
+      is_data = imports ? os_is_data(file, off, v.size, &end)
+                        : cli_is_data(&v, off, &end);
+    int is_skipped = is_sparse && !is_data;
+    n = is_skipped ? end - off : u_min(end - off, IO_UNIT);
+    struct iovec piece = {buffer, (size_t)n};
+    if (cli_progress(job, off, v.size)) err = -ECANCELED;
+    if (is_skipped && !imports) lseek(file, (off_t)n, SEEK_CUR);
+    if (is_skipped || err) continue;
+    err = imports ? os_transfer(file, OS_READ, &piece, 1, off)
+                  : v.ops->read(v.ctx, buffer, off, n, 0);
+    if (err) break;
+    err = imports ? v.ops->write(v.ctx, buffer, off, n, 0)
+                  : cli_write(job, file, buffer, piece.iov_len);
+  }
+  NBDSERVE_FREE(buffer);
   assert(err <= 0);
-  int finish_err = nbdserve_cas_finish(cas, &volume, !err);
+  int finish_err = imports && v.ops ? nbdserve_cas_finish(cas, &v, !err) : 0;
+  if (!imports && v.ops) v.ops->close(v.ctx);
   return err ? err : finish_err;
 }
 
@@ -10010,59 +9696,40 @@ static int cli_do_import(struct cli_job *job, struct nbdserve_cas *cas) {
 
 /* clang-format off */
 static const struct cli_verb cli_verbs[] = {
-    {.name = "init", .operands = "STORE [BLOCK-SIZE]", .nmore = 1,
-     .help = "make an empty store (4K)", .flags = VERB_SIZE},
-    {.name = "create", .operands = "STORE::VOLUME SIZE", .noperands = 2,
-     .help = "make a volume, all zeroes", .flags = VERB_SIZE,
-     .run = cli_do_change, .change = NBDSERVE_CAS_CREATE},
-    {.name = "import", .operands = "STORE::VOLUME FILE", .noperands = 2,
-     .help = "make a volume of a file",
-     .run = cli_do_import, .flags = VERB_IS_LONG | VERB_READS_FILE},
-    {.name = "export", .operands = "STORE::NAME FILE", .noperands = 2,
-     .help = "copy to a file (-: standard output)",
-     .run = cli_do_export, .flags = VERB_IS_LONG | VERB_WRITES_FILE,
-     .open = NBDSERVE_CAS_READONLY},
-    {.name = "list", .operands = "STORE", .run = cli_do_list,
-     .help = "print name, size, time and id of each",
-     .flags = VERB_ROWS, .open = NBDSERVE_CAS_READONLY},
-    {.name = "snapshot", .operands = "STORE::VOLUME@SNAP...", .noperands = 1,
-     .help = "keep what VOLUME holds now, under a name",
-     .nmore = CLI_ANY_NUMBER,
-     .run = cli_do_change, .change = NBDSERVE_CAS_SNAPSHOT,
-     .invalid = "not a name that a snapshot can have"},
-    {.name = "seal", .operands = "STORE::VOLUME@SNAPSHOT", .noperands = 1,
-     .help = "give it an id for its contents; print it",
-     .run = cli_do_seal, .flags = VERB_IS_LONG, .invalid = "not a snapshot"},
-    {.name = "rollback", .operands = "STORE::VOLUME@SNAPSHOT", .noperands = 1,
-     .help = "make VOLUME what it was then", .flags = VERB_DRY_RUN,
-     .run = cli_do_change, .change = NBDSERVE_CAS_ROLLBACK,
-     .invalid = "not a snapshot"},
-    {.name = "clone", .operands = "STORE::NAME VOLUME...", .noperands = 2,
-     .help = "make volumes that begin as copies", .nmore = CLI_ANY_NUMBER,
-     .run = cli_do_change, .change = NBDSERVE_CAS_CLONE},
-    {.name = "rename", .operands = "STORE::NAME NEW", .noperands = 2,
-     .help = "change a name", .invalid = "not a name that it can have",
-     .run = cli_do_change, .change = NBDSERVE_CAS_RENAME},
-    {.name = "resize", .operands = "STORE::VOLUME SIZE", .noperands = 2,
-     .help = "cut a volume, or add zeroes", .flags = VERB_DRY_RUN | VERB_SIZE,
-     .run = cli_do_change, .change = NBDSERVE_CAS_RESIZE},
-    {.name = "rm", .operands = "STORE::NAME [NAME...]", .noperands = 1,
-     .help = "remove volumes and snapshots", .nmore = CLI_ANY_NUMBER,
-     .run = cli_do_change, .change = NBDSERVE_CAS_RM, .flags = VERB_DRY_RUN},
-    {.name = "diff", .operands = "STORE::NAME NAME", .noperands = 2,
-     .help = "print the ranges that differ", .run = cli_do_diff,
-     .flags = VERB_ROWS, .open = NBDSERVE_CAS_READONLY},
-    {.name = "verify", .operands = "STORE", .run = cli_do_verify,
-     .help = "check all data; print what is damaged",
-     .flags = VERB_ROWS | VERB_IS_LONG, .open = NBDSERVE_CAS_READONLY},
-    {.name = "repair", .operands = "STORE", .run = cli_do_verify,
-     .help = "mend what can be; print what cannot",
-     .flags = VERB_ROWS | VERB_IS_LONG, .open = NBDSERVE_CAS_REPAIR},
-    {.name = "gc", .operands = "STORE", .run = cli_do_gc, .flags = VERB_IS_LONG,
-     .help = "give unused space back; print its bytes"},
-    {.name = "stat", .operands = "STORE", .help = "print how much is stored",
-     .run = cli_do_stat, .flags = VERB_LINES, .open = NBDSERVE_CAS_READONLY},
-    {.name = NULL}};
+    {"init", "STORE [BLOCK-SIZE]", "make an empty store (4K)",
+     NULL, 0, 1, VERB_SIZE, 0, 0},
+    {"create", "STORE::VOLUME SIZE", "make a volume, all zeroes",
+     cli_do_change, 2, 2, VERB_SIZE, 0, NBDSERVE_CAS_CREATE},
+    {"import", "STORE::VOLUME FILE", "make a volume of a file",
+     cli_do_copy, 2, 2, VERB_LONG | VERB_READS_FILE, 0, 0},
+    {"export", "STORE::NAME FILE", "copy to a file (-: standard output)",
+     cli_do_copy, 2, 2, VERB_LONG | VERB_WRITES_FILE, NBDSERVE_CAS_READONLY, 0},
+    {"list", "STORE", "print name, size, time and id of each",
+     cli_do_list, 0, 0, VERB_LONG | VERB_ROWS, NBDSERVE_CAS_READONLY, 0},
+    {"snapshot", "STORE::VOLUME@SNAP...", "keep what VOLUME holds now",
+     cli_do_change, 1, INT_MAX, 0, 0, NBDSERVE_CAS_SNAPSHOT},
+    {"seal", "STORE::VOLUME@SNAPSHOT", "print the id of its contents",
+     cli_do_seal, 1, 1, VERB_LONG, 0, 0},
+    {"rollback", "STORE::VOLUME@SNAPSHOT", "make VOLUME what it was then",
+     cli_do_change, 1, 1, VERB_DRY_RUN, 0, NBDSERVE_CAS_ROLLBACK},
+    {"clone", "STORE::NAME VOLUME...", "make volumes that begin as copies",
+     cli_do_change, 2, INT_MAX, 0, 0, NBDSERVE_CAS_CLONE},
+    {"rename", "STORE::NAME NEW", "change a name",
+     cli_do_change, 2, 2, 0, 0, NBDSERVE_CAS_RENAME},
+    {"resize", "STORE::VOLUME SIZE", "cut a volume, or add zeroes",
+     cli_do_change, 2, 2, VERB_DRY_RUN | VERB_SIZE, 0, NBDSERVE_CAS_RESIZE},
+    {"rm", "STORE::NAME [NAME...]", "remove volumes and snapshots",
+     cli_do_change, 1, INT_MAX, VERB_DRY_RUN, 0, NBDSERVE_CAS_RM},
+    {"diff", "STORE::NAME NAME", "print the ranges that differ",
+     cli_do_diff, 2, 2, VERB_LONG | VERB_ROWS, NBDSERVE_CAS_READONLY, 0},
+    {"verify", "STORE", "check all data; print what is damaged",
+     cli_do_verify, 0, 0, VERB_LONG | VERB_ROWS, NBDSERVE_CAS_READONLY, 0},
+    {"repair", "STORE", "mend what can be; print what cannot",
+     cli_do_verify, 0, 0, VERB_LONG | VERB_ROWS, NBDSERVE_CAS_REPAIR, 0},
+    {"gc", "STORE", "give unused space back; print its bytes",
+     cli_do_gc, 0, 0, VERB_LONG, 0, 0},
+    {"stat", "STORE", "print how much is stored",
+     cli_do_stat, 0, 0, 0, NBDSERVE_CAS_READONLY, 0}};
 /* clang-format on */
 
 /* ---- Doing a command ---- */
@@ -10073,228 +9740,174 @@ static const struct cli_verb cli_verbs[] = {
  * many operands.  -EDOM: the last one is not a size. */
 static int cli_split_operands(struct cli_job *job) {
   const struct cli_verb *verb = job->verb;
-  const char *first = job->operands;
-  const char *end = first + job->request.length;
+  const char *end = job->operands + job->request.length;
+  const char *p = job->operands;
   int n = 0;
-  for (const char *p = first; p < end; p++)
-    n += !*p;
-  if (n < verb->noperands || n - verb->noperands > verb->nmore) return -EINVAL;
+  for (const char *q = p; q < end; q += strlen(q) + 1)
+    n++;
+  if (n < verb->min || n > verb->max) return -EINVAL;
   job->ops = u_zalloc(((size_t)n + 1) * sizeof *job->ops);
   if (!job->ops) return -ENOMEM;
-  struct nbdserve_cas_op op = {
-      .verb = verb->change | (job->request.dry_run ? NBDSERVE_CAS_DRY_RUN : 0),
-      .name = "",
-      .to = ""};
-  for (const char *p = first; p < end; p += strlen(p) + 1) {
-    int is_alone = verb->noperands < 2;
-    op.name = is_alone ? p : first;
-    op.to = is_alone ? "" : p;
-    if (!is_alone && p == first) continue;
-    if (verb->flags & VERB_SIZE && !u_parse_number(p, INT64_MAX, &op.size))
-      return -EDOM;
-    job->ops[job->nops++] = op;
+  if (verb->min == 2) p += strlen(p) + 1;
+  for (; p < end || !job->nops; p += strlen(p) + 1) {
+    struct nbdserve_cas_op *op = &job->ops[job->nops++];
+    op->verb = verb->change | (job->request.dry_run ? NBDSERVE_CAS_DRY_RUN : 0);
+    op->name = verb->min == 2 ? job->operands : p;
+    op->to = verb->min == 2 ? p : "";
+    if (!(verb->flags & VERB_SIZE) || !n) continue;
+    if (!u_parse_number(p, INT64_MAX, &op->size)) return -EDOM;
   }
-  if (!job->nops) job->ops[job->nops++] = op;
   return 0;
-}
-
-/* Says in words why a command has failed.  The errors of nbdserve.h mean more
- * here than what strerror has for them. */
-static const char *cli_job_reason(const struct cli_job *job, int err) {
-  const char *invalid = job->verb->invalid;
-  if (err == -EBUSY) return "in use by a client, or being verified";
-  if (err == -ENOTEMPTY) return "it has snapshots";
-  if (err == -EUCLEAN) return "the store is damaged (verify names what is)";
-  if (err == -ETIMEDOUT) return "nobody takes its output";
-  if (err != -EINVAL) return u_errno_text(err);
-  return invalid ? invalid : "not a name or size that a volume can have";
 }
 
 /* Does a command on an open store, and prints what it has to say.  (The FILE of
  * an import is not named in a message, as the errors that come after it was
  * opened are about the volume.  A reader who has seen enough of a list, as
- * `head` does, wants none.)  Returns the exit status. */
+ * `head` does, wants none.  Nor does whoever was told by rows of damage.)  The
+ * errors of nbdserve.h mean more here than what strerror has for them.  Returns
+ * the exit status. */
 static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
   unsigned flags = job->verb->flags;
+  const char *end = job->request.json && flags & VERB_ROWS ? "]\n" : "";
   assert(job->verb == &cli_verbs[job->request.verb] && job->verb->run);
   assert(job->nops > 0 && !job->nrows && !job->lost && !job->shown_ms);
   job->begun_ms = os_now_ms();
   int err = job->verb->run(job, cas);
   cli_hide_progress(job);
-  const char *end = job->nrows ? "]\n" : "[]\n";
-  if (job->request.json && flags & VERB_ROWS && !job->lost)
-    job->lost = cli_write(job, job->fds.output, end, strlen(end));
+  if (*end && !job->nrows) end = "[]\n";
+  if (!job->lost) job->lost = cli_write(job, job->fds.output, end, strlen(end));
   if (job->lost) err = job->lost;
-  if (!err) return CLI_OK;
+  if (!err) return 0;
   assert(job->failed < job->nops);
   const struct nbdserve_cas_op *op = &job->ops[job->failed];
   const char *to = flags & VERB_READS_FILE ? "" : op->to;
-  int is_told = err == -EUCLEAN ? job->nrows > 0 /* the rows say it */
-                                : err == -EPIPE && flags & VERB_ROWS;
-  if (!is_told)
+  const char *why = u_errno_text(err);
+  if (err == -EINVAL) why = "not a possible name or size, or not a snapshot";
+  if (err == -EBUSY) why = "in use by a client, or being verified";
+  if (err == -ENOTEMPTY) why = "it has snapshots";
+  if (err == -EUCLEAN) why = "the store is damaged (verify names what is)";
+  if (err == -ETIMEDOUT) why = "nobody takes its output";
+  if (!(err == -EUCLEAN && job->nrows) && !(err == -EPIPE && flags & VERB_ROWS))
     cli_say_to(job->fds.messages, "%s%s%.999s%s%.999s: %s", job->verb->name,
-               *op->name ? " " : "", op->name, *to ? " " : "", to,
-               cli_job_reason(job, err));
+               *op->name ? " " : "", op->name, *to ? " " : "", to, why);
   return err == -EUCLEAN ? CLI_DAMAGED : CLI_FAILED;
 }
 
 /* ---- Commands over the control socket ----------------------------------- */
 
-/* The control data of a message that carries two descriptors.  The union gives
- * the room the alignment of a header. */
-union cli_passed {
-  struct cmsghdr header;
-  char room[CMSG_SPACE(sizeof(struct cli_fds))];
-};
-
-/* Returns the message that carries a job, in either direction: data leads to
- * the request and the operands, and the descriptors are in *passed.  All three
- * have to stay where they are until the message was sent or received. */
-static struct msghdr cli_message(struct cli_job *job, struct iovec data[2],
-                                 union cli_passed *passed) {
+/* Sends the request of a job to the other side of the connection, with its two
+ * descriptors, of which the server gets duplicates, or receives such a message.
+ * What is received comes in one go.  Where no descriptor has come there stays
+ * -1, as the system writes over what we have put into the message only what it
+ * has got.  There is room for two: if somebody sends more, the system closes
+ * the rest.  Returns 0 or -errno. */
+static int cli_pass(struct cli_job *job, int sends) {
   const socklen_t len = CMSG_LEN(sizeof job->fds);
-  data[0] = (struct iovec){&job->request, sizeof job->request};
-  data[1] = (struct iovec){job->operands, job->request.length};
-  passed->header = (struct cmsghdr){.cmsg_len = len};
-  passed->header.cmsg_level = SOL_SOCKET;
-  passed->header.cmsg_type = SCM_RIGHTS;
-  memcpy(CMSG_DATA(&passed->header), &job->fds, sizeof job->fds);
-  return (struct msghdr){.msg_iov = data,
-                         .msg_iovlen = 2,
-                         .msg_control = passed,
-                         .msg_controllen = len};
-}
-
-/* Connects to the server of the store: a socket, or -errno.
- *
- * A STORE.ctl that is somebody else's is refused: in a directory where
- * everybody may make files a stranger who can read the store could lock it,
- * listen there, and get our descriptors.  A server runs as the owner of the
- * store, as ourselves, or as root. */
-static int cli_connect(void) {
-  struct stat store;
-  struct stat ctl;
-  if (stat(cli.store, &store) == 0 && lstat(cli.ctl_path, &ctl) == 0 &&
-      ctl.st_uid != store.st_uid && ctl.st_uid != geteuid() && ctl.st_uid != 0)
-    cli_failed("%s: belongs neither to the owner of the store nor to us",
-               cli.ctl_path);
-  return srv_unix_socket(cli.ctl_path, SRV_CONNECT);
+  union { /* gives the room the alignment of a header */
+    struct cmsghdr header;
+    char room[CMSG_SPACE(sizeof job->fds)];
+  } c = {.header = {.cmsg_len = len, .cmsg_level = SOL_SOCKET}};
+  struct iovec data = {&job->request, sizeof job->request};
+  struct msghdr m = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = &c};
+  m.msg_controllen = len;
+  c.header.cmsg_type = SCM_RIGHTS;
+  memcpy(CMSG_DATA(&c.header), &job->fds, sizeof job->fds);
+  ssize_t n = sends ? sendmsg(job->client, &m, MSG_NOSIGNAL)
+                    : recvmsg(job->client, &m, MSG_DONTWAIT);
+  memcpy(&job->fds, CMSG_DATA(&c.header), sizeof job->fds);
+  return n == (ssize_t)data.iov_len ? 0 : -EPROTO;
 }
 
 /* Lets the server that we are connected to do a job, waits for it as long as it
- * takes, and returns the exit status.  The server gets duplicates of the
- * descriptors.  A signal ends the wait; that we are gone ends the job. */
+ * takes, and returns the exit status.  A signal ends the wait; that we are gone
+ * ends the job. */
 static int cli_run_remote(struct cli_job *job) {
-  struct iovec data[2];
-  union cli_passed passed;
-  struct msghdr message = cli_message(job, data, &passed);
-  size_t n = sizeof job->request + job->request.length;
-  unsigned char status;
-  assert(job->client >= 0);
-  int is_sent = sendmsg(job->client, &message, MSG_NOSIGNAL) == (ssize_t)n;
-  if (is_sent) cli_wait(job, -1, -1);
-  ssize_t got = recv(job->client, &status, 1, MSG_DONTWAIT);
-  if (got < 0 && is_sent)
-    cli_failed("%s: %s", job->verb->name, u_errno_text(-ECANCELED));
-  if (got != 1)
-    cli_failed("%s: no answer from the server of the store", cli.ctl_path);
+  unsigned char status = CLI_FAILED;
+  size_t length = job->request.length;
+  assert(job->client >= 0 && !cli.cas);
+  int err = cli_pass(job, 1);
+  if (!err) err = cli_write(job, job->client, job->operands, length);
+  if (!err) cli_wait(job, -1, -1);
+  if (err || recv(job->client, &status, 1, MSG_DONTWAIT) != 1)
+    cli_say("%s: canceled, or no answer from the server", job->verb->name);
   return status;
 }
 
-/* Receives a job.  It has to come within IO_GRACE_MS, and the request in one
- * go, with its descriptors: where none has come there stays -1, as the system
- * writes over what we have put into the message only what it has got.  There is
- * room for two: if somebody sends more, the system closes the rest.  Returns
- * 0, or -errno if it makes no sense. */
+/* Receives a job, within IO_GRACE_MS.  Returns 0, or -errno if it makes no
+ * sense: no system has command lines of more than 8 MiB. */
 static int cli_receive(struct cli_job *job) {
-  struct io io = {.in = job->client,
-                  .out = job->client,
-                  .stop = &cli.server->stop,
-                  .stall_ms = IO_GRACE_MS,
-                  .deadline = os_now_ms() + IO_GRACE_MS};
-  struct iovec data[2];
-  union cli_passed passed;
-  struct cli_request *request = &job->request;
-  struct msghdr message = cli_message(job, data, &passed);
-  message.msg_iovlen = 1;
+  struct io io = {.in = job->client, .out = job->client};
+  io.stop = &cli.server->stop;
+  io.stall_ms = IO_GRACE_MS;
+  io.deadline = os_now_ms() + IO_GRACE_MS;
   int err = io_wait_input(&io, io.deadline);
-  if (err) return err;
-  ssize_t n = recvmsg(job->client, &message, MSG_DONTWAIT);
-  memcpy(&job->fds, CMSG_DATA(&passed.header), sizeof job->fds);
-  if (n != (ssize_t)sizeof *request || job->fds.messages < 0 ||
-      request->verb >= COUNT_OF(cli_verbs) || !cli_verbs[request->verb].run ||
-      request->length > CLI_MAX_OPERANDS)
+  if (!err) err = cli_pass(job, 0);
+  size_t length = job->request.length;
+  if (err || job->request.verb >= COUNT_OF(cli_verbs) || length > 8 << 20)
     return -EINVAL;
-  job->verb = &cli_verbs[request->verb];
-  job->operands = u_zalloc(request->length + 1u);
-  if (!job->operands) return -ENOMEM;
-  io.arrived_left -= (size_t)u_min(io.arrived_left, sizeof *request);
-  err = io_recv_all(&io, (unsigned char *)job->operands, request->length);
+  job->verb = &cli_verbs[job->request.verb];
+  job->operands = u_zalloc(length + 1);
+  if (!job->operands || !job->verb->run || job->fds.messages < 0)
+    return -EINVAL;
+  if (length) err = io_recv_all(&io, (unsigned char *)job->operands, length);
   return err ? err : cli_split_operands(job);
 }
 
-/* Changes a number that threads share, as long as it stays within max.  Returns
- * false if it would not. */
-static int cli_count(int *number, int change, int max) {
-  os_lock(&cli.jobs_lock);
-  int fits = *number + change <= max;
-  if (fits) *number += change;
-  assert(*number >= 0);
-  os_unlock(&cli.jobs_lock);
-  return fits;
+/* Adds to the numbers of threads and of long commands, and returns how many
+ * long ones there are then.  Whoever waits for the end is woken. */
+static int cli_count(int jobs, int longs) {
+  os_lock(&cli.server->lock);
+  cli.njobs += jobs;
+  int nlong = cli.nlong += longs;
+  assert(cli.njobs >= 0 && nlong >= 0);
+  os_wake_all(&cli.server->lock);
+  os_unlock(&cli.server->lock);
+  return nlong;
 }
 
-/* The thread of a command, which frees the job.  A request that makes no sense
- * is dropped without an answer. */
-static void *cli_serve_job(void *arg) {
-  struct cli_job *job = arg;
+/* The thread of a command; the argument is the number of the connection.  A
+ * request that makes no sense is dropped without an answer.  A client that has
+ * gone needs none. */
+static void *cli_serve_job(void *client) {
+  struct cli_job job = {.fds = {-1, -1}, .client = (int)(intptr_t)client};
   unsigned char status = CLI_FAILED;
-  int is_sound = cli_receive(job) == 0;
-  int is_long =
-      is_sound && (job->verb->flags & (VERB_ROWS | VERB_IS_LONG)) != 0;
-  int has_room = cli_count(&cli.nlong, is_long, CLI_LONG_JOBS);
-  if (is_sound && has_room)
-    status = (unsigned char)cli_run_job(job, cli.cas);
-  else if (is_sound)
-    cli_say_to(job->fds.messages,
-               "%s: the server is doing %d others (try later)", job->verb->name,
-               CLI_LONG_JOBS);
-  if (has_room) cli_count(&cli.nlong, -is_long, CLI_LONG_JOBS);
-  /* A client that has gone needs none. */
-  if (is_sound) (void)!write(job->client, &status, 1);
-  close(job->fds.output); /* closing -1 does no harm */
-  close(job->fds.messages);
-  close(job->client);
-  NBDSERVE_FREE(job->operands);
-  NBDSERVE_FREE(job->ops);
-  NBDSERVE_FREE(job);
-  cli_count(&cli.njobs, -1, INT_MAX);
+  assert(job.client >= 0 && cli.cas);
+  if (cli_receive(&job) == 0) {
+    int is_long = (job.verb->flags & VERB_LONG) != 0;
+    if (cli_count(0, is_long) <= 16 || !is_long)
+      status = (unsigned char)cli_run_job(&job, cli.cas);
+    else
+      cli_say_to(job.fds.messages, "%s: the server is doing 16 others",
+                 job.verb->name);
+    cli_count(0, -is_long);
+    (void)!send(job.client, &status, 1, MSG_NOSIGNAL);
+  }
+  close(job.fds.output); /* closing -1 does no harm */
+  close(job.fds.messages);
+  close(job.client);
+  NBDSERVE_FREE(job.operands);
+  NBDSERVE_FREE(job.ops);
+  cli_count(-1, 0);
   return NULL;
 }
 
 /* The thread that takes commands until the server stops: that makes
- * io_wait_input fail, and ends commands that are under way (cli_wait).  If a
- * client cannot be served, for want of descriptors, trying again at once would
- * not help. */
+ * io_wait_input fail, and ends commands that are under way (cli_wait).  For
+ * want of descriptors a client may have to wait; a command that gets no thread
+ * is done here, and the others wait. */
 static void *cli_control(void *unused) {
   struct io io = {.in = cli.ctl, .out = cli.ctl, .stop = &cli.server->stop};
-  (void)unused;
   while (io_wait_input(&io, 0) == 0) {
     int client = os_accept(cli.ctl);
-    struct cli_job *job = client < 0 ? NULL : u_zalloc(sizeof *job);
-    if (job) {
-      job->client = client;
-      job->fds = (struct cli_fds){.output = -1, .messages = -1};
-      cli_count(&cli.njobs, 1, INT_MAX);
-      if (os_thread(cli_serve_job, job) == 0) continue;
-      cli_count(&cli.njobs, -1, INT_MAX);
-      NBDSERVE_FREE(job);
-    }
-    close(client);
-    poll(NULL, 0, SRV_PAUSE_MS);
+    void *arg = (void *)(intptr_t)client;
+    cli_count(client >= 0, 0);
+    if (client < 0)
+      poll(NULL, 0, SRV_PAUSE_MS);
+    else if (os_thread(cli_serve_job, arg))
+      cli_serve_job(arg);
   }
-  cli_count(&cli.njobs, -1, INT_MAX);
-  return NULL;
+  cli_count(-1, 0);
+  return unused;
 }
 
 /* ---- The store of this process ------------------------------------------ */
@@ -10302,28 +9915,38 @@ static void *cli_control(void *unused) {
 /* Opens the store at path.  The process has one at most.  STORE.ctl lies beside
  * the file itself, so that all who come by symbolic links find it.  Returns 0,
  * or -errno and leaves cli.cas NULL.  -EBUSY: somebody has it.  If that is its
- * server *server is connected to it, else -1: a reader like `list` is waited
- * for, and a server that just starts or ends. */
-static int cli_open_store(const char *path, uint32_t flags, int *server) {
+ * server the job is connected to it now; a reader like `list` is waited for,
+ * and a server that just starts or ends, for three seconds.
+ *
+ * A STORE.ctl that is somebody else's is refused: in a directory where
+ * everybody may make files a stranger who can read the store could lock it,
+ * listen there, and get our descriptors.  A server runs as the owner of the
+ * store, as ourselves, or as root. */
+static int cli_open_store(const char *path, uint32_t flags,
+                          struct cli_job *job) {
   struct nbdserve_cas_options options = {.flags = flags};
-  struct pollfd stop = {cli.server->stop.pipe[0], POLLIN, 0};
-  int64_t until = os_now_ms() + CLI_BUSY_MS;
-  assert(!cli.cas);
-  *server = -1;
-  if (opt[OPT_NO_VERIFY].given) options.flags |= NBDSERVE_CAS_NO_VERIFY;
-  if (!realpath(path, cli.store)) return -errno;
-  if (snprintf(cli.ctl_path, PATH_MAX, "%s.ctl", cli.store) >= PATH_MAX)
-    return -ENAMETOOLONG;
+  int64_t until = os_now_ms() + 3000;
+  struct stat st;
+  struct stat ctl;
   int err;
+  assert(!cli.cas && job->client < 0);
+  if (opt[OPT_NO_VERIFY].given) options.flags |= NBDSERVE_CAS_NO_VERIFY;
+  if (!realpath(path, cli.store) || stat(path, &st) < 0) return -errno;
+  snprintf(cli.ctl_path, sizeof cli.ctl_path, "%s.ctl", cli.store);
   do {
     err = nbdserve_cas_open(path, &options, &cli.cas);
-    if (err == -EINVAL) cli_failed("%s: not a store", path);
-    if (err == -EUCLEAN)
-      cli_failed("%s: damaged; `nbdserve repair %s%s` goes on", path,
-                 flags & NBDSERVE_CAS_REPAIR ? "--accept-loss " : "", path);
-    if (err == -EBUSY) *server = cli_connect();
-  } while (err == -EBUSY && *server < 0 && os_now_ms() < until &&
-           poll(&stop, 1, CLI_BUSY_STEP_MS) == 0);
+    if (err != -EBUSY) break;
+    if (lstat(cli.ctl_path, &ctl) == 0 && ctl.st_uid != st.st_uid &&
+        ctl.st_uid != geteuid() && ctl.st_uid != 0)
+      cli_failed("%s: belongs neither to the owner of the store nor to us",
+                 cli.ctl_path);
+    job->client = srv_unix_socket(cli.ctl_path, SRV_CONNECT);
+  } while (job->client < 0 && os_now_ms() < until &&
+           cli_wait(job, -1, 50) == -ETIMEDOUT);
+  if (err == -EINVAL) cli_failed("%s: not a store", path);
+  if (err == -EUCLEAN)
+    cli_failed("%s: damaged; `nbdserve repair %s%s` goes on", path,
+               flags & NBDSERVE_CAS_REPAIR ? "--accept-loss " : "", path);
   assert(!err == !!cli.cas);
   return err;
 }
@@ -10331,33 +9954,19 @@ static int cli_open_store(const char *path, uint32_t flags, int *server) {
 /* Starts the thread that takes commands.  This comes after --fork and after the
  * command was started: from now on the process makes no other one, which would
  * inherit the descriptors that come with commands.  Without the thread nobody
- * would answer at STORE.ctl, and a command would wait for ever; so it goes.  A
- * read-only server takes no commands: next to it the store can be opened by
- * other readers. */
+ * would answer at STORE.ctl, and a command would wait for ever; so the socket
+ * is closed.  A read-only server takes no commands: next to it the store can be
+ * opened by other readers. */
 static void cli_start_control(void) {
-  if (!cli.cas || opt[OPT_READ_ONLY].given || NBDSERVE_NO_THREADS) return;
-  int err = cli.ctl < 0 ? cli.ctl : os_monitor_init(&cli.jobs_lock);
+  if (!cli.ctl) return;
   cli.njobs = 1; /* cli_control */
-  if (!err) err = os_thread(cli_control, NULL);
-  cli.takes_commands = !err;
+  int err = cli.ctl < 0 ? cli.ctl : os_thread(cli_control, NULL);
   if (!err) return;
-  cli_remove_ctl();
-  if (cli.ctl >= 0) close(cli.ctl);
+  cli.njobs = 0;
+  close(cli.ctl);
   if (!opt[OPT_QUIET].given)
     cli_say("%s: %s; no commands are taken while the store is served",
             cli.ctl_path, u_errno_text(err));
-}
-
-/* At exit: waits for the end of cli_control and of the commands, which look at
- * whether the server has stopped.  Returns false if that does not come in time.
- * The store must then be left as it is. */
-static int cli_await_jobs(void) {
-  int64_t until = os_now_ms() + IO_GRACE_MS;
-  if (!cli.takes_commands) return 1;
-  nbdserve_stop(cli.server);
-  while (!cli_count(&cli.njobs, 0, 0) && os_now_ms() < until)
-    poll(NULL, 0, CLI_END_STEP_MS);
-  return cli_count(&cli.njobs, 0, 0);
 }
 
 /* The `find` function of a server of all of a store: called in the threads of
@@ -10399,22 +10008,18 @@ static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
  * what is made later, and *ex stays as it is. */
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
-  int readonly = opt[OPT_READ_ONLY].given != 0;
+  uint32_t how = opt[OPT_READ_ONLY].given ? NBDSERVE_CAS_READONLY : 0;
+  struct cli_job none = {.client = -1};
   char real[PATH_MAX];
   if (cli.cas && (!realpath(path, real) || strcmp(cli.store, real) != 0))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
-  if (!cli.cas) {
-    int server;
-    int err =
-        cli_open_store(path, readonly ? NBDSERVE_CAS_READONLY : 0, &server);
-    if (server >= 0) close(server);
-    if (err) return err;
-    mode_t mask = umask(0177);
-    if (!readonly && !NBDSERVE_NO_THREADS)
-      cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
-    umask(mask);
-    if (cli.ctl >= 0) lstat(cli.ctl_path, &cli.ctl_st);
-  }
+  int err = cli.cas ? 0 : cli_open_store(path, how, &none);
+  if (err) return err;
+  mode_t mask = umask(0177);
+  if (!cli.ctl && !how && !NBDSERVE_NO_THREADS)
+    cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
+  umask(mask);
+  if (cli.ctl > 0) lstat(cli.ctl_path, &cli.ctl_st);
   if (*name) return nbdserve_cas_volume(cli.cas, name, ex);
   cli.server->config.find = cli_find_volume;
   cli.server->config.list = cli_list_volumes;
@@ -10434,34 +10039,19 @@ static int cli_open_volume(const char *path, const char *name,
  * Returns its path, or NULL if nothing names a store. */
 static char *cli_take_store(const struct cli_verb *verb) {
   char *fallback = getenv("NBDSERVE_STORE");
+  char *first = cli.ntargets ? *cli.targets : NULL;
+  char *colons = first ? strstr(first, "::") : NULL;
   uint64_t size;
-  if (!cli.ntargets) return fallback;
-  char *first = *cli.targets;
-  char *colons = strstr(first, "::");
-  if (!colons && verb->noperands) return fallback;
-  if (!colons && !verb->run && cli.ntargets == 1 && fallback &&
-      u_parse_number(first, INT64_MAX, &size))
-    return fallback;
-  if (colons) {
-    *cli.targets = colons + 2;
-    *colons = '\0';
-    if (verb->noperands || colons[2]) return first;
+  int is_size = !verb->run && cli.ntargets == 1 && fallback &&
+                u_parse_number(first, INT64_MAX, &size);
+  if (!first || (!colons && (verb->min || is_size))) return fallback;
+  if (colons) *colons = '\0';
+  if (colons) *cli.targets = colons + 2;
+  if (!colons || (!verb->min && !colons[2])) {
+    cli.targets++;
+    cli.ntargets--;
   }
-  cli.targets++;
-  cli.ntargets--;
   return first;
-}
-
-/* init: makes a store.  block_size is how `size` was written, or NULL.  Returns
- * the exit status. */
-static int cli_init(const char *store, const char *block_size, uint64_t size) {
-  struct nbdserve_cas_options options = {.block_size =
-                                             (uint32_t)u_min(size, UINT32_MAX)};
-  int err = nbdserve_cas_init(store, &options);
-  if (err == -EINVAL && block_size)
-    cli_usage("%s: not a block size (4K, 8K, 16K, 32K or 64K)", block_size);
-  cli_exit_if_error(err, store);
-  return CLI_OK;
 }
 
 /* Opens the FILE of an import or export, which takes the place of the output.
@@ -10469,110 +10059,98 @@ static int cli_init(const char *store, const char *block_size, uint64_t size) {
  * are ours.  A regular FILE is written under another name until it is whole; a
  * symbolic link to one stays.  A FILE that is to be written may be a store,
  * this one perhaps, or an image that is being served: both are locked, and
- * nobody wants to lose them.
- *
- * From here on signals end the command in order, and not before: to open a FIFO
- * waits for its other side. */
-static void cli_open_file(struct cli_job *job, const char *file) {
-  int writes = (job->verb->flags & VERB_WRITES_FILE) != 0;
-  char real[PATH_MAX];
+ * nobody wants to lose them. */
+static int cli_open_file(const char *file, int writes) {
   struct stat st;
-  if (writes && strcmp(file, "-") == 0) return;
+  if (writes && strcmp(file, "-") == 0) return 1;
   int fd = open(file, (writes ? O_WRONLY : O_RDONLY) | O_CLOEXEC | O_NOCTTY);
   if (fd < 0 && (!writes || errno != ENOENT)) cli_exit_if_error(-errno, file);
   if (writes && fd >= 0 && os_lock_file(fd, 0))
     cli_die(CLI_IN_USE, "%s: in use", file);
-  job->fds.output = fd;
-  int is_old = fd >= 0 && fstat(fd, &st) == 0;
-  if (!writes || (is_old && !S_ISREG(st.st_mode))) return;
-  cli_catch_signals(cli_on_signal);
-  int has_path = is_old && realpath(file, real);
-  job->fds.output = cli_new_file(has_path ? real : file, is_old ? &st : NULL);
+  if (!writes || (fd >= 0 && fstat(fd, &st) == 0 && !S_ISREG(st.st_mode)))
+    return fd;
+  cli_catch_signals(cli_on_signal); /* now there is something to remove */
+  const char *real = fd >= 0 ? realpath(file, NULL) : NULL; /* is not freed */
+  return cli_new_file(real ? real : file, fd >= 0 ? &st : NULL);
 }
 
-/* After an export: makes what was written durable, where that can be, and lets
- * a regular FILE appear. */
-static void cli_finish_file(const struct cli_job *job, const char *file) {
-  int err = os_datasync(job->fds.output);
-  int is_other = err == -EINVAL || err == -ENOTSUP; /* a pipe, a terminal */
-  cli_exit_if_error(is_other ? 0 : err, file);
-  if (!*cli.temp) return;
-  cli_put_new_file();
-  cli_exit_if_error(os_sync_new_file(job->fds.output, cli.path), file);
-}
-
-/* Puts the operands behind each other, as they go over the control socket.
- * Returns 0 or what cli_split_operands does. */
-static int cli_join_operands(struct cli_job *job) {
-  size_t length = 0;
-  for (int i = 0; i < cli.ntargets; i++)
-    length += strlen(cli.targets[i]) + 1;
-  if (length > CLI_MAX_OPERANDS) return -E2BIG;
-  job->request.length = (uint32_t)length;
-  job->operands = u_zalloc(length + 1);
-  if (!job->operands) return -ENOMEM;
-  char *p = job->operands;
-  for (int i = 0; i < cli.ntargets; i++)
-    p = stpcpy(p, cli.targets[i]) + 1;
-  assert(p == job->operands + length);
-  return cli_split_operands(job);
-}
-
-/* Does a command on a store, here or at its server.  --accept-loss is for a
- * store that cannot be opened without it, so there is no server to do that.
- * Returns the exit status. */
+/* Does a command on a store, here or at its server, and returns the exit
+ * status.  --accept-loss is for a store that cannot be opened without it, so
+ * there is no server to do that.
+ *
+ * From where a FILE is open signals end the command in order, and not before:
+ * to open a FIFO waits for its other side.  After an export what was written is
+ * made durable, where that can be (not in a pipe or terminal), and a regular
+ * FILE appears. */
 static int cli_run_on_store(struct cli_job *job, const char *store,
-                            const char *file) {
-  uint32_t flags = job->verb->open;
-  int accept_loss = opt[OPT_ACCEPT_LOSS].given != 0;
-  if (accept_loss) flags |= NBDSERVE_CAS_ACCEPT_LOSS;
-  if (file) cli_open_file(job, file);
-  if (job->verb->flags & VERB_IS_LONG) cli_catch_signals(cli_on_signal);
-  int err = cli_open_store(store, flags, &job->client);
+                            const char *last) {
+  unsigned flags = job->verb->flags;
+  uint32_t how = job->verb->open;
+  if (opt[OPT_ACCEPT_LOSS].given) how |= NBDSERVE_CAS_ACCEPT_LOSS;
+  if (flags & (VERB_READS_FILE | VERB_WRITES_FILE))
+    job->fds.output = cli_open_file(last, !(flags & VERB_READS_FILE));
+  cli_catch_signals(cli_on_signal);
+  int err = cli_open_store(store, how, job);
   if (err == -EBUSY && job->client < 0)
     cli_die(CLI_IN_USE, "%s: in use by a process that takes no commands",
             store);
-  if (err == -EBUSY && accept_loss)
+  if (err == -EBUSY && how & NBDSERVE_CAS_ACCEPT_LOSS)
     cli_failed("%s: is being served; stop the server first", store);
   if (err != -EBUSY) cli_exit_if_error(err, store);
   int status = err ? cli_run_remote(job) : cli_run_job(job, cli.cas);
-  if (!status && job->verb->flags & VERB_WRITES_FILE)
-    cli_finish_file(job, file);
+  if (status || !(flags & VERB_WRITES_FILE)) return status;
+  err = os_datasync(job->fds.output);
+  if (err != -EINVAL && err != -ENOTSUP) cli_exit_if_error(err, last);
+  if (!*cli.temp) return status;
+  cli_put_new_file();
+  cli_exit_if_error(os_sync_new_file(job->fds.output, cli.path), last);
   return status;
 }
 
 /* If the command line is a command on a store: does it, and ends the process.
  * Its first word has to be one of the names in cli_verbs; a file of such a name
  * is served as ./NAME.  --dry-run and --accept-loss are refused where they
- * would not be heeded. */
+ * would not be heeded.
+ *
+ * The operands are put behind each other, as they go over the control
+ * socket. */
 static void cli_run_verb(void) {
-  static struct cli_job job = {.fds = {.output = 1, .messages = 2},
-                               .client = -1};
-  const char *name = cli.ntargets ? cli.targets[0] : "";
-  const struct cli_verb *verb = cli_verbs;
-  while (verb->name && strcmp(verb->name, name) != 0)
-    verb++;
-  if (!verb->name) return;
-  cli.targets++;
-  cli.ntargets--;
-  char *store = cli_take_store(verb);
-  const char *last = cli.ntargets ? cli.targets[cli.ntargets - 1] : NULL;
-  assert(cli.ntargets >= 0);
-  job.verb = verb;
-  job.request.verb = (unsigned char)(verb - cli_verbs);
+  static struct cli_job job = {.fds = {1, 2}, .client = -1};
+  struct nbdserve_cas_options options = {.flags = 0};
+  const char *name = cli.ntargets ? *cli.targets : "";
+  const char *last = NULL;
+  size_t length;
+  unsigned char *i = &job.request.verb;
+  while (*i < COUNT_OF(cli_verbs) && strcmp(cli_verbs[*i].name, name) != 0)
+    ++*i;
+  if (*i == COUNT_OF(cli_verbs)) return;
+  job.verb = &cli_verbs[*i];
   job.request.json = opt[OPT_JSON].given != 0;
   job.request.dry_run = opt[OPT_DRY_RUN].given != 0;
-  int err = store ? cli_join_operands(&job) : -EINVAL;
+  cli.targets++;
+  cli.ntargets--;
+  char *store = cli_take_store(job.verb);
+  FILE *out = open_memstream(&job.operands, &length);
+  for (int j = 0; out && j < cli.ntargets; j++) {
+    last = cli.targets[j];
+    fwrite(last, 1, strlen(last) + 1, out);
+  }
+  int err = out && fclose(out) == 0 ? 0 : -ENOMEM;
+  job.request.length = (uint32_t)length;
+  if (!err) err = store ? cli_split_operands(&job) : -EINVAL;
   if (err == -EINVAL ||
-      (opt[OPT_DRY_RUN].given && !(verb->flags & VERB_DRY_RUN)) ||
-      (opt[OPT_ACCEPT_LOSS].given && verb->open != NBDSERVE_CAS_REPAIR))
-    cli_usage("usage: nbdserve %s %s", name, verb->operands);
+      (job.request.dry_run && !(job.verb->flags & VERB_DRY_RUN)) ||
+      (opt[OPT_ACCEPT_LOSS].given && job.verb->open != NBDSERVE_CAS_REPAIR))
+    cli_usage("usage: nbdserve %s %s", name, job.verb->operands);
   if (err == -EDOM) cli_usage("%s %s: not a size", name, last);
   cli_exit_if_error(err, name);
-  if (!verb->run) exit(cli_init(store, last, job.ops->size));
-  signal(SIGPIPE, SIG_IGN);
-  int has_file = (verb->flags & (VERB_READS_FILE | VERB_WRITES_FILE)) != 0;
-  exit(cli_run_on_store(&job, store, has_file ? last : NULL));
+  if (job.verb->run) exit(cli_run_on_store(&job, store, last));
+  options.block_size = (uint32_t)u_min(job.ops->size, UINT32_MAX);
+  err = nbdserve_cas_init(store, &options);
+  if (err == -EINVAL && last)
+    cli_usage("%s: not a block size (4K, 8K, 16K, 32K or 64K)", last);
+  cli_exit_if_error(err, store);
+  exit(0);
 }
 
 /* Prints the commands for --help. */
@@ -10580,13 +10158,13 @@ static void cli_help_verbs(void) {
   puts("\nCommands on stores, also while they are served.  NAME is VOLUME,\n"
        "VOLUME@SNAPSHOT or the id of a sealed snapshot; names that follow\n"
        "are in the same store.");
-  for (const struct cli_verb *verb = cli_verbs; verb->name; verb++)
-    printf("  %-9s %-23s %s\n", verb->name, verb->operands, verb->help);
+  for (size_t i = 0; i < COUNT_OF(cli_verbs); i++)
+    printf("  %-9s %-23s %s\n", cli_verbs[i].name, cli_verbs[i].operands,
+           cli_verbs[i].help);
 }
 
 #else /* NBDSERVE_NO_CAS: there are no commands, and no store can be opened. */
 #define cli_start_control() ((void)0)
-#define cli_await_jobs() 1
 #define cli_open_volume(path, name, ex) (-EOPNOTSUPP)
 #define nbdserve_cas_close(cas) 0
 #define cli_run_verb() ((void)0)
@@ -10606,189 +10184,126 @@ static void cli_help_verbs(void) {
  * So a file whose name looks like one of the others needs "file:", or "./"
  * where only a "=" is the matter. */
 
-/* A target, taken apart.  The texts belong to argv. */
-struct cli_target {
-  /* TARGET as it was written, without NAME=, for messages */
-  const char *text;
-  /* NAME, or NULL */
-  const char *name;
-  /* What stands behind "::", "" for all of a store; NULL: it is a file, a block
-   * device or memory. */
-  const char *volume;
-  /* The path of the store; or of the file, as nbdserve_flat_open takes it, for
-   * which mem:SIZE is one, too */
-  char path[PATH_MAX];
-};
-
-/* Takes a target apart, in the order of the table above.  The text is cut at
- * the "=" behind NAME. */
-static void cli_parse_target(char *text, struct cli_target *target) {
-  static const char file[] = "file:";
-  size_t nfile = sizeof file - 1;
-  char *equals = text + strcspn(text, "/=");
-  *target = (struct cli_target){.text = text};
-  if (*equals == '=' && strncmp(text, file, nfile) != 0) {
-    *equals = '\0';
-    target->name = text;
-    target->text = equals + 1;
-  }
-  const char *path = target->text;
-  const char *colons = strstr(path, "::");
-  const char *front = "";
-  if (strncmp(path, file, nfile) == 0) {
-    path += nfile;
-    /* The backend must not take the file mem:5 for memory. */
-    if (strncmp(path, "mem:", 4) == 0) front = "./";
-  } else if (colons) {
-    target->volume = colons + 2;
-  }
-  if (snprintf(target->path, PATH_MAX, "%s%s", front, path) >= PATH_MAX)
-    cli_exit_if_error(-ENAMETOOLONG, target->text);
-  if (target->volume) target->path[colons - path] = '\0';
-}
-
-/* Returns the name of the export of a target.  NULL: it is the only one, and
- * clients may call it what they like. */
-static const char *cli_name_export(const struct cli_target *target) {
-  assert(cli.ntargets > 0);
-  if (target->name) return target->name;
-  if (opt[OPT_EXPORT].text) return opt[OPT_EXPORT].text;
-  if (cli.ntargets == 1) return NULL;
-  if (target->volume) return target->volume;
-  const char *slash = strrchr(target->path, '/');
-  return slash ? slash + 1 : target->path;
-}
-
 #if NBDSERVE_NO_FLAT
-#define cli_open_file_target(path, ex) (-EOPNOTSUPP)
-#else
-/* Opens a file, a block device or memory.  With --temporary what clients write
- * goes to a directory of the user's choice; a message about that names it, as
- * it is not the target that is wrong. */
-static int cli_open_file_target(const char *path, struct nbdserve_export *ex) {
-  struct nbdserve_flat options = {.offset = opt[OPT_OFFSET].number,
-                                  .size = opt[OPT_SIZE].number,
-                                  .create = opt[OPT_CREATE].number};
-  if (opt[OPT_READ_ONLY].given) options.flags = NBDSERVE_FLAT_READONLY;
-  if (opt[OPT_TEMPORARY].given) {
-    options.flags = NBDSERVE_FLAT_TEMPORARY;
-    options.dir = getenv("TMPDIR");
-    if (!options.dir) options.dir = "/tmp";
-    if (access(options.dir, W_OK) < 0) cli_exit_if_error(-errno, options.dir);
-  }
-  return nbdserve_flat_open(path, &options, ex);
-}
+#define nbdserve_flat_open(path, options, ex) \
+  ((void)(path), (void)(options), (void)(ex), -EOPNOTSUPP)
 #endif
 
-/* If err is an error: ends the process with a message that says why the target
- * cannot be opened and, where an option helps, which one. */
-static void cli_exit_if_unopened(int err, const struct cli_target *target) {
-  const char *text = target->text;
-  int writes = !opt[OPT_READ_ONLY].given && !opt[OPT_TEMPORARY].given;
-  if ((err == -EACCES || err == -EROFS) && writes)
-    cli_failed("%s: %s (-r serves it read-only)", text, u_errno_text(err));
-  if (err == -ENOENT && !target->volume && writes && !opt[OPT_CREATE].number)
-    cli_failed("%s: %s (--create SIZE makes it)", text, u_errno_text(err));
-  if (err == -EINVAL && !target->volume)
-    cli_failed("%s: not a file, block device or mem:SIZE, or --offset and "
-               "--size exceed it",
-               text);
+/* Opens a target, which is a volume if that is not NULL, at path.  If that
+ * fails the process ends with a message that says why and, where an option
+ * helps, which one.  A volume cannot be cut like a file, and has clones in
+ * place of --temporary.  What clients write with --temporary goes to a
+ * directory of the user's choice; a message about that names it, as it is not
+ * the target that is wrong. */
+static void cli_open_target(const char *text, const char *path,
+                            const char *volume, struct nbdserve_export *ex) {
+  const char *hint = "";
+  struct nbdserve_flat flat = {.dir = getenv("TMPDIR")};
+  if (!flat.dir) flat.dir = "/tmp";
+  flat.offset = opt[OPT_OFFSET].number;
+  flat.size = opt[OPT_SIZE].number;
+  flat.create = opt[OPT_CREATE].number;
+  if (opt[OPT_READ_ONLY].given) flat.flags = NBDSERVE_FLAT_READONLY;
+  if (opt[OPT_TEMPORARY].given) flat.flags = NBDSERVE_FLAT_TEMPORARY;
+  if (volume && (flat.offset || flat.size || flat.create ||
+                 flat.flags == NBDSERVE_FLAT_TEMPORARY))
+    cli_usage("%s: no --offset, --size, --create or -T of a volume", text);
+  if (opt[OPT_TEMPORARY].given && access(flat.dir, W_OK) < 0)
+    cli_exit_if_error(-errno, flat.dir);
+  int err = volume ? cli_open_volume(path, volume, ex)
+                   : nbdserve_flat_open(path, &flat, ex);
+  if ((err == -EACCES || err == -EROFS) && !flat.flags)
+    hint = " (-r serves it read-only)";
+  if (err == -ENOENT && !volume && !flat.flags && !flat.create)
+    hint = " (--create SIZE makes it)";
+  if (err == -EINVAL && !volume)
+    hint = ": no file, device or mem:SIZE, or smaller than --offset and --size";
+  if (*hint) cli_failed("%s: %s%s", text, u_errno_text(err), hint);
   cli_exit_if_error(err, text);
 }
 
 /* Opens a target and adds it to the server, which takes over what is behind the
- * export; if it does not take the export, that is closed here.  A volume cannot
- * be cut like a file, and has clones in place of --temporary.  A whole store
- * adds no export: the server asks for each one when a client does. */
+ * export; if it does not take the export, the process ends.  A whole store adds
+ * no export: the server asks for each one when a client does.  The only export
+ * may be called what clients like, if nothing gives it a name. */
 static void cli_add_target(char *text) {
-  struct cli_target target;
-  assert(cli.server && !cli.server->nlisteners);
   struct nbdserve_export ex = cli_common;
-  cli_parse_target(text, &target);
-  ex.name = cli_name_export(&target);
+  char path[PATH_MAX + 8]; /* one that is cut is still too long */
+  char *equals = text + strcspn(text, "/=");
+  assert(cli.server && !cli.server->nlisteners);
+  ex.name = opt[OPT_EXPORT].text;
   ex.description = opt[OPT_DESCRIPTION].text;
-  if (cli.ntargets == 1 && !ex.name) ex.flags |= NBDSERVE_EXPORT_FALLBACK;
-  if (cli.ntargets == 1 && ex.name) cli.export_name = ex.name;
-  if (target.volume && (opt[OPT_OFFSET].given || opt[OPT_SIZE].given ||
-                        opt[OPT_CREATE].given || opt[OPT_TEMPORARY].given))
-    cli_usage("%s: no --offset, --size, --create or --temporary with a store "
-              "(clone it)",
-              target.text);
-  int err = target.volume ? cli_open_volume(target.path, target.volume, &ex)
-                          : cli_open_file_target(target.path, &ex);
-  cli_exit_if_unopened(err, &target);
+  if (*equals == '=' && strncmp(text, "file:", 5) != 0) {
+    *equals = '\0';
+    ex.name = text;
+    text = equals + 1;
+  }
+  int is_file = strncmp(text, "file:", 5) == 0;
+  const char *rest = is_file ? text + 5 : text;
+  /* The backend must not take the file mem:5 for memory. */
+  const char *front = is_file && strncmp(rest, "mem:", 4) == 0 ? "./" : "";
+  snprintf(path, sizeof path, "%s%s", front, rest);
+  char *colons = is_file ? NULL : strstr(path, "::");
+  const char *slash = strrchr(rest, '/');
+  const char *name = slash ? slash + 1 : rest;
+  if (colons) *colons = '\0';
+  if (colons) name = colons + 2;
+  if (cli.ntargets > 1 && !ex.name) ex.name = name;
+  if (!ex.name) ex.flags |= NBDSERVE_EXPORT_FALLBACK;
+  if (ex.name && cli.ntargets == 1) cli.export_name = ex.name;
+  cli_open_target(text, path, colons ? name : NULL, &ex);
   if (!ex.ops) return;
   assert(ex.ops->read && ex.ops->close);
-  err = nbdserve_add(cli.server, &ex);
+  int err = nbdserve_add(cli.server, &ex);
   if (err) ex.ops->close(ex.ctx);
-  if (err == -EEXIST)
-    cli_usage("%s: another target has that export name", target.text);
-  if (err == -EINVAL)
-    cli_usage("%s: --block-size, name or description out of range",
-              target.text);
-  cli_exit_if_error(err, target.text);
+  if (err == -EEXIST) cli_usage("%s: that export name is taken", text);
+  if (err == -EINVAL) cli_usage("%s: bad -b, name or description", text);
+  cli_exit_if_error(err, text);
 }
 
 /* ---- Where to listen ---------------------------------------------------- */
 
-/* Listens at an address, as nbdserve_listen takes it, or ends the process with
- * a message that says what is wrong with it. */
-static void cli_listen_at(const char *address) {
-  int err = nbdserve_listen(cli.server, address);
-  if (err == -ENAMETOOLONG)
-    cli_failed("%s: a socket path has at most %u bytes", address,
-               (unsigned)sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
-  if (err == -EADDRINUSE)
-    cli_failed("%s: %s; not replaced", address, u_errno_text(err));
-  if (err == -EINVAL && strncmp(address, "tcp:", 4) == 0)
-    cli_failed("%s: not a numeric address or localhost, or built without TCP",
-               address);
-  cli_exit_if_error(err, address);
-}
+/* The longest path of a socket */
+#define CLI_PATH_MAX ((int)sizeof((struct sockaddr_un *)0)->sun_path - 1)
 
-/* Listens on a socket that whoever started us has opened.  If it is not one
- * that listens, it is connected to a client, the only one then: a second such
- * socket is an error. */
-static void cli_listen_on_fd(int fd) {
-  char address[32];
-  assert(fd >= 0);
-  snprintf(address, sizeof address, "fd:%d", fd);
+/* Listens at an address, as nbdserve_listen takes it, or ends the process with
+ * a message that says what is wrong with it.  A descriptor that does not listen
+ * is connected to a client, the only one then: a second such socket is an
+ * error. */
+static void OS_PRINTF(1, 2) cli_listen_at(const char *fmt, ...) {
+  char address[PATH_MAX + 8];
+  const char *hint = "";
+  va_list ap;
+  va_start(ap, fmt);
+  vsnprintf(address, sizeof address, fmt, ap);
+  va_end(ap);
   int err = nbdserve_listen(cli.server, address);
-  if (err == -EINVAL && cli.client < 0)
-    cli.client = fd;
-  else
-    cli_exit_if_error(err, address);
+  if (err == -EINVAL && strncmp(address, "fd:", 3) == 0 && cli.client < 0) {
+    cli.client = atoi(address + 3);
+    return;
+  }
+  if (err == -EADDRINUSE) hint = "; not replaced";
+  if (err == -EINVAL && strncmp(address, "tcp:", 4) == 0)
+    hint = ": not a numeric address or localhost, or built without TCP";
+  if (err == -ENAMETOOLONG)
+    cli_failed("%s: a socket path has at most %d bytes", address, CLI_PATH_MAX);
+  if (err) cli_failed("%s: %s%s", address, u_errno_text(err), hint);
 }
 
 /* Listens on the sockets that systemd, or a program like nbdinfo, has passed to
- * us, and returns how many there are.  LISTEN_PID says whom they are for: the
- * variables are inherited by children, who must not believe them. */
+ * us from descriptor 3 on, and returns how many there are.  LISTEN_PID says
+ * whom they are for: the variables are inherited by children, who must not
+ * believe them. */
 static int cli_listen_on_passed(void) {
   const char *pid = getenv("LISTEN_PID");
   const char *fds = getenv("LISTEN_FDS");
   uint64_t n = 0;
   if (!pid || !fds || strtol(pid, NULL, 10) != (long)getpid()) return 0;
   if (!u_parse_number(fds, SRV_LISTENERS, &n))
-    cli_failed("LISTEN_FDS: %s: not a number of sockets up to %d", fds,
-               SRV_LISTENERS);
+    cli_failed("LISTEN_FDS: %s: too many sockets, or no number", fds);
   for (int i = 0; i < (int)n; i++)
-    cli_listen_on_fd(CLI_FIRST_PASSED_FD + i);
+    cli_listen_at("fd:%d", 3 + i);
   return (int)n;
-}
-
-/* Listens on a unix socket at path.  If the path is relative it gets the
- * working directory in front, so that the URI is right from everywhere; but
- * only where the whole fits into the address of a socket, for the path alone
- * may. */
-static void cli_listen_on_unix(const char *path) {
-  char address[PATH_MAX + 8];
-  char dir[sizeof(((struct sockaddr_un *)0)->sun_path)];
-  size_t n = strlen(path);
-  int fits = n + 1 < sizeof dir && *path != '/' &&
-             getcwd(dir, sizeof dir - n - 1) != NULL;
-  snprintf(address, sizeof address, "unix:%s%s%s", fits ? dir : "",
-           fits ? "/" : "", path);
-  cli_listen_at(address);
 }
 
 /* Listens on a private socket, in a directory that only its owner can enter.
@@ -10799,141 +10314,108 @@ static void cli_listen_on_unix(const char *path) {
 static void cli_listen_privately(void) {
   const char *const parents[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"),
                                  "/tmp"};
-  char address[sizeof cli.private_dir + 16];
-  for (int i = 0; i < 3 && !*cli.private_dir; i++) {
-    if (!parents[i] || *parents[i] != '/' || strlen(parents[i]) > 80) continue;
-    snprintf(cli.private_dir, sizeof cli.private_dir, "%s/nbdXXXXXX",
-             parents[i]);
-    if (!mkdtemp(cli.private_dir)) *cli.private_dir = '\0';
+  char *dir = cli.private_dir;
+  const size_t size = sizeof cli.private_dir;
+  for (size_t i = 0; i < COUNT_OF(parents) && !*dir; i++) {
+    int n = snprintf(dir, size, "%s/nbdXXXXXX", parents[i] ? parents[i] : "");
+    if (*dir != '/' || n >= (int)size || !mkdtemp(dir)) *dir = '\0';
   }
-  if (!*cli.private_dir)
-    cli_failed("private socket: no directory for it (use -U)");
-  assert(*cli.private_dir == '/');
-  snprintf(address, sizeof address, "unix:%s/sock", cli.private_dir);
+  if (!*dir) cli_failed("private socket: no directory for it (use -U)");
   mode_t mask = umask(0177);
-  cli_listen_at(address);
+  cli_listen_at("unix:%s/sock", dir);
   umask(mask);
-}
-
-/* Listens on TCP, and warns if others than this machine can connect. */
-static void cli_listen_on_tcp(void) {
-  const char *host = opt[OPT_BIND].text ? opt[OPT_BIND].text : "localhost";
-  uint64_t port = opt[OPT_PORT].given ? opt[OPT_PORT].number : CLI_DEFAULT_PORT;
-  char address[PATH_MAX];
-  snprintf(address, sizeof address, "tcp:%s:%" PRIu64, host, port);
-  cli_listen_at(address);
-  int is_loopback = strcmp(host, "localhost") == 0 ||
-                    strcmp(host, "::1") == 0 || strncmp(host, "127.", 4) == 0;
-  if (!is_loopback && !opt[OPT_QUIET].given)
-    cli_say("%s: no authentication: anyone can read and write", host);
 }
 
 /* Opens the sockets that the command line asks for.  If it does not ask for
  * any, takes over those that were passed to us, or makes a private one.  Only
- * sockets that we have opened have a URI that we know. */
+ * sockets that we have opened have a URI that we know.
+ *
+ * A relative path gets the working directory in front, so that the URI is right
+ * from everywhere; but only where the whole fits into the address of a socket,
+ * for the path alone may.  Others than this machine may use TCP: a warning. */
 static void cli_listen(void) {
   const char *path = opt[OPT_UNIX].text;
+  const char *host = opt[OPT_BIND].text ? opt[OPT_BIND].text : "localhost";
+  int port = opt[OPT_PORT].given ? (int)opt[OPT_PORT].number : 10809;
   int wants_tcp = opt[OPT_PORT].given || opt[OPT_BIND].given;
-  int is_private = path ? strcmp(path, "-") == 0 : !wants_tcp;
-  if (opt[OPT_STDIN].given) cli.client = 0;
-  if (opt[OPT_FD].given) cli_listen_on_fd((int)opt[OPT_FD].number);
-  if (opt[OPT_STDIN].given || opt[OPT_FD].given) return;
-  if (!path && is_private && cli_listen_on_passed()) return;
-  if (is_private)
+  char dir[CLI_PATH_MAX + 1];
+  size_t n = path ? strlen(path) : 0;
+  if (opt[OPT_STDIN].given)
+    cli.client = 0;
+  else if (opt[OPT_FD].given)
+    cli_listen_at("fd:%d", (int)opt[OPT_FD].number);
+  else if (path ? strcmp(path, "-") == 0
+                : !wants_tcp && !cli_listen_on_passed())
     cli_listen_privately();
+  else if (path && *path != '/' && n + 1 < sizeof dir &&
+           getcwd(dir, sizeof dir - n - 1))
+    cli_listen_at("unix:%s/%s", dir, path);
   else if (path)
-    cli_listen_on_unix(path);
-  if (wants_tcp) cli_listen_on_tcp();
+    cli_listen_at("unix:%s", path);
+  if (wants_tcp) cli_listen_at("tcp:%s:%d", host, port);
+  if (wants_tcp && strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
+      strncmp(host, "127.", 4) != 0 && !opt[OPT_QUIET].given)
+    cli_say("%s: no authentication: anyone can read and write", host);
   int err = nbdserve_uri(cli.server, cli.export_name, cli.uri, sizeof cli.uri);
-  cli_exit_if_error(err, "URI");
+  if (err != -ENOENT) cli_exit_if_error(err, "URI");
 }
 
 /* ---- The command that is served (--run, --) ----------------------------- */
 
-/* Returns a copy of the text, which is not freed, with the URI in place of each
- * {}. */
-static char *cli_put_uri(const char *text) {
-  char *copy = NULL;
-  size_t len;
-  assert(*cli.uri);
-  FILE *out = open_memstream(&copy, &len);
-  if (!out) cli_exit_if_error(-errno, "--");
-  for (const char *hit = strstr(text, "{}"); hit; hit = strstr(text, "{}")) {
-    fprintf(out, "%.*s%s", (int)(hit - text), text, cli.uri);
-    text = hit + 2;
-  }
-  fputs(text, out);
-  if (fclose(out) == EOF) cli_exit_if_error(-errno, "--");
-  return copy;
-}
-
-/* Sets the variables that a shell command can use.  They have the names that
- * nbdkit gives them, so that scripts can be used with both. */
-static void cli_set_variables(void) {
-  assert(*cli.uri && cli.server->nlisteners > 0);
+/* Becomes the command, with the URI in place of each {}; or says why not.  A
+ * shell command gets variables with the names that nbdkit gives them, so that
+ * scripts can be used with both. */
+static void cli_exec_child(void) {
   const struct srv_listener *l = cli.server->listeners;
   char nbd[sizeof l->text + 16];
   const char *colon = strrchr(l->text, ':');
+  const char *program = cli.command ? *cli.command : "/bin/sh";
+  for (char **word = cli.command; word && *word; word++) {
+    const char *text = *word;
+    char *copy = u_zalloc(strlen(text) * (strlen(cli.uri) + 1) + 1);
+    if (!copy) return;
+    for (const char *hit = strstr(text, "{}"); hit; hit = strstr(text, "{}")) {
+      strcat(strncat(copy, text, (size_t)(hit - text)), cli.uri);
+      text = hit + 2;
+    }
+    *word = strcat(copy, text);
+  }
   snprintf(nbd, sizeof nbd, "nbd:%s%s", l->is_unix ? "unix:" : "", l->text);
   setenv("nbd", nbd, 1);
   setenv("uri", cli.uri, 1);
   setenv("unixsocket", l->is_unix ? l->text : "", 1);
   setenv("port", l->is_unix || !colon ? "" : colon + 1, 1);
   setenv("exportname", cli.export_name, 1);
+  if (cli.command)
+    execvp(program, cli.command);
+  else
+    execl(program, "sh", "-c", opt[OPT_RUN].text, (char *)NULL);
+  cli_say("%s: %s", program, u_errno_text(-errno));
 }
 
 /* Starts the command.  It is a child of the process, not the other way round,
  * so that we can pass on its status.  The signals are blocked until its process
  * id is known to the handler: it may have ended by then, and SIGCHLD be
  * waiting.  If a signal has asked for the end already, there is nobody to serve
- * the command, so it is not started.  The descriptors that we have opened close
- * themselves in it. */
+ * the command, so it is not started: what never ran has not succeeded.  The
+ * descriptors that we have opened close themselves in it. */
 static void cli_start_child(void) {
+  sigset_t all;
   sigset_t was;
   assert(!cli.child);
   if (!*cli.uri) cli_usage("no URI for the command to use");
-  for (char **word = cli.command; word && *word; word++)
-    *word = cli_put_uri(*word);
-  cli_block_signals(&was);
-  if (cli.phase == CLI_SERVING) {
-    pid_t pid = fork();
-    if (pid < 0) cli_exit_if_error(-errno, "fork");
-    if (pid == 0) {
-      cli_catch_signals(SIG_DFL); /* first: it must not run our handler */
-      sigprocmask(SIG_SETMASK, &was, NULL);
-      cli_set_variables();
-      if (cli.command)
-        execvp(cli.command[0], cli.command);
-      else
-        execl("/bin/sh", "sh", "-c", opt[OPT_RUN].text, (char *)NULL);
-      cli_say("%s: %s", cli.command ? cli.command[0] : "/bin/sh",
-              u_errno_text(-errno));
-      _exit(CLI_NOT_FOUND);
-    }
-    cli.child = pid;
-  } else {
-    cli.child_status = CLI_FAILED; /* what never ran has not succeeded */
+  sigfillset(&all);
+  sigprocmask(SIG_BLOCK, &all, &was);
+  pid_t pid = cli.stopping ? -1 : fork();
+  if (pid < 0) cli.child_status = CLI_FAILED;
+  if (pid < 0 && !cli.stopping) cli_exit_if_error(-errno, "fork");
+  if (pid == 0) {
+    cli_catch_signals(SIG_DFL); /* first: it must not run our handler */
+    sigprocmask(SIG_SETMASK, &was, NULL);
+    cli_exec_child();
+    _exit(127); /* as a shell says it */
   }
-  sigprocmask(SIG_SETMASK, &was, NULL);
-}
-
-/* Step 5 of the end.  Usually the command has ended, which is what has brought
- * us here, or has been told and had its time.  If it has not been told (the
- * server has failed, or two signals have come at once) that is done now; in the
- * first case there is time to wait for it. */
-static void cli_await_child(void) {
-  sigset_t was;
-  cli_tell_child();
-  cli_block_signals(&was);
-  if (cli.child && cli.phase == CLI_SERVING) cli.phase = CLI_CHILD_ENDS;
-  while (cli.child && cli.phase != CLI_STOPPING)
-    sigsuspend(&was); /* until the handler has run */
-  if (cli.child) {
-    assert(cli.child_told);
-    cli_say("%s: the command still runs after SIGTERM; not waited for",
-            cli.command ? cli.command[0] : "--run");
-    cli.child_status = CLI_FAILED;
-  }
+  if (pid > 0) cli.child = pid;
   sigprocmask(SIG_SETMASK, &was, NULL);
 }
 
@@ -10946,126 +10428,136 @@ static void cli_await_child(void) {
 static void cli_fork(void) {
   int fd[2];
   char byte;
+  int wait_status = 0;
   assert(!cli.cas && !cli.server->nlisteners);
   pid_t pid = pipe(fd) < 0 ? -1 : fork();
-  if (pid < 0) cli_exit_if_error(-errno, "--fork");
-  if (pid == 0) {
-    close(fd[0]);
-    cli.ready_pipe = fd[1];
-    if (setsid() < 0) cli_exit_if_error(-errno, "--fork");
-    return;
-  }
-  close(fd[1]);
-  if (read(fd[0], &byte, 1) == 1) _exit(CLI_OK);
-  int wait_status = 0;
+  if (pid < 0 || (pid == 0 && setsid() < 0)) cli_exit_if_error(-errno, "fork");
+  close(fd[pid > 0]);
+  cli.ready_pipe = fd[1];
+  if (pid == 0) return;
+  if (read(fd[0], &byte, 1) == 1) _exit(0);
   waitpid(pid, &wait_status, 0);
-  int status = cli_exit_status(wait_status);
-  _exit(status ? status : CLI_FAILED);
-}
-
-/* --fork: lets go of the terminal, and tells the parent.  If the parent has
- * gone there is nobody to tell. */
-static void cli_leave_terminal(void) {
-  assert(cli.ready_pipe > 2);
-  int null = open("/dev/null", O_RDWR);
-  if (null < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0)
-    cli_exit_if_error(-errno, "/dev/null");
-  close(null);
-  (void)!write(cli.ready_pipe, "", 1);
-  close(cli.ready_pipe);
+  _exit(cli_exit_status(wait_status));
 }
 
 /* Tells everybody who wants to know that all is open and we listen.  Whoever is
  * told may connect at once.  --ready-fd is closed, which is a sign in itself,
  * and the command does not get it.  With a command, that is who uses the URI,
- * and standard output is the command's. */
+ * and standard output is the command's.  --fork lets go of the terminal; if the
+ * parent has gone there is nobody to tell.
+ *
+ * --pidfile: a symbolic link at its path is replaced, not followed.  The
+ * descriptor stays open, for os_remove_own_file: with it closed, the inode
+ * number might become that of another server's pidfile. */
 static void cli_tell_ready(void) {
+  const char *path = opt[OPT_PIDFILE].text;
   int fd = (int)opt[OPT_READY_FD].number;
-  if (opt[OPT_PIDFILE].text) cli_write_pidfile(opt[OPT_PIDFILE].text);
+  struct stat st;
+  if (path && !lstat(path, &st) && !S_ISREG(st.st_mode) && !S_ISLNK(st.st_mode))
+    cli_failed("%s: not a file, so not replaced by the pidfile", path);
+  assert(!cli.pidfile);
+  if (path) cli.pidfile = cli_new_file(path, NULL);
+  if (path && dprintf(cli.pidfile, "%ld\n", (long)getpid()) < 0)
+    cli_exit_if_error(-errno, path);
+  if (path) cli_put_new_file();
   assert(!opt[OPT_READY_FD].given || fd > 2);
-  if (opt[OPT_READY_FD].given &&
-      ((*cli.uri && dprintf(fd, "%s\n", cli.uri) < 0) || close(fd) < 0))
+  if (fd && ((*cli.uri && dprintf(fd, "%s\n", cli.uri) < 0) || close(fd) < 0))
     cli_exit_if_error(-errno, "--ready-fd");
   if (opt[OPT_RUN].given)
     cli_start_child();
   else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0)
     cli_exit_if_error(-errno, "standard output");
-  if (cli.ready_pipe >= 0) cli_leave_terminal();
+  if (cli.ready_pipe < 0) return;
+  assert(cli.ready_pipe > 2);
+  int null = open("/dev/null", O_RDWR);
+  for (int i = 0; i <= 2; i++)
+    if (null < 0 || dup2(null, i) < 0) cli_exit_if_error(-errno, "/dev/null");
+  close(null);
+  (void)!write(cli.ready_pipe, "", 1);
+  close(cli.ready_pipe);
 }
 
 /* ---- Serving ------------------------------------------------------------ */
 
-/* Prints the totals, for --stats and SIGUSR1: as JSON, with the names that
- * nbdserve.h has for them, or in words. */
-static void cli_print_stats(void) {
-  static const char json[] =
-      "{\"clients\":%" PRIu64 ",\"clients_now\":%" PRIu64
-      ",\"requests\":%" PRIu64 ",\"errors\":%" PRIu64 ",\"bytes_read\":%" PRIu64
-      ",\"bytes_written\":%" PRIu64 ",\"flushes\":%" PRIu64 "}\n";
-  static const char words[] =
-      "nbdserve: %" PRIu64 " clients (%" PRIu64 " now), %" PRIu64
-      " requests (%" PRIu64 " failed), %" PRIu64 " bytes read, %" PRIu64
-      " written, %" PRIu64 " flushes\n";
-  struct nbdserve_stats stats;
-  nbdserve_stats(cli.server, &stats);
-  dprintf(2, opt[OPT_JSON].given ? json : words, stats.clients,
-          stats.clients_now, stats.requests, stats.errors, stats.bytes_read,
-          stats.bytes_written, stats.flushes);
-}
-
-/* Runs the server to its end, and does what the signal handler leaves to
- * others: it prints totals, and does steps 1 and 2 of the end.  Returns what
- * nbdserve_run does. */
-static int cli_run(void) {
-  for (;;) {
-    int err = nbdserve_run(cli.server);
-    if (err != -EINTR) return err;
-    if (cli.stats_wanted) {
-      cli.stats_wanted = 0;
-      cli_print_stats();
-    }
-    if (cli.phase == CLI_CHILD_ENDS) {
-      nbdserve_unlisten(cli.server);
-      cli_tell_child();
-    }
-  }
-}
-
-/* Serves until the end.  Returns the exit status, which is the command's if
- * there was one and it has failed.  A client that is the only one is served
- * here; after that cli_run has nothing to do but to flush. */
+/* Serves until the end, and does what the signal handler leaves to others: it
+ * prints totals, and does step 2 of the end.  A client that is the only one is
+ * served here; after that nbdserve_run has nothing to do but to flush.
+ *
+ * Step 5 of the end: usually the command has ended, or has been told and had
+ * its time.  If it has not been told (the server has failed) that is done now,
+ * and there is time to wait for it.  Returns the exit status, which is the
+ * command's if there was one and it has failed. */
 static int cli_serve(void) {
+  struct nbdserve_stats s;
   int err = 0;
+  int run_err;
   cli_start_control();
   if (cli.client >= 0) {
     int out = opt[OPT_STDIN].given ? 1 : cli.client;
     err = nbdserve_serve(cli.server, cli.client, out, NULL);
     nbdserve_stop(cli.server);
   }
-  int run_err = cli_run();
-  if (opt[OPT_STATS].given || cli.stats_wanted) cli_print_stats();
-  cli_await_child();
+  do {
+    run_err = nbdserve_run(cli.server);
+    int is_last = run_err != -EINTR && opt[OPT_STATS].given;
+    int wants_stats = cli.stats_wanted || is_last;
+    cli.stats_wanted = 0;
+    nbdserve_stats(cli.server, &s);
+    if (wants_stats)
+      dprintf(2,
+              "{\"clients\":" CLI_N ",\"clients_now\":" CLI_N
+              ",\"requests\":" CLI_N ",\"errors\":" CLI_N
+              ",\"bytes_read\":" CLI_N ",\"bytes_written\":" CLI_N
+              ",\"flushes\":" CLI_N "}\n",
+              s.clients, s.clients_now, s.requests, s.errors, s.bytes_read,
+              s.bytes_written, s.flushes);
+    if (cli.end_wanted) nbdserve_unlisten(cli.server);
+  } while (run_err == -EINTR);
+  if (cli.child && !cli.end_wanted) raise(SIGTERM);
+  while (cli.child && !cli.stopping)
+    poll(NULL, 0, 100);
+  if (cli.child) {
+    cli_say("the command still runs after SIGTERM; not waited for");
+    return CLI_FAILED;
+  }
   if (cli.child_status) return cli.child_status;
-  return err || run_err ? CLI_FAILED : CLI_OK;
+  return err || run_err ? CLI_FAILED : 0;
 }
 
 /* At exit, however that comes about: removes what we have made, first what
- * tells others that we are here, and closes what we have opened.  Clients and
- * commands use the store, so it is closed after they have ended.  If a command
- * does not end, the store stays open: opening it next time repairs what is
- * unfinished.  From here on signals are ignored. */
+ * tells others that we are here, and closes what we have opened.  From here on
+ * signals are ignored.
+ *
+ * Whoever has put another file in the place of STORE.ctl keeps that.  We have
+ * the socket bound: its inode number would otherwise be free, and the other
+ * file may have got it.  As long as we have not made it, ctl_st is all zero and
+ * fits no file.
+ *
+ * Clients and commands use the store, so it is closed after they have ended:
+ * cli_control and the commands see that the server has stopped.  If one does
+ * not end in time, the store stays open: opening it next time repairs what is
+ * unfinished. */
 static void cli_close(void) {
+  struct stat st;
+  int64_t until = os_now_ms() + IO_GRACE_MS;
   cli_catch_signals(SIG_IGN);
   if (cli.pidfile) os_remove_own_file(opt[OPT_PIDFILE].text, cli.pidfile);
   if (*cli.temp) unlink(cli.temp);
-  cli_remove_ctl();
-  int is_finished = cli_await_jobs();
-  if (is_finished) nbdserve_free(cli.server);
-  int err = is_finished && cli.cas ? nbdserve_cas_close(cli.cas) : 0;
+  if (lstat(cli.ctl_path, &st) == 0 && st.st_dev == cli.ctl_st.st_dev &&
+      st.st_ino == cli.ctl_st.st_ino)
+    unlink(cli.ctl_path);
+  if (!cli.server) return;
+  nbdserve_stop(cli.server);
+  os_lock(&cli.server->lock);
+  while (cli.njobs > 0 && os_now_ms() < until)
+    os_wait_ms(&cli.server->lock, 100);
+  int err = cli.njobs ? -ETIMEDOUT : 0;
+  os_unlock(&cli.server->lock);
+  if (!err) nbdserve_free(cli.server);
+  if (!err && cli.cas) err = nbdserve_cas_close(cli.cas);
   if (*cli.private_dir) rmdir(cli.private_dir);
-  if (is_finished && !err) return;
-  cli_say("%s: %s", cli.store,
-          err ? u_errno_text(err) : "a command was not finished");
+  if (!err) return;
+  cli_say("%s: not closed in order: %s", cli.store, u_errno_text(err));
   _exit(CLI_FAILED);
 }
 
@@ -11074,7 +10566,7 @@ static void cli_close(void) {
 /* --help.  README has a copy of what this prints; a test compares them.
  * Options without a letter are indented, so that all names are in one
  * column. */
-static int cli_help(void) {
+static void cli_help(void) {
   puts("usage: nbdserve [OPTION]... [NAME=]TARGET... [-- CMD ARG...]\n"
        "       nbdserve COMMAND ARG...\n"
        "Serves disks over NBD.  TARGET is a file, a block device, mem:SIZE,\n"
@@ -11082,42 +10574,41 @@ static int cli_help(void) {
        "STORE::VOLUME@SNAPSHOT or, for a whole store, STORE::.\n"
        "With CMD: serves while CMD runs; {} in an ARG becomes the URI.\n");
   for (int id = OPT_NONE + 1; id < OPT_COUNT; id++) {
-    const struct cli_option *option = &cli_options[id];
-    const char *argument = option->argument ? option->argument : "";
-    const char letter[] = {'-', option->letter, ',', '\0'};
-    printf("  %3s --%s %-*s %s\n", option->letter ? letter : "", option->name,
-           18 - (int)strlen(option->name), argument, option->help);
+    const struct cli_option *o = &cli_options[id];
+    const char letter[] = {'-', o->letter, ',', '\0'};
+    printf("  %3s --%-19s %s\n", o->letter ? letter : "", o->name, o->help);
   }
   cli_help_verbs();
   puts("\nNumbers take K, M, G, T, P and E (powers of 1024).  Once it\n"
        "listens it prints the URI.  Exit status: 0 success, 1 failure,\n"
        "2 usage, 3 verify found damage, 4 target in use, or the status\n"
        "of CMD.");
-  return fflush(stdout) == EOF ? CLI_FAILED : CLI_OK;
 }
 
-/* --version.  The words tell what the build has; --help leaves out what it has
+/* A command on a store, or a server from its start to its end: see the head of
+ * this section.  The order matters: --fork before threads and locks, signals
+ * before anything that must be removed, targets before sockets, so that whoever
+ * can connect finds them.
+ *
+ * First those of the descriptors 0 to 2 are opened that are not open: otherwise
+ * an image could become one of them, and our messages would be written to it.
+ * The words of --version tell what the build has; --help leaves out what it has
  * not. */
-static int cli_version(void) {
-  printf("nbdserve %s%s%s%s%s%s\n", nbdserve_version(),
-         NBDSERVE_NO_FLAT ? "" : " flat", NBDSERVE_NO_CAS ? "" : " cas",
-         NBDSERVE_NO_TCP ? "" : " tcp", NBDSERVE_NO_THREADS ? "" : " threads",
-         NBDSERVE_POSIX_ONLY ? " posix-only" : "");
-  return fflush(stdout) == EOF ? CLI_FAILED : CLI_OK;
-}
-
-/* Opens those of the descriptors 0 to 2 that are not open.  Otherwise an image
- * could become one of them, and our messages would be written to it. */
-static void cli_open_standard_fds(void) {
+int main(int argc, char **argv) {
   int fd = 0;
   while (fd >= 0 && fd <= 2)
     fd = open("/dev/null", O_RDWR);
   if (fd > 2) close(fd);
-}
-
-/* Makes the server as the options want it.  Commands on stores need one, too: a
- * signal ends them by way of nbdserve_stop. */
-static void cli_new_server(void) {
+  atexit(cli_close);
+  if (argc > 0) cli_parse(argv);
+  if (opt[OPT_HELP].given) cli_help();
+  if (opt[OPT_VERSION].given)
+    printf("nbdserve %s%s%s%s%s%s\n", nbdserve_version(),
+           NBDSERVE_NO_FLAT ? "" : " flat", NBDSERVE_NO_CAS ? "" : " cas",
+           NBDSERVE_NO_TCP ? "" : " tcp", NBDSERVE_NO_THREADS ? "" : " threads",
+           NBDSERVE_POSIX_ONLY ? " posix-only" : "");
+  if (opt[OPT_HELP].given || opt[OPT_VERSION].given)
+    return fflush(stdout) == EOF ? CLI_FAILED : 0;
   struct nbdserve_config config = {
       .version = NBDSERVE_VERSION_NUMBER,
       .threads = (uint32_t)opt[OPT_THREADS].number,
@@ -11131,19 +10622,6 @@ static void cli_new_server(void) {
   if (opt[OPT_ONCE].given) config.flags |= NBDSERVE_CONFIG_ONCE;
   if (opt[OPT_FAULT].given || opt[OPT_DELAY].given) config.before = cli_before;
   cli_exit_if_error(nbdserve_new(&cli.server, &config), "start");
-}
-
-/* A command on a store, or a server from its start to its end: see the head of
- * this section.  The order matters: --fork before threads and locks, signals
- * before anything that must be removed, targets before sockets, so that whoever
- * can connect finds them. */
-int main(int argc, char **argv) {
-  cli_open_standard_fds();
-  atexit(cli_close);
-  if (argc > 0) cli_parse(argv);
-  if (opt[OPT_HELP].given) return cli_help();
-  if (opt[OPT_VERSION].given) return cli_version();
-  cli_new_server();
   cli_run_verb();
   cli_check_options();
   if (opt[OPT_FORK].given) cli_fork();

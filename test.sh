@@ -3972,9 +3972,9 @@ testMessagesNameWhatIsMissingInAStore() {
   assertEquals 1 "$STATUS"
   says "$S::nix: "
   cas 1 rollback "$S::v"
-  says 'rollback v: not a snapshot$'
+  says 'rollback v: .*not a snapshot$'
   cas 1 create "$S::a@b" 5
-  says 'not a name or size that a volume can have$'
+  says 'not a possible name or size'
   cas 2 init "$T/x" 5000
   says '5000: not a block size .*4K'
   cas 2 create "$S::w" x
@@ -4129,7 +4129,7 @@ testOnceServesWhoWaitedForTheOnlySlot() {
   JOBS=
 }
 testUSR1DoesNotPostponeTheIdleExit() {
-  LOG='^nbdserve: 0 clients'
+  LOG='^{"clients":0,'
   serve --idle-exit 1 "$DISK"
   n=0
   while [ $n -lt 40 ] && kill -USR1 "$PID" 2>/dev/null; do
@@ -4567,7 +4567,7 @@ testWhatIsListedBehindWithoutIsHidden() {
   for words in bogus flush,bogus flush,,fua FLUSH flus flushh; do
     run -s --without $words "$DISK"
     assertEquals "$words" 2 "$STATUS"
-    says "without $words: not a list of: flush fua trim zero df multi-conn"
+    says "without $words: not one of: flush fua trim zero df multi-conn"
   done
 }
 testFaultsHitTheirShareOfTheirCommand() {
@@ -4597,7 +4597,7 @@ testFaultsHitTheirShareOfTheirCommand() {
     reads:EIO:1 read:EIO:1x :EIO:1 read:EIO:nan; do
     run -s --fault $what "$DISK"
     assertEquals "$what" 2 "$STATUS"
-    says "fault $what: not CMD:ERR:RATE"
+    says "fault $what: not (as in --fault CMD:ERR:RATE|one of: )"
   done
 }
 testDelayedRequestsWaitTogether() {
@@ -4615,7 +4615,7 @@ testDelayedRequestsWaitTogether() {
   for what in read read: read:-1 read:x read:1x x:1 read:EIO:1 read:nan; do
     run -s --delay $what "$DISK"
     assertEquals "$what" 2 "$STATUS"
-    says "delay $what: not CMD:MS"
+    says "delay $what: not (as in --delay CMD:MS|one of: )"
   done
 }
 testPassedSocketIsServed() {
@@ -4634,20 +4634,25 @@ testTooManyPassedSocketsAreRefused() {
     says LISTEN_FDS
   done
 }
+totals() { # clients
+  assertEquals "totals: $(cat "$T/err")" 1 "$(grep -Ecx "\{\"clients\":$1\
+(,\"[a-z_]+\":[0-9]+){6}\}" "$T/err")"
+  : >"$T/err"
+}
 testStatsAreWrittenAtExitAndOnUSR1() {
   serve --stats "$DISK"
   client hello "$SOCK"
   kill -USR1 "$PID"
   await "[ -s '$T/err' ]"
-  says '3 clients'
+  totals 3
   stop TERM
-  says '3 clients'
+  totals 3
 }
 testUSR1WritesStatsWithoutTheOption() {
   serve "$DISK"
   kill -USR1 "$PID"
   await "[ -s '$T/err' ]"
-  says '0 clients'
+  totals 0
 }
 testSeveralTargetsAreSeveralExports() {
   echo two >"$T/b"
@@ -4777,7 +4782,7 @@ testSealAndDiffAreCommands() {
   cas 0 seal "$S::v@s"
   assertTrue "id: $(cat "$T/out")" "grep -Eqx 'sha256-[0-9a-f]{64}' '$T/out'"
   cas 1 seal "$S::v"
-  says 'seal v: not a snapshot$'
+  says 'seal v: .*not a snapshot$'
   DISK=$S::v SIZE=100000
   simple OK.1 WRITE,1,5000,4 61626364
   cas 0 diff "$S::v@s" v
@@ -4861,20 +4866,6 @@ testDamageIsReportedAsJson() {
   assertEquals "[('v', 81920, 4096, 'the data'), ('v', 98304, 4096, \
 'the data')]" "$GOT"
 }
-testRowsAreAlignedOnATerminal() {
-  needs script terminal && store || return 0
-  cas 0 create "$S::v" 1
-  cas 0 create "$S::a-longer-name" 1T
-  for how in alone served; do
-    [ $how = alone ] || [ "$SWITCH" = NO_THREADS ] || serve "$S::"
-    script -qec "'$NBDSERVE' list '$S'" /dev/null </dev/null >"$T/out"
-    assertEquals "$how" 2 "$(wc -l <"$T/out")"
-    assertEquals "$how: where the sizes end" 1 \
-      "$(awk '{print index($0, " " $2 " ") + length($2)}' "$T/out" |
-        sort -u | wc -l)"
-    assertFalse "$how: tabs" "grep -q '	' '$T/out'"
-  done
-}
 # A reader that pauses for more than a second makes an export long work.  Those
 # without a server wait at the same time, each with a store of its own.
 exports_slowly() { # way: STORE-PAUSE or STORE-piped
@@ -4914,7 +4905,7 @@ testProgressIsShownOnATerminal() {
     case $way in
       *1.5)
         assertTrue "$way: $(cat "$T/tty-$way")" "tr '\r' '\n' <'$T/tty-$way' |
-          grep -Eq '^ *[0-9]+% +[0-9.]+ MiB +[0-9.]+ MiB/s +[0-9]+ s left *$'"
+          grep -Eq '^ *[0-9]+%$'"
         assertEquals "$way: nothing stays" '' "$(tr '\r' '\n' <"$T/tty-$way" |
           tail -n 1 | tr -d ' ')"
         ;;
@@ -5651,13 +5642,15 @@ testRefusedValuesAreToldWhatIsAllowed() {
 --size 0 from 1 to 9223372036854775807$
 --create 8E from 1 to 9223372036854775807$
 --offset x from 0 to 9223372036854775807$
---fd x number of a descriptor
---ready-fd 2 number of a descriptor .3 or above
---block-size 1:2 MIN:PREFERRED:MAX
---cache maybe writeback, writethrough or unsafe
+--fd x from 0 to 2147483647$
+--ready-fd 2 from 3 to 2147483647$
+--block-size 1:2 not as in .* MIN:PREFERRED:MAX
+--cache maybe not one of: writeback writethrough unsafe$
 --without flush,x flush fua trim zero df multi-conn .* extended
---fault read:EX:1 CMD: read write .*ERR: EPERM .*RATE: 0 to 1
---delay read:-1 CMD: read write .* all; MS: 0 to 1000000
+--fault read:EX:1 not one of: EPERM .* ESHUTDOWN$
+--fault x:EIO:1 not one of: read write .* all$
+--fault read:EIO:2 not as in --fault CMD:ERR:RATE: 
+--delay read:-1 not as in --delay CMD:MS: 
 END
   while read -r a b reason; do
     run "$a" "$b" "$DISK"
@@ -5674,7 +5667,7 @@ testBadAddressesSayWhatIsGood() {
   unless NO_TCP || return 0
   run -i no.such.host "$DISK"
   assertEquals 1 "$STATUS"
-  says 'no.such.host:10809: not a numeric address'
+  says 'no.such.host:10809: .*: not a numeric address'
 }
 
 # ==== [14] SOURCE (@source) ==================================================

@@ -158,7 +158,6 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/time.h>
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <time.h>
@@ -391,12 +390,6 @@ static void os_setup_client(int fd) {
   os_set_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
 #endif
   os_set_option(fd, SOL_SOCKET, SO_SNDBUF, 2 << 20);
-}
-
-/* Calls that receive from a blocking socket fail with EAGAIN after ms. */
-static void os_set_receive_timeout(int fd, uint32_t ms) {
-  struct timeval t = {.tv_sec = ms / 1000, .tv_usec = (int)(ms % 1000) * 1000};
-  setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
 }
 
 /* Removes the first `done` bytes from the pieces (*v)[0..*n). */
@@ -1197,11 +1190,6 @@ STATIC_ASSERT(same_no_hole, NBDSERVE_CMD_NO_HOLE == NBD_CMD_FLAG_NO_HOLE);
 STATIC_ASSERT(same_req_one, NBDSERVE_CMD_REQ_ONE == NBD_CMD_FLAG_REQ_ONE);
 STATIC_ASSERT(same_fast_zero, NBDSERVE_CMD_FAST_ZERO == NBD_CMD_FLAG_FAST_ZERO);
 
-/* proto.md, Structured reply flags */
-enum nbd_reply_flag {
-  NBD_REPLY_FLAG_DONE = 1 << 0
-};
-
 /* proto.md, Structured reply types; errors have bit 15 set */
 enum nbd_reply_type {
   NBD_REPLY_TYPE_NONE = 0,
@@ -1213,38 +1201,21 @@ enum nbd_reply_type {
   NBD_REPLY_TYPE_ERROR_OFFSET = (1 << 15) + 2
 };
 
-/* proto.md, Error values */
-enum nbd_error {
-  NBD_EPERM = 1,
-  NBD_EIO = 5,
-  NBD_ENOMEM = 12,
-  NBD_EINVAL = 22,
-  NBD_ENOSPC = 28,
-  NBD_EOVERFLOW = 75,
-  NBD_ENOTSUP = 95,
-  NBD_ESHUTDOWN = 108
-};
-
 /* ---- Sizes and limits --------------------------------------------------- */
 
 enum {
   WIRE_STRING_MAX = 4096, /* bytes of a name or text (proto.md, Values) */
-  WIRE_HELLO_LEN = 18,
-  WIRE_CLIENT_FLAGS_LEN = 4,
-  WIRE_OPTION_LEN = 16,
   WIRE_OPTION_REPLY_LEN = 20,
-  WIRE_EXPORT_NAME_LEN = 10,  /* reply to NBD_OPT_EXPORT_NAME, and... */
-  WIRE_EXPORT_NAME_PAD = 124, /* ...zeroes behind it, unless declined */
-  WIRE_INFO_EXPORT_LEN = 12,
-  WIRE_INFO_BLOCK_SIZE_LEN = 14,
   WIRE_REQUEST_LEN = 28,
   WIRE_EXT_REQUEST_LEN = 32,
   WIRE_SIMPLE_REPLY_LEN = 16,
   WIRE_CHUNK_LEN = 20,     /* head of a chunk of a structured reply */
   WIRE_EXT_CHUNK_LEN = 32, /* the same with extended headers */
   WIRE_OFFSET_LEN = 8,     /* in front of a chunk's data */
-  WIRE_HOLE_LEN = 12,      /* the whole payload of a hole */
-  WIRE_ERROR_LEN = 6       /* in front of an error's text */
+  WIRE_ERROR_LEN = 6,      /* in front of an error's text */
+  WIRE_EXT_EXTENT_LEN =
+      16,             /* of BLOCK_STATUS_EXT; of BLOCK_STATUS half of it */
+  WIRE_CONTEXT_ID = 1 /* of base:allocation, which is the only context */
 };
 
 /* The form of requests and replies that a client has negotiated. */
@@ -1342,12 +1313,7 @@ static void req_set_state(struct nbdserve_req *r, enum req_state to) {
   r->state = to;
 }
 
-/* How long the head of a request is. */
-static size_t wire_request_len(enum wire_mode mode) {
-  return mode == MODE_EXTENDED ? WIRE_EXT_REQUEST_LEN : WIRE_REQUEST_LEN;
-}
-
-/* Reads the head of a request: wire_request_len bytes, of which the caller has
+/* Reads the head of a request, of which the caller has
  * seen the magic. */
 static struct nbdserve_req wire_get_request(const unsigned char *p,
                                             enum wire_mode mode) {
@@ -1366,10 +1332,10 @@ static struct nbdserve_req wire_get_request(const unsigned char *p,
  *
  *   simple reply    OFFSET SIZE FIELD          a READ's data follows
  *                        0    4 magic
- *                        4    4 enum nbd_error, 0: done
+ *                        4    4 error, 0: done
  *                        8    8 cookie
  *   chunk                0    4 magic          extended chunk
- *                        4    2 enum nbd_reply_flag     4    2 the same
+ *                        4    2 1: it is the last       4    2 the same
  *                        6    2 enum nbd_reply_type     6    2 the same
  *                        8    8 cookie                  8    8 cookie
  *                       16    4 length                 16    8 offset of the
@@ -1378,7 +1344,7 @@ static struct nbdserve_req wire_get_request(const unsigned char *p,
  *   payload of OFFSET_DATA      0    8 offset, and the data
  *   payload of OFFSET_HOLE      0    8 offset
  *                               8    4 length
- *   payload of ERROR            0    4 enum nbd_error
+ *   payload of ERROR            0    4 error
  *                               4    2 length of the text
  *                               6      the text
  *   payload of ERROR_OFFSET     the same, and behind the text 8 bytes: offset
@@ -1391,30 +1357,11 @@ static struct nbdserve_req wire_get_request(const unsigned char *p,
  *                              16    8 its status, and so on
  */
 
-enum {
-  WIRE_CONTEXT_ID = 1, /* of base:allocation, which is the only context */
-  WIRE_STATUS_PAYLOAD_LEN = 12, /* of a request for that one context */
-  WIRE_STATUS_LEN = 4,          /* in front of the extents of BLOCK_STATUS */
-  WIRE_EXTENT_LEN = 8,
-  WIRE_EXT_STATUS_LEN = 8, /* the same of BLOCK_STATUS_EXT */
-  WIRE_EXT_EXTENT_LEN = 16
-};
-
 /* How many bytes to report on the payload of a BLOCK_STATUS asks for; 0 if it
  * is none, or asks for other contexts than ours. */
 static uint64_t wire_get_status_len(const unsigned char *p, uint64_t len) {
-  int is_ours =
-      len == WIRE_STATUS_PAYLOAD_LEN && u_get32(p + 8) == WIRE_CONTEXT_ID;
+  int is_ours = len == 12 && u_get32(p + 8) == WIRE_CONTEXT_ID;
   return is_ours ? u_get64(p) : 0;
-}
-
-/* Writes a simple reply.  Returns its length. */
-static size_t wire_put_simple(unsigned char *p, uint32_t error,
-                              uint64_t cookie) {
-  u_put32(p, NBD_SIMPLE_REPLY_MAGIC);
-  u_put32(p + 4, error);
-  u_put64(p + 8, cookie);
-  return WIRE_SIMPLE_REPLY_LEN;
 }
 
 /* How long the head of a chunk is. */
@@ -1437,7 +1384,7 @@ static void wire_put_chunk(unsigned char *p, const struct nbdserve_req *r,
   int is_last = r->err || !r->more_chunks;
   assert(r->mode != MODE_SIMPLE && (extended || len <= UINT32_MAX));
   u_put32(p, extended ? NBD_EXTENDED_REPLY_MAGIC : NBD_STRUCTURED_REPLY_MAGIC);
-  u_put16(p + 4, is_last ? NBD_REPLY_FLAG_DONE : 0);
+  u_put16(p + 4, is_last ? 1 : 0); /* NBD_REPLY_FLAG_DONE */
   u_put16(p + 6, type);
   u_put64(p + 8, r->cookie);
   if (extended) {
@@ -1494,25 +1441,21 @@ static int req_moves_data(const struct nbdserve_req *r) {
   return cmd && cmd->has_data && r->len > 0;
 }
 
-/* The protocol's number for a -errno value: no other number is ever sent. */
+/* The protocol's number for a -errno value (proto.md, Error values): no other
+ * number is ever sent. */
 static uint32_t wire_error(int err) {
   assert(err <= 0);
   static const struct {
     int host;
-    enum nbd_error nbd;
+    uint32_t nbd;
   } errors[] = {
-      {EPERM, NBD_EPERM},         {EACCES, NBD_EPERM},
-      {EROFS, NBD_EPERM},         {ENOMEM, NBD_ENOMEM},
-      {EINVAL, NBD_EINVAL},       {ENOSPC, NBD_ENOSPC},
-      {EDQUOT, NBD_ENOSPC},       {EFBIG, NBD_ENOSPC},
-      {EOVERFLOW, NBD_EOVERFLOW}, {ENOTSUP, NBD_ENOTSUP},
-      {EOPNOTSUPP, NBD_ENOTSUP}, /* another number on some systems */
-      {ESHUTDOWN, NBD_ESHUTDOWN},
+      {0, 0},       {EPERM, 1},    {EACCES, 1},     {EROFS, 1},
+      {ENOMEM, 12}, {EINVAL, 22},  {ENOSPC, 28},    {EDQUOT, 28},
+      {EFBIG, 28},  {ENOTSUP, 95}, {EOVERFLOW, 75}, {ESHUTDOWN, 108},
   };
-  if (!err) return 0;
   for (size_t i = 0; i < COUNT_OF(errors); i++)
     if (errors[i].host == -err) return errors[i].nbd;
-  return NBD_EIO;
+  return 5; /* EIO */
 }
 
 /* ==== [6] SOCKET I/O (io_) ===============================================
@@ -1527,18 +1470,16 @@ static uint32_t wire_error(int err) {
  * (I3) Stopping: what has arrived is still received, but no request behind it.
  *      There is one grace for the whole server, not one for each wait.
  *
- * Three kinds of connections differ in how they wait and how they learn that
- * the server stops:
+ * Connections differ in how they wait for a request and learn that the server
+ * stops:
  *
- *   kind            waits for a    for the rest   is told to stop by
- *                   request in     of one in
- *   unix socket of  recv()         recv()         shutdown(SHUT_RD) in
- *   a listener                                    srv_finish
- *   TCP socket of   poll()         recv()         the stop pipe: with SHUT_RD,
- *   a listener                                    what a peer still sends would
- *                                                 reset the connection
- *   nbdserve_serve  poll()         poll()         the stop pipe: it is the
- *                                                 caller's socket, or a pipe
+ *   kind            waits in   is told to stop by
+ *   unix socket of  recv()     shutdown(SHUT_RD) in srv_finish
+ *   a listener
+ *   TCP socket of   poll()     the stop pipe: with SHUT_RD, what a peer still
+ *   a listener                 sends would reset the connection
+ *   nbdserve_serve  poll()     the stop pipe: it is the caller's socket, or a
+ *                              pipe
  *
  * With NO_THREADS all are of the last kind: nobody could shut one down.  During
  * the handshake all of them wait in poll(), for the deadline.  Sending never
@@ -1546,8 +1487,7 @@ static uint32_t wire_error(int err) {
 
 enum {
   IO_GRACE_MS = 5000, /* from nbdserve_stop on, for what is under way */
-  IO_UNIT = 1 << 20,  /* bytes that must move within stall_ms */
-  IO_TRIES = 8        /* within stall_ms: see io_wait_ready */
+  IO_UNIT = 1 << 20   /* bytes that must move within stall_ms */
 };
 
 /* How a server tells its connections that it stops. */
@@ -1563,8 +1503,7 @@ struct io {
   int out;              /* the same, or another one, that replies go to */
   struct io_stop *stop; /* the server's */
   int64_t stall_ms;     /* (I2) */
-  int polls_requests;   /* wait in poll() for a request, not in recv() */
-  int polls_payloads;   /* the same for the rest of what has begun */
+  int polls;            /* wait in poll() for a request, not in recv() */
   /* -- written in the handshake, then 0 */
   int64_t deadline; /* in os_now_ms; 0: none */
   /* -- the client's thread only */
@@ -1594,9 +1533,8 @@ static int64_t io_until(const struct io *io, size_t n) {
 
 /* poll()'s timeout until a time in os_now_ms, at least 0. */
 static int io_timeout(int64_t until) {
-  int64_t left = until - os_now_ms();
-  if (left < 0) return 0;
-  return left > INT_MAX ? INT_MAX : (int)left;
+  int64_t now = os_now_ms();
+  return until < now ? 0 : (int)u_min((uint64_t)(until - now), INT_MAX);
 }
 
 /* Waits until there is something to receive.  -ETIMEDOUT: not until the time
@@ -1629,12 +1567,13 @@ static int io_wait_input(struct io *io, int64_t until) {
  *
  * Some systems call a socket ready to send only when most of its buffer is
  * empty, which can be megabytes.  So that a peer which takes enough in time is
- * not cut off meanwhile, the wait ends now and then without that. */
+ * not cut off meanwhile, the wait ends without that after an eighth of
+ * stall_ms. */
 static int io_wait_ready(const struct io *io, int fd, short events,
                          int64_t until) {
   struct pollfd p[2] = {{.fd = fd, .events = events},
                         {.fd = io->stop->pipe[0], .events = POLLIN}};
-  int slice = (int)u_min((uint64_t)io->stall_ms / IO_TRIES + 1, INT_MAX);
+  int slice = (int)u_min((uint64_t)io->stall_ms / 8 + 1, INT_MAX);
   for (;;) {
     int timeout = io_timeout(until);
     if (timeout == 0) return -ETIMEDOUT; /* even if it is ready */
@@ -1655,12 +1594,7 @@ static int io_wait_ready(const struct io *io, int fd, short events,
  * stall_ms.  Or -errno. */
 static ssize_t io_recv(struct io *io, unsigned char *p, size_t least,
                        size_t most) {
-  int is_data = least == most;
-  int polls = io->polls_payloads;
-  if (!is_data) polls = io->polls_requests || least > 1;
-  if (io->deadline) polls = 1;
-  int flags = is_data ? MSG_WAITALL : 0; /* wait in recv(), for all of it */
-  if (polls) flags = MSG_DONTWAIT;
+  int polls = io->polls || least > 1 || most == 1 || io->deadline;
   int64_t until = io_until(io, least);
   size_t got = 0;
   assert(least > 0 && least <= most);
@@ -1669,7 +1603,7 @@ static ssize_t io_recv(struct io *io, unsigned char *p, size_t least,
     if (err) return err;
     size_t room = most - got;
     if (io->stopping) room = (size_t)u_min(room, io->arrived_left);
-    ssize_t n = recv(io->in, p + got, room, flags);
+    ssize_t n = recv(io->in, p + got, room, polls ? MSG_DONTWAIT : 0);
     if (n < 0 && errno == ENOTSOCK) n = read(io->in, p + got, room);
     if (n > 0) {
       got += (size_t)n;
@@ -1769,12 +1703,9 @@ enum {
                  NBDSERVE_EXPORT_MULTI_CONN | NBDSERVE_EXPORT_ROTATIONAL |
                  NBDSERVE_EXPORT_NATIVE_FUA | NBDSERVE_EXPORT_FALLBACK |
                  NBDSERVE_EXPORT_WRITETHROUGH | NBDSERVE_EXPORT_UNSAFE,
-  EX_MAX_MIN_BLOCK = 65536,  /* proto.md, Size constraints */
   EX_DEFAULT_BLOCK = 4096,   /* the same: what clients take for granted, */
   EX_DEFAULT_MAX = 32 << 20, /* and here */
-  EX_ZERO_STEP = 1 << 20,    /* bytes of zeroes that are written at a time */
   EX_EXTENTS = 2048,         /* in one reply, at most: 32 KiB */
-  EX_MAX_ERRNO = 4095,       /* no system has a larger one */
   EX_LIES_LOGGED = 10,       /* messages about wrong results: no flood */
   SRV_LISTENERS = 32         /* and one more, since localhost is two */
 };
@@ -1848,10 +1779,8 @@ static int ex_lied(struct nbdserve *s, const char *where, const char *function,
  * something wrong: it becomes -EIO. */
 static int ex_believe(struct nbdserve *s, const char *where,
                       const char *function, int r) {
-  char what[48];
-  if (r <= 0 && r >= -EX_MAX_ERRNO) return r;
-  snprintf(what, sizeof what, "returned %d, no -errno value", r);
-  return ex_lied(s, where, function, what);
+  if (r <= 0 && r >= -4095) return r; /* no system has a larger errno */
+  return ex_lied(s, where, function, "returned no -errno value");
 }
 
 /* Asks the host's `before` whether a request shall fail.  0 or -errno. */
@@ -1890,8 +1819,8 @@ static const char *ex_complete(struct nbdserve_export *e) {
   if (e->flags & ~(uint32_t)EX_ALL_FLAGS) return "unknown flags";
   if (strlen(e->name) > WIRE_STRING_MAX) return "name too long";
   if (strlen(e->description) > WIRE_STRING_MAX) return "description too long";
-  if (!u_is_power_of_2(e->min_block) || e->min_block > EX_MAX_MIN_BLOCK)
-    return "min_block is no power of two up to 65536";
+  if (!u_is_power_of_2(e->min_block) || e->min_block > 65536)
+    return "min_block is no power of two up to 65536"; /* proto.md */
   if (!u_is_power_of_2(e->preferred_block) || e->preferred_block < 512 ||
       e->preferred_block < e->min_block)
     return "preferred_block is no power of two, or below 512 or min_block";
@@ -2195,8 +2124,8 @@ int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
  * of r->status_len bytes, which the request owns. */
 static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   int extended = r->mode == MODE_EXTENDED;
-  size_t head = extended ? WIRE_EXT_STATUS_LEN : WIRE_STATUS_LEN;
-  size_t each = extended ? WIRE_EXT_EXTENT_LEN : WIRE_EXTENT_LEN;
+  size_t head = extended ? 8 : 4; /* what stands before the extents */
+  size_t each = extended ? WIRE_EXT_EXTENT_LEN : WIRE_EXT_EXTENT_LEN / 2;
   struct nbdserve_extents x = {
       .left = r->len, .align = ex->pub.min_block, .extent_len = each};
   x.max =
@@ -2228,7 +2157,7 @@ static int ex_write_zeroes(struct ex *ex, const struct nbdserve_req *r) {
                            .flags = r->flags & NBD_CMD_FLAG_FUA,
                            .off = r->off};
   if (r->len > UINT32_MAX) return -EOVERFLOW;
-  uint64_t step = u_min(u_min(r->len, EX_ZERO_STEP), ex->pub.max_request);
+  uint64_t step = u_min(u_min(r->len, 1 << 20), ex->pub.max_request);
   step -= step % ex->pub.min_block; /* r->len is a multiple, so is the rest */
   assert(step > 0);
   w.buf = u_zalloc((size_t)step);
@@ -2368,7 +2297,7 @@ struct conn {
   struct nbdserve *s;
   int id;     /* for messages: clients are numbered from 1 on */
   int fd;     /* a socket that is closed in the end; -1: it is the caller's */
-  int is_tcp; /* see srv_must_linger */
+  int is_tcp; /* see srv_serve_client */
   char peer[64];
   /* -- */
   struct conn *next; /* of s->conns */
@@ -2547,7 +2476,7 @@ static void hs_leave(struct conn *c) {
 /* proto.md, NBD_OPT_EXPORT_NAME: all of the data is the name.  This option has
  * no error reply: what is wrong closes the connection. */
 static int hs_opt_export_name(struct conn *c) {
-  size_t len = WIRE_EXPORT_NAME_LEN;
+  size_t len = 10;
   char name[WIRE_STRING_MAX + 1];
   if (c->mode == MODE_EXTENDED) return -EPROTO; /* GO is needed */
   assert(c->option_left <= WIRE_STRING_MAX);    /* hs_option has seen to it */
@@ -2556,7 +2485,7 @@ static int hs_opt_export_name(struct conn *c) {
   if (strlen(name) != c->option_left) return -ENOENT;
   int err = hs_enter(c, name);
   if (err) return err;
-  if (!c->no_zeroes) len += WIRE_EXPORT_NAME_PAD;
+  if (!c->no_zeroes) len += 124; /* zeroes behind it */
   unsigned char *p = memset(hs_reserve(c, len), 0, len);
   u_put64(p, c->export_size);
   u_put16(p + 8, c->transmission_flags);
@@ -2609,7 +2538,7 @@ static void hs_put_text(struct conn *c, enum nbd_info type, const char *text) {
  * sizes also unasked if they are not what a client takes for granted. */
 static void hs_put_infos(struct conn *c, unsigned asked) {
   const struct nbdserve_export *e = &c->export->pub;
-  unsigned char *p = hs_reply(c, NBD_REP_INFO, WIRE_INFO_EXPORT_LEN);
+  unsigned char *p = hs_reply(c, NBD_REP_INFO, 12);
   u_put16(p, NBD_INFO_EXPORT);
   u_put64(p + 2, c->export_size);
   u_put16(p + 10, c->transmission_flags);
@@ -2620,7 +2549,7 @@ static void hs_put_infos(struct conn *c, unsigned asked) {
       e->preferred_block == EX_DEFAULT_BLOCK &&
       e->max_request == EX_DEFAULT_MAX)
     return;
-  p = hs_reply(c, NBD_REP_INFO, WIRE_INFO_BLOCK_SIZE_LEN);
+  p = hs_reply(c, NBD_REP_INFO, 14);
   u_put16(p, NBD_INFO_BLOCK_SIZE);
   u_put32(p + 2, e->min_block);
   u_put32(p + 6, e->preferred_block);
@@ -2753,7 +2682,7 @@ static int hs_take_data(struct conn *c, uint32_t len) {
 
 /* Receives an option and answers it.  0, CONN_LEFT or -errno. */
 static int hs_option(struct conn *c) {
-  unsigned char head[WIRE_OPTION_LEN];
+  unsigned char head[16];
   int err = io_recv_all(&c->io, head, sizeof head);
   if (err) return err;
   uint32_t option = c->option = u_get32(head + 8);
@@ -2781,8 +2710,8 @@ static int hs_option(struct conn *c) {
 
 /* Greets the client and takes its flags.  0 or -errno. */
 static int hs_greet(struct conn *c) {
-  unsigned char flags[WIRE_CLIENT_FLAGS_LEN];
-  unsigned char *p = hs_reserve(c, WIRE_HELLO_LEN);
+  unsigned char flags[4];
+  unsigned char *p = hs_reserve(c, 18);
   u_put64(p, NBD_INIT_MAGIC);
   u_put64(p + 8, NBD_OPTION_MAGIC);
   u_put16(p + 16, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
@@ -2884,11 +2813,9 @@ static int hs_run(struct conn *c) {
 
 /* The error that is sent for a request. */
 static uint32_t tx_error(const struct nbdserve_req *r) {
-  uint32_t error = wire_error(r->err);
-  /* proto.md: NBD_ENOTSUP is an answer to FAST_ZERO only. */
-  if (error == NBD_ENOTSUP && !(r->flags & NBD_CMD_FLAG_FAST_ZERO))
-    return NBD_EINVAL;
-  return error;
+  /* proto.md: ENOTSUP is an answer to FAST_ZERO only. */
+  int is_stray = r->err == -ENOTSUP && !(r->flags & NBD_CMD_FLAG_FAST_ZERO);
+  return wire_error(is_stray ? -EINVAL : r->err);
 }
 
 /* Writes the payload of an error chunk.  Returns its length. */
@@ -2922,7 +2849,12 @@ static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
   int has_chunks =
       r->mode == MODE_EXTENDED ||
       (r->mode == MODE_STRUCTURED && (is_read || is_status || r->err));
-  if (!has_chunks) return wire_put_simple(p, tx_error(r), r->cookie);
+  if (!has_chunks) {
+    u_put32(p, NBD_SIMPLE_REPLY_MAGIC);
+    u_put32(p + 4, tx_error(r));
+    u_put64(p + 8, r->cookie);
+    return WIRE_SIMPLE_REPLY_LEN;
+  }
   unsigned char *payload = p + wire_chunk_len(r->mode);
   enum nbd_reply_type type = NBD_REPLY_TYPE_NONE;
   size_t n = 0; /* bytes of payload that are written here */
@@ -2939,7 +2871,7 @@ static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
     if (r->all_zero) {
       type = NBD_REPLY_TYPE_OFFSET_HOLE;
       u_put32(payload + n, (uint32_t)r->len);
-      n = WIRE_HOLE_LEN;
+      n += 4;
     }
   }
   wire_put_chunk(p, r, type, n + tx_data(r).iov_len);
@@ -3156,18 +3088,6 @@ static struct nbdserve_req *tx_take_work(struct conn *c) {
   }
 }
 
-/* Frees what a worker has answered.  The caller holds queue_lock. */
-static void tx_retire(struct conn *c, struct nbdserve_req *list) {
-  while (list) {
-    struct nbdserve_req *next = list->next;
-    assert(list->state == REQ_DONE && c->nhanded_over > 0);
-    NBDSERVE_FREE(list);
-    c->nhanded_over--;
-    list = next;
-  }
-  if (c->reader_waits) os_wake_all(&c->queue_lock);
-}
-
 /* A worker of a client: does and answers what is handed over until the client
  * has gone. */
 static void *tx_worker(void *conn) {
@@ -3181,7 +3101,14 @@ static void *tx_worker(void *conn) {
     tx_answer(c, list);
     os_lock(&c->queue_lock);
     if (flushes) c->flush_at_work = 0;
-    tx_retire(c, list);
+    while (list) {
+      struct nbdserve_req *next = list->next;
+      assert(list->state == REQ_DONE && c->nhanded_over > 0);
+      NBDSERVE_FREE(list);
+      c->nhanded_over--;
+      list = next;
+    }
+    if (c->reader_waits) os_wake_all(&c->queue_lock);
   }
   assert(c->nworkers > 0);
   c->nworkers--;
@@ -3524,17 +3451,16 @@ static int tx_next_request(struct conn *c) {
   const unsigned char *p = c->rbuf + c->rbuf_pos;
   assert(c->rbuf_pos <= c->rbuf_end && c->nbatch <= TX_BATCH);
   size_t here = c->rbuf_end - c->rbuf_pos;
-  size_t head = wire_request_len(c->mode);
+  size_t head =
+      c->mode == MODE_EXTENDED ? WIRE_EXT_REQUEST_LEN : WIRE_REQUEST_LEN;
   c->needed = head;
   if (here < head) return CONN_NEEDS_MORE;
   struct nbdserve_req r = wire_get_request(p, c->mode);
   uint64_t payload = tx_payload_len(&r);
   if (!tx_is_framed(c, u_get32(p), payload)) {
     int err = tx_run_batch(c); /* what came before is answered */
-    conn_log(c, NBDSERVE_LOG_INFO,
-             "%d: request magic 0x%08" PRIx32 ", %" PRIu64
-             " bytes of payload; closed",
-             c->id, u_get32(p), payload);
+    conn_log(c, NBDSERVE_LOG_INFO, "%d: request magic 0x%08" PRIx32 "; closed",
+             c->id, u_get32(p));
     return err ? err : -EPROTO;
   }
   if (r.type == NBD_CMD_DISC) return CONN_LEFT;
@@ -8119,14 +8045,8 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
  *      That a pipe is readable says it all, so a full one loses nothing. */
 
 enum {
-  SRV_OWN_FDS = 3,      /* that nbdserve_run looks at before listeners */
-  SRV_BACKLOG = 128,    /* connections that the kernel keeps waiting */
-  SRV_PAUSE_MS = 100,   /* after an accept() that failed: do not spin */
-  SRV_TELL_MS = 60000,  /* between two messages that clients wait */
-  SRV_PORT_TRIES = 16,  /* ports for localhost that the kernel picks */
-  SRV_LOCK_TRIES = 100, /* so far apart: see srv_lock_dir */
-  SRV_LOCK_PAUSE_MS = 10,
-  SRV_MAX_THREADS = 1024,
+  SRV_OWN_FDS = 3,    /* that nbdserve_run looks at before listeners */
+  SRV_PAUSE_MS = 100, /* after an accept() that failed: do not spin */
   SRV_MAX_CONN = 1 << 20
 };
 
@@ -8168,7 +8088,7 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
     return -EINVAL;
   if (config) k = *config;
   srv_fill_defaults(&k);
-  if (k.threads > SRV_MAX_THREADS || k.max_conn > SRV_MAX_CONN ||
+  if (k.threads > 1024 || k.max_conn > SRV_MAX_CONN ||
       k.flags & ~NBDSERVE_CONFIG_ONCE)
     return -EINVAL;
   struct nbdserve *s = u_zalloc(sizeof *s);
@@ -8265,7 +8185,7 @@ static int srv_socket(const union srv_address *a, socklen_t len,
     os_set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
     os_set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
     r = bind(fd, &a->sa, len);
-    if (r == 0) r = listen(fd, SRV_BACKLOG);
+    if (r == 0) r = listen(fd, 128);
   } else {
     r = connect(fd, &a->sa, len);
   }
@@ -8281,10 +8201,10 @@ static int srv_socket(const union srv_address *a, socklen_t len,
  * that holds the lock, or a negative number. */
 static int srv_lock_dir(const char *path) {
   int dir = os_open_dir(path);
-  for (int i = 0; dir >= 0 && i < SRV_LOCK_TRIES; i++) {
+  for (int i = 0; dir >= 0 && i < 100; i++) {
     if (flock(dir, LOCK_EX | LOCK_NB) == 0) break;
     if (errno != EWOULDBLOCK) break; /* no locks here: go on without */
-    poll(NULL, 0, SRV_LOCK_PAUSE_MS);
+    poll(NULL, 0, 10);
   }
   return dir;
 }
@@ -8354,7 +8274,7 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
  * picked for one may be taken on the other: then it picks another one. */
 static int srv_listen_localhost(struct nbdserve *s, uint64_t port) {
   int err = 0;
-  for (int i = 0; i < SRV_PORT_TRIES; i++) {
+  for (int i = 0; i < 16; i++) {
     uint64_t picked = port;
     err = srv_listen_ip(s, "127.0.0.1", &picked);
     if (err) return err;
@@ -8476,7 +8396,6 @@ void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
 /* Sets up how a connection waits and is stopped: the table at the head of
  * [6]. */
 static void srv_setup_io(struct conn *c, int in, int out) {
-  uint32_t stall_ms = c->s->config.stall_ms;
   union srv_address a = {.sa = {.sa_family = AF_UNSPEC}}; /* a pipe's */
   socklen_t len = sizeof a;
   getpeername(out, &a.sa, &len);
@@ -8486,11 +8405,9 @@ static void srv_setup_io(struct conn *c, int in, int out) {
   c->io.in = in;
   c->io.out = out;
   c->io.stop = &c->s->stop;
-  c->io.stall_ms = stall_ms;
+  c->io.stall_ms = c->s->config.stall_ms;
   /* Without threads it is nbdserve_run that serves: nobody would shut down. */
-  c->io.polls_payloads = c->fd < 0 || NBDSERVE_NO_THREADS;
-  c->io.polls_requests = c->io.polls_payloads || c->is_tcp;
-  if (c->fd >= 0) os_set_receive_timeout(in, stall_ms);
+  c->io.polls = c->fd < 0 || c->is_tcp || NBDSERVE_NO_THREADS;
   os_setup_client(out);
   if (c->is_tcp) os_setup_tcp(out);
 }
@@ -8553,15 +8470,6 @@ static int srv_last_flush(struct ex *ex) {
   return err;
 }
 
-/* Must a connection linger?  end: how it ends, CONN_LEFT or -errno.  Only a TCP
- * socket of ours, and only if it is our side that ends it while the client may
- * be sending: one that leaves in order sends nothing more, and one that is too
- * slow, or does not even come to transmission, gets no more of our time. */
-static int srv_must_linger(const struct conn *c, int end) {
-  return c->is_tcp && c->fd >= 0 && c->export && !c->send_err && end < 0 &&
-         end != -ETIMEDOUT;
-}
-
 /* Serves a client to its end and frees it.  name: as in nbdserve_serve.
  * Returns 0 or -errno. */
 static int srv_serve_client(struct conn *c, const char *name) {
@@ -8569,7 +8477,13 @@ static int srv_serve_client(struct conn *c, const char *name) {
   int err = name ? hs_enter(c, name) : hs_run(c);
   if (!err) err = tx_run(c);
   assert(!c->nworkers && (err == CONN_LEFT || err < 0));
-  if (srv_must_linger(c, err)) io_linger(&c->io);
+  /* Of a TCP socket of ours the last replies must arrive, if it is our side that
+   * ends it while the client may be sending.  One that leaves in order sends
+   * nothing more; one that is too slow, or does not even come to transmission,
+   * gets no more of our time. */
+  if (c->is_tcp && c->fd >= 0 && c->export && !c->send_err && err < 0 &&
+      err != -ETIMEDOUT)
+    io_linger(&c->io);
   if (err == CONN_LEFT) err = c->send_err; /* or it was cut off: not reading */
   if (c->export && c->export->from_callback) srv_last_flush(c->export);
   if (c->export) ex_release(c->export);
@@ -8672,7 +8586,7 @@ static int srv_accept(struct nbdserve *s, int listener) {
 static void srv_tell_waiting(struct nbdserve *s, int err) {
   int64_t now = os_now_ms();
   if (now < s->tell_after) return;
-  s->tell_after = now + SRV_TELL_MS;
+  s->tell_after = now + 60000;
   if (err)
     u_log(&s->config, NBDSERVE_LOG_WARNING, "cannot accept clients now: %s",
           u_errno_text(err));

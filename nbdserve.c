@@ -1357,13 +1357,6 @@ static struct nbdserve_req wire_get_request(const unsigned char *p,
  *                              16    8 its status, and so on
  */
 
-/* How many bytes to report on the payload of a BLOCK_STATUS asks for; 0 if it
- * is none, or asks for other contexts than ours. */
-static uint64_t wire_get_status_len(const unsigned char *p, uint64_t len) {
-  int is_ours = len == 12 && u_get32(p + 8) == WIRE_CONTEXT_ID;
-  return is_ours ? u_get64(p) : 0;
-}
-
 /* How long the head of a chunk is. */
 static size_t wire_chunk_len(enum wire_mode mode) {
   assert(mode != MODE_SIMPLE);
@@ -1744,7 +1737,7 @@ struct nbdserve {
   struct srv_listener listeners[SRV_LISTENERS + 1];
   int nlisteners;
   int64_t tell_after; /* in os_now_ms: when to say again that clients wait */
-  int first_listener; /* whom to look at first: each in turn */
+  int turn;           /* the listener to look at first */
   int finished;       /* srv_finish has done its steps */
   /* -- guarded by lock, in which nobody waits */
   struct os_monitor lock;
@@ -1891,22 +1884,6 @@ static int ex_from_callback(struct nbdserve *s, const char *name,
   return err;
 }
 
-/* Asks an added export for its size now, and keeps that. */
-static int ex_current_size(struct ex *ex, uint64_t *size) {
-  struct nbdserve_export *e = &ex->pub;
-  os_lock(&ex->server->lock);
-  uint64_t now = e->size;
-  if (e->ops->size && !ex->from_callback) now = e->ops->size(e->ctx, e->size);
-  int is_size = now <= INT64_MAX;
-  if (is_size) e->size = now;
-  os_unlock(&ex->server->lock);
-  if (!is_size)
-    return ex_lied(ex->server, e->name, "size", "returned more than INT64_MAX");
-  *size = now - now % e->min_block; /* no request reaches the rest */
-  assert(*size <= INT64_MAX && *size % e->min_block == 0);
-  return 0;
-}
-
 /* Gives back what ex_acquire gave; frees it if it was the client's (E1). */
 static void ex_release(struct ex *ex) {
   assert(ex);
@@ -1931,10 +1908,19 @@ static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
   }
   if (!ex) ex = last;
   if (!ex) return -ENOENT;
-  int err = ex_current_size(ex, size);
-  if (err) ex_release(ex);
-  if (!err) *out = ex;
-  return err;
+  struct nbdserve_export *e = &ex->pub;
+  os_lock(&s->lock);
+  uint64_t now = e->size;
+  if (e->ops->size && !ex->from_callback) now = e->ops->size(e->ctx, now);
+  if (now <= INT64_MAX) e->size = now;
+  os_unlock(&s->lock);
+  if (now > INT64_MAX) {
+    ex_release(ex);
+    return ex_lied(s, name, "size", "returned more than INT64_MAX");
+  }
+  *size = now - now % e->min_block; /* no request reaches the rest */
+  *out = ex;
+  return 0;
 }
 
 /* The transmission flags for a client: each is set exactly when the thing works
@@ -2556,28 +2542,17 @@ static void hs_put_infos(struct conn *c, unsigned asked) {
   u_put32(p + 10, e->max_request);
 }
 
-/* Takes the list of information types off the data of INFO or GO: a set of
- * bits, one for each enum nbd_info; unknown types are ignored (proto.md). */
-static uint32_t hs_take_infos(struct conn *c, unsigned *asked) {
-  if (c->option_left < 2) return NBD_REP_ERR_INVALID;
-  size_t n = u_get16(c->option_data);
-  hs_advance(c, 2);
-  if (c->option_left != 2 * n) return NBD_REP_ERR_INVALID;
-  for (*asked = 0; n > 0; n--) {
-    unsigned type = u_get16(c->option_data);
-    hs_advance(c, 2);
-    if (type <= NBD_INFO_BLOCK_SIZE) *asked |= 1u << type;
-  }
-  return 0;
-}
-
 /* proto.md, NBD_OPT_INFO and NBD_OPT_GO: the same, but GO enters the export. */
 static int hs_opt_go(struct conn *c) {
   char name[WIRE_STRING_MAX + 1];
-  unsigned asked = 0;
+  unsigned asked = 0; /* a bit for each enum nbd_info; others are ignored */
   uint32_t bad = hs_take_string(c, name);
-  if (!bad) bad = hs_take_infos(c, &asked);
+  const unsigned char *p = c->option_data;
+  if (!bad && (c->option_left < 2 || c->option_left != 2 + 2u * u_get16(p)))
+    bad = NBD_REP_ERR_INVALID;
   if (bad) return hs_refuse(c, bad, "malformed request for information");
+  for (p += 2; p < c->option_data + c->option_left; p += 2)
+    if (u_get16(p) <= NBD_INFO_BLOCK_SIZE) asked |= 1u << u_get16(p);
   int err = hs_enter(c, name);
   if (err == -ENOENT)
     return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
@@ -2668,18 +2643,6 @@ static int (*const hs_options[])(struct conn *c) = {
 STATIC_ASSERT(options_have_bits,
               HS_WITHOUT_OPTIONS + COUNT_OF(hs_options) <= 32);
 
-/* Receives an option's data.  More than is looked at is thrown away, piece by
- * piece: what is left in rbuf then means nothing. */
-static int hs_take_data(struct conn *c, uint32_t len) {
-  while (len > 0) {
-    uint32_t piece = (uint32_t)u_min(len, CONN_RBUF); /* (H1), (H2) */
-    int err = io_recv_all(&c->io, c->rbuf, piece);
-    if (err) return err;
-    len -= piece;
-  }
-  return 0;
-}
-
 /* Receives an option and answers it.  0, CONN_LEFT or -errno. */
 static int hs_option(struct conn *c) {
   unsigned char head[16];
@@ -2690,8 +2653,13 @@ static int hs_option(struct conn *c) {
   if (u_get64(head) != NBD_OPTION_MAGIC) return -EPROTO;
   if (option == NBD_OPT_EXPORT_NAME && len > WIRE_STRING_MAX)
     return -ENOENT; /* it could not be answered anyway */
-  err = hs_take_data(c, len);
-  if (err) return err;
+  /* (H1), (H2): of data that does not fit the last piece stays in rbuf, where it
+   * means nothing. */
+  for (uint32_t left = len, piece; left > 0; left -= piece) {
+    piece = (uint32_t)u_min(left, CONN_RBUF);
+    err = io_recv_all(&c->io, c->rbuf, piece);
+    if (err) return err;
+  }
   /* proto.md: each SET replaces the selection, also one that fails. */
   if (option == NBD_OPT_SET_META_CONTEXT) c->meta_is_selected = 0;
   if (option == NBD_OPT_ABORT) { /* whatever its data, however much */
@@ -2749,13 +2717,13 @@ static int hs_run(struct conn *c) {
  *
  *   requests                  done by            data in
  *   refused, or empty         nobody             -
- *   refused, with a payload   nobody             wbuf: tx_in_pieces
+ *   refused, with a payload   nobody             wbuf, in pieces
  *   longer than a batch's
  *   READ, WRITE up to         client's thread,   WRITE: rbuf, where it came;
  *   TX_IN_BATCH_MAX           all of a batch     READ: a slot in wbuf
  *                             together
- *   longer READ, WRITE        client's thread    wbuf: tx_in_pieces
- *   READ, WRITE up to         a worker           a buffer of its own: tx_copied
+ *   longer READ, WRITE        client's thread    wbuf, in pieces
+ *   READ, WRITE up to         a worker           a buffer of its own
  *   TX_PIECE without
  *   run_batch
  *   FLUSH, TRIM, CACHE,       a worker; FLUSH:   BLOCK_STATUS: a buffer of its
@@ -3331,25 +3299,6 @@ static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
   return 0;
 }
 
-/* Does a long READ, or what has a long payload. */
-static int tx_in_pieces(struct conn *c, struct nbdserve_req *r,
-                        uint64_t payload) {
-  return payload ? tx_write_in_pieces(c, r, payload) : tx_read_in_pieces(c, r);
-}
-
-/* Gives a READ or WRITE a buffer of its own and hands it over, with its
- * payload.  Without memory it is done in pieces, as if it were longer. */
-static int tx_copied(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
-  assert(!c->run_batch && r->state == REQ_TODO && r->len <= TX_PIECE);
-  r->owned = NBDSERVE_MALLOC(TX_HEAD_ROOM + (size_t)r->len);
-  if (!r->owned) return tx_in_pieces(c, r, payload);
-  r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
-  int err = payload ? tx_recv_payload(c, r->buf, (size_t)payload) : 0;
-  if (!err) return tx_finish(c, r);
-  NBDSERVE_FREE(r->owned);
-  return err;
-}
-
 /* ---- Taking requests ----------------------------------------------------- */
 
 /* Refuses a request: it is not done, and answered with that error, which is
@@ -3362,18 +3311,6 @@ static int tx_refuse(struct nbdserve_req *r, int err, const char *why) {
   return err;
 }
 
-/* The transmission flags without which a request is not possible. */
-static unsigned tx_needed_flags(const struct nbdserve_req *r,
-                                const struct wire_cmd *cmd) {
-  unsigned needed = cmd->exposed_by;
-  if (r->flags & NBD_CMD_FLAG_FUA) needed |= NBD_FLAG_SEND_FUA;
-  if (r->flags & NBD_CMD_FLAG_DF) needed |= NBD_FLAG_SEND_DF;
-  if (r->flags & NBD_CMD_FLAG_FAST_ZERO) needed |= NBD_FLAG_SEND_FAST_ZERO;
-  if (r->type == NBD_CMD_BLOCK_STATUS && r->flags & NBD_CMD_FLAG_PAYLOAD_LEN)
-    needed |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
-  return needed;
-}
-
 /* Checks a request against all that was negotiated: one rule, one `if`; the
  * first that is broken counts.  A new rule goes here.  0, or -errno if the
  * request was refused. */
@@ -3382,10 +3319,16 @@ static int tx_validate(const struct conn *c, struct nbdserve_req *r,
   const struct nbdserve_export *e = &c->export->pub;
   const struct wire_cmd *cmd = wire_cmd(r->type);
   if (!cmd) return tx_refuse(r, -EINVAL, "unknown command");
-  unsigned lacking = tx_needed_flags(r, cmd) & ~c->transmission_flags;
+  int is_status = r->type == NBD_CMD_BLOCK_STATUS;
+  unsigned needed = cmd->exposed_by;
+  if (r->flags & NBD_CMD_FLAG_FUA) needed |= NBD_FLAG_SEND_FUA;
+  if (r->flags & NBD_CMD_FLAG_DF) needed |= NBD_FLAG_SEND_DF;
+  if (r->flags & NBD_CMD_FLAG_FAST_ZERO) needed |= NBD_FLAG_SEND_FAST_ZERO;
+  if (is_status && r->flags & NBD_CMD_FLAG_PAYLOAD_LEN)
+    needed |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
+  unsigned lacking = needed & ~c->transmission_flags;
   unsigned stray = r->flags & ~(unsigned)(cmd->flags | NBD_CMD_FLAG_FUA);
   if (c->mode != MODE_EXTENDED) stray |= r->flags & NBD_CMD_FLAG_PAYLOAD_LEN;
-  int is_status = r->type == NBD_CMD_BLOCK_STATUS;
   int has_range = cmd->err_beyond != 0;
   if (stray & NBD_CMD_FLAG_PAYLOAD_LEN ||
       lacking & NBD_FLAG_BLOCK_STATUS_PAYLOAD)
@@ -3427,7 +3370,14 @@ static int tx_dispatch(struct conn *c, struct nbdserve_req *r,
   }
   int err = tx_run_batch(c); /* answers what came before, and frees rbuf */
   if (err) return err;
-  return is_copied ? tx_copied(c, r, payload) : tx_in_pieces(c, r, payload);
+  if (is_copied) r->owned = NBDSERVE_MALLOC(TX_HEAD_ROOM + (size_t)r->len);
+  if (!r->owned && payload) return tx_write_in_pieces(c, r, payload);
+  if (!r->owned) return tx_read_in_pieces(c, r); /* without memory, too */
+  r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
+  if (payload) err = tx_recv_payload(c, r->buf, (size_t)payload);
+  if (!err) return tx_finish(c, r);
+  NBDSERVE_FREE(r->owned);
+  return err;
 }
 
 /* How many bytes of payload follow the head of a request. */
@@ -3437,27 +3387,22 @@ static uint64_t tx_payload_len(const struct nbdserve_req *r) {
   return r->type == NBD_CMD_WRITE ? r->len : 0;
 }
 
-/* Is that a request, with a payload that can be skipped at least? */
-static int tx_is_framed(const struct conn *c, uint32_t magic,
-                        uint64_t payload) {
-  if (c->mode == MODE_EXTENDED)
-    return magic == NBD_EXTENDED_REQUEST_MAGIC &&
-           payload <= c->export->pub.max_request;
-  return magic == NBD_REQUEST_MAGIC && payload <= NBDSERVE_MAX_REQUEST;
-}
-
 /* Takes the next request out of rbuf.  As enum conn_step says. */
 static int tx_next_request(struct conn *c) {
   const unsigned char *p = c->rbuf + c->rbuf_pos;
   assert(c->rbuf_pos <= c->rbuf_end && c->nbatch <= TX_BATCH);
   size_t here = c->rbuf_end - c->rbuf_pos;
-  size_t head =
-      c->mode == MODE_EXTENDED ? WIRE_EXT_REQUEST_LEN : WIRE_REQUEST_LEN;
+  int extended = c->mode == MODE_EXTENDED;
+  size_t head = extended ? WIRE_EXT_REQUEST_LEN : WIRE_REQUEST_LEN;
   c->needed = head;
   if (here < head) return CONN_NEEDS_MORE;
   struct nbdserve_req r = wire_get_request(p, c->mode);
   uint64_t payload = tx_payload_len(&r);
-  if (!tx_is_framed(c, u_get32(p), payload)) {
+  /* A longer payload is not even skipped. */
+  uint64_t most =
+      extended ? c->export->pub.max_request : (uint64_t)NBDSERVE_MAX_REQUEST;
+  uint32_t magic = extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC;
+  if (u_get32(p) != magic || payload > most) {
     int err = tx_run_batch(c); /* what came before is answered */
     conn_log(c, NBDSERVE_LOG_INFO, "%d: request magic 0x%08" PRIx32 "; closed",
              c->id, u_get32(p));
@@ -3467,8 +3412,10 @@ static int tx_next_request(struct conn *c) {
   if (payload <= TX_IN_BATCH_MAX) c->needed += (size_t)payload;
   if (here < c->needed) return CONN_NEEDS_MORE;
   if (r.type == NBD_CMD_FLUSH) r.off = r.len = 0; /* reserved (proto.md) */
-  if (r.type == NBD_CMD_BLOCK_STATUS && payload)
-    r.len = wire_get_status_len(p + head, payload); /* 0 is refused */
+  if (r.type == NBD_CMD_BLOCK_STATUS && payload) {
+    int is_ours = payload == 12 && u_get32(p + head + 8) == WIRE_CONTEXT_ID;
+    r.len = is_ours ? u_get64(p + head) : 0; /* 0 is refused */
+  }
   if (!tx_validate(c, &r, payload) && !r.len) /* only a flush, or nothing */
     req_set_state(&r, r.type == NBD_CMD_FLUSH ? REQ_TO_FLUSH : REQ_DONE);
   c->rbuf_pos += head;
@@ -3598,20 +3545,15 @@ static int flat_is_temporary(const struct flat *f) {
 
 /* ---- What has failed before ---------------------------------------------- */
 
-/* Adds bits for good to what an export has learned so far, and returns all of
- * it: FLAT_FAILED, and 1 << mode for each mode that os_fallocate lacks here
- * (F2).  Takes the lock. */
-static unsigned flat_learn(struct flat *f, unsigned bits) {
+/* What an export has learned so far, to which `learned` is added, for good:
+ * FLAT_FAILED, and 1 << mode for each mode that os_fallocate lacks here (F2).
+ * Takes the lock. */
+static unsigned flat_known(struct flat *f, unsigned learned) {
   os_lock(&f->lock);
-  f->known |= bits;
+  f->known |= learned;
   unsigned known = f->known;
   os_unlock(&f->lock);
   return known;
-}
-
-/* What an export has learned so far.  Takes the lock. */
-static unsigned flat_known(struct flat *f) {
-  return flat_learn(f, 0);
 }
 
 /* ---- The overlay of a temporary export ---------------------------------- */
@@ -3688,7 +3630,7 @@ static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
   struct iovec v[FLAT_MAX_IOV];
   int writing = reqs->type == NBD_CMD_WRITE;
   assert(nreqs > 0 && nreqs <= FLAT_MAX_IOV);
-  if (writing && flat_known(f) & FLAT_FAILED) return -EIO; /* (F1) */
+  if (writing && flat_known(f, 0) & FLAT_FAILED) return -EIO; /* (F1) */
   for (size_t i = 0; i < nreqs; i++) {
     v[i].iov_base = reqs[i].buf;
     v[i].iov_len = (size_t)reqs[i].len;
@@ -3725,9 +3667,9 @@ static int flat_flush(void *ctx, uint32_t flags) {
   (void)flags;
   struct flat *f = ctx;
   if (flat_is_temporary(f)) return 0;
-  if (flat_known(f) & FLAT_FAILED) return -EIO;
+  if (flat_known(f, 0) & FLAT_FAILED) return -EIO;
   int err = os_datasync(f->fd);
-  if (err) flat_learn(f, FLAT_FAILED);
+  if (err) flat_known(f, FLAT_FAILED);
   return err;
 }
 
@@ -3737,11 +3679,11 @@ static int flat_flush(void *ctx, uint32_t flags) {
 static int flat_allocate(struct flat *f, int mode, uint64_t off, uint64_t len) {
   if (flat_is_temporary(f)) return -EOPNOTSUPP; /* the target stays */
   assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
-  unsigned known = flat_known(f);
+  unsigned known = flat_known(f, 0);
   if (known & FLAT_FAILED) return -EIO; /* (F1): it is a write */
   if (known & 1u << mode) return -EOPNOTSUPP;
   int err = os_fallocate(f->fd, mode, f->offset + off, len);
-  if (err == -EOPNOTSUPP) flat_learn(f, 1u << mode); /* (F2) */
+  if (err == -EOPNOTSUPP) flat_known(f, 1u << mode); /* (F2) */
   return err == -EINVAL ? -EOPNOTSUPP : err;
 }
 
@@ -8202,8 +8144,8 @@ static int srv_socket(const union srv_address *a, socklen_t len,
 static int srv_lock_dir(const char *path) {
   int dir = os_open_dir(path);
   for (int i = 0; dir >= 0 && i < 100; i++) {
-    if (flock(dir, LOCK_EX | LOCK_NB) == 0) break;
-    if (errno != EWOULDBLOCK) break; /* no locks here: go on without */
+    /* Where there are no locks we go on without. */
+    if (flock(dir, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) break;
     poll(NULL, 0, 10);
   }
   return dir;
@@ -8393,29 +8335,12 @@ void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
 
 /* ---- A client's life ----------------------------------------------------- */
 
-/* Sets up how a connection waits and is stopped: the table at the head of
- * [6]. */
-static void srv_setup_io(struct conn *c, int in, int out) {
-  union srv_address a = {.sa = {.sa_family = AF_UNSPEC}}; /* a pipe's */
-  socklen_t len = sizeof a;
-  getpeername(out, &a.sa, &len);
-  c->is_tcp = a.sa.sa_family == AF_INET || a.sa.sa_family == AF_INET6;
-  strcpy(c->peer, "this machine");
-  srv_format_address(&a, c->peer, sizeof c->peer);
-  c->io.in = in;
-  c->io.out = out;
-  c->io.stop = &c->s->stop;
-  c->io.stall_ms = c->s->config.stall_ms;
-  /* Without threads it is nbdserve_run that serves: nobody would shut down. */
-  c->io.polls = c->fd < 0 || c->is_tcp || NBDSERVE_NO_THREADS;
-  os_setup_client(out);
-  if (c->is_tcp) os_setup_tcp(out);
-}
-
 /* Makes a client and registers it (S1).  fd: a socket that is closed in the
  * end, or -1.  NULL: no memory; all descriptors stay the caller's. */
 static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
                                    int fd) {
+  union srv_address a = {.sa = {.sa_family = AF_UNSPEC}}; /* a pipe's */
+  socklen_t len = sizeof a;
   struct conn *c = NBDSERVE_MALLOC(sizeof *c);
   if (!c) return NULL;
   memset(c, 0, offsetof(struct conn, rbuf)); /* the rest stays untouched */
@@ -8424,7 +8349,19 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   c->queue_end = &c->queue;
   os_monitor_init(&c->queue_lock);
   os_monitor_init(&c->send_lock);
-  srv_setup_io(c, in, out);
+  getpeername(out, &a.sa, &len);
+  c->is_tcp = a.sa.sa_family == AF_INET || a.sa.sa_family == AF_INET6;
+  strcpy(c->peer, "this machine");
+  srv_format_address(&a, c->peer, sizeof c->peer);
+  c->io.in = in;
+  c->io.out = out;
+  c->io.stop = &s->stop;
+  c->io.stall_ms = s->config.stall_ms;
+  /* See the table at the head of [6].  Without threads it is nbdserve_run that
+   * serves: nobody would shut down. */
+  c->io.polls = fd < 0 || c->is_tcp || NBDSERVE_NO_THREADS;
+  os_setup_client(out);
+  if (c->is_tcp) os_setup_tcp(out);
   os_lock(&s->lock);
   c->id = (int)++s->totals.clients;
   c->next = s->conns;
@@ -8597,30 +8534,6 @@ static void srv_tell_waiting(struct nbdserve *s, int err) {
           s->config.max_conn);
 }
 
-/* Accepts from each listener that poll() found ready, beginning behind the one
- * that the last client came from, so that all get their share of the slots.
- * Returns whether somebody was there. */
-static int srv_accept_ready(struct nbdserve *s, const struct pollfd *p,
-                            int room) {
-  struct pollfd stop = {.fd = s->stop.pipe[0], .events = POLLIN};
-  int found = 0;
-  int first = s->first_listener;
-  for (int i = 0; i < s->nlisteners; i++) {
-    int which = (int)((unsigned)(first + i) % (unsigned)s->nlisteners);
-    if (!p[which].revents) continue;
-    found = 1;
-    int r = room > 0 ? srv_accept(s, s->listeners[which].fd) : 0;
-    if (room <= 0 || r < 0) srv_tell_waiting(s, r);
-    /* No memory, no descriptors: do not spin. */
-    if (r < 0) poll(&stop, 1, SRV_PAUSE_MS);
-    if (r > 0) {
-      room--;
-      s->first_listener = which + 1;
-    }
-  }
-  return found;
-}
-
 /* See nbdserve.h.  Rounds of: wait, look at each pipe, accept. */
 int nbdserve_run(struct nbdserve *s) {
   struct pollfd p[SRV_OWN_FDS + SRV_LISTENERS + 1] = {
@@ -8647,8 +8560,19 @@ int nbdserve_run(struct nbdserve *s) {
     if (p[0].revents) return srv_finish(s);
     if (p[1].revents && srv_take_poke(s->wake[0])) return -EINTR;
     if (p[2].revents) srv_take_poke(s->noticed[0]);
-    int found = srv_accept_ready(s, l, room);
-    if (until <= now && !found) return srv_finish(s);
+    /* Look first behind the listener that the last client came from, so that
+     * all get their share of the slots. */
+    int i = 0;
+    while (i < s->nlisteners && !l[(s->turn + i) % s->nlisteners].revents)
+      i++;
+    if (i == s->nlisteners && until <= now) return srv_finish(s);
+    if (i == s->nlisteners) continue;
+    int which = (s->turn + i) % s->nlisteners;
+    r = room > 0 ? srv_accept(s, s->listeners[which].fd) : 0;
+    if (r > 0) s->turn = which + 1;
+    if (room <= 0 || r < 0) srv_tell_waiting(s, r);
+    if (r < 0)
+      poll(p, 1, SRV_PAUSE_MS); /* no memory, no descriptors: do not spin */
   }
 }
 

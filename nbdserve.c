@@ -480,10 +480,9 @@ static int os_datasync(int fd) {
 
 /* What os_fallocate does to a range.  The numbers are those of Linux. */
 enum {
-  OS_ALLOCATE = 0,    /* has space, maybe with a larger file; keeps its data */
-  OS_PUNCH_HOLE = 3,  /* gives its space back; reads as zeroes; same size */
-  OS_ZERO_RANGE = 17, /* reads as zeroes and has space; same size */
-  OS_FALLOCATE_MODES  /* all are below this */
+  OS_ALLOCATE = 0,   /* has space, maybe with a larger file; keeps its data */
+  OS_PUNCH_HOLE = 3, /* gives its space back; reads as zeroes; same size */
+  OS_ZERO_RANGE = 17 /* reads as zeroes and has space; same size */
 };
 
 #if OS_LINUX
@@ -498,7 +497,7 @@ STATIC_ASSERT(zero_range_is_linux_s,
  * part of a device's sector.  -EOPNOTSUPP: this kind of file (ENODEV), its file
  * system or a sandbox (EPERM or ENOSYS) does not have that. */
 static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
-  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
+  assert(mode >= 0 && mode <= OS_ZERO_RANGE);
   assert(len > 0 && off <= INT64_MAX && len <= INT64_MAX - off);
   while (fallocate(fd, mode, (off_t)off, (off_t)len) < 0) {
     if (errno == ENOSYS || errno == EPERM || errno == ENODEV)
@@ -1037,13 +1036,11 @@ static void sha_begin(uint32_t state[2][SHA_STATE_WORDS]) {
 }
 
 /* Mixes nblocks blocks of one message into a state. */
-static void sha_add(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
-                    const unsigned char *blocks, size_t nblocks) {
-  sha_mix(use_hw, state, blocks, blocks, nblocks);
-}
+#define sha_add(use_hw, state, blocks, nblocks) \
+  sha_mix(use_hw, state, blocks, blocks, nblocks)
 
-/* Writes the digest of a message of len bytes: its whole blocks are in the state
- * already, and what is left of it is at rest. */
+/* Writes the digest of a message of len bytes: its whole blocks are in the
+ * state already, and what is left of it is at rest. */
 static void sha_end(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
                     const unsigned char *rest, size_t len,
                     unsigned char digest[32]) {
@@ -1692,15 +1689,13 @@ struct nbdserve;
 /* ---- Exports and the state of a server ----------------------------------- */
 
 enum {
-  EX_ALL_FLAGS = NBDSERVE_EXPORT_READONLY | NBDSERVE_EXPORT_SERIAL |
-                 NBDSERVE_EXPORT_MULTI_CONN | NBDSERVE_EXPORT_ROTATIONAL |
-                 NBDSERVE_EXPORT_NATIVE_FUA | NBDSERVE_EXPORT_FALLBACK |
-                 NBDSERVE_EXPORT_WRITETHROUGH | NBDSERVE_EXPORT_UNSAFE,
+  EX_ALL_FLAGS = 2 * NBDSERVE_EXPORT_UNSAFE - 1, /* that is the last one */
   EX_DEFAULT_BLOCK = 4096,   /* the same: what clients take for granted, */
   EX_DEFAULT_MAX = 32 << 20, /* and here */
   EX_EXTENTS = 2048,         /* in one reply, at most: 32 KiB */
-  EX_LIES_LOGGED = 10,       /* messages about wrong results: no flood */
-  SRV_LISTENERS = 32         /* and one more, since localhost is two */
+  EX_LOGGED = 10, /* messages about a host's wrong results, and for each client
+                     about requests that failed: no flood */
+  SRV_LISTENERS = 32 /* and one more, since localhost is two */
 };
 
 struct ex {
@@ -1760,10 +1755,10 @@ static int ex_lied(struct nbdserve *s, const char *where, const char *function,
   os_lock(&s->lock);
   unsigned n = ++s->nlies;
   os_unlock(&s->lock);
-  if (n <= EX_LIES_LOGGED)
+  if (n <= EX_LOGGED)
     u_log(&s->config, NBDSERVE_LOG_ERROR,
           "export '%s': the host's %s %s; taken as EIO%s", where, function,
-          what, n == EX_LIES_LOGGED ? "; no more of these are logged" : "");
+          what, n == EX_LOGGED ? "; no more of these are logged" : "");
   return -EIO;
 }
 
@@ -1982,11 +1977,9 @@ static int ex_dispatch(const struct ex *ex, const struct nbdserve_req *r,
     return ops->cache(ctx, r->off, r->len, f);
   case NBD_CMD_WRITE_ZEROES:
     return ops->zero ? ops->zero(ctx, r->off, r->len, f) : -ENOTSUP;
-  case NBD_CMD_BLOCK_STATUS:
-    return ops->extents ? ops->extents(ctx, r->off, r->len, f, x) : 0;
   default:
-    assert(0); /* (E2) */
-    return -EINVAL;
+    assert(r->type == NBD_CMD_BLOCK_STATUS); /* (E2) */
+    return ops->extents ? ops->extents(ctx, r->off, r->len, f, x) : 0;
   }
 }
 
@@ -2242,9 +2235,7 @@ static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
  *                       from TRANSMISSION on
  *   option, receiving,  the client's thread              -
  *   the batch
- *   sending             whoever answers a request (in    send_lock
- *                       the handshake: the client's
- *                       thread, without a lock)
+ *   sending             whoever answers a request        send_lock
  *   queue               the client's thread, workers     queue_lock
  *
  * The phase is not stored: it follows from where the client's thread is.
@@ -2262,7 +2253,6 @@ enum {
   TX_BATCH = 128,       /* requests in a batch, at most */
   TX_HEADS = 32,        /* long heads that leave in one send, at most */
   TX_ERROR_TEXT = 80,   /* bytes of an error's text that are sent */
-  TX_LOGGED = 10,       /* failed requests of a client that are logged */
   TX_HEAD_ROOM = 64, /* bytes before a READ's data, for its head: 40 and more */
   TX_HEAD_MAX =      /* the longest reply without data: ERROR_OFFSET */
       WIRE_EXT_CHUNK_LEN + WIRE_ERROR_LEN + TX_ERROR_TEXT + WIRE_OFFSET_LEN,
@@ -2582,34 +2572,25 @@ static int hs_opt_mode(struct conn *c) {
 
 static const char hs_allocation[] = "base:allocation";
 
-/* Takes the queries off the data of LIST or SET_META_CONTEXT.  *found: one of
- * them means base:allocation.  0, or the error to answer with. */
-static uint32_t hs_take_queries(struct conn *c, int *found) {
-  int lists = c->option == NBD_OPT_LIST_META_CONTEXT;
-  char query[WIRE_STRING_MAX + 1];
-  if (c->option_left < 4) return NBD_REP_ERR_INVALID;
-  uint32_t n = u_get32(c->option_data);
-  hs_advance(c, 4);
-  *found = lists && n == 0; /* no query at all lists everything */
-  for (; n > 0; n--) {
-    uint32_t bad = hs_take_string(c, query);
-    if (bad) return bad;
-    if (strcmp(query, hs_allocation) == 0) *found = 1;
-    if (lists && strcmp(query, "base:") == 0) *found = 1; /* the namespace */
-  }
-  return c->option_left ? NBD_REP_ERR_INVALID : 0;
-}
-
 /* proto.md, NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT. */
 static int hs_opt_meta_context(struct conn *c) {
   const size_t len = sizeof hs_allocation - 1;
   char name[WIRE_STRING_MAX + 1];
+  char query[WIRE_STRING_MAX + 1] = "";
   int sets = c->option == NBD_OPT_SET_META_CONTEXT;
-  int found = 0;
   if (c->mode == MODE_SIMPLE)
     return hs_refuse(c, NBD_REP_ERR_INVALID, "structured replies come first");
   uint32_t bad = hs_take_string(c, name);
-  if (!bad) bad = hs_take_queries(c, &found);
+  if (!bad && c->option_left < 4) bad = NBD_REP_ERR_INVALID;
+  uint32_t n = bad ? 0 : u_get32(c->option_data);
+  int found = !sets && n == 0; /* no query at all lists everything */
+  if (!bad) hs_advance(c, 4);
+  for (; n > 0 && !bad; n--) {
+    bad = hs_take_string(c, query);
+    if (strcmp(query, hs_allocation) == 0) found = 1;
+    if (!sets && strcmp(query, "base:") == 0) found = 1; /* the namespace */
+  }
+  if (!bad && c->option_left) bad = NBD_REP_ERR_INVALID;
   if (bad) return hs_refuse(c, bad, "malformed query for metadata contexts");
   if (hs_enter(c, name))
     return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
@@ -2653,8 +2634,8 @@ static int hs_option(struct conn *c) {
   if (u_get64(head) != NBD_OPTION_MAGIC) return -EPROTO;
   if (option == NBD_OPT_EXPORT_NAME && len > WIRE_STRING_MAX)
     return -ENOENT; /* it could not be answered anyway */
-  /* (H1), (H2): of data that does not fit the last piece stays in rbuf, where it
-   * means nothing. */
+  /* (H1), (H2): of data that does not fit the last piece stays in rbuf, where
+   * it means nothing. */
   for (uint32_t left = len, piece; left > 0; left -= piece) {
     piece = (uint32_t)u_min(left, CONN_RBUF);
     err = io_recv_all(&c->io, c->rbuf, piece);
@@ -2847,14 +2828,6 @@ static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
   return (size_t)(payload - p) + n;
 }
 
-/* Has a READ brought only zeroes, so that a hole can be sent for them?  That
- * saves too little for a short one.  Where there is data, one look at it mostly
- * shows it. */
-static int tx_is_all_zero(const struct nbdserve_req *r) {
-  return r->type == NBD_CMD_READ && !r->err && r->mode != MODE_SIMPLE &&
-         r->len >= 512 && u_is_zero(r->buf, (size_t)r->len);
-}
-
 /* ---- Answering: gather, send, count, free -------------------------------- */
 
 /* Replies that leave in one send.  Gathering them needs no socket. */
@@ -2891,7 +2864,11 @@ static struct nbdserve_req *tx_gather(struct tx_out *out,
     assert(r->state == REQ_DONE);
     if (out->heads_len + TX_HEAD_MAX > sizeof out->heads) break;
     if ((size_t)out->n + 2 > COUNT_OF(out->v)) break;
-    r->all_zero = tx_is_all_zero(r);
+    /* For a short one a hole saves too little.  Where there is data, one look
+     * at it mostly shows it. */
+    r->all_zero = r->type == NBD_CMD_READ && !r->err &&
+                  r->mode != MODE_SIMPLE && r->len >= 512 &&
+                  u_is_zero(r->buf, (size_t)r->len);
     struct iovec data = tx_data(r);
     if (r->type == NBD_CMD_READ && data.iov_len) {
       size_t room = wire_read_head_len(r->mode);
@@ -2937,14 +2914,14 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
     nth_failure = ++c->nlogged;
     os_unlock(&c->queue_lock);
   }
-  if (nth_failure > TX_LOGGED) return;
+  if (nth_failure > EX_LOGGED) return;
   const char *outcome = "ok";
   if (r->err) outcome = r->refused ? r->refused : u_errno_text(r->err);
   conn_log(c, level,
            "%d: %s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64 ": %s%s",
            c->id, cmd ? cmd->name : "?", r->type, r->flags, r->client_off,
            r->len, outcome,
-           nth_failure == TX_LOGGED ? "; further failures are not logged" : "");
+           nth_failure == EX_LOGGED ? "; further failures are not logged" : "");
 }
 
 /* Counts and logs what is answered; mostly before it is sent, so that a client
@@ -3115,7 +3092,8 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
    * flush, which needs no data. */
   if (!copy->owned) copy->buf = NULL;
   os_lock(&c->queue_lock);
-  /* (T5): a request has up to TX_PIECE bytes of data, or with run_batch none. */
+  /* (T5): a request has up to TX_PIECE bytes of data, or with run_batch
+   * none. */
   tx_wait_for_workers(c, c->run_batch ? 1024 : c->s->config.threads);
   if (!tx_need_worker(c, copy)) {
     os_unlock(&c->queue_lock);
@@ -3252,9 +3230,9 @@ static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r,
   return tx_finish(c, r);
 }
 
-/* Reads a long READ piece by piece, up to the first error, and if `sends`, sends
- * each: as a chunk of a structured reply, or a part of a simple one.  Notes the
- * outcome in the request.  0, or -errno to close. */
+/* Reads a long READ piece by piece, up to the first error, and if `sends`,
+ * sends each: as a chunk of a structured reply, or a part of a simple one.
+ * Notes the outcome in the request.  0, or -errno to close. */
 static int tx_read_pieces(struct conn *c, struct nbdserve_req *r, int sends) {
   struct nbdserve_req piece = *r;
   piece.buf = c->wbuf + TX_HEAD_ROOM;
@@ -3536,7 +3514,7 @@ struct flat {
    * NULL: there is no overlay. */
   unsigned char *in_overlay;
 };
-STATIC_ASSERT(modes_of_fallocate_have_bits, OS_FALLOCATE_MODES <= 30);
+STATIC_ASSERT(modes_of_fallocate_have_bits, OS_ZERO_RANGE < 30);
 
 /* Do writes go to the overlay?  Then no request changes the target. */
 static int flat_is_temporary(const struct flat *f) {
@@ -3569,6 +3547,7 @@ static int overlay_has(const struct flat *f, uint64_t block) {
 static int overlay_copy(struct flat *f, uint64_t block) {
   unsigned char data[FLAT_OVERLAY_BLOCK];
   uint64_t start = block * FLAT_OVERLAY_BLOCK;
+  assert(start < f->size);
   struct iovec in = {data, (size_t)u_min(sizeof data, f->size - start)};
   struct iovec out = in;
   int err = os_transfer(f->fd, OS_READ, &in, 1, f->offset + start);
@@ -3576,14 +3555,15 @@ static int overlay_copy(struct flat *f, uint64_t block) {
   return os_transfer(f->overlay_fd, OS_WRITE, &out, 1, start);
 }
 
-/* Reads or writes len bytes at off, all in one block: a write in the overlay, to
- * which it brings the block first unless it fills it.  The block counts as being
- * there once all of that is done.  The caller holds the lock. */
+/* Reads or writes len bytes at off, all in one block: a write in the overlay,
+ * to which it brings the block first unless it fills it.  The block counts as
+ * being there once all of that is done.  The caller holds the lock. */
 static int overlay_do_piece(struct flat *f, int writing, void *buf,
                             uint64_t off, size_t len) {
   struct iovec v = {buf, len};
   uint64_t block = off / FLAT_OVERLAY_BLOCK;
   int err = 0;
+  assert(len > 0 && len <= FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK);
   if (!writing && !overlay_has(f, block))
     return os_transfer(f->fd, OS_READ, &v, 1, f->offset + off);
   if (len < FLAT_OVERLAY_BLOCK && !overlay_has(f, block))
@@ -3678,7 +3658,7 @@ static int flat_flush(void *ctx, uint32_t flags) {
  * is then remembered, always (F2). */
 static int flat_allocate(struct flat *f, int mode, uint64_t off, uint64_t len) {
   if (flat_is_temporary(f)) return -EOPNOTSUPP; /* the target stays */
-  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
+  assert(mode >= 0 && mode <= OS_ZERO_RANGE);
   unsigned known = flat_known(f, 0);
   if (known & FLAT_FAILED) return -EIO; /* (F1): it is a write */
   if (known & 1u << mode) return -EOPNOTSUPP;
@@ -3772,42 +3752,36 @@ static const struct nbdserve_ops flat_ops = {
 };
 
 /* ---- Opening ------------------------------------------------------------
- * One function a step; each fills its part of struct flat.  The lock comes
- * before all that looks at the file or changes it, so that of several servers
- * that start at once exactly one does.
- *
- * path is NULL for memory; writable: clients' writes go to the target; create:
- * the size for a new or empty file, 0 if none is made; *is_new: this call made
- * the file, and has it locked (F4). */
+ * One function a step; each fills its part of struct flat. */
 
 /* Opens the target, and makes the file if it is missing and may be made.  Only
  * O_EXCL tells whether this call has made it, which (F4) must know; it follows
  * no link to where nothing is yet.  A new file is opened for writing in any
- * case, as it gets its size.  A descriptor or -errno. */
-static int flat_open_target(const char *path, int writable, uint64_t create,
-                            int *is_new) {
+ * case, as it gets its size.
+ *
+ * The lock comes before all that looks at the file or changes it, so that of
+ * several servers that start at once exactly one does.  Refused is what is
+ * neither a file nor a block device, and a device that is to be written and
+ * cannot.  A new or empty file gets its size.
+ *
+ * path is NULL for memory; writable: clients' writes go to the target; create:
+ * the size for a new or empty file, 0 if none is made; *is_new: this call made
+ * the file, and has it locked.  If another server was quicker to lock it, or it
+ * has a size by now, which another one gave it that has ended, then the file
+ * and its data are not ours. */
+static int flat_open_target(struct flat *f, const char *path, int writable,
+                            uint64_t create, int *is_new) {
   int flags = O_CLOEXEC | O_NOCTTY | O_NONBLOCK; /* a FIFO must not block */
-  int fd = -1;
-  if (!path) return os_nameless_file(NULL);
-  if (create) {
+  struct stat st = {0};
+  int fd = path ? -1 : os_nameless_file(NULL);
+  if (path && create) {
     fd = open(path, flags | O_RDWR | O_CREAT | O_EXCL, 0666);
     if (fd < 0 && errno != EEXIST) return -errno;
     *is_new = fd >= 0;
   }
-  if (fd < 0) fd = open(path, flags | (writable ? O_RDWR : O_RDONLY));
-  return fd < 0 ? -errno : fd;
-}
-
-/* Keeps other servers away from the target.  Refuses what is neither a file nor
- * a block device, and a device that is to be written and cannot.  Gives a new
- * or empty file its size.
- *
- * If another server was quicker to lock the file that this call has just made,
- * or the file has a size by now, which another one gave it that has ended, then
- * the file and its data are no longer ours. */
-static int flat_prepare_target(int fd, const char *path, int writable,
-                               uint64_t create, int *is_new) {
-  struct stat st = {0};
+  if (path && fd < 0) fd = open(path, flags | (writable ? O_RDWR : O_RDONLY));
+  if (fd < 0) return path ? -errno : fd;
+  f->fd = fd;
   int err = os_lock_file(fd, !writable);
   if (!err && fstat(fd, &st) < 0) err = -errno;
   if (err || st.st_size != 0) *is_new = 0;
@@ -3868,10 +3842,8 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   if (!f) return -ENOMEM;
   os_monitor_init(&f->lock);
   f->own.run_batch = flat_batch;
-  f->overlay_fd = -1;
-  f->fd = flat_open_target(file, writable, create, &is_new);
-  int err = f->fd < 0 ? f->fd : 0;
-  if (!err) err = flat_prepare_target(f->fd, file, writable, create, &is_new);
+  f->fd = f->overlay_fd = -1;
+  int err = flat_open_target(f, file, writable, create, &is_new);
   if (!err) err = flat_find_slice(f, options);
   if (!err && (options->flags & NBDSERVE_FLAT_TEMPORARY))
     err = flat_make_overlay(f, options->dir, SIZE_MAX);
@@ -8006,21 +7978,6 @@ const char *nbdserve_version(void) {
   return NBDSERVE_VERSION;
 }
 
-/* Fills in what the host has left at 0, and what follows from what it wants. */
-static void srv_fill_defaults(struct nbdserve_config *k) {
-  if (!k->threads) k->threads = 16;
-  if (!k->max_conn) k->max_conn = 128;
-  if (NBDSERVE_NO_THREADS) k->max_conn = k->threads = 1;
-  if (!k->handshake_ms) k->handshake_ms = 10000;
-  if (!k->stall_ms) k->stall_ms = 120000;
-  /* Fast zeroes are zeroes, and extended headers need GO. */
-  if (k->without & NBD_FLAG_SEND_WRITE_ZEROES)
-    k->without |= NBD_FLAG_SEND_FAST_ZERO;
-  if (k->without & 1u << (HS_WITHOUT_OPTIONS + NBD_OPT_GO))
-    k->without |= 1u << (HS_WITHOUT_OPTIONS + NBD_OPT_EXTENDED_HEADERS);
-  assert(k->threads && k->max_conn && k->handshake_ms && k->stall_ms);
-}
-
 /* See nbdserve.h.  Until it has succeeded nobody else knows the server. */
 int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   struct nbdserve_config k = {.version = NBDSERVE_VERSION_NUMBER};
@@ -8029,7 +7986,17 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   if (config && config->version / 100 != NBDSERVE_VERSION_NUMBER / 100)
     return -EINVAL;
   if (config) k = *config;
-  srv_fill_defaults(&k);
+  if (!k.threads) k.threads = 16;
+  if (!k.max_conn) k.max_conn = 128;
+  if (NBDSERVE_NO_THREADS) k.max_conn = k.threads = 1;
+  if (!k.handshake_ms) k.handshake_ms = 10000;
+  if (!k.stall_ms) k.stall_ms = 120000;
+  /* Fast zeroes are zeroes, and extended headers need GO. */
+  if (k.without & NBD_FLAG_SEND_WRITE_ZEROES)
+    k.without |= NBD_FLAG_SEND_FAST_ZERO;
+  if (k.without & 1u << (HS_WITHOUT_OPTIONS + NBD_OPT_GO))
+    k.without |= 1u << (HS_WITHOUT_OPTIONS + NBD_OPT_EXTENDED_HEADERS);
+  assert(k.threads && k.max_conn && k.handshake_ms && k.stall_ms);
   if (k.threads > 1024 || k.max_conn > SRV_MAX_CONN ||
       k.flags & ~NBDSERVE_CONFIG_ONCE)
     return -EINVAL;
@@ -8360,6 +8327,7 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   /* See the table at the head of [6].  Without threads it is nbdserve_run that
    * serves: nobody would shut down. */
   c->io.polls = fd < 0 || c->is_tcp || NBDSERVE_NO_THREADS;
+  assert(c->io.stall_ms > 0 && !c->export);
   os_setup_client(out);
   if (c->is_tcp) os_setup_tcp(out);
   os_lock(&s->lock);
@@ -8414,10 +8382,10 @@ static int srv_serve_client(struct conn *c, const char *name) {
   int err = name ? hs_enter(c, name) : hs_run(c);
   if (!err) err = tx_run(c);
   assert(!c->nworkers && (err == CONN_LEFT || err < 0));
-  /* Of a TCP socket of ours the last replies must arrive, if it is our side that
-   * ends it while the client may be sending.  One that leaves in order sends
-   * nothing more; one that is too slow, or does not even come to transmission,
-   * gets no more of our time. */
+  /* Of a TCP socket of ours the last replies must arrive, if it is our side
+   * that ends it while the client may be sending.  One that leaves in order
+   * sends nothing more; one that is too slow, or does not even come to
+   * transmission, gets no more of our time. */
   if (c->is_tcp && c->fd >= 0 && c->export && !c->send_err && err < 0 &&
       err != -ETIMEDOUT)
     io_linger(&c->io);
@@ -8483,8 +8451,8 @@ static int srv_finish(struct nbdserve *s) {
 
 /* ---- Accepting ----------------------------------------------------------- */
 
-/* When nbdserve_run may end if nobody waits then, in os_now_ms.  *room: how many
- * clients may be accepted. */
+/* When nbdserve_run may end if nobody waits then, in os_now_ms.  *room: how
+ * many clients may be accepted. */
 static int64_t srv_exit_time(struct nbdserve *s, int64_t now, int *room) {
   const struct nbdserve_config *k = &s->config;
   int64_t end = INT64_MAX;
@@ -8568,6 +8536,7 @@ int nbdserve_run(struct nbdserve *s) {
     if (i == s->nlisteners && until <= now) return srv_finish(s);
     if (i == s->nlisteners) continue;
     int which = (s->turn + i) % s->nlisteners;
+    assert(which >= 0 && which < s->nlisteners);
     r = room > 0 ? srv_accept(s, s->listeners[which].fd) : 0;
     if (r > 0) s->turn = which + 1;
     if (room <= 0 || r < 0) srv_tell_waiting(s, r);

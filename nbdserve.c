@@ -486,13 +486,6 @@ enum {
 };
 
 #if OS_LINUX
-#ifdef FALLOC_FL_ZERO_RANGE /* musl does not name it */
-STATIC_ASSERT(punch_hole_is_linux_s,
-              OS_PUNCH_HOLE == (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE));
-STATIC_ASSERT(zero_range_is_linux_s,
-              OS_ZERO_RANGE == (FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE));
-#endif
-
 /* Changes the space behind a range.  -EINVAL: not at these boundaries, as for a
  * part of a device's sector.  -EOPNOTSUPP: this kind of file (ENODEV), its file
  * system or a sandbox (EPERM or ENOSYS) does not have that. */
@@ -1400,9 +1393,8 @@ static const struct wire_cmd {
     /* clang-format off */
     [NBD_CMD_READ] = {.name = "NBD_CMD_READ", .flags = NBD_CMD_FLAG_DF,
         .has_data = 1, .err_beyond = -EINVAL},
-    [NBD_CMD_WRITE] = {.name = "NBD_CMD_WRITE",
-        .flags = NBD_CMD_FLAG_PAYLOAD_LEN, .writes = 1,
-        .has_data = 1, .err_beyond = -ENOSPC},
+    [NBD_CMD_WRITE] = {.name = "NBD_CMD_WRITE", .writes = 1, .has_data = 1,
+        .flags = NBD_CMD_FLAG_PAYLOAD_LEN, .err_beyond = -ENOSPC},
     [NBD_CMD_DISC] = {.name = "NBD_CMD_DISC"},
     [NBD_CMD_FLUSH] = {.name = "NBD_CMD_FLUSH",
         .exposed_by = NBD_FLAG_SEND_FLUSH},
@@ -1410,10 +1402,9 @@ static const struct wire_cmd {
         .exposed_by = NBD_FLAG_SEND_TRIM, .writes = 1, .err_beyond = -EINVAL},
     [NBD_CMD_CACHE] = {.name = "NBD_CMD_CACHE",
         .exposed_by = NBD_FLAG_SEND_CACHE, .err_beyond = -EINVAL},
-    [NBD_CMD_WRITE_ZEROES] = {.name = "NBD_CMD_WRITE_ZEROES",
+    [NBD_CMD_WRITE_ZEROES] = {.name = "NBD_CMD_WRITE_ZEROES", .writes = 1,
         .flags = NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
-        .exposed_by = NBD_FLAG_SEND_WRITE_ZEROES, .writes = 1,
-        .err_beyond = -ENOSPC},
+        .exposed_by = NBD_FLAG_SEND_WRITE_ZEROES, .err_beyond = -ENOSPC},
     [NBD_CMD_BLOCK_STATUS] = {.name = "NBD_CMD_BLOCK_STATUS",
         .flags = NBD_CMD_FLAG_REQ_ONE | NBD_CMD_FLAG_PAYLOAD_LEN,
         .err_beyond = -EINVAL},
@@ -1790,9 +1781,11 @@ static void ex_free(struct ex *ex) {
   NBDSERVE_FREE(ex);
 }
 
-/* Fills in what the host has left at 0.  Returns what is wrong with the export
- * then, or NULL. */
-static const char *ex_complete(struct nbdserve_export *e) {
+/* Fills in what the host has left at 0.  Is the export possible then?  The
+ * limits are those of nbdserve.h, and most of them come from proto.md, Size
+ * constraints and Values.  An export without write is read-only, whatever its
+ * flags say. */
+static int ex_complete(struct nbdserve_export *e) {
   if (!e->name) e->name = "";
   if (!e->description) e->description = "";
   if (!e->min_block) e->min_block = 1;
@@ -1801,29 +1794,27 @@ static const char *ex_complete(struct nbdserve_export *e) {
         e->min_block > EX_DEFAULT_BLOCK ? e->min_block : EX_DEFAULT_BLOCK;
   if (!e->max_request)
     e->max_request = (uint32_t)u_min(EX_DEFAULT_MAX, NBDSERVE_MAX_REQUEST);
-  if (!e->ops || !e->ops->read) return "no read function";
+  if (!e->ops || !e->ops->read) return 0;
   if (!e->ops->write) e->flags |= NBDSERVE_EXPORT_READONLY;
-  if (e->size > INT64_MAX) return "size above INT64_MAX";
-  if (e->flags & ~(uint32_t)EX_ALL_FLAGS) return "unknown flags";
-  if (strlen(e->name) > WIRE_STRING_MAX) return "name too long";
-  if (strlen(e->description) > WIRE_STRING_MAX) return "description too long";
-  if (!u_is_power_of_2(e->min_block) || e->min_block > 65536)
-    return "min_block is no power of two up to 65536"; /* proto.md */
-  if (!u_is_power_of_2(e->preferred_block) || e->preferred_block < 512 ||
-      e->preferred_block < e->min_block)
-    return "preferred_block is no power of two, or below 512 or min_block";
-  if (e->max_request < e->preferred_block ||
-      e->max_request > NBDSERVE_MAX_REQUEST)
-    return "max_request is below preferred_block or too large";
-  return NULL;
+  if (e->size > INT64_MAX || e->flags & ~(uint32_t)EX_ALL_FLAGS) return 0;
+  if (strlen(e->name) > WIRE_STRING_MAX) return 0;
+  if (strlen(e->description) > WIRE_STRING_MAX) return 0;
+  if (!u_is_power_of_2(e->min_block) || e->min_block > 65536) return 0;
+  if (!u_is_power_of_2(e->preferred_block)) return 0;
+  if (e->preferred_block < 512 || e->preferred_block < e->min_block) return 0;
+  return e->max_request >= e->preferred_block &&
+         e->max_request <= NBDSERVE_MAX_REQUEST;
 }
 
 /* Makes an export of what the host describes.  On success it owns from->ctx.
- * -EINVAL: not a possible description, -ENOMEM: ctx stays the caller's. */
+ * -EINVAL: not a possible description, -ENOMEM: ctx stays the caller's.
+ *
+ * The host may free its strings afterwards: they are copied to the end of
+ * struct ex, and pub points there. */
 static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
                   struct ex **out) {
   struct nbdserve_export e = *from;
-  if (ex_complete(&e)) return -EINVAL;
+  if (!ex_complete(&e)) return -EINVAL;
   size_t name_size = strlen(e.name) + 1;
   size_t description_size = strlen(e.description) + 1;
   struct ex *ex = u_zalloc(sizeof *ex + name_size + description_size);
@@ -1869,9 +1860,8 @@ static int ex_from_callback(struct nbdserve *s, const char *name,
   int err = ex_believe(s, name, "find", k->find(k->ctx, name, &e));
   if (err) return err;
   if (!e.name) e.name = name;
-  const char *fault = ex_complete(&e);
-  err = fault ? ex_lied(s, name, "find gave a wrong export:", fault)
-              : ex_new(s, &e, out);
+  err = ex_new(s, &e, out);
+  if (err == -EINVAL) err = ex_lied(s, name, "find", "gave a wrong export");
   if (!err)
     (*out)->from_callback = 1;
   else if (e.ops && e.ops->close)
@@ -1886,7 +1876,11 @@ static void ex_release(struct ex *ex) {
 }
 
 /* Finds the export that a client means, and its size now.  -ENOENT: there is
- * none; others: what the host's callbacks said.  ex_release gives it back. */
+ * none; others: what the host's callbacks said.  ex_release gives it back.
+ *
+ * First comes an added export of that very name, then what the host's callback
+ * knows, last an added one that serves names which no other has.  The size is
+ * asked for anew each time, under s->lock: see ops->size in nbdserve.h. */
 static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
                       uint64_t *size) {
   os_lock(&s->lock);
@@ -1983,7 +1977,8 @@ static int ex_dispatch(const struct ex *ex, const struct nbdserve_req *r,
   }
 }
 
-/* The same, for an export that is SERIAL one call at a time.  0 or -errno. */
+/* The same, for an export that is SERIAL one call at a time.  0 or -errno: the
+ * result is that of a host's function, so it is not believed (E4). */
 static int ex_call(struct ex *ex, const struct nbdserve_req *r,
                    struct nbdserve_extents *x) {
   int is_serial = (ex->pub.flags & NBDSERVE_EXPORT_SERIAL) != 0;
@@ -2053,7 +2048,8 @@ struct nbdserve_extents {
 };
 
 /* Adds len bytes to the extents of the reply: to the last one, if the status is
- * the same.  If there is no room the report ends here. */
+ * the same.  If there is no room the report ends here.  The last extent is
+ * written anew each time it grows, so that the reply is always complete. */
 static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
                           uint32_t status) {
   assert(len > 0 && len <= x->left && x->n <= x->max);
@@ -2130,7 +2126,9 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
 /* ---- One request on a backend -------------------------------------------- */
 
 /* Does a WRITE_ZEROES by writing zeroes.  A range above 4 GiB is -EOVERFLOW: it
- * would take long, and nobody could cancel it. */
+ * would take long, and nobody could cancel it.  The zeroes have the length of
+ * one write, at most 1 MiB, and are written again and again.  With FUA each of
+ * these writes has it. */
 static int ex_write_zeroes(struct ex *ex, const struct nbdserve_req *r) {
   struct nbdserve_req w = {.type = NBD_CMD_WRITE,
                            .flags = r->flags & NBD_CMD_FLAG_FUA,
@@ -3115,16 +3113,6 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
   return 1;
 }
 
-/* Ends the workers, when they have done what is left (DRAINING). */
-static void tx_end_workers(struct conn *c) {
-  os_lock(&c->queue_lock);
-  c->closing = 1;
-  os_wake_all(&c->queue_lock);
-  tx_wait_for_workers(c, 1);
-  assert(!c->queue && !c->to_flush && !c->nhanded_over);
-  os_unlock(&c->queue_lock);
-}
-
 /* ---- The batch ----------------------------------------------------------- */
 
 /* Does what is TODO of the batch, or hands over what is for workers (T4).
@@ -3202,10 +3190,8 @@ static int tx_recv_payload(struct conn *c, unsigned char *to, size_t n) {
 /* Hands a request over if something is left to do of it, or does it and
  * answers.  Returns 0, or -errno to close. */
 static int tx_finish(struct conn *c, struct nbdserve_req *r) {
-  if (r->state != REQ_DONE) {
-    if (tx_hand_over(c, r)) return 0;
-    tx_execute(c, r);
-  }
+  if (r->state != REQ_DONE && tx_hand_over(c, r)) return 0;
+  tx_execute(c, r);
   return tx_answer(c, r);
 }
 
@@ -3447,7 +3433,12 @@ static int tx_run(struct conn *c) {
     }
     if (step == CONN_NEEDS_MORE) step = tx_receive(c);
   } while (!step);
-  tx_end_workers(c);
+  os_lock(&c->queue_lock); /* DRAINING: the workers do what is left, and end */
+  c->closing = 1;
+  os_wake_all(&c->queue_lock);
+  tx_wait_for_workers(c, 1);
+  assert(!c->queue && !c->to_flush && !c->nhanded_over);
+  os_unlock(&c->queue_lock);
   return step;
 }
 

@@ -234,7 +234,7 @@ struct os_monitor {
   pthread_cond_t cond;
 };
 
-/* Makes a monitor.  That cannot fail, so it returns 0. */
+/* Makes a monitor, as POSIX allows it.  That cannot fail, so it returns 0. */
 static int os_monitor_init(struct os_monitor *m) {
   static const struct os_monitor fresh = {.mutex = PTHREAD_MUTEX_INITIALIZER,
                                           .cond = PTHREAD_COND_INITIALIZER};
@@ -1575,6 +1575,7 @@ static int io_wait_ready(const struct io *io, int fd, short events,
  * stall_ms.  Or -errno. */
 static ssize_t io_recv(struct io *io, unsigned char *p, size_t least,
                        size_t most) {
+  /* Only the first byte of a request is waited for in recv(), without limit. */
   int polls = io->polls || least > 1 || most == 1 || io->deadline;
   int64_t until = io_until(io, least);
   size_t got = 0;

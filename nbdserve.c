@@ -2042,7 +2042,7 @@ struct nbdserve_extents {
   unsigned n;        /* extents so far */
   unsigned max;      /* that the reply may have */
   int lied;          /* the host gave a status that does not exist */
-  size_t extent_len; /* bytes of each: length and status have half of them */
+  int extended;      /* length and status have 8 bytes each, else 4 */
   uint64_t last_len; /* of the last extent so far */
   uint32_t last_status;
   unsigned char *data; /* they begin here */
@@ -2064,8 +2064,9 @@ static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
   } else {
     x->left = 0;
   }
-  unsigned char *p = x->data + x->extent_len * (x->n - 1);
-  if (x->extent_len == WIRE_EXT_EXTENT_LEN) {
+  size_t each = x->extended ? WIRE_EXT_EXTENT_LEN : WIRE_EXT_EXTENT_LEN / 2;
+  unsigned char *p = x->data + each * (x->n - 1);
+  if (x->extended) {
     u_put64(p, x->last_len);
     u_put64(p + 8, x->last_status);
   } else {
@@ -2103,7 +2104,7 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   size_t head = extended ? 8 : 4; /* what stands before the extents */
   size_t each = extended ? WIRE_EXT_EXTENT_LEN : WIRE_EXT_EXTENT_LEN / 2;
   struct nbdserve_extents x = {
-      .left = r->len, .align = ex->pub.min_block, .extent_len = each};
+      .left = r->len, .align = ex->pub.min_block, .extended = extended};
   x.max =
       (unsigned)u_min(ex->pub.max_request / WIRE_EXT_EXTENT_LEN, EX_EXTENTS);
   if (r->flags & NBD_CMD_FLAG_REQ_ONE) x.max = 1;

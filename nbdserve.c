@@ -70,8 +70,8 @@
  * ---- Locks, in the order in which they may be taken ------------------------
  * Each is named after the struct that it is in.
  *   1. nbdserve.lock      exports and their sizes, the list of clients, the
- *                         number of commands that are being done
- *   2. conn.queue_lock    a client's queue, workers and statistics
+ *                         number of commands that are being done, statistics
+ *   2. conn.queue_lock    a client's queue and workers
  *   3. conn.send_lock     one writer on a client's socket at a time: the only
  *                         lock that is held while we wait for a client, and
  *                         only that client is delayed by it
@@ -157,7 +157,6 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/time.h>
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <time.h>
@@ -169,11 +168,6 @@
 #define OS_HWSHA 1
 #define OS_HWSHA_TARGET __attribute__((target("sha,sse4.1")))
 
-enum {
-  OS_CPUID_1_ECX_SSE41 = 1 << 19,
-  OS_CPUID_7_EBX_SHA = 1 << 29
-};
-
 /* Does this processor have the SHA-256 instructions that [4] uses? */
 static int os_has_hwsha(void) {
   unsigned ebx = 0; /* what the processor does not tell stays 0 */
@@ -181,7 +175,7 @@ static int os_has_hwsha(void) {
   unsigned unused;
   __get_cpuid(1, &unused, &unused, &ecx, &unused);
   __get_cpuid_count(7, 0, &unused, &ebx, &unused, &unused);
-  return (ecx & OS_CPUID_1_ECX_SSE41) && (ebx & OS_CPUID_7_EBX_SHA);
+  return (ecx & bit_SSE4_1) && (ebx & bit_SHA);
 }
 #else
 #define OS_HWSHA 0
@@ -225,13 +219,8 @@ struct os_monitor {
   char unused;
 };
 #define os_monitor_init(m) ((m)->unused = 0)
-#define os_monitor_free(m) ((void)(m))
-#define os_lock(m) ((void)(m))
-#define os_unlock(m) ((void)(m))
-#define os_wait(m) ((void)(m))
+#define os_must(call) ((void)0)
 #define os_wait_ms(m, ms) ((void)(m), (void)(ms))
-#define os_wake_one(m) ((void)(m))
-#define os_wake_all(m) ((void)(m))
 
 /* Runs fn to its end, at once. */
 #define os_thread(fn, arg) ((void)fn(arg), 0)
@@ -244,19 +233,12 @@ struct os_monitor {
   pthread_cond_t cond;
 };
 
-/* 0 or -errno; after an error nothing is left that had to be freed. */
+/* Makes a monitor, as POSIX allows it.  That cannot fail, so it returns 0. */
 static int os_monitor_init(struct os_monitor *m) {
-  int err = pthread_mutex_init(&m->mutex, NULL);
-  if (err) return -err;
-  err = pthread_cond_init(&m->cond, NULL);
-  if (err) pthread_mutex_destroy(&m->mutex);
-  return -err;
-}
-
-/* Frees a monitor that os_monitor_init has made. */
-static void os_monitor_free(struct os_monitor *m) {
-  pthread_cond_destroy(&m->cond);
-  pthread_mutex_destroy(&m->mutex);
+  static const struct os_monitor fresh = {.mutex = PTHREAD_MUTEX_INITIALIZER,
+                                          .cond = PTHREAD_COND_INITIALIZER};
+  *m = fresh;
+  return 0;
 }
 
 /* Calls on a monitor that was made fail only if the caller is wrong. */
@@ -265,34 +247,17 @@ static void os_must(int err) {
   (void)err;
 }
 
-/* Takes the lock; not recursive. */
-#define os_lock(m) os_must(pthread_mutex_lock(&(m)->mutex))
-
-/* Gives the lock back. */
-#define os_unlock(m) os_must(pthread_mutex_unlock(&(m)->mutex))
-
-/* Waits until woken.  It may also return although nobody woke it, so callers
- * look again at what they wait for. */
-#define os_wait(m) os_must(pthread_cond_wait(&(m)->cond, &(m)->mutex))
-
 /* Waits until woken, or for so many milliseconds.  The system's clock may be
  * set meanwhile, and the wait be longer or shorter for it. */
-static void os_wait_ms(struct os_monitor *m, int ms) {
+static inline void os_wait_ms(struct os_monitor *m, int ms) {
   struct timespec until;
   clock_gettime(CLOCK_REALTIME, &until);
-  until.tv_sec += ms / 1000;
-  until.tv_nsec += ms % 1000 * 1000000L;
-  if (until.tv_nsec >= 1000000000L) {
-    until.tv_sec++;
-    until.tv_nsec -= 1000000000L;
-  }
+  int64_t ns = until.tv_nsec + (int64_t)ms * 1000000;
+  until.tv_sec += (time_t)(ns / 1000000000);
+  until.tv_nsec = (long)(ns % 1000000000);
   int err = pthread_cond_timedwait(&m->cond, &m->mutex, &until);
   os_must(err == ETIMEDOUT ? 0 : err);
 }
-
-/* Wakes one of those that wait, whichever, or all of them. */
-#define os_wake_one(m) os_must(pthread_cond_signal(&(m)->cond))
-#define os_wake_all(m) os_must(pthread_cond_broadcast(&(m)->cond))
 
 /* Starts a detached thread.  Asynchronous signals are the host's, and this
  * thread takes none of them.  Signals that a fault of the thread itself raises
@@ -321,14 +286,29 @@ static int os_thread(void *(*fn)(void *), void *arg) {
 }
 #endif
 
-/* Makes both monitors or none. */
-static int os_monitors_init(struct os_monitor *a, struct os_monitor *b) {
-  int err = os_monitor_init(a);
-  if (err) return err;
-  err = os_monitor_init(b);
-  if (err) os_monitor_free(a);
-  return err;
+/* Makes two monitors. */
+#define os_monitors_init(a, b) (os_monitor_init(a) + os_monitor_init(b))
+
+/* Frees what a monitor may hold. */
+static void os_monitor_free(struct os_monitor *m) {
+  (void)m;
+  os_must(pthread_cond_destroy(&m->cond));
+  os_must(pthread_mutex_destroy(&m->mutex));
 }
+
+/* Takes the lock; not recursive. */
+#define os_lock(m) os_must(pthread_mutex_lock(&(m)->mutex))
+
+/* Gives the lock back. */
+#define os_unlock(m) os_must(pthread_mutex_unlock(&(m)->mutex))
+
+/* Waits until woken.  It may also return although nobody woke it, so callers
+ * look again at what they wait for. */
+#define os_wait(m) os_must(pthread_cond_wait(&(m)->cond, &(m)->mutex))
+
+/* Wakes one of those that wait, whichever, or all of them. */
+#define os_wake_one(m) os_must(pthread_cond_signal(&(m)->cond))
+#define os_wake_all(m) os_must(pthread_cond_broadcast(&(m)->cond))
 
 /* ---- Time, descriptors, sockets ------------------------------------------ */
 
@@ -339,16 +319,11 @@ static int64_t os_now_ms(void) {
   return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
-enum os_blocking {
-  OS_BLOCKING = 0,
-  OS_NONBLOCKING = O_NONBLOCK /* what fcntl(2) wants */
-};
-
-/* Makes calls on fd wait or not, and keeps programs that the host runs from
- * inheriting it. */
-static void os_set_fd_flags(int fd, enum os_blocking blocking) {
+/* Makes calls on fd wait (blocking is 0) or not (O_NONBLOCK), and keeps
+ * programs that the host runs from inheriting it. */
+static void os_set_fd_flags(int fd, int blocking) {
   int flags = fcntl(fd, F_GETFL) & ~O_NONBLOCK;
-  fcntl(fd, F_SETFL, flags | (int)blocking);
+  fcntl(fd, F_SETFL, flags | blocking);
   fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
 
@@ -357,8 +332,8 @@ static void os_set_fd_flags(int fd, enum os_blocking blocking) {
  * After an error fd is as it was. */
 static int os_pipe(int fd[2]) {
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0) return -errno;
-  os_set_fd_flags(fd[0], OS_NONBLOCKING);
-  os_set_fd_flags(fd[1], OS_NONBLOCKING);
+  os_set_fd_flags(fd[0], O_NONBLOCK);
+  os_set_fd_flags(fd[1], O_NONBLOCK);
   assert(fd[0] >= 0 && fd[1] >= 0);
   return 0;
 }
@@ -380,7 +355,7 @@ static int os_accept(int fd) {
   int client = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
 #else
   int client = accept(fd, NULL, NULL);
-  if (client >= 0) os_set_fd_flags(client, OS_BLOCKING); /* BSDs copy flags */
+  if (client >= 0) os_set_fd_flags(client, 0); /* BSDs copy flags */
 #endif
   return client < 0 ? -errno : client;
 }
@@ -416,12 +391,6 @@ static void os_setup_client(int fd) {
   os_set_option(fd, SOL_SOCKET, SO_SNDBUF, 2 << 20);
 }
 
-/* Calls that receive from a blocking socket fail with EAGAIN after ms. */
-static void os_set_receive_timeout(int fd, uint32_t ms) {
-  struct timeval t = {.tv_sec = ms / 1000, .tv_usec = (int)(ms % 1000) * 1000};
-  setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
-}
-
 /* Removes the first `done` bytes from the pieces (*v)[0..*n). */
 static void os_advance(struct iovec **v, int *n, size_t done) {
   while (*n > 0 && done >= (*v)->iov_len) {
@@ -442,7 +411,7 @@ static void os_advance(struct iovec **v, int *n, size_t done) {
  * INT64_MAX, and each function asserts that.  A descriptor stays the caller's.
  *
  * Calls that a signal interrupts go on: a host may have handlers without
- * SA_RESTART. */
+ * SA_RESTART.  What is inline here is not used in every build. */
 
 /* What a call moves.  The values are those of a boolean "writing". */
 enum {
@@ -510,25 +479,17 @@ static int os_datasync(int fd) {
 
 /* What os_fallocate does to a range.  The numbers are those of Linux. */
 enum {
-  OS_ALLOCATE = 0,    /* has space, maybe with a larger file; keeps its data */
-  OS_PUNCH_HOLE = 3,  /* gives its space back; reads as zeroes; same size */
-  OS_ZERO_RANGE = 17, /* reads as zeroes and has space; same size */
-  OS_FALLOCATE_MODES  /* all are below this */
+  OS_ALLOCATE = 0,   /* has space, maybe with a larger file; keeps its data */
+  OS_PUNCH_HOLE = 3, /* gives its space back; reads as zeroes; same size */
+  OS_ZERO_RANGE = 17 /* reads as zeroes and has space; same size */
 };
 
 #if OS_LINUX
-#ifdef FALLOC_FL_ZERO_RANGE /* musl does not name it */
-STATIC_ASSERT(punch_hole_is_linux_s,
-              OS_PUNCH_HOLE == (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE));
-STATIC_ASSERT(zero_range_is_linux_s,
-              OS_ZERO_RANGE == (FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE));
-#endif
-
 /* Changes the space behind a range.  -EINVAL: not at these boundaries, as for a
  * part of a device's sector.  -EOPNOTSUPP: this kind of file (ENODEV), its file
  * system or a sandbox (EPERM or ENOSYS) does not have that. */
 static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
-  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
+  assert(mode >= 0 && mode <= OS_ZERO_RANGE);
   assert(len > 0 && off <= INT64_MAX && len <= INT64_MAX - off);
   while (fallocate(fd, mode, (off_t)off, (off_t)len) < 0) {
     if (errno == ENOSYS || errno == EPERM || errno == ENODEV)
@@ -581,7 +542,7 @@ static void os_remove_own_file(const char *path, int fd) {
 /* Asks for blocks of a new file to be overwritten in place, where the file
  * system (btrfs) would copy them: FS_IOC_SETFLAGS, FS_NOCOW_FL.  Others do not
  * know it. */
-static void os_set_nocow(int fd) {
+static inline void os_set_nocow(int fd) {
   long flags = 0;
   if (ioctl(fd, _IOR('f', 1, long), &flags) < 0) return;
   flags |= 0x00800000;
@@ -616,7 +577,8 @@ static int os_ask_device(int fd, unsigned question) {
  * When in doubt it is data: clients skip what they are told is a hole, so a
  * hole that is called data costs time, and data that is called a hole is lost.
  * Other threads may change the file in between; each answer was true once. */
-static int os_is_data(int fd, uint64_t off, uint64_t end, uint64_t *next) {
+static inline int os_is_data(int fd, uint64_t off, uint64_t end,
+                             uint64_t *next) {
   assert(off < end && end <= INT64_MAX);
   *next = end;
   off_t data = lseek(fd, (off_t)off, SEEK_DATA);
@@ -852,28 +814,15 @@ static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
  * the gaps, and two digests take about as long as one.
  *
  * A state is the eight words that the standard calls A to H.  They lie in
- * memory in the order F E B A H G D C, because the instructions want ABEF in
- * one register and CDGH in another one, A and C as the highest words.  All code
- * below uses that order, so that no state is ever rearranged. */
+ * memory in the order H to A: so two halves of it make the registers that the
+ * instructions want, ABEF and CDGH, A and C as the highest words. */
 #if !NBDSERVE_NO_CAS
 
-/* Where each word lies in a state */
 enum {
-  SHA_F,
-  SHA_E,
-  SHA_B,
-  SHA_A,
-  SHA_H,
-  SHA_G,
-  SHA_D,
-  SHA_C,
-  SHA_STATE_WORDS
-};
-
-enum {
-  SHA_BLOCK_LEN = 64, /* bytes that are mixed into the state at a time */
-  SHA_ROUNDS = 64,    /* rounds for each block */
-  SHA_COUNT_LEN = 8   /* bytes at a message's end that hold its length */
+  SHA_BLOCK_LEN = 64,  /* bytes that are mixed into the state at a time */
+  SHA_ROUNDS = 64,     /* rounds for each block */
+  SHA_STATE_WORDS = 8, /* word number n, A being 0, lies at 7 - n */
+  SHA_COUNT_LEN = 8    /* bytes at a message's end that hold its length */
 };
 
 /* The constant that goes into each round: the first 32 bits of the fractional
@@ -902,16 +851,16 @@ static const uint32_t sha_k[SHA_ROUNDS] = {
 #define SHA_MAJORITY(x, y, z) (((x) & (y)) ^ ((x) & (z)) ^ ((y) & (z)))
 
 /* One round on the state v.  The standard moves every word one place on after
- * each round; here the words stay where they are, and the next round names
- * them differently instead.  addend: the constant plus the message's word. */
-#define SHA_ROUND(v, a, b, c, d, e, f, g, h, addend) \
-  do { \
-    v[SHA_##h] += SHA_BIG_SIGMA1(v[SHA_##e]) + \
-                  SHA_CHOOSE(v[SHA_##e], v[SHA_##f], v[SHA_##g]) + (addend); \
-    v[SHA_##d] += v[SHA_##h]; \
-    v[SHA_##h] += SHA_BIG_SIGMA0(v[SHA_##a]) + \
-                  SHA_MAJORITY(v[SHA_##a], v[SHA_##b], v[SHA_##c]); \
-  } while (0)
+ * each round; here the words stay where they are, and the next round names them
+ * differently instead.  addend: the constant plus the message's word. */
+static inline void sha_round(uint32_t *v, int round, uint32_t addend) {
+#define SHA_WORD(n) v[(7 - (n) + round) & 7]
+  uint32_t sum = SHA_WORD(7) + SHA_BIG_SIGMA1(SHA_WORD(4)) + addend +
+                 SHA_CHOOSE(SHA_WORD(4), SHA_WORD(5), SHA_WORD(6));
+  SHA_WORD(3) += sum;
+  SHA_WORD(7) = sum + SHA_BIG_SIGMA0(SHA_WORD(0)) +
+                SHA_MAJORITY(SHA_WORD(0), SHA_WORD(1), SHA_WORD(2));
+}
 
 /* Computes the words that the rounds for a block take, one each.  The first 16
  * are the block, big-endian; every other one is made of four before it. */
@@ -932,16 +881,11 @@ static void sha_portable(uint32_t *state, const unsigned char *blocks,
   for (; nblocks > 0; nblocks--, blocks += SHA_BLOCK_LEN) {
     sha_schedule(w, blocks);
     memcpy(v, state, sizeof v);
-    for (int i = 0; i < SHA_ROUNDS; i += 8) {
-      SHA_ROUND(v, A, B, C, D, E, F, G, H, sha_k[i] + w[i]);
-      SHA_ROUND(v, H, A, B, C, D, E, F, G, sha_k[i + 1] + w[i + 1]);
-      SHA_ROUND(v, G, H, A, B, C, D, E, F, sha_k[i + 2] + w[i + 2]);
-      SHA_ROUND(v, F, G, H, A, B, C, D, E, sha_k[i + 3] + w[i + 3]);
-      SHA_ROUND(v, E, F, G, H, A, B, C, D, sha_k[i + 4] + w[i + 4]);
-      SHA_ROUND(v, D, E, F, G, H, A, B, C, sha_k[i + 5] + w[i + 5]);
-      SHA_ROUND(v, C, D, E, F, G, H, A, B, sha_k[i + 6] + w[i + 6]);
-      SHA_ROUND(v, B, C, D, E, F, G, H, A, sha_k[i + 7] + w[i + 7]);
-    }
+    /* Unrolled, so that v lies in registers. */
+    for (int i = 0; i < SHA_ROUNDS; i += 8)
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; j++)
+        sha_round(v, j, sha_k[i + j] + w[i + j]);
     for (int i = 0; i < SHA_STATE_WORDS; i++)
       state[i] += v[i];
   }
@@ -962,11 +906,14 @@ static inline OS_HWSHA_TARGET __m128i sha_load(const void *from) {
   return _mm_loadu_si128((const __m128i *)from);
 }
 
-/* Loads a block of the message, whose words are big-endian.  There is no loop
- * because gcc would keep an array that a loop indexes in memory. */
+/* Loads a state, and a block of the message, whose words are big-endian.  There
+ * is no loop because gcc would keep an array that a loop indexes in memory. */
 static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
+                                                 const uint32_t *state,
                                                  const unsigned char *block) {
   const __m128i order = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
+  lane->cdgh = _mm_unpacklo_epi64(sha_load(state), sha_load(state + 4));
+  lane->abef = _mm_unpackhi_epi64(sha_load(state), sha_load(state + 4));
   lane->w[0] = _mm_shuffle_epi8(sha_load(block), order);
   lane->w[1] = _mm_shuffle_epi8(sha_load(block + 16), order);
   lane->w[2] = _mm_shuffle_epi8(sha_load(block + 32), order);
@@ -993,29 +940,28 @@ static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
   w[3] = _mm_sha256msg2_epu32(sum, w[2]);
 }
 
-/* Adds a state to what the rounds made of it, and saves the sum as the state,
- * from which the next block goes on. */
-static inline OS_HWSHA_TARGET void sha_lane_save(struct sha_lane *lane,
+/* Adds what the rounds made of a state to it. */
+static inline OS_HWSHA_TARGET void sha_lane_save(const struct sha_lane *lane,
                                                  uint32_t *state) {
-  lane->abef = _mm_add_epi32(lane->abef, sha_load(state + SHA_F));
-  lane->cdgh = _mm_add_epi32(lane->cdgh, sha_load(state + SHA_H));
-  _mm_storeu_si128((__m128i *)(void *)(state + SHA_F), lane->abef);
-  _mm_storeu_si128((__m128i *)(void *)(state + SHA_H), lane->cdgh);
+  __m128i hgfe = _mm_unpacklo_epi64(lane->cdgh, lane->abef);
+  __m128i dcba = _mm_unpackhi_epi64(lane->cdgh, lane->abef);
+  __m128i *to = (__m128i *)(void *)state;
+  _mm_storeu_si128(to, _mm_add_epi32(hgfe, sha_load(state)));
+  _mm_storeu_si128(to + 1, _mm_add_epi32(dcba, sha_load(state + 4)));
 }
 
 /* Mixes nblocks blocks each into two states, with the instructions.  The lines
  * for the two lanes alternate, and the compiler keeps that order more or less;
  * the processor does the rest. */
 static OS_HWSHA_TARGET void sha_hw(uint32_t state[2][SHA_STATE_WORDS],
-                                   const unsigned char *const blocks[2],
+                                   const unsigned char *first,
+                                   const unsigned char *second,
                                    size_t nblocks) {
-  struct sha_lane lane = {.abef = sha_load(&state[0][SHA_F]),
-                          .cdgh = sha_load(&state[0][SHA_H])};
-  struct sha_lane other = {.abef = sha_load(&state[1][SHA_F]),
-                           .cdgh = sha_load(&state[1][SHA_H])};
+  struct sha_lane lane;
+  struct sha_lane other;
   for (size_t i = 0; i < nblocks; i++) {
-    sha_lane_load(&lane, blocks[0] + SHA_BLOCK_LEN * i);
-    sha_lane_load(&other, blocks[1] + SHA_BLOCK_LEN * i);
+    sha_lane_load(&lane, state[0], first + SHA_BLOCK_LEN * i);
+    sha_lane_load(&other, state[1], second + SHA_BLOCK_LEN * i);
     for (int round = 0; round < SHA_ROUNDS; round += 4) {
       __m128i k = sha_load(sha_k + round);
       sha_lane_rounds(&lane, k);
@@ -1027,22 +973,21 @@ static OS_HWSHA_TARGET void sha_hw(uint32_t state[2][SHA_STATE_WORDS],
 }
 
 #else
-#define sha_hw(state, blocks, nblocks) assert(0)
+#define sha_hw(state, first, second, nblocks) assert(0)
 #endif
 
-/* Mixes nblocks blocks each into two states.  use_hw: with the instructions,
- * both at once; then there must be blocks for both, maybe the same ones.  Else
- * blocks[1] may be NULL. */
+/* Mixes nblocks blocks of a message into state[0].  use_hw: with the
+ * instructions, and those of another message, maybe the same one, into state[1]
+ * at the same time. */
 static void sha_mix(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
-                    const unsigned char *const blocks[2], size_t nblocks) {
+                    const unsigned char *first, const unsigned char *second,
+                    size_t nblocks) {
   assert(OS_HWSHA || !use_hw);
-  assert(blocks[1] || !use_hw || !nblocks);
-  if (use_hw) {
-    sha_hw(state, blocks, nblocks);
-    return;
-  }
-  sha_portable(state[0], blocks[0], nblocks);
-  if (blocks[1]) sha_portable(state[1], blocks[1], nblocks);
+  (void)second;
+  if (use_hw)
+    sha_hw(state, first, second, nblocks);
+  else
+    sha_portable(state[0], first, nblocks);
 }
 
 /* Writes what comes behind the last whole block of a message, and returns how
@@ -1060,7 +1005,7 @@ static size_t sha_pad(unsigned char tail[2 * SHA_BLOCK_LEN],
   size_t nblocks = rest + 1 + SHA_COUNT_LEN <= SHA_BLOCK_LEN ? 1 : 2;
   size_t end = SHA_BLOCK_LEN * nblocks;
   memset(tail, 0, end);
-  if (rest) memcpy(tail, last, rest); /* else maybe NULL */
+  memcpy(tail, last, rest);
   tail[rest] = 0x80;
   assert(rest + 1 <= end - SHA_COUNT_LEN);
   u_put64(tail + end - SHA_COUNT_LEN, (uint64_t)len * 8);
@@ -1069,31 +1014,25 @@ static size_t sha_pad(unsigned char tail[2 * SHA_BLOCK_LEN],
 
 /* Writes the digest that a state stands for, once all blocks are mixed in. */
 static void sha_put_digest(unsigned char digest[32], const uint32_t *state) {
-  static const unsigned char order[SHA_STATE_WORDS] = {
-      SHA_A, SHA_B, SHA_C, SHA_D, SHA_E, SHA_F, SHA_G, SHA_H};
   for (int i = 0; i < SHA_STATE_WORDS; i++)
-    u_put32(digest + 4 * i, state[order[i]]);
+    u_put32(digest + 4 * i, state[7 - i]);
 }
 
 /* The state before a message. */
 static void sha_begin(uint32_t state[2][SHA_STATE_WORDS]) {
   static const uint32_t start[SHA_STATE_WORDS] = {
-      [SHA_A] = 0x6a09e667, [SHA_B] = 0xbb67ae85, [SHA_C] = 0x3c6ef372,
-      [SHA_D] = 0xa54ff53a, [SHA_E] = 0x510e527f, [SHA_F] = 0x9b05688c,
-      [SHA_G] = 0x1f83d9ab, [SHA_H] = 0x5be0cd19};
+      0x5be0cd19, 0x1f83d9ab, 0x9b05688c, 0x510e527f,
+      0xa54ff53a, 0x3c6ef372, 0xbb67ae85, 0x6a09e667};
   memcpy(state[0], start, sizeof start);
   memcpy(state[1], start, sizeof start);
 }
 
 /* Mixes nblocks blocks of one message into a state. */
-static void sha_add(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
-                    const unsigned char *blocks, size_t nblocks) {
-  const unsigned char *messages[] = {blocks, use_hw ? blocks : NULL};
-  sha_mix(use_hw, state, messages, nblocks);
-}
+#define sha_add(use_hw, state, blocks, nblocks) \
+  sha_mix(use_hw, state, blocks, blocks, nblocks)
 
-/* Writes the digest of a message of len bytes: its whole blocks are in the state
- * already, and what is left of it is at rest. */
+/* Writes the digest of a message of len bytes: its whole blocks are in the
+ * state already, and what is left of it is at rest. */
 static void sha_end(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
                     const unsigned char *rest, size_t len,
                     unsigned char digest[32]) {
@@ -1117,18 +1056,17 @@ static void sha_256(int use_hw, const void *first, const void *second,
 
   /* The instructions always work on two messages.  A single message keeps
    * itself company, and the second result is not looked at. */
-  int is_pair = use_hw || second;
-  const unsigned char *one = first;
-  const unsigned char *other = second ? second : first;
-  const unsigned char *messages[] = {one, is_pair ? other : NULL};
-  const unsigned char *tails[] = {tail[0], is_pair ? tail[1] : NULL};
+  int is_pair = use_hw && second;
+  if (second && !is_pair) sha_256(0, second, NULL, len, second_digest, NULL);
+  const unsigned char *one = len ? first : tail[0]; /* anything but NULL */
+  const unsigned char *other = is_pair ? second : one;
   sha_begin(state);
-  size_t ntail = sha_pad(tail[0], whole ? one + whole : one, len);
-  if (is_pair) sha_pad(tail[1], whole ? other + whole : other, len);
-  sha_mix(use_hw, state, messages, whole / SHA_BLOCK_LEN);
-  sha_mix(use_hw, state, tails, ntail);
+  sha_mix(use_hw, state, one, other, whole / SHA_BLOCK_LEN);
+  size_t ntail = sha_pad(tail[0], one + whole, len);
+  sha_pad(tail[1], other + whole, len);
+  sha_mix(use_hw, state, tail[0], tail[1], ntail);
   sha_put_digest(first_digest, state[0]);
-  if (second) sha_put_digest(second_digest, state[1]);
+  if (is_pair) sha_put_digest(second_digest, state[1]);
 }
 
 #endif /* !NBDSERVE_NO_CAS */
@@ -1145,10 +1083,8 @@ static void sha_256(int use_hw, const void *first, const void *second,
 
 /* proto.md, Handshake flags, of the server, and Client flags */
 enum nbd_handshake_flag {
-  NBD_FLAG_FIXED_NEWSTYLE = 1 << 0,
-  NBD_FLAG_NO_ZEROES = 1 << 1,
-  NBD_FLAG_C_FIXED_NEWSTYLE = 1 << 0,
-  NBD_FLAG_C_NO_ZEROES = 1 << 1
+  NBD_FLAG_FIXED_NEWSTYLE = 1 << 0, /* NBD_FLAG_C_... is the same */
+  NBD_FLAG_NO_ZEROES = 1 << 1
 };
 
 /* proto.md, Option types.  4 (PEEK_EXPORT) was withdrawn; 5 (STARTTLS) is
@@ -1243,11 +1179,6 @@ STATIC_ASSERT(same_no_hole, NBDSERVE_CMD_NO_HOLE == NBD_CMD_FLAG_NO_HOLE);
 STATIC_ASSERT(same_req_one, NBDSERVE_CMD_REQ_ONE == NBD_CMD_FLAG_REQ_ONE);
 STATIC_ASSERT(same_fast_zero, NBDSERVE_CMD_FAST_ZERO == NBD_CMD_FLAG_FAST_ZERO);
 
-/* proto.md, Structured reply flags */
-enum nbd_reply_flag {
-  NBD_REPLY_FLAG_DONE = 1 << 0
-};
-
 /* proto.md, Structured reply types; errors have bit 15 set */
 enum nbd_reply_type {
   NBD_REPLY_TYPE_NONE = 0,
@@ -1259,38 +1190,21 @@ enum nbd_reply_type {
   NBD_REPLY_TYPE_ERROR_OFFSET = (1 << 15) + 2
 };
 
-/* proto.md, Error values */
-enum nbd_error {
-  NBD_EPERM = 1,
-  NBD_EIO = 5,
-  NBD_ENOMEM = 12,
-  NBD_EINVAL = 22,
-  NBD_ENOSPC = 28,
-  NBD_EOVERFLOW = 75,
-  NBD_ENOTSUP = 95,
-  NBD_ESHUTDOWN = 108
-};
-
 /* ---- Sizes and limits --------------------------------------------------- */
 
 enum {
   WIRE_STRING_MAX = 4096, /* bytes of a name or text (proto.md, Values) */
-  WIRE_HELLO_LEN = 18,
-  WIRE_CLIENT_FLAGS_LEN = 4,
-  WIRE_OPTION_LEN = 16,
   WIRE_OPTION_REPLY_LEN = 20,
-  WIRE_EXPORT_NAME_LEN = 10,  /* reply to NBD_OPT_EXPORT_NAME, and... */
-  WIRE_EXPORT_NAME_PAD = 124, /* ...zeroes behind it, unless declined */
-  WIRE_INFO_EXPORT_LEN = 12,
-  WIRE_INFO_BLOCK_SIZE_LEN = 14,
   WIRE_REQUEST_LEN = 28,
   WIRE_EXT_REQUEST_LEN = 32,
   WIRE_SIMPLE_REPLY_LEN = 16,
   WIRE_CHUNK_LEN = 20,     /* head of a chunk of a structured reply */
   WIRE_EXT_CHUNK_LEN = 32, /* the same with extended headers */
   WIRE_OFFSET_LEN = 8,     /* in front of a chunk's data */
-  WIRE_HOLE_LEN = 12,      /* the whole payload of a hole */
-  WIRE_ERROR_LEN = 6       /* in front of an error's text */
+  WIRE_ERROR_LEN = 6,      /* in front of an error's text */
+  WIRE_EXT_EXTENT_LEN =
+      16,             /* of BLOCK_STATUS_EXT; of BLOCK_STATUS half of it */
+  WIRE_CONTEXT_ID = 1 /* of base:allocation, which is the only context */
 };
 
 /* The form of requests and replies that a client has negotiated. */
@@ -1388,12 +1302,7 @@ static void req_set_state(struct nbdserve_req *r, enum req_state to) {
   r->state = to;
 }
 
-/* How long the head of a request is. */
-static size_t wire_request_len(enum wire_mode mode) {
-  return mode == MODE_EXTENDED ? WIRE_EXT_REQUEST_LEN : WIRE_REQUEST_LEN;
-}
-
-/* Reads the head of a request: wire_request_len bytes, of which the caller has
+/* Reads the head of a request, of which the caller has
  * seen the magic. */
 static struct nbdserve_req wire_get_request(const unsigned char *p,
                                             enum wire_mode mode) {
@@ -1412,10 +1321,10 @@ static struct nbdserve_req wire_get_request(const unsigned char *p,
  *
  *   simple reply    OFFSET SIZE FIELD          a READ's data follows
  *                        0    4 magic
- *                        4    4 enum nbd_error, 0: done
+ *                        4    4 error, 0: done
  *                        8    8 cookie
  *   chunk                0    4 magic          extended chunk
- *                        4    2 enum nbd_reply_flag     4    2 the same
+ *                        4    2 1: it is the last       4    2 the same
  *                        6    2 enum nbd_reply_type     6    2 the same
  *                        8    8 cookie                  8    8 cookie
  *                       16    4 length                 16    8 offset of the
@@ -1424,7 +1333,7 @@ static struct nbdserve_req wire_get_request(const unsigned char *p,
  *   payload of OFFSET_DATA      0    8 offset, and the data
  *   payload of OFFSET_HOLE      0    8 offset
  *                               8    4 length
- *   payload of ERROR            0    4 enum nbd_error
+ *   payload of ERROR            0    4 error
  *                               4    2 length of the text
  *                               6      the text
  *   payload of ERROR_OFFSET     the same, and behind the text 8 bytes: offset
@@ -1436,32 +1345,6 @@ static struct nbdserve_req wire_get_request(const unsigned char *p,
  *                               8    8 length of an extent
  *                              16    8 its status, and so on
  */
-
-enum {
-  WIRE_CONTEXT_ID = 1, /* of base:allocation, which is the only context */
-  WIRE_STATUS_PAYLOAD_LEN = 12, /* of a request for that one context */
-  WIRE_STATUS_LEN = 4,          /* in front of the extents of BLOCK_STATUS */
-  WIRE_EXTENT_LEN = 8,
-  WIRE_EXT_STATUS_LEN = 8, /* the same of BLOCK_STATUS_EXT */
-  WIRE_EXT_EXTENT_LEN = 16
-};
-
-/* How many bytes to report on the payload of a BLOCK_STATUS asks for; 0 if it
- * is none, or asks for other contexts than ours. */
-static uint64_t wire_get_status_len(const unsigned char *p, uint64_t len) {
-  int is_ours =
-      len == WIRE_STATUS_PAYLOAD_LEN && u_get32(p + 8) == WIRE_CONTEXT_ID;
-  return is_ours ? u_get64(p) : 0;
-}
-
-/* Writes a simple reply.  Returns its length. */
-static size_t wire_put_simple(unsigned char *p, uint32_t error,
-                              uint64_t cookie) {
-  u_put32(p, NBD_SIMPLE_REPLY_MAGIC);
-  u_put32(p + 4, error);
-  u_put64(p + 8, cookie);
-  return WIRE_SIMPLE_REPLY_LEN;
-}
 
 /* How long the head of a chunk is. */
 static size_t wire_chunk_len(enum wire_mode mode) {
@@ -1483,7 +1366,7 @@ static void wire_put_chunk(unsigned char *p, const struct nbdserve_req *r,
   int is_last = r->err || !r->more_chunks;
   assert(r->mode != MODE_SIMPLE && (extended || len <= UINT32_MAX));
   u_put32(p, extended ? NBD_EXTENDED_REPLY_MAGIC : NBD_STRUCTURED_REPLY_MAGIC);
-  u_put16(p + 4, is_last ? NBD_REPLY_FLAG_DONE : 0);
+  u_put16(p + 4, is_last ? 1 : 0); /* NBD_REPLY_FLAG_DONE */
   u_put16(p + 6, type);
   u_put64(p + 8, r->cookie);
   if (extended) {
@@ -1509,9 +1392,8 @@ static const struct wire_cmd {
     /* clang-format off */
     [NBD_CMD_READ] = {.name = "NBD_CMD_READ", .flags = NBD_CMD_FLAG_DF,
         .has_data = 1, .err_beyond = -EINVAL},
-    [NBD_CMD_WRITE] = {.name = "NBD_CMD_WRITE",
-        .flags = NBD_CMD_FLAG_PAYLOAD_LEN, .writes = 1,
-        .has_data = 1, .err_beyond = -ENOSPC},
+    [NBD_CMD_WRITE] = {.name = "NBD_CMD_WRITE", .writes = 1, .has_data = 1,
+        .flags = NBD_CMD_FLAG_PAYLOAD_LEN, .err_beyond = -ENOSPC},
     [NBD_CMD_DISC] = {.name = "NBD_CMD_DISC"},
     [NBD_CMD_FLUSH] = {.name = "NBD_CMD_FLUSH",
         .exposed_by = NBD_FLAG_SEND_FLUSH},
@@ -1519,10 +1401,9 @@ static const struct wire_cmd {
         .exposed_by = NBD_FLAG_SEND_TRIM, .writes = 1, .err_beyond = -EINVAL},
     [NBD_CMD_CACHE] = {.name = "NBD_CMD_CACHE",
         .exposed_by = NBD_FLAG_SEND_CACHE, .err_beyond = -EINVAL},
-    [NBD_CMD_WRITE_ZEROES] = {.name = "NBD_CMD_WRITE_ZEROES",
+    [NBD_CMD_WRITE_ZEROES] = {.name = "NBD_CMD_WRITE_ZEROES", .writes = 1,
         .flags = NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
-        .exposed_by = NBD_FLAG_SEND_WRITE_ZEROES, .writes = 1,
-        .err_beyond = -ENOSPC},
+        .exposed_by = NBD_FLAG_SEND_WRITE_ZEROES, .err_beyond = -ENOSPC},
     [NBD_CMD_BLOCK_STATUS] = {.name = "NBD_CMD_BLOCK_STATUS",
         .flags = NBD_CMD_FLAG_REQ_ONE | NBD_CMD_FLAG_PAYLOAD_LEN,
         .err_beyond = -EINVAL},
@@ -1540,25 +1421,21 @@ static int req_moves_data(const struct nbdserve_req *r) {
   return cmd && cmd->has_data && r->len > 0;
 }
 
-/* The protocol's number for a -errno value: no other number is ever sent. */
+/* The protocol's number for a -errno value (proto.md, Error values): no other
+ * number is ever sent. */
 static uint32_t wire_error(int err) {
   assert(err <= 0);
   static const struct {
     int host;
-    enum nbd_error nbd;
+    uint32_t nbd;
   } errors[] = {
-      {EPERM, NBD_EPERM},         {EACCES, NBD_EPERM},
-      {EROFS, NBD_EPERM},         {ENOMEM, NBD_ENOMEM},
-      {EINVAL, NBD_EINVAL},       {ENOSPC, NBD_ENOSPC},
-      {EDQUOT, NBD_ENOSPC},       {EFBIG, NBD_ENOSPC},
-      {EOVERFLOW, NBD_EOVERFLOW}, {ENOTSUP, NBD_ENOTSUP},
-      {EOPNOTSUPP, NBD_ENOTSUP}, /* another number on some systems */
-      {ESHUTDOWN, NBD_ESHUTDOWN},
+      {0, 0},       {EPERM, 1},    {EACCES, 1},     {EROFS, 1},
+      {ENOMEM, 12}, {EINVAL, 22},  {ENOSPC, 28},    {EDQUOT, 28},
+      {EFBIG, 28},  {ENOTSUP, 95}, {EOVERFLOW, 75}, {ESHUTDOWN, 108},
   };
-  if (!err) return 0;
   for (size_t i = 0; i < COUNT_OF(errors); i++)
     if (errors[i].host == -err) return errors[i].nbd;
-  return NBD_EIO;
+  return 5; /* EIO */
 }
 
 /* ==== [6] SOCKET I/O (io_) ===============================================
@@ -1573,18 +1450,16 @@ static uint32_t wire_error(int err) {
  * (I3) Stopping: what has arrived is still received, but no request behind it.
  *      There is one grace for the whole server, not one for each wait.
  *
- * Three kinds of connections differ in how they wait and how they learn that
- * the server stops:
+ * Connections differ in how they wait for a request and learn that the server
+ * stops:
  *
- *   kind            waits for a    for the rest   is told to stop by
- *                   request in     of one in
- *   unix socket of  recv()         recv()         shutdown(SHUT_RD) in
- *   a listener                                    srv_finish
- *   TCP socket of   poll()         recv()         the stop pipe: with SHUT_RD,
- *   a listener                                    what a peer still sends would
- *                                                 reset the connection
- *   nbdserve_serve  poll()         poll()         the stop pipe: it is the
- *                                                 caller's socket, or a pipe
+ *   kind            waits in   is told to stop by
+ *   unix socket of  recv()     shutdown(SHUT_RD) in srv_finish
+ *   a listener
+ *   TCP socket of   poll()     the stop pipe: with SHUT_RD, what a peer still
+ *   a listener                 sends would reset the connection
+ *   nbdserve_serve  poll()     the stop pipe: it is the caller's socket, or a
+ *                              pipe
  *
  * With NO_THREADS all are of the last kind: nobody could shut one down.  During
  * the handshake all of them wait in poll(), for the deadline.  Sending never
@@ -1592,8 +1467,7 @@ static uint32_t wire_error(int err) {
 
 enum {
   IO_GRACE_MS = 5000, /* from nbdserve_stop on, for what is under way */
-  IO_UNIT = 1 << 20,  /* bytes that must move within stall_ms */
-  IO_TRIES = 8        /* within stall_ms: see io_wait_ready */
+  IO_UNIT = 1 << 20   /* bytes that must move within stall_ms */
 };
 
 /* How a server tells its connections that it stops. */
@@ -1609,8 +1483,7 @@ struct io {
   int out;              /* the same, or another one, that replies go to */
   struct io_stop *stop; /* the server's */
   int64_t stall_ms;     /* (I2) */
-  int polls_requests;   /* wait in poll() for a request, not in recv() */
-  int polls_payloads;   /* the same for the rest of what has begun */
+  int polls;            /* wait in poll() for a request, not in recv() */
   /* -- written in the handshake, then 0 */
   int64_t deadline; /* in os_now_ms; 0: none */
   /* -- the client's thread only */
@@ -1640,9 +1513,8 @@ static int64_t io_until(const struct io *io, size_t n) {
 
 /* poll()'s timeout until a time in os_now_ms, at least 0. */
 static int io_timeout(int64_t until) {
-  int64_t left = until - os_now_ms();
-  if (left < 0) return 0;
-  return left > INT_MAX ? INT_MAX : (int)left;
+  int64_t now = os_now_ms();
+  return until < now ? 0 : (int)u_min((uint64_t)(until - now), INT_MAX);
 }
 
 /* Waits until there is something to receive.  -ETIMEDOUT: not until the time
@@ -1675,12 +1547,13 @@ static int io_wait_input(struct io *io, int64_t until) {
  *
  * Some systems call a socket ready to send only when most of its buffer is
  * empty, which can be megabytes.  So that a peer which takes enough in time is
- * not cut off meanwhile, the wait ends now and then without that. */
+ * not cut off meanwhile, the wait ends without that after an eighth of
+ * stall_ms. */
 static int io_wait_ready(const struct io *io, int fd, short events,
                          int64_t until) {
   struct pollfd p[2] = {{.fd = fd, .events = events},
                         {.fd = io->stop->pipe[0], .events = POLLIN}};
-  int slice = (int)u_min((uint64_t)io->stall_ms / IO_TRIES + 1, INT_MAX);
+  int slice = (int)u_min((uint64_t)io->stall_ms / 8 + 1, INT_MAX);
   for (;;) {
     int timeout = io_timeout(until);
     if (timeout == 0) return -ETIMEDOUT; /* even if it is ready */
@@ -1694,29 +1567,6 @@ static int io_wait_ready(const struct io *io, int fd, short events,
   }
 }
 
-/* Receives what is there, up to len bytes, once poll() has said that there is
- * something, or waits for it in recv(); MSG_WAITALL in flags waits for all.
- * Returns their number, 0 at the end of the stream, -EAGAIN when a socket's own
- * timeout is over, or -errno. */
-static ssize_t io_recv_now(struct io *io, void *buf, size_t len, int flags) {
-  ssize_t n;
-  if (io->stopping) len = (size_t)u_min(len, io->arrived_left);
-  assert(len > 0);
-  do {
-    n = recv(io->in, buf, len, flags);
-    if (n < 0 && errno == ENOTSOCK) n = read(io->in, buf, len);
-  } while (n < 0 && errno == EINTR);
-  if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
-    io->arrived_left = 0; /* another reader of this descriptor was faster */
-    return -EAGAIN;
-  }
-  if (n < 0) return -errno;
-  assert((size_t)n <= len);
-  if (io->stopping) io->arrived_left -= (size_t)n;
-  if (n == 0) io->at_end = 1;
-  return n;
-}
-
 /* Receives at least `least` bytes, and up to `most`: if these are the same, the
  * data of something, else requests, of which the next one lacks that many
  * bytes.  Returns their number.  -EPIPE: the stream ends before.  -ETIMEDOUT:
@@ -1724,22 +1574,29 @@ static ssize_t io_recv_now(struct io *io, void *buf, size_t len, int flags) {
  * stall_ms.  Or -errno. */
 static ssize_t io_recv(struct io *io, unsigned char *p, size_t least,
                        size_t most) {
-  int is_data = least == most;
-  int polls = io->polls_payloads;
-  if (!is_data) polls = io->polls_requests || least > 1;
-  if (io->deadline) polls = 1;
-  int waiting = is_data ? MSG_WAITALL : 0;
+  /* Only the first byte of a request is waited for in recv(), without limit. */
+  int polls = io->polls || least > 1 || most == 1 || io->deadline;
   int64_t until = io_until(io, least);
   size_t got = 0;
   assert(least > 0 && least <= most);
   while (got < least) {
     int err = polls || io->stopping ? io_wait_input(io, until) : 0;
     if (err) return err;
-    ssize_t n =
-        io_recv_now(io, p + got, most - got, polls ? MSG_DONTWAIT : waiting);
-    if (n == 0) return -EPIPE;
-    if (n < 0 && n != -EAGAIN) return n;
-    if (n > 0) got += (size_t)n;
+    size_t room = most - got;
+    if (io->stopping) room = (size_t)u_min(room, io->arrived_left);
+    ssize_t n = recv(io->in, p + got, room, polls ? MSG_DONTWAIT : 0);
+    if (n < 0 && errno == ENOTSOCK) n = read(io->in, p + got, room);
+    if (n > 0) {
+      got += (size_t)n;
+      if (io->stopping) io->arrived_left -= (size_t)n;
+    } else if (n == 0) {
+      io->at_end = 1;
+      return -EPIPE;
+    } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
+      io->arrived_left = 0; /* too slow, or another reader was faster */
+    } else if (errno != EINTR) {
+      return -errno;
+    }
     if (got < least && os_now_ms() >= until) return -ETIMEDOUT;
   }
   return (ssize_t)got;
@@ -1762,15 +1619,6 @@ static ssize_t io_write_pipe(int fd, const struct iovec *v) {
   return write(fd, v->iov_base, (size_t)u_min(v->iov_len, PIPE_BUF));
 }
 
-/* Sends some of v[0..n) without waiting.  Bytes sent, or -errno. */
-static ssize_t io_send_now(const struct io *io, struct iovec *v, int n) {
-  struct msghdr m = {.msg_iov = v, .msg_iovlen = (unsigned)n};
-  ssize_t done = sendmsg(io->out, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
-  if (done < 0 && errno == ENOTSOCK) done = io_write_pipe(io->out, v);
-  if (done >= 0) return done;
-  return errno == EWOULDBLOCK ? -EAGAIN : -errno;
-}
-
 /* Sends all of v[0..n), which it uses up.  0, -ETIMEDOUT when the peer takes
  * too long in total (I2), or -errno. */
 static int io_send(const struct io *io, struct iovec *v, int n) {
@@ -1780,14 +1628,16 @@ static int io_send(const struct io *io, struct iovec *v, int n) {
   for (int i = 0; i < n; i++)
     total += v[i].iov_len;
   while (n > 0) {
-    ssize_t done = io_send_now(io, v, n);
+    struct msghdr m = {.msg_iov = v, .msg_iovlen = (unsigned)n};
+    ssize_t done = sendmsg(io->out, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (done < 0 && errno == ENOTSOCK) done = io_write_pipe(io->out, v);
     if (done >= 0) {
       os_advance(&v, &n, (size_t)done);
       if (until && n > 0 && os_now_ms() >= until) return -ETIMEDOUT;
       continue;
     }
-    if (done == -EINTR) continue;
-    if (done != -EAGAIN) return (int)done;
+    if (errno == EINTR) continue;
+    if (errno != EAGAIN && errno != EWOULDBLOCK) return -errno;
     if (!until) until = io_until(io, total);
     int err = io_wait_ready(io, io->out, POLLOUT, until);
     if (err) return err;
@@ -1830,18 +1680,13 @@ struct nbdserve;
 /* ---- Exports and the state of a server ----------------------------------- */
 
 enum {
-  EX_ALL_FLAGS = NBDSERVE_EXPORT_READONLY | NBDSERVE_EXPORT_SERIAL |
-                 NBDSERVE_EXPORT_MULTI_CONN | NBDSERVE_EXPORT_ROTATIONAL |
-                 NBDSERVE_EXPORT_NATIVE_FUA | NBDSERVE_EXPORT_FALLBACK |
-                 NBDSERVE_EXPORT_WRITETHROUGH | NBDSERVE_EXPORT_UNSAFE,
-  EX_MAX_MIN_BLOCK = 65536,  /* proto.md, Size constraints */
+  EX_ALL_FLAGS = 2 * NBDSERVE_EXPORT_UNSAFE - 1, /* that is the last one */
   EX_DEFAULT_BLOCK = 4096,   /* the same: what clients take for granted, */
   EX_DEFAULT_MAX = 32 << 20, /* and here */
-  EX_ZERO_STEP = 1 << 20,    /* bytes of zeroes that are written at a time */
   EX_EXTENTS = 2048,         /* in one reply, at most: 32 KiB */
-  EX_MAX_ERRNO = 4095,       /* no system has a larger one */
-  EX_LIES_LOGGED = 10,       /* messages about wrong results: no flood */
-  SRV_LISTENERS = 32         /* and one more, since localhost is two */
+  EX_LOGGED = 10, /* messages about a host's wrong results, and for each client
+                     about requests that failed: no flood */
+  SRV_LISTENERS = 32 /* and one more, since localhost is two */
 };
 
 struct ex {
@@ -1877,10 +1722,9 @@ struct nbdserve {
   /* -- the thread that calls nbdserve_run */
   struct srv_listener listeners[SRV_LISTENERS + 1];
   int nlisteners;
-  int64_t accept_after;    /* in os_now_ms: the last accept() failed */
-  int64_t tell_full_after; /* when to say again that clients have to wait */
-  int first_listener;      /* whom to look at first: each in turn */
-  int finished;            /* srv_finish has done its steps */
+  int64_t tell_after; /* in os_now_ms: when to say again that clients wait */
+  int turn;           /* the listener to look at first */
+  int finished;       /* srv_finish has done its steps */
   /* -- guarded by lock, in which nobody waits */
   struct os_monitor lock;
   struct ex *exports; /* (E1): the list only grows, at its end */
@@ -1889,22 +1733,24 @@ struct nbdserve {
   unsigned nconns;
   unsigned nlies;     /* wrong results of the host's functions so far */
   int64_t idle_since; /* when the last client left; 0: never run */
-  struct nbdserve_stats totals; /* of the clients that have left; all flushes */
+  struct nbdserve_stats totals; /* but clients_now */
 };
 
 /* ---- The layer around the host's functions ------------------------------- */
 
-/* Says that a function of the host's has given what it must not.  where: the
- * name of the export, or "" for a function of the config. */
-static void ex_log_lie(struct nbdserve *s, const char *where,
-                       const char *function, const char *what) {
+/* Says that a function of the host's has given what it must not, which is taken
+ * as the -EIO that is returned.  where: the name of the export, or "" for a
+ * function of the config. */
+static int ex_lied(struct nbdserve *s, const char *where, const char *function,
+                   const char *what) {
   os_lock(&s->lock);
   unsigned n = ++s->nlies;
   os_unlock(&s->lock);
-  if (n <= EX_LIES_LOGGED)
+  if (n <= EX_LOGGED)
     u_log(&s->config, NBDSERVE_LOG_ERROR,
           "export '%s': the host's %s %s; taken as EIO%s", where, function,
-          what, n == EX_LIES_LOGGED ? "; no more of these are logged" : "");
+          what, n == EX_LOGGED ? "; no more of these are logged" : "");
+  return -EIO;
 }
 
 /* What a function of the host's has returned, if that is 0 or a -errno value.
@@ -1912,11 +1758,8 @@ static void ex_log_lie(struct nbdserve *s, const char *where,
  * something wrong: it becomes -EIO. */
 static int ex_believe(struct nbdserve *s, const char *where,
                       const char *function, int r) {
-  char what[48];
-  if (r <= 0 && r >= -EX_MAX_ERRNO) return r;
-  snprintf(what, sizeof what, "returned %d, no -errno value", r);
-  ex_log_lie(s, where, function, what);
-  return -EIO;
+  if (r <= 0 && r >= -4095) return r; /* no system has a larger errno */
+  return ex_lied(s, where, function, "returned no -errno value");
 }
 
 /* Asks the host's `before` whether a request shall fail.  0 or -errno. */
@@ -1938,9 +1781,11 @@ static void ex_free(struct ex *ex) {
   NBDSERVE_FREE(ex);
 }
 
-/* Fills in what the host has left at 0.  Returns what is wrong with the export
- * then, or NULL. */
-static const char *ex_complete(struct nbdserve_export *e) {
+/* Fills in what the host has left at 0.  Is the export possible then?  The
+ * limits are those of nbdserve.h, and most of them come from proto.md, Size
+ * constraints and Values.  An export without write is read-only, whatever its
+ * flags say. */
+static int ex_complete(struct nbdserve_export *e) {
   if (!e->name) e->name = "";
   if (!e->description) e->description = "";
   if (!e->min_block) e->min_block = 1;
@@ -1949,37 +1794,33 @@ static const char *ex_complete(struct nbdserve_export *e) {
         e->min_block > EX_DEFAULT_BLOCK ? e->min_block : EX_DEFAULT_BLOCK;
   if (!e->max_request)
     e->max_request = (uint32_t)u_min(EX_DEFAULT_MAX, NBDSERVE_MAX_REQUEST);
-  if (!e->ops || !e->ops->read) return "no read function";
+  if (!e->ops || !e->ops->read) return 0;
   if (!e->ops->write) e->flags |= NBDSERVE_EXPORT_READONLY;
-  if (e->size > INT64_MAX) return "size above INT64_MAX";
-  if (e->flags & ~(uint32_t)EX_ALL_FLAGS) return "unknown flags";
-  if (strlen(e->name) > WIRE_STRING_MAX) return "name too long";
-  if (strlen(e->description) > WIRE_STRING_MAX) return "description too long";
-  if (!u_is_power_of_2(e->min_block) || e->min_block > EX_MAX_MIN_BLOCK)
-    return "min_block is no power of two up to 65536";
-  if (!u_is_power_of_2(e->preferred_block) || e->preferred_block < 512 ||
-      e->preferred_block < e->min_block)
-    return "preferred_block is no power of two, or below 512 or min_block";
-  if (e->max_request < e->preferred_block ||
-      e->max_request > NBDSERVE_MAX_REQUEST)
-    return "max_request is below preferred_block or too large";
-  return NULL;
+  if (e->size > INT64_MAX || e->flags & ~(uint32_t)EX_ALL_FLAGS) return 0;
+  if (strlen(e->name) > WIRE_STRING_MAX) return 0;
+  if (strlen(e->description) > WIRE_STRING_MAX) return 0;
+  if (!u_is_power_of_2(e->min_block) || e->min_block > 65536) return 0;
+  if (!u_is_power_of_2(e->preferred_block)) return 0;
+  if (e->preferred_block < 512 || e->preferred_block < e->min_block) return 0;
+  return e->max_request >= e->preferred_block &&
+         e->max_request <= NBDSERVE_MAX_REQUEST;
 }
 
 /* Makes an export of what the host describes.  On success it owns from->ctx.
- * -EINVAL: not a possible description, -ENOMEM: ctx stays the caller's. */
+ * -EINVAL: not a possible description, -ENOMEM: ctx stays the caller's.
+ *
+ * The host may free its strings afterwards: they are copied to the end of
+ * struct ex, and pub points there. */
 static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
                   struct ex **out) {
   struct nbdserve_export e = *from;
-  if (ex_complete(&e)) return -EINVAL;
+  if (!ex_complete(&e)) return -EINVAL;
   size_t name_size = strlen(e.name) + 1;
   size_t description_size = strlen(e.description) + 1;
   struct ex *ex = u_zalloc(sizeof *ex + name_size + description_size);
   if (!ex) return -ENOMEM;
-  if (os_monitors_init(&ex->serial, &ex->lock)) {
-    NBDSERVE_FREE(ex);
-    return -ENOMEM;
-  }
+  os_monitor_init(&ex->serial);
+  os_monitor_init(&ex->lock);
   assert(e.max_request > 0 && e.min_block <= e.preferred_block);
   e.name = memcpy(ex->strings, e.name, name_size);
   e.description =
@@ -2008,17 +1849,6 @@ static struct ex *ex_next(struct nbdserve *s, const struct ex *ex) {
   return next;
 }
 
-/* The added export that serves a name which no other has, or NULL: for the
- * empty name the first one, else one that takes any name.  The caller holds
- * s->lock. */
-static struct ex *ex_fallback(struct nbdserve *s, const char *name) {
-  struct ex *ex = s->exports;
-  if (!*name) return ex;
-  while (ex && !(ex->pub.flags & NBDSERVE_EXPORT_FALLBACK))
-    ex = ex->next;
-  return ex;
-}
-
 /* Asks the host's find callback for an export.  -ENOENT: it knows none of that
  * name, or there is no callback; others: what it said, or -EIO if what it gave
  * is not a valid export.  The client owns the export. */
@@ -2030,9 +1860,8 @@ static int ex_from_callback(struct nbdserve *s, const char *name,
   int err = ex_believe(s, name, "find", k->find(k->ctx, name, &e));
   if (err) return err;
   if (!e.name) e.name = name;
-  const char *fault = ex_complete(&e);
-  if (fault) ex_log_lie(s, name, "find gave a wrong export:", fault);
-  err = fault ? -EIO : ex_new(s, &e, out);
+  err = ex_new(s, &e, out);
+  if (err == -EINVAL) err = ex_lied(s, name, "find", "gave a wrong export");
   if (!err)
     (*out)->from_callback = 1;
   else if (e.ops && e.ops->close)
@@ -2040,52 +1869,47 @@ static int ex_from_callback(struct nbdserve *s, const char *name,
   return err;
 }
 
-/* Asks an added export for its size now, and keeps that. */
-static int ex_current_size(struct ex *ex, uint64_t *size) {
-  struct nbdserve_export *e = &ex->pub;
-  os_lock(&ex->server->lock);
-  uint64_t now = e->size;
-  if (e->ops->size && !ex->from_callback) now = e->ops->size(e->ctx, e->size);
-  int is_size = now <= INT64_MAX;
-  if (is_size) e->size = now;
-  os_unlock(&ex->server->lock);
-  if (!is_size) {
-    ex_log_lie(ex->server, ex->pub.name, "size",
-               "returned more than INT64_MAX");
-    return -EIO;
-  }
-  *size = now - now % e->min_block; /* no request reaches the rest */
-  assert(*size <= INT64_MAX && *size % e->min_block == 0);
-  return 0;
-}
-
-/* Finds the export that a client means, and its size now.  -ENOENT: there is
- * none; others: what the host's callbacks said.  ex_release gives it back. */
-static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
-                      uint64_t *size) {
-  os_lock(&s->lock);
-  struct ex *ex = ex_by_name(s, name); /* first, one of that very name */
-  os_unlock(&s->lock);
-  if (!ex) { /* second, what the host knows */
-    int err = ex_from_callback(s, name, &ex);
-    if (err && err != -ENOENT) return err;
-  }
-  if (!ex) { /* last, one that takes what no other has */
-    os_lock(&s->lock);
-    ex = ex_fallback(s, name);
-    os_unlock(&s->lock);
-  }
-  if (!ex) return -ENOENT;
-  int err = ex_current_size(ex, size);
-  if (err && ex->from_callback) ex_free(ex);
-  if (!err) *out = ex;
-  return err;
-}
-
 /* Gives back what ex_acquire gave; frees it if it was the client's (E1). */
 static void ex_release(struct ex *ex) {
   assert(ex);
   if (ex->from_callback) ex_free(ex);
+}
+
+/* Finds the export that a client means, and its size now.  -ENOENT: there is
+ * none; others: what the host's callbacks said.  ex_release gives it back.
+ *
+ * First comes an added export of that very name, then what the host's callback
+ * knows, last an added one that serves names which no other has.  The size is
+ * asked for anew each time, under s->lock: see ops->size in nbdserve.h. */
+static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
+                      uint64_t *size) {
+  os_lock(&s->lock);
+  struct ex *ex = ex_by_name(s, name);
+  /* For a name that no other has: the first one for the empty name, else one
+   * that takes any name. */
+  struct ex *last = s->exports;
+  while (last && *name && !(last->pub.flags & NBDSERVE_EXPORT_FALLBACK))
+    last = last->next;
+  os_unlock(&s->lock);
+  if (!ex) {
+    int err = ex_from_callback(s, name, &ex);
+    if (err && err != -ENOENT) return err;
+  }
+  if (!ex) ex = last;
+  if (!ex) return -ENOENT;
+  struct nbdserve_export *e = &ex->pub;
+  os_lock(&s->lock);
+  uint64_t now = e->size;
+  if (e->ops->size && !ex->from_callback) now = e->ops->size(e->ctx, now);
+  if (now <= INT64_MAX) e->size = now;
+  os_unlock(&s->lock);
+  if (now > INT64_MAX) {
+    ex_release(ex);
+    return ex_lied(s, name, "size", "returned more than INT64_MAX");
+  }
+  *size = now - now % e->min_block; /* no request reaches the rest */
+  *out = ex;
+  return 0;
 }
 
 /* The transmission flags for a client: each is set exactly when the thing works
@@ -2147,15 +1971,14 @@ static int ex_dispatch(const struct ex *ex, const struct nbdserve_req *r,
     return ops->cache(ctx, r->off, r->len, f);
   case NBD_CMD_WRITE_ZEROES:
     return ops->zero ? ops->zero(ctx, r->off, r->len, f) : -ENOTSUP;
-  case NBD_CMD_BLOCK_STATUS:
-    return ops->extents ? ops->extents(ctx, r->off, r->len, f, x) : 0;
   default:
-    assert(0); /* (E2) */
-    return -EINVAL;
+    assert(r->type == NBD_CMD_BLOCK_STATUS); /* (E2) */
+    return ops->extents ? ops->extents(ctx, r->off, r->len, f, x) : 0;
   }
 }
 
-/* The same, for an export that is SERIAL one call at a time.  0 or -errno. */
+/* The same, for an export that is SERIAL one call at a time.  0 or -errno: the
+ * result is that of a host's function, so it is not believed (E4). */
 static int ex_call(struct ex *ex, const struct nbdserve_req *r,
                    struct nbdserve_extents *x) {
   int is_serial = (ex->pub.flags & NBDSERVE_EXPORT_SERIAL) != 0;
@@ -2166,27 +1989,6 @@ static int ex_call(struct ex *ex, const struct nbdserve_req *r,
 }
 
 /* ---- Flush --------------------------------------------------------------- */
-
-/* Calls the backend's flush, as the flush of that number.  Takes and gives back
- * ex->lock, which the caller holds, around the call. */
-static void ex_run_flush(struct ex *ex, uint64_t number) {
-  const struct nbdserve_req r = {.type = NBD_CMD_FLUSH};
-  assert(!ex->flush_runs && number == ex->flushes_begun + 1);
-  ex->flushes_begun = number;
-  ex->flush_runs = 1;
-  os_unlock(&ex->lock);
-  os_lock(&ex->server->lock);
-  ex->server->totals.flushes++;
-  os_unlock(&ex->server->lock);
-  int err = ex_call(ex, &r, NULL);
-  os_lock(&ex->lock);
-  ex->flush_runs = 0;
-  if (err) {
-    ex->flush_failed = number;
-    ex->flush_err = err;
-  }
-  os_wake_all(&ex->lock);
-}
 
 /* All writes that returned before this call are on permanent storage when it
  * returns 0; else -errno.  One caller flushes for all that wait (E3):
@@ -2199,12 +2001,29 @@ static void ex_run_flush(struct ex *ex, uint64_t number) {
  * If a later one fails meanwhile we fail, too, because that flush also covered
  * our writes. */
 static int ex_flush(struct ex *ex) {
+  const struct nbdserve_req r = {.type = NBD_CMD_FLUSH};
+  struct nbdserve *s = ex->server;
   if (!ex->pub.ops->flush || (ex->pub.flags & NBDSERVE_EXPORT_UNSAFE)) return 0;
   os_lock(&ex->lock);
   uint64_t needed = ex->flushes_begun + 1; /* the first that begins after now */
   while (ex->flush_runs && ex->flushes_begun <= needed)
     os_wait(&ex->lock);
-  if (ex->flushes_begun < needed) ex_run_flush(ex, needed);
+  if (ex->flushes_begun < needed) {
+    ex->flushes_begun = needed;
+    ex->flush_runs = 1;
+    os_unlock(&ex->lock);
+    int failed = ex_call(ex, &r, NULL);
+    os_lock(&s->lock);
+    s->totals.flushes++;
+    os_unlock(&s->lock);
+    os_lock(&ex->lock);
+    ex->flush_runs = 0;
+    if (failed) {
+      ex->flush_failed = needed;
+      ex->flush_err = failed;
+    }
+    os_wake_all(&ex->lock);
+  }
   assert(ex->flushes_begun >= needed);
   assert(ex->flush_failed <= ex->flushes_begun);
   int err = ex->flush_failed >= needed ? ex->flush_err : 0;
@@ -2229,7 +2048,8 @@ struct nbdserve_extents {
 };
 
 /* Adds len bytes to the extents of the reply: to the last one, if the status is
- * the same.  If there is no room the report ends here. */
+ * the same.  If there is no room the report ends here.  The last extent is
+ * written anew each time it grows, so that the reply is always complete. */
 static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
                           uint32_t status) {
   assert(len > 0 && len <= x->left && x->n <= x->max);
@@ -2243,12 +2063,12 @@ static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
   } else {
     x->left = 0;
   }
+  size_t each = x->extended ? WIRE_EXT_EXTENT_LEN : WIRE_EXT_EXTENT_LEN / 2;
+  unsigned char *p = x->data + each * (x->n - 1);
   if (x->extended) {
-    unsigned char *p = x->data + (size_t)WIRE_EXT_EXTENT_LEN * (x->n - 1);
     u_put64(p, x->last_len);
     u_put64(p + 8, x->last_status);
   } else {
-    unsigned char *p = x->data + (size_t)WIRE_EXTENT_LEN * (x->n - 1);
     assert(x->last_len <= UINT32_MAX); /* as was the request's */
     u_put32(p, (uint32_t)x->last_len);
     u_put32(p + 4, x->last_status);
@@ -2280,8 +2100,8 @@ int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
  * of r->status_len bytes, which the request owns. */
 static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   int extended = r->mode == MODE_EXTENDED;
-  size_t head = extended ? WIRE_EXT_STATUS_LEN : WIRE_STATUS_LEN;
-  size_t each = extended ? WIRE_EXT_EXTENT_LEN : WIRE_EXTENT_LEN;
+  size_t head = extended ? 8 : 4; /* what stands before the extents */
+  size_t each = extended ? WIRE_EXT_EXTENT_LEN : WIRE_EXT_EXTENT_LEN / 2;
   struct nbdserve_extents x = {
       .left = r->len, .align = ex->pub.min_block, .extended = extended};
   x.max =
@@ -2292,11 +2112,9 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   if (!r->buf) return -ENOMEM;
   x.data = r->buf + head;
   int err = ex_call(ex, r, &x);
-  if (!err && x.lied) {
-    ex_log_lie(ex->server, ex->pub.name, "extents",
-               "gave a status that does not exist");
-    err = -EIO;
-  }
+  if (!err && x.lied)
+    err = ex_lied(ex->server, ex->pub.name, "extents",
+                  "gave a status that does not exist");
   if (err) return err;
   if (!x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
   assert(x.n > 0 && x.n <= x.max && x.max <= EX_EXTENTS);
@@ -2309,13 +2127,15 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
 /* ---- One request on a backend -------------------------------------------- */
 
 /* Does a WRITE_ZEROES by writing zeroes.  A range above 4 GiB is -EOVERFLOW: it
- * would take long, and nobody could cancel it. */
+ * would take long, and nobody could cancel it.  The zeroes have the length of
+ * one write, at most 1 MiB, and are written again and again.  With FUA each of
+ * these writes has it. */
 static int ex_write_zeroes(struct ex *ex, const struct nbdserve_req *r) {
   struct nbdserve_req w = {.type = NBD_CMD_WRITE,
                            .flags = r->flags & NBD_CMD_FLAG_FUA,
                            .off = r->off};
   if (r->len > UINT32_MAX) return -EOVERFLOW;
-  uint64_t step = u_min(u_min(r->len, EX_ZERO_STEP), ex->pub.max_request);
+  uint64_t step = u_min(u_min(r->len, 1 << 20), ex->pub.max_request);
   step -= step % ex->pub.min_block; /* r->len is a multiple, so is the rest */
   assert(step > 0);
   w.buf = u_zalloc((size_t)step);
@@ -2399,8 +2219,8 @@ static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
  *   phase          rbuf holds           wbuf holds          threads
  *   HANDSHAKE      an option's data     replies to options  the client's
  *   TRANSMISSION   requests, payloads   slots of READs of   the client's, and
- *                  of the batch's       the batch           workers
- *                  WRITEs
+ *                  of the batch's       the batch; a piece  workers
+ *                  WRITEs               of a long request
  *   DRAINING       nothing              nothing             workers, until all
  *                                                           is done
  *
@@ -2414,40 +2234,35 @@ static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
  *                       from TRANSMISSION on
  *   option, receiving,  the client's thread              -
  *   the batch
- *   sending             whoever answers a request (in    send_lock
- *                       the handshake: the client's
- *                       thread, without a lock)
- *   queue, statistics   the client's thread, workers,    queue_lock
- *                       nbdserve_stats
+ *   sending             whoever answers a request        send_lock
+ *   queue               the client's thread, workers     queue_lock
  *
  * The phase is not stored: it follows from where the client's thread is.
  * queue_lock is waited on by idle workers, for work, and by the client's
  * thread, for a worker to finish (reader_waits). */
 
 enum {
-  CONN_RBUF = 256 << 10,   /* bytes received at a time */
-  HS_WITHOUT_OPTIONS = 16, /* from this bit of config.without on: options */
-  CONN_WBUF = 288 << 10, /* bytes of slots: 64 READs of 4 KiB and their heads */
+  CONN_RBUF = 256 << 10,       /* bytes received at a time */
+  HS_WITHOUT_OPTIONS = 16,     /* from this bit of config.without on: options */
   TX_IN_BATCH_MAX = 128 << 10, /* the longest READ or WRITE in a batch */
-  TX_PIECE = 1 << 20,          /* they are done in pieces of this size, which
-                                  is also the longest that a worker gets, the
-                                  longest single chunk, and IO_UNIT */
-  TX_BATCH = 128,              /* requests in a batch, at most */
-  TX_HEADS = 32,               /* long heads that leave in one send, at most */
-  TX_HANDED_OVER = 1024, /* requests with workers, if none of them has data */
-  TX_MIN_HOLE = 512,     /* bytes: to send a shorter hole saves too little */
-  TX_AFTER_LONG_WRITE = 4096, /* bytes received then: a few heads, see there */
-  TX_ERROR_TEXT = 80,         /* bytes of an error's text that are sent */
-  TX_LOGGED = 10,             /* failed requests of a client that are logged */
+  TX_SLOTS = 288 << 10, /* bytes of a batch's slots: 64 READs of 4 KiB fit */
+  TX_PIECE = 1 << 20,   /* longer ones are done in pieces of this size, which is
+                         also the longest that a worker gets, the longest
+                         single chunk, and IO_UNIT */
+  TX_BATCH = 128,       /* requests in a batch, at most */
+  TX_HEADS = 32,        /* long heads that leave in one send, at most */
+  TX_ERROR_TEXT = 80,   /* bytes of an error's text that are sent */
   TX_HEAD_ROOM = 64, /* bytes before a READ's data, for its head: 40 and more */
   TX_HEAD_MAX =      /* the longest reply without data: ERROR_OFFSET */
-      WIRE_EXT_CHUNK_LEN + WIRE_ERROR_LEN + TX_ERROR_TEXT + WIRE_OFFSET_LEN
+      WIRE_EXT_CHUNK_LEN + WIRE_ERROR_LEN + TX_ERROR_TEXT + WIRE_OFFSET_LEN,
+  CONN_WBUF = TX_HEAD_ROOM + TX_PIECE
 };
 STATIC_ASSERT(option_fits, (int)NBDSERVE_MAX_OPTION <= (int)CONN_RBUF);
 STATIC_ASSERT(option_holds_a_name, NBDSERVE_MAX_OPTION >= WIRE_STRING_MAX);
 STATIC_ASSERT(write_fits,
               TX_IN_BATCH_MAX + (int)WIRE_EXT_REQUEST_LEN <= (int)CONN_RBUF);
-STATIC_ASSERT(read_fits, TX_IN_BATCH_MAX + TX_HEAD_ROOM <= CONN_WBUF);
+STATIC_ASSERT(read_fits, TX_IN_BATCH_MAX + TX_HEAD_ROOM <= TX_SLOTS);
+STATIC_ASSERT(slots_fit, TX_SLOTS <= (int)CONN_WBUF);
 STATIC_ASSERT(head_fits,
               WIRE_EXT_CHUNK_LEN + (int)WIRE_OFFSET_LEN <= (int)TX_HEAD_ROOM);
 STATIC_ASSERT(piece_is_unit, (int)TX_PIECE == (int)IO_UNIT);
@@ -2457,21 +2272,21 @@ struct conn {
   struct nbdserve *s;
   int id;     /* for messages: clients are numbered from 1 on */
   int fd;     /* a socket that is closed in the end; -1: it is the caller's */
-  int is_tcp; /* see srv_must_linger */
+  int is_tcp; /* see srv_serve_client */
+  char peer[64];
   /* -- */
   struct conn *next; /* of s->conns */
   struct io io;      /* says itself who may touch what */
   /* -- negotiated */
   enum wire_mode mode;
-  int no_zeroes;      /* NBD_FLAG_C_NO_ZEROES */
-  int has_allocation; /* base:allocation is selected, for the export called: */
+  int no_zeroes;        /* NBD_FLAG_NO_ZEROES: no padding, please */
+  int meta_is_selected; /* base:allocation, for the export called: */
   char meta_export[WIRE_STRING_MAX + 1];
-  struct ex *export; /* NULL: none so far */
+  struct ex *export;  /* NULL: none so far */
+  int has_allocation; /* base:allocation is selected for this one */
   uint64_t export_size;
   unsigned transmission_flags;
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n); /* or NULL */
-  unsigned max_workers;     /* 0: none, the client's thread does all itself */
-  unsigned max_handed_over; /* limit for nhanded_over */
   /* -- the option that is being answered */
   uint32_t option;
   const unsigned char *option_data; /* what is left of its data */
@@ -2479,9 +2294,8 @@ struct conn {
   /* -- receiving */
   size_t rbuf_pos; /* rbuf[rbuf_pos..rbuf_end) is received and not looked at */
   size_t rbuf_end;
-  size_t needed;            /* bytes that are to be there of the next request */
-  int after_long_write;     /* another one is likely: see tx_receive */
-  unsigned char *piece_buf; /* [TX_HEAD_ROOM + TX_PIECE], made when needed */
+  size_t needed;        /* bytes that are to be there of the next request */
+  int after_long_write; /* another one is likely: see tx_receive */
   /* -- the batch */
   struct nbdserve_req batch[TX_BATCH];
   size_t nbatch;
@@ -2501,8 +2315,6 @@ struct conn {
   unsigned nidle;
   int closing;      /* DRAINING: no more work comes, workers end */
   int reader_waits; /* the client's thread waits for a worker */
-  /* -- statistics, under queue_lock, too */
-  struct nbdserve_stats stats;
   unsigned nlogged; /* failed requests that were logged */
   /* -- the buffers, last: they are not zeroed */
   unsigned char rbuf[CONN_RBUF];
@@ -2512,6 +2324,22 @@ struct conn {
 /* Tells the host's log about a client; the text begins with its number. */
 #define conn_log(c, level, ...) \
   u_log(&(c)->s->config, level, "client " __VA_ARGS__)
+
+/* Sends the n pieces at v, in one go as far as other threads can see.  After
+ * the first error nothing is sent any more, and the client's thread, which may
+ * wait for a request, is told by the end of its stream (unless that is a pipe
+ * of its own).  Returns 0, or -errno, which may be of an earlier send: with n 0
+ * only that is looked at. */
+static int conn_send(struct conn *c, struct iovec *v, int n) {
+  os_lock(&c->send_lock);
+  if (!c->send_err && n) {
+    c->send_err = io_send(&c->io, v, n);
+    if (c->send_err) shutdown(c->io.out, SHUT_RDWR);
+  }
+  int err = c->send_err;
+  os_unlock(&c->send_lock);
+  return err;
+}
 
 /* ---- Replies to options -------------------------------------------------- */
 
@@ -2526,8 +2354,7 @@ enum conn_step {
 static int hs_send(struct conn *c) {
   struct iovec v = {.iov_base = c->wbuf, .iov_len = c->wbuf_used};
   c->wbuf_used = 0;
-  if (!c->send_err) c->send_err = io_send(&c->io, &v, 1);
-  return c->send_err;
+  return conn_send(c, &v, 1);
 }
 
 /* Makes room for len more bytes in wbuf, all to be written by the caller.  If
@@ -2593,38 +2420,27 @@ static uint32_t hs_take_string(struct conn *c, char *out) {
 
 /* ---- Entering an export -------------------------------------------------- */
 
-/* Does SET_META_CONTEXT for that name hold for this export? */
-static int hs_has_allocation(const struct conn *c, const char *name) {
-  return c->has_allocation && strcmp(c->meta_export, name) == 0;
-}
-
-/* Settles the export, which the connection owns from now on, and all that
- * transmission has to know of it. */
-static void hs_enter(struct conn *c, struct ex *ex, const char *name,
-                     uint64_t size) {
+/* Finds the export of that name, which the connection owns from now on, and
+ * settles all that transmission has to know of it.  0, or -errno as
+ * ex_acquire. */
+static int hs_enter(struct conn *c, const char *name) {
   const struct nbdserve_config *k = &c->s->config;
-  assert(!c->export && ex && size % ex->pub.min_block == 0);
-  c->export = ex;
-  c->export_size = size;
-  c->has_allocation = hs_has_allocation(c, name);
+  assert(!c->export);
+  int err = ex_acquire(c->s, name, &c->export, &c->export_size);
+  if (err) return err;
+  const struct ex *ex = c->export;
+  assert(c->export_size % ex->pub.min_block == 0);
+  c->has_allocation = c->meta_is_selected && strcmp(c->meta_export, name) == 0;
   c->transmission_flags = ex_transmission_flags(ex, c->mode, c->has_allocation);
   /* `before` is asked for each request, so there is nothing to do together. */
-  if (!k->before) c->run_batch = ex->pub.ops->run_batch;
-  if (k->threads > 1) c->max_workers = k->threads;
-  c->max_handed_over = c->run_batch ? TX_HANDED_OVER : k->threads;
-  assert(c->max_handed_over > 0);
-  conn_log(c, NBDSERVE_LOG_INFO, "%d: export '%s', %" PRIu64 " bytes%s", c->id,
-           name, size,
-           c->transmission_flags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
+  c->run_batch = k->before ? NULL : ex->pub.ops->run_batch;
+  return 0;
 }
 
-/* Enters the export of that name.  0, or -errno as ex_acquire. */
-static int hs_enter_name(struct conn *c, const char *name) {
-  struct ex *ex;
-  uint64_t size;
-  int err = ex_acquire(c->s, name, &ex, &size);
-  if (!err) hs_enter(c, ex, name, size);
-  return err;
+/* Gives the export back. */
+static void hs_leave(struct conn *c) {
+  ex_release(c->export);
+  c->export = NULL;
 }
 
 /* ---- The options -----------------------------------------------------------
@@ -2635,16 +2451,16 @@ static int hs_enter_name(struct conn *c, const char *name) {
 /* proto.md, NBD_OPT_EXPORT_NAME: all of the data is the name.  This option has
  * no error reply: what is wrong closes the connection. */
 static int hs_opt_export_name(struct conn *c) {
-  size_t len = WIRE_EXPORT_NAME_LEN;
+  size_t len = 10;
   char name[WIRE_STRING_MAX + 1];
   if (c->mode == MODE_EXTENDED) return -EPROTO; /* GO is needed */
   assert(c->option_left <= WIRE_STRING_MAX);    /* hs_option has seen to it */
   memcpy(name, c->option_data, c->option_left);
   name[c->option_left] = 0;
   if (strlen(name) != c->option_left) return -ENOENT;
-  int err = hs_enter_name(c, name);
+  int err = hs_enter(c, name);
   if (err) return err;
-  if (!c->no_zeroes) len += WIRE_EXPORT_NAME_PAD;
+  if (!c->no_zeroes) len += 124; /* zeroes behind it */
   unsigned char *p = memset(hs_reserve(c, len), 0, len);
   u_put64(p, c->export_size);
   u_put16(p + 8, c->transmission_flags);
@@ -2695,13 +2511,12 @@ static void hs_put_text(struct conn *c, enum nbd_info type, const char *text) {
 
 /* proto.md, NBD_INFO_...: sends what INFO and GO give.  EXPORT always; block
  * sizes also unasked if they are not what a client takes for granted. */
-static void hs_put_infos(struct conn *c, const struct ex *ex, uint64_t size,
-                         unsigned flags, unsigned asked) {
-  const struct nbdserve_export *e = &ex->pub;
-  unsigned char *p = hs_reply(c, NBD_REP_INFO, WIRE_INFO_EXPORT_LEN);
+static void hs_put_infos(struct conn *c, unsigned asked) {
+  const struct nbdserve_export *e = &c->export->pub;
+  unsigned char *p = hs_reply(c, NBD_REP_INFO, 12);
   u_put16(p, NBD_INFO_EXPORT);
-  u_put64(p + 2, size);
-  u_put16(p + 10, flags);
+  u_put64(p + 2, c->export_size);
+  u_put16(p + 10, c->transmission_flags);
   if (asked & 1u << NBD_INFO_NAME) hs_put_text(c, NBD_INFO_NAME, e->name);
   if (asked & 1u << NBD_INFO_DESCRIPTION && *e->description)
     hs_put_text(c, NBD_INFO_DESCRIPTION, e->description);
@@ -2709,53 +2524,34 @@ static void hs_put_infos(struct conn *c, const struct ex *ex, uint64_t size,
       e->preferred_block == EX_DEFAULT_BLOCK &&
       e->max_request == EX_DEFAULT_MAX)
     return;
-  p = hs_reply(c, NBD_REP_INFO, WIRE_INFO_BLOCK_SIZE_LEN);
+  p = hs_reply(c, NBD_REP_INFO, 14);
   u_put16(p, NBD_INFO_BLOCK_SIZE);
   u_put32(p + 2, e->min_block);
   u_put32(p + 6, e->preferred_block);
   u_put32(p + 10, e->max_request);
 }
 
-/* Takes the list of information types off the data of INFO or GO: a set of
- * bits, one for each enum nbd_info; unknown types are ignored (proto.md). */
-static uint32_t hs_take_infos(struct conn *c, unsigned *asked) {
-  if (c->option_left < 2) return NBD_REP_ERR_INVALID;
-  size_t n = u_get16(c->option_data);
-  hs_advance(c, 2);
-  if (c->option_left != 2 * n) return NBD_REP_ERR_INVALID;
-  for (*asked = 0; n > 0; n--) {
-    unsigned type = u_get16(c->option_data);
-    hs_advance(c, 2);
-    if (type <= NBD_INFO_BLOCK_SIZE) *asked |= 1u << type;
-  }
-  return 0;
-}
-
 /* proto.md, NBD_OPT_INFO and NBD_OPT_GO: the same, but GO enters the export. */
 static int hs_opt_go(struct conn *c) {
   char name[WIRE_STRING_MAX + 1];
-  unsigned asked = 0;
-  struct ex *ex;
-  uint64_t size;
+  unsigned asked = 0; /* a bit for each enum nbd_info; others are ignored */
   uint32_t bad = hs_take_string(c, name);
-  if (!bad) bad = hs_take_infos(c, &asked);
+  const unsigned char *p = c->option_data;
+  if (!bad && (c->option_left < 2 || c->option_left != 2 + 2u * u_get16(p)))
+    bad = NBD_REP_ERR_INVALID;
   if (bad) return hs_refuse(c, bad, "malformed request for information");
-  int err = ex_acquire(c->s, name, &ex, &size);
+  for (p += 2; p < c->option_data + c->option_left; p += 2)
+    if (u_get16(p) <= NBD_INFO_BLOCK_SIZE) asked |= 1u << u_get16(p);
+  int err = hs_enter(c, name);
   if (err == -ENOENT)
     return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
   if (err) return hs_refuse(c, NBD_REP_ERR_UNKNOWN, u_errno_text(err));
-  unsigned flags =
-      ex_transmission_flags(ex, c->mode, hs_has_allocation(c, name));
-  hs_put_infos(c, ex, size, flags, asked);
+  hs_put_infos(c, asked);
   /* proto.md: a client that does not ask for block sizes might send unaligned
    * requests. */
-  int must_ask = ex->pub.min_block > 1 && !(asked & 1u << NBD_INFO_BLOCK_SIZE);
-  if (c->option == NBD_OPT_GO && !must_ask) {
-    hs_ack(c);
-    hs_enter(c, ex, name, size);
-    return 0;
-  }
-  ex_release(ex);
+  int must_ask =
+      c->export->pub.min_block > 1 && !(asked & 1u << NBD_INFO_BLOCK_SIZE);
+  if (must_ask || c->option == NBD_OPT_INFO) hs_leave(c);
   if (!must_ask) return hs_ack(c);
   return hs_refuse(c, NBD_REP_ERR_BLOCK_SIZE_REQD, "ask for the block size");
 }
@@ -2775,46 +2571,35 @@ static int hs_opt_mode(struct conn *c) {
 
 static const char hs_allocation[] = "base:allocation";
 
-/* Takes the queries off the data of LIST or SET_META_CONTEXT.  *found: one of
- * them means base:allocation.  0, or the error to answer with. */
-static uint32_t hs_take_queries(struct conn *c, int *found) {
-  int lists = c->option == NBD_OPT_LIST_META_CONTEXT;
-  char query[WIRE_STRING_MAX + 1];
-  if (c->option_left < 4) return NBD_REP_ERR_INVALID;
-  uint32_t n = u_get32(c->option_data);
-  hs_advance(c, 4);
-  *found = lists && n == 0; /* no query at all lists everything */
-  for (; n > 0; n--) {
-    uint32_t bad = hs_take_string(c, query);
-    if (bad) return bad;
-    if (strcmp(query, hs_allocation) == 0) *found = 1;
-    if (lists && strcmp(query, "base:") == 0) *found = 1; /* the namespace */
-  }
-  return c->option_left ? NBD_REP_ERR_INVALID : 0;
-}
-
 /* proto.md, NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT. */
 static int hs_opt_meta_context(struct conn *c) {
   const size_t len = sizeof hs_allocation - 1;
   char name[WIRE_STRING_MAX + 1];
+  char query[WIRE_STRING_MAX + 1] = "";
   int sets = c->option == NBD_OPT_SET_META_CONTEXT;
-  int found = 0;
-  struct ex *ex;
-  uint64_t size;
   if (c->mode == MODE_SIMPLE)
     return hs_refuse(c, NBD_REP_ERR_INVALID, "structured replies come first");
   uint32_t bad = hs_take_string(c, name);
-  if (!bad) bad = hs_take_queries(c, &found);
+  if (!bad && c->option_left < 4) bad = NBD_REP_ERR_INVALID;
+  uint32_t n = bad ? 0 : u_get32(c->option_data);
+  int found = !sets && n == 0; /* no query at all lists everything */
+  if (!bad) hs_advance(c, 4);
+  for (; n > 0 && !bad; n--) {
+    bad = hs_take_string(c, query);
+    if (strcmp(query, hs_allocation) == 0) found = 1;
+    if (!sets && strcmp(query, "base:") == 0) found = 1; /* the namespace */
+  }
+  if (!bad && c->option_left) bad = NBD_REP_ERR_INVALID;
   if (bad) return hs_refuse(c, bad, "malformed query for metadata contexts");
-  if (ex_acquire(c->s, name, &ex, &size))
+  if (hs_enter(c, name))
     return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
-  ex_release(ex);
+  hs_leave(c);
   if (!found) return hs_ack(c);
   unsigned char *p = hs_reply(c, NBD_REP_META_CONTEXT, 4 + len);
   u_put32(p, sets ? WIRE_CONTEXT_ID : 0); /* ids mean something in SET only */
   memcpy(p + 4, hs_allocation, len);
   if (sets) {
-    c->has_allocation = 1;
+    c->meta_is_selected = 1;
     strcpy(c->meta_export, name);
   }
   return hs_ack(c);
@@ -2838,21 +2623,9 @@ static int (*const hs_options[])(struct conn *c) = {
 STATIC_ASSERT(options_have_bits,
               HS_WITHOUT_OPTIONS + COUNT_OF(hs_options) <= 32);
 
-/* Receives an option's data.  More than is looked at is thrown away, piece by
- * piece: what is left in rbuf then means nothing. */
-static int hs_take_data(struct conn *c, uint32_t len) {
-  while (len > 0) {
-    uint32_t piece = (uint32_t)u_min(len, CONN_RBUF); /* (H1), (H2) */
-    int err = io_recv_all(&c->io, c->rbuf, piece);
-    if (err) return err;
-    len -= piece;
-  }
-  return 0;
-}
-
 /* Receives an option and answers it.  0, CONN_LEFT or -errno. */
 static int hs_option(struct conn *c) {
-  unsigned char head[WIRE_OPTION_LEN];
+  unsigned char head[16];
   int err = io_recv_all(&c->io, head, sizeof head);
   if (err) return err;
   uint32_t option = c->option = u_get32(head + 8);
@@ -2860,10 +2633,15 @@ static int hs_option(struct conn *c) {
   if (u_get64(head) != NBD_OPTION_MAGIC) return -EPROTO;
   if (option == NBD_OPT_EXPORT_NAME && len > WIRE_STRING_MAX)
     return -ENOENT; /* it could not be answered anyway */
-  err = hs_take_data(c, len);
-  if (err) return err;
+  /* (H1), (H2): of data that does not fit the last piece stays in rbuf, where
+   * it means nothing. */
+  for (uint32_t left = len, piece; left > 0; left -= piece) {
+    piece = (uint32_t)u_min(left, CONN_RBUF);
+    err = io_recv_all(&c->io, c->rbuf, piece);
+    if (err) return err;
+  }
   /* proto.md: each SET replaces the selection, also one that fails. */
-  if (option == NBD_OPT_SET_META_CONTEXT) c->has_allocation = 0;
+  if (option == NBD_OPT_SET_META_CONTEXT) c->meta_is_selected = 0;
   if (option == NBD_OPT_ABORT) { /* whatever its data, however much */
     hs_ack(c);
     return CONN_LEFT;
@@ -2880,17 +2658,17 @@ static int hs_option(struct conn *c) {
 
 /* Greets the client and takes its flags.  0 or -errno. */
 static int hs_greet(struct conn *c) {
-  unsigned char flags[WIRE_CLIENT_FLAGS_LEN];
-  unsigned char *p = hs_reserve(c, WIRE_HELLO_LEN);
+  unsigned char flags[4];
+  unsigned char *p = hs_reserve(c, 18);
   u_put64(p, NBD_INIT_MAGIC);
   u_put64(p + 8, NBD_OPTION_MAGIC);
   u_put16(p + 16, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
   int err = hs_send(c);
   if (!err) err = io_recv_all(&c->io, flags, sizeof flags);
   if (err) return err;
-  uint32_t known = NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES;
+  uint32_t known = NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES;
   if (u_get32(flags) & ~known) return -EPROTO;
-  c->no_zeroes = (u_get32(flags) & NBD_FLAG_C_NO_ZEROES) != 0;
+  c->no_zeroes = (u_get32(flags) & NBD_FLAG_NO_ZEROES) != 0;
   return 0;
 }
 
@@ -2919,13 +2697,13 @@ static int hs_run(struct conn *c) {
  *
  *   requests                  done by            data in
  *   refused, or empty         nobody             -
- *   refused, with a payload   nobody             piece_buf: tx_in_pieces
+ *   refused, with a payload   nobody             wbuf, in pieces
  *   longer than a batch's
  *   READ, WRITE up to         client's thread,   WRITE: rbuf, where it came;
  *   TX_IN_BATCH_MAX           all of a batch     READ: a slot in wbuf
  *                             together
- *   longer READ, WRITE        client's thread    piece_buf: tx_in_pieces
- *   READ, WRITE up to         a worker           a buffer of its own: tx_copied
+ *   longer READ, WRITE        client's thread    wbuf, in pieces
+ *   READ, WRITE up to         a worker           a buffer of its own
  *   TX_PIECE without
  *   run_batch
  *   FLUSH, TRIM, CACHE,       a worker; FLUSH:   BLOCK_STATUS: a buffer of its
@@ -2957,7 +2735,7 @@ static int hs_run(struct conn *c) {
  * held, until the client takes something or its time is over (I2).  Then
  * send_err is set and nothing is sent any more.  Meanwhile the other threads of
  * this client wait when they have to send, and its own thread receives no more
- * when it has to send or max_handed_over is reached, so memory is bounded (T5).
+ * when it has to send or too many are handed over, so memory is bounded (T5).
  * Other clients share none of these locks and do not notice.
  *
  * ---- Rules ----------------------------------------------------------------
@@ -2971,11 +2749,11 @@ static int hs_run(struct conn *c) {
  *      that was answered before it arrived, and more.
  * (T4) FLUSH, TRIM, CACHE, WRITE_ZEROES and BLOCK_STATUS, and without run_batch
  *      READ and WRITE, may take as long as they like: nothing behind them
- *      waits, up to max_handed_over of them and while a worker can be had.
+ *      waits, up to the limit in tx_hand_over and while a worker can be had.
  *      What the client's thread does itself, which is batches and pieces, holds
  *      up the requests behind it.
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
- *      max_handed_over requests with workers.  Without run_batch each of these
+ *      that many requests with workers.  Without run_batch each of these
  *      may hold TX_PIECE bytes.  With it no READ or WRITE is copied, and
  *      each holds the extents of a BLOCK_STATUS at most. */
 
@@ -2983,11 +2761,9 @@ static int hs_run(struct conn *c) {
 
 /* The error that is sent for a request. */
 static uint32_t tx_error(const struct nbdserve_req *r) {
-  uint32_t error = wire_error(r->err);
-  /* proto.md: NBD_ENOTSUP is an answer to FAST_ZERO only. */
-  if (error == NBD_ENOTSUP && !(r->flags & NBD_CMD_FLAG_FAST_ZERO))
-    return NBD_EINVAL;
-  return error;
+  /* proto.md: ENOTSUP is an answer to FAST_ZERO only. */
+  int is_stray = r->err == -ENOTSUP && !(r->flags & NBD_CMD_FLAG_FAST_ZERO);
+  return wire_error(is_stray ? -EINVAL : r->err);
 }
 
 /* Writes the payload of an error chunk.  Returns its length. */
@@ -3021,7 +2797,12 @@ static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
   int has_chunks =
       r->mode == MODE_EXTENDED ||
       (r->mode == MODE_STRUCTURED && (is_read || is_status || r->err));
-  if (!has_chunks) return wire_put_simple(p, tx_error(r), r->cookie);
+  if (!has_chunks) {
+    u_put32(p, NBD_SIMPLE_REPLY_MAGIC);
+    u_put32(p + 4, tx_error(r));
+    u_put64(p + 8, r->cookie);
+    return WIRE_SIMPLE_REPLY_LEN;
+  }
   unsigned char *payload = p + wire_chunk_len(r->mode);
   enum nbd_reply_type type = NBD_REPLY_TYPE_NONE;
   size_t n = 0; /* bytes of payload that are written here */
@@ -3038,19 +2819,12 @@ static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
     if (r->all_zero) {
       type = NBD_REPLY_TYPE_OFFSET_HOLE;
       u_put32(payload + n, (uint32_t)r->len);
-      n = WIRE_HOLE_LEN;
+      n += 4;
     }
   }
   wire_put_chunk(p, r, type, n + tx_data(r).iov_len);
   assert(payload + n <= p + TX_HEAD_MAX);
   return (size_t)(payload - p) + n;
-}
-
-/* Has a READ brought only zeroes, so that a hole can be sent for them?  Where
- * that is not so, one look at the data mostly shows it. */
-static int tx_is_all_zero(const struct nbdserve_req *r) {
-  return r->type == NBD_CMD_READ && !r->err && r->mode != MODE_SIMPLE &&
-         r->len >= TX_MIN_HOLE && u_is_zero(r->buf, (size_t)r->len);
 }
 
 /* ---- Answering: gather, send, count, free -------------------------------- */
@@ -3089,7 +2863,11 @@ static struct nbdserve_req *tx_gather(struct tx_out *out,
     assert(r->state == REQ_DONE);
     if (out->heads_len + TX_HEAD_MAX > sizeof out->heads) break;
     if ((size_t)out->n + 2 > COUNT_OF(out->v)) break;
-    r->all_zero = tx_is_all_zero(r);
+    /* For a short one a hole saves too little.  Where there is data, one look
+     * at it mostly shows it. */
+    r->all_zero = r->type == NBD_CMD_READ && !r->err &&
+                  r->mode != MODE_SIMPLE && r->len >= 512 &&
+                  u_is_zero(r->buf, (size_t)r->len);
     struct iovec data = tx_data(r);
     if (r->type == NBD_CMD_READ && data.iov_len) {
       size_t room = wire_read_head_len(r->mode);
@@ -3108,22 +2886,6 @@ static struct nbdserve_req *tx_gather(struct tx_out *out,
   return r;
 }
 
-/* Sends the n pieces at v, in one go as far as other threads can see.  After
- * the first error nothing is sent any more, and the client's thread, which may
- * wait for a request, is told by the end of its stream (unless that is a pipe
- * of its own).  Returns 0, or -errno, which may be of an earlier send: with n 0
- * only that is looked at. */
-static int tx_send(struct conn *c, struct iovec *v, int n) {
-  os_lock(&c->send_lock);
-  if (!c->send_err && n) {
-    c->send_err = io_send(&c->io, v, n);
-    if (c->send_err) shutdown(c->io.out, SHUT_RDWR);
-  }
-  int err = c->send_err;
-  os_unlock(&c->send_lock);
-  return err;
-}
-
 /* Sends the replies of a list, in as few sends as possible.  0 or -errno. */
 static int tx_send_all(struct conn *c, struct nbdserve_req *list) {
   struct tx_out out;
@@ -3131,7 +2893,7 @@ static int tx_send_all(struct conn *c, struct nbdserve_req *list) {
   while (list && !err) {
     list = tx_gather(&out, list);
     assert(out.n > 0 && out.heads_len <= sizeof out.heads);
-    err = tx_send(c, out.v, out.n);
+    err = conn_send(c, out.v, out.n);
   }
   return err;
 }
@@ -3151,29 +2913,29 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
     nth_failure = ++c->nlogged;
     os_unlock(&c->queue_lock);
   }
-  if (nth_failure > TX_LOGGED) return;
+  if (nth_failure > EX_LOGGED) return;
   const char *outcome = "ok";
   if (r->err) outcome = r->refused ? r->refused : u_errno_text(r->err);
   conn_log(c, level,
            "%d: %s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64 ": %s%s",
            c->id, cmd ? cmd->name : "?", r->type, r->flags, r->client_off,
            r->len, outcome,
-           nth_failure == TX_LOGGED ? "; further failures are not logged" : "");
+           nth_failure == EX_LOGGED ? "; further failures are not logged" : "");
 }
 
 /* Counts and logs what is answered; mostly before it is sent, so that a client
  * which has its reply finds it counted. */
 static void tx_account(struct conn *c, const struct nbdserve_req *list) {
-  struct nbdserve_stats *stats = &c->stats;
+  struct nbdserve_stats *stats = &c->s->totals;
   const struct nbdserve_req *r;
-  os_lock(&c->queue_lock);
+  os_lock(&c->s->lock);
   for (r = list; r; r = r->next) {
     stats->requests++;
     if (r->err) stats->errors++;
     if (!r->err && r->type == NBD_CMD_READ) stats->bytes_read += r->len;
     if (!r->err && r->type == NBD_CMD_WRITE) stats->bytes_written += r->len;
   }
-  os_unlock(&c->queue_lock);
+  os_unlock(&c->s->lock);
   for (r = list; r; r = r->next)
     tx_log(c, r);
 }
@@ -3217,10 +2979,11 @@ static void tx_flush(struct conn *c, struct nbdserve_req *list) {
   }
 }
 
-/* Does a request, whatever is left to do of it: it is DONE afterwards. */
+/* Does a request, or a list of those that are TO_FLUSH, whatever is left to do:
+ * DONE afterwards. */
 static void tx_execute(struct conn *c, struct nbdserve_req *r) {
-  assert(!r->next);
   if (r->state == REQ_TODO) {
+    assert(!r->next);
     int err = ex_ask_before(c->export, r);
     if (!err) err = ex_execute(c->export, r);
     tx_executed(c, r, err);
@@ -3230,13 +2993,15 @@ static void tx_execute(struct conn *c, struct nbdserve_req *r) {
 
 /* ---- Workers ----------------------------------------------------------------
  * They run while the client is in transmission: started one by one when there
- * is more to do than idle workers, up to max_workers. */
+ * is more to do than idle workers, up to config.threads. */
 
-/* The client's thread waits for a worker to have answered something, or to end.
- * The caller holds queue_lock and looks again at what it waits for. */
-static void tx_wait_for_worker(struct conn *c) {
+/* The client's thread waits until fewer than `most` requests are with workers,
+ * and, once the connection is closing, until there are no workers.  The caller
+ * holds queue_lock. */
+static void tx_wait_for_workers(struct conn *c, unsigned most) {
   c->reader_waits = 1;
-  os_wait(&c->queue_lock);
+  while (c->nhanded_over >= most || (c->closing && c->nworkers > 0))
+    os_wait(&c->queue_lock);
   c->reader_waits = 0;
 }
 
@@ -3267,18 +3032,6 @@ static struct nbdserve_req *tx_take_work(struct conn *c) {
   }
 }
 
-/* Frees what a worker has answered.  The caller holds queue_lock. */
-static void tx_retire(struct conn *c, struct nbdserve_req *list) {
-  while (list) {
-    struct nbdserve_req *next = list->next;
-    assert(list->state == REQ_DONE && c->nhanded_over > 0);
-    NBDSERVE_FREE(list);
-    c->nhanded_over--;
-    list = next;
-  }
-  if (c->reader_waits) os_wake_all(&c->queue_lock);
-}
-
 /* A worker of a client: does and answers what is handed over until the client
  * has gone. */
 static void *tx_worker(void *conn) {
@@ -3288,14 +3041,18 @@ static void *tx_worker(void *conn) {
   while ((list = tx_take_work(c)) != NULL) {
     int flushes = list->state == REQ_TO_FLUSH;
     os_unlock(&c->queue_lock);
-    if (flushes)
-      tx_flush(c, list);
-    else
-      tx_execute(c, list);
+    tx_execute(c, list);
     tx_answer(c, list);
     os_lock(&c->queue_lock);
     if (flushes) c->flush_at_work = 0;
-    tx_retire(c, list);
+    while (list) {
+      struct nbdserve_req *next = list->next;
+      assert(list->state == REQ_DONE && c->nhanded_over > 0);
+      NBDSERVE_FREE(list);
+      c->nhanded_over--;
+      list = next;
+    }
+    if (c->reader_waits) os_wake_all(&c->queue_lock);
   }
   assert(c->nworkers > 0);
   c->nworkers--;
@@ -3310,12 +3067,12 @@ static void *tx_worker(void *conn) {
  * more than the workers that are idle, one is started.  Returns false if there
  * is none at all.  The caller holds queue_lock. */
 static int tx_need_worker(struct conn *c, const struct nbdserve_req *r) {
-  assert(c->nidle <= c->nworkers && c->nworkers <= c->max_workers);
+  unsigned most = c->s->config.threads;
+  assert(c->nidle <= c->nworkers && c->nworkers <= most);
   int flush = r->state == REQ_TO_FLUSH;
   unsigned jobs = c->nqueue + (flush ? 0 : 1);
   if (!c->flush_at_work && (c->to_flush || flush)) jobs++;
-  if (jobs > c->nidle && c->nworkers < c->max_workers &&
-      os_thread(tx_worker, c) == 0)
+  if (jobs > c->nidle && c->nworkers < most && os_thread(tx_worker, c) == 0)
     c->nworkers++;
   return c->nworkers > 0;
 }
@@ -3325,7 +3082,7 @@ static int tx_need_worker(struct conn *c, const struct nbdserve_req *r) {
  * (T5).  False: there is no worker, and the caller has to do it. */
 static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
   assert(r->state == REQ_TODO || r->state == REQ_TO_FLUSH);
-  if (!c->max_workers) return 0;
+  if (c->s->config.threads == 1) return 0; /* this thread does all itself */
   struct nbdserve_req *copy = NBDSERVE_MALLOC(sizeof *copy);
   if (!copy) return 0;
   *copy = *r;
@@ -3334,8 +3091,9 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
    * flush, which needs no data. */
   if (!copy->owned) copy->buf = NULL;
   os_lock(&c->queue_lock);
-  while (c->nhanded_over >= c->max_handed_over)
-    tx_wait_for_worker(c);
+  /* (T5): a request has up to TX_PIECE bytes of data, or with run_batch
+   * none. */
+  tx_wait_for_workers(c, c->run_batch ? 1024 : c->s->config.threads);
   if (!tx_need_worker(c, copy)) {
     os_unlock(&c->queue_lock);
     NBDSERVE_FREE(copy);
@@ -3354,26 +3112,6 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
   os_unlock(&c->queue_lock);
   req_set_state(r, REQ_HANDED_OVER);
   return 1;
-}
-
-/* Waits until no request is with a worker: none of their replies comes between
- * the pieces of one that follows. */
-static void tx_wait_for_workers(struct conn *c) {
-  os_lock(&c->queue_lock);
-  while (c->nhanded_over > 0)
-    tx_wait_for_worker(c);
-  os_unlock(&c->queue_lock);
-}
-
-/* Ends the workers, when they have done what is left (DRAINING). */
-static void tx_end_workers(struct conn *c) {
-  os_lock(&c->queue_lock);
-  c->closing = 1;
-  os_wake_all(&c->queue_lock);
-  while (c->nworkers > 0)
-    tx_wait_for_worker(c);
-  assert(!c->queue && !c->to_flush && !c->nhanded_over);
-  os_unlock(&c->queue_lock);
 }
 
 /* ---- The batch ----------------------------------------------------------- */
@@ -3424,8 +3162,8 @@ static int tx_add_to_batch(struct conn *c, const struct nbdserve_req *r) {
   size_t slot = 0;
   if (r->type == NBD_CMD_READ && r->state == REQ_TODO)
     slot = wire_read_head_len(c->mode) + (size_t)r->len;
-  assert(slot <= CONN_WBUF);
-  if (c->nbatch == TX_BATCH || c->wbuf_used + slot > CONN_WBUF) {
+  assert(slot <= TX_SLOTS);
+  if (c->nbatch == TX_BATCH || c->wbuf_used + slot > TX_SLOTS) {
     int err = tx_run_batch(c);
     if (err) return err;
   }
@@ -3437,8 +3175,8 @@ static int tx_add_to_batch(struct conn *c, const struct nbdserve_req *r) {
 }
 
 /* ---- What is not done in the batch ------------------------------------------
- * These run when the batch is done, so all of rbuf is free but the payload of
- * this request, of which the first bytes may have come. */
+ * These run when the batch is done, so wbuf is free, and all of rbuf but the
+ * payload of this request, of which the first bytes may have come. */
 
 /* Receives n bytes of a payload: those that are in rbuf, then from the
  * socket. */
@@ -3453,10 +3191,8 @@ static int tx_recv_payload(struct conn *c, unsigned char *to, size_t n) {
 /* Hands a request over if something is left to do of it, or does it and
  * answers.  Returns 0, or -errno to close. */
 static int tx_finish(struct conn *c, struct nbdserve_req *r) {
-  if (r->state != REQ_DONE) {
-    if (tx_hand_over(c, r)) return 0;
-    tx_execute(c, r);
-  }
+  if (r->state != REQ_DONE && tx_hand_over(c, r)) return 0;
+  tx_execute(c, r);
   return tx_answer(c, r);
 }
 
@@ -3468,7 +3204,7 @@ static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r,
   int is_refused = r->state == REQ_DONE;
   int failed = is_refused ? r->err : ex_ask_before(c->export, r);
   assert(is_refused || payload == r->len);
-  piece.buf = c->piece_buf;
+  piece.buf = c->wbuf;
   c->after_long_write = 1;
   for (; payload > 0; payload -= piece.len) {
     piece.len = u_min(payload, TX_PIECE);
@@ -3481,82 +3217,51 @@ static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r,
   return tx_finish(c, r);
 }
 
-/* Reads the next piece of a long READ, from off on, into piece_buf. */
-static int tx_read_piece(struct conn *c, const struct nbdserve_req *r,
-                         uint64_t off, struct nbdserve_req *piece) {
-  uint64_t end = r->off + r->len;
-  *piece = *r;
-  piece->buf = c->piece_buf + TX_HEAD_ROOM;
-  piece->off = off;
-  piece->len = u_min(end - off, TX_PIECE);
-  piece->more_chunks = off + piece->len < end;
-  /* proto.md: chunks should end at multiples of 512, where possible. */
-  if (piece->more_chunks) piece->len -= (off + piece->len) % 512;
-  assert(piece->len > 0 && off + piece->len <= end);
-  tx_executed(c, piece, ex_execute(c->export, piece));
-  return piece->err;
-}
-
-/* Reads all of a long READ and keeps nothing: what fails now can still be said
- * in a simple reply, whose head claims success before the data comes. */
-static int tx_try_read(struct conn *c, const struct nbdserve_req *r) {
-  struct nbdserve_req piece;
-  int err = 0;
-  for (uint64_t off = r->off; off < r->off + r->len && !err; off += piece.len)
-    err = tx_read_piece(c, r, off, &piece);
-  return err;
-}
-
-/* Reads and sends a long READ, piece by piece: as chunks of a structured reply,
- * or as one simple reply, after tx_try_read.  If there are several pieces, an
- * error says at which. */
-static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
-  int is_simple = r->mode == MODE_SIMPLE;
-  uint64_t off = r->off;
-  int err = ex_ask_before(c->export, r);
-  if (!err && is_simple && r->len > TX_PIECE) {
-    tx_wait_for_workers(c); /* a simple reply is in one piece */
-    err = tx_try_read(c, r);
-  }
-  while (!err && off < r->off + r->len) {
-    struct nbdserve_req piece;
-    err = tx_read_piece(c, r, off, &piece);
+/* Reads a long READ piece by piece, up to the first error, and if `sends`,
+ * sends each: as a chunk of a structured reply, or a part of a simple one.
+ * Notes the outcome in the request.  0, or -errno to close. */
+static int tx_read_pieces(struct conn *c, struct nbdserve_req *r, int sends) {
+  struct nbdserve_req piece = *r;
+  piece.buf = c->wbuf + TX_HEAD_ROOM;
+  req_set_state(&piece, REQ_DONE);
+  for (uint64_t left = r->len; left > 0; left -= piece.len) {
+    piece.len = u_min(left, TX_PIECE);
+    piece.more_chunks = piece.len < left;
+    /* proto.md: chunks should end at multiples of 512, where possible. */
+    if (piece.more_chunks) piece.len -= (piece.off + piece.len) % 512;
+    assert(piece.len > 0 && piece.len <= left);
+    r->err_off = piece.off;
+    r->err = ex_execute(c->export, &piece);
     /* A simple reply that has begun cannot be taken back (proto.md). */
-    if (err && is_simple && off > r->off) return err;
-    if (err) break;
-    int send_err = tx_send_all(c, &piece);
-    if (send_err) return send_err;
-    off += piece.len;
+    int is_begun = sends && r->mode == MODE_SIMPLE && left < r->len;
+    if (r->err) return is_begun ? r->err : 0;
+    int err = sends ? tx_send_all(c, &piece) : 0;
+    if (err) return err;
+    piece.off += piece.len;
   }
-  r->err = err;
-  r->err_has_off = r->len > TX_PIECE;
-  r->err_off = off;
-  req_set_state(r, REQ_DONE);
-  if (err) return tx_answer(c, r);
-  tx_account(c, r); /* all was sent */
   return 0;
 }
 
-/* Does what needs the buffer for pieces: a long READ, or what has a long
- * payload.  A connection for which there is not even a megabyte is closed. */
-static int tx_in_pieces(struct conn *c, struct nbdserve_req *r,
-                        uint64_t payload) {
-  if (!c->piece_buf) c->piece_buf = NBDSERVE_MALLOC(TX_HEAD_ROOM + TX_PIECE);
-  if (!c->piece_buf) return -ENOMEM;
-  return payload ? tx_write_in_pieces(c, r, payload) : tx_read_in_pieces(c, r);
-}
-
-/* Gives a READ or WRITE a buffer of its own and hands it over, with its
- * payload.  Without memory it is done in pieces, as if it were longer. */
-static int tx_copied(struct conn *c, struct nbdserve_req *r, uint64_t payload) {
-  assert(!c->run_batch && r->state == REQ_TODO && r->len <= TX_PIECE);
-  r->owned = NBDSERVE_MALLOC(TX_HEAD_ROOM + (size_t)r->len);
-  if (!r->owned) return tx_in_pieces(c, r, payload);
-  r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
-  int err = payload ? tx_recv_payload(c, r->buf, (size_t)payload) : 0;
-  if (!err) return tx_finish(c, r);
-  NBDSERVE_FREE(r->owned);
-  return err;
+/* Does a long READ.  The head of a simple reply claims success before the data
+ * comes, so all is read before, once, and nothing kept: what fails then can
+ * still be said.  If there are several pieces, an error says at which. */
+static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
+  int err = 0;
+  r->err_has_off = r->len > TX_PIECE;
+  r->err_off = r->off;
+  r->err = ex_ask_before(c->export, r);
+  if (!r->err && r->mode == MODE_SIMPLE && r->len > TX_PIECE) {
+    os_lock(&c->queue_lock);
+    tx_wait_for_workers(c, 1); /* a simple reply is in one piece */
+    os_unlock(&c->queue_lock);
+    err = tx_read_pieces(c, r, 0);
+  }
+  if (!r->err) err = tx_read_pieces(c, r, 1);
+  if (err) return err;
+  req_set_state(r, REQ_DONE);
+  if (r->err) return tx_answer(c, r);
+  tx_account(c, r); /* all was sent */
+  return 0;
 }
 
 /* ---- Taking requests ----------------------------------------------------- */
@@ -3571,18 +3276,6 @@ static int tx_refuse(struct nbdserve_req *r, int err, const char *why) {
   return err;
 }
 
-/* The transmission flags without which a request is not possible. */
-static unsigned tx_needed_flags(const struct nbdserve_req *r,
-                                const struct wire_cmd *cmd) {
-  unsigned needed = cmd->exposed_by;
-  if (r->flags & NBD_CMD_FLAG_FUA) needed |= NBD_FLAG_SEND_FUA;
-  if (r->flags & NBD_CMD_FLAG_DF) needed |= NBD_FLAG_SEND_DF;
-  if (r->flags & NBD_CMD_FLAG_FAST_ZERO) needed |= NBD_FLAG_SEND_FAST_ZERO;
-  if (r->type == NBD_CMD_BLOCK_STATUS && r->flags & NBD_CMD_FLAG_PAYLOAD_LEN)
-    needed |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
-  return needed;
-}
-
 /* Checks a request against all that was negotiated: one rule, one `if`; the
  * first that is broken counts.  A new rule goes here.  0, or -errno if the
  * request was refused. */
@@ -3591,10 +3284,16 @@ static int tx_validate(const struct conn *c, struct nbdserve_req *r,
   const struct nbdserve_export *e = &c->export->pub;
   const struct wire_cmd *cmd = wire_cmd(r->type);
   if (!cmd) return tx_refuse(r, -EINVAL, "unknown command");
-  unsigned lacking = tx_needed_flags(r, cmd) & ~c->transmission_flags;
+  int is_status = r->type == NBD_CMD_BLOCK_STATUS;
+  unsigned needed = cmd->exposed_by;
+  if (r->flags & NBD_CMD_FLAG_FUA) needed |= NBD_FLAG_SEND_FUA;
+  if (r->flags & NBD_CMD_FLAG_DF) needed |= NBD_FLAG_SEND_DF;
+  if (r->flags & NBD_CMD_FLAG_FAST_ZERO) needed |= NBD_FLAG_SEND_FAST_ZERO;
+  if (is_status && r->flags & NBD_CMD_FLAG_PAYLOAD_LEN)
+    needed |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
+  unsigned lacking = needed & ~c->transmission_flags;
   unsigned stray = r->flags & ~(unsigned)(cmd->flags | NBD_CMD_FLAG_FUA);
   if (c->mode != MODE_EXTENDED) stray |= r->flags & NBD_CMD_FLAG_PAYLOAD_LEN;
-  int is_status = r->type == NBD_CMD_BLOCK_STATUS;
   int has_range = cmd->err_beyond != 0;
   if (stray & NBD_CMD_FLAG_PAYLOAD_LEN ||
       lacking & NBD_FLAG_BLOCK_STATUS_PAYLOAD)
@@ -3626,8 +3325,8 @@ static int tx_validate(const struct conn *c, struct nbdserve_req *r,
 static int tx_dispatch(struct conn *c, struct nbdserve_req *r,
                        uint64_t payload) {
   int moves_data = r->state == REQ_TODO && req_moves_data(r);
-  int is_copied =
-      moves_data && !c->run_batch && c->max_workers && r->len <= TX_PIECE;
+  int is_copied = moves_data && !c->run_batch && r->len <= TX_PIECE &&
+                  c->s->config.threads > 1;
   uint64_t data = moves_data ? r->len : payload; /* of a READ, too */
   if (!is_copied && data <= TX_IN_BATCH_MAX) {
     r->buf = c->rbuf + c->rbuf_pos; /* the payload is all there */
@@ -3636,7 +3335,14 @@ static int tx_dispatch(struct conn *c, struct nbdserve_req *r,
   }
   int err = tx_run_batch(c); /* answers what came before, and frees rbuf */
   if (err) return err;
-  return is_copied ? tx_copied(c, r, payload) : tx_in_pieces(c, r, payload);
+  if (is_copied) r->owned = NBDSERVE_MALLOC(TX_HEAD_ROOM + (size_t)r->len);
+  if (!r->owned && payload) return tx_write_in_pieces(c, r, payload);
+  if (!r->owned) return tx_read_in_pieces(c, r); /* without memory, too */
+  r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
+  if (payload) err = tx_recv_payload(c, r->buf, (size_t)payload);
+  if (!err) return tx_finish(c, r);
+  NBDSERVE_FREE(r->owned);
+  return err;
 }
 
 /* How many bytes of payload follow the head of a request. */
@@ -3646,39 +3352,35 @@ static uint64_t tx_payload_len(const struct nbdserve_req *r) {
   return r->type == NBD_CMD_WRITE ? r->len : 0;
 }
 
-/* Is that a request, with a payload that can be skipped at least? */
-static int tx_is_framed(const struct conn *c, uint32_t magic,
-                        uint64_t payload) {
-  if (c->mode == MODE_EXTENDED)
-    return magic == NBD_EXTENDED_REQUEST_MAGIC &&
-           payload <= c->export->pub.max_request;
-  return magic == NBD_REQUEST_MAGIC && payload <= NBDSERVE_MAX_REQUEST;
-}
-
 /* Takes the next request out of rbuf.  As enum conn_step says. */
 static int tx_next_request(struct conn *c) {
   const unsigned char *p = c->rbuf + c->rbuf_pos;
   assert(c->rbuf_pos <= c->rbuf_end && c->nbatch <= TX_BATCH);
   size_t here = c->rbuf_end - c->rbuf_pos;
-  size_t head = wire_request_len(c->mode);
+  int extended = c->mode == MODE_EXTENDED;
+  size_t head = extended ? WIRE_EXT_REQUEST_LEN : WIRE_REQUEST_LEN;
   c->needed = head;
   if (here < head) return CONN_NEEDS_MORE;
   struct nbdserve_req r = wire_get_request(p, c->mode);
   uint64_t payload = tx_payload_len(&r);
-  if (!tx_is_framed(c, u_get32(p), payload)) {
+  /* A longer payload is not even skipped. */
+  uint64_t most =
+      extended ? c->export->pub.max_request : (uint64_t)NBDSERVE_MAX_REQUEST;
+  uint32_t magic = extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC;
+  if (u_get32(p) != magic || payload > most) {
     int err = tx_run_batch(c); /* what came before is answered */
-    conn_log(c, NBDSERVE_LOG_INFO,
-             "%d: request magic 0x%08" PRIx32 ", %" PRIu64
-             " bytes of payload; closed",
-             c->id, u_get32(p), payload);
+    conn_log(c, NBDSERVE_LOG_INFO, "%d: request magic 0x%08" PRIx32 "; closed",
+             c->id, u_get32(p));
     return err ? err : -EPROTO;
   }
   if (r.type == NBD_CMD_DISC) return CONN_LEFT;
   if (payload <= TX_IN_BATCH_MAX) c->needed += (size_t)payload;
   if (here < c->needed) return CONN_NEEDS_MORE;
   if (r.type == NBD_CMD_FLUSH) r.off = r.len = 0; /* reserved (proto.md) */
-  if (r.type == NBD_CMD_BLOCK_STATUS && payload)
-    r.len = wire_get_status_len(p + head, payload); /* 0 is refused */
+  if (r.type == NBD_CMD_BLOCK_STATUS && payload) {
+    int is_ours = payload == 12 && u_get32(p + head + 8) == WIRE_CONTEXT_ID;
+    r.len = is_ours ? u_get64(p + head) : 0; /* 0 is refused */
+  }
   if (!tx_validate(c, &r, payload) && !r.len) /* only a flush, or nothing */
     req_set_state(&r, r.type == NBD_CMD_FLUSH ? REQ_TO_FLUSH : REQ_DONE);
   c->rbuf_pos += head;
@@ -3698,8 +3400,8 @@ static int tx_receive(struct conn *c) {
   c->rbuf_end = left;
   /* Behind a long WRITE another one is likely.  Its payload is received where
    * it is written from; what comes along with its head would have to be copied
-   * there. */
-  if (c->after_long_write) room = TX_AFTER_LONG_WRITE;
+   * there, so that is a few heads at most. */
+  if (c->after_long_write) room = 4096;
   assert(!c->after_long_write || !left); /* that took all that was there */
   c->after_long_write = 0;
   size_t least = left ? c->needed - left : 1; /* all of it may stay away */
@@ -3707,7 +3409,7 @@ static int tx_receive(struct conn *c) {
   if (!left && n == -ETIMEDOUT) {
     /* Idle, as long as it likes; unless a worker could not send to it, which
      * shutdown() tells us only if the replies go over the same socket. */
-    return tx_send(c, NULL, 0);
+    return conn_send(c, NULL, 0);
   }
   if (!left && c->io.at_end) return CONN_LEFT;
   if (n < 0) return (int)n;
@@ -3721,6 +3423,9 @@ static int tx_receive(struct conn *c) {
 static int tx_run(struct conn *c) {
   int step;
   assert(c->export && !c->nbatch && !c->wbuf_used && !c->io.deadline);
+  conn_log(c, NBDSERVE_LOG_INFO, "%d: export '%s', %" PRIu64 " bytes%s", c->id,
+           c->export->pub.name, c->export_size,
+           c->transmission_flags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
   do {
     step = tx_next_request(c);
     if (step > 0) {
@@ -3729,7 +3434,12 @@ static int tx_run(struct conn *c) {
     }
     if (step == CONN_NEEDS_MORE) step = tx_receive(c);
   } while (!step);
-  tx_end_workers(c);
+  os_lock(&c->queue_lock); /* DRAINING: the workers do what is left, and end */
+  c->closing = 1;
+  os_wake_all(&c->queue_lock);
+  tx_wait_for_workers(c, 1);
+  assert(!c->queue && !c->to_flush && !c->nhanded_over);
+  os_unlock(&c->queue_lock);
   return step;
 }
 
@@ -3796,7 +3506,7 @@ struct flat {
    * NULL: there is no overlay. */
   unsigned char *in_overlay;
 };
-STATIC_ASSERT(modes_of_fallocate_have_bits, OS_FALLOCATE_MODES <= 30);
+STATIC_ASSERT(modes_of_fallocate_have_bits, OS_ZERO_RANGE < 30);
 
 /* Do writes go to the overlay?  Then no request changes the target. */
 static int flat_is_temporary(const struct flat *f) {
@@ -3805,20 +3515,15 @@ static int flat_is_temporary(const struct flat *f) {
 
 /* ---- What has failed before ---------------------------------------------- */
 
-/* Adds bits for good to what an export has learned so far, and returns all of
- * it: FLAT_FAILED, and 1 << mode for each mode that os_fallocate lacks here
- * (F2).  Takes the lock. */
-static unsigned flat_learn(struct flat *f, unsigned bits) {
+/* What an export has learned so far, to which `learned` is added, for good:
+ * FLAT_FAILED, and 1 << mode for each mode that os_fallocate lacks here (F2).
+ * Takes the lock. */
+static unsigned flat_known(struct flat *f, unsigned learned) {
   os_lock(&f->lock);
-  f->known |= bits;
+  f->known |= learned;
   unsigned known = f->known;
   os_unlock(&f->lock);
   return known;
-}
-
-/* What an export has learned so far.  Takes the lock. */
-static unsigned flat_known(struct flat *f) {
-  return flat_learn(f, 0);
 }
 
 /* ---- The overlay of a temporary export ---------------------------------- */
@@ -3829,44 +3534,35 @@ static int overlay_has(const struct flat *f, uint64_t block) {
   return f->in_overlay[block / 8] >> block % 8 & 1;
 }
 
-/* Notes that a block is in the overlay.  The caller holds the lock. */
-static void overlay_add(struct flat *f, uint64_t block) {
-  assert(block <= f->size / FLAT_OVERLAY_BLOCK);
-  f->in_overlay[block / 8] |= (unsigned char)(1 << block % 8);
+/* Copies a block of the target to the overlay.  The last block of an export may
+ * be shorter than the others.  The caller holds the lock. */
+static int overlay_copy(struct flat *f, uint64_t block) {
+  unsigned char data[FLAT_OVERLAY_BLOCK];
+  uint64_t start = block * FLAT_OVERLAY_BLOCK;
+  assert(start < f->size);
+  struct iovec in = {data, (size_t)u_min(sizeof data, f->size - start)};
+  struct iovec out = in;
+  int err = os_transfer(f->fd, OS_READ, &in, 1, f->offset + start);
+  if (err) return err;
+  return os_transfer(f->overlay_fd, OS_WRITE, &out, 1, start);
 }
 
-/* Brings a block to the overlay, of which len bytes at off have the new data at
- * buf and the others are as in the target.  The last block of an export may be
- * shorter than the others.  The caller holds the lock. */
-static int overlay_write_first(struct flat *f, const void *buf, uint64_t off,
-                               size_t len) {
-  unsigned char block[FLAT_OVERLAY_BLOCK];
-  size_t skip = (size_t)(off % FLAT_OVERLAY_BLOCK);
-  uint64_t start = off - skip;
-  size_t block_len = (size_t)u_min(sizeof block, f->size - start);
-  assert(skip + len <= block_len);
-  if (len < block_len) {
-    struct iovec old = {block, block_len};
-    int err = os_transfer(f->fd, OS_READ, &old, 1, f->offset + start);
-    if (err) return err;
-  }
-  memcpy(block + skip, buf, len);
-  struct iovec v = {block, block_len};
-  int err = os_transfer(f->overlay_fd, OS_WRITE, &v, 1, start);
-  if (err) return err; /* the target's block still counts */
-  overlay_add(f, off / FLAT_OVERLAY_BLOCK);
-  return 0;
-}
-
-/* Reads or writes len bytes at off, all in one block, where that block is or,
- * after a write, has to be.  The caller holds the lock. */
+/* Reads or writes len bytes at off, all in one block: a write in the overlay,
+ * to which it brings the block first unless it fills it.  The block counts as
+ * being there once all of that is done.  The caller holds the lock. */
 static int overlay_do_piece(struct flat *f, int writing, void *buf,
                             uint64_t off, size_t len) {
   struct iovec v = {buf, len};
-  if (overlay_has(f, off / FLAT_OVERLAY_BLOCK))
-    return os_transfer(f->overlay_fd, writing, &v, 1, off);
-  if (writing) return overlay_write_first(f, buf, off, len);
-  return os_transfer(f->fd, OS_READ, &v, 1, f->offset + off);
+  uint64_t block = off / FLAT_OVERLAY_BLOCK;
+  int err = 0;
+  assert(len > 0 && len <= FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK);
+  if (!writing && !overlay_has(f, block))
+    return os_transfer(f->fd, OS_READ, &v, 1, f->offset + off);
+  if (len < FLAT_OVERLAY_BLOCK && !overlay_has(f, block))
+    err = overlay_copy(f, block);
+  if (!err) err = os_transfer(f->overlay_fd, writing, &v, 1, off);
+  if (!err) f->in_overlay[block / 8] |= (unsigned char)(1 << block % 8);
+  return err;
 }
 
 /* Does a READ or WRITE block by block, with the lock from the first to the
@@ -3906,7 +3602,7 @@ static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
   struct iovec v[FLAT_MAX_IOV];
   int writing = reqs->type == NBD_CMD_WRITE;
   assert(nreqs > 0 && nreqs <= FLAT_MAX_IOV);
-  if (writing && flat_known(f) & FLAT_FAILED) return -EIO; /* (F1) */
+  if (writing && flat_known(f, 0) & FLAT_FAILED) return -EIO; /* (F1) */
   for (size_t i = 0; i < nreqs; i++) {
     v[i].iov_base = reqs[i].buf;
     v[i].iov_len = (size_t)reqs[i].len;
@@ -3943,9 +3639,9 @@ static int flat_flush(void *ctx, uint32_t flags) {
   (void)flags;
   struct flat *f = ctx;
   if (flat_is_temporary(f)) return 0;
-  if (flat_known(f) & FLAT_FAILED) return -EIO;
+  if (flat_known(f, 0) & FLAT_FAILED) return -EIO;
   int err = os_datasync(f->fd);
-  if (err) flat_learn(f, FLAT_FAILED);
+  if (err) flat_known(f, FLAT_FAILED);
   return err;
 }
 
@@ -3954,12 +3650,12 @@ static int flat_flush(void *ctx, uint32_t flags) {
  * is then remembered, always (F2). */
 static int flat_allocate(struct flat *f, int mode, uint64_t off, uint64_t len) {
   if (flat_is_temporary(f)) return -EOPNOTSUPP; /* the target stays */
-  assert(mode >= 0 && mode < OS_FALLOCATE_MODES);
-  unsigned known = flat_known(f);
+  assert(mode >= 0 && mode <= OS_ZERO_RANGE);
+  unsigned known = flat_known(f, 0);
   if (known & FLAT_FAILED) return -EIO; /* (F1): it is a write */
   if (known & 1u << mode) return -EOPNOTSUPP;
   int err = os_fallocate(f->fd, mode, f->offset + off, len);
-  if (err == -EOPNOTSUPP) flat_learn(f, 1u << mode); /* (F2) */
+  if (err == -EOPNOTSUPP) flat_known(f, 1u << mode); /* (F2) */
   return err == -EINVAL ? -EOPNOTSUPP : err;
 }
 
@@ -4048,77 +3744,47 @@ static const struct nbdserve_ops flat_ops = {
 };
 
 /* ---- Opening ------------------------------------------------------------
- * One function a step; each fills its part of struct flat.  The lock comes
- * before all that looks at the file or changes it, so that of several servers
- * that start at once exactly one does. */
-
-/* What the steps need to know. */
-struct flat_opening {
-  struct flat *f;   /* the export that is being made */
-  const char *path; /* as the caller gave it */
-  const struct nbdserve_flat *options;
-  int is_memory;   /* path is mem:SIZE, else a name in the file system */
-  int writable;    /* clients' writes go to the target */
-  int is_new;      /* this call made the file, and has it locked: (F4) */
-  uint64_t create; /* size for a new or empty file; 0: none is made */
-};
-
-/* Looks at the options, and at a path that is mem:SIZE.  -EINVAL. */
-static int flat_check_options(struct flat_opening *t) {
-  static const char prefix[] = "mem:";
-  if (t->options->flags & ~(NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY))
-    return -EINVAL;
-  t->writable = !t->options->flags;
-  t->create = t->options->create;
-  t->is_memory = strncmp(t->path, prefix, strlen(prefix)) == 0;
-  if (t->is_memory &&
-      !u_parse_number(t->path + strlen(prefix), INT64_MAX, &t->create))
-    return -EINVAL;
-  return t->create > INT64_MAX ? -EINVAL : 0;
-}
+ * One function a step; each fills its part of struct flat. */
 
 /* Opens the target, and makes the file if it is missing and may be made.  Only
  * O_EXCL tells whether this call has made it, which (F4) must know; it follows
  * no link to where nothing is yet.  A new file is opened for writing in any
- * case, as it gets its size. */
-static int flat_open_target(struct flat_opening *t) {
-  int flags = O_CLOEXEC | O_NOCTTY | O_NONBLOCK; /* a FIFO must not block */
-  int fd = -1;
-  if (t->is_memory) {
-    t->f->fd = os_nameless_file(NULL);
-    return t->f->fd < 0 ? t->f->fd : 0;
-  }
-  if (t->create) {
-    fd = open(t->path, flags | O_RDWR | O_CREAT | O_EXCL, 0666);
-    if (fd < 0 && errno != EEXIST) return -errno;
-    t->is_new = fd >= 0;
-  }
-  if (fd < 0) fd = open(t->path, flags | (t->writable ? O_RDWR : O_RDONLY));
-  t->f->fd = fd;
-  return fd < 0 ? -errno : 0;
-}
-
-/* Keeps other servers away from the target.  Refuses what is neither a file nor
- * a block device, and a device that is to be written and cannot.  Gives a new
- * or empty file its size.
+ * case, as it gets its size.
  *
- * If another server was quicker to lock the file that this call has just made,
- * or the file has a size by now, which another one gave it that has ended, then
- * the file and its data are no longer ours. */
-static int flat_prepare_target(struct flat_opening *t) {
+ * The lock comes before all that looks at the file or changes it, so that of
+ * several servers that start at once exactly one does.  Refused is what is
+ * neither a file nor a block device, and a device that is to be written and
+ * cannot.  A new or empty file gets its size.
+ *
+ * path is NULL for memory; writable: clients' writes go to the target; create:
+ * the size for a new or empty file, 0 if none is made; *is_new: this call made
+ * the file, and has it locked.  If another server was quicker to lock it, or it
+ * has a size by now, which another one gave it that has ended, then the file
+ * and its data are not ours. */
+static int flat_open_target(struct flat *f, const char *path, int writable,
+                            uint64_t create, int *is_new) {
+  int flags = O_CLOEXEC | O_NOCTTY | O_NONBLOCK; /* a FIFO must not block */
   struct stat st = {0};
-  int fd = t->f->fd;
-  int err = os_lock_file(fd, !t->writable);
+  int fd = path ? -1 : os_nameless_file(NULL);
+  if (path && create) {
+    fd = open(path, flags | O_RDWR | O_CREAT | O_EXCL, 0666);
+    if (fd < 0 && errno != EEXIST) return -errno;
+    *is_new = fd >= 0;
+  }
+  if (path && fd < 0) fd = open(path, flags | (writable ? O_RDWR : O_RDONLY));
+  if (fd < 0) return path ? -errno : fd;
+  f->fd = fd;
+  int err = os_lock_file(fd, !writable);
   if (!err && fstat(fd, &st) < 0) err = -errno;
-  if (err || st.st_size != 0) t->is_new = 0;
+  if (err || st.st_size != 0) *is_new = 0;
   if (err) return err;
   if (S_ISDIR(st.st_mode)) return -EISDIR;
   if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) return -EINVAL;
-  if (S_ISBLK(st.st_mode) && t->writable && os_is_readonly_device(fd))
+  if (S_ISBLK(st.st_mode) && writable && os_is_readonly_device(fd))
     return -EROFS;
-  if (!t->create || !S_ISREG(st.st_mode) || st.st_size != 0) return 0;
-  if (ftruncate(fd, (off_t)t->create) < 0) return -errno;
-  return t->is_memory ? 0 : os_sync_new_file(fd, t->path);
+  if (!create || !S_ISREG(st.st_mode) || st.st_size != 0) return 0;
+  if (ftruncate(fd, (off_t)create) < 0) return -errno;
+  return path ? os_sync_new_file(fd, path) : 0;
 }
 
 /* Settles which part of the target is served.  -EINVAL: it is not inside. */
@@ -4153,24 +3819,28 @@ static int flat_make_overlay(struct flat *f, const char *dir, size_t most) {
 int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
                        struct nbdserve_export *out) {
   static const struct nbdserve_flat defaults;
+  static const char prefix[] = "mem:";
   if (!options) options = &defaults;
+  const char *file = strncmp(path, prefix, strlen(prefix)) == 0 ? NULL : path;
+  uint64_t create = options->create;
+  int writable = !options->flags;
+  int is_new = 0;
+  if (options->flags & ~(NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY))
+    return -EINVAL;
+  if (!file && !u_parse_number(path + strlen(prefix), INT64_MAX, &create))
+    return -EINVAL;
+  if (create > INT64_MAX) return -EINVAL;
   struct flat *f = u_zalloc(sizeof *f);
-  struct flat_opening t = {.f = f, .path = path, .options = options};
-  int err = f ? os_monitor_init(&f->lock) : -ENOMEM;
-  if (err) {
-    NBDSERVE_FREE(f);
-    return err;
-  }
+  if (!f) return -ENOMEM;
+  os_monitor_init(&f->lock);
   f->own.run_batch = flat_batch;
   f->fd = f->overlay_fd = -1;
-  err = flat_check_options(&t);
-  if (!err) err = flat_open_target(&t);
-  if (!err) err = flat_prepare_target(&t);
+  int err = flat_open_target(f, file, writable, create, &is_new);
   if (!err) err = flat_find_slice(f, options);
   if (!err && (options->flags & NBDSERVE_FLAT_TEMPORARY))
     err = flat_make_overlay(f, options->dir, SIZE_MAX);
   if (err) {
-    if (t.is_new) os_remove_own_file(path, f->fd);
+    if (is_new) os_remove_own_file(path, f->fd);
     flat_close(f);
     return err;
   }
@@ -8007,7 +7677,7 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
  *   srv_accept        takes its socket from the kernel
  *   srv_new_client    makes struct conn, puts it on the list
  *   srv_thread        the thread that all of the rest happens in
- *   hs_run            the handshake; hs_enter_name where there is none
+ *   hs_run            the handshake; hs_enter where there is none
  *   tx_run            its requests, to the last answer
  *   io_linger         waits until the answers have arrived, where it must
  *   ex_release        gives back the export
@@ -8033,14 +7703,8 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
  *      That a pipe is readable says it all, so a full one loses nothing. */
 
 enum {
-  SRV_OWN_FDS = 3,          /* that nbdserve_run looks at before listeners */
-  SRV_BACKLOG = 128,        /* connections that the kernel keeps waiting */
-  SRV_PAUSE_MS = 100,       /* after an accept() that failed: do not spin */
-  SRV_TELL_FULL_MS = 60000, /* between two messages that clients wait */
-  SRV_PORT_TRIES = 16,      /* ports for localhost that the kernel picks */
-  SRV_LOCK_TRIES = 100,     /* so far apart: see srv_lock_dir */
-  SRV_LOCK_PAUSE_MS = 10,
-  SRV_MAX_THREADS = 1024,
+  SRV_OWN_FDS = 3,    /* that nbdserve_run looks at before listeners */
+  SRV_PAUSE_MS = 100, /* after an accept() that failed: do not spin */
   SRV_MAX_CONN = 1 << 20
 };
 
@@ -8058,21 +7722,6 @@ const char *nbdserve_version(void) {
   return NBDSERVE_VERSION;
 }
 
-/* Fills in what the host has left at 0, and what follows from what it wants. */
-static void srv_fill_defaults(struct nbdserve_config *k) {
-  if (!k->threads) k->threads = 16;
-  if (!k->max_conn) k->max_conn = 128;
-  if (NBDSERVE_NO_THREADS) k->max_conn = k->threads = 1;
-  if (!k->handshake_ms) k->handshake_ms = 10000;
-  if (!k->stall_ms) k->stall_ms = 120000;
-  /* Fast zeroes are zeroes, and extended headers need GO. */
-  if (k->without & NBD_FLAG_SEND_WRITE_ZEROES)
-    k->without |= NBD_FLAG_SEND_FAST_ZERO;
-  if (k->without & 1u << (HS_WITHOUT_OPTIONS + NBD_OPT_GO))
-    k->without |= 1u << (HS_WITHOUT_OPTIONS + NBD_OPT_EXTENDED_HEADERS);
-  assert(k->threads && k->max_conn && k->handshake_ms && k->stall_ms);
-}
-
 /* See nbdserve.h.  Until it has succeeded nobody else knows the server. */
 int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   struct nbdserve_config k = {.version = NBDSERVE_VERSION_NUMBER};
@@ -8081,23 +7730,30 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   if (config && config->version / 100 != NBDSERVE_VERSION_NUMBER / 100)
     return -EINVAL;
   if (config) k = *config;
-  srv_fill_defaults(&k);
-  if (k.threads > SRV_MAX_THREADS || k.max_conn > SRV_MAX_CONN ||
+  if (!k.threads) k.threads = 16;
+  if (!k.max_conn) k.max_conn = 128;
+  if (NBDSERVE_NO_THREADS) k.max_conn = k.threads = 1;
+  if (!k.handshake_ms) k.handshake_ms = 10000;
+  if (!k.stall_ms) k.stall_ms = 120000;
+  /* Fast zeroes are zeroes, and extended headers need GO. */
+  if (k.without & NBD_FLAG_SEND_WRITE_ZEROES)
+    k.without |= NBD_FLAG_SEND_FAST_ZERO;
+  if (k.without & 1u << (HS_WITHOUT_OPTIONS + NBD_OPT_GO))
+    k.without |= 1u << (HS_WITHOUT_OPTIONS + NBD_OPT_EXTENDED_HEADERS);
+  assert(k.threads && k.max_conn && k.handshake_ms && k.stall_ms);
+  if (k.threads > 1024 || k.max_conn > SRV_MAX_CONN ||
       k.flags & ~NBDSERVE_CONFIG_ONCE)
     return -EINVAL;
   struct nbdserve *s = u_zalloc(sizeof *s);
   if (!s) return -ENOMEM;
-  int err = os_monitors_init(&s->lock, &s->stop.lock);
-  if (err) {
-    NBDSERVE_FREE(s);
-    return err;
-  }
+  os_monitor_init(&s->lock);
+  os_monitor_init(&s->stop.lock);
   s->config = k;
   s->last_export = &s->exports;
   memset(s->stop.pipe, -1, sizeof s->stop.pipe); /* all bits set: -1 */
   memset(s->wake, -1, sizeof s->wake);
   memset(s->noticed, -1, sizeof s->noticed);
-  err = os_pipe(s->stop.pipe);
+  int err = os_pipe(s->stop.pipe);
   if (!err) err = os_pipe(s->wake);
   if (!err) err = os_pipe(s->noticed);
   if (!err) *out = s;
@@ -8138,7 +7794,7 @@ static void srv_add_listener(struct nbdserve *s, int fd, int is_unix,
                              const char *text) {
   assert(fd >= 0 && s->nlisteners <= SRV_LISTENERS);
   struct srv_listener *l = &s->listeners[s->nlisteners++];
-  os_set_fd_flags(fd, OS_NONBLOCKING);
+  os_set_fd_flags(fd, O_NONBLOCK);
   l->fd = fd;
   l->is_unix = is_unix && lstat(text, &l->st) == 0;
   snprintf(l->text, sizeof l->text, "%s", text);
@@ -8175,14 +7831,14 @@ static int srv_socket(const union srv_address *a, socklen_t len,
                       enum srv_use use) {
   int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (fd < 0) return -errno;
-  os_set_fd_flags(fd, use == SRV_CONNECT ? OS_BLOCKING : OS_NONBLOCKING);
+  os_set_fd_flags(fd, use == SRV_CONNECT ? 0 : O_NONBLOCK);
   int r;
   if (use == SRV_LISTEN) {
     /* A socket of another family heeds neither of these. */
     os_set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
     os_set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
     r = bind(fd, &a->sa, len);
-    if (r == 0) r = listen(fd, SRV_BACKLOG);
+    if (r == 0) r = listen(fd, 128);
   } else {
     r = connect(fd, &a->sa, len);
   }
@@ -8198,10 +7854,10 @@ static int srv_socket(const union srv_address *a, socklen_t len,
  * that holds the lock, or a negative number. */
 static int srv_lock_dir(const char *path) {
   int dir = os_open_dir(path);
-  for (int i = 0; dir >= 0 && i < SRV_LOCK_TRIES; i++) {
-    if (flock(dir, LOCK_EX | LOCK_NB) == 0) break;
-    if (errno != EWOULDBLOCK) break; /* no locks here: go on without */
-    poll(NULL, 0, SRV_LOCK_PAUSE_MS);
+  for (int i = 0; dir >= 0 && i < 100; i++) {
+    /* Where there are no locks we go on without. */
+    if (flock(dir, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) break;
+    poll(NULL, 0, 10);
   }
   return dir;
 }
@@ -8271,7 +7927,7 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
  * picked for one may be taken on the other: then it picks another one. */
 static int srv_listen_localhost(struct nbdserve *s, uint64_t port) {
   int err = 0;
-  for (int i = 0; i < SRV_PORT_TRIES; i++) {
+  for (int i = 0; i < 16; i++) {
     uint64_t picked = port;
     err = srv_listen_ip(s, "127.0.0.1", &picked);
     if (err) return err;
@@ -8380,65 +8036,44 @@ void nbdserve_wake(struct nbdserve *s) {
 
 /* ---- Statistics ---------------------------------------------------------- */
 
-/* Adds what was counted for one client.  The caller holds s->lock. */
-static void srv_add_stats(struct nbdserve_stats *to, const struct conn *c) {
-  to->requests += c->stats.requests;
-  to->errors += c->stats.errors;
-  to->bytes_read += c->stats.bytes_read;
-  to->bytes_written += c->stats.bytes_written;
-}
-
-/* See nbdserve.h.  Each client counts for itself; here the counters are added,
- * to those of the clients that have left. */
+/* See nbdserve.h. */
 void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
   os_lock(&s->lock);
   *out = s->totals;
   out->clients_now = s->nconns;
-  for (struct conn *c = s->conns; c; c = c->next) {
-    os_lock(&c->queue_lock);
-    srv_add_stats(out, c);
-    os_unlock(&c->queue_lock);
-  }
   os_unlock(&s->lock);
 }
 
 /* ---- A client's life ----------------------------------------------------- */
 
-/* Sets up how a connection waits and is stopped: the table at the head of
- * [6]. */
-static void srv_setup_io(struct conn *c, int in, int out) {
-  uint32_t stall_ms = c->s->config.stall_ms;
-  union srv_address a = {.sa = {.sa_family = AF_UNSPEC}}; /* a pipe's */
-  socklen_t len = sizeof a;
-  getpeername(out, &a.sa, &len);
-  c->is_tcp = a.sa.sa_family == AF_INET || a.sa.sa_family == AF_INET6;
-  c->io.in = in;
-  c->io.out = out;
-  c->io.stop = &c->s->stop;
-  c->io.stall_ms = stall_ms;
-  /* Without threads it is nbdserve_run that serves: nobody would shut down. */
-  c->io.polls_payloads = c->fd < 0 || NBDSERVE_NO_THREADS;
-  c->io.polls_requests = c->io.polls_payloads || c->is_tcp;
-  if (c->fd >= 0) os_set_receive_timeout(in, stall_ms);
-  os_setup_client(out);
-  if (c->is_tcp) os_setup_tcp(out);
-}
-
 /* Makes a client and registers it (S1).  fd: a socket that is closed in the
  * end, or -1.  NULL: no memory; all descriptors stay the caller's. */
 static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
                                    int fd) {
+  union srv_address a = {.sa = {.sa_family = AF_UNSPEC}}; /* a pipe's */
+  socklen_t len = sizeof a;
   struct conn *c = NBDSERVE_MALLOC(sizeof *c);
   if (!c) return NULL;
   memset(c, 0, offsetof(struct conn, rbuf)); /* the rest stays untouched */
   c->s = s;
   c->fd = fd;
   c->queue_end = &c->queue;
-  if (os_monitors_init(&c->queue_lock, &c->send_lock)) {
-    NBDSERVE_FREE(c);
-    return NULL;
-  }
-  srv_setup_io(c, in, out);
+  os_monitor_init(&c->queue_lock);
+  os_monitor_init(&c->send_lock);
+  getpeername(out, &a.sa, &len);
+  c->is_tcp = a.sa.sa_family == AF_INET || a.sa.sa_family == AF_INET6;
+  strcpy(c->peer, "this machine");
+  srv_format_address(&a, c->peer, sizeof c->peer);
+  c->io.in = in;
+  c->io.out = out;
+  c->io.stop = &s->stop;
+  c->io.stall_ms = s->config.stall_ms;
+  /* See the table at the head of [6].  Without threads it is nbdserve_run that
+   * serves: nobody would shut down. */
+  c->io.polls = fd < 0 || c->is_tcp || NBDSERVE_NO_THREADS;
+  assert(c->io.stall_ms > 0 && !c->export);
+  os_setup_client(out);
+  if (c->is_tcp) os_setup_tcp(out);
   os_lock(&s->lock);
   c->id = (int)++s->totals.clients;
   c->next = s->conns;
@@ -8453,7 +8088,6 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
 static void srv_free_client(struct conn *c) {
   struct nbdserve *s = c->s;
   assert(!c->nworkers && !c->nhanded_over);
-  NBDSERVE_FREE(c->piece_buf);
   os_lock(&s->lock);
   struct conn **p = &s->conns;
   assert(s->nconns > 0);
@@ -8462,7 +8096,6 @@ static void srv_free_client(struct conn *c) {
   *p = c->next;
   s->nconns--;
   if (!s->nconns) s->idle_since = os_now_ms();
-  srv_add_stats(&s->totals, c);
   /* Locked, so that srv_finish does not shut down another file of that
    * number. */
   if (c->fd >= 0) close(c->fd);
@@ -8486,28 +8119,20 @@ static int srv_last_flush(struct ex *ex) {
   return err;
 }
 
-/* Must a connection linger?  end: how it ends, CONN_LEFT or -errno.  Only a TCP
- * socket of ours, and only if it is our side that ends it while the client may
- * be sending: one that leaves in order sends nothing more, and one that is too
- * slow, or does not even come to transmission, gets no more of our time. */
-static int srv_must_linger(const struct conn *c, int end) {
-  return c->is_tcp && c->fd >= 0 && c->export && !c->send_err && end < 0 &&
-         end != -ETIMEDOUT;
-}
-
 /* Serves a client to its end and frees it.  name: as in nbdserve_serve.
  * Returns 0 or -errno. */
 static int srv_serve_client(struct conn *c, const char *name) {
-  char peer[64] = "this machine";
-  union srv_address a;
-  socklen_t len = sizeof a;
-  if (c->is_tcp && getpeername(c->io.out, &a.sa, &len) == 0)
-    srv_format_address(&a, peer, sizeof peer);
-  conn_log(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, peer);
-  int err = name ? hs_enter_name(c, name) : hs_run(c);
+  conn_log(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, c->peer);
+  int err = name ? hs_enter(c, name) : hs_run(c);
   if (!err) err = tx_run(c);
   assert(!c->nworkers && (err == CONN_LEFT || err < 0));
-  if (srv_must_linger(c, err)) io_linger(&c->io);
+  /* Of a TCP socket of ours the last replies must arrive, if it is our side
+   * that ends it while the client may be sending.  One that leaves in order
+   * sends nothing more; one that is too slow, or does not even come to
+   * transmission, gets no more of our time. */
+  if (c->is_tcp && c->fd >= 0 && c->export && !c->send_err && err < 0 &&
+      err != -ETIMEDOUT)
+    io_linger(&c->io);
   if (err == CONN_LEFT) err = c->send_err; /* or it was cut off: not reading */
   if (c->export && c->export->from_callback) srv_last_flush(c->export);
   if (c->export) ex_release(c->export);
@@ -8570,37 +8195,19 @@ static int srv_finish(struct nbdserve *s) {
 
 /* ---- Accepting ----------------------------------------------------------- */
 
-/* What nbdserve_run does in one round. */
-struct srv_plan {
-  int room;      /* clients that may be accepted */
-  int listen;    /* look whether somebody waits */
-  int may_exit;  /* if nobody does, nothing is left to do */
-  int64_t until; /* in os_now_ms: wait no longer than that */
-};
-
-/* Decides how long to wait, and for what. */
-static struct srv_plan srv_plan(struct nbdserve *s) {
+/* When nbdserve_run may end if nobody waits then, in os_now_ms.  *room: how
+ * many clients may be accepted. */
+static int64_t srv_exit_time(struct nbdserve *s, int64_t now, int *room) {
   const struct nbdserve_config *k = &s->config;
-  struct srv_plan plan = {.until = INT64_MAX};
-  int64_t now = os_now_ms();
+  int64_t end = INT64_MAX;
   os_lock(&s->lock);
   if (!s->idle_since) s->idle_since = now; /* nobody has come yet */
-  if (!s->nconns && k->idle_exit_ms)
-    plan.until = s->idle_since + k->idle_exit_ms;
+  if (!s->nconns && k->idle_exit_ms) end = s->idle_since + k->idle_exit_ms;
   if (!s->nconns && s->totals.clients > 0 && (k->flags & NBDSERVE_CONFIG_ONCE))
-    plan.until = now;
-  plan.room = (int)k->max_conn - (int)s->nconns;
+    end = now;
+  *room = (int)k->max_conn - (int)s->nconns;
   os_unlock(&s->lock);
-  plan.may_exit = plan.until <= now; /* after a last look */
-  if (s->accept_after > now) { /* no memory, no descriptors: a little later */
-    plan.room = 0;
-    if (s->accept_after < plan.until) plan.until = s->accept_after;
-    return plan;
-  }
-  /* When all slots are taken nobody is accepted, but that somebody waits is
-   * worth a message now and then. */
-  plan.listen = plan.room > 0 || now >= s->tell_full_after;
-  return plan;
+  return end;
 }
 
 /* Accepts a client and starts its thread.  Returns 1, 0 if nobody was there
@@ -8623,53 +8230,23 @@ static int srv_accept(struct nbdserve *s, int listener) {
   return err;
 }
 
-/* Pauses accepting, and says so, unless a pause ended a moment ago. */
-static void srv_pause_accepting(struct nbdserve *s, int err) {
+/* Says that somebody waits who cannot be served, if that was not said lately.
+ * err: why accepting failed, or 0 when all slots are taken. */
+static void srv_tell_waiting(struct nbdserve *s, int err) {
   int64_t now = os_now_ms();
-  if (now - s->accept_after > SRV_PAUSE_MS)
+  if (now < s->tell_after) return;
+  s->tell_after = now + 60000;
+  if (err)
     u_log(&s->config, NBDSERVE_LOG_WARNING, "cannot accept clients now: %s",
           u_errno_text(err));
-  s->accept_after = now + SRV_PAUSE_MS;
+  else
+    u_log(&s->config, NBDSERVE_LOG_WARNING,
+          "%" PRIu32 " clients are served, which is the limit; "
+          "the next one has to wait",
+          s->config.max_conn);
 }
 
-/* Says that somebody waits who cannot be served, if that was not said
- * lately. */
-static void srv_tell_full(struct nbdserve *s) {
-  int64_t now = os_now_ms();
-  if (now < s->tell_full_after) return;
-  s->tell_full_after = now + SRV_TELL_FULL_MS;
-  u_log(&s->config, NBDSERVE_LOG_WARNING,
-        "%" PRIu32 " clients are served, which is the limit; "
-        "the next one has to wait",
-        s->config.max_conn);
-}
-
-/* Accepts from each listener that poll() found ready, beginning behind the one
- * that the last client came from, so that all get their share of the slots.
- * Returns whether somebody was there. */
-static int srv_accept_ready(struct nbdserve *s, const struct pollfd *p,
-                            int room) {
-  int found = 0;
-  int first = s->first_listener;
-  for (int i = 0; i < s->nlisteners; i++) {
-    int which = (int)((unsigned)(first + i) % (unsigned)s->nlisteners);
-    if (!p[which].revents) continue;
-    found = 1;
-    if (room <= 0) {
-      srv_tell_full(s);
-      break;
-    }
-    int r = srv_accept(s, s->listeners[which].fd);
-    if (r < 0) srv_pause_accepting(s, r);
-    if (r > 0) {
-      room--;
-      s->first_listener = which + 1;
-    }
-  }
-  return found;
-}
-
-/* See nbdserve.h.  Rounds of: plan, wait, look at each pipe, accept. */
+/* See nbdserve.h.  Rounds of: wait, look at each pipe, accept. */
 int nbdserve_run(struct nbdserve *s) {
   struct pollfd p[SRV_OWN_FDS + SRV_LISTENERS + 1] = {
       {.fd = s->stop.pipe[0], .events = POLLIN},
@@ -8677,21 +8254,38 @@ int nbdserve_run(struct nbdserve *s) {
       {.fd = s->noticed[0], .events = POLLIN}};
   struct pollfd *l = p + SRV_OWN_FDS; /* the listeners */
   for (;;) {
-    struct srv_plan plan = srv_plan(s);
+    int room;
+    int64_t now = os_now_ms();
+    int64_t until = srv_exit_time(s, now, &room);
+    /* When all slots are taken nobody is accepted, but that somebody waits is
+     * worth a message now and then. */
+    int listens = room > 0 || now >= s->tell_after;
     for (int i = 0; i < s->nlisteners; i++) {
-      l[i].fd = plan.listen ? s->listeners[i].fd : -1;
+      l[i].fd = listens ? s->listeners[i].fd : -1;
       l[i].events = POLLIN;
       l[i].revents = 0;
     }
     nfds_t n = (nfds_t)(SRV_OWN_FDS + s->nlisteners);
-    int r = poll(p, n, io_timeout(plan.until));
+    int r = poll(p, n, io_timeout(until));
     if (r < 0 && errno != EINTR) return -errno;
     if (r < 0) continue;
     if (p[0].revents) return srv_finish(s);
     if (p[1].revents && srv_take_poke(s->wake[0])) return -EINTR;
     if (p[2].revents) srv_take_poke(s->noticed[0]);
-    int found = srv_accept_ready(s, l, plan.room);
-    if (plan.may_exit && !found) return srv_finish(s);
+    /* Look first behind the listener that the last client came from, so that
+     * all get their share of the slots. */
+    int i = 0;
+    while (i < s->nlisteners && !l[(s->turn + i) % s->nlisteners].revents)
+      i++;
+    if (i == s->nlisteners && until <= now) return srv_finish(s);
+    if (i == s->nlisteners) continue;
+    int which = (s->turn + i) % s->nlisteners;
+    assert(which >= 0 && which < s->nlisteners);
+    r = room > 0 ? srv_accept(s, s->listeners[which].fd) : 0;
+    if (r > 0) s->turn = which + 1;
+    if (room <= 0 || r < 0) srv_tell_waiting(s, r);
+    if (r < 0)
+      poll(p, 1, SRV_PAUSE_MS); /* no memory, no descriptors: do not spin */
   }
 }
 

@@ -1506,7 +1506,7 @@ testFuaIsAFlushUnlessNative() { unit fua; }
 testMissingMembersAreEmulatedOrNotOffered() { unit missing; }
 testOperationsThatLieAreEIO() { unit lies; }
 testCallbacksThatLieAreToldAsErrors() { unit liestold; }
-testLocksThatCannotBeMadeAreErrors() { fault monitors "$DISK"; }
+testWithoutMemoryNothingIsHalfMade() { fault scarce "$DISK"; }
 testFailedFlushIsReportedAndCloseComesOnce() { unit flush; }
 testFlushCoversWhatWasWrittenWhileAnotherRan() { unit joined; }
 testExportsAreFoundOnDemand() { unit find; }
@@ -12542,53 +12542,6 @@ static int fi_setsockopt(int fd, int level, int name, const void *value,
   return setsockopt(fd, level, name, value, len);
 }
 
-/* Mutexes and conditions: the call number fi_monitor_bad to make one fails; how
- * many there are; those that are none must not be destroyed */
-static int fi_monitors, fi_monitor_calls, fi_monitor_bad;
-static const void *fi_monitor[1000];
-
-static int fi_make(const void *monitor) {
-  int i = 0, err = 0;
-  pthread_mutex_lock(&fi_lock);
-  if (++fi_monitor_calls == fi_monitor_bad) err = EAGAIN;
-  while (!err && fi_monitor[i])
-    CHECK(++i < COUNT(fi_monitor));
-  if (!err) fi_monitor[i] = monitor;
-  if (!err) fi_monitors++;
-  pthread_mutex_unlock(&fi_lock);
-  return err;
-}
-
-static void fi_unmake(const void *monitor) {
-  int i = 0;
-  pthread_mutex_lock(&fi_lock);
-  while (fi_monitor[i] != monitor)
-    CHECK(++i < COUNT(fi_monitor));
-  fi_monitor[i] = NULL;
-  fi_monitors--;
-  pthread_mutex_unlock(&fi_lock);
-}
-
-static int fi_mutex_init(pthread_mutex_t *m, const pthread_mutexattr_t *a) {
-  int err = fi_make(m);
-  return err ? err : pthread_mutex_init(m, a);
-}
-
-static int fi_mutex_destroy(pthread_mutex_t *m) {
-  fi_unmake(m);
-  return pthread_mutex_destroy(m);
-}
-
-static int fi_cond_init(pthread_cond_t *c, const pthread_condattr_t *a) {
-  int err = fi_make(c);
-  return err ? err : pthread_cond_init(c, a);
-}
-
-static int fi_cond_destroy(pthread_cond_t *c) {
-  fi_unmake(c);
-  return pthread_cond_destroy(c);
-}
-
 static long fi_blocks; /* that the library has allocated */
 
 static void fi_count(long more) {
@@ -12656,10 +12609,6 @@ static int fi_mkstemp(char *name) {
 #define listen fi_listen
 #define bind fi_bind
 #define setsockopt fi_setsockopt
-#define pthread_mutex_init fi_mutex_init
-#define pthread_mutex_destroy fi_mutex_destroy
-#define pthread_cond_init fi_cond_init
-#define pthread_cond_destroy fi_cond_destroy
 #undef open
 #undef fstat
 #undef mkstemp
@@ -13336,9 +13285,9 @@ static void i_never_closed(void *ctx) {
   CHECK(!"close is called");
 }
 
-/* Locks that cannot be made: what needs them fails, unmakes what was made and
- * nothing else, and the host keeps what is the host's */
-static void i_monitors(void) {
+/* Memory that lacks: what needs it fails, gives back what it got and nothing
+ * else, and the host keeps what is the host's */
+static void i_scarce(void) {
   static struct nbdserve_ops ops;
   struct nbdserve_export flat = {0}, e = {0};
   struct nbdserve *s;
@@ -13352,11 +13301,10 @@ static void i_monitors(void) {
   e.size = 65536;
   e.ctx = flat.ctx;
   for (n = 1; !done; n++) {
-    int live = fi_monitors;
     long blocks = fi_blocks;
     CHECK(n < 100);
-    fi_monitor_calls = 0;
-    fi_monitor_bad = n;
+    fi[MALLOC].calls = 0;
+    fi[MALLOC].bad = n;
     s = (struct nbdserve *)(void *)&flat;
     err = nbdserve_new(&s, NULL);
     CHECK(err == 0 || (err < 0 && s == NULL));
@@ -13364,7 +13312,7 @@ static void i_monitors(void) {
       err = nbdserve_add(s, &e);
       CHECK(err <= 0);
       if (err) { /* it may be added later; nobody has closed it */
-        fi_monitor_bad = 0;
+        fi[MALLOC].bad = 0;
         CHECK(nbdserve_add(s, &e) == 0);
       } else {
         s_start(&v, s, &c);
@@ -13377,25 +13325,24 @@ static void i_monitors(void) {
       nbdserve_free(s);
       ops.close = i_never_closed;
     }
-    done = fi_monitor_calls < n;
-    fi_monitor_bad = 0;
-    CHECK(fi_monitors == live && fi_blocks == blocks);
+    done = fi[MALLOC].calls < n;
+    fi[MALLOC].bad = 0;
+    CHECK(fi_blocks == blocks);
     CHECK(done ? err == 0 : err < 0);
   }
-  CHECK(n > 4);
+  CHECK(n > 3);
   flat.ops->close(flat.ctx);
   for (n = 1, done = 0; !done; n++) { /* the backends' own */
-    int live = fi_monitors;
     long blocks = fi_blocks;
     struct nbdserve_export mine = {0};
-    fi_monitor_calls = 0;
-    fi_monitor_bad = n;
+    fi[MALLOC].calls = 0;
+    fi[MALLOC].bad = n;
     err = nbdserve_flat_open("mem:64K", NULL, &mine);
     CHECK(err <= 0);
     if (!err) mine.ops->close(mine.ctx);
-    done = fi_monitor_calls < n;
-    fi_monitor_bad = 0;
-    CHECK(fi_monitors == live && fi_blocks == blocks);
+    done = fi[MALLOC].calls < n;
+    fi[MALLOC].bad = 0;
+    CHECK(fi_blocks == blocks);
     CHECK(done ? err == 0 : err < 0);
   }
 }
@@ -13415,7 +13362,7 @@ int main(int argc, char **argv) {
       {"create", i_create},       {"syncrun", i_syncrun},
       {"nameless", i_nameless},   {"fua", i_fua},
       {"export", i_export},       {"loopbacks", i_loopbacks},
-      {"keepalive", i_keepalive}, {"monitors", i_monitors},
+      {"keepalive", i_keepalive}, {"scarce", i_scarce},
   };
   int i;
   CHECK(argc > 2);

@@ -233,12 +233,11 @@ struct os_monitor {
   pthread_cond_t cond;
 };
 
-/* Makes a monitor, as POSIX allows it.  That cannot fail, so it returns 0. */
-static int os_monitor_init(struct os_monitor *m) {
+/* Makes a monitor, as POSIX allows it. */
+static void os_monitor_init(struct os_monitor *m) {
   static const struct os_monitor fresh = {.mutex = PTHREAD_MUTEX_INITIALIZER,
                                           .cond = PTHREAD_COND_INITIALIZER};
   *m = fresh;
-  return 0;
 }
 
 /* Calls on a monitor that was made fail only if the caller is wrong. */
@@ -285,9 +284,6 @@ static int os_thread(void *(*fn)(void *), void *arg) {
   return -err;
 }
 #endif
-
-/* Makes two monitors. */
-#define os_monitors_init(a, b) (os_monitor_init(a) + os_monitor_init(b))
 
 /* Frees what a monitor may hold. */
 static void os_monitor_free(struct os_monitor *m) {
@@ -4104,6 +4100,7 @@ enum {
 enum {
   TAG_NONE = 0,            /* nothing, or data that is not in the index */
   TAG_PAGE = 1,            /* a page: never in the index (C11) */
+  TAG_RETIRED = 2,         /* what was a page, until the slot is free */
   TAG_INDEXED = 0x40000000 /* data; the other bits are of its digest */
 };
 #define CAS_TAG(digest) (u_get32(digest) >> 2 | (uint32_t)TAG_INDEXED)
@@ -4219,6 +4216,7 @@ struct nbdserve_cas {
   int failed;       /* -errno: nothing is written any more (C14) */
   int is_outdated;  /* the log follows a superblock that is gone */
   int log_damaged;  /* a durable page of the log is not there (C9) */
+  int catalog_lost; /* a part of the catalog or of a map is not there (C21) */
   int log_unread;   /* a page of the log cannot be read: who knows what it is
                        when it can be */
   int is_replaying; /* what is in the log need not be logged */
@@ -4681,13 +4679,22 @@ static void cas_drop(struct nbdserve_cas *st, uint32_t slot, uint32_t *list) {
   int32_t *refs = &CAS_AT(st, slot, refs);
   assert(*refs > 0);
   if (--*refs > 0) return;
-  if (CAS_AT(st, slot, tag) == TAG_PAGE) cas_segment(st, slot)->npages--;
+  int is_page = CAS_AT(st, slot, tag) == TAG_PAGE;
+  if (is_page) cas_segment(st, slot)->npages--;
   cas_unindex(st, slot);
+  if (is_page) CAS_AT(st, slot, tag) = TAG_RETIRED;
   *refs = CAS_PENDING;
   if (st->is_replaying && list == &st->dropped) return;
   CAS_AT(st, slot, link) = *list;
   *list = slot;
   st->nwaiting++;
+}
+
+/* May a slot hold a block?  Pages are none, nor is what was one until it is
+ * free; and it has to be in use. */
+static int cas_may_be_block(struct nbdserve_cas *st, uint32_t slot) {
+  return slot < st->nslots && CAS_AT(st, slot, tag) != TAG_PAGE &&
+         CAS_AT(st, slot, tag) != TAG_RETIRED;
 }
 
 /* Drops both slots of a page. */
@@ -4704,6 +4711,7 @@ static void cas_free_list(struct nbdserve_cas *st, uint32_t slot) {
   for (; slot; slot = CAS_AT(st, slot, link)) {
     assert(CAS_AT(st, slot, refs) == CAS_PENDING);
     CAS_AT(st, slot, refs) = 0;
+    CAS_AT(st, slot, tag) = TAG_NONE;
     cas_set_free(st, slot, 1);
     st->nwaiting--;
   }
@@ -5074,15 +5082,17 @@ static void cas_forget_leaf(struct nbdserve_cas *st, struct cas_node *leaf) {
  * memory.  It can be read back: it is clean, and the superblock that names it is
  * durable. */
 static void cas_evict_leaf(struct nbdserve_cas *st) {
-  for (int i = 0; i < CAS_RUN && st->nleaves * (uint64_t)st->bs >= st->cache;
-       i++) {
+  uint32_t n = (uint32_t)u_min(CAS_RUN, st->nleaves); /* each is met once */
+  for (; n > 0 && st->nleaves * (uint64_t)st->bs >= st->cache; n--) {
     if (st->hand >= st->nleaves) st->hand = 0;
-    struct cas_node *leaf = st->leaves[st->hand++];
-    assert(leaf->slots && leaf->at == st->hand - 1);
-    if (!leaf->is_used && leaf->slot && !leaf->is_given)
-      cas_forget_leaf(st, leaf);
-    else
-      leaf->is_used = 0;
+    struct cas_node *leaf = st->leaves[st->hand];
+    assert(leaf->slots && leaf->at == st->hand);
+    if (!leaf->is_used && leaf->slot && !leaf->is_given) {
+      cas_forget_leaf(st, leaf); /* another one is in its place */
+      continue;
+    }
+    leaf->is_used = 0;
+    st->hand++;
   }
 }
 
@@ -5099,7 +5109,7 @@ static int cas_make_leaf(struct nbdserve_cas *st, struct cas_node *leaf,
   if (!leaf->slots) return -ENOMEM;
   for (uint32_t c = 0; c < st->fanout; c++) {
     uint32_t slot = page ? u_get32(page + CAS_HEAD + 4 * c) : fill;
-    int is_block = slot < st->nslots && CAS_AT(st, slot, tag) != TAG_PAGE;
+    int is_block = cas_may_be_block(st, slot);
     leaf->slots[c] = is_block ? slot : CAS_LOST;
   }
   leaf->at = st->nleaves;
@@ -5418,7 +5428,8 @@ static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
   vol->parent = parent;
   while (place < st->places && st->by_place[place])
     place++;
-  int is_full = place >= st->per_page * st->fanout * st->fanout;
+  int is_full = place / st->per_page >= st->fanout * st->fanout ||
+                st->next_id == UINT32_MAX;
   int err = is_full ? -ENOSPC : 0;
   if (!err && name) err = cas_give_name(st, vol, name);
   if (!err) err = cas_own_record(st, place, &vol->page);
@@ -6251,9 +6262,12 @@ static int cas_make_holes(struct cas_volume *vol, uint64_t block, uint64_t to) {
     int err = cas_prepare(vol, block, &spot);
     if (err) return err;
     end = u_min(block + st->fanout - block % st->fanout, to);
-    if (!spot.slot && !spot.leaf) end = u_min(block + spot.span, to);
+    /* What is lost behind the end of the volume is left alone, like holes. */
+    int is_behind = block >= cas_blocks(st, vol->now.size);
+    int skips = !spot.leaf && (!spot.slot || is_behind);
+    if (skips) end = u_min(block + spot.span, to);
     uint64_t n = end - block;
-    if (spot.slot || cas_run_of(st, &spot, block, n) < n) {
+    if (!skips && (spot.slot || cas_run_of(st, &spot, block, n) < n)) {
       err = cas_own_leaf(vol, block, &leaf);
       if (err) return err;
       assert(leaf->refs == 1 && !leaf->slot && leaf->slots);
@@ -6414,7 +6428,7 @@ static int cas_open_super(struct nbdserve_cas *st) {
     return bad[0] == -EUCLEAN || bad[1] == -EUCLEAN ? -EUCLEAN : -EINVAL;
   st->super = super[newer];
   if (cas_lay_out(st) || st->super.nslots < CAS_SEGMENT ||
-      st->super.nslots % CAS_SEGMENT ||
+      st->super.nslots % CAS_SEGMENT || st->super.replay > INT64_MAX ||
       !cas_is_in_file(st, st->super.nslots - CAS_SEGMENT))
     return -EUCLEAN;
   st->seq = st->durable = st->marked = st->super.replay;
@@ -6518,9 +6532,17 @@ static int cas_load_below(struct nbdserve_cas *st, struct cas_node *node,
   int err = 0;
   assert(st->loader && node->refs > 0 && !node->nkids);
   if (!node->level) {
+    int is_changed = 0;
     err = cas_make_leaf(st, node, p, 0);
-    for (uint32_t c = 0; c < st->fanout && !err; c++)
+    for (uint32_t c = 0; c < st->fanout && !err; c++) {
       cas_hold(st, node->slots[c]);
+      is_changed |= node->slots[c] != u_get32(at + 4 * c);
+    }
+    if (!is_changed) return err;
+    st->loader->nlost++; /* a block is, and the page has to say so */
+    cas_drop_pair(st, node->slot, &st->retired);
+    node->slot = 0;
+    st->ndirty++;
     return err;
   }
   while (!has_records && n > 0 && !u_get32(at + 4 * (n - 1)))
@@ -6542,7 +6564,7 @@ static int cas_load_page(struct nbdserve_cas *st, struct cas_node *node) {
   int is_map = node->level < CAS_LEVELS;
   int err = -EUCLEAN;
   if (node->slot == CAS_LOST && is_map) return 0;
-  if (node->slot != CAS_LOST)
+  if (node->slot != CAS_LOST && (is_map || node->index < st->nslots))
     err = cas_read_page(st, node->slot, cas_head_of(st, node), loader->data);
   if (!err) return cas_load_below(st, node, loader->data);
   if (err == -EUCLEAN && is_map)
@@ -6607,7 +6629,11 @@ static int cas_order_volumes(struct nbdserve_cas *st) {
     if (vol->next && vol->next->id == vol->id) return -EUCLEAN;
     if (!vol->parent) continue;
     vol->parent = cas_by_id(loader, vol->made_from);
-    if (!vol->parent || vol->parent->parent) return -EUCLEAN;
+    if (vol->parent && !vol->parent->parent) continue;
+    loader->nunreadable++; /* its record is lost: it is a volume from now on */
+    vol->parent = NULL;
+    int err = cas_own_record(st, vol->place, &vol->page);
+    if (err) return err;
   }
   return 0;
 }
@@ -6623,6 +6649,7 @@ static int cas_load(struct nbdserve_cas *st) {
   if (err) return err;
   int is_bad = loader->nunreadable || loader->nlost > CAS_MAX_LOST;
   if (is_bad && !st->readonly && !st->accept_loss) return -EUCLEAN;
+  st->catalog_lost = loader->nunreadable > 0;
   if (loader->nlost || loader->nunreadable) cas_dirty_above_lost(st);
   return 0;
 }
@@ -6726,7 +6753,7 @@ static int cas_redo(struct cas_volume *vol, const struct cas_entry *entry,
     return cas_make_holes(vol, block,
                           block + u_min(u_get64(entry->digest), left));
   int is_slot = cas_is_in_file(st, slot) && !cas_extend(st, slot) &&
-                CAS_AT(st, slot, tag) != TAG_PAGE;
+                cas_may_be_block(st, slot);
   if (!is_known && (!is_slot || !cas_confirm(st, entry))) return 0;
   struct cas_block blk = {.number = block,
                           .slot = is_slot ? slot : CAS_LOST,
@@ -6872,9 +6899,9 @@ static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
   st->cache = (uint64_t)(o && o->cache_mib ? o->cache_mib : CAS_CACHE_MIB)
               << 20;
   sha_begin(st->mixed);
-  if (os_monitors_init(&st->ckpt, &st->lock) == 0) return st;
-  NBDSERVE_FREE(st);
-  return NULL;
+  os_monitor_init(&st->ckpt);
+  os_monitor_init(&st->lock);
+  return st;
 }
 
 /* Opens and locks the store's file. */
@@ -7596,6 +7623,8 @@ static int cas_verify(struct cas_verifier *v) {
   v->data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
   if (!v->data) return -ENOMEM;
   if (st->log_damaged) cas_tell(v, "", 0, 0, "the log is damaged");
+  if (st->catalog_lost)
+    cas_tell(v, "", 0, 0, "a page of a map or the catalog is damaged");
   os_lock(&st->lock);
   uint32_t nslots = st->nslots;
   for (uint32_t slot = 0; slot < nslots && !st->readonly; slot++)

@@ -16512,7 +16512,7 @@ static void m_close(struct nbdserve_cas *cas) {
 /* Uses a store that was opened for writing.  seen: what was read before. */
 static void m_go_on(struct nbdserve_cas *cas, struct view *seen) {
   int err;
-  if (rnd(4) == 0) cas->max_leaves = 3; /* so they are read back */
+  if (rnd(4) == 0) cas->cache = 3 * cas->bs; /* so they are read back */
   m_look(cas, &views[1]);
   if (seen) v_compare(seen, &views[1], "for writing");
   m_use(cas, &views[1]);

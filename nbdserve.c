@@ -7245,10 +7245,12 @@ static int cas_use(struct nbdserve_cas *st, const char *name, size_t n,
     cas_wait(st);
   int err = st->failed;
   if (!err && !*vol) err = -ENOENT;
-  if (err)
+  if (err) {
     *vol = NULL;
-  else
+  } else {
     (*vol)->clients++;
+    if (!(*vol)->own.run_batch) (*vol)->own.run_batch = cas_batch;
+  }
   cas_unlock(st);
   return err;
 }
@@ -7256,7 +7258,7 @@ static int cas_use(struct nbdserve_cas *st, const char *name, size_t n,
 /* Fills *out with a volume, of which the caller is a client. */
 static void cas_fill_export(struct cas_volume *vol,
                             struct nbdserve_export *out) {
-  vol->own.run_batch = cas_batch;
+  assert(vol->clients > 0 && vol->own.run_batch == cas_batch);
   out->size = vol->now.size;
   out->preferred_block = vol->st->bs;
   out->flags |= NBDSERVE_EXPORT_MULTI_CONN;

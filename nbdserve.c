@@ -3892,15 +3892,15 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
  *   3 to 1  MAP1   pages of a map
  *   0       MAP1   slots of blocks: a leaf
  *
- * A node is `dirty` when it differs from what is stored: its slot is 0 then, and
- * all nodes above it are dirty.  Maps are shared by snapshots and clones; a node
- * that is shared is copied before it changes.  All nodes are in memory, but the
- * slots of leaves that were not used lately are not.
+ * A node is `dirty` when it differs from what is stored: its slot is 0 then,
+ * and all nodes above it are dirty.  Maps are shared by snapshots and clones; a
+ * node that is shared is copied before it changes.  All nodes are in memory,
+ * but the slots of leaves that were not used lately are not.
  *
  * Locks: ckpt, then lock.  Under `lock` the file is touched only to write the
- * open log page, to give space to a segment and to punch holes.  The lock is let
- * go by cas_unlock and cas_wait only, which write that page.  A function that
- * lets it go meanwhile has "(unlocks)" in its comment. */
+ * open log page, to give space to a segment and to punch holes.  The lock is
+ * let go by cas_unlock and cas_wait only, which write that page.  A function
+ * that lets it go meanwhile has "(unlocks)" in its comment. */
 #if !NBDSERVE_NO_CAS
 
 #ifndef CAS_UNIT          /* the tests make stores with everything in small */
@@ -4005,8 +4005,8 @@ struct cas_record {
 };
 
 /* How many bytes the members of these have in the file, where they lie one
- * behind the other; to 0.  Of 4 or 8 bytes: a number, which is a uint64_t in the
- * structure; of others: bytes. */
+ * behind the other; to 0.  Of 4 or 8 bytes: a number, which is a uint64_t in
+ * the structure; of others: bytes. */
 static const unsigned char cas_super_sizes[] = {7, 1, 4, 4, 16, 8, 8,
                                                 4, 4, 4, 4, 4,  4, 0};
 static const unsigned char cas_log_sizes[] = {4, 4, 8, 8, 8, 0};
@@ -4073,7 +4073,7 @@ static int cas_sum_page(int hw, unsigned char *p, size_t len,
   return memcmp(was, sum, sizeof was) == 0;
 }
 
-/* ---- What is in memory ---------------------------------------------------- */
+/* ---- What is in memory --------------------------------------------------- */
 
 /* How much is done at a time, and what is kept free */
 enum {
@@ -4333,7 +4333,7 @@ static int cas_enlarge(void *array, uint32_t *room, uint32_t at, size_t size) {
   return 0;
 }
 
-/* ---- The log -------------------------------------------------------------- */
+/* ---- The log ------------------------------------------------------------- */
 
 /* Nothing is written any more (C14). */
 static void cas_fail(struct nbdserve_cas *st, int err) {
@@ -4344,9 +4344,9 @@ static void cas_fail(struct nbdserve_cas *st, int err) {
 
 /* Computes the sum of a log page with so many entries: the SHA-256 of these,
  * with zeroes up to a multiple of 64 bytes, of its head, and of the store's id.
- * mixed: the state after the first *nmixed blocks of 64 bytes; it goes on to the
- * last block that later entries do not change, so an entry costs two blocks of
- * SHA-256 and not all of its page. */
+ * mixed: the state after the first *nmixed blocks of 64 bytes; it goes on to
+ * the last block that later entries do not change, so an entry costs two blocks
+ * of SHA-256 and not all of its page. */
 static void cas_log_sum(const struct nbdserve_cas *st, const unsigned char *p,
                         uint32_t count, uint32_t mixed[2][SHA_STATE_WORDS],
                         uint32_t *nmixed, unsigned char sum[CAS_DIGEST_LEN]) {
@@ -4369,8 +4369,8 @@ static void cas_log_sum(const struct nbdserve_cas *st, const unsigned char *p,
 }
 
 /* Writes the log page that is being filled, at its place.  A torn write loses
- * nothing that was there before, because the entries come first and the sum last
- * (C12).  st->failed tells whether it failed. */
+ * nothing that was there before, because the entries come first and the sum
+ * last (C12).  st->failed tells whether it failed. */
 static void cas_log_write(struct nbdserve_cas *st) {
   struct cas_log_head head = {.magic = CAS_LOG,
                               .count = st->nlog,
@@ -4432,7 +4432,7 @@ static void cas_log(const struct cas_volume *vol, uint64_t block,
   if (++st->nlog == CAS_ENTRIES) cas_log_close(st);
 }
 
-/* ---- Slots ---------------------------------------------------------------- */
+/* ---- Slots --------------------------------------------------------------- */
 
 /* The bucket of a tag.  There are as many as slots in all groups: their number
  * is above mask and at most twice that, so a new group splits just some (linear
@@ -4615,10 +4615,11 @@ static void cas_clear_given(struct nbdserve_cas *st) {
   }
 }
 
-/* Gives a segment its space in the file (C18), maybe behind the file's end.  The
- * first segment of a group brings the digests of the group along, the very first
- * one all that stands before it.  The space counts from the next sync on, but at
- * once while the store is opened: what recovery needs was durable before. */
+/* Gives a segment its space in the file (C18), maybe behind the file's end.
+ * The first segment of a group brings the digests of the group along, the very
+ * first one all that stands before it.  The space counts from the next sync on,
+ * but at once while the store is opened: what recovery needs was durable
+ * before. */
 static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
   uint64_t off = cas_data_off(st, first);
   uint64_t end = off + (uint64_t)CAS_SEGMENT * st->bs;
@@ -4725,9 +4726,9 @@ enum cas_need {
 };
 
 /* How good it is to take slots from a segment: up to CAS_SEGMENT; 0: it has
- * none.  Slots in a row are written in a row, so for data much room is good, and
- * what has pages comes last.  Pages lie together, so that opening reads long
- * runs. */
+ * none.  Slots in a row are written in a row, so for data much room is good,
+ * and what has pages comes last.  Pages lie together, so that opening reads
+ * long runs. */
 static uint32_t cas_rate(const struct cas_segment *seg, enum cas_need need) {
   if (seg->space > SPACE_DURABLE) return 0;
   if (need == NEED_LOOSE) return cas_loose(seg);
@@ -4848,7 +4849,7 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
   return st->failed;
 }
 
-/* ---- Blocks and pages ----------------------------------------------------- */
+/* ---- Blocks and pages ---------------------------------------------------- */
 
 /* cas_block.todo: what is to be moved or was moved, bits */
 enum {
@@ -4956,10 +4957,10 @@ static void cas_hash(struct nbdserve_cas *st, struct cas_block *blk, size_t n) {
   if (first) sha_256(st->hw, first->data, NULL, st->bs, first->sum, NULL);
 }
 
-/* How good is copy i of a page, and what is its *number?  0: it is not whole, or
- * not of a page with that head (of magic 0: any page), or of a checkpoint that
- * never became durable.  1: it is, by itself.  2 or 3: one digest or both vouch
- * for it, too; or there is no digest that can be read. */
+/* How good is copy i of a page, and what is its *number?  0: it is not whole,
+ * or not of a page with that head (of magic 0: any page), or of a checkpoint
+ * that never became durable.  1: it is, by itself.  2 or 3: one digest or both
+ * vouch for it, too; or there is no digest that can be read. */
 static int cas_rank_copy(struct nbdserve_cas *st, struct cas_block copy[2],
                          int i, const struct cas_head *head, uint64_t *number) {
   struct cas_head own;
@@ -4983,11 +4984,11 @@ static int cas_rank_copy(struct nbdserve_cas *st, struct cas_block copy[2],
 
 /* Reads the page in a slot to p, which has room for two, and its twin only if
  * the page does not fit both digests, or any page will do: then both are
- * checked.  Of the copies (C17) it takes one that a digest vouches for; if there
- * are two, or two that are whole but both digests are wrong, the newer one.
- * Where one copy is damaged, both are written anew: if that fails, it is tried
- * again whenever the page is read.  head: see cas_rank_copy.  -EIO: no copy is
- * good, and one cannot be read; -EUCLEAN: both can.  (locks) */
+ * checked.  Of the copies (C17) it takes one that a digest vouches for; if
+ * there are two, or two that are whole but both digests are wrong, the newer
+ * one.  Where one copy is damaged, both are written anew: if that fails, it is
+ * tried again whenever the page is read.  head: see cas_rank_copy.  -EIO: no
+ * copy is good, and one cannot be read; -EUCLEAN: both can.  (locks) */
 static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
                          struct cas_head head, unsigned char *p) {
   struct cas_block copy[2] = {
@@ -5018,7 +5019,7 @@ static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
   return 0;
 }
 
-/* ---- The tree of nodes ---------------------------------------------------- */
+/* ---- The tree of nodes --------------------------------------------------- */
 
 /* A new node that nothing leads to but the caller; NULL without memory. */
 static struct cas_node *cas_new_node(int level, uint32_t index) {
@@ -5079,8 +5080,8 @@ static void cas_forget_leaf(struct nbdserve_cas *st, struct cas_node *leaf) {
 }
 
 /* Beyond the budget, a leaf that was not used since this came by last leaves
- * memory.  It can be read back: it is clean, and the superblock that names it is
- * durable. */
+ * memory.  It can be read back: it is clean, and the superblock that names it
+ * is durable. */
 static void cas_evict_leaf(struct nbdserve_cas *st) {
   uint32_t n = (uint32_t)u_min(CAS_RUN, st->nleaves); /* each is met once */
   for (; n > 0 && st->nleaves * (uint64_t)st->bs >= st->cache; n--) {
@@ -5174,8 +5175,8 @@ static unsigned char *cas_read_leaf(struct nbdserve_cas *st,
   return NULL;
 }
 
-/* Follows a map to a block, and reads the leaf if it is not in memory. (unlocks,
- * but not after the walk that succeeds) */
+/* Follows a map to a block, and reads the leaf if it is not in memory.
+ * (unlocks, but not after the walk that succeeds) */
 static int cas_find_spot(struct nbdserve_cas *st, struct cas_node **root,
                          uint64_t block, struct cas_spot *spot) {
   const struct cas_node *leaf;
@@ -5246,8 +5247,8 @@ static int cas_copy_below(struct nbdserve_cas *st, const struct cas_node *node,
   return err;
 }
 
-/* Makes the node at *p, which is to change, or to be there, its parent's own and
- * dirty.  A leaf that is shared has to be in memory. */
+/* Makes the node at *p, which is to change, or to be there, its parent's own
+ * and dirty.  A leaf that is shared has to be in memory. */
 static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
                    uint32_t index) {
   struct cas_node *node = *p;
@@ -5318,7 +5319,7 @@ static int cas_own_leaf(struct cas_volume *vol, uint64_t block,
   return err;
 }
 
-/* ---- Volumes and their names ---------------------------------------------- */
+/* ---- Volumes and their names --------------------------------------------- */
 
 /* Which volumes a name may be that of */
 enum cas_view {
@@ -5418,7 +5419,8 @@ static int cas_set_place(struct nbdserve_cas *st, struct cas_volume *vol,
 }
 
 /* Makes a volume of a name, if that is not NULL, or a snapshot of its parent;
- * finds a place for its record, and puts it into the list, behind all others. */
+ * finds a place for its record, and puts it into the list, behind all others.
+ * */
 static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
                      const char *name, struct cas_volume **out) {
   struct cas_volume **p = &st->volumes;
@@ -5447,13 +5449,14 @@ static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
   return 0;
 }
 
-/* ---- Changes of the catalog ----------------------------------------------- */
+/* ---- Changes of the catalog ---------------------------------------------- */
 
 /* What a checkpoint is to change */
 struct cas_change {
   const struct nbdserve_cas_op *ops; /* [nops]: all of them or none */
   size_t nops;
   size_t failed;            /* the one that is at fault */
+  uint32_t kept;            /* free pairs that it leaves alone */
   struct cas_volume *vol;   /* or, with nops 0: what appears, or is sealed: */
   struct cas_volume *tree;  /* with the digests that this has as its data, */
   const unsigned char *cid; /* and this as its content id */
@@ -5549,11 +5552,16 @@ static int cas_stage_op(struct nbdserve_cas *st,
 }
 
 /* Stages all of a change, in order: each is tested against what those before it
- * make of the catalog. (unlocks) */
+ * make of the catalog.  Adds up how many free pairs it leaves alone (C20): what
+ * is kept for changes that give back what they take. (unlocks) */
 static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   struct cas_volume *vol = change->vol;
   int err = 0;
+  change->kept = vol ? CAS_RESERVE_PAIRS : 0;
   for (size_t i = 0; i < change->nops && !err; i++) {
+    uint32_t kept = change->ops[i].verb != NBDSERVE_CAS_RM ? CAS_FOR_RM : 0;
+    if (change->ops[i].verb < NBDSERVE_CAS_RENAME) kept = CAS_RESERVE_PAIRS;
+    if (kept > change->kept) change->kept = kept;
     change->failed = i;
     err = cas_stage_op(st, change->ops + i);
   }
@@ -5565,18 +5573,6 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   memcpy(vol->then.cid, change->cid, CAS_DIGEST_LEN);
   cas_share(cas_digests(vol), *cas_root(change->tree));
   return 0;
-}
-
-/* How many free pairs a change leaves alone (C20): what is kept for changes
- * that give back what they take. */
-static uint32_t cas_kept_pairs(const struct cas_change *change) {
-  uint32_t kept = change && change->vol ? CAS_RESERVE_PAIRS : 0;
-  for (size_t i = 0; change && i < change->nops; i++) {
-    int verb = change->ops[i].verb;
-    if (verb < NBDSERVE_CAS_RENAME) return CAS_RESERVE_PAIRS;
-    if (verb != NBDSERVE_CAS_RM) kept = CAS_FOR_RM;
-  }
-  return kept;
 }
 
 /* Ends what is staged: it holds from now on (is_durable), or never was.  Nobody
@@ -5614,8 +5610,8 @@ static void cas_settle(struct nbdserve_cas *st, int is_durable) {
 /* ---- Checkpoints ----------------------------------------------------------
  * The cut, under the lock, gives every dirty node a pair of slots and writes
  * down all pages but the leaves.  From then on nothing is dirty.  Leaves are
- * copied later, in portions, as they are then: if one has changed, the log tells
- * it once more.  Nodes are freed only by who holds ckpt, so none of them
+ * copied later, in portions, as they are then: if one has changed, the log
+ * tells it once more.  Nodes are freed only by who holds ckpt, so none of them
  * vanishes meanwhile. */
 
 /* A page that a checkpoint writes */
@@ -5742,8 +5738,8 @@ static void cas_undo_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
 }
 
 /* The number of the next checkpoint: microseconds since 1970, or one more than
- * the last, whichever is higher.  So it is also higher than that of a checkpoint
- * which a power cut has ended, and of which pages may be left. */
+ * the last, whichever is higher.  So it is also higher than that of a
+ * checkpoint which a power cut has ended, and of which pages may be left. */
 static uint64_t cas_next_number(const struct nbdserve_cas *st) {
   struct timespec t;
   clock_gettime(CLOCK_REALTIME, &t);
@@ -5752,15 +5748,14 @@ static uint64_t cas_next_number(const struct nbdserve_cas *st) {
 }
 
 /* Makes a cut, with a change if there is one.  First, while syncs may let the
- * lock go, it sees to it that there are pairs for all that is dirty; nothing has
- * changed if that fails. (unlocks) */
+ * lock go, it sees to it that there are pairs for all that is dirty; nothing
+ * has changed if that fails. (unlocks) */
 static int cas_make_cut(struct nbdserve_cas *st, struct cas_change *change,
                         struct cas_cut *cut) {
-  uint32_t kept = cas_kept_pairs(change);
   int err = st->failed;
   if (!err && change) err = cas_stage(st, change);
   if (err) return err;
-  while ((err = cas_want_pairs(st, kept)) == -ENOSPC &&
+  while ((err = cas_want_pairs(st, change ? change->kept : 0)) == -ENOSPC &&
          (st->dropped || st->npending))
     cas_sync(st, 1);
   if (err) return err;
@@ -5966,7 +5961,7 @@ static void cas_kick(struct nbdserve_cas *st) {
   if (starts && os_thread(cas_work, st)) cas_work(st);
 }
 
-/* ---- Requests ------------------------------------------------------------- */
+/* ---- Requests ------------------------------------------------------------ */
 
 /* Gets free what only waits to be: by a sync or, if that frees nothing, a
  * checkpoint.  Returns whether there was anything. (unlocks) */
@@ -6017,6 +6012,15 @@ static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
   if (!slot) cas_index(st, blk->slot, tag);
   blk->is_trusted = (CAS_AT(st, blk->slot, tag) & CAS_GOOD) != 0;
   return 0;
+}
+
+/* Is the data in a slot what a digest says?  Then it is in data, too. */
+static int cas_has_data(struct nbdserve_cas *st, uint32_t slot,
+                        const unsigned char *digest, unsigned char *data) {
+  unsigned char sum[CAS_DIGEST_LEN];
+  if (cas_io(st, OS_READ, data, st->bs, cas_data_off(st, slot))) return 0;
+  sha_256(st->hw, data, NULL, st->bs, sum, NULL);
+  return memcmp(sum, digest, sizeof sum) == 0;
 }
 
 /* Has the slot of a block, which the index has found, the same data, and a
@@ -6368,12 +6372,12 @@ static void cas_close(void *ctx) {
   cas_unlock(vol->st);
 }
 
-/* ---- Opening -------------------------------------------------------------- */
+/* ---- Opening ------------------------------------------------------------- */
 
-/* Reads the superblock in a place.  One wrong letter at its beginning is damage,
- * more are somebody else's: -EINVAL.  Unknown bits, too, make it another version:
- * -EOPNOTSUPP.  -ENODATA: zeroes, or the file ends before it; -EUCLEAN: it cannot
- * be read, or its sum is wrong. */
+/* Reads the superblock in a place.  One wrong letter at its beginning is
+ * damage, more are somebody else's: -EINVAL.  Unknown bits, too, make it
+ * another version: -EOPNOTSUPP.  -ENODATA: zeroes, or the file ends before it;
+ * -EUCLEAN: it cannot be read, or its sum is wrong. */
 static int cas_read_super(struct nbdserve_cas *st, int place,
                           struct cas_super *super) {
   unsigned char p[CAS_PAGE] = {0};
@@ -6414,9 +6418,9 @@ static int cas_lay_out(struct nbdserve_cas *st) {
 }
 
 /* Takes what the newest superblock says, of which one is enough, and makes both
- * alike (C8).  What was read may be in memory only, so it is made durable before
- * it is relied on.  What somebody else has written in a place is not written
- * over. */
+ * alike (C8).  What was read may be in memory only, so it is made durable
+ * before it is relied on.  What somebody else has written in a place is not
+ * written over. */
 static int cas_open_super(struct nbdserve_cas *st) {
   struct cas_super super[2];
   int bad[2]; /* why: -errno */
@@ -6654,7 +6658,7 @@ static int cas_load(struct nbdserve_cas *st) {
   return 0;
 }
 
-/* ---- Recovery: what the log says ------------------------------------------ */
+/* ---- Recovery: what the log says ----------------------------------------- */
 
 /* Reads a log page.  Returns whether it is valid and has that number; one that
  * cannot be read is none (C9). */
@@ -6677,10 +6681,11 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq, unsigned char *p,
   return memcmp(sum, p + CAS_LOG_SUM, sizeof sum) == 0;
 }
 
-/* Finds the end of the log, and what of it is durable.  Pages that are not valid
- * are left out: one that was torn by a power cut, or never written, has nothing
- * that a flush has covered.  But if a later page says that it was durable, that
- * is damage, as is a page that follows a newer superblock than there is (C9). */
+/* Finds the end of the log, and what of it is durable.  Pages that are not
+ * valid are left out: one that was torn by a power cut, or never written, has
+ * nothing that a flush has covered.  But if a later page says that it was
+ * durable, that is damage, as is a page that follows a newer superblock than
+ * there is (C9). */
 static uint64_t cas_find_log_end(struct nbdserve_cas *st, unsigned char *p) {
   struct cas_log_head head;
   uint64_t end = st->super.replay;
@@ -6720,27 +6725,28 @@ static void cas_rewrite_digests(struct nbdserve_cas *st, uint32_t slot) {
  * written once more, as after a failed sync it may be in memory only; if that
  * fails there still is what was read.  Where the data cannot be read the digest
  * has to do, so that a client gets an error and not what was there before. */
-static int cas_confirm(struct nbdserve_cas *st, const struct cas_entry *entry) {
+static int cas_confirm(struct nbdserve_cas *st, struct cas_entry *entry) {
   unsigned char *data = st->loader->data;
+  unsigned char digest[CAS_DIGEST_LEN];
   uint32_t slot = (uint32_t)entry->slot;
-  uint64_t off = cas_data_off(st, slot);
-  unsigned char sum[CAS_DIGEST_LEN];
-  if (cas_io(st, OS_READ, data, st->bs, off))
-    return !cas_io(st, OS_READ, sum, sizeof sum, cas_digest_off(st, slot)) &&
-           memcmp(sum, entry->digest, sizeof sum) == 0;
-  sha_256(st->hw, data, NULL, st->bs, sum, NULL);
-  if (memcmp(sum, entry->digest, sizeof sum) != 0) return 0;
+  assert(!st->is_open && CAS_AT(st, slot, tag) != TAG_PAGE);
+  if (cas_io(st, OS_READ, data, st->bs, cas_data_off(st, slot)))
+    return !cas_io(st, OS_READ, digest, sizeof digest,
+                   cas_digest_off(st, slot)) &&
+           memcmp(digest, entry->digest, sizeof digest) == 0;
+  if (!cas_has_data(st, slot, entry->digest, data)) return 0;
   CAS_AT(st, slot, tag) |= CAS_GOOD;
   if (st->readonly) return 1;
-  (void)!cas_io(st, OS_WRITE, data, st->bs, off);
-  if (cas_io(st, OS_WRITE, sum, sizeof sum, cas_digest_off(st, slot)))
+  (void)!cas_io(st, OS_WRITE, data, st->bs, cas_data_off(st, slot));
+  if (cas_io(st, OS_WRITE, entry->digest, CAS_DIGEST_LEN,
+             cas_digest_off(st, slot)))
     cas_rewrite_digests(st, slot);
   return 1;
 }
 
-/* Applies an entry to the maps.  One that is not known to be durable counts only
- * if the slot has the data (C9). */
-static int cas_redo(struct cas_volume *vol, const struct cas_entry *entry,
+/* Applies an entry to the maps.  One that is not known to be durable counts
+ * only if the slot has the data (C9). */
+static int cas_redo(struct cas_volume *vol, struct cas_entry *entry,
                     int is_known) {
   struct nbdserve_cas *st = vol->st;
   uint64_t block = entry->block;
@@ -7010,7 +7016,7 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   return err;
 }
 
-/* ---- The public calls ----------------------------------------------------- */
+/* ---- The public calls ---------------------------------------------------- */
 
 static const struct nbdserve_ops cas_ops = {
     .read = ex_batched_read,
@@ -7032,10 +7038,12 @@ static int cas_use(struct nbdserve_cas *st, const char *name, size_t n,
     cas_wait(st);
   int err = st->failed;
   if (!err && !*vol) err = -ENOENT;
-  if (err)
+  if (err) {
     *vol = NULL;
-  else
+  } else {
     (*vol)->clients++;
+    if (!(*vol)->own.run_batch) (*vol)->own.run_batch = cas_batch;
+  }
   cas_unlock(st);
   return err;
 }
@@ -7043,7 +7051,7 @@ static int cas_use(struct nbdserve_cas *st, const char *name, size_t n,
 /* Fills *out with a volume, of which the caller is a client. */
 static void cas_fill_export(struct cas_volume *vol,
                             struct nbdserve_export *out) {
-  vol->own.run_batch = cas_batch;
+  assert(vol->clients > 0 && vol->own.run_batch == cas_batch);
   out->size = vol->now.size;
   out->preferred_block = vol->st->bs;
   out->flags |= NBDSERVE_EXPORT_MULTI_CONN;
@@ -7073,8 +7081,8 @@ static int cas_clear_tail(struct cas_volume *vol) {
 
 /* Makes ready for a change: a volume that is to grow, or of which there is to
  * be a snapshot, has zeroes behind its end.  A volume that comes into being
- * before in the same change has none.  *vol: what is to be resized, which is the
- * caller's to close. */
+ * before in the same change has none.  *vol: what is to be resized, which is
+ * the caller's to close. */
 static int cas_prepare_op(struct nbdserve_cas *st,
                           const struct nbdserve_cas_op *op,
                           struct cas_volume **vol) {
@@ -7385,7 +7393,7 @@ int nbdserve_cas_seal(struct nbdserve_cas *st, const char *name, char id[72],
   return err;
 }
 
-/* ---- Comparing, checking, mending ----------------------------------------- */
+/* ---- Comparing, checking, mending ---------------------------------------- */
 
 /* Do two maps share the node above a block?  *span: for how many blocks on. */
 static int cas_is_shared(struct nbdserve_cas *st, struct cas_node **root[2],
@@ -7487,8 +7495,8 @@ static void cas_tell(struct cas_verifier *v, const char *name, uint64_t off,
   if (!v->stop) v->stop = v->each(v->arg, name, off, len, why);
 }
 
-/* Takes note of what a volume is from off on, NULL: whole; tells a range when it
- * ends. */
+/* Takes note of what a volume is from off on, NULL: whole; tells a range when
+ * it ends. */
 static void cas_note(struct cas_verifier *v, const char *name, uint64_t off,
                      const char *why) {
   if (why == v->why) return;
@@ -7525,7 +7533,7 @@ static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
  * (C1): what durable state names gets what it should have been. */
 static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
   uint32_t tag = CAS_TAG(blk->digest);
-  struct cas_block other = *blk;
+  assert(blk->slot && !st->readonly);
   if (blk->digest_err) {
     blk->todo = CAS_DIGEST;
     if (!blk->err) cas_move(st, blk, 1, CAS_DIGEST, OS_WRITE);
@@ -7534,21 +7542,16 @@ static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
   }
   os_lock(&st->lock);
   cas_unindex(st, blk->slot);
-  other.slot = *cas_bucket(st, tag);
-  while (other.slot && (CAS_AT(st, other.slot, tag) & ~CAS_GOOD) != tag)
-    other.slot = CAS_AT(st, other.slot, link);
-  cas_hold(st, other.slot);
+  uint32_t slot = *cas_bucket(st, tag);
+  while (slot && (CAS_AT(st, slot, tag) & ~CAS_GOOD) != tag)
+    slot = CAS_AT(st, slot, link);
+  cas_hold(st, slot);
   cas_unlock(st);
-  other.todo = other.slot ? CAS_BOTH : 0;
-  other.err = 0;
-  cas_move(st, &other, 1, CAS_DATA, OS_READ);
-  cas_hash(st, &other, 1);
-  if (other.slot && !other.err &&
-      memcmp(other.sum, blk->digest, CAS_DIGEST_LEN) == 0)
+  if (slot && cas_has_data(st, slot, blk->digest, blk->data))
     blk->err =
-        cas_io(st, OS_WRITE, other.data, st->bs, cas_data_off(st, blk->slot));
+        cas_io(st, OS_WRITE, blk->data, st->bs, cas_data_off(st, blk->slot));
   os_lock(&st->lock);
-  cas_drop(st, other.slot, &st->dropped);
+  cas_drop(st, slot, &st->dropped);
   cas_unlock(st);
 }
 

@@ -6078,7 +6078,7 @@ static int cas_commit_block(struct cas_volume *vol, struct cas_block *blk) {
   int err = cas_prepare(vol, blk->number, &spot);
   if (err) return err;
   if (blk->expected != CAS_ANY && blk->expected != spot.slot) return -EAGAIN;
-  if (blk->slot) CAS_AT(st, blk->slot, tag) |= CAS_GOOD;
+  if (blk->slot && !st->is_replaying) CAS_AT(st, blk->slot, tag) |= CAS_GOOD;
   if (blk->slot == spot.slot) return 0; /* the same data is there already */
   err = cas_own_leaf(vol, blk->number, &leaf);
   if (err) return err;
@@ -6433,6 +6433,7 @@ static int cas_open_super(struct nbdserve_cas *st) {
   st->super = super[newer];
   if (cas_lay_out(st) || st->super.nslots < CAS_SEGMENT ||
       st->super.nslots % CAS_SEGMENT || st->super.replay > INT64_MAX ||
+      st->super.number > UINT64_MAX - INT32_MAX ||
       !cas_is_in_file(st, st->super.nslots - CAS_SEGMENT))
     return -EUCLEAN;
   st->seq = st->durable = st->marked = st->super.replay;
@@ -9883,7 +9884,8 @@ static void cli_add_target(char *text) {
   int err = nbdserve_add(cli.server, &ex);
   if (err) ex.ops->close(ex.ctx);
   if (err == -EEXIST) cli_usage("%s: that export name is taken", text);
-  if (err == -EINVAL) cli_usage("%s: bad -b, name or description", text);
+  if (err == -EINVAL)
+    cli_usage("%s: bad --block-size, name or description", text);
   cli_exit_if_error(err, text);
 }
 

@@ -6432,7 +6432,8 @@ static int cas_open_super(struct nbdserve_cas *st) {
     return bad[0] == -EUCLEAN || bad[1] == -EUCLEAN ? -EUCLEAN : -EINVAL;
   st->super = super[newer];
   if (cas_lay_out(st) || st->super.nslots < CAS_SEGMENT ||
-      st->super.nslots % CAS_SEGMENT || st->super.replay > INT64_MAX ||
+      st->super.nslots % CAS_SEGMENT ||
+      st->super.replay > UINT64_MAX - INT32_MAX ||
       st->super.number > UINT64_MAX - INT32_MAX ||
       !cas_is_in_file(st, st->super.nslots - CAS_SEGMENT))
     return -EUCLEAN;

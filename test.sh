@@ -3587,7 +3587,6 @@ mixed_store() {
 # What each place of a store costs that is destroyed: nothing, or the blocks that
 # lie or are described there; for a page, both of its copies must go.
 testWhichDestroyedSectorCostsWhat() {
-  mixed_store || return 0
   cat >"$T/table.py" <<'END'
 import concurrent.futures, os, random, struct, subprocess, sys
 nbdserve, store, data = sys.argv[1:4]
@@ -3641,6 +3640,9 @@ while True:
     pages_of_log.append((at, there))
     live += 1
 assert len(pages_of_log) == 4 and not pages_of_log[3][1]
+apart = set().union(*(there for _, there in pages_of_log))
+if len(apart) < sum(len(there) for _, there in pages_of_log):
+    sys.exit(77) # two writes met: what is lost then is harder to say
 assert len(blocks) > 40 + 13 + 48, len(blocks)
 
 def run(*words):
@@ -3750,7 +3752,13 @@ assert len(cases) > 100
 with concurrent.futures.ThreadPoolExecutor(4) as pool:
     list(pool.map(try_case, cases))
 END
-  python3 "$T/table.py" "$NBDSERVE" "$S" "$T" >"$T/table" 2>&1
+  while
+    mixed_store || return 0
+    python3 "$T/table.py" "$NBDSERVE" "$S" "$T" >"$T/table" 2>&1
+    [ $? = 77 ]
+  do
+    rm "$S"
+  done
   assertEquals '' "$(head -n 20 "$T/table")"
 }
 testFullStoreIsENOSPCForTheWriteOnly() {
@@ -14714,6 +14722,7 @@ static int m_seal(struct m_vol *v) {
   if (err == (v->readonly ? 0 : -EINVAL)) {
     if (!err && !bad && strcmp(id, v->id))
       m_fail("%s, should be %s", id, v->id);
+    if (!err && bad) strcpy(v->id, id); /* of what nobody checked */
     v->sealed = v->readonly;
     return 0;
   }

@@ -5661,8 +5661,8 @@ testRefusedValuesAreToldWhatIsAllowed() {
 --without flush,x flush fua trim zero df multi-conn .* extended
 --fault read:EX:1 not one of: EPERM .* ESHUTDOWN$
 --fault x:EIO:1 not one of: read write .* all$
---fault read:EIO:2 not as in --fault CMD:ERR:RATE: 
---delay read:-1 not as in --delay CMD:MS: 
+--fault read:EIO:2 not as in --fault CMD:ERR:RATE:
+--delay read:-1 not as in --delay CMD:MS:
 END
   while read -r a b reason; do
     run "$a" "$b" "$DISK"

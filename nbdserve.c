@@ -1055,7 +1055,8 @@ static void sha_256(int use_hw, const void *first, const void *second,
   int is_pair = use_hw && second;
   if (second && !is_pair) sha_256(0, second, NULL, len, second_digest, NULL);
   const unsigned char *one = len ? first : tail[0]; /* anything but NULL */
-  const unsigned char *other = is_pair ? second : one;
+  const unsigned char *other = one;
+  if (use_hw && second) other = second;
   sha_begin(state);
   sha_mix(use_hw, state, one, other, whole / SHA_BLOCK_LEN);
   size_t ntail = sha_pad(tail[0], one + whole, len);

@@ -6727,23 +6727,26 @@ static void cas_rewrite_digests(struct nbdserve_cas *st, uint32_t slot) {
 /* Does the slot of an entry have the data that the entry says?  Then it is
  * written once more, as after a failed sync it may be in memory only; if that
  * fails there still is what was read.  Where the data cannot be read the digest
- * has to do, so that a client gets an error and not what was there before. */
+ * has to do, so that a client gets an error and not what was there before.  A
+ * digest that can be read, differs and cannot be written never was durable, and
+ * neither was the entry: a power cut has taken back the space of both. */
 static int cas_confirm(struct nbdserve_cas *st, struct cas_entry *entry) {
   unsigned char *data = st->loader->data;
   unsigned char digest[CAS_DIGEST_LEN];
   uint32_t slot = (uint32_t)entry->slot;
+  uint64_t off = cas_digest_off(st, slot);
   assert(!st->is_open && CAS_AT(st, slot, tag) != TAG_PAGE);
   if (cas_io(st, OS_READ, data, st->bs, cas_data_off(st, slot)))
-    return !cas_io(st, OS_READ, digest, sizeof digest,
-                   cas_digest_off(st, slot)) &&
+    return !cas_io(st, OS_READ, digest, sizeof digest, off) &&
            memcmp(digest, entry->digest, sizeof digest) == 0;
   if (!cas_has_data(st, slot, entry->digest, data)) return 0;
   CAS_AT(st, slot, tag) |= CAS_GOOD;
   if (st->readonly) return 1;
   (void)!cas_io(st, OS_WRITE, data, st->bs, cas_data_off(st, slot));
-  if (cas_io(st, OS_WRITE, entry->digest, CAS_DIGEST_LEN,
-             cas_digest_off(st, slot)))
-    cas_rewrite_digests(st, slot);
+  if (!cas_io(st, OS_WRITE, entry->digest, CAS_DIGEST_LEN, off)) return 1;
+  if (!cas_io(st, OS_READ, digest, sizeof digest, off))
+    return memcmp(digest, entry->digest, sizeof digest) == 0;
+  cas_rewrite_digests(st, slot);
   return 1;
 }
 

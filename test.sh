@@ -3926,6 +3926,8 @@ testNoPowerCutLosesWhatWasFlushed() {
   for seed in 1 1000 2000 3000; do
     does "$W/simulator" cuts "${POWER_CUTS:-500}" $seed
   done
+  # A cut took back the space of digests, and somebody else has it.
+  does "$W/simulator" cuts 100 1001779
 }
 testEverySystemCallMayFailOnce() {
   simulates && build simulator || return 0

@@ -3398,8 +3398,7 @@ static int tx_receive(struct conn *c) {
   /* Behind a long WRITE another one is likely.  Its payload is received where
    * it is written from; what comes along with its head would have to be copied
    * there, so that is a few heads at most. */
-  if (c->after_long_write) room = 4096;
-  assert(!c->after_long_write || !left); /* that took all that was there */
+  if (c->after_long_write && !left) room = 4096;
   c->after_long_write = 0;
   size_t least = left ? c->needed - left : 1; /* all of it may stay away */
   ssize_t n = io_recv(&c->io, c->rbuf + left, least, room);
@@ -4869,6 +4868,7 @@ struct cas_block {
   uint32_t slot;            /* where it lies, with a hold; or 0 */
   uint32_t expected;        /* slot that the map must have, or CAS_ANY */
   int todo;                 /* CAS_DATA, CAS_DIGEST */
+  int is_mended;            /* its slot was in use before */
   int is_wanting;           /* it needs a slot */
   int is_duplicate;         /* it is to be compared with what its slot has, */
   int is_trusted;           /* of which the digest is known to fit */
@@ -4906,8 +4906,10 @@ static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
 /* Passes over the segment of a slot that could not be written from now on
  * (C19).  If the medium failed, so it does all that have their digests in the
  * same 4096 bytes, because what is bad may be that.  If there was no space, its
- * digest says so again.  (locks) */
-static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
+ * digest says so again, unless something else is there, or was.  (locks) */
+static void cas_pass_over(struct nbdserve_cas *st, const struct cas_block *blk,
+                          int err) {
+  uint32_t slot = blk->slot;
   uint32_t n = err == -ENOSPC ? 1 : CAS_PAGE / CAS_DIGEST_LEN;
   uint32_t first = slot / n * n;
   uint32_t x = first / CAS_SEGMENT * CAS_SEGMENT;
@@ -4915,7 +4917,7 @@ static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
   os_lock(&st->lock);
   for (; x < st->nslots && x < first + n; x += CAS_SEGMENT)
     cas_set_space(st, x, err == -ENOSPC ? SPACE_FULL : SPACE_BROKEN);
-  if (err == -ENOSPC)
+  if (err == -ENOSPC && CAS_AT(st, slot, refs) == 1 && !blk->is_mended)
     (void)!cas_io(st, OS_WRITE, (void *)(uintptr_t)cas_given, CAS_DIGEST_LEN,
                   cas_digest_off(st, slot));
   cas_unlock(st);
@@ -4932,7 +4934,7 @@ static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
       int alone = k > 1 ? cas_move_run(st, blk + i, 1, what, writing) : err;
       int is_digest_read = what == CAS_DIGEST && !writing;
       *(is_digest_read ? &blk[i].digest_err : &blk[i].err) = alone;
-      if (alone && writing) cas_pass_over(st, blk[i].slot, alone);
+      if (alone && writing) cas_pass_over(st, blk + i, alone);
     }
     if (!k) k = 1;
   }
@@ -5013,6 +5015,7 @@ static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
   assert(!copy[i].err);
   copy[0] = copy[i];
   copy[0].slot = slot;
+  copy[0].is_mended = 1;
   copy[0].todo = CAS_BOTH;
   copy[1] = copy[0];
   copy[1].slot += CAS_TWIN;
@@ -5084,9 +5087,10 @@ static void cas_forget_leaf(struct nbdserve_cas *st, struct cas_node *leaf) {
  * memory.  It can be read back: it is clean, and the superblock that names it
  * is durable. */
 static void cas_evict_leaf(struct nbdserve_cas *st) {
-  uint32_t n = (uint32_t)u_min(CAS_RUN, st->nleaves); /* each is met once */
-  for (; n > 0 && st->nleaves * (uint64_t)st->bs >= st->cache; n--) {
-    if (st->hand >= st->nleaves) st->hand = 0;
+  if (st->hand >= st->nleaves) st->hand = 0;
+  for (int n = 0; n < CAS_RUN && st->hand < st->nleaves && /* met once only */
+                  st->nleaves * (uint64_t)st->bs >= st->cache;
+       n++) {
     struct cas_node *leaf = st->leaves[st->hand];
     assert(leaf->slots && leaf->at == st->hand);
     if (!leaf->is_used && leaf->slot && !leaf->is_given) {
@@ -5166,11 +5170,11 @@ static unsigned char *cas_read_leaf(struct nbdserve_cas *st,
   assert(slot && slot != CAS_LOST && CAS_AT(st, slot, tag) == TAG_PAGE);
   *err = p ? 0 : -ENOMEM;
   if (!p) return NULL;
-  cas_hold(st, slot); /* so it is not given to another page meanwhile */
+  cas_hold_pair(st, slot); /* so that they are not taken meanwhile */
   cas_unlock(st);
   if (cas_read_page(st, slot, head, p)) *err = -EIO;
   os_lock(&st->lock);
-  cas_drop(st, slot, &st->retired);
+  cas_drop_pair(st, slot, &st->retired);
   if (!*err) return p;
   NBDSERVE_FREE(p);
   return NULL;
@@ -6764,15 +6768,17 @@ static int cas_redo(struct cas_volume *vol, struct cas_entry *entry,
   if (!slot)
     return cas_make_holes(vol, block,
                           block + u_min(u_get64(entry->digest), left));
-  int is_slot = cas_is_in_file(st, slot) && !cas_extend(st, slot) &&
-                cas_may_be_block(st, slot);
+  int is_slot = cas_is_in_file(st, slot);
+  int err = is_slot ? cas_extend(st, slot) : 0;
+  if (err) return err;
+  is_slot = is_slot && cas_may_be_block(st, slot);
   if (!is_known && (!is_slot || !cas_confirm(st, entry))) return 0;
   struct cas_block blk = {.number = block,
                           .slot = is_slot ? slot : CAS_LOST,
                           .expected = CAS_ANY,
                           .is_duplicate = 1};
   cas_hold(st, blk.slot);
-  int err = cas_commit_block(vol, &blk);
+  err = cas_commit_block(vol, &blk);
   cas_drop(st, blk.slot, &st->dropped);
   return err;
 }
@@ -7538,14 +7544,18 @@ static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
  * the data by a slot that has the same digest.  This is the one exception to
  * (C1): what durable state names gets what it should have been. */
 static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
-  uint32_t tag = CAS_TAG(blk->digest);
   assert(blk->slot && !st->readonly);
   if (blk->digest_err) {
     blk->todo = CAS_DIGEST;
+    blk->is_mended = 1;
     if (!blk->err) cas_move(st, blk, 1, CAS_DIGEST, OS_WRITE);
     blk->digest_err = blk->err;
     return;
   }
+  if (cas_io(st, OS_READ, blk->digest, CAS_DIGEST_LEN,
+             cas_digest_off(st, blk->slot)))
+    return;
+  uint32_t tag = CAS_TAG(blk->digest);
   os_lock(&st->lock);
   cas_unindex(st, blk->slot);
   uint32_t slot = *cas_bucket(st, tag);

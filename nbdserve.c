@@ -4637,9 +4637,12 @@ static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
    * back. */
   int ngiven = first < st->nslots ? cas_given_back(st, first, digest) : 0;
   if (err == -ENOSPC && !ngiven && first < st->super.nslots) err = 0;
+  /* A new one is as broken as those of its group: see cas_pass_over. */
+  int is_broken = first == st->nslots && first % CAS_SLOTS &&
+                  cas_segment(st, first - 1)->space == SPACE_BROKEN;
+  int space = is_durable ? SPACE_DURABLE : SPACE_WRITTEN;
   if (!err) err = cas_extend(st, first);
-  if (!err)
-    cas_set_space(st, first, is_durable ? SPACE_DURABLE : SPACE_WRITTEN);
+  if (!err) cas_set_space(st, first, is_broken ? SPACE_BROKEN : space);
   if (!err && ngiven) cas_segment(st, first)->is_given = 1;
   return err;
 }
@@ -7092,18 +7095,20 @@ static int cas_clear_tail(struct cas_volume *vol) {
 }
 
 /* Makes ready for a change: a volume that is to grow, or of which there is to
- * be a snapshot, has zeroes behind its end.  A volume that comes into being
- * before in the same change has none.  *vol: what is to be resized, which is
- * the caller's to close. */
+ * be a snapshot or clone, has zeroes behind its end.  So has one that comes
+ * into being in the same change, as none is resized in it.  *vol: what is to be
+ * resized, which is the caller's to close. */
 static int cas_prepare_op(struct nbdserve_cas *st,
                           const struct nbdserve_cas_op *op,
                           struct cas_volume **vol) {
   int is_snapshot = op->verb == NBDSERVE_CAS_SNAPSHOT;
-  if (op->verb != NBDSERVE_CAS_RESIZE && !is_snapshot) return 0;
-  int err = cas_use(st, op->name, strcspn(op->name, "@"), vol);
+  int is_resize = op->verb == NBDSERVE_CAS_RESIZE;
+  if (!is_snapshot && !is_resize && op->verb != NBDSERVE_CAS_CLONE) return 0;
+  int err =
+      cas_use(st, op->name, strcspn(op->name, is_snapshot ? "@" : ""), vol);
   if (err) return err == -ENOENT ? 0 : err;
   if (!(*vol)->parent) err = cas_clear_tail(*vol);
-  if (!is_snapshot) return err;
+  if (is_resize) return err;
   cas_close(*vol); /* it may be removed in the same change */
   *vol = NULL;
   return err == -EIO ? 0 : err; /* a block is damaged; all others are not */
@@ -7119,7 +7124,8 @@ int nbdserve_cas_changes(struct nbdserve_cas *st,
   if (st->readonly) err = -EROFS;
   for (size_t i = 0; i < n && !err; i++) {
     change.failed = i;
-    err = cas_prepare_op(st, ops + i, used + i);
+    if (n > 1 && ops[i].verb == NBDSERVE_CAS_RESIZE) err = -EINVAL;
+    if (!err) err = cas_prepare_op(st, ops + i, used + i);
   }
   if (!err) err = cas_apply(st, &change);
   for (size_t i = 0; used && i < n; i++) {
@@ -9586,6 +9592,8 @@ static int cli_open_store(const char *path, uint32_t flags,
   } while (job->client < 0 && os_now_ms() < until &&
            cli_wait(job, -1, 50) == -ETIMEDOUT);
   if (err == -EINVAL) cli_failed("%s: not a store", path);
+  if (err == -EOPNOTSUPP)
+    cli_failed("%s: a store of another format version than 2", path);
   if (err == -EUCLEAN)
     cli_failed("%s: damaged; `nbdserve repair %s%s` goes on", path,
                flags & NBDSERVE_CAS_REPAIR ? "--accept-loss " : "", path);
@@ -9960,7 +9968,8 @@ static void cli_listen_privately(void) {
   char *dir = cli.private_dir;
   const size_t size = sizeof cli.private_dir;
   for (size_t i = 0; i < COUNT_OF(parents) && !*dir; i++) {
-    int n = snprintf(dir, size, "%s/nbdXXXXXX", parents[i] ? parents[i] : "");
+    const char *parent = parents[i] && *parents[i] ? parents[i] : ".";
+    int n = snprintf(dir, size, "%s/nbdXXXXXX", parent);
     if (*dir != '/' || n >= (int)size || !mkdtemp(dir)) *dir = '\0';
   }
   if (!*dir) cli_failed("private socket: no directory for it (use -U)");

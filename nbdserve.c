@@ -4215,6 +4215,7 @@ struct nbdserve_cas {
   int syncing;      /* a sync is under way; a second one may miss its error */
   int failed;       /* -errno: nothing is written any more (C14) */
   int is_outdated;  /* the log follows a superblock that is gone */
+  int is_short;     /* the file does not have all slots of the superblock */
   int log_damaged;  /* a durable page of the log is not there (C9) */
   int catalog_lost; /* a part of the catalog or of a map is not there (C21) */
   int log_unread;   /* a page of the log cannot be read: who knows what it is
@@ -6442,9 +6443,14 @@ static int cas_open_super(struct nbdserve_cas *st) {
   if (cas_lay_out(st) || st->super.nslots < CAS_SEGMENT ||
       st->super.nslots % CAS_SEGMENT ||
       st->super.replay > UINT64_MAX - INT32_MAX ||
-      st->super.number > UINT64_MAX - INT32_MAX ||
-      !cas_is_in_file(st, st->super.nslots - CAS_SEGMENT))
+      st->super.number > UINT64_MAX - INT32_MAX)
     return -EUCLEAN;
+  /* Of a file that was cut short, what lay behind its end is lost. */
+  while (!cas_is_in_file(st, st->super.nslots - CAS_SEGMENT)) {
+    st->super.nslots -= CAS_SEGMENT;
+    st->is_short = 1;
+    if (!st->super.nslots || !(st->readonly || st->repair)) return -EUCLEAN;
+  }
   st->seq = st->durable = st->marked = st->super.replay;
   st->last_number = st->super.number;
   st->next_id = (uint32_t)st->super.next_id;
@@ -6875,7 +6881,8 @@ static int cas_recover(struct nbdserve_cas *st) {
   for (uint32_t x = (uint32_t)st->super.nslots; x < st->nslots && !st->readonly;
        x += CAS_SEGMENT)
     if (cas_give_space(st, x)) cas_punch(st, x, 0);
-  int is_clean = end == st->super.replay && !st->log_unread && !st->ndirty;
+  int is_clean = end == st->super.replay && !st->log_unread && !st->is_short &&
+                 !st->ndirty;
   if (st->readonly || is_clean) return 0;
   st->seq = end + st->super.log_pages;
   st->super.replay = st->durable = st->marked = st->seq;

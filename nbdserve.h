@@ -273,7 +273,7 @@ NBDSERVE_API int nbdserve_cas_change(struct nbdserve_cas *cas, int verb,
                                      uint64_t size);
 
 /* The same for several changes: all of ops[0..n), each as those before it have
- * left the catalog, or none.  RESIZE is done alone only, else -EINVAL.  After an
+ * left the catalog, or none.  RESIZE is done alone, else -EINVAL.  After an
  * error *failed, which may be NULL, is the index of the one that is at fault.
  */
 struct nbdserve_cas_op {

@@ -5174,7 +5174,8 @@ static unsigned char *cas_read_leaf(struct nbdserve_cas *st,
   assert(slot && slot != CAS_LOST && CAS_AT(st, slot, tag) == TAG_PAGE);
   *err = p ? 0 : -ENOMEM;
   if (!p) return NULL;
-  cas_hold_pair(st, slot); /* so that they are not taken meanwhile */
+  cas_hold(st, slot); /* so that the pair is not taken meanwhile */
+  cas_hold(st, slot + CAS_TWIN);
   cas_unlock(st);
   if (cas_read_page(st, slot, head, p)) *err = -EIO;
   os_lock(&st->lock);

@@ -15172,7 +15172,9 @@ static int m_one(void) {
   } else if (what < 94) {
     err = m_read(v, at, n, values);
     for (; !err && n-- > 0;)
-      if (values[n] != v->cur[at + n] && !(v->bad[(at + n) / PER] & VAGUE))
+      if (values[n] != v->cur[at + n] &&
+          v->cur[at + n] != LOST && /* repair may have mended it since */
+          !(v->bad[(at + n) / PER] & VAGUE))
         m_fail("wrong data");
   } else if (what < 96) {
     err = m_verify();

@@ -2752,6 +2752,7 @@ testTemporaryExportsLeaveNoDescriptor() { unit closed; }
 testWritersReadersAndChangesOfAStoreTogether() { unit together; }
 testSlotsThatRunningCountsAreThoseThatOpeningFinds() { unit slots; }
 testSixteenLeavesInMemoryAreEnough() { unit cache; }
+testLeavesThatAreCopiedStayInMemory() { unit hand; }
 testIdsAreOfTheContentAlone() { unit ids; }
 testSealedSnapshotsAreFoundByTheirId() { unit seal; }
 testDamagedSnapshotsAreNotSealed() { unit rotten; }
@@ -10519,6 +10520,29 @@ static void u_cache(void) {
   alarm(0);
 }
 
+/* Leaves that are dirty until a checkpoint, more than there is room for, are
+ * copied when a snapshot shares them: the hand that evicts them spares it. */
+static void u_hand(void) {
+  struct nbdserve_cas_options o = {.cache_mib = 1};
+  const uint64_t leaf = 1016 * 4096; /* what one leads to */
+  char path[500], name[20];
+  struct nbdserve_cas *cas = q_new(path, "hand", 4096);
+  uint32_t i, k, x = 2; /* x: a linear congruential generator */
+  CHECK(nbdserve_cas_create(cas, "v", 600 * leaf) == 0);
+  CHECK(nbdserve_cas_close(cas) == 0);
+  CHECK(nbdserve_cas_open(path, &o, &cas) == 0);
+  for (k = 0; k < 12; k++) {
+    for (i = 0; i < 500; i++) {
+      x = x * 1664525 + 1013904223;
+      q_put(cas, "v", (x >> 8) % 600 * leaf + (x >> 20) % 1000 * 4096, 4096,
+            (int)(1 + (x >> 12) % 255));
+    }
+    snprintf(name, sizeof name, "v@%u", k);
+    CHECK(nbdserve_cas_snapshot(cas, name) == 0);
+  }
+  CHECK(nbdserve_cas_close(cas) == 0);
+}
+
 /* What is damaged gets no id: not even what is known by its digest only */
 static void u_rotten(void) {
   char path[500], id[72], c;
@@ -12398,6 +12422,7 @@ static const struct {
     {"ids", u_ids},
     {"slots", u_slots},
     {"cache", u_cache},
+    {"hand", u_hand},
     {"seal", u_seal},
     {"rotten", u_rotten},
     {"diff", u_diff},

@@ -7259,7 +7259,8 @@ void nbdserve_cas_stat(struct nbdserve_cas *st, struct nbdserve_cas_stat *out) {
       .free = nfree * st->bs,
       .stored = (st->nslots - 1 - st->nwaiting - nfree) * st->bs,
       .file = (uint64_t)lseek(st->fd, 0, SEEK_END),
-      .log = (st->seq - st->super.replay) * 100 / st->super.log_pages};
+      .log = (st->seq - st->super.replay) * 100 / st->super.log_pages,
+      .damaged = st->catalog_lost || st->log_damaged || st->is_outdated};
   cas_unlock(st);
 }
 
@@ -9606,7 +9607,13 @@ static int cli_open_store(const char *path, uint32_t flags,
     cli_failed("%s: damaged; `nbdserve repair %s%s` goes on", path,
                flags & NBDSERVE_CAS_REPAIR ? "--accept-loss " : "", path);
   assert(!err == !!cli.cas);
-  return err;
+  if (err) return err;
+  struct nbdserve_cas_stat stat;
+  nbdserve_cas_stat(cli.cas, &stat);
+  if (stat.damaged)
+    cli_say("%s: damaged, something may be missing; see `nbdserve verify %s`",
+            path, path);
+  return 0;
 }
 
 /* Starts the thread that takes commands.  This comes after --fork and after the

@@ -381,10 +381,12 @@ NBDSERVE_API int nbdserve_cas_diff(struct nbdserve_cas *cas, const char *a,
 
 struct nbdserve_cas_stat {
   uint64_t block_size;
-  uint64_t stored; /* bytes of distinct blocks and map pages in use */
-  uint64_t free;   /* bytes in the file that nobody uses */
-  uint64_t file;   /* size of the file */
-  uint64_t log;    /* percent of the log in use */
+  uint64_t stored;  /* bytes of distinct blocks and map pages in use */
+  uint64_t free;    /* bytes in the file that nobody uses */
+  uint64_t file;    /* size of the file */
+  uint64_t log;     /* percent of the log in use */
+  uint64_t damaged; /* not 0: when it was opened, the log or a part of the
+                       catalog or of a map could not be read */
 };
 
 NBDSERVE_API void nbdserve_cas_stat(struct nbdserve_cas *cas,

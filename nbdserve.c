@@ -4641,7 +4641,7 @@ static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
   /* A new one is as broken as those of its group: see cas_pass_over. */
   int is_broken = first == st->nslots && first % CAS_SLOTS &&
                   cas_segment(st, first - 1)->space == SPACE_BROKEN;
-  int space = is_durable ? SPACE_DURABLE : SPACE_WRITTEN;
+  enum cas_space space = is_durable ? SPACE_DURABLE : SPACE_WRITTEN;
   if (!err) err = cas_extend(st, first);
   if (!err) cas_set_space(st, first, is_broken ? SPACE_BROKEN : space);
   if (!err && ngiven) cas_segment(st, first)->is_given = 1;
@@ -6446,8 +6446,10 @@ static int cas_open_super(struct nbdserve_cas *st) {
       st->super.replay > UINT64_MAX - INT32_MAX ||
       st->super.number > UINT64_MAX - INT32_MAX)
     return -EUCLEAN;
-  /* Of a file that was cut short, what lay behind its end is lost. */
-  while (!cas_is_in_file(st, st->super.nslots - CAS_SEGMENT)) {
+  /* Of a file that was cut short, what lay behind its end is lost.  The last
+   * segment may be there in part, and before a cut nothing else was used. */
+  while (!cas_is_in_file(st,
+                         st->super.nslots - (st->is_short ? 1 : CAS_SEGMENT))) {
     st->super.nslots -= CAS_SEGMENT;
     st->is_short = 1;
     if (!st->super.nslots || !(st->readonly || st->repair)) return -EUCLEAN;

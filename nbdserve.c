@@ -5092,9 +5092,9 @@ static void cas_forget_leaf(struct nbdserve_cas *st, struct cas_node *leaf) {
  * is durable. */
 static void cas_evict_leaf(struct nbdserve_cas *st) {
   if (st->hand >= st->nleaves) st->hand = 0;
-  for (int n = 0; n < CAS_RUN && st->hand < st->nleaves && /* met once only */
-                  st->nleaves * (uint64_t)st->bs >= st->cache;
-       n++) {
+  /* It stops at the end: what moves into a gap was not met before. */
+  for (int n = 0; n < CAS_RUN && st->hand < st->nleaves; n++) {
+    if (st->nleaves * (uint64_t)st->bs < st->cache) break;
     struct cas_node *leaf = st->leaves[st->hand];
     assert(leaf->slots && leaf->at == st->hand);
     if (!leaf->is_used && leaf->slot && !leaf->is_given) {
@@ -6752,16 +6752,15 @@ static int cas_confirm(struct nbdserve_cas *st, struct cas_entry *entry) {
   uint32_t slot = (uint32_t)entry->slot;
   uint64_t off = cas_digest_off(st, slot);
   assert(!st->is_open && CAS_AT(st, slot, tag) != TAG_PAGE);
-  if (cas_io(st, OS_READ, data, st->bs, cas_data_off(st, slot)))
-    return !cas_io(st, OS_READ, digest, sizeof digest, off) &&
-           memcmp(digest, entry->digest, sizeof digest) == 0;
+  int err = cas_io(st, OS_READ, digest, sizeof digest, off);
+  int is_same = !err && memcmp(digest, entry->digest, sizeof digest) == 0;
+  if (cas_io(st, OS_READ, data, st->bs, cas_data_off(st, slot))) return is_same;
   if (!cas_has_data(st, slot, entry->digest, data)) return 0;
   CAS_AT(st, slot, tag) |= CAS_GOOD;
   if (st->readonly) return 1;
   (void)!cas_io(st, OS_WRITE, data, st->bs, cas_data_off(st, slot));
   if (!cas_io(st, OS_WRITE, entry->digest, CAS_DIGEST_LEN, off)) return 1;
-  if (!cas_io(st, OS_READ, digest, sizeof digest, off))
-    return memcmp(digest, entry->digest, sizeof digest) == 0;
+  if (!err) return is_same;
   cas_rewrite_digests(st, slot);
   return 1;
 }
@@ -9605,6 +9604,8 @@ static int cli_open_store(const char *path, uint32_t flags,
   if (err == -EINVAL) cli_failed("%s: not a store", path);
   if (err == -EOPNOTSUPP)
     cli_failed("%s: a store of another format version than 2", path);
+  if (err == -EUCLEAN && flags & NBDSERVE_CAS_ACCEPT_LOSS)
+    cli_failed("%s: damaged beyond repair", path);
   if (err == -EUCLEAN)
     cli_failed("%s: damaged; `nbdserve repair %s%s` goes on", path,
                flags & NBDSERVE_CAS_REPAIR ? "--accept-loss " : "", path);
@@ -9985,6 +9986,7 @@ static void cli_listen_privately(void) {
   char *dir = cli.private_dir;
   const size_t size = sizeof cli.private_dir;
   for (size_t i = 0; i < COUNT_OF(parents) && !*dir; i++) {
+    /* What is not set or relative is passed over. */
     const char *parent = parents[i] && *parents[i] ? parents[i] : ".";
     int n = snprintf(dir, size, "%s/nbdXXXXXX", parent);
     if (*dir != '/' || n >= (int)size || !mkdtemp(dir)) *dir = '\0';

@@ -3693,7 +3693,7 @@ assert len(blocks) > 40 + 13 + 48, len(blocks)
 def run(*words):
     p = subprocess.run([nbdserve, *words], capture_output=True, timeout=20)
     assert p.returncode in (0, 1, 3), (words, p)
-    return p.returncode, p.stdout.decode(), p.stderr.decode()
+    return p.returncode, p.stdout.decode(errors="replace"), p.stderr.decode()
 def damage(work):
     """What verify names, and w's blocks that are not what they were"""
     code, out, _ = run("verify", work)

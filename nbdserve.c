@@ -500,6 +500,22 @@ static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
   ((void)(fd), (void)(mode), (void)(off), (void)(len), -EOPNOTSUPP)
 #endif
 
+#if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
+#define OS_WILLNEED POSIX_FADV_WILLNEED /* it will be read soon */
+#define OS_DONTNEED \
+  POSIX_FADV_DONTNEED /* what is in memory only by chance need
+                                           not stay there */
+
+/* Tells the system what will be done with a range; len 0: all up to the end. */
+static inline void os_advise(int fd, int advice, uint64_t off, uint64_t len) {
+  assert(off <= INT64_MAX && len <= INT64_MAX - off);
+  posix_fadvise(fd, (off_t)off, (off_t)len, advice);
+}
+#else
+/* This system cannot be told. */
+#define os_advise(fd, advice, off, len) ((void)(fd), (void)(off), (void)(len))
+#endif
+
 /* Keeps other servers out, until fd is closed: a writer keeps out everybody, a
  * reader keeps out writers.  -EBUSY: another server is there already.  On a
  * file system without locks nobody is kept out.
@@ -628,17 +644,6 @@ static int os_nameless_file(const char *dir) {
   close(fd);
   return err;
 }
-
-#if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
-/* Says that a range will be read soon. */
-static void os_willneed(int fd, uint64_t off, uint64_t len) {
-  assert(off <= INT64_MAX && len <= INT64_MAX - off);
-  posix_fadvise(fd, (off_t)off, (off_t)len, POSIX_FADV_WILLNEED);
-}
-#else
-/* This system cannot be told. */
-#define os_willneed(fd, off, len) ((void)(fd), (void)(off), (void)(len))
-#endif
 
 #endif /* !NBDSERVE_NO_FLAT */
 
@@ -3677,7 +3682,7 @@ static int flat_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
 static int flat_cache(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   (void)flags;
   struct flat *f = ctx;
-  os_willneed(f->fd, f->offset + off, len);
+  os_advise(f->fd, OS_WILLNEED, f->offset + off, len);
   return 0;
 }
 
@@ -4392,10 +4397,12 @@ static void cas_log_write(struct nbdserve_cas *st) {
 }
 
 /* Lets the lock go.  What was logged is out of the process first, so nobody can
- * be answered because of it before (C3). */
-static void cas_unlock(struct nbdserve_cas *st) {
+ * be answered because of it before (C3).  0, or -EIO: it may not be there. */
+static int cas_unlock(struct nbdserve_cas *st) {
   if (st->nwritten < st->nlog) cas_log_write(st);
+  int err = st->failed;
   os_unlock(&st->lock);
+  return err;
 }
 
 /* Waits to be woken, as os_wait. */
@@ -4606,7 +4613,8 @@ static void cas_clear_given(struct nbdserve_cas *st) {
   unsigned char zeroes[CAS_DIGEST_LEN] = {0};
   for (uint32_t x = 0; x < st->nslots; x++) {
     struct cas_segment *seg = cas_segment(st, x);
-    if (!seg->is_given || seg->space != SPACE_SYNCING) {
+    if (!seg->is_given ||
+        (seg->space != SPACE_SYNCING && seg->space != SPACE_DURABLE)) {
       x += CAS_SEGMENT - 1;
       continue;
     }
@@ -4872,7 +4880,6 @@ struct cas_block {
   uint32_t slot;            /* where it lies, with a hold; or 0 */
   uint32_t expected;        /* slot that the map must have, or CAS_ANY */
   int todo;                 /* CAS_DATA, CAS_DIGEST */
-  int is_mended;            /* its slot was in use before */
   int is_wanting;           /* it needs a slot */
   int is_duplicate;         /* it is to be compared with what its slot has, */
   int is_trusted;           /* of which the digest is known to fit */
@@ -4909,11 +4916,8 @@ static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
 
 /* Passes over the segment of a slot that could not be written from now on
  * (C19).  If the medium failed, so it does all that have their digests in the
- * same 4096 bytes, because what is bad may be that.  If there was no space, its
- * digest says so again, unless something else is there, or was.  (locks) */
-static void cas_pass_over(struct nbdserve_cas *st, const struct cas_block *blk,
-                          int err) {
-  uint32_t slot = blk->slot;
+ * same 4096 bytes, because what is bad may be that.  (locks) */
+static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
   uint32_t n = err == -ENOSPC ? 1 : CAS_PAGE / CAS_DIGEST_LEN;
   uint32_t first = slot / n * n;
   uint32_t x = first / CAS_SEGMENT * CAS_SEGMENT;
@@ -4921,9 +4925,6 @@ static void cas_pass_over(struct nbdserve_cas *st, const struct cas_block *blk,
   os_lock(&st->lock);
   for (; x < st->nslots && x < first + n; x += CAS_SEGMENT)
     cas_set_space(st, x, err == -ENOSPC ? SPACE_FULL : SPACE_BROKEN);
-  if (err == -ENOSPC && CAS_AT(st, slot, refs) == 1 && !blk->is_mended)
-    (void)!cas_io(st, OS_WRITE, (void *)(uintptr_t)cas_given, CAS_DIGEST_LEN,
-                  cas_digest_off(st, slot));
   cas_unlock(st);
 }
 
@@ -4938,18 +4939,18 @@ static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
       int alone = k > 1 ? cas_move_run(st, blk + i, 1, what, writing) : err;
       int is_digest_read = what == CAS_DIGEST && !writing;
       *(is_digest_read ? &blk[i].digest_err : &blk[i].err) = alone;
-      if (alone && writing) cas_pass_over(st, blk + i, alone);
+      if (alone && writing) cas_pass_over(st, blk[i].slot, alone);
     }
     if (!k) k = 1;
   }
 }
 
-/* Writes what is to be written: first the digests, so who finds the data finds
- * both.  (locks) */
+/* Writes what is to be written: last the digests, so that where there is no
+ * space for the data they still say that it was given back.  (locks) */
 static void cas_store(struct nbdserve_cas *st, struct cas_block *blk,
                       size_t n) {
-  cas_move(st, blk, n, CAS_DIGEST, OS_WRITE);
   cas_move(st, blk, n, CAS_DATA, OS_WRITE);
+  cas_move(st, blk, n, CAS_DIGEST, OS_WRITE);
 }
 
 /* Computes the digests of the blocks that have both to do, two at a time. */
@@ -5019,7 +5020,6 @@ static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
   assert(!copy[i].err);
   copy[0] = copy[i];
   copy[0].slot = slot;
-  copy[0].is_mended = 1;
   copy[0].todo = CAS_BOTH;
   copy[1] = copy[0];
   copy[1].slot += CAS_TWIN;
@@ -6117,9 +6117,9 @@ static void cas_put(struct cas_volume *vol, struct cas_block *blk, size_t n) {
     if (!blk[i].err) blk[i].err = cas_commit_block(vol, blk + i);
     cas_drop(st, blk[i].slot, &st->dropped);
   }
-  cas_unlock(st);
-  for (size_t i = 0; i < n && st->failed; i++)
-    blk[i].err = st->failed; /* maybe the log could not be written */
+  int err = cas_unlock(st);
+  for (size_t i = 0; i < n && err; i++)
+    blk[i].err = err;
 }
 
 /* Pins the slots of blocks and reads what is wanted of them: CAS_DATA,
@@ -6473,6 +6473,7 @@ struct cas_loader {
   uint32_t room;
   uint32_t nlost;            /* pages of maps that were found wrong */
   uint32_t nunreadable;      /* that cannot be read; or pages of the catalog */
+  uint64_t newest;           /* the highest number that a log page has */
   struct cas_volume **by_id; /* [nvolumes], in the order of ids */
   uint32_t nvolumes;
   unsigned char *data; /* [2] blocks */
@@ -6693,8 +6694,11 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq, unsigned char *p,
     return 0;
   }
   cas_decode(cas_log_sizes, p + CAS_LOG_HEAD, head);
-  if (head->magic != CAS_LOG || head->seq != seq || head->count > CAS_ENTRIES)
+  if (head->magic != CAS_LOG || head->count > CAS_ENTRIES ||
+      head->seq > UINT64_MAX - INT32_MAX)
     return 0;
+  if (head->seq > st->loader->newest) st->loader->newest = head->seq;
+  if (head->seq != seq) return 0;
   sha_begin(mixed);
   cas_log_sum(st, p, (uint32_t)head->count, mixed, &nmixed, sum);
   return memcmp(sum, p + CAS_LOG_SUM, sizeof sum) == 0;
@@ -6794,21 +6798,25 @@ static int cas_redo(struct cas_volume *vol, struct cas_entry *entry,
   return err;
 }
 
-/* Applies a log page, and writes it once more if it may be in memory only. */
+/* Applies a log page, after writing it once more if it may be in memory only.
+ * One that cannot be written is left out if the store is repaired: nobody was
+ * told that it is durable. */
 static int cas_redo_page(struct nbdserve_cas *st, uint64_t seq) {
   unsigned char *p = st->page;
   int is_known = seq < st->durable;
   struct cas_log_head head;
   int err = 0;
   if (!cas_log_read(st, seq, p, &head)) return 0;
+  if (!is_known && !st->readonly)
+    err = cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, seq));
+  if (err) return st->repair ? 0 : err;
   for (uint32_t i = 0; i < head.count && !err; i++) {
     struct cas_entry entry;
     cas_decode(cas_entry_sizes, p + CAS_ENTRY * i, &entry);
     struct cas_volume *vol = cas_by_id(st->loader, entry.volume);
     if (vol) err = cas_redo(vol, &entry, is_known);
   }
-  if (err || is_known || st->readonly) return err;
-  return cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, seq));
+  return err;
 }
 
 /* Takes note, in their digests, that the free slots of a segment will be given
@@ -6859,6 +6867,30 @@ static void cas_free_dropped(struct nbdserve_cas *st) {
     CAS_AT(st, slot, refs) = CAS_PENDING;
 }
 
+/* Begins the log anew, at the place behind its end, but with numbers so high
+ * that no page that was left there can fit again (C10).  It passes over places
+ * that cannot be written: one of them may have ended the last process.  A full
+ * log leaves no choice. */
+static int cas_begin_log(struct nbdserve_cas *st, uint64_t end) {
+  unsigned char zeroes[CAS_PAGE] = {0};
+  uint64_t n = st->super.log_pages;
+  uint64_t first = end + n;
+  uint64_t newest = st->loader->newest;
+  if (newest >= end) first += (newest - end) / n * n + n;
+  uint64_t last =
+      first + (st->super.replay + n - end); /* that is still needed */
+  int err = 0;
+  assert(first > newest + n - 1 && first % n == end % n && first <= last);
+  for (st->seq = first; st->seq < last && st->seq < first + CAS_RUN;
+       st->seq++) {
+    err = cas_io(st, OS_WRITE, zeroes, CAS_PAGE, cas_log_off(st, st->seq));
+    if (!err) err = os_datasync(st->fd);
+    if (!err) break;
+  }
+  st->super.replay = st->durable = st->marked = st->seq;
+  return err;
+}
+
 /* Brings the maps up to what the log says.  What was found is durable before a
  * slot is taken (C10); so what was free to the store that wrote this is free
  * now, and there is room for the checkpoint. */
@@ -6884,10 +6916,10 @@ static int cas_recover(struct nbdserve_cas *st) {
        x += CAS_SEGMENT)
     if (cas_give_space(st, x)) cas_punch(st, x, 0);
   int is_clean = end == st->super.replay && !st->log_unread && !st->is_short &&
-                 !st->ndirty;
+                 !st->ndirty && !st->repair && st->loader->newest < end;
   if (st->readonly || is_clean) return 0;
-  st->seq = end + st->super.log_pages;
-  st->super.replay = st->durable = st->marked = st->seq;
+  err = cas_begin_log(st, end);
+  if (err) return err;
   st->log_damaged = 0; /* the checkpoint leaves the log behind */
   return cas_checkpoint(st, NULL, UINT64_MAX);
 }
@@ -6946,7 +6978,12 @@ static int cas_open_file(struct nbdserve_cas *st, const char *path, int flags) {
   off_t end = lseek(st->fd, 0, SEEK_END);
   if (end < 0) return -errno;
   st->end = (uint64_t)end;
-  return os_lock_file(st->fd, st->readonly);
+  int err = os_lock_file(st->fd, st->readonly);
+  if (err || !st->repair) return err;
+  /* What a failed sync has left in memory is not on the medium: look there. */
+  (void)!os_datasync(st->fd);
+  os_advise(st->fd, OS_DONTNEED, 0, 0);
+  return 0;
 }
 
 /* See nbdserve.h. */
@@ -7563,7 +7600,6 @@ static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
   assert(blk->slot && !st->readonly);
   if (blk->digest_err) {
     blk->todo = CAS_DIGEST;
-    blk->is_mended = 1;
     if (!blk->err) cas_move(st, blk, 1, CAS_DIGEST, OS_WRITE);
     blk->digest_err = blk->err;
     return;

@@ -4473,6 +4473,17 @@ static void cas_unindex(struct nbdserve_cas *st, uint32_t slot) {
   *tag = TAG_NONE;
 }
 
+/* The skip-th slot that the index has for a digest; 0: there is none. */
+static uint32_t cas_lookup(struct nbdserve_cas *st, const unsigned char *digest,
+                           int skip) {
+  uint32_t tag = CAS_TAG(digest);
+  uint32_t slot = *cas_bucket(st, tag);
+  while (slot && ((CAS_AT(st, slot, tag) & ~CAS_GOOD) != tag ||
+                  CAS_AT(st, slot, refs) >= INT32_MAX / 2 || skip-- > 0))
+    slot = CAS_AT(st, slot, link);
+  return slot;
+}
+
 /* Splits buckets until there is one for each slot of the groups. */
 static void cas_split_buckets(struct nbdserve_cas *st, uint32_t from) {
   for (uint32_t b = from ? from : 1; b < st->ngroups * CAS_SLOTS; b++) {
@@ -6008,18 +6019,13 @@ static int cas_prepare(struct cas_volume *vol, uint64_t block,
 static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
                            int skip) {
   assert(!blk->slot && blk->is_wanting);
-  uint32_t tag = CAS_TAG(blk->sum);
-  uint32_t slot = skip < CAS_CANDIDATES ? *cas_bucket(st, tag) : 0;
-  for (; slot; slot = CAS_AT(st, slot, link))
-    if ((CAS_AT(st, slot, tag) & ~CAS_GOOD) == tag &&
-        CAS_AT(st, slot, refs) < INT32_MAX / 2 && skip-- == 0)
-      break;
+  uint32_t slot = skip < CAS_CANDIDATES ? cas_lookup(st, blk->sum, skip) : 0;
   int err = slot ? 0 : cas_take_slot(st, &blk->slot);
   if (err) return err;
   blk->is_duplicate = slot != 0;
   blk->todo = slot ? 0 : CAS_BOTH;
   if (slot) cas_hold(st, blk->slot = slot);
-  if (!slot) cas_index(st, blk->slot, tag);
+  if (!slot) cas_index(st, blk->slot, CAS_TAG(blk->sum));
   blk->is_trusted = (CAS_AT(st, blk->slot, tag) & CAS_GOOD) != 0;
   return 0;
 }
@@ -7607,12 +7613,9 @@ static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
   if (cas_io(st, OS_READ, blk->digest, CAS_DIGEST_LEN,
              cas_digest_off(st, blk->slot)))
     return;
-  uint32_t tag = CAS_TAG(blk->digest);
   os_lock(&st->lock);
   cas_unindex(st, blk->slot);
-  uint32_t slot = *cas_bucket(st, tag);
-  while (slot && (CAS_AT(st, slot, tag) & ~CAS_GOOD) != tag)
-    slot = CAS_AT(st, slot, link);
+  uint32_t slot = cas_lookup(st, blk->digest, 0);
   cas_hold(st, slot);
   cas_unlock(st);
   if (slot && cas_has_data(st, slot, blk->digest, blk->data))

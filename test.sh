@@ -145,7 +145,7 @@ measure() { # file
         asserts++
       }
       if (alone) lone++
-      else if (c ~ /^ *assert\(/) { lone++; alone = 1 }
+      else if (c ~ /^ *(assert|STATIC_ASSERT)\(/) { lone++; alone = 1 }
       if (alone && c ~ /; *$/) alone = 0
       l = c
       while (match(l, /(^|[^A-Za-z0-9_])for *\([^;]*;[^;]*;/))
@@ -230,7 +230,7 @@ lint() {
   n=$(($(sed -n 's/^code //p' "$scratch/figures") -
     $(sed -n 's/^lone //p' "$scratch/figures")))
   # The goal is 6500: until it is met, not one line more than there is now
-  [ $n -le 7274 ] || { echo "nbdserve.c: $n lines of code, over 7274"; bad=1; }
+  [ $n -le 7272 ] || { echo "nbdserve.c: $n lines of code, over 7272"; bad=1; }
   return $bad
 }
 case ${1-} in
@@ -3256,7 +3256,9 @@ testOneBadCopyOfAPageIsMendedInSilence() {
       assertTrue 'readers write nothing' "cmp '$S' '$T/damaged'"
       touch_store
       [ "$at" != $(($(slot "$(twin "$page")") + 4095)) ] || cas 0 repair "$S"
-      assertTrue "page $page, $at: mended" "cmp '$S' '$T/sound'"
+      # Only superblocks and the log may differ, as repair begins that anew.
+      assertTrue "page $page, $at: mended" \
+        "cmp -i '$(digest 0)' '$S' '$T/sound'"
       cp "$T/sound" "$S"
     done
   done

@@ -6140,7 +6140,11 @@ static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
   struct cas_spot spot = {.slot = 0};
   os_lock(&st->lock);
   for (size_t i = 0; i < n; i++) {
-    blk[i].err = cas_find_spot(st, cas_root(vol), blk[i].number, &spot);
+    uint64_t c = blk[i].number % st->fanout;
+    if (spot.leaf && c && blk[i].number == blk[i - 1].number + 1)
+      spot.slot = spot.leaf->slots[c]; /* in the leaf that was just found */
+    else
+      blk[i].err = cas_find_spot(st, cas_root(vol), blk[i].number, &spot);
     if (!blk[i].err && spot.slot == CAS_LOST) blk[i].err = -EIO;
     blk[i].slot = blk[i].err ? 0 : spot.slot;
     blk[i].todo = 0;
@@ -6733,29 +6737,13 @@ static uint64_t cas_find_log_end(struct nbdserve_cas *st, unsigned char *p) {
   return end;
 }
 
-/* Writes anew, from the data, all digests in the same 4096 bytes as that of a
- * slot: a bad sector among them can be written only as a whole.  Only while the
- * store is opened, when nobody else writes there. */
-static void cas_rewrite_digests(struct nbdserve_cas *st, uint32_t slot) {
-  unsigned char digests[CAS_PAGE] = {0};
-  uint32_t n = CAS_PAGE / CAS_DIGEST_LEN;
-  uint32_t first = slot / n * n;
-  unsigned char *data = NBDSERVE_MALLOC(st->bs);
-  assert(!st->is_open);
-  for (uint32_t i = 0; data && i < n && cas_is_in_file(st, first + i); i++)
-    if (!cas_io(st, OS_READ, data, st->bs, cas_data_off(st, first + i)))
-      sha_256(st->hw, data, NULL, st->bs, digests + CAS_DIGEST_LEN * i, NULL);
-  if (data)
-    (void)!cas_io(st, OS_WRITE, digests, CAS_PAGE, cas_digest_off(st, first));
-  NBDSERVE_FREE(data);
-}
-
 /* Does the slot of an entry have the data that the entry says?  Then it is
  * written once more, as after a failed sync it may be in memory only; if that
  * fails there still is what was read.  Where the data cannot be read the digest
- * has to do, so that a client gets an error and not what was there before.  A
- * digest that can be read, differs and cannot be written never was durable, and
- * neither was the entry: a power cut has taken back the space of both. */
+ * has to do, so that a client gets an error and not what was there before; and
+ * where the digest cannot be read or written, the data.  A digest that can be
+ * read, differs and cannot be written never was durable, and neither was the
+ * entry: a power cut has taken back the space of both. */
 static int cas_confirm(struct nbdserve_cas *st, struct cas_entry *entry) {
   unsigned char *data = st->loader->data;
   unsigned char digest[CAS_DIGEST_LEN];
@@ -6770,9 +6758,7 @@ static int cas_confirm(struct nbdserve_cas *st, struct cas_entry *entry) {
   if (st->readonly) return 1;
   (void)!cas_io(st, OS_WRITE, data, st->bs, cas_data_off(st, slot));
   if (!cas_io(st, OS_WRITE, entry->digest, CAS_DIGEST_LEN, off)) return 1;
-  if (!err) return is_same;
-  cas_rewrite_digests(st, slot);
-  return 1;
+  return err || is_same;
 }
 
 /* Applies an entry to the maps.  One that is not known to be durable counts
@@ -6860,17 +6846,13 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
 /* Data that the log has dropped is free: the log is durable by now.  Pages that
  * it made dirty are still named by the superblock, and wait. */
 static void cas_free_dropped(struct nbdserve_cas *st) {
-  uint32_t slot;
   assert(!st->dropped && !st->is_open && !st->is_replaying);
-  for (slot = st->retired; slot; slot = CAS_AT(st, slot, link))
-    CAS_AT(st, slot, refs) = 1;
-  for (slot = 1; slot < st->nslots; slot++) {
-    if (CAS_AT(st, slot, refs) != CAS_PENDING) continue;
+  for (uint32_t slot = 1; slot < st->nslots; slot++) {
+    int is_page = CAS_AT(st, slot, tag) == TAG_RETIRED;
+    if (CAS_AT(st, slot, refs) != CAS_PENDING || is_page) continue;
     CAS_AT(st, slot, refs) = 0;
     cas_set_free(st, slot, 1);
   }
-  for (slot = st->retired; slot; slot = CAS_AT(st, slot, link))
-    CAS_AT(st, slot, refs) = CAS_PENDING;
 }
 
 /* Begins the log anew, at the place behind its end, but with numbers so high
@@ -7556,6 +7538,8 @@ struct cas_verifier {
   unsigned char *data; /* [CAS_BATCH] blocks */
   uint64_t from;       /* of a range that is damaged, which is not told yet, */
   const char *why;     /* if this is not NULL */
+  int is_sound;        /* so far nothing of this volume is damaged */
+  uint32_t sound;      /* id of the last one of which nothing was, or 0 */
 };
 
 /* Tells what is damaged, len bytes at off of a volume, or a part of the
@@ -7572,6 +7556,7 @@ static void cas_note(struct cas_verifier *v, const char *name, uint64_t off,
                      const char *why) {
   if (why == v->why) return;
   if (v->why) cas_tell(v, name, v->from, off - v->from, v->why);
+  if (why) v->is_sound = 0;
   v->from = off;
   v->why = why;
 }
@@ -7649,6 +7634,24 @@ static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
   cas_unpin(v->st, blk, n);
 }
 
+/* Does a volume share the next blocks with one that was found to be sound?
+ * *n: how many, at most max.  So what many snapshots share is checked once. */
+static int cas_is_known(struct cas_verifier *v, const struct cas_volume *vol,
+                        uint64_t max, uint64_t *n) {
+  struct nbdserve_cas *st = v->st;
+  os_lock(&st->lock);
+  struct cas_volume *sound = cas_volume_from(st, v->sound);
+  int is_known =
+      sound && sound->id == v->sound && sound->now.size >= vol->now.size;
+  if (is_known) {
+    struct cas_node **root[2] = {cas_root(sound), cas_root(vol)};
+    is_known = cas_is_shared(st, root, v->block, n);
+    *n = u_min(*n, max);
+  }
+  cas_unlock(st);
+  return is_known;
+}
+
 /* Checks the next blocks; returns 0 if there are none.  The volume is looked up
  * by its id each time: who verifies keeps nobody from removing it. */
 static int cas_verify_step(struct cas_verifier *v) {
@@ -7667,10 +7670,12 @@ static int cas_verify_step(struct cas_verifier *v) {
     v->id = vol->id;
     v->block = 0;
     v->why = NULL;
+    v->is_sound = 1;
   }
   uint64_t end = cas_blocks(st, vol->now.size);
   uint64_t left = end - u_min(v->block, end); /* it may be smaller now */
-  int kind = left ? cas_next_run(vol, v->block, left, &n) : 0;
+  int is_known = left && cas_is_known(v, vol, left, &n);
+  int kind = left && !is_known ? cas_next_run(vol, v->block, left, &n) : 0;
   if (kind > 0) n = u_min(n, CAS_BATCH);
   if (kind > 0)
     cas_verify_blocks(v, vol, name, (size_t)n);
@@ -7681,6 +7686,8 @@ static int cas_verify_step(struct cas_verifier *v) {
   v->block += n;
   if (n == left) {
     cas_note(v, name, vol->now.size, NULL);
+    if (v->is_sound) v->sound = vol->id;
+    v->is_sound = 1;
     v->block = 0;
     v->id++;
   }
@@ -7722,16 +7729,14 @@ static int cas_verify(struct cas_verifier *v) {
 /* See nbdserve.h. */
 int nbdserve_cas_verify(struct nbdserve_cas *st, nbdserve_damage_fn *each,
                         nbdserve_progress_fn *progress, void *arg) {
-  struct cas_verifier v = {
-      .st = st, .each = each, .progress = progress, .arg = arg};
+  struct cas_verifier v = {st, each, progress, arg, .mends = 0};
   return cas_verify(&v);
 }
 
 /* See nbdserve.h. */
 int nbdserve_cas_repair(struct nbdserve_cas *st, nbdserve_damage_fn *each,
                         nbdserve_progress_fn *progress, void *arg) {
-  struct cas_verifier v = {
-      .st = st, .each = each, .progress = progress, .arg = arg, .mends = 1};
+  struct cas_verifier v = {st, each, progress, arg, .mends = 1};
   return st->readonly ? -EROFS : cas_verify(&v);
 }
 

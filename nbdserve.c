@@ -4119,6 +4119,7 @@ enum cas_space {
   SPACE_WRITTEN, /* yes, but after a power cut maybe not */
   SPACE_SYNCING, /* the sync that is running changes that */
   SPACE_DURABLE,
+  SPACE_BUSY,  /* it is being given back: nothing is taken from it */
   SPACE_FULL,  /* a write found none: nothing is taken from it (C19) until
                   something is freed */
   SPACE_BROKEN /* a write failed: nothing is taken until the store is opened
@@ -5515,10 +5516,9 @@ static void cas_leave(struct cas_volume *vol) {
 static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
                          const struct nbdserve_cas_op *op) {
   struct cas_volume *vol;
-  int is_snapshot = op->verb == NBDSERVE_CAS_SNAPSHOT;
-  int is_clone = op->verb == NBDSERVE_CAS_CLONE;
-  int err = cas_enter(st, is_snapshot ? from : NULL,
-                      is_clone ? op->to : op->name, &vol);
+  const char *name = op->verb == NBDSERVE_CAS_CLONE ? op->to : op->name;
+  struct cas_volume *up = op->verb == NBDSERVE_CAS_SNAPSHOT ? from : NULL;
+  int err = cas_enter(st, up, name, &vol);
   if (err) return err;
   vol->is_staged = 1;
   vol->made_from = from ? from->id : 0;
@@ -6813,26 +6813,30 @@ static int cas_redo_page(struct nbdserve_cas *st, uint64_t seq) {
 
 /* Takes note, in their digests, that the free slots of a segment will be given
  * back to the file system; or, once that is durable, gives those back of which
- * it was noted.  Not where pages are, or will be (C18). */
+ * it was noted.  Not where pages are, or will be (C18).  (unlocks) */
 static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
   unsigned char digest[CAS_SEGMENT][CAS_DIGEST_LEN];
+  unsigned char is_free[CAS_SEGMENT + 1] = {0};
   struct cas_segment *seg = cas_segment(st, first);
+  enum cas_space was = seg->space;
   uint32_t kept = st->ndirty + CAS_RESERVE_PAIRS + CAS_TWIN;
-  int err = 0;
-  if (seg->npages || seg->space == SPACE_WRITTEN ||
-      seg->space == SPACE_SYNCING ||
-      (seg->space == SPACE_DURABLE && st->npairs < kept + seg->npairs))
+  if (seg->npages || !seg->nfree || was == SPACE_WRITTEN ||
+      was == SPACE_SYNCING ||
+      (was == SPACE_DURABLE && st->npairs < kept + seg->npairs))
     return 0;
-  if (seg->space == SPACE_DURABLE) cas_set_space(st, first, SPACE_UNKNOWN);
+  cas_set_space(st, first, SPACE_BUSY);
   st->back_cursor = (uint32_t)u_min(st->back_cursor, first);
-  if (is_noted && !cas_given_back(st, first, digest)) return 0;
+  for (uint32_t i = 0; i < CAS_SEGMENT; i++)
+    is_free[i] = !CAS_AT(st, first + i, refs);
+  cas_unlock(st);
+  int err = 0;
+  if (cas_io(st, OS_READ, digest, sizeof digest, cas_digest_off(st, first)))
+    memset(is_free, 0, sizeof is_free); /* they stay */
+  for (uint32_t i = 0; i < CAS_SEGMENT && is_noted; i++)
+    is_free[i] &= !memcmp(digest[i], cas_given, CAS_DIGEST_LEN);
   for (uint32_t i = 0, n; i < CAS_SEGMENT && !err; i += n + 1) {
-    for (n = 0; i + n < CAS_SEGMENT && !CAS_AT(st, first + i + n, refs); n++) {
-      if (!is_noted)
-        memcpy(digest[i + n], cas_given, CAS_DIGEST_LEN);
-      else if (memcmp(digest[i + n], cas_given, CAS_DIGEST_LEN) != 0)
-        break;
-    }
+    for (n = 0; is_free[i + n]; n++)
+      memcpy(digest[i + n], cas_given, CAS_DIGEST_LEN);
     if (n && is_noted)
       err = os_fallocate(st->fd, OS_PUNCH_HOLE, cas_data_off(st, first + i),
                          (uint64_t)n * st->bs);
@@ -6840,6 +6844,9 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
                          cas_digest_off(st, first + i)))
       break; /* what is not noted is not given back */
   }
+  os_lock(&st->lock);
+  if (seg->space == SPACE_BUSY)
+    cas_set_space(st, first, was == SPACE_DURABLE ? SPACE_UNKNOWN : was);
   return err;
 }
 
@@ -6893,19 +6900,17 @@ static int cas_recover(struct nbdserve_cas *st) {
     err = cas_redo_page(st, seq);
   st->is_replaying = 0;
   memset(st->page, 0, CAS_PAGE);
-  assert(!st->nlog && !st->nlogged);
-  os_unlock(&st->lock);
+  assert(!st->nlog && !st->nlogged && st->super.replay <= end);
   if (!err && !st->readonly && end > st->durable) err = os_datasync(st->fd);
-  if (err) return err;
-  assert(st->readonly || st->super.replay <= end);
-  cas_free_dropped(st);
+  if (!err) cas_free_dropped(st);
   /* Where the file ends is where a power cut has left it. */
-  for (uint32_t x = (uint32_t)st->super.nslots; x < st->nslots && !st->readonly;
-       x += CAS_SEGMENT)
+  for (uint32_t x = (uint32_t)st->super.nslots;
+       x < st->nslots && !st->readonly && !err; x += CAS_SEGMENT)
     if (cas_give_space(st, x)) cas_punch(st, x, 0);
+  os_unlock(&st->lock);
   int is_clean = end == st->super.replay && !st->log_unread && !st->is_short &&
                  !st->ndirty && !st->repair && st->loader->newest < end;
-  if (st->readonly || is_clean) return 0;
+  if (err || st->readonly || is_clean) return err;
   err = cas_begin_log(st, end);
   if (err) return err;
   st->log_damaged = 0; /* the checkpoint leaves the log behind */
@@ -7439,9 +7444,8 @@ int nbdserve_cas_seal(struct nbdserve_cas *st, const char *name, char id[72],
   cas_unlock(st);
   if (!is_sealed) err = sealer.vol->parent ? cas_seal(&sealer) : -EINVAL;
   os_lock(&st->lock);
-  cas_spell_id(sealer.vol, id); /* from now on it is fixed */
+  if (!err) cas_spell_id(sealer.vol, id); /* from now on it is fixed */
   cas_unlock(st);
-  if (err) *id = 0;
   cas_close(sealer.vol);
   return err;
 }

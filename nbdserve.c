@@ -161,6 +161,9 @@
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
 #if defined __x86_64__ && defined __GNUC__ && !defined __TINYC__ && \
     !NBDSERVE_NO_CAS && !NBDSERVE_NO_HWSHA && !NBDSERVE_POSIX_ONLY
 #include <cpuid.h>
@@ -412,7 +415,8 @@ static void os_advance(struct iovec **v, int *n, size_t done) {
 /* What a call moves.  The values are those of a boolean "writing". */
 enum {
   OS_READ = 0,
-  OS_WRITE = 1
+  OS_WRITE = 1,
+  OS_READ_NOW = 2 /* see os_read_now */
 };
 
 #if !OS_LINUX && (defined __APPLE__ || NBDSERVE_POSIX_ONLY)
@@ -451,6 +455,33 @@ static int os_transfer(int fd, int writing, struct iovec *v, int n,
     os_advance(&v, &n, (size_t)done);
   }
   return 0;
+}
+
+#if OS_LINUX && defined SYS_preadv2
+/* Reads all of v[0..n) if it is in memory.  -EAGAIN: the medium would have to
+ * be waited for; some of it may have been read.  Any other error: whether that
+ * is so cannot be told here.  Not every libc has preadv2(2). */
+static int os_read_now(int fd, const struct iovec *v, int n, uint64_t off) {
+  const int nowait = 8; /* RWF_NOWAIT */
+  size_t len = 0;
+  for (int i = 0; i < n; i++)
+    len += v[i].iov_len;
+  long done =
+      syscall(SYS_preadv2, fd, v, n, (long)off, (long)(off >> 32), nowait);
+  if (done < 0) return -errno;
+  return (size_t)done == len ? 0 : -EAGAIN;
+}
+#else
+/* Here nobody can tell. */
+#define os_read_now(fd, v, n, off) ((void)(v), -EOPNOTSUPP)
+#endif
+
+/* Does os_read_now work with a file? */
+static int os_can_read_now(int fd) {
+  char byte;
+  struct iovec v = {&byte, 1};
+  int err = os_read_now(fd, &v, 1, 0);
+  return !err || err == -EAGAIN;
 }
 
 #ifdef __APPLE__
@@ -1282,6 +1313,7 @@ struct nbdserve_req {
   /* -- its data */
   unsigned char *buf; /* READ: room for it, behind room for the reply's head;
                          WRITE: it; BLOCK_STATUS: extents as they are sent */
+  int may_wait;       /* READ: for the medium; else that is -EAGAIN */
   size_t status_len;  /* BLOCK_STATUS: bytes at buf */
   void *owned;        /* the memory that buf lies in, which is freed with the
                          request; NULL: it is the client's thread's */
@@ -2173,8 +2205,10 @@ static int ex_execute(struct ex *ex, struct nbdserve_req *r) {
  *   void run_batch(void *ctx, struct nbdserve_req *r, size_t n)
  *
  * does r[0..n), which may be mixed, in any order and with as few system calls
- * as it can, in the calling thread, and sets err of each.  Requests that
- * overlap are the client's own risk.  It may run in several threads at once.
+ * as it can, in the calling thread, and sets err of each.  A READ that would
+ * have to wait for the medium gets -EAGAIN, where that can be told, unless it
+ * may wait.  Requests that overlap are the client's own risk.  It may run in
+ * several threads at once.
  *
  * The context of such a backend begins with struct ex_batched, so that read and
  * write, which the command and tests call, can be batches of one. */
@@ -2186,7 +2220,7 @@ struct ex_batched {
 static int ex_batched_read(void *ctx, void *buf, uint64_t off, uint64_t len,
                            uint32_t flags) {
   struct nbdserve_req r = {
-      .type = NBD_CMD_READ, .off = off, .len = len, .buf = buf};
+      .type = NBD_CMD_READ, .off = off, .len = len, .buf = buf, .may_wait = 1};
   (void)flags;
   ((struct ex_batched *)ctx)->run_batch(ctx, &r, 1);
   return r.err;
@@ -3093,9 +3127,8 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
    * flush, which needs no data. */
   if (!copy->owned) copy->buf = NULL;
   os_lock(&c->queue_lock);
-  /* (T5): a request has up to TX_PIECE bytes of data, or with run_batch
-   * none. */
-  tx_wait_for_workers(c, c->run_batch ? 1024 : c->s->config.threads);
+  /* (T5): a request may own up to TX_PIECE bytes of data. */
+  tx_wait_for_workers(c, copy->owned ? c->s->config.threads : 1024);
   if (!tx_need_worker(c, copy)) {
     os_unlock(&c->queue_lock);
     NBDSERVE_FREE(copy);
@@ -3118,6 +3151,21 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
 
 /* ---- The batch ----------------------------------------------------------- */
 
+/* Hands over a READ of the batch that has to wait for the medium, with a buffer
+ * of its own; or does it here, if there is no worker or no memory. */
+static void tx_read_later(struct conn *c, struct nbdserve_req *r) {
+  unsigned char *slot = r->buf;
+  assert(r->type == NBD_CMD_READ && !r->owned);
+  r->may_wait = 1;
+  r->owned = NBDSERVE_MALLOC(TX_HEAD_ROOM + (size_t)r->len);
+  if (r->owned) r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
+  if (r->owned && tx_hand_over(c, r)) return;
+  NBDSERVE_FREE(r->owned);
+  r->owned = NULL;
+  r->buf = slot;
+  tx_execute(c, r);
+}
+
 /* Does what is TODO of the batch, or hands over what is for workers (T4).
  * READs and WRITEs that stand in a row are done with one call of run_batch. */
 static void tx_run_requests(struct conn *c) {
@@ -3134,8 +3182,12 @@ static void tx_run_requests(struct conn *c) {
            req_moves_data(&c->batch[i]))
       i++;
     c->run_batch(c->export->pub.ctx, r, (size_t)(&c->batch[i] - r));
-    for (; r < &c->batch[i]; r++)
-      tx_executed(c, r, r->err);
+    for (; r < &c->batch[i]; r++) {
+      if (r->err == -EAGAIN && !r->may_wait)
+        tx_read_later(c, r);
+      else
+        tx_executed(c, r, r->err);
+    }
   }
 }
 
@@ -3364,6 +3416,7 @@ static int tx_next_request(struct conn *c) {
   c->needed = head;
   if (here < head) return CONN_NEEDS_MORE;
   struct nbdserve_req r = wire_get_request(p, c->mode);
+  r.may_wait = r.type != NBD_CMD_READ || c->s->config.threads == 1;
   uint64_t payload = tx_payload_len(&r);
   /* A longer payload is not even skipped. */
   uint64_t most =
@@ -3495,8 +3548,9 @@ struct flat {
   int fd;          /* the target; ours to close */
   int overlay_fd;  /* the overlay, ours to close; -1: writes go to the target */
   int follows_end; /* the export ends where the target ends, even if it grows */
-  uint64_t offset; /* bytes of the target in front of the export */
-  uint64_t size;   /* bytes of the export when it was opened */
+  int can_read_now; /* os_read_now works with the target */
+  uint64_t offset;  /* bytes of the target in front of the export */
+  uint64_t size;    /* bytes of the export when it was opened */
 
   struct os_monitor lock; /* guards all that follows */
   unsigned known;         /* FLAT_FAILED, and a bit for each mode of
@@ -3609,6 +3663,8 @@ static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
     v[i].iov_len = (size_t)reqs[i].len;
     assert(v[i].iov_len == reqs[i].len); /* there is a buffer of that size */
   }
+  int is_now = !writing && !reqs->may_wait && f->can_read_now;
+  if (is_now) return os_read_now(f->fd, v, (int)nreqs, f->offset + reqs->off);
   return os_transfer(f->fd, writing, v, (int)nreqs, f->offset + reqs->off);
 }
 
@@ -3799,6 +3855,7 @@ static int flat_find_slice(struct flat *f,
   f->offset = options->offset;
   f->size = options->size ? options->size : most;
   f->follows_end = !options->size;
+  f->can_read_now = os_can_read_now(f->fd);
   assert(f->offset + f->size <= INT64_MAX); /* for os_transfer */
   return 0;
 }
@@ -4088,7 +4145,8 @@ enum {
   CAS_PORTION = 64,   /* pages that a checkpoint copies under one lock */
   CAS_CANDIDATES = 2, /* slots of the index that a block is compared with */
   CAS_TRIES = 4,      /* places where a block or checkpoint may be written */
-  CAS_LOOK = 4096,    /* segments that are looked at before one is made do */
+  CAS_LOOK = 4096,    /* segments that are looked at before one is made do;
+                         slots that are freed under one lock */
   CAS_FOR_RM = 6,     /* pairs that only removing may take */
   CAS_IDLE_MS = 1000, /* without work until the log says what is durable */
   CAS_MAX_LOST = 8,   /* pages; with more of them lost a store is not written */
@@ -4198,6 +4256,7 @@ struct nbdserve_cas {
   int verify;          /* a block is checked when it is first read */
   int hw;              /* the processor computes SHA-256 */
   int is_device;       /* it cannot grow, and has all its space */
+  int can_read_now;    /* os_read_now works with the file */
   int repair;          /* goes on behind a damaged part of the log */
   int accept_loss;     /* pages that cannot be read are given up */
   uint32_t bs;         /* bytes of a block */
@@ -4731,14 +4790,19 @@ static void cas_drop_pair(struct nbdserve_cas *st, uint32_t slot,
   cas_drop(st, slot + CAS_TWIN, list);
 }
 
-/* Frees a list of slots that nothing durable names any more. */
+/* Frees a list of slots that nothing durable names any more; a long one in
+ * portions.  (unlocks) */
 static void cas_free_list(struct nbdserve_cas *st, uint32_t slot) {
-  for (; slot; slot = CAS_AT(st, slot, link)) {
+  for (uint32_t n = 1, next; slot; slot = next, n++) {
     assert(CAS_AT(st, slot, refs) == CAS_PENDING);
+    next = CAS_AT(st, slot, link);
     CAS_AT(st, slot, refs) = 0;
     CAS_AT(st, slot, tag) = TAG_NONE;
     cas_set_free(st, slot, 1);
     st->nwaiting--;
+    if (n % CAS_LOOK) continue;
+    cas_unlock(st); /* others may want it */
+    os_lock(&st->lock);
   }
 }
 
@@ -4910,20 +4974,29 @@ static size_t cas_run_length(const struct cas_block *blk, size_t n, int what) {
   return k;
 }
 
-/* Moves the data or the digests of k blocks that lie in a row. */
+/* Where the data or the digest of a block lies in the file. */
+static uint64_t cas_block_off(const struct nbdserve_cas *st,
+                              const struct cas_block *blk, int what) {
+  return what == CAS_DATA ? cas_data_off(st, blk->slot)
+                          : cas_digest_off(st, blk->slot);
+}
+
+/* Moves the data or the digests of k blocks that lie in a row.  how: OS_WRITE,
+ * OS_READ or, where that is known, OS_READ_NOW. */
 static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
-                        size_t k, int what, int writing) {
+                        size_t k, int what, int how) {
   struct iovec v[CAS_RUN];
+  uint64_t off = cas_block_off(st, blk, what);
   assert(k > 0 && k <= CAS_RUN);
-  assert(!(writing == OS_WRITE && st->readonly));
+  assert(!(how == OS_WRITE && st->readonly));
   for (size_t i = 0; i < k; i++) {
-    unsigned char *digest = writing ? blk[i].sum : blk[i].digest;
+    unsigned char *digest = how == OS_WRITE ? blk[i].sum : blk[i].digest;
     v[i] = (struct iovec){digest, CAS_DIGEST_LEN};
     if (what == CAS_DATA) v[i] = (struct iovec){blk[i].data, st->bs};
   }
-  return os_transfer(st->fd, writing, v, (int)k,
-                     what == CAS_DATA ? cas_data_off(st, blk->slot)
-                                      : cas_digest_off(st, blk->slot));
+  if (how == OS_READ_NOW && st->can_read_now)
+    return os_read_now(st->fd, v, (int)k, off);
+  return os_transfer(st->fd, how == OS_WRITE, v, (int)k, off);
 }
 
 /* Passes over the segment of a slot that could not be written from now on
@@ -4940,18 +5013,41 @@ static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
   cas_unlock(st);
 }
 
-/* Moves what there is to do of `what`, in few calls.  What fails together is
- * tried again one by one, so only that fails which must.  (locks) */
-static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
-                     int what, int writing) {
+/* Says what will be read of some blocks, so that the medium brings it all at
+ * once. */
+static void cas_announce(const struct nbdserve_cas *st,
+                         const struct cas_block *blk, size_t n, int what) {
+  size_t each = what == CAS_DATA ? st->bs : CAS_DIGEST_LEN;
   for (size_t k; n > 0; blk += k, n -= k) {
     k = cas_run_length(blk, n, what);
-    int err = k ? cas_move_run(st, blk, k, what, writing) : 0;
+    if (k)
+      os_advise(st->fd, OS_WILLNEED, cas_block_off(st, blk, what), k * each);
+    else
+      k = 1;
+  }
+}
+
+/* Moves what there is to do of `what`, in few calls.  What fails together is
+ * tried again one by one, so only that fails which must.  how: OS_WRITE;
+ * OS_READ, for which the medium may be waited for, but not twice; or
+ * OS_READ_NOW: what is not in memory gets -EAGAIN.  (locks) */
+static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
+                     int what, int how) {
+  int now = how == OS_READ && n > 1 ? OS_READ_NOW : how;
+  for (size_t k; n > 0; blk += k, n -= k) {
+    k = cas_run_length(blk, n, what);
+    int err = k ? cas_move_run(st, blk, k, what, now) : 0;
+    if (err && now != how) {
+      now = how;
+      cas_announce(st, blk, n, what);
+      err = cas_move_run(st, blk, k, what, now);
+    }
     for (size_t i = 0; err && i < k; i++) {
-      int alone = k > 1 ? cas_move_run(st, blk + i, 1, what, writing) : err;
-      int is_digest_read = what == CAS_DIGEST && !writing;
-      *(is_digest_read ? &blk[i].digest_err : &blk[i].err) = alone;
-      if (alone && writing) cas_pass_over(st, blk[i].slot, alone);
+      int alone = k > 1 ? cas_move_run(st, blk + i, 1, what, now) : err;
+      int is_only_digest =
+          what == CAS_DIGEST && how != OS_WRITE && alone != -EAGAIN;
+      *(is_only_digest ? &blk[i].digest_err : &blk[i].err) = alone;
+      if (alone && how == OS_WRITE) cas_pass_over(st, blk[i].slot, alone);
     }
     if (!k) k = 1;
   }
@@ -6132,9 +6228,9 @@ static void cas_put(struct cas_volume *vol, struct cas_block *blk, size_t n) {
  * CAS_DIGEST or 0; and both of those that are not known to be good, which are
  * checked: for data only if st->verify.  Each gets its own error; -EUCLEAN: the
  * data is not what it was.  A digest that cannot be read does not make its data
- * bad. */
+ * bad.  how: OS_READ or OS_READ_NOW. */
 static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
-                     int want) {
+                     int want, int how) {
   struct nbdserve_cas *st = vol->st;
   int trusts = want == CAS_DATA && !st->verify;
   struct cas_spot spot = {.slot = 0};
@@ -6154,8 +6250,8 @@ static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
     cas_hold(st, spot.slot);
   }
   cas_unlock(st);
-  cas_move(st, blk, n, CAS_DATA, OS_READ);
-  cas_move(st, blk, n, CAS_DIGEST, OS_READ);
+  cas_move(st, blk, n, CAS_DATA, how);
+  cas_move(st, blk, n, CAS_DIGEST, how);
   for (size_t i = 0; i < n; i++) {
     if (!blk[i].digest_err || blk[i].todo != CAS_DIGEST) continue;
     blk[i].todo = CAS_BOTH;
@@ -6179,7 +6275,7 @@ static void cas_unpin(struct nbdserve_cas *st, struct cas_block *blk,
   os_lock(&st->lock);
   for (; n-- > 0; blk++) {
     if (!blk->slot) continue;
-    if (blk->err) cas_unindex(st, blk->slot);
+    if (blk->err && blk->err != -EAGAIN) cas_unindex(st, blk->slot);
     if (blk->todo == CAS_BOTH && !blk->err && !blk->digest_err)
       CAS_AT(st, blk->slot, tag) |= CAS_GOOD;
     cas_drop(st, blk->slot, &st->dropped);
@@ -6199,7 +6295,7 @@ static int cas_part(struct cas_volume *vol, int is_read, unsigned char *buf,
   assert(len < st->bs && off % st->bs + len <= st->bs);
   while (err == -EAGAIN) {
     struct cas_block blk = {.number = off / st->bs, .data = data};
-    cas_read(vol, &blk, 1, CAS_DATA);
+    cas_read(vol, &blk, 1, CAS_DATA, OS_READ);
     struct cas_block put = {.number = blk.number,
                             .data = data,
                             .expected = blk.slot}; /* pinned: it stays that */
@@ -6219,14 +6315,15 @@ static int cas_part(struct cas_volume *vol, int is_read, unsigned char *buf,
   return err;
 }
 
-/* READs or WRITEs the first *n blocks, of several requests; then *n is 0. */
-static void cas_do_blocks(struct cas_volume *vol, unsigned type,
+/* READs (how: OS_READ or OS_READ_NOW) or WRITEs (OS_WRITE) the first *n blocks,
+ * of several requests; then *n is 0. */
+static void cas_do_blocks(struct cas_volume *vol, int how,
                           struct cas_block *blk, size_t *n) {
-  if (type == NBD_CMD_WRITE) {
+  if (how == OS_WRITE) {
     cas_put(vol, blk, *n);
     cas_kick(vol->st);
   } else {
-    cas_read(vol, blk, *n, CAS_DATA);
+    cas_read(vol, blk, *n, CAS_DATA, how);
     cas_unpin(vol->st, blk, *n);
   }
   for (; *n > 0; blk++, --*n)
@@ -6240,6 +6337,8 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   struct cas_block blk[CAS_BATCH];
   size_t k = 0;
   for (const struct nbdserve_req *end = r + n; r < end; r++) {
+    int reads = r->may_wait ? OS_READ : OS_READ_NOW;
+    int how = r->type == NBD_CMD_WRITE ? OS_WRITE : reads;
     uint64_t len;
     assert(r->off <= vol->now.size && r->len <= vol->now.size - r->off);
     r->err = 0;
@@ -6255,10 +6354,10 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
       else
         err = cas_part(vol, r->type == NBD_CMD_READ, r->buf + at, off, len);
       if (err) r->err = err;
-      if (k == CAS_BATCH) cas_do_blocks(vol, r->type, blk, &k);
+      if (k == CAS_BATCH) cas_do_blocks(vol, how, blk, &k);
     }
     if (!k || r + 1 == end || r[1].type != r->type)
-      cas_do_blocks(vol, r->type, blk, &k);
+      cas_do_blocks(vol, how, blk, &k);
   }
 }
 
@@ -6971,6 +7070,7 @@ static int cas_open_file(struct nbdserve_cas *st, const char *path, int flags) {
   off_t end = lseek(st->fd, 0, SEEK_END);
   if (end < 0) return -errno;
   st->end = (uint64_t)end;
+  st->can_read_now = os_can_read_now(st->fd);
   int err = os_lock_file(st->fd, st->readonly);
   if (err || !st->repair) return err;
   /* What a failed sync has left in memory is not on the medium: look there. */
@@ -7338,7 +7438,7 @@ static int cas_digest_blocks(struct cas_sealer *sealer, uint32_t index,
     for (size_t i = 0; i < n; i++)
       blk[i] = (struct cas_block){.number = first + c + i,
                                   .data = sealer->data + i * st->bs};
-    cas_read(vol, blk, n, CAS_DIGEST);
+    cas_read(vol, blk, n, CAS_DIGEST, OS_READ);
     cas_unpin(st, blk, n);
     for (size_t i = 0; i < n; i++) {
       if (blk[i].err || (blk[i].slot && blk[i].number >= cas_blocks(st, size)))
@@ -7624,7 +7724,7 @@ static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
   for (size_t i = 0; i < n; i++)
     blk[i] =
         (struct cas_block){.number = v->block + i, .data = v->data + i * bs};
-  cas_read(vol, blk, n, 0);
+  cas_read(vol, blk, n, 0, OS_READ);
   for (size_t i = 0; i < n; i++) {
     int is_bad = blk[i].err || blk[i].digest_err;
     const char *why = NULL;

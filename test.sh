@@ -356,7 +356,7 @@ testReadsAreAnsweredWithData testReadsOfNothingButZeroesAreHoles
 testExtendedStatusIsOf64Bits testOffsetsNear2To64DoNotWrap
 testWriteOverTheMaximumIsEINVALAndInStep testCookiesAreOpaqueAndMayRepeat
 testRequestsBeforeADisconnectAreAnswered testManyPipelinedRequestsToMemory
-testNoReplyComesInsideTheDataOfALongRead testSlowFlushOrTrimHoldsNoReadsUp
+testNoReplyComesInsideTheDataOfALongRead testSlowFlushTrimOrReadHoldsNoReadsUp
 testMixedRequestsGetTheirOneAnswer testOperationsThatLieAreEIO
 testLeavingClientGetsItsAnswers testMemoryRefusedIsNoCrash
 testReadOnlyFileIsServedWithR testSecondServerOfAFileExits4
@@ -2348,7 +2348,7 @@ testLeavingClientGetsItsAnswers() { unit leave; }
 testClientsThatVanishInAWriteLeaveNothingBehind() { unit cut; }
 testTransmissionCanBeEnteredAtOnce() { unit direct; }
 testRequestsBeyondTheMemoryAreDone() { unit memory; }
-testSlowFlushOrTrimHoldsNoReadsUp() { fault slow "$DISK"; }
+testSlowFlushTrimOrReadHoldsNoReadsUp() { fault slow "$DISK"; }
 testLongSimpleReplyIsInOnePiece() { fault whole "$DISK"; }
 testLongWriteThatFailsHalfwayIsOneError() { fault halfway "$DISK"; }
 testMemoryRefusedIsNoCrash() { fault memory "$DISK"; }
@@ -12504,7 +12504,7 @@ int main(int argc, char **argv) {
  * fault VERB FILE, with system calls that fail as they are told: err for the
  * next times calls (-1: all) behind the next skip, at most cut bytes at a time,
  * EINTR before every other call, EIO for what covers the file's byte bad; a
- * call waits for the end of hold. */
+ * call waits for the end of hold, of reads those of byte 0. */
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 
@@ -12528,7 +12528,7 @@ static pthread_mutex_t fi_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static int fi_fails(int f, off_t off, size_t *len) {
   int err = 0;
-  while (t_hold(&fi[f].hold, -1))
+  while (t_hold(&fi[f].hold, -1) && (f != PREAD || !off))
     usleep(1000);
   pthread_mutex_lock(&fi_lock);
   fi[f].calls++;
@@ -12586,6 +12586,15 @@ static ssize_t fi_preadv(int fd, const struct iovec *v, int n, off_t off) {
   if (fi_fails(PREAD, off, &len)) return -1;
   if (len == all) return preadv(fd, v, n, off);
   return pread(fd, v->iov_base, len < v->iov_len ? len : v->iov_len, off);
+}
+
+/* preadv2(RWF_NOWAIT): while reads are on hold, byte 0 is not in memory. */
+static long fi_syscall(long number, int fd, const struct iovec *v, int n,
+                       long off, long high, int flags) {
+  size_t len = fi_sum(v, n);
+  if (!off && t_hold(&fi[PREAD].hold, -1)) return errno = EAGAIN, -1;
+  if (fi_fails(PREAD, off, &len)) return -1;
+  return syscall(number, fd, v, n, off, high, flags);
 }
 
 static ssize_t fi_pwritev(int fd, const struct iovec *v, int n, off_t off) {
@@ -12709,6 +12718,7 @@ static int fi_mkstemp(char *name) {
 #define pwrite fi_pwrite
 #define preadv fi_preadv
 #define pwritev fi_pwritev
+#define syscall fi_syscall
 #define fdatasync fi_fdatasync
 #define fallocate fi_fallocate
 #define pthread_create fi_create
@@ -12912,25 +12922,25 @@ static void i_halfway(void) {
 
 /* Reads are answered while a flush or a trim is under way */
 static void i_slow(void) {
+  static const int slow[] = {TRIM, FLUSH, READ}, calls[] = {FALLOCATE, SYNC,
+                                                             PREAD};
   static char b[512];
   unsigned char all[4 * 28];
   struct one o;
   struct t_reply r = {0};
   int i, call;
-  for (call = 0; call < 2; call++) {
+  for (call = 0; call < 3; call++) {
     i_open(&o, 0);
-    t_hold(&fi[call ? SYNC : FALLOCATE].hold, 1);
+    t_hold(&fi[calls[call]].hold, 1);
     for (i = 0; i < 4; i++)
-      t_head(all + 28 * i, 0,
-             i != 1 ? READ
-             : call ? FLUSH
-                    : TRIM,
-             (uint32_t)i, 0, 512);
+      t_head(all + 28 * i, 0, i != 1 ? READ : slow[call], (uint32_t)i,
+             i != 1 ? 512 : 0, 512);
     CHECK(t_write(o.c.fd, all, sizeof all) == 0);
     for (i = 0; i < 3; i++)
       CHECK(t_recv(&o.c, &r) && (uint32_t)r.cookie != 1);
     CHECK(t_do(&o.c, 0, WRITE, 0, 512, b) == 0);
-    t_hold(&fi[call ? SYNC : FALLOCATE].hold, 0);
+    CHECK(t_do(&o.c, 0, READ, 1024, 512, b) == 0);
+    t_hold(&fi[calls[call]].hold, 0);
     CHECK(t_recv(&o.c, &r) && (uint32_t)r.cookie == 1 && !r.error);
     o_close(&o);
   }

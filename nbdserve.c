@@ -2287,6 +2287,7 @@ enum {
                          single chunk, and IO_UNIT */
   TX_BATCH = 128,       /* requests in a batch, at most */
   TX_HEADS = 32,        /* long heads that leave in one send, at most */
+  TX_COMPANY = 64,      /* see tx_flush_alone */
   TX_ERROR_TEXT = 80,   /* bytes of an error's text that are sent */
   TX_HEAD_ROOM = 64, /* bytes before a READ's data, for its head: 40 and more */
   TX_HEAD_MAX =      /* the longest reply without data: ERROR_OFFSET */
@@ -2336,6 +2337,7 @@ struct conn {
   struct nbdserve_req batch[TX_BATCH];
   size_t nbatch;
   size_t wbuf_used; /* bytes of slots, or of replies to options, in wbuf */
+  unsigned company; /* flushes to hand over: see tx_flush_alone */
   /* -- sending */
   struct os_monitor send_lock; /* held while io.out is written to */
   int send_err;                /* why nothing is sent any more */
@@ -2744,7 +2746,10 @@ static int hs_run(struct conn *c) {
  *   run_batch
  *   FLUSH, TRIM, CACHE,       a worker; FLUSH:   BLOCK_STATUS: a buffer of its
  *   WRITE_ZEROES,             after the batch's  own
- *   BLOCK_STATUS              writes
+ *   BLOCK_STATUS              writes, and alone:
+ *                             client's thread
+ *   READ of a batch that has  a worker           a buffer of its own
+ *   to wait for the medium
  *
  *   tx_run_batch     does what has gathered, when rbuf holds no whole request
  *                    any more or the batch is full
@@ -2757,7 +2762,8 @@ static int hs_run(struct conn *c) {
  * is done.  run_batch calls pwrite from there.  The reply is one of the heads
  * that tx_answer gathers, and all replies of the batch leave in one sendmsg().
  * All of this happens in the client's thread.  A WRITE with FUA is TO_FLUSH
- * after pwrite: a worker flushes and answers.
+ * after pwrite: a worker flushes and answers, or the client's thread, if the
+ * client has asked for nothing else.
  *
  * A FLUSH is TO_FLUSH from the start.  When the batch's writes are done it
  * joins c->to_flush; one worker takes all requests that are there, calls
@@ -2783,15 +2789,17 @@ static int hs_run(struct conn *c) {
  *      answered by a head alone, which stands with the other replies' heads.
  * (T3) A batch's writes are done before its flushes start: a flush covers all
  *      that was answered before it arrived, and more.
- * (T4) FLUSH, TRIM, CACHE, WRITE_ZEROES and BLOCK_STATUS, and without run_batch
- *      READ and WRITE, may take as long as they like: nothing behind them
- *      waits, up to the limit in tx_hand_over and while a worker can be had.
- *      What the client's thread does itself, which is batches and pieces, holds
- *      up the requests behind it.
+ * (T4) FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS, READs of a batch that
+ *      have to wait for the medium, and without run_batch READ and WRITE, may
+ *      take as long as they like: nothing behind them waits, up to the limit in
+ *      tx_hand_over and while a worker can be had.  What the client's thread
+ *      does itself holds up the requests behind it: the rest of a batch,
+ *      pieces, and a flush that came alone (tx_flush_alone).
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
- *      that many requests with workers.  Without run_batch each of these
- *      may hold TX_PIECE bytes.  With it no READ or WRITE is copied, and
- *      each holds the extents of a BLOCK_STATUS at most. */
+ *      that many requests with workers.  Those that hold data are not more
+ *      than config.threads: up to TX_PIECE bytes each without run_batch, and
+ *      TX_IN_BATCH_MAX with it.  The others hold the extents of a BLOCK_STATUS
+ *      at most. */
 
 /* ---- Replies ------------------------------------------------------------- */
 
@@ -3191,6 +3199,24 @@ static void tx_run_requests(struct conn *c) {
   }
 }
 
+/* Flushes for a request here and now, if it is the client's only one: to hand
+ * it over would take longer than many a flush.  If another one has come
+ * meanwhile, which had to wait, the next flushes are handed over.  Returns
+ * false if it is not alone. */
+static int tx_flush_alone(struct conn *c, struct nbdserve_req *r) {
+  char byte;
+  if (c->company) c->company--;
+  os_lock(&c->queue_lock);
+  int is_alone = c->nbatch == 1 && c->rbuf_pos == c->rbuf_end && !c->company &&
+                 !c->nhanded_over;
+  os_unlock(&c->queue_lock);
+  if (!is_alone) return 0;
+  tx_execute(c, r);
+  if (recv(c->io.in, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0)
+    c->company = TX_COMPANY;
+  return 1;
+}
+
 /* Does the batch, or hands it over, and answers it.  0, or -errno to close. */
 static int tx_run_batch(struct conn *c) {
   struct nbdserve_req *list = NULL;
@@ -3199,7 +3225,8 @@ static int tx_run_batch(struct conn *c) {
   tx_run_requests(c);
   for (size_t i = 0; i < c->nbatch; i++) {
     struct nbdserve_req *r = &c->batch[i];
-    if (r->state == REQ_TO_FLUSH && !tx_hand_over(c, r))
+    if (r->state == REQ_TO_FLUSH && !tx_flush_alone(c, r) &&
+        !tx_hand_over(c, r))
       tx_execute(c, r); /* (T3): only now */
     if (r->state == REQ_HANDED_OVER) continue;
     *end = r;

@@ -468,12 +468,12 @@ static int os_read_now(int fd, const struct iovec *v, int n, uint64_t off) {
     len += v[i].iov_len;
   long done =
       syscall(SYS_preadv2, fd, v, n, (long)off, (long)(off >> 32), nowait);
-  if (done < 0) return -errno;
-  return (size_t)done == len ? 0 : -EAGAIN;
+  if (done < 0 && errno != EINTR) return -errno;
+  return done == (long)len ? 0 : -EAGAIN;
 }
 #else
 /* Here nobody can tell. */
-#define os_read_now(fd, v, n, off) ((void)(v), -EOPNOTSUPP)
+#define os_read_now(fd, v, n, off) ((void)(fd), (void)(v), -EOPNOTSUPP)
 #endif
 
 /* Does os_read_now work with a file? */

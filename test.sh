@@ -3903,6 +3903,7 @@ snapshot_if_it_fits() {
       assertNotContains 'refused, but there' "$(cat "$T/out")" v@s
   fi
 }
+give_back() { [ "$SWITCH" = POSIX_ONLY ] || order gc "$S"; } # by punching holes
 # The file system is full: by what the store holds, then by what others do.
 # ENOSPC is no reason to lose anything, nor to refuse what needs no space.
 is_full() {
@@ -3913,12 +3914,12 @@ is_full() {
   brim v trim:400 flush must:20 over:300 flush check && crash &&
     brim v check trim:50 && brim w check trim:200 flush must:20 &&
     snapshot_if_it_fits || return
-  brim v trim:200 flush must:20 flush && order rm "$S::w" && order gc "$S" &&
+  brim v trim:200 flush must:20 flush && order rm "$S::w" && give_back &&
     rm "$T/shadow.w" || return
   head -c 512M /dev/zero >"$T/m/filler" 2>/dev/null
   brim v over:200 trim:100 flush over:200 zero:50 flush check &&
     snapshot_if_it_fits && crash && brim v check trim:50 over:50 check &&
-    order gc "$S" || return
+    give_back || return
   cat /dev/zero >>"$T/m/filler" 2>/dev/null
   brim v trim:20 over:100 check && crash && brim v check || return
   rm "$T/m/filler"
@@ -3939,7 +3940,10 @@ full() {
 testStoreOnAFullExt4() { full ext4 96; }
 testStoreOnAFullExt3() { full ext3 96; }
 testStoreOnAFullXfs() { full xfs 300; }
-testStoreOnAFullBtrfs() { full btrfs 128; }
+testStoreOnAFullBtrfs() {
+  unless POSIX_ONLY || return 0 # which cannot ask to be overwritten in place
+  full btrfs 128
+}
 testStoreOnAFullTmpfs() { full tmpfs 96; }
 testStoresOfABigEndianMachineAreTheSame() {
   qemu=$(command -v qemu-s390x-static || command -v qemu-s390x || :)
@@ -3969,11 +3973,12 @@ simulates() {
 # The same histories in each run: what they find is not left to chance.  make
 # crash goes on with others.
 testPlaceOfTheLogThatCannotBeWrittenIsPassedOver() {
-  unless NO_CAS && fault badlog "$T/pool"
+  unless NO_CAS || return 0
+  fault badlog "$T/pool"
 }
 testGcHoldsNobodyUpWhileItGivesSpaceBack() {
-  unless NO_CAS && unless NO_THREADS && unless POSIX_ONLY &&
-    fault slowgc "$T/pool"
+  unless NO_CAS && unless NO_THREADS && unless POSIX_ONLY || return 0
+  fault slowgc "$T/pool"
 }
 testNoPowerCutLosesWhatWasFlushed() {
   simulates && build simulator || return 0
@@ -10820,22 +10825,28 @@ static void *w_run(void *arg) {
 }
 
 /* A flush that is asked for while one is running, on the same connection: the
- * write in between is not covered by the first */
+ * write in between is not covered by the first.  The very first flush comes
+ * alone, and is done before the write is looked at. */
 static void w_in_line(struct writer *w) {
   static struct t_reply r;
-  int begun = w_get(w->disk, &w->disk->begun), k;
   uint64_t off = 512u * (unsigned)w->block;
   char b[512] = "";
-  CHECK(t_send(&w->c, 0, FLUSH, 1, 0, 0, NULL) == 0);
-  while (w_get(w->disk, &w->disk->begun) == begun)
-    t_sleep(1);
-  CHECK(t_send(&w->c, 0, WRITE, 2, off, 512, b) == 0);
-  CHECK(t_recv(&w->c, &r) && (uint32_t)r.cookie == 2 && !r.error);
-  CHECK(t_send(&w->c, 0, FLUSH, 3, 0, 0, NULL) == 0);
-  for (k = 0; k < 2; k++) {
+  int round, begun, k;
+  for (round = 0; round < 3; round++) {
+    begun = w_get(w->disk, &w->disk->begun);
+    CHECK(t_send(&w->c, 0, FLUSH, 1, 0, 0, NULL) == 0);
+    while (w_get(w->disk, &w->disk->begun) == begun)
+      t_sleep(1);
+    CHECK(t_send(&w->c, 0, WRITE, 2, off, 512, b) == 0);
     CHECK(t_recv(&w->c, &r) && !r.error);
-    CHECK(w_get(w->disk, &w->disk->finished) > begun);
-    if ((uint32_t)r.cookie == 3) w_lasts(w);
+    CHECK((uint32_t)r.cookie == (round ? 2 : 1));
+    if (!round) CHECK(t_recv(&w->c, &r) && !r.error);
+    CHECK(t_send(&w->c, 0, FLUSH, 3, 0, 0, NULL) == 0);
+    for (k = !round; k < 2; k++) {
+      CHECK(t_recv(&w->c, &r) && !r.error);
+      CHECK(w_get(w->disk, &w->disk->finished) > begun);
+      if ((uint32_t)r.cookie == 3) w_lasts(w);
+    }
   }
 }
 

@@ -77,8 +77,9 @@
  *                         only that client is delayed by it
  *   4. ex.serial          one call into an NBDSERVE_EXPORT_SERIAL backend
  *   5. ex.lock            an export's flush that runs, and its result
- *   6. flat.lock          what a file has turned out not to support; the I/O of
- *                         a temporary export
+ *   6. flat.region[], then .lock: a block of a temporary export while it comes
+ *                         to the overlay; what is there; what a file has turned
+ *                         out not to support
  *   7. nbdserve_cas.ckpt, then .lock: see [11]
  *   8. io_stop.lock       the moment at which the grace ends */
 
@@ -3556,6 +3557,7 @@ static int tx_run(struct conn *c) {
 enum {
   FLAT_MAX_IOV = 64, /* neighbouring requests that go into one system call */
   FLAT_OVERLAY_BLOCK = 65536, /* bytes that come to the overlay as a whole */
+  FLAT_REGIONS = 16,          /* of blocks, each with a lock */
   FLAT_FAILED = 1 << 30       /* a sync has failed (F1) */
 };
 
@@ -3566,8 +3568,7 @@ enum {
  *   known           FLUSH, TRIM, ZEROES  all that writes          lock
  *   in_overlay      WRITE               READ, WRITE              lock
  *
- * The lock is held for the moment that it takes to look, except for in_overlay:
- * see there. */
+ * The lock is held for the moment that it takes to look. */
 struct flat {
   struct ex_batched own; /* must come first: ex_batched_read looks there */
 
@@ -3582,11 +3583,12 @@ struct flat {
   struct os_monitor lock; /* guards all that follows */
   unsigned known;         /* FLAT_FAILED, and a bit for each mode of
                              os_fallocate that is missing: see flat_known */
-  /* Bit N % 8 of byte N / 8: block N is in the overlay.  A READ or WRITE holds
-   * the lock from its look at the bits to the end of its I/O: another WRITE
-   * could bring the block over in between, and one of the two would be lost.
-   * NULL: there is no overlay. */
+  /* Bit N % 8 of byte N / 8: block N is in the overlay.  NULL: there is no
+   * overlay. */
   unsigned char *in_overlay;
+  /* Block N is brought over under region[N % FLAT_REGIONS], so that of two
+   * WRITEs to it none is lost. */
+  struct os_monitor region[FLAT_REGIONS];
 };
 STATIC_ASSERT(modes_of_fallocate_have_bits, OS_ZERO_RANGE < 30);
 
@@ -3610,14 +3612,19 @@ static unsigned flat_known(struct flat *f, unsigned learned) {
 
 /* ---- The overlay of a temporary export ---------------------------------- */
 
-/* Is a block in the overlay?  The caller holds the lock. */
-static int overlay_has(const struct flat *f, uint64_t block) {
+/* Is a block in the overlay?  sets: from now on it is. */
+static int overlay_has(struct flat *f, uint64_t block, int sets) {
+  unsigned char *byte = &f->in_overlay[block / 8];
   assert(block <= f->size / FLAT_OVERLAY_BLOCK);
-  return f->in_overlay[block / 8] >> block % 8 & 1;
+  os_lock(&f->lock);
+  if (sets) *byte |= (unsigned char)(1 << block % 8);
+  int has = *byte >> block % 8 & 1;
+  os_unlock(&f->lock);
+  return has;
 }
 
 /* Copies a block of the target to the overlay.  The last block of an export may
- * be shorter than the others.  The caller holds the lock. */
+ * be shorter than the others.  The caller holds the lock of its region. */
 static int overlay_copy(struct flat *f, uint64_t block) {
   unsigned char data[FLAT_OVERLAY_BLOCK];
   uint64_t start = block * FLAT_OVERLAY_BLOCK;
@@ -3631,35 +3638,37 @@ static int overlay_copy(struct flat *f, uint64_t block) {
 
 /* Reads or writes len bytes at off, all in one block: a write in the overlay,
  * to which it brings the block first unless it fills it.  The block counts as
- * being there once all of that is done.  The caller holds the lock. */
+ * being there once all of that is done: who reads it until then reads what it
+ * was before. */
 static int overlay_do_piece(struct flat *f, int writing, void *buf,
                             uint64_t off, size_t len) {
   struct iovec v = {buf, len};
   uint64_t block = off / FLAT_OVERLAY_BLOCK;
+  struct os_monitor *region = &f->region[block % FLAT_REGIONS];
   int err = 0;
   assert(len > 0 && len <= FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK);
-  if (!writing && !overlay_has(f, block))
-    return os_transfer(f->fd, OS_READ, &v, 1, f->offset + off);
-  if (len < FLAT_OVERLAY_BLOCK && !overlay_has(f, block))
+  if (overlay_has(f, block, 0))
+    return os_transfer(f->overlay_fd, writing, &v, 1, off);
+  if (!writing) return os_transfer(f->fd, OS_READ, &v, 1, f->offset + off);
+  os_lock(region);
+  if (len < FLAT_OVERLAY_BLOCK && !overlay_has(f, block, 0))
     err = overlay_copy(f, block);
-  if (!err) err = os_transfer(f->overlay_fd, writing, &v, 1, off);
-  if (!err) f->in_overlay[block / 8] |= (unsigned char)(1 << block % 8);
+  if (!err) err = os_transfer(f->overlay_fd, OS_WRITE, &v, 1, off);
+  if (!err) overlay_has(f, block, 1);
+  os_unlock(region);
   return err;
 }
 
-/* Does a READ or WRITE block by block, with the lock from the first to the
- * last.  Returns 0 or the first error. */
+/* Does a READ or WRITE block by block.  Returns 0 or the first error. */
 static int overlay_do(struct flat *f, const struct nbdserve_req *r) {
   int err = 0;
   assert(r->len <= f->size && r->off <= f->size - r->len);
-  os_lock(&f->lock);
   for (uint64_t done = 0, len; done < r->len && !err; done += len) {
     uint64_t off = r->off + done;
     len = u_min(FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK, r->len - done);
     err = overlay_do_piece(f, r->type == NBD_CMD_WRITE, r->buf + done, off,
                            (size_t)len);
   }
-  os_unlock(&f->lock);
   return err;
 }
 
@@ -3808,6 +3817,8 @@ static void flat_close(void *ctx) {
   close(f->fd);
   if (flat_is_temporary(f)) close(f->overlay_fd);
   NBDSERVE_FREE(f->in_overlay);
+  for (int i = 0; i < FLAT_REGIONS; i++)
+    os_monitor_free(&f->region[i]);
   os_monitor_free(&f->lock);
   NBDSERVE_FREE(f);
 }
@@ -3918,6 +3929,8 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   struct flat *f = u_zalloc(sizeof *f);
   if (!f) return -ENOMEM;
   os_monitor_init(&f->lock);
+  for (int i = 0; i < FLAT_REGIONS; i++)
+    os_monitor_init(&f->region[i]);
   f->own.run_batch = flat_batch;
   f->fd = f->overlay_fd = -1;
   int err = flat_open_target(f, file, writable, create, &is_new);

@@ -8725,7 +8725,9 @@ static void cli_log(void *unused, int level, const char *message) {
  * has an exit status of its own: scripts try again then. */
 static void cli_exit_if_error(int err, const char *object) {
   assert(err <= 0 && object);
-  if (err == -EBUSY) cli_die(CLI_IN_USE, "%s: another server has it", object);
+  if (err == -EBUSY)
+    cli_die(CLI_IN_USE, "%s: in use by a server; stop it, or connect to it",
+            object);
   if (err) cli_failed("%s: %s", object, u_errno_text(err));
 }
 
@@ -9606,6 +9608,34 @@ static int cli_split_operands(struct cli_job *job) {
   return 0;
 }
 
+/* Why a command has failed: what the errors of nbdserve.h mean for it. */
+static const char *cli_why(const struct cli_job *job,
+                           const struct nbdserve_cas_op *op, int err) {
+  int verb = op->verb & ~NBDSERVE_CAS_DRY_RUN;
+  const char *name = verb == NBDSERVE_CAS_CLONE || verb == NBDSERVE_CAS_RENAME
+                         ? op->to
+                         : op->name;
+  const char *at = strchr(name, '@');
+  if (err == -ENOENT) return "no such volume or snapshot (list names all)";
+  if (err == -EEXIST) return "that name is taken";
+  if (err == -EBUSY) return "in use by a client; end that first";
+  if (err == -ENOTEMPTY) return "it has snapshots; remove them first";
+  if (err == -EUCLEAN) return "the store is damaged (verify names what is)";
+  if (err == -ETIMEDOUT) return "nobody takes its output";
+  if (err != -EINVAL) return u_errno_text(err);
+  if (verb == NBDSERVE_CAS_ROLLBACK || job->verb->run == cli_do_seal)
+    return "not a snapshot: that is VOLUME@NAME";
+  if (verb == NBDSERVE_CAS_RESIZE && at) return "a snapshot keeps its size";
+  int is_snapshot = strchr(op->name, '@') && verb != NBDSERVE_CAS_CLONE;
+  if ((verb == NBDSERVE_CAS_SNAPSHOT || is_snapshot) && !at)
+    return "a snapshot is called VOLUME@NAME";
+  if (verb == NBDSERVE_CAS_RM) return "not possible together";
+  if (!cas_is_name(at ? at + 1 : name))
+    return "not a name: 1 to 166 bytes without / @ \" \\ and not sha256-...";
+  if (at) return "a name with @ is a snapshot's, of that volume";
+  return "too large, or not possible together";
+}
+
 /* Does a command on an open store, and prints what it has to say.  (The FILE of
  * an import is not named in a message, as the errors that come after it was
  * opened are about the volume.  A reader who has seen enough of a list, as
@@ -9627,12 +9657,7 @@ static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
   assert(job->failed < job->nops);
   const struct nbdserve_cas_op *op = &job->ops[job->failed];
   const char *to = flags & VERB_READS_FILE ? "" : op->to;
-  const char *why = u_errno_text(err);
-  if (err == -EINVAL) why = "not a possible name or size, or not a snapshot";
-  if (err == -EBUSY) why = "in use by a client, or being verified";
-  if (err == -ENOTEMPTY) why = "it has snapshots";
-  if (err == -EUCLEAN) why = "the store is damaged (verify names what is)";
-  if (err == -ETIMEDOUT) why = "nobody takes its output";
+  const char *why = cli_why(job, op, err);
   if (!(err == -EUCLEAN && job->nrows) && !(err == -EPIPE && flags & VERB_ROWS))
     cli_say_to(job->fds.messages, "%s%s%.999s%s%.999s: %s", job->verb->name,
                *op->name ? " " : "", op->name, *to ? " " : "", to, why);
@@ -9910,6 +9935,18 @@ static char *cli_take_store(const struct cli_verb *verb) {
   return first;
 }
 
+/* The name in a later operand, in front of which the store may stand again, but
+ * no other one. */
+static const char *cli_same_store(const char *store, const char *operand) {
+  const char *colons = strstr(operand, "::");
+  size_t n = colons ? (size_t)(colons - operand) : 0;
+  if (!colons) return operand;
+  if (strncmp(store, operand, n) != 0 || store[n])
+    cli_usage("%s: in another store than the first operand: %s", operand,
+              store);
+  return colons + 2;
+}
+
 /* Opens the FILE of an import or export, which takes the place of the output.
  * We do it, even if a server does the command: relative paths and permissions
  * are ours.  A regular FILE is written under another name until it is whole; a
@@ -9963,10 +10000,21 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
   return status;
 }
 
+/* Refuses options that are not for a command: it would do something else than
+ * whoever gives them wants. */
+static void cli_check_verb(const struct cli_verb *verb) {
+  uint64_t allowed =
+      BIT(JSON) | BIT(NO_VERIFY) | BIT(STALL) | BIT(QUIET) | BIT(VERBOSE);
+  if (verb->flags & VERB_DRY_RUN) allowed |= BIT(DRY_RUN);
+  if (verb->open == NBDSERVE_CAS_REPAIR) allowed |= BIT(ACCEPT_LOSS);
+  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
+    if (opt[id].given && !(allowed >> id & 1))
+      cli_usage("--%.*s: not for the command %s", CLI_NAME(id), verb->name);
+}
+
 /* If the command line is a command on a store: does it, and ends the process.
  * Its first word has to be one of the names in cli_verbs; a file of such a name
- * is served as ./NAME.  --dry-run and --accept-loss are refused where they
- * would not be heeded.
+ * is served as ./NAME.
  *
  * The operands are put behind each other, as they go over the control
  * socket. */
@@ -9988,15 +10036,16 @@ static void cli_run_verb(void) {
   char *store = cli_take_store(job.verb);
   FILE *out = open_memstream(&job.operands, &length);
   for (int j = 0; out && j < cli.ntargets; j++) {
-    last = cli.targets[j];
+    int is_file = job.verb->flags & (VERB_READS_FILE | VERB_WRITES_FILE);
+    last =
+        j && !is_file ? cli_same_store(store, cli.targets[j]) : cli.targets[j];
     fwrite(last, 1, strlen(last) + 1, out);
   }
   int err = out && fclose(out) == 0 ? 0 : -ENOMEM;
   job.request.length = (uint32_t)length;
   if (!err) err = store ? cli_split_operands(&job) : -EINVAL;
-  if (err == -EINVAL ||
-      (job.request.dry_run && !(job.verb->flags & VERB_DRY_RUN)) ||
-      (opt[OPT_ACCEPT_LOSS].given && job.verb->open != NBDSERVE_CAS_REPAIR))
+  cli_check_verb(job.verb);
+  if (err == -EINVAL)
     cli_usage("usage: nbdserve %s %s", name, job.verb->operands);
   if (err == -EDOM) cli_usage("%s %s: not a size", name, last);
   cli_exit_if_error(err, name);
@@ -10045,6 +10094,18 @@ static void cli_help_verbs(void) {
   ((void)(path), (void)(options), (void)(ex), -EOPNOTSUPP)
 #endif
 
+/* Is the file at path a store?  A client that writes to it would destroy it. */
+static int cli_is_store(const char *path) {
+  static const char magic[] = "NBDSCAS";
+  char begin[sizeof magic - 1] = "";
+  int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+  if (fd < 0) return 0;
+  int is_store = pread(fd, begin, sizeof begin, 0) == (ssize_t)sizeof begin &&
+                 memcmp(begin, magic, sizeof begin) == 0;
+  close(fd);
+  return is_store;
+}
+
 /* Opens a target, which is a volume if that is not NULL, at path.  If that
  * fails the process ends with a message that says why and, where an option
  * helps, which one.  A volume cannot be cut like a file, and has clones in
@@ -10066,12 +10127,18 @@ static void cli_open_target(const char *text, const char *path,
     cli_usage("%s: no --offset, --size, --create or -T of a volume", text);
   if (opt[OPT_TEMPORARY].given && access(flat.dir, W_OK) < 0)
     cli_exit_if_error(-errno, flat.dir);
+  if (!volume && strncmp(text, "file:", 5) != 0 && cli_is_store(path))
+    cli_usage("%s: a store; %s:: serves its volumes, and file:%s the file",
+              text, text, text);
   int err = volume ? cli_open_volume(path, volume, ex)
                    : nbdserve_flat_open(path, &flat, ex);
   if ((err == -EACCES || err == -EROFS) && !flat.flags)
     hint = " (-r serves it read-only)";
   if (err == -ENOENT && !volume && !flat.flags && !flat.create)
-    hint = " (--create SIZE makes it)";
+    hint = " (--create SIZE makes it; --help lists commands)";
+  if (err == -ENOENT && volume)
+    cli_failed("%s: no such volume or snapshot (`nbdserve list %s` names all)",
+               text, path);
   if (err == -EINVAL && !volume)
     hint = ": no file, device or mem:SIZE, or smaller than --offset and --size";
   if (*hint) cli_failed("%s: %s%s", text, u_errno_text(err), hint);

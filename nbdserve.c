@@ -6876,13 +6876,30 @@ static uint64_t cas_find_log_end(struct nbdserve_cas *st, unsigned char *p) {
   return end;
 }
 
+/* Writes anew, from the data, all digests in the same 4096 bytes as that of a
+ * slot: a bad sector among them can be written only as a whole.  Only while the
+ * store is opened, when nobody else writes there. */
+static void cas_rewrite_digests(struct nbdserve_cas *st, uint32_t slot) {
+  unsigned char digests[CAS_PAGE] = {0};
+  uint32_t n = CAS_PAGE / CAS_DIGEST_LEN;
+  uint32_t first = slot / n * n;
+  unsigned char *data = NBDSERVE_MALLOC(st->bs);
+  assert(!st->is_open);
+  for (uint32_t i = 0; data && i < n && cas_is_in_file(st, first + i); i++)
+    if (!cas_io(st, OS_READ, data, st->bs, cas_data_off(st, first + i)))
+      sha_256(st->hw, data, NULL, st->bs, digests + CAS_DIGEST_LEN * i, NULL);
+  if (data)
+    (void)!cas_io(st, OS_WRITE, digests, CAS_PAGE, cas_digest_off(st, first));
+  NBDSERVE_FREE(data);
+}
+
 /* Does the slot of an entry have the data that the entry says?  Then it is
  * written once more, as after a failed sync it may be in memory only; if that
  * fails there still is what was read.  Where the data cannot be read the digest
- * has to do, so that a client gets an error and not what was there before; and
- * where the digest cannot be read or written, the data.  A digest that can be
- * read, differs and cannot be written never was durable, and neither was the
- * entry: a power cut has taken back the space of both. */
+ * has to do, so that a client gets an error and not what was there before.  A
+ * digest that can be read, differs and cannot be written never was durable, and
+ * neither was the entry: a power cut has taken back the space of both.  One
+ * that cannot be read may be another one when it can. */
 static int cas_confirm(struct nbdserve_cas *st, struct cas_entry *entry) {
   unsigned char *data = st->loader->data;
   unsigned char digest[CAS_DIGEST_LEN];
@@ -6897,7 +6914,9 @@ static int cas_confirm(struct nbdserve_cas *st, struct cas_entry *entry) {
   if (st->readonly) return 1;
   (void)!cas_io(st, OS_WRITE, data, st->bs, cas_data_off(st, slot));
   if (!cas_io(st, OS_WRITE, entry->digest, CAS_DIGEST_LEN, off)) return 1;
-  return err || is_same;
+  if (!err) return is_same;
+  cas_rewrite_digests(st, slot);
+  return 1;
 }
 
 /* Applies an entry to the maps.  One that is not known to be durable counts
@@ -7898,8 +7917,10 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
     continue;
   int may_punch = !err && !cas_want_pairs(st, kept);
   for (int is_noted = 0; is_noted < 2 && may_punch && !err; is_noted++) {
-    for (uint32_t x = 0; x < st->nslots && !err; x += CAS_SEGMENT) {
-      err = cas_punch(st, x, is_noted); /* what is free stays so meanwhile */
+    /* Recovery does not know those behind the superblock's, and could not get
+     * past one of them that has no space. */
+    for (uint32_t x = 0; x < st->super.nslots && !err; x += CAS_SEGMENT) {
+      err = cas_punch(st, x, is_noted);
       cas_unlock(st);
       if (!err && progress && progress(arg, x, st->nslots)) err = -ECANCELED;
       os_lock(&st->lock);

@@ -7393,8 +7393,11 @@ int nbdserve_cas_begin(struct nbdserve_cas *st, const char *name, uint64_t size,
 int nbdserve_cas_finish(struct nbdserve_cas *st, struct nbdserve_export *ex,
                         int keep) {
   struct cas_change change = {.vol = ex->ctx};
-  int err = keep ? cas_clear_tail(ex->ctx) : 0;
   assert(change.vol->is_hidden && change.vol->clients == 1);
+  os_lock(&st->lock);
+  change.vol->now.size = u_min(change.vol->now.size, ex->size);
+  cas_unlock(st);
+  int err = keep ? cas_clear_tail(ex->ctx) : 0;
   if (keep && !err) err = cas_apply(st, &change);
   cas_unhide(ex->ctx);
   return err;
@@ -9325,12 +9328,12 @@ struct cli_verb {
 
 /* ---- Output ------------------------------------------------------------- */
 
-/* Waits until a descriptor (-1: none) takes output, for ms milliseconds (-1:
- * without limit).  -ECANCELED: the job has to end, as the server stops, a
- * signal has come, or the other side of the connection has gone (or answered,
- * if that is the server).  -ETIMEDOUT. */
-static int cli_wait(const struct cli_job *job, int fd, int ms) {
-  struct pollfd p[] = {{fd, POLLOUT, 0},
+/* Waits until a descriptor (-1: none) takes output (POLLOUT) or has input
+ * (POLLIN), for ms milliseconds (-1: without limit).  -ECANCELED: the job has
+ * to end, as the server stops, a signal has come, or the other side of the
+ * connection has gone (or answered, if that is the server).  -ETIMEDOUT. */
+static int cli_wait(const struct cli_job *job, int fd, short events, int ms) {
+  struct pollfd p[] = {{fd, events, 0},
                        {cli.server->stop.pipe[0], POLLIN, 0},
                        {job->client, POLLIN, 0}}; /* -1 is skipped */
   while (poll(p, COUNT_OF(p), ms) < 0 && errno == EINTR)
@@ -9347,7 +9350,7 @@ static int cli_write(const struct cli_job *job, int fd, const void *data,
                      size_t n) {
   size_t most = lseek(fd, 0, SEEK_CUR) < 0 ? PIPE_BUF : IO_UNIT;
   for (size_t done = 0; done < n;) {
-    int err = cli_wait(job, fd, (int)cli.server->config.stall_ms);
+    int err = cli_wait(job, fd, POLLOUT, (int)cli.server->config.stall_ms);
     if (err) return err;
     ssize_t some =
         write(fd, (const char *)data + done, (size_t)u_min(n - done, most));
@@ -9361,7 +9364,8 @@ static int cli_write(const struct cli_job *job, int fd, const void *data,
 /* Clears the line that shows the progress, if there is one, so that a row or a
  * message can take its place. */
 static void cli_hide_progress(struct cli_job *job) {
-  if (job->shown_ms && cli_wait(job, job->fds.messages, 0) != -ETIMEDOUT)
+  if (job->shown_ms &&
+      cli_wait(job, job->fds.messages, POLLOUT, 0) != -ETIMEDOUT)
     dprintf(job->fds.messages, "\r    \r");
   job->shown_ms = 0;
 }
@@ -9372,7 +9376,7 @@ static void cli_hide_progress(struct cli_job *job) {
 static int cli_progress(void *arg, uint64_t done, uint64_t total) {
   struct cli_job *job = arg;
   int64_t now = os_now_ms();
-  int err = cli_wait(job, job->fds.messages, 0);
+  int err = cli_wait(job, job->fds.messages, POLLOUT, 0);
   if (!err && done && now - job->begun_ms > 1000 && now - job->shown_ms > 100 &&
       isatty(job->fds.messages)) {
     job->shown_ms = now;
@@ -9421,10 +9425,11 @@ static int cli_list_row(void *arg, const struct nbdserve_cas_info *info) {
   struct tm tm;
   if (!gmtime_r(&created, &tm)) tm = (struct tm){.tm_mday = 1};
   strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", &tm);
-  return cli_row(arg, "%s\t" CLI_N "\t%s\t%s\n",
-                 "{\"name\":\"%s\",\"size\":" CLI_N
-                 ",\"created\":\"%s\",\"id\":\"%s\"}\n",
-                 info->name, info->size, date, info->id);
+  return cli_row(
+      arg, "%s\t" CLI_N "\t%s\t%s\t" CLI_N "\n",
+      "{\"name\":\"%s\",\"size\":" CLI_N ",\"created\":\"%s\",\"id\":\"%s\""
+      ",\"clients\":" CLI_N "}\n",
+      info->name, info->size, date, info->id, (uint64_t)info->clients);
 }
 
 /* list: a row for each volume and snapshot */
@@ -9511,12 +9516,49 @@ static int cli_is_data(const struct nbdserve_export *v, uint64_t off,
   return !(x.last_status & NBDSERVE_EXTENT_ZERO);
 }
 
+/* Reads from what has no offsets, to its end or until `most` bytes are there.
+ * Returns their number, or -errno. */
+static int64_t cli_read(const struct cli_job *job, int fd,
+                        unsigned char *buffer, size_t most) {
+  size_t n = 0;
+  while (n < most) {
+    int err = cli_wait(job, fd, POLLIN, -1);
+    if (err) return err;
+    ssize_t some = read(fd, buffer + n, most - n);
+    if (some == 0) break;
+    if (some < 0 && errno != EINTR && errno != EAGAIN) return -errno;
+    if (some > 0) n += (size_t)some;
+  }
+  return (int64_t)n;
+}
+
+/* Makes a volume of what has no offsets, like a pipe, and so no size before its
+ * end. */
+static int cli_import_stream(struct cli_job *job, struct nbdserve_cas *cas,
+                             unsigned char *buffer) {
+  struct nbdserve_export v = {.name = NULL};
+  int64_t n = IO_UNIT;
+  uint64_t size = 0;
+  int err = nbdserve_cas_begin(cas, job->ops->name, UINT64_C(1) << 50, &v);
+  if (err) return err;
+  while (!err && n == IO_UNIT) {
+    n = cli_read(job, job->fds.output, buffer, IO_UNIT);
+    if (n > 0) err = v.ops->write(v.ctx, buffer, size, (uint64_t)n, 0);
+    if (n < 0) err = (int)n;
+    if (!err && cli_progress(job, 0, 0)) err = -ECANCELED;
+    if (!err) size += (uint64_t)n;
+  }
+  v.size = size;
+  int finish_err = nbdserve_cas_finish(cas, &v, !err);
+  return err ? err : finish_err;
+}
+
 /* export: writes a volume or snapshot to a FILE, which gets its size, or to
  * standard output, behind what may be there already.  Whoever gave the command
  * makes it durable: cli_run_on_store.
  *
- * import: makes a volume of a file.  If that fails, at whatever point, there is
- * no volume afterwards.  The size has to be known first, so a pipe will not do.
+ * import: makes a volume of a file, or of a pipe.  If that fails, at whatever
+ * point, there is no volume afterwards.
  *
  * IO_UNIT bytes are copied at a time, which is a whole number of blocks of
  * every size.  What is written to FILE goes from front to back, as it may be a
@@ -9530,19 +9572,27 @@ static int cli_do_copy(struct cli_job *job, struct nbdserve_cas *cas) {
   int is_data = 0;
   uint64_t end = 0; /* of the data or hole that we are in */
   off_t size = imports ? lseek(file, 0, SEEK_END) : 0;
-  unsigned char *buffer = size < 0 ? NULL : NBDSERVE_MALLOC(IO_UNIT);
-  if (!buffer) return size < 0 ? -errno : -ENOMEM;
+  unsigned char *buffer = NBDSERVE_MALLOC(IO_UNIT);
+  if (!buffer) return -ENOMEM;
+  if (size < 0) {
+    int stream_err = cli_import_stream(job, cas, buffer);
+    NBDSERVE_FREE(buffer);
+    return stream_err;
+  }
   int err = imports
                 ? nbdserve_cas_begin(cas, job->ops->name, (uint64_t)size, &v)
                 : nbdserve_cas_volume(cas, job->ops->name, &v);
-  int is_sparse = imports || (!err && strcmp(job->ops->to, "-") != 0 &&
-                              ftruncate(file, (off_t)v.size) == 0);
+  int has_size = imports || strcmp(job->ops->to, "-") != 0;
+  if (!err && !imports && has_size && ftruncate(file, (off_t)v.size) < 0) {
+    if (errno == EFBIG) err = -EFBIG; /* or it is a device, or a pipe */
+    has_size = 0;
+  }
   uint64_t n = 0;
   for (uint64_t off = 0; off < v.size && !err; off += n) {
     if (off >= end)
       is_data = imports ? os_is_data(file, off, v.size, &end)
                         : cli_is_data(&v, off, &end);
-    int is_skipped = is_sparse && !is_data;
+    int is_skipped = has_size && !is_data;
     n = is_skipped ? end - off : u_min(end - off, IO_UNIT);
     struct iovec piece = {buffer, (size_t)n};
     if (cli_progress(job, off, v.size)) err = -ECANCELED;
@@ -9569,11 +9619,11 @@ static const struct cli_verb cli_verbs[] = {
      NULL, 0, 1, VERB_SIZE, 0, 0},
     {"create", "STORE::VOLUME SIZE", "make a volume, all zeroes",
      cli_do_change, 2, 2, VERB_SIZE, 0, NBDSERVE_CAS_CREATE},
-    {"import", "STORE::VOLUME FILE", "make a volume of a file",
+    {"import", "STORE::VOLUME FILE", "make a volume of a file (-: input)",
      cli_do_copy, 2, 2, VERB_LONG | VERB_READS_FILE, 0, 0},
     {"export", "STORE::NAME FILE", "copy to a file (-: standard output)",
      cli_do_copy, 2, 2, VERB_LONG | VERB_WRITES_FILE, NBDSERVE_CAS_READONLY, 0},
-    {"list", "STORE", "print name, size, time and id of each",
+    {"list", "STORE", "print name, size, time, id, clients",
      cli_do_list, 0, 0, VERB_LONG | VERB_ROWS, NBDSERVE_CAS_READONLY, 0},
     {"snapshot", "STORE::VOLUME@SNAP...", "keep what VOLUME holds now",
      cli_do_change, 1, INT_MAX, 0, 0, NBDSERVE_CAS_SNAPSHOT},
@@ -9719,7 +9769,7 @@ static int cli_run_remote(struct cli_job *job) {
   assert(job->client >= 0 && !cli.cas);
   int err = cli_pass(job, 1);
   if (!err) err = cli_write(job, job->client, job->operands, length);
-  if (!err) cli_wait(job, -1, -1);
+  if (!err) cli_wait(job, -1, 0, -1);
   if (err || recv(job->client, &status, 1, MSG_DONTWAIT) != 1)
     cli_say("%s: canceled, or no answer from the server", job->verb->name);
   return status;
@@ -9834,7 +9884,7 @@ static int cli_open_store(const char *path, uint32_t flags,
                  cli.ctl_path);
     job->client = srv_unix_socket(cli.ctl_path, SRV_CONNECT);
   } while (job->client < 0 && os_now_ms() < until &&
-           cli_wait(job, -1, 50) == -ETIMEDOUT);
+           cli_wait(job, -1, 0, 50) == -ETIMEDOUT);
   if (err == -EINVAL) cli_failed("%s: not a store", path);
   if (err == -EOPNOTSUPP)
     cli_failed("%s: a store of another format version than 2", path);
@@ -9899,6 +9949,17 @@ static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
   return nbdserve_cas_list(cli.cas, cli_emit_volume, &to);
 }
 
+/* Takes note of the first volume, for the URI: a nbdserve_list_fn that ends the
+ * list. */
+static int cli_first_volume(void *unused,
+                            const struct nbdserve_cas_info *info) {
+  static char name[WIRE_STRING_MAX];
+  (void)unused;
+  snprintf(name, sizeof name, "%s", info->name);
+  cli.export_name = name;
+  return 1;
+}
+
 /* Opens a volume or snapshot of a store.  Before it opens the store, if that is
  * not open yet, and the socket for commands.  STORE.ctl is for ourselves and
  * root only: the umask is in force when it is made, so there is no moment at
@@ -9907,7 +9968,8 @@ static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
  * cli_start_control says what that means.
  *
  * With the name "" the server finds and lists all that is in the store, also
- * what is made later, and *ex stays as it is. */
+ * what is made later, the URI is that of the first one, and *ex stays as it
+ * is. */
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
   uint32_t how = opt[OPT_READ_ONLY].given ? NBDSERVE_CAS_READONLY : 0;
@@ -9925,6 +9987,7 @@ static int cli_open_volume(const char *path, const char *name,
   if (*name) return nbdserve_cas_volume(cli.cas, name, ex);
   cli.server->config.find = cli_find_volume;
   cli.server->config.list = cli_list_volumes;
+  if (cli.ntargets == 1) nbdserve_cas_list(cli.cas, cli_first_volume, NULL);
   return 0;
 }
 
@@ -9976,11 +10039,14 @@ static const char *cli_same_store(const char *store, const char *operand) {
  * nobody wants to lose them. */
 static int cli_open_file(const char *file, int writes) {
   struct stat st;
-  if (writes && strcmp(file, "-") == 0) return 1;
+  if (strcmp(file, "-") == 0) return writes;
   int fd = open(file, (writes ? O_WRONLY : O_RDONLY) | O_CLOEXEC | O_NOCTTY);
   if (fd < 0 && (!writes || errno != ENOENT)) cli_exit_if_error(-errno, file);
   if (writes && fd >= 0 && os_lock_file(fd, 0))
     cli_die(CLI_IN_USE, "%s: in use", file);
+  if (!writes && fstat(fd, &st) == 0 &&
+      (S_ISCHR(st.st_mode) || S_ISDIR(st.st_mode)))
+    cli_failed("%s: neither a file nor a block device nor a pipe", file);
   if (!writes || (fd >= 0 && fstat(fd, &st) == 0 && !S_ISREG(st.st_mode)))
     return fd;
   cli_catch_signals(cli_on_signal); /* now there is something to remove */
@@ -10548,6 +10614,9 @@ int main(int argc, char **argv) {
   if (fd > 2) close(fd);
   atexit(cli_close);
   if (argc > 0) cli_parse(argv);
+  const char *word = cli.ntargets == 1 ? *cli.targets : "";
+  if (strcmp(word, "help") == 0) opt[OPT_HELP].given = 1;
+  if (strcmp(word, "version") == 0) opt[OPT_VERSION].given = 1;
   if (opt[OPT_HELP].given) cli_help();
   if (opt[OPT_VERSION].given)
     printf("nbdserve %s%s%s%s%s%s\n", nbdserve_version(),

@@ -294,8 +294,8 @@ NBDSERVE_API int nbdserve_cas_begin(struct nbdserve_cas *cas, const char *name,
                                     uint64_t size, struct nbdserve_export *out);
 
 /* Closes *ex, which nbdserve_cas_begin has filled.  keep: all that was written
- * is made durable and the volume appears; else, or after an error, it is
- * removed. */
+ * is made durable and the volume appears, with ex->size as its size, if that is
+ * less by now; else, or after an error, it is removed. */
 NBDSERVE_API int nbdserve_cas_finish(struct nbdserve_cas *cas,
                                      struct nbdserve_export *ex, int keep);
 

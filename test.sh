@@ -4826,14 +4826,15 @@ testImportReadsPipes() {
   assertEquals '' "$GOT"
 }
 testExportThatCannotFitSaysSoAtOnce() {
-  needs root mount && store && cas 0 create "$S::v" 1T || return 0
+  needs root mount mkfs.ext3 && store && cas 0 create "$S::v" 1P || return 0
   mkdir "$T/m"
   truncate -s 8M "$T/image"
-  needs mkfs.ext3 && mkfs.ext3 -q "$T/image" >/dev/null &&
-    mount -o loop "$T/image" "$T/m" 2>/dev/null ||
-    { skip 'nothing may be mounted'; return 0; }
-  cas 0 resize "$S::v" 1P # more than a file of ext3 can have
-  cas 1 export "$S::v" "$T/m/out"
+  mkfs.ext3 -q "$T/image" >/dev/null
+  if ! mount -o loop "$T/image" "$T/m" 2>/dev/null; then
+    skip 'nothing may be mounted'
+    return 0
+  fi
+  cas 1 export "$S::v" "$T/m/out" # more than a file of ext3 can have
   says 'export v .*: File too large'
   assertEquals 'half a file' lost+found "$(ls -A "$T/m")"
   umount -l "$T/m"

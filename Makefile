@@ -10,6 +10,12 @@ LDLIBS = -lpthread
 AR = ar
 PREFIX = /usr/local
 DESTDIR =
+BINDIR = $(PREFIX)/bin
+LIBDIR = $(PREFIX)/lib
+INCLUDEDIR = $(PREFIX)/include
+MANDIR = $(PREFIX)/share/man
+PKGCONFIGDIR = $(LIBDIR)/pkgconfig
+COMPLETIONDIR = $(PREFIX)/share/bash-completion/completions
 CUTS = 0
 KIND = cuts
 COUNT = 10000
@@ -57,17 +63,35 @@ libnbdserve.a: nbdserve.c nbdserve.h
 	  nbdserve.c
 	$(AR) rcs $@ build/nbdserve.o
 
-install: nbdserve libnbdserve.a ## into $(DESTDIR)$(PREFIX)
-	mkdir -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib \
-	  $(DESTDIR)$(PREFIX)/include
-	cp nbdserve $(DESTDIR)$(PREFIX)/bin/
-	cp libnbdserve.a $(DESTDIR)$(PREFIX)/lib/
-	cp nbdserve.h $(DESTDIR)$(PREFIX)/include/
+shared: ## libnbdserve.so, with a version
+	mkdir -p build
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -fPIC -shared -DNBDSERVE_NO_MAIN \
+	  -Wl,-soname,libnbdserve.so.0 -o libnbdserve.so.0 nbdserve.c $(LDLIBS)
+
+install: nbdserve libnbdserve.a ## into $(DESTDIR)$(PREFIX); make shared before
+	for d in $(BINDIR) $(LIBDIR) $(INCLUDEDIR) $(MANDIR)/man1 $(MANDIR)/man3 \
+	  $(PKGCONFIGDIR) $(COMPLETIONDIR); do mkdir -p "$(DESTDIR)$$d"; done
+	cp nbdserve $(DESTDIR)$(BINDIR)/
+	cp libnbdserve.a $(DESTDIR)$(LIBDIR)/
+	! test -f libnbdserve.so.0 || cp libnbdserve.so.0 $(DESTDIR)$(LIBDIR)/
+	! test -f libnbdserve.so.0 || \
+	  ln -sf libnbdserve.so.0 $(DESTDIR)$(LIBDIR)/libnbdserve.so
+	cp nbdserve.h $(DESTDIR)$(INCLUDEDIR)/
+	./test.sh --package nbdserve.1 > $(DESTDIR)$(MANDIR)/man1/nbdserve.1
+	./test.sh --package nbdserve.3 > $(DESTDIR)$(MANDIR)/man3/nbdserve.3
+	PREFIX=$(PREFIX) LIBDIR=$(LIBDIR) INCLUDEDIR=$(INCLUDEDIR) \
+	  ./test.sh --package nbdserve.pc > $(DESTDIR)$(PKGCONFIGDIR)/nbdserve.pc
+	./test.sh --package nbdserve.bash > $(DESTDIR)$(COMPLETIONDIR)/nbdserve
 
 uninstall: ## remove what install put there
-	rm -f $(DESTDIR)$(PREFIX)/bin/nbdserve \
-	  $(DESTDIR)$(PREFIX)/lib/libnbdserve.a \
-	  $(DESTDIR)$(PREFIX)/include/nbdserve.h
+	cd $(DESTDIR)/ && rm -f .$(BINDIR)/nbdserve .$(LIBDIR)/libnbdserve.a \
+	  .$(LIBDIR)/libnbdserve.so .$(LIBDIR)/libnbdserve.so.0 \
+	  .$(INCLUDEDIR)/nbdserve.h .$(MANDIR)/man1/nbdserve.1 \
+	  .$(MANDIR)/man3/nbdserve.3 .$(PKGCONFIGDIR)/nbdserve.pc \
+	  .$(COMPLETIONDIR)/nbdserve
+
+dist: ## the SHA-256 of the files to vendor
+	@sha256sum nbdserve.c nbdserve.h
 
 check: nbdserve ## the test suite on ./nbdserve
 	CC="$(CC)" CFLAGS="$(CFLAGS)" LDLIBS="$(LDLIBS)" ./test.sh $(TESTS)
@@ -205,8 +229,8 @@ help: ## this list
 	  awk -F': ' '{printf "%-14s %s\n", $$1, $$2}'
 
 clean: ## remove what was built
-	rm -rf build nbdserve libnbdserve.a
+	rm -rf build nbdserve libnbdserve.a libnbdserve.so.0
 
-.PHONY: all lib install uninstall check check-cc check-strict check-config \
-  check-san check-tsan crash mutate fuzz check-symbols lint figures bench help \
-  clean
+.PHONY: all lib shared install uninstall dist check check-cc check-strict \
+  check-config check-san check-tsan crash mutate fuzz check-symbols lint \
+  figures bench help clean

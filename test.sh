@@ -12,6 +12,8 @@
 #   ./test.sh --bench           a table against the servers that are installed
 #   ./test.sh --figures [FILE]  how nbdserve.c, or a C file, reads in numbers
 #   ./test.sh --lint            what the files have against the rules
+#   ./test.sh --package FILE    prints nbdserve.1, nbdserve.3, nbdserve.pc or
+#                               nbdserve.bash, for make install
 #
 # ---- Map ------------------------------------------------------------------
 # A group has the number of the section of nbdserve.c whose promises its tests
@@ -241,6 +243,91 @@ case ${1-} in
     exit
     ;;
 esac
+
+# ==== make install ===========================================================
+# What --help and the header say, in the forms that a system wants.
+
+version() {
+  sed -n 's/^#define NBDSERVE_VERSION "\(.*\)"/\1/p' "$here/nbdserve.h"
+}
+# Lines that are text for roff: no dot or quote begins one, no - is a hyphen
+roff='function roff(s) { gsub(/\\/, "\\e", s); gsub(/-/, "\\-", s)
+  return s ~ /^[.'"'"']/ ? "\\&" s : s }'
+man_1() { # of the command
+  "$NBDSERVE" --help | awk -v version="$(version)" "$roff"'
+    BEGIN {
+      print ".TH NBDSERVE 1 \"\" \"nbdserve " version "\"\n.SH NAME"
+      print "nbdserve \\- a complete NBD server\n.SH SYNOPSIS\n.nf"
+    }
+    /^usage: / { print roff(substr($0, 8)); next }
+    NR == 2 { print roff(substr($0, 8)) "\n.fi\n.SH DESCRIPTION"; next }
+    /^  (-.,|   ) --/ {
+      if (!options++) print ".SH OPTIONS"
+      print ".TP\n" roff(substr($0, 3, 26)) "\n" roff(substr($0, 29)); next
+    }
+    /^Commands on stores/ { print ".SH COMMANDS" }
+    /^  [a-z]/ {
+      print ".TP\n" roff(substr($0, 3, 34)) "\n" roff(substr($0, 37)); next
+    }
+    /^Numbers take/ { print ".SH NOTES" }
+    $0 { print roff($0) }
+    END { print ".SH SEE ALSO\n.BR nbdinfo (1),\n.BR nbdserve (3)" }'
+}
+man_3() { # of the library: the header, a paragraph for each comment
+  awk -v version="$(version)" "$roff"'
+    BEGIN {
+      print ".TH NBDSERVE 3 \"\" \"nbdserve " version "\"\n.SH NAME"
+      print "nbdserve \\- serve block devices over NBD from your own program"
+      print ".SH SYNOPSIS\n.nf\n#include <nbdserve.h>\n.fi\n.SH DESCRIPTION"
+    }
+    /^\/\* ---- The format of a store/ { exit }
+    /^#(ifndef|ifdef|include|endif)|^extern|^}$|SPDX|^$/ { next }
+    /^\/\* ---- / {
+      gsub(/^\/\* -+ | -*( \*\/)?$/, "")
+      print ".SS \"" roff($0) "\""
+      text = 0
+      next
+    }
+    /^ *\/\*/ && !code { text = 1; print ".PP" }
+    text {
+      last = /\*\/$/
+      gsub(/^ *\/?\*+ ?| *\*\/$/, "")
+      if ($0) print roff($0); else if (!last) print ".PP"
+      if (last) text = 0
+      next
+    }
+    { if (!code) print ".nf"; code = 1; print roff($0) }
+    code && /[;}]$|^#define/ { code = 0; print ".fi" }' "$here/nbdserve.h"
+}
+pkg_config() {
+  printf '%s\n' "prefix=${PREFIX:-/usr/local}" \
+    "libdir=${LIBDIR:-/usr/local/lib}" \
+    "includedir=${INCLUDEDIR:-/usr/local/include}" '' 'Name: nbdserve' \
+    'Description: serve block devices over NBD' "Version: $(version)" \
+    'Cflags: -I${includedir}' 'Libs: -L${libdir} -lnbdserve -pthread'
+}
+completion() { # for bash
+  options=$("$NBDSERVE" --help | sed -n 's/^  .* \(--[a-z-]*\).*/\1/p')
+  commands=$("$NBDSERVE" --help | sed -n 's/^  \([a-z]*\) .*/\1/p')
+  cat <<END
+_nbdserve() {
+  local words='$(echo $options)'
+  [ "\$COMP_CWORD" != 1 ] || words="\$words $(echo $commands)"
+  COMPREPLY=(\$(compgen -W "\$words" -- "\$2"))
+}
+complete -o default -F _nbdserve nbdserve
+END
+}
+if [ "${1-}" = --package ]; then
+  case ${2-} in
+    nbdserve.1) man_1 ;;
+    nbdserve.3) man_3 ;;
+    nbdserve.pc) pkg_config ;;
+    nbdserve.bash) completion ;;
+    *) exit 2 ;;
+  esac
+  exit
+fi
 
 # ==== Which tests ============================================================
 
@@ -6054,6 +6141,50 @@ testReadmeHasTheHelpText() {
     match($0, /^ *usage: /) && !n { n = lines; indent = RLENGTH - 7 }
     n > 0 { n--; print substr($0, indent + 1) }' "$here/README" >"$T/readme"
   assertEquals '' "$(diff "$T/help" "$T/readme")"
+}
+# In a copy, as `make` would replace the program that is being tested
+testInstallLeavesWhatASystemWants() {
+  needs make ar || return 0
+  case $CC in tcc | musl-gcc) return 0 ;; esac
+  mkdir "$T/src" "$T/root"
+  for file in nbdserve.c nbdserve.h Makefile test.sh README; do
+    cp "$here/$file" "$T/src/"
+  done
+  (
+    unset NBDSERVE
+    set -- make -C "$T/src" "CC=$CC" 'CFLAGS=-O0' DESTDIR="$T/root" PREFIX=/usr
+    "$@" shared && "$@" install
+  ) >"$T/log" 2>&1
+  assertEquals "make install: $(tail -n 3 "$T/log")" 0 $?
+  in=$T/root/usr
+  assertTrue 'the program' "'$in/bin/nbdserve' --version >/dev/null"
+  for page in 1 3; do
+    file=$in/share/man/man$page/nbdserve.$page
+    assertTrue "$file" "grep -q '^[.]TH NBDSERVE $page' '$file'"
+    ! command -v man >/dev/null || assertEquals "$page: warnings" '' \
+      "$(MANROFFOPT=-ww man --warnings -l "$file" 2>&1 >/dev/null)"
+  done
+  for word in --accept-loss snapshot nbdserve_cas_volume; do
+    assertTrue "$word" \
+      "cat '$in/share/man/man'?/* | tr -d '\\\\' | grep -q -e '$word'"
+  done
+  assertTrue 'pkg-config' "grep -q '^libdir=/usr/lib$' \
+    '$in/lib/pkgconfig/nbdserve.pc'"
+  ! command -v bash >/dev/null || assertEquals 'completion' 'snapshot' "$(
+    bash -c '. "$1"; COMP_CWORD=1; _nbdserve nbdserve sna; echo $COMPREPLY' - \
+      "$in/share/bash-completion/completions/nbdserve")"
+  cat >"$T/host.c" <<'END'
+#include <nbdserve.h>
+#include <string.h>
+int main(void) { return strcmp(nbdserve_version(), NBDSERVE_VERSION); }
+END
+  # shellcheck disable=SC2086
+  does $CC $CFLAGS -I"$in/include" -o "$T/host" "$T/host.c" -L"$in/lib" \
+    -lnbdserve -lpthread
+  LD_LIBRARY_PATH=$in/lib "$T/host"
+  assertEquals 'with the shared library' 0 $?
+  make -C "$T/src" DESTDIR="$T/root" PREFIX=/usr uninstall >"$T/log" 2>&1
+  assertEquals 'left by uninstall' '' "$(find "$T/root" ! -type d)"
 }
 testHeaderServesCxx98() {
   needs c++ || return 0

@@ -307,16 +307,17 @@ pkg_config() {
     'Cflags: -I${includedir}' 'Libs: -L${libdir} -lnbdserve -pthread'
 }
 completion() { # for bash
-  options=$("$NBDSERVE" --help | sed -n 's/^  .* \(--[a-z-]*\).*/\1/p')
-  commands=$("$NBDSERVE" --help | sed -n 's/^  \([a-z]*\) .*/\1/p')
-  cat <<END
-_nbdserve() {
-  local words='$(echo $options)'
-  [ "\$COMP_CWORD" != 1 ] || words="\$words $(echo $commands)"
-  COMPREPLY=(\$(compgen -W "\$words" -- "\$2"))
-}
-complete -o default -F _nbdserve nbdserve
-END
+  "$NBDSERVE" --help | awk '
+    match($0, /--[a-z-]+/) && /^  / {
+      options = options " " substr($0, RSTART, RLENGTH)
+    }
+    /^  [a-z]/ { commands = commands " " $1 }
+    END {
+      print "_nbdserve() {\n  local words=\"" options "\""
+      print "  [ \"$COMP_CWORD\" != 1 ] || words+=\"" commands "\""
+      print "  COMPREPLY=($(compgen -W \"$words\" -- \"$2\"))\n}"
+      print "complete -o default -F _nbdserve nbdserve"
+    }'
 }
 if [ "${1-}" = --package ]; then
   case ${2-} in

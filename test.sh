@@ -6089,7 +6089,9 @@ testReadmeCommandsRun() {
   for block in $(blocks_of sh); do
     tools=$(sed -n '1s/^# needs://p' "$block")
     for tool in $tools; do
-      command -v "$tool" >/dev/null || {
+      works=true
+      [ "$tool" != nbdsh ] || works='nbdsh -c pass' # it may lack its module
+      command -v "$tool" >/dev/null && $works 2>/dev/null || {
         echo "no $tool here for: $(sed -n 2p "$block")"
         continue 2
       }

@@ -6091,10 +6091,11 @@ testReadmeCommandsRun() {
     for tool in $tools; do
       works=true
       [ "$tool" != nbdsh ] || works='nbdsh -c pass' # it may lack its module
-      command -v "$tool" >/dev/null && $works 2>/dev/null || {
+      # shellcheck disable=SC2086
+      if ! command -v "$tool" >/dev/null || ! $works 2>/dev/null; then
         echo "no $tool here for: $(sed -n 2p "$block")"
         continue 2
-      }
+      fi
     done
     PATH="$T/bin:$PATH" setsid timeout 60 sh -eu "$block" \
       >"$T/log" 2>&1 </dev/null &

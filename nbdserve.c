@@ -163,6 +163,7 @@
 #include <time.h>
 #include <unistd.h>
 #ifdef __linux__
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #endif
 #if defined __x86_64__ && defined __GNUC__ && !defined __TINYC__ && \
@@ -337,6 +338,18 @@ static int os_pipe(int fd[2]) {
   assert(fd[0] >= 0 && fd[1] >= 0);
   return 0;
 }
+
+#if !NBDSERVE_NO_MAIN
+/* Has this process get SIGTERM when its parent ends.  -EOPNOTSUPP: the system
+ * does not do that. */
+static int os_end_with_parent(void) {
+#if OS_LINUX
+  return prctl(PR_SET_PDEATHSIG, SIGTERM) < 0 ? -errno : 0;
+#else
+  return -EOPNOTSUPP;
+#endif
+}
+#endif
 
 /* Opens the directory that path is in.  A descriptor or -errno. */
 static int os_open_dir(const char *path) {
@@ -8964,6 +8977,7 @@ struct cli_option {
   N(STALL, 0, "stall SEC", 1, 4000000, "end clients stalled midway (120)") \
   T(ONCE, '1', "once", "exit when the last client has left") \
   N(IDLE_EXIT, 0, "idle-exit SEC", 1, 4000000, "exit when unused for SEC") \
+  T(PARENT, 0, "exit-with-parent", "exit when the parent process ends") \
   T(RUN, 0, "run CMD", "serve while a shell command runs ($uri, $nbd)") \
   T(FORK, 0, "fork", "go into the background once it listens") \
   T(PIDFILE, 'P', "pidfile FILE", "write the process id once it listens") \
@@ -9007,6 +9021,7 @@ static const struct cli_exclusion {
     {OPT_RUN, BIT(STDIN) | BIT(FD), "the command could not connect"},
     {OPT_RUN, BIT(ONCE) | BIT(IDLE_EXIT), "it ends with the command"},
     {OPT_FORK, BIT(STDIN) | BIT(RUN), "nobody would wait for it"},
+    {OPT_FORK, BIT(PARENT), "the parent ends at once"},
     {OPT_READ_ONLY, BIT(CREATE), "a new target would stay empty"},
     {OPT_TEMPORARY, BIT(READ_ONLY) | BIT(CREATE), "nothing to discard"}};
 
@@ -10453,6 +10468,22 @@ static void cli_fork(void) {
   _exit(cli_exit_status(wait_status));
 }
 
+/* Tells systemd, or whoever else listens at $NOTIFY_SOCKET (sd_notify(3)), that
+ * we are ready.  "@" stands for the NUL of a name outside the file system. */
+static void cli_notify(void) {
+  const char *path = getenv("NOTIFY_SOCKET");
+  struct sockaddr_un a = {.sun_family = AF_UNIX};
+  if (!path || !*path || strlen(path) >= sizeof a.sun_path) return;
+  strcpy(a.sun_path, path);
+  if (*path == '@') *a.sun_path = '\0';
+  socklen_t len =
+      (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(path));
+  int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+  if (fd < 0) return;
+  sendto(fd, "READY=1", 7, MSG_NOSIGNAL, (struct sockaddr *)&a, len);
+  close(fd);
+}
+
 /* Tells everybody who wants to know that all is open and we listen.  Whoever is
  * told may connect at once.  --ready-fd is closed, which is a sign in itself,
  * and the command does not get it.  With a command, that is who uses the URI,
@@ -10473,6 +10504,7 @@ static void cli_tell_ready(void) {
   if (path && dprintf(cli.pidfile, "%ld\n", (long)getpid()) < 0)
     cli_exit_if_error(-errno, path);
   if (path) cli_put_new_file();
+  cli_notify();
   assert(!opt[OPT_READY_FD].given || fd > 2);
   if (fd && ((*cli.uri && dprintf(fd, "%s\n", cli.uri) < 0) || close(fd) < 0))
     cli_exit_if_error(-errno, "--ready-fd");
@@ -10642,6 +10674,8 @@ int main(int argc, char **argv) {
   cli_check_options();
   if (opt[OPT_FORK].given) cli_fork();
   cli_catch_signals(cli_on_signal);
+  if (opt[OPT_PARENT].given)
+    cli_exit_if_error(os_end_with_parent(), "--exit-with-parent");
   for (int i = 0; i < cli.ntargets; i++)
     cli_add_target(cli.targets[i]);
   cli_listen();

@@ -3978,7 +3978,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
  *   2. It gets a slot: one that the index finds by the digest, or a free one.
  *      From here until 5 a hold on the slot (a count in `refs`) is ours.
  *   3. A slot of the index is read and compared; one that differs is given up
- *      for the next.  A free slot is written: digest, then data.
+ *      for the next.  A free slot is written: data, then digest.
  *   4. Under the lock: the leaf of the volume's map gets the slot, and with it
  *      our hold, and the entry "block -> slot" is put into the open log page.
  *      The slot that the block had before loses a hold.
@@ -4013,9 +4013,9 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
  * but the slots of leaves that were not used lately are not.
  *
  * Locks: ckpt, then lock.  Under `lock` the file is touched only to write the
- * open log page, to give space to a segment and to punch holes.  The lock is
- * let go by cas_unlock and cas_wait only, which write that page.  A function
- * that lets it go meanwhile has "(unlocks)" in its comment. */
+ * open log page and to give space to a segment.  The lock is let go by
+ * cas_unlock and cas_wait only, which write that page.  A function that lets it
+ * go meanwhile has "(unlocks)" in its comment. */
 #if !NBDSERVE_NO_CAS
 
 #ifndef CAS_UNIT          /* the tests make stores with everything in small */

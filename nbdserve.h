@@ -696,11 +696,11 @@ NBDSERVE_API const char *nbdserve_version(void);
  *      `durable`, or a page that follows a newer superblock than there is,
  *      means damage: then the store is not written until it is repaired.
  * (C10) Recovery counts all holds, makes durable what it has found, only then
- *      takes a slot, ends with a checkpoint, and goes on at the place behind the
- *      end of the log, or one of the next that can be written, with a number
- *      so high that no page that was left there can fit again.  It does so
- *      unless every page of the log can be read, none is valid, and none has a
- *      number that is to come.
+ *      takes a slot, ends with a checkpoint, and goes on at the place behind
+ *      the end of the log, or one of the next that can be written, with a
+ *      number so high that no page that was left there can fit again.  It does
+ *      so unless every page of the log can be read, none is valid, and none has
+ *      a number that is to come.
  * (C11) Pages never enter the index of digests.
  * (C12) A log page is rewritten as it fills, entries first, sum last: what a
  *      torn write leaves is the page as it was before, or as it is.  A hit in

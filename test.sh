@@ -4060,6 +4060,10 @@ testClosingMakesDurableWhatWasAcknowledged() {
   unless NO_CAS || return 0
   fault closing "$T/pool"
 }
+testAVolumeOfWhichAPageIsLostIsNotTakenForAnEmptyOne() {
+  unless NO_CAS || return 0
+  fault nohole "$T/pool"
+}
 testGcHoldsNobodyUpWhileItGivesSpaceBack() {
   unless NO_CAS && unless NO_THREADS && unless POSIX_ONLY || return 0
   fault slowgc "$T/pool"
@@ -14122,6 +14126,28 @@ static void i_lostpage(void) {
   }
 }
 
+/* A volume of which an upper page is lost is no more sound, and no more like an
+ * empty one, than if a leaf were, also if the empty one comes first. */
+static void i_nohole(void) {
+  const uint64_t leaf = I_LEAF * 4096;
+  int level;
+  for (level = 0; level < CAS_LEVELS; level++) {
+    uint64_t sum = 0;
+    i_new(2, 0);
+    i_volume.ops->close(i_volume.ctx);
+    CHECK(nbdserve_cas_rename(i_cas, "v", "empty") == 0);
+    CHECK(nbdserve_cas_create(i_cas, "v", 2 * leaf) == 0);
+    CHECK(nbdserve_cas_volume(i_cas, "v", &i_volume) == 0);
+    CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
+    i_lose(i_page(0, level));
+    CHECK(i_cas_open(0) == 0 && i_get(0) == -EIO);
+    CHECK(i_verify() == -EUCLEAN && !strncmp(i_told, "v 0 ", 4));
+    CHECK(nbdserve_cas_diff(i_cas, "empty", "v", i_range, &sum) == 0);
+    CHECK(sum == (level ? 2 * leaf : leaf));
+    CHECK(i_cas_close() == 0);
+  }
+}
+
 static void i_reread(void) {
   struct cas_node *leaf;
   i_new(1, 0);
@@ -14437,6 +14463,7 @@ static void i_refused(void) {}
 static void i_undone(void) {}
 static void i_reserve(void) {}
 static void i_closing(void) {}
+static void i_nohole(void) {}
 #endif
 
 int main(int argc, char **argv) {
@@ -14466,7 +14493,7 @@ int main(int argc, char **argv) {
       {"badsector", i_badsector}, {"device", i_device},
       {"newlog", i_newlog},       {"refused", i_refused},
       {"undone", i_undone},       {"reserve", i_reserve},
-      {"closing", i_closing},
+      {"closing", i_closing},     {"nohole", i_nohole},
   };
   int i;
   CHECK(argc > 2);

@@ -7636,8 +7636,10 @@ static int cas_is_shared(struct nbdserve_cas *st, struct cas_node **root[2],
     *span = size - block % size;
     if (node[0] == node[1] && !(node[0] && node[0]->slot == CAS_LOST)) return 1;
     size /= st->fanout;
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < 2; i++) {
+      if (node[i] && node[i]->slot == CAS_LOST) return 0; /* unlike a hole */
       if (node[i]) node[i] = cas_kid(node[i], block / size % st->fanout);
+    }
   }
   return 0;
 }

@@ -17596,7 +17596,7 @@ static void sy_reread(void) {
   sy_start(&a);
   sy_at_bar(&a);
   sy_ok("write", sy_write(1));
-  for (i = 0; i < 3; i++) {
+  for (i = 0; i < 6; i++) { /* until its place comes round again */
     sy_ok("checkpoint", sy_checkpoint(0));
     sy_wide();
   }
@@ -17679,6 +17679,176 @@ static void sy_overwritten(void) {
   sy_end();
 }
 
+/* ---- Changes of the catalog, checks and gc beside others ---- */
+
+static int sy_stops; /* under sy_lock: verify ends at the next step */
+
+static int sy_change(uint32_t verb) {
+  const char *name = verb == NBDSERVE_CAS_ROLLBACK ? "w@1" : "w";
+  if (verb == NBDSERVE_CAS_CREATE) name = "x";
+  return nbdserve_cas_change(sy_cas, (int)verb, name, "x", SY_BLOCK);
+}
+
+static int sy_look_up(uint32_t name) {
+  const char text[2] = {(char)name, 0};
+  struct nbdserve_export e = {0};
+  int err = nbdserve_cas_volume(sy_cas, text, &e);
+  if (!err) e.ops->close(e.ctx);
+  return err;
+}
+
+static int sy_note(void *arg, const struct nbdserve_cas_info *info) {
+  size_t n = strlen(arg);
+  snprintf((char *)arg + n, 200 - n, "%s %d ", info->name, (int)info->size);
+  return 0;
+}
+
+/* What there is, as a text */
+static void sy_list(char text[200]) {
+  *text = 0;
+  sy_ok("list", nbdserve_cas_list(sy_cas, sy_note, text));
+}
+
+/* Makes a volume with a block that no other has, and returns where that is. */
+static uint64_t sy_add(const char *name) {
+  struct nbdserve_export e = {0};
+  struct cas_spot spot;
+  unsigned char b[SY_BLOCK];
+  uint64_t off;
+  sy_fill(b, ++sy_last);
+  sy_ok("create", nbdserve_cas_create(sy_cas, name, SY_BLOCK));
+  sy_ok("volume", nbdserve_cas_volume(sy_cas, name, &e));
+  sy_ok("write", e.ops->write(e.ctx, b, 0, SY_BLOCK, 0));
+  os_lock(&sy_cas->lock);
+  sy_ok("find", cas_find_spot(sy_cas, cas_root(e.ctx), 0, &spot));
+  off = cas_data_off(sy_cas, spot.slot);
+  cas_unlock(sy_cas);
+  e.ops->close(e.ctx);
+  return off;
+}
+
+/* Before a change is durable everybody sees what was before.  Who wants a
+ * volume that it changes waits until it is. */
+static void sy_staged(uint32_t verb) {
+  struct sy_thread a = {.run = sy_change, .arg = verb};
+  struct sy_thread w = {.run = sy_look_up, .arg = 'w'};
+  struct sy_thread x = {.run = sy_look_up, .arg = 'x'};
+  int is_gone = verb == NBDSERVE_CAS_RENAME || verb == NBDSERVE_CAS_RM;
+  char was[200], is[200];
+  sy_new("a change that is not durable");
+  sy_add("w");
+  sy_ok("snapshot", nbdserve_cas_snapshot(sy_cas, "w@1"));
+  sy_ok("resize", nbdserve_cas_resize(sy_cas, "w", 2 * SY_BLOCK));
+  if (is_gone) sy_ok("rm", nbdserve_cas_rm(sy_cas, "w@1"));
+  sy_list(was);
+  sy_open(0);
+  sy_start(&a);
+  sy_held(&a);
+  sy_list(is);
+  if (strcmp(was, is)) sy_fail(is, (long)verb);
+  sy_start(&x);
+  if (sy_join(&x) != -ENOENT) sy_fail("its new name is seen", (long)verb);
+  sy_start(&w);
+  if (sy_has_ended(&w, 50) != (verb == NBDSERVE_CAS_CREATE))
+    sy_fail("it is not waited for, or another one is", (long)verb);
+  sy_open(-1);
+  sy_ok("change", sy_join(&a));
+  if (sy_join(&w) != (is_gone ? -ENOENT : 0)) sy_fail("volume", (long)verb);
+  sy_list(is);
+  if (!strcmp(was, is)) sy_fail(is, (long)verb);
+  sy_end();
+}
+
+static int sy_progress(void *arg, uint64_t done, uint64_t total) {
+  int stops;
+  (void)arg, (void)done, (void)total;
+  pthread_mutex_lock(&sy_lock);
+  stops = sy_stops;
+  pthread_mutex_unlock(&sy_lock);
+  return stops;
+}
+
+static int sy_verify(uint32_t unused) {
+  (void)unused;
+  return nbdserve_cas_verify(sy_cas, sy_damaged, sy_progress, NULL);
+}
+
+/* Who removes a volume waits while a step of verify is in it, and not longer;
+ * also if verify ends with that step. */
+static void sy_verified(int stops) {
+  struct sy_thread a = {.run = sy_verify};
+  struct sy_thread b = {.run = sy_change, .arg = NBDSERVE_CAS_RM};
+  uint64_t first, next;
+  sy_new("rm of a volume that is verified");
+  first = sy_add("w");
+  next = sy_add("x");
+  sy_set_bar(0, first, SY_BLOCK);
+  sy_start(&a);
+  sy_at_bar(&a);
+  sy_start(&b);
+  if (sy_has_ended(&b, 50)) sy_fail("it does not wait", b.err);
+  pthread_mutex_lock(&sy_lock);
+  sy_stops = stops;
+  pthread_mutex_unlock(&sy_lock);
+  sy_set_bar(0, next, SY_BLOCK);
+  if (!stops) sy_at_bar(&a);
+  sy_ok("rm", sy_join(&b));
+  sy_no_bar();
+  if (sy_join(&a) != (stops ? -ECANCELED : 0)) sy_fail("verify", a.err);
+  sy_stops = 0;
+  sy_end();
+}
+
+static int sy_sync(uint32_t unused) {
+  int err;
+  (void)unused;
+  os_lock(&sy_cas->lock);
+  err = cas_sync(sy_cas, 1);
+  cas_unlock(sy_cas);
+  return err;
+}
+
+/* Before gc gives back what it has noted, others give some of that its space
+ * again, and a sync begins. */
+static int sy_beside_gc(void *arg, uint64_t done, uint64_t total) {
+  struct sy_thread *t = arg;
+  uint32_t x;
+  (void)total;
+  if (done || t->arg++ != 1) return 0;
+  os_lock(&sy_cas->lock);
+  for (x = CAS_SEGMENT; x < sy_cas->nslots; x += CAS_SEGMENT)
+    if (cas_segment(sy_cas, x)->space == SPACE_UNKNOWN)
+      sy_ok("space", cas_give_space(sy_cas, x));
+  cas_unlock(sy_cas);
+  sy_open(0);
+  sy_start(t);
+  if (!sy_held(t)) sy_fail("there was no sync", t->err);
+  return 0;
+}
+
+/* A segment counts as having all its space only if it has: not when gc gave it
+ * back while the sync ran that was to make it durable. */
+static void sy_punched(void) {
+  struct sy_thread a = {.run = sy_sync};
+  uint64_t bytes;
+  uint32_t x;
+  int found = 0;
+  sy_new("gc while a sync runs");
+  sy_limit = SY_SIZE;
+  sy_ok("gc", nbdserve_cas_gc(sy_cas, &bytes, sy_beside_gc, &a));
+  sy_open(-1);
+  sy_ok("sync", sy_join(&a));
+  os_lock(&sy_cas->lock);
+  for (x = 0; x < sy_cas->nslots; x++) {
+    found |= cas_segment(sy_cas, x)->is_given;
+    if (sy_hole[cas_data_off(sy_cas, x) / SY_BLOCK] &&
+        cas_segment(sy_cas, x)->space == SPACE_DURABLE)
+      sy_fail("a hole where there is to be space", x);
+  }
+  cas_unlock(sy_cas);
+  sy_end();
+}
+
 int main(int argc, char **argv) {
   if (argc < 2) return 2;
   snprintf(sy_path, sizeof sy_path, "%s", argv[1]);
@@ -17694,6 +17864,13 @@ int main(int argc, char **argv) {
   sy_portions(0);
   sy_portions(1);
   sy_overwritten();
+  sy_staged(NBDSERVE_CAS_CREATE);
+  sy_staged(NBDSERVE_CAS_RENAME);
+  sy_staged(NBDSERVE_CAS_ROLLBACK);
+  sy_staged(NBDSERVE_CAS_RM);
+  sy_verified(0);
+  sy_verified(1);
+  sy_punched();
   return 0;
 }
 

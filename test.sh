@@ -17368,8 +17368,8 @@ static void sy_at_bar(struct sy_thread *t) {
   pthread_mutex_lock(&sy_lock);
   while (!sy_bar.held && !t->ended)
     pthread_cond_wait(&sy_woken, &sy_lock);
-  pthread_mutex_unlock(&sy_lock);
   if (t->ended) sy_fail("it does not read or write there", t->err);
+  pthread_mutex_unlock(&sy_lock);
 }
 
 /* Writes so many blocks from there on, as long as no other sync begins. */
@@ -17679,6 +17679,45 @@ static void sy_overwritten(void) {
   sy_end();
 }
 
+/* Writes two blocks at once, the second one all zeroes. */
+static int sy_write_two(uint32_t block) {
+  unsigned char b[2 * SY_BLOCK] = {0};
+  sy_fill(b, sy_content[2]);
+  return sy_export.ops->write(sy_export.ctx, b, (uint64_t)block * SY_BLOCK,
+                              sizeof b, 0);
+}
+
+/* Who waits for a sync, to get room for the second block of a write, has the
+ * entry of the first one in the file (C3). */
+static void sy_logged(void) {
+  struct sy_thread a = {.run = sy_write_two, .arg = SY_USED - 1};
+  struct sy_thread b = {.run = sy_flush};
+  uint64_t before, now;
+  sy_new("the log while a writer waits");
+  sy_ok("write", sy_write(1));
+  os_lock(&sy_cas->lock); /* leave pages for what has a leaf, not for others */
+  while (sy_cas->npairs >= sy_cas->ndirty + CAS_RESERVE_PAIRS + CAS_MARGIN)
+    cas_take_pair(sy_cas);
+  cas_unlock(sy_cas);
+  sy_open(0);
+  sy_start(&b);
+  sy_held(&b);
+  now = before = sy_cas->nlogged;
+  sy_start(&a);
+  while (now == before) {
+    os_lock(&sy_cas->lock);
+    now = sy_cas->nlogged;
+    os_unlock(&sy_cas->lock); /* which does not write the log */
+  }
+  sy_content[SY_USED - 1] = sy_before[SY_USED - 1] = sy_content[2];
+  sy_cut(SY_META | SY_SLOTS);
+  sy_open(-1);
+  sy_ok("flush", sy_join(&b));
+  sy_ok("write", sy_join(&a));
+  sy_check();
+  sy_end();
+}
+
 /* ---- Changes of the catalog, checks and gc beside others ---- */
 
 static int sy_stops; /* under sy_lock: verify ends at the next step */
@@ -17699,7 +17738,8 @@ static int sy_look_up(uint32_t name) {
 
 static int sy_note(void *arg, const struct nbdserve_cas_info *info) {
   size_t n = strlen(arg);
-  snprintf((char *)arg + n, 200 - n, "%s %d ", info->name, (int)info->size);
+  snprintf((char *)arg + n, 200 - n, "%s %d %d ", info->name, (int)info->size,
+           (int)info->clients);
   return 0;
 }
 
@@ -17779,12 +17819,16 @@ static void sy_verified(int stops) {
   struct sy_thread a = {.run = sy_verify};
   struct sy_thread b = {.run = sy_change, .arg = NBDSERVE_CAS_RM};
   uint64_t first, next;
+  char was[200], is[200];
   sy_new("rm of a volume that is verified");
   first = sy_add("w");
   next = sy_add("x");
+  sy_list(was);
   sy_set_bar(0, first, SY_BLOCK);
   sy_start(&a);
   sy_at_bar(&a);
+  sy_list(is);
+  if (strcmp(was, is)) sy_fail(is, 0); /* it counts as no client */
   sy_start(&b);
   if (sy_has_ended(&b, 50)) sy_fail("it does not wait", b.err);
   pthread_mutex_lock(&sy_lock);
@@ -17864,6 +17908,7 @@ int main(int argc, char **argv) {
   sy_portions(0);
   sy_portions(1);
   sy_overwritten();
+  sy_logged();
   sy_staged(NBDSERVE_CAS_CREATE);
   sy_staged(NBDSERVE_CAS_RENAME);
   sy_staged(NBDSERVE_CAS_ROLLBACK);

@@ -17135,7 +17135,8 @@ static int sy_fallocate(int fd, int mode, off_t off, off_t len) {
   if (fd == sy_fd && off + len > sy_limit) return errno = ENOSPC, -1;
   if (fd == sy_fd)
     memset(sy_hole + off / SY_BLOCK, mode != 0, (size_t)len / SY_BLOCK);
-  return fallocate(fd, mode, off, len);
+  if (!fallocate(fd, mode, off, len)) return 0;
+  return fd == sy_fd && mode ? 0 : -1; /* it may keep the space */
 }
 
 static int sy_fdatasync(int fd) {
@@ -17320,7 +17321,7 @@ static int sy_held(struct sy_thread *t) {
   return held;
 }
 
-/* Has a thread ended after a while in which it has nothing to wait for? */
+/* Waits for a thread to end, but not for longer than that.  Has it? */
 static int sy_has_ended(struct sy_thread *t, int ms) {
   struct timespec until;
   int ended, late = 0;
@@ -17369,6 +17370,14 @@ static void sy_at_bar(struct sy_thread *t) {
   while (!sy_bar.held && !t->ended)
     pthread_cond_wait(&sy_woken, &sy_lock);
   if (t->ended) sy_fail("it does not read or write there", t->err);
+  pthread_mutex_unlock(&sy_lock);
+}
+
+/* From now on there is no space where the call at the bar writes. */
+static void sy_no_space(void) {
+  pthread_mutex_lock(&sy_lock);
+  sy_full = sy_bar.from;
+  sy_full_end = sy_bar.to;
   pthread_mutex_unlock(&sy_lock);
 }
 
@@ -17454,12 +17463,14 @@ static void sy_new(const char *doing) {
   close(fd);
   memset(sy_hole, 0, sizeof sy_hole);
   sy_cas->can_read_now = 0; /* all that is read passes the bar */
-  sy_full = sy_full_end = 0;
   for (i = 0; i < sy_ops; i++)
     free(sy_op[i].data);
   sy_ops = sy_on_medium = sy_began = sy_ended = 0;
   sy_limit = 0;
+  pthread_mutex_lock(&sy_lock); /* the index may still be filled */
+  sy_full = sy_full_end = 0;
   sy_fd = sy_cas->fd;
+  pthread_mutex_unlock(&sy_lock);
 }
 
 static void sy_end(void) {
@@ -17648,8 +17659,7 @@ static void sy_portions(int is_full) {
   sy_ok("write", sy_write(1));
   sy_ok("write", sy_write(SY_WIDE - 3));
   sy_evict();
-  if (is_full) sy_full = sy_bar.from;
-  if (is_full) sy_full_end = sy_bar.to;
+  if (is_full) sy_no_space();
   sy_no_bar();
   sy_ok("checkpoint", sy_join(&a));
   sy_cuts();
@@ -17856,14 +17866,17 @@ static int sy_sync(uint32_t unused) {
  * again, and a sync begins. */
 static int sy_beside_gc(void *arg, uint64_t done, uint64_t total) {
   struct sy_thread *t = arg;
-  uint32_t x;
+  uint32_t x, n = 0;
   (void)total;
   if (done || t->arg++ != 1) return 0;
   os_lock(&sy_cas->lock);
-  for (x = CAS_SEGMENT; x < sy_cas->nslots; x += CAS_SEGMENT)
-    if (cas_segment(sy_cas, x)->space == SPACE_UNKNOWN)
-      sy_ok("space", cas_give_space(sy_cas, x));
+  for (x = CAS_SEGMENT; x < sy_cas->nslots; x += CAS_SEGMENT) {
+    if (cas_segment(sy_cas, x)->space != SPACE_UNKNOWN) continue;
+    sy_ok("space", cas_give_space(sy_cas, x));
+    n += cas_segment(sy_cas, x)->is_given;
+  }
   cas_unlock(sy_cas);
+  if (!n) sy_fail("nothing was noted", 0);
   sy_open(0);
   sy_start(t);
   if (!sy_held(t)) sy_fail("there was no sync", t->err);
@@ -17876,19 +17889,20 @@ static void sy_punched(void) {
   struct sy_thread a = {.run = sy_sync};
   uint64_t bytes;
   uint32_t x;
-  int found = 0;
+  int err;
   sy_new("gc while a sync runs");
   sy_limit = SY_SIZE;
-  sy_ok("gc", nbdserve_cas_gc(sy_cas, &bytes, sy_beside_gc, &a));
-  sy_open(-1);
-  sy_ok("sync", sy_join(&a));
+  err = nbdserve_cas_gc(sy_cas, &bytes, sy_beside_gc, &a);
+  if (err != -EOPNOTSUPP) { /* as in a POSIX build */
+    sy_ok("gc", err);
+    sy_open(-1);
+    sy_ok("sync", sy_join(&a));
+  }
   os_lock(&sy_cas->lock);
-  for (x = 0; x < sy_cas->nslots; x++) {
-    found |= cas_segment(sy_cas, x)->is_given;
+  for (x = 0; x < sy_cas->nslots; x++)
     if (sy_hole[cas_data_off(sy_cas, x) / SY_BLOCK] &&
         cas_segment(sy_cas, x)->space == SPACE_DURABLE)
       sy_fail("a hole where there is to be space", x);
-  }
   cas_unlock(sy_cas);
   sy_end();
 }

@@ -17638,7 +17638,7 @@ static void sy_retired(void) {
   sy_set_bar(1, 0, CAS_PAGE); /* it has written its pages by then */
   sy_start(&b);
   sy_at_bar(&b);
-  sy_cuts();
+  sy_cut(SY_NONE);
   sy_no_bar();
   sy_ok("checkpoint", sy_join(&b));
   sy_end();
@@ -17662,14 +17662,15 @@ static void sy_portions(int is_full) {
   if (is_full) sy_no_space();
   sy_no_bar();
   sy_ok("checkpoint", sy_join(&a));
-  sy_cuts();
+  sy_cut(SY_NONE);
+  sy_cut(SY_META | SY_SLOTS);
   sy_check();
   sy_ok("checkpoint", sy_checkpoint(0));
   os_lock(&sy_cas->lock);
   if (sy_cas->ndirty) sy_fail("dirty behind a checkpoint", sy_cas->ndirty);
   cas_unlock(sy_cas);
   sy_flushed();
-  sy_cuts();
+  sy_cut(SY_NONE);
   sy_end();
 }
 
@@ -17784,6 +17785,7 @@ static void sy_staged(uint32_t verb) {
   struct sy_thread w = {.run = sy_look_up, .arg = 'w'};
   struct sy_thread x = {.run = sy_look_up, .arg = 'x'};
   int is_gone = verb == NBDSERVE_CAS_RENAME || verb == NBDSERVE_CAS_RM;
+  int is_new = verb == NBDSERVE_CAS_CREATE; /* and w stays as it is */
   char was[200], is[200];
   sy_new("a change that is not durable");
   sy_add("w");
@@ -17799,7 +17801,7 @@ static void sy_staged(uint32_t verb) {
   sy_start(&x);
   if (sy_join(&x) != -ENOENT) sy_fail("its new name is seen", (long)verb);
   sy_start(&w);
-  if (sy_has_ended(&w, 50) != (verb == NBDSERVE_CAS_CREATE))
+  if (sy_has_ended(&w, is_new ? 20000 : 50) != is_new)
     sy_fail("it is not waited for, or another one is", (long)verb);
   sy_open(-1);
   sy_ok("change", sy_join(&a));

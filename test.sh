@@ -17973,9 +17973,10 @@ int main(int argc, char **argv) {
 /* Defends what is true only while a sync runs, or between two: "power cut,
  * kill -9: what was flushed is there" with several threads.
  *
- * syncs FILE: fdatasync waits at a gate.  What is written is put down, and what
- * was written before a sync began is on the medium when that sync has returned.
- * After a cut a store is left that has the medium and some of the rest. */
+ * syncs FILE: fdatasync waits at a gate, a read or write at a bar.  What is
+ * written is put down, and what was written before a sync began is on the
+ * medium when that sync has returned.  After a cut a store is left that has the
+ * medium and some of the rest. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE 1
 #endif
@@ -18009,6 +18010,7 @@ enum {
   SY_BLOCK = 512,
   SY_USED = 64,     /* blocks that are written first */
   SY_MORE = 200,    /* blocks that look for slots to use again */
+  SY_WIDE = 640,    /* blocks below many leaves */
   SY_BLOCKS = 1000, /* of the volume */
   SY_LOG = 64,      /* pages */
   SY_DATA = 2 * CAS_UNIT + SY_LOG * 4096
@@ -18034,6 +18036,16 @@ static struct {
 } sy_op[SY_OPS];
 static unsigned char sy_medium[SY_SIZE], sy_image[SY_SIZE];
 static off_t sy_limit = SY_SIZE;
+static unsigned char sy_hole[SY_SIZE / SY_BLOCK]; /* that was punched there */
+/* The first call that reads, or writes, in a part of the file waits at the bar
+ * until there is another one, or none; later calls pass. */
+static struct {
+  int writes;     /* it is for writes */
+  off_t from, to; /* that part; then that of the call; 0: there is no bar */
+  int held;       /* a call waits */
+  int turn;       /* counts bars */
+} sy_bar;
+static off_t sy_full, sy_full_end; /* where writes find no space */
 static const char *sy_doing = "start";
 
 static void sy_fail(const char *what, long n) {
@@ -18054,22 +18066,59 @@ static void sy_put(int fd, const void *p, size_t len, off_t off) {
   pthread_mutex_unlock(&sy_lock);
 }
 
-static ssize_t sy_pwrite(int fd, const void *p, size_t len, off_t off) {
-  sy_put(fd, p, len, off);
-  return pwrite(fd, p, len, off);
+/* Waits at the bar if it is for that call.  0, or -1: there is no space. */
+static int sy_pass(int fd, int writes, const struct iovec *v, int n,
+                   off_t off) {
+  off_t end = off;
+  int turn, full;
+  while (n-- > 0)
+    end += (off_t)v++->iov_len;
+  pthread_mutex_lock(&sy_lock);
+  turn = sy_bar.turn;
+  if (fd == sy_fd && writes == sy_bar.writes && !sy_bar.held &&
+      off < sy_bar.to && end > sy_bar.from) {
+    sy_bar.held = 1;
+    sy_bar.from = off;
+    sy_bar.to = end;
+    pthread_cond_broadcast(&sy_woken);
+    while (turn == sy_bar.turn)
+      pthread_cond_wait(&sy_woken, &sy_lock);
+  }
+  full = fd == sy_fd && writes && off < sy_full_end && end > sy_full;
+  pthread_mutex_unlock(&sy_lock);
+  return full ? errno = ENOSPC, -1 : 0;
+}
+
+static ssize_t sy_preadv(int fd, const struct iovec *v, int n, off_t off) {
+  sy_pass(fd, 0, v, n, off);
+  return preadv(fd, v, n, off);
+}
+
+static ssize_t sy_pread(int fd, void *p, size_t len, off_t off) {
+  struct iovec v = {p, len};
+  return sy_preadv(fd, &v, 1, off);
 }
 
 static ssize_t sy_pwritev(int fd, const struct iovec *v, int n, off_t off) {
   off_t at = off;
   int i;
+  if (sy_pass(fd, 1, v, n, off)) return -1;
   for (i = 0; i < n; at += (off_t)v[i++].iov_len)
     sy_put(fd, v[i].iov_base, v[i].iov_len, at);
   return pwritev(fd, v, n, off);
 }
 
+static ssize_t sy_pwrite(int fd, void *p, size_t len, off_t off) {
+  struct iovec v = {p, len};
+  return sy_pwritev(fd, &v, 1, off);
+}
+
 static int sy_fallocate(int fd, int mode, off_t off, off_t len) {
   if (fd == sy_fd && off + len > sy_limit) return errno = ENOSPC, -1;
-  return fallocate(fd, mode, off, len);
+  if (fd == sy_fd)
+    memset(sy_hole + off / SY_BLOCK, mode != 0, (size_t)len / SY_BLOCK);
+  if (!fallocate(fd, mode, off, len)) return 0;
+  return fd == sy_fd && mode ? 0 : -1; /* it may keep the space */
 }
 
 static int sy_fdatasync(int fd) {
@@ -18090,12 +18139,16 @@ static int sy_fdatasync(int fd) {
   return 0;
 }
 
+#define pread sy_pread
+#define preadv sy_preadv
 #define pwrite sy_pwrite
 #define pwritev sy_pwritev
 #define fallocate sy_fallocate
 #define fdatasync sy_fdatasync
 #define NBDSERVE_NO_MAIN 1
 #include "nbdserve.c"
+#undef pread
+#undef preadv
 #undef pwrite
 #undef pwritev
 #undef fallocate
@@ -18119,8 +18172,21 @@ static int sy_write(uint32_t block) {
   sy_fill(b, ++sy_last);
   int err = sy_export.ops->write(sy_export.ctx, b, (uint64_t)block * SY_BLOCK,
                                  SY_BLOCK, 0);
+  pthread_mutex_lock(&sy_lock);
   if (!err) sy_content[block] = sy_last;
+  pthread_mutex_unlock(&sy_lock);
   return err;
+}
+
+/* Reads a block, which has to be what it must be. */
+static int sy_read(uint32_t block) {
+  unsigned char b[SY_BLOCK], want[SY_BLOCK];
+  int err = sy_export.ops->read(sy_export.ctx, b, (uint64_t)block * SY_BLOCK,
+                                SY_BLOCK, 0);
+  pthread_mutex_lock(&sy_lock);
+  sy_fill(want, sy_content[block]);
+  pthread_mutex_unlock(&sy_lock);
+  return !err && memcmp(b, want, SY_BLOCK) ? -EBADMSG : err;
 }
 
 /* All that was written has been flushed. */
@@ -18180,24 +18246,34 @@ static void sy_cut(int kept) {
 
 struct sy_thread {
   pthread_t id;
-  uint32_t block;  /* that it writes first */
-  int is_change;   /* it makes a snapshot, else it flushes */
-  int ended;       /* under sy_lock */
-  int syncs_ended; /* when it had ended */
+  int (*run)(uint32_t); /* what it does, */
+  uint32_t arg;         /* with that, */
+  int err;              /* and how that ended */
+  int ended;            /* under sy_lock */
 };
+
+static int sy_flush(uint32_t unused) {
+  (void)unused;
+  return sy_export.ops->flush(sy_export.ctx, 0);
+}
+
+static int sy_snapshot(uint32_t number) {
+  char name[32];
+  snprintf(name, sizeof name, "v@%u", number);
+  return nbdserve_cas_snapshot(sy_cas, name);
+}
+
+static int sy_checkpoint(uint32_t unused) {
+  (void)unused;
+  return cas_checkpoint(sy_cas, NULL, UINT64_MAX);
+}
 
 static void *sy_run(void *arg) {
   struct sy_thread *t = arg;
-  char name[32];
-  if (!t->is_change) {
-    if (sy_export.ops->flush(sy_export.ctx, 0)) sy_fail("flush", 0);
-  } else {
-    snprintf(name, sizeof name, "v@%u", t->block);
-    if (nbdserve_cas_snapshot(sy_cas, name)) sy_fail("snapshot", 0);
-  }
+  int err = t->run(t->arg);
   pthread_mutex_lock(&sy_lock);
+  t->err = err;
   t->ended = 1;
-  t->syncs_ended = sy_ended;
   pthread_cond_broadcast(&sy_woken);
   pthread_mutex_unlock(&sy_lock);
   return NULL;
@@ -18227,8 +18303,64 @@ static int sy_held(struct sy_thread *t) {
   return held;
 }
 
-static void sy_join(struct sy_thread *t) {
+/* Waits for a thread to end, but not for longer than that.  Has it? */
+static int sy_has_ended(struct sy_thread *t, int ms) {
+  struct timespec until;
+  int ended, late = 0;
+  clock_gettime(CLOCK_REALTIME, &until);
+  until.tv_sec += ms / 1000;
+  until.tv_nsec += ms % 1000 * 1000000;
+  until.tv_sec += until.tv_nsec / 1000000000;
+  until.tv_nsec %= 1000000000;
+  pthread_mutex_lock(&sy_lock);
+  while (!t->ended && !late)
+    late = pthread_cond_timedwait(&sy_woken, &sy_lock, &until);
+  ended = t->ended;
+  pthread_mutex_unlock(&sy_lock);
+  return ended;
+}
+
+static int sy_join(struct sy_thread *t) {
+  if (!sy_has_ended(t, 20000)) sy_fail("a thread does not end", 0);
   pthread_join(t->id, NULL);
+  return t->err;
+}
+
+static void sy_ok(const char *what, int err) {
+  if (err) sy_fail(what, err);
+}
+
+/* Sets a bar for reads or writes; who waits at the last one goes on. */
+static void sy_set_bar(int writes, uint64_t from, uint64_t len) {
+  pthread_mutex_lock(&sy_lock);
+  sy_bar.writes = writes;
+  sy_bar.from = (off_t)from;
+  sy_bar.to = (off_t)(from + len);
+  sy_bar.held = 0;
+  sy_bar.turn++;
+  pthread_cond_broadcast(&sy_woken);
+  pthread_mutex_unlock(&sy_lock);
+}
+
+static void sy_no_bar(void) {
+  sy_set_bar(0, 0, 0);
+}
+
+/* Waits until a call of the thread is held at the bar. */
+static void sy_at_bar(struct sy_thread *t) {
+  pthread_mutex_lock(&sy_lock);
+  while (!sy_bar.held && !t->ended)
+    pthread_cond_wait(&sy_woken, &sy_lock);
+  if (t->ended) sy_fail("it does not read or write there", t->err);
+  pthread_mutex_unlock(&sy_lock);
+}
+
+/* From now on there is no space where the call at the bar writes. */
+static void sy_no_space(void) {
+  pthread_mutex_lock(&sy_lock);
+  sy_full = sy_bar.from;
+  sy_full_end = sy_bar.to;
+  pthread_mutex_unlock(&sy_lock);
 }
 
 /* Writes so many blocks from there on, as long as no other sync begins. */
@@ -18236,6 +18368,49 @@ static void sy_writes(uint32_t from, int n) {
   int began = sy_began;
   for (; n > 0 && sy_began == began; n--)
     if (sy_write(from++)) return; /* no space is no news */
+}
+
+/* Writes blocks below many leaves: more than one portion of a checkpoint. */
+static void sy_wide(void) {
+  uint32_t block;
+  for (block = 0; block < SY_WIDE; block += 4)
+    sy_ok("write", sy_write(block));
+}
+
+/* Takes out of memory all leaves that may go. */
+static void sy_evict(void) {
+  uint64_t cache = sy_cas->cache;
+  int i;
+  os_lock(&sy_cas->lock);
+  sy_cas->cache = 0;
+  for (i = 0; i < 8; i++) /* first they count as used */
+    cas_evict_leaf(sy_cas);
+  sy_cas->cache = cache;
+  cas_unlock(sy_cas);
+}
+
+/* Makes all leaves clean and takes them out of memory; where is that page? */
+static uint64_t sy_leaf(uint32_t block) {
+  const struct cas_volume *vol = sy_export.ctx;
+  const struct cas_node *leaf;
+  struct cas_spot spot;
+  uint64_t off;
+  sy_ok("checkpoint", sy_checkpoint(0));
+  sy_evict();
+  os_lock(&sy_cas->lock);
+  leaf = cas_walk(sy_cas, *cas_root(vol), block, &spot);
+  if (!leaf) sy_fail("the leaf is in memory: of block", block);
+  off = cas_data_off(sy_cas, leaf->slot);
+  cas_unlock(sy_cas);
+  return off;
+}
+
+/* Everything is what it must be, also if it is read back. */
+static void sy_check(void) {
+  uint32_t block;
+  sy_evict();
+  for (block = 0; block < SY_BLOCKS; block++)
+    if (sy_read(block)) sy_fail("not what was written: block", block);
 }
 
 /* ---- The tests ---------------------------------------------------------- */
@@ -18268,11 +18443,16 @@ static void sy_new(const char *doing) {
   memset(sy_medium, 0, SY_SIZE);
   if (fd < 0 || pread(fd, sy_medium, SY_SIZE, 0) < 0) exit(2);
   close(fd);
+  memset(sy_hole, 0, sizeof sy_hole);
+  sy_cas->can_read_now = 0; /* all that is read passes the bar */
   for (i = 0; i < sy_ops; i++)
     free(sy_op[i].data);
   sy_ops = sy_on_medium = sy_began = sy_ended = 0;
   sy_limit = 0;
+  pthread_mutex_lock(&sy_lock); /* the index may still be filled */
+  sy_full = sy_full_end = 0;
   sy_fd = sy_cas->fd;
+  pthread_mutex_unlock(&sy_lock);
 }
 
 static void sy_end(void) {
@@ -18295,7 +18475,7 @@ static void sy_cuts(void) {
 /* What log pages say that are written during a sync, or behind it: not that it
  * has ended, or has covered those.  What it has not may be missing. */
 static void sy_durable(void) {
-  struct sy_thread a = {.is_change = 0};
+  struct sy_thread a = {.run = sy_flush};
   sy_new("log pages that are written during a sync");
   sy_write(700);
   sy_open(0);
@@ -18312,7 +18492,7 @@ static void sy_durable(void) {
 
 /* What is written during a sync is not flushed by it: another one follows. */
 static void sy_counted(void) {
-  struct sy_thread a = {.is_change = 0}, b = {.is_change = 0};
+  struct sy_thread a = {.run = sy_flush}, b = {.run = sy_flush};
   sy_new("a flush of what was written during a sync");
   sy_write(700);
   sy_open(0);
@@ -18331,7 +18511,7 @@ static void sy_counted(void) {
 
 /* Slots that are dropped during a sync are not free when it ends. */
 static void sy_dropped(void) {
-  struct sy_thread a = {.is_change = 0};
+  struct sy_thread a = {.run = sy_flush};
   sy_new("slots that are dropped during a sync");
   sy_write(700);
   sy_open(0);
@@ -18348,21 +18528,20 @@ static void sy_dropped(void) {
 /* What only the older superblock names is not free before the newer one is
  * durable; cut in each sync of a checkpoint. */
 static void sy_superblock(void) {
-  struct sy_thread a = {.is_change = 1};
+  struct sy_thread a = {.run = sy_snapshot, .arg = 100};
   int k, held = 1;
   for (k = 0; held; k++) {
     sy_new("slots that the older superblock names");
     sy_writes(0, SY_USED);
     if (sy_export.ops->flush(sy_export.ctx, 0)) sy_fail("flush", 0);
     sy_flushed();
-    a.block = 100;
     sy_open(k);
     sy_start(&a);
     held = sy_held(&a);
     sy_writes(SY_USED, SY_MORE);
     sy_cuts();
     sy_open(-1);
-    sy_join(&a);
+    sy_ok("thread", sy_join(&a));
     sy_end();
   }
   if (k < 3) sy_fail("there were not enough syncs", k);
@@ -18370,8 +18549,9 @@ static void sy_superblock(void) {
 
 /* A flush waits for a sync that began after it was called; one for all. */
 static void sy_joined(void) {
-  struct sy_thread a = {.is_change = 0}, b[2] = {{.is_change = 0}};
+  struct sy_thread a = {.run = sy_flush}, b[2];
   int i;
+  b[0] = b[1] = a;
   sy_new("flushes while a sync runs");
   sy_write(700);
   sy_open(0);
@@ -18391,10 +18571,323 @@ static void sy_joined(void) {
   pthread_mutex_unlock(&sy_lock);
   sy_open(-1);
   for (i = 0; i < 2; i++)
-    sy_join(b + i);
+    sy_ok("thread", sy_join(b + i));
   if (sy_ended != 2) sy_fail("not one sync for both", sy_ended);
   sy_flushed();
   sy_cut(SY_NONE);
+  sy_end();
+}
+
+/* A leaf that is read has changed, and left memory, when it comes: what came is
+ * not what it is.  Its pair is not taken for others meanwhile. */
+static void sy_reread(void) {
+  struct sy_thread a = {.run = sy_read, .arg = 1};
+  int i;
+  sy_new("a leaf that changes while it is read");
+  sy_limit = SY_SIZE;
+  sy_set_bar(0, sy_leaf(1), SY_BLOCK);
+  sy_start(&a);
+  sy_at_bar(&a);
+  sy_ok("write", sy_write(1));
+  for (i = 0; i < 6; i++) { /* until its place comes round again */
+    sy_ok("checkpoint", sy_checkpoint(0));
+    sy_wide();
+  }
+  sy_ok("checkpoint", sy_checkpoint(0));
+  sy_evict();
+  sy_no_bar();
+  sy_ok("read", sy_join(&a));
+  sy_check();
+  sy_end();
+}
+
+/* Who has read a leaf drops its pair last: that is free after a checkpoint, not
+ * after a sync. */
+static void sy_retired(void) {
+  struct sy_thread a = {.run = sy_read, .arg = 1}, b = {.run = sy_checkpoint};
+  sy_new("a leaf that is retired while it is read");
+  sy_limit = SY_SIZE;
+  sy_wide();
+  sy_set_bar(0, sy_leaf(1), SY_BLOCK);
+  sy_start(&a);
+  sy_at_bar(&a);
+  sy_ok("write", sy_write(1));
+  sy_no_bar();
+  sy_ok("read", sy_join(&a));
+  sy_ok("flush", sy_flush(0));
+  sy_flushed();
+  sy_wide();
+  sy_set_bar(1, 0, CAS_PAGE); /* it has written its pages by then */
+  sy_start(&b);
+  sy_at_bar(&b);
+  sy_cut(SY_NONE);
+  sy_no_bar();
+  sy_ok("checkpoint", sy_join(&b));
+  sy_end();
+}
+
+/* A leaf changes, and others would leave memory, while a checkpoint writes its
+ * first pages; and these may find no space. */
+static void sy_portions(int is_full) {
+  struct sy_thread a = {.run = sy_checkpoint};
+  sy_new("changes while pages are written");
+  sy_limit = SY_SIZE;
+  sy_wide();
+  sy_ok("flush", sy_flush(0));
+  sy_flushed();
+  sy_set_bar(1, SY_DATA, SY_SIZE - SY_DATA);
+  sy_start(&a);
+  sy_at_bar(&a);
+  sy_ok("write", sy_write(1));
+  sy_ok("write", sy_write(SY_WIDE - 3));
+  sy_evict();
+  if (is_full) sy_no_space();
+  sy_no_bar();
+  sy_ok("checkpoint", sy_join(&a));
+  sy_cut(SY_NONE);
+  sy_cut(SY_META | SY_SLOTS);
+  sy_check();
+  sy_ok("checkpoint", sy_checkpoint(0));
+  os_lock(&sy_cas->lock);
+  if (sy_cas->ndirty) sy_fail("dirty behind a checkpoint", sy_cas->ndirty);
+  cas_unlock(sy_cas);
+  sy_flushed();
+  sy_cut(SY_NONE);
+  sy_end();
+}
+
+/* What a log page drops is free when that is durable, not when its sync
+ * begins. */
+static void sy_overwritten(void) {
+  struct sy_thread a = {.run = sy_flush};
+  sy_new("slots that were dropped before a sync, while it runs");
+  sy_writes(0, SY_USED);
+  sy_open(0);
+  sy_start(&a);
+  sy_held(&a);
+  sy_writes(SY_USED, SY_MORE);
+  sy_cuts();
+  sy_open(-1);
+  sy_ok("flush", sy_join(&a));
+  sy_end();
+}
+
+/* Writes two blocks at once, the second one all zeroes. */
+static int sy_write_two(uint32_t block) {
+  unsigned char b[2 * SY_BLOCK] = {0};
+  sy_fill(b, sy_content[2]);
+  return sy_export.ops->write(sy_export.ctx, b, (uint64_t)block * SY_BLOCK,
+                              sizeof b, 0);
+}
+
+/* Who waits for a sync, to get room for the second block of a write, has the
+ * entry of the first one in the file (C3). */
+static void sy_logged(void) {
+  struct sy_thread a = {.run = sy_write_two, .arg = SY_USED - 1};
+  struct sy_thread b = {.run = sy_flush};
+  uint64_t before, now;
+  sy_new("the log while a writer waits");
+  sy_ok("write", sy_write(1));
+  os_lock(&sy_cas->lock); /* leave pages for what has a leaf, not for others */
+  while (sy_cas->npairs >= sy_cas->ndirty + CAS_RESERVE_PAIRS + CAS_MARGIN)
+    cas_take_pair(sy_cas);
+  cas_unlock(sy_cas);
+  sy_open(0);
+  sy_start(&b);
+  sy_held(&b);
+  now = before = sy_cas->nlogged;
+  sy_start(&a);
+  while (now == before) {
+    os_lock(&sy_cas->lock);
+    now = sy_cas->nlogged;
+    os_unlock(&sy_cas->lock); /* which does not write the log */
+  }
+  sy_content[SY_USED - 1] = sy_before[SY_USED - 1] = sy_content[2];
+  sy_cut(SY_META | SY_SLOTS);
+  sy_open(-1);
+  sy_ok("flush", sy_join(&b));
+  sy_ok("write", sy_join(&a));
+  sy_check();
+  sy_end();
+}
+
+/* ---- Changes of the catalog, checks and gc beside others ---- */
+
+static int sy_stops; /* under sy_lock: verify ends at the next step */
+
+static int sy_change(uint32_t verb) {
+  const char *name = verb == NBDSERVE_CAS_ROLLBACK ? "w@1" : "w";
+  if (verb == NBDSERVE_CAS_CREATE) name = "x";
+  return nbdserve_cas_change(sy_cas, (int)verb, name, "x", SY_BLOCK);
+}
+
+static int sy_look_up(uint32_t name) {
+  const char text[2] = {(char)name, 0};
+  struct nbdserve_export e = {0};
+  int err = nbdserve_cas_volume(sy_cas, text, &e);
+  if (!err) e.ops->close(e.ctx);
+  return err;
+}
+
+static int sy_note(void *arg, const struct nbdserve_cas_info *info) {
+  size_t n = strlen(arg);
+  snprintf((char *)arg + n, 200 - n, "%s %d %d ", info->name, (int)info->size,
+           (int)info->clients);
+  return 0;
+}
+
+/* What there is, as a text */
+static void sy_list(char text[200]) {
+  *text = 0;
+  sy_ok("list", nbdserve_cas_list(sy_cas, sy_note, text));
+}
+
+/* Makes a volume with a block that no other has, and returns where that is. */
+static uint64_t sy_add(const char *name) {
+  struct nbdserve_export e = {0};
+  struct cas_spot spot;
+  unsigned char b[SY_BLOCK];
+  uint64_t off;
+  sy_fill(b, ++sy_last);
+  sy_ok("create", nbdserve_cas_create(sy_cas, name, SY_BLOCK));
+  sy_ok("volume", nbdserve_cas_volume(sy_cas, name, &e));
+  sy_ok("write", e.ops->write(e.ctx, b, 0, SY_BLOCK, 0));
+  os_lock(&sy_cas->lock);
+  sy_ok("find", cas_find_spot(sy_cas, cas_root(e.ctx), 0, &spot));
+  off = cas_data_off(sy_cas, spot.slot);
+  cas_unlock(sy_cas);
+  e.ops->close(e.ctx);
+  return off;
+}
+
+/* Before a change is durable everybody sees what was before.  Who wants a
+ * volume that it changes waits until it is. */
+static void sy_staged(uint32_t verb) {
+  struct sy_thread a = {.run = sy_change, .arg = verb};
+  struct sy_thread w = {.run = sy_look_up, .arg = 'w'};
+  struct sy_thread x = {.run = sy_look_up, .arg = 'x'};
+  int is_gone = verb == NBDSERVE_CAS_RENAME || verb == NBDSERVE_CAS_RM;
+  int is_new = verb == NBDSERVE_CAS_CREATE; /* and w stays as it is */
+  char was[200], is[200];
+  sy_new("a change that is not durable");
+  sy_add("w");
+  sy_ok("snapshot", nbdserve_cas_snapshot(sy_cas, "w@1"));
+  sy_ok("resize", nbdserve_cas_resize(sy_cas, "w", 2 * SY_BLOCK));
+  if (is_gone) sy_ok("rm", nbdserve_cas_rm(sy_cas, "w@1"));
+  sy_list(was);
+  sy_open(0);
+  sy_start(&a);
+  sy_held(&a);
+  sy_list(is);
+  if (strcmp(was, is)) sy_fail(is, (long)verb);
+  sy_start(&x);
+  if (sy_join(&x) != -ENOENT) sy_fail("its new name is seen", (long)verb);
+  sy_start(&w);
+  if (sy_has_ended(&w, is_new ? 20000 : 50) != is_new)
+    sy_fail("it is not waited for, or another one is", (long)verb);
+  sy_open(-1);
+  sy_ok("change", sy_join(&a));
+  if (sy_join(&w) != (is_gone ? -ENOENT : 0)) sy_fail("volume", (long)verb);
+  sy_list(is);
+  if (!strcmp(was, is)) sy_fail(is, (long)verb);
+  sy_end();
+}
+
+static int sy_progress(void *arg, uint64_t done, uint64_t total) {
+  int stops;
+  (void)arg, (void)done, (void)total;
+  pthread_mutex_lock(&sy_lock);
+  stops = sy_stops;
+  pthread_mutex_unlock(&sy_lock);
+  return stops;
+}
+
+static int sy_verify(uint32_t unused) {
+  (void)unused;
+  return nbdserve_cas_verify(sy_cas, sy_damaged, sy_progress, NULL);
+}
+
+/* Who removes a volume waits while a step of verify is in it, and not longer;
+ * also if verify ends with that step. */
+static void sy_verified(int stops) {
+  struct sy_thread a = {.run = sy_verify};
+  struct sy_thread b = {.run = sy_change, .arg = NBDSERVE_CAS_RM};
+  uint64_t first, next;
+  char was[200], is[200];
+  sy_new("rm of a volume that is verified");
+  first = sy_add("w");
+  next = sy_add("x");
+  sy_list(was);
+  sy_set_bar(0, first, SY_BLOCK);
+  sy_start(&a);
+  sy_at_bar(&a);
+  sy_list(is);
+  if (strcmp(was, is)) sy_fail(is, 0); /* it counts as no client */
+  sy_start(&b);
+  if (sy_has_ended(&b, 50)) sy_fail("it does not wait", b.err);
+  pthread_mutex_lock(&sy_lock);
+  sy_stops = stops;
+  pthread_mutex_unlock(&sy_lock);
+  sy_set_bar(0, next, SY_BLOCK);
+  if (!stops) sy_at_bar(&a);
+  sy_ok("rm", sy_join(&b));
+  sy_no_bar();
+  if (sy_join(&a) != (stops ? -ECANCELED : 0)) sy_fail("verify", a.err);
+  sy_stops = 0;
+  sy_end();
+}
+
+static int sy_sync(uint32_t unused) {
+  int err;
+  (void)unused;
+  os_lock(&sy_cas->lock);
+  err = cas_sync(sy_cas, 1);
+  cas_unlock(sy_cas);
+  return err;
+}
+
+/* Before gc gives back what it has noted, others give some of that its space
+ * again, and a sync begins. */
+static int sy_beside_gc(void *arg, uint64_t done, uint64_t total) {
+  struct sy_thread *t = arg;
+  uint32_t x, n = 0;
+  (void)total;
+  if (done || t->arg++ != 1) return 0;
+  os_lock(&sy_cas->lock);
+  for (x = CAS_SEGMENT; x < sy_cas->nslots; x += CAS_SEGMENT) {
+    if (cas_segment(sy_cas, x)->space != SPACE_UNKNOWN) continue;
+    sy_ok("space", cas_give_space(sy_cas, x));
+    n += cas_segment(sy_cas, x)->is_given;
+  }
+  cas_unlock(sy_cas);
+  if (!n) sy_fail("nothing was noted", 0);
+  sy_open(0);
+  sy_start(t);
+  if (!sy_held(t)) sy_fail("there was no sync", t->err);
+  return 0;
+}
+
+/* A segment counts as having all its space only if it has: not when gc gave it
+ * back while the sync ran that was to make it durable. */
+static void sy_punched(void) {
+  struct sy_thread a = {.run = sy_sync};
+  uint64_t bytes;
+  uint32_t x;
+  int err;
+  sy_new("gc while a sync runs");
+  sy_limit = SY_SIZE;
+  err = nbdserve_cas_gc(sy_cas, &bytes, sy_beside_gc, &a);
+  if (err != -EOPNOTSUPP) { /* as in a POSIX build */
+    sy_ok("gc", err);
+    sy_open(-1);
+    sy_ok("sync", sy_join(&a));
+  }
+  os_lock(&sy_cas->lock);
+  for (x = 0; x < sy_cas->nslots; x++)
+    if (sy_hole[cas_data_off(sy_cas, x) / SY_BLOCK] &&
+        cas_segment(sy_cas, x)->space == SPACE_DURABLE)
+      sy_fail("a hole where there is to be space", x);
+  cas_unlock(sy_cas);
   sy_end();
 }
 
@@ -18408,6 +18901,19 @@ int main(int argc, char **argv) {
   sy_dropped();
   sy_superblock();
   sy_joined();
+  sy_reread();
+  sy_retired();
+  sy_portions(0);
+  sy_portions(1);
+  sy_overwritten();
+  sy_logged();
+  sy_staged(NBDSERVE_CAS_CREATE);
+  sy_staged(NBDSERVE_CAS_RENAME);
+  sy_staged(NBDSERVE_CAS_ROLLBACK);
+  sy_staged(NBDSERVE_CAS_RM);
+  sy_verified(0);
+  sy_verified(1);
+  sy_punched();
   return 0;
 }
 

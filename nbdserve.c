@@ -546,12 +546,8 @@ static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
 #endif
 
 #if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
-#define OS_WILLNEED POSIX_FADV_WILLNEED /* it will be read soon */
-#define OS_DONTNEED \
-  POSIX_FADV_DONTNEED /* what is in memory only by chance need
-                                           not stay there */
-
-/* Tells the system what will be done with a range; len 0: all up to the end. */
+/* Tells the system what will be done with a range: POSIX_FADV_...  len 0: all
+ * up to the end. */
 static inline void os_advise(int fd, int advice, uint64_t off, uint64_t len) {
   assert(off <= INT64_MAX && len <= INT64_MAX - off);
   posix_fadvise(fd, (off_t)off, (off_t)len, advice);
@@ -2807,8 +2803,10 @@ static int hs_run(struct conn *c) {
  *      have to wait for the medium, and without run_batch READ and WRITE, may
  *      take as long as they like: nothing behind them waits, up to the limit in
  *      tx_hand_over and while a worker can be had.  What the client's thread
- *      does itself holds up the requests behind it: the rest of a batch,
- *      pieces, and a flush that came alone (tx_flush_alone).
+ *      does itself holds up the requests behind it: the rest of a batch (also
+ *      where it waits: parts of a store's blocks, a leaf that is not in memory,
+ *      all of a temporary export), pieces, and a flush that came alone
+ *      (tx_flush_alone).
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
  *      that many requests with workers.  Those that hold data are not more
  *      than config.threads: up to TX_PIECE bytes each without run_batch, and
@@ -3659,6 +3657,7 @@ static int overlay_do_piece(struct flat *f, int writing, void *buf,
   uint64_t block = off / FLAT_OVERLAY_BLOCK;
   struct os_monitor *region = &f->region[block % FLAT_REGIONS];
   int err = 0;
+  (void)region; /* without threads */
   assert(len > 0 && len <= FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK);
   if (overlay_has(f, block, 0))
     return os_transfer(f->overlay_fd, writing, &v, 1, off);
@@ -3712,8 +3711,10 @@ static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
     v[i].iov_len = (size_t)reqs[i].len;
     assert(v[i].iov_len == reqs[i].len); /* there is a buffer of that size */
   }
-  int is_now = !writing && !reqs->may_wait && f->can_read_now;
-  if (is_now) return os_read_now(f->fd, v, (int)nreqs, f->offset + reqs->off);
+  if (!writing && !reqs->may_wait && f->can_read_now) {
+    int err = os_read_now(f->fd, v, (int)nreqs, f->offset + reqs->off);
+    if (!err || err == -EAGAIN) return err;
+  }
   return os_transfer(f->fd, writing, v, (int)nreqs, f->offset + reqs->off);
 }
 
@@ -3787,7 +3788,7 @@ static int flat_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
 static int flat_cache(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   (void)flags;
   struct flat *f = ctx;
-  os_advise(f->fd, OS_WILLNEED, f->offset + off, len);
+  os_advise(f->fd, POSIX_FADV_WILLNEED, f->offset + off, len);
   return 0;
 }
 
@@ -4063,6 +4064,7 @@ enum {
 };
 
 #define CAS_MAGIC "NBDSCAS"
+#define CAS_MAX_SEQ (UINT64_C(1) << 62) /* above the number of any log page */
 
 /* A slot whose contents were lost: reading is an error, writing heals. */
 #define CAS_LOST UINT32_MAX
@@ -4330,18 +4332,20 @@ struct nbdserve_cas {
   /* ---- Guarded by lock, as is all that follows; woken: a sync, a checkpoint
    * or other work has ended. */
   struct os_monitor lock;
-  int syncing;      /* a sync is under way; a second one may miss its error */
-  int failed;       /* -errno: nothing is written any more (C14) */
-  int is_outdated;  /* the log follows a superblock that is gone */
-  int is_short;     /* the file does not have all slots of the superblock */
-  int log_damaged;  /* a durable page of the log is not there (C9) */
-  int catalog_lost; /* a part of the catalog or of a map is not there (C21) */
-  int log_unread;   /* a page of the log cannot be read: who knows what it is
+  int syncing;       /* a sync is under way; a second one may miss its error */
+  int failed;        /* -errno: nothing is written any more (C14) */
+  int is_outdated;   /* the log follows a superblock that is gone */
+  int is_short;      /* the file does not have all slots of the superblock */
+  int log_damaged;   /* a durable page of the log is not there (C9) */
+  int catalog_lost;  /* a part of the catalog or of a map is not there (C21) */
+  int log_unread;    /* a page of the log cannot be read: who knows what it is
                        when it can be */
-  int is_replaying; /* what is in the log need not be logged */
-  int is_open;      /* recovery is over */
-  int is_ending;    /* the store is freed: nothing is read or dropped */
+  int log_unwritten; /* a page of it cannot be written again */
+  int is_replaying;  /* what is in the log need not be logged */
+  int is_open;       /* recovery is over */
+  int is_ending;     /* the store is freed: nothing is read or dropped */
   struct cas_loader *loader; /* while it is opened */
+  int gives_back;            /* a gc is under way: one at a time */
   int busy;                  /* a thread is in cas_work, */
   int closing;               /* which is to end */
 
@@ -5047,8 +5051,10 @@ static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
     v[i] = (struct iovec){digest, CAS_DIGEST_LEN};
     if (what == CAS_DATA) v[i] = (struct iovec){blk[i].data, st->bs};
   }
-  if (how == OS_READ_NOW && st->can_read_now)
-    return os_read_now(st->fd, v, (int)k, off);
+  if (how == OS_READ_NOW && st->can_read_now) {
+    int err = os_read_now(st->fd, v, (int)k, off);
+    if (!err || err == -EAGAIN) return err;
+  }
   return os_transfer(st->fd, how == OS_WRITE, v, (int)k, off);
 }
 
@@ -5062,7 +5068,8 @@ static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
   assert(err && slot < st->nslots);
   os_lock(&st->lock);
   for (; x < st->nslots && x < first + n; x += CAS_SEGMENT)
-    cas_set_space(st, x, err == -ENOSPC ? SPACE_FULL : SPACE_BROKEN);
+    if (cas_segment(st, x)->space != SPACE_BUSY) /* else it is as it was */
+      cas_set_space(st, x, err == -ENOSPC ? SPACE_FULL : SPACE_BROKEN);
   cas_unlock(st);
 }
 
@@ -5074,7 +5081,8 @@ static void cas_announce(const struct nbdserve_cas *st,
   for (size_t k; n > 0; blk += k, n -= k) {
     k = cas_run_length(blk, n, what);
     if (k)
-      os_advise(st->fd, OS_WILLNEED, cas_block_off(st, blk, what), k * each);
+      os_advise(st->fd, POSIX_FADV_WILLNEED, cas_block_off(st, blk, what),
+                k * each);
     else
       k = 1;
   }
@@ -6856,10 +6864,10 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq, unsigned char *p,
     return 0;
   }
   cas_decode(cas_log_sizes, p + CAS_LOG_HEAD, head);
-  if (head->magic != CAS_LOG || head->count > CAS_ENTRIES ||
-      head->seq > UINT64_MAX - INT32_MAX)
-    return 0;
-  if (head->seq > st->loader->newest) st->loader->newest = head->seq;
+  if (head->magic != CAS_LOG || head->count > CAS_ENTRIES) return 0;
+  /* A higher number is rot, as the sum is not looked at for this. */
+  if (head->seq > st->loader->newest && head->seq < CAS_MAX_SEQ)
+    st->loader->newest = head->seq;
   if (head->seq != seq) return 0;
   sha_begin(mixed);
   cas_log_sum(st, p, (uint32_t)head->count, mixed, &nmixed, sum);
@@ -6962,8 +6970,8 @@ static int cas_redo(struct cas_volume *vol, struct cas_entry *entry,
 }
 
 /* Applies a log page, after writing it once more if it may be in memory only.
- * One that cannot be written is left out if the store is repaired: nobody was
- * told that it is durable. */
+ * When the store is repaired one that cannot be written applies, too: see
+ * cas_recover. */
 static int cas_redo_page(struct nbdserve_cas *st, uint64_t seq) {
   unsigned char *p = st->page;
   int is_known = seq < st->durable;
@@ -6972,7 +6980,8 @@ static int cas_redo_page(struct nbdserve_cas *st, uint64_t seq) {
   if (!cas_log_read(st, seq, p, &head)) return 0;
   if (!is_known && !st->readonly)
     err = cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, seq));
-  if (err) return st->repair ? 0 : err;
+  st->log_unwritten |= err && st->repair;
+  if (st->repair) err = 0;
   for (uint32_t i = 0; i < head.count && !err; i++) {
     struct cas_entry entry;
     cas_decode(cas_entry_sizes, p + CAS_ENTRY * i, &entry);
@@ -6992,11 +7001,10 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
   enum cas_space was = seg->space;
   uint32_t kept = st->ndirty + CAS_RESERVE_PAIRS + CAS_TWIN;
   if (seg->npages || !seg->nfree || was == SPACE_WRITTEN ||
-      was == SPACE_SYNCING ||
+      was == SPACE_SYNCING || was == SPACE_BUSY ||
       (was == SPACE_DURABLE && st->npairs < kept + seg->npairs))
     return 0;
   cas_set_space(st, first, SPACE_BUSY);
-  st->back_cursor = (uint32_t)u_min(st->back_cursor, first);
   for (uint32_t i = 0; i < CAS_SEGMENT; i++)
     is_free[i] = !CAS_AT(st, first + i, refs);
   cas_unlock(st);
@@ -7016,8 +7024,9 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
       break; /* what is not noted is not given back */
   }
   os_lock(&st->lock);
-  if (seg->space == SPACE_BUSY)
-    cas_set_space(st, first, was == SPACE_DURABLE ? SPACE_UNKNOWN : was);
+  assert(seg->space == SPACE_BUSY);
+  cas_set_space(st, first, was == SPACE_DURABLE ? SPACE_UNKNOWN : was);
+  st->back_cursor = (uint32_t)u_min(st->back_cursor, first);
   return err;
 }
 
@@ -7059,7 +7068,9 @@ static int cas_begin_log(struct nbdserve_cas *st, uint64_t end) {
 
 /* Brings the maps up to what the log says.  What was found is durable before a
  * slot is taken (C10); so what was free to the store that wrote this is free
- * now, and there is room for the checkpoint. */
+ * now, and there is room for the checkpoint.  Except when a page of the log
+ * could not be written again: then what it has dropped stays until the store is
+ * opened anew, as before the checkpoint a power cut may take the page away. */
 static int cas_recover(struct nbdserve_cas *st) {
   uint64_t end = cas_find_log_end(st, st->page);
   int is_bad =
@@ -7073,7 +7084,7 @@ static int cas_recover(struct nbdserve_cas *st) {
   memset(st->page, 0, CAS_PAGE);
   assert(!st->nlog && !st->nlogged && st->super.replay <= end);
   if (!err && !st->readonly && end > st->durable) err = os_datasync(st->fd);
-  if (!err) cas_free_dropped(st);
+  if (!err && !st->log_unwritten) cas_free_dropped(st);
   /* Where the file ends is where a power cut has left it. */
   for (uint32_t x = (uint32_t)st->super.nslots;
        x < st->nslots && !st->readonly && !err; x += CAS_SEGMENT)
@@ -7147,7 +7158,7 @@ static int cas_open_file(struct nbdserve_cas *st, const char *path, int flags) {
   if (err || !st->repair) return err;
   /* What a failed sync has left in memory is not on the medium: look there. */
   (void)!os_datasync(st->fd);
-  os_advise(st->fd, OS_DONTNEED, 0, 0);
+  os_advise(st->fd, POSIX_FADV_DONTNEED, 0, 0);
   return 0;
 }
 
@@ -7720,7 +7731,7 @@ struct cas_verifier {
   uint64_t from;       /* of a range that is damaged, which is not told yet, */
   const char *why;     /* if this is not NULL */
   int is_sound;        /* so far nothing of this volume is damaged */
-  uint32_t sound;      /* id of the last one of which nothing was, or 0 */
+  uint32_t sound;      /* id of the last snapshot of which nothing was, or 0 */
 };
 
 /* Tells what is damaged, len bytes at off of a volume, or a part of the
@@ -7867,7 +7878,7 @@ static int cas_verify_step(struct cas_verifier *v) {
   v->block += n;
   if (n == left) {
     cas_note(v, name, vol->now.size, NULL);
-    if (v->is_sound) v->sound = vol->id;
+    if (v->is_sound && vol->parent) v->sound = vol->id;
     v->is_sound = 1;
     v->block = 0;
     v->id++;
@@ -7929,6 +7940,9 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
   nbdserve_cas_stat(st, &stat);
   *bytes = stat.free;
   os_lock(&st->lock);
+  while (st->gives_back)
+    cas_wait(st);
+  st->gives_back = 1;
   /* What is kept has to be known to be there before the rest is given away. */
   uint32_t kept = CAS_RESERVE_PAIRS + CAS_TWIN;
   while (!err && cas_want_pairs(st, kept) == -ENOSPC && cas_reclaim(st))
@@ -7945,6 +7959,8 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
     }
     if (!err && !is_noted) err = cas_sync(st, 1);
   }
+  st->gives_back = 0;
+  os_wake_all(&st->lock);
   cas_unlock(st);
   return err;
 }
@@ -10037,12 +10053,17 @@ static char *cli_take_store(const struct cli_verb *verb) {
 }
 
 /* The name in a later operand, in front of which the store may stand again, but
- * no other one. */
+ * no other one.  Where no file is called like that it is a part of the name. */
 static const char *cli_same_store(const char *store, const char *operand) {
   const char *colons = strstr(operand, "::");
-  size_t n = colons ? (size_t)(colons - operand) : 0;
-  if (!colons) return operand;
-  if (strncmp(store, operand, n) != 0 || store[n])
+  char path[PATH_MAX];
+  struct stat own;
+  struct stat other;
+  if (!colons || !store) return operand;
+  snprintf(path, sizeof path, "%.*s", (int)(colons - operand), operand);
+  if (stat(path, &other) < 0) return operand;
+  if (stat(store, &own) < 0 || own.st_dev != other.st_dev ||
+      own.st_ino != other.st_ino)
     cli_usage("%s: in another store than the first operand: %s", operand,
               store);
   return colons + 2;
@@ -10056,8 +10077,11 @@ static const char *cli_same_store(const char *store, const char *operand) {
  * nobody wants to lose them. */
 static int cli_open_file(const char *file, int writes) {
   struct stat st;
-  if (strcmp(file, "-") == 0) return writes;
-  int fd = open(file, (writes ? O_WRONLY : O_RDONLY) | O_CLOEXEC | O_NOCTTY);
+  if (writes && strcmp(file, "-") == 0) return 1;
+  int fd =
+      strcmp(file, "-") == 0
+          ? 0
+          : open(file, (writes ? O_WRONLY : O_RDONLY) | O_CLOEXEC | O_NOCTTY);
   if (fd < 0 && (!writes || errno != ENOENT)) cli_exit_if_error(-errno, file);
   if (writes && fd >= 0 && os_lock_file(fd, 0))
     cli_die(CLI_IN_USE, "%s: in use", file);

@@ -767,6 +767,12 @@ skip() { # reason
   startSkipping
 }
 
+# For what takes its time, and depends on no compiler
+unhurried() {
+  case $CC in clang | tcc | musl-gcc) ;; *) return 0 ;; esac
+  skip 'it takes its time, whatever compiler there is'
+  return 1
+}
 unless() { # switch
   [ "$SWITCH" != "$1" ] || { skip "built with NBDSERVE_$1"; return 1; }
 }
@@ -3109,6 +3115,7 @@ testSecondServerOfAStoreExits4() {
   says "$S.*in use by a server"
 }
 testStoreThatIsHeldByAnotherProgramIsInUse() {
+  unhurried || return 0
   needs flock && store || return 0
   cas 0 create "$S::v" 1M
   for command in "list $S" "create $S::w 5" "verify $S" "rm $S::v"; do
@@ -3726,6 +3733,7 @@ mixed_store() {
 # What each place of a store costs that is destroyed: nothing, or the blocks
 # that lie or are described there; for a page, both of its copies must go.
 testWhichDestroyedSectorCostsWhat() {
+  unhurried || return 0
   if [ "${SANITIZER-}" = thread ]; then
     skip 'one thread at a time'
     return 0
@@ -4028,12 +4036,12 @@ is_full() {
   stop TERM
   assertEquals 'status' 0 $STATUS && cas 0 verify "$S"
 }
-full() { # what file systems do depends on no compiler, and takes its time
-  case $1$CC${SANITIZER-} in
-    *clang | *tcc | *musl-gcc | ext3*address | xfs*address | *thread)
-      skip 'tested where nothing is slower for it'
-      return 0
-      ;;
+full() {
+  unhurried || return 0
+  case $1${SANITIZER-} in ext3address | xfsaddress | *thread)
+    skip 'tested where nothing is slower for it'
+    return 0
+    ;;
   esac
   disk "$@" || return 0
   is_full "$1"
@@ -4191,7 +4199,7 @@ testNoPowerCutLosesWhatWasFlushed() {
 testEverySystemCallMayFailOnce() {
   simulates && build simulator || return 0
   calls=calls
-  [ "$CC" != tcc ] || calls=errors # a part of them: it takes ten times as long
+  case $CC in clang | tcc | musl-gcc) calls=errors ;; esac # a part of them
   does "$W/simulator" $calls 1
   [ -n "${SANITIZER-}" ] || does "$W/simulator" $calls 2
 }
@@ -4199,7 +4207,7 @@ testEverySystemCallMayFailOnce() {
 testMutatedStoresAreRefusedOrSound() {
   simulates && build mutate || return 0
   count=1000
-  [ "$CC" != tcc ] || count=200 # it takes five times as long
+  case $CC in clang | tcc | musl-gcc) count=200 ;; esac
   does "$W/mutate" $count 1
 }
 testWhatIsTrueOnlyWhileASyncRuns() {
@@ -4805,6 +4813,7 @@ testTERMEndsAClientOnStdin() {
   exec 9>&-
 }
 testTERMEndsAClientOnStdinThatNeverReads() {
+  unhurried || return 0
   LOG='^nbdserve: client'
   mkfifo "$T/in" "$T/out"
   IN=$T/in OUT=$T/out
@@ -5447,6 +5456,7 @@ slow_store() {
   S=$W/slow
 }
 testTERMEndsACommandAndLeavesNothingHalf() {
+  unhurried || return 0
   store || return 0
   much
   "$NBDSERVE" import "$S::n" "$W/much" 2>>"$T/err" &
@@ -5722,6 +5732,7 @@ testExportLeavesNoHalfFile() {
   assertEquals 'nothing else' 'link new old ' "$(files "$T/to")"
 }
 testTERMEndsAnExportAndLeavesNoHalfFile() {
+  unhurried || return 0
   store || return 0
   much
   cas 0 import "$S::v" "$W/much"
@@ -5773,6 +5784,7 @@ testHolesOfAFileTakeNoTime() {
   done
 }
 testStoreThatIsInUseForAMomentIsWaitedFor() {
+  unhurried || return 0
   needs flock && store || return 0
   cas 0 create "$S::v" 1M
   flock "$S" sleep 0.7 &
@@ -5899,6 +5911,7 @@ testSecondSignalEndsAServerWhoseCommandDoesNot() {
   assertTrue 'the command is left alone' "kill -KILL $(cat "$T/command")"
 }
 testCommandHasTenSecondsToEnd() {
+  unhurried || return 0
   OUT=$T/out
   spawn --run "trap '' TERM; echo \$\$ >'$T/command'; exec sleep 60" mem:1M
   await "[ -s '$T/command' ]"

@@ -4205,7 +4205,7 @@ enum {
   CAS_FOR_RM = 6,     /* pairs that only removing may take */
   CAS_IDLE_MS = 1000, /* without work until the log says what is durable */
   CAS_MAX_LOST = 8,   /* pages; with more of them lost a store is not written */
-  CAS_WAITING = 65536,          /* pending slots that bring on a checkpoint */
+  CAS_WAITING = 262144,         /* pending slots that bring on a checkpoint */
   CAS_SLACK = 64 * CAS_SEGMENT, /* free slots to have before filling gaps */
   CAS_CACHE_MIB = 64            /* memory for leaves, by default */
 };
@@ -6077,7 +6077,8 @@ static enum cas_job cas_next_job(const struct nbdserve_cas *st) {
   if (st->failed || st->readonly || st->closing) return JOB_NONE;
   if (st->seq - st->super.replay > st->super.log_pages / 2 ||
       st->ndirty > CAS_MAX_DIRTY || st->nwaiting > CAS_WAITING ||
-      (st->retired && st->npairs < st->ndirty + CAS_RESERVE_PAIRS))
+      (st->retired &&
+       st->npairs + st->npending < st->ndirty + CAS_RESERVE_PAIRS))
     return JOB_CHECKPOINT;
   if (st->filled < st->to_fill) return JOB_FILL_INDEX;
   if (st->marked < st->durable && st->nsynced == st->nlogged) return JOB_MARK;

@@ -340,8 +340,8 @@ static int os_pipe(int fd[2]) {
 }
 
 #if !NBDSERVE_NO_MAIN
-/* Has this process get SIGTERM when its parent ends.  -EOPNOTSUPP: the system
- * does not do that. */
+/* Asks the system to send us SIGTERM when the thread that started us ends.
+ * -EOPNOTSUPP: it does not do that. */
 static int os_end_with_parent(void) {
 #if OS_LINUX
   return prctl(PR_SET_PDEATHSIG, SIGTERM) < 0 ? -errno : 0;
@@ -426,7 +426,8 @@ static void os_advance(struct iovec **v, int *n, size_t done) {
  * Calls that a signal interrupts go on: a host may have handlers without
  * SA_RESTART.  What is inline here is not used in every build. */
 
-/* What a call moves.  The values are those of a boolean "writing". */
+/* What a call does.  OS_READ and OS_WRITE may be passed as the boolean
+ * `writing`; OS_READ_NOW must not. */
 enum {
   OS_READ = 0,
   OS_WRITE = 1,
@@ -1323,7 +1324,7 @@ struct nbdserve_req {
   /* -- its data */
   unsigned char *buf; /* READ: room for it, behind room for the reply's head;
                          WRITE: it; BLOCK_STATUS: extents as they are sent */
-  int may_wait;       /* READ: for the medium; else that is -EAGAIN */
+  int may_wait;       /* READ: for the medium; if 0, -EAGAIN instead */
   size_t status_len;  /* BLOCK_STATUS: bytes at buf */
   void *owned;        /* the memory that buf lies in, which is freed with the
                          request; NULL: it is the client's thread's */
@@ -2297,7 +2298,7 @@ enum {
                          single chunk, and IO_UNIT */
   TX_BATCH = 128,       /* requests in a batch, at most */
   TX_HEADS = 32,        /* long heads that leave in one send, at most */
-  TX_COMPANY = 64,      /* see tx_flush_alone */
+  TX_FLUSHES = 64,      /* see tx_flush_alone */
   TX_ERROR_TEXT = 80,   /* bytes of an error's text that are sent */
   TX_HEAD_ROOM = 64, /* bytes before a READ's data, for its head: 40 and more */
   TX_HEAD_MAX =      /* the longest reply without data: ERROR_OFFSET */
@@ -2347,7 +2348,7 @@ struct conn {
   struct nbdserve_req batch[TX_BATCH];
   size_t nbatch;
   size_t wbuf_used; /* bytes of slots, or of replies to options, in wbuf */
-  unsigned company; /* flushes to hand over: see tx_flush_alone */
+  unsigned flushes_to_workers; /* so many of the next: see tx_flush_alone */
   /* -- sending */
   struct os_monitor send_lock; /* held while io.out is written to */
   int send_err;                /* why nothing is sent any more */
@@ -2775,9 +2776,10 @@ static int hs_run(struct conn *c) {
  * after pwrite: a worker flushes and answers, or the client's thread, if the
  * client has asked for nothing else.
  *
- * A FLUSH is TO_FLUSH from the start.  When the batch's writes are done it
- * joins c->to_flush; one worker takes all requests that are there, calls
- * ex_flush once and answers them all.  ex_flush waits for a flush of the export
+ * A FLUSH is TO_FLUSH from the start.  When the batch's writes are done, the
+ * client's thread does it if it is alone (tx_flush_alone); otherwise it joins
+ * c->to_flush, and one worker takes all requests that are there, calls ex_flush
+ * once and answers them all.  ex_flush waits for a flush of the export
  * that begins after it was asked for.  A write's reply is sent only after the
  * backend's write has returned.  So, whichever client sent the write: if its
  * reply was sent before the FLUSH was received, the write had returned before
@@ -2799,14 +2801,14 @@ static int hs_run(struct conn *c) {
  *      answered by a head alone, which stands with the other replies' heads.
  * (T3) A batch's writes are done before its flushes start: a flush covers all
  *      that was answered before it arrived, and more.
- * (T4) FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS, READs of a batch that
- *      have to wait for the medium, and without run_batch READ and WRITE, may
- *      take as long as they like: nothing behind them waits, up to the limit in
- *      tx_hand_over and while a worker can be had.  What the client's thread
- *      does itself holds up the requests behind it: the rest of a batch (also
- *      where it waits: parts of a store's blocks, a leaf that is not in memory,
- *      all of a temporary export), pieces, and a flush that came alone
- *      (tx_flush_alone).
+ * (T4) FLUSH (unless it came alone), TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS,
+ *      READs in a batch that have to wait for the medium, and without run_batch
+ *      READ and WRITE, may take as long as they like: nothing behind them
+ *      waits, up to the limit in tx_hand_over and while a worker can be had.
+ *      What the client's thread does itself holds up the requests behind it:
+ *      the rest of a batch, pieces, and a flush that came alone.  In a batch
+ *      these still wait there: READs of a part of a store's block, leaves that
+ *      have to be read, and everything on a temporary export.
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
  *      that many requests with workers.  Those that hold data are not more
  *      than config.threads: up to TX_PIECE bytes each without run_batch, and
@@ -3211,21 +3213,24 @@ static void tx_run_requests(struct conn *c) {
   }
 }
 
-/* Flushes for a request here and now, if it is the client's only one: to hand
- * it over would take longer than many a flush.  If another one has come
- * meanwhile, which had to wait, the next flushes are handed over.  Returns
- * false if it is not alone. */
+/* Flushes for a request in this thread if the client has no other one under
+ * way: to hand it over often costs more than the flush.  If another request has
+ * arrived during the flush, and so was held up, the next flushes go to workers
+ * (on a pipe nobody can look).  Returns false if there are others. */
 static int tx_flush_alone(struct conn *c, struct nbdserve_req *r) {
   char byte;
-  if (c->company) c->company--;
   os_lock(&c->queue_lock);
-  int is_alone = c->nbatch == 1 && c->rbuf_pos == c->rbuf_end && !c->company &&
-                 !c->nhanded_over;
+  int is_alone =
+      c->nbatch == 1 && c->rbuf_pos == c->rbuf_end && !c->nhanded_over;
   os_unlock(&c->queue_lock);
+  if (c->flushes_to_workers) {
+    c->flushes_to_workers--;
+    return 0;
+  }
   if (!is_alone) return 0;
   tx_execute(c, r);
   if (recv(c->io.in, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0)
-    c->company = TX_COMPANY;
+    c->flushes_to_workers = TX_FLUSHES;
   return 1;
 }
 
@@ -3579,7 +3584,7 @@ enum {
  *   known           FLUSH, TRIM, ZEROES  all that writes          lock
  *   in_overlay      WRITE               READ, WRITE              lock
  *
- * The lock is held for the moment that it takes to look. */
+ * The lock is held for the moment that it takes to look or to set a bit. */
 struct flat {
   struct ex_batched own; /* must come first: ex_batched_read looks there */
 
@@ -3591,7 +3596,7 @@ struct flat {
   uint64_t offset;  /* bytes of the target in front of the export */
   uint64_t size;    /* bytes of the export when it was opened */
 
-  struct os_monitor lock; /* guards all that follows */
+  struct os_monitor lock; /* guards known and in_overlay */
   unsigned known;         /* FLAT_FAILED, and a bit for each mode of
                              os_fallocate that is missing: see flat_known */
   /* Bit N % 8 of byte N / 8: block N is in the overlay.  NULL: there is no
@@ -4013,8 +4018,9 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
  * node that is shared is copied before it changes.  All nodes are in memory,
  * but the slots of leaves that were not used lately are not.
  *
- * Locks: ckpt, then lock.  Under `lock` the file is touched only to write the
- * open log page and to give space to a segment.  The lock is let go by
+ * Locks: ckpt, then lock.  Once the store is open the file is touched under
+ * `lock` only to write the open log page, to give space to a segment, and to
+ * clear the digests of one that was given back.  The lock is let go by
  * cas_unlock and cas_wait only, which write that page.  A function that lets it
  * go meanwhile has "(unlocks)" in its comment. */
 #if !NBDSERVE_NO_CAS
@@ -4225,8 +4231,8 @@ enum {
 #define CAS_GOOD 0x80000000u /* read or written since, and it fitted */
 
 /* cas_segment.space: does the file have the space for all of a segment, so that
- * a free pair in it counts (C18)?  Each is followed by what a sync makes of
- * it. */
+ * a free pair in it counts (C18)?  A sync makes WRITTEN SYNCING when it begins
+ * and DURABLE when it ends. */
 enum cas_space {
   SPACE_UNKNOWN,
   SPACE_WRITTEN, /* yes, but after a power cut maybe not */
@@ -4514,7 +4520,8 @@ static void cas_log_write(struct nbdserve_cas *st) {
 }
 
 /* Lets the lock go.  What was logged is out of the process first, so nobody can
- * be answered because of it before (C3).  0, or -EIO: it may not be there. */
+ * be answered because of it before (C3).  Returns st->failed: 0, or -errno if
+ * what was logged may not be in the file. */
 static int cas_unlock(struct nbdserve_cas *st) {
   if (st->nwritten < st->nlog) cas_log_write(st);
   int err = st->failed;
@@ -4590,7 +4597,8 @@ static void cas_unindex(struct nbdserve_cas *st, uint32_t slot) {
   *tag = TAG_NONE;
 }
 
-/* The skip-th slot that the index has for a digest; 0: there is none. */
+/* The skip-th slot, from 0 on, whose tag fits a digest, which the caller has to
+ * compare; 0: there is none.  What can take no more holds does not count. */
 static uint32_t cas_lookup(struct nbdserve_cas *st, const unsigned char *digest,
                            int skip) {
   uint32_t tag = CAS_TAG(digest);
@@ -5058,9 +5066,10 @@ static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
   return os_transfer(st->fd, how == OS_WRITE, v, (int)k, off);
 }
 
-/* Passes over the segment of a slot that could not be written from now on
- * (C19).  If the medium failed, so it does all that have their digests in the
- * same 4096 bytes, because what is bad may be that.  (locks) */
+/* From now on nothing is taken from the segment of a slot that could not be
+ * written (C19).  If the medium failed, the same goes for all segments with
+ * digests in the same 4096 bytes, which may be what is bad.  A segment that is
+ * being given back stays as it is, and the failure is forgotten.  (locks) */
 static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
   uint32_t n = err == -ENOSPC ? 1 : CAS_PAGE / CAS_DIGEST_LEN;
   uint32_t first = slot / n * n;
@@ -5068,7 +5077,7 @@ static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
   assert(err && slot < st->nslots);
   os_lock(&st->lock);
   for (; x < st->nslots && x < first + n; x += CAS_SEGMENT)
-    if (cas_segment(st, x)->space != SPACE_BUSY) /* else it is as it was */
+    if (cas_segment(st, x)->space != SPACE_BUSY)
       cas_set_space(st, x, err == -ENOSPC ? SPACE_FULL : SPACE_BROKEN);
   cas_unlock(st);
 }
@@ -5090,8 +5099,9 @@ static void cas_announce(const struct nbdserve_cas *st,
 
 /* Moves what there is to do of `what`, in few calls.  What fails together is
  * tried again one by one, so only that fails which must.  how: OS_WRITE;
- * OS_READ, for which the medium may be waited for, but not twice; or
- * OS_READ_NOW: what is not in memory gets -EAGAIN.  (locks) */
+ * OS_READ: at the first piece that is not in memory all the rest is announced,
+ * so that the medium brings it together; or OS_READ_NOW: what is not in memory
+ * gets -EAGAIN, where that can be told.  (locks) */
 static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
                      int what, int how) {
   int now = how == OS_READ && n > 1 ? OS_READ_NOW : how;
@@ -6866,7 +6876,8 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq, unsigned char *p,
   }
   cas_decode(cas_log_sizes, p + CAS_LOG_HEAD, head);
   if (head->magic != CAS_LOG || head->count > CAS_ENTRIES) return 0;
-  /* A higher number is rot, as the sum is not looked at for this. */
+  /* This counts pages with a wrong sum, too, so a number as high as CAS_MAX_SEQ
+   * is taken for rot. */
   if (head->seq > st->loader->newest && head->seq < CAS_MAX_SEQ)
     st->loader->newest = head->seq;
   if (head->seq != seq) return 0;
@@ -6921,7 +6932,7 @@ static void cas_rewrite_digests(struct nbdserve_cas *st, uint32_t slot) {
  * has to do, so that a client gets an error and not what was there before.  A
  * digest that can be read, differs and cannot be written never was durable, and
  * neither was the entry: a power cut has taken back the space of both.  One
- * that cannot be read may be another one when it can. */
+ * that cannot be read now may turn out to differ later. */
 static int cas_confirm(struct nbdserve_cas *st, struct cas_entry *entry) {
   unsigned char *data = st->loader->data;
   unsigned char digest[CAS_DIGEST_LEN];
@@ -7044,9 +7055,9 @@ static void cas_free_dropped(struct nbdserve_cas *st) {
 }
 
 /* Begins the log anew, at the place behind its end, but with numbers so high
- * that no page that was left there can fit again (C10).  It passes over places
- * that cannot be written: one of them may have ended the last process.  A full
- * log leaves no choice. */
+ * that no page that was left there can fit again (C10).  It skips places that
+ * cannot be written, 64 at most: the last process may have failed at one.  If
+ * the log is full there is no place to try, and it begins at the first. */
 static int cas_begin_log(struct nbdserve_cas *st, uint64_t end) {
   unsigned char zeroes[CAS_PAGE] = {0};
   uint64_t n = st->super.log_pages;
@@ -7069,9 +7080,10 @@ static int cas_begin_log(struct nbdserve_cas *st, uint64_t end) {
 
 /* Brings the maps up to what the log says.  What was found is durable before a
  * slot is taken (C10); so what was free to the store that wrote this is free
- * now, and there is room for the checkpoint.  Except when a page of the log
- * could not be written again: then what it has dropped stays until the store is
- * opened anew, as before the checkpoint a power cut may take the page away. */
+ * now, and there is room for the checkpoint.  In a repair a page of the log
+ * that could not be written again is applied all the same.  A power cut before
+ * the checkpoint may still lose it, so the slots that the log has dropped are
+ * not freed until the store is opened anew. */
 static int cas_recover(struct nbdserve_cas *st) {
   uint64_t end = cas_find_log_end(st, st->page);
   int is_bad =
@@ -7732,7 +7744,7 @@ struct cas_verifier {
   uint64_t from;       /* of a range that is damaged, which is not told yet, */
   const char *why;     /* if this is not NULL */
   int is_sound;        /* so far nothing of this volume is damaged */
-  uint32_t sound;      /* id of the last snapshot of which nothing was, or 0 */
+  uint32_t sound;      /* id of the last snapshot that is whole, or 0 */
 };
 
 /* Tells what is damaged, len bytes at off of a volume, or a part of the
@@ -7950,8 +7962,8 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
     continue;
   int may_punch = !err && !cas_want_pairs(st, kept);
   for (int is_noted = 0; is_noted < 2 && may_punch && !err; is_noted++) {
-    /* Recovery does not know those behind the superblock's, and could not get
-     * past one of them that has no space. */
+    /* Only segments that the superblock counts: recovery has to give space to
+     * those behind them, and would stop at one that has none. */
     for (uint32_t x = 0; x < st->super.nslots && !err; x += CAS_SEGMENT) {
       err = cas_punch(st, x, is_noted);
       cas_unlock(st);
@@ -9404,7 +9416,7 @@ static void cli_hide_progress(struct cli_job *job) {
   job->shown_ms = 0;
 }
 
-/* Is called now and then by what takes long: a nbdserve_progress_fn.  After a
+/* Is called now and then by what takes long: an nbdserve_progress_fn.  After a
  * second, and ten times a second, shows on a terminal how much is done.
  * Returns true if the command has to end. */
 static int cli_progress(void *arg, uint64_t done, uint64_t total) {
@@ -9451,7 +9463,7 @@ static int cli_do_change(struct cli_job *job, struct nbdserve_cas *cas) {
   return nbdserve_cas_changes(cas, job->ops, job->nops, &job->failed);
 }
 
-/* Prints a volume or snapshot: a nbdserve_list_fn.  The time comes from a file
+/* Prints a volume or snapshot: an nbdserve_list_fn.  The time comes from a file
  * that anybody may have made: it may lie behind all years. */
 static int cli_list_row(void *arg, const struct nbdserve_cas_info *info) {
   time_t created = (time_t)info->created;
@@ -9481,7 +9493,7 @@ static int cli_do_seal(struct cli_job *job, struct nbdserve_cas *cas) {
   return cli_row(job, "%s\n", "{\"id\":\"%s\"}\n", id);
 }
 
-/* Prints a range that differs: a nbdserve_range_fn */
+/* Prints a range that differs: an nbdserve_range_fn */
 static int cli_range_row(void *arg, uint64_t off, uint64_t len) {
   return cli_row(arg, CLI_N "\t" CLI_N "\n",
                  "{\"offset\":" CLI_N ",\"length\":" CLI_N "}\n", off, len);
@@ -9493,8 +9505,8 @@ static int cli_do_diff(struct cli_job *job, struct nbdserve_cas *cas) {
                            job);
 }
 
-/* Prints what is damaged: a nbdserve_damage_fn.  Damage to the store itself has
- * no name; a row then has "-" there, so that it always has four fields. */
+/* Prints what is damaged: an nbdserve_damage_fn.  Damage to the store itself
+ * has no name; a row then has "-" there, so that it always has four fields. */
 static int cli_damage_row(void *arg, const char *name, uint64_t off,
                           uint64_t len, const char *why) {
   struct cli_job *job = arg;
@@ -9577,8 +9589,9 @@ static int cli_import_stream(struct cli_job *job, struct nbdserve_cas *cas,
   if (err) return err;
   while (!err && n == IO_UNIT) {
     n = cli_read(job, job->fds.output, buffer, IO_UNIT);
-    if (n > 0) err = v.ops->write(v.ctx, buffer, size, (uint64_t)n, 0);
     if (n < 0) err = (int)n;
+    if (n > 0 && size > v.size - (uint64_t)n) err = -EFBIG;
+    if (n > 0 && !err) err = v.ops->write(v.ctx, buffer, size, (uint64_t)n, 0);
     if (!err && cli_progress(job, 0, 0)) err = -ECANCELED;
     if (!err) size += (uint64_t)n;
   }
@@ -9616,17 +9629,17 @@ static int cli_do_copy(struct cli_job *job, struct nbdserve_cas *cas) {
   int err = imports
                 ? nbdserve_cas_begin(cas, job->ops->name, (uint64_t)size, &v)
                 : nbdserve_cas_volume(cas, job->ops->name, &v);
-  int has_size = imports || strcmp(job->ops->to, "-") != 0;
-  if (!err && !imports && has_size && ftruncate(file, (off_t)v.size) < 0) {
-    if (errno == EFBIG) err = -EFBIG; /* or it is a device, or a pipe */
-    has_size = 0;
+  int can_skip = imports || strcmp(job->ops->to, "-") != 0;
+  if (!err && !imports && can_skip && ftruncate(file, (off_t)v.size) < 0) {
+    if (errno == EFBIG) err = -EFBIG; /* others: a device or pipe has no size */
+    can_skip = 0;
   }
   uint64_t n = 0;
   for (uint64_t off = 0; off < v.size && !err; off += n) {
     if (off >= end)
       is_data = imports ? os_is_data(file, off, v.size, &end)
                         : cli_is_data(&v, off, &end);
-    int is_skipped = has_size && !is_data;
+    int is_skipped = can_skip && !is_data;
     n = is_skipped ? end - off : u_min(end - off, IO_UNIT);
     struct iovec piece = {buffer, (size_t)n};
     if (cli_progress(job, off, v.size)) err = -ECANCELED;
@@ -9653,7 +9666,7 @@ static const struct cli_verb cli_verbs[] = {
      NULL, 0, 1, VERB_SIZE, 0, 0},
     {"create", "STORE::VOLUME SIZE", "make a volume, all zeroes",
      cli_do_change, 2, 2, VERB_SIZE, 0, NBDSERVE_CAS_CREATE},
-    {"import", "STORE::VOLUME FILE", "make a volume of a file (-: input)",
+    {"import", "STORE::VOLUME FILE", "make a volume of FILE (-: std. input)",
      cli_do_copy, 2, 2, VERB_LONG | VERB_READS_FILE, 0, 0},
     {"export", "STORE::NAME FILE", "copy to a file (-: standard output)",
      cli_do_copy, 2, 2, VERB_LONG | VERB_WRITES_FILE, NBDSERVE_CAS_READONLY, 0},
@@ -9713,7 +9726,8 @@ static int cli_split_operands(struct cli_job *job) {
   return 0;
 }
 
-/* Why a command has failed: what the errors of nbdserve.h mean for it. */
+/* Turns the error of a command into a text.  nbdserve.h gives some of them a
+ * meaning of their own. */
 static const char *cli_why(const struct cli_job *job,
                            const struct nbdserve_cas_op *op, int err) {
   int verb = op->verb & ~NBDSERVE_CAS_DRY_RUN;
@@ -9734,19 +9748,18 @@ static const char *cli_why(const struct cli_job *job,
   int is_snapshot = strchr(op->name, '@') && verb != NBDSERVE_CAS_CLONE;
   if ((verb == NBDSERVE_CAS_SNAPSHOT || is_snapshot) && !at)
     return "a snapshot is called VOLUME@NAME";
-  if (verb == NBDSERVE_CAS_RM) return "not possible together";
+  if (verb == NBDSERVE_CAS_RM) return "these operands cannot be combined";
   if (!cas_is_name(at ? at + 1 : name))
     return "not a name: 1 to 166 bytes without / @ \" \\ and not sha256-...";
   if (at) return "a name with @ is a snapshot's, of that volume";
-  return "too large, or not possible together";
+  return "too large, or it cannot be combined with the others";
 }
 
 /* Does a command on an open store, and prints what it has to say.  (The FILE of
  * an import is not named in a message, as the errors that come after it was
  * opened are about the volume.  A reader who has seen enough of a list, as
- * `head` does, wants none.  Nor does whoever was told by rows of damage.)  The
- * errors of nbdserve.h mean more here than what strerror has for them.  Returns
- * the exit status. */
+ * `head` does, wants none.  Nor does whoever was told by rows of damage.)
+ * Returns the exit status. */
 static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
   unsigned flags = job->verb->flags;
   const char *end = job->request.json && flags & VERB_ROWS ? "]\n" : "";
@@ -9970,7 +9983,7 @@ struct cli_emit {
   void *arg;
 };
 
-/* Passes on a volume or snapshot: a nbdserve_list_fn */
+/* Passes on a volume or snapshot: an nbdserve_list_fn */
 static int cli_emit_volume(void *arg, const struct nbdserve_cas_info *info) {
   struct cli_emit *to = arg;
   return to->emit(to->arg, info->name, info->readonly ? "snapshot" : "");
@@ -9983,8 +9996,8 @@ static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
   return nbdserve_cas_list(cli.cas, cli_emit_volume, &to);
 }
 
-/* Takes note of the first volume, for the URI: a nbdserve_list_fn that ends the
- * list. */
+/* Takes note of the first volume, for the URI: an nbdserve_list_fn that ends
+ * the list. */
 static int cli_first_volume(void *unused,
                             const struct nbdserve_cas_info *info) {
   static char name[WIRE_STRING_MAX];
@@ -10002,8 +10015,8 @@ static int cli_first_volume(void *unused,
  * cli_start_control says what that means.
  *
  * With the name "" the server finds and lists all that is in the store, also
- * what is made later, the URI is that of the first one, and *ex stays as it
- * is. */
+ * what is made later, and *ex stays as it is.  If it is the only target, the
+ * URI names its first volume. */
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
   uint32_t how = opt[OPT_READ_ONLY].given ? NBDSERVE_CAS_READONLY : 0;
@@ -10054,7 +10067,7 @@ static char *cli_take_store(const struct cli_verb *verb) {
 }
 
 /* The name in a later operand, in front of which the store may stand again, but
- * no other one.  Where no file is called like that it is a part of the name. */
+ * no other one.  If there is no such file, the "::" is a part of the name. */
 static const char *cli_same_store(const char *store, const char *operand) {
   const char *colons = strstr(operand, "::");
   char path[PATH_MAX];
@@ -10129,8 +10142,8 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
   return status;
 }
 
-/* Refuses options that are not for a command: it would do something else than
- * whoever gives them wants. */
+/* Refuses options that are not for a command: to ignore one would not be what
+ * the user has asked for. */
 static void cli_check_verb(const struct cli_verb *verb) {
   uint64_t allowed =
       BIT(JSON) | BIT(NO_VERIFY) | BIT(STALL) | BIT(QUIET) | BIT(VERBOSE);

@@ -4174,6 +4174,10 @@ testVerifyMissesNothingThatARollbackMoves() {
   unless NO_CAS || return 0
   fault rollback "$T/pool"
 }
+testExtentsStatVerifyAndListAtTheirEdges() {
+  unless NO_CAS || return 0
+  fault edges "$T/pool"
+}
 testGcHoldsNobodyUpWhileItGivesSpaceBack() {
   unless NO_CAS && unless NO_THREADS && unless POSIX_ONLY || return 0
   fault slowgc "$T/pool"
@@ -14091,6 +14095,81 @@ static void i_rollback(void) {
   CHECK(nbdserve_cas_close(i_cas) == 0);
 }
 
+static int i_told_of;
+
+static int i_tells(void *arg, const char *name, uint64_t off, uint64_t len,
+                   const char *why) {
+  (void)arg, (void)name, (void)why;
+  CHECK(off == 0 && len == 4096);
+  i_told_of++;
+  return 0;
+}
+
+static int i_removes(void *arg, const struct nbdserve_cas_info *info) {
+  ++*(int *)arg;
+  CHECK(nbdserve_cas_rm(i_cas, info->name) == 0);
+  return 0;
+}
+
+/* The sum of an empty log page, which is another one in each store */
+static void i_log_sum(unsigned char sum[CAS_DIGEST_LEN]) {
+  static const unsigned char page[CAS_PAGE];
+  uint32_t mixed[2][SHA_STATE_WORDS];
+  uint32_t n = 0;
+  sha_begin(mixed);
+  cas_log_sum(i_cas, page, 0, mixed, &n, sum);
+}
+
+/* A log page is of one store only; what waits to be free is not stored; extents
+ * are those of whole blocks; each name of a damaged block is told; a list goes
+ * on when its callback removes what it is told of. */
+static void i_edges(void) {
+  unsigned char sum[2][CAS_DIGEST_LEN];
+  unsigned char extents[2 * WIRE_EXT_EXTENT_LEN];
+  struct nbdserve_extents x = {0};
+  struct nbdserve_cas_stat stat;
+  struct cas_spot spot;
+  int i, n = 0;
+  CHECK(nbdserve_cas_init(path, NULL) == 0);
+  CHECK(nbdserve_cas_open(path, NULL, &i_cas) == 0);
+  CHECK(nbdserve_cas_create(i_cas, "v", 1 << 20) == 0);
+  CHECK(nbdserve_cas_volume(i_cas, "v", &i_volume) == 0);
+  i_log_sum(sum[0]);
+  i_cas->super.id[7] ^= 1;
+  i_log_sum(sum[1]);
+  i_cas->super.id[7] ^= 1;
+  CHECK(memcmp(sum[0], sum[1], CAS_DIGEST_LEN) != 0);
+  for (i = 0; i < 9; i++) {
+    CHECK(i_cas_write('a' + i) == 0);
+    nbdserve_cas_stat(i_cas, &stat);
+    if (!i) n = (int)stat.stored;
+    CHECK(stat.stored == (uint64_t)n);
+  }
+  x.left = 8192 - 512;
+  x.max = 2;
+  x.align = 1;
+  x.extended = 1;
+  x.data = extents;
+  CHECK(i_volume.ops->extents(i_volume.ctx, 512, x.left, 0, &x) == 0);
+  CHECK(x.n == 2 && u_get64(extents) == 4096 - 512 && x.last_len == 4096);
+  CHECK(nbdserve_cas_snapshot(i_cas, "v@1") == 0);
+  CHECK(nbdserve_cas_snapshot(i_cas, "v@2") == 0);
+  os_lock(&i_cas->lock);
+  CHECK(!cas_find_spot(i_cas, cas_root(i_volume.ctx), 0, &spot) && spot.slot);
+  cas_unlock(i_cas);
+  i_volume.ops->close(i_volume.ctx);
+  CHECK(pwrite(i_cas->fd, "rot", 3, (off_t)cas_data_off(i_cas, spot.slot)) ==
+        3);
+  CHECK(nbdserve_cas_verify(i_cas, i_tells, NULL, NULL) == -EUCLEAN);
+  CHECK(i_told_of == 3);
+  CHECK(nbdserve_cas_rm(i_cas, "v@1") == 0);
+  CHECK(nbdserve_cas_rm(i_cas, "v@2") == 0);
+  CHECK(nbdserve_cas_create(i_cas, "w", 4096) == 0);
+  n = 0;
+  CHECK(nbdserve_cas_list(i_cas, i_removes, &n) == 0 && n == 2);
+  CHECK(nbdserve_cas_close(i_cas) == 0);
+}
+
 static void *i_gc(void *unused) {
   uint64_t bytes;
   (void)unused;
@@ -14739,6 +14818,7 @@ static void i_reserve(void) {
 static void i_badlog(void) {}
 static void i_slowgc(void) {}
 static void i_rollback(void) {}
+static void i_edges(void) {}
 static void i_listed(void) {}
 static void i_dryrun(void) {}
 static void i_cutshort(void) {}
@@ -14780,17 +14860,17 @@ int main(int argc, char **argv) {
       {"keepalive", i_keepalive}, {"scarce", i_scarce},
       {"badlog", i_badlog},       {"slowgc", i_slowgc},
       {"overlay", i_overlay},     {"rollback", i_rollback},
-      {"listed", i_listed},       {"dryrun", i_dryrun},
-      {"cutshort", i_cutshort},   {"twice", i_twice},
-      {"failed", i_failed},       {"manylost", i_manylost},
-      {"lostpage", i_lostpage},   {"reread", i_reread},
-      {"nodigest", i_nodigest},   {"outdated", i_outdated},
-      {"oldcopy", i_oldcopy},     {"records", i_records},
-      {"hidden", i_hidden},       {"badsector", i_badsector},
-      {"device", i_device},       {"newlog", i_newlog},
-      {"refused", i_refused},     {"undone", i_undone},
-      {"reserve", i_reserve},     {"closing", i_closing},
-      {"nohole", i_nohole},
+      {"edges", i_edges},         {"listed", i_listed},
+      {"dryrun", i_dryrun},       {"cutshort", i_cutshort},
+      {"twice", i_twice},         {"failed", i_failed},
+      {"manylost", i_manylost},   {"lostpage", i_lostpage},
+      {"reread", i_reread},       {"nodigest", i_nodigest},
+      {"outdated", i_outdated},   {"oldcopy", i_oldcopy},
+      {"records", i_records},     {"hidden", i_hidden},
+      {"badsector", i_badsector}, {"device", i_device},
+      {"newlog", i_newlog},       {"refused", i_refused},
+      {"undone", i_undone},       {"reserve", i_reserve},
+      {"closing", i_closing},     {"nohole", i_nohole},
   };
   int i;
   CHECK(argc > 2);

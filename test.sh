@@ -4038,7 +4038,8 @@ is_full() {
 }
 full() {
   unhurried || return 0
-  case $1${SANITIZER-} in ext3address | xfsaddress | *thread)
+  case $1$SWITCH${SANITIZER-} in
+    *NO_HWSHA | xfsPOSIX_ONLY | ext3address | xfsaddress | *thread)
     skip 'tested where nothing is slower for it'
     return 0
     ;;

@@ -14597,17 +14597,20 @@ static void i_outdated(void) {
 static void i_oldcopy(void) {
   unsigned char page[4096], sum[32];
   uint32_t slot, i;
-  for (i = 0; i < 2; i++) {
+  for (i = 0; i < 4; i++) { /* 2, 3: a digest cannot be read */
+    uint32_t copy = i % 2 * CAS_TWIN;
     i_new(1, 0);
     CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
     slot = i_page(0, 0);
     i_peek(i_slot_at(slot), page, sizeof page);
     u_put32(page + CAS_HEAD, 0); /* when block 0 was a hole */
     cas_sum_page(0, page, sizeof page, sum);
-    i_poke(i_slot_at(slot + i * CAS_TWIN), page, sizeof page);
+    i_poke(i_slot_at(slot + copy), page, sizeof page);
     memset(page, 0, sizeof page);
-    i_poke(i_slot_at(slot + !i * CAS_TWIN), page, sizeof page);
+    i_poke(i_slot_at(slot + (copy ^ CAS_TWIN)), page, sizeof page);
+    if (i > 1) fi[PREAD].bad = i_digest_at(slot + copy);
     CHECK(i_cas_open(0) == 0 && i_get(0) == -EIO && i_cas_close() == 0);
+    fi[PREAD].bad = 0;
   }
 }
 

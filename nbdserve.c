@@ -7064,12 +7064,11 @@ static int cas_begin_log(struct nbdserve_cas *st, uint64_t end) {
   uint64_t first = end + n;
   uint64_t newest = st->loader->newest;
   if (newest >= end) first += (newest - end) / n * n + n;
-  uint64_t last =
-      first + (st->super.replay + n - end); /* that is still needed */
+  /* With more, a page would take a place that the replay still needs. */
+  uint64_t most = u_min(st->super.replay + n - end, CAS_RUN);
   int err = 0;
-  assert(first > newest + n - 1 && first % n == end % n && first <= last);
-  for (st->seq = first; st->seq < last && st->seq < first + CAS_RUN;
-       st->seq++) {
+  assert(first > newest + n - 1 && first % n == end % n && most <= n);
+  for (st->seq = first; st->seq < first + most; st->seq++) {
     err = cas_io(st, OS_WRITE, zeroes, CAS_PAGE, cas_log_off(st, st->seq));
     if (!err) err = os_datasync(st->fd);
     if (!err) break;
@@ -10236,14 +10235,17 @@ static void cli_help_verbs(void) {
   ((void)(path), (void)(options), (void)(ex), -EOPNOTSUPP)
 #endif
 
-/* Is the file at path a store?  A client that writes to it would destroy it. */
+/* Is the file at path a store?  A client that writes to it would destroy it.
+ * One superblock is enough to tell: the other, 1 MiB away, may be damaged. */
 static int cli_is_store(const char *path) {
   static const char magic[] = "NBDSCAS";
-  char begin[sizeof magic - 1] = "";
+  char begin[sizeof magic - 1];
   int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
   if (fd < 0) return 0;
-  int is_store = pread(fd, begin, sizeof begin, 0) == (ssize_t)sizeof begin &&
-                 memcmp(begin, magic, sizeof begin) == 0;
+  int is_store = 0;
+  for (off_t at = 0; at <= 1 << 20; at += 1 << 20)
+    if (pread(fd, begin, sizeof begin, at) == (ssize_t)sizeof begin)
+      is_store |= memcmp(begin, magic, sizeof begin) == 0;
   close(fd);
   return is_store;
 }

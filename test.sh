@@ -5079,6 +5079,11 @@ testStoreIsNotServedAsAFileByMistake() {
   done
   run -r "$S" "$S::v"
   says 'a store; '
+  cp "$S" "$T/torn" # a superblock that is damaged does not hide the store
+  dd if=/dev/zero of="$T/torn" bs=4096 count=1 conv=notrunc status=none
+  run -r "$T/torn"
+  assertEquals 'status, torn' 2 $STATUS
+  says "$T/torn: a store; "
   run -s "file:$S"
   assertEquals 'status of file:' 0 $STATUS
   names

@@ -158,6 +158,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <time.h>
@@ -207,6 +208,9 @@ STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 #endif
 #ifndef MSG_NOSIGNAL
 #define MSG_NOSIGNAL 0 /* SO_NOSIGPIPE does it: see os_setup_client */
+#endif
+#ifndef MSG_MORE
+#define MSG_MORE 0 /* what follows leaves in a packet of its own */
 #endif
 #ifdef __GNUC__ /* lets printf-like functions be checked */
 #define OS_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
@@ -396,13 +400,49 @@ static void os_setup_tcp(int fd) {
 
 /* Prepares a client's socket of any kind: no SIGPIPE, and room for a long
  * reply, as far as the system allows, which is 3 times faster on Linux, 10 on
- * macOS. */
+ * macOS.  Calls that cannot be told not to wait, which is os_splice, send for a
+ * tenth of a second at most. */
 static void os_setup_client(int fd) {
+  static const struct timeval tenth = {.tv_usec = 100000};
 #ifdef SO_NOSIGPIPE
   os_set_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
 #endif
   os_set_option(fd, SOL_SOCKET, SO_SNDBUF, 2 << 20);
+  setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &tenth, sizeof tenth);
 }
+
+#if OS_LINUX && defined SPLICE_F_NONBLOCK
+/* Makes a pipe for os_splice.  Returns how many bytes it holds, at most `most`,
+ * if each of its pages is used as a whole; or -errno.  -EOPNOTSUPP: splice(2)
+ * raises SIGPIPE when the peer is gone, and that would end the process. */
+static int os_splice_pipe(int fd[2], int most) {
+  struct sigaction action;
+  sigset_t blocked;
+  sigaction(SIGPIPE, NULL, &action);
+  sigprocmask(SIG_SETMASK, NULL, &blocked);
+  if (action.sa_handler != SIG_IGN && sigismember(&blocked, SIGPIPE) != 1)
+    return -EOPNOTSUPP;
+  if (pipe2(fd, O_CLOEXEC) < 0) return -errno;
+  fcntl(fd[1], F_SETPIPE_SZ, most); /* or it stays as it is */
+  int size = fcntl(fd[1], F_GETPIPE_SZ);
+  return size < most ? size : most;
+}
+
+/* Moves up to len bytes between a pipe and something else, without a copy of
+ * them: what is changed in a file meanwhile changes on its way, too.  *off: of
+ * the file that they come from; NULL: they come from the pipe.  As read(2).  It
+ * never waits for the pipe, but maybe for the other side. */
+static ssize_t os_splice(int from, uint64_t *off, int to, size_t len) {
+  loff_t at = off ? (loff_t)*off : 0;
+  ssize_t n = splice(from, off ? &at : NULL, to, NULL, len, SPLICE_F_NONBLOCK);
+  if (off) *off = (uint64_t)at;
+  return n;
+}
+#else
+/* This system moves no data without a copy. */
+#define os_splice_pipe(fd, most) ((void)(fd), -EOPNOTSUPP)
+#define os_splice(from, off, to, len) ((void)(off), (ssize_t)-1)
+#endif
 
 /* Removes the first `done` bytes from the pieces (*v)[0..*n). */
 static void os_advance(struct iovec **v, int *n, size_t done) {
@@ -1507,8 +1547,9 @@ static uint32_t wire_error(int err) {
  *                              pipe
  *
  * With NO_THREADS all are of the last kind: nobody could shut one down.  During
- * the handshake all of them wait in poll(), for the deadline.  Sending never
- * waits in the kernel but in poll(), for the time in total. */
+ * the handshake all of them wait in poll(), for the deadline.  Sending waits
+ * in poll(), for the time in total, and never in the kernel, but for a tenth of
+ * a second in io_send_spliced. */
 
 enum {
   IO_GRACE_MS = 5000, /* from nbdserve_stop on, for what is under way */
@@ -1664,9 +1705,10 @@ static ssize_t io_write_pipe(int fd, const struct iovec *v) {
   return write(fd, v->iov_base, (size_t)u_min(v->iov_len, PIPE_BUF));
 }
 
-/* Sends all of v[0..n), which it uses up.  0, -ETIMEDOUT when the peer takes
- * too long in total (I2), or -errno. */
-static int io_send(const struct io *io, struct iovec *v, int n) {
+/* Sends all of v[0..n), which it uses up.  more: MSG_MORE if something follows
+ * at once, or 0.  0, -ETIMEDOUT when the peer takes too long in total (I2), or
+ * -errno. */
+static int io_send(const struct io *io, struct iovec *v, int n, int more) {
   int64_t until = 0; /* fixed when the peer first makes us wait */
   size_t total = 0;
   assert(n > 0);
@@ -1674,7 +1716,7 @@ static int io_send(const struct io *io, struct iovec *v, int n) {
     total += v[i].iov_len;
   while (n > 0) {
     struct msghdr m = {.msg_iov = v, .msg_iovlen = (unsigned)n};
-    ssize_t done = sendmsg(io->out, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
+    ssize_t done = sendmsg(io->out, &m, MSG_DONTWAIT | MSG_NOSIGNAL | more);
     if (done < 0 && errno == ENOTSOCK) done = io_write_pipe(io->out, v);
     if (done >= 0) {
       os_advance(&v, &n, (size_t)done);
@@ -1685,6 +1727,22 @@ static int io_send(const struct io *io, struct iovec *v, int n) {
     if (errno != EAGAIN && errno != EWOULDBLOCK) return -errno;
     if (!until) until = io_until(io, total);
     int err = io_wait_ready(io, io->out, POLLOUT, until);
+    if (err) return err;
+  }
+  return 0;
+}
+
+/* Sends len bytes that are in a pipe; otherwise as io_send.  Where it waits in
+ * the kernel, that ends by the time limit of os_setup_client. */
+static int io_send_spliced(const struct io *io, int pipe, size_t len) {
+  int64_t until = io_until(io, len);
+  while (len > 0) {
+    ssize_t n = os_splice(pipe, NULL, io->out, len);
+    assert(n <= (ssize_t)len);
+    if (n > 0) len -= (size_t)n;
+    if (n == 0 || (n < 0 && errno != EINTR && errno != EAGAIN))
+      return n ? -errno : -EPIPE;
+    int err = len > 0 ? io_wait_ready(io, io->out, POLLOUT, until) : 0;
     if (err) return err;
   }
   return 0;
@@ -2352,6 +2410,9 @@ struct conn {
   /* -- sending */
   struct os_monitor send_lock; /* held while io.out is written to */
   int send_err;                /* why nothing is sent any more */
+  /* -- data on its way from the file to the socket: see tx_splice */
+  int pipe[2];      /* [0] -1: there is none, as yet or for good */
+  size_t pipe_room; /* bytes that it holds */
   /* -- queue */
   struct os_monitor queue_lock;
   struct nbdserve_req *queue; /* each for one worker */
@@ -2374,15 +2435,17 @@ struct conn {
 #define conn_log(c, level, ...) \
   u_log(&(c)->s->config, level, "client " __VA_ARGS__)
 
-/* Sends the n pieces at v, in one go as far as other threads can see.  After
+/* Sends the n pieces at v, and behind them `spliced` bytes that the pipe has, in
+ * one go as far as other threads can see.  After
  * the first error nothing is sent any more, and the client's thread, which may
  * wait for a request, is told by the end of its stream (unless that is a pipe
  * of its own).  Returns 0, or -errno, which may be of an earlier send: with n 0
  * only that is looked at. */
-static int conn_send(struct conn *c, struct iovec *v, int n) {
+static int conn_send(struct conn *c, struct iovec *v, int n, size_t spliced) {
   os_lock(&c->send_lock);
-  if (!c->send_err && n) {
-    c->send_err = io_send(&c->io, v, n);
+  if (!c->send_err && (n || spliced)) {
+    if (n) c->send_err = io_send(&c->io, v, n, spliced ? MSG_MORE : 0);
+    if (!c->send_err) c->send_err = io_send_spliced(&c->io, *c->pipe, spliced);
     if (c->send_err) shutdown(c->io.out, SHUT_RDWR);
   }
   int err = c->send_err;
@@ -2403,7 +2466,7 @@ enum conn_step {
 static int hs_send(struct conn *c) {
   struct iovec v = {.iov_base = c->wbuf, .iov_len = c->wbuf_used};
   c->wbuf_used = 0;
-  return conn_send(c, &v, 1);
+  return conn_send(c, &v, 1, 0);
 }
 
 /* Makes room for len more bytes in wbuf, all to be written by the caller.  If
@@ -2751,7 +2814,8 @@ static int hs_run(struct conn *c) {
  *   READ, WRITE up to         client's thread,   WRITE: rbuf, where it came;
  *   TX_IN_BATCH_MAX           all of a batch     READ: a slot in wbuf
  *                             together
- *   longer READ, WRITE        client's thread    wbuf, in pieces
+ *   longer READ, WRITE        client's thread    wbuf, in pieces; READ of
+ *                                                a file: c->pipe
  *   READ, WRITE up to         a worker           a buffer of its own
  *   TX_PIECE without
  *   run_batch
@@ -2951,7 +3015,7 @@ static int tx_send_all(struct conn *c, struct nbdserve_req *list) {
   while (list && !err) {
     list = tx_gather(&out, list);
     assert(out.n > 0 && out.heads_len <= sizeof out.heads);
-    err = conn_send(c, out.v, out.n);
+    err = conn_send(c, out.v, out.n, 0);
   }
   return err;
 }
@@ -3315,6 +3379,43 @@ static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r,
   return tx_finish(c, r);
 }
 
+/* Throws the pipe away, and what may be in it. */
+static void tx_close_pipe(struct conn *c) {
+  if (*c->pipe < 0) return;
+  close(c->pipe[0]);
+  close(c->pipe[1]);
+  c->pipe[0] = -1;
+}
+
+/* Moves the data of a piece to the pipe, if the backend can do that and it is
+ * in memory: then it is sent without a copy, for a third of the time.  (What
+ * goes in a batch is faster with one.)  Returns false if it has not; usually
+ * the piece can be read as any other. */
+static int tx_splice(struct conn *c, const struct nbdserve_req *piece) {
+  const struct nbdserve_ops *ops = c->export->pub.ops;
+  size_t len = (size_t)piece->len;
+  assert(piece->type == NBD_CMD_READ && len <= TX_PIECE);
+  if (!c->run_batch || !ops->splice || len <= TX_IN_BATCH_MAX) return 0;
+  if (*c->pipe < 0) {
+    int room = c->pipe_room ? -1 : os_splice_pipe(c->pipe, TX_PIECE);
+    c->pipe_room = room > 0 ? (size_t)room : 1; /* 1: it is not tried again */
+  }
+  if (len > c->pipe_room) return 0;
+  size_t n = ops->splice(c->export->pub.ctx, c->pipe[1], piece->off, len);
+  if (n && n < len) tx_close_pipe(c);
+  return n == len;
+}
+
+/* Sends a piece whose data is in the pipe. */
+static int tx_send_spliced(struct conn *c, struct nbdserve_req *piece) {
+  unsigned char head[TX_HEAD_MAX];
+  int is_rest = piece->mode == MODE_SIMPLE && piece->off != piece->client_off;
+  piece->all_zero = 0; /* the one before may have been */
+  struct iovec v = {head, is_rest ? 0 : tx_put_head(head, piece)};
+  assert(piece->state == REQ_DONE && !piece->err);
+  return conn_send(c, &v, !is_rest, (size_t)piece->len);
+}
+
 /* Reads a long READ piece by piece, up to the first error, and if `sends`,
  * sends each: as a chunk of a structured reply, or a part of a simple one.
  * Notes the outcome in the request.  0, or -errno to close. */
@@ -3329,11 +3430,16 @@ static int tx_read_pieces(struct conn *c, struct nbdserve_req *r, int sends) {
     if (piece.more_chunks) piece.len -= (piece.off + piece.len) % 512;
     assert(piece.len > 0 && piece.len <= left);
     r->err_off = piece.off;
-    r->err = ex_execute(c->export, &piece);
+    int is_spliced = sends && tx_splice(c, &piece);
+    r->err = is_spliced ? 0 : ex_execute(c->export, &piece);
     /* A simple reply that has begun cannot be taken back (proto.md). */
     int is_begun = sends && r->mode == MODE_SIMPLE && left < r->len;
     if (r->err) return is_begun ? r->err : 0;
-    int err = sends ? tx_send_all(c, &piece) : 0;
+    int err = 0;
+    if (is_spliced)
+      err = tx_send_spliced(c, &piece);
+    else if (sends)
+      err = tx_send_all(c, &piece);
     if (err) return err;
     piece.off += piece.len;
   }
@@ -3507,7 +3613,7 @@ static int tx_receive(struct conn *c) {
   if (!left && n == -ETIMEDOUT) {
     /* Idle, as long as it likes; unless a worker could not send to it, which
      * shutdown() tells us only if the replies go over the same socket. */
-    return conn_send(c, NULL, 0);
+    return conn_send(c, NULL, 0, 0);
   }
   if (!left && c->io.at_end) return CONN_LEFT;
   if (n < 0) return (int)n;
@@ -3571,6 +3677,7 @@ static int tx_run(struct conn *c) {
 #if !NBDSERVE_NO_FLAT
 
 enum {
+  FLAT_PAGE = 4096,  /* bytes of a page of memory, or a part of one */
   FLAT_MAX_IOV = 64, /* neighbouring requests that go into one system call */
   FLAT_OVERLAY_BLOCK = 65536, /* bytes that come to the overlay as a whole */
   FLAT_REGIONS = 16,          /* of blocks, each with a lock */
@@ -3723,6 +3830,35 @@ static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
   return os_transfer(f->fd, writing, v, (int)nreqs, f->offset + reqs->off);
 }
 
+/* Is the page of the target at pos in memory, and not all zeroes?  Where nobody
+ * can tell whether it is in memory, it is read. */
+static int flat_has_page(const struct flat *f, uint64_t pos) {
+  unsigned char page[FLAT_PAGE];
+  struct iovec v = {page, sizeof page};
+  int err = f->can_read_now ? os_read_now(f->fd, &v, 1, pos)
+                            : os_transfer(f->fd, OS_READ, &v, 1, pos);
+  return !err && !u_is_zero(page, sizeof page);
+}
+
+/* ops->splice: moves what it can of a range to a pipe, without a copy, and
+ * returns how many bytes that is.  Not what may be a hole, which has a shorter
+ * reply, nor what would have to be waited for: the first page and the last one
+ * stand for all.  A page of a pipe holds one of the file, so these have to
+ * begin together. */
+static size_t flat_splice(void *ctx, int pipe, uint64_t off, uint64_t len) {
+  struct flat *f = ctx;
+  uint64_t pos = f->offset + off;
+  uint64_t end = pos + len;
+  ssize_t n = 1;
+  assert(len >= FLAT_PAGE);
+  if (flat_is_temporary(f) || pos % FLAT_PAGE || !flat_has_page(f, pos))
+    return 0;
+  if (!flat_has_page(f, end - FLAT_PAGE)) return 0;
+  while (pos < end && n > 0)
+    n = os_splice(f->fd, &pos, pipe, (size_t)(end - pos));
+  return (size_t)(pos + len - end);
+}
+
 /* Does READs and WRITEs, in their order, in the caller's thread, and sets the
  * error of each: the method of struct ex_batched.
  *
@@ -3854,6 +3990,7 @@ static const struct nbdserve_ops flat_ops = {
     .extents = flat_extents,
     .close = flat_close,
     .run_batch = flat_batch,
+    .splice = flat_splice,
     .size = flat_size,
 };
 
@@ -8376,6 +8513,7 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   memset(c, 0, offsetof(struct conn, rbuf)); /* the rest stays untouched */
   c->s = s;
   c->fd = fd;
+  c->pipe[0] = -1;
   c->queue_end = &c->queue;
   os_monitor_init(&c->queue_lock);
   os_monitor_init(&c->send_lock);
@@ -8418,6 +8556,7 @@ static void srv_free_client(struct conn *c) {
   /* Locked, so that srv_finish does not shut down another file of that
    * number. */
   if (c->fd >= 0) close(c->fd);
+  tx_close_pipe(c);
   os_monitor_free(&c->queue_lock);
   os_monitor_free(&c->send_lock);
   NBDSERVE_FREE(c);

@@ -102,8 +102,9 @@ struct nbdserve_ops {
                  struct nbdserve_extents *out);
   /* Frees ctx.  No call follows this one. */
   void (*close)(void *ctx);
-  /* For nbdserve's own backends only: keep it NULL. */
+  /* These two are for nbdserve's own backends only: keep them NULL. */
   void (*run_batch)(void *ctx, struct nbdserve_req *reqs, size_t nreqs);
+  size_t (*splice)(void *ctx, int pipe, uint64_t off, uint64_t len);
   /* Called when a client asks for the export, with its size so far; returns its
    * size now, which is remembered.  NULL: the size stays.  A server makes one
    * such call at a time, maybe beside other calls of a SERIAL export; it must

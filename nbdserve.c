@@ -317,11 +317,16 @@ static void os_monitor_free(struct os_monitor *m) {
 
 /* ---- Time, descriptors, sockets ------------------------------------------ */
 
-/* Milliseconds of a clock that never jumps. */
-static int64_t os_now_ms(void) {
+/* Nanoseconds of a clock that never jumps. */
+static uint64_t os_now_ns(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
-  return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+  return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+/* Milliseconds of the same clock. */
+static int64_t os_now_ms(void) {
+  return (int64_t)(os_now_ns() / 1000000);
 }
 
 /* Makes calls on fd wait (blocking is 0) or not (O_NONBLOCK), and keeps
@@ -1361,6 +1366,7 @@ struct nbdserve_req {
   uint64_t client_off; /* offset of the client's request */
   uint64_t off;        /* offset of this piece; the same if it is whole */
   uint64_t len;        /* bytes of this piece */
+  uint64_t begun_ns;   /* in os_now_ns: when it was taken up; or 0 */
   /* -- its data */
   unsigned char *buf; /* READ: room for it, behind room for the reply's head;
                          WRITE: it; BLOCK_STATUS: extents as they are sent */
@@ -2435,12 +2441,12 @@ struct conn {
 #define conn_log(c, level, ...) \
   u_log(&(c)->s->config, level, "client " __VA_ARGS__)
 
-/* Sends the n pieces at v, and behind them `spliced` bytes that the pipe has, in
- * one go as far as other threads can see.  After
- * the first error nothing is sent any more, and the client's thread, which may
- * wait for a request, is told by the end of its stream (unless that is a pipe
- * of its own).  Returns 0, or -errno, which may be of an earlier send: with n 0
- * only that is looked at. */
+/* Sends the n pieces at v, and behind them `spliced` bytes that the pipe has,
+ * in one go as far as other threads can see.  After the first error nothing is
+ * sent any more, and the client's thread, which may wait for a request, is told
+ * by the end of its stream (unless that is a pipe of its own).  Returns 0, or
+ * -errno, which may be of an earlier send: with nothing to send only that is
+ * looked at. */
 static int conn_send(struct conn *c, struct iovec *v, int n, size_t spliced) {
   os_lock(&c->send_lock);
   if (!c->send_err && (n || spliced)) {
@@ -3045,9 +3051,10 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
            nth_failure == EX_LOGGED ? "; further failures are not logged" : "");
 }
 
-/* Counts and logs what is answered; mostly before it is sent, so that a client
- * which has its reply finds it counted. */
+/* Counts and logs what is answered, and tells the host's `after`; mostly before
+ * it is sent, so that a client which has its reply finds it counted. */
 static void tx_account(struct conn *c, const struct nbdserve_req *list) {
+  const struct nbdserve_config *k = &c->s->config;
   struct nbdserve_stats *stats = &c->s->totals;
   const struct nbdserve_req *r;
   os_lock(&c->s->lock);
@@ -3058,8 +3065,12 @@ static void tx_account(struct conn *c, const struct nbdserve_req *list) {
     if (!r->err && r->type == NBD_CMD_WRITE) stats->bytes_written += r->len;
   }
   os_unlock(&c->s->lock);
-  for (r = list; r; r = r->next)
+  for (r = list; r; r = r->next) {
     tx_log(c, r);
+    if (k->after)
+      k->after(k->ctx, r->type, r->client_off, r->len, r->err,
+               os_now_ns() - r->begun_ns);
+  }
 }
 
 /* Answers the requests of a list, which are DONE (T1), and frees the buffers
@@ -3589,6 +3600,7 @@ static int tx_next_request(struct conn *c) {
   if (!tx_validate(c, &r, payload) && !r.len) /* only a flush, or nothing */
     req_set_state(&r, r.type == NBD_CMD_FLUSH ? REQ_TO_FLUSH : REQ_DONE);
   c->rbuf_pos += head;
+  if (c->s->config.after) r.begun_ns = os_now_ns();
   return tx_dispatch(c, &r, payload);
 }
 
@@ -8815,6 +8827,7 @@ static struct {
   /* [NAME=]TARGET each, or a command on stores with its operands */
   char **targets;
   int ntargets;
+  int is_json; /* --json: messages, too */
   /* What stands behind "--", ended by NULL; or NULL */
   char **command;
 
@@ -8891,29 +8904,60 @@ STATIC_ASSERT(a_process_id_fits, sizeof(sig_atomic_t) >= sizeof(pid_t));
 /* A number in a format */
 #define CLI_N "%" PRIu64
 
+/* Copies a text into one of JSON, up to its end or until there is no room. */
+static void cli_escape(const char *from, char *to, size_t size) {
+  for (; *from && size > 2; from++, size--) {
+    int is_special = *from == '"' || *from == '\\';
+    if (is_special) *to++ = '\\';
+    size -= (size_t)is_special;
+    *to++ = (unsigned char)*from < ' ' ? '?' : *from;
+  }
+  *to = '\0';
+}
+
 /* Prints a message to a descriptor: a line in one write, so that the lines of
  * several threads do not mix.  The form is "OBJECT: what is wrong: reason (what
- * to do)".  What is too long for one write is cut.  The descriptor may be a
- * pipe that nobody reads, or a client's: after a second the message is lost. */
-static void OS_PRINTF(2, 3) cli_say_to(int fd, const char *fmt, ...) {
-  char line[PATH_MAX] = "nbdserve: ";
-  size_t n = strlen(line);
+ * to do)", or that as the "error" of a JSON object.  What is too long for one
+ * write is cut.  The descriptor may be a pipe that nobody reads, or a client's:
+ * after a second the message is lost. */
+static void OS_PRINTF(3, 4)
+    cli_say_to(int fd, int is_json, const char *fmt, ...) {
+  char text[PATH_MAX - 30];
+  char escaped[sizeof text];
+  char line[PATH_MAX];
   struct pollfd p = {fd, POLLOUT, 0};
   va_list ap;
   va_start(ap, fmt);
-  vsnprintf(line + n, sizeof line - n - 1, fmt, ap);
+  vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
-  strcat(line, "\n");
+  cli_escape(text, escaped, sizeof escaped);
+  snprintf(line, sizeof line,
+           is_json ? "{\"error\":\"%s\"}\n" : "nbdserve: %s\n",
+           is_json ? escaped : text);
   if (poll(&p, 1, 1000) > 0) (void)!write(fd, line, strlen(line));
 }
-#define cli_say(...) cli_say_to(2, __VA_ARGS__)
+#define cli_say(...) cli_say_to(2, cli.is_json, __VA_ARGS__)
+
+/* Writes a time, in seconds since 1970, as 2026-11-29T01:02:03Z.  It may come
+ * from a file that anybody may have made: it may lie behind all years. */
+static const char *cli_spell_time(time_t when, char text[40]) {
+  struct tm tm;
+  if (!gmtime_r(&when, &tm)) tm = (struct tm){.tm_mday = 1};
+  strftime(text, 40, "%Y-%m-%dT%H:%M:%SZ", &tm);
+  return text;
+}
 
 /* The `log` function of the server: it filters by level, so that all that comes
- * here is to be printed. */
+ * here is to be printed.  In a file a line needs its time; a terminal shows it
+ * at once, and systemd's journal knows it. */
 static void cli_log(void *unused, int level, const char *message) {
+  char now[40];
   (void)unused;
   (void)level;
-  cli_say("%s", message);
+  if (isatty(2) || getenv("JOURNAL_STREAM"))
+    cli_say("%s", message);
+  else
+    cli_say("%s %s", cli_spell_time(time(NULL), now), message);
 }
 
 /* Prints a message and ends the process, by way of cli_close.  These are macros
@@ -9092,8 +9136,6 @@ static struct cli_fault {
  * not left to chance: tests can rely on the number. */
 static int cli_before(void *unused, unsigned type, uint64_t off, uint64_t len) {
   (void)unused;
-  (void)off;
-  (void)len;
   assert(type < CLI_NTYPES);
   struct cli_fault *fault = &cli_faults[type];
   if (fault->delay_ms) poll(NULL, 0, fault->delay_ms);
@@ -9103,7 +9145,34 @@ static int cli_before(void *unused, unsigned type, uint64_t off, uint64_t len) {
   if (fails) fault->sum -= 1000000;
   assert(fault->sum < 1000000);
   os_unlock(&cli.server->lock);
+  if (fails)
+    u_log(&cli.server->config, NBDSERVE_LOG_TRACE,
+          "%s off=" CLI_N " len=" CLI_N ": --fault makes it fail",
+          wire_cmd(type)->name, off, len);
   return fails ? fault->err : 0;
+}
+
+/* --stats: how long the requests of a type have taken; server->lock guards
+ * it. */
+static struct cli_latency {
+  uint64_t requests;
+  uint64_t total_ns;
+  uint64_t max_ns;
+} cli_latencies[CLI_NTYPES];
+
+/* The `after` function of the server. */
+static void cli_after(void *unused, unsigned type, uint64_t off, uint64_t len,
+                      int err, uint64_t ns) {
+  (void)unused;
+  (void)off;
+  (void)len;
+  if (type >= CLI_NTYPES || err) return;
+  struct cli_latency *latency = &cli_latencies[type];
+  os_lock(&cli.server->lock);
+  latency->requests++;
+  latency->total_ns += ns;
+  if (ns > latency->max_ns) latency->max_ns = ns;
+  os_unlock(&cli.server->lock);
 }
 
 /* ---- Options ------------------------------------------------------------ */
@@ -9327,6 +9396,7 @@ static void cli_set_option(enum cli_option_id id, const char *value) {
   assert(!o->max || value);
   opt[id].given++;
   opt[id].text = value;
+  if (id == OPT_JSON) cli.is_json = 1;
   if (o->max && (!u_parse_number(value, o->max, n) || *n < o->min))
     cli_usage("--%.*s %s: not a number from " CLI_N " to " CLI_N, CLI_NAME(id),
               value, o->min, o->max);
@@ -9401,6 +9471,14 @@ static void cli_check_options(void) {
   if (!cli.ntargets) cli_usage("no target (try --help)");
   if (opt[OPT_EXPORT].text && cli.ntargets > 1)
     cli_usage("--export: for a single target (use NAME=TARGET)");
+}
+
+/* Prints what --help says about an option.  Those without a letter are
+ * indented, so that all names are in one column. */
+static void cli_help_option(int id) {
+  const struct cli_option *o = &cli_options[id];
+  const char letter[] = {'-', o->letter, ',', '\0'};
+  printf("  %3s --%-19s %s\n", o->letter ? letter : "", o->name, o->help);
 }
 
 /* ---- Commands on stores ----------------------------------------------------
@@ -9576,7 +9654,7 @@ static int cli_progress(void *arg, uint64_t done, uint64_t total) {
  * early: whoever reads a list must not take the half of it for the whole. */
 static int OS_PRINTF(2, 4) OS_PRINTF(3, 4)
     cli_row(struct cli_job *job, const char *text, const char *json, ...) {
-  char row[1024]; /* the longest name has 333 bytes */
+  char row[sizeof cli.uri + 64];
   int is_json = job->request.json;
   int start = is_json && job->verb->flags & VERB_ROWS ? 0 : 1;
   va_list ap;
@@ -9598,22 +9676,21 @@ static int OS_PRINTF(2, 4) OS_PRINTF(3, 4)
  * catalog, and nbdserve.h has one call for all of them. */
 static int cli_do_change(struct cli_job *job, struct nbdserve_cas *cas) {
   assert(job->verb->change);
-  return nbdserve_cas_changes(cas, job->ops, job->nops, &job->failed);
+  int err = nbdserve_cas_changes(cas, job->ops, job->nops, &job->failed);
+  if (err || !job->request.dry_run) return err;
+  return cli_row(job, "%s: possible; nothing was changed\n",
+                 "{\"possible\":\"%s\"}\n", job->verb->name);
 }
 
-/* Prints a volume or snapshot: an nbdserve_list_fn.  The time comes from a file
- * that anybody may have made: it may lie behind all years. */
+/* Prints a volume or snapshot: an nbdserve_list_fn. */
 static int cli_list_row(void *arg, const struct nbdserve_cas_info *info) {
-  time_t created = (time_t)info->created;
   char date[40];
-  struct tm tm;
-  if (!gmtime_r(&created, &tm)) tm = (struct tm){.tm_mday = 1};
-  strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", &tm);
   return cli_row(
       arg, "%s\t" CLI_N "\t%s\t%s\t" CLI_N "\n",
       "{\"name\":\"%s\",\"size\":" CLI_N ",\"created\":\"%s\",\"id\":\"%s\""
       ",\"clients\":" CLI_N "}\n",
-      info->name, info->size, date, info->id, (uint64_t)info->clients);
+      info->name, info->size, cli_spell_time((time_t)info->created, date),
+      info->id, (uint64_t)info->clients);
 }
 
 /* list: a row for each volume and snapshot */
@@ -9683,6 +9760,16 @@ static int cli_do_stat(struct cli_job *job, struct nbdserve_cas *cas) {
                  "{\"block_size\":" CLI_N ",\"stored\":" CLI_N
                  ",\"free\":" CLI_N ",\"file\":" CLI_N ",\"log\":" CLI_N "}\n",
                  s.block_size, s.stored, s.free, s.file, s.log);
+}
+
+/* uri: where the store is served, and by which process, which does this; if it
+ * is done here, nobody serves it. */
+static int cli_do_uri(struct cli_job *job, struct nbdserve_cas *cas) {
+  (void)cas;
+  if (job->client < 0 || !*cli.uri) return -ENOTCONN;
+  return cli_row(job, "%s\t" CLI_N "\n",
+                 "{\"uri\":\"%s\",\"process\":" CLI_N "}\n", cli.uri,
+                 (uint64_t)getpid());
 }
 
 /* Is there data at off of a volume?  *end: where that changes.  What is not
@@ -9833,7 +9920,9 @@ static const struct cli_verb cli_verbs[] = {
     {"gc", "STORE", "give unused space back; print its bytes",
      cli_do_gc, 0, 0, VERB_LONG, 0, 0},
     {"stat", "STORE", "print how much is stored",
-     cli_do_stat, 0, 0, 0, NBDSERVE_CAS_READONLY, 0}};
+     cli_do_stat, 0, 0, 0, NBDSERVE_CAS_READONLY, 0},
+    {"uri", "STORE", "print the URI and process id of its server",
+     cli_do_uri, 0, 0, 0, NBDSERVE_CAS_READONLY, 0}};
 /* clang-format on */
 
 /* ---- Doing a command ---- */
@@ -9879,6 +9968,10 @@ static const char *cli_why(const struct cli_job *job,
   if (err == -ENOTEMPTY) return "it has snapshots; remove them first";
   if (err == -EUCLEAN) return "the store is damaged (verify names what is)";
   if (err == -ETIMEDOUT) return "nobody takes its output";
+  if (err == -ENOTCONN) return "it is not served, or not at a known address";
+  if (err == -ENOSPC && job->verb->flags & VERB_READS_FILE)
+    return "no space left; what it took is free in the store, and gc gives it "
+           "to the file system";
   if (err != -EINVAL) return u_errno_text(err);
   if (verb == NBDSERVE_CAS_ROLLBACK || job->verb->run == cli_do_seal)
     return "not a snapshot: that is VOLUME@NAME";
@@ -9915,8 +10008,9 @@ static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
   const char *to = flags & VERB_READS_FILE ? "" : op->to;
   const char *why = cli_why(job, op, err);
   if (!(err == -EUCLEAN && job->nrows) && !(err == -EPIPE && flags & VERB_ROWS))
-    cli_say_to(job->fds.messages, "%s%s%.999s%s%.999s: %s", job->verb->name,
-               *op->name ? " " : "", op->name, *to ? " " : "", to, why);
+    cli_say_to(job->fds.messages, job->request.json, "%s%s%.999s%s%.999s: %s",
+               job->verb->name, *op->name ? " " : "", op->name, *to ? " " : "",
+               to, why);
   return err == -EUCLEAN ? CLI_DAMAGED : CLI_FAILED;
 }
 
@@ -10004,8 +10098,8 @@ static void *cli_serve_job(void *client) {
     if (cli_count(0, is_long) <= 16 || !is_long)
       status = (unsigned char)cli_run_job(&job, cli.cas);
     else
-      cli_say_to(job.fds.messages, "%s: the server is doing 16 others",
-                 job.verb->name);
+      cli_say_to(job.fds.messages, job.request.json,
+                 "%s: the server is doing 16 others", job.verb->name);
     cli_count(0, -is_long);
     (void)!send(job.client, &status, 1, MSG_NOSIGNAL);
   }
@@ -10145,6 +10239,21 @@ static int cli_first_volume(void *unused,
   return 1;
 }
 
+/* Ends the process because the store at path, which it was to serve, is served
+ * by the one that we are connected to: says where. */
+static void cli_say_where(const char *path, struct cli_job *job) {
+  unsigned char *i = &job->request.verb;
+  while (cli_verbs[*i].run != cli_do_uri)
+    ++*i;
+  job->verb = &cli_verbs[*i];
+  job->fds.output = job->fds.messages = 2;
+  cli_say("%s: in use by a server; stop it, or connect to it.  Its URI and "
+          "process id:",
+          path);
+  cli_run_remote(job);
+  exit(CLI_IN_USE);
+}
+
 /* Opens a volume or snapshot of a store.  Before it opens the store, if that is
  * not open yet, and the socket for commands.  STORE.ctl is for ourselves and
  * root only: the umask is in force when it is made, so there is no moment at
@@ -10163,6 +10272,7 @@ static int cli_open_volume(const char *path, const char *name,
   if (cli.cas && (!realpath(path, real) || strcmp(cli.store, real) != 0))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
   int err = cli.cas ? 0 : cli_open_store(path, how, &none);
+  if (err && none.client >= 0) cli_say_where(path, &none);
   if (err) return err;
   mode_t mask = umask(0177);
   if (!cli.ctl && !how && !NBDSERVE_NO_THREADS)
@@ -10280,13 +10390,19 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
   return status;
 }
 
-/* Refuses options that are not for a command: to ignore one would not be what
- * the user has asked for. */
-static void cli_check_verb(const struct cli_verb *verb) {
+/* The options that a command takes, a BIT for each */
+static uint64_t cli_options_of(const struct cli_verb *verb) {
   uint64_t allowed =
       BIT(JSON) | BIT(NO_VERIFY) | BIT(STALL) | BIT(QUIET) | BIT(VERBOSE);
   if (verb->flags & VERB_DRY_RUN) allowed |= BIT(DRY_RUN);
   if (verb->open == NBDSERVE_CAS_REPAIR) allowed |= BIT(ACCEPT_LOSS);
+  return allowed;
+}
+
+/* Refuses options that are not for a command: to ignore one would not be what
+ * the user has asked for. */
+static void cli_check_verb(const struct cli_verb *verb) {
+  uint64_t allowed = cli_options_of(verb);
   for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
     if (opt[id].given && !(allowed >> id & 1))
       cli_usage("--%.*s: not for the command %s", CLI_NAME(id), verb->name);
@@ -10338,6 +10454,22 @@ static void cli_run_verb(void) {
   exit(0);
 }
 
+/* help COMMAND: prints what there is to know about it, and ends the
+ * process. */
+static void cli_help_verb(const char *name) {
+  size_t i = 0;
+  while (i < COUNT_OF(cli_verbs) && strcmp(cli_verbs[i].name, name) != 0)
+    i++;
+  if (i == COUNT_OF(cli_verbs))
+    cli_usage("help %s: no such command (--help lists them)", name);
+  const struct cli_verb *verb = &cli_verbs[i];
+  printf("usage: nbdserve [OPTION]... %s %s\n%s\n\n", name, verb->operands,
+         verb->help);
+  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
+    if (cli_options_of(verb) >> id & 1) cli_help_option(id);
+  exit(fflush(stdout) == EOF ? CLI_FAILED : 0);
+}
+
 /* Prints the commands for --help. */
 static void cli_help_verbs(void) {
   puts("\nCommands on stores, also while they are served.  NAME is VOLUME,\n"
@@ -10353,6 +10485,7 @@ static void cli_help_verbs(void) {
 #define cli_open_volume(path, name, ex) (-EOPNOTSUPP)
 #define nbdserve_cas_close(cas) 0
 #define cli_run_verb() ((void)0)
+#define cli_help_verb(name) ((void)0)
 #define cli_help_verbs() ((void)0)
 #endif
 
@@ -10705,6 +10838,34 @@ static void cli_tell_ready(void) {
 
 /* ---- Serving ------------------------------------------------------------ */
 
+/* Prints the totals so far as a JSON object; with --stats also, for each type
+ * of request, how many succeeded and how many microseconds these took. */
+static void cli_print_stats(void) {
+  struct nbdserve_stats s;
+  char types[CLI_NTYPES * 100] = "";
+  size_t n = 0;
+  nbdserve_stats(cli.server, &s);
+  os_lock(&cli.server->lock);
+  for (const struct cli_word *type = cli_types; type->value < CLI_NTYPES;
+       type++) {
+    const struct cli_latency *l = &cli_latencies[type->value];
+    if (!l->requests) continue;
+    n += (size_t)snprintf(types + n, sizeof types - n,
+                          ",\"%s\":{\"requests\":" CLI_N ",\"mean_us\":" CLI_N
+                          ",\"max_us\":" CLI_N "}",
+                          type->name, l->requests,
+                          l->total_ns / l->requests / 1000, l->max_ns / 1000);
+    assert(n < sizeof types);
+  }
+  os_unlock(&cli.server->lock);
+  dprintf(2,
+          "{\"clients\":" CLI_N ",\"clients_now\":" CLI_N ",\"requests\":" CLI_N
+          ",\"errors\":" CLI_N ",\"bytes_read\":" CLI_N
+          ",\"bytes_written\":" CLI_N ",\"flushes\":" CLI_N "%s}\n",
+          s.clients, s.clients_now, s.requests, s.errors, s.bytes_read,
+          s.bytes_written, s.flushes, types);
+}
+
 /* Serves until the end, and does what the signal handler leaves to others: it
  * prints totals, and does step 2 of the end.  A client that is the only one is
  * served here; after that nbdserve_run has nothing to do but to flush.
@@ -10714,7 +10875,6 @@ static void cli_tell_ready(void) {
  * and there is time to wait for it.  Returns the exit status, which is the
  * command's if there was one and it has failed. */
 static int cli_serve(void) {
-  struct nbdserve_stats s;
   int err = 0;
   int run_err;
   cli_start_control();
@@ -10728,15 +10888,7 @@ static int cli_serve(void) {
     int is_last = run_err != -EINTR && opt[OPT_STATS].given;
     int wants_stats = cli.stats_wanted || is_last;
     cli.stats_wanted = 0;
-    nbdserve_stats(cli.server, &s);
-    if (wants_stats)
-      dprintf(2,
-              "{\"clients\":" CLI_N ",\"clients_now\":" CLI_N
-              ",\"requests\":" CLI_N ",\"errors\":" CLI_N
-              ",\"bytes_read\":" CLI_N ",\"bytes_written\":" CLI_N
-              ",\"flushes\":" CLI_N "}\n",
-              s.clients, s.clients_now, s.requests, s.errors, s.bytes_read,
-              s.bytes_written, s.flushes);
+    if (wants_stats) cli_print_stats();
     if (cli.end_wanted) nbdserve_unlisten(cli.server);
   } while (run_err == -EINTR);
   if (cli.child && !cli.end_wanted) raise(SIGTERM);
@@ -10789,9 +10941,7 @@ static void cli_close(void) {
 
 /* ---- The command line as a whole ---------------------------------------- */
 
-/* --help.  README has a copy of what this prints; a test compares them.
- * Options without a letter are indented, so that all names are in one
- * column. */
+/* --help.  README has a copy of what this prints; a test compares them. */
 static void cli_help(void) {
   puts("usage: nbdserve [OPTION]... [NAME=]TARGET... [-- CMD ARG...]\n"
        "       nbdserve COMMAND ARG...\n"
@@ -10799,11 +10949,8 @@ static void cli_help(void) {
        "file:PATH (a file whatever its name looks like), STORE::VOLUME,\n"
        "STORE::VOLUME@SNAPSHOT or, for a whole store, STORE::.\n"
        "With CMD: serves while CMD runs; {} in an ARG becomes the URI.\n");
-  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++) {
-    const struct cli_option *o = &cli_options[id];
-    const char letter[] = {'-', o->letter, ',', '\0'};
-    printf("  %3s --%-19s %s\n", o->letter ? letter : "", o->name, o->help);
-  }
+  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
+    cli_help_option(id);
   cli_help_verbs();
   puts("\nNumbers take K, M, G, T, P and E (powers of 1024).  Once it\n"
        "listens it prints the URI.  Exit status: 0 success, 1 failure,\n"
@@ -10828,6 +10975,8 @@ int main(int argc, char **argv) {
   atexit(cli_close);
   if (argc > 0) cli_parse(argv);
   const char *word = cli.ntargets == 1 ? *cli.targets : "";
+  if (cli.ntargets == 2 && strcmp(*cli.targets, "help") == 0)
+    cli_help_verb(cli.targets[1]);
   if (strcmp(word, "help") == 0) opt[OPT_HELP].given = 1;
   if (strcmp(word, "version") == 0) opt[OPT_VERSION].given = 1;
   if (opt[OPT_HELP].given) cli_help();
@@ -10850,6 +10999,7 @@ int main(int argc, char **argv) {
   if (opt[OPT_QUIET].given) config.log_level = NBDSERVE_LOG_ERROR;
   if (opt[OPT_ONCE].given) config.flags |= NBDSERVE_CONFIG_ONCE;
   if (opt[OPT_FAULT].given || opt[OPT_DELAY].given) config.before = cli_before;
+  if (opt[OPT_STATS].given) config.after = cli_after;
   cli_exit_if_error(nbdserve_new(&cli.server, &config), "start");
   cli_run_verb();
   cli_check_options();

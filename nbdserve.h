@@ -479,7 +479,13 @@ struct nbdserve_config {
    * answer.  With it, adjacent requests are not joined, which is slower.  May
    * be NULL. */
   int (*before)(void *ctx, unsigned type, uint64_t off, uint64_t len);
-  void *ctx; /* is passed to log, find, list and before */
+  /* Called once for each request when its outcome is known, from several
+   * threads at once, mostly before the reply is sent.  type may be none that
+   * exists.  err: 0 or -errno.  ns: nanoseconds since the request was there as
+   * a whole (without its data, if that is long).  May be NULL. */
+  void (*after)(void *ctx, unsigned type, uint64_t off, uint64_t len, int err,
+                uint64_t ns);
+  void *ctx; /* is passed to log, find, list, before and after */
 };
 
 /* Makes a server; *out is NULL if that fails.  config may be NULL.  -EINVAL:

@@ -2363,6 +2363,7 @@ enum {
   TX_BATCH = 128,       /* requests in a batch, at most */
   TX_HEADS = 32,        /* long heads that leave in one send, at most */
   TX_FLUSHES = 64,      /* see tx_flush_alone */
+  TX_SPARES = 16,       /* buffers that a client keeps */
   TX_ERROR_TEXT = 80,   /* bytes of an error's text that are sent */
   TX_HEAD_ROOM = 64, /* bytes before a READ's data, for its head: 40 and more */
   TX_HEAD_MAX =      /* the longest reply without data: ERROR_OFFSET */
@@ -2429,8 +2430,10 @@ struct conn {
   unsigned nhanded_over; /* in both lists, and being done */
   unsigned nworkers;
   unsigned nidle;
-  int closing;      /* DRAINING: no more work comes, workers end */
-  int reader_waits; /* the client's thread waits for a worker */
+  int closing;            /* DRAINING: no more work comes, workers end */
+  int reader_waits;       /* the client's thread waits for a worker */
+  void *spare[TX_SPARES]; /* [nspares]: see tx_take_buffer */
+  size_t nspares;
   unsigned nlogged; /* failed requests that were logged */
   /* -- the buffers, last: they are not zeroed */
   unsigned char rbuf[CONN_RBUF];
@@ -3073,15 +3076,40 @@ static void tx_account(struct conn *c, const struct nbdserve_req *list) {
   }
 }
 
-/* Answers the requests of a list, which are DONE (T1), and frees the buffers
- * that they own.  0, or -errno when the client is gone. */
+/* A buffer for the data of a request that is handed over, of TX_PIECE bytes
+ * behind room for a head; NULL without memory.  A client keeps some: the system
+ * would have to clear each page of a new one.  What is not used is not there,
+ * so all may have the same size. */
+static void *tx_take_buffer(struct conn *c) {
+  os_lock(&c->queue_lock);
+  void *buffer = c->nspares > 0 ? c->spare[--c->nspares] : NULL;
+  os_unlock(&c->queue_lock);
+  return buffer ? buffer : NBDSERVE_MALLOC(TX_HEAD_ROOM + TX_PIECE);
+}
+
+/* Gives such a buffer back; it may be NULL. */
+static void tx_give_buffer(struct conn *c, void *buffer) {
+  os_lock(&c->queue_lock);
+  assert(c->nspares <= TX_SPARES);
+  int is_kept = buffer && c->nspares < TX_SPARES;
+  if (is_kept) c->spare[c->nspares++] = buffer;
+  os_unlock(&c->queue_lock);
+  if (!is_kept) NBDSERVE_FREE(buffer);
+}
+
+/* Answers the requests of a list, which are DONE (T1), and gives back the
+ * buffers that they own.  0, or -errno when the client is gone. */
 static int tx_answer(struct conn *c, struct nbdserve_req *list) {
   if (!list) return 0;
   assert(c->export);
   tx_account(c, list);
   int err = tx_send_all(c, list);
-  for (; list; list = list->next)
-    NBDSERVE_FREE(list->owned);
+  for (; list; list = list->next) {
+    if (list->type == NBD_CMD_BLOCK_STATUS)
+      NBDSERVE_FREE(list->owned);
+    else if (list->owned)
+      tx_give_buffer(c, list->owned);
+  }
   return err;
 }
 
@@ -3254,10 +3282,10 @@ static void tx_read_later(struct conn *c, struct nbdserve_req *r) {
   unsigned char *slot = r->buf;
   assert(r->type == NBD_CMD_READ && !r->owned);
   r->may_wait = 1;
-  r->owned = NBDSERVE_MALLOC(TX_HEAD_ROOM + (size_t)r->len);
+  r->owned = tx_take_buffer(c);
   if (r->owned) r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
   if (r->owned && tx_hand_over(c, r)) return;
-  NBDSERVE_FREE(r->owned);
+  tx_give_buffer(c, r->owned);
   r->owned = NULL;
   r->buf = slot;
   tx_execute(c, r);
@@ -3550,13 +3578,13 @@ static int tx_dispatch(struct conn *c, struct nbdserve_req *r,
   }
   int err = tx_run_batch(c); /* answers what came before, and frees rbuf */
   if (err) return err;
-  if (is_copied) r->owned = NBDSERVE_MALLOC(TX_HEAD_ROOM + (size_t)r->len);
+  if (is_copied) r->owned = tx_take_buffer(c);
   if (!r->owned && payload) return tx_write_in_pieces(c, r, payload);
   if (!r->owned) return tx_read_in_pieces(c, r); /* without memory, too */
   r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
   if (payload) err = tx_recv_payload(c, r->buf, (size_t)payload);
   if (!err) return tx_finish(c, r);
-  NBDSERVE_FREE(r->owned);
+  tx_give_buffer(c, r->owned);
   return err;
 }
 
@@ -8569,6 +8597,8 @@ static void srv_free_client(struct conn *c) {
    * number. */
   if (c->fd >= 0) close(c->fd);
   tx_close_pipe(c);
+  while (c->nspares > 0)
+    NBDSERVE_FREE(c->spare[--c->nspares]);
   os_monitor_free(&c->queue_lock);
   os_monitor_free(&c->send_lock);
   NBDSERVE_FREE(c);

@@ -168,7 +168,8 @@
 #include <sys/syscall.h>
 #endif
 #if defined __x86_64__ && defined __GNUC__ && !defined __TINYC__ && \
-    !NBDSERVE_NO_CAS && !NBDSERVE_NO_HWSHA && !NBDSERVE_POSIX_ONLY
+    !defined __PCC__ && !defined __dietlibc__ && !NBDSERVE_NO_CAS && \
+    !NBDSERVE_NO_HWSHA && !NBDSERVE_POSIX_ONLY
 #include <cpuid.h>
 #include <immintrin.h>
 #define OS_HWSHA 1
@@ -211,6 +212,9 @@ STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 #endif
 #ifndef MSG_MORE
 #define MSG_MORE 0 /* what follows leaves in a packet of its own */
+#endif
+#ifndef EUCLEAN
+#define EUCLEAN 117 /* as nbdserve.h says: Linux has it */
 #endif
 #ifdef __GNUC__ /* lets printf-like functions be checked */
 #define OS_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
@@ -2364,6 +2368,7 @@ enum {
   TX_HEADS = 32,        /* long heads that leave in one send, at most */
   TX_FLUSHES = 64,      /* see tx_flush_alone */
   TX_SPARES = 16,       /* buffers that a client keeps */
+  TX_IDLE_MS = 5000,    /* a worker without work ends after that */
   TX_ERROR_TEXT = 80,   /* bytes of an error's text that are sent */
   TX_HEAD_ROOM = 64, /* bytes before a READ's data, for its head: 40 and more */
   TX_HEAD_MAX =      /* the longest reply without data: ERROR_OFFSET */
@@ -2827,7 +2832,9 @@ static int hs_run(struct conn *c) {
  *                                                a file: c->pipe
  *   READ, WRITE up to         a worker           a buffer of its own
  *   TX_PIECE without
- *   run_batch
+ *   run_batch; such a WRITE
+ *   into a store, if it is
+ *   longer than a batch's
  *   FLUSH, TRIM, CACHE,       a worker; FLUSH:   BLOCK_STATUS: a buffer of its
  *   WRITE_ZEROES,             after the batch's  own
  *   BLOCK_STATUS              writes, and alone:
@@ -2875,18 +2882,17 @@ static int hs_run(struct conn *c) {
  * (T3) A batch's writes are done before its flushes start: a flush covers all
  *      that was answered before it arrived, and more.
  * (T4) FLUSH (unless it came alone), TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS,
- *      READs in a batch that have to wait for the medium, and without run_batch
- *      READ and WRITE, may take as long as they like: nothing behind them
+ *      READs in a batch that have to wait for the medium, and what
+ *      tx_takes_long, may take as long as they like: nothing behind them
  *      waits, up to the limit in tx_hand_over and while a worker can be had.
  *      What the client's thread does itself holds up the requests behind it:
  *      the rest of a batch, pieces, and a flush that came alone.  In a batch
  *      these still wait there: READs of a part of a store's block, leaves that
  *      have to be read, and everything on a temporary export.
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
- *      that many requests with workers.  Those that hold data are not more
- *      than config.threads: up to TX_PIECE bytes each without run_batch, and
- *      TX_IN_BATCH_MAX with it.  The others hold the extents of a BLOCK_STATUS
- *      at most. */
+ *      that many requests with workers.  Those that hold data are not more than
+ *      config.threads, with up to TX_PIECE bytes each; the others hold the
+ *      extents of a BLOCK_STATUS at most. */
 
 /* ---- Replies ------------------------------------------------------------- */
 
@@ -3153,8 +3159,8 @@ static void tx_execute(struct conn *c, struct nbdserve_req *r) {
 }
 
 /* ---- Workers ----------------------------------------------------------------
- * They run while the client is in transmission: started one by one when there
- * is more to do than idle workers, up to config.threads. */
+ * They run while the client has work for them: started one by one when there is
+ * more to do than idle workers, up to config.threads. */
 
 /* The client's thread waits until fewer than `most` requests are with workers,
  * and, once the connection is closing, until there are no workers.  The caller
@@ -3167,10 +3173,13 @@ static void tx_wait_for_workers(struct conn *c, unsigned most) {
 }
 
 /* Takes what a worker does next, waiting for it: one request, or all that wait
- * for a flush, as a list.  NULL: the connection ends and there is nothing left;
- * if flushes are left while another worker flushes, that one takes them next.
- * The caller holds queue_lock. */
+ * for a flush, as a list.  NULL: there was nothing to do for TX_IDLE_MS, or the
+ * connection ends and there is nothing left; if flushes are left while another
+ * worker flushes, that one takes them next.  (That the wait ends also helps
+ * where the system loses a signal, which some versions of glibc do.)  The
+ * caller holds queue_lock. */
 static struct nbdserve_req *tx_take_work(struct conn *c) {
+  int64_t until = os_now_ms() + TX_IDLE_MS;
   for (;;) {
     if (c->to_flush && !c->flush_at_work) {
       struct nbdserve_req *list = c->to_flush;
@@ -3186,9 +3195,9 @@ static struct nbdserve_req *tx_take_work(struct conn *c) {
       c->nqueue--;
       return r;
     }
-    if (c->closing) return NULL;
+    if (c->closing || os_now_ms() >= until) return NULL;
     c->nidle++;
-    os_wait(&c->queue_lock);
+    os_wait_ms(&c->queue_lock, TX_IDLE_MS);
     c->nidle--;
   }
 }
@@ -3563,13 +3572,21 @@ static int tx_validate(const struct conn *c, struct nbdserve_req *r,
   return 0;
 }
 
+/* Is a READ or WRITE handed over with its data?  On a host's backend, which may
+ * take its time, each is; in a store a long WRITE, so that the data of several
+ * is received, hashed and written at the same time. */
+static int tx_takes_long(const struct conn *c, const struct nbdserve_req *r) {
+  int is_long_write = r->type == NBD_CMD_WRITE && r->len > TX_IN_BATCH_MAX;
+  if (c->s->config.threads == 1 || r->len > TX_PIECE) return 0;
+  return !c->run_batch || (is_long_write && c->export->pub.ops->hashes);
+}
+
 /* Does a request, or sees to it that it is done later, as the table at the head
  * of the section says.  0, or -errno to close. */
 static int tx_dispatch(struct conn *c, struct nbdserve_req *r,
                        uint64_t payload) {
   int moves_data = r->state == REQ_TODO && req_moves_data(r);
-  int is_copied = moves_data && !c->run_batch && r->len <= TX_PIECE &&
-                  c->s->config.threads > 1;
+  int is_copied = moves_data && tx_takes_long(c, r);
   uint64_t data = moves_data ? r->len : payload; /* of a READ, too */
   if (!is_copied && data <= TX_IN_BATCH_MAX) {
     r->buf = c->rbuf + c->rbuf_pos; /* the payload is all there */
@@ -6744,7 +6761,7 @@ static void cas_close(void *ctx) {
 
 /* Reads the superblock in a place.  One wrong letter at its beginning is
  * damage, more are somebody else's: -EINVAL.  Unknown bits, too, make it
- * another version: -EOPNOTSUPP.  -ENODATA: zeroes, or the file ends before it;
+ * another version: -EOPNOTSUPP.  -ENOENT: zeroes, or the file ends before it;
  * -EUCLEAN: it cannot be read, or its sum is wrong. */
 static int cas_read_super(struct nbdserve_cas *st, int place,
                           struct cas_super *super) {
@@ -6752,11 +6769,11 @@ static int cas_read_super(struct nbdserve_cas *st, int place,
   unsigned char sum[CAS_DIGEST_LEN];
   uint64_t off = (uint64_t)place * CAS_UNIT;
   int nfit = 0;
-  if (off + CAS_PAGE > st->end) return -ENODATA;
+  if (off + CAS_PAGE > st->end) return -ENOENT;
   if (cas_io(st, OS_READ, p, CAS_PAGE, off) &&
       cas_io(st, OS_READ, p, CAS_SUPER_SUM + CAS_DIGEST_LEN, off))
     return -EUCLEAN; /* not even its first sector can be read */
-  if (u_is_zero(p, CAS_PAGE)) return -ENODATA;
+  if (u_is_zero(p, CAS_PAGE)) return -ENOENT;
   cas_decode(cas_super_sizes, p, super);
   for (size_t i = 0; i < sizeof super->magic; i++)
     nfit += super->magic[i] == CAS_MAGIC[i];
@@ -7417,7 +7434,7 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   if (!st) return -ENOMEM;
   clock_gettime(CLOCK_REALTIME, &t);
   st->super = (struct cas_super){
-      .magic = CAS_MAGIC,
+      .magic = {'N', 'B', 'D', 'S', 'C', 'A', 'S'},
       .digit = {'0' + CAS_VERSION},
       .version = CAS_VERSION,
       .block_size = o && o->block_size ? o->block_size : CAS_MIN_BLOCK,
@@ -7453,6 +7470,7 @@ static const struct nbdserve_ops cas_ops = {
     .extents = cas_extents,
     .close = cas_close,
     .run_batch = cas_batch,
+    .hashes = 1,
 };
 
 /* Finds a volume or snapshot and counts the caller as a client.  One that a

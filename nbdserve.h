@@ -102,9 +102,10 @@ struct nbdserve_ops {
                  struct nbdserve_extents *out);
   /* Frees ctx.  No call follows this one. */
   void (*close)(void *ctx);
-  /* These two are for nbdserve's own backends only: keep them NULL. */
+  /* These are for nbdserve's own backends only: keep them 0. */
   void (*run_batch)(void *ctx, struct nbdserve_req *reqs, size_t nreqs);
   size_t (*splice)(void *ctx, int pipe, uint64_t off, uint64_t len);
+  int hashes;
   /* Called when a client asks for the export, with its size so far; returns its
    * size now, which is remembered.  NULL: the size stays.  A server makes one
    * such call at a time, maybe beside other calls of a SERIAL export; it must
@@ -246,8 +247,8 @@ NBDSERVE_API int nbdserve_cas_init(const char *path,
 /* Opens a store, and repairs what a crash left behind.  options may be NULL.
  * -EBUSY: another process has it.  -EROFS: it is on a device that refuses
  * writes (NBDSERVE_CAS_READONLY opens it).  -EINVAL: not a store.  -EOPNOTSUPP:
- * one of a version that is not known here.  -EUCLEAN: damaged, so it is not
- * written until NBDSERVE_CAS_REPAIR or, if that does not do,
+ * one of a version that is not known here.  -EUCLEAN (117 where the system has
+ * no such error): damaged, so it is not written until NBDSERVE_CAS_REPAIR or, if that does not do,
  * NBDSERVE_CAS_ACCEPT_LOSS is given; read-only, what is left may be had.
  * Others as open(2). */
 NBDSERVE_API int nbdserve_cas_open(const char *path,

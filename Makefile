@@ -54,7 +54,7 @@ NO_THREADS_TESTS = $(BUILT_TESTS)
 POSIX_ONLY_TESTS = @config @platform @io @export @transmission @flat @cas \
   @server @cli
 # What may differ where bytes are in another order, size_t has 32 bits or char
-# has no sign, in a minute: the hash, each kind of message, what lies in a store.
+# has no sign: the hash, each kind of message, what lies in a store.  A minute.
 CROSS_TESTS = @sha @wire testHelloIsFixedNewstyleWithNoZeroes \
   testExportNameIsFollowedBy124ZeroesUnlessDeclined \
   testUnknownOptionIsUnsupAndItsDataSkipped \
@@ -156,21 +156,19 @@ check-cross: nbdserve ## build for TARGETS, test in qemu; with ZIG for SYSTEMS
 	for t in $(TARGETS); do \
 	  case $$t in \
 	    ppc64) set -- powerpc64-linux-gnu-gcc qemu-ppc64 ;; \
-	    i686) set -- i686-linux-gnu-gcc '' ;; \
+	    i686) set -- i686-linux-gnu-gcc qemu-i386 ;; \
 	    armhf) set -- arm-linux-gnueabihf-gcc qemu-arm ;; \
 	    arm64) set -- aarch64-linux-gnu-gcc qemu-aarch64 ;; \
 	    *) set -- $$t-linux-gnu-gcc qemu-$$t ;; \
 	  esac; \
 	  command -v $$1 >/dev/null || { echo "SKIP $$t: no $$1"; continue; }; \
-	  emulator=; \
-	  if [ -n "$$2" ]; then \
-	    emulator=$$(command -v $$2-static || command -v $$2) || \
-	      { echo "SKIP $$t: no $$2-static"; continue; }; \
-	  fi; \
 	  build $$t $$1 -static; \
-	  $$emulator build/nbdserve-$$t --version >/dev/null || \
-	    { echo "SKIP $$t: its programs do not run here"; continue; }; \
-	  NBDSERVE=$$PWD/build/nbdserve-$$t EMULATOR=$$emulator HOST_CC="$(CC)" \
+	  program=$$PWD/build/nbdserve-$$t emulator=; \
+	  $$program --version >/dev/null 2>&1 || \
+	    emulator=$$(command -v $$2-static || command -v $$2) || \
+	    { echo "SKIP $$t: built, but no $$2-static runs it"; continue; }; \
+	  echo "on $$t: $${emulator:-this kernel}"; \
+	  NBDSERVE=$$program EMULATOR=$$emulator HOST_CC="$(CC)" \
 	    CC="$$1 -static" CFLAGS=-O1 ./test.sh $(CROSS_TESTS) || exit 1; \
 	done; \
 	for s in $(SYSTEMS); do \

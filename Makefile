@@ -22,7 +22,7 @@ COUNT = 10000
 SECONDS = 60
 FILE =
 COMPILERS = gcc clang tcc musl-gcc
-TARGETS = s390x ppc64 mips i686 armhf arm64 riscv64
+TARGETS = s390x ppc64 mips m68k i686 armhf arm64 riscv64
 SYSTEMS = aarch64-macos x86_64-macos x86_64-freebsd aarch64-freebsd \
   x86_64-netbsd x86_64-openbsd
 ZIG = zig

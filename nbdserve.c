@@ -167,9 +167,11 @@
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #endif
-#if defined __x86_64__ && defined __GNUC__ && !defined __TINYC__ && \
-    !defined __PCC__ && !defined __dietlibc__ && !NBDSERVE_NO_CAS && \
-    !NBDSERVE_NO_HWSHA && !NBDSERVE_POSIX_ONLY
+#if NBDSERVE_NO_CAS || NBDSERVE_NO_HWSHA || NBDSERVE_POSIX_ONLY || \
+    !defined __GNUC__ || defined __TINYC__ || defined __PCC__ || \
+    defined __dietlibc__
+#define OS_HWSHA 0
+#elif defined __x86_64__
 #include <cpuid.h>
 #include <immintrin.h>
 #define OS_HWSHA 1
@@ -184,8 +186,24 @@ static int os_has_hwsha(void) {
   __get_cpuid_count(7, 0, &unused, &ebx, &unused, &unused);
   return (ecx & bit_SSE4_1) && (ebx & bit_SHA);
 }
+#elif defined __aarch64__ && defined __ARM_NEON && defined __linux__
+#include <arm_neon.h>
+#include <sys/auxv.h>
+#define OS_HWSHA 1
+#ifdef __clang__
+#define OS_HWSHA_TARGET __attribute__((target("sha2")))
+#else
+#define OS_HWSHA_TARGET __attribute__((target("+crypto")))
+#endif
+
+/* The same.  The kernel tells by bit 6 of AT_HWCAP. */
+static int os_has_hwsha(void) {
+  return (getauxval(AT_HWCAP) >> 6 & 1) != 0;
+}
 #else
 #define OS_HWSHA 0
+#endif
+#if !OS_HWSHA
 #define os_has_hwsha() 0
 #endif
 
@@ -984,17 +1002,24 @@ static void sha_portable(uint32_t *state, const unsigned char *blocks,
 }
 
 #if OS_HWSHA
+#ifdef __x86_64__
+typedef __m128i sha_vector; /* four words */
+#else
+typedef uint32x4_t sha_vector;
+#endif
+
 /* One of the two messages that the instructions work on.  All of it can
  * stay in registers: two lanes, the constants and what is in between fit into
- * the 16 that the processor has. */
+ * the 16 that the processor has, or 32. */
 struct sha_lane {
-  __m128i abef; /* half of the state */
-  __m128i cdgh; /* the other half */
-  __m128i w[4]; /* 16 words of the message's schedule, the next ones first */
+  sha_vector abef; /* half of the state; on ARM its words are A, B, C, D, */
+  sha_vector cdgh; /* the other half; E, F, G, H */
+  sha_vector w[4]; /* 16 words of the message's schedule, the next ones first */
 };
 
+#ifdef __x86_64__
 /* Loads four words from anywhere. */
-static inline OS_HWSHA_TARGET __m128i sha_load(const void *from) {
+static inline OS_HWSHA_TARGET sha_vector sha_load(const void *from) {
   return _mm_loadu_si128((const __m128i *)from);
 }
 
@@ -1016,7 +1041,7 @@ static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
  * schedule that the rounds need 16 later.  The last four calls for a block
  * compute words in vain; a second loop without that was not faster. */
 static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
-                                                   __m128i k) {
+                                                   sha_vector k) {
   __m128i *w = lane->w;
   __m128i addend = _mm_add_epi32(w[0], k);
   /* Each of these does two rounds, on the lower half of addend.  The old ABEF
@@ -1041,6 +1066,51 @@ static inline OS_HWSHA_TARGET void sha_lane_save(const struct sha_lane *lane,
   _mm_storeu_si128(to, _mm_add_epi32(hgfe, sha_load(state)));
   _mm_storeu_si128(to + 1, _mm_add_epi32(dcba, sha_load(state + 4)));
 }
+#else
+/* Loads four words from anywhere. */
+static inline OS_HWSHA_TARGET sha_vector sha_load(const void *from) {
+  return vld1q_u32((const uint32_t *)from);
+}
+
+/* Turns four words round. */
+static inline OS_HWSHA_TARGET sha_vector sha_reverse(sha_vector v) {
+  v = vrev64q_u32(v);
+  return vextq_u32(v, v, 2);
+}
+
+/* Loads a state, and a block of the message, whose words are big-endian. */
+static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
+                                                 const uint32_t *state,
+                                                 const unsigned char *block) {
+  lane->abef = sha_reverse(sha_load(state + 4));
+  lane->cdgh = sha_reverse(sha_load(state));
+  for (int i = 0; i < 4; i++)
+    lane->w[i] = vreinterpretq_u32_u8(vrev32q_u8(vld1q_u8(block + 16 * i)));
+}
+
+/* Does four rounds, k being their constants, and computes the four words of the
+ * schedule that the rounds need 16 later. */
+static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
+                                                   sha_vector k) {
+  sha_vector *w = lane->w;
+  sha_vector addend = vaddq_u32(w[0], k);
+  sha_vector abcd = lane->abef;
+  lane->abef = vsha256hq_u32(abcd, lane->cdgh, addend);
+  lane->cdgh = vsha256h2q_u32(lane->cdgh, abcd, addend);
+  sha_vector next = vsha256su1q_u32(vsha256su0q_u32(w[0], w[1]), w[2], w[3]);
+  w[0] = w[1];
+  w[1] = w[2];
+  w[2] = w[3];
+  w[3] = next;
+}
+
+/* Adds what the rounds made of a state to it. */
+static inline OS_HWSHA_TARGET void sha_lane_save(const struct sha_lane *lane,
+                                                 uint32_t *state) {
+  vst1q_u32(state, vaddq_u32(sha_reverse(lane->cdgh), sha_load(state)));
+  vst1q_u32(state + 4, vaddq_u32(sha_reverse(lane->abef), sha_load(state + 4)));
+}
+#endif
 
 /* Mixes nblocks blocks each into two states, with the instructions.  The lines
  * for the two lanes alternate, and the compiler keeps that order more or less;
@@ -1055,7 +1125,7 @@ static OS_HWSHA_TARGET void sha_hw(uint32_t state[2][SHA_STATE_WORDS],
     sha_lane_load(&lane, state[0], first + SHA_BLOCK_LEN * i);
     sha_lane_load(&other, state[1], second + SHA_BLOCK_LEN * i);
     for (int round = 0; round < SHA_ROUNDS; round += 4) {
-      __m128i k = sha_load(sha_k + round);
+      sha_vector k = sha_load(sha_k + round);
       sha_lane_rounds(&lane, k);
       sha_lane_rounds(&other, k);
     }

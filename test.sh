@@ -13946,6 +13946,25 @@ static void i_overlay(void) {
 #if !NBDSERVE_NO_CAS
 static struct nbdserve_cas *i_cas;
 static struct nbdserve_export i_volume;
+static int i_lenient; /* slots are held by nobody who is known */
+
+static void cas_check(struct nbdserve_cas *st, int how);
+enum {
+  CK_LENIENT = 1, /* see cas_check */
+  CK_FORGED = 2
+};
+
+static int ck_bytes(void *to, uint64_t off, size_t len) {
+  int fd = open(path, O_RDONLY);
+  ssize_t n = pread(fd, to, len, (off_t)off);
+  close(fd);
+  return n == (ssize_t)len ? 0 : -1;
+}
+
+static void ck_fail(const char *what, int line, uint32_t at) {
+  fprintf(stderr, "line %d: %s: of %u\n", line, what, at);
+  exit(1);
+}
 
 static int i_cas_open(uint32_t flags) {
   struct nbdserve_cas_options o = {0};
@@ -13954,11 +13973,13 @@ static int i_cas_open(uint32_t flags) {
   memset(&i_volume, 0, sizeof i_volume);
   err = nbdserve_cas_open(path, &o, &i_cas);
   if (!err) CHECK(nbdserve_cas_volume(i_cas, "v", &i_volume) == 0);
+  if (!err) cas_check(i_cas, 0);
   return err;
 }
 
 static int i_cas_close(void) {
   i_volume.ops->close(i_volume.ctx);
+  cas_check(i_cas, i_lenient ? CK_LENIENT : 0);
   return nbdserve_cas_close(i_cas);
 }
 
@@ -14801,6 +14822,7 @@ static void i_pairs(uint32_t n) {
   CHECK(i_cas->npairs >= i_cas->ndirty + CAS_RESERVE_PAIRS);
   while (i_cas->npairs > n)
     (void)cas_take_pair(i_cas);
+  i_lenient = 1;
   CHECK(i_cas->npairs == n);
   cas_unlock(i_cas);
 }
@@ -15556,6 +15578,13 @@ static int sim_lstat(const char *path, struct stat *st) {
 #define NBDSERVE_NO_MAIN 1
 #include "nbdserve.c"
 
+enum {
+  CK_LENIENT = 1, /* see cas_check */
+  CK_FORGED = 2
+};
+static void cas_check(struct nbdserve_cas *st, int how);
+static const unsigned char *ck_page(struct nbdserve_cas *st, uint32_t slot);
+
 /* ---- The model: cells of 64 bytes that hold a number in a pattern -------- */
 
 enum {
@@ -15632,6 +15661,7 @@ static int m_must;        /* the call may not say that there is no space */
 static int m_strict;      /* a write that fails once does not stop it */
 static long m_refused[3]; /* d_refused, at the begin of the last steps */
 static char m_doing[100];
+static long k_syncs; /* d_syncs when the process began */
 static const char *const kinds[NKINDS] = {
     "plain", "full", "enospc", "taken", "lostpage", "sector", "super", "kill"};
 
@@ -16370,9 +16400,12 @@ static void m_check(void) {
   m_flight = nlater;
 }
 
+static void m_sound(void);
+
 /* Closes the store, which may then hold no memory and no file */
 static int m_shut(void) {
   int i, err;
+  m_sound();
   for (i = 0; i < NVOLS; i++)
     m_close(vols + i);
   err = nbdserve_cas_close(cas);
@@ -16395,6 +16428,7 @@ static void m_forget(void) {
   d_heap.next[0] = d_heap.next[1] = &d_heap;
   d_thread = NULL;
   d_fds = d_locked = d_frozen = d_full = 0;
+  k_syncs = d_syncs;
   cas = NULL;
   for (i = 0; i <= NVOLS; i++)
     vols[i].is_open = 0;
@@ -16433,6 +16467,9 @@ static int m_reopen(void) {
   if (err && (d_fds || d_heap.next[0] != &d_heap))
     m_fail("open: %d, not closed or freed, descriptors: %d", err, d_fds);
   if (err) m_forget();
+  /* Not by chance, so that the histories below stay what they are: */
+  if (!err && m_nth % 3 == 0) cas->cache = 3 * BLOCK; /* leaves are evicted */
+  m_sound();
   recoveries += !err;
   return err;
 }
@@ -16655,11 +16692,296 @@ static int m_one(void) {
   return err;
 }
 
+/* ---- What must be true of the disk whenever nothing is under way ----------
+ *
+ * ck_disk reads what the disk has, or would have after a cut, as the format
+ * says, not by the store's own code, and compares it with what the store has in
+ * memory: so a write that is forgotten, or comes too early or too late, shows
+ * at once and not only when the power is cut in the right moment. */
+
+enum {
+  K_VOLS = 32,
+  K_BLOCKS = 8 * 8 * 8 * 8, /* that a volume may have */
+  K_DEEP = 4 /* each so many steps all pages and the log are read */
+};
+static const unsigned char *k_disk; /* d_now or d_durable */
+static struct {
+  struct cas_record record;
+  uint32_t slot[K_BLOCKS]; /* of each block */
+} k_vols[K_VOLS];          /* those of the catalog on the disk */
+static int k_nvols;
+static unsigned char k_named[D_SIZE / D_SLOT]; /* slots; 1: page, 2: data */
+static uint32_t k_mine[K_BLOCKS];              /* of a volume in memory */
+static uint64_t k_last; /* number of the checkpoint that was seen last */
+
+static int ck_bytes(void *to, uint64_t off, size_t len) {
+  if (off + len > D_SIZE) return -1;
+  memcpy(to, d_now + off, len);
+  return 0;
+}
+
+static void ck_fail(const char *what, int line, uint32_t at) {
+  m_fail("line %d: %s: of %u", line, what, at);
+}
+
+static void k_must(int is_true, const char *what, uint64_t at) {
+  if (!is_true)
+    m_fail("%s: %s: of %lu", k_disk == d_now ? "disk" : "medium", what,
+           (unsigned long)at);
+}
+
+/* A page that the disk has, twice, and which is whole */
+static const unsigned char *k_page(struct nbdserve_cas *st, uint32_t slot,
+                                   int level, uint32_t index) {
+  static unsigned char page[BLOCK], sum[32];
+  const unsigned char *p = k_disk + d_at((long)slot, 1);
+  uint32_t twin = slot + CAS_TWIN;
+  k_must(slot % CAS_SEGMENT < CAS_TWIN && slot < st->super.nslots, "no page",
+         slot);
+  k_named[slot] = k_named[twin] = 1;
+  memcpy(page, p, BLOCK);
+  k_must(cas_sum_page(0, page, BLOCK, sum), "the sum of a page", slot);
+  k_must(!memcmp(p, k_disk + d_at((long)twin, 1), BLOCK), "its twin", slot);
+  k_must(!memcmp(sum, k_disk + d_at((long)slot, 0), 32), "its digest", slot);
+  k_must(!memcmp(sum, k_disk + d_at((long)twin, 0), 32), "its other digest",
+         slot);
+  k_must(u_get32(p) == (level < CAS_LEVELS ? CAS_MAP : CAS_CAT) &&
+             u_get32(p + 4) == (uint32_t)level && u_get32(p + 8) == index &&
+             u_get64(p + 12) <= st->super.number,
+         "its head", slot);
+  return p + CAS_HEAD;
+}
+
+/* Fills in the slots of the blocks below a page. */
+static void k_map(struct nbdserve_cas *st, uint32_t slot, int level,
+                  uint32_t index, uint32_t *to) {
+  const unsigned char *p;
+  uint32_t below = level == 3 ? 512 : level == 2 ? 64 : level == 1 ? 8 : 1, c;
+  if (!slot) return;
+  p = k_page(st, slot, level, index);
+  for (c = 0; c < 8; c++)
+    if (level)
+      k_map(st, u_get32(p + 4 * c), level - 1, 8 * index + c, to + c * below);
+    else
+      to[c] = u_get32(p + 4 * c);
+}
+
+/* Loads the catalog of the disk, with its maps. */
+static void k_catalog(struct nbdserve_cas *st, uint32_t slot, int level,
+                      uint32_t index) {
+  static uint32_t unused[K_BLOCKS];
+  const unsigned char *p;
+  uint32_t c;
+  if (!slot) return;
+  p = k_page(st, slot, level, index);
+  for (c = 0; level > CAS_LEVELS && c < 8; c++)
+    k_catalog(st, u_get32(p + 4 * c), level - 1, 8 * index + c);
+  for (c = 0; level == CAS_LEVELS && c < st->per_page; c++) {
+    struct cas_record *record = &k_vols[k_nvols].record;
+    cas_decode(cas_record_sizes, p + c * CAS_RECORD, record);
+    if (!record->id) continue;
+    k_must(k_nvols < K_VOLS - 1, "too many volumes", record->id);
+    memset(k_vols[k_nvols].slot, 0, sizeof k_vols->slot);
+    k_map(st, (uint32_t)record->root, 3, 0, k_vols[k_nvols++].slot);
+    memset(unused, 0, sizeof unused);
+    k_map(st, (uint32_t)record->digests, 3, 0, unused);
+    for (uint32_t i = 0; i < K_BLOCKS; i++)
+      if (unused[i]) k_named[unused[i]] = 2;
+  }
+}
+
+static int k_volume(uint64_t id) {
+  int i = 0;
+  while (i < k_nvols && k_vols[i].record.id != id)
+    i++;
+  return i < k_nvols ? i : -1;
+}
+
+static uint32_t k_blocks(int i) {
+  return (uint32_t)((k_vols[i].record.size + BLOCK - 1) / BLOCK);
+}
+
+/* The log page of a number at its place, or NULL; deep: its sum is looked at */
+static const unsigned char *k_log_page(struct nbdserve_cas *st, uint64_t seq,
+                                       int deep, struct cas_log_head *head) {
+  const unsigned char *p = k_disk + cas_log_off(st, seq);
+  uint32_t mixed[2][SHA_STATE_WORDS], n = 0;
+  unsigned char sum[32];
+  cas_decode(cas_log_sizes, p + CAS_LOG_HEAD, head);
+  if (head->magic != CAS_LOG || head->seq != seq || head->count > CAS_ENTRIES)
+    return NULL;
+  sha_begin(mixed);
+  if (deep) cas_log_sum(st, p, (uint32_t)head->count, mixed, &n, sum);
+  return deep && memcmp(sum, p + CAS_LOG_SUM, 32) ? NULL : p;
+}
+
+/* Applies the pages of the log before a number to what the catalog has. */
+static void k_replay(struct nbdserve_cas *st, uint64_t end) {
+  struct cas_log_head head;
+  struct cas_entry entry;
+  const unsigned char *p;
+  uint64_t seq, n;
+  uint32_t i;
+  for (seq = st->super.replay; seq < end; seq++) {
+    p = k_log_page(st, seq, 1, &head);
+    k_must(p != NULL, "a page of the log", seq);
+    k_must(head.durable <= st->durable && head.super <= st->super.number,
+           "what a page of the log says", seq);
+    k_must(seq == st->seq || head.count, "a closed page of the log", seq);
+    for (i = 0; i < head.count; i++) {
+      cas_decode(cas_entry_sizes, p + i * CAS_ENTRY, &entry);
+      int v = k_volume(entry.volume);
+      if (v < 0 || entry.block >= k_blocks(v)) continue;
+      n = u_min(entry.slot ? 1 : u_get64(entry.digest),
+                k_blocks(v) - entry.block);
+      for (; n-- > 0; entry.block++)
+        k_vols[v].slot[entry.block] = (uint32_t)entry.slot;
+    }
+  }
+}
+
+/* The slots of the blocks below a node in memory */
+static void k_memory(struct nbdserve_cas *st, const struct cas_node *node,
+                     uint32_t *to) {
+  const unsigned char *page;
+  uint32_t c, below;
+  if (!node) return;
+  below = node->level == 3 ? 512 : node->level == 2 ? 64 : 8;
+  for (c = 0; node->level && c < node->nkids; c++)
+    k_memory(st, node->kid[c], to + c * below);
+  if (node->level) return;
+  page = node->slots ? NULL : ck_page(st, node->slot) + CAS_HEAD;
+  for (c = 0; c < 8; c++)
+    to[c] = page ? u_get32(page + 4 * c) : node->slots[c];
+}
+
+/* What a kill leaves is what is in memory (C3, C15, C16). */
+static void k_compare(struct nbdserve_cas *st) {
+  const struct cas_volume *vol;
+  uint32_t i;
+  int n = k_nvols;
+  for (vol = st->volumes; vol; vol = vol->next) {
+    int v = k_volume(vol->id);
+    const struct cas_record *record = &k_vols[v < 0 ? 0 : v].record;
+    k_must((v < 0) == vol->is_hidden, "a volume that is hidden, or not",
+           vol->id);
+    if (v < 0) continue;
+    n--;
+    k_must(record->flags == (vol->parent ? CAS_IS_SNAPSHOT : 0) &&
+               record->size == vol->now.size &&
+               record->created == vol->created &&
+               record->made_from == vol->made_from &&
+               record->levels == CAS_LEVELS &&
+               !memcmp(record->cid, vol->now.cid, 32) &&
+               !strcmp((const char *)record->name, vol->now.name),
+           "its record", vol->id);
+    memset(k_mine, 0, sizeof k_mine);
+    k_memory(st, *cas_root(vol), k_mine);
+    for (i = 0; i < k_blocks(v); i++)
+      k_must(k_mine[i] == k_vols[v].slot[i], "a block of a volume", i);
+    for (; vol->parent && i < K_BLOCKS; i++)
+      k_must(!k_mine[i], "a block behind the end of a snapshot", i);
+  }
+  k_must(n == 0, "volumes that are no more", (uint64_t)n);
+}
+
+/* What is named by what a cut leaves is not free, nor has it been written since
+ * (C1, C5, C6). */
+static void k_kept(struct nbdserve_cas *st) {
+  unsigned char sum[32];
+  uint32_t slot;
+  int v;
+  for (v = 0; v < k_nvols; v++)
+    for (slot = 0; slot < k_blocks(v); slot++)
+      if (k_vols[v].slot[slot]) k_named[k_vols[v].slot[slot]] = 2;
+  for (slot = 1; slot < st->nslots; slot++) {
+    uint32_t tag = CAS_AT(st, slot, tag);
+    if (!k_named[slot]) continue;
+    k_must(CAS_AT(st, slot, refs) != 0, "what is named is free", slot);
+    k_must((k_named[slot] == 1) == (tag == TAG_PAGE || tag == TAG_RETIRED),
+           "what is named is taken for something else", slot);
+    k_must(!memcmp(d_now + d_at(slot, 1), k_disk + d_at(slot, 1), BLOCK) &&
+               !memcmp(d_now + d_at(slot, 0), k_disk + d_at(slot, 0), 32),
+           "what is named is written", slot);
+    if (k_named[slot] == 1) continue;
+    sha_256(0, d_now + d_at(slot, 1), NULL, BLOCK, sum, NULL);
+    k_must(!memcmp(sum, k_disk + d_at(slot, 0), 32), "its data", slot);
+  }
+}
+
+/* Both superblocks say what memory does, and no place of the log has a page
+ * that is to come. */
+static void k_places(struct nbdserve_cas *st) {
+  unsigned char p[D_SLOT] = {0};
+  struct cas_log_head head;
+  uint64_t seq;
+  cas_encode(cas_super_sizes, &st->super, p);
+  k_must(!memcmp(p, k_disk, CAS_SUPER_SUM), "the first superblock",
+         st->super.number);
+  /* Two that are alike when it is opened are believed to be durable; but who
+   * was killed may have left the second one in memory only: so much is still
+   * left to be mended in cas_open_super (C8). */
+  if (k_disk == d_now || d_syncs > k_syncs)
+    k_must(!memcmp(k_disk, k_disk + CAS_UNIT, CAS_PAGE),
+           "the second superblock", st->super.number);
+  for (seq = st->seq + 1; seq < st->super.replay + st->super.log_pages; seq++)
+    k_must(!k_log_page(st, seq, 0, &head), "a page that is to come", seq);
+  if (st->nwritten && k_disk == d_now)
+    k_must(k_log_page(st, st->seq, 1, &head) && head.count == st->nlog,
+           "the open page of the log", st->seq);
+}
+
+/* Where a pair counts there is space, also after a cut (C18), and the index has
+ * slots by their digests. */
+static void k_space(struct nbdserve_cas *st) {
+  uint32_t x;
+  uint64_t p;
+  for (x = 1; x < st->nslots; x++) {
+    uint32_t tag = CAS_AT(st, x, tag) & ~CAS_GOOD;
+    if (tag & TAG_INDEXED)
+      k_must(tag == CAS_TAG(d_now + d_at((long)x, 0)), "a tag of the index", x);
+    p = d_at((long)x, 1) / d_piece;
+    if (d_kind == TAKEN && cas_segment(st, x)->space == SPACE_DURABLE)
+      k_must(d_has[p] && d_has_durable[p], "a segment without space", x);
+  }
+}
+
+static void ck_disk(struct nbdserve_cas *st, int deep) {
+  int i;
+  if (d_kind == LOSTPAGE || m_hurt.any || d_frozen || d_fault.fired ||
+      st->failed)
+    return;
+  k_disk = d_now;
+  k_space(st);
+  for (i = 0; i < 2; i++) {
+    k_disk = i ? d_durable : d_now;
+    k_places(st);
+    if (!deep) continue;
+    k_nvols = 0;
+    memset(k_named, 0, sizeof k_named);
+    k_catalog(st, (uint32_t)st->super.catalog, CAS_TOP, 0);
+    k_replay(st, i ? st->durable : st->seq + (st->nwritten > 0));
+    if (i)
+      k_kept(st);
+    else
+      k_compare(st);
+  }
+}
+
+/* Everything that must be true between two calls */
+static void m_sound(void) {
+  int is_lenient = d_fault.fired || m_hurt.any || d_kind == LOSTPAGE;
+  if (!cas || !cas->is_open) return;
+  if (d_fault.nth && !d_fault.fired) return; /* as in the last history */
+  cas_check(cas, is_lenient ? CK_LENIENT : 0);
+  ck_disk(cas, m_nth % K_DEEP == 0);
+  k_must(cas->super.number >= k_last, "an older checkpoint", k_last);
+  k_last = cas->super.number;
+}
+
 static int m_step(void) {
   int err = m_one();
-#ifdef CAS_CHECK
-  if (cas) cas_check(cas);
-#endif
+  m_sound();
   return err;
 }
 
@@ -18049,7 +18371,24 @@ static void m_use(struct nbdserve_cas *cas, struct view *view) {
 }
 
 /* Closes a store: with all of its memory. */
+enum {
+  CK_LENIENT = 1, /* see cas_check */
+  CK_FORGED = 2
+};
+static void cas_check(struct nbdserve_cas *st, int how);
+
+static int ck_bytes(void *to, uint64_t off, size_t len) {
+  if (off + len > F_MAX) return -1;
+  memcpy(to, f_now + off, len);
+  return 0;
+}
+
+static void ck_fail(const char *what, int line, uint32_t at) {
+  m_fail("line %d: %s: of %" PRIu32, line, what, at);
+}
+
 static void m_close(struct nbdserve_cas *cas) {
+  cas_check(cas, CK_FORGED);
   SO(nbdserve_cas_close(cas) == 0);
   SO(m_blocks == 0);
 }
@@ -19102,6 +19441,325 @@ int main(int argc, char **argv) {
   sy_punched();
   return 0;
 }
+
+//== simulator mutate fault
+#if !NBDSERVE_NO_CAS
+/* ---- What must be true of a store whenever nothing is under way -----------
+ *
+ * cas_check walks all that is in memory and counts anew what the store counts:
+ * a slip in these numbers shows in the step that makes it, and not in the lucky
+ * history in which something is lost by it. */
+
+#define CK(condition) ck_must(condition, #condition, __LINE__)
+
+static struct {
+  const struct cas_node **node; /* [room]: a hash table of all nodes, */
+  int32_t *edges;               /* and how many edges lead to each */
+  uint32_t room;
+  uint32_t nnodes;
+  int32_t *holds; /* [nslots]: those that were found on each slot */
+  unsigned char *is_page, *is_listed; /* [nslots] */
+  uint32_t nslots;                    /* that there is room for */
+  uint32_t ndirty;
+  uint32_t nleaves;
+  int is_blind; /* a leaf is neither in memory nor to be read */
+  uint32_t at;  /* what is looked at, for the message */
+} ck;
+
+static void ck_must(int is_true, const char *what, int line) {
+  if (!is_true) ck_fail(what, line, ck.at);
+}
+
+static void ck_grow(void) {
+  const struct cas_node **node = ck.node;
+  int32_t *edges = ck.edges;
+  uint32_t room = ck.room, i, k;
+  ck.room = room ? 2 * room : 1024;
+  ck.node = calloc(ck.room, sizeof *ck.node);
+  ck.edges = calloc(ck.room, sizeof *ck.edges);
+  for (i = 0; i < room; i++) {
+    if (!node[i]) continue;
+    for (k = (uint32_t)((uintptr_t)node[i] >> 4) % ck.room; ck.node[k];)
+      k = (k + 1) % ck.room;
+    ck.node[k] = node[i];
+    ck.edges[k] = edges[i];
+  }
+  free(node);
+  free(edges);
+}
+
+/* The count of edges to a node, 0 for one that was not met before */
+static int32_t *ck_edges(const struct cas_node *node) {
+  uint32_t k;
+  if (2 * ck.nnodes >= ck.room) ck_grow();
+  k = (uint32_t)((uintptr_t)node >> 4) % ck.room;
+  while (ck.node[k] && ck.node[k] != node)
+    k = (k + 1) % ck.room;
+  ck.nnodes += !ck.node[k];
+  ck.node[k] = node;
+  return ck.edges + k;
+}
+
+/* One more hold on a slot that is to have data */
+static void ck_block(struct nbdserve_cas *st, uint32_t slot) {
+  if (!slot || slot == CAS_LOST) return;
+  ck.at = slot;
+  CK(slot < st->nslots);
+  CK(CAS_AT(st, slot, refs) > 0);
+  CK(CAS_AT(st, slot, tag) != TAG_PAGE && CAS_AT(st, slot, tag) != TAG_RETIRED);
+  ck.holds[slot]++;
+}
+
+/* The page of a leaf that is not in memory, or NULL */
+static const unsigned char *ck_page(struct nbdserve_cas *st, uint32_t slot) {
+  static unsigned char page[65536];
+  unsigned char sum[CAS_DIGEST_LEN];
+  int i;
+  for (i = 0; i < 2; i++, slot += CAS_TWIN)
+    if (!ck_bytes(page, cas_data_off(st, slot), st->bs) &&
+        cas_sum_page(0, page, st->bs, sum))
+      return page;
+  return NULL;
+}
+
+static void ck_leaf(struct nbdserve_cas *st, const struct cas_node *leaf) {
+  const unsigned char *page = NULL;
+  uint32_t c, slot;
+  CK(!leaf->nkids && !leaf->kid);
+  if (leaf->slots) {
+    ck.nleaves++;
+    CK(leaf->at < st->nleaves && st->leaves[leaf->at] == leaf);
+  } else {
+    CK(leaf->slot != 0); /* what is dirty is in memory */
+    page = ck_page(st, leaf->slot);
+    ck.is_blind |= !page;
+  }
+  for (c = 0; c < st->fanout && (page || leaf->slots); c++) {
+    slot = page ? u_get32(page + CAS_HEAD + 4 * c) : leaf->slots[c];
+    ck_block(st, slot);
+  }
+}
+
+/* Follows an edge to a node, and the first one to all below it.  above: its
+ * parent. */
+static void ck_node(struct nbdserve_cas *st, const struct cas_node *node,
+                    int level, uint32_t index, const struct cas_node *above) {
+  uint32_t c, i;
+  ck.at = node->slot;
+  CK(node->level == level && node->index == index);
+  CK(node->slot || !above || !above->slot); /* dirty below what is clean */
+  CK(level < CAS_LEVELS || node->refs == 1);
+  if ((*ck_edges(node))++) return;
+  CK(!node->is_given);
+  if (node->slot == CAS_LOST) {
+    CK(level < CAS_LEVELS && !node->nkids && !node->slots);
+    return;
+  }
+  ck.ndirty += !node->slot;
+  if (node->slot) CK(node->slot % CAS_SEGMENT < CAS_TWIN);
+  for (i = 0; node->slot && i < 2; i++) {
+    ck.at = node->slot + i * CAS_TWIN;
+    CK(ck.at < st->nslots && !ck.is_page[ck.at]);
+    CK(CAS_AT(st, ck.at, tag) == TAG_PAGE);
+    ck.is_page[ck.at] = 1;
+    ck.holds[ck.at]++;
+  }
+  if (!level) ck_leaf(st, node);
+  for (c = 0; c < node->nkids; c++) {
+    if (!node->kid[c]) continue;
+    if (level == CAS_LEVELS) {
+      i = index * st->per_page + c / 2;
+      CK(c < 2 * st->per_page && i < st->places && st->by_place[i]);
+    }
+    ck_node(st, node->kid[c], level - 1,
+            level == CAS_LEVELS ? 0 : index * st->fanout + c, node);
+  }
+}
+
+/* The list of volumes, their places and names */
+static void ck_volumes(struct nbdserve_cas *st, int is_forged) {
+  const struct cas_volume *vol, *other;
+  uint32_t n = 0, place, id = 0;
+  for (vol = st->volumes; vol; vol = vol->next, n++) {
+    const struct cas_facts *facts = &vol->now;
+    const struct cas_node *node;
+    ck.at = vol->id;
+    CK(vol->st == st && vol->id > id && vol->id < st->next_id);
+    id = vol->id;
+    CK(vol->place < st->places && st->by_place[vol->place] == vol);
+    place = vol->place / st->per_page;
+    node = cas_kid(st->catalog, place / st->fanout);
+    CK(node && vol->page == cas_kid(node, place % st->fanout));
+    CK(!vol->is_staged && !vol->is_rolled_back && !vol->old_root);
+    CK(!vol->pins && facts->is_there == !vol->is_hidden);
+    CK(!vol->is_hidden || vol->clients == 1);
+    CK(cas_is_size(st, facts->size));
+    CK(cas_is_name(facts->name) || (vol->is_hidden && !*facts->name));
+    if (!is_forged && u_is_zero(facts->cid, CAS_DIGEST_LEN))
+      CK(!*cas_digests(vol));
+    CK(is_forged || u_is_zero(facts->cid, CAS_DIGEST_LEN) || vol->parent);
+    if (vol->parent) CK(!vol->parent->parent && !vol->is_hidden);
+    if (vol->parent) CK(vol->made_from == vol->parent->id);
+    for (other = st->volumes; !is_forged && other != vol && *facts->name;
+         other = other->next)
+      CK(other->parent != vol->parent || strcmp(other->now.name, facts->name));
+    for (other = st->volumes; other && other != vol->parent;)
+      other = other->next;
+    CK(other == vol->parent);
+  }
+  for (place = 0; place < st->places; place++)
+    n -= st->by_place[place] != NULL;
+  CK(n == 0);
+}
+
+static void ck_list(struct nbdserve_cas *st, uint32_t slot, int is_data,
+                    uint32_t *n) {
+  for (; slot; slot = CAS_AT(st, slot, link), ++*n) {
+    ck.at = slot;
+    CK(slot < st->nslots && !ck.is_listed[slot]);
+    CK(CAS_AT(st, slot, refs) == CAS_PENDING);
+    CK(!is_data || CAS_AT(st, slot, tag) == TAG_NONE); /* (C5, C6) */
+    ck.is_listed[slot] = 1;
+  }
+}
+
+/* Every slot is in one state, and is held as often as it says. */
+static void ck_slots(struct nbdserve_cas *st, int is_lenient) {
+  uint32_t slot, n = 0;
+  ck_list(st, st->dropped, 1, &n);
+  ck_list(st, st->retired, 0, &n);
+  CK(n == st->nwaiting || st->failed); /* a sync that failed keeps its list */
+  CK(CAS_AT(st, 0, refs) == 1 && CAS_AT(st, 0, tag) == TAG_NONE);
+  for (slot = 1; slot < st->nslots; slot++) {
+    int32_t refs = CAS_AT(st, slot, refs), holds = ck.holds[slot];
+    uint32_t tag = CAS_AT(st, slot, tag);
+    ck.at = slot;
+    CK(refs >= CAS_PENDING);
+    CK(refs > 0 || (!holds && !(tag & (CAS_GOOD | TAG_INDEXED))));
+    CK(refs <= 0 || refs == holds || (is_lenient && refs > holds));
+    CK(refs != 0 || tag == TAG_NONE);
+    CK(refs == CAS_PENDING || tag != TAG_RETIRED);
+    CK(tag == TAG_NONE || tag == TAG_PAGE || tag == TAG_RETIRED ||
+       tag & (CAS_GOOD | TAG_INDEXED));
+    CK((tag == TAG_PAGE) == ck.is_page[slot] || is_lenient);
+    CK((refs == CAS_PENDING) == ck.is_listed[slot] ||
+       ((st->log_unwritten || st->failed) && !ck.is_listed[slot]));
+  }
+}
+
+/* The index has just those that say so, in the buckets where they are looked
+ * for. */
+static void ck_index(struct nbdserve_cas *st) {
+  uint32_t n = st->ngroups * CAS_SLOTS, b, slot, nfound = 0;
+  CK(st->mask < n && n <= 2 * (st->mask + 1));
+  CK(!(st->mask & (st->mask + 1)));
+  for (b = 0; b < n; b++)
+    for (slot = CAS_AT(st, b, bucket); slot; slot = CAS_AT(st, slot, link)) {
+      ck.at = slot;
+      CK(slot < st->nslots && CAS_AT(st, slot, tag) & TAG_INDEXED);
+      CK(cas_bucket(st, CAS_AT(st, slot, tag)) == &CAS_AT(st, b, bucket));
+      CK(nfound++ < st->nslots);
+    }
+  for (slot = 0; slot < st->nslots; slot++)
+    nfound -= (CAS_AT(st, slot, tag) & TAG_INDEXED) != 0;
+  CK(nfound == 0);
+}
+
+/* What is free in segments and in all, and where cursors are */
+static void ck_space(struct nbdserve_cas *st) {
+  uint32_t nfree = 0, npairs = 0, npending = 0, nloose = 0, x, i;
+  CK(st->nslots % CAS_SEGMENT == 0 && st->nslots <= st->ngroups * CAS_SLOTS);
+  CK(st->nslots > (st->ngroups - 1) * CAS_SLOTS);
+  for (x = 0; x < st->nslots; x += CAS_SEGMENT) {
+    const struct cas_segment *seg = cas_segment(st, x);
+    uint32_t free = 0, pairs = 0, pages = 0;
+    for (i = x; i < x + CAS_SEGMENT; i++) {
+      free += CAS_AT(st, i, refs) == 0;
+      pages += CAS_AT(st, i, tag) == TAG_PAGE;
+      pairs += i - x < CAS_TWIN && CAS_AT(st, i, refs) == 0 &&
+               CAS_AT(st, i + CAS_TWIN, refs) == 0;
+    }
+    ck.at = x;
+    CK(seg->nfree == free && seg->npairs == pairs && seg->npages == pages);
+    CK(seg->space <= SPACE_BROKEN);
+    CK(st->syncing || seg->space != SPACE_SYNCING || st->failed);
+    CK(st->gives_back || seg->space != SPACE_BUSY);
+    if (seg->space > SPACE_DURABLE) continue;
+    nfree += free;
+    if (seg->space == SPACE_DURABLE) npairs += pairs;
+    if (seg->space == SPACE_WRITTEN || seg->space == SPACE_SYNCING)
+      npending += pairs;
+    nloose += seg->space == SPACE_DURABLE ? free - 2 * pairs : free;
+  }
+  CK(st->nfree == nfree && st->nloose == nloose);
+  CK(st->npairs == npairs && st->npending == npending);
+  CK(st->data_cursor <= st->nslots && st->back_cursor <= st->nslots);
+  CK(st->back_cursor % CAS_SEGMENT == 0 && st->pair_cursor % CAS_SEGMENT == 0);
+  CK(st->pair_cursor < st->nslots);
+}
+
+static void ck_log(struct nbdserve_cas *st) {
+  uint32_t i;
+  ck.at = st->nlog;
+  CK(st->nlog < CAS_ENTRIES && st->nwritten <= st->nlog);
+  CK(st->nwritten == st->nlog || st->failed); /* (C3) */
+  CK(st->super.replay <= st->seq);
+  CK(st->seq - st->super.replay < st->super.log_pages || st->readonly);
+  CK(st->readonly || (st->marked <= st->durable && st->durable <= st->seq));
+  CK(st->nsynced <= st->nlogged && st->nlog <= st->nlogged);
+  CK(st->nmixed <= st->nlog * CAS_ENTRY / SHA_BLOCK_LEN);
+  for (i = st->nlog * CAS_ENTRY; i < CAS_LOG_HEAD; i++)
+    CK(!st->page[i] || st->readonly);
+  CK(st->last_number >= st->super.number);
+  CK(st->super.nslots <= st->nslots && st->super.next_id <= st->next_id);
+  CK(st->filled < st->to_fill + CAS_FILL && st->to_fill <= st->nslots);
+  CK(!st->catalog || !st->catalog->slot || st->failed ||
+     st->super.catalog == st->catalog->slot);
+}
+
+/* how, bits: CK_LENIENT: memory or a page could not be had, so holds may be
+ * left over; CK_FORGED: names and records may be as no store makes them. */
+static void cas_check(struct nbdserve_cas *st, int how) {
+  uint32_t i;
+  os_lock(&st->ckpt);
+  os_lock(&st->lock);
+  CK(st->is_open && !st->is_replaying && !st->is_ending && !st->loader);
+  ck.ndirty = ck.nleaves = ck.nnodes = 0;
+  ck.is_blind = 0;
+  for (i = 0; i < ck.room; i++) {
+    ck.node[i] = NULL;
+    ck.edges[i] = 0;
+  }
+  if (ck.nslots < st->nslots) {
+    free(ck.holds);
+    free(ck.is_page);
+    free(ck.is_listed);
+    ck.nslots = st->nslots;
+    ck.holds = malloc(ck.nslots * sizeof *ck.holds);
+    ck.is_page = malloc(ck.nslots);
+    ck.is_listed = malloc(ck.nslots);
+  }
+  memset(ck.holds, 0, st->nslots * sizeof *ck.holds);
+  memset(ck.is_page, 0, st->nslots);
+  memset(ck.is_listed, 0, st->nslots);
+  if (st->catalog) ck_node(st, st->catalog, CAS_TOP, 0, NULL);
+  for (i = 0; i < ck.room; i++) {
+    if (!ck.node[i]) continue;
+    ck.at = ck.node[i]->slot;
+    CK(ck.node[i]->refs == ck.edges[i]); /* (C13) */
+  }
+  ck.at = ck.ndirty;
+  CK(st->ndirty == ck.ndirty);
+  CK(st->nleaves == ck.nleaves && st->nleaves <= st->leaf_room);
+  ck_volumes(st, how & CK_FORGED);
+  ck_slots(st, how & CK_LENIENT || ck.is_blind);
+  ck_index(st);
+  ck_space(st);
+  ck_log(st);
+  os_unlock(&st->lock);
+  os_unlock(&st->ckpt);
+}
+#endif
 
 //== fuzz
 /* Defends "broken clients" against everything a client may send: no input ends

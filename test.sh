@@ -4179,6 +4179,38 @@ testExtentsStatVerifyAndListAtTheirEdges() {
   unless NO_CAS || return 0
   fault edges "$T/pool"
 }
+testWhatCannotBeReadForAWhileIsNotTakenBack() {
+  unless NO_CAS || return 0
+  fault unread "$T/pool"
+}
+testTwoPagesOfTheLogThatAreGoneAreDamageIfOneWasDurable() {
+  unless NO_CAS || return 0
+  fault gaps "$T/pool"
+}
+testAPageOfACheckpointThatNeverWasIsNotBelieved() {
+  unless NO_CAS || return 0
+  fault future "$T/pool"
+}
+testDataWithAWrongDigestIsNotTakenForTheSame() {
+  unless NO_CAS || return 0
+  fault misled "$T/pool"
+}
+testVerifyReadsWhatWasReadBefore() {
+  unless NO_CAS || return 0
+  fault anew "$T/pool"
+}
+testDamageIsNamedForAllWhoShareIt() {
+  unless NO_CAS || return 0
+  fault shared "$T/pool"
+}
+testBothCopiesOfAPageAreWrittenAnewWhereOneIsWrong() {
+  unless NO_CAS || return 0
+  fault healed "$T/pool"
+}
+testChangesInOneSeeThoseBeforeThem() {
+  unless NO_CAS || return 0
+  fault inorder "$T/pool"
+}
 testGcHoldsNobodyUpWhileItGivesSpaceBack() {
   unless NO_CAS && unless NO_THREADS && unless POSIX_ONLY || return 0
   fault slowgc "$T/pool"
@@ -14602,6 +14634,185 @@ static void i_killed(int steps) {
   CHECK(waitpid(pid, &status, 0) == pid && status == 0);
 }
 
+/* What was written before a kill, and cannot be read when the store is opened,
+ * is not taken back to what was there before: who reads it gets an error, and
+ * when it can be read again it is there. */
+static void i_unread(void) {
+  uint32_t slot;
+  i_new(1, 0);
+  CHECK(i_put(1, 'a') == 0 && i_cas_close() == 0);
+  i_killed(1);
+  CHECK(i_cas_open(NBDSERVE_CAS_READONLY) == 0 && i_get(1) == 'b');
+  slot = i_slot(1);
+  CHECK(i_cas_close() == 0);
+  fi[PREAD].bad = i_slot_at(slot) + 5;
+  CHECK(i_cas_open(0) == 0 && i_get(1) == -EIO && i_cas_close() == 0);
+  fi[PREAD].bad = 0;
+  CHECK(i_cas_open(0) == 0 && i_get(1) == 'b' && i_cas_close() == 0);
+}
+
+/* Of two pages of the log in a row that are gone, the first one was durable, as
+ * a later page says: that is damage.  If only the second one is gone, which was
+ * not, or none but that later page, it is a torn end. */
+static void i_gaps(void) {
+  int status, gone, i;
+  uint64_t replay;
+  pid_t pid;
+  for (gone = 1; gone < 8; gone++) {
+    i_new(1, 0);
+    CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
+    replay = i_replay();
+    CHECK((pid = fork()) >= 0);
+    if (!pid) {
+      CHECK(i_cas_open(0) == 0);
+      CHECK(i_put(1, 1) == 0 && i_flush() == 0);
+      for (i = 2; i < 2 + CAS_ENTRIES + 1; i++) /* a page, and one more */
+        CHECK(i_put((uint64_t)i, i) == 0);
+      _exit(0);
+    }
+    CHECK(waitpid(pid, &status, 0) == pid && status == 0);
+    for (i = 0; i < 3; i++)
+      if (gone & 1 << i) i_flip(i_log_at(replay + (uint64_t)i) + 4040);
+    /* The third page says that the first one is durable, and so does the
+     * second. */
+    if (gone & 1 && gone < 7) {
+      CHECK(i_cas_open(0) == -EUCLEAN);
+      continue;
+    }
+    CHECK(i_cas_open(0) == 0 && i_get(0) == 'a');
+    CHECK(i_get(1) == (gone & 1 ? 0 : 1));
+    CHECK(i_get(2) == (gone & 2 ? 0 : 2));
+    CHECK(i_get(1 + CAS_ENTRIES) == (gone & 2 ? 0 : 1 + CAS_ENTRIES));
+    CHECK(i_get(2 + CAS_ENTRIES) == (gone & 4 ? 0 : 2 + CAS_ENTRIES));
+    CHECK(i_cas_close() == 0);
+  }
+}
+
+/* A page of a checkpoint that never became durable is none, though its sums are
+ * right (C17). */
+static void i_future(void) {
+  unsigned char b[8];
+  uint64_t number;
+  uint32_t slot;
+  int later;
+  for (later = 0; later < 2; later++) {
+    i_new(1, 0);
+    CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
+    slot = i_page(0, 0);
+    i_peek(32, b, sizeof b);
+    number = u_get64(b);
+    i_peek(i_slot_at(slot) + 12, b, sizeof b);
+    CHECK(u_get64(b) <= number);
+    u_put64(b, number + (uint64_t)later);
+    i_forge(slot, 12, b, sizeof b);
+    CHECK(i_cas_open(0) == 0 && i_get(0) == (later ? -EIO : 'a'));
+    CHECK(i_cas_close() == 0);
+  }
+}
+
+/* A slot has the same data, but its digest is wrong: what is written again goes
+ * elsewhere, or it could not be read later. */
+static void i_misled(void) {
+  struct nbdserve_export e = {0};
+  off_t at;
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0);
+  at = i_digest_at(i_slot(0)) + 20; /* not where the index looks */
+  CHECK(i_cas_close() == 0);
+  i_flip(at);
+  CHECK(i_cas_open(NBDSERVE_CAS_NO_VERIFY) == 0);
+  CHECK(nbdserve_cas_begin(i_cas, "x", 1, &e) == 0); /* the index is full */
+  CHECK(nbdserve_cas_finish(i_cas, &e, 0) == 0);
+  CHECK(i_get(0) == 'a'); /* unchecked, and so no reason to believe it */
+  CHECK(i_put(1, 'a') == 0 && i_cas_close() == 0);
+  CHECK(i_cas_open(NBDSERVE_CAS_VERIFY) == 0);
+  CHECK(i_get(0) == -EIO && i_get(1) == 'a' && i_cas_close() == 0);
+}
+
+/* Verify reads what was read before, too: it may have rotted since.  And what
+ * it has found is not read as if it were good. */
+static void i_anew(void) {
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
+  CHECK(i_cas_open(NBDSERVE_CAS_VERIFY) == 0 && i_get(0) == 'a');
+  CHECK(i_verify() == 0);
+  i_flip(i_slot_at(i_slot(0)) + 9);
+  CHECK(i_verify() == -EUCLEAN);
+  CHECK(!strcmp(i_told, "v 0 4096 the data is not what it was;"));
+  CHECK(i_get(0) == -EIO && i_put(1, 'a') == 0 && i_get(1) == 'a');
+  CHECK(i_cas_close() == 0);
+}
+
+/* What two snapshots share and is damaged is named for both, and for the
+ * volume. */
+static void i_shared(void) {
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0);
+  CHECK(nbdserve_cas_snapshot(i_cas, "v@1") == 0);
+  CHECK(nbdserve_cas_snapshot(i_cas, "v@2") == 0);
+  i_flip(i_slot_at(i_slot(0)) + 9);
+  CHECK(i_verify() == -EUCLEAN);
+  CHECK(!strcmp(i_told, "v 0 4096 the data is not what it was;"
+                        "v@1 0 4096 the data is not what it was;"
+                        "v@2 0 4096 the data is not what it was;"));
+  CHECK(i_cas_close() == 0);
+}
+
+/* Copies of a page that differ are both written anew when it is read, whichever
+ * is wrong, and so are digests. */
+static void i_healed(void) {
+  unsigned char page[2][4096], sum[2][32];
+  uint32_t slot;
+  int what, i;
+  for (what = 0; what < 4; what++) {
+    i_new(1, 0);
+    CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
+    slot = i_page(0, 0);
+    i_peek(i_slot_at(slot), page[0], 4096);
+    i_peek(i_digest_at(slot), sum[0], 32);
+    i = what % 2 * (int)CAS_TWIN;
+    i_flip(what < 2 ? i_slot_at(slot + (uint32_t)i) + 200
+                    : i_digest_at(slot + (uint32_t)i) + 3);
+    CHECK(i_cas_open(0) == 0 && i_verify() == 0);
+    for (i = 0; i < 2; i++, slot += CAS_TWIN) {
+      i_peek(i_slot_at(slot), page[1], 4096);
+      i_peek(i_digest_at(slot), sum[1], 32);
+      CHECK(!memcmp(page[0], page[1], 4096) && !memcmp(sum[0], sum[1], 32));
+    }
+    CHECK(i_get(0) == 'a' && i_cas_close() == 0);
+  }
+}
+
+/* Changes in one see what those before them make: sizes, names, and what there
+ * is below a volume; and two rollbacks of one volume are refused. */
+static void i_inorder(void) {
+  struct nbdserve_cas_op ops[3] = {{NBDSERVE_CAS_ROLLBACK, "v@s", NULL, 0},
+                                   {NBDSERVE_CAS_CLONE, "v", "c", 0},
+                                   {NBDSERVE_CAS_RENAME, "v", "w", 0}};
+  struct nbdserve_cas_op twice[2] = {{NBDSERVE_CAS_ROLLBACK, "w@s", NULL, 0},
+                                     {NBDSERVE_CAS_ROLLBACK, "w@s", NULL, 0}};
+  struct nbdserve_cas_op made[2] = {{NBDSERVE_CAS_SNAPSHOT, "w@t", NULL, 0},
+                                    {NBDSERVE_CAS_RM, "w", NULL, 0}};
+  struct nbdserve_export e = {0};
+  size_t failed = 9;
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0 && nbdserve_cas_snapshot(i_cas, "v@s") == 0);
+  CHECK(i_put(0, 'b') == 0);
+  i_volume.ops->close(i_volume.ctx);
+  CHECK(nbdserve_cas_resize(i_cas, "v", 8192) == 0);
+  CHECK(nbdserve_cas_changes(i_cas, ops, 3, &failed) == 0);
+  CHECK(nbdserve_cas_volume(i_cas, "c", &e) == 0);
+  CHECK(e.size == I_LEAF * 4096);
+  e.ops->close(e.ctx);
+  CHECK(nbdserve_cas_changes(i_cas, twice, 2, &failed) == -EINVAL);
+  CHECK(failed == 1);
+  CHECK(nbdserve_cas_rm(i_cas, "w@s") == 0);
+  CHECK(nbdserve_cas_changes(i_cas, made, 2, &failed) == -ENOTEMPTY);
+  CHECK(failed == 1 && nbdserve_cas_rm(i_cas, "w@t") == -ENOENT);
+  CHECK(nbdserve_cas_volume(i_cas, "w", &i_volume) == 0 && i_get(0) == 'a');
+  CHECK(i_volume.size == I_LEAF * 4096 && i_cas_close() == 0);
+}
+
 /* A disk has lost both superblocks of the last checkpoint, but not what was
  * logged since. */
 static void i_outdated(void) {
@@ -14875,6 +15086,14 @@ static void i_undone(void) {}
 static void i_reserve(void) {}
 static void i_closing(void) {}
 static void i_nohole(void) {}
+static void i_inorder(void) {}
+static void i_healed(void) {}
+static void i_shared(void) {}
+static void i_anew(void) {}
+static void i_misled(void) {}
+static void i_future(void) {}
+static void i_gaps(void) {}
+static void i_unread(void) {}
 #endif
 
 int main(int argc, char **argv) {
@@ -14906,6 +15125,10 @@ int main(int argc, char **argv) {
       {"newlog", i_newlog},       {"refused", i_refused},
       {"undone", i_undone},       {"reserve", i_reserve},
       {"closing", i_closing},     {"nohole", i_nohole},
+      {"inorder", i_inorder},     {"healed", i_healed},
+      {"shared", i_shared},       {"anew", i_anew},
+      {"misled", i_misled},       {"future", i_future},
+      {"gaps", i_gaps},           {"unread", i_unread},
   };
   int i;
   CHECK(argc > 2);
@@ -15012,6 +15235,8 @@ static struct {
   size_t data;
 } d_ops[D_OPS];
 static int d_exists, d_entered; /* the file; its directory entry lasts */
+static int d_loses;             /* what it is writing when the power is cut, */
+static int d_lost_super[2];     /* and that is a superblock */
 static int d_fds, d_locked, d_frozen, d_full; /* d_full: no room was met */
 static long d_fuse; /* this many changes until the power is cut; 0: never */
 static int d_aim;   /* rather when the superblock is written */
@@ -15182,6 +15407,18 @@ static void d_lost(void) {
   d_expect = 0;
 }
 
+/* A disk may lose the sectors that it is writing when the power goes, not only
+ * leave them as they were: of a superblock all of it.  So the two must never be
+ * under way together.  Not in all histories, so that those which are known to
+ * find something are what they were. */
+static void d_cut_supers(void) {
+  int i, place;
+  for (place = 0; place < 2; place++)
+    for (i = 0; i < d_nops && d_loses; i++)
+      if (d_ops[i].len == 4096 && d_ops[i].off == (uint64_t)place * CAS_UNIT)
+        d_lost_super[place] = 1;
+}
+
 /* What is left after a cut: none, all, metadata or data of what was not synced,
  * some of its pieces of 512 or 4096 bytes (POWER: one of these); KILL: all can
  * be read, and still gets lost in the next one. */
@@ -15190,6 +15427,7 @@ static void d_cut(int how) {
   uint64_t piece = how == 4 ? 512 : 4096, i;
   int kept = (int)rnd(101), n = d_nops;
   if (how == KILL) return;
+  d_cut_supers();
   for (i = 0; i < D_SIZE / piece; i++)
     limit[i] = how == 0   ? 0
                : how == 1 ? n
@@ -15201,6 +15439,9 @@ static void d_cut(int how) {
            how == 0   ? 0
            : how == 1 ? n
                       : (int)rnd((uint32_t)n + 1));
+  for (i = 0; i < 2; i++)
+    if (d_lost_super[i]) memset(d_durable + i * CAS_UNIT + 20, 0x55, 492);
+  memset(d_lost_super, 0, sizeof d_lost_super);
   memcpy(d_now, d_durable, D_SIZE);
   d_size = d_durable_size;
   d_cut_space();
@@ -16521,10 +16762,25 @@ static int m_progress(void *arg, uint64_t done, uint64_t total) {
 }
 
 static int m_gc(void) {
+  static unsigned char had[D_SIZE / D_SLOT];
   uint64_t bytes;
-  int err;
+  uint32_t x;
+  long refused = d_refused;
+  int err, was_full = d_full;
   m_do("gc");
+  d_full = 0;
+  for (x = 0; x < cas->nslots; x += CAS_SEGMENT)
+    had[x] = cas_segment(cas, x)->npages > 0 &&
+             cas_segment(cas, x)->space == SPACE_DURABLE;
+  for (x = cas->nslots; x < D_SIZE / D_SLOT; x += CAS_SEGMENT)
+    had[x] = 0;
   err = nbdserve_cas_gc(cas, &bytes, rnd(2) ? m_progress : NULL, NULL);
+  for (x = 0; x < cas->nslots && !d_full && refused == d_refused;
+       x += CAS_SEGMENT) /* (C18) */
+    if (had[x] && cas_segment(cas, x)->npages &&
+        cas_segment(cas, x)->space < SPACE_DURABLE)
+      m_fail("gc gave back what segment %u has beside pages", x);
+  d_full |= was_full;
   if (err == -EOPNOTSUPP && d_nofallocate) return 0;
   if (err == -EUCLEAN && m_hurt.any) return 0;
   if (err && !m_excused_but(err)) m_fail("%d", err);
@@ -16710,8 +16966,16 @@ static struct {
   uint32_t slot[K_BLOCKS]; /* of each block */
 } k_vols[K_VOLS];          /* those of the catalog on the disk */
 static int k_nvols;
-static unsigned char k_named[D_SIZE / D_SLOT]; /* slots; 1: page, 2: data */
-static uint32_t k_mine[K_BLOCKS];              /* of a volume in memory */
+static unsigned char k_named[D_SIZE / D_SLOT];   /* slots; 1: page, 2: data */
+static unsigned char k_sum[D_SIZE / D_SLOT][32]; /* of pages, when last seen, */
+static uint64_t k_deep;           /* after the checkpoint with that number */
+static uint32_t k_mine[K_BLOCKS]; /* of a volume in memory */
+/* A sync failed in the last process: one superblock may be in memory only, and
+ * is not written again as long as it can be read there. */
+static int k_believes;
+/* The checkpoint after which a change failed: the pages of the catalog that it
+ * has made dirty have no pairs as yet. */
+static uint64_t k_tried;
 static uint64_t k_last; /* number of the checkpoint that was seen last */
 
 static int ck_bytes(void *to, uint64_t off, size_t len) {
@@ -16749,6 +17013,12 @@ static const unsigned char *k_page(struct nbdserve_cas *st, uint32_t slot,
              u_get32(p + 4) == (uint32_t)level && u_get32(p + 8) == index &&
              u_get64(p + 12) <= st->super.number,
          "its head", slot);
+  /* One that is new has the number of a checkpoint that is (C17). */
+  if (k_disk == d_now && memcmp(k_sum[slot], sum, 32)) {
+    k_must(k_deep == UINT64_MAX || u_get64(p + 12) > k_deep,
+           "the number of a new page", slot);
+    memcpy(k_sum[slot], sum, 32);
+  }
   return p + CAS_HEAD;
 }
 
@@ -16953,7 +17223,7 @@ static void ck_disk(struct nbdserve_cas *st, int deep) {
     return;
   k_disk = d_now;
   k_space(st);
-  for (i = 0; i < 2; i++) {
+  for (i = 0; i < 2 - k_believes; i++) {
     k_disk = i ? d_durable : d_now;
     k_places(st);
     if (!deep) continue;
@@ -16966,6 +17236,7 @@ static void ck_disk(struct nbdserve_cas *st, int deep) {
     else
       k_compare(st);
   }
+  if (deep) k_deep = st->super.number;
 }
 
 /* Everything that must be true between two calls */
@@ -16974,6 +17245,10 @@ static void m_sound(void) {
   if (!cas || !cas->is_open) return;
   if (d_fault.nth && !d_fault.fired) return; /* as in the last history */
   cas_check(cas, is_lenient ? CK_LENIENT : 0);
+  if (!is_lenient && d_kind != SCARCE && !cas->failed && !cas->readonly &&
+      cas->super.number != k_tried)
+    k_must(cas->npairs >= cas->ndirty, "too few pairs for what is dirty",
+           cas->npairs); /* (C20) */
   ck_disk(cas, m_nth % K_DEEP == 0);
   k_must(cas->super.number >= k_last, "an older checkpoint", k_last);
   k_last = cas->super.number;
@@ -16981,6 +17256,7 @@ static void m_sound(void) {
 
 static int m_step(void) {
   int err = m_one();
+  if (err && cas) k_tried = cas->super.number;
   m_sound();
   return err;
 }
@@ -17025,6 +17301,7 @@ static int m_new(uint64_t seed) {
   memset(m_refused, 0, sizeof m_refused);
   d_exists = nlater = m_over = d_stopped = 0;
   d_lose = d_asked = d_refused = 0;
+  k_deep = UINT64_MAX;
   m_flight = m_acked = 0;
   m_nth = m_last = 0;
   change.kind = 0;
@@ -17334,6 +17611,7 @@ static int c_cuts(int kind, long want, uint64_t first) {
     made = 0;
     d_seed = seed * 77 + 12345;
     rnd(2);
+    d_loses = seed % 4 == 1 || seed % 4 == 2;
     d_kind = (enum kind)kind;
     if (d_kind == NKINDS) d_kind = M_NEW ? c_mixture[rnd(20)] : PLAIN;
     c_count[d_kind].seeds++;
@@ -17402,6 +17680,27 @@ static void f_recover(int lost) {
   m_forget();
 }
 
+/* After a failed sync what was written since the one before can be read until
+ * the power goes, but never reaches the medium by itself.  Recovery believes
+ * what it reads, so it has to write that once more (C10): then it is there
+ * after a cut, too. */
+static void f_believe(void) {
+  m_forget();
+  k_believes = 1;
+  m_over = m_acked = d_stopped = 0;
+  d_fault.nth = d_fault.fired = 0;
+  if (m_reopen()) m_fail("no recovery after a failed sync");
+  m_check();
+  m_forget();
+  d_cut(0);
+  k_believes = 0;
+  if (m_reopen()) m_fail("no recovery after a failed sync and a cut");
+  m_acked = 0;
+  m_check();
+  m_shut();
+  m_forget();
+}
+
 static void f_write(struct m_vol *v) {
   static uint32_t values[CELLS];
   m_do("fill %s", v->name);
@@ -17443,6 +17742,10 @@ static int f_history(uint64_t seed, int kind, long nth, int err) {
   i = d_fault.fired;
   if (!cas && !i) m_fail("not opened: %d", r);
   if (cas && rnd(2)) m_shut(); /* else it is killed */
+  if (i && syncs && err != EINTR && nth % 2) {
+    f_believe();
+    return i;
+  }
   f_recover((syncs && err != EINTR) || rnd(2));
   return i;
 }

@@ -15730,6 +15730,19 @@ static off_t sim_lseek(int fd, off_t off, int whence) {
   return whence == SEEK_END ? (off_t)d_size + off : off;
 }
 
+/* The clock of each process is another one, and may be late. */
+static uint64_t d_clock; /* microseconds */
+static int sim_clock(clockid_t clock, struct timespec *t) {
+  (void)clock;
+  d_clock++;
+  t->tv_sec = (time_t)(d_clock / 1000000);
+  t->tv_nsec = (long)(d_clock % 1000000 * 1000);
+  return 0;
+}
+static void d_set_clock(uint64_t luck) {
+  d_clock = UINT64_C(1000000000000000) + luck % 1000000 * 1000;
+}
+
 /* A thread of the store runs when the next one waits for it, or at m_step */
 static int sim_create(pthread_t *t, const pthread_attr_t *a, void *(*f)(void *),
                       void *arg) {
@@ -15794,6 +15807,7 @@ static int sim_lstat(const char *path, struct stat *st) {
 #undef pwritev
 #undef ftruncate
 #undef fallocate
+#define clock_gettime sim_clock
 #define open sim_open
 #define close sim_close
 #define unlink sim_unlink
@@ -16670,6 +16684,7 @@ static void m_forget(void) {
   d_thread = NULL;
   d_fds = d_locked = d_frozen = d_full = 0;
   k_syncs = d_syncs;
+  d_set_clock(d_clock * 7919 + m_seed);
   cas = NULL;
   for (i = 0; i <= NVOLS; i++)
     vols[i].is_open = 0;
@@ -17302,6 +17317,8 @@ static int m_new(uint64_t seed) {
   d_exists = nlater = m_over = d_stopped = 0;
   d_lose = d_asked = d_refused = 0;
   k_deep = UINT64_MAX;
+  k_last = 0;
+  d_set_clock(m_seed * 7919);
   m_flight = m_acked = 0;
   m_nth = m_last = 0;
   change.kind = 0;
@@ -19539,6 +19556,39 @@ static void sy_logged(void) {
   sy_end();
 }
 
+/* Writes a quarter of block 1. */
+static int sy_write_part(uint32_t quarter) {
+  unsigned char b[SY_BLOCK / 4];
+  memset(b, 'a' + (int)quarter, sizeof b);
+  return sy_export.ops->write(
+      sy_export.ctx, b, SY_BLOCK + (uint64_t)quarter * sizeof b, sizeof b, 0);
+}
+
+/* Parts of one block are written at a time: who has read it finds that it is
+ * another one by now, and begins anew. */
+static void sy_parts(void) {
+  struct sy_thread a = {.run = sy_write_part, .arg = 0};
+  struct sy_thread b = {.run = sy_write_part, .arg = 1};
+  unsigned char is[SY_BLOCK];
+  struct cas_spot spot;
+  sy_new("parts of one block that are written at a time");
+  sy_limit = SY_SIZE;
+  os_lock(&sy_cas->lock);
+  sy_ok("find", cas_find_spot(sy_cas, cas_root(sy_export.ctx), 1, &spot));
+  cas_unlock(sy_cas);
+  sy_set_bar(0, cas_data_off(sy_cas, spot.slot), SY_BLOCK);
+  sy_start(&a);
+  sy_at_bar(&a);
+  sy_start(&b);
+  sy_ok("write", sy_join(&b));
+  sy_no_bar();
+  sy_ok("write", sy_join(&a));
+  sy_ok("read", sy_export.ops->read(sy_export.ctx, is, SY_BLOCK, SY_BLOCK, 0));
+  if (is[0] != 'a' || is[SY_BLOCK / 4] != 'b') sy_fail("one is lost", is[0]);
+  sy_ok("write", sy_write(1));
+  sy_end();
+}
+
 /* ---- Changes of the catalog, checks and gc beside others ---- */
 
 static int sy_stops; /* under sy_lock: verify ends at the next step */
@@ -19735,6 +19785,7 @@ int main(int argc, char **argv) {
   sy_portions(1);
   sy_overwritten();
   sy_logged();
+  sy_parts();
   sy_staged(NBDSERVE_CAS_CREATE);
   sy_staged(NBDSERVE_CAS_RENAME);
   sy_staged(NBDSERVE_CAS_ROLLBACK);

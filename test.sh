@@ -4211,6 +4211,10 @@ testChangesInOneSeeThoseBeforeThem() {
   unless NO_CAS || return 0
   fault inorder "$T/pool"
 }
+testDigestsInABadSectorAreAllWrittenAnew() {
+  unless NO_CAS || return 0
+  fault wholesector "$T/pool"
+}
 testGcHoldsNobodyUpWhileItGivesSpaceBack() {
   unless NO_CAS && unless NO_THREADS && unless POSIX_ONLY || return 0
   fault slowgc "$T/pool"
@@ -12962,8 +12966,9 @@ int main(int argc, char **argv) {
  * fault VERB FILE, with system calls that fail as they are told: err for the
  * next times calls (-1: all) behind the next skip, at most cut bytes at a time,
  * EINTR before every other call, EIO for what covers the file's byte bad, which
- * is good after that if once is set, or the byte also; a call waits for the end
- * of hold, of reads those of byte 0. */
+ * is good after that if once is set, or the byte also; if heals is set, a write
+ * of all the 4096 bytes around bad makes it good; a call waits for the end of
+ * hold, of reads those of byte 0. */
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 
@@ -12982,7 +12987,7 @@ static struct {
   int hold; /* (t_hold) */
   size_t cut;
   off_t bad, also;
-  int once;
+  int once, heals;
 } fi[NCALLS];
 static pthread_mutex_t fi_lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -13005,6 +13010,9 @@ static int fi_fails(int f, off_t off, size_t *len) {
   }
   if (fi[f].eintr && fi[f].calls % 2) err = EINTR;
   if (fi[f].cut && *len > fi[f].cut) *len = fi[f].cut;
+  if (fi[f].heals && fi_covers(off, *len, fi[f].bad / 4096 * 4096) &&
+      fi_covers(off, *len, fi[f].bad | 4095))
+    fi[PREAD].bad = fi[f].bad = 0;
   if (fi_covers(off, *len, fi[f].bad)) {
     err = EIO;
     if (fi[f].once) fi[f].bad = 0;
@@ -14657,6 +14665,35 @@ static void i_unread(void) {
   CHECK(i_cas_open(0) == 0 && i_get(1) == 'b' && i_cas_close() == 0);
 }
 
+/* The digest of what was written before a kill is in a bad sector, which heals
+ * only if it is written as a whole: then it has the digests of all that lies
+ * there, or they would be as old as it is when it can be read again. */
+static void i_whole_sector(void) {
+  uint32_t slot;
+  int status, i;
+  pid_t pid;
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
+  CHECK((pid = fork()) >= 0);
+  if (!pid) {
+    CHECK(i_cas_open(0) == 0);
+    for (i = 0; i < 50; i++)
+      CHECK(i_put((uint64_t)i, i + 1000) == 0);
+    _exit(0);
+  }
+  CHECK(waitpid(pid, &status, 0) == pid && status == 0);
+  CHECK(i_cas_open(NBDSERVE_CAS_READONLY) == 0);
+  slot = i_slot(20);
+  CHECK(slot % 128 && i_cas_close() == 0);
+  fi[PREAD].bad = fi[PWRITE].bad = i_digest_at(slot) + 1;
+  fi[PWRITE].err = EIO;
+  fi[PWRITE].heals = 1;
+  CHECK(i_cas_open(NBDSERVE_CAS_VERIFY) == 0 && !fi[PREAD].bad);
+  for (i = 0; i < 50; i++)
+    CHECK(i_get((uint64_t)i) == i + 1000);
+  CHECK(i_verify() == 0 && i_cas_close() == 0);
+}
+
 /* Of two pages of the log in a row that are gone, the first one was durable, as
  * a later page says: that is damage.  If only the second one is gone, which was
  * not, or none but that later page, it is a torn end. */
@@ -15092,6 +15129,7 @@ static void i_undone(void) {}
 static void i_reserve(void) {}
 static void i_closing(void) {}
 static void i_nohole(void) {}
+static void i_whole_sector(void) {}
 static void i_inorder(void) {}
 static void i_healed(void) {}
 static void i_shared(void) {}
@@ -15107,34 +15145,63 @@ int main(int argc, char **argv) {
     const char *name;
     void (*run)(void);
   } verbs[] = {
-      {"sync", i_sync},           {"shrunk", i_shrunk},
-      {"full", i_full},           {"short", i_short},
-      {"read", i_read},           {"halfway", i_halfway},
-      {"slow", i_slow},           {"whole", i_whole},
-      {"fallocate", i_fallocate}, {"fastzero", i_fastzero},
-      {"threads", i_threads},     {"stale", i_stale},
-      {"memory", i_memory},       {"readonly", i_readonly},
-      {"create", i_create},       {"syncrun", i_syncrun},
-      {"nameless", i_nameless},   {"fua", i_fua},
-      {"export", i_export},       {"loopbacks", i_loopbacks},
-      {"keepalive", i_keepalive}, {"scarce", i_scarce},
-      {"badlog", i_badlog},       {"slowgc", i_slowgc},
-      {"overlay", i_overlay},     {"rollback", i_rollback},
-      {"edges", i_edges},         {"listed", i_listed},
-      {"dryrun", i_dryrun},       {"cutshort", i_cutshort},
-      {"twice", i_twice},         {"failed", i_failed},
-      {"manylost", i_manylost},   {"lostpage", i_lostpage},
-      {"reread", i_reread},       {"nodigest", i_nodigest},
-      {"outdated", i_outdated},   {"oldcopy", i_oldcopy},
-      {"records", i_records},     {"hidden", i_hidden},
-      {"badsector", i_badsector}, {"device", i_device},
-      {"newlog", i_newlog},       {"refused", i_refused},
-      {"undone", i_undone},       {"reserve", i_reserve},
-      {"closing", i_closing},     {"nohole", i_nohole},
-      {"inorder", i_inorder},     {"healed", i_healed},
-      {"shared", i_shared},       {"anew", i_anew},
-      {"misled", i_misled},       {"future", i_future},
-      {"gaps", i_gaps},           {"unread", i_unread},
+      {"sync", i_sync},
+      {"shrunk", i_shrunk},
+      {"full", i_full},
+      {"short", i_short},
+      {"read", i_read},
+      {"halfway", i_halfway},
+      {"slow", i_slow},
+      {"whole", i_whole},
+      {"fallocate", i_fallocate},
+      {"fastzero", i_fastzero},
+      {"threads", i_threads},
+      {"stale", i_stale},
+      {"memory", i_memory},
+      {"readonly", i_readonly},
+      {"create", i_create},
+      {"syncrun", i_syncrun},
+      {"nameless", i_nameless},
+      {"fua", i_fua},
+      {"export", i_export},
+      {"loopbacks", i_loopbacks},
+      {"keepalive", i_keepalive},
+      {"scarce", i_scarce},
+      {"badlog", i_badlog},
+      {"slowgc", i_slowgc},
+      {"overlay", i_overlay},
+      {"rollback", i_rollback},
+      {"edges", i_edges},
+      {"listed", i_listed},
+      {"dryrun", i_dryrun},
+      {"cutshort", i_cutshort},
+      {"twice", i_twice},
+      {"failed", i_failed},
+      {"manylost", i_manylost},
+      {"lostpage", i_lostpage},
+      {"reread", i_reread},
+      {"nodigest", i_nodigest},
+      {"outdated", i_outdated},
+      {"oldcopy", i_oldcopy},
+      {"records", i_records},
+      {"hidden", i_hidden},
+      {"badsector", i_badsector},
+      {"device", i_device},
+      {"newlog", i_newlog},
+      {"refused", i_refused},
+      {"undone", i_undone},
+      {"reserve", i_reserve},
+      {"closing", i_closing},
+      {"nohole", i_nohole},
+      {"wholesector", i_whole_sector},
+      {"inorder", i_inorder},
+      {"healed", i_healed},
+      {"shared", i_shared},
+      {"anew", i_anew},
+      {"misled", i_misled},
+      {"future", i_future},
+      {"gaps", i_gaps},
+      {"unread", i_unread},
   };
   int i;
   CHECK(argc > 2);

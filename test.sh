@@ -4215,6 +4215,10 @@ testDigestsInABadSectorAreAllWrittenAnew() {
   unless NO_CAS || return 0
   fault wholesector "$T/pool"
 }
+testNothingIsTakenWhereAWriteHasFailed() {
+  unless NO_CAS || return 0
+  fault passed "$T/pool"
+}
 testGcHoldsNobodyUpWhileItGivesSpaceBack() {
   unless NO_CAS && unless NO_THREADS && unless POSIX_ONLY || return 0
   fault slowgc "$T/pool"
@@ -14252,6 +14256,8 @@ static void *i_gc(void *unused) {
   return (void *)(intptr_t)nbdserve_cas_gc(i_cas, &bytes, NULL, NULL);
 }
 
+static uint32_t i_slot(uint64_t block);
+
 /* While gc gives space back, which may take as long as it likes, requests go
  * on, those that take slots, too. */
 static void i_slowgc(void) {
@@ -14289,6 +14295,13 @@ static void i_slowgc(void) {
   cas_pass_over(i_cas, busy, -ENOSPC);
   cas_pass_over(i_cas, busy, -EIO);
   CHECK(cas_segment(i_cas, busy)->space == SPACE_BUSY);
+  /* Nothing is taken from it, though the last slot was. */
+  os_lock(&i_cas->lock);
+  for (x = busy; CAS_AT(i_cas, x, refs);)
+    x++;
+  i_cas->data_cursor = x;
+  os_unlock(&i_cas->lock);
+  CHECK(i_cas_write('c') == 0 && i_slot(0) / CAS_SEGMENT != busy / CAS_SEGMENT);
   t_hold(&fi[FALLOCATE].hold, 0);
   CHECK(pthread_join(gc, &err) == 0);
   CHECK(err == NULL && fi[FALLOCATE].calls > 0);
@@ -14692,6 +14705,25 @@ static void i_whole_sector(void) {
   for (i = 0; i < 50; i++)
     CHECK(i_get((uint64_t)i) == i + 1000);
   CHECK(i_verify() == 0 && i_cas_close() == 0);
+}
+
+/* After a write has failed nothing is taken from that segment, and who wrote
+ * notices nothing. */
+static void i_passed(void) {
+  uint32_t slot;
+  uint64_t i;
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0);
+  slot = i_slot(0);
+  fi[PWRITE].bad = i_slot_at(slot + 1) + 1;
+  for (i = 1; i < 5; i++) {
+    CHECK(i_put(i, 'a' + (int)i) == 0);
+    CHECK(i_slot(i) / CAS_SEGMENT != slot / CAS_SEGMENT);
+  }
+  CHECK(i_flush() == 0 && i_cas_close() == 0 && i_cas_open(0) == 0);
+  for (i = 0; i < 5; i++)
+    CHECK(i_get(i) == 'a' + (int)i);
+  CHECK(i_cas_close() == 0);
 }
 
 /* Of two pages of the log in a row that are gone, the first one was durable, as
@@ -15129,6 +15161,7 @@ static void i_undone(void) {}
 static void i_reserve(void) {}
 static void i_closing(void) {}
 static void i_nohole(void) {}
+static void i_passed(void) {}
 static void i_whole_sector(void) {}
 static void i_inorder(void) {}
 static void i_healed(void) {}
@@ -15202,6 +15235,7 @@ int main(int argc, char **argv) {
       {"future", i_future},
       {"gaps", i_gaps},
       {"unread", i_unread},
+      {"passed", i_passed},
   };
   int i;
   CHECK(argc > 2);

@@ -4219,6 +4219,10 @@ testNothingIsTakenWhereAWriteHasFailed() {
   unless NO_CAS || return 0
   fault passed "$T/pool"
 }
+testSpaceThatIsTakenAgainIsNotTakenForGivenBack() {
+  unless NO_CAS || return 0
+  fault regained "$T/pool"
+}
 testGcHoldsNobodyUpWhileItGivesSpaceBack() {
   unless NO_CAS && unless NO_THREADS && unless POSIX_ONLY || return 0
   fault slowgc "$T/pool"
@@ -14726,6 +14730,43 @@ static void i_passed(void) {
   CHECK(i_cas_close() == 0);
 }
 
+/* So many segments that are known to have space say that they were given
+ * back. */
+static int i_count_given(void) {
+  unsigned char digest[CAS_SEGMENT][CAS_DIGEST_LEN];
+  uint32_t x;
+  int n = 0;
+  os_lock(&i_cas->lock);
+  for (x = 0; x < i_cas->nslots; x += CAS_SEGMENT)
+    n += cas_segment(i_cas, x)->space == SPACE_DURABLE &&
+         (cas_segment(i_cas, x)->is_given || cas_given_back(i_cas, x, digest));
+  os_unlock(&i_cas->lock);
+  return n;
+}
+
+/* Segments that were given back, and of which recovery has taken the space
+ * again, are like any others after a sync: else, if the disk is full then, the
+ * next one would take them for such as have none. */
+static void i_regained(void) {
+  unsigned char given[CAS_DIGEST_LEN];
+  uint32_t x;
+  memset(given, 255, sizeof given);
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0 && i_flush() == 0);
+  os_lock(&i_cas->lock); /* as after a cut, which has brought that back: */
+  for (x = 1; x < CAS_SEGMENT; x++)
+    if (!CAS_AT(i_cas, x, refs)) i_poke(i_digest_at(x), given, sizeof given);
+  CHECK(cas_segment(i_cas, 0)->space == SPACE_DURABLE);
+  cas_segment(i_cas, 0)->is_given = 1;
+  CHECK(cas_give_space(i_cas, i_cas->nslots) == 0); /* it waits for the sync */
+  cas_unlock(i_cas);
+  CHECK(i_count_given() == 1);
+  CHECK(i_put(1, 'b') == 0 && i_flush() == 0);
+  CHECK(i_count_given() == 0 && i_verify() == 0 && i_cas_close() == 0);
+  CHECK(i_cas_open(NBDSERVE_CAS_VERIFY) == 0 && i_verify() == 0);
+  CHECK(i_get(0) == 'a' && i_get(1) == 'b' && i_cas_close() == 0);
+}
+
 /* Of two pages of the log in a row that are gone, the first one was durable, as
  * a later page says: that is damage.  If only the second one is gone, which was
  * not, or none but that later page, it is a torn end. */
@@ -15161,6 +15202,7 @@ static void i_undone(void) {}
 static void i_reserve(void) {}
 static void i_closing(void) {}
 static void i_nohole(void) {}
+static void i_regained(void) {}
 static void i_passed(void) {}
 static void i_whole_sector(void) {}
 static void i_inorder(void) {}
@@ -15236,6 +15278,7 @@ int main(int argc, char **argv) {
       {"gaps", i_gaps},
       {"unread", i_unread},
       {"passed", i_passed},
+      {"regained", i_regained},
   };
   int i;
   CHECK(argc > 2);

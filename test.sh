@@ -4223,6 +4223,14 @@ testSpaceThatIsTakenAgainIsNotTakenForGivenBack() {
   unless NO_CAS || return 0
   fault regained "$T/pool"
 }
+testTheNewerOfTwoCopiesThatAreWholeIsBelieved() {
+  unless NO_CAS || return 0
+  fault newest "$T/pool"
+}
+testBlocksThatCannotBeOnesAreLostForGood() {
+  unless NO_CAS || return 0
+  fault named "$T/pool"
+}
 testGcHoldsNobodyUpWhileItGivesSpaceBack() {
   unless NO_CAS && unless NO_THREADS && unless POSIX_ONLY || return 0
   fault slowgc "$T/pool"
@@ -4238,6 +4246,8 @@ testNoPowerCutLosesWhatWasFlushed() {
   does "$W/simulator" cuts 100 1014507
   # A new segment in a group whose digests cannot be written
   does "$W/simulator" cuts 200 3005028
+  # Checkpoints that lacked space, and a clock that was late
+  does "$W/simulator" enospc 200 12
   # Data for which there was no space, though its digest could be written
   does "$W/simulator" cuts 200 11011487
   # Digests that could not be read for a while, and were older ones then
@@ -14767,6 +14777,45 @@ static void i_regained(void) {
   CHECK(i_get(0) == 'a' && i_get(1) == 'b' && i_cas_close() == 0);
 }
 
+/* A disk has lost one copy of a page together with its digest: what was there
+ * before fits by itself, too, but it is older. */
+static void i_newest(void) {
+  unsigned char page[4096], sum[32];
+  uint32_t slot, copy;
+  for (copy = 0; copy < 2; copy++) {
+    i_new(1, 0);
+    CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
+    slot = i_page(0, 0);
+    i_peek(i_slot_at(slot), page, sizeof page);
+    u_put32(page + CAS_HEAD, 0); /* when block 0 was a hole */
+    u_put64(page + 12, u_get64(page + 12) - 1);
+    cas_sum_page(0, page, sizeof page, sum);
+    i_poke(i_slot_at(slot + copy * CAS_TWIN), page, sizeof page);
+    i_poke(i_digest_at(slot + copy * CAS_TWIN), sum, sizeof sum);
+    CHECK(i_cas_open(0) == 0 && i_get(0) == 'a' && i_cas_close() == 0);
+  }
+}
+
+/* A block that is where a page is, or behind the end of the file, is lost, and
+ * from then on the leaf says so: what comes there later is not its own. */
+static void i_named(void) {
+  unsigned char b[4];
+  uint32_t slot, behind;
+  for (behind = 0; behind < 2; behind++) {
+    i_new(1, 0);
+    CHECK(i_put(0, 'a') == 0 && i_put(5, 'b') == 0 && i_cas_close() == 0);
+    slot = i_page(0, 0);
+    u_put32(b, behind ? 100000 : slot);
+    i_forge(slot, CAS_HEAD + 4 * 5, b, sizeof b);
+    CHECK(i_cas_open(0) == 0 && i_get(5) == -EIO && i_get(0) == 'a');
+    CHECK(i_cas_close() == 0);
+    slot = i_page(0, 0);
+    i_peek(i_slot_at(slot) + CAS_HEAD + 4 * 5, b, sizeof b);
+    CHECK(u_get32(b) == CAS_LOST && i_cas_open(0) == 0 && i_get(5) == -EIO);
+    CHECK(i_put(5, 'c') == 0 && i_get(5) == 'c' && i_cas_close() == 0);
+  }
+}
+
 /* Of two pages of the log in a row that are gone, the first one was durable, as
  * a later page says: that is damage.  If only the second one is gone, which was
  * not, or none but that later page, it is a torn end. */
@@ -15202,6 +15251,8 @@ static void i_undone(void) {}
 static void i_reserve(void) {}
 static void i_closing(void) {}
 static void i_nohole(void) {}
+static void i_named(void) {}
+static void i_newest(void) {}
 static void i_regained(void) {}
 static void i_passed(void) {}
 static void i_whole_sector(void) {}
@@ -15279,6 +15330,8 @@ int main(int argc, char **argv) {
       {"unread", i_unread},
       {"passed", i_passed},
       {"regained", i_regained},
+      {"newest", i_newest},
+      {"named", i_named},
   };
   int i;
   CHECK(argc > 2);
@@ -16066,7 +16119,8 @@ static int m_must;        /* the call may not say that there is no space */
 static int m_strict;      /* a write that fails once does not stop it */
 static long m_refused[3]; /* d_refused, at the begin of the last steps */
 static char m_doing[100];
-static long k_syncs; /* d_syncs when the process began */
+static long k_syncs;     /* d_syncs when the process began */
+static uint64_t k_tries; /* number of its last checkpoint, maybe a failed one */
 static const char *const kinds[NKINDS] = {
     "plain", "full", "enospc", "taken", "lostpage", "sector", "super", "kill"};
 
@@ -16834,6 +16888,7 @@ static void m_forget(void) {
   d_thread = NULL;
   d_fds = d_locked = d_frozen = d_full = 0;
   k_syncs = d_syncs;
+  k_tries = 0;
   d_set_clock(d_clock * 7919 + m_seed);
   cas = NULL;
   for (i = 0; i <= NVOLS; i++)
@@ -16867,6 +16922,7 @@ static int m_reopen(void) {
   int err;
   o.flags = rnd(2) || m_hurt.any ? NBDSERVE_CAS_VERIFY : NBDSERVE_CAS_NO_VERIFY;
   d_full = 0;
+  k_tries = 0;
   m_do("open");
   err = m_mended(nbdserve_cas_open("/sim/store", &o, &cas));
   if (err && !m_excused_but(err)) m_fail("open: %d", err);
@@ -17417,7 +17473,11 @@ static void m_sound(void) {
            cas->npairs); /* (C20) */
   ck_disk(cas, m_nth % K_DEEP == 0);
   k_must(cas->super.number >= k_last, "an older checkpoint", k_last);
+  /* Pages of one that failed are left, and must not be taken for its. */
+  if (cas->super.number != k_last)
+    k_must(cas->super.number > k_tries, "a number that was used", k_tries);
   k_last = cas->super.number;
+  k_tries = cas->last_number;
 }
 
 static int m_step(void) {

@@ -4231,6 +4231,10 @@ testBlocksThatCannotBeOnesAreLostForGood() {
   unless NO_CAS || return 0
   fault named "$T/pool"
 }
+testASealThatFailsLeavesNothing() {
+  unless NO_CAS || return 0
+  fault unsealed "$T/pool"
+}
 testGcHoldsNobodyUpWhileItGivesSpaceBack() {
   unless NO_CAS && unless NO_THREADS && unless POSIX_ONLY || return 0
   fault slowgc "$T/pool"
@@ -14816,6 +14820,37 @@ static void i_named(void) {
   }
 }
 
+/* Each allocation of a seal fails in turn, then each of its writes: nothing is
+ * left of what it had begun, and in the end it is sealed. */
+static void i_unsealed(void) {
+  int n, err = 1, what, done = 0, failed = 0;
+  char id[72];
+  for (what = 0; what < 2; what++) {
+    i_new(2, 0);
+    CHECK(i_put(0, 'a') == 0 && i_put(I_LEAF, 'b') == 0);
+    CHECK(nbdserve_cas_snapshot(i_cas, "v@s") == 0);
+    for (n = 1, done = failed = 0; !done; n++) {
+      CHECK(n < 200);
+      fi[MALLOC].calls = fi[PWRITE].calls = 0;
+      if (!what) fi[MALLOC].bad = n;
+      fi[PWRITE].err = ENOSPC;
+      fi[PWRITE].skip = n - 1;
+      fi[PWRITE].times = what;
+      err = nbdserve_cas_seal(i_cas, "v@s", id, NULL, NULL);
+      done = fi[what ? PWRITE : MALLOC].calls < n || !err;
+      fi[MALLOC].bad = fi[PWRITE].times = fi[PWRITE].skip = 0;
+      CHECK(!err == !!*id);
+      cas_check(i_cas, 0);
+      failed += err != 0;
+      if (err == -EIO) break; /* of the log, or a superblock */
+    }
+    CHECK(what || (!err && failed > 5));
+    i_volume.ops->close(i_volume.ctx);
+    CHECK(nbdserve_cas_close(i_cas) == (err == -EIO ? -EIO : 0));
+    CHECK(fi_blocks == i_blocks);
+  }
+}
+
 /* Of two pages of the log in a row that are gone, the first one was durable, as
  * a later page says: that is damage.  If only the second one is gone, which was
  * not, or none but that later page, it is a torn end. */
@@ -15251,6 +15286,7 @@ static void i_undone(void) {}
 static void i_reserve(void) {}
 static void i_closing(void) {}
 static void i_nohole(void) {}
+static void i_unsealed(void) {}
 static void i_named(void) {}
 static void i_newest(void) {}
 static void i_regained(void) {}
@@ -15332,6 +15368,7 @@ int main(int argc, char **argv) {
       {"regained", i_regained},
       {"newest", i_newest},
       {"named", i_named},
+      {"unsealed", i_unsealed},
   };
   int i;
   CHECK(argc > 2);

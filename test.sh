@@ -4235,6 +4235,14 @@ testASealThatFailsLeavesNothing() {
   unless NO_CAS || return 0
   fault unsealed "$T/pool"
 }
+testWhatIsTrimmedOnAFullStoreCanBeWrittenAtOnce() {
+  unless NO_CAS || return 0
+  fault waiting "$T/pool"
+}
+testANameIsNotThatOfALongerOne() {
+  unless NO_CAS || return 0
+  fault prefix "$T/pool"
+}
 testGcHoldsNobodyUpWhileItGivesSpaceBack() {
   unless NO_CAS && unless NO_THREADS && unless POSIX_ONLY || return 0
   fault slowgc "$T/pool"
@@ -14851,6 +14859,39 @@ static void i_unsealed(void) {
   }
 }
 
+static uint64_t i_fill(uint64_t block);
+
+/* On a full store there is space for a block as soon as another one is trimmed:
+ * the write itself syncs, so that it is free. */
+static void i_waiting(void) {
+  uint64_t block;
+  i_new(10, 32);
+  CHECK(i_fill(0) > 1000 && i_flush() == 0);
+  for (block = 10; block < 20; block++) {
+    CHECK(i_volume.ops->trim(i_volume.ctx, block * 4096, 4096, 0) == 0);
+    CHECK(i_put(block, (int)block + 100000) == 0);
+    CHECK(i_get(block) == (int)block + 100000);
+  }
+  CHECK(i_cas_close() == 0);
+}
+
+/* A name is that of nothing whose name begins or ends with it. */
+static void i_prefix(void) {
+  static const char *const none[] = {"a",     "abc", "a@s", "ab@", "ab@st",
+                                     "abc@s", "@s",  "s",   "b",   ""};
+  struct nbdserve_export e = {0};
+  int i;
+  i_new(1, 0);
+  CHECK(nbdserve_cas_create(i_cas, "ab", 5) == 0);
+  CHECK(nbdserve_cas_snapshot(i_cas, "ab@s") == 0);
+  for (i = 0; i < COUNT(none); i++)
+    CHECK(nbdserve_cas_volume(i_cas, none[i], &e) == -ENOENT);
+  CHECK(nbdserve_cas_create(i_cas, "a", 5) == 0);
+  CHECK(nbdserve_cas_snapshot(i_cas, "a@st") == 0);
+  CHECK(nbdserve_cas_rm(i_cas, "a@s") == -ENOENT);
+  CHECK(nbdserve_cas_rm(i_cas, "ab@s") == 0 && i_cas_close() == 0);
+}
+
 /* Of two pages of the log in a row that are gone, the first one was durable, as
  * a later page says: that is damage.  If only the second one is gone, which was
  * not, or none but that later page, it is a torn end. */
@@ -15286,6 +15327,8 @@ static void i_undone(void) {}
 static void i_reserve(void) {}
 static void i_closing(void) {}
 static void i_nohole(void) {}
+static void i_prefix(void) {}
+static void i_waiting(void) {}
 static void i_unsealed(void) {}
 static void i_named(void) {}
 static void i_newest(void) {}
@@ -15369,6 +15412,8 @@ int main(int argc, char **argv) {
       {"newest", i_newest},
       {"named", i_named},
       {"unsealed", i_unsealed},
+      {"waiting", i_waiting},
+      {"prefix", i_prefix},
   };
   int i;
   CHECK(argc > 2);

@@ -17269,6 +17269,7 @@ static struct {
   uint32_t slot[K_BLOCKS]; /* of each block */
 } k_vols[K_VOLS];          /* those of the catalog on the disk */
 static int k_nvols;
+static unsigned char k_was_page[D_SIZE / D_SLOT];
 static unsigned char k_named[D_SIZE / D_SLOT];   /* slots; 1: page, 2: data */
 static unsigned char k_sum[D_SIZE / D_SLOT][32]; /* of pages, when last seen, */
 static uint64_t k_deep;           /* after the checkpoint with that number */
@@ -17515,6 +17516,11 @@ static void k_space(struct nbdserve_cas *st) {
     if (tag & TAG_INDEXED)
       k_must(tag == CAS_TAG(d_now + d_at((long)x, 0)), "a tag of the index", x);
     p = d_at((long)x, 1) / d_piece;
+    /* A page goes where its pair has counted. */
+    int is_page = CAS_AT(st, x, tag) == TAG_PAGE;
+    if (is_page && !k_was_page[x] && k_tries && d_kind == PLAIN)
+      k_must(cas_segment(st, x)->space >= SPACE_DURABLE, "a page", x);
+    k_was_page[x] = (unsigned char)is_page;
     if (d_kind == TAKEN && cas_segment(st, x)->space == SPACE_DURABLE)
       k_must(d_has[p] && d_has_durable[p], "a segment without space", x);
   }

@@ -5008,7 +5008,8 @@ static int cas_given_back(struct nbdserve_cas *st, uint32_t first,
 }
 
 /* Segments that were given back and have durable space again are like any
- * others: their digests say so from the next sync on. */
+ * others: their digests say so from the next sync on, and until then pairs in
+ * them do not count. */
 static void cas_clear_given(struct nbdserve_cas *st) {
   unsigned char zeroes[CAS_DIGEST_LEN] = {0};
   for (uint32_t x = 0; x < st->nslots; x++) {
@@ -5020,7 +5021,9 @@ static void cas_clear_given(struct nbdserve_cas *st) {
     }
     if (!CAS_AT(st, x, refs))
       (void)!cas_io(st, OS_WRITE, zeroes, sizeof zeroes, cas_digest_off(st, x));
-    if (x % CAS_SEGMENT == CAS_SEGMENT - 1) seg->is_given = 0;
+    if (x % CAS_SEGMENT < CAS_SEGMENT - 1) continue;
+    seg->is_given = 0;
+    if (seg->space == SPACE_SYNCING) cas_set_space(st, x, SPACE_WRITTEN);
   }
 }
 
@@ -5916,11 +5919,10 @@ struct cas_change {
 };
 
 /* From here on a volume has facts that hold when the checkpoint is durable. */
-static int cas_begin_staging(struct nbdserve_cas *st, struct cas_volume *vol) {
-  assert(vol->id && st->by_place[vol->place] == vol);
+static void cas_begin_staging(struct cas_volume *vol) {
+  assert(vol->id && vol->st->by_place[vol->place] == vol);
   if (!vol->is_staged) vol->then = vol->now;
   vol->is_staged = 1;
-  return cas_own_record(st, vol->place, &vol->page);
 }
 
 /* Takes a volume, which nobody uses, out of the list and the catalog, and frees
@@ -5989,9 +5991,10 @@ static int cas_stage_op(struct nbdserve_cas *st,
     if (p->parent == vol && cas_facts(p, VIEW_THEN)->is_there)
       return -ENOTEMPTY;
   if (dry_run) return 0;
-  int err = cas_begin_staging(st, vol);
-  if (err) return err;
-  if (!needs_closed) return cas_give_name(st, vol, op->to);
+  cas_begin_staging(vol);
+  int err = needs_closed ? 0 : cas_give_name(st, vol, op->to);
+  if (!err) err = cas_own_record(st, vol->place, &vol->page);
+  if (err || !needs_closed) return err;
   vol->then.is_there = !is_rm;
   if (is_resize) vol->then.size = op->size;
   if (!is_rollback) return 0;
@@ -6018,7 +6021,8 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
     err = cas_stage_op(st, change->ops + i);
   }
   if (!vol) return err;
-  err = cas_begin_staging(st, vol);
+  cas_begin_staging(vol);
+  err = cas_own_record(st, vol->place, &vol->page);
   if (err) return err;
   vol->then.is_there = 1;
   if (!change->tree) return 0;
@@ -6422,6 +6426,16 @@ static int cas_reclaim(struct nbdserve_cas *st) {
   if (st->failed) return 0;
   if (st->dropped || st->npending) return !cas_sync(st, 1);
   return st->retired && !cas_checkpoint_meanwhile(st);
+}
+
+/* Sees to it that there are free pairs for all that is dirty, and more, of
+ * which some may have to be reclaimed.  (unlocks) */
+static int cas_get_pairs(struct nbdserve_cas *st, uint32_t more) {
+  int err;
+  do
+    err = cas_want_pairs(st, more);
+  while (err == -ENOSPC && cas_reclaim(st));
+  return err;
 }
 
 /* Finds a block in a map, and sees to it that its slot can be changed: there is
@@ -6873,9 +6887,11 @@ static int cas_lay_out(struct nbdserve_cas *st) {
 }
 
 /* Takes what the newest superblock says, of which one is enough, and makes both
- * alike (C8).  What was read may be in memory only, so it is made durable
- * before it is relied on.  What somebody else has written in a place is not
- * written over. */
+ * alike (C8).  What was read may be in memory only, after kill -9 or a failed
+ * sync, and then nothing but a second write brings it to the medium.  If they
+ * are alike that goes for the second one, which is written last; else first for
+ * the other one and then for the newer one.  What somebody else has written in
+ * a place is not written over. */
 static int cas_open_super(struct nbdserve_cas *st) {
   struct cas_super super[2];
   int bad[2]; /* why: -errno */
@@ -6903,11 +6919,14 @@ static int cas_open_super(struct nbdserve_cas *st) {
   st->last_number = st->super.number;
   st->next_id = (uint32_t)st->super.next_id;
   int is_alike = !bad[!newer] && super[0].number == super[1].number;
-  if (st->readonly || is_alike) return 0;
+  if (st->readonly) return 0;
   if (bad[!newer] == -EINVAL && !st->repair) return -EUCLEAN;
-  int err = os_datasync(st->fd);
-  if (!err) err = cas_write_super(st, &st->super, !newer);
-  return err ? err : os_datasync(st->fd);
+  int err = 0;
+  for (int i = 0; i < 2 - is_alike && !err; i++) {
+    err = cas_write_super(st, &st->super, i ? newer : !newer);
+    if (!err) err = os_datasync(st->fd);
+  }
+  return err;
 }
 
 /* While a store is opened */
@@ -7653,8 +7672,7 @@ static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
   os_lock(&st->lock); /* what is to be written may be there already */
   while (st->busy && st->filled < st->to_fill)
     cas_wait(st);
-  if (cas_want_pairs(st, npairs)) cas_reclaim(st);
-  int err = cas_want_pairs(st, npairs);
+  int err = cas_get_pairs(st, npairs);
   if (!err) err = cas_enter(st, NULL, name, out);
   if (!err) {
     struct cas_volume *vol = *out;
@@ -8222,9 +8240,10 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
   st->gives_back = 1;
   /* What is kept has to be known to be there before the rest is given away. */
   uint32_t kept = CAS_RESERVE_PAIRS + CAS_TWIN;
-  while (!err && cas_want_pairs(st, kept) == -ENOSPC && cas_reclaim(st))
-    continue;
-  int may_punch = !err && !cas_want_pairs(st, kept);
+  int may_punch = !err && !cas_get_pairs(st, kept);
+  /* What has got space for that, and is not needed, can go when it counts. */
+  for (int i = 0; i < 2 && may_punch && st->npending; i++)
+    may_punch = !cas_sync(st, 1);
   for (int is_noted = 0; is_noted < 2 && may_punch && !err; is_noted++) {
     /* Only segments that the superblock counts: recovery has to give space to
      * those behind them, and would stop at one that has none. */

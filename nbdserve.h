@@ -248,9 +248,9 @@ NBDSERVE_API int nbdserve_cas_init(const char *path,
  * -EBUSY: another process has it.  -EROFS: it is on a device that refuses
  * writes (NBDSERVE_CAS_READONLY opens it).  -EINVAL: not a store.  -EOPNOTSUPP:
  * one of a version that is not known here.  -EUCLEAN (117 where the system has
- * no such error): damaged, so it is not written until NBDSERVE_CAS_REPAIR or, if that does not do,
- * NBDSERVE_CAS_ACCEPT_LOSS is given; read-only, what is left may be had.
- * Others as open(2). */
+ * no such error): damaged, so it is not written until NBDSERVE_CAS_REPAIR or,
+ * if that does not do, NBDSERVE_CAS_ACCEPT_LOSS is given; read-only, what is
+ * left may be had.  Others as open(2). */
 NBDSERVE_API int nbdserve_cas_open(const char *path,
                                    const struct nbdserve_cas_options *options,
                                    struct nbdserve_cas **out);
@@ -694,10 +694,10 @@ NBDSERVE_API const char *nbdserve_version(void);
  * (C7) Checkpoint: pages, fdatasync, first superblock, fdatasync, second one,
  *      fdatasync.  Only then slots become free, the log's beginning moves, and
  *      the change is answered.
- * (C8) On opening, superblocks that differ are made equal: the newer one is
- *      synced, then the other one written and synced, before either changes.
- *      One is enough.  What somebody else has written in a place is not written
- *      over.
+ * (C8) On opening for writing, superblocks that differ are made equal, and what
+ *      may be in memory only is written again: the older one is written and
+ *      synced, then the newer one; of two that are equal the second.  One is
+ *      enough.  What somebody else has written in a place is not written over.
  * (C9) Replay takes all valid pages of the log.  Entries before the highest
  *      `durable` apply; later ones each only if the slot's data has their
  *      digest. A page that is not valid is left out; but one before the highest

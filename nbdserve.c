@@ -4726,7 +4726,20 @@ static int cas_enlarge(void *array, uint32_t *room, uint32_t at, size_t size) {
   return 0;
 }
 
-/* ---- The log ------------------------------------------------------------- */
+/* ---- The log ----------------------------------------------------------------
+ * Maps change in memory, and reach the file with the next checkpoint.  Until
+ * then the log says what has changed: "block B of volume V is now in slot S",
+ * or "these blocks are zeroes".  Replayed over the last checkpoint, in order,
+ * it gives the maps of the moment at which it ends.
+ *
+ *   ... [closed] [closed] [closed] [open page] [stale] [stale] ...
+ *       ^ super.replay    ^ st->durable        numbers of an earlier round
+ *
+ * The log is a ring of pages, each with a number that fits its place once in a
+ * round.  So a page that a cut has torn, or an old one, is told from the next
+ * one by its number and its sum, and no pointer to the end is needed.  Only the
+ * open page is written more than once, each time with more entries; a sync
+ * closes it, so what is durable is never written over (C13). */
 
 /* Nothing is written any more (C14). */
 static void cas_fail(struct nbdserve_cas *st, int err) {
@@ -4828,7 +4841,28 @@ static void cas_log(const struct cas_volume *vol, uint64_t block,
   if (++st->nlog == CAS_ENTRIES) cas_log_close(st);
 }
 
-/* ---- Slots --------------------------------------------------------------- */
+/* ---- Slots ------------------------------------------------------------------
+ * Who holds a slot, and where free ones come from.  `refs` counts edges: leaves
+ * in memory or on the medium that name the slot, and pins of calls that are
+ * reading or writing it.  A block that the index finds gets one more edge, and
+ * its data is there once.
+ *
+ * Slots are found a segment at a time, as what is written together should lie
+ * together.  A segment has nfree slots, of which some form pairs: x and its
+ * twin.  Pages need pairs, and a checkpoint must not fail for lack of them, so
+ * a pair counts (npairs) only in a segment of which the space in the file is
+ * known to survive a power cut.  What is not part of such a pair is loose, and
+ * that is what data gets when pairs are short (C18, C20).
+ *
+ * The life of a segment's space:
+ *
+ *   UNKNOWN -- cas_give_space --> WRITTEN -- a sync --> SYNCING --> DURABLE
+ *      ^                                                               |
+ *      +----- BUSY <---- gc notes in the digests that it goes, syncs, -+
+ *                        and punches holes
+ *
+ *   FULL: a write found no space; UNKNOWN again when something becomes free.
+ *   BROKEN: a write failed for another reason; until the store is opened. */
 
 /* The bucket of a tag.  There are as many as slots in all groups: their number
  * is above mask and at most twice that, so a new group splits just some (linear
@@ -5269,7 +5303,16 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
   return st->failed;
 }
 
-/* ---- Blocks and pages ---------------------------------------------------- */
+/* ---- Blocks and pages -------------------------------------------------------
+ * How data and pages go to the file and come back.  Both lie in slots, and a
+ * request, a checkpoint or a scrub has many of them, so they are described by
+ * an array of struct cas_block and moved together: what lies in a row goes in
+ * one system call.  What fails together is tried again one by one, so an error
+ * of the medium costs the block that it is about, and no other.
+ *
+ * The digest area says what each slot should hold.  For data that is the proof
+ * when it is read; for a page it tells which of its two copies to believe, if
+ * both are whole: a checkpoint that did not become durable may have left one. */
 
 /* cas_block.todo: what is to be moved or was moved, bits */
 enum {
@@ -5473,7 +5516,17 @@ static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
   return 0;
 }
 
-/* ---- The tree of nodes --------------------------------------------------- */
+/* ---- The tree of nodes ------------------------------------------------------
+ * Maps are never changed where they lie.  Who wants to change a block makes all
+ * nodes on the way to it its own and dirty (cas_own): a node that others have,
+ * too, is copied, and everything below it gains an edge; one that is stored
+ * gives its slots to `retired` and gets new ones from the next checkpoint.  A
+ * snapshot or a clone is one more edge to a root, whatever its size.
+ *
+ * To follow a map may need a leaf that is not in memory.  Reading it lets the
+ * lock go, and then everything may have changed; so cas_find_spot walks again
+ * from the root until it comes to the end without reading.  What it returns is
+ * true until its caller lets the lock go. */
 
 /* A new node that nothing leads to but the caller; NULL without memory. */
 static struct cas_node *cas_new_node(int level, uint32_t index) {
@@ -5775,7 +5828,12 @@ static int cas_own_leaf(struct cas_volume *vol, uint64_t block,
   return err;
 }
 
-/* ---- Volumes and their names --------------------------------------------- */
+/* ---- Volumes and their names ------------------------------------------------
+ * A change of the catalog is seen by all at once, when the checkpoint that has
+ * it is durable, or never.  So a volume has its facts twice: `now` is what
+ * everybody sees, and `then` what it will be.  Several changes in one
+ * checkpoint are tested one after the other against `then`; that is how
+ * "snapshot A@x, rename A to B" fails or succeeds as a whole. */
 
 /* Which volumes a name may be that of */
 enum cas_view {
@@ -5905,7 +5963,15 @@ static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
   return 0;
 }
 
-/* ---- Changes of the catalog ---------------------------------------------- */
+/* ---- Changes of the catalog -------------------------------------------------
+ *
+ *   cas_stage    tests all changes, and makes their nodes dirty; on an error
+ *                nothing is changed but that
+ *   the cut      writes down what `then` says
+ *   cas_settle   is_durable: `then` becomes `now`; else `then` is forgotten.
+ *                What nobody has any more is freed.
+ *
+ * All of this is done by who holds ckpt, so there is one change at a time. */
 
 /* What a checkpoint is to change */
 struct cas_change {
@@ -6418,7 +6484,19 @@ static void cas_kick(struct nbdserve_cas *st) {
   if (starts && os_thread(cas_work, st)) cas_work(st);
 }
 
-/* ---- Requests ------------------------------------------------------------ */
+/* ---- Requests ---------------------------------------------------------------
+ * A WRITE goes through steps, each for all blocks of the request or batch:
+ *
+ *   hash        no lock
+ *   choose      under the lock: a slot that may hold the same, or a free one
+ *   store       no lock: data and digests are written, duplicates compared
+ *   commit      under the lock: map, log; then the log page is written
+ *
+ * Between choose and commit the block's slot is held, so nobody takes it; the
+ * map is looked at only in commit, so two writers of the same block are in some
+ * order, and the later one wins.  A part of a block is read, changed and put;
+ * `expected` makes commit refuse it if the block has changed meanwhile, and
+ * then it is done again. */
 
 /* Gets free what only waits to be: by a sync or, if that frees nothing, a
  * checkpoint.  Returns whether there was anything. (unlocks) */
@@ -6841,7 +6919,16 @@ static void cas_close(void *ctx) {
   cas_unlock(vol->st);
 }
 
-/* ---- Opening ------------------------------------------------------------- */
+/* ---- Opening ----------------------------------------------------------------
+ *
+ *   cas_open_super   the newest superblock, of which one is enough
+ *   cas_load         the catalog and all maps, level by level; holds are counted
+ *   cas_recover      the log is replayed, and a checkpoint ends it
+ *
+ * Nothing that is read here is trusted: every number is tested against the size
+ * of the file before it is used.  Damage costs what it hits.  A page of a map
+ * becomes LOST: its blocks give EIO, a write heals them.  What is worse makes
+ * the store read-only until the user decides (repair). */
 
 /* Reads the superblock in a place.  One wrong letter at its beginning is
  * damage, more are somebody else's: -EINVAL.  Unknown bits, too, make it
@@ -7931,7 +8018,14 @@ int nbdserve_cas_seal(struct nbdserve_cas *st, const char *name, char id[72],
   return err;
 }
 
-/* ---- Comparing, checking, mending ---------------------------------------- */
+/* ---- Comparing, checking, mending -------------------------------------------
+ * Maps that share a node are the same below it, so to compare two volumes costs
+ * what differs, not what there is.  Verify uses that as well: what a snapshot
+ * shares with one that was found sound is not read again.
+ *
+ * Verify and repair run beside clients and changes.  They hold nothing from one
+ * step to the next but the id of a volume and a block's number: a volume that
+ * is removed meanwhile is passed over, one that shrinks ends earlier. */
 
 /* Do two maps share the node above a block?  *span: for how many blocks on. */
 static int cas_is_shared(struct nbdserve_cas *st, struct cas_node **root[2],
@@ -10376,8 +10470,8 @@ static int cli_first_volume(void *unused,
   return 1;
 }
 
-/* Ends the process because the store at path, which it was to serve, is served
- * by the one that we are connected to: says where. */
+/* Says where the store at path is served: by the process that we are connected
+ * to. */
 static void cli_say_where(const char *path, struct cli_job *job) {
   unsigned char *i = &job->request.verb;
   while (cli_verbs[*i].run != cli_do_uri)
@@ -10388,7 +10482,6 @@ static void cli_say_where(const char *path, struct cli_job *job) {
           "process id:",
           path);
   cli_run_remote(job);
-  exit(CLI_IN_USE);
 }
 
 /* Opens a volume or snapshot of a store.  Before it opens the store, if that is
@@ -10409,7 +10502,10 @@ static int cli_open_volume(const char *path, const char *name,
   if (cli.cas && (!realpath(path, real) || strcmp(cli.store, real) != 0))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
   int err = cli.cas ? 0 : cli_open_store(path, how, &none);
-  if (err && none.client >= 0) cli_say_where(path, &none);
+  if (err && none.client >= 0) {
+    cli_say_where(path, &none);
+    exit(CLI_IN_USE);
+  }
   if (err) return err;
   mode_t mask = umask(0177);
   if (!cli.ctl && !how && !NBDSERVE_NO_THREADS)
@@ -10591,9 +10687,9 @@ static void cli_run_verb(void) {
   exit(0);
 }
 
-/* help COMMAND: prints what there is to know about it, and ends the
- * process. */
-static void cli_help_verb(const char *name) {
+/* help COMMAND: prints what there is to know about it.  Returns the exit
+ * status. */
+static int cli_help_verb(const char *name) {
   size_t i = 0;
   while (i < COUNT_OF(cli_verbs) && strcmp(cli_verbs[i].name, name) != 0)
     i++;
@@ -10604,7 +10700,7 @@ static void cli_help_verb(const char *name) {
          verb->help);
   for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
     if (cli_options_of(verb) >> id & 1) cli_help_option(id);
-  exit(fflush(stdout) == EOF ? CLI_FAILED : 0);
+  return fflush(stdout) == EOF ? CLI_FAILED : 0;
 }
 
 /* Prints the commands for --help. */
@@ -10622,7 +10718,7 @@ static void cli_help_verbs(void) {
 #define cli_open_volume(path, name, ex) (-EOPNOTSUPP)
 #define nbdserve_cas_close(cas) 0
 #define cli_run_verb() ((void)0)
-#define cli_help_verb(name) ((void)0)
+#define cli_help_verb(name) ((void)(name), CLI_USAGE)
 #define cli_help_verbs() ((void)0)
 #endif
 
@@ -11113,7 +11209,7 @@ int main(int argc, char **argv) {
   if (argc > 0) cli_parse(argv);
   const char *word = cli.ntargets == 1 ? *cli.targets : "";
   if (cli.ntargets == 2 && strcmp(*cli.targets, "help") == 0)
-    cli_help_verb(cli.targets[1]);
+    return cli_help_verb(cli.targets[1]);
   if (strcmp(word, "help") == 0) opt[OPT_HELP].given = 1;
   if (strcmp(word, "version") == 0) opt[OPT_VERSION].given = 1;
   if (opt[OPT_HELP].given) cli_help();

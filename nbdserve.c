@@ -5312,7 +5312,7 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
  *
  * The digest area says what each slot should hold.  For data that is the proof
  * when it is read; for a page it tells which of its two copies to believe, if
- * both are whole: a checkpoint that did not become durable may have left one. */
+ * both are whole: a checkpoint that was never durable may have left one. */
 
 /* cas_block.todo: what is to be moved or was moved, bits */
 enum {
@@ -6922,7 +6922,7 @@ static void cas_close(void *ctx) {
 /* ---- Opening ----------------------------------------------------------------
  *
  *   cas_open_super   the newest superblock, of which one is enough
- *   cas_load         the catalog and all maps, level by level; holds are counted
+ *   cas_load         the catalog and all maps, level by level, with all holds
  *   cas_recover      the log is replayed, and a checkpoint ends it
  *
  * Nothing that is read here is trusted: every number is tested against the size

@@ -12,6 +12,7 @@
 #   ./test.sh --bench           a table against the servers that are installed
 #   ./test.sh --figures [FILE]  how nbdserve.c, or a C file, reads in numbers
 #   ./test.sh --lint            what the files have against the rules
+#   ./test.sh --cov report DIR  what of nbdserve.c ran: see make cov
 #   ./test.sh --package FILE    prints nbdserve.1, nbdserve.3, nbdserve.pc or
 #                               nbdserve.bash, for make install
 #
@@ -242,6 +243,91 @@ case ${1-} in
     if [ "$1" = --lint ]; then lint; else figures "${2:-$here/nbdserve.c}"; fi
     exit
     ;;
+esac
+
+# ==== make cov ===============================================================
+
+# A compiler whose programs count which lines run.  Each has files of its own in
+# the directory, wherever it is built and whatever name it gets: the tests build
+# nbdserve.c under many switches, and remove what they built.  _exit() leaves no
+# counts by itself; what is linked by others cannot count.
+cov_cc() { # directory
+  cat >"$1/exit.h" <<'END'
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1
+#endif
+#define _FILE_OFFSET_BITS 64
+#include <unistd.h>
+void __gcov_dump(void);
+#define _exit(status) (__gcov_dump(), _exit(status))
+END
+  cat <<END
+#!/bin/sh
+case " \$* " in
+  *' -c '* | *' -shared '*) ;;
+  *) set -- -O0 --coverage -include '$1/exit.h' -dumpdir '$1/'\$\$- "\$@" ;;
+esac
+exec gcc "\$@"
+END
+}
+# The coverage, and the longest runs of lines that no program ran, with the
+# function that each begins in.  A line counts as run if it is in any program.
+# What was killed by a signal has left no counts.
+cov_report() { # directory
+  (
+    cd "$1" || exit
+    for counts in *.gcda; do gcov -t "$counts" 2>/dev/null; done
+  ) | awk '
+    /^ +-: +0:Source:/ { ours = /[:\/]nbdserve\.c$/; next }
+    !ours { next }
+    {
+      count = $0
+      sub(/:.*/, "", count)
+      gsub(/[ *]/, "", count)
+      line = substr($0, index($0, ":") + 1)
+      n = line + 0
+      sub(/^[^:]*:/, "", line)
+      if (n == 0 || count == "-") next
+      known[n] = 1
+      if (count !~ /[#=]/) ran[n] = 1
+    }
+    END { for (n in known) print n, (n in ran) + 0 }' | sort -n |
+    awk '
+    function close_run() {
+      if (size) printf "%5d %5d-%-5d %s\n", size, first, last, at
+      size = 0
+    }
+    NR == FNR {
+      if (/^[a-z].*[a-z0-9_]\(.*[^;]$/) {
+        name = $0
+        sub(/\(.*/, "", name)
+        sub(/.*[ *]/, "", name)
+      }
+      if (/^\/\* ==== \[/) section = $3
+      where[FNR] = section " " name
+      next
+    }
+    {
+      of++
+      split(where[$1], word, " ")
+      lines[word[1]]++
+      ran += $2
+      if ($2) { in_section[word[1]]++; close_run(); next }
+      if (size && where[$1] != at) close_run()
+      if (!size++) { first = $1; at = where[$1] }
+      last = $1
+    }
+    END {
+      close_run()
+      for (s in lines)
+        printf "    0 %-14s %5.1f %% of %d\n", s, 100 * in_section[s] / lines[s],
+          lines[s]
+      printf "    0 all %14.1f %% of %d lines\n", of ? 100 * ran / of : 0, of
+    }' "$here/nbdserve.c" - | sort -k1,1nr -k2,2n
+}
+case ${1-}/${2-} in
+  --cov/cc) cov_cc "${3:?}"; exit ;;
+  --cov/report) cov_report "${3:?}"; exit ;;
 esac
 
 # ==== make install ===========================================================

@@ -439,6 +439,7 @@ slow_tests() {
 1100 testTERMEndsAnExportAndLeavesNoHalfFile
 6200 testEverySystemCallMayFailOnce
 5500 testTERMEndsAClientOnStdinThatNeverReads
+2500 testASessionWithAStoreThatLacksMemoryOnceGoesOn
 2700 testWhoStallsIsDroppedAndWhoIsIdleIsNot
 5100 testStoppingLeavesAloneWhoReadsNothing
 3300 testNoPowerCutLosesWhatWasFlushed
@@ -2533,6 +2534,16 @@ testSlowFlushTrimOrReadHoldsNoReadsUp() { fault slow "$DISK"; }
 testLongSimpleReplyIsInOnePiece() { fault whole "$DISK"; }
 testLongWriteThatFailsHalfwayIsOneError() { fault halfway "$DISK"; }
 testMemoryRefusedIsNoCrash() { fault memory "$DISK"; }
+# Each allocation of a session once: what was answered is there, nothing leaks,
+# and the next attempt succeeds
+testASessionThatLacksMemoryOnceGoesOn() {
+  unhurried || return 0
+  fault starved "$DISK"
+}
+testASessionWithAStoreThatLacksMemoryOnceGoesOn() {
+  unhurried && unless NO_CAS || return 0
+  fault starvedstore "$T/pool"
+}
 testRepliesAreGatheredOnceEachInOrder() { unit gather; }
 testAClientHoldsNoMoreWritesThanThereAreThreads() { unit fullhands; }
 
@@ -13214,6 +13225,7 @@ static ssize_t fi_pwritev(int fd, const struct iovec *v, int n, off_t off) {
 
 /* A file that must have been synced when the process exits with status 0 */
 static const char *fi_must_sync;
+static int fi_no_disk; /* syncs do nothing: much is synced, and no power cut */
 
 static int fi_fdatasync(int fd) {
   struct stat synced, wanted;
@@ -13222,7 +13234,8 @@ static int fi_fdatasync(int fd) {
   if (fi_must_sync && stat(fi_must_sync, &wanted) == 0 &&
       fstat(fd, &synced) == 0 && synced.st_ino == wanted.st_ino)
     fi_must_sync = NULL;
-  return fi_fails(SYNC, 0, &n) ? -1 : fdatasync(fd);
+  if (fi_fails(SYNC, 0, &n)) return -1;
+  return fi_no_disk ? 0 : fdatasync(fd);
 }
 
 static int fi_fallocate(int fd, int mode, off_t off, off_t len) {
@@ -14017,6 +14030,200 @@ static void i_keepalive(void) {
   CHECK(pthread_join(run, NULL) == 0);
   nbdserve_free(s);
 #endif
+}
+
+/* ---- Every allocation of a whole session fails once ---- */
+
+enum {
+  Y_MOST = 3 << 20
+};
+static uint32_t y_size; /* of the export */
+static struct nbdserve *y_server;
+static struct t_conn y_conn;
+static pthread_t y_runs;
+static int y_mode; /* of replies: simple, structured, extended */
+static unsigned char y_model[Y_MOST], y_got[Y_MOST];
+
+static int y_fired(void) {
+  int fired;
+  pthread_mutex_lock(&fi_lock);
+  fired = fi[MALLOC].calls >= fi[MALLOC].bad;
+  pthread_mutex_unlock(&fi_lock);
+  return fired;
+}
+
+/* Only once is there no memory: what fails has to be what lacked it, to say so,
+ * or to lose the client (-1), and to succeed when it is done again. */
+#define Y_TWICE(x)                                     \
+  do {                                                 \
+    int before_ = y_fired(), err_ = (x);               \
+    if (err_) {                                        \
+      CHECK(!before_ && y_fired());                    \
+      CHECK(err_ == -1 || err_ == -ENOMEM || err_ == 12); \
+      CHECK((x) == 0);                                 \
+    }                                                  \
+  } while (0)
+
+static int y_socket(void) {
+  struct sockaddr_un a = {0};
+  int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+  a.sun_family = AF_UNIX;
+  snprintf(a.sun_path, sizeof a.sun_path, "%s.s", path);
+  CHECK(fd >= 0 && connect(fd, (struct sockaddr *)&a, sizeof a) == 0);
+  return fd;
+}
+
+/* Every option, and what ends its answer */
+static int y_options(void) {
+  static const struct {
+    uint32_t number, answer, len;
+    const char *data;
+  } all[] = {
+      {3, 1, 0, ""},
+      {4, 0x80000001, 0, ""},
+      {5, 0x80000001, 0, ""},
+      {6, 1, 15, "\0\0\0\1v\0\4\0\0\0\1\0\2\0\3"},
+      {8, 1, 0, ""},
+      {9, 1, 9, "\0\0\0\1v\0\0\0\0"},
+      {10, 1, 28, "\0\0\0\1v\0\0\0\1\0\0\0\17base:allocation"},
+      {11, 1, 0, ""},
+      {99, 0x80000001, 3, "abc"},
+      {2, 1, 0, ""},
+  };
+  unsigned char b[4200] = {0, 0, 0, 3};
+  uint32_t type = 1;
+  int i, fd = y_socket();
+  if (t_write(fd, b, 4) || t_read(fd, b, 18) != 18) type = 0;
+  for (i = 0; type && i < COUNT(all); i++) {
+    if (t_option(fd, all[i].number, all[i].data, all[i].len)) type = 0;
+    while (type && (type = t_answer(fd, b)) > 1 && type < 1u << 31)
+      ;
+    if (type != all[i].answer) type = 0;
+  }
+  close(fd);
+  return type ? 0 : -1;
+}
+
+static int y_connect(void) {
+  int fd = y_socket();
+  if (!t_open(&y_conn, fd, "v", y_mode)) return 0;
+  close(fd);
+  return -1;
+}
+
+/* A request, on a new connection if it loses this one */
+static int y_request(int flags, int command, uint64_t off, uint32_t len,
+                     void *data) {
+  int err = t_do(&y_conn, flags, command, off, len, data);
+  if (err >= 0) return err;
+  close(y_conn.fd);
+  Y_TWICE(y_connect());
+  return -1;
+}
+
+static void y_write(int flags, uint64_t off, uint32_t len) {
+  Y_TWICE(y_request(flags, WRITE, off, len, y_model + off));
+}
+
+static void y_compare(void) {
+  Y_TWICE(y_request(0, READ, 0, y_size, y_got));
+  CHECK(!memcmp(y_got, y_model, y_size));
+}
+
+/* Each kind of request, long ones, too; leaves in the model what has to be
+ * there.  mark: what is different from the last time */
+static void y_requests(int mark) {
+  uint32_t i;
+  memset(y_model, mark, y_size);
+  for (i = 0; i < y_size; i += 4096)
+    t_put(y_model + i, 4, i + 1); /* no two blocks are the same */
+  y_write(0, 0, y_size);
+  memset(y_model + 5000, mark + 1, 8000);
+  y_write(FUA, 5000, 8000);
+  memset(y_model + 65536, 0, 66000);
+  Y_TWICE(y_request(0, ZEROES, 65536, 66000, NULL));
+  memset(y_model + 150000, 0, 100000);
+  Y_TWICE(y_request(0, TRIM, 150000, 100000, NULL)); /* which may do nothing */
+  Y_TWICE(y_request(NO_HOLE, ZEROES, 150000, 100000, NULL));
+  if (y_conn.flags & 0x400) Y_TWICE(y_request(0, CACHE, 0, y_size, NULL));
+  if (y_mode) Y_TWICE(y_request(0, STATUS, 0, y_size, NULL));
+  y_compare();
+  Y_TWICE(y_request(0, READ, 70000, 3000, y_got));
+  Y_TWICE(y_request(0, FLUSH, 0, 0, NULL));
+}
+
+
+static int y_flat_open(struct nbdserve_export *e) {
+  int err;
+  memset(e, 0, sizeof *e);
+  e->name = "v";
+  err = nbdserve_flat_open(path, NULL, e);
+  if (!err && (err = nbdserve_add(y_server, e)) != 0) e->ops->close(e->ctx);
+  return err;
+}
+
+/* A server of the file or, with a configuration, of what that finds */
+static int y_begin(const struct nbdserve_config *config) {
+  struct nbdserve_export e;
+  char address[300];
+  int err = nbdserve_new(&y_server, config);
+  snprintf(address, sizeof address, "unix:%s.s", path);
+  if (!err && !config) err = y_flat_open(&e);
+  if (!err) err = nbdserve_listen(y_server, address);
+  if (err) nbdserve_free(y_server);
+  return err;
+}
+
+static void y_start(const struct nbdserve_config *config) {
+  Y_TWICE(y_begin(config));
+  CHECK(pthread_create(&y_runs, NULL, i_run, y_server) == 0);
+  Y_TWICE(y_options());
+  Y_TWICE(y_connect());
+}
+
+static void y_stop(void) {
+  void *err;
+  t_close(&y_conn);
+  nbdserve_stop(y_server);
+  CHECK(pthread_join(y_runs, &err) == 0 && !err);
+  nbdserve_free(y_server);
+}
+
+/* The n-th allocation from here on fails; after that says whether there was
+ * such a one, and that nothing is left of all there were. */
+static long y_blocks;
+
+static void y_arm(int n) {
+  y_blocks = fi_blocks;
+  fi[MALLOC].calls = 0;
+  fi[MALLOC].bad = n;
+}
+
+static int y_disarm(void) {
+  int fired = y_fired();
+  fi[MALLOC].bad = 0;
+  CHECK(fi_blocks == y_blocks);
+  return fired;
+}
+
+static void i_starved(void) {
+  int n, fd = open(path, O_RDWR);
+  fi_no_disk = 1;
+  y_size = Y_MOST;
+  CHECK(fd >= 0 && ftruncate(fd, y_size) == 0);
+  for (y_mode = 0; y_mode < 3; y_mode++) {
+    n = 0;
+    do {
+      y_arm(++n);
+      y_start(NULL);
+      y_requests(n);
+      y_stop();
+      CHECK(pread(fd, y_got, y_size, 0) == (ssize_t)y_size);
+      CHECK(!memcmp(y_got, y_model, y_size));
+    } while (y_disarm());
+    CHECK(n > 9);
+  }
+  CHECK(ftruncate(fd, 65536) == 0 && close(fd) == 0);
 }
 
 static void i_never_closed(void *ctx) {
@@ -14998,7 +15205,127 @@ static void i_reserve(void) {
   CHECK(nbdserve_cas_rm(i_cas, "v@s") == 0);
   CHECK(i_cas_close() == 0);
 }
+/* ---- The same with a store ---- */
+
+static unsigned char y_kept[Y_MOST]; /* what v@s has */
+
+static int y_find(void *ctx, const char *name, struct nbdserve_export *out) {
+  (void)ctx;
+  return nbdserve_cas_volume(i_cas, name, out);
+}
+
+static int y_list(void *ctx, nbdserve_emit_fn *emit, void *arg) {
+  (void)ctx;
+  return emit(arg, "v", "a volume"), 0;
+}
+
+static int y_counts(void *arg, const struct nbdserve_cas_info *info) {
+  (void)info;
+  ++*(int *)arg;
+  return 0;
+}
+
+static int y_adds(void *arg, uint64_t off, uint64_t len) {
+  (void)off;
+  *(uint64_t *)arg += len;
+  return 0;
+}
+
+static int y_import(void) {
+  struct nbdserve_export e = {0};
+  int err = nbdserve_cas_begin(i_cas, "i", y_size, &e), end;
+  if (err) return err;
+  err = e.ops->write(e.ctx, y_model, 0, y_size, 0);
+  end = nbdserve_cas_finish(i_cas, &e, !err);
+  return err ? err : end;
+}
+
+/* Every command, with v open */
+static void y_commands(void) {
+  int n = 0;
+  uint64_t sum = 0;
+  char id[72], again[72];
+  Y_TWICE(nbdserve_cas_snapshot(i_cas, "v@s"));
+  memcpy(y_kept, y_model, y_size);
+  Y_TWICE(nbdserve_cas_clone(i_cas, "v@s", "c"));
+  Y_TWICE(nbdserve_cas_resize(i_cas, "c", 5000));
+  Y_TWICE(nbdserve_cas_rename(i_cas, "c", "d"));
+  Y_TWICE(nbdserve_cas_seal(i_cas, "v@s", id, NULL, NULL));
+  Y_TWICE(nbdserve_cas_seal(i_cas, "v@s", again, NULL, NULL));
+  CHECK(!strcmp(id, again));
+  for (n = 30000; n < 39000; n++)
+    y_model[n] ^= 1;
+  y_write(0, 30000, 9000);
+  Y_TWICE(y_request(0, FLUSH, 0, 0, NULL));
+  Y_TWICE((sum = 0, nbdserve_cas_diff(i_cas, "v", "v@s", y_adds, &sum)));
+  CHECK(sum == 3 * 4096);
+  Y_TWICE(y_import());
+  Y_TWICE(nbdserve_cas_verify(i_cas, NULL, NULL, NULL));
+  Y_TWICE(nbdserve_cas_repair(i_cas, NULL, NULL, NULL));
+  Y_TWICE(nbdserve_cas_gc(i_cas, &sum, NULL, NULL));
+  Y_TWICE((n = 0, nbdserve_cas_list(i_cas, y_counts, &n)));
+  CHECK(n == 4);
+  y_compare();
+}
+
+static void y_holds(const char *name, const unsigned char *data, uint32_t len) {
+  struct nbdserve_export e = {0};
+  CHECK(nbdserve_cas_volume(i_cas, name, &e) == 0 && e.size == len);
+  CHECK(e.ops->read(e.ctx, y_got, 0, len, 0) == 0);
+  CHECK(!memcmp(y_got, data, len));
+  e.ops->close(e.ctx);
+}
+
+/* What was answered is there when the store is opened again; away with it, but
+ * for v. */
+static void y_reopened(void) {
+  struct nbdserve_cas_stat stat;
+  int n = 0;
+  CHECK(nbdserve_cas_open(path, NULL, &i_cas) == 0);
+  CHECK(nbdserve_cas_list(i_cas, y_counts, &n) == 0 && n == 4);
+  y_holds("v", y_model, y_size);
+  y_holds("v@s", y_kept, y_size);
+  y_holds("d", y_kept, 5000);
+  y_holds("i", y_model, y_size);
+  nbdserve_cas_stat(i_cas, &stat);
+  CHECK(!stat.damaged && !nbdserve_cas_verify(i_cas, NULL, NULL, NULL));
+  CHECK(nbdserve_cas_rollback(i_cas, "v@s") == 0);
+  y_holds("v", y_kept, y_size);
+  CHECK(nbdserve_cas_rm(i_cas, "v@s") == 0);
+  CHECK(nbdserve_cas_rm(i_cas, "d") == 0 && nbdserve_cas_rm(i_cas, "i") == 0);
+  CHECK(nbdserve_cas_close(i_cas) == 0);
+}
+
+static void i_starvedstore(void) {
+  struct nbdserve_cas_options init = {0};
+  struct nbdserve_config config = {0};
+  int fired, n = 0;
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.find = y_find;
+  config.list = y_list;
+  init.log_pages = 16; /* it is full now and then */
+  y_size = 1 << 18;
+  y_mode = 2;
+  fi_no_disk = 1;
+  CHECK(nbdserve_cas_init(path, &init) == 0);
+  CHECK(nbdserve_cas_open(path, NULL, &i_cas) == 0);
+  CHECK(nbdserve_cas_create(i_cas, "v", y_size) == 0);
+  CHECK(nbdserve_cas_close(i_cas) == 0);
+  do {
+    y_arm(++n);
+    Y_TWICE(nbdserve_cas_open(path, NULL, &i_cas));
+    y_start(&config);
+    y_requests(n);
+    y_commands();
+    y_stop();
+    Y_TWICE(nbdserve_cas_close(i_cas));
+    fired = y_disarm();
+    y_reopened();
+  } while (fired);
+  CHECK(n > 99);
+}
 #else
+static void i_starvedstore(void) {}
 static void i_badlog(void) {}
 static void i_slowgc(void) {}
 static void i_rollback(void) {}
@@ -15055,6 +15382,7 @@ int main(int argc, char **argv) {
       {"newlog", i_newlog},       {"refused", i_refused},
       {"undone", i_undone},       {"reserve", i_reserve},
       {"closing", i_closing},     {"nohole", i_nohole},
+      {"starved", i_starved},     {"starvedstore", i_starvedstore},
   };
   int i;
   CHECK(argc > 2);

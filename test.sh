@@ -1379,6 +1379,22 @@ within() { # command... with %s for nbdserve
   chmod +x "$T/within"
   NBDSERVE=$T/within
 }
+# An empty root directory, $T/jail, with nbdserve, the image, and nothing else but
+# what nbdserve is linked to; owned by a user who is in no file
+jail() {
+  needs root chroot || return 1
+  [ -z "${SANITIZER-}" ] || { skip 'a sanitizer needs /proc'; return 1; }
+  mkdir "$T/jail"
+  for file in $(ldd "$BARE" 2>/dev/null | grep -o '/[^ ]*'); do
+    mkdir -p "$T/jail${file%/*}"
+    cp "$file" "$T/jail$file"
+  done
+  cp "$BARE" "$T/jail/nbdserve"
+  cp "$DISK" "$T/jail/disk"
+  chown 61234:61234 "$T/jail" "$T/jail/disk"
+  jailed="chroot --userspec=61234:61234 '$T/jail' /nbdserve"
+  within "$jailed"
+}
 # Where fallocate, preadv2, pwritev2, copy_file_range, getrandom, memfd_create,
 # statx, splice, prctl, pipe2 and fadvise64 are refused, nothing is missed but
 # what one of them is: SIGTERM when the parent ends
@@ -1418,6 +1434,162 @@ testSandboxThatRefusesOptionalCallsIsNoHarm() {
     cas 0 export "$S::v@s" "$T/out-$error"
     assertTrue "$error export" "cmp '$T/big' '$T/out-$error'"
   done
+}
+testChrootNeedsNothingButTheTarget() { # no /proc, /dev, /tmp, /etc, shell
+  jail || return 0
+  DISK=/disk
+  simple 'OK.1 OK.2 OK.3=61626364' WRITE,1,0,4 61626364 FLUSH,2,0,0 READ,3,0,4
+  assertEquals abcd "$(head -c 4 "$T/jail/disk")"
+  DISK=mem:64K
+  simple OK.1=00000000 READ,1,0,4
+  start -U /s /disk
+  client many "$T/jail/s" 3
+  stop TERM
+  assertEquals 0 "$STATUS"
+  assertFalse 'the socket is gone' "[ -e '$T/jail/s' ]"
+  run /disk
+  assertEquals 'no directory for a socket' 1 "$STATUS"
+  says 'private socket: no directory for it \(use -U\)$'
+  run -s -T /disk
+  assertEquals 'none for what is temporary' 1 "$STATUS"
+  says '/tmp: No such file or directory$'
+  run -U /s /disk --run true
+  assertEquals 'no shell' 127 "$STATUS"
+  says '/bin/sh: No such file or directory$'
+}
+testChrootNeedsNothingButTheStore() {
+  unless NO_CAS && jail || return 0
+  cas 0 init /store
+  cas 0 import /store::v /disk
+  cas 0 snapshot /store::v@s
+  if [ "$SWITCH" != NO_THREADS ]; then
+    start -U /s /store::v
+    client many "$T/jail/s" 1
+    cas 0 snapshot /store::v@t
+    assertTrue 'the server did it' "[ -S '$T/jail/store.ctl' ]"
+    stop TERM
+    assertEquals 0 "$STATUS"
+  fi
+  cas 0 verify /store
+  cas 0 export /store::v@s /out
+  assertTrue 'exported' "cmp '$T/jail/out' '$T/jail/disk'"
+}
+testReadOnlyRootIsEnoughToRead() {
+  needs unshare && jail || return 0
+  [ "$SWITCH" = NO_CAS ] || cas 0 init /store
+  [ "$SWITCH" = NO_CAS ] || cas 0 import /store::v /disk
+  unshare -m true 2>/dev/null || { skip 'no mounts of its own'; return 0; }
+  cat >"$T/readonly" <<END
+mount --bind '$T/jail' '$T/jail' && mount -o remount,ro,bind '$T/jail' &&
+  exec chroot '$T/jail' /nbdserve "\$@"
+END
+  within unshare -m sh "$T/readonly"
+  DISK=/disk ARGS=-r was=$FLAGS FLAGS=$RO
+  simple 'OK.1=6e62' READ,1,0,2
+  run -s /disk
+  assertEquals 1 "$STATUS"
+  says '/disk: Read-only file system.*-r'
+  run -r -U /s /disk
+  assertEquals 1 "$STATUS"
+  says '/s: Read-only file system$'
+  [ "$SWITCH" != NO_CAS ] || return 0
+  cas 0 list /store
+  assertEquals v "$(cut -f 1 "$T/out")"
+  cas 0 export /store::v -
+  assertTrue 'exported' "cmp '$T/out' '$T/jail/disk'"
+  cas 1 create /store::w 1M
+  says 'Read-only file system'
+  cas 1 init /other
+  says '/other: Read-only file system$'
+}
+testWithoutANetworkThereIsTheUnixSocket() {
+  needs root unshare || return 0
+  unshare -n true 2>/dev/null || { skip 'no network of its own'; return 0; }
+  within unshare -n %s
+  start "$DISK"
+  client many "${URI#*socket=}" 1
+  stop TERM
+  assertEquals 0 "$STATUS"
+}
+# Not one thread may be started at first
+testLimitOfProcessesLeavesTheServerRunning() {
+  needs prlimit setpriv && unless NO_THREADS && jail || return 0
+  within "prlimit --nproc=1:50 $jailed"
+  threads() { # as that user: others may not do that, not even each root
+    setpriv --reuid=61234 --regid=61234 --clear-groups \
+      prlimit --pid "$PID" --nproc="$1:50"
+  }
+  LOG='^nbdserve: .*(temporarily unavailable|try again)'
+  start -U /s /disk
+  build client || return 0
+  timeout 20 "$W/client" hello "$T/jail/s" >"$T/log" 2>&1
+  assertNotEquals 'no thread for the client' 0 $?
+  threads 2
+  client many "$T/jail/s" 1 # it does all itself
+  threads 50
+  client many "$T/jail/s" 4
+  threads 1
+  stop TERM
+  assertEquals 0 "$STATUS"
+}
+testLimitOfMemoryLeavesTheServerRunning() {
+  needs prlimit && unless NO_THREADS || return 0
+  [ -z "${SANITIZER-}" ] || { skip 'a sanitizer needs memory'; return 0; }
+  LOG='^nbdserve: .*([Cc]annot allocate memory|temporarily unavailable)'
+  within prlimit --as=30000000 %s
+  serve "$DISK"
+  build client || return 0
+  for _ in 1 2 3; do # some of them are refused
+    timeout 20 "$W/client" crowd "$SOCK" 150 >"$T/log" 2>&1
+  done
+  assertTrue 'it was too little' "[ -s '$T/err' ]"
+  client many "$SOCK" 4
+  stop TERM
+  assertEquals 0 "$STATUS"
+}
+testPrivateSocketIsInTmpWhereTMPDIRCannotHaveIt() {
+  long=$T/$(printf %0120d 0)
+  mkdir "$long"
+  for TMPDIR in "$T/none" . "$long"; do
+    export TMPDIR
+    run "$DISK" --run 'echo "$uri" >&2'
+    assertEquals "$TMPDIR" 0 "$STATUS"
+    assertContains "$TMPDIR" "$(cat "$T/err")" 'socket=/tmp/nbd'
+    : >"$T/err"
+  done
+  unset TMPDIR
+  assertEquals 'nothing is left' '' "$(ls "$long")"
+}
+# What is written to a stream that is not open goes nowhere, and above all not to
+# an image that has got its number
+testNoCombinationOfClosedStreamsMeetsAnImage() {
+  cp "$DISK" "$T/copy"
+  [ "$SWITCH" = NO_CAS ] || store || return 0
+  [ "$SWITCH" = NO_CAS ] || cas 0 import "$S::v" "$DISK"
+  for closed in 0 1 2 01 02 12 012; do
+    streams=
+    case $closed in *0*) streams='0<&-' ;; esac
+    case $closed in *1*) streams="$streams 1>&-" ;; esac
+    case $closed in *2*) streams="$streams 2>&-" ;; esac
+    eval "timeout 20 '$NBDSERVE' -vv -1 -U '$T/s' '$DISK' $streams &" \
+      >"$T/out" 2>"$T/noise"
+    await "[ -S '$T/s' ]"
+    client many "$T/s" 1
+    wait $!
+    assertEquals "$closed closed" 0 $?
+    assertTrue "$closed closed: unchanged" "cmp '$DISK' '$T/copy'"
+    [ "$SWITCH" != NO_CAS ] || continue
+    eval "timeout 20 '$NBDSERVE' seal '$S::none@s' $streams" \
+      >"$T/out" 2>"$T/noise"
+    assertEquals "$closed closed: no volume" 1 $?
+    eval "timeout 20 '$NBDSERVE' export '$S::v' - $streams" \
+      >"$T/out" 2>"$T/noise"
+    case $closed in
+      *1*) ;;
+      *) assertTrue "$closed closed: output" "cmp '$T/out' '$T/copy'" ;;
+    esac
+  done
+  [ "$SWITCH" = NO_CAS ] || cas 0 verify "$S"
 }
 
 # ==== [3] UTIL (@util) =======================================================

@@ -171,9 +171,9 @@ cov: ## line coverage of nbdserve.c by TESTS (all), and what none reaches
 	@rm -rf build/cov; mkdir -p build/cov
 	@./test.sh --cov cc "$$PWD/build/cov" > build/cov/cc
 	@chmod +x build/cov/cc
-	build/cov/cc -g -o build/cov/nbdserve nbdserve.c $(LDLIBS)
+	build/cov/cc -g -o build/cov/nbdserve $$PWD/nbdserve.c $(LDLIBS)
 	@NBDSERVE=$$PWD/build/cov/nbdserve CC=$$PWD/build/cov/cc CFLAGS=-g \
-	  GCOV_ERROR_FILE=/dev/null LDLIBS="$(LDLIBS)" ./test.sh $(TESTS) || \
+	  GCOV_ERROR_FILE=$$PWD/build/cov/errors LDLIBS="$(LDLIBS)" ./test.sh $(TESTS) || \
 	  echo 'not all tests have passed'
 	@./test.sh --cov report build/cov
 

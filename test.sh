@@ -1529,14 +1529,16 @@ testWithoutANetworkThereIsTheUnixSocket() {
   stop TERM
   assertEquals 0 "$STATUS"
 }
-# Not one thread may be started at first
+# How many threads the jailed server may have from now on; only its own user may
+# say so everywhere
+threads() { # number
+  setpriv --reuid=61234 --regid=61234 --clear-groups \
+    prlimit --pid "$PID" --nproc="$1:50"
+}
+# Not one may be started at first
 testLimitOfProcessesLeavesTheServerRunning() {
   needs prlimit setpriv && unless NO_THREADS && jail || return 0
   within "prlimit --nproc=1:50 $jailed"
-  threads() { # as that user: others may not do that, not even each root
-    setpriv --reuid=61234 --regid=61234 --clear-groups \
-      prlimit --pid "$PID" --nproc="$1:50"
-  }
   LOG='^nbdserve: .*(temporarily unavailable|try again)'
   start -U /s /disk
   build client || return 0
@@ -1547,6 +1549,21 @@ testLimitOfProcessesLeavesTheServerRunning() {
   threads 50
   client many "$T/jail/s" 4
   threads 1
+  stop TERM
+  assertEquals 0 "$STATUS"
+}
+testLimitOfProcessesLetsCommandsBeDone() {
+  needs prlimit setpriv && unless NO_CAS && unless NO_THREADS && jail || return 0
+  cas 0 init /store
+  cas 0 import /store::v /disk
+  within "prlimit --nproc=4:50 $jailed"
+  start -U /s /store::v
+  threads 1
+  within "$jailed"
+  cas 0 snapshot /store::v@s
+  cas 0 list /store
+  assertEquals 'v v@s ' "$(cut -f 1 "$T/out" | tr '\n' ' ')"
+  threads 50
   stop TERM
   assertEquals 0 "$STATUS"
 }
@@ -4681,6 +4698,15 @@ testTooLongSocketPathIsRefusedWithTheLimit() {
   assertNotEquals 0 "$STATUS"
   says "$long: .*10[0-9]"
 }
+testAddressesMayStandInBrackets() {
+  tcp || return 0
+  start -p 0 -i '[127.0.0.1]' "$DISK"
+  client hello "$(echo "$URI" | sed 's,nbd://\(.*\)/,\1,')"
+  stop TERM
+  run -p 0 -i "$(printf %0100d 1)" "$DISK"
+  assertEquals 'no address is that long' 1 "$STATUS"
+  says 'Invalid argument'
+}
 testPortZeroPrintsTheChosenPort() {
   tcp || return 0
   start -p 0 "$DISK"
@@ -5196,6 +5222,82 @@ testSignalsEndItInOrder() {
     assertFalse "socket after $signal" "[ -e '$SOCK' ]"
     assertFalse "pidfile after $signal" "[ -e '$T/pid' ]"
   done
+}
+testOptionsThatLackWhatTheyNeedAreExplained() {
+  for options in --port --quiet=3 '-s --export'; do
+    # shellcheck disable=SC2086
+    run $options
+    assertEquals "$options" 2 "$STATUS"
+    says '^nbdserve: --.* is how to write it'
+  done
+  run "$DISK" --
+  assertEquals 2 "$STATUS"
+  says 'there must be one command'
+  run --run true --run true "$DISK"
+  assertEquals 2 "$STATUS"
+  says 'there must be one command'
+}
+testRelativeSocketPathHasAUriThatIsRightEverywhere() {
+  was=$PWD
+  cd "$T" || return
+  start -U sock "$DISK"
+  cd "$was" || return
+  assertEquals "nbd+unix:///?socket=$T/sock" "$URI"
+  client hello "$T/sock"
+  stop TERM
+  mkdir "$T/$(printf %090d 0)"
+  cd "$T/$(printf %090d 0)" || return
+  start -U sock "$DISK" # its whole path is too long for an address
+  assertEquals 'nbd+unix:///?socket=sock' "$URI"
+  client hello sock
+  stop TERM
+  cd "$was" || return
+}
+testReadyFdThatCannotBeWrittenIsAFailure() {
+  needs /dev/full || return 0
+  run -U "$T/s" --ready-fd 7 "$DISK" 7>/dev/full
+  assertEquals 1 "$STATUS"
+  says 'ready-fd: No space left'
+  assertFalse 'the socket is gone' "[ -e '$T/s' ]"
+}
+testPidfileThatCannotBeWrittenIsNotThere() {
+  (ulimit -f 0; timeout 20 "$NBDSERVE" -U "$T/s" -P "$T/pid" "$DISK"; echo $?) \
+    2>&1 | cat >"$T/both"
+  assertContains "$(cat "$T/both")" "$T/pid: File too large"
+  assertEquals 1 "$(tail -n 1 "$T/both")"
+  assertEquals 'files' '' "$(find "$T" -name 'pid*' -o -name s)"
+}
+testOneServerServesOneStore() {
+  store || return 0
+  cas 0 create "$S::v" 1M
+  cas 0 init "$T/other"
+  cas 0 create "$T/other::v" 1M
+  run -s "a=$S::v" "b=$T/other::v"
+  assertEquals 1 "$STATUS"
+  says "$T/other: one store at a time: .*/store is open"
+}
+testExportDoesNotOverwriteWhatIsBeingServed() {
+  store || return 0
+  cas 0 create "$S::v" 1M
+  cp "$DISK" "$T/copy"
+  serve "$DISK"
+  cas 4 export "$S::v" "$DISK"
+  says "$DISK: in use"
+  assertTrue 'unchanged' "cmp '$DISK' '$T/copy'"
+}
+# The last checkpoint fails: what was flushed is in the log
+testStoreThatCannotBeClosedInOrderIsAFailure() {
+  needs prlimit qemu-io && store || return 0
+  cas 0 create "$S::v" 1M
+  LOG='^nbdserve: '
+  serve "$S::v"
+  does qemu-io -f raw -c 'write -P 7 0 64k' -c flush "$URI"
+  prlimit --pid "$PID" --fsize=4096:
+  stop TERM
+  assertEquals 1 "$STATUS"
+  says "$S: not closed in order: File too large"
+  cas 0 export "$S::v" "$T/out"
+  assertEquals 0707 "$(od -An -tx1 -N 2 "$T/out" | tr -d ' ')"
 }
 testClosedDescriptorsNeverMeetTheImage() {
   cp "$DISK" "$T/copy"

@@ -4454,6 +4454,18 @@ testAStoreThatLacksFreeSlotsOnlyIsWhole() {
   unless NO_CAS || return 0
   fault cutshort "$T/pool"
 }
+testGcThatFailsHalfwayTouchesNothingInUse() {
+  unless NO_CAS || return 0
+  fault gcfails "$T/pool"
+}
+testARepairThatFailsHalfwayMakesNothingWorse() {
+  unless NO_CAS || return 0
+  fault mending "$T/pool"
+}
+testAnIdIsOfTheDataWhereADigestCannotBeRead() {
+  unless NO_CAS || return 0
+  fault sealed "$T/pool"
+}
 testADamagedBlockIsMendedByAnEqualOne() {
   unless NO_CAS || return 0
   fault twice "$T/pool"
@@ -6055,7 +6067,7 @@ testWhatIsSentToTheControlSocketIsNotKept() {
   python3 - "$S.ctl" <<'END'
 import array, socket, sys
 for n in range(9):
-    for data in b"x", b"x" * 20000:
+    for data in b"x", b"x" * 20000, b"\0" * 20000: # zeroes: the first verb
         s = socket.socket(socket.AF_UNIX)
         s.connect(sys.argv[1])
         fds = array.array("i", [0] * n)
@@ -14149,6 +14161,9 @@ static void i_create(void) {
   fi[MALLOC].bad = 0;
   CHECK(n > 2 && access(name, F_OK) == 0);
   CHECK(nbdserve_flat_open(name, &flat, &e) == -EBUSY);
+  flat.flags = 1u << 31; /* one that there is not */
+  CHECK(nbdserve_flat_open(name, &flat, &e) == -EINVAL);
+  flat.flags = 0;
   CHECK(access(name, F_OK) == 0);
   e.ops->close(e.ctx);
   CHECK(unlink(name) == 0);
@@ -14396,14 +14411,14 @@ static int y_fired(void) {
 
 /* Only once is there no memory: what fails has to be what lacked it, to say so,
  * or to lose the client (-1), and to succeed when it is done again. */
-#define Y_TWICE(x)                                     \
-  do {                                                 \
-    int before_ = y_fired(), err_ = (x);               \
-    if (err_) {                                        \
-      CHECK(!before_ && y_fired());                    \
+#define Y_TWICE(x) \
+  do { \
+    int before_ = y_fired(), err_ = (x); \
+    if (err_) { \
+      CHECK(!before_ && y_fired()); \
       CHECK(err_ == -1 || err_ == -ENOMEM || err_ == 12); \
-      CHECK((x) == 0);                                 \
-    }                                                  \
+      CHECK((x) == 0); \
+    } \
   } while (0)
 
 static int y_socket(void) {
@@ -14493,7 +14508,6 @@ static void y_requests(int mark) {
   Y_TWICE(y_request(0, READ, 70000, 3000, y_got));
   Y_TWICE(y_request(0, FLUSH, 0, 0, NULL));
 }
-
 
 static int y_flat_open(struct nbdserve_export *e) {
   int err;
@@ -14912,7 +14926,7 @@ static void i_slowgc(void) {
   struct nbdserve_export e = {0};
   char b[4096] = {0};
   uint32_t x, busy = 0;
-  pthread_t gc;
+  pthread_t gc, other;
   void *err;
   int i;
   CHECK(nbdserve_cas_init(path, NULL) == 0);
@@ -14932,6 +14946,8 @@ static void i_slowgc(void) {
   t_hold(&fi[FALLOCATE].hold, 1);
   CHECK(pthread_create(&gc, NULL, i_gc, NULL) == 0);
   usleep(200000);
+  CHECK(pthread_create(&other, NULL, i_gc, NULL) == 0); /* takes its turn */
+  usleep(100000);
   CHECK(i_cas_write('a') == 0 && i_cas_has('a'));
   CHECK(fi[FALLOCATE].calls == 0);
   /* What is being given back stays as it is, whatever others find out. */
@@ -14946,6 +14962,7 @@ static void i_slowgc(void) {
   t_hold(&fi[FALLOCATE].hold, 0);
   CHECK(pthread_join(gc, &err) == 0);
   CHECK(err == NULL && fi[FALLOCATE].calls > 0);
+  CHECK(pthread_join(other, &err) == 0 && err == NULL);
   CHECK(i_cas_write('b') == 0 && i_cas_close() == 0);
 }
 
@@ -15348,6 +15365,7 @@ static void i_oldcopy(void) {
 static void i_records(void) {
   static const unsigned char size[8] = {0, 0, 0, 0, 0, 0, 16, 0};
   static const unsigned char flags[4] = {0, 0, 0, CAS_IS_PARTIAL};
+  static const unsigned char unknown[4] = {64}; /* of a later version */
   struct nbdserve_export e = {0};
   struct nbdserve_cas_stat with, without;
   uint32_t page, place[2];
@@ -15373,7 +15391,12 @@ static void i_records(void) {
   CHECK(nbdserve_cas_create(i_cas, "w", 5) == 0); /* the name is free, and */
   nbdserve_cas_stat(i_cas, &without);             /* a block and 4 pages */
   CHECK(without.free == with.free + (1 + 2 * 4) * 4096);
+  CHECK(i_cas_close() == 0 && i_cas_open(0) == 0);
+  page = i_find("v")->page->slot;
+  place[0] = CAS_HEAD + CAS_RECORD * i_find("v@s")->place;
   CHECK(i_cas_close() == 0);
+  i_forge(page, place[0] + 4, unknown, sizeof unknown);
+  CHECK(i_cas_open(0) == -EOPNOTSUPP);
 }
 
 /* It is killed, and its id is that of the next volume. */
@@ -15547,6 +15570,88 @@ static void i_reserve(void) {
   CHECK(nbdserve_cas_rm(i_cas, "v@s") == 0);
   CHECK(i_cas_close() == 0);
 }
+/* What gc cannot read the digests of, or cannot note as given back, stays; what
+ * is in use is not touched, and the next one goes on. */
+static void i_gcfails(void) {
+  int calls[3], round, n;
+  for (round = 0; round < 3; round++) {
+    struct nbdserve_export e = {0};
+    uint64_t bytes;
+    i_new(1, 0);
+    CHECK(nbdserve_cas_create(i_cas, "w", 4 << 20) == 0);
+    CHECK(nbdserve_cas_volume(i_cas, "w", &e) == 0);
+    for (n = 1; n < 1016; n++)
+      CHECK(e.ops->write(e.ctx, &n, (uint64_t)n * 4096, sizeof n, 0) == 0);
+    CHECK(i_put(0, 'a') == 0);
+    e.ops->close(e.ctx);
+    CHECK(nbdserve_cas_rm(i_cas, "w") == 0);
+    fi[FALLOCATE].calls = 0;
+    if (round < 2) fi[round].bad = i_digest_at(CAS_SEGMENT) + 5;
+    if (round < 2) fi[round].also = i_digest_at(2 * CAS_SEGMENT) + 5;
+    CHECK(nbdserve_cas_gc(i_cas, &bytes, NULL, NULL) == 0);
+    calls[round] = fi[FALLOCATE].calls;
+    if (round < 2) fi[round].bad = fi[round].also = 0;
+    CHECK(i_get(0) == 'a' && i_verify() == 0);
+    CHECK(nbdserve_cas_gc(i_cas, &bytes, NULL, NULL) == 0);
+    CHECK(i_cas_close() == 0 && i_cas_open(0) == 0 && i_get(0) == 'a');
+    CHECK(i_verify() == 0 && i_cas_close() == 0);
+  }
+  CHECK(calls[PREAD] < calls[2] && calls[PWRITE] < calls[2]);
+}
+
+/* A repair of which any one read fails makes nothing worse: the next one mends
+ * all. */
+static void i_mending(void) {
+  uint32_t slot[2];
+  int n, err, i;
+  for (n = 0;; n++) {
+    struct nbdserve_export e = {0};
+    i_new(1, 0);
+    for (i = 0; i < 2; i++) {
+      CHECK(i_put((uint64_t)i, 'a') == 0);
+      slot[i] = i_slot((uint64_t)i);
+      os_lock(&i_cas->lock);
+      cas_unindex(i_cas, slot[i]);
+      cas_unlock(i_cas);
+    }
+    CHECK(i_cas_close() == 0);
+    i_flip(i_slot_at(slot[0]) + 7);
+    CHECK(i_cas_open(NBDSERVE_CAS_VERIFY) == 0);
+    CHECK(nbdserve_cas_begin(i_cas, "x", 1, &e) == 0); /* the index is full */
+    CHECK(nbdserve_cas_finish(i_cas, &e, 0) == 0);
+    fi[PREAD].calls = 0;
+    fi[PREAD].err = EIO;
+    fi[PREAD].skip = n;
+    fi[PREAD].times = 1;
+    err = nbdserve_cas_repair(i_cas, i_tell, NULL, NULL);
+    i = fi[PREAD].times; /* none was left to fail */
+    fi[PREAD].skip = fi[PREAD].times = 0;
+    CHECK(err == 0 || (!i && (err == -EUCLEAN || err == -EIO)));
+    CHECK(nbdserve_cas_repair(i_cas, i_tell, NULL, NULL) == 0);
+    CHECK(i_get(0) == 'a' && i_get(1) == 'a' && i_cas_close() == 0);
+    if (i) break;
+  }
+  CHECK(n > 3);
+}
+
+/* An id is of what is there, even where the digest cannot be read that was
+ * known to be right. */
+static void i_sealed(void) {
+  char id[2][72];
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0);
+  CHECK(nbdserve_cas_snapshot(i_cas, "v@s") == 0);
+  CHECK(nbdserve_cas_snapshot(i_cas, "v@t") == 0);
+  CHECK(i_cas_close() == 0 && i_cas_open(NBDSERVE_CAS_VERIFY) == 0);
+  CHECK(i_get(0) == 'a'); /* now it is known */
+  fi[PREAD].bad = i_digest_at(i_slot(0)) + 5;
+  CHECK(nbdserve_cas_seal(i_cas, "v@s", id[0], NULL, NULL) == 0);
+  fi[PREAD].bad = 0;
+  CHECK(i_cas_close() == 0 && i_cas_open(0) == 0);
+  CHECK(nbdserve_cas_seal(i_cas, "v@t", id[1], NULL, NULL) == 0);
+  CHECK(!strcmp(id[0], id[1]) && i_cas_close() == 0);
+}
+
 /* ---- The same with a store ---- */
 
 static unsigned char y_kept[Y_MOST]; /* what v@s has */
@@ -15602,8 +15707,8 @@ static void y_commands(void) {
   Y_TWICE((sum = 0, nbdserve_cas_diff(i_cas, "v", "v@s", y_adds, &sum)));
   CHECK(sum == 3 * 4096);
   Y_TWICE(y_import());
-  Y_TWICE(nbdserve_cas_verify(i_cas, NULL, NULL, NULL));
-  Y_TWICE(nbdserve_cas_repair(i_cas, NULL, NULL, NULL));
+  Y_TWICE(nbdserve_cas_verify(i_cas, i_tell, NULL, NULL));
+  Y_TWICE(nbdserve_cas_repair(i_cas, i_tell, NULL, NULL));
   Y_TWICE(nbdserve_cas_gc(i_cas, &sum, NULL, NULL));
   Y_TWICE((n = 0, nbdserve_cas_list(i_cas, y_counts, &n)));
   CHECK(n == 4);
@@ -15630,7 +15735,7 @@ static void y_reopened(void) {
   y_holds("d", y_kept, 5000);
   y_holds("i", y_model, y_size);
   nbdserve_cas_stat(i_cas, &stat);
-  CHECK(!stat.damaged && !nbdserve_cas_verify(i_cas, NULL, NULL, NULL));
+  CHECK(!stat.damaged && !nbdserve_cas_verify(i_cas, i_tell, NULL, NULL));
   CHECK(nbdserve_cas_rollback(i_cas, "v@s") == 0);
   y_holds("v", y_kept, y_size);
   CHECK(nbdserve_cas_rm(i_cas, "v@s") == 0);
@@ -15668,6 +15773,9 @@ static void i_starvedstore(void) {
 }
 #else
 static void i_starvedstore(void) {}
+static void i_gcfails(void) {}
+static void i_mending(void) {}
+static void i_sealed(void) {}
 static void i_badlog(void) {}
 static void i_slowgc(void) {}
 static void i_rollback(void) {}
@@ -15725,6 +15833,8 @@ int main(int argc, char **argv) {
       {"undone", i_undone},       {"reserve", i_reserve},
       {"closing", i_closing},     {"nohole", i_nohole},
       {"starved", i_starved},     {"starvedstore", i_starvedstore},
+      {"gcfails", i_gcfails},     {"mending", i_mending},
+      {"sealed", i_sealed},
   };
   int i;
   CHECK(argc > 2);
@@ -19034,9 +19144,9 @@ enum {
 };
 
 static const long n_denied[] = {
-    SYS_fallocate,  SYS_preadv2,         SYS_pwritev2, SYS_getrandom,
-    SYS_fadvise64,  SYS_copy_file_range, SYS_splice,   SYS_memfd_create,
-    SYS_pipe2,
+    SYS_fallocate, SYS_preadv2,      SYS_pwritev2,
+    SYS_getrandom, SYS_fadvise64,    SYS_copy_file_range,
+    SYS_splice,    SYS_memfd_create, SYS_pipe2,
 #ifdef SYS_statx
     SYS_statx,
 #endif

@@ -250,8 +250,8 @@ esac
 # A compiler whose programs count which lines run.  Each has files of its own in
 # the directory, wherever it is built and whatever name it gets: the tests build
 # nbdserve.c under many switches, and remove what they built.  _exit() leaves no
-# counts by itself; a process that cannot write them all leaves none, for half of
-# them would cost those of all others; what is linked by others cannot count.
+# counts by itself; a process that cannot write them all leaves none, for half
+# of them would cost those of all others; what is linked by others cannot count.
 cov_cc() { # directory
   cat >"$1/exit.h" <<END
 #ifndef _GNU_SOURCE
@@ -338,8 +338,8 @@ cov_report() { # directory
     END {
       close_run()
       for (s in lines)
-        printf "    0 %-14s %5.1f %% of %d\n", s, 100 * in_section[s] / lines[s],
-          lines[s]
+        printf "    0 %-14s %5.1f %% of %d\n", s,
+          100 * in_section[s] / lines[s], lines[s]
       printf "    0 all %14.1f %% of %d lines\n", of ? 100 * ran / of : 0, of
     }' "$here/nbdserve.c" - | sort -k1,1nr -k2,2n
 }
@@ -1397,8 +1397,8 @@ within() { # command... with %s for nbdserve
   chmod +x "$T/within"
   NBDSERVE=$T/within
 }
-# An empty root directory, $T/jail, with nbdserve, the image, and nothing else but
-# what nbdserve is linked to; owned by a user who is in no file
+# An empty root directory, $T/jail, with nbdserve, the image, and nothing else
+# but what nbdserve is linked to; owned by a user who is in no file
 jail() {
   needs root chroot || return 1
   [ -z "${SANITIZER-}" ] || { skip 'a sanitizer needs /proc'; return 1; }
@@ -1553,7 +1553,8 @@ testLimitOfProcessesLeavesTheServerRunning() {
   assertEquals 0 "$STATUS"
 }
 testLimitOfProcessesLetsCommandsBeDone() {
-  needs prlimit setpriv && unless NO_CAS && unless NO_THREADS && jail || return 0
+  unless NO_CAS && unless NO_THREADS || return 0
+  needs prlimit setpriv && jail || return 0
   cas 0 init /store
   cas 0 import /store::v /disk
   within "prlimit --nproc=4:50 $jailed"
@@ -1595,8 +1596,8 @@ testPrivateSocketIsInTmpWhereTMPDIRCannotHaveIt() {
   unset TMPDIR
   assertEquals 'nothing is left' '' "$(ls "$long")"
 }
-# What is written to a stream that is not open goes nowhere, and above all not to
-# an image that has got its number
+# What is written to a stream that is not open goes nowhere, and above all not
+# to an image that has got its number
 testNoCombinationOfClosedStreamsMeetsAnImage() {
   cp "$DISK" "$T/copy"
   [ "$SWITCH" = NO_CAS ] || store || return 0

@@ -1448,7 +1448,7 @@ testSandboxThatRefusesOptionalCallsIsNoHarm() {
     cas 0 resize "$S::w" 5000
     cas 0 verify "$S"
     cas 1 gc "$S"
-    says 'gc: Operation not supported' # all else it does without
+    says 'gc: .*[Nn]ot supported$' # all else it does without
     cas 0 export "$S::v@s" "$T/out-$error"
     assertTrue "$error export" "cmp '$T/big' '$T/out-$error'"
   done
@@ -1459,7 +1459,7 @@ testChrootNeedsNothingButTheTarget() { # no /proc, /dev, /tmp, /etc, shell
   simple 'OK.1 OK.2 OK.3=61626364' WRITE,1,0,4 61626364 FLUSH,2,0,0 READ,3,0,4
   assertEquals abcd "$(head -c 4 "$T/jail/disk")"
   DISK=mem:64K
-  simple OK.1=00000000 READ,1,0,4
+  [ "$SWITCH" = POSIX_ONLY ] || simple OK.1=00000000 READ,1,0,4 # else in /tmp
   start -U /s /disk
   client many "$T/jail/s" 3
   stop TERM
@@ -2792,15 +2792,17 @@ testSlowFlushTrimOrReadHoldsNoReadsUp() { fault slow "$DISK"; }
 testLongSimpleReplyIsInOnePiece() { fault whole "$DISK"; }
 testLongWriteThatFailsHalfwayIsOneError() { fault halfway "$DISK"; }
 testMemoryRefusedIsNoCrash() { fault memory "$DISK"; }
-# Each allocation of a session once: what was answered is there, nothing leaks,
-# and the next attempt succeeds
-testASessionThatLacksMemoryOnceGoesOn() {
+# Each allocation of a session once (under a sanitizer a part of them): what was
+# answered is there, nothing leaks, and the next attempt succeeds
+starved() { # fault VERB FILE
   unhurried || return 0
-  fault starved "$DISK"
+  case ${SANITIZER-} in '') step=1 ;; thread) step=11 ;; *) step=4 ;; esac
+  fault "$@" $step
 }
+testASessionThatLacksMemoryOnceGoesOn() { starved starved "$DISK"; }
 testASessionWithAStoreThatLacksMemoryOnceGoesOn() {
-  unhurried && unless NO_CAS || return 0
-  fault starvedstore "$T/pool"
+  unless NO_CAS || return 0
+  starved starvedstore "$T/pool"
 }
 testRepliesAreGatheredOnceEachInOrder() { unit gather; }
 testAClientHoldsNoMoreWritesThanThereAreThreads() { unit fullhands; }
@@ -14393,7 +14395,7 @@ static void i_keepalive(void) {
 /* ---- Every allocation of a whole session fails once ---- */
 
 enum {
-  Y_MOST = 3 << 20
+  Y_MOST = 5 << 18 /* more than is done in one piece */
 };
 static uint32_t y_size; /* of the export */
 static struct nbdserve *y_server;
@@ -14551,6 +14553,7 @@ static void y_stop(void) {
 static long y_blocks;
 
 static void y_arm(int n) {
+  alarm(30);
   y_blocks = fi_blocks;
   fi[MALLOC].calls = 0;
   fi[MALLOC].bad = n;
@@ -14564,14 +14567,15 @@ static int y_disarm(void) {
 }
 
 static void i_starved(void) {
-  int n, fd = open(path, O_RDWR);
+  int n, step = atoi(error_name), fd = open(path, O_RDWR);
+  CHECK(step > 0);
   fi_no_disk = 1;
   y_size = Y_MOST;
   CHECK(fd >= 0 && ftruncate(fd, y_size) == 0);
   for (y_mode = 0; y_mode < 3; y_mode++) {
     n = 0;
     do {
-      y_arm(++n);
+      y_arm(n += step);
       y_start(NULL);
       y_requests(n);
       y_stop();
@@ -15747,7 +15751,8 @@ static void y_reopened(void) {
 static void i_starvedstore(void) {
   struct nbdserve_cas_options init = {0};
   struct nbdserve_config config = {0};
-  int fired, n = 0;
+  int fired, n = 0, step = atoi(error_name);
+  CHECK(step > 0);
   config.version = NBDSERVE_VERSION_NUMBER;
   config.find = y_find;
   config.list = y_list;
@@ -15760,7 +15765,7 @@ static void i_starvedstore(void) {
   CHECK(nbdserve_cas_create(i_cas, "v", y_size) == 0);
   CHECK(nbdserve_cas_close(i_cas) == 0);
   do {
-    y_arm(++n);
+    y_arm(n += step);
     Y_TWICE(nbdserve_cas_open(path, NULL, &i_cas));
     y_start(&config);
     y_requests(n);

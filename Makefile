@@ -230,6 +230,16 @@ check-tsan: ## the tests with threads under the thread sanitizer
 	NBDSERVE=$$PWD/build/nbdserve-tsan SANITIZER=thread CC="$(CC)" \
 	  CFLAGS="-g -O1 -fsanitize=thread" ./test.sh $(TSAN_TESTS)
 
+cov: ## line coverage of nbdserve.c by TESTS (all), and what none reaches
+	@rm -rf build/cov; mkdir -p build/cov
+	@./test.sh --cov cc "$$PWD/build/cov" > build/cov/cc
+	@chmod +x build/cov/cc
+	build/cov/cc -g -o build/cov/nbdserve $$PWD/nbdserve.c $(LDLIBS)
+	@NBDSERVE=$$PWD/build/cov/nbdserve CC=$$PWD/build/cov/cc CFLAGS=-g \
+	  GCOV_ERROR_FILE=$$PWD/build/cov/errors LDLIBS="$(LDLIBS)" \
+	  ./test.sh $(TESTS) || echo 'not all tests have passed'
+	@./test.sh --cov report build/cov
+
 crash: ## cuts the power on a simulated store until it loses; CUTS=9, KIND=full
 	@mkdir -p build
 	@./test.sh --emit simulator > build/simulator.c
@@ -295,5 +305,5 @@ clean: ## remove what was built
 	rm -rf build nbdserve libnbdserve.a libnbdserve.so.0
 
 .PHONY: all lib shared install uninstall dist check check-cc check-cross \
-  check-strict check-config check-san check-tsan crash mutate fuzz \
+  check-strict check-config check-san check-tsan cov crash mutate fuzz \
   check-symbols lint figures bench help clean

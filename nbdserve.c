@@ -393,15 +393,19 @@ static int os_open_dir(const char *path) {
   return fd < 0 ? -errno : fd;
 }
 
-/* Takes the next client of a listening socket: a blocking socket, or -errno. */
+/* Takes the next client of a listening socket: a blocking socket, or -errno.  A
+ * sandbox may refuse accept4(2). */
 static int os_accept(int fd) {
+  int client = -1;
 #if OS_LINUX
-  int client = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
-#else
-  int client = accept(fd, NULL, NULL);
-  if (client >= 0) os_set_fd_flags(client, 0); /* BSDs copy flags */
+  client = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
+  if (client >= 0) return client;
+  if (errno != ENOSYS && errno != EPERM) return -errno;
 #endif
-  return client < 0 ? -errno : client;
+  client = accept(fd, NULL, NULL);
+  if (client < 0) return -errno;
+  os_set_fd_flags(client, 0); /* BSDs copy flags */
+  return client;
 }
 
 /* Sets a socket's option.  One that does not apply to fd fails, which does no
@@ -11057,7 +11061,7 @@ static void cli_tell_ready(void) {
     cli_exit_if_error(-errno, "--ready-fd");
   if (opt[OPT_RUN].given)
     cli_start_child();
-  else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0)
+  else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0 && errno != EBADF)
     cli_exit_if_error(-errno, "standard output");
   if (cli.ready_pipe < 0) return;
   assert(cli.ready_pipe > 2);
@@ -11198,12 +11202,15 @@ static void cli_help(void) {
  *
  * First those of the descriptors 0 to 2 are opened that are not open: otherwise
  * an image could become one of them, and our messages would be written to it.
+ * What they get cannot be written, so output that nobody could see is an error.
  * The words of --version tell what the build has; --help leaves out what it has
  * not. */
 int main(int argc, char **argv) {
   int fd = 0;
-  while (fd >= 0 && fd <= 2)
-    fd = open("/dev/null", O_RDWR);
+  while (fd >= 0 && fd <= 2) {
+    fd = open("/dev/null", O_RDONLY);
+    if (fd < 0) fd = open("/", O_RDONLY); /* the root of a jail is empty */
+  }
   if (fd > 2) close(fd);
   atexit(cli_close);
   if (argc > 0) cli_parse(argv);

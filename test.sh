@@ -668,69 +668,118 @@ fi
 # ==== make bench =============================================================
 
 # A table of requests a second against the servers that are installed: they
-# stay up and take turns, each on a copy of one image; medians of $ROUNDS
+# stay up and take turns, each on a copy of one image; medians of $ROUNDS.  Our
+# store, on the same data, is compared with our flat file.  Before each sample
+# the image is read, or for cold rows thrown out of memory.
 bench() {
   W=$(mktemp -d "${TMPDIR:-/tmp}/bench.XXXXXX") || exit
-  trap 'kill $jobs $(cat "$W/pid" 2>/dev/null) 2>/dev/null; rm -rf "$W"' EXIT
+  trap 'kill $jobs $(cat "$W"/*.pid 2>/dev/null) 2>/dev/null; rm -rf "$W"' EXIT
   trap 'exit 1' INT TERM
-  jobs='' names=''
+  jobs=''
   emit bench >"$W/bench.c"
   $CC -O2 -o "$W/bench" "$W/bench.c" -lpthread || exit
   dd if=/dev/urandom of="$W/image" bs=1M count=256 2>/dev/null
-  start() { # name, command...
+  # Where a server is, what its only export is called, and its image
+  at() { [ "$kind" = tcp ] && cat "$W/$1.port" || echo "$W/$1.s"; }
+  export_of() { [ "$1" != nbd-server ] || echo x; }
+  img() { [ "$1" = store ] && echo "$W/pool" || echo "$W/$1.img"; }
+  ask() { # name, what the program takes behind socket and export
+    asked=$1
+    shift
+    timeout 30 "$W/bench" "$(at "$asked")" "$(export_of "$asked")" "$@"
+  }
+  start() { # name, command...: adds it to $names
     name=$1
     shift
     command -v "$1" >/dev/null || { echo "SKIP $1: not installed"; return; }
-    cp "$W/image" "$W/$name.img"
+    [ "$name" = store ] || [ -e "$W/$name.img" ] ||
+      cp "$W/image" "$W/$name.img"
     "$@" >/dev/null 2>&1 &
     jobs="$jobs $!" names="$names $name"
-    [ "$name" = nbd-server ] && export=x || export=''
     for _ in 1 2 3 4 5 6 7 8 9 10; do
-      "$W/bench" "$W/$name.s" "$export" read 512 1 1 1 >/dev/null 2>&1 && return
+      ask "$name" read 512 1 1 1 >/dev/null 2>&1 && return
       sleep 0.2
     done
     echo "$name does not start"
     exit 1
   }
+  kind=warm names=''
   start nbdserve "$NBDSERVE" -U "$W/nbdserve.s" "$W/nbdserve.img"
   start nbdkit nbdkit -f -U "$W/nbdkit.s" file "$W/nbdkit.img"
   start qemu-nbd qemu-nbd -t -e 16 -f raw -k "$W/qemu-nbd.s" "$W/qemu-nbd.img"
   printf '[generic]\nunixsock=%s\nport=20809\nlistenaddr=127.0.0.1\n' \
     "$W/nbd-server.s" >"$W/conf"
   printf '[x]\nexportname=%s\n' "$W/nbd-server.img" >>"$W/conf"
-  start nbd-server nbd-server -C "$W/conf" -p "$W/pid" # a daemon
-  printf '%-26s' 'requests a second'
-  # shellcheck disable=SC2086
-  printf '%12s' $names 'best peer x'
-  echo
-  while read -r title command bytes depth connections; do
+  start nbd-server nbd-server -C "$W/conf" -p "$W/d.pid" # a daemon
+  warm=$names names=''
+  "$NBDSERVE" init "$W/pool" && "$NBDSERVE" import "$W/pool::v" "$W/image"
+  start store "$NBDSERVE" -U "$W/store.s" "$W/pool::v"
+  store='store nbdserve' kind=tcp names=''
+  for name in nbdserve:20810 nbdkit:20811 qemu-nbd:20812; do
+    echo "127.0.0.1:${name#*:}" >"$W/${name%:*}.port"
+  done
+  cp "$W/image" "$W/tcp.img"
+  start nbdserve "$NBDSERVE" -p 20810 "$W/tcp.img"
+  start nbdkit nbdkit -f -p 20811 -i 127.0.0.1 file "$W/tcp.img"
+  start qemu-nbd qemu-nbd -t -e 16 -f raw -b 127.0.0.1 -p 20812 "$W/tcp.img"
+  tcp=$names
+  printf '%-21s%10s%9s%9s%11s%6s\n' 'requests a second' \
+    nbdserve nbdkit qemu-nbd nbd-server best
+  while read -r title kind command bytes depth connections; do
+    case $kind in
+      tcp) names=$tcp ;;
+      store) names=$store ;;
+      *) names=$warm ;;
+    esac
     for _ in $(seq "${ROUNDS:-5}"); do
       for name in $names; do
-        [ "$name" = nbd-server ] && export=x || export=''
-        timeout 30 "$W/bench" "$W/$name.s" "$export" "$command" "$bytes" \
-          "$depth" "$connections" 300 >>"$W/$name.out" ||
-          { echo "with $name"; exit 1; }
+        if [ "$kind" = cold ]; then
+          dd of="$(img "$name")" oflag=nocache conv=notrunc,fdatasync count=0 \
+            2>/dev/null </dev/null
+        else
+          cat "$(img "$name")" >/dev/null
+        fi
+        ask "$name" "$command" "$bytes" "$depth" "$connections" 300 \
+          >>"$W/$name.out" || { echo "with $name"; exit 1; }
       done
     done
-    printf '%-26s' "$title"
+    printf '%-21s' "$title"
     for name in $names; do
       sort -n "$W/$name.out" | sed -n "$(((${ROUNDS:-5} + 1) / 2))p"
       rm "$W/$name.out"
     done | awk '
-      { printf "%12d", $1 }
-      NR == 1 { ours = $1 }
+      { v[NR] = $1 }
       NR > 1 && $1 > best { best = $1 }
-      END { if (best) printf "%12.2f", ours / best; print "" }'
+      END {
+        printf "%10s%9s%9s%11s", v[1], v[2], v[3], v[4]
+        for (i = 1; best && i <= 10 * v[1] / best && i < 20; i++)
+          bar = bar (i == 10 ? "|" : "=")
+        if (best) printf "%6.2f %s", v[1] / best, bar
+        print ""
+      }'
   done <<END
-4K-read,depth-16 read 4096 16 1
-4K-read,depth-64 read 4096 64 1
-4K-read,depth-16,4-clients read 4096 16 4
-4K-write,depth-64 write 4096 64 1
-64K-read,depth-16 read 65536 16 1
-1M-read,depth-8 sequential 1048576 8 1
-1M-write,depth-8 write 1048576 8 1
-4K-write+flush,depth-2 flush 4096 2 1
+4K-read,q16 warm read 4096 16 1
+4K-read,q64 warm read 4096 64 1
+4K-read,q16,4-clients warm read 4096 16 4
+4K-write,q64 warm write 4096 64 1
+64K-read,q16 warm read 65536 16 1
+64K-write,q16 warm write 65536 16 1
+1M-read,q8 warm sequential 1048576 8 1
+1M-write,q8 warm write 1048576 8 1
+4K-write+flush,q2 warm flush 4096 2 1
+cold:4K-read,q16 cold read 4096 16 1
+cold:1M-read,q8 cold sequential 1048576 8 1
+TCP:4K-read,q16 tcp read 4096 16 1
+TCP:64K-read,q16 tcp read 65536 16 1
+TCP:1M-read,q8 tcp sequential 1048576 8 1
+store:4K-read,q64 store read 4096 64 1
+store:4K-write,q64 store write 4096 64 1
+store:1M-read,q8 store sequential 1048576 8 1
+store:1M-write,q8 store write 1048576 8 1
+store:write+flush,q2 store flush 4096 2 1
 END
+  echo 'q: requests in flight.  best: ours divided by the best of the others.'
+  echo 'store: ours in the first column, our flat file in the second.'
 }
 if [ "${1-}" = --bench ]; then
   bench
@@ -21640,7 +21689,10 @@ int LLVMFuzzerTestOneInput(const unsigned char *data, size_t size) {
  *
  * bench SOCKET EXPORT COMMAND BYTES DEPTH CONNECTIONS MS: keeps DEPTH requests
  * in flight on each connection and prints how many were answered a second.
+ * SOCKET: a path, or 127.0.0.1 with a port.
  * COMMAND: read, write, sequential (reads) or flush (after each write). */
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sys/un.h>
 
 struct b_load {
@@ -21662,7 +21714,7 @@ static void b_send(struct b_load *l, int n) {
   static unsigned char payload[1 << 20];
   unsigned char head[64][28];
   struct iovec v[128], *p = v;
-  uint64_t blocks = l->c.size / l->bytes, i;
+  uint64_t blocks = l->c.size / l->bytes, i, at;
   size_t len = 0;
   CHECK(n <= 64 && l->bytes <= sizeof payload);
   memset(v, 0, sizeof v);
@@ -21682,6 +21734,11 @@ static void b_send(struct b_load *l, int n) {
     p->iov_base = head[i];
     len += p++->iov_len = 28;
     p->iov_base = payload;
+    /* No two blocks of 4 KiB are the same, here or before. */
+    for (at = 0; write && at < l->bytes; at += 4096) {
+      memcpy(payload + at, &l->seed, 8);
+      payload[at + 8] = (unsigned char)(at >> 12);
+    }
     if (write) len += p++->iov_len = (size_t)l->bytes;
   }
   for (n = (int)(p - v), p = v; len > 0;) {
@@ -21719,6 +21776,8 @@ static void *b_run(void *arg) {
 
 int main(int argc, char **argv) {
   struct sockaddr_un a = {0};
+  struct sockaddr_in in = {0};
+  const char *colon = argc == 8 ? strrchr(argv[1], ':') : NULL;
   struct b_load l[16] = {{{0, 0, 0, 0, 0}, 0, 0, 0, 0, 0, 0, 0, 0}};
   pthread_t t[16];
   double start, sum = 0;
@@ -21726,9 +21785,17 @@ int main(int argc, char **argv) {
   CHECK(n > 0 && n <= 16 && strlen(argv[1]) < sizeof a.sun_path);
   a.sun_family = AF_UNIX;
   strcpy(a.sun_path, argv[1]);
+  in.sin_family = AF_INET;
+  in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  in.sin_port = htons((uint16_t)(colon ? atoi(colon + 1) : 0));
   for (i = 0; i < n; i++) {
-    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
-    CHECK(fd >= 0 && connect(fd, (struct sockaddr *)&a, sizeof a) == 0);
+    int one = 1, fd = socket(colon ? AF_INET : AF_UNIX, SOCK_STREAM, 0);
+    CHECK(fd >= 0);
+    if (colon)
+      CHECK(!connect(fd, (struct sockaddr *)&in, sizeof in));
+    else
+      CHECK(!connect(fd, (struct sockaddr *)&a, sizeof a));
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     CHECK(t_open(&l[i].c, fd, argv[2], 0) == 0);
     l[i].command = argv[3];
     l[i].bytes = strtoull(argv[4], NULL, 10);

@@ -431,29 +431,31 @@ static void os_setup_tcp(int fd) {
 
 /* Prepares a client's socket of any kind: no SIGPIPE, and room for a long
  * reply, as far as the system allows, which is 3 times faster on Linux, 10 on
- * macOS.  Calls that cannot be told not to wait, which is os_splice, send for a
- * tenth of a second at most. */
+ * macOS. */
 static void os_setup_client(int fd) {
-  static const struct timeval tenth = {.tv_usec = 100000};
 #ifdef SO_NOSIGPIPE
   os_set_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
 #endif
   os_set_option(fd, SOL_SOCKET, SO_SNDBUF, 2 << 20);
-  setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &tenth, sizeof tenth);
 }
 
 #if OS_LINUX && defined SPLICE_F_NONBLOCK
-/* Makes a pipe for os_splice.  Returns how many bytes it holds, at most `most`,
- * if each of its pages is used as a whole; or -errno.  -EOPNOTSUPP: splice(2)
- * raises SIGPIPE when the peer is gone, and that would end the process. */
-static int os_splice_pipe(int fd[2], int most) {
+/* Makes a pipe for os_splice, of what is to go to a socket: sending there waits
+ * for a tenth of a second at most, as os_splice cannot be told not to wait.
+ * Returns how many bytes the pipe holds, at most `most`, if each of its pages
+ * is used as a whole; or -errno.  -EOPNOTSUPP: splice(2) raises SIGPIPE when
+ * the peer is gone, and that would end the process. */
+static int os_splice_pipe(int fd[2], int most, int to) {
+  static const struct timeval tenth = {.tv_usec = 100000};
   struct sigaction action;
   sigset_t blocked;
   sigaction(SIGPIPE, NULL, &action);
   sigprocmask(SIG_SETMASK, NULL, &blocked);
   if (action.sa_handler != SIG_IGN && sigismember(&blocked, SIGPIPE) != 1)
     return -EOPNOTSUPP;
-  if (pipe2(fd, O_CLOEXEC) < 0) return -errno;
+  if (setsockopt(to, SOL_SOCKET, SO_SNDTIMEO, &tenth, sizeof tenth) < 0 ||
+      pipe2(fd, O_CLOEXEC) < 0)
+    return -errno;
   fcntl(fd[1], F_SETPIPE_SZ, most); /* or it stays as it is */
   int size = fcntl(fd[1], F_GETPIPE_SZ);
   return size < most ? size : most;
@@ -471,7 +473,7 @@ static ssize_t os_splice(int from, uint64_t *off, int to, size_t len) {
 }
 #else
 /* This system moves no data without a copy. */
-#define os_splice_pipe(fd, most) ((void)(fd), -EOPNOTSUPP)
+#define os_splice_pipe(fd, most, to) ((void)(fd), -EOPNOTSUPP)
 #define os_splice(from, off, to, len) ((void)(off), (ssize_t)-1)
 #endif
 
@@ -1817,7 +1819,7 @@ static int io_send(const struct io *io, struct iovec *v, int n, int more) {
 }
 
 /* Sends len bytes that are in a pipe; otherwise as io_send.  Where it waits in
- * the kernel, that ends by the time limit of os_setup_client. */
+ * the kernel, that ends by the time limit of os_splice_pipe. */
 static int io_send_spliced(const struct io *io, int pipe, size_t len) {
   int64_t until = io_until(io, len);
   while (len > 0) {
@@ -3518,8 +3520,9 @@ static int tx_splice(struct conn *c, const struct nbdserve_req *piece) {
   size_t len = (size_t)piece->len;
   assert(piece->type == NBD_CMD_READ && len <= TX_PIECE);
   if (!c->run_batch || !ops->splice || len <= TX_IN_BATCH_MAX) return 0;
+  if (c->fd < 0) return 0; /* a socket of the host's stays as it is */
   if (*c->pipe < 0) {
-    int room = c->pipe_room ? -1 : os_splice_pipe(c->pipe, TX_PIECE);
+    int room = c->pipe_room ? -1 : os_splice_pipe(c->pipe, TX_PIECE, c->io.out);
     c->pipe_room = room > 0 ? (size_t)room : 1; /* 1: it is not tried again */
   }
   if (len > c->pipe_room) return 0;

@@ -2535,7 +2535,8 @@ static int conn_send(struct conn *c, struct iovec *v, int n, size_t spliced) {
   os_lock(&c->send_lock);
   if (!c->send_err && (n || spliced)) {
     if (n) c->send_err = io_send(&c->io, v, n, spliced ? MSG_MORE : 0);
-    if (!c->send_err) c->send_err = io_send_spliced(&c->io, *c->pipe, spliced);
+    if (spliced && !c->send_err)
+      c->send_err = io_send_spliced(&c->io, *c->pipe, spliced);
     if (c->send_err) shutdown(c->io.out, SHUT_RDWR);
   }
   int err = c->send_err;
@@ -6061,12 +6062,11 @@ static int cas_stage_op(struct nbdserve_cas *st,
   if (needs_closed && vol->clients > (is_resize && !dry_run)) /* the caller */
     return -EBUSY;
   for (const struct cas_volume *p = st->volumes; p && is_rm; p = p->next)
-    if (p->parent == vol && cas_facts(p, VIEW_THEN)->is_there)
-      return -ENOTEMPTY;
-  if (dry_run) return 0;
+    if (p != vol && cas_is_called(p, op->name, n, VIEW_THEN))
+      return -EINVAL; /* several have that id */
   cas_begin_staging(vol);
   int err = needs_closed ? 0 : cas_give_name(st, vol, op->to);
-  if (!err) err = cas_own_record(st, vol->place, &vol->page);
+  if (!err && !dry_run) err = cas_own_record(st, vol->place, &vol->page);
   if (err || !needs_closed) return err;
   vol->then.is_there = !is_rm;
   if (is_resize) vol->then.size = op->size;
@@ -6076,6 +6076,20 @@ static int cas_stage_op(struct nbdserve_cas *st,
   vol->old_root = *cas_root(vol);
   cas_share(cas_root(vol), *cas_root(snapshot));
   vol->then.size = cas_facts(snapshot, VIEW_THEN)->size;
+  return 0;
+}
+
+/* Is a volume to be removed that has snapshots which stay?  *failed: the op
+ * that removes it. */
+static int cas_leaves_orphans(const struct nbdserve_cas *st,
+                              const struct cas_change *change, size_t *failed) {
+  for (const struct cas_volume *p = st->volumes; p; p = p->next) {
+    if (!p->parent || cas_facts(p->parent, VIEW_THEN)->is_there) continue;
+    if (!cas_facts(p, VIEW_THEN)->is_there) continue;
+    for (size_t i = 0; i < change->nops; i++)
+      if (strcmp(change->ops[i].name, p->parent->now.name) == 0) *failed = i;
+    return 1;
+  }
   return 0;
 }
 
@@ -6093,6 +6107,7 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
     change->failed = i;
     err = cas_stage_op(st, change->ops + i);
   }
+  if (!err && cas_leaves_orphans(st, change, &change->failed)) err = -ENOTEMPTY;
   if (!vol) return err;
   cas_begin_staging(vol);
   err = cas_own_record(st, vol->place, &vol->page);
@@ -6283,6 +6298,9 @@ static int cas_make_cut(struct nbdserve_cas *st, struct cas_change *change,
                         struct cas_cut *cut) {
   int err = st->failed;
   if (!err && change) err = cas_stage(st, change);
+  if (!err && change && change->nops &&
+      change->ops->verb & NBDSERVE_CAS_DRY_RUN)
+    err = -ECANCELED; /* it could be done */
   if (err) return err;
   while ((err = cas_want_pairs(st, change ? change->kept : 0)) == -ENOSPC &&
          (st->dropped || st->npending))
@@ -7740,9 +7758,11 @@ int nbdserve_cas_changes(struct nbdserve_cas *st,
     if (!err) err = cas_prepare_op(st, ops + i, used + i);
   }
   if (!err) err = cas_apply(st, &change);
+  int is_dry_run = err == -ECANCELED;
+  if (is_dry_run) err = 0;
   for (size_t i = 0; used && i < n; i++) {
     if (!used[i]) continue;
-    if (!err) cas_clear_tail(used[i]);
+    if (!err && !is_dry_run) cas_clear_tail(used[i]);
     cas_close(used[i]);
   }
   NBDSERVE_FREE(used);
@@ -9347,6 +9367,21 @@ static void cli_put_new_file(void) {
   *cli.temp = '\0';
 }
 
+/* Is the file at path a store?  Whoever writes to it would destroy it.
+ * One superblock is enough to tell: the other, 1 MiB away, may be damaged. */
+static int cli_is_store(const char *path) {
+  static const char magic[] = "NBDSCAS";
+  char begin[sizeof magic - 1];
+  int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+  if (fd < 0) return 0;
+  int is_store = 0;
+  for (off_t at = 0; at <= 1 << 20; at += 1 << 20)
+    if (pread(fd, begin, sizeof begin, at) == (ssize_t)sizeof begin)
+      is_store |= memcmp(begin, magic, sizeof begin) == 0;
+  close(fd);
+  return is_store;
+}
+
 /* ---- What --fault and --delay do to requests ---------------------------- */
 
 /* The types of requests are below this; NBD_CMD_BLOCK_STATUS is the last.  As a
@@ -9688,7 +9723,8 @@ static void cli_parse(char **argv) {
       if (id == OPT_NONE) cli_usage("%s: unknown option (try --help)", text);
       if (takes_value) value = *p ? p + !is_letter : *++word;
       if (takes_value ? !value : !is_letter && *p)
-        cli_usage("--%s is how to write it", cli_options[id].name);
+        cli_usage("--%s: %s", cli_options[id].name,
+                  takes_value ? "lacks its value" : "takes no value");
       cli_set_option(id, value);
     }
   }
@@ -9706,9 +9742,20 @@ static void cli_check_options(void) {
   }
   if (opt[OPT_RUN].given > 1 || (cli.command && !*cli.command))
     cli_usage("--: there must be one command, behind it or --run");
+  enum cli_option_id stray = OPT_DRY_RUN;
+  if (!opt[stray].given) stray = OPT_ACCEPT_LOSS;
+  if (opt[stray].given)
+    cli_usage("--%s: only for commands on stores", cli_options[stray].name);
   if (!cli.ntargets) cli_usage("no target (try --help)");
   if (opt[OPT_EXPORT].text && cli.ntargets > 1)
     cli_usage("--export: for a single target (use NAME=TARGET)");
+}
+
+/* Ends what was printed by stdio.  Returns the exit status. */
+static int cli_end_output(void) {
+  if (fflush(stdout) == EOF || ferror(stdout))
+    cli_failed("standard output: not all could be written");
+  return 0;
 }
 
 /* Prints what --help says about an option.  Those without a letter are
@@ -10206,7 +10253,8 @@ static const char *cli_why(const struct cli_job *job,
   if (err == -ENOTEMPTY) return "it has snapshots; remove them first";
   if (err == -EUCLEAN) return "the store is damaged (verify names what is)";
   if (err == -ETIMEDOUT) return "nobody takes its output";
-  if (err == -ENOTCONN) return "it is not served, or not at a known address";
+  if (err == -ENOTCONN)
+    return "it is not served, or only to be read, or not at a known address";
   if (err == -ENOSPC && job->verb->flags & VERB_READS_FILE)
     return "no space left; what it took is free in the store, and gc gives it "
            "to the file system";
@@ -10217,7 +10265,8 @@ static const char *cli_why(const struct cli_job *job,
   int is_snapshot = strchr(op->name, '@') && verb != NBDSERVE_CAS_CLONE;
   if ((verb == NBDSERVE_CAS_SNAPSHOT || is_snapshot) && !at)
     return "a snapshot is called VOLUME@NAME";
-  if (verb == NBDSERVE_CAS_RM) return "these operands cannot be combined";
+  if (verb == NBDSERVE_CAS_RM)
+    return "several snapshots have that id; name the one that is meant";
   if (!cas_is_name(at ? at + 1 : name))
     return "not a name: 1 to 166 bytes without / @ \" \\ and not sha256-...";
   if (at) return "a name with @ is a snapshot's, of that volume";
@@ -10237,7 +10286,7 @@ static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
   job->begun_ms = os_now_ms();
   int err = job->verb->run(job, cas);
   cli_hide_progress(job);
-  if (*end && !job->nrows) end = "[]\n";
+  if (*end && !job->nrows) end = err ? "" : "[]\n";
   if (!job->lost) job->lost = cli_write(job, job->fds.output, end, strlen(end));
   if (job->lost) err = job->lost;
   if (!err) return 0;
@@ -10555,14 +10604,17 @@ static char *cli_take_store(const struct cli_verb *verb) {
 }
 
 /* The name in a later operand, in front of which the store may stand again, but
- * no other one.  If there is no such file, the "::" is a part of the name. */
-static const char *cli_same_store(const char *store, const char *operand) {
+ * no other one.  If there is no such file, the "::" is a part of the name; but
+ * is_new: nobody means to give such a name. */
+static const char *cli_same_store(const char *store, const char *operand,
+                                  int is_new) {
   const char *colons = strstr(operand, "::");
   char path[PATH_MAX];
   struct stat own;
   struct stat other;
   if (!colons || !store) return operand;
   snprintf(path, sizeof path, "%.*s", (int)(colons - operand), operand);
+  if (stat(path, &other) < 0 && is_new) cli_usage("%s: no such store", path);
   if (stat(path, &other) < 0) return operand;
   if (stat(store, &own) < 0 || own.st_dev != other.st_dev ||
       own.st_ino != other.st_ino)
@@ -10587,6 +10639,8 @@ static int cli_open_file(const char *file, int writes) {
   if (fd < 0 && (!writes || errno != ENOENT)) cli_exit_if_error(-errno, file);
   if (writes && fd >= 0 && os_lock_file(fd, 0))
     cli_die(CLI_IN_USE, "%s: in use", file);
+  if (writes && fd >= 0 && cli_is_store(file))
+    cli_failed("%s: a store; remove it first, or take another file", file);
   if (!writes && fstat(fd, &st) == 0 &&
       (S_ISCHR(st.st_mode) || S_ISDIR(st.st_mode)))
     cli_failed("%s: neither a file nor a block device nor a pipe", file);
@@ -10618,7 +10672,7 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
     cli_die(CLI_IN_USE, "%s: in use by a process that takes no commands",
             store);
   if (err == -EBUSY && how & NBDSERVE_CAS_ACCEPT_LOSS)
-    cli_failed("%s: is being served; stop the server first", store);
+    cli_die(CLI_IN_USE, "%s: is being served; stop the server first", store);
   if (err != -EBUSY) cli_exit_if_error(err, store);
   int status = err ? cli_run_remote(job) : cli_run_job(job, cli.cas);
   if (status || !(flags & VERB_WRITES_FILE)) return status;
@@ -10673,8 +10727,10 @@ static void cli_run_verb(void) {
   FILE *out = open_memstream(&job.operands, &length);
   for (int j = 0; out && j < cli.ntargets; j++) {
     int is_file = job.verb->flags & (VERB_READS_FILE | VERB_WRITES_FILE);
-    last =
-        j && !is_file ? cli_same_store(store, cli.targets[j]) : cli.targets[j];
+    int is_new = job.verb->change == NBDSERVE_CAS_CLONE ||
+                 job.verb->change == NBDSERVE_CAS_RENAME;
+    last = cli.targets[j];
+    if (j && !is_file) last = cli_same_store(store, last, is_new);
     fwrite(last, 1, strlen(last) + 1, out);
   }
   int err = out && fclose(out) == 0 ? 0 : -ENOMEM;
@@ -10687,7 +10743,8 @@ static void cli_run_verb(void) {
   cli_exit_if_error(err, name);
   if (job.verb->run) exit(cli_run_on_store(&job, store, last));
   options.block_size = (uint32_t)u_min(job.ops->size, UINT32_MAX);
-  err = nbdserve_cas_init(store, &options);
+  err = last && !options.block_size ? -EINVAL
+                                    : nbdserve_cas_init(store, &options);
   if (err == -EINVAL && last)
     cli_usage("%s: not a block size (4K, 8K, 16K, 32K or 64K)", last);
   cli_exit_if_error(err, store);
@@ -10707,7 +10764,7 @@ static int cli_help_verb(const char *name) {
          verb->help);
   for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
     if (cli_options_of(verb) >> id & 1) cli_help_option(id);
-  return fflush(stdout) == EOF ? CLI_FAILED : 0;
+  return cli_end_output();
 }
 
 /* Prints the commands for --help. */
@@ -10747,21 +10804,6 @@ static void cli_help_verbs(void) {
   ((void)(path), (void)(options), (void)(ex), -EOPNOTSUPP)
 #endif
 
-/* Is the file at path a store?  A client that writes to it would destroy it.
- * One superblock is enough to tell: the other, 1 MiB away, may be damaged. */
-static int cli_is_store(const char *path) {
-  static const char magic[] = "NBDSCAS";
-  char begin[sizeof magic - 1];
-  int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
-  if (fd < 0) return 0;
-  int is_store = 0;
-  for (off_t at = 0; at <= 1 << 20; at += 1 << 20)
-    if (pread(fd, begin, sizeof begin, at) == (ssize_t)sizeof begin)
-      is_store |= memcmp(begin, magic, sizeof begin) == 0;
-  close(fd);
-  return is_store;
-}
-
 /* Opens a target, which is a volume if that is not NULL, at path.  If that
  * fails the process ends with a message that says why and, where an option
  * helps, which one.  A volume cannot be cut like a file, and has clones in
@@ -10792,6 +10834,8 @@ static void cli_open_target(const char *text, const char *path,
     hint = " (-r serves it read-only)";
   if (err == -ENOENT && !volume && !flat.flags && !flat.create)
     hint = " (--create SIZE makes it; --help lists commands)";
+  if (err == -ENOENT && volume && access(path, F_OK) < 0)
+    cli_failed("%s: no such store (`nbdserve init %s` makes one)", path, path);
   if (err == -ENOENT && volume)
     cli_failed("%s: no such volume or snapshot (`nbdserve list %s` names all)",
                text, path);
@@ -11038,6 +11082,20 @@ static void cli_notify(void) {
   close(fd);
 }
 
+/* May the pidfile take the place of the file at path?  Of a symbolic link or a
+ * file that is empty or has a number, as one that was left behind; anything
+ * else may be an image that was named by mistake. */
+static int cli_is_pidfile(const char *path) {
+  char text[32] = "";
+  struct stat st;
+  if (lstat(path, &st) < 0 || S_ISLNK(st.st_mode)) return 1;
+  if (!S_ISREG(st.st_mode) || st.st_size >= (off_t)sizeof text) return 0;
+  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+  close(fd);
+  return n >= 0 && strspn(text, "0123456789\n") == (size_t)st.st_size;
+}
+
 /* Tells everybody who wants to know that all is open and we listen.  Whoever is
  * told may connect at once.  --ready-fd is closed, which is a sign in itself,
  * and the command does not get it.  With a command, that is who uses the URI,
@@ -11050,9 +11108,8 @@ static void cli_notify(void) {
 static void cli_tell_ready(void) {
   const char *path = opt[OPT_PIDFILE].text;
   int fd = (int)opt[OPT_READY_FD].number;
-  struct stat st;
-  if (path && !lstat(path, &st) && !S_ISREG(st.st_mode) && !S_ISLNK(st.st_mode))
-    cli_failed("%s: not a file, so not replaced by the pidfile", path);
+  if (path && !cli_is_pidfile(path))
+    cli_failed("%s: exists and is not a pidfile; not replaced", path);
   assert(!cli.pidfile);
   if (path) cli.pidfile = cli_new_file(path, NULL);
   if (path && dprintf(cli.pidfile, "%ld\n", (long)getpid()) < 0)
@@ -11184,7 +11241,7 @@ static void cli_close(void) {
 /* --help.  README has a copy of what this prints; a test compares them. */
 static void cli_help(void) {
   puts("usage: nbdserve [OPTION]... [NAME=]TARGET... [-- CMD ARG...]\n"
-       "       nbdserve COMMAND ARG...\n"
+       "       nbdserve COMMAND ARG...        (nbdserve help COMMAND)\n"
        "Serves disks over NBD.  TARGET is a file, a block device, mem:SIZE,\n"
        "file:PATH (a file whatever its name looks like), STORE::VOLUME,\n"
        "STORE::VOLUME@SNAPSHOT or, for a whole store, STORE::.\n"
@@ -11194,8 +11251,8 @@ static void cli_help(void) {
   cli_help_verbs();
   puts("\nNumbers take K, M, G, T, P and E (powers of 1024).  Once it\n"
        "listens it prints the URI.  Exit status: 0 success, 1 failure,\n"
-       "2 usage, 3 verify found damage, 4 target in use, or the status\n"
-       "of CMD.");
+       "2 usage, 3 verify found damage, 4 in use by another process, or\n"
+       "the status of CMD.");
 }
 
 /* A command on a store, or a server from its start to its end: see the head of
@@ -11228,8 +11285,7 @@ int main(int argc, char **argv) {
            NBDSERVE_NO_FLAT ? "" : " flat", NBDSERVE_NO_CAS ? "" : " cas",
            NBDSERVE_NO_TCP ? "" : " tcp", NBDSERVE_NO_THREADS ? "" : " threads",
            NBDSERVE_POSIX_ONLY ? " posix-only" : "");
-  if (opt[OPT_HELP].given || opt[OPT_VERSION].given)
-    return fflush(stdout) == EOF ? CLI_FAILED : 0;
+  if (opt[OPT_HELP].given || opt[OPT_VERSION].given) return cli_end_output();
   struct nbdserve_config config = {
       .version = NBDSERVE_VERSION_NUMBER,
       .threads = (uint32_t)opt[OPT_THREADS].number,

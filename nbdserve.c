@@ -6061,9 +6061,12 @@ static int cas_stage_op(struct nbdserve_cas *st,
     cas_wait(st);
   if (needs_closed && vol->clients > (is_resize && !dry_run)) /* the caller */
     return -EBUSY;
-  for (const struct cas_volume *p = st->volumes; p && is_rm; p = p->next)
+  for (const struct cas_volume *p = st->volumes; p && is_rm; p = p->next) {
+    if (p->parent == vol && cas_facts(p, VIEW_THEN)->is_there)
+      return -ENOTEMPTY;
     if (p != vol && cas_is_called(p, op->name, n, VIEW_THEN))
       return -EINVAL; /* several have that id */
+  }
   cas_begin_staging(vol);
   int err = needs_closed ? 0 : cas_give_name(st, vol, op->to);
   if (!err && !dry_run) err = cas_own_record(st, vol->place, &vol->page);
@@ -6076,20 +6079,6 @@ static int cas_stage_op(struct nbdserve_cas *st,
   vol->old_root = *cas_root(vol);
   cas_share(cas_root(vol), *cas_root(snapshot));
   vol->then.size = cas_facts(snapshot, VIEW_THEN)->size;
-  return 0;
-}
-
-/* Is a volume to be removed that has snapshots which stay?  *failed: the op
- * that removes it. */
-static int cas_leaves_orphans(const struct nbdserve_cas *st,
-                              const struct cas_change *change, size_t *failed) {
-  for (const struct cas_volume *p = st->volumes; p; p = p->next) {
-    if (!p->parent || cas_facts(p->parent, VIEW_THEN)->is_there) continue;
-    if (!cas_facts(p, VIEW_THEN)->is_there) continue;
-    for (size_t i = 0; i < change->nops; i++)
-      if (strcmp(change->ops[i].name, p->parent->now.name) == 0) *failed = i;
-    return 1;
-  }
   return 0;
 }
 
@@ -6107,7 +6096,6 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
     change->failed = i;
     err = cas_stage_op(st, change->ops + i);
   }
-  if (!err && cas_leaves_orphans(st, change, &change->failed)) err = -ENOTEMPTY;
   if (!vol) return err;
   cas_begin_staging(vol);
   err = cas_own_record(st, vol->place, &vol->page);
@@ -10212,6 +10200,13 @@ static const struct cli_verb cli_verbs[] = {
 
 /* ---- Doing a command ---- */
 
+/* For qsort: snapshots come before the others, such as their volumes. */
+static int cli_compare_ops(const void *a, const void *b) {
+  const struct nbdserve_cas_op *x = a;
+  const struct nbdserve_cas_op *y = b;
+  return (strchr(y->name, '@') != NULL) - (strchr(x->name, '@') != NULL);
+}
+
 /* Makes the ops of a job from its operands: one for each operand or, if the
  * command needs two, for the first with each of the others, or at least one.
  * Returns 0 or -errno; the ops are freed with the job.  -EINVAL: too few or too
@@ -10235,6 +10230,8 @@ static int cli_split_operands(struct cli_job *job) {
     if (!(verb->flags & VERB_SIZE) || !n) continue;
     if (!u_parse_number(p, INT64_MAX, &op->size)) return -EDOM;
   }
+  if (verb->change == NBDSERVE_CAS_RM) /* users need not think of the order */
+    qsort(job->ops, job->nops, sizeof *job->ops, cli_compare_ops);
   return 0;
 }
 

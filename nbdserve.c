@@ -6987,11 +6987,13 @@ static int cas_lay_out(struct nbdserve_cas *st) {
 }
 
 /* Takes what the newest superblock says, of which one is enough, and makes both
- * alike (C8).  What was read may be in memory only, after kill -9 or a failed
- * sync, and then nothing but a second write brings it to the medium.  If they
- * are alike that goes for the second one, which is written last; else first for
- * the other one and then for the newer one.  What somebody else has written in
- * a place is not written over. */
+ * alike (C8).  What was read may still be on its way, after kill -9, and must be
+ * durable before the other one is written: of two that are under way a power
+ * cut may destroy both.  After a failed sync it may be in memory only, and then
+ * nothing but a second write brings it to the medium.  If they are alike that
+ * goes for the second one, which is written last; else first for the other one
+ * and then for the newer one.  What somebody else has written in a place is not
+ * written over. */
 static int cas_open_super(struct nbdserve_cas *st) {
   struct cas_super super[2];
   int bad[2]; /* why: -errno */
@@ -7021,7 +7023,7 @@ static int cas_open_super(struct nbdserve_cas *st) {
   int is_alike = !bad[!newer] && super[0].number == super[1].number;
   if (st->readonly) return 0;
   if (bad[!newer] == -EINVAL && !st->repair) return -EUCLEAN;
-  int err = 0;
+  int err = os_datasync(st->fd);
   for (int i = 0; i < 2 - is_alike && !err; i++) {
     err = cas_write_super(st, &st->super, i ? newer : !newer);
     if (!err) err = os_datasync(st->fd);

@@ -186,7 +186,8 @@ static int os_has_hwsha(void) {
   __get_cpuid_count(7, 0, &unused, &ebx, &unused, &unused);
   return (ecx & bit_SSE4_1) && (ebx & bit_SHA);
 }
-#elif defined __aarch64__ && defined __ARM_NEON && defined __linux__
+#elif defined __aarch64__ && !defined __AARCH64EB__ && defined __linux__ && \
+    (!defined __clang__ || __clang_major__ >= 16)
 #include <arm_neon.h>
 #include <sys/auxv.h>
 #define OS_HWSHA 1
@@ -451,8 +452,9 @@ static int os_splice_pipe(int fd[2], int most, int to) {
   sigset_t blocked;
   sigaction(SIGPIPE, NULL, &action);
   sigprocmask(SIG_SETMASK, NULL, &blocked);
-  if (action.sa_handler != SIG_IGN && sigismember(&blocked, SIGPIPE) != 1)
-    return -EOPNOTSUPP;
+  if (action.sa_handler != SIG_IGN &&
+      (NBDSERVE_NO_THREADS || sigismember(&blocked, SIGPIPE) != 1))
+    return -EOPNOTSUPP; /* without threads this one is the host's */
   if (setsockopt(to, SOL_SOCKET, SO_SNDTIMEO, &tenth, sizeof tenth) < 0 ||
       pipe2(fd, O_CLOEXEC) < 0)
     return -errno;
@@ -474,7 +476,8 @@ static ssize_t os_splice(int from, uint64_t *off, int to, size_t len) {
 #else
 /* This system moves no data without a copy. */
 #define os_splice_pipe(fd, most, to) ((void)(fd), -EOPNOTSUPP)
-#define os_splice(from, off, to, len) ((void)(off), (ssize_t)-1)
+#define os_splice(from, off, to, len) \
+  ((void)(from), (void)(off), (void)(to), (void)(len), (ssize_t)-1)
 #endif
 
 /* Removes the first `done` bytes from the pieces (*v)[0..*n). */
@@ -3525,6 +3528,7 @@ static int tx_splice(struct conn *c, const struct nbdserve_req *piece) {
   if (*c->pipe < 0) {
     int room = c->pipe_room ? -1 : os_splice_pipe(c->pipe, TX_PIECE, c->io.out);
     c->pipe_room = room > 0 ? (size_t)room : 1; /* 1: it is not tried again */
+    if (room <= TX_IN_BATCH_MAX) tx_close_pipe(c);
   }
   if (len > c->pipe_room) return 0;
   size_t n = ops->splice(c->export->pub.ctx, c->pipe[1], piece->off, len);
@@ -6061,10 +6065,10 @@ static int cas_stage_op(struct nbdserve_cas *st,
     cas_wait(st);
   if (needs_closed && vol->clients > (is_resize && !dry_run)) /* the caller */
     return -EBUSY;
-  for (const struct cas_volume *p = st->volumes; p && is_rm; p = p->next) {
-    if (p->parent == vol && cas_facts(p, VIEW_THEN)->is_there)
+  for (const struct cas_volume *p = st->volumes; p; p = p->next) {
+    if (is_rm && p->parent == vol && cas_facts(p, VIEW_THEN)->is_there)
       return -ENOTEMPTY;
-    if (p != vol && cas_is_called(p, op->name, n, VIEW_THEN))
+    if (p != snapshot && cas_is_called(p, op->name, n, VIEW_THEN))
       return -EINVAL; /* several have that id */
   }
   cas_begin_staging(vol);
@@ -6987,8 +6991,8 @@ static int cas_lay_out(struct nbdserve_cas *st) {
 }
 
 /* Takes what the newest superblock says, of which one is enough, and makes both
- * alike (C8).  What was read may still be on its way, after kill -9, and must be
- * durable before the other one is written: of two that are under way a power
+ * alike (C8).  What was read may still be on its way, after kill -9, and has to
+ * be durable before the other one is written: of two that are under way a power
  * cut may destroy both.  After a failed sync it may be in memory only, and then
  * nothing but a second write brings it to the medium.  If they are alike that
  * goes for the second one, which is written last; else first for the other one
@@ -7744,11 +7748,13 @@ int nbdserve_cas_changes(struct nbdserve_cas *st,
   if (st->readonly) err = -EROFS;
   for (size_t i = 0; i < n && !err; i++) {
     change.failed = i;
-    if (n > 1 && ops[i].verb == NBDSERVE_CAS_RESIZE) err = -EINVAL;
+    int verb = ops[i].verb & ~NBDSERVE_CAS_DRY_RUN;
+    if (n > 1 && verb == NBDSERVE_CAS_RESIZE) err = -EINVAL;
+    if ((ops[i].verb ^ ops[0].verb) & NBDSERVE_CAS_DRY_RUN) err = -EINVAL;
     if (!err) err = cas_prepare_op(st, ops + i, used + i);
   }
   if (!err) err = cas_apply(st, &change);
-  int is_dry_run = err == -ECANCELED;
+  int is_dry_run = err == -ECANCELED && n && ops->verb & NBDSERVE_CAS_DRY_RUN;
   if (is_dry_run) err = 0;
   for (size_t i = 0; used && i < n; i++) {
     if (!used[i]) continue;
@@ -8366,6 +8372,7 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
     }
     if (!err && !is_noted) err = cas_sync(st, 1);
   }
+  if (!err) err = st->failed;
   st->gives_back = 0;
   os_wake_all(&st->lock);
   cas_unlock(st);
@@ -10258,14 +10265,14 @@ static const char *cli_why(const struct cli_job *job,
     return "no space left; what it took is free in the store, and gc gives it "
            "to the file system";
   if (err != -EINVAL) return u_errno_text(err);
+  if (strncmp(op->name, "sha256-", 7) == 0 && verb != NBDSERVE_CAS_CREATE)
+    return "several snapshots have that id, or it cannot be used here";
   if (verb == NBDSERVE_CAS_ROLLBACK || job->verb->run == cli_do_seal)
     return "not a snapshot: that is VOLUME@NAME";
   if (verb == NBDSERVE_CAS_RESIZE && at) return "a snapshot keeps its size";
   int is_snapshot = strchr(op->name, '@') && verb != NBDSERVE_CAS_CLONE;
   if ((verb == NBDSERVE_CAS_SNAPSHOT || is_snapshot) && !at)
     return "a snapshot is called VOLUME@NAME";
-  if (verb == NBDSERVE_CAS_RM)
-    return "several snapshots have that id; name the one that is meant";
   if (!cas_is_name(at ? at + 1 : name))
     return "not a name: 1 to 166 bytes without / @ \" \\ and not sha256-...";
   if (at) return "a name with @ is a snapshot's, of that volume";
@@ -10325,16 +10332,16 @@ static int cli_pass(struct cli_job *job, int sends) {
   return n == (ssize_t)data.iov_len ? 0 : -EPROTO;
 }
 
-/* Lets the server that we are connected to do a job, waits for it as long as it
- * takes, and returns the exit status.  A signal ends the wait; that we are gone
- * ends the job. */
-static int cli_run_remote(struct cli_job *job) {
+/* Lets the server that we are connected to do a job, waits for it (-1: as long
+ * as it takes, or so many milliseconds), and returns the exit status.  A signal
+ * ends the wait; that we are gone ends the job. */
+static int cli_run_remote(struct cli_job *job, int ms) {
   unsigned char status = CLI_FAILED;
   size_t length = job->request.length;
   assert(job->client >= 0 && !cli.cas);
   int err = cli_pass(job, 1);
   if (!err) err = cli_write(job, job->client, job->operands, length);
-  if (!err) cli_wait(job, -1, 0, -1);
+  if (!err) cli_wait(job, -1, 0, ms);
   if (err || recv(job->client, &status, 1, MSG_DONTWAIT) != 1)
     cli_say("%s: canceled, or no answer from the server", job->verb->name);
   return status;
@@ -10536,7 +10543,7 @@ static void cli_say_where(const char *path, struct cli_job *job) {
   cli_say("%s: in use by a server; stop it, or connect to it.  Its URI and "
           "process id:",
           path);
-  cli_run_remote(job);
+  cli_run_remote(job, 2000); /* it may be stuck */
 }
 
 /* Opens a volume or snapshot of a store.  Before it opens the store, if that is
@@ -10673,7 +10680,7 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
   if (err == -EBUSY && how & NBDSERVE_CAS_ACCEPT_LOSS)
     cli_die(CLI_IN_USE, "%s: is being served; stop the server first", store);
   if (err != -EBUSY) cli_exit_if_error(err, store);
-  int status = err ? cli_run_remote(job) : cli_run_job(job, cli.cas);
+  int status = err ? cli_run_remote(job, -1) : cli_run_job(job, cli.cas);
   if (status || !(flags & VERB_WRITES_FILE)) return status;
   err = os_datasync(job->fds.output);
   if (err != -EINVAL && err != -ENOTSUP) cli_exit_if_error(err, last);

@@ -102,15 +102,15 @@ struct nbdserve_ops {
                  struct nbdserve_extents *out);
   /* Frees ctx.  No call follows this one. */
   void (*close)(void *ctx);
-  /* These are for nbdserve's own backends only: keep them 0. */
-  void (*run_batch)(void *ctx, struct nbdserve_req *reqs, size_t nreqs);
-  size_t (*splice)(void *ctx, int pipe, uint64_t off, uint64_t len);
-  int hashes;
   /* Called when a client asks for the export, with its size so far; returns its
    * size now, which is remembered.  NULL: the size stays.  A server makes one
    * such call at a time, maybe beside other calls of a SERIAL export; it must
    * not block, nor call the server. */
   uint64_t (*size)(void *ctx, uint64_t size);
+  /* These are for nbdserve's own backends only: keep them 0. */
+  void (*run_batch)(void *ctx, struct nbdserve_req *reqs, size_t nreqs);
+  size_t (*splice)(void *ctx, int pipe, uint64_t off, uint64_t len);
+  int hashes;
 };
 
 /* Reports the next extent: len bytes (> 0) with that status.  Returns 0, or 1
@@ -315,7 +315,8 @@ NBDSERVE_API int nbdserve_cas_finish(struct nbdserve_cas *cas,
 #define NBDSERVE_CAS_RESIZE 6
 /* Removes name. */
 #define NBDSERVE_CAS_RM 7
-/* Or'ed to ROLLBACK, RESIZE or RM: only checks whether it could be done. */
+/* Or'ed to ROLLBACK, RESIZE or RM, and then to all of a change: only checks
+ * whether it could be done. */
 #define NBDSERVE_CAS_DRY_RUN 16
 
 #define nbdserve_cas_create(cas, name, size) \
@@ -357,11 +358,12 @@ typedef int nbdserve_progress_fn(void *arg, uint64_t done, uint64_t total);
 /* Gives a snapshot its id, durably when this returns 0: "sha256-" and 64
  * hexadecimal digits, which are the same for equal size, block size and
  * contents in any store.  id gets it, or "" after an error.  From then on the
- * id can be used in place of the name (of one of them, if several snapshots
- * have it).  The blocks that were not read since the store was opened are read
- * and checked, but for what is shared with a snapshot of the same volume that
- * was sealed before; a snapshot that has its id gets it at once.  -ENOENT:
- * there is no such name.  -EINVAL: it is a volume.  -EIO: it is damaged. */
+ * id can be used in place of the name; if several snapshots have it, of one of
+ * them for reading, while what changes one refuses it.  The blocks that were
+ * not read since the store was opened are read and checked, but for what is
+ * shared with a snapshot of the same volume that was sealed before; a snapshot
+ * that has its id gets it at once.  -ENOENT: there is no such name.  -EINVAL:
+ * it is a volume.  -EIO: it is damaged. */
 NBDSERVE_API int nbdserve_cas_seal(struct nbdserve_cas *cas, const char *name,
                                    char id[72], nbdserve_progress_fn *progress,
                                    void *arg);
@@ -481,9 +483,10 @@ struct nbdserve_config {
    * be NULL. */
   int (*before)(void *ctx, unsigned type, uint64_t off, uint64_t len);
   /* Called once for each request when its outcome is known, from several
-   * threads at once, mostly before the reply is sent.  type may be none that
-   * exists.  err: 0 or -errno.  ns: nanoseconds since the request was there as
-   * a whole (without its data, if that is long).  May be NULL. */
+   * threads at once, mostly before the reply is sent; not of a request whose
+   * client goes away in between.  type may be none that exists.  err: 0 or
+   * -errno.  ns: nanoseconds since the request was there as a whole (without
+   * its data, if that is long).  May be NULL. */
   void (*after)(void *ctx, unsigned type, uint64_t off, uint64_t len, int err,
                 uint64_t ns);
   void *ctx; /* is passed to log, find, list, before and after */
@@ -697,7 +700,8 @@ NBDSERVE_API const char *nbdserve_version(void);
  * (C8) On opening for writing, superblocks that differ are made equal, and what
  *      may be in memory only is written again: after a sync the older one is
  *      written and synced, then the newer one; of two that are equal the
- *      second.  One is enough.  What somebody else has written in a place is not written over.
+ *      second.  One is enough.  What somebody else has written in a place is
+ *      not written over.
  * (C9) Replay takes all valid pages of the log.  Entries before the highest
  *      `durable` apply; later ones each only if the slot's data has their
  *      digest. A page that is not valid is left out; but one before the highest

@@ -4293,6 +4293,30 @@ testANameIsNotThatOfALongerOne() {
   unless NO_CAS || return 0
   fault prefix "$T/pool"
 }
+testSpaceThatGetsFreeOnAFullDeviceIsForPagesToo() {
+  unless NO_CAS || return 0
+  fault freed "$T/pool"
+}
+testWithoutAThreadWhoAsksDoesTheWork() {
+  unless NO_CAS || return 0
+  fault alone "$T/pool"
+}
+testZeroesHealWhatIsLostWhichIsNoHole() {
+  unless NO_CAS || return 0
+  fault zeroed "$T/pool"
+}
+testAPageThatCannotBeReadForAWhileIsNotGivenUp() {
+  unless NO_CAS || return 0
+  fault unreadable "$T/pool"
+}
+testWhatRecoveryHasCheckedIsFoundByTheIndex() {
+  unless NO_CAS || return 0
+  fault checked "$T/pool"
+}
+testGcKeepsWhatAFullDiskNeeds() {
+  unless NO_CAS || return 0
+  fault kept "$T/pool"
+}
 testGcHoldsNobodyUpWhileItGivesSpaceBack() {
   unless NO_CAS && unless NO_THREADS && unless POSIX_ONLY || return 0
   fault slowgc "$T/pool"
@@ -15376,6 +15400,129 @@ static void i_refused(void) {
   CHECK(fi[SYNC].calls == calls && i_cas_close() == 0);
 }
 
+/* Of a full device, opened anew, nothing is known of segments that have nothing
+ * free.  Where something gets free in them there is room for pages, too. */
+static void i_freed(void) {
+  uint64_t n, i;
+  i_new(600, 32);
+  n = i_fill(0);
+  CHECK(n > 1000 && i_cas_close() == 0 && i_cas_open(0) == 0);
+  CHECK(i_put(n, 1) == -ENOSPC);
+  CHECK(i_volume.ops->trim(i_volume.ctx, 0, n * 4096, 0) == 0);
+  CHECK(i_flush() == 0);
+  for (i = 0; i < 500; i++)
+    CHECK(i_put(i * I_LEAF, 1) == 0);
+  CHECK(nbdserve_cas_snapshot(i_cas, "v@s") == 0 && i_cas_close() == 0);
+}
+
+/* There is no thread for what is to be done beside requests: who has asked for
+ * it does it. */
+static void i_alone(void) {
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
+  fi[THREAD].err = EAGAIN;
+  fi[THREAD].times = -1;
+  CHECK(i_cas_open(0) == 0 && i_cas->filled >= i_cas->to_fill);
+  CHECK(i_put(1, 'a') == 0 && i_slot(0) == i_slot(1) && i_cas_close() == 0);
+  CHECK(i_cas_open(0) == 0 && i_get(1) == 'a' && i_cas_close() == 0);
+}
+
+/* Zeroes heal what is below a lost page, which until then is told of as data
+ * that has to be read, and not as a hole. */
+static void i_zeroed(void) {
+  const uint64_t leaf = I_LEAF * 4096;
+  unsigned char extents[4 * WIRE_EXT_EXTENT_LEN];
+  uint64_t n;
+  int level;
+  for (level = 0; level < CAS_LEVELS; level++) {
+    struct nbdserve_extents x = {0};
+    i_new(2, 0);
+    CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
+    i_lose(i_page(0, level));
+    CHECK(i_cas_open(0) == 0 && i_get(0) == -EIO);
+    x.left = 2 * leaf;
+    x.max = 4;
+    x.align = 1;
+    x.extended = 1;
+    x.data = extents;
+    CHECK(i_volume.ops->extents(i_volume.ctx, 0, x.left, 0, &x) == 0);
+    CHECK(x.n > 0 && u_get64(extents + 8) == 0);
+    n = level ? 2 * leaf : leaf;
+    CHECK((x.n == 1 ? x.last_len : u_get64(extents)) == n);
+    CHECK(i_volume.ops->zero(i_volume.ctx, 4096, 8192, 0) == 0);
+    CHECK(i_get(0) == -EIO && i_get(1) == 0 && i_get(2) == 0);
+    CHECK(i_get(3) == -EIO && i_cas_close() == 0 && i_cas_open(0) == 0);
+    CHECK(i_get(0) == -EIO && i_get(1) == 0 && i_get(3) == -EIO);
+    CHECK(i_volume.ops->zero(i_volume.ctx, 0, 2 * leaf, 0) == 0);
+    CHECK(i_get(0) == 0 && i_get(3) == 0 && i_get(I_LEAF) == 0);
+    CHECK(i_cas_close() == 0 && i_cas_open(0) == 0 && i_verify() == 0);
+    CHECK(i_get(0) == 0 && i_cas_close() == 0);
+  }
+}
+
+/* A page of a map of which neither copy can be read, or one is wrong and the
+ * other cannot be read, may be there again tomorrow: until loss is accepted it
+ * is not given up. */
+static void i_unreadable(void) {
+  uint32_t page;
+  int i, level;
+  for (level = 0; level < CAS_LEVELS; level++)
+    for (i = 0; i < 2; i++) {
+      i_new(1, 0);
+      CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
+      page = i_page(0, level);
+      fi[PREAD].bad = i_slot_at(page + (i ? CAS_TWIN : 0)) + 1;
+      fi[PREAD].also = i_slot_at(page + (i ? 0 : CAS_TWIN)) + 1;
+      CHECK(i_cas_open(0) == -EUCLEAN);
+      CHECK(i_cas_open(NBDSERVE_CAS_REPAIR) == -EUCLEAN);
+      fi[PREAD].also = 0;
+      i_flip(i_slot_at(page + (i ? 0 : CAS_TWIN)) + 200);
+      CHECK(i_cas_open(0) == -EUCLEAN);
+      CHECK(i_cas_open(NBDSERVE_CAS_READONLY) == 0 && i_get(0) == -EIO);
+      CHECK(i_cas_close() == 0);
+      fi[PREAD].bad = 0;
+      CHECK(i_cas_open(0) == 0 && i_get(0) == 'a' && i_cas_close() == 0);
+    }
+}
+
+/* What recovery has checked is found by the index as what it has not. */
+static void i_checked(void) {
+  struct nbdserve_export e = {0};
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
+  i_killed(1);
+  CHECK(i_cas_open(0) == 0);
+  CHECK(nbdserve_cas_begin(i_cas, "x", 1, &e) == 0); /* the index is full */
+  CHECK(nbdserve_cas_finish(i_cas, &e, 0) == 0);
+  CHECK(i_put(2, 'b') == 0 && i_slot(1) == i_slot(2));
+  CHECK(i_put(3, 'a') == 0 && i_slot(0) == i_slot(3) && i_cas_close() == 0);
+}
+
+/* Gc keeps, beyond the reserve, as many pairs as a segment has: if the disk is
+ * full at once, what is there can be written again, and there can be a snapshot
+ * of it. */
+static void i_kept(void) {
+  uint64_t bytes, i;
+  uint32_t npairs;
+  int err;
+  i_new(6, 0);
+  for (i = 0; i < 6 * I_LEAF; i++)
+    CHECK(i_put(i, (int)i + 1) == 0);
+  CHECK(i_flush() == 0);
+  CHECK(i_volume.ops->trim(i_volume.ctx, 0, 5 * I_LEAF * 4096, 0) == 0);
+  err = nbdserve_cas_gc(i_cas, &bytes, NULL, NULL);
+  CHECK(err == 0 || err == -EOPNOTSUPP);
+  os_lock(&i_cas->lock);
+  npairs = i_cas->npairs - i_cas->ndirty;
+  cas_unlock(i_cas);
+  CHECK(npairs >= CAS_RESERVE_PAIRS + CAS_TWIN);
+  fi[FALLOCATE].err = ENOSPC;
+  fi[FALLOCATE].times = -1;
+  for (i = 5 * I_LEAF; i < 5 * I_LEAF + 50; i++)
+    CHECK(i_put(i, (int)i + 100000) == 0);
+  CHECK(nbdserve_cas_snapshot(i_cas, "v@s") == 0 && i_cas_close() == 0);
+}
+
 /* Each allocation of a change fails in turn: in the end there are as many free
  * slots as are found when it is opened. */
 static void i_undone(void) {
@@ -15481,6 +15628,12 @@ static void i_anew(void) {}
 static void i_misled(void) {}
 static void i_future(void) {}
 static void i_gaps(void) {}
+static void i_freed(void) {}
+static void i_alone(void) {}
+static void i_zeroed(void) {}
+static void i_unreadable(void) {}
+static void i_checked(void) {}
+static void i_kept(void) {}
 static void i_unread(void) {}
 #endif
 
@@ -15521,6 +15674,9 @@ int main(int argc, char **argv) {
       {"regained", i_regained},   {"newest", i_newest},
       {"named", i_named},         {"unsealed", i_unsealed},
       {"waiting", i_waiting},     {"prefix", i_prefix},
+      {"freed", i_freed},         {"alone", i_alone},
+      {"zeroed", i_zeroed},       {"unreadable", i_unreadable},
+      {"checked", i_checked},     {"kept", i_kept},
   };
   int i;
   CHECK(argc > 2);
@@ -20130,6 +20286,40 @@ static void sy_verified(int stops) {
   sy_end();
 }
 
+static struct nbdserve_export sy_hidden; /* what is being filled */
+
+static int sy_finish(uint32_t keep) {
+  return nbdserve_cas_finish(sy_cas, &sy_hidden, (int)keep);
+}
+
+/* Who gives up a volume that was being filled waits until a checkpoint has
+ * written its map. */
+static void sy_given_up(void) {
+  struct sy_thread a = {.run = sy_checkpoint}, b = {.run = sy_finish};
+  unsigned char data[SY_BLOCK];
+  uint64_t i;
+  sy_new("a volume that is given up during a checkpoint");
+  sy_limit = SY_SIZE;
+  sy_ok("begin",
+        nbdserve_cas_begin(sy_cas, "h", SY_WIDE * SY_BLOCK, &sy_hidden));
+  for (i = 0; i < SY_WIDE; i += 4) { /* more than one portion of leaves */
+    sy_fill(data, ++sy_last);
+    sy_ok("write",
+          sy_hidden.ops->write(sy_hidden.ctx, data, i * SY_BLOCK, SY_BLOCK, 0));
+  }
+  sy_set_bar(1, SY_DATA, SY_SIZE - SY_DATA);
+  sy_start(&a);
+  sy_at_bar(&a);
+  sy_start(&b);
+  if (sy_has_ended(&b, 50)) sy_fail("it does not wait", b.err);
+  sy_no_bar();
+  sy_ok("checkpoint", sy_join(&a));
+  sy_ok("finish", sy_join(&b));
+  sy_ok("checkpoint", sy_checkpoint(0));
+  sy_check();
+  sy_end();
+}
+
 static int sy_sync(uint32_t unused) {
   int err;
   (void)unused;
@@ -20236,6 +20426,7 @@ int main(int argc, char **argv) {
   sy_staged(NBDSERVE_CAS_RM);
   sy_verified(0);
   sy_verified(1);
+  sy_given_up();
   sy_given();
   sy_punched();
   return 0;

@@ -4313,6 +4313,10 @@ testWhatRecoveryHasCheckedIsFoundByTheIndex() {
   unless NO_CAS || return 0
   fault checked "$T/pool"
 }
+testAnIdForgetsWhatWasTrimmed() {
+  unless NO_CAS || return 0
+  fault trimmed "$T/pool"
+}
 testGcKeepsWhatAFullDiskNeeds() {
   unless NO_CAS || return 0
   fault kept "$T/pool"
@@ -15523,6 +15527,37 @@ static void i_kept(void) {
   CHECK(nbdserve_cas_snapshot(i_cas, "v@s") == 0 && i_cas_close() == 0);
 }
 
+/* A snapshot from which something was trimmed has the id of its contents, also
+ * if the one that it begins with was sealed before, and the store was opened
+ * anew: then a page has no more room than it needs. */
+static void i_trimmed(void) {
+  struct nbdserve_export e = {0};
+  static int b[1024];
+  char id[3][72];
+  uint64_t far = 5; /* below kid 5 of a page of that level */
+  int level;
+  for (level = 1; level < CAS_LEVELS; level++) {
+    far *= I_LEAF;
+    i_new(far / I_LEAF + 1, 0);
+    CHECK(i_put(0, 'a') == 0 && i_put(far, 'b') == 0);
+    CHECK(nbdserve_cas_snapshot(i_cas, "v@1") == 0);
+    CHECK(nbdserve_cas_seal(i_cas, "v@1", id[0], NULL, NULL) == 0);
+    CHECK(i_volume.ops->trim(i_volume.ctx, far * 4096, 4096, 0) == 0);
+    CHECK(nbdserve_cas_snapshot(i_cas, "v@2") == 0);
+    CHECK(nbdserve_cas_create(i_cas, "w", i_volume.size) == 0);
+    CHECK(nbdserve_cas_volume(i_cas, "w", &e) == 0);
+    CHECK(i_volume.ops->read(i_volume.ctx, b, 0, sizeof b, 0) == 0);
+    CHECK(e.ops->write(e.ctx, b, 0, sizeof b, 0) == 0);
+    e.ops->close(e.ctx);
+    CHECK(nbdserve_cas_snapshot(i_cas, "w@1") == 0);
+    CHECK(i_cas_close() == 0 && i_cas_open(0) == 0);
+    CHECK(nbdserve_cas_seal(i_cas, "v@2", id[1], NULL, NULL) == 0);
+    CHECK(nbdserve_cas_seal(i_cas, "w@1", id[2], NULL, NULL) == 0);
+    CHECK(strcmp(id[0], id[1]) && !strcmp(id[1], id[2]));
+    CHECK(i_cas_close() == 0);
+  }
+}
+
 /* Each allocation of a change fails in turn: in the end there are as many free
  * slots as are found when it is opened. */
 static void i_undone(void) {
@@ -15629,6 +15664,7 @@ static void i_misled(void) {}
 static void i_future(void) {}
 static void i_gaps(void) {}
 static void i_freed(void) {}
+static void i_trimmed(void) {}
 static void i_alone(void) {}
 static void i_zeroed(void) {}
 static void i_unreadable(void) {}
@@ -15677,6 +15713,7 @@ int main(int argc, char **argv) {
       {"freed", i_freed},         {"alone", i_alone},
       {"zeroed", i_zeroed},       {"unreadable", i_unreadable},
       {"checked", i_checked},     {"kept", i_kept},
+      {"trimmed", i_trimmed},
   };
   int i;
   CHECK(argc > 2);

@@ -4629,7 +4629,8 @@ struct nbdserve_cas {
   struct cas_loader *loader; /* while it is opened */
   int gives_back;            /* a gc is under way: one at a time */
   int busy;                  /* a thread is in cas_work, */
-  int closing;               /* which is to end */
+  int closing;               /* which is to end, */
+  int is_borrowed;           /* and is one that wants to go on with a request */
 
   struct cas_node *catalog;     /* the root of all */
   struct cas_volume *volumes;   /* all of them, also what is hidden */
@@ -6474,6 +6475,7 @@ static void *cas_work(void *arg) {
   os_lock(&st->lock);
   while (!err && (job = cas_next_job(st)) != JOB_NONE) {
     uint64_t logged = st->nlogged;
+    if (job == JOB_MARK && st->is_borrowed) break; /* it cannot wait */
     assert(st->busy && !st->readonly);
     if (job == JOB_CHECKPOINT) err = cas_checkpoint_meanwhile(st);
     if (job == JOB_FILL_INDEX) cas_fill_index(st);
@@ -6496,9 +6498,14 @@ static void cas_kick(struct nbdserve_cas *st) {
   enum cas_job job = cas_next_job(st);
   int starts = !st->busy && job != JOB_NONE;
   if (starts) st->busy = 1;
+  if (starts) st->is_borrowed = 0;
   if (job == JOB_CHECKPOINT) os_wake_all(&st->lock); /* it may be idle */
   cas_unlock(st);
-  if (starts && os_thread(cas_work, st)) cas_work(st);
+  if (!starts || os_thread(cas_work, st) == 0) return;
+  os_lock(&st->lock); /* without a thread for it, ours does the work */
+  st->is_borrowed = 1;
+  cas_unlock(st);
+  cas_work(st);
 }
 
 /* ---- Requests ---------------------------------------------------------------

@@ -4791,7 +4791,7 @@ testZeroesHealWhatIsLostWhichIsNoHole() {
 }
 testAPageThatCannotBeReadForAWhileIsNotGivenUp() {
   unless NO_CAS || return 0
-  fault unreadable "$T/pool"
+  fault awhile "$T/pool"
 }
 testWhatRecoveryHasCheckedIsFoundByTheIndex() {
   unless NO_CAS || return 0
@@ -16346,7 +16346,7 @@ static void i_zeroed(void) {
 /* A page of a map of which neither copy can be read, or one is wrong and the
  * other cannot be read, may be there again tomorrow: until loss is accepted it
  * is not given up. */
-static void i_unreadable(void) {
+static void i_awhile(void) {
   uint32_t page;
   int i, level;
   for (level = 0; level < CAS_LEVELS; level++)
@@ -16758,7 +16758,7 @@ static void i_freed(void) {}
 static void i_trimmed(void) {}
 static void i_alone(void) {}
 static void i_zeroed(void) {}
-static void i_unreadable(void) {}
+static void i_awhile(void) {}
 static void i_checked(void) {}
 static void i_kept(void) {}
 static void i_unread(void) {}
@@ -16803,11 +16803,10 @@ int main(int argc, char **argv) {
       {"waiting", i_waiting},     {"prefix", i_prefix},
       {"starved", i_starved},     {"starvedstore", i_starvedstore},
       {"gcfails", i_gcfails},     {"mending", i_mending},
-      {"sealed", i_sealed},
-      {"freed", i_freed},         {"alone", i_alone},
-      {"zeroed", i_zeroed},       {"unreadable", i_unreadable},
-      {"checked", i_checked},     {"kept", i_kept},
-      {"trimmed", i_trimmed},
+      {"sealed", i_sealed},       {"freed", i_freed},
+      {"alone", i_alone},         {"zeroed", i_zeroed},
+      {"awhile", i_awhile},       {"checked", i_checked},
+      {"kept", i_kept},           {"trimmed", i_trimmed},
   };
   int i;
   CHECK(argc > 2);
@@ -19267,7 +19266,7 @@ static void c_sector(void) {
        what < 2   ? "log"
        : what < 3 ? "digests"
                   : "slot",
-       (unsigned long)off, x, (unsigned long)len, rots ? "rot" : "unreadable");
+       (unsigned long)off, x, (unsigned long)len, rots ? "rot" : "awhile");
   m_hurt.any = 1;
   if (rots) {
     c_rot(off, 0, len);

@@ -2912,9 +2912,9 @@ static int hs_run(struct conn *c) {
  *                                                a file: c->pipe
  *   READ, WRITE up to         a worker           a buffer of its own
  *   TX_PIECE without
- *   run_batch; such a WRITE
- *   into a store, if it is
- *   longer than a batch's
+ *   run_batch; WRITE longer
+ *   than a batch's, up to
+ *   TX_PIECE, into a store
  *   FLUSH, TRIM, CACHE,       a worker; FLUSH:   BLOCK_STATUS: a buffer of its
  *   WRITE_ZEROES,             after the batch's  own
  *   BLOCK_STATUS              writes, and alone:
@@ -7037,6 +7037,8 @@ static int cas_open_super(struct nbdserve_cas *st) {
   int err = os_datasync(st->fd);
   for (int i = 0; i < 2 - is_alike && !err; i++) {
     err = cas_write_super(st, &st->super, i ? newer : !newer);
+    /* A full file system that copies what is written over: it stays there. */
+    if (err == -ENOSPC && is_alike) return 0;
     if (!err) err = os_datasync(st->fd);
   }
   return err;
@@ -9371,8 +9373,8 @@ static void cli_put_new_file(void) {
   *cli.temp = '\0';
 }
 
-/* Is the file at path a store?  Whoever writes to it would destroy it.
- * One superblock is enough to tell: the other, 1 MiB away, may be damaged. */
+/* Is the file at path a store?  Whoever writes to it would destroy it.  One
+ * superblock is enough to tell: the other, 1 MiB away, may be damaged. */
 static int cli_is_store(const char *path) {
   static const char magic[] = "NBDSCAS";
   char begin[sizeof magic - 1];
@@ -10214,6 +10216,13 @@ static const struct cli_verb cli_verbs[] = {
      cli_do_uri, 0, 0, 0, NBDSERVE_CAS_READONLY, 0}};
 /* clang-format on */
 
+/* The command of that name, or NULL */
+static const struct cli_verb *cli_find_verb(const char *name) {
+  for (size_t i = 0; i < COUNT_OF(cli_verbs); i++)
+    if (strcmp(cli_verbs[i].name, name) == 0) return &cli_verbs[i];
+  return NULL;
+}
+
 /* ---- Doing a command ---- */
 
 /* For qsort: snapshots come before the others, such as their volumes. */
@@ -10542,10 +10551,8 @@ static int cli_first_volume(void *unused,
 /* Says where the store at path is served: by the process that we are connected
  * to. */
 static void cli_say_where(const char *path, struct cli_job *job) {
-  unsigned char *i = &job->request.verb;
-  while (cli_verbs[*i].run != cli_do_uri)
-    ++*i;
-  job->verb = &cli_verbs[*i];
+  job->verb = cli_find_verb("uri");
+  job->request.verb = (unsigned char)(job->verb - cli_verbs);
   job->fds.output = job->fds.messages = 2;
   cli_say("%s: in use by a server; stop it, or connect to it.  Its URI and "
           "process id:",
@@ -10727,11 +10734,9 @@ static void cli_run_verb(void) {
   const char *name = cli.ntargets ? *cli.targets : "";
   const char *last = NULL;
   size_t length;
-  unsigned char *i = &job.request.verb;
-  while (*i < COUNT_OF(cli_verbs) && strcmp(cli_verbs[*i].name, name) != 0)
-    ++*i;
-  if (*i == COUNT_OF(cli_verbs)) return;
-  job.verb = &cli_verbs[*i];
+  job.verb = cli_find_verb(name);
+  if (!job.verb) return;
+  job.request.verb = (unsigned char)(job.verb - cli_verbs);
   job.request.json = opt[OPT_JSON].given != 0;
   job.request.dry_run = opt[OPT_DRY_RUN].given != 0;
   cli.targets++;
@@ -10767,12 +10772,8 @@ static void cli_run_verb(void) {
 /* help COMMAND: prints what there is to know about it.  Returns the exit
  * status. */
 static int cli_help_verb(const char *name) {
-  size_t i = 0;
-  while (i < COUNT_OF(cli_verbs) && strcmp(cli_verbs[i].name, name) != 0)
-    i++;
-  if (i == COUNT_OF(cli_verbs))
-    cli_usage("help %s: no such command (--help lists them)", name);
-  const struct cli_verb *verb = &cli_verbs[i];
+  const struct cli_verb *verb = cli_find_verb(name);
+  if (!verb) cli_usage("help %s: no such command (--help lists them)", name);
   printf("usage: nbdserve [OPTION]... %s %s\n%s\n\n", name, verb->operands,
          verb->help);
   for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
@@ -11135,6 +11136,7 @@ static void cli_tell_ready(void) {
   if (opt[OPT_RUN].given)
     cli_start_child();
   else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0 && errno != EBADF)
+    /* EBADF: it was closed when we were started, so nobody wants it */
     cli_exit_if_error(-errno, "standard output");
   if (cli.ready_pipe < 0) return;
   assert(cli.ready_pipe > 2);

@@ -268,7 +268,8 @@ NBDSERVE_API int nbdserve_cas_volume(struct nbdserve_cas *cas, const char *name,
 /* Changes the catalog; the change is durable when this returns 0.  verb is one
  * of those below, which also say what name, to and size are; the macros behind
  * them are easier to read.  -ENOENT: there is no such name.  -EEXIST: the new
- * name is taken.  -EINVAL: not a possible name or size.  -EBUSY: it is open
+ * name is taken.  -EINVAL: not a possible name or size, or an id that several
+ * snapshots have.  -EBUSY: it is open
  * (ROLLBACK, RESIZE, RM).  -ENOTEMPTY: it has snapshots (RM). */
 NBDSERVE_API int nbdserve_cas_change(struct nbdserve_cas *cas, int verb,
                                      const char *name, const char *to,

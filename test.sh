@@ -236,7 +236,7 @@ lint() {
   n=$(($(sed -n 's/^code //p' "$scratch/figures") -
     $(sed -n 's/^lone //p' "$scratch/figures")))
   # The goal is 6500: until it is met, not one line more than there is now
-  [ $n -le 7962 ] || { echo "nbdserve.c: $n lines of code, over 7962"; bad=1; }
+  [ $n -le 7960 ] || { echo "nbdserve.c: $n lines of code, over 7960"; bad=1; }
   return $bad
 }
 case ${1-} in
@@ -4796,6 +4796,10 @@ testAPageThatCannotBeReadForAWhileIsNotGivenUp() {
 testWhatRecoveryHasCheckedIsFoundByTheIndex() {
   unless NO_CAS || return 0
   fault checked "$T/pool"
+}
+testACleanStoreOpensWhereNothingCanBeWrittenAgain() {
+  unless NO_CAS || return 0
+  fault nowhere "$T/pool"
 }
 testAnIdForgetsWhatWasTrimmed() {
   unless NO_CAS || return 0
@@ -15512,10 +15516,19 @@ static int i_verify(void) {
   return nbdserve_cas_verify(i_cas, i_tell, NULL, NULL);
 }
 
-/* The same data in two slots, of which the index finds one first */
-static void i_twice(void) {
-  struct nbdserve_export e = {0};
-  uint32_t slot[2];
+/* A file system that is full, and copies what is written over: the superblock
+ * cannot be written again, but it is there. */
+static void i_nowhere(void) {
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
+  fi[PWRITE].err = ENOSPC;
+  fi[PWRITE].times = 1;
+  CHECK(i_cas_open(0) == 0 && fi[PWRITE].times == 0);
+  CHECK(i_get(0) == 'a' && i_put(1, 'b') == 0 && i_cas_close() == 0);
+}
+
+/* A store with the same data in two slots, of blocks 0 and 1; closed */
+static void i_new_twice(uint32_t slot[2]) {
   int i;
   i_new(1, 0);
   for (i = 0; i < 2; i++) {
@@ -15526,6 +15539,14 @@ static void i_twice(void) {
     cas_unlock(i_cas);
   }
   CHECK(slot[0] != slot[1] && i_cas_close() == 0);
+}
+
+/* The same data in two slots, of which the index finds one first */
+static void i_twice(void) {
+  struct nbdserve_export e = {0};
+  uint32_t slot[2];
+  int i;
+  i_new_twice(slot);
   for (i = 0; i < 2; i++) {
     i_flip(i_slot_at(slot[i]) + 7);
     CHECK(i_cas_open(NBDSERVE_CAS_VERIFY) == 0);
@@ -16544,15 +16565,7 @@ static void i_mending(void) {
   int n, err, i;
   for (n = 0;; n++) {
     struct nbdserve_export e = {0};
-    i_new(1, 0);
-    for (i = 0; i < 2; i++) {
-      CHECK(i_put((uint64_t)i, 'a') == 0);
-      slot[i] = i_slot((uint64_t)i);
-      os_lock(&i_cas->lock);
-      cas_unindex(i_cas, slot[i]);
-      cas_unlock(i_cas);
-    }
-    CHECK(i_cas_close() == 0);
+    i_new_twice(slot);
     i_flip(i_slot_at(slot[0]) + 7);
     CHECK(i_cas_open(NBDSERVE_CAS_VERIFY) == 0);
     CHECK(nbdserve_cas_begin(i_cas, "x", 1, &e) == 0); /* the index is full */
@@ -16757,6 +16770,7 @@ static void i_future(void) {}
 static void i_gaps(void) {}
 static void i_freed(void) {}
 static void i_trimmed(void) {}
+static void i_nowhere(void) {}
 static void i_alone(void) {}
 static void i_zeroed(void) {}
 static void i_awhile(void) {}
@@ -16808,6 +16822,7 @@ int main(int argc, char **argv) {
       {"alone", i_alone},         {"zeroed", i_zeroed},
       {"awhile", i_awhile},       {"checked", i_checked},
       {"kept", i_kept},           {"trimmed", i_trimmed},
+      {"nowhere", i_nowhere},
   };
   int i;
   CHECK(argc > 2);

@@ -6887,7 +6887,7 @@ testPidfileDoesNotReplaceADevice() {
   mknod "$T/node" c 1 3 || { skip 'no devices here'; return 0; }
   run -s -P "$T/node" "$DISK"
   assertEquals 1 "$STATUS"
-  says "$T/node: not a file"
+  says "$T/node: exists and is not a pidfile"
   assertTrue 'it is there' "[ -c '$T/node' ]"
 }
 testSecondINTEndsAtOnceWhatHasNoCommand() {

@@ -5565,6 +5565,7 @@ testReadyFdThatCannotBeWrittenIsAFailure() {
   assertFalse 'the socket is gone' "[ -e '$T/s' ]"
 }
 testPidfileThatCannotBeWrittenIsNotThere() {
+  [ "${SANITIZER-}" != thread ] || { skip 'its runtime writes one'; return 0; }
   (ulimit -f 0; timeout 20 "$NBDSERVE" -U "$T/s" -P "$T/pid" "$DISK"; echo $?) \
     2>&1 | cat >"$T/both"
   assertContains "$(cat "$T/both")" "$T/pid: File too large"
@@ -6520,11 +6521,13 @@ testLongCommandsAtATimeAreLimited() {
   mkfifo "$T/pipe"
   exec 9<>"$T/pipe"
   pids=
-  for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do
+  # One more until there are 16: each list is one, too, and may forestall it
+  export_one_more() {
     "$NBDSERVE" export "$S::v" - >&9 2>/dev/null &
     pids="$pids $!"
-  done
-  await "! '$NBDSERVE' list '$S' >'$T/out' 2>'$T/err'"
+  }
+  await "! '$NBDSERVE' list '$S' >'$T/out' 2>'$T/err' ||
+    { export_one_more; false; }"
   says '^nbdserve: list: the server is doing 16 others'
   assertEquals 'no rows' '' "$(cat "$T/out")"
   cas 1 export "$S::v" "$T/file"
@@ -6533,7 +6536,7 @@ testLongCommandsAtATimeAreLimited() {
   cas 0 snapshot "$S::v@s"
   cas 0 stat "$S"
   # shellcheck disable=SC2086
-  kill $pids
+  kill $pids 2>/dev/null # those that were one too many have ended
   # shellcheck disable=SC2086
   wait $pids 2>/dev/null
   await "'$NBDSERVE' list '$S' >'$T/out' 2>/dev/null"

@@ -44,8 +44,29 @@ TESTS =
 BUILT_TESTS = @config @platform @util @sha @wire @io @export @handshake \
   @transmission @flat @cas @server @cli
 SAN_TESTS = $(BUILT_TESTS) @clients
-TSAN_TESTS = @platform @util @io @export @transmission @flat @cas @server @cli \
-  @clients
+# What of a store and of the command has several threads
+TSAN_TESTS = @platform @util @io @export @transmission @flat @server @clients \
+  testWritersReadersAndChangesOfAStoreTogether \
+  testSnapshotOfAServedVolumeAppears \
+  testTwoHundredClonesAreWrittenThroughOneServer \
+  testKillLosesNothingThatWasAcknowledged \
+  testDurableWritesToAVolumeSurviveKILL testDamagedMapOfAServedStoreIsFound \
+  testAListHasEachVolumeOnceWhileOthersCome testADryRunKnowsWhatIsOpen \
+  testGcHoldsNobodyUpWhileItGivesSpaceBack testWhatIsTrueOnlyWhileASyncRuns \
+  testWithoutAThreadWhoAsksDoesTheWork \
+  testVerifyMissesNothingThatARollbackMoves \
+  testWritesThatAFullStoreRefusesDoNotSync testRunPassesTheStatusOn \
+  testSignalsEndItInOrder testFaultsHitTheirShareOfTheirCommand \
+  testDelayedRequestsWaitTogether testStatsAreWrittenAtExitAndOnUSR1 \
+  testStatsSayHowLongRequestsTook testCommandsOnAServedStoreAreDoneByTheServer \
+  testCommandOfAClientThatIsGoneIsNotGoneOnWith \
+  testWhatIsSentToTheControlSocketIsNotKept \
+  testControlSocketOutlivesTheLackOfDescriptors testACommandWaitsForNoOther \
+  testLongCommandsAtATimeAreLimited testOutputThatNobodyTakesEndsACommand \
+  testReaderThatHasGoneEndsACommand \
+  testSignalledServerServesItsCommandUntilItHasEnded \
+  testTwoSignalsAtOnceLeaveTheCommandItsTime testForkReturnsWhenListening \
+  testRepairIsACommand
 NO_CAS_TESTS = @config @platform @util @wire @io @export @handshake \
   @transmission @flat @server @cli
 NO_HWSHA_TESTS = @config @sha @cas

@@ -1665,8 +1665,9 @@ testLimitOfMemoryLeavesTheServerRunning() {
   within prlimit --as=30000000 %s
   serve "$DISK"
   build client || return 0
-  for _ in 1 2 3; do # some of them are refused
+  for n in 1 2 3 4 5 6; do # some of them are refused
     timeout 20 "$W/client" crowd "$SOCK" 150 >"$T/log" 2>&1
+    [ $n -lt 3 ] || [ ! -s "$T/err" ] || break
   done
   assertTrue 'it was too little' "[ -s '$T/err' ]"
   client many "$SOCK" 4
@@ -2744,9 +2745,10 @@ testWriteOver64MiBCloses() {
 }
 testTrimAndZeroOverTheMaximumWork() {
   rm "$DISK"
-  ARGS='--create 3G -b 1:4096:64K' SIZE=3221225472 BLOCK=go=block:1:4096:65536
-  structured 'OK.1 OK.2 OK.3' TRIM,1,0,3221225472 ZEROES,2,0,3221225472 \
-    CACHE,3,0,3221225472
+  SIZE=3221225472 BLOCK=go=block:1:4096:65536
+  [ "$SWITCH" != POSIX_ONLY ] || SIZE=100663296 # all of it is written
+  ARGS="--create $SIZE -b 1:4096:64K"
+  structured 'OK.1 OK.2 OK.3' TRIM,1,0,$SIZE ZEROES,2,0,$SIZE CACHE,3,0,$SIZE
 }
 testFlushIgnoresItsRange() {
   simple 'OK.1 OK.2 OK.3' FLUSH,1,0,0 FLUSH,2,4096,512 FLUSH,3,-1,-1

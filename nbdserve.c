@@ -9864,7 +9864,7 @@ struct cli_verb {
   const char *help;
   /* Does the command on an open store.  Returns 0 or -errno.  Only `init` has
    * none, as there is no store yet. */
-  int (*run)(struct cli_job *job, struct nbdserve_cas *cas);
+  int (*run)(struct cli_job *job);
   /* How many operands it needs besides STORE, and how many it may get.  It is
    * done for each one or, if it needs two, for the first with each of the
    * others, all at once: see cli_split_operands. */
@@ -9965,9 +9965,9 @@ static int OS_PRINTF(2, 4) OS_PRINTF(3, 4)
 
 /* create, snapshot, rollback, clone, rename, resize, rm: they change the
  * catalog, and nbdserve.h has one call for all of them. */
-static int cli_do_change(struct cli_job *job, struct nbdserve_cas *cas) {
+static int cli_do_change(struct cli_job *job) {
   assert(job->verb->change);
-  int err = nbdserve_cas_changes(cas, job->ops, job->nops, &job->failed);
+  int err = nbdserve_cas_changes(cli.cas, job->ops, job->nops, &job->failed);
   if (err || !job->request.dry_run) return err;
   return cli_row(job, "%s: possible; nothing was changed\n",
                  "{\"possible\":\"%s\"}\n", job->verb->name);
@@ -9985,15 +9985,15 @@ static int cli_list_row(void *arg, const struct nbdserve_cas_info *info) {
 }
 
 /* list: a row for each volume and snapshot */
-static int cli_do_list(struct cli_job *job, struct nbdserve_cas *cas) {
-  return nbdserve_cas_list(cas, cli_list_row, job);
+static int cli_do_list(struct cli_job *job) {
+  return nbdserve_cas_list(cli.cas, cli_list_row, job);
 }
 
 /* seal: gives a snapshot its id and prints that.  Until it was sealed all of it
  * has to be read, which takes long. */
-static int cli_do_seal(struct cli_job *job, struct nbdserve_cas *cas) {
+static int cli_do_seal(struct cli_job *job) {
   char id[72];
-  int err = nbdserve_cas_seal(cas, job->ops->name, id, cli_progress, job);
+  int err = nbdserve_cas_seal(cli.cas, job->ops->name, id, cli_progress, job);
   if (err) return err;
   assert(strncmp(id, "sha256-", 7) == 0);
   return cli_row(job, "%s\n", "{\"id\":\"%s\"}\n", id);
@@ -10006,8 +10006,8 @@ static int cli_range_row(void *arg, uint64_t off, uint64_t len) {
 }
 
 /* diff: a row for each range in which two volumes or snapshots differ */
-static int cli_do_diff(struct cli_job *job, struct nbdserve_cas *cas) {
-  return nbdserve_cas_diff(cas, job->ops->name, job->ops->to, cli_range_row,
+static int cli_do_diff(struct cli_job *job) {
+  return nbdserve_cas_diff(cli.cas, job->ops->name, job->ops->to, cli_range_row,
                            job);
 }
 
@@ -10025,25 +10025,25 @@ static int cli_damage_row(void *arg, const char *name, uint64_t off,
 
 /* verify: a row for each range that is damaged; the exit status tells, too.
  * repair: the same for what remains damaged. */
-static int cli_do_verify(struct cli_job *job, struct nbdserve_cas *cas) {
+static int cli_do_verify(struct cli_job *job) {
   int repairs = job->verb->open == NBDSERVE_CAS_REPAIR;
   return (repairs ? nbdserve_cas_repair : nbdserve_cas_verify)(
-      cas, cli_damage_row, cli_progress, job);
+      cli.cas, cli_damage_row, cli_progress, job);
 }
 
 /* gc: gives unused space to the file system.  The row has the bytes of the file
  * that nothing uses. */
-static int cli_do_gc(struct cli_job *job, struct nbdserve_cas *cas) {
+static int cli_do_gc(struct cli_job *job) {
   uint64_t bytes;
-  int err = nbdserve_cas_gc(cas, &bytes, cli_progress, job);
+  int err = nbdserve_cas_gc(cli.cas, &bytes, cli_progress, job);
   if (err) return err;
   return cli_row(job, CLI_N "\n", "{\"bytes\":" CLI_N "}\n", bytes);
 }
 
 /* stat: how much is stored, and how full the log is: a line for each value */
-static int cli_do_stat(struct cli_job *job, struct nbdserve_cas *cas) {
+static int cli_do_stat(struct cli_job *job) {
   struct nbdserve_cas_stat s;
-  nbdserve_cas_stat(cas, &s);
+  nbdserve_cas_stat(cli.cas, &s);
   assert(u_is_power_of_2(s.block_size));
   return cli_row(job,
                  "block_size\t" CLI_N "\nstored\t" CLI_N "\nfree\t" CLI_N
@@ -10055,8 +10055,7 @@ static int cli_do_stat(struct cli_job *job, struct nbdserve_cas *cas) {
 
 /* uri: where the store is served, and by which process, which does this; if it
  * is done here, nobody serves it. */
-static int cli_do_uri(struct cli_job *job, struct nbdserve_cas *cas) {
-  (void)cas;
+static int cli_do_uri(struct cli_job *job) {
   if (job->client < 0 || !*cli.uri) return -ENOTCONN;
   return cli_row(job, "%s\t" CLI_N "\n",
                  "{\"uri\":\"%s\",\"process\":" CLI_N "}\n", cli.uri,
@@ -10078,42 +10077,61 @@ static int cli_is_data(const struct nbdserve_export *v, uint64_t off,
   return !(x.last_status & NBDSERVE_EXTENT_ZERO);
 }
 
-/* Reads from what has no offsets, to its end or until `most` bytes are there.
- * Returns their number, or -errno. */
-static int64_t cli_read(const struct cli_job *job, int fd,
-                        unsigned char *buffer, size_t most) {
-  size_t n = 0;
-  while (n < most) {
-    int err = cli_wait(job, fd, POLLIN, -1);
+/* Reads *n bytes of FILE into the buffer, or fewer up to its end, and sets *n
+ * to their number.  They come from off on; what has no offsets, like a pipe,
+ * gives what comes next. */
+static int cli_read(const struct cli_job *job, unsigned char *buffer,
+                    uint64_t off, uint64_t *n) {
+  int file = job->fds.output;
+  uint64_t wanted = *n;
+  for (*n = 0; *n < wanted;) {
+    size_t left = (size_t)(wanted - *n);
+    int err = cli_wait(job, file, POLLIN, -1);
     if (err) return err;
-    ssize_t some = read(fd, buffer + n, most - n);
+    ssize_t some = pread(file, buffer + *n, left, (off_t)(off + *n));
+    if (some < 0 && errno == ESPIPE) some = read(file, buffer + *n, left);
     if (some == 0) break;
     if (some < 0 && errno != EINTR && errno != EAGAIN) return -errno;
-    if (some > 0) n += (size_t)some;
+    if (some > 0) *n += (uint64_t)some;
   }
-  return (int64_t)n;
+  return 0;
 }
 
-/* Makes a volume of what has no offsets, like a pipe, and so no size before its
- * end. */
-static int cli_import_stream(struct cli_job *job, struct nbdserve_cas *cas,
-                             unsigned char *buffer) {
-  struct nbdserve_export v = {.name = NULL};
-  int64_t n = IO_UNIT;
-  uint64_t size = 0;
-  int err = nbdserve_cas_begin(cas, job->ops->name, UINT64_C(1) << 50, &v);
-  if (err) return err;
-  while (!err && n == IO_UNIT) {
-    n = cli_read(job, job->fds.output, buffer, IO_UNIT);
-    if (n < 0) err = (int)n;
-    if (n > 0 && size > v.size - (uint64_t)n) err = -EFBIG;
-    if (n > 0 && !err) err = v.ops->write(v.ctx, buffer, size, (uint64_t)n, 0);
-    if (!err && cli_progress(job, 0, 0)) err = -ECANCELED;
-    if (!err) size += (uint64_t)n;
+/* Copies between FILE and a volume, IO_UNIT bytes at a time, which is a whole
+ * number of blocks of every size.  What is written to FILE goes from front to
+ * back, as it may be a pipe.  can_skip: holes are not copied, as the other side
+ * is one hole already.  is_stream: FILE is a pipe that is read, so it has no
+ * size, and its end becomes that of the volume. */
+static int cli_copy(struct cli_job *job, struct nbdserve_export *v,
+                    int can_skip, int is_stream) {
+  int file = job->fds.output;
+  int imports = (job->verb->flags & VERB_READS_FILE) != 0;
+  int is_data = 0;
+  uint64_t end = 0; /* of the data or hole that we are in */
+  uint64_t n = 0;
+  unsigned char *buffer = NBDSERVE_MALLOC(IO_UNIT);
+  int err = buffer ? 0 : -ENOMEM;
+  for (uint64_t off = 0; off < v->size && !err; off += n) {
+    if (off >= end)
+      is_data = imports ? os_is_data(file, off, v->size, &end)
+                        : cli_is_data(v, off, &end);
+    int is_skipped = can_skip && !is_data;
+    n = is_skipped ? end - off : u_min(end - off, IO_UNIT);
+    if (cli_progress(job, is_stream ? 0 : off, v->size)) err = -ECANCELED;
+    if (is_skipped && !imports) lseek(file, (off_t)n, SEEK_CUR);
+    if (is_skipped || err) continue;
+    uint64_t wanted = n;
+    err = imports ? cli_read(job, buffer, off, &n)
+                  : v->ops->read(v->ctx, buffer, off, n, 0);
+    if (!err && n < wanted && !is_stream) err = -EIO; /* it has been cut */
+    if (n < wanted) v->size = off + n;
+    if (err || !n) break;
+    err = imports ? v->ops->write(v->ctx, buffer, off, n, 0)
+                  : cli_write(job, file, buffer, (size_t)n);
   }
-  v.size = size;
-  int finish_err = nbdserve_cas_finish(cas, &v, !err);
-  return err ? err : finish_err;
+  NBDSERVE_FREE(buffer);
+  assert(err <= 0);
+  return err;
 }
 
 /* export: writes a volume or snapshot to a FILE, which gets its size, or to
@@ -10123,54 +10141,28 @@ static int cli_import_stream(struct cli_job *job, struct nbdserve_cas *cas,
  * import: makes a volume of a file, or of a pipe.  If that fails, at whatever
  * point, there is no volume afterwards.
  *
- * IO_UNIT bytes are copied at a time, which is a whole number of blocks of
- * every size.  What is written to FILE goes from front to back, as it may be a
- * pipe.  Holes are not copied where the other side is one hole already: a new
- * volume, or a file that can be given its size; not standard output, where
- * something may stand before. */
-static int cli_do_copy(struct cli_job *job, struct nbdserve_cas *cas) {
-  struct nbdserve_export v = {.name = NULL}; /* the volume */
+ * Holes are skipped in a new volume, and in a file that can be given its size;
+ * not on standard output, where something may stand before. */
+static int cli_do_copy(struct cli_job *job) {
+  const uint64_t most = UINT64_C(1) << 50; /* bytes of a volume */
+  struct nbdserve_export v = {.name = NULL};
   int file = job->fds.output;
   int imports = (job->verb->flags & VERB_READS_FILE) != 0;
-  int is_data = 0;
-  uint64_t end = 0; /* of the data or hole that we are in */
   off_t size = imports ? lseek(file, 0, SEEK_END) : 0;
-  unsigned char *buffer = NBDSERVE_MALLOC(IO_UNIT);
-  if (!buffer) return -ENOMEM;
-  if (size < 0) {
-    int stream_err = cli_import_stream(job, cas, buffer);
-    NBDSERVE_FREE(buffer);
-    return stream_err;
-  }
-  int err = imports
-                ? nbdserve_cas_begin(cas, job->ops->name, (uint64_t)size, &v)
-                : nbdserve_cas_volume(cas, job->ops->name, &v);
-  int can_skip = imports || strcmp(job->ops->to, "-") != 0;
+  int is_stream = size < 0;
+  int can_skip = imports ? !is_stream : strcmp(job->ops->to, "-") != 0;
+  int err = imports ? nbdserve_cas_begin(cli.cas, job->ops->name,
+                                         is_stream ? most : (uint64_t)size, &v)
+                    : nbdserve_cas_volume(cli.cas, job->ops->name, &v);
   if (!err && !imports && can_skip && ftruncate(file, (off_t)v.size) < 0) {
     if (errno == EFBIG) err = -EFBIG; /* others: a device or pipe has no size */
     can_skip = 0;
   }
-  uint64_t n = 0;
-  for (uint64_t off = 0; off < v.size && !err; off += n) {
-    if (off >= end)
-      is_data = imports ? os_is_data(file, off, v.size, &end)
-                        : cli_is_data(&v, off, &end);
-    int is_skipped = can_skip && !is_data;
-    n = is_skipped ? end - off : u_min(end - off, IO_UNIT);
-    struct iovec piece = {buffer, (size_t)n};
-    if (cli_progress(job, off, v.size)) err = -ECANCELED;
-    if (is_skipped && !imports) lseek(file, (off_t)n, SEEK_CUR);
-    if (is_skipped || err) continue;
-    err = imports ? os_transfer(file, OS_READ, &piece, 1, off)
-                  : v.ops->read(v.ctx, buffer, off, n, 0);
-    if (err) break;
-    err = imports ? v.ops->write(v.ctx, buffer, off, n, 0)
-                  : cli_write(job, file, buffer, piece.iov_len);
-  }
-  NBDSERVE_FREE(buffer);
-  assert(err <= 0);
-  int finish_err = imports && v.ops ? nbdserve_cas_finish(cas, &v, !err) : 0;
+  if (!err) err = cli_copy(job, &v, can_skip, is_stream);
+  if (!err && is_stream && v.size == most) err = -EFBIG;
   if (!imports && v.ops) v.ops->close(v.ctx);
+  int finish_err =
+      imports && v.ops ? nbdserve_cas_finish(cli.cas, &v, !err) : 0;
   return err ? err : finish_err;
 }
 
@@ -10300,13 +10292,13 @@ static const char *cli_why(const struct cli_job *job,
  * opened are about the volume.  A reader who has seen enough of a list, as
  * `head` does, wants none.  Nor does whoever was told by rows of damage.)
  * Returns the exit status. */
-static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
+static int cli_run_job(struct cli_job *job) {
   unsigned flags = job->verb->flags;
   const char *end = job->request.json && flags & VERB_ROWS ? "]\n" : "";
   assert(job->verb == &cli_verbs[job->request.verb] && job->verb->run);
   assert(job->nops > 0 && !job->nrows && !job->lost && !job->shown_ms);
   job->begun_ms = os_now_ms();
-  int err = job->verb->run(job, cas);
+  int err = job->verb->run(job);
   cli_hide_progress(job);
   if (*end && !job->nrows) end = err ? "" : "[]\n";
   if (!job->lost) job->lost = cli_write(job, job->fds.output, end, strlen(end));
@@ -10405,7 +10397,7 @@ static void *cli_serve_job(void *client) {
   if (cli_receive(&job) == 0) {
     int is_long = (job.verb->flags & VERB_LONG) != 0;
     if (cli_count(0, is_long) <= 16 || !is_long)
-      status = (unsigned char)cli_run_job(&job, cli.cas);
+      status = (unsigned char)cli_run_job(&job);
     else
       cli_say_to(job.fds.messages, job.request.json,
                  "%s: the server is doing 16 others", job.verb->name);
@@ -10694,7 +10686,7 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
   if (err == -EBUSY && how & NBDSERVE_CAS_ACCEPT_LOSS)
     cli_die(CLI_IN_USE, "%s: is being served; stop the server first", store);
   if (err != -EBUSY) cli_exit_if_error(err, store);
-  int status = err ? cli_run_remote(job, -1) : cli_run_job(job, cli.cas);
+  int status = err ? cli_run_remote(job, -1) : cli_run_job(job);
   if (status || !(flags & VERB_WRITES_FILE)) return status;
   err = os_datasync(job->fds.output);
   if (err != -EINVAL && err != -ENOTSUP) cli_exit_if_error(err, last);

@@ -9813,7 +9813,9 @@ enum cli_verb_flags {
   VERB_WRITES_FILE = 1 << 4,
   /* It prints any number of rows, as JSON: an array of objects.  The others
    * print one or none. */
-  VERB_ROWS = 1 << 5
+  VERB_ROWS = 1 << 5,
+  /* It gives a new name to something: each operand but the first. */
+  VERB_NEW_NAME = 1 << 6
 };
 
 /* A command while it is being done, by whichever process */
@@ -10187,9 +10189,9 @@ static const struct cli_verb cli_verbs[] = {
     {"rollback", "STORE::VOLUME@SNAPSHOT", "make VOLUME what it was then",
      cli_do_change, 1, 1, VERB_DRY_RUN, 0, NBDSERVE_CAS_ROLLBACK},
     {"clone", "STORE::NAME VOLUME...", "make volumes that begin as copies",
-     cli_do_change, 2, INT_MAX, 0, 0, NBDSERVE_CAS_CLONE},
+     cli_do_change, 2, INT_MAX, VERB_NEW_NAME, 0, NBDSERVE_CAS_CLONE},
     {"rename", "STORE::NAME NEW", "change a name",
-     cli_do_change, 2, 2, 0, 0, NBDSERVE_CAS_RENAME},
+     cli_do_change, 2, 2, VERB_NEW_NAME, 0, NBDSERVE_CAS_RENAME},
     {"resize", "STORE::VOLUME SIZE", "cut a volume, or add zeroes",
      cli_do_change, 2, 2, VERB_DRY_RUN | VERB_SIZE, 0, NBDSERVE_CAS_RESIZE},
     {"rm", "STORE::NAME [NAME...]", "remove volumes and snapshots",
@@ -10254,12 +10256,10 @@ static int cli_split_operands(struct cli_job *job) {
 
 /* Turns the error of a command into a text.  nbdserve.h gives some of them a
  * meaning of their own. */
-static const char *cli_why(const struct cli_job *job,
+static const char *cli_why(const struct cli_verb *verb,
                            const struct nbdserve_cas_op *op, int err) {
-  int verb = op->verb & ~NBDSERVE_CAS_DRY_RUN;
-  const char *name = verb == NBDSERVE_CAS_CLONE || verb == NBDSERVE_CAS_RENAME
-                         ? op->to
-                         : op->name;
+  int change = verb->change;
+  const char *name = verb->flags & VERB_NEW_NAME ? op->to : op->name;
   const char *at = strchr(name, '@');
   if (err == -ENOENT) return "no such volume or snapshot (list names all)";
   if (err == -EEXIST) return "that name is taken";
@@ -10269,17 +10269,17 @@ static const char *cli_why(const struct cli_job *job,
   if (err == -ETIMEDOUT) return "nobody takes its output";
   if (err == -ENOTCONN)
     return "it is not served, or only to be read, or not at a known address";
-  if (err == -ENOSPC && job->verb->flags & VERB_READS_FILE)
+  if (err == -ENOSPC && verb->flags & VERB_READS_FILE)
     return "no space left; what it took is free in the store, and gc gives it "
            "to the file system";
   if (err != -EINVAL) return u_errno_text(err);
-  if (strncmp(op->name, "sha256-", 7) == 0 && verb != NBDSERVE_CAS_CREATE)
+  if (strncmp(op->name, "sha256-", 7) == 0 && change != NBDSERVE_CAS_CREATE)
     return "several snapshots have that id, or it cannot be used here";
-  if (verb == NBDSERVE_CAS_ROLLBACK || job->verb->run == cli_do_seal)
+  if (change == NBDSERVE_CAS_ROLLBACK || verb->run == cli_do_seal)
     return "not a snapshot: that is VOLUME@NAME";
-  if (verb == NBDSERVE_CAS_RESIZE && at) return "a snapshot keeps its size";
-  int is_snapshot = strchr(op->name, '@') && verb != NBDSERVE_CAS_CLONE;
-  if ((verb == NBDSERVE_CAS_SNAPSHOT || is_snapshot) && !at)
+  if (change == NBDSERVE_CAS_RESIZE && at) return "a snapshot keeps its size";
+  int is_snapshot = strchr(op->name, '@') && change != NBDSERVE_CAS_CLONE;
+  if ((change == NBDSERVE_CAS_SNAPSHOT || is_snapshot) && !at)
     return "a snapshot is called VOLUME@NAME";
   if (!cas_is_name(at ? at + 1 : name))
     return "not a name: 1 to 166 bytes without / @ \" \\ and not sha256-...";
@@ -10307,7 +10307,7 @@ static int cli_run_job(struct cli_job *job) {
   assert(job->failed < job->nops);
   const struct nbdserve_cas_op *op = &job->ops[job->failed];
   const char *to = flags & VERB_READS_FILE ? "" : op->to;
-  const char *why = cli_why(job, op, err);
+  const char *why = cli_why(job->verb, op, err);
   if (!(err == -EUCLEAN && job->nrows) && !(err == -EPIPE && flags & VERB_ROWS))
     cli_say_to(job->fds.messages, job->request.json, "%s%s%.999s%s%.999s: %s",
                job->verb->name, *op->name ? " " : "", op->name, *to ? " " : "",
@@ -10737,8 +10737,7 @@ static void cli_run_verb(void) {
   FILE *out = open_memstream(&job.operands, &length);
   for (int j = 0; out && j < cli.ntargets; j++) {
     int is_file = job.verb->flags & (VERB_READS_FILE | VERB_WRITES_FILE);
-    int is_new = job.verb->change == NBDSERVE_CAS_CLONE ||
-                 job.verb->change == NBDSERVE_CAS_RENAME;
+    int is_new = job.verb->flags & VERB_NEW_NAME;
     last = cli.targets[j];
     if (j && !is_file) last = cli_same_store(store, last, is_new);
     fwrite(last, 1, strlen(last) + 1, out);

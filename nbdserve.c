@@ -415,10 +415,16 @@ static void os_set_option(int fd, int level, int option, int value) {
   setsockopt(fd, level, option, &value, sizeof value);
 }
 
-/* Prepares a TCP client's socket: no delay by Nagle's algorithm (proto.md,
- * Protocol phases), and a peer that has died is noticed within a minute: 30 s
- * of silence, then three questions, 10 s apart. */
-static void os_setup_tcp(int fd) {
+/* Prepares a client's socket.  All kinds: no SIGPIPE, and room for a long
+ * reply, as far as the system allows, which is 3 times faster on Linux, 10 on
+ * macOS.  TCP: no delay by Nagle's algorithm (proto.md, Protocol phases), and a
+ * peer that has died is noticed within a minute: 30 s of silence, then three
+ * questions, 10 s apart. */
+static void os_setup_client(int fd) {
+#ifdef SO_NOSIGPIPE
+  os_set_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
+#endif
+  os_set_option(fd, SOL_SOCKET, SO_SNDBUF, 2 << 20);
   os_set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
   os_set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
 #if defined TCP_KEEPIDLE && defined TCP_KEEPINTVL && defined TCP_KEEPCNT
@@ -428,16 +434,6 @@ static void os_setup_tcp(int fd) {
 #elif defined TCP_KEEPALIVE
   os_set_option(fd, IPPROTO_TCP, TCP_KEEPALIVE, 30);
 #endif
-}
-
-/* Prepares a client's socket of any kind: no SIGPIPE, and room for a long
- * reply, as far as the system allows, which is 3 times faster on Linux, 10 on
- * macOS. */
-static void os_setup_client(int fd) {
-#ifdef SO_NOSIGPIPE
-  os_set_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
-#endif
-  os_set_option(fd, SOL_SOCKET, SO_SNDBUF, 2 << 20);
 }
 
 #if OS_LINUX && defined SPLICE_F_NONBLOCK
@@ -8804,7 +8800,6 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   c->io.polls = fd < 0 || c->is_tcp || NBDSERVE_NO_THREADS;
   assert(c->io.stall_ms > 0 && !c->export);
   os_setup_client(out);
-  if (c->is_tcp) os_setup_tcp(out);
   os_lock(&s->lock);
   c->id = (int)++s->totals.clients;
   c->next = s->conns;

@@ -170,11 +170,12 @@
 #if NBDSERVE_NO_CAS || NBDSERVE_NO_HWSHA || NBDSERVE_POSIX_ONLY || \
     !defined __GNUC__ || defined __TINYC__ || defined __PCC__ || \
     defined __dietlibc__
-#define OS_HWSHA 0
+/* SHA-256 is computed in plain C. */
 #elif defined __x86_64__
 #include <cpuid.h>
 #include <immintrin.h>
 #define OS_HWSHA 1
+typedef __m128i os_words; /* four words of 32 bits, in one register */
 #define OS_HWSHA_TARGET __attribute__((target("sha,sse4.1")))
 
 /* Does this processor have the SHA-256 instructions that [4] uses? */
@@ -191,6 +192,7 @@ static int os_has_hwsha(void) {
 #include <arm_neon.h>
 #include <sys/auxv.h>
 #define OS_HWSHA 1
+typedef uint32x4_t os_words;
 #ifdef __clang__
 #define OS_HWSHA_TARGET __attribute__((target("sha2")))
 #else
@@ -201,10 +203,9 @@ static int os_has_hwsha(void) {
 static int os_has_hwsha(void) {
   return (getauxval(AT_HWCAP) >> 6 & 1) != 0;
 }
-#else
-#define OS_HWSHA 0
 #endif
-#if !OS_HWSHA
+#ifndef OS_HWSHA
+#define OS_HWSHA 0
 #define os_has_hwsha() 0
 #endif
 
@@ -1007,24 +1008,18 @@ static void sha_portable(uint32_t *state, const unsigned char *blocks,
 }
 
 #if OS_HWSHA
-#ifdef __x86_64__
-typedef __m128i sha_vector; /* four words */
-#else
-typedef uint32x4_t sha_vector;
-#endif
-
 /* One of the two messages that the instructions work on.  All of it can
  * stay in registers: two lanes, the constants and what is in between fit into
  * the 16 that the processor has, or 32. */
 struct sha_lane {
-  sha_vector abef; /* half of the state; on ARM its words are A, B, C, D, */
-  sha_vector cdgh; /* the other half; E, F, G, H */
-  sha_vector w[4]; /* 16 words of the message's schedule, the next ones first */
+  os_words abef; /* half of the state; on ARM its words are A, B, C, D, */
+  os_words cdgh; /* the other half; E, F, G, H */
+  os_words w[4]; /* 16 words of the message's schedule, the next ones first */
 };
 
 #ifdef __x86_64__
 /* Loads four words from anywhere. */
-static inline OS_HWSHA_TARGET sha_vector sha_load(const void *from) {
+static inline OS_HWSHA_TARGET os_words sha_load(const void *from) {
   return _mm_loadu_si128((const __m128i *)from);
 }
 
@@ -1046,7 +1041,7 @@ static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
  * schedule that the rounds need 16 later.  The last four calls for a block
  * compute words in vain; a second loop without that was not faster. */
 static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
-                                                   sha_vector k) {
+                                                   os_words k) {
   __m128i *w = lane->w;
   __m128i addend = _mm_add_epi32(w[0], k);
   /* Each of these does two rounds, on the lower half of addend.  The old ABEF
@@ -1073,12 +1068,12 @@ static inline OS_HWSHA_TARGET void sha_lane_save(const struct sha_lane *lane,
 }
 #else
 /* Loads four words from anywhere. */
-static inline OS_HWSHA_TARGET sha_vector sha_load(const void *from) {
+static inline OS_HWSHA_TARGET os_words sha_load(const void *from) {
   return vld1q_u32((const uint32_t *)from);
 }
 
 /* Turns four words round. */
-static inline OS_HWSHA_TARGET sha_vector sha_reverse(sha_vector v) {
+static inline OS_HWSHA_TARGET os_words sha_reverse(os_words v) {
   v = vrev64q_u32(v);
   return vextq_u32(v, v, 2);
 }
@@ -1096,13 +1091,13 @@ static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
 /* Does four rounds, k being their constants, and computes the four words of the
  * schedule that the rounds need 16 later. */
 static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
-                                                   sha_vector k) {
-  sha_vector *w = lane->w;
-  sha_vector addend = vaddq_u32(w[0], k);
-  sha_vector abcd = lane->abef;
+                                                   os_words k) {
+  os_words *w = lane->w;
+  os_words addend = vaddq_u32(w[0], k);
+  os_words abcd = lane->abef;
   lane->abef = vsha256hq_u32(abcd, lane->cdgh, addend);
   lane->cdgh = vsha256h2q_u32(lane->cdgh, abcd, addend);
-  sha_vector next = vsha256su1q_u32(vsha256su0q_u32(w[0], w[1]), w[2], w[3]);
+  os_words next = vsha256su1q_u32(vsha256su0q_u32(w[0], w[1]), w[2], w[3]);
   w[0] = w[1];
   w[1] = w[2];
   w[2] = w[3];
@@ -1130,7 +1125,7 @@ static OS_HWSHA_TARGET void sha_hw(uint32_t state[2][SHA_STATE_WORDS],
     sha_lane_load(&lane, state[0], first + SHA_BLOCK_LEN * i);
     sha_lane_load(&other, state[1], second + SHA_BLOCK_LEN * i);
     for (int round = 0; round < SHA_ROUNDS; round += 4) {
-      sha_vector k = sha_load(sha_k + round);
+      os_words k = sha_load(sha_k + round);
       sha_lane_rounds(&lane, k);
       sha_lane_rounds(&other, k);
     }

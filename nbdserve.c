@@ -1138,18 +1138,18 @@ static OS_HWSHA_TARGET void sha_hw(uint32_t state[2][SHA_STATE_WORDS],
 #define sha_hw(state, first, second, nblocks) assert(0)
 #endif
 
-/* Mixes nblocks blocks of a message into state[0].  use_hw: with the
- * instructions, and those of another message, maybe the same one, into state[1]
- * at the same time. */
+/* Mixes nblocks blocks of a message into state[0] and, if second is not NULL,
+ * those of another one into state[1].  The instructions (use_hw) always work on
+ * two: a single message keeps itself company, and nobody looks at state[1]. */
 static void sha_mix(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
                     const unsigned char *first, const unsigned char *second,
                     size_t nblocks) {
   assert(OS_HWSHA || !use_hw);
-  (void)second;
   if (use_hw)
-    sha_hw(state, first, second, nblocks);
+    sha_hw(state, first, second ? second : first, nblocks);
   else
     sha_portable(state[0], first, nblocks);
+  if (!use_hw && second) sha_portable(state[1], second, nblocks);
 }
 
 /* Writes what comes behind the last whole block of a message, and returns how
@@ -1191,7 +1191,7 @@ static void sha_begin(uint32_t state[2][SHA_STATE_WORDS]) {
 
 /* Mixes nblocks blocks of one message into a state. */
 #define sha_add(use_hw, state, blocks, nblocks) \
-  sha_mix(use_hw, state, blocks, blocks, nblocks)
+  sha_mix(use_hw, state, blocks, NULL, nblocks)
 
 /* Writes the digest of a message of len bytes: its whole blocks are in the
  * state already, and what is left of it is at rest. */
@@ -1215,21 +1215,15 @@ static void sha_256(int use_hw, const void *first, const void *second,
   size_t whole = len - len % SHA_BLOCK_LEN;
   assert(first || !len);
   assert(second_digest || !second);
-
-  /* The instructions always work on two messages.  A single message keeps
-   * itself company, and the second result is not looked at. */
-  int is_pair = use_hw && second;
-  if (second && !is_pair) sha_256(0, second, NULL, len, second_digest, NULL);
   const unsigned char *one = len ? first : tail[0]; /* anything but NULL */
-  const unsigned char *other = one;
-  if (use_hw && second) other = second;
+  const unsigned char *other = second;
   sha_begin(state);
   sha_mix(use_hw, state, one, other, whole / SHA_BLOCK_LEN);
   size_t ntail = sha_pad(tail[0], one + whole, len);
-  sha_pad(tail[1], other + whole, len);
-  sha_mix(use_hw, state, tail[0], tail[1], ntail);
+  if (other) sha_pad(tail[1], other + whole, len);
+  sha_mix(use_hw, state, tail[0], other ? tail[1] : NULL, ntail);
   sha_put_digest(first_digest, state[0]);
-  if (is_pair) sha_put_digest(second_digest, state[1]);
+  if (other) sha_put_digest(second_digest, state[1]);
 }
 
 #endif /* !NBDSERVE_NO_CAS */

@@ -395,6 +395,16 @@ static int os_open_dir(const char *path) {
   return fd < 0 ? -errno : fd;
 }
 
+/* Removes the file at path if it still is the one that is described: in the
+ * meantime somebody may have put another one there, which is not ours to
+ * remove. */
+static void os_remove_same(const char *path, const struct stat *own) {
+  struct stat found;
+  if (lstat(path, &found) == 0 && own->st_dev == found.st_dev &&
+      own->st_ino == found.st_ino)
+    unlink(path);
+}
+
 /* Takes the next client of a listening socket: a blocking socket, or -errno.  A
  * sandbox may refuse accept4(2). */
 static int os_accept(int fd) {
@@ -656,13 +666,10 @@ static int os_sync_new_file(int fd, const char *path) {
   return err == -EINVAL ? 0 : err; /* some directories cannot be synced */
 }
 
-/* Removes the file at path if it still is the one that fd is: in the meantime
- * somebody may have put another one there, which is not ours to remove. */
+/* Removes the file at path if fd is that file. */
 static void os_remove_own_file(const char *path, int fd) {
   struct stat own;
-  struct stat found;
-  if (fstat(fd, &own) < 0 || lstat(path, &found) < 0) return;
-  if (own.st_dev == found.st_dev && own.st_ino == found.st_ino) unlink(path);
+  if (fstat(fd, &own) == 0) os_remove_same(path, &own);
 }
 
 #if OS_LINUX
@@ -8518,13 +8525,10 @@ static void srv_add_listener(struct nbdserve *s, int fd, int is_unix,
 /* Closes the newest listener, and removes its unix socket unless another one
  * has taken its place. */
 static void srv_drop_listener(struct nbdserve *s) {
-  struct stat st;
   assert(s->nlisteners > 0);
   struct srv_listener *l = &s->listeners[--s->nlisteners];
   close(l->fd);
-  if (l->is_unix && lstat(l->text, &st) == 0 && st.st_ino == l->st.st_ino &&
-      st.st_dev == l->st.st_dev)
-    unlink(l->text);
+  if (l->is_unix) os_remove_same(l->text, &l->st);
 }
 
 /* See nbdserve.h. */
@@ -11203,14 +11207,11 @@ static int cli_serve(void) {
  * not end in time, the store stays open: opening it next time repairs what is
  * unfinished. */
 static void cli_close(void) {
-  struct stat st;
   int64_t until = os_now_ms() + IO_GRACE_MS;
   cli_catch_signals(SIG_IGN);
   if (cli.pidfile) os_remove_own_file(opt[OPT_PIDFILE].text, cli.pidfile);
   if (*cli.temp) unlink(cli.temp);
-  if (lstat(cli.ctl_path, &st) == 0 && st.st_dev == cli.ctl_st.st_dev &&
-      st.st_ino == cli.ctl_st.st_ino)
-    unlink(cli.ctl_path);
+  os_remove_same(cli.ctl_path, &cli.ctl_st);
   if (!cli.server) return;
   nbdserve_stop(cli.server);
   os_lock(&cli.server->lock);

@@ -1441,6 +1441,7 @@ struct nbdserve_req {
   uint64_t client_off; /* offset of the client's request */
   uint64_t off;        /* offset of this piece; the same if it is whole */
   uint64_t len;        /* bytes of this piece */
+  uint64_t payload;    /* bytes that follow the client's head */
   uint64_t begun_ns;   /* in os_now_ns: when it was taken up; or 0 */
   /* -- its data */
   unsigned char *buf; /* READ: room for it, behind room for the reply's head;
@@ -1479,6 +1480,9 @@ static struct nbdserve_req wire_get_request(const unsigned char *p,
                            .client_off = u_get64(p + 16)};
   r.off = r.client_off;
   r.len = mode == MODE_EXTENDED ? u_get64(p + 24) : u_get32(p + 24);
+  int has_payload = r.type == NBD_CMD_WRITE;
+  if (mode == MODE_EXTENDED) has_payload = r.flags & NBD_CMD_FLAG_PAYLOAD_LEN;
+  if (has_payload) r.payload = r.len;
   return r;
 }
 
@@ -3480,16 +3484,15 @@ static int tx_finish(struct conn *c, struct nbdserve_req *r) {
 
 /* Does a long WRITE, piece by piece as they come, or only receives the payload
  * of a request that was refused.  After an error the rest is thrown away. */
-static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r,
-                              uint64_t payload) {
+static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r) {
   struct nbdserve_req piece = *r;
   int is_refused = r->state == REQ_DONE;
   int failed = is_refused ? r->err : ex_ask_before(c->export, r);
-  assert(is_refused || payload == r->len);
+  assert(is_refused || r->payload == r->len);
   piece.buf = c->wbuf;
   c->after_long_write = 1;
-  for (; payload > 0; payload -= piece.len) {
-    piece.len = u_min(payload, TX_PIECE);
+  for (uint64_t left = r->payload; left > 0; left -= piece.len) {
+    piece.len = u_min(left, TX_PIECE);
     int err = tx_recv_payload(c, piece.buf, (size_t)piece.len);
     if (err) return err;
     if (!failed) failed = ex_execute(c->export, &piece);
@@ -3605,8 +3608,7 @@ static int tx_refuse(struct nbdserve_req *r, int err, const char *why) {
 /* Checks a request against all that was negotiated: one rule, one `if`; the
  * first that is broken counts.  A new rule goes here.  0, or -errno if the
  * request was refused. */
-static int tx_validate(const struct conn *c, struct nbdserve_req *r,
-                       uint64_t payload) {
+static int tx_validate(const struct conn *c, struct nbdserve_req *r) {
   const struct nbdserve_export *e = &c->export->pub;
   const struct wire_cmd *cmd = wire_cmd(r->type);
   if (!cmd) return tx_refuse(r, -EINVAL, "unknown command");
@@ -3626,7 +3628,7 @@ static int tx_validate(const struct conn *c, struct nbdserve_req *r,
     return tx_refuse(r, -EINVAL, "it takes no payload");
   if (cmd->writes && (c->transmission_flags & NBD_FLAG_READ_ONLY))
     return tx_refuse(r, -EPERM, "the export is read-only");
-  if (r->type == NBD_CMD_WRITE && payload != r->len)
+  if (r->type == NBD_CMD_WRITE && r->payload != r->len)
     return tx_refuse(r, -EINVAL, "NBD_CMD_FLAG_PAYLOAD_LEN is missing");
   if (has_range &&
       (r->off > c->export_size || r->len > c->export_size - r->off))
@@ -3657,33 +3659,25 @@ static int tx_takes_long(const struct conn *c, const struct nbdserve_req *r) {
 
 /* Does a request, or sees to it that it is done later, as the table at the head
  * of the section says.  0, or -errno to close. */
-static int tx_dispatch(struct conn *c, struct nbdserve_req *r,
-                       uint64_t payload) {
+static int tx_dispatch(struct conn *c, struct nbdserve_req *r) {
   int moves_data = r->state == REQ_TODO && req_moves_data(r);
   int is_copied = moves_data && tx_takes_long(c, r);
-  uint64_t data = moves_data ? r->len : payload; /* of a READ, too */
+  uint64_t data = moves_data ? r->len : r->payload; /* of a READ, too */
   if (!is_copied && data <= TX_IN_BATCH_MAX) {
     r->buf = c->rbuf + c->rbuf_pos; /* the payload is all there */
-    c->rbuf_pos += (size_t)payload;
+    c->rbuf_pos += (size_t)r->payload;
     return tx_add_to_batch(c, r);
   }
   int err = tx_run_batch(c); /* answers what came before, and frees rbuf */
   if (err) return err;
   if (is_copied) r->owned = tx_take_buffer(c);
-  if (!r->owned && payload) return tx_write_in_pieces(c, r, payload);
+  if (!r->owned && r->payload) return tx_write_in_pieces(c, r);
   if (!r->owned) return tx_read_in_pieces(c, r); /* without memory, too */
   r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
-  if (payload) err = tx_recv_payload(c, r->buf, (size_t)payload);
+  if (r->payload) err = tx_recv_payload(c, r->buf, (size_t)r->payload);
   if (!err) return tx_finish(c, r);
   tx_give_buffer(c, r->owned);
   return err;
-}
-
-/* How many bytes of payload follow the head of a request. */
-static uint64_t tx_payload_len(const struct nbdserve_req *r) {
-  if (r->mode == MODE_EXTENDED)
-    return r->flags & NBD_CMD_FLAG_PAYLOAD_LEN ? r->len : 0;
-  return r->type == NBD_CMD_WRITE ? r->len : 0;
 }
 
 /* Takes the next request out of rbuf.  As enum conn_step says. */
@@ -3697,30 +3691,29 @@ static int tx_next_request(struct conn *c) {
   if (here < head) return CONN_NEEDS_MORE;
   struct nbdserve_req r = wire_get_request(p, c->mode);
   r.may_wait = r.type != NBD_CMD_READ || c->s->config.threads == 1;
-  uint64_t payload = tx_payload_len(&r);
   /* A longer payload is not even skipped. */
   uint64_t most =
       extended ? c->export->pub.max_request : (uint64_t)NBDSERVE_MAX_REQUEST;
   uint32_t magic = extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC;
-  if (u_get32(p) != magic || payload > most) {
+  if (u_get32(p) != magic || r.payload > most) {
     int err = tx_run_batch(c); /* what came before is answered */
     conn_log(c, NBDSERVE_LOG_INFO, "%d: request magic 0x%08" PRIx32 "; closed",
              c->id, u_get32(p));
     return err ? err : -EPROTO;
   }
   if (r.type == NBD_CMD_DISC) return CONN_LEFT;
-  if (payload <= TX_IN_BATCH_MAX) c->needed += (size_t)payload;
+  if (r.payload <= TX_IN_BATCH_MAX) c->needed += (size_t)r.payload;
   if (here < c->needed) return CONN_NEEDS_MORE;
   if (r.type == NBD_CMD_FLUSH) r.off = r.len = 0; /* reserved (proto.md) */
-  if (r.type == NBD_CMD_BLOCK_STATUS && payload) {
-    int is_ours = payload == 12 && u_get32(p + head + 8) == WIRE_CONTEXT_ID;
+  if (r.type == NBD_CMD_BLOCK_STATUS && r.payload) {
+    int is_ours = r.payload == 12 && u_get32(p + head + 8) == WIRE_CONTEXT_ID;
     r.len = is_ours ? u_get64(p + head) : 0; /* 0 is refused */
   }
-  if (!tx_validate(c, &r, payload) && !r.len) /* only a flush, or nothing */
+  if (!tx_validate(c, &r) && !r.len) /* only a flush, or nothing */
     req_set_state(&r, r.type == NBD_CMD_FLUSH ? REQ_TO_FLUSH : REQ_DONE);
   c->rbuf_pos += head;
   if (c->s->config.after) r.begun_ns = os_now_ns();
-  return tx_dispatch(c, &r, payload);
+  return tx_dispatch(c, &r);
 }
 
 /* Receives more, behind what is left in rbuf, until the next request is there.

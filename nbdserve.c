@@ -8704,7 +8704,6 @@ int nbdserve_listen(struct nbdserve *s, const char *address) {
 
 /* See nbdserve.h.  The first listener counts. */
 int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
-  static const char socket_query[] = "?socket=";
   const struct srv_listener *l = s->listeners;
   if (!s->nlisteners || !*l->text) return -ENOENT;
   int n = snprintf(buf, size, "nbd%s://%s/", l->is_unix ? "+unix" : "",
@@ -8712,8 +8711,8 @@ int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
   if ((size_t)n >= size) return -ERANGE;
   if (!u_append_uri(buf, size, name ? name : "")) return -ERANGE;
   if (!l->is_unix) return 0;
-  if (strlen(buf) + sizeof socket_query > size) return -ERANGE;
-  strcat(buf, socket_query);
+  size_t end = strlen(buf);
+  snprintf(buf + end, size - end, "?socket="); /* no room: nor for the path */
   return u_append_uri(buf, size, l->text) ? 0 : -ERANGE;
 }
 
@@ -8777,9 +8776,7 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   c->is_tcp = a.sa.sa_family == AF_INET || a.sa.sa_family == AF_INET6;
   strcpy(c->peer, "this machine");
   srv_format_address(&a, c->peer, sizeof c->peer);
-  c->io.in = in;
-  c->io.out = out;
-  c->io.stop = &s->stop;
+  c->io = (struct io){.in = in, .out = out, .stop = &s->stop};
   c->io.stall_ms = s->config.stall_ms;
   /* See the table at the head of [6].  Without threads it is nbdserve_run that
    * serves: nobody would shut down. */

@@ -623,10 +623,31 @@ static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
   }
   return 0;
 }
+
+/* Asks for blocks of a new file to be overwritten in place, where the file
+ * system (btrfs) would copy them: FS_IOC_SETFLAGS, FS_NOCOW_FL.  Others do not
+ * know it. */
+static inline void os_set_nocow(int fd) {
+  long flags = 0;
+  if (ioctl(fd, _IOR('f', 1, long), &flags) < 0) return;
+  flags |= 0x00800000;
+  ioctl(fd, _IOW('f', 2, long), &flags);
+}
+
+/* Puts a question to a block device: a BLK* of <linux/fs.h>, which not every
+ * libc comes with.  A file knows no answer, which means no.  Some answers fill
+ * only the first half of `yes`. */
+static int os_ask_device(int fd, unsigned question) {
+  int yes = 0;
+  return ioctl(fd, question, &yes) == 0 && yes;
+}
 #else
-/* Other systems have nothing that keeps all these promises. */
+/* On other systems nothing keeps all promises of os_fallocate, and there is
+ * nobody to ask. */
 #define os_fallocate(fd, mode, off, len) \
   ((void)(fd), (void)(mode), (void)(off), (void)(len), -EOPNOTSUPP)
+#define os_set_nocow(fd) ((void)(fd))
+#define os_ask_device(fd, question) ((void)(fd), 0)
 #endif
 
 #if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
@@ -671,31 +692,6 @@ static void os_remove_own_file(const char *path, int fd) {
   struct stat own;
   if (fstat(fd, &own) == 0) os_remove_same(path, &own);
 }
-
-#if OS_LINUX
-/* Asks for blocks of a new file to be overwritten in place, where the file
- * system (btrfs) would copy them: FS_IOC_SETFLAGS, FS_NOCOW_FL.  Others do not
- * know it. */
-static inline void os_set_nocow(int fd) {
-  long flags = 0;
-  if (ioctl(fd, _IOR('f', 1, long), &flags) < 0) return;
-  flags |= 0x00800000;
-  ioctl(fd, _IOW('f', 2, long), &flags);
-}
-
-/* Puts a question to a block device: a BLK* of <linux/fs.h>, which not every
- * libc comes with.  A file knows no answer, which means no.  Some answers fill
- * only the first half of `yes`. */
-static int os_ask_device(int fd, unsigned question) {
-  int yes = 0;
-  return ioctl(fd, question, &yes) == 0 && yes;
-}
-#else
-#define os_set_nocow(fd) ((void)(fd))
-
-/* There is nobody to ask. */
-#define os_ask_device(fd, question) ((void)(fd), 0)
-#endif
 
 /* BLKROGET: does the device refuse writes?  Linux opens such a device for
  * writing nevertheless; elsewhere opening it must tell. */
@@ -871,20 +867,17 @@ static const char *u_errno_text(int err) {
   return strerror(-err);
 }
 
-/* May c stand in a URI as it is?  (RFC 3986, 2.3, and the slash.)  No isalnum
- * here: that asks the host's locale. */
-static int u_is_uri_char(char c) {
-  return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
-         (c >= '0' && c <= '9') || (c && strchr("-._~/", c));
-}
-
-/* Appends s to the text in buf[size]; what a URI may not hold becomes %XX.
- * Returns false if there is no room; buf then holds a part of it. */
+/* Appends s to the text in buf[size]; what a URI may not hold as it is (RFC
+ * 3986, 2.3, and the slash) becomes %XX.  Returns false if there is no room;
+ * buf then holds a part of it.  No isalnum here: that asks the host's
+ * locale. */
 static int u_append_uri(char *buf, size_t size, const char *s) {
+  static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ-._~/"
+                              "abcdefghijklmnopqrstuvwxyz0123456789";
   size_t n = strlen(buf);
   assert(n < size);
   for (; *s && n < size; s++) {
-    const char *const format = u_is_uri_char(*s) ? "%c" : "%%%02X";
+    const char *const format = strchr(plain, *s) ? "%c" : "%%%02X";
     n += (size_t)snprintf(buf + n, size - n, format, (unsigned char)*s);
   }
   return n < size;

@@ -125,7 +125,7 @@
  * Everything that differs between systems.  A call that a system lacks, or
  * that a sandbox forbids, ends in a portable way or in -EOPNOTSUPP; no other
  * section asks which system this is.  Only locks are used, as tcc has no
- * atomics. */
+ * atomics.  What is inline here is not used in every build. */
 #if defined __linux__ && !defined _GNU_SOURCE
 #define _GNU_SOURCE 1
 #elif defined __APPLE__ && !defined _DARWIN_C_SOURCE
@@ -507,7 +507,7 @@ static void os_advance(struct iovec **v, int *n, size_t done) {
  * INT64_MAX, and each function asserts that.  A descriptor stays the caller's.
  *
  * Calls that a signal interrupts go on: a host may have handlers without
- * SA_RESTART.  What is inline here is not used in every build. */
+ * SA_RESTART. */
 
 /* What a call does.  OS_READ and OS_WRITE may be passed as the boolean
  * `writing`; OS_READ_NOW must not. */
@@ -726,10 +726,6 @@ static inline int os_is_data(int fd, uint64_t off, uint64_t end,
 /* Where files do not tell their holes, all is data. */
 #define os_is_data(fd, off, end, next) ((void)(*(next) = (end)), 1)
 #endif
-#endif
-
-#if !NBDSERVE_NO_FLAT
-/* ---- Files and block devices: for [10] alone ---------------------------- */
 
 /* Opens a private file that is gone when it is closed: in dir or, if dir is
  * NULL, in memory, or in /tmp where the system has no files in memory.
@@ -737,7 +733,7 @@ static inline int os_is_data(int fd, uint64_t off, uint64_t end,
  *
  * The ways are tried from the best to the one that works everywhere, without a
  * look at why one has failed.  -errno: of the last one. */
-static int os_nameless_file(const char *dir) {
+static inline int os_nameless_file(const char *dir) {
   char path[PATH_MAX];
 #if OS_LINUX && defined MFD_CLOEXEC
   int memory = dir ? -1 : memfd_create("nbdserve", MFD_CLOEXEC);
@@ -762,8 +758,7 @@ static int os_nameless_file(const char *dir) {
   close(fd);
   return err;
 }
-
-#endif /* !NBDSERVE_NO_FLAT */
+#endif /* !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS */
 
 /* ==== [3] UTIL (u_) ======================================================
  * Bytes of network and disk go through u_get and u_put: they are big-endian
@@ -2345,7 +2340,6 @@ static int ex_execute(struct ex *ex, struct nbdserve_req *r) {
   return err;
 }
 
-#if !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS
 /* ---- nbdserve's own backends ----------------------------------------------
  * They do READs and WRITEs many at a time, in ops->run_batch:
  *
@@ -2364,8 +2358,8 @@ struct ex_batched {
 };
 
 /* ops->read of a backend that has run_batch. */
-static int ex_batched_read(void *ctx, void *buf, uint64_t off, uint64_t len,
-                           uint32_t flags) {
+static inline int ex_batched_read(void *ctx, void *buf, uint64_t off,
+                                  uint64_t len, uint32_t flags) {
   struct nbdserve_req r = {
       .type = NBD_CMD_READ, .off = off, .len = len, .buf = buf, .may_wait = 1};
   (void)flags;
@@ -2374,8 +2368,8 @@ static int ex_batched_read(void *ctx, void *buf, uint64_t off, uint64_t len,
 }
 
 /* ops->write of a backend that has run_batch. */
-static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
-                            uint64_t len, uint32_t flags) {
+static inline int ex_batched_write(void *ctx, const void *buf, uint64_t off,
+                                   uint64_t len, uint32_t flags) {
   struct nbdserve_req r = {.type = NBD_CMD_WRITE, .off = off, .len = len};
   assert(!(flags & NBDSERVE_CMD_FUA)); /* not NATIVE_FUA: a flush follows */
   (void)flags;
@@ -2383,7 +2377,6 @@ static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
   ((struct ex_batched *)ctx)->run_batch(ctx, &r, 1);
   return r.err;
 }
-#endif
 
 /* ==== [8] HANDSHAKE (hs_) ================================================
  * Connections, and fixed newstyle negotiation (proto.md, Handshake and Option

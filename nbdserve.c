@@ -1350,13 +1350,12 @@ enum {
   WIRE_REQUEST_LEN = 28,
   WIRE_EXT_REQUEST_LEN = 32,
   WIRE_SIMPLE_REPLY_LEN = 16,
-  WIRE_CHUNK_LEN = 20,     /* head of a chunk of a structured reply */
-  WIRE_EXT_CHUNK_LEN = 32, /* the same with extended headers */
-  WIRE_OFFSET_LEN = 8,     /* in front of a chunk's data */
-  WIRE_ERROR_LEN = 6,      /* in front of an error's text */
-  WIRE_EXT_EXTENT_LEN =
-      16,             /* of BLOCK_STATUS_EXT; of BLOCK_STATUS half of it */
-  WIRE_CONTEXT_ID = 1 /* of base:allocation, which is the only context */
+  WIRE_CHUNK_LEN = 20,      /* head of a chunk of a structured reply */
+  WIRE_EXT_CHUNK_LEN = 32,  /* the same with extended headers */
+  WIRE_OFFSET_LEN = 8,      /* in front of a chunk's data */
+  WIRE_ERROR_LEN = 6,       /* in front of an error's text */
+  WIRE_EXT_EXTENT_LEN = 16, /* of BLOCK_STATUS_EXT; BLOCK_STATUS: half of it */
+  WIRE_CONTEXT_ID = 1       /* of base:allocation, which is the only context */
 };
 
 /* The form of requests and replies that a client has negotiated. */
@@ -2993,10 +2992,8 @@ static struct iovec tx_data(const struct nbdserve_req *r) {
 static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
   int is_status = r->type == NBD_CMD_BLOCK_STATUS;
   int is_read = r->type == NBD_CMD_READ;
-  int has_chunks =
-      r->mode == MODE_EXTENDED ||
-      (r->mode == MODE_STRUCTURED && (is_read || is_status || r->err));
-  if (!has_chunks) {
+  int needs_chunk = is_read || is_status || r->err;
+  if (r->mode == MODE_SIMPLE || (r->mode != MODE_EXTENDED && !needs_chunk)) {
     u_put32(p, NBD_SIMPLE_REPLY_MAGIC);
     u_put32(p + 4, tx_error(r));
     u_put64(p + 8, r->cookie);
@@ -3394,14 +3391,13 @@ static void tx_run_requests(struct conn *c) {
 static int tx_flush_alone(struct conn *c, struct nbdserve_req *r) {
   char byte;
   os_lock(&c->queue_lock);
-  int is_alone =
-      c->nbatch == 1 && c->rbuf_pos == c->rbuf_end && !c->nhanded_over;
+  unsigned nothers = c->nhanded_over;
   os_unlock(&c->queue_lock);
   if (c->flushes_to_workers) {
     c->flushes_to_workers--;
     return 0;
   }
-  if (!is_alone) return 0;
+  if (nothers || c->nbatch > 1 || c->rbuf_pos < c->rbuf_end) return 0;
   tx_execute(c, r);
   if (recv(c->io.in, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0)
     c->flushes_to_workers = TX_FLUSHES;
@@ -10259,7 +10255,7 @@ static const char *cli_why(const struct cli_verb *verb,
 static int cli_run_job(struct cli_job *job) {
   unsigned flags = job->verb->flags;
   const char *end = job->request.json && flags & VERB_ROWS ? "]\n" : "";
-  assert(job->verb == &cli_verbs[job->request.verb] && job->verb->run);
+  assert(job->verb && job->verb->run);
   assert(job->nops > 0 && !job->nrows && !job->lost && !job->shown_ms);
   job->begun_ms = os_now_ms();
   int err = job->verb->run(job);
@@ -10311,6 +10307,7 @@ static int cli_run_remote(struct cli_job *job, int ms) {
   unsigned char status = CLI_FAILED;
   size_t length = job->request.length;
   assert(job->client >= 0 && !cli.cas);
+  job->request.verb = (unsigned char)(job->verb - cli_verbs);
   int err = cli_pass(job, 1);
   if (!err) err = cli_write(job, job->client, job->operands, length);
   if (!err) cli_wait(job, -1, 0, ms);
@@ -10508,7 +10505,6 @@ static int cli_first_volume(void *unused,
  * to. */
 static void cli_say_where(const char *path, struct cli_job *job) {
   job->verb = cli_find_verb("uri");
-  job->request.verb = (unsigned char)(job->verb - cli_verbs);
   job->fds.output = job->fds.messages = 2;
   cli_say("%s: in use by a server; stop it, or connect to it.  Its URI and "
           "process id:",
@@ -10607,11 +10603,10 @@ static const char *cli_same_store(const char *store, const char *operand,
  * nobody wants to lose them. */
 static int cli_open_file(const char *file, int writes) {
   struct stat st;
-  if (writes && strcmp(file, "-") == 0) return 1;
-  int fd =
-      strcmp(file, "-") == 0
-          ? 0
-          : open(file, (writes ? O_WRONLY : O_RDONLY) | O_CLOEXEC | O_NOCTTY);
+  int how = (writes ? O_WRONLY : O_RDONLY) | O_CLOEXEC | O_NOCTTY;
+  int is_standard = strcmp(file, "-") == 0;
+  if (writes && is_standard) return 1;
+  int fd = is_standard ? 0 : open(file, how);
   if (fd < 0 && (!writes || errno != ENOENT)) cli_exit_if_error(-errno, file);
   if (writes && fd >= 0 && os_lock_file(fd, 0))
     cli_die(CLI_IN_USE, "%s: in use", file);
@@ -10692,7 +10687,6 @@ static void cli_run_verb(void) {
   size_t length;
   job.verb = cli_find_verb(name);
   if (!job.verb) return;
-  job.request.verb = (unsigned char)(job.verb - cli_verbs);
   job.request.json = opt[OPT_JSON].given != 0;
   job.request.dry_run = opt[OPT_DRY_RUN].given != 0;
   cli.targets++;

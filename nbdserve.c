@@ -3957,9 +3957,8 @@ static size_t flat_splice(void *ctx, int pipe, uint64_t off, uint64_t len) {
   uint64_t end = pos + len;
   ssize_t n = 1;
   assert(len >= FLAT_PAGE);
-  if (flat_is_temporary(f) || pos % FLAT_PAGE || !flat_has_page(f, pos))
-    return 0;
-  if (!flat_has_page(f, end - FLAT_PAGE)) return 0;
+  if (flat_is_temporary(f) || pos % FLAT_PAGE) return 0;
+  if (!flat_has_page(f, pos) || !flat_has_page(f, end - FLAT_PAGE)) return 0;
   while (pos < end && n > 0)
     n = os_splice(f->fd, &pos, pipe, (size_t)(end - pos));
   return (size_t)(pos + len - end);
@@ -8677,10 +8676,9 @@ int nbdserve_listen(struct nbdserve *s, const char *address) {
   if (strncmp(address, "tcp:", 4) == 0) return srv_listen_tcp(s, address + 4);
   if (strncmp(address, "fd:", 3) == 0) return srv_listen_fd(s, address + 3);
   if (strncmp(address, "unix:", 5) != 0) return -EINVAL;
-  const char *path = address + 5;
-  int fd = srv_unix_socket(path, SRV_LISTEN);
+  int fd = srv_unix_socket(address + 5, SRV_LISTEN);
   if (fd < 0) return fd;
-  srv_add_listener(s, fd, 1, path);
+  srv_add_listener(s, fd, 1, address + 5);
   return 0;
 }
 

@@ -4144,16 +4144,15 @@ static int flat_open_target(struct flat *f, const char *path, int writable,
 }
 
 /* Settles which part of the target is served.  -EINVAL: it is not inside. */
-static int flat_find_slice(struct flat *f,
-                           const struct nbdserve_flat *options) {
+static int flat_find_slice(struct flat *f, uint64_t offset, uint64_t size) {
   off_t end = lseek(f->fd, 0, SEEK_END);
   if (end < 0) return -errno;
-  if (options->offset > (uint64_t)end) return -EINVAL;
-  uint64_t most = (uint64_t)end - options->offset;
-  if (options->size > most) return -EINVAL;
-  f->offset = options->offset;
-  f->size = options->size ? options->size : most;
-  f->follows_end = !options->size;
+  if (offset > (uint64_t)end) return -EINVAL;
+  uint64_t most = (uint64_t)end - offset;
+  if (size > most) return -EINVAL;
+  f->offset = offset;
+  f->size = size ? size : most;
+  f->follows_end = !size;
   f->can_read_now = os_can_read_now(f->fd);
   assert(f->offset + f->size <= INT64_MAX); /* for os_transfer */
   return 0;
@@ -4195,7 +4194,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   f->own.run_batch = flat_batch;
   f->fd = f->overlay_fd = -1;
   int err = flat_open_target(f, file, writable, create, &is_new);
-  if (!err) err = flat_find_slice(f, options);
+  if (!err) err = flat_find_slice(f, options->offset, options->size);
   if (!err && (options->flags & NBDSERVE_FLAT_TEMPORARY))
     err = flat_make_overlay(f, options->dir, SIZE_MAX);
   if (err) {

@@ -9021,7 +9021,7 @@ void nbdserve_free(struct nbdserve *s) {
  * To add a command-line option: a row in CLI_OPTIONS, from which --help prints
  * it.  opt[] has its value then; if that is more than a text or a number
  * cli_set_option checks it.  What the option must not be combined with goes to
- * cli_exclusions.
+ * cli_check_options.
  *
  * To add a command on stores: a function that does it, and a row in cli_verbs,
  * from which --help prints it, too.
@@ -9484,21 +9484,6 @@ static const struct cli_option cli_options[OPT_COUNT] = {
 
 STATIC_ASSERT(options_have_a_bit_each, OPT_COUNT <= 64);
 
-/* Options that exclude others, and why */
-static const struct cli_exclusion {
-  enum cli_option_id option;
-  uint64_t others;
-  const char *why;
-} cli_exclusions[] = {
-    {OPT_STDIN, BIT(UNIX) | BIT(PORT) | BIT(BIND) | BIT(FD), "nobody listens"},
-    {OPT_FD, BIT(UNIX) | BIT(PORT) | BIT(BIND), "the socket is there already"},
-    {OPT_RUN, BIT(STDIN) | BIT(FD), "the command could not connect"},
-    {OPT_RUN, BIT(ONCE) | BIT(IDLE_EXIT), "it ends with the command"},
-    {OPT_FORK, BIT(STDIN) | BIT(RUN), "nobody would wait for it"},
-    {OPT_FORK, BIT(PARENT), "the parent ends at once"},
-    {OPT_READ_ONLY, BIT(CREATE), "a new target would stay empty"},
-    {OPT_TEMPORARY, BIT(READ_ONLY) | BIT(CREATE), "nothing to discard"}};
-
 /* A word that the value of an option may contain, and what it stands for.  In a
  * table of words the last name is NULL. */
 struct cli_word {
@@ -9693,16 +9678,28 @@ static void cli_parse(char **argv) {
   }
 }
 
+/* Refuses an option together with one of the others, a BIT for each. */
+static void cli_exclude(enum cli_option_id id, uint64_t others,
+                        const char *why) {
+  for (int other = OPT_NONE + 1; other < OPT_COUNT; other++)
+    if (opt[id].given && opt[other].given && others >> other & 1)
+      cli_usage("--%s: not together with --%s: %s", cli_options[id].name,
+                cli_options[other].name, why);
+}
+
 /* Refuses what makes no sense for a server.  Commands on stores come before
  * that and just ignore options that are not for them. */
 static void cli_check_options(void) {
-  for (size_t i = 0; i < COUNT_OF(cli_exclusions); i++) {
-    const struct cli_exclusion *x = &cli_exclusions[i];
-    for (int id = OPT_NONE + 1; opt[x->option].given && id < OPT_COUNT; id++)
-      if (opt[id].given && x->others >> id & 1)
-        cli_usage("--%s: not together with --%s: %s",
-                  cli_options[x->option].name, cli_options[id].name, x->why);
-  }
+  const uint64_t sockets = BIT(UNIX) | BIT(PORT) | BIT(BIND);
+  cli_exclude(OPT_STDIN, sockets | BIT(FD), "nobody listens");
+  cli_exclude(OPT_FD, sockets, "the socket is there already");
+  cli_exclude(OPT_RUN, BIT(STDIN) | BIT(FD), "the command could not connect");
+  cli_exclude(OPT_RUN, BIT(ONCE) | BIT(IDLE_EXIT), "it ends with the command");
+  cli_exclude(OPT_FORK, BIT(STDIN) | BIT(RUN), "nobody would wait for it");
+  cli_exclude(OPT_FORK, BIT(PARENT), "the parent ends at once");
+  cli_exclude(OPT_READ_ONLY, BIT(CREATE), "a new target would stay empty");
+  cli_exclude(OPT_TEMPORARY, BIT(READ_ONLY) | BIT(CREATE),
+              "nothing to discard");
   if (opt[OPT_RUN].given > 1 || (cli.command && !*cli.command))
     cli_usage("--: there must be one command, behind it or --run");
   enum cli_option_id stray = OPT_DRY_RUN;

@@ -8618,16 +8618,15 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
 /* Listens on both loopback addresses, at the same port.  A port that the kernel
  * picked for one may be taken on the other: then it picks another one. */
 static int srv_listen_localhost(struct nbdserve *s, uint64_t port) {
-  int err = 0;
-  for (int i = 0; i < 16; i++) {
+  int err = -EADDRINUSE;
+  for (int left = port ? 1 : 16; left > 0 && err == -EADDRINUSE; left--) {
     uint64_t picked = port;
     err = srv_listen_ip(s, "127.0.0.1", &picked);
     if (err) return err;
     err = srv_listen_ip(s, "::1", &picked);
-    if (err == -EAFNOSUPPORT || err == -EADDRNOTAVAIL) return 0; /* no IPv6 */
-    if (!err) return 0;
+    /* The latter two: there is no IPv6. */
+    if (!err || err == -EAFNOSUPPORT || err == -EADDRNOTAVAIL) return 0;
     srv_drop_listener(s); /* nothing half done */
-    if (err != -EADDRINUSE || port) return err;
   }
   return err;
 }

@@ -8524,16 +8524,12 @@ static int srv_socket(const union srv_address *a, socklen_t len,
   int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (fd < 0) return -errno;
   os_set_fd_flags(fd, use == SRV_CONNECT ? 0 : O_NONBLOCK);
-  int r;
-  if (use == SRV_LISTEN) {
-    /* A socket of another family heeds neither of these. */
-    os_set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
-    os_set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
-    r = bind(fd, &a->sa, len);
-    if (r == 0) r = listen(fd, 128);
-  } else {
-    r = connect(fd, &a->sa, len);
-  }
+  /* A socket of another family heeds neither of these. */
+  os_set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+  os_set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
+  int listens = use == SRV_LISTEN;
+  int r = listens ? bind(fd, &a->sa, len) : connect(fd, &a->sa, len);
+  if (r == 0 && listens) r = listen(fd, 128);
   if (r == 0) return fd;
   int err = -errno;
   close(fd);

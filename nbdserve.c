@@ -3042,9 +3042,7 @@ static void tx_add_piece(struct tx_out *out, void *p, size_t len) {
     return;
   }
   assert((size_t)out->n < COUNT_OF(out->v));
-  out->v[out->n].iov_base = p;
-  out->v[out->n].iov_len = len;
-  out->n++;
+  out->v[out->n++] = (struct iovec){p, len};
 }
 
 /* Gathers replies, each with its data behind it, as many as there is room for.
@@ -3925,8 +3923,7 @@ static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
   assert(nreqs > 0 && nreqs <= FLAT_MAX_IOV);
   if (writing && flat_known(f, 0) & FLAT_FAILED) return -EIO; /* (F1) */
   for (size_t i = 0; i < nreqs; i++) {
-    v[i].iov_base = reqs[i].buf;
-    v[i].iov_len = (size_t)reqs[i].len;
+    v[i] = (struct iovec){reqs[i].buf, (size_t)reqs[i].len};
     assert(v[i].iov_len == reqs[i].len); /* there is a buffer of that size */
   }
   if (!writing && !reqs->may_wait && f->can_read_now) {
@@ -8946,11 +8943,8 @@ int nbdserve_run(struct nbdserve *s) {
     /* When all slots are taken nobody is accepted, but that somebody waits is
      * worth a message now and then. */
     int listens = room > 0 || now >= s->tell_after;
-    for (int i = 0; i < s->nlisteners; i++) {
-      l[i].fd = listens ? s->listeners[i].fd : -1;
-      l[i].events = POLLIN;
-      l[i].revents = 0;
-    }
+    for (int i = 0; i < s->nlisteners; i++)
+      l[i] = (struct pollfd){listens ? s->listeners[i].fd : -1, POLLIN, 0};
     nfds_t n = (nfds_t)(SRV_OWN_FDS + s->nlisteners);
     int r = poll(p, n, io_timeout(until));
     if (r < 0 && errno != EINTR) return -errno;

@@ -1520,10 +1520,9 @@ static size_t wire_read_head_len(enum wire_mode mode) {
 static void wire_put_chunk(unsigned char *p, const struct nbdserve_req *r,
                            enum nbd_reply_type type, uint64_t len) {
   int extended = r->mode == MODE_EXTENDED;
-  int is_last = r->err || !r->more_chunks;
   assert(r->mode != MODE_SIMPLE && (extended || len <= UINT32_MAX));
   u_put32(p, extended ? NBD_EXTENDED_REPLY_MAGIC : NBD_STRUCTURED_REPLY_MAGIC);
-  u_put16(p + 4, is_last ? 1 : 0); /* NBD_REPLY_FLAG_DONE */
+  u_put16(p + 4, r->err || !r->more_chunks); /* NBD_REPLY_FLAG_DONE */
   u_put16(p + 6, type);
   u_put64(p + 8, r->cookie);
   if (extended) {
@@ -2611,7 +2610,6 @@ static uint32_t hs_take_string(struct conn *c, char *out) {
  * settles all that transmission has to know of it.  0, or -errno as
  * ex_acquire. */
 static int hs_enter(struct conn *c, const char *name) {
-  const struct nbdserve_config *k = &c->s->config;
   assert(!c->export);
   int err = ex_acquire(c->s, name, &c->export, &c->export_size);
   if (err) return err;
@@ -2620,7 +2618,7 @@ static int hs_enter(struct conn *c, const char *name) {
   c->has_allocation = c->meta_is_selected && strcmp(c->meta_export, name) == 0;
   c->transmission_flags = ex_transmission_flags(ex, c->mode, c->has_allocation);
   /* `before` is asked for each request, so there is nothing to do together. */
-  c->run_batch = k->before ? NULL : ex->pub.ops->run_batch;
+  c->run_batch = c->s->config.before ? NULL : ex->pub.ops->run_batch;
   return 0;
 }
 
@@ -3365,8 +3363,7 @@ static void tx_run_requests(struct conn *c) {
     struct nbdserve_req *r = &c->batch[i++];
     if (r->state != REQ_TODO) continue;
     if (!c->run_batch || !req_moves_data(r)) {
-      int given = !req_moves_data(r) && tx_hand_over(c, r);
-      if (!given) tx_execute(c, r);
+      if (req_moves_data(r) || !tx_hand_over(c, r)) tx_execute(c, r);
       continue;
     }
     while (i < c->nbatch && c->batch[i].state == REQ_TODO &&
@@ -10650,9 +10647,8 @@ static uint64_t cli_options_of(const struct cli_verb *verb) {
 /* Refuses options that are not for a command: to ignore one would not be what
  * the user has asked for. */
 static void cli_check_verb(const struct cli_verb *verb) {
-  uint64_t allowed = cli_options_of(verb);
   for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
-    if (opt[id].given && !(allowed >> id & 1))
+    if (opt[id].given && !(cli_options_of(verb) >> id & 1))
       cli_usage("--%.*s: not for the command %s", CLI_NAME(id), verb->name);
 }
 

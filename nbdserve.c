@@ -400,9 +400,8 @@ static int os_open_dir(const char *path) {
  * remove. */
 static void os_remove_same(const char *path, const struct stat *own) {
   struct stat found;
-  if (lstat(path, &found) == 0 && own->st_dev == found.st_dev &&
-      own->st_ino == found.st_ino)
-    unlink(path);
+  if (lstat(path, &found) < 0) return;
+  if (own->st_dev == found.st_dev && own->st_ino == found.st_ino) unlink(path);
 }
 
 /* Takes the next client of a listening socket: a blocking socket, or -errno.  A
@@ -2702,10 +2701,9 @@ static void hs_put_infos(struct conn *c, unsigned asked) {
   if (asked & 1u << NBD_INFO_NAME) hs_put_text(c, NBD_INFO_NAME, e->name);
   if (asked & 1u << NBD_INFO_DESCRIPTION && *e->description)
     hs_put_text(c, NBD_INFO_DESCRIPTION, e->description);
-  if (!(asked & 1u << NBD_INFO_BLOCK_SIZE) && e->min_block == 1 &&
-      e->preferred_block == EX_DEFAULT_BLOCK &&
-      e->max_request == EX_DEFAULT_MAX)
-    return;
+  int is_default = e->min_block == 1 && e->max_request == EX_DEFAULT_MAX &&
+                   e->preferred_block == EX_DEFAULT_BLOCK;
+  if (is_default && !(asked & 1u << NBD_INFO_BLOCK_SIZE)) return;
   p = hs_reply(c, NBD_REP_INFO, 14);
   u_put16(p, NBD_INFO_BLOCK_SIZE);
   u_put32(p + 2, e->min_block);
@@ -4157,16 +4155,14 @@ static int flat_make_overlay(struct flat *f, const char *dir, size_t most) {
 int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
                        struct nbdserve_export *out) {
   static const struct nbdserve_flat defaults;
-  static const char prefix[] = "mem:";
   if (!options) options = &defaults;
-  const char *file = strncmp(path, prefix, strlen(prefix)) == 0 ? NULL : path;
+  const char *file = strncmp(path, "mem:", 4) == 0 ? NULL : path;
   uint64_t create = options->create;
   int writable = !options->flags;
   int is_new = 0;
   if (options->flags & ~(NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY))
     return -EINVAL;
-  if (!file && !u_parse_number(path + strlen(prefix), INT64_MAX, &create))
-    return -EINVAL;
+  if (!file && !u_parse_number(path + 4, INT64_MAX, &create)) return -EINVAL;
   if (create > INT64_MAX) return -EINVAL;
   struct flat *f = u_zalloc(sizeof *f);
   if (!f) return -ENOMEM;
@@ -8418,9 +8414,8 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   if (k.without & 1u << (HS_WITHOUT_OPTIONS + NBD_OPT_GO))
     k.without |= 1u << (HS_WITHOUT_OPTIONS + NBD_OPT_EXTENDED_HEADERS);
   assert(k.threads && k.max_conn && k.handshake_ms && k.stall_ms);
-  if (k.threads > 1024 || k.max_conn > SRV_MAX_CONN ||
-      k.flags & ~NBDSERVE_CONFIG_ONCE)
-    return -EINVAL;
+  if (k.threads > 1024 || k.max_conn > SRV_MAX_CONN) return -EINVAL;
+  if (k.flags & ~NBDSERVE_CONFIG_ONCE) return -EINVAL;
   struct nbdserve *s = u_zalloc(sizeof *s);
   if (!s) return -ENOMEM;
   os_monitor_init(&s->lock);
@@ -8620,8 +8615,7 @@ static int srv_listen_tcp(struct nbdserve *s, const char *address) {
     address++;
     len -= 2;
   }
-  if (snprintf(host, sizeof host, "%.*s", len, address) >= (int)sizeof host)
-    return -EINVAL;
+  snprintf(host, sizeof host, "%.*s", len, address); /* longer: no address */
   if (strcmp(host, "localhost") == 0) return srv_listen_localhost(s, port);
   return srv_listen_ip(s, host, &port);
 }

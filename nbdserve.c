@@ -2329,10 +2329,8 @@ static int ex_execute(struct ex *ex, struct nbdserve_req *r) {
   assert(r->buf || !wire_cmd(r->type)->has_data);
   if (r->type == NBD_CMD_BLOCK_STATUS) return ex_block_status(ex, r);
   int err = ex_call(ex, r, NULL);
-  if (err == -ENOTSUP && r->type == NBD_CMD_WRITE_ZEROES &&
-      !(r->flags & NBD_CMD_FLAG_FAST_ZERO))
-    return ex_write_zeroes(ex, r);
-  return err;
+  if (err != -ENOTSUP || r->type != NBD_CMD_WRITE_ZEROES) return err;
+  return r->flags & NBD_CMD_FLAG_FAST_ZERO ? err : ex_write_zeroes(ex, r);
 }
 
 /* ---- nbdserve's own backends ----------------------------------------------
@@ -3397,9 +3395,8 @@ static int tx_run_batch(struct conn *c) {
   tx_run_requests(c);
   for (size_t i = 0; i < c->nbatch; i++) {
     struct nbdserve_req *r = &c->batch[i];
-    if (r->state == REQ_TO_FLUSH && !tx_flush_alone(c, r) &&
-        !tx_hand_over(c, r))
-      tx_execute(c, r); /* (T3): only now */
+    int owes_flush = r->state == REQ_TO_FLUSH && !tx_flush_alone(c, r);
+    if (owes_flush && !tx_hand_over(c, r)) tx_execute(c, r); /* (T3) */
     if (r->state == REQ_HANDED_OVER) continue;
     *end = r;
     end = &r->next;
@@ -8792,9 +8789,8 @@ static int srv_serve_client(struct conn *c, const char *name) {
    * that ends it while the client may be sending.  One that leaves in order
    * sends nothing more; one that is too slow, or does not even come to
    * transmission, gets no more of our time. */
-  if (c->is_tcp && c->fd >= 0 && c->export && !c->send_err && err < 0 &&
-      err != -ETIMEDOUT)
-    io_linger(&c->io);
+  int lingers = c->is_tcp && c->fd >= 0 && c->export && !c->send_err;
+  if (lingers && err < 0 && err != -ETIMEDOUT) io_linger(&c->io);
   if (err == CONN_LEFT) err = c->send_err; /* or it was cut off: not reading */
   if (c->export && c->export->from_callback) srv_last_flush(c->export);
   if (c->export) ex_release(c->export);

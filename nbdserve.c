@@ -2809,8 +2809,8 @@ static int hs_option(struct conn *c) {
   uint32_t option = c->option = u_get32(head + 8);
   uint32_t len = u_get32(head + 12);
   if (u_get64(head) != NBD_OPTION_MAGIC) return -EPROTO;
-  if (option == NBD_OPT_EXPORT_NAME && len > WIRE_STRING_MAX)
-    return -ENOENT; /* it could not be answered anyway */
+  /* This could not be answered anyway. */
+  if (option == NBD_OPT_EXPORT_NAME && len > WIRE_STRING_MAX) return -ENOENT;
   /* (H1), (H2): of data that does not fit the last piece stays in rbuf, where
    * it means nothing. */
   for (uint32_t left = len, piece; left > 0; left -= piece) {
@@ -3525,10 +3525,8 @@ static int tx_read_pieces(struct conn *c, struct nbdserve_req *r, int sends) {
     int is_begun = sends && r->mode == MODE_SIMPLE && left < r->len;
     if (r->err) return is_begun ? r->err : 0;
     int err = 0;
-    if (is_spliced)
-      err = tx_send_spliced(c, &piece);
-    else if (sends)
-      err = tx_send_all(c, &piece);
+    if (is_spliced) err = tx_send_spliced(c, &piece);
+    if (sends && !is_spliced) err = tx_send_all(c, &piece);
     if (err) return err;
     piece.off += piece.len;
   }
@@ -8939,8 +8937,8 @@ int nbdserve_run(struct nbdserve *s) {
     r = room > 0 ? srv_accept(s, s->listeners[which].fd) : 0;
     if (r > 0) s->turn = which + 1;
     if (room <= 0 || r < 0) srv_tell_waiting(s, r);
-    if (r < 0)
-      poll(p, 1, SRV_PAUSE_MS); /* no memory, no descriptors: do not spin */
+    /* No memory, no descriptors: do not spin. */
+    if (r < 0) poll(p, 1, SRV_PAUSE_MS);
   }
 }
 

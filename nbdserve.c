@@ -125,7 +125,7 @@
  * Everything that differs between systems.  A call that a system lacks, or
  * that a sandbox forbids, ends in a portable way or in -EOPNOTSUPP; no other
  * section asks which system this is.  Only locks are used, as tcc has no
- * atomics. */
+ * atomics.  What is inline here is not used in every build. */
 #if defined __linux__ && !defined _GNU_SOURCE
 #define _GNU_SOURCE 1
 #elif defined __APPLE__ && !defined _DARWIN_C_SOURCE
@@ -170,11 +170,12 @@
 #if NBDSERVE_NO_CAS || NBDSERVE_NO_HWSHA || NBDSERVE_POSIX_ONLY || \
     !defined __GNUC__ || defined __TINYC__ || defined __PCC__ || \
     defined __dietlibc__
-#define OS_HWSHA 0
+/* SHA-256 is computed in plain C. */
 #elif defined __x86_64__
 #include <cpuid.h>
 #include <immintrin.h>
 #define OS_HWSHA 1
+typedef __m128i os_words; /* four words of 32 bits, in one register */
 #define OS_HWSHA_TARGET __attribute__((target("sha,sse4.1")))
 
 /* Does this processor have the SHA-256 instructions that [4] uses? */
@@ -191,6 +192,7 @@ static int os_has_hwsha(void) {
 #include <arm_neon.h>
 #include <sys/auxv.h>
 #define OS_HWSHA 1
+typedef uint32x4_t os_words;
 #ifdef __clang__
 #define OS_HWSHA_TARGET __attribute__((target("sha2")))
 #else
@@ -201,10 +203,9 @@ static int os_has_hwsha(void) {
 static int os_has_hwsha(void) {
   return (getauxval(AT_HWCAP) >> 6 & 1) != 0;
 }
-#else
-#define OS_HWSHA 0
 #endif
-#if !OS_HWSHA
+#ifndef OS_HWSHA
+#define OS_HWSHA 0
 #define os_has_hwsha() 0
 #endif
 
@@ -383,15 +384,24 @@ static int os_end_with_parent(void) {
 }
 #endif
 
-/* Opens the directory that path is in.  A descriptor or -errno. */
+/* Opens the directory that path is in: that of something that is there, so there
+ * is room for it.  A descriptor or -errno. */
 static int os_open_dir(const char *path) {
   char dir[PATH_MAX];
   const char *slash = strrchr(path, '/');
   int n = slash ? (int)(slash - path) + 1 : 0;
-  if (snprintf(dir, sizeof dir, "%.*s.", n, path) >= (int)sizeof dir)
-    return -ENAMETOOLONG;
+  snprintf(dir, sizeof dir, "%.*s.", n, path);
   int fd = open(dir, O_RDONLY | O_CLOEXEC);
   return fd < 0 ? -errno : fd;
+}
+
+/* Removes the file at path if it still is the one that is described: in the
+ * meantime somebody may have put another one there, which is not ours to
+ * remove. */
+static void os_remove_same(const char *path, const struct stat *own) {
+  struct stat found;
+  if (lstat(path, &found) < 0) return;
+  if (own->st_dev == found.st_dev && own->st_ino == found.st_ino) unlink(path);
 }
 
 /* Takes the next client of a listening socket: a blocking socket, or -errno.  A
@@ -415,10 +425,16 @@ static void os_set_option(int fd, int level, int option, int value) {
   setsockopt(fd, level, option, &value, sizeof value);
 }
 
-/* Prepares a TCP client's socket: no delay by Nagle's algorithm (proto.md,
- * Protocol phases), and a peer that has died is noticed within a minute: 30 s
- * of silence, then three questions, 10 s apart. */
-static void os_setup_tcp(int fd) {
+/* Prepares a client's socket.  All kinds: no SIGPIPE, and room for a long
+ * reply, as far as the system allows, which is 3 times faster on Linux, 10 on
+ * macOS.  TCP: no delay by Nagle's algorithm (proto.md, Protocol phases), and a
+ * peer that has died is noticed within a minute: 30 s of silence, then three
+ * questions, 10 s apart. */
+static void os_setup_client(int fd) {
+#ifdef SO_NOSIGPIPE
+  os_set_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
+#endif
+  os_set_option(fd, SOL_SOCKET, SO_SNDBUF, 2 << 20);
   os_set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
   os_set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
 #if defined TCP_KEEPIDLE && defined TCP_KEEPINTVL && defined TCP_KEEPCNT
@@ -428,16 +444,6 @@ static void os_setup_tcp(int fd) {
 #elif defined TCP_KEEPALIVE
   os_set_option(fd, IPPROTO_TCP, TCP_KEEPALIVE, 30);
 #endif
-}
-
-/* Prepares a client's socket of any kind: no SIGPIPE, and room for a long
- * reply, as far as the system allows, which is 3 times faster on Linux, 10 on
- * macOS. */
-static void os_setup_client(int fd) {
-#ifdef SO_NOSIGPIPE
-  os_set_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
-#endif
-  os_set_option(fd, SOL_SOCKET, SO_SNDBUF, 2 << 20);
 }
 
 #if OS_LINUX && defined SPLICE_F_NONBLOCK
@@ -500,7 +506,7 @@ static void os_advance(struct iovec **v, int *n, size_t done) {
  * INT64_MAX, and each function asserts that.  A descriptor stays the caller's.
  *
  * Calls that a signal interrupts go on: a host may have handlers without
- * SA_RESTART.  What is inline here is not used in every build. */
+ * SA_RESTART. */
 
 /* What a call does.  OS_READ and OS_WRITE may be passed as the boolean
  * `writing`; OS_READ_NOW must not. */
@@ -616,10 +622,31 @@ static int os_fallocate(int fd, int mode, uint64_t off, uint64_t len) {
   }
   return 0;
 }
+
+/* Asks for blocks of a new file to be overwritten in place, where the file
+ * system (btrfs) would copy them: FS_IOC_SETFLAGS, FS_NOCOW_FL.  Others do not
+ * know it. */
+static inline void os_set_nocow(int fd) {
+  long flags = 0;
+  if (ioctl(fd, _IOR('f', 1, long), &flags) < 0) return;
+  flags |= 0x00800000;
+  ioctl(fd, _IOW('f', 2, long), &flags);
+}
+
+/* Puts a question to a block device: a BLK* of <linux/fs.h>, which not every
+ * libc comes with.  A file knows no answer, which means no.  Some answers fill
+ * only the first half of `yes`. */
+static int os_ask_device(int fd, unsigned question) {
+  int yes = 0;
+  return ioctl(fd, question, &yes) == 0 && yes;
+}
 #else
-/* Other systems have nothing that keeps all these promises. */
+/* On other systems nothing keeps all promises of os_fallocate, and there is
+ * nobody to ask. */
 #define os_fallocate(fd, mode, off, len) \
   ((void)(fd), (void)(mode), (void)(off), (void)(len), -EOPNOTSUPP)
+#define os_set_nocow(fd) ((void)(fd))
+#define os_ask_device(fd, question) ((void)(fd), 0)
 #endif
 
 #if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
@@ -659,39 +686,11 @@ static int os_sync_new_file(int fd, const char *path) {
   return err == -EINVAL ? 0 : err; /* some directories cannot be synced */
 }
 
-/* Removes the file at path if it still is the one that fd is: in the meantime
- * somebody may have put another one there, which is not ours to remove. */
+/* Removes the file at path if fd is that file. */
 static void os_remove_own_file(const char *path, int fd) {
   struct stat own;
-  struct stat found;
-  if (fstat(fd, &own) < 0 || lstat(path, &found) < 0) return;
-  if (own.st_dev == found.st_dev && own.st_ino == found.st_ino) unlink(path);
+  if (fstat(fd, &own) == 0) os_remove_same(path, &own);
 }
-
-#if OS_LINUX
-/* Asks for blocks of a new file to be overwritten in place, where the file
- * system (btrfs) would copy them: FS_IOC_SETFLAGS, FS_NOCOW_FL.  Others do not
- * know it. */
-static inline void os_set_nocow(int fd) {
-  long flags = 0;
-  if (ioctl(fd, _IOR('f', 1, long), &flags) < 0) return;
-  flags |= 0x00800000;
-  ioctl(fd, _IOW('f', 2, long), &flags);
-}
-
-/* Puts a question to a block device: a BLK* of <linux/fs.h>, which not every
- * libc comes with.  A file knows no answer, which means no.  Some answers fill
- * only the first half of `yes`. */
-static int os_ask_device(int fd, unsigned question) {
-  int yes = 0;
-  return ioctl(fd, question, &yes) == 0 && yes;
-}
-#else
-#define os_set_nocow(fd) ((void)(fd))
-
-/* There is nobody to ask. */
-#define os_ask_device(fd, question) ((void)(fd), 0)
-#endif
 
 /* BLKROGET: does the device refuse writes?  Linux opens such a device for
  * writing nevertheless; elsewhere opening it must tell. */
@@ -726,10 +725,6 @@ static inline int os_is_data(int fd, uint64_t off, uint64_t end,
 /* Where files do not tell their holes, all is data. */
 #define os_is_data(fd, off, end, next) ((void)(*(next) = (end)), 1)
 #endif
-#endif
-
-#if !NBDSERVE_NO_FLAT
-/* ---- Files and block devices: for [10] alone ---------------------------- */
 
 /* Opens a private file that is gone when it is closed: in dir or, if dir is
  * NULL, in memory, or in /tmp where the system has no files in memory.
@@ -737,7 +732,7 @@ static inline int os_is_data(int fd, uint64_t off, uint64_t end,
  *
  * The ways are tried from the best to the one that works everywhere, without a
  * look at why one has failed.  -errno: of the last one. */
-static int os_nameless_file(const char *dir) {
+static inline int os_nameless_file(const char *dir) {
   char path[PATH_MAX];
 #if OS_LINUX && defined MFD_CLOEXEC
   int memory = dir ? -1 : memfd_create("nbdserve", MFD_CLOEXEC);
@@ -762,8 +757,7 @@ static int os_nameless_file(const char *dir) {
   close(fd);
   return err;
 }
-
-#endif /* !NBDSERVE_NO_FLAT */
+#endif /* !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS */
 
 /* ==== [3] UTIL (u_) ======================================================
  * Bytes of network and disk go through u_get and u_put: they are big-endian
@@ -867,20 +861,17 @@ static const char *u_errno_text(int err) {
   return strerror(-err);
 }
 
-/* May c stand in a URI as it is?  (RFC 3986, 2.3, and the slash.)  No isalnum
- * here: that asks the host's locale. */
-static int u_is_uri_char(char c) {
-  return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
-         (c >= '0' && c <= '9') || (c && strchr("-._~/", c));
-}
-
-/* Appends s to the text in buf[size]; what a URI may not hold becomes %XX.
- * Returns false if there is no room; buf then holds a part of it. */
+/* Appends s to the text in buf[size]; what a URI may not hold as it is (RFC
+ * 3986, 2.3, and the slash) becomes %XX.  Returns false if there is no room;
+ * buf then holds a part of it.  No isalnum here: that asks the host's
+ * locale. */
 static int u_append_uri(char *buf, size_t size, const char *s) {
+  static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ-._~/"
+                              "abcdefghijklmnopqrstuvwxyz0123456789";
   size_t n = strlen(buf);
   assert(n < size);
   for (; *s && n < size; s++) {
-    const char *const format = u_is_uri_char(*s) ? "%c" : "%%%02X";
+    const char *const format = strchr(plain, *s) ? "%c" : "%%%02X";
     n += (size_t)snprintf(buf + n, size - n, format, (unsigned char)*s);
   }
   return n < size;
@@ -1011,24 +1002,18 @@ static void sha_portable(uint32_t *state, const unsigned char *blocks,
 }
 
 #if OS_HWSHA
-#ifdef __x86_64__
-typedef __m128i sha_vector; /* four words */
-#else
-typedef uint32x4_t sha_vector;
-#endif
-
 /* One of the two messages that the instructions work on.  All of it can
  * stay in registers: two lanes, the constants and what is in between fit into
  * the 16 that the processor has, or 32. */
 struct sha_lane {
-  sha_vector abef; /* half of the state; on ARM its words are A, B, C, D, */
-  sha_vector cdgh; /* the other half; E, F, G, H */
-  sha_vector w[4]; /* 16 words of the message's schedule, the next ones first */
+  os_words abef; /* half of the state; on ARM its words are A, B, C, D, */
+  os_words cdgh; /* the other half; E, F, G, H */
+  os_words w[4]; /* 16 words of the message's schedule, the next ones first */
 };
 
 #ifdef __x86_64__
 /* Loads four words from anywhere. */
-static inline OS_HWSHA_TARGET sha_vector sha_load(const void *from) {
+static inline OS_HWSHA_TARGET os_words sha_load(const void *from) {
   return _mm_loadu_si128((const __m128i *)from);
 }
 
@@ -1050,7 +1035,7 @@ static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
  * schedule that the rounds need 16 later.  The last four calls for a block
  * compute words in vain; a second loop without that was not faster. */
 static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
-                                                   sha_vector k) {
+                                                   os_words k) {
   __m128i *w = lane->w;
   __m128i addend = _mm_add_epi32(w[0], k);
   /* Each of these does two rounds, on the lower half of addend.  The old ABEF
@@ -1077,12 +1062,12 @@ static inline OS_HWSHA_TARGET void sha_lane_save(const struct sha_lane *lane,
 }
 #else
 /* Loads four words from anywhere. */
-static inline OS_HWSHA_TARGET sha_vector sha_load(const void *from) {
+static inline OS_HWSHA_TARGET os_words sha_load(const void *from) {
   return vld1q_u32((const uint32_t *)from);
 }
 
 /* Turns four words round. */
-static inline OS_HWSHA_TARGET sha_vector sha_reverse(sha_vector v) {
+static inline OS_HWSHA_TARGET os_words sha_reverse(os_words v) {
   v = vrev64q_u32(v);
   return vextq_u32(v, v, 2);
 }
@@ -1100,13 +1085,13 @@ static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
 /* Does four rounds, k being their constants, and computes the four words of the
  * schedule that the rounds need 16 later. */
 static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
-                                                   sha_vector k) {
-  sha_vector *w = lane->w;
-  sha_vector addend = vaddq_u32(w[0], k);
-  sha_vector abcd = lane->abef;
+                                                   os_words k) {
+  os_words *w = lane->w;
+  os_words addend = vaddq_u32(w[0], k);
+  os_words abcd = lane->abef;
   lane->abef = vsha256hq_u32(abcd, lane->cdgh, addend);
   lane->cdgh = vsha256h2q_u32(lane->cdgh, abcd, addend);
-  sha_vector next = vsha256su1q_u32(vsha256su0q_u32(w[0], w[1]), w[2], w[3]);
+  os_words next = vsha256su1q_u32(vsha256su0q_u32(w[0], w[1]), w[2], w[3]);
   w[0] = w[1];
   w[1] = w[2];
   w[2] = w[3];
@@ -1134,7 +1119,7 @@ static OS_HWSHA_TARGET void sha_hw(uint32_t state[2][SHA_STATE_WORDS],
     sha_lane_load(&lane, state[0], first + SHA_BLOCK_LEN * i);
     sha_lane_load(&other, state[1], second + SHA_BLOCK_LEN * i);
     for (int round = 0; round < SHA_ROUNDS; round += 4) {
-      sha_vector k = sha_load(sha_k + round);
+      os_words k = sha_load(sha_k + round);
       sha_lane_rounds(&lane, k);
       sha_lane_rounds(&other, k);
     }
@@ -1147,18 +1132,18 @@ static OS_HWSHA_TARGET void sha_hw(uint32_t state[2][SHA_STATE_WORDS],
 #define sha_hw(state, first, second, nblocks) assert(0)
 #endif
 
-/* Mixes nblocks blocks of a message into state[0].  use_hw: with the
- * instructions, and those of another message, maybe the same one, into state[1]
- * at the same time. */
+/* Mixes nblocks blocks of a message into state[0] and, if second is not NULL,
+ * those of another one into state[1].  The instructions (use_hw) always work on
+ * two: a single message keeps itself company, and nobody looks at state[1]. */
 static void sha_mix(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
                     const unsigned char *first, const unsigned char *second,
                     size_t nblocks) {
   assert(OS_HWSHA || !use_hw);
-  (void)second;
   if (use_hw)
-    sha_hw(state, first, second, nblocks);
+    sha_hw(state, first, second ? second : first, nblocks);
   else
     sha_portable(state[0], first, nblocks);
+  if (!use_hw && second) sha_portable(state[1], second, nblocks);
 }
 
 /* Writes what comes behind the last whole block of a message, and returns how
@@ -1200,7 +1185,7 @@ static void sha_begin(uint32_t state[2][SHA_STATE_WORDS]) {
 
 /* Mixes nblocks blocks of one message into a state. */
 #define sha_add(use_hw, state, blocks, nblocks) \
-  sha_mix(use_hw, state, blocks, blocks, nblocks)
+  sha_mix(use_hw, state, blocks, NULL, nblocks)
 
 /* Writes the digest of a message of len bytes: its whole blocks are in the
  * state already, and what is left of it is at rest. */
@@ -1224,21 +1209,15 @@ static void sha_256(int use_hw, const void *first, const void *second,
   size_t whole = len - len % SHA_BLOCK_LEN;
   assert(first || !len);
   assert(second_digest || !second);
-
-  /* The instructions always work on two messages.  A single message keeps
-   * itself company, and the second result is not looked at. */
-  int is_pair = use_hw && second;
-  if (second && !is_pair) sha_256(0, second, NULL, len, second_digest, NULL);
   const unsigned char *one = len ? first : tail[0]; /* anything but NULL */
-  const unsigned char *other = one;
-  if (use_hw && second) other = second;
+  const unsigned char *other = second;
   sha_begin(state);
   sha_mix(use_hw, state, one, other, whole / SHA_BLOCK_LEN);
   size_t ntail = sha_pad(tail[0], one + whole, len);
-  sha_pad(tail[1], other + whole, len);
-  sha_mix(use_hw, state, tail[0], tail[1], ntail);
+  if (other) sha_pad(tail[1], other + whole, len);
+  sha_mix(use_hw, state, tail[0], other ? tail[1] : NULL, ntail);
   sha_put_digest(first_digest, state[0]);
-  if (is_pair) sha_put_digest(second_digest, state[1]);
+  if (other) sha_put_digest(second_digest, state[1]);
 }
 
 #endif /* !NBDSERVE_NO_CAS */
@@ -1370,13 +1349,12 @@ enum {
   WIRE_REQUEST_LEN = 28,
   WIRE_EXT_REQUEST_LEN = 32,
   WIRE_SIMPLE_REPLY_LEN = 16,
-  WIRE_CHUNK_LEN = 20,     /* head of a chunk of a structured reply */
-  WIRE_EXT_CHUNK_LEN = 32, /* the same with extended headers */
-  WIRE_OFFSET_LEN = 8,     /* in front of a chunk's data */
-  WIRE_ERROR_LEN = 6,      /* in front of an error's text */
-  WIRE_EXT_EXTENT_LEN =
-      16,             /* of BLOCK_STATUS_EXT; of BLOCK_STATUS half of it */
-  WIRE_CONTEXT_ID = 1 /* of base:allocation, which is the only context */
+  WIRE_CHUNK_LEN = 20,      /* head of a chunk of a structured reply */
+  WIRE_EXT_CHUNK_LEN = 32,  /* the same with extended headers */
+  WIRE_OFFSET_LEN = 8,      /* in front of a chunk's data */
+  WIRE_ERROR_LEN = 6,       /* in front of an error's text */
+  WIRE_EXT_EXTENT_LEN = 16, /* of BLOCK_STATUS_EXT; BLOCK_STATUS: half of it */
+  WIRE_CONTEXT_ID = 1       /* of base:allocation, which is the only context */
 };
 
 /* The form of requests and replies that a client has negotiated. */
@@ -1449,6 +1427,7 @@ struct nbdserve_req {
   uint64_t client_off; /* offset of the client's request */
   uint64_t off;        /* offset of this piece; the same if it is whole */
   uint64_t len;        /* bytes of this piece */
+  uint64_t payload;    /* bytes that follow the client's head */
   uint64_t begun_ns;   /* in os_now_ns: when it was taken up; or 0 */
   /* -- its data */
   unsigned char *buf; /* READ: room for it, behind room for the reply's head;
@@ -1487,6 +1466,9 @@ static struct nbdserve_req wire_get_request(const unsigned char *p,
                            .client_off = u_get64(p + 16)};
   r.off = r.client_off;
   r.len = mode == MODE_EXTENDED ? u_get64(p + 24) : u_get32(p + 24);
+  int has_payload = r.type == NBD_CMD_WRITE;
+  if (mode == MODE_EXTENDED) has_payload = r.flags & NBD_CMD_FLAG_PAYLOAD_LEN;
+  if (has_payload) r.payload = r.len;
   return r;
 }
 
@@ -1537,10 +1519,9 @@ static size_t wire_read_head_len(enum wire_mode mode) {
 static void wire_put_chunk(unsigned char *p, const struct nbdserve_req *r,
                            enum nbd_reply_type type, uint64_t len) {
   int extended = r->mode == MODE_EXTENDED;
-  int is_last = r->err || !r->more_chunks;
   assert(r->mode != MODE_SIMPLE && (extended || len <= UINT32_MAX));
   u_put32(p, extended ? NBD_EXTENDED_REPLY_MAGIC : NBD_STRUCTURED_REPLY_MAGIC);
-  u_put16(p + 4, is_last ? 1 : 0); /* NBD_REPLY_FLAG_DONE */
+  u_put16(p + 4, r->err || !r->more_chunks); /* NBD_REPLY_FLAG_DONE */
   u_put16(p + 6, type);
   u_put64(p + 8, r->cookie);
   if (extended) {
@@ -1787,11 +1768,10 @@ static int io_recv_all(struct io *io, unsigned char *p, size_t len) {
  * says that it is ready.  Bytes written, or -1 with errno. */
 static ssize_t io_write_pipe(int fd, const struct iovec *v) {
   struct pollfd p = {.fd = fd, .events = POLLOUT};
-  if (poll(&p, 1, 0) <= 0) {
-    errno = EAGAIN;
-    return -1;
-  }
-  return write(fd, v->iov_base, (size_t)u_min(v->iov_len, PIPE_BUF));
+  if (poll(&p, 1, 0) > 0)
+    return write(fd, v->iov_base, (size_t)u_min(v->iov_len, PIPE_BUF));
+  errno = EAGAIN;
+  return -1;
 }
 
 /* Sends all of v[0..n), which it uses up.  more: MSG_MORE if something follows
@@ -2095,10 +2075,9 @@ static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
   if (e->ops->size && !ex->from_callback) now = e->ops->size(e->ctx, now);
   if (now <= INT64_MAX) e->size = now;
   os_unlock(&s->lock);
-  if (now > INT64_MAX) {
-    ex_release(ex);
+  assert(now <= INT64_MAX || !ex->from_callback); /* nothing to release */
+  if (now > INT64_MAX)
     return ex_lied(s, name, "size", "returned more than INT64_MAX");
-  }
   *size = now - now % e->min_block; /* no request reaches the rest */
   *out = ex;
   return 0;
@@ -2350,13 +2329,10 @@ static int ex_execute(struct ex *ex, struct nbdserve_req *r) {
   assert(r->buf || !wire_cmd(r->type)->has_data);
   if (r->type == NBD_CMD_BLOCK_STATUS) return ex_block_status(ex, r);
   int err = ex_call(ex, r, NULL);
-  if (err == -ENOTSUP && r->type == NBD_CMD_WRITE_ZEROES &&
-      !(r->flags & NBD_CMD_FLAG_FAST_ZERO))
-    return ex_write_zeroes(ex, r);
-  return err;
+  if (err != -ENOTSUP || r->type != NBD_CMD_WRITE_ZEROES) return err;
+  return r->flags & NBD_CMD_FLAG_FAST_ZERO ? err : ex_write_zeroes(ex, r);
 }
 
-#if !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS
 /* ---- nbdserve's own backends ----------------------------------------------
  * They do READs and WRITEs many at a time, in ops->run_batch:
  *
@@ -2375,8 +2351,8 @@ struct ex_batched {
 };
 
 /* ops->read of a backend that has run_batch. */
-static int ex_batched_read(void *ctx, void *buf, uint64_t off, uint64_t len,
-                           uint32_t flags) {
+static inline int ex_batched_read(void *ctx, void *buf, uint64_t off,
+                                  uint64_t len, uint32_t flags) {
   struct nbdserve_req r = {
       .type = NBD_CMD_READ, .off = off, .len = len, .buf = buf, .may_wait = 1};
   (void)flags;
@@ -2385,8 +2361,8 @@ static int ex_batched_read(void *ctx, void *buf, uint64_t off, uint64_t len,
 }
 
 /* ops->write of a backend that has run_batch. */
-static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
-                            uint64_t len, uint32_t flags) {
+static inline int ex_batched_write(void *ctx, const void *buf, uint64_t off,
+                                   uint64_t len, uint32_t flags) {
   struct nbdserve_req r = {.type = NBD_CMD_WRITE, .off = off, .len = len};
   assert(!(flags & NBDSERVE_CMD_FUA)); /* not NATIVE_FUA: a flush follows */
   (void)flags;
@@ -2394,7 +2370,6 @@ static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
   ((struct ex_batched *)ctx)->run_batch(ctx, &r, 1);
   return r.err;
 }
-#endif
 
 /* ==== [8] HANDSHAKE (hs_) ================================================
  * Connections, and fixed newstyle negotiation (proto.md, Handshake and Option
@@ -2630,7 +2605,6 @@ static uint32_t hs_take_string(struct conn *c, char *out) {
  * settles all that transmission has to know of it.  0, or -errno as
  * ex_acquire. */
 static int hs_enter(struct conn *c, const char *name) {
-  const struct nbdserve_config *k = &c->s->config;
   assert(!c->export);
   int err = ex_acquire(c->s, name, &c->export, &c->export_size);
   if (err) return err;
@@ -2639,7 +2613,7 @@ static int hs_enter(struct conn *c, const char *name) {
   c->has_allocation = c->meta_is_selected && strcmp(c->meta_export, name) == 0;
   c->transmission_flags = ex_transmission_flags(ex, c->mode, c->has_allocation);
   /* `before` is asked for each request, so there is nothing to do together. */
-  c->run_batch = k->before ? NULL : ex->pub.ops->run_batch;
+  c->run_batch = c->s->config.before ? NULL : ex->pub.ops->run_batch;
   return 0;
 }
 
@@ -2657,7 +2631,7 @@ static void hs_leave(struct conn *c) {
 /* proto.md, NBD_OPT_EXPORT_NAME: all of the data is the name.  This option has
  * no error reply: what is wrong closes the connection. */
 static int hs_opt_export_name(struct conn *c) {
-  size_t len = 10;
+  size_t len = c->no_zeroes ? 10 : 10 + 124; /* zeroes behind it */
   char name[WIRE_STRING_MAX + 1];
   if (c->mode == MODE_EXTENDED) return -EPROTO; /* GO is needed */
   assert(c->option_left <= WIRE_STRING_MAX);    /* hs_option has seen to it */
@@ -2666,7 +2640,6 @@ static int hs_opt_export_name(struct conn *c) {
   if (strlen(name) != c->option_left) return -ENOENT;
   int err = hs_enter(c, name);
   if (err) return err;
-  if (!c->no_zeroes) len += 124; /* zeroes behind it */
   unsigned char *p = memset(hs_reserve(c, len), 0, len);
   u_put64(p, c->export_size);
   u_put16(p + 8, c->transmission_flags);
@@ -2726,10 +2699,9 @@ static void hs_put_infos(struct conn *c, unsigned asked) {
   if (asked & 1u << NBD_INFO_NAME) hs_put_text(c, NBD_INFO_NAME, e->name);
   if (asked & 1u << NBD_INFO_DESCRIPTION && *e->description)
     hs_put_text(c, NBD_INFO_DESCRIPTION, e->description);
-  if (!(asked & 1u << NBD_INFO_BLOCK_SIZE) && e->min_block == 1 &&
-      e->preferred_block == EX_DEFAULT_BLOCK &&
-      e->max_request == EX_DEFAULT_MAX)
-    return;
+  int is_default = e->min_block == 1 && e->max_request == EX_DEFAULT_MAX &&
+                   e->preferred_block == EX_DEFAULT_BLOCK;
+  if (is_default && !(asked & 1u << NBD_INFO_BLOCK_SIZE)) return;
   p = hs_reply(c, NBD_REP_INFO, 14);
   u_put16(p, NBD_INFO_BLOCK_SIZE);
   u_put32(p + 2, e->min_block);
@@ -2837,8 +2809,8 @@ static int hs_option(struct conn *c) {
   uint32_t option = c->option = u_get32(head + 8);
   uint32_t len = u_get32(head + 12);
   if (u_get64(head) != NBD_OPTION_MAGIC) return -EPROTO;
-  if (option == NBD_OPT_EXPORT_NAME && len > WIRE_STRING_MAX)
-    return -ENOENT; /* it could not be answered anyway */
+  /* This could not be answered anyway. */
+  if (option == NBD_OPT_EXPORT_NAME && len > WIRE_STRING_MAX) return -ENOENT;
   /* (H1), (H2): of data that does not fit the last piece stays in rbuf, where
    * it means nothing. */
   for (uint32_t left = len, piece; left > 0; left -= piece) {
@@ -3011,10 +2983,8 @@ static struct iovec tx_data(const struct nbdserve_req *r) {
 static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
   int is_status = r->type == NBD_CMD_BLOCK_STATUS;
   int is_read = r->type == NBD_CMD_READ;
-  int has_chunks =
-      r->mode == MODE_EXTENDED ||
-      (r->mode == MODE_STRUCTURED && (is_read || is_status || r->err));
-  if (!has_chunks) {
+  int needs_chunk = is_read || is_status || r->err;
+  if (r->mode == MODE_SIMPLE || (r->mode != MODE_EXTENDED && !needs_chunk)) {
     u_put32(p, NBD_SIMPLE_REPLY_MAGIC);
     u_put32(p + 4, tx_error(r));
     u_put64(p + 8, r->cookie);
@@ -3058,14 +3028,11 @@ struct tx_out {
 static void tx_add_piece(struct tx_out *out, void *p, size_t len) {
   struct iovec *last = out->n ? &out->v[out->n - 1] : NULL;
   if (!len) return;
-  if (last && (unsigned char *)last->iov_base + last->iov_len == p) {
-    last->iov_len += len;
-    return;
-  }
   assert((size_t)out->n < COUNT_OF(out->v));
-  out->v[out->n].iov_base = p;
-  out->v[out->n].iov_len = len;
-  out->n++;
+  if (last && (unsigned char *)last->iov_base + last->iov_len == p)
+    last->iov_len += len;
+  else
+    out->v[out->n++] = (struct iovec){p, len};
 }
 
 /* Gathers replies, each with its data behind it, as many as there is room for.
@@ -3162,15 +3129,17 @@ static void tx_account(struct conn *c, const struct nbdserve_req *list) {
   }
 }
 
-/* A buffer for the data of a request that is handed over, of TX_PIECE bytes
- * behind room for a head; NULL without memory.  A client keeps some: the system
- * would have to clear each page of a new one.  What is not used is not there,
- * so all may have the same size. */
-static void *tx_take_buffer(struct conn *c) {
+/* Gives a request that is to be handed over a buffer of its own, of TX_PIECE
+ * bytes behind room for a head; without memory it stays as it is.  A client
+ * keeps some: the system would have to clear each page of a new one.  What is
+ * not used is not there, so all may have the same size. */
+static void tx_take_buffer(struct conn *c, struct nbdserve_req *r) {
+  assert(!r->owned);
   os_lock(&c->queue_lock);
-  void *buffer = c->nspares > 0 ? c->spare[--c->nspares] : NULL;
+  if (c->nspares > 0) r->owned = c->spare[--c->nspares];
   os_unlock(&c->queue_lock);
-  return buffer ? buffer : NBDSERVE_MALLOC(TX_HEAD_ROOM + TX_PIECE);
+  if (!r->owned) r->owned = NBDSERVE_MALLOC(TX_HEAD_ROOM + TX_PIECE);
+  if (r->owned) r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
 }
 
 /* Gives such a buffer back; it may be NULL. */
@@ -3368,16 +3337,10 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
 /* Hands over a READ of the batch that has to wait for the medium, with a buffer
  * of its own; or does it here, if there is no worker or no memory. */
 static void tx_read_later(struct conn *c, struct nbdserve_req *r) {
-  unsigned char *slot = r->buf;
-  assert(r->type == NBD_CMD_READ && !r->owned);
+  assert(r->type == NBD_CMD_READ);
   r->may_wait = 1;
-  r->owned = tx_take_buffer(c);
-  if (r->owned) r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
-  if (r->owned && tx_hand_over(c, r)) return;
-  tx_give_buffer(c, r->owned);
-  r->owned = NULL;
-  r->buf = slot;
-  tx_execute(c, r);
+  tx_take_buffer(c, r);
+  if (!r->owned || !tx_hand_over(c, r)) tx_execute(c, r);
 }
 
 /* Does what is TODO of the batch, or hands over what is for workers (T4).
@@ -3388,8 +3351,7 @@ static void tx_run_requests(struct conn *c) {
     struct nbdserve_req *r = &c->batch[i++];
     if (r->state != REQ_TODO) continue;
     if (!c->run_batch || !req_moves_data(r)) {
-      int given = !req_moves_data(r) && tx_hand_over(c, r);
-      if (!given) tx_execute(c, r);
+      if (req_moves_data(r) || !tx_hand_over(c, r)) tx_execute(c, r);
       continue;
     }
     while (i < c->nbatch && c->batch[i].state == REQ_TODO &&
@@ -3412,14 +3374,13 @@ static void tx_run_requests(struct conn *c) {
 static int tx_flush_alone(struct conn *c, struct nbdserve_req *r) {
   char byte;
   os_lock(&c->queue_lock);
-  int is_alone =
-      c->nbatch == 1 && c->rbuf_pos == c->rbuf_end && !c->nhanded_over;
+  unsigned nothers = c->nhanded_over;
   os_unlock(&c->queue_lock);
   if (c->flushes_to_workers) {
     c->flushes_to_workers--;
     return 0;
   }
-  if (!is_alone) return 0;
+  if (nothers || c->nbatch > 1 || c->rbuf_pos < c->rbuf_end) return 0;
   tx_execute(c, r);
   if (recv(c->io.in, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0)
     c->flushes_to_workers = TX_FLUSHES;
@@ -3434,9 +3395,8 @@ static int tx_run_batch(struct conn *c) {
   tx_run_requests(c);
   for (size_t i = 0; i < c->nbatch; i++) {
     struct nbdserve_req *r = &c->batch[i];
-    if (r->state == REQ_TO_FLUSH && !tx_flush_alone(c, r) &&
-        !tx_hand_over(c, r))
-      tx_execute(c, r); /* (T3): only now */
+    int owes_flush = r->state == REQ_TO_FLUSH && !tx_flush_alone(c, r);
+    if (owes_flush && !tx_hand_over(c, r)) tx_execute(c, r); /* (T3) */
     if (r->state == REQ_HANDED_OVER) continue;
     *end = r;
     end = &r->next;
@@ -3488,16 +3448,15 @@ static int tx_finish(struct conn *c, struct nbdserve_req *r) {
 
 /* Does a long WRITE, piece by piece as they come, or only receives the payload
  * of a request that was refused.  After an error the rest is thrown away. */
-static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r,
-                              uint64_t payload) {
+static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r) {
   struct nbdserve_req piece = *r;
   int is_refused = r->state == REQ_DONE;
   int failed = is_refused ? r->err : ex_ask_before(c->export, r);
-  assert(is_refused || payload == r->len);
+  assert(is_refused || r->payload == r->len);
   piece.buf = c->wbuf;
   c->after_long_write = 1;
-  for (; payload > 0; payload -= piece.len) {
-    piece.len = u_min(payload, TX_PIECE);
+  for (uint64_t left = r->payload; left > 0; left -= piece.len) {
+    piece.len = u_min(left, TX_PIECE);
     int err = tx_recv_payload(c, piece.buf, (size_t)piece.len);
     if (err) return err;
     if (!failed) failed = ex_execute(c->export, &piece);
@@ -3566,10 +3525,8 @@ static int tx_read_pieces(struct conn *c, struct nbdserve_req *r, int sends) {
     int is_begun = sends && r->mode == MODE_SIMPLE && left < r->len;
     if (r->err) return is_begun ? r->err : 0;
     int err = 0;
-    if (is_spliced)
-      err = tx_send_spliced(c, &piece);
-    else if (sends)
-      err = tx_send_all(c, &piece);
+    if (is_spliced) err = tx_send_spliced(c, &piece);
+    if (sends && !is_spliced) err = tx_send_all(c, &piece);
     if (err) return err;
     piece.off += piece.len;
   }
@@ -3613,8 +3570,7 @@ static int tx_refuse(struct nbdserve_req *r, int err, const char *why) {
 /* Checks a request against all that was negotiated: one rule, one `if`; the
  * first that is broken counts.  A new rule goes here.  0, or -errno if the
  * request was refused. */
-static int tx_validate(const struct conn *c, struct nbdserve_req *r,
-                       uint64_t payload) {
+static int tx_validate(const struct conn *c, struct nbdserve_req *r) {
   const struct nbdserve_export *e = &c->export->pub;
   const struct wire_cmd *cmd = wire_cmd(r->type);
   if (!cmd) return tx_refuse(r, -EINVAL, "unknown command");
@@ -3634,7 +3590,7 @@ static int tx_validate(const struct conn *c, struct nbdserve_req *r,
     return tx_refuse(r, -EINVAL, "it takes no payload");
   if (cmd->writes && (c->transmission_flags & NBD_FLAG_READ_ONLY))
     return tx_refuse(r, -EPERM, "the export is read-only");
-  if (r->type == NBD_CMD_WRITE && payload != r->len)
+  if (r->type == NBD_CMD_WRITE && r->payload != r->len)
     return tx_refuse(r, -EINVAL, "NBD_CMD_FLAG_PAYLOAD_LEN is missing");
   if (has_range &&
       (r->off > c->export_size || r->len > c->export_size - r->off))
@@ -3665,33 +3621,24 @@ static int tx_takes_long(const struct conn *c, const struct nbdserve_req *r) {
 
 /* Does a request, or sees to it that it is done later, as the table at the head
  * of the section says.  0, or -errno to close. */
-static int tx_dispatch(struct conn *c, struct nbdserve_req *r,
-                       uint64_t payload) {
+static int tx_dispatch(struct conn *c, struct nbdserve_req *r) {
   int moves_data = r->state == REQ_TODO && req_moves_data(r);
   int is_copied = moves_data && tx_takes_long(c, r);
-  uint64_t data = moves_data ? r->len : payload; /* of a READ, too */
+  uint64_t data = moves_data ? r->len : r->payload; /* of a READ, too */
   if (!is_copied && data <= TX_IN_BATCH_MAX) {
     r->buf = c->rbuf + c->rbuf_pos; /* the payload is all there */
-    c->rbuf_pos += (size_t)payload;
+    c->rbuf_pos += (size_t)r->payload;
     return tx_add_to_batch(c, r);
   }
   int err = tx_run_batch(c); /* answers what came before, and frees rbuf */
   if (err) return err;
-  if (is_copied) r->owned = tx_take_buffer(c);
-  if (!r->owned && payload) return tx_write_in_pieces(c, r, payload);
+  if (is_copied) tx_take_buffer(c, r);
+  if (!r->owned && r->payload) return tx_write_in_pieces(c, r);
   if (!r->owned) return tx_read_in_pieces(c, r); /* without memory, too */
-  r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
-  if (payload) err = tx_recv_payload(c, r->buf, (size_t)payload);
+  if (r->payload) err = tx_recv_payload(c, r->buf, (size_t)r->payload);
   if (!err) return tx_finish(c, r);
   tx_give_buffer(c, r->owned);
   return err;
-}
-
-/* How many bytes of payload follow the head of a request. */
-static uint64_t tx_payload_len(const struct nbdserve_req *r) {
-  if (r->mode == MODE_EXTENDED)
-    return r->flags & NBD_CMD_FLAG_PAYLOAD_LEN ? r->len : 0;
-  return r->type == NBD_CMD_WRITE ? r->len : 0;
 }
 
 /* Takes the next request out of rbuf.  As enum conn_step says. */
@@ -3705,30 +3652,29 @@ static int tx_next_request(struct conn *c) {
   if (here < head) return CONN_NEEDS_MORE;
   struct nbdserve_req r = wire_get_request(p, c->mode);
   r.may_wait = r.type != NBD_CMD_READ || c->s->config.threads == 1;
-  uint64_t payload = tx_payload_len(&r);
   /* A longer payload is not even skipped. */
   uint64_t most =
       extended ? c->export->pub.max_request : (uint64_t)NBDSERVE_MAX_REQUEST;
   uint32_t magic = extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC;
-  if (u_get32(p) != magic || payload > most) {
+  if (u_get32(p) != magic || r.payload > most) {
     int err = tx_run_batch(c); /* what came before is answered */
     conn_log(c, NBDSERVE_LOG_INFO, "%d: request magic 0x%08" PRIx32 "; closed",
              c->id, u_get32(p));
     return err ? err : -EPROTO;
   }
   if (r.type == NBD_CMD_DISC) return CONN_LEFT;
-  if (payload <= TX_IN_BATCH_MAX) c->needed += (size_t)payload;
+  if (r.payload <= TX_IN_BATCH_MAX) c->needed += (size_t)r.payload;
   if (here < c->needed) return CONN_NEEDS_MORE;
   if (r.type == NBD_CMD_FLUSH) r.off = r.len = 0; /* reserved (proto.md) */
-  if (r.type == NBD_CMD_BLOCK_STATUS && payload) {
-    int is_ours = payload == 12 && u_get32(p + head + 8) == WIRE_CONTEXT_ID;
+  if (r.type == NBD_CMD_BLOCK_STATUS && r.payload) {
+    int is_ours = r.payload == 12 && u_get32(p + head + 8) == WIRE_CONTEXT_ID;
     r.len = is_ours ? u_get64(p + head) : 0; /* 0 is refused */
   }
-  if (!tx_validate(c, &r, payload) && !r.len) /* only a flush, or nothing */
+  if (!tx_validate(c, &r) && !r.len) /* only a flush, or nothing */
     req_set_state(&r, r.type == NBD_CMD_FLUSH ? REQ_TO_FLUSH : REQ_DONE);
   c->rbuf_pos += head;
   if (c->s->config.after) r.begun_ns = os_now_ns();
-  return tx_dispatch(c, &r, payload);
+  return tx_dispatch(c, &r);
 }
 
 /* Receives more, behind what is left in rbuf, until the next request is there.
@@ -3749,11 +3695,9 @@ static int tx_receive(struct conn *c) {
   c->after_long_write = 0;
   size_t least = left ? c->needed - left : 1; /* all of it may stay away */
   ssize_t n = io_recv(&c->io, c->rbuf + left, least, room);
-  if (!left && n == -ETIMEDOUT) {
-    /* Idle, as long as it likes; unless a worker could not send to it, which
-     * shutdown() tells us only if the replies go over the same socket. */
-    return conn_send(c, NULL, 0, 0);
-  }
+  /* Idle, as long as it likes; unless a worker could not send to it, which
+   * shutdown() tells us only if the replies go over the same socket. */
+  if (!left && n == -ETIMEDOUT) return conn_send(c, NULL, 0, 0);
   if (!left && c->io.at_end) return CONN_LEFT;
   if (n < 0) return (int)n;
   assert((size_t)n <= room);
@@ -3894,8 +3838,7 @@ static int overlay_copy(struct flat *f, uint64_t block) {
   struct iovec in = {data, (size_t)u_min(sizeof data, f->size - start)};
   struct iovec out = in;
   int err = os_transfer(f->fd, OS_READ, &in, 1, f->offset + start);
-  if (err) return err;
-  return os_transfer(f->overlay_fd, OS_WRITE, &out, 1, start);
+  return err ? err : os_transfer(f->overlay_fd, OS_WRITE, &out, 1, start);
 }
 
 /* Reads or writes len bytes at off, all in one block: a write in the overlay,
@@ -3958,8 +3901,7 @@ static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
   assert(nreqs > 0 && nreqs <= FLAT_MAX_IOV);
   if (writing && flat_known(f, 0) & FLAT_FAILED) return -EIO; /* (F1) */
   for (size_t i = 0; i < nreqs; i++) {
-    v[i].iov_base = reqs[i].buf;
-    v[i].iov_len = (size_t)reqs[i].len;
+    v[i] = (struct iovec){reqs[i].buf, (size_t)reqs[i].len};
     assert(v[i].iov_len == reqs[i].len); /* there is a buffer of that size */
   }
   if (!writing && !reqs->may_wait && f->can_read_now) {
@@ -3990,9 +3932,8 @@ static size_t flat_splice(void *ctx, int pipe, uint64_t off, uint64_t len) {
   uint64_t end = pos + len;
   ssize_t n = 1;
   assert(len >= FLAT_PAGE);
-  if (flat_is_temporary(f) || pos % FLAT_PAGE || !flat_has_page(f, pos))
-    return 0;
-  if (!flat_has_page(f, end - FLAT_PAGE)) return 0;
+  if (flat_is_temporary(f) || pos % FLAT_PAGE) return 0;
+  if (!flat_has_page(f, pos) || !flat_has_page(f, end - FLAT_PAGE)) return 0;
   while (pos < end && n > 0)
     n = os_splice(f->fd, &pos, pipe, (size_t)(end - pos));
   return (size_t)(pos + len - end);
@@ -4178,16 +4119,15 @@ static int flat_open_target(struct flat *f, const char *path, int writable,
 }
 
 /* Settles which part of the target is served.  -EINVAL: it is not inside. */
-static int flat_find_slice(struct flat *f,
-                           const struct nbdserve_flat *options) {
+static int flat_find_slice(struct flat *f, uint64_t offset, uint64_t size) {
   off_t end = lseek(f->fd, 0, SEEK_END);
   if (end < 0) return -errno;
-  if (options->offset > (uint64_t)end) return -EINVAL;
-  uint64_t most = (uint64_t)end - options->offset;
-  if (options->size > most) return -EINVAL;
-  f->offset = options->offset;
-  f->size = options->size ? options->size : most;
-  f->follows_end = !options->size;
+  if (offset > (uint64_t)end) return -EINVAL;
+  uint64_t most = (uint64_t)end - offset;
+  if (size > most) return -EINVAL;
+  f->offset = offset;
+  f->size = size ? size : most;
+  f->follows_end = !size;
   f->can_read_now = os_can_read_now(f->fd);
   assert(f->offset + f->size <= INT64_MAX); /* for os_transfer */
   return 0;
@@ -4210,16 +4150,14 @@ static int flat_make_overlay(struct flat *f, const char *dir, size_t most) {
 int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
                        struct nbdserve_export *out) {
   static const struct nbdserve_flat defaults;
-  static const char prefix[] = "mem:";
   if (!options) options = &defaults;
-  const char *file = strncmp(path, prefix, strlen(prefix)) == 0 ? NULL : path;
+  const char *file = strncmp(path, "mem:", 4) == 0 ? NULL : path;
   uint64_t create = options->create;
   int writable = !options->flags;
   int is_new = 0;
   if (options->flags & ~(NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY))
     return -EINVAL;
-  if (!file && !u_parse_number(path + strlen(prefix), INT64_MAX, &create))
-    return -EINVAL;
+  if (!file && !u_parse_number(path + 4, INT64_MAX, &create)) return -EINVAL;
   if (create > INT64_MAX) return -EINVAL;
   struct flat *f = u_zalloc(sizeof *f);
   if (!f) return -ENOMEM;
@@ -4229,7 +4167,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   f->own.run_batch = flat_batch;
   f->fd = f->overlay_fd = -1;
   int err = flat_open_target(f, file, writable, create, &is_new);
-  if (!err) err = flat_find_slice(f, options);
+  if (!err) err = flat_find_slice(f, options->offset, options->size);
   if (!err && (options->flags & NBDSERVE_FLAT_TEMPORARY))
     err = flat_make_overlay(f, options->dir, SIZE_MAX);
   if (err) {
@@ -8471,9 +8409,8 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   if (k.without & 1u << (HS_WITHOUT_OPTIONS + NBD_OPT_GO))
     k.without |= 1u << (HS_WITHOUT_OPTIONS + NBD_OPT_EXTENDED_HEADERS);
   assert(k.threads && k.max_conn && k.handshake_ms && k.stall_ms);
-  if (k.threads > 1024 || k.max_conn > SRV_MAX_CONN ||
-      k.flags & ~NBDSERVE_CONFIG_ONCE)
-    return -EINVAL;
+  if (k.threads > 1024 || k.max_conn > SRV_MAX_CONN) return -EINVAL;
+  if (k.flags & ~NBDSERVE_CONFIG_ONCE) return -EINVAL;
   struct nbdserve *s = u_zalloc(sizeof *s);
   if (!s) return -ENOMEM;
   os_monitor_init(&s->lock);
@@ -8533,13 +8470,10 @@ static void srv_add_listener(struct nbdserve *s, int fd, int is_unix,
 /* Closes the newest listener, and removes its unix socket unless another one
  * has taken its place. */
 static void srv_drop_listener(struct nbdserve *s) {
-  struct stat st;
   assert(s->nlisteners > 0);
   struct srv_listener *l = &s->listeners[--s->nlisteners];
   close(l->fd);
-  if (l->is_unix && lstat(l->text, &st) == 0 && st.st_ino == l->st.st_ino &&
-      st.st_dev == l->st.st_dev)
-    unlink(l->text);
+  if (l->is_unix) os_remove_same(l->text, &l->st);
 }
 
 /* See nbdserve.h. */
@@ -8562,16 +8496,12 @@ static int srv_socket(const union srv_address *a, socklen_t len,
   int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (fd < 0) return -errno;
   os_set_fd_flags(fd, use == SRV_CONNECT ? 0 : O_NONBLOCK);
-  int r;
-  if (use == SRV_LISTEN) {
-    /* A socket of another family heeds neither of these. */
-    os_set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
-    os_set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
-    r = bind(fd, &a->sa, len);
-    if (r == 0) r = listen(fd, 128);
-  } else {
-    r = connect(fd, &a->sa, len);
-  }
+  /* A socket of another family heeds neither of these. */
+  os_set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+  os_set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
+  int listens = use == SRV_LISTEN;
+  int r = listens ? bind(fd, &a->sa, len) : connect(fd, &a->sa, len);
+  if (r == 0 && listens) r = listen(fd, 128);
   if (r == 0) return fd;
   int err = -errno;
   close(fd);
@@ -8656,16 +8586,15 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
 /* Listens on both loopback addresses, at the same port.  A port that the kernel
  * picked for one may be taken on the other: then it picks another one. */
 static int srv_listen_localhost(struct nbdserve *s, uint64_t port) {
-  int err = 0;
-  for (int i = 0; i < 16; i++) {
+  int err = -EADDRINUSE;
+  for (int left = port ? 1 : 16; left > 0 && err == -EADDRINUSE; left--) {
     uint64_t picked = port;
     err = srv_listen_ip(s, "127.0.0.1", &picked);
     if (err) return err;
     err = srv_listen_ip(s, "::1", &picked);
-    if (err == -EAFNOSUPPORT || err == -EADDRNOTAVAIL) return 0; /* no IPv6 */
-    if (!err) return 0;
+    /* The latter two: there is no IPv6. */
+    if (!err || err == -EAFNOSUPPORT || err == -EADDRNOTAVAIL) return 0;
     srv_drop_listener(s); /* nothing half done */
-    if (err != -EADDRINUSE || port) return err;
   }
   return err;
 }
@@ -8681,8 +8610,7 @@ static int srv_listen_tcp(struct nbdserve *s, const char *address) {
     address++;
     len -= 2;
   }
-  if (snprintf(host, sizeof host, "%.*s", len, address) >= (int)sizeof host)
-    return -EINVAL;
+  snprintf(host, sizeof host, "%.*s", len, address); /* longer: no address */
   if (strcmp(host, "localhost") == 0) return srv_listen_localhost(s, port);
   return srv_listen_ip(s, host, &port);
 }
@@ -8713,16 +8641,14 @@ int nbdserve_listen(struct nbdserve *s, const char *address) {
   if (strncmp(address, "tcp:", 4) == 0) return srv_listen_tcp(s, address + 4);
   if (strncmp(address, "fd:", 3) == 0) return srv_listen_fd(s, address + 3);
   if (strncmp(address, "unix:", 5) != 0) return -EINVAL;
-  const char *path = address + 5;
-  int fd = srv_unix_socket(path, SRV_LISTEN);
+  int fd = srv_unix_socket(address + 5, SRV_LISTEN);
   if (fd < 0) return fd;
-  srv_add_listener(s, fd, 1, path);
+  srv_add_listener(s, fd, 1, address + 5);
   return 0;
 }
 
 /* See nbdserve.h.  The first listener counts. */
 int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
-  static const char socket_query[] = "?socket=";
   const struct srv_listener *l = s->listeners;
   if (!s->nlisteners || !*l->text) return -ENOENT;
   int n = snprintf(buf, size, "nbd%s://%s/", l->is_unix ? "+unix" : "",
@@ -8730,8 +8656,8 @@ int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
   if ((size_t)n >= size) return -ERANGE;
   if (!u_append_uri(buf, size, name ? name : "")) return -ERANGE;
   if (!l->is_unix) return 0;
-  if (strlen(buf) + sizeof socket_query > size) return -ERANGE;
-  strcat(buf, socket_query);
+  size_t end = strlen(buf);
+  snprintf(buf + end, size - end, "?socket="); /* no room: nor for the path */
   return u_append_uri(buf, size, l->text) ? 0 : -ERANGE;
 }
 
@@ -8795,16 +8721,13 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   c->is_tcp = a.sa.sa_family == AF_INET || a.sa.sa_family == AF_INET6;
   strcpy(c->peer, "this machine");
   srv_format_address(&a, c->peer, sizeof c->peer);
-  c->io.in = in;
-  c->io.out = out;
-  c->io.stop = &s->stop;
+  c->io = (struct io){.in = in, .out = out, .stop = &s->stop};
   c->io.stall_ms = s->config.stall_ms;
   /* See the table at the head of [6].  Without threads it is nbdserve_run that
    * serves: nobody would shut down. */
   c->io.polls = fd < 0 || c->is_tcp || NBDSERVE_NO_THREADS;
   assert(c->io.stall_ms > 0 && !c->export);
   os_setup_client(out);
-  if (c->is_tcp) os_setup_tcp(out);
   os_lock(&s->lock);
   c->id = (int)++s->totals.clients;
   c->next = s->conns;
@@ -8864,9 +8787,8 @@ static int srv_serve_client(struct conn *c, const char *name) {
    * that ends it while the client may be sending.  One that leaves in order
    * sends nothing more; one that is too slow, or does not even come to
    * transmission, gets no more of our time. */
-  if (c->is_tcp && c->fd >= 0 && c->export && !c->send_err && err < 0 &&
-      err != -ETIMEDOUT)
-    io_linger(&c->io);
+  int lingers = c->is_tcp && c->fd >= 0 && c->export && !c->send_err;
+  if (lingers && err < 0 && err != -ETIMEDOUT) io_linger(&c->io);
   if (err == CONN_LEFT) err = c->send_err; /* or it was cut off: not reading */
   if (c->export && c->export->from_callback) srv_last_flush(c->export);
   if (c->export) ex_release(c->export);
@@ -8994,11 +8916,8 @@ int nbdserve_run(struct nbdserve *s) {
     /* When all slots are taken nobody is accepted, but that somebody waits is
      * worth a message now and then. */
     int listens = room > 0 || now >= s->tell_after;
-    for (int i = 0; i < s->nlisteners; i++) {
-      l[i].fd = listens ? s->listeners[i].fd : -1;
-      l[i].events = POLLIN;
-      l[i].revents = 0;
-    }
+    for (int i = 0; i < s->nlisteners; i++)
+      l[i] = (struct pollfd){listens ? s->listeners[i].fd : -1, POLLIN, 0};
     nfds_t n = (nfds_t)(SRV_OWN_FDS + s->nlisteners);
     int r = poll(p, n, io_timeout(until));
     if (r < 0 && errno != EINTR) return -errno;
@@ -9018,8 +8937,8 @@ int nbdserve_run(struct nbdserve *s) {
     r = room > 0 ? srv_accept(s, s->listeners[which].fd) : 0;
     if (r > 0) s->turn = which + 1;
     if (room <= 0 || r < 0) srv_tell_waiting(s, r);
-    if (r < 0)
-      poll(p, 1, SRV_PAUSE_MS); /* no memory, no descriptors: do not spin */
+    /* No memory, no descriptors: do not spin. */
+    if (r < 0) poll(p, 1, SRV_PAUSE_MS);
   }
 }
 
@@ -9064,7 +8983,7 @@ void nbdserve_free(struct nbdserve *s) {
  * To add a command-line option: a row in CLI_OPTIONS, from which --help prints
  * it.  opt[] has its value then; if that is more than a text or a number
  * cli_set_option checks it.  What the option must not be combined with goes to
- * cli_exclusions.
+ * cli_check_options.
  *
  * To add a command on stores: a function that does it, and a row in cli_verbs,
  * from which --help prints it, too.
@@ -9527,21 +9446,6 @@ static const struct cli_option cli_options[OPT_COUNT] = {
 
 STATIC_ASSERT(options_have_a_bit_each, OPT_COUNT <= 64);
 
-/* Options that exclude others, and why */
-static const struct cli_exclusion {
-  enum cli_option_id option;
-  uint64_t others;
-  const char *why;
-} cli_exclusions[] = {
-    {OPT_STDIN, BIT(UNIX) | BIT(PORT) | BIT(BIND) | BIT(FD), "nobody listens"},
-    {OPT_FD, BIT(UNIX) | BIT(PORT) | BIT(BIND), "the socket is there already"},
-    {OPT_RUN, BIT(STDIN) | BIT(FD), "the command could not connect"},
-    {OPT_RUN, BIT(ONCE) | BIT(IDLE_EXIT), "it ends with the command"},
-    {OPT_FORK, BIT(STDIN) | BIT(RUN), "nobody would wait for it"},
-    {OPT_FORK, BIT(PARENT), "the parent ends at once"},
-    {OPT_READ_ONLY, BIT(CREATE), "a new target would stay empty"},
-    {OPT_TEMPORARY, BIT(READ_ONLY) | BIT(CREATE), "nothing to discard"}};
-
 /* A word that the value of an option may contain, and what it stands for.  In a
  * table of words the last name is NULL. */
 struct cli_word {
@@ -9736,16 +9640,28 @@ static void cli_parse(char **argv) {
   }
 }
 
+/* Refuses an option together with one of the others, a BIT for each. */
+static void cli_exclude(enum cli_option_id id, uint64_t others,
+                        const char *why) {
+  for (int other = OPT_NONE + 1; other < OPT_COUNT; other++)
+    if (opt[id].given && opt[other].given && others >> other & 1)
+      cli_usage("--%s: not together with --%s: %s", cli_options[id].name,
+                cli_options[other].name, why);
+}
+
 /* Refuses what makes no sense for a server.  Commands on stores come before
  * that and just ignore options that are not for them. */
 static void cli_check_options(void) {
-  for (size_t i = 0; i < COUNT_OF(cli_exclusions); i++) {
-    const struct cli_exclusion *x = &cli_exclusions[i];
-    for (int id = OPT_NONE + 1; opt[x->option].given && id < OPT_COUNT; id++)
-      if (opt[id].given && x->others >> id & 1)
-        cli_usage("--%s: not together with --%s: %s",
-                  cli_options[x->option].name, cli_options[id].name, x->why);
-  }
+  const uint64_t sockets = BIT(UNIX) | BIT(PORT) | BIT(BIND);
+  cli_exclude(OPT_STDIN, sockets | BIT(FD), "nobody listens");
+  cli_exclude(OPT_FD, sockets, "the socket is there already");
+  cli_exclude(OPT_RUN, BIT(STDIN) | BIT(FD), "the command could not connect");
+  cli_exclude(OPT_RUN, BIT(ONCE) | BIT(IDLE_EXIT), "it ends with the command");
+  cli_exclude(OPT_FORK, BIT(STDIN) | BIT(RUN), "nobody would wait for it");
+  cli_exclude(OPT_FORK, BIT(PARENT), "the parent ends at once");
+  cli_exclude(OPT_READ_ONLY, BIT(CREATE), "a new target would stay empty");
+  cli_exclude(OPT_TEMPORARY, BIT(READ_ONLY) | BIT(CREATE),
+              "nothing to discard");
   if (opt[OPT_RUN].given > 1 || (cli.command && !*cli.command))
     cli_usage("--: there must be one command, behind it or --run");
   enum cli_option_id stray = OPT_DRY_RUN;
@@ -9813,7 +9729,9 @@ enum cli_verb_flags {
   VERB_WRITES_FILE = 1 << 4,
   /* It prints any number of rows, as JSON: an array of objects.  The others
    * print one or none. */
-  VERB_ROWS = 1 << 5
+  VERB_ROWS = 1 << 5,
+  /* It gives a new name to something: each operand but the first. */
+  VERB_NEW_NAME = 1 << 6
 };
 
 /* A command while it is being done, by whichever process */
@@ -9864,7 +9782,7 @@ struct cli_verb {
   const char *help;
   /* Does the command on an open store.  Returns 0 or -errno.  Only `init` has
    * none, as there is no store yet. */
-  int (*run)(struct cli_job *job, struct nbdserve_cas *cas);
+  int (*run)(struct cli_job *job);
   /* How many operands it needs besides STORE, and how many it may get.  It is
    * done for each one or, if it needs two, for the first with each of the
    * others, all at once: see cli_split_operands. */
@@ -9965,9 +9883,9 @@ static int OS_PRINTF(2, 4) OS_PRINTF(3, 4)
 
 /* create, snapshot, rollback, clone, rename, resize, rm: they change the
  * catalog, and nbdserve.h has one call for all of them. */
-static int cli_do_change(struct cli_job *job, struct nbdserve_cas *cas) {
+static int cli_do_change(struct cli_job *job) {
   assert(job->verb->change);
-  int err = nbdserve_cas_changes(cas, job->ops, job->nops, &job->failed);
+  int err = nbdserve_cas_changes(cli.cas, job->ops, job->nops, &job->failed);
   if (err || !job->request.dry_run) return err;
   return cli_row(job, "%s: possible; nothing was changed\n",
                  "{\"possible\":\"%s\"}\n", job->verb->name);
@@ -9985,15 +9903,15 @@ static int cli_list_row(void *arg, const struct nbdserve_cas_info *info) {
 }
 
 /* list: a row for each volume and snapshot */
-static int cli_do_list(struct cli_job *job, struct nbdserve_cas *cas) {
-  return nbdserve_cas_list(cas, cli_list_row, job);
+static int cli_do_list(struct cli_job *job) {
+  return nbdserve_cas_list(cli.cas, cli_list_row, job);
 }
 
 /* seal: gives a snapshot its id and prints that.  Until it was sealed all of it
  * has to be read, which takes long. */
-static int cli_do_seal(struct cli_job *job, struct nbdserve_cas *cas) {
+static int cli_do_seal(struct cli_job *job) {
   char id[72];
-  int err = nbdserve_cas_seal(cas, job->ops->name, id, cli_progress, job);
+  int err = nbdserve_cas_seal(cli.cas, job->ops->name, id, cli_progress, job);
   if (err) return err;
   assert(strncmp(id, "sha256-", 7) == 0);
   return cli_row(job, "%s\n", "{\"id\":\"%s\"}\n", id);
@@ -10006,8 +9924,8 @@ static int cli_range_row(void *arg, uint64_t off, uint64_t len) {
 }
 
 /* diff: a row for each range in which two volumes or snapshots differ */
-static int cli_do_diff(struct cli_job *job, struct nbdserve_cas *cas) {
-  return nbdserve_cas_diff(cas, job->ops->name, job->ops->to, cli_range_row,
+static int cli_do_diff(struct cli_job *job) {
+  return nbdserve_cas_diff(cli.cas, job->ops->name, job->ops->to, cli_range_row,
                            job);
 }
 
@@ -10025,25 +9943,25 @@ static int cli_damage_row(void *arg, const char *name, uint64_t off,
 
 /* verify: a row for each range that is damaged; the exit status tells, too.
  * repair: the same for what remains damaged. */
-static int cli_do_verify(struct cli_job *job, struct nbdserve_cas *cas) {
+static int cli_do_verify(struct cli_job *job) {
   int repairs = job->verb->open == NBDSERVE_CAS_REPAIR;
   return (repairs ? nbdserve_cas_repair : nbdserve_cas_verify)(
-      cas, cli_damage_row, cli_progress, job);
+      cli.cas, cli_damage_row, cli_progress, job);
 }
 
 /* gc: gives unused space to the file system.  The row has the bytes of the file
  * that nothing uses. */
-static int cli_do_gc(struct cli_job *job, struct nbdserve_cas *cas) {
+static int cli_do_gc(struct cli_job *job) {
   uint64_t bytes;
-  int err = nbdserve_cas_gc(cas, &bytes, cli_progress, job);
+  int err = nbdserve_cas_gc(cli.cas, &bytes, cli_progress, job);
   if (err) return err;
   return cli_row(job, CLI_N "\n", "{\"bytes\":" CLI_N "}\n", bytes);
 }
 
 /* stat: how much is stored, and how full the log is: a line for each value */
-static int cli_do_stat(struct cli_job *job, struct nbdserve_cas *cas) {
+static int cli_do_stat(struct cli_job *job) {
   struct nbdserve_cas_stat s;
-  nbdserve_cas_stat(cas, &s);
+  nbdserve_cas_stat(cli.cas, &s);
   assert(u_is_power_of_2(s.block_size));
   return cli_row(job,
                  "block_size\t" CLI_N "\nstored\t" CLI_N "\nfree\t" CLI_N
@@ -10055,8 +9973,7 @@ static int cli_do_stat(struct cli_job *job, struct nbdserve_cas *cas) {
 
 /* uri: where the store is served, and by which process, which does this; if it
  * is done here, nobody serves it. */
-static int cli_do_uri(struct cli_job *job, struct nbdserve_cas *cas) {
-  (void)cas;
+static int cli_do_uri(struct cli_job *job) {
   if (job->client < 0 || !*cli.uri) return -ENOTCONN;
   return cli_row(job, "%s\t" CLI_N "\n",
                  "{\"uri\":\"%s\",\"process\":" CLI_N "}\n", cli.uri,
@@ -10078,42 +9995,61 @@ static int cli_is_data(const struct nbdserve_export *v, uint64_t off,
   return !(x.last_status & NBDSERVE_EXTENT_ZERO);
 }
 
-/* Reads from what has no offsets, to its end or until `most` bytes are there.
- * Returns their number, or -errno. */
-static int64_t cli_read(const struct cli_job *job, int fd,
-                        unsigned char *buffer, size_t most) {
-  size_t n = 0;
-  while (n < most) {
-    int err = cli_wait(job, fd, POLLIN, -1);
+/* Reads *n bytes of FILE into the buffer, or fewer up to its end, and sets *n
+ * to their number.  They come from off on; what has no offsets, like a pipe,
+ * gives what comes next. */
+static int cli_read(const struct cli_job *job, unsigned char *buffer,
+                    uint64_t off, uint64_t *n) {
+  int file = job->fds.output;
+  uint64_t wanted = *n;
+  for (*n = 0; *n < wanted;) {
+    size_t left = (size_t)(wanted - *n);
+    int err = cli_wait(job, file, POLLIN, -1);
     if (err) return err;
-    ssize_t some = read(fd, buffer + n, most - n);
+    ssize_t some = pread(file, buffer + *n, left, (off_t)(off + *n));
+    if (some < 0 && errno == ESPIPE) some = read(file, buffer + *n, left);
     if (some == 0) break;
     if (some < 0 && errno != EINTR && errno != EAGAIN) return -errno;
-    if (some > 0) n += (size_t)some;
+    if (some > 0) *n += (uint64_t)some;
   }
-  return (int64_t)n;
+  return 0;
 }
 
-/* Makes a volume of what has no offsets, like a pipe, and so no size before its
- * end. */
-static int cli_import_stream(struct cli_job *job, struct nbdserve_cas *cas,
-                             unsigned char *buffer) {
-  struct nbdserve_export v = {.name = NULL};
-  int64_t n = IO_UNIT;
-  uint64_t size = 0;
-  int err = nbdserve_cas_begin(cas, job->ops->name, UINT64_C(1) << 50, &v);
-  if (err) return err;
-  while (!err && n == IO_UNIT) {
-    n = cli_read(job, job->fds.output, buffer, IO_UNIT);
-    if (n < 0) err = (int)n;
-    if (n > 0 && size > v.size - (uint64_t)n) err = -EFBIG;
-    if (n > 0 && !err) err = v.ops->write(v.ctx, buffer, size, (uint64_t)n, 0);
-    if (!err && cli_progress(job, 0, 0)) err = -ECANCELED;
-    if (!err) size += (uint64_t)n;
+/* Copies between FILE and a volume, IO_UNIT bytes at a time, which is a whole
+ * number of blocks of every size.  What is written to FILE goes from front to
+ * back, as it may be a pipe.  can_skip: holes are not copied, as the other side
+ * is one hole already.  is_stream: FILE is a pipe that is read, so it has no
+ * size, and its end becomes that of the volume. */
+static int cli_copy(struct cli_job *job, struct nbdserve_export *v,
+                    int can_skip, int is_stream) {
+  int file = job->fds.output;
+  int imports = (job->verb->flags & VERB_READS_FILE) != 0;
+  int is_data = 0;
+  uint64_t end = 0; /* of the data or hole that we are in */
+  uint64_t n = 0;
+  unsigned char *buffer = NBDSERVE_MALLOC(IO_UNIT);
+  int err = buffer ? 0 : -ENOMEM;
+  for (uint64_t off = 0; off < v->size && !err; off += n) {
+    if (off >= end)
+      is_data = imports ? os_is_data(file, off, v->size, &end)
+                        : cli_is_data(v, off, &end);
+    int is_skipped = can_skip && !is_data;
+    n = is_skipped ? end - off : u_min(end - off, IO_UNIT);
+    if (cli_progress(job, is_stream ? 0 : off, v->size)) err = -ECANCELED;
+    if (is_skipped && !imports) lseek(file, (off_t)n, SEEK_CUR);
+    if (is_skipped || err) continue;
+    uint64_t wanted = n;
+    err = imports ? cli_read(job, buffer, off, &n)
+                  : v->ops->read(v->ctx, buffer, off, n, 0);
+    if (!err && n < wanted && !is_stream) err = -EIO; /* it has been cut */
+    if (n < wanted) v->size = off + n;
+    if (err || !n) break;
+    err = imports ? v->ops->write(v->ctx, buffer, off, n, 0)
+                  : cli_write(job, file, buffer, (size_t)n);
   }
-  v.size = size;
-  int finish_err = nbdserve_cas_finish(cas, &v, !err);
-  return err ? err : finish_err;
+  NBDSERVE_FREE(buffer);
+  assert(err <= 0);
+  return err;
 }
 
 /* export: writes a volume or snapshot to a FILE, which gets its size, or to
@@ -10123,54 +10059,28 @@ static int cli_import_stream(struct cli_job *job, struct nbdserve_cas *cas,
  * import: makes a volume of a file, or of a pipe.  If that fails, at whatever
  * point, there is no volume afterwards.
  *
- * IO_UNIT bytes are copied at a time, which is a whole number of blocks of
- * every size.  What is written to FILE goes from front to back, as it may be a
- * pipe.  Holes are not copied where the other side is one hole already: a new
- * volume, or a file that can be given its size; not standard output, where
- * something may stand before. */
-static int cli_do_copy(struct cli_job *job, struct nbdserve_cas *cas) {
-  struct nbdserve_export v = {.name = NULL}; /* the volume */
+ * Holes are skipped in a new volume, and in a file that can be given its size;
+ * not on standard output, where something may stand before. */
+static int cli_do_copy(struct cli_job *job) {
+  const uint64_t most = UINT64_C(1) << 50; /* bytes of a volume */
+  struct nbdserve_export v = {.name = NULL};
   int file = job->fds.output;
   int imports = (job->verb->flags & VERB_READS_FILE) != 0;
-  int is_data = 0;
-  uint64_t end = 0; /* of the data or hole that we are in */
   off_t size = imports ? lseek(file, 0, SEEK_END) : 0;
-  unsigned char *buffer = NBDSERVE_MALLOC(IO_UNIT);
-  if (!buffer) return -ENOMEM;
-  if (size < 0) {
-    int stream_err = cli_import_stream(job, cas, buffer);
-    NBDSERVE_FREE(buffer);
-    return stream_err;
-  }
-  int err = imports
-                ? nbdserve_cas_begin(cas, job->ops->name, (uint64_t)size, &v)
-                : nbdserve_cas_volume(cas, job->ops->name, &v);
-  int can_skip = imports || strcmp(job->ops->to, "-") != 0;
+  int is_stream = size < 0;
+  int can_skip = imports ? !is_stream : strcmp(job->ops->to, "-") != 0;
+  int err = imports ? nbdserve_cas_begin(cli.cas, job->ops->name,
+                                         is_stream ? most : (uint64_t)size, &v)
+                    : nbdserve_cas_volume(cli.cas, job->ops->name, &v);
   if (!err && !imports && can_skip && ftruncate(file, (off_t)v.size) < 0) {
     if (errno == EFBIG) err = -EFBIG; /* others: a device or pipe has no size */
     can_skip = 0;
   }
-  uint64_t n = 0;
-  for (uint64_t off = 0; off < v.size && !err; off += n) {
-    if (off >= end)
-      is_data = imports ? os_is_data(file, off, v.size, &end)
-                        : cli_is_data(&v, off, &end);
-    int is_skipped = can_skip && !is_data;
-    n = is_skipped ? end - off : u_min(end - off, IO_UNIT);
-    struct iovec piece = {buffer, (size_t)n};
-    if (cli_progress(job, off, v.size)) err = -ECANCELED;
-    if (is_skipped && !imports) lseek(file, (off_t)n, SEEK_CUR);
-    if (is_skipped || err) continue;
-    err = imports ? os_transfer(file, OS_READ, &piece, 1, off)
-                  : v.ops->read(v.ctx, buffer, off, n, 0);
-    if (err) break;
-    err = imports ? v.ops->write(v.ctx, buffer, off, n, 0)
-                  : cli_write(job, file, buffer, piece.iov_len);
-  }
-  NBDSERVE_FREE(buffer);
-  assert(err <= 0);
-  int finish_err = imports && v.ops ? nbdserve_cas_finish(cas, &v, !err) : 0;
+  if (!err) err = cli_copy(job, &v, can_skip, is_stream);
+  if (!err && is_stream && v.size == most) err = -EFBIG;
   if (!imports && v.ops) v.ops->close(v.ctx);
+  int finish_err =
+      imports && v.ops ? nbdserve_cas_finish(cli.cas, &v, !err) : 0;
   return err ? err : finish_err;
 }
 
@@ -10195,9 +10105,9 @@ static const struct cli_verb cli_verbs[] = {
     {"rollback", "STORE::VOLUME@SNAPSHOT", "make VOLUME what it was then",
      cli_do_change, 1, 1, VERB_DRY_RUN, 0, NBDSERVE_CAS_ROLLBACK},
     {"clone", "STORE::NAME VOLUME...", "make volumes that begin as copies",
-     cli_do_change, 2, INT_MAX, 0, 0, NBDSERVE_CAS_CLONE},
+     cli_do_change, 2, INT_MAX, VERB_NEW_NAME, 0, NBDSERVE_CAS_CLONE},
     {"rename", "STORE::NAME NEW", "change a name",
-     cli_do_change, 2, 2, 0, 0, NBDSERVE_CAS_RENAME},
+     cli_do_change, 2, 2, VERB_NEW_NAME, 0, NBDSERVE_CAS_RENAME},
     {"resize", "STORE::VOLUME SIZE", "cut a volume, or add zeroes",
      cli_do_change, 2, 2, VERB_DRY_RUN | VERB_SIZE, 0, NBDSERVE_CAS_RESIZE},
     {"rm", "STORE::NAME [NAME...]", "remove volumes and snapshots",
@@ -10262,12 +10172,10 @@ static int cli_split_operands(struct cli_job *job) {
 
 /* Turns the error of a command into a text.  nbdserve.h gives some of them a
  * meaning of their own. */
-static const char *cli_why(const struct cli_job *job,
+static const char *cli_why(const struct cli_verb *verb,
                            const struct nbdserve_cas_op *op, int err) {
-  int verb = op->verb & ~NBDSERVE_CAS_DRY_RUN;
-  const char *name = verb == NBDSERVE_CAS_CLONE || verb == NBDSERVE_CAS_RENAME
-                         ? op->to
-                         : op->name;
+  int change = verb->change;
+  const char *name = verb->flags & VERB_NEW_NAME ? op->to : op->name;
   const char *at = strchr(name, '@');
   if (err == -ENOENT) return "no such volume or snapshot (list names all)";
   if (err == -EEXIST) return "that name is taken";
@@ -10277,17 +10185,17 @@ static const char *cli_why(const struct cli_job *job,
   if (err == -ETIMEDOUT) return "nobody takes its output";
   if (err == -ENOTCONN)
     return "it is not served, or only to be read, or not at a known address";
-  if (err == -ENOSPC && job->verb->flags & VERB_READS_FILE)
+  if (err == -ENOSPC && verb->flags & VERB_READS_FILE)
     return "no space left; what it took is free in the store, and gc gives it "
            "to the file system";
   if (err != -EINVAL) return u_errno_text(err);
-  if (strncmp(op->name, "sha256-", 7) == 0 && verb != NBDSERVE_CAS_CREATE)
+  if (strncmp(op->name, "sha256-", 7) == 0 && change != NBDSERVE_CAS_CREATE)
     return "several snapshots have that id, or it cannot be used here";
-  if (verb == NBDSERVE_CAS_ROLLBACK || job->verb->run == cli_do_seal)
+  if (change == NBDSERVE_CAS_ROLLBACK || verb->run == cli_do_seal)
     return "not a snapshot: that is VOLUME@NAME";
-  if (verb == NBDSERVE_CAS_RESIZE && at) return "a snapshot keeps its size";
-  int is_snapshot = strchr(op->name, '@') && verb != NBDSERVE_CAS_CLONE;
-  if ((verb == NBDSERVE_CAS_SNAPSHOT || is_snapshot) && !at)
+  if (change == NBDSERVE_CAS_RESIZE && at) return "a snapshot keeps its size";
+  int is_snapshot = strchr(op->name, '@') && change != NBDSERVE_CAS_CLONE;
+  if ((change == NBDSERVE_CAS_SNAPSHOT || is_snapshot) && !at)
     return "a snapshot is called VOLUME@NAME";
   if (!cas_is_name(at ? at + 1 : name))
     return "not a name: 1 to 166 bytes without / @ \" \\ and not sha256-...";
@@ -10300,13 +10208,13 @@ static const char *cli_why(const struct cli_job *job,
  * opened are about the volume.  A reader who has seen enough of a list, as
  * `head` does, wants none.  Nor does whoever was told by rows of damage.)
  * Returns the exit status. */
-static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
+static int cli_run_job(struct cli_job *job) {
   unsigned flags = job->verb->flags;
   const char *end = job->request.json && flags & VERB_ROWS ? "]\n" : "";
-  assert(job->verb == &cli_verbs[job->request.verb] && job->verb->run);
+  assert(job->verb && job->verb->run);
   assert(job->nops > 0 && !job->nrows && !job->lost && !job->shown_ms);
   job->begun_ms = os_now_ms();
-  int err = job->verb->run(job, cas);
+  int err = job->verb->run(job);
   cli_hide_progress(job);
   if (*end && !job->nrows) end = err ? "" : "[]\n";
   if (!job->lost) job->lost = cli_write(job, job->fds.output, end, strlen(end));
@@ -10315,7 +10223,7 @@ static int cli_run_job(struct cli_job *job, struct nbdserve_cas *cas) {
   assert(job->failed < job->nops);
   const struct nbdserve_cas_op *op = &job->ops[job->failed];
   const char *to = flags & VERB_READS_FILE ? "" : op->to;
-  const char *why = cli_why(job, op, err);
+  const char *why = cli_why(job->verb, op, err);
   if (!(err == -EUCLEAN && job->nrows) && !(err == -EPIPE && flags & VERB_ROWS))
     cli_say_to(job->fds.messages, job->request.json, "%s%s%.999s%s%.999s: %s",
                job->verb->name, *op->name ? " " : "", op->name, *to ? " " : "",
@@ -10355,6 +10263,7 @@ static int cli_run_remote(struct cli_job *job, int ms) {
   unsigned char status = CLI_FAILED;
   size_t length = job->request.length;
   assert(job->client >= 0 && !cli.cas);
+  job->request.verb = (unsigned char)(job->verb - cli_verbs);
   int err = cli_pass(job, 1);
   if (!err) err = cli_write(job, job->client, job->operands, length);
   if (!err) cli_wait(job, -1, 0, ms);
@@ -10405,7 +10314,7 @@ static void *cli_serve_job(void *client) {
   if (cli_receive(&job) == 0) {
     int is_long = (job.verb->flags & VERB_LONG) != 0;
     if (cli_count(0, is_long) <= 16 || !is_long)
-      status = (unsigned char)cli_run_job(&job, cli.cas);
+      status = (unsigned char)cli_run_job(&job);
     else
       cli_say_to(job.fds.messages, job.request.json,
                  "%s: the server is doing 16 others", job.verb->name);
@@ -10552,7 +10461,6 @@ static int cli_first_volume(void *unused,
  * to. */
 static void cli_say_where(const char *path, struct cli_job *job) {
   job->verb = cli_find_verb("uri");
-  job->request.verb = (unsigned char)(job->verb - cli_verbs);
   job->fds.output = job->fds.messages = 2;
   cli_say("%s: in use by a server; stop it, or connect to it.  Its URI and "
           "process id:",
@@ -10651,11 +10559,10 @@ static const char *cli_same_store(const char *store, const char *operand,
  * nobody wants to lose them. */
 static int cli_open_file(const char *file, int writes) {
   struct stat st;
-  if (writes && strcmp(file, "-") == 0) return 1;
-  int fd =
-      strcmp(file, "-") == 0
-          ? 0
-          : open(file, (writes ? O_WRONLY : O_RDONLY) | O_CLOEXEC | O_NOCTTY);
+  int how = (writes ? O_WRONLY : O_RDONLY) | O_CLOEXEC | O_NOCTTY;
+  int is_standard = strcmp(file, "-") == 0;
+  if (writes && is_standard) return 1;
+  int fd = is_standard ? 0 : open(file, how);
   if (fd < 0 && (!writes || errno != ENOENT)) cli_exit_if_error(-errno, file);
   if (writes && fd >= 0 && os_lock_file(fd, 0))
     cli_die(CLI_IN_USE, "%s: in use", file);
@@ -10694,7 +10601,7 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
   if (err == -EBUSY && how & NBDSERVE_CAS_ACCEPT_LOSS)
     cli_die(CLI_IN_USE, "%s: is being served; stop the server first", store);
   if (err != -EBUSY) cli_exit_if_error(err, store);
-  int status = err ? cli_run_remote(job, -1) : cli_run_job(job, cli.cas);
+  int status = err ? cli_run_remote(job, -1) : cli_run_job(job);
   if (status || !(flags & VERB_WRITES_FILE)) return status;
   err = os_datasync(job->fds.output);
   if (err != -EINVAL && err != -ENOTSUP) cli_exit_if_error(err, last);
@@ -10716,9 +10623,8 @@ static uint64_t cli_options_of(const struct cli_verb *verb) {
 /* Refuses options that are not for a command: to ignore one would not be what
  * the user has asked for. */
 static void cli_check_verb(const struct cli_verb *verb) {
-  uint64_t allowed = cli_options_of(verb);
   for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
-    if (opt[id].given && !(allowed >> id & 1))
+    if (opt[id].given && !(cli_options_of(verb) >> id & 1))
       cli_usage("--%.*s: not for the command %s", CLI_NAME(id), verb->name);
 }
 
@@ -10736,7 +10642,6 @@ static void cli_run_verb(void) {
   size_t length;
   job.verb = cli_find_verb(name);
   if (!job.verb) return;
-  job.request.verb = (unsigned char)(job.verb - cli_verbs);
   job.request.json = opt[OPT_JSON].given != 0;
   job.request.dry_run = opt[OPT_DRY_RUN].given != 0;
   cli.targets++;
@@ -10745,8 +10650,7 @@ static void cli_run_verb(void) {
   FILE *out = open_memstream(&job.operands, &length);
   for (int j = 0; out && j < cli.ntargets; j++) {
     int is_file = job.verb->flags & (VERB_READS_FILE | VERB_WRITES_FILE);
-    int is_new = job.verb->change == NBDSERVE_CAS_CLONE ||
-                 job.verb->change == NBDSERVE_CAS_RENAME;
+    int is_new = job.verb->flags & VERB_NEW_NAME;
     last = cli.targets[j];
     if (j && !is_file) last = cli_same_store(store, last, is_new);
     fwrite(last, 1, strlen(last) + 1, out);
@@ -11228,14 +11132,11 @@ static int cli_serve(void) {
  * not end in time, the store stays open: opening it next time repairs what is
  * unfinished. */
 static void cli_close(void) {
-  struct stat st;
   int64_t until = os_now_ms() + IO_GRACE_MS;
   cli_catch_signals(SIG_IGN);
   if (cli.pidfile) os_remove_own_file(opt[OPT_PIDFILE].text, cli.pidfile);
   if (*cli.temp) unlink(cli.temp);
-  if (lstat(cli.ctl_path, &st) == 0 && st.st_dev == cli.ctl_st.st_dev &&
-      st.st_ino == cli.ctl_st.st_ino)
-    unlink(cli.ctl_path);
+  os_remove_same(cli.ctl_path, &cli.ctl_st);
   if (!cli.server) return;
   nbdserve_stop(cli.server);
   os_lock(&cli.server->lock);

@@ -4338,7 +4338,7 @@ struct cas_record {
   unsigned char cid[CAS_DIGEST_LEN]; /* content id, or zeroes */
   unsigned char kept[40];            /* zeroes: 32 for the origin of a lazy
                                         clone, 8 for a quota */
-  unsigned char name[CAS_NAME + 1];  /* without that of its volume */
+  char name[CAS_NAME + 1];           /* without that of its volume */
 };
 
 /* How many bytes the members of these have in the file, where they lie one
@@ -4494,15 +4494,9 @@ struct cas_node {
   struct cas_node **kid;  /* else: [nkids]; NULL: zeroes, or no volume */
 };
 
-/* What a change of the catalog can change of a volume */
-struct cas_facts {
-  uint64_t size;                     /* bytes */
-  unsigned char cid[CAS_DIGEST_LEN]; /* content id, or zeroes */
-  char name[CAS_NAME + 1];           /* without that of its volume */
-  int is_there;                      /* 0: hidden, not yet, or no more */
-};
-
-/* A volume or snapshot.  All its exports are this one struct. */
+/* A volume or snapshot.  All its exports are this one struct.  It has two
+ * records.  An id of 0 in one of them means that nobody sees it, or not yet, or
+ * no more; flags, levels and the roots are filled in when it is encoded. */
 struct cas_volume {
   struct ex_batched own;     /* must come first */
   struct nbdserve_cas *st;   /* the store that it is in */
@@ -4512,13 +4506,11 @@ struct cas_volume {
   struct cas_node *page;     /* of level 4, with its record and maps */
   uint32_t place;            /* of its record in the catalog */
   uint32_t id;               /* unlike all others; in the order of coming */
-  uint32_t made_from;        /* id */
   int is_hidden;             /* it is being filled; its name is reserved */
-  uint64_t created;          /* seconds since 1970 */
   uint64_t clients;          /* exports and calls that use it */
   uint64_t pins;             /* readers that are done in a moment */
-  struct cas_facts now;      /* what everybody sees */
-  struct cas_facts then;     /* what a checkpoint that is being written says, */
+  struct cas_record now;     /* what everybody sees */
+  struct cas_record then;    /* what a checkpoint that is being written says, */
   int is_staged;             /* if this is set */
   int is_rolled_back;        /* staged: it gets another map, */
   struct cas_node *old_root; /* and had this one */
@@ -5781,7 +5773,7 @@ static int cas_own_leaf(struct cas_volume *vol, uint64_t block,
 
 /* ---- Volumes and their names ------------------------------------------------
  * A change of the catalog is seen by all at once, when the checkpoint that has
- * it is durable, or never.  So a volume has its facts twice: `now` is what
+ * it is durable, or never.  So a volume has its record twice: `now` is what
  * everybody sees, and `then` what it will be.  Several changes in one
  * checkpoint are tested one after the other against `then`; that is how
  * "snapshot A@x, rename A to B" fails or succeeds as a whole. */
@@ -5794,8 +5786,8 @@ enum cas_view {
 };
 
 /* What a volume is now, or will be when the checkpoint under way is durable. */
-static const struct cas_facts *cas_facts(const struct cas_volume *vol,
-                                         enum cas_view view) {
+static const struct cas_record *cas_record(const struct cas_volume *vol,
+                                           enum cas_view view) {
   return view != VIEW_NOW && vol->is_staged ? &vol->then : &vol->now;
 }
 
@@ -5819,21 +5811,21 @@ static char *cas_spell_id(const struct cas_volume *vol, char id[72]) {
 /* Is the name of n bytes that of a volume or snapshot, or its content id? */
 static int cas_is_called(const struct cas_volume *vol, const char *name,
                          size_t n, enum cas_view view) {
-  const struct cas_facts *facts = cas_facts(vol, view);
+  const struct cas_record *record = cas_record(vol, view);
   const char *at = memchr(name, '@', n);
   char id[72];
-  if (!facts->is_there && !(view == VIEW_RESERVED && vol->is_hidden)) return 0;
+  if (!record->id && !(view == VIEW_RESERVED && vol->is_hidden)) return 0;
   if (n == 71 && memcmp(name, "sha256-", 7) == 0)
     return memcmp(cas_spell_id(vol, id), name, n) == 0;
   if (!at != !vol->parent) return 0;
   if (at) {
-    const char *up = cas_facts(vol->parent, view)->name;
+    const char *up = cas_record(vol->parent, view)->name;
     size_t len = (size_t)(at - name);
     if (strncmp(up, name, len) != 0 || up[len]) return 0;
     n -= len + 1;
     name = at + 1;
   }
-  return strncmp(facts->name, name, n) == 0 && !facts->name[n];
+  return strncmp(record->name, name, n) == 0 && !record->name[n];
 }
 
 /* The volume or snapshot of that name, of n bytes, or content id, or NULL. */
@@ -5906,7 +5898,7 @@ static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
     return err;
   }
   vol->id = st->next_id++;
-  vol->created = (uint64_t)time(NULL);
+  vol->then.created = (uint64_t)time(NULL);
   for (; *p; p = &(*p)->next)
     assert((*p)->id < vol->id);
   *p = *out = vol;
@@ -5935,7 +5927,8 @@ struct cas_change {
   const unsigned char *cid; /* and this as its content id */
 };
 
-/* From here on a volume has facts that hold when the checkpoint is durable. */
+/* From here on a volume has a record that holds when the checkpoint is
+ * durable. */
 static void cas_begin_staging(struct cas_volume *vol) {
   assert(vol->id && vol->st->by_place[vol->place] == vol);
   if (!vol->is_staged) vol->then = vol->now;
@@ -5971,9 +5964,9 @@ static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
   int err = cas_enter(st, up, name, &vol);
   if (err) return err;
   vol->is_staged = 1;
-  vol->made_from = from ? from->id : 0;
-  vol->then.is_there = 1;
-  vol->then.size = from ? cas_facts(from, VIEW_THEN)->size : op->size;
+  vol->then.id = vol->id;
+  vol->then.made_from = from ? from->id : 0;
+  vol->then.size = from ? cas_record(from, VIEW_THEN)->size : op->size;
   if (from) cas_share(cas_root(vol), *cas_root(from));
   return 0;
 }
@@ -6005,7 +5998,7 @@ static int cas_stage_op(struct nbdserve_cas *st,
   if (needs_closed && vol->clients > (is_resize && !dry_run)) /* the caller */
     return -EBUSY;
   for (const struct cas_volume *p = st->volumes; p; p = p->next) {
-    if (is_rm && p->parent == vol && cas_facts(p, VIEW_THEN)->is_there)
+    if (is_rm && p->parent == vol && cas_record(p, VIEW_THEN)->id)
       return -ENOTEMPTY;
     if (p != snapshot && cas_is_called(p, op->name, n, VIEW_THEN))
       return -EINVAL; /* several have that id */
@@ -6014,14 +6007,14 @@ static int cas_stage_op(struct nbdserve_cas *st,
   int err = needs_closed ? 0 : cas_give_name(st, vol, op->to);
   if (!err && !dry_run) err = cas_own_record(st, vol->place, &vol->page);
   if (err || !needs_closed) return err;
-  vol->then.is_there = !is_rm;
+  if (is_rm) vol->then.id = 0;
   if (is_resize) vol->then.size = op->size;
   if (!is_rollback) return 0;
   if (vol->is_rolled_back) return -EINVAL; /* once in a change is enough */
   vol->is_rolled_back = 1;
   vol->old_root = *cas_root(vol);
   cas_share(cas_root(vol), *cas_root(snapshot));
-  vol->then.size = cas_facts(snapshot, VIEW_THEN)->size;
+  vol->then.size = cas_record(snapshot, VIEW_THEN)->size;
   return 0;
 }
 
@@ -6043,7 +6036,7 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   cas_begin_staging(vol);
   err = cas_own_record(st, vol->place, &vol->page);
   if (err) return err;
-  vol->then.is_there = 1;
+  vol->then.id = vol->id;
   if (!change->tree) return 0;
   memcpy(vol->then.cid, change->cid, CAS_DIGEST_LEN);
   cas_share(cas_digests(vol), *cas_root(change->tree));
@@ -6078,7 +6071,7 @@ static void cas_settle(struct nbdserve_cas *st, int is_durable) {
     next = vol->next; /* only who holds ckpt takes it out */
     vol->old_root = NULL;
     cas_unref(st, old_root);
-    if (!vol->now.is_there && !vol->is_hidden) cas_leave(vol);
+    if (!vol->now.id && !vol->is_hidden) cas_leave(vol);
   }
 }
 
@@ -6112,23 +6105,17 @@ static void cas_encode_records(struct nbdserve_cas *st,
   uint32_t end = (uint32_t)u_min(first + st->per_page, st->places);
   for (uint32_t place = first; place < end; place++, p += CAS_RECORD) {
     const struct cas_volume *vol = st->by_place[place];
-    if (!vol || !cas_facts(vol, VIEW_THEN)->is_there) continue;
-    const struct cas_facts *facts = cas_facts(vol, VIEW_THEN);
+    if (!vol || !cas_record(vol, VIEW_THEN)->id) continue;
+    struct cas_record record = *cas_record(vol, VIEW_THEN);
     const struct cas_node *root = *cas_root(vol);
     const struct cas_node *digests = *cas_digests(vol);
-    struct cas_record record = {.id = vol->id,
-                                .flags = vol->parent ? CAS_IS_SNAPSHOT : 0,
-                                .size = facts->size,
-                                .root = root ? root->slot : 0,
-                                .levels = CAS_LEVELS,
-                                .created = vol->created,
-                                .made_from = vol->made_from,
-                                .digests = digests ? digests->slot : 0};
-    assert(vol->page == node && vol->id);
+    record.flags = vol->parent ? CAS_IS_SNAPSHOT : 0;
+    record.levels = CAS_LEVELS;
+    record.root = root ? root->slot : 0;
+    record.digests = digests ? digests->slot : 0;
+    assert(vol->page == node && record.id == vol->id);
     assert((!root || root->slot) && (!digests || digests->slot));
-    assert(cas_is_name((const char *)facts->name));
-    memcpy(record.cid, facts->cid, sizeof record.cid);
-    memcpy(record.name, facts->name, sizeof record.name);
+    assert(cas_is_name(record.name));
     cas_encode(cas_record_sizes, &record, p + CAS_HEAD);
   }
 }
@@ -7039,7 +7026,7 @@ static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
   if (!record.id || record.flags & CAS_IS_PARTIAL) return 0;
   if (record.flags > CAS_IS_SNAPSHOT || record.levels != CAS_LEVELS)
     return -EOPNOTSUPP;
-  if (!cas_is_name((char *)record.name) || !cas_is_size(st, record.size) ||
+  if (!cas_is_name(record.name) || !cas_is_size(st, record.size) ||
       record.id >= st->next_id)
     return -EUCLEAN;
   struct cas_volume *vol = u_zalloc(sizeof *vol);
@@ -7052,12 +7039,8 @@ static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
   if (record.flags) vol->parent = vol; /* which a snapshot has */
   vol->page = page;
   vol->id = (uint32_t)record.id;
-  vol->made_from = (uint32_t)record.made_from;
-  vol->created = record.created;
-  vol->now.is_there = 1;
-  vol->now.size = record.size;
-  memcpy(vol->now.cid, record.cid, sizeof record.cid);
-  memcpy(vol->now.name, record.name, sizeof record.name);
+  vol->now = record;
+  memset(vol->now.kept, 0, sizeof record.kept); /* and so they are written */
   st->loader->nvolumes++;
   int err = cas_load_node(st, record.root, level, 0, cas_root(vol));
   if (err) return err;
@@ -7169,7 +7152,7 @@ static int cas_order_volumes(struct nbdserve_cas *st) {
   for (struct cas_volume *vol = st->volumes; vol; vol = vol->next) {
     if (vol->next && vol->next->id == vol->id) return -EUCLEAN;
     if (!vol->parent) continue;
-    vol->parent = cas_by_id(loader, vol->made_from);
+    vol->parent = cas_by_id(loader, vol->now.made_from);
     if (vol->parent && !vol->parent->parent) continue;
     loader->nunreadable++; /* its record is lost: it is a volume from now on */
     vol->parent = NULL;
@@ -7783,7 +7766,7 @@ int nbdserve_cas_finish(struct nbdserve_cas *st, struct nbdserve_export *ex,
 static struct cas_volume *cas_volume_from(struct nbdserve_cas *st,
                                           uint32_t id) {
   struct cas_volume *vol = st->volumes;
-  while (vol && (!vol->now.is_there || vol->id < id))
+  while (vol && (!vol->now.id || vol->id < id))
     vol = vol->next;
   return vol;
 }
@@ -7801,7 +7784,7 @@ int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
     uint32_t next = vol->id + 1;
     struct nbdserve_cas_info info = {.name = cas_full_name(vol, name),
                                      .size = vol->now.size,
-                                     .created = vol->created,
+                                     .created = vol->now.created,
                                      .clients = (uint32_t)vol->clients,
                                      .readonly = vol->parent != NULL,
                                      .id = cas_spell_id(vol, id)};
@@ -7811,7 +7794,7 @@ int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
     do /* what comes behind it; from the beginning, if it may be gone */
       vol =
           st->generation == generation ? vol->next : cas_volume_from(st, next);
-    while (vol && !vol->now.is_there);
+    while (vol && !vol->now.id);
   }
   cas_unlock(st);
   return r;
@@ -7932,8 +7915,8 @@ static struct cas_volume *cas_use_base(struct cas_sealer *sealer) {
   struct cas_volume *base = NULL;
   os_lock(&vol->st->lock);
   for (struct cas_volume *p = vol->st->volumes; p; p = p->next)
-    if ((p->parent == vol->parent || p->id == vol->parent->made_from) &&
-        p != vol && p->now.is_there && !p->is_staged &&
+    if ((p->parent == vol->parent || p->id == vol->parent->now.made_from) &&
+        p != vol && p->now.id && !p->is_staged &&
         !u_is_zero(p->now.cid, CAS_DIGEST_LEN) && *cas_digests(p))
       base = p;
   if (base) {

@@ -237,7 +237,7 @@ lint() {
   n=$(($(sed -n 's/^code //p' "$scratch/figures") -
     $(sed -n 's/^lone //p' "$scratch/figures")))
   # The goal is 6500: until it is met, not one line more than there is now
-  [ $n -le 7960 ] || { echo "nbdserve.c: $n lines of code, over 7960"; bad=1; }
+  [ $n -le 7942 ] || { echo "nbdserve.c: $n lines of code, over 7942"; bad=1; }
   return $bad
 }
 case ${1-} in
@@ -18902,11 +18902,12 @@ static void k_compare(struct nbdserve_cas *st) {
     n--;
     k_must(record->flags == (vol->parent ? CAS_IS_SNAPSHOT : 0) &&
                record->size == vol->now.size &&
-               record->created == vol->created &&
-               record->made_from == vol->made_from &&
+               record->id == vol->now.id &&
+               record->created == vol->now.created &&
+               record->made_from == vol->now.made_from &&
                record->levels == CAS_LEVELS &&
                !memcmp(record->cid, vol->now.cid, 32) &&
-               !strcmp((const char *)record->name, vol->now.name),
+               !strcmp(record->name, vol->now.name),
            "its record", vol->id);
     memset(k_mine, 0, sizeof k_mine);
     k_memory(st, *cas_root(vol), k_mine);
@@ -21838,7 +21839,7 @@ static void ck_volumes(struct nbdserve_cas *st, int is_forged) {
   const struct cas_volume *vol, *other;
   uint32_t n = 0, place, id = 0;
   for (vol = st->volumes; vol; vol = vol->next, n++) {
-    const struct cas_facts *facts = &vol->now;
+    const struct cas_record *facts = &vol->now;
     const struct cas_node *node;
     ck.at = vol->id;
     CK(vol->st == st && vol->id > id && vol->id < st->next_id);
@@ -21848,7 +21849,7 @@ static void ck_volumes(struct nbdserve_cas *st, int is_forged) {
     node = cas_kid(st->catalog, place / st->fanout);
     CK(node && vol->page == cas_kid(node, place % st->fanout));
     CK(!vol->is_staged && !vol->is_rolled_back && !vol->old_root);
-    CK(!vol->pins && facts->is_there == !vol->is_hidden);
+    CK(!vol->pins && facts->id == (vol->is_hidden ? 0 : vol->id));
     CK(!vol->is_hidden || vol->clients == 1);
     CK(cas_is_size(st, facts->size));
     CK(cas_is_name(facts->name) || (vol->is_hidden && !*facts->name));
@@ -21856,7 +21857,7 @@ static void ck_volumes(struct nbdserve_cas *st, int is_forged) {
       CK(!*cas_digests(vol));
     CK(is_forged || u_is_zero(facts->cid, CAS_DIGEST_LEN) || vol->parent);
     if (vol->parent) CK(!vol->parent->parent && !vol->is_hidden);
-    if (vol->parent) CK(vol->made_from == vol->parent->id);
+    if (vol->parent) CK(facts->made_from == vol->parent->id);
     for (other = st->volumes; !is_forged && other != vol && *facts->name;
          other = other->next)
       CK(other->parent != vol->parent || strcmp(other->now.name, facts->name));

@@ -4500,7 +4500,6 @@ struct cas_node {
 struct cas_volume {
   struct ex_batched own;     /* must come first */
   struct nbdserve_cas *st;   /* the store that it is in */
-  struct cas_volume *next;   /* in the order of their ids */
   struct cas_volume *parent; /* the volume of a snapshot, else NULL; itself, of
                                 a snapshot whose volume is still looked for */
   struct cas_node *page;     /* of level 4, with its record and maps */
@@ -4562,9 +4561,11 @@ struct nbdserve_cas {
   int closing;               /* which is to end, */
   int is_borrowed;           /* and is one that wants to go on with a request */
 
-  struct cas_node *catalog;     /* the root of all */
-  struct cas_volume *volumes;   /* all of them, also what is hidden */
-  uint64_t generation;          /* counts changes of that list */
+  struct cas_node *catalog;    /* the root of all */
+  struct cas_volume **volumes; /* [nvolumes]: all of them, also what is
+                                   hidden, in the order of their ids */
+  uint32_t nvolumes;
+  uint32_t volume_room;         /* that volumes has */
   struct cas_volume **by_place; /* [places]: by cas_volume.place */
   uint32_t places;              /* that there is room for */
   uint32_t next_id;             /* id of the next volume or snapshot */
@@ -4650,9 +4651,10 @@ static int cas_io(struct nbdserve_cas *st, int writing, void *buf, size_t len,
   return os_transfer(st->fd, writing, &v, 1, off);
 }
 
-/* Makes room for item `at` in an array, of which `array` is the address, maybe
- * elsewhere in memory; what is new is zero.  After an error it is as it was. */
-static int cas_enlarge(void *array, uint32_t *room, uint32_t at, size_t size) {
+/* Makes room for item `at` in an array of pointers, of which `array` is the
+ * address, maybe elsewhere in memory; what is new is NULL.  After an error it
+ * is as it was. */
+static int cas_enlarge(void *array, uint32_t *room, uint32_t at) {
   uint32_t want = *room ? *room : 4;
   void *old;
   memcpy(&old, array, sizeof old);
@@ -4660,9 +4662,9 @@ static int cas_enlarge(void *array, uint32_t *room, uint32_t at, size_t size) {
   if (at < *room) return 0;
   while (want <= at)
     want *= 2;
-  void *larger = u_zalloc(want * size);
+  void *larger = u_zalloc(want * sizeof(void *));
   if (!larger) return -ENOMEM;
-  if (old) memcpy(larger, old, *room * size);
+  if (old) memcpy(larger, old, *room * sizeof(void *));
   NBDSERVE_FREE(old);
   memcpy(array, &larger, sizeof larger);
   *room = want;
@@ -5488,7 +5490,7 @@ static struct cas_node *cas_kid(const struct cas_node *node, uint64_t c) {
 
 /* Makes room for kid c of a node. */
 static int cas_add_kid(struct cas_node *node, uint32_t c) {
-  return cas_enlarge(&node->kid, &node->nkids, c, sizeof *node->kid);
+  return cas_enlarge(&node->kid, &node->nkids, c);
 }
 
 /* What the head of a node's page says; its number is that of the newest durable
@@ -5554,8 +5556,7 @@ static int cas_make_leaf(struct nbdserve_cas *st, struct cas_node *leaf,
                          const unsigned char *page, uint32_t fill) {
   assert(!leaf->level && !leaf->slots);
   cas_evict_leaf(st);
-  int err =
-      cas_enlarge(&st->leaves, &st->leaf_room, st->nleaves, sizeof *st->leaves);
+  int err = cas_enlarge(&st->leaves, &st->leaf_room, st->nleaves);
   if (err) return err;
   leaf->slots = NBDSERVE_MALLOC(st->fanout * sizeof *leaf->slots);
   if (!leaf->slots) return -ENOMEM;
@@ -5831,11 +5832,32 @@ static int cas_is_called(const struct cas_volume *vol, const char *name,
 /* The volume or snapshot of that name, of n bytes, or content id, or NULL. */
 static struct cas_volume *cas_find(struct nbdserve_cas *st, const char *name,
                                    size_t n, enum cas_view view) {
-  struct cas_volume *vol = st->volumes;
   if (n >= CAS_PATH) return NULL;
-  while (vol && !cas_is_called(vol, name, n, view))
-    vol = vol->next;
-  return vol;
+  for (uint32_t i = 0; i < st->nvolumes; i++)
+    if (cas_is_called(st->volumes[i], name, n, view)) return st->volumes[i];
+  return NULL;
+}
+
+/* The first volume that anybody sees with an id from one on, or NULL. */
+static struct cas_volume *cas_volume_from(struct nbdserve_cas *st,
+                                          uint64_t id) {
+  uint32_t i = 0;
+  for (uint32_t end = st->nvolumes; i < end;) { /* it is from i up to there */
+    uint32_t middle = i + (end - i) / 2;
+    if (st->volumes[middle]->id < id)
+      i = middle + 1;
+    else
+      end = middle;
+  }
+  while (i < st->nvolumes && !st->volumes[i]->now.id)
+    i++;
+  return i < st->nvolumes ? st->volumes[i] : NULL;
+}
+
+/* The volume or snapshot with an id that anybody sees, or NULL. */
+static struct cas_volume *cas_by_id(struct nbdserve_cas *st, uint64_t id) {
+  struct cas_volume *vol = cas_volume_from(st, id);
+  return vol && vol->id == id ? vol : NULL;
 }
 
 /* May a volume or snapshot have that name? */
@@ -5862,25 +5884,24 @@ static int cas_give_name(struct nbdserve_cas *st, struct cas_volume *vol,
   return 0;
 }
 
-/* Gives a volume a place in the catalog. */
+/* Gives a volume a place in the catalog, and in the list, behind all others. */
 static int cas_set_place(struct nbdserve_cas *st, struct cas_volume *vol,
                          uint32_t place) {
-  int err =
-      cas_enlarge(&st->by_place, &st->places, place, sizeof *st->by_place);
+  int err = cas_enlarge(&st->by_place, &st->places, place);
+  if (!err) err = cas_enlarge(&st->volumes, &st->volume_room, st->nvolumes);
   if (err) return err;
   assert(!st->by_place[place]);
   st->by_place[place] = vol;
+  st->volumes[st->nvolumes++] = vol;
   vol->place = place;
   vol->st = st;
   return 0;
 }
 
-/* Makes a volume of a name, if that is not NULL, or a snapshot of its parent;
- * finds a place for its record, and puts it into the list, behind all others.
- * */
+/* Makes a volume of a name, if that is not NULL, or a snapshot of its parent,
+ * and finds a place for its record. */
 static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
                      const char *name, struct cas_volume **out) {
-  struct cas_volume **p = &st->volumes;
   struct cas_volume *vol = u_zalloc(sizeof *vol);
   uint32_t place = 0;
   if (!vol) return -ENOMEM;
@@ -5899,10 +5920,7 @@ static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
   }
   vol->id = st->next_id++;
   vol->then.created = (uint64_t)time(NULL);
-  for (; *p; p = &(*p)->next)
-    assert((*p)->id < vol->id);
-  *p = *out = vol;
-  st->generation++;
+  *out = vol;
   return 0;
 }
 
@@ -5939,14 +5957,14 @@ static void cas_begin_staging(struct cas_volume *vol) {
  * it with its maps.  (unlocks) */
 static void cas_leave(struct cas_volume *vol) {
   struct nbdserve_cas *st = vol->st;
-  struct cas_volume **p = &st->volumes;
   struct cas_node *root = *cas_root(vol);
   struct cas_node *digests = *cas_digests(vol);
+  uint32_t i = 0;
   assert(!vol->clients && !vol->pins && !vol->is_staged);
-  while (*p != vol)
-    p = &(*p)->next;
-  *p = vol->next;
-  st->generation++;
+  while (st->volumes[i] != vol)
+    i++;
+  for (st->nvolumes--; i < st->nvolumes; i++)
+    st->volumes[i] = st->volumes[i + 1];
   st->by_place[vol->place] = NULL;
   *cas_root(vol) = *cas_digests(vol) = NULL;
   NBDSERVE_FREE(vol);
@@ -5997,7 +6015,8 @@ static int cas_stage_op(struct nbdserve_cas *st,
     cas_wait(st);
   if (needs_closed && vol->clients > (is_resize && !dry_run)) /* the caller */
     return -EBUSY;
-  for (const struct cas_volume *p = st->volumes; p; p = p->next) {
+  for (uint32_t i = 0; i < st->nvolumes; i++) {
+    const struct cas_volume *p = st->volumes[i];
     if (is_rm && p->parent == vol && cas_record(p, VIEW_THEN)->id)
       return -ENOTEMPTY;
     if (p != snapshot && cas_is_called(p, op->name, n, VIEW_THEN))
@@ -6046,8 +6065,8 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
 /* Ends what is staged: it holds from now on (is_durable), or never was.  Nobody
  * sees a part of it.  Then it frees what is gone.  (unlocks) */
 static void cas_settle(struct nbdserve_cas *st, int is_durable) {
-  struct cas_volume *next;
-  for (struct cas_volume *vol = st->volumes; vol; vol = vol->next) {
+  for (uint32_t i = 0; i < st->nvolumes; i++) {
+    struct cas_volume *vol = st->volumes[i];
     struct cas_node *root = *cas_root(vol);
     if (!vol->is_staged) continue;
     assert(vol->page && vol->id);
@@ -6066,9 +6085,10 @@ static void cas_settle(struct nbdserve_cas *st, int is_durable) {
     vol->is_rolled_back = 0;
   }
   os_wake_all(&st->lock);
-  for (struct cas_volume *vol = st->volumes; vol; vol = next) {
+  /* From the end: only who holds ckpt takes one out, others may add some. */
+  for (uint32_t i = st->nvolumes; i-- > 0;) {
+    struct cas_volume *vol = st->volumes[i];
     struct cas_node *old_root = vol->old_root;
-    next = vol->next; /* only who holds ckpt takes it out */
     vol->old_root = NULL;
     cas_unref(st, old_root);
     if (!vol->now.id && !vol->is_hidden) cas_leave(vol);
@@ -6975,12 +6995,10 @@ struct cas_loader {
                               link of a page's slot is its number here, + 1 */
   uint32_t n;
   uint32_t room;
-  uint32_t nlost;            /* pages of maps that were found wrong */
-  uint32_t nunreadable;      /* that cannot be read; or pages of the catalog */
-  uint64_t newest;           /* the highest number that a log page has */
-  struct cas_volume **by_id; /* [nvolumes], in the order of ids */
-  uint32_t nvolumes;
-  unsigned char *data; /* [2] blocks */
+  uint32_t nlost;       /* pages of maps that were found wrong */
+  uint32_t nunreadable; /* that cannot be read; or pages of the catalog */
+  uint64_t newest;      /* the highest number that a log page has */
+  unsigned char *data;  /* [2] blocks */
 };
 
 /* Adds an edge to the node whose page is in a slot, to *out.  What the page
@@ -6999,8 +7017,7 @@ static int cas_load_node(struct nbdserve_cas *st, uint64_t slot, int level,
       return 0;
     }
   }
-  int err = cas_enlarge(&loader->nodes, &loader->room, loader->n,
-                        sizeof *loader->nodes);
+  int err = cas_enlarge(&loader->nodes, &loader->room, loader->n);
   *out = cas_new_node(level, index);
   if (err || !*out) return -ENOMEM;
   loader->nodes[loader->n++] = *out;
@@ -7034,14 +7051,11 @@ static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
     NBDSERVE_FREE(vol);
     return -ENOMEM;
   }
-  vol->next = st->volumes; /* the order comes later, as does the parent, */
-  st->volumes = vol;
-  if (record.flags) vol->parent = vol; /* which a snapshot has */
+  if (record.flags) vol->parent = vol; /* which is looked for later */
   vol->page = page;
   vol->id = (uint32_t)record.id;
   vol->now = record;
   memset(vol->now.kept, 0, sizeof record.kept); /* and so they are written */
-  st->loader->nvolumes++;
   int err = cas_load_node(st, record.root, level, 0, cas_root(vol));
   if (err) return err;
   return cas_load_node(st, record.digests, level, 0, cas_digests(vol));
@@ -7117,44 +7131,25 @@ static void cas_dirty_above_lost(struct nbdserve_cas *st) {
   }
 }
 
-/* For qsort and bsearch: the order of ids. */
+/* For qsort: the order of ids. */
 static int cas_compare_ids(const void *a, const void *b) {
   uint32_t x = (*(struct cas_volume *const *)a)->id;
   uint32_t y = (*(struct cas_volume *const *)b)->id;
   return (x > y) - (x < y);
 }
 
-/* The volume or snapshot with an id, or NULL. */
-static struct cas_volume *cas_by_id(const struct cas_loader *in, uint64_t id) {
-  struct cas_volume key = {.id = (uint32_t)id};
-  const struct cas_volume *p = &key;
-  struct cas_volume **found =
-      bsearch(&p, in->by_id, in->nvolumes, sizeof *in->by_id, cas_compare_ids);
-  return found ? *found : NULL;
-}
-
 /* Puts the volumes into the order of their ids, which have to be different, and
  * finds the volume of each snapshot. */
 static int cas_order_volumes(struct nbdserve_cas *st) {
-  struct cas_loader *loader = st->loader;
-  uint32_t n = 0;
-  loader->by_id = u_zalloc((loader->nvolumes + 1) * sizeof *loader->by_id);
-  if (!loader->by_id) return -ENOMEM;
-  for (struct cas_volume *vol = st->volumes; vol; vol = vol->next)
-    loader->by_id[n++] = vol;
-  assert(n == loader->nvolumes);
-  qsort(loader->by_id, n, sizeof *loader->by_id, cas_compare_ids);
-  st->volumes = NULL;
-  while (n-- > 0) {
-    loader->by_id[n]->next = st->volumes;
-    st->volumes = loader->by_id[n];
-  }
-  for (struct cas_volume *vol = st->volumes; vol; vol = vol->next) {
-    if (vol->next && vol->next->id == vol->id) return -EUCLEAN;
+  uint32_t n = st->nvolumes;
+  if (n) qsort(st->volumes, n, sizeof *st->volumes, cas_compare_ids);
+  for (uint32_t i = 0; i < n; i++) {
+    struct cas_volume *vol = st->volumes[i];
+    if (i && st->volumes[i - 1]->id == vol->id) return -EUCLEAN;
     if (!vol->parent) continue;
-    vol->parent = cas_by_id(loader, vol->now.made_from);
+    vol->parent = cas_by_id(st, vol->now.made_from);
     if (vol->parent && !vol->parent->parent) continue;
-    loader->nunreadable++; /* its record is lost: it is a volume from now on */
+    st->loader->nunreadable++; /* its record is lost: a volume from now on */
     vol->parent = NULL;
     int err = cas_own_record(st, vol->place, &vol->page);
     if (err) return err;
@@ -7316,7 +7311,7 @@ static int cas_redo_page(struct nbdserve_cas *st, uint64_t seq) {
   for (uint32_t i = 0; i < head.count && !err; i++) {
     struct cas_entry entry;
     cas_decode(cas_entry_sizes, p + CAS_ENTRY * i, &entry);
-    struct cas_volume *vol = cas_by_id(st->loader, entry.volume);
+    struct cas_volume *vol = cas_by_id(st, entry.volume);
     if (vol) err = cas_redo(vol, &entry, is_known);
   }
   return err;
@@ -7437,11 +7432,9 @@ static void cas_destroy(struct nbdserve_cas *st) {
   st->is_ending = 1;
   cas_unref(st, st->catalog);
   os_unlock(&st->lock);
-  while (st->volumes) {
-    struct cas_volume *next = st->volumes->next;
-    NBDSERVE_FREE(st->volumes);
-    st->volumes = next;
-  }
+  while (st->nvolumes > 0)
+    NBDSERVE_FREE(st->volumes[--st->nvolumes]);
+  NBDSERVE_FREE(st->volumes);
   NBDSERVE_FREE(st->by_place);
   NBDSERVE_FREE(st->leaves);
   while (st->ngroups > 0)
@@ -7508,7 +7501,6 @@ int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
   if (!err) err = cas_load(st);
   if (!err) err = cas_recover(st);
   NBDSERVE_FREE(loader.nodes);
-  NBDSERVE_FREE(loader.by_id);
   NBDSERVE_FREE(loader.data);
   st->loader = NULL;
   if (err) {
@@ -7762,26 +7754,17 @@ int nbdserve_cas_finish(struct nbdserve_cas *st, struct nbdserve_export *ex,
   return err;
 }
 
-/* The first volume that anybody sees with an id from one on, or NULL. */
-static struct cas_volume *cas_volume_from(struct nbdserve_cas *st,
-                                          uint32_t id) {
-  struct cas_volume *vol = st->volumes;
-  while (vol && (!vol->now.id || vol->id < id))
-    vol = vol->next;
-  return vol;
-}
-
 /* See nbdserve.h. */
 int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
                       void *arg) {
   char name[CAS_PATH];
   char id[72];
+  uint64_t next = 0; /* id; while it is told of one volume others may go */
   int r = 0;
   os_lock(&st->lock);
-  struct cas_volume *vol = cas_volume_from(st, 0);
-  while (vol && !r) {
-    uint64_t generation = st->generation;
-    uint32_t next = vol->id + 1;
+  const struct cas_volume *vol;
+  while (!r && (vol = cas_volume_from(st, next))) {
+    next = vol->id + 1u;
     struct nbdserve_cas_info info = {.name = cas_full_name(vol, name),
                                      .size = vol->now.size,
                                      .created = vol->now.created,
@@ -7791,10 +7774,6 @@ int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
     cas_unlock(st);
     r = each(arg, &info);
     os_lock(&st->lock);
-    do /* what comes behind it; from the beginning, if it may be gone */
-      vol =
-          st->generation == generation ? vol->next : cas_volume_from(st, next);
-    while (vol && !vol->now.id);
   }
   cas_unlock(st);
   return r;
@@ -7914,11 +7893,13 @@ static struct cas_volume *cas_use_base(struct cas_sealer *sealer) {
   struct cas_volume *vol = sealer->vol;
   struct cas_volume *base = NULL;
   os_lock(&vol->st->lock);
-  for (struct cas_volume *p = vol->st->volumes; p; p = p->next)
+  for (uint32_t i = 0; i < vol->st->nvolumes; i++) {
+    struct cas_volume *p = vol->st->volumes[i];
     if ((p->parent == vol->parent || p->id == vol->parent->now.made_from) &&
         p != vol && p->now.id && !p->is_staged &&
         !u_is_zero(p->now.cid, CAS_DIGEST_LEN) && *cas_digests(p))
       base = p;
+  }
   if (base) {
     base->clients++;
     cas_share(cas_root(sealer->tree), *cas_digests(base));
@@ -8174,9 +8155,8 @@ static int cas_is_known(struct cas_verifier *v, const struct cas_volume *vol,
                         uint64_t max, uint64_t *n) {
   struct nbdserve_cas *st = v->st;
   os_lock(&st->lock);
-  struct cas_volume *sound = cas_volume_from(st, v->sound);
-  int is_known =
-      sound && sound->id == v->sound && sound->now.size >= vol->now.size;
+  struct cas_volume *sound = cas_by_id(st, v->sound);
+  int is_known = sound && sound->now.size >= vol->now.size;
   if (is_known) {
     struct cas_node **root[2] = {cas_root(sound), cas_root(vol)};
     is_known = cas_is_shared(st, root, v->block, n);
@@ -8244,8 +8224,8 @@ static int cas_verify(struct cas_verifier *v) {
   uint32_t nslots = st->nslots;
   for (uint32_t slot = 0; slot < nslots && !st->readonly; slot++)
     CAS_AT(st, slot, tag) &= ~CAS_GOOD; /* all of it is read again */
-  for (const struct cas_volume *vol = st->volumes; vol; vol = vol->next)
-    v->total += vol->now.size;
+  for (uint32_t i = 0; i < st->nvolumes; i++)
+    v->total += st->volumes[i]->now.size;
   cas_unlock(st);
   for (uint32_t x = 0; x < nslots && !v->stop; x += CAS_SEGMENT)
     cas_verify_pages(v, x);

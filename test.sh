@@ -237,7 +237,7 @@ lint() {
   n=$(($(sed -n 's/^code //p' "$scratch/figures") -
     $(sed -n 's/^lone //p' "$scratch/figures")))
   # The goal is 6500: until it is met, not one line more than there is now
-  [ $n -le 7942 ] || { echo "nbdserve.c: $n lines of code, over 7942"; bad=1; }
+  [ $n -le 7922 ] || { echo "nbdserve.c: $n lines of code, over 7922"; bad=1; }
   return $bad
 }
 case ${1-} in
@@ -18890,10 +18890,10 @@ static void k_memory(struct nbdserve_cas *st, const struct cas_node *node,
 
 /* What a kill leaves is what is in memory (C3, C15, C16). */
 static void k_compare(struct nbdserve_cas *st) {
-  const struct cas_volume *vol;
-  uint32_t i;
+  uint32_t at, i;
   int n = k_nvols;
-  for (vol = st->volumes; vol; vol = vol->next) {
+  for (at = 0; at < st->nvolumes; at++) {
+    const struct cas_volume *vol = st->volumes[at];
     int v = k_volume(vol->id);
     const struct cas_record *record = &k_vols[v < 0 ? 0 : v].record;
     k_must((v < 0) == vol->is_hidden, "a volume that is hidden, or not",
@@ -18901,8 +18901,7 @@ static void k_compare(struct nbdserve_cas *st) {
     if (v < 0) continue;
     n--;
     k_must(record->flags == (vol->parent ? CAS_IS_SNAPSHOT : 0) &&
-               record->size == vol->now.size &&
-               record->id == vol->now.id &&
+               record->size == vol->now.size && record->id == vol->now.id &&
                record->created == vol->now.created &&
                record->made_from == vol->now.made_from &&
                record->levels == CAS_LEVELS &&
@@ -21836,9 +21835,10 @@ static void ck_node(struct nbdserve_cas *st, const struct cas_node *node,
 
 /* The list of volumes, their places and names */
 static void ck_volumes(struct nbdserve_cas *st, int is_forged) {
-  const struct cas_volume *vol, *other;
-  uint32_t n = 0, place, id = 0;
-  for (vol = st->volumes; vol; vol = vol->next, n++) {
+  uint32_t n = st->nvolumes, at, i, place, id = 0;
+  CK(n <= st->volume_room);
+  for (at = 0; at < n; at++) {
+    const struct cas_volume *vol = st->volumes[at], *other;
     const struct cas_record *facts = &vol->now;
     const struct cas_node *node;
     ck.at = vol->id;
@@ -21858,12 +21858,13 @@ static void ck_volumes(struct nbdserve_cas *st, int is_forged) {
     CK(is_forged || u_is_zero(facts->cid, CAS_DIGEST_LEN) || vol->parent);
     if (vol->parent) CK(!vol->parent->parent && !vol->is_hidden);
     if (vol->parent) CK(facts->made_from == vol->parent->id);
-    for (other = st->volumes; !is_forged && other != vol && *facts->name;
-         other = other->next)
+    for (i = 0; !is_forged && i < at && *facts->name; i++) {
+      other = st->volumes[i];
       CK(other->parent != vol->parent || strcmp(other->now.name, facts->name));
-    for (other = st->volumes; other && other != vol->parent;)
-      other = other->next;
-    CK(other == vol->parent);
+    }
+    for (i = 0; vol->parent && i < n && st->volumes[i] != vol->parent;)
+      i++;
+    CK(i < n);
   }
   for (place = 0; place < st->places; place++)
     n -= st->by_place[place] != NULL;

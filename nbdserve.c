@@ -4601,8 +4601,6 @@ struct nbdserve_cas {
   uint64_t seq;                       /* number of that page */
   uint64_t durable; /* pages before that number are durable (C4) */
   uint64_t marked;  /* what the log says about that (C22) */
-  uint64_t nlogged; /* entries so far */
-  uint64_t nsynced; /* entries that a sync has covered */
 };
 
 #define CAS_AT(st, slot, field) \
@@ -4782,7 +4780,6 @@ static void cas_log(const struct cas_volume *vol, uint64_t block,
   u_put64(entry.digest, count);
   if (digest) memcpy(entry.digest, digest, CAS_DIGEST_LEN);
   cas_encode(cas_entry_sizes, &entry, st->page + st->nlog * CAS_ENTRY);
-  st->nlogged++;
   if (++st->nlog == CAS_ENTRIES) cas_log_close(st);
 }
 
@@ -5214,14 +5211,13 @@ static uint32_t cas_take_pair(struct nbdserve_cas *st) {
 /* Makes all that was written so far durable; one caller syncs for those that
  * wait meanwhile, unless it is told to.  (unlocks) */
 static int cas_sync(struct nbdserve_cas *st, int always) {
-  uint64_t mine = st->nlogged;
+  uint64_t mine = st->seq + (st->nlog > 0); /* behind the last entry */
   while (st->syncing)
     cas_wait(st);
-  if (st->failed || (!always && st->nsynced >= mine)) return st->failed;
-  assert(!st->readonly && st->nsynced <= st->nlogged);
+  if (st->failed || (!always && st->durable >= mine)) return st->failed;
+  assert(!st->readonly && st->durable <= st->seq);
   st->syncing = 1;
   cas_log_close(st); /* (C13) */
-  mine = st->nlogged;
   uint64_t seq = st->seq;
   /* What was dropped so far is free when the pages that say so, which are
    * written by now, are durable; what is dropped from now on is not. */
@@ -5233,9 +5229,8 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
   os_lock(&st->lock);
   cas_fail(st, err);
   if (!st->failed) {
-    assert(st->durable <= seq && mine <= st->nlogged);
-    st->durable = seq; /* (C4) */
-    st->nsynced = mine;
+    assert(st->durable <= seq && mine <= seq);
+    st->durable = seq;          /* (C4) */
     cas_free_list(st, dropped); /* (C5) */
     if (st->npending) {
       cas_clear_given(st);
@@ -6388,7 +6383,8 @@ static enum cas_job cas_next_job(const struct nbdserve_cas *st) {
        st->npairs + st->npending < st->ndirty + CAS_RESERVE_PAIRS))
     return JOB_CHECKPOINT;
   if (st->filled < st->to_fill) return JOB_FILL_INDEX;
-  if (st->marked < st->durable && st->nsynced == st->nlogged) return JOB_MARK;
+  if (st->marked < st->durable && st->durable == st->seq && !st->nlog)
+    return JOB_MARK;
   return JOB_NONE;
 }
 
@@ -6419,13 +6415,13 @@ static void *cas_work(void *arg) {
   int err = 0;
   os_lock(&st->lock);
   while (!err && (job = cas_next_job(st)) != JOB_NONE) {
-    uint64_t logged = st->nlogged;
+    uint64_t seq = st->seq;
     if (job == JOB_MARK && st->is_borrowed) break; /* it cannot wait */
     assert(st->busy && !st->readonly);
     if (job == JOB_CHECKPOINT) err = cas_checkpoint_meanwhile(st);
     if (job == JOB_FILL_INDEX) cas_fill_index(st);
     if (job == JOB_MARK) os_wait_ms(&st->lock, CAS_IDLE_MS);
-    if (job == JOB_MARK && st->nlogged == logged && !st->nlog && !st->closing &&
+    if (job == JOB_MARK && st->seq == seq && !st->nlog && !st->closing &&
         !st->syncing)
       cas_log_write(st);
     cas_unlock(st); /* others may want it */
@@ -7408,7 +7404,7 @@ static int cas_recover(struct nbdserve_cas *st) {
     err = cas_redo_page(st, seq);
   st->is_replaying = 0;
   memset(st->page, 0, CAS_PAGE);
-  assert(!st->nlog && !st->nlogged && st->super.replay <= end);
+  assert(!st->nlog && st->super.replay <= end);
   if (!err && !st->readonly && end > st->durable) err = os_datasync(st->fd);
   if (!err && !st->log_unwritten) cas_free_dropped(st);
   /* Where the file ends is where a power cut has left it. */
@@ -7522,7 +7518,7 @@ int nbdserve_cas_close(struct nbdserve_cas *st) {
   while (st->busy)
     cas_wait(st);
   int err = st->failed;
-  int is_clean = st->nlogged == st->nsynced && st->seq == st->super.replay;
+  int is_clean = !st->nlog && st->seq == st->super.replay;
   cas_unlock(st);
   if (!err && !st->readonly && !is_clean)
     err = cas_checkpoint(st, NULL, UINT64_MAX);

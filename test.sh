@@ -237,7 +237,7 @@ lint() {
   n=$(($(sed -n 's/^code //p' "$scratch/figures") -
     $(sed -n 's/^lone //p' "$scratch/figures")))
   # The goal is 6500: until it is met, not one line more than there is now
-  [ $n -le 7922 ] || { echo "nbdserve.c: $n lines of code, over 7922"; bad=1; }
+  [ $n -le 7918 ] || { echo "nbdserve.c: $n lines of code, over 7918"; bad=1; }
   return $bad
 }
 case ${1-} in
@@ -21368,7 +21368,7 @@ static int sy_write_two(uint32_t block) {
 static void sy_logged(void) {
   struct sy_thread a = {.run = sy_write_two, .arg = SY_USED - 1};
   struct sy_thread b = {.run = sy_flush};
-  uint64_t before, now;
+  uint32_t before, now;
   sy_new("the log while a writer waits");
   sy_ok("write", sy_write(1));
   os_lock(&sy_cas->lock); /* leave pages for what has a leaf, not for others */
@@ -21378,11 +21378,11 @@ static void sy_logged(void) {
   sy_open(0);
   sy_start(&b);
   sy_held(&b);
-  now = before = sy_cas->nlogged;
+  now = before = sy_cas->nlog;
   sy_start(&a);
   while (now == before) {
     os_lock(&sy_cas->lock);
-    now = sy_cas->nlogged;
+    now = sy_cas->nlog;
     os_unlock(&sy_cas->lock); /* which does not write the log */
   }
   sy_content[SY_USED - 1] = sy_before[SY_USED - 1] = sy_content[2];
@@ -21965,7 +21965,6 @@ static void ck_log(struct nbdserve_cas *st) {
   CK(st->super.replay <= st->seq);
   CK(st->seq - st->super.replay < st->super.log_pages || st->readonly);
   CK(st->readonly || (st->marked <= st->durable && st->durable <= st->seq));
-  CK(st->nsynced <= st->nlogged && st->nlog <= st->nlogged);
   CK(st->nmixed <= st->nlog * CAS_ENTRY / SHA_BLOCK_LEN);
   for (i = st->nlog * CAS_ENTRY; i < CAS_LOG_HEAD; i++)
     CK(!st->page[i] || st->readonly);

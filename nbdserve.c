@@ -4283,7 +4283,7 @@ enum {
   CAS_TOP = 6                    /* level of the catalog's root */
 };
 
-#define CAS_MAGIC "NBDSCAS"
+#define CAS_MAGIC "NBDSCAS2" /* the last one is the version, for people */
 #define CAS_MAX_SEQ (UINT64_C(1) << 62) /* above the number of any log page */
 
 /* A slot whose contents were lost: reading is an error, writing heals. */
@@ -4292,8 +4292,7 @@ enum {
 #define CAS_ABSENT (UINT32_MAX - 1)
 
 struct cas_super {
-  unsigned char magic[7]; /* "NBDSCAS" */
-  unsigned char digit[1]; /* of the version, for people */
+  uint64_t magic; /* the bytes of CAS_MAGIC */
   uint64_t version;
   uint64_t block_size;  /* bytes */
   unsigned char id[16]; /* of the store */
@@ -4344,8 +4343,8 @@ struct cas_record {
 /* How many bytes the members of these have in the file, where they lie one
  * behind the other; to 0.  Of 4 or 8 bytes: a number, which is a uint64_t in
  * the structure; of others: bytes. */
-static const unsigned char cas_super_sizes[] = {7, 1, 4, 4, 16, 8, 8,
-                                                4, 4, 4, 4, 4,  4, 0};
+static const unsigned char cas_super_sizes[] = {8, 4, 4, 16, 8, 8, 4,
+                                                4, 4, 4, 4,  4, 0};
 static const unsigned char cas_log_sizes[] = {4, 4, 8, 8, 8, 0};
 static const unsigned char cas_entry_sizes[] = {4, 4, 8, CAS_DIGEST_LEN, 0};
 static const unsigned char cas_head_sizes[] = {4, 4, 4, 8, 0};
@@ -4353,7 +4352,7 @@ static const unsigned char cas_record_sizes[] = {
     4, 4, 8, 4, 4, 8, 4, 4, CAS_DIGEST_LEN, 40, CAS_NAME, 0};
 
 /* The members have no space between them in memory, either. */
-STATIC_ASSERT(super_is_dense, sizeof(struct cas_super) == 8 + 16 + 10 * 8);
+STATIC_ASSERT(super_is_dense, sizeof(struct cas_super) == 16 + 11 * 8);
 STATIC_ASSERT(log_is_dense, sizeof(struct cas_log_head) == 5 * 8);
 STATIC_ASSERT(entry_is_dense, sizeof(struct cas_entry) == 3 * 8 + 32);
 STATIC_ASSERT(head_is_dense, sizeof(struct cas_head) == 4 * 8);
@@ -4505,8 +4504,9 @@ struct cas_volume {
   struct cas_node *page;     /* of level 4, with its record and maps */
   uint32_t place;            /* of its record in the catalog */
   uint32_t id;               /* unlike all others; in the order of coming */
-  int is_hidden;             /* it is being filled; its name is reserved */
-  uint64_t clients;          /* exports and calls that use it */
+  uint64_t clients;          /* exports and calls that use it; while nobody sees
+                                it one means that it is being filled: it is
+                                hidden, and its name is reserved */
   uint64_t pins;             /* readers that are done in a moment */
   struct cas_record now;     /* what everybody sees */
   struct cas_record then;    /* what a checkpoint that is being written says, */
@@ -4559,7 +4559,8 @@ struct nbdserve_cas {
   int gives_back;            /* a gc is under way: one at a time */
   int busy;                  /* a thread is in cas_work, */
   int closing;               /* which is to end, */
-  int is_borrowed;           /* and is one that wants to go on with a request */
+  int is_borrowed;           /* and is one that wants to go on with a request:
+                                set by that one, before it takes the lock */
 
   struct cas_node *catalog;    /* the root of all */
   struct cas_volume **volumes; /* [nvolumes]: all of them, also what is
@@ -4573,13 +4574,13 @@ struct nbdserve_cas {
   struct cas_group *groups[CAS_GROUPS]; /* the first ngroups are there */
   uint32_t ngroups;                     /* groups in memory */
   uint32_t nslots;                      /* slots in the file */
-  uint32_t nfree;                       /* free slots that may be taken */
+  uint32_t nfree;                       /* free slots that may be taken: loose
+                                           are those of no pair that counts */
   uint32_t npairs;                      /* free pairs that count */
   uint32_t npending;                    /* free pairs that wait for a sync */
-  uint32_t nloose;      /* of nfree: not part of a pair that counts */
-  uint32_t mask;        /* of buckets: see cas_bucket */
-  uint32_t data_cursor; /* where to look for a free slot */
-  uint32_t pair_cursor; /* segment of the last pair */
+  uint32_t mask;                        /* of buckets: see cas_bucket */
+  uint32_t data_cursor;                 /* where to look for a free slot */
+  uint32_t pair_cursor;                 /* segment of the last pair */
   uint32_t back_cursor; /* before it: space is there, or there is none */
   uint32_t ndirty;      /* dirty nodes */
   uint32_t dropped;     /* list of pending slots: free after a sync (C5) */
@@ -4721,11 +4722,8 @@ static void cas_log_sum(const struct nbdserve_cas *st, const unsigned char *p,
  * nothing that was there before, because the entries come first and the sum
  * last (C12).  st->failed tells whether it failed. */
 static void cas_log_write(struct nbdserve_cas *st) {
-  struct cas_log_head head = {.magic = CAS_LOG,
-                              .count = st->nlog,
-                              .seq = st->seq,
-                              .durable = st->durable,
-                              .super = st->super.number};
+  struct cas_log_head head = {CAS_LOG, st->nlog, st->seq, st->durable,
+                              st->super.number};
   unsigned char *p = st->page;
   if (st->failed) return;
   assert(!st->readonly && st->nwritten <= st->nlog &&
@@ -4775,7 +4773,7 @@ static void cas_log(const struct cas_volume *vol, uint64_t block,
                     const unsigned char *digest) {
   struct nbdserve_cas *st = vol->st;
   struct cas_entry entry = {.volume = vol->id, .slot = slot, .block = block};
-  if (st->is_replaying || (vol->is_hidden && !vol->is_staged)) return;
+  if (st->is_replaying || (!vol->now.id && !vol->is_staged)) return;
   assert(!slot == !digest && slot != CAS_LOST && st->nlog < CAS_ENTRIES);
   u_put64(entry.digest, count);
   if (digest) memcpy(entry.digest, digest, CAS_DIGEST_LEN);
@@ -4864,11 +4862,6 @@ static void cas_split_buckets(struct nbdserve_cas *st, uint32_t from) {
   }
 }
 
-/* Free slots of a segment that are no part of a pair that counts. */
-static uint32_t cas_loose(const struct cas_segment *seg) {
-  return seg->nfree - (seg->space == SPACE_DURABLE ? 2u * seg->npairs : 0);
-}
-
 /* Adds what is free in a segment to the totals (1), or takes it off (-1): what
  * changes a segment does so between these two. */
 static void cas_count(struct nbdserve_cas *st, const struct cas_segment *seg,
@@ -4876,7 +4869,6 @@ static void cas_count(struct nbdserve_cas *st, const struct cas_segment *seg,
   uint32_t times = (uint32_t)sign; /* unsigned: it wraps, and wraps back */
   if (seg->space > SPACE_DURABLE) return;
   st->nfree += times * seg->nfree;
-  st->nloose += times * cas_loose(seg);
   if (seg->space == SPACE_DURABLE)
     st->npairs += times * seg->npairs;
   else if (seg->space != SPACE_UNKNOWN)
@@ -4970,11 +4962,10 @@ static const unsigned char cas_given[CAS_DIGEST_LEN] = {
 /* Reads the digests of a segment and counts its free slots that gc has given
  * back to the file system.  Their digests say so: all ones.  On an error it may
  * be all of them. */
-static int cas_given_back(struct nbdserve_cas *st, uint32_t first,
-                          unsigned char digest[][CAS_DIGEST_LEN]) {
+static int cas_given_back(struct nbdserve_cas *st, uint32_t first) {
+  unsigned char digest[CAS_SEGMENT][CAS_DIGEST_LEN];
   int n = 0;
-  if (cas_io(st, OS_READ, digest, CAS_SEGMENT * CAS_DIGEST_LEN,
-             cas_digest_off(st, first)))
+  if (cas_io(st, OS_READ, digest, sizeof digest, cas_digest_off(st, first)))
     return CAS_SEGMENT;
   for (uint32_t i = 0; i < CAS_SEGMENT; i++)
     if (!CAS_AT(st, first + i, refs) &&
@@ -4988,18 +4979,17 @@ static int cas_given_back(struct nbdserve_cas *st, uint32_t first,
  * them do not count. */
 static void cas_clear_given(struct nbdserve_cas *st) {
   unsigned char zeroes[CAS_DIGEST_LEN] = {0};
-  for (uint32_t x = 0; x < st->nslots; x++) {
-    struct cas_segment *seg = cas_segment(st, x);
-    if (!seg->is_given ||
-        (seg->space != SPACE_SYNCING && seg->space != SPACE_DURABLE)) {
-      x += CAS_SEGMENT - 1;
+  for (uint32_t first = 0; first < st->nslots; first += CAS_SEGMENT) {
+    struct cas_segment *seg = cas_segment(st, first);
+    int is_syncing = seg->space == SPACE_SYNCING;
+    if (!seg->is_given || (!is_syncing && seg->space != SPACE_DURABLE))
       continue;
-    }
-    if (!CAS_AT(st, x, refs))
-      (void)!cas_io(st, OS_WRITE, zeroes, sizeof zeroes, cas_digest_off(st, x));
-    if (x % CAS_SEGMENT < CAS_SEGMENT - 1) continue;
+    for (uint32_t x = first; x < first + CAS_SEGMENT; x++)
+      if (!CAS_AT(st, x, refs))
+        (void)!cas_io(st, OS_WRITE, zeroes, sizeof zeroes,
+                      cas_digest_off(st, x));
     seg->is_given = 0;
-    if (seg->space == SPACE_SYNCING) cas_set_space(st, x, SPACE_WRITTEN);
+    if (is_syncing) cas_set_space(st, first, SPACE_WRITTEN);
   }
 }
 
@@ -5012,7 +5002,6 @@ static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
   uint64_t off = cas_data_off(st, first);
   uint64_t end = off + (uint64_t)CAS_SEGMENT * st->bs;
   int is_durable = !st->is_open || st->is_device;
-  unsigned char digest[CAS_SEGMENT][CAS_DIGEST_LEN];
   int err = 0;
   assert(!st->readonly && first % CAS_SEGMENT == 0 && first <= st->nslots);
   if (end > (st->is_device ? st->end : INT64_MAX)) return -ENOSPC;
@@ -5023,7 +5012,7 @@ static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
   /* Some file systems refuse that when they are full, though the space is
    * there.  It is if it was there at the last checkpoint and was not given
    * back. */
-  int ngiven = first < st->nslots ? cas_given_back(st, first, digest) : 0;
+  int ngiven = first < st->nslots ? cas_given_back(st, first) : 0;
   if (err == -ENOSPC && !ngiven && first < st->super.nslots) err = 0;
   /* A new one is as broken as those of its group: see cas_pass_over. */
   int is_broken = first == st->nslots && first % CAS_SLOTS &&
@@ -5126,10 +5115,11 @@ enum cas_need {
  * and what has pages comes last.  Pages lie together, so that opening reads
  * long runs. */
 static uint32_t cas_rate(const struct cas_segment *seg, enum cas_need need) {
+  uint32_t npairs = seg->space == SPACE_DURABLE ? seg->npairs : 0;
   if (seg->space > SPACE_DURABLE) return 0;
-  if (need == NEED_LOOSE) return cas_loose(seg);
+  if (need == NEED_LOOSE) return seg->nfree - 2 * npairs;
   if (need == NEED_SLOT) return seg->npages ? seg->nfree > 0 : seg->nfree;
-  if (seg->space != SPACE_DURABLE || !seg->npairs) return 0;
+  if (!npairs) return 0;
   return seg->npages ? CAS_SEGMENT : 1 + (seg->nfree == CAS_SEGMENT);
 }
 
@@ -5167,8 +5157,8 @@ static int cas_take_slot(struct nbdserve_cas *st, uint32_t *slot) {
   uint32_t *cursor = &st->data_cursor;
   int loose = cas_want_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN + 1) != 0;
   if (st->failed) return st->failed;
-  if (loose && !st->nloose) cas_give_space(st, st->nslots);
-  if (loose ? !st->nloose : !st->nfree) return -ENOSPC;
+  if (loose && st->nfree == 2 * st->npairs) cas_give_space(st, st->nslots);
+  if (st->nfree == (loose ? 2 * st->npairs : 0)) return -ENOSPC;
   for (;; ++*cursor) {
     if (*cursor % CAS_SEGMENT == 0)
       cas_choose_segment(st, loose ? NEED_LOOSE : NEED_SLOT);
@@ -5272,10 +5262,9 @@ struct cas_block {
   uint32_t expected;        /* slot that the map must have, or CAS_ANY */
   int todo;                 /* CAS_DATA, CAS_DIGEST */
   int is_wanting;           /* it needs a slot */
-  int is_duplicate;         /* it is to be compared with what its slot has, */
-  int is_trusted;           /* of which the digest is known to fit */
-  int err;                  /* 0 or -errno */
-  int digest_err;           /* 0 or -errno: its digest could not be read */
+  int is_trusted; /* the digest of its slot is known to fit the data */
+  int err;        /* 0 or -errno */
+  int digest_err; /* 0 or -errno: its digest could not be read */
   unsigned char sum[CAS_DIGEST_LEN];    /* SHA-256 of data */
   unsigned char digest[CAS_DIGEST_LEN]; /* what stands in the digest area */
 };
@@ -5374,12 +5363,12 @@ static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
   }
 }
 
-/* Writes what is to be written: last the digests, so that where there is no
- * space for the data they still say that it was given back.  (locks) */
-static void cas_store(struct nbdserve_cas *st, struct cas_block *blk,
-                      size_t n) {
-  cas_move(st, blk, n, CAS_DATA, OS_WRITE);
-  cas_move(st, blk, n, CAS_DIGEST, OS_WRITE);
+/* The same with both.  Last come the digests, so that where there is no space
+ * for the data they still say that it was given back.  (locks) */
+static void cas_move_both(struct nbdserve_cas *st, struct cas_block *blk,
+                          size_t n, int how) {
+  cas_move(st, blk, n, CAS_DATA, how);
+  cas_move(st, blk, n, CAS_DIGEST, how);
 }
 
 /* Computes the digests of the blocks that have both to do, two at a time. */
@@ -5452,7 +5441,7 @@ static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
   copy[0].todo = CAS_BOTH;
   copy[1] = copy[0];
   copy[1].slot += CAS_TWIN;
-  if (!st->readonly) cas_store(st, copy, 2);
+  if (!st->readonly) cas_move_both(st, copy, 2, OS_WRITE);
   return 0;
 }
 
@@ -5468,13 +5457,15 @@ static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
  * from the root until it comes to the end without reading.  What it returns is
  * true until its caller lets the lock go. */
 
-/* A new node that nothing leads to but the caller; NULL without memory. */
-static struct cas_node *cas_new_node(int level, uint32_t index) {
+/* A new node that nothing leads to but the caller, dirty (slot 0) or lost; NULL
+ * without memory. */
+static struct cas_node *cas_new_node(int level, uint32_t index, uint32_t slot) {
   struct cas_node *node = u_zalloc(sizeof *node);
   if (!node) return NULL;
   node->refs = 1;
   node->level = (unsigned char)level;
   node->index = index;
+  node->slot = slot;
   return node;
 }
 
@@ -5492,11 +5483,8 @@ static int cas_add_kid(struct cas_node *node, uint32_t c) {
  * checkpoint, or less. */
 static struct cas_head cas_head_of(const struct nbdserve_cas *st,
                                    const struct cas_node *node) {
-  return (struct cas_head){.magic =
-                               node->level < CAS_LEVELS ? CAS_MAP : CAS_CAT,
-                           .level = node->level,
-                           .index = node->index,
-                           .number = st->super.number};
+  uint32_t magic = node->level < CAS_LEVELS ? CAS_MAP : CAS_CAT;
+  return (struct cas_head){magic, node->level, node->index, st->super.number};
 }
 
 /* Where the map of a volume has its root. */
@@ -5582,20 +5570,19 @@ static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
   uint64_t size = st->max_blocks; /* below node */
   assert(block < st->max_blocks);
   *spot = (struct cas_spot){.gives_back = 1};
-  while (node && node->slot != CAS_LOST) {
+  while (node && node->slot != CAS_LOST && node->level) {
     if (node->refs > 1) spot->gives_back = 0;
     size /= st->fanout;
-    if (!node->level) break;
     node = cas_kid(node, block / size % st->fanout);
   }
+  spot->span = size - block % size;
   if (!node || node->slot == CAS_LOST) {
     spot->gives_back = node != NULL;
     spot->slot = node ? CAS_LOST : 0;
-    spot->span = size - block % size;
     return NULL;
   }
-  assert(!node->level);
-  spot->span = st->fanout - block % st->fanout;
+  assert(!node->level && size == st->fanout);
+  if (node->refs > 1) spot->gives_back = 0;
   if (!node->slots) return node;
   node->is_used = 1;
   spot->leaf = node;
@@ -5603,39 +5590,38 @@ static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
   return NULL;
 }
 
-/* Reads the page of a leaf, which is returned, or NULL. (unlocks) */
-static unsigned char *cas_read_leaf(struct nbdserve_cas *st,
-                                    const struct cas_node *leaf, int *err) {
+/* Reads the page of a leaf to *page, which is the caller's to free, even after
+ * an error. (unlocks) */
+static int cas_read_leaf(struct nbdserve_cas *st, const struct cas_node *leaf,
+                         unsigned char **page) {
   struct cas_head head = cas_head_of(st, leaf);
   uint32_t slot = leaf->slot;
-  unsigned char *p = NBDSERVE_MALLOC(2 * (size_t)st->bs);
+  *page = NBDSERVE_MALLOC(2 * (size_t)st->bs);
   assert(slot && slot != CAS_LOST && CAS_AT(st, slot, tag) == TAG_PAGE);
-  *err = p ? 0 : -ENOMEM;
-  if (!p) return NULL;
+  if (!*page) return -ENOMEM;
   cas_hold(st, slot); /* so that the pair is not taken meanwhile */
   cas_hold(st, slot + CAS_TWIN);
   cas_unlock(st);
-  if (cas_read_page(st, slot, head, p)) *err = -EIO;
+  int err = cas_read_page(st, slot, head, *page);
   os_lock(&st->lock);
   cas_drop_pair(st, slot, &st->retired);
-  if (!*err) return p;
-  NBDSERVE_FREE(p);
-  return NULL;
+  return err ? -EIO : 0;
 }
 
 /* Follows a map to a block, and reads the leaf if it is not in memory.
  * (unlocks, but not after the walk that succeeds) */
 static int cas_find_spot(struct nbdserve_cas *st, struct cas_node **root,
                          uint64_t block, struct cas_spot *spot) {
-  const struct cas_node *leaf;
+  struct cas_node *leaf;
+  unsigned char *page;
   int err = 0;
   assert(block < st->max_blocks);
   while (!err && (leaf = cas_walk(st, *root, block, spot))) {
     uint32_t slot = leaf->slot;
-    unsigned char *p = cas_read_leaf(st, leaf, &err);
-    struct cas_node *now = p ? cas_walk(st, *root, block, spot) : NULL;
-    if (now && now->slot == slot) err = cas_make_leaf(st, now, p, 0);
-    NBDSERVE_FREE(p);
+    err = cas_read_leaf(st, leaf, &page);
+    leaf = err ? NULL : cas_walk(st, *root, block, spot);
+    if (leaf && leaf->slot == slot) err = cas_make_leaf(st, leaf, page, 0);
+    NBDSERVE_FREE(page);
   }
   return err;
 }
@@ -5648,13 +5634,12 @@ static void cas_unref(struct nbdserve_cas *st, struct cas_node *node) {
   if (!node || --node->refs > 0) return;
   int is_stored = node->slot && node->slot != CAS_LOST;
   int is_away = !node->level && !node->slots && is_stored;
-  int err;
+  unsigned char *page = NULL;
   for (uint32_t c = 0; c < node->nkids; c++)
     cas_unref(st, node->kid[c]);
-  unsigned char *p =
-      is_away && !st->is_ending ? cas_read_leaf(st, node, &err) : NULL;
-  if (p) cas_make_leaf(st, node, p, 0);
-  NBDSERVE_FREE(p);
+  if (is_away && !st->is_ending && !cas_read_leaf(st, node, &page))
+    cas_make_leaf(st, node, page, 0);
+  NBDSERVE_FREE(page);
   for (uint32_t c = 0; node->slots && c < st->fanout; c++)
     cas_drop(st, node->slots[c], &st->retired);
   cas_forget_leaf(st, node);
@@ -5688,11 +5673,18 @@ static int cas_copy_below(struct nbdserve_cas *st, const struct cas_node *node,
       cas_share(&copy->kid[c], node->kid[c]);
       continue;
     }
-    copy->kid[c] = cas_new_node(copy->level - 1, copy->index * st->fanout + c);
+    copy->kid[c] =
+        cas_new_node(copy->level - 1, copy->index * st->fanout + c, CAS_LOST);
     if (!copy->kid[c]) return -ENOMEM;
-    copy->kid[c]->slot = CAS_LOST;
   }
   return err;
+}
+
+/* Makes a node, which is to change, dirty. */
+static void cas_make_dirty(struct nbdserve_cas *st, struct cas_node *node) {
+  if (node->slot) st->ndirty++;
+  cas_drop_pair(st, node->slot, &st->retired);
+  node->slot = 0;
 }
 
 /* Makes the node at *p, which is to change, or to be there, its parent's own
@@ -5703,12 +5695,10 @@ static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
   assert(!st->is_ending);
   assert(!node || (node->level == level && node->index == index));
   if (node && node->refs == 1 && node->slot != CAS_LOST) {
-    if (node->slot) st->ndirty++;
-    cas_drop_pair(st, node->slot, &st->retired);
-    node->slot = 0;
+    cas_make_dirty(st, node);
     return 0;
   }
-  struct cas_node *copy = cas_new_node(level, index);
+  struct cas_node *copy = cas_new_node(level, index, 0);
   if (!copy) return -ENOMEM;
   assert(!node || level < CAS_LEVELS); /* the catalog is not shared */
   st->ndirty++;
@@ -5810,7 +5800,7 @@ static int cas_is_called(const struct cas_volume *vol, const char *name,
   const struct cas_record *record = cas_record(vol, view);
   const char *at = memchr(name, '@', n);
   char id[72];
-  if (!record->id && !(view == VIEW_RESERVED && vol->is_hidden)) return 0;
+  if (!record->id && !(view == VIEW_RESERVED && vol->clients)) return 0;
   if (n == 71 && memcmp(name, "sha256-", 7) == 0)
     return memcmp(cas_spell_id(vol, id), name, n) == 0;
   if (!at != !vol->parent) return 0;
@@ -5827,7 +5817,6 @@ static int cas_is_called(const struct cas_volume *vol, const char *name,
 /* The volume or snapshot of that name, of n bytes, or content id, or NULL. */
 static struct cas_volume *cas_find(struct nbdserve_cas *st, const char *name,
                                    size_t n, enum cas_view view) {
-  if (n >= CAS_PATH) return NULL;
   for (uint32_t i = 0; i < st->nvolumes; i++)
     if (cas_is_called(st->volumes[i], name, n, view)) return st->volumes[i];
   return NULL;
@@ -5933,11 +5922,11 @@ static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
 struct cas_change {
   const struct nbdserve_cas_op *ops; /* [nops]: all of them or none */
   size_t nops;
-  size_t failed;            /* the one that is at fault */
-  uint32_t kept;            /* free pairs that it leaves alone */
-  struct cas_volume *vol;   /* or, with nops 0: what appears, or is sealed: */
-  struct cas_volume *tree;  /* with the digests that this has as its data, */
-  const unsigned char *cid; /* and this as its content id */
+  size_t failed;           /* the one that is at fault */
+  uint32_t kept;           /* free pairs that it leaves alone */
+  struct cas_volume *vol;  /* or, with nops 0: what appears, or is sealed: */
+  struct cas_volume *tree; /* with the digests that this has as its data, and
+                               with its content id */
 };
 
 /* From here on a volume has a record that holds when the checkpoint is
@@ -6052,7 +6041,7 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   if (err) return err;
   vol->then.id = vol->id;
   if (!change->tree) return 0;
-  memcpy(vol->then.cid, change->cid, CAS_DIGEST_LEN);
+  memcpy(vol->then.cid, change->tree->now.cid, CAS_DIGEST_LEN);
   cas_share(cas_digests(vol), *cas_root(change->tree));
   return 0;
 }
@@ -6068,7 +6057,6 @@ static void cas_settle(struct nbdserve_cas *st, int is_durable) {
     vol->is_staged = 0;
     if (is_durable) {
       vol->now = vol->then;
-      vol->is_hidden = 0;
     } else if (u_is_zero(vol->now.cid, CAS_DIGEST_LEN) && *cas_digests(vol)) {
       (*cas_digests(vol))->refs--; /* of the tree, which has it, too */
       *cas_digests(vol) = NULL;
@@ -6086,7 +6074,7 @@ static void cas_settle(struct nbdserve_cas *st, int is_durable) {
     struct cas_node *old_root = vol->old_root;
     vol->old_root = NULL;
     cas_unref(st, old_root);
-    if (!vol->now.id && !vol->is_hidden) cas_leave(vol);
+    if (!vol->now.id && !vol->clients) cas_leave(vol);
   }
 }
 
@@ -6106,9 +6094,8 @@ struct cas_write {
 
 /* What a cut has made */
 struct cas_cut {
-  struct cas_write *writes; /* [n], room for max */
+  struct cas_write *writes; /* [n], room for those that are dirty, too */
   uint32_t n;
-  uint32_t max;
   uint32_t retired; /* list of slots that are free when it is durable */
   struct cas_super super;
 };
@@ -6185,7 +6172,6 @@ static int cas_cut_below(struct nbdserve_cas *st, struct cas_cut *cut,
     if (!write.page) return -ENOMEM;
     cas_encode_node(st, node, cut->super.number, write.page);
   }
-  assert(cut->n < cut->max);
   write.slot = node->slot = cas_take_pair(st);
   assert(CAS_AT(st, node->slot, refs) == 1 && st->ndirty > 0);
   node->is_given = 1;
@@ -6206,7 +6192,6 @@ static void cas_undo_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
     node->slot = 0;
     st->ndirty++;
   }
-  assert(cut->n <= cut->max);
   cas_free_list(st, unused);
   while (*end)
     end = &CAS_AT(st, *end, link);
@@ -6239,8 +6224,7 @@ static int cas_make_cut(struct nbdserve_cas *st, struct cas_change *change,
          (st->dropped || st->npending))
     cas_sync(st, 1);
   if (err) return err;
-  cut->max = st->ndirty;
-  cut->writes = NBDSERVE_MALLOC((cut->max + 1) * sizeof *cut->writes);
+  cut->writes = NBDSERVE_MALLOC((st->ndirty + 1) * sizeof *cut->writes);
   if (!cut->writes) return -ENOMEM;
   cas_log_close(st); /* (C13) */
   cut->retired = st->retired;
@@ -6277,7 +6261,7 @@ static int cas_write_pages(struct nbdserve_cas *st, struct cas_cut *cut) {
       blk[n + i] = blk[i];
       blk[n + i].slot += CAS_TWIN;
     }
-    cas_store(st, blk, 2 * n);
+    cas_move_both(st, blk, 2 * n, OS_WRITE);
     for (uint32_t i = 0; i < 2 * n; i++)
       if (blk[i].err) err = blk[i].err;
     os_lock(&st->lock);
@@ -6427,7 +6411,7 @@ static void *cas_work(void *arg) {
     cas_unlock(st); /* others may want it */
     os_lock(&st->lock);
   }
-  st->busy = 0;
+  st->busy = st->is_borrowed = 0;
   os_wake_all(&st->lock);
   cas_unlock(st);
   return NULL;
@@ -6439,13 +6423,10 @@ static void cas_kick(struct nbdserve_cas *st) {
   enum cas_job job = cas_next_job(st);
   int starts = !st->busy && job != JOB_NONE;
   if (starts) st->busy = 1;
-  if (starts) st->is_borrowed = 0;
   if (job == JOB_CHECKPOINT) os_wake_all(&st->lock); /* it may be idle */
   cas_unlock(st);
   if (!starts || os_thread(cas_work, st) == 0) return;
-  os_lock(&st->lock); /* without a thread for it, ours does the work */
-  st->is_borrowed = 1;
-  cas_unlock(st);
+  st->is_borrowed = 1; /* without a thread for it, ours does the work */
   cas_work(st);
 }
 
@@ -6511,7 +6492,6 @@ static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
   uint32_t slot = skip < CAS_CANDIDATES ? cas_lookup(st, blk->sum, skip) : 0;
   int err = slot ? 0 : cas_take_slot(st, &blk->slot);
   if (err) return err;
-  blk->is_duplicate = slot != 0;
   blk->todo = slot ? 0 : CAS_BOTH;
   if (slot) cas_hold(st, blk->slot = slot);
   if (!slot) cas_index(st, blk->slot, CAS_TAG(blk->sum));
@@ -6562,12 +6542,13 @@ static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
       while (blk[i].err == -ENOSPC && cas_reclaim(st));
     }
     cas_unlock(st);
-    cas_store(st, blk, n);
+    cas_move_both(st, blk, n, OS_WRITE);
     is_over = 1;
     for (size_t i = 0; i < n; i++) {
       if (!blk[i].is_wanting || !blk[i].slot) continue;
+      int is_duplicate = !blk[i].todo; /* of what its slot has */
       blk[i].is_wanting =
-          blk[i].err || (blk[i].is_duplicate && !cas_is_same(st, blk + i));
+          blk[i].err || (is_duplicate && !cas_is_same(st, blk + i));
       blk[i].todo = 0;
       is_over &= !blk[i].is_wanting;
     }
@@ -6643,8 +6624,7 @@ static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
     cas_hold(st, spot.slot);
   }
   cas_unlock(st);
-  cas_move(st, blk, n, CAS_DATA, how);
-  cas_move(st, blk, n, CAS_DIGEST, how);
+  cas_move_both(st, blk, n, how);
   for (size_t i = 0; i < n; i++) {
     if (!blk[i].digest_err || blk[i].todo != CAS_DIGEST) continue;
     blk[i].todo = CAS_BOTH;
@@ -6911,10 +6891,10 @@ static int cas_read_super(struct nbdserve_cas *st, int place,
     return -EUCLEAN; /* not even its first sector can be read */
   if (u_is_zero(p, CAS_PAGE)) return -ENOENT;
   cas_decode(cas_super_sizes, p, super);
-  for (size_t i = 0; i < sizeof super->magic; i++)
-    nfit += super->magic[i] == CAS_MAGIC[i];
+  for (int i = 0; i < 7; i++)
+    nfit += p[i] == CAS_MAGIC[i];
   if (nfit < 6) return -EINVAL;
-  if (super->digit[0] == '1' && super->version == 1) return -EOPNOTSUPP;
+  if (p[7] == '1' && super->version == 1) return -EOPNOTSUPP;
   sha_256(st->hw, p, NULL, CAS_SUPER_SUM, sum, NULL);
   if (memcmp(sum, p + CAS_SUPER_SUM, sizeof sum) != 0) return -EUCLEAN;
   if (super->version != CAS_VERSION || super->incompat ||
@@ -6999,33 +6979,31 @@ struct cas_loader {
 
 /* Adds an edge to the node whose page is in a slot, to *out.  What the page
  * says is read later.  Where no page can be, it is lost. */
-static int cas_load_node(struct nbdserve_cas *st, uint64_t slot, int level,
+static int cas_load_node(struct nbdserve_cas *st, uint32_t slot, int level,
                          uint32_t index, struct cas_node **out) {
   struct cas_loader *loader = st->loader;
   int is_slot = slot < st->nslots && slot % CAS_SEGMENT < CAS_TWIN;
-  uint32_t x = is_slot ? (uint32_t)slot : 0;
   if (!slot) return 0;
-  if (x && CAS_AT(st, x, tag) == TAG_PAGE) {
-    assert(CAS_AT(st, x, link) - 1 < loader->n);
-    struct cas_node *node = loader->nodes[CAS_AT(st, x, link) - 1];
-    if (node->slot == x && node->level == level && node->index == index) {
+  if (is_slot && CAS_AT(st, slot, tag) == TAG_PAGE) {
+    assert(CAS_AT(st, slot, link) - 1 < loader->n);
+    struct cas_node *node = loader->nodes[CAS_AT(st, slot, link) - 1];
+    if (node->slot == slot && node->level == level && node->index == index) {
       cas_share(out, node);
       return 0;
     }
   }
   int err = cas_enlarge(&loader->nodes, &loader->room, loader->n);
-  *out = cas_new_node(level, index);
+  *out = cas_new_node(level, index, CAS_LOST);
   if (err || !*out) return -ENOMEM;
   loader->nodes[loader->n++] = *out;
-  (*out)->slot = CAS_LOST;
-  if (slot == CAS_LOST) return 0;
-  if (!x || CAS_AT(st, x, refs) || CAS_AT(st, x + CAS_TWIN, refs)) {
+  if (is_slot && !CAS_AT(st, slot, refs) &&
+      !CAS_AT(st, slot + CAS_TWIN, refs)) {
+    cas_hold_pair(st, slot);
+    CAS_AT(st, slot, link) = loader->n;
+    (*out)->slot = slot;
+  } else if (slot != CAS_LOST) {
     loader->nlost++;
-    return 0;
   }
-  cas_hold_pair(st, x);
-  CAS_AT(st, x, link) = loader->n;
-  (*out)->slot = x;
   return 0;
 }
 
@@ -7052,9 +7030,10 @@ static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
   vol->id = (uint32_t)record.id;
   vol->now = record;
   memset(vol->now.kept, 0, sizeof record.kept); /* and so they are written */
-  int err = cas_load_node(st, record.root, level, 0, cas_root(vol));
+  int err = cas_load_node(st, (uint32_t)record.root, level, 0, cas_root(vol));
   if (err) return err;
-  return cas_load_node(st, record.digests, level, 0, cas_digests(vol));
+  return cas_load_node(st, (uint32_t)record.digests, level, 0,
+                       cas_digests(vol));
 }
 
 /* Puts what a page says into a node, and adds what is below to the nodes. */
@@ -7074,9 +7053,7 @@ static int cas_load_below(struct nbdserve_cas *st, struct cas_node *node,
     }
     if (!is_changed) return err;
     st->loader->nlost++; /* a block is, and the page has to say so */
-    cas_drop_pair(st, node->slot, &st->retired);
-    node->slot = 0;
-    st->ndirty++;
+    cas_make_dirty(st, node);
     return err;
   }
   while (!has_records && n > 0 && !u_get32(at + 4 * (n - 1)))
@@ -7120,10 +7097,7 @@ static void cas_dirty_above_lost(struct nbdserve_cas *st) {
       const struct cas_node *kid = node->kid[c];
       is_dirty |= kid && (!kid->slot || kid->slot == CAS_LOST);
     }
-    if (!is_dirty || !node->slot) continue;
-    cas_drop_pair(st, node->slot, &st->retired);
-    node->slot = 0;
-    st->ndirty++;
+    if (is_dirty) cas_make_dirty(st, node);
   }
 }
 
@@ -7157,7 +7131,8 @@ static int cas_order_volumes(struct nbdserve_cas *st) {
  * slot. */
 static int cas_load(struct nbdserve_cas *st) {
   const struct cas_loader *loader = st->loader;
-  int err = cas_load_node(st, st->super.catalog, CAS_TOP, 0, &st->catalog);
+  uint32_t slot = (uint32_t)st->super.catalog;
+  int err = cas_load_node(st, slot, CAS_TOP, 0, &st->catalog);
   for (uint32_t i = 0; i < loader->n && !err; i++)
     err = cas_load_page(st, loader->nodes[i]);
   if (!err) err = cas_order_volumes(st);
@@ -7179,7 +7154,7 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq, unsigned char *p,
   uint32_t mixed[2][SHA_STATE_WORDS];
   unsigned char sum[CAS_DIGEST_LEN];
   uint32_t nmixed = 0;
-  if (off + CAS_PAGE > st->end) return 0;
+  assert(off + CAS_PAGE <= st->end); /* as is the first slot, behind the log */
   if (cas_io(st, OS_READ, p, CAS_PAGE, off)) {
     st->log_unread = 1;
     return 0;
@@ -7281,10 +7256,8 @@ static int cas_redo(struct cas_volume *vol, struct cas_entry *entry,
   if (err) return err;
   is_slot = is_slot && cas_may_be_block(st, slot);
   if (!is_known && (!is_slot || !cas_confirm(st, entry))) return 0;
-  struct cas_block blk = {.number = block,
-                          .slot = is_slot ? slot : CAS_LOST,
-                          .expected = CAS_ANY,
-                          .is_duplicate = 1};
+  struct cas_block blk = {
+      .number = block, .slot = is_slot ? slot : CAS_LOST, .expected = CAS_ANY};
   cas_hold(st, blk.slot);
   err = cas_commit_block(vol, &blk);
   cas_drop(st, blk.slot, &st->dropped);
@@ -7547,8 +7520,7 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   if (!st) return -ENOMEM;
   clock_gettime(CLOCK_REALTIME, &t);
   st->super = (struct cas_super){
-      .magic = {'N', 'B', 'D', 'S', 'C', 'A', 'S'},
-      .digit = {'0' + CAS_VERSION},
+      .magic = u_get64((const unsigned char *)CAS_MAGIC),
       .version = CAS_VERSION,
       .block_size = o && o->block_size ? o->block_size : CAS_MIN_BLOCK,
       .log_pages = o && o->log_pages ? o->log_pages : 4096,
@@ -7661,25 +7633,19 @@ int nbdserve_cas_changes(struct nbdserve_cas *st,
                          const struct nbdserve_cas_op *ops, size_t n,
                          size_t *failed) {
   struct cas_change change = {.ops = ops, .nops = n};
-  struct cas_volume **used = u_zalloc((n + 1) * sizeof(struct cas_volume *));
-  int err = used ? 0 : -ENOMEM;
-  if (st->readonly) err = -EROFS;
+  struct cas_volume *resized = NULL;
+  int err = st->readonly ? -EROFS : 0;
   for (size_t i = 0; i < n && !err; i++) {
     change.failed = i;
     int verb = ops[i].verb & ~NBDSERVE_CAS_DRY_RUN;
     if (n > 1 && verb == NBDSERVE_CAS_RESIZE) err = -EINVAL;
     if ((ops[i].verb ^ ops[0].verb) & NBDSERVE_CAS_DRY_RUN) err = -EINVAL;
-    if (!err) err = cas_prepare_op(st, ops + i, used + i);
+    if (!err) err = cas_prepare_op(st, ops + i, &resized);
   }
   if (!err) err = cas_apply(st, &change);
-  int is_dry_run = err == -ECANCELED && n && ops->verb & NBDSERVE_CAS_DRY_RUN;
-  if (is_dry_run) err = 0;
-  for (size_t i = 0; used && i < n; i++) {
-    if (!used[i]) continue;
-    if (!err && !is_dry_run) cas_clear_tail(used[i]);
-    cas_close(used[i]);
-  }
-  NBDSERVE_FREE(used);
+  if (err == -ECANCELED && n && ops->verb & NBDSERVE_CAS_DRY_RUN) err = 0;
+  if (resized && !err) cas_clear_tail(resized);
+  if (resized) cas_close(resized);
   if (failed) *failed = change.failed;
   return err;
 }
@@ -7695,17 +7661,15 @@ int nbdserve_cas_change(struct nbdserve_cas *st, int verb, const char *name,
  * that; NULL: it is never to be seen. */
 static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
                     struct cas_volume **out) {
-  uint32_t npairs = CAS_RESERVE_PAIRS + CAS_MARGIN;
   if (st->readonly) return -EROFS;
   os_lock(&st->lock); /* what is to be written may be there already */
   while (st->busy && st->filled < st->to_fill)
     cas_wait(st);
-  int err = cas_get_pairs(st, npairs);
+  int err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
   if (!err) err = cas_enter(st, NULL, name, out);
   if (!err) {
     struct cas_volume *vol = *out;
     vol->own.run_batch = cas_batch;
-    vol->is_hidden = 1;
     vol->clients = 1;
     vol->now = vol->then;
     vol->now.size = size;
@@ -7721,7 +7685,7 @@ static void cas_unhide(struct cas_volume *vol) {
   os_lock(&st->ckpt); /* to free its map */
   os_lock(&st->lock);
   vol->clients--;
-  if (vol->is_hidden) cas_leave(vol);
+  if (!vol->now.id) cas_leave(vol);
   cas_unlock(st);
   os_unlock(&st->ckpt);
 }
@@ -7740,7 +7704,7 @@ int nbdserve_cas_begin(struct nbdserve_cas *st, const char *name, uint64_t size,
 int nbdserve_cas_finish(struct nbdserve_cas *st, struct nbdserve_export *ex,
                         int keep) {
   struct cas_change change = {.vol = ex->ctx};
-  assert(change.vol->is_hidden && change.vol->clients == 1);
+  assert(!change.vol->now.id && change.vol->clients == 1);
   os_lock(&st->lock);
   change.vol->now.size = u_min(change.vol->now.size, ex->size);
   cas_unlock(st);
@@ -7910,10 +7874,9 @@ static int cas_seal(struct cas_sealer *sealer) {
   struct cas_volume *vol = sealer->vol;
   struct nbdserve_cas *st = vol->st;
   unsigned char top[14 + 4 + 8 + CAS_DIGEST_LEN] = "nbdserve-cid-2";
-  unsigned char cid[CAS_DIGEST_LEN];
   int err = cas_hide(st, NULL, INT64_MAX, &sealer->tree);
   if (err) return err;
-  struct cas_change change = {.vol = vol, .tree = sealer->tree, .cid = cid};
+  struct cas_change change = {.vol = vol, .tree = sealer->tree};
   struct cas_volume *base = cas_use_base(sealer);
   sealer->data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
   if (!sealer->data) err = -ENOMEM;
@@ -7922,7 +7885,7 @@ static int cas_seal(struct cas_sealer *sealer) {
                         top + 26);
   u_put32(top + 14, st->bs);
   u_put64(top + 18, vol->now.size);
-  sha_256(st->hw, top, NULL, sizeof top, cid, NULL);
+  sha_256(st->hw, top, NULL, sizeof top, sealer->tree->now.cid, NULL);
   if (base) cas_close(base);
   NBDSERVE_FREE(sealer->data);
   if (!err) err = cas_apply(st, &change);

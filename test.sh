@@ -237,7 +237,7 @@ lint() {
   n=$(($(sed -n 's/^code //p' "$scratch/figures") -
     $(sed -n 's/^lone //p' "$scratch/figures")))
   # The goal is 6500: until it is met, not one line more than there is now
-  [ $n -le 7918 ] || { echo "nbdserve.c: $n lines of code, over 7918"; bad=1; }
+  [ $n -le 7875 ] || { echo "nbdserve.c: $n lines of code, over 7875"; bad=1; }
   return $bad
 }
 case ${1-} in
@@ -15849,13 +15849,12 @@ static void i_passed(void) {
 /* So many segments that are known to have space say that they were given
  * back. */
 static int i_count_given(void) {
-  unsigned char digest[CAS_SEGMENT][CAS_DIGEST_LEN];
   uint32_t x;
   int n = 0;
   os_lock(&i_cas->lock);
   for (x = 0; x < i_cas->nslots; x += CAS_SEGMENT)
     n += cas_segment(i_cas, x)->space == SPACE_DURABLE &&
-         (cas_segment(i_cas, x)->is_given || cas_given_back(i_cas, x, digest));
+         (cas_segment(i_cas, x)->is_given || cas_given_back(i_cas, x));
   os_unlock(&i_cas->lock);
   return n;
 }
@@ -18896,8 +18895,7 @@ static void k_compare(struct nbdserve_cas *st) {
     const struct cas_volume *vol = st->volumes[at];
     int v = k_volume(vol->id);
     const struct cas_record *record = &k_vols[v < 0 ? 0 : v].record;
-    k_must((v < 0) == vol->is_hidden, "a volume that is hidden, or not",
-           vol->id);
+    k_must((v < 0) == !vol->now.id, "a volume that is hidden, or not", vol->id);
     if (v < 0) continue;
     n--;
     k_must(record->flags == (vol->parent ? CAS_IS_SNAPSHOT : 0) &&
@@ -21849,14 +21847,14 @@ static void ck_volumes(struct nbdserve_cas *st, int is_forged) {
     node = cas_kid(st->catalog, place / st->fanout);
     CK(node && vol->page == cas_kid(node, place % st->fanout));
     CK(!vol->is_staged && !vol->is_rolled_back && !vol->old_root);
-    CK(!vol->pins && facts->id == (vol->is_hidden ? 0 : vol->id));
-    CK(!vol->is_hidden || vol->clients == 1);
+    CK(!vol->pins && (facts->id == vol->id || !facts->id));
+    CK(facts->id || vol->clients == 1);
     CK(cas_is_size(st, facts->size));
-    CK(cas_is_name(facts->name) || (vol->is_hidden && !*facts->name));
+    CK(cas_is_name(facts->name) || (!facts->id && !*facts->name));
     if (!is_forged && u_is_zero(facts->cid, CAS_DIGEST_LEN))
       CK(!*cas_digests(vol));
     CK(is_forged || u_is_zero(facts->cid, CAS_DIGEST_LEN) || vol->parent);
-    if (vol->parent) CK(!vol->parent->parent && !vol->is_hidden);
+    if (vol->parent) CK(!vol->parent->parent && facts->id);
     if (vol->parent) CK(facts->made_from == vol->parent->id);
     for (i = 0; !is_forged && i < at && *facts->name; i++) {
       other = st->volumes[i];
@@ -21926,7 +21924,7 @@ static void ck_index(struct nbdserve_cas *st) {
 
 /* What is free in segments and in all, and where cursors are */
 static void ck_space(struct nbdserve_cas *st) {
-  uint32_t nfree = 0, npairs = 0, npending = 0, nloose = 0, x, i;
+  uint32_t nfree = 0, npairs = 0, npending = 0, x, i;
   CK(st->nslots % CAS_SEGMENT == 0 && st->nslots <= st->ngroups * CAS_SLOTS);
   CK(st->nslots > (st->ngroups - 1) * CAS_SLOTS);
   for (x = 0; x < st->nslots; x += CAS_SEGMENT) {
@@ -21948,9 +21946,8 @@ static void ck_space(struct nbdserve_cas *st) {
     if (seg->space == SPACE_DURABLE) npairs += pairs;
     if (seg->space == SPACE_WRITTEN || seg->space == SPACE_SYNCING)
       npending += pairs;
-    nloose += seg->space == SPACE_DURABLE ? free - 2 * pairs : free;
   }
-  CK(st->nfree == nfree && st->nloose == nloose);
+  CK(st->nfree == nfree && st->nfree >= 2 * st->npairs);
   CK(st->npairs == npairs && st->npending == npending);
   CK(st->data_cursor <= st->nslots && st->back_cursor <= st->nslots);
   CK(st->back_cursor % CAS_SEGMENT == 0 && st->pair_cursor % CAS_SEGMENT == 0);

@@ -384,8 +384,8 @@ static int os_end_with_parent(void) {
 }
 #endif
 
-/* Opens the directory that path is in: that of something that is there, so there
- * is room for it.  A descriptor or -errno. */
+/* Opens the directory that path is in: that of something that is there, so
+ * there is room for it.  A descriptor or -errno. */
 static int os_open_dir(const char *path) {
   char dir[PATH_MAX];
   const char *slash = strrchr(path, '/');
@@ -10438,6 +10438,9 @@ static int cli_open_volume(const char *path, const char *name,
  * Returns its path, or NULL if nothing names a store. */
 static char *cli_take_store(const struct cli_verb *verb) {
   char *fallback = getenv("NBDSERVE_STORE");
+  size_t n = fallback ? strlen(fallback) : 0;
+  if (n == 0) fallback = NULL; /* it may be set to nothing */
+  if (n > 2 && strcmp(fallback + n - 2, "::") == 0) fallback[n - 2] = '\0';
   char *first = cli.ntargets ? *cli.targets : NULL;
   char *colons = first ? strstr(first, "::") : NULL;
   uint64_t size;
@@ -10453,6 +10456,13 @@ static char *cli_take_store(const struct cli_verb *verb) {
   return first;
 }
 
+/* Do two paths lead to the same file? */
+static int cli_are_same(const char *path, const char *other) {
+  struct stat file[2];
+  if (stat(path, &file[0]) < 0 || stat(other, &file[1]) < 0) return 0;
+  return file[0].st_dev == file[1].st_dev && file[0].st_ino == file[1].st_ino;
+}
+
 /* The name in a later operand, in front of which the store may stand again, but
  * no other one.  If there is no such file, the "::" is a part of the name; but
  * is_new: nobody means to give such a name. */
@@ -10460,14 +10470,12 @@ static const char *cli_same_store(const char *store, const char *operand,
                                   int is_new) {
   const char *colons = strstr(operand, "::");
   char path[PATH_MAX];
-  struct stat own;
-  struct stat other;
   if (!colons || !store) return operand;
   snprintf(path, sizeof path, "%.*s", (int)(colons - operand), operand);
-  if (stat(path, &other) < 0 && is_new) cli_usage("%s: no such store", path);
-  if (stat(path, &other) < 0) return operand;
-  if (stat(store, &own) < 0 || own.st_dev != other.st_dev ||
-      own.st_ino != other.st_ino)
+  int is_there = access(path, F_OK) == 0;
+  if (!is_there && is_new) cli_usage("%s: no such store", path);
+  if (!is_there) return operand;
+  if (!cli_are_same(store, path))
     cli_usage("%s: in another store than the first operand: %s", operand,
               store);
   return colons + 2;
@@ -10512,6 +10520,8 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
                             const char *last) {
   unsigned flags = job->verb->flags;
   uint32_t how = job->verb->open;
+  if (flags & VERB_READS_FILE && cli_are_same(store, last))
+    cli_usage("%s: the store itself, which grows while it is read", last);
   if (opt[OPT_ACCEPT_LOSS].given) how |= NBDSERVE_CAS_ACCEPT_LOSS;
   if (flags & (VERB_READS_FILE | VERB_WRITES_FILE))
     job->fds.output = cli_open_file(last, !(flags & VERB_READS_FILE));
@@ -10660,6 +10670,9 @@ static void cli_open_target(const char *text, const char *path,
   flat.create = opt[OPT_CREATE].number;
   if (opt[OPT_READ_ONLY].given) flat.flags = NBDSERVE_FLAT_READONLY;
   if (opt[OPT_TEMPORARY].given) flat.flags = NBDSERVE_FLAT_TEMPORARY;
+  if (!*path) cli_usage("a target without a name");
+  if (volume && !*volume && cli.ntargets == 1 && (ex->name || ex->description))
+    cli_usage("%s: no name or description for all of its volumes", text);
   if (volume && (flat.offset || flat.size || flat.create ||
                  flat.flags == NBDSERVE_FLAT_TEMPORARY))
     cli_usage("%s: no --offset, --size, --create or -T of a volume", text);

@@ -237,7 +237,7 @@ lint() {
   n=$(($(sed -n 's/^code //p' "$scratch/figures") -
     $(sed -n 's/^lone //p' "$scratch/figures")))
   # The goal is 6500: until it is met, not one line more than there is now
-  [ $n -le 7875 ] || { echo "nbdserve.c: $n lines of code, over 7875"; bad=1; }
+  [ $n -le 7788 ] || { echo "nbdserve.c: $n lines of code, over 7788"; bad=1; }
   return $bad
 }
 case ${1-} in
@@ -6060,6 +6060,26 @@ testExportReplacesNoStore() {
   names
   assertEquals 'a ' "$GOT"
 }
+testImportDoesNotReadItsOwnStore() {
+  store && cas 0 create "$S::a" 1M || return 0
+  ln -s "$S" "$T/link"
+  cas 2 import "$S::b" "$T/link"
+  says 'link: the store itself'
+  names
+  assertEquals 'a ' "$GOT"
+}
+testTargetsWithoutANameAreRefused() {
+  run -s ''
+  assertEquals 2 "$STATUS"
+  says 'a target without a name'
+  store || return 0
+  for option in '-e x' '-D x'; do
+    # shellcheck disable=SC2086
+    run -s $option "$S::"
+    assertEquals "$option" 2 "$STATUS"
+    says 'no name or description for all of its volumes'
+  done
+}
 testNewNamesAreInNoOtherStore() {
   store && cas 0 create "$S::a" 1M || return 0
   for command in "clone $S::a $T/none::b" "rename $S::a none::b"; do
@@ -6302,6 +6322,11 @@ testTheEnvironmentNamesTheStore() {
   assertTrue "cmp '$T/in' '$T/out2'"
   cas 0 verify
   cas 0 stat
+  NBDSERVE_STORE=$S::
+  cas 0 create w 1M
+  NBDSERVE_STORE=
+  cas 2 create x 1M
+  says 'usage: nbdserve create'
   unset NBDSERVE_STORE
 }
 testInitTakesASizeWhereTheEnvironmentNamesTheStore() {

@@ -3129,17 +3129,15 @@ static void tx_account(struct conn *c, const struct nbdserve_req *list) {
   }
 }
 
-/* Gives a request that is to be handed over a buffer of its own, of TX_PIECE
- * bytes behind room for a head; without memory it stays as it is.  A client
- * keeps some: the system would have to clear each page of a new one.  What is
- * not used is not there, so all may have the same size. */
-static void tx_take_buffer(struct conn *c, struct nbdserve_req *r) {
-  assert(!r->owned);
+/* A buffer for the data of a request that is handed over, of TX_PIECE bytes
+ * behind room for a head; NULL without memory.  A client keeps some: the system
+ * would have to clear each page of a new one.  What is not used is not there,
+ * so all may have the same size. */
+static void *tx_take_buffer(struct conn *c) {
   os_lock(&c->queue_lock);
-  if (c->nspares > 0) r->owned = c->spare[--c->nspares];
+  void *buffer = c->nspares > 0 ? c->spare[--c->nspares] : NULL;
   os_unlock(&c->queue_lock);
-  if (!r->owned) r->owned = NBDSERVE_MALLOC(TX_HEAD_ROOM + TX_PIECE);
-  if (r->owned) r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
+  return buffer ? buffer : NBDSERVE_MALLOC(TX_HEAD_ROOM + TX_PIECE);
 }
 
 /* Gives such a buffer back; it may be NULL. */
@@ -3337,10 +3335,16 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
 /* Hands over a READ of the batch that has to wait for the medium, with a buffer
  * of its own; or does it here, if there is no worker or no memory. */
 static void tx_read_later(struct conn *c, struct nbdserve_req *r) {
-  assert(r->type == NBD_CMD_READ);
+  unsigned char *slot = r->buf;
+  assert(r->type == NBD_CMD_READ && !r->owned);
   r->may_wait = 1;
-  tx_take_buffer(c, r);
-  if (!r->owned || !tx_hand_over(c, r)) tx_execute(c, r);
+  r->owned = tx_take_buffer(c);
+  if (r->owned) r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
+  if (r->owned && tx_hand_over(c, r)) return;
+  tx_give_buffer(c, r->owned);
+  r->owned = NULL;
+  r->buf = slot;
+  tx_execute(c, r);
 }
 
 /* Does what is TODO of the batch, or hands over what is for workers (T4).
@@ -3632,9 +3636,10 @@ static int tx_dispatch(struct conn *c, struct nbdserve_req *r) {
   }
   int err = tx_run_batch(c); /* answers what came before, and frees rbuf */
   if (err) return err;
-  if (is_copied) tx_take_buffer(c, r);
+  if (is_copied) r->owned = tx_take_buffer(c);
   if (!r->owned && r->payload) return tx_write_in_pieces(c, r);
   if (!r->owned) return tx_read_in_pieces(c, r); /* without memory, too */
+  r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
   if (r->payload) err = tx_recv_payload(c, r->buf, (size_t)r->payload);
   if (!err) return tx_finish(c, r);
   tx_give_buffer(c, r->owned);
@@ -3838,7 +3843,8 @@ static int overlay_copy(struct flat *f, uint64_t block) {
   struct iovec in = {data, (size_t)u_min(sizeof data, f->size - start)};
   struct iovec out = in;
   int err = os_transfer(f->fd, OS_READ, &in, 1, f->offset + start);
-  return err ? err : os_transfer(f->overlay_fd, OS_WRITE, &out, 1, start);
+  if (err) return err;
+  return os_transfer(f->overlay_fd, OS_WRITE, &out, 1, start);
 }
 
 /* Reads or writes len bytes at off, all in one block: a write in the overlay,

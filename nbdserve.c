@@ -384,8 +384,8 @@ static int os_end_with_parent(void) {
 }
 #endif
 
-/* Opens the directory that path is in: that of something that is there, so
- * there is room for it.  A descriptor or -errno. */
+/* Opens the directory that path is in.  The path was opened, or fits into a
+ * socket's address, so there is room for it.  A descriptor or -errno. */
 static int os_open_dir(const char *path) {
   char dir[PATH_MAX];
   const char *slash = strrchr(path, '/');
@@ -726,13 +726,14 @@ static inline int os_is_data(int fd, uint64_t off, uint64_t end,
 #define os_is_data(fd, off, end, next) ((void)(*(next) = (end)), 1)
 #endif
 
+#if !NBDSERVE_NO_FLAT
 /* Opens a private file that is gone when it is closed: in dir or, if dir is
  * NULL, in memory, or in /tmp where the system has no files in memory.
  * The caller owns the descriptor.
  *
  * The ways are tried from the best to the one that works everywhere, without a
  * look at why one has failed.  -errno: of the last one. */
-static inline int os_nameless_file(const char *dir) {
+static int os_nameless_file(const char *dir) {
   char path[PATH_MAX];
 #if OS_LINUX && defined MFD_CLOEXEC
   int memory = dir ? -1 : memfd_create("nbdserve", MFD_CLOEXEC);
@@ -757,6 +758,7 @@ static inline int os_nameless_file(const char *dir) {
   close(fd);
   return err;
 }
+#endif /* !NBDSERVE_NO_FLAT */
 #endif /* !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS */
 
 /* ==== [3] UTIL (u_) ======================================================
@@ -1455,8 +1457,7 @@ static void req_set_state(struct nbdserve_req *r, enum req_state to) {
   r->state = to;
 }
 
-/* Reads the head of a request, of which the caller has
- * seen the magic. */
+/* Reads the head of a request, of which the caller has seen the magic. */
 static struct nbdserve_req wire_get_request(const unsigned char *p,
                                             enum wire_mode mode) {
   struct nbdserve_req r = {.mode = mode,
@@ -2350,9 +2351,10 @@ struct ex_batched {
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n);
 };
 
+#if !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS
 /* ops->read of a backend that has run_batch. */
-static inline int ex_batched_read(void *ctx, void *buf, uint64_t off,
-                                  uint64_t len, uint32_t flags) {
+static int ex_batched_read(void *ctx, void *buf, uint64_t off, uint64_t len,
+                           uint32_t flags) {
   struct nbdserve_req r = {
       .type = NBD_CMD_READ, .off = off, .len = len, .buf = buf, .may_wait = 1};
   (void)flags;
@@ -2361,8 +2363,8 @@ static inline int ex_batched_read(void *ctx, void *buf, uint64_t off,
 }
 
 /* ops->write of a backend that has run_batch. */
-static inline int ex_batched_write(void *ctx, const void *buf, uint64_t off,
-                                   uint64_t len, uint32_t flags) {
+static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
+                            uint64_t len, uint32_t flags) {
   struct nbdserve_req r = {.type = NBD_CMD_WRITE, .off = off, .len = len};
   assert(!(flags & NBDSERVE_CMD_FUA)); /* not NATIVE_FUA: a flush follows */
   (void)flags;
@@ -2370,6 +2372,7 @@ static inline int ex_batched_write(void *ctx, const void *buf, uint64_t off,
   ((struct ex_batched *)ctx)->run_batch(ctx, &r, 1);
   return r.err;
 }
+#endif
 
 /* ==== [8] HANDSHAKE (hs_) ================================================
  * Connections, and fixed newstyle negotiation (proto.md, Handshake and Option
@@ -4500,8 +4503,9 @@ struct cas_node {
 };
 
 /* A volume or snapshot.  All its exports are this one struct.  It has two
- * records.  An id of 0 in one of them means that nobody sees it, or not yet, or
- * no more; flags, levels and the roots are filled in when it is encoded. */
+ * records.  Where a record's id is 0 there is no such volume, not yet or no
+ * more, for who goes by that record.  Its flags, levels and roots are set only
+ * when it is encoded. */
 struct cas_volume {
   struct ex_batched own;     /* must come first */
   struct nbdserve_cas *st;   /* the store that it is in */
@@ -4510,9 +4514,9 @@ struct cas_volume {
   struct cas_node *page;     /* of level 4, with its record and maps */
   uint32_t place;            /* of its record in the catalog */
   uint32_t id;               /* unlike all others; in the order of coming */
-  uint64_t clients;          /* exports and calls that use it; while nobody sees
-                                it one means that it is being filled: it is
-                                hidden, and its name is reserved */
+  uint64_t clients;          /* exports and calls that use it.  If now.id is 0
+                                and there is one, it is being filled: hidden,
+                                with its name reserved */
   uint64_t pins;             /* readers that are done in a moment */
   struct cas_record now;     /* what everybody sees */
   struct cas_record then;    /* what a checkpoint that is being written says, */
@@ -4566,7 +4570,7 @@ struct nbdserve_cas {
   int busy;                  /* a thread is in cas_work, */
   int closing;               /* which is to end, */
   int is_borrowed;           /* and is one that wants to go on with a request:
-                                set by that one, before it takes the lock */
+                                only who has set busy writes this then */
 
   struct cas_node *catalog;    /* the root of all */
   struct cas_volume **volumes; /* [nvolumes]: all of them, also what is
@@ -5369,8 +5373,8 @@ static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
   }
 }
 
-/* The same with both.  Last come the digests, so that where there is no space
- * for the data they still say that it was given back.  (locks) */
+/* Moves data and digests.  The digests come last, so that where a write finds
+ * no space for the data they still say that it was given back.  (locks) */
 static void cas_move_both(struct nbdserve_cas *st, struct cas_block *blk,
                           size_t n, int how) {
   cas_move(st, blk, n, CAS_DATA, how);
@@ -5823,6 +5827,7 @@ static int cas_is_called(const struct cas_volume *vol, const char *name,
 /* The volume or snapshot of that name, of n bytes, or content id, or NULL. */
 static struct cas_volume *cas_find(struct nbdserve_cas *st, const char *name,
                                    size_t n, enum cas_view view) {
+  if (n >= CAS_PATH) return NULL;
   for (uint32_t i = 0; i < st->nvolumes; i++)
     if (cas_is_called(st->volumes[i], name, n, view)) return st->volumes[i];
   return NULL;
@@ -6100,7 +6105,7 @@ struct cas_write {
 
 /* What a cut has made */
 struct cas_cut {
-  struct cas_write *writes; /* [n], room for those that are dirty, too */
+  struct cas_write *writes; /* [n]; room for all that was dirty */
   uint32_t n;
   uint32_t retired; /* list of slots that are free when it is durable */
   struct cas_super super;
@@ -7035,7 +7040,7 @@ static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
   vol->page = page;
   vol->id = (uint32_t)record.id;
   vol->now = record;
-  memset(vol->now.kept, 0, sizeof record.kept); /* and so they are written */
+  memset(vol->now.kept, 0, sizeof record.kept); /* as they are written */
   int err = cas_load_node(st, (uint32_t)record.root, level, 0, cas_root(vol));
   if (err) return err;
   return cas_load_node(st, (uint32_t)record.digests, level, 0,
@@ -7160,7 +7165,7 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq, unsigned char *p,
   uint32_t mixed[2][SHA_STATE_WORDS];
   unsigned char sum[CAS_DIGEST_LEN];
   uint32_t nmixed = 0;
-  assert(off + CAS_PAGE <= st->end); /* as is the first slot, behind the log */
+  assert(off + CAS_PAGE <= st->end); /* cas_open_super found slots behind it */
   if (cas_io(st, OS_READ, p, CAS_PAGE, off)) {
     st->log_unread = 1;
     return 0;
@@ -7687,9 +7692,9 @@ static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
 /* Ends what cas_hide has begun.  Unless it is to be seen by now, it goes. */
 static void cas_unhide(struct cas_volume *vol) {
   struct nbdserve_cas *st = vol->st;
-  assert(vol->clients == 1);
   os_lock(&st->ckpt); /* to free its map */
   os_lock(&st->lock);
+  assert(vol->clients > 0 && (vol->clients == 1 || vol->now.id));
   vol->clients--;
   if (!vol->now.id) cas_leave(vol);
   cas_unlock(st);
@@ -8424,7 +8429,7 @@ static int srv_socket(const union srv_address *a, socklen_t len,
   int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (fd < 0) return -errno;
   os_set_fd_flags(fd, use == SRV_CONNECT ? 0 : O_NONBLOCK);
-  /* A socket of another family heeds neither of these. */
+  /* Nothing comes of these for a unix socket, and only such a one connects. */
   os_set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
   os_set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
   int listens = use == SRV_LISTEN;
@@ -8538,7 +8543,7 @@ static int srv_listen_tcp(struct nbdserve *s, const char *address) {
     address++;
     len -= 2;
   }
-  snprintf(host, sizeof host, "%.*s", len, address); /* longer: no address */
+  snprintf(host, sizeof host, "%.*s", len, address); /* if cut, it is none */
   if (strcmp(host, "localhost") == 0) return srv_listen_localhost(s, port);
   return srv_listen_ip(s, host, &port);
 }
@@ -10139,7 +10144,7 @@ static const char *cli_why(const struct cli_verb *verb,
 static int cli_run_job(struct cli_job *job) {
   unsigned flags = job->verb->flags;
   const char *end = job->request.json && flags & VERB_ROWS ? "]\n" : "";
-  assert(job->verb && job->verb->run);
+  assert(job->verb->run);
   assert(job->nops > 0 && !job->nrows && !job->lost && !job->shown_ms);
   job->begun_ms = os_now_ms();
   int err = job->verb->run(job);

@@ -43,13 +43,23 @@ SWITCHES = NO_MAIN NO_FLAT NO_CAS NO_HWSHA NO_TCP NO_THREADS POSIX_ONLY
 TESTS =
 BUILT_TESTS = @config @platform @util @sha @wire @io @export @handshake \
   @transmission @flat @cas @server @cli
-SAN_TESTS = $(BUILT_TESTS) @clients
+SAN_TESTS = @config @platform @util @sha @wire @io @export @handshake \
+  @transmission @flat @cas @server @clients $(CLI_TESTS)
+# Where all of @cli would take too long
+CLI_TESTS = testExitWithParent testForkReturnsWhenListening \
+  testRunPassesTheStatusOn testSignalsEndItInOrder testSocketActivation \
+  testFaultsHitTheirShareOfTheirCommand testStatsSayHowLongRequestsTook \
+  testFilesComeOutOfAStoreAsTheyWentIn testExportKeepsHoles \
+  testImportReadsPipes testStoreCommandsPrintJsonThatParses \
+  testCommandsOnAServedStoreAreDoneByTheServer \
+  testTERMOfTheServerEndsItsCommandsToo testSeveralChangesAreAllOrNone \
+  testExportLeavesNoHalfFile testRepairIsACommand \
+  testUsageErrorsExit2WithAMessage
 # What of a store and of the command has several threads
 TSAN_TESTS = @platform @util @io @export @transmission @flat @server @clients \
   testWritersReadersAndChangesOfAStoreTogether \
   testSnapshotOfAServedVolumeAppears \
   testTwoHundredClonesAreWrittenThroughOneServer \
-  testKillLosesNothingThatWasAcknowledged \
   testDurableWritesToAVolumeSurviveKILL testDamagedMapOfAServedStoreIsFound \
   testAListHasEachVolumeOnceWhileOthersCome testADryRunKnowsWhatIsOpen \
   testGcHoldsNobodyUpWhileItGivesSpaceBack testWhatIsTrueOnlyWhileASyncRuns \
@@ -67,16 +77,15 @@ TSAN_TESTS = @platform @util @io @export @transmission @flat @server @clients \
   testSignalledServerServesItsCommandUntilItHasEnded \
   testTwoSignalsAtOnceLeaveTheCommandItsTime testForkReturnsWhenListening \
   testRepairIsACommand
-NO_CAS_TESTS = @config @platform @util @export @flat @server @cli
-NO_HWSHA_TESTS = @config @sha @cas
+NO_CAS_TESTS = quick @config @export @flat
+NO_HWSHA_TESTS = quick @config @sha
 NO_TCP_TESTS = @config @util @server testBadAddressesSayWhatIsGood \
   testPassedSocketIsServed testSocketActivation testRunSetsTheVariables
-NO_THREADS_TESTS = $(BUILT_TESTS)
-POSIX_ONLY_TESTS = @config @platform @io @export @transmission @flat @cas \
-  @server testExitWithParent testForkReturnsWhenListening \
-  testRunPassesTheStatusOn testCommandsOnAServedStoreAreDoneByTheServer \
-  testFilesComeOutOfAStoreAsTheyWentIn testExportKeepsHoles \
-  testImportReadsPipes
+NO_THREADS_TESTS = quick @config @platform @io @export @transmission \
+  @server @cli testWithoutAThreadWhoAsksDoesTheWork testGcGivesSpaceBack \
+  testDurableWritesToAVolumeSurviveKILL testNoPowerCutLosesWhatWasFlushed \
+  testEverySystemCallMayFailOnce testFullStoreIsENOSPCForTheWriteOnly
+POSIX_ONLY_TESTS = quick @config @platform @io @flat @cas @server $(CLI_TESTS)
 # What may differ where bytes are in another order, size_t has 32 bits or char
 # has no sign: the hash, each kind of message, what lies in a store.  A minute.
 CROSS_TESTS = @sha @wire testHelloIsFixedNewstyleWithNoZeroes \

@@ -45,7 +45,7 @@
 #   BIG (64M)              size of the image that nbdcopy moves
 #   SWITCH                 -DNBDSERVE_$SWITCH is how the program was built
 #   SANITIZER              the program's memory is not its own
-#   POWER_CUTS (500)       in each of four histories of a store; 100 or 25 in a
+#   POWER_CUTS (500)       in each of four histories of a store; 100 or 10 in a
 #                          build that is_variant
 #   CORPUS                 the directory that gets what clients sent
 #
@@ -4856,7 +4856,7 @@ testNoPowerCutLosesWhatWasFlushed() {
   simulates && build simulator || return 0
   cuts=${POWER_CUTS:-500}
   ! is_variant || cuts=100
-  [ -z "${SANITIZER-}" ] || cuts=25 # each takes thirty times as long
+  [ -z "${SANITIZER-}" ] || cuts=10 # each takes thirty times as long
   for seed in 1 1000 2000 3000; do
     does "$W/simulator" cuts "$cuts" $seed
   done
@@ -4893,7 +4893,8 @@ testEverySystemCallMayFailOnce() {
 testMutatedStoresAreRefusedOrSound() {
   simulates && build mutate || return 0
   count=1000
-  case $CC in clang | tcc | musl-gcc) count=200 ;; esac
+  ! is_variant || count=200
+  [ -z "${SANITIZER-}" ] || count=400
   does "$W/mutate" $count 1
 }
 testWhatIsTrueOnlyWhileASyncRuns() {

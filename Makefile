@@ -43,8 +43,8 @@ SWITCHES = NO_MAIN NO_FLAT NO_CAS NO_HWSHA NO_TCP NO_THREADS POSIX_ONLY
 TESTS =
 BUILT_TESTS = @config @platform @util @sha @wire @io @export @handshake \
   @transmission @flat @cas @server @cli
-SAN_TESTS = @config @platform @util @sha @wire @io @export @handshake \
-  @transmission @flat @cas @server @clients $(CLI_TESTS)
+SAN_TESTS = quick @platform @util @sha @wire @io @export @transmission @flat \
+  @cas @server $(CLI_TESTS)
 # Where all of @cli would take too long
 CLI_TESTS = testExitWithParent testForkReturnsWhenListening \
   testRunPassesTheStatusOn testSignalsEndItInOrder testSocketActivation \
@@ -56,7 +56,7 @@ CLI_TESTS = testExitWithParent testForkReturnsWhenListening \
   testExportLeavesNoHalfFile testRepairIsACommand \
   testUsageErrorsExit2WithAMessage
 # What of a store and of the command has several threads
-TSAN_TESTS = @platform @util @io @export @transmission @flat @server @clients \
+TSAN_TESTS = quick @platform @io @export @transmission @flat @server \
   testWritersReadersAndChangesOfAStoreTogether \
   testSnapshotOfAServedVolumeAppears \
   testTwoHundredClonesAreWrittenThroughOneServer \
@@ -82,10 +82,11 @@ NO_HWSHA_TESTS = quick @config @sha
 NO_TCP_TESTS = @config @util @server testBadAddressesSayWhatIsGood \
   testPassedSocketIsServed testSocketActivation testRunSetsTheVariables
 NO_THREADS_TESTS = quick @config @platform @io @export @transmission \
-  @server @cli testWithoutAThreadWhoAsksDoesTheWork testGcGivesSpaceBack \
+  @server $(CLI_TESTS) testWithoutAThreadWhoAsksDoesTheWork \
+  testGcGivesSpaceBack \
   testDurableWritesToAVolumeSurviveKILL testNoPowerCutLosesWhatWasFlushed \
   testEverySystemCallMayFailOnce testFullStoreIsENOSPCForTheWriteOnly
-POSIX_ONLY_TESTS = quick @config @platform @io @flat @cas @server $(CLI_TESTS)
+POSIX_ONLY_TESTS = @config @platform @io @flat @cas $(CLI_TESTS)
 # What may differ where bytes are in another order, size_t has 32 bits or char
 # has no sign: the hash, each kind of message, what lies in a store.  A minute.
 CROSS_TESTS = @sha @wire testHelloIsFixedNewstyleWithNoZeroes \

@@ -3537,8 +3537,10 @@ static int tx_read_pieces(struct conn *c, struct nbdserve_req *r, int sends) {
     int is_begun = sends && r->mode == MODE_SIMPLE && left < r->len;
     if (r->err) return is_begun ? r->err : 0;
     int err = 0;
-    if (is_spliced) err = tx_send_spliced(c, &piece);
-    if (sends && !is_spliced) err = tx_send_all(c, &piece);
+    if (is_spliced)
+      err = tx_send_spliced(c, &piece);
+    else if (sends)
+      err = tx_send_all(c, &piece);
     if (err) return err;
     piece.off += piece.len;
   }

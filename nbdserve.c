@@ -5577,8 +5577,8 @@ struct cas_spot {
   uint32_t slot;         /* of the block; 0; or CAS_LOST */
   uint64_t span;         /* blocks from it on of which the leaf, or the lack of
                             one, is the same */
-  int gives_back;        /* all pages to it are the map's own: to change one
-                            gives back as many pairs as it takes */
+  int gives_back;        /* all pages to it are there, and the map's own: to
+                            change one gives back as many pairs as it takes */
 };
 
 /* Follows a map to a block.  Returns the leaf if it has to be read first. */
@@ -5594,7 +5594,7 @@ static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
   }
   spot->span = size - block % size;
   if (!node || node->slot == CAS_LOST) {
-    spot->gives_back = node != NULL;
+    spot->gives_back = 0;
     spot->slot = node ? CAS_LOST : 0;
     return NULL;
   }

@@ -17282,6 +17282,7 @@ static const char d_letters[][5] = {"MAP1", "CAT1", "MAP2", "CAT2",
                                     "REC1", "REC2", "SUM1", "SUM2"};
 static long d_lose;       /* so many page writes on, one is lost; 0: none */
 static int d_lose_digest; /* together with the digest that goes with it */
+static int d_hw; /* the processor computes SHA-256 */
 static int64_t d_expect;  /* the digest that is to be lost when written, or 0 */
 static struct {
   uint64_t off;
@@ -18508,12 +18509,12 @@ static void m_identify(struct m_vol *v) {
   uint32_t n = blocks, level;
   memset(run, 0, sizeof run);
   for (c = 0; c < blocks; c++)
-    if (m_block(v, c, b)) sha_256(0, b, NULL, BLOCK, d + c * 32, NULL);
+    if (m_block(v, c, b)) sha_256(d_hw, b, NULL, BLOCK, d + c * 32, NULL);
   for (level = 0; level < 4; level++, n = (n + FAN - 1) / FAN)
     for (c = 0; c * FAN < n; c++) {
       unsigned char *from = d + c * FAN * 32, sum[32] = {0};
       if (memcmp(from, zeroes, sizeof zeroes))
-        sha_256(0, from, NULL, sizeof zeroes, sum, NULL);
+        sha_256(d_hw, from, NULL, sizeof zeroes, sum, NULL);
       memset(from, 0, sizeof zeroes);
       memcpy(d + c * 32, sum, 32);
     }
@@ -19048,7 +19049,7 @@ static const unsigned char *k_page(struct nbdserve_cas *st, uint32_t slot,
          slot);
   k_named[slot] = k_named[twin] = 1;
   memcpy(page, p, BLOCK);
-  k_must(cas_sum_page(0, page, BLOCK, sum), "the sum of a page", slot);
+  k_must(cas_sum_page(d_hw, page, BLOCK, sum), "the sum of a page", slot);
   k_must(!memcmp(p, k_disk + d_at((long)twin, 1), BLOCK), "its twin", slot);
   k_must(!memcmp(sum, k_disk + d_at((long)slot, 0), 32), "its digest", slot);
   k_must(!memcmp(sum, k_disk + d_at((long)twin, 0), 32), "its other digest",
@@ -19217,7 +19218,7 @@ static void k_kept(struct nbdserve_cas *st) {
                !memcmp(d_now + d_at(slot, 0), k_disk + d_at(slot, 0), 32),
            "what is named is written", slot);
     if (k_named[slot] == 1) continue;
-    sha_256(0, d_now + d_at(slot, 1), NULL, BLOCK, sum, NULL);
+    sha_256(d_hw, d_now + d_at(slot, 1), NULL, BLOCK, sum, NULL);
     k_must(!memcmp(sum, k_disk + d_at(slot, 0), 32), "its data", slot);
   }
 }
@@ -19831,6 +19832,7 @@ int main(int argc, char **argv) {
   long number = argc > 2 ? atol(argv[2]) : 0;
   uint64_t seed = argc > 3 ? strtoull(argv[3], NULL, 10) : 1;
   m_signals();
+  d_hw = os_has_hwsha();
   m_strict = only || M_NEW;
   if (only || !strcmp(what, "calls")) {
     m_trace = argc > 3;
@@ -22062,7 +22064,7 @@ static const unsigned char *ck_page(struct nbdserve_cas *st, uint32_t slot) {
   int i;
   for (i = 0; i < 2; i++, slot += CAS_TWIN)
     if (!ck_bytes(page, cas_data_off(st, slot), st->bs) &&
-        cas_sum_page(0, page, st->bs, sum))
+        cas_sum_page(st->hw, page, st->bs, sum))
       return page;
   return NULL;
 }

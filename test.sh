@@ -17282,7 +17282,7 @@ static const char d_letters[][5] = {"MAP1", "CAT1", "MAP2", "CAT2",
                                     "REC1", "REC2", "SUM1", "SUM2"};
 static long d_lose;       /* so many page writes on, one is lost; 0: none */
 static int d_lose_digest; /* together with the digest that goes with it */
-static int d_hw; /* the processor computes SHA-256 */
+static int d_hw;          /* the processor computes SHA-256 */
 static int64_t d_expect;  /* the digest that is to be lost when written, or 0 */
 static struct {
   uint64_t off;

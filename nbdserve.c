@@ -5025,12 +5025,13 @@ static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
   if (first % CAS_SLOTS == 0) off = cas_digest_off(st, first);
   if (first == 0) off = 0;
   if (!st->is_device) err = os_fallocate(st->fd, OS_ALLOCATE, off, end - off);
-  if (err == -EOPNOTSUPP) err = cas_write_zeroes(st, first, off, end);
-  /* Some file systems refuse that when they are full, though the space is
-   * there.  It is if it was there at the last checkpoint and was not given
-   * back. */
   int ngiven = first < st->nslots ? cas_given_back(st, first) : 0;
-  if (err == -ENOSPC && !ngiven && first < st->super.nslots) err = 0;
+  /* Some file systems refuse that when they are full, though the space is
+   * there, as it may be if it was at the last checkpoint and was not given back
+   * since: a power cut may have left a slot its digest, but not its space. */
+  int may_be_there = err == -ENOSPC && !ngiven && first < st->super.nslots;
+  if (err == -EOPNOTSUPP || may_be_there)
+    err = cas_write_zeroes(st, first, off, end);
   /* A new one is as broken as those of its group: see cas_pass_over. */
   int is_broken = first == st->nslots && first % CAS_SLOTS &&
                   cas_segment(st, first - 1)->space == SPACE_BROKEN;
@@ -6217,14 +6218,15 @@ static void cas_undo_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
   st->retired = cut->retired;
 }
 
-/* The number of the next checkpoint: microseconds since 1970, or one more than
- * the last, whichever is higher.  So it is also higher than that of a
- * checkpoint which a power cut has ended, and of which pages may be left. */
+/* The number of the next checkpoint: microseconds since 1970 or, if the clock is
+ * late, what comes after the last one, at a distance that the clock chooses.  So
+ * it is another one than that of a checkpoint which a power cut has ended, and
+ * of which pages may be left. */
 static uint64_t cas_next_number(const struct nbdserve_cas *st) {
   struct timespec t;
   clock_gettime(CLOCK_REALTIME, &t);
   uint64_t now = (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
-  return now > st->last_number ? now : st->last_number + 1;
+  return now > st->last_number ? now : st->last_number + 1 + now % (1 << 30);
 }
 
 /* Makes a cut, with a change if there is one.  First, while syncs may let the

@@ -5887,6 +5887,8 @@ static int cas_give_name(struct nbdserve_cas *st, struct cas_volume *vol,
   return 0;
 }
 
+static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n);
+
 /* Gives a volume a place in the catalog, and in the list, behind all others. */
 static int cas_set_place(struct nbdserve_cas *st, struct cas_volume *vol,
                          uint32_t place) {
@@ -5898,6 +5900,7 @@ static int cas_set_place(struct nbdserve_cas *st, struct cas_volume *vol,
   st->volumes[st->nvolumes++] = vol;
   vol->place = place;
   vol->st = st;
+  vol->own.run_batch = cas_batch;
   return 0;
 }
 
@@ -6218,10 +6221,10 @@ static void cas_undo_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
   st->retired = cut->retired;
 }
 
-/* The number of the next checkpoint: microseconds since 1970 or, if the clock is
- * late, what comes after the last one, at a distance that the clock chooses.  So
- * it is another one than that of a checkpoint which a power cut has ended, and
- * of which pages may be left. */
+/* The number of the next checkpoint: microseconds since 1970 or, if the clock
+ * is late, what comes after the last one, at a distance that the clock chooses.
+ * So it is another one than that of a checkpoint which a power cut has ended,
+ * and of which pages may be left. */
 static uint64_t cas_next_number(const struct nbdserve_cas *st) {
   struct timespec t;
   clock_gettime(CLOCK_REALTIME, &t);
@@ -7587,12 +7590,8 @@ static int cas_use(struct nbdserve_cas *st, const char *name, size_t n,
     cas_wait(st);
   int err = st->failed;
   if (!err && !*vol) err = -ENOENT;
-  if (err) {
-    *vol = NULL;
-  } else {
-    (*vol)->clients++;
-    if (!(*vol)->own.run_batch) (*vol)->own.run_batch = cas_batch;
-  }
+  if (!err) (*vol)->clients++;
+  if (err) *vol = NULL;
   cas_unlock(st);
   return err;
 }
@@ -7689,7 +7688,6 @@ static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
   if (!err) err = cas_enter(st, NULL, name, out);
   if (!err) {
     struct cas_volume *vol = *out;
-    vol->own.run_batch = cas_batch;
     vol->clients = 1;
     vol->now = vol->then;
     vol->now.size = size;

@@ -237,7 +237,7 @@ lint() {
   n=$(($(sed -n 's/^code //p' "$scratch/figures") -
     $(sed -n 's/^lone //p' "$scratch/figures")))
   # The goal is 6500: until it is met, not one line more than there is now
-  [ $n -le 7806 ] || { echo "nbdserve.c: $n lines of code, over 7806"; bad=1; }
+  [ $n -le 7804 ] || { echo "nbdserve.c: $n lines of code, over 7804"; bad=1; }
   return $bad
 }
 case ${1-} in
@@ -16843,7 +16843,6 @@ static void i_lossfull(void) {
   CHECK(i_volume.ops->zero(i_volume.ctx, 0, 220 * I_LEAF * 4096, 0) == 0);
   CHECK(i_get(219 * I_LEAF) == 0 && i_cas_close() == 0);
 }
-
 
 /* Where the file system gives no space, there is some in a segment only if it
  * can be written: a power cut may have left a free slot its digest, but not its

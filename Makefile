@@ -35,7 +35,8 @@ CLANG_STRICT = -std=c99 -O2 -Weverything -Wno-padded -Wno-reserved-identifier \
   -Wno-disabled-macro-expansion -Wno-reserved-macro-identifier \
   -Wno-unreachable-code -Wno-unreachable-code-return \
   -Wno-declaration-after-statement -Werror
-SWITCHES = NO_MAIN NO_FLAT NO_CAS NO_HWSHA NO_TCP NO_THREADS POSIX_ONLY
+SWITCHES = NO_MAIN NO_FLAT NO_CAS NO_HWSHA NO_SANDBOX NO_TCP NO_THREADS \
+  POSIX_ONLY
 
 # Which tests to run (see test.sh), where it is not all of them.  Compilers and
 # address errors may show in whatever runs the program or its functions, races
@@ -238,6 +239,7 @@ check-config: ## build with each switch of [1] by itself, test what it touches
 	    NO_FLAT) gone=' [Tt] .*flat' ;; \
 	    NO_CAS) gone=' [Tt] .*cas' tests='$(NO_CAS_TESTS)' ;; \
 	    NO_HWSHA) gone=' [Tt] sha_hw' tests='$(NO_HWSHA_TESTS)' ;; \
+	    NO_SANDBOX) gone=' [Tt] os_sandbox' ;; \
 	    NO_TCP) gone=' U inet_' tests='$(NO_TCP_TESTS)' ;; \
 	    NO_THREADS) gone=' U pthread_' tests='$(NO_THREADS_TESTS)' ;; \
 	    POSIX_ONLY) gone=' U \(fallocate\|accept4\|preadv\|memfd\)' \
@@ -245,7 +247,7 @@ check-config: ## build with each switch of [1] by itself, test what it touches
 	  esac; \
 	  if nm build/config-$$s.o | grep "$$gone"; then \
 	    echo "$$s leaves these symbols"; exit 1; fi; \
-	  case $$s in NO_MAIN | NO_FLAT) continue ;; esac; \
+	  case $$s in NO_MAIN | NO_FLAT | NO_SANDBOX) continue ;; esac; \
 	  $(CC) -O1 -Wall -Wextra -Werror -DNBDSERVE_$$s -o build/config-$$s \
 	    nbdserve.c $(LDLIBS) || exit 1; \
 	  NBDSERVE=$$PWD/build/config-$$s SWITCH=$$s ./test.sh $$tests || exit 1; \
@@ -254,13 +256,14 @@ check-config: ## build with each switch of [1] by itself, test what it touches
 check-san: ## the tests under address and undefined behaviour sanitizers
 	mkdir -p build
 	$(CC) -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined \
-	  -o build/nbdserve-san nbdserve.c $(LDLIBS)
+	  -DNBDSERVE_NO_SANDBOX=1 -o build/nbdserve-san nbdserve.c $(LDLIBS)
 	NBDSERVE=$$PWD/build/nbdserve-san SANITIZER=address CC="$(CC)" \
 	  CFLAGS="-g -O1 -fsanitize=address,undefined" ./test.sh $(SAN_TESTS)
 
 check-tsan: ## the tests with threads under the thread sanitizer
 	mkdir -p build
-	$(CC) -g -O1 -fsanitize=thread -o build/nbdserve-tsan nbdserve.c $(LDLIBS)
+	$(CC) -g -O1 -fsanitize=thread -DNBDSERVE_NO_SANDBOX=1 \
+	  -o build/nbdserve-tsan nbdserve.c $(LDLIBS)
 	NBDSERVE=$$PWD/build/nbdserve-tsan SANITIZER=thread CC="$(CC)" \
 	  CFLAGS="-g -O1 -fsanitize=thread" ./test.sh $(TSAN_TESTS)
 
@@ -268,7 +271,8 @@ cov: ## line coverage of nbdserve.c by TESTS (all), and what none reaches
 	@rm -rf build/cov; mkdir -p build/cov
 	@./test.sh --cov cc "$$PWD/build/cov" > build/cov/cc
 	@chmod +x build/cov/cc
-	build/cov/cc -g -o build/cov/nbdserve $$PWD/nbdserve.c $(LDLIBS)
+	build/cov/cc -g -DNBDSERVE_NO_SANDBOX=1 -o build/cov/nbdserve \
+	  $$PWD/nbdserve.c $(LDLIBS)
 	@NBDSERVE=$$PWD/build/cov/nbdserve CC=$$PWD/build/cov/cc CFLAGS=-g \
 	  GCOV_ERROR_FILE=$$PWD/build/cov/errors LDLIBS="$(LDLIBS)" \
 	  ./test.sh $(TESTS) || echo 'not all tests have passed'

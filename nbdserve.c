@@ -95,6 +95,9 @@
 #ifndef NBDSERVE_NO_CAS
 #define NBDSERVE_NO_CAS 0 /* no content-addressed store */
 #endif
+#ifndef NBDSERVE_NO_SANDBOX
+#define NBDSERVE_NO_SANDBOX 0 /* no --sandbox */
+#endif
 #ifndef NBDSERVE_NO_HWSHA
 #define NBDSERVE_NO_HWSHA 0 /* SHA-256 in plain C only */
 #endif
@@ -382,6 +385,33 @@ static int os_end_with_parent(void) {
   return -EOPNOTSUPP;
 #endif
 }
+
+#if NBDSERVE_NO_SANDBOX || NBDSERVE_POSIX_ONLY
+#define os_sandbox(enters) ((void)(enters), -EOPNOTSUPP)
+#elif defined SYS_landlock_restrict_self
+/* Gives up, for this thread and those that it will start, what serving does not
+ * take: to open, make or run files and, since Linux 6.7, to bind or connect TCP
+ * sockets.  What is open stays open, and files may be removed.  enters: 0 only
+ * asks whether that can be done.  -ENOSYS, -EOPNOTSUPP: this system cannot. */
+static int os_sandbox(int enters) {
+  const uint64_t denied[] = {0x1fcf, 3}; /* LANDLOCK_ACCESS_FS_*, .._NET_* */
+  int version = (int)syscall(SYS_landlock_create_ruleset, NULL, 0, 1);
+  if (version < 0 || !enters) return version < 0 ? -errno : 0;
+  int fd = (int)syscall(SYS_landlock_create_ruleset, denied,
+                        version < 4 ? sizeof *denied : sizeof denied, 0);
+  int fails = fd < 0 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 ||
+              syscall(SYS_landlock_restrict_self, fd, 0) < 0;
+  int err = fails ? -errno : 0;
+  close(fd);
+  return err;
+}
+#elif defined __OpenBSD__
+#define os_sandbox(enters) \
+  ((enters) && pledge("stdio cpath unix inet proc", NULL) < 0 ? -errno : 0)
+#else
+/* FreeBSD's capability mode would not let us remove our sockets. */
+#define os_sandbox(enters) ((void)(enters), -EOPNOTSUPP)
+#endif
 #endif
 
 /* Opens the directory that path is in.  The path was opened, or fits into a
@@ -6221,17 +6251,6 @@ static void cas_undo_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
   st->retired = cut->retired;
 }
 
-/* The number of the next checkpoint: microseconds since 1970 or, if the clock
- * is late, what comes after the last one, at a distance that the clock chooses.
- * So it is another one than that of a checkpoint which a power cut has ended,
- * and of which pages may be left. */
-static uint64_t cas_next_number(const struct nbdserve_cas *st) {
-  struct timespec t;
-  clock_gettime(CLOCK_REALTIME, &t);
-  uint64_t now = (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
-  return now > st->last_number ? now : st->last_number + 1 + now % (1 << 30);
-}
-
 /* Makes a cut, with a change if there is one.  First, while syncs may let the
  * lock go, it sees to it that there are pairs for all that is dirty; nothing
  * has changed if that fails. (unlocks) */
@@ -6253,7 +6272,7 @@ static int cas_make_cut(struct nbdserve_cas *st, struct cas_change *change,
   cut->retired = st->retired;
   st->retired = 0;
   cut->super = st->super;
-  cut->super.number = st->last_number = cas_next_number(st);
+  cut->super.number = ++st->last_number;
   err = cas_cut_below(st, cut, &st->catalog);
   cut->super.replay = st->seq;
   cut->super.nslots = st->nslots;
@@ -6898,6 +6917,20 @@ static void cas_close(void *ctx) {
  * becomes LOST: its blocks give EIO, a write heals them.  What is worse makes
  * the store read-only until the user decides (repair). */
 
+/* While a store is opened */
+struct cas_loader {
+  struct cas_node **nodes; /* [n]: all nodes, each before what is below it; the
+                              link of a page's slot is its number here, + 1 */
+  uint32_t n;
+  uint32_t room;
+  uint32_t nlost;       /* pages of maps that were found wrong */
+  uint32_t nunreadable; /* that cannot be read; or pages of the catalog */
+  uint64_t newest;      /* the highest number that a log page has */
+  unsigned char *data;  /* [2] blocks */
+  int older;            /* the place of the older superblock */
+  int is_alike;         /* they differ in their numbers at most */
+};
+
 /* Reads the superblock in a place.  One wrong letter at its beginning is
  * damage, more are somebody else's: -EINVAL.  Unknown bits, too, make it
  * another version: -EOPNOTSUPP.  -ENOENT: zeroes, or the file ends before it;
@@ -6941,14 +6974,7 @@ static int cas_lay_out(struct nbdserve_cas *st) {
   return 0;
 }
 
-/* Takes what the newest superblock says, of which one is enough, and makes both
- * alike (C8).  What was read may still be on its way, after kill -9, and has to
- * be durable before the other one is written: of two that are under way a power
- * cut may destroy both.  After a failed sync it may be in memory only, and then
- * nothing but a second write brings it to the medium.  If they are alike that
- * goes for the second one, which is written last; else first for the other one
- * and then for the newer one.  What somebody else has written in a place is not
- * written over. */
+/* Takes what the newest superblock says, of which one is enough (C8). */
 static int cas_open_super(struct nbdserve_cas *st) {
   struct cas_super super[2];
   int bad[2]; /* why: -errno */
@@ -6962,7 +6988,7 @@ static int cas_open_super(struct nbdserve_cas *st) {
   if (cas_lay_out(st) || st->super.nslots < CAS_SEGMENT ||
       st->super.nslots % CAS_SEGMENT ||
       st->super.replay > UINT64_MAX - INT32_MAX ||
-      st->super.number > UINT64_MAX - INT32_MAX)
+      st->super.number > UINT64_MAX / 4 * 3)
     return -EUCLEAN;
   /* Of a file that was cut short, what lay behind its end is lost.  The last
    * segment may be there in part, and before a cut nothing else was used. */
@@ -6973,32 +6999,36 @@ static int cas_open_super(struct nbdserve_cas *st) {
     if (!st->super.nslots || !(st->readonly || st->repair)) return -EUCLEAN;
   }
   st->seq = st->durable = st->marked = st->super.replay;
-  st->last_number = st->super.number;
   st->next_id = (uint32_t)st->super.next_id;
-  int is_alike = !bad[!newer] && super[0].number == super[1].number;
-  if (st->readonly) return 0;
-  if (bad[!newer] == -EINVAL && !st->repair) return -EUCLEAN;
-  int err = os_datasync(st->fd);
-  for (int i = 0; i < 2 - is_alike && !err; i++) {
-    err = cas_write_super(st, &st->super, i ? newer : !newer);
-    /* A full file system that copies what is written over: it stays there. */
-    if (err == -ENOSPC && is_alike) return 0;
-    if (!err) err = os_datasync(st->fd);
-  }
-  return err;
+  st->last_number = super[!newer].number = st->super.number;
+  st->loader->older = !newer;
+  st->loader->is_alike =
+      !bad[!newer] && memcmp(super, super + 1, sizeof *super) == 0;
+  return bad[!newer] == -EINVAL && !st->repair && !st->readonly ? -EUCLEAN : 0;
 }
 
-/* While a store is opened */
-struct cas_loader {
-  struct cas_node **nodes; /* [n]: all nodes, each before what is below it; the
-                              link of a page's slot is its number here, + 1 */
-  uint32_t n;
-  uint32_t room;
-  uint32_t nlost;       /* pages of maps that were found wrong */
-  uint32_t nunreadable; /* that cannot be read; or pages of the catalog */
-  uint64_t newest;      /* the highest number that a log page has */
-  unsigned char *data;  /* [2] blocks */
-};
+/* Writes both superblocks anew (C8).  What was read may still be on its way,
+ * after kill -9, and has to be durable before the other one is written: of two
+ * that are under way a power cut may destroy both.  After a failed sync it may
+ * be in memory only, and then nothing but a second write brings it to the
+ * medium.  So the older one comes first.
+ *
+ * The number is raised so far that no checkpoint can have had one above it, not
+ * even one that a power cut has ended: of that pages may be left. */
+static int cas_renew_supers(struct nbdserve_cas *st) {
+  uint64_t number = st->super.number;
+  assert(!st->is_open && !st->readonly);
+  st->super.number = st->last_number = ((number >> 24) + 1) << 24;
+  int err = os_datasync(st->fd);
+  for (int i = 0; i < 2 && !err; i++) {
+    err = cas_write_super(st, &st->super, i ^ st->loader->older);
+    if (!err) err = os_datasync(st->fd);
+  }
+  if (err != -ENOSPC || !st->loader->is_alike) return err;
+  st->super.number = number; /* a full file system that copies what is written
+                                over: that stays there */
+  return 0;
+}
 
 /* Adds an edge to the node whose page is in a slot, to *out.  What the page
  * says is read later.  Where no page can be, it is lost. */
@@ -7244,13 +7274,15 @@ static void cas_rewrite_digests(struct nbdserve_cas *st, uint32_t slot) {
 static int cas_confirm(struct nbdserve_cas *st, struct cas_entry *entry) {
   unsigned char *data = st->loader->data;
   unsigned char digest[CAS_DIGEST_LEN];
+  unsigned char sum[CAS_DIGEST_LEN];
   uint32_t slot = (uint32_t)entry->slot;
   uint64_t off = cas_digest_off(st, slot);
   assert(!st->is_open && CAS_AT(st, slot, tag) != TAG_PAGE);
   int err = cas_io(st, OS_READ, digest, sizeof digest, off);
   int is_same = !err && memcmp(digest, entry->digest, sizeof digest) == 0;
   if (cas_io(st, OS_READ, data, st->bs, cas_data_off(st, slot))) return is_same;
-  if (!cas_has_data(st, slot, entry->digest, data)) return 0;
+  sha_256(st->hw, data, NULL, st->bs, sum, NULL);
+  if (memcmp(sum, entry->digest, sizeof sum) != 0) return 0;
   CAS_AT(st, slot, tag) |= CAS_GOOD;
   if (st->readonly) return 1;
   (void)!cas_io(st, OS_WRITE, data, st->bs, cas_data_off(st, slot));
@@ -7394,6 +7426,7 @@ static int cas_recover(struct nbdserve_cas *st) {
   int is_bad =
       (st->log_damaged && !st->repair) || (st->is_outdated && !st->accept_loss);
   int err = is_bad && !st->readonly ? -EUCLEAN : 0;
+  if (!err && !st->readonly) err = cas_renew_supers(st);
   os_lock(&st->lock);
   st->is_replaying = 1;
   for (uint64_t seq = st->super.replay; seq < end && !err; seq++)
@@ -7546,12 +7579,14 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
       .magic = u_get64((const unsigned char *)CAS_MAGIC),
       .version = CAS_VERSION,
       .block_size = o && o->block_size ? o->block_size : CAS_MIN_BLOCK,
+      .number = (uint64_t)t.tv_sec * 1000000, /* above what may lie there */
       .log_pages = o && o->log_pages ? o->log_pages : 4096,
       .replay = 1};
   /* An id that no other store has */
   u_put64(st->super.id, (uint64_t)t.tv_sec << 30 ^ (uint64_t)t.tv_nsec);
   u_put64(st->super.id + 8, (uint64_t)getpid() << 32 ^ (uint64_t)(uintptr_t)st);
   st->seq = st->next_id = 1;
+  st->last_number = st->super.number;
   int err = cas_lay_out(st);
   if (!err) err = cas_open_file(st, path, O_RDWR | O_CREAT | O_EXCL);
   int is_new = st->fd >= 0 && err != -EBUSY; /* else another one has it now */
@@ -9358,6 +9393,7 @@ struct cli_option {
   T(FORK, 0, "fork", "go into the background once it listens") \
   T(PIDFILE, 'P', "pidfile FILE", "write the process id once it listens") \
   N(READY_FD, 0, "ready-fd N", 3, INT_MAX, "write the URI once it listens") \
+  T(SANDBOX, 0, "sandbox MODE", "auto (default), off or require (see README)") \
   T(QUIET, 'q', "quiet", "print errors only") \
   T(VERBOSE, 'v', "verbose", "log clients; given twice: every request") \
   T(STATS, 0, "stats", "print totals as JSON at exit (on SIGUSR1 always)") \
@@ -9426,6 +9462,12 @@ static const struct cli_word cli_cache_modes[] = {
     {"writeback", 0}, {"writethrough", NBDSERVE_EXPORT_WRITETHROUGH},
     {"unsafe", NBDSERVE_EXPORT_UNSAFE}, {NULL, 0}};
 
+/* --sandbox: try it, do not, or fail where it cannot be had */
+enum { SANDBOX_AUTO, SANDBOX_OFF, SANDBOX_REQUIRE };
+static const struct cli_word cli_sandbox_modes[] = {
+    {"auto", SANDBOX_AUTO},             {"off", SANDBOX_OFF},
+    {"require", SANDBOX_REQUIRE},       {NULL, 0}};
+
 /* clang-format on */
 
 /* What the options say: opt[OPT_PORT].number.  What was not given is 0 or NULL,
@@ -9447,6 +9489,9 @@ static struct nbdserve_export cli_common;
 
 /* What --without says: bits of nbdserve_config.without */
 static uint32_t cli_without;
+
+/* What --sandbox says: SANDBOX_... */
+static uint32_t cli_sandbox;
 
 /* ---- From argv to `opt` ---- */
 
@@ -9527,6 +9572,8 @@ static void cli_set_option(enum cli_option_id id, const char *value) {
     cli_usage("--%.*s %s: not open", CLI_NAME(id), value);
   if (id == OPT_CACHE)
     cli_common.flags = cli_take_word(id, &value, cli_cache_modes);
+  if (id == OPT_SANDBOX)
+    cli_sandbox = cli_take_word(id, &value, cli_sandbox_modes);
   while (id == OPT_WITHOUT && *value)
     cli_without |= cli_take_word(id, &value, cli_features);
   if ((id == OPT_BLOCK_SIZE && !cli_parse_sizes(value)) ||
@@ -11177,8 +11224,14 @@ int main(int argc, char **argv) {
     cli_exit_if_error(os_end_with_parent(), "--exit-with-parent");
   for (int i = 0; i < cli.ntargets; i++)
     cli_add_target(cli.targets[i]);
+  if (cli_sandbox == SANDBOX_REQUIRE)
+    cli_exit_if_error(os_sandbox(0), "--sandbox require");
   cli_listen();
   cli_tell_ready();
+  /* Now all is open, and what the command is to do is not for us to say. */
+  int err = cli_sandbox == SANDBOX_OFF ? 0 : os_sandbox(1);
+  if (cli_sandbox == SANDBOX_REQUIRE)
+    cli_exit_if_error(err, "--sandbox require");
   return cli_serve();
 }
 

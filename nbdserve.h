@@ -698,11 +698,11 @@ NBDSERVE_API const char *nbdserve_version(void);
  * (C7) Checkpoint: pages, fdatasync, first superblock, fdatasync, second one,
  *      fdatasync.  Only then slots become free, the log's beginning moves, and
  *      the change is answered.
- * (C8) On opening for writing, superblocks that differ are made equal, and what
- *      may be in memory only is written again: after a sync the older one is
- *      written and synced, then the newer one; of two that are equal the
- *      second.  One is enough.  What somebody else has written in a place is
- *      not written over.
+ * (C8) Opening for writing raises the superblock's number to the next multiple
+ *      of 2^24, so that no checkpoint which was begun has one above it, and
+ *      writes both: first, after a sync, the older one; then, after another
+ *      sync, the newer one.  One is enough.  What somebody else has written in
+ *      a place is not written over.
  * (C9) Replay takes all valid pages of the log.  Entries before the highest
  *      `durable` apply; later ones each only if the slot's data has their
  *      digest. A page that is not valid is left out; but one before the highest

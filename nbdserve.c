@@ -7283,12 +7283,13 @@ static int cas_confirm(struct nbdserve_cas *st, struct cas_entry *entry) {
   if (cas_io(st, OS_READ, data, st->bs, cas_data_off(st, slot))) return is_same;
   sha_256(st->hw, data, NULL, st->bs, sum, NULL);
   if (memcmp(sum, entry->digest, sizeof sum) != 0) return 0;
+  if (!st->readonly) {
+    (void)!cas_io(st, OS_WRITE, data, st->bs, cas_data_off(st, slot));
+    int fails = cas_io(st, OS_WRITE, entry->digest, CAS_DIGEST_LEN, off);
+    if (fails && err) cas_rewrite_digests(st, slot);
+    if (fails && !err && !is_same) return 0;
+  }
   CAS_AT(st, slot, tag) |= CAS_GOOD;
-  if (st->readonly) return 1;
-  (void)!cas_io(st, OS_WRITE, data, st->bs, cas_data_off(st, slot));
-  if (!cas_io(st, OS_WRITE, entry->digest, CAS_DIGEST_LEN, off)) return 1;
-  if (!err) return is_same;
-  cas_rewrite_digests(st, slot);
   return 1;
 }
 

@@ -238,7 +238,7 @@ lint() {
   n=$(($(sed -n 's/^code //p' "$scratch/figures") -
     $(sed -n 's/^lone //p' "$scratch/figures")))
   # The goal is 6500: until it is met, not one line more than there is now
-  [ $n -le 7848 ] || { echo "nbdserve.c: $n lines of code, over 7804"; bad=1; }
+  [ $n -le 7848 ] || { echo "nbdserve.c: $n lines of code, over 7849"; bad=1; }
   return $bad
 }
 case ${1-} in
@@ -4773,6 +4773,10 @@ testSpaceCountsOnAFullDiskOnlyIfItCanBeWritten() {
 testCheckpointsHaveNumbersAboveAllThatThereWere() {
   unless NO_CAS || return 0
   fault numbers "$T/pool"
+}
+testAnEntryWithoutItsDigestLeavesItsSlotFree() {
+  unless NO_CAS || return 0
+  fault unconfirmed "$T/pool"
 }
 testClosingMakesDurableWhatWasAcknowledged() {
   unless NO_CAS || return 0
@@ -16894,6 +16898,25 @@ static void i_halfthere(void) {
   }
 }
 
+/* An entry that is not known to be durable, and of which the digest is another
+ * one and cannot be written, is left out, and its slot is free. */
+static void i_unconfirmed(void) {
+  unsigned char digest[32] = "another one";
+  uint32_t slot;
+  i_new(1, 0);
+  CHECK(i_put(1, 'a') == 0 && i_flush() == 0 && i_cas_close() == 0);
+  i_killed(1);
+  CHECK(i_cas_open(NBDSERVE_CAS_READONLY) == 0 && i_get(1) == 'b');
+  slot = i_slot(1);
+  CHECK(i_cas_close() == 0);
+  i_poke(i_digest_at(slot), digest, sizeof digest);
+  fi[PWRITE].bad = i_digest_at(slot) + 5;
+  CHECK(i_cas_open(0) == 0 && i_get(1) == 'a');
+  CHECK(CAS_AT(i_cas, slot, refs) == 0 && !CAS_AT(i_cas, slot, tag));
+  fi[PWRITE].bad = 0;
+  CHECK(i_put(2, 'c') == 0 && i_get(2) == 'c' && i_cas_close() == 0);
+}
+
 /* Checkpoints have numbers above all that there were, also above that of one
  * which a power cut has ended, and of which pages may be left. */
 static void i_numbers(void) {
@@ -17135,6 +17158,7 @@ static void i_reserve(void) {}
 static void i_lossfull(void) {}
 static void i_halfthere(void) {}
 static void i_numbers(void) {}
+static void i_unconfirmed(void) {}
 static void i_closing(void) {}
 static void i_nohole(void) {}
 static void i_prefix(void) {}
@@ -17215,7 +17239,7 @@ int main(int argc, char **argv) {
       {"underway", i_underway},   {"woken", i_woken},
       {"away", i_away},           {"seen", i_seen},
       {"lossfull", i_lossfull},   {"halfthere", i_halfthere},
-      {"numbers", i_numbers},
+      {"numbers", i_numbers},     {"unconfirmed", i_unconfirmed},
   };
   int i;
   CHECK(argc > 2);

@@ -10667,6 +10667,9 @@ static void cli_run_verb(void) {
                                     : nbdserve_cas_init(store, &options);
   if (err == -EINVAL && last)
     cli_usage("%s: not a block size (4K, 8K, 16K, 32K or 64K)", last);
+  if (err == -EEXIST)
+    cli_failed("%s: exists, and is not an unused device; init makes a new file",
+               store);
   cli_exit_if_error(err, store);
   exit(0);
 }
@@ -10758,8 +10761,14 @@ static void cli_open_target(const char *text, const char *path,
   if (err == -ENOENT && volume)
     cli_failed("%s: no such volume or snapshot (`nbdserve list %s` names all)",
                text, path);
-  if (err == -EINVAL && !volume)
-    hint = ": no file, device or mem:SIZE, or smaller than --offset and --size";
+  if (err == -EINVAL && !volume) {
+    const char *why = "neither a file nor a block device";
+    if (flat.offset || flat.size) why = "--offset and --size reach beyond it";
+    if (strncmp(path, "mem:", 4) == 0 &&
+        !u_parse_number(path + 4, INT64_MAX, &flat.size))
+      why = "not a size behind mem: (as in mem:1G)";
+    cli_failed("%s: %s", text, why);
+  }
   if (*hint) cli_failed("%s: %s%s", text, u_errno_text(err), hint);
   cli_exit_if_error(err, text);
 }

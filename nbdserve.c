@@ -10210,12 +10210,12 @@ static int cli_run_job(struct cli_job *job) {
   if (!err) return 0;
   assert(job->failed < job->nops);
   const struct nbdserve_cas_op *op = &job->ops[job->failed];
+  const char *name = *op->name ? op->name : cli.store;
   const char *to = flags & VERB_READS_FILE ? "" : op->to;
   const char *why = cli_why(job->verb, op, err);
   if (!(err == -EUCLEAN && job->nrows) && !(err == -EPIPE && flags & VERB_ROWS))
-    cli_say_to(job->fds.messages, job->request.json, "%s%s%.999s%s%.999s: %s",
-               job->verb->name, *op->name ? " " : "", op->name, *to ? " " : "",
-               to, why);
+    cli_say_to(job->fds.messages, job->request.json, "%s %.999s%s%.999s: %s",
+               job->verb->name, name, *to ? " " : "", to, why);
   return err == -EUCLEAN ? CLI_DAMAGED : CLI_FAILED;
 }
 
@@ -10530,16 +10530,21 @@ static int cli_are_same(const char *path, const char *other) {
 }
 
 /* The name in a later operand, in front of which the store may stand again, but
- * no other one.  If there is no such file, the "::" is a part of the name; but
- * is_new: nobody means to give such a name. */
+ * no other one.  If there is no such file, the "::" is a part of the name, but
+ * nobody means to give a new one such a name.  A FILE is no volume.  flags: of
+ * the command. */
 static const char *cli_same_store(const char *store, const char *operand,
-                                  int is_new) {
+                                  unsigned flags) {
   const char *colons = strstr(operand, "::");
   char path[PATH_MAX];
   if (!colons || !store) return operand;
   snprintf(path, sizeof path, "%.*s", (int)(colons - operand), operand);
+  if (flags & (VERB_READS_FILE | VERB_WRITES_FILE)) {
+    if (cli_is_store(path)) cli_usage("%s: a volume, and not a FILE", operand);
+    return operand;
+  }
   int is_there = access(path, F_OK) == 0;
-  if (!is_there && is_new) cli_usage("%s: no such store", path);
+  if (!is_there && flags & VERB_NEW_NAME) cli_usage("%s: no such store", path);
   if (!is_there) return operand;
   if (!cli_are_same(store, path))
     cli_usage("%s: in another store than the first operand: %s", operand,
@@ -10598,6 +10603,9 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
             store);
   if (err == -EBUSY && how & NBDSERVE_CAS_ACCEPT_LOSS)
     cli_die(CLI_IN_USE, "%s: is being served; stop the server first", store);
+  if (err == -ENOENT)
+    cli_failed("%s: no such store (`nbdserve init %s` makes one)", store,
+               store);
   if (err != -EBUSY) cli_exit_if_error(err, store);
   int status = err ? cli_run_remote(job, -1) : cli_run_job(job);
   if (status || !(flags & VERB_WRITES_FILE)) return status;
@@ -10647,10 +10655,8 @@ static void cli_run_verb(void) {
   char *store = cli_take_store(job.verb);
   FILE *out = open_memstream(&job.operands, &length);
   for (int j = 0; out && j < cli.ntargets; j++) {
-    int is_file = job.verb->flags & (VERB_READS_FILE | VERB_WRITES_FILE);
-    int is_new = job.verb->flags & VERB_NEW_NAME;
     last = cli.targets[j];
-    if (j && !is_file) last = cli_same_store(store, last, is_new);
+    if (j) last = cli_same_store(store, last, job.verb->flags);
     fwrite(last, 1, strlen(last) + 1, out);
   }
   int err = out && fclose(out) == 0 ? 0 : -ENOMEM;
@@ -10755,7 +10761,7 @@ static void cli_open_target(const char *text, const char *path,
   if ((err == -EACCES || err == -EROFS) && !flat.flags)
     hint = " (-r serves it read-only)";
   if (err == -ENOENT && !volume && !flat.flags && !flat.create)
-    hint = " (--create SIZE makes it; --help lists commands)";
+    hint = ", and no such command (--create SIZE makes it; see --help)";
   if (err == -ENOENT && volume && access(path, F_OK) < 0)
     cli_failed("%s: no such store (`nbdserve init %s` makes one)", path, path);
   if (err == -ENOENT && volume)

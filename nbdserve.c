@@ -9637,6 +9637,23 @@ static void cli_exclude(enum cli_option_id id, uint64_t others,
                 cli_options[other].name, why);
 }
 
+/* How many sockets systemd, or a program like nbdinfo, has passed to us from
+ * descriptor 3 on.  LISTEN_PID says whom they are for: the variables are
+ * inherited by children, who must not believe them.  One that is not open would
+ * soon be a descriptor of our own. */
+static int cli_count_passed(void) {
+  const char *pid = getenv("LISTEN_PID");
+  const char *fds = getenv("LISTEN_FDS");
+  uint64_t n = 0;
+  if (!pid || !fds || strtol(pid, NULL, 10) != (long)getpid()) return 0;
+  if (!u_parse_number(fds, SRV_LISTENERS, &n))
+    cli_failed("LISTEN_FDS: %s: too many sockets, or no number", fds);
+  for (int i = 0; i < (int)n; i++)
+    if (fcntl(3 + i, F_GETFD) < 0)
+      cli_failed("LISTEN_FDS: %s: %d is not open", fds, 3 + i);
+  return (int)n;
+}
+
 /* Refuses what makes no sense for a server.  Commands on stores come before
  * that and just ignore options that are not for them. */
 static void cli_check_options(void) {
@@ -10848,22 +10865,6 @@ static void OS_PRINTF(1, 2) cli_listen_at(const char *fmt, ...) {
   if (err) cli_failed("%s: %s%s", address, u_errno_text(err), hint);
 }
 
-/* Listens on the sockets that systemd, or a program like nbdinfo, has passed to
- * us from descriptor 3 on, and returns how many there are.  LISTEN_PID says
- * whom they are for: the variables are inherited by children, who must not
- * believe them. */
-static int cli_listen_on_passed(void) {
-  const char *pid = getenv("LISTEN_PID");
-  const char *fds = getenv("LISTEN_FDS");
-  uint64_t n = 0;
-  if (!pid || !fds || strtol(pid, NULL, 10) != (long)getpid()) return 0;
-  if (!u_parse_number(fds, SRV_LISTENERS, &n))
-    cli_failed("LISTEN_FDS: %s: too many sockets, or no number", fds);
-  for (int i = 0; i < (int)n; i++)
-    cli_listen_at("fd:%d", 3 + i);
-  return (int)n;
-}
-
 /* Listens on a private socket, in a directory that only its owner can enter.
  * The directory protects it; the mode, from the umask, is for those who look at
  * the socket alone.  A parent whose path is long is passed over: with what
@@ -10898,20 +10899,23 @@ static void cli_listen(void) {
   const char *host = opt[OPT_BIND].text ? opt[OPT_BIND].text : "localhost";
   int port = opt[OPT_PORT].given ? (int)opt[OPT_PORT].number : 10809;
   int wants_tcp = opt[OPT_PORT].given || opt[OPT_BIND].given;
+  int is_told = path || wants_tcp || opt[OPT_STDIN].given || opt[OPT_FD].given;
+  int passed = is_told ? 0 : cli_count_passed();
   char dir[CLI_PATH_MAX + 1];
   size_t n = path ? strlen(path) : 0;
   if (opt[OPT_STDIN].given)
     cli.client = 0;
   else if (opt[OPT_FD].given)
     cli_listen_at("fd:%d", (int)opt[OPT_FD].number);
-  else if (path ? strcmp(path, "-") == 0
-                : !wants_tcp && !cli_listen_on_passed())
+  else if (path ? strcmp(path, "-") == 0 : !wants_tcp && !passed)
     cli_listen_privately();
   else if (path && *path != '/' && n + 1 < sizeof dir &&
            getcwd(dir, sizeof dir - n - 1))
     cli_listen_at("unix:%s/%s", dir, path);
   else if (path)
     cli_listen_at("unix:%s", path);
+  for (int i = 0; i < passed; i++)
+    cli_listen_at("fd:%d", 3 + i);
   if (wants_tcp) cli_listen_at("tcp:%s:%d", host, port);
   if (wants_tcp && strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
       strncmp(host, "127.", 4) != 0 && !opt[OPT_QUIET].given)
@@ -11231,6 +11235,7 @@ int main(int argc, char **argv) {
   if (opt[OPT_ONCE].given) config.flags |= NBDSERVE_CONFIG_ONCE;
   if (opt[OPT_FAULT].given || opt[OPT_DELAY].given) config.before = cli_before;
   if (opt[OPT_STATS].given) config.after = cli_after;
+  cli_count_passed(); /* before we open anything */
   cli_exit_if_error(nbdserve_new(&cli.server, &config), "start");
   cli_run_verb();
   cli_check_options();

@@ -4461,8 +4461,9 @@ static int cas_sum_page(int hw, unsigned char *p, size_t len,
 enum {
   CAS_FILL = 128,     /* digests read in one call to fill the index */
   CAS_BATCH = 256,    /* blocks that go through a request's steps together */
-  CAS_RUN = 64,       /* pieces in one call of os_transfer */
-  CAS_PORTION = 64,   /* pages that a checkpoint copies under one lock */
+  CAS_RUN = 256,      /* pieces in one call of os_transfer */
+  CAS_PORTION = 64,   /* pages that a checkpoint copies under one lock, leaves
+                         that eviction looks at, places that a log tries */
   CAS_CANDIDATES = 2, /* slots of the index that a block is compared with */
   CAS_TRIES = 4,      /* places where a block or checkpoint may be written */
   CAS_LOOK = 4096,    /* segments that are looked at before one is made do;
@@ -5568,7 +5569,7 @@ static void cas_forget_leaf(struct nbdserve_cas *st, struct cas_node *leaf) {
 static void cas_evict_leaf(struct nbdserve_cas *st) {
   if (st->hand >= st->nleaves) st->hand = 0;
   /* It stops at the end: what moves into a gap was not met before. */
-  for (int n = 0; n < CAS_RUN && st->hand < st->nleaves; n++) {
+  for (int n = 0; n < CAS_PORTION && st->hand < st->nleaves; n++) {
     if (st->nleaves * (uint64_t)st->bs < st->cache) break;
     struct cas_node *leaf = st->leaves[st->hand];
     assert(leaf->slots && leaf->at == st->hand);
@@ -7404,7 +7405,7 @@ static int cas_begin_log(struct nbdserve_cas *st, uint64_t end) {
   uint64_t newest = st->loader->newest;
   if (newest >= end) first += (newest - end) / n * n + n;
   /* With more, a page would take a place that the replay still needs. */
-  uint64_t most = u_min(st->super.replay + n - end, CAS_RUN);
+  uint64_t most = u_min(st->super.replay + n - end, CAS_PORTION);
   int err = 0;
   assert(first > newest + n - 1 && first % n == end % n && most <= n);
   for (st->seq = first; st->seq < first + most; st->seq++) {

@@ -5567,7 +5567,6 @@ static void cas_forget_leaf(struct nbdserve_cas *st, struct cas_node *leaf) {
  * memory.  It can be read back: it is clean, and the superblock that names it
  * is durable. */
 static void cas_evict_leaf(struct nbdserve_cas *st) {
-  if (st->hand >= st->nleaves) st->hand = 0;
   /* It stops at the end: what moves into a gap was not met before. */
   for (int n = 0; n < CAS_PORTION && st->hand < st->nleaves; n++) {
     if (st->nleaves * (uint64_t)st->bs < st->cache) break;
@@ -5580,6 +5579,7 @@ static void cas_evict_leaf(struct nbdserve_cas *st) {
     leaf->is_used = 0;
     st->hand++;
   }
+  if (st->hand >= st->nleaves) st->hand = 0; /* before one is added there */
 }
 
 /* Gives a leaf its slots: those of a page or, if that is NULL, all of them

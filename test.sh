@@ -12087,6 +12087,12 @@ static void u_hand(void) {
     CHECK(nbdserve_cas_snapshot(cas, name) == 0);
   }
   CHECK(nbdserve_cas_close(cas) == 0);
+  /* There are thousands, and room for 256. */
+  CHECK(nbdserve_cas_open(path, &o, &cas) == 0);
+  os_lock(&cas->lock);
+  CHECK(cas->nleaves <= 256);
+  cas_unlock(cas);
+  CHECK(nbdserve_cas_close(cas) == 0);
 }
 
 /* What is damaged gets no id: not even what is known by its digest only */

@@ -4605,6 +4605,7 @@ struct nbdserve_cas {
   int is_ending;     /* the store is freed: nothing is read or dropped */
   struct cas_loader *loader; /* while it is opened */
   int gives_back;            /* a gc is under way: one at a time */
+  int64_t yielded_ms;        /* when cas_yield last slept */
   int busy;                  /* a thread is in cas_work, */
   int closing;               /* which is to end, */
   int is_borrowed;           /* and is one that wants to go on with a request:
@@ -4793,6 +4794,19 @@ static int cas_unlock(struct nbdserve_cas *st) {
   int err = st->failed;
   os_unlock(&st->lock);
   return err;
+}
+
+/* Lets others have the lock for a moment.  It is not handed over: who lets it
+ * go would have it again before anybody wakes up.  So once in a millisecond the
+ * thread sleeps for a moment.  (unlocks) */
+static void cas_yield(struct nbdserve_cas *st) {
+  const struct timespec moment = {0, 1};
+  int64_t now = os_now_ms();
+  int sleeps = now != st->yielded_ms;
+  st->yielded_ms = now;
+  cas_unlock(st);
+  if (sleeps) nanosleep(&moment, NULL);
+  os_lock(&st->lock);
 }
 
 /* Waits to be woken, as os_wait. */
@@ -5146,9 +5160,7 @@ static void cas_free_list(struct nbdserve_cas *st, uint32_t slot) {
     CAS_AT(st, slot, tag) = TAG_NONE;
     cas_set_free(st, slot, 1);
     st->nwaiting--;
-    if (n % CAS_LOOK) continue;
-    cas_unlock(st); /* others may want it */
-    os_lock(&st->lock);
+    if (n % CAS_LOOK == 0) cas_yield(st);
   }
 }
 
@@ -5696,8 +5708,7 @@ static void cas_unref(struct nbdserve_cas *st, struct cas_node *node) {
   cas_drop_pair(st, node->slot, &st->retired);
   NBDSERVE_FREE(node->kid);
   NBDSERVE_FREE(node);
-  cas_unlock(st);
-  os_lock(&st->lock);
+  cas_yield(st);
 }
 
 /* Gives copy, a new node, what node has below it; NULL: nothing, that is,
@@ -6451,8 +6462,7 @@ static void *cas_work(void *arg) {
     if (job == JOB_MARK && st->seq == seq && !st->nlog && !st->closing &&
         !st->syncing)
       cas_log_write(st);
-    cas_unlock(st); /* others may want it */
-    os_lock(&st->lock);
+    cas_yield(st);
   }
   st->busy = st->is_borrowed = 0;
   os_wake_all(&st->lock);
@@ -6816,8 +6826,7 @@ static int cas_make_holes(struct cas_volume *vol, uint64_t block, uint64_t to) {
       }
       cas_log(vol, block, n, 0, NULL);
     }
-    cas_unlock(st);
-    os_lock(&st->lock);
+    cas_yield(st);
   }
   return st->failed;
 }

@@ -1241,12 +1241,13 @@ static void sha_end(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
 static void sha_256(int use_hw, const void *first, const void *second,
                     size_t len, unsigned char *first_digest,
                     unsigned char *second_digest) {
+  static const unsigned char nothing = 0;
   uint32_t state[2][SHA_STATE_WORDS];
   unsigned char tail[2][2 * SHA_BLOCK_LEN];
   size_t whole = len - len % SHA_BLOCK_LEN;
   assert(first || !len);
   assert(second_digest || !second);
-  const unsigned char *one = len ? first : tail[0]; /* anything but NULL */
+  const unsigned char *one = len ? first : &nothing; /* anything but NULL */
   const unsigned char *other = second;
   sha_begin(state);
   sha_mix(use_hw, state, one, other, whole / SHA_BLOCK_LEN);

@@ -4806,6 +4806,10 @@ testAFlushedBlockThatRotsIsNotTheOlderOne() {
   unless NO_CAS || return 0
   fault rotten "$T/pool"
 }
+testBlocksThatTheIndexTakesForTheSameAreCompared() {
+  unless NO_CAS || return 0
+  fault alike "$T/pool"
+}
 testClosingMakesDurableWhatWasAcknowledged() {
   unless NO_CAS || return 0
   fault closing "$T/pool"
@@ -17149,6 +17153,26 @@ static void i_removed(void) {
   CHECK(i_cas_close() == 0);
 }
 
+/* Blocks filled with these numbers are different, but the index knows them by
+ * the same 30 bits of their digests. */
+static void i_alike(void) {
+  enum {
+    ONE = 9850,
+    OTHER = 56814
+  };
+  uint32_t slot[2];
+  i_new(1, 0);
+  CHECK(i_put(0, ONE) == 0 && i_put(1, OTHER) == 0);
+  slot[0] = i_slot(0);
+  slot[1] = i_slot(1);
+  CHECK(slot[0] != slot[1] && CAS_AT(i_cas, slot[0], tag) & TAG_INDEXED);
+  CHECK(CAS_AT(i_cas, slot[0], tag) == CAS_AT(i_cas, slot[1], tag));
+  CHECK(i_put(2, ONE) == 0 && i_slot(2) == slot[0]);
+  CHECK(i_put(3, OTHER) == 0 && i_slot(3) == slot[1]);
+  CHECK(i_get(0) == ONE && i_get(1) == OTHER && i_get(3) == OTHER);
+  CHECK(i_cas_close() == 0);
+}
+
 /* What the log says was durable, and rots then, is an error, and not what was
  * there before. */
 static void i_rotten(void) {
@@ -17421,6 +17445,7 @@ static void i_tinylog(void) {}
 static void i_lastpage(void) {}
 static void i_removed(void) {}
 static void i_rotten(void) {}
+static void i_alike(void) {}
 static void i_closing(void) {}
 static void i_nohole(void) {}
 static void i_prefix(void) {}
@@ -17505,7 +17530,7 @@ int main(int argc, char **argv) {
       {"otherleaf", i_otherleaf}, {"nodigests", i_nodigests},
       {"fields", i_fields},       {"tinylog", i_tinylog},
       {"lastpage", i_lastpage},   {"removed", i_removed},
-      {"rotten", i_rotten},
+      {"rotten", i_rotten},       {"alike", i_alike},
   };
   int i;
   CHECK(argc > 2);

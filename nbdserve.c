@@ -387,16 +387,16 @@ static int os_end_with_parent(void) {
 }
 
 #if NBDSERVE_NO_SANDBOX || NBDSERVE_POSIX_ONLY
-#define os_sandbox(enters) ((void)(enters), -EOPNOTSUPP)
+#define os_sandbox() (-EOPNOTSUPP)
 #elif defined SYS_landlock_restrict_self
 /* Gives up, for this thread and those that it will start, what serving does not
  * take: to open, make or run files and, since Linux 6.7, to bind or connect TCP
- * sockets.  What is open stays open, and files may be removed.  enters: 0 only
- * asks whether that can be done.  -ENOSYS, -EOPNOTSUPP: this system cannot. */
-static int os_sandbox(int enters) {
+ * sockets.  What is open stays open, and files may be removed.  -ENOSYS,
+ * -EOPNOTSUPP: this system cannot do that. */
+static int os_sandbox(void) {
   const uint64_t denied[] = {0x1fcf, 3}; /* LANDLOCK_ACCESS_FS_*, .._NET_* */
   int version = (int)syscall(SYS_landlock_create_ruleset, NULL, 0, 1);
-  if (version < 0 || !enters) return version < 0 ? -errno : 0;
+  if (version < 0) return -errno;
   int fd = (int)syscall(SYS_landlock_create_ruleset, denied,
                         version < 4 ? sizeof *denied : sizeof denied, 0);
   int fails = fd < 0 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 ||
@@ -405,12 +405,9 @@ static int os_sandbox(int enters) {
   close(fd);
   return err;
 }
-#elif defined __OpenBSD__
-#define os_sandbox(enters) \
-  ((enters) && pledge("stdio cpath unix inet proc", NULL) < 0 ? -errno : 0)
 #else
-/* FreeBSD's capability mode would not let us remove our sockets. */
-#define os_sandbox(enters) ((void)(enters), -EOPNOTSUPP)
+/* OpenBSD and FreeBSD have the like; nobody has tried it there. */
+#define os_sandbox() (-EOPNOTSUPP)
 #endif
 #endif
 
@@ -4343,7 +4340,7 @@ struct cas_super {
   uint64_t version;
   uint64_t block_size;  /* bytes */
   unsigned char id[16]; /* of the store */
-  uint64_t number;      /* of the checkpoint that wrote it */
+  uint64_t number;      /* of its checkpoint, or raised since: see (C8) */
   uint64_t replay;      /* log page to replay from */
   uint64_t log_pages;
   uint64_t nslots;    /* slots in use */
@@ -4798,16 +4795,16 @@ static int cas_unlock(struct nbdserve_cas *st) {
 }
 
 /* Lets others have the lock for a moment.  It is not handed over: who lets it
- * go would have it again before anybody wakes up.  So once in a millisecond the
- * thread sleeps for a moment.  (unlocks) */
+ * go would have it again before anybody wakes up.  So now and then, when a
+ * millisecond has passed since the last time, the thread sleeps.  (unlocks) */
 static void cas_yield(struct nbdserve_cas *st) {
   const struct timespec moment = {0, 1};
-  int64_t now = os_now_ms();
-  int sleeps = now != st->yielded_ms;
-  st->yielded_ms = now;
+  if (st->is_ending) return;
+  int sleeps = os_now_ms() != st->yielded_ms && !NBDSERVE_NO_THREADS;
   cas_unlock(st);
   if (sleeps) nanosleep(&moment, NULL);
   os_lock(&st->lock);
+  if (sleeps) st->yielded_ms = os_now_ms();
 }
 
 /* Waits to be woken, as os_wait. */
@@ -6921,7 +6918,8 @@ static void cas_close(void *ctx) {
  *
  *   cas_open_super   the newest superblock, of which one is enough
  *   cas_load         the catalog and all maps, level by level, with all holds
- *   cas_recover      the log is replayed, and a checkpoint ends it
+ *   cas_recover      the superblocks are renewed, the log is replayed, and a
+ *                    checkpoint ends it
  *
  * Nothing that is read here is trusted: every number is tested against the size
  * of the file before it is used.  Damage costs what it hits.  A page of a map
@@ -7029,16 +7027,18 @@ static int cas_open_super(struct nbdserve_cas *st) {
 static int cas_renew_supers(struct nbdserve_cas *st) {
   uint64_t number = st->super.number;
   assert(!st->is_open && !st->readonly);
-  st->super.number = st->last_number = ((number >> 24) + 1) << 24;
+  st->super.number = st->last_number = number + (1 << 24);
   int err = os_datasync(st->fd);
   for (int i = 0; i < 2 && !err; i++) {
     err = cas_write_super(st, &st->super, i ^ st->loader->older);
+    if (err == -ENOSPC && st->loader->is_alike) {
+      /* A full file system that copies what is written over: that stays. */
+      st->super.number = number;
+      return 0;
+    }
     if (!err) err = os_datasync(st->fd);
   }
-  if (err != -ENOSPC || !st->loader->is_alike) return err;
-  st->super.number = number; /* a full file system that copies what is written
-                                over: that stays there */
-  return 0;
+  return err;
 }
 
 /* Adds an edge to the node whose page is in a slot, to *out.  What the page
@@ -7523,6 +7523,10 @@ static int cas_open_file(struct nbdserve_cas *st, const char *path, int flags) {
   return 0;
 }
 
+/* In nbdserve_cas_options.flags, for section [13] only: cas_kick is left to the
+ * caller, as it starts a thread. */
+#define CAS_KICK_LATER 0x80000000u
+
 /* See nbdserve.h. */
 int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
                       struct nbdserve_cas **out) {
@@ -7546,7 +7550,7 @@ int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
   }
   st->to_fill = st->nslots;
   st->is_open = 1;
-  cas_kick(st);
+  if (!(o && o->flags & CAS_KICK_LATER)) cas_kick(st);
   *out = st;
   return 0;
 }
@@ -7591,7 +7595,8 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
       .magic = u_get64((const unsigned char *)CAS_MAGIC),
       .version = CAS_VERSION,
       .block_size = o && o->block_size ? o->block_size : CAS_MIN_BLOCK,
-      .number = (uint64_t)t.tv_sec * 1000000, /* above what may lie there */
+      .number = (uint64_t)t.tv_sec * 1000000, /* most likely above those of
+                                                 pages that lie there */
       .log_pages = o && o->log_pages ? o->log_pages : 4096,
       .replay = 1};
   /* An id that no other store has */
@@ -10501,7 +10506,7 @@ static int cli_open_volume(const char *path, const char *name,
   char real[PATH_MAX];
   if (cli.cas && (!realpath(path, real) || strcmp(cli.store, real) != 0))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
-  int err = cli.cas ? 0 : cli_open_store(path, how, &none);
+  int err = cli.cas ? 0 : cli_open_store(path, how | CAS_KICK_LATER, &none);
   if (err && none.client >= 0) {
     cli_say_where(path, &none);
     exit(CLI_IN_USE);
@@ -10572,7 +10577,8 @@ static const char *cli_same_store(const char *store, const char *operand,
     return operand;
   }
   int is_there = access(path, F_OK) == 0;
-  if (!is_there && flags & VERB_NEW_NAME) cli_usage("%s: no such store", path);
+  if (!is_there && flags & VERB_NEW_NAME)
+    cli_usage("%s: no such store, and no name of a volume", operand);
   if (!is_there) return operand;
   if (!cli_are_same(store, path))
     cli_usage("%s: in another store than the first operand: %s", operand,
@@ -10702,7 +10708,8 @@ static void cli_run_verb(void) {
   if (err == -EINVAL && last)
     cli_usage("%s: not a block size (4K, 8K, 16K, 32K or 64K)", last);
   if (err == -EEXIST)
-    cli_failed("%s: exists, and is not an unused device; init makes a new file",
+    cli_failed("%s: exists, and is not an unused device (init makes a new "
+               "file: take another name)",
                store);
   cli_exit_if_error(err, store);
   exit(0);
@@ -10734,6 +10741,7 @@ static void cli_help_verbs(void) {
 #define cli_start_control() ((void)0)
 #define cli_open_volume(path, name, ex) (-EOPNOTSUPP)
 #define nbdserve_cas_close(cas) 0
+#define cas_kick(cas) ((void)(cas))
 #define cli_run_verb() ((void)0)
 #define cli_help_verb(name) ((void)(name), CLI_USAGE)
 #define cli_help_verbs() ((void)0)
@@ -10789,7 +10797,9 @@ static void cli_open_target(const char *text, const char *path,
   if ((err == -EACCES || err == -EROFS) && !flat.flags)
     hint = " (-r serves it read-only)";
   if (err == -ENOENT && !volume && !flat.flags && !flat.create)
-    hint = ", and no such command (--create SIZE makes it; see --help)";
+    hint = strchr(text, '/') || path != text
+               ? " (--create SIZE makes it)"
+               : ", and no such command (--create SIZE makes it; see --help)";
   if (err == -ENOENT && volume && access(path, F_OK) < 0)
     cli_failed("%s: no such store (`nbdserve init %s` makes one)", path, path);
   if (err == -ENOENT && volume)
@@ -11013,6 +11023,20 @@ static void cli_fork(void) {
   if (read(fd[0], &byte, 1) == 1) _exit(0);
   waitpid(pid, &wait_status, 0);
   _exit(cli_exit_status(wait_status));
+}
+
+/* --sandbox require: sees to it that there is one, before anybody is told that
+ * we are ready.  Nobody can leave it again, so a child tries. */
+static void cli_try_sandbox(void) {
+  int wait_status = 0;
+  if (cli_sandbox != SANDBOX_REQUIRE) return;
+  pid_t pid = fork();
+  if (pid == 0) _exit(-os_sandbox());
+  if (pid < 0 || waitpid(pid, &wait_status, 0) != pid)
+    cli_exit_if_error(-errno, "--sandbox require");
+  if (wait_status)
+    cli_failed("--sandbox require: not on this system, or built without: %s",
+               u_errno_text(-cli_exit_status(wait_status)));
 }
 
 /* Tells systemd, or whoever else listens at $NOTIFY_SOCKET (sd_notify(3)), that
@@ -11256,14 +11280,12 @@ int main(int argc, char **argv) {
     cli_exit_if_error(os_end_with_parent(), "--exit-with-parent");
   for (int i = 0; i < cli.ntargets; i++)
     cli_add_target(cli.targets[i]);
-  if (cli_sandbox == SANDBOX_REQUIRE)
-    cli_exit_if_error(os_sandbox(0), "--sandbox require");
+  cli_try_sandbox();
   cli_listen();
   cli_tell_ready();
   /* Now all is open, and what the command is to do is not for us to say. */
-  int err = cli_sandbox == SANDBOX_OFF ? 0 : os_sandbox(1);
-  if (cli_sandbox == SANDBOX_REQUIRE)
-    cli_exit_if_error(err, "--sandbox require");
+  if (cli_sandbox != SANDBOX_OFF) (void)os_sandbox();
+  if (cli.cas) cas_kick(cli.cas);
   return cli_serve();
 }
 

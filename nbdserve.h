@@ -410,8 +410,9 @@ NBDSERVE_API int nbdserve_cas_verify(struct nbdserve_cas *cas,
                                      nbdserve_progress_fn *progress, void *arg);
 
 /* As nbdserve_cas_verify, and mends what it can: a block of which there is a
- * second one with the same digest, and a digest that cannot be read.  Maps and
- * superblocks lie twice, and are mended whenever they are read. */
+ * second one with the same digest, and a digest that cannot be read.  Maps lie
+ * twice, and are mended whenever they are read; superblocks, too, whenever a
+ * store is opened for writing. */
 NBDSERVE_API int nbdserve_cas_repair(struct nbdserve_cas *cas,
                                      nbdserve_damage_fn *each,
                                      nbdserve_progress_fn *progress, void *arg);
@@ -635,7 +636,7 @@ NBDSERVE_API const char *nbdserve_version(void);
  *   8     4 version: 2               56    4 slot of the root of the catalog
  *   12    4 block_size               60    4 id of the next volume
  *   16   16 id of the store          64    4 unknown bit: do not open
- *   32    8 number of its checkpoint 68    4 unknown bit: do not write
+ *   32    8 its number: see (C8)     68    4 unknown bit: do not write
  *   40    8 log page to replay from  480  32 SHA-256 of what stands before
  *
  *   log page
@@ -698,11 +699,12 @@ NBDSERVE_API const char *nbdserve_version(void);
  * (C7) Checkpoint: pages, fdatasync, first superblock, fdatasync, second one,
  *      fdatasync.  Only then slots become free, the log's beginning moves, and
  *      the change is answered.
- * (C8) Opening for writing raises the superblock's number to the next multiple
- *      of 2^24, so that no checkpoint which was begun has one above it, and
- *      writes both: first, after a sync, the older one; then, after another
- *      sync, the newer one.  One is enough.  What somebody else has written in
- *      a place is not written over.
+ * (C8) Opening for writing raises the superblock's number by 2^24, so that no
+ *      checkpoint which was begun has one above it, and writes both: first,
+ *      after a sync, the older one; then, after another sync, the newer one.
+ *      One is enough.  Where there is no space to write over them, two that
+ *      are alike stay as they are.  What somebody else has written in a place
+ *      is not written over.
  * (C9) Replay takes all valid pages of the log.  Entries before the highest
  *      `durable` apply; later ones each only if the slot's data has their
  *      digest. A page that is not valid is left out; but one before the highest

@@ -4810,6 +4810,10 @@ testBlocksThatTheIndexTakesForTheSameAreCompared() {
   unless NO_CAS || return 0
   fault alike "$T/pool"
 }
+testNothingIsGivenBackBeforeThatIsNoted() {
+  unless NO_CAS && unless POSIX_ONLY || return 0
+  fault noted "$T/pool"
+}
 testClosingMakesDurableWhatWasAcknowledged() {
   unless NO_CAS || return 0
   fault closing "$T/pool"
@@ -17181,6 +17185,32 @@ static void i_alike(void) {
   CHECK(i_cas_close() == 0);
 }
 
+static int i_fail_syncs(void *unused, uint64_t done, uint64_t total) {
+  (void)unused, (void)done, (void)total;
+  if (fi[SYNC].times) return 0;
+  fi[SYNC].err = EIO;
+  fi[SYNC].times = -1;
+  fi[FALLOCATE].calls = 0;
+  return 0;
+}
+
+/* Nothing is given back before the note that it will be is durable. */
+static void i_noted(void) {
+  struct nbdserve_export e = {0};
+  uint64_t bytes;
+  int b[1024] = {0};
+  i_new(1, 0);
+  CHECK(nbdserve_cas_create(i_cas, "w", 4 << 20) == 0);
+  CHECK(nbdserve_cas_volume(i_cas, "w", &e) == 0);
+  for (b[0] = 1; b[0] < 1016; b[0]++)
+    CHECK(e.ops->write(e.ctx, b, (uint64_t)b[0] * sizeof b, sizeof b, 0) == 0);
+  e.ops->close(e.ctx);
+  CHECK(nbdserve_cas_rm(i_cas, "w") == 0);
+  CHECK(nbdserve_cas_gc(i_cas, &bytes, i_fail_syncs, NULL) == -EIO);
+  CHECK(fi[SYNC].times && !fi[FALLOCATE].calls);
+  CHECK(i_cas_close() == -EIO);
+}
+
 /* What the log says was durable, and rots then, is an error, and not what was
  * there before. */
 static void i_rotten(void) {
@@ -17453,6 +17483,7 @@ static void i_tinylog(void) {}
 static void i_lastpage(void) {}
 static void i_removed(void) {}
 static void i_rotten(void) {}
+static void i_noted(void) {}
 static void i_alike(void) {}
 static void i_closing(void) {}
 static void i_nohole(void) {}
@@ -17539,6 +17570,7 @@ int main(int argc, char **argv) {
       {"fields", i_fields},       {"tinylog", i_tinylog},
       {"lastpage", i_lastpage},   {"removed", i_removed},
       {"rotten", i_rotten},       {"alike", i_alike},
+      {"noted", i_noted},
   };
   int i;
   CHECK(argc > 2);

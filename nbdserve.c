@@ -4322,9 +4322,10 @@ enum {
   /* Limits that follow */
   CAS_SLOTS = CAS_UNIT / 32,     /* slots in a group */
   CAS_GROUPS = CAS_UNIT / 8 - 1, /* groups in a store: < 2^32 slots in all */
-  CAS_TWIN = CAS_SEGMENT / 2,    /* a page in slot x has its twin in x ^ this */
-  CAS_LEVELS = 4,                /* levels of a map; the next has records */
-  CAS_TOP = 6                    /* level of the catalog's root */
+  CAS_DIGESTS = CAS_PAGE / CAS_DIGEST_LEN, /* in one 4096 bytes */
+  CAS_TWIN = CAS_SEGMENT / 2, /* a page in slot x has its twin in x ^ this */
+  CAS_LEVELS = 4,             /* levels of a map; the next has records */
+  CAS_TOP = 6                 /* level of the catalog's root */
 };
 
 #define CAS_MAGIC "NBDSCAS2" /* the last one is the version, for people */
@@ -5075,8 +5076,9 @@ static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
   int may_be_there = err == -ENOSPC && !ngiven && first < st->super.nslots;
   if (err == -EOPNOTSUPP || may_be_there)
     err = cas_write_zeroes(st, first, off, end);
-  /* A new one is as broken as those of its group: see cas_pass_over. */
-  int is_broken = first == st->nslots && first % CAS_SLOTS &&
+  /* A new one with digests in the same 4096 bytes as those of a broken one is
+   * broken, too: see cas_pass_over. */
+  int is_broken = first == st->nslots && first % CAS_DIGESTS &&
                   cas_segment(st, first - 1)->space == SPACE_BROKEN;
   enum cas_space space = is_durable ? SPACE_DURABLE : SPACE_WRITTEN;
   if (!err) err = cas_extend(st, first);
@@ -5369,7 +5371,7 @@ static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
  * digests in the same 4096 bytes, which may be what is bad.  A segment that is
  * being given back stays as it is, and the failure is forgotten.  (locks) */
 static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
-  uint32_t n = err == -ENOSPC ? 1 : CAS_PAGE / CAS_DIGEST_LEN;
+  uint32_t n = err == -ENOSPC ? 1 : CAS_DIGESTS;
   uint32_t first = slot / n * n;
   uint32_t x = first / CAS_SEGMENT * CAS_SEGMENT;
   assert(err && slot < st->nslots);
@@ -7263,7 +7265,7 @@ static uint64_t cas_find_log_end(struct nbdserve_cas *st, unsigned char *p) {
  * store is opened, when nobody else writes there. */
 static void cas_rewrite_digests(struct nbdserve_cas *st, uint32_t slot) {
   unsigned char digests[CAS_PAGE] = {0};
-  uint32_t n = CAS_PAGE / CAS_DIGEST_LEN;
+  uint32_t n = CAS_DIGESTS;
   uint32_t first = slot / n * n;
   unsigned char *data = NBDSERVE_MALLOC(st->bs);
   assert(!st->is_open);

@@ -238,7 +238,7 @@ lint() {
   n=$(($(sed -n 's/^code //p' "$scratch/figures") -
     $(sed -n 's/^lone //p' "$scratch/figures")))
   # The goal is 6500: until it is met, not one line more than there is now
-  [ $n -le 7889 ] || { echo "nbdserve.c: $n lines of code, over 7889"; bad=1; }
+  [ $n -le 7887 ] || { echo "nbdserve.c: $n lines of code, over 7887"; bad=1; }
   return $bad
 }
 case ${1-} in
@@ -16968,18 +16968,24 @@ static void i_lossfull(void) {
  * can be written: a power cut may have left a free slot its digest, but not its
  * space. */
 static void i_halfthere(void) {
-  int is_bad, err;
-  for (is_bad = 0; is_bad < 2; is_bad++) {
+  unsigned char given[CAS_DIGEST_LEN];
+  uint32_t taken = 200;
+  int how, err;
+  memset(given, 255, sizeof given);
+  for (how = 0; how < 3; how++) { /* 2: one is taken, and not yet written */
     i_new(1, 0);
     CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0 && i_cas_open(0) == 0);
     fi[FALLOCATE].err = ENOSPC;
     fi[FALLOCATE].times = -1;
-    if (is_bad) fi[PWRITE].bad = i_slot_at(200) + 1;
+    if (how == 1) fi[PWRITE].bad = i_slot_at(taken) + 1;
+    if (how == 2) i_poke(i_digest_at(taken), given, sizeof given);
     os_lock(&i_cas->lock);
     CHECK(cas_segment(i_cas, 0)->space == SPACE_UNKNOWN);
+    if (how == 2) cas_hold(i_cas, taken);
     err = cas_give_space(i_cas, 0);
-    CHECK(err == (is_bad ? -EIO : 0));
-    CHECK((cas_segment(i_cas, 0)->space == SPACE_UNKNOWN) == is_bad);
+    CHECK(err == (how == 2 ? -ENOSPC : how == 1 ? -EIO : 0));
+    CHECK((cas_segment(i_cas, 0)->space == SPACE_UNKNOWN) == (how > 0));
+    if (how == 2) cas_drop(i_cas, taken, &i_cas->dropped);
     cas_unlock(i_cas);
     fi[FALLOCATE].times = 0;
     fi[PWRITE].bad = 0;

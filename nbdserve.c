@@ -390,9 +390,9 @@ static int os_end_with_parent(void) {
 #define os_sandbox() (-EOPNOTSUPP)
 #elif defined SYS_landlock_restrict_self
 /* Gives up, for this thread and those that it will start, what serving does not
- * take: to open, make or run files and, since Linux 6.7, to bind or connect TCP
- * sockets.  What is open stays open, and files may be removed.  -ENOSYS,
- * -EOPNOTSUPP: this system cannot do that. */
+ * need: to open, make, rename or run files and, since Linux 6.7, to bind or
+ * connect TCP sockets.  What is open stays open, and files may be removed.
+ * -ENOSYS, -EOPNOTSUPP: this system cannot do that. */
 static int os_sandbox(void) {
   const uint64_t denied[] = {0x1fcf, 3}; /* LANDLOCK_ACCESS_FS_*, .._NET_* */
   int version = (int)syscall(SYS_landlock_create_ruleset, NULL, 0, 1);
@@ -4795,9 +4795,9 @@ static int cas_unlock(struct nbdserve_cas *st) {
   return err;
 }
 
-/* Lets others have the lock for a moment.  It is not handed over: who lets it
- * go would have it again before anybody wakes up.  So now and then, when a
- * millisecond has passed since the last time, the thread sleeps.  (unlocks) */
+/* Lets others have the lock for a moment.  To unlock it alone helps nobody: we
+ * would have it again before a waiter wakes up.  So whenever the clock shows
+ * another millisecond we sleep, too.  (unlocks) */
 static void cas_yield(struct nbdserve_cas *st) {
   const struct timespec moment = {0, 1};
   if (st->is_ending) return;
@@ -4994,7 +4994,8 @@ static int cas_extend(struct nbdserve_cas *st, uint32_t slot) {
 }
 
 /* Writes zeroes to a new segment, from off to end, or to the free slots of one
- * that is there: where the file system has no better way to give them space. */
+ * that is there: where the file system cannot allocate space, or refuses to as
+ * it is full. */
 static int cas_write_zeroes(struct nbdserve_cas *st, uint32_t first,
                             uint64_t off, uint64_t end) {
   unsigned char *zeroes = u_zalloc(st->bs);
@@ -5021,8 +5022,9 @@ static const unsigned char cas_given[CAS_DIGEST_LEN] = {
     255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
 
 /* Reads the digests of a segment and counts its slots that gc has given back to
- * the file system.  Their digests say so: all ones.  One that was taken again,
- * but is not written yet, is among them.  On an error it may be all of them. */
+ * the file system.  Their digests say so: all ones.  A slot that was taken
+ * again but is not written yet counts, too.  If they cannot be read all
+ * count. */
 static int cas_given_back(struct nbdserve_cas *st, uint32_t first) {
   unsigned char digest[CAS_SEGMENT][CAS_DIGEST_LEN];
   int n = 0;
@@ -5068,9 +5070,9 @@ static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
   if (first == 0) off = 0;
   if (!st->is_device) err = os_fallocate(st->fd, OS_ALLOCATE, off, end - off);
   int ngiven = first < st->nslots ? cas_given_back(st, first) : 0;
-  /* Some file systems refuse that when they are full, though the space is
-   * there, as it may be if it was at the last checkpoint and was not given back
-   * since: a power cut may have left a slot its digest, but not its space. */
+  /* A full file system may refuse even what is there.  It may be there only if
+   * it was at the last checkpoint and nothing was given back since.  Digests
+   * alone prove nothing: a power cut may have kept one, and not its space. */
   int may_be_there = err == -ENOSPC && !ngiven && first < st->super.nslots;
   if (err == -EOPNOTSUPP || may_be_there)
     err = cas_write_zeroes(st, first, off, end);
@@ -5573,11 +5575,11 @@ static void cas_forget_leaf(struct nbdserve_cas *st, struct cas_node *leaf) {
   leaf->slots = NULL;
 }
 
-/* Beyond the budget, a leaf that was not used since this came by last leaves
- * memory.  It can be read back: it is clean, and the superblock that names it
- * is durable. */
+/* When the budget is used up: drops leaves that were not used since the hand
+ * passed them last.  They can be read back: they are clean, and the superblock
+ * that names them is durable. */
 static void cas_evict_leaf(struct nbdserve_cas *st) {
-  /* It stops at the end: what moves into a gap was not met before. */
+  /* It stops at the end: a leaf that fills a gap was not looked at yet. */
   for (int n = 0; n < CAS_PORTION && st->hand < st->nleaves; n++) {
     if (st->nleaves * (uint64_t)st->bs < st->cache) break;
     struct cas_node *leaf = st->leaves[st->hand];
@@ -6983,7 +6985,9 @@ static int cas_lay_out(struct nbdserve_cas *st) {
   return 0;
 }
 
-/* Takes what the newest superblock says, of which one is enough (C8). */
+/* Takes what the newest superblock says.  One is enough (C8), but not if the
+ * other place has another version or, unless it is only read or repaired,
+ * something that is not ours. */
 static int cas_open_super(struct nbdserve_cas *st) {
   struct cas_super super[2];
   int bad[2]; /* why: -errno */
@@ -6999,8 +7003,8 @@ static int cas_open_super(struct nbdserve_cas *st) {
       st->super.replay > UINT64_MAX - INT32_MAX ||
       st->super.number > UINT64_MAX / 4 * 3)
     return -EUCLEAN;
-  /* Of a file that was cut short, what lay behind its end is lost.  The last
-   * segment may be there in part, and before a cut nothing else was used. */
+  /* The last segment may be there in part: the rest of it was never used.  But
+   * of a file that was cut short only whole segments count. */
   while (!cas_is_in_file(st,
                          st->super.nslots - (st->is_short ? 1 : CAS_SEGMENT))) {
     st->super.nslots -= CAS_SEGMENT;
@@ -7020,7 +7024,8 @@ static int cas_open_super(struct nbdserve_cas *st) {
  * after kill -9, and has to be durable before the other one is written: of two
  * that are under way a power cut may destroy both.  After a failed sync it may
  * be in memory only, and then nothing but a second write brings it to the
- * medium.  So the older one comes first.
+ * medium.  The older one comes first: the newer one stays whole until that is
+ * durable.
  *
  * The number is raised so far that no checkpoint can have had one above it, not
  * even one that a power cut has ended: of that pages may be left. */
@@ -7032,7 +7037,7 @@ static int cas_renew_supers(struct nbdserve_cas *st) {
   for (int i = 0; i < 2 && !err; i++) {
     err = cas_write_super(st, &st->super, i ^ st->loader->older);
     if (err == -ENOSPC && st->loader->is_alike) {
-      /* A full file system that copies what is written over: that stays. */
+      /* It is full and copies what is written over: both say the same. */
       st->super.number = number;
       return 0;
     }
@@ -9015,6 +9020,8 @@ static struct {
    * output) with --stdin, or a connected socket that was passed to us.  -1:
    * clients connect, as usual. */
   int client;
+  /* How many listening sockets were passed to us, from descriptor 3 on */
+  int passed;
   /* "": there is nowhere to connect to, or whoever passed us a socket knows.
    * It has room for the longest name and path, with each byte as %XX. */
   char uri[3 * WIRE_STRING_MAX + 1024];
@@ -9655,8 +9662,9 @@ static void cli_exclude(enum cli_option_id id, uint64_t others,
 
 /* How many sockets systemd, or a program like nbdinfo, has passed to us from
  * descriptor 3 on.  LISTEN_PID says whom they are for: the variables are
- * inherited by children, who must not believe them.  One that is not open would
- * soon be a descriptor of our own. */
+ * inherited by children, who must not believe them.  If one of the sockets is
+ * not open the process ends: its number would soon be that of a descriptor of
+ * our own. */
 static int cli_count_passed(void) {
   const char *pid = getenv("LISTEN_PID");
   const char *fds = getenv("LISTEN_FDS");
@@ -10562,10 +10570,10 @@ static int cli_are_same(const char *path, const char *other) {
   return file[0].st_dev == file[1].st_dev && file[0].st_ino == file[1].st_ino;
 }
 
-/* The name in a later operand, in front of which the store may stand again, but
- * no other one.  If there is no such file, the "::" is a part of the name, but
- * nobody means to give a new one such a name.  A FILE is no volume.  flags: of
- * the command. */
+/* The name in a later operand.  "STORE::" may stand before it if that is the
+ * same store.  Where there is no such file, "::" belongs to the name, but a new
+ * name with it is refused; so is a volume where a FILE is meant.  flags: of the
+ * command. */
 static const char *cli_same_store(const char *store, const char *operand,
                                   unsigned flags) {
   const char *colons = strstr(operand, "::");
@@ -10797,7 +10805,7 @@ static void cli_open_target(const char *text, const char *path,
   if ((err == -EACCES || err == -EROFS) && !flat.flags)
     hint = " (-r serves it read-only)";
   if (err == -ENOENT && !volume && !flat.flags && !flat.create)
-    hint = strchr(text, '/') || path != text
+    hint = strchr(text, '/') || strcmp(path, text) != 0
                ? " (--create SIZE makes it)"
                : ", and no such command (--create SIZE makes it; see --help)";
   if (err == -ENOENT && volume && access(path, F_OK) < 0)
@@ -10921,7 +10929,7 @@ static void cli_listen(void) {
   int port = opt[OPT_PORT].given ? (int)opt[OPT_PORT].number : 10809;
   int wants_tcp = opt[OPT_PORT].given || opt[OPT_BIND].given;
   int is_told = path || wants_tcp || opt[OPT_STDIN].given || opt[OPT_FD].given;
-  int passed = is_told ? 0 : cli_count_passed();
+  int passed = is_told ? 0 : cli.passed;
   char dir[CLI_PATH_MAX + 1];
   size_t n = path ? strlen(path) : 0;
   if (opt[OPT_STDIN].given)
@@ -11026,7 +11034,8 @@ static void cli_fork(void) {
 }
 
 /* --sandbox require: sees to it that there is one, before anybody is told that
- * we are ready.  Nobody can leave it again, so a child tries. */
+ * we are ready.  Nobody can leave it again, and we have files to open yet: so a
+ * child tries. */
 static void cli_try_sandbox(void) {
   int wait_status = 0;
   if (cli_sandbox != SANDBOX_REQUIRE) return;
@@ -11270,7 +11279,7 @@ int main(int argc, char **argv) {
   if (opt[OPT_ONCE].given) config.flags |= NBDSERVE_CONFIG_ONCE;
   if (opt[OPT_FAULT].given || opt[OPT_DELAY].given) config.before = cli_before;
   if (opt[OPT_STATS].given) config.after = cli_after;
-  cli_count_passed(); /* before we open anything */
+  cli.passed = cli_count_passed(); /* before we open one of these numbers */
   cli_exit_if_error(nbdserve_new(&cli.server, &config), "start");
   cli_run_verb();
   cli_check_options();
@@ -11283,7 +11292,8 @@ int main(int argc, char **argv) {
   cli_try_sandbox();
   cli_listen();
   cli_tell_ready();
-  /* Now all is open, and what the command is to do is not for us to say. */
+  /* All is open, and the command, which that must not bind, has started.  The
+   * threads of a store come behind it, so that it binds them. */
   if (cli_sandbox != SANDBOX_OFF) (void)os_sandbox();
   if (cli.cas) cas_kick(cli.cas);
   return cli_serve();

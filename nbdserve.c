@@ -386,9 +386,10 @@ static int os_end_with_parent(void) {
 #endif
 }
 
-#if NBDSERVE_NO_SANDBOX || NBDSERVE_POSIX_ONLY
-#define os_sandbox() (-EOPNOTSUPP)
-#elif defined SYS_landlock_restrict_self
+#endif
+
+#if !NBDSERVE_NO_SANDBOX && !NBDSERVE_POSIX_ONLY && !NBDSERVE_NO_MAIN && \
+    defined SYS_landlock_restrict_self
 /* Gives up, for this thread and those that it will start, what serving does not
  * need: to open, make, rename or run files and, since Linux 6.7, to bind or
  * connect TCP sockets.  What is open stays open, and files may be removed.
@@ -405,10 +406,9 @@ static int os_sandbox(void) {
   close(fd);
   return err;
 }
-#else
+#elif !NBDSERVE_NO_MAIN
 /* OpenBSD and FreeBSD have the like; nobody has tried it there. */
 #define os_sandbox() (-EOPNOTSUPP)
-#endif
 #endif
 
 /* Opens the directory that path is in.  The path was opened, or fits into a

@@ -385,7 +385,6 @@ static int os_end_with_parent(void) {
   return -EOPNOTSUPP;
 #endif
 }
-
 #endif
 
 #if !NBDSERVE_NO_SANDBOX && !NBDSERVE_POSIX_ONLY && !NBDSERVE_NO_MAIN && \

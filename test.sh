@@ -4814,6 +4814,58 @@ testNothingIsGivenBackBeforeThatIsNoted() {
   unless NO_CAS && unless POSIX_ONLY || return 0
   fault noted "$T/pool"
 }
+testAPageOfTheCatalogStaysWhileItHasARecord() {
+  unless NO_CAS || return 0
+  fault last "$T/pool"
+}
+testAChangeSeesWhatItsEarlierPartsHaveMade() {
+  unless NO_CAS || return 0
+  fault one "$T/pool"
+}
+testAChangeLeavesAloneWhatItsStrictestPartMust() {
+  unless NO_CAS || return 0
+  fault strict "$T/pool"
+}
+testAnIdIsOfDataThatHasToBeReadAgain() {
+  unless NO_CAS || return 0
+  fault idread "$T/pool"
+}
+testABlockThatIsNotInMemoryStaysInTheIndex() {
+  unless NO_CAS || return 0
+  fault indexed "$T/pool"
+}
+testABlockWhoseDigestCannotBeReadIsNotKnownToBeGood() {
+  unless NO_CAS || return 0
+  fault notgood "$T/pool"
+}
+testWhatRemovingFreesCanBeUsedWhereThereWasNoSpace() {
+  unless NO_CAS || return 0
+  fault room "$T/pool"
+}
+testWhatWaitsToBeFreeIsNotWrittenOver() {
+  unless NO_CAS || return 0
+  fault pending "$T/pool"
+}
+testWhatWaitsToBeFreeKeepsItsDigest() {
+  unless NO_CAS && unless NO_THREADS || return 0
+  fault digests "$T/pool"
+}
+testAGroupIsNotBrokenBecauseTheOneBeforeItIs() {
+  unless NO_CAS || return 0
+  fault group "$T/pool"
+}
+testWritingHealsBelowALostPageAnywhere() {
+  unless NO_CAS || return 0
+  fault upper "$T/pool"
+}
+testOneWrongLetterOfASuperblockIsDamage() {
+  unless NO_CAS || return 0
+  fault letter "$T/pool"
+}
+testTheEndOfAVolumeInsideABlockIsReplayed() {
+  unless NO_CAS || return 0
+  fault oddend "$T/pool"
+}
 testClosingMakesDurableWhatWasAcknowledged() {
   unless NO_CAS || return 0
   fault closing "$T/pool"
@@ -17241,6 +17293,302 @@ static void i_noted(void) {
   CHECK(i_cas_close() == -EIO);
 }
 
+/* A page of the catalog stays while it has a record, if only of a volume
+ * without data. */
+static void i_last(void) {
+  struct nbdserve_export e = {0};
+  char name[8];
+  int i;
+  i_new(1, 0);
+  for (i = 1; i <= 15; i++) {
+    snprintf(name, sizeof name, "w%d", i);
+    CHECK(nbdserve_cas_create(i_cas, name, 5) == 0);
+  }
+  CHECK(i_find("w15")->place == 15);
+  for (i = 1; i < 15; i++) {
+    snprintf(name, sizeof name, "w%d", i);
+    CHECK(nbdserve_cas_rm(i_cas, name) == 0);
+  }
+  CHECK(nbdserve_cas_rename(i_cas, "w15", "x") == 0);
+  CHECK(i_cas_close() == 0 && i_cas_open(0) == 0);
+  CHECK(nbdserve_cas_volume(i_cas, "x", &e) == 0);
+  e.ops->close(e.ctx);
+  CHECK(i_cas_close() == 0);
+}
+
+/* In one change a snapshot is made and gone back to, and names are those of the
+ * moment. */
+static void i_one(void) {
+  const struct nbdserve_cas_op back[] = {
+      {NBDSERVE_CAS_SNAPSHOT, "v@s", NULL, 0},
+      {NBDSERVE_CAS_ROLLBACK, "v@s", NULL, 0}};
+  const struct nbdserve_cas_op names[] = {{NBDSERVE_CAS_RENAME, "v", "w", 0},
+                                          {NBDSERVE_CAS_RM, "w@s", NULL, 0}};
+  size_t failed;
+  i_new(1, 0);
+  CHECK(i_put(5, 'a') == 0);
+  i_volume.ops->close(i_volume.ctx);
+  CHECK(nbdserve_cas_changes(i_cas, back, 2, &failed) == 0);
+  CHECK(nbdserve_cas_volume(i_cas, "v", &i_volume) == 0);
+  CHECK(i_volume.size == (uint64_t)I_LEAF * 4096 && i_get(5) == 'a');
+  i_volume.ops->close(i_volume.ctx);
+  CHECK(nbdserve_cas_changes(i_cas, names, 2, &failed) == 0);
+  CHECK(nbdserve_cas_volume(i_cas, "w", &i_volume) == 0);
+  CHECK(i_get(5) == 'a' && i_cas_close() == 0);
+}
+
+/* What a change must leave alone is what the strictest of its parts must: the
+ * reserve stays though the last of them removes. */
+static void i_strict(void) {
+  const struct nbdserve_cas_op ops[] = {{NBDSERVE_CAS_CREATE, "x", NULL, 5},
+                                        {NBDSERVE_CAS_RM, "w", NULL, 0}};
+  size_t failed;
+  i_new(10, 32);
+  CHECK(nbdserve_cas_create(i_cas, "w", 5) == 0);
+  i_fill(0);
+  CHECK(cas_checkpoint(i_cas, NULL, UINT64_MAX) == 0);
+  i_pairs(CAS_FOR_RM + 10);
+  CHECK(nbdserve_cas_changes(i_cas, ops, 2, &failed) == -ENOSPC);
+  CHECK(nbdserve_cas_rm(i_cas, "w") == 0);
+  CHECK(i_cas_close() == 0);
+}
+
+/* Where a digest cannot be read an id is made of the data, though that was
+ * found good before and is not in memory. */
+static void i_idread(void) {
+  struct nbdserve_export e = {0};
+  char id[2][72];
+  int b[1024], i;
+  i_new(1, 0);
+  CHECK(nbdserve_cas_create(i_cas, "w", i_volume.size) == 0);
+  CHECK(nbdserve_cas_volume(i_cas, "w", &e) == 0);
+  for (i = 0; i < 3; i++) {
+    CHECK(i_put((uint64_t)i, 'a' + i) == 0);
+    CHECK(i_volume.ops->read(i_volume.ctx, b, (uint64_t)i * sizeof b, sizeof b,
+                             0) == 0);
+    CHECK(e.ops->write(e.ctx, b, (uint64_t)i * sizeof b, sizeof b, 0) == 0);
+  }
+  e.ops->close(e.ctx);
+  CHECK(nbdserve_cas_snapshot(i_cas, "v@s") == 0);
+  CHECK(nbdserve_cas_snapshot(i_cas, "w@s") == 0);
+  CHECK(nbdserve_cas_seal(i_cas, "v@s", id[0], NULL, NULL) == 0);
+  fi[PREAD].bad = i_digest_at(i_slot(1));
+  CHECK(nbdserve_cas_seal(i_cas, "w@s", id[1], NULL, NULL) == 0);
+  fi[PREAD].bad = 0;
+  CHECK(!strcmp(id[0], id[1]) && i_cas_close() == 0);
+}
+
+/* A block that is not in memory when it is read stays in the index. */
+static void i_indexed(void) {
+  static unsigned char b[4096];
+  struct nbdserve_req r = {0};
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0);
+  r.type = NBD_CMD_READ;
+  r.len = 4096;
+  r.buf = b;
+  fi_away = i_slot_at(i_slot(0));
+  fi_away_end = fi_away + 4096;
+  cas_batch(i_volume.ctx, &r, 1);
+  CHECK(r.err == (i_cas->can_read_now ? -EAGAIN : 0));
+  fi_away = fi_away_end = 0;
+  CHECK(i_put(1, 'a') == 0 && i_slot(0) == i_slot(1));
+  CHECK(i_cas_close() == 0);
+}
+
+/* A block whose digest cannot be read is not known to be good: the same data is
+ * stored again, and is there when the digest turns out to be another one. */
+static void i_notgood(void) {
+  char b[32] = "another one";
+  off_t at;
+  uint32_t slot;
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
+  CHECK(i_cas_open(NBDSERVE_CAS_VERIFY) == 0);
+  os_lock(&i_cas->lock);
+  while (i_cas->busy)
+    cas_wait(i_cas);
+  cas_unlock(i_cas);
+  slot = i_slot(0);
+  at = i_digest_at(slot);
+  fi[PREAD].bad = at + 5;
+  CHECK(i_get(0) == 'a');
+  CHECK(i_put(1, 'a') == 0 && i_slot(1) != slot);
+  fi[PREAD].bad = 0;
+  i_poke(at, b, sizeof b);
+  CHECK(i_cas_close() == 0);
+  CHECK(i_cas_open(NBDSERVE_CAS_VERIFY) == 0);
+  CHECK(i_get(0) == -EIO && i_get(1) == 'a' && i_cas_close() == 0);
+}
+
+/* What removing frees can be used where a write has found no space before. */
+static void i_room(void) {
+  struct nbdserve_export e = {0};
+  int b[1024] = {0}, i;
+  uint64_t n;
+  uint32_t x;
+  i_new(10, 32);
+  CHECK(nbdserve_cas_create(i_cas, "w", 1000 * sizeof b) == 0);
+  CHECK(nbdserve_cas_volume(i_cas, "w", &e) == 0);
+  for (i = 0; i < 1000; i++) {
+    b[0] = i + 1;
+    CHECK(e.ops->write(e.ctx, b, (uint64_t)i * sizeof b, sizeof b, 0) == 0);
+  }
+  e.ops->close(e.ctx);
+  n = i_fill(0);
+  for (x = 0; x < i_cas->nslots; x += CAS_SEGMENT)
+    if (!cas_segment(i_cas, x)->nfree) cas_pass_over(i_cas, x, -ENOSPC);
+  CHECK(nbdserve_cas_rm(i_cas, "w") == 0);
+  for (i = 0; i < 900; i++)
+    CHECK(i_put(n++, i + 5000000) == 0);
+  CHECK(i_cas_close() == 0);
+}
+
+/* Where zeroes are written to give a segment space, what only waits to be free
+ * is left alone: a power cut would bring it back. */
+static void i_pending(void) {
+  char zeroes[4096] = {0}, was[4096], now[4096];
+  uint32_t slot;
+  int i;
+  i_new(300, 0);
+  for (i = 0; i < 2000; i++)
+    CHECK(i_put((uint64_t)i, i + 1) == 0);
+  CHECK(i_volume.ops->trim(i_volume.ctx, 100 * 4096, 900 * 4096, 0) == 0);
+  CHECK(i_volume.ops->trim(i_volume.ctx, 1600 * 4096, 400 * 4096, 0) == 0);
+  CHECK(i_put(1600, 'a') == 0 && i_flush() == 0);
+  CHECK(i_cas_close() == 0);
+  CHECK(i_cas_open(0) == 0);
+  for (slot = 1599; slot > 0; slot--) /* a block next to room for pages */
+    if (cas_segment(i_cas, i_slot(slot))->npairs) break;
+  i = (int)slot;
+  CHECK(slot > 0);
+  slot = i_slot((uint64_t)i);
+  CHECK(slot / CAS_SEGMENT > 3);
+  i_peek(i_slot_at(slot), was, sizeof was);
+  fi[FALLOCATE].err = EOPNOTSUPP;
+  fi[FALLOCATE].times = -1;
+  CHECK(i_put((uint64_t)i, 999999) == 0);
+  CHECK(CAS_AT(i_cas, slot, refs) == CAS_PENDING);
+  CHECK(cas_segment(i_cas, slot)->space == SPACE_UNKNOWN);
+  os_lock(&i_cas->lock); /* as who wants more pairs does */
+  CHECK(cas_give_space(i_cas, slot / CAS_SEGMENT * CAS_SEGMENT) == 0);
+  cas_unlock(i_cas);
+  CHECK(CAS_AT(i_cas, slot, refs) == CAS_PENDING);
+  i_peek(i_slot_at(slot), now, sizeof now);
+  CHECK(memcmp(was, zeroes, sizeof was) && !memcmp(was, now, sizeof was));
+  fi[FALLOCATE].times = 0;
+  CHECK(i_cas_close() == 0);
+}
+
+static void *i_flushes(void *unused) {
+  (void)unused;
+  return (void *)(intptr_t)i_flush();
+}
+
+/* What is dropped while a sync runs, in a segment that was given back and got
+ * again, keeps its digest until it is free: a power cut would bring it back. */
+static void i_digests(void) {
+  unsigned char was[32], now[32];
+  uint32_t slot;
+  pthread_t sync;
+  void *err;
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0 && i_flush() == 0);
+  slot = i_slot(0);
+  i_peek(i_digest_at(slot), was, sizeof was);
+  os_lock(&i_cas->lock); /* as after a cut, which has brought that back */
+  CHECK(cas_segment(i_cas, slot)->space == SPACE_DURABLE);
+  cas_segment(i_cas, slot)->is_given = 1;
+  CHECK(cas_give_space(i_cas, i_cas->nslots) == 0); /* it waits for the sync */
+  cas_unlock(i_cas);
+  CHECK(i_put(1, 'b') == 0);
+  t_hold(&fi[SYNC].hold, 1);
+  CHECK(pthread_create(&sync, NULL, i_flushes, NULL) == 0);
+  while (!i_cas->syncing)
+    usleep(1000);
+  CHECK(i_put(0, 'c') == 0 && CAS_AT(i_cas, slot, refs) == CAS_PENDING);
+  t_hold(&fi[SYNC].hold, 0);
+  CHECK(pthread_join(sync, &err) == 0 && !err);
+  CHECK(CAS_AT(i_cas, slot, refs) == CAS_PENDING);
+  CHECK(!cas_segment(i_cas, slot)->is_given);
+  i_peek(i_digest_at(slot), now, sizeof now);
+  CHECK(!memcmp(was, now, sizeof was));
+  CHECK(i_cas_close() == 0);
+}
+
+/* A group has its own digests: a segment is not broken because the last one of
+ * the group before it is. */
+static void i_group(void) {
+  i_new(1, 0);
+  os_lock(&i_cas->lock);
+  CHECK(cas_extend(i_cas, CAS_SLOTS - 1) == 0);
+  CHECK(i_cas->nslots == CAS_SLOTS);
+  cas_unlock(i_cas);
+  cas_pass_over(i_cas, CAS_SLOTS - 1, -EIO);
+  os_lock(&i_cas->lock);
+  CHECK(cas_give_space(i_cas, CAS_SLOTS) == 0);
+  CHECK(cas_segment(i_cas, CAS_SLOTS)->space == SPACE_WRITTEN);
+  cas_unlock(i_cas);
+  CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
+  CHECK(i_cas_open(0) == 0 && i_get(0) == 'a' && i_cas_close() == 0);
+}
+
+/* A lost page that is not the first of its level: writing heals below it. */
+static void i_upper(void) {
+  const uint64_t at = (uint64_t)I_LEAF * I_LEAF + 5;
+  int level;
+  for (level = 0; level < 2; level++) {
+    i_new(I_LEAF + 2, 0);
+    CHECK(i_put(at, 'a') == 0 && i_put(at + I_LEAF, 'b') == 0);
+    CHECK(i_cas_close() == 0);
+    i_lose(i_page(at, level));
+    CHECK(i_cas_open(0) == 0 && i_get(at) == -EIO);
+    CHECK(i_put(at, 'c') == 0 && i_get(at) == 'c' && i_cas_close() == 0);
+    CHECK(i_cas_open(0) == 0 && i_get(at) == 'c');
+    CHECK(i_get(at + I_LEAF) == (level ? -EIO : 'b'));
+    CHECK(i_put(at + I_LEAF, 'd') == 0 && i_cas_close() == 0);
+    CHECK(i_cas_open(0) == 0 && i_get(at + I_LEAF) == 'd');
+    CHECK(i_cas_close() == 0);
+  }
+}
+
+/* One wrong letter is damage, and the other superblock is enough. */
+static void i_letter(void) {
+  int i;
+  for (i = 0; i < 7; i++) {
+    i_new(1, 0);
+    CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
+    i_flip((i % 2 ? 1 << 20 : 0) + i);
+    CHECK(i_cas_open(0) == 0 && i_get(0) == 'a' && i_cas_close() == 0);
+  }
+}
+
+/* The end of a volume inside a block is replayed like any other. */
+static void i_oddend(void) {
+  struct nbdserve_export e = {0};
+  char b[512] = "tail", c[512] = "";
+  int status;
+  pid_t pid;
+  i_new(1, 0);
+  CHECK(nbdserve_cas_create(i_cas, "w", 4096 + 512) == 0);
+  CHECK(i_cas_close() == 0);
+  CHECK((pid = fork()) >= 0);
+  if (!pid) {
+    CHECK(i_cas_open(0) == 0);
+    CHECK(nbdserve_cas_volume(i_cas, "w", &e) == 0);
+    CHECK(e.ops->write(e.ctx, b, 4096, sizeof b, 0) == 0);
+    CHECK(e.ops->flush(e.ctx, 0) == 0);
+    _exit(0);
+  }
+  CHECK(waitpid(pid, &status, 0) == pid && status == 0);
+  CHECK(i_cas_open(0) == 0);
+  CHECK(nbdserve_cas_volume(i_cas, "w", &e) == 0);
+  CHECK(e.ops->read(e.ctx, c, 4096, sizeof c, 0) == 0);
+  CHECK(!memcmp(b, c, sizeof b));
+  e.ops->close(e.ctx);
+  CHECK(i_cas_close() == 0);
+}
+
 /* What the log says was durable, and rots then, is an error, and not what was
  * there before. */
 static void i_rotten(void) {
@@ -17513,6 +17861,19 @@ static void i_tinylog(void) {}
 static void i_lastpage(void) {}
 static void i_removed(void) {}
 static void i_rotten(void) {}
+static void i_last(void) {}
+static void i_one(void) {}
+static void i_strict(void) {}
+static void i_idread(void) {}
+static void i_indexed(void) {}
+static void i_notgood(void) {}
+static void i_room(void) {}
+static void i_pending(void) {}
+static void i_digests(void) {}
+static void i_group(void) {}
+static void i_upper(void) {}
+static void i_letter(void) {}
+static void i_oddend(void) {}
 static void i_noted(void) {}
 static void i_alike(void) {}
 static void i_closing(void) {}
@@ -17548,68 +17909,129 @@ static void i_kept(void) {}
 static void i_unread(void) {}
 #endif
 
+static const struct {
+  const char *name;
+  void (*run)(void);
+} i_verbs[] = {
+    {"sync", i_sync},
+    {"shrunk", i_shrunk},
+    {"full", i_full},
+    {"short", i_short},
+    {"read", i_read},
+    {"halfway", i_halfway},
+    {"slow", i_slow},
+    {"whole", i_whole},
+    {"fallocate", i_fallocate},
+    {"fastzero", i_fastzero},
+    {"threads", i_threads},
+    {"stale", i_stale},
+    {"memory", i_memory},
+    {"readonly", i_readonly},
+    {"create", i_create},
+    {"syncrun", i_syncrun},
+    {"nameless", i_nameless},
+    {"fua", i_fua},
+    {"export", i_export},
+    {"loopbacks", i_loopbacks},
+    {"keepalive", i_keepalive},
+    {"scarce", i_scarce},
+    {"badlog", i_badlog},
+    {"slowgc", i_slowgc},
+    {"overlay", i_overlay},
+    {"rollback", i_rollback},
+    {"edges", i_edges},
+    {"listed", i_listed},
+    {"dryrun", i_dryrun},
+    {"cutshort", i_cutshort},
+    {"twice", i_twice},
+    {"failed", i_failed},
+    {"manylost", i_manylost},
+    {"lostpage", i_lostpage},
+    {"reread", i_reread},
+    {"nodigest", i_nodigest},
+    {"outdated", i_outdated},
+    {"oldcopy", i_oldcopy},
+    {"records", i_records},
+    {"hidden", i_hidden},
+    {"badsector", i_badsector},
+    {"device", i_device},
+    {"newlog", i_newlog},
+    {"refused", i_refused},
+    {"undone", i_undone},
+    {"reserve", i_reserve},
+    {"closing", i_closing},
+    {"nohole", i_nohole},
+    {"sector", i_sector},
+    {"inorder", i_inorder},
+    {"healed", i_healed},
+    {"shared", i_shared},
+    {"anew", i_anew},
+    {"misled", i_misled},
+    {"future", i_future},
+    {"gaps", i_gaps},
+    {"unread", i_unread},
+    {"passed", i_passed},
+    {"regained", i_regained},
+    {"newest", i_newest},
+    {"named", i_named},
+    {"unsealed", i_unsealed},
+    {"waiting", i_waiting},
+    {"prefix", i_prefix},
+    {"starved", i_starved},
+    {"starvedstore", i_starvedstore},
+    {"gcfails", i_gcfails},
+    {"mending", i_mending},
+    {"sealed", i_sealed},
+    {"freed", i_freed},
+    {"alone", i_alone},
+    {"zeroed", i_zeroed},
+    {"awhile", i_awhile},
+    {"checked", i_checked},
+    {"kept", i_kept},
+    {"trimmed", i_trimmed},
+    {"nowhere", i_nowhere},
+    {"offsets", i_offsets},
+    {"underway", i_underway},
+    {"woken", i_woken},
+    {"away", i_away},
+    {"seen", i_seen},
+    {"lossfull", i_lossfull},
+    {"halfthere", i_halfthere},
+    {"numbers", i_numbers},
+    {"confirm", i_confirm},
+    {"otherleaf", i_otherleaf},
+    {"nodigests", i_nodigests},
+    {"fields", i_fields},
+    {"tinylog", i_tinylog},
+    {"lastpage", i_lastpage},
+    {"removed", i_removed},
+    {"rotten", i_rotten},
+    {"alike", i_alike},
+    {"noted", i_noted},
+    {"last", i_last},
+    {"one", i_one},
+    {"strict", i_strict},
+    {"idread", i_idread},
+    {"indexed", i_indexed},
+    {"notgood", i_notgood},
+    {"room", i_room},
+    {"pending", i_pending},
+    {"digests", i_digests},
+    {"group", i_group},
+    {"upper", i_upper},
+    {"letter", i_letter},
+    {"oddend", i_oddend},
+};
+
 int main(int argc, char **argv) {
-  static const struct {
-    const char *name;
-    void (*run)(void);
-  } verbs[] = {
-      {"sync", i_sync},           {"shrunk", i_shrunk},
-      {"full", i_full},           {"short", i_short},
-      {"read", i_read},           {"halfway", i_halfway},
-      {"slow", i_slow},           {"whole", i_whole},
-      {"fallocate", i_fallocate}, {"fastzero", i_fastzero},
-      {"threads", i_threads},     {"stale", i_stale},
-      {"memory", i_memory},       {"readonly", i_readonly},
-      {"create", i_create},       {"syncrun", i_syncrun},
-      {"nameless", i_nameless},   {"fua", i_fua},
-      {"export", i_export},       {"loopbacks", i_loopbacks},
-      {"keepalive", i_keepalive}, {"scarce", i_scarce},
-      {"badlog", i_badlog},       {"slowgc", i_slowgc},
-      {"overlay", i_overlay},     {"rollback", i_rollback},
-      {"edges", i_edges},         {"listed", i_listed},
-      {"dryrun", i_dryrun},       {"cutshort", i_cutshort},
-      {"twice", i_twice},         {"failed", i_failed},
-      {"manylost", i_manylost},   {"lostpage", i_lostpage},
-      {"reread", i_reread},       {"nodigest", i_nodigest},
-      {"outdated", i_outdated},   {"oldcopy", i_oldcopy},
-      {"records", i_records},     {"hidden", i_hidden},
-      {"badsector", i_badsector}, {"device", i_device},
-      {"newlog", i_newlog},       {"refused", i_refused},
-      {"undone", i_undone},       {"reserve", i_reserve},
-      {"closing", i_closing},     {"nohole", i_nohole},
-      {"sector", i_sector},       {"inorder", i_inorder},
-      {"healed", i_healed},       {"shared", i_shared},
-      {"anew", i_anew},           {"misled", i_misled},
-      {"future", i_future},       {"gaps", i_gaps},
-      {"unread", i_unread},       {"passed", i_passed},
-      {"regained", i_regained},   {"newest", i_newest},
-      {"named", i_named},         {"unsealed", i_unsealed},
-      {"waiting", i_waiting},     {"prefix", i_prefix},
-      {"starved", i_starved},     {"starvedstore", i_starvedstore},
-      {"gcfails", i_gcfails},     {"mending", i_mending},
-      {"sealed", i_sealed},       {"freed", i_freed},
-      {"alone", i_alone},         {"zeroed", i_zeroed},
-      {"awhile", i_awhile},       {"checked", i_checked},
-      {"kept", i_kept},           {"trimmed", i_trimmed},
-      {"nowhere", i_nowhere},     {"offsets", i_offsets},
-      {"underway", i_underway},   {"woken", i_woken},
-      {"away", i_away},           {"seen", i_seen},
-      {"lossfull", i_lossfull},   {"halfthere", i_halfthere},
-      {"numbers", i_numbers},     {"confirm", i_confirm},
-      {"otherleaf", i_otherleaf}, {"nodigests", i_nodigests},
-      {"fields", i_fields},       {"tinylog", i_tinylog},
-      {"lastpage", i_lastpage},   {"removed", i_removed},
-      {"rotten", i_rotten},       {"alike", i_alike},
-      {"noted", i_noted},
-  };
   int i;
   CHECK(argc > 2);
   alarm(30);
   path = argv[2];
   error_name = argc > 3 ? argv[3] : "";
-  for (i = 0; i < COUNT(verbs); i++)
-    if (!strcmp(argv[1], verbs[i].name)) {
-      verbs[i].run();
+  for (i = 0; i < COUNT(i_verbs); i++)
+    if (!strcmp(argv[1], i_verbs[i].name)) {
+      i_verbs[i].run();
       return 0;
     }
   return 2;

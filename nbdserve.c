@@ -6103,7 +6103,7 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   err = cas_own_record(st, vol->place, &vol->page);
   if (err) return err;
   vol->then.id = vol->id;
-  if (!change->tree) return 0;
+  if (!change->tree || *cas_digests(vol)) return 0; /* it is sealed by now */
   memcpy(vol->then.cid, change->tree->now.cid, CAS_DIGEST_LEN);
   cas_share(cas_digests(vol), *cas_root(change->tree));
   return 0;

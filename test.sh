@@ -4866,6 +4866,10 @@ testTheEndOfAVolumeInsideABlockIsReplayed() {
   unless NO_CAS || return 0
   fault oddend "$T/pool"
 }
+testTwoSealsAtOnceTakeTheSpaceOfOne() {
+  unless NO_CAS && unless NO_THREADS || return 0
+  fault sealtwo "$T/pool"
+}
 testClosingMakesDurableWhatWasAcknowledged() {
   unless NO_CAS || return 0
   fault closing "$T/pool"
@@ -17589,6 +17593,36 @@ static void i_oddend(void) {
   CHECK(i_cas_close() == 0);
 }
 
+static void *i_seal(void *id) {
+  return (void *)(intptr_t)nbdserve_cas_seal(i_cas, "v@s", id, NULL, NULL);
+}
+
+/* Two who seal the same snapshot at once get the same id, and it takes the
+ * space of one tree. */
+static void i_sealtwo(void) {
+  struct nbdserve_cas_stat running, opened;
+  pthread_t thread[2];
+  char id[2][72];
+  void *err;
+  int i;
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0);
+  CHECK(nbdserve_cas_snapshot(i_cas, "v@s") == 0);
+  t_hold(&fi[SYNC].hold, 1);
+  for (i = 0; i < 2; i++)
+    CHECK(pthread_create(&thread[i], NULL, i_seal, id[i]) == 0);
+  usleep(100000);
+  t_hold(&fi[SYNC].hold, 0);
+  for (i = 0; i < 2; i++)
+    CHECK(pthread_join(thread[i], &err) == 0 && !err);
+  CHECK(!strcmp(id[0], id[1]));
+  CHECK(cas_checkpoint(i_cas, NULL, UINT64_MAX) == 0);
+  nbdserve_cas_stat(i_cas, &running);
+  CHECK(i_cas_close() == 0 && i_cas_open(0) == 0);
+  nbdserve_cas_stat(i_cas, &opened);
+  CHECK(running.stored == opened.stored && i_cas_close() == 0);
+}
+
 /* What the log says was durable, and rots then, is an error, and not what was
  * there before. */
 static void i_rotten(void) {
@@ -17861,6 +17895,7 @@ static void i_tinylog(void) {}
 static void i_lastpage(void) {}
 static void i_removed(void) {}
 static void i_rotten(void) {}
+static void i_sealtwo(void) {}
 static void i_last(void) {}
 static void i_one(void) {}
 static void i_strict(void) {}
@@ -17913,113 +17948,60 @@ static const struct {
   const char *name;
   void (*run)(void);
 } i_verbs[] = {
-    {"sync", i_sync},
-    {"shrunk", i_shrunk},
-    {"full", i_full},
-    {"short", i_short},
-    {"read", i_read},
-    {"halfway", i_halfway},
-    {"slow", i_slow},
-    {"whole", i_whole},
-    {"fallocate", i_fallocate},
-    {"fastzero", i_fastzero},
-    {"threads", i_threads},
-    {"stale", i_stale},
-    {"memory", i_memory},
-    {"readonly", i_readonly},
-    {"create", i_create},
-    {"syncrun", i_syncrun},
-    {"nameless", i_nameless},
-    {"fua", i_fua},
-    {"export", i_export},
-    {"loopbacks", i_loopbacks},
-    {"keepalive", i_keepalive},
-    {"scarce", i_scarce},
-    {"badlog", i_badlog},
-    {"slowgc", i_slowgc},
-    {"overlay", i_overlay},
-    {"rollback", i_rollback},
-    {"edges", i_edges},
-    {"listed", i_listed},
-    {"dryrun", i_dryrun},
-    {"cutshort", i_cutshort},
-    {"twice", i_twice},
-    {"failed", i_failed},
-    {"manylost", i_manylost},
-    {"lostpage", i_lostpage},
-    {"reread", i_reread},
-    {"nodigest", i_nodigest},
-    {"outdated", i_outdated},
-    {"oldcopy", i_oldcopy},
-    {"records", i_records},
-    {"hidden", i_hidden},
-    {"badsector", i_badsector},
-    {"device", i_device},
-    {"newlog", i_newlog},
-    {"refused", i_refused},
-    {"undone", i_undone},
-    {"reserve", i_reserve},
-    {"closing", i_closing},
-    {"nohole", i_nohole},
-    {"sector", i_sector},
-    {"inorder", i_inorder},
-    {"healed", i_healed},
-    {"shared", i_shared},
-    {"anew", i_anew},
-    {"misled", i_misled},
-    {"future", i_future},
-    {"gaps", i_gaps},
-    {"unread", i_unread},
-    {"passed", i_passed},
-    {"regained", i_regained},
-    {"newest", i_newest},
-    {"named", i_named},
-    {"unsealed", i_unsealed},
-    {"waiting", i_waiting},
-    {"prefix", i_prefix},
-    {"starved", i_starved},
-    {"starvedstore", i_starvedstore},
-    {"gcfails", i_gcfails},
-    {"mending", i_mending},
-    {"sealed", i_sealed},
-    {"freed", i_freed},
-    {"alone", i_alone},
-    {"zeroed", i_zeroed},
-    {"awhile", i_awhile},
-    {"checked", i_checked},
-    {"kept", i_kept},
-    {"trimmed", i_trimmed},
-    {"nowhere", i_nowhere},
-    {"offsets", i_offsets},
-    {"underway", i_underway},
-    {"woken", i_woken},
-    {"away", i_away},
-    {"seen", i_seen},
-    {"lossfull", i_lossfull},
-    {"halfthere", i_halfthere},
-    {"numbers", i_numbers},
-    {"confirm", i_confirm},
-    {"otherleaf", i_otherleaf},
-    {"nodigests", i_nodigests},
-    {"fields", i_fields},
-    {"tinylog", i_tinylog},
-    {"lastpage", i_lastpage},
-    {"removed", i_removed},
-    {"rotten", i_rotten},
-    {"alike", i_alike},
-    {"noted", i_noted},
-    {"last", i_last},
-    {"one", i_one},
-    {"strict", i_strict},
-    {"idread", i_idread},
-    {"indexed", i_indexed},
-    {"notgood", i_notgood},
-    {"room", i_room},
-    {"pending", i_pending},
-    {"digests", i_digests},
-    {"group", i_group},
-    {"upper", i_upper},
-    {"letter", i_letter},
+    {"sync", i_sync},           {"shrunk", i_shrunk},
+    {"full", i_full},           {"short", i_short},
+    {"read", i_read},           {"halfway", i_halfway},
+    {"slow", i_slow},           {"whole", i_whole},
+    {"fallocate", i_fallocate}, {"fastzero", i_fastzero},
+    {"threads", i_threads},     {"stale", i_stale},
+    {"memory", i_memory},       {"readonly", i_readonly},
+    {"create", i_create},       {"syncrun", i_syncrun},
+    {"nameless", i_nameless},   {"fua", i_fua},
+    {"export", i_export},       {"loopbacks", i_loopbacks},
+    {"keepalive", i_keepalive}, {"scarce", i_scarce},
+    {"badlog", i_badlog},       {"slowgc", i_slowgc},
+    {"overlay", i_overlay},     {"rollback", i_rollback},
+    {"edges", i_edges},         {"listed", i_listed},
+    {"dryrun", i_dryrun},       {"cutshort", i_cutshort},
+    {"twice", i_twice},         {"failed", i_failed},
+    {"manylost", i_manylost},   {"lostpage", i_lostpage},
+    {"reread", i_reread},       {"nodigest", i_nodigest},
+    {"outdated", i_outdated},   {"oldcopy", i_oldcopy},
+    {"records", i_records},     {"hidden", i_hidden},
+    {"badsector", i_badsector}, {"device", i_device},
+    {"newlog", i_newlog},       {"refused", i_refused},
+    {"undone", i_undone},       {"reserve", i_reserve},
+    {"closing", i_closing},     {"nohole", i_nohole},
+    {"sector", i_sector},       {"inorder", i_inorder},
+    {"healed", i_healed},       {"shared", i_shared},
+    {"anew", i_anew},           {"misled", i_misled},
+    {"future", i_future},       {"gaps", i_gaps},
+    {"unread", i_unread},       {"passed", i_passed},
+    {"regained", i_regained},   {"newest", i_newest},
+    {"named", i_named},         {"unsealed", i_unsealed},
+    {"waiting", i_waiting},     {"prefix", i_prefix},
+    {"starved", i_starved},     {"starvedstore", i_starvedstore},
+    {"gcfails", i_gcfails},     {"mending", i_mending},
+    {"sealed", i_sealed},       {"freed", i_freed},
+    {"alone", i_alone},         {"zeroed", i_zeroed},
+    {"awhile", i_awhile},       {"checked", i_checked},
+    {"kept", i_kept},           {"trimmed", i_trimmed},
+    {"nowhere", i_nowhere},     {"offsets", i_offsets},
+    {"underway", i_underway},   {"woken", i_woken},
+    {"away", i_away},           {"seen", i_seen},
+    {"lossfull", i_lossfull},   {"halfthere", i_halfthere},
+    {"numbers", i_numbers},     {"confirm", i_confirm},
+    {"otherleaf", i_otherleaf}, {"nodigests", i_nodigests},
+    {"fields", i_fields},       {"tinylog", i_tinylog},
+    {"lastpage", i_lastpage},   {"removed", i_removed},
+    {"rotten", i_rotten},       {"alike", i_alike},
+    {"sealtwo", i_sealtwo},     {"noted", i_noted},
+    {"last", i_last},           {"one", i_one},
+    {"strict", i_strict},       {"idread", i_idread},
+    {"indexed", i_indexed},     {"notgood", i_notgood},
+    {"room", i_room},           {"pending", i_pending},
+    {"digests", i_digests},     {"group", i_group},
+    {"upper", i_upper},         {"letter", i_letter},
     {"oddend", i_oddend},
 };
 

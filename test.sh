@@ -17493,6 +17493,7 @@ static void *i_flushes(void *unused) {
  * again, keeps its digest until it is free: a power cut would bring it back. */
 static void i_digests(void) {
   unsigned char was[32], now[32];
+  int is_syncing;
   uint32_t slot;
   pthread_t sync;
   void *err;
@@ -17508,8 +17509,12 @@ static void i_digests(void) {
   CHECK(i_put(1, 'b') == 0);
   t_hold(&fi[SYNC].hold, 1);
   CHECK(pthread_create(&sync, NULL, i_flushes, NULL) == 0);
-  while (!i_cas->syncing)
+  do {
     usleep(1000);
+    os_lock(&i_cas->lock);
+    is_syncing = i_cas->syncing;
+    os_unlock(&i_cas->lock);
+  } while (!is_syncing);
   CHECK(i_put(0, 'c') == 0 && CAS_AT(i_cas, slot, refs) == CAS_PENDING);
   t_hold(&fi[SYNC].hold, 0);
   CHECK(pthread_join(sync, &err) == 0 && !err);

@@ -4321,7 +4321,7 @@ enum {
   /* Limits that follow */
   CAS_SLOTS = CAS_UNIT / 32,     /* slots in a group */
   CAS_GROUPS = CAS_UNIT / 8 - 1, /* groups in a store: < 2^32 slots in all */
-  CAS_DIGESTS = CAS_PAGE / CAS_DIGEST_LEN, /* in one 4096 bytes */
+  CAS_DIGESTS = CAS_PAGE / CAS_DIGEST_LEN, /* in a sector's 4096 */
   CAS_TWIN = CAS_SEGMENT / 2, /* a page in slot x has its twin in x ^ this */
   CAS_LEVELS = 4,             /* levels of a map; the next has records */
   CAS_TOP = 6                 /* level of the catalog's root */
@@ -4584,7 +4584,7 @@ struct nbdserve_cas {
   struct cas_super super; /* of the last checkpoint, durable; id, log_pages:
                              fixed.  It changes under both locks, so one is
                              enough to read it. */
-  uint64_t last_number;   /* of a checkpoint, maybe of one that failed */
+  uint64_t last_number;   /* of a checkpoint that was begun, or (C8) */
 
   /* ---- Guarded by lock, as is all that follows; woken: a sync, a checkpoint
    * or other work has ended. */
@@ -7599,8 +7599,8 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
       .magic = u_get64((const unsigned char *)CAS_MAGIC),
       .version = CAS_VERSION,
       .block_size = o && o->block_size ? o->block_size : CAS_MIN_BLOCK,
-      .number = (uint64_t)t.tv_sec * 1000000, /* most likely above those of
-                                                 pages that lie there */
+      /* most likely above those of pages that lie there, and never too high */
+      .number = (uint64_t)t.tv_sec % (UINT64_C(1) << 40) * 1000000,
       .log_pages = o && o->log_pages ? o->log_pages : 4096,
       .replay = 1};
   /* An id that no other store has */
@@ -9659,26 +9659,8 @@ static void cli_exclude(enum cli_option_id id, uint64_t others,
                 cli_options[other].name, why);
 }
 
-/* How many sockets systemd, or a program like nbdinfo, has passed to us from
- * descriptor 3 on.  LISTEN_PID says whom they are for: the variables are
- * inherited by children, who must not believe them.  If one of the sockets is
- * not open the process ends: its number would soon be that of a descriptor of
- * our own. */
-static int cli_count_passed(void) {
-  const char *pid = getenv("LISTEN_PID");
-  const char *fds = getenv("LISTEN_FDS");
-  uint64_t n = 0;
-  if (!pid || !fds || strtol(pid, NULL, 10) != (long)getpid()) return 0;
-  if (!u_parse_number(fds, SRV_LISTENERS, &n))
-    cli_failed("LISTEN_FDS: %s: too many sockets, or no number", fds);
-  for (int i = 0; i < (int)n; i++)
-    if (fcntl(3 + i, F_GETFD) < 0)
-      cli_failed("LISTEN_FDS: %s: %d is not open", fds, 3 + i);
-  return (int)n;
-}
-
 /* Refuses what makes no sense for a server.  Commands on stores come before
- * that and just ignore options that are not for them. */
+ * that, and have cli_check_verb. */
 static void cli_check_options(void) {
   const uint64_t sockets = BIT(UNIX) | BIT(PORT) | BIT(BIND);
   cli_exclude(OPT_STDIN, sockets | BIT(FD), "nobody listens");
@@ -10893,6 +10875,24 @@ static void OS_PRINTF(1, 2) cli_listen_at(const char *fmt, ...) {
   if (err) cli_failed("%s: %s%s", address, u_errno_text(err), hint);
 }
 
+/* How many sockets systemd, or a program like nbdinfo, has passed to us from
+ * descriptor 3 on.  LISTEN_PID says whom they are for: the variables are
+ * inherited by children, who must not believe them.  If one of the sockets is
+ * not open the process ends: its number would soon be that of a descriptor of
+ * our own. */
+static int cli_count_passed(void) {
+  const char *pid = getenv("LISTEN_PID");
+  const char *fds = getenv("LISTEN_FDS");
+  uint64_t n = 0;
+  if (!pid || !fds || strtol(pid, NULL, 10) != (long)getpid()) return 0;
+  if (!u_parse_number(fds, SRV_LISTENERS, &n))
+    cli_failed("LISTEN_FDS: %s: too many sockets, or no number", fds);
+  for (int i = 0; i < (int)n; i++)
+    if (fcntl(3 + i, F_GETFD) < 0)
+      cli_failed("LISTEN_FDS: %s: %d is not open", fds, 3 + i);
+  return (int)n;
+}
+
 /* Listens on a private socket, in a directory that only its owner can enter.
  * The directory protects it; the mode, from the umask, is for those who look at
  * the socket alone.  A parent whose path is long is passed over: with what
@@ -11242,8 +11242,8 @@ static void cli_help(void) {
  * First those of the descriptors 0 to 2 are opened that are not open: otherwise
  * an image could become one of them, and our messages would be written to it.
  * What they get cannot be written, so output that nobody could see is an error.
- * The words of --version tell what the build has; --help leaves out what it has
- * not. */
+ * The words of --version tell what the build has; without stores --help
+ * has none of their commands. */
 int main(int argc, char **argv) {
   int fd = 0;
   while (fd >= 0 && fd <= 2) {
@@ -11293,7 +11293,9 @@ int main(int argc, char **argv) {
   cli_tell_ready();
   /* All is open, and the command, which that must not bind, has started.  The
    * threads of a store come behind it, so that it binds them. */
-  if (cli_sandbox != SANDBOX_OFF) (void)os_sandbox();
+  int err = cli_sandbox == SANDBOX_OFF ? 0 : os_sandbox();
+  if (cli_sandbox == SANDBOX_REQUIRE)
+    cli_exit_if_error(err, "--sandbox require");
   if (cli.cas) cas_kick(cli.cas);
   return cli_serve();
 }

@@ -1388,7 +1388,7 @@ enum {
   WIRE_OFFSET_LEN = 8,      /* in front of a chunk's data */
   WIRE_ERROR_LEN = 6,       /* in front of an error's text */
   WIRE_EXT_EXTENT_LEN = 16, /* of BLOCK_STATUS_EXT; BLOCK_STATUS: half of it */
-  WIRE_CONTEXT_ID = 1       /* of base:allocation, which is the only context */
+  WIRE_CONTEXTS = 17        /* base:allocation and 16 others, at most */
 };
 
 /* The form of requests and replies that a client has negotiated. */
@@ -1428,6 +1428,19 @@ enum wire_mode {
  *                     8    4 id of a context, and so on
  */
 
+/* The metadata contexts that a client has selected.  An export numbers those
+ * that it has: base:allocation is 0.  To the client each is known by the id of
+ * wire_context_id. */
+struct wire_contexts {
+  unsigned n;
+  uint32_t number[WIRE_CONTEXTS];
+};
+
+/* The id of a context: not 0, which means nothing in some clients. */
+static uint32_t wire_context_id(uint32_t number) {
+  return number + 1;
+}
+
 /* The life of a request:
  *
  *   state         set by                              what comes next
@@ -1463,9 +1476,11 @@ struct nbdserve_req {
   uint64_t len;        /* bytes of this piece */
   uint64_t payload;    /* bytes that follow the client's head */
   uint64_t begun_ns;   /* in os_now_ns: when it was taken up; or 0 */
+  const struct wire_contexts *contexts; /* BLOCK_STATUS: that are selected */
+  uint32_t asked; /* BLOCK_STATUS: a bit for each of these that is asked for */
   /* -- its data */
   unsigned char *buf; /* READ: room for it, behind room for the reply's head;
-                         WRITE: it; BLOCK_STATUS: extents as they are sent */
+                         WRITE: it; BLOCK_STATUS: chunks as they are sent */
   int may_wait;       /* READ: for the medium; if 0, -EAGAIN instead */
   size_t status_len;  /* BLOCK_STATUS: bytes at buf */
   void *owned;        /* the memory that buf lies in, which is freed with the
@@ -1888,7 +1903,7 @@ enum {
   EX_ALL_FLAGS = 2 * NBDSERVE_EXPORT_UNSAFE - 1, /* that is the last one */
   EX_DEFAULT_BLOCK = 4096,   /* the same: what clients take for granted, */
   EX_DEFAULT_MAX = 32 << 20, /* and here */
-  EX_EXTENTS = 2048,         /* in one reply, at most: 32 KiB */
+  EX_EXTENTS = 128 << 10,    /* in one reply, at most: 2 MiB */
   EX_LOGGED = 10, /* messages about a host's wrong results, and for each client
                      about requests that failed: no flood */
   SRV_LISTENERS = 32 /* and one more, since localhost is two */
@@ -1898,8 +1913,9 @@ struct ex {
   /* -- fixed, but for pub.size, which server->lock guards */
   struct nbdserve_export pub; /* as the host described it, defaults filled in */
   struct nbdserve *server;
-  int from_callback; /* (E1) */
-  struct ex *next;   /* of those that were added */
+  int from_callback;    /* (E1) */
+  struct ex *next;      /* of those that were added */
+  const char *contexts; /* names of the host's, in strings; "": no more */
   /* -- locks */
   struct os_monitor serial; /* one call at a time, with SERIAL */
   struct os_monitor lock;   /* guards the rest; woken when a flush has ended */
@@ -1907,7 +1923,9 @@ struct ex {
   uint64_t flush_failed;    /* number of the last one that failed; 0: none */
   int flush_err;            /* the error of that one */
   int flush_runs;           /* the last one has not returned */
-  char strings[];           /* name and description, each with its NUL */
+  /* -- fixed */
+  char strings[]; /* name, description, the metadata contexts: each with its
+                     NUL, and one behind them */
 };
 
 struct srv_listener {
@@ -1986,11 +2004,29 @@ static void ex_free(struct ex *ex) {
   NBDSERVE_FREE(ex);
 }
 
+/* Can a host give its metadata contexts these names (nbdserve.h)?  *size: bytes
+ * that they take, each with its NUL, and one behind them. */
+static int ex_are_contexts(const char *const *names, size_t *size) {
+  *size = 1;
+  for (size_t i = 0; names && names[i]; i++) {
+    const char *p = names[i];
+    size_t n = strlen(p);
+    if (*p == ':' || !strchr(p, ':') || !strncmp(p, "base:", 5)) return 0;
+    while (*p && u_utf8_len(p))
+      p += u_utf8_len(p);
+    if (*p || n > WIRE_STRING_MAX) return 0;
+    for (size_t k = 0; k < i; k++)
+      if (strcmp(names[k], names[i]) == 0) return 0;
+    *size += n + 1;
+  }
+  return 1;
+}
+
 /* Fills in what the host has left at 0.  Is the export possible then?  The
  * limits are those of nbdserve.h, and most of them come from proto.md, Size
  * constraints and Values.  An export without write is read-only, whatever its
- * flags say. */
-static int ex_complete(struct nbdserve_export *e) {
+ * flags say.  *contexts_size: see ex_are_contexts. */
+static int ex_complete(struct nbdserve_export *e, size_t *contexts_size) {
   if (!e->name) e->name = "";
   if (!e->description) e->description = "";
   if (!e->min_block) e->min_block = 1;
@@ -2000,6 +2036,8 @@ static int ex_complete(struct nbdserve_export *e) {
   if (!e->max_request)
     e->max_request = (uint32_t)u_min(EX_DEFAULT_MAX, NBDSERVE_MAX_REQUEST);
   if (!e->ops || !e->ops->read) return 0;
+  if (!ex_are_contexts(e->contexts, contexts_size)) return 0;
+  if (e->contexts && !e->ops->extents) return 0;
   if (!e->ops->write) e->flags |= NBDSERVE_EXPORT_READONLY;
   if (e->size > INT64_MAX || e->flags & ~(uint32_t)EX_ALL_FLAGS) return 0;
   if (strlen(e->name) > WIRE_STRING_MAX) return 0;
@@ -2019,10 +2057,12 @@ static int ex_complete(struct nbdserve_export *e) {
 static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
                   struct ex **out) {
   struct nbdserve_export e = *from;
-  if (!ex_complete(&e)) return -EINVAL;
+  size_t contexts_size;
+  if (!ex_complete(&e, &contexts_size)) return -EINVAL;
   size_t name_size = strlen(e.name) + 1;
   size_t description_size = strlen(e.description) + 1;
-  struct ex *ex = u_zalloc(sizeof *ex + name_size + description_size);
+  struct ex *ex =
+      u_zalloc(sizeof *ex + name_size + description_size + contexts_size);
   if (!ex) return -ENOMEM;
   os_monitor_init(&ex->serial);
   os_monitor_init(&ex->lock);
@@ -2030,6 +2070,10 @@ static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
   e.name = memcpy(ex->strings, e.name, name_size);
   e.description =
       memcpy(ex->strings + name_size, e.description, description_size);
+  char *end = ex->strings + name_size + description_size;
+  ex->contexts = end;
+  for (size_t i = 0; e.contexts && e.contexts[i]; i++)
+    end = strchr(strcpy(end, e.contexts[i]), 0) + 1;
   ex->pub = e;
   ex->server = s;
   assert(ex->pub.ops->read && ex->pub.size <= INT64_MAX && !ex->next);
@@ -2116,10 +2160,38 @@ static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
   return 0;
 }
 
+/* The name of the host's context of a number, from 1 on; "": it has fewer. */
+static const char *ex_own_context(const struct ex *ex, uint32_t number) {
+  const char *name = ex->contexts;
+  while (*name && --number > 0)
+    name += strlen(name) + 1;
+  return name;
+}
+
+/* Fills name[WIRE_STRING_MAX + 1] with the metadata context that an export has
+ * behind that of a number, and returns its own; 0: there is none.  A backend of
+ * ours knows its contexts itself, and of these those count that the host names,
+ * if it names any. */
+static uint32_t ex_next_context(const struct ex *ex, uint32_t number,
+                                char *name) {
+  const struct nbdserve_ops *ops = ex->pub.ops;
+  if (!ops->next_context) {
+    strcpy(name, ex_own_context(ex, ++number));
+    return *name ? number : 0;
+  }
+  while ((number = ops->next_context(ex->pub.ctx, number, name)) != 0) {
+    uint32_t i = 1;
+    while (*ex_own_context(ex, i) && strcmp(ex_own_context(ex, i), name) != 0)
+      i++;
+    if (!*ex->contexts || *ex_own_context(ex, i)) return number;
+  }
+  return 0;
+}
+
 /* The transmission flags for a client: each is set exactly when the thing works
- * on this export.  has_allocation: the client has selected base:allocation. */
+ * on this export.  has_contexts: the client has selected some. */
 static unsigned ex_transmission_flags(const struct ex *ex, enum wire_mode mode,
-                                      int has_allocation) {
+                                      int has_contexts) {
   const struct nbdserve_config *k = &ex->server->config;
   const struct nbdserve_ops *ops = ex->pub.ops;
   int writable = !(ex->pub.flags & NBDSERVE_EXPORT_READONLY);
@@ -2130,8 +2202,7 @@ static unsigned ex_transmission_flags(const struct ex *ex, enum wire_mode mode,
     f |= NBD_FLAG_CAN_MULTI_CONN;
   if (ops->cache) f |= NBD_FLAG_SEND_CACHE;
   if (mode != MODE_SIMPLE) f |= NBD_FLAG_SEND_DF;
-  if (mode == MODE_EXTENDED && has_allocation)
-    f |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
+  if (mode == MODE_EXTENDED && has_contexts) f |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
   if (writable) f |= NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
   if (writable && ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
   if (writable && ops->trim) f |= NBD_FLAG_SEND_TRIM;
@@ -2237,39 +2308,63 @@ static int ex_flush(struct ex *ex) {
 
 /* ---- Block status -------------------------------------------------------- */
 
+/* The reply to a BLOCK_STATUS, while it is made: a chunk for each context that
+ * is asked for, with its head, one behind the other. */
 struct nbdserve_extents {
+  uint32_t context;  /* the number of that which is being described */
   uint64_t left;     /* bytes of the request that are still to be described */
   uint64_t overhang; /* bytes at the front of the next extent from the host
                         that were described with the one before it */
   uint64_t align;    /* boundaries in the reply are multiples of it */
   unsigned n;        /* extents so far */
-  unsigned max;      /* that the reply may have */
+  unsigned max;      /* that the chunk may have */
   int lied;          /* the host gave a status that does not exist */
-  int extended;      /* length and status have 8 bytes each, else 4 */
+  size_t each;       /* bytes of an extent: 16 if it is extended, else 8 */
   uint64_t last_len; /* of the last extent so far */
   uint32_t last_status;
-  unsigned char *data; /* they begin here */
+  unsigned char *data; /* the reply, */
+  size_t room;         /* bytes that there are for it, */
+  size_t begin;        /* and where the extents of this chunk begin */
 };
 
-/* Adds len bytes to the extents of the reply: to the last one, if the status is
+/* See nbdserve.h. */
+unsigned nbdserve_extents_context(const struct nbdserve_extents *x) {
+  return x->context;
+}
+
+/* Sees to it that the reply has room for one more extent; false: there is no
+ * memory. */
+static int ex_make_room(struct nbdserve_extents *x) {
+  size_t used = x->begin + x->each * x->n;
+  if (used + x->each <= x->room) return 1;
+  unsigned char *larger = NBDSERVE_MALLOC(2 * used + 1024);
+  if (!larger) return 0;
+  if (x->room) memcpy(larger, x->data, (size_t)u_min(used, x->room));
+  NBDSERVE_FREE(x->data);
+  x->data = larger;
+  x->room = 2 * used + 1024;
+  return 1;
+}
+
+/* Adds len bytes to the extents of the chunk: to the last one, if the status is
  * the same.  If there is no room the report ends here.  The last extent is
- * written anew each time it grows, so that the reply is always complete. */
+ * written anew each time it grows, so that the chunk is always complete. */
 static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
                           uint32_t status) {
   assert(len > 0 && len <= x->left && x->n <= x->max);
   x->left -= len;
   if (x->n && x->last_status == status) {
     x->last_len += len;
-  } else if (x->n < x->max) {
+  } else if (x->n < x->max && ex_make_room(x)) {
     x->n++;
     x->last_len = len;
     x->last_status = status;
   } else {
     x->left = 0;
+    return;
   }
-  size_t each = x->extended ? WIRE_EXT_EXTENT_LEN : WIRE_EXT_EXTENT_LEN / 2;
-  unsigned char *p = x->data + each * (x->n - 1);
-  if (x->extended) {
+  unsigned char *p = x->data + x->begin + x->each * (x->n - 1);
+  if (x->each == WIRE_EXT_EXTENT_LEN) {
     u_put64(p, x->last_len);
     u_put64(p + 8, x->last_status);
   } else {
@@ -2281,9 +2376,11 @@ static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
 
 /* Cuts what the host reports at multiples of align: [a block that it shares
  * with the extent before][whole blocks][a block that it shares with the next
- * one].  A shared block is described as data, whatever its parts are. */
+ * one].  A shared block is described as data, or in other contexts as 1, which
+ * is dirty, whatever its parts are. */
 int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
-  if (status & ~(NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO)) x->lied = 1;
+  uint32_t known = NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
+  if (!x->context && status & ~known) x->lied = 1;
   assert(x->n <= x->max && x->align > 0);
   uint64_t described = u_min(len, x->overhang);
   x->overhang -= described;
@@ -2295,37 +2392,65 @@ int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
     uint64_t block = u_min(x->align, x->left);
     x->overhang = block - rest;
     assert(x->overhang < x->align);
-    ex_put_extent(x, block, 0);
+    ex_put_extent(x, block, x->context ? 1 : 0);
   }
   return x->left == 0;
 }
 
-/* Asks for the extents of a request.  r->buf becomes the payload of its reply,
- * of r->status_len bytes, which the request owns. */
-static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
+/* Adds the chunk of a context to the reply to r.  What a host does not describe
+ * is data, but no other context may be left out: clean would be wrong. */
+static int ex_put_chunk(struct ex *ex, const struct nbdserve_req *r,
+                        struct nbdserve_extents *x) {
   int extended = r->mode == MODE_EXTENDED;
-  size_t head = extended ? 8 : 4; /* what stands before the extents */
-  size_t each = extended ? WIRE_EXT_EXTENT_LEN : WIRE_EXT_EXTENT_LEN / 2;
-  struct nbdserve_extents x = {
-      .left = r->len, .align = ex->pub.min_block, .extended = extended};
-  x.max =
-      (unsigned)u_min(ex->pub.max_request / WIRE_EXT_EXTENT_LEN, EX_EXTENTS);
-  if (r->flags & NBD_CMD_FLAG_REQ_ONE) x.max = 1;
-  assert(r->mode != MODE_SIMPLE && !r->owned);
-  r->buf = r->owned = NBDSERVE_MALLOC(head + each * x.max);
-  if (!r->buf) return -ENOMEM;
-  x.data = r->buf + head;
-  int err = ex_call(ex, r, &x);
-  if (!err && x.lied)
+  size_t chunk = x->begin + x->each * x->n; /* behind the one before */
+  size_t head = extended ? 8 : 4;           /* what stands before the extents */
+  x->begin = chunk + wire_chunk_len(r->mode) + head;
+  x->left = r->len;
+  x->overhang = x->n = 0;
+  if (!ex_make_room(x)) return -ENOMEM;
+  int err = ex_call(ex, r, x);
+  if (!err && x->lied)
     err = ex_lied(ex->server, ex->pub.name, "extents",
                   "gave a status that does not exist");
+  if (!err && !x->n && x->context)
+    err = ex_lied(ex->server, ex->pub.name, "extents", "gave no extent");
   if (err) return err;
-  if (!x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
-  assert(x.n > 0 && x.n <= x.max && x.max <= EX_EXTENTS);
-  u_put32(r->buf, WIRE_CONTEXT_ID);
-  if (extended) u_put32(r->buf + 4, x.n);
-  r->status_len = head + each * x.n;
+  if (!x->n) nbdserve_extent(x, r->len, 0); /* proto.md: at least one */
+  assert(x->n > 0 && x->n <= x->max);
+  unsigned char *p = x->data + chunk;
+  wire_put_chunk(p, r,
+                 extended ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT
+                          : NBD_REPLY_TYPE_BLOCK_STATUS,
+                 head + x->each * x->n);
+  p += wire_chunk_len(r->mode);
+  u_put32(p, wire_context_id(x->context));
+  if (extended) u_put32(p + 4, x->n);
   return 0;
+}
+
+/* Asks for the extents of a request, in each context that it asks for.  r->buf
+ * becomes its reply, of r->status_len bytes, which the request owns. */
+static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
+  struct nbdserve_extents x = {.align = ex->pub.min_block,
+                               .each = WIRE_EXT_EXTENT_LEN};
+  unsigned nasked = 0;
+  int err = 0;
+  assert(r->mode != MODE_SIMPLE && !r->owned && r->asked);
+  if (r->mode != MODE_EXTENDED) x.each /= 2;
+  for (unsigned i = 0; i < r->contexts->n; i++)
+    nasked += r->asked >> i & 1;
+  x.max = (unsigned)u_min(ex->pub.max_request / WIRE_EXT_EXTENT_LEN,
+                          EX_EXTENTS / nasked);
+  if (r->flags & NBD_CMD_FLAG_REQ_ONE) x.max = 1;
+  for (unsigned i = 0; i < r->contexts->n && !err; i++) {
+    if (!(r->asked >> i & 1)) continue;
+    x.context = r->contexts->number[i];
+    r->more_chunks = --nasked > 0;
+    err = ex_put_chunk(ex, r, &x);
+  }
+  r->buf = r->owned = x.data;
+  r->status_len = x.begin + x.each * x.n;
+  return err;
 }
 
 /* ---- One request on a backend -------------------------------------------- */
@@ -2486,12 +2611,14 @@ struct conn {
   struct io io;      /* says itself who may touch what */
   /* -- negotiated */
   enum wire_mode mode;
-  int no_zeroes;        /* NBD_FLAG_NO_ZEROES: no padding, please */
-  int meta_is_selected; /* base:allocation, for the export called: */
-  char meta_export[WIRE_STRING_MAX + 1];
-  struct ex *export;  /* NULL: none so far */
-  int has_allocation; /* base:allocation is selected for this one */
+  int no_zeroes;     /* NBD_FLAG_NO_ZEROES: no padding, please */
+  struct ex *export; /* NULL: none so far */
   uint64_t export_size;
+  struct ex *chosen;    /* what the last SET_META_CONTEXT has found, or NULL, */
+  uint64_t chosen_size; /* its size, */
+  char chosen_name[WIRE_STRING_MAX + 1]; /* by what name, */
+  struct wire_contexts contexts;         /* and what is selected there, */
+  int has_contexts;                      /* for `export` */
   unsigned transmission_flags;
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n); /* or NULL */
   /* -- the option that is being answered */
@@ -2637,25 +2764,46 @@ static uint32_t hs_take_string(struct conn *c, char *out) {
 /* ---- Entering an export -------------------------------------------------- */
 
 /* Finds the export of that name, which the connection owns from now on, and
- * settles all that transmission has to know of it.  0, or -errno as
- * ex_acquire. */
+ * settles all that transmission has to know of it.  It is the one for which
+ * contexts are selected if it has the same name, even if another one is called
+ * so by now: contexts and data belong together.  0, or -errno as ex_acquire. */
 static int hs_enter(struct conn *c, const char *name) {
+  int is_chosen = c->chosen && strcmp(c->chosen_name, name) == 0;
   assert(!c->export);
-  int err = ex_acquire(c->s, name, &c->export, &c->export_size);
+  int err = 0;
+  if (is_chosen) {
+    c->export = c->chosen;
+    c->export_size = c->chosen_size;
+  } else {
+    err = ex_acquire(c->s, name, &c->export, &c->export_size);
+  }
   if (err) return err;
   const struct ex *ex = c->export;
   assert(c->export_size % ex->pub.min_block == 0);
-  c->has_allocation = c->meta_is_selected && strcmp(c->meta_export, name) == 0;
-  c->transmission_flags = ex_transmission_flags(ex, c->mode, c->has_allocation);
+  c->has_contexts = is_chosen && c->contexts.n > 0;
+  c->transmission_flags = ex_transmission_flags(ex, c->mode, c->has_contexts);
   /* `before` is asked for each request, so there is nothing to do together. */
   c->run_batch = c->s->config.before ? NULL : ex->pub.ops->run_batch;
   return 0;
 }
 
-/* Gives the export back. */
+/* Gives the export back, unless contexts are selected for it. */
 static void hs_leave(struct conn *c) {
-  ex_release(c->export);
+  if (c->export && c->export != c->chosen) ex_release(c->export);
   c->export = NULL;
+}
+
+/* Lets go of the contexts that are selected, and of the export that has them,
+ * unless that is entered. */
+static void hs_drop_contexts(struct conn *c) {
+  if (!c->chosen) return;
+  const struct nbdserve_export *e = &c->chosen->pub;
+  while (c->contexts.n > 0) {
+    uint32_t number = c->contexts.number[--c->contexts.n];
+    if (number && e->ops->use_context) e->ops->use_context(e->ctx, number, 0);
+  }
+  if (c->chosen != c->export) ex_release(c->chosen);
+  c->chosen = NULL;
 }
 
 /* ---- The options -----------------------------------------------------------
@@ -2782,40 +2930,93 @@ static int hs_opt_mode(struct conn *c) {
   return hs_ack(c);
 }
 
-static const char hs_allocation[] = "base:allocation";
+/* ---- Metadata contexts --------------------------------------------------- */
 
-/* proto.md, NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT. */
+/* The queries of an option for contexts, in its data: each of 4 bytes of length
+ * and a string. */
+struct hs_queries {
+  const unsigned char *data;
+  uint32_t n;
+};
+
+/* Does one of the queries mean the context of that name?  For LIST one that
+ * ends with a colon means all that begin with it, and no query at all means
+ * every context. */
+static int hs_is_asked(const struct conn *c, const struct hs_queries *q,
+                       const char *name) {
+  int lists = c->option == NBD_OPT_LIST_META_CONTEXT;
+  const unsigned char *p = q->data;
+  size_t len = strlen(name);
+  for (uint32_t i = 0; i < q->n; i++) {
+    size_t n = u_get32(p);
+    int is_prefix = n <= len && memcmp(p + 4, name, n) == 0;
+    if (is_prefix && n == len) return 1;
+    if (is_prefix && lists && n && p[4 + n - 1] == ':') return 1;
+    p += 4 + n;
+  }
+  return lists && !q->n;
+}
+
+/* Selects a context, which the backend keeps until hs_drop_contexts.  False: it
+ * is gone by now, or there is no room. */
+static int hs_select(struct conn *c, uint32_t number) {
+  const struct nbdserve_export *e = &c->export->pub;
+  if (c->contexts.n == WIRE_CONTEXTS) return 0;
+  if (number && e->ops->use_context && e->ops->use_context(e->ctx, number, 1))
+    return 0;
+  c->contexts.number[c->contexts.n++] = number;
+  return 1;
+}
+
+/* Counts the contexts of c->export that the queries mean.  `answers`: the
+ * option is answered with them, and SET selects them. */
+static unsigned hs_find_contexts(struct conn *c, const struct hs_queries *q,
+                                 int answers) {
+  char name[WIRE_STRING_MAX + 1] = "base:allocation";
+  int sets = c->option == NBD_OPT_SET_META_CONTEXT;
+  uint32_t number = 0;
+  unsigned found = 0;
+  do {
+    if (c->send_err || !hs_is_asked(c, q, name)) continue;
+    found++;
+    if (!answers || (sets && !hs_select(c, number))) continue;
+    size_t len = strlen(name);
+    unsigned char *p = hs_reply(c, NBD_REP_META_CONTEXT, 4 + len);
+    u_put32(p, sets ? wire_context_id(number) : 0); /* LIST: proto.md */
+    memcpy(p + 4, name, len);
+  } while ((number = ex_next_context(c->export, number, name)) != 0);
+  return found;
+}
+
+/* proto.md, NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT.  Each SET
+ * takes the place of the one before: hs_option has seen to that. */
 static int hs_opt_meta_context(struct conn *c) {
-  const size_t len = sizeof hs_allocation - 1;
   char name[WIRE_STRING_MAX + 1];
-  char query[WIRE_STRING_MAX + 1] = "";
+  char query[WIRE_STRING_MAX + 1];
   int sets = c->option == NBD_OPT_SET_META_CONTEXT;
   if (c->mode == MODE_SIMPLE)
     return hs_refuse(c, NBD_REP_ERR_INVALID, "structured replies come first");
   uint32_t bad = hs_take_string(c, name);
   if (!bad && c->option_left < 4) bad = NBD_REP_ERR_INVALID;
-  uint32_t n = bad ? 0 : u_get32(c->option_data);
-  int found = !sets && n == 0; /* no query at all lists everything */
+  struct hs_queries q = {.n = bad ? 0 : u_get32(c->option_data)};
   if (!bad) hs_advance(c, 4);
-  for (; n > 0 && !bad; n--) {
+  q.data = c->option_data;
+  for (uint32_t i = 0; i < q.n && !bad; i++)
     bad = hs_take_string(c, query);
-    if (strcmp(query, hs_allocation) == 0) found = 1;
-    if (!sets && strcmp(query, "base:") == 0) found = 1; /* the namespace */
-  }
   if (!bad && c->option_left) bad = NBD_REP_ERR_INVALID;
   if (bad) return hs_refuse(c, bad, "malformed query for metadata contexts");
   if (hs_enter(c, name))
     return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
-  hs_leave(c);
-  if (!found) return hs_ack(c);
-  unsigned char *p = hs_reply(c, NBD_REP_META_CONTEXT, 4 + len);
-  u_put32(p, sets ? WIRE_CONTEXT_ID : 0); /* ids mean something in SET only */
-  memcpy(p + 4, hs_allocation, len);
-  if (sets) {
-    c->meta_is_selected = 1;
-    strcpy(c->meta_export, name);
+  int is_too_much = sets && hs_find_contexts(c, &q, 0) > WIRE_CONTEXTS;
+  if (sets && !is_too_much) {
+    c->chosen = c->export;
+    c->chosen_size = c->export_size;
+    strcpy(c->chosen_name, name);
   }
-  return hs_ack(c);
+  if (!is_too_much) hs_find_contexts(c, &q, 1);
+  hs_leave(c);
+  if (!is_too_much) return hs_ack(c);
+  return hs_refuse(c, NBD_REP_ERR_TOO_BIG, "too many contexts");
 }
 
 /* A new option gets a row here.  ABORT is not in it: hs_option answers it
@@ -2854,7 +3055,7 @@ static int hs_option(struct conn *c) {
     if (err) return err;
   }
   /* proto.md: each SET replaces the selection, also one that fails. */
-  if (option == NBD_OPT_SET_META_CONTEXT) c->meta_is_selected = 0;
+  if (option == NBD_OPT_SET_META_CONTEXT) hs_drop_contexts(c);
   if (option == NBD_OPT_ABORT) { /* whatever its data, however much */
     hs_ack(c);
     return CONN_LEFT;
@@ -2895,6 +3096,7 @@ static int hs_run(struct conn *c) {
     if (step >= 0 && hs_send(c)) step = c->send_err;
   }
   c->io.deadline = 0;
+  if (!c->export || !c->has_contexts) hs_drop_contexts(c);
   assert(step || !c->wbuf_used);
   return step;
 }
@@ -3014,11 +3216,12 @@ static struct iovec tx_data(const struct nbdserve_req *r) {
 }
 
 /* Writes all of a reply but its data to p[TX_HEAD_MAX]: its mode, its outcome
- * and its command decide what it looks like.  Returns the number of bytes. */
+ * and its command decide what it looks like.  Returns the number of bytes.  The
+ * data of a BLOCK_STATUS is chunks, with their heads. */
 static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
-  int is_status = r->type == NBD_CMD_BLOCK_STATUS;
   int is_read = r->type == NBD_CMD_READ;
-  int needs_chunk = is_read || is_status || r->err;
+  int needs_chunk = is_read || r->err;
+  if (r->type == NBD_CMD_BLOCK_STATUS && !r->err) return 0;
   if (r->mode == MODE_SIMPLE || (r->mode != MODE_EXTENDED && !needs_chunk)) {
     u_put32(p, NBD_SIMPLE_REPLY_MAGIC);
     u_put32(p + 4, tx_error(r));
@@ -3031,9 +3234,6 @@ static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
   if (r->err) {
     type = r->err_has_off ? NBD_REPLY_TYPE_ERROR_OFFSET : NBD_REPLY_TYPE_ERROR;
     n = tx_put_error(payload, r);
-  } else if (is_status) {
-    type = r->mode == MODE_EXTENDED ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT
-                                    : NBD_REPLY_TYPE_BLOCK_STATUS;
   } else if (is_read && r->len) {
     type = NBD_REPLY_TYPE_OFFSET_DATA;
     u_put64(payload, r->off);
@@ -3636,7 +3836,7 @@ static int tx_validate(const struct conn *c, struct nbdserve_req *r) {
   if (has_range &&
       (r->off > c->export_size || r->len > c->export_size - r->off))
     return tx_refuse(r, cmd->err_beyond, "beyond the end of the export");
-  if (is_status && !c->has_allocation)
+  if (is_status && !c->contexts.n)
     return tx_refuse(r, -EINVAL, "no metadata context was negotiated");
   if (lacking) return tx_refuse(r, -EINVAL, "the export does not offer it");
   if (stray) return tx_refuse(r, -EINVAL, "flag does not apply");
@@ -3683,6 +3883,28 @@ static int tx_dispatch(struct conn *c, struct nbdserve_req *r) {
   return err;
 }
 
+/* Notes which contexts a BLOCK_STATUS asks for: all that are selected, or those
+ * that its payload names, each once. */
+static void tx_get_contexts(const struct conn *c, struct nbdserve_req *r,
+                            const unsigned char *payload) {
+  const struct wire_contexts *selected = r->contexts = &c->contexts;
+  r->asked = (1u << selected->n) - 1;
+  if (!r->payload) return;
+  int bad = r->payload < 12 || r->payload % 4;
+  uint64_t n = bad ? 0 : (r->payload - 8) / 4;
+  if (n > selected->n) bad = 1;
+  r->asked = 0;
+  for (uint64_t i = 0; i < n && !bad; i++) {
+    uint32_t id = u_get32(payload + 8 + 4 * i);
+    unsigned k = 0;
+    while (k < selected->n && wire_context_id(selected->number[k]) != id)
+      k++;
+    bad = k == selected->n || r->asked >> k & 1;
+    r->asked |= 1u << k;
+  }
+  r->len = bad ? 0 : u_get64(payload); /* 0 is refused */
+}
+
 /* Takes the next request out of rbuf.  As enum conn_step says. */
 static int tx_next_request(struct conn *c) {
   const unsigned char *p = c->rbuf + c->rbuf_pos;
@@ -3708,10 +3930,7 @@ static int tx_next_request(struct conn *c) {
   if (r.payload <= TX_IN_BATCH_MAX) c->needed += (size_t)r.payload;
   if (here < c->needed) return CONN_NEEDS_MORE;
   if (r.type == NBD_CMD_FLUSH) r.off = r.len = 0; /* reserved (proto.md) */
-  if (r.type == NBD_CMD_BLOCK_STATUS && r.payload) {
-    int is_ours = r.payload == 12 && u_get32(p + head + 8) == WIRE_CONTEXT_ID;
-    r.len = is_ours ? u_get64(p + head) : 0; /* 0 is refused */
-  }
+  if (r.type == NBD_CMD_BLOCK_STATUS) tx_get_contexts(c, &r, p + head);
   if (!tx_validate(c, &r) && !r.len) /* only a flush, or nothing */
     req_set_state(&r, r.type == NBD_CMD_FLUSH ? REQ_TO_FLUSH : REQ_DONE);
   c->rbuf_pos += head;
@@ -6876,25 +7095,6 @@ static int cas_next_run(struct cas_volume *vol, uint64_t block, uint64_t max,
   return spot.slot != 0;
 }
 
-/* ops->extents: reports blocks as data and the rest as holes. */
-static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
-                       struct nbdserve_extents *out) {
-  (void)flags;
-  struct cas_volume *vol = ctx;
-  uint64_t bs = vol->st->bs;
-  uint64_t end = off + len;
-  uint64_t n;
-  for (int is_enough = 0; off < end && !is_enough;) {
-    uint64_t blocks = cas_blocks(vol->st, end) - off / bs;
-    int is_data = cas_next_run(vol, off / bs, blocks, &n);
-    uint64_t next = u_min((off / bs + n) * bs, end);
-    uint32_t hole = NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
-    is_enough = nbdserve_extent(out, next - off, is_data ? 0 : hole);
-    off = next;
-  }
-  return 0;
-}
-
 /* ops->flush: one sync for all who wait. */
 static int cas_flush(void *ctx, uint32_t flags) {
   (void)flags;
@@ -6913,6 +7113,142 @@ static void cas_close(void *ctx) {
   assert(vol->clients > 0);
   vol->clients--;
   cas_unlock(vol->st);
+}
+
+/* ---- What has changed --------------------------------------------------------
+ * Maps that share a node are the same below it, so to compare two volumes costs
+ * what differs, not what there is. */
+
+/* Do two maps share the node above a block?  *span: for how many blocks on. */
+static int cas_is_shared(struct nbdserve_cas *st, struct cas_node **root[2],
+                         uint64_t block, uint64_t *span) {
+  const struct cas_node *node[2] = {*root[0], *root[1]};
+  uint64_t size = st->max_blocks; /* below node */
+  for (int level = CAS_LEVELS; level > 0; level--) {
+    *span = size - block % size;
+    if (node[0] == node[1] && !(node[0] && node[0]->slot == CAS_LOST)) return 1;
+    size /= st->fanout;
+    for (int i = 0; i < 2; i++) {
+      if (node[i] && node[i]->slot == CAS_LOST) return 0; /* unlike a hole */
+      if (node[i]) node[i] = cas_kid(node[i], block / size % st->fanout);
+    }
+  }
+  return 0;
+}
+
+/* Does a block have the same slot in two maps?  spot: where they have blocks
+ * that are as near as their span.  What is lost is not the same as itself. */
+static int cas_slots_are_same(struct nbdserve_cas *st,
+                              const struct cas_spot spot[2], uint64_t block) {
+  uint32_t slot[2];
+  for (int i = 0; i < 2; i++)
+    slot[i] =
+        spot[i].leaf ? spot[i].leaf->slots[block % st->fanout] : spot[i].slot;
+  return slot[0] == slot[1] && slot[0] != CAS_LOST;
+}
+
+/* Are blocks of two volumes the same, from one on?  *span: for how many that is
+ * known.  1 or 0, or -errno.  Behind its end a volume is all zeroes; where only
+ * one ends inside a block, that is not the same unless it is a hole. */
+static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
+                    uint64_t block, uint64_t *span) {
+  struct cas_node *nothing = NULL;
+  struct cas_node **root[2];
+  struct cas_spot spot[2];
+  uint64_t max = UINT64_MAX;
+  uint64_t n = st->fanout - block % st->fanout; /* if there is an error */
+  int err = 0;
+  os_lock(&st->lock);
+  for (int i = 0; i < 2; i++) {
+    uint64_t size = vol[i]->now.size;
+    root[i] = block < cas_blocks(st, size) ? cas_root(vol[i]) : &nothing;
+    if (block <= size / st->bs) max = u_min(max, size / st->bs - block);
+  }
+  int is_odd = max == 0; /* one ends here */
+  int same = !is_odd && cas_is_shared(st, root, block, span);
+  if (!same) {
+    do /* until the lock was not let go between the two */
+      for (int i = 0; i < 2 && !err; i++)
+        err = cas_find_spot(st, root[i], block, spot + i);
+    while (!err && cas_walk(st, *root[0], block, spot));
+    if (!err) n = u_min(spot[0].span, spot[1].span);
+    same = !err && cas_slots_are_same(st, spot, block);
+    if (is_odd && vol[0]->now.size != vol[1]->now.size) same &= !spot[0].slot;
+    n = is_odd ? 1 : u_min(n, max);
+    for (*span = 1; !err && *span < n; ++*span)
+      if (cas_slots_are_same(st, spot, block + *span) != same) break;
+    if (err) *span = n;
+  }
+  cas_unlock(st);
+  *span = is_odd ? 1 : u_min(*span, max);
+  return err ? err : same;
+}
+
+/* ops->next_context: what has changed since another snapshot of the same
+ * volume.  The number of a context is the id of that. */
+static uint32_t cas_next_context(void *ctx, uint32_t number, char *name) {
+  const struct cas_volume *vol = ctx;
+  const struct cas_volume *up = vol->parent ? vol->parent : vol;
+  const struct cas_volume *other;
+  os_lock(&vol->st->lock);
+  do {
+    other = cas_volume_from(vol->st, number + UINT64_C(1));
+    number = other ? other->id : 0;
+  } while (other && (other == vol || other->parent != up));
+  if (other) sprintf(name, "qemu:dirty-bitmap:%s", other->now.name);
+  cas_unlock(vol->st);
+  return number;
+}
+
+/* ops->use_context: counts a client of that snapshot, or no longer. */
+static int cas_use_context(void *ctx, uint32_t number, int begins) {
+  struct nbdserve_cas *st = ((struct cas_volume *)ctx)->st;
+  struct cas_volume *vol;
+  os_lock(&st->lock);
+  while ((vol = cas_by_id(st, number)) && begins && vol->is_staged)
+    cas_wait(st);
+  assert(vol || begins);
+  if (vol && begins) vol->clients++;
+  cas_unlock(st);
+  if (vol && !begins) cas_close(vol);
+  return vol ? 0 : -ENOENT;
+}
+
+/* The snapshot in whose context extents are asked for, or NULL. */
+static struct cas_volume *cas_context(struct nbdserve_cas *st,
+                                      const struct nbdserve_extents *out) {
+  uint32_t number = nbdserve_extents_context(out);
+  os_lock(&st->lock);
+  struct cas_volume *vol = number ? cas_by_id(st, number) : NULL;
+  cas_unlock(st);
+  return vol;
+}
+
+/* ops->extents: reports blocks as data and the rest as holes; or, in the
+ * context of a snapshot, what may differ from that as dirty. */
+static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
+                       struct nbdserve_extents *out) {
+  (void)flags;
+  struct cas_volume *vol = ctx;
+  struct cas_volume *both[2] = {cas_context(vol->st, out), vol};
+  uint64_t bs = vol->st->bs;
+  uint64_t end = off + len;
+  uint64_t n;
+  for (int is_enough = 0; off < end && !is_enough;) {
+    uint64_t blocks = cas_blocks(vol->st, end) - off / bs;
+    uint32_t status;
+    if (both[0])
+      status =
+          cas_same(vol->st, both, off / bs, &n) > 0 ? 0 : NBDSERVE_EXTENT_DIRTY;
+    else
+      status = cas_next_run(vol, off / bs, blocks, &n)
+                   ? 0
+                   : NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
+    uint64_t next = n < blocks ? (off / bs + n) * bs : end;
+    is_enough = nbdserve_extent(out, next - off, status);
+    off = next;
+  }
+  return 0;
 }
 
 /* ---- Opening ----------------------------------------------------------------
@@ -7635,6 +7971,8 @@ static const struct nbdserve_ops cas_ops = {
     .close = cas_close,
     .run_batch = cas_batch,
     .hashes = 1,
+    .next_context = cas_next_context,
+    .use_context = cas_use_context,
 };
 
 /* Finds a volume or snapshot and counts the caller as a client.  One that a
@@ -7985,64 +8323,12 @@ int nbdserve_cas_seal(struct nbdserve_cas *st, const char *name, char id[72],
   return err;
 }
 
-/* ---- Comparing, checking, mending -------------------------------------------
- * Maps that share a node are the same below it, so to compare two volumes costs
- * what differs, not what there is.  Verify uses that as well: what a snapshot
- * shares with one that was found sound is not read again.
+/* ---- Checking, mending ------------------------------------------------------
+ * What a snapshot shares with one that was found sound is not read again.
  *
  * Verify and repair run beside clients and changes.  They hold nothing from one
  * step to the next but the id of a volume and a block's number: a volume that
  * is removed meanwhile is passed over, one that shrinks ends earlier. */
-
-/* Do two maps share the node above a block?  *span: for how many blocks on. */
-static int cas_is_shared(struct nbdserve_cas *st, struct cas_node **root[2],
-                         uint64_t block, uint64_t *span) {
-  const struct cas_node *node[2] = {*root[0], *root[1]};
-  uint64_t size = st->max_blocks; /* below node */
-  for (int level = CAS_LEVELS; level > 0; level--) {
-    *span = size - block % size;
-    if (node[0] == node[1] && !(node[0] && node[0]->slot == CAS_LOST)) return 1;
-    size /= st->fanout;
-    for (int i = 0; i < 2; i++) {
-      if (node[i] && node[i]->slot == CAS_LOST) return 0; /* unlike a hole */
-      if (node[i]) node[i] = cas_kid(node[i], block / size % st->fanout);
-    }
-  }
-  return 0;
-}
-
-/* Are blocks of two volumes the same, from one on?  *span: for how many that is
- * known.  1 or 0, or -errno.  Behind its end a volume is all zeroes; where only
- * one ends inside a block, that is not the same unless it is a hole. */
-static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
-                    uint64_t block, uint64_t *span) {
-  struct cas_node *nothing = NULL;
-  struct cas_node **root[2];
-  struct cas_spot spot[2];
-  uint64_t max = UINT64_MAX;
-  int err = 0;
-  os_lock(&st->lock);
-  for (int i = 0; i < 2; i++) {
-    uint64_t size = vol[i]->now.size;
-    root[i] = block < cas_blocks(st, size) ? cas_root(vol[i]) : &nothing;
-    if (block <= size / st->bs) max = u_min(max, size / st->bs - block);
-  }
-  int is_odd = max == 0; /* one ends here */
-  int same = !is_odd && cas_is_shared(st, root, block, span);
-  if (!same) {
-    do /* until the lock was not let go between the two */
-      for (int i = 0; i < 2 && !err; i++)
-        err = cas_find_spot(st, root[i], block, spot + i);
-    while (!err && cas_walk(st, *root[0], block, spot));
-    same = !err && spot[0].slot == spot[1].slot && spot[0].slot != CAS_LOST;
-    if (is_odd && vol[0]->now.size != vol[1]->now.size) same &= !spot[0].slot;
-    *span = u_min(spot[0].span, spot[1].span);
-    if (spot[0].leaf || spot[1].leaf) *span = 1;
-  }
-  cas_unlock(st);
-  *span = is_odd ? 1 : u_min(*span, max);
-  return err ? err : same;
-}
 
 /* See nbdserve.h. */
 int nbdserve_cas_diff(struct nbdserve_cas *st, const char *a, const char *b,
@@ -8787,7 +9073,8 @@ static int srv_serve_client(struct conn *c, const char *name) {
   if (lingers && err < 0 && err != -ETIMEDOUT) io_linger(&c->io);
   if (err == CONN_LEFT) err = c->send_err; /* or it was cut off: not reading */
   if (c->export && c->export->from_callback) srv_last_flush(c->export);
-  if (c->export) ex_release(c->export);
+  hs_leave(c);
+  hs_drop_contexts(c);
   int is_usual =
       !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
   conn_log(c, is_usual ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING,
@@ -9404,6 +9691,7 @@ struct cli_option {
   N(SIZE, 0, "size N", 1, INT64_MAX, "serve only N bytes of the target") \
   T(BLOCK_SIZE, 'b', "block-size SIZES", "MIN:PREFERRED:MAX (1:4096:32M)") \
   N(CREATE, 0, "create SIZE", 1, INT64_MAX, "make a missing target, sparse") \
+  T(CHANGES, 0, "changes SNAP", "offer only the changes since that snapshot") \
   T(TEMPORARY, 'T', "temporary", "discard at exit what clients have written") \
   T(CACHE, 0, "cache MODE", "writeback (default), writethrough or unsafe") \
   N(THREADS, 't', "threads N", 1, 1024, "slow requests per client (16)") \
@@ -9513,6 +9801,10 @@ static struct nbdserve_export cli_common;
 /* What --without says: bits of nbdserve_config.without */
 static uint32_t cli_without;
 
+/* --changes: the metadata contexts of volumes.  NULL: those that they have */
+static char cli_context[200];
+static const char *cli_contexts[2];
+
 /* What --sandbox says: SANDBOX_... */
 static uint32_t cli_sandbox;
 
@@ -9597,6 +9889,10 @@ static void cli_set_option(enum cli_option_id id, const char *value) {
     cli_common.flags = cli_take_word(id, &value, cli_cache_modes);
   if (id == OPT_SANDBOX)
     cli_sandbox = cli_take_word(id, &value, cli_sandbox_modes);
+  if (id == OPT_CHANGES) {
+    snprintf(cli_context, sizeof cli_context, "qemu:dirty-bitmap:%s", value);
+    *cli_contexts = cli_context;
+  }
   while (id == OPT_WITHOUT && *value)
     cli_without |= cli_take_word(id, &value, cli_features);
   if ((id == OPT_BLOCK_SIZE && !cli_parse_sizes(value)) ||
@@ -9995,7 +10291,8 @@ static int cli_do_uri(struct cli_job *job) {
 static int cli_is_data(const struct nbdserve_export *v, uint64_t off,
                        uint64_t *end) {
   unsigned char extent[WIRE_EXT_EXTENT_LEN];
-  struct nbdserve_extents x = {.align = 1, .max = 1, .extended = 1};
+  struct nbdserve_extents x = {
+      .align = 1, .max = 1, .each = sizeof extent, .room = sizeof extent};
   x.left = v->size - off;
   x.data = extent;
   *end = v->size;
@@ -10434,6 +10731,7 @@ static int cli_find_volume(void *unused, const char *name,
                            struct nbdserve_export *out) {
   (void)unused;
   *out = cli_common;
+  if (*cli_contexts) out->contexts = cli_contexts;
   return nbdserve_cas_volume(cli.cas, name, out);
 }
 
@@ -10478,6 +10776,19 @@ static void cli_say_where(const char *path, struct cli_job *job) {
   cli_run_remote(job, 2000); /* it may be stuck */
 }
 
+/* --changes: a volume gets only that context, which has to be there. */
+static void cli_choose_context(struct nbdserve_export *ex) {
+  char name[WIRE_STRING_MAX + 1];
+  uint32_t number = 0;
+  do
+    number = ex->ops->next_context(ex->ctx, number, name);
+  while (number && strcmp(name, cli_context) != 0);
+  if (!number)
+    cli_failed("--changes %s: no other snapshot of the target is called so",
+               opt[OPT_CHANGES].text);
+  ex->contexts = cli_contexts;
+}
+
 /* Opens a volume or snapshot of a store.  Before it opens the store, if that is
  * not open yet, and the socket for commands.  STORE.ctl is for ourselves and
  * root only: the umask is in force when it is made, so there is no moment at
@@ -10506,7 +10817,11 @@ static int cli_open_volume(const char *path, const char *name,
     cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
   umask(mask);
   if (cli.ctl > 0) lstat(cli.ctl_path, &cli.ctl_st);
-  if (*name) return nbdserve_cas_volume(cli.cas, name, ex);
+  if (*name) {
+    err = nbdserve_cas_volume(cli.cas, name, ex);
+    if (!err && *cli_contexts) cli_choose_context(ex);
+    return err;
+  }
   cli.server->config.find = cli_find_volume;
   cli.server->config.list = cli_list_volumes;
   if (cli.ntargets == 1) nbdserve_cas_list(cli.cas, cli_first_volume, NULL);
@@ -10776,6 +11091,8 @@ static void cli_open_target(const char *text, const char *path,
   if (volume && (flat.offset || flat.size || flat.create ||
                  flat.flags == NBDSERVE_FLAT_TEMPORARY))
     cli_usage("%s: no --offset, --size, --create or -T of a volume", text);
+  if (!volume && *cli_contexts)
+    cli_usage("%s: --changes is for volumes of a store", text);
   if (opt[OPT_TEMPORARY].given && access(flat.dir, W_OK) < 0)
     cli_exit_if_error(-errno, flat.dir);
   if (!volume && strncmp(text, "file:", 5) != 0 && cli_is_store(path))

@@ -64,6 +64,9 @@ struct nbdserve_req;
 /* The status of an extent, as in proto.md, base:allocation; 0 is plain data. */
 #define NBDSERVE_EXTENT_HOLE 1u /* it has no space */
 #define NBDSERVE_EXTENT_ZERO 2u /* it reads as zeroes */
+/* In a context qemu:dirty-bitmap:NAME (QEMU, docs/interop/nbd.txt): it may have
+ * changed since NAME.  0: it has not. */
+#define NBDSERVE_EXTENT_DIRTY 1u
 
 /* What a backend does.
  *
@@ -97,7 +100,8 @@ struct nbdserve_ops {
   int (*zero)(void *ctx, uint64_t off, uint64_t len, uint32_t flags);
   /* The client will read the range soon. */
   int (*cache)(void *ctx, uint64_t off, uint64_t len, uint32_t flags);
-  /* Calls nbdserve_extent for consecutive pieces, from off on. */
+  /* Calls nbdserve_extent for consecutive pieces, from off on, with what is
+   * true of them in the context that nbdserve_extents_context gives. */
   int (*extents)(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                  struct nbdserve_extents *out);
   /* Frees ctx.  No call follows this one. */
@@ -111,6 +115,8 @@ struct nbdserve_ops {
   void (*run_batch)(void *ctx, struct nbdserve_req *reqs, size_t nreqs);
   size_t (*splice)(void *ctx, int pipe, uint64_t off, uint64_t len);
   int hashes;
+  uint32_t (*next_context)(void *ctx, uint32_t number, char *name);
+  int (*use_context)(void *ctx, uint32_t number, int begins);
 };
 
 /* Reports the next extent: len bytes (> 0) with that status.  Returns 0, or 1
@@ -118,6 +124,14 @@ struct nbdserve_ops {
  * in its thread. */
 NBDSERVE_API int nbdserve_extent(struct nbdserve_extents *out, uint64_t len,
                                  uint32_t status);
+
+/* The metadata context that extents is asked about (proto.md, Metadata
+ * querying): 0 is base:allocation, i > 0 the export's contexts[i - 1].  In one
+ * of these at least one extent has to be reported, else the client gets EIO.  A
+ * block of min_block bytes in which the status changes is reported as 0, or in
+ * the export's own contexts as 1. */
+NBDSERVE_API unsigned
+nbdserve_extents_context(const struct nbdserve_extents *out);
 
 /* Flags of an export */
 
@@ -152,6 +166,13 @@ struct nbdserve_export {
   uint32_t flags;       /* NBDSERVE_EXPORT_* */
   const struct nbdserve_ops *ops;
   void *ctx; /* is passed to ops */
+  /* Metadata contexts besides base:allocation, ended by NULL; or NULL.  Their
+   * names, like qemu:dirty-bitmap:NAME or x-NAME:NAME (proto.md), are unlike
+   * each other, have up to 4096 bytes, and do not begin with "base:".  They
+   * are copied.  A volume or snapshot of a store has one for each other
+   * snapshot of the same volume, qemu:dirty-bitmap: and its name behind the @;
+   * this can choose some of them. */
+  const char *const *contexts;
 };
 
 /* ---- The flat backend: a regular file, a block device, or memory -------- */

@@ -2524,6 +2524,9 @@ testSetHoldsForExportName() {
     "$(meta SET_META '' base:allocation)" "$(opt EXPORT_NAME)"
 }
 testExportsThatAreOnlyAskedAboutAreGivenBack() { unit givenback; }
+testAHostsContextsAreSelectedAndAnsweredEachForItself() { unit contexts; }
+testSixteenContextsAtOnceAndNoMore() { unit manycontexts; }
+testAReplyHas128KiExtentsAtMost() { unit manyextents; }
 testWhoSaysNothingHasTheTimeOfTheHandshake() { unit silent; }
 
 # ==== [9] TRANSMISSION (@transmission) =======================================
@@ -3404,6 +3407,14 @@ testIdsAreOfTheContentAlone() { unit ids; }
 testSealedSnapshotsAreFoundByTheirId() { unit seal; }
 testDamagedSnapshotsAreNotSealed() { unit rotten; }
 testDiffIsWhatComparingFinds() { unit diff; }
+testChangedBlocksAreContextsOfTheVolumeThatSetHasFound() {
+  unless NO_CAS || return 0
+  unit changes
+}
+testWhatIsLostCountsAsChanged() {
+  unless NO_CAS || return 0
+  unit lostchanges
+}
 testSameDataIsStoredOnce() {
   store || return 0
   noise 2097152 >"$T/in"
@@ -6391,6 +6402,34 @@ testWrongStoreCommandsExit2() {
   names
   assertEquals '' "$GOT"
 }
+testChangesOffersTheContextOfOneSnapshotOnly() {
+  store || return 0
+  cas 0 create "$S::v" 1M
+  cas 0 create "$S::w" 1M
+  cas 0 snapshot "$S::v@a" v@b
+  DISK=$S::v
+  ask='structured=ack'
+  haggle "$ask listmeta=qemu:dirty-bitmap:a? listmeta=qemu:dirty-bitmap:b?
+    listmeta=ack" "$(opt STRUCTURED)" "$(meta LIST_META '' qemu:)"
+  ARGS='--changes b'
+  haggle "$ask listmeta=qemu:dirty-bitmap:b? listmeta=ack" \
+    "$(opt STRUCTURED)" "$(meta LIST_META '' qemu:)"
+  DISK=$S:: # of a whole store, where there is such a snapshot
+  for name in v:qemu:dirty-bitmap:b v@a:qemu:dirty-bitmap:b w: v@b:; do
+    expected=${name#*:}
+    haggle "$ask ${expected:+listmeta=$expected?} listmeta=ack" \
+      "$(opt STRUCTURED)" "$(meta LIST_META "$(of "${name%%:*}")" qemu:)"
+  done
+  ARGS=
+  for target in "$S::v@b" "$S::w"; do
+    cas 1 -s --changes b "$target"
+    says 'changes b: no other snapshot'
+  done
+  cas 2 -s --changes b mem:1M
+  says 'mem:1M: --changes is for volumes'
+  cas 2 --changes b list "$S"
+  says 'changes: not for the command list'
+}
 testSealAndDiffAreCommands() {
   store || return 0
   noise 100000 >"$T/in"
@@ -7744,6 +7783,87 @@ def refused(error, call, *args):
     else:
         assert False, (error, call, args)
 ' -c "$(cat)"
+}
+testChangedBlocksAreThoseOfAQcow2Bitmap() {
+  needs qemu-img qemu-io qemu-nbd nbdinfo || return 0
+  store || return 0
+  qemu-img create -q -f qcow2 "$T/q.qcow2" 4M
+  does qemu-img bitmap --add -g 4096 "$T/q.qcow2" b || return 0
+  cas 0 create "$S::v" 4M
+  cas 0 snapshot "$S::v@b"
+  serve "$S::v"
+  for range in '5000 10' '100000 9000' '2M 4096' '4190000 4304'; do
+    does qemu-io -f qcow2 -c "write -P 7 $range" "$T/q.qcow2" >/dev/null
+    does qemu-io -f raw -c "write -P 7 $range" "$URI" >/dev/null
+  done
+  nbdinfo --map=qemu:dirty-bitmap:b "$URI" >"$T/ours"
+  qemu-nbd -r -t -f qcow2 -B b -k "$T/q" "$T/q.qcow2" &
+  peer=$!
+  await '[ -S "$T/q" ]'
+  does nbdinfo --map=qemu:dirty-bitmap:b "nbd+unix:///?socket=$T/q" >"$T/theirs"
+  kill $peer
+  wait $peer 2>/dev/null
+  assertEquals "$(cat "$T/theirs")" "$(cat "$T/ours")"
+  assertEquals 'ranges' 4 "$(grep -c dirty "$T/ours")"
+  image=driver=nbd,server.type=unix,server.path=$SOCK
+  image=$image,x-dirty-bitmap=qemu:dirty-bitmap:b
+  does qemu-img map --output=json --image-opts "$image" >"$T/map"
+  assertEquals 'dirty is no data' 4 "$(grep -c '"data": false' "$T/map")"
+}
+testIncrementalBackupOfAVolumeThatIsBeingWritten() {
+  has_nbdsh || return 0
+  store || return 0
+  noise 3000000 >"$T/in"
+  cas 0 import "$S::v" "$T/in"
+  cas 0 snapshot "$S::v@a"
+  cas 0 export "$S::v@a" "$T/backup"
+  serve "$S::"
+  nbd_python <<END
+import subprocess, threading
+at = lambda name: uri.replace(":///", ":///" + name)
+other = nbd.NBD()
+other.connect_uri(at("v"))
+stop = False
+def write():
+    n = 0
+    while not stop:
+        other.pwrite(n.to_bytes(8, "big") * 1000, n * 77777 % 2900000)
+        n += 1
+    other.flush()
+writer = threading.Thread(target=write)
+writer.start()
+subprocess.check_call(["$NBDSERVE", "snapshot", "$S::v@b"])
+for name in "base:allocation", "qemu:dirty-bitmap:a", "qemu:dirty-bitmap:b":
+    h.add_meta_context(name)
+h.connect_uri(at("v@b"))
+assert not h.can_meta_context("qemu:dirty-bitmap:b")
+got = {}
+h.block_status(h.get_size(), 0,
+               lambda name, off, extents, err: got.update({name: extents}))
+assert sorted(got) == ["base:allocation", "qemu:dirty-bitmap:a"], got
+off = 0
+extents = got["qemu:dirty-bitmap:a"]
+with open("$T/backup", "r+b") as backup:
+    for length, status in zip(extents[::2], extents[1::2]):
+        if status & 1:
+            backup.seek(off)
+            backup.write(h.pread(length, off))
+        off += length
+assert off == h.get_size()
+stop = True
+writer.join()
+live = nbd.NBD()
+for name in "base:allocation", "qemu:dirty-bitmap:a", "qemu:dirty-bitmap:b":
+    live.add_meta_context(name)
+live.connect_uri(at("v"))
+got = {}
+live.block_status(4096, 0,
+                  lambda name, off, extents, err: got.update({name: extents}))
+assert len(got) == 3, got
+END
+  same v@b "$T/backup"
+  stop TERM
+  cas 0 verify "$S"
 }
 testLibnbdReadsChunksAndExtents() {
   has_nbdsh || return 0
@@ -12241,6 +12361,30 @@ static void q_settle(struct nbdserve_cas *cas) {
 
 static int q_twice; /* the same may be stored twice */
 
+/* In the context of a, the extents of b are what diff has found */
+static void q_same_extents(struct nbdserve_cas *cas, const char *a,
+                           const char *b, const struct q_map *m) {
+  struct nbdserve_extents x = {.align = 1, .max = 1000, .each = 16};
+  struct nbdserve_export e = {0};
+  uint64_t at = 0, n;
+  unsigned i;
+  CHECK(nbdserve_cas_volume(cas, b, &e) == 0);
+  x.context = cas_find(cas, a, strlen(a), VIEW_NOW)->id;
+  x.left = e.size;
+  if (e.size) CHECK(e.ops->extents(e.ctx, 0, e.size, 0, &x) == 0);
+  for (i = 0; i < x.n; i++)
+    for (n = t_get(x.data + 16 * i, 8); n > 0;) {
+      uint64_t piece = 4096 - at % 4096;
+      if (piece > n) piece = n;
+      CHECK((int)t_get(x.data + 16 * i + 8, 8) == m->is[at / 4096]);
+      at += piece;
+      n -= piece;
+    }
+  CHECK(at == e.size);
+  NBDSERVE_FREE(x.data);
+  e.ops->close(e.ctx);
+}
+
 static void q_same(struct nbdserve_cas *cas, const char *a, const char *b,
                    uint64_t a_size, uint64_t b_size) {
   static unsigned char p[2][1 << 19];
@@ -12253,6 +12397,7 @@ static void q_same(struct nbdserve_cas *cas, const char *a, const char *b,
   if (b_size) CHECK(q_get(cas, b, 0, b_size, p[1]) == 0);
   CHECK(nbdserve_cas_diff(cas, a, b, q_range, &m) == 0);
   CHECK(m.end <= size);
+  q_same_extents(cas, a, b, &m);
   for (at = 0; at < size; at += n) {
     n = size - at < 4096 ? size - at : 4096;
     if (a_size != b_size &&
@@ -13788,19 +13933,436 @@ static void u_givenback(void) {
   for (i = 0; i < 5; i++) {
     CHECK(t_option(c.fd, 6, "\0\0\0\5found\0\0", 11) == 0);
     CHECK(t_answer(c.fd, b) == 3 && t_answer(c.fd, b) == 1);
-    for (option = 9; option <= 10; option++) { /* LIST and SET */
-      CHECK(t_option(c.fd, option, query, sizeof query - 1) == 0);
+    for (option = 9; option <= 11; option++) { /* LIST, SET, and that again */
+      CHECK(t_option(c.fd, option < 11 ? option : 10, query,
+                     sizeof query - 1) == 0);
       CHECK(t_answer(c.fd, b) == 4 && t_answer(c.fd, b) == 1);
     }
     CHECK(lie_go(&c, "blocks") >> 31 == 1); /* NBD_REP_ERR_BLOCK_SIZE_REQD */
   }
   CHECK(t_option(c.fd, 2, "", 0) == 0 && t_answer(c.fd, b) == 1);
   CHECK(s_end(&v) == 0);
-  CHECK(l.times >= 20 && l.r->closes == l.times);
+  CHECK(l.times >= 16 && l.r->closes == l.times);
   close(c.fd);
   nbdserve_free(s);
   CHECK(l.r->closes == l.times);
 }
+
+/* ---- Metadata contexts ---------------------------------------------------- */
+
+/* The answers to LIST or SET of contexts: "ID=NAME ", or "!TYPE " for the last
+ * one if it is no ACK */
+static const char *x_meta(struct t_conn *c, uint32_t option, const char *export,
+                          const char *const *queries) {
+  static char got[8000];
+  static unsigned char p[8000];
+  unsigned char b[4200];
+  uint32_t type, len = (uint32_t)strlen(export), n = 0, at;
+  *got = 0;
+  t_put(p, 4, len);
+  memcpy(p + 4, export, len);
+  for (at = len + 8; queries[n]; n++) {
+    len = (uint32_t)strlen(queries[n]);
+    t_put(p + at, 4, len);
+    memcpy(p + at + 4, queries[n], len);
+    at += 4 + len;
+  }
+  t_put(p + 4 + strlen(export), 4, n);
+  CHECK(t_option(c->fd, option, p, at) == 0);
+  memset(b, 0, sizeof b);
+  while ((type = t_answer(c->fd, b)) == 4) {
+    sprintf(strchr(got, 0), "%u=%s ", (unsigned)t_get(b, 4), (char *)b + 4);
+    memset(b, 0, sizeof b);
+  }
+  if (type != 1) sprintf(strchr(got, 0), "!%u ", (unsigned)type & 0xffff);
+  return got;
+}
+
+/* The reply to a BLOCK_STATUS: "ID:LENGTH/STATUS,LENGTH/STATUS " for each
+ * context, or "!ERROR ".  ids: the contexts that its payload names, or NULL */
+static const char *x_status(struct t_conn *c, int flags, uint64_t off,
+                            uint32_t len, const unsigned *ids) {
+  static char got[8000];
+  unsigned char payload[200];
+  struct t_reply r = {0};
+  uint32_t n = 8, at;
+  *got = 0;
+  t_put(payload, 8, len);
+  for (; ids && *ids; n += 4)
+    t_put(payload + n, 4, *ids++);
+  if (!ids) CHECK(t_send(c, flags, STATUS, 7, off, len, NULL) == 0);
+  if (ids) CHECK(t_send(c, flags | PAYLOAD, STATUS, 7, off, n, NULL) == 0);
+  if (ids) CHECK(t_write(c->fd, payload, n) == 0);
+  do {
+    uint32_t each = c->structured > 1 ? 8 : 4;
+    CHECK(t_recv(c, &r) && r.cookie == 7);
+    if (r.error) {
+      CHECK(r.done);
+      sprintf(strchr(got, 0), "!%u ", (unsigned)r.error);
+      continue;
+    }
+    CHECK(r.chunk == (each > 4 ? 6 : 5));
+    CHECK(each == 4 || t_get(r.data + 4, 4) == (r.len - 8) / 16);
+    sprintf(strchr(got, 0), "%u:", (unsigned)t_get(r.data, 4));
+    for (at = each; at < r.len; at += 2 * each)
+      sprintf(strchr(got, 0), "%lu/%lu%c",
+              (unsigned long)t_get(r.data + at, (int)each),
+              (unsigned long)t_get(r.data + at + each, (int)each),
+              at + 2 * each < r.len ? ',' : ' ');
+  } while (!r.done);
+  free(r.data);
+  return got;
+}
+
+#define X_SAYS(what, expected) \
+  do { \
+    const char *x_said = what; \
+    if (strcmp(x_said, expected)) fprintf(stderr, "said: %s\n", x_said); \
+    CHECK(!strcmp(x_said, expected)); \
+  } while (0)
+
+static int x_is_silent; /* the host says nothing of its contexts (t_hold) */
+
+static int x_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
+                     struct nbdserve_extents *out) {
+  unsigned context = nbdserve_extents_context(out);
+  (void)ctx, (void)flags;
+  if (context == 0) return nbdserve_extent(out, len, 3) < 0;
+  if (t_hold(&x_is_silent, -1)) return 0;
+  if (context > 1) return nbdserve_extent(out, len, 0x80000000u | context) < 0;
+  if (off) return nbdserve_extent(out, len, 0) < 0;
+  if (nbdserve_extent(out, 100, 0) || nbdserve_extent(out, 100, 1)) return 0;
+  return nbdserve_extent(out, len - 200, 0) < 0;
+}
+
+static const struct nbdserve_ops x_ops = {
+    .read = r_read, .extents = x_extents, .close = r_close};
+
+/* Begins a handshake with structured replies, or extended headers */
+static void x_greet(struct t_conn *c, int structured) {
+  unsigned char b[4200];
+  CHECK(t_read(c->fd, b, 18) == 18 && t_write(c->fd, "\0\0\0\3", 4) == 0);
+  CHECK(t_option(c->fd, structured > 1 ? 11 : 8, "", 0) == 0);
+  CHECK(t_answer(c->fd, b) == 1);
+  c->structured = structured;
+}
+
+/* Enters an export, with its block sizes */
+static void x_enter(struct t_conn *c, const char *name) {
+  unsigned char p[100], b[4200];
+  uint32_t n = (uint32_t)strlen(name), type;
+  t_put(p, 4, n);
+  memcpy(p + 4, name, n);
+  t_put(p + 4 + n, 4, 0x10003);
+  CHECK(t_option(c->fd, 7, p, n + 8) == 0);
+  while ((type = t_answer(c->fd, b)) == 3)
+    ;
+  CHECK(type == 1);
+}
+
+/* Leaves in the handshake */
+static void x_abort(struct t_conn *c, struct served *v) {
+  unsigned char b[4200];
+  CHECK(t_option(c->fd, 2, "", 0) == 0 && t_answer(c->fd, b) == 1);
+  CHECK(s_end(v) == 0);
+  close(c->fd);
+}
+
+/* Which queries mean which contexts of a host's */
+static void x_queries(struct t_conn *c) {
+  static const struct {
+    const char *query[4], *listed, *selected;
+  } cases[] = {
+      {{NULL}, "0=base:allocation 0=qemu:dirty-bitmap:b 0=x-t:a:b ", ""},
+      {{"base:"}, "0=base:allocation ", ""},
+      {{"qemu:"}, "0=qemu:dirty-bitmap:b ", ""},
+      {{"qemu:dirty-bitmap:"}, "0=qemu:dirty-bitmap:b ", ""},
+      {{"qemu:dirty-bitmap"}, "", ""},
+      {{"qemu:dirty-bitmap:b0"}, "", ""},
+      {{"qemu"}, "", ""},
+      {{"x-t:"}, "0=x-t:a:b ", ""},
+      {{"x-t:a:"}, "0=x-t:a:b ", ""},
+      {{"", ":"}, "", ""},
+      {{"x-t:a:b", "x-t:", "x-t:a:b"}, "0=x-t:a:b ", "3=x-t:a:b "},
+      {{"x-t:a:b", "base:allocation"},
+       "0=base:allocation 0=x-t:a:b ",
+       "1=base:allocation 3=x-t:a:b "},
+  };
+  int i;
+  for (i = 0; i < COUNT(cases); i++) {
+    X_SAYS(x_meta(c, 9, "own", cases[i].query), cases[i].listed);
+    X_SAYS(x_meta(c, 10, "own", cases[i].query), cases[i].selected);
+  }
+}
+
+/* A host's own contexts: which there are, each in a chunk of its own, those
+ * that the payload names; what shares a block is dirty, and silence an error */
+static void u_contexts(void) {
+  static const char *const all[] = {"x-t:a:b", "qemu:dirty-bitmap:b",
+                                    "base:allocation", NULL};
+  char bitmap[] = "qemu:dirty-bitmap:b", odd[] = "x-t:a:b";
+  const char *contexts[] = {bitmap, odd, NULL};
+  struct nbdserve_export e = r_export(r_new(65536), 0);
+  struct nbdserve *s;
+  int mode;
+  e.name = "own";
+  e.min_block = 512;
+  e.ops = &x_ops;
+  e.contexts = contexts;
+  CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == 0);
+  memset(bitmap, 'x', sizeof bitmap - 1); /* they were copied */
+  for (mode = 1; mode <= 2; mode++) {
+    const unsigned both[] = {3, 1, 0}, twice[] = {3, 3, 0}, more[] = {3, 4, 0};
+    const unsigned none[] = {0}, four[] = {1, 2, 3, 1, 0};
+    struct served v = {0};
+    struct t_conn c;
+    s_start(&v, s, &c);
+    x_greet(&c, mode);
+    x_queries(&c);
+    X_SAYS(x_meta(&c, 10, "own", all),
+           "1=base:allocation 2=qemu:dirty-bitmap:b 3=x-t:a:b ");
+    CHECK(lie_go(&c, "own") >> 31 == 1); /* NBD_REP_ERR_BLOCK_SIZE_REQD */
+    x_enter(&c, "own");
+    X_SAYS(x_status(&c, 0, 0, 65536, NULL),
+           "1:65536/3 2:512/1,65024/0 3:65536/2147483650 ");
+    X_SAYS(x_status(&c, REQ_ONE, 0, 4096, NULL),
+           "1:4096/3 2:512/1 3:4096/2147483650 ");
+    t_hold(&x_is_silent, 1);
+    X_SAYS(x_status(&c, 0, 512, 512, NULL), "!5 ");
+    if (mode == 2) X_SAYS(x_status(&c, 0, 512, 512, both + 1), "1:512/3 ");
+    t_hold(&x_is_silent, 0);
+    X_SAYS(x_status(&c, 0, 512, 512, NULL),
+           "1:512/3 2:512/0 3:512/2147483650 ");
+    if (mode == 2) {
+      X_SAYS(x_status(&c, 0, 0, 512, both), "1:512/3 3:512/2147483650 ");
+      X_SAYS(x_status(&c, 0, 0, 512, twice), "!22 ");
+      X_SAYS(x_status(&c, 0, 0, 512, more), "!22 ");
+      X_SAYS(x_status(&c, 0, 0, 512, none), "!22 ");
+      X_SAYS(x_status(&c, 0, 0, 512, four), "!22 ");
+    }
+    t_close(&c);
+    CHECK(s_end(&v) == 0);
+  }
+  nbdserve_free(s);
+}
+
+static int x_many(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
+                  struct nbdserve_extents *out) {
+  uint64_t end = off + len;
+  (void)ctx, (void)flags;
+  for (; off < end; off += 512)
+    if (nbdserve_extent(out, 512, off / 512 % 2)) return 0;
+  return 0;
+}
+
+/* A reply has 128 Ki extents at most, whatever contexts they are of */
+static void u_manyextents(void) {
+  static const char *const all[] = {"base:allocation", "x:y", NULL};
+  static const struct nbdserve_ops ops = {
+      .read = r_read, .extents = x_many, .close = r_close};
+  const char *contexts[] = {"x:y", NULL};
+  struct nbdserve_export e = r_export(r_new(65536), 0);
+  struct nbdserve *s;
+  unsigned n;
+  e.ops = &ops;
+  e.size = 1 << 30;
+  e.contexts = contexts;
+  CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == 0);
+  for (n = 1; n <= 2; n++) {
+    struct t_reply r = {0};
+    struct served v = {0};
+    struct t_conn c;
+    unsigned i, k;
+    s_start(&v, s, &c);
+    x_greet(&c, 1);
+    x_meta(&c, 10, "", all + 2 - n);
+    x_enter(&c, "");
+    CHECK(t_send(&c, 0, STATUS, 7, 1024, (1u << 30) - 1024, NULL) == 0);
+    for (i = 0; i < n; i++) {
+      CHECK(t_recv(&c, &r) && r.done == (i == n - 1) && r.chunk == 5);
+      CHECK(t_get(r.data, 4) == (i == n - 1 ? 2 : 1));
+      CHECK(r.len == 4 + 8 * (131072 / n));
+      for (k = 0; k < 131072 / n; k++)
+        CHECK(t_get(r.data + 4 + 8 * k, 8) == (UINT64_C(512) << 32 | k % 2));
+    }
+    CHECK(t_do(&c, 0, STATUS, 0, 4096, NULL) == 0);
+    t_close(&c);
+    CHECK(s_end(&v) == 0);
+    free(r.data);
+  }
+  nbdserve_free(s);
+}
+
+/* Up to 16 contexts beside base:allocation are selected at once, and one more
+ * selects none; names that are not possible are refused */
+static void u_manycontexts(void) {
+  static const char *const bad[] = {"base:x", "x", ":x", "", "x:\xff", NULL};
+  static char name[18][20], longest[4100];
+  const char *contexts[19] = {NULL};
+  const char *two[3] = {"x:y", "x:y", NULL};
+  struct nbdserve_export e = r_export(r_new(65536), 0);
+  struct nbdserve *s;
+  int i, n;
+  e.ops = &x_ops;
+  e.contexts = two;
+  CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == -EINVAL);
+  for (i = 0; bad[i]; i++) {
+    two[1] = bad[i];
+    CHECK(nbdserve_add(s, &e) == -EINVAL);
+  }
+  memset(longest, 'x', 4097);
+  longest[1] = ':';
+  two[1] = longest;
+  CHECK(nbdserve_add(s, &e) == -EINVAL);
+  longest[4096] = 0;
+  e.ops = &r_least;
+  CHECK(nbdserve_add(s, &e) == -EINVAL); /* it has no extents */
+  e.ops = &x_ops;
+  CHECK(nbdserve_add(s, &e) == 0); /* for clients that ask for "" */
+  for (i = 0; i < 17; i++) {
+    sprintf(name[i], "x:%d", i);
+    contexts[i] = name[i];
+  }
+  e.name = "many";
+  e.contexts = contexts;
+  CHECK(nbdserve_add(s, &e) == 0);
+  for (n = 16; n <= 17; n++) {
+    struct served v = {0};
+    struct t_conn c;
+    const char *p;
+    s_start(&v, s, &c);
+    x_greet(&c, 2);
+    contexts[16] = n == 16 ? "base:allocation" : name[16];
+    contexts[17] = n == 16 ? NULL : "base:allocation";
+    p = x_meta(&c, 10, "many", contexts);
+    CHECK(n == 16 ? strchr(p, '!') == NULL : !strcmp(p, "!9 "));
+    x_enter(&c, "many");
+    p = x_status(&c, 0, 0, 512, NULL);
+    if (n == 17) X_SAYS(p, "!22 ");
+    for (i = 0; n == 16 && i < 17; i++)
+      CHECK((p = strchr(p, ' ')) != NULL && p++);
+    CHECK(n == 17 || !*p);
+    t_close(&c);
+    CHECK(s_end(&v) == 0);
+  }
+  nbdserve_free(s);
+}
+
+#if !NBDSERVE_NO_CAS
+static const char *x_changes[2]; /* contexts that the store's exports offer */
+
+static int x_find(void *ctx, const char *name, struct nbdserve_export *out) {
+  out->contexts = *x_changes ? x_changes : NULL;
+  return nbdserve_cas_volume(ctx, name, out);
+}
+
+/* Begins a handshake that selects what has changed since v@1 and v@2 */
+static void x_select(struct nbdserve *s, struct served *v, struct t_conn *c,
+                     const char *name, const char *expected) {
+  static const char *const queries[] = {"qemu:dirty-bitmap:2",
+                                        "qemu:dirty-bitmap:1", NULL};
+  s_start(v, s, c);
+  x_greet(c, 1);
+  X_SAYS(x_meta(c, 10, name, queries), expected);
+}
+
+/* Contexts of a store: data and changes are of the volume that SET has found,
+ * whatever is called so by then; what is selected is not removed, and let go of
+ * by the next SET, by entering something else and by leaving */
+static void u_changes(void) {
+  static const char *const none[] = {NULL};
+  const char *const both = "3=qemu:dirty-bitmap:1 4=qemu:dirty-bitmap:2 ";
+  char path[500];
+  struct nbdserve_config config = {.version = NBDSERVE_VERSION_NUMBER,
+                                   .find = x_find};
+  struct nbdserve_cas *cas = config.ctx = q_new(path, "changes", 0);
+  struct nbdserve *s;
+  struct served v = {0};
+  struct t_conn c;
+  CHECK(nbdserve_new(&s, &config) == 0);
+  CHECK(nbdserve_cas_create(cas, "v", 65536) == 0);
+  CHECK(nbdserve_cas_snapshot(cas, "v@1") == 0);
+  q_put(cas, "v", 8192, 4096, 'a');
+  CHECK(nbdserve_cas_snapshot(cas, "v@2") == 0);
+  q_put(cas, "v", 20480, 10, 'b');
+  x_select(s, &v, &c, "v", both);
+  CHECK(nbdserve_cas_rm(cas, "v@1") == -EBUSY);
+  CHECK(nbdserve_cas_rename(cas, "v", "w") == 0);
+  CHECK(nbdserve_cas_rename(cas, "w@1", "w@one") == 0);
+  CHECK(nbdserve_cas_create(cas, "v", 4096) == 0);
+  x_enter(&c, "v");
+  X_SAYS(x_status(&c, 0, 0, 65536, NULL),
+         "3:8192/0,4096/1,8192/0,4096/1,40960/0 4:20480/0,4096/1,40960/0 ");
+  X_SAYS(x_status(&c, 0, 4096, 8192, NULL), "3:4096/0,4096/1 4:8192/0 ");
+  CHECK(nbdserve_cas_rm(cas, "w@one") == -EBUSY);
+  CHECK(nbdserve_cas_rm(cas, "w") != 0);
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+  CHECK(nbdserve_cas_rename(cas, "w@one", "w@1") == 0);
+
+  x_select(s, &v, &c, "w", both); /* SET anew */
+  X_SAYS(x_meta(&c, 9, "w@2", none),
+         "0=base:allocation 0=qemu:dirty-bitmap:1 ");
+  CHECK(nbdserve_cas_rm(cas, "w@1") == -EBUSY);
+  X_SAYS(x_meta(&c, 10, "w", none), "");
+  CHECK(nbdserve_cas_rm(cas, "w@1") == 0);
+  x_abort(&c, &v);
+  x_select(s, &v, &c, "w", "4=qemu:dirty-bitmap:2 "); /* enters another one */
+  CHECK(nbdserve_cas_rm(cas, "w@2") == -EBUSY);
+  x_enter(&c, "v");
+  X_SAYS(x_status(&c, 0, 0, 4096, NULL), "!22 ");
+  CHECK(nbdserve_cas_snapshot(cas, "w@3") == 0);
+  CHECK(nbdserve_cas_rm(cas, "w@2") == 0);
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+
+  *x_changes = "qemu:dirty-bitmap:4"; /* one is offered only, if it is there */
+  x_select(s, &v, &c, "w", "");
+  X_SAYS(x_meta(&c, 9, "w", none), "0=base:allocation ");
+  CHECK(nbdserve_cas_snapshot(cas, "w@4") == 0);
+  X_SAYS(x_meta(&c, 9, "w", none), "0=base:allocation 0=qemu:dirty-bitmap:4 ");
+  x_abort(&c, &v);
+  *x_changes = NULL;
+  nbdserve_free(s);
+  CHECK(nbdserve_cas_rm(cas, "w@3") == 0); /* nothing is left open */
+  CHECK(nbdserve_cas_rm(cas, "w@4") == 0);
+  CHECK(nbdserve_cas_rm(cas, "w") == 0);
+  CHECK(nbdserve_cas_close(cas) == 0);
+}
+
+/* What is lost counts as changed, also against itself */
+static void u_lostchanges(void) {
+  char path[500];
+  struct nbdserve_cas *cas = q_new(path, "lostchanges", 0);
+  struct nbdserve_extents x = {.align = 1, .max = 1000, .each = 16};
+  struct nbdserve_export e = {0};
+  struct cas_spot spot;
+  CHECK(nbdserve_cas_create(cas, "v", 65536) == 0);
+  q_put(cas, "v", 8192, 4096, 'a');
+  CHECK(nbdserve_cas_snapshot(cas, "v@1") == 0);
+  q_put(cas, "v", 20480, 4096, 'b');
+  CHECK(nbdserve_cas_volume(cas, "v@1", &e) == 0);
+  CHECK(!cas_walk(cas, *cas_root(e.ctx), 2, &spot));
+  spot.leaf->slots[2] = CAS_LOST;
+  e.ops->close(e.ctx);
+  CHECK(nbdserve_cas_volume(cas, "v", &e) == 0);
+  CHECK(!cas_walk(cas, *cas_root(e.ctx), 2, &spot));
+  spot.leaf->slots[2] = CAS_LOST;
+  x.context = cas_find(cas, "v@1", 3, VIEW_NOW)->id;
+  x.left = 65536;
+  CHECK(e.ops->extents(e.ctx, 0, 65536, 0, &x) == 0 && x.n == 5);
+  CHECK(t_get(x.data, 8) == 8192 && t_get(x.data + 8, 8) == 0);
+  CHECK(t_get(x.data + 16, 8) == 4096 && t_get(x.data + 24, 8) == 1);
+  CHECK(t_get(x.data + 48, 8) == 4096 && t_get(x.data + 56, 8) == 1);
+  NBDSERVE_FREE(x.data);
+  e.ops->close(e.ctx);
+  _exit(0); /* the store is not to be written now */
+}
+#else
+static void u_changes(void) {}
+
+static void u_lostchanges(void) {}
+#endif
 
 static int h_holds; /* writes do not return (t_hold) */
 
@@ -14097,6 +14659,11 @@ static const struct {
     {"fuazero", u_fuazero},
     {"serialmix", u_serialmix},
     {"givenback", u_givenback},
+    {"contexts", u_contexts},
+    {"manycontexts", u_manycontexts},
+    {"manyextents", u_manyextents},
+    {"changes", u_changes},
+    {"lostchanges", u_lostchanges},
     {"fullhands", u_fullhands},
     {"silent", u_silent},
     {"flooded", u_flooded},

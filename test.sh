@@ -7800,14 +7800,14 @@ testChangedBlocksAreThoseOfAQcow2Bitmap() {
   qemu-nbd -r -t -f qcow2 -B b -k "$T/q" "$T/q.qcow2" &
   peer=$!
   await '[ -S "$T/q" ]'
-  does nbdinfo --map=qemu:dirty-bitmap:b "nbd+unix:///?socket=$T/q" >"$T/theirs"
+  nbdinfo --map=qemu:dirty-bitmap:b "nbd+unix:///?socket=$T/q" >"$T/theirs"
   kill $peer
   wait $peer 2>/dev/null
   assertEquals "$(cat "$T/theirs")" "$(cat "$T/ours")"
   assertEquals 'ranges' 4 "$(grep -c dirty "$T/ours")"
   image=driver=nbd,server.type=unix,server.path=$SOCK
   image=$image,x-dirty-bitmap=qemu:dirty-bitmap:b
-  does qemu-img map --output=json --image-opts "$image" >"$T/map"
+  qemu-img map --output=json --image-opts "$image" >"$T/map"
   assertEquals 'dirty is no data' 4 "$(grep -c '"data": false' "$T/map")"
 }
 testIncrementalBackupOfAVolumeThatIsBeingWritten() {
@@ -7820,7 +7820,7 @@ testIncrementalBackupOfAVolumeThatIsBeingWritten() {
   serve "$S::"
   nbd_python <<END
 import subprocess, threading
-at = lambda name: uri.replace(":///", ":///" + name)
+at = lambda name: "nbd+unix:///" + name + "?socket=$SOCK"
 other = nbd.NBD()
 other.connect_uri(at("v"))
 stop = False

@@ -8929,10 +8929,9 @@ int nbdserve_listen(struct nbdserve *s, const char *address) {
   return 0;
 }
 
-/* See nbdserve.h.  The first listener counts. */
-int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
-  const struct srv_listener *l = s->listeners;
-  if (!s->nlisteners || !*l->text) return -ENOENT;
+/* Writes the URI of an export at a listener, as nbdserve_uri. */
+static int srv_uri(const struct srv_listener *l, const char *name, char *buf,
+                   size_t size) {
   int n = snprintf(buf, size, "nbd%s://%s/", l->is_unix ? "+unix" : "",
                    l->is_unix ? "" : l->text);
   if ((size_t)n >= size) return -ERANGE;
@@ -8941,6 +8940,12 @@ int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
   size_t end = strlen(buf);
   snprintf(buf + end, size - end, "?socket="); /* no room: nor for the path */
   return u_append_uri(buf, size, l->text) ? 0 : -ERANGE;
+}
+
+/* See nbdserve.h.  The first listener counts. */
+int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
+  if (!s->nlisteners || !*s->listeners->text) return -ENOENT;
+  return srv_uri(s->listeners, name, buf, size);
 }
 
 /* ---- Signals from other threads and handlers ----------------------------- */
@@ -9280,7 +9285,7 @@ void nbdserve_free(struct nbdserve *s) {
 enum {
   CLI_FAILED = 1,     /* a message says why */
   CLI_USAGE = 2,      /* the command line makes no sense */
-  CLI_DAMAGED = 3,    /* verify found damage */
+  CLI_DAMAGED = 3,    /* a store is damaged */
   CLI_IN_USE = 4,     /* somebody else has the target */
   CLI_BY_SIGNAL = 128 /* as a shell says it: plus the number of the signal */
 };
@@ -10477,6 +10482,11 @@ static int cli_split_operands(struct cli_job *job) {
   return 0;
 }
 
+/* Is that the id of a snapshot, and not its name? */
+static int cli_is_id(const char *name) {
+  return strncmp(name, "sha256-", 7) == 0;
+}
+
 /* Turns the error of a command into a text.  nbdserve.h gives some of them a
  * meaning of their own. */
 static const char *cli_why(const struct cli_verb *verb,
@@ -10496,7 +10506,7 @@ static const char *cli_why(const struct cli_verb *verb,
     return "no space left; what it took is free in the store, and gc gives it "
            "to the file system";
   if (err != -EINVAL) return u_errno_text(err);
-  if (strncmp(op->name, "sha256-", 7) == 0 && change != NBDSERVE_CAS_CREATE)
+  if (cli_is_id(op->name) && change != NBDSERVE_CAS_CREATE)
     return "several snapshots have that id, or it cannot be used here";
   if (change == NBDSERVE_CAS_ROLLBACK || verb->run == cli_do_seal)
     return "not a snapshot: that is VOLUME@NAME";
@@ -10535,6 +10545,7 @@ static int cli_run_job(struct cli_job *job) {
   if (!(err == -EUCLEAN && job->nrows) && !(err == -EPIPE && flags & VERB_ROWS))
     cli_say_to(job->fds.messages, job->request.json, "%s %.999s%s%.999s: %s",
                job->verb->name, name, *to ? " " : "", to, why);
+  if (err == -EINVAL && !cli_is_id(op->name)) return CLI_USAGE;
   return err == -EUCLEAN ? CLI_DAMAGED : CLI_FAILED;
 }
 
@@ -10681,6 +10692,7 @@ static int cli_open_store(const char *path, uint32_t flags,
   snprintf(cli.ctl_path, sizeof cli.ctl_path, "%s.ctl", cli.store);
   do {
     err = nbdserve_cas_open(path, &options, &cli.cas);
+    if (err == -EBUSY && !cli_is_store(path)) err = -EINVAL;
     if (err != -EBUSY) break;
     if (lstat(cli.ctl_path, &ctl) == 0 && ctl.st_uid != st.st_uid &&
         ctl.st_uid != geteuid() && ctl.st_uid != 0)
@@ -10693,10 +10705,10 @@ static int cli_open_store(const char *path, uint32_t flags,
   if (err == -EOPNOTSUPP)
     cli_failed("%s: a store of another format version than 2", path);
   if (err == -EUCLEAN && flags & NBDSERVE_CAS_ACCEPT_LOSS)
-    cli_failed("%s: damaged beyond repair", path);
+    cli_die(CLI_DAMAGED, "%s: damaged beyond repair", path);
   if (err == -EUCLEAN)
-    cli_failed("%s: damaged; `nbdserve repair %s%s` goes on", path,
-               flags & NBDSERVE_CAS_REPAIR ? "--accept-loss " : "", path);
+    cli_die(CLI_DAMAGED, "%s: damaged; `nbdserve repair %s%s` goes on", path,
+            flags & NBDSERVE_CAS_REPAIR ? "--accept-loss " : "", path);
   assert(!err == !!cli.cas);
   if (err) return err;
   struct nbdserve_cas_stat stat;
@@ -11116,7 +11128,7 @@ static void cli_open_target(const char *text, const char *path,
     if (flat.offset || flat.size) why = "--offset and --size reach beyond it";
     if (strncmp(path, "mem:", 4) == 0 &&
         !u_parse_number(path + 4, INT64_MAX, &flat.size))
-      why = "not a size behind mem: (as in mem:1G)";
+      cli_usage("%s: not a size behind mem: (as in mem:1G)", text);
     cli_failed("%s: %s", text, why);
   }
   if (*hint) cli_failed("%s: %s%s", text, u_errno_text(err), hint);
@@ -11380,18 +11392,34 @@ static void cli_notify(void) {
   close(fd);
 }
 
-/* May the pidfile take the place of the file at path?  Of a symbolic link or a
- * file that is empty or has a number, as one that was left behind; anything
- * else may be an image that was named by mistake. */
-static int cli_is_pidfile(const char *path) {
+/* Ends the process unless the pidfile may take the place of the file at path:
+ * of a symbolic link or a file that is empty or has a number, as one that was
+ * left behind.  One that is locked belongs to a server that runs; anything else
+ * may be an image that was named by mistake. */
+static void cli_check_pidfile(const char *path) {
   char text[32] = "";
   struct stat st;
-  if (lstat(path, &st) < 0 || S_ISLNK(st.st_mode)) return 1;
-  if (!S_ISREG(st.st_mode) || st.st_size >= (off_t)sizeof text) return 0;
-  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  if (lstat(path, &st) < 0 || S_ISLNK(st.st_mode)) return;
+  int is_small = S_ISREG(st.st_mode) && st.st_size < (off_t)sizeof text;
+  int fd = is_small ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+  if (fd >= 0 && os_lock_file(fd, 1) == -EBUSY)
+    cli_die(CLI_IN_USE, "%s: the pidfile of a server that runs", path);
   ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
   close(fd);
-  return n >= 0 && strspn(text, "0123456789\n") == (size_t)st.st_size;
+  if (n < 0 || strspn(text, "0123456789\n") != (size_t)st.st_size)
+    cli_failed("%s: exists and is not a pidfile; not replaced", path);
+}
+
+/* The URIs of the unix socket and the TCP port, each with a newline. */
+static void cli_spell_uris(char *uris, size_t size) {
+  const struct srv_listener *l = cli.server->listeners;
+  char other[sizeof cli.uri] = "";
+  for (int i = 1; i < cli.server->nlisteners && !*other; i++)
+    if (l[i].is_unix != l->is_unix && *l[i].text &&
+        srv_uri(&l[i], cli.export_name, other, sizeof other))
+      cli_failed("%s: too long for a URI", cli.export_name);
+  snprintf(uris, size, "%s%s%s%s", cli.uri, *cli.uri ? "\n" : "", other,
+           *other ? "\n" : "");
 }
 
 /* Tells everybody who wants to know that all is open and we listen.  Whoever is
@@ -11404,22 +11432,24 @@ static int cli_is_pidfile(const char *path) {
  * descriptor stays open, for os_remove_own_file: with it closed, the inode
  * number might become that of another server's pidfile. */
 static void cli_tell_ready(void) {
+  char uris[2 * sizeof cli.uri];
+  cli_spell_uris(uris, sizeof uris);
   const char *path = opt[OPT_PIDFILE].text;
   int fd = (int)opt[OPT_READY_FD].number;
-  if (path && !cli_is_pidfile(path))
-    cli_failed("%s: exists and is not a pidfile; not replaced", path);
+  if (path) cli_check_pidfile(path);
   assert(!cli.pidfile);
   if (path) cli.pidfile = cli_new_file(path, NULL);
+  if (path) cli_exit_if_error(os_lock_file(cli.pidfile, 0), path);
   if (path && dprintf(cli.pidfile, "%ld\n", (long)getpid()) < 0)
     cli_exit_if_error(-errno, path);
   if (path) cli_put_new_file();
   cli_notify();
   assert(!opt[OPT_READY_FD].given || fd > 2);
-  if (fd && ((*cli.uri && dprintf(fd, "%s\n", cli.uri) < 0) || close(fd) < 0))
+  if (fd && ((*uris && dprintf(fd, "%s", uris) < 0) || close(fd) < 0))
     cli_exit_if_error(-errno, "--ready-fd");
   if (opt[OPT_RUN].given)
     cli_start_child();
-  else if (*cli.uri && dprintf(1, "%s\n", cli.uri) < 0 && errno != EBADF)
+  else if (*uris && dprintf(1, "%s", uris) < 0 && errno != EBADF)
     /* EBADF: it was closed when we were started, so nobody wants it */
     cli_exit_if_error(-errno, "standard output");
   if (cli.ready_pipe < 0) return;
@@ -11547,7 +11577,7 @@ static void cli_help(void) {
   cli_help_verbs();
   puts("\nNumbers take K, M, G, T, P and E (powers of 1024).  Once it\n"
        "listens it prints the URI.  Exit status: 0 success, 1 failure,\n"
-       "2 usage, 3 verify found damage, 4 in use by another process, or\n"
+       "2 usage, 3 a store is damaged, 4 in use by another process, or\n"
        "the status of CMD.");
 }
 

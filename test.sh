@@ -5636,6 +5636,47 @@ testPidfileReplacesOnlyWhatMayBeAPidfile() {
   done
   assertEquals 'six lines' "$(cat "$T/text")"
 }
+testPidfileOfARunningServerIsNotTakenOver() {
+  serve -P "$T/pid" "$DISK"
+  run -P "$T/pid" mem:1M
+  assertEquals 4 "$STATUS"
+  says "$T/pid: the pidfile of a server that runs"
+  assertEquals "$PID" "$(cat "$T/pid")"
+  stop TERM
+}
+testEachSocketsUriIsPrinted() {
+  unless NO_TCP || return 0
+  OUT=$T/uris
+  mkfifo "$OUT"
+  spawn -U "$T/s" -p 0 -e x --ready-fd 5 "$DISK" 5>"$T/ready"
+  timeout 20 head -n 2 "$OUT" >"$T/both"
+  spawned
+  assertEquals "nbd+unix:///x?socket=$T/s" "$(head -n 1 "$T/both")"
+  assertTrue "$(cat "$T/both")" \
+    "sed -n 2p '$T/both' | grep -Eqx 'nbd://127.0.0.1:[0-9]+/x'"
+  assertEquals "$(cat "$T/both")" "$(cat "$T/ready")"
+  client hello "$(sed -n 's,nbd://\(.*\)/x,\1,p' "$T/both")"
+  stop TERM
+}
+testDamagedStoresEndCommandsAndServersWith3() {
+  store || return 0
+  noise 8000000 >"$T/in"
+  cas 0 import "$S::v" "$T/in"
+  truncate -s 2M "$S"
+  for command in "verify $S" "list $S" "$S::" "repair $S"; do
+    # shellcheck disable=SC2086
+    cas 3 $command
+    says 'damaged; `nbdserve repair'
+  done
+}
+testWhatIsNoStoreIsNotWaitedFor() {
+  unless NO_CAS || return 0
+  serve "$DISK" # locks it
+  start=$(date +%s)
+  cas 1 list "$DISK"
+  says "$DISK: not a store"
+  assertTrue 'at once' "[ $(($(date +%s) - start)) -lt 3 ]"
+}
 testFailedStartLeavesTheOthersPidfileAndSocket() {
   serve -P "$T/pid" "$DISK"
   run -P "$T/pid" -U "$SOCK" "$DISK"
@@ -6145,29 +6186,31 @@ testOptionsThatACommandDoesNotTakeAreRefused() {
   names
   assertEquals 'v ' "$GOT"
 }
-testMessagesOfCommandsSayWhatIsWrong() {
+testMessagesAndStatusOfCommandsSayWhatIsWrong() {
   store && cas 0 create "$S::v" 1M && cas 0 snapshot "$S::v@s" || return 0
   while read -r command; do
     echo "$command" >"$T/line"
     read -r words <"$T/line"
     # shellcheck disable=SC2086
-    cas 1 ${words%% |*}
+    cas ${words%% |*}
     says "^nbdserve: .*: ${words##*| }\$"
   done <<END
-rollback $S::v | not a snapshot: that is VOLUME@NAME
-seal $S::v | not a snapshot: that is VOLUME@NAME
-resize $S::v@s 1M | a snapshot keeps its size
-snapshot $S::v | a snapshot is called VOLUME@NAME
-rename $S::v@s x | a snapshot is called VOLUME@NAME
-rename $S::v v@t | a name with @ is a snapshot.s, of that volume
-create $S::v@t 1M | a name with @ is a snapshot.s, of that volume
-create $S::a/b 1M | not a name: 1 to 166 bytes without / @ .*
-clone $S::v sha256-x | not a name: 1 to 166 bytes .* not sha256-...
-create $S::v 1M | that name is taken
-create $S::x 7E | too large, or it cannot be combined with the others
-rm $S::x | no such volume or snapshot .list names all.
-rm $S::v | it has snapshots; remove them first
-rm $S::v@s v@s | no such volume or snapshot .list names all.
+2 rollback $S::v | not a snapshot: that is VOLUME@NAME
+2 seal $S::v | not a snapshot: that is VOLUME@NAME
+2 resize $S::v@s 1M | a snapshot keeps its size
+2 snapshot $S::v | a snapshot is called VOLUME@NAME
+2 rename $S::v@s x | a snapshot is called VOLUME@NAME
+2 rename $S::v v@t | a name with @ is a snapshot.s, of that volume
+2 create $S::v@t 1M | a name with @ is a snapshot.s, of that volume
+2 create $S::a/b 1M | not a name: 1 to 166 bytes without / @ .*
+2 clone $S::v sha256-x | not a name: 1 to 166 bytes .* not sha256-...
+2 create $S::x 7E | too large, or it cannot be combined with the others
+2 mem:abc | not a size behind mem: .as in mem:1G.
+1 create $S::v 1M | that name is taken
+1 rm $S::x | no such volume or snapshot .list names all.
+1 rm $S::v | it has snapshots; remove them first
+1 rm $S::v@s v@s | no such volume or snapshot .list names all.
+1 rollback $S::v@x | no such volume or snapshot .list names all.
 END
   run "$S::x"
   says "$S::x: no such volume or snapshot .*list $S"
@@ -6437,7 +6480,7 @@ testSealAndDiffAreCommands() {
   cas 0 snapshot "$S::v@s"
   cas 0 seal "$S::v@s"
   assertTrue "id: $(cat "$T/out")" "grep -Eqx 'sha256-[0-9a-f]{64}' '$T/out'"
-  cas 1 seal "$S::v"
+  cas 2 seal "$S::v"
   says 'seal v: not a snapshot: '
   DISK=$S::v SIZE=100000
   simple OK.1 WRITE,1,5000,4 61626364
@@ -16174,7 +16217,8 @@ static void i_edges(void) {
   x.left = 8192 - 512;
   x.max = 2;
   x.align = 1;
-  x.extended = 1;
+  x.each = 16;
+  x.room = sizeof extents;
   x.data = extents;
   CHECK(i_volume.ops->extents(i_volume.ctx, 512, x.left, 0, &x) == 0);
   CHECK(x.n == 2 && u_get64(extents) == 4096 - 512 && x.last_len == 4096);
@@ -17396,7 +17440,8 @@ static void i_zeroed(void) {
     x.left = 2 * leaf;
     x.max = 4;
     x.align = 1;
-    x.extended = 1;
+    x.each = 16;
+    x.room = sizeof extents;
     x.data = extents;
     CHECK(i_volume.ops->extents(i_volume.ctx, 0, x.left, 0, &x) == 0);
     CHECK(x.n > 0 && u_get64(extents + 8) == 0);

@@ -2323,27 +2323,12 @@ struct nbdserve_extents {
   uint64_t last_len; /* of the last extent so far */
   uint32_t last_status;
   unsigned char *data; /* the reply, */
-  size_t room;         /* bytes that there are for it, */
   size_t begin;        /* and where the extents of this chunk begin */
 };
 
 /* See nbdserve.h. */
 unsigned nbdserve_extents_context(const struct nbdserve_extents *x) {
   return x->context;
-}
-
-/* Sees to it that the reply has room for one more extent; false: there is no
- * memory. */
-static int ex_make_room(struct nbdserve_extents *x) {
-  size_t used = x->begin + x->each * x->n;
-  if (used + x->each <= x->room) return 1;
-  unsigned char *larger = NBDSERVE_MALLOC(2 * used + 1024);
-  if (!larger) return 0;
-  if (x->room) memcpy(larger, x->data, (size_t)u_min(used, x->room));
-  NBDSERVE_FREE(x->data);
-  x->data = larger;
-  x->room = 2 * used + 1024;
-  return 1;
 }
 
 /* Adds len bytes to the extents of the chunk: to the last one, if the status is
@@ -2355,13 +2340,12 @@ static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
   x->left -= len;
   if (x->n && x->last_status == status) {
     x->last_len += len;
-  } else if (x->n < x->max && ex_make_room(x)) {
+  } else if (x->n < x->max) {
     x->n++;
     x->last_len = len;
     x->last_status = status;
   } else {
     x->left = 0;
-    return;
   }
   unsigned char *p = x->data + x->begin + x->each * (x->n - 1);
   if (x->each == WIRE_EXT_EXTENT_LEN) {
@@ -2407,7 +2391,6 @@ static int ex_put_chunk(struct ex *ex, const struct nbdserve_req *r,
   x->begin = chunk + wire_chunk_len(r->mode) + head;
   x->left = r->len;
   x->overhang = x->n = 0;
-  if (!ex_make_room(x)) return -ENOMEM;
   int err = ex_call(ex, r, x);
   if (!err && x->lied)
     err = ex_lied(ex->server, ex->pub.name, "extents",
@@ -2439,16 +2422,18 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   if (r->mode != MODE_EXTENDED) x.each /= 2;
   for (unsigned i = 0; i < r->contexts->n; i++)
     nasked += r->asked >> i & 1;
-  x.max = (unsigned)u_min(ex->pub.max_request / WIRE_EXT_EXTENT_LEN,
-                          EX_EXTENTS / nasked);
-  if (r->flags & NBD_CMD_FLAG_REQ_ONE) x.max = 1;
+  uint64_t most = ex->pub.max_request / WIRE_EXT_EXTENT_LEN;
+  most = u_min(u_min(most, EX_EXTENTS / nasked), r->len / x.align + 1);
+  x.max = r->flags & NBD_CMD_FLAG_REQ_ONE ? 1 : (unsigned)most;
+  size_t each = WIRE_EXT_CHUNK_LEN + 8 + x.each * x.max;
+  x.data = r->buf = r->owned = NBDSERVE_MALLOC(nasked * each);
+  if (!x.data) return -ENOMEM;
   for (unsigned i = 0; i < r->contexts->n && !err; i++) {
     if (!(r->asked >> i & 1)) continue;
     x.context = r->contexts->number[i];
     r->more_chunks = --nasked > 0;
     err = ex_put_chunk(ex, r, &x);
   }
-  r->buf = r->owned = x.data;
   r->status_len = x.begin + x.each * x.n;
   return err;
 }
@@ -10296,8 +10281,7 @@ static int cli_do_uri(struct cli_job *job) {
 static int cli_is_data(const struct nbdserve_export *v, uint64_t off,
                        uint64_t *end) {
   unsigned char extent[WIRE_EXT_EXTENT_LEN];
-  struct nbdserve_extents x = {
-      .align = 1, .max = 1, .each = sizeof extent, .room = sizeof extent};
+  struct nbdserve_extents x = {.align = 1, .max = 1, .each = sizeof extent};
   x.left = v->size - off;
   x.data = extent;
   *end = v->size;

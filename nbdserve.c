@@ -2601,9 +2601,8 @@ struct conn {
   uint64_t export_size;
   struct ex *chosen;    /* what the last SET_META_CONTEXT has found, or NULL, */
   uint64_t chosen_size; /* its size, */
-  char chosen_name[WIRE_STRING_MAX + 1]; /* by what name, */
-  struct wire_contexts contexts;         /* and what is selected there, */
-  int has_contexts;                      /* for `export` */
+  struct wire_contexts contexts; /* and what is selected there, */
+  int has_contexts;              /* for `export` */
   unsigned transmission_flags;
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n); /* or NULL */
   /* -- the option that is being answered */
@@ -2616,8 +2615,7 @@ struct conn {
   size_t needed;        /* bytes that are to be there of the next request */
   int after_long_write; /* another one is likely: see tx_receive */
   /* -- the batch */
-  struct nbdserve_req batch[TX_BATCH];
-  size_t nbatch;
+  size_t nbatch;    /* requests in batch[] */
   size_t wbuf_used; /* bytes of slots, or of replies to options, in wbuf */
   unsigned flushes_to_workers; /* so many of the next: see tx_flush_alone */
   /* -- sending */
@@ -2641,7 +2639,9 @@ struct conn {
   void *spare[TX_SPARES]; /* [nspares]: see tx_take_buffer */
   size_t nspares;
   unsigned nlogged; /* failed requests that were logged */
-  /* -- the buffers, last: they are not zeroed */
+  /* -- last, and not zeroed, so that an idle client does not need the memory */
+  struct nbdserve_req batch[TX_BATCH];
+  char chosen_name[WIRE_STRING_MAX + 1]; /* of `chosen` */
   unsigned char rbuf[CONN_RBUF];
   unsigned char wbuf[CONN_WBUF];
 };
@@ -8982,7 +8982,7 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   socklen_t len = sizeof a;
   struct conn *c = NBDSERVE_MALLOC(sizeof *c);
   if (!c) return NULL;
-  memset(c, 0, offsetof(struct conn, rbuf)); /* the rest stays untouched */
+  memset(c, 0, offsetof(struct conn, batch)); /* the rest stays untouched */
   c->s = s;
   c->fd = fd;
   c->pipe[0] = -1;

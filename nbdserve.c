@@ -1652,7 +1652,7 @@ static uint32_t wire_error(int err) {
  * With NO_THREADS all are of the last kind: nobody could shut one down.  During
  * the handshake all of them wait in poll(), for the deadline.  Sending waits
  * in poll(), for the time in total, and never in the kernel, but for a tenth of
- * a second in io_send_spliced. */
+ * a second for spliced data. */
 
 enum {
   IO_GRACE_MS = 5000, /* from nbdserve_stop on, for what is under way */
@@ -1807,44 +1807,33 @@ static ssize_t io_write_pipe(int fd, const struct iovec *v) {
   return -1;
 }
 
-/* Sends all of v[0..n), which it uses up.  more: MSG_MORE if something follows
- * at once, or 0.  0, -ETIMEDOUT when the peer takes too long in total (I2), or
- * -errno. */
-static int io_send(const struct io *io, struct iovec *v, int n, int more) {
-  int64_t until = 0; /* fixed when the peer first makes us wait */
-  size_t total = 0;
-  assert(n > 0);
+/* Sends all of v[0..n), which it uses up, and behind it `spliced` bytes that a
+ * pipe holds.  0, -ETIMEDOUT when the peer takes too long in total (I2), or
+ * -errno.  Where os_splice waits in the kernel, that ends by the time limit of
+ * os_splice_pipe. */
+static int io_send(const struct io *io, struct iovec *v, int n, int pipe,
+                   size_t spliced) {
+  int flags = MSG_DONTWAIT | MSG_NOSIGNAL | (spliced ? MSG_MORE : 0);
+  size_t total = spliced;
   for (int i = 0; i < n; i++)
     total += v[i].iov_len;
-  while (n > 0) {
+  /* Else it is fixed when the peer first makes us wait. */
+  int64_t until = spliced ? io_until(io, total) : 0;
+  while (n > 0 || spliced > 0) {
+    if (until && os_now_ms() >= until) return -ETIMEDOUT;
     struct msghdr m = {.msg_iov = v, .msg_iovlen = (unsigned)n};
-    ssize_t done = sendmsg(io->out, &m, MSG_DONTWAIT | MSG_NOSIGNAL | more);
+    ssize_t done = n > 0 ? sendmsg(io->out, &m, flags)
+                         : os_splice(pipe, NULL, io->out, spliced);
     if (done < 0 && errno == ENOTSOCK) done = io_write_pipe(io->out, v);
-    if (done >= 0) {
+    assert(done <= (ssize_t)total);
+    if (done >= 0 && n > 0)
       os_advance(&v, &n, (size_t)done);
-      if (until && n > 0 && os_now_ms() >= until) return -ETIMEDOUT;
-      continue;
-    }
-    if (errno == EINTR) continue;
+    else if (done >= 0)
+      spliced -= (size_t)done;
+    if (done >= 0 || errno == EINTR) continue;
     if (errno != EAGAIN && errno != EWOULDBLOCK) return -errno;
     if (!until) until = io_until(io, total);
     int err = io_wait_ready(io, io->out, POLLOUT, until);
-    if (err) return err;
-  }
-  return 0;
-}
-
-/* Sends len bytes that are in a pipe; otherwise as io_send.  Where it waits in
- * the kernel, that ends by the time limit of os_splice_pipe. */
-static int io_send_spliced(const struct io *io, int pipe, size_t len) {
-  int64_t until = io_until(io, len);
-  while (len > 0) {
-    ssize_t n = os_splice(pipe, NULL, io->out, len);
-    assert(n <= (ssize_t)len);
-    if (n > 0) len -= (size_t)n;
-    if (n == 0 || (n < 0 && errno != EINTR && errno != EAGAIN))
-      return n ? -errno : -EPIPE;
-    int err = len > 0 ? io_wait_ready(io, io->out, POLLOUT, until) : 0;
     if (err) return err;
   }
   return 0;
@@ -2547,9 +2536,7 @@ struct conn {
 static int conn_send(struct conn *c, struct iovec *v, int n, size_t spliced) {
   os_lock(&c->send_lock);
   if (!c->send_err && (n || spliced)) {
-    if (n) c->send_err = io_send(&c->io, v, n, spliced ? MSG_MORE : 0);
-    if (spliced && !c->send_err)
-      c->send_err = io_send_spliced(&c->io, *c->pipe, spliced);
+    c->send_err = io_send(&c->io, v, n, *c->pipe, spliced);
     if (c->send_err) shutdown(c->io.out, SHUT_RDWR);
   }
   int err = c->send_err;

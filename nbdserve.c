@@ -80,8 +80,7 @@
  *   6. flat.region[], then .lock: a block of a temporary export while it comes
  *                         to the overlay; what is there; what a file has turned
  *                         out not to support
- *   7. nbdserve_cas.ckpt, then .lock: see [11]
- *   8. io_stop.lock       the moment at which the grace ends */
+ *   7. nbdserve_cas.ckpt, then .lock: see [11] */
 
 /* ==== [1] CONFIG (NBDSERVE_) =============================================
  * Set these with -D.  The NO_ and ONLY switches are 0 or 1; 1 takes a feature
@@ -1659,20 +1658,14 @@ enum {
   IO_UNIT = 1 << 20   /* bytes that must move within stall_ms */
 };
 
-/* How a server tells its connections that it stops. */
-struct io_stop {
-  int pipe[2];            /* fixed; readable from nbdserve_stop on, for good */
-  struct os_monitor lock; /* guards grace_end */
-  int64_t grace_end;      /* in os_now_ms; 0: nobody has seen the stop so far */
-};
-
 struct io {
   /* -- fixed */
-  int in;               /* socket or pipe that the client's bytes come from */
-  int out;              /* the same, or another one, that replies go to */
-  struct io_stop *stop; /* the server's */
-  int64_t stall_ms;     /* (I2) */
-  int polls;            /* wait in poll() for a request, not in recv() */
+  int in;   /* socket or pipe that the client's bytes come from */
+  int out;  /* the same, or another one, that replies go to */
+  int stop; /* how the server says that it stops: readable from nbdserve_stop
+               on, for good; first comes when that was, by os_now_ms */
+  int64_t stall_ms; /* (I2) */
+  int polls;        /* wait in poll() for a request, not in recv() */
   /* -- written in the handshake, then 0 */
   int64_t deadline; /* in os_now_ms; 0: none */
   /* -- the client's thread only */
@@ -1682,14 +1675,11 @@ struct io {
   int at_end;          /* the peer has closed its side */
 };
 
-/* When the grace is over: the first who asks starts it, for all (I3). */
-static int64_t io_grace_end(struct io_stop *stop) {
-  os_lock(&stop->lock);
-  if (!stop->grace_end) stop->grace_end = os_now_ms() + IO_GRACE_MS;
-  int64_t end = stop->grace_end;
-  os_unlock(&stop->lock);
-  assert(end > 0);
-  return end;
+/* When the grace of a server that stops is over (I3). */
+static int64_t io_grace_end(int stop) {
+  int64_t stopped;
+  ssize_t n = recv(stop, &stopped, sizeof stopped, MSG_PEEK | MSG_DONTWAIT);
+  return (n == sizeof stopped ? stopped : os_now_ms()) + IO_GRACE_MS;
 }
 
 /* By when n bytes that are asked for now must have moved (I2), (H3). */
@@ -1713,7 +1703,7 @@ static int io_wait_input(struct io *io, int64_t until) {
   /* Of a pipe for replies poll() says when nobody reads it any more. */
   int replies = io->out == io->in ? -1 : io->out;
   struct pollfd p[3] = {{.fd = io->in, .events = POLLIN},
-                        {.fd = io->stop->pipe[0], .events = POLLIN},
+                        {.fd = io->stop, .events = POLLIN},
                         {.fd = replies, .events = 0}};
   while (!io->stopping) {
     int timeout = until ? io_timeout(until) : -1;
@@ -1741,7 +1731,7 @@ static int io_wait_input(struct io *io, int64_t until) {
 static int io_wait_ready(const struct io *io, int fd, short events,
                          int64_t until) {
   struct pollfd p[2] = {{.fd = fd, .events = events},
-                        {.fd = io->stop->pipe[0], .events = POLLIN}};
+                        {.fd = io->stop, .events = POLLIN}};
   int slice = (int)u_min((uint64_t)io->stall_ms / 8 + 1, INT_MAX);
   for (;;) {
     int timeout = io_timeout(until);
@@ -1910,7 +1900,7 @@ struct srv_listener {
 struct nbdserve {
   /* -- fixed after nbdserve_new (the command sets find and list later) */
   struct nbdserve_config config; /* defaults filled in */
-  struct io_stop stop;
+  int stop[2];    /* pipe: nbdserve_stop was called, and when: see struct io */
   int wake[2];    /* pipe: nbdserve_wake was called, and nothing else */
   int noticed[2]; /* pipe: a client has left; nbdserve_run looks around */
   /* -- the thread that calls nbdserve_run */
@@ -8397,13 +8387,12 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   struct nbdserve *s = u_zalloc(sizeof *s);
   if (!s) return -ENOMEM;
   os_monitor_init(&s->lock);
-  os_monitor_init(&s->stop.lock);
   s->config = k;
   s->last_export = &s->exports;
-  memset(s->stop.pipe, -1, sizeof s->stop.pipe); /* all bits set: -1 */
+  memset(s->stop, -1, sizeof s->stop); /* all bits set: -1 */
   memset(s->wake, -1, sizeof s->wake);
   memset(s->noticed, -1, sizeof s->noticed);
-  int err = os_pipe(s->stop.pipe);
+  int err = os_pipe(s->stop);
   if (!err) err = os_pipe(s->wake);
   if (!err) err = os_pipe(s->noticed);
   if (!err) *out = s;
@@ -8646,11 +8635,12 @@ int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
 
 /* ---- Signals from other threads and handlers ----------------------------- */
 
-/* Makes a pipe readable.  Async-signal-safe, and keeps errno.  A full pipe is
- * readable already (S4). */
+/* Makes a pipe readable, by the time: see struct io.  Async-signal-safe, and
+ * keeps errno.  A full pipe is readable already (S4). */
 static void srv_poke(int fd) {
   int saved = errno;
-  (void)!write(fd, "", 1);
+  int64_t now = os_now_ms();
+  (void)!write(fd, &now, sizeof now);
   errno = saved;
 }
 
@@ -8665,7 +8655,7 @@ static int srv_take_poke(int fd) {
 
 /* See nbdserve.h.  Nobody ever empties this pipe: there is no way back. */
 void nbdserve_stop(struct nbdserve *s) {
-  srv_poke(s->stop.pipe[1]);
+  srv_poke(s->stop[1]);
 }
 
 /* See nbdserve.h. */
@@ -8704,7 +8694,7 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   c->is_tcp = a.sa.sa_family == AF_INET || a.sa.sa_family == AF_INET6;
   strcpy(c->peer, "this machine");
   srv_format_address(&a, c->peer, sizeof c->peer);
-  c->io = (struct io){.in = in, .out = out, .stop = &s->stop};
+  c->io = (struct io){.in = in, .out = out, .stop = *s->stop};
   c->io.stall_ms = s->config.stall_ms;
   /* See the table at the head of [6].  Without threads it is nbdserve_run that
    * serves: nobody would shut down. */
@@ -8816,7 +8806,7 @@ static int srv_finish(struct nbdserve *s) {
   nbdserve_unlisten(s);
   nbdserve_stop(s);
   assert(!s->nlisteners);
-  int64_t end = io_grace_end(&s->stop);
+  int64_t end = io_grace_end(*s->stop);
   for (;;) {
     int over = os_now_ms() >= end;
     if (!srv_shutdown_clients(s, over ? SHUT_RDWR : SHUT_RD)) break;
@@ -8888,7 +8878,7 @@ static void srv_tell_waiting(struct nbdserve *s, int err) {
 /* See nbdserve.h.  Rounds of: wait, look at each pipe, accept. */
 int nbdserve_run(struct nbdserve *s) {
   struct pollfd p[SRV_OWN_FDS + SRV_LISTENERS + 1] = {
-      {.fd = s->stop.pipe[0], .events = POLLIN},
+      {.fd = s->stop[0], .events = POLLIN},
       {.fd = s->wake[0], .events = POLLIN},
       {.fd = s->noticed[0], .events = POLLIN}};
   struct pollfd *l = p + SRV_OWN_FDS; /* the listeners */
@@ -8936,11 +8926,10 @@ void nbdserve_free(struct nbdserve *s) {
     ex_free(ex);
   }
   for (int i = 0; i < 2; i++) { /* -1, if nbdserve_new failed, does no harm */
-    close(s->stop.pipe[i]);
+    close(s->stop[i]);
     close(s->wake[i]);
     close(s->noticed[i]);
   }
-  os_monitor_free(&s->stop.lock);
   os_monitor_free(&s->lock);
   NBDSERVE_FREE(s);
 }
@@ -9802,7 +9791,7 @@ struct cli_verb {
  * connection has gone (or answered, if that is the server).  -ETIMEDOUT. */
 static int cli_wait(const struct cli_job *job, int fd, short events, int ms) {
   struct pollfd p[] = {{fd, events, 0},
-                       {cli.server->stop.pipe[0], POLLIN, 0},
+                       {cli.server->stop[0], POLLIN, 0},
                        {job->client, POLLIN, 0}}; /* -1 is skipped */
   while (poll(p, COUNT_OF(p), ms) < 0 && errno == EINTR)
     continue;
@@ -10273,7 +10262,7 @@ static int cli_run_remote(struct cli_job *job, int ms) {
  * sense: no system has command lines of more than 8 MiB. */
 static int cli_receive(struct cli_job *job) {
   struct io io = {.in = job->client, .out = job->client};
-  io.stop = &cli.server->stop;
+  io.stop = *cli.server->stop;
   io.stall_ms = IO_GRACE_MS;
   io.deadline = os_now_ms() + IO_GRACE_MS;
   int err = io_wait_input(&io, io.deadline);
@@ -10332,7 +10321,7 @@ static void *cli_serve_job(void *client) {
  * want of descriptors a client may have to wait; a command that gets no thread
  * is done here, and the others wait. */
 static void *cli_control(void *unused) {
-  struct io io = {.in = cli.ctl, .out = cli.ctl, .stop = &cli.server->stop};
+  struct io io = {.in = cli.ctl, .out = cli.ctl, .stop = *cli.server->stop};
   while (io_wait_input(&io, 0) == 0) {
     int client = os_accept(cli.ctl);
     void *arg = (void *)(intptr_t)client;

@@ -13213,13 +13213,14 @@ static void u_linger(void) {
   struct io io = {.stopping = 1, .stall_ms = 1000};
   pthread_t pour;
   int64_t from = t_now();
+  int64_t stopped;
   int fd[2];
   CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
   CHECK(nbdserve_new(&s, NULL) == 0);
-  nbdserve_stop(s);
-  s->stop.grace_end = os_now_ms() + 300; /* 5 s are long for a test */
+  stopped = os_now_ms() + 300 - IO_GRACE_MS; /* 5 s are long for a test */
+  CHECK(write(s->stop[1], &stopped, sizeof stopped) == sizeof stopped);
   io.in = io.out = fd[0];
-  io.stop = &s->stop;
+  io.stop = s->stop[0];
   u_recv_ms = 1; /* so there is always something */
   CHECK(pthread_create(&pour, NULL, u_pour, &fd[1]) == 0);
   io_linger(&io);

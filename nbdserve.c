@@ -1608,10 +1608,9 @@ static int req_moves_data(const struct nbdserve_req *r) {
   return cmd && cmd->has_data && r->len > 0;
 }
 
-/* The protocol's number for a -errno value (proto.md, Error values): no other
+/* The error that is sent for a request (proto.md, Error values): no other
  * number is ever sent. */
-static uint32_t wire_error(int err) {
-  assert(err <= 0);
+static uint32_t wire_error(const struct nbdserve_req *r) {
   static const struct {
     int host;
     uint32_t nbd;
@@ -1620,8 +1619,12 @@ static uint32_t wire_error(int err) {
       {ENOMEM, 12}, {EINVAL, 22},  {ENOSPC, 28},    {EDQUOT, 28},
       {EFBIG, 28},  {ENOTSUP, 95}, {EOVERFLOW, 75}, {ESHUTDOWN, 108},
   };
+  assert(r->err <= 0);
+  /* proto.md: ENOTSUP is an answer to FAST_ZERO only. */
+  int is_stray = r->err == -ENOTSUP && !(r->flags & NBD_CMD_FLAG_FAST_ZERO);
+  int err = is_stray ? EINVAL : -r->err;
   for (size_t i = 0; i < COUNT_OF(errors); i++)
-    if (errors[i].host == -err) return errors[i].nbd;
+    if (errors[i].host == err) return errors[i].nbd;
   return 5; /* EIO */
 }
 
@@ -2960,18 +2963,11 @@ static int hs_run(struct conn *c) {
 
 /* ---- Replies ------------------------------------------------------------- */
 
-/* The error that is sent for a request. */
-static uint32_t tx_error(const struct nbdserve_req *r) {
-  /* proto.md: ENOTSUP is an answer to FAST_ZERO only. */
-  int is_stray = r->err == -ENOTSUP && !(r->flags & NBD_CMD_FLAG_FAST_ZERO);
-  return wire_error(is_stray ? -EINVAL : r->err);
-}
-
 /* Writes the payload of an error chunk.  Returns its length. */
 static size_t tx_put_error(unsigned char *p, const struct nbdserve_req *r) {
   const char *text = r->refused ? r->refused : u_errno_text(r->err);
   size_t n = (size_t)u_min(strlen(text), TX_ERROR_TEXT);
-  u_put32(p, tx_error(r));
+  u_put32(p, wire_error(r));
   u_put16(p + 4, (unsigned)n);
   memcpy(p + WIRE_ERROR_LEN, text, n);
   n += WIRE_ERROR_LEN;
@@ -2998,7 +2994,7 @@ static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
   int needs_chunk = is_read || is_status || r->err;
   if (r->mode == MODE_SIMPLE || (r->mode != MODE_EXTENDED && !needs_chunk)) {
     u_put32(p, NBD_SIMPLE_REPLY_MAGIC);
-    u_put32(p + 4, tx_error(r));
+    u_put32(p + 4, wire_error(r));
     u_put64(p + 8, r->cookie);
     return WIRE_SIMPLE_REPLY_LEN;
   }

@@ -41,7 +41,7 @@
  *   a rule for requests         an `if` in tx_validate [9]
  *   a type of reply             its number in enum nbd_reply_type; when it is
  *                               sent and its head in tx_put_head, its data in
- *                               tx_data [9]
+ *                               tx_gather [9]
  *   a command-line option       a row of CLI_OPTIONS in [13]
  *   a command on stores         a row of cli_verbs in [13]
  *   a kind of target            cli_add_target in [13]
@@ -1466,17 +1466,17 @@ struct nbdserve_req {
   unsigned char *buf; /* READ: room for it, behind room for the reply's head;
                          WRITE: it; BLOCK_STATUS: extents as they are sent */
   int may_wait;       /* READ: for the medium; if 0, -EAGAIN instead */
-  size_t status_len;  /* BLOCK_STATUS: bytes at buf */
+  size_t data_len;    /* bytes at buf that follow the head of the reply; of a
+                         READ that was done 0: only zeroes were read */
   void *owned;        /* the memory that buf lies in, which is freed with the
                          request; NULL: it is the client's thread's */
   /* -- the outcome */
   enum req_state state;
-  int err;             /* 0 or -errno */
-  const char *refused; /* why tx_validate refused it, else NULL */
-  int all_zero;        /* READ: only zeroes were read, so a hole may be sent */
-  int more_chunks;     /* another chunk of this reply follows */
-  int err_has_off;     /* err_off is valid */
-  uint64_t err_off;    /* where in the export err happened */
+  int err;                   /* 0 or -errno */
+  const char *refused;       /* why tx_validate refused it, else NULL */
+  int more_chunks;           /* another chunk of this reply follows */
+  int err_has_off;           /* err_off is valid */
+  uint64_t err_off;          /* where in the export err happened */
   struct nbdserve_req *next; /* in a list of requests that are answered, or
                                 wait for a worker */
 };
@@ -1534,34 +1534,11 @@ static struct nbdserve_req wire_get_request(const unsigned char *p,
  *                              16    8 its status, and so on
  */
 
-/* How long the head of a chunk is. */
-static size_t wire_chunk_len(enum wire_mode mode) {
-  assert(mode != MODE_SIMPLE);
-  return mode == MODE_EXTENDED ? WIRE_EXT_CHUNK_LEN : WIRE_CHUNK_LEN;
-}
-
 /* How long the head of a READ's reply is: all that stands before its data. */
 static size_t wire_read_head_len(enum wire_mode mode) {
-  return mode == MODE_SIMPLE ? WIRE_SIMPLE_REPLY_LEN
-                             : wire_chunk_len(mode) + WIRE_OFFSET_LEN;
-}
-
-/* Writes the head of a chunk of a request's reply, with len bytes of payload:
- * wire_chunk_len bytes. */
-static void wire_put_chunk(unsigned char *p, const struct nbdserve_req *r,
-                           enum nbd_reply_type type, uint64_t len) {
-  int extended = r->mode == MODE_EXTENDED;
-  assert(r->mode != MODE_SIMPLE && (extended || len <= UINT32_MAX));
-  u_put32(p, extended ? NBD_EXTENDED_REPLY_MAGIC : NBD_STRUCTURED_REPLY_MAGIC);
-  u_put16(p + 4, r->err || !r->more_chunks); /* NBD_REPLY_FLAG_DONE */
-  u_put16(p + 6, type);
-  u_put64(p + 8, r->cookie);
-  if (extended) {
-    u_put64(p + 16, r->client_off);
-    u_put64(p + 24, len);
-  } else {
-    u_put32(p + 16, (uint32_t)len);
-  }
+  if (mode == MODE_SIMPLE) return WIRE_SIMPLE_REPLY_LEN;
+  if (mode == MODE_STRUCTURED) return WIRE_CHUNK_LEN + WIRE_OFFSET_LEN;
+  return WIRE_EXT_CHUNK_LEN + WIRE_OFFSET_LEN;
 }
 
 /* ---- Commands and errors ------------------------------------------------ */
@@ -2283,7 +2260,7 @@ int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
 }
 
 /* Asks for the extents of a request.  r->buf becomes the payload of its reply,
- * of r->status_len bytes, which the request owns. */
+ * of r->data_len bytes, which the request owns. */
 static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   int extended = r->mode == MODE_EXTENDED;
   size_t head = extended ? 8 : 4; /* what stands before the extents */
@@ -2306,7 +2283,7 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   assert(x.n > 0 && x.n <= x.max && x.max <= EX_EXTENTS);
   u_put32(r->buf, WIRE_CONTEXT_ID);
   if (extended) u_put32(r->buf + 4, x.n);
-  r->status_len = head + each * x.n;
+  r->data_len = head + each * x.n;
   return 0;
 }
 
@@ -2976,49 +2953,52 @@ static size_t tx_put_error(unsigned char *p, const struct nbdserve_req *r) {
   return n + WIRE_OFFSET_LEN;
 }
 
-/* The data that follows the head of a reply; no bytes of it if there is
- * none. */
-static struct iovec tx_data(const struct nbdserve_req *r) {
-  struct iovec v = {.iov_base = r->buf};
-  if (r->err || r->all_zero) return v;
-  if (r->type == NBD_CMD_READ) v.iov_len = (size_t)r->len;
-  if (r->type == NBD_CMD_BLOCK_STATUS) v.iov_len = r->status_len;
-  return v;
-}
-
 /* Writes all of a reply but its data to p[TX_HEAD_MAX]: its mode, its outcome
- * and its command decide what it looks like.  Returns the number of bytes. */
+ * and its command decide what it looks like.  Returns the number of bytes: of a
+ * long simple reply only the first piece has a head. */
 static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
   int is_status = r->type == NBD_CMD_BLOCK_STATUS;
   int is_read = r->type == NBD_CMD_READ;
-  int needs_chunk = is_read || is_status || r->err;
-  if (r->mode == MODE_SIMPLE || (r->mode != MODE_EXTENDED && !needs_chunk)) {
+  int extended = r->mode == MODE_EXTENDED;
+  int needs_chunk = extended || is_read || is_status || r->err;
+  int is_simple = r->mode == MODE_SIMPLE || !needs_chunk;
+  if (is_simple && is_read && r->off != r->client_off) return 0;
+  u_put64(p + 8, r->cookie);
+  if (is_simple) {
     u_put32(p, NBD_SIMPLE_REPLY_MAGIC);
     u_put32(p + 4, wire_error(r));
-    u_put64(p + 8, r->cookie);
     return WIRE_SIMPLE_REPLY_LEN;
   }
-  unsigned char *payload = p + wire_chunk_len(r->mode);
+  unsigned char *payload = p + (extended ? WIRE_EXT_CHUNK_LEN : WIRE_CHUNK_LEN);
   enum nbd_reply_type type = NBD_REPLY_TYPE_NONE;
   size_t n = 0; /* bytes of payload that are written here */
   if (r->err) {
     type = r->err_has_off ? NBD_REPLY_TYPE_ERROR_OFFSET : NBD_REPLY_TYPE_ERROR;
     n = tx_put_error(payload, r);
   } else if (is_status) {
-    type = r->mode == MODE_EXTENDED ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT
-                                    : NBD_REPLY_TYPE_BLOCK_STATUS;
+    type = extended ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT
+                    : NBD_REPLY_TYPE_BLOCK_STATUS;
   } else if (is_read && r->len) {
     type = NBD_REPLY_TYPE_OFFSET_DATA;
     u_put64(payload, r->off);
     n = WIRE_OFFSET_LEN;
-    if (r->all_zero) {
+    if (!r->data_len) {
       type = NBD_REPLY_TYPE_OFFSET_HOLE;
       u_put32(payload + n, (uint32_t)r->len);
       n += 4;
     }
   }
-  wire_put_chunk(p, r, type, n + tx_data(r).iov_len);
   assert(payload + n <= p + TX_HEAD_MAX);
+  assert(extended || n + r->data_len <= UINT32_MAX);
+  u_put32(p, extended ? NBD_EXTENDED_REPLY_MAGIC : NBD_STRUCTURED_REPLY_MAGIC);
+  u_put16(p + 4, r->err || !r->more_chunks); /* NBD_REPLY_FLAG_DONE */
+  u_put16(p + 6, type);
+  if (extended) {
+    u_put64(p + 16, r->client_off);
+    u_put64(p + 24, n + r->data_len);
+  } else {
+    u_put32(p + 16, (uint32_t)(n + r->data_len));
+  }
   return (size_t)(payload - p) + n;
 }
 
@@ -3057,23 +3037,17 @@ static struct nbdserve_req *tx_gather(struct tx_out *out,
     if ((size_t)out->n + 2 > COUNT_OF(out->v)) break;
     /* For a short one a hole saves too little.  Where there is data, one look
      * at it mostly shows it. */
-    r->all_zero = r->type == NBD_CMD_READ && !r->err &&
-                  r->mode != MODE_SIMPLE && r->len >= 512 &&
+    int is_read = r->type == NBD_CMD_READ && !r->err;
+    int is_hole = is_read && r->mode != MODE_SIMPLE && r->len >= 512 &&
                   u_is_zero(r->buf, (size_t)r->len);
-    struct iovec data = tx_data(r);
-    if (r->type == NBD_CMD_READ && data.iov_len) {
-      size_t room = wire_read_head_len(r->mode);
-      /* Of a long simple reply only the first piece has a head. */
-      if (r->mode == MODE_SIMPLE && r->off != r->client_off) room = 0;
-      if (room) tx_put_head(r->buf - room, r);
-      tx_add_piece(out, r->buf - room, room + data.iov_len);
-      continue;
-    }
+    if (is_read) r->data_len = is_hole ? 0 : (size_t)r->len;
+    int is_in_front = is_read && r->data_len;
     unsigned char *head = out->heads + out->heads_len;
+    if (is_in_front) head = r->buf - wire_read_head_len(r->mode);
     size_t len = tx_put_head(head, r);
-    out->heads_len += len;
+    if (!is_in_front) out->heads_len += len;
     tx_add_piece(out, head, len);
-    tx_add_piece(out, data.iov_base, data.iov_len);
+    tx_add_piece(out, r->buf, r->data_len);
   }
   return r;
 }
@@ -3510,11 +3484,10 @@ static int tx_splice(struct conn *c, const struct nbdserve_req *piece) {
 /* Sends a piece whose data is in the pipe. */
 static int tx_send_spliced(struct conn *c, struct nbdserve_req *piece) {
   unsigned char head[TX_HEAD_MAX];
-  int is_rest = piece->mode == MODE_SIMPLE && piece->off != piece->client_off;
-  piece->all_zero = 0; /* the one before may have been */
-  struct iovec v = {head, is_rest ? 0 : tx_put_head(head, piece)};
+  piece->data_len = (size_t)piece->len;
+  struct iovec v = {head, tx_put_head(head, piece)};
   assert(piece->state == REQ_DONE && !piece->err);
-  return conn_send(c, &v, !is_rest, (size_t)piece->len);
+  return conn_send(c, &v, v.iov_len > 0, piece->data_len);
 }
 
 /* Reads a long READ piece by piece, up to the first error, and if `sends`,

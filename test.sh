@@ -13530,7 +13530,7 @@ static void g_make(struct gathering *g, size_t i, enum g_kind kind,
   if (kind == G_WRITTEN) r->type = NBD_CMD_WRITE;
   if (kind == G_STATUS) {
     r->type = NBD_CMD_BLOCK_STATUS;
-    r->status_len = G_EXTENTS;
+    r->data_len = G_EXTENTS;
   }
   if (kind == G_REFUSED || kind == G_FAILED) r->err = -EIO;
   if (kind == G_FAILED) r->err_has_off = 1;

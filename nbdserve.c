@@ -3869,19 +3869,6 @@ static int overlay_do(struct flat *f, const struct nbdserve_req *r) {
 
 /* ---- Requests ----------------------------------------------------------- */
 
-/* Returns how many of the first requests are of one type and lie one behind the
- * other, so that one system call can do them all. */
-static size_t flat_run_length(const struct nbdserve_req *reqs, size_t nreqs) {
-  size_t most = nreqs < FLAT_MAX_IOV ? nreqs : FLAT_MAX_IOV;
-  assert(nreqs > 0);
-  for (size_t n = 1; n < most; n++) {
-    const struct nbdserve_req *last = &reqs[n - 1];
-    if (reqs[n].type != last->type) return n;
-    if (reqs[n].off != last->off + last->len) return n;
-  }
-  return most;
-}
-
 /* Does a run of requests with one system call, or more if that does less. */
 static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
                          size_t nreqs) {
@@ -3943,7 +3930,10 @@ static void flat_batch(void *ctx, struct nbdserve_req *reqs, size_t nreqs) {
   }
   for (size_t run; nreqs > 0; reqs += run, nreqs -= run) {
     assert(reqs->type == NBD_CMD_READ || reqs->type == NBD_CMD_WRITE);
-    run = flat_run_length(reqs, nreqs);
+    run = 1;
+    while (run < nreqs && run < FLAT_MAX_IOV && reqs[run].type == reqs->type &&
+           reqs[run].off == reqs[run - 1].off + reqs[run - 1].len)
+      run++;
     int err = flat_transfer(f, reqs, run);
     for (size_t i = 0; i < run; i++)
       reqs[i].err = err && run > 1 ? flat_transfer(f, &reqs[i], 1) : err;

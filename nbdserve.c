@@ -3777,19 +3777,14 @@ struct flat {
   struct os_monitor lock; /* guards known and in_overlay */
   unsigned known;         /* FLAT_FAILED, and a bit for each mode of
                              os_fallocate that is missing: see flat_known */
-  /* Bit N % 8 of byte N / 8: block N is in the overlay.  NULL: there is no
-   * overlay. */
+  /* Bit N % 8 of byte N / 8: block N is in the overlay.  NULL: there is none;
+   * else the export is temporary, and no request changes the target. */
   unsigned char *in_overlay;
   /* Block N is brought over under region[N % FLAT_REGIONS], so that of two
    * WRITEs to it none is lost. */
   struct os_monitor region[FLAT_REGIONS];
 };
 STATIC_ASSERT(modes_of_fallocate_have_bits, OS_ZERO_RANGE < 30);
-
-/* Do writes go to the overlay?  Then no request changes the target. */
-static int flat_is_temporary(const struct flat *f) {
-  return f->overlay_fd >= 0;
-}
 
 /* ---- What has failed before ---------------------------------------------- */
 
@@ -3908,7 +3903,7 @@ static size_t flat_splice(void *ctx, int pipe, uint64_t off, uint64_t len) {
   uint64_t end = pos + len;
   ssize_t n = 1;
   assert(len >= FLAT_PAGE);
-  if (flat_is_temporary(f) || pos % FLAT_PAGE) return 0;
+  if (f->in_overlay || pos % FLAT_PAGE) return 0;
   if (!flat_has_page(f, pos) || !flat_has_page(f, end - FLAT_PAGE)) return 0;
   while (pos < end && n > 0)
     n = os_splice(f->fd, &pos, pipe, (size_t)(end - pos));
@@ -3923,7 +3918,7 @@ static size_t flat_splice(void *ctx, int pipe, uint64_t off, uint64_t len) {
  * are repeated one by one, so that only those fail that fail by themselves. */
 static void flat_batch(void *ctx, struct nbdserve_req *reqs, size_t nreqs) {
   struct flat *f = ctx;
-  if (flat_is_temporary(f)) {
+  if (f->in_overlay) {
     for (size_t i = 0; i < nreqs; i++)
       reqs[i].err = overlay_do(f, &reqs[i]);
     return;
@@ -3945,7 +3940,7 @@ static void flat_batch(void *ctx, struct nbdserve_req *reqs, size_t nreqs) {
 static int flat_flush(void *ctx, uint32_t flags) {
   (void)flags;
   struct flat *f = ctx;
-  if (flat_is_temporary(f)) return 0;
+  if (f->in_overlay) return 0;
   if (flat_known(f, 0) & FLAT_FAILED) return -EIO;
   int err = os_datasync(f->fd);
   if (err) flat_known(f, FLAT_FAILED);
@@ -3956,7 +3951,7 @@ static int flat_flush(void *ctx, uint32_t flags) {
  * do without, now (the range is not made of whole sectors of a device) or, as
  * is then remembered, always (F2). */
 static int flat_allocate(struct flat *f, int mode, uint64_t off, uint64_t len) {
-  if (flat_is_temporary(f)) return -EOPNOTSUPP; /* the target stays */
+  if (f->in_overlay) return -EOPNOTSUPP; /* the target stays */
   assert(mode >= 0 && mode <= OS_ZERO_RANGE);
   unsigned known = flat_known(f, 0);
   if (known & FLAT_FAILED) return -EIO; /* (F1): it is a write */
@@ -4002,7 +3997,7 @@ static int flat_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
   uint64_t pos = f->offset + off;
   uint64_t end = pos + len;
   uint64_t next;
-  if (flat_is_temporary(f)) return 0;
+  if (f->in_overlay) return 0;
   for (; pos < end; pos = next) {
     int is_data = os_is_data(f->fd, pos, end, &next);
     uint32_t status = NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
@@ -4016,7 +4011,7 @@ static int flat_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
 static uint64_t flat_size(void *ctx, uint64_t size) {
   struct flat *f = ctx;
   /* The overlay's map has no bits for more than there was. */
-  if (flat_is_temporary(f)) return u_min(size, f->size);
+  if (f->in_overlay) return u_min(size, f->size);
   /* An offset in the target must not exceed what off_t holds. */
   if (!f->follows_end) return u_min(size, INT64_MAX - f->offset);
   off_t end = lseek(f->fd, 0, SEEK_END);
@@ -4029,7 +4024,7 @@ static uint64_t flat_size(void *ctx, uint64_t size) {
 static void flat_close(void *ctx) {
   struct flat *f = ctx;
   close(f->fd);
-  if (flat_is_temporary(f)) close(f->overlay_fd);
+  close(f->overlay_fd); /* closing -1 does no harm */
   NBDSERVE_FREE(f->in_overlay);
   for (int i = 0; i < FLAT_REGIONS; i++)
     os_monitor_free(&f->region[i]);

@@ -3833,19 +3833,17 @@ static int overlay_do_piece(struct flat *f, int writing, void *buf,
                             uint64_t off, size_t len) {
   struct iovec v = {buf, len};
   uint64_t block = off / FLAT_OVERLAY_BLOCK;
-  struct os_monitor *region = &f->region[block % FLAT_REGIONS];
   int err = 0;
-  (void)region; /* without threads */
   assert(len > 0 && len <= FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK);
   if (overlay_has(f, block, 0))
     return os_transfer(f->overlay_fd, writing, &v, 1, off);
   if (!writing) return os_transfer(f->fd, OS_READ, &v, 1, f->offset + off);
-  os_lock(region);
+  os_lock(&f->region[block % FLAT_REGIONS]);
   if (len < FLAT_OVERLAY_BLOCK && !overlay_has(f, block, 0))
     err = overlay_copy(f, block);
   if (!err) err = os_transfer(f->overlay_fd, OS_WRITE, &v, 1, off);
   if (!err) overlay_has(f, block, 1);
-  os_unlock(region);
+  os_unlock(&f->region[block % FLAT_REGIONS]);
   return err;
 }
 
@@ -3882,14 +3880,13 @@ static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
   return os_transfer(f->fd, writing, v, (int)nreqs, f->offset + reqs->off);
 }
 
-/* Is the page of the target at pos in memory, and not all zeroes?  Where nobody
+/* Is the page of the export at off in memory, and not all zeroes?  Where nobody
  * can tell whether it is in memory, it is read. */
-static int flat_has_page(const struct flat *f, uint64_t pos) {
+static int flat_has_page(struct flat *f, uint64_t off) {
   unsigned char page[FLAT_PAGE];
-  struct iovec v = {page, sizeof page};
-  int err = f->can_read_now ? os_read_now(f->fd, &v, 1, pos)
-                            : os_transfer(f->fd, OS_READ, &v, 1, pos);
-  return !err && !u_is_zero(page, sizeof page);
+  const struct nbdserve_req r = {
+      .type = NBD_CMD_READ, .off = off, .len = sizeof page, .buf = page};
+  return !flat_transfer(f, &r, 1) && !u_is_zero(page, sizeof page);
 }
 
 /* ops->splice: moves what it can of a range to a pipe, without a copy, and
@@ -3904,7 +3901,8 @@ static size_t flat_splice(void *ctx, int pipe, uint64_t off, uint64_t len) {
   ssize_t n = 1;
   assert(len >= FLAT_PAGE);
   if (f->in_overlay || pos % FLAT_PAGE) return 0;
-  if (!flat_has_page(f, pos) || !flat_has_page(f, end - FLAT_PAGE)) return 0;
+  if (!flat_has_page(f, off) || !flat_has_page(f, off + len - FLAT_PAGE))
+    return 0;
   while (pos < end && n > 0)
     n = os_splice(f->fd, &pos, pipe, (size_t)(end - pos));
   return (size_t)(pos + len - end);
@@ -3996,9 +3994,8 @@ static int flat_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
   struct flat *f = ctx;
   uint64_t pos = f->offset + off;
   uint64_t end = pos + len;
-  uint64_t next;
   if (f->in_overlay) return 0;
-  for (; pos < end; pos = next) {
+  for (uint64_t next; pos < end; pos = next) {
     int is_data = os_is_data(f->fd, pos, end, &next);
     uint32_t status = NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
     if (nbdserve_extent(out, next - pos, is_data ? 0 : status)) break;
@@ -4096,11 +4093,9 @@ static int flat_open_target(struct flat *f, const char *path, int writable,
 static int flat_find_slice(struct flat *f, uint64_t offset, uint64_t size) {
   off_t end = lseek(f->fd, 0, SEEK_END);
   if (end < 0) return -errno;
-  if (offset > (uint64_t)end) return -EINVAL;
-  uint64_t most = (uint64_t)end - offset;
-  if (size > most) return -EINVAL;
+  if (offset > (uint64_t)end || size > (uint64_t)end - offset) return -EINVAL;
   f->offset = offset;
-  f->size = size ? size : most;
+  f->size = size ? size : (uint64_t)end - offset;
   f->follows_end = !size;
   f->can_read_now = os_can_read_now(f->fd);
   assert(f->offset + f->size <= INT64_MAX); /* for os_transfer */

@@ -3111,25 +3111,30 @@ static void tx_account(struct conn *c, const struct nbdserve_req *list) {
   }
 }
 
-/* A buffer for the data of a request that is handed over, of TX_PIECE bytes
- * behind room for a head; NULL without memory.  A client keeps some: the system
- * would have to clear each page of a new one.  What is not used is not there,
- * so all may have the same size. */
-static void *tx_take_buffer(struct conn *c) {
+/* Gives a request that is handed over a buffer for its data, of TX_PIECE bytes
+ * behind room for a head.  False: there is no memory.  A client keeps some: the
+ * system would have to clear each page of a new one.  What is not used is not
+ * there, so all may have the same size. */
+static int tx_take_buffer(struct conn *c, struct nbdserve_req *r) {
+  assert(!r->owned);
   os_lock(&c->queue_lock);
-  void *buffer = c->nspares > 0 ? c->spare[--c->nspares] : NULL;
+  if (c->nspares > 0) r->owned = c->spare[--c->nspares];
   os_unlock(&c->queue_lock);
-  return buffer ? buffer : NBDSERVE_MALLOC(TX_HEAD_ROOM + TX_PIECE);
+  if (!r->owned) r->owned = NBDSERVE_MALLOC(TX_HEAD_ROOM + TX_PIECE);
+  if (r->owned) r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
+  return r->owned != NULL;
 }
 
-/* Gives such a buffer back; it may be NULL. */
-static void tx_give_buffer(struct conn *c, void *buffer) {
+/* Gives back the buffer that a request owns, if it owns one.  That of a
+ * BLOCK_STATUS has another size, and is not kept. */
+static void tx_give_buffer(struct conn *c, const struct nbdserve_req *r) {
+  if (!r->owned) return;
   os_lock(&c->queue_lock);
   assert(c->nspares <= TX_SPARES);
-  int is_kept = buffer && c->nspares < TX_SPARES;
-  if (is_kept) c->spare[c->nspares++] = buffer;
+  int is_kept = r->type != NBD_CMD_BLOCK_STATUS && c->nspares < TX_SPARES;
+  if (is_kept) c->spare[c->nspares++] = r->owned;
   os_unlock(&c->queue_lock);
-  if (!is_kept) NBDSERVE_FREE(buffer);
+  if (!is_kept) NBDSERVE_FREE(r->owned);
 }
 
 /* Answers the requests of a list, which are DONE (T1), and gives back the
@@ -3139,12 +3144,8 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list) {
   assert(c->export);
   tx_account(c, list);
   int err = tx_send_all(c, list);
-  for (; list; list = list->next) {
-    if (list->type == NBD_CMD_BLOCK_STATUS)
-      NBDSERVE_FREE(list->owned);
-    else if (list->owned)
-      tx_give_buffer(c, list->owned);
-  }
+  for (; list; list = list->next)
+    tx_give_buffer(c, list);
   return err;
 }
 
@@ -3317,16 +3318,9 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
 /* Hands over a READ of the batch that has to wait for the medium, with a buffer
  * of its own; or does it here, if there is no worker or no memory. */
 static void tx_read_later(struct conn *c, struct nbdserve_req *r) {
-  unsigned char *slot = r->buf;
-  assert(r->type == NBD_CMD_READ && !r->owned);
+  assert(r->type == NBD_CMD_READ);
   r->may_wait = 1;
-  r->owned = tx_take_buffer(c);
-  if (r->owned) r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
-  if (r->owned && tx_hand_over(c, r)) return;
-  tx_give_buffer(c, r->owned);
-  r->owned = NULL;
-  r->buf = slot;
-  tx_execute(c, r);
+  if (!tx_take_buffer(c, r) || !tx_hand_over(c, r)) tx_execute(c, r);
 }
 
 /* Does what is TODO of the batch, or hands over what is for workers (T4).
@@ -3619,13 +3613,11 @@ static int tx_dispatch(struct conn *c, struct nbdserve_req *r) {
   }
   int err = tx_run_batch(c); /* answers what came before, and frees rbuf */
   if (err) return err;
-  if (is_copied) r->owned = tx_take_buffer(c);
-  if (!r->owned && r->payload) return tx_write_in_pieces(c, r);
-  if (!r->owned) return tx_read_in_pieces(c, r); /* without memory, too */
-  r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
+  if (!is_copied || !tx_take_buffer(c, r)) /* without memory, too */
+    return r->payload ? tx_write_in_pieces(c, r) : tx_read_in_pieces(c, r);
   if (r->payload) err = tx_recv_payload(c, r->buf, (size_t)r->payload);
   if (!err) return tx_finish(c, r);
-  tx_give_buffer(c, r->owned);
+  tx_give_buffer(c, r);
   return err;
 }
 

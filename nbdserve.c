@@ -3854,12 +3854,14 @@ static int overlay_do(struct flat *f, const struct nbdserve_req *r) {
 
 /* ---- Requests ----------------------------------------------------------- */
 
-/* Does a run of requests with one system call, or more if that does less. */
+/* Does a run of requests with one system call, or more if that does less; of a
+ * temporary export just one request. */
 static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
                          size_t nreqs) {
   struct iovec v[FLAT_MAX_IOV];
   int writing = reqs->type == NBD_CMD_WRITE;
   assert(nreqs > 0 && nreqs <= FLAT_MAX_IOV);
+  if (f->in_overlay) return overlay_do(f, reqs);
   if (writing && flat_known(f, 0) & FLAT_FAILED) return -EIO; /* (F1) */
   for (size_t i = 0; i < nreqs; i++) {
     v[i] = (struct iovec){reqs[i].buf, (size_t)reqs[i].len};
@@ -3908,15 +3910,11 @@ static size_t flat_splice(void *ctx, int pipe, uint64_t off, uint64_t len) {
  * are repeated one by one, so that only those fail that fail by themselves. */
 static void flat_batch(void *ctx, struct nbdserve_req *reqs, size_t nreqs) {
   struct flat *f = ctx;
-  if (f->in_overlay) {
-    for (size_t i = 0; i < nreqs; i++)
-      reqs[i].err = overlay_do(f, &reqs[i]);
-    return;
-  }
   for (size_t run; nreqs > 0; reqs += run, nreqs -= run) {
     assert(reqs->type == NBD_CMD_READ || reqs->type == NBD_CMD_WRITE);
     run = 1;
-    while (run < nreqs && run < FLAT_MAX_IOV && reqs[run].type == reqs->type &&
+    while (!f->in_overlay && run < nreqs && run < FLAT_MAX_IOV &&
+           reqs[run].type == reqs->type &&
            reqs[run].off == reqs[run - 1].off + reqs[run - 1].len)
       run++;
     int err = flat_transfer(f, reqs, run);

@@ -3211,20 +3211,18 @@ static void tx_wait_for_workers(struct conn *c, unsigned most) {
 static struct nbdserve_req *tx_take_work(struct conn *c) {
   int64_t until = os_now_ms() + TX_IDLE_MS;
   for (;;) {
+    struct nbdserve_req *work = c->queue;
     if (c->to_flush && !c->flush_at_work) {
-      struct nbdserve_req *list = c->to_flush;
+      work = c->to_flush;
       c->to_flush = NULL;
       c->flush_at_work = 1;
-      return list;
-    }
-    if (c->queue) {
-      struct nbdserve_req *r = c->queue;
-      c->queue = r->next;
+    } else if (work) {
+      c->queue = work->next;
       if (!c->queue) c->queue_end = &c->queue;
-      r->next = NULL;
+      work->next = NULL;
       c->nqueue--;
-      return r;
     }
+    if (work) return work;
     if (c->closing || os_now_ms() >= until) return NULL;
     c->nidle++;
     os_wait_ms(&c->queue_lock, TX_IDLE_MS);
@@ -3245,12 +3243,11 @@ static void *tx_worker(void *conn) {
     tx_answer(c, list);
     os_lock(&c->queue_lock);
     if (flushes) c->flush_at_work = 0;
-    while (list) {
-      struct nbdserve_req *next = list->next;
+    for (struct nbdserve_req *next; list; list = next) {
+      next = list->next;
       assert(list->state == REQ_DONE && c->nhanded_over > 0);
       NBDSERVE_FREE(list);
       c->nhanded_over--;
-      list = next;
     }
     if (c->reader_waits) os_wake_all(&c->queue_lock);
   }
@@ -3261,45 +3258,38 @@ static void *tx_worker(void *conn) {
   return NULL;
 }
 
-/* Sees to it that there is a worker for one more request, which is not queued
- * yet.  Jobs that wait are: each queued request, and all flushes together,
- * unless a flush is running, whose worker takes the next ones.  If these are
- * more than the workers that are idle, one is started.  Returns false if there
- * is none at all.  The caller holds queue_lock. */
-static int tx_need_worker(struct conn *c, const struct nbdserve_req *r) {
-  unsigned most = c->s->config.threads;
-  assert(c->nidle <= c->nworkers && c->nworkers <= most);
-  int flush = r->state == REQ_TO_FLUSH;
-  unsigned jobs = c->nqueue + (flush ? 0 : 1);
-  if (!c->flush_at_work && (c->to_flush || flush)) jobs++;
-  if (jobs > c->nidle && c->nworkers < most && os_thread(tx_worker, c) == 0)
-    c->nworkers++;
-  return c->nworkers > 0;
-}
-
 /* Hands a request, which is TODO or TO_FLUSH, over to a worker: a copy of it,
  * and the buffer if the request owns it.  Waits while too many are handed over
  * (T5).  False: there is no worker, and the caller has to do it. */
 static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
-  assert(r->state == REQ_TODO || r->state == REQ_TO_FLUSH);
-  if (c->s->config.threads == 1) return 0; /* this thread does all itself */
+  unsigned most = c->s->config.threads;
+  int flushes = r->state == REQ_TO_FLUSH;
+  assert(flushes || r->state == REQ_TODO);
+  if (most == 1) return 0; /* this thread does all itself */
   struct nbdserve_req *copy = NBDSERVE_MALLOC(sizeof *copy);
   if (!copy) return 0;
   *copy = *r;
-  copy->next = NULL;
   /* A request whose data lies in rbuf or wbuf was executed; it only owes a
    * flush, which needs no data. */
   if (!copy->owned) copy->buf = NULL;
   os_lock(&c->queue_lock);
   /* (T5): a request may own up to TX_PIECE bytes of data. */
-  tx_wait_for_workers(c, copy->owned ? c->s->config.threads : 1024);
-  if (!tx_need_worker(c, copy)) {
+  tx_wait_for_workers(c, copy->owned ? most : 1024);
+  /* Jobs that will wait are: each queued request, and all flushes together,
+   * unless a flush is running, whose worker takes the next ones.  If these are
+   * more than the workers that are idle, one is started. */
+  unsigned jobs = c->nqueue + (flushes ? 0 : 1);
+  if (!c->flush_at_work && (c->to_flush || flushes)) jobs++;
+  assert(c->nidle <= c->nworkers && c->nworkers <= most);
+  if (jobs > c->nidle && c->nworkers < most && os_thread(tx_worker, c) == 0)
+    c->nworkers++;
+  if (!c->nworkers) {
     os_unlock(&c->queue_lock);
     NBDSERVE_FREE(copy);
     return 0;
   }
-  if (copy->state == REQ_TO_FLUSH) {
-    copy->next = c->to_flush;
+  copy->next = flushes ? c->to_flush : NULL;
+  if (flushes) {
     c->to_flush = copy;
   } else {
     *c->queue_end = copy;

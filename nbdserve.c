@@ -3627,10 +3627,9 @@ static int tx_next_request(struct conn *c) {
       extended ? c->export->pub.max_request : (uint64_t)NBDSERVE_MAX_REQUEST;
   uint32_t magic = extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC;
   if (u_get32(p) != magic || r.payload > most) {
-    int err = tx_run_batch(c); /* what came before is answered */
     conn_log(c, NBDSERVE_LOG_INFO, "%d: request magic 0x%08" PRIx32 "; closed",
              c->id, u_get32(p));
-    return err ? err : -EPROTO;
+    return -EPROTO;
   }
   if (r.type == NBD_CMD_DISC) return CONN_LEFT;
   if (r.payload <= TX_IN_BATCH_MAX) c->needed += (size_t)r.payload;
@@ -3675,8 +3674,7 @@ static int tx_receive(struct conn *c) {
   return 0;
 }
 
-/* The transmission phase, to its end: CONN_LEFT or -errno.  After an error the
- * requests of a batch that was not run are dropped. */
+/* The transmission phase, to its end: CONN_LEFT or -errno. */
 static int tx_run(struct conn *c) {
   int step;
   assert(c->export && !c->nbatch && !c->wbuf_used && !c->io.deadline);
@@ -3685,10 +3683,8 @@ static int tx_run(struct conn *c) {
            c->transmission_flags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
   do {
     step = tx_next_request(c);
-    if (step > 0) {
-      int err = tx_run_batch(c);
-      if (err) step = err;
-    }
+    int err = step ? tx_run_batch(c) : 0; /* what came before is answered */
+    if (err) step = err;
     if (step == CONN_NEEDS_MORE) step = tx_receive(c);
   } while (!step);
   os_lock(&c->queue_lock); /* DRAINING: the workers do what is left, and end */

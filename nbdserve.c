@@ -1652,7 +1652,6 @@ struct io {
   int stopping;        /* this thread has seen that the server stops */
   size_t arrived_left; /* bytes that had arrived by then and are still to be
                           received */
-  int at_end;          /* the peer has closed its side */
 };
 
 /* When the grace of a server that stops is over (I3). */
@@ -1728,9 +1727,9 @@ static int io_wait_ready(const struct io *io, int fd, short events,
 
 /* Receives at least `least` bytes, and up to `most`: if these are the same, the
  * data of something, else requests, of which the next one lacks that many
- * bytes.  Returns their number.  -EPIPE: the stream ends before.  -ETIMEDOUT:
- * they take too long in total (I2), or an idle client says nothing for
- * stall_ms.  Or -errno. */
+ * bytes.  Returns their number.  0: the stream ends before.  -ETIMEDOUT: they
+ * take too long in total (I2), or an idle client says nothing for stall_ms.  Or
+ * -errno. */
 static ssize_t io_recv(struct io *io, unsigned char *p, size_t least,
                        size_t most) {
   /* Only the first byte of a request is waited for in recv(), without limit. */
@@ -1749,8 +1748,7 @@ static ssize_t io_recv(struct io *io, unsigned char *p, size_t least,
       got += (size_t)n;
       if (io->stopping) io->arrived_left -= (size_t)n;
     } else if (n == 0) {
-      io->at_end = 1;
-      return -EPIPE;
+      return 0;
     } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
       io->arrived_left = 0; /* too slow, or another reader was faster */
     } else if (errno != EINTR) {
@@ -1761,10 +1759,11 @@ static ssize_t io_recv(struct io *io, unsigned char *p, size_t least,
   return (ssize_t)got;
 }
 
-/* Receives exactly len bytes.  0, or -errno as io_recv. */
+/* Receives exactly len bytes.  0, -EPIPE: the stream ends before, or -errno. */
 static int io_recv_all(struct io *io, unsigned char *p, size_t len) {
-  ssize_t n = len ? io_recv(io, p, len, len) : 0;
-  return n < 0 ? (int)n : 0;
+  ssize_t n = len ? io_recv(io, p, len, len) : 1;
+  if (n > 0) return 0;
+  return n ? (int)n : -EPIPE;
 }
 
 /* Writes to a pipe what it takes without waiting: PIPE_BUF bytes, if poll()
@@ -1816,7 +1815,7 @@ static int io_send(const struct io *io, struct iovec *v, int n, int pipe,
 static void io_linger(struct io *io) {
   char waste[4096];
   int64_t until = os_now_ms() + IO_GRACE_MS;
-  if (io->at_end || shutdown(io->out, SHUT_WR) < 0) return;
+  if (shutdown(io->out, SHUT_WR) < 0) return;
   while (io_wait_ready(io, io->in, POLLIN, until) == 0) {
     ssize_t n = recv(io->in, waste, sizeof waste, MSG_DONTWAIT);
     if (n == 0) return;
@@ -3667,7 +3666,7 @@ static int tx_receive(struct conn *c) {
   /* Idle, as long as it likes; unless a worker could not send to it, which
    * shutdown() tells us only if the replies go over the same socket. */
   if (!left && n == -ETIMEDOUT) return conn_send(c, NULL, 0, 0);
-  if (!left && c->io.at_end) return CONN_LEFT;
+  if (n == 0) return left ? -EPIPE : CONN_LEFT;
   if (n < 0) return (int)n;
   assert((size_t)n <= room);
   c->rbuf_end += (size_t)n;

@@ -1004,24 +1004,20 @@ static inline void sha_round(uint32_t *v, int round, uint32_t addend) {
                 SHA_MAJORITY(SHA_WORD(0), SHA_WORD(1), SHA_WORD(2));
 }
 
-/* Computes the words that the rounds for a block take, one each.  The first 16
- * are the block, big-endian; every other one is made of four before it. */
-static void sha_schedule(uint32_t w[SHA_ROUNDS], const unsigned char *block) {
-  int i;
-  for (i = 0; i < 16; i++)
-    w[i] = u_get32(block + 4 * i);
-  for (; i < SHA_ROUNDS; i++)
-    w[i] = SHA_SIGMA1(w[i - 2]) + w[i - 7] + SHA_SIGMA0(w[i - 15]) + w[i - 16];
-}
-
-/* Mixes nblocks blocks into a state, in plain C.  For each block a copy of the
- * state goes through all rounds and is then added to the state. */
+/* Mixes nblocks blocks into a state, in plain C.  The rounds for a block take 64
+ * words: the first 16 are the block, big-endian; every other one is made of
+ * four before it.  A copy of the state goes through all rounds and is then
+ * added to the state. */
 static void sha_portable(uint32_t *state, const unsigned char *blocks,
                          size_t nblocks) {
   uint32_t w[SHA_ROUNDS];
   uint32_t v[SHA_STATE_WORDS];
   for (; nblocks > 0; nblocks--, blocks += SHA_BLOCK_LEN) {
-    sha_schedule(w, blocks);
+    for (int i = 0; i < 16; i++)
+      w[i] = u_get32(blocks + 4 * i);
+    for (int i = 16; i < SHA_ROUNDS; i++)
+      w[i] =
+          SHA_SIGMA1(w[i - 2]) + w[i - 7] + SHA_SIGMA0(w[i - 15]) + w[i - 16];
     memcpy(v, state, sizeof v);
     /* Unrolled, so that v lies in registers. */
     for (int i = 0; i < SHA_ROUNDS; i += 8)

@@ -178,6 +178,8 @@
 #include <immintrin.h>
 #define OS_HWSHA 1
 typedef __m128i os_words; /* four words of 32 bits, in one register */
+#define os_add_words _mm_add_epi32
+#define OS_SHA_ORDER 3, 2, 7, 6, 1, 0, 5, 4 /* see sha_place */
 #define OS_HWSHA_TARGET __attribute__((target("sha,sse4.1")))
 
 /* Does this processor have the SHA-256 instructions that [4] uses? */
@@ -195,6 +197,8 @@ static int os_has_hwsha(void) {
 #include <sys/auxv.h>
 #define OS_HWSHA 1
 typedef uint32x4_t os_words;
+#define os_add_words vaddq_u32
+#define OS_SHA_ORDER 0, 1, 2, 3, 4, 5, 6, 7
 #ifdef __clang__
 #define OS_HWSHA_TARGET __attribute__((target("sha2")))
 #else
@@ -209,6 +213,7 @@ static int os_has_hwsha(void) {
 #ifndef OS_HWSHA
 #define OS_HWSHA 0
 #define os_has_hwsha() 0
+#define OS_SHA_ORDER 0, 1, 2, 3, 4, 5, 6, 7
 #endif
 
 /* Prototypes, in case these are functions of the host's.  The parentheses keep
@@ -956,16 +961,20 @@ static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
  * the gaps, and two digests take about as long as one.
  *
  * A state is the eight words that the standard calls A to H.  They lie in
- * memory in the order H to A: so two halves of it make the registers that the
- * instructions want, ABEF and CDGH, A and C as the highest words. */
+ * memory in the order that makes the two halves of it the registers which the
+ * instructions want: ABEF and CDGH, A and C as the highest words; on ARM ABCD
+ * and EFGH, A and E as the lowest. */
 #if !NBDSERVE_NO_CAS
 
 enum {
   SHA_BLOCK_LEN = 64,  /* bytes that are mixed into the state at a time */
   SHA_ROUNDS = 64,     /* rounds for each block */
-  SHA_STATE_WORDS = 8, /* word number n, A being 0, lies at 7 - n */
+  SHA_STATE_WORDS = 8, /* in the order of sha_place */
   SHA_COUNT_LEN = 8    /* bytes at a message's end that hold its length */
 };
+
+/* Where each word of a state lies, A to H */
+static const unsigned char sha_place[SHA_STATE_WORDS] = {OS_SHA_ORDER};
 
 /* The constant that goes into each round: the first 32 bits of the fractional
  * part of the cube root of each of the first 64 primes */
@@ -992,11 +1001,12 @@ static const uint32_t sha_k[SHA_ROUNDS] = {
 #define SHA_CHOOSE(x, y, z) (((x) & (y)) ^ (~(x) & (z)))
 #define SHA_MAJORITY(x, y, z) (((x) & (y)) ^ ((x) & (z)) ^ ((y) & (z)))
 
-/* One round on the state v.  The standard moves every word one place on after
- * each round; here the words stay where they are, and the next round names them
- * differently instead.  addend: the constant plus the message's word. */
+/* One round on the state v, whose words lie in the order A to H.  The standard
+ * moves every word one place on after each round; here the words stay where
+ * they are, and the next round names them differently instead.  addend: the
+ * constant plus the message's word. */
 static inline void sha_round(uint32_t *v, int round, uint32_t addend) {
-#define SHA_WORD(n) v[(7 - (n) + round) & 7]
+#define SHA_WORD(n) v[((n) + 8 - round) & 7]
   uint32_t sum = SHA_WORD(7) + SHA_BIG_SIGMA1(SHA_WORD(4)) + addend +
                  SHA_CHOOSE(SHA_WORD(4), SHA_WORD(5), SHA_WORD(6));
   SHA_WORD(3) += sum;
@@ -1018,14 +1028,15 @@ static void sha_portable(uint32_t *state, const unsigned char *blocks,
     for (int i = 16; i < SHA_ROUNDS; i++)
       w[i] =
           SHA_SIGMA1(w[i - 2]) + w[i - 7] + SHA_SIGMA0(w[i - 15]) + w[i - 16];
-    memcpy(v, state, sizeof v);
+    for (int i = 0; i < SHA_STATE_WORDS; i++)
+      v[i] = state[sha_place[i]];
     /* Unrolled, so that v lies in registers. */
     for (int i = 0; i < SHA_ROUNDS; i += 8)
 #pragma GCC unroll 8
       for (int j = 0; j < 8; j++)
         sha_round(v, j, sha_k[i + j] + w[i + j]);
     for (int i = 0; i < SHA_STATE_WORDS; i++)
-      state[i] += v[i];
+      state[sha_place[i]] += v[i];
   }
 }
 
@@ -1040,23 +1051,10 @@ struct sha_lane {
 };
 
 #ifdef __x86_64__
-/* Loads four words from anywhere. */
-static inline OS_HWSHA_TARGET os_words sha_load(const void *from) {
-  return _mm_loadu_si128((const __m128i *)from);
-}
-
-/* Loads a state, and a block of the message, whose words are big-endian.  There
- * is no loop because gcc would keep an array that a loop indexes in memory. */
-static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
-                                                 const uint32_t *state,
-                                                 const unsigned char *block) {
-  const __m128i order = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
-  lane->cdgh = _mm_unpacklo_epi64(sha_load(state), sha_load(state + 4));
-  lane->abef = _mm_unpackhi_epi64(sha_load(state), sha_load(state + 4));
-  lane->w[0] = _mm_shuffle_epi8(sha_load(block), order);
-  lane->w[1] = _mm_shuffle_epi8(sha_load(block + 16), order);
-  lane->w[2] = _mm_shuffle_epi8(sha_load(block + 32), order);
-  lane->w[3] = _mm_shuffle_epi8(sha_load(block + 48), order);
+/* Turns the bytes of each word round. */
+static inline OS_HWSHA_TARGET os_words sha_swap(os_words v) {
+  return _mm_shuffle_epi8(
+      v, _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203));
 }
 
 /* Does four rounds, k being their constants, and computes the four words of the
@@ -1065,49 +1063,24 @@ static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
 static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
                                                    os_words k) {
   __m128i *w = lane->w;
-  __m128i addend = _mm_add_epi32(w[0], k);
+  __m128i addend = os_add_words(w[0], k);
   /* Each of these does two rounds, on the lower half of addend.  The old ABEF
    * is the new CDGH, so the halves change places twice. */
   lane->cdgh = _mm_sha256rnds2_epu32(lane->cdgh, lane->abef, addend);
   addend = _mm_shuffle_epi32(addend, 14); /* the upper half */
   lane->abef = _mm_sha256rnds2_epu32(lane->abef, lane->cdgh, addend);
   __m128i seven_back = _mm_alignr_epi8(w[3], w[2], 4);
-  __m128i sum = _mm_add_epi32(_mm_sha256msg1_epu32(w[0], w[1]), seven_back);
+  __m128i sum = os_add_words(_mm_sha256msg1_epu32(w[0], w[1]), seven_back);
   w[0] = w[1];
   w[1] = w[2];
   w[2] = w[3];
   w[3] = _mm_sha256msg2_epu32(sum, w[2]);
 }
 
-/* Adds what the rounds made of a state to it. */
-static inline OS_HWSHA_TARGET void sha_lane_save(const struct sha_lane *lane,
-                                                 uint32_t *state) {
-  __m128i hgfe = _mm_unpacklo_epi64(lane->cdgh, lane->abef);
-  __m128i dcba = _mm_unpackhi_epi64(lane->cdgh, lane->abef);
-  __m128i *to = (__m128i *)(void *)state;
-  _mm_storeu_si128(to, _mm_add_epi32(hgfe, sha_load(state)));
-  _mm_storeu_si128(to + 1, _mm_add_epi32(dcba, sha_load(state + 4)));
-}
 #else
-/* Loads four words from anywhere. */
-static inline OS_HWSHA_TARGET os_words sha_load(const void *from) {
-  return vld1q_u32((const uint32_t *)from);
-}
-
-/* Turns four words round. */
-static inline OS_HWSHA_TARGET os_words sha_reverse(os_words v) {
-  v = vrev64q_u32(v);
-  return vextq_u32(v, v, 2);
-}
-
-/* Loads a state, and a block of the message, whose words are big-endian. */
-static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
-                                                 const uint32_t *state,
-                                                 const unsigned char *block) {
-  lane->abef = sha_reverse(sha_load(state + 4));
-  lane->cdgh = sha_reverse(sha_load(state));
-  for (int i = 0; i < 4; i++)
-    lane->w[i] = vreinterpretq_u32_u8(vrev32q_u8(vld1q_u8(block + 16 * i)));
+/* The same. */
+static inline OS_HWSHA_TARGET os_words sha_swap(os_words v) {
+  return vreinterpretq_u32_u8(vrev32q_u8(vreinterpretq_u8_u32(v)));
 }
 
 /* Does four rounds, k being their constants, and computes the four words of the
@@ -1115,7 +1088,7 @@ static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
 static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
                                                    os_words k) {
   os_words *w = lane->w;
-  os_words addend = vaddq_u32(w[0], k);
+  os_words addend = os_add_words(w[0], k);
   os_words abcd = lane->abef;
   lane->abef = vsha256hq_u32(abcd, lane->cdgh, addend);
   lane->cdgh = vsha256h2q_u32(lane->cdgh, abcd, addend);
@@ -1126,13 +1099,36 @@ static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
   w[3] = next;
 }
 
+#endif
+
+/* Loads four words from anywhere. */
+static inline OS_HWSHA_TARGET os_words sha_load(const void *from) {
+  os_words v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+/* Loads a state, and a block of the message, whose words are big-endian.  There
+ * is no loop because gcc would keep an array that a loop indexes in memory. */
+static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
+                                                 const uint32_t *state,
+                                                 const unsigned char *block) {
+  lane->abef = sha_load(state);
+  lane->cdgh = sha_load(state + 4);
+  lane->w[0] = sha_swap(sha_load(block));
+  lane->w[1] = sha_swap(sha_load(block + 16));
+  lane->w[2] = sha_swap(sha_load(block + 32));
+  lane->w[3] = sha_swap(sha_load(block + 48));
+}
+
 /* Adds what the rounds made of a state to it. */
 static inline OS_HWSHA_TARGET void sha_lane_save(const struct sha_lane *lane,
                                                  uint32_t *state) {
-  vst1q_u32(state, vaddq_u32(sha_reverse(lane->cdgh), sha_load(state)));
-  vst1q_u32(state + 4, vaddq_u32(sha_reverse(lane->abef), sha_load(state + 4)));
+  os_words abef = os_add_words(lane->abef, sha_load(state));
+  os_words cdgh = os_add_words(lane->cdgh, sha_load(state + 4));
+  memcpy(state, &abef, sizeof abef);
+  memcpy(state + 4, &cdgh, sizeof cdgh);
 }
-#endif
 
 /* Mixes nblocks blocks each into two states, with the instructions.  The lines
  * for the two lanes alternate, and the compiler keeps that order more or less;
@@ -1199,16 +1195,16 @@ static size_t sha_pad(unsigned char tail[2 * SHA_BLOCK_LEN],
 /* Writes the digest that a state stands for, once all blocks are mixed in. */
 static void sha_put_digest(unsigned char digest[32], const uint32_t *state) {
   for (int i = 0; i < SHA_STATE_WORDS; i++)
-    u_put32(digest + 4 * i, state[7 - i]);
+    u_put32(digest + 4 * i, state[sha_place[i]]);
 }
 
 /* The state before a message. */
 static void sha_begin(uint32_t state[2][SHA_STATE_WORDS]) {
   static const uint32_t start[SHA_STATE_WORDS] = {
-      0x5be0cd19, 0x1f83d9ab, 0x9b05688c, 0x510e527f,
-      0xa54ff53a, 0x3c6ef372, 0xbb67ae85, 0x6a09e667};
-  memcpy(state[0], start, sizeof start);
-  memcpy(state[1], start, sizeof start);
+      0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+      0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+  for (int i = 0; i < SHA_STATE_WORDS; i++)
+    state[0][sha_place[i]] = state[1][sha_place[i]] = start[i];
 }
 
 /* Mixes nblocks blocks of one message into a state. */

@@ -1014,8 +1014,8 @@ static inline void sha_round(uint32_t *v, int round, uint32_t addend) {
                 SHA_MAJORITY(SHA_WORD(0), SHA_WORD(1), SHA_WORD(2));
 }
 
-/* Mixes nblocks blocks into a state, in plain C.  The rounds for a block take 64
- * words: the first 16 are the block, big-endian; every other one is made of
+/* Mixes nblocks blocks into a state, in plain C.  The rounds for a block take a
+ * word each: the first 16 are the block, big-endian; every other one is made of
  * four before it.  A copy of the state goes through all rounds and is then
  * added to the state. */
 static void sha_portable(uint32_t *state, const unsigned char *blocks,
@@ -1207,17 +1207,13 @@ static void sha_begin(uint32_t state[2][SHA_STATE_WORDS]) {
     state[0][sha_place[i]] = state[1][sha_place[i]] = start[i];
 }
 
-/* Mixes nblocks blocks of one message into a state. */
-#define sha_add(use_hw, state, blocks, nblocks) \
-  sha_mix(use_hw, state, blocks, NULL, nblocks)
-
 /* Writes the digest of a message of len bytes: its whole blocks are in the
  * state already, and what is left of it is at rest. */
 static void sha_end(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
                     const unsigned char *rest, size_t len,
                     unsigned char digest[32]) {
   unsigned char tail[2 * SHA_BLOCK_LEN];
-  sha_add(use_hw, state, tail, sha_pad(tail, rest, len));
+  sha_mix(use_hw, state, tail, NULL, sha_pad(tail, rest, len));
   sha_put_digest(digest, state[0]);
 }
 
@@ -4647,13 +4643,13 @@ static void cas_log_sum(const struct nbdserve_cas *st, const unsigned char *p,
   size_t len = SHA_BLOCK_LEN * whole + sizeof tail;
   uint32_t state[2][SHA_STATE_WORDS];
   assert(*nmixed <= whole && count <= CAS_ENTRIES);
-  sha_add(st->hw, mixed, p + *nmixed * SHA_BLOCK_LEN, whole - *nmixed);
+  sha_mix(st->hw, mixed, p + *nmixed * SHA_BLOCK_LEN, NULL, whole - *nmixed);
   *nmixed = whole;
   memcpy(state, mixed, sizeof state);
   memcpy(tail, p + whole * SHA_BLOCK_LEN, rest);
   memcpy(end, p + CAS_LOG_HEAD, CAS_HEAD);
   memcpy(end + CAS_HEAD, st->super.id, sizeof st->super.id);
-  if (rest) sha_add(st->hw, state, tail, 1);
+  if (rest) sha_mix(st->hw, state, tail, NULL, 1);
   if (!rest) len -= SHA_BLOCK_LEN;
   sha_end(st->hw, state, end, len, sum);
 }

@@ -1451,8 +1451,9 @@ struct nbdserve_req {
   uint64_t payload;    /* bytes that follow the client's head */
   uint64_t begun_ns;   /* in os_now_ns: when it was taken up; or 0 */
   /* -- its data */
-  unsigned char *buf; /* READ: room for it, behind room for the reply's head;
-                         WRITE: it; BLOCK_STATUS: extents as they are sent */
+  unsigned char *buf; /* READ: room for it, behind room for the reply's head,
+                         or NULL: it is in the client's pipe; WRITE: it;
+                         BLOCK_STATUS: extents as they are sent */
   int may_wait;       /* READ: for the medium; if 0, -EAGAIN instead */
   size_t data_len;    /* bytes at buf that follow the head of the reply; of a
                          READ that was done 0: only zeroes were read */
@@ -3002,7 +3003,7 @@ struct tx_out {
 /* Adds a piece, to the one before it if that ends where it begins. */
 static void tx_add_piece(struct tx_out *out, void *p, size_t len) {
   struct iovec *last = out->n ? &out->v[out->n - 1] : NULL;
-  if (!len) return;
+  if (!p || !len) return;
   assert((size_t)out->n < COUNT_OF(out->v));
   if (last && (unsigned char *)last->iov_base + last->iov_len == p)
     last->iov_len += len;
@@ -3026,9 +3027,9 @@ static struct nbdserve_req *tx_gather(struct tx_out *out,
      * at it mostly shows it. */
     int is_read = r->type == NBD_CMD_READ && !r->err;
     int is_hole = is_read && r->mode != MODE_SIMPLE && r->len >= 512 &&
-                  u_is_zero(r->buf, (size_t)r->len);
+                  r->buf && u_is_zero(r->buf, (size_t)r->len);
     if (is_read) r->data_len = is_hole ? 0 : (size_t)r->len;
-    int is_in_front = is_read && r->data_len;
+    int is_in_front = is_read && r->data_len && r->buf;
     unsigned char *head = out->heads + out->heads_len;
     if (is_in_front) head = r->buf - wire_read_head_len(r->mode);
     size_t len = tx_put_head(head, r);
@@ -3039,14 +3040,16 @@ static struct nbdserve_req *tx_gather(struct tx_out *out,
   return r;
 }
 
-/* Sends the replies of a list, in as few sends as possible.  0 or -errno. */
-static int tx_send_all(struct conn *c, struct nbdserve_req *list) {
+/* Sends the replies of a list, in as few sends as possible.  spliced: bytes in
+ * the pipe, which are the data of the only one.  0 or -errno. */
+static int tx_send_all(struct conn *c, struct nbdserve_req *list,
+                       size_t spliced) {
   struct tx_out out;
   int err = 0;
   while (list && !err) {
     list = tx_gather(&out, list);
-    assert(out.n > 0 && out.heads_len <= sizeof out.heads);
-    err = conn_send(c, out.v, out.n, 0);
+    assert((out.n > 0 || spliced) && out.heads_len <= sizeof out.heads);
+    err = conn_send(c, out.v, out.n, spliced);
   }
   return err;
 }
@@ -3130,7 +3133,7 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list) {
   if (!list) return 0;
   assert(c->export);
   tx_account(c, list);
-  int err = tx_send_all(c, list);
+  int err = tx_send_all(c, list, 0);
   for (; list; list = list->next)
     tx_give_buffer(c, list);
   return err;
@@ -3433,9 +3436,9 @@ static void tx_close_pipe(struct conn *c) {
 
 /* Moves the data of a piece to the pipe, if the backend can do that and it is
  * in memory: then it is sent without a copy, for a third of the time.  (What
- * goes in a batch is faster with one.)  Returns false if it has not; usually
- * the piece can be read as any other. */
-static int tx_splice(struct conn *c, const struct nbdserve_req *piece) {
+ * goes in a batch is faster with one.)  Returns its length, or 0 if it has not;
+ * usually the piece can be read as any other. */
+static size_t tx_splice(struct conn *c, const struct nbdserve_req *piece) {
   const struct nbdserve_ops *ops = c->export->pub.ops;
   size_t len = (size_t)piece->len;
   assert(piece->type == NBD_CMD_READ && len <= TX_PIECE);
@@ -3449,16 +3452,7 @@ static int tx_splice(struct conn *c, const struct nbdserve_req *piece) {
   if (len > c->pipe_room) return 0;
   size_t n = ops->splice(c->export->pub.ctx, c->pipe[1], piece->off, len);
   if (n && n < len) tx_close_pipe(c);
-  return n == len;
-}
-
-/* Sends a piece whose data is in the pipe. */
-static int tx_send_spliced(struct conn *c, struct nbdserve_req *piece) {
-  unsigned char head[TX_HEAD_MAX];
-  piece->data_len = (size_t)piece->len;
-  struct iovec v = {head, tx_put_head(head, piece)};
-  assert(piece->state == REQ_DONE && !piece->err);
-  return conn_send(c, &v, v.iov_len > 0, piece->data_len);
+  return n == len ? len : 0;
 }
 
 /* Reads a long READ piece by piece, up to the first error, and if `sends`,
@@ -3466,7 +3460,6 @@ static int tx_send_spliced(struct conn *c, struct nbdserve_req *piece) {
  * Notes the outcome in the request.  0, or -errno to close. */
 static int tx_read_pieces(struct conn *c, struct nbdserve_req *r, int sends) {
   struct nbdserve_req piece = *r;
-  piece.buf = c->wbuf + TX_HEAD_ROOM;
   req_set_state(&piece, REQ_DONE);
   for (uint64_t left = r->len; left > 0; left -= piece.len) {
     piece.len = u_min(left, TX_PIECE);
@@ -3475,16 +3468,13 @@ static int tx_read_pieces(struct conn *c, struct nbdserve_req *r, int sends) {
     if (piece.more_chunks) piece.len -= (piece.off + piece.len) % 512;
     assert(piece.len > 0 && piece.len <= left);
     r->err_off = piece.off;
-    int is_spliced = sends && tx_splice(c, &piece);
-    r->err = is_spliced ? 0 : ex_execute(c->export, &piece);
+    size_t spliced = sends ? tx_splice(c, &piece) : 0;
+    piece.buf = spliced ? NULL : c->wbuf + TX_HEAD_ROOM;
+    r->err = spliced ? 0 : ex_execute(c->export, &piece);
     /* A simple reply that has begun cannot be taken back (proto.md). */
     int is_begun = sends && r->mode == MODE_SIMPLE && left < r->len;
     if (r->err) return is_begun ? r->err : 0;
-    int err = 0;
-    if (is_spliced)
-      err = tx_send_spliced(c, &piece);
-    else if (sends)
-      err = tx_send_all(c, &piece);
+    int err = sends ? tx_send_all(c, &piece, spliced) : 0;
     if (err) return err;
     piece.off += piece.len;
   }
@@ -3495,7 +3485,6 @@ static int tx_read_pieces(struct conn *c, struct nbdserve_req *r, int sends) {
  * comes, so all is read before, once, and nothing kept: what fails then can
  * still be said.  If there are several pieces, an error says at which. */
 static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
-  int err = 0;
   r->err_has_off = r->len > TX_PIECE;
   r->err_off = r->off;
   r->err = ex_ask_before(c->export, r);
@@ -3503,9 +3492,9 @@ static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
     os_lock(&c->queue_lock);
     tx_wait_for_workers(c, 1); /* a simple reply is in one piece */
     os_unlock(&c->queue_lock);
-    err = tx_read_pieces(c, r, 0);
+    tx_read_pieces(c, r, 0);
   }
-  if (!r->err) err = tx_read_pieces(c, r, 1);
+  int err = r->err ? 0 : tx_read_pieces(c, r, 1);
   if (err) return err;
   req_set_state(r, REQ_DONE);
   if (r->err) return tx_answer(c, r);

@@ -1221,24 +1221,23 @@ static void sha_end(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
  * the digest of second[len] to second_digest.  A digest may be written over its
  * own message.  use_hw: use the processor's instructions; only where
  * os_has_hwsha. */
-static void sha_256(int use_hw, const void *first, const void *second,
-                    size_t len, unsigned char *first_digest,
-                    unsigned char *second_digest) {
+static void sha_256(int use_hw, const unsigned char *first,
+                    const unsigned char *second, size_t len,
+                    unsigned char *first_digest, unsigned char *second_digest) {
   static const unsigned char nothing = 0;
   uint32_t state[2][SHA_STATE_WORDS];
   unsigned char tail[2][2 * SHA_BLOCK_LEN];
   size_t whole = len - len % SHA_BLOCK_LEN;
   assert(first || !len);
   assert(second_digest || !second);
-  const unsigned char *one = len ? first : &nothing; /* anything but NULL */
-  const unsigned char *other = second;
+  if (!len) first = &nothing; /* anything but NULL */
   sha_begin(state);
-  sha_mix(use_hw, state, one, other, whole / SHA_BLOCK_LEN);
-  size_t ntail = sha_pad(tail[0], one + whole, len);
-  if (other) sha_pad(tail[1], other + whole, len);
-  sha_mix(use_hw, state, tail[0], other ? tail[1] : NULL, ntail);
+  sha_mix(use_hw, state, first, second, whole / SHA_BLOCK_LEN);
+  size_t ntail = sha_pad(tail[0], first + whole, len);
+  if (second) sha_pad(tail[1], second + whole, len);
+  sha_mix(use_hw, state, tail[0], second ? tail[1] : NULL, ntail);
   sha_put_digest(first_digest, state[0]);
-  if (other) sha_put_digest(second_digest, state[1]);
+  if (second) sha_put_digest(second_digest, state[1]);
 }
 
 #endif /* !NBDSERVE_NO_CAS */

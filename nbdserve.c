@@ -41,7 +41,7 @@
  *   a rule for requests         an `if` in tx_validate [9]
  *   a type of reply             its number in enum nbd_reply_type; when it is
  *                               sent and its head in tx_put_head, its data in
- *                               tx_data [9]
+ *                               tx_gather [9]
  *   a command-line option       a row of CLI_OPTIONS in [13]
  *   a command on stores         a row of cli_verbs in [13]
  *   a kind of target            cli_add_target in [13]
@@ -80,8 +80,7 @@
  *   6. flat.region[], then .lock: a block of a temporary export while it comes
  *                         to the overlay; what is there; what a file has turned
  *                         out not to support
- *   7. nbdserve_cas.ckpt, then .lock: see [11]
- *   8. io_stop.lock       the moment at which the grace ends */
+ *   7. nbdserve_cas.ckpt, then .lock: see [11] */
 
 /* ==== [1] CONFIG (NBDSERVE_) =============================================
  * Set these with -D.  The NO_ and ONLY switches are 0 or 1; 1 takes a feature
@@ -179,6 +178,8 @@
 #include <immintrin.h>
 #define OS_HWSHA 1
 typedef __m128i os_words; /* four words of 32 bits, in one register */
+#define os_add_words _mm_add_epi32
+#define OS_SHA_ORDER 3, 2, 7, 6, 1, 0, 5, 4 /* see sha_place */
 #define OS_HWSHA_TARGET __attribute__((target("sha,sse4.1")))
 
 /* Does this processor have the SHA-256 instructions that [4] uses? */
@@ -196,6 +197,8 @@ static int os_has_hwsha(void) {
 #include <sys/auxv.h>
 #define OS_HWSHA 1
 typedef uint32x4_t os_words;
+#define os_add_words vaddq_u32
+#define OS_SHA_ORDER 0, 1, 2, 3, 4, 5, 6, 7
 #ifdef __clang__
 #define OS_HWSHA_TARGET __attribute__((target("sha2")))
 #else
@@ -210,6 +213,7 @@ static int os_has_hwsha(void) {
 #ifndef OS_HWSHA
 #define OS_HWSHA 0
 #define os_has_hwsha() 0
+#define OS_SHA_ORDER 0, 1, 2, 3, 4, 5, 6, 7
 #endif
 
 /* Prototypes, in case these are functions of the host's.  The parentheses keep
@@ -957,16 +961,20 @@ static void OS_PRINTF(3, 4) u_log(const struct nbdserve_config *config,
  * the gaps, and two digests take about as long as one.
  *
  * A state is the eight words that the standard calls A to H.  They lie in
- * memory in the order H to A: so two halves of it make the registers that the
- * instructions want, ABEF and CDGH, A and C as the highest words. */
+ * memory in the order that makes the two halves of it the registers which the
+ * instructions want: ABEF and CDGH, A and C as the highest words; on ARM ABCD
+ * and EFGH, A and E as the lowest. */
 #if !NBDSERVE_NO_CAS
 
 enum {
   SHA_BLOCK_LEN = 64,  /* bytes that are mixed into the state at a time */
   SHA_ROUNDS = 64,     /* rounds for each block */
-  SHA_STATE_WORDS = 8, /* word number n, A being 0, lies at 7 - n */
+  SHA_STATE_WORDS = 8, /* in the order of sha_place */
   SHA_COUNT_LEN = 8    /* bytes at a message's end that hold its length */
 };
+
+/* Where each word of a state lies, A to H */
+static const unsigned char sha_place[SHA_STATE_WORDS] = {OS_SHA_ORDER};
 
 /* The constant that goes into each round: the first 32 bits of the fractional
  * part of the cube root of each of the first 64 primes */
@@ -993,11 +1001,12 @@ static const uint32_t sha_k[SHA_ROUNDS] = {
 #define SHA_CHOOSE(x, y, z) (((x) & (y)) ^ (~(x) & (z)))
 #define SHA_MAJORITY(x, y, z) (((x) & (y)) ^ ((x) & (z)) ^ ((y) & (z)))
 
-/* One round on the state v.  The standard moves every word one place on after
- * each round; here the words stay where they are, and the next round names them
- * differently instead.  addend: the constant plus the message's word. */
+/* One round on the state v, whose words lie in the order A to H.  The standard
+ * moves every word one place on after each round; here the words stay where
+ * they are, and the next round names them differently instead.  addend: the
+ * constant plus the message's word. */
 static inline void sha_round(uint32_t *v, int round, uint32_t addend) {
-#define SHA_WORD(n) v[(7 - (n) + round) & 7]
+#define SHA_WORD(n) v[((n) + 8 - round) & 7]
   uint32_t sum = SHA_WORD(7) + SHA_BIG_SIGMA1(SHA_WORD(4)) + addend +
                  SHA_CHOOSE(SHA_WORD(4), SHA_WORD(5), SHA_WORD(6));
   SHA_WORD(3) += sum;
@@ -1005,32 +1014,29 @@ static inline void sha_round(uint32_t *v, int round, uint32_t addend) {
                 SHA_MAJORITY(SHA_WORD(0), SHA_WORD(1), SHA_WORD(2));
 }
 
-/* Computes the words that the rounds for a block take, one each.  The first 16
- * are the block, big-endian; every other one is made of four before it. */
-static void sha_schedule(uint32_t w[SHA_ROUNDS], const unsigned char *block) {
-  int i;
-  for (i = 0; i < 16; i++)
-    w[i] = u_get32(block + 4 * i);
-  for (; i < SHA_ROUNDS; i++)
-    w[i] = SHA_SIGMA1(w[i - 2]) + w[i - 7] + SHA_SIGMA0(w[i - 15]) + w[i - 16];
-}
-
-/* Mixes nblocks blocks into a state, in plain C.  For each block a copy of the
- * state goes through all rounds and is then added to the state. */
+/* Mixes nblocks blocks into a state, in plain C.  The rounds for a block take a
+ * word each: the first 16 are the block, big-endian; every other one is made of
+ * four before it.  A copy of the state goes through all rounds and is then
+ * added to the state. */
 static void sha_portable(uint32_t *state, const unsigned char *blocks,
                          size_t nblocks) {
   uint32_t w[SHA_ROUNDS];
   uint32_t v[SHA_STATE_WORDS];
   for (; nblocks > 0; nblocks--, blocks += SHA_BLOCK_LEN) {
-    sha_schedule(w, blocks);
-    memcpy(v, state, sizeof v);
+    for (int i = 0; i < 16; i++)
+      w[i] = u_get32(blocks + 4 * i);
+    for (int i = 16; i < SHA_ROUNDS; i++)
+      w[i] =
+          SHA_SIGMA1(w[i - 2]) + w[i - 7] + SHA_SIGMA0(w[i - 15]) + w[i - 16];
+    for (int i = 0; i < SHA_STATE_WORDS; i++)
+      v[i] = state[sha_place[i]];
     /* Unrolled, so that v lies in registers. */
     for (int i = 0; i < SHA_ROUNDS; i += 8)
 #pragma GCC unroll 8
       for (int j = 0; j < 8; j++)
         sha_round(v, j, sha_k[i + j] + w[i + j]);
     for (int i = 0; i < SHA_STATE_WORDS; i++)
-      state[i] += v[i];
+      state[sha_place[i]] += v[i];
   }
 }
 
@@ -1045,23 +1051,10 @@ struct sha_lane {
 };
 
 #ifdef __x86_64__
-/* Loads four words from anywhere. */
-static inline OS_HWSHA_TARGET os_words sha_load(const void *from) {
-  return _mm_loadu_si128((const __m128i *)from);
-}
-
-/* Loads a state, and a block of the message, whose words are big-endian.  There
- * is no loop because gcc would keep an array that a loop indexes in memory. */
-static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
-                                                 const uint32_t *state,
-                                                 const unsigned char *block) {
-  const __m128i order = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
-  lane->cdgh = _mm_unpacklo_epi64(sha_load(state), sha_load(state + 4));
-  lane->abef = _mm_unpackhi_epi64(sha_load(state), sha_load(state + 4));
-  lane->w[0] = _mm_shuffle_epi8(sha_load(block), order);
-  lane->w[1] = _mm_shuffle_epi8(sha_load(block + 16), order);
-  lane->w[2] = _mm_shuffle_epi8(sha_load(block + 32), order);
-  lane->w[3] = _mm_shuffle_epi8(sha_load(block + 48), order);
+/* Turns the bytes of each word round. */
+static inline OS_HWSHA_TARGET os_words sha_swap(os_words v) {
+  return _mm_shuffle_epi8(
+      v, _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203));
 }
 
 /* Does four rounds, k being their constants, and computes the four words of the
@@ -1070,49 +1063,24 @@ static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
 static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
                                                    os_words k) {
   __m128i *w = lane->w;
-  __m128i addend = _mm_add_epi32(w[0], k);
+  __m128i addend = os_add_words(w[0], k);
   /* Each of these does two rounds, on the lower half of addend.  The old ABEF
    * is the new CDGH, so the halves change places twice. */
   lane->cdgh = _mm_sha256rnds2_epu32(lane->cdgh, lane->abef, addend);
   addend = _mm_shuffle_epi32(addend, 14); /* the upper half */
   lane->abef = _mm_sha256rnds2_epu32(lane->abef, lane->cdgh, addend);
   __m128i seven_back = _mm_alignr_epi8(w[3], w[2], 4);
-  __m128i sum = _mm_add_epi32(_mm_sha256msg1_epu32(w[0], w[1]), seven_back);
+  __m128i sum = os_add_words(_mm_sha256msg1_epu32(w[0], w[1]), seven_back);
   w[0] = w[1];
   w[1] = w[2];
   w[2] = w[3];
   w[3] = _mm_sha256msg2_epu32(sum, w[2]);
 }
 
-/* Adds what the rounds made of a state to it. */
-static inline OS_HWSHA_TARGET void sha_lane_save(const struct sha_lane *lane,
-                                                 uint32_t *state) {
-  __m128i hgfe = _mm_unpacklo_epi64(lane->cdgh, lane->abef);
-  __m128i dcba = _mm_unpackhi_epi64(lane->cdgh, lane->abef);
-  __m128i *to = (__m128i *)(void *)state;
-  _mm_storeu_si128(to, _mm_add_epi32(hgfe, sha_load(state)));
-  _mm_storeu_si128(to + 1, _mm_add_epi32(dcba, sha_load(state + 4)));
-}
 #else
-/* Loads four words from anywhere. */
-static inline OS_HWSHA_TARGET os_words sha_load(const void *from) {
-  return vld1q_u32((const uint32_t *)from);
-}
-
-/* Turns four words round. */
-static inline OS_HWSHA_TARGET os_words sha_reverse(os_words v) {
-  v = vrev64q_u32(v);
-  return vextq_u32(v, v, 2);
-}
-
-/* Loads a state, and a block of the message, whose words are big-endian. */
-static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
-                                                 const uint32_t *state,
-                                                 const unsigned char *block) {
-  lane->abef = sha_reverse(sha_load(state + 4));
-  lane->cdgh = sha_reverse(sha_load(state));
-  for (int i = 0; i < 4; i++)
-    lane->w[i] = vreinterpretq_u32_u8(vrev32q_u8(vld1q_u8(block + 16 * i)));
+/* The same. */
+static inline OS_HWSHA_TARGET os_words sha_swap(os_words v) {
+  return vreinterpretq_u32_u8(vrev32q_u8(vreinterpretq_u8_u32(v)));
 }
 
 /* Does four rounds, k being their constants, and computes the four words of the
@@ -1120,7 +1088,7 @@ static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
 static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
                                                    os_words k) {
   os_words *w = lane->w;
-  os_words addend = vaddq_u32(w[0], k);
+  os_words addend = os_add_words(w[0], k);
   os_words abcd = lane->abef;
   lane->abef = vsha256hq_u32(abcd, lane->cdgh, addend);
   lane->cdgh = vsha256h2q_u32(lane->cdgh, abcd, addend);
@@ -1131,13 +1099,36 @@ static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
   w[3] = next;
 }
 
+#endif
+
+/* Loads four words from anywhere. */
+static inline OS_HWSHA_TARGET os_words sha_load(const void *from) {
+  os_words v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+/* Loads a state, and a block of the message, whose words are big-endian.  There
+ * is no loop because gcc would keep an array that a loop indexes in memory. */
+static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
+                                                 const uint32_t *state,
+                                                 const unsigned char *block) {
+  lane->abef = sha_load(state);
+  lane->cdgh = sha_load(state + 4);
+  lane->w[0] = sha_swap(sha_load(block));
+  lane->w[1] = sha_swap(sha_load(block + 16));
+  lane->w[2] = sha_swap(sha_load(block + 32));
+  lane->w[3] = sha_swap(sha_load(block + 48));
+}
+
 /* Adds what the rounds made of a state to it. */
 static inline OS_HWSHA_TARGET void sha_lane_save(const struct sha_lane *lane,
                                                  uint32_t *state) {
-  vst1q_u32(state, vaddq_u32(sha_reverse(lane->cdgh), sha_load(state)));
-  vst1q_u32(state + 4, vaddq_u32(sha_reverse(lane->abef), sha_load(state + 4)));
+  os_words abef = os_add_words(lane->abef, sha_load(state));
+  os_words cdgh = os_add_words(lane->cdgh, sha_load(state + 4));
+  memcpy(state, &abef, sizeof abef);
+  memcpy(state + 4, &cdgh, sizeof cdgh);
 }
-#endif
 
 /* Mixes nblocks blocks each into two states, with the instructions.  The lines
  * for the two lanes alternate, and the compiler keeps that order more or less;
@@ -1204,21 +1195,17 @@ static size_t sha_pad(unsigned char tail[2 * SHA_BLOCK_LEN],
 /* Writes the digest that a state stands for, once all blocks are mixed in. */
 static void sha_put_digest(unsigned char digest[32], const uint32_t *state) {
   for (int i = 0; i < SHA_STATE_WORDS; i++)
-    u_put32(digest + 4 * i, state[7 - i]);
+    u_put32(digest + 4 * i, state[sha_place[i]]);
 }
 
 /* The state before a message. */
 static void sha_begin(uint32_t state[2][SHA_STATE_WORDS]) {
   static const uint32_t start[SHA_STATE_WORDS] = {
-      0x5be0cd19, 0x1f83d9ab, 0x9b05688c, 0x510e527f,
-      0xa54ff53a, 0x3c6ef372, 0xbb67ae85, 0x6a09e667};
-  memcpy(state[0], start, sizeof start);
-  memcpy(state[1], start, sizeof start);
+      0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+      0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+  for (int i = 0; i < SHA_STATE_WORDS; i++)
+    state[0][sha_place[i]] = state[1][sha_place[i]] = start[i];
 }
-
-/* Mixes nblocks blocks of one message into a state. */
-#define sha_add(use_hw, state, blocks, nblocks) \
-  sha_mix(use_hw, state, blocks, NULL, nblocks)
 
 /* Writes the digest of a message of len bytes: its whole blocks are in the
  * state already, and what is left of it is at rest. */
@@ -1226,7 +1213,7 @@ static void sha_end(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
                     const unsigned char *rest, size_t len,
                     unsigned char digest[32]) {
   unsigned char tail[2 * SHA_BLOCK_LEN];
-  sha_add(use_hw, state, tail, sha_pad(tail, rest, len));
+  sha_mix(use_hw, state, tail, NULL, sha_pad(tail, rest, len));
   sha_put_digest(digest, state[0]);
 }
 
@@ -1234,24 +1221,23 @@ static void sha_end(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
  * the digest of second[len] to second_digest.  A digest may be written over its
  * own message.  use_hw: use the processor's instructions; only where
  * os_has_hwsha. */
-static void sha_256(int use_hw, const void *first, const void *second,
-                    size_t len, unsigned char *first_digest,
-                    unsigned char *second_digest) {
+static void sha_256(int use_hw, const unsigned char *first,
+                    const unsigned char *second, size_t len,
+                    unsigned char *first_digest, unsigned char *second_digest) {
   static const unsigned char nothing = 0;
   uint32_t state[2][SHA_STATE_WORDS];
   unsigned char tail[2][2 * SHA_BLOCK_LEN];
   size_t whole = len - len % SHA_BLOCK_LEN;
   assert(first || !len);
   assert(second_digest || !second);
-  const unsigned char *one = len ? first : &nothing; /* anything but NULL */
-  const unsigned char *other = second;
+  if (!len) first = &nothing; /* anything but NULL */
   sha_begin(state);
-  sha_mix(use_hw, state, one, other, whole / SHA_BLOCK_LEN);
-  size_t ntail = sha_pad(tail[0], one + whole, len);
-  if (other) sha_pad(tail[1], other + whole, len);
-  sha_mix(use_hw, state, tail[0], other ? tail[1] : NULL, ntail);
+  sha_mix(use_hw, state, first, second, whole / SHA_BLOCK_LEN);
+  size_t ntail = sha_pad(tail[0], first + whole, len);
+  if (second) sha_pad(tail[1], second + whole, len);
+  sha_mix(use_hw, state, tail[0], second ? tail[1] : NULL, ntail);
   sha_put_digest(first_digest, state[0]);
-  if (other) sha_put_digest(second_digest, state[1]);
+  if (second) sha_put_digest(second_digest, state[1]);
 }
 
 #endif /* !NBDSERVE_NO_CAS */
@@ -1479,20 +1465,21 @@ struct nbdserve_req {
   const struct wire_contexts *contexts; /* BLOCK_STATUS: that are selected */
   uint32_t asked; /* BLOCK_STATUS: a bit for each of these that is asked for */
   /* -- its data */
-  unsigned char *buf; /* READ: room for it, behind room for the reply's head;
-                         WRITE: it; BLOCK_STATUS: chunks as they are sent */
+  unsigned char *buf; /* READ: room for it, behind room for the reply's head,
+                         or NULL: it is in the client's pipe; WRITE: it;
+                         BLOCK_STATUS: chunks as they are sent */
   int may_wait;       /* READ: for the medium; if 0, -EAGAIN instead */
-  size_t status_len;  /* BLOCK_STATUS: bytes at buf */
+  size_t data_len;    /* bytes at buf that follow the head of the reply; of a
+                         READ that was done 0: only zeroes were read */
   void *owned;        /* the memory that buf lies in, which is freed with the
                          request; NULL: it is the client's thread's */
   /* -- the outcome */
   enum req_state state;
-  int err;             /* 0 or -errno */
-  const char *refused; /* why tx_validate refused it, else NULL */
-  int all_zero;        /* READ: only zeroes were read, so a hole may be sent */
-  int more_chunks;     /* another chunk of this reply follows */
-  int err_has_off;     /* err_off is valid */
-  uint64_t err_off;    /* where in the export err happened */
+  int err;                   /* 0 or -errno */
+  const char *refused;       /* why tx_validate refused it, else NULL */
+  int more_chunks;           /* another chunk of this reply follows */
+  int err_has_off;           /* err_off is valid */
+  uint64_t err_off;          /* where in the export err happened */
   struct nbdserve_req *next; /* in a list of requests that are answered, or
                                 wait for a worker */
 };
@@ -1624,10 +1611,9 @@ static int req_moves_data(const struct nbdserve_req *r) {
   return cmd && cmd->has_data && r->len > 0;
 }
 
-/* The protocol's number for a -errno value (proto.md, Error values): no other
+/* The error that is sent for a request (proto.md, Error values): no other
  * number is ever sent. */
-static uint32_t wire_error(int err) {
-  assert(err <= 0);
+static uint32_t wire_error(const struct nbdserve_req *r) {
   static const struct {
     int host;
     uint32_t nbd;
@@ -1636,8 +1622,12 @@ static uint32_t wire_error(int err) {
       {ENOMEM, 12}, {EINVAL, 22},  {ENOSPC, 28},    {EDQUOT, 28},
       {EFBIG, 28},  {ENOTSUP, 95}, {EOVERFLOW, 75}, {ESHUTDOWN, 108},
   };
+  assert(r->err <= 0);
+  /* proto.md: ENOTSUP is an answer to FAST_ZERO only. */
+  int is_stray = r->err == -ENOTSUP && !(r->flags & NBD_CMD_FLAG_FAST_ZERO);
+  int err = is_stray ? EINVAL : -r->err;
   for (size_t i = 0; i < COUNT_OF(errors); i++)
-    if (errors[i].host == -err) return errors[i].nbd;
+    if (errors[i].host == err) return errors[i].nbd;
   return 5; /* EIO */
 }
 
@@ -1667,44 +1657,34 @@ static uint32_t wire_error(int err) {
  * With NO_THREADS all are of the last kind: nobody could shut one down.  During
  * the handshake all of them wait in poll(), for the deadline.  Sending waits
  * in poll(), for the time in total, and never in the kernel, but for a tenth of
- * a second in io_send_spliced. */
+ * a second for spliced data. */
 
 enum {
   IO_GRACE_MS = 5000, /* from nbdserve_stop on, for what is under way */
   IO_UNIT = 1 << 20   /* bytes that must move within stall_ms */
 };
 
-/* How a server tells its connections that it stops. */
-struct io_stop {
-  int pipe[2];            /* fixed; readable from nbdserve_stop on, for good */
-  struct os_monitor lock; /* guards grace_end */
-  int64_t grace_end;      /* in os_now_ms; 0: nobody has seen the stop so far */
-};
-
 struct io {
   /* -- fixed */
-  int in;               /* socket or pipe that the client's bytes come from */
-  int out;              /* the same, or another one, that replies go to */
-  struct io_stop *stop; /* the server's */
-  int64_t stall_ms;     /* (I2) */
-  int polls;            /* wait in poll() for a request, not in recv() */
+  int in;   /* socket or pipe that the client's bytes come from */
+  int out;  /* the same, or another one, that replies go to */
+  int stop; /* how the server says that it stops: readable from nbdserve_stop
+               on, for good; first comes when that was, by os_now_ms */
+  int64_t stall_ms; /* (I2) */
+  int polls;        /* wait in poll() for a request, not in recv() */
   /* -- written in the handshake, then 0 */
   int64_t deadline; /* in os_now_ms; 0: none */
   /* -- the client's thread only */
   int stopping;        /* this thread has seen that the server stops */
   size_t arrived_left; /* bytes that had arrived by then and are still to be
                           received */
-  int at_end;          /* the peer has closed its side */
 };
 
-/* When the grace is over: the first who asks starts it, for all (I3). */
-static int64_t io_grace_end(struct io_stop *stop) {
-  os_lock(&stop->lock);
-  if (!stop->grace_end) stop->grace_end = os_now_ms() + IO_GRACE_MS;
-  int64_t end = stop->grace_end;
-  os_unlock(&stop->lock);
-  assert(end > 0);
-  return end;
+/* When the grace of a server that stops is over (I3). */
+static int64_t io_grace_end(int stop) {
+  int64_t stopped;
+  ssize_t n = recv(stop, &stopped, sizeof stopped, MSG_PEEK | MSG_DONTWAIT);
+  return (n == sizeof stopped ? stopped : os_now_ms()) + IO_GRACE_MS;
 }
 
 /* By when n bytes that are asked for now must have moved (I2), (H3). */
@@ -1728,7 +1708,7 @@ static int io_wait_input(struct io *io, int64_t until) {
   /* Of a pipe for replies poll() says when nobody reads it any more. */
   int replies = io->out == io->in ? -1 : io->out;
   struct pollfd p[3] = {{.fd = io->in, .events = POLLIN},
-                        {.fd = io->stop->pipe[0], .events = POLLIN},
+                        {.fd = io->stop, .events = POLLIN},
                         {.fd = replies, .events = 0}};
   while (!io->stopping) {
     int timeout = until ? io_timeout(until) : -1;
@@ -1756,7 +1736,7 @@ static int io_wait_input(struct io *io, int64_t until) {
 static int io_wait_ready(const struct io *io, int fd, short events,
                          int64_t until) {
   struct pollfd p[2] = {{.fd = fd, .events = events},
-                        {.fd = io->stop->pipe[0], .events = POLLIN}};
+                        {.fd = io->stop, .events = POLLIN}};
   int slice = (int)u_min((uint64_t)io->stall_ms / 8 + 1, INT_MAX);
   for (;;) {
     int timeout = io_timeout(until);
@@ -1773,9 +1753,9 @@ static int io_wait_ready(const struct io *io, int fd, short events,
 
 /* Receives at least `least` bytes, and up to `most`: if these are the same, the
  * data of something, else requests, of which the next one lacks that many
- * bytes.  Returns their number.  -EPIPE: the stream ends before.  -ETIMEDOUT:
- * they take too long in total (I2), or an idle client says nothing for
- * stall_ms.  Or -errno. */
+ * bytes.  Returns their number.  0: the stream ends before.  -ETIMEDOUT: they
+ * take too long in total (I2), or an idle client says nothing for stall_ms.  Or
+ * -errno. */
 static ssize_t io_recv(struct io *io, unsigned char *p, size_t least,
                        size_t most) {
   /* Only the first byte of a request is waited for in recv(), without limit. */
@@ -1794,8 +1774,7 @@ static ssize_t io_recv(struct io *io, unsigned char *p, size_t least,
       got += (size_t)n;
       if (io->stopping) io->arrived_left -= (size_t)n;
     } else if (n == 0) {
-      io->at_end = 1;
-      return -EPIPE;
+      return 0;
     } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
       io->arrived_left = 0; /* too slow, or another reader was faster */
     } else if (errno != EINTR) {
@@ -1806,10 +1785,11 @@ static ssize_t io_recv(struct io *io, unsigned char *p, size_t least,
   return (ssize_t)got;
 }
 
-/* Receives exactly len bytes.  0, or -errno as io_recv. */
+/* Receives exactly len bytes.  0, -EPIPE: the stream ends before, or -errno. */
 static int io_recv_all(struct io *io, unsigned char *p, size_t len) {
-  ssize_t n = len ? io_recv(io, p, len, len) : 0;
-  return n < 0 ? (int)n : 0;
+  ssize_t n = len ? io_recv(io, p, len, len) : 1;
+  if (n > 0) return 0;
+  return n ? (int)n : -EPIPE;
 }
 
 /* Writes to a pipe what it takes without waiting: PIPE_BUF bytes, if poll()
@@ -1822,44 +1802,33 @@ static ssize_t io_write_pipe(int fd, const struct iovec *v) {
   return -1;
 }
 
-/* Sends all of v[0..n), which it uses up.  more: MSG_MORE if something follows
- * at once, or 0.  0, -ETIMEDOUT when the peer takes too long in total (I2), or
- * -errno. */
-static int io_send(const struct io *io, struct iovec *v, int n, int more) {
-  int64_t until = 0; /* fixed when the peer first makes us wait */
-  size_t total = 0;
-  assert(n > 0);
+/* Sends all of v[0..n), which it uses up, and behind it `spliced` bytes that a
+ * pipe holds.  0, -ETIMEDOUT when the peer takes too long in total (I2), or
+ * -errno.  Where os_splice waits in the kernel, that ends by the time limit of
+ * os_splice_pipe. */
+static int io_send(const struct io *io, struct iovec *v, int n, int pipe,
+                   size_t spliced) {
+  int flags = MSG_DONTWAIT | MSG_NOSIGNAL | (spliced ? MSG_MORE : 0);
+  size_t total = spliced;
   for (int i = 0; i < n; i++)
     total += v[i].iov_len;
-  while (n > 0) {
+  /* Else it is fixed when the peer first makes us wait. */
+  int64_t until = spliced ? io_until(io, total) : 0;
+  while (n > 0 || spliced > 0) {
+    if (until && os_now_ms() >= until) return -ETIMEDOUT;
     struct msghdr m = {.msg_iov = v, .msg_iovlen = (unsigned)n};
-    ssize_t done = sendmsg(io->out, &m, MSG_DONTWAIT | MSG_NOSIGNAL | more);
+    ssize_t done = n > 0 ? sendmsg(io->out, &m, flags)
+                         : os_splice(pipe, NULL, io->out, spliced);
     if (done < 0 && errno == ENOTSOCK) done = io_write_pipe(io->out, v);
-    if (done >= 0) {
+    assert(done <= (ssize_t)total);
+    if (done >= 0 && n > 0)
       os_advance(&v, &n, (size_t)done);
-      if (until && n > 0 && os_now_ms() >= until) return -ETIMEDOUT;
-      continue;
-    }
-    if (errno == EINTR) continue;
+    else if (done >= 0)
+      spliced -= (size_t)done;
+    if (done >= 0 || errno == EINTR) continue;
     if (errno != EAGAIN && errno != EWOULDBLOCK) return -errno;
     if (!until) until = io_until(io, total);
     int err = io_wait_ready(io, io->out, POLLOUT, until);
-    if (err) return err;
-  }
-  return 0;
-}
-
-/* Sends len bytes that are in a pipe; otherwise as io_send.  Where it waits in
- * the kernel, that ends by the time limit of os_splice_pipe. */
-static int io_send_spliced(const struct io *io, int pipe, size_t len) {
-  int64_t until = io_until(io, len);
-  while (len > 0) {
-    ssize_t n = os_splice(pipe, NULL, io->out, len);
-    assert(n <= (ssize_t)len);
-    if (n > 0) len -= (size_t)n;
-    if (n == 0 || (n < 0 && errno != EINTR && errno != EAGAIN))
-      return n ? -errno : -EPIPE;
-    int err = len > 0 ? io_wait_ready(io, io->out, POLLOUT, until) : 0;
     if (err) return err;
   }
   return 0;
@@ -1872,7 +1841,7 @@ static int io_send_spliced(const struct io *io, int pipe, size_t len) {
 static void io_linger(struct io *io) {
   char waste[4096];
   int64_t until = os_now_ms() + IO_GRACE_MS;
-  if (io->at_end || shutdown(io->out, SHUT_WR) < 0) return;
+  if (shutdown(io->out, SHUT_WR) < 0) return;
   while (io_wait_ready(io, io->in, POLLIN, until) == 0) {
     ssize_t n = recv(io->in, waste, sizeof waste, MSG_DONTWAIT);
     if (n == 0) return;
@@ -1939,7 +1908,7 @@ struct srv_listener {
 struct nbdserve {
   /* -- fixed after nbdserve_new (the command sets find and list later) */
   struct nbdserve_config config; /* defaults filled in */
-  struct io_stop stop;
+  int stop[2];    /* pipe: nbdserve_stop was called, and when: see struct io */
   int wake[2];    /* pipe: nbdserve_wake was called, and nothing else */
   int noticed[2]; /* pipe: a client has left; nbdserve_run looks around */
   /* -- the thread that calls nbdserve_run */
@@ -2412,7 +2381,7 @@ static int ex_put_chunk(struct ex *ex, const struct nbdserve_req *r,
 }
 
 /* Asks for the extents of a request, in each context that it asks for.  r->buf
- * becomes its reply, of r->status_len bytes, which the request owns. */
+ * becomes its reply, of r->data_len bytes, which the request owns. */
 static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   struct nbdserve_extents x = {.align = ex->pub.min_block,
                                .each = WIRE_EXT_EXTENT_LEN};
@@ -2434,7 +2403,7 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
     r->more_chunks = --nasked > 0;
     err = ex_put_chunk(ex, r, &x);
   }
-  r->status_len = x.begin + x.each * x.n;
+  if (!err) r->data_len = x.begin + x.each * x.n;
   return err;
 }
 
@@ -2659,9 +2628,7 @@ struct conn {
 static int conn_send(struct conn *c, struct iovec *v, int n, size_t spliced) {
   os_lock(&c->send_lock);
   if (!c->send_err && (n || spliced)) {
-    if (n) c->send_err = io_send(&c->io, v, n, spliced ? MSG_MORE : 0);
-    if (spliced && !c->send_err)
-      c->send_err = io_send_spliced(&c->io, *c->pipe, spliced);
+    c->send_err = io_send(&c->io, v, n, *c->pipe, spliced);
     if (c->send_err) shutdown(c->io.out, SHUT_RDWR);
   }
   int err = c->send_err;
@@ -3170,18 +3137,11 @@ static int hs_run(struct conn *c) {
 
 /* ---- Replies ------------------------------------------------------------- */
 
-/* The error that is sent for a request. */
-static uint32_t tx_error(const struct nbdserve_req *r) {
-  /* proto.md: ENOTSUP is an answer to FAST_ZERO only. */
-  int is_stray = r->err == -ENOTSUP && !(r->flags & NBD_CMD_FLAG_FAST_ZERO);
-  return wire_error(is_stray ? -EINVAL : r->err);
-}
-
 /* Writes the payload of an error chunk.  Returns its length. */
 static size_t tx_put_error(unsigned char *p, const struct nbdserve_req *r) {
   const char *text = r->refused ? r->refused : u_errno_text(r->err);
   size_t n = (size_t)u_min(strlen(text), TX_ERROR_TEXT);
-  u_put32(p, tx_error(r));
+  u_put32(p, wire_error(r));
   u_put16(p + 4, (unsigned)n);
   memcpy(p + WIRE_ERROR_LEN, text, n);
   n += WIRE_ERROR_LEN;
@@ -3190,26 +3150,19 @@ static size_t tx_put_error(unsigned char *p, const struct nbdserve_req *r) {
   return n + WIRE_OFFSET_LEN;
 }
 
-/* The data that follows the head of a reply; no bytes of it if there is
- * none. */
-static struct iovec tx_data(const struct nbdserve_req *r) {
-  struct iovec v = {.iov_base = r->buf};
-  if (r->err || r->all_zero) return v;
-  if (r->type == NBD_CMD_READ) v.iov_len = (size_t)r->len;
-  if (r->type == NBD_CMD_BLOCK_STATUS) v.iov_len = r->status_len;
-  return v;
-}
-
 /* Writes all of a reply but its data to p[TX_HEAD_MAX]: its mode, its outcome
- * and its command decide what it looks like.  Returns the number of bytes.  The
- * data of a BLOCK_STATUS is chunks, with their heads. */
+ * and its command decide what it looks like.  Returns the number of bytes: none
+ * for a BLOCK_STATUS, whose data is whole chunks, and in a long simple reply
+ * only the first piece has a head. */
 static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
   int is_read = r->type == NBD_CMD_READ;
-  int needs_chunk = is_read || r->err;
+  int needs_chunk = r->mode == MODE_EXTENDED || is_read || r->err;
+  int is_simple = r->mode == MODE_SIMPLE || !needs_chunk;
   if (r->type == NBD_CMD_BLOCK_STATUS && !r->err) return 0;
-  if (r->mode == MODE_SIMPLE || (r->mode != MODE_EXTENDED && !needs_chunk)) {
+  if (is_simple && is_read && r->off != r->client_off) return 0;
+  if (is_simple) {
     u_put32(p, NBD_SIMPLE_REPLY_MAGIC);
-    u_put32(p + 4, tx_error(r));
+    u_put32(p + 4, wire_error(r));
     u_put64(p + 8, r->cookie);
     return WIRE_SIMPLE_REPLY_LEN;
   }
@@ -3223,14 +3176,14 @@ static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
     type = NBD_REPLY_TYPE_OFFSET_DATA;
     u_put64(payload, r->off);
     n = WIRE_OFFSET_LEN;
-    if (r->all_zero) {
+    if (!r->data_len) {
       type = NBD_REPLY_TYPE_OFFSET_HOLE;
       u_put32(payload + n, (uint32_t)r->len);
       n += 4;
     }
   }
-  wire_put_chunk(p, r, type, n + tx_data(r).iov_len);
   assert(payload + n <= p + TX_HEAD_MAX);
+  wire_put_chunk(p, r, type, n + r->data_len);
   return (size_t)(payload - p) + n;
 }
 
@@ -3247,7 +3200,7 @@ struct tx_out {
 /* Adds a piece, to the one before it if that ends where it begins. */
 static void tx_add_piece(struct tx_out *out, void *p, size_t len) {
   struct iovec *last = out->n ? &out->v[out->n - 1] : NULL;
-  if (!len) return;
+  if (!p || !len) return;
   assert((size_t)out->n < COUNT_OF(out->v));
   if (last && (unsigned char *)last->iov_base + last->iov_len == p)
     last->iov_len += len;
@@ -3269,35 +3222,31 @@ static struct nbdserve_req *tx_gather(struct tx_out *out,
     if ((size_t)out->n + 2 > COUNT_OF(out->v)) break;
     /* For a short one a hole saves too little.  Where there is data, one look
      * at it mostly shows it. */
-    r->all_zero = r->type == NBD_CMD_READ && !r->err &&
-                  r->mode != MODE_SIMPLE && r->len >= 512 &&
-                  u_is_zero(r->buf, (size_t)r->len);
-    struct iovec data = tx_data(r);
-    if (r->type == NBD_CMD_READ && data.iov_len) {
-      size_t room = wire_read_head_len(r->mode);
-      /* Of a long simple reply only the first piece has a head. */
-      if (r->mode == MODE_SIMPLE && r->off != r->client_off) room = 0;
-      if (room) tx_put_head(r->buf - room, r);
-      tx_add_piece(out, r->buf - room, room + data.iov_len);
-      continue;
-    }
+    int is_read = r->type == NBD_CMD_READ && !r->err;
+    int is_hole = is_read && r->mode != MODE_SIMPLE && r->len >= 512 &&
+                  r->buf && u_is_zero(r->buf, (size_t)r->len);
+    if (is_read) r->data_len = is_hole ? 0 : (size_t)r->len;
+    int is_in_front = is_read && r->data_len && r->buf;
     unsigned char *head = out->heads + out->heads_len;
+    if (is_in_front) head = r->buf - wire_read_head_len(r->mode);
     size_t len = tx_put_head(head, r);
-    out->heads_len += len;
+    if (!is_in_front) out->heads_len += len;
     tx_add_piece(out, head, len);
-    tx_add_piece(out, data.iov_base, data.iov_len);
+    tx_add_piece(out, r->buf, r->data_len);
   }
   return r;
 }
 
-/* Sends the replies of a list, in as few sends as possible.  0 or -errno. */
-static int tx_send_all(struct conn *c, struct nbdserve_req *list) {
+/* Sends the replies of a list, in as few sends as possible.  spliced: bytes in
+ * the pipe, which are the data of the only one.  0 or -errno. */
+static int tx_send_all(struct conn *c, struct nbdserve_req *list,
+                       size_t spliced) {
   struct tx_out out;
   int err = 0;
   while (list && !err) {
     list = tx_gather(&out, list);
-    assert(out.n > 0 && out.heads_len <= sizeof out.heads);
-    err = conn_send(c, out.v, out.n, 0);
+    assert((out.n > 0 || spliced) && out.heads_len <= sizeof out.heads);
+    err = conn_send(c, out.v, out.n, spliced);
   }
   return err;
 }
@@ -3349,25 +3298,30 @@ static void tx_account(struct conn *c, const struct nbdserve_req *list) {
   }
 }
 
-/* A buffer for the data of a request that is handed over, of TX_PIECE bytes
- * behind room for a head; NULL without memory.  A client keeps some: the system
- * would have to clear each page of a new one.  What is not used is not there,
- * so all may have the same size. */
-static void *tx_take_buffer(struct conn *c) {
+/* Gives a request that is handed over a buffer for its data, of TX_PIECE bytes
+ * behind room for a head.  False: there is no memory.  A client keeps some: the
+ * system would have to clear each page of a new one.  What is not used is not
+ * there, so all may have the same size. */
+static int tx_take_buffer(struct conn *c, struct nbdserve_req *r) {
+  assert(!r->owned);
   os_lock(&c->queue_lock);
-  void *buffer = c->nspares > 0 ? c->spare[--c->nspares] : NULL;
+  if (c->nspares > 0) r->owned = c->spare[--c->nspares];
   os_unlock(&c->queue_lock);
-  return buffer ? buffer : NBDSERVE_MALLOC(TX_HEAD_ROOM + TX_PIECE);
+  if (!r->owned) r->owned = NBDSERVE_MALLOC(TX_HEAD_ROOM + TX_PIECE);
+  if (r->owned) r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
+  return r->owned != NULL;
 }
 
-/* Gives such a buffer back; it may be NULL. */
-static void tx_give_buffer(struct conn *c, void *buffer) {
+/* Gives back the buffer that a request owns, if it owns one.  That of a
+ * BLOCK_STATUS has another size, and is not kept. */
+static void tx_give_buffer(struct conn *c, const struct nbdserve_req *r) {
+  if (!r->owned) return;
   os_lock(&c->queue_lock);
   assert(c->nspares <= TX_SPARES);
-  int is_kept = buffer && c->nspares < TX_SPARES;
-  if (is_kept) c->spare[c->nspares++] = buffer;
+  int is_kept = r->type != NBD_CMD_BLOCK_STATUS && c->nspares < TX_SPARES;
+  if (is_kept) c->spare[c->nspares++] = r->owned;
   os_unlock(&c->queue_lock);
-  if (!is_kept) NBDSERVE_FREE(buffer);
+  if (!is_kept) NBDSERVE_FREE(r->owned);
 }
 
 /* Answers the requests of a list, which are DONE (T1), and gives back the
@@ -3376,13 +3330,9 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list) {
   if (!list) return 0;
   assert(c->export);
   tx_account(c, list);
-  int err = tx_send_all(c, list);
-  for (; list; list = list->next) {
-    if (list->type == NBD_CMD_BLOCK_STATUS)
-      NBDSERVE_FREE(list->owned);
-    else if (list->owned)
-      tx_give_buffer(c, list->owned);
-  }
+  int err = tx_send_all(c, list, 0);
+  for (; list; list = list->next)
+    tx_give_buffer(c, list);
   return err;
 }
 
@@ -3448,20 +3398,18 @@ static void tx_wait_for_workers(struct conn *c, unsigned most) {
 static struct nbdserve_req *tx_take_work(struct conn *c) {
   int64_t until = os_now_ms() + TX_IDLE_MS;
   for (;;) {
+    struct nbdserve_req *work = c->queue;
     if (c->to_flush && !c->flush_at_work) {
-      struct nbdserve_req *list = c->to_flush;
+      work = c->to_flush;
       c->to_flush = NULL;
       c->flush_at_work = 1;
-      return list;
-    }
-    if (c->queue) {
-      struct nbdserve_req *r = c->queue;
-      c->queue = r->next;
+    } else if (work) {
+      c->queue = work->next;
       if (!c->queue) c->queue_end = &c->queue;
-      r->next = NULL;
+      work->next = NULL;
       c->nqueue--;
-      return r;
     }
+    if (work) return work;
     if (c->closing || os_now_ms() >= until) return NULL;
     c->nidle++;
     os_wait_ms(&c->queue_lock, TX_IDLE_MS);
@@ -3482,12 +3430,11 @@ static void *tx_worker(void *conn) {
     tx_answer(c, list);
     os_lock(&c->queue_lock);
     if (flushes) c->flush_at_work = 0;
-    while (list) {
-      struct nbdserve_req *next = list->next;
+    for (struct nbdserve_req *next; list; list = next) {
+      next = list->next;
       assert(list->state == REQ_DONE && c->nhanded_over > 0);
       NBDSERVE_FREE(list);
       c->nhanded_over--;
-      list = next;
     }
     if (c->reader_waits) os_wake_all(&c->queue_lock);
   }
@@ -3498,45 +3445,38 @@ static void *tx_worker(void *conn) {
   return NULL;
 }
 
-/* Sees to it that there is a worker for one more request, which is not queued
- * yet.  Jobs that wait are: each queued request, and all flushes together,
- * unless a flush is running, whose worker takes the next ones.  If these are
- * more than the workers that are idle, one is started.  Returns false if there
- * is none at all.  The caller holds queue_lock. */
-static int tx_need_worker(struct conn *c, const struct nbdserve_req *r) {
-  unsigned most = c->s->config.threads;
-  assert(c->nidle <= c->nworkers && c->nworkers <= most);
-  int flush = r->state == REQ_TO_FLUSH;
-  unsigned jobs = c->nqueue + (flush ? 0 : 1);
-  if (!c->flush_at_work && (c->to_flush || flush)) jobs++;
-  if (jobs > c->nidle && c->nworkers < most && os_thread(tx_worker, c) == 0)
-    c->nworkers++;
-  return c->nworkers > 0;
-}
-
 /* Hands a request, which is TODO or TO_FLUSH, over to a worker: a copy of it,
  * and the buffer if the request owns it.  Waits while too many are handed over
  * (T5).  False: there is no worker, and the caller has to do it. */
 static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
-  assert(r->state == REQ_TODO || r->state == REQ_TO_FLUSH);
-  if (c->s->config.threads == 1) return 0; /* this thread does all itself */
+  unsigned most = c->s->config.threads;
+  int flushes = r->state == REQ_TO_FLUSH;
+  assert(flushes || r->state == REQ_TODO);
+  if (most == 1) return 0; /* this thread does all itself */
   struct nbdserve_req *copy = NBDSERVE_MALLOC(sizeof *copy);
   if (!copy) return 0;
   *copy = *r;
-  copy->next = NULL;
   /* A request whose data lies in rbuf or wbuf was executed; it only owes a
    * flush, which needs no data. */
   if (!copy->owned) copy->buf = NULL;
   os_lock(&c->queue_lock);
   /* (T5): a request may own up to TX_PIECE bytes of data. */
-  tx_wait_for_workers(c, copy->owned ? c->s->config.threads : 1024);
-  if (!tx_need_worker(c, copy)) {
+  tx_wait_for_workers(c, copy->owned ? most : 1024);
+  /* Jobs that will wait are: each queued request, and all flushes together,
+   * unless a flush is running, whose worker takes the next ones.  If these are
+   * more than the workers that are idle, one is started. */
+  unsigned jobs = c->nqueue + (flushes ? 0 : 1);
+  if (!c->flush_at_work && (c->to_flush || flushes)) jobs++;
+  assert(c->nidle <= c->nworkers && c->nworkers <= most);
+  if (jobs > c->nidle && c->nworkers < most && os_thread(tx_worker, c) == 0)
+    c->nworkers++;
+  if (!c->nworkers) {
     os_unlock(&c->queue_lock);
     NBDSERVE_FREE(copy);
     return 0;
   }
-  if (copy->state == REQ_TO_FLUSH) {
-    copy->next = c->to_flush;
+  copy->next = flushes ? c->to_flush : NULL;
+  if (flushes) {
     c->to_flush = copy;
   } else {
     *c->queue_end = copy;
@@ -3555,16 +3495,9 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
 /* Hands over a READ of the batch that has to wait for the medium, with a buffer
  * of its own; or does it here, if there is no worker or no memory. */
 static void tx_read_later(struct conn *c, struct nbdserve_req *r) {
-  unsigned char *slot = r->buf;
-  assert(r->type == NBD_CMD_READ && !r->owned);
+  assert(r->type == NBD_CMD_READ);
   r->may_wait = 1;
-  r->owned = tx_take_buffer(c);
-  if (r->owned) r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
-  if (r->owned && tx_hand_over(c, r)) return;
-  tx_give_buffer(c, r->owned);
-  r->owned = NULL;
-  r->buf = slot;
-  tx_execute(c, r);
+  if (!tx_take_buffer(c, r) || !tx_hand_over(c, r)) tx_execute(c, r);
 }
 
 /* Does what is TODO of the batch, or hands over what is for workers (T4).
@@ -3700,9 +3633,9 @@ static void tx_close_pipe(struct conn *c) {
 
 /* Moves the data of a piece to the pipe, if the backend can do that and it is
  * in memory: then it is sent without a copy, for a third of the time.  (What
- * goes in a batch is faster with one.)  Returns false if it has not; usually
- * the piece can be read as any other. */
-static int tx_splice(struct conn *c, const struct nbdserve_req *piece) {
+ * goes in a batch is faster with one.)  Returns its length, or 0 if it has not;
+ * usually the piece can be read as any other. */
+static size_t tx_splice(struct conn *c, const struct nbdserve_req *piece) {
   const struct nbdserve_ops *ops = c->export->pub.ops;
   size_t len = (size_t)piece->len;
   assert(piece->type == NBD_CMD_READ && len <= TX_PIECE);
@@ -3716,17 +3649,7 @@ static int tx_splice(struct conn *c, const struct nbdserve_req *piece) {
   if (len > c->pipe_room) return 0;
   size_t n = ops->splice(c->export->pub.ctx, c->pipe[1], piece->off, len);
   if (n && n < len) tx_close_pipe(c);
-  return n == len;
-}
-
-/* Sends a piece whose data is in the pipe. */
-static int tx_send_spliced(struct conn *c, struct nbdserve_req *piece) {
-  unsigned char head[TX_HEAD_MAX];
-  int is_rest = piece->mode == MODE_SIMPLE && piece->off != piece->client_off;
-  piece->all_zero = 0; /* the one before may have been */
-  struct iovec v = {head, is_rest ? 0 : tx_put_head(head, piece)};
-  assert(piece->state == REQ_DONE && !piece->err);
-  return conn_send(c, &v, !is_rest, (size_t)piece->len);
+  return n == len ? len : 0;
 }
 
 /* Reads a long READ piece by piece, up to the first error, and if `sends`,
@@ -3734,7 +3657,6 @@ static int tx_send_spliced(struct conn *c, struct nbdserve_req *piece) {
  * Notes the outcome in the request.  0, or -errno to close. */
 static int tx_read_pieces(struct conn *c, struct nbdserve_req *r, int sends) {
   struct nbdserve_req piece = *r;
-  piece.buf = c->wbuf + TX_HEAD_ROOM;
   req_set_state(&piece, REQ_DONE);
   for (uint64_t left = r->len; left > 0; left -= piece.len) {
     piece.len = u_min(left, TX_PIECE);
@@ -3743,16 +3665,13 @@ static int tx_read_pieces(struct conn *c, struct nbdserve_req *r, int sends) {
     if (piece.more_chunks) piece.len -= (piece.off + piece.len) % 512;
     assert(piece.len > 0 && piece.len <= left);
     r->err_off = piece.off;
-    int is_spliced = sends && tx_splice(c, &piece);
-    r->err = is_spliced ? 0 : ex_execute(c->export, &piece);
+    size_t spliced = sends ? tx_splice(c, &piece) : 0;
+    piece.buf = spliced ? NULL : c->wbuf + TX_HEAD_ROOM;
+    r->err = spliced ? 0 : ex_execute(c->export, &piece);
     /* A simple reply that has begun cannot be taken back (proto.md). */
     int is_begun = sends && r->mode == MODE_SIMPLE && left < r->len;
     if (r->err) return is_begun ? r->err : 0;
-    int err = 0;
-    if (is_spliced)
-      err = tx_send_spliced(c, &piece);
-    else if (sends)
-      err = tx_send_all(c, &piece);
+    int err = sends ? tx_send_all(c, &piece, spliced) : 0;
     if (err) return err;
     piece.off += piece.len;
   }
@@ -3763,7 +3682,6 @@ static int tx_read_pieces(struct conn *c, struct nbdserve_req *r, int sends) {
  * comes, so all is read before, once, and nothing kept: what fails then can
  * still be said.  If there are several pieces, an error says at which. */
 static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
-  int err = 0;
   r->err_has_off = r->len > TX_PIECE;
   r->err_off = r->off;
   r->err = ex_ask_before(c->export, r);
@@ -3771,9 +3689,9 @@ static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
     os_lock(&c->queue_lock);
     tx_wait_for_workers(c, 1); /* a simple reply is in one piece */
     os_unlock(&c->queue_lock);
-    err = tx_read_pieces(c, r, 0);
+    tx_read_pieces(c, r, 0);
   }
-  if (!r->err) err = tx_read_pieces(c, r, 1);
+  int err = r->err ? 0 : tx_read_pieces(c, r, 1);
   if (err) return err;
   req_set_state(r, REQ_DONE);
   if (r->err) return tx_answer(c, r);
@@ -3858,13 +3776,11 @@ static int tx_dispatch(struct conn *c, struct nbdserve_req *r) {
   }
   int err = tx_run_batch(c); /* answers what came before, and frees rbuf */
   if (err) return err;
-  if (is_copied) r->owned = tx_take_buffer(c);
-  if (!r->owned && r->payload) return tx_write_in_pieces(c, r);
-  if (!r->owned) return tx_read_in_pieces(c, r); /* without memory, too */
-  r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
+  if (!is_copied || !tx_take_buffer(c, r)) /* without memory, too */
+    return r->payload ? tx_write_in_pieces(c, r) : tx_read_in_pieces(c, r);
   if (r->payload) err = tx_recv_payload(c, r->buf, (size_t)r->payload);
   if (!err) return tx_finish(c, r);
-  tx_give_buffer(c, r->owned);
+  tx_give_buffer(c, r);
   return err;
 }
 
@@ -3906,10 +3822,9 @@ static int tx_next_request(struct conn *c) {
       extended ? c->export->pub.max_request : (uint64_t)NBDSERVE_MAX_REQUEST;
   uint32_t magic = extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC;
   if (u_get32(p) != magic || r.payload > most) {
-    int err = tx_run_batch(c); /* what came before is answered */
     conn_log(c, NBDSERVE_LOG_INFO, "%d: request magic 0x%08" PRIx32 "; closed",
              c->id, u_get32(p));
-    return err ? err : -EPROTO;
+    return -EPROTO;
   }
   if (r.type == NBD_CMD_DISC) return CONN_LEFT;
   if (r.payload <= TX_IN_BATCH_MAX) c->needed += (size_t)r.payload;
@@ -3944,15 +3859,14 @@ static int tx_receive(struct conn *c) {
   /* Idle, as long as it likes; unless a worker could not send to it, which
    * shutdown() tells us only if the replies go over the same socket. */
   if (!left && n == -ETIMEDOUT) return conn_send(c, NULL, 0, 0);
-  if (!left && c->io.at_end) return CONN_LEFT;
+  if (n == 0) return left ? -EPIPE : CONN_LEFT;
   if (n < 0) return (int)n;
   assert((size_t)n <= room);
   c->rbuf_end += (size_t)n;
   return 0;
 }
 
-/* The transmission phase, to its end: CONN_LEFT or -errno.  After an error the
- * requests of a batch that was not run are dropped. */
+/* The transmission phase, to its end: CONN_LEFT or -errno. */
 static int tx_run(struct conn *c) {
   int step;
   assert(c->export && !c->nbatch && !c->wbuf_used && !c->io.deadline);
@@ -3961,10 +3875,8 @@ static int tx_run(struct conn *c) {
            c->transmission_flags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
   do {
     step = tx_next_request(c);
-    if (step > 0) {
-      int err = tx_run_batch(c);
-      if (err) step = err;
-    }
+    int err = step ? tx_run_batch(c) : 0; /* what came before is answered */
+    if (err) step = err;
     if (step == CONN_NEEDS_MORE) step = tx_receive(c);
   } while (!step);
   os_lock(&c->queue_lock); /* DRAINING: the workers do what is left, and end */
@@ -4035,19 +3947,14 @@ struct flat {
   struct os_monitor lock; /* guards known and in_overlay */
   unsigned known;         /* FLAT_FAILED, and a bit for each mode of
                              os_fallocate that is missing: see flat_known */
-  /* Bit N % 8 of byte N / 8: block N is in the overlay.  NULL: there is no
-   * overlay. */
+  /* Bit N % 8 of byte N / 8: block N is in the overlay.  NULL: there is none;
+   * else the export is temporary, and no request changes the target. */
   unsigned char *in_overlay;
   /* Block N is brought over under region[N % FLAT_REGIONS], so that of two
    * WRITEs to it none is lost. */
   struct os_monitor region[FLAT_REGIONS];
 };
 STATIC_ASSERT(modes_of_fallocate_have_bits, OS_ZERO_RANGE < 30);
-
-/* Do writes go to the overlay?  Then no request changes the target. */
-static int flat_is_temporary(const struct flat *f) {
-  return f->overlay_fd >= 0;
-}
 
 /* ---- What has failed before ---------------------------------------------- */
 
@@ -4096,19 +4003,17 @@ static int overlay_do_piece(struct flat *f, int writing, void *buf,
                             uint64_t off, size_t len) {
   struct iovec v = {buf, len};
   uint64_t block = off / FLAT_OVERLAY_BLOCK;
-  struct os_monitor *region = &f->region[block % FLAT_REGIONS];
   int err = 0;
-  (void)region; /* without threads */
   assert(len > 0 && len <= FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK);
   if (overlay_has(f, block, 0))
     return os_transfer(f->overlay_fd, writing, &v, 1, off);
   if (!writing) return os_transfer(f->fd, OS_READ, &v, 1, f->offset + off);
-  os_lock(region);
+  os_lock(&f->region[block % FLAT_REGIONS]);
   if (len < FLAT_OVERLAY_BLOCK && !overlay_has(f, block, 0))
     err = overlay_copy(f, block);
   if (!err) err = os_transfer(f->overlay_fd, OS_WRITE, &v, 1, off);
   if (!err) overlay_has(f, block, 1);
-  os_unlock(region);
+  os_unlock(&f->region[block % FLAT_REGIONS]);
   return err;
 }
 
@@ -4127,25 +4032,14 @@ static int overlay_do(struct flat *f, const struct nbdserve_req *r) {
 
 /* ---- Requests ----------------------------------------------------------- */
 
-/* Returns how many of the first requests are of one type and lie one behind the
- * other, so that one system call can do them all. */
-static size_t flat_run_length(const struct nbdserve_req *reqs, size_t nreqs) {
-  size_t most = nreqs < FLAT_MAX_IOV ? nreqs : FLAT_MAX_IOV;
-  assert(nreqs > 0);
-  for (size_t n = 1; n < most; n++) {
-    const struct nbdserve_req *last = &reqs[n - 1];
-    if (reqs[n].type != last->type) return n;
-    if (reqs[n].off != last->off + last->len) return n;
-  }
-  return most;
-}
-
-/* Does a run of requests with one system call, or more if that does less. */
+/* Does a run of requests with one system call, or more if that does less; of a
+ * temporary export just one request. */
 static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
                          size_t nreqs) {
   struct iovec v[FLAT_MAX_IOV];
   int writing = reqs->type == NBD_CMD_WRITE;
   assert(nreqs > 0 && nreqs <= FLAT_MAX_IOV);
+  if (f->in_overlay) return overlay_do(f, reqs);
   if (writing && flat_known(f, 0) & FLAT_FAILED) return -EIO; /* (F1) */
   for (size_t i = 0; i < nreqs; i++) {
     v[i] = (struct iovec){reqs[i].buf, (size_t)reqs[i].len};
@@ -4158,14 +4052,13 @@ static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
   return os_transfer(f->fd, writing, v, (int)nreqs, f->offset + reqs->off);
 }
 
-/* Is the page of the target at pos in memory, and not all zeroes?  Where nobody
+/* Is the page of the export at off in memory, and not all zeroes?  Where nobody
  * can tell whether it is in memory, it is read. */
-static int flat_has_page(const struct flat *f, uint64_t pos) {
+static int flat_has_page(struct flat *f, uint64_t off) {
   unsigned char page[FLAT_PAGE];
-  struct iovec v = {page, sizeof page};
-  int err = f->can_read_now ? os_read_now(f->fd, &v, 1, pos)
-                            : os_transfer(f->fd, OS_READ, &v, 1, pos);
-  return !err && !u_is_zero(page, sizeof page);
+  const struct nbdserve_req r = {
+      .type = NBD_CMD_READ, .off = off, .len = sizeof page, .buf = page};
+  return !flat_transfer(f, &r, 1) && !u_is_zero(page, sizeof page);
 }
 
 /* ops->splice: moves what it can of a range to a pipe, without a copy, and
@@ -4179,8 +4072,9 @@ static size_t flat_splice(void *ctx, int pipe, uint64_t off, uint64_t len) {
   uint64_t end = pos + len;
   ssize_t n = 1;
   assert(len >= FLAT_PAGE);
-  if (flat_is_temporary(f) || pos % FLAT_PAGE) return 0;
-  if (!flat_has_page(f, pos) || !flat_has_page(f, end - FLAT_PAGE)) return 0;
+  if (f->in_overlay || pos % FLAT_PAGE) return 0;
+  if (!flat_has_page(f, off) || !flat_has_page(f, off + len - FLAT_PAGE))
+    return 0;
   while (pos < end && n > 0)
     n = os_splice(f->fd, &pos, pipe, (size_t)(end - pos));
   return (size_t)(pos + len - end);
@@ -4194,14 +4088,13 @@ static size_t flat_splice(void *ctx, int pipe, uint64_t off, uint64_t len) {
  * are repeated one by one, so that only those fail that fail by themselves. */
 static void flat_batch(void *ctx, struct nbdserve_req *reqs, size_t nreqs) {
   struct flat *f = ctx;
-  if (flat_is_temporary(f)) {
-    for (size_t i = 0; i < nreqs; i++)
-      reqs[i].err = overlay_do(f, &reqs[i]);
-    return;
-  }
   for (size_t run; nreqs > 0; reqs += run, nreqs -= run) {
     assert(reqs->type == NBD_CMD_READ || reqs->type == NBD_CMD_WRITE);
-    run = flat_run_length(reqs, nreqs);
+    run = 1;
+    while (!f->in_overlay && run < nreqs && run < FLAT_MAX_IOV &&
+           reqs[run].type == reqs->type &&
+           reqs[run].off == reqs[run - 1].off + reqs[run - 1].len)
+      run++;
     int err = flat_transfer(f, reqs, run);
     for (size_t i = 0; i < run; i++)
       reqs[i].err = err && run > 1 ? flat_transfer(f, &reqs[i], 1) : err;
@@ -4213,7 +4106,7 @@ static void flat_batch(void *ctx, struct nbdserve_req *reqs, size_t nreqs) {
 static int flat_flush(void *ctx, uint32_t flags) {
   (void)flags;
   struct flat *f = ctx;
-  if (flat_is_temporary(f)) return 0;
+  if (f->in_overlay) return 0;
   if (flat_known(f, 0) & FLAT_FAILED) return -EIO;
   int err = os_datasync(f->fd);
   if (err) flat_known(f, FLAT_FAILED);
@@ -4224,7 +4117,7 @@ static int flat_flush(void *ctx, uint32_t flags) {
  * do without, now (the range is not made of whole sectors of a device) or, as
  * is then remembered, always (F2). */
 static int flat_allocate(struct flat *f, int mode, uint64_t off, uint64_t len) {
-  if (flat_is_temporary(f)) return -EOPNOTSUPP; /* the target stays */
+  if (f->in_overlay) return -EOPNOTSUPP; /* the target stays */
   assert(mode >= 0 && mode <= OS_ZERO_RANGE);
   unsigned known = flat_known(f, 0);
   if (known & FLAT_FAILED) return -EIO; /* (F1): it is a write */
@@ -4269,9 +4162,8 @@ static int flat_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
   struct flat *f = ctx;
   uint64_t pos = f->offset + off;
   uint64_t end = pos + len;
-  uint64_t next;
-  if (flat_is_temporary(f)) return 0;
-  for (; pos < end; pos = next) {
+  if (f->in_overlay) return 0;
+  for (uint64_t next; pos < end; pos = next) {
     int is_data = os_is_data(f->fd, pos, end, &next);
     uint32_t status = NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
     if (nbdserve_extent(out, next - pos, is_data ? 0 : status)) break;
@@ -4284,7 +4176,7 @@ static int flat_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
 static uint64_t flat_size(void *ctx, uint64_t size) {
   struct flat *f = ctx;
   /* The overlay's map has no bits for more than there was. */
-  if (flat_is_temporary(f)) return u_min(size, f->size);
+  if (f->in_overlay) return u_min(size, f->size);
   /* An offset in the target must not exceed what off_t holds. */
   if (!f->follows_end) return u_min(size, INT64_MAX - f->offset);
   off_t end = lseek(f->fd, 0, SEEK_END);
@@ -4297,7 +4189,7 @@ static uint64_t flat_size(void *ctx, uint64_t size) {
 static void flat_close(void *ctx) {
   struct flat *f = ctx;
   close(f->fd);
-  if (flat_is_temporary(f)) close(f->overlay_fd);
+  close(f->overlay_fd); /* closing -1 does no harm */
   NBDSERVE_FREE(f->in_overlay);
   for (int i = 0; i < FLAT_REGIONS; i++)
     os_monitor_free(&f->region[i]);
@@ -4369,11 +4261,9 @@ static int flat_open_target(struct flat *f, const char *path, int writable,
 static int flat_find_slice(struct flat *f, uint64_t offset, uint64_t size) {
   off_t end = lseek(f->fd, 0, SEEK_END);
   if (end < 0) return -errno;
-  if (offset > (uint64_t)end) return -EINVAL;
-  uint64_t most = (uint64_t)end - offset;
-  if (size > most) return -EINVAL;
+  if (offset > (uint64_t)end || size > (uint64_t)end - offset) return -EINVAL;
   f->offset = offset;
-  f->size = size ? size : most;
+  f->size = size ? size : (uint64_t)end - offset;
   f->follows_end = !size;
   f->can_read_now = os_can_read_now(f->fd);
   assert(f->offset + f->size <= INT64_MAX); /* for os_transfer */
@@ -4958,13 +4848,13 @@ static void cas_log_sum(const struct nbdserve_cas *st, const unsigned char *p,
   size_t len = SHA_BLOCK_LEN * whole + sizeof tail;
   uint32_t state[2][SHA_STATE_WORDS];
   assert(*nmixed <= whole && count <= CAS_ENTRIES);
-  sha_add(st->hw, mixed, p + *nmixed * SHA_BLOCK_LEN, whole - *nmixed);
+  sha_mix(st->hw, mixed, p + *nmixed * SHA_BLOCK_LEN, NULL, whole - *nmixed);
   *nmixed = whole;
   memcpy(state, mixed, sizeof state);
   memcpy(tail, p + whole * SHA_BLOCK_LEN, rest);
   memcpy(end, p + CAS_LOG_HEAD, CAS_HEAD);
   memcpy(end + CAS_HEAD, st->super.id, sizeof st->super.id);
-  if (rest) sha_add(st->hw, state, tail, 1);
+  if (rest) sha_mix(st->hw, state, tail, NULL, 1);
   if (!rest) len -= SHA_BLOCK_LEN;
   sha_end(st->hw, state, end, len, sum);
 }
@@ -8681,13 +8571,12 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   struct nbdserve *s = u_zalloc(sizeof *s);
   if (!s) return -ENOMEM;
   os_monitor_init(&s->lock);
-  os_monitor_init(&s->stop.lock);
   s->config = k;
   s->last_export = &s->exports;
-  memset(s->stop.pipe, -1, sizeof s->stop.pipe); /* all bits set: -1 */
+  memset(s->stop, -1, sizeof s->stop); /* all bits set: -1 */
   memset(s->wake, -1, sizeof s->wake);
   memset(s->noticed, -1, sizeof s->noticed);
-  int err = os_pipe(s->stop.pipe);
+  int err = os_pipe(s->stop);
   if (!err) err = os_pipe(s->wake);
   if (!err) err = os_pipe(s->noticed);
   if (!err) *out = s;
@@ -8935,11 +8824,12 @@ int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
 
 /* ---- Signals from other threads and handlers ----------------------------- */
 
-/* Makes a pipe readable.  Async-signal-safe, and keeps errno.  A full pipe is
- * readable already (S4). */
+/* Makes a pipe readable, by the time: see struct io.  Async-signal-safe, and
+ * keeps errno.  A full pipe is readable already (S4). */
 static void srv_poke(int fd) {
   int saved = errno;
-  (void)!write(fd, "", 1);
+  int64_t now = os_now_ms();
+  (void)!write(fd, &now, sizeof now);
   errno = saved;
 }
 
@@ -8954,7 +8844,7 @@ static int srv_take_poke(int fd) {
 
 /* See nbdserve.h.  Nobody ever empties this pipe: there is no way back. */
 void nbdserve_stop(struct nbdserve *s) {
-  srv_poke(s->stop.pipe[1]);
+  srv_poke(s->stop[1]);
 }
 
 /* See nbdserve.h. */
@@ -8993,7 +8883,7 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   c->is_tcp = a.sa.sa_family == AF_INET || a.sa.sa_family == AF_INET6;
   strcpy(c->peer, "this machine");
   srv_format_address(&a, c->peer, sizeof c->peer);
-  c->io = (struct io){.in = in, .out = out, .stop = &s->stop};
+  c->io = (struct io){.in = in, .out = out, .stop = *s->stop};
   c->io.stall_ms = s->config.stall_ms;
   /* See the table at the head of [6].  Without threads it is nbdserve_run that
    * serves: nobody would shut down. */
@@ -9106,7 +8996,7 @@ static int srv_finish(struct nbdserve *s) {
   nbdserve_unlisten(s);
   nbdserve_stop(s);
   assert(!s->nlisteners);
-  int64_t end = io_grace_end(&s->stop);
+  int64_t end = io_grace_end(*s->stop);
   for (;;) {
     int over = os_now_ms() >= end;
     if (!srv_shutdown_clients(s, over ? SHUT_RDWR : SHUT_RD)) break;
@@ -9178,7 +9068,7 @@ static void srv_tell_waiting(struct nbdserve *s, int err) {
 /* See nbdserve.h.  Rounds of: wait, look at each pipe, accept. */
 int nbdserve_run(struct nbdserve *s) {
   struct pollfd p[SRV_OWN_FDS + SRV_LISTENERS + 1] = {
-      {.fd = s->stop.pipe[0], .events = POLLIN},
+      {.fd = s->stop[0], .events = POLLIN},
       {.fd = s->wake[0], .events = POLLIN},
       {.fd = s->noticed[0], .events = POLLIN}};
   struct pollfd *l = p + SRV_OWN_FDS; /* the listeners */
@@ -9226,11 +9116,10 @@ void nbdserve_free(struct nbdserve *s) {
     ex_free(ex);
   }
   for (int i = 0; i < 2; i++) { /* -1, if nbdserve_new failed, does no harm */
-    close(s->stop.pipe[i]);
+    close(s->stop[i]);
     close(s->wake[i]);
     close(s->noticed[i]);
   }
-  os_monitor_free(&s->stop.lock);
   os_monitor_free(&s->lock);
   NBDSERVE_FREE(s);
 }
@@ -10101,7 +9990,7 @@ struct cli_verb {
  * connection has gone (or answered, if that is the server).  -ETIMEDOUT. */
 static int cli_wait(const struct cli_job *job, int fd, short events, int ms) {
   struct pollfd p[] = {{fd, events, 0},
-                       {cli.server->stop.pipe[0], POLLIN, 0},
+                       {cli.server->stop[0], POLLIN, 0},
                        {job->client, POLLIN, 0}}; /* -1 is skipped */
   while (poll(p, COUNT_OF(p), ms) < 0 && errno == EINTR)
     continue;
@@ -10578,7 +10467,7 @@ static int cli_run_remote(struct cli_job *job, int ms) {
  * sense: no system has command lines of more than 8 MiB. */
 static int cli_receive(struct cli_job *job) {
   struct io io = {.in = job->client, .out = job->client};
-  io.stop = &cli.server->stop;
+  io.stop = *cli.server->stop;
   io.stall_ms = IO_GRACE_MS;
   io.deadline = os_now_ms() + IO_GRACE_MS;
   int err = io_wait_input(&io, io.deadline);
@@ -10637,7 +10526,7 @@ static void *cli_serve_job(void *client) {
  * want of descriptors a client may have to wait; a command that gets no thread
  * is done here, and the others wait. */
 static void *cli_control(void *unused) {
-  struct io io = {.in = cli.ctl, .out = cli.ctl, .stop = &cli.server->stop};
+  struct io io = {.in = cli.ctl, .out = cli.ctl, .stop = *cli.server->stop};
   while (io_wait_input(&io, 0) == 0) {
     int client = os_accept(cli.ctl);
     void *arg = (void *)(intptr_t)client;

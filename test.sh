@@ -238,7 +238,7 @@ lint() {
   n=$(($(sed -n 's/^code //p' "$scratch/figures") -
     $(sed -n 's/^lone //p' "$scratch/figures")))
   # The goal is 6500: until it is met, not one line more than there is now
-  [ $n -le 7889 ] || { echo "nbdserve.c: $n lines of code, over 7889"; bad=1; }
+  [ $n -le 7789 ] || { echo "nbdserve.c: $n lines of code, over 7789"; bad=1; }
   return $bad
 }
 case ${1-} in
@@ -13402,13 +13402,14 @@ static void u_linger(void) {
   struct io io = {.stopping = 1, .stall_ms = 1000};
   pthread_t pour;
   int64_t from = t_now();
+  int64_t stopped;
   int fd[2];
   CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
   CHECK(nbdserve_new(&s, NULL) == 0);
-  nbdserve_stop(s);
-  s->stop.grace_end = os_now_ms() + 300; /* 5 s are long for a test */
+  stopped = os_now_ms() + 300 - IO_GRACE_MS; /* 5 s are long for a test */
+  CHECK(write(s->stop[1], &stopped, sizeof stopped) == sizeof stopped);
   io.in = io.out = fd[0];
-  io.stop = &s->stop;
+  io.stop = s->stop[0];
   u_recv_ms = 1; /* so there is always something */
   CHECK(pthread_create(&pour, NULL, u_pour, &fd[1]) == 0);
   io_linger(&io);
@@ -13718,7 +13719,7 @@ static void g_make(struct gathering *g, size_t i, enum g_kind kind,
   if (kind == G_WRITTEN) r->type = NBD_CMD_WRITE;
   if (kind == G_STATUS) {
     r->type = NBD_CMD_BLOCK_STATUS;
-    r->status_len = G_EXTENTS;
+    r->data_len = G_EXTENTS;
   }
   if (kind == G_REFUSED || kind == G_FAILED) r->err = -EIO;
   if (kind == G_FAILED) r->err_has_off = 1;

@@ -4412,15 +4412,12 @@ static void cas_encode(const unsigned char *size, const void *from,
                        unsigned char *p) {
   const unsigned char *member = from;
   for (; *size; p += *size++) {
-    int is_number = *size == 4 || *size == 8;
-    uint64_t number = 0;
-    if (is_number)
-      memcpy(&number, member, sizeof number);
-    else
-      memcpy(p, member, *size);
-    if (*size == 8) u_put64(p, number);
+    uint64_t number;
+    memcpy(&number, member, sizeof number);
     if (*size == 4) u_put32(p, (uint32_t)number);
-    member += is_number ? sizeof number : *size;
+    if (*size == 8) u_put64(p, number);
+    if (*size > 8) memcpy(p, member, *size);
+    member += *size > 8 ? *size : sizeof number;
   }
 }
 
@@ -4429,14 +4426,10 @@ static void cas_decode(const unsigned char *size, const unsigned char *p,
                        void *to) {
   unsigned char *member = to;
   for (; *size; p += *size++) {
-    int is_number = *size == 4 || *size == 8;
-    uint64_t number = *size == 8 ? u_get64(p) : 0;
-    if (*size == 4) number = u_get32(p);
-    if (is_number)
-      memcpy(member, &number, sizeof number);
-    else
-      memcpy(member, p, *size);
-    member += is_number ? sizeof number : *size;
+    uint64_t number = *size == 4 ? u_get32(p) : u_get64(p);
+    size_t n = *size > 8 ? *size : sizeof number;
+    memcpy(member, *size > 8 ? p : (const void *)&number, n);
+    member += n;
   }
 }
 

@@ -5436,6 +5436,26 @@ static void cas_hash(struct nbdserve_cas *st, struct cas_block *blk, size_t n) {
   if (first) sha_256(st->hw, first->data, NULL, st->bs, first->sum, NULL);
 }
 
+/* Reads what there is to do of blocks, and checks those of which that is both.
+ * Each gets its own error; -EUCLEAN: the data is not what it was.  A digest
+ * that cannot be read does not make its data bad: what that should be is
+ * computed from the data.  how: OS_READ or OS_READ_NOW. */
+static void cas_fetch(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
+                      int how) {
+  cas_move(st, blk, n, CAS_DIGEST, how);
+  for (size_t i = 0; i < n; i++)
+    if (blk[i].digest_err) blk[i].todo = CAS_BOTH;
+  cas_move(st, blk, n, CAS_DATA, how);
+  cas_hash(st, blk, n);
+  for (; n > 0; blk++, n--) {
+    if (blk->todo != CAS_BOTH || blk->err) continue;
+    if (blk->digest_err)
+      memcpy(blk->digest, blk->sum, CAS_DIGEST_LEN);
+    else if (memcmp(blk->digest, blk->sum, CAS_DIGEST_LEN) != 0)
+      blk->err = -EUCLEAN;
+  }
+}
+
 /* How good is copy i of a page, and what is its *number?  0: it is not whole,
  * or not of a page with that head (of magic 0: any page), or of a checkpoint
  * that never became durable.  1: it is, by itself.  2 or 3: one digest or both
@@ -6544,28 +6564,18 @@ static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
   return 0;
 }
 
-/* Is the data in a slot what a digest says?  Then it is in data, too. */
-static int cas_has_data(struct nbdserve_cas *st, uint32_t slot,
-                        const unsigned char *digest, unsigned char *data) {
-  unsigned char sum[CAS_DIGEST_LEN];
-  if (cas_io(st, OS_READ, data, st->bs, cas_data_off(st, slot))) return 0;
-  sha_256(st->hw, data, NULL, st->bs, sum, NULL);
-  return memcmp(sum, digest, sizeof sum) == 0;
-}
-
 /* Has the slot of a block, which the index has found, the same data, and a
  * digest that fits?  A hit is only a hint (C12). */
 static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk) {
-  unsigned char digest[CAS_DIGEST_LEN];
-  unsigned char *data = NBDSERVE_MALLOC(st->bs);
-  uint64_t off = cas_digest_off(st, blk->slot);
-  int is_same =
-      data && !cas_io(st, OS_READ, data, st->bs, cas_data_off(st, blk->slot)) &&
-      memcmp(data, blk->data, st->bs) == 0;
-  if (is_same && !blk->is_trusted)
-    is_same = !cas_io(st, OS_READ, digest, sizeof digest, off) &&
-              memcmp(digest, blk->sum, sizeof digest) == 0;
-  NBDSERVE_FREE(data);
+  struct cas_block has = {.slot = blk->slot,
+                          .data = NBDSERVE_MALLOC(st->bs),
+                          .todo = blk->is_trusted ? CAS_DATA : CAS_BOTH};
+  if (has.data) cas_move_both(st, &has, 1, OS_READ);
+  int is_same = has.data && !has.err && !has.digest_err &&
+                memcmp(has.data, blk->data, st->bs) == 0;
+  if (!blk->is_trusted)
+    is_same = is_same && memcmp(has.digest, blk->sum, CAS_DIGEST_LEN) == 0;
+  NBDSERVE_FREE(has.data);
   return is_same;
 }
 
@@ -6645,9 +6655,8 @@ static void cas_put(struct cas_volume *vol, struct cas_block *blk, size_t n) {
 
 /* Pins the slots of blocks and reads what is wanted of them: CAS_DATA,
  * CAS_DIGEST or 0; and both of those that are not known to be good, which are
- * checked: for data only if st->verify.  Each gets its own error; -EUCLEAN: the
- * data is not what it was.  A digest that cannot be read does not make its data
- * bad.  how: OS_READ or OS_READ_NOW. */
+ * checked: for data only if st->verify.  Each gets its own error, as from
+ * cas_fetch.  how: OS_READ or OS_READ_NOW. */
 static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
                      int want, int how) {
   struct nbdserve_cas *st = vol->st;
@@ -6669,22 +6678,9 @@ static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
     cas_hold(st, spot.slot);
   }
   cas_unlock(st);
-  cas_move_both(st, blk, n, how);
-  for (size_t i = 0; i < n; i++) {
-    if (!blk[i].digest_err || blk[i].todo != CAS_DIGEST) continue;
-    blk[i].todo = CAS_BOTH;
-    cas_move(st, blk + i, 1, CAS_DATA, OS_READ);
-  }
-  cas_hash(st, blk, n);
-  for (size_t i = 0; i < n; i++) {
-    if (!blk[i].slot && !blk[i].err && want == CAS_DATA)
-      memset(blk[i].data, 0, st->bs);
-    if (blk[i].todo != CAS_BOTH || blk[i].err) continue;
-    if (blk[i].digest_err)
-      memcpy(blk[i].digest, blk[i].sum, CAS_DIGEST_LEN);
-    else if (memcmp(blk[i].digest, blk[i].sum, CAS_DIGEST_LEN) != 0)
-      blk[i].err = -EUCLEAN;
-  }
+  cas_fetch(st, blk, n, how);
+  for (size_t i = 0; i < n && want == CAS_DATA; i++)
+    if (!blk[i].slot && !blk[i].err) memset(blk[i].data, 0, st->bs);
 }
 
 /* Takes the pins away again.  What is bad is not used again: writing heals. */
@@ -7279,25 +7275,23 @@ static void cas_rewrite_digests(struct nbdserve_cas *st, uint32_t slot) {
  * digest that can be read, differs and cannot be written never was durable, and
  * neither was the entry: a power cut has taken back the space of both.  One
  * that cannot be read now may turn out to differ later. */
-static int cas_confirm(struct nbdserve_cas *st, struct cas_entry *entry) {
-  unsigned char *data = st->loader->data;
-  unsigned char digest[CAS_DIGEST_LEN];
-  unsigned char sum[CAS_DIGEST_LEN];
-  uint32_t slot = (uint32_t)entry->slot;
-  uint64_t off = cas_digest_off(st, slot);
-  assert(!st->is_open && CAS_AT(st, slot, tag) != TAG_PAGE);
-  int err = cas_io(st, OS_READ, digest, sizeof digest, off);
-  int is_same = !err && memcmp(digest, entry->digest, sizeof digest) == 0;
-  if (cas_io(st, OS_READ, data, st->bs, cas_data_off(st, slot))) return is_same;
-  sha_256(st->hw, data, NULL, st->bs, sum, NULL);
-  if (memcmp(sum, entry->digest, sizeof sum) != 0) return 0;
+static int cas_confirm(struct nbdserve_cas *st, const struct cas_entry *entry) {
+  struct cas_block blk = {.slot = (uint32_t)entry->slot,
+                          .data = st->loader->data,
+                          .todo = CAS_BOTH};
+  assert(!st->is_open && CAS_AT(st, blk.slot, tag) != TAG_PAGE);
+  cas_fetch(st, &blk, 1, OS_READ);
+  int is_read = !blk.digest_err; /* else the digest was computed */
+  int is_same = is_read && !memcmp(blk.digest, entry->digest, CAS_DIGEST_LEN);
+  if (blk.err && blk.err != -EUCLEAN) return is_same;
+  if (memcmp(blk.sum, entry->digest, CAS_DIGEST_LEN) != 0) return 0;
   if (!st->readonly) {
-    (void)!cas_io(st, OS_WRITE, data, st->bs, cas_data_off(st, slot));
-    int fails = cas_io(st, OS_WRITE, entry->digest, CAS_DIGEST_LEN, off);
-    if (fails && err) cas_rewrite_digests(st, slot);
-    if (fails && !err && !is_same) return 0;
+    (void)!cas_move_run(st, &blk, 1, CAS_DATA, OS_WRITE);
+    int fails = cas_move_run(st, &blk, 1, CAS_DIGEST, OS_WRITE);
+    if (fails && !is_read) cas_rewrite_digests(st, blk.slot);
+    if (fails && is_read && !is_same) return 0;
   }
-  CAS_AT(st, slot, tag) |= CAS_GOOD;
+  CAS_AT(st, blk.slot, tag) |= CAS_GOOD;
   return 1;
 }
 
@@ -8129,6 +8123,7 @@ static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
  * the data by a slot that has the same digest.  This is the one exception to
  * (C1): what durable state names gets what it should have been. */
 static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
+  struct cas_block other = {.data = blk->data, .todo = CAS_BOTH};
   assert(blk->slot && !st->readonly);
   if (blk->digest_err) {
     blk->todo = CAS_DIGEST;
@@ -8136,20 +8131,17 @@ static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
     blk->digest_err = blk->err;
     return;
   }
-  if (cas_io(st, OS_READ, blk->digest, CAS_DIGEST_LEN,
-             cas_digest_off(st, blk->slot)))
-    return;
+  if (cas_move_run(st, blk, 1, CAS_DIGEST, OS_READ)) return;
   os_lock(&st->lock);
   cas_unindex(st, blk->slot);
-  uint32_t slot = cas_lookup(st, blk->digest, 0);
-  cas_hold(st, slot);
+  other.slot = cas_lookup(st, blk->digest, 0);
+  cas_hold(st, other.slot);
   cas_unlock(st);
-  if (slot && cas_has_data(st, slot, blk->digest, blk->data))
-    blk->err =
-        cas_io(st, OS_WRITE, blk->data, st->bs, cas_data_off(st, blk->slot));
-  os_lock(&st->lock);
-  cas_drop(st, slot, &st->dropped);
-  cas_unlock(st);
+  if (other.slot) cas_fetch(st, &other, 1, OS_READ);
+  int is_same = other.slot && (!other.err || other.err == -EUCLEAN) &&
+                memcmp(other.sum, blk->digest, CAS_DIGEST_LEN) == 0;
+  if (is_same) blk->err = cas_move_run(st, blk, 1, CAS_DATA, OS_WRITE);
+  cas_unpin(st, &other, 1);
 }
 
 /* Checks the next n blocks of a volume. */

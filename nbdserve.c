@@ -5331,19 +5331,15 @@ static size_t cas_run_length(const struct cas_block *blk, size_t n, int what) {
   return k;
 }
 
-/* Where the data or the digest of a block lies in the file. */
-static uint64_t cas_block_off(const struct nbdserve_cas *st,
-                              const struct cas_block *blk, int what) {
-  return what == CAS_DATA ? cas_data_off(st, blk->slot)
-                          : cas_digest_off(st, blk->slot);
-}
+#define CAS_ANNOUNCE (-1) /* says what will be read, instead of moving it */
 
 /* Moves the data or the digests of k blocks that lie in a row.  how: OS_WRITE,
- * OS_READ or, where that is known, OS_READ_NOW. */
+ * OS_READ, CAS_ANNOUNCE or, where that is known, OS_READ_NOW. */
 static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
                         size_t k, int what, int how) {
   struct iovec v[CAS_RUN];
-  uint64_t off = cas_block_off(st, blk, what);
+  uint64_t off = what == CAS_DATA ? cas_data_off(st, blk->slot)
+                                  : cas_digest_off(st, blk->slot);
   assert(k > 0 && k <= CAS_RUN);
   assert(!(how == OS_WRITE && st->readonly));
   for (size_t i = 0; i < k; i++) {
@@ -5351,6 +5347,9 @@ static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
     v[i] = (struct iovec){digest, CAS_DIGEST_LEN};
     if (what == CAS_DATA) v[i] = (struct iovec){blk[i].data, st->bs};
   }
+  if (how == CAS_ANNOUNCE)
+    os_advise(st->fd, POSIX_FADV_WILLNEED, off, k * v->iov_len);
+  if (how == CAS_ANNOUNCE) return 0;
   if (how == OS_READ_NOW && st->can_read_now) {
     int err = os_read_now(st->fd, v, (int)k, off);
     if (!err || err == -EAGAIN) return err;
@@ -5374,21 +5373,6 @@ static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
   cas_unlock(st);
 }
 
-/* Says what will be read of some blocks, so that the medium brings it all at
- * once. */
-static void cas_announce(const struct nbdserve_cas *st,
-                         const struct cas_block *blk, size_t n, int what) {
-  size_t each = what == CAS_DATA ? st->bs : CAS_DIGEST_LEN;
-  for (size_t k; n > 0; blk += k, n -= k) {
-    k = cas_run_length(blk, n, what);
-    if (k)
-      os_advise(st->fd, POSIX_FADV_WILLNEED, cas_block_off(st, blk, what),
-                k * each);
-    else
-      k = 1;
-  }
-}
-
 /* Moves what there is to do of `what`, in few calls.  What fails together is
  * tried again one by one, so only that fails which must.  how: OS_WRITE;
  * OS_READ: at the first piece that is not in memory all the rest is announced,
@@ -5402,7 +5386,7 @@ static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
     int err = k ? cas_move_run(st, blk, k, what, now) : 0;
     if (err && now != how) {
       now = how;
-      cas_announce(st, blk, n, what);
+      cas_move(st, blk, n, what, CAS_ANNOUNCE);
       err = cas_move_run(st, blk, k, what, now);
     }
     for (size_t i = 0; err && i < k; i++) {

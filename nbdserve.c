@@ -5526,14 +5526,11 @@ static struct cas_node *cas_new_node(int level, uint32_t index, uint32_t slot) {
   return node;
 }
 
-/* Kid c of a node, or NULL. */
-static struct cas_node *cas_kid(const struct cas_node *node, uint64_t c) {
+/* Kid c of a node; NULL: there is none, nor is there anything below that.  What
+ * is lost stands for all that was below it. */
+static struct cas_node *cas_kid(struct cas_node *node, uint64_t c) {
+  if (!node || node->slot == CAS_LOST) return node;
   return c < node->nkids ? node->kid[c] : NULL;
-}
-
-/* Makes room for kid c of a node. */
-static int cas_add_kid(struct cas_node *node, uint32_t c) {
-  return cas_enlarge(&node->kid, &node->nkids, c);
 }
 
 /* What the head of a node's page says; its number is that of the newest durable
@@ -5723,7 +5720,7 @@ static int cas_copy_below(struct nbdserve_cas *st, const struct cas_node *node,
     return err;
   }
   if (is_lost) n = st->fanout;
-  if (n) err = cas_add_kid(copy, n - 1);
+  if (n) err = cas_enlarge(&copy->kid, &copy->nkids, n - 1);
   for (uint32_t c = 0; c < n && !err; c++) {
     if (!is_lost) {
       cas_share(&copy->kid[c], node->kid[c]);
@@ -5775,7 +5772,7 @@ static int cas_own_kid(struct nbdserve_cas *st, struct cas_node ***p,
   struct cas_node *node = **p;
   uint32_t c = (uint32_t)(index % st->fanout);
   assert(node->level && node->refs == 1 && !node->slot);
-  int err = cas_add_kid(node, c);
+  int err = cas_enlarge(&node->kid, &node->nkids, c);
   if (err) return err;
   *p = &node->kid[c];
   return cas_own(st, *p, node->level - 1, (uint32_t)index);
@@ -5791,7 +5788,9 @@ static int cas_own_record(struct nbdserve_cas *st, uint32_t place,
   int err = cas_own(st, p, CAS_TOP, 0);
   if (!err) err = cas_own_kid(st, &p, index / st->fanout);
   if (!err) err = cas_own_kid(st, &p, index);
-  if (!err && !(*p)->nkids) err = cas_add_kid(*p, 2 * st->per_page - 1);
+  if (!err && !(*p)->nkids)
+    err = cas_enlarge(&(*p)->kid, &(*p)->nkids, 2 * st->per_page - 1);
+  assert(err || !*page || *page == *p);
   if (!err) *page = *p;
   return err;
 }
@@ -5803,9 +5802,7 @@ static int cas_own_leaf(struct cas_volume *vol, uint64_t block,
   struct nbdserve_cas *st = vol->st;
   struct cas_node **p = cas_root(vol);
   uint64_t size = st->max_blocks / st->fanout; /* below a kid of *p */
-  struct cas_node *page;
-  int err = cas_own_record(st, vol->place, &page);
-  assert(err || page == vol->page);
+  int err = cas_own_record(st, vol->place, &vol->page);
   if (!err) err = cas_own(st, p, CAS_LEVELS - 1, 0);
   for (; !err && (*p)->level > 0; size /= st->fanout)
     err = cas_own_kid(st, &p, block / size);
@@ -7099,7 +7096,7 @@ static int cas_load_below(struct nbdserve_cas *st, struct cas_node *node,
   }
   while (!has_records && n > 0 && !u_get32(at + 4 * (n - 1)))
     n--;
-  if (n) err = cas_add_kid(node, n - 1);
+  if (n) err = cas_enlarge(&node->kid, &node->nkids, n - 1);
   for (uint32_t c = 0; has_records && c < st->per_page && !err; c++)
     err = cas_load_record(st, node, c, at + CAS_RECORD * c);
   for (uint32_t c = 0; !has_records && c < n && !err; c++)

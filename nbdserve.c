@@ -5624,8 +5624,9 @@ static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
   uint64_t size = st->max_blocks; /* below node */
   assert(block < st->max_blocks);
   *spot = (struct cas_spot){.gives_back = 1};
-  while (node && node->slot != CAS_LOST && node->level) {
+  while (node && node->slot != CAS_LOST) {
     if (node->refs > 1) spot->gives_back = 0;
+    if (!node->level) break;
     size /= st->fanout;
     node = cas_kid(node, block / size % st->fanout);
   }
@@ -5636,7 +5637,6 @@ static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
     return NULL;
   }
   assert(!node->level && size == st->fanout);
-  if (node->refs > 1) spot->gives_back = 0;
   if (!node->slots) return node;
   node->is_used = 1;
   spot->leaf = node;
@@ -7858,8 +7858,8 @@ static int cas_digest_blocks(struct cas_sealer *sealer, uint32_t index,
 
 /* Computes the digest of a node, of which base is the counterpart in the
  * snapshot whose tree this one begins with, or NULL. */
-static int cas_seal_node(struct cas_sealer *sealer, const struct cas_node *node,
-                         const struct cas_node *base,
+static int cas_seal_node(struct cas_sealer *sealer, struct cas_node *node,
+                         struct cas_node *base,
                          unsigned char digest[CAS_DIGEST_LEN]) {
   size_t len = (size_t)sealer->vol->st->fanout * CAS_DIGEST_LEN;
   unsigned char *digests = u_zalloc(len);
@@ -7873,8 +7873,8 @@ static int cas_seal_node(struct cas_sealer *sealer, const struct cas_node *node,
   uint32_t n = node->nkids;
   if (base && base->nkids > n) n = base->nkids;
   for (uint32_t c = 0; c < n && !err; c++) {
-    const struct cas_node *kid = cas_kid(node, c);
-    const struct cas_node *same = base ? cas_kid(base, c) : NULL;
+    struct cas_node *kid = cas_kid(node, c);
+    struct cas_node *same = cas_kid(base, c);
     unsigned char *at = digests + c * CAS_DIGEST_LEN;
     if (kid == same) continue;
     memset(at, 0, CAS_DIGEST_LEN);
@@ -7965,16 +7965,14 @@ int nbdserve_cas_seal(struct nbdserve_cas *st, const char *name, char id[72],
 /* Do two maps share the node above a block?  *span: for how many blocks on. */
 static int cas_is_shared(struct nbdserve_cas *st, struct cas_node **root[2],
                          uint64_t block, uint64_t *span) {
-  const struct cas_node *node[2] = {*root[0], *root[1]};
+  struct cas_node *node[2] = {*root[0], *root[1]};
   uint64_t size = st->max_blocks; /* below node */
   for (int level = CAS_LEVELS; level > 0; level--) {
     *span = size - block % size;
-    if (node[0] == node[1] && !(node[0] && node[0]->slot == CAS_LOST)) return 1;
+    if (node[0] == node[1]) return !node[0] || node[0]->slot != CAS_LOST;
     size /= st->fanout;
-    for (int i = 0; i < 2; i++) {
-      if (node[i] && node[i]->slot == CAS_LOST) return 0; /* unlike a hole */
-      if (node[i]) node[i] = cas_kid(node[i], block / size % st->fanout);
-    }
+    for (int i = 0; i < 2; i++)
+      node[i] = cas_kid(node[i], block / size % st->fanout);
   }
   return 0;
 }

@@ -7864,6 +7864,7 @@ static int cas_seal_node(struct cas_sealer *sealer, struct cas_node *node,
   size_t len = (size_t)sealer->vol->st->fanout * CAS_DIGEST_LEN;
   unsigned char *digests = u_zalloc(len);
   assert(!base || (base->level == node->level && base->index == node->index));
+  if (base && base->slot == CAS_LOST) base = NULL; /* who knows what it had */
   int err = digests ? 0 : -ENOMEM;
   if (!err && node->slot == CAS_LOST) err = -EIO;
   if (!err && !node->level)

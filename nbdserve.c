@@ -6039,7 +6039,7 @@ static int cas_stage_op(struct nbdserve_cas *st,
   int is_rollback = verb == NBDSERVE_CAS_ROLLBACK;
   int is_resize = verb == NBDSERVE_CAS_RESIZE;
   int is_rm = verb == NBDSERVE_CAS_RM;
-  int needs_closed = is_rollback || is_resize || is_rm;
+  int needs_closed = verb > NBDSERVE_CAS_RENAME;
   if (verb < NBDSERVE_CAS_CREATE || verb > NBDSERVE_CAS_RM ||
       !cas_is_size(st, op->size) || (dry_run && !needs_closed))
     return -EINVAL;
@@ -6047,15 +6047,13 @@ static int cas_stage_op(struct nbdserve_cas *st,
   struct cas_volume *vol = cas_find(st, op->name, n, VIEW_THEN);
   if (verb == NBDSERVE_CAS_CREATE) return cas_stage_new(st, NULL, op);
   if (!vol) return -ENOENT;
-  if (!needs_closed && verb != NBDSERVE_CAS_RENAME)
-    return cas_stage_new(st, vol, op);
+  if (verb < NBDSERVE_CAS_RENAME) return cas_stage_new(st, vol, op);
   struct cas_volume *snapshot = vol;
   if (is_rollback) vol = vol->parent;
   if (!vol || (is_resize && vol->parent)) return -EINVAL;
   while (needs_closed && vol->pins)
     cas_wait(st);
-  if (needs_closed && vol->clients > (is_resize && !dry_run)) /* the caller */
-    return -EBUSY;
+  if (needs_closed && vol->clients) return -EBUSY;
   for (uint32_t i = 0; i < st->nvolumes; i++) {
     const struct cas_volume *p = st->volumes[i];
     if (is_rm && p->parent == vol && cas_record(p, VIEW_THEN)->id)
@@ -6064,12 +6062,11 @@ static int cas_stage_op(struct nbdserve_cas *st,
       return -EINVAL; /* several have that id */
   }
   cas_begin_staging(vol);
-  int err = needs_closed ? 0 : cas_give_name(st, vol, op->to);
-  if (!err && !dry_run) err = cas_own_record(st, vol->place, &vol->page);
-  if (err || !needs_closed) return err;
   if (is_rm) vol->then.id = 0;
   if (is_resize) vol->then.size = op->size;
-  if (!is_rollback) return 0;
+  int err = needs_closed ? 0 : cas_give_name(st, vol, op->to);
+  if (!err && !dry_run) err = cas_own_record(st, vol->place, &vol->page);
+  if (err || !is_rollback) return err;
   if (vol->is_rolled_back) return -EINVAL; /* once in a change is enough */
   vol->is_rolled_back = 1;
   vol->old_root = *cas_root(vol);
@@ -7653,22 +7650,20 @@ static int cas_clear_tail(struct cas_volume *vol) {
 
 /* Makes ready for a change: a volume that is to grow, or of which there is to
  * be a snapshot or clone, has zeroes behind its end.  So has one that comes
- * into being in the same change, as none is resized in it.  *vol: what is to be
- * resized, which is the caller's to close. */
+ * into being in the same change, as none is resized in it. */
 static int cas_prepare_op(struct nbdserve_cas *st,
-                          const struct nbdserve_cas_op *op,
-                          struct cas_volume **vol) {
+                          const struct nbdserve_cas_op *op) {
   int is_snapshot = op->verb == NBDSERVE_CAS_SNAPSHOT;
   int is_resize = op->verb == NBDSERVE_CAS_RESIZE;
+  size_t n = strcspn(op->name, is_snapshot ? "@" : "");
+  struct cas_volume *vol;
   if (!is_snapshot && !is_resize && op->verb != NBDSERVE_CAS_CLONE) return 0;
-  int err =
-      cas_use(st, op->name, strcspn(op->name, is_snapshot ? "@" : ""), vol);
+  int err = cas_use(st, op->name, n, &vol);
   if (err) return err == -ENOENT ? 0 : err;
-  if (!(*vol)->parent) err = cas_clear_tail(*vol);
-  if (is_resize) return err;
-  cas_close(*vol); /* it may be removed in the same change */
-  *vol = NULL;
-  return err == -EIO ? 0 : err; /* a block is damaged; all others are not */
+  if (!vol->parent) err = cas_clear_tail(vol);
+  cas_close(vol); /* it may be removed in the same change */
+  /* Where a block is damaged a copy still has all others. */
+  return err == -EIO && !is_resize ? 0 : err;
 }
 
 /* See nbdserve.h. */
@@ -7676,19 +7671,18 @@ int nbdserve_cas_changes(struct nbdserve_cas *st,
                          const struct nbdserve_cas_op *ops, size_t n,
                          size_t *failed) {
   struct cas_change change = {.ops = ops, .nops = n};
-  struct cas_volume *resized = NULL;
   int err = st->readonly ? -EROFS : 0;
   for (size_t i = 0; i < n && !err; i++) {
     change.failed = i;
     int verb = ops[i].verb & ~NBDSERVE_CAS_DRY_RUN;
     if (n > 1 && verb == NBDSERVE_CAS_RESIZE) err = -EINVAL;
     if ((ops[i].verb ^ ops[0].verb) & NBDSERVE_CAS_DRY_RUN) err = -EINVAL;
-    if (!err) err = cas_prepare_op(st, ops + i, &resized);
+    if (!err) err = cas_prepare_op(st, ops + i);
   }
   if (!err) err = cas_apply(st, &change);
-  if (err == -ECANCELED && n && ops->verb & NBDSERVE_CAS_DRY_RUN) err = 0;
-  if (resized && !err) cas_clear_tail(resized);
-  if (resized) cas_close(resized);
+  if (!err && n && ops->verb == NBDSERVE_CAS_RESIZE)
+    (void)!cas_prepare_op(st, ops); /* what is behind the new end is free */
+  if (err == -ECANCELED) err = 0;   /* a dry run has come to its end */
   if (failed) *failed = change.failed;
   return err;
 }

@@ -4742,20 +4742,19 @@ static void cas_log_sum(const struct nbdserve_cas *st, const unsigned char *p,
                         uint32_t *nmixed, unsigned char sum[CAS_DIGEST_LEN]) {
   uint32_t whole = count * CAS_ENTRY / SHA_BLOCK_LEN;
   uint32_t rest = count * CAS_ENTRY % SHA_BLOCK_LEN;
-  unsigned char tail[SHA_BLOCK_LEN + CAS_HEAD + sizeof st->super.id] = {0};
-  unsigned char *end = tail + (rest ? SHA_BLOCK_LEN : 0);
-  size_t len = SHA_BLOCK_LEN * whole + sizeof tail;
+  uint32_t nblocks = whole + (rest > 0);
+  unsigned char tail[SHA_BLOCK_LEN] = {0};
+  unsigned char end[CAS_HEAD + sizeof st->super.id];
   uint32_t state[2][SHA_STATE_WORDS];
   assert(*nmixed <= whole && count <= CAS_ENTRIES);
   sha_add(st->hw, mixed, p + *nmixed * SHA_BLOCK_LEN, whole - *nmixed);
   *nmixed = whole;
   memcpy(state, mixed, sizeof state);
   memcpy(tail, p + whole * SHA_BLOCK_LEN, rest);
+  sha_add(st->hw, state, tail, nblocks - whole);
   memcpy(end, p + CAS_LOG_HEAD, CAS_HEAD);
   memcpy(end + CAS_HEAD, st->super.id, sizeof st->super.id);
-  if (rest) sha_add(st->hw, state, tail, 1);
-  if (!rest) len -= SHA_BLOCK_LEN;
-  sha_end(st->hw, state, end, len, sum);
+  sha_end(st->hw, state, end, nblocks * SHA_BLOCK_LEN + sizeof end, sum);
 }
 
 /* Writes the log page that is being filled, at its place.  A torn write loses
@@ -5940,9 +5939,9 @@ static int cas_set_place(struct nbdserve_cas *st, struct cas_volume *vol,
 }
 
 /* Makes a volume of a name, if that is not NULL, or a snapshot of its parent,
- * and finds a place for its record. */
+ * and finds a place for its record.  Its records have no id: nobody sees it. */
 static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
-                     const char *name, struct cas_volume **out) {
+                     const char *name, uint64_t size, struct cas_volume **out) {
   struct cas_volume *vol = u_zalloc(sizeof *vol);
   uint32_t place = 0;
   if (!vol) return -ENOMEM;
@@ -5961,6 +5960,8 @@ static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
   }
   vol->id = st->next_id++;
   vol->then.created = (uint64_t)time(NULL);
+  vol->then.size = size;
+  vol->now = vol->then;
   *out = vol;
   return 0;
 }
@@ -6020,12 +6021,12 @@ static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
   struct cas_volume *vol;
   const char *name = op->verb == NBDSERVE_CAS_CLONE ? op->to : op->name;
   struct cas_volume *up = op->verb == NBDSERVE_CAS_SNAPSHOT ? from : NULL;
-  int err = cas_enter(st, up, name, &vol);
+  uint64_t size = from ? cas_record(from, VIEW_THEN)->size : op->size;
+  int err = cas_enter(st, up, name, size, &vol);
   if (err) return err;
   vol->is_staged = 1;
   vol->then.id = vol->id;
   vol->then.made_from = from ? from->id : 0;
-  vol->then.size = from ? cas_record(from, VIEW_THEN)->size : op->size;
   if (from) cas_share(cas_root(vol), *cas_root(from));
   return 0;
 }
@@ -7703,13 +7704,8 @@ static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
   while (st->busy && st->filled < st->to_fill)
     cas_wait(st);
   int err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
-  if (!err) err = cas_enter(st, NULL, name, out);
-  if (!err) {
-    struct cas_volume *vol = *out;
-    vol->clients = 1;
-    vol->now = vol->then;
-    vol->now.size = size;
-  }
+  if (!err) err = cas_enter(st, NULL, name, size, out);
+  if (!err) (*out)->clients = 1;
   cas_unlock(st);
   return err;
 }

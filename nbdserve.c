@@ -5492,11 +5492,10 @@ static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
   int i = rank[1] > rank[0] || (rank[1] == rank[0] && number[1] > number[0]);
   if (i == 1) memcpy(p, copy[1].data, st->bs);
   assert(!copy[i].err);
-  copy[0] = copy[i];
+  copy[!i] = copy[i];
   copy[0].slot = slot;
-  copy[0].todo = CAS_BOTH;
-  copy[1] = copy[0];
-  copy[1].slot += CAS_TWIN;
+  copy[1].slot = slot + CAS_TWIN;
+  copy[0].todo = copy[1].todo = CAS_BOTH;
   if (!st->readonly) cas_move_both(st, copy, 2, OS_WRITE);
   return 0;
 }
@@ -7934,9 +7933,9 @@ int nbdserve_cas_seal(struct nbdserve_cas *st, const char *name, char id[72],
   int err = cas_use(st, name, strlen(name), &sealer.vol);
   if (err) return err;
   os_lock(&st->lock);
-  int is_sealed = *cas_spell_id(sealer.vol, id) != 0;
+  cas_spell_id(sealer.vol, id);
   cas_unlock(st);
-  if (!is_sealed) err = sealer.vol->parent ? cas_seal(&sealer) : -EINVAL;
+  if (!*id) err = sealer.vol->parent ? cas_seal(&sealer) : -EINVAL;
   os_lock(&st->lock);
   if (!err) cas_spell_id(sealer.vol, id); /* from now on it is fixed */
   cas_unlock(st);
@@ -8067,13 +8066,13 @@ static void cas_note(struct cas_verifier *v, const char *name, uint64_t off,
 }
 
 /* Checks the superblocks and, segment by segment, the pages, and mends those of
- * which one is damaged.  No checkpoint runs meanwhile, so all were written, and
+ * which one is damaged.  What opening the store has found counts, too.  No checkpoint runs meanwhile, so all were written, and
  * none is written over. */
 static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
   struct nbdserve_cas *st = v->st;
   struct cas_super super;
   struct cas_head any = {.magic = 0};
-  int nbad = 0;
+  int nbad = first == 0 && st->catalog_lost;
   os_lock(&st->ckpt);
   any.number = st->super.number;
   for (int i = 0; first == 0 && i < 2 && !st->readonly; i++)
@@ -8181,7 +8180,7 @@ static int cas_verify_step(struct cas_verifier *v) {
   if (kind > 0) n = u_min(n, CAS_BATCH);
   if (kind > 0)
     cas_verify_blocks(v, vol, name, (size_t)n);
-  else if (n)
+  else
     cas_note(v, name, v->block * st->bs,
              kind ? "the map cannot be read" : NULL);
   v->done += n * st->bs;
@@ -8206,8 +8205,6 @@ static int cas_verify(struct cas_verifier *v) {
   v->data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
   if (!v->data) return -ENOMEM;
   if (st->log_damaged) cas_tell(v, "", 0, 0, "the log is damaged");
-  if (st->catalog_lost)
-    cas_tell(v, "", 0, 0, "a page of a map or the catalog is damaged");
   os_lock(&st->lock);
   uint32_t nslots = st->nslots;
   for (uint32_t slot = 0; slot < nslots && !st->readonly; slot++)

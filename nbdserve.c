@@ -5515,12 +5515,10 @@ static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
 /* A new node that nothing leads to but the caller, dirty (slot 0) or lost; NULL
  * without memory. */
 static struct cas_node *cas_new_node(int level, uint32_t index, uint32_t slot) {
-  struct cas_node *node = u_zalloc(sizeof *node);
+  struct cas_node *node = NBDSERVE_MALLOC(sizeof *node);
   if (!node) return NULL;
-  node->refs = 1;
-  node->level = (unsigned char)level;
-  node->index = index;
-  node->slot = slot;
+  *node = (struct cas_node){
+      .refs = 1, .level = (unsigned char)level, .index = index, .slot = slot};
   return node;
 }
 
@@ -5987,11 +5985,12 @@ struct cas_change {
 };
 
 /* From here on a volume has a record that holds when the checkpoint is
- * durable. */
+ * durable: then it is there. */
 static void cas_begin_staging(struct cas_volume *vol) {
   assert(vol->id && vol->st->by_place[vol->place] == vol);
   if (!vol->is_staged) vol->then = vol->now;
   vol->is_staged = 1;
+  vol->then.id = vol->id;
 }
 
 /* Takes a volume, which nobody uses, out of the list and the catalog, and frees
@@ -6023,8 +6022,7 @@ static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
   uint64_t size = from ? cas_record(from, VIEW_THEN)->size : op->size;
   int err = cas_enter(st, up, name, size, &vol);
   if (err) return err;
-  vol->is_staged = 1;
-  vol->then.id = vol->id;
+  cas_begin_staging(vol);
   vol->then.made_from = from ? from->id : 0;
   if (from) cas_share(cas_root(vol), *cas_root(from));
   return 0;
@@ -6093,7 +6091,6 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   cas_begin_staging(vol);
   err = cas_own_record(st, vol->place, &vol->page);
   if (err) return err;
-  vol->then.id = vol->id;
   if (!change->tree || *cas_digests(vol)) return 0; /* it is sealed by now */
   memcpy(vol->then.cid, change->tree->now.cid, CAS_DIGEST_LEN);
   cas_share(cas_digests(vol), *cas_root(change->tree));
@@ -6531,13 +6528,13 @@ static int cas_prepare(struct cas_volume *vol, uint64_t block,
  * index has for its digest, or a free one. */
 static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
                            int skip) {
-  assert(!blk->slot && blk->is_wanting);
-  uint32_t slot = skip < CAS_CANDIDATES ? cas_lookup(st, blk->sum, skip) : 0;
-  int err = slot ? 0 : cas_take_slot(st, &blk->slot);
+  assert(blk->is_wanting);
+  blk->slot = skip < CAS_CANDIDATES ? cas_lookup(st, blk->sum, skip) : 0;
+  blk->todo = blk->slot ? 0 : CAS_BOTH;
+  cas_hold(st, blk->slot);
+  int err = blk->slot ? 0 : cas_take_slot(st, &blk->slot);
   if (err) return err;
-  blk->todo = slot ? 0 : CAS_BOTH;
-  if (slot) cas_hold(st, blk->slot = slot);
-  if (!slot) cas_index(st, blk->slot, CAS_TAG(blk->sum));
+  if (blk->todo) cas_index(st, blk->slot, CAS_TAG(blk->sum));
   blk->is_trusted = (CAS_AT(st, blk->slot, tag) & CAS_GOOD) != 0;
   return 0;
 }
@@ -6568,8 +6565,6 @@ static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
     for (size_t i = 0; i < n; i++) {
       if (!blk[i].is_wanting) continue;
       cas_drop(st, blk[i].slot, &st->dropped); /* the last try */
-      blk[i].slot = 0;
-      blk[i].todo = 0;
       do
         blk[i].err = cas_choose_slot(st, blk + i, round);
       while (blk[i].err == -ENOSPC && cas_reclaim(st));
@@ -7279,14 +7274,12 @@ static int cas_redo(struct cas_volume *vol, struct cas_entry *entry,
                     int is_known) {
   struct nbdserve_cas *st = vol->st;
   uint64_t block = entry->block;
-  uint64_t left = cas_blocks(st, vol->now.size);
+  uint64_t end = cas_blocks(st, vol->now.size);
   uint32_t slot = (uint32_t)entry->slot;
   assert(st->is_replaying);
-  if (block >= left) return 0;
-  left -= block;
-  if (!slot)
-    return cas_make_holes(vol, block,
-                          block + u_min(u_get64(entry->digest), left));
+  if (block >= end) return 0;
+  end = block + u_min(u_get64(entry->digest), end - block); /* of holes */
+  if (!slot) return cas_make_holes(vol, block, end);
   int is_slot = cas_is_in_file(st, slot);
   int err = is_slot ? cas_extend(st, slot) : 0;
   if (err) return err;

@@ -5523,7 +5523,8 @@ static struct cas_node *cas_new_node(int level, uint32_t index, uint32_t slot) {
 }
 
 /* Kid c of a node; NULL: there is none, nor is there anything below that.  What
- * is lost stands for all that was below it. */
+ * is lost stands for all that was below it, so its level may be a higher one,
+ * and it may have many edges. */
 static struct cas_node *cas_kid(struct cas_node *node, uint64_t c) {
   if (!node || node->slot == CAS_LOST) return node;
   return c < node->nkids ? node->kid[c] : NULL;
@@ -5701,11 +5702,12 @@ static void cas_unref(struct nbdserve_cas *st, struct cas_node *node) {
 }
 
 /* Gives copy, a new node, what node has below it; NULL: nothing, that is,
- * zeroes.  Everything below gains an edge (C13). */
-static int cas_copy_below(struct nbdserve_cas *st, const struct cas_node *node,
+ * zeroes.  Everything below gains an edge (C13): below a node that is lost that
+ * is the node itself. */
+static int cas_copy_below(struct nbdserve_cas *st, struct cas_node *node,
                           struct cas_node *copy) {
   int is_lost = node && node->slot == CAS_LOST;
-  uint32_t n = node ? node->nkids : 0;
+  uint32_t n = is_lost ? st->fanout : 0;
   int err = 0;
   assert(copy->refs == 1 && !copy->slot && !copy->nkids);
   if (!copy->level) {
@@ -5715,17 +5717,10 @@ static int cas_copy_below(struct nbdserve_cas *st, const struct cas_node *node,
       cas_hold(st, copy->slots[c] = node->slots[c]);
     return err;
   }
-  if (is_lost) n = st->fanout;
+  if (node && !is_lost) n = node->nkids;
   if (n) err = cas_enlarge(&copy->kid, &copy->nkids, n - 1);
-  for (uint32_t c = 0; c < n && !err; c++) {
-    if (!is_lost) {
-      cas_share(&copy->kid[c], node->kid[c]);
-      continue;
-    }
-    copy->kid[c] =
-        cas_new_node(copy->level - 1, copy->index * st->fanout + c, CAS_LOST);
-    if (!copy->kid[c]) return -ENOMEM;
-  }
+  for (uint32_t c = 0; c < n && !err; c++)
+    cas_share(&copy->kid[c], cas_kid(node, c));
   return err;
 }
 
@@ -5742,7 +5737,8 @@ static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
                    uint32_t index) {
   struct cas_node *node = *p;
   assert(!st->is_ending);
-  assert(!node || (node->level == level && node->index == index));
+  assert(!node || node->slot == CAS_LOST ||
+         (node->level == level && node->index == index));
   if (node && node->refs == 1 && node->slot != CAS_LOST) {
     cas_make_dirty(st, node);
     return 0;
@@ -7845,8 +7841,9 @@ static int cas_seal_node(struct cas_sealer *sealer, struct cas_node *node,
                          unsigned char digest[CAS_DIGEST_LEN]) {
   size_t len = (size_t)sealer->vol->st->fanout * CAS_DIGEST_LEN;
   unsigned char *digests = u_zalloc(len);
-  assert(!base || (base->level == node->level && base->index == node->index));
   if (base && base->slot == CAS_LOST) base = NULL; /* who knows what it had */
+  assert(!base || node->slot == CAS_LOST ||
+         (base->level == node->level && base->index == node->index));
   int err = digests ? 0 : -ENOMEM;
   if (!err && node->slot == CAS_LOST) err = -EIO;
   if (!err && !node->level)

@@ -23041,7 +23041,7 @@ static void ck_node(struct nbdserve_cas *st, const struct cas_node *node,
                     int level, uint32_t index, const struct cas_node *above) {
   uint32_t c, i;
   ck.at = node->slot;
-  CK(node->level == level && node->index == index);
+  CK(node->slot == CAS_LOST || (node->level == level && node->index == index));
   CK(node->slot || !above || !above->slot); /* dirty below what is clean */
   CK(level < CAS_LEVELS || node->refs == 1);
   if ((*ck_edges(node))++) return;

@@ -8085,9 +8085,8 @@ static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
   struct cas_block other = {.data = blk->data, .todo = CAS_BOTH};
   assert(blk->slot && !st->readonly);
   if (blk->digest_err) {
-    blk->todo = CAS_DIGEST;
-    if (!blk->err) cas_move(st, blk, 1, CAS_DIGEST, OS_WRITE);
-    blk->digest_err = blk->err;
+    if (!blk->err)
+      blk->digest_err = cas_move_run(st, blk, 1, CAS_DIGEST, OS_WRITE);
     return;
   }
   if (cas_move_run(st, blk, 1, CAS_DIGEST, OS_READ)) return;
@@ -8114,9 +8113,9 @@ static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
         (struct cas_block){.number = v->block + i, .data = v->data + i * bs};
   cas_read(vol, blk, n, 0, OS_READ);
   for (size_t i = 0; i < n; i++) {
-    int is_bad = blk[i].err || blk[i].digest_err;
     const char *why = NULL;
-    if (is_bad && v->mends && blk[i].slot) cas_mend(v->st, blk + i);
+    if ((blk[i].err || blk[i].digest_err) && v->mends && blk[i].slot)
+      cas_mend(v->st, blk + i);
     if (blk[i].digest_err) why = "the digest cannot be read";
     if (blk[i].err)
       why = blk[i].slot ? "the data is not what it was"
@@ -8126,25 +8125,9 @@ static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
   cas_unpin(v->st, blk, n);
 }
 
-/* Does a volume share the next blocks with one that was found to be sound?
- * *n: how many, at most max.  So what many snapshots share is checked once. */
-static int cas_is_known(struct cas_verifier *v, const struct cas_volume *vol,
-                        uint64_t max, uint64_t *n) {
-  struct nbdserve_cas *st = v->st;
-  os_lock(&st->lock);
-  struct cas_volume *sound = cas_by_id(st, v->sound);
-  int is_known = sound && sound->now.size >= vol->now.size;
-  if (is_known) {
-    struct cas_node **root[2] = {cas_root(sound), cas_root(vol)};
-    is_known = cas_is_shared(st, root, v->block, n);
-    *n = u_min(*n, max);
-  }
-  cas_unlock(st);
-  return is_known;
-}
-
 /* Checks the next blocks; returns 0 if there are none.  The volume is looked up
- * by its id each time: who verifies keeps nobody from removing it. */
+ * by its id each time: who verifies keeps nobody from removing it.  What it
+ * shares with a snapshot that was found to be sound is not checked again. */
 static int cas_verify_step(struct cas_verifier *v) {
   struct nbdserve_cas *st = v->st;
   struct cas_volume *vol;
@@ -8153,19 +8136,25 @@ static int cas_verify_step(struct cas_verifier *v) {
   os_lock(&st->lock);
   while ((vol = cas_volume_from(st, v->id)) && vol->is_staged)
     cas_wait(st);
-  if (vol) vol->pins++;
-  if (vol) cas_full_name(vol, name);
-  cas_unlock(st);
-  if (!vol) return 0;
-  if (vol->id != v->id) { /* the one before is over, or gone */
+  if (vol && (vol->id != v->id || !v->block)) { /* another one, or the first */
     v->id = vol->id;
     v->block = 0;
     v->why = NULL;
     v->is_sound = 1;
   }
-  uint64_t end = cas_blocks(st, vol->now.size);
+  uint64_t end = vol ? cas_blocks(st, vol->now.size) : 0;
   uint64_t left = end - u_min(v->block, end); /* it may be smaller now */
-  int is_known = left && cas_is_known(v, vol, left, &n);
+  struct cas_volume *sound = cas_by_id(st, v->sound);
+  int is_known = left && sound && sound->now.size >= vol->now.size;
+  if (is_known) {
+    struct cas_node **root[2] = {cas_root(sound), cas_root(vol)};
+    is_known = cas_is_shared(st, root, v->block, &n);
+    n = u_min(n, left);
+  }
+  if (vol) vol->pins++;
+  if (vol) cas_full_name(vol, name);
+  cas_unlock(st);
+  if (!vol) return 0;
   int kind = left && !is_known ? cas_next_run(vol, v->block, left, &n) : 0;
   if (kind > 0) n = u_min(n, CAS_BATCH);
   if (kind > 0)
@@ -8178,7 +8167,6 @@ static int cas_verify_step(struct cas_verifier *v) {
   if (n == left) {
     cas_note(v, name, vol->now.size, NULL);
     if (v->is_sound && vol->parent) v->sound = vol->id;
-    v->is_sound = 1;
     v->block = 0;
     v->id++;
   }

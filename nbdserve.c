@@ -5989,16 +5989,13 @@ static void cas_begin_staging(struct cas_volume *vol) {
   vol->then.id = vol->id;
 }
 
-/* Takes a volume, which nobody uses, out of the list and the catalog, and frees
+/* Takes volume i, which nobody uses, out of the list and the catalog, and frees
  * it with its maps.  (unlocks) */
-static void cas_leave(struct cas_volume *vol) {
-  struct nbdserve_cas *st = vol->st;
+static void cas_leave(struct nbdserve_cas *st, uint32_t i) {
+  struct cas_volume *vol = st->volumes[i];
   struct cas_node *root = *cas_root(vol);
   struct cas_node *digests = *cas_digests(vol);
-  uint32_t i = 0;
   assert(!vol->clients && !vol->pins && !vol->is_staged);
-  while (st->volumes[i] != vol)
-    i++;
   for (st->nvolumes--; i < st->nvolumes; i++)
     st->volumes[i] = st->volumes[i + 1];
   st->by_place[vol->place] = NULL;
@@ -6121,7 +6118,7 @@ static void cas_settle(struct nbdserve_cas *st, int is_durable) {
     struct cas_node *old_root = vol->old_root;
     vol->old_root = NULL;
     cas_unref(st, old_root);
-    if (!vol->now.id && !vol->clients) cas_leave(vol);
+    if (!vol->now.id && !vol->clients) cas_leave(st, i);
   }
 }
 
@@ -7172,10 +7169,11 @@ static int cas_load(struct nbdserve_cas *st) {
 
 /* ---- Recovery: what the log says ----------------------------------------- */
 
-/* Reads a log page.  Returns whether it is valid and has that number; one that
+/* Reads a log page to st->page.  Returns whether it is valid and has that number; one that
  * cannot be read is none (C9). */
-static int cas_log_read(struct nbdserve_cas *st, uint64_t seq, unsigned char *p,
+static int cas_log_read(struct nbdserve_cas *st, uint64_t seq,
                         struct cas_log_head *head) {
+  unsigned char *p = st->page;
   uint64_t off = cas_log_off(st, seq);
   uint32_t mixed[2][SHA_STATE_WORDS];
   unsigned char sum[CAS_DIGEST_LEN];
@@ -7202,13 +7200,13 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq, unsigned char *p,
  * nothing that a flush has covered.  But if a later page says that it was
  * durable, that is damage, as is a page that follows a newer superblock than
  * there is (C9). */
-static uint64_t cas_find_log_end(struct nbdserve_cas *st, unsigned char *p) {
+static uint64_t cas_find_log_end(struct nbdserve_cas *st) {
   struct cas_log_head head;
   uint64_t end = st->super.replay;
   uint64_t gap = UINT64_MAX; /* the first page that is not valid */
   for (uint64_t seq = st->super.replay;
        seq - st->super.replay < st->super.log_pages; seq++) {
-    if (!cas_log_read(st, seq, p, &head)) {
+    if (!cas_log_read(st, seq, &head)) {
       gap = u_min(gap, seq);
       continue;
     }
@@ -7297,7 +7295,7 @@ static int cas_redo_page(struct nbdserve_cas *st, uint64_t seq) {
   int is_known = seq < st->durable;
   struct cas_log_head head;
   int err = 0;
-  if (!cas_log_read(st, seq, p, &head)) return 0;
+  if (!cas_log_read(st, seq, &head)) return 0;
   if (!is_known && !st->readonly)
     err = cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, seq));
   st->log_unwritten |= err && st->repair;
@@ -7392,7 +7390,7 @@ static int cas_begin_log(struct nbdserve_cas *st, uint64_t end) {
  * the checkpoint may still lose it, so the slots that the log has dropped are
  * not freed until the store is opened anew. */
 static int cas_recover(struct nbdserve_cas *st) {
-  uint64_t end = cas_find_log_end(st, st->page);
+  uint64_t end = cas_find_log_end(st);
   int is_bad =
       (st->log_damaged && !st->repair) || (st->is_outdated && !st->accept_loss);
   int err = is_bad && !st->readonly ? -EUCLEAN : 0;
@@ -7705,7 +7703,7 @@ static void cas_unhide(struct cas_volume *vol) {
   os_lock(&st->lock);
   assert(vol->clients > 0 && (vol->clients == 1 || vol->now.id));
   vol->clients--;
-  if (!vol->now.id) cas_leave(vol);
+  cas_settle(st, 1);
   cas_unlock(st);
   os_unlock(&st->ckpt);
 }

@@ -6507,13 +6507,11 @@ static int cas_prepare(struct cas_volume *vol, uint64_t block,
     if (!err) err = st->failed;
     if (err || st->is_replaying) return err;
     uint32_t kept = spot->gives_back ? CAS_FOR_RM : CAS_RESERVE_PAIRS;
-    if (st->seq - st->super.replay >= st->super.log_pages / 4 * 3) {
-      err = cas_checkpoint_meanwhile(st);
-      if (err) return err;
-      continue;
-    }
-    err = cas_want_pairs(st, kept + CAS_MARGIN);
-    if (!err || !cas_reclaim(st)) return err;
+    int is_full = st->seq - st->super.replay >= st->super.log_pages / 4 * 3;
+    err = is_full ? cas_checkpoint_meanwhile(st)
+                  : cas_want_pairs(st, kept + CAS_MARGIN);
+    if (is_full && !err) continue;
+    if (is_full || !err || !cas_reclaim(st)) return err;
   }
 }
 
@@ -6549,7 +6547,7 @@ static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk) {
 
 /* Gives slots to the blocks that want one, and holds on them.  The first rounds
  * try what the index knows; what cannot be written in one place is written to
- * another. */
+ * another.  Blocks that still want one then have an error. */
 static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
                              size_t n) {
   int is_over = 0;
@@ -6567,9 +6565,8 @@ static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
     is_over = 1;
     for (size_t i = 0; i < n; i++) {
       if (!blk[i].is_wanting || !blk[i].slot) continue;
-      int is_duplicate = !blk[i].todo; /* of what its slot has */
-      blk[i].is_wanting =
-          blk[i].err || (is_duplicate && !cas_is_same(st, blk + i));
+      if (!blk[i].todo && !cas_is_same(st, blk + i)) blk[i].err = -EIO;
+      blk[i].is_wanting = blk[i].err != 0;
       blk[i].todo = 0;
       is_over &= !blk[i].is_wanting;
     }
@@ -6610,7 +6607,7 @@ static void cas_put(struct cas_volume *vol, struct cas_block *blk, size_t n) {
   cas_place_blocks(st, blk, n);
   os_lock(&st->lock);
   for (size_t i = 0; i < n; i++) {
-    if (blk[i].is_wanting && !blk[i].err) blk[i].err = -EIO;
+    assert(!blk[i].is_wanting || blk[i].err);
     if (!blk[i].err) blk[i].err = cas_commit_block(vol, blk + i);
     cas_drop(st, blk[i].slot, &st->dropped);
   }

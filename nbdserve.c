@@ -5451,10 +5451,9 @@ static int cas_rank_copy(struct nbdserve_cas *st, struct cas_block copy[2],
     return 0;
   cas_decode(cas_head_sizes, copy[i].data, &own);
   *number = own.number;
-  int fits = head->magic
-                 ? own.magic == head->magic && own.level == head->level &&
-                       own.index == head->index
-                 : own.magic == CAS_MAP || own.magic == CAS_CAT;
+  int fits = own.magic == CAS_MAP || own.magic == CAS_CAT;
+  if (head->magic)
+    fits = memcmp(&own, head, offsetof(struct cas_head, number)) == 0;
   if (!fits || own.number > head->number) return 0;
   if (copy[0].digest_err && copy[1].digest_err) return 2;
   int rank = 1;
@@ -6027,8 +6026,6 @@ static int cas_stage_op(struct nbdserve_cas *st,
                         const struct nbdserve_cas_op *op) {
   int dry_run = op->verb & NBDSERVE_CAS_DRY_RUN;
   int verb = op->verb - dry_run;
-  int is_rollback = verb == NBDSERVE_CAS_ROLLBACK;
-  int is_resize = verb == NBDSERVE_CAS_RESIZE;
   int is_rm = verb == NBDSERVE_CAS_RM;
   int needs_closed = verb > NBDSERVE_CAS_RENAME;
   if (verb < NBDSERVE_CAS_CREATE || verb > NBDSERVE_CAS_RM ||
@@ -6040,8 +6037,8 @@ static int cas_stage_op(struct nbdserve_cas *st,
   if (!vol) return -ENOENT;
   if (verb < NBDSERVE_CAS_RENAME) return cas_stage_new(st, vol, op);
   struct cas_volume *snapshot = vol;
-  if (is_rollback) vol = vol->parent;
-  if (!vol || (is_resize && vol->parent)) return -EINVAL;
+  if (verb == NBDSERVE_CAS_ROLLBACK) vol = vol->parent;
+  if (!vol || (verb == NBDSERVE_CAS_RESIZE && vol->parent)) return -EINVAL;
   while (needs_closed && vol->pins)
     cas_wait(st);
   if (needs_closed && vol->clients) return -EBUSY;
@@ -6054,10 +6051,10 @@ static int cas_stage_op(struct nbdserve_cas *st,
   }
   cas_begin_staging(vol);
   if (is_rm) vol->then.id = 0;
-  if (is_resize) vol->then.size = op->size;
+  if (verb == NBDSERVE_CAS_RESIZE) vol->then.size = op->size;
   int err = needs_closed ? 0 : cas_give_name(st, vol, op->to);
   if (!err && !dry_run) err = cas_own_record(st, vol->place, &vol->page);
-  if (err || !is_rollback) return err;
+  if (err || verb != NBDSERVE_CAS_ROLLBACK) return err;
   if (vol->is_rolled_back) return -EINVAL; /* once in a change is enough */
   vol->is_rolled_back = 1;
   vol->old_root = *cas_root(vol);
@@ -7108,19 +7105,6 @@ static int cas_load_page(struct nbdserve_cas *st, struct cas_node *node) {
   return 0;
 }
 
-/* After pages were found to be lost: makes dirty what leads to them. */
-static void cas_dirty_above_lost(struct nbdserve_cas *st) {
-  for (uint32_t i = st->loader->n; i-- > 0;) { /* what is below comes later */
-    struct cas_node *node = st->loader->nodes[i];
-    int is_dirty = 0;
-    for (uint32_t c = 0; c < node->nkids; c++) {
-      const struct cas_node *kid = node->kid[c];
-      is_dirty |= kid && (!kid->slot || kid->slot == CAS_LOST);
-    }
-    if (is_dirty) cas_make_dirty(st, node);
-  }
-}
-
 /* For qsort: the order of ids. */
 static int cas_compare_ids(const void *a, const void *b) {
   uint32_t x = (*(struct cas_volume *const *)a)->id;
@@ -7148,7 +7132,7 @@ static int cas_order_volumes(struct nbdserve_cas *st) {
 }
 
 /* Loads the catalog and all maps, level by level, and counts the holds on each
- * slot. */
+ * slot.  If pages turn out to be lost, what leads to them is made dirty. */
 static int cas_load(struct nbdserve_cas *st) {
   const struct cas_loader *loader = st->loader;
   uint32_t slot = (uint32_t)st->super.catalog;
@@ -7160,7 +7144,15 @@ static int cas_load(struct nbdserve_cas *st) {
   int is_bad = loader->nunreadable || loader->nlost > CAS_MAX_LOST;
   if (is_bad && !st->readonly && !st->accept_loss) return -EUCLEAN;
   st->catalog_lost = loader->nunreadable > 0;
-  if (loader->nlost || loader->nunreadable) cas_dirty_above_lost(st);
+  uint32_t n = loader->nlost || loader->nunreadable ? loader->n : 0;
+  while (n-- > 0) { /* what is below comes later */
+    struct cas_node *node = loader->nodes[n];
+    for (uint32_t c = 0; c < node->nkids; c++) {
+      const struct cas_node *kid = node->kid[c];
+      if (kid && (!kid->slot || kid->slot == CAS_LOST))
+        cas_make_dirty(st, node);
+    }
+  }
   return 0;
 }
 
@@ -7515,9 +7507,8 @@ int nbdserve_cas_close(struct nbdserve_cas *st) {
   os_wake_all(&st->lock);
   while (st->busy)
     cas_wait(st);
-  int err = st->failed;
   int is_clean = !st->nlog && st->seq == st->super.replay;
-  cas_unlock(st);
+  int err = cas_unlock(st);
   if (!err && !st->readonly && !is_clean)
     err = cas_checkpoint(st, NULL, UINT64_MAX);
   cas_destroy(st);

@@ -5723,10 +5723,11 @@ static int cas_copy_below(struct nbdserve_cas *st, struct cas_node *node,
   return err;
 }
 
-/* Makes a node, which is to change, dirty. */
-static void cas_make_dirty(struct nbdserve_cas *st, struct cas_node *node) {
+/* Makes a node, which is to change, dirty, and puts its slots into a list. */
+static void cas_make_dirty(struct nbdserve_cas *st, struct cas_node *node,
+                           uint32_t *list) {
   if (node->slot) st->ndirty++;
-  cas_drop_pair(st, node->slot, &st->retired);
+  cas_drop_pair(st, node->slot, list);
   node->slot = 0;
 }
 
@@ -5739,7 +5740,7 @@ static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
   assert(!node || node->slot == CAS_LOST ||
          (node->level == level && node->index == index));
   if (node && node->refs == 1 && node->slot != CAS_LOST) {
-    cas_make_dirty(st, node);
+    cas_make_dirty(st, node, &st->retired);
     return 0;
   }
   struct cas_node *copy = cas_new_node(level, index, 0);
@@ -6228,10 +6229,8 @@ static void cas_undo_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
   uint32_t *end = &cut->retired;
   for (uint32_t i = 0; i < cut->n; i++) {
     struct cas_node *node = cut->writes[i].node;
-    if (node->slot != cut->writes[i].slot) continue; /* changed since */
-    cas_drop_pair(st, node->slot, &unused);
-    node->slot = 0;
-    st->ndirty++;
+    if (node->slot == cut->writes[i].slot) /* else it has changed since */
+      cas_make_dirty(st, node, &unused);
   }
   cas_free_list(st, unused);
   while (*end)
@@ -6575,17 +6574,16 @@ static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
 static int cas_commit_block(struct cas_volume *vol, struct cas_block *blk) {
   struct nbdserve_cas *st = vol->st;
   struct cas_spot spot;
-  struct cas_node *leaf;
   int err = cas_prepare(vol, blk->number, &spot);
   if (err) return err;
   if (blk->expected != CAS_ANY && blk->expected != spot.slot) return -EAGAIN;
   if (blk->slot && !st->is_replaying) CAS_AT(st, blk->slot, tag) |= CAS_GOOD;
   if (blk->slot == spot.slot) return 0; /* the same data is there already */
-  err = cas_own_leaf(vol, blk->number, &leaf);
+  err = cas_own_leaf(vol, blk->number, &spot.leaf);
   if (err) return err;
-  assert(leaf->slots[blk->number % st->fanout] == spot.slot);
+  assert(spot.leaf->slots[blk->number % st->fanout] == spot.slot);
   cas_drop(st, spot.slot, &st->dropped);
-  leaf->slots[blk->number % st->fanout] = blk->slot;
+  spot.leaf->slots[blk->number % st->fanout] = blk->slot;
   cas_log(vol, blk->number, 1, blk->slot, blk->slot ? blk->sum : NULL);
   blk->slot = 0;
   return 0;
@@ -6754,7 +6752,6 @@ static uint64_t cas_run_of(struct nbdserve_cas *st, const struct cas_spot *spot,
 static int cas_make_holes(struct cas_volume *vol, uint64_t block, uint64_t to) {
   struct nbdserve_cas *st = vol->st;
   struct cas_spot spot;
-  struct cas_node *leaf;
   for (uint64_t end; block < to; block = end) {
     int err = cas_prepare(vol, block, &spot);
     if (err) return err;
@@ -6765,12 +6762,12 @@ static int cas_make_holes(struct cas_volume *vol, uint64_t block, uint64_t to) {
     if (skips) end = u_min(block + spot.span, to);
     uint64_t n = end - block;
     if (!skips && (spot.slot || cas_run_of(st, &spot, block, n) < n)) {
-      err = cas_own_leaf(vol, block, &leaf);
+      err = cas_own_leaf(vol, block, &spot.leaf);
       if (err) return err;
-      assert(leaf->refs == 1 && !leaf->slot && leaf->slots);
+      assert(spot.leaf->refs == 1 && !spot.leaf->slot && spot.leaf->slots);
       for (uint64_t at = block; at < end; at++) {
-        cas_drop(st, leaf->slots[at % st->fanout], &st->dropped);
-        leaf->slots[at % st->fanout] = 0;
+        cas_drop(st, spot.leaf->slots[at % st->fanout], &st->dropped);
+        spot.leaf->slots[at % st->fanout] = 0;
       }
       cas_log(vol, block, n, 0, NULL);
     }
@@ -7070,7 +7067,7 @@ static int cas_load_below(struct nbdserve_cas *st, struct cas_node *node,
     }
     if (!is_changed) return err;
     st->loader->nlost++; /* a block is, and the page has to say so */
-    cas_make_dirty(st, node);
+    cas_make_dirty(st, node, &st->retired);
     return err;
   }
   while (!has_records && n > 0 && !u_get32(at + 4 * (n - 1)))
@@ -7150,7 +7147,7 @@ static int cas_load(struct nbdserve_cas *st) {
     for (uint32_t c = 0; c < node->nkids; c++) {
       const struct cas_node *kid = node->kid[c];
       if (kid && (!kid->slot || kid->slot == CAS_LOST))
-        cas_make_dirty(st, node);
+        cas_make_dirty(st, node, &st->retired);
     }
   }
   return 0;
@@ -7337,18 +7334,6 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
   return err;
 }
 
-/* Data that the log has dropped is free: the log is durable by now.  Pages that
- * it made dirty are still named by the superblock, and wait. */
-static void cas_free_dropped(struct nbdserve_cas *st) {
-  assert(!st->dropped && !st->is_open && !st->is_replaying);
-  for (uint32_t slot = 1; slot < st->nslots; slot++) {
-    int is_page = CAS_AT(st, slot, tag) == TAG_RETIRED;
-    if (CAS_AT(st, slot, refs) != CAS_PENDING || is_page) continue;
-    CAS_AT(st, slot, refs) = 0;
-    cas_set_free(st, slot, 1);
-  }
-}
-
 /* Begins the log anew, at the place behind its end, but with numbers so high
  * that no page that was left there can fit again (C10).  It skips places that
  * cannot be written, 64 at most: the last process may have failed at one.  If
@@ -7392,7 +7377,15 @@ static int cas_recover(struct nbdserve_cas *st) {
   memset(st->page, 0, CAS_PAGE);
   assert(!st->nlog && st->super.replay <= end);
   if (!err && !st->readonly && end > st->durable) err = os_datasync(st->fd);
-  if (!err && !st->log_unwritten) cas_free_dropped(st);
+  assert(!st->dropped);
+  /* Data that the log has dropped is free: the log is durable by now.  Pages
+   * that it made dirty are still named by the superblock, and wait. */
+  for (uint32_t x = 1; x < st->nslots && !err && !st->log_unwritten; x++) {
+    int is_page = CAS_AT(st, x, tag) == TAG_RETIRED;
+    if (CAS_AT(st, x, refs) != CAS_PENDING || is_page) continue;
+    CAS_AT(st, x, refs) = 0;
+    cas_set_free(st, x, 1);
+  }
   /* Where the file ends is where a power cut has left it. */
   for (uint32_t x = (uint32_t)st->super.nslots;
        x < st->nslots && !st->readonly && !err; x += CAS_SEGMENT)

@@ -5067,13 +5067,9 @@ static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
   int may_be_there = err == -ENOSPC && !ngiven && first < st->super.nslots;
   if (err == -EOPNOTSUPP || may_be_there)
     err = cas_write_zeroes(st, first, off, end);
-  /* A new one with digests in the same 4096 bytes as those of a broken one is
-   * broken, too: see cas_pass_over. */
-  int is_broken = first == st->nslots && first % CAS_DIGESTS &&
-                  cas_segment(st, first - 1)->space == SPACE_BROKEN;
   enum cas_space space = is_durable ? SPACE_DURABLE : SPACE_WRITTEN;
   if (!err) err = cas_extend(st, first);
-  if (!err) cas_set_space(st, first, is_broken ? SPACE_BROKEN : space);
+  if (!err) cas_set_space(st, first, space);
   if (!err && ngiven) cas_segment(st, first)->is_given = 1;
   return err;
 }
@@ -5357,18 +5353,15 @@ static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
 }
 
 /* From now on nothing is taken from the segment of a slot that could not be
- * written (C19).  If the medium failed, the same goes for all segments with
- * digests in the same 4096 bytes, which may be what is bad.  A segment that is
- * being given back stays as it is, and the failure is forgotten.  (locks) */
+ * written (C19).  Its digests fill 4096 bytes, or a multiple of it, so a bad
+ * sector there is no other segment's.  One that is being given back stays as it
+ * is, and the failure is forgotten.  (locks) */
 static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
-  uint32_t n = err == -ENOSPC ? 1 : CAS_DIGESTS;
-  uint32_t first = slot / n * n;
-  uint32_t x = first / CAS_SEGMENT * CAS_SEGMENT;
+  enum cas_space space = err == -ENOSPC ? SPACE_FULL : SPACE_BROKEN;
   assert(err && slot < st->nslots);
   os_lock(&st->lock);
-  for (; x < st->nslots && x < first + n; x += CAS_SEGMENT)
-    if (cas_segment(st, x)->space != SPACE_BUSY)
-      cas_set_space(st, x, err == -ENOSPC ? SPACE_FULL : SPACE_BROKEN);
+  if (cas_segment(st, slot)->space != SPACE_BUSY)
+    cas_set_space(st, slot, space);
   cas_unlock(st);
 }
 
@@ -5595,8 +5588,7 @@ static int cas_make_leaf(struct nbdserve_cas *st, struct cas_node *leaf,
   if (!leaf->slots) return -ENOMEM;
   for (uint32_t c = 0; c < st->fanout; c++) {
     uint32_t slot = page ? u_get32(page + CAS_HEAD + 4 * c) : fill;
-    int is_block = cas_may_be_block(st, slot);
-    leaf->slots[c] = is_block ? slot : CAS_LOST;
+    leaf->slots[c] = cas_may_be_block(st, slot) ? slot : CAS_LOST;
   }
   leaf->at = st->nleaves;
   leaf->is_used = 1;

@@ -7147,8 +7147,8 @@ static int cas_load(struct nbdserve_cas *st) {
 
 /* ---- Recovery: what the log says ----------------------------------------- */
 
-/* Reads a log page to st->page.  Returns whether it is valid and has that number; one that
- * cannot be read is none (C9). */
+/* Reads a log page to st->page.  Returns whether it is valid and has that
+ * number; one that cannot be read is none (C9). */
 static int cas_log_read(struct nbdserve_cas *st, uint64_t seq,
                         struct cas_log_head *head) {
   unsigned char *p = st->page;
@@ -8027,8 +8027,8 @@ static void cas_note(struct cas_verifier *v, const char *name, uint64_t off,
 }
 
 /* Checks the superblocks and, segment by segment, the pages, and mends those of
- * which one is damaged.  What opening the store has found counts, too.  No checkpoint runs meanwhile, so all were written, and
- * none is written over. */
+ * which one is damaged.  What opening the store has found counts, too.  No
+ * checkpoint runs meanwhile, so all were written, and none is written over. */
 static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
   struct nbdserve_cas *st = v->st;
   struct cas_super super;

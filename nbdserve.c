@@ -4291,6 +4291,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 #define CAS_RESERVE_PAIRS 128 /* that only what gives them back may take */
 #define CAS_MAX_DIRTY 65536   /* nodes; more bring about a checkpoint */
 #define CAS_MARGIN 8 /* pairs: a block makes so many nodes dirty, and 1 */
+#define CAS_TRIES 4  /* places where a block may be written */
 #endif
 
 /* ---- The format ------------------------------------------------------------
@@ -4456,7 +4457,6 @@ enum {
   CAS_PORTION = 64,   /* pages that a checkpoint copies under one lock, leaves
                          that eviction looks at, places that a log tries */
   CAS_CANDIDATES = 2, /* slots of the index that a block is compared with */
-  CAS_TRIES = 4,      /* places where a block or checkpoint may be written */
   CAS_LOOK = 4096,    /* segments that are looked at before one is made do;
                          slots that are freed under one lock */
   CAS_FOR_RM = 6,     /* pairs that only removing may take */

@@ -18089,6 +18089,7 @@ int main(int argc, char **argv) {
 #define CAS_SEGMENT 16
 #define CAS_MAX_DIRTY 400
 #define CAS_MARGIN 8
+#define CAS_TRIES 12 /* 8 segments have their digests in one sector */
 #define CAS_MIN_BLOCK 512
 
 enum {
@@ -20792,6 +20793,7 @@ int main(int argc, char **argv) {
 #define CAS_SEGMENT 16
 #define CAS_MAX_DIRTY 400
 #define CAS_MARGIN 8
+#define CAS_TRIES 12 /* 8 segments have their digests in one sector */
 #define CAS_MIN_BLOCK 512
 
 enum {
@@ -21936,6 +21938,7 @@ int main(int argc, char **argv) {
 #define CAS_SEGMENT 16
 #define CAS_MAX_DIRTY 400
 #define CAS_MARGIN 8
+#define CAS_TRIES 12 /* 8 segments have their digests in one sector */
 #define CAS_MIN_BLOCK 512
 #define CAS_RESERVE_PAIRS 12
 

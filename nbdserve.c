@@ -8200,8 +8200,7 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
     cas_wait(st);
   st->gives_back = 1;
   /* What is kept has to be known to be there before the rest is given away. */
-  uint32_t kept = CAS_RESERVE_PAIRS + CAS_TWIN;
-  int may_punch = !err && !cas_get_pairs(st, kept);
+  int may_punch = !err && !cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_TWIN);
   /* What has got space for that, and is not needed, can go when it counts. */
   for (int i = 0; i < 2 && may_punch && st->npending; i++)
     may_punch = !cas_sync(st, 1);

@@ -7821,9 +7821,7 @@ static int cas_seal_node(struct cas_sealer *sealer, struct cas_node *node,
     err = cas_digest_blocks(sealer, node->index, digests);
   if (!err && node->level && base)
     err = cas_move_digests(sealer, OS_READ, node, digests);
-  uint32_t n = node->nkids;
-  if (base && base->nkids > n) n = base->nkids;
-  for (uint32_t c = 0; c < n && !err; c++) {
+  for (uint32_t c = 0; c < sealer->vol->st->fanout && !err; c++) {
     struct cas_node *kid = cas_kid(node, c);
     struct cas_node *same = cas_kid(base, c);
     unsigned char *at = digests + c * CAS_DIGEST_LEN;

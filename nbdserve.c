@@ -4385,6 +4385,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 #define CAS_RESERVE_PAIRS 128 /* that only what gives them back may take */
 #define CAS_MAX_DIRTY 65536   /* nodes; more bring about a checkpoint */
 #define CAS_MARGIN 8 /* pairs: a block makes so many nodes dirty, and 1 */
+#define CAS_TRIES 4  /* places where a block may be written */
 #endif
 
 /* ---- The format ------------------------------------------------------------
@@ -4506,15 +4507,12 @@ static void cas_encode(const unsigned char *size, const void *from,
                        unsigned char *p) {
   const unsigned char *member = from;
   for (; *size; p += *size++) {
-    int is_number = *size == 4 || *size == 8;
-    uint64_t number = 0;
-    if (is_number)
-      memcpy(&number, member, sizeof number);
-    else
-      memcpy(p, member, *size);
-    if (*size == 8) u_put64(p, number);
+    uint64_t number;
+    memcpy(&number, member, sizeof number);
     if (*size == 4) u_put32(p, (uint32_t)number);
-    member += is_number ? sizeof number : *size;
+    if (*size == 8) u_put64(p, number);
+    if (*size > 8) memcpy(p, member, *size);
+    member += *size > 8 ? *size : sizeof number;
   }
 }
 
@@ -4523,14 +4521,10 @@ static void cas_decode(const unsigned char *size, const unsigned char *p,
                        void *to) {
   unsigned char *member = to;
   for (; *size; p += *size++) {
-    int is_number = *size == 4 || *size == 8;
-    uint64_t number = *size == 8 ? u_get64(p) : 0;
-    if (*size == 4) number = u_get32(p);
-    if (is_number)
-      memcpy(member, &number, sizeof number);
-    else
-      memcpy(member, p, *size);
-    member += is_number ? sizeof number : *size;
+    uint64_t number = *size == 4 ? u_get32(p) : u_get64(p);
+    size_t n = *size > 8 ? *size : sizeof number;
+    memcpy(member, *size > 8 ? p : (const void *)&number, n);
+    member += n;
   }
 }
 
@@ -4557,7 +4551,6 @@ enum {
   CAS_PORTION = 64,   /* pages that a checkpoint copies under one lock, leaves
                          that eviction looks at, places that a log tries */
   CAS_CANDIDATES = 2, /* slots of the index that a block is compared with */
-  CAS_TRIES = 4,      /* places where a block or checkpoint may be written */
   CAS_LOOK = 4096,    /* segments that are looked at before one is made do;
                          slots that are freed under one lock */
   CAS_FOR_RM = 6,     /* pairs that only removing may take */
@@ -4843,20 +4836,19 @@ static void cas_log_sum(const struct nbdserve_cas *st, const unsigned char *p,
                         uint32_t *nmixed, unsigned char sum[CAS_DIGEST_LEN]) {
   uint32_t whole = count * CAS_ENTRY / SHA_BLOCK_LEN;
   uint32_t rest = count * CAS_ENTRY % SHA_BLOCK_LEN;
-  unsigned char tail[SHA_BLOCK_LEN + CAS_HEAD + sizeof st->super.id] = {0};
-  unsigned char *end = tail + (rest ? SHA_BLOCK_LEN : 0);
-  size_t len = SHA_BLOCK_LEN * whole + sizeof tail;
+  uint32_t nblocks = whole + (rest > 0);
+  unsigned char tail[SHA_BLOCK_LEN] = {0};
+  unsigned char end[CAS_HEAD + sizeof st->super.id];
   uint32_t state[2][SHA_STATE_WORDS];
   assert(*nmixed <= whole && count <= CAS_ENTRIES);
   sha_mix(st->hw, mixed, p + *nmixed * SHA_BLOCK_LEN, NULL, whole - *nmixed);
   *nmixed = whole;
   memcpy(state, mixed, sizeof state);
   memcpy(tail, p + whole * SHA_BLOCK_LEN, rest);
+  sha_mix(st->hw, state, tail, NULL, nblocks - whole);
   memcpy(end, p + CAS_LOG_HEAD, CAS_HEAD);
   memcpy(end + CAS_HEAD, st->super.id, sizeof st->super.id);
-  if (rest) sha_mix(st->hw, state, tail, NULL, 1);
-  if (!rest) len -= SHA_BLOCK_LEN;
-  sha_end(st->hw, state, end, len, sum);
+  sha_end(st->hw, state, end, nblocks * SHA_BLOCK_LEN + sizeof end, sum);
 }
 
 /* Writes the log page that is being filled, at its place.  A torn write loses
@@ -5169,13 +5161,9 @@ static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
   int may_be_there = err == -ENOSPC && !ngiven && first < st->super.nslots;
   if (err == -EOPNOTSUPP || may_be_there)
     err = cas_write_zeroes(st, first, off, end);
-  /* A new one with digests in the same 4096 bytes as those of a broken one is
-   * broken, too: see cas_pass_over. */
-  int is_broken = first == st->nslots && first % CAS_DIGESTS &&
-                  cas_segment(st, first - 1)->space == SPACE_BROKEN;
   enum cas_space space = is_durable ? SPACE_DURABLE : SPACE_WRITTEN;
   if (!err) err = cas_extend(st, first);
-  if (!err) cas_set_space(st, first, is_broken ? SPACE_BROKEN : space);
+  if (!err) cas_set_space(st, first, space);
   if (!err && ngiven) cas_segment(st, first)->is_given = 1;
   return err;
 }
@@ -5432,19 +5420,15 @@ static size_t cas_run_length(const struct cas_block *blk, size_t n, int what) {
   return k;
 }
 
-/* Where the data or the digest of a block lies in the file. */
-static uint64_t cas_block_off(const struct nbdserve_cas *st,
-                              const struct cas_block *blk, int what) {
-  return what == CAS_DATA ? cas_data_off(st, blk->slot)
-                          : cas_digest_off(st, blk->slot);
-}
+#define CAS_ANNOUNCE (-1) /* says what will be read, instead of moving it */
 
 /* Moves the data or the digests of k blocks that lie in a row.  how: OS_WRITE,
- * OS_READ or, where that is known, OS_READ_NOW. */
+ * OS_READ, CAS_ANNOUNCE or, where that is known, OS_READ_NOW. */
 static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
                         size_t k, int what, int how) {
   struct iovec v[CAS_RUN];
-  uint64_t off = cas_block_off(st, blk, what);
+  uint64_t off = what == CAS_DATA ? cas_data_off(st, blk->slot)
+                                  : cas_digest_off(st, blk->slot);
   assert(k > 0 && k <= CAS_RUN);
   assert(!(how == OS_WRITE && st->readonly));
   for (size_t i = 0; i < k; i++) {
@@ -5452,6 +5436,9 @@ static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
     v[i] = (struct iovec){digest, CAS_DIGEST_LEN};
     if (what == CAS_DATA) v[i] = (struct iovec){blk[i].data, st->bs};
   }
+  if (how == CAS_ANNOUNCE)
+    os_advise(st->fd, POSIX_FADV_WILLNEED, off, k * v->iov_len);
+  if (how == CAS_ANNOUNCE) return 0;
   if (how == OS_READ_NOW && st->can_read_now) {
     int err = os_read_now(st->fd, v, (int)k, off);
     if (!err || err == -EAGAIN) return err;
@@ -5460,34 +5447,16 @@ static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
 }
 
 /* From now on nothing is taken from the segment of a slot that could not be
- * written (C19).  If the medium failed, the same goes for all segments with
- * digests in the same 4096 bytes, which may be what is bad.  A segment that is
- * being given back stays as it is, and the failure is forgotten.  (locks) */
+ * written (C19).  Its digests fill 4096 bytes, or a multiple of it, so a bad
+ * sector there is no other segment's.  One that is being given back stays as it
+ * is, and the failure is forgotten.  (locks) */
 static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
-  uint32_t n = err == -ENOSPC ? 1 : CAS_DIGESTS;
-  uint32_t first = slot / n * n;
-  uint32_t x = first / CAS_SEGMENT * CAS_SEGMENT;
+  enum cas_space space = err == -ENOSPC ? SPACE_FULL : SPACE_BROKEN;
   assert(err && slot < st->nslots);
   os_lock(&st->lock);
-  for (; x < st->nslots && x < first + n; x += CAS_SEGMENT)
-    if (cas_segment(st, x)->space != SPACE_BUSY)
-      cas_set_space(st, x, err == -ENOSPC ? SPACE_FULL : SPACE_BROKEN);
+  if (cas_segment(st, slot)->space != SPACE_BUSY)
+    cas_set_space(st, slot, space);
   cas_unlock(st);
-}
-
-/* Says what will be read of some blocks, so that the medium brings it all at
- * once. */
-static void cas_announce(const struct nbdserve_cas *st,
-                         const struct cas_block *blk, size_t n, int what) {
-  size_t each = what == CAS_DATA ? st->bs : CAS_DIGEST_LEN;
-  for (size_t k; n > 0; blk += k, n -= k) {
-    k = cas_run_length(blk, n, what);
-    if (k)
-      os_advise(st->fd, POSIX_FADV_WILLNEED, cas_block_off(st, blk, what),
-                k * each);
-    else
-      k = 1;
-  }
 }
 
 /* Moves what there is to do of `what`, in few calls.  What fails together is
@@ -5503,7 +5472,7 @@ static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
     int err = k ? cas_move_run(st, blk, k, what, now) : 0;
     if (err && now != how) {
       now = how;
-      cas_announce(st, blk, n, what);
+      cas_move(st, blk, n, what, CAS_ANNOUNCE);
       err = cas_move_run(st, blk, k, what, now);
     }
     for (size_t i = 0; err && i < k; i++) {
@@ -5537,6 +5506,26 @@ static void cas_hash(struct nbdserve_cas *st, struct cas_block *blk, size_t n) {
   if (first) sha_256(st->hw, first->data, NULL, st->bs, first->sum, NULL);
 }
 
+/* Reads what there is to do of blocks, and checks those of which that is both.
+ * Each gets its own error; -EUCLEAN: the data is not what it was.  A digest
+ * that cannot be read does not make its data bad: what that should be is
+ * computed from the data.  how: OS_READ or OS_READ_NOW. */
+static void cas_fetch(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
+                      int how) {
+  cas_move(st, blk, n, CAS_DIGEST, how);
+  for (size_t i = 0; i < n; i++)
+    if (blk[i].digest_err) blk[i].todo = CAS_BOTH;
+  cas_move(st, blk, n, CAS_DATA, how);
+  cas_hash(st, blk, n);
+  for (; n > 0; blk++, n--) {
+    if (blk->todo != CAS_BOTH || blk->err) continue;
+    if (blk->digest_err)
+      memcpy(blk->digest, blk->sum, CAS_DIGEST_LEN);
+    else if (memcmp(blk->digest, blk->sum, CAS_DIGEST_LEN) != 0)
+      blk->err = -EUCLEAN;
+  }
+}
+
 /* How good is copy i of a page, and what is its *number?  0: it is not whole,
  * or not of a page with that head (of magic 0: any page), or of a checkpoint
  * that never became durable.  1: it is, by itself.  2 or 3: one digest or both
@@ -5549,10 +5538,9 @@ static int cas_rank_copy(struct nbdserve_cas *st, struct cas_block copy[2],
     return 0;
   cas_decode(cas_head_sizes, copy[i].data, &own);
   *number = own.number;
-  int fits = head->magic
-                 ? own.magic == head->magic && own.level == head->level &&
-                       own.index == head->index
-                 : own.magic == CAS_MAP || own.magic == CAS_CAT;
+  int fits = own.magic == CAS_MAP || own.magic == CAS_CAT;
+  if (head->magic)
+    fits = memcmp(&own, head, offsetof(struct cas_head, number)) == 0;
   if (!fits || own.number > head->number) return 0;
   if (copy[0].digest_err && copy[1].digest_err) return 2;
   int rank = 1;
@@ -5590,11 +5578,10 @@ static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
   int i = rank[1] > rank[0] || (rank[1] == rank[0] && number[1] > number[0]);
   if (i == 1) memcpy(p, copy[1].data, st->bs);
   assert(!copy[i].err);
-  copy[0] = copy[i];
+  copy[!i] = copy[i];
   copy[0].slot = slot;
-  copy[0].todo = CAS_BOTH;
-  copy[1] = copy[0];
-  copy[1].slot += CAS_TWIN;
+  copy[1].slot = slot + CAS_TWIN;
+  copy[0].todo = copy[1].todo = CAS_BOTH;
   if (!st->readonly) cas_move_both(st, copy, 2, OS_WRITE);
   return 0;
 }
@@ -5614,23 +5601,19 @@ static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
 /* A new node that nothing leads to but the caller, dirty (slot 0) or lost; NULL
  * without memory. */
 static struct cas_node *cas_new_node(int level, uint32_t index, uint32_t slot) {
-  struct cas_node *node = u_zalloc(sizeof *node);
+  struct cas_node *node = NBDSERVE_MALLOC(sizeof *node);
   if (!node) return NULL;
-  node->refs = 1;
-  node->level = (unsigned char)level;
-  node->index = index;
-  node->slot = slot;
+  *node = (struct cas_node){
+      .refs = 1, .level = (unsigned char)level, .index = index, .slot = slot};
   return node;
 }
 
-/* Kid c of a node, or NULL. */
-static struct cas_node *cas_kid(const struct cas_node *node, uint64_t c) {
+/* Kid c of a node; NULL: there is none, nor is there anything below that.  What
+ * is lost stands for all that was below it, so its level may be a higher one,
+ * and it may have many edges. */
+static struct cas_node *cas_kid(struct cas_node *node, uint64_t c) {
+  if (!node || node->slot == CAS_LOST) return node;
   return c < node->nkids ? node->kid[c] : NULL;
-}
-
-/* Makes room for kid c of a node. */
-static int cas_add_kid(struct cas_node *node, uint32_t c) {
-  return cas_enlarge(&node->kid, &node->nkids, c);
 }
 
 /* What the head of a node's page says; its number is that of the newest durable
@@ -5699,8 +5682,7 @@ static int cas_make_leaf(struct nbdserve_cas *st, struct cas_node *leaf,
   if (!leaf->slots) return -ENOMEM;
   for (uint32_t c = 0; c < st->fanout; c++) {
     uint32_t slot = page ? u_get32(page + CAS_HEAD + 4 * c) : fill;
-    int is_block = cas_may_be_block(st, slot);
-    leaf->slots[c] = is_block ? slot : CAS_LOST;
+    leaf->slots[c] = cas_may_be_block(st, slot) ? slot : CAS_LOST;
   }
   leaf->at = st->nleaves;
   leaf->is_used = 1;
@@ -5724,8 +5706,9 @@ static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
   uint64_t size = st->max_blocks; /* below node */
   assert(block < st->max_blocks);
   *spot = (struct cas_spot){.gives_back = 1};
-  while (node && node->slot != CAS_LOST && node->level) {
+  while (node && node->slot != CAS_LOST) {
     if (node->refs > 1) spot->gives_back = 0;
+    if (!node->level) break;
     size /= st->fanout;
     node = cas_kid(node, block / size % st->fanout);
   }
@@ -5736,7 +5719,6 @@ static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
     return NULL;
   }
   assert(!node->level && size == st->fanout);
-  if (node->refs > 1) spot->gives_back = 0;
   if (!node->slots) return node;
   node->is_used = 1;
   spot->leaf = node;
@@ -5805,11 +5787,12 @@ static void cas_unref(struct nbdserve_cas *st, struct cas_node *node) {
 }
 
 /* Gives copy, a new node, what node has below it; NULL: nothing, that is,
- * zeroes.  Everything below gains an edge (C13). */
-static int cas_copy_below(struct nbdserve_cas *st, const struct cas_node *node,
+ * zeroes.  Everything below gains an edge (C13): below a node that is lost that
+ * is the node itself. */
+static int cas_copy_below(struct nbdserve_cas *st, struct cas_node *node,
                           struct cas_node *copy) {
   int is_lost = node && node->slot == CAS_LOST;
-  uint32_t n = node ? node->nkids : 0;
+  uint32_t n = is_lost ? st->fanout : 0;
   int err = 0;
   assert(copy->refs == 1 && !copy->slot && !copy->nkids);
   if (!copy->level) {
@@ -5819,24 +5802,18 @@ static int cas_copy_below(struct nbdserve_cas *st, const struct cas_node *node,
       cas_hold(st, copy->slots[c] = node->slots[c]);
     return err;
   }
-  if (is_lost) n = st->fanout;
-  if (n) err = cas_add_kid(copy, n - 1);
-  for (uint32_t c = 0; c < n && !err; c++) {
-    if (!is_lost) {
-      cas_share(&copy->kid[c], node->kid[c]);
-      continue;
-    }
-    copy->kid[c] =
-        cas_new_node(copy->level - 1, copy->index * st->fanout + c, CAS_LOST);
-    if (!copy->kid[c]) return -ENOMEM;
-  }
+  if (node && !is_lost) n = node->nkids;
+  if (n) err = cas_enlarge(&copy->kid, &copy->nkids, n - 1);
+  for (uint32_t c = 0; c < n && !err; c++)
+    cas_share(&copy->kid[c], cas_kid(node, c));
   return err;
 }
 
-/* Makes a node, which is to change, dirty. */
-static void cas_make_dirty(struct nbdserve_cas *st, struct cas_node *node) {
+/* Makes a node, which is to change, dirty, and puts its slots into a list. */
+static void cas_make_dirty(struct nbdserve_cas *st, struct cas_node *node,
+                           uint32_t *list) {
   if (node->slot) st->ndirty++;
-  cas_drop_pair(st, node->slot, &st->retired);
+  cas_drop_pair(st, node->slot, list);
   node->slot = 0;
 }
 
@@ -5846,9 +5823,10 @@ static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
                    uint32_t index) {
   struct cas_node *node = *p;
   assert(!st->is_ending);
-  assert(!node || (node->level == level && node->index == index));
+  assert(!node || node->slot == CAS_LOST ||
+         (node->level == level && node->index == index));
   if (node && node->refs == 1 && node->slot != CAS_LOST) {
-    cas_make_dirty(st, node);
+    cas_make_dirty(st, node, &st->retired);
     return 0;
   }
   struct cas_node *copy = cas_new_node(level, index, 0);
@@ -5872,7 +5850,7 @@ static int cas_own_kid(struct nbdserve_cas *st, struct cas_node ***p,
   struct cas_node *node = **p;
   uint32_t c = (uint32_t)(index % st->fanout);
   assert(node->level && node->refs == 1 && !node->slot);
-  int err = cas_add_kid(node, c);
+  int err = cas_enlarge(&node->kid, &node->nkids, c);
   if (err) return err;
   *p = &node->kid[c];
   return cas_own(st, *p, node->level - 1, (uint32_t)index);
@@ -5888,7 +5866,9 @@ static int cas_own_record(struct nbdserve_cas *st, uint32_t place,
   int err = cas_own(st, p, CAS_TOP, 0);
   if (!err) err = cas_own_kid(st, &p, index / st->fanout);
   if (!err) err = cas_own_kid(st, &p, index);
-  if (!err && !(*p)->nkids) err = cas_add_kid(*p, 2 * st->per_page - 1);
+  if (!err && !(*p)->nkids)
+    err = cas_enlarge(&(*p)->kid, &(*p)->nkids, 2 * st->per_page - 1);
+  assert(err || !*page || *page == *p);
   if (!err) *page = *p;
   return err;
 }
@@ -5900,9 +5880,7 @@ static int cas_own_leaf(struct cas_volume *vol, uint64_t block,
   struct nbdserve_cas *st = vol->st;
   struct cas_node **p = cas_root(vol);
   uint64_t size = st->max_blocks / st->fanout; /* below a kid of *p */
-  struct cas_node *page;
-  int err = cas_own_record(st, vol->place, &page);
-  assert(err || page == vol->page);
+  int err = cas_own_record(st, vol->place, &vol->page);
   if (!err) err = cas_own(st, p, CAS_LEVELS - 1, 0);
   for (; !err && (*p)->level > 0; size /= st->fanout)
     err = cas_own_kid(st, &p, block / size);
@@ -6040,9 +6018,9 @@ static int cas_set_place(struct nbdserve_cas *st, struct cas_volume *vol,
 }
 
 /* Makes a volume of a name, if that is not NULL, or a snapshot of its parent,
- * and finds a place for its record. */
+ * and finds a place for its record.  Its records have no id: nobody sees it. */
 static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
-                     const char *name, struct cas_volume **out) {
+                     const char *name, uint64_t size, struct cas_volume **out) {
   struct cas_volume *vol = u_zalloc(sizeof *vol);
   uint32_t place = 0;
   if (!vol) return -ENOMEM;
@@ -6061,6 +6039,8 @@ static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
   }
   vol->id = st->next_id++;
   vol->then.created = (uint64_t)time(NULL);
+  vol->then.size = size;
+  vol->now = vol->then;
   *out = vol;
   return 0;
 }
@@ -6087,23 +6067,21 @@ struct cas_change {
 };
 
 /* From here on a volume has a record that holds when the checkpoint is
- * durable. */
+ * durable: then it is there. */
 static void cas_begin_staging(struct cas_volume *vol) {
   assert(vol->id && vol->st->by_place[vol->place] == vol);
   if (!vol->is_staged) vol->then = vol->now;
   vol->is_staged = 1;
+  vol->then.id = vol->id;
 }
 
-/* Takes a volume, which nobody uses, out of the list and the catalog, and frees
+/* Takes volume i, which nobody uses, out of the list and the catalog, and frees
  * it with its maps.  (unlocks) */
-static void cas_leave(struct cas_volume *vol) {
-  struct nbdserve_cas *st = vol->st;
+static void cas_leave(struct nbdserve_cas *st, uint32_t i) {
+  struct cas_volume *vol = st->volumes[i];
   struct cas_node *root = *cas_root(vol);
   struct cas_node *digests = *cas_digests(vol);
-  uint32_t i = 0;
   assert(!vol->clients && !vol->pins && !vol->is_staged);
-  while (st->volumes[i] != vol)
-    i++;
   for (st->nvolumes--; i < st->nvolumes; i++)
     st->volumes[i] = st->volumes[i + 1];
   st->by_place[vol->place] = NULL;
@@ -6120,12 +6098,11 @@ static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
   struct cas_volume *vol;
   const char *name = op->verb == NBDSERVE_CAS_CLONE ? op->to : op->name;
   struct cas_volume *up = op->verb == NBDSERVE_CAS_SNAPSHOT ? from : NULL;
-  int err = cas_enter(st, up, name, &vol);
+  uint64_t size = from ? cas_record(from, VIEW_THEN)->size : op->size;
+  int err = cas_enter(st, up, name, size, &vol);
   if (err) return err;
-  vol->is_staged = 1;
-  vol->then.id = vol->id;
+  cas_begin_staging(vol);
   vol->then.made_from = from ? from->id : 0;
-  vol->then.size = from ? cas_record(from, VIEW_THEN)->size : op->size;
   if (from) cas_share(cas_root(vol), *cas_root(from));
   return 0;
 }
@@ -6136,10 +6113,8 @@ static int cas_stage_op(struct nbdserve_cas *st,
                         const struct nbdserve_cas_op *op) {
   int dry_run = op->verb & NBDSERVE_CAS_DRY_RUN;
   int verb = op->verb - dry_run;
-  int is_rollback = verb == NBDSERVE_CAS_ROLLBACK;
-  int is_resize = verb == NBDSERVE_CAS_RESIZE;
   int is_rm = verb == NBDSERVE_CAS_RM;
-  int needs_closed = is_rollback || is_resize || is_rm;
+  int needs_closed = verb > NBDSERVE_CAS_RENAME;
   if (verb < NBDSERVE_CAS_CREATE || verb > NBDSERVE_CAS_RM ||
       !cas_is_size(st, op->size) || (dry_run && !needs_closed))
     return -EINVAL;
@@ -6147,15 +6122,13 @@ static int cas_stage_op(struct nbdserve_cas *st,
   struct cas_volume *vol = cas_find(st, op->name, n, VIEW_THEN);
   if (verb == NBDSERVE_CAS_CREATE) return cas_stage_new(st, NULL, op);
   if (!vol) return -ENOENT;
-  if (!needs_closed && verb != NBDSERVE_CAS_RENAME)
-    return cas_stage_new(st, vol, op);
+  if (verb < NBDSERVE_CAS_RENAME) return cas_stage_new(st, vol, op);
   struct cas_volume *snapshot = vol;
-  if (is_rollback) vol = vol->parent;
-  if (!vol || (is_resize && vol->parent)) return -EINVAL;
+  if (verb == NBDSERVE_CAS_ROLLBACK) vol = vol->parent;
+  if (!vol || (verb == NBDSERVE_CAS_RESIZE && vol->parent)) return -EINVAL;
   while (needs_closed && vol->pins)
     cas_wait(st);
-  if (needs_closed && vol->clients > (is_resize && !dry_run)) /* the caller */
-    return -EBUSY;
+  if (needs_closed && vol->clients) return -EBUSY;
   for (uint32_t i = 0; i < st->nvolumes; i++) {
     const struct cas_volume *p = st->volumes[i];
     if (is_rm && p->parent == vol && cas_record(p, VIEW_THEN)->id)
@@ -6164,12 +6137,11 @@ static int cas_stage_op(struct nbdserve_cas *st,
       return -EINVAL; /* several have that id */
   }
   cas_begin_staging(vol);
+  if (is_rm) vol->then.id = 0;
+  if (verb == NBDSERVE_CAS_RESIZE) vol->then.size = op->size;
   int err = needs_closed ? 0 : cas_give_name(st, vol, op->to);
   if (!err && !dry_run) err = cas_own_record(st, vol->place, &vol->page);
-  if (err || !needs_closed) return err;
-  if (is_rm) vol->then.id = 0;
-  if (is_resize) vol->then.size = op->size;
-  if (!is_rollback) return 0;
+  if (err || verb != NBDSERVE_CAS_ROLLBACK) return err;
   if (vol->is_rolled_back) return -EINVAL; /* once in a change is enough */
   vol->is_rolled_back = 1;
   vol->old_root = *cas_root(vol);
@@ -6196,7 +6168,6 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   cas_begin_staging(vol);
   err = cas_own_record(st, vol->place, &vol->page);
   if (err) return err;
-  vol->then.id = vol->id;
   if (!change->tree || *cas_digests(vol)) return 0; /* it is sealed by now */
   memcpy(vol->then.cid, change->tree->now.cid, CAS_DIGEST_LEN);
   cas_share(cas_digests(vol), *cas_root(change->tree));
@@ -6231,7 +6202,7 @@ static void cas_settle(struct nbdserve_cas *st, int is_durable) {
     struct cas_node *old_root = vol->old_root;
     vol->old_root = NULL;
     cas_unref(st, old_root);
-    if (!vol->now.id && !vol->clients) cas_leave(vol);
+    if (!vol->now.id && !vol->clients) cas_leave(st, i);
   }
 }
 
@@ -6344,10 +6315,8 @@ static void cas_undo_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
   uint32_t *end = &cut->retired;
   for (uint32_t i = 0; i < cut->n; i++) {
     struct cas_node *node = cut->writes[i].node;
-    if (node->slot != cut->writes[i].slot) continue; /* changed since */
-    cas_drop_pair(st, node->slot, &unused);
-    node->slot = 0;
-    st->ndirty++;
+    if (node->slot == cut->writes[i].slot) /* else it has changed since */
+      cas_make_dirty(st, node, &unused);
   }
   cas_free_list(st, unused);
   while (*end)
@@ -6620,13 +6589,11 @@ static int cas_prepare(struct cas_volume *vol, uint64_t block,
     if (!err) err = st->failed;
     if (err || st->is_replaying) return err;
     uint32_t kept = spot->gives_back ? CAS_FOR_RM : CAS_RESERVE_PAIRS;
-    if (st->seq - st->super.replay >= st->super.log_pages / 4 * 3) {
-      err = cas_checkpoint_meanwhile(st);
-      if (err) return err;
-      continue;
-    }
-    err = cas_want_pairs(st, kept + CAS_MARGIN);
-    if (!err || !cas_reclaim(st)) return err;
+    int is_full = st->seq - st->super.replay >= st->super.log_pages / 4 * 3;
+    err = is_full ? cas_checkpoint_meanwhile(st)
+                  : cas_want_pairs(st, kept + CAS_MARGIN);
+    if (is_full && !err) continue;
+    if (is_full || !err || !cas_reclaim(st)) return err;
   }
 }
 
@@ -6634,45 +6601,35 @@ static int cas_prepare(struct cas_volume *vol, uint64_t block,
  * index has for its digest, or a free one. */
 static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
                            int skip) {
-  assert(!blk->slot && blk->is_wanting);
-  uint32_t slot = skip < CAS_CANDIDATES ? cas_lookup(st, blk->sum, skip) : 0;
-  int err = slot ? 0 : cas_take_slot(st, &blk->slot);
+  assert(blk->is_wanting);
+  blk->slot = skip < CAS_CANDIDATES ? cas_lookup(st, blk->sum, skip) : 0;
+  blk->todo = blk->slot ? 0 : CAS_BOTH;
+  cas_hold(st, blk->slot);
+  int err = blk->slot ? 0 : cas_take_slot(st, &blk->slot);
   if (err) return err;
-  blk->todo = slot ? 0 : CAS_BOTH;
-  if (slot) cas_hold(st, blk->slot = slot);
-  if (!slot) cas_index(st, blk->slot, CAS_TAG(blk->sum));
+  if (blk->todo) cas_index(st, blk->slot, CAS_TAG(blk->sum));
   blk->is_trusted = (CAS_AT(st, blk->slot, tag) & CAS_GOOD) != 0;
   return 0;
-}
-
-/* Is the data in a slot what a digest says?  Then it is in data, too. */
-static int cas_has_data(struct nbdserve_cas *st, uint32_t slot,
-                        const unsigned char *digest, unsigned char *data) {
-  unsigned char sum[CAS_DIGEST_LEN];
-  if (cas_io(st, OS_READ, data, st->bs, cas_data_off(st, slot))) return 0;
-  sha_256(st->hw, data, NULL, st->bs, sum, NULL);
-  return memcmp(sum, digest, sizeof sum) == 0;
 }
 
 /* Has the slot of a block, which the index has found, the same data, and a
  * digest that fits?  A hit is only a hint (C12). */
 static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk) {
-  unsigned char digest[CAS_DIGEST_LEN];
-  unsigned char *data = NBDSERVE_MALLOC(st->bs);
-  uint64_t off = cas_digest_off(st, blk->slot);
-  int is_same =
-      data && !cas_io(st, OS_READ, data, st->bs, cas_data_off(st, blk->slot)) &&
-      memcmp(data, blk->data, st->bs) == 0;
-  if (is_same && !blk->is_trusted)
-    is_same = !cas_io(st, OS_READ, digest, sizeof digest, off) &&
-              memcmp(digest, blk->sum, sizeof digest) == 0;
-  NBDSERVE_FREE(data);
+  struct cas_block has = {.slot = blk->slot,
+                          .data = NBDSERVE_MALLOC(st->bs),
+                          .todo = blk->is_trusted ? CAS_DATA : CAS_BOTH};
+  if (has.data) cas_move_both(st, &has, 1, OS_READ);
+  int is_same = has.data && !has.err && !has.digest_err &&
+                memcmp(has.data, blk->data, st->bs) == 0;
+  if (!blk->is_trusted)
+    is_same = is_same && memcmp(has.digest, blk->sum, CAS_DIGEST_LEN) == 0;
+  NBDSERVE_FREE(has.data);
   return is_same;
 }
 
 /* Gives slots to the blocks that want one, and holds on them.  The first rounds
  * try what the index knows; what cannot be written in one place is written to
- * another. */
+ * another.  Blocks that still want one then have an error. */
 static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
                              size_t n) {
   int is_over = 0;
@@ -6681,8 +6638,6 @@ static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
     for (size_t i = 0; i < n; i++) {
       if (!blk[i].is_wanting) continue;
       cas_drop(st, blk[i].slot, &st->dropped); /* the last try */
-      blk[i].slot = 0;
-      blk[i].todo = 0;
       do
         blk[i].err = cas_choose_slot(st, blk + i, round);
       while (blk[i].err == -ENOSPC && cas_reclaim(st));
@@ -6692,9 +6647,8 @@ static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
     is_over = 1;
     for (size_t i = 0; i < n; i++) {
       if (!blk[i].is_wanting || !blk[i].slot) continue;
-      int is_duplicate = !blk[i].todo; /* of what its slot has */
-      blk[i].is_wanting =
-          blk[i].err || (is_duplicate && !cas_is_same(st, blk + i));
+      if (!blk[i].todo && !cas_is_same(st, blk + i)) blk[i].err = -EIO;
+      blk[i].is_wanting = blk[i].err != 0;
       blk[i].todo = 0;
       is_over &= !blk[i].is_wanting;
     }
@@ -6706,17 +6660,16 @@ static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
 static int cas_commit_block(struct cas_volume *vol, struct cas_block *blk) {
   struct nbdserve_cas *st = vol->st;
   struct cas_spot spot;
-  struct cas_node *leaf;
   int err = cas_prepare(vol, blk->number, &spot);
   if (err) return err;
   if (blk->expected != CAS_ANY && blk->expected != spot.slot) return -EAGAIN;
   if (blk->slot && !st->is_replaying) CAS_AT(st, blk->slot, tag) |= CAS_GOOD;
   if (blk->slot == spot.slot) return 0; /* the same data is there already */
-  err = cas_own_leaf(vol, blk->number, &leaf);
+  err = cas_own_leaf(vol, blk->number, &spot.leaf);
   if (err) return err;
-  assert(leaf->slots[blk->number % st->fanout] == spot.slot);
+  assert(spot.leaf->slots[blk->number % st->fanout] == spot.slot);
   cas_drop(st, spot.slot, &st->dropped);
-  leaf->slots[blk->number % st->fanout] = blk->slot;
+  spot.leaf->slots[blk->number % st->fanout] = blk->slot;
   cas_log(vol, blk->number, 1, blk->slot, blk->slot ? blk->sum : NULL);
   blk->slot = 0;
   return 0;
@@ -6735,7 +6688,7 @@ static void cas_put(struct cas_volume *vol, struct cas_block *blk, size_t n) {
   cas_place_blocks(st, blk, n);
   os_lock(&st->lock);
   for (size_t i = 0; i < n; i++) {
-    if (blk[i].is_wanting && !blk[i].err) blk[i].err = -EIO;
+    assert(!blk[i].is_wanting || blk[i].err);
     if (!blk[i].err) blk[i].err = cas_commit_block(vol, blk + i);
     cas_drop(st, blk[i].slot, &st->dropped);
   }
@@ -6746,9 +6699,8 @@ static void cas_put(struct cas_volume *vol, struct cas_block *blk, size_t n) {
 
 /* Pins the slots of blocks and reads what is wanted of them: CAS_DATA,
  * CAS_DIGEST or 0; and both of those that are not known to be good, which are
- * checked: for data only if st->verify.  Each gets its own error; -EUCLEAN: the
- * data is not what it was.  A digest that cannot be read does not make its data
- * bad.  how: OS_READ or OS_READ_NOW. */
+ * checked: for data only if st->verify.  Each gets its own error, as from
+ * cas_fetch.  how: OS_READ or OS_READ_NOW. */
 static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
                      int want, int how) {
   struct nbdserve_cas *st = vol->st;
@@ -6770,22 +6722,9 @@ static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
     cas_hold(st, spot.slot);
   }
   cas_unlock(st);
-  cas_move_both(st, blk, n, how);
-  for (size_t i = 0; i < n; i++) {
-    if (!blk[i].digest_err || blk[i].todo != CAS_DIGEST) continue;
-    blk[i].todo = CAS_BOTH;
-    cas_move(st, blk + i, 1, CAS_DATA, OS_READ);
-  }
-  cas_hash(st, blk, n);
-  for (size_t i = 0; i < n; i++) {
-    if (!blk[i].slot && !blk[i].err && want == CAS_DATA)
-      memset(blk[i].data, 0, st->bs);
-    if (blk[i].todo != CAS_BOTH || blk[i].err) continue;
-    if (blk[i].digest_err)
-      memcpy(blk[i].digest, blk[i].sum, CAS_DIGEST_LEN);
-    else if (memcmp(blk[i].digest, blk[i].sum, CAS_DIGEST_LEN) != 0)
-      blk[i].err = -EUCLEAN;
-  }
+  cas_fetch(st, blk, n, how);
+  for (size_t i = 0; i < n && want == CAS_DATA; i++)
+    if (!blk[i].slot && !blk[i].err) memset(blk[i].data, 0, st->bs);
 }
 
 /* Takes the pins away again.  What is bad is not used again: writing heals. */
@@ -6899,7 +6838,6 @@ static uint64_t cas_run_of(struct nbdserve_cas *st, const struct cas_spot *spot,
 static int cas_make_holes(struct cas_volume *vol, uint64_t block, uint64_t to) {
   struct nbdserve_cas *st = vol->st;
   struct cas_spot spot;
-  struct cas_node *leaf;
   for (uint64_t end; block < to; block = end) {
     int err = cas_prepare(vol, block, &spot);
     if (err) return err;
@@ -6910,12 +6848,12 @@ static int cas_make_holes(struct cas_volume *vol, uint64_t block, uint64_t to) {
     if (skips) end = u_min(block + spot.span, to);
     uint64_t n = end - block;
     if (!skips && (spot.slot || cas_run_of(st, &spot, block, n) < n)) {
-      err = cas_own_leaf(vol, block, &leaf);
+      err = cas_own_leaf(vol, block, &spot.leaf);
       if (err) return err;
-      assert(leaf->refs == 1 && !leaf->slot && leaf->slots);
+      assert(spot.leaf->refs == 1 && !spot.leaf->slot && spot.leaf->slots);
       for (uint64_t at = block; at < end; at++) {
-        cas_drop(st, leaf->slots[at % st->fanout], &st->dropped);
-        leaf->slots[at % st->fanout] = 0;
+        cas_drop(st, spot.leaf->slots[at % st->fanout], &st->dropped);
+        spot.leaf->slots[at % st->fanout] = 0;
       }
       cas_log(vol, block, n, 0, NULL);
     }
@@ -6997,16 +6935,14 @@ static void cas_close(void *ctx) {
 /* Do two maps share the node above a block?  *span: for how many blocks on. */
 static int cas_is_shared(struct nbdserve_cas *st, struct cas_node **root[2],
                          uint64_t block, uint64_t *span) {
-  const struct cas_node *node[2] = {*root[0], *root[1]};
+  struct cas_node *node[2] = {*root[0], *root[1]};
   uint64_t size = st->max_blocks; /* below node */
   for (int level = CAS_LEVELS; level > 0; level--) {
     *span = size - block % size;
-    if (node[0] == node[1] && !(node[0] && node[0]->slot == CAS_LOST)) return 1;
+    if (node[0] == node[1]) return !node[0] || node[0]->slot != CAS_LOST;
     size /= st->fanout;
-    for (int i = 0; i < 2; i++) {
-      if (node[i] && node[i]->slot == CAS_LOST) return 0; /* unlike a hole */
-      if (node[i]) node[i] = cas_kid(node[i], block / size % st->fanout);
-    }
+    for (int i = 0; i < 2; i++)
+      node[i] = cas_kid(node[i], block / size % st->fanout);
   }
   return 0;
 }
@@ -7332,12 +7268,12 @@ static int cas_load_below(struct nbdserve_cas *st, struct cas_node *node,
     }
     if (!is_changed) return err;
     st->loader->nlost++; /* a block is, and the page has to say so */
-    cas_make_dirty(st, node);
+    cas_make_dirty(st, node, &st->retired);
     return err;
   }
   while (!has_records && n > 0 && !u_get32(at + 4 * (n - 1)))
     n--;
-  if (n) err = cas_add_kid(node, n - 1);
+  if (n) err = cas_enlarge(&node->kid, &node->nkids, n - 1);
   for (uint32_t c = 0; has_records && c < st->per_page && !err; c++)
     err = cas_load_record(st, node, c, at + CAS_RECORD * c);
   for (uint32_t c = 0; !has_records && c < n && !err; c++)
@@ -7367,19 +7303,6 @@ static int cas_load_page(struct nbdserve_cas *st, struct cas_node *node) {
   return 0;
 }
 
-/* After pages were found to be lost: makes dirty what leads to them. */
-static void cas_dirty_above_lost(struct nbdserve_cas *st) {
-  for (uint32_t i = st->loader->n; i-- > 0;) { /* what is below comes later */
-    struct cas_node *node = st->loader->nodes[i];
-    int is_dirty = 0;
-    for (uint32_t c = 0; c < node->nkids; c++) {
-      const struct cas_node *kid = node->kid[c];
-      is_dirty |= kid && (!kid->slot || kid->slot == CAS_LOST);
-    }
-    if (is_dirty) cas_make_dirty(st, node);
-  }
-}
-
 /* For qsort: the order of ids. */
 static int cas_compare_ids(const void *a, const void *b) {
   uint32_t x = (*(struct cas_volume *const *)a)->id;
@@ -7407,7 +7330,7 @@ static int cas_order_volumes(struct nbdserve_cas *st) {
 }
 
 /* Loads the catalog and all maps, level by level, and counts the holds on each
- * slot. */
+ * slot.  If pages turn out to be lost, what leads to them is made dirty. */
 static int cas_load(struct nbdserve_cas *st) {
   const struct cas_loader *loader = st->loader;
   uint32_t slot = (uint32_t)st->super.catalog;
@@ -7419,16 +7342,25 @@ static int cas_load(struct nbdserve_cas *st) {
   int is_bad = loader->nunreadable || loader->nlost > CAS_MAX_LOST;
   if (is_bad && !st->readonly && !st->accept_loss) return -EUCLEAN;
   st->catalog_lost = loader->nunreadable > 0;
-  if (loader->nlost || loader->nunreadable) cas_dirty_above_lost(st);
+  uint32_t n = loader->nlost || loader->nunreadable ? loader->n : 0;
+  while (n-- > 0) { /* what is below comes later */
+    struct cas_node *node = loader->nodes[n];
+    for (uint32_t c = 0; c < node->nkids; c++) {
+      const struct cas_node *kid = node->kid[c];
+      if (kid && (!kid->slot || kid->slot == CAS_LOST))
+        cas_make_dirty(st, node, &st->retired);
+    }
+  }
   return 0;
 }
 
 /* ---- Recovery: what the log says ----------------------------------------- */
 
-/* Reads a log page.  Returns whether it is valid and has that number; one that
- * cannot be read is none (C9). */
-static int cas_log_read(struct nbdserve_cas *st, uint64_t seq, unsigned char *p,
+/* Reads a log page to st->page.  Returns whether it is valid and has that
+ * number; one that cannot be read is none (C9). */
+static int cas_log_read(struct nbdserve_cas *st, uint64_t seq,
                         struct cas_log_head *head) {
+  unsigned char *p = st->page;
   uint64_t off = cas_log_off(st, seq);
   uint32_t mixed[2][SHA_STATE_WORDS];
   unsigned char sum[CAS_DIGEST_LEN];
@@ -7455,13 +7387,13 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq, unsigned char *p,
  * nothing that a flush has covered.  But if a later page says that it was
  * durable, that is damage, as is a page that follows a newer superblock than
  * there is (C9). */
-static uint64_t cas_find_log_end(struct nbdserve_cas *st, unsigned char *p) {
+static uint64_t cas_find_log_end(struct nbdserve_cas *st) {
   struct cas_log_head head;
   uint64_t end = st->super.replay;
   uint64_t gap = UINT64_MAX; /* the first page that is not valid */
   for (uint64_t seq = st->super.replay;
        seq - st->super.replay < st->super.log_pages; seq++) {
-    if (!cas_log_read(st, seq, p, &head)) {
+    if (!cas_log_read(st, seq, &head)) {
       gap = u_min(gap, seq);
       continue;
     }
@@ -7497,25 +7429,23 @@ static void cas_rewrite_digests(struct nbdserve_cas *st, uint32_t slot) {
  * digest that can be read, differs and cannot be written never was durable, and
  * neither was the entry: a power cut has taken back the space of both.  One
  * that cannot be read now may turn out to differ later. */
-static int cas_confirm(struct nbdserve_cas *st, struct cas_entry *entry) {
-  unsigned char *data = st->loader->data;
-  unsigned char digest[CAS_DIGEST_LEN];
-  unsigned char sum[CAS_DIGEST_LEN];
-  uint32_t slot = (uint32_t)entry->slot;
-  uint64_t off = cas_digest_off(st, slot);
-  assert(!st->is_open && CAS_AT(st, slot, tag) != TAG_PAGE);
-  int err = cas_io(st, OS_READ, digest, sizeof digest, off);
-  int is_same = !err && memcmp(digest, entry->digest, sizeof digest) == 0;
-  if (cas_io(st, OS_READ, data, st->bs, cas_data_off(st, slot))) return is_same;
-  sha_256(st->hw, data, NULL, st->bs, sum, NULL);
-  if (memcmp(sum, entry->digest, sizeof sum) != 0) return 0;
+static int cas_confirm(struct nbdserve_cas *st, const struct cas_entry *entry) {
+  struct cas_block blk = {.slot = (uint32_t)entry->slot,
+                          .data = st->loader->data,
+                          .todo = CAS_BOTH};
+  assert(!st->is_open && CAS_AT(st, blk.slot, tag) != TAG_PAGE);
+  cas_fetch(st, &blk, 1, OS_READ);
+  int is_read = !blk.digest_err; /* else the digest was computed */
+  int is_same = is_read && !memcmp(blk.digest, entry->digest, CAS_DIGEST_LEN);
+  if (blk.err && blk.err != -EUCLEAN) return is_same;
+  if (memcmp(blk.sum, entry->digest, CAS_DIGEST_LEN) != 0) return 0;
   if (!st->readonly) {
-    (void)!cas_io(st, OS_WRITE, data, st->bs, cas_data_off(st, slot));
-    int fails = cas_io(st, OS_WRITE, entry->digest, CAS_DIGEST_LEN, off);
-    if (fails && err) cas_rewrite_digests(st, slot);
-    if (fails && !err && !is_same) return 0;
+    (void)!cas_move_run(st, &blk, 1, CAS_DATA, OS_WRITE);
+    int fails = cas_move_run(st, &blk, 1, CAS_DIGEST, OS_WRITE);
+    if (fails && !is_read) cas_rewrite_digests(st, blk.slot);
+    if (fails && is_read && !is_same) return 0;
   }
-  CAS_AT(st, slot, tag) |= CAS_GOOD;
+  CAS_AT(st, blk.slot, tag) |= CAS_GOOD;
   return 1;
 }
 
@@ -7525,14 +7455,12 @@ static int cas_redo(struct cas_volume *vol, struct cas_entry *entry,
                     int is_known) {
   struct nbdserve_cas *st = vol->st;
   uint64_t block = entry->block;
-  uint64_t left = cas_blocks(st, vol->now.size);
+  uint64_t end = cas_blocks(st, vol->now.size);
   uint32_t slot = (uint32_t)entry->slot;
   assert(st->is_replaying);
-  if (block >= left) return 0;
-  left -= block;
-  if (!slot)
-    return cas_make_holes(vol, block,
-                          block + u_min(u_get64(entry->digest), left));
+  if (block >= end) return 0;
+  end = block + u_min(u_get64(entry->digest), end - block); /* of holes */
+  if (!slot) return cas_make_holes(vol, block, end);
   int is_slot = cas_is_in_file(st, slot);
   int err = is_slot ? cas_extend(st, slot) : 0;
   if (err) return err;
@@ -7554,7 +7482,7 @@ static int cas_redo_page(struct nbdserve_cas *st, uint64_t seq) {
   int is_known = seq < st->durable;
   struct cas_log_head head;
   int err = 0;
-  if (!cas_log_read(st, seq, p, &head)) return 0;
+  if (!cas_log_read(st, seq, &head)) return 0;
   if (!is_known && !st->readonly)
     err = cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, seq));
   st->log_unwritten |= err && st->repair;
@@ -7607,18 +7535,6 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
   return err;
 }
 
-/* Data that the log has dropped is free: the log is durable by now.  Pages that
- * it made dirty are still named by the superblock, and wait. */
-static void cas_free_dropped(struct nbdserve_cas *st) {
-  assert(!st->dropped && !st->is_open && !st->is_replaying);
-  for (uint32_t slot = 1; slot < st->nslots; slot++) {
-    int is_page = CAS_AT(st, slot, tag) == TAG_RETIRED;
-    if (CAS_AT(st, slot, refs) != CAS_PENDING || is_page) continue;
-    CAS_AT(st, slot, refs) = 0;
-    cas_set_free(st, slot, 1);
-  }
-}
-
 /* Begins the log anew, at the place behind its end, but with numbers so high
  * that no page that was left there can fit again (C10).  It skips places that
  * cannot be written, 64 at most: the last process may have failed at one.  If
@@ -7649,7 +7565,7 @@ static int cas_begin_log(struct nbdserve_cas *st, uint64_t end) {
  * the checkpoint may still lose it, so the slots that the log has dropped are
  * not freed until the store is opened anew. */
 static int cas_recover(struct nbdserve_cas *st) {
-  uint64_t end = cas_find_log_end(st, st->page);
+  uint64_t end = cas_find_log_end(st);
   int is_bad =
       (st->log_damaged && !st->repair) || (st->is_outdated && !st->accept_loss);
   int err = is_bad && !st->readonly ? -EUCLEAN : 0;
@@ -7662,7 +7578,15 @@ static int cas_recover(struct nbdserve_cas *st) {
   memset(st->page, 0, CAS_PAGE);
   assert(!st->nlog && st->super.replay <= end);
   if (!err && !st->readonly && end > st->durable) err = os_datasync(st->fd);
-  if (!err && !st->log_unwritten) cas_free_dropped(st);
+  assert(!st->dropped);
+  /* Data that the log has dropped is free: the log is durable by now.  Pages
+   * that it made dirty are still named by the superblock, and wait. */
+  for (uint32_t x = 1; x < st->nslots && !err && !st->log_unwritten; x++) {
+    int is_page = CAS_AT(st, x, tag) == TAG_RETIRED;
+    if (CAS_AT(st, x, refs) != CAS_PENDING || is_page) continue;
+    CAS_AT(st, x, refs) = 0;
+    cas_set_free(st, x, 1);
+  }
   /* Where the file ends is where a power cut has left it. */
   for (uint32_t x = (uint32_t)st->super.nslots;
        x < st->nslots && !st->readonly && !err; x += CAS_SEGMENT)
@@ -7777,9 +7701,8 @@ int nbdserve_cas_close(struct nbdserve_cas *st) {
   os_wake_all(&st->lock);
   while (st->busy)
     cas_wait(st);
-  int err = st->failed;
   int is_clean = !st->nlog && st->seq == st->super.replay;
-  cas_unlock(st);
+  int err = cas_unlock(st);
   if (!err && !st->readonly && !is_clean)
     err = cas_checkpoint(st, NULL, UINT64_MAX);
   cas_destroy(st);
@@ -7898,22 +7821,20 @@ static int cas_clear_tail(struct cas_volume *vol) {
 
 /* Makes ready for a change: a volume that is to grow, or of which there is to
  * be a snapshot or clone, has zeroes behind its end.  So has one that comes
- * into being in the same change, as none is resized in it.  *vol: what is to be
- * resized, which is the caller's to close. */
+ * into being in the same change, as none is resized in it. */
 static int cas_prepare_op(struct nbdserve_cas *st,
-                          const struct nbdserve_cas_op *op,
-                          struct cas_volume **vol) {
+                          const struct nbdserve_cas_op *op) {
   int is_snapshot = op->verb == NBDSERVE_CAS_SNAPSHOT;
   int is_resize = op->verb == NBDSERVE_CAS_RESIZE;
+  size_t n = strcspn(op->name, is_snapshot ? "@" : "");
+  struct cas_volume *vol;
   if (!is_snapshot && !is_resize && op->verb != NBDSERVE_CAS_CLONE) return 0;
-  int err =
-      cas_use(st, op->name, strcspn(op->name, is_snapshot ? "@" : ""), vol);
+  int err = cas_use(st, op->name, n, &vol);
   if (err) return err == -ENOENT ? 0 : err;
-  if (!(*vol)->parent) err = cas_clear_tail(*vol);
-  if (is_resize) return err;
-  cas_close(*vol); /* it may be removed in the same change */
-  *vol = NULL;
-  return err == -EIO ? 0 : err; /* a block is damaged; all others are not */
+  if (!vol->parent) err = cas_clear_tail(vol);
+  cas_close(vol); /* it may be removed in the same change */
+  /* Where a block is damaged a copy still has all others. */
+  return err == -EIO && !is_resize ? 0 : err;
 }
 
 /* See nbdserve.h. */
@@ -7921,19 +7842,18 @@ int nbdserve_cas_changes(struct nbdserve_cas *st,
                          const struct nbdserve_cas_op *ops, size_t n,
                          size_t *failed) {
   struct cas_change change = {.ops = ops, .nops = n};
-  struct cas_volume *resized = NULL;
   int err = st->readonly ? -EROFS : 0;
   for (size_t i = 0; i < n && !err; i++) {
     change.failed = i;
     int verb = ops[i].verb & ~NBDSERVE_CAS_DRY_RUN;
     if (n > 1 && verb == NBDSERVE_CAS_RESIZE) err = -EINVAL;
     if ((ops[i].verb ^ ops[0].verb) & NBDSERVE_CAS_DRY_RUN) err = -EINVAL;
-    if (!err) err = cas_prepare_op(st, ops + i, &resized);
+    if (!err) err = cas_prepare_op(st, ops + i);
   }
   if (!err) err = cas_apply(st, &change);
-  if (err == -ECANCELED && n && ops->verb & NBDSERVE_CAS_DRY_RUN) err = 0;
-  if (resized && !err) cas_clear_tail(resized);
-  if (resized) cas_close(resized);
+  if (!err && n && ops->verb == NBDSERVE_CAS_RESIZE)
+    (void)!cas_prepare_op(st, ops); /* what is behind the new end is free */
+  if (err == -ECANCELED) err = 0;   /* a dry run has come to its end */
   if (failed) *failed = change.failed;
   return err;
 }
@@ -7954,13 +7874,8 @@ static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
   while (st->busy && st->filled < st->to_fill)
     cas_wait(st);
   int err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
-  if (!err) err = cas_enter(st, NULL, name, out);
-  if (!err) {
-    struct cas_volume *vol = *out;
-    vol->clients = 1;
-    vol->now = vol->then;
-    vol->now.size = size;
-  }
+  if (!err) err = cas_enter(st, NULL, name, size, out);
+  if (!err) (*out)->clients = 1;
   cas_unlock(st);
   return err;
 }
@@ -7972,7 +7887,7 @@ static void cas_unhide(struct cas_volume *vol) {
   os_lock(&st->lock);
   assert(vol->clients > 0 && (vol->clients == 1 || vol->now.id));
   vol->clients--;
-  if (!vol->now.id) cas_leave(vol);
+  cas_settle(st, 1);
   cas_unlock(st);
   os_unlock(&st->ckpt);
 }
@@ -8103,23 +8018,23 @@ static int cas_digest_blocks(struct cas_sealer *sealer, uint32_t index,
 
 /* Computes the digest of a node, of which base is the counterpart in the
  * snapshot whose tree this one begins with, or NULL. */
-static int cas_seal_node(struct cas_sealer *sealer, const struct cas_node *node,
-                         const struct cas_node *base,
+static int cas_seal_node(struct cas_sealer *sealer, struct cas_node *node,
+                         struct cas_node *base,
                          unsigned char digest[CAS_DIGEST_LEN]) {
   size_t len = (size_t)sealer->vol->st->fanout * CAS_DIGEST_LEN;
   unsigned char *digests = u_zalloc(len);
-  assert(!base || (base->level == node->level && base->index == node->index));
+  if (base && base->slot == CAS_LOST) base = NULL; /* who knows what it had */
+  assert(!base || node->slot == CAS_LOST ||
+         (base->level == node->level && base->index == node->index));
   int err = digests ? 0 : -ENOMEM;
   if (!err && node->slot == CAS_LOST) err = -EIO;
   if (!err && !node->level)
     err = cas_digest_blocks(sealer, node->index, digests);
   if (!err && node->level && base)
     err = cas_move_digests(sealer, OS_READ, node, digests);
-  uint32_t n = node->nkids;
-  if (base && base->nkids > n) n = base->nkids;
-  for (uint32_t c = 0; c < n && !err; c++) {
-    const struct cas_node *kid = cas_kid(node, c);
-    const struct cas_node *same = base ? cas_kid(base, c) : NULL;
+  for (uint32_t c = 0; c < sealer->vol->st->fanout && !err; c++) {
+    struct cas_node *kid = cas_kid(node, c);
+    struct cas_node *same = cas_kid(base, c);
     unsigned char *at = digests + c * CAS_DIGEST_LEN;
     if (kid == same) continue;
     memset(at, 0, CAS_DIGEST_LEN);
@@ -8188,9 +8103,9 @@ int nbdserve_cas_seal(struct nbdserve_cas *st, const char *name, char id[72],
   int err = cas_use(st, name, strlen(name), &sealer.vol);
   if (err) return err;
   os_lock(&st->lock);
-  int is_sealed = *cas_spell_id(sealer.vol, id) != 0;
+  cas_spell_id(sealer.vol, id);
   cas_unlock(st);
-  if (!is_sealed) err = sealer.vol->parent ? cas_seal(&sealer) : -EINVAL;
+  if (!*id) err = sealer.vol->parent ? cas_seal(&sealer) : -EINVAL;
   os_lock(&st->lock);
   if (!err) cas_spell_id(sealer.vol, id); /* from now on it is fixed */
   cas_unlock(st);
@@ -8271,13 +8186,13 @@ static void cas_note(struct cas_verifier *v, const char *name, uint64_t off,
 }
 
 /* Checks the superblocks and, segment by segment, the pages, and mends those of
- * which one is damaged.  No checkpoint runs meanwhile, so all were written, and
- * none is written over. */
+ * which one is damaged.  What opening the store has found counts, too.  No
+ * checkpoint runs meanwhile, so all were written, and none is written over. */
 static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
   struct nbdserve_cas *st = v->st;
   struct cas_super super;
   struct cas_head any = {.magic = 0};
-  int nbad = 0;
+  int nbad = first == 0 && st->catalog_lost;
   os_lock(&st->ckpt);
   any.number = st->super.number;
   for (int i = 0; first == 0 && i < 2 && !st->readonly; i++)
@@ -8297,27 +8212,24 @@ static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
  * the data by a slot that has the same digest.  This is the one exception to
  * (C1): what durable state names gets what it should have been. */
 static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
+  struct cas_block other = {.data = blk->data, .todo = CAS_BOTH};
   assert(blk->slot && !st->readonly);
   if (blk->digest_err) {
-    blk->todo = CAS_DIGEST;
-    if (!blk->err) cas_move(st, blk, 1, CAS_DIGEST, OS_WRITE);
-    blk->digest_err = blk->err;
+    if (!blk->err)
+      blk->digest_err = cas_move_run(st, blk, 1, CAS_DIGEST, OS_WRITE);
     return;
   }
-  if (cas_io(st, OS_READ, blk->digest, CAS_DIGEST_LEN,
-             cas_digest_off(st, blk->slot)))
-    return;
+  if (cas_move_run(st, blk, 1, CAS_DIGEST, OS_READ)) return;
   os_lock(&st->lock);
   cas_unindex(st, blk->slot);
-  uint32_t slot = cas_lookup(st, blk->digest, 0);
-  cas_hold(st, slot);
+  other.slot = cas_lookup(st, blk->digest, 0);
+  cas_hold(st, other.slot);
   cas_unlock(st);
-  if (slot && cas_has_data(st, slot, blk->digest, blk->data))
-    blk->err =
-        cas_io(st, OS_WRITE, blk->data, st->bs, cas_data_off(st, blk->slot));
-  os_lock(&st->lock);
-  cas_drop(st, slot, &st->dropped);
-  cas_unlock(st);
+  if (other.slot) cas_fetch(st, &other, 1, OS_READ);
+  int is_same = other.slot && (!other.err || other.err == -EUCLEAN) &&
+                memcmp(other.sum, blk->digest, CAS_DIGEST_LEN) == 0;
+  if (is_same) blk->err = cas_move_run(st, blk, 1, CAS_DATA, OS_WRITE);
+  cas_unpin(st, &other, 1);
 }
 
 /* Checks the next n blocks of a volume. */
@@ -8331,9 +8243,9 @@ static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
         (struct cas_block){.number = v->block + i, .data = v->data + i * bs};
   cas_read(vol, blk, n, 0, OS_READ);
   for (size_t i = 0; i < n; i++) {
-    int is_bad = blk[i].err || blk[i].digest_err;
     const char *why = NULL;
-    if (is_bad && v->mends && blk[i].slot) cas_mend(v->st, blk + i);
+    if ((blk[i].err || blk[i].digest_err) && v->mends && blk[i].slot)
+      cas_mend(v->st, blk + i);
     if (blk[i].digest_err) why = "the digest cannot be read";
     if (blk[i].err)
       why = blk[i].slot ? "the data is not what it was"
@@ -8343,25 +8255,9 @@ static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
   cas_unpin(v->st, blk, n);
 }
 
-/* Does a volume share the next blocks with one that was found to be sound?
- * *n: how many, at most max.  So what many snapshots share is checked once. */
-static int cas_is_known(struct cas_verifier *v, const struct cas_volume *vol,
-                        uint64_t max, uint64_t *n) {
-  struct nbdserve_cas *st = v->st;
-  os_lock(&st->lock);
-  struct cas_volume *sound = cas_by_id(st, v->sound);
-  int is_known = sound && sound->now.size >= vol->now.size;
-  if (is_known) {
-    struct cas_node **root[2] = {cas_root(sound), cas_root(vol)};
-    is_known = cas_is_shared(st, root, v->block, n);
-    *n = u_min(*n, max);
-  }
-  cas_unlock(st);
-  return is_known;
-}
-
 /* Checks the next blocks; returns 0 if there are none.  The volume is looked up
- * by its id each time: who verifies keeps nobody from removing it. */
+ * by its id each time: who verifies keeps nobody from removing it.  What it
+ * shares with a snapshot that was found to be sound is not checked again. */
 static int cas_verify_step(struct cas_verifier *v) {
   struct nbdserve_cas *st = v->st;
   struct cas_volume *vol;
@@ -8370,24 +8266,30 @@ static int cas_verify_step(struct cas_verifier *v) {
   os_lock(&st->lock);
   while ((vol = cas_volume_from(st, v->id)) && vol->is_staged)
     cas_wait(st);
-  if (vol) vol->pins++;
-  if (vol) cas_full_name(vol, name);
-  cas_unlock(st);
-  if (!vol) return 0;
-  if (vol->id != v->id) { /* the one before is over, or gone */
+  if (vol && (vol->id != v->id || !v->block)) { /* another one, or the first */
     v->id = vol->id;
     v->block = 0;
     v->why = NULL;
     v->is_sound = 1;
   }
-  uint64_t end = cas_blocks(st, vol->now.size);
+  uint64_t end = vol ? cas_blocks(st, vol->now.size) : 0;
   uint64_t left = end - u_min(v->block, end); /* it may be smaller now */
-  int is_known = left && cas_is_known(v, vol, left, &n);
+  struct cas_volume *sound = cas_by_id(st, v->sound);
+  int is_known = left && sound && sound->now.size >= vol->now.size;
+  if (is_known) {
+    struct cas_node **root[2] = {cas_root(sound), cas_root(vol)};
+    is_known = cas_is_shared(st, root, v->block, &n);
+    n = u_min(n, left);
+  }
+  if (vol) vol->pins++;
+  if (vol) cas_full_name(vol, name);
+  cas_unlock(st);
+  if (!vol) return 0;
   int kind = left && !is_known ? cas_next_run(vol, v->block, left, &n) : 0;
   if (kind > 0) n = u_min(n, CAS_BATCH);
   if (kind > 0)
     cas_verify_blocks(v, vol, name, (size_t)n);
-  else if (n)
+  else
     cas_note(v, name, v->block * st->bs,
              kind ? "the map cannot be read" : NULL);
   v->done += n * st->bs;
@@ -8395,7 +8297,6 @@ static int cas_verify_step(struct cas_verifier *v) {
   if (n == left) {
     cas_note(v, name, vol->now.size, NULL);
     if (v->is_sound && vol->parent) v->sound = vol->id;
-    v->is_sound = 1;
     v->block = 0;
     v->id++;
   }
@@ -8412,8 +8313,6 @@ static int cas_verify(struct cas_verifier *v) {
   v->data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
   if (!v->data) return -ENOMEM;
   if (st->log_damaged) cas_tell(v, "", 0, 0, "the log is damaged");
-  if (st->catalog_lost)
-    cas_tell(v, "", 0, 0, "a page of a map or the catalog is damaged");
   os_lock(&st->lock);
   uint32_t nslots = st->nslots;
   for (uint32_t slot = 0; slot < nslots && !st->readonly; slot++)
@@ -8460,8 +8359,7 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
     cas_wait(st);
   st->gives_back = 1;
   /* What is kept has to be known to be there before the rest is given away. */
-  uint32_t kept = CAS_RESERVE_PAIRS + CAS_TWIN;
-  int may_punch = !err && !cas_get_pairs(st, kept);
+  int may_punch = !err && !cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_TWIN);
   /* What has got space for that, and is not needed, can go when it counts. */
   for (int i = 0; i < 2 && may_punch && st->npending; i++)
     may_punch = !cas_sync(st, 1);

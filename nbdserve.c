@@ -1933,7 +1933,6 @@ struct nbdserve {
   /* -- guarded by lock, in which nobody waits */
   struct os_monitor lock;
   struct ex *exports; /* (E1): the list only grows, at its end */
-  struct ex **last_export;
   struct conn *conns; /* clients that are being served */
   unsigned nconns;
   unsigned nlies;     /* wrong results of the host's functions so far */
@@ -2037,12 +2036,13 @@ static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
   return 0;
 }
 
-/* The added export of that name, or NULL.  The caller holds s->lock. */
-static struct ex *ex_by_name(struct nbdserve *s, const char *name) {
-  struct ex *ex = s->exports;
-  while (ex && strcmp(ex->pub.name, name) != 0)
-    ex = ex->next;
-  return ex;
+/* Where the added export of that name stands in the list; if there is none, its
+ * end.  The caller holds s->lock. */
+static struct ex **ex_by_name(struct nbdserve *s, const char *name) {
+  struct ex **place = &s->exports;
+  while (*place && strcmp((*place)->pub.name, name) != 0)
+    place = &(*place)->next;
+  return place;
 }
 
 /* The added export behind that one, or behind NULL the first one; NULL: there
@@ -2089,7 +2089,7 @@ static void ex_release(struct ex *ex) {
 static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
                       uint64_t *size) {
   os_lock(&s->lock);
-  struct ex *ex = ex_by_name(s, name);
+  struct ex *ex = *ex_by_name(s, name);
   /* For a name that no other has: the first one for the empty name, else one
    * that takes any name. */
   struct ex *last = s->exports;
@@ -8412,7 +8412,6 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   os_monitor_init(&s->lock);
   os_monitor_init(&s->stop.lock);
   s->config = k;
-  s->last_export = &s->exports;
   memset(s->stop.pipe, -1, sizeof s->stop.pipe); /* all bits set: -1 */
   memset(s->wake, -1, sizeof s->wake);
   memset(s->noticed, -1, sizeof s->noticed);
@@ -8427,14 +8426,9 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
 
 /* See nbdserve.h.  After an error no export was made: ctx is the caller's. */
 int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
-  struct ex *ex = NULL;
   os_lock(&s->lock);
-  int is_taken = ex_by_name(s, e->name ? e->name : "") != NULL;
-  int err = is_taken ? -EEXIST : ex_new(s, e, &ex);
-  if (!err) {
-    *s->last_export = ex;
-    s->last_export = &ex->next;
-  }
+  struct ex **place = ex_by_name(s, e->name ? e->name : "");
+  int err = *place ? -EEXIST : ex_new(s, e, place);
   os_unlock(&s->lock);
   return err;
 }
@@ -8443,7 +8437,7 @@ int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
 int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
   if (size > INT64_MAX) return -EINVAL;
   os_lock(&s->lock);
-  struct ex *ex = ex_by_name(s, name ? name : "");
+  struct ex *ex = *ex_by_name(s, name ? name : "");
   if (ex) ex->pub.size = size;
   os_unlock(&s->lock);
   return ex ? 0 : -ENOENT;

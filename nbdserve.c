@@ -1934,10 +1934,9 @@ struct nbdserve {
   struct os_monitor lock;
   struct ex *exports; /* (E1): the list only grows, at its end */
   struct conn *conns; /* clients that are being served */
-  unsigned nconns;
   unsigned nlies;     /* wrong results of the host's functions so far */
   int64_t idle_since; /* when the last client left; 0: never run */
-  struct nbdserve_stats totals; /* but clients_now */
+  struct nbdserve_stats totals;
 };
 
 /* ---- The layer around the host's functions ------------------------------- */
@@ -8686,7 +8685,6 @@ void nbdserve_wake(struct nbdserve *s) {
 void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
   os_lock(&s->lock);
   *out = s->totals;
-  out->clients_now = s->nconns;
   os_unlock(&s->lock);
 }
 
@@ -8722,7 +8720,7 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   c->id = (int)++s->totals.clients;
   c->next = s->conns;
   s->conns = c;
-  s->nconns++;
+  s->totals.clients_now++;
   os_unlock(&s->lock);
   return c;
 }
@@ -8734,12 +8732,12 @@ static void srv_free_client(struct conn *c) {
   assert(!c->nworkers && !c->nhanded_over);
   os_lock(&s->lock);
   struct conn **p = &s->conns;
-  assert(s->nconns > 0);
+  assert(s->totals.clients_now > 0);
   while (*p != c)
     p = &(*p)->next;
   *p = c->next;
-  s->nconns--;
-  if (!s->nconns) s->idle_since = os_now_ms();
+  s->totals.clients_now--;
+  if (!s->conns) s->idle_since = os_now_ms();
   /* Locked, so that srv_finish does not shut down another file of that
    * number. */
   if (c->fd >= 0) close(c->fd);
@@ -8805,16 +8803,16 @@ int nbdserve_serve(struct nbdserve *s, int in, int out, const char *name) {
 /* ---- Stopping (S3) ------------------------------------------------------- */
 
 /* Shuts down all clients: SHUT_RD, no more requests are taken, or SHUT_RDWR,
- * nothing is sent any more, either.  Returns their number. */
-static unsigned srv_shutdown_clients(struct nbdserve *s, int how) {
+ * nothing is sent any more, either.  Returns whether there are any. */
+static int srv_shutdown_clients(struct nbdserve *s, int how) {
   os_lock(&s->lock);
-  unsigned n = s->nconns;
+  int found = s->conns != NULL;
   for (struct conn *c = s->conns; c; c = c->next) {
     int looks = c->fd < 0 || (c->is_tcp && how == SHUT_RD); /* at the pipe */
     if (!looks) shutdown(c->fd, how);
   }
   os_unlock(&s->lock);
-  return n;
+  return found;
 }
 
 /* Steps 1 and 3 to 7 of (S3).  0, or the error of a last flush. */
@@ -8848,10 +8846,10 @@ static int64_t srv_exit_time(struct nbdserve *s, int64_t now, int *room) {
   int64_t end = INT64_MAX;
   os_lock(&s->lock);
   if (!s->idle_since) s->idle_since = now; /* nobody has come yet */
-  if (!s->nconns && k->idle_exit_ms) end = s->idle_since + k->idle_exit_ms;
-  if (!s->nconns && s->totals.clients > 0 && (k->flags & NBDSERVE_CONFIG_ONCE))
+  if (!s->conns && k->idle_exit_ms) end = s->idle_since + k->idle_exit_ms;
+  if (!s->conns && s->totals.clients > 0 && (k->flags & NBDSERVE_CONFIG_ONCE))
     end = now;
-  *room = (int)k->max_conn - (int)s->nconns;
+  *room = (int)k->max_conn - (int)s->totals.clients_now;
   os_unlock(&s->lock);
   return end;
 }

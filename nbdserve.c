@@ -8717,7 +8717,6 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   assert(c->io.stall_ms > 0 && !c->export);
   os_setup_client(out);
   os_lock(&s->lock);
-  c->id = (int)++s->totals.clients;
   c->next = s->conns;
   s->conns = c;
   s->totals.clients_now++;
@@ -8767,6 +8766,9 @@ static int srv_last_flush(struct ex *ex) {
 /* Serves a client to its end and frees it.  name: as in nbdserve_serve.
  * Returns 0 or -errno. */
 static int srv_serve_client(struct conn *c, const char *name) {
+  os_lock(&c->s->lock);
+  c->id = (int)++c->s->totals.clients;
+  os_unlock(&c->s->lock);
   conn_log(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, c->peer);
   int err = name ? hs_enter(c, name) : hs_run(c);
   if (!err) err = tx_run(c);
@@ -8868,9 +8870,6 @@ static int srv_accept(struct nbdserve *s, int listener) {
   int err = os_thread(srv_thread, c);
   if (!err) return 1;
   srv_free_client(c); /* closes fd */
-  os_lock(&s->lock);
-  s->totals.clients--; /* it never was one: see NBDSERVE_CONFIG_ONCE */
-  os_unlock(&s->lock);
   return err;
 }
 

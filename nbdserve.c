@@ -8366,6 +8366,8 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
  *      That a pipe is readable says it all, so a full one loses nothing. */
 
 enum {
+  SRV_CONNECT = 0, /* what a socket is made for */
+  SRV_LISTEN = 1,
   SRV_OWN_FDS = 3,    /* that nbdserve_run looks at before listeners */
   SRV_PAUSE_MS = 100, /* after an accept() that failed: do not spin */
   SRV_MAX_CONN = 1 << 20
@@ -8471,24 +8473,16 @@ void nbdserve_unlisten(struct nbdserve *s) {
     srv_drop_listener(s);
 }
 
-/* What a socket is made for. */
-enum srv_use {
-  SRV_LISTEN,
-  SRV_CONNECT,
-  SRV_PROBE /* connect, but without waiting: does anybody listen? */
-};
-
-/* Makes a socket that listens at an address or is connected to it.  A
- * descriptor, or -errno. */
-static int srv_socket(const union srv_address *a, socklen_t len,
-                      enum srv_use use) {
+/* Makes a socket that listens at an address or is connected to it.  Nobody
+ * waits for the other side: the socket does not block.  A descriptor, or
+ * -errno. */
+static int srv_socket(const union srv_address *a, socklen_t len, int listens) {
   int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (fd < 0) return -errno;
-  os_set_fd_flags(fd, use == SRV_CONNECT ? 0 : O_NONBLOCK);
+  os_set_fd_flags(fd, O_NONBLOCK);
   /* Nothing comes of these for a unix socket, and only such a one connects. */
   os_set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
   os_set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
-  int listens = use == SRV_LISTEN;
   int r = listens ? bind(fd, &a->sa, len) : connect(fd, &a->sa, len);
   if (r == 0 && listens) r = listen(fd, 128);
   if (r == 0) return fd;
@@ -8515,23 +8509,22 @@ static int srv_lock_dir(const char *path) {
 static int srv_remove_leftover(const union srv_address *a) {
   struct stat st;
   if (lstat(a->un.sun_path, &st) < 0 || !S_ISSOCK(st.st_mode)) return 0;
-  int fd = srv_socket(a, sizeof a->un, SRV_PROBE);
+  int fd = srv_socket(a, sizeof a->un, SRV_CONNECT);
   if (fd >= 0) close(fd);
   return fd == -ECONNREFUSED && unlink(a->un.sun_path) == 0;
 }
 
-/* Makes a unix socket for that use; a leftover in its place is replaced.  A
- * descriptor, or -errno. */
-static int srv_unix_socket(const char *path, enum srv_use use) {
+/* Makes a unix socket that listens at path, where a leftover is replaced, or is
+ * connected to it.  A descriptor, or -errno. */
+static int srv_unix_socket(const char *path, int listens) {
   union srv_address a = {.un = {.sun_family = AF_UNIX}};
   if (!*path) return -EINVAL;
   if (strlen(path) >= sizeof a.un.sun_path) return -ENAMETOOLONG;
   strcpy(a.un.sun_path, path);
-  if (use != SRV_LISTEN) return srv_socket(&a, sizeof a.un, use);
-  int dir = srv_lock_dir(path);
-  int fd = srv_socket(&a, sizeof a.un, SRV_LISTEN);
+  int dir = listens ? srv_lock_dir(path) : -1;
+  int fd = srv_socket(&a, sizeof a.un, listens);
   if (fd == -EADDRINUSE && srv_remove_leftover(&a))
-    fd = srv_socket(&a, sizeof a.un, SRV_LISTEN);
+    fd = srv_socket(&a, sizeof a.un, listens);
   if (dir >= 0) close(dir);
   return fd;
 }

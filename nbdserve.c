@@ -8587,12 +8587,10 @@ static int srv_listen_tcp(struct nbdserve *s, const char *address) {
   uint64_t port = 0;
   char host[64];
   if (!colon || !u_parse_number(colon + 1, 65535, &port)) return -EINVAL;
-  int len = (int)(colon - address);
-  if (len > 1 && *address == '[' && colon[-1] == ']') {
-    address++;
-    len -= 2;
-  }
-  snprintf(host, sizeof host, "%.*s", len, address); /* if cut, it is none */
+  int bracket = *address == '[' && colon[-1] == ']'; /* its length */
+  int len = (int)(colon - address) - 2 * bracket;
+  /* A host that is cut is none. */
+  snprintf(host, sizeof host, "%.*s", len, address + bracket);
   if (strcmp(host, "localhost") == 0) return srv_listen_localhost(s, port);
   return srv_listen_ip(s, host, &port);
 }

@@ -376,27 +376,28 @@ static int os_pipe(int fd[2]) {
 }
 
 #if !NBDSERVE_NO_MAIN
-/* Asks the system to send us SIGTERM when the thread that started us ends.
- * -EOPNOTSUPP: it does not do that. */
-static int os_end_with_parent(void) {
 #if OS_LINUX
-  return prctl(PR_SET_PDEATHSIG, SIGTERM) < 0 ? -errno : 0;
+/* Asks the system to send us SIGTERM when the thread that started us ends. */
+#define os_end_with_parent() (prctl(PR_SET_PDEATHSIG, SIGTERM) ? -errno : 0)
 #else
-  return -EOPNOTSUPP;
-#endif
-}
+/* This system does not do that. */
+#define os_end_with_parent() (-EOPNOTSUPP)
 #endif
 
-#if !NBDSERVE_NO_SANDBOX && !NBDSERVE_POSIX_ONLY && !NBDSERVE_NO_MAIN && \
-    defined SYS_landlock_restrict_self
+#if !NBDSERVE_NO_SANDBOX && OS_LINUX && defined SYS_landlock_restrict_self
+/* The version of Landlock.  -ENOSYS, -EOPNOTSUPP: this system has none. */
+static int os_sandbox_version(void) {
+  int version = (int)syscall(SYS_landlock_create_ruleset, NULL, 0, 1);
+  return version < 0 ? -errno : version;
+}
+
 /* Gives up, for this thread and those that it will start, what serving does not
  * need: to open, make, rename or run files and, since Linux 6.7, to bind or
- * connect TCP sockets.  What is open stays open, and files may be removed.
- * -ENOSYS, -EOPNOTSUPP: this system cannot do that. */
+ * connect TCP sockets.  What is open stays open, and files may be removed. */
 static int os_sandbox(void) {
   const uint64_t denied[] = {0x1fcf, 3}; /* LANDLOCK_ACCESS_FS_*, .._NET_* */
-  int version = (int)syscall(SYS_landlock_create_ruleset, NULL, 0, 1);
-  if (version < 0) return -errno;
+  int version = os_sandbox_version();
+  if (version < 0) return version;
   int fd = (int)syscall(SYS_landlock_create_ruleset, denied,
                         version < 4 ? sizeof *denied : sizeof denied, 0);
   int fails = fd < 0 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 ||
@@ -405,9 +406,11 @@ static int os_sandbox(void) {
   close(fd);
   return err;
 }
-#elif !NBDSERVE_NO_MAIN
+#else
 /* OpenBSD and FreeBSD have the like; nobody has tried it there. */
+#define os_sandbox_version() (-EOPNOTSUPP)
 #define os_sandbox() (-EOPNOTSUPP)
+#endif
 #endif
 
 /* Opens the directory that path is in.  The path was opened, or fits into a
@@ -11011,19 +11014,12 @@ static void cli_fork(void) {
   _exit(cli_exit_status(wait_status));
 }
 
-/* --sandbox require: sees to it that there is one, before anybody is told that
- * we are ready.  Nobody can leave it again, and we have files to open yet: so a
- * child tries. */
-static void cli_try_sandbox(void) {
-  int wait_status = 0;
-  if (cli_sandbox != SANDBOX_REQUIRE) return;
-  pid_t pid = fork();
-  if (pid == 0) _exit(-os_sandbox());
-  if (pid < 0 || waitpid(pid, &wait_status, 0) != pid)
-    cli_exit_if_error(-errno, "--sandbox require");
-  if (wait_status)
+/* Takes what os_sandbox_version or os_sandbox has returned: without a sandbox
+ * the process goes on, unless one is required. */
+static void cli_check_sandbox(int result) {
+  if (result < 0 && cli_sandbox == SANDBOX_REQUIRE)
     cli_failed("--sandbox require: not on this system, or built without: %s",
-               u_errno_text(-cli_exit_status(wait_status)));
+               u_errno_text(result));
 }
 
 /* Tells systemd, or whoever else listens at $NOTIFY_SOCKET (sd_notify(3)), that
@@ -11267,14 +11263,12 @@ int main(int argc, char **argv) {
     cli_exit_if_error(os_end_with_parent(), "--exit-with-parent");
   for (int i = 0; i < cli.ntargets; i++)
     cli_add_target(cli.targets[i]);
-  cli_try_sandbox();
+  cli_check_sandbox(os_sandbox_version()); /* before anybody is told */
   cli_listen();
   cli_tell_ready();
   /* All is open, and the command, which that must not bind, has started.  The
    * threads of a store come behind it, so that it binds them. */
-  int err = cli_sandbox == SANDBOX_OFF ? 0 : os_sandbox();
-  if (cli_sandbox == SANDBOX_REQUIRE)
-    cli_exit_if_error(err, "--sandbox require");
+  if (cli_sandbox != SANDBOX_OFF) cli_check_sandbox(os_sandbox());
   if (cli.cas) cas_kick(cli.cas);
   return cli_serve();
 }

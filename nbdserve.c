@@ -9637,8 +9637,16 @@ static void cli_exclude(enum cli_option_id id, uint64_t others,
                 cli_options[other].name, why);
 }
 
+/* Refuses options, a BIT for each: to ignore one would not be what the user has
+ * asked for. */
+static void cli_refuse(uint64_t options, const char *why, const char *what) {
+  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
+    if (opt[id].given && options >> id & 1)
+      cli_usage("--%.*s: %s %s", CLI_NAME(id), why, what);
+}
+
 /* Refuses what makes no sense for a server.  Commands on stores come before
- * that, and have cli_check_verb. */
+ * that, and refuse all but cli_options_of. */
 static void cli_check_options(void) {
   const uint64_t sockets = BIT(UNIX) | BIT(PORT) | BIT(BIND);
   cli_exclude(OPT_STDIN, sockets | BIT(FD), "nobody listens");
@@ -9652,10 +9660,7 @@ static void cli_check_options(void) {
               "nothing to discard");
   if (opt[OPT_RUN].given > 1 || (cli.command && !*cli.command))
     cli_usage("--: there must be one command, behind it or --run");
-  enum cli_option_id stray = OPT_DRY_RUN;
-  if (!opt[stray].given) stray = OPT_ACCEPT_LOSS;
-  if (opt[stray].given)
-    cli_usage("--%s: only for commands on stores", cli_options[stray].name);
+  cli_refuse(BIT(DRY_RUN) | BIT(ACCEPT_LOSS), "only for", "commands on stores");
   if (!cli.ntargets) cli_usage("no target (try --help)");
   if (opt[OPT_EXPORT].text && cli.ntargets > 1)
     cli_usage("--export: for a single target (use NAME=TARGET)");
@@ -10627,14 +10632,6 @@ static uint64_t cli_options_of(const struct cli_verb *verb) {
   return allowed;
 }
 
-/* Refuses options that are not for a command: to ignore one would not be what
- * the user has asked for. */
-static void cli_check_verb(const struct cli_verb *verb) {
-  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
-    if (opt[id].given && !(cli_options_of(verb) >> id & 1))
-      cli_usage("--%.*s: not for the command %s", CLI_NAME(id), verb->name);
-}
-
 /* If the command line is a command on a store: does it, and ends the process.
  * Its first word has to be one of the names in cli_verbs; a file of such a name
  * is served as ./NAME.
@@ -10663,7 +10660,7 @@ static void cli_run_verb(void) {
   int err = out && fclose(out) == 0 ? 0 : -ENOMEM;
   job.request.length = (uint32_t)length;
   if (!err) err = store ? cli_split_operands(&job) : -EINVAL;
-  cli_check_verb(job.verb);
+  cli_refuse(~cli_options_of(job.verb), "not for the command", name);
   if (err == -EINVAL)
     cli_usage("usage: nbdserve %s %s", name, job.verb->operands);
   if (err == -EDOM) cli_usage("%s %s: not a size", name, last);

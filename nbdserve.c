@@ -9480,19 +9480,14 @@ static struct {
   unsigned given;
   /* The value as it was written; it stays in argv. */
   const char *text;
-  /* The value of an option that takes a number */
+  /* The value of an option that takes a number; --sandbox: SANDBOX_...;
+   * --without: bits of nbdserve_config.without */
   uint64_t number;
 } opt[OPT_COUNT];
 
 /* What all exports have in common: the sizes and flags that --block-size and
  * --cache say */
 static struct nbdserve_export cli_common;
-
-/* What --without says: bits of nbdserve_config.without */
-static uint32_t cli_without;
-
-/* What --sandbox says: SANDBOX_... */
-static uint32_t cli_sandbox;
 
 /* ---- From argv to `opt` ---- */
 
@@ -9573,10 +9568,9 @@ static void cli_set_option(enum cli_option_id id, const char *value) {
     cli_usage("--%.*s %s: not open", CLI_NAME(id), value);
   if (id == OPT_CACHE)
     cli_common.flags = cli_take_word(id, &value, cli_cache_modes);
-  if (id == OPT_SANDBOX)
-    cli_sandbox = cli_take_word(id, &value, cli_sandbox_modes);
+  if (id == OPT_SANDBOX) *n = cli_take_word(id, &value, cli_sandbox_modes);
   while (id == OPT_WITHOUT && *value)
-    cli_without |= cli_take_word(id, &value, cli_features);
+    *n |= cli_take_word(id, &value, cli_features);
   if ((id == OPT_BLOCK_SIZE && !cli_parse_sizes(value)) ||
       ((id == OPT_FAULT || id == OPT_DELAY) && !cli_parse_fault(id, value)))
     cli_usage("--%.*s %s: not as in --%s: %s", CLI_NAME(id), opt[id].text,
@@ -11010,7 +11004,7 @@ static void cli_fork(void) {
 /* Takes what os_sandbox_version or os_sandbox has returned: without a sandbox
  * the process goes on, unless one is required. */
 static void cli_check_sandbox(int result) {
-  if (result < 0 && cli_sandbox == SANDBOX_REQUIRE)
+  if (result < 0 && opt[OPT_SANDBOX].number == SANDBOX_REQUIRE)
     cli_failed("--sandbox require: not on this system, or built without: %s",
                u_errno_text(result));
 }
@@ -11239,7 +11233,7 @@ int main(int argc, char **argv) {
       .max_conn = (uint32_t)opt[OPT_MAX_CONN].number,
       .stall_ms = (uint32_t)opt[OPT_STALL].number * 1000,
       .idle_exit_ms = (uint32_t)opt[OPT_IDLE_EXIT].number * 1000,
-      .without = cli_without,
+      .without = (uint32_t)opt[OPT_WITHOUT].number,
       .log_level = NBDSERVE_LOG_WARNING + (int)u_min(opt[OPT_VERBOSE].given, 2),
       .log = cli_log};
   if (opt[OPT_QUIET].given) config.log_level = NBDSERVE_LOG_ERROR;
@@ -11261,7 +11255,7 @@ int main(int argc, char **argv) {
   cli_tell_ready();
   /* All is open, and the command, which that must not bind, has started.  The
    * threads of a store come behind it, so that it binds them. */
-  if (cli_sandbox != SANDBOX_OFF) cli_check_sandbox(os_sandbox());
+  if (opt[OPT_SANDBOX].number != SANDBOX_OFF) cli_check_sandbox(os_sandbox());
   if (cli.cas) cas_kick(cli.cas);
   return cli_serve();
 }

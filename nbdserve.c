@@ -10354,10 +10354,12 @@ static int cli_open_store(const char *path, uint32_t flags,
   int64_t until = os_now_ms() + 3000;
   struct stat st;
   struct stat ctl;
-  int err;
   assert(!cli.cas && job->client < 0);
   if (opt[OPT_NO_VERIFY].given) options.flags |= NBDSERVE_CAS_NO_VERIFY;
-  if (!realpath(path, cli.store) || stat(path, &st) < 0) return -errno;
+  int err = realpath(path, cli.store) && stat(path, &st) == 0 ? 0 : -errno;
+  if (err == -ENOENT)
+    cli_failed("%s: no such store (`nbdserve init %s` makes one)", path, path);
+  if (err) return err;
   snprintf(cli.ctl_path, sizeof cli.ctl_path, "%s.ctl", cli.store);
   do {
     err = nbdserve_cas_open(path, &options, &cli.cas);
@@ -10603,9 +10605,6 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
             store);
   if (err == -EBUSY && how & NBDSERVE_CAS_ACCEPT_LOSS)
     cli_die(CLI_IN_USE, "%s: is being served; stop the server first", store);
-  if (err == -ENOENT)
-    cli_failed("%s: no such store (`nbdserve init %s` makes one)", store,
-               store);
   if (err != -EBUSY) cli_exit_if_error(err, store);
   int status = err ? cli_run_remote(job, -1) : cli_run_job(job);
   if (status || !(flags & VERB_WRITES_FILE)) return status;
@@ -10758,8 +10757,6 @@ static void cli_open_target(const char *text, const char *path,
     hint = strchr(text, '/') || strcmp(path, text) != 0
                ? " (--create SIZE makes it)"
                : ", and no such command (--create SIZE makes it; see --help)";
-  if (err == -ENOENT && volume && access(path, F_OK) < 0)
-    cli_failed("%s: no such store (`nbdserve init %s` makes one)", path, path);
   if (err == -ENOENT && volume)
     cli_failed("%s: no such volume or snapshot (`nbdserve list %s` names all)",
                text, path);

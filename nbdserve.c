@@ -10561,23 +10561,21 @@ static const char *cli_same_store(const char *store, const char *operand,
  * this one perhaps, or an image that is being served: both are locked, and
  * nobody wants to lose them. */
 static int cli_open_file(const char *file, int writes) {
-  struct stat st;
+  struct stat st = {.st_mode = S_IFREG}; /* of a FILE that is to be made */
   int how = (writes ? O_WRONLY : O_RDONLY) | O_CLOEXEC | O_NOCTTY;
   int is_standard = strcmp(file, "-") == 0;
   if (writes && is_standard) return 1;
   int fd = is_standard ? 0 : open(file, how);
   if (fd < 0 && (!writes || errno != ENOENT)) cli_exit_if_error(-errno, file);
-  if (writes && fd >= 0 && os_lock_file(fd, 0))
-    cli_die(CLI_IN_USE, "%s: in use", file);
-  if (writes && fd >= 0 && cli_is_store(file))
+  fstat(fd, &st);
+  if (writes && fd >= 0) cli_exit_if_error(os_lock_file(fd, 0), file);
+  if (writes && cli_is_store(file))
     cli_failed("%s: a store; remove it first, or take another file", file);
-  if (!writes && fstat(fd, &st) == 0 &&
-      (S_ISCHR(st.st_mode) || S_ISDIR(st.st_mode)))
+  if (!writes && (S_ISCHR(st.st_mode) || S_ISDIR(st.st_mode)))
     cli_failed("%s: neither a file nor a block device nor a pipe", file);
-  if (!writes || (fd >= 0 && fstat(fd, &st) == 0 && !S_ISREG(st.st_mode)))
-    return fd;
+  if (!writes || !S_ISREG(st.st_mode)) return fd;
   cli_catch_signals(cli_on_signal); /* now there is something to remove */
-  const char *real = fd >= 0 ? realpath(file, NULL) : NULL; /* is not freed */
+  const char *real = realpath(file, NULL); /* is not freed */
   return cli_new_file(real ? real : file, fd >= 0 ? &st : NULL);
 }
 

@@ -792,7 +792,11 @@ static int os_nameless_file(const char *dir) {
 
 /* ==== [3] UTIL (u_) ======================================================
  * Bytes of network and disk go through u_get and u_put: they are big-endian
- * there and lie at any address, so no struct is ever laid over them. */
+ * there and lie at any address, so no struct is ever laid over them.
+ *
+ * The text of a -errno value comes from strerror, which returns a constant for
+ * every number that the system knows; only for others does it use memory that
+ * threads share. */
 
 /* Reads a 16-bit number. */
 static uint16_t u_get16(const unsigned char *p) {
@@ -883,13 +887,6 @@ static const char *u_parse_size(const char *s, uint64_t *out) {
 static int u_parse_number(const char *s, uint64_t max, uint64_t *out) {
   const char *rest = u_parse_size(s, out);
   return rest && !*rest && *out <= max;
-}
-
-/* The text of a -errno value.  strerror returns a constant for every number
- * that the system knows; only for others does it use memory that threads
- * share. */
-static const char *u_errno_text(int err) {
-  return strerror(-err);
 }
 
 /* Appends s to the text in buf[size]; what a URI may not hold as it is (RFC
@@ -2708,7 +2705,7 @@ static int hs_opt_list(struct conn *c) {
   if (c->send_err) return c->send_err;
   if (!err) return hs_ack(c);
   u_log(k, NBDSERVE_LOG_WARNING, "the host's list of exports: %s",
-        u_errno_text(err));
+        strerror(-err));
   return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "the list is not complete");
 }
 
@@ -2755,7 +2752,7 @@ static int hs_opt_go(struct conn *c) {
   int err = hs_enter(c, name);
   if (err == -ENOENT)
     return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
-  if (err) return hs_refuse(c, NBD_REP_ERR_UNKNOWN, u_errno_text(err));
+  if (err) return hs_refuse(c, NBD_REP_ERR_UNKNOWN, strerror(-err));
   hs_put_infos(c, asked);
   /* proto.md: a client that does not ask for block sizes might send unaligned
    * requests. */
@@ -2989,7 +2986,7 @@ static uint32_t tx_error(const struct nbdserve_req *r) {
 
 /* Writes the payload of an error chunk.  Returns its length. */
 static size_t tx_put_error(unsigned char *p, const struct nbdserve_req *r) {
-  const char *text = r->refused ? r->refused : u_errno_text(r->err);
+  const char *text = r->refused ? r->refused : strerror(-r->err);
   size_t n = (size_t)u_min(strlen(text), TX_ERROR_TEXT);
   u_put32(p, tx_error(r));
   u_put16(p + 4, (unsigned)n);
@@ -3131,7 +3128,7 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
   }
   if (nth_failure > EX_LOGGED) return;
   const char *outcome = "ok";
-  if (r->err) outcome = r->refused ? r->refused : u_errno_text(r->err);
+  if (r->err) outcome = r->refused ? r->refused : strerror(-r->err);
   conn_log(c, level,
            "%d: %s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64 ": %s%s",
            c->id, cmd ? cmd->name : "?", r->type, r->flags, r->client_off,
@@ -8750,7 +8747,7 @@ static int srv_last_flush(struct ex *ex) {
   if (err)
     u_log(&ex->server->config, NBDSERVE_LOG_ERROR,
           "export '%s': the last flush: %s; written data may be lost",
-          ex->pub.name, u_errno_text(err));
+          ex->pub.name, strerror(-err));
   return err;
 }
 
@@ -8776,7 +8773,7 @@ static int srv_serve_client(struct conn *c, const char *name) {
   int is_usual =
       !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
   conn_log(c, is_usual ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING,
-           "%d: gone: %s", c->id, err ? u_errno_text(err) : "disconnected");
+           "%d: gone: %s", c->id, err ? strerror(-err) : "disconnected");
   srv_free_client(c);
   return err == -ESHUTDOWN ? 0 : err;
 }
@@ -8872,7 +8869,7 @@ static void srv_tell_waiting(struct nbdserve *s, int err) {
   s->tell_after = now + 60000;
   if (err)
     u_log(&s->config, NBDSERVE_LOG_WARNING, "cannot accept clients now: %s",
-          u_errno_text(err));
+          strerror(-err));
   else
     u_log(&s->config, NBDSERVE_LOG_WARNING,
           "%" PRIu32 " clients are served, which is the limit; "
@@ -9141,7 +9138,7 @@ static void cli_exit_if_error(int err, const char *object) {
   if (err == -EBUSY)
     cli_die(CLI_IN_USE, "%s: in use by a server; stop it, or connect to it",
             object);
-  if (err) cli_failed("%s: %s", object, u_errno_text(err));
+  if (err) cli_failed("%s: %s", object, strerror(-err));
 }
 
 /* ---- Signals, and how it ends --------------------------------------------
@@ -10175,7 +10172,7 @@ static const char *cli_why(const struct cli_verb *verb,
   if (err == -ENOSPC && verb->flags & VERB_READS_FILE)
     return "no space left; what it took is free in the store, and gc gives it "
            "to the file system";
-  if (err != -EINVAL) return u_errno_text(err);
+  if (err != -EINVAL) return strerror(-err);
   if (strncmp(op->name, "sha256-", 7) == 0 && change != NBDSERVE_CAS_CREATE)
     return "several snapshots have that id, or it cannot be used here";
   if (change == NBDSERVE_CAS_ROLLBACK || verb->run == cli_do_seal)
@@ -10404,7 +10401,7 @@ static void cli_start_control(void) {
   close(cli.ctl);
   if (!opt[OPT_QUIET].given)
     cli_say("%s: %s; no commands are taken while the store is served",
-            cli.ctl_path, u_errno_text(err));
+            cli.ctl_path, strerror(-err));
 }
 
 /* The `find` function of a server of all of a store: called in the threads of
@@ -10766,7 +10763,7 @@ static void cli_open_target(const char *text, const char *path,
       why = "not a size behind mem: (as in mem:1G)";
     cli_failed("%s: %s", text, why);
   }
-  if (*hint) cli_failed("%s: %s%s", text, u_errno_text(err), hint);
+  if (*hint) cli_failed("%s: %s%s", text, strerror(-err), hint);
   cli_exit_if_error(err, text);
 }
 
@@ -10836,7 +10833,7 @@ static void OS_PRINTF(1, 2) cli_listen_at(const char *fmt, ...) {
     hint = ": not a numeric address or localhost, or built without TCP";
   if (err == -ENAMETOOLONG)
     cli_failed("%s: a socket path has at most %d bytes", address, CLI_PATH_MAX);
-  if (err) cli_failed("%s: %s%s", address, u_errno_text(err), hint);
+  if (err) cli_failed("%s: %s%s", address, strerror(-err), hint);
 }
 
 /* How many sockets systemd, or a program like nbdinfo, has passed to us from
@@ -10946,7 +10943,7 @@ static void cli_exec_child(void) {
     execvp(program, cli.command);
   else
     execl(program, "sh", "-c", opt[OPT_RUN].text, (char *)NULL);
-  cli_say("%s: %s", program, u_errno_text(-errno));
+  cli_say("%s: %s", program, strerror(errno));
 }
 
 /* Starts the command.  It is a child of the process, not the other way round,
@@ -11001,7 +10998,7 @@ static void cli_fork(void) {
 static void cli_check_sandbox(int result) {
   if (result < 0 && opt[OPT_SANDBOX].number == SANDBOX_REQUIRE)
     cli_failed("--sandbox require: not on this system, or built without: %s",
-               u_errno_text(result));
+               strerror(-result));
 }
 
 /* Tells systemd, or whoever else listens at $NOTIFY_SOCKET (sd_notify(3)), that
@@ -11168,7 +11165,7 @@ static void cli_close(void) {
   if (!err && cli.cas) err = nbdserve_cas_close(cli.cas);
   if (*cli.private_dir) rmdir(cli.private_dir);
   if (!err) return;
-  cli_say("%s: not closed in order: %s", cli.store, u_errno_text(err));
+  cli_say("%s: not closed in order: %s", cli.store, strerror(-err));
   _exit(CLI_FAILED);
 }
 

@@ -480,16 +480,13 @@ static void os_setup_client(int fd) {
  * for a tenth of a second at most, as os_splice cannot be told not to wait.
  * Returns how many bytes the pipe holds, at most `most`, if each of its pages
  * is used as a whole; or -errno.  -EOPNOTSUPP: splice(2) raises SIGPIPE when
- * the peer is gone, and that would end the process. */
+ * the peer is gone, and that would end the process: os_thread blocks it, but
+ * without threads this one is the host's. */
 static int os_splice_pipe(int fd[2], int most, int to) {
   static const struct timeval tenth = {.tv_usec = 100000};
   struct sigaction action;
-  sigset_t blocked;
   sigaction(SIGPIPE, NULL, &action);
-  sigprocmask(SIG_SETMASK, NULL, &blocked);
-  if (action.sa_handler != SIG_IGN &&
-      (NBDSERVE_NO_THREADS || sigismember(&blocked, SIGPIPE) != 1))
-    return -EOPNOTSUPP; /* without threads this one is the host's */
+  if (NBDSERVE_NO_THREADS && action.sa_handler != SIG_IGN) return -EOPNOTSUPP;
   if (setsockopt(to, SOL_SOCKET, SO_SNDTIMEO, &tenth, sizeof tenth) < 0 ||
       pipe2(fd, O_CLOEXEC) < 0)
     return -errno;
@@ -3517,7 +3514,7 @@ static int tx_splice(struct conn *c, const struct nbdserve_req *piece) {
   size_t len = (size_t)piece->len;
   assert(piece->type == NBD_CMD_READ && len <= TX_PIECE);
   if (!c->run_batch || !ops->splice || len <= TX_IN_BATCH_MAX) return 0;
-  /* A socket of the host's stays as it is. */
+  /* A socket of the host's stays as it is, and its thread may take SIGPIPE. */
   if (c->fd < 0 || c->is_tcp) return 0;
   if (*c->pipe < 0) {
     int room = c->pipe_room ? -1 : os_splice_pipe(c->pipe, TX_PIECE, c->io.out);

@@ -9133,8 +9133,7 @@ static void cli_log(void *unused, int level, const char *message) {
 static void cli_exit_if_error(int err, const char *object) {
   assert(err <= 0 && object);
   if (err == -EBUSY)
-    cli_die(CLI_IN_USE, "%s: in use by a server; stop it, or connect to it",
-            object);
+    cli_die(CLI_IN_USE, "%s: in use by a server; stop or use it", object);
   if (err) cli_failed("%s: %s", object, strerror(-err));
 }
 
@@ -10167,8 +10166,7 @@ static const char *cli_why(const struct cli_verb *verb,
   if (err == -ENOTCONN)
     return "it is not served, or only to be read, or not at a known address";
   if (err == -ENOSPC && verb->flags & VERB_READS_FILE)
-    return "no space left; what it took is free in the store, and gc gives it "
-           "to the file system";
+    return "no space left; what it took is free in the store (gc returns it)";
   if (err != -EINVAL) return strerror(-err);
   if (strncmp(op->name, "sha256-", 7) == 0 && change != NBDSERVE_CAS_CREATE)
     return "several snapshots have that id, or it cannot be used here";
@@ -10378,8 +10376,7 @@ static int cli_open_store(const char *path, uint32_t flags,
   struct nbdserve_cas_stat stat;
   nbdserve_cas_stat(cli.cas, &stat);
   if (stat.damaged)
-    cli_say("%s: damaged, something may be missing; see `nbdserve verify %s`",
-            path, path);
+    cli_say("%s: damaged, something may be missing (verify names it)", path);
   return 0;
 }
 
@@ -10397,8 +10394,7 @@ static void cli_start_control(void) {
   cli.njobs = 0;
   close(cli.ctl);
   if (!opt[OPT_QUIET].given)
-    cli_say("%s: %s; no commands are taken while the store is served",
-            cli.ctl_path, strerror(-err));
+    cli_say("%s: %s; no commands are taken", cli.ctl_path, strerror(-err));
 }
 
 /* The `find` function of a server of all of a store: called in the threads of
@@ -10445,9 +10441,7 @@ static int cli_first_volume(void *unused,
 static void cli_say_where(const char *path, struct cli_job *job) {
   job->verb = cli_find_verb("uri");
   job->fds.output = job->fds.messages = 2;
-  cli_say("%s: in use by a server; stop it, or connect to it.  Its URI and "
-          "process id:",
-          path);
+  cli_say("%s: in use by a server; stop or use it.  URI, process id:", path);
   cli_run_remote(job, 2000); /* it may be stuck */
 }
 
@@ -10543,8 +10537,7 @@ static const char *cli_same_store(const char *store, const char *operand,
     cli_usage("%s: no such store, and no name of a volume", operand);
   if (!is_there) return operand;
   if (!cli_are_same(store, path))
-    cli_usage("%s: in another store than the first operand: %s", operand,
-              store);
+    cli_usage("%s: in another store than %s", operand, store);
   return colons + 2;
 }
 
@@ -10593,8 +10586,7 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
   cli_catch_signals(cli_on_signal);
   int err = cli_open_store(store, how, job);
   if (err == -EBUSY && job->client < 0)
-    cli_die(CLI_IN_USE, "%s: in use by a process that takes no commands",
-            store);
+    cli_die(CLI_IN_USE, "%s: in use by one that takes no commands", store);
   if (err == -EBUSY && how & NBDSERVE_CAS_ACCEPT_LOSS)
     cli_die(CLI_IN_USE, "%s: is being served; stop the server first", store);
   if (err != -EBUSY) cli_exit_if_error(err, store);
@@ -10657,9 +10649,7 @@ static void cli_run_verb(void) {
   if (err == -EINVAL && last)
     cli_usage("%s: not a block size (4K, 8K, 16K, 32K or 64K)", last);
   if (err == -EEXIST)
-    cli_failed("%s: exists, and is not an unused device (init makes a new "
-               "file: take another name)",
-               store);
+    cli_failed("%s: exists, and is no unused device: use another name", store);
   cli_exit_if_error(err, store);
   exit(0);
 }
@@ -10739,19 +10729,15 @@ static void cli_open_target(const char *text, const char *path,
   if (opt[OPT_TEMPORARY].given && access(flat.dir, W_OK) < 0)
     cli_exit_if_error(-errno, flat.dir);
   if (!volume && strncmp(text, "file:", 5) != 0 && cli_is_store(path))
-    cli_usage("%s: a store; %s:: serves its volumes, and file:%s the file",
-              text, text, text);
+    cli_usage("%s: a store; serve %s:: or file:%s", text, text, text);
   int err = volume ? cli_open_volume(path, volume, ex)
                    : nbdserve_flat_open(path, &flat, ex);
   if ((err == -EACCES || err == -EROFS) && !flat.flags)
     hint = " (-r serves it read-only)";
   if (err == -ENOENT && !volume && !flat.flags && !flat.create)
-    hint = strchr(text, '/') || strcmp(path, text) != 0
-               ? " (--create SIZE makes it)"
-               : ", and no such command (--create SIZE makes it; see --help)";
+    hint = " (--create SIZE makes it; --help names the commands)";
   if (err == -ENOENT && volume)
-    cli_failed("%s: no such volume or snapshot (`nbdserve list %s` names all)",
-               text, path);
+    cli_failed("%s: no such volume or snapshot (see list %s)", text, path);
   if (err == -EINVAL && !volume) {
     const char *why = "neither a file nor a block device";
     if (flat.offset || flat.size) why = "--offset and --size reach beyond it";

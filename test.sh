@@ -6083,7 +6083,7 @@ testStoreIsNotServedAsAFileByMistake() {
     # shellcheck disable=SC2086
     run $options "$S"
     assertEquals "status, $options" 2 $STATUS
-    says "$S: a store; $S:: serves its volumes, and file:$S the file"
+    says "$S: a store; serve $S:: or file:$S"
   done
   run -r "$S" "$S::v"
   says 'a store; '
@@ -6110,7 +6110,7 @@ testStoreMayStandBeforeEachName() {
   for command in "clone $S::v $T/other::z" "rm $S::w $T/other::v"; do
     # shellcheck disable=SC2086
     cas 2 $command
-    says "$T/other::[vz]: in another store than the first operand: $S"
+    says "$T/other::[vz]: in another store than $S"
   done
   names
   assertEquals 'v v@b w ' "$GOT"
@@ -6206,7 +6206,7 @@ testASecondServerIsToldWhereTheFirstOneIs() {
   assertEquals 'in use' 4 "$STATUS"
   assertEquals "nbd+unix:///v?socket=$SOCK	$PID" "$(sed -n 2p "$T/err")"
   sed -i 2d "$T/err"
-  says 'in use by a server; stop it, or connect to it.  Its URI and process id:'
+  says 'in use by a server; stop or use it.  URI, process id:'
 }
 testRmOfSeveralTakesThemInAnyOrderAndADryRunKnows() {
   store && cas 0 create "$S::a" 1M && cas 0 create "$S::b" 1M || return 0
@@ -6987,7 +6987,7 @@ testStoreThatIsInUseForAMomentIsWaitedFor() {
   holder=$!
   sleep 0.2
   cas 4 list "$S"
-  says "$S: in use by a process that takes no commands"
+  says "$S: in use by one that takes no commands"
   wait $holder
 }
 testSymbolicLinksLeadToTheServerOfAStore() {

@@ -9061,17 +9061,6 @@ STATIC_ASSERT(a_process_id_fits, sizeof(sig_atomic_t) >= sizeof(pid_t));
 /* A number in a format */
 #define CLI_N "%" PRIu64
 
-/* Copies a text into one of JSON, up to its end or until there is no room. */
-static void cli_escape(const char *from, char *to, size_t size) {
-  for (; *from && size > 2; from++, size--) {
-    int is_special = *from == '"' || *from == '\\';
-    if (is_special) *to++ = '\\';
-    size -= (size_t)is_special;
-    *to++ = (unsigned char)*from < ' ' ? '?' : *from;
-  }
-  *to = '\0';
-}
-
 /* Prints a message to a descriptor: a line in one write, so that the lines of
  * several threads do not mix.  The form is "OBJECT: what is wrong: reason (what
  * to do)", or that as the "error" of a JSON object.  What is too long for one
@@ -9079,18 +9068,20 @@ static void cli_escape(const char *from, char *to, size_t size) {
  * after a second the message is lost. */
 static void OS_PRINTF(3, 4)
     cli_say_to(int fd, int is_json, const char *fmt, ...) {
+  const char *end = is_json ? "\"}\n" : "\n";
   char text[PATH_MAX - 30];
-  char escaped[sizeof text];
   char line[PATH_MAX];
   struct pollfd p = {fd, POLLOUT, 0};
   va_list ap;
   va_start(ap, fmt);
   vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
-  cli_escape(text, escaped, sizeof escaped);
-  snprintf(line, sizeof line,
-           is_json ? "{\"error\":\"%s\"}\n" : "nbdserve: %s\n",
-           is_json ? escaped : text);
+  char *to = line + sprintf(line, is_json ? "{\"error\":\"" : "nbdserve: ");
+  for (const char *c = text; *c && to < line + sizeof line - 5; c++) {
+    if (is_json && (*c == '"' || *c == '\\')) *to++ = '\\';
+    *to++ = is_json && (unsigned char)*c < ' ' ? '?' : *c;
+  }
+  strcpy(to, end);
   if (poll(&p, 1, 1000) > 0) (void)!write(fd, line, strlen(line));
 }
 #define cli_say(...) cli_say_to(2, cli.is_json, __VA_ARGS__)

@@ -10427,13 +10427,14 @@ static int cli_first_volume(void *unused,
   return 1;
 }
 
-/* Says where the store at path is served: by the process that we are connected
- * to. */
+/* Ends the process, and says where the store at path is served: by the process
+ * that we are connected to. */
 static void cli_say_where(const char *path, struct cli_job *job) {
   job->verb = cli_find_verb("uri");
   job->fds.output = job->fds.messages = 2;
   cli_say("%s: in use by a server; stop or use it.  URI, process id:", path);
   cli_run_remote(job, 2000); /* it may be stuck */
+  exit(CLI_IN_USE);
 }
 
 /* Opens a volume or snapshot of a store.  Before it opens the store, if that is
@@ -10454,10 +10455,7 @@ static int cli_open_volume(const char *path, const char *name,
   if (cli.cas && (!realpath(path, real) || strcmp(cli.store, real) != 0))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
   int err = cli.cas ? 0 : cli_open_store(path, how | CAS_KICK_LATER, &none);
-  if (err && none.client >= 0) {
-    cli_say_where(path, &none);
-    exit(CLI_IN_USE);
-  }
+  if (err && none.client >= 0) cli_say_where(path, &none);
   if (err) return err;
   mode_t mask = umask(0177);
   if (!cli.ctl && !how && !NBDSERVE_NO_THREADS)
@@ -11101,10 +11099,8 @@ static int cli_serve(void) {
   if (cli.child && !cli.end_wanted) raise(SIGTERM);
   while (cli.child && !cli.stopping)
     poll(NULL, 0, 100);
-  if (cli.child) {
-    cli_say("the command still runs after SIGTERM; not waited for");
-    return CLI_FAILED;
-  }
+  if (cli.child)
+    cli_failed("the command still runs after SIGTERM; not waited for");
   if (cli.child_status) return cli.child_status;
   return err || run_err ? CLI_FAILED : 0;
 }

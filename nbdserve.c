@@ -8864,14 +8864,9 @@ static void srv_tell_waiting(struct nbdserve *s, int err) {
   int64_t now = os_now_ms();
   if (now < s->tell_after) return;
   s->tell_after = now + 60000;
-  if (err)
-    u_log(&s->config, NBDSERVE_LOG_WARNING, "cannot accept clients now: %s",
-          strerror(-err));
-  else
-    u_log(&s->config, NBDSERVE_LOG_WARNING,
-          "%" PRIu32 " clients are served, which is the limit; "
-          "the next one has to wait",
-          s->config.max_conn);
+  u_log(&s->config, NBDSERVE_LOG_WARNING,
+        "%s; the next client has to wait (limit: %" PRIu32 ")",
+        err ? strerror(-err) : "all slots are taken", s->config.max_conn);
 }
 
 /* See nbdserve.h.  Rounds of: wait, look at each pipe, accept. */

@@ -5251,12 +5251,12 @@ testWaitingForASlotIsToldOnce() {
   client hello "$SOCK"
   wait $first
   client hello "$SOCK"
-  assertEquals "$(cat "$T/err")" 1 "$(grep -c 'limit.*wait' "$T/err")"
+  assertEquals "$(cat "$T/err")" 1 "$(grep -c 'slots.*wait' "$T/err")"
   assertEquals 1 "$(wc -l <"$T/err")"
   : >"$T/err"
 }
 testOnceServesWhoWaitedForTheOnlySlot() {
-  LOG='^nbdserve: .* clients are served, which is the limit'
+  LOG='^nbdserve: all slots are taken; the next client has to wait'
   serve -1 -m 1 "$DISK"
   client next "$SOCK"
   wait "$JOB"
@@ -5276,7 +5276,7 @@ testUSR1DoesNotPostponeTheIdleExit() {
 }
 testConnectionsOverTheLimitWaitForASlot() {
   unless NO_THREADS || return 0
-  LOG='^nbdserve: .* clients are served, which is the limit'
+  LOG='^nbdserve: all slots are taken; the next client has to wait'
   serve -m 3 "$DISK"
   client limit "$SOCK" 3
 }
@@ -5310,7 +5310,7 @@ transcripts() {
 # finds a leak or an end without luck: in 18 of 24 rounds the input is whole.
 testBadInputNeitherHurtsOthersNorLeaks() {
   unless NO_THREADS || return 0
-  LOG='^nbdserve: .* clients are served, which is the limit'
+  LOG='^nbdserve: all slots are taken; the next client has to wait'
   transcripts >"$W/names"
   while read -r name; do
     ! is_variant || [ ! -e "$CORPUS/60" ] || break # that many will do there
@@ -5341,7 +5341,7 @@ testAThousandConnectionsInTurn() {
   client many "$SOCK" 1000
 }
 testMoreClientsThanSlotsAreAllServed() {
-  LOG='^nbdserve: .* clients are served, which is the limit'
+  LOG='^nbdserve: all slots are taken; the next client has to wait'
   serve -m 8 "$DISK"
   client crowd "$SOCK" 150
 }
@@ -5397,7 +5397,7 @@ testServersOfOneProcessAreApart() { unit two; }
 # With one slot: who stops halfway has it for --stall, who has left not at all
 testAClientThatEndsHoldsNoSlot() {
   tcp || return 0
-  LOG='^nbdserve: .*(client .*timed out|1 clients are served)'
+  LOG='^nbdserve: .*(client .*timed out|all slots are taken)'
   start -p 0 -i 127.0.0.1 -m 1 --stall 1 "$DISK"
   port=${URI#nbd://127.0.0.1:}
   client slots "127.0.0.1:${port%/}" "$PID"

@@ -9071,7 +9071,8 @@ static void OS_PRINTF(3, 4)
   va_start(ap, fmt);
   vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
-  char *to = line + sprintf(line, is_json ? "{\"error\":\"" : "nbdserve: ");
+  strcpy(line, is_json ? "{\"error\":\"" : "nbdserve: ");
+  char *to = line + strlen(line);
   for (const char *c = text; *c && to < line + sizeof line - 5; c++) {
     if (is_json && (*c == '"' || *c == '\\')) *to++ = '\\';
     *to++ = is_json && (unsigned char)*c < ' ' ? '?' : *c;

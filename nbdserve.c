@@ -9267,9 +9267,7 @@ static int cli_is_store(const char *path) {
 
 /* The types of requests are below this; NBD_CMD_BLOCK_STATUS is the last.  As a
  * type it stands for each of them. */
-enum {
-  CLI_NTYPES = NBD_CMD_BLOCK_STATUS + 1
-};
+#define CLI_NTYPES (NBD_CMD_BLOCK_STATUS + 1)
 
 /* What --fault and --delay do to the requests of a type.  This is fixed before
  * the server is made, except for `sum`, which server->lock guards. */
@@ -10980,7 +10978,6 @@ static void cli_notify(void) {
   socklen_t len =
       (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(path));
   int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-  if (fd < 0) return;
   sendto(fd, "READY=1", 7, MSG_NOSIGNAL, (struct sockaddr *)&a, len);
   close(fd);
 }

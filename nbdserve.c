@@ -9627,9 +9627,8 @@ static void cli_check_options(void) {
   cli_exclude(OPT_RUN, BIT(ONCE) | BIT(IDLE_EXIT), "it ends with the command");
   cli_exclude(OPT_FORK, BIT(STDIN) | BIT(RUN), "nobody would wait for it");
   cli_exclude(OPT_FORK, BIT(PARENT), "the parent ends at once");
-  cli_exclude(OPT_READ_ONLY, BIT(CREATE), "a new target would stay empty");
-  cli_exclude(OPT_TEMPORARY, BIT(READ_ONLY) | BIT(CREATE),
-              "nothing to discard");
+  cli_exclude(OPT_CREATE, BIT(READ_ONLY) | BIT(TEMPORARY), "it stays empty");
+  cli_exclude(OPT_TEMPORARY, BIT(READ_ONLY), "nothing to discard");
   if (opt[OPT_RUN].given > 1 || (cli.command && !*cli.command))
     cli_usage("--: there must be one command, behind it or --run");
   cli_refuse(BIT(DRY_RUN) | BIT(ACCEPT_LOSS), "only for", "commands on stores");
@@ -10315,6 +10314,13 @@ static void *cli_control(void *unused) {
 
 /* ---- The store of this process ------------------------------------------ */
 
+/* Do two paths lead to the same file? */
+static int cli_are_same(const char *path, const char *other) {
+  struct stat file[2];
+  if (stat(path, &file[0]) < 0 || stat(other, &file[1]) < 0) return 0;
+  return file[0].st_dev == file[1].st_dev && file[0].st_ino == file[1].st_ino;
+}
+
 /* Opens the store at path.  The process has one at most.  STORE.ctl lies beside
  * the file itself, so that all who come by symbolic links find it.  Returns 0,
  * or -errno and leaves cli.cas NULL.  -EBUSY: somebody has it.  If that is its
@@ -10445,8 +10451,7 @@ static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
   uint32_t how = opt[OPT_READ_ONLY].given ? NBDSERVE_CAS_READONLY : 0;
   struct cli_job none = {.client = -1};
-  char real[PATH_MAX];
-  if (cli.cas && (!realpath(path, real) || strcmp(cli.store, real) != 0))
+  if (cli.cas && !cli_are_same(path, cli.store))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
   int err = cli.cas ? 0 : cli_open_store(path, how | CAS_KICK_LATER, &none);
   if (err && none.client >= 0) cli_say_where(path, &none);
@@ -10494,13 +10499,6 @@ static char *cli_take_store(const struct cli_verb *verb) {
   return first;
 }
 
-/* Do two paths lead to the same file? */
-static int cli_are_same(const char *path, const char *other) {
-  struct stat file[2];
-  if (stat(path, &file[0]) < 0 || stat(other, &file[1]) < 0) return 0;
-  return file[0].st_dev == file[1].st_dev && file[0].st_ino == file[1].st_ino;
-}
-
 /* The name in a later operand.  "STORE::" may stand before it if that is the
  * same store.  Where there is no such file, "::" belongs to the name, but a new
  * name with it is refused; so is a volume where a FILE is meant.  flags: of the
@@ -10511,11 +10509,10 @@ static const char *cli_same_store(const char *store, const char *operand,
   char path[PATH_MAX];
   if (!colons || !store) return operand;
   snprintf(path, sizeof path, "%.*s", (int)(colons - operand), operand);
-  if (flags & (VERB_READS_FILE | VERB_WRITES_FILE)) {
-    if (cli_is_store(path)) cli_usage("%s: a volume, and not a FILE", operand);
-    return operand;
-  }
-  int is_there = access(path, F_OK) == 0;
+  int is_file = (flags & (VERB_READS_FILE | VERB_WRITES_FILE)) != 0;
+  if (is_file && cli_is_store(path))
+    cli_usage("%s: a volume, and not a FILE", operand);
+  int is_there = !is_file && access(path, F_OK) == 0;
   if (!is_there && flags & VERB_NEW_NAME)
     cli_usage("%s: no such store, and no name of a volume", operand);
   if (!is_there) return operand;

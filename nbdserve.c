@@ -864,16 +864,12 @@ static void *u_zalloc(size_t n) {
  * there is no such number; *out is then unchanged. */
 static const char *u_parse_size(const char *s, uint64_t *out) {
   static const char units[] = "KMGTPEkmgtpe";
-  const char *p = s;
-  uint64_t v = 0;
-  for (; *p >= '0' && *p <= '9'; p++) {
-    uint64_t digit = (uint64_t)(*p - '0');
-    if (v > (INT64_MAX - digit) / 10) return NULL;
-    v = v * 10 + digit;
-  }
+  char *p;
+  uint64_t v = strtoull(s, &p, 10); /* what is too large: its largest value */
   const char *unit = *p ? strchr(units, *p) : NULL;
   int shift = unit ? (int)((unit - units) % 6 + 1) * 10 : 0;
-  if (p == s || v > (uint64_t)INT64_MAX >> shift) return NULL;
+  if (*s < '0' || *s > '9') return NULL; /* blanks and signs are no digits */
+  if (v > (uint64_t)INT64_MAX >> shift) return NULL;
   *out = v << shift;
   assert(*out <= INT64_MAX);
   return unit ? p + 1 : p;

@@ -8437,15 +8437,16 @@ int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
 /* ---- Listening ----------------------------------------------------------- */
 
 /* Adds a listener on fd, which the server owns from now on.  text: the path of
- * a unix socket, HOST:PORT of a TCP one, or "". */
-static void srv_add_listener(struct nbdserve *s, int fd, int is_unix,
-                             const char *text) {
+ * a unix socket, HOST:PORT of a TCP one, or "".  Returns 0. */
+static int srv_add_listener(struct nbdserve *s, int fd, int is_unix,
+                            const char *text) {
   assert(fd >= 0 && s->nlisteners <= SRV_LISTENERS);
   struct srv_listener *l = &s->listeners[s->nlisteners++];
   os_set_fd_flags(fd, O_NONBLOCK);
   l->fd = fd;
   l->is_unix = is_unix && lstat(text, &l->st) == 0;
   snprintf(l->text, sizeof l->text, "%s", text);
+  return 0;
 }
 
 /* Closes the newest listener, and removes its unix socket unless another one
@@ -8551,8 +8552,7 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
   getsockname(fd, &a.sa, &len);
   *port = ntohs(a.in.sin_port);
   srv_format_address(&a, text, sizeof text);
-  srv_add_listener(s, fd, 0, text);
-  return 0;
+  return srv_add_listener(s, fd, 0, text);
 }
 
 /* Listens on both loopback addresses, at the same port.  A port that the kernel
@@ -8600,9 +8600,7 @@ static int srv_listen_fd(struct nbdserve *s, const char *number) {
   if (!u_parse_number(number, INT_MAX, &fd)) return -EINVAL;
   if (getsockopt((int)fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) < 0)
     return -errno;
-  if (!listens) return -EINVAL;
-  srv_add_listener(s, (int)fd, 0, "");
-  return 0;
+  return listens ? srv_add_listener(s, (int)fd, 0, "") : -EINVAL;
 }
 
 /* See nbdserve.h. */
@@ -8612,9 +8610,7 @@ int nbdserve_listen(struct nbdserve *s, const char *address) {
   if (strncmp(address, "fd:", 3) == 0) return srv_listen_fd(s, address + 3);
   if (strncmp(address, "unix:", 5) != 0) return -EINVAL;
   int fd = srv_unix_socket(address + 5, SRV_LISTEN);
-  if (fd < 0) return fd;
-  srv_add_listener(s, fd, 1, address + 5);
-  return 0;
+  return fd < 0 ? fd : srv_add_listener(s, fd, 1, address + 5);
 }
 
 /* See nbdserve.h.  The first listener counts. */

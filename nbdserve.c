@@ -761,17 +761,13 @@ static inline int os_is_data(int fd, uint64_t off, uint64_t end,
  * look at why one has failed.  -errno: of the last one. */
 static int os_nameless_file(const char *dir) {
   char path[PATH_MAX];
-#if OS_LINUX && defined MFD_CLOEXEC
-  int memory = dir ? -1 : memfd_create("nbdserve", MFD_CLOEXEC);
-  if (memory >= 0) return memory;
+#if OS_LINUX && defined MFD_CLOEXEC && defined O_TMPFILE
+  /* O_EXCL lets nobody give it a name.  Not every file system has that. */
+  int made = dir ? open(dir, O_TMPFILE | O_EXCL | O_RDWR | O_CLOEXEC, 0600)
+                 : memfd_create("nbdserve", MFD_CLOEXEC);
+  if (made >= 0) return made;
 #endif
   if (!dir) dir = "/tmp";
-#if OS_LINUX && defined O_TMPFILE
-  /* This file never has a name, and O_EXCL lets nobody give it one.  Not every
-   * file system has that. */
-  int unnamed = open(dir, O_TMPFILE | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
-  if (unnamed >= 0) return unnamed;
-#endif
   /* This file has a name for a moment.  mkstemp makes the name up and refuses
    * one that is there, so it follows no link that others may have placed. */
   if (snprintf(path, sizeof path, "%s/nbdserveXXXXXX", dir) >= PATH_MAX)

@@ -375,16 +375,16 @@ static int os_pipe(int fd[2]) {
   return 0;
 }
 
-#if !NBDSERVE_NO_MAIN
-#if OS_LINUX
+#if OS_LINUX && !NBDSERVE_NO_MAIN
 /* Asks the system to send us SIGTERM when the thread that started us ends. */
 #define os_end_with_parent() (prctl(PR_SET_PDEATHSIG, SIGTERM) ? -errno : 0)
-#else
+#elif !NBDSERVE_NO_MAIN
 /* This system does not do that. */
 #define os_end_with_parent() (-EOPNOTSUPP)
 #endif
 
-#if !NBDSERVE_NO_SANDBOX && OS_LINUX && defined SYS_landlock_restrict_self
+#if !NBDSERVE_NO_SANDBOX && OS_LINUX && !NBDSERVE_NO_MAIN && \
+    defined SYS_landlock_restrict_self
 /* The version of Landlock.  -ENOSYS, -EOPNOTSUPP: this system has none. */
 static int os_sandbox_version(void) {
   int version = (int)syscall(SYS_landlock_create_ruleset, NULL, 0, 1);
@@ -406,11 +406,10 @@ static int os_sandbox(void) {
   close(fd);
   return err;
 }
-#else
+#elif !NBDSERVE_NO_MAIN
 /* OpenBSD and FreeBSD have the like; nobody has tried it there. */
 #define os_sandbox_version() (-EOPNOTSUPP)
 #define os_sandbox() (-EOPNOTSUPP)
-#endif
 #endif
 
 /* Opens the directory that path is in.  The path was opened, or fits into a
@@ -10415,14 +10414,14 @@ static int cli_first_volume(void *unused,
   return 1;
 }
 
-/* Ends the process, and says where the store at path is served: by the process
- * that we are connected to. */
-static void cli_say_where(const char *path, struct cli_job *job) {
+/* Says where the store at path is served: by the process that we are connected
+ * to.  Returns the exit status. */
+static int cli_say_where(const char *path, struct cli_job *job) {
   job->verb = cli_find_verb("uri");
   job->fds.output = job->fds.messages = 2;
   cli_say("%s: in use by a server; stop or use it.  URI, process id:", path);
   cli_run_remote(job, 2000); /* it may be stuck */
-  exit(CLI_IN_USE);
+  return CLI_IN_USE;
 }
 
 /* Opens a volume or snapshot of a store.  Before it opens the store, if that is
@@ -10442,7 +10441,7 @@ static int cli_open_volume(const char *path, const char *name,
   if (cli.cas && !cli_are_same(path, cli.store))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
   int err = cli.cas ? 0 : cli_open_store(path, how | CAS_KICK_LATER, &none);
-  if (err && none.client >= 0) cli_say_where(path, &none);
+  if (err && none.client >= 0) exit(cli_say_where(path, &none));
   if (err) return err;
   mode_t mask = umask(0177);
   if (!cli.ctl && !how && !NBDSERVE_NO_THREADS)

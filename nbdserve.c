@@ -9764,23 +9764,36 @@ static int cli_wait(const struct cli_job *job, int fd, short events, int ms) {
   return p[0].revents ? 0 : -ETIMEDOUT;
 }
 
-/* Writes to a descriptor that may be anything and is the client's, so it stays
- * as it is: what has no offsets, like a pipe, takes PIPE_BUF bytes without
- * blocking if poll() calls it ready.  Returns 0 or -errno: that of cli_wait if
- * nobody takes it for --stall seconds (months are for ever). */
-static int cli_write(const struct cli_job *job, int fd, const void *data,
-                     size_t n) {
-  size_t most = lseek(fd, 0, SEEK_CUR) < 0 ? PIPE_BUF : IO_UNIT;
-  for (size_t done = 0; done < n;) {
-    int err = cli_wait(job, fd, POLLOUT, (int)cli.server->config.stall_ms);
+/* Reads (POLLIN) or writes (POLLOUT) *n bytes, and sets *n to their number:
+ * fewer at the end of what is read.  The descriptor may be anything and is the
+ * client's, so it stays as it is: what has no offsets, like a pipe, takes
+ * PIPE_BUF bytes without blocking if poll() calls it ready.  Returns 0 or
+ * -errno: that of cli_wait if nobody takes it for --stall seconds (months are
+ * for ever). */
+static int cli_move(const struct cli_job *job, int fd, short events,
+                    unsigned char *data, uint64_t *n) {
+  int writes = events == POLLOUT;
+  int ms = writes ? (int)cli.server->config.stall_ms : -1;
+  size_t most = writes && lseek(fd, 0, SEEK_CUR) < 0 ? PIPE_BUF : IO_UNIT;
+  uint64_t wanted = *n;
+  for (*n = 0; *n < wanted;) {
+    int err = cli_wait(job, fd, events, ms);
     if (err) return err;
+    size_t left = (size_t)u_min(wanted - *n, most);
     ssize_t some =
-        write(fd, (const char *)data + done, (size_t)u_min(n - done, most));
+        writes ? write(fd, data + *n, left) : read(fd, data + *n, left);
+    if (some == 0 && !writes) break;
     if (some < 0 && errno != EINTR && errno != EAGAIN) return -errno;
-    if (some > 0) done += (size_t)some;
-    assert(done <= n);
+    if (some > 0) *n += (uint64_t)some;
+    assert(*n <= wanted);
   }
   return 0;
+}
+
+/* Writes n bytes. */
+static int cli_write(const struct cli_job *job, int fd, const void *data,
+                     uint64_t n) {
+  return cli_move(job, fd, POLLOUT, (unsigned char *)(uintptr_t)data, &n);
 }
 
 /* Clears the line that shows the progress, if there is one, so that a row or a
@@ -9946,26 +9959,6 @@ static int cli_is_data(const struct nbdserve_export *v, uint64_t off,
   return !(x.last_status & NBDSERVE_EXTENT_ZERO);
 }
 
-/* Reads *n bytes of FILE into the buffer, or fewer up to its end, and sets *n
- * to their number.  They come from off on; what has no offsets, like a pipe,
- * gives what comes next. */
-static int cli_read(const struct cli_job *job, unsigned char *buffer,
-                    uint64_t off, uint64_t *n) {
-  int file = job->fds.output;
-  uint64_t wanted = *n;
-  for (*n = 0; *n < wanted;) {
-    size_t left = (size_t)(wanted - *n);
-    int err = cli_wait(job, file, POLLIN, -1);
-    if (err) return err;
-    ssize_t some = pread(file, buffer + *n, left, (off_t)(off + *n));
-    if (some < 0 && errno == ESPIPE) some = read(file, buffer + *n, left);
-    if (some == 0) break;
-    if (some < 0 && errno != EINTR && errno != EAGAIN) return -errno;
-    if (some > 0) *n += (uint64_t)some;
-  }
-  return 0;
-}
-
 /* Copies between FILE and a volume, IO_UNIT bytes at a time, which is a whole
  * number of blocks of every size.  What is written to FILE goes from front to
  * back, as it may be a pipe.  can_skip: holes are not copied, as the other side
@@ -9987,16 +9980,17 @@ static int cli_copy(struct cli_job *job, struct nbdserve_export *v,
     int is_skipped = can_skip && !is_data;
     n = is_skipped ? end - off : u_min(end - off, IO_UNIT);
     if (cli_progress(job, is_stream ? 0 : off, v->size)) err = -ECANCELED;
+    if (imports) lseek(file, (off_t)off, SEEK_SET); /* or it is a stream */
     if (is_skipped && !imports) lseek(file, (off_t)n, SEEK_CUR);
     if (is_skipped || err) continue;
     uint64_t wanted = n;
-    err = imports ? cli_read(job, buffer, off, &n)
+    err = imports ? cli_move(job, file, POLLIN, buffer, &n)
                   : v->ops->read(v->ctx, buffer, off, n, 0);
     if (!err && n < wanted && !is_stream) err = -EIO; /* it has been cut */
     if (n < wanted) v->size = off + n;
     if (err || !n) break;
     err = imports ? v->ops->write(v->ctx, buffer, off, n, 0)
-                  : cli_write(job, file, buffer, (size_t)n);
+                  : cli_write(job, file, buffer, n);
   }
   NBDSERVE_FREE(buffer);
   assert(err <= 0);

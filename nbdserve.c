@@ -11020,6 +11020,7 @@ static void cli_print_stats(void) {
   struct nbdserve_stats s;
   char types[CLI_NTYPES * 100] = "";
   size_t n = 0;
+  cli.stats_wanted = 0;
   nbdserve_stats(cli.server, &s);
   os_lock(&cli.server->lock);
   for (const struct cli_word *type = cli_types; type->value < CLI_NTYPES;
@@ -11062,9 +11063,7 @@ static int cli_serve(void) {
   do {
     run_err = nbdserve_run(cli.server);
     int is_last = run_err != -EINTR && opt[OPT_STATS].given;
-    int wants_stats = cli.stats_wanted || is_last;
-    cli.stats_wanted = 0;
-    if (wants_stats) cli_print_stats();
+    if (cli.stats_wanted || is_last) cli_print_stats();
     if (cli.end_wanted) nbdserve_unlisten(cli.server);
   } while (run_err == -EINTR);
   if (cli.child && !cli.end_wanted) raise(SIGTERM);

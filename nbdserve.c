@@ -9558,15 +9558,10 @@ static void cli_parse(char **argv) {
     const char *value = NULL;
     int is_letter = text[0] == '-' && text[1] != '-';
     assert(cli.targets + cli.ntargets < word);
-    if (strcmp(text, "--") == 0) {
-      opt[OPT_RUN].given++;
-      cli.command = word + 1;
-    }
-    if (text[0] != '-' || !text[1]) {
-      cli.targets[cli.ntargets++] = *word;
-      continue;
-    }
-    for (const char *p = text + 2 - is_letter; *p && !value;) {
+    int is_target = text[0] != '-' || !text[1];
+    if (strcmp(text, "--") == 0) cli.command = word + 1;
+    if (is_target) cli.targets[cli.ntargets++] = *word;
+    for (const char *p = is_target ? "" : text + 2 - is_letter; *p && !value;) {
       int len = is_letter ? 1 : (int)strcspn(p, "=");
       enum cli_option_id id = OPT_COUNT - 1;
       for (; id > OPT_NONE; id--) {
@@ -9585,6 +9580,7 @@ static void cli_parse(char **argv) {
       cli_set_option(id, value);
     }
   }
+  if (cli.command) opt[OPT_RUN].given++;
 }
 
 /* Refuses an option together with one of the others, a BIT for each. */

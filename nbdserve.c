@@ -10828,23 +10828,22 @@ static void cli_listen(void) {
   const char *host = opt[OPT_BIND].text ? opt[OPT_BIND].text : "localhost";
   int port = opt[OPT_PORT].given ? (int)opt[OPT_PORT].number : 10809;
   int wants_tcp = opt[OPT_PORT].given || opt[OPT_BIND].given;
-  int is_told = path || wants_tcp || opt[OPT_STDIN].given || opt[OPT_FD].given;
-  int passed = is_told ? 0 : cli.passed;
   char dir[CLI_PATH_MAX + 1];
   size_t n = path ? strlen(path) : 0;
   if (opt[OPT_STDIN].given)
     cli.client = 0;
   else if (opt[OPT_FD].given)
     cli_listen_at("fd:%d", (int)opt[OPT_FD].number);
-  else if (path ? strcmp(path, "-") == 0 : !wants_tcp && !passed)
+  else if (path ? strcmp(path, "-") == 0 : !wants_tcp && !cli.passed)
     cli_listen_privately();
   else if (path && *path != '/' && n + 1 < sizeof dir &&
            getcwd(dir, sizeof dir - n - 1))
     cli_listen_at("unix:%s/%s", dir, path);
   else if (path)
     cli_listen_at("unix:%s", path);
-  for (int i = 0; i < passed; i++)
-    cli_listen_at("fd:%d", 3 + i);
+  else
+    for (int i = 0; i < cli.passed && !wants_tcp; i++)
+      cli_listen_at("fd:%d", 3 + i);
   if (wants_tcp) cli_listen_at("tcp:%s:%d", host, port);
   if (wants_tcp && strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
       strncmp(host, "127.", 4) != 0 && !opt[OPT_QUIET].given)

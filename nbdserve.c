@@ -9186,7 +9186,7 @@ static void cli_on_signal(int sig) {
 }
 
 /* Gives our signals a handler, or SIG_IGN when the process ends, or SIG_DFL for
- * a program that is to be executed.  SIGHUP and SIGINT stay ignored if whoever
+ * a program that is to be executed, and blocks none.  SIGHUP and SIGINT stay ignored if whoever
  * started us wants it so, as nohup does, and a shell for what it runs in the
  * background.  SIGPIPE and SIGXFSZ are ignored, so that writing to a closed
  * pipe, or beyond the limit for the size of files, becomes an error; but not
@@ -9207,7 +9207,7 @@ static void cli_catch_signals(void (*handler)(int)) {
       sigaction(sig, &action, NULL);
   }
   sigemptyset(&none);
-  if (handler == cli_on_signal) sigprocmask(SIG_SETMASK, &none, NULL);
+  sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
 /* ---- Files that we make and remove -------------------------------------- */
@@ -10893,22 +10893,20 @@ static void cli_exec_child(void) {
  * descriptors that we have opened close themselves in it. */
 static void cli_start_child(void) {
   sigset_t all;
-  sigset_t was;
   assert(!cli.child);
   if (!*cli.uri) cli_usage("no URI for the command to use");
   sigfillset(&all);
-  sigprocmask(SIG_BLOCK, &all, &was);
+  sigprocmask(SIG_BLOCK, &all, NULL);
   pid_t pid = cli.stopping ? -1 : fork();
   if (pid < 0) cli.child_status = CLI_FAILED;
   if (pid < 0 && !cli.stopping) cli_exit_if_error(-errno, "fork");
   if (pid == 0) {
-    cli_catch_signals(SIG_DFL); /* first: it must not run our handler */
-    sigprocmask(SIG_SETMASK, &was, NULL);
+    cli_catch_signals(SIG_DFL); /* it must not run our handler */
     cli_exec_child();
     _exit(127); /* as a shell says it */
   }
   if (pid > 0) cli.child = pid;
-  sigprocmask(SIG_SETMASK, &was, NULL);
+  sigprocmask(SIG_UNBLOCK, &all, NULL); /* as cli_catch_signals left it */
 }
 
 /* ---- Getting ready ------------------------------------------------------ */

@@ -8617,8 +8617,8 @@ int nbdserve_uri(struct nbdserve *s, const char *name, char *buf, size_t size) {
   if ((size_t)n >= size) return -ERANGE;
   if (!u_append_uri(buf, size, name ? name : "")) return -ERANGE;
   if (!l->is_unix) return 0;
-  size_t end = strlen(buf);
-  snprintf(buf + end, size - end, "?socket="); /* no room: nor for the path */
+  /* No room: nor for the path. */
+  strncat(buf, "?socket=", size - strlen(buf) - 1);
   return u_append_uri(buf, size, l->text) ? 0 : -ERANGE;
 }
 
@@ -8632,13 +8632,11 @@ static void srv_poke(int fd) {
   errno = saved;
 }
 
-/* Empties a pipe.  True: there was something in it. */
-static int srv_take_poke(int fd) {
+/* Empties a pipe. */
+static void srv_take_pokes(int fd) {
   char waste[64];
-  int found = 0;
   while (read(fd, waste, sizeof waste) > 0)
-    found = 1;
-  return found;
+    continue;
 }
 
 /* See nbdserve.h.  Nobody ever empties this pipe: there is no way back. */
@@ -8800,7 +8798,7 @@ static int srv_finish(struct nbdserve *s) {
     int over = os_now_ms() >= end;
     if (!srv_shutdown_clients(s, over ? SHUT_RDWR : SHUT_RD)) break;
     poll(&p, 1, over ? -1 : io_timeout(end)); /* until one has left */
-    srv_take_poke(s->noticed[0]);
+    srv_take_pokes(s->noticed[0]);
   }
   s->finished = 1;
   int first = 0;
@@ -8877,8 +8875,9 @@ int nbdserve_run(struct nbdserve *s) {
     if (r < 0 && errno != EINTR) return -errno;
     if (r < 0) continue;
     if (p[0].revents) return srv_finish(s);
-    if (p[1].revents && srv_take_poke(s->wake[0])) return -EINTR;
-    if (p[2].revents) srv_take_poke(s->noticed[0]);
+    if (p[1].revents) srv_take_pokes(s->wake[0]);
+    if (p[1].revents) return -EINTR;
+    if (p[2].revents) srv_take_pokes(s->noticed[0]);
     /* Look first behind the listener that the last client came from, so that
      * all get their share of the slots. */
     int i = 0;

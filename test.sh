@@ -1686,7 +1686,7 @@ testLimitOfProcessesLetsCommandsBeDone() {
 testLimitOfMemoryLeavesTheServerRunning() {
   needs prlimit && unless NO_THREADS || return 0
   [ -z "${SANITIZER-}" ] || { skip 'a sanitizer needs memory'; return 0; }
-  LOG='^nbdserve: .*(memory|temporarily unavailable)$'
+  LOG='^nbdserve: .*(memory|temporarily unavailable)(;.*)?$'
   within prlimit --as=30000000 %s
   serve "$DISK"
   build client || return 0

@@ -9185,12 +9185,13 @@ static void cli_on_signal(int sig) {
 }
 
 /* Gives our signals a handler, or SIG_IGN when the process ends, or SIG_DFL for
- * a program that is to be executed, and blocks none.  SIGHUP and SIGINT stay ignored if whoever
+ * a program that is to be executed.  SIGHUP and SIGINT stay ignored if whoever
  * started us wants it so, as nohup does, and a shell for what it runs in the
  * background.  SIGPIPE and SIGXFSZ are ignored, so that writing to a closed
  * pipe, or beyond the limit for the size of files, becomes an error; but not
- * for such a program, which inherits what is ignored.  Who started us may have
- * blocked signals, without which we would not learn of a command's end. */
+ * for such a program, which inherits what is ignored.  Then no signal is
+ * blocked: who started us may have blocked some, without which we would not
+ * learn of a command's end. */
 static void cli_catch_signals(void (*handler)(int)) {
   static const int signals[] = {SIGHUP,  SIGINT,  SIGTERM, SIGUSR1,
                                 SIGCHLD, SIGALRM, SIGPIPE, SIGXFSZ};

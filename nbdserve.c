@@ -379,28 +379,29 @@ static int os_pipe(int fd[2]) {
   return 0;
 }
 
-#if !NBDSERVE_NO_MAIN
-/* Asks the system to send us SIGTERM when the thread that started us ends.
- * -EOPNOTSUPP: it does not do that. */
-static int os_end_with_parent(void) {
-#if OS_LINUX
-  return prctl(PR_SET_PDEATHSIG, SIGTERM) < 0 ? -errno : 0;
-#else
-  return -EOPNOTSUPP;
-#endif
-}
+#if OS_LINUX && !NBDSERVE_NO_MAIN
+/* Asks the system to send us SIGTERM when the thread that started us ends. */
+#define os_end_with_parent() (prctl(PR_SET_PDEATHSIG, SIGTERM) ? -errno : 0)
+#elif !NBDSERVE_NO_MAIN
+/* This system does not do that. */
+#define os_end_with_parent() (-EOPNOTSUPP)
 #endif
 
-#if !NBDSERVE_NO_SANDBOX && !NBDSERVE_POSIX_ONLY && !NBDSERVE_NO_MAIN && \
+#if !NBDSERVE_NO_SANDBOX && OS_LINUX && !NBDSERVE_NO_MAIN && \
     defined SYS_landlock_restrict_self
+/* The version of Landlock.  -ENOSYS, -EOPNOTSUPP: this system has none. */
+static int os_sandbox_version(void) {
+  int version = (int)syscall(SYS_landlock_create_ruleset, NULL, 0, 1);
+  return version < 0 ? -errno : version;
+}
+
 /* Gives up, for this thread and those that it will start, what serving does not
  * need: to open, make, rename or run files and, since Linux 6.7, to bind or
- * connect TCP sockets.  What is open stays open, and files may be removed.
- * -ENOSYS, -EOPNOTSUPP: this system cannot do that. */
+ * connect TCP sockets.  What is open stays open, and files may be removed. */
 static int os_sandbox(void) {
   const uint64_t denied[] = {0x1fcf, 3}; /* LANDLOCK_ACCESS_FS_*, .._NET_* */
-  int version = (int)syscall(SYS_landlock_create_ruleset, NULL, 0, 1);
-  if (version < 0) return -errno;
+  int version = os_sandbox_version();
+  if (version < 0) return version;
   int fd = (int)syscall(SYS_landlock_create_ruleset, denied,
                         version < 4 ? sizeof *denied : sizeof denied, 0);
   int fails = fd < 0 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 ||
@@ -411,6 +412,7 @@ static int os_sandbox(void) {
 }
 #elif !NBDSERVE_NO_MAIN
 /* OpenBSD and FreeBSD have the like; nobody has tried it there. */
+#define os_sandbox_version() (-EOPNOTSUPP)
 #define os_sandbox() (-EOPNOTSUPP)
 #endif
 
@@ -481,21 +483,13 @@ static void os_setup_client(int fd) {
  * for a tenth of a second at most, as os_splice cannot be told not to wait.
  * Returns how many bytes the pipe holds, at most `most`, if each of its pages
  * is used as a whole; or -errno.  -EOPNOTSUPP: splice(2) raises SIGPIPE when
- * the peer is gone, and that would end the process; or it is not a unix socket:
- * over TCP a copy takes less than half the time (loopback, Linux 6.18). */
+ * the peer is gone, and that would end the process: os_thread blocks it, but
+ * without threads this one is the host's. */
 static int os_splice_pipe(int fd[2], int most, int to) {
   static const struct timeval tenth = {.tv_usec = 100000};
   struct sigaction action;
-  sigset_t blocked;
-  struct sockaddr_storage own = {0};
-  socklen_t len = sizeof own;
-  getsockname(to, (struct sockaddr *)&own, &len);
-  if (own.ss_family != AF_UNIX) return -EOPNOTSUPP;
   sigaction(SIGPIPE, NULL, &action);
-  sigprocmask(SIG_SETMASK, NULL, &blocked);
-  if (action.sa_handler != SIG_IGN &&
-      (NBDSERVE_NO_THREADS || sigismember(&blocked, SIGPIPE) != 1))
-    return -EOPNOTSUPP; /* without threads this one is the host's */
+  if (NBDSERVE_NO_THREADS && action.sa_handler != SIG_IGN) return -EOPNOTSUPP;
   if (setsockopt(to, SOL_SOCKET, SO_SNDTIMEO, &tenth, sizeof tenth) < 0 ||
       pipe2(fd, O_CLOEXEC) < 0)
     return -errno;
@@ -770,17 +764,13 @@ static inline int os_is_data(int fd, uint64_t off, uint64_t end,
  * look at why one has failed.  -errno: of the last one. */
 static int os_nameless_file(const char *dir) {
   char path[PATH_MAX];
-#if OS_LINUX && defined MFD_CLOEXEC
-  int memory = dir ? -1 : memfd_create("nbdserve", MFD_CLOEXEC);
-  if (memory >= 0) return memory;
+#if OS_LINUX && defined MFD_CLOEXEC && defined O_TMPFILE
+  /* O_EXCL lets nobody give it a name.  Not every file system has that. */
+  int made = dir ? open(dir, O_TMPFILE | O_EXCL | O_RDWR | O_CLOEXEC, 0600)
+                 : memfd_create("nbdserve", MFD_CLOEXEC);
+  if (made >= 0) return made;
 #endif
   if (!dir) dir = "/tmp";
-#if OS_LINUX && defined O_TMPFILE
-  /* This file never has a name, and O_EXCL lets nobody give it one.  Not every
-   * file system has that. */
-  int unnamed = open(dir, O_TMPFILE | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
-  if (unnamed >= 0) return unnamed;
-#endif
   /* This file has a name for a moment.  mkstemp makes the name up and refuses
    * one that is there, so it follows no link that others may have placed. */
   if (snprintf(path, sizeof path, "%s/nbdserveXXXXXX", dir) >= PATH_MAX)
@@ -798,7 +788,11 @@ static int os_nameless_file(const char *dir) {
 
 /* ==== [3] UTIL (u_) ======================================================
  * Bytes of network and disk go through u_get and u_put: they are big-endian
- * there and lie at any address, so no struct is ever laid over them. */
+ * there and lie at any address, so no struct is ever laid over them.
+ *
+ * The text of a -errno value comes from strerror, which returns a constant for
+ * every number that the system knows; only for others does it use memory that
+ * threads share. */
 
 /* Reads a 16-bit number. */
 static uint16_t u_get16(const unsigned char *p) {
@@ -869,16 +863,12 @@ static void *u_zalloc(size_t n) {
  * there is no such number; *out is then unchanged. */
 static const char *u_parse_size(const char *s, uint64_t *out) {
   static const char units[] = "KMGTPEkmgtpe";
-  const char *p = s;
-  uint64_t v = 0;
-  for (; *p >= '0' && *p <= '9'; p++) {
-    uint64_t digit = (uint64_t)(*p - '0');
-    if (v > (INT64_MAX - digit) / 10) return NULL;
-    v = v * 10 + digit;
-  }
+  char *p;
+  uint64_t v = strtoull(s, &p, 10); /* what is too large: its largest value */
   const char *unit = *p ? strchr(units, *p) : NULL;
   int shift = unit ? (int)((unit - units) % 6 + 1) * 10 : 0;
-  if (p == s || v > (uint64_t)INT64_MAX >> shift) return NULL;
+  if (*s < '0' || *s > '9') return NULL; /* blanks and signs are no digits */
+  if (v > (uint64_t)INT64_MAX >> shift) return NULL;
   *out = v << shift;
   assert(*out <= INT64_MAX);
   return unit ? p + 1 : p;
@@ -889,13 +879,6 @@ static const char *u_parse_size(const char *s, uint64_t *out) {
 static int u_parse_number(const char *s, uint64_t max, uint64_t *out) {
   const char *rest = u_parse_size(s, out);
   return rest && !*rest && *out <= max;
-}
-
-/* The text of a -errno value.  strerror returns a constant for every number
- * that the system knows; only for others does it use memory that threads
- * share. */
-static const char *u_errno_text(int err) {
-  return strerror(-err);
 }
 
 /* Appends s to the text in buf[size]; what a URI may not hold as it is (RFC
@@ -1920,12 +1903,10 @@ struct nbdserve {
   /* -- guarded by lock, in which nobody waits */
   struct os_monitor lock;
   struct ex *exports; /* (E1): the list only grows, at its end */
-  struct ex **last_export;
   struct conn *conns; /* clients that are being served */
-  unsigned nconns;
   unsigned nlies;     /* wrong results of the host's functions so far */
   int64_t idle_since; /* when the last client left; 0: never run */
-  struct nbdserve_stats totals; /* but clients_now */
+  struct nbdserve_stats totals;
 };
 
 /* ---- The layer around the host's functions ------------------------------- */
@@ -2050,12 +2031,13 @@ static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
   return 0;
 }
 
-/* The added export of that name, or NULL.  The caller holds s->lock. */
-static struct ex *ex_by_name(struct nbdserve *s, const char *name) {
-  struct ex *ex = s->exports;
-  while (ex && strcmp(ex->pub.name, name) != 0)
-    ex = ex->next;
-  return ex;
+/* Where the added export of that name stands in the list; if there is none, its
+ * end.  The caller holds s->lock. */
+static struct ex **ex_by_name(struct nbdserve *s, const char *name) {
+  struct ex **place = &s->exports;
+  while (*place && strcmp((*place)->pub.name, name) != 0)
+    place = &(*place)->next;
+  return place;
 }
 
 /* The added export behind that one, or behind NULL the first one; NULL: there
@@ -2102,7 +2084,7 @@ static void ex_release(struct ex *ex) {
 static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
                       uint64_t *size) {
   os_lock(&s->lock);
-  struct ex *ex = ex_by_name(s, name);
+  struct ex *ex = *ex_by_name(s, name);
   /* For a name that no other has: the first one for the empty name, else one
    * that takes any name. */
   struct ex *last = s->exports;
@@ -2558,7 +2540,7 @@ struct conn {
   struct nbdserve *s;
   int id;     /* for messages: clients are numbered from 1 on */
   int fd;     /* a socket that is closed in the end; -1: it is the caller's */
-  int is_tcp; /* see srv_serve_client */
+  int is_tcp; /* see srv_serve_client, tx_splice */
   char peer[64];
   /* -- */
   struct conn *next; /* of s->conns */
@@ -2811,7 +2793,7 @@ static int hs_opt_list(struct conn *c) {
   if (c->send_err) return c->send_err;
   if (!err) return hs_ack(c);
   u_log(k, NBDSERVE_LOG_WARNING, "the host's list of exports: %s",
-        u_errno_text(err));
+        strerror(-err));
   return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "the list is not complete");
 }
 
@@ -2858,7 +2840,7 @@ static int hs_opt_go(struct conn *c) {
   int err = hs_enter(c, name);
   if (err == -ENOENT)
     return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
-  if (err) return hs_refuse(c, NBD_REP_ERR_UNKNOWN, u_errno_text(err));
+  if (err) return hs_refuse(c, NBD_REP_ERR_UNKNOWN, strerror(-err));
   hs_put_infos(c, asked);
   /* proto.md: a client that does not ask for block sizes might send unaligned
    * requests. */
@@ -3139,7 +3121,7 @@ static int hs_run(struct conn *c) {
 
 /* Writes the payload of an error chunk.  Returns its length. */
 static size_t tx_put_error(unsigned char *p, const struct nbdserve_req *r) {
-  const char *text = r->refused ? r->refused : u_errno_text(r->err);
+  const char *text = r->refused ? r->refused : strerror(-r->err);
   size_t n = (size_t)u_min(strlen(text), TX_ERROR_TEXT);
   u_put32(p, wire_error(r));
   u_put16(p + 4, (unsigned)n);
@@ -3268,7 +3250,7 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
   }
   if (nth_failure > EX_LOGGED) return;
   const char *outcome = "ok";
-  if (r->err) outcome = r->refused ? r->refused : u_errno_text(r->err);
+  if (r->err) outcome = r->refused ? r->refused : strerror(-r->err);
   conn_log(c, level,
            "%d: %s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64 ": %s%s",
            c->id, cmd ? cmd->name : "?", r->type, r->flags, r->client_off,
@@ -3633,14 +3615,16 @@ static void tx_close_pipe(struct conn *c) {
 
 /* Moves the data of a piece to the pipe, if the backend can do that and it is
  * in memory: then it is sent without a copy, for a third of the time.  (What
- * goes in a batch is faster with one.)  Returns its length, or 0 if it has not;
- * usually the piece can be read as any other. */
+ * goes in a batch is faster with one, as is what goes over TCP, which takes
+ * less than half the time then: loopback, Linux 6.18.)  Returns its length, or
+ * 0 if it has not; usually the piece can be read as any other. */
 static size_t tx_splice(struct conn *c, const struct nbdserve_req *piece) {
   const struct nbdserve_ops *ops = c->export->pub.ops;
   size_t len = (size_t)piece->len;
   assert(piece->type == NBD_CMD_READ && len <= TX_PIECE);
   if (!c->run_batch || !ops->splice || len <= TX_IN_BATCH_MAX) return 0;
-  if (c->fd < 0) return 0; /* a socket of the host's stays as it is */
+  /* A socket of the host's stays as it is, and its thread may take SIGPIPE. */
+  if (c->fd < 0 || c->is_tcp) return 0;
   if (*c->pipe < 0) {
     int room = c->pipe_room ? -1 : os_splice_pipe(c->pipe, TX_PIECE, c->io.out);
     c->pipe_room = room > 0 ? (size_t)room : 1; /* 1: it is not tried again */
@@ -8426,6 +8410,8 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
  *      That a pipe is readable says it all, so a full one loses nothing. */
 
 enum {
+  SRV_CONNECT = 0, /* what a socket is made for */
+  SRV_LISTEN = 1,
   SRV_OWN_FDS = 3,    /* that nbdserve_run looks at before listeners */
   SRV_PAUSE_MS = 100, /* after an accept() that failed: do not spin */
   SRV_MAX_CONN = 1 << 20
@@ -8470,7 +8456,6 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   if (!s) return -ENOMEM;
   os_monitor_init(&s->lock);
   s->config = k;
-  s->last_export = &s->exports;
   memset(s->stop, -1, sizeof s->stop); /* all bits set: -1 */
   memset(s->wake, -1, sizeof s->wake);
   memset(s->noticed, -1, sizeof s->noticed);
@@ -8485,14 +8470,9 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
 
 /* See nbdserve.h.  After an error no export was made: ctx is the caller's. */
 int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
-  struct ex *ex = NULL;
   os_lock(&s->lock);
-  int is_taken = ex_by_name(s, e->name ? e->name : "") != NULL;
-  int err = is_taken ? -EEXIST : ex_new(s, e, &ex);
-  if (!err) {
-    *s->last_export = ex;
-    s->last_export = &ex->next;
-  }
+  struct ex **place = ex_by_name(s, e->name ? e->name : "");
+  int err = *place ? -EEXIST : ex_new(s, e, place);
   os_unlock(&s->lock);
   return err;
 }
@@ -8501,7 +8481,7 @@ int nbdserve_add(struct nbdserve *s, const struct nbdserve_export *e) {
 int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
   if (size > INT64_MAX) return -EINVAL;
   os_lock(&s->lock);
-  struct ex *ex = ex_by_name(s, name ? name : "");
+  struct ex *ex = *ex_by_name(s, name ? name : "");
   if (ex) ex->pub.size = size;
   os_unlock(&s->lock);
   return ex ? 0 : -ENOENT;
@@ -8510,15 +8490,16 @@ int nbdserve_resize(struct nbdserve *s, const char *name, uint64_t size) {
 /* ---- Listening ----------------------------------------------------------- */
 
 /* Adds a listener on fd, which the server owns from now on.  text: the path of
- * a unix socket, HOST:PORT of a TCP one, or "". */
-static void srv_add_listener(struct nbdserve *s, int fd, int is_unix,
-                             const char *text) {
+ * a unix socket, HOST:PORT of a TCP one, or "".  Returns 0. */
+static int srv_add_listener(struct nbdserve *s, int fd, int is_unix,
+                            const char *text) {
   assert(fd >= 0 && s->nlisteners <= SRV_LISTENERS);
   struct srv_listener *l = &s->listeners[s->nlisteners++];
   os_set_fd_flags(fd, O_NONBLOCK);
   l->fd = fd;
   l->is_unix = is_unix && lstat(text, &l->st) == 0;
   snprintf(l->text, sizeof l->text, "%s", text);
+  return 0;
 }
 
 /* Closes the newest listener, and removes its unix socket unless another one
@@ -8536,24 +8517,16 @@ void nbdserve_unlisten(struct nbdserve *s) {
     srv_drop_listener(s);
 }
 
-/* What a socket is made for. */
-enum srv_use {
-  SRV_LISTEN,
-  SRV_CONNECT,
-  SRV_PROBE /* connect, but without waiting: does anybody listen? */
-};
-
-/* Makes a socket that listens at an address or is connected to it.  A
- * descriptor, or -errno. */
-static int srv_socket(const union srv_address *a, socklen_t len,
-                      enum srv_use use) {
+/* Makes a socket that listens at an address or is connected to it.  Nobody
+ * waits for the other side: the socket does not block.  A descriptor, or
+ * -errno. */
+static int srv_socket(const union srv_address *a, socklen_t len, int listens) {
   int fd = socket(a->sa.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (fd < 0) return -errno;
-  os_set_fd_flags(fd, use == SRV_CONNECT ? 0 : O_NONBLOCK);
+  os_set_fd_flags(fd, O_NONBLOCK);
   /* Nothing comes of these for a unix socket, and only such a one connects. */
   os_set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
   os_set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
-  int listens = use == SRV_LISTEN;
   int r = listens ? bind(fd, &a->sa, len) : connect(fd, &a->sa, len);
   if (r == 0 && listens) r = listen(fd, 128);
   if (r == 0) return fd;
@@ -8580,23 +8553,22 @@ static int srv_lock_dir(const char *path) {
 static int srv_remove_leftover(const union srv_address *a) {
   struct stat st;
   if (lstat(a->un.sun_path, &st) < 0 || !S_ISSOCK(st.st_mode)) return 0;
-  int fd = srv_socket(a, sizeof a->un, SRV_PROBE);
+  int fd = srv_socket(a, sizeof a->un, SRV_CONNECT);
   if (fd >= 0) close(fd);
   return fd == -ECONNREFUSED && unlink(a->un.sun_path) == 0;
 }
 
-/* Makes a unix socket for that use; a leftover in its place is replaced.  A
- * descriptor, or -errno. */
-static int srv_unix_socket(const char *path, enum srv_use use) {
+/* Makes a unix socket that listens at path, where a leftover is replaced, or is
+ * connected to it.  A descriptor, or -errno. */
+static int srv_unix_socket(const char *path, int listens) {
   union srv_address a = {.un = {.sun_family = AF_UNIX}};
   if (!*path) return -EINVAL;
   if (strlen(path) >= sizeof a.un.sun_path) return -ENAMETOOLONG;
   strcpy(a.un.sun_path, path);
-  if (use != SRV_LISTEN) return srv_socket(&a, sizeof a.un, use);
-  int dir = srv_lock_dir(path);
-  int fd = srv_socket(&a, sizeof a.un, SRV_LISTEN);
+  int dir = listens ? srv_lock_dir(path) : -1;
+  int fd = srv_socket(&a, sizeof a.un, listens);
   if (fd == -EADDRINUSE && srv_remove_leftover(&a))
-    fd = srv_socket(&a, sizeof a.un, SRV_LISTEN);
+    fd = srv_socket(&a, sizeof a.un, listens);
   if (dir >= 0) close(dir);
   return fd;
 }
@@ -8633,8 +8605,7 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
   getsockname(fd, &a.sa, &len);
   *port = ntohs(a.in.sin_port);
   srv_format_address(&a, text, sizeof text);
-  srv_add_listener(s, fd, 0, text);
-  return 0;
+  return srv_add_listener(s, fd, 0, text);
 }
 
 /* Listens on both loopback addresses, at the same port.  A port that the kernel
@@ -8659,12 +8630,10 @@ static int srv_listen_tcp(struct nbdserve *s, const char *address) {
   uint64_t port = 0;
   char host[64];
   if (!colon || !u_parse_number(colon + 1, 65535, &port)) return -EINVAL;
-  int len = (int)(colon - address);
-  if (len > 1 && *address == '[' && colon[-1] == ']') {
-    address++;
-    len -= 2;
-  }
-  snprintf(host, sizeof host, "%.*s", len, address); /* if cut, it is none */
+  int bracket = *address == '[' && colon[-1] == ']'; /* its length */
+  int len = (int)(colon - address) - 2 * bracket;
+  /* A host that is cut is none. */
+  snprintf(host, sizeof host, "%.*s", len, address + bracket);
   if (strcmp(host, "localhost") == 0) return srv_listen_localhost(s, port);
   return srv_listen_ip(s, host, &port);
 }
@@ -8684,9 +8653,7 @@ static int srv_listen_fd(struct nbdserve *s, const char *number) {
   if (!u_parse_number(number, INT_MAX, &fd)) return -EINVAL;
   if (getsockopt((int)fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) < 0)
     return -errno;
-  if (!listens) return -EINVAL;
-  srv_add_listener(s, (int)fd, 0, "");
-  return 0;
+  return listens ? srv_add_listener(s, (int)fd, 0, "") : -EINVAL;
 }
 
 /* See nbdserve.h. */
@@ -8696,9 +8663,7 @@ int nbdserve_listen(struct nbdserve *s, const char *address) {
   if (strncmp(address, "fd:", 3) == 0) return srv_listen_fd(s, address + 3);
   if (strncmp(address, "unix:", 5) != 0) return -EINVAL;
   int fd = srv_unix_socket(address + 5, SRV_LISTEN);
-  if (fd < 0) return fd;
-  srv_add_listener(s, fd, 1, address + 5);
-  return 0;
+  return fd < 0 ? fd : srv_add_listener(s, fd, 1, address + 5);
 }
 
 /* Writes the URI of an export at a listener, as nbdserve_uri. */
@@ -8709,8 +8674,8 @@ static int srv_uri(const struct srv_listener *l, const char *name, char *buf,
   if ((size_t)n >= size) return -ERANGE;
   if (!u_append_uri(buf, size, name ? name : "")) return -ERANGE;
   if (!l->is_unix) return 0;
-  size_t end = strlen(buf);
-  snprintf(buf + end, size - end, "?socket="); /* no room: nor for the path */
+  /* No room: nor for the path. */
+  strncat(buf, "?socket=", size - strlen(buf) - 1);
   return u_append_uri(buf, size, l->text) ? 0 : -ERANGE;
 }
 
@@ -8731,13 +8696,11 @@ static void srv_poke(int fd) {
   errno = saved;
 }
 
-/* Empties a pipe.  True: there was something in it. */
-static int srv_take_poke(int fd) {
+/* Empties a pipe. */
+static void srv_take_pokes(int fd) {
   char waste[64];
-  int found = 0;
   while (read(fd, waste, sizeof waste) > 0)
-    found = 1;
-  return found;
+    continue;
 }
 
 /* See nbdserve.h.  Nobody ever empties this pipe: there is no way back. */
@@ -8756,7 +8719,6 @@ void nbdserve_wake(struct nbdserve *s) {
 void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
   os_lock(&s->lock);
   *out = s->totals;
-  out->clients_now = s->nconns;
   os_unlock(&s->lock);
 }
 
@@ -8789,10 +8751,9 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   assert(c->io.stall_ms > 0 && !c->export);
   os_setup_client(out);
   os_lock(&s->lock);
-  c->id = (int)++s->totals.clients;
   c->next = s->conns;
   s->conns = c;
-  s->nconns++;
+  s->totals.clients_now++;
   os_unlock(&s->lock);
   return c;
 }
@@ -8804,12 +8765,12 @@ static void srv_free_client(struct conn *c) {
   assert(!c->nworkers && !c->nhanded_over);
   os_lock(&s->lock);
   struct conn **p = &s->conns;
-  assert(s->nconns > 0);
+  assert(s->totals.clients_now > 0);
   while (*p != c)
     p = &(*p)->next;
   *p = c->next;
-  s->nconns--;
-  if (!s->nconns) s->idle_since = os_now_ms();
+  s->totals.clients_now--;
+  if (!s->conns) s->idle_since = os_now_ms();
   /* Locked, so that srv_finish does not shut down another file of that
    * number. */
   if (c->fd >= 0) close(c->fd);
@@ -8832,13 +8793,16 @@ static int srv_last_flush(struct ex *ex) {
   if (err)
     u_log(&ex->server->config, NBDSERVE_LOG_ERROR,
           "export '%s': the last flush: %s; written data may be lost",
-          ex->pub.name, u_errno_text(err));
+          ex->pub.name, strerror(-err));
   return err;
 }
 
 /* Serves a client to its end and frees it.  name: as in nbdserve_serve.
  * Returns 0 or -errno. */
 static int srv_serve_client(struct conn *c, const char *name) {
+  os_lock(&c->s->lock);
+  c->id = (int)++c->s->totals.clients;
+  os_unlock(&c->s->lock);
   conn_log(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, c->peer);
   int err = name ? hs_enter(c, name) : hs_run(c);
   if (!err) err = tx_run(c);
@@ -8856,7 +8820,7 @@ static int srv_serve_client(struct conn *c, const char *name) {
   int is_usual =
       !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
   conn_log(c, is_usual ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING,
-           "%d: gone: %s", c->id, err ? u_errno_text(err) : "disconnected");
+           "%d: gone: %s", c->id, err ? strerror(-err) : "disconnected");
   srv_free_client(c);
   return err == -ESHUTDOWN ? 0 : err;
 }
@@ -8876,16 +8840,16 @@ int nbdserve_serve(struct nbdserve *s, int in, int out, const char *name) {
 /* ---- Stopping (S3) ------------------------------------------------------- */
 
 /* Shuts down all clients: SHUT_RD, no more requests are taken, or SHUT_RDWR,
- * nothing is sent any more, either.  Returns their number. */
-static unsigned srv_shutdown_clients(struct nbdserve *s, int how) {
+ * nothing is sent any more, either.  Returns whether there are any. */
+static int srv_shutdown_clients(struct nbdserve *s, int how) {
   os_lock(&s->lock);
-  unsigned n = s->nconns;
+  int found = s->conns != NULL;
   for (struct conn *c = s->conns; c; c = c->next) {
     int looks = c->fd < 0 || (c->is_tcp && how == SHUT_RD); /* at the pipe */
     if (!looks) shutdown(c->fd, how);
   }
   os_unlock(&s->lock);
-  return n;
+  return found;
 }
 
 /* Steps 1 and 3 to 7 of (S3).  0, or the error of a last flush. */
@@ -8899,7 +8863,7 @@ static int srv_finish(struct nbdserve *s) {
     int over = os_now_ms() >= end;
     if (!srv_shutdown_clients(s, over ? SHUT_RDWR : SHUT_RD)) break;
     poll(&p, 1, over ? -1 : io_timeout(end)); /* until one has left */
-    srv_take_poke(s->noticed[0]);
+    srv_take_pokes(s->noticed[0]);
   }
   s->finished = 1;
   int first = 0;
@@ -8919,10 +8883,10 @@ static int64_t srv_exit_time(struct nbdserve *s, int64_t now, int *room) {
   int64_t end = INT64_MAX;
   os_lock(&s->lock);
   if (!s->idle_since) s->idle_since = now; /* nobody has come yet */
-  if (!s->nconns && k->idle_exit_ms) end = s->idle_since + k->idle_exit_ms;
-  if (!s->nconns && s->totals.clients > 0 && (k->flags & NBDSERVE_CONFIG_ONCE))
+  if (!s->conns && k->idle_exit_ms) end = s->idle_since + k->idle_exit_ms;
+  if (!s->conns && s->totals.clients > 0 && (k->flags & NBDSERVE_CONFIG_ONCE))
     end = now;
-  *room = (int)k->max_conn - (int)s->nconns;
+  *room = (int)k->max_conn - (int)s->totals.clients_now;
   os_unlock(&s->lock);
   return end;
 }
@@ -8941,9 +8905,6 @@ static int srv_accept(struct nbdserve *s, int listener) {
   int err = os_thread(srv_thread, c);
   if (!err) return 1;
   srv_free_client(c); /* closes fd */
-  os_lock(&s->lock);
-  s->totals.clients--; /* it never was one: see NBDSERVE_CONFIG_ONCE */
-  os_unlock(&s->lock);
   return err;
 }
 
@@ -8953,14 +8914,9 @@ static void srv_tell_waiting(struct nbdserve *s, int err) {
   int64_t now = os_now_ms();
   if (now < s->tell_after) return;
   s->tell_after = now + 60000;
-  if (err)
-    u_log(&s->config, NBDSERVE_LOG_WARNING, "cannot accept clients now: %s",
-          u_errno_text(err));
-  else
-    u_log(&s->config, NBDSERVE_LOG_WARNING,
-          "%" PRIu32 " clients are served, which is the limit; "
-          "the next one has to wait",
-          s->config.max_conn);
+  u_log(&s->config, NBDSERVE_LOG_WARNING,
+        "%s; the next client has to wait (limit: %" PRIu32 ")",
+        err ? strerror(-err) : "all slots are taken", s->config.max_conn);
 }
 
 /* See nbdserve.h.  Rounds of: wait, look at each pipe, accept. */
@@ -8984,8 +8940,9 @@ int nbdserve_run(struct nbdserve *s) {
     if (r < 0 && errno != EINTR) return -errno;
     if (r < 0) continue;
     if (p[0].revents) return srv_finish(s);
-    if (p[1].revents && srv_take_poke(s->wake[0])) return -EINTR;
-    if (p[2].revents) srv_take_poke(s->noticed[0]);
+    if (p[1].revents) srv_take_pokes(s->wake[0]);
+    if (p[1].revents) return -EINTR;
+    if (p[2].revents) srv_take_pokes(s->noticed[0]);
     /* Look first behind the listener that the last client came from, so that
      * all get their share of the slots. */
     int i = 0;
@@ -9149,17 +9106,6 @@ STATIC_ASSERT(a_process_id_fits, sizeof(sig_atomic_t) >= sizeof(pid_t));
 /* A number in a format */
 #define CLI_N "%" PRIu64
 
-/* Copies a text into one of JSON, up to its end or until there is no room. */
-static void cli_escape(const char *from, char *to, size_t size) {
-  for (; *from && size > 2; from++, size--) {
-    int is_special = *from == '"' || *from == '\\';
-    if (is_special) *to++ = '\\';
-    size -= (size_t)is_special;
-    *to++ = (unsigned char)*from < ' ' ? '?' : *from;
-  }
-  *to = '\0';
-}
-
 /* Prints a message to a descriptor: a line in one write, so that the lines of
  * several threads do not mix.  The form is "OBJECT: what is wrong: reason (what
  * to do)", or that as the "error" of a JSON object.  What is too long for one
@@ -9167,18 +9113,21 @@ static void cli_escape(const char *from, char *to, size_t size) {
  * after a second the message is lost. */
 static void OS_PRINTF(3, 4)
     cli_say_to(int fd, int is_json, const char *fmt, ...) {
+  const char *end = is_json ? "\"}\n" : "\n";
   char text[PATH_MAX - 30];
-  char escaped[sizeof text];
   char line[PATH_MAX];
   struct pollfd p = {fd, POLLOUT, 0};
   va_list ap;
   va_start(ap, fmt);
   vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
-  cli_escape(text, escaped, sizeof escaped);
-  snprintf(line, sizeof line,
-           is_json ? "{\"error\":\"%s\"}\n" : "nbdserve: %s\n",
-           is_json ? escaped : text);
+  strcpy(line, is_json ? "{\"error\":\"" : "nbdserve: ");
+  char *to = line + strlen(line);
+  for (const char *c = text; *c && to < line + sizeof line - 5; c++) {
+    if (is_json && (*c == '"' || *c == '\\')) *to++ = '\\';
+    *to++ = is_json && (unsigned char)*c < ' ' ? '?' : *c;
+  }
+  strcpy(to, end);
   if (poll(&p, 1, 1000) > 0) (void)!write(fd, line, strlen(line));
 }
 #define cli_say(...) cli_say_to(2, cli.is_json, __VA_ARGS__)
@@ -9221,9 +9170,8 @@ static void cli_log(void *unused, int level, const char *message) {
 static void cli_exit_if_error(int err, const char *object) {
   assert(err <= 0 && object);
   if (err == -EBUSY)
-    cli_die(CLI_IN_USE, "%s: in use by a server; stop it, or connect to it",
-            object);
-  if (err) cli_failed("%s: %s", object, u_errno_text(err));
+    cli_die(CLI_IN_USE, "%s: in use by a server; stop or use it", object);
+  if (err) cli_failed("%s: %s", object, strerror(-err));
 }
 
 /* ---- Signals, and how it ends --------------------------------------------
@@ -9305,8 +9253,9 @@ static void cli_on_signal(int sig) {
  * started us wants it so, as nohup does, and a shell for what it runs in the
  * background.  SIGPIPE and SIGXFSZ are ignored, so that writing to a closed
  * pipe, or beyond the limit for the size of files, becomes an error; but not
- * for such a program, which inherits what is ignored.  Who started us may have
- * blocked signals, without which we would not learn of a command's end. */
+ * for such a program, which inherits what is ignored.  Then no signal is
+ * blocked: who started us may have blocked some, without which we would not
+ * learn of a command's end. */
 static void cli_catch_signals(void (*handler)(int)) {
   static const int signals[] = {SIGHUP,  SIGINT,  SIGTERM, SIGUSR1,
                                 SIGCHLD, SIGALRM, SIGPIPE, SIGXFSZ};
@@ -9322,7 +9271,7 @@ static void cli_catch_signals(void (*handler)(int)) {
       sigaction(sig, &action, NULL);
   }
   sigemptyset(&none);
-  if (handler == cli_on_signal) sigprocmask(SIG_SETMASK, &none, NULL);
+  sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
 /* ---- Files that we make and remove -------------------------------------- */
@@ -9357,25 +9306,19 @@ static void cli_put_new_file(void) {
 /* Is the file at path a store?  Whoever writes to it would destroy it.  One
  * superblock is enough to tell: the other, 1 MiB away, may be damaged. */
 static int cli_is_store(const char *path) {
-  static const char magic[] = "NBDSCAS";
-  char begin[sizeof magic - 1];
+  char begin[2][sizeof "NBDSCAS"] = {"", ""};
   int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
-  if (fd < 0) return 0;
-  int is_store = 0;
-  for (off_t at = 0; at <= 1 << 20; at += 1 << 20)
-    if (pread(fd, begin, sizeof begin, at) == (ssize_t)sizeof begin)
-      is_store |= memcmp(begin, magic, sizeof begin) == 0;
-  close(fd);
-  return is_store;
+  for (int i = 0; i < 2; i++)
+    (void)!pread(fd, begin[i], sizeof *begin - 1, i << 20);
+  close(fd); /* with -1 all this does nothing */
+  return strcmp(begin[0], "NBDSCAS") == 0 || strcmp(begin[1], "NBDSCAS") == 0;
 }
 
 /* ---- What --fault and --delay do to requests ---------------------------- */
 
 /* The types of requests are below this; NBD_CMD_BLOCK_STATUS is the last.  As a
  * type it stands for each of them. */
-enum {
-  CLI_NTYPES = NBD_CMD_BLOCK_STATUS + 1
-};
+#define CLI_NTYPES (NBD_CMD_BLOCK_STATUS + 1)
 
 /* What --fault and --delay do to the requests of a type.  This is fixed before
  * the server is made, except for `sum`, which server->lock guards. */
@@ -9567,7 +9510,8 @@ static struct {
   unsigned given;
   /* The value as it was written; it stays in argv. */
   const char *text;
-  /* The value of an option that takes a number */
+  /* The value of an option that takes a number; --sandbox: SANDBOX_...;
+   * --without: bits of nbdserve_config.without */
   uint64_t number;
 } opt[OPT_COUNT];
 
@@ -9575,15 +9519,9 @@ static struct {
  * --cache say */
 static struct nbdserve_export cli_common;
 
-/* What --without says: bits of nbdserve_config.without */
-static uint32_t cli_without;
-
 /* --changes: the metadata contexts of volumes.  NULL: those that they have */
 static char cli_context[200];
 static const char *cli_contexts[2];
-
-/* What --sandbox says: SANDBOX_... */
-static uint32_t cli_sandbox;
 
 /* ---- From argv to `opt` ---- */
 
@@ -9664,14 +9602,13 @@ static void cli_set_option(enum cli_option_id id, const char *value) {
     cli_usage("--%.*s %s: not open", CLI_NAME(id), value);
   if (id == OPT_CACHE)
     cli_common.flags = cli_take_word(id, &value, cli_cache_modes);
-  if (id == OPT_SANDBOX)
-    cli_sandbox = cli_take_word(id, &value, cli_sandbox_modes);
+  if (id == OPT_SANDBOX) *n = cli_take_word(id, &value, cli_sandbox_modes);
   if (id == OPT_CHANGES) {
     snprintf(cli_context, sizeof cli_context, "qemu:dirty-bitmap:%s", value);
     *cli_contexts = cli_context;
   }
   while (id == OPT_WITHOUT && *value)
-    cli_without |= cli_take_word(id, &value, cli_features);
+    *n |= cli_take_word(id, &value, cli_features);
   if ((id == OPT_BLOCK_SIZE && !cli_parse_sizes(value)) ||
       ((id == OPT_FAULT || id == OPT_DELAY) && !cli_parse_fault(id, value)))
     cli_usage("--%.*s %s: not as in --%s: %s", CLI_NAME(id), opt[id].text,
@@ -9694,15 +9631,10 @@ static void cli_parse(char **argv) {
     const char *value = NULL;
     int is_letter = text[0] == '-' && text[1] != '-';
     assert(cli.targets + cli.ntargets < word);
-    if (strcmp(text, "--") == 0) {
-      opt[OPT_RUN].given++;
-      cli.command = word + 1;
-    }
-    if (text[0] != '-' || !text[1]) {
-      cli.targets[cli.ntargets++] = *word;
-      continue;
-    }
-    for (const char *p = text + 2 - is_letter; *p && !value;) {
+    int is_target = text[0] != '-' || !text[1];
+    if (strcmp(text, "--") == 0) cli.command = word + 1;
+    if (is_target) cli.targets[cli.ntargets++] = *word;
+    for (const char *p = is_target ? "" : text + 2 - is_letter; *p && !value;) {
       int len = is_letter ? 1 : (int)strcspn(p, "=");
       enum cli_option_id id = OPT_COUNT - 1;
       for (; id > OPT_NONE; id--) {
@@ -9721,6 +9653,7 @@ static void cli_parse(char **argv) {
       cli_set_option(id, value);
     }
   }
+  if (cli.command) opt[OPT_RUN].given++;
 }
 
 /* Refuses an option together with one of the others, a BIT for each. */
@@ -9732,8 +9665,16 @@ static void cli_exclude(enum cli_option_id id, uint64_t others,
                 cli_options[other].name, why);
 }
 
+/* Refuses options, a BIT for each: to ignore one would not be what the user has
+ * asked for. */
+static void cli_refuse(uint64_t options, const char *why, const char *what) {
+  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
+    if (opt[id].given && options >> id & 1)
+      cli_usage("--%.*s: %s %s", CLI_NAME(id), why, what);
+}
+
 /* Refuses what makes no sense for a server.  Commands on stores come before
- * that, and have cli_check_verb. */
+ * that, and refuse all but cli_options_of. */
 static void cli_check_options(void) {
   const uint64_t sockets = BIT(UNIX) | BIT(PORT) | BIT(BIND);
   cli_exclude(OPT_STDIN, sockets | BIT(FD), "nobody listens");
@@ -9742,15 +9683,11 @@ static void cli_check_options(void) {
   cli_exclude(OPT_RUN, BIT(ONCE) | BIT(IDLE_EXIT), "it ends with the command");
   cli_exclude(OPT_FORK, BIT(STDIN) | BIT(RUN), "nobody would wait for it");
   cli_exclude(OPT_FORK, BIT(PARENT), "the parent ends at once");
-  cli_exclude(OPT_READ_ONLY, BIT(CREATE), "a new target would stay empty");
-  cli_exclude(OPT_TEMPORARY, BIT(READ_ONLY) | BIT(CREATE),
-              "nothing to discard");
+  cli_exclude(OPT_CREATE, BIT(READ_ONLY) | BIT(TEMPORARY), "it stays empty");
+  cli_exclude(OPT_TEMPORARY, BIT(READ_ONLY), "nothing to discard");
   if (opt[OPT_RUN].given > 1 || (cli.command && !*cli.command))
     cli_usage("--: there must be one command, behind it or --run");
-  enum cli_option_id stray = OPT_DRY_RUN;
-  if (!opt[stray].given) stray = OPT_ACCEPT_LOSS;
-  if (opt[stray].given)
-    cli_usage("--%s: only for commands on stores", cli_options[stray].name);
+  cli_refuse(BIT(DRY_RUN) | BIT(ACCEPT_LOSS), "only for", "commands on stores");
   if (!cli.ntargets) cli_usage("no target (try --help)");
   if (opt[OPT_EXPORT].text && cli.ntargets > 1)
     cli_usage("--export: for a single target (use NAME=TARGET)");
@@ -9896,23 +9833,36 @@ static int cli_wait(const struct cli_job *job, int fd, short events, int ms) {
   return p[0].revents ? 0 : -ETIMEDOUT;
 }
 
-/* Writes to a descriptor that may be anything and is the client's, so it stays
- * as it is: what has no offsets, like a pipe, takes PIPE_BUF bytes without
- * blocking if poll() calls it ready.  Returns 0 or -errno: that of cli_wait if
- * nobody takes it for --stall seconds (months are for ever). */
-static int cli_write(const struct cli_job *job, int fd, const void *data,
-                     size_t n) {
-  size_t most = lseek(fd, 0, SEEK_CUR) < 0 ? PIPE_BUF : IO_UNIT;
-  for (size_t done = 0; done < n;) {
-    int err = cli_wait(job, fd, POLLOUT, (int)cli.server->config.stall_ms);
+/* Reads (POLLIN) or writes (POLLOUT) *n bytes, and sets *n to their number:
+ * fewer at the end of what is read.  The descriptor may be anything and is the
+ * client's, so it stays as it is: what has no offsets, like a pipe, takes
+ * PIPE_BUF bytes without blocking if poll() calls it ready.  Returns 0 or
+ * -errno: that of cli_wait if nobody takes it for --stall seconds (months are
+ * for ever). */
+static int cli_move(const struct cli_job *job, int fd, short events,
+                    unsigned char *data, uint64_t *n) {
+  int writes = events == POLLOUT;
+  int ms = writes ? (int)cli.server->config.stall_ms : -1;
+  size_t most = writes && lseek(fd, 0, SEEK_CUR) < 0 ? PIPE_BUF : IO_UNIT;
+  uint64_t wanted = *n;
+  for (*n = 0; *n < wanted;) {
+    int err = cli_wait(job, fd, events, ms);
     if (err) return err;
+    size_t left = (size_t)u_min(wanted - *n, most);
     ssize_t some =
-        write(fd, (const char *)data + done, (size_t)u_min(n - done, most));
+        writes ? write(fd, data + *n, left) : read(fd, data + *n, left);
+    if (some == 0 && !writes) break;
     if (some < 0 && errno != EINTR && errno != EAGAIN) return -errno;
-    if (some > 0) done += (size_t)some;
-    assert(done <= n);
+    if (some > 0) *n += (uint64_t)some;
+    assert(*n <= wanted);
   }
   return 0;
+}
+
+/* Writes n bytes. */
+static int cli_write(const struct cli_job *job, int fd, const void *data,
+                     uint64_t n) {
+  return cli_move(job, fd, POLLOUT, (unsigned char *)(uintptr_t)data, &n);
 }
 
 /* Clears the line that shows the progress, if there is one, so that a row or a
@@ -10078,26 +10028,6 @@ static int cli_is_data(const struct nbdserve_export *v, uint64_t off,
   return !(x.last_status & NBDSERVE_EXTENT_ZERO);
 }
 
-/* Reads *n bytes of FILE into the buffer, or fewer up to its end, and sets *n
- * to their number.  They come from off on; what has no offsets, like a pipe,
- * gives what comes next. */
-static int cli_read(const struct cli_job *job, unsigned char *buffer,
-                    uint64_t off, uint64_t *n) {
-  int file = job->fds.output;
-  uint64_t wanted = *n;
-  for (*n = 0; *n < wanted;) {
-    size_t left = (size_t)(wanted - *n);
-    int err = cli_wait(job, file, POLLIN, -1);
-    if (err) return err;
-    ssize_t some = pread(file, buffer + *n, left, (off_t)(off + *n));
-    if (some < 0 && errno == ESPIPE) some = read(file, buffer + *n, left);
-    if (some == 0) break;
-    if (some < 0 && errno != EINTR && errno != EAGAIN) return -errno;
-    if (some > 0) *n += (uint64_t)some;
-  }
-  return 0;
-}
-
 /* Copies between FILE and a volume, IO_UNIT bytes at a time, which is a whole
  * number of blocks of every size.  What is written to FILE goes from front to
  * back, as it may be a pipe.  can_skip: holes are not copied, as the other side
@@ -10119,16 +10049,17 @@ static int cli_copy(struct cli_job *job, struct nbdserve_export *v,
     int is_skipped = can_skip && !is_data;
     n = is_skipped ? end - off : u_min(end - off, IO_UNIT);
     if (cli_progress(job, is_stream ? 0 : off, v->size)) err = -ECANCELED;
+    if (imports) lseek(file, (off_t)off, SEEK_SET); /* or it is a stream */
     if (is_skipped && !imports) lseek(file, (off_t)n, SEEK_CUR);
     if (is_skipped || err) continue;
     uint64_t wanted = n;
-    err = imports ? cli_read(job, buffer, off, &n)
+    err = imports ? cli_move(job, file, POLLIN, buffer, &n)
                   : v->ops->read(v->ctx, buffer, off, n, 0);
     if (!err && n < wanted && !is_stream) err = -EIO; /* it has been cut */
     if (n < wanted) v->size = off + n;
     if (err || !n) break;
     err = imports ? v->ops->write(v->ctx, buffer, off, n, 0)
-                  : cli_write(job, file, buffer, (size_t)n);
+                  : cli_write(job, file, buffer, n);
   }
   NBDSERVE_FREE(buffer);
   assert(err <= 0);
@@ -10274,9 +10205,8 @@ static const char *cli_why(const struct cli_verb *verb,
   if (err == -ENOTCONN)
     return "it is not served, or only to be read, or not at a known address";
   if (err == -ENOSPC && verb->flags & VERB_READS_FILE)
-    return "no space left; what it took is free in the store, and gc gives it "
-           "to the file system";
-  if (err != -EINVAL) return u_errno_text(err);
+    return "no space left; what it took is free in the store (gc returns it)";
+  if (err != -EINVAL) return strerror(-err);
   if (cli_is_id(op->name) && change != NBDSERVE_CAS_CREATE)
     return "several snapshots have that id, or it cannot be used here";
   if (change == NBDSERVE_CAS_ROLLBACK || verb->run == cli_do_seal)
@@ -10440,6 +10370,13 @@ static void *cli_control(void *unused) {
 
 /* ---- The store of this process ------------------------------------------ */
 
+/* Do two paths lead to the same file? */
+static int cli_are_same(const char *path, const char *other) {
+  struct stat file[2];
+  if (stat(path, &file[0]) < 0 || stat(other, &file[1]) < 0) return 0;
+  return file[0].st_dev == file[1].st_dev && file[0].st_ino == file[1].st_ino;
+}
+
 /* Opens the store at path.  The process has one at most.  STORE.ctl lies beside
  * the file itself, so that all who come by symbolic links find it.  Returns 0,
  * or -errno and leaves cli.cas NULL.  -EBUSY: somebody has it.  If that is its
@@ -10456,10 +10393,12 @@ static int cli_open_store(const char *path, uint32_t flags,
   int64_t until = os_now_ms() + 3000;
   struct stat st;
   struct stat ctl;
-  int err;
   assert(!cli.cas && job->client < 0);
   if (opt[OPT_NO_VERIFY].given) options.flags |= NBDSERVE_CAS_NO_VERIFY;
-  if (!realpath(path, cli.store) || stat(path, &st) < 0) return -errno;
+  int err = realpath(path, cli.store) && stat(path, &st) == 0 ? 0 : -errno;
+  if (err == -ENOENT)
+    cli_failed("%s: no such store (`nbdserve init %s` makes one)", path, path);
+  if (err) return err;
   snprintf(cli.ctl_path, sizeof cli.ctl_path, "%s.ctl", cli.store);
   do {
     err = nbdserve_cas_open(path, &options, &cli.cas);
@@ -10485,8 +10424,7 @@ static int cli_open_store(const char *path, uint32_t flags,
   struct nbdserve_cas_stat stat;
   nbdserve_cas_stat(cli.cas, &stat);
   if (stat.damaged)
-    cli_say("%s: damaged, something may be missing; see `nbdserve verify %s`",
-            path, path);
+    cli_say("%s: damaged, something may be missing (verify names it)", path);
   return 0;
 }
 
@@ -10504,8 +10442,7 @@ static void cli_start_control(void) {
   cli.njobs = 0;
   close(cli.ctl);
   if (!opt[OPT_QUIET].given)
-    cli_say("%s: %s; no commands are taken while the store is served",
-            cli.ctl_path, u_errno_text(err));
+    cli_say("%s: %s; no commands are taken", cli.ctl_path, strerror(-err));
 }
 
 /* The `find` function of a server of all of a store: called in the threads of
@@ -10549,14 +10486,13 @@ static int cli_first_volume(void *unused,
 }
 
 /* Says where the store at path is served: by the process that we are connected
- * to. */
-static void cli_say_where(const char *path, struct cli_job *job) {
+ * to.  Returns the exit status. */
+static int cli_say_where(const char *path, struct cli_job *job) {
   job->verb = cli_find_verb("uri");
   job->fds.output = job->fds.messages = 2;
-  cli_say("%s: in use by a server; stop it, or connect to it.  Its URI and "
-          "process id:",
-          path);
+  cli_say("%s: in use by a server; stop or use it.  URI, process id:", path);
   cli_run_remote(job, 2000); /* it may be stuck */
+  return CLI_IN_USE;
 }
 
 /* --changes: a volume gets only that context, which has to be there. */
@@ -10586,14 +10522,10 @@ static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
   uint32_t how = opt[OPT_READ_ONLY].given ? NBDSERVE_CAS_READONLY : 0;
   struct cli_job none = {.client = -1};
-  char real[PATH_MAX];
-  if (cli.cas && (!realpath(path, real) || strcmp(cli.store, real) != 0))
+  if (cli.cas && !cli_are_same(path, cli.store))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
   int err = cli.cas ? 0 : cli_open_store(path, how | CAS_KICK_LATER, &none);
-  if (err && none.client >= 0) {
-    cli_say_where(path, &none);
-    exit(CLI_IN_USE);
-  }
+  if (err && none.client >= 0) exit(cli_say_where(path, &none));
   if (err) return err;
   mode_t mask = umask(0177);
   if (!cli.ctl && !how && !NBDSERVE_NO_THREADS)
@@ -10642,13 +10574,6 @@ static char *cli_take_store(const struct cli_verb *verb) {
   return first;
 }
 
-/* Do two paths lead to the same file? */
-static int cli_are_same(const char *path, const char *other) {
-  struct stat file[2];
-  if (stat(path, &file[0]) < 0 || stat(other, &file[1]) < 0) return 0;
-  return file[0].st_dev == file[1].st_dev && file[0].st_ino == file[1].st_ino;
-}
-
 /* The name in a later operand.  "STORE::" may stand before it if that is the
  * same store.  Where there is no such file, "::" belongs to the name, but a new
  * name with it is refused; so is a volume where a FILE is meant.  flags: of the
@@ -10659,17 +10584,15 @@ static const char *cli_same_store(const char *store, const char *operand,
   char path[PATH_MAX];
   if (!colons || !store) return operand;
   snprintf(path, sizeof path, "%.*s", (int)(colons - operand), operand);
-  if (flags & (VERB_READS_FILE | VERB_WRITES_FILE)) {
-    if (cli_is_store(path)) cli_usage("%s: a volume, and not a FILE", operand);
-    return operand;
-  }
-  int is_there = access(path, F_OK) == 0;
+  int is_file = (flags & (VERB_READS_FILE | VERB_WRITES_FILE)) != 0;
+  if (is_file && cli_is_store(path))
+    cli_usage("%s: a volume, and not a FILE", operand);
+  int is_there = !is_file && access(path, F_OK) == 0;
   if (!is_there && flags & VERB_NEW_NAME)
     cli_usage("%s: no such store, and no name of a volume", operand);
   if (!is_there) return operand;
   if (!cli_are_same(store, path))
-    cli_usage("%s: in another store than the first operand: %s", operand,
-              store);
+    cli_usage("%s: in another store than %s", operand, store);
   return colons + 2;
 }
 
@@ -10680,23 +10603,21 @@ static const char *cli_same_store(const char *store, const char *operand,
  * this one perhaps, or an image that is being served: both are locked, and
  * nobody wants to lose them. */
 static int cli_open_file(const char *file, int writes) {
-  struct stat st;
+  struct stat st = {.st_mode = S_IFREG}; /* of a FILE that is to be made */
   int how = (writes ? O_WRONLY : O_RDONLY) | O_CLOEXEC | O_NOCTTY;
   int is_standard = strcmp(file, "-") == 0;
   if (writes && is_standard) return 1;
   int fd = is_standard ? 0 : open(file, how);
   if (fd < 0 && (!writes || errno != ENOENT)) cli_exit_if_error(-errno, file);
-  if (writes && fd >= 0 && os_lock_file(fd, 0))
-    cli_die(CLI_IN_USE, "%s: in use", file);
-  if (writes && fd >= 0 && cli_is_store(file))
+  fstat(fd, &st);
+  if (writes && fd >= 0) cli_exit_if_error(os_lock_file(fd, 0), file);
+  if (writes && cli_is_store(file))
     cli_failed("%s: a store; remove it first, or take another file", file);
-  if (!writes && fstat(fd, &st) == 0 &&
-      (S_ISCHR(st.st_mode) || S_ISDIR(st.st_mode)))
+  if (!writes && (S_ISCHR(st.st_mode) || S_ISDIR(st.st_mode)))
     cli_failed("%s: neither a file nor a block device nor a pipe", file);
-  if (!writes || (fd >= 0 && fstat(fd, &st) == 0 && !S_ISREG(st.st_mode)))
-    return fd;
+  if (!writes || !S_ISREG(st.st_mode)) return fd;
   cli_catch_signals(cli_on_signal); /* now there is something to remove */
-  const char *real = fd >= 0 ? realpath(file, NULL) : NULL; /* is not freed */
+  const char *real = realpath(file, NULL); /* is not freed */
   return cli_new_file(real ? real : file, fd >= 0 ? &st : NULL);
 }
 
@@ -10720,13 +10641,9 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
   cli_catch_signals(cli_on_signal);
   int err = cli_open_store(store, how, job);
   if (err == -EBUSY && job->client < 0)
-    cli_die(CLI_IN_USE, "%s: in use by a process that takes no commands",
-            store);
+    cli_die(CLI_IN_USE, "%s: in use by one that takes no commands", store);
   if (err == -EBUSY && how & NBDSERVE_CAS_ACCEPT_LOSS)
     cli_die(CLI_IN_USE, "%s: is being served; stop the server first", store);
-  if (err == -ENOENT)
-    cli_failed("%s: no such store (`nbdserve init %s` makes one)", store,
-               store);
   if (err != -EBUSY) cli_exit_if_error(err, store);
   int status = err ? cli_run_remote(job, -1) : cli_run_job(job);
   if (status || !(flags & VERB_WRITES_FILE)) return status;
@@ -10745,14 +10662,6 @@ static uint64_t cli_options_of(const struct cli_verb *verb) {
   if (verb->flags & VERB_DRY_RUN) allowed |= BIT(DRY_RUN);
   if (verb->open == NBDSERVE_CAS_REPAIR) allowed |= BIT(ACCEPT_LOSS);
   return allowed;
-}
-
-/* Refuses options that are not for a command: to ignore one would not be what
- * the user has asked for. */
-static void cli_check_verb(const struct cli_verb *verb) {
-  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
-    if (opt[id].given && !(cli_options_of(verb) >> id & 1))
-      cli_usage("--%.*s: not for the command %s", CLI_NAME(id), verb->name);
 }
 
 /* If the command line is a command on a store: does it, and ends the process.
@@ -10783,7 +10692,7 @@ static void cli_run_verb(void) {
   int err = out && fclose(out) == 0 ? 0 : -ENOMEM;
   job.request.length = (uint32_t)length;
   if (!err) err = store ? cli_split_operands(&job) : -EINVAL;
-  cli_check_verb(job.verb);
+  cli_refuse(~cli_options_of(job.verb), "not for the command", name);
   if (err == -EINVAL)
     cli_usage("usage: nbdserve %s %s", name, job.verb->operands);
   if (err == -EDOM) cli_usage("%s %s: not a size", name, last);
@@ -10795,9 +10704,7 @@ static void cli_run_verb(void) {
   if (err == -EINVAL && last)
     cli_usage("%s: not a block size (4K, 8K, 16K, 32K or 64K)", last);
   if (err == -EEXIST)
-    cli_failed("%s: exists, and is not an unused device (init makes a new "
-               "file: take another name)",
-               store);
+    cli_failed("%s: exists, and is no unused device: use another name", store);
   cli_exit_if_error(err, store);
   exit(0);
 }
@@ -10879,21 +10786,15 @@ static void cli_open_target(const char *text, const char *path,
   if (opt[OPT_TEMPORARY].given && access(flat.dir, W_OK) < 0)
     cli_exit_if_error(-errno, flat.dir);
   if (!volume && strncmp(text, "file:", 5) != 0 && cli_is_store(path))
-    cli_usage("%s: a store; %s:: serves its volumes, and file:%s the file",
-              text, text, text);
+    cli_usage("%s: a store; serve %s:: or file:%s", text, text, text);
   int err = volume ? cli_open_volume(path, volume, ex)
                    : nbdserve_flat_open(path, &flat, ex);
   if ((err == -EACCES || err == -EROFS) && !flat.flags)
     hint = " (-r serves it read-only)";
   if (err == -ENOENT && !volume && !flat.flags && !flat.create)
-    hint = strchr(text, '/') || strcmp(path, text) != 0
-               ? " (--create SIZE makes it)"
-               : ", and no such command (--create SIZE makes it; see --help)";
-  if (err == -ENOENT && volume && access(path, F_OK) < 0)
-    cli_failed("%s: no such store (`nbdserve init %s` makes one)", path, path);
+    hint = " (--create SIZE makes it; --help names the commands)";
   if (err == -ENOENT && volume)
-    cli_failed("%s: no such volume or snapshot (`nbdserve list %s` names all)",
-               text, path);
+    cli_failed("%s: no such volume or snapshot (see list %s)", text, path);
   if (err == -EINVAL && !volume) {
     const char *why = "neither a file nor a block device";
     if (flat.offset || flat.size) why = "--offset and --size reach beyond it";
@@ -10902,7 +10803,7 @@ static void cli_open_target(const char *text, const char *path,
       cli_usage("%s: not a size behind mem: (as in mem:1G)", text);
     cli_failed("%s: %s", text, why);
   }
-  if (*hint) cli_failed("%s: %s%s", text, u_errno_text(err), hint);
+  if (*hint) cli_failed("%s: %s%s", text, strerror(-err), hint);
   cli_exit_if_error(err, text);
 }
 
@@ -10972,7 +10873,7 @@ static void OS_PRINTF(1, 2) cli_listen_at(const char *fmt, ...) {
     hint = ": not a numeric address or localhost, or built without TCP";
   if (err == -ENAMETOOLONG)
     cli_failed("%s: a socket path has at most %d bytes", address, CLI_PATH_MAX);
-  if (err) cli_failed("%s: %s%s", address, u_errno_text(err), hint);
+  if (err) cli_failed("%s: %s%s", address, strerror(-err), hint);
 }
 
 /* How many sockets systemd, or a program like nbdinfo, has passed to us from
@@ -11027,23 +10928,22 @@ static void cli_listen(void) {
   const char *host = opt[OPT_BIND].text ? opt[OPT_BIND].text : "localhost";
   int port = opt[OPT_PORT].given ? (int)opt[OPT_PORT].number : 10809;
   int wants_tcp = opt[OPT_PORT].given || opt[OPT_BIND].given;
-  int is_told = path || wants_tcp || opt[OPT_STDIN].given || opt[OPT_FD].given;
-  int passed = is_told ? 0 : cli.passed;
   char dir[CLI_PATH_MAX + 1];
   size_t n = path ? strlen(path) : 0;
   if (opt[OPT_STDIN].given)
     cli.client = 0;
   else if (opt[OPT_FD].given)
     cli_listen_at("fd:%d", (int)opt[OPT_FD].number);
-  else if (path ? strcmp(path, "-") == 0 : !wants_tcp && !passed)
+  else if (path ? strcmp(path, "-") == 0 : !wants_tcp && !cli.passed)
     cli_listen_privately();
   else if (path && *path != '/' && n + 1 < sizeof dir &&
            getcwd(dir, sizeof dir - n - 1))
     cli_listen_at("unix:%s/%s", dir, path);
   else if (path)
     cli_listen_at("unix:%s", path);
-  for (int i = 0; i < passed; i++)
-    cli_listen_at("fd:%d", 3 + i);
+  else
+    for (int i = 0; i < cli.passed && !wants_tcp; i++)
+      cli_listen_at("fd:%d", 3 + i);
   if (wants_tcp) cli_listen_at("tcp:%s:%d", host, port);
   if (wants_tcp && strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
       strncmp(host, "127.", 4) != 0 && !opt[OPT_QUIET].given)
@@ -11082,7 +10982,7 @@ static void cli_exec_child(void) {
     execvp(program, cli.command);
   else
     execl(program, "sh", "-c", opt[OPT_RUN].text, (char *)NULL);
-  cli_say("%s: %s", program, u_errno_text(-errno));
+  cli_say("%s: %s", program, strerror(errno));
 }
 
 /* Starts the command.  It is a child of the process, not the other way round,
@@ -11093,22 +10993,20 @@ static void cli_exec_child(void) {
  * descriptors that we have opened close themselves in it. */
 static void cli_start_child(void) {
   sigset_t all;
-  sigset_t was;
   assert(!cli.child);
   if (!*cli.uri) cli_usage("no URI for the command to use");
   sigfillset(&all);
-  sigprocmask(SIG_BLOCK, &all, &was);
+  sigprocmask(SIG_BLOCK, &all, NULL);
   pid_t pid = cli.stopping ? -1 : fork();
   if (pid < 0) cli.child_status = CLI_FAILED;
   if (pid < 0 && !cli.stopping) cli_exit_if_error(-errno, "fork");
   if (pid == 0) {
-    cli_catch_signals(SIG_DFL); /* first: it must not run our handler */
-    sigprocmask(SIG_SETMASK, &was, NULL);
+    cli_catch_signals(SIG_DFL); /* it must not run our handler */
     cli_exec_child();
     _exit(127); /* as a shell says it */
   }
   if (pid > 0) cli.child = pid;
-  sigprocmask(SIG_SETMASK, &was, NULL);
+  sigprocmask(SIG_UNBLOCK, &all, NULL); /* as cli_catch_signals left it */
 }
 
 /* ---- Getting ready ------------------------------------------------------ */
@@ -11132,19 +11030,12 @@ static void cli_fork(void) {
   _exit(cli_exit_status(wait_status));
 }
 
-/* --sandbox require: sees to it that there is one, before anybody is told that
- * we are ready.  Nobody can leave it again, and we have files to open yet: so a
- * child tries. */
-static void cli_try_sandbox(void) {
-  int wait_status = 0;
-  if (cli_sandbox != SANDBOX_REQUIRE) return;
-  pid_t pid = fork();
-  if (pid == 0) _exit(-os_sandbox());
-  if (pid < 0 || waitpid(pid, &wait_status, 0) != pid)
-    cli_exit_if_error(-errno, "--sandbox require");
-  if (wait_status)
+/* Takes what os_sandbox_version or os_sandbox has returned: without a sandbox
+ * the process goes on, unless one is required. */
+static void cli_check_sandbox(int result) {
+  if (result < 0 && opt[OPT_SANDBOX].number == SANDBOX_REQUIRE)
     cli_failed("--sandbox require: not on this system, or built without: %s",
-               u_errno_text(-cli_exit_status(wait_status)));
+               strerror(-result));
 }
 
 /* Tells systemd, or whoever else listens at $NOTIFY_SOCKET (sd_notify(3)), that
@@ -11158,7 +11049,6 @@ static void cli_notify(void) {
   socklen_t len =
       (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(path));
   int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-  if (fd < 0) return;
   sendto(fd, "READY=1", 7, MSG_NOSIGNAL, (struct sockaddr *)&a, len);
   close(fd);
 }
@@ -11241,6 +11131,7 @@ static void cli_print_stats(void) {
   struct nbdserve_stats s;
   char types[CLI_NTYPES * 100] = "";
   size_t n = 0;
+  cli.stats_wanted = 0;
   nbdserve_stats(cli.server, &s);
   os_lock(&cli.server->lock);
   for (const struct cli_word *type = cli_types; type->value < CLI_NTYPES;
@@ -11283,18 +11174,14 @@ static int cli_serve(void) {
   do {
     run_err = nbdserve_run(cli.server);
     int is_last = run_err != -EINTR && opt[OPT_STATS].given;
-    int wants_stats = cli.stats_wanted || is_last;
-    cli.stats_wanted = 0;
-    if (wants_stats) cli_print_stats();
+    if (cli.stats_wanted || is_last) cli_print_stats();
     if (cli.end_wanted) nbdserve_unlisten(cli.server);
   } while (run_err == -EINTR);
   if (cli.child && !cli.end_wanted) raise(SIGTERM);
   while (cli.child && !cli.stopping)
     poll(NULL, 0, 100);
-  if (cli.child) {
-    cli_say("the command still runs after SIGTERM; not waited for");
-    return CLI_FAILED;
-  }
+  if (cli.child)
+    cli_failed("the command still runs after SIGTERM; not waited for");
   if (cli.child_status) return cli.child_status;
   return err || run_err ? CLI_FAILED : 0;
 }
@@ -11329,7 +11216,7 @@ static void cli_close(void) {
   if (!err && cli.cas) err = nbdserve_cas_close(cli.cas);
   if (*cli.private_dir) rmdir(cli.private_dir);
   if (!err) return;
-  cli_say("%s: not closed in order: %s", cli.store, u_errno_text(err));
+  cli_say("%s: not closed in order: %s", cli.store, strerror(-err));
   _exit(CLI_FAILED);
 }
 
@@ -11389,7 +11276,7 @@ int main(int argc, char **argv) {
       .max_conn = (uint32_t)opt[OPT_MAX_CONN].number,
       .stall_ms = (uint32_t)opt[OPT_STALL].number * 1000,
       .idle_exit_ms = (uint32_t)opt[OPT_IDLE_EXIT].number * 1000,
-      .without = cli_without,
+      .without = (uint32_t)opt[OPT_WITHOUT].number,
       .log_level = NBDSERVE_LOG_WARNING + (int)u_min(opt[OPT_VERBOSE].given, 2),
       .log = cli_log};
   if (opt[OPT_QUIET].given) config.log_level = NBDSERVE_LOG_ERROR;
@@ -11406,14 +11293,12 @@ int main(int argc, char **argv) {
     cli_exit_if_error(os_end_with_parent(), "--exit-with-parent");
   for (int i = 0; i < cli.ntargets; i++)
     cli_add_target(cli.targets[i]);
-  cli_try_sandbox();
+  cli_check_sandbox(os_sandbox_version()); /* before anybody is told */
   cli_listen();
   cli_tell_ready();
   /* All is open, and the command, which that must not bind, has started.  The
    * threads of a store come behind it, so that it binds them. */
-  int err = cli_sandbox == SANDBOX_OFF ? 0 : os_sandbox();
-  if (cli_sandbox == SANDBOX_REQUIRE)
-    cli_exit_if_error(err, "--sandbox require");
+  if (opt[OPT_SANDBOX].number != SANDBOX_OFF) cli_check_sandbox(os_sandbox());
   if (cli.cas) cas_kick(cli.cas);
   return cli_serve();
 }

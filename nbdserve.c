@@ -6912,7 +6912,7 @@ static void cas_close(void *ctx) {
   cas_unlock(vol->st);
 }
 
-/* ---- What has changed --------------------------------------------------------
+/* ---- What has changed -------------------------------------------------------
  * Maps that share a node are the same below it, so to compare two volumes costs
  * what differs, not what there is. */
 

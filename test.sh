@@ -4276,7 +4276,7 @@ testDamagedLogIsReadOnly() {
   same v "$T/in"
   run list "$S"
   says "$S: damaged, something may be missing"
-  cas 1 create "$S::n" 5
+  cas 3 create "$S::n" 5
   says "$S: .*\`nbdserve repair $S"
   assertTrue 'untouched' "cmp '$S' '$T/copy'"
   serve -r "$S::"
@@ -13997,7 +13997,7 @@ static void u_givenback(void) {
   CHECK(l.r->closes == l.times);
 }
 
-/* ---- Metadata contexts ---------------------------------------------------- */
+/* ---- Metadata contexts --------------------------------------------------- */
 
 /* The answers to LIST or SET of contexts: "ID=NAME ", or "!TYPE " for the last
  * one if it is no ACK */

@@ -1418,7 +1418,8 @@ static uint32_t wire_context_id(uint32_t number) {
  *   TO_FLUSH      tx_next_request, for a FLUSH;       HANDED_OVER, DONE
  *                 tx_executed, for a write with FUA
  *   HANDED_OVER   tx_hand_over: a worker has a copy,  nothing: this one is dead
- *                 in the state that this one had
+ *                 in the state that this one had;
+ *                 tx_run_requests: it was answered
  *   DONE          tx_refuse; tx_next_request, if      it is answered
  *                 there is nothing to do; tx_executed;
  *                 tx_flush
@@ -1964,7 +1965,7 @@ static int ex_are_contexts(const char *const *names, size_t *size) {
     if (*p == ':' || !strchr(p, ':') || !strncmp(p, "base:", 5)) return 0;
     while (*p && u_utf8_len(p))
       p += u_utf8_len(p);
-    if (*p || n > WIRE_STRING_MAX) return 0;
+    if (*p || n > WIRE_STRING_MAX || p[-1] == ':') return 0;
     for (size_t k = 0; k < i; k++)
       if (strcmp(names[k], names[i]) == 0) return 0;
     *size += n + 1;
@@ -1987,7 +1988,8 @@ static int ex_complete(struct nbdserve_export *e, size_t *contexts_size) {
     e->max_request = (uint32_t)u_min(EX_DEFAULT_MAX, NBDSERVE_MAX_REQUEST);
   if (!e->ops || !e->ops->read) return 0;
   if (!ex_are_contexts(e->contexts, contexts_size)) return 0;
-  if (e->contexts && !e->ops->extents) return 0;
+  int is_ours = e->ops->run_batch && !e->ops->next_context; /* a file's */
+  if (e->contexts && (!e->ops->extents || is_ours)) return 0;
   if (!e->ops->write) e->flags |= NBDSERVE_EXPORT_READONLY;
   if (e->size > INT64_MAX || e->flags & ~(uint32_t)EX_ALL_FLAGS) return 0;
   if (strlen(e->name) > WIRE_STRING_MAX) return 0;
@@ -2075,6 +2077,21 @@ static void ex_release(struct ex *ex) {
   if (ex->from_callback) ex_free(ex);
 }
 
+/* Finds out the size that an export has now.  0, or -EIO if the host's function
+ * gives no size. */
+static int ex_ask_size(struct ex *ex, uint64_t *size) {
+  struct nbdserve_export *e = &ex->pub;
+  os_lock(&ex->server->lock);
+  uint64_t now = e->size;
+  if (e->ops->size && !ex->from_callback) now = e->ops->size(e->ctx, now);
+  if (now <= INT64_MAX) e->size = now;
+  os_unlock(&ex->server->lock);
+  if (now > INT64_MAX)
+    return ex_lied(ex->server, e->name, "size", "returned more than INT64_MAX");
+  *size = now - now % e->min_block; /* no request reaches the rest */
+  return 0;
+}
+
 /* Finds the export that a client means, and its size now.  -ENOENT: there is
  * none; others: what the host's callbacks said.  ex_release gives it back.
  *
@@ -2097,18 +2114,10 @@ static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
   }
   if (!ex) ex = last;
   if (!ex) return -ENOENT;
-  struct nbdserve_export *e = &ex->pub;
-  os_lock(&s->lock);
-  uint64_t now = e->size;
-  if (e->ops->size && !ex->from_callback) now = e->ops->size(e->ctx, now);
-  if (now <= INT64_MAX) e->size = now;
-  os_unlock(&s->lock);
-  assert(now <= INT64_MAX || !ex->from_callback); /* nothing to release */
-  if (now > INT64_MAX)
-    return ex_lied(s, name, "size", "returned more than INT64_MAX");
-  *size = now - now % e->min_block; /* no request reaches the rest */
   *out = ex;
-  return 0;
+  int err = ex_ask_size(ex, size);
+  assert(!err || !ex->from_callback); /* nothing to release */
+  return err;
 }
 
 /* The name of the host's context of a number, from 1 on; "": it has fewer. */
@@ -2550,8 +2559,7 @@ struct conn {
   int no_zeroes;     /* NBD_FLAG_NO_ZEROES: no padding, please */
   struct ex *export; /* NULL: none so far */
   uint64_t export_size;
-  struct ex *chosen;    /* what the last SET_META_CONTEXT has found, or NULL, */
-  uint64_t chosen_size; /* its size, */
+  struct ex *chosen; /* what the last SET_META_CONTEXT has found, or NULL, */
   struct wire_contexts contexts; /* and what is selected there, */
   int has_contexts;              /* for `export` */
   unsigned transmission_flags;
@@ -2703,16 +2711,12 @@ static uint32_t hs_take_string(struct conn *c, char *out) {
  * so by now: contexts and data belong together.  0, or -errno as ex_acquire. */
 static int hs_enter(struct conn *c, const char *name) {
   int is_chosen = c->chosen && strcmp(c->chosen_name, name) == 0;
+  struct ex *ex = c->chosen;
   assert(!c->export);
-  int err = 0;
-  if (is_chosen) {
-    c->export = c->chosen;
-    c->export_size = c->chosen_size;
-  } else {
-    err = ex_acquire(c->s, name, &c->export, &c->export_size);
-  }
+  int err = is_chosen ? ex_ask_size(ex, &c->export_size)
+                      : ex_acquire(c->s, name, &ex, &c->export_size);
   if (err) return err;
-  const struct ex *ex = c->export;
+  c->export = ex;
   assert(c->export_size % ex->pub.min_block == 0);
   c->has_contexts = is_chosen && c->contexts.n > 0;
   c->transmission_flags = ex_transmission_flags(ex, c->mode, c->has_contexts);
@@ -2944,7 +2948,6 @@ static int hs_opt_meta_context(struct conn *c) {
   int is_too_much = sets && hs_find_contexts(c, &q, 0) > WIRE_CONTEXTS;
   if (sets && !is_too_much) {
     c->chosen = c->export;
-    c->chosen_size = c->export_size;
     strcpy(c->chosen_name, name);
   }
   if (!is_too_much) hs_find_contexts(c, &q, 1);
@@ -3114,8 +3117,9 @@ static int hs_run(struct conn *c) {
  *      have to be read, and everything on a temporary export.
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
  *      that many requests with workers.  Those that hold data are not more than
- *      config.threads, with up to TX_PIECE bytes each; the others hold the
- *      extents of a BLOCK_STATUS at most. */
+ *      config.threads, with up to TX_PIECE bytes each; of the others as many
+ *      are done at a time, and then hold the extents of a BLOCK_STATUS, 2 MiB
+ *      at most, until they are answered. */
 
 /* ---- Replies ------------------------------------------------------------- */
 
@@ -3490,7 +3494,12 @@ static void tx_run_requests(struct conn *c) {
     struct nbdserve_req *r = &c->batch[i++];
     if (r->state != REQ_TODO) continue;
     if (!c->run_batch || !req_moves_data(r)) {
-      if (req_moves_data(r) || !tx_hand_over(c, r)) tx_execute(c, r);
+      if (!req_moves_data(r) && tx_hand_over(c, r)) continue;
+      tx_execute(c, r);
+      if (r->type != NBD_CMD_BLOCK_STATUS) continue;
+      tx_answer(c,
+                r); /* (T5): not many such replies wait for the batch's end */
+      r->state = REQ_HANDED_OVER;
       continue;
     }
     while (i < c->nbatch && c->batch[i].state == REQ_TODO &&
@@ -6970,9 +6979,9 @@ static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
     same = !err && cas_slots_are_same(st, spot, block);
     if (is_odd && vol[0]->now.size != vol[1]->now.size) same &= !spot[0].slot;
     n = is_odd ? 1 : u_min(n, max);
-    for (*span = 1; !err && *span < n; ++*span)
-      if (cas_slots_are_same(st, spot, block + *span) != same) break;
-    if (err) *span = n;
+    *span = err || !(spot[0].leaf || spot[1].leaf) ? n : 1;
+    while (*span < n && cas_slots_are_same(st, spot, block + *span) == same)
+      ++*span;
   }
   cas_unlock(st);
   *span = is_odd ? 1 : u_min(*span, max);
@@ -7009,14 +7018,18 @@ static int cas_use_context(void *ctx, uint32_t number, int begins) {
   return vol ? 0 : -ENOENT;
 }
 
-/* The snapshot in whose context extents are asked for, or NULL. */
-static struct cas_volume *cas_context(struct nbdserve_cas *st,
-                                      const struct nbdserve_extents *out) {
+/* Finds the snapshot in whose context extents of a volume are asked for, or
+ * NULL.  -EINVAL: it is no context of this volume; a host's is not. */
+static int cas_context(struct cas_volume *vol,
+                       const struct nbdserve_extents *out,
+                       struct cas_volume **snapshot) {
   uint32_t number = nbdserve_extents_context(out);
-  os_lock(&st->lock);
-  struct cas_volume *vol = number ? cas_by_id(st, number) : NULL;
-  cas_unlock(st);
-  return vol;
+  const struct cas_volume *up = vol->parent ? vol->parent : vol;
+  os_lock(&vol->st->lock);
+  *snapshot = number ? cas_by_id(vol->st, number) : NULL;
+  int is_good = !number || (*snapshot && (*snapshot)->parent == up);
+  cas_unlock(vol->st);
+  return is_good ? 0 : -EINVAL;
 }
 
 /* ops->extents: reports blocks as data and the rest as holes; or, in the
@@ -7025,11 +7038,12 @@ static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                        struct nbdserve_extents *out) {
   (void)flags;
   struct cas_volume *vol = ctx;
-  struct cas_volume *both[2] = {cas_context(vol->st, out), vol};
+  struct cas_volume *both[2] = {NULL, vol};
   uint64_t bs = vol->st->bs;
   uint64_t end = off + len;
   uint64_t n;
-  for (int is_enough = 0; off < end && !is_enough;) {
+  int err = cas_context(vol, out, &both[0]);
+  for (int is_enough = err; off < end && !is_enough;) {
     uint64_t blocks = cas_blocks(vol->st, end) - off / bs;
     uint32_t status;
     if (both[0])
@@ -7043,7 +7057,7 @@ static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
     is_enough = nbdserve_extent(out, next - off, status);
     off = next;
   }
-  return 0;
+  return err;
 }
 
 /* ---- Opening ----------------------------------------------------------------
@@ -7775,9 +7789,9 @@ static int cas_use(struct nbdserve_cas *st, const char *name, size_t n,
 /* Fills *out with a volume, of which the caller is a client. */
 static void cas_fill_export(struct cas_volume *vol,
                             struct nbdserve_export *out) {
-  assert(vol->clients > 0 && vol->own.run_batch == cas_batch);
+  assert(vol->own.run_batch == cas_batch);
   out->size = vol->now.size;
-  out->preferred_block = vol->st->bs;
+  if (out->preferred_block < vol->st->bs) out->preferred_block = vol->st->bs;
   out->flags |= NBDSERVE_EXPORT_MULTI_CONN;
   if (vol->parent || vol->st->readonly) out->flags |= NBDSERVE_EXPORT_READONLY;
   out->ops = &cas_ops;

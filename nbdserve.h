@@ -166,12 +166,15 @@ struct nbdserve_export {
   uint32_t flags;       /* NBDSERVE_EXPORT_* */
   const struct nbdserve_ops *ops;
   void *ctx; /* is passed to ops */
-  /* Metadata contexts besides base:allocation, ended by NULL; or NULL.  Their
-   * names, like qemu:dirty-bitmap:NAME or x-NAME:NAME (proto.md), are unlike
-   * each other, have up to 4096 bytes, and do not begin with "base:".  They
-   * are copied.  A volume or snapshot of a store has one for each other
-   * snapshot of the same volume, qemu:dirty-bitmap: and its name behind the @;
-   * this can choose some of them. */
+  /* Metadata contexts besides base:allocation (proto.md, Metadata querying),
+   * ended by NULL; or NULL.  Their names, like qemu:dirty-bitmap:NAME or
+   * x-NAME:NAME, have something before and behind a colon, are UTF-8 of up to
+   * 4096 bytes, each is another, and none begins with "base:".  They are
+   * copied.  They need extents; files and memory of nbdserve_flat_open have
+   * none.  A volume or snapshot of a store has one for each other snapshot of
+   * the same volume, qemu:dirty-bitmap: and its name behind the @, and of these
+   * only the ones named here, if any is; extents of a host that passes calls on
+   * to those of a volume must not pass on its own contexts (EINVAL). */
   const char *const *contexts;
 };
 
@@ -360,7 +363,7 @@ struct nbdserve_cas_info {
   const char *name;
   uint64_t size;    /* bytes */
   uint64_t created; /* seconds since 1970 */
-  uint32_t clients; /* that have it open */
+  uint32_t clients; /* that have it open, or its metadata context selected */
   int readonly;     /* a snapshot */
   const char *id;   /* of a snapshot that was sealed, else "" */
 };
@@ -465,8 +468,8 @@ struct nbdserve_config {
   uint32_t version;
   uint32_t flags; /* NBDSERVE_CONFIG_ONCE */
   /* How many calls into a backend may run at a time for one client, besides one
-   * for a request above 1 MiB; each may hold 1 MiB of memory.  Up to 1024; with
-   * 1 the client's thread does all itself.  0: 16. */
+   * for a request above 1 MiB; each may hold 1 MiB of memory, extents 2.  Up to
+   * 1024; with 1 the client's thread does all itself.  0: 16. */
   uint32_t threads;
   /* How many clients are served at a time; others wait, and one message a
    * minute says so.  Up to 2^20; 0: 128. */

@@ -2527,6 +2527,8 @@ testExportsThatAreOnlyAskedAboutAreGivenBack() { unit givenback; }
 testAHostsContextsAreSelectedAndAnsweredEachForItself() { unit contexts; }
 testSixteenContextsAtOnceAndNoMore() { unit manycontexts; }
 testAReplyHas128KiExtentsAtMost() { unit manyextents; }
+testGoAfterSetHasTheSizeOfThen() { unit resizedset; }
+testLongStatusRepliesOfOneThreadDoNotGather() { unit onethread; }
 testWhoSaysNothingHasTheTimeOfTheHandshake() { unit silent; }
 
 # ==== [9] TRANSMISSION (@transmission) =======================================
@@ -3570,7 +3572,7 @@ testWrongNamesAreRefused() {
   for name in a/b "$long" sha256-0 a@ @a "$(printf 'a\tb')" 'a"' "a\\b" \
     "$(printf 'a\233b')" "$(printf 'a\302\233b')" "$(printf 'a\303')" \
     "$(printf '\340\237\277')" "$(printf '\377')"; do
-    cas 1 create "$S::$name" 5
+    cas 2 create "$S::$name" 5
     says 'create '
   done
   long=${long#0}
@@ -3588,7 +3590,7 @@ testWrongNamesAreRefused() {
   done
   cas 0 create "$S::v" 5
   for name in @s a@b@c v@ v@sha256-0; do
-    cas 1 snapshot "$S::v@$name"
+    cas 2 snapshot "$S::v@$name"
     says 'snapshot '
   done
 }
@@ -12420,6 +12422,11 @@ static void q_same_extents(struct nbdserve_cas *cas, const char *a,
   x.context = cas_find(cas, a, strlen(a), VIEW_NOW)->id;
   x.left = e.size;
   x.data = room;
+  if (!strchr(a, '@') || strncmp(a, b, strcspn(a, "@")) != 0) {
+    CHECK(e.ops->extents(e.ctx, 0, 1, 0, &x) == -EINVAL);
+    e.ops->close(e.ctx);
+    return; /* it is no context of b */
+  }
   if (e.size) CHECK(e.ops->extents(e.ctx, 0, e.size, 0, &x) == 0);
   for (i = 0; i < x.n; i++)
     for (n = t_get(x.data + 16 * i, 8); n > 0;) {
@@ -13760,7 +13767,7 @@ static size_t g_payload(const struct gathering *g, size_t i,
   int extended = g->r[i].mode == MODE_EXTENDED;
   enum g_kind kind = g->kind[i];
   size_t n;
-  CHECK(type == (kind != G_STATUS ? types[kind] : extended ? 6 : 5));
+  CHECK(type == types[kind]);
   switch (kind) {
   case G_FAILED:
   case G_REFUSED:
@@ -13780,10 +13787,6 @@ static size_t g_payload(const struct gathering *g, size_t i,
     for (n = 0; n < G_LEN; n++)
       CHECK(p[8 + n] == g_byte(i));
     return 8 + G_LEN;
-  case G_STATUS:
-    for (n = 0; n < G_EXTENTS; n++)
-      CHECK(p[n] == g_byte(i));
-    return G_EXTENTS;
   default:
     return 0;
   }
@@ -13796,6 +13799,9 @@ static size_t g_reply(const struct gathering *g, size_t i,
   enum g_kind kind = g->kind[i];
   int fails = kind == G_FAILED || kind == G_REFUSED;
   size_t head = mode == MODE_EXTENDED ? 32 : 20, n;
+  for (n = 0; kind == G_STATUS && n < G_EXTENTS; n++)
+    CHECK(p[n] == g_byte(i)); /* whole chunks, with their heads */
+  if (kind == G_STATUS) return G_EXTENTS;
   CHECK(t_get(p + 8, 8) == i);
   if (mode == MODE_SIMPLE || (mode == MODE_STRUCTURED && kind == G_WRITTEN)) {
     CHECK(t_get(p, 4) == 0x67446698 && t_get(p + 4, 4) == (fails ? 5 : 0));
@@ -14204,6 +14210,81 @@ static int x_many(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
   return 0;
 }
 
+/* A file of that size is asked for between SET and GO */
+static uint64_t x_size;
+
+static uint64_t x_resized(void *ctx, uint64_t size) {
+  (void)ctx, (void)size;
+  return x_size;
+}
+
+/* GO gives the size that an export has then, not when SET found it */
+static void u_resizedset(void) {
+  static const struct nbdserve_ops ops = {.read = r_read,
+                                          .extents = r_extents,
+                                          .close = r_close,
+                                          .size = x_resized};
+  static const char *const all[] = {"base:allocation", NULL};
+  struct nbdserve_export e = r_export(r_new(65536), 0);
+  struct nbdserve *s;
+  struct served v = {0};
+  struct t_conn c;
+  e.ops = &ops;
+  x_size = 4096;
+  CHECK(nbdserve_new(&s, NULL) == 0 && nbdserve_add(s, &e) == 0);
+  s_start(&v, s, &c);
+  x_greet(&c, 1);
+  x_meta(&c, 10, "", all);
+  x_size = 65536;
+  x_enter(&c, "");
+  CHECK(t_do(&c, 0, STATUS, 4096, 61440, NULL) == 0);
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+  nbdserve_free(s);
+}
+
+/* With a thread only, replies do not gather in memory: the second of two long
+ * ones is made when the first is sent */
+static int x_made; /* (t_hold) */
+
+static int x_counted(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
+                     struct nbdserve_extents *out) {
+  t_hold(&x_made, t_hold(&x_made, -1) + 1);
+  return x_many(ctx, off, len, flags, out);
+}
+
+static void u_onethread(void) {
+  static const struct nbdserve_ops ops = {
+      .read = r_read, .extents = x_counted, .close = r_close};
+  static const char *const all[] = {"base:allocation", NULL};
+  struct nbdserve_config config = {0};
+  struct nbdserve_export e = r_export(r_new(65536), 0);
+  struct nbdserve *s;
+  struct t_reply r = {0};
+  struct served v = {0};
+  struct t_conn c;
+  int i;
+  e.ops = &ops;
+  e.size = 1 << 30;
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.threads = 1;
+  CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
+  s_start(&v, s, &c);
+  x_greet(&c, 1);
+  x_meta(&c, 10, "", all);
+  x_enter(&c, "");
+  for (i = 0; i < 20; i++)
+    CHECK(t_send(&c, 0, STATUS, (uint32_t)i, 0, 1u << 30, NULL) == 0);
+  t_sleep(300);
+  CHECK(t_hold(&x_made, -1) <= 10); /* what the socket takes */
+  for (i = 0; i < 20; i++)
+    CHECK(t_recv(&c, &r) && r.done && r.len == 4 + 8 * 131072);
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+  free(r.data);
+  nbdserve_free(s);
+}
+
 /* A reply has 128 Ki extents at most, whatever contexts they are of */
 static void u_manyextents(void) {
   static const char *const all[] = {"base:allocation", "x:y", NULL};
@@ -14245,7 +14326,8 @@ static void u_manyextents(void) {
 /* Up to 16 contexts beside base:allocation are selected at once, and one more
  * selects none; names that are not possible are refused */
 static void u_manycontexts(void) {
-  static const char *const bad[] = {"base:x", "x", ":x", "", "x:\xff", NULL};
+  static const char *const bad[] = {"base:x", "x",    ":x", "",
+                                    "x:\xff", "x:y:", NULL};
   static char name[18][20], longest[4100];
   const char *contexts[19] = {NULL};
   const char *two[3] = {"x:y", "x:y", NULL};
@@ -14266,6 +14348,11 @@ static void u_manycontexts(void) {
   longest[4096] = 0;
   e.ops = &r_least;
   CHECK(nbdserve_add(s, &e) == -EINVAL); /* it has no extents */
+  CHECK(nbdserve_flat_open("mem:64K", NULL, &e) == 0 || NBDSERVE_NO_FLAT);
+  CHECK(nbdserve_add(s, &e) == -EINVAL); /* those of a file would be wrong */
+  if (!NBDSERVE_NO_FLAT) e.ops->close(e.ctx);
+  e = r_export(r_new(65536), 0);
+  e.contexts = two;
   e.ops = &x_ops;
   CHECK(nbdserve_add(s, &e) == 0); /* for clients that ask for "" */
   for (i = 0; i < 17; i++) {
@@ -14381,6 +14468,10 @@ static void u_changes(void) {
 
 /* What is lost counts as changed, also against itself */
 static void u_lostchanges(void) {
+  struct cas_volume *vol[2];
+  struct nbdserve_export big = {0};
+  uint64_t n;
+  int64_t start;
   char path[500];
   unsigned char room[16 * 20];
   struct nbdserve_cas *cas = q_new(path, "lostchanges", 0);
@@ -14406,6 +14497,18 @@ static void u_lostchanges(void) {
   CHECK(t_get(x.data + 16, 8) == 4096 && t_get(x.data + 24, 8) == 1);
   CHECK(t_get(x.data + 48, 8) == 4096 && t_get(x.data + 56, 8) == 1);
   e.ops->close(e.ctx);
+
+  /* a volume of which nothing is left is compared at once */
+  CHECK(nbdserve_cas_create(cas, "w", UINT64_C(1) << 46) == 0);
+  CHECK(nbdserve_cas_snapshot(cas, "w@1") == 0);
+  CHECK(nbdserve_cas_volume(cas, "w", &big) == 0);
+  vol[1] = big.ctx;
+  CHECK(nbdserve_cas_volume(cas, "w@1", &big) == 0);
+  vol[0] = big.ctx;
+  *cas_root(vol[1]) = cas_new_node(CAS_LEVELS - 1, 0, CAS_LOST);
+  start = os_now_ms();
+  CHECK(cas_same(cas, vol, 0, &n) == 0 && n == UINT64_C(1) << 34);
+  CHECK(os_now_ms() - start < 1000);
   _exit(0); /* the store is not to be written now */
 }
 #else
@@ -14712,6 +14815,8 @@ static const struct {
     {"contexts", u_contexts},
     {"manycontexts", u_manycontexts},
     {"manyextents", u_manyextents},
+    {"resizedset", u_resizedset},
+    {"onethread", u_onethread},
     {"changes", u_changes},
     {"lostchanges", u_lostchanges},
     {"fullhands", u_fullhands},

@@ -10198,9 +10198,9 @@ static int cli_split_operands(struct cli_job *job) {
   return 0;
 }
 
-/* Is that the id of a snapshot, and not its name? */
-static int cli_is_id(const char *name) {
-  return strncmp(name, "sha256-", 7) == 0;
+/* Is the operand of a command an id, of which the store knows what it means? */
+static int cli_is_id(const struct cli_verb *verb, const char *name) {
+  return verb->change != NBDSERVE_CAS_CREATE && !strncmp(name, "sha256-", 7);
 }
 
 /* Turns the error of a command into a text.  nbdserve.h gives some of them a
@@ -10221,7 +10221,7 @@ static const char *cli_why(const struct cli_verb *verb,
   if (err == -ENOSPC && verb->flags & VERB_READS_FILE)
     return "no space left; what it took is free in the store (gc returns it)";
   if (err != -EINVAL) return strerror(-err);
-  if (cli_is_id(op->name) && change != NBDSERVE_CAS_CREATE)
+  if (cli_is_id(verb, op->name))
     return "several snapshots have that id, or it cannot be used here";
   if (change == NBDSERVE_CAS_ROLLBACK || verb->run == cli_do_seal)
     return "not a snapshot: that is VOLUME@NAME";
@@ -10260,7 +10260,7 @@ static int cli_run_job(struct cli_job *job) {
   if (!(err == -EUCLEAN && job->nrows) && !(err == -EPIPE && flags & VERB_ROWS))
     cli_say_to(job->fds.messages, job->request.json, "%s %.999s%s%.999s: %s",
                job->verb->name, name, *to ? " " : "", to, why);
-  if (err == -EINVAL && !cli_is_id(op->name)) return CLI_USAGE;
+  if (err == -EINVAL && !cli_is_id(job->verb, op->name)) return CLI_USAGE;
   return err == -EUCLEAN ? CLI_DAMAGED : CLI_FAILED;
 }
 

@@ -4225,11 +4225,11 @@ testDamagedSuperblocksAreMendedFromTheOther() {
   flip 50
   flip 1048626
   cp "$S" "$T/copy"
-  cas 1 list "$S"
+  cas 3 list "$S"
   says "$S: "
-  cas 1 create "$S::m" 5
+  cas 3 create "$S::m" 5
   says "$S: "
-  cas 1 --accept-loss repair "$S"
+  cas 3 --accept-loss repair "$S"
   says "$S: damaged beyond repair"
   assertTrue 'untouched' "cmp '$S' '$T/copy'"
 }
@@ -4240,7 +4240,7 @@ testForeignBytesInPlaceOfASuperblockAreKept() {
     noise 4096 | dd of="$S" bs=1 seek=$at conv=notrunc 2>/dev/null
     cp "$S" "$T/copy"
     same v "$T/in"
-    cas 1 create "$S::n" 5
+    cas 3 create "$S::n" 5
     says "$S: .*\`nbdserve repair "
     assertTrue "$at: untouched" "cmp '$S' '$T/copy'"
     cas 0 repair "$S"

@@ -4427,7 +4427,7 @@ def hurt_now(work, what, length, offsets, expected, says_log=False,
     assert bool(other) == says_log, other
     code, _, err = run("rm", work + "::nix")
     if refused:
-        assert code == 1 and "`nbdserve repair " in err, err
+        assert code == 3 and "`nbdserve repair " in err, err
         code, out, err = run("repair", work)
         assert code == (3 if set(expected) - {"w gone"} else 0), (out, err)
     else:

@@ -4052,11 +4052,11 @@ testDamagedCatalogIsRefused() {
     reports '- 0 0 a page of a map or the catalog is damaged'
     for command in "create $S::n 5" "rm $S::30" "repair $S"; do
       # shellcheck disable=SC2086
-      cas 1 $command
+      cas 3 $command
       says "$S: .*\`nbdserve repair "
     done
     run "$S::"
-    assertEquals "page $page: served" 1 $STATUS
+    assertEquals "page $page: served" 3 $STATUS
     says "$S: "
     assertTrue "page $page: untouched" "cmp '$S' '$T/copy'"
     run --accept-loss repair "$S" # and may say that there was damage
@@ -4178,7 +4178,7 @@ testStoreThatWasCutShortIsRepaired() {
   cas 0 import "$S::v" "$T/in"
   cp "$S" "$T/sound"
   truncate -s -1300000 "$S" # nothing is there as yet
-  cas 1 create "$S::w" 5
+  cas 3 create "$S::w" 5
   says 'repair'
   cas 0 list "$S"
   cas 0 repair "$S"

@@ -3203,7 +3203,7 @@ static struct nbdserve_req *tx_gather(struct tx_out *out,
   out->n = 0;
   out->heads_len = 0;
   for (; r; r = r->next) {
-    assert(r->state == REQ_DONE);
+    assert(r->state == REQ_DONE && (!r->err || !r->data_len));
     if (out->heads_len + TX_HEAD_MAX > sizeof out->heads) break;
     if ((size_t)out->n + 2 > COUNT_OF(out->v)) break;
     /* For a short one a hole saves too little.  Where there is data, one look
@@ -4045,13 +4045,14 @@ static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
   return os_transfer(f->fd, writing, v, (int)nreqs, f->offset + reqs->off);
 }
 
-/* Is the page of the export at off in memory, and not all zeroes?  Where nobody
+/* Is the page of the target at pos in memory, and not all zeroes?  Where nobody
  * can tell whether it is in memory, it is read. */
-static int flat_has_page(struct flat *f, uint64_t off) {
+static int flat_has_page(const struct flat *f, uint64_t pos) {
   unsigned char page[FLAT_PAGE];
-  const struct nbdserve_req r = {
-      .type = NBD_CMD_READ, .off = off, .len = sizeof page, .buf = page};
-  return !flat_transfer(f, &r, 1) && !u_is_zero(page, sizeof page);
+  struct iovec v = {page, sizeof page};
+  int err = f->can_read_now ? os_read_now(f->fd, &v, 1, pos)
+                            : os_transfer(f->fd, OS_READ, &v, 1, pos);
+  return !err && !u_is_zero(page, sizeof page);
 }
 
 /* ops->splice: moves what it can of a range to a pipe, without a copy, and
@@ -4066,8 +4067,7 @@ static size_t flat_splice(void *ctx, int pipe, uint64_t off, uint64_t len) {
   ssize_t n = 1;
   assert(len >= FLAT_PAGE);
   if (f->in_overlay || pos % FLAT_PAGE) return 0;
-  if (!flat_has_page(f, off) || !flat_has_page(f, off + len - FLAT_PAGE))
-    return 0;
+  if (!flat_has_page(f, pos) || !flat_has_page(f, end - FLAT_PAGE)) return 0;
   while (pos < end && n > 0)
     n = os_splice(f->fd, &pos, pipe, (size_t)(end - pos));
   return (size_t)(pos + len - end);

@@ -4998,6 +4998,14 @@ testADamagedBlockIsNeverReadAsSound() {
   unless NO_CAS || return 0
   fault away "$T/pool"
 }
+testWhatIsWrittenLiesWhereTheFormatSays() {
+  unless NO_CAS || return 0
+  fault format "$T/pool"
+}
+testANameIsFreeInTheChangeThatRemovesIt() {
+  unless NO_CAS || return 0
+  fault replaced "$T/pool"
+}
 testGcKeepsWhatAFullDiskNeeds() {
   unless NO_CAS || return 0
   fault kept "$T/pool"
@@ -16809,6 +16817,7 @@ static void i_alone(void) {
   fi[THREAD].err = EAGAIN;
   fi[THREAD].times = -1;
   CHECK(i_cas_open(0) == 0 && i_cas->filled >= i_cas->to_fill);
+  CHECK(!i_cas->busy && !i_cas->is_borrowed);
   CHECK(i_put(1, 'a') == 0 && i_slot(0) == i_slot(1) && i_cas_close() == 0);
   CHECK(i_cas_open(0) == 0 && i_get(1) == 'a' && i_cas_close() == 0);
 }
@@ -17735,6 +17744,90 @@ static void i_sealed(void) {
   CHECK(!strcmp(id[0], id[1]) && i_cas_close() == 0);
 }
 
+/* The sum of a log page is as the format has it, however many entries there
+ * are, and whether it goes on from one that was computed before. */
+static void i_log_sums(void) {
+  unsigned char page[CAS_PAGE], all[CAS_PAGE + 16], sum[2][CAS_DIGEST_LEN];
+  uint32_t mixed[2][SHA_STATE_WORDS];
+  uint32_t n, len, nmixed = 0;
+  int i;
+  for (i = 0; i < CAS_PAGE; i++)
+    page[i] = (unsigned char)(i % 251 + 1);
+  sha_begin(mixed);
+  for (n = 0; n <= 84; n++) {
+    len = (n * 48 + 63) / 64 * 64;
+    memset(all, 0, sizeof all);
+    memcpy(all, page, n * 48);
+    memcpy(all + len, page + 4032, 32);
+    memcpy(all + len + 32, i_cas->super.id, 16);
+    sha_256(0, all, NULL, len + 48, sum[0], NULL);
+    cas_log_sum(i_cas, page, n, mixed, &nmixed, sum[1]);
+    CHECK(!memcmp(sum[0], sum[1], CAS_DIGEST_LEN));
+  }
+}
+
+/* Each field lies where the format says: else what another version has written
+ * would be read as something else. */
+static void i_format(void) {
+  unsigned char p[512] = {0};
+  struct cas_super s = {.magic = 1, .version = 2, .block_size = 3};
+  struct cas_log_head l = {CAS_LOG, 2, 3, 4, 5};
+  struct cas_entry e = {.volume = 1, .slot = 2, .block = 3, .digest = "4"};
+  struct cas_head h = {CAS_MAP, 2, 3, 4};
+  struct cas_record r = {.id = 1, .flags = 2, .size = 3, .root = 4};
+  s.number = 5, s.replay = 6, s.log_pages = 7, s.nslots = 8, s.catalog = 9;
+  s.next_id = 10, s.incompat = 11, s.ro_compat = 12, s.id[0] = 4;
+  cas_encode(cas_super_sizes, &s, p);
+  CHECK(u_get64(p) == 1 && u_get32(p + 8) == 2 && u_get32(p + 12) == 3);
+  CHECK(p[16] == 4 && u_get64(p + 32) == 5 && u_get64(p + 40) == 6);
+  CHECK(u_get32(p + 48) == 7 && u_get32(p + 52) == 8 && u_get32(p + 56) == 9);
+  CHECK(u_get32(p + 60) == 10 && u_get32(p + 64) == 11);
+  CHECK(u_get32(p + 68) == 12 && u_get64(p + 72) == 0);
+  cas_encode(cas_log_sizes, &l, p);
+  CHECK(!memcmp(p, "LOG1", 4) && u_get32(p + 4) == 2 && u_get64(p + 8) == 3);
+  CHECK(u_get64(p + 16) == 4 && u_get64(p + 24) == 5);
+  cas_encode(cas_entry_sizes, &e, p);
+  CHECK(u_get32(p) == 1 && u_get32(p + 4) == 2 && u_get64(p + 8) == 3);
+  CHECK(p[16] == '4');
+  cas_encode(cas_head_sizes, &h, p);
+  CHECK(!memcmp(p, "MAP1", 4) && u_get32(p + 4) == 2 && u_get32(p + 8) == 3);
+  CHECK(u_get64(p + 12) == 4 && CAS_CAT == 0x43415431);
+  r.levels = 5, r.created = 6, r.made_from = 7, r.digests = 8;
+  r.cid[0] = 9, r.kept[0] = 10, r.name[0] = 11;
+  cas_encode(cas_record_sizes, &r, p);
+  CHECK(u_get32(p) == 1 && u_get32(p + 4) == 2 && u_get64(p + 8) == 3);
+  CHECK(u_get32(p + 16) == 4 && u_get32(p + 20) == 5 && u_get64(p + 24) == 6);
+  CHECK(u_get32(p + 32) == 7 && u_get32(p + 36) == 8 && p[40] == 9);
+  CHECK(p[72] == 10 && p[112] == 11 && CAS_RECORD == 288);
+  CHECK(CAS_IS_SNAPSHOT == 1 && CAS_IS_PARTIAL == 2);
+  i_new(1, 0);
+  i_log_sums();
+  CHECK(i_cas_close() == 0);
+}
+
+/* What a change removes or renames leaves its name to a later part of the same
+ * change: so one volume takes another one's place, and nobody sees neither. */
+static void i_replaced(void) {
+  const struct nbdserve_cas_op rename[] = {{NBDSERVE_CAS_RM, "w", NULL, 0},
+                                           {NBDSERVE_CAS_RENAME, "v", "w", 0}};
+  const struct nbdserve_cas_op anew[] = {
+      {NBDSERVE_CAS_SNAPSHOT, "w@s", NULL, 0},
+      {NBDSERVE_CAS_RENAME, "w", "v", 0},
+      {NBDSERVE_CAS_CREATE, "w", NULL, 8192},
+      {NBDSERVE_CAS_RM, "v@s", NULL, 0},
+      {NBDSERVE_CAS_SNAPSHOT, "v@s", NULL, 0}};
+  size_t failed;
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0 && nbdserve_cas_create(i_cas, "w", 5) == 0);
+  i_volume.ops->close(i_volume.ctx);
+  CHECK(nbdserve_cas_changes(i_cas, rename, 2, &failed) == 0);
+  CHECK(nbdserve_cas_changes(i_cas, anew, 5, &failed) == 0);
+  CHECK(i_find("w")->now.size == 8192 && i_find("v@s")->parent == i_find("v"));
+  CHECK(nbdserve_cas_volume(i_cas, "v", &i_volume) == 0 && i_get(0) == 'a');
+  CHECK(i_cas_close() == 0 && i_cas_open(0) == 0 && i_get(0) == 'a');
+  CHECK(i_find("w")->now.size == 8192 && i_cas_close() == 0);
+}
+
 /* ---- The same with a store ---- */
 
 static unsigned char y_kept[Y_MOST]; /* what v@s has */
@@ -17940,6 +18033,8 @@ static void i_zeroed(void) {}
 static void i_awhile(void) {}
 static void i_checked(void) {}
 static void i_kept(void) {}
+static void i_format(void) {}
+static void i_replaced(void) {}
 static void i_unread(void) {}
 #endif
 
@@ -18001,7 +18096,8 @@ static const struct {
     {"room", i_room},           {"pending", i_pending},
     {"digests", i_digests},     {"group", i_group},
     {"upper", i_upper},         {"letter", i_letter},
-    {"oddend", i_oddend},
+    {"oddend", i_oddend},       {"replaced", i_replaced},
+    {"format", i_format},
 };
 
 int main(int argc, char **argv) {

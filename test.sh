@@ -5015,6 +5015,42 @@ testADamagedBlockIsNeverReadAsSound() {
   unless NO_CAS || return 0
   fault away "$T/pool"
 }
+testWhatIsWrittenLiesWhereTheFormatSays() {
+  unless NO_CAS || return 0
+  fault format "$T/pool"
+}
+testANameIsFreeInTheChangeThatRemovesIt() {
+  unless NO_CAS || return 0
+  fault replaced "$T/pool"
+}
+testEachPlaceOfASuperblockIsLookedAtByItself() {
+  unless NO_CAS || return 0
+  fault places "$T/pool"
+}
+testCallsThatDoNotComeToTheirEndSaySo() {
+  unless NO_CAS || return 0
+  fault ended "$T/pool"
+}
+testWhatIsTrimmedCanBeWrittenWhereThereWasNoSpace() {
+  unless NO_CAS || return 0
+  fault again "$T/pool"
+}
+testADigestIsWrittenBehindItsData() {
+  unless NO_CAS || return 0
+  fault ahead "$T/pool"
+}
+testVerifyBesideACheckpointFindsNothing() {
+  unless NO_CAS && unless NO_THREADS || return 0
+  fault beside "$T/pool"
+}
+testANewerPageThatNoDigestVouchesForIsNotBelieved() {
+  unless NO_CAS || return 0
+  fault vouched "$T/pool"
+}
+testAFullLogAndAFullDiskAreENOSPC() {
+  unless NO_CAS || return 0
+  fault logfull "$T/pool"
+}
 testGcKeepsWhatAFullDiskNeeds() {
   unless NO_CAS || return 0
   fault kept "$T/pool"
@@ -16524,12 +16560,30 @@ static void i_listed(void) {
 }
 
 static void i_dryrun(void) {
+  const struct nbdserve_cas_op mixed[] = {
+      {NBDSERVE_CAS_RM | NBDSERVE_CAS_DRY_RUN, "v@s", NULL, 0},
+      {NBDSERVE_CAS_RM, "v@s", NULL, 0}};
+  const struct nbdserve_cas_op sizes[] = {{NBDSERVE_CAS_RESIZE, "v", NULL, 5},
+                                          {NBDSERVE_CAS_RM, "v@s", NULL, 0}};
   int dry = NBDSERVE_CAS_RESIZE | NBDSERVE_CAS_DRY_RUN;
+  struct nbdserve_export e = {0};
+  size_t failed;
+  char id[72];
   i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0);
   CHECK(nbdserve_cas_change(i_cas, dry, "v", NULL, 5) == -EBUSY);
   CHECK(nbdserve_cas_resize(i_cas, "v", 5) == -EBUSY);
   i_volume.ops->close(i_volume.ctx);
   CHECK(nbdserve_cas_change(i_cas, dry, "v", NULL, 5) == 0);
+  CHECK(i_find("v")->now.size == I_LEAF * 4096);
+  CHECK(nbdserve_cas_snapshot(i_cas, "v@s") == 0);
+  CHECK(nbdserve_cas_seal(i_cas, "v@s", id, NULL, NULL) == 0);
+  dry = NBDSERVE_CAS_RM | NBDSERVE_CAS_DRY_RUN;
+  CHECK(nbdserve_cas_change(i_cas, dry, "v@s", NULL, 0) == 0);
+  CHECK(*cas_digests(i_find("v@s")));
+  CHECK(nbdserve_cas_changes(i_cas, mixed, 2, &failed) == -EINVAL);
+  CHECK(nbdserve_cas_changes(i_cas, sizes, 2, &failed) == -EINVAL);
+  CHECK(nbdserve_cas_begin(i_cas, "b", UINT64_MAX, &e) == -EINVAL);
   CHECK(nbdserve_cas_resize(i_cas, "v", 5) == 0);
   CHECK(nbdserve_cas_close(i_cas) == 0);
 }
@@ -16716,14 +16770,24 @@ static void i_away(void) {
 }
 
 /* A file system that is full, and copies what is written over: the superblock
- * cannot be written again, but it is there. */
+ * cannot be written again, but it is there, and what is logged follows it. */
 static void i_nowhere(void) {
+  int status;
+  pid_t pid;
   i_new(1, 0);
   CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
   fi[PWRITE].err = ENOSPC;
   fi[PWRITE].times = 1;
   CHECK(i_cas_open(0) == 0 && fi[PWRITE].times == 0);
   CHECK(i_get(0) == 'a' && i_put(1, 'b') == 0 && i_cas_close() == 0);
+  CHECK((pid = fork()) >= 0);
+  if (!pid) {
+    fi[PWRITE].times = 1;
+    CHECK(i_cas_open(0) == 0 && i_put(2, 'c') == 0 && i_flush() == 0);
+    _exit(0);
+  }
+  CHECK(waitpid(pid, &status, 0) == pid && status == 0);
+  CHECK(i_cas_open(0) == 0 && i_get(2) == 'c' && i_cas_close() == 0);
 }
 
 /* A store with the same data in two slots, of blocks 0 and 1; closed */
@@ -16760,6 +16824,7 @@ static void i_twice(void) {
 static void i_stopped(void) {
   CHECK(i_put(2, 'x') == -EIO && i_put(0, 'x') == -EIO && i_flush() == -EIO);
   CHECK(nbdserve_cas_create(i_cas, "x", 5) == -EIO);
+  CHECK(nbdserve_cas_resize(i_cas, "v", 5) == -EIO);
   CHECK(i_cas_close() == -EIO);
   CHECK(i_cas_open(NBDSERVE_CAS_VERIFY) == 0 && i_get(0) == 'a');
   CHECK(nbdserve_cas_rm(i_cas, "x") == -ENOENT);
@@ -16957,7 +17022,8 @@ static void i_unread(void) {
   slot = i_slot(1);
   CHECK(i_cas_close() == 0);
   fi[PREAD].bad = i_slot_at(slot) + 5;
-  CHECK(i_cas_open(0) == 0 && i_get(1) == -EIO && i_cas_close() == 0);
+  CHECK(i_cas_open(0) == 0 && i_get(1) == -EIO);
+  CHECK(cas_segment(i_cas, slot)->space != SPACE_BROKEN && i_cas_close() == 0);
   fi[PREAD].bad = 0;
   CHECK(i_cas_open(0) == 0 && i_get(1) == 'b' && i_cas_close() == 0);
 }
@@ -17004,6 +17070,8 @@ static void i_passed(void) {
     CHECK(i_put(i, 'a' + (int)i) == 0);
     CHECK(i_slot(i) / CAS_SEGMENT != slot / CAS_SEGMENT);
   }
+  CHECK(cas_checkpoint(i_cas, NULL, UINT64_MAX) == 0); /* frees some, but: */
+  CHECK(cas_segment(i_cas, slot)->space == SPACE_BROKEN);
   os_lock(&i_cas->lock); /* if the last one is broken, what comes is not */
   cas_set_space(i_cas, i_cas->nslots - 1, SPACE_BROKEN);
   CHECK(cas_give_space(i_cas, i_cas->nslots) == 0);
@@ -17086,6 +17154,8 @@ static void i_named(void) {
     slot = i_page(0, 0);
     i_peek(i_slot_at(slot) + CAS_HEAD + 4 * 5, b, sizeof b);
     CHECK(u_get32(b) == CAS_LOST && i_cas_open(0) == 0 && i_get(5) == -EIO);
+    CHECK(i_verify() == -EUCLEAN);
+    CHECK(!strcmp(i_told, "v 20480 4096 the map cannot be read;"));
     CHECK(i_put(5, 'c') == 0 && i_get(5) == 'c' && i_cas_close() == 0);
   }
 }
@@ -17531,7 +17601,11 @@ static void i_alone(void) {
   fi[THREAD].err = EAGAIN;
   fi[THREAD].times = -1;
   CHECK(i_cas_open(0) == 0 && i_cas->filled >= i_cas->to_fill);
-  CHECK(i_put(1, 'a') == 0 && i_slot(0) == i_slot(1) && i_cas_close() == 0);
+  CHECK(!i_cas->busy && !i_cas->is_borrowed);
+  CHECK(i_put(1, 'a') == 0 && i_slot(0) == i_slot(1) && i_flush() == 0);
+  /* To say that it is durable takes a second without requests. */
+  CHECK(NBDSERVE_NO_THREADS || i_cas->marked < i_cas->durable);
+  CHECK(i_cas_close() == 0);
   CHECK(i_cas_open(0) == 0 && i_get(1) == 'a' && i_cas_close() == 0);
 }
 
@@ -18244,7 +18318,10 @@ static void i_digests(void) {
 /* A group has its own digests: a segment is not broken because the last one of
  * the group before it is. */
 static void i_group(void) {
+  off_t at;
+  char is[6];
   i_new(1, 0);
+  at = (off_t)cas_digest_off(i_cas, CAS_SLOTS + 1000);
   os_lock(&i_cas->lock);
   CHECK(cas_extend(i_cas, CAS_SLOTS - 1) == 0);
   CHECK(i_cas->nslots == CAS_SLOTS);
@@ -18253,6 +18330,13 @@ static void i_group(void) {
   os_lock(&i_cas->lock);
   CHECK(cas_give_space(i_cas, CAS_SLOTS) == 0);
   CHECK(cas_segment(i_cas, CAS_SLOTS)->space == SPACE_WRITTEN);
+  CHECK(pwrite(i_cas->fd, "digest", 6, at) == 6);
+  fi[FALLOCATE].err = EOPNOTSUPP; /* zeroes are written, to free slots only */
+  fi[FALLOCATE].times = 1;
+  CHECK(cas_give_space(i_cas, CAS_SLOTS) == 0);
+  fi[FALLOCATE].times = 0;
+  i_peek(at, is, sizeof is);
+  CHECK(!memcmp(is, "digest", sizeof is));
   cas_unlock(i_cas);
   CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
   CHECK(i_cas_open(0) == 0 && i_get(0) == 'a' && i_cas_close() == 0);
@@ -18483,6 +18567,292 @@ static void i_lostbase(void) {
   CHECK(!strcmp(id[0], id[1]));
 }
 
+/* The sum of a log page is as the format has it, however many entries there
+ * are, and whether it goes on from one that was computed before. */
+static void i_log_sums(void) {
+  unsigned char page[CAS_PAGE], all[CAS_PAGE + 16], sum[2][CAS_DIGEST_LEN];
+  uint32_t mixed[2][SHA_STATE_WORDS];
+  uint32_t n, len, nmixed = 0;
+  int i;
+  for (i = 0; i < CAS_PAGE; i++)
+    page[i] = (unsigned char)(i % 251 + 1);
+  sha_begin(mixed);
+  for (n = 0; n <= 84; n++) {
+    len = (n * 48 + 63) / 64 * 64;
+    memset(all, 0, sizeof all);
+    memcpy(all, page, n * 48);
+    memcpy(all + len, page + 4032, 32);
+    memcpy(all + len + 32, i_cas->super.id, 16);
+    sha_256(0, all, NULL, len + 48, sum[0], NULL);
+    cas_log_sum(i_cas, page, n, mixed, &nmixed, sum[1]);
+    CHECK(!memcmp(sum[0], sum[1], CAS_DIGEST_LEN));
+  }
+}
+
+/* Each field lies where the format says: else what another version has written
+ * would be read as something else. */
+static void i_format(void) {
+  unsigned char p[512] = {0};
+  struct cas_super s = {.magic = 1, .version = 2, .block_size = 3};
+  struct cas_log_head l = {CAS_LOG, 2, 3, 4, 5};
+  struct cas_entry e = {.volume = 1, .slot = 2, .block = 3, .digest = "4"};
+  struct cas_head h = {CAS_MAP, 2, 3, 4};
+  struct cas_record r = {.id = 1, .flags = 2, .size = 3, .root = 4};
+  s.number = 5, s.replay = 6, s.log_pages = 7, s.nslots = 8, s.catalog = 9;
+  s.next_id = 10, s.incompat = 11, s.ro_compat = 12, s.id[0] = 4;
+  cas_encode(cas_super_sizes, &s, p);
+  CHECK(u_get64(p) == 1 && u_get32(p + 8) == 2 && u_get32(p + 12) == 3);
+  CHECK(p[16] == 4 && u_get64(p + 32) == 5 && u_get64(p + 40) == 6);
+  CHECK(u_get32(p + 48) == 7 && u_get32(p + 52) == 8 && u_get32(p + 56) == 9);
+  CHECK(u_get32(p + 60) == 10 && u_get32(p + 64) == 11);
+  CHECK(u_get32(p + 68) == 12 && u_get64(p + 72) == 0);
+  cas_encode(cas_log_sizes, &l, p);
+  CHECK(!memcmp(p, "LOG1", 4) && u_get32(p + 4) == 2 && u_get64(p + 8) == 3);
+  CHECK(u_get64(p + 16) == 4 && u_get64(p + 24) == 5);
+  cas_encode(cas_entry_sizes, &e, p);
+  CHECK(u_get32(p) == 1 && u_get32(p + 4) == 2 && u_get64(p + 8) == 3);
+  CHECK(p[16] == '4');
+  cas_encode(cas_head_sizes, &h, p);
+  CHECK(!memcmp(p, "MAP1", 4) && u_get32(p + 4) == 2 && u_get32(p + 8) == 3);
+  CHECK(u_get64(p + 12) == 4 && CAS_CAT == 0x43415431);
+  r.levels = 5, r.created = 6, r.made_from = 7, r.digests = 8;
+  r.cid[0] = 9, r.kept[0] = 10, r.name[0] = 11;
+  cas_encode(cas_record_sizes, &r, p);
+  CHECK(u_get32(p) == 1 && u_get32(p + 4) == 2 && u_get64(p + 8) == 3);
+  CHECK(u_get32(p + 16) == 4 && u_get32(p + 20) == 5 && u_get64(p + 24) == 6);
+  CHECK(u_get32(p + 32) == 7 && u_get32(p + 36) == 8 && p[40] == 9);
+  CHECK(p[72] == 10 && p[112] == 11 && CAS_RECORD == 288);
+  CHECK(CAS_IS_SNAPSHOT == 1 && CAS_IS_PARTIAL == 2);
+  i_new(1, 0);
+  i_log_sums();
+  CHECK(i_cas_close() == 0);
+}
+
+/* What a change removes or renames leaves its name to a later part of the same
+ * change: so one volume takes another one's place, and nobody sees neither. */
+static void i_replaced(void) {
+  const struct nbdserve_cas_op rename[] = {{NBDSERVE_CAS_RM, "w", NULL, 0},
+                                           {NBDSERVE_CAS_RENAME, "v", "w", 0}};
+  const struct nbdserve_cas_op anew[] = {
+      {NBDSERVE_CAS_SNAPSHOT, "w@s", NULL, 0},
+      {NBDSERVE_CAS_RENAME, "w", "v", 0},
+      {NBDSERVE_CAS_CREATE, "w", NULL, 8192},
+      {NBDSERVE_CAS_RM, "v@s", NULL, 0},
+      {NBDSERVE_CAS_SNAPSHOT, "v@s", NULL, 0}};
+  size_t failed;
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0 && nbdserve_cas_create(i_cas, "w", 5) == 0);
+  i_volume.ops->close(i_volume.ctx);
+  CHECK(nbdserve_cas_changes(i_cas, rename, 2, &failed) == 0);
+  CHECK(nbdserve_cas_changes(i_cas, anew, 5, &failed) == 0);
+  CHECK(i_find("w")->now.size == 8192 && i_find("v@s")->parent == i_find("v"));
+  CHECK(nbdserve_cas_volume(i_cas, "v", &i_volume) == 0 && i_get(0) == 'a');
+  CHECK(i_cas_close() == 0 && i_cas_open(0) == 0 && i_get(0) == 'a');
+  CHECK(i_find("w")->now.size == 8192 && i_cas_close() == 0);
+}
+
+/* What is in one place of a superblock: a file system whose first bytes are
+ * zeroes is kept; zeroes, and what cannot be read, are mended by verify; and if
+ * neither is good, one that is damaged is enough to say that of the store. */
+static void i_places(void) {
+  char b[4096] = {0}, is[4096];
+  off_t at;
+  for (at = 0; at <= 1 << 20; at += 1 << 20) {
+    i_new(1, 0);
+    CHECK(i_put(0, 'a') == 0);
+    memset(b, 0, sizeof b);
+    i_poke(at, b, sizeof b);
+    CHECK(i_verify() == 0);
+    i_peek(at, is, sizeof is);
+    CHECK(!memcmp(is, "NBDSCAS2", 8));
+    fi[PREAD].bad = fi[PWRITE].bad = at ? at + 100 : 0;
+    fi[PWRITE].heals = 1;
+    CHECK(i_verify() == 0 && !fi[PREAD].bad && i_cas_close() == 0);
+    i_peek((1 << 20) - at, is, sizeof is);
+    i_flip(at + 100);
+    i_poke((1 << 20) - at, b, sizeof b);
+    CHECK(i_cas_open(0) == -EUCLEAN);
+    i_flip(at + 100);
+    i_poke((1 << 20) - at, is, sizeof is);
+    memset(b + 1024, 7, 9);
+    i_poke(at, b, sizeof b);
+    CHECK(i_cas_open(0) == -EUCLEAN);
+    i_peek(at, is, sizeof is);
+    CHECK(!memcmp(b, is, sizeof b));
+    CHECK(i_cas_open(NBDSERVE_CAS_REPAIR) == 0 && i_get(0) == 'a');
+    CHECK(i_cas_close() == 0);
+  }
+}
+
+static int i_ends(void *arg, uint64_t done, uint64_t total) {
+  (void)arg, (void)done, (void)total;
+  return 1;
+}
+
+/* Who is told to stop, or cannot read or sync what it has to, says so. */
+static void i_ended(void) {
+  struct cas_node *leaf;
+  uint64_t bytes;
+  char id[72];
+  int n, err, left = 0;
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0 && nbdserve_cas_snapshot(i_cas, "v@s") == 0);
+  CHECK(nbdserve_cas_gc(i_cas, &bytes, i_ends, NULL) == -ECANCELED);
+  CHECK(nbdserve_cas_verify(i_cas, i_tell, i_ends, NULL) == -ECANCELED);
+  CHECK(nbdserve_cas_repair(i_cas, i_tell, i_ends, NULL) == -ECANCELED);
+  CHECK(nbdserve_cas_seal(i_cas, "v@s", id, i_ends, NULL) == -ECANCELED);
+  CHECK(!*id && i_put(0, 'b') == 0 && i_cas_close() == 0);
+  CHECK(i_cas_open(0) == 0);
+  leaf = i_node(0, 0);
+  os_lock(&i_cas->lock);
+  cas_forget_leaf(i_cas, leaf);
+  cas_unlock(i_cas);
+  fi[PREAD].bad = i_slot_at(leaf->slot) + 1;
+  fi[PREAD].also = i_slot_at(leaf->slot + CAS_TWIN) + 1;
+  bytes = 0;
+  CHECK(nbdserve_cas_diff(i_cas, "v", "v@s", i_range, &bytes) == -EIO);
+  fi[PREAD].bad = fi[PREAD].also = 0;
+  CHECK(nbdserve_cas_diff(i_cas, "v", "v@s", i_range, &bytes) == 0);
+  CHECK(bytes == 4096 && i_cas_close() == 0);
+  for (n = 0; !left; n++) { /* each sync fails in turn */
+    i_new(1, 0);
+    CHECK(i_put(0, 'a') == 0);
+    if (n) i_pairs(CAS_RESERVE_PAIRS + 12); /* gc wants more */
+    fi[SYNC].err = EIO;
+    fi[SYNC].skip = n;
+    fi[SYNC].times = 1;
+    err = n ? nbdserve_cas_gc(i_cas, &bytes, NULL, NULL)
+            : nbdserve_cas_repair(i_cas, i_tell, NULL, NULL);
+    left = fi[SYNC].times;
+    CHECK(left ? !err || err == -EOPNOTSUPP : err == -EIO);
+    fi[SYNC].times = fi[SYNC].skip = 0;
+    CHECK(i_cas_close() == (left ? 0 : -EIO));
+  }
+  CHECK(n > 3);
+}
+
+/* Where a write has found no space there may be some as soon as anything is
+ * free again, by trimming, too: it takes no checkpoint. */
+static void i_again(void) {
+  uint64_t n, number;
+  uint32_t x;
+  int i;
+  i_new(10, 32);
+  n = i_fill(0);
+  CHECK(cas_checkpoint(i_cas, NULL, UINT64_MAX) == 0);
+  for (x = 0; x < i_cas->nslots; x += CAS_SEGMENT)
+    if (!cas_segment(i_cas, x)->nfree) cas_pass_over(i_cas, x, -ENOSPC);
+  CHECK(i_put(n, 1) == -ENOSPC);
+  number = i_cas->super.number;
+  CHECK(i_volume.ops->trim(i_volume.ctx, 0, 500 * 4096, 0) == 0);
+  CHECK(i_flush() == 0);
+  for (i = 0; i < 450; i++)
+    CHECK(i_put((uint64_t)i, i + 500000) == 0);
+  CHECK(i_cas->super.number == number && i_cas_close() == 0);
+}
+
+/* A digest is written only behind its data: if that finds no space it still
+ * says that it was given back. */
+static void i_ahead(void) {
+  unsigned char given[CAS_DIGEST_LEN], is[CAS_DIGEST_LEN];
+  uint32_t slot;
+  memset(given, 255, sizeof given);
+  i_new(1, 0);
+  CHECK(i_put(0, 'a') == 0);
+  slot = i_slot(0) + 1;
+  CHECK(!CAS_AT(i_cas, slot, refs));
+  i_poke(i_digest_at(slot), given, sizeof given);
+  fi[PWRITE].bad = i_slot_at(slot) + 1;
+  CHECK(i_put(1, 'b') == 0 && i_slot(1) != slot);
+  fi[PWRITE].bad = 0;
+  i_peek(i_digest_at(slot), is, sizeof is);
+  CHECK(!memcmp(given, is, sizeof given));
+  CHECK(i_get(1) == 'b' && i_cas_close() == 0);
+}
+
+static void *i_checks(void *segment) {
+  struct cas_verifier v = {.st = i_cas, .each = i_tell};
+  v.data = t_alloc(2 * 4096);
+  cas_verify_pages(&v, *(uint32_t *)segment);
+  return (void *)(intptr_t)v.found;
+}
+
+/* Verify that comes while a checkpoint is written waits for it, and then pages
+ * may have its number. */
+static void i_beside(void) {
+  pthread_t thread[2];
+  void *err;
+  uint32_t segment;
+  int i, is_syncing;
+  i_new(1, 0);
+  i_volume.ops->close(i_volume.ctx);
+  t_hold(&fi[SYNC].hold, 1);
+  CHECK(pthread_create(&thread[0], NULL, i_rename, NULL) == 0);
+  do {
+    usleep(1000);
+    os_lock(&i_cas->lock);
+    is_syncing = i_cas->syncing;
+    segment = i_cas->pair_cursor; /* where its pages are */
+    os_unlock(&i_cas->lock);
+  } while (!is_syncing);
+  CHECK(pthread_create(&thread[1], NULL, i_checks, &segment) == 0);
+  usleep(100000);
+  t_hold(&fi[SYNC].hold, 0);
+  for (i = 0; i < 2; i++)
+    CHECK(pthread_join(thread[i], &err) == 0 && !err);
+  CHECK(i_find("x")->page->slot / CAS_SEGMENT == segment / CAS_SEGMENT);
+  CHECK(nbdserve_cas_close(i_cas) == 0);
+}
+
+/* One copy of a page is whole, and newer than the other, but only for that one
+ * a digest vouches. */
+static void i_vouched(void) {
+  unsigned char page[4096], sum[32];
+  uint32_t slot, copy;
+  for (copy = 0; copy < 2; copy++) {
+    i_new(1, 0);
+    CHECK(i_put(0, 'a') == 0 && i_cas_close() == 0);
+    CHECK(i_cas_open(0) == 0 && nbdserve_cas_create(i_cas, "w", 5) == 0);
+    CHECK(i_cas_close() == 0);
+    slot = i_page(0, 0);
+    i_peek(i_slot_at(slot), page, sizeof page);
+    u_put32(page + CAS_HEAD, 0);
+    u_put64(page + 12, u_get64(page + 12) + 1);
+    cas_sum_page(0, page, sizeof page, sum);
+    i_poke(i_slot_at(slot + copy * CAS_TWIN), page, sizeof page);
+    i_flip(i_digest_at(slot + (copy ? 0 : CAS_TWIN)));
+    CHECK(i_cas_open(0) == 0 && i_get(0) == 'a' && i_cas_close() == 0);
+  }
+}
+
+/* The log is full, and there is no space for the checkpoint that would make
+ * room in it: that is an error of who asks, and passes. */
+static void i_logfull(void) {
+  struct nbdserve_cas_options o = {0};
+  int i;
+  o.log_pages = 8;
+  CHECK(nbdserve_cas_init(path, &o) == 0);
+  CHECK(nbdserve_cas_open(path, NULL, &i_cas) == 0);
+  CHECK(nbdserve_cas_create(i_cas, "v", 1 << 20) == 0);
+  CHECK(nbdserve_cas_close(i_cas) == 0 && i_cas_open(0) == 0);
+  os_lock(&i_cas->lock);
+  while (i_cas->busy)
+    cas_wait(i_cas);
+  i_cas->busy = 1; /* so that nobody else makes a checkpoint */
+  cas_unlock(i_cas);
+  for (i = 0; i_cas->seq - i_cas->super.replay < 6; i++)
+    CHECK(i_put((uint64_t)i, i + 100) == 0 && i_flush() == 0);
+  fi[FALLOCATE].err = fi[PWRITE].err = ENOSPC;
+  fi[FALLOCATE].times = fi[PWRITE].times = -1;
+  CHECK(i_volume.ops->zero(i_volume.ctx, 0, 4096, 0) == -ENOSPC);
+  CHECK(i_get(0) == 100);
+  fi[FALLOCATE].times = fi[PWRITE].times = 0;
+  CHECK(i_volume.ops->zero(i_volume.ctx, 0, 4096, 0) == 0 && i_get(0) == 0);
+  i_cas->busy = 0;
+  i_lenient = 1; /* of a store with another log */
+  CHECK(i_cas_close() == 0);
+}
+
 /* ---- The same with a store ---- */
 
 static unsigned char y_kept[Y_MOST]; /* what v@s has */
@@ -18689,6 +19059,15 @@ static void i_zeroed(void) {}
 static void i_awhile(void) {}
 static void i_checked(void) {}
 static void i_kept(void) {}
+static void i_format(void) {}
+static void i_replaced(void) {}
+static void i_places(void) {}
+static void i_ended(void) {}
+static void i_again(void) {}
+static void i_ahead(void) {}
+static void i_beside(void) {}
+static void i_vouched(void) {}
+static void i_logfull(void) {}
 static void i_unread(void) {}
 #endif
 
@@ -18751,6 +19130,11 @@ static const struct {
     {"digests", i_digests},     {"group", i_group},
     {"upper", i_upper},         {"letter", i_letter},
     {"oddend", i_oddend},       {"lostbase", i_lostbase},
+    {"oddend", i_oddend},       {"logfull", i_logfull},
+    {"vouched", i_vouched},     {"beside", i_beside},
+    {"ahead", i_ahead},         {"again", i_again},
+    {"ended", i_ended},         {"places", i_places},
+    {"replaced", i_replaced},   {"format", i_format},
 };
 
 int main(int argc, char **argv) {
@@ -23659,6 +24043,31 @@ static void sy_punched(void) {
   sy_end();
 }
 
+/* Gc gives back nothing behind the end that the superblock knows of: recovery
+ * gives space to segments there one by one, and would come to none of those
+ * that gc has kept. */
+static void sy_behind(void) {
+  uint64_t bytes;
+  uint32_t x;
+  int err;
+  sy_new("gc of a store that grows by that");
+  sy_limit = SY_SIZE;
+  os_lock(&sy_cas->lock);
+  while (sy_cas->npairs > 0)
+    cas_take_pair(sy_cas);
+  cas_unlock(sy_cas);
+  err = nbdserve_cas_gc(sy_cas, &bytes, NULL, NULL);
+  if (err != -EOPNOTSUPP) sy_ok("gc", err); /* as in a POSIX build */
+  os_lock(&sy_cas->lock);
+  x = (uint32_t)sy_cas->super.nslots;
+  if (sy_cas->nslots - x < 2 * CAS_SEGMENT) sy_fail("it does not grow", x);
+  for (; x < sy_cas->nslots; x += CAS_SEGMENT)
+    if (cas_segment(sy_cas, x)->space != SPACE_DURABLE)
+      sy_fail("it was given back", x);
+  cas_unlock(sy_cas);
+  sy_end();
+}
+
 int main(int argc, char **argv) {
   if (argc < 2) return 2;
   snprintf(sy_path, sizeof sy_path, "%s", argv[1]);
@@ -23686,6 +24095,7 @@ int main(int argc, char **argv) {
   sy_given_up();
   sy_given();
   sy_punched();
+  sy_behind();
   return 0;
 }
 

@@ -2380,8 +2380,10 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   int err = 0;
   assert(r->mode != MODE_SIMPLE && !r->owned && r->asked);
   if (r->mode != MODE_EXTENDED) x.each /= 2;
-  for (unsigned i = 0; i < r->contexts->n; i++)
-    nasked += r->asked >> i & 1;
+  uint32_t bits = r->asked;
+  do
+    nasked++;
+  while ((bits &= bits - 1) != 0);
   uint64_t most = ex->pub.max_request / WIRE_EXT_EXTENT_LEN;
   most = u_min(u_min(most, EX_EXTENTS / nasked), r->len / x.align + 1);
   x.max = r->flags & NBD_CMD_FLAG_REQ_ONE ? 1 : (unsigned)most;
@@ -6958,7 +6960,7 @@ static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
                     uint64_t block, uint64_t *span) {
   struct cas_node *nothing = NULL;
   struct cas_node **root[2];
-  struct cas_spot spot[2];
+  struct cas_spot spot[2] = {{.slot = 0}, {.slot = 0}};
   uint64_t max = UINT64_MAX;
   uint64_t n = st->fanout - block % st->fanout; /* if there is an error */
   int err = 0;
@@ -8227,7 +8229,9 @@ static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
   int is_same = other.slot && (!other.err || other.err == -EUCLEAN) &&
                 memcmp(other.sum, blk->digest, CAS_DIGEST_LEN) == 0;
   if (is_same) blk->err = cas_move_run(st, blk, 1, CAS_DATA, OS_WRITE);
-  cas_unpin(st, &other, 1);
+  os_lock(&st->lock); /* it stays in the index, even if it was not read now */
+  cas_drop(st, other.slot, &st->dropped);
+  cas_unlock(st);
 }
 
 /* Checks the next n blocks of a volume. */

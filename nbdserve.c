@@ -1034,7 +1034,7 @@ struct sha_lane {
 };
 
 #ifdef __x86_64__
-/* Turns the bytes of each word round. */
+/* Reverses the bytes of each word. */
 static inline OS_HWSHA_TARGET os_words sha_swap(os_words v) {
   return _mm_shuffle_epi8(
       v, _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203));
@@ -1146,11 +1146,12 @@ static void sha_mix(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
                     const unsigned char *first, const unsigned char *second,
                     size_t nblocks) {
   assert(OS_HWSHA || !use_hw);
-  if (use_hw)
+  if (use_hw) {
     sha_hw(state, first, second ? second : first, nblocks);
-  else
-    sha_portable(state[0], first, nblocks);
-  if (!use_hw && second) sha_portable(state[1], second, nblocks);
+    return;
+  }
+  sha_portable(state[0], first, nblocks);
+  if (second) sha_portable(state[1], second, nblocks);
 }
 
 /* Writes what comes behind the last whole block of a message, and returns how
@@ -1405,7 +1406,7 @@ struct wire_contexts {
   uint32_t number[WIRE_CONTEXTS];
 };
 
-/* The id of a context: not 0, which means nothing in some clients. */
+/* The id of a context: not 0, which some clients take for none. */
 static uint32_t wire_context_id(uint32_t number) {
   return number + 1;
 }
@@ -1988,8 +1989,8 @@ static int ex_complete(struct nbdserve_export *e, size_t *contexts_size) {
     e->max_request = (uint32_t)u_min(EX_DEFAULT_MAX, NBDSERVE_MAX_REQUEST);
   if (!e->ops || !e->ops->read) return 0;
   if (!ex_are_contexts(e->contexts, contexts_size)) return 0;
-  int is_ours = e->ops->run_batch && !e->ops->next_context; /* a file's */
-  if (e->contexts && (!e->ops->extents || is_ours)) return 0;
+  int is_flat = e->ops->run_batch && !e->ops->next_context;
+  if (e->contexts && (!e->ops->extents || is_flat)) return 0;
   if (!e->ops->write) e->flags |= NBDSERVE_EXPORT_READONLY;
   if (e->size > INT64_MAX || e->flags & ~(uint32_t)EX_ALL_FLAGS) return 0;
   if (strlen(e->name) > WIRE_STRING_MAX) return 0;
@@ -2026,6 +2027,7 @@ static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
   ex->contexts = end;
   for (size_t i = 0; e.contexts && e.contexts[i]; i++)
     end = strchr(strcpy(end, e.contexts[i]), 0) + 1;
+  e.contexts = NULL;
   ex->pub = e;
   ex->server = s;
   assert(ex->pub.ops->read && ex->pub.size <= INT64_MAX && !ex->next);
@@ -2077,8 +2079,8 @@ static void ex_release(struct ex *ex) {
   if (ex->from_callback) ex_free(ex);
 }
 
-/* Finds out the size that an export has now.  0, or -EIO if the host's function
- * gives no size. */
+/* Finds out the size that an export has now; one that find gave keeps the size
+ * that it came with.  0, or -EIO if the host's function gives no size. */
 static int ex_ask_size(struct ex *ex, uint64_t *size) {
   struct nbdserve_export *e = &ex->pub;
   os_lock(&ex->server->lock);
@@ -2104,15 +2106,15 @@ static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
   struct ex *ex = *ex_by_name(s, name);
   /* For a name that no other has: the first one for the empty name, else one
    * that takes any name. */
-  struct ex *last = s->exports;
-  while (last && *name && !(last->pub.flags & NBDSERVE_EXPORT_FALLBACK))
-    last = last->next;
+  struct ex *fallback = s->exports;
+  while (fallback && *name && !(fallback->pub.flags & NBDSERVE_EXPORT_FALLBACK))
+    fallback = fallback->next;
   os_unlock(&s->lock);
   if (!ex) {
     int err = ex_from_callback(s, name, &ex);
     if (err && err != -ENOENT) return err;
   }
-  if (!ex) ex = last;
+  if (!ex) ex = fallback;
   if (!ex) return -ENOENT;
   *out = ex;
   int err = ex_ask_size(ex, size);
@@ -2128,10 +2130,10 @@ static const char *ex_own_context(const struct ex *ex, uint32_t number) {
   return name;
 }
 
-/* Fills name[WIRE_STRING_MAX + 1] with the metadata context that an export has
- * behind that of a number, and returns its own; 0: there is none.  A backend of
- * ours knows its contexts itself, and of these those count that the host names,
- * if it names any. */
+/* Puts the name of the metadata context that comes after `number` into
+ * name[WIRE_STRING_MAX + 1], and returns its number; 0: there is no more.  A
+ * backend of ours knows its contexts; if the host names some, only those
+ * count. */
 static uint32_t ex_next_context(const struct ex *ex, uint32_t number,
                                 char *name) {
   const struct nbdserve_ops *ops = ex->pub.ops;
@@ -2387,8 +2389,8 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   uint64_t most = ex->pub.max_request / WIRE_EXT_EXTENT_LEN;
   most = u_min(u_min(most, EX_EXTENTS / nasked), r->len / x.align + 1);
   x.max = r->flags & NBD_CMD_FLAG_REQ_ONE ? 1 : (unsigned)most;
-  size_t each = WIRE_EXT_CHUNK_LEN + 8 + x.each * x.max;
-  x.data = r->buf = r->owned = NBDSERVE_MALLOC(nasked * each);
+  size_t chunk_len = WIRE_EXT_CHUNK_LEN + 8 + x.each * x.max;
+  x.data = r->buf = r->owned = NBDSERVE_MALLOC(nasked * chunk_len);
   if (!x.data) return -ENOMEM;
   for (unsigned i = 0; i < r->contexts->n && !err; i++) {
     if (!(r->asked >> i & 1)) continue;
@@ -2563,7 +2565,7 @@ struct conn {
   uint64_t export_size;
   struct ex *chosen; /* what the last SET_META_CONTEXT has found, or NULL, */
   struct wire_contexts contexts; /* and what is selected there, */
-  int has_contexts;              /* for `export` */
+  int has_contexts;              /* some are, and `chosen` is `export` */
   unsigned transmission_flags;
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n); /* or NULL */
   /* -- the option that is being answered */
@@ -2709,8 +2711,9 @@ static uint32_t hs_take_string(struct conn *c, char *out) {
 
 /* Finds the export of that name, which the connection owns from now on, and
  * settles all that transmission has to know of it.  It is the one for which
- * contexts are selected if it has the same name, even if another one is called
- * so by now: contexts and data belong together.  0, or -errno as ex_acquire. */
+ * contexts are selected if it has the same name, even if another one has that
+ * name by now: contexts and data belong together.  0, or -errno as ex_acquire.
+ */
 static int hs_enter(struct conn *c, const char *name) {
   int is_chosen = c->chosen && strcmp(c->chosen_name, name) == 0;
   struct ex *ex = c->chosen;
@@ -2727,7 +2730,7 @@ static int hs_enter(struct conn *c, const char *name) {
   return 0;
 }
 
-/* Gives the export back, unless contexts are selected for it. */
+/* Gives the export back, unless it is `chosen`. */
 static void hs_leave(struct conn *c) {
   if (c->export && c->export != c->chosen) ex_release(c->export);
   c->export = NULL;
@@ -2947,15 +2950,15 @@ static int hs_opt_meta_context(struct conn *c) {
   if (bad) return hs_refuse(c, bad, "malformed query for metadata contexts");
   if (hs_enter(c, name))
     return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
-  int is_too_much = sets && hs_find_contexts(c, &q, 0) > WIRE_CONTEXTS;
-  if (sets && !is_too_much) {
-    c->chosen = c->export;
-    strcpy(c->chosen_name, name);
+  if (sets && hs_find_contexts(c, &q, 0) > WIRE_CONTEXTS) {
+    hs_leave(c);
+    return hs_refuse(c, NBD_REP_ERR_TOO_BIG, "too many contexts");
   }
-  if (!is_too_much) hs_find_contexts(c, &q, 1);
+  if (sets) strcpy(c->chosen_name, name);
+  if (sets) c->chosen = c->export;
+  hs_find_contexts(c, &q, 1);
   hs_leave(c);
-  if (!is_too_much) return hs_ack(c);
-  return hs_refuse(c, NBD_REP_ERR_TOO_BIG, "too many contexts");
+  return hs_ack(c);
 }
 
 /* A new option gets a row here.  ABORT is not in it: hs_option answers it
@@ -3139,9 +3142,9 @@ static size_t tx_put_error(unsigned char *p, const struct nbdserve_req *r) {
 }
 
 /* Writes all of a reply but its data to p[TX_HEAD_MAX]: its mode, its outcome
- * and its command decide what it looks like.  Returns the number of bytes: none
- * for a BLOCK_STATUS, whose data is whole chunks, and in a long simple reply
- * only the first piece has a head. */
+ * and its command decide what it looks like.  Returns the number of bytes: 0
+ * for a BLOCK_STATUS, whose data is whole chunks, and for all pieces of a long
+ * simple reply but the first. */
 static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
   int is_read = r->type == NBD_CMD_READ;
   int needs_chunk = r->mode == MODE_EXTENDED || is_read || r->err;
@@ -3208,8 +3211,8 @@ static struct nbdserve_req *tx_gather(struct tx_out *out,
     assert(r->state == REQ_DONE && (!r->err || !r->data_len));
     if (out->heads_len + TX_HEAD_MAX > sizeof out->heads) break;
     if ((size_t)out->n + 2 > COUNT_OF(out->v)) break;
-    /* For a short one a hole saves too little.  Where there is data, one look
-     * at it mostly shows it. */
+    /* In place of a short READ a hole saves too little.  Where there is data,
+     * u_is_zero mostly finds it at once. */
     int is_read = r->type == NBD_CMD_READ && !r->err;
     int is_hole = is_read && r->mode != MODE_SIMPLE && r->len >= 512 &&
                   r->buf && u_is_zero(r->buf, (size_t)r->len);
@@ -3226,7 +3229,7 @@ static struct nbdserve_req *tx_gather(struct tx_out *out,
 }
 
 /* Sends the replies of a list, in as few sends as possible.  spliced: bytes in
- * the pipe, which are the data of the only one.  0 or -errno. */
+ * the pipe, which are the data of the list's only request.  0 or -errno. */
 static int tx_send_all(struct conn *c, struct nbdserve_req *list,
                        size_t spliced) {
   struct tx_out out;
@@ -3499,8 +3502,8 @@ static void tx_run_requests(struct conn *c) {
       if (!req_moves_data(r) && tx_hand_over(c, r)) continue;
       tx_execute(c, r);
       if (r->type != NBD_CMD_BLOCK_STATUS) continue;
-      tx_answer(c,
-                r); /* (T5): not many such replies wait for the batch's end */
+      /* (T5): not many such replies wait for the end of the batch. */
+      tx_answer(c, r);
       r->state = REQ_HANDED_OVER;
       continue;
     }
@@ -3625,10 +3628,10 @@ static void tx_close_pipe(struct conn *c) {
 }
 
 /* Moves the data of a piece to the pipe, if the backend can do that and it is
- * in memory: then it is sent without a copy, for a third of the time.  (What
- * goes in a batch is faster with one, as is what goes over TCP, which takes
- * less than half the time then: loopback, Linux 6.18.)  Returns its length, or
- * 0 if it has not; usually the piece can be read as any other. */
+ * in memory: then it is sent without a copy, for a third of the time.  A copy
+ * is faster for what goes in a batch, and over TCP, where it takes less than
+ * half the time (loopback, Linux 6.18).  Returns its length, or 0: then the
+ * piece is read like any other. */
 static size_t tx_splice(struct conn *c, const struct nbdserve_req *piece) {
   const struct nbdserve_ops *ops = c->export->pub.ops;
   size_t len = (size_t)piece->len;
@@ -3652,7 +3655,7 @@ static size_t tx_splice(struct conn *c, const struct nbdserve_req *piece) {
  * Notes the outcome in the request.  0, or -errno to close. */
 static int tx_read_pieces(struct conn *c, struct nbdserve_req *r, int sends) {
   struct nbdserve_req piece = *r;
-  req_set_state(&piece, REQ_DONE);
+  req_set_state(&piece, REQ_DONE); /* tx_gather takes only these */
   for (uint64_t left = r->len; left > 0; left -= piece.len) {
     piece.len = u_min(left, TX_PIECE);
     piece.more_chunks = piece.len < left;
@@ -4632,9 +4635,9 @@ struct cas_volume {
   struct cas_node *page;     /* of level 4, with its record and maps */
   uint32_t place;            /* of its record in the catalog */
   uint32_t id;               /* unlike all others; in the order of coming */
-  uint64_t clients;          /* exports and calls that use it.  If now.id is 0
-                                and there is one, it is being filled: hidden,
-                                with its name reserved */
+  uint64_t clients;          /* exports, contexts and calls that use it.  If
+                                now.id is 0 and there is one, it is being
+                                filled: hidden, with its name reserved */
   uint64_t pins;             /* readers that are done in a moment */
   struct cas_record now;     /* what everybody sees */
   struct cas_record then;    /* what a checkpoint that is being written says, */
@@ -5501,10 +5504,10 @@ static void cas_hash(struct nbdserve_cas *st, struct cas_block *blk, size_t n) {
   if (first) sha_256(st->hw, first->data, NULL, st->bs, first->sum, NULL);
 }
 
-/* Reads what there is to do of blocks, and checks those of which that is both.
- * Each gets its own error; -EUCLEAN: the data is not what it was.  A digest
- * that cannot be read does not make its data bad: what that should be is
- * computed from the data.  how: OS_READ or OS_READ_NOW. */
+/* Reads what is to do of blocks (todo), and checks those of which that is both.
+ * Each gets its own error; -EUCLEAN: the data is not what it was.  Data whose
+ * digest cannot be read is not bad: the digest is computed from it.  how:
+ * OS_READ or OS_READ_NOW. */
 static void cas_fetch(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
                       int how) {
   cas_move(st, blk, n, CAS_DIGEST, how);
@@ -5782,26 +5785,27 @@ static void cas_unref(struct nbdserve_cas *st, struct cas_node *node) {
 }
 
 /* Gives copy, a new node, what node has below it; NULL: nothing, that is,
- * zeroes.  Everything below gains an edge (C13): below a node that is lost that
- * is the node itself. */
+ * zeroes.  Everything below gains an edge (C13).  A node that is lost is its
+ * own kid, as often as there is room. */
 static int cas_copy_below(struct nbdserve_cas *st, struct cas_node *node,
                           struct cas_node *copy) {
   int is_lost = node && node->slot == CAS_LOST;
   uint32_t n = is_lost ? st->fanout : 0;
   int err = 0;
   assert(copy->refs == 1 && !copy->slot && !copy->nkids);
-  if (!copy->level) {
-    err = cas_make_leaf(st, copy, NULL, is_lost ? CAS_LOST : 0);
-    assert(!node || is_lost || node->slots);
-    for (uint32_t c = 0; node && !is_lost && c < st->fanout && !err; c++)
-      cas_hold(st, copy->slots[c] = node->slots[c]);
+  if (copy->level) {
+    if (node && !is_lost) n = node->nkids;
+    if (n) err = cas_enlarge(&copy->kid, &copy->nkids, n - 1);
+    for (uint32_t c = 0; c < n && !err; c++)
+      cas_share(&copy->kid[c], cas_kid(node, c));
     return err;
   }
-  if (node && !is_lost) n = node->nkids;
-  if (n) err = cas_enlarge(&copy->kid, &copy->nkids, n - 1);
-  for (uint32_t c = 0; c < n && !err; c++)
-    cas_share(&copy->kid[c], cas_kid(node, c));
-  return err;
+  err = cas_make_leaf(st, copy, NULL, is_lost ? CAS_LOST : 0);
+  if (err || !node || is_lost) return err;
+  assert(node->slots);
+  for (uint32_t c = 0; c < st->fanout; c++)
+    cas_hold(st, copy->slots[c] = node->slots[c]);
+  return 0;
 }
 
 /* Makes a node, which is to change, dirty, and puts its slots into a list. */
@@ -6109,7 +6113,7 @@ static int cas_stage_op(struct nbdserve_cas *st,
   int dry_run = op->verb & NBDSERVE_CAS_DRY_RUN;
   int verb = op->verb - dry_run;
   int is_rm = verb == NBDSERVE_CAS_RM;
-  int needs_closed = verb > NBDSERVE_CAS_RENAME;
+  int needs_closed = verb > NBDSERVE_CAS_RENAME; /* ROLLBACK, RESIZE, RM */
   if (verb < NBDSERVE_CAS_CREATE || verb > NBDSERVE_CAS_RM ||
       !cas_is_size(st, op->size) || (dry_run && !needs_closed))
     return -EINVAL;
@@ -6599,10 +6603,13 @@ static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
   assert(blk->is_wanting);
   blk->slot = skip < CAS_CANDIDATES ? cas_lookup(st, blk->sum, skip) : 0;
   blk->todo = blk->slot ? 0 : CAS_BOTH;
-  cas_hold(st, blk->slot);
-  int err = blk->slot ? 0 : cas_take_slot(st, &blk->slot);
-  if (err) return err;
-  if (blk->todo) cas_index(st, blk->slot, CAS_TAG(blk->sum));
+  if (blk->slot) {
+    cas_hold(st, blk->slot);
+  } else {
+    int err = cas_take_slot(st, &blk->slot); /* with the hold */
+    if (err) return err;
+    cas_index(st, blk->slot, CAS_TAG(blk->sum));
+  }
   blk->is_trusted = (CAS_AT(st, blk->slot, tag) & CAS_GOOD) != 0;
   return 0;
 }
@@ -6624,7 +6631,7 @@ static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk) {
 
 /* Gives slots to the blocks that want one, and holds on them.  The first rounds
  * try what the index knows; what cannot be written in one place is written to
- * another.  Blocks that still want one then have an error. */
+ * another.  Blocks that still want one at the end have an error. */
 static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
                              size_t n) {
   int is_over = 0;
@@ -6632,7 +6639,7 @@ static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
     os_lock(&st->lock);
     for (size_t i = 0; i < n; i++) {
       if (!blk[i].is_wanting) continue;
-      cas_drop(st, blk[i].slot, &st->dropped); /* the last try */
+      cas_drop(st, blk[i].slot, &st->dropped); /* of the round before */
       do
         blk[i].err = cas_choose_slot(st, blk + i, round);
       while (blk[i].err == -ENOSPC && cas_reclaim(st));
@@ -6692,10 +6699,10 @@ static void cas_put(struct cas_volume *vol, struct cas_block *blk, size_t n) {
     blk[i].err = err;
 }
 
-/* Pins the slots of blocks and reads what is wanted of them: CAS_DATA,
- * CAS_DIGEST or 0; and both of those that are not known to be good, which are
- * checked: for data only if st->verify.  Each gets its own error, as from
- * cas_fetch.  how: OS_READ or OS_READ_NOW. */
+/* Pins the slots of blocks and reads what is wanted of each: CAS_DATA,
+ * CAS_DIGEST or 0.  Of a block that is not known to be good it reads both and
+ * checks them; but if only data is wanted, not without st->verify.  Each gets
+ * its own error, as from cas_fetch.  how: OS_READ or OS_READ_NOW. */
 static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
                      int want, int how) {
   struct nbdserve_cas *st = vol->st;
@@ -6927,7 +6934,8 @@ static void cas_close(void *ctx) {
  * Maps that share a node are the same below it, so to compare two volumes costs
  * what differs, not what there is. */
 
-/* Do two maps share the node above a block?  *span: for how many blocks on. */
+/* Do two maps share a node, of whatever level, above a block?  If so, *span:
+ * for how many blocks from it on.  What is lost is not the same as itself. */
 static int cas_is_shared(struct nbdserve_cas *st, struct cas_node **root[2],
                          uint64_t block, uint64_t *span) {
   struct cas_node *node[2] = {*root[0], *root[1]};
@@ -6942,8 +6950,8 @@ static int cas_is_shared(struct nbdserve_cas *st, struct cas_node **root[2],
   return 0;
 }
 
-/* Does a block have the same slot in two maps?  spot: where they have blocks
- * that are as near as their span.  What is lost is not the same as itself. */
+/* Does a block, which lies in the span of both spots, have the same slot in two
+ * maps?  What is lost is not the same as itself. */
 static int cas_slots_are_same(struct nbdserve_cas *st,
                               const struct cas_spot spot[2], uint64_t block) {
   uint32_t slot[2];
@@ -6971,22 +6979,23 @@ static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
     if (block <= size / st->bs) max = u_min(max, size / st->bs - block);
   }
   int is_odd = max == 0; /* one ends here */
+  if (is_odd) max = 1;
   int same = !is_odd && cas_is_shared(st, root, block, span);
   if (!same) {
-    do /* until the lock was not let go between the two */
+    do /* until both leaves are in memory at once */
       for (int i = 0; i < 2 && !err; i++)
-        err = cas_find_spot(st, root[i], block, spot + i);
-    while (!err && cas_walk(st, *root[0], block, spot));
+        err = cas_find_spot(st, root[i], block, &spot[i]);
+    while (!err && cas_walk(st, *root[0], block, &spot[0]));
     if (!err) n = u_min(spot[0].span, spot[1].span);
     same = !err && cas_slots_are_same(st, spot, block);
     if (is_odd && vol[0]->now.size != vol[1]->now.size) same &= !spot[0].slot;
-    n = is_odd ? 1 : u_min(n, max);
+    n = u_min(n, max);
     *span = err || !(spot[0].leaf || spot[1].leaf) ? n : 1;
     while (*span < n && cas_slots_are_same(st, spot, block + *span) == same)
       ++*span;
   }
   cas_unlock(st);
-  *span = is_odd ? 1 : u_min(*span, max);
+  *span = u_min(*span, max);
   return err ? err : same;
 }
 
@@ -7006,7 +7015,8 @@ static uint32_t cas_next_context(void *ctx, uint32_t number, char *name) {
   return number;
 }
 
-/* ops->use_context: counts a client of that snapshot, or no longer. */
+/* ops->use_context: counts a client of that snapshot in, or out again.  One
+ * that is staged may be about to go: that is waited for. */
 static int cas_use_context(void *ctx, uint32_t number, int begins) {
   struct nbdserve_cas *st = ((struct cas_volume *)ctx)->st;
   struct cas_volume *vol;
@@ -7045,7 +7055,8 @@ static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
   uint64_t end = off + len;
   uint64_t n;
   int err = cas_context(vol, out, &both[0]);
-  for (int is_enough = err; off < end && !is_enough;) {
+  if (err) return err;
+  for (int is_enough = 0; off < end && !is_enough;) {
     uint64_t blocks = cas_blocks(vol->st, end) - off / bs;
     uint32_t status;
     if (both[0])
@@ -7059,7 +7070,7 @@ static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
     is_enough = nbdserve_extent(out, next - off, status);
     off = next;
   }
-  return err;
+  return 0;
 }
 
 /* ---- Opening ----------------------------------------------------------------
@@ -8208,9 +8219,9 @@ static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
     cas_tell(v, "", 0, 0, "a page of a map or the catalog is damaged");
 }
 
-/* Mends a block: its digest by the data, if only the digest cannot be read; or
- * the data by a slot that has the same digest.  This is the one exception to
- * (C1): what durable state names gets what it should have been. */
+/* Mends a block: its digest from the data, if only the digest cannot be read;
+ * or the data from another slot with the same digest.  This is the one
+ * exception to (C1): what durable state names gets what it should have been. */
 static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
   struct cas_block other = {.data = blk->data, .todo = CAS_BOTH};
   assert(blk->slot && !st->readonly);
@@ -8229,7 +8240,7 @@ static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
   int is_same = other.slot && (!other.err || other.err == -EUCLEAN) &&
                 memcmp(other.sum, blk->digest, CAS_DIGEST_LEN) == 0;
   if (is_same) blk->err = cas_move_run(st, blk, 1, CAS_DATA, OS_WRITE);
-  os_lock(&st->lock); /* it stays in the index, even if it was not read now */
+  os_lock(&st->lock); /* unlike by cas_unpin it stays in the index */
   cas_drop(st, other.slot, &st->dropped);
   cas_unlock(st);
 }
@@ -8288,12 +8299,13 @@ static int cas_verify_step(struct cas_verifier *v) {
   cas_unlock(st);
   if (!vol) return 0;
   int kind = left && !is_known ? cas_next_run(vol, v->block, left, &n) : 0;
-  if (kind > 0) n = u_min(n, CAS_BATCH);
-  if (kind > 0)
+  if (kind > 0) {
+    n = u_min(n, CAS_BATCH);
     cas_verify_blocks(v, vol, name, (size_t)n);
-  else
+  } else {
     cas_note(v, name, v->block * st->bs,
              kind ? "the map cannot be read" : NULL);
+  }
   v->done += n * st->bs;
   v->block += n;
   if (n == left) {
@@ -9429,7 +9441,7 @@ struct cli_option {
   N(SIZE, 0, "size N", 1, INT64_MAX, "serve only N bytes of the target") \
   T(BLOCK_SIZE, 'b', "block-size SIZES", "MIN:PREFERRED:MAX (1:4096:32M)") \
   N(CREATE, 0, "create SIZE", 1, INT64_MAX, "make a missing target, sparse") \
-  T(CHANGES, 0, "changes SNAP", "offer only the changes since that snapshot") \
+  T(CHANGES, 0, "changes SNAP", "the only bitmap offered: changed since SNAP") \
   T(TEMPORARY, 'T', "temporary", "discard at exit what clients have written") \
   T(CACHE, 0, "cache MODE", "writeback (default), writethrough or unsafe") \
   N(THREADS, 't', "threads N", 1, 1024, "slow requests per client (16)") \
@@ -9608,6 +9620,7 @@ static int cli_parse_fault(enum cli_option_id id, const char *value) {
 static void cli_set_option(enum cli_option_id id, const char *value) {
   const struct cli_option *o = &cli_options[id];
   uint64_t *n = &opt[id].number;
+  size_t size;
   assert(id > OPT_NONE && id < OPT_COUNT && o->min <= o->max);
   assert(!o->max || value);
   opt[id].given++;
@@ -9624,6 +9637,8 @@ static void cli_set_option(enum cli_option_id id, const char *value) {
   if (id == OPT_CHANGES) {
     snprintf(cli_context, sizeof cli_context, "qemu:dirty-bitmap:%s", value);
     *cli_contexts = cli_context;
+    if (!ex_are_contexts(cli_contexts, &size))
+      cli_usage("--changes %s: no snapshot can be called so", value);
   }
   while (id == OPT_WITHOUT && *value)
     *n |= cli_take_word(id, &value, cli_features);
@@ -9855,8 +9870,8 @@ static int cli_wait(const struct cli_job *job, int fd, short events, int ms) {
  * fewer at the end of what is read.  The descriptor may be anything and is the
  * client's, so it stays as it is: what has no offsets, like a pipe, takes
  * PIPE_BUF bytes without blocking if poll() calls it ready.  Returns 0 or
- * -errno: that of cli_wait if nobody takes it for --stall seconds (months are
- * for ever). */
+ * -errno: that of cli_wait if nobody takes it for --stall seconds (above 24
+ * days ms is negative: for ever). */
 static int cli_move(const struct cli_job *job, int fd, short events,
                     unsigned char *data, uint64_t *n) {
   int writes = events == POLLOUT;
@@ -10513,7 +10528,8 @@ static int cli_say_where(const char *path, struct cli_job *job) {
   return CLI_IN_USE;
 }
 
-/* --changes: a volume gets only that context, which has to be there. */
+/* --changes: a volume gets only that context besides base:allocation.  It has
+ * to be there. */
 static void cli_choose_context(struct nbdserve_export *ex) {
   char name[WIRE_STRING_MAX + 1];
   uint32_t number = 0;
@@ -11089,46 +11105,47 @@ static void cli_check_pidfile(const char *path) {
     cli_failed("%s: exists and is not a pidfile; not replaced", path);
 }
 
-/* The URIs of the unix socket and the TCP port, each with a newline. */
-static void cli_spell_uris(char *uris, size_t size) {
+/* --pidfile: a symbolic link at its path is replaced, not followed.  The
+ * descriptor stays open, for the lock and for os_remove_own_file: with it
+ * closed, the inode number might become that of another server's pidfile. */
+static void cli_write_pidfile(const char *path) {
+  cli_check_pidfile(path);
+  assert(!cli.pidfile);
+  cli.pidfile = cli_new_file(path, NULL);
+  cli_exit_if_error(os_lock_file(cli.pidfile, 0), path);
+  if (dprintf(cli.pidfile, "%ld\n", (long)getpid()) < 0)
+    cli_exit_if_error(-errno, path);
+  cli_put_new_file();
+}
+
+/* Prints the URI of the first socket and, if that is a unix socket, of the TCP
+ * port, each in a line.  Returns a negative number if that fails. */
+static int cli_print_uris(int fd) {
   const struct srv_listener *l = cli.server->listeners;
-  char other[sizeof cli.uri] = "";
-  for (int i = 1; i < cli.server->nlisteners && !*other; i++)
-    if (l[i].is_unix != l->is_unix && *l[i].text &&
-        srv_uri(&l[i], cli.export_name, other, sizeof other))
-      cli_failed("%s: too long for a URI", cli.export_name);
-  snprintf(uris, size, "%s%s%s%s", cli.uri, *cli.uri ? "\n" : "", other,
-           *other ? "\n" : "");
+  char other[sizeof cli.uri];
+  int r = *cli.uri ? dprintf(fd, "%s\n", cli.uri) : 0;
+  for (int i = 1; i < cli.server->nlisteners && r >= 0; i++)
+    if (l->is_unix && !l[i].is_unix && *l[i].text &&
+        !srv_uri(&l[i], cli.export_name, other, sizeof other))
+      return dprintf(fd, "%s\n", other);
+  return r;
 }
 
 /* Tells everybody who wants to know that all is open and we listen.  Whoever is
  * told may connect at once.  --ready-fd is closed, which is a sign in itself,
- * and the command does not get it.  With a command, that is who uses the URI,
- * and standard output is the command's.  --fork lets go of the terminal; if the
- * parent has gone there is nobody to tell.
- *
- * --pidfile: a symbolic link at its path is replaced, not followed.  The
- * descriptor stays open, for os_remove_own_file: with it closed, the inode
- * number might become that of another server's pidfile. */
+ * and the command does not get it.  A command uses the URI itself, and standard
+ * output is its own.  --fork lets go of the terminal; if the parent has gone
+ * there is nobody to tell. */
 static void cli_tell_ready(void) {
-  char uris[2 * sizeof cli.uri];
-  cli_spell_uris(uris, sizeof uris);
-  const char *path = opt[OPT_PIDFILE].text;
   int fd = (int)opt[OPT_READY_FD].number;
-  if (path) cli_check_pidfile(path);
-  assert(!cli.pidfile);
-  if (path) cli.pidfile = cli_new_file(path, NULL);
-  if (path) cli_exit_if_error(os_lock_file(cli.pidfile, 0), path);
-  if (path && dprintf(cli.pidfile, "%ld\n", (long)getpid()) < 0)
-    cli_exit_if_error(-errno, path);
-  if (path) cli_put_new_file();
+  if (opt[OPT_PIDFILE].given) cli_write_pidfile(opt[OPT_PIDFILE].text);
   cli_notify();
   assert(!opt[OPT_READY_FD].given || fd > 2);
-  if (fd && ((*uris && dprintf(fd, "%s", uris) < 0) || close(fd) < 0))
+  if (fd && (cli_print_uris(fd) < 0 || close(fd) < 0))
     cli_exit_if_error(-errno, "--ready-fd");
   if (opt[OPT_RUN].given)
     cli_start_child();
-  else if (*uris && dprintf(1, "%s", uris) < 0 && errno != EBADF)
+  else if (cli_print_uris(1) < 0 && errno != EBADF)
     /* EBADF: it was closed when we were started, so nobody wants it */
     cli_exit_if_error(-errno, "standard output");
   if (cli.ready_pipe < 0) return;

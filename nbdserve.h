@@ -128,8 +128,8 @@ NBDSERVE_API int nbdserve_extent(struct nbdserve_extents *out, uint64_t len,
 /* The metadata context that extents is asked about (proto.md, Metadata
  * querying): 0 is base:allocation, i > 0 the export's contexts[i - 1].  In one
  * of these at least one extent has to be reported, else the client gets EIO.  A
- * block of min_block bytes in which the status changes is reported as 0, or in
- * the export's own contexts as 1. */
+ * block of min_block bytes in which one extent ends and another begins is
+ * reported as 0, or in the export's own contexts as 1. */
 NBDSERVE_API unsigned
 nbdserve_extents_context(const struct nbdserve_extents *out);
 
@@ -293,8 +293,8 @@ NBDSERVE_API int nbdserve_cas_volume(struct nbdserve_cas *cas, const char *name,
  * of those below, which also say what name, to and size are; the macros behind
  * them are easier to read.  -ENOENT: there is no such name.  -EEXIST: the new
  * name is taken.  -EINVAL: not a possible name or size, or an id that several
- * snapshots have.  -EBUSY: it is open
- * (ROLLBACK, RESIZE, RM).  -ENOTEMPTY: it has snapshots (RM). */
+ * snapshots have.  -EBUSY: it is open (ROLLBACK, RESIZE, RM).  -ENOTEMPTY: it
+ * has snapshots (RM). */
 NBDSERVE_API int nbdserve_cas_change(struct nbdserve_cas *cas, int verb,
                                      const char *name, const char *to,
                                      uint64_t size);

@@ -35,8 +35,8 @@
 extern "C" {
 #endif
 
-#define NBDSERVE_VERSION "0.4.0"
-#define NBDSERVE_VERSION_NUMBER 400u /* major * 10000 + minor * 100 + patch */
+#define NBDSERVE_VERSION "0.5.0"
+#define NBDSERVE_VERSION_NUMBER 500u /* major * 10000 + minor * 100 + patch */
 
 #ifndef NBDSERVE_API
 #define NBDSERVE_API /* storage class or visibility of the public functions */

@@ -7897,6 +7897,7 @@ testChangedBlocksAreThoseOfAQcow2Bitmap() {
 }
 testIncrementalBackupOfAVolumeThatIsBeingWritten() {
   has_nbdsh || return 0
+  unless NO_THREADS || return 0 # two clients
   store || return 0
   noise 3000000 >"$T/in"
   cas 0 import "$S::v" "$T/in"

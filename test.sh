@@ -4879,6 +4879,18 @@ testOneWrongLetterOfASuperblockIsDamage() {
   unless NO_CAS || return 0
   fault letter "$T/pool"
 }
+testWhatCannotBeReadCountsAsChanged() {
+  unless NO_CAS || return 0
+  fault notclean "$T/pool"
+}
+testADamagedEndKeepsAVolumeFromGrowing() {
+  unless NO_CAS || return 0
+  fault nogrowth "$T/pool"
+}
+testRemovingWaitsForAStepOfVerifyOnly() {
+  unless NO_CAS && unless NO_THREADS || return 0
+  fault unpinned "$T/pool"
+}
 testTheEndOfAVolumeInsideABlockIsReplayed() {
   unless NO_CAS || return 0
   fault oddend "$T/pool"
@@ -18542,6 +18554,111 @@ static void i_sealed(void) {
   CHECK(!strcmp(id[0], id[1]) && i_cas_close() == 0);
 }
 
+/* In a context of a snapshot what cannot be read counts as changed: a leaf that
+ * is not in memory, while the medium fails. */
+static void i_notclean(void) {
+  unsigned char extents[16 * 4];
+  struct nbdserve_extents x = {.align = 1, .max = 4, .each = 16};
+  struct cas_volume *both[2];
+  int i;
+  i_new(2, 0);
+  CHECK(i_put(0, 'a') == 0 && nbdserve_cas_snapshot(i_cas, "v@s") == 0);
+  CHECK(i_put(1, 'b') == 0 && i_cas_close() == 0 && i_cas_open(0) == 0);
+  both[0] = cas_find(i_cas, "v@s", 3, VIEW_NOW);
+  both[1] = i_volume.ctx;
+  os_lock(&i_cas->lock);
+  i_cas->cache = 0;
+  for (i = 0; i < 8; i++)
+    cas_evict_leaf(i_cas);
+  cas_unlock(i_cas);
+  x.context = both[0]->id;
+  x.left = 2 * I_LEAF * 4096;
+  x.data = extents;
+  fi[PREAD].err = EIO;
+  fi[PREAD].times = -1;
+  CHECK(i_volume.ops->extents(i_volume.ctx, 0, x.left, 0, &x) == 0);
+  fi[PREAD].times = 0;
+  CHECK(x.n == 2 && u_get64(extents + 8) == 1);
+  CHECK(u_get64(extents) == I_LEAF * 4096 && u_get64(extents + 24) == 0);
+  CHECK(i_cas_close() == 0);
+}
+
+/* A volume whose last block is damaged and cannot be cleared does not grow: old
+ * data might come up behind its end. */
+static void i_nogrowth(void) {
+  struct cas_spot spot;
+  uint64_t size;
+  i_new(2, 0);
+  size = 2 * I_LEAF * 4096;
+  CHECK(i_put(3, 'a') == 0 && i_flush() == 0);
+  i_volume.ops->close(i_volume.ctx);
+  CHECK(nbdserve_cas_resize(i_cas, "v", 3 * 4096 + 100) == 0);
+  CHECK(nbdserve_cas_volume(i_cas, "v", &i_volume) == 0);
+  CHECK(i_volume.ops->write(i_volume.ctx, "end", 3 * 4096, 3, 0) == 0);
+  os_lock(&i_cas->lock);
+  CHECK(!cas_find_spot(i_cas, cas_root(i_volume.ctx), 3, &spot) && spot.slot);
+  cas_unlock(i_cas);
+  CHECK(i_cas_close() == 0);
+  i_flip(i_slot_at(spot.slot) + 50);
+  CHECK(i_cas_open(NBDSERVE_CAS_VERIFY) == 0);
+  i_volume.ops->close(i_volume.ctx);
+  CHECK(nbdserve_cas_resize(i_cas, "v", size) == -EIO);
+  CHECK(nbdserve_cas_volume(i_cas, "v", &i_volume) == 0);
+  CHECK(i_volume.size == 3 * 4096 + 100 && i_cas_close() == 0);
+}
+
+static int i_was_told, i_gone; /* (t_hold) */
+
+static int i_waits(void *arg, const char *name, uint64_t off, uint64_t len,
+                   const char *why) {
+  int i;
+  (void)arg, (void)off, (void)len, (void)why;
+  t_hold(&i_was_told, 1);
+  if (*name == 'v') usleep(200000);
+  for (i = 0; *name == 'w' && i < 500 && !t_hold(&i_gone, -1); i++)
+    usleep(10000);
+  CHECK(*name == 'v' || t_hold(&i_gone, -1));
+  return 0;
+}
+
+static void *i_verifies(void *unused) {
+  CHECK(nbdserve_cas_verify(i_cas, i_waits, NULL, NULL) == -EUCLEAN);
+  return unused;
+}
+
+/* Who removes a volume that is being verified waits for that step, and not for
+ * the end of all. */
+static void i_unpinned(void) {
+  struct nbdserve_export w = {0};
+  struct cas_spot spot;
+  pthread_t thread;
+  uint32_t slot[2];
+  char b[4096];
+  i_new(1, 0);
+  memset(b, 'w', sizeof b);
+  CHECK(nbdserve_cas_create(i_cas, "w", 4096) == 0);
+  CHECK(nbdserve_cas_volume(i_cas, "w", &w) == 0);
+  CHECK(i_put(0, 'v') == 0 && w.ops->write(w.ctx, b, 0, sizeof b, 0) == 0);
+  slot[0] = i_slot(0);
+  os_lock(&i_cas->lock);
+  CHECK(!cas_find_spot(i_cas, cas_root(w.ctx), 0, &spot));
+  cas_unlock(i_cas);
+  slot[1] = spot.slot;
+  w.ops->close(w.ctx);
+  CHECK(i_cas_close() == 0);
+  i_flip(i_slot_at(slot[0]));
+  i_flip(i_slot_at(slot[1]));
+  CHECK(i_cas_open(0) == 0);
+  i_volume.ops->close(i_volume.ctx);
+  CHECK(pthread_create(&thread, NULL, i_verifies, NULL) == 0);
+  while (!t_hold(&i_was_told, -1))
+    usleep(1000);
+  CHECK(nbdserve_cas_rm(i_cas, "v") == 0);
+  t_hold(&i_gone, 1);
+  pthread_join(thread, NULL);
+  CHECK(nbdserve_cas_close(i_cas) == 0);
+}
+
 /* An id is of what is there, even where the snapshot that its tree begins with
  * has lost a page below which a block was that is not there any more. */
 static void i_lostbase(void) {
@@ -19012,6 +19129,9 @@ static void i_nodigests(void) {}
 static void i_fields(void) {}
 static void i_tinylog(void) {}
 static void i_lastpage(void) {}
+static void i_notclean(void) {}
+static void i_nogrowth(void) {}
+static void i_unpinned(void) {}
 static void i_removed(void) {}
 static void i_rotten(void) {}
 static void i_sealtwo(void) {}
@@ -19131,11 +19251,12 @@ static const struct {
     {"digests", i_digests},     {"group", i_group},
     {"upper", i_upper},         {"letter", i_letter},
     {"oddend", i_oddend},       {"lostbase", i_lostbase},
-    {"logfull", i_logfull},     {"vouched", i_vouched},
-    {"beside", i_beside},       {"ahead", i_ahead},
-    {"again", i_again},         {"ended", i_ended},
-    {"places", i_places},       {"replaced", i_replaced},
-    {"format", i_format},
+    {"logfull", i_logfull},     {"notclean", i_notclean},
+    {"nogrowth", i_nogrowth},   {"unpinned", i_unpinned},
+    {"vouched", i_vouched},     {"beside", i_beside},
+    {"ahead", i_ahead},         {"again", i_again},
+    {"ended", i_ended},         {"places", i_places},
+    {"replaced", i_replaced},   {"format", i_format},
 };
 
 int main(int argc, char **argv) {

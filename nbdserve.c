@@ -216,6 +216,17 @@ static int os_has_hwsha(void) {
 #define OS_SHA_ORDER 0, 1, 2, 3, 4, 5, 6, 7
 #endif
 
+#if defined(__GLIBC__) && !NBDSERVE_NO_MAIN
+#include <malloc.h>
+/* Has all threads take memory from one heap.  Else glibc makes one for each of
+ * them, as far as it gets the space, and what is free in one is lacking in
+ * others.  Memory is asked for rarely enough. */
+#define os_share_heap() ((void)mallopt(M_ARENA_MAX, 1))
+#elif !NBDSERVE_NO_MAIN
+/* Elsewhere there is one, or no way to say so. */
+#define os_share_heap() ((void)0)
+#endif
+
 /* Prototypes, in case these are functions of the host's.  The parentheses keep
  * a function-like macro called malloc or free from being expanded here. */
 void *(NBDSERVE_MALLOC)(size_t);
@@ -11291,6 +11302,7 @@ int main(int argc, char **argv) {
     if (fd < 0) fd = open("/", O_RDONLY); /* the root of a jail is empty */
   }
   if (fd > 2) close(fd);
+  os_share_heap();
   atexit(cli_close);
   if (argc > 0) cli_parse(argv);
   const char *word = cli.ntargets == 1 ? *cli.targets : "";

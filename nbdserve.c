@@ -2153,10 +2153,10 @@ static uint32_t ex_next_context(const struct ex *ex, uint32_t number,
     return *name ? number : 0;
   }
   while ((number = ops->next_context(ex->pub.ctx, number, name)) != 0) {
-    uint32_t i = 1;
-    while (*ex_own_context(ex, i) && strcmp(ex_own_context(ex, i), name) != 0)
-      i++;
-    if (!*ex->contexts || *ex_own_context(ex, i)) return number;
+    const char *own = ex->contexts;
+    while (*own && strcmp(own, name) != 0)
+      own += strlen(own) + 1;
+    if (!*ex->contexts || *own) return number;
   }
   return 0;
 }

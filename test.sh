@@ -13035,17 +13035,24 @@ static int lie_list(void *ctx, nbdserve_emit_fn *emit, void *arg) {
   return 2;
 }
 
-/* Sends GO for a name: the type of the answer, behind the information */
-static uint32_t lie_go(struct t_conn *c, const char *name) {
+/* Sends GO for a name, and asks for block sizes if `asks` is 1: the type of the
+ * answer, behind the information */
+static uint32_t lie_go_asking(struct t_conn *c, const char *name,
+                              uint32_t asks) {
   unsigned char p[100], b[4200];
   uint32_t n = (uint32_t)strlen(name), type;
   t_put(p, 4, n);
   memcpy(p + 4, name, n);
-  t_put(p + 4 + n, 2, 0);
-  CHECK(t_option(c->fd, 7, p, n + 6) == 0);
+  t_put(p + 4 + n, 2, asks);
+  t_put(p + 6 + n, 2, 3);
+  CHECK(t_option(c->fd, 7, p, n + 6 + 2 * asks) == 0);
   while ((type = t_answer(c->fd, b)) == 3)
     ;
   return type;
+}
+
+static uint32_t lie_go(struct t_conn *c, const char *name) {
+  return lie_go_asking(c, name, 0);
 }
 
 /* The answers to LIST: how many exports, and the type of the last answer */
@@ -14153,15 +14160,7 @@ static void x_greet(struct t_conn *c, int structured) {
 
 /* Enters an export, with its block sizes */
 static void x_enter(struct t_conn *c, const char *name) {
-  unsigned char p[100], b[4200];
-  uint32_t n = (uint32_t)strlen(name), type;
-  t_put(p, 4, n);
-  memcpy(p + 4, name, n);
-  t_put(p + 4 + n, 4, 0x10003);
-  CHECK(t_option(c->fd, 7, p, n + 8) == 0);
-  while ((type = t_answer(c->fd, b)) == 3)
-    ;
-  CHECK(type == 1);
+  CHECK(lie_go_asking(c, name, 1) == 1);
 }
 
 /* Leaves in the handshake */

@@ -1487,8 +1487,10 @@ jail() {
   done
   cp "$BARE" "$T/jail/nbdserve"
   cp "$DISK" "$T/jail/disk"
-  chown 61234:61234 "$T/jail" "$T/jail/disk"
-  jailed="chroot --userspec=61234:61234 '$T/jail' /nbdserve"
+  # a user of this suite's own: limits count the processes of a user
+  nobody=$((60000 + $$ % 5000))
+  chown $nobody:$nobody "$T/jail" "$T/jail/disk"
+  jailed="chroot --userspec=$nobody:$nobody '$T/jail' /nbdserve"
   within "$jailed"
 }
 # Where fallocate, preadv2, pwritev2, copy_file_range, getrandom, memfd_create,
@@ -1647,7 +1649,7 @@ testWithoutANetworkThereIsTheUnixSocket() {
 # How many threads the jailed server may have from now on; only its own user may
 # say so everywhere
 threads() { # number
-  setpriv --reuid=61234 --regid=61234 --clear-groups \
+  setpriv --reuid=$nobody --regid=$nobody --clear-groups \
     prlimit --pid "$PID" --nproc="$1:50"
 }
 # Not one may be started at first

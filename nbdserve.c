@@ -21,15 +21,16 @@
  *   [8]  HANDSHAKE     hs_        connections, option haggling
  *   [9]  TRANSMISSION  tx_        requests in, replies out
  *   [10] FLAT          flat_      backend: file, block device, memory
- *   [11] CAS           cas_       store of volumes and snapshots
- *   [12] SERVER        srv_       listeners, clients, the public calls
- *   [13] CLI           cli_       the command
+ *   [11] CLIENT        peer_      a client of other servers
+ *   [12] CAS           cas_       store of volumes and snapshots
+ *   [13] SERVER        srv_       listeners, clients, the public calls
+ *   [14] CLI           cli_       the command
  *
  * ---- Where to read about ... ----------------------------------------------
  *   the life of a request, its states, threads and buffers   head of [9]
  *   what makes a FLUSH cover another client's WRITE          (E3) in [7], (T3)
  *   a client that never reads, or stops halfway              (I2) in [6], (T5)
- *   what happens when the server stops                       (S3) in [12]
+ *   what happens when the server stops                       (S3) in [13]
  *   the format of a store, and what keeps it whole           end of nbdserve.h
  *
  * ---- Where to add ... -----------------------------------------------------
@@ -42,9 +43,9 @@
  *   a type of reply             its number in enum nbd_reply_type; when it is
  *                               sent and its head in tx_put_head, its data in
  *                               tx_gather [9]
- *   a command-line option       a row of CLI_OPTIONS in [13]
- *   a command on stores         a row of cli_verbs in [13]
- *   a kind of target            cli_add_target in [13]
+ *   a command-line option       a row of CLI_OPTIONS in [14]
+ *   a command on stores         a row of cli_verbs in [14]
+ *   a kind of target            cli_add_target in [14]
  *   an operating system         a body in the functions of [2]
  *
  * ---- Threads ------------------------------------------------------------
@@ -80,7 +81,7 @@
  *   6. flat.region[], then .lock: a block of a temporary export while it comes
  *                         to the overlay; what is there; what a file has turned
  *                         out not to support
- *   7. nbdserve_cas.ckpt, then .lock: see [11] */
+ *   7. nbdserve_cas.ckpt, then .lock: see [12] */
 
 /* ==== [1] CONFIG (NBDSERVE_) =============================================
  * Set these with -D.  The NO_ and ONLY switches are 0 or 1; 1 takes a feature
@@ -93,6 +94,9 @@
 #endif
 #ifndef NBDSERVE_NO_CAS
 #define NBDSERVE_NO_CAS 0 /* no content-addressed store */
+#endif
+#ifndef NBDSERVE_NO_CLIENT
+#define NBDSERVE_NO_CLIENT 0 /* no pull, no repair from another server */
 #endif
 #ifndef NBDSERVE_NO_SANDBOX
 #define NBDSERVE_NO_SANDBOX 0 /* no --sandbox */
@@ -147,6 +151,7 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <limits.h>
+#include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -160,6 +165,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/time.h>
 #include <sys/uio.h>
 #include <sys/un.h>
@@ -398,6 +404,148 @@ static int os_pipe(int fd[2]) {
 #define os_end_with_parent() (-EOPNOTSUPP)
 #endif
 
+/* ---- The kernel's client --------------------------------------------------
+ * Linux has a client of its own, behind /dev/nbdN.  It is given its sockets by
+ * messages of generic netlink: netlink(7), <linux/genetlink.h> and
+ * <linux/nbd-netlink.h>, of which not every libc comes with the latter two. */
+
+/* What it can be told to do: NBD_CMD_... of <linux/nbd-netlink.h> */
+enum os_nbd_command {
+  OS_NBD_CONNECT = 1,
+  OS_NBD_DISCONNECT = 2,
+  OS_NBD_RECONFIGURE = 3 /* gives it sockets in place of dead ones */
+};
+enum {
+  OS_NBD_SOCKETS = 4
+}; /* that it gets, at most */
+
+/* What it has to know to connect */
+struct os_nbd {
+  uint64_t size;       /* bytes */
+  uint64_t block_size; /* bytes */
+  uint64_t flags;      /* of the transmission */
+  uint64_t patience;   /* seconds that it waits for sockets in place of dead
+                          ones before requests fail */
+  const char *owner;   /* who may give it other sockets */
+  int socket[OS_NBD_SOCKETS];
+  int nsockets;
+};
+
+#if OS_LINUX && !NBDSERVE_NO_MAIN && !NBDSERVE_NO_THREADS
+/* What we do may be what frees memory for others: PR_SET_IO_FLUSHER lets this
+ * thread, and those that it starts, not wait for that. */
+#define os_serve_writeback() ((void)prctl(57, 1, 0, 0, 0))
+
+/* A message.  Its numbers are in the byte order of this machine; behind it come
+ * attributes, each 2 bytes of length, 2 of type, the value, and up to 3 bytes
+ * for the next one to begin at a multiple of 4. */
+struct os_message {
+  uint32_t len; /* of all of it */
+  uint16_t type;
+  uint16_t flags;
+  uint32_t unused[2];
+  unsigned char command;
+  unsigned char version;
+  uint16_t unused2;
+  unsigned char attributes[PATH_MAX + 4000];
+};
+
+enum {
+  OS_MESSAGE_LEN = offsetof(struct os_message, attributes),
+  OS_NETLINK_GENERIC = 16,
+  OS_NETLINK_ERROR = 2,     /* type of the message that ends an answer */
+  OS_NETLINK_FLAGS = 1 + 4, /* it is a request, and wants an answer */
+  OS_NETLINK_CONTROL = 16,  /* the type that knows the numbers of others, */
+  OS_GET_FAMILY = 3,        /* its command for that, and its attributes */
+  OS_FAMILY_ID = 1,
+  OS_FAMILY_NAME = 2
+};
+
+/* Begins a message. */
+static void os_begin_message(struct os_message *m, unsigned type,
+                             unsigned command) {
+  memset(m, 0, sizeof *m);
+  m->len = OS_MESSAGE_LEN;
+  m->type = (uint16_t)type;
+  m->flags = OS_NETLINK_FLAGS;
+  m->command = (unsigned char)command;
+  m->version = 1;
+}
+
+/* Adds an attribute to a message. */
+static void os_add_attribute(struct os_message *m, unsigned type,
+                             const void *value, size_t len) {
+  const uint16_t head[2] = {(uint16_t)(sizeof head + len), (uint16_t)type};
+  unsigned char *p = (unsigned char *)m + m->len;
+  assert(m->len + sizeof head + len + 4 <= sizeof *m);
+  memcpy(p, head, sizeof head);
+  memcpy(p + sizeof head, value, len);
+  m->len += (uint32_t)((sizeof head + len + 3) / 4 * 4);
+}
+
+/* Sends a message and waits for the answer.  The value of an attribute of 16
+ * bits goes to *value, if the answer has it.  0 or -errno. */
+static int os_ask_kernel(int fd, struct os_message *m, uint16_t type,
+                         uint16_t *value) {
+  uint16_t head[2];
+  int32_t err;
+  if (send(fd, m, m->len, 0) < 0) return -errno;
+  for (;;) {
+    ssize_t n = recv(fd, m, sizeof *m, 0);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < OS_MESSAGE_LEN) return n < 0 ? -errno : -EPROTO;
+    if (m->type == OS_NETLINK_ERROR) break;
+    for (const unsigned char *p = m->attributes, *end = (unsigned char *)m + n;
+         end - p > (ptrdiff_t)sizeof head; p += (*head + 3u) / 4 * 4) {
+      memcpy(head, p, sizeof head);
+      if (*head < sizeof head) return -EPROTO;
+      if (head[1] == type) memcpy(value, p + sizeof head, sizeof *value);
+    }
+  }
+  memcpy(&err, &m->command, sizeof err); /* such a message has no command */
+  return err;
+}
+
+/* Tells the kernel's client to do something with /dev/nbdINDEX.  nbd: NULL to
+ * disconnect.  -ENOENT: this kernel has no such client, or there is no such
+ * device.  -EPERM: only root may do that.  -EBUSY: it is connected.  Others as
+ * socket(2). */
+static int os_tell_nbd(enum os_nbd_command command, uint32_t index,
+                       const struct os_nbd *nbd) {
+  uint16_t item[OS_NBD_SOCKETS][6]; /* an attribute in an attribute */
+  struct os_message m;
+  uint16_t family = 0;
+  int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, OS_NETLINK_GENERIC);
+  if (fd < 0) return -errno;
+  os_begin_message(&m, OS_NETLINK_CONTROL, OS_GET_FAMILY);
+  os_add_attribute(&m, OS_FAMILY_NAME, "nbd", sizeof "nbd");
+  int err = os_ask_kernel(fd, &m, OS_FAMILY_ID, &family);
+  os_begin_message(&m, family, command);
+  os_add_attribute(&m, 1, &index, sizeof index);
+  for (int i = 0; nbd && i < nbd->nsockets; i++) {
+    const uint16_t heads[] = {sizeof *item, 1, sizeof *item - 4, 1};
+    memcpy(item[i], heads, sizeof heads);
+    memcpy(item[i] + 4, &nbd->socket[i], 4);
+  }
+  if (nbd) {
+    os_add_attribute(&m, 2, &nbd->size, 8);
+    os_add_attribute(&m, 3, &nbd->block_size, 8);
+    os_add_attribute(&m, 5, &nbd->flags, 8);
+    os_add_attribute(&m, 7, item, (size_t)nbd->nsockets * sizeof *item);
+    os_add_attribute(&m, 8, &nbd->patience, 8);
+    os_add_attribute(&m, 10, nbd->owner, strlen(nbd->owner) + 1);
+  }
+  if (!err) err = os_ask_kernel(fd, &m, 0, &family);
+  close(fd);
+  return err;
+}
+#elif !NBDSERVE_NO_MAIN
+#define os_serve_writeback() ((void)0)
+/* This system has no such client, or it would wait for the only thread. */
+#define os_tell_nbd(command, index, nbd) \
+  ((void)(index), (void)(nbd), -EOPNOTSUPP)
+#endif
+
 #if !NBDSERVE_NO_SANDBOX && OS_LINUX && !NBDSERVE_NO_MAIN && \
     defined SYS_landlock_restrict_self
 /* The version of Landlock.  -ENOSYS, -EOPNOTSUPP: this system has none. */
@@ -540,7 +688,7 @@ static void os_advance(struct iovec **v, int *n, size_t done) {
 }
 
 #if !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS
-/* ---- Files and block devices: for [10] and [11] -------------------------
+/* ---- Files and block devices: for [10] and [12] -------------------------
  * Offsets and lengths have 64 bits without a sign everywhere else; here they
  * become an off_t.  The caller makes sure that no range reaches beyond
  * INT64_MAX, and each function asserts that.  A descriptor stays the caller's.
@@ -1277,6 +1425,7 @@ enum nbd_rep {
 
 /* proto.md, Option reply types, errors: bit 31 is set, which an enum of C99
  * need not be able to hold. */
+#define NBD_REP_ERR_BIT 0x80000000u
 #define NBD_REP_ERR_UNSUP 0x80000001u
 #define NBD_REP_ERR_INVALID 0x80000003u
 #define NBD_REP_ERR_UNKNOWN 0x80000006u
@@ -2181,6 +2330,29 @@ static unsigned ex_transmission_flags(const struct ex *ex, enum wire_mode mode,
   if (writable && ops->trim) f |= NBD_FLAG_SEND_TRIM;
   f &= ~k->without;
   return f | NBD_FLAG_HAS_FLAGS | (writable ? 0 : NBD_FLAG_READ_ONLY);
+}
+
+/* What a client gets to know of an export of that size, with such flags. */
+static struct nbdserve_info ex_info(const struct ex *ex, uint64_t size,
+                                    unsigned flags) {
+  const struct nbdserve_export *e = &ex->pub;
+  return (struct nbdserve_info){.size = size,
+                                .flags = flags,
+                                .min_block = e->min_block,
+                                .preferred_block = e->preferred_block,
+                                .max_request = e->max_request};
+}
+
+/* See nbdserve.h. */
+int nbdserve_info(struct nbdserve *s, const char *name,
+                  struct nbdserve_info *out) {
+  struct ex *ex;
+  uint64_t size;
+  int err = ex_acquire(s, name ? name : "", &ex, &size);
+  if (err) return err;
+  *out = ex_info(ex, size, ex_transmission_flags(ex, MODE_SIMPLE, 0));
+  ex_release(ex);
+  return 0;
 }
 
 /* ---- Calling the backend ------------------------------------------------- */
@@ -4333,7 +4505,203 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 
 #endif /* !NBDSERVE_NO_FLAT */
 
-/* ==== [11] CAS (cas_) ====================================================
+/* ==== [11] CLIENT (peer_) ================================================
+ * A client of another server, as small as one can be that is right: fixed
+ * newstyle, GO, simple replies, READs and WRITEs, several under way at a time
+ * (proto.md, the same parts as in [8] and [9]).  Section [12] gets blocks from
+ * other stores with it.
+ *
+ * (P1) Every wait ends: by the peer, by a time limit, or because `progress`
+ *      says so, which is asked several times a second.
+ * (P2) What a peer says is not believed: no length of it is allocated, no
+ *      number of it is an index that was not tested.
+ * (P3) No lock is held while the peer is waited for. */
+#if !NBDSERVE_NO_CLIENT && !NBDSERVE_NO_CAS
+
+enum {
+  PEER_DEPTH = 16,        /* requests under way */
+  PEER_ALIGN = 4096,      /* all requests begin and end at multiples of it, */
+  PEER_MOST = 1 << 20,    /* and have at most so many bytes */
+  PEER_STALL_MS = 120000, /* by default */
+  PEER_REPLIES = 64,      /* to the one option that we send, at most */
+  PEER_PENDING = 1,       /* peer_part.err, until the reply has come */
+  PEER_LOOK_MS = 200      /* until progress is asked again */
+};
+
+struct peer {
+  int in; /* sockets or pipes, the caller's */
+  int out;
+  int64_t stall_ms; /* for the handshake, and for each move after it */
+  int64_t deadline; /* of the handshake, in os_now_ms; 0: it is over */
+  uint64_t size;    /* bytes of the export */
+  nbdserve_progress_fn *progress; /* or NULL */
+  void *arg;
+  uint64_t done; /* for progress */
+  uint64_t total;
+  char why[200]; /* what went wrong with the peer, or "" */
+};
+
+/* One READ or WRITE */
+struct peer_part {
+  uint64_t off;
+  uint32_t len;
+  unsigned char *data;
+  int err; /* the answer: 0 or -EIO; or PEER_PENDING */
+};
+
+/* Notes what went wrong with a peer.  Returns err. */
+static int OS_PRINTF(3, 4)
+    peer_fail(struct peer *p, int err, const char *fmt, ...) {
+  va_list ap;
+  va_start(ap, fmt);
+  vsnprintf(p->why, sizeof p->why, fmt, ap);
+  va_end(ap);
+  for (char *c = p->why; *c; c++)
+    if (*c < ' ' || *c > '~') *c = '?'; /* it may be the peer's text */
+  return err;
+}
+
+/* Sends (writes) or receives n bytes (P1). */
+static int peer_move(struct peer *p, int writes, unsigned char *data,
+                     size_t n) {
+  int64_t until = p->deadline ? p->deadline : os_now_ms() + p->stall_ms;
+  int fd = writes ? p->out : p->in;
+  struct pollfd poller = {fd, writes ? POLLOUT : POLLIN, 0};
+  while (n > 0) {
+    if (p->progress && p->progress(p->arg, p->done, p->total))
+      return -ECANCELED;
+    if (os_now_ms() >= until)
+      return peer_fail(p, -ETIMEDOUT, "the peer says nothing any more");
+    if (poll(&poller, 1, PEER_LOOK_MS) <= 0) continue;
+    ssize_t some = writes ? send(fd, data, n, MSG_DONTWAIT | MSG_NOSIGNAL)
+                          : recv(fd, data, n, MSG_DONTWAIT);
+    if (some < 0 && errno == ENOTSOCK)
+      some = writes ? write(fd, data, (size_t)u_min(n, PIPE_BUF))
+                    : read(fd, data, n);
+    if (some == 0) return peer_fail(p, -EPIPE, "the peer has hung up");
+    if (some < 0 && errno != EAGAIN && errno != EINTR)
+      return peer_fail(p, -errno, "the peer is gone: %s", strerror(errno));
+    if (some <= 0) continue;
+    data += some;
+    n -= (size_t)some;
+  }
+  return 0;
+}
+
+/* Takes a reply to GO, with len bytes of data.  0: there are more. */
+static int peer_take_info(struct peer *p, const unsigned char *data,
+                          size_t len) {
+  unsigned type = len >= 2 ? u_get16(data) : 0;
+  if (type == NBD_INFO_EXPORT && len == 12) {
+    p->size = u_get64(data + 2);
+    if (!p->size || p->size > INT64_MAX)
+      return peer_fail(p, -EPROTO, "the export has no size that can be");
+  }
+  if (type == NBD_INFO_BLOCK_SIZE && len == 14 &&
+      (u_get32(data + 2) > PEER_ALIGN || u_get32(data + 10) < PEER_MOST))
+    return peer_fail(p, -EPROTO, "the peer's block sizes are not for us");
+  return 0;
+}
+
+/* Does the handshake, and enters the export of that name.  0 or -errno: -ENOENT
+ * if the peer refuses it. */
+static int peer_enter(struct peer *p, const char *name) {
+  unsigned char b[WIRE_OPTION_REPLY_LEN + WIRE_STRING_MAX + 32];
+  size_t n = strlen(name);
+  assert(n <= WIRE_STRING_MAX);
+  p->deadline = os_now_ms() + p->stall_ms;
+  p->size = 0;
+  int err = peer_move(p, 0, b, 18);
+  if (err) return err;
+  unsigned flags = u_get16(b + 16);
+  if (u_get64(b) != NBD_INIT_MAGIC || u_get64(b + 8) != NBD_OPTION_MAGIC ||
+      !(flags & NBD_FLAG_FIXED_NEWSTYLE))
+    return peer_fail(p, -EPROTO, "that is no NBD server, or an old one");
+  u_put32(b, flags & (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES));
+  u_put64(b + 4, NBD_OPTION_MAGIC);
+  u_put32(b + 12, NBD_OPT_GO);
+  u_put32(b + 16, (uint32_t)(4 + n + 4));
+  u_put32(b + 20, (uint32_t)n);
+  memcpy(b + 24, name, n);
+  u_put16(b + 24 + n, 1); /* piece of information */
+  u_put16(b + 26 + n, NBD_INFO_BLOCK_SIZE);
+  err = peer_move(p, 1, b, 28 + n);
+  for (int i = 0; i < PEER_REPLIES && !err; i++) {
+    err = peer_move(p, 0, b, WIRE_OPTION_REPLY_LEN);
+    if (err) break;
+    uint32_t type = u_get32(b + 12);
+    uint32_t len = u_get32(b + 16);
+    if (u_get64(b) != NBD_REP_MAGIC || u_get32(b + 8) != NBD_OPT_GO ||
+        len > WIRE_STRING_MAX + 2)
+      break;
+    err = peer_move(p, 0, b, len);
+    if (err) break;
+    b[len] = 0;
+    p->deadline = type == NBD_REP_ACK && p->size ? 0 : p->deadline;
+    if (!p->deadline) return 0;
+    if (type & NBD_REP_ERR_BIT)
+      return peer_fail(p, -ENOENT, "the peer refuses %.60s: %.100s", name, b);
+    if (type == NBD_REP_INFO) err = peer_take_info(p, b, len);
+  }
+  return err ? err : peer_fail(p, -EPROTO, "the peer haggles out of order");
+}
+
+/* Sends a request, the i-th of its parts. */
+static int peer_send(struct peer *p, enum nbd_cmd cmd, size_t i,
+                     struct peer_part *part) {
+  unsigned char b[WIRE_REQUEST_LEN];
+  assert(part->off % PEER_ALIGN == 0 && part->len % PEER_ALIGN == 0);
+  assert(part->len <= PEER_MOST);
+  u_put32(b, NBD_REQUEST_MAGIC);
+  u_put16(b + 4, 0);
+  u_put16(b + 6, cmd);
+  u_put64(b + 8, i);
+  u_put64(b + 16, part->off);
+  u_put32(b + 24, part->len);
+  part->err = PEER_PENDING;
+  int err = peer_move(p, 1, b, sizeof b);
+  return err || cmd != NBD_CMD_WRITE ? err
+                                     : peer_move(p, 1, part->data, part->len);
+}
+
+/* Does all of parts[0..n), which are READs or WRITEs.  Each gets its own error;
+ * what is returned ends the connection. */
+static int peer_transfer(struct peer *p, enum nbd_cmd cmd,
+                         struct peer_part *parts, size_t n) {
+  unsigned char b[WIRE_SIMPLE_REPLY_LEN];
+  size_t sent = 0;
+  int err = 0;
+  for (size_t done = 0; done < n && !err; done++) {
+    while (sent < n && sent - done < PEER_DEPTH && !err) {
+      err = peer_send(p, cmd, sent, &parts[sent]);
+      sent++;
+    }
+    if (!err) err = peer_move(p, 0, b, sizeof b);
+    if (err) return err;
+    uint64_t cookie = u_get64(b + 8);
+    if (u_get32(b) != NBD_SIMPLE_REPLY_MAGIC || cookie >= sent ||
+        parts[cookie].err != PEER_PENDING)
+      return peer_fail(p, -EPROTO, "the peer's replies make no sense");
+    struct peer_part *part = &parts[cookie];
+    part->err = u_get32(b + 4) ? -EIO : 0;
+    if (part->err)
+      peer_fail(p, 0, "the peer cannot read at %" PRIu64 ": NBD error %" PRIu32,
+                part->off, u_get32(b + 4));
+    else if (cmd == NBD_CMD_READ)
+      err = peer_move(p, 0, part->data, part->len);
+  }
+  return err;
+}
+
+/* Takes leave, for what it is worth. */
+static void peer_leave(struct peer *p) {
+  struct peer_part none = {.off = 0, .len = 0};
+  if (!p->deadline && p->size) (void)!peer_send(p, NBD_CMD_DISC, 0, &none);
+}
+
+#endif /* !NBDSERVE_NO_CLIENT && !NBDSERVE_NO_CAS */
+
+/* ==== [12] CAS (cas_) ====================================================
  * A store: volumes and snapshots in one file, every distinct block once.  Its
  * format, and the rules (C1) to (C22) that keep it whole, stand at the end of
  * nbdserve.h; this is how the code goes about it.
@@ -4565,7 +4933,10 @@ enum {
   CAS_FOR_RM = 6,     /* pairs that only removing may take */
   CAS_IDLE_MS = 1000, /* without work until the log says what is durable */
   CAS_MAX_LOST = 8,   /* pages; with more of them lost a store is not written */
-  CAS_WAITING = 262144,         /* pending slots that bring on a checkpoint */
+  CAS_WAITING = 262144, /* pending slots that bring on a checkpoint */
+  CAS_WANTED = CAS_BATCH * CAS_DIGEST_LEN, /* bytes of digests in a /blocks */
+  CAS_PULLED = 1 << 24,         /* bytes of blocks that are pulled together */
+  CAS_WEEK = 604800,            /* seconds that a partial volume is kept */
   CAS_SLACK = 64 * CAS_SEGMENT, /* free slots to have before filling gaps */
   CAS_CACHE_MIB = 64            /* memory for leaves, by default */
 };
@@ -4653,6 +5024,8 @@ struct cas_volume {
   struct cas_record now;     /* what everybody sees */
   struct cas_record then;    /* what a checkpoint that is being written says, */
   int is_staged;             /* if this is set */
+  int is_partial;            /* it is being pulled; its name is its id */
+  int is_tree;               /* a view of the map with the tree of its id */
   int is_rolled_back;        /* staged: it gets another map, */
   struct cas_node *old_root; /* and had this one */
 };
@@ -5414,6 +5787,8 @@ struct cas_block {
   int todo;                 /* CAS_DATA, CAS_DIGEST */
   int is_wanting;           /* it needs a slot */
   int is_trusted; /* the digest of its slot is known to fit the data */
+  int is_known;   /* to be stored: only if its SHA-256 is `digest` */
+  int is_here;    /* to be pulled: data is there already */
   int err;        /* 0 or -errno */
   int digest_err; /* 0 or -errno: its digest could not be read */
   unsigned char sum[CAS_DIGEST_LEN];    /* SHA-256 of data */
@@ -5635,7 +6010,8 @@ static struct cas_head cas_head_of(const struct nbdserve_cas *st,
 
 /* Where the map of a volume has its root. */
 static struct cas_node **cas_root(const struct cas_volume *vol) {
-  return &vol->page->kid[2 * (vol->place % vol->st->per_page)];
+  uint32_t c = vol->place % vol->st->per_page;
+  return &vol->page->kid[2 * c + (vol->is_tree ? 1 : 0)];
 }
 
 /* Where the map with the tree of its id has its root. */
@@ -5942,7 +6318,8 @@ static int cas_is_called(const struct cas_volume *vol, const char *name,
   const char *at = memchr(name, '@', n);
   char id[72];
   if (!record->id && !(view == VIEW_RESERVED && vol->clients)) return 0;
-  if (n == 71 && memcmp(name, "sha256-", 7) == 0)
+  if (vol->is_partial && view == VIEW_NOW) return 0;
+  if (n == 71 && memcmp(name, "sha256-", 7) == 0 && !vol->is_partial)
     return memcmp(cas_spell_id(vol, id), name, n) == 0;
   if (!at != !vol->parent) return 0;
   if (at) {
@@ -5984,6 +6361,12 @@ static struct cas_volume *cas_volume_from(struct nbdserve_cas *st,
 static struct cas_volume *cas_by_id(struct nbdserve_cas *st, uint64_t id) {
   struct cas_volume *vol = cas_volume_from(st, id);
   return vol && vol->id == id ? vol : NULL;
+}
+
+/* Is it "sha256-" and 64 hexadecimal digits? */
+static int cas_is_id(const char *p) {
+  return strncmp(p, "sha256-", 7) == 0 && strlen(p) == 71 &&
+         strspn(p + 7, "0123456789abcdef") == 64;
 }
 
 /* May a volume or snapshot have that name? */
@@ -6074,6 +6457,10 @@ struct cas_change {
   struct cas_volume *vol;  /* or, with nops 0: what appears, or is sealed: */
   struct cas_volume *tree; /* with the digests that this has as its data, and
                                with its content id */
+  const char *name;        /* not NULL: a snapshot with the contents of vol, and
+                              that tree, appears; or, with vol NULL, a partial
+                              volume for that id, */
+  uint64_t size;           /* of that size */
 };
 
 /* From here on a volume has a record that holds when the checkpoint is
@@ -6101,20 +6488,51 @@ static void cas_leave(struct nbdserve_cas *st, uint32_t i) {
   cas_unref(st, digests);
 }
 
-/* Stages a new volume or snapshot, with the contents of `from` or, if that is
- * NULL, all zeroes. */
+/* Stages a new volume, or a snapshot of `up`, with the contents of `from` or,
+ * if that is NULL, of that size and all zeroes. */
 static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
-                         const struct nbdserve_cas_op *op) {
-  struct cas_volume *vol;
-  const char *name = op->verb == NBDSERVE_CAS_CLONE ? op->to : op->name;
-  struct cas_volume *up = op->verb == NBDSERVE_CAS_SNAPSHOT ? from : NULL;
-  uint64_t size = from ? cas_record(from, VIEW_THEN)->size : op->size;
-  int err = cas_enter(st, up, name, size, &vol);
+                         struct cas_volume *up, const char *name, uint64_t size,
+                         struct cas_volume **out) {
+  if (from) size = cas_record(from, VIEW_THEN)->size;
+  int err = cas_enter(st, up, name, size, out);
   if (err) return err;
-  cas_begin_staging(vol);
-  vol->then.made_from = from ? from->id : 0;
-  if (from) cas_share(cas_root(vol), *cas_root(from));
+  cas_begin_staging(*out);
+  (*out)->then.made_from = up ? up->id : from ? from->id : 0;
+  if (from) cas_share(cas_root(*out), *cas_root(from));
   return 0;
+}
+
+/* Stages a partial volume of a size, for what has that id. */
+static int cas_stage_partial(struct nbdserve_cas *st, const char *id,
+                             uint64_t size) {
+  struct cas_volume *vol;
+  int err = cas_stage_new(st, NULL, NULL, NULL, size, &vol);
+  if (err) return err;
+  vol->is_partial = 1;
+  strcpy(vol->then.name, id);
+  return 0;
+}
+
+/* Stages the snapshot VOL@NAME, with the contents of change->vol, which are
+ * those of its id; and VOL, with the same, if there is none.  If they were
+ * pulled for that, change->vol goes. */
+static int cas_stage_pulled(struct nbdserve_cas *st,
+                            const struct cas_change *change) {
+  struct cas_volume *from = change->vol;
+  struct cas_volume *snapshot;
+  char name[CAS_PATH];
+  snprintf(name, sizeof name, "%s", change->name);
+  name[strcspn(name, "@")] = 0;
+  struct cas_volume *up = cas_find(st, name, strlen(name), VIEW_THEN);
+  int err = up ? 0 : cas_stage_new(st, from, NULL, name, 0, &up);
+  if (!err) err = cas_stage_new(st, from, up, change->name, 0, &snapshot);
+  if (err) return err;
+  memcpy(snapshot->then.cid, change->tree->now.cid, CAS_DIGEST_LEN);
+  cas_share(cas_digests(snapshot), *cas_root(change->tree));
+  if (!from->is_partial) return 0;
+  cas_begin_staging(from);
+  from->then.id = 0;
+  return cas_own_record(st, from->place, &from->page);
 }
 
 /* Stages one change.  Nothing is to be seen of it until cas_settle.
@@ -6125,14 +6543,19 @@ static int cas_stage_op(struct nbdserve_cas *st,
   int verb = op->verb - dry_run;
   int is_rm = verb == NBDSERVE_CAS_RM;
   int needs_closed = verb > NBDSERVE_CAS_RENAME; /* ROLLBACK, RESIZE, RM */
+  struct cas_volume *new;
   if (verb < NBDSERVE_CAS_CREATE || verb > NBDSERVE_CAS_RM ||
       !cas_is_size(st, op->size) || (dry_run && !needs_closed))
     return -EINVAL;
   size_t n = strcspn(op->name, verb == NBDSERVE_CAS_SNAPSHOT ? "@" : "");
   struct cas_volume *vol = cas_find(st, op->name, n, VIEW_THEN);
-  if (verb == NBDSERVE_CAS_CREATE) return cas_stage_new(st, NULL, op);
-  if (!vol) return -ENOENT;
-  if (verb < NBDSERVE_CAS_RENAME) return cas_stage_new(st, vol, op);
+  if (verb == NBDSERVE_CAS_CREATE)
+    return cas_stage_new(st, NULL, NULL, op->name, op->size, &new);
+  if (!vol || (vol->is_partial && !is_rm)) return -ENOENT;
+  if (verb == NBDSERVE_CAS_SNAPSHOT)
+    return cas_stage_new(st, vol, vol, op->name, 0, &new);
+  if (verb == NBDSERVE_CAS_CLONE)
+    return cas_stage_new(st, vol, NULL, op->to, 0, &new);
   struct cas_volume *snapshot = vol;
   if (verb == NBDSERVE_CAS_ROLLBACK) vol = vol->parent;
   if (!vol || (verb == NBDSERVE_CAS_RESIZE && vol->parent)) return -EINVAL;
@@ -6166,7 +6589,7 @@ static int cas_stage_op(struct nbdserve_cas *st,
 static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   struct cas_volume *vol = change->vol;
   int err = 0;
-  change->kept = vol ? CAS_RESERVE_PAIRS : 0;
+  change->kept = vol || change->name ? CAS_RESERVE_PAIRS : 0;
   for (size_t i = 0; i < change->nops && !err; i++) {
     uint32_t kept = change->ops[i].verb != NBDSERVE_CAS_RM ? CAS_FOR_RM : 0;
     if (change->ops[i].verb < NBDSERVE_CAS_RENAME) kept = CAS_RESERVE_PAIRS;
@@ -6174,6 +6597,9 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
     change->failed = i;
     err = cas_stage_op(st, change->ops + i);
   }
+  if (change->name)
+    return vol ? cas_stage_pulled(st, change)
+               : cas_stage_partial(st, change->name, change->size);
   if (!vol) return err;
   cas_begin_staging(vol);
   err = cas_own_record(st, vol->place, &vol->page);
@@ -6250,12 +6676,13 @@ static void cas_encode_records(struct nbdserve_cas *st,
     const struct cas_node *root = *cas_root(vol);
     const struct cas_node *digests = *cas_digests(vol);
     record.flags = vol->parent ? CAS_IS_SNAPSHOT : 0;
+    if (vol->is_partial) record.flags = CAS_IS_PARTIAL;
     record.levels = CAS_LEVELS;
     record.root = root ? root->slot : 0;
     record.digests = digests ? digests->slot : 0;
     assert(vol->page == node && record.id == vol->id);
     assert((!root || root->slot) && (!digests || digests->slot));
-    assert(cas_is_name(record.name));
+    assert(cas_is_name(record.name) != vol->is_partial);
     cas_encode(cas_record_sizes, &record, p + CAS_HEAD);
   }
 }
@@ -6698,6 +7125,14 @@ static void cas_put(struct cas_volume *vol, struct cas_block *blk, size_t n) {
     blk[i].todo = blk[i].is_wanting ? CAS_BOTH : 0;
   }
   cas_hash(st, blk, n);
+  for (size_t i = 0; i < n; i++) {
+    if (!blk[i].is_known ||
+        (blk[i].is_wanting &&
+         !memcmp(blk[i].sum, blk[i].digest, CAS_DIGEST_LEN)))
+      continue;
+    blk[i].is_wanting = blk[i].todo = 0;
+    blk[i].err = -EBADMSG;
+  }
   cas_place_blocks(st, blk, n);
   os_lock(&st->lock);
   for (size_t i = 0; i < n; i++) {
@@ -7244,25 +7679,27 @@ static int cas_load_node(struct nbdserve_cas *st, uint32_t slot, int level,
   return 0;
 }
 
-/* Loads a record of the catalog.  A partial volume is left out: what it had is
- * free then. */
+/* Loads a record of the catalog. */
 static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
                            uint32_t c, const unsigned char *p) {
   struct cas_record record = {.id = 0};
   int level = CAS_LEVELS - 1;
   cas_decode(cas_record_sizes, p, &record);
-  if (!record.id || record.flags & CAS_IS_PARTIAL) return 0;
-  if (record.flags > CAS_IS_SNAPSHOT || record.levels != CAS_LEVELS)
+  int is_partial = record.flags == CAS_IS_PARTIAL;
+  if (!record.id) return 0;
+  if (record.flags > CAS_IS_PARTIAL || record.levels != CAS_LEVELS)
     return -EOPNOTSUPP;
-  if (!cas_is_name(record.name) || !cas_is_size(st, record.size) ||
-      record.id >= st->next_id)
+  int is_named = is_partial ? cas_is_id(record.name) : cas_is_name(record.name);
+  if (!is_named || !cas_is_size(st, record.size) || record.id >= st->next_id)
     return -EUCLEAN;
   struct cas_volume *vol = u_zalloc(sizeof *vol);
   if (!vol || cas_set_place(st, vol, page->index * st->per_page + c)) {
     NBDSERVE_FREE(vol);
     return -ENOMEM;
   }
-  if (record.flags) vol->parent = vol; /* which is looked for later */
+  if (record.flags == CAS_IS_SNAPSHOT)
+    vol->parent = vol; /* which is looked for later */
+  vol->is_partial = is_partial;
   vol->page = page;
   vol->id = (uint32_t)record.id;
   vol->now = record;
@@ -7684,7 +8121,7 @@ static int cas_open_file(struct nbdserve_cas *st, const char *path, int flags) {
   return 0;
 }
 
-/* In nbdserve_cas_options.flags, for section [13] only: cas_kick is left to the
+/* In nbdserve_cas_options.flags, for section [14] only: cas_kick is left to the
  * caller, as it starts a thread. */
 #define CAS_KICK_LATER 0x80000000u
 
@@ -7820,15 +8257,6 @@ static void cas_fill_export(struct cas_volume *vol,
   if (vol->parent || vol->st->readonly) out->flags |= NBDSERVE_EXPORT_READONLY;
   out->ops = &cas_ops;
   out->ctx = vol;
-}
-
-/* See nbdserve.h. */
-int nbdserve_cas_volume(struct nbdserve_cas *st, const char *name,
-                        struct nbdserve_export *out) {
-  struct cas_volume *vol;
-  int err = cas_use(st, name, strlen(name), &vol);
-  if (!err) cas_fill_export(vol, out);
-  return err;
 }
 
 /* Zeroes what is behind the end of a volume: that is of no account while it is
@@ -7987,8 +8415,10 @@ void nbdserve_cas_stat(struct nbdserve_cas *st, struct nbdserve_cas_stat *out) {
 
 /* While a snapshot is sealed */
 struct cas_sealer {
-  struct cas_volume *vol;  /* the snapshot */
+  struct cas_volume *vol;  /* the snapshot, or a partial volume */
+  const char *name;        /* of the snapshot that this becomes, or NULL */
   struct cas_volume *tree; /* hidden: its digests, as data */
+  struct cas_volume *base; /* that it begins with, or NULL; we are a client */
   unsigned char *data;     /* [CAS_BATCH] blocks */
   nbdserve_progress_fn *progress;
   void *arg;
@@ -8070,50 +8500,75 @@ static int cas_seal_node(struct cas_sealer *sealer, struct cas_node *node,
   return err;
 }
 
-/* Finds the newest sealed snapshot of the same volume, or what that volume was
- * made from, counts the caller as its client, and begins with its tree; or
- * returns NULL. */
-static struct cas_volume *cas_use_base(struct cas_sealer *sealer) {
-  struct cas_volume *vol = sealer->vol;
-  struct cas_volume *base = NULL;
-  os_lock(&vol->st->lock);
-  for (uint32_t i = 0; i < vol->st->nvolumes; i++) {
-    struct cas_volume *p = vol->st->volumes[i];
-    if ((p->parent == vol->parent || p->id == vol->parent->now.made_from) &&
-        p != vol && p->now.id && !p->is_staged &&
-        !u_is_zero(p->now.cid, CAS_DIGEST_LEN) && *cas_digests(p))
-      base = p;
+/* Finds the newest sealed snapshot of the volume that a snapshot is of, or of
+ * what that volume was made from, counts the caller as its client, and begins
+ * with its tree; or finds none. */
+static void cas_use_base(struct cas_sealer *sealer) {
+  struct nbdserve_cas *st = sealer->vol->st;
+  struct cas_volume *up = sealer->vol->parent;
+  os_lock(&st->lock);
+  if (sealer->name)
+    up = cas_find(st, sealer->name, strcspn(sealer->name, "@"), VIEW_NOW);
+  for (uint32_t i = 0; up && i < st->nvolumes; i++) {
+    struct cas_volume *p = st->volumes[i];
+    if ((p->parent == up || p->id == up->now.made_from) && p != sealer->vol &&
+        p->now.id && !p->is_staged && !u_is_zero(p->now.cid, CAS_DIGEST_LEN) &&
+        *cas_digests(p))
+      sealer->base = p;
   }
-  if (base) {
-    base->clients++;
-    cas_share(cas_root(sealer->tree), *cas_digests(base));
+  if (sealer->base) {
+    sealer->base->clients++;
+    cas_share(cas_root(sealer->tree), *cas_digests(sealer->base));
   }
-  cas_unlock(vol->st);
-  return base;
+  cas_unlock(st);
 }
 
-/* Seals a snapshot: computes its content id and the tree below, and makes a
- * checkpoint with both. */
-static int cas_seal(struct cas_sealer *sealer) {
-  struct cas_volume *vol = sealer->vol;
-  struct nbdserve_cas *st = vol->st;
-  unsigned char top[14 + 4 + 8 + CAS_DIGEST_LEN] = "nbdserve-cid-2";
+/* Makes ready to compute an id; cas_end_seal frees what that has made. */
+static int cas_begin_seal(struct cas_sealer *sealer) {
+  struct nbdserve_cas *st = sealer->vol->st;
   int err = cas_hide(st, NULL, INT64_MAX, &sealer->tree);
   if (err) return err;
-  struct cas_change change = {.vol = vol, .tree = sealer->tree};
-  struct cas_volume *base = cas_use_base(sealer);
+  cas_use_base(sealer);
   sealer->data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
-  if (!sealer->data) err = -ENOMEM;
-  if (!err && *cas_root(vol))
-    err = cas_seal_node(sealer, *cas_root(vol), base ? *cas_root(base) : NULL,
-                        top + 26);
+  return sealer->data ? 0 : -ENOMEM;
+}
+
+/* Computes a content id: of what has that size and block size, and d4[0]. */
+static void cas_compute_id(const struct nbdserve_cas *st, uint64_t size,
+                           const unsigned char digest[CAS_DIGEST_LEN],
+                           unsigned char id[CAS_DIGEST_LEN]) {
+  unsigned char top[14 + 4 + 8 + CAS_DIGEST_LEN] = "nbdserve-cid-2";
   u_put32(top + 14, st->bs);
-  u_put64(top + 18, vol->now.size);
-  sha_256(st->hw, top, NULL, sizeof top, sealer->tree->now.cid, NULL);
-  if (base) cas_close(base);
+  u_put64(top + 18, size);
+  memcpy(top + 26, digest, CAS_DIGEST_LEN);
+  sha_256(st->hw, top, NULL, sizeof top, id, NULL);
+}
+
+/* Computes the content id of a volume, and the tree below. */
+static int cas_seal_tree(struct cas_sealer *sealer) {
+  unsigned char digest[CAS_DIGEST_LEN] = {0};
+  struct cas_node *root = *cas_root(sealer->vol);
+  struct cas_node *base = sealer->base ? *cas_root(sealer->base) : NULL;
+  int err = root ? cas_seal_node(sealer, root, base, digest) : 0;
+  cas_compute_id(sealer->vol->st, sealer->vol->now.size, digest,
+                 sealer->tree->now.cid);
+  return err;
+}
+
+/* Ends what cas_begin_seal has begun. */
+static void cas_end_seal(struct cas_sealer *sealer) {
+  if (sealer->base) cas_close(sealer->base);
   NBDSERVE_FREE(sealer->data);
-  if (!err) err = cas_apply(st, &change);
-  cas_unhide(sealer->tree);
+  if (sealer->tree) cas_unhide(sealer->tree);
+}
+
+/* Seals a snapshot: gives it its content id and the tree, by a checkpoint. */
+static int cas_seal(struct cas_sealer *sealer) {
+  int err = cas_begin_seal(sealer);
+  struct cas_change change = {.vol = sealer->vol, .tree = sealer->tree};
+  if (!err) err = cas_seal_tree(sealer);
+  if (!err) err = cas_apply(sealer->vol->st, &change);
+  cas_end_seal(sealer);
   return err;
 }
 
@@ -8174,12 +8629,13 @@ struct cas_verifier {
   nbdserve_damage_fn *each;
   nbdserve_progress_fn *progress;
   void *arg;
-  int mends;      /* what can be mended is written anew */
-  int found;      /* something is damaged */
-  int stop;       /* not 0: it ends, by this */
-  uint32_t id;    /* what comes next: of a volume, or of one above it, */
-  uint64_t block; /* and from where on */
-  uint64_t done;  /* bytes */
+  int mends;         /* what can be mended is written anew */
+  struct peer *peer; /* that is asked for blocks, or NULL */
+  int found;         /* something is damaged */
+  int stop;          /* not 0: it ends, by this */
+  uint32_t id;       /* what comes next: of a volume, or of one above it, */
+  uint64_t block;    /* and from where on */
+  uint64_t done;     /* bytes */
   uint64_t total;
   unsigned char *data; /* [CAS_BATCH] blocks */
   uint64_t from;       /* of a range that is damaged, which is not told yet, */
@@ -8193,7 +8649,7 @@ struct cas_verifier {
 static void cas_tell(struct cas_verifier *v, const char *name, uint64_t off,
                      uint64_t len, const char *why) {
   v->found = 1;
-  if (!v->stop) v->stop = v->each(v->arg, name, off, len, why);
+  if (!v->stop && v->each) v->stop = v->each(v->arg, name, off, len, why);
 }
 
 /* Takes note of what a volume is from off on, NULL: whole; tells a range when
@@ -8230,11 +8686,33 @@ static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
     cas_tell(v, "", 0, 0, "a page of a map or the catalog is damaged");
 }
 
+/* Reads the block that has a digest, from wherever the index finds it.
+ * -ENOENT: it finds none that is whole. */
+static int cas_get_block(struct nbdserve_cas *st,
+                         const unsigned char digest[CAS_DIGEST_LEN],
+                         unsigned char *data) {
+  for (int skip = 0; skip < CAS_CANDIDATES; skip++) {
+    struct cas_block blk = {.data = data, .todo = CAS_BOTH};
+    os_lock(&st->lock);
+    blk.slot = cas_lookup(st, digest, skip);
+    cas_hold(st, blk.slot);
+    cas_unlock(st);
+    if (!blk.slot) break;
+    cas_fetch(st, &blk, 1, OS_READ);
+    os_lock(&st->lock);
+    cas_drop(st, blk.slot, &st->dropped);
+    cas_unlock(st);
+    if ((!blk.err || blk.err == -EUCLEAN) &&
+        memcmp(blk.sum, digest, CAS_DIGEST_LEN) == 0)
+      return 0;
+  }
+  return -ENOENT;
+}
+
 /* Mends a block: its digest from the data, if only the digest cannot be read;
  * or the data from another slot with the same digest.  This is the one
  * exception to (C1): what durable state names gets what it should have been. */
 static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
-  struct cas_block other = {.data = blk->data, .todo = CAS_BOTH};
   assert(blk->slot && !st->readonly);
   if (blk->digest_err) {
     if (!blk->err)
@@ -8244,17 +8722,46 @@ static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
   if (cas_move_run(st, blk, 1, CAS_DIGEST, OS_READ)) return;
   os_lock(&st->lock);
   cas_unindex(st, blk->slot);
-  other.slot = cas_lookup(st, blk->digest, 0);
-  cas_hold(st, other.slot);
   cas_unlock(st);
-  if (other.slot) cas_fetch(st, &other, 1, OS_READ);
-  int is_same = other.slot && (!other.err || other.err == -EUCLEAN) &&
-                memcmp(other.sum, blk->digest, CAS_DIGEST_LEN) == 0;
-  if (is_same) blk->err = cas_move_run(st, blk, 1, CAS_DATA, OS_WRITE);
-  os_lock(&st->lock); /* unlike by cas_unpin it stays in the index */
-  cas_drop(st, other.slot, &st->dropped);
-  cas_unlock(st);
+  if (cas_get_block(st, blk->digest, blk->data) == 0)
+    blk->err = cas_move_run(st, blk, 1, CAS_DATA, OS_WRITE);
 }
+
+#if !NBDSERVE_NO_CLIENT
+/* Mends what is still bad of blk[0..n) with what the peer's store has of the
+ * same digests: see cas_wanted_read.  What it does not have stays bad.  Returns
+ * what ends the connection. */
+static int cas_ask_peer(struct cas_verifier *v, struct cas_block *blk,
+                        size_t n) {
+  unsigned char digests[CAS_WANTED] = {0};
+  struct peer_part ask = {.len = sizeof digests, .data = digests};
+  struct peer_part parts[CAS_BATCH];
+  uint32_t bs = v->st->bs;
+  size_t k = 0;
+  for (size_t i = 0; i < n; i++) {
+    blk[i].is_here = !blk[i].err || blk[i].digest_err || !blk[i].slot;
+    if (blk[i].is_here) continue;
+    memcpy(digests + k * CAS_DIGEST_LEN, blk[i].digest, CAS_DIGEST_LEN);
+    parts[k] =
+        (struct peer_part){CAS_WANTED + (uint64_t)k * bs, bs, blk[i].data, 0};
+    k++;
+  }
+  int err = k ? peer_transfer(v->peer, NBD_CMD_WRITE, &ask, 1) : 0;
+  if (!err && ask.err) err = -EIO;
+  if (!err) err = peer_transfer(v->peer, NBD_CMD_READ, parts, k);
+  const struct peer_part *part = parts;
+  for (size_t i = 0; i < n && !err; i++) {
+    if (blk[i].is_here || (part++)->err) continue;
+    sha_256(v->st->hw, blk[i].data, NULL, bs, blk[i].sum, NULL);
+    if (memcmp(blk[i].sum, blk[i].digest, CAS_DIGEST_LEN) == 0)
+      blk[i].err = cas_move_run(v->st, &blk[i], 1, CAS_DATA, OS_WRITE);
+  }
+  return err;
+}
+#else
+/* Nobody is asked. */
+#define cas_ask_peer(v, blk, n) 0
+#endif
 
 /* Checks the next n blocks of a volume. */
 static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
@@ -8266,10 +8773,12 @@ static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
     blk[i] =
         (struct cas_block){.number = v->block + i, .data = v->data + i * bs};
   cas_read(vol, blk, n, 0, OS_READ);
+  for (size_t i = 0; i < n && v->mends; i++)
+    if ((blk[i].err || blk[i].digest_err) && blk[i].slot)
+      cas_mend(v->st, blk + i);
+  if (v->peer && !v->stop) v->stop = cas_ask_peer(v, blk, n);
   for (size_t i = 0; i < n; i++) {
     const char *why = NULL;
-    if ((blk[i].err || blk[i].digest_err) && v->mends && blk[i].slot)
-      cas_mend(v->st, blk + i);
     if (blk[i].digest_err) why = "the digest cannot be read";
     if (blk[i].err)
       why = blk[i].slot ? "the data is not what it was"
@@ -8372,10 +8881,28 @@ int nbdserve_cas_repair(struct nbdserve_cas *st, nbdserve_damage_fn *each,
   return st->readonly ? -EROFS : cas_verify(&v);
 }
 
+/* Removes the partial volumes that no pull has gone on with for a week. */
+static void cas_drop_partials(struct nbdserve_cas *st) {
+  uint64_t next = 0;
+  char name[CAS_PATH];
+  struct cas_volume *vol;
+  do {
+    os_lock(&st->lock);
+    vol = cas_volume_from(st, next);
+    int is_old = vol && vol->is_partial && !st->readonly &&
+                 vol->now.created + CAS_WEEK < (uint64_t)time(NULL);
+    if (vol) cas_full_name(vol, name);
+    next = vol ? vol->id + UINT64_C(1) : next;
+    cas_unlock(st);
+    if (is_old) (void)!nbdserve_cas_rm(st, name);
+  } while (vol);
+}
+
 /* See nbdserve.h. */
 int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
                     nbdserve_progress_fn *progress, void *arg) {
   struct nbdserve_cas_stat stat;
+  cas_drop_partials(st);
   int err = st->readonly ? -EROFS : cas_checkpoint(st, NULL, UINT64_MAX);
   nbdserve_cas_stat(st, &stat);
   *bytes = stat.free;
@@ -8406,9 +8933,660 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
   return err;
 }
 
+/* ---- Blocks that travel: what is served ------------------------------------
+ * Every sealed snapshot is served as NAME/pull, too: one export, only to be
+ * read, that has all which another store needs to make the same snapshot of
+ * what it has already and what it lacks.  Numbers are big-endian:
+ *
+ *   0     8 "NBDSPULL"               16    8 size of the snapshot, bytes
+ *   8     4 version: 1               24   32 its content id
+ *   12    4 block_size               56      zeroes
+ *   4096    the tree of the id: d3, then d2, d1 and d0, each from the next
+ *           multiple of 4096 bytes on, and only what a snapshot of that size
+ *           has of them
+ *   ...     from the next multiple of 1 MiB on the blocks
+ *
+ * And a store has the export /blocks, a letter box of each client's own.  Who
+ * writes SHA-256s into the first 8192 bytes of it, 32 bytes each, can read the
+ * blocks that have them behind that, one after the other. */
+
+#define CAS_PULL_MAGIC "NBDSPULL"
+
+/* Where things are in NAME/pull */
+struct cas_layout {
+  uint64_t count[CAS_LEVELS]; /* nodes of d0 to d3, */
+  uint64_t at[CAS_LEVELS];    /* and where they begin */
+  uint64_t data;              /* where the blocks do */
+  uint64_t end;
+};
+
+/* Lays out NAME/pull of a snapshot of a size, which is above 0. */
+static struct cas_layout cas_pull_layout(uint64_t bs, uint64_t size) {
+  struct cas_layout l = {.end = CAS_PAGE};
+  uint64_t blocks = size / bs + (size % bs != 0);
+  uint64_t n = blocks;
+  for (int k = 0; k < CAS_LEVELS; k++) {
+    l.count[k] = n;
+    n = n / CAS_FANOUT(bs) + (n % CAS_FANOUT(bs) != 0);
+  }
+  for (int k = CAS_LEVELS; k-- > 0;) {
+    uint64_t len = l.count[k] * CAS_DIGEST_LEN;
+    l.at[k] = l.end;
+    l.end += (len + CAS_PAGE - 1) / CAS_PAGE * CAS_PAGE;
+  }
+  l.data = (l.end + IO_UNIT - 1) / IO_UNIT * IO_UNIT;
+  l.end = l.data + blocks * bs;
+  return l;
+}
+
+/* An export NAME/pull */
+struct cas_source {
+  struct cas_volume *vol; /* the snapshot, of which we are a client */
+  struct cas_volume data; /* views of its two maps: they have no end */
+  struct cas_volume tree;
+  struct cas_layout at;
+};
+
+/* Reads *n bytes or less of the digests of blocks, from byte `in` of them on;
+ * *n: how many. */
+static int cas_read_digests(struct cas_source *source, unsigned char *p,
+                            uint64_t in, uint64_t *n) {
+  struct nbdserve_cas *st = source->vol->st;
+  uint64_t len = (uint64_t)st->fanout * CAS_DIGEST_LEN; /* of a leaf */
+  uint64_t index = in / len;
+  *n = u_min(*n, len - in % len);
+  if (index >= source->at.count[1]) return 0; /* behind the end */
+  struct cas_sealer sealer = {.vol = &source->data,
+                              .data =
+                                  NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs)};
+  unsigned char *digests = u_zalloc((size_t)len);
+  int err = sealer.data && digests ? 0 : -ENOMEM;
+  if (!err) err = cas_digest_blocks(&sealer, (uint32_t)index, digests);
+  if (!err) memcpy(p, digests + in % len, (size_t)*n);
+  NBDSERVE_FREE(sealer.data);
+  NBDSERVE_FREE(digests);
+  return err;
+}
+
+/* ops->read of NAME/pull. */
+static int cas_source_read(void *ctx, void *buf, uint64_t off, uint64_t len,
+                           uint32_t flags) {
+  struct cas_source *source = ctx;
+  const struct nbdserve_cas *st = source->vol->st;
+  const struct cas_layout *at = &source->at;
+  uint64_t region = st->max_blocks / st->fanout * st->bs;
+  unsigned char head[CAS_PAGE] = CAS_PULL_MAGIC;
+  unsigned char *p = memset(buf, 0, (size_t)len);
+  int err = 0;
+  (void)flags;
+  u_put32(head + 8, 1);
+  u_put32(head + 12, st->bs);
+  u_put64(head + 16, source->vol->now.size);
+  memcpy(head + 24, source->vol->now.cid, CAS_DIGEST_LEN);
+  for (uint64_t n; len > 0 && !err; off += n, p += n, len -= n) {
+    int k = CAS_LEVELS; /* the head; or the level of digests */
+    while (k > 0 && off >= at->at[k - 1])
+      k--;
+    n = u_min(len, (k > 0 ? at->at[k - 1] : at->data) - off);
+    if (off >= at->data) {
+      n = len;
+      err = ex_batched_read(&source->data, p, off - at->data, n, 0);
+    } else if (k == CAS_LEVELS) {
+      memcpy(p, head + off, (size_t)n);
+    } else if (k > 0) {
+      uint64_t in = region * (unsigned)(k - 1) + off - at->at[k];
+      err = ex_batched_read(&source->tree, p, in, n, 0);
+    } else {
+      err = cas_read_digests(source, p, off - at->at[0], &n);
+    }
+  }
+  return err;
+}
+
+/* ops->close of NAME/pull. */
+static void cas_source_close(void *ctx) {
+  struct cas_source *source = ctx;
+  cas_close(source->vol);
+  NBDSERVE_FREE(source);
+}
+
+/* Opens NAME/pull; the name has n bytes.  -ENODATA: NAME is not sealed. */
+static int cas_open_source(struct nbdserve_cas *st, const char *name, size_t n,
+                           struct nbdserve_export *out) {
+  static const struct nbdserve_ops ops = {.read = cas_source_read,
+                                          .close = cas_source_close};
+  struct cas_source *source = u_zalloc(sizeof *source);
+  if (!source) return -ENOMEM;
+  int err = cas_use(st, name, n, &source->vol);
+  if (!err && u_is_zero(source->vol->now.cid, CAS_DIGEST_LEN)) {
+    cas_close(source->vol);
+    err = -ENODATA;
+  }
+  if (err) {
+    NBDSERVE_FREE(source);
+    return err;
+  }
+  os_lock(&st->lock);
+  source->data = *source->vol;
+  cas_unlock(st);
+  source->data.now.size = INT64_MAX;
+  source->tree = source->data;
+  source->tree.is_tree = 1;
+  source->at = cas_pull_layout(st->bs, source->vol->now.size);
+  out->size = source->at.end;
+  out->flags |= NBDSERVE_EXPORT_READONLY | NBDSERVE_EXPORT_MULTI_CONN;
+  out->ops = &ops;
+  out->ctx = source;
+  return 0;
+}
+
+/* An export /blocks */
+struct cas_box {
+  struct nbdserve_cas *st;
+  unsigned char digests[CAS_WANTED];
+};
+
+/* ops->read of /blocks: whole blocks only. */
+static int cas_box_read(void *ctx, void *buf, uint64_t off, uint64_t len,
+                        uint32_t flags) {
+  struct cas_box *box = ctx;
+  uint64_t bs = box->st->bs;
+  unsigned char *p = buf;
+  int err =
+      off < CAS_WANTED || (off - CAS_WANTED) % bs || len % bs ? -EINVAL : 0;
+  (void)flags;
+  for (uint64_t i = (off - CAS_WANTED) / bs; len > 0 && !err; i++) {
+    err = cas_get_block(box->st, box->digests + i * CAS_DIGEST_LEN, p);
+    p += bs;
+    len -= bs;
+  }
+  return err == -ENOENT ? -EIO : err;
+}
+
+/* ops->write of /blocks: digests only. */
+static int cas_box_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
+                         uint32_t flags) {
+  struct cas_box *box = ctx;
+  (void)flags;
+  if (off + len > CAS_WANTED) return -EINVAL;
+  memcpy(box->digests + off, buf, (size_t)len);
+  return 0;
+}
+
+/* ops->close of /blocks. */
+static void cas_box_close(void *ctx) {
+  NBDSERVE_FREE(ctx);
+}
+
+/* Opens /blocks.  First the index has to know all that is there. */
+static int cas_open_box(struct nbdserve_cas *st, struct nbdserve_export *out) {
+  static const struct nbdserve_ops ops = {
+      .read = cas_box_read, .write = cas_box_write, .close = cas_box_close};
+  struct cas_box *box = u_zalloc(sizeof *box);
+  if (!box) return -ENOMEM;
+  box->st = st;
+  os_lock(&st->lock);
+  while (st->busy && st->filled < st->to_fill)
+    cas_wait(st);
+  cas_unlock(st);
+  out->size = CAS_WANTED + CAS_BATCH * (uint64_t)st->bs;
+  out->flags |= NBDSERVE_EXPORT_SERIAL;
+  out->ops = &ops;
+  out->ctx = box;
+  return 0;
+}
+
+/* See nbdserve.h. */
+int nbdserve_cas_volume(struct nbdserve_cas *st, const char *name,
+                        struct nbdserve_export *out) {
+  struct cas_volume *vol;
+  size_t n = strlen(name);
+  if (strcmp(name, "/blocks") == 0) return cas_open_box(st, out);
+  if (n > 5 && strcmp(name + n - 5, "/pull") == 0)
+    return cas_open_source(st, name, n - 5, out);
+  int err = cas_use(st, name, n, &vol);
+  if (!err) cas_fill_export(vol, out);
+  return err;
+}
+
+#if !NBDSERVE_NO_CLIENT
+/* ---- Blocks that travel: what is pulled ------------------------------------
+ * A pull walks through the tree of the id from the top.  Every node is compared
+ * with the digest that the one above it has, before anything below is asked
+ * for, so nothing gets into a map that was not checked:
+ *
+ *   the digest is zero                       a hole
+ *   the base, the newest sealed snapshot     its node becomes ours, with all
+ *   of the same volume, has it there, too    that is below
+ *   else                                     the kids are asked for
+ *   at the bottom: the index finds a block   that is taken, when its bytes have
+ *   with the digest                          been compared
+ *   else                                     the block is asked for
+ *
+ * What comes goes into a partial volume, whose name is the id.  A pull that did
+ * not come to its end is gone on with there: what has the right digest is not
+ * asked for again.  In the end the id is computed from the partial volume's own
+ * map, as seal does it, and it becomes the snapshot if that is the one that was
+ * asked for. */
+
+/* While something is pulled */
+struct cas_puller {
+  struct cas_sealer sealer; /* of the partial volume; its tree is the base's */
+  struct peer *peer;
+  struct cas_layout at;
+  /* Leaves that are to be pulled: [nleaves], room for max_leaves */
+  struct cas_leaf {
+    uint32_t index;
+    unsigned char digest[CAS_DIGEST_LEN];
+    unsigned char *wanted; /* digests of its blocks, and */
+    unsigned char *own;    /* of what is there */
+  } * leaves;
+  size_t nleaves;
+  size_t max_leaves;
+  /* Blocks that are to be pulled: [nblocks], room for max_blocks */
+  struct cas_block *blocks;
+  struct peer_part *parts; /* [max_blocks] */
+  size_t nblocks;
+  size_t max_blocks;
+  unsigned char *data; /* of the blocks */
+};
+
+/* How many bytes the digests of a node's kids have, with room for a READ that
+ * begins and ends at multiples of PEER_ALIGN */
+#define CAS_KIDS_LEN(st) ((size_t)(st)->fanout * CAS_DIGEST_LEN)
+#define CAS_KIDS_ROOM(st) (CAS_KIDS_LEN(st) + (size_t)2 * PEER_ALIGN)
+
+/* Makes the READ of the digests of a node's kids, whose level is given.  The
+ * node is there: it has kids. */
+static struct peer_part cas_ask_kids(const struct cas_puller *p, int level,
+                                     uint32_t index, unsigned char *room) {
+  uint64_t first = (uint64_t)index * p->sealer.vol->st->fanout;
+  uint64_t n = u_min(p->sealer.vol->st->fanout, p->at.count[level] - first);
+  uint64_t off = p->at.at[level] + first * CAS_DIGEST_LEN;
+  uint64_t end = off + n * CAS_DIGEST_LEN;
+  assert(first < p->at.count[level]);
+  off -= off % PEER_ALIGN;
+  end += (PEER_ALIGN - end % PEER_ALIGN) % PEER_ALIGN;
+  return (struct peer_part){
+      .off = off, .len = (uint32_t)(end - off), .data = room};
+}
+
+/* Puts what has come for cas_ask_kids to the front of its room, with zeroes for
+ * kids that are not there, and tests it against the digest of the node; of the
+ * top (is_top) against the id. */
+static int cas_take_kids(struct cas_puller *p, int level, uint32_t index,
+                         const struct peer_part *part, int is_top,
+                         const unsigned char digest[CAS_DIGEST_LEN]) {
+  const struct nbdserve_cas *st = p->sealer.vol->st;
+  uint64_t first = (uint64_t)index * st->fanout;
+  uint64_t n = u_min(st->fanout, p->at.count[level] - first) * CAS_DIGEST_LEN;
+  uint64_t off = p->at.at[level] + first * CAS_DIGEST_LEN;
+  unsigned char *kids = part->data;
+  unsigned char sum[CAS_DIGEST_LEN];
+  if (part->err) return part->err;
+  memmove(kids, kids + (off - part->off), (size_t)n);
+  memset(kids + n, 0, CAS_KIDS_LEN(st) - (size_t)n);
+  sha_256(st->hw, kids, NULL, CAS_KIDS_LEN(st), sum, NULL);
+  if (is_top && u_is_zero(kids, (size_t)n)) memset(sum, 0, sizeof sum);
+  if (is_top) cas_compute_id(st, p->sealer.vol->now.size, sum, sum);
+  if (memcmp(sum, digest, CAS_DIGEST_LEN) == 0) return 0;
+  return peer_fail(p->peer, -EBADMSG, "the peer's tree does not fit the id");
+}
+
+/* Lets the volume have a node of the base, too, by its level and index.  1: it
+ * has it; 0: it is lost there, or something else is here; or -errno. (locks) */
+static int cas_adopt(struct cas_puller *p, int level, uint64_t index) {
+  struct cas_volume *vol = p->sealer.vol;
+  struct nbdserve_cas *st = vol->st;
+  struct cas_node **at = cas_root(vol);
+  uint64_t size[CAS_LEVELS] = {1}; /* nodes of `level` below one of a level */
+  for (int i = level + 1; i < CAS_LEVELS; i++)
+    size[i] = i == level + 1 ? st->fanout : size[i - 1] * st->fanout;
+  os_lock(&st->lock);
+  int err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
+  struct cas_node *node = *cas_root(p->sealer.base);
+  struct cas_node *own = *at;
+  for (int i = CAS_LEVELS - 1; i > level; i--) {
+    uint64_t kid = index % size[i] / (i - 1 > level ? size[i - 1] : 1);
+    node = cas_kid(node, kid);
+    own = cas_kid(own, kid);
+  }
+  int is_same = own == node;
+  if (err || !node || node->slot == CAS_LOST || own) {
+    cas_unlock(st);
+    return err ? err : is_same && node && node->slot != CAS_LOST;
+  }
+  err = cas_own_record(st, vol->place, &vol->page);
+  if (!err) err = cas_own(st, at, CAS_LEVELS - 1, 0);
+  for (int i = CAS_LEVELS - 2; i > level && !err; i--)
+    err = cas_own_kid(st, &at, index / size[i]);
+  uint32_t c = (uint32_t)(index % st->fanout);
+  if (!err) err = cas_enlarge(&(*at)->kid, &(*at)->nkids, c);
+  if (!err) cas_share(&(*at)->kid[c], node);
+  cas_unlock(st);
+  return err ? err : 1;
+}
+
+/* Is there more room than others need, in the store and its file system?  If
+ * not, a pull leaves it to them (1 %, and 64 MiB at least). */
+static int cas_has_room(struct nbdserve_cas *st) {
+  struct nbdserve_cas_stat stat;
+  struct statvfs fs;
+  nbdserve_cas_stat(st, &stat);
+  uint64_t all = stat.file;
+  uint64_t left = stat.free;
+  if (st->is_device) {
+    left += stat.file - u_min(stat.file, cas_data_off(st, st->nslots - 1));
+  } else if (fstatvfs(st->fd, &fs) == 0) {
+    left += (uint64_t)fs.f_bavail * fs.f_frsize;
+    all = (uint64_t)fs.f_blocks * fs.f_frsize;
+  }
+  uint64_t kept = all / 100 > 64 << 20 ? all / 100 : 64 << 20;
+  return left >= kept + CAS_PULLED;
+}
+
+/* Fetches the blocks that are waiting, and stores them. */
+static int cas_pull_blocks(struct cas_puller *p) {
+  struct cas_volume *vol = p->sealer.vol;
+  size_t n = 0;
+  for (size_t i = 0; i < p->nblocks; i++) {
+    const struct cas_block *blk = &p->blocks[i];
+    uint64_t off = p->at.data + blk->number * vol->st->bs;
+    struct peer_part *last = n ? &p->parts[n - 1] : NULL;
+    if (blk->is_here) continue;
+    if (last && off == last->off + last->len && last->len < PEER_MOST &&
+        blk->data == last->data + last->len)
+      last->len += vol->st->bs;
+    else
+      p->parts[n++] = (struct peer_part){off, vol->st->bs, blk->data, 0};
+  }
+  int err = cas_has_room(vol->st) ? 0 : -ENOSPC;
+  if (!err) err = peer_transfer(p->peer, NBD_CMD_READ, p->parts, n);
+  for (size_t i = 0; i < n && !err; i++)
+    err = p->parts[i].err;
+  for (size_t i = 0, k; i < p->nblocks && !err; i += k) {
+    struct cas_block *blk = p->blocks + i;
+    k = (size_t)u_min(p->nblocks - i, CAS_BATCH);
+    cas_put(vol, blk, k);
+    cas_kick(vol->st);
+    for (size_t j = 0; j < k && !err; j++)
+      err = blk[j].err;
+  }
+  p->nblocks = 0;
+  if (err == -EBADMSG)
+    peer_fail(p->peer, err, "the peer's blocks do not fit their digests");
+  return err;
+}
+
+/* Pulls the leaves that are waiting.  A leaf that is there already, from a pull
+ * that was ended, is known by its digest, and so are blocks of others. */
+static int cas_pull_leaves(struct cas_puller *p) {
+  struct nbdserve_cas *st = p->sealer.vol->st;
+  size_t len = CAS_KIDS_LEN(st);
+  unsigned char sum[CAS_DIGEST_LEN];
+  size_t n = 0;
+  int err = 0;
+  for (size_t i = 0; i < p->nleaves; i++) {
+    struct cas_leaf leaf = p->leaves[i];
+    memset(leaf.own, 0, len);
+    if (cas_digest_blocks(&p->sealer, leaf.index, leaf.own))
+      memset(leaf.own, 0, len); /* all of it is asked for again */
+    sha_256(st->hw, leaf.own, NULL, len, sum, NULL);
+    if (memcmp(sum, leaf.digest, sizeof sum) == 0) continue;
+    p->parts[n] = cas_ask_kids(p, 0, leaf.index, leaf.wanted);
+    p->leaves[i] = p->leaves[n];
+    p->leaves[n++] = leaf;
+  }
+  err = peer_transfer(p->peer, NBD_CMD_READ, p->parts, n);
+  for (size_t i = 0; i < n && !err; i++) {
+    const struct cas_leaf *leaf = &p->leaves[i];
+    err = cas_take_kids(p, 0, leaf->index, &p->parts[i], 0, leaf->digest);
+  }
+  for (size_t i = 0; i < n && !err; i++) {
+    const struct cas_leaf *leaf = &p->leaves[i];
+    for (uint32_t c = 0; c < st->fanout && !err; c++) {
+      const unsigned char *digest = leaf->wanted + c * CAS_DIGEST_LEN;
+      const unsigned char *own = leaf->own + c * CAS_DIGEST_LEN;
+      if (u_is_zero(digest, CAS_DIGEST_LEN) ||
+          memcmp(digest, own, CAS_DIGEST_LEN) == 0)
+        continue;
+      struct cas_block *blk = &p->blocks[p->nblocks];
+      *blk =
+          (struct cas_block){.number = (uint64_t)leaf->index * st->fanout + c,
+                             .data = p->data + p->nblocks * st->bs,
+                             .expected = CAS_ANY,
+                             .is_known = 1};
+      memcpy(blk->digest, digest, CAS_DIGEST_LEN);
+      blk->is_here = cas_get_block(st, digest, blk->data) == 0;
+      if (++p->nblocks == p->max_blocks) err = cas_pull_blocks(p);
+    }
+  }
+  p->nleaves = 0;
+  return err ? err : cas_pull_blocks(p);
+}
+
+/* Pulls what is below a node, of a level above 0.  digest: its own or, of the
+ * top, the id. */
+static int cas_pull_node(struct cas_puller *p, int level, uint32_t index,
+                         const unsigned char *digest) {
+  struct nbdserve_cas *st = p->sealer.vol->st;
+  struct cas_node node = {.level = (unsigned char)level, .index = index};
+  unsigned char *kids = u_zalloc(CAS_KIDS_ROOM(st) + CAS_KIDS_LEN(st));
+  if (!kids) return -ENOMEM;
+  unsigned char *base = kids + CAS_KIDS_ROOM(st);
+  struct peer_part part = cas_ask_kids(p, level, index, kids);
+  int err = peer_transfer(p->peer, NBD_CMD_READ, &part, 1);
+  if (!err)
+    err =
+        cas_take_kids(p, level, index, &part, level == CAS_LEVELS - 1, digest);
+  if (!err && p->sealer.base)
+    err = cas_move_digests(&p->sealer, OS_READ, &node, base);
+  for (uint32_t c = 0; c < st->fanout && !err; c++) {
+    uint64_t i = (uint64_t)index * st->fanout + c;
+    const unsigned char *at = kids + c * CAS_DIGEST_LEN;
+    if (u_is_zero(at, CAS_DIGEST_LEN)) continue;
+    int is_base = memcmp(at, base + c * CAS_DIGEST_LEN, CAS_DIGEST_LEN) == 0;
+    int adopted = is_base ? cas_adopt(p, level - 1, i) : 0;
+    if (adopted < 0) err = adopted;
+    if (adopted) continue;
+    if (level > 1) {
+      err = cas_pull_node(p, level - 1, (uint32_t)i, at);
+      continue;
+    }
+    struct cas_leaf *leaf = &p->leaves[p->nleaves++];
+    leaf->index = (uint32_t)i;
+    memcpy(leaf->digest, at, CAS_DIGEST_LEN);
+    p->peer->done = u_min(i * st->fanout * st->bs, p->peer->total);
+    if (p->nleaves == p->max_leaves) err = cas_pull_leaves(p);
+  }
+  NBDSERVE_FREE(kids);
+  return err;
+}
+
+/* Gets what the walk needs. */
+static int cas_begin_walk(struct cas_puller *p) {
+  struct nbdserve_cas *st = p->sealer.vol->st;
+  size_t each = CAS_KIDS_ROOM(st) + CAS_KIDS_LEN(st);
+  p->max_leaves = IO_UNIT / CAS_KIDS_LEN(st) + 1;
+  p->max_blocks = CAS_PULLED / st->bs;
+  p->leaves = u_zalloc(p->max_leaves * (sizeof *p->leaves + each));
+  p->blocks = NBDSERVE_MALLOC(p->max_blocks * sizeof *p->blocks);
+  p->parts = NBDSERVE_MALLOC(p->max_blocks * sizeof *p->parts);
+  p->data = NBDSERVE_MALLOC(CAS_PULLED);
+  assert(p->max_leaves <= p->max_blocks);
+  if (!p->leaves || !p->blocks || !p->parts || !p->data) return -ENOMEM;
+  unsigned char *room = (unsigned char *)(p->leaves + p->max_leaves);
+  for (size_t i = 0; i < p->max_leaves; i++, room += each) {
+    p->leaves[i].wanted = room;
+    p->leaves[i].own = room + CAS_KIDS_ROOM(st);
+  }
+  return 0;
+}
+
+/* Uses the partial volume for an id, or makes one.  -EBUSY: another pull does
+ * that. */
+static int cas_use_partial(struct nbdserve_cas *st, const char *id,
+                           uint64_t size, struct cas_volume **out) {
+  struct cas_change change = {.name = id, .size = size};
+  int err = 0;
+  do {
+    os_lock(&st->lock);
+    *out = NULL;
+    for (uint32_t i = 0; i < st->nvolumes; i++)
+      if (st->volumes[i]->is_partial &&
+          strcmp(st->volumes[i]->now.name, id) == 0)
+        *out = st->volumes[i];
+    while (*out && (*out)->is_staged)
+      cas_wait(st);
+    if (*out && (*out)->clients) err = -EBUSY;
+    if (*out && (*out)->now.size != size) err = -EUCLEAN;
+    if (*out && !err) {
+      (*out)->clients = 1;
+      (*out)->now.created = (uint64_t)time(NULL);
+    }
+    cas_unlock(st);
+    if (!*out && !err) err = cas_apply(st, &change);
+  } while (!*out && !err);
+  return err;
+}
+
+/* Pulls what has that id into its partial volume, and makes it the snapshot. */
+static int cas_pull_id(struct cas_puller *p, const unsigned char *id) {
+  struct nbdserve_cas *st = p->sealer.vol->st;
+  struct cas_change change = {.vol = p->sealer.vol, .name = p->sealer.name};
+  int err = cas_begin_seal(&p->sealer);
+  change.tree = p->sealer.tree;
+  if (!err) err = cas_begin_walk(p);
+  if (!err && p->at.count[0]) err = cas_pull_node(p, CAS_LEVELS - 1, 0, id);
+  if (!err) err = cas_pull_leaves(p);
+  if (!err) err = cas_seal_tree(&p->sealer);
+  if (!err && memcmp(p->sealer.tree->now.cid, id, CAS_DIGEST_LEN) != 0)
+    err = peer_fail(p->peer, -EBADMSG, "the peer's tree is not that of the id");
+  if (!err) err = cas_apply(st, &change);
+  cas_end_seal(&p->sealer);
+  NBDSERVE_FREE(p->leaves);
+  NBDSERVE_FREE(p->blocks);
+  NBDSERVE_FREE(p->parts);
+  NBDSERVE_FREE(p->data);
+  return err;
+}
+
+/* Makes a snapshot of one that is here and has the same id. */
+static int cas_copy_sealed(struct nbdserve_cas *st, struct cas_volume *vol,
+                           const char *name) {
+  struct cas_volume view = *vol;
+  struct cas_change change = {.vol = vol, .tree = &view, .name = name};
+  view.is_tree = 1;
+  return cas_apply(st, &change);
+}
+
+/* Enters NAME/pull, and reads its head: size and id. */
+static int cas_read_head(struct nbdserve_cas *st, struct peer *peer,
+                         const char *from, uint64_t *size,
+                         unsigned char id[CAS_DIGEST_LEN]) {
+  unsigned char head[CAS_PAGE];
+  char name[WIRE_STRING_MAX + 8];
+  struct peer_part part = {.len = sizeof head, .data = head};
+  if (strlen(from) + 5 > WIRE_STRING_MAX) return -ENAMETOOLONG;
+  snprintf(name, sizeof name, "%s/pull", from);
+  int err = peer_enter(peer, name);
+  if (err == -ENOENT)
+    strncat(peer->why, " (only what is sealed can be pulled)",
+            sizeof peer->why - strlen(peer->why) - 1);
+  if (!err && peer->size < sizeof head) err = -EPROTO;
+  if (!err) err = peer_transfer(peer, NBD_CMD_READ, &part, 1);
+  if (!err) err = part.err;
+  if (err) return err;
+  *size = u_get64(head + 16);
+  memcpy(id, head + 24, CAS_DIGEST_LEN);
+  if (memcmp(head, CAS_PULL_MAGIC, 8) != 0 || u_get32(head + 8) != 1)
+    return peer_fail(peer, -EPROTO, "%.100s is nothing to be pulled", name);
+  if (u_get32(head + 12) != st->bs)
+    return peer_fail(peer, -EINVAL,
+                     "its blocks have %" PRIu32 " bytes, and not %" PRIu32
+                     " as those of the store; export and import it",
+                     u_get32(head + 12), st->bs);
+  if (!cas_is_size(st, *size) ||
+      cas_pull_layout(st->bs, *size).end != peer->size)
+    return peer_fail(peer, -EPROTO, "the peer's sizes make no sense");
+  return 0;
+}
+
+/* Pulls a snapshot from a peer, whose connection is open: see
+ * nbdserve_cas_pull. */
+static int cas_pull(struct nbdserve_cas *st, const char *name,
+                    struct peer *peer, const char *from) {
+  struct cas_puller p = {.peer = peer, .sealer = {.name = name}};
+  struct cas_volume wanted = {.id = 1}; /* to spell its id */
+  struct cas_volume *there;
+  char id[72];
+  size_t up = strcspn(name, "@");
+  if (!name[up] || !cas_is_name(name + up + 1)) return -EINVAL;
+  int err = st->readonly ? -EROFS : cas_use(st, name, strlen(name), &there);
+  if (!err) cas_close(there);
+  if (err != -ENOENT) return err ? err : -EEXIST;
+  err = cas_read_head(st, peer, from, &wanted.now.size, wanted.now.cid);
+  if (err) return err;
+  cas_spell_id(&wanted, id);
+  if (strncmp(from, "sha256-", 7) == 0 && strcmp(from, id) != 0)
+    return peer_fail(peer, -EBADMSG, "the peer has given another id");
+  peer->total = wanted.now.size;
+  p.at = cas_pull_layout(st->bs, wanted.now.size);
+  err = cas_use(st, id, strlen(id), &there);
+  if (!err) {
+    err = cas_copy_sealed(st, there, name);
+    cas_close(there);
+    return err;
+  }
+  err = cas_use_partial(st, id, wanted.now.size, &p.sealer.vol);
+  if (err) return err;
+  err = cas_pull_id(&p, wanted.now.cid);
+  cas_unhide(p.sealer.vol);
+  return err;
+}
+
+/* See nbdserve.h. */
+int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name, int in_fd,
+                      int out_fd, const char *from,
+                      nbdserve_progress_fn *progress, void *arg) {
+  struct peer peer = {.in = in_fd, .out = out_fd, .stall_ms = PEER_STALL_MS};
+  peer.progress = progress;
+  peer.arg = arg;
+  int err = cas_pull(st, name, &peer, from);
+  peer_leave(&peer);
+  return err;
+}
+
+/* Repairs a store, with the blocks that a peer has: see
+ * nbdserve_cas_repair_from.  The first round mends, the second tells what is
+ * left. */
+static int cas_repair_from(struct nbdserve_cas *st, struct peer *peer,
+                           nbdserve_damage_fn *each,
+                           nbdserve_progress_fn *progress, void *arg) {
+  struct cas_verifier v = {st, NULL, progress, arg, .mends = 1, .peer = peer};
+  int err = st->readonly ? -EROFS : peer_enter(peer, "/blocks");
+  if (!err && peer->size < CAS_WANTED + CAS_BATCH * (uint64_t)st->bs)
+    err = peer_fail(peer, -EINVAL, "its blocks have another size");
+  if (!err) err = cas_verify(&v);
+  peer_leave(peer);
+  if (err && err != -EUCLEAN) return err;
+  return nbdserve_cas_repair(st, each, progress, arg);
+}
+
+/* See nbdserve.h. */
+int nbdserve_cas_repair_from(struct nbdserve_cas *st, int in_fd, int out_fd,
+                             nbdserve_damage_fn *each,
+                             nbdserve_progress_fn *progress, void *arg) {
+  struct peer peer = {.in = in_fd, .out = out_fd, .stall_ms = PEER_STALL_MS};
+  peer.progress = progress;
+  peer.arg = arg;
+  return cas_repair_from(st, &peer, each, progress, arg);
+}
+#endif /* !NBDSERVE_NO_CLIENT */
+
 #endif /* !NBDSERVE_NO_CAS */
 
-/* ==== [12] SERVER (srv_) =================================================
+/* ==== [13] SERVER (srv_) =================================================
  * Listeners, clients and the public calls.
  *
  * Who may call what, and when; nbdserve.h says it for users:
@@ -8437,7 +9615,7 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
  * (S3) Stopping has one order, and each step is here or named here:
  *        1. No new clients: the listeners are closed (nbdserve_unlisten).
  *        2. The command's part: a captive command is told, and served until it
- *           has ended ([13], cli_serve).
+ *           has ended ([14], cli_serve).
  *        3. No new requests: nbdserve_stop makes the stop pipe readable, and
  *           srv_finish shuts down the receiving side of unix sockets.
  *        4. What was sent before is done and answered, in the clients' threads.
@@ -8841,11 +10019,17 @@ static int srv_last_flush(struct ex *ex) {
 /* Serves a client to its end and frees it.  name: as in nbdserve_serve.
  * Returns 0 or -errno. */
 static int srv_serve_client(struct conn *c, const char *name) {
+  const struct nbdserve_config *k = &c->s->config;
   os_lock(&c->s->lock);
   c->id = (int)++c->s->totals.clients;
   os_unlock(&c->s->lock);
   conn_log(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, c->peer);
   int err = name ? hs_enter(c, name) : hs_run(c);
+  if (!err && k->entered) {
+    struct nbdserve_info info =
+        ex_info(c->export, c->export_size, c->transmission_flags);
+    k->entered(k->ctx, c->io.in, c->export->pub.name, &info);
+  }
   if (!err) err = tx_run(c);
   assert(!c->nworkers && (err == CONN_LEFT || err < 0));
   /* Of a TCP socket of ours the last replies must arrive, if it is our side
@@ -9020,7 +10204,7 @@ void nbdserve_free(struct nbdserve *s) {
   NBDSERVE_FREE(s);
 }
 
-/* ==== [13] CLI (cli_) ====================================================
+/* ==== [14] CLI (cli_) ====================================================
  * The command, on top of nbdserve.h.  What a process has only one of (signals,
  * standard streams, the environment, its end) is touched here, nowhere else.
  *
@@ -9087,6 +10271,23 @@ static struct {
    * It has room for the longest name and path, with each byte as %XX. */
   char uri[3 * WIRE_STRING_MAX + 1024];
 
+  /* ---- --connect: the kernel's device that a target is the disk of */
+
+  /* N of /dev/nbdN, and whose it is: the target */
+  uint32_t device;
+  char owner[PATH_MAX + WIRE_STRING_MAX + 16];
+  /* Guarded by server->lock.  How many threads serve the kernel's sockets, what
+   * one of them has returned, and what the kernel is to know of the export;
+   * flags are 0: not yet */
+  int served;
+  int served_err;
+  struct nbdserve_info info;
+  /* The same; the signal handler reads it: the kernel has the sockets, and has
+   * not let go of all of them. */
+  volatile sig_atomic_t is_connected;
+  /* A signal has come, but the device was in use. */
+  int is_refused;
+
   /* ---- What has to be removed at exit */
 
   /* The directory of the private socket, or "".  It is short because the path
@@ -9130,7 +10331,8 @@ static struct {
    * nobody but the handler looks at.  If a command runs it was told then. */
   volatile sig_atomic_t end_wanted;
   int64_t end_wanted_ms;
-  /* The handler has called nbdserve_stop. */
+  /* It is time for nbdserve_stop, which the handler has called, or for
+   * cli_disconnect before that. */
   volatile sig_atomic_t stopping;
   /* The process id of the command while it runs; 0: there is none.  As long as
    * this is set the process exists, though it may have ended: nobody else waits
@@ -9225,7 +10427,7 @@ static void cli_exit_if_error(int err, const char *object) {
  *      may come later, but nobody is accepted meanwhile.)
  *   3. The command's end, a second signal or ten seconds finish that:
  *      nbdserve_stop.
- *   4. The server finishes in its own order: see srv_finish in [12].
+ *   4. The server finishes in its own order: see srv_finish in [13].
  *   5. The status of the command becomes ours.  If it has still not ended a
  *      message says so, and it is left alone.
  *
@@ -9281,10 +10483,8 @@ static void cli_on_signal(int sig) {
     if (child) kill(child, SIGTERM);
     if (child) alarm(10); /* no more than whoever sent the signal will wait */
   }
-  if (stops) {
-    cli.stopping = 1;
-    nbdserve_stop(cli.server);
-  }
+  if (stops) cli.stopping = 1;
+  if (stops && !cli.is_connected) nbdserve_stop(cli.server);
   nbdserve_wake(cli.server);
   errno = saved;
 }
@@ -9445,6 +10645,7 @@ struct cli_option {
   T(BIND, 'i', "bind ADDR", "TCP address (default: the two of loopback)") \
   T(STDIN, 's', "stdin", "serve one client on standard input and output") \
   N(FD, 0, "fd N", 0, INT_MAX, "serve a listening or connected socket") \
+  T(CONNECT, 'c', "connect DEVICE", "be the disk of /dev/nbdN (see README)") \
   T(READ_ONLY, 'r', "read-only", "refuse writes") \
   T(EXPORT, 'e', "export NAME", "name of the export (default: any)") \
   T(DESCRIPTION, 'D', "description TEXT", "for clients that list the exports") \
@@ -9644,6 +10845,12 @@ static void cli_set_option(enum cli_option_id id, const char *value) {
     cli_usage("--%.*s %s: not open", CLI_NAME(id), value);
   if (id == OPT_CACHE)
     cli_common.flags = cli_take_word(id, &value, cli_cache_modes);
+  if (id == OPT_CONNECT) {
+    size_t skip = strncmp(value, "/dev/nbd", 8) == 0 ? 8 : strlen(value);
+    if (!u_parse_number(value + skip, 65535, n))
+      cli_usage("--connect %s: not /dev/nbd and a number", value);
+    cli.device = (uint32_t)*n;
+  }
   if (id == OPT_SANDBOX) *n = cli_take_word(id, &value, cli_sandbox_modes);
   if (id == OPT_CHANGES) {
     snprintf(cli_context, sizeof cli_context, "qemu:dirty-bitmap:%s", value);
@@ -9729,6 +10936,9 @@ static void cli_check_options(void) {
   cli_exclude(OPT_FORK, BIT(PARENT), "the parent ends at once");
   cli_exclude(OPT_CREATE, BIT(READ_ONLY) | BIT(TEMPORARY), "it stays empty");
   cli_exclude(OPT_TEMPORARY, BIT(READ_ONLY), "nothing to discard");
+  cli_exclude(OPT_CONNECT, BIT(STDIN) | BIT(FD), "the kernel is the client");
+  if (opt[OPT_SANDBOX].number == SANDBOX_REQUIRE)
+    cli_exclude(OPT_SANDBOX, BIT(CONNECT), "it opens the device again");
   if (opt[OPT_RUN].given > 1 || (cli.command && !*cli.command))
     cli_usage("--: there must be one command, behind it or --run");
   cli_refuse(BIT(DRY_RUN) | BIT(ACCEPT_LOSS), "only for", "commands on stores");
@@ -9795,7 +11005,10 @@ enum cli_verb_flags {
    * print one or none. */
   VERB_ROWS = 1 << 5,
   /* It gives a new name to something: each operand but the first. */
-  VERB_NEW_NAME = 1 << 6
+  VERB_NEW_NAME = 1 << 6,
+  /* It may talk to another server: its last operand is the URI of that or, with
+   * a command behind "--" that speaks NBD on its standard streams, a name. */
+  VERB_PEER = 1 << 7
 };
 
 /* A command while it is being done, by whichever process */
@@ -9812,6 +11025,8 @@ struct cli_job {
     /* --json and --dry-run */
     unsigned char json;
     unsigned char dry_run;
+    /* There is a peer. */
+    unsigned char peer;
   } request;
   char *operands;
   /* At least one.  Commands that change nothing have their operands in the name
@@ -9824,6 +11039,9 @@ struct cli_job {
     int output;
     /* Messages and progress */
     int messages;
+    /* Streams from and to a peer; else any two that are open */
+    int in;
+    int out;
   } fds;
   /* The connection between server and client, for both; else -1 */
   int client;
@@ -9834,6 +11052,8 @@ struct cli_job {
   int lost;
   /* Which of the ops has failed */
   size_t failed;
+  /* What is wrong with the peer, or "" */
+  char why[200];
   int64_t begun_ms;
   /* When progress was last shown; 0: none is on the screen. */
   int64_t shown_ms;
@@ -10018,12 +11238,51 @@ static int cli_damage_row(void *arg, const char *name, uint64_t off,
                  name, off, len, why);
 }
 
+#if !NBDSERVE_NO_CLIENT
+/* The peer that a job's streams lead to. */
+static struct peer cli_peer(struct cli_job *job) {
+  return (struct peer){.in = job->fds.in,
+                       .out = job->fds.out,
+                       .stall_ms = cli.server->config.stall_ms,
+                       .progress = cli_progress,
+                       .arg = job};
+}
+
+/* pull: makes a snapshot of one that another store has, and prints its id */
+static int cli_do_pull(struct cli_job *job) {
+  struct peer peer = cli_peer(job);
+  char id[72];
+  int err = cas_pull(cli.cas, job->ops->name, &peer, job->ops->to);
+  peer_leave(&peer);
+  strcpy(job->why, peer.why);
+  if (!err) err = nbdserve_cas_seal(cli.cas, job->ops->name, id, NULL, NULL);
+  return err ? err : cli_row(job, "%s\n", "{\"id\":\"%s\"}\n", id);
+}
+
+/* repair with a peer: it is asked for what cannot be mended without. */
+static int cli_repair_from(struct cli_job *job) {
+  struct peer peer = cli_peer(job);
+  int err = cas_repair_from(cli.cas, &peer, cli_damage_row, cli_progress, job);
+  strcpy(job->why, err == -EUCLEAN ? "" : peer.why);
+  return err;
+}
+#else
+#define cli_repair_from(job) (-EOPNOTSUPP)
+#endif
+
 /* verify: a row for each range that is damaged; the exit status tells, too.
  * repair: the same for what remains damaged. */
 static int cli_do_verify(struct cli_job *job) {
   int repairs = job->verb->open == NBDSERVE_CAS_REPAIR;
+  if (job->request.peer) return cli_repair_from(job);
   return (repairs ? nbdserve_cas_repair : nbdserve_cas_verify)(
       cli.cas, cli_damage_row, cli_progress, job);
+}
+
+/* serve: another process has a client, which is served here.  Its options are
+ * not ours. */
+static int cli_do_serve(struct cli_job *job) {
+  return nbdserve_serve(cli.server, job->fds.in, job->fds.out, NULL);
 }
 
 /* gc: gives unused space to the file system.  The row has the bytes of the file
@@ -10174,14 +11433,20 @@ static const struct cli_verb cli_verbs[] = {
      cli_do_diff, 2, 2, VERB_LONG | VERB_ROWS, NBDSERVE_CAS_READONLY, 0},
     {"verify", "STORE", "check all data; print what is damaged",
      cli_do_verify, 0, 0, VERB_LONG | VERB_ROWS, NBDSERVE_CAS_READONLY, 0},
-    {"repair", "STORE", "mend what can be; print what cannot",
-     cli_do_verify, 0, 0, VERB_LONG | VERB_ROWS, NBDSERVE_CAS_REPAIR, 0},
+    {"repair", "STORE [URI]", "mend what can be; print what cannot",
+     cli_do_verify, 0, 1, VERB_LONG | VERB_ROWS | VERB_PEER,
+     NBDSERVE_CAS_REPAIR, 0},
+#if !NBDSERVE_NO_CLIENT
+    {"pull", "STORE::VOLUME@SNAP URI", "get what is sealed on another server",
+     cli_do_pull, 2, 2, VERB_LONG | VERB_PEER, 0, 0},
+#endif
     {"gc", "STORE", "give unused space back; print its bytes",
      cli_do_gc, 0, 0, VERB_LONG, 0, 0},
     {"stat", "STORE", "print how much is stored",
      cli_do_stat, 0, 0, 0, NBDSERVE_CAS_READONLY, 0},
     {"uri", "STORE", "print the URI and process id of its server",
-     cli_do_uri, 0, 0, 0, NBDSERVE_CAS_READONLY, 0}};
+     cli_do_uri, 0, 0, 0, NBDSERVE_CAS_READONLY, 0},
+    {"serve", NULL, NULL, cli_do_serve, 0, 0, 0, 0, 0}};
 /* clang-format on */
 
 /* The command of that name, or NULL */
@@ -10286,7 +11551,7 @@ static int cli_run_job(struct cli_job *job) {
   const struct nbdserve_cas_op *op = &job->ops[job->failed];
   const char *name = *op->name ? op->name : cli.store;
   const char *to = flags & VERB_READS_FILE ? "" : op->to;
-  const char *why = cli_why(job->verb, op, err);
+  const char *why = *job->why ? job->why : cli_why(job->verb, op, err);
   if (!(err == -EUCLEAN && job->nrows) && !(err == -EPIPE && flags & VERB_ROWS))
     cli_say_to(job->fds.messages, job->request.json, "%s %.999s%s%.999s: %s",
                job->verb->name, name, *to ? " " : "", to, why);
@@ -10371,7 +11636,8 @@ static int cli_count(int jobs, int longs) {
  * request that makes no sense is dropped without an answer.  A client that has
  * gone needs none. */
 static void *cli_serve_job(void *client) {
-  struct cli_job job = {.fds = {-1, -1}, .client = (int)(intptr_t)client};
+  struct cli_job job = {.fds = {-1, -1, -1, -1},
+                        .client = (int)(intptr_t)client};
   unsigned char status = CLI_FAILED;
   assert(job.client >= 0 && cli.cas);
   if (cli_receive(&job) == 0) {
@@ -10386,6 +11652,8 @@ static void *cli_serve_job(void *client) {
   }
   close(job.fds.output); /* closing -1 does no harm */
   close(job.fds.messages);
+  close(job.fds.in);
+  close(job.fds.out);
   close(job.client);
   NBDSERVE_FREE(job.operands);
   NBDSERVE_FREE(job.ops);
@@ -10539,6 +11807,19 @@ static int cli_say_where(const char *path, struct cli_job *job) {
   return CLI_IN_USE;
 }
 
+/* -s STORE::, and another process serves that store, to which we are connected:
+ * that serves our client as well.  Options that it knows nothing of are
+ * refused.  Returns the exit status. */
+static int cli_pass_client(const char *path, struct cli_job *job) {
+  cli_refuse(~(BIT(STDIN) | BIT(QUIET) | BIT(VERBOSE) | BIT(JSON)),
+             "not of a store that another process serves:", path);
+  job->verb = cli_find_verb("serve");
+  job->fds.output = job->fds.messages = 2;
+  job->fds.in = 0;
+  job->fds.out = 1;
+  return cli_run_remote(job, -1);
+}
+
 /* --changes: a volume gets only that context besides base:allocation.  It has
  * to be there. */
 static void cli_choose_context(struct nbdserve_export *ex) {
@@ -10570,6 +11851,8 @@ static int cli_open_volume(const char *path, const char *name,
   if (cli.cas && !cli_are_same(path, cli.store))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
   int err = cli.cas ? 0 : cli_open_store(path, how | CAS_KICK_LATER, &none);
+  if (err && none.client >= 0 && opt[OPT_STDIN].given && !*name)
+    exit(cli_pass_client(path, &none));
   if (err && none.client >= 0) exit(cli_say_where(path, &none));
   if (err) return err;
   mode_t mask = umask(0177);
@@ -10666,6 +11949,136 @@ static int cli_open_file(const char *file, int writes) {
   return cli_new_file(real ? real : file, fd >= 0 ? &st : NULL);
 }
 
+#if !NBDSERVE_NO_CLIENT
+/* ---- The peer of a command ---- */
+
+/* An NBD URI (doc/uri.md of NetworkBlockDevice/nbd) */
+struct cli_uri {
+  char name[WIRE_STRING_MAX + 1]; /* of the export */
+  char path[PATH_MAX];            /* of a unix socket; "": it is TCP */
+  char host[256];
+  char port[16];
+};
+
+/* Copies what stands up to `end` to out[size], with bytes for each %XX.  False:
+ * there is no room, or it is malformed. */
+static int cli_decode(const char *p, const char *end, char *out, size_t size) {
+  unsigned byte;
+  for (; p < end && size > 1; p++, size--) {
+    *out = *p;
+    if (*p == '%') {
+      if (strspn(p + 1, "0123456789abcdefABCDEF") < 2) return 0;
+      sscanf(p + 1, "%2x", &byte);
+      *out = (char)byte;
+      p += 2;
+    }
+    if (!*out++) return 0;
+  }
+  *out = '\0';
+  return p == end;
+}
+
+/* Takes a URI to pieces; one that is none ends the process. */
+static void cli_parse_uri(const char *uri, struct cli_uri *u) {
+  int is_unix = strncmp(uri, "nbd+unix://", 11) == 0;
+  const char *p = uri + (is_unix ? 11 : 6); /* user and host */
+  int is_good = is_unix || strncmp(uri, "nbd://", 6) == 0;
+  const char *slash = is_good ? p + strcspn(p, "/?") : uri;
+  const char *query = slash + strcspn(slash, "?");
+  const char *end = query + strlen(query);
+  is_good = is_good && !strpbrk(query, "&#") &&
+            cli_decode(slash + (*slash == '/'), query, u->name, sizeof u->name);
+  if (is_unix) {
+    is_good = is_good && slash == p && strncmp(query, "?socket=", 8) == 0 &&
+              cli_decode(query + 8, end, u->path, sizeof u->path) && *u->path;
+  } else if (is_good) {
+    int bracket = *p == '[';
+    const char *colon = p + strcspn(p, bracket ? "]" : ":/?");
+    is_good = query == end && colon <= slash &&
+              cli_decode(p + bracket, colon, u->host, sizeof u->host);
+    colon += bracket;
+    strcpy(u->port, "10809");
+    if (is_good && colon < slash)
+      is_good = *colon == ':' &&
+                cli_decode(colon + 1, slash, u->port, sizeof u->port);
+  }
+  if (!is_good)
+    cli_usage("%s: not as nbd://HOST[:PORT]/NAME or "
+              "nbd+unix:///NAME?socket=PATH",
+              uri);
+}
+
+/* Connects to the server that a URI names, or ends the process.  Returns a
+ * descriptor. */
+static int cli_connect_uri(const char *text, const struct cli_uri *u) {
+  int fd = -EAFNOSUPPORT;
+  if (*u->path) fd = srv_unix_socket(u->path, SRV_CONNECT);
+#if !NBDSERVE_NO_TCP
+  struct addrinfo hints = {.ai_socktype = SOCK_STREAM};
+  struct addrinfo *all = NULL;
+  int err = *u->path ? 0 : getaddrinfo(u->host, u->port, &hints, &all);
+  if (err) cli_failed("%s: %s", text, gai_strerror(err));
+  for (struct addrinfo *a = all; a && fd < 0; a = a->ai_next) {
+    fd = socket(a->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd >= 0 && connect(fd, a->ai_addr, a->ai_addrlen) == 0) break;
+    err = -errno;
+    close(fd);
+    fd = err;
+  }
+  if (all) freeaddrinfo(all);
+#endif
+  if (fd < 0) cli_failed("%s: %s", text, strerror(-fd));
+  os_setup_client(fd);
+  return fd;
+}
+
+/* Starts the command that is a server on its standard streams.  Returns a
+ * descriptor of them. */
+static int cli_start_peer(pid_t *pid) {
+  int fd[2];
+  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0)
+    cli_exit_if_error(-errno, *cli.command);
+  *pid = fork();
+  if (*pid < 0) cli_exit_if_error(-errno, "fork");
+  if (*pid == 0) {
+    cli_catch_signals(SIG_DFL);
+    if (dup2(fd[1], 0) == 0 && dup2(fd[1], 1) == 1)
+      execvp(*cli.command, cli.command);
+    cli_say("%s: %s", *cli.command, strerror(errno));
+    _exit(127);
+  }
+  close(fd[1]);
+  return fd[0];
+}
+
+/* Waits for the end of that command, whose streams are closed by now: after
+ * five seconds it is told by SIGTERM, after ten by SIGKILL.  If the job has
+ * succeeded (status) it should have done so, too. */
+static void cli_end_peer(pid_t pid, int status) {
+  int64_t begun = os_now_ms();
+  int wait_status = 0;
+  pid_t ended = pid;
+  for (int told = 0;
+       pid && (ended = waitpid(pid, &wait_status, WNOHANG)) == 0;) {
+    int seconds = (int)((os_now_ms() - begun) / 5000);
+    if (seconds > told) kill(pid, told ? SIGKILL : SIGTERM);
+    told = seconds;
+    poll(NULL, 0, 20);
+  }
+  if (pid && ended == pid && !status && cli_exit_status(wait_status))
+    cli_say("%s: has ended with status %d", *cli.command,
+            cli_exit_status(wait_status));
+}
+#else
+struct cli_uri {
+  char name[1];
+};
+#define cli_parse_uri(uri, u) ((void)(uri), (void)(u))
+#define cli_connect_uri(text, u) ((void)(u), -1)
+#define cli_start_peer(pid) ((void)(pid), -1)
+#define cli_end_peer(pid, status) ((void)(pid), (void)(status))
+#endif
+
 /* Does a command on a store, here or at its server, and returns the exit
  * status.  --accept-loss is for a store that cannot be opened without it, so
  * there is no server to do that.
@@ -10675,15 +12088,19 @@ static int cli_open_file(const char *file, int writes) {
  * made durable, where that can be (not in a pipe or terminal), and a regular
  * FILE appears. */
 static int cli_run_on_store(struct cli_job *job, const char *store,
-                            const char *last) {
+                            const char *last, const struct cli_uri *uri) {
   unsigned flags = job->verb->flags;
   uint32_t how = job->verb->open;
+  pid_t pid = 0;
   if (flags & VERB_READS_FILE && cli_are_same(store, last))
     cli_usage("%s: the store itself, which grows while it is read", last);
   if (opt[OPT_ACCEPT_LOSS].given) how |= NBDSERVE_CAS_ACCEPT_LOSS;
   if (flags & (VERB_READS_FILE | VERB_WRITES_FILE))
     job->fds.output = cli_open_file(last, !(flags & VERB_READS_FILE));
   cli_catch_signals(cli_on_signal);
+  if (job->request.peer)
+    job->fds.in = job->fds.out =
+        cli.command ? cli_start_peer(&pid) : cli_connect_uri(last, uri);
   int err = cli_open_store(store, how, job);
   if (err == -EBUSY && job->client < 0)
     cli_die(CLI_IN_USE, "%s: in use by one that takes no commands", store);
@@ -10691,6 +12108,8 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
     cli_die(CLI_IN_USE, "%s: is being served; stop the server first", store);
   if (err != -EBUSY) cli_exit_if_error(err, store);
   int status = err ? cli_run_remote(job, -1) : cli_run_job(job);
+  if (job->request.peer) close(job->fds.in);
+  cli_end_peer(pid, status);
   if (status || !(flags & VERB_WRITES_FILE)) return status;
   err = os_datasync(job->fds.output);
   if (err != -EINVAL && err != -ENOTSUP) cli_exit_if_error(err, last);
@@ -10706,7 +12125,25 @@ static uint64_t cli_options_of(const struct cli_verb *verb) {
       BIT(JSON) | BIT(NO_VERIFY) | BIT(STALL) | BIT(QUIET) | BIT(VERBOSE);
   if (verb->flags & VERB_DRY_RUN) allowed |= BIT(DRY_RUN);
   if (verb->open == NBDSERVE_CAS_REPAIR) allowed |= BIT(ACCEPT_LOSS);
+  if (verb->flags & VERB_PEER && cli.command) allowed |= BIT(RUN);
   return allowed;
+}
+
+/* Finds out what peer a command is to talk to.  The last operand, the URI that
+ * is returned, becomes the name in it, or goes if there is no need for a name;
+ * where a command behind "--" is the peer it is a name already. */
+static const char *cli_take_peer(struct cli_job *job, struct cli_uri *uri) {
+  int most = job->verb->max; /* operands, with that */
+  const char *text = NULL;
+  job->request.peer = cli.command || cli.ntargets == most;
+  if (cli.ntargets != most) return NULL;
+  if (!cli.command) {
+    text = cli.targets[most - 1];
+    cli_parse_uri(text, uri);
+    cli.targets[most - 1] = uri->name;
+  }
+  if (most == 1) cli.ntargets = 0;
+  return text;
 }
 
 /* If the command line is a command on a store: does it, and ends the process.
@@ -10716,33 +12153,36 @@ static uint64_t cli_options_of(const struct cli_verb *verb) {
  * The operands are put behind each other, as they go over the control
  * socket. */
 static void cli_run_verb(void) {
-  static struct cli_job job = {.fds = {1, 2}, .client = -1};
+  static struct cli_job job = {.fds = {1, 2, 0, 1}, .client = -1};
   struct nbdserve_cas_options options = {.flags = 0};
   const char *name = cli.ntargets ? *cli.targets : "";
+  static struct cli_uri uri;
   const char *last = NULL;
   size_t length;
   job.verb = cli_find_verb(name);
-  if (!job.verb) return;
+  if (!job.verb || !job.verb->help) return;
   job.request.json = opt[OPT_JSON].given != 0;
   job.request.dry_run = opt[OPT_DRY_RUN].given != 0;
   cli.targets++;
   cli.ntargets--;
   char *store = cli_take_store(job.verb);
+  cli_refuse(~cli_options_of(job.verb), "not for the command", name);
+  if (job.verb->flags & VERB_PEER) last = cli_take_peer(&job, &uri);
   FILE *out = open_memstream(&job.operands, &length);
   for (int j = 0; out && j < cli.ntargets; j++) {
-    last = cli.targets[j];
-    if (j) last = cli_same_store(store, last, job.verb->flags);
-    fwrite(last, 1, strlen(last) + 1, out);
+    const char *operand = cli.targets[j];
+    if (j) operand = cli_same_store(store, operand, job.verb->flags);
+    fwrite(operand, 1, strlen(operand) + 1, out);
+    if (!job.request.peer) last = operand;
   }
   int err = out && fclose(out) == 0 ? 0 : -ENOMEM;
   job.request.length = (uint32_t)length;
   if (!err) err = store ? cli_split_operands(&job) : -EINVAL;
-  cli_refuse(~cli_options_of(job.verb), "not for the command", name);
   if (err == -EINVAL)
     cli_usage("usage: nbdserve %s %s", name, job.verb->operands);
   if (err == -EDOM) cli_usage("%s %s: not a size", name, last);
   cli_exit_if_error(err, name);
-  if (job.verb->run) exit(cli_run_on_store(&job, store, last));
+  if (job.verb->run) exit(cli_run_on_store(&job, store, last, &uri));
   options.block_size = (uint32_t)u_min(job.ops->size, UINT32_MAX);
   err = last && !options.block_size ? -EINVAL
                                     : nbdserve_cas_init(store, &options);
@@ -10758,7 +12198,8 @@ static void cli_run_verb(void) {
  * status. */
 static int cli_help_verb(const char *name) {
   const struct cli_verb *verb = cli_find_verb(name);
-  if (!verb) cli_usage("help %s: no such command (--help lists them)", name);
+  if (!verb || !verb->help)
+    cli_usage("help %s: no such command (--help lists them)", name);
   printf("usage: nbdserve [OPTION]... %s %s\n%s\n\n", name, verb->operands,
          verb->help);
   for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
@@ -10771,7 +12212,7 @@ static void cli_help_verbs(void) {
   puts("\nCommands on stores, also while they are served.  NAME is VOLUME,\n"
        "VOLUME@SNAPSHOT or the id of a sealed snapshot; names that follow\n"
        "are in the same store.");
-  for (size_t i = 0; i < COUNT_OF(cli_verbs); i++)
+  for (size_t i = 0; i < COUNT_OF(cli_verbs) && cli_verbs[i].help; i++)
     printf("  %-9s %-23s %s\n", cli_verbs[i].name, cli_verbs[i].operands,
            cli_verbs[i].help);
 }
@@ -10826,6 +12267,8 @@ static void cli_open_target(const char *text, const char *path,
   if (volume && (flat.offset || flat.size || flat.create ||
                  flat.flags == NBDSERVE_FLAT_TEMPORARY))
     cli_usage("%s: no --offset, --size, --create or -T of a volume", text);
+  if (volume && !*volume && opt[OPT_CONNECT].given)
+    cli_usage("%s: --connect is for one of its volumes", text);
   if (!volume && *cli_contexts)
     cli_usage("%s: --changes is for volumes of a store", text);
   if (opt[OPT_TEMPORARY].given && access(flat.dir, W_OK) < 0)
@@ -10882,6 +12325,10 @@ static void cli_add_target(char *text) {
   if (!ex.name) ex.flags |= NBDSERVE_EXPORT_FALLBACK;
   if (ex.name && cli.ntargets == 1) cli.export_name = ex.name;
   cli_open_target(text, path, colons ? name : NULL, &ex);
+  const char *real = opt[OPT_CONNECT].given ? realpath(path, NULL) : NULL;
+  if (!*cli.owner) /* the first target is what is connected; *real stays */
+    snprintf(cli.owner, sizeof cli.owner, "nbdserve:%s::%s", real ? real : path,
+             colons ? name : "");
   if (!ex.ops) return;
   assert(ex.ops->read && ex.ops->close);
   int err = nbdserve_add(cli.server, &ex);
@@ -10979,7 +12426,8 @@ static void cli_listen(void) {
     cli.client = 0;
   else if (opt[OPT_FD].given)
     cli_listen_at("fd:%d", (int)opt[OPT_FD].number);
-  else if (path ? strcmp(path, "-") == 0 : !wants_tcp && !cli.passed)
+  else if (path ? strcmp(path, "-") == 0
+                : !wants_tcp && !cli.passed && !opt[OPT_CONNECT].given)
     cli_listen_privately();
   else if (path && *path != '/' && n + 1 < sizeof dir &&
            getcwd(dir, sizeof dir - n - 1))
@@ -10997,22 +12445,163 @@ static void cli_listen(void) {
   if (err != -ENOENT) cli_exit_if_error(err, "URI");
 }
 
+/* ---- The kernel's device (--connect) ---------------------------------------
+ * The kernel is given one end of each of some socket pairs, and a thread serves
+ * the other.  It keeps the device when this process dies: requests then wait
+ * for CLI_PATIENCE seconds, in which a new server of the same target takes over
+ * (OS_NBD_RECONFIGURE), and what is mounted notices nothing. */
+
+enum {
+  CLI_PATIENCE = 60
+};
+
+/* The `entered` function of the server: takes note of what the kernel has to be
+ * told.  Others than it have sockets that listeners have accepted. */
+static void cli_entered(void *unused, int fd, const char *name,
+                        const struct nbdserve_info *info) {
+  (void)unused;
+  (void)fd;
+  (void)name;
+  os_lock(&cli.server->lock);
+  if (!cli.info.flags) cli.info = *info;
+  os_wake_all(&cli.server->lock);
+  os_unlock(&cli.server->lock);
+}
+
+/* The thread that serves one of the kernel's sockets.  The last one of them
+ * ends the server: the device was disconnected, by us or by somebody else. */
+static void *cli_serve_kernel(void *socket) {
+  int fd = (int)(intptr_t)socket;
+  int err = nbdserve_serve(cli.server, fd, fd, cli.export_name);
+  close(fd);
+  os_lock(&cli.server->lock);
+  if (err) cli.served_err = err;
+  int is_last = --cli.served == 0;
+  if (is_last) cli.is_connected = 0;
+  os_wake_all(&cli.server->lock);
+  os_unlock(&cli.server->lock);
+  if (is_last) nbdserve_stop(cli.server);
+  return NULL;
+}
+
+/* Makes socket pairs, of which threads serve one end, until there are n, and
+ * waits until the export is known.  The other ends go to *nbd.  Returns a
+ * descriptor of the last end that is served. */
+static int cli_serve_sockets(struct os_nbd *nbd, int n) {
+  int fd[2];
+  int own = -1;
+  int err = 0;
+  while (!err && nbd->nsockets < n) {
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0)
+      cli_exit_if_error(-errno, "--connect");
+    nbd->socket[nbd->nsockets++] = fd[1];
+    close(own);
+    own = dup(fd[0]);
+    os_lock(&cli.server->lock);
+    cli.served++;
+    os_unlock(&cli.server->lock);
+    err = os_thread(cli_serve_kernel, (void *)(intptr_t)fd[0]);
+  }
+  os_lock(&cli.server->lock);
+  while (!err && !cli.info.flags && !(err = cli.served_err))
+    os_wait(&cli.server->lock);
+  os_unlock(&cli.server->lock);
+  cli_exit_if_error(err, "--connect");
+  return own;
+}
+
+/* Gives the kernel the sockets.  The device may have been that of another
+ * process that served the same target and has died.  If that lives the kernel
+ * takes none of ours, and says nothing. */
+static void cli_give_sockets(struct os_nbd *nbd, int own) {
+  const char *path = opt[OPT_CONNECT].text;
+  struct pollfd p = {own, POLLIN, 0};
+  int err = os_tell_nbd(OS_NBD_CONNECT, cli.device, nbd);
+  int is_taken = err == -EBUSY;
+  if (is_taken) err = os_tell_nbd(OS_NBD_RECONFIGURE, cli.device, nbd);
+  while (nbd->nsockets > 0)
+    close(nbd->socket[--nbd->nsockets]);
+  poll(&p, 1, 0);
+  close(own);
+  if (is_taken && (err || p.revents & POLLHUP))
+    cli_die(CLI_IN_USE, "%s: in use (nbd-client -d %s frees it)", path, path);
+  if (err == -EPERM) cli_failed("%s: only root may connect it", path);
+  if (err == -ENOENT || err == -EPROTONOSUPPORT || err == -EAFNOSUPPORT)
+    cli_failed("%s: this kernel has no NBD client (modprobe nbd)", path);
+  cli_exit_if_error(err, path);
+}
+
+/* Connects the kernel's device, and returns when it can be used: opening it
+ * finds its partitions. */
+static void cli_connect(void) {
+  const char *path = opt[OPT_CONNECT].text;
+  struct os_nbd nbd = {.owner = cli.owner, .patience = CLI_PATIENCE};
+  struct stat st;
+  if (stat(path, &st) < 0 || !S_ISBLK(st.st_mode))
+    cli_failed("%s: no such device (modprobe nbd makes it)", path);
+  os_serve_writeback();
+  int own = cli_serve_sockets(&nbd, 1);
+  if (cli.info.min_block > 4096 || cli.info.max_request < 128 << 10)
+    cli_usage("--connect: the kernel sends 512 bytes to 128K at a time");
+  if (cli.info.flags & NBD_FLAG_CAN_MULTI_CONN) {
+    close(own);
+    own = cli_serve_sockets(&nbd, OS_NBD_SOCKETS);
+  }
+  nbd.block_size = cli.info.min_block < 512 ? 512 : cli.info.min_block;
+  nbd.size = cli.info.size - cli.info.size % nbd.block_size;
+  nbd.flags = cli.info.flags;
+  if (nbd.size < cli.info.size)
+    cli_say("%s: without the last " CLI_N " bytes, which are no whole sector",
+            path, cli.info.size - nbd.size);
+  cli_give_sockets(&nbd, own);
+  cli.is_connected = 1;
+  close(open(path, O_RDONLY | O_CLOEXEC));
+}
+
+/* Disconnects the kernel's device, after all that was written to it has come
+ * here.  Unless it is forced, one that is in use stays, the first time. */
+static void cli_disconnect(int is_forced) {
+  const char *path = opt[OPT_CONNECT].text;
+  if (!cli.is_connected) return;
+  int fd = open(path, O_RDONLY | O_EXCL | O_CLOEXEC);
+  if (fd < 0 && errno == EBUSY && !is_forced && !cli.is_refused) {
+    cli.is_refused = 1;
+    cli.stopping = cli.end_wanted = 0;
+    cli_say("%s: mounted or in use; end that, or ask again", path);
+    return;
+  }
+  if (fd < 0) fd = open(path, O_RDONLY | O_CLOEXEC);
+  if (fsync(fd) < 0)
+    cli_say("%s: %s; written data may be lost", path, strerror(errno));
+  close(fd);
+  int err = os_tell_nbd(OS_NBD_DISCONNECT, cli.device, NULL);
+  os_lock(&cli.server->lock);
+  while (!err && cli.served > 0)
+    os_wait(&cli.server->lock);
+  cli.is_connected = 0;
+  os_unlock(&cli.server->lock);
+  if (err) cli_say("%s: not disconnected: %s", path, strerror(-err));
+  nbdserve_stop(cli.server);
+}
+
 /* ---- The command that is served (--run, --) ----------------------------- */
 
-/* Becomes the command, with the URI in place of each {}; or says why not.  A
- * shell command gets variables with the names that nbdkit gives them, so that
- * scripts can be used with both. */
+/* Becomes the command, with the URI, or else the device, in place of each {};
+ * or says why not.  A shell command gets variables with the names that nbdkit
+ * gives them, so that scripts can be used with both. */
 static void cli_exec_child(void) {
   const struct srv_listener *l = cli.server->listeners;
   char nbd[sizeof l->text + 16];
   const char *colon = strrchr(l->text, ':');
   const char *program = cli.command ? *cli.command : "/bin/sh";
+  const char *device = opt[OPT_CONNECT].given ? opt[OPT_CONNECT].text : "";
+  const char *place = *cli.uri ? cli.uri : device; /* that it uses */
   for (char **word = cli.command; word && *word; word++) {
     const char *text = *word;
-    char *copy = u_zalloc(strlen(text) * (strlen(cli.uri) + 1) + 1);
+    char *copy = u_zalloc(strlen(text) * (strlen(place) + 1) + 1);
     if (!copy) return;
     for (const char *hit = strstr(text, "{}"); hit; hit = strstr(text, "{}")) {
-      strcat(strncat(copy, text, (size_t)(hit - text)), cli.uri);
+      strcat(strncat(copy, text, (size_t)(hit - text)), place);
       text = hit + 2;
     }
     *word = strcat(copy, text);
@@ -11023,6 +12612,7 @@ static void cli_exec_child(void) {
   setenv("unixsocket", l->is_unix ? l->text : "", 1);
   setenv("port", l->is_unix || !colon ? "" : colon + 1, 1);
   setenv("exportname", cli.export_name, 1);
+  setenv("dev", device, 1);
   if (cli.command)
     execvp(program, cli.command);
   else
@@ -11039,7 +12629,8 @@ static void cli_exec_child(void) {
 static void cli_start_child(void) {
   sigset_t all;
   assert(!cli.child);
-  if (!*cli.uri) cli_usage("no URI for the command to use");
+  if (!*cli.uri && !opt[OPT_CONNECT].given)
+    cli_usage("no URI for the command to use");
   sigfillset(&all);
   sigprocmask(SIG_BLOCK, &all, NULL);
   pid_t pid = cli.stopping ? -1 : fork();
@@ -11130,11 +12721,14 @@ static void cli_write_pidfile(const char *path) {
 }
 
 /* Prints the URI of the first socket and, if that is a unix socket, of the TCP
- * port, each in a line.  Returns a negative number if that fails. */
+ * port, and the kernel's device, each in a line.  Returns a negative number if
+ * that fails. */
 static int cli_print_uris(int fd) {
   const struct srv_listener *l = cli.server->listeners;
   char other[sizeof cli.uri];
   int r = *cli.uri ? dprintf(fd, "%s\n", cli.uri) : 0;
+  if (opt[OPT_CONNECT].given && r >= 0)
+    r = dprintf(fd, "%s\n", opt[OPT_CONNECT].text);
   for (int i = 1; i < cli.server->nlisteners && r >= 0; i++)
     if (l->is_unix && !l[i].is_unix && *l[i].text &&
         !srv_uri(&l[i], cli.export_name, other, sizeof other))
@@ -11222,6 +12816,7 @@ static int cli_serve(void) {
     int is_last = run_err != -EINTR && opt[OPT_STATS].given;
     if (cli.stats_wanted || is_last) cli_print_stats();
     if (cli.end_wanted) nbdserve_unlisten(cli.server);
+    if (cli.stopping) cli_disconnect(0);
   } while (run_err == -EINTR);
   if (cli.child && !cli.end_wanted) raise(SIGTERM);
   while (cli.child && !cli.stopping)
@@ -11252,6 +12847,7 @@ static void cli_close(void) {
   if (*cli.temp) unlink(cli.temp);
   os_remove_same(cli.ctl_path, &cli.ctl_st);
   if (!cli.server) return;
+  cli_disconnect(1);
   nbdserve_stop(cli.server);
   os_lock(&cli.server->lock);
   while (cli.njobs > 0 && os_now_ms() < until)
@@ -11330,6 +12926,7 @@ int main(int argc, char **argv) {
   if (opt[OPT_ONCE].given) config.flags |= NBDSERVE_CONFIG_ONCE;
   if (opt[OPT_FAULT].given || opt[OPT_DELAY].given) config.before = cli_before;
   if (opt[OPT_STATS].given) config.after = cli_after;
+  if (opt[OPT_CONNECT].given) config.entered = cli_entered;
   cli.passed = cli_count_passed(); /* before we open one of these numbers */
   cli_exit_if_error(nbdserve_new(&cli.server, &config), "start");
   cli_run_verb();
@@ -11342,10 +12939,12 @@ int main(int argc, char **argv) {
     cli_add_target(cli.targets[i]);
   cli_check_sandbox(os_sandbox_version()); /* before anybody is told */
   cli_listen();
+  if (opt[OPT_CONNECT].given) cli_connect();
   cli_tell_ready();
   /* All is open, and the command, which that must not bind, has started.  The
    * threads of a store come behind it, so that it binds them. */
-  if (opt[OPT_SANDBOX].number != SANDBOX_OFF) cli_check_sandbox(os_sandbox());
+  if (opt[OPT_SANDBOX].number != SANDBOX_OFF && !opt[OPT_CONNECT].given)
+    cli_check_sandbox(os_sandbox());
   if (cli.cas) cas_kick(cli.cas);
   return cli_serve();
 }

@@ -35,8 +35,8 @@
 extern "C" {
 #endif
 
-#define NBDSERVE_VERSION "0.5.0"
-#define NBDSERVE_VERSION_NUMBER 500u /* major * 10000 + minor * 100 + patch */
+#define NBDSERVE_VERSION "0.6.0"
+#define NBDSERVE_VERSION_NUMBER 600u /* major * 10000 + minor * 100 + patch */
 
 #ifndef NBDSERVE_API
 #define NBDSERVE_API /* storage class or visibility of the public functions */
@@ -284,8 +284,10 @@ NBDSERVE_API int nbdserve_cas_open(const char *path,
 NBDSERVE_API int nbdserve_cas_close(struct nbdserve_cas *cas);
 
 /* Fills *out with a volume or snapshot, as nbdserve_flat_open does with a file.
- * It may be open many times, so the find callback may call this.  -ENOENT:
- * there is no such name. */
+ * It may be open many times, so the find callback may call this.  For other
+ * stores there are two more exports: NAME/pull, all of a sealed snapshot
+ * (-ENODATA: it is not), and /blocks, from which every block of the store can
+ * be read that one knows the SHA-256 of.  -ENOENT: there is no such name. */
 NBDSERVE_API int nbdserve_cas_volume(struct nbdserve_cas *cas, const char *name,
                                      struct nbdserve_export *out);
 
@@ -441,6 +443,37 @@ NBDSERVE_API int nbdserve_cas_repair(struct nbdserve_cas *cas,
                                      nbdserve_damage_fn *each,
                                      nbdserve_progress_fn *progress, void *arg);
 
+/* The same, and then asks another store for blocks that are damaged: the one
+ * whose server is at the other end of the streams in_fd and out_fd (sockets or
+ * pipes, which stay open) and serves all of it.  What it has of the right
+ * SHA-256, in whatever volume, is written where it belongs.  What is told is
+ * what remains damaged after that.  Errors besides those of nbdserve_cas_repair
+ * as of nbdserve_cas_pull. */
+NBDSERVE_API int nbdserve_cas_repair_from(struct nbdserve_cas *cas, int in_fd,
+                                          int out_fd, nbdserve_damage_fn *each,
+                                          nbdserve_progress_fn *progress,
+                                          void *arg);
+
+/* Makes the snapshot name, VOL@NAME, of one that another store has: of the
+ * sealed snapshot `from` (a name there, or its id) of the server at the other
+ * end of the streams, which stay open.  Only what is not here yet is fetched.
+ * All is checked, and nothing of that name is to be seen before it is complete,
+ * sealed and durable.  If there is no volume VOL, one is made with the same
+ * contents.  After an error what came is kept, as a volume that only
+ * nbdserve_cas_list shows, by the id, and NBDSERVE_CAS_RM removes, or
+ * nbdserve_cas_gc after a week; the next pull of that id goes on with it.
+ *
+ * -EEXIST: there is such a snapshot.  -EINVAL: no possible name, or the blocks
+ * there have another size.  -ENOENT: the server has no such export, or it is
+ * not sealed.  -EBADMSG: what comes is not what it should be.  -EPROTO: that is
+ * no such server.  -ETIMEDOUT: it says nothing for two minutes.  -EPIPE: it has
+ * hung up.  -EBUSY: another pull gets the same.  -ENOSPC: there is no space, or
+ * only 1 % of it, 64 MiB at least, which is left to others.  -EIO: it cannot
+ * read it. */
+NBDSERVE_API int nbdserve_cas_pull(struct nbdserve_cas *cas, const char *name,
+                                   int in_fd, int out_fd, const char *from,
+                                   nbdserve_progress_fn *progress, void *arg);
+
 /* Gives unused space back to the file system, but for what the store needs to
  * go on on a full disk.  *bytes: how many bytes of the file are unused. */
 NBDSERVE_API int nbdserve_cas_gc(struct nbdserve_cas *cas, uint64_t *bytes,
@@ -462,6 +495,15 @@ NBDSERVE_API int nbdserve_cas_gc(struct nbdserve_cas *cas, uint64_t *bytes,
  * gone: the rest is for nobody. */
 typedef int nbdserve_emit_fn(void *arg, const char *name,
                              const char *description);
+
+/* What a client gets to know of an export */
+struct nbdserve_info {
+  uint64_t size;            /* bytes */
+  uint32_t flags;           /* proto.md, Transmission flags; never 0 */
+  uint32_t min_block;       /* bytes; these three are proto.md's minimum, */
+  uint32_t preferred_block; /* preferred and */
+  uint32_t max_request;     /* maximum block size */
+};
 
 struct nbdserve_config {
   /* NBDSERVE_VERSION_NUMBER: header and library may differ in the patch. */
@@ -515,7 +557,12 @@ struct nbdserve_config {
    * its data, if that is long).  May be NULL. */
   void (*after)(void *ctx, unsigned type, uint64_t off, uint64_t len, int err,
                 uint64_t ns);
-  void *ctx; /* is passed to log, find, list, before and after */
+  /* Called in a client's thread when it has entered an export, before its first
+   * request.  in_fd: where its requests come from.  info: what it was told or,
+   * if nbdserve_serve was given a name, has to be told.  May be NULL. */
+  void (*entered)(void *ctx, int in_fd, const char *name,
+                  const struct nbdserve_info *info);
+  void *ctx; /* is passed to these functions */
 };
 
 /* Makes a server; *out is NULL if that fails.  config may be NULL.  -EINVAL:
@@ -581,6 +628,14 @@ NBDSERVE_API int nbdserve_run(struct nbdserve *s);
  * the end. */
 NBDSERVE_API int nbdserve_serve(struct nbdserve *s, int in_fd, int out_fd,
                                 const char *name);
+
+/* Finds out what a client of an export gets to know now: whoever hands a socket
+ * to the kernel has to pass these numbers on.  The next client of that name may
+ * be told something else, if the size changes or find gives another export;
+ * config.entered has what it was told.  From any thread.  -ENOENT: there is no
+ * such export.  Others as of find. */
+NBDSERVE_API int nbdserve_info(struct nbdserve *s, const char *name,
+                               struct nbdserve_info *info);
 
 /* Ends nbdserve_run and all nbdserve_serve, for good.  From any thread or a
  * signal handler; may be called again. */
@@ -686,9 +741,9 @@ NBDSERVE_API const char *nbdserve_version(void);
  *
  *   record of the catalog, 288 bytes
  *   0     4 id; 0: no record         32    4 id that it was made from; of a
- *   4     4 1: snapshot; 2: partial,         snapshot: its volume
- *           and left out by this     36    4 slot of the root of the map with
- *           version                          the tree of its id, or 0
+ *   4     4 1: snapshot; 2: partial          snapshot: its volume
+ *           (0.5 leaves it out)      36    4 slot of the root of the map with
+ *                                            the tree of its id, or 0
  *   8     8 size, bytes              40   32 content id, or zeroes
  *   16    4 slot of the map's root   72   32 kept for an origin
  *   20    4 levels of the map: 4     104   8 kept for a quota

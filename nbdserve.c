@@ -4519,26 +4519,12 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 #if !NBDSERVE_NO_CLIENT && !NBDSERVE_NO_CAS
 
 enum {
-  PEER_DEPTH = 16,        /* requests under way */
-  PEER_ALIGN = 4096,      /* all requests begin and end at multiples of it, */
-  PEER_MOST = 1 << 20,    /* and have at most so many bytes */
-  PEER_STALL_MS = 120000, /* by default */
-  PEER_REPLIES = 64,      /* to the one option that we send, at most */
-  PEER_PENDING = 1,       /* peer_part.err, until the reply has come */
-  PEER_LOOK_MS = 200      /* until progress is asked again */
-};
-
-struct peer {
-  int in; /* sockets or pipes, the caller's */
-  int out;
-  int64_t stall_ms; /* for the handshake, and for each move after it */
-  int64_t deadline; /* of the handshake, in os_now_ms; 0: it is over */
-  uint64_t size;    /* bytes of the export */
-  nbdserve_progress_fn *progress; /* or NULL */
-  void *arg;
-  uint64_t done; /* for progress */
-  uint64_t total;
-  char why[200]; /* what went wrong with the peer, or "" */
+  PEER_DEPTH = 16,     /* requests under way */
+  PEER_ALIGN = 4096,   /* all requests begin and end at multiples of it, */
+  PEER_MOST = 1 << 20, /* and have at most so many bytes */
+  PEER_REPLIES = 64,   /* to the one option that we send, at most */
+  PEER_PENDING = 1,    /* peer_part.err, until the reply has come */
+  PEER_LOOK_MS = 200   /* until progress is asked again */
 };
 
 /* One READ or WRITE */
@@ -4551,7 +4537,7 @@ struct peer_part {
 
 /* Notes what went wrong with a peer.  Returns err. */
 static int OS_PRINTF(3, 4)
-    peer_fail(struct peer *p, int err, const char *fmt, ...) {
+    peer_fail(struct nbdserve_peer *p, int err, const char *fmt, ...) {
   va_list ap;
   va_start(ap, fmt);
   vsnprintf(p->why, sizeof p->why, fmt, ap);
@@ -4562,10 +4548,10 @@ static int OS_PRINTF(3, 4)
 }
 
 /* Sends (writes) or receives n bytes (P1). */
-static int peer_move(struct peer *p, int writes, unsigned char *data,
+static int peer_move(struct nbdserve_peer *p, int writes, unsigned char *data,
                      size_t n) {
   int64_t until = p->deadline ? p->deadline : os_now_ms() + p->stall_ms;
-  int fd = writes ? p->out : p->in;
+  int fd = writes ? p->out_fd : p->in_fd;
   struct pollfd poller = {fd, writes ? POLLOUT : POLLIN, 0};
   while (n > 0) {
     if (p->progress && p->progress(p->arg, p->done, p->total))
@@ -4589,7 +4575,7 @@ static int peer_move(struct peer *p, int writes, unsigned char *data,
 }
 
 /* Takes a reply to GO, with len bytes of data.  0: there are more. */
-static int peer_take_info(struct peer *p, const unsigned char *data,
+static int peer_take_info(struct nbdserve_peer *p, const unsigned char *data,
                           size_t len) {
   unsigned type = len >= 2 ? u_get16(data) : 0;
   if (type == NBD_INFO_EXPORT && len == 12) {
@@ -4605,10 +4591,11 @@ static int peer_take_info(struct peer *p, const unsigned char *data,
 
 /* Does the handshake, and enters the export of that name.  0 or -errno: -ENOENT
  * if the peer refuses it. */
-static int peer_enter(struct peer *p, const char *name) {
+static int peer_enter(struct nbdserve_peer *p, const char *name) {
   unsigned char b[WIRE_OPTION_REPLY_LEN + WIRE_STRING_MAX + 32];
   size_t n = strlen(name);
-  assert(n <= WIRE_STRING_MAX);
+  if (n > WIRE_STRING_MAX) return -ENAMETOOLONG;
+  if (!p->stall_ms) p->stall_ms = 120000;
   p->deadline = os_now_ms() + p->stall_ms;
   p->size = 0;
   int err = peer_move(p, 0, b, 18);
@@ -4647,7 +4634,7 @@ static int peer_enter(struct peer *p, const char *name) {
 }
 
 /* Sends a request, the i-th of its parts. */
-static int peer_send(struct peer *p, enum nbd_cmd cmd, size_t i,
+static int peer_send(struct nbdserve_peer *p, enum nbd_cmd cmd, size_t i,
                      struct peer_part *part) {
   unsigned char b[WIRE_REQUEST_LEN];
   assert(part->off % PEER_ALIGN == 0 && part->len % PEER_ALIGN == 0);
@@ -4666,7 +4653,7 @@ static int peer_send(struct peer *p, enum nbd_cmd cmd, size_t i,
 
 /* Does all of parts[0..n), which are READs or WRITEs.  Each gets its own error;
  * what is returned ends the connection. */
-static int peer_transfer(struct peer *p, enum nbd_cmd cmd,
+static int peer_transfer(struct nbdserve_peer *p, enum nbd_cmd cmd,
                          struct peer_part *parts, size_t n) {
   unsigned char b[WIRE_SIMPLE_REPLY_LEN];
   size_t sent = 0;
@@ -4694,7 +4681,7 @@ static int peer_transfer(struct peer *p, enum nbd_cmd cmd,
 }
 
 /* Takes leave, for what it is worth. */
-static void peer_leave(struct peer *p) {
+static void peer_leave(struct nbdserve_peer *p) {
   struct peer_part none = {.off = 0, .len = 0};
   if (!p->deadline && p->size) (void)!peer_send(p, NBD_CMD_DISC, 0, &none);
 }
@@ -4935,7 +4922,8 @@ enum {
   CAS_MAX_LOST = 8,   /* pages; with more of them lost a store is not written */
   CAS_WAITING = 262144, /* pending slots that bring on a checkpoint */
   CAS_WANTED = CAS_BATCH * CAS_DIGEST_LEN, /* bytes of digests in a /blocks */
-  CAS_PULLED = 1 << 24,         /* bytes of blocks that are pulled together */
+  CAS_LEAVES = 32,                         /* that are pulled together, */
+  CAS_BLOCKS = 4096,            /* and blocks, of the smallest size */
   CAS_WEEK = 604800,            /* seconds that a partial volume is kept */
   CAS_SLACK = 64 * CAS_SEGMENT, /* free slots to have before filling gaps */
   CAS_CACHE_MIB = 64            /* memory for leaves, by default */
@@ -6502,14 +6490,16 @@ static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
   return 0;
 }
 
-/* Stages a partial volume of a size, for what has that id. */
-static int cas_stage_partial(struct nbdserve_cas *st, const char *id,
-                             uint64_t size) {
+/* Stages a partial volume for change->name, an id: of that size, and with the
+ * contents of change->tree, if that is not NULL. */
+static int cas_stage_partial(struct nbdserve_cas *st,
+                             const struct cas_change *change) {
   struct cas_volume *vol;
-  int err = cas_stage_new(st, NULL, NULL, NULL, size, &vol);
+  int err = cas_stage_new(st, change->tree, NULL, NULL, change->size, &vol);
   if (err) return err;
   vol->is_partial = 1;
-  strcpy(vol->then.name, id);
+  vol->then.size = change->size;
+  strcpy(vol->then.name, change->name);
   return 0;
 }
 
@@ -6598,8 +6588,7 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
     err = cas_stage_op(st, change->ops + i);
   }
   if (change->name)
-    return vol ? cas_stage_pulled(st, change)
-               : cas_stage_partial(st, change->name, change->size);
+    return vol ? cas_stage_pulled(st, change) : cas_stage_partial(st, change);
   if (!vol) return err;
   cas_begin_staging(vol);
   err = cas_own_record(st, vol->place, &vol->page);
@@ -8382,6 +8371,7 @@ int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
                                      .created = vol->now.created,
                                      .clients = (uint32_t)vol->clients,
                                      .readonly = vol->parent != NULL,
+                                     .partial = vol->is_partial,
                                      .id = cas_spell_id(vol, id)};
     cas_unlock(st);
     r = each(arg, &info);
@@ -8500,22 +8490,31 @@ static int cas_seal_node(struct cas_sealer *sealer, struct cas_node *node,
   return err;
 }
 
-/* Finds the newest sealed snapshot of the volume that a snapshot is of, or of
- * what that volume was made from, counts the caller as its client, and begins
- * with its tree; or finds none. */
+/* The newest sealed snapshot of a volume, or of what that was made from, except
+ * for one; or NULL. */
+static struct cas_volume *cas_newest_sealed(const struct nbdserve_cas *st,
+                                            const struct cas_volume *up,
+                                            const struct cas_volume *except) {
+  struct cas_volume *found = NULL;
+  for (uint32_t i = 0; up && i < st->nvolumes; i++) {
+    struct cas_volume *p = st->volumes[i];
+    if ((p->parent == up || p->id == up->now.made_from) && p != except &&
+        p->now.id && !p->is_staged && !u_is_zero(p->now.cid, CAS_DIGEST_LEN) &&
+        *cas_digests(p))
+      found = p;
+  }
+  return found;
+}
+
+/* Finds the snapshot to begin with, becomes its client, and begins with its
+ * tree; or finds none. */
 static void cas_use_base(struct cas_sealer *sealer) {
   struct nbdserve_cas *st = sealer->vol->st;
   struct cas_volume *up = sealer->vol->parent;
   os_lock(&st->lock);
   if (sealer->name)
     up = cas_find(st, sealer->name, strcspn(sealer->name, "@"), VIEW_NOW);
-  for (uint32_t i = 0; up && i < st->nvolumes; i++) {
-    struct cas_volume *p = st->volumes[i];
-    if ((p->parent == up || p->id == up->now.made_from) && p != sealer->vol &&
-        p->now.id && !p->is_staged && !u_is_zero(p->now.cid, CAS_DIGEST_LEN) &&
-        *cas_digests(p))
-      sealer->base = p;
-  }
+  sealer->base = cas_newest_sealed(st, up, sealer->vol);
   if (sealer->base) {
     sealer->base->clients++;
     cas_share(cas_root(sealer->tree), *cas_digests(sealer->base));
@@ -8629,13 +8628,13 @@ struct cas_verifier {
   nbdserve_damage_fn *each;
   nbdserve_progress_fn *progress;
   void *arg;
-  int mends;         /* what can be mended is written anew */
-  struct peer *peer; /* that is asked for blocks, or NULL */
-  int found;         /* something is damaged */
-  int stop;          /* not 0: it ends, by this */
-  uint32_t id;       /* what comes next: of a volume, or of one above it, */
-  uint64_t block;    /* and from where on */
-  uint64_t done;     /* bytes */
+  int mends;                  /* what can be mended is written anew */
+  struct nbdserve_peer *peer; /* that is asked for blocks, or NULL */
+  int found;                  /* something is damaged */
+  int stop;                   /* not 0: it ends, by this */
+  uint32_t id;    /* what comes next: of a volume, or of one above it, */
+  uint64_t block; /* and from where on */
+  uint64_t done;  /* bytes */
   uint64_t total;
   unsigned char *data; /* [CAS_BATCH] blocks */
   uint64_t from;       /* of a range that is damaged, which is not told yet, */
@@ -8761,6 +8760,7 @@ static int cas_ask_peer(struct cas_verifier *v, struct cas_block *blk,
 #else
 /* Nobody is asked. */
 #define cas_ask_peer(v, blk, n) 0
+#define cas_repair_from(v, peer) ((void)(peer), -EOPNOTSUPP)
 #endif
 
 /* Checks the next n blocks of a volume. */
@@ -8867,6 +8867,23 @@ static int cas_verify(struct cas_verifier *v) {
   return v->found ? -EUCLEAN : 0;
 }
 
+#if !NBDSERVE_NO_CLIENT
+/* Mends what it can with blocks of the store that a peer serves. */
+static int cas_repair_from(struct cas_verifier v, struct nbdserve_peer *peer) {
+  uint64_t size = CAS_WANTED + CAS_BATCH * (uint64_t)v.st->bs;
+  peer->progress = v.progress;
+  peer->arg = v.arg;
+  v.peer = peer;
+  v.each = NULL;
+  int err = peer_enter(peer, "/blocks");
+  if (!err && peer->size != size)
+    err = peer_fail(peer, -EINVAL, "the peer's blocks have another size");
+  if (!err) err = cas_verify(&v);
+  peer_leave(peer);
+  return err == -EUCLEAN ? 0 : err;
+}
+#endif
+
 /* See nbdserve.h. */
 int nbdserve_cas_verify(struct nbdserve_cas *st, nbdserve_damage_fn *each,
                         nbdserve_progress_fn *progress, void *arg) {
@@ -8874,36 +8891,31 @@ int nbdserve_cas_verify(struct nbdserve_cas *st, nbdserve_damage_fn *each,
   return cas_verify(&v);
 }
 
-/* See nbdserve.h. */
-int nbdserve_cas_repair(struct nbdserve_cas *st, nbdserve_damage_fn *each,
+/* See nbdserve.h.  A peer mends in a first round, of which nothing is told. */
+int nbdserve_cas_repair(struct nbdserve_cas *st, struct nbdserve_peer *peer,
+                        nbdserve_damage_fn *each,
                         nbdserve_progress_fn *progress, void *arg) {
   struct cas_verifier v = {st, each, progress, arg, .mends = 1};
-  return st->readonly ? -EROFS : cas_verify(&v);
+  int err = st->readonly ? -EROFS : 0;
+  if (!err && peer) err = cas_repair_from(v, peer);
+  return err ? err : cas_verify(&v);
 }
 
-/* Removes the partial volumes that no pull has gone on with for a week. */
-static void cas_drop_partials(struct nbdserve_cas *st) {
-  uint64_t next = 0;
-  char name[CAS_PATH];
-  struct cas_volume *vol;
-  do {
-    os_lock(&st->lock);
-    vol = cas_volume_from(st, next);
-    int is_old = vol && vol->is_partial && !st->readonly &&
-                 vol->now.created + CAS_WEEK < (uint64_t)time(NULL);
-    if (vol) cas_full_name(vol, name);
-    next = vol ? vol->id + UINT64_C(1) : next;
-    cas_unlock(st);
-    if (is_old) (void)!nbdserve_cas_rm(st, name);
-  } while (vol);
+/* Removes a partial volume that no pull has gone on with for a week: an
+ * nbdserve_list_fn. */
+static int cas_drop_partial(void *arg, const struct nbdserve_cas_info *info) {
+  if (cas_is_id(info->name) && info->created + CAS_WEEK < (uint64_t)time(NULL))
+    (void)!nbdserve_cas_rm(arg, info->name); /* or it is in use */
+  return 0;
 }
 
 /* See nbdserve.h. */
 int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
                     nbdserve_progress_fn *progress, void *arg) {
   struct nbdserve_cas_stat stat;
-  cas_drop_partials(st);
-  int err = st->readonly ? -EROFS : cas_checkpoint(st, NULL, UINT64_MAX);
+  int err = st->readonly ? -EROFS : 0;
+  if (!err) nbdserve_cas_list(st, cas_drop_partial, st);
+  if (!err) err = cas_checkpoint(st, NULL, UINT64_MAX);
   nbdserve_cas_stat(st, &stat);
   *bytes = stat.free;
   os_lock(&st->lock);
@@ -9151,120 +9163,93 @@ int nbdserve_cas_volume(struct nbdserve_cas *st, const char *name,
 
 #if !NBDSERVE_NO_CLIENT
 /* ---- Blocks that travel: what is pulled ------------------------------------
+ * What comes goes into a partial volume, whose name is the id.  It begins as a
+ * copy of the base, the newest sealed snapshot of the same volume; one that a
+ * pull has left behind, when it did not come to its end, is gone on with.
+ *
  * A pull walks through the tree of the id from the top.  Every node is compared
  * with the digest that the one above it has, before anything below is asked
- * for, so nothing gets into a map that was not checked:
+ * for, so nothing gets into the map that was not checked:
  *
- *   the digest is zero                       a hole
- *   the base, the newest sealed snapshot     its node becomes ours, with all
- *   of the same volume, has it there, too    that is below
- *   else                                     the kids are asked for
- *   at the bottom: the index finds a block   that is taken, when its bytes have
- *   with the digest                          been compared
- *   else                                     the block is asked for
+ *   the digest is zero                     a hole
+ *   the base has it at that place, and     that part is done
+ *   the volume the base's node
+ *   else                                   the kids are asked for
+ *   a leaf, or block, has it already       that part is done
+ *   the index finds a block with it        that is read, and compared
+ *   else                                   the block is asked for
  *
- * What comes goes into a partial volume, whose name is the id.  A pull that did
- * not come to its end is gone on with there: what has the right digest is not
- * asked for again.  In the end the id is computed from the partial volume's own
- * map, as seal does it, and it becomes the snapshot if that is the one that was
- * asked for. */
+ * In the end the id is computed from the volume's own map, as seal does it, and
+ * a snapshot with that map and id appears. */
+
+/* A leaf that is to be pulled */
+struct cas_leaf {
+  uint32_t index;
+  unsigned char digest[CAS_DIGEST_LEN];
+  unsigned char *wanted; /* the digests of its blocks, with room for */
+  unsigned char *own;    /* those of the blocks that are there */
+};
 
 /* While something is pulled */
 struct cas_puller {
-  struct cas_sealer sealer; /* of the partial volume; its tree is the base's */
-  struct peer *peer;
+  struct cas_sealer sealer; /* vol: the partial volume */
+  struct nbdserve_peer *peer;
   struct cas_layout at;
-  /* Leaves that are to be pulled: [nleaves], room for max_leaves */
-  struct cas_leaf {
-    uint32_t index;
-    unsigned char digest[CAS_DIGEST_LEN];
-    unsigned char *wanted; /* digests of its blocks, and */
-    unsigned char *own;    /* of what is there */
-  } * leaves;
   size_t nleaves;
-  size_t max_leaves;
-  /* Blocks that are to be pulled: [nblocks], room for max_blocks */
-  struct cas_block *blocks;
-  struct peer_part *parts; /* [max_blocks] */
   size_t nblocks;
-  size_t max_blocks;
-  unsigned char *data; /* of the blocks */
+  struct cas_leaf leaves[CAS_LEAVES];             /* [nleaves] are waiting */
+  struct cas_block blocks[CAS_BLOCKS];            /* [nblocks] are waiting, */
+  unsigned char data[CAS_BLOCKS * CAS_MIN_BLOCK]; /* with room for their data */
+  struct peer_part parts[CAS_BLOCKS];
 };
 
-/* How many bytes the digests of a node's kids have, with room for a READ that
- * begins and ends at multiples of PEER_ALIGN */
+/* How many bytes the digests of a node's kids have, and with room for a READ
+ * that begins and ends at multiples of PEER_ALIGN */
 #define CAS_KIDS_LEN(st) ((size_t)(st)->fanout * CAS_DIGEST_LEN)
 #define CAS_KIDS_ROOM(st) (CAS_KIDS_LEN(st) + (size_t)2 * PEER_ALIGN)
 
-/* Makes the READ of the digests of a node's kids, whose level is given.  The
- * node is there: it has kids. */
-static struct peer_part cas_ask_kids(const struct cas_puller *p, int level,
-                                     uint32_t index, unsigned char *room) {
-  uint64_t first = (uint64_t)index * p->sealer.vol->st->fanout;
-  uint64_t n = u_min(p->sealer.vol->st->fanout, p->at.count[level] - first);
-  uint64_t off = p->at.at[level] + first * CAS_DIGEST_LEN;
-  uint64_t end = off + n * CAS_DIGEST_LEN;
+/* Where the digests of a node's kids begin, which have that level, and how many
+ * bytes there are of them. */
+static uint64_t cas_kids_at(const struct cas_puller *p, int level,
+                            uint32_t index, uint64_t *len) {
+  uint64_t fanout = p->sealer.vol->st->fanout;
+  uint64_t first = index * fanout;
   assert(first < p->at.count[level]);
-  off -= off % PEER_ALIGN;
-  end += (PEER_ALIGN - end % PEER_ALIGN) % PEER_ALIGN;
-  return (struct peer_part){
-      .off = off, .len = (uint32_t)(end - off), .data = room};
+  *len = u_min(fanout, p->at.count[level] - first) * CAS_DIGEST_LEN;
+  return p->at.at[level] + first * CAS_DIGEST_LEN;
 }
 
-/* Puts what has come for cas_ask_kids to the front of its room, with zeroes for
- * kids that are not there, and tests it against the digest of the node; of the
- * top (is_top) against the id. */
+/* Makes the READ of these. */
+static struct peer_part cas_ask_kids(const struct cas_puller *p, int level,
+                                     uint32_t index, unsigned char *room) {
+  uint64_t len;
+  uint64_t off = cas_kids_at(p, level, index, &len);
+  uint64_t begin = off - off % PEER_ALIGN;
+  len += off - begin;
+  len += (PEER_ALIGN - len % PEER_ALIGN) % PEER_ALIGN;
+  return (struct peer_part){begin, (uint32_t)len, room, 0};
+}
+
+/* Puts what has come of these to the front of its room, with zeroes for kids
+ * that are not there, and tests it against the digest of the node; of the top
+ * against the id. */
 static int cas_take_kids(struct cas_puller *p, int level, uint32_t index,
-                         const struct peer_part *part, int is_top,
+                         const struct peer_part *part,
                          const unsigned char digest[CAS_DIGEST_LEN]) {
   const struct nbdserve_cas *st = p->sealer.vol->st;
-  uint64_t first = (uint64_t)index * st->fanout;
-  uint64_t n = u_min(st->fanout, p->at.count[level] - first) * CAS_DIGEST_LEN;
-  uint64_t off = p->at.at[level] + first * CAS_DIGEST_LEN;
+  int is_top = level == CAS_LEVELS - 1;
   unsigned char *kids = part->data;
   unsigned char sum[CAS_DIGEST_LEN];
+  uint64_t len;
   if (part->err) return part->err;
-  memmove(kids, kids + (off - part->off), (size_t)n);
-  memset(kids + n, 0, CAS_KIDS_LEN(st) - (size_t)n);
+  uint64_t skip = cas_kids_at(p, level, index, &len) - part->off;
+  memmove(kids, kids + skip, (size_t)len);
+  memset(kids + len, 0, CAS_KIDS_LEN(st) - (size_t)len);
   sha_256(st->hw, kids, NULL, CAS_KIDS_LEN(st), sum, NULL);
-  if (is_top && u_is_zero(kids, (size_t)n)) memset(sum, 0, sizeof sum);
+  if (is_top && u_is_zero(kids, (size_t)len)) memset(sum, 0, sizeof sum);
   if (is_top) cas_compute_id(st, p->sealer.vol->now.size, sum, sum);
   if (memcmp(sum, digest, CAS_DIGEST_LEN) == 0) return 0;
   return peer_fail(p->peer, -EBADMSG, "the peer's tree does not fit the id");
-}
-
-/* Lets the volume have a node of the base, too, by its level and index.  1: it
- * has it; 0: it is lost there, or something else is here; or -errno. (locks) */
-static int cas_adopt(struct cas_puller *p, int level, uint64_t index) {
-  struct cas_volume *vol = p->sealer.vol;
-  struct nbdserve_cas *st = vol->st;
-  struct cas_node **at = cas_root(vol);
-  uint64_t size[CAS_LEVELS] = {1}; /* nodes of `level` below one of a level */
-  for (int i = level + 1; i < CAS_LEVELS; i++)
-    size[i] = i == level + 1 ? st->fanout : size[i - 1] * st->fanout;
-  os_lock(&st->lock);
-  int err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
-  struct cas_node *node = *cas_root(p->sealer.base);
-  struct cas_node *own = *at;
-  for (int i = CAS_LEVELS - 1; i > level; i--) {
-    uint64_t kid = index % size[i] / (i - 1 > level ? size[i - 1] : 1);
-    node = cas_kid(node, kid);
-    own = cas_kid(own, kid);
-  }
-  int is_same = own == node;
-  if (err || !node || node->slot == CAS_LOST || own) {
-    cas_unlock(st);
-    return err ? err : is_same && node && node->slot != CAS_LOST;
-  }
-  err = cas_own_record(st, vol->place, &vol->page);
-  if (!err) err = cas_own(st, at, CAS_LEVELS - 1, 0);
-  for (int i = CAS_LEVELS - 2; i > level && !err; i--)
-    err = cas_own_kid(st, &at, index / size[i]);
-  uint32_t c = (uint32_t)(index % st->fanout);
-  if (!err) err = cas_enlarge(&(*at)->kid, &(*at)->nkids, c);
-  if (!err) cas_share(&(*at)->kid[c], node);
-  cas_unlock(st);
-  return err ? err : 1;
 }
 
 /* Is there more room than others need, in the store and its file system?  If
@@ -9276,13 +9261,13 @@ static int cas_has_room(struct nbdserve_cas *st) {
   uint64_t all = stat.file;
   uint64_t left = stat.free;
   if (st->is_device) {
-    left += stat.file - u_min(stat.file, cas_data_off(st, st->nslots - 1));
+    left += all - u_min(all, cas_data_off(st, st->nslots - 1));
   } else if (fstatvfs(st->fd, &fs) == 0) {
     left += (uint64_t)fs.f_bavail * fs.f_frsize;
     all = (uint64_t)fs.f_blocks * fs.f_frsize;
   }
   uint64_t kept = all / 100 > 64 << 20 ? all / 100 : 64 << 20;
-  return left >= kept + CAS_PULLED;
+  return left >= kept + CAS_BLOCKS * CAS_MIN_BLOCK;
 }
 
 /* Fetches the blocks that are waiting, and stores them. */
@@ -9305,12 +9290,11 @@ static int cas_pull_blocks(struct cas_puller *p) {
   for (size_t i = 0; i < n && !err; i++)
     err = p->parts[i].err;
   for (size_t i = 0, k; i < p->nblocks && !err; i += k) {
-    struct cas_block *blk = p->blocks + i;
     k = (size_t)u_min(p->nblocks - i, CAS_BATCH);
-    cas_put(vol, blk, k);
+    cas_put(vol, p->blocks + i, k);
     cas_kick(vol->st);
-    for (size_t j = 0; j < k && !err; j++)
-      err = blk[j].err;
+    for (size_t j = i; j < i + k && !err; j++)
+      err = p->blocks[j].err;
   }
   p->nblocks = 0;
   if (err == -EBADMSG)
@@ -9318,187 +9302,190 @@ static int cas_pull_blocks(struct cas_puller *p) {
   return err;
 }
 
-/* Pulls the leaves that are waiting.  A leaf that is there already, from a pull
- * that was ended, is known by its digest, and so are blocks of others. */
+/* Pulls one block, of which the digest is known: notes that it is waiting, or
+ * makes it a hole. */
+static int cas_pull_block(struct cas_puller *p, uint64_t number,
+                          const unsigned char digest[CAS_DIGEST_LEN]) {
+  struct cas_volume *vol = p->sealer.vol;
+  uint32_t bs = vol->st->bs;
+  struct cas_block *blk = &p->blocks[p->nblocks];
+  if (u_is_zero(digest, CAS_DIGEST_LEN))
+    return cas_discard(vol, number * bs, bs);
+  *blk = (struct cas_block){.number = number,
+                            .data = p->data + p->nblocks * bs,
+                            .expected = CAS_ANY,
+                            .is_known = 1};
+  memcpy(blk->digest, digest, CAS_DIGEST_LEN);
+  blk->is_here = cas_get_block(vol->st, digest, blk->data) == 0;
+  p->nblocks++;
+  return (p->nblocks + 1) * bs > sizeof p->data ? cas_pull_blocks(p) : 0;
+}
+
+/* Pulls the leaves that are waiting. */
 static int cas_pull_leaves(struct cas_puller *p) {
   struct nbdserve_cas *st = p->sealer.vol->st;
-  size_t len = CAS_KIDS_LEN(st);
-  unsigned char sum[CAS_DIGEST_LEN];
   size_t n = 0;
-  int err = 0;
   for (size_t i = 0; i < p->nleaves; i++) {
-    struct cas_leaf leaf = p->leaves[i];
-    memset(leaf.own, 0, len);
-    if (cas_digest_blocks(&p->sealer, leaf.index, leaf.own))
-      memset(leaf.own, 0, len); /* all of it is asked for again */
-    sha_256(st->hw, leaf.own, NULL, len, sum, NULL);
-    if (memcmp(sum, leaf.digest, sizeof sum) == 0) continue;
-    p->parts[n] = cas_ask_kids(p, 0, leaf.index, leaf.wanted);
-    p->leaves[i] = p->leaves[n];
-    p->leaves[n++] = leaf;
+    struct cas_leaf *leaf = &p->leaves[i];
+    unsigned char sum[CAS_DIGEST_LEN];
+    if (cas_digest_blocks(&p->sealer, leaf->index, leaf->own))
+      memset(leaf->own, 255, CAS_KIDS_LEN(st)); /* all is asked for again */
+    sha_256(st->hw, leaf->own, NULL, CAS_KIDS_LEN(st), sum, NULL);
+    if (memcmp(sum, leaf->digest, sizeof sum) == 0)
+      memcpy(leaf->wanted, leaf->own, CAS_KIDS_LEN(st));
+    else
+      p->parts[n++] = cas_ask_kids(p, 0, leaf->index, leaf->wanted);
   }
-  err = peer_transfer(p->peer, NBD_CMD_READ, p->parts, n);
-  for (size_t i = 0; i < n && !err; i++) {
+  int err = peer_transfer(p->peer, NBD_CMD_READ, p->parts, n);
+  const struct peer_part *part = p->parts;
+  for (size_t i = 0; i < p->nleaves && !err; i++) {
     const struct cas_leaf *leaf = &p->leaves[i];
-    err = cas_take_kids(p, 0, leaf->index, &p->parts[i], 0, leaf->digest);
+    if (part < p->parts + n && part->data == leaf->wanted)
+      err = cas_take_kids(p, 0, leaf->index, part++, leaf->digest);
   }
-  for (size_t i = 0; i < n && !err; i++) {
+  for (size_t i = 0; i < p->nleaves; i++) {
     const struct cas_leaf *leaf = &p->leaves[i];
+    uint64_t first = (uint64_t)leaf->index * st->fanout;
     for (uint32_t c = 0; c < st->fanout && !err; c++) {
       const unsigned char *digest = leaf->wanted + c * CAS_DIGEST_LEN;
-      const unsigned char *own = leaf->own + c * CAS_DIGEST_LEN;
-      if (u_is_zero(digest, CAS_DIGEST_LEN) ||
-          memcmp(digest, own, CAS_DIGEST_LEN) == 0)
-        continue;
-      struct cas_block *blk = &p->blocks[p->nblocks];
-      *blk =
-          (struct cas_block){.number = (uint64_t)leaf->index * st->fanout + c,
-                             .data = p->data + p->nblocks * st->bs,
-                             .expected = CAS_ANY,
-                             .is_known = 1};
-      memcpy(blk->digest, digest, CAS_DIGEST_LEN);
-      blk->is_here = cas_get_block(st, digest, blk->data) == 0;
-      if (++p->nblocks == p->max_blocks) err = cas_pull_blocks(p);
+      if (memcmp(digest, leaf->own + c * CAS_DIGEST_LEN, CAS_DIGEST_LEN) != 0)
+        err = cas_pull_block(p, first + c, digest);
     }
+    NBDSERVE_FREE(leaf->wanted);
   }
   p->nleaves = 0;
   return err ? err : cas_pull_blocks(p);
 }
 
-/* Pulls what is below a node, of a level above 0.  digest: its own or, of the
- * top, the id. */
-static int cas_pull_node(struct cas_puller *p, int level, uint32_t index,
-                         const unsigned char *digest) {
+/* Notes that a leaf is waiting. */
+static int cas_pull_leaf(struct cas_puller *p, uint32_t index,
+                         const unsigned char digest[CAS_DIGEST_LEN]) {
   struct nbdserve_cas *st = p->sealer.vol->st;
-  struct cas_node node = {.level = (unsigned char)level, .index = index};
+  struct cas_leaf *leaf = &p->leaves[p->nleaves];
+  size_t len = CAS_KIDS_LEN(st);
+  leaf->index = index;
+  memcpy(leaf->digest, digest, CAS_DIGEST_LEN);
+  leaf->wanted = u_zalloc(CAS_KIDS_ROOM(st) + len);
+  if (!leaf->wanted) return -ENOMEM;
+  leaf->own = leaf->wanted + CAS_KIDS_ROOM(st);
+  p->nleaves++;
+  p->peer->done = u_min(index * (uint64_t)st->fanout * st->bs, p->peer->total);
+  int is_enough = p->nleaves == CAS_LEAVES || p->nleaves * len > IO_UNIT;
+  return is_enough ? cas_pull_leaves(p) : 0;
+}
+
+/* Does the volume have the base's node at the place of a node that has so many
+ * blocks below it?  (locks) */
+static int cas_has_base(const struct cas_puller *p, uint64_t block,
+                        uint64_t size) {
+  struct nbdserve_cas *st = p->sealer.vol->st;
+  uint64_t span = 0;
+  if (!p->sealer.base) return 0;
+  os_lock(&st->lock);
+  struct cas_node **root[2] = {cas_root(p->sealer.vol),
+                               cas_root(p->sealer.base)};
+  int is_shared = cas_is_shared(st, root, block, &span);
+  cas_unlock(st);
+  return is_shared && span >= size;
+}
+
+/* Pulls what is below a node, of a level above 0, with so many blocks below
+ * each kid.  digest: its own or, of the top, the id. */
+static int cas_pull_node(struct cas_puller *p, int level, uint32_t index,
+                         uint64_t size,
+                         const unsigned char digest[CAS_DIGEST_LEN]) {
+  struct nbdserve_cas *st = p->sealer.vol->st;
+  const struct cas_node node = {.level = (unsigned char)level, .index = index};
   unsigned char *kids = u_zalloc(CAS_KIDS_ROOM(st) + CAS_KIDS_LEN(st));
   if (!kids) return -ENOMEM;
   unsigned char *base = kids + CAS_KIDS_ROOM(st);
   struct peer_part part = cas_ask_kids(p, level, index, kids);
   int err = peer_transfer(p->peer, NBD_CMD_READ, &part, 1);
-  if (!err)
-    err =
-        cas_take_kids(p, level, index, &part, level == CAS_LEVELS - 1, digest);
-  if (!err && p->sealer.base)
-    err = cas_move_digests(&p->sealer, OS_READ, &node, base);
+  if (!err) err = cas_take_kids(p, level, index, &part, digest);
+  if (!err) err = cas_move_digests(&p->sealer, OS_READ, &node, base);
   for (uint32_t c = 0; c < st->fanout && !err; c++) {
-    uint64_t i = (uint64_t)index * st->fanout + c;
-    const unsigned char *at = kids + c * CAS_DIGEST_LEN;
-    if (u_is_zero(at, CAS_DIGEST_LEN)) continue;
-    int is_base = memcmp(at, base + c * CAS_DIGEST_LEN, CAS_DIGEST_LEN) == 0;
-    int adopted = is_base ? cas_adopt(p, level - 1, i) : 0;
-    if (adopted < 0) err = adopted;
-    if (adopted) continue;
-    if (level > 1) {
-      err = cas_pull_node(p, level - 1, (uint32_t)i, at);
-      continue;
-    }
-    struct cas_leaf *leaf = &p->leaves[p->nleaves++];
-    leaf->index = (uint32_t)i;
-    memcpy(leaf->digest, at, CAS_DIGEST_LEN);
-    p->peer->done = u_min(i * st->fanout * st->bs, p->peer->total);
-    if (p->nleaves == p->max_leaves) err = cas_pull_leaves(p);
+    uint32_t i = index * st->fanout + c;
+    if (i >= p->at.count[level]) break;
+    const unsigned char *kid = kids + c * CAS_DIGEST_LEN;
+    int is_zero = u_is_zero(kid, CAS_DIGEST_LEN);
+    int is_base = memcmp(kid, base + c * CAS_DIGEST_LEN, CAS_DIGEST_LEN) == 0;
+    if (is_base && cas_has_base(p, i * size, size)) continue;
+    if (is_zero)
+      err = cas_discard(p->sealer.vol, i * size * st->bs, size * st->bs);
+    else if (level > 1)
+      err = cas_pull_node(p, level - 1, i, size / st->fanout, kid);
+    else
+      err = cas_pull_leaf(p, i, kid);
   }
   NBDSERVE_FREE(kids);
   return err;
 }
 
-/* Gets what the walk needs. */
-static int cas_begin_walk(struct cas_puller *p) {
-  struct nbdserve_cas *st = p->sealer.vol->st;
-  size_t each = CAS_KIDS_ROOM(st) + CAS_KIDS_LEN(st);
-  p->max_leaves = IO_UNIT / CAS_KIDS_LEN(st) + 1;
-  p->max_blocks = CAS_PULLED / st->bs;
-  p->leaves = u_zalloc(p->max_leaves * (sizeof *p->leaves + each));
-  p->blocks = NBDSERVE_MALLOC(p->max_blocks * sizeof *p->blocks);
-  p->parts = NBDSERVE_MALLOC(p->max_blocks * sizeof *p->parts);
-  p->data = NBDSERVE_MALLOC(CAS_PULLED);
-  assert(p->max_leaves <= p->max_blocks);
-  if (!p->leaves || !p->blocks || !p->parts || !p->data) return -ENOMEM;
-  unsigned char *room = (unsigned char *)(p->leaves + p->max_leaves);
-  for (size_t i = 0; i < p->max_leaves; i++, room += each) {
-    p->leaves[i].wanted = room;
-    p->leaves[i].own = room + CAS_KIDS_ROOM(st);
-  }
-  return 0;
-}
-
-/* Uses the partial volume for an id, or makes one.  -EBUSY: another pull does
- * that. */
-static int cas_use_partial(struct nbdserve_cas *st, const char *id,
-                           uint64_t size, struct cas_volume **out) {
+/* Uses the partial volume for an id, or makes one, with the base's contents.
+ * -EBUSY: another pull does that. */
+static int cas_use_partial(struct nbdserve_cas *st, const char *name,
+                           const char *id, uint64_t size,
+                           struct cas_volume **out) {
   struct cas_change change = {.name = id, .size = size};
   int err = 0;
-  do {
+  for (int i = 0; i < 2 && !err; i++) {
     os_lock(&st->lock);
-    *out = NULL;
-    for (uint32_t i = 0; i < st->nvolumes; i++)
-      if (st->volumes[i]->is_partial &&
-          strcmp(st->volumes[i]->now.name, id) == 0)
-        *out = st->volumes[i];
-    while (*out && (*out)->is_staged)
+    while ((*out = cas_find(st, id, strlen(id), VIEW_THEN)) &&
+           (*out)->is_staged)
       cas_wait(st);
-    if (*out && (*out)->clients) err = -EBUSY;
-    if (*out && (*out)->now.size != size) err = -EUCLEAN;
+    if (*out && ((*out)->clients || !(*out)->is_partial)) err = -EBUSY;
     if (*out && !err) {
       (*out)->clients = 1;
       (*out)->now.created = (uint64_t)time(NULL);
     }
+    change.tree = cas_newest_sealed(
+        st, cas_find(st, name, strcspn(name, "@"), VIEW_NOW), NULL);
+    if (change.tree) change.tree->clients++;
     cas_unlock(st);
     if (!*out && !err) err = cas_apply(st, &change);
-  } while (!*out && !err);
+    if (change.tree) cas_close(change.tree);
+    if (*out) break;
+  }
   return err;
 }
 
 /* Pulls what has that id into its partial volume, and makes it the snapshot. */
 static int cas_pull_id(struct cas_puller *p, const unsigned char *id) {
-  struct nbdserve_cas *st = p->sealer.vol->st;
-  struct cas_change change = {.vol = p->sealer.vol, .name = p->sealer.name};
+  struct cas_volume *vol = p->sealer.vol;
+  struct nbdserve_cas *st = vol->st;
+  struct cas_change change = {.vol = vol, .name = p->sealer.name};
   int err = cas_begin_seal(&p->sealer);
   change.tree = p->sealer.tree;
-  if (!err) err = cas_begin_walk(p);
-  if (!err && p->at.count[0]) err = cas_pull_node(p, CAS_LEVELS - 1, 0, id);
+  if (!err && p->at.count[0])
+    err = cas_pull_node(p, CAS_LEVELS - 1, 0, st->max_blocks / st->fanout, id);
   if (!err) err = cas_pull_leaves(p);
+  while (p->nleaves > 0)
+    NBDSERVE_FREE(p->leaves[--p->nleaves].wanted);
+  if (!err) err = cas_clear_tail(vol); /* the base's, or what the peer says */
   if (!err) err = cas_seal_tree(&p->sealer);
   if (!err && memcmp(p->sealer.tree->now.cid, id, CAS_DIGEST_LEN) != 0)
     err = peer_fail(p->peer, -EBADMSG, "the peer's tree is not that of the id");
   if (!err) err = cas_apply(st, &change);
   cas_end_seal(&p->sealer);
-  NBDSERVE_FREE(p->leaves);
-  NBDSERVE_FREE(p->blocks);
-  NBDSERVE_FREE(p->parts);
-  NBDSERVE_FREE(p->data);
   return err;
 }
 
-/* Makes a snapshot of one that is here and has the same id. */
-static int cas_copy_sealed(struct nbdserve_cas *st, struct cas_volume *vol,
-                           const char *name) {
-  struct cas_volume view = *vol;
-  struct cas_change change = {.vol = vol, .tree = &view, .name = name};
-  view.is_tree = 1;
-  return cas_apply(st, &change);
-}
-
 /* Enters NAME/pull, and reads its head: size and id. */
-static int cas_read_head(struct nbdserve_cas *st, struct peer *peer,
-                         const char *from, uint64_t *size,
-                         unsigned char id[CAS_DIGEST_LEN]) {
-  unsigned char head[CAS_PAGE];
+static int cas_read_head(struct nbdserve_cas *st, struct nbdserve_peer *peer,
+                         const char *from, struct cas_record *record) {
+  unsigned char head[CAS_PAGE] = {0};
   char name[WIRE_STRING_MAX + 8];
   struct peer_part part = {.len = sizeof head, .data = head};
-  if (strlen(from) + 5 > WIRE_STRING_MAX) return -ENAMETOOLONG;
-  snprintf(name, sizeof name, "%s/pull", from);
+  snprintf(name, sizeof name, "%.*s/pull", WIRE_STRING_MAX, from);
   int err = peer_enter(peer, name);
   if (err == -ENOENT)
     strncat(peer->why, " (only what is sealed can be pulled)",
             sizeof peer->why - strlen(peer->why) - 1);
-  if (!err && peer->size < sizeof head) err = -EPROTO;
-  if (!err) err = peer_transfer(peer, NBD_CMD_READ, &part, 1);
-  if (!err) err = part.err;
-  if (err) return err;
-  *size = u_get64(head + 16);
-  memcpy(id, head + 24, CAS_DIGEST_LEN);
+  if (!err && peer->size >= sizeof head)
+    err = peer_transfer(peer, NBD_CMD_READ, &part, 1);
+  if (err || part.err) return err ? err : part.err;
+  record->size = u_get64(head + 16);
+  memcpy(record->cid, head + 24, CAS_DIGEST_LEN);
   if (memcmp(head, CAS_PULL_MAGIC, 8) != 0 || u_get32(head + 8) != 1)
     return peer_fail(peer, -EPROTO, "%.100s is nothing to be pulled", name);
   if (u_get32(head + 12) != st->bs)
@@ -9506,81 +9493,62 @@ static int cas_read_head(struct nbdserve_cas *st, struct peer *peer,
                      "its blocks have %" PRIu32 " bytes, and not %" PRIu32
                      " as those of the store; export and import it",
                      u_get32(head + 12), st->bs);
-  if (!cas_is_size(st, *size) ||
-      cas_pull_layout(st->bs, *size).end != peer->size)
+  if (!cas_is_size(st, record->size) ||
+      cas_pull_layout(st->bs, record->size).end != peer->size)
     return peer_fail(peer, -EPROTO, "the peer's sizes make no sense");
   return 0;
 }
 
-/* Pulls a snapshot from a peer, whose connection is open: see
- * nbdserve_cas_pull. */
-static int cas_pull(struct nbdserve_cas *st, const char *name,
-                    struct peer *peer, const char *from) {
-  struct cas_puller p = {.peer = peer, .sealer = {.name = name}};
-  struct cas_volume wanted = {.id = 1}; /* to spell its id */
+/* Makes a snapshot of what has that id: of one that is here, or it is pulled. */
+static int cas_pull_record(struct nbdserve_cas *st, const char *name,
+                           struct nbdserve_peer *peer,
+                           const struct cas_volume *wanted) {
   struct cas_volume *there;
   char id[72];
-  size_t up = strcspn(name, "@");
-  if (!name[up] || !cas_is_name(name + up + 1)) return -EINVAL;
-  int err = st->readonly ? -EROFS : cas_use(st, name, strlen(name), &there);
-  if (!err) cas_close(there);
-  if (err != -ENOENT) return err ? err : -EEXIST;
-  err = cas_read_head(st, peer, from, &wanted.now.size, wanted.now.cid);
-  if (err) return err;
-  cas_spell_id(&wanted, id);
-  if (strncmp(from, "sha256-", 7) == 0 && strcmp(from, id) != 0)
-    return peer_fail(peer, -EBADMSG, "the peer has given another id");
-  peer->total = wanted.now.size;
-  p.at = cas_pull_layout(st->bs, wanted.now.size);
-  err = cas_use(st, id, strlen(id), &there);
+  cas_spell_id(wanted, id);
+  int err = cas_use(st, id, strlen(id), &there);
   if (!err) {
-    err = cas_copy_sealed(st, there, name);
+    struct cas_volume tree = *there;
+    struct cas_change change = {.vol = there, .tree = &tree, .name = name};
+    tree.is_tree = 1;
+    err = cas_apply(st, &change);
     cas_close(there);
     return err;
   }
-  err = cas_use_partial(st, id, wanted.now.size, &p.sealer.vol);
-  if (err) return err;
-  err = cas_pull_id(&p, wanted.now.cid);
-  cas_unhide(p.sealer.vol);
+  struct cas_puller *p = NBDSERVE_MALLOC(sizeof *p);
+  if (!p) return -ENOMEM;
+  memset(p, 0, offsetof(struct cas_puller, leaves));
+  p->peer = peer;
+  p->sealer.name = name;
+  p->at = cas_pull_layout(st->bs, wanted->now.size);
+  peer->total = wanted->now.size;
+  err = cas_use_partial(st, name, id, wanted->now.size, &p->sealer.vol);
+  if (!err) {
+    err = cas_pull_id(p, wanted->now.cid);
+    cas_unhide(p->sealer.vol);
+  }
+  NBDSERVE_FREE(p);
   return err;
 }
 
 /* See nbdserve.h. */
-int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name, int in_fd,
-                      int out_fd, const char *from,
-                      nbdserve_progress_fn *progress, void *arg) {
-  struct peer peer = {.in = in_fd, .out = out_fd, .stall_ms = PEER_STALL_MS};
-  peer.progress = progress;
-  peer.arg = arg;
-  int err = cas_pull(st, name, &peer, from);
-  peer_leave(&peer);
-  return err;
-}
-
-/* Repairs a store, with the blocks that a peer has: see
- * nbdserve_cas_repair_from.  The first round mends, the second tells what is
- * left. */
-static int cas_repair_from(struct nbdserve_cas *st, struct peer *peer,
-                           nbdserve_damage_fn *each,
-                           nbdserve_progress_fn *progress, void *arg) {
-  struct cas_verifier v = {st, NULL, progress, arg, .mends = 1, .peer = peer};
-  int err = st->readonly ? -EROFS : peer_enter(peer, "/blocks");
-  if (!err && peer->size < CAS_WANTED + CAS_BATCH * (uint64_t)st->bs)
-    err = peer_fail(peer, -EINVAL, "its blocks have another size");
-  if (!err) err = cas_verify(&v);
+int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
+                      const char *from, struct nbdserve_peer *peer) {
+  struct cas_volume wanted = {.id = 0};
+  struct cas_volume *there;
+  char id[72];
+  const char *at = strchr(name, '@');
+  peer->why[0] = 0;
+  if (!at || !cas_is_name(at + 1)) return -EINVAL;
+  int err = st->readonly ? -EROFS : cas_use(st, name, strlen(name), &there);
+  if (!err) cas_close(there);
+  if (err != -ENOENT) return err ? err : -EEXIST;
+  err = cas_read_head(st, peer, from, &wanted.now);
+  if (!err && cas_is_id(from) && strcmp(from, cas_spell_id(&wanted, id)) != 0)
+    err = peer_fail(peer, -EBADMSG, "the peer has given another id");
+  if (!err) err = cas_pull_record(st, name, peer, &wanted);
   peer_leave(peer);
-  if (err && err != -EUCLEAN) return err;
-  return nbdserve_cas_repair(st, each, progress, arg);
-}
-
-/* See nbdserve.h. */
-int nbdserve_cas_repair_from(struct nbdserve_cas *st, int in_fd, int out_fd,
-                             nbdserve_damage_fn *each,
-                             nbdserve_progress_fn *progress, void *arg) {
-  struct peer peer = {.in = in_fd, .out = out_fd, .stall_ms = PEER_STALL_MS};
-  peer.progress = progress;
-  peer.arg = arg;
-  return cas_repair_from(st, &peer, each, progress, arg);
+  return err;
 }
 #endif /* !NBDSERVE_NO_CLIENT */
 
@@ -10275,18 +10243,14 @@ static struct {
 
   /* N of /dev/nbdN, and whose it is: the target */
   uint32_t device;
-  char owner[PATH_MAX + WIRE_STRING_MAX + 16];
-  /* Guarded by server->lock.  How many threads serve the kernel's sockets, what
-   * one of them has returned, and what the kernel is to know of the export;
-   * flags are 0: not yet */
+  char owner[PATH_MAX + WIRE_STRING_MAX + 100];
+  /* How many threads serve the kernel's sockets; guarded by server->lock */
   int served;
-  int served_err;
-  struct nbdserve_info info;
   /* The same; the signal handler reads it: the kernel has the sockets, and has
    * not let go of all of them. */
   volatile sig_atomic_t is_connected;
-  /* A signal has come, but the device was in use. */
-  int is_refused;
+  /* When a signal came while the device was in use, in os_now_ms, or 0 */
+  int64_t refused_ms;
 
   /* ---- What has to be removed at exit */
 
@@ -11052,8 +11016,8 @@ struct cli_job {
   int lost;
   /* Which of the ops has failed */
   size_t failed;
-  /* What is wrong with the peer, or "" */
-  char why[200];
+  /* The server that the streams lead to */
+  struct nbdserve_peer peer;
   int64_t begun_ms;
   /* When progress was last shown; 0: none is on the screen. */
   int64_t shown_ms;
@@ -11239,44 +11203,23 @@ static int cli_damage_row(void *arg, const char *name, uint64_t off,
 }
 
 #if !NBDSERVE_NO_CLIENT
-/* The peer that a job's streams lead to. */
-static struct peer cli_peer(struct cli_job *job) {
-  return (struct peer){.in = job->fds.in,
-                       .out = job->fds.out,
-                       .stall_ms = cli.server->config.stall_ms,
-                       .progress = cli_progress,
-                       .arg = job};
-}
-
 /* pull: makes a snapshot of one that another store has, and prints its id */
 static int cli_do_pull(struct cli_job *job) {
-  struct peer peer = cli_peer(job);
+  const char *name = job->ops->name;
   char id[72];
-  int err = cas_pull(cli.cas, job->ops->name, &peer, job->ops->to);
-  peer_leave(&peer);
-  strcpy(job->why, peer.why);
-  if (!err) err = nbdserve_cas_seal(cli.cas, job->ops->name, id, NULL, NULL);
+  int err = nbdserve_cas_pull(cli.cas, name, job->ops->to, &job->peer);
+  if (!err) err = nbdserve_cas_seal(cli.cas, name, id, NULL, NULL);
   return err ? err : cli_row(job, "%s\n", "{\"id\":\"%s\"}\n", id);
 }
-
-/* repair with a peer: it is asked for what cannot be mended without. */
-static int cli_repair_from(struct cli_job *job) {
-  struct peer peer = cli_peer(job);
-  int err = cas_repair_from(cli.cas, &peer, cli_damage_row, cli_progress, job);
-  strcpy(job->why, err == -EUCLEAN ? "" : peer.why);
-  return err;
-}
-#else
-#define cli_repair_from(job) (-EOPNOTSUPP)
 #endif
 
 /* verify: a row for each range that is damaged; the exit status tells, too.
  * repair: the same for what remains damaged. */
 static int cli_do_verify(struct cli_job *job) {
-  int repairs = job->verb->open == NBDSERVE_CAS_REPAIR;
-  if (job->request.peer) return cli_repair_from(job);
-  return (repairs ? nbdserve_cas_repair : nbdserve_cas_verify)(
-      cli.cas, cli_damage_row, cli_progress, job);
+  if (job->verb->open != NBDSERVE_CAS_REPAIR)
+    return nbdserve_cas_verify(cli.cas, cli_damage_row, cli_progress, job);
+  return nbdserve_cas_repair(cli.cas, job->request.peer ? &job->peer : NULL,
+                             cli_damage_row, cli_progress, job);
 }
 
 /* serve: another process has a client, which is served here.  Its options are
@@ -11513,6 +11456,8 @@ static const char *cli_why(const struct cli_verb *verb,
   if (err == -ETIMEDOUT) return "nobody takes its output";
   if (err == -ENOTCONN)
     return "it is not served, or only to be read, or not at a known address";
+  if (err == -ENOSPC && verb->flags & VERB_PEER)
+    return "no space left but for others; what came is kept (list shows it)";
   if (err == -ENOSPC && verb->flags & VERB_READS_FILE)
     return "no space left; what it took is free in the store (gc returns it)";
   if (err != -EINVAL) return strerror(-err);
@@ -11541,6 +11486,11 @@ static int cli_run_job(struct cli_job *job) {
   assert(job->verb->run);
   assert(job->nops > 0 && !job->nrows && !job->lost && !job->shown_ms);
   job->begun_ms = os_now_ms();
+  job->peer = (struct nbdserve_peer){.in_fd = job->fds.in,
+                                     .out_fd = job->fds.out,
+                                     .stall_ms = cli.server->config.stall_ms,
+                                     .progress = cli_progress,
+                                     .arg = job};
   int err = job->verb->run(job);
   cli_hide_progress(job);
   if (*end && !job->nrows) end = err ? "" : "[]\n";
@@ -11551,7 +11501,8 @@ static int cli_run_job(struct cli_job *job) {
   const struct nbdserve_cas_op *op = &job->ops[job->failed];
   const char *name = *op->name ? op->name : cli.store;
   const char *to = flags & VERB_READS_FILE ? "" : op->to;
-  const char *why = *job->why ? job->why : cli_why(job->verb, op, err);
+  const char *why = cli_why(job->verb, op, err);
+  if (*job->peer.why && err != -EUCLEAN) why = job->peer.why;
   if (!(err == -EUCLEAN && job->nrows) && !(err == -EPIPE && flags & VERB_ROWS))
     cli_say_to(job->fds.messages, job->request.json, "%s %.999s%s%.999s: %s",
                job->verb->name, name, *to ? " " : "", to, why);
@@ -11776,6 +11727,7 @@ struct cli_emit {
 /* Passes on a volume or snapshot: an nbdserve_list_fn */
 static int cli_emit_volume(void *arg, const struct nbdserve_cas_info *info) {
   struct cli_emit *to = arg;
+  if (info->partial) return 0;
   return to->emit(to->arg, info->name, info->readonly ? "snapshot" : "");
 }
 
@@ -11793,8 +11745,8 @@ static int cli_first_volume(void *unused,
   static char name[WIRE_STRING_MAX];
   (void)unused;
   snprintf(name, sizeof name, "%s", info->name);
-  cli.export_name = name;
-  return 1;
+  if (!info->partial) cli.export_name = name;
+  return !info->partial;
 }
 
 /* Says where the store at path is served: by the process that we are connected
@@ -12326,9 +12278,13 @@ static void cli_add_target(char *text) {
   if (ex.name && cli.ntargets == 1) cli.export_name = ex.name;
   cli_open_target(text, path, colons ? name : NULL, &ex);
   const char *real = opt[OPT_CONNECT].given ? realpath(path, NULL) : NULL;
-  if (!*cli.owner) /* the first target is what is connected; *real stays */
-    snprintf(cli.owner, sizeof cli.owner, "nbdserve:%s::%s", real ? real : path,
-             colons ? name : "");
+  /* *real stays.  What nobody else has is nobody's to take over. */
+  int is_own = opt[OPT_TEMPORARY].given || strncmp(path, "mem:", 4) == 0;
+  if (!*cli.owner) /* the first target is what is connected */
+    snprintf(cli.owner, sizeof cli.owner,
+             "nbdserve:%s::%s:" CLI_N "+" CLI_N ":%d:%u", real ? real : path,
+             colons ? name : "", opt[OPT_OFFSET].number, opt[OPT_SIZE].number,
+             is_own ? (int)getpid() : 0, opt[OPT_READ_ONLY].given);
   if (!ex.ops) return;
   assert(ex.ops->read && ex.ops->close);
   int err = nbdserve_add(cli.server, &ex);
@@ -12455,27 +12411,13 @@ enum {
   CLI_PATIENCE = 60
 };
 
-/* The `entered` function of the server: takes note of what the kernel has to be
- * told.  Others than it have sockets that listeners have accepted. */
-static void cli_entered(void *unused, int fd, const char *name,
-                        const struct nbdserve_info *info) {
-  (void)unused;
-  (void)fd;
-  (void)name;
-  os_lock(&cli.server->lock);
-  if (!cli.info.flags) cli.info = *info;
-  os_wake_all(&cli.server->lock);
-  os_unlock(&cli.server->lock);
-}
-
 /* The thread that serves one of the kernel's sockets.  The last one of them
  * ends the server: the device was disconnected, by us or by somebody else. */
 static void *cli_serve_kernel(void *socket) {
   int fd = (int)(intptr_t)socket;
-  int err = nbdserve_serve(cli.server, fd, fd, cli.export_name);
+  nbdserve_serve(cli.server, fd, fd, cli.export_name);
   close(fd);
   os_lock(&cli.server->lock);
-  if (err) cli.served_err = err;
   int is_last = --cli.served == 0;
   if (is_last) cli.is_connected = 0;
   os_wake_all(&cli.server->lock);
@@ -12484,29 +12426,20 @@ static void *cli_serve_kernel(void *socket) {
   return NULL;
 }
 
-/* Makes socket pairs, of which threads serve one end, until there are n, and
- * waits until the export is known.  The other ends go to *nbd.  Returns a
- * descriptor of the last end that is served. */
+/* Makes n socket pairs, of which threads serve one end each; the other ends go
+ * to *nbd.  Returns a descriptor of the first end that is served. */
 static int cli_serve_sockets(struct os_nbd *nbd, int n) {
-  int fd[2];
   int own = -1;
-  int err = 0;
-  while (!err && nbd->nsockets < n) {
+  cli.served = n;
+  while (nbd->nsockets < n) {
+    int fd[2];
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0)
       cli_exit_if_error(-errno, "--connect");
     nbd->socket[nbd->nsockets++] = fd[1];
-    close(own);
-    own = dup(fd[0]);
-    os_lock(&cli.server->lock);
-    cli.served++;
-    os_unlock(&cli.server->lock);
-    err = os_thread(cli_serve_kernel, (void *)(intptr_t)fd[0]);
+    if (own < 0) own = dup(fd[0]);
+    int err = os_thread(cli_serve_kernel, (void *)(intptr_t)fd[0]);
+    cli_exit_if_error(err, "--connect");
   }
-  os_lock(&cli.server->lock);
-  while (!err && !cli.info.flags && !(err = cli.served_err))
-    os_wait(&cli.server->lock);
-  os_unlock(&cli.server->lock);
-  cli_exit_if_error(err, "--connect");
   return own;
 }
 
@@ -12536,23 +12469,24 @@ static void cli_give_sockets(struct os_nbd *nbd, int own) {
 static void cli_connect(void) {
   const char *path = opt[OPT_CONNECT].text;
   struct os_nbd nbd = {.owner = cli.owner, .patience = CLI_PATIENCE};
+  struct nbdserve_info info;
   struct stat st;
   if (stat(path, &st) < 0 || !S_ISBLK(st.st_mode))
     cli_failed("%s: no such device (modprobe nbd makes it)", path);
   os_serve_writeback();
-  int own = cli_serve_sockets(&nbd, 1);
-  if (cli.info.min_block > 4096 || cli.info.max_request < 128 << 10)
+  int err = nbdserve_info(cli.server, cli.export_name, &info);
+  cli_exit_if_error(err, "--connect");
+  if (info.min_block > 4096 || info.max_request < 128 << 10)
     cli_usage("--connect: the kernel sends 512 bytes to 128K at a time");
-  if (cli.info.flags & NBD_FLAG_CAN_MULTI_CONN) {
-    close(own);
-    own = cli_serve_sockets(&nbd, OS_NBD_SOCKETS);
-  }
-  nbd.block_size = cli.info.min_block < 512 ? 512 : cli.info.min_block;
-  nbd.size = cli.info.size - cli.info.size % nbd.block_size;
-  nbd.flags = cli.info.flags;
-  if (nbd.size < cli.info.size)
+  int is_multi = (info.flags & NBD_FLAG_CAN_MULTI_CONN) != 0;
+  int own = cli_serve_sockets(&nbd, is_multi ? OS_NBD_SOCKETS : 1);
+  nbd.block_size = info.min_block < 512 ? 512 : info.min_block;
+  nbd.size = info.size - info.size % nbd.block_size;
+  nbd.flags = info.flags;
+  if (!nbd.size) cli_failed("%s: the target has not even a sector", path);
+  if (nbd.size < info.size)
     cli_say("%s: without the last " CLI_N " bytes, which are no whole sector",
-            path, cli.info.size - nbd.size);
+            path, info.size - nbd.size);
   cli_give_sockets(&nbd, own);
   cli.is_connected = 1;
   close(open(path, O_RDONLY | O_CLOEXEC));
@@ -12564,10 +12498,12 @@ static void cli_disconnect(int is_forced) {
   const char *path = opt[OPT_CONNECT].text;
   if (!cli.is_connected) return;
   int fd = open(path, O_RDONLY | O_EXCL | O_CLOEXEC);
-  if (fd < 0 && errno == EBUSY && !is_forced && !cli.is_refused) {
-    cli.is_refused = 1;
+  int is_first = !cli.refused_ms || os_now_ms() - cli.refused_ms < 500;
+  if (fd < 0 && errno == EBUSY && !is_forced && is_first) {
+    if (!cli.refused_ms)
+      cli_say("%s: mounted or in use; end that, or ask again", path);
+    cli.refused_ms = os_now_ms();
     cli.stopping = cli.end_wanted = 0;
-    cli_say("%s: mounted or in use; end that, or ask again", path);
     return;
   }
   if (fd < 0) fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -12815,8 +12751,8 @@ static int cli_serve(void) {
     run_err = nbdserve_run(cli.server);
     int is_last = run_err != -EINTR && opt[OPT_STATS].given;
     if (cli.stats_wanted || is_last) cli_print_stats();
-    if (cli.end_wanted) nbdserve_unlisten(cli.server);
     if (cli.stopping) cli_disconnect(0);
+    if (cli.end_wanted) nbdserve_unlisten(cli.server);
   } while (run_err == -EINTR);
   if (cli.child && !cli.end_wanted) raise(SIGTERM);
   while (cli.child && !cli.stopping)
@@ -12926,7 +12862,6 @@ int main(int argc, char **argv) {
   if (opt[OPT_ONCE].given) config.flags |= NBDSERVE_CONFIG_ONCE;
   if (opt[OPT_FAULT].given || opt[OPT_DELAY].given) config.before = cli_before;
   if (opt[OPT_STATS].given) config.after = cli_after;
-  if (opt[OPT_CONNECT].given) config.entered = cli_entered;
   cli.passed = cli_count_passed(); /* before we open one of these numbers */
   cli_exit_if_error(nbdserve_new(&cli.server, &config), "start");
   cli_run_verb();

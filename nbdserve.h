@@ -368,6 +368,8 @@ struct nbdserve_cas_info {
   uint32_t clients; /* that have it open, or its metadata context selected */
   int readonly;     /* a snapshot */
   const char *id;   /* of a snapshot that was sealed, else "" */
+  int partial;      /* it is being pulled, or was (nbdserve_cas_pull): not to
+                       be opened; name is the id of what it is to become */
 };
 
 /* Calls each once for each volume and snapshot, until it returns a number that
@@ -435,44 +437,55 @@ NBDSERVE_API int nbdserve_cas_verify(struct nbdserve_cas *cas,
                                      nbdserve_damage_fn *each,
                                      nbdserve_progress_fn *progress, void *arg);
 
+/* The server at the other end of two streams, of which a store is to get
+ * blocks.  Zero all but what you need to set. */
+struct nbdserve_peer {
+  int in_fd; /* sockets or pipes, maybe the same; they stay open */
+  int out_fd;
+  uint32_t stall_ms; /* for the handshake, and for each message after it; 0:
+                        120000 */
+  nbdserve_progress_fn *progress;
+  void *arg;     /* is passed to progress */
+  char why[200]; /* after an error: what is wrong with the server, or "" */
+  /* These are for the library: keep them 0. */
+  int64_t deadline;
+  uint64_t size;
+  uint64_t done;
+  uint64_t total;
+};
+
 /* As nbdserve_cas_verify, and mends what it can: a block of which there is a
  * second one with the same digest, and a digest that cannot be read.  Maps lie
  * twice, and are mended whenever they are read; superblocks, too, whenever a
- * store is opened for writing. */
+ * store is opened for writing.
+ *
+ * With peer, which may be NULL, a server of all of a store (`nbdserve
+ * STORE::`) is asked for damaged blocks: what it has of the right SHA-256, in
+ * whatever volume, is written where it belongs.  Further errors then as of
+ * nbdserve_cas_pull; peer->progress and arg are set from those that are given
+ * here. */
 NBDSERVE_API int nbdserve_cas_repair(struct nbdserve_cas *cas,
+                                     struct nbdserve_peer *peer,
                                      nbdserve_damage_fn *each,
                                      nbdserve_progress_fn *progress, void *arg);
 
-/* The same, and then asks another store for blocks that are damaged: the one
- * whose server is at the other end of the streams in_fd and out_fd (sockets or
- * pipes, which stay open) and serves all of it.  What it has of the right
- * SHA-256, in whatever volume, is written where it belongs.  What is told is
- * what remains damaged after that.  Errors besides those of nbdserve_cas_repair
- * as of nbdserve_cas_pull. */
-NBDSERVE_API int nbdserve_cas_repair_from(struct nbdserve_cas *cas, int in_fd,
-                                          int out_fd, nbdserve_damage_fn *each,
-                                          nbdserve_progress_fn *progress,
-                                          void *arg);
-
-/* Makes the snapshot name, VOL@NAME, of one that another store has: of the
- * sealed snapshot `from` (a name there, or its id) of the server at the other
- * end of the streams, which stay open.  Only what is not here yet is fetched.
- * All is checked, and nothing of that name is to be seen before it is complete,
- * sealed and durable.  If there is no volume VOL, one is made with the same
- * contents.  After an error what came is kept, as a volume that only
+/* Makes the snapshot name, VOL@NAME, of one that another store has: of `from`
+ * there, which is sealed (a name, or its id).  Only what is not here yet is
+ * fetched.  All is checked, and nothing of that name is to be seen before it is
+ * complete, sealed and durable.  If there is no volume VOL, one is made with
+ * the same contents.  After an error what came is kept, as a volume that only
  * nbdserve_cas_list shows, by the id, and NBDSERVE_CAS_RM removes, or
  * nbdserve_cas_gc after a week; the next pull of that id goes on with it.
  *
  * -EEXIST: there is such a snapshot.  -EINVAL: no possible name, or the blocks
  * there have another size.  -ENOENT: the server has no such export, or it is
  * not sealed.  -EBADMSG: what comes is not what it should be.  -EPROTO: that is
- * no such server.  -ETIMEDOUT: it says nothing for two minutes.  -EPIPE: it has
- * hung up.  -EBUSY: another pull gets the same.  -ENOSPC: there is no space, or
- * only 1 % of it, 64 MiB at least, which is left to others.  -EIO: it cannot
- * read it. */
+ * no such server.  -ETIMEDOUT: it says nothing.  -EPIPE: it has hung up.
+ * -EBUSY: another pull gets the same.  -ENOSPC: there is no space, or only 1 %
+ * of it, 64 MiB at least, which is left to others.  -EIO: it cannot read it. */
 NBDSERVE_API int nbdserve_cas_pull(struct nbdserve_cas *cas, const char *name,
-                                   int in_fd, int out_fd, const char *from,
-                                   nbdserve_progress_fn *progress, void *arg);
+                                   const char *from,
+                                   struct nbdserve_peer *peer);
 
 /* Gives unused space back to the file system, but for what the store needs to
  * go on on a full disk.  *bytes: how many bytes of the file are unused. */

@@ -405,30 +405,29 @@ static int os_pipe(int fd[2]) {
 #endif
 
 /* ---- The kernel's client --------------------------------------------------
- * Linux has a client of its own, behind /dev/nbdN.  It is given its sockets by
+ * Linux has a client of its own, behind /dev/nbdN.  It is given a socket by
  * messages of generic netlink: netlink(7), <linux/genetlink.h> and
- * <linux/nbd-netlink.h>, of which not every libc comes with the latter two. */
+ * <linux/nbd-netlink.h>, of which not every libc comes with the latter two.
+ *
+ * One socket, although it could have several: with several it gives up a
+ * request after 30 seconds, and the socket; with one it waits. */
 
 /* What it can be told to do: NBD_CMD_... of <linux/nbd-netlink.h> */
 enum os_nbd_command {
   OS_NBD_CONNECT = 1,
   OS_NBD_DISCONNECT = 2,
-  OS_NBD_RECONFIGURE = 3 /* gives it sockets in place of dead ones */
+  OS_NBD_RECONFIGURE = 3 /* gives it a socket in place of a dead one */
 };
-enum {
-  OS_NBD_SOCKETS = 4
-}; /* that it gets, at most */
 
 /* What it has to know to connect */
 struct os_nbd {
   uint64_t size;       /* bytes */
   uint64_t block_size; /* bytes */
   uint64_t flags;      /* of the transmission */
-  uint64_t patience;   /* seconds that it waits for sockets in place of dead
-                          ones before requests fail */
-  const char *owner;   /* who may give it other sockets */
-  int socket[OS_NBD_SOCKETS];
-  int nsockets;
+  uint64_t patience;   /* seconds that it waits for another socket in place of
+                          a dead one before requests fail */
+  const char *owner;   /* who may give it another socket */
+  int socket;
 };
 
 #if OS_LINUX && !NBDSERVE_NO_MAIN && !NBDSERVE_NO_THREADS
@@ -512,7 +511,7 @@ static int os_ask_kernel(int fd, struct os_message *m, uint16_t type,
  * socket(2). */
 static int os_tell_nbd(enum os_nbd_command command, uint32_t index,
                        const struct os_nbd *nbd) {
-  uint16_t item[OS_NBD_SOCKETS][6]; /* an attribute in an attribute */
+  uint16_t item[6] = {sizeof item, 1, sizeof item - 4, 1}; /* nested */
   struct os_message m;
   uint16_t family = 0;
   int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, OS_NETLINK_GENERIC);
@@ -522,16 +521,12 @@ static int os_tell_nbd(enum os_nbd_command command, uint32_t index,
   int err = os_ask_kernel(fd, &m, OS_FAMILY_ID, &family);
   os_begin_message(&m, family, command);
   os_add_attribute(&m, 1, &index, sizeof index);
-  for (int i = 0; nbd && i < nbd->nsockets; i++) {
-    const uint16_t heads[] = {sizeof *item, 1, sizeof *item - 4, 1};
-    memcpy(item[i], heads, sizeof heads);
-    memcpy(item[i] + 4, &nbd->socket[i], 4);
-  }
   if (nbd) {
     os_add_attribute(&m, 2, &nbd->size, 8);
     os_add_attribute(&m, 3, &nbd->block_size, 8);
     os_add_attribute(&m, 5, &nbd->flags, 8);
-    os_add_attribute(&m, 7, item, (size_t)nbd->nsockets * sizeof *item);
+    memcpy(item + 4, &nbd->socket, 4);
+    os_add_attribute(&m, 7, item, sizeof item);
     os_add_attribute(&m, 8, &nbd->patience, 8);
     os_add_attribute(&m, 10, nbd->owner, strlen(nbd->owner) + 1);
   }
@@ -4786,7 +4781,9 @@ enum {
   CAS_TOP = 6                 /* level of the catalog's root */
 };
 
-#define CAS_MAGIC "NBDSCAS2" /* the last one is the version, for people */
+#define CAS_MAGIC "NBDSCAS2"      /* the last one is the version, for people */
+#define CAS_PULL_MAGIC "NBDSPULL" /* of exports for other stores */
+#define CAS_BLOCKS_MAGIC "NBDSBLKS"
 #define CAS_MAX_SEQ (UINT64_C(1) << 62) /* above the number of any log page */
 
 /* A slot whose contents were lost: reading is an error, writing heals. */
@@ -4921,7 +4918,8 @@ enum {
   CAS_IDLE_MS = 1000, /* without work until the log says what is durable */
   CAS_MAX_LOST = 8,   /* pages; with more of them lost a store is not written */
   CAS_WAITING = 262144, /* pending slots that bring on a checkpoint */
-  CAS_WANTED = CAS_BATCH * CAS_DIGEST_LEN, /* bytes of digests in a /blocks */
+  CAS_WANTED = CAS_BATCH * CAS_DIGEST_LEN, /* bytes of digests in /blocks */
+  CAS_FOUND = CAS_PAGE + CAS_WANTED,       /* there its blocks begin */
   CAS_LEAVES = 32,                         /* that are pulled together, */
   CAS_BLOCKS = 4096,            /* and blocks, of the smallest size */
   CAS_WEEK = 604800,            /* seconds that a partial volume is kept */
@@ -8500,7 +8498,7 @@ static struct cas_volume *cas_newest_sealed(const struct nbdserve_cas *st,
     struct cas_volume *p = st->volumes[i];
     if ((p->parent == up || p->id == up->now.made_from) && p != except &&
         p->now.id && !p->is_staged && !u_is_zero(p->now.cid, CAS_DIGEST_LEN) &&
-        *cas_digests(p))
+        *cas_digests(p) && *cas_root(p))
       found = p;
   }
   return found;
@@ -8548,9 +8546,11 @@ static int cas_seal_tree(struct cas_sealer *sealer) {
   unsigned char digest[CAS_DIGEST_LEN] = {0};
   struct cas_node *root = *cas_root(sealer->vol);
   struct cas_node *base = sealer->base ? *cas_root(sealer->base) : NULL;
-  int err = root ? cas_seal_node(sealer, root, base, digest) : 0;
-  cas_compute_id(sealer->vol->st, sealer->vol->now.size, digest,
-                 sealer->tree->now.cid);
+  struct nbdserve_cas *st = sealer->vol->st;
+  uint64_t len = st->max_blocks / st->fanout * st->bs * (CAS_LEVELS - 1);
+  int err = root ? cas_seal_node(sealer, root, base, digest)
+                 : cas_discard(sealer->tree, 0, len); /* the base's */
+  cas_compute_id(st, sealer->vol->now.size, digest, sealer->tree->now.cid);
   return err;
 }
 
@@ -8727,13 +8727,33 @@ static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
 }
 
 #if !NBDSERVE_NO_CLIENT
+/* Enters an export that another store has for us, and reads its head, which
+ * tells whether it is one and has blocks of our size. */
+static int cas_enter_store(struct nbdserve_cas *st, struct nbdserve_peer *peer,
+                           const char *name, const char *magic,
+                           unsigned char head[CAS_PAGE]) {
+  struct peer_part part = {.len = CAS_PAGE, .data = head};
+  memset(head, 0, CAS_PAGE);
+  int err = peer_enter(peer, name);
+  if (!err && peer->size >= CAS_PAGE)
+    err = peer_transfer(peer, NBD_CMD_READ, &part, 1);
+  if (err || part.err) return err ? err : part.err;
+  if (memcmp(head, magic, 8) != 0 || u_get32(head + 8) != 1)
+    return peer_fail(peer, -EPROTO, "the peer's %.99s is not of a store", name);
+  if (u_get32(head + 12) != st->bs)
+    return peer_fail(peer, -EINVAL,
+                     "the peer's blocks have %" PRIu32 " bytes, not %" PRIu32,
+                     u_get32(head + 12), st->bs);
+  return 0;
+}
+
 /* Mends what is still bad of blk[0..n) with what the peer's store has of the
  * same digests: see cas_wanted_read.  What it does not have stays bad.  Returns
  * what ends the connection. */
 static int cas_ask_peer(struct cas_verifier *v, struct cas_block *blk,
                         size_t n) {
   unsigned char digests[CAS_WANTED] = {0};
-  struct peer_part ask = {.len = sizeof digests, .data = digests};
+  struct peer_part ask = {CAS_PAGE, sizeof digests, digests, 0};
   struct peer_part parts[CAS_BATCH];
   uint32_t bs = v->st->bs;
   size_t k = 0;
@@ -8742,7 +8762,7 @@ static int cas_ask_peer(struct cas_verifier *v, struct cas_block *blk,
     if (blk[i].is_here) continue;
     memcpy(digests + k * CAS_DIGEST_LEN, blk[i].digest, CAS_DIGEST_LEN);
     parts[k] =
-        (struct peer_part){CAS_WANTED + (uint64_t)k * bs, bs, blk[i].data, 0};
+        (struct peer_part){CAS_FOUND + (uint64_t)k * bs, bs, blk[i].data, 0};
     k++;
   }
   int err = k ? peer_transfer(v->peer, NBD_CMD_WRITE, &ask, 1) : 0;
@@ -8870,14 +8890,14 @@ static int cas_verify(struct cas_verifier *v) {
 #if !NBDSERVE_NO_CLIENT
 /* Mends what it can with blocks of the store that a peer serves. */
 static int cas_repair_from(struct cas_verifier v, struct nbdserve_peer *peer) {
-  uint64_t size = CAS_WANTED + CAS_BATCH * (uint64_t)v.st->bs;
+  unsigned char head[CAS_PAGE];
   peer->progress = v.progress;
   peer->arg = v.arg;
   v.peer = peer;
   v.each = NULL;
-  int err = peer_enter(peer, "/blocks");
-  if (!err && peer->size != size)
-    err = peer_fail(peer, -EINVAL, "the peer's blocks have another size");
+  int err = cas_enter_store(v.st, peer, "/blocks", CAS_BLOCKS_MAGIC, head);
+  if (!err && peer->size != CAS_FOUND + CAS_BATCH * (uint64_t)v.st->bs)
+    err = peer_fail(peer, -EPROTO, "the peer's sizes make no sense");
   if (!err) err = cas_verify(&v);
   peer_leave(peer);
   return err == -EUCLEAN ? 0 : err;
@@ -8946,23 +8966,31 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
 }
 
 /* ---- Blocks that travel: what is served ------------------------------------
- * Every sealed snapshot is served as NAME/pull, too: one export, only to be
- * read, that has all which another store needs to make the same snapshot of
- * what it has already and what it lacks.  Numbers are big-endian:
+ * A store has two kinds of exports for others.  Each begins with a head; its
+ * numbers are big-endian:
  *
- *   0     8 "NBDSPULL"               16    8 size of the snapshot, bytes
+ *   0     8 "NBDSPULL", "NBDSBLKS"   16    8 size of the snapshot, bytes
  *   8     4 version: 1               24   32 its content id
  *   12    4 block_size               56      zeroes
- *   4096    the tree of the id: d3, then d2, d1 and d0, each from the next
- *           multiple of 4096 bytes on, and only what a snapshot of that size
- *           has of them
- *   ...     from the next multiple of 1 MiB on the blocks
  *
- * And a store has the export /blocks, a letter box of each client's own.  Who
- * writes SHA-256s into the first 8192 bytes of it, 32 bytes each, can read the
- * blocks that have them behind that, one after the other. */
+ * NAME/pull, only to be read, is a sealed snapshot: all that another store
+ * needs to make the same one of what it has already and what it lacks.  At 4096
+ * the tree of the id begins: d3, then d2, d1 and d0, each from the next
+ * multiple of 4096 bytes on, and only what a snapshot of that size has of them.
+ * From the next multiple of 1 MiB on come the blocks.
+ *
+ * /blocks is a letter box of each client's own, with zeroes for size and id.
+ * Who writes SHA-256s into the 8192 bytes from 4096 on can read the blocks that
+ * have them behind that, one after the other. */
 
-#define CAS_PULL_MAGIC "NBDSPULL"
+/* Makes a head. */
+static void cas_put_head(const struct nbdserve_cas *st, const char *magic,
+                         unsigned char head[CAS_PAGE]) {
+  memset(head, 0, CAS_PAGE);
+  memcpy(head, magic, 8);
+  u_put32(head + 8, 1);
+  u_put32(head + 12, st->bs);
+}
 
 /* Where things are in NAME/pull */
 struct cas_layout {
@@ -9027,12 +9055,11 @@ static int cas_source_read(void *ctx, void *buf, uint64_t off, uint64_t len,
   const struct nbdserve_cas *st = source->vol->st;
   const struct cas_layout *at = &source->at;
   uint64_t region = st->max_blocks / st->fanout * st->bs;
-  unsigned char head[CAS_PAGE] = CAS_PULL_MAGIC;
+  unsigned char head[CAS_PAGE];
   unsigned char *p = memset(buf, 0, (size_t)len);
   int err = 0;
   (void)flags;
-  u_put32(head + 8, 1);
-  u_put32(head + 12, st->bs);
+  cas_put_head(st, CAS_PULL_MAGIC, head);
   u_put64(head + 16, source->vol->now.size);
   memcpy(head + 24, source->vol->now.cid, CAS_DIGEST_LEN);
   for (uint64_t n; len > 0 && !err; off += n, p += n, len -= n) {
@@ -9045,10 +9072,10 @@ static int cas_source_read(void *ctx, void *buf, uint64_t off, uint64_t len,
       err = ex_batched_read(&source->data, p, off - at->data, n, 0);
     } else if (k == CAS_LEVELS) {
       memcpy(p, head + off, (size_t)n);
-    } else if (k > 0) {
+    } else if (k > 0 && *cas_root(source->vol)) { /* 0.5: a tree of nothing */
       uint64_t in = region * (unsigned)(k - 1) + off - at->at[k];
       err = ex_batched_read(&source->tree, p, in, n, 0);
-    } else {
+    } else if (k == 0) {
       err = cas_read_digests(source, p, off - at->at[0], &n);
     }
   }
@@ -9095,22 +9122,25 @@ static int cas_open_source(struct nbdserve_cas *st, const char *name, size_t n,
 /* An export /blocks */
 struct cas_box {
   struct nbdserve_cas *st;
-  unsigned char digests[CAS_WANTED];
+  unsigned char front[CAS_FOUND]; /* head and digests */
 };
 
-/* ops->read of /blocks: whole blocks only. */
+/* ops->read of /blocks: of blocks whole ones only. */
 static int cas_box_read(void *ctx, void *buf, uint64_t off, uint64_t len,
                         uint32_t flags) {
   struct cas_box *box = ctx;
   uint64_t bs = box->st->bs;
   unsigned char *p = buf;
-  int err =
-      off < CAS_WANTED || (off - CAS_WANTED) % bs || len % bs ? -EINVAL : 0;
+  uint64_t n = off < CAS_FOUND ? u_min(len, CAS_FOUND - off) : 0;
+  int err = 0;
   (void)flags;
-  for (uint64_t i = (off - CAS_WANTED) / bs; len > 0 && !err; i++) {
-    err = cas_get_block(box->st, box->digests + i * CAS_DIGEST_LEN, p);
-    p += bs;
-    len -= bs;
+  memcpy(p, box->front + u_min(off, CAS_FOUND), (size_t)n);
+  uint64_t at = off + n - CAS_FOUND; /* in the blocks, if there is more */
+  if (n < len && (at % bs || (len - n) % bs)) err = -EINVAL;
+  for (; n < len && !err; n += bs, at += bs) {
+    const unsigned char *digest =
+        box->front + CAS_PAGE + at / bs * CAS_DIGEST_LEN;
+    err = cas_get_block(box->st, digest, p + n);
   }
   return err == -ENOENT ? -EIO : err;
 }
@@ -9120,8 +9150,8 @@ static int cas_box_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
                          uint32_t flags) {
   struct cas_box *box = ctx;
   (void)flags;
-  if (off + len > CAS_WANTED) return -EINVAL;
-  memcpy(box->digests + off, buf, (size_t)len);
+  if (off < CAS_PAGE || off + len > CAS_FOUND) return -EINVAL;
+  memcpy(box->front + off, buf, (size_t)len);
   return 0;
 }
 
@@ -9130,18 +9160,25 @@ static void cas_box_close(void *ctx) {
   NBDSERVE_FREE(ctx);
 }
 
-/* Opens /blocks.  First the index has to know all that is there. */
+/* Opens /blocks.  First the index has to know all that is there; that of a
+ * store which is only read is not filled by anybody else. */
 static int cas_open_box(struct nbdserve_cas *st, struct nbdserve_export *out) {
   static const struct nbdserve_ops ops = {
       .read = cas_box_read, .write = cas_box_write, .close = cas_box_close};
   struct cas_box *box = u_zalloc(sizeof *box);
   if (!box) return -ENOMEM;
   box->st = st;
+  cas_put_head(st, CAS_BLOCKS_MAGIC, box->front);
   os_lock(&st->lock);
-  while (st->busy && st->filled < st->to_fill)
-    cas_wait(st);
+  while (st->filled < st->to_fill && (st->busy || st->readonly)) {
+    if (st->readonly) cas_fill_index(st);
+    if (st->readonly)
+      cas_yield(st);
+    else
+      cas_wait(st);
+  }
   cas_unlock(st);
-  out->size = CAS_WANTED + CAS_BATCH * (uint64_t)st->bs;
+  out->size = CAS_FOUND + CAS_BATCH * (uint64_t)st->bs;
   out->flags |= NBDSERVE_EXPORT_SERIAL;
   out->ops = &ops;
   out->ctx = box;
@@ -9430,10 +9467,12 @@ static int cas_use_partial(struct nbdserve_cas *st, const char *name,
   int err = 0;
   for (int i = 0; i < 2 && !err; i++) {
     os_lock(&st->lock);
+    err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
     while ((*out = cas_find(st, id, strlen(id), VIEW_THEN)) &&
            (*out)->is_staged)
       cas_wait(st);
     if (*out && ((*out)->clients || !(*out)->is_partial)) err = -EBUSY;
+    if (*out && !err) err = cas_own_record(st, (*out)->place, &(*out)->page);
     if (*out && !err) {
       (*out)->clients = 1;
       (*out)->now.created = (uint64_t)time(NULL);
@@ -9468,35 +9507,6 @@ static int cas_pull_id(struct cas_puller *p, const unsigned char *id) {
   if (!err) err = cas_apply(st, &change);
   cas_end_seal(&p->sealer);
   return err;
-}
-
-/* Enters NAME/pull, and reads its head: size and id. */
-static int cas_read_head(struct nbdserve_cas *st, struct nbdserve_peer *peer,
-                         const char *from, struct cas_record *record) {
-  unsigned char head[CAS_PAGE] = {0};
-  char name[WIRE_STRING_MAX + 8];
-  struct peer_part part = {.len = sizeof head, .data = head};
-  snprintf(name, sizeof name, "%.*s/pull", WIRE_STRING_MAX, from);
-  int err = peer_enter(peer, name);
-  if (err == -ENOENT)
-    strncat(peer->why, " (only what is sealed can be pulled)",
-            sizeof peer->why - strlen(peer->why) - 1);
-  if (!err && peer->size >= sizeof head)
-    err = peer_transfer(peer, NBD_CMD_READ, &part, 1);
-  if (err || part.err) return err ? err : part.err;
-  record->size = u_get64(head + 16);
-  memcpy(record->cid, head + 24, CAS_DIGEST_LEN);
-  if (memcmp(head, CAS_PULL_MAGIC, 8) != 0 || u_get32(head + 8) != 1)
-    return peer_fail(peer, -EPROTO, "%.100s is nothing to be pulled", name);
-  if (u_get32(head + 12) != st->bs)
-    return peer_fail(peer, -EINVAL,
-                     "its blocks have %" PRIu32 " bytes, and not %" PRIu32
-                     " as those of the store; export and import it",
-                     u_get32(head + 12), st->bs);
-  if (!cas_is_size(st, record->size) ||
-      cas_pull_layout(st->bs, record->size).end != peer->size)
-    return peer_fail(peer, -EPROTO, "the peer's sizes make no sense");
-  return 0;
 }
 
 /* Makes a snapshot of what has that id: of one that is here, or it is pulled. */
@@ -9536,6 +9546,8 @@ int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
                       const char *from, struct nbdserve_peer *peer) {
   struct cas_volume wanted = {.id = 0};
   struct cas_volume *there;
+  unsigned char head[CAS_PAGE] = {0};
+  char export[WIRE_STRING_MAX + 8];
   char id[72];
   const char *at = strchr(name, '@');
   peer->why[0] = 0;
@@ -9543,7 +9555,16 @@ int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
   int err = st->readonly ? -EROFS : cas_use(st, name, strlen(name), &there);
   if (!err) cas_close(there);
   if (err != -ENOENT) return err ? err : -EEXIST;
-  err = cas_read_head(st, peer, from, &wanted.now);
+  snprintf(export, sizeof export, "%.*s/pull", WIRE_STRING_MAX, from);
+  err = cas_enter_store(st, peer, export, CAS_PULL_MAGIC, head);
+  wanted.now.size = u_get64(head + 16);
+  memcpy(wanted.now.cid, head + 24, CAS_DIGEST_LEN);
+  if (err == -ENOENT)
+    strncat(peer->why, " (only what is sealed can be pulled)",
+            sizeof peer->why - strlen(peer->why) - 1);
+  if (!err && (!cas_is_size(st, wanted.now.size) ||
+               cas_pull_layout(st->bs, wanted.now.size).end != peer->size))
+    err = peer_fail(peer, -EPROTO, "the peer's sizes make no sense");
   if (!err && cas_is_id(from) && strcmp(from, cas_spell_id(&wanted, id)) != 0)
     err = peer_fail(peer, -EBADMSG, "the peer has given another id");
   if (!err) err = cas_pull_record(st, name, peer, &wanted);
@@ -10244,10 +10265,8 @@ static struct {
   /* N of /dev/nbdN, and whose it is: the target */
   uint32_t device;
   char owner[PATH_MAX + WIRE_STRING_MAX + 100];
-  /* How many threads serve the kernel's sockets; guarded by server->lock */
-  int served;
-  /* The same; the signal handler reads it: the kernel has the sockets, and has
-   * not let go of all of them. */
+  /* The kernel has a socket, or is about to get it.  It is guarded by
+   * server->lock; the signal handler reads it. */
   volatile sig_atomic_t is_connected;
   /* When a signal came while the device was in use, in os_now_ms, or 0 */
   int64_t refused_ms;
@@ -10901,6 +10920,7 @@ static void cli_check_options(void) {
   cli_exclude(OPT_CREATE, BIT(READ_ONLY) | BIT(TEMPORARY), "it stays empty");
   cli_exclude(OPT_TEMPORARY, BIT(READ_ONLY), "nothing to discard");
   cli_exclude(OPT_CONNECT, BIT(STDIN) | BIT(FD), "the kernel is the client");
+  cli_exclude(OPT_CONNECT, BIT(ONCE) | BIT(IDLE_EXIT), "it ends with that");
   if (opt[OPT_SANDBOX].number == SANDBOX_REQUIRE)
     cli_exclude(OPT_SANDBOX, BIT(CONNECT), "it opens the device again");
   if (opt[OPT_RUN].given > 1 || (cli.command && !*cli.command))
@@ -11467,7 +11487,9 @@ static const char *cli_why(const struct cli_verb *verb,
     return "not a snapshot: that is VOLUME@NAME";
   if (change == NBDSERVE_CAS_RESIZE && at) return "a snapshot keeps its size";
   int is_snapshot = strchr(op->name, '@') && change != NBDSERVE_CAS_CLONE;
-  if ((change == NBDSERVE_CAS_SNAPSHOT || is_snapshot) && !at)
+  int makes_snapshot =
+      change == NBDSERVE_CAS_SNAPSHOT || verb->flags & VERB_PEER;
+  if ((makes_snapshot || is_snapshot) && !at)
     return "a snapshot is called VOLUME@NAME";
   if (!cas_is_name(at ? at + 1 : name))
     return "not a name: 1 to 166 bytes without / @ \" \\ and not sha256-...";
@@ -11503,7 +11525,7 @@ static int cli_run_job(struct cli_job *job) {
   const char *to = flags & VERB_READS_FILE ? "" : op->to;
   const char *why = cli_why(job->verb, op, err);
   if (*job->peer.why && err != -EUCLEAN) why = job->peer.why;
-  if (!(err == -EUCLEAN && job->nrows) && !(err == -EPIPE && flags & VERB_ROWS))
+  if (!(err == -EUCLEAN && job->nrows) && job->lost != -EPIPE)
     cli_say_to(job->fds.messages, job->request.json, "%s %.999s%s%.999s: %s",
                job->verb->name, name, *to ? " " : "", to, why);
   if (err == -EINVAL && !cli_is_id(job->verb, op->name)) return CLI_USAGE;
@@ -12402,61 +12424,42 @@ static void cli_listen(void) {
 }
 
 /* ---- The kernel's device (--connect) ---------------------------------------
- * The kernel is given one end of each of some socket pairs, and a thread serves
- * the other.  It keeps the device when this process dies: requests then wait
- * for CLI_PATIENCE seconds, in which a new server of the same target takes over
+ * The kernel is given one end of a socket pair, and a thread serves the other.
+ * It keeps the device when this process dies: requests then wait for
+ * CLI_PATIENCE seconds, in which a new server of the same target takes over
  * (OS_NBD_RECONFIGURE), and what is mounted notices nothing. */
 
 enum {
   CLI_PATIENCE = 60
 };
 
-/* The thread that serves one of the kernel's sockets.  The last one of them
- * ends the server: the device was disconnected, by us or by somebody else. */
+/* The thread that serves the kernel.  It ends the server: the device was
+ * disconnected, by us or by somebody else. */
 static void *cli_serve_kernel(void *socket) {
   int fd = (int)(intptr_t)socket;
   nbdserve_serve(cli.server, fd, fd, cli.export_name);
-  close(fd);
   os_lock(&cli.server->lock);
-  int is_last = --cli.served == 0;
-  if (is_last) cli.is_connected = 0;
+  cli.is_connected = 0;
   os_wake_all(&cli.server->lock);
   os_unlock(&cli.server->lock);
-  if (is_last) nbdserve_stop(cli.server);
+  close(fd);
+  nbdserve_stop(cli.server);
   return NULL;
 }
 
-/* Makes n socket pairs, of which threads serve one end each; the other ends go
- * to *nbd.  Returns a descriptor of the first end that is served. */
-static int cli_serve_sockets(struct os_nbd *nbd, int n) {
-  int own = -1;
-  cli.served = n;
-  while (nbd->nsockets < n) {
-    int fd[2];
-    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0)
-      cli_exit_if_error(-errno, "--connect");
-    nbd->socket[nbd->nsockets++] = fd[1];
-    if (own < 0) own = dup(fd[0]);
-    int err = os_thread(cli_serve_kernel, (void *)(intptr_t)fd[0]);
-    cli_exit_if_error(err, "--connect");
-  }
-  return own;
-}
-
-/* Gives the kernel the sockets.  The device may have been that of another
- * process that served the same target and has died.  If that lives the kernel
- * takes none of ours, and says nothing. */
-static void cli_give_sockets(struct os_nbd *nbd, int own) {
+/* Gives the kernel its socket, the other end of which is `own`.  The device may
+ * have been that of another process that served the same target and has died.
+ * If that lives the kernel does not take ours, and says nothing. */
+static void cli_give_socket(const struct os_nbd *nbd, int own) {
   const char *path = opt[OPT_CONNECT].text;
   struct pollfd p = {own, POLLIN, 0};
   int err = os_tell_nbd(OS_NBD_CONNECT, cli.device, nbd);
   int is_taken = err == -EBUSY;
   if (is_taken) err = os_tell_nbd(OS_NBD_RECONFIGURE, cli.device, nbd);
-  while (nbd->nsockets > 0)
-    close(nbd->socket[--nbd->nsockets]);
+  close(nbd->socket);
   poll(&p, 1, 0);
-  close(own);
-  if (is_taken && (err || p.revents & POLLHUP))
+  if (err || p.revents & POLLHUP) cli.is_connected = 0;
+  if (is_taken && !cli.is_connected)
     cli_die(CLI_IN_USE, "%s: in use (nbd-client -d %s frees it)", path, path);
   if (err == -EPERM) cli_failed("%s: only root may connect it", path);
   if (err == -ENOENT || err == -EPROTONOSUPPORT || err == -EAFNOSUPPORT)
@@ -12465,30 +12468,38 @@ static void cli_give_sockets(struct os_nbd *nbd, int own) {
 }
 
 /* Connects the kernel's device, and returns when it can be used: opening it
- * finds its partitions. */
+ * finds its partitions.  From the start on signals leave the end to
+ * cli_disconnect; if one has come before, there is nothing to connect. */
 static void cli_connect(void) {
   const char *path = opt[OPT_CONNECT].text;
   struct os_nbd nbd = {.owner = cli.owner, .patience = CLI_PATIENCE};
   struct nbdserve_info info;
   struct stat st;
+  int fd[2];
+  cli.is_connected = !cli.stopping;
+  if (cli.stopping) return;
   if (stat(path, &st) < 0 || !S_ISBLK(st.st_mode))
     cli_failed("%s: no such device (modprobe nbd makes it)", path);
-  os_serve_writeback();
   int err = nbdserve_info(cli.server, cli.export_name, &info);
+  if (!err && socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0)
+    err = -errno;
   cli_exit_if_error(err, "--connect");
   if (info.min_block > 4096 || info.max_request < 128 << 10)
     cli_usage("--connect: the kernel sends 512 bytes to 128K at a time");
-  int is_multi = (info.flags & NBD_FLAG_CAN_MULTI_CONN) != 0;
-  int own = cli_serve_sockets(&nbd, is_multi ? OS_NBD_SOCKETS : 1);
   nbd.block_size = info.min_block < 512 ? 512 : info.min_block;
   nbd.size = info.size - info.size % nbd.block_size;
   nbd.flags = info.flags;
+  nbd.socket = fd[1];
   if (!nbd.size) cli_failed("%s: the target has not even a sector", path);
   if (nbd.size < info.size)
     cli_say("%s: without the last " CLI_N " bytes, which are no whole sector",
             path, info.size - nbd.size);
-  cli_give_sockets(&nbd, own);
-  cli.is_connected = 1;
+  os_serve_writeback();
+  int own = dup(fd[0]); /* the thread may close the other */
+  err = os_thread(cli_serve_kernel, (void *)(intptr_t)fd[0]);
+  cli_exit_if_error(err, "--connect");
+  cli_give_socket(&nbd, own);
+  close(own);
   close(open(path, O_RDONLY | O_CLOEXEC));
 }
 
@@ -12512,7 +12523,7 @@ static void cli_disconnect(int is_forced) {
   close(fd);
   int err = os_tell_nbd(OS_NBD_DISCONNECT, cli.device, NULL);
   os_lock(&cli.server->lock);
-  while (!err && cli.served > 0)
+  while (!err && cli.is_connected)
     os_wait(&cli.server->lock);
   cli.is_connected = 0;
   os_unlock(&cli.server->lock);

@@ -4782,6 +4782,7 @@ enum {
 };
 
 #define CAS_MAGIC "NBDSCAS2"      /* the last one is the version, for people */
+#define CAS_PARTIAL "/partial"    /* behind the id in a partial volume's name */
 #define CAS_PULL_MAGIC "NBDSPULL" /* of exports for other stores */
 #define CAS_BLOCKS_MAGIC "NBDSBLKS"
 #define CAS_MAX_SEQ (UINT64_C(1) << 62) /* above the number of any log page */
@@ -5010,7 +5011,7 @@ struct cas_volume {
   struct cas_record now;     /* what everybody sees */
   struct cas_record then;    /* what a checkpoint that is being written says, */
   int is_staged;             /* if this is set */
-  int is_partial;            /* it is being pulled; its name is its id */
+  int is_partial;            /* it is being pulled; its name: ID/partial */
   int is_tree;               /* a view of the map with the tree of its id */
   int is_rolled_back;        /* staged: it gets another map, */
   struct cas_node *old_root; /* and had this one */
@@ -6305,7 +6306,7 @@ static int cas_is_called(const struct cas_volume *vol, const char *name,
   char id[72];
   if (!record->id && !(view == VIEW_RESERVED && vol->clients)) return 0;
   if (vol->is_partial && view == VIEW_NOW) return 0;
-  if (n == 71 && memcmp(name, "sha256-", 7) == 0 && !vol->is_partial)
+  if (n == 71 && memcmp(name, "sha256-", 7) == 0)
     return memcmp(cas_spell_id(vol, id), name, n) == 0;
   if (!at != !vol->parent) return 0;
   if (at) {
@@ -6349,10 +6350,10 @@ static struct cas_volume *cas_by_id(struct nbdserve_cas *st, uint64_t id) {
   return vol && vol->id == id ? vol : NULL;
 }
 
-/* Is it "sha256-" and 64 hexadecimal digits? */
-static int cas_is_id(const char *p) {
-  return strncmp(p, "sha256-", 7) == 0 && strlen(p) == 71 &&
-         strspn(p + 7, "0123456789abcdef") == 64;
+/* Is it the id of a snapshot, with a suffix behind it? */
+static int cas_is_id(const char *p, const char *suffix) {
+  return strncmp(p, "sha256-", 7) == 0 &&
+         strspn(p + 7, "0123456789abcdef") == 64 && strcmp(p + 71, suffix) == 0;
 }
 
 /* May a volume or snapshot have that name? */
@@ -6488,16 +6489,18 @@ static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
   return 0;
 }
 
-/* Stages a partial volume for change->name, an id: of that size, and with the
- * contents of change->tree, if that is not NULL. */
+/* Stages the partial volume change->name, unless it is there: of that size, and
+ * with the contents of change->tree, if that is not NULL. */
 static int cas_stage_partial(struct nbdserve_cas *st,
                              const struct cas_change *change) {
+  const char *name = change->name;
   struct cas_volume *vol;
+  if (cas_find(st, name, strlen(name), VIEW_THEN)) return 0; /* by others */
   int err = cas_stage_new(st, change->tree, NULL, NULL, change->size, &vol);
   if (err) return err;
   vol->is_partial = 1;
   vol->then.size = change->size;
-  strcpy(vol->then.name, change->name);
+  strcpy(vol->then.name, name);
   return 0;
 }
 
@@ -7676,7 +7679,8 @@ static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
   if (!record.id) return 0;
   if (record.flags > CAS_IS_PARTIAL || record.levels != CAS_LEVELS)
     return -EOPNOTSUPP;
-  int is_named = is_partial ? cas_is_id(record.name) : cas_is_name(record.name);
+  int is_named = is_partial ? cas_is_id(record.name, CAS_PARTIAL)
+                            : cas_is_name(record.name);
   if (!is_named || !cas_is_size(st, record.size) || record.id >= st->next_id)
     return -EUCLEAN;
   struct cas_volume *vol = u_zalloc(sizeof *vol);
@@ -8924,7 +8928,7 @@ int nbdserve_cas_repair(struct nbdserve_cas *st, struct nbdserve_peer *peer,
 /* Removes a partial volume that no pull has gone on with for a week: an
  * nbdserve_list_fn. */
 static int cas_drop_partial(void *arg, const struct nbdserve_cas_info *info) {
-  if (cas_is_id(info->name) && info->created + CAS_WEEK < (uint64_t)time(NULL))
+  if (info->partial && info->created + CAS_WEEK < (uint64_t)time(NULL))
     (void)!nbdserve_cas_rm(arg, info->name); /* or it is in use */
   return 0;
 }
@@ -9458,20 +9462,20 @@ static int cas_pull_node(struct cas_puller *p, int level, uint32_t index,
   return err;
 }
 
-/* Uses the partial volume for an id, or makes one, with the base's contents.
- * -EBUSY: another pull does that. */
+/* Uses the partial volume that is called `part`, or makes one, with the base's
+ * contents.  -EBUSY: another pull does that. */
 static int cas_use_partial(struct nbdserve_cas *st, const char *name,
-                           const char *id, uint64_t size,
+                           const char *part, uint64_t size,
                            struct cas_volume **out) {
-  struct cas_change change = {.name = id, .size = size};
+  struct cas_change change = {.name = part, .size = size};
   int err = 0;
-  for (int i = 0; i < 2 && !err; i++) {
+  for (*out = NULL; !err && !*out;) {
     os_lock(&st->lock);
     err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
-    while ((*out = cas_find(st, id, strlen(id), VIEW_THEN)) &&
+    while ((*out = cas_find(st, part, strlen(part), VIEW_THEN)) &&
            (*out)->is_staged)
       cas_wait(st);
-    if (*out && ((*out)->clients || !(*out)->is_partial)) err = -EBUSY;
+    if (*out && (*out)->clients) err = -EBUSY;
     if (*out && !err) err = cas_own_record(st, (*out)->place, &(*out)->page);
     if (*out && !err) {
       (*out)->clients = 1;
@@ -9483,7 +9487,6 @@ static int cas_use_partial(struct nbdserve_cas *st, const char *name,
     cas_unlock(st);
     if (!*out && !err) err = cas_apply(st, &change);
     if (change.tree) cas_close(change.tree);
-    if (*out) break;
   }
   return err;
 }
@@ -9515,7 +9518,9 @@ static int cas_pull_record(struct nbdserve_cas *st, const char *name,
                            const struct cas_volume *wanted) {
   struct cas_volume *there;
   char id[72];
+  char part[sizeof id + sizeof CAS_PARTIAL];
   cas_spell_id(wanted, id);
+  snprintf(part, sizeof part, "%s" CAS_PARTIAL, id);
   int err = cas_use(st, id, strlen(id), &there);
   if (!err) {
     struct cas_volume tree = *there;
@@ -9532,7 +9537,7 @@ static int cas_pull_record(struct nbdserve_cas *st, const char *name,
   p->sealer.name = name;
   p->at = cas_pull_layout(st->bs, wanted->now.size);
   peer->total = wanted->now.size;
-  err = cas_use_partial(st, name, id, wanted->now.size, &p->sealer.vol);
+  err = cas_use_partial(st, name, part, wanted->now.size, &p->sealer.vol);
   if (!err) {
     err = cas_pull_id(p, wanted->now.cid);
     cas_unhide(p->sealer.vol);
@@ -9552,11 +9557,9 @@ int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
   const char *at = strchr(name, '@');
   peer->why[0] = 0;
   if (!at || !cas_is_name(at + 1)) return -EINVAL;
-  int err = st->readonly ? -EROFS : cas_use(st, name, strlen(name), &there);
-  if (!err) cas_close(there);
-  if (err != -ENOENT) return err ? err : -EEXIST;
+  if (st->readonly) return -EROFS;
   snprintf(export, sizeof export, "%.*s/pull", WIRE_STRING_MAX, from);
-  err = cas_enter_store(st, peer, export, CAS_PULL_MAGIC, head);
+  int err = cas_enter_store(st, peer, export, CAS_PULL_MAGIC, head);
   wanted.now.size = u_get64(head + 16);
   memcpy(wanted.now.cid, head + 24, CAS_DIGEST_LEN);
   if (err == -ENOENT)
@@ -9565,9 +9568,16 @@ int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
   if (!err && (!cas_is_size(st, wanted.now.size) ||
                cas_pull_layout(st->bs, wanted.now.size).end != peer->size))
     err = peer_fail(peer, -EPROTO, "the peer's sizes make no sense");
-  if (!err && cas_is_id(from) && strcmp(from, cas_spell_id(&wanted, id)) != 0)
+  if (!err && cas_is_id(from, "") &&
+      strcmp(from, cas_spell_id(&wanted, id)) != 0)
     err = peer_fail(peer, -EBADMSG, "the peer has given another id");
-  if (!err) err = cas_pull_record(st, name, peer, &wanted);
+  int is_there = !err && cas_use(st, name, strlen(name), &there) == 0;
+  if (is_there) {
+    if (memcmp(there->now.cid, wanted.now.cid, CAS_DIGEST_LEN) != 0)
+      err = -EEXIST; /* else it was pulled before */
+    cas_close(there);
+  }
+  if (!err && !is_there) err = cas_pull_record(st, name, peer, &wanted);
   peer_leave(peer);
   return err;
 }
@@ -10295,8 +10305,8 @@ static struct {
    * have made it, or all zero */
   int ctl;
   struct stat ctl_st;
-  /* Guarded by server->lock: how many threads do commands, cli_control
-   * included, and how many of the commands are long */
+  /* Guarded by server->lock: how many threads do commands, or are cli_control
+   * or cli_serve_kernel; and how many of the commands are long */
   int njobs;
   int nlong;
 
@@ -11400,7 +11410,7 @@ static const struct cli_verb cli_verbs[] = {
      cli_do_verify, 0, 1, VERB_LONG | VERB_ROWS | VERB_PEER,
      NBDSERVE_CAS_REPAIR, 0},
 #if !NBDSERVE_NO_CLIENT
-    {"pull", "STORE::VOLUME@SNAP URI", "get what is sealed on another server",
+    {"pull", "STORE::VOLUME@SNAP FROM", "get what is sealed; a URI, or NAME -- CMD",
      cli_do_pull, 2, 2, VERB_LONG | VERB_PEER, 0, 0},
 #endif
     {"gc", "STORE", "give unused space back; print its bytes",
@@ -11721,10 +11731,10 @@ static int cli_open_store(const char *path, uint32_t flags,
  * opened by other readers. */
 static void cli_start_control(void) {
   if (!cli.ctl) return;
-  cli.njobs = 1; /* cli_control */
+  cli_count(1, 0); /* cli_control */
   int err = cli.ctl < 0 ? cli.ctl : os_thread(cli_control, NULL);
   if (!err) return;
-  cli.njobs = 0;
+  cli_count(-1, 0);
   close(cli.ctl);
   if (!opt[OPT_QUIET].given)
     cli_say("%s: %s; no commands are taken", cli.ctl_path, strerror(-err));
@@ -12438,12 +12448,13 @@ enum {
 static void *cli_serve_kernel(void *socket) {
   int fd = (int)(intptr_t)socket;
   nbdserve_serve(cli.server, fd, fd, cli.export_name);
-  os_lock(&cli.server->lock);
-  cli.is_connected = 0;
-  os_wake_all(&cli.server->lock);
-  os_unlock(&cli.server->lock);
   close(fd);
   nbdserve_stop(cli.server);
+  os_lock(&cli.server->lock);
+  cli.is_connected = 0;
+  cli.njobs--;
+  os_wake_all(&cli.server->lock);
+  os_unlock(&cli.server->lock);
   return NULL;
 }
 
@@ -12495,8 +12506,10 @@ static void cli_connect(void) {
     cli_say("%s: without the last " CLI_N " bytes, which are no whole sector",
             path, info.size - nbd.size);
   os_serve_writeback();
+  cli.njobs = 1;
   int own = dup(fd[0]); /* the thread may close the other */
   err = os_thread(cli_serve_kernel, (void *)(intptr_t)fd[0]);
+  if (err) cli.njobs = 0;
   cli_exit_if_error(err, "--connect");
   cli_give_socket(&nbd, own);
   close(own);

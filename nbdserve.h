@@ -369,7 +369,7 @@ struct nbdserve_cas_info {
   int readonly;     /* a snapshot */
   const char *id;   /* of a snapshot that was sealed, else "" */
   int partial;      /* it is being pulled, or was (nbdserve_cas_pull): not to
-                       be opened; name is the id of what it is to become */
+                       be opened */
 };
 
 /* Calls each once for each volume and snapshot, until it returns a number that
@@ -473,11 +473,11 @@ NBDSERVE_API int nbdserve_cas_repair(struct nbdserve_cas *cas,
  * there, which is sealed (a name, or its id).  Only what is not here yet is
  * fetched.  All is checked, and nothing of that name is to be seen before it is
  * complete, sealed and durable.  If there is no volume VOL, one is made with
- * the same contents.  After an error what came is kept, as a volume that only
- * nbdserve_cas_list shows, by the id, and NBDSERVE_CAS_RM removes, or
+ * the same contents.  After an error what came is kept, as a volume ID/partial
+ * that only nbdserve_cas_list shows and NBDSERVE_CAS_RM removes, or
  * nbdserve_cas_gc after a week; the next pull of that id goes on with it.
  *
- * -EEXIST: there is such a snapshot.  -EINVAL: no possible name, or the blocks
+ * -EEXIST: there is such a snapshot, with other contents.  -EINVAL: no possible name, or the blocks
  * there have another size.  -ENOENT: the server has no such export, or it is
  * not sealed.  -EBADMSG: what comes is not what it should be.  -EPROTO: that is
  * no such server.  -ETIMEDOUT: it says nothing.  -EPIPE: it has hung up.

@@ -17480,7 +17480,7 @@ static void i_records(void) {
   struct nbdserve_export e = {0};
   struct nbdserve_cas_stat with, without;
   uint32_t page, place[2];
-  char id[72];
+  char id[72], part[80];
   i_new(1, 0);
   CHECK(i_put(0, 'a') == 0 && i_put(1, 'b') == 0);
   CHECK(nbdserve_cas_snapshot(i_cas, "v@s") == 0);
@@ -17497,16 +17497,14 @@ static void i_records(void) {
   i_forge(page, place[0] + 8, size, sizeof size);
   i_forge(page, place[1] + 4, flags, sizeof flags);
   CHECK(i_cas_open(0) == -EUCLEAN); /* not a partial volume's name */
-  memset(id, '0', sizeof id);
-  memcpy(id, "sha256-", 7);
-  id[71] = 0;
-  i_forge(page, place[1] + 112, (const unsigned char *)id, sizeof id);
+  snprintf(part, sizeof part, "sha256-%064d/partial", 0);
+  i_forge(page, place[1] + 112, (const unsigned char *)part, sizeof part);
   CHECK(i_cas_open(0) == 0 && i_get(1) == 'b');
-  CHECK(nbdserve_cas_volume(i_cas, id, &e) == -ENOENT);
-  CHECK(nbdserve_cas_rename(i_cas, id, "x") == -ENOENT);
-  CHECK(nbdserve_cas_clone(i_cas, id, "x") == -ENOENT);
-  CHECK(nbdserve_cas_rm(i_cas, id) == 0);
-  CHECK(nbdserve_cas_rm(i_cas, id) == -ENOENT);
+  CHECK(nbdserve_cas_volume(i_cas, part, &e) == -ENOENT);
+  CHECK(nbdserve_cas_rename(i_cas, part, "x") == -ENOENT);
+  CHECK(nbdserve_cas_clone(i_cas, part, "x") == -ENOENT);
+  CHECK(nbdserve_cas_rm(i_cas, part) == 0);
+  CHECK(nbdserve_cas_rm(i_cas, part) == -ENOENT);
   CHECK(nbdserve_cas_seal(i_cas, "v@s", id, NULL, NULL) == -EIO && !*id);
   CHECK(nbdserve_cas_volume(i_cas, "w", &e) == -ENOENT);
   CHECK(nbdserve_cas_create(i_cas, "w", 5) == 0); /* the name is free, and */

@@ -3422,8 +3422,11 @@ testPullGetsASealedSnapshotFromAnotherStore() {
   S=$T/other
   same w "$T/in"
   same w@s "$T/in"
-  cas 1 pull "$S::w@s" v@s -- "$NBDSERVE" -s "$T/store::"
-  says 'pull w@s v@s: that name is taken'
+  cas 0 pull "$S::w@s" v@s -- "$NBDSERVE" -s "$T/store::"
+  assertEquals 'it is there already' "$id" "$(cat "$T/out")"
+  cas 0 snapshot "$S::w@t"
+  cas 1 pull "$S::w@t" v@s -- "$NBDSERVE" -s "$T/store::"
+  says 'pull w@t v@s: that name is taken'
 }
 
 # ==== [12] CAS (@cas) ========================================================

@@ -419,6 +419,10 @@ enum os_nbd_command {
   OS_NBD_RECONFIGURE = 3 /* gives it a socket in place of a dead one */
 };
 
+enum {
+  OS_NBD_OWNER = 4000 /* bytes of an owner's name, at most */
+};
+
 /* What it has to know to connect */
 struct os_nbd {
   uint64_t size;       /* bytes */
@@ -534,7 +538,22 @@ static int os_tell_nbd(enum os_nbd_command command, uint32_t index,
   close(fd);
   return err;
 }
+
+/* Does the kernel say that the device has that owner?  It knows since Linux
+ * 5.14.  A device without one is not ours to take over, and to reconfigure even
+ * one that is alive would change its size. */
+static int os_nbd_is_owned(uint32_t index, const char *owner) {
+  char path[64];
+  char found[OS_NBD_OWNER + 1] = "";
+  snprintf(path, sizeof path, "/sys/block/nbd%" PRIu32 "/backend", index);
+  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  (void)!read(fd, found, sizeof found - 1);
+  close(fd);
+  found[strcspn(found, "\n")] = 0;
+  return strcmp(found, owner) == 0;
+}
 #elif !NBDSERVE_NO_MAIN
+#define os_nbd_is_owned(index, owner) 0
 #define os_serve_writeback() ((void)0)
 /* This system has no such client, or it would wait for the only thread. */
 #define os_tell_nbd(command, index, nbd) \
@@ -1810,6 +1829,7 @@ struct io {
   int out;  /* the same, or another one, that replies go to */
   int stop; /* how the server says that it stops: readable from nbdserve_stop
                on, for good; first comes when that was, by os_now_ms */
+  int lifeline; /* that is readable when this client alone is to end; 0: none */
   int64_t stall_ms; /* (I2) */
   int polls;        /* wait in poll() for a request, not in recv() */
   /* -- written in the handshake, then 0 */
@@ -1847,17 +1867,19 @@ static int io_timeout(int64_t until) {
 static int io_wait_input(struct io *io, int64_t until) {
   /* Of a pipe for replies poll() says when nobody reads it any more. */
   int replies = io->out == io->in ? -1 : io->out;
-  struct pollfd p[3] = {{.fd = io->in, .events = POLLIN},
+  int lifeline = io->lifeline ? io->lifeline : -1;
+  struct pollfd p[4] = {{.fd = io->in, .events = POLLIN},
                         {.fd = io->stop, .events = POLLIN},
-                        {.fd = replies, .events = 0}};
+                        {.fd = replies, .events = 0},
+                        {.fd = lifeline, .events = POLLIN}};
   while (!io->stopping) {
     int timeout = until ? io_timeout(until) : -1;
     if (timeout == 0) return -ETIMEDOUT; /* even if there is something */
-    int r = poll(p, 3, timeout);
+    int r = poll(p, 4, timeout);
     if (r < 0 && errno != EINTR) return -errno;
     if (r <= 0) continue;
     if (p[2].revents & POLLERR) return -EPIPE;
-    if (!p[1].revents) return 0;
+    if (!p[1].revents && !p[3].revents) return 0;
     int arrived = 0; /* until now: all that is still taken (I3) */
     if (ioctl(io->in, FIONREAD, &arrived) == 0 && arrived > 0)
       io->arrived_left = (size_t)arrived;
@@ -1875,17 +1897,19 @@ static int io_wait_input(struct io *io, int64_t until) {
  * stall_ms. */
 static int io_wait_ready(const struct io *io, int fd, short events,
                          int64_t until) {
-  struct pollfd p[2] = {{.fd = fd, .events = events},
-                        {.fd = io->stop, .events = POLLIN}};
+  int lifeline = io->lifeline ? io->lifeline : -1;
+  struct pollfd p[3] = {{.fd = fd, .events = events},
+                        {.fd = io->stop, .events = POLLIN},
+                        {.fd = lifeline, .events = POLLIN}};
   int slice = (int)u_min((uint64_t)io->stall_ms / 8 + 1, INT_MAX);
   for (;;) {
     int timeout = io_timeout(until);
     if (timeout == 0) return -ETIMEDOUT; /* even if it is ready */
-    int r = poll(p, 2, timeout < slice ? timeout : slice);
+    int r = poll(p, 3, timeout < slice ? timeout : slice);
     if (r < 0 && errno != EINTR) return -errno;
     if (r < 0) continue;
-    if (!p[1].revents) return 0;
-    p[1].fd = -1; /* seen: poll skips a negative one */
+    if (!p[1].revents && !p[2].revents) return 0;
+    p[1].fd = p[2].fd = -1; /* seen: poll skips a negative one */
     int64_t end = io_grace_end(io->stop);
     if (end < until) until = end;
   }
@@ -4592,7 +4616,8 @@ static int peer_enter(struct nbdserve_peer *p, const char *name) {
   if (n > WIRE_STRING_MAX) return -ENAMETOOLONG;
   if (!p->stall_ms) p->stall_ms = 120000;
   p->deadline = os_now_ms() + p->stall_ms;
-  p->size = 0;
+  p->size = p->done = p->total = 0;
+  *p->why = 0;
   int err = peer_move(p, 0, b, 18);
   if (err) return err;
   unsigned flags = u_get16(b + 16);
@@ -4622,7 +4647,7 @@ static int peer_enter(struct nbdserve_peer *p, const char *name) {
     p->deadline = type == NBD_REP_ACK && p->size ? 0 : p->deadline;
     if (!p->deadline) return 0;
     if (type & NBD_REP_ERR_BIT)
-      return peer_fail(p, -ENOENT, "the peer refuses %.60s: %.100s", name, b);
+      return peer_fail(p, -ENOENT, "the peer refuses %.90s: %.80s", name, b);
     if (type == NBD_REP_INFO) err = peer_take_info(p, b, len);
   }
   return err ? err : peer_fail(p, -EPROTO, "the peer haggles out of order");
@@ -4666,19 +4691,31 @@ static int peer_transfer(struct nbdserve_peer *p, enum nbd_cmd cmd,
       return peer_fail(p, -EPROTO, "the peer's replies make no sense");
     struct peer_part *part = &parts[cookie];
     part->err = u_get32(b + 4) ? -EIO : 0;
-    if (part->err)
-      peer_fail(p, 0, "the peer cannot read at %" PRIu64 ": NBD error %" PRIu32,
-                part->off, u_get32(b + 4));
-    else if (cmd == NBD_CMD_READ)
+    if (!part->err && cmd == NBD_CMD_READ)
       err = peer_move(p, 0, part->data, part->len);
   }
   return err;
 }
 
-/* Takes leave, for what it is worth. */
+/* The error of a part without which nothing goes on. */
+static int peer_error(struct nbdserve_peer *p, const struct peer_part *part) {
+  if (!part->err) return 0;
+  return peer_fail(p, part->err, "the peer cannot read at %" PRIu64, part->off);
+}
+
+/* Takes leave, for what it is worth; what went wrong before is what counts. */
 static void peer_leave(struct nbdserve_peer *p) {
   struct peer_part none = {.off = 0, .len = 0};
-  if (!p->deadline && p->size) (void)!peer_send(p, NBD_CMD_DISC, 0, &none);
+  unsigned char abort[16] = {0};
+  char why[sizeof p->why];
+  memcpy(why, p->why, sizeof why);
+  u_put64(abort, NBD_OPTION_MAGIC);
+  u_put32(abort + 8, NBD_OPT_ABORT);
+  if (p->deadline)
+    (void)!peer_move(p, 1, abort, sizeof abort);
+  else if (p->size)
+    (void)!peer_send(p, NBD_CMD_DISC, 0, &none);
+  memcpy(p->why, why, sizeof why);
 }
 
 #endif /* !NBDSERVE_NO_CLIENT && !NBDSERVE_NO_CAS */
@@ -4767,6 +4804,7 @@ enum {
   CAS_PATH = 334,       /* of the longest VOL@NAME, with a NUL */
   CAS_IS_SNAPSHOT = 1,  /* in cas_record.flags */
   CAS_IS_PARTIAL = 2,   /* its contents are still being fetched */
+  CAS_HAS_PARTIAL = 1,  /* in cas_super.ro_compat: there is such a volume */
   CAS_VERSION = 2,      /* of the format */
   CAS_MAP = 0x4d415031, /* "MAP1" */
   CAS_CAT = 0x43415431, /* "CAT1" */
@@ -5759,7 +5797,8 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
 enum {
   CAS_DATA = 1,
   CAS_DIGEST = 2,
-  CAS_BOTH = CAS_DATA | CAS_DIGEST
+  CAS_BOTH = CAS_DATA | CAS_DIGEST,
+  CAS_UNCHECKED = 4 /* cas_read: the digest as it stands there */
 };
 
 #define CAS_ANY CAS_ABSENT /* cas_block.expected: the map may have any slot */
@@ -6521,6 +6560,8 @@ static int cas_stage_pulled(struct nbdserve_cas *st,
   memcpy(snapshot->then.cid, change->tree->now.cid, CAS_DIGEST_LEN);
   cas_share(cas_digests(snapshot), *cas_root(change->tree));
   if (!from->is_partial) return 0;
+  while (from->pins)
+    cas_wait(st);
   cas_begin_staging(from);
   from->then.id = 0;
   return cas_own_record(st, from->place, &from->page);
@@ -6778,6 +6819,10 @@ static int cas_make_cut(struct nbdserve_cas *st, struct cas_change *change,
   cut->super.replay = st->seq;
   cut->super.nslots = st->nslots;
   cut->super.next_id = st->next_id;
+  cut->super.ro_compat = 0;
+  for (uint32_t i = 0; i < st->nvolumes; i++)
+    if (st->volumes[i]->is_partial && cas_record(st->volumes[i], VIEW_THEN)->id)
+      cut->super.ro_compat = CAS_HAS_PARTIAL;
   cut->super.catalog = st->catalog ? st->catalog->slot : 0;
   return err ? err : st->failed;
 }
@@ -7142,7 +7187,9 @@ static void cas_put(struct cas_volume *vol, struct cas_block *blk, size_t n) {
 static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
                      int want, int how) {
   struct nbdserve_cas *st = vol->st;
-  int trusts = want == CAS_DATA && !st->verify;
+  int trusts =
+      (want == CAS_DATA && !st->verify) || want == (CAS_DIGEST | CAS_UNCHECKED);
+  want &= CAS_BOTH;
   struct cas_spot spot = {.slot = 0};
   os_lock(&st->lock);
   for (size_t i = 0; i < n; i++) {
@@ -7558,7 +7605,7 @@ static int cas_read_super(struct nbdserve_cas *st, int place,
   sha_256(st->hw, p, NULL, CAS_SUPER_SUM, sum, NULL);
   if (memcmp(sum, p + CAS_SUPER_SUM, sizeof sum) != 0) return -EUCLEAN;
   if (super->version != CAS_VERSION || super->incompat ||
-      (super->ro_compat && !st->readonly))
+      (super->ro_compat & ~(uint64_t)CAS_HAS_PARTIAL && !st->readonly))
     return -EOPNOTSUPP;
   return 0;
 }
@@ -7681,6 +7728,7 @@ static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
     return -EOPNOTSUPP;
   int is_named = is_partial ? cas_is_id(record.name, CAS_PARTIAL)
                             : cas_is_name(record.name);
+  if (is_partial && !(st->super.ro_compat & CAS_HAS_PARTIAL)) return -EUCLEAN;
   if (!is_named || !cas_is_size(st, record.size) || record.id >= st->next_id)
     return -EUCLEAN;
   struct cas_volume *vol = u_zalloc(sizeof *vol);
@@ -8412,6 +8460,7 @@ struct cas_sealer {
   struct cas_volume *tree; /* hidden: its digests, as data */
   struct cas_volume *base; /* that it begins with, or NULL; we are a client */
   unsigned char *data;     /* [CAS_BATCH] blocks */
+  int checks_no_data;      /* the digests are those that are stored */
   nbdserve_progress_fn *progress;
   void *arg;
 };
@@ -8444,7 +8493,9 @@ static int cas_digest_blocks(struct cas_sealer *sealer, uint32_t index,
     for (size_t i = 0; i < n; i++)
       blk[i] = (struct cas_block){.number = first + c + i,
                                   .data = sealer->data + i * st->bs};
-    cas_read(vol, blk, n, CAS_DIGEST, OS_READ);
+    cas_read(vol, blk, n,
+             sealer->checks_no_data ? CAS_DIGEST | CAS_UNCHECKED : CAS_DIGEST,
+             OS_READ);
     cas_unpin(st, blk, n);
     for (size_t i = 0; i < n; i++) {
       if (blk[i].err || (blk[i].slot && blk[i].number >= cas_blocks(st, size)))
@@ -8673,11 +8724,16 @@ static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
   struct nbdserve_cas *st = v->st;
   struct cas_super super;
   struct cas_head any = {.magic = 0};
-  int nbad = first == 0 && st->catalog_lost;
+  int nbad = first == 0 && (st->catalog_lost || st->is_short);
   os_lock(&st->ckpt);
   any.number = st->super.number;
-  for (int i = 0; first == 0 && i < 2 && !st->readonly; i++)
-    nbad += cas_read_super(st, i, &super) && cas_write_super(st, &st->super, i);
+  for (int i = 0; first == 0 && i < 2; i++) {
+    int err = cas_read_super(st, i, &super);
+    if (st->readonly)
+      nbad += err == -EINVAL; /* somebody else's: see (C8) */
+    else
+      nbad += err && cas_write_super(st, &st->super, i);
+  }
   for (uint32_t slot = first; slot < first + CAS_TWIN; slot++) {
     os_lock(&st->lock);
     int is_page = CAS_AT(st, slot, tag) == TAG_PAGE;
@@ -8741,7 +8797,8 @@ static int cas_enter_store(struct nbdserve_cas *st, struct nbdserve_peer *peer,
   int err = peer_enter(peer, name);
   if (!err && peer->size >= CAS_PAGE)
     err = peer_transfer(peer, NBD_CMD_READ, &part, 1);
-  if (err || part.err) return err ? err : part.err;
+  if (!err) err = peer_error(peer, &part);
+  if (err) return err;
   if (memcmp(head, magic, 8) != 0 || u_get32(head + 8) != 1)
     return peer_fail(peer, -EPROTO, "the peer's %.99s is not of a store", name);
   if (u_get32(head + 12) != st->bs)
@@ -8769,6 +8826,8 @@ static int cas_ask_peer(struct cas_verifier *v, struct cas_block *blk,
         (struct peer_part){CAS_FOUND + (uint64_t)k * bs, bs, blk[i].data, 0};
     k++;
   }
+  v->peer->done = v->done;
+  v->peer->total = v->total;
   int err = k ? peer_transfer(v->peer, NBD_CMD_WRITE, &ask, 1) : 0;
   if (!err && ask.err) err = -EIO;
   if (!err) err = peer_transfer(v->peer, NBD_CMD_READ, parts, k);
@@ -8787,7 +8846,17 @@ static int cas_ask_peer(struct cas_verifier *v, struct cas_block *blk,
 #define cas_repair_from(v, peer) ((void)(peer), -EOPNOTSUPP)
 #endif
 
-/* Checks the next n blocks of a volume. */
+/* Takes a pin off a volume: it may go now. */
+static void cas_let_go(struct cas_volume *vol) {
+  struct nbdserve_cas *st = vol->st;
+  os_lock(&st->lock);
+  vol->pins--;
+  os_wake_all(&st->lock);
+  cas_unlock(st);
+}
+
+/* Checks the next n blocks of a volume, and takes its pin off once they are
+ * read: a peer may take its time. */
 static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
                               const char *name, size_t n) {
   struct cas_block blk[CAS_BATCH];
@@ -8797,6 +8866,7 @@ static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
     blk[i] =
         (struct cas_block){.number = v->block + i, .data = v->data + i * bs};
   cas_read(vol, blk, n, 0, OS_READ);
+  cas_let_go(vol);
   for (size_t i = 0; i < n && v->mends; i++)
     if ((blk[i].err || blk[i].digest_err) && blk[i].slot)
       cas_mend(v->st, blk + i);
@@ -8838,6 +8908,8 @@ static int cas_verify_step(struct cas_verifier *v) {
     is_known = cas_is_shared(st, root, v->block, &n);
     n = u_min(n, left);
   }
+  uint64_t size = vol ? vol->now.size : 0;
+  int is_snapshot = vol && vol->parent;
   if (vol) vol->pins++;
   if (vol) cas_full_name(vol, name);
   cas_unlock(st);
@@ -8847,21 +8919,18 @@ static int cas_verify_step(struct cas_verifier *v) {
     n = u_min(n, CAS_BATCH);
     cas_verify_blocks(v, vol, name, (size_t)n);
   } else {
+    cas_let_go(vol);
     cas_note(v, name, v->block * st->bs,
              kind ? "the map cannot be read" : NULL);
   }
   v->done += n * st->bs;
   v->block += n;
   if (n == left) {
-    cas_note(v, name, vol->now.size, NULL);
-    if (v->is_sound && vol->parent) v->sound = vol->id;
+    cas_note(v, name, size, NULL);
+    if (v->is_sound && is_snapshot) v->sound = v->id;
     v->block = 0;
     v->id++;
   }
-  os_lock(&st->lock);
-  vol->pins--;
-  os_wake_all(&st->lock);
-  cas_unlock(st);
   return 1;
 }
 
@@ -9041,6 +9110,7 @@ static int cas_read_digests(struct cas_source *source, unsigned char *p,
   *n = u_min(*n, len - in % len);
   if (index >= source->at.count[1]) return 0; /* behind the end */
   struct cas_sealer sealer = {.vol = &source->data,
+                              .checks_no_data = 1, /* who pulls does */
                               .data =
                                   NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs)};
   unsigned char *digests = u_zalloc((size_t)len);
@@ -9282,7 +9352,8 @@ static int cas_take_kids(struct cas_puller *p, int level, uint32_t index,
   unsigned char *kids = part->data;
   unsigned char sum[CAS_DIGEST_LEN];
   uint64_t len;
-  if (part->err) return part->err;
+  int err = peer_error(p->peer, part);
+  if (err) return err;
   uint64_t skip = cas_kids_at(p, level, index, &len) - part->off;
   memmove(kids, kids + skip, (size_t)len);
   memset(kids + len, 0, CAS_KIDS_LEN(st) - (size_t)len);
@@ -9315,6 +9386,7 @@ static int cas_has_room(struct nbdserve_cas *st) {
 static int cas_pull_blocks(struct cas_puller *p) {
   struct cas_volume *vol = p->sealer.vol;
   size_t n = 0;
+  if (!p->nblocks) return 0;
   for (size_t i = 0; i < p->nblocks; i++) {
     const struct cas_block *blk = &p->blocks[i];
     uint64_t off = p->at.data + blk->number * vol->st->bs;
@@ -9329,7 +9401,7 @@ static int cas_pull_blocks(struct cas_puller *p) {
   int err = cas_has_room(vol->st) ? 0 : -ENOSPC;
   if (!err) err = peer_transfer(p->peer, NBD_CMD_READ, p->parts, n);
   for (size_t i = 0; i < n && !err; i++)
-    err = p->parts[i].err;
+    err = peer_error(p->peer, &p->parts[i]);
   for (size_t i = 0, k; i < p->nblocks && !err; i += k) {
     k = (size_t)u_min(p->nblocks - i, CAS_BATCH);
     cas_put(vol, p->blocks + i, k);
@@ -9369,8 +9441,10 @@ static int cas_pull_leaves(struct cas_puller *p) {
   for (size_t i = 0; i < p->nleaves; i++) {
     struct cas_leaf *leaf = &p->leaves[i];
     unsigned char sum[CAS_DIGEST_LEN];
-    if (cas_digest_blocks(&p->sealer, leaf->index, leaf->own))
-      memset(leaf->own, 255, CAS_KIDS_LEN(st)); /* all is asked for again */
+    int bad = cas_digest_blocks(&p->sealer, leaf->index, leaf->own);
+    if (bad == -ECANCELED) return bad;
+    if (bad) /* no block has such a digest: all are asked for again */
+      memset(leaf->own, 255, CAS_KIDS_LEN(st));
     sha_256(st->hw, leaf->own, NULL, CAS_KIDS_LEN(st), sum, NULL);
     if (memcmp(sum, leaf->digest, sizeof sum) == 0)
       memcpy(leaf->wanted, leaf->own, CAS_KIDS_LEN(st));
@@ -9471,10 +9545,12 @@ static int cas_use_partial(struct nbdserve_cas *st, const char *name,
   int err = 0;
   for (*out = NULL; !err && !*out;) {
     os_lock(&st->lock);
-    err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
-    while ((*out = cas_find(st, part, strlen(part), VIEW_THEN)) &&
-           (*out)->is_staged)
+    for (;;) {
+      err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
+      *out = cas_find(st, part, strlen(part), VIEW_THEN);
+      if (err || !*out || !(*out)->is_staged) break;
       cas_wait(st);
+    }
     if (*out && (*out)->clients) err = -EBUSY;
     if (*out && !err) err = cas_own_record(st, (*out)->place, &(*out)->page);
     if (*out && !err) {
@@ -9504,6 +9580,8 @@ static int cas_pull_id(struct cas_puller *p, const unsigned char *id) {
   while (p->nleaves > 0)
     NBDSERVE_FREE(p->leaves[--p->nleaves].wanted);
   if (!err) err = cas_clear_tail(vol); /* the base's, or what the peer says */
+  /* From here on none of its nodes is dirty, and could go as it is empty. */
+  if (!err) err = cas_checkpoint(st, NULL, UINT64_MAX);
   if (!err) err = cas_seal_tree(&p->sealer);
   if (!err && memcmp(p->sealer.tree->now.cid, id, CAS_DIGEST_LEN) != 0)
     err = peer_fail(p->peer, -EBADMSG, "the peer's tree is not that of the id");
@@ -9523,7 +9601,9 @@ static int cas_pull_record(struct nbdserve_cas *st, const char *name,
   snprintf(part, sizeof part, "%s" CAS_PARTIAL, id);
   int err = cas_use(st, id, strlen(id), &there);
   if (!err) {
+    os_lock(&st->lock);
     struct cas_volume tree = *there;
+    cas_unlock(st);
     struct cas_change change = {.vol = there, .tree = &tree, .name = name};
     tree.is_tree = 1;
     err = cas_apply(st, &change);
@@ -9535,6 +9615,8 @@ static int cas_pull_record(struct nbdserve_cas *st, const char *name,
   memset(p, 0, offsetof(struct cas_puller, leaves));
   p->peer = peer;
   p->sealer.name = name;
+  p->sealer.progress = peer->progress;
+  p->sealer.arg = peer->arg;
   p->at = cas_pull_layout(st->bs, wanted->now.size);
   peer->total = wanted->now.size;
   err = cas_use_partial(st, name, part, wanted->now.size, &p->sealer.vol);
@@ -9554,9 +9636,11 @@ int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
   unsigned char head[CAS_PAGE] = {0};
   char export[WIRE_STRING_MAX + 8];
   char id[72];
+  char up[CAS_PATH];
   const char *at = strchr(name, '@');
-  peer->why[0] = 0;
-  if (!at || !cas_is_name(at + 1)) return -EINVAL;
+  *peer->why = 0;
+  snprintf(up, sizeof up, "%.*s", at ? (int)(at - name) : 0, name);
+  if (!at || !cas_is_name(at + 1) || !cas_is_name(up)) return -EINVAL;
   if (st->readonly) return -EROFS;
   snprintf(export, sizeof export, "%.*s/pull", WIRE_STRING_MAX, from);
   int err = cas_enter_store(st, peer, export, CAS_PULL_MAGIC, head);
@@ -9566,6 +9650,7 @@ int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
     strncat(peer->why, " (only what is sealed can be pulled)",
             sizeof peer->why - strlen(peer->why) - 1);
   if (!err && (!cas_is_size(st, wanted.now.size) ||
+               cas_blocks(st, wanted.now.size) / st->fanout >= UINT32_MAX ||
                cas_pull_layout(st->bs, wanted.now.size).end != peer->size))
     err = peer_fail(peer, -EPROTO, "the peer's sizes make no sense");
   if (!err && cas_is_id(from, "") &&
@@ -10055,10 +10140,18 @@ static void *srv_thread(void *client) {
   return NULL;
 }
 
+/* Does nbdserve_serve.  lifeline: see struct io. */
+static int srv_serve_streams(struct nbdserve *s, int in, int out,
+                             const char *name, int lifeline) {
+  struct conn *c = srv_new_client(s, in, out, -1);
+  if (!c) return -ENOMEM;
+  c->io.lifeline = lifeline;
+  return srv_serve_client(c, name);
+}
+
 /* See nbdserve.h. */
 int nbdserve_serve(struct nbdserve *s, int in, int out, const char *name) {
-  struct conn *c = srv_new_client(s, in, out, -1);
-  return c ? srv_serve_client(c, name) : -ENOMEM;
+  return srv_serve_streams(s, in, out, name, 0);
 }
 
 /* ---- Stopping (S3) ------------------------------------------------------- */
@@ -10274,7 +10367,7 @@ static struct {
 
   /* N of /dev/nbdN, and whose it is: the target */
   uint32_t device;
-  char owner[PATH_MAX + WIRE_STRING_MAX + 100];
+  char owner[OS_NBD_OWNER]; /* one that is cut is still its own */
   /* The kernel has a socket, or is about to get it.  It is guarded by
    * server->lock; the signal handler reads it. */
   volatile sig_atomic_t is_connected;
@@ -10638,7 +10731,7 @@ struct cli_option {
   T(BIND, 'i', "bind ADDR", "TCP address (default: the two of loopback)") \
   T(STDIN, 's', "stdin", "serve one client on standard input and output") \
   N(FD, 0, "fd N", 0, INT_MAX, "serve a listening or connected socket") \
-  T(CONNECT, 'c', "connect DEVICE", "be the disk of /dev/nbdN (see README)") \
+  T(CONNECT, 'c', "connect DEVICE", "serve this machine's kernel as /dev/nbdN") \
   T(READ_ONLY, 'r', "read-only", "refuse writes") \
   T(EXPORT, 'e', "export NAME", "name of the export (default: any)") \
   T(DESCRIPTION, 'D', "description TEXT", "for clients that list the exports") \
@@ -10930,7 +11023,8 @@ static void cli_check_options(void) {
   cli_exclude(OPT_CREATE, BIT(READ_ONLY) | BIT(TEMPORARY), "it stays empty");
   cli_exclude(OPT_TEMPORARY, BIT(READ_ONLY), "nothing to discard");
   cli_exclude(OPT_CONNECT, BIT(STDIN) | BIT(FD), "the kernel is the client");
-  cli_exclude(OPT_CONNECT, BIT(ONCE) | BIT(IDLE_EXIT), "it ends with that");
+  cli_exclude(OPT_CONNECT, BIT(ONCE) | BIT(IDLE_EXIT),
+              "it ends with the device");
   if (opt[OPT_SANDBOX].number == SANDBOX_REQUIRE)
     cli_exclude(OPT_SANDBOX, BIT(CONNECT), "it opens the device again");
   if (opt[OPT_RUN].given > 1 || (cli.command && !*cli.command))
@@ -11005,6 +11099,8 @@ enum cli_verb_flags {
   VERB_PEER = 1 << 7
 };
 
+#define CLI_VERSION (0x80000000u | NBDSERVE_VERSION_NUMBER)
+
 /* A command while it is being done, by whichever process */
 struct cli_job {
   /* ---- What is to be done; fixed.  The texts are in `operands`. */
@@ -11012,6 +11108,9 @@ struct cli_job {
   /* What goes over the control socket, with the operands behind it.  The
    * receiver believes nothing of it: see cli_receive. */
   struct {
+    /* Of the program: one of another version is not understood.  Where versions
+     * before 0.6 look for the length this is one that they refuse. */
+    uint32_t version;
     /* Bytes of the operands, each of which NUL ends */
     uint32_t length;
     /* The command: an index of cli_verbs */
@@ -11252,10 +11351,49 @@ static int cli_do_verify(struct cli_job *job) {
                              cli_damage_row, cli_progress, job);
 }
 
-/* serve: another process has a client, which is served here.  Its options are
- * not ours. */
+/* The `find` function of a server of all of a store: called in the threads of
+ * clients, for each client, so that a volume that was made since is found. */
+static int cli_find_volume(void *unused, const char *name,
+                           struct nbdserve_export *out) {
+  (void)unused;
+  *out = cli_common;
+  if (*cli_contexts) out->contexts = cli_contexts;
+  return nbdserve_cas_volume(cli.cas, name, out);
+}
+
+/* Where cli_emit_volume passes its names on to */
+struct cli_emit {
+  nbdserve_emit_fn *emit;
+  void *arg;
+};
+
+/* Passes on a volume or snapshot: an nbdserve_list_fn */
+static int cli_emit_volume(void *arg, const struct nbdserve_cas_info *info) {
+  struct cli_emit *to = arg;
+  if (info->partial) return 0;
+  return to->emit(to->arg, info->name, info->readonly ? "snapshot" : "");
+}
+
+/* The `list` function of a server of all of a store */
+static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
+  struct cli_emit to = {emit, arg};
+  (void)unused;
+  return nbdserve_cas_list(cli.cas, cli_emit_volume, &to);
+}
+
+/* serve: another process has a client, which is served here as long as that
+ * process is there. */
 static int cli_do_serve(struct cli_job *job) {
-  return nbdserve_serve(cli.server, job->fds.in, job->fds.out, NULL);
+  struct nbdserve_config config = cli.server->config;
+  struct nbdserve *all; /* what we serve may be only a volume of the store */
+  config.find = cli_find_volume;
+  config.list = cli_list_volumes;
+  int err = nbdserve_new(&all, &config);
+  if (err) return err;
+  dup2(*cli.server->stop, *all->stop); /* it stops with the other one */
+  err = srv_serve_streams(all, job->fds.in, job->fds.out, NULL, job->client);
+  nbdserve_free(all);
+  return err;
 }
 
 /* gc: gives unused space to the file system.  The row has the bytes of the file
@@ -11406,11 +11544,11 @@ static const struct cli_verb cli_verbs[] = {
      cli_do_diff, 2, 2, VERB_LONG | VERB_ROWS, NBDSERVE_CAS_READONLY, 0},
     {"verify", "STORE", "check all data; print what is damaged",
      cli_do_verify, 0, 0, VERB_LONG | VERB_ROWS, NBDSERVE_CAS_READONLY, 0},
-    {"repair", "STORE [URI]", "mend what can be; print what cannot",
+    {"repair", "STORE [FROM]", "mend what it can; print what it cannot",
      cli_do_verify, 0, 1, VERB_LONG | VERB_ROWS | VERB_PEER,
      NBDSERVE_CAS_REPAIR, 0},
 #if !NBDSERVE_NO_CLIENT
-    {"pull", "STORE::VOLUME@SNAP FROM", "get what is sealed; a URI, or NAME -- CMD",
+    {"pull", "STORE::VOLUME@SNAP FROM", "copy a sealed snapshot of another store",
      cli_do_pull, 2, 2, VERB_LONG | VERB_PEER, 0, 0},
 #endif
     {"gc", "STORE", "give unused space back; print its bytes",
@@ -11419,7 +11557,7 @@ static const struct cli_verb cli_verbs[] = {
      cli_do_stat, 0, 0, 0, NBDSERVE_CAS_READONLY, 0},
     {"uri", "STORE", "print the URI and process id of its server",
      cli_do_uri, 0, 0, 0, NBDSERVE_CAS_READONLY, 0},
-    {"serve", NULL, NULL, cli_do_serve, 0, 0, 0, 0, 0}};
+    {"serve", NULL, NULL, cli_do_serve, 0, 0, VERB_LONG, 0, 0}};
 /* clang-format on */
 
 /* The command of that name, or NULL */
@@ -11480,6 +11618,8 @@ static const char *cli_why(const struct cli_verb *verb,
   const char *at = strchr(name, '@');
   if (err == -ENOENT) return "no such volume or snapshot (list names all)";
   if (err == -EEXIST) return "that name is taken";
+  if (err == -EBUSY && verb->flags & VERB_PEER)
+    return "another pull gets it already";
   if (err == -EBUSY) return "in use by a client; end that first";
   if (err == -ENOTEMPTY) return "it has snapshots; remove them first";
   if (err == -EUCLEAN) return "the store is damaged (verify names what is)";
@@ -11487,7 +11627,7 @@ static const char *cli_why(const struct cli_verb *verb,
   if (err == -ENOTCONN)
     return "it is not served, or only to be read, or not at a known address";
   if (err == -ENOSPC && verb->flags & VERB_PEER)
-    return "no space left but for others; what came is kept (list shows it)";
+    return "no space left but for others; what came is kept (list, rm)";
   if (err == -ENOSPC && verb->flags & VERB_READS_FILE)
     return "no space left; what it took is free in the store (gc returns it)";
   if (err != -EINVAL) return strerror(-err);
@@ -11497,9 +11637,10 @@ static const char *cli_why(const struct cli_verb *verb,
     return "not a snapshot: that is VOLUME@NAME";
   if (change == NBDSERVE_CAS_RESIZE && at) return "a snapshot keeps its size";
   int is_snapshot = strchr(op->name, '@') && change != NBDSERVE_CAS_CLONE;
-  int makes_snapshot =
-      change == NBDSERVE_CAS_SNAPSHOT || verb->flags & VERB_PEER;
-  if ((makes_snapshot || is_snapshot) && !at)
+  if (verb->flags & VERB_PEER)
+    return "a snapshot is called VOLUME@NAME, each 1 to 166 bytes without "
+           "/ @ \" \\";
+  if ((change == NBDSERVE_CAS_SNAPSHOT || is_snapshot) && !at)
     return "a snapshot is called VOLUME@NAME";
   if (!cas_is_name(at ? at + 1 : name))
     return "not a name: 1 to 166 bytes without / @ \" \\ and not sha256-...";
@@ -11574,6 +11715,7 @@ static int cli_run_remote(struct cli_job *job, int ms) {
   unsigned char status = CLI_FAILED;
   size_t length = job->request.length;
   assert(job->client >= 0 && !cli.cas);
+  job->request.version = CLI_VERSION;
   job->request.verb = (unsigned char)(job->verb - cli_verbs);
   int err = cli_pass(job, 1);
   if (!err) err = cli_write(job, job->client, job->operands, length);
@@ -11593,7 +11735,8 @@ static int cli_receive(struct cli_job *job) {
   int err = io_wait_input(&io, io.deadline);
   if (!err) err = cli_pass(job, 0);
   size_t length = job->request.length;
-  if (err || job->request.verb >= COUNT_OF(cli_verbs) || length > 8 << 20)
+  if (err || job->request.version != CLI_VERSION ||
+      job->request.verb >= COUNT_OF(cli_verbs) || length > 8 << 20)
     return -EINVAL;
   job->verb = &cli_verbs[job->request.verb];
   job->operands = u_zalloc(length + 1);
@@ -11709,7 +11852,8 @@ static int cli_open_store(const char *path, uint32_t flags,
   if (err == -EINVAL) cli_failed("%s: not a store", path);
   if (err == -EOPNOTSUPP)
     cli_failed("%s: a store of another format version than 2", path);
-  if (err == -EUCLEAN && flags & NBDSERVE_CAS_ACCEPT_LOSS)
+  if (err == -EUCLEAN &&
+      flags & (NBDSERVE_CAS_ACCEPT_LOSS | NBDSERVE_CAS_READONLY))
     cli_die(CLI_DAMAGED, "%s: damaged beyond repair", path);
   if (err == -EUCLEAN)
     cli_die(CLI_DAMAGED, "%s: damaged; `nbdserve repair %s%s` goes on", path,
@@ -11740,36 +11884,6 @@ static void cli_start_control(void) {
     cli_say("%s: %s; no commands are taken", cli.ctl_path, strerror(-err));
 }
 
-/* The `find` function of a server of all of a store: called in the threads of
- * clients, for each client, so that a volume that was made since is found. */
-static int cli_find_volume(void *unused, const char *name,
-                           struct nbdserve_export *out) {
-  (void)unused;
-  *out = cli_common;
-  if (*cli_contexts) out->contexts = cli_contexts;
-  return nbdserve_cas_volume(cli.cas, name, out);
-}
-
-/* Where cli_emit_volume passes its names on to */
-struct cli_emit {
-  nbdserve_emit_fn *emit;
-  void *arg;
-};
-
-/* Passes on a volume or snapshot: an nbdserve_list_fn */
-static int cli_emit_volume(void *arg, const struct nbdserve_cas_info *info) {
-  struct cli_emit *to = arg;
-  if (info->partial) return 0;
-  return to->emit(to->arg, info->name, info->readonly ? "snapshot" : "");
-}
-
-/* The `list` function of a server of all of a store */
-static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
-  struct cli_emit to = {emit, arg};
-  (void)unused;
-  return nbdserve_cas_list(cli.cas, cli_emit_volume, &to);
-}
-
 /* Takes note of the first volume, for the URI: an nbdserve_list_fn that ends
  * the list. */
 static int cli_first_volume(void *unused,
@@ -11796,7 +11910,8 @@ static int cli_say_where(const char *path, struct cli_job *job) {
  * refused.  Returns the exit status. */
 static int cli_pass_client(const char *path, struct cli_job *job) {
   cli_refuse(~(BIT(STDIN) | BIT(QUIET) | BIT(VERBOSE) | BIT(JSON)),
-             "not of a store that another process serves:", path);
+             "not for a store that another process serves:", path);
+  if (cli.ntargets > 1) cli_usage("%s: another process serves it", path);
   job->verb = cli_find_verb("serve");
   job->fds.output = job->fds.messages = 2;
   job->fds.in = 0;
@@ -11976,15 +12091,17 @@ static void cli_parse_uri(const char *uri, struct cli_uri *u) {
     is_good = is_good && slash == p && strncmp(query, "?socket=", 8) == 0 &&
               cli_decode(query + 8, end, u->path, sizeof u->path) && *u->path;
   } else if (is_good) {
+    uint64_t port = 10809; /* also if nothing stands behind the colon */
     int bracket = *p == '[';
-    const char *colon = p + strcspn(p, bracket ? "]" : ":/?");
-    is_good = query == end && colon <= slash &&
+    const char *colon = p + strcspn(p, bracket ? "]/?" : ":/?");
+    is_good = query == end && (!bracket || *colon == ']') &&
               cli_decode(p + bracket, colon, u->host, sizeof u->host);
     colon += bracket;
-    strcpy(u->port, "10809");
     if (is_good && colon < slash)
       is_good = *colon == ':' &&
-                cli_decode(colon + 1, slash, u->port, sizeof u->port);
+                cli_decode(colon + 1, slash, u->port, sizeof u->port) &&
+                (!*u->port || u_parse_number(u->port, 65535, &port)) && port;
+    snprintf(u->port, sizeof u->port, CLI_N, port);
   }
   if (!is_good)
     cli_usage("%s: not as nbd://HOST[:PORT]/NAME or "
@@ -12000,7 +12117,8 @@ static int cli_connect_uri(const char *text, const struct cli_uri *u) {
 #if !NBDSERVE_NO_TCP
   struct addrinfo hints = {.ai_socktype = SOCK_STREAM};
   struct addrinfo *all = NULL;
-  int err = *u->path ? 0 : getaddrinfo(u->host, u->port, &hints, &all);
+  const char *host = *u->host ? u->host : NULL; /* NULL: this machine */
+  int err = *u->path ? 0 : getaddrinfo(host, u->port, &hints, &all);
   if (err) cli_failed("%s: %s", text, gai_strerror(err));
   for (struct addrinfo *a = all; a && fd < 0; a = a->ai_next) {
     fd = socket(a->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -12081,11 +12199,14 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
   if (opt[OPT_ACCEPT_LOSS].given) how |= NBDSERVE_CAS_ACCEPT_LOSS;
   if (flags & (VERB_READS_FILE | VERB_WRITES_FILE))
     job->fds.output = cli_open_file(last, !(flags & VERB_READS_FILE));
-  cli_catch_signals(cli_on_signal);
   if (job->request.peer)
     job->fds.in = job->fds.out =
         cli.command ? cli_start_peer(&pid) : cli_connect_uri(last, uri);
+  cli_catch_signals(cli_on_signal);
   int err = cli_open_store(store, how, job);
+  if (err == -EBUSY && job->client == -EACCES)
+    cli_failed("%s: %s; the store is served by another user", cli.ctl_path,
+               strerror(EACCES));
   if (err == -EBUSY && job->client < 0)
     cli_die(CLI_IN_USE, "%s: in use by one that takes no commands", store);
   if (err == -EBUSY && how & NBDSERVE_CAS_ACCEPT_LOSS)
@@ -12120,10 +12241,18 @@ static const char *cli_take_peer(struct cli_job *job, struct cli_uri *uri) {
   int most = job->verb->max; /* operands, with that */
   const char *text = NULL;
   job->request.peer = cli.command || cli.ntargets == most;
+  if (cli.command && !*cli.command) cli_usage("--: no command behind it");
+  if (cli.command && most == 1 && cli.ntargets)
+    cli_usage("%s: not together with a command", *cli.targets);
+  if (cli.command && cli.ntargets &&
+      strstr(cli.targets[cli.ntargets - 1], "://"))
+    cli_usage("%s: a name there, if there is a command",
+              cli.targets[cli.ntargets - 1]);
   if (cli.ntargets != most) return NULL;
   if (!cli.command) {
     text = cli.targets[most - 1];
     cli_parse_uri(text, uri);
+    if (most > 1 && !*uri->name) cli_usage("%s: no name behind it", text);
     cli.targets[most - 1] = uri->name;
   }
   if (most == 1) cli.ntargets = 0;
@@ -12155,7 +12284,8 @@ static void cli_run_verb(void) {
   FILE *out = open_memstream(&job.operands, &length);
   for (int j = 0; out && j < cli.ntargets; j++) {
     const char *operand = cli.targets[j];
-    if (j) operand = cli_same_store(store, operand, job.verb->flags);
+    if (j && !job.request.peer)
+      operand = cli_same_store(store, operand, job.verb->flags);
     fwrite(operand, 1, strlen(operand) + 1, out);
     if (!job.request.peer) last = operand;
   }
@@ -12199,6 +12329,11 @@ static void cli_help_verbs(void) {
   for (size_t i = 0; i < COUNT_OF(cli_verbs) && cli_verbs[i].help; i++)
     printf("  %-9s %-23s %s\n", cli_verbs[i].name, cli_verbs[i].operands,
            cli_verbs[i].help);
+  puts(
+      "FROM is a URI, or NAME -- CMD, where CMD serves a store on its "
+      "standard\n"
+      "streams: pool::vm@2 vm@2 -- ssh HOST nbdserve -s pool::.  repair needs\n"
+      "no NAME.");
 }
 
 #else /* NBDSERVE_NO_CAS: there are no commands, and no store can be opened. */
@@ -12256,7 +12391,8 @@ static void cli_open_target(const char *text, const char *path,
   if (!volume && *cli_contexts)
     cli_usage("%s: --changes is for volumes of a store", text);
   if (opt[OPT_TEMPORARY].given && access(flat.dir, W_OK) < 0)
-    cli_exit_if_error(-errno, flat.dir);
+    cli_failed("%s: %s ($TMPDIR says where -T writes to)", flat.dir,
+               strerror(errno));
   if (!volume && strncmp(text, "file:", 5) != 0 && cli_is_store(path))
     cli_usage("%s: a store; serve %s:: or file:%s", text, text, text);
   int err = volume ? cli_open_volume(path, volume, ex)
@@ -12447,6 +12583,7 @@ enum {
  * disconnected, by us or by somebody else. */
 static void *cli_serve_kernel(void *socket) {
   int fd = (int)(intptr_t)socket;
+  os_serve_writeback();
   nbdserve_serve(cli.server, fd, fd, cli.export_name);
   close(fd);
   nbdserve_stop(cli.server);
@@ -12466,7 +12603,8 @@ static void cli_give_socket(const struct os_nbd *nbd, int own) {
   struct pollfd p = {own, POLLIN, 0};
   int err = os_tell_nbd(OS_NBD_CONNECT, cli.device, nbd);
   int is_taken = err == -EBUSY;
-  if (is_taken) err = os_tell_nbd(OS_NBD_RECONFIGURE, cli.device, nbd);
+  if (is_taken && os_nbd_is_owned(cli.device, nbd->owner))
+    err = os_tell_nbd(OS_NBD_RECONFIGURE, cli.device, nbd);
   close(nbd->socket);
   poll(&p, 1, 0);
   if (err || p.revents & POLLHUP) cli.is_connected = 0;
@@ -12487,8 +12625,7 @@ static void cli_connect(void) {
   struct nbdserve_info info;
   struct stat st;
   int fd[2];
-  cli.is_connected = !cli.stopping;
-  if (cli.stopping) return;
+  if (NBDSERVE_NO_THREADS) cli_failed("--connect: built without threads");
   if (stat(path, &st) < 0 || !S_ISBLK(st.st_mode))
     cli_failed("%s: no such device (modprobe nbd makes it)", path);
   int err = nbdserve_info(cli.server, cli.export_name, &info);
@@ -12505,11 +12642,13 @@ static void cli_connect(void) {
   if (nbd.size < info.size)
     cli_say("%s: without the last " CLI_N " bytes, which are no whole sector",
             path, info.size - nbd.size);
-  os_serve_writeback();
+  cli.is_connected = 1; /* a signal that came before has set `stopping` */
+  if (cli.stopping) cli.is_connected = 0;
+  if (cli.stopping) return;
   cli.njobs = 1;
   int own = dup(fd[0]); /* the thread may close the other */
   err = os_thread(cli_serve_kernel, (void *)(intptr_t)fd[0]);
-  if (err) cli.njobs = 0;
+  if (err) cli.njobs = cli.is_connected = 0;
   cli_exit_if_error(err, "--connect");
   cli_give_socket(&nbd, own);
   close(own);
@@ -12520,14 +12659,19 @@ static void cli_connect(void) {
  * here.  Unless it is forced, one that is in use stays, the first time. */
 static void cli_disconnect(int is_forced) {
   const char *path = opt[OPT_CONNECT].text;
+  sigset_t all;
+  sigset_t before;
   if (!cli.is_connected) return;
   int fd = open(path, O_RDONLY | O_EXCL | O_CLOEXEC);
   int is_first = !cli.refused_ms || os_now_ms() - cli.refused_ms < 500;
   if (fd < 0 && errno == EBUSY && !is_forced && is_first) {
     if (!cli.refused_ms)
       cli_say("%s: mounted or in use; end that, or ask again", path);
+    sigfillset(&all);
+    sigprocmask(SIG_BLOCK, &all, &before);
     cli.refused_ms = os_now_ms();
     cli.stopping = cli.end_wanted = 0;
+    sigprocmask(SIG_SETMASK, &before, NULL);
     return;
   }
   if (fd < 0) fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -12754,6 +12898,17 @@ static void cli_print_stats(void) {
           s.bytes_written, s.flushes, types);
 }
 
+/* Waits until no more than n threads do commands, or for the time `until`, or
+ * a signal, which ends commands.  -ETIMEDOUT: there are more. */
+static int cli_wait_for_jobs(int n, int64_t until) {
+  os_lock(&cli.server->lock);
+  while (cli.njobs > n && os_now_ms() < until && (!n || !cli.stopping))
+    os_wait_ms(&cli.server->lock, 100);
+  int err = cli.njobs > n ? -ETIMEDOUT : 0;
+  os_unlock(&cli.server->lock);
+  return err;
+}
+
 /* Serves until the end, and does what the signal handler leaves to others: it
  * prints totals, and does step 2 of the end.  A client that is the only one is
  * served here; after that nbdserve_run has nothing to do but to flush.
@@ -12769,6 +12924,7 @@ static int cli_serve(void) {
   if (cli.client >= 0) {
     int out = opt[OPT_STDIN].given ? 1 : cli.client;
     err = nbdserve_serve(cli.server, cli.client, out, NULL);
+    cli_wait_for_jobs(1, INT64_MAX); /* clients of others, and commands */
     nbdserve_stop(cli.server);
   }
   do {
@@ -12809,11 +12965,7 @@ static void cli_close(void) {
   if (!cli.server) return;
   cli_disconnect(1);
   nbdserve_stop(cli.server);
-  os_lock(&cli.server->lock);
-  while (cli.njobs > 0 && os_now_ms() < until)
-    os_wait_ms(&cli.server->lock, 100);
-  int err = cli.njobs ? -ETIMEDOUT : 0;
-  os_unlock(&cli.server->lock);
+  int err = cli_wait_for_jobs(0, until);
   if (!err) nbdserve_free(cli.server);
   if (!err && cli.cas) err = nbdserve_cas_close(cli.cas);
   if (*cli.private_dir) rmdir(cli.private_dir);

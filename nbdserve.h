@@ -728,7 +728,8 @@ NBDSERVE_API const char *nbdserve_version(void);
  *   8     4 version: 2               56    4 slot of the root of the catalog
  *   12    4 block_size               60    4 id of the next volume
  *   16   16 id of the store          64    4 unknown bit: do not open
- *   32    8 its number: see (C8)     68    4 unknown bit: do not write
+ *   32    8 its number: see (C8)     68    4 unknown bit: do not write; 1: a
+ *                                            volume is partial (since 0.6)
  *   40    8 log page to replay from  480  32 SHA-256 of what stands before
  *
  *   log page
@@ -754,9 +755,9 @@ NBDSERVE_API const char *nbdserve_version(void);
  *
  *   record of the catalog, 288 bytes
  *   0     4 id; 0: no record         32    4 id that it was made from; of a
- *   4     4 1: snapshot; 2: partial          snapshot: its volume
- *           (0.5 leaves it out)      36    4 slot of the root of the map with
- *                                            the tree of its id, or 0
+ *   4     4 1: snapshot; 2: partial,         snapshot: its volume
+ *           of a pull that has not   36    4 slot of the root of the map with
+ *           come to its end                  the tree of its id, or 0
  *   8     8 size, bytes              40   32 content id, or zeroes
  *   16    4 slot of the map's root   72   32 kept for an origin
  *   20    4 levels of the map: 4     104   8 kept for a quota

@@ -447,6 +447,14 @@ fi
 slow_tests() {
   cat <<'END'
 3300 testProgressIsShownOnATerminal
+6100 testPullsCommandIsToldToEndAfterFiveSeconds
+3500 testPullKilledAgainAndAgainEndsWithTheId
+3000 testPullThatIsCutOffAnywhereIsGoneOnWith
+3900 testPullByAServerEndsWithItsCommandOrTheServer
+3000 testPullOfAnIncrementMovesWhatDiffers
+2800 testPullOnAFullDiskLeavesRoomForOthers
+2500 testGcRemovesAPartialThatIsAWeekOld
+2500 testPullThatIsEndedIsGoneOnWith
 4000 testStoreOnAFullExt4
 4000 testStoreOnAFullExt3
 6000 testStoreOnAFullXfs
@@ -3427,6 +3435,667 @@ testPullGetsASealedSnapshotFromAnotherStore() {
   cas 0 snapshot "$S::w@t"
   cas 1 pull "$S::w@t" v@s -- "$NBDSERVE" -s "$T/store::"
   says 'pull w@t v@s: that name is taken'
+}
+# Another store, $P, which has v and v@s with so many bytes, those of $T/in, and
+# ID, that of v@s; and an empty one, $S
+peers() { # bytes
+  unless NO_CAS && unless NO_CLIENT || return 1
+  S=$T/store P=$T/peer SIZE=$1
+  noise "$1" >"$T/in"
+  cas 0 init "$S"
+  cas 0 init "$P"
+  cas 0 import "$P::v" "$T/in"
+  sealed v@s
+}
+sealed() { # VOL@SNAP of $P, which is made: ID
+  cas 0 snapshot "$P::$1"
+  cas 0 seal "$P::$1"
+  ID=$(cat "$T/out")
+}
+# A pull from $P: MOVED, the bytes that came, as its server tells
+fetch() { # STATUS VOL@SNAP NAME
+  cas "$1" pull "$S::$2" "$3" -- "$NBDSERVE" -s --stats "$P::"
+  MOVED=$(sed -n 's/^{.*"bytes_read":\([0-9]*\).*/\1/p' "$T/err")
+  grep -v '^{"clients"' "$T/err" >"$T/others"
+  mv "$T/others" "$T/err"
+}
+moved() { # at most so many bytes
+  assertTrue "$MOVED bytes came, and $1 may" "[ $MOVED -le $1 ]"
+}
+# $S has what was pulled as that volume, and nothing else
+whole() { # VOL
+  assertEquals 'its id' "$ID" "$(tail -n 1 "$T/out")"
+  names
+  assertEquals 'all that is there' "$1 $1@s " "$GOT"
+  same "$1@s" "$T/in"
+  cas 0 verify "$S"
+}
+again() { # the same, after what was pulled as that volume was removed
+  cas 0 rm "$S::$1@s" "$1"
+}
+
+testPullTakesAUriOrACommand() {
+  peers 300000 || return 0
+  fetch 0 w@s "$ID"
+  whole w
+  again w
+  serve "$P::"
+  for name in v@s "$ID"; do
+    cas 0 pull "$S::w@s" "$(uri "$name")"
+    whole w
+    again w
+  done
+  unless NO_THREADS || return 0
+  cas 0 pull "$P::v@t" "$(uri v@s)" # from itself
+  assertEquals "$ID" "$(cat "$T/out")"
+  peer=$(uri v@s)
+  serve "$S::"
+  cas 0 pull "$S::a@s" "$peer"
+  whole a
+  again a
+  cas 0 pull "$S::b@s" v@s -- "$NBDSERVE" -s "$P::"
+  whole b
+}
+testPullTakesAUriOfTcp() {
+  peers 300000 && tcp || return 0
+  start -p 0 "$P::"
+  port=${URI##*:}
+  for uri in "${URI%/*}/v@s" "nbd://localhost:${port%/*}/v%40s"; do
+    cas 0 pull "$S::w@s" "$uri"
+    whole w
+    again w
+  done
+  stop TERM
+  cas 1 pull "$S::w@t" "$uri"
+  says "$uri: Connection refused"
+}
+testNamesInUrisAreDecoded() {
+  peers 5000 || return 0
+  cas 0 rename "$P::v" 'ü %b?#&'
+  cas 0 rename "$P::ü %b?#&@s" 'ü %b?#&@s t'
+  serve "$P::"
+  for name in '%C3%BC%20%25b%3F%23%26@s%20t' 'ü %25b%3f#&%40s t'; do
+    cas 0 pull "$S::w@s" "nbd+unix:///$name?socket=${SOCK%/*}%2f${SOCK##*/}"
+    whole w
+    again w
+  done
+  stop TERM
+  fetch 0 'ä b@s' 'ü %b?#&@s t'
+  whole 'ä b'
+}
+testUrisThatNameNoServerAreRefused() {
+  peers 5000 || return 0
+  SOCK=$T/s
+  for uri in nbds://localhost/v@s "nbds+unix:///v@s?socket=$SOCK" \
+    "nbd+unix:///v@s?socket=$SOCK&tls-certificates=x" nbd+unix:///v@s \
+    'nbd+unix:///v@s?socket=' "nbd+unix:///v%ZZ?socket=$SOCK" \
+    "nbd+unix:///v%0?socket=$SOCK" "nbd+unix:///v%00?socket=$SOCK" \
+    "nbd+unix:///v@s?sock=$SOCK" "nbd+unix:///v@s?socket=$SOCK%" \
+    "nbd+unix:///v@s?socket=$SOCK#x" "nbd+unix://x/v@s?socket=$SOCK" \
+    "nbd://localhost/v@s?socket=$SOCK" 'nbd://[::1]x/v@s' "$SOCK" v@s ''; do
+    cas 2 pull "$S::w@s" "$uri"
+    says ': not as nbd://HOST'
+  done
+  cas 2 repair "$S" "nbd+unix:///v%ZZ?socket=$SOCK"
+  says ': not as nbd://HOST'
+  cas 1 pull "$S::w@s" "$(uri v@s)"
+  says "$T/s: No such file"
+}
+testPullTakesItsOperandsAndOptionsOnly() {
+  peers 5000 || return 0
+  for words in '' "$S" "$S::w@s" "$S::w@s nbd://x/y z" "$S::w@s -- false" \
+    "$S::w@s a b -- false"; do
+    # shellcheck disable=SC2086
+    cas 2 pull $words
+    says 'usage: nbdserve pull STORE::VOLUME@SNAP FROM'
+  done
+  for option in -r -n -s -1 --accept-loss --run=false; do
+    cas 2 pull $option "$S::w@s" nbd://x/y
+    says 'not for the command pull'
+  done
+  cas 0 --json pull "$S::w@s" v@s -- "$NBDSERVE" -s "$P::"
+  assertEquals "{\"id\":\"$ID\"}" "$(cat "$T/out")"
+}
+testPullOfNothingAndOfHoles() {
+  peers 5000 || return 0
+  cas 0 create "$P::none" 0
+  cas 0 create "$P::holes" 1T
+  cas 0 create "$P::far" 1T
+  DISK=$P::far
+  talk "$(ask GO)" WRITE,1,0,3 616263 WRITE,2,500000000000,3 646566 \
+    WRITE,3,1099511627773,3 676869 DISC,0,0,0
+  for name in none holes far; do
+    sealed "$name@s"
+    fetch 0 "$name@s" "$name@s"
+    moved 300000
+  done
+  DISK=$S::far
+  talk "$(ask GO)" READ,1,0,4 READ,2,500000000000,3 READ,3,1099511627773,3 \
+    DISC,0,0,0
+  assertContains "$GOT" 'OK.1=61626300 OK.2=646566 OK.3=676869'
+  cas 0 verify "$S"
+}
+testPullOfWhatBecameZeroes() {
+  peers 5000 || return 0
+  DISK=$P::v
+  talk "$(ask GO)" ZEROES,1,0,5000 DISC,0,0,0
+  sealed v@zero
+  fetch 0 w@s v@zero
+  truncate -s 0 "$T/in"
+  truncate -s 5000 "$T/in"
+  whole w
+}
+testPullLeavesTheVolumeAloneAndFetchesNothingTwice() {
+  peers 3000000 || return 0
+  noise 5000 >"$T/own"
+  cas 0 import "$S::w" "$T/own"
+  fetch 0 w@s v@s
+  moved $((SIZE * 1012 / 1000 + SIZE * 8 / 1000 + 100000))
+  whole w
+  same w "$T/own"
+  stored
+  was=$GOT
+  for new in w@t x@t; do
+    fetch 0 "$new" v@s
+    moved 4096 # the head
+    same "$new" "$T/in"
+  done
+  stored
+  assertTrue "$was and then $GOT" "[ $GOT -lt $((was + 100000)) ]"
+}
+testPullOfAnIncrementMovesWhatDiffers() {
+  peers 12000000 || return 0
+  fetch 0 w@s v@s
+  DISK=$P::v
+  for n in 1 10; do # blocks, in one leaf
+    talk "$(ask GO)" WRITE,1,6144000,$((n * 4096)) \
+      "$(noise $((n * 4096)) | hex)" DISC,0,0,0
+    sealed "v@$n"
+    fetch 0 "w@$n" "v@$n"
+    assertEquals "$ID" "$(cat "$T/out")"
+    moved $((n * 4096 * 1012 / 1000 + 33000 + 100000))
+    cas 0 export "$P::v@$n" "$T/in"
+    same "w@$n" "$T/in"
+  done
+  cas 0 verify "$S"
+}
+testPullTakesBlocksThatAreElsewhere() {
+  peers 3000000 || return 0
+  { noise 4096; cat "$T/in"; } >"$T/moved"
+  cas 0 import "$S::x" "$T/moved"
+  stored
+  was=$GOT
+  fetch 0 w@s v@s
+  moved 100000 # the tree
+  stored
+  assertTrue "$was and then $GOT" "[ $GOT -lt $((was + 200000)) ]"
+  same w@s "$T/in"
+  cas 0 verify "$S"
+}
+testWhatCannotBePulledIsTold() {
+  peers 5000 || return 0
+  cas 0 snapshot "$P::v@unsealed"
+  for name in v v@unsealed v@nix /blocks "sha256-$(zeroes 32)"; do
+    fetch 1 w@s "$name"
+    says "pull w@s $name: the peer refuses .*only what is sealed"
+  done
+  for name in w w@ @s w@s@t w@s/pull ''; do
+    fetch 2 "$name" v@s
+    says ': (not a name|a snapshot is called VOLUME@NAME|a name with @)'
+  done
+  fetch 0 w@s v@s
+  fetch 0 w@s v@s
+  cas 0 snapshot "$S::w@t"
+  fetch 1 w@t v@s
+  says 'pull w@t v@s: that name is taken'
+  S=$T/8k
+  cas 0 init "$S" 8K
+  fetch 2 w@s v@s
+  says 'pull w@s v@s: the peer.s blocks have 4096 bytes, not 8192'
+  for peer in "$NBDSERVE -s mem:1M" "$NBDSERVE -s mem:1000" /bin/false \
+    'cat /dev/null' "$T/nix" 'echo there is no server here' 'sleep 1.5'; do
+    # shellcheck disable=SC2086
+    cas 1 --stall 1 pull "$S::w@s" v@s -- $peer
+    says 'pull w@s v@s: (that is no NBD|the peer)'
+  done
+  names
+  assertEquals 'nothing came' '' "$GOT"
+}
+testPullsCommandIsToldToEndAfterFiveSeconds() {
+  peers 5000 || return 0
+  begun=$(clock)
+  cas 0 pull "$S::w@s" v@s -- sh -c '"$0" -s "$1"; exec sleep 60' \
+    "$NBDSERVE" "$P::"
+  says 'sh: has ended with status 143'
+  assertTrue 'after five' "[ $(($(clock) - begun)) -ge 5000 ]"
+  whole w
+}
+
+# ---- Pulls that are interrupted ---------------------------------------------
+
+# 20 MB come in two parts: 16 MiB, which are kept, and the rest, within which
+# the connection is after so many bytes
+SOME=17500000
+# A pull of v@s as w@s in the background, which stands still after so many bytes
+# until $T/stall is removed: JOB, PID
+begin() { # bytes
+  OUT=$T/pulled
+  rm -f "$T/stalls"
+  : >"$T/stall"
+  : >"$OUT"
+  spawn pull "$S::w@s" v@s -- sh -c '"$0" -s "$1" | {
+      dd bs=4k iflag=count_bytes count="$2" 2>/dev/null
+      : >"$3/stalls"
+      while [ -e "$3/stall" ]; do sleep 0.05; done
+      exec cat
+    }' "$NBDSERVE" "$P::" "$1" "$T"
+  await "[ -e '$T/stalls' ]"
+  spawned
+}
+ended() { # status of JOB, which ends by itself
+  wait "$JOB"
+  assertEquals 'status' "$1" $?
+  JOBS=$(echo " $JOBS " | sed "s/ $JOB:$PID / /")
+}
+# A pull whose connection is cut off after so many bytes
+cut_off() { # bytes
+  cas 1 pull "$S::w@s" v@s -- sh -c '"$0" -s "$1" |
+    dd bs=4k iflag=count_bytes count="$2" 2>/dev/null' "$NBDSERVE" "$P::" "$1"
+  says 'pull w@s v@s: the peer (has hung up|is gone)'
+}
+# What is left then: a partial, and nothing else
+partial() {
+  rm -f "$T/stall"
+  listed
+  assertEquals 'a partial' "$ID/partial	$SIZE" "$(echo "$GOT" | cut -f1,2)"
+  cas 1 export "$S::$ID/partial" "$T/x"
+  says 'no such volume'
+  cas 0 verify "$S"
+}
+goes_on() { # and ends, and the partial is gone
+  await "! '$NBDSERVE' uri '$P' >/dev/null 2>&1"
+  fetch 0 w@s v@s
+  moved $((SIZE - 16000000))
+  whole w
+}
+
+testPullThatIsEndedIsGoneOnWith() {
+  peers 20000000 || return 0
+  begin $SOME
+  kill -TERM "$PID"
+  await "grep -q . '$T/err'"
+  says 'pull w@s v@s: Operation canceled'
+  rm "$T/stall" # it waits for its command
+  ended 1
+  partial
+  begin 1000000 # of those that are left
+  stop KILL
+  partial
+  goes_on
+}
+testPullThatIsCutOffAnywhereIsGoneOnWith() {
+  peers 20000000 || return 0
+  for bytes in 10 100 300 5000 10000 16000 20000 100000 $SOME; do
+    cut_off "$bytes"
+    cas 0 list "$S"
+    [ ! -s "$T/out" ] || partial
+  done
+  goes_on
+}
+testPullByAServerEndsWithItsCommandOrTheServer() {
+  peers 20000000 && unless NO_THREADS || return 0
+  bytes=$SOME
+  for signal in TERM KILL; do
+    serve "$S::"
+    server=$JOB:$PID
+    begin "$bytes"
+    bytes=1000000 # of those that are left
+    puller=$JOB:$PID JOB=${server%:*} PID=${server#*:}
+    stop $signal
+    JOB=${puller%:*} PID=${puller#*:}
+    rm "$T/stall"
+    ended 1
+    says 'pull.*cancel'
+    partial
+  done
+  serve "$S::"
+  begin "$bytes"
+  cas 1 rm "$S::$ID/partial"
+  says 'in use by a client'
+  stop KILL
+  await "[ \"\$('$NBDSERVE' list '$S' | cut -f5)\" = 0 ]"
+  partial
+  goes_on
+}
+testPullKilledAgainAndAgainEndsWithTheId() {
+  peers 20000000 || return 0
+  OUT=$T/pulled LOG='the peer (has hung up|is gone)|ended with status 137'
+  for i in 1 2 3 4 5 6 7 8 9 10; do
+    rm -f "$T/peer.pid"
+    spawn pull "$S::w@s" v@s -- sh -c 'echo $$ >"$0"; exec "$@"' \
+      "$T/peer.pid" "$NBDSERVE" -s --delay read:20 "$P::"
+    await "[ -s '$T/peer.pid' ] && [ -s '$T/pid$NSERVE' ]"
+    spawned
+    sleep "0.$(printf %03d $(($(noise 2 | od -An -tu2) % 300)))"
+    if [ $((i % 2)) = 0 ]; then
+      stop KILL
+    else
+      kill -9 "$(cat "$T/peer.pid")" 2>/dev/null
+      wait "$JOB"
+      JOBS=''
+    fi
+    names
+    [ "${GOT#w}" = "$GOT" ] || again w # it was faster
+    cas 0 verify "$S"
+  done
+  await "! '$NBDSERVE' uri '$P' >/dev/null 2>&1"
+  fetch 0 w@s v@s
+  whole w
+}
+testPartialIsOfNoUseAndRemovedByItsId() {
+  peers 20000000 || return 0
+  cut_off $SOME
+  id=$ID/partial
+  for words in "clone $S::$id x" "rename $S::$id x" "resize $S::$id 5" \
+    "diff $S::$id $id" "seal $S::$id" "-s $S::$id" "snapshot $S::$id@x" \
+    "clone $S::$ID x" "-s $S::$ID" "rm $S::$ID" \
+    "pull $P::x@y $ID -- $NBDSERVE -s $S::"; do
+    # shellcheck disable=SC2086
+    cas 1 $words
+  done
+  : >"$T/err"
+  [ "$SWITCH" = POSIX_ONLY ] || cas 0 gc "$S" # it is not a week old
+  partial
+  stored
+  assertTrue "it takes $GOT" "[ $GOT -gt 16000000 ]"
+  cas 0 rm "$S::$ID/partial"
+  stored
+  assertTrue "it took $GOT" "[ $GOT -lt 200000 ]"
+  names
+  assertEquals '' "$GOT"
+}
+testPartialIsNoExport() {
+  peers 20000000 || return 0
+  cut_off $SOME
+  cas 0 create "$S::x" 64K
+  DISK=$S::
+  talk "$(ask GO "$(of "$ID")")" "$(ask GO "$(of "$ID/pull")")" "$(opt LIST)" \
+    "$(opt ABORT)"
+  expect go=unknown go=unknown list=server:x list=ack abort=ack
+  : >"$T/err"
+  serve "$S::"
+  assertEquals 'the first export' "$(uri x)" "$URI"
+}
+testGcRemovesAPartialThatIsAWeekOld() {
+  unless POSIX_ONLY || return 0
+  if [ -n "$EMULATOR${SANITIZER-}" ]; then
+    skip 'its clock cannot be put forward'
+    return 0
+  fi
+  peers 20000000 || return 0
+  cat >"$T/later.c" <<'END'
+#define _GNU_SOURCE
+#include <time.h>
+time_t time(time_t *t) {
+  struct timespec now;
+  clock_gettime(CLOCK_REALTIME, &now);
+  if (t) *t = now.tv_sec + DAYS * 86400;
+  return now.tv_sec + DAYS * 86400;
+}
+END
+  cut_off $SOME
+  for days in 6 8; do
+    partial
+    # shellcheck disable=SC2086
+    does $CC $CFLAGS -shared -fPIC -DDAYS=$days -o "$T/$days.so" "$T/later.c"
+    within "env LD_PRELOAD='$T/$days.so' '$BARE'"
+    cas 0 gc "$S"
+    NBDSERVE=$BARE
+  done
+  names
+  assertEquals '' "$GOT"
+}
+testAnIdIsPulledByOneAtATime() {
+  peers 20000000 && unless NO_THREADS || return 0
+  serve "$S::"
+  begin $SOME
+  cas 1 pull "$S::x@y" v@s -- "$NBDSERVE" -s "$P::"
+  says 'pull x@y v@s: another pull'
+  rm "$T/stall"
+  ended 0
+  cp "$OUT" "$T/out"
+  whole w
+}
+testPullOnAFullDiskLeavesRoomForOthers() {
+  unless POSIX_ONLY && unless NO_CLIENT || return 0
+  ! is_variant || { skip 'no other than in the plain build'; return 0; }
+  disk tmpfs 110 || return 0
+  P=$T/store SIZE=50000000
+  noise $SIZE >"$T/in"
+  cas 0 import "$P::v" "$T/in"
+  sealed v@s
+  cas 0 init "$S"
+  cas 0 create "$S::x" 64M
+  serve "$S::"
+  cas 1 pull "$S::w@s" v@s -- "$NBDSERVE" -s "$P::"
+  says 'pull w@s v@s: [Nn]o space left.*list, rm'
+  names
+  assertEquals "$ID/partial x " "$GOT"
+  brim x add:20 over:50 flush check
+  mount -o remount,size=200M "$T/m"
+  fetch 0 w@s v@s
+  moved $((SIZE - 16000000))
+  same w@s "$T/in"
+  stop TERM
+  cas 0 verify "$S"
+  no_disk
+}
+
+# ---- Repair from a peer -----------------------------------------------------
+
+# $S is a copy of $P, but in every 50th block a bit is wrong
+damaged_copy() {
+  peers 3000000 || return 1
+  cp "$P" "$S"
+  at=$((19 * 1048576 + 100))
+  while [ $at -lt "$(wc -c <"$S")" ]; do
+    flip $at
+    at=$((at + 50 * 4096))
+  done
+  cas 3 verify "$S"
+  assertTrue 'some are damaged' "[ $(wc -l <"$T/out") -ge 10 ]"
+}
+testRepairGetsWhatAPeerHas() {
+  damaged_copy || return 0
+  cp "$S" "$T/again"
+  serve "$P::"
+  cas 0 repair "$S" "nbd+unix:///?socket=$SOCK"
+  whole_again='cas 0 verify "$S"; same v "$T/in"; same v@s "$T/in"'
+  eval "$whole_again"
+  stop TERM
+  S=$T/again
+  cas 0 repair "$S" -- "$NBDSERVE" -s "$P::"
+  eval "$whole_again"
+}
+testRepairGetsItFromAPeerThatIsOnlyRead() {
+  damaged_copy || return 0
+  cas 0 repair "$S" -- "$NBDSERVE" -s -r "$P::"
+  cas 0 verify "$S"
+}
+testRepairFromAPeerBesideClients() {
+  damaged_copy && unless NO_THREADS && build client || return 0
+  cas 0 create "$S::w" 64M
+  serve "$P::"
+  peer="nbd+unix:///?socket=$SOCK"
+  serve "$S::"
+  "$W/client" brim "$SOCK" w "$T/shadow.w" add:100 over:200 flush check \
+    over:200 flush check >"$T/brim" 2>&1 &
+  clients=$!
+  cas 0 repair "$S" "$peer"
+  wait $clients
+  assertEquals "clients: $(tail -n 3 "$T/brim")" 0 $?
+  same v "$T/in"
+  stop TERM
+  cas 0 verify "$S"
+}
+testRepairTellsWhatThePeerLacks() {
+  needs python3 && damaged_copy || return 0
+  noise 409600 >"$T/own"
+  cas 0 import "$S::own" "$T/own"
+  LOG='client 1: NBD_CMD_READ .*Input/output error'
+  python3 - "$S" "$T/own" <<'END'
+import sys
+with open(sys.argv[1], "r+b") as f, open(sys.argv[2], "rb") as own:
+    data, block = f.read(), own.read()[40960:45056]
+    f.seek(data.index(block) + 5)
+    f.write(bytes([block[5] ^ 1]))
+END
+  cas 3 repair "$S" -- "$NBDSERVE" -s "$P::"
+  assertEquals 'own	40960	4096' "$(cut -f1-3 "$T/out")"
+  cas 3 verify "$S"
+  assertEquals 'own	40960	4096' "$(cut -f1-3 "$T/out")"
+}
+testRepairFromWhatIsNoSuchStoreFails() {
+  damaged_copy || return 0
+  LOG='client 1: NBD_CMD_READ .*'
+  cas 0 init "$T/8k" 8K
+  cas 2 repair "$S" -- "$NBDSERVE" -s "$T/8k::"
+  says "repair $S: the peer.s blocks have 8192 bytes, not 4096"
+  cas 1 repair "$S" -- false
+  says "repair $S: the peer has hung up"
+}
+testRepairWritesToNoPeerThatIsNoStore() {
+  unless NO_FLAT && damaged_copy || return 0
+  noise 4194304 >"$T/was"
+  for size in 4M 1M 1060864; do # the last one is that of /blocks
+    truncate -s $size "$T/was"
+    cp "$T/was" "$DISK"
+    run repair "$S" -- "$NBDSERVE" -s "$DISK"
+    assertNotEquals "status with $size" 0 "$STATUS"
+    says "repair $S: "
+    assertTrue "$size are as they were" "cmp '$DISK' '$T/was'"
+  done
+  run repair "$S" -- "$NBDSERVE" -s "$P::v"
+  says "repair $S: "
+  S=$P
+  same v "$T/in"
+}
+
+# ---- What a peer is served --------------------------------------------------
+
+testStandardStreamsOfAStoreThatAnotherServes() {
+  peers 300000 && unless NO_THREADS || return 0
+  serve "$P::"
+  DISK=$P::
+  talk "$(ask GO "$(of v)")" READ,1,0,2 WRITE,2,0,2 6162 READ,3,0,2 DISC,0,0,0
+  assertContains "$GOT" "OK.1=$(head -c 2 "$T/in" | hex) OK.2 OK.3=6162"
+  assertNotContains "$GOT" exit=
+  for option in --read-only --stats --no-verify '--delay read:1'; do
+    # shellcheck disable=SC2086
+    cas 2 -s $option "$P::"
+    says "^nbdserve: ${option% *}: not for a store that another process serves"
+  done
+  cas 4 -s "$P::v"
+  assertContains "$(cat "$T/err")" "$P: in use by a server"
+  : >"$T/err"
+  talk "$(ask GO "$(of v)")" READ,1,0,2 DISC,0,0,0
+  assertContains "$GOT" OK.1=6162
+}
+testStandardStreamsEndWithTheServer() {
+  peers 5000 && unless NO_THREADS || return 0
+  serve "$P::"
+  server=$JOB
+  mkfifo "$T/hold"
+  sleep 20 >"$T/hold" &
+  holds=$!
+  IN=$T/hold OUT=$T/held
+  : >"$OUT"
+  spawn -s "$P::"
+  front=$JOB JOB=$server
+  await "[ \$(wc -c <'$OUT') -ge 18 ]"
+  stop KILL
+  wait "$front"
+  assertEquals 'status' 1 $?
+  says 'serve: canceled, or no answer from the server'
+  kill $holds
+  wait $holds 2>/dev/null || :
+}
+testPullExportIsNotListedAndOnlyRead() {
+  peers 300000 || return 0
+  DISK=$P::
+  talk "$(opt LIST)" "$(opt ABORT)"
+  expect list=server:v list=server:v@s:snapshot list=ack abort=ack
+  for name in v/pull v@/pull /pull v@s/pull/pull v@s/blocks blocks; do
+    talk "$(ask GO "$(of $name)")" "$(opt ABORT)"
+    expect go=unknown abort=ack
+  done
+  : >"$T/err"
+  talk "$(ask GO "$(of "$ID/pull")")" READ,1,0,16 READ,2,16,8 READ,3,24,32 \
+    WRITE,4,0,1 61 TRIM,5,0,4096 ZEROES,6,0,4096 READ,7,1351679,1 \
+    READ,8,1351680,1 READ,9,1351679,2 DISC,0,0,0
+  assertEquals "OK.1=4e424453$(of PULL)0000000100001000 OK.2=00000000000493e0 \
+OK.3=${ID#*-} EPERM.4 EPERM.5 EPERM.6 OK.7=00 EINVAL.8 EINVAL.9" \
+    "$(echo "$GOT" | cut -d' ' -f3-)"
+}
+testPullExportReadsTheSameInPieces() {
+  peers 1234567 && unless NO_THREADS && has_nbdsh || return 0
+  serve "$P::"
+  URI=$(uri v@s/pull)
+  nbd_python <<END
+import hashlib, random, subprocess
+random.seed($SEED)
+h.connect_uri(uri)
+size = h.get_size()
+assert h.is_read_only() and h.can_multi_conn()
+whole = b"".join(h.pread(4096, at) for at in range(0, size, 4096))
+for i in range(300):
+    at = random.randrange(random.choice([size, 60000]))
+    n = min(random.choice([1, 13, 5000, 100000]), size - at)
+    assert h.pread(n, at) == whole[at:at+n], (at, n)
+assert h.pread(size, 0) == whole
+data = whole[1 << 20:]
+with open("$T/in", "rb") as f: assert f.read() == data[:1234567]
+assert not any(data[1234567:])
+d0 = b"".join(hashlib.sha256(data[at:at+4096]).digest()
+              for at in range(0, len(data), 4096))
+assert whole[16384:16384+len(d0)] == d0
+d1 = hashlib.sha256(d0 + bytes(1016 * 32 - len(d0))).digest()
+assert whole[12288:12320] == d1
+r = subprocess.run(["$NBDSERVE", "rm", "$P::v@s"], capture_output=True)
+assert r.returncode == 1 and b"in use by a client" in r.stderr, r
+END
+}
+testBlocksAreReadByTheirSha256() {
+  peers 1000000 && unless NO_THREADS && has_nbdsh || return 0
+  LOG='client .: NBD_CMD_(READ|WRITE) .*(Input/output error|Invalid argument)'
+  serve "$P::"
+  URI="nbd+unix:////blocks?socket=$SOCK"
+  nbd_python <<END
+import hashlib
+h.connect_uri(uri)
+assert h.get_size() == 12288 + 256 * 4096, h.get_size()
+assert h.pread(16, 0) == b"NBDSBLKS" + bytes([0, 0, 0, 1, 0, 0, 16, 0])
+with open("$T/in", "rb") as f: data = f.read()
+blocks = [data[at:at+4096] for at in range(0, 200 * 4096, 4096)]
+digests = [hashlib.sha256(b).digest() for b in blocks]
+h.pwrite(digests[7] + bytes(32) + digests[3] + b"x" * 32, 4160)
+assert h.pread(4096, 12288 + 2 * 4096) == blocks[7]
+assert h.pread(4096, 12288 + 4 * 4096) == blocks[3]
+for i in 0, 3, 5, 6, 255: # nobody has these
+    refused(errno.EIO, h.pread, 4096, 12288 + i * 4096)
+h.pwrite(b"".join(digests), 4096)
+assert h.pread(200 * 4096, 12288) == b"".join(blocks)
+for at, n in (12288, 100), (12388, 4096), (12000, 4096):
+    refused(errno.EINVAL, h.pread, n, at)
+for at in 0, 4095, 12287, 12288:
+    refused(errno.EINVAL, h.pwrite, bytes(32), at)
+other = nbd.NBD() # has a letter box of its own
+other.connect_uri(uri)
+refused(errno.EIO, other.pread, 4096, 12288)
+other.pwrite(digests[9], 4096)
+assert other.pread(4096, 12288) == blocks[9]
+assert h.pread(4096, 12288) == blocks[0]
+END
 }
 
 # ==== [12] CAS (@cas) ========================================================

@@ -298,10 +298,12 @@ mutate: ## forged stores, believed: refused or sound; COUNT=10000
 	  seed=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' '); \
 	  echo "build/mutate $(COUNT) $$seed"; build/mutate $(COUNT) $$seed
 
-fuzz: nbdserve ## what clients send, from the tests' transcripts; SECONDS=60
+fuzz: nbdserve ## what clients (transcripts) and peers send; SECONDS=60
 	@mkdir -p build/corpus build/found
 	@[ -n "$$(ls build/corpus)" ] || CORPUS=$$PWD/build/corpus \
 	  ./test.sh -- testBadInputNeitherHurtsOthersNorLeaks
+	@for last in 340 341 342 343 344 346 354 364 374; do \
+	  printf "\\$$last" >build/corpus/peer$$last; done # see z_peer
 	@./test.sh --emit fuzz > build/fuzz.c
 	@clang -g -O1 -fsanitize=fuzzer,address,undefined -I. -o build/fuzz \
 	  build/fuzz.c $(LDLIBS) || { echo 'SKIP fuzz: no clang with libFuzzer'; \

@@ -4537,10 +4537,13 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
  * (P3) No lock is held while the peer is waited for. */
 #if !NBDSERVE_NO_CLIENT && !NBDSERVE_NO_CAS
 
+#ifndef PEER_ALIGN      /* the tests have smaller blocks */
+#define PEER_ALIGN 4096 /* requests begin and end at multiples of it */
+#endif
+
 enum {
   PEER_DEPTH = 16,     /* requests under way */
-  PEER_ALIGN = 4096,   /* all requests begin and end at multiples of it, */
-  PEER_MOST = 1 << 20, /* and have at most so many bytes */
+  PEER_MOST = 1 << 20, /* the longest request, bytes */
   PEER_REPLIES = 64,   /* to the one option that we send, at most */
   PEER_PENDING = 1,    /* peer_part.err, until the reply has come */
   PEER_LOOK_MS = 200   /* until progress is asked again */
@@ -7046,7 +7049,7 @@ static int cas_get_pairs(struct nbdserve_cas *st, uint32_t more) {
   do
     err = cas_want_pairs(st, more);
   while (err == -ENOSPC && cas_reclaim(st));
-  return err;
+  return st->failed ? st->failed : err;
 }
 
 /* Finds a block in a map, and sees to it that its slot can be changed: there is
@@ -8829,7 +8832,8 @@ static int cas_ask_peer(struct cas_verifier *v, struct cas_block *blk,
   v->peer->done = v->done;
   v->peer->total = v->total;
   int err = k ? peer_transfer(v->peer, NBD_CMD_WRITE, &ask, 1) : 0;
-  if (!err && ask.err) err = -EIO;
+  if (!err && ask.err)
+    err = peer_fail(v->peer, -EIO, "the peer takes no SHA-256s");
   if (!err) err = peer_transfer(v->peer, NBD_CMD_READ, parts, k);
   const struct peer_part *part = parts;
   for (size_t i = 0; i < n && !err; i++) {
@@ -9505,9 +9509,10 @@ static int cas_has_base(const struct cas_puller *p, uint64_t block,
 }
 
 /* Pulls what is below a node, of a level above 0, with so many blocks below
- * each kid.  digest: its own or, of the top, the id. */
+ * each kid.  digest: its own or, of the top, the id.  has_base: the base has
+ * something there; else its tree may still have what an older one had. */
 static int cas_pull_node(struct cas_puller *p, int level, uint32_t index,
-                         uint64_t size,
+                         uint64_t size, int has_base,
                          const unsigned char digest[CAS_DIGEST_LEN]) {
   struct nbdserve_cas *st = p->sealer.vol->st;
   const struct cas_node node = {.level = (unsigned char)level, .index = index};
@@ -9517,20 +9522,38 @@ static int cas_pull_node(struct cas_puller *p, int level, uint32_t index,
   struct peer_part part = cas_ask_kids(p, level, index, kids);
   int err = peer_transfer(p->peer, NBD_CMD_READ, &part, 1);
   if (!err) err = cas_take_kids(p, level, index, &part, digest);
-  if (!err) err = cas_move_digests(&p->sealer, OS_READ, &node, base);
+  if (!err && has_base)
+    err = cas_move_digests(&p->sealer, OS_READ, &node, base);
   for (uint32_t c = 0; c < st->fanout && !err; c++) {
     uint32_t i = index * st->fanout + c;
     if (i >= p->at.count[level]) break;
     const unsigned char *kid = kids + c * CAS_DIGEST_LEN;
     int is_zero = u_is_zero(kid, CAS_DIGEST_LEN);
-    int is_base = memcmp(kid, base + c * CAS_DIGEST_LEN, CAS_DIGEST_LEN) == 0;
+    const unsigned char *theirs = base + c * CAS_DIGEST_LEN;
+    int is_base = memcmp(kid, theirs, CAS_DIGEST_LEN) == 0;
     if (is_base && cas_has_base(p, i * size, size)) continue;
     if (is_zero)
       err = cas_discard(p->sealer.vol, i * size * st->bs, size * st->bs);
     else if (level > 1)
-      err = cas_pull_node(p, level - 1, i, size / st->fanout, kid);
+      err = cas_pull_node(p, level - 1, i, size / st->fanout,
+                          !u_is_zero(theirs, CAS_DIGEST_LEN), kid);
     else
       err = cas_pull_leaf(p, i, kid);
+  }
+  NBDSERVE_FREE(kids);
+  return err;
+}
+
+/* Is the id that of what the peer says is at the top of its tree, and of that
+ * size?  Only then there is anything to begin with. */
+static int cas_check_top(struct cas_puller *p, struct cas_volume *wanted) {
+  unsigned char *kids = u_zalloc(CAS_KIDS_ROOM(wanted->st));
+  int err = kids ? 0 : -ENOMEM;
+  p->sealer.vol = wanted;
+  if (!err && p->at.count[0]) {
+    struct peer_part part = cas_ask_kids(p, CAS_LEVELS - 1, 0, kids);
+    err = peer_transfer(p->peer, NBD_CMD_READ, &part, 1);
+    if (!err) err = cas_take_kids(p, CAS_LEVELS - 1, 0, &part, wanted->now.cid);
   }
   NBDSERVE_FREE(kids);
   return err;
@@ -9575,7 +9598,8 @@ static int cas_pull_id(struct cas_puller *p, const unsigned char *id) {
   int err = cas_begin_seal(&p->sealer);
   change.tree = p->sealer.tree;
   if (!err && p->at.count[0])
-    err = cas_pull_node(p, CAS_LEVELS - 1, 0, st->max_blocks / st->fanout, id);
+    err = cas_pull_node(p, CAS_LEVELS - 1, 0, st->max_blocks / st->fanout,
+                        p->sealer.base != NULL, id);
   if (!err) err = cas_pull_leaves(p);
   while (p->nleaves > 0)
     NBDSERVE_FREE(p->leaves[--p->nleaves].wanted);
@@ -9593,7 +9617,7 @@ static int cas_pull_id(struct cas_puller *p, const unsigned char *id) {
 /* Makes a snapshot of what has that id: of one that is here, or it is pulled. */
 static int cas_pull_record(struct nbdserve_cas *st, const char *name,
                            struct nbdserve_peer *peer,
-                           const struct cas_volume *wanted) {
+                           struct cas_volume *wanted) {
   struct cas_volume *there;
   char id[72];
   char part[sizeof id + sizeof CAS_PARTIAL];
@@ -9619,7 +9643,9 @@ static int cas_pull_record(struct nbdserve_cas *st, const char *name,
   p->sealer.arg = peer->arg;
   p->at = cas_pull_layout(st->bs, wanted->now.size);
   peer->total = wanted->now.size;
-  err = cas_use_partial(st, name, part, wanted->now.size, &p->sealer.vol);
+  err = cas_check_top(p, wanted);
+  if (!err)
+    err = cas_use_partial(st, name, part, wanted->now.size, &p->sealer.vol);
   if (!err) {
     err = cas_pull_id(p, wanted->now.cid);
     cas_unhide(p->sealer.vol);
@@ -9631,7 +9657,7 @@ static int cas_pull_record(struct nbdserve_cas *st, const char *name,
 /* See nbdserve.h. */
 int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
                       const char *from, struct nbdserve_peer *peer) {
-  struct cas_volume wanted = {.id = 0};
+  struct cas_volume wanted = {.st = st};
   struct cas_volume *there;
   unsigned char head[CAS_PAGE] = {0};
   char export[WIRE_STRING_MAX + 8];

@@ -4097,6 +4097,90 @@ assert other.pread(4096, 12288) == blocks[9]
 assert h.pread(4096, 12288) == blocks[0]
 END
 }
+testPullsPeerMayLieAboutAnything() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unit farlies
+}
+testPullTakesWhatIsOddButTrue() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unit farodd
+}
+testPullWaitsForASilentPeerOnlySoLong() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unit farstall
+}
+testPullMayBeCutAfterEveryByte() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unit farcut
+}
+testPullsPeerMayHangUpOrBeGone() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unit fargone
+}
+testPullRefusesATreeThatSealWouldNotMake() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unit farforged
+}
+testPullRefusesWhatIsBehindTheEnd() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unit fartail
+}
+testPullSaysWhyAnExportIsTooSmall() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unit farsmall
+}
+testPullOfSizesAroundBlocksAndLeaves() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unit farsizes
+}
+testPullRefusesNamesThatCannotBe() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unit farnames
+}
+testRepairWritesNothingThatAPeerMakesUp() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unit farrepair
+}
+testPullExportIsTheSameFromWhereverItIsRead() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unit farserved
+}
+testBlocksExportBearsGarbage() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unit farbox
+}
+testPartOfAPullIsNobodyElsesAndGoesAfterAWeek() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unit farbusy
+}
+testPullBearsThatMemoryLacks() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  fault farmemory "$T/pool"
+}
+testPullBearsThatACallFails() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  fault farcalls "$T/pool"
+}
+testRepairFromAPeerBearsThatACallFails() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  fault farmend "$T/pool"
+}
+testPullOfWhatIsBeingRemovedBeginsAnew() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unless NO_THREADS || return 0
+  fault farremoved "$T/pool"
+}
+testPartOfAPullGoesThoughASnapshotHasItsId() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  fault farsameid "$T/pool"
+}
+testNoPowerCutHarmsWhatIsPulledOrMended() {
+  unless NO_CLIENT && simulates && build simulator || return 0
+  cuts=$((${POWER_CUTS:-500} * 3))
+  ! is_variant || cuts=100
+  [ -z "${SANITIZER-}" ] || cuts=40
+  does "$W/simulator" peer $cuts 1
+}
 
 # ==== [12] CAS (@cas) ========================================================
 
@@ -10745,6 +10829,362 @@ static int s_end(struct served *v) {
   return v->result;
 }
 
+//== unit fault simulator fuzz
+/* A store at the far end of a connection, for what pulls from it: its own idea
+ * of NAME/pull and /blocks, and of a server of them, as nbdserve.c says in the
+ * head of its part on blocks that travel.  It moves no byte itself: it is told
+ * what has come, and says what is to go.  It lies where it is told to. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1
+#endif
+#ifndef _FILE_OFFSET_BITS
+#define _FILE_OFFSET_BITS 64
+#endif
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* SHA-256; behind #include "nbdserve.c" */
+static void far_sum(const void *p, size_t n, unsigned char sum[32]);
+
+/* A sealed snapshot: all of NAME/pull */
+struct far {
+  uint32_t bs, fan; /* bytes of a block; nodes below one */
+  uint64_t size, blocks;
+  uint64_t count[4], at[4]; /* nodes of d0 to d3, and where they begin */
+  uint64_t data, end;       /* where the blocks do, and all ends */
+  unsigned char *b;         /* [end] */
+  char id[72];
+  char part[80]; /* what of it is there is called so */
+};
+
+enum far_kind {
+  FAR_GREETING,
+  FAR_OPTION, /* a reply to GO: size, block sizes, ACK */
+  FAR_ANSWER, /* to a READ or WRITE: of a pull head, d3, d2, d1, d0, blocks */
+  FAR_KINDS
+};
+/* In the nth message of that kind n bytes at off are value, or all of it */
+struct far_lie {
+  enum far_kind kind;
+  int nth;
+  size_t off, n;
+  uint64_t value;
+};
+enum {
+  FAR_FOUND = 12288
+}; /* there the blocks of /blocks begin */
+struct far_talk {
+  const struct far *far;      /* what it has */
+  const struct far_lie *lies; /* up to one with n 0; or NULL */
+  int haggles;                /* so many replies come before those that count */
+  int reverse; /* what came together is answered from the end on */
+  int phase;   /* 0: flags come; 1: an option; 2: requests; 3: it is over */
+  int is_box;  /* it is /blocks */
+  int nth[FAR_KINDS];
+  unsigned char box[FAR_FOUND]; /* the head and the SHA-256s that are wanted */
+  unsigned char in[16384];      /* [nin]: what has come of a message */
+  size_t nin;
+  unsigned char *out; /* [nout]: what is to go; room for `room` */
+  size_t nout, room;
+};
+
+static void far_put(unsigned char *p, size_t n, uint64_t v) {
+  for (; n > 0; v >>= 8)
+    p[--n] = (unsigned char)v;
+}
+
+static uint64_t far_get(const unsigned char *p, size_t n) {
+  uint64_t v = 0;
+  while (n-- > 0)
+    v = v << 8 | *p++;
+  return v;
+}
+
+static int far_is_zero(const unsigned char *p, size_t n) {
+  return !*p && !memcmp(p, p + 1, n - 1);
+}
+
+/* Room for a snapshot of that size, all zeroes */
+static void far_make(struct far *far, uint32_t bs, uint32_t fan,
+                     uint64_t size) {
+  uint64_t n = (size + bs - 1) / bs, off = 4096;
+  int k;
+  memset(far, 0, sizeof *far);
+  far->bs = bs;
+  far->fan = fan;
+  far->size = size;
+  far->blocks = n;
+  for (k = 0; k < 4; k++, n = (n + fan - 1) / fan)
+    far->count[k] = n;
+  for (k = 4; k-- > 0; off += (far->count[k] * 32 + 4095) / 4096 * 4096)
+    far->at[k] = off;
+  far->data = (off + (1 << 20) - 1) >> 20 << 20;
+  far->end = far->data + far->blocks * bs;
+  far->b = calloc(1, (size_t)far->end);
+  if (!far->b) exit(2);
+}
+
+static unsigned char *far_node(const struct far *far, int level, uint64_t i) {
+  return far->b + far->at[level] + 32 * i;
+}
+
+static unsigned char *far_block(const struct far *far, uint64_t i) {
+  return far->b + far->data + far->bs * i;
+}
+
+/* Computes what is above the nodes of a level: those, the id and the head. */
+static void far_raise(struct far *far, int level) {
+  unsigned char *run = calloc(far->fan, 32), sum[32];
+  unsigned char top[58] = "nbdserve-cid-2";
+  uint64_t i, n;
+  if (!run) exit(2);
+  for (; level < 4; level++)
+    for (i = 0; i < far->count[level]; i += far->fan) {
+      n = far->count[level] - i;
+      if (n > far->fan) n = far->fan;
+      memset(run, 0, far->fan * 32);
+      memcpy(run, far_node(far, level, i), n * 32);
+      far_sum(run, far->fan * 32, sum);
+      if (far_is_zero(run, far->fan * 32)) memset(sum, 0, 32);
+      memcpy(level < 3 ? far_node(far, level + 1, i / far->fan) : top + 26, sum,
+             32);
+    }
+  free(run);
+  far_put(top + 14, 4, far->bs);
+  far_put(top + 18, 8, far->size);
+  far_sum(top, sizeof top, sum);
+  memcpy(far->b, "NBDSPULL", 8);
+  far_put(far->b + 8, 4, 1);
+  far_put(far->b + 12, 4, far->bs);
+  far_put(far->b + 16, 8, far->size);
+  memcpy(far->b + 24, sum, 32);
+  strcpy(far->id, "sha256-");
+  for (i = 0; i < 32; i++)
+    snprintf(far->id + 7 + 2 * i, 3, "%02x", sum[i]);
+  snprintf(far->part, sizeof far->part, "%s/partial", far->id);
+}
+
+/* Computes all that hangs on the blocks. */
+static void far_seal(struct far *far) {
+  uint64_t i;
+  for (i = 0; i < far->blocks; i++) {
+    memset(far_node(far, 0, i), 0, 32);
+    if (!far_is_zero(far_block(far, i), far->bs))
+      far_sum(far_block(far, i), far->bs, far_node(far, 0, i));
+  }
+  far_raise(far, 0);
+}
+
+static void far_free(struct far *far) {
+  free(far->b);
+  far->b = NULL;
+}
+
+/* The next message is p[0..n), or what the lies make of it.  Of an answer that
+ * is an error only the head goes. */
+static void far_say(struct far_talk *t, enum far_kind kind,
+                    const unsigned char *p, size_t n) {
+  const struct far_lie *lie = t->lies;
+  unsigned char *to;
+  if (t->nout + n > t->room) {
+    t->room = 2 * t->room + n;
+    t->out = realloc(t->out, t->room);
+    if (!t->out) exit(2);
+  }
+  to = memcpy(t->out + t->nout, p, n);
+  for (; lie && lie->n; lie++)
+    if (lie->kind == kind && lie->nth == t->nth[kind] && lie->off < n) {
+      size_t off = lie->off;
+      do
+        far_put(to + off, lie->n, lie->value);
+      while (lie->n == 1 && lie->value == 0xee && ++off < n);
+    }
+  t->nth[kind]++;
+  if (kind == FAR_ANSWER && !far_is_zero(to + 4, 4)) n = 16;
+  t->nout += n;
+}
+
+static void far_reply(struct far_talk *t, uint32_t type, const void *data,
+                      size_t n) {
+  unsigned char b[200];
+  far_put(b, 8, UINT64_C(0x3e889045565a9));
+  far_put(b + 8, 4, 7);
+  far_put(b + 12, 4, type);
+  far_put(b + 16, 4, n);
+  memcpy(b + 20, data, n);
+  far_say(t, FAR_OPTION, b, 20 + n);
+}
+
+/* The option GO, for a name of n bytes */
+static void far_go(struct far_talk *t, const unsigned char *name, size_t n) {
+  unsigned char b[20] = {0};
+  int i;
+  for (i = 0; i < t->haggles; i++)
+    far_reply(t, 3, "\0\1name", 6);
+  t->is_box = n == 7 && !memcmp(name, "/blocks", 7);
+  if (!t->is_box && (n < 6 || memcmp(name + n - 5, "/pull", 5))) {
+    far_reply(t, 0x80000006, "seal\n\033 it", 9);
+    return;
+  }
+  far_put(b + 2, 8, t->is_box ? FAR_FOUND + 256 * t->far->bs : t->far->end);
+  far_put(b + 10, 2, 1);
+  far_reply(t, 3, b, 12);
+  far_put(b, 2, 3);
+  far_put(b + 2, 4, 1);
+  far_put(b + 6, 4, 4096);
+  far_put(b + 10, 4, 32 << 20);
+  far_reply(t, 3, b, 14);
+  far_reply(t, 1, "", 0);
+  t->phase = 2;
+}
+
+/* The block that has the i-th SHA-256 that is wanted, or NULL */
+static const unsigned char *far_find(const struct far_talk *t, uint64_t i) {
+  const unsigned char *sum = t->box + 4096 + 32 * i;
+  uint64_t k;
+  for (k = 0; k < t->far->blocks; k++)
+    if (!memcmp(sum, far_node(t->far, 0, k), 32) && !far_is_zero(sum, 32))
+      return far_block(t->far, k);
+  return NULL;
+}
+
+static void far_answer(struct far_talk *t, const unsigned char *h) {
+  uint64_t off = far_get(h + 16, 8), len = far_get(h + 24, 4), i;
+  int command = (int)far_get(h + 6, 2), is_bad;
+  unsigned char *b = calloc(1, 16 + len);
+  if (!b) exit(2);
+  far_put(b, 4, 0x67446698);
+  memcpy(b + 8, h + 8, 8);
+  is_bad = off + len > (t->is_box ? FAR_FOUND + 256 * t->far->bs : t->far->end);
+  if (command == 2) t->phase = 3;
+  if (command == 1) is_bad |= off < 4096 || off + len > FAR_FOUND;
+  if (command == 1 && !is_bad) memcpy(t->box + off, h + 28, len);
+  if (command == 0 && !is_bad && !t->is_box)
+    memcpy(b + 16, t->far->b + off, len);
+  memcpy(t->box, "NBDSBLKS\0\0\0\1", 12);
+  far_put(t->box + 12, 4, t->far->bs);
+  if (command == 0 && !is_bad && t->is_box && off + len <= FAR_FOUND)
+    memcpy(b + 16, t->box + off, len);
+  for (i = 0; command == 0 && t->is_box && !is_bad && off >= FAR_FOUND &&
+              i < len / t->far->bs;
+       i++) {
+    const unsigned char *p = far_find(t, (off - FAR_FOUND) / t->far->bs + i);
+    if (p) memcpy(b + 16 + i * t->far->bs, p, t->far->bs);
+    is_bad = !p;
+  }
+  if (is_bad) b[7] = 5;
+  if (command < 2) far_say(t, FAR_ANSWER, b, command ? 16 : 16 + len);
+  free(b);
+}
+
+/* How many bytes the message has that begins with t->in, or as many as tell */
+static size_t far_length(const struct far_talk *t) {
+  const unsigned char *h = t->in;
+  size_t n = t->phase == 0 ? 4 : t->phase == 1 ? 16 : 28;
+  if (t->nin < n || !t->phase) return n;
+  if (t->phase == 1) return n + (size_t)far_get(h + 12, 4);
+  return n + (far_get(h + 6, 2) == 1 ? (size_t)far_get(h + 24, 4) : 0);
+}
+
+/* It begins: a greeting. */
+static void far_begin(struct far_talk *t, const struct far *far) {
+  t->far = far;
+  far_say(t, FAR_GREETING, (const unsigned char *)"NBDMAGICIHAVEOPT\0\3", 18);
+}
+
+/* Puts the pieces of p[0..n) that begin at at[0..k) into the opposite order. */
+static void far_turn(unsigned char *p, size_t n, const size_t *at, int k) {
+  unsigned char *all = malloc(n + 1), *to = p;
+  size_t end = n;
+  if (!all) exit(2);
+  memcpy(all, p, n);
+  while (k-- > 0) {
+    memcpy(to, all + at[k], end - at[k]);
+    to += end - at[k];
+    end = at[k];
+  }
+  free(all);
+}
+
+/* What it hears */
+static void far_hear(struct far_talk *t, const unsigned char *p, size_t n) {
+  size_t from = t->nout, at[64];
+  int k = 0;
+  for (; n > 0 && t->phase < 3; p++, n--) {
+    if (t->nin == sizeof t->in) exit(2);
+    t->in[t->nin++] = *p;
+    if (t->nin < far_length(t)) continue;
+    t->nin = 0;
+    if (t->phase == 2 && k < 64) at[k++] = t->nout - from;
+    if (t->phase == 2)
+      far_answer(t, t->in);
+    else if (t->phase == 1)
+      far_go(t, t->in + 20, (size_t)far_get(t->in + 16, 4));
+    else
+      t->phase = 1;
+  }
+  if (t->reverse) far_turn(t->out + from, t->nout - from, at, k);
+}
+
+//== unit fault
+/* How it is talked to */
+struct far_end {
+  struct far_talk t;
+  pthread_t thread;
+  int fd;
+  size_t left; /* bytes until it says nothing any more, and then */
+  int then;    /* 0: it ends what it says; 1: it is silent; 2: it goes */
+  size_t each; /* bytes that it says at a time */
+  int sleeps;  /* milliseconds before each of them */
+};
+
+static void *far_run(void *arg) {
+  struct far_end *end = arg;
+  static const size_t most = 65536;
+  unsigned char *b = malloc(most);
+  size_t said = 0, n;
+  CHECK(b != NULL);
+  for (;;) {
+    while (said < end->t.nout && end->left) {
+      n = end->t.nout - said;
+      if (n > end->each) n = end->each;
+      if (n > end->left) n = end->left;
+      if (end->sleeps) usleep((unsigned)end->sleeps * 1000);
+      if (t_write(end->fd, end->t.out + said, n)) break;
+      said += n;
+      end->left -= n;
+      if (!end->left && end->then == 0) shutdown(end->fd, SHUT_WR);
+    }
+    if (!end->left && end->then == 2) break;
+    n = (size_t)read(end->fd, b, most);
+    if (n == 0 || n == (size_t)-1) break;
+    if (end->left) far_hear(&end->t, b, n);
+  }
+  close(end->fd);
+  free(b);
+  return NULL;
+}
+
+/* Begins to serve a snapshot; returns the descriptor to talk to it. */
+static int far_start(struct far_end *end, const struct far *far) {
+  int fd[2];
+  CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
+  if (!end->left && !end->then) end->left = SIZE_MAX;
+  if (!end->each) end->each = SIZE_MAX;
+  end->fd = fd[0];
+  far_begin(&end->t, far);
+  CHECK(pthread_create(&end->thread, NULL, far_run, end) == 0);
+  return fd[1];
+}
+
+static void far_stop(struct far_end *end, int fd) {
+  close(fd);
+  pthread_join(end->thread, NULL);
+  free(end->t.out);
+}
+
 //== unit
 /* Defends "in your own program": what nbdserve.h promises a host of its calls
  * and asks of the host's functions.  unit VERB DIRECTORY */
@@ -15484,6 +15924,976 @@ static void u_oneflush(void) {
   }
 }
 
+//== unit
+#if !NBDSERVE_NO_CAS && !NBDSERVE_NO_CLIENT
+/* ---- A store at the far end that lies ------------------------------------ */
+
+static void far_sum(const void *p, size_t n, unsigned char sum[32]) {
+  sha_256(0, p, NULL, n, sum, NULL);
+}
+
+/* nbdserve_cas_pull and nbdserve_cas_repair, with a peer of these two ends */
+static int far_fetch(struct nbdserve_cas *st, const char *name, int in, int out,
+                     const char *from, nbdserve_progress_fn *progress,
+                     void *arg) {
+  struct nbdserve_peer peer = {
+      .in_fd = in, .out_fd = out, .progress = progress, .arg = arg};
+  return nbdserve_cas_pull(st, name, from, &peer);
+}
+
+static int far_mend(struct nbdserve_cas *st, int in, int out,
+                    nbdserve_damage_fn *each, nbdserve_progress_fn *progress,
+                    void *arg) {
+  struct nbdserve_peer peer = {.in_fd = in, .out_fd = out};
+  return nbdserve_cas_repair(st, &peer, each, progress, arg);
+}
+
+/* The store that pulls, and what went wrong with the peer */
+static struct nbdserve_cas *far_cas;
+static char far_why[200];
+
+/* Pulls v@s, with a limit of ms for the peer. */
+static int far_pull(struct far_end *end, const struct far *far,
+                    const char *from, int ms) {
+  struct nbdserve_peer peer = {.stall_ms = (uint32_t)ms};
+  int err;
+  peer.in_fd = peer.out_fd = far_start(end, far);
+  err = nbdserve_cas_pull(far_cas, "v@s", from, &peer);
+  far_stop(end, peer.in_fd);
+  strcpy(far_why, peer.why);
+  return err;
+}
+
+static int far_damage(void *arg, const char *name, uint64_t off, uint64_t len,
+                      const char *why) {
+  (void)off, (void)len, (void)name, (void)why;
+  ++*(int *)arg;
+  return 0;
+}
+
+/* Every block of the volume that an interrupted pull has left is that of the
+ * snapshot or was not there yet.  How many are there; -1: there is none. */
+static int far_partial(const struct far *far) {
+  unsigned char b[4096];
+  struct cas_volume *vol = NULL;
+  uint64_t i;
+  int n = 0;
+  os_lock(&far_cas->lock);
+  for (i = 0; i < far_cas->nvolumes; i++)
+    if (!strcmp(far_cas->volumes[i]->now.name, far->part))
+      vol = far_cas->volumes[i];
+  os_unlock(&far_cas->lock);
+  if (!vol) return -1;
+  CHECK(vol->is_partial && vol->now.size == far->size);
+  for (i = 0; i < far->blocks; i++) {
+    CHECK(ex_batched_read(vol, b, i * 4096, u_min(4096, far->size - i * 4096),
+                          0) == 0);
+    if (!memcmp(b, far_block(far, i), u_min(4096, far->size - i * 4096)))
+      n += !far_is_zero(b, u_min(4096, far->size - i * 4096));
+    else
+      CHECK(far_is_zero(b, u_min(4096, far->size - i * 4096)));
+  }
+  return n;
+}
+
+static int far_remove(void *arg, const struct nbdserve_cas_info *info) {
+  (void)arg;
+  return strncmp(info->name, "sha256-", 7) ||
+         nbdserve_cas_rm(far_cas, info->name);
+}
+
+/* What a pull that failed leaves: nothing of that name, and a sound store. */
+static void far_unharmed(void) {
+  struct nbdserve_export e = {0};
+  int n = 0;
+  CHECK(nbdserve_cas_volume(far_cas, "v@s", &e) == -ENOENT);
+  CHECK(nbdserve_cas_volume(far_cas, "v", &e) == -ENOENT);
+  CHECK(!strstr(q_ids(far_cas), "v="));
+  CHECK(!strstr(q_ids(far_cas), "v@s="));
+  CHECK(nbdserve_cas_verify(far_cas, far_damage, NULL, &n) == 0 && n == 0);
+}
+
+/* An honest pull ends with the id and the contents, and VOL has them, too. */
+static void far_honest(const struct far *far) {
+  static const char *const names[] = {"v@s", "v"};
+  struct far_end end = {0};
+  char id[72];
+  unsigned char *b = malloc((size_t)far->size + 1);
+  int i;
+  CHECK(far_pull(&end, far, far->id, 20000) == 0);
+  CHECK(nbdserve_cas_seal(far_cas, "v@s", id, NULL, NULL) == 0);
+  CHECK(!strcmp(id, far->id) && b);
+  for (i = 0; i < 2; i++) {
+    CHECK(!far->size || q_get(far_cas, names[i], 0, far->size, b) == 0);
+    CHECK(!memcmp(b, far->b + far->data, (size_t)far->size));
+    CHECK(nbdserve_cas_rm(far_cas, names[i]) == 0);
+  }
+  CHECK(far_partial(far) == -1);
+  free(b);
+}
+
+/* Blocks: some of their own, some alike, some zero, in several runs */
+static void far_fill(struct far *far, uint64_t size, unsigned seed) {
+  uint64_t i;
+  far_make(far, 4096, 1016, size);
+  for (i = 0; i < far->blocks; i++) {
+    unsigned char *p = far_block(far, i);
+    uint64_t n = u_min(4096, size - i * 4096);
+    uint64_t x = seed * 100000u + (i % 7 == 5 ? 5 : i);
+    if (i % 4 == 2 || (i > 40 && i < far->blocks - 9)) continue;
+    memset(p, (int)(1 + x % 250), (size_t)n);
+    far_put(p, n < 8 ? n : 8, x + 1);
+  }
+  far_seal(far);
+}
+
+static struct nbdserve_cas *far_store(const char *name) {
+  char path[500];
+  far_cas = q_new(path, name, 0);
+  return far_cas;
+}
+
+#define G FAR_GREETING
+#define O FAR_OPTION
+#define A FAR_ANSWER
+/* One lie, what it leads to, and a part of what is said of it */
+static const struct {
+  struct far_lie lie;
+  int err;
+  const char *why;
+} far_lies[] = {
+    {{G, 0, 0, 8, UINT64_C(0x4e42444d41474943) + 1}, -EPROTO, "no NBD"},
+    {{G, 0, 0, 8, 0}, -EPROTO, "no NBD"},
+    {{G, 0, 8, 8, UINT64_C(0x00420281861253)}, -EPROTO, "old"},
+    {{G, 0, 16, 2, 0}, -EPROTO, "old"},
+    {{G, 0, 16, 2, 2}, -EPROTO, "old"},
+    {{G, 0, 0, 1, 0xee}, -EPROTO, "no NBD"},
+    {{O, 0, 0, 8, 0}, -EPROTO, "haggles"},
+    {{O, 0, 7, 1, 0xa8}, -EPROTO, "haggles"},
+    {{O, 1, 8, 4, 1}, -EPROTO, "haggles"},
+    {{O, 2, 8, 4, 6}, -EPROTO, "haggles"},
+    {{O, 0, 16, 4, 0xffffffff}, -EPROTO, "haggles"},
+    {{O, 0, 16, 4, 0x80000000}, -EPROTO, "haggles"},
+    {{O, 0, 16, 4, 0x7fffffff}, -EPROTO, "haggles"},
+    {{O, 0, 16, 4, 65536}, -EPROTO, "haggles"},
+    {{O, 0, 16, 4, 4099}, -EPROTO, "haggles"},
+    {{O, 2, 16, 4, 0xffffffff}, -EPROTO, "haggles"},
+    {{O, 0, 16, 4, 0}, -EPROTO, "haggles"}, /* what follows is out of step */
+    {{O, 0, 16, 4, 11}, -EPROTO, "haggles"},
+    {{O, 1, 16, 4, 1}, -EPROTO, "haggles"},
+    {{O, 0, 12, 4, 0x80000001}, -ENOENT, "refuses"},
+    {{O, 1, 12, 4, 0x80000009}, -ENOENT, "refuses"},
+    {{O, 2, 12, 4, 0xffffffff}, -ENOENT, "refuses"},
+    {{O, 0, 20, 2, 9}, -ETIMEDOUT, "says nothing"}, /* ACK, but no size */
+    {{O, 2, 12, 4, 3}, -ETIMEDOUT, "says nothing"}, /* no ACK */
+    {{O, 2, 12, 4, 2}, -ETIMEDOUT, "says nothing"},
+    {{O, 0, 22, 8, 0}, -EPROTO, "size"},
+    {{O, 0, 22, 8, UINT64_C(1) << 63}, -EPROTO, "size"},
+    {{O, 0, 22, 8, UINT64_MAX}, -EPROTO, "size"},
+    {{O, 0, 22, 8, INT64_MAX}, -EPROTO, "sizes make no sense"},
+    {{O, 0, 22, 8, 4096}, -EPROTO, "sizes make no sense"},
+    {{O, 0, 22, 8, 1 << 20}, -EPROTO, "sizes make no sense"},
+    {{O, 1, 22, 4, 8192}, -EPROTO, "block sizes"},
+    {{O, 1, 22, 4, 0xffffffff}, -EPROTO, "block sizes"},
+    {{O, 1, 30, 4, 65536}, -EPROTO, "block sizes"},
+    {{O, 1, 30, 4, 0}, -EPROTO, "block sizes"},
+    {{A, 0, 16, 8, 0}, -EPROTO, "not of a store"},
+    {{A, 0, 23, 1, 'l'}, -EPROTO, "not of a store"},
+    {{A, 0, 24, 4, 0}, -EPROTO, "not of a store"},
+    {{A, 0, 24, 4, 2}, -EPROTO, "not of a store"},
+    {{A, 0, 28, 4, 0}, -EINVAL, "blocks have 0 bytes"},
+    {{A, 0, 28, 4, 8192}, -EINVAL, "blocks have 8192 bytes"},
+    {{A, 0, 28, 4, 0xffffffff}, -EINVAL, "blocks have 4294967295 bytes"},
+    {{A, 0, 32, 8, 0}, -EPROTO, "sizes make no sense"},
+    {{A, 0, 32, 8, 4096}, -EPROTO, "sizes make no sense"},
+    {{A, 0, 32, 8, INT64_MAX}, -EPROTO, "sizes make no sense"},
+    {{A, 0, 32, 8, UINT64_C(1) << 63}, -EPROTO, "sizes make no sense"},
+    {{A, 0, 32, 8, UINT64_MAX}, -EPROTO, "sizes make no sense"},
+    {{A, 0, 40, 8, 0}, -EBADMSG, "does not fit the id"},
+    {{A, 0, 71, 1, 0xee}, -EBADMSG, "does not fit the id"},
+    {{A, 0, 16, 1, 0xee}, -EPROTO, "not of a store"},
+    {{A, 1, 16, 8, 0}, -EBADMSG, "tree does not fit"},
+    {{A, 1, 47, 1, 0}, -EBADMSG, "tree does not fit"},
+    {{A, 1, 16, 1, 0xee}, -EBADMSG, "tree does not fit"},
+    {{A, 2, 16, 8, 0}, -EBADMSG, "tree does not fit"},
+    {{A, 2, 47, 1, 0}, -EBADMSG, "tree does not fit"},
+    {{A, 3, 16, 8, 0}, -EBADMSG, "tree does not fit"},
+    {{A, 3, 16 + 32, 8, 0}, -EBADMSG, "tree does not fit"}, /* second leaf */
+    {{A, 4, 16, 8, 0}, -EBADMSG, "tree does not fit"},
+    {{A, 4, 16 + 1015 * 32, 8, 7}, -EBADMSG, "tree does not fit"},
+    {{A, 5, 16 + 3840, 8, 7}, -EBADMSG, "tree does not fit"},
+    {{A, 6, 16, 8, 0}, -EBADMSG, "blocks do not fit"},
+    {{A, 6, 16 + 4095, 1, 0}, -EBADMSG, "blocks do not fit"},
+    {{A, 6, 16 + 4096, 8, 0}, -EBADMSG, "blocks do not fit"},
+    {{A, 7, 16, 8, 0}, -EBADMSG, "blocks do not fit"},
+    {{A, 17, 16, 8, 0}, -EBADMSG, "blocks do not fit"},
+    {{A, 0, 0, 4, 0x67446699}, -EPROTO, "make no sense"},
+    {{A, 0, 0, 4, 0x668e33ef}, -EPROTO, "make no sense"}, /* structured */
+    {{A, 6, 0, 4, 0x668e33ef}, -EPROTO, "make no sense"},
+    {{A, 6, 0, 4, 0x25609513}, -EPROTO, "make no sense"},
+    {{A, 0, 8, 8, 1}, -EPROTO, "make no sense"}, /* cookies not sent yet */
+    {{A, 0, 8, 8, UINT64_MAX}, -EPROTO, "make no sense"},
+    {{A, 4, 8, 8, 2}, -EPROTO, "make no sense"},
+    {{A, 6, 8, 8, 16}, -EPROTO, "make no sense"},
+    {{A, 7, 8, 8, 0}, -EPROTO, "make no sense"}, /* that was answered */
+    {{A, 8, 8, 8, 0}, -EPROTO, "make no sense"},
+    {{A, 0, 4, 4, 5}, -EIO, "cannot read at 0"},
+    {{A, 1, 4, 4, 22}, -EIO, "cannot read at 4096"},
+    {{A, 2, 4, 4, 1}, -EIO, "cannot read"},
+    {{A, 3, 4, 4, 28}, -EIO, "cannot read"},
+    {{A, 4, 4, 4, 108}, -EIO, "cannot read"},
+    {{A, 5, 4, 4, 0xffffffff}, -EIO, "cannot read"},
+    {{A, 6, 4, 4, 5}, -EIO, "cannot read at 1048576"},
+    {{A, 9, 4, 4, 5}, -EIO, "cannot read"},
+};
+#undef G
+#undef O
+#undef A
+
+/* Whatever a peer lies about, at each place of the conversation: an error and a
+ * message, nothing of that name, a sound store, and then an honest pull. */
+static void u_farlies(void) {
+  int i, named, before = u_descriptors();
+  struct far far;
+  far_store("farlies");
+  far_fill(&far, 1030 * 4096 - 100, 1);
+  before = u_descriptors();
+  for (named = 0; named < 2; named++)
+    for (i = 0; i < COUNT(far_lies); i++) {
+      struct far_lie lies[2] = {far_lies[i].lie};
+      struct far_end end = {.t = {.lies = lies}};
+      if (lies->nth > 0 && named != i % 2)
+        continue; /* the name is of no account */
+      int ms = far_lies[i].err == -ETIMEDOUT ? 50 : 5000;
+      const char *why = far_lies[i].why;
+      int err = far_pull(&end, &far, named ? "name" : far.id, ms);
+      if (!named && lies->kind == FAR_ANSWER && lies->nth == 0 &&
+          lies->off >= 40 && far_lies[i].err == -EBADMSG)
+        why = "another id";
+      if (err != far_lies[i].err || !*far_why || !strstr(far_why, why))
+        fprintf(stderr, "lie %d (%d %d %d): %d, '%s'\n", i, (int)lies->kind,
+                lies->nth, (int)lies->off, err, far_why);
+      CHECK(err == far_lies[i].err && strstr(far_why, why));
+      CHECK(strspn(far_why, "\033\n\t") == 0);
+      CHECK(*far_why || !*why);
+      far_unharmed();
+      CHECK(u_descriptors() == before);
+      if (i % 8 == 0) far_honest(&far); /* which goes on with what is there */
+      CHECK(nbdserve_cas_list(far_cas, far_remove, NULL) == 0);
+    }
+  far_honest(&far);
+  far_free(&far);
+  CHECK(nbdserve_cas_close(far_cas) == 0);
+}
+
+/* What is no lie: answers in another order, garbage where nothing is looked at,
+ * a byte at a time, 61 replies before those that count; but not 64. */
+static void u_farodd(void) {
+  static const struct far_lie garbage[] = {
+      {FAR_ANSWER, 1, 16 + 32, 1, 0xee},
+      {FAR_ANSWER, 3, 16 + 64, 1, 0xee},
+      {FAR_ANSWER, 5, 16, 8, 0xee}, /* of the leaf before it */
+      {FAR_ANSWER, 5, 16 + 3840 + 14 * 32, 1, 0xee},
+      {FAR_ANSWER, 0, 16 + 56, 1, 0xee},
+      {FAR_OPTION, 1, 20, 2, 77},
+      {FAR_OPTION, 0, 30, 2, 0xffff},
+      {FAR_KINDS, 0, 0, 0, 0}};
+  struct far far;
+  int i;
+  far_store("farodd");
+  far_fill(&far, 1030 * 4096 - 100, 2);
+  for (i = 0; i < 6; i++) {
+    struct far_end end = {.t = {.lies = i == 1 ? garbage : NULL,
+                                .reverse = i == 0,
+                                .haggles = i == 3   ? 61
+                                           : i == 4 ? 62
+                                           : i == 5 ? 1000
+                                                    : 0},
+                          .each = i == 2 ? 1 : 0};
+    int err = far_pull(&end, &far, "x", 20000);
+    CHECK(err == (i < 4 ? 0 : -EPROTO));
+    if (!err) {
+      char id[72];
+      CHECK(nbdserve_cas_seal(far_cas, "v@s", id, NULL, NULL) == 0);
+      CHECK(!strcmp(id, far.id));
+      CHECK(nbdserve_cas_rm(far_cas, "v@s") == 0);
+      CHECK(nbdserve_cas_rm(far_cas, "v") == 0);
+    }
+  }
+  CHECK(strstr(far_why, "haggles"));
+  far_unharmed();
+  far_honest(&far);
+  far_free(&far);
+  CHECK(nbdserve_cas_close(far_cas) == 0);
+}
+
+/* A peer that is silent, or says a byte now and then, ends by the limit: the
+ * handshake as a whole, and each move after it.  So does progress, at once. */
+static int far_cancel(void *arg, uint64_t done, uint64_t total) {
+  (void)done, (void)total;
+  return ++*(int *)arg > 4;
+}
+static void u_farstall(void) {
+  static const size_t after[] = {0, 1, 18, 19, 50, 104, 121, 4300, 9000, 60000};
+  struct far far;
+  int i;
+  far_store("farstall");
+  far_fill(&far, 1030 * 4096 - 100, 3);
+  for (i = 0; i < COUNT(after); i++) {
+    struct far_end end = {.left = after[i], .then = 1};
+    int64_t from = t_now();
+    CHECK(far_pull(&end, &far, "x", 40) == -ETIMEDOUT);
+    CHECK(strstr(far_why, "says nothing") && t_now() - from < 5000);
+    far_unharmed();
+  }
+  for (i = 0; i < 2; i++) { /* 104 bytes are the handshake's */
+    struct far_end end = {.each = 1, .sleeps = 3};
+    int64_t from = t_now();
+    CHECK(far_pull(&end, &far, "x", 200) == -ETIMEDOUT);
+    CHECK(t_now() - from < 5000);
+  }
+  for (i = 0; i < 2; i++) {
+    struct far_end end = {.left = i ? 5000 : 0, .then = 1};
+    int calls = 0, fd = far_start(&end, &far);
+    CHECK(far_fetch(far_cas, "v@s", fd, fd, "x", far_cancel, &calls) ==
+          -ECANCELED);
+    CHECK(calls > 4 && calls < 20);
+    far_stop(&end, fd);
+    far_unharmed();
+  }
+  far_honest(&far);
+  far_free(&far);
+  CHECK(nbdserve_cas_close(far_cas) == 0);
+}
+
+/* What a peer says to a pull, all of it, in one go */
+static size_t far_record(const struct far *far, unsigned char **said) {
+  struct far_end end = {0};
+  struct nbdserve_peer peer = {.stall_ms = 20000};
+  peer.in_fd = peer.out_fd = far_start(&end, far);
+  CHECK(nbdserve_cas_pull(far_cas, "v@s", "x", &peer) == 0);
+  close(peer.in_fd);
+  pthread_join(end.thread, NULL);
+  *said = end.t.out;
+  CHECK(nbdserve_cas_rm(far_cas, "v@s") == 0);
+  CHECK(nbdserve_cas_rm(far_cas, "v") == 0);
+  return end.t.nout;
+}
+
+/* The conversation ends after n bytes, for every n: -EPIPE, or the id.  Of the
+ * end every how many bytes is looked at everywhere, and every one around the
+ * places where a message begins or ends. */
+static void u_farcut(void) {
+  struct far far;
+  unsigned char *said;
+  size_t n, all;
+  int size = 1 << 18, edge;
+  int64_t from = t_now();
+  far_store("farcut");
+  far_fill(&far, 3 * 4096 + 1, 4);
+  all = far_record(&far, &said);
+  CHECK(all > 5 * 4096 && all < 1 << 17);
+  for (n = 0; n < all; n++) {
+    struct nbdserve_peer peer = {.stall_ms = 20000};
+    size_t at = n < 104 ? 0 : (n - 104) % (16 + 4096);
+    int fd[2], err;
+    edge = n < 400 || at < 40 || at > 4080 || n > all - 20;
+    if (!edge && n % 13) continue;
+    if (n % 17 && t_now() - from > 6000) continue; /* under a sanitizer */
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
+    setsockopt(fd[0], SOL_SOCKET, SO_SNDBUF, &size, sizeof size);
+    CHECK(t_write(fd[0], said, n) == 0 && shutdown(fd[0], SHUT_WR) == 0);
+    peer.in_fd = peer.out_fd = fd[1];
+    err = nbdserve_cas_pull(far_cas, "v@s", "x", &peer);
+    CHECK(err == -EPIPE && strstr(peer.why, "hung up"));
+    if (n % 3 == 0) close(fd[0]);
+    if (n % 3) close(fd[0]);
+    close(fd[1]);
+    if (n % 64 == 0 || n == all - 1) far_unharmed();
+    if (n % 64 == 0) CHECK(far_partial(&far) <= 0);
+  }
+  free(said);
+  far_honest(&far);
+  far_free(&far);
+  CHECK(nbdserve_cas_close(far_cas) == 0);
+}
+
+/* A peer that goes while more is to be asked for, or that is gone already */
+static void u_fargone(void) {
+  struct far far;
+  size_t n;
+  int fd[2], i, in[2], out[2];
+  far_store("fargone");
+  far_fill(&far, 1030 * 4096 - 100, 5);
+  for (n = 0; n < 70000; n = n < 20000 ? n + 997 : n + 7001) {
+    struct far_end end = {.left = n, .then = 2};
+    int err = far_pull(&end, &far, "x", 5000);
+    CHECK((err == -EPIPE || err == -ECONNRESET) && *far_why);
+    far_unharmed();
+  }
+  CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
+  close(fd[0]);
+  CHECK(far_fetch(far_cas, "v@s", fd[1], fd[1], "x", NULL, NULL) == -EPIPE);
+  close(fd[1]);
+  signal(SIGPIPE, SIG_IGN); /* of pipes there is no other way */
+  for (i = 0; i < 2; i++) {
+    CHECK(pipe(in) == 0 && pipe(out) == 0);
+    CHECK(write(in[1], "NBDMAGICIHAVEOPT\0\3", 18) == 18);
+    close(i ? in[1] : out[0]);
+    CHECK(far_fetch(far_cas, "v@s", in[0], out[1], "x", NULL, NULL) == -EPIPE);
+    close(i ? out[0] : in[1]);
+    close(in[0]);
+    close(out[1]);
+  }
+  far_unharmed();
+  far_honest(&far);
+  far_free(&far);
+  CHECK(nbdserve_cas_close(far_cas) == 0);
+}
+
+/* The id is of these nodes of a level, whatever is below. */
+static void far_forge(struct far *far, int level, uint64_t i,
+                      const unsigned char sum[32]) {
+  memcpy(far_node(far, level, i), sum, 32);
+  far_raise(far, level);
+}
+
+/* A tree that fits its id but is not as seal makes it is refused: its id would
+ * not be that of the contents. */
+static void u_farforged(void) {
+  static unsigned char zeroes[1016 * 32];
+  unsigned char sum[32];
+  struct far good, far;
+  int i, err;
+  far_store("farforged");
+  far_fill(&good, 1030 * 4096 - 100, 6);
+  for (i = 0; i < 8; i++) {
+    struct far_end end = {0};
+    far_fill(&far, 1030 * 4096 - 100, 6);
+    far_sum(zeroes, i ? sizeof zeroes : 4096, sum);
+    if (i == 0) far_forge(&far, 0, 2, sum); /* a block that is zero */
+    if (i == 1) memset(far_block(&far, 1016), 0, 14 * 4096);
+    if (i == 1) memset(far_node(&far, 0, 1016), 0, 14 * 32);
+    if (i == 1) far_forge(&far, 1, 1, sum); /* a leaf of zeroes */
+    if (i >= 2 && i <= 4) { /* a node of zero nodes, with nothing else */
+      memset(far.b, 0, (size_t)far.end);
+      far_forge(&far, i - 1, 0, sum);
+    }
+    if (i == 5) { /* the digest is of nothing that is there */
+      memset(sum, 7, 32);
+      far_forge(&far, 0, 0, sum);
+    }
+    if (i == 6) { /* a digest of a block that is not there, behind a hole */
+      memset(sum, 7, 32);
+      far_forge(&far, 0, 1029, sum);
+    }
+    if (i == 7) { /* a digest that is zero, of a block that is not: a hole */
+      far_forge(&far, 0, 0, zeroes);
+    }
+    CHECK(strcmp(far.id, good.id));
+    err = far_pull(&end, &far, far.id, 20000);
+    if (i < 7) {
+      if (err != -EBADMSG) fprintf(stderr, "%d: %d\n", i, err);
+      CHECK(err == -EBADMSG && *far_why);
+      far_unharmed();
+      /* What came of it can be removed. */
+      CHECK(far_partial(&far) < 0 || nbdserve_cas_rm(far_cas, far.part) == 0);
+    } else {
+      char id[72];
+      CHECK(err == 0); /* it is another snapshot, with its right id */
+      memset(far_block(&far, 0), 0, 4096);
+      far_seal(&far);
+      CHECK(nbdserve_cas_seal(far_cas, "v@s", id, NULL, NULL) == 0);
+      CHECK(!strcmp(id, far.id));
+      CHECK(nbdserve_cas_rm(far_cas, "v@s") == 0);
+      CHECK(nbdserve_cas_rm(far_cas, "v") == 0);
+    }
+    far_free(&far);
+    far_honest(&good);
+  }
+  far_free(&good);
+  CHECK(nbdserve_cas_close(far_cas) == 0);
+}
+
+/* So is one whose last block has something behind the end, of which its digest
+ * and the id are: that is not the id of these contents.  Nor does it count that
+ * the block is here already, from a volume that is longer. */
+static void u_fartail(void) {
+  struct far good, far, longer;
+  int i;
+  far_store("fartail");
+  far_fill(&good, 1030 * 4096 - 100, 6);
+  for (i = 0; i < 2; i++) {
+    struct far_end end = {0};
+    far_fill(&far, 1030 * 4096 - 100, 6);
+    far_block(&far, 1029)[4000] = 1;
+    far_seal(&far);
+    if (i) {
+      CHECK(nbdserve_cas_create(far_cas, "longer", 4096) == 0);
+      q_put(far_cas, "longer", 0, 4096, 'x');
+      memset(far_block(&far, 1029), 'x', 4096);
+      far_seal(&far);
+    }
+    CHECK(strcmp(far.id, good.id));
+    CHECK(far_pull(&end, &far, far.id, 20000) == -EBADMSG && *far_why);
+    far_unharmed();
+    far_free(&far);
+    far_honest(&good);
+  }
+  far_fill(&longer, 1030 * 4096, 6); /* there it belongs to the contents */
+  memset(far_block(&longer, 1029), 'x', 4096);
+  far_seal(&longer);
+  far_honest(&longer);
+  far_free(&longer);
+  far_free(&good);
+  CHECK(nbdserve_cas_close(far_cas) == 0);
+}
+
+/* An export that is too small to have a head is told of, too. */
+static void u_farsmall(void) {
+  static const uint64_t sizes[] = {1, 4095};
+  struct far far;
+  int i;
+  far_store("farsmall");
+  far_fill(&far, 5 * 4096, 13);
+  for (i = 0; i < 2; i++) {
+    struct far_lie lies[2] = {{FAR_OPTION, 0, 22, 8, sizes[i]}};
+    struct far_end end = {.t = {.lies = lies}};
+    CHECK(far_pull(&end, &far, "x", 5000) == -EPROTO && *far_why);
+    far_unharmed();
+  }
+  far_honest(&far);
+  far_free(&far);
+  CHECK(nbdserve_cas_close(far_cas) == 0);
+}
+
+/* Sizes around those of blocks and leaves, and none at all */
+static void u_farsizes(void) {
+  static const uint64_t sizes[] = {1,
+                                   4095,
+                                   4096,
+                                   4097,
+                                   1016 * 4096,
+                                   1016 * 4096 + 1,
+                                   1016 * 4096 - 1,
+                                   2032 * 4096 + 5};
+  struct nbdserve_export e = {0};
+  struct far far;
+  int i;
+  far_store("farsizes");
+  for (i = 0; i < COUNT(sizes); i++) {
+    far_fill(&far, sizes[i], 7);
+    far_honest(&far);
+    far_free(&far);
+  }
+  far_make(&far, 4096, 1016, UINT64_C(3000) * 4096); /* all zero */
+  far_seal(&far);
+  far_honest(&far);
+  far_free(&far);
+  far_make(&far, 4096, 1016, 0);
+  far_seal(&far);
+  far_honest(&far);
+  far_free(&far);
+  CHECK(nbdserve_cas_volume(far_cas, "v", &e) == -ENOENT);
+  CHECK(nbdserve_cas_close(far_cas) == 0);
+}
+
+struct far_other { /* a pull in another thread */
+  struct far_end end;
+  const struct far *far;
+  int err;
+};
+
+static void *far_pulls(void *arg) {
+  struct far_other *o = arg;
+  struct nbdserve_peer peer = {.stall_ms = 20000};
+  peer.in_fd = peer.out_fd = far_start(&o->end, o->far);
+  o->err = nbdserve_cas_pull(far_cas, "v@s", "x", &peer);
+  far_stop(&o->end, peer.in_fd);
+  return NULL;
+}
+
+/* What is pulled as that was made, or gone on with, so many seconds ago */
+static void far_age(const struct far *far, uint64_t seconds) {
+  uint32_t i;
+  os_lock(&far_cas->lock);
+  for (i = 0; i < far_cas->nvolumes; i++)
+    if (!strcmp(far_cas->volumes[i]->now.name, far->part))
+      far_cas->volumes[i]->now.created = (uint64_t)time(NULL) - seconds;
+  os_unlock(&far_cas->lock);
+}
+
+/* While a pull waits for its peer nobody else pulls that, nor removes what has
+ * come, however old it looks; all else goes on.  Afterwards it can be removed,
+ * and gc removes it after a week, but not others. */
+static void u_farbusy(void) {
+  const uint64_t week = 7 * 86400;
+  struct far_other o = {.end = {.left = 30000, .then = 1}};
+  struct far_end again = {.fd = 0}, part = {.left = 30000};
+  struct nbdserve_export e = {0};
+  struct far far, other;
+  uint64_t bytes;
+  pthread_t thread;
+  int i;
+  far_store("farbusy");
+  far_fill(&far, 1030 * 4096 - 100, 14);
+  far_fill(&other, 1030 * 4096 - 100, 15);
+  CHECK(far_pull(&part, &other, "x", 5000) == -EPIPE);
+  o.far = &far;
+  CHECK(pthread_create(&thread, NULL, far_pulls, &o) == 0);
+  for (i = 0; i < 1000 && far_partial(&far) < 0; i++)
+    t_sleep(10);
+  CHECK(i < 1000);
+  t_sleep(100);
+  CHECK(far_pull(&again, &far, "x", 5000) == -EBUSY);
+  CHECK(nbdserve_cas_rm(far_cas, far.part) == -EBUSY);
+  CHECK(nbdserve_cas_rename(far_cas, far.part, "w") == -ENOENT);
+  CHECK(nbdserve_cas_clone(far_cas, far.part, "w") == -ENOENT);
+  CHECK(nbdserve_cas_resize(far_cas, far.part, 5) == -ENOENT);
+  CHECK(nbdserve_cas_volume(far_cas, far.part, &e) == -ENOENT);
+  far_age(&far, week + 60);
+  far_age(&other, week - 60);
+  CHECK(nbdserve_cas_gc(far_cas, &bytes, NULL, NULL) == 0);
+  CHECK(far_partial(&far) >= 0 && far_partial(&other) >= 0);
+  CHECK(nbdserve_cas_create(far_cas, "else", 8192) == 0);
+  q_put(far_cas, "else", 0, 4096, 'e');
+  CHECK(nbdserve_cas_snapshot(far_cas, "else@s") == 0);
+  /* Who has made a snapshot of that name meanwhile keeps it. */
+  CHECK(nbdserve_cas_clone(far_cas, "else", "v") == 0);
+  CHECK(nbdserve_cas_snapshot(far_cas, "v@s") == 0);
+  shutdown(o.end.fd, SHUT_RDWR);
+  pthread_join(thread, NULL);
+  CHECK(o.err == -EPIPE);
+  CHECK(nbdserve_cas_rm(far_cas, "v@s") == 0);
+  CHECK(nbdserve_cas_rm(far_cas, "v") == 0);
+  CHECK(nbdserve_cas_gc(far_cas, &bytes, NULL, NULL) == 0);
+  CHECK(far_partial(&far) == -1 && far_partial(&other) >= 0);
+  CHECK(nbdserve_cas_rm(far_cas, other.part) == 0);
+  CHECK(far_partial(&other) == -1);
+  far_honest(&far);
+  far_unharmed();
+  far_free(&far);
+  far_free(&other);
+  CHECK(nbdserve_cas_close(far_cas) == 0);
+}
+
+/* Names that cannot be, and a store that is not written, before the peer is
+ * asked anything */
+static void u_farnames(void) {
+  static const char *const names[] = {"v", "v@", "@s",    "v@a/b",    "v@s@t",
+                                      "",  "@",  "a/b@s", "sha256-@s"};
+  struct far far;
+  char path[500], *name = calloc(1, 5000);
+  int i;
+  far_fill(&far, 5 * 4096, 8);
+  far_cas = q_new(path, "farnames", 0);
+  for (i = 0; i < COUNT(names); i++) {
+    struct far_end end = {0};
+    int fd = far_start(&end, &far), err;
+    err = far_fetch(far_cas, names[i], fd, fd, "x", NULL, NULL);
+    if (err != -EINVAL) fprintf(stderr, "'%s': %d\n", names[i], err);
+    CHECK(err == -EINVAL);
+    far_stop(&end, fd);
+    CHECK(far_partial(&far) < 0 || !nbdserve_cas_rm(far_cas, far.part));
+  }
+  memset(name, 'n', 4999);
+  for (i = 4085; i < 4100; i++) {
+    struct far_end end = {0};
+    int fd = far_start(&end, &far), err;
+    name[i] = 0;
+    err = far_fetch(far_cas, "v@s", fd, fd, name, NULL, NULL);
+    CHECK(err == (i + 5 > 4096 ? -ENAMETOOLONG : 0));
+    far_stop(&end, fd);
+    if (!err) CHECK(nbdserve_cas_rm(far_cas, "v@s") == 0);
+    name[i] = 'n';
+  }
+  CHECK(nbdserve_cas_close(far_cas) == 0);
+  far_cas = q_open(path, NBDSERVE_CAS_READONLY);
+  CHECK(far_fetch(far_cas, "w@s", -1, -1, "x", NULL, NULL) == -EROFS);
+  CHECK(far_mend(far_cas, -1, -1, NULL, NULL, NULL) == -EROFS);
+  CHECK(nbdserve_cas_close(far_cas) == 0);
+  free(name);
+  far_free(&far);
+}
+
+/* ---- Repair from a peer that lies */
+
+/* As far_fill, but no block is zero. */
+static void far_full(struct far *far, uint64_t size, unsigned seed) {
+  uint64_t i;
+  far_fill(far, size, seed);
+  for (i = 0; i < far->blocks; i++)
+    far_put(far_block(far, i), 8, seed * 100000u + i);
+  far_seal(far);
+}
+
+/* A store with the blocks of a snapshot, of which every third is damaged; how
+ * many */
+static int far_damaged(char path[500], const char *name,
+                       const struct far *far) {
+  struct nbdserve_export e = {0};
+  unsigned char b[4096];
+  uint64_t i;
+  off_t at;
+  int n = 0, fd;
+  far_cas = q_new(path, name, 0);
+  CHECK(nbdserve_cas_create(far_cas, "v", far->size) == 0);
+  CHECK(nbdserve_cas_volume(far_cas, "v", &e) == 0);
+  CHECK(e.ops->write(e.ctx, far->b + far->data, 0, far->size, 0) == 0);
+  e.ops->close(e.ctx);
+  CHECK(nbdserve_cas_close(far_cas) == 0);
+  CHECK((fd = open(path, O_RDWR)) >= 0);
+  for (at = 0; pread(fd, b, 4096, at) == 4096; at += 4096)
+    for (i = 0; i < far->blocks; i++)
+      if (!far_is_zero(b, 4096) && !memcmp(b, far_block(far, i), 4096) &&
+          i % 3 == 0) {
+        b[n % 4096] ^= 1;
+        CHECK(pwrite(fd, b, 4096, at) == 4096);
+        n++;
+        break;
+      }
+  close(fd);
+  far_cas = q_open(path, NBDSERVE_CAS_VERIFY);
+  return n;
+}
+
+static int far_repair(struct far_end *end, const struct far *far, int ms,
+                      int *told) {
+  struct nbdserve_peer peer = {.stall_ms = (uint32_t)ms};
+  int err;
+  *told = 0;
+  peer.in_fd = peer.out_fd = far_start(end, far);
+  err = nbdserve_cas_repair(far_cas, &peer, far_damage, NULL, told);
+  far_stop(end, peer.in_fd);
+  strcpy(far_why, peer.why);
+  return err;
+}
+
+/* Repair writes only what fits the digest, whatever the peer says; an honest
+ * one then mends all. */
+static void u_farrepair(void) {
+  static const struct {
+    struct far_lie lie;
+    int err; /* 0: what is left is damaged, -EUCLEAN */
+  } lies[] = {
+      {{FAR_GREETING, 0, 0, 8, 0}, -EPROTO},
+      {{FAR_OPTION, 0, 12, 4, 0x80000006}, -ENOENT},
+      {{FAR_OPTION, 0, 22, 8, 16384}, -EPROTO},
+      {{FAR_OPTION, 0, 22, 8, 1}, -EPROTO},
+      {{FAR_ANSWER, 0, 16, 8, 0}, -EPROTO},
+      {{FAR_ANSWER, 0, 28, 4, 8192}, -EINVAL},
+      {{FAR_OPTION, 0, 22, 8, 0}, -EPROTO},
+      {{FAR_ANSWER, 1, 4, 4, 1}, -EIO}, /* the box is not to be written */
+      {{FAR_ANSWER, 1, 8, 8, 5}, -EPROTO},
+      {{FAR_ANSWER, 2, 0, 4, 0x668e33ef}, -EPROTO},
+      {{FAR_ANSWER, 2, 8, 8, 99}, -EPROTO},
+      {{FAR_ANSWER, 3, 8, 8, 0}, -EPROTO},
+      {{FAR_ANSWER, 2, 4, 4, 5}, 0},
+      {{FAR_ANSWER, 3, 16, 8, 0}, 0},
+      {{FAR_ANSWER, 4, 16 + 4095, 1, 0x99}, 0},
+      {{FAR_ANSWER, 3, 16, 1, 0xee}, 0},
+  };
+  char path[500], name[20];
+  struct far far, other;
+  struct nbdserve_export e = {0};
+  unsigned char *b;
+  int i, told, n, err;
+  far_full(&far, 60 * 4096, 9);
+  far_full(&other, 60 * 4096, 10);
+  b = malloc((size_t)far.size);
+  CHECK(b != NULL);
+  for (i = 0; i < COUNT(lies) + 2; i++) {
+    struct far_lie all[2] = {lies[i % COUNT(lies)].lie};
+    struct far_end end = {.t = {.lies = i < COUNT(lies) ? all : NULL}};
+    struct far_end honest = {0};
+    int want = i < COUNT(lies) ? lies[i].err : i == COUNT(lies) ? 0 : -EPIPE;
+    snprintf(name, sizeof name, "farrepair%d", i);
+    n = far_damaged(path, name, &far);
+    CHECK(n > 5);
+    if (i > COUNT(lies)) end.left = 12000; /* it ends in the midst of it */
+    err = far_repair(&end, i == COUNT(lies) ? &other : &far, 20000, &told);
+    if (err != (want ? want : -EUCLEAN))
+      fprintf(stderr, "%d: %d '%s', %d told\n", i, err, far_why, told);
+    CHECK(err == (want ? want : -EUCLEAN));
+    CHECK(want ? *far_why && !told : told > 0);
+    if (i == COUNT(lies)) CHECK(told >= n - 3);
+    CHECK(nbdserve_cas_volume(far_cas, "v", &e) == 0);
+    for (uint64_t k = 0; k < far.blocks; k++) {
+      int bad = e.ops->read(e.ctx, b, k * 4096, 4096, 0);
+      CHECK(bad == -EIO || (!bad && !memcmp(b, far_block(&far, k), 4096)));
+    }
+    CHECK(far_repair(&honest, &far, 20000, &told) == 0 && told == 0);
+    CHECK(e.ops->read(e.ctx, b, 0, far.size, 0) == 0);
+    CHECK(!memcmp(b, far.b + far.data, (size_t)far.size));
+    e.ops->close(e.ctx);
+    CHECK(nbdserve_cas_close(far_cas) == 0);
+  }
+  free(b);
+  far_free(&far);
+  far_free(&other);
+}
+
+/* ---- The serving side */
+
+/* A snapshot v@s of this store with these contents, sealed */
+static void far_import(const struct far *far) {
+  struct nbdserve_export e = {0};
+  char id[72];
+  CHECK(nbdserve_cas_create(far_cas, "v", far->size) == 0);
+  CHECK(nbdserve_cas_volume(far_cas, "v", &e) == 0);
+  CHECK(e.ops->write(e.ctx, far->b + far->data, 0, far->size, 0) == 0);
+  e.ops->close(e.ctx);
+  CHECK(nbdserve_cas_snapshot(far_cas, "v@s") == 0);
+  CHECK(nbdserve_cas_volume(far_cas, "v@s/pull", &e) == -ENODATA);
+  CHECK(nbdserve_cas_seal(far_cas, "v@s", id, NULL, NULL) == 0);
+  CHECK(!strcmp(id, far->id));
+}
+
+/* NAME/pull is what the format says, in one go and in pieces that begin and end
+ * anywhere */
+static void u_farserved(void) {
+  struct nbdserve_export e = {0};
+  struct far far;
+  unsigned char *b;
+  unsigned x = t_seed();
+  uint64_t off, len, edge;
+  int i, k;
+  far_store("farserved");
+  far_fill(&far, 1030 * 4096 - 100, 11);
+  far_import(&far);
+  CHECK(nbdserve_cas_volume(far_cas, "v/pull", &e) == -ENODATA);
+  CHECK(nbdserve_cas_volume(far_cas, "w@s/pull", &e) == -ENOENT);
+  CHECK(nbdserve_cas_volume(far_cas, "/pull", &e) == -ENOENT);
+  CHECK(nbdserve_cas_volume(far_cas, "v@s/pull/pull", &e) == -ENOENT);
+  CHECK(nbdserve_cas_volume(far_cas, "v@s/pull", &e) == 0);
+  CHECK(e.size == far.end && e.flags & NBDSERVE_EXPORT_READONLY);
+  CHECK((b = malloc((size_t)far.end)) != NULL);
+  CHECK(e.ops->read(e.ctx, b, 0, far.end, 0) == 0);
+  CHECK(!memcmp(b, far.b, (size_t)far.end));
+  for (i = 0; i < 7; i++)
+    for (k = -40; k <= 40; k++) {
+      edge = i < 4 ? far.at[i] : i == 4 ? far.data : i == 5 ? far.end : 0;
+      if (i == 6) edge = far.at[0] + 1016 * 32; /* two leaves meet */
+      if (k < 0 && edge < 40) continue;
+      off = edge + (uint64_t)(int64_t)k;
+      if (off >= far.end) continue;
+      for (len = 1; len < 9000 && off + len <= far.end; len = 3 * len + 1) {
+        memset(b, 0x5a, len);
+        CHECK(e.ops->read(e.ctx, b, off, len, 0) == 0);
+        CHECK(!memcmp(b, far.b + off, len));
+      }
+    }
+  for (i = 0; i < 2000; i++) {
+    x = x * 1664525 + 1013904223;
+    off = (x >> 3) % (i % 2 ? far.end : far.data / 16);
+    x = x * 1664525 + 1013904223;
+    len = 1 + (x >> 8) % 70000;
+    if (len > far.end - off) len = far.end - off;
+    CHECK(e.ops->read(e.ctx, b, off, len, 0) == 0);
+    CHECK(!memcmp(b, far.b + off, len));
+  }
+  CHECK(nbdserve_cas_rm(far_cas, "v@s") == -EBUSY);
+  e.ops->close(e.ctx);
+  CHECK(nbdserve_cas_rm(far_cas, "v@s") == 0);
+  free(b);
+  far_free(&far);
+  CHECK(nbdserve_cas_close(far_cas) == 0);
+}
+
+/* Clients of /blocks that write garbage, read between blocks and beyond the
+ * end, and do what is for volumes: an error, and the next one is served. */
+static void u_farbox(void) {
+  const uint32_t front = 12288, all = front + 256 * 4096;
+  struct nbdserve_config config = {.version = NBDSERVE_VERSION_NUMBER};
+  static unsigned char b[257 * 4096];
+  struct nbdserve *s;
+  struct far far;
+  struct served v[2] = {{0}, {0}};
+  struct t_conn c[2];
+  uint32_t x = t_seed(), i, off, len;
+  far_store("farbox");
+  far_fill(&far, 60 * 4096, 12);
+  far_import(&far);
+  config.find = q_find;
+  config.ctx = far_cas;
+  CHECK(nbdserve_new(&s, &config) == 0);
+  for (i = 0; i < 2; i++) {
+    s_start(v + i, s, c + i);
+    CHECK(t_open(c + i, c[i].fd, "/blocks", (int)i) == 0 && c[i].size == all);
+  }
+  for (i = 0; i < 600; i++) {
+    struct t_conn *one = c + i % 2;
+    int err;
+    x = x * 1664525 + 1013904223;
+    off = (x >> 4) % all;
+    x = x * 1664525 + 1013904223;
+    len = 1 + (x >> 8) % (i % 3 ? 9000 : 500000);
+    if (i % 5 == 0) off = off / 4096 * 4096;
+    if (len > all - off) len = all - off;
+    if (i % 3) {
+      err = t_do(one, 0, READ, off, len, b);
+      if (off < front) /* what is behind that begins with a block */
+        CHECK(err == (off + len <= front           ? 0
+                      : (off + len - front) % 4096 ? 22
+                                                   : 5));
+      else
+        CHECK(err == ((off - front) % 4096 || len % 4096 ? 22 : 5));
+    } else {
+      memset(b, (int)(x >> 24) | 1, len);
+      err = t_do(one, 0, WRITE, off, len, b);
+      CHECK(err == (off < 4096 || off + len > front ? 22 : 0));
+    }
+  }
+  for (i = 0; i < 2; i++) { /* what is beyond */
+    CHECK(t_do(c + i, 0, READ, all, 4096, b) == 22);
+    CHECK(t_do(c + i, 0, READ, all - 4096, 8192, b) == 22);
+    CHECK(t_do(c + i, 0, READ, UINT64_MAX - 4095, 4096, b) == 22);
+    CHECK(t_do(c + i, 0, WRITE, UINT64_MAX - 31, 32, b) != 0);
+    CHECK(t_do(c + i, 0, WRITE, front - 1, 2, b) == 22);
+    CHECK(t_do(c + i, 0, FLUSH, 0, 0, NULL) >= 0);
+    CHECK(t_do(c + i, 0, TRIM, 8192, 4096, NULL) != 0);
+    CHECK(t_do(c + i, 0, ZEROES, front, 4096, NULL) != 0);
+  }
+  /* Each has a box of its own, and gets what is there. */
+  memset(b, 0, 8192);
+  CHECK(t_do(c, 0, WRITE, 4096, 8192, b) == 0);
+  CHECK(t_do(c, 0, WRITE, 4096 + 32 * 255, 32, far_node(&far, 0, 1)) == 0);
+  CHECK(t_do(c + 1, 0, WRITE, 4096, 64, far_node(&far, 0, 0)) == 0);
+  CHECK(t_do(c, 0, READ, front + 255 * 4096, 4096, b) == 0);
+  CHECK(!memcmp(b, far_block(&far, 1), 4096));
+  CHECK(t_do(c, 0, READ, front + 254 * 4096, 8192, b) == 5); /* and nothing */
+  CHECK(t_do(c, 0, READ, front, 4096, b) == 5);
+  CHECK(t_do(c + 1, 0, READ, front, 8192, b) == 0);
+  CHECK(!memcmp(b, far_block(&far, 0), 8192));
+  for (i = 0; i < 2; i++) {
+    t_close(c + i);
+    CHECK(s_end(v + i) == 0);
+  }
+  nbdserve_free(s);
+  CHECK(nbdserve_cas_verify(far_cas, far_damage, NULL, &i) == 0);
+  far_free(&far);
+  CHECK(nbdserve_cas_close(far_cas) == 0);
+}
+#else
+static void far_sum(const void *p, size_t n, unsigned char sum[32]) {
+  memset(sum, p && n ? 1 : 0, 32);
+}
+static void u_farlies(void) {}
+static void u_farodd(void) {}
+static void u_farstall(void) {}
+static void u_farcut(void) {}
+static void u_fargone(void) {}
+static void u_farforged(void) {}
+static void u_fartail(void) {}
+static void u_farsmall(void) {}
+static void u_farsizes(void) {}
+static void u_farbusy(void) {}
+static void u_farnames(void) {}
+static void u_farrepair(void) {}
+static void u_farserved(void) {}
+static void u_farbox(void) {}
+#endif
+
 static const struct {
   const char *name;
   void (*run)(void);
@@ -15573,6 +16983,20 @@ static const struct {
     {"closed", u_closed},
     {"sametime", u_sametime},
     {"oneflush", u_oneflush},
+    {"farlies", u_farlies},
+    {"farodd", u_farodd},
+    {"farstall", u_farstall},
+    {"farcut", u_farcut},
+    {"fargone", u_fargone},
+    {"farforged", u_farforged},
+    {"fartail", u_fartail},
+    {"farsmall", u_farsmall},
+    {"farsizes", u_farsizes},
+    {"farbusy", u_farbusy},
+    {"farnames", u_farnames},
+    {"farrepair", u_farrepair},
+    {"farserved", u_farserved},
+    {"farbox", u_farbox},
 };
 
 int main(int argc, char **argv) {
@@ -19899,6 +21323,288 @@ static void i_logfull(void) {}
 static void i_unread(void) {}
 #endif
 
+#if !NBDSERVE_NO_CAS && !NBDSERVE_NO_CLIENT
+/* ---- A store at the far end, while something fails here ------------------ */
+
+static void far_sum(const void *p, size_t n, unsigned char sum[32]) {
+  sha_256(0, p, NULL, n, sum, NULL);
+}
+
+/* Two snapshots of the same volume: in the second one two blocks of the second
+ * leaf differ, of which one is that of another place. */
+static void far_two(struct far two[2]) {
+  uint64_t i;
+  int k;
+  for (k = 0; k < 2; k++) {
+    far_make(two + k, 4096, 1016, 1030 * 4096 - 100);
+    for (i = 0; i < two->blocks; i += i == 5 ? 1000 : 1)
+      far_put(far_block(two + k, i), 8, 1 + i);
+    if (k) far_put(far_block(two + k, 1010), 8, 7777);
+    if (k) far_put(far_block(two + k, 1020), 8, 7778);
+    if (k) far_put(far_block(two + k, 1024), 8, 3);
+    far_seal(two + k);
+  }
+}
+
+static int far_pull(const char *name, const struct far *far, size_t left) {
+  struct far_end end = {.left = left};
+  struct nbdserve_peer peer = {.stall_ms = 20000};
+  int err;
+  peer.in_fd = peer.out_fd = far_start(&end, far);
+  err = nbdserve_cas_pull(i_cas, name, far->id, &peer);
+  far_stop(&end, peer.in_fd);
+  return err;
+}
+
+static int far_tell(void *arg, const char *name, uint64_t off, uint64_t len,
+                    const char *why) {
+  (void)off, (void)len, (void)name, (void)why;
+  ++*(int *)arg;
+  return 0;
+}
+
+/* The snapshot of that name has that id and these contents; then it goes. */
+static void far_has(const char *name, const struct far *far) {
+  struct nbdserve_export e = {0};
+  unsigned char *b = malloc((size_t)far->size);
+  char id[72];
+  int told = 0;
+  CHECK(b && nbdserve_cas_verify(i_cas, far_tell, NULL, &told) == 0 && !told);
+  CHECK(nbdserve_cas_seal(i_cas, name, id, NULL, NULL) == 0);
+  CHECK(!strcmp(id, far->id));
+  CHECK(nbdserve_cas_volume(i_cas, name, &e) == 0 && e.size == far->size);
+  CHECK(e.ops->read(e.ctx, b, 0, far->size, 0) == 0);
+  CHECK(!memcmp(b, far->b + far->data, (size_t)far->size));
+  e.ops->close(e.ctx);
+  free(b);
+  CHECK(nbdserve_cas_rm(i_cas, name) == 0);
+}
+
+/* A store with v and v@a, the first of two; open, as is v */
+static void far_new(struct far two[2]) {
+  alarm(100);
+  fi_no_disk = 1;
+  unlink(path);
+  CHECK(nbdserve_cas_init(path, NULL) == 0);
+  CHECK(nbdserve_cas_open(path, NULL, &i_cas) == 0);
+  CHECK(far_pull("v@a", two, SIZE_MAX) == 0);
+  CHECK(nbdserve_cas_close(i_cas) == 0);
+  CHECK(i_cas_open(0) == 0);
+}
+
+/* After a pull of v@b that met a failure and ended with err: nothing of it, and
+ * the next one ends in order; or it is there.  failed: so it may be after an
+ * error, too, if nothing could be written any more. */
+static void far_after(struct far two[2], int err, int failed) {
+  struct nbdserve_export e = {0};
+  int told = 0, there = nbdserve_cas_volume(i_cas, "v@b", &e);
+  if (!there) e.ops->close(e.ctx);
+  CHECK(there == (err ? -ENOENT : 0) || (!there && failed));
+  if (there) {
+    CHECK(nbdserve_cas_verify(i_cas, far_tell, NULL, &told) == 0 && !told);
+    CHECK(far_pull("v@b", two + 1, SIZE_MAX) == 0);
+  }
+  far_has("v@b", two + 1);
+}
+
+/* Each allocation of a pull may fail, of one with a base and of one that is
+ * gone on with: -ENOMEM, nothing leaks, and the next one ends with the id. */
+static void i_farmemory(void) {
+  struct far two[2];
+  int n = 0, fired, fails = 0;
+  far_two(two);
+  far_new(two);
+  do {
+    int err;
+    if (n % 4 == 3) CHECK(far_pull("v@b", two + 1, 30000) == -EPIPE);
+    fi[MALLOC].calls = 0;
+    fi[MALLOC].bad = ++n;
+    err = far_pull("v@b", two + 1, SIZE_MAX);
+    fired = fi_calls(MALLOC, 0) >= n;
+    fi[MALLOC].bad = 0;
+    CHECK(!err || (err == -ENOMEM && fired));
+    fails += err != 0;
+    cas_check(i_cas, fired ? CK_LENIENT : 0);
+    far_after(two, err, 0);
+    i_lenient = 1;
+    if (n % 16 == 0) CHECK(i_cas_close() == 0 && i_cas_open(0) == 0);
+  } while (fired);
+  CHECK(n > 30 && fails > n / 2);
+  CHECK(i_cas_close() == 0);
+  far_free(two);
+  far_free(two + 1);
+}
+
+/* A call that fails once, for each of them, in a pull */
+static void i_farcalls(void) {
+  static const int kinds[] = {PREAD, PWRITE, SYNC, FALLOCATE};
+  static const int errors[] = {EIO, ENOSPC};
+  struct far two[2];
+  int k, i, n, fired, fails = 0, all = 0;
+  far_two(two);
+  far_new(two);
+  i_lenient = 1;
+  for (k = 0; k < COUNT(kinds); k++)
+    for (i = 0; i < COUNT(errors); i++) {
+      if (kinds[k] == PREAD && errors[i] != EIO) continue;
+      for (n = 0, fired = 1; fired; n++, all++) {
+        int err, failed;
+        pthread_mutex_lock(&fi_lock);
+        fi[kinds[k]].skip = n;
+        fi[kinds[k]].err = errors[i];
+        fi[kinds[k]].times = 1;
+        pthread_mutex_unlock(&fi_lock);
+        err = far_pull("v@b", two + 1, SIZE_MAX);
+        pthread_mutex_lock(&fi_lock);
+        fired = !fi[kinds[k]].times;
+        fi[kinds[k]].times = fi[kinds[k]].skip = 0;
+        pthread_mutex_unlock(&fi_lock);
+        CHECK(!err || fired);
+        CHECK(!err || err == -errors[i] || err == -EIO);
+        fails += err != 0;
+        failed = i_cas->failed;
+        if (failed || n % 8 == 0) {
+          CHECK(i_cas_close() == (failed ? failed : 0));
+          CHECK(i_cas_open(0) == 0);
+        }
+        far_after(two, err, failed);
+      }
+      CHECK(n > (kinds[k] == FALLOCATE ? 0 : 2));
+    }
+  CHECK(fails > 10 && all > fails);
+  CHECK(i_cas_close() == 0);
+  far_free(two);
+  far_free(two + 1);
+}
+
+/* The same in a repair: what was there is there, and the next one mends all. */
+static void i_farmend(void) {
+  static const int kinds[] = {PREAD, PWRITE, SYNC, MALLOC};
+  struct far two[2];
+  unsigned char b[4096];
+  off_t at[8], pos;
+  int k, n, i, fired, fd, found = 0, all = 0;
+  far_two(two);
+  far_new(two);
+  i_lenient = 1;
+  CHECK((fd = open(path, O_RDWR)) >= 0);
+  for (pos = 0; found < 7 && pread(fd, b, 4096, pos) == 4096; pos += 4096)
+    if (far_get(b, 8) > 1 && far_get(b, 8) < 2000 && far_is_zero(b + 8, 4088))
+      at[found++] = pos;
+  CHECK(found >= 5);
+  for (k = 0; k < COUNT(kinds); k++)
+    for (n = 1, fired = 1; fired; n++, all++) {
+      struct far_end end[2] = {{.fd = 0}, {.fd = 0}};
+      int round, err = 0, told, failed;
+      for (i = 0; i < found; i++)
+        i_flip(at[i] + 100 + i);
+      for (round = 0; round < 2; round++) {
+        struct nbdserve_peer peer = {.stall_ms = 20000};
+        told = 0;
+        peer.in_fd = peer.out_fd = far_start(end + round, two);
+        pthread_mutex_lock(&fi_lock);
+        if (!round && kinds[k] == MALLOC) {
+          fi[MALLOC].calls = 0;
+          fi[MALLOC].bad = n;
+        } else if (!round) {
+          fi[kinds[k]].skip = n - 1;
+          fi[kinds[k]].err = EIO;
+          fi[kinds[k]].times = 1;
+        }
+        pthread_mutex_unlock(&fi_lock);
+        err = nbdserve_cas_repair(i_cas, &peer, far_tell, NULL, &told);
+        pthread_mutex_lock(&fi_lock);
+        if (!round)
+          fired =
+              kinds[k] == MALLOC ? fi[MALLOC].calls >= n : !fi[kinds[k]].times;
+        fi[kinds[k]].times = fi[kinds[k]].skip = 0;
+        fi[MALLOC].bad = 0;
+        pthread_mutex_unlock(&fi_lock);
+        far_stop(end + round, peer.in_fd);
+        if (round) break;
+        CHECK(!err || fired);
+        failed = i_cas->failed;
+        if (!failed && n % 8) continue;
+        CHECK(i_cas_close() == (failed ? failed : 0));
+        CHECK(i_cas_open(0) == 0);
+      }
+      CHECK(err == 0 && !told);
+      CHECK(nbdserve_cas_verify(i_cas, far_tell, NULL, &told) == 0 && !told);
+    }
+  close(fd);
+  CHECK(all > 20);
+  CHECK(i_cas_close() == 0);
+  far_free(two);
+  far_free(two + 1);
+}
+
+static void *far_rm(void *id) {
+  return (void *)(intptr_t)nbdserve_cas_rm(i_cas, id);
+}
+
+static void *far_again(void *far) {
+  return (void *)(intptr_t)far_pull("v@b", far, SIZE_MAX);
+}
+
+/* A part of what was pulled is removed, which takes a while; who wants to go on
+ * with it meanwhile begins anew. */
+static void i_farremoved(void) {
+  struct far two[2];
+  pthread_t rm, pull;
+  void *removed, *pulled;
+  far_two(two);
+  far_new(two);
+  CHECK(far_pull("v@b", two + 1, 30000) == -EPIPE);
+  t_hold(&fi[SYNC].hold, 1);
+  CHECK(pthread_create(&rm, NULL, far_rm, two[1].part) == 0);
+  usleep(100000);
+  CHECK(pthread_create(&pull, NULL, far_again, two + 1) == 0);
+  usleep(100000);
+  t_hold(&fi[SYNC].hold, 0);
+  pthread_join(rm, &removed);
+  pthread_join(pull, &pulled);
+  CHECK((int)(intptr_t)removed == 0);
+  CHECK((int)(intptr_t)pulled == 0);
+  far_has("v@b", two + 1);
+  CHECK(i_cas_close() == 0);
+  far_free(two);
+  far_free(two + 1);
+}
+
+/* A part of what was pulled is removed by its id, though a snapshot was sealed
+ * that has the same id. */
+static void i_farsameid(void) {
+  struct far two[2];
+  char id[72];
+  far_two(two);
+  far_new(two);
+  CHECK(far_pull("v@b", two + 1, 30000) == -EPIPE);
+  CHECK(i_volume.ops->write(i_volume.ctx, two[1].b + two[1].data, 0,
+                            two[1].size, 0) == 0);
+  CHECK(nbdserve_cas_snapshot(i_cas, "v@c") == 0);
+  CHECK(nbdserve_cas_seal(i_cas, "v@c", id, NULL, NULL) == 0);
+  CHECK(!strcmp(id, two[1].id));
+  CHECK(far_pull("v@b", two + 1, SIZE_MAX) == 0);
+  CHECK(nbdserve_cas_rm(i_cas, two[1].part) == 0);
+  CHECK(nbdserve_cas_rm(i_cas, two[1].part) == -ENOENT);
+  CHECK(nbdserve_cas_rm(i_cas, two[1].id) == -EINVAL); /* two snapshots */
+  CHECK(nbdserve_cas_rm(i_cas, "v@c") == 0);
+  far_has("v@b", two + 1);
+  CHECK(i_cas_close() == 0);
+  far_free(two);
+  far_free(two + 1);
+}
+#else
+static void far_sum(const void *p, size_t n, unsigned char sum[32]) {
+  memset(sum, p && n ? 1 : 0, 32);
+}
+static void i_farmemory(void) {}
+static void i_farcalls(void) {}
+static void i_farmend(void) {}
+static void i_farremoved(void) {}
+static void i_farsameid(void) {}
+#endif
+
 static const struct {
   const char *name;
   void (*run)(void);
@@ -19964,6 +21670,9 @@ static const struct {
     {"ahead", i_ahead},         {"again", i_again},
     {"ended", i_ended},         {"places", i_places},
     {"replaced", i_replaced},   {"format", i_format},
+    {"farmemory", i_farmemory}, {"farcalls", i_farcalls},
+    {"farmend", i_farmend},     {"farremoved", i_farremoved},
+    {"farsameid", i_farsameid},
 };
 
 int main(int argc, char **argv) {
@@ -20005,8 +21714,11 @@ int main(int argc, char **argv) {
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <poll.h>
 #include <sys/file.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -20022,6 +21734,7 @@ int main(int argc, char **argv) {
 #define CAS_MARGIN 8
 #define CAS_TRIES 12 /* 8 segments have their digests in one sector */
 #define CAS_MIN_BLOCK 512
+#define PEER_ALIGN 512 /* where blocks begin, too */
 
 enum {
   PREAD,
@@ -20040,6 +21753,7 @@ enum {
   D_OPS = 8192,
   D_FD = 5000,
   D_DIR = 6000,
+  D_PEER = 7000,
   D_UNIT = CAS_UNIT,
   D_SLOT = 512,           /* bytes of a slot */
   D_SLOTS = CAS_UNIT / 32 /* in a group, behind their digests */
@@ -20053,6 +21767,7 @@ enum kind {
   SECTOR,   /* after a cut a sector cannot be read, or has rotted */
   SUPER,    /* the same, in one of the superblocks */
   KILLED,   /* kill -9 only: all that was acknowledged is there */
+  PEER,     /* snapshots are pulled, and what has rotted is mended by a peer */
   NKINDS
 };
 enum {
@@ -20631,7 +22346,7 @@ static void *sim_malloc(size_t n) {
   union d_head *h;
   if (d_enter(MALLOC, D_FD, NULL)) return NULL;
   if (!(h = malloc(sizeof *h + n))) exit(2);
-  memset(h + 1, 0xa5, n);
+  memset(h + 1, 0xa5, n < 1 << 20 ? n : 1 << 20);
   h->next[0] = &d_heap;
   h->next[1] = d_heap.next[1];
   h->next[0]->next[1] = h->next[1]->next[0] = h;
@@ -20645,6 +22360,60 @@ static void sim_free(void *p) {
   h->next[0]->next[1] = h->next[1];
   h->next[1]->next[0] = h->next[0];
   free(h);
+}
+
+/* The peer: it answers at once, until it hangs up or has said a byte that is
+ * not the right one. */
+static struct far_talk d_talk;
+static size_t d_heard;  /* bytes of what it says that were taken */
+static long d_left;     /* bytes until it hangs up; -1: never */
+static long d_wrong;    /* bytes until one is wrong; -1: none */
+static uint64_t d_days; /* that have gone by since the first store was made */
+static uint64_t d_room; /* bytes that the file system has */
+
+static ssize_t sim_send(int fd, const void *p, size_t n, int flags) {
+  (void)flags;
+  if (fd != D_PEER) return errno = EBADF, -1;
+  if (rnd(4) == 0) n = 1 + rnd((uint32_t)n);
+  far_hear(&d_talk, p, n);
+  return (ssize_t)n;
+}
+
+static ssize_t sim_recv(int fd, void *p, size_t n, int flags) {
+  size_t left = d_talk.nout - d_heard;
+  (void)flags;
+  if (fd != D_PEER) return errno = EBADF, -1;
+  if (n > left) n = left;
+  if (d_left >= 0 && n > (size_t)d_left) n = (size_t)d_left;
+  if (n && rnd(4) == 0) n = 1 + rnd((uint32_t)n);
+  memcpy(p, d_talk.out + d_heard, n);
+  d_heard += n;
+  if (d_left >= 0) d_left -= (long)n;
+  if (d_wrong >= 0 && d_wrong < (long)n)
+    ((unsigned char *)p)[d_wrong] ^= (unsigned char)(1 << rnd(8));
+  if (d_wrong >= 0) d_wrong = d_wrong < (long)n ? -1 : d_wrong - (long)n;
+  return (ssize_t)n;
+}
+
+static int sim_poll(struct pollfd *p, nfds_t n, int ms) {
+  (void)ms;
+  for (nfds_t i = 0; i < n; i++)
+    p[i].revents = p[i].events;
+  return (int)n;
+}
+
+static int sim_fstatvfs(int fd, struct statvfs *fs) {
+  (void)fd;
+  memset(fs, 0, sizeof *fs);
+  fs->f_frsize = 4096;
+  fs->f_blocks = 1 << 20;
+  fs->f_bavail = (fsblkcnt_t)(d_room / 4096);
+  return 0;
+}
+
+static time_t sim_time(time_t *t) {
+  (void)t;
+  return (time_t)(UINT64_C(1000000000) + d_days * 86400);
 }
 
 /* A path is that of the store, for which fstat says the same. */
@@ -20666,6 +22435,12 @@ static int sim_lstat(const char *path, struct stat *st) {
 #undef pwritev
 #undef ftruncate
 #undef fallocate
+#undef fstatvfs
+#define fstatvfs sim_fstatvfs
+#define poll(p, n, ms) sim_poll(p, n, ms)
+#define send(fd, p, n, flags) sim_send(fd, p, n, flags)
+#define recv(fd, p, n, flags) sim_recv(fd, p, n, flags)
+#define time(t) sim_time(t)
 #define clock_gettime sim_clock
 #define nanosleep(time, rest) ((void)(time))
 #define open sim_open
@@ -20721,6 +22496,7 @@ enum {
   RESIZE,
   RM,
   IMPORT, /* its contents are those of vols[NVOLS] */
+  PULL,   /* of a snapshot, those of n_far, and so of its volume if it lacks */
   MANY    /* some of the above in one */
 };
 enum {       /* bits of m_vol.bad */
@@ -20757,6 +22533,20 @@ struct change {
 static struct change change, many[3];
 static int nmany;
 
+/* Snapshots that the peer has, and what was pulled of them: struct far has what
+ * it serves, cells what the model would have of it. */
+enum {
+  NFARS = 4
+};
+static struct n_far {
+  struct far far;
+  uint32_t size, cells[CELLS];
+  char letter;           /* of the volume that it was made from, or 0 */
+  int is_partial;        /* there is a volume with a part of it */
+  uint64_t day;          /* when somebody went on with it last */
+} n_fars[NFARS], *n_far; /* n_far: that is being pulled */
+static long n_count[8];  /* pulls, of them complete, ... */
+
 /* What disks have done to blocks of that contents (LOST: to something else),
  * and to the log since the store was opened */
 static struct {
@@ -20777,8 +22567,9 @@ static int m_strict;      /* a write that fails once does not stop it */
 static long m_refused[3]; /* d_refused, at the begin of the last steps */
 static char m_doing[100];
 static uint64_t k_tries; /* number of its last checkpoint, maybe a failed one */
-static const char *const kinds[NKINDS] = {
-    "plain", "full", "enospc", "taken", "lostpage", "sector", "super", "kill"};
+static const char *const kinds[NKINDS] = {"plain", "full",     "enospc",
+                                          "taken", "lostpage", "sector",
+                                          "super", "kill",     "peer"};
 
 /* Format 1 has not all that is asked of the next one. */
 #ifdef NBDSERVE_CAS_REPAIR
@@ -20873,6 +22664,8 @@ static void m_fill(unsigned char *p, uint32_t value) {
 static int m_full(void) {
   uint64_t blocks = 400 + (uint64_t)nlater;
   uint32_t i, c;
+  for (i = 0; i < NFARS; i++)
+    blocks += n_fars[i].size / PER * 2;
   for (i = 0; i < NVOLS; i++)
     for (c = 0; vols[i].name[0] && c < vols[i].size; c += PER)
       blocks += 1 + !(c / PER % 3);
@@ -21138,6 +22931,7 @@ static int m_possible(void) {
   case RESIZE:
     return v && !at;
   case IMPORT:
+  case PULL:
     return !v && m_find("");
   case MANY:
     return m_many(1) == nmany;
@@ -21145,6 +22939,23 @@ static int m_possible(void) {
   for (s = vols; v && !at && s < vols + NVOLS; s++)
     if (strchr(s->name, '@') && m_base(s->name) == v) return 0;
   return v != NULL;
+}
+
+/* What is pulled is there. */
+static void n_apply(void) {
+  struct m_vol *up = m_base(change.name), *v = NULL;
+  int i;
+  for (i = up != NULL; i < 2; i++) {
+    v = m_find("");
+    memset(v, 0, sizeof *v);
+    v->size = n_far->size;
+    memcpy(v->cur, n_far->cells, sizeof v->cur);
+    memcpy(v->name, change.name, sizeof v->name);
+    if (i == 0) v->name[strcspn(v->name, "@")] = 0;
+    m_settle(v, 0, CELLS);
+  }
+  v->readonly = v->sealed = 1;
+  strcpy(v->id, n_far->far.id);
 }
 
 static void m_apply(void) {
@@ -21173,6 +22984,9 @@ static void m_apply(void) {
     break;
   case MANY:
     m_many(0);
+    break;
+  case PULL:
+    n_apply();
     break;
   case RENAME:
     for (s = vols; s < vols + NVOLS; s++)
@@ -21239,6 +23053,14 @@ static int m_change(void) {
 
 static int m_listed(void *arg, const struct nbdserve_cas_info *info) {
   struct m_vol *v = m_find(info->name);
+  int i;
+  for (i = 0; i < NFARS; i++)
+    if (!strcmp(info->name, n_fars[i].far.part)) {
+      if (info->readonly || *info->id || !info->partial)
+        return 1; /* its size may be a lie, so far */
+      n_fars[i].is_partial = 1;
+      return 0;
+    }
   if (!v || info->size != (uint64_t)v->size * CELL ||
       v->readonly != info->readonly)
     return 1;
@@ -21252,7 +23074,10 @@ static int m_listed(void *arg, const struct nbdserve_cas_info *info) {
 
 /* Does the store have the model's volumes and snapshots? */
 static int m_catalog(void) {
-  int n = 0, i, differ = nbdserve_cas_list(cas, m_listed, &n);
+  int n = 0, i, differ;
+  for (i = 0; i < NFARS; i++)
+    n_fars[i].is_partial = 0;
+  differ = nbdserve_cas_list(cas, m_listed, &n);
   for (i = 0; i < NVOLS; i++)
     n -= vols[i].name[0] != 0;
   return !differ && !n;
@@ -21261,8 +23086,28 @@ static int m_catalog(void) {
 /* What verify or repair has named, of each volume */
 static unsigned char m_named[NVOLS][CELLS / PER];
 
+/* Is it a part of what is being pulled, of which blocks have rotted? */
+static int n_damaged(const char *name, uint64_t off, uint64_t len) {
+  uint64_t b;
+  int i = 0, k;
+  while (i < NFARS && (!name || strcmp(name, n_fars[i].far.id)))
+    i++;
+  if (i == NFARS) return 0;
+  for (b = off / BLOCK; b * BLOCK < off + len; b++) {
+    for (k = 0; k < m_hurt.n && k < NHURT; k++)
+      if (!memcmp(n_fars[i].cells + b * PER, m_hurt.cells[k],
+                  sizeof m_hurt.cells[k]))
+        break;
+    if (k == m_hurt.n || k == NHURT)
+      m_fail("verify: block %lu of a part", (unsigned long)b);
+  }
+  return 1;
+}
+
 static void m_name_damage(const char *name, uint64_t off, uint64_t len,
                           const char *why) {
+  if (m_hurt.any && name && strstr(name, "/partial")) return; /* the base's */
+  if (n_damaged(name, off, len)) return;
   struct m_vol *v = name && *name ? m_find(name) : NULL;
   uint64_t b;
   if (d_frozen && !len) return; /* a torn superblock, which open repairs */
@@ -21472,6 +23317,27 @@ static void m_found(struct m_vol *v, const uint32_t *found) {
   m_settle(v, 0, CELLS);
 }
 
+/* The map of what an interrupted pull has left is whole.  Which of its blocks
+ * are the base's still, the pull that goes on finds out. */
+static void n_sound(void) {
+  uint32_t at, c;
+  int i;
+  for (at = 0; at < cas->nvolumes; at++) {
+    struct cas_volume *vol = cas->volumes[at];
+    if (!vol->is_partial) continue;
+    for (i = 0; i < NFARS && strcmp(vol->now.name, n_fars[i].far.part);)
+      i++;
+    if (i == NFARS) m_fail("a part of what nobody has pulled");
+    for (c = 0; c < n_fars[i].far.blocks; c++) {
+      struct cas_spot spot;
+      os_lock(&cas->lock);
+      int err = cas_find_spot(cas, cas_root(vol), c, &spot);
+      os_unlock(&cas->lock);
+      if (err || spot.slot == CAS_LOST) m_fail("a part's map: %d", err);
+    }
+  }
+}
+
 /* Compares all with the model, which then is what was found. */
 static void m_check(void) {
   static uint32_t found[CELLS];
@@ -21507,6 +23373,7 @@ static void m_check(void) {
   for (s = vols; v && v->name[0] && s < vols + NVOLS; s++)
     m_diff(v, s);
   change.kind = 0;
+  n_sound();
   m_verify();
   m_hurt.log &= d_frozen;
   m_hurt.slot &= d_frozen;
@@ -21572,6 +23439,17 @@ static int m_mended(int err) {
   return err;
 }
 
+/* When what was pulled in part was gone on with last, as the store has it:
+ * until something comes, that is in memory only. */
+static void n_days(void) {
+  uint32_t at;
+  int i;
+  for (at = 0; at < cas->nvolumes; at++)
+    for (i = 0; i < NFARS; i++)
+      if (!strcmp(cas->volumes[at]->now.name, n_fars[i].far.part))
+        n_fars[i].day = (cas->volumes[at]->now.created - 1000000000) / 86400;
+}
+
 static int m_reopen(void) {
   struct nbdserve_cas_options o = {0};
   int err;
@@ -21588,6 +23466,7 @@ static int m_reopen(void) {
   if (!err && m_nth % 3 == 0) cas->cache = 3 * BLOCK; /* leaves are evicted */
   m_sound();
   recoveries += !err;
+  if (!err) n_days();
   return err;
 }
 
@@ -21774,6 +23653,225 @@ static int m_changes(void) {
 }
 #endif
 
+/* ---- A peer, of kind PEER only ------------------------------------------- */
+
+static void far_sum(const void *p, size_t n, unsigned char sum[32]) {
+  sha_256(d_hw, p, NULL, n, sum, NULL);
+}
+
+/* Begins to talk to the peer, which has that.  Now and then it does not come to
+ * the end, or one bit is wrong.  Returns whether it is so. */
+static int n_talk(const struct far *far) {
+  unsigned char *out = d_talk.out;
+  size_t room = d_talk.room;
+  memset(&d_talk, 0, sizeof d_talk);
+  d_talk.out = out; /* of the one before it, maybe of one that was cut off */
+  d_talk.room = room;
+  d_talk.reverse = (int)rnd(2);
+  far_begin(&d_talk, far);
+  d_heard = 0;
+  d_left = rnd(3) ? -1 : (long)rnd(8000 << rnd(5));
+  d_wrong = rnd(6) ? -1 : (long)rnd(8000 << rnd(5));
+  return d_left >= 0 || d_wrong >= 0;
+}
+
+/* The peer gets another snapshot: that of a volume of ours, mostly of one that
+ * is sealed, with a few changes; or of its own. */
+static void n_make(struct n_far *n) {
+  struct m_vol *v = vols + rnd(NVOLS);
+  uint32_t at, len, i;
+  int k, tries;
+  for (tries = 0; tries < 20 && !(v->name[0] && v->sealed); tries++)
+    v = vols + rnd(NVOLS);
+  far_free(&n->far);
+  memset(n, 0, sizeof *n);
+  if (v->name[0] && rnd(4)) {
+    memcpy(n->cells, v->cur, sizeof n->cells);
+    n->size = v->size;
+    n->letter = v->name[0];
+  } else {
+    n->size = rnd(m_max) + 1;
+  }
+  for (i = 0; i < n->size; i++)
+    if (n->cells[i] == LOST) n->cells[i] = 1;
+  if (rnd(6) == 0) n->size = 1 + rnd(m_max);
+  if (!n->size) n->size = 1 + rnd(100);
+  for (k = (int)rnd(8); k > 0; k--) {
+    static uint32_t values[CELLS];
+    at = rnd(n->size);
+    len = 1 + rnd(rnd(3) ? 3 * PER : 70 * PER);
+    if (len > n->size - at) len = n->size - at;
+    m_values(values, len);
+    memcpy(n->cells + at, values, len * sizeof *values);
+  }
+  memset(n->cells + n->size, 0, (CELLS - n->size) * sizeof *n->cells);
+  far_make(&n->far, BLOCK, CAS_FANOUT(BLOCK), (uint64_t)n->size * CELL);
+  for (i = 0; i < n->size; i++)
+    m_fill(n->far.b + n->far.data + i * CELL, n->cells[i]);
+  far_seal(&n->far);
+}
+
+/* Removes what an interrupted pull has left. */
+static int n_rm(struct n_far *n) {
+  int err;
+  m_do("rm %.15s", n->far.id);
+  err = nbdserve_cas_rm(cas, n->far.part);
+  m_must = 1;
+  if (err && !m_excused(err)) m_fail("%d", err);
+  m_must = 0;
+  if (!m_catalog()) m_fail("removing a part changes the catalog");
+  if (!err && n->is_partial) m_fail("it is still there");
+  n_count[5] += !err;
+  return err;
+}
+
+/* A snapshot that the peer has, mostly one that was not pulled as yet */
+static struct n_far *n_choose(void) {
+  struct n_far *n = n_fars + rnd(NFARS);
+  if (n->far.b && rnd(3)) return n;
+  if (n->far.b && !m_catalog()) m_fail("the catalog");
+  if (n->far.b && n->is_partial && (n_rm(n) || n->is_partial)) return n;
+  n_make(n);
+  return n;
+}
+
+/* nbdserve_cas_pull and nbdserve_cas_repair, with a peer of these two ends */
+static int far_fetch(struct nbdserve_cas *st, const char *name, int in, int out,
+                     const char *from, nbdserve_progress_fn *progress,
+                     void *arg) {
+  struct nbdserve_peer peer = {
+      .in_fd = in, .out_fd = out, .progress = progress, .arg = arg};
+  return nbdserve_cas_pull(st, name, from, &peer);
+}
+
+static int far_mend(struct nbdserve_cas *st, int in, int out,
+                    nbdserve_damage_fn *each, nbdserve_progress_fn *progress,
+                    void *arg) {
+  struct nbdserve_peer peer = {.in_fd = in, .out_fd = out};
+  return nbdserve_cas_repair(st, &peer, each, progress, arg);
+}
+
+/* Pulls it. */
+static int n_pull(void) {
+  struct m_vol *v;
+  char name[16];
+  int err, lies, i, places = 0, was_full = d_full, known = 0;
+  const char *from;
+  for (i = 0; i < NVOLS; i++)
+    places += !vols[i].name[0];
+  if (places < 2) return 0;
+  n_far = n_choose();
+  for (i = 0; i < 3; i++) {
+    m_name(name, 1);
+    if (n_far->letter && rnd(3)) name[0] = n_far->letter;
+    if (!(v = m_find(name))) break;
+  }
+  for (i = 0; i < NVOLS; i++)
+    known |= vols[i].name[0] && vols[i].sealed == 1 &&
+             !strcmp(vols[i].id, n_far->far.id);
+  from = rnd(2) ? n_far->far.id : "there@s";
+  d_room = rnd(20) ? UINT64_C(1) << 30 : UINT64_C(65) << 20;
+  lies = n_talk(&n_far->far);
+  m_do("pull %s, %u cells, of %.15s: hangs up at %ld, a wrong byte at %ld",
+       name, n_far->size, n_far->far.id, d_left, d_wrong);
+  d_full = 0;
+  change.kind = PULL;
+  change.size = n_far->size;
+  change.from[0] = 0;
+  memcpy(change.name, name, sizeof name);
+  if (v) change.kind = 0;
+  n_count[0]++;
+  err = far_fetch(cas, name, D_PEER, D_PEER, from, NULL, NULL);
+  d_full |= was_full;
+  if (v) {
+    int is_same = v->sealed && !strcmp(v->id, n_far->far.id);
+    if (err != -EEXIST && !(is_same && !err) && !lies && !m_excused(err))
+      m_fail("%d, though it exists", err);
+    return 0;
+  }
+  if (!err) {
+    n_count[known ? 2 : 1]++;
+    m_apply();
+    if (!m_catalog()) m_fail("it is not there");
+    if (n_far->is_partial && !known) m_fail("it is there, and so is a part");
+  } else {
+    n_count[err == -ENOSPC ? 4 : 3]++;
+    n_days();
+    if (!(lies && (err == -EPIPE || err == -EBADMSG || err == -EPROTO ||
+                   err == -EIO || err == -EINVAL || err == -ENOENT)) &&
+        !(err == -ENOSPC && d_room < 1 << 30) && !m_excused(err))
+      m_fail("%d", err);
+    change.kind = 0;
+    if (!m_catalog()) m_fail("something of it is to be seen");
+    n_sound();
+    if (err != -ENOSPC || d_room < 1 << 30) err = 0;
+  }
+  return err;
+}
+
+/* Eight days go by, and what nobody has gone on with is removed. */
+static int n_gc(void) {
+  int i, err, was[NFARS];
+  if (!m_catalog()) m_fail("the catalog");
+  for (i = 0; i < NFARS; i++)
+    was[i] = n_fars[i].is_partial;
+  d_days += 1 + rnd(9);
+  err = m_gc();
+  if (!m_catalog()) m_fail("the catalog");
+  for (i = 0; i < NFARS; i++) {
+    int is_old = n_fars[i].day + 7 < d_days;
+    if (was[i] && !n_fars[i].is_partial && !is_old)
+      m_fail("what was gone on with %u days ago is removed",
+             (unsigned)(d_days - n_fars[i].day));
+    if (was[i] && n_fars[i].is_partial && is_old && !err)
+      m_fail("it is old, and still there");
+    n_count[6] += was[i] && !n_fars[i].is_partial;
+  }
+  return err;
+}
+
+static unsigned char *n_keep;
+
+/* Has all that has rotted mended by the peer. */
+static int n_mend(void) {
+  struct far far;
+  int n = m_hurt.n < NHURT ? m_hurt.n : NHURT, i, err, lies;
+  uint32_t c;
+  far_make(&far, BLOCK, CAS_FANOUT(BLOCK), (uint64_t)(n + 1) * BLOCK);
+  for (i = 0; i < n; i++)
+    for (c = 0; c < PER; c++)
+      m_fill(far_block(&far, (uint64_t)i) + c * CELL, m_hurt.cells[i][c]);
+  far_seal(&far);
+  lies = n_talk(&far);
+  m_do("repair");
+  memset(m_named, 0, sizeof m_named);
+  free(n_keep);
+  n_keep = far.b; /* a cut comes back without this frame */
+  err = far_mend(cas, D_PEER, D_PEER, m_damage, NULL, NULL);
+  if (err && err != -EUCLEAN && lies) return 0;
+  err = m_verified(err);
+  if (err || lies) return err;
+  for (i = 0; i < NVOLS; i++)
+    for (c = 0; c < CELLS / PER; c++)
+      if (vols[i].name[0] && m_named[i][c])
+        m_fail("block %u of %s is not mended", c, vols[i].name);
+  n_count[7] += m_hurt.n;
+  m_hurt.n = m_hurt.any = m_hurt.fresh = m_hurt.slot = 0;
+  return 0;
+}
+
+static int n_one(void) {
+  uint32_t what = rnd(100), i;
+  if (m_hurt.any && what < 40) return n_mend();
+  if (what < 70) return n_pull();
+  if (what < 80) return n_gc();
+  for (i = 0; i < 20; i++) {
+    struct m_vol *v = vols + rnd(NVOLS);
+    if (v->name[0] && v->readonly && !v->sealed) return m_seal(v);
+  }
+  return 0;
+}
+
 /* One operation of any kind; an error that was in order, or 0 */
 static int m_one(void) {
   static uint32_t values[CELLS];
@@ -21781,6 +23879,7 @@ static int m_one(void) {
   uint32_t at, n, what = rnd(100);
   int err = 0;
   if (rnd(20) == 0) d_run();
+  if (d_kind == PEER && rnd(5) == 0) return n_one();
   if (!v->name[0] || rnd(100) < (uint32_t)m_weight[0]) {
     m_any_change(v);
     return m_change();
@@ -22010,9 +24109,12 @@ static void k_compare(struct nbdserve_cas *st) {
     k_must((v < 0) == !vol->now.id, "a volume that is hidden, or not", vol->id);
     if (v < 0) continue;
     n--;
-    k_must(record->flags == (vol->parent ? CAS_IS_SNAPSHOT : 0) &&
+    /* When a part was gone on with last is written with the next change. */
+    k_must(record->flags == (vol->parent       ? CAS_IS_SNAPSHOT
+                             : vol->is_partial ? CAS_IS_PARTIAL
+                                               : 0) &&
                record->size == vol->now.size && record->id == vol->now.id &&
-               record->created == vol->now.created &&
+               (record->created == vol->now.created || vol->is_partial) &&
                record->made_from == vol->now.made_from &&
                record->levels == CAS_LEVELS &&
                !memcmp(record->cid, vol->now.cid, 32) &&
@@ -22021,7 +24123,9 @@ static void k_compare(struct nbdserve_cas *st) {
     memset(k_mine, 0, sizeof k_mine);
     k_memory(st, *cas_root(vol), k_mine);
     for (i = 0; i < k_blocks(v); i++)
-      k_must(k_mine[i] == k_vols[v].slot[i], "a block of a volume", i);
+      k_must(k_mine[i] == k_vols[v].slot[i] ||
+                 (vol->is_partial && !k_vols[v].slot[i]), /* it is adopted */
+             "a block of a volume", i);
     for (; vol->parent && i < K_BLOCKS; i++)
       k_must(!k_mine[i], "a block behind the end of a snapshot", i);
   }
@@ -22185,6 +24289,12 @@ static int m_new(uint64_t seed) {
   d_set_clock(m_seed * 7919);
   m_flight = m_acked = 0;
   m_nth = m_last = 0;
+  for (i = 0; i < NFARS; i++) {
+    far_free(&n_fars[i].far);
+    memset(n_fars + i, 0, sizeof *n_fars);
+  }
+  d_days = 0;
+  d_room = UINT64_C(1) << 30;
   change.kind = 0;
   for (i = 0; i < NVOLS; i++)
     vols[i].name[0] = 0;
@@ -22464,6 +24574,17 @@ static void c_twins(void) {
   m_forget();
 }
 
+/* The data of one slot has rotted, which a peer has. */
+static void n_rot(void) {
+  long x = c_slot();
+  if (!x || m_number(d_now + d_at(x, 1)) == LOST || m_hurt.fresh) return;
+  if (m_hurt.n >= NHURT) return;
+  c_hurt(x);
+  m_hurt.any = m_hurt.slot = m_hurt.fresh = 1;
+  m_do("the data of slot %ld has rotted", x);
+  c_rot(d_at(x, 1), 0, BLOCK);
+}
+
 /* What the cut was, and what else happens until it is opened again. */
 static void c_after(int how) {
   int i;
@@ -22487,6 +24608,7 @@ static void c_after(int how) {
   if (!made) return;
   if (d_kind == SUPER || d_kind == SECTOR) d_settle(NULL, 1, D_OPS);
   if (d_kind == SUPER && rnd(2)) c_super();
+  if (d_kind == PEER && m_seed % 3 == 0 && rnd(3) == 0) n_rot();
   if (d_kind == SECTOR && rnd(6) == 0)
     c_twins();
   else if (d_kind == SECTOR && rnd(2))
@@ -22527,6 +24649,12 @@ static int c_cuts(int kind, long want, uint64_t first) {
     if (c_count[i].seeds)
       printf("%s: %ld stores, %ld cuts, %ld recoveries\n", kinds[i],
              c_count[i].seeds, c_count[i].cuts, c_count[i].recoveries);
+  if (c_count[PEER].seeds)
+    printf(
+        "%ld pulls, %ld of them complete, %ld copied, %ld ended by the peer, "
+        "%ld without room; %ld parts removed, %ld too old; %ld mended\n",
+        n_count[0], n_count[1], n_count[2], n_count[3], n_count[4], n_count[5],
+        n_count[6], n_count[7]);
   printf("%ld cuts, %ld recoveries, %ld writes (%ld calls), %ld snapshots: "
          "no loss\n",
          cuts, recoveries, writes, d_writes, snapshots);
@@ -25081,8 +27209,9 @@ static void ck_volumes(struct nbdserve_cas *st, int is_forged) {
     CK(!vol->pins && (facts->id == vol->id || !facts->id));
     CK(facts->id || vol->clients == 1);
     CK(cas_is_size(st, facts->size));
-    CK(cas_is_name(facts->name) != vol->is_partial ||
-       (!facts->id && !*facts->name));
+    CK(vol->is_partial
+           ? cas_is_id(facts->name, CAS_PARTIAL) || !facts->id
+           : cas_is_name(facts->name) || (!facts->id && !*facts->name));
     if (!is_forged && u_is_zero(facts->cid, CAS_DIGEST_LEN))
       CK(!*cas_digests(vol));
     CK(is_forged || u_is_zero(facts->cid, CAS_DIGEST_LEN) || vol->parent);
@@ -25250,11 +27379,15 @@ static void cas_check(struct nbdserve_cas *st, int how) {
 
 //== fuzz
 /* Defends "broken clients" against everything a client may send: no input ends
- * or hangs the process or gets at memory that is not its own.
+ * or hangs the process or gets at memory that is not its own.  So what a peer
+ * says to a pull, or to a repair.
  *
  * What a client sends, to a server in this process (libFuzzer, or AFL++ with
  * its driver): the handshake and all that follows.  The last byte chooses the
- * number of workers, and what the empty name means. */
+ * number of workers, and what the empty name means; or, from 0xe0 on, that it
+ * is what a peer says. */
+#include <unistd.h>
+#define fdatasync(fd) ((void)(fd), 0) /* no power is cut */
 #define NBDSERVE_NO_MAIN 1
 #include "nbdserve.c"
 
@@ -25328,6 +27461,181 @@ static void z_open_store(void) {
   if (err) abort();
 }
 
+#if !NBDSERVE_NO_CAS && !NBDSERVE_NO_CLIENT
+/* ---- What a peer says ------------------------------------------------------
+ * The last byte chooses what it is said to, and how it is made: see z_peer. */
+
+static void far_sum(const void *p, size_t n, unsigned char sum[32]) {
+  static int hw = -1;
+  if (hw < 0) hw = os_has_hwsha();
+  sha_256(hw, p, NULL, n, sum, NULL);
+}
+
+enum {
+  Z_BLOCKS = 21,
+  Z_FAR = Z_BLOCKS * 4096 - 100 /* bytes of what the peer has */
+};
+static off_t z_rots; /* where the data of block 0 of "x" lies */
+
+static void z_ask(struct far_talk *t, int command, uint64_t cookie,
+                  uint64_t off, uint64_t len) {
+  unsigned char h[28 + 8192] = {0};
+  far_put(h, 4, 0x25609513);
+  far_put(h + 6, 2, (uint64_t)command);
+  far_put(h + 8, 8, cookie);
+  far_put(h + 16, 8, off);
+  far_put(h + 24, 4, len);
+  if (command == 1) memcpy(h + 28, far_node(t->far, 0, 0), 32);
+  far_hear(t, h, command == 1 ? sizeof h : 28);
+}
+
+/* What an honest peer says to a pull, or to a repair, of all of that */
+static void z_say(struct far_talk *t, const struct far *far, int repairs) {
+  unsigned char go[4 + 16 + 4 + 7 + 4] = {0};
+  int k;
+  memset(t, 0, sizeof *t);
+  far_begin(t, far);
+  memcpy(go + 4, "IHAVEOPT", 8);
+  far_put(go + 12, 4, 7);
+  far_put(go + 16, 4, sizeof go - 20);
+  far_put(go + 20, 4, 7);
+  memcpy(go + 24, repairs ? "/blocks" : "ab/pull", 7);
+  far_hear(t, go, sizeof go - 1);
+  far_hear(t, go, 1);
+  if (repairs) {
+    z_ask(t, 1, 0, 0, 8192);
+    z_ask(t, 0, 0, 8192, 4096);
+    return;
+  }
+  z_ask(t, 0, 0, 0, 4096);
+  for (k = 4; k-- > 0;)
+    z_ask(t, 0, 0, far->at[k], 4096);
+  z_ask(t, 0, 0, far->data, Z_BLOCKS * 4096);
+}
+
+/* Changes bytes of p[0..n): each 4 of data say where, and by what. */
+static void z_patch(unsigned char *p, uint64_t n, const unsigned char *data,
+                    size_t size) {
+  for (; size >= 4 && n; data += 4, size -= 4)
+    p[far_get(data, 3) % n] ^= data[3];
+}
+
+/* Nothing is left of a pull that failed but parts of volumes, which can be
+ * removed; one that ended has the id of its contents. */
+static int z_removes(void *arg, const struct nbdserve_cas_info *info) {
+  (void)arg;
+  if (strncmp(info->name, "sha256-", 7) != 0) return 0;
+  if (nbdserve_cas_rm(z_store, info->name)) abort();
+  return 0;
+}
+static void z_pulled(int err) {
+  struct nbdserve_export e = {0};
+  struct far is;
+  char id[72];
+  int there = nbdserve_cas_volume(z_store, "p@s", &e);
+  if (there != (err ? -ENOENT : 0)) abort();
+  if (!err) {
+    far_make(&is, 4096, 1016, e.size);
+    if (e.size && e.ops->read(e.ctx, is.b + is.data, 0, e.size, 0)) abort();
+    e.ops->close(e.ctx);
+    far_seal(&is);
+    if (nbdserve_cas_seal(z_store, "p@s", id, NULL, NULL)) abort();
+    if (strcmp(id, is.id) != 0) abort();
+    far_free(&is);
+    if (nbdserve_cas_rm(z_store, "p@s") || nbdserve_cas_rm(z_store, "p"))
+      abort();
+  }
+  if (nbdserve_cas_list(z_store, z_removes, NULL)) abort();
+}
+
+/* A repair leaves what was there, or what should have been. */
+static void z_repaired(int err) {
+  unsigned char b[4096], want[4096];
+  struct nbdserve_export e = {0};
+  if (nbdserve_cas_volume(z_store, "x", &e)) abort();
+  int bad = e.ops->read(e.ctx, b, 0, 4096, 0);
+  memset(want, 'x', sizeof want);
+  if (bad && bad != -EIO) abort();
+  if (!bad && err && b[9] == 'y') b[9] = 'x'; /* nobody has looked at it yet */
+  if (!bad && memcmp(b, want, 4096) != 0) abort();
+  if (!err && bad) abort();
+  e.ops->close(e.ctx);
+  if (pwrite(z_store->fd, want, 4096, z_rots) != 4096) abort();
+}
+
+/* Finds where the data of "x" lies. */
+static void z_find_slot(void) {
+  struct nbdserve_export e = {0};
+  struct cas_spot spot;
+  unsigned char b[4096];
+  memset(b, 'x', sizeof b);
+  if (nbdserve_cas_create(z_store, "x", 4096)) abort();
+  if (nbdserve_cas_volume(z_store, "x", &e)) abort();
+  if (e.ops->write(e.ctx, b, 0, 4096, 0)) abort();
+  os_lock(&z_store->lock);
+  if (cas_find_spot(z_store, cas_root(e.ctx), 0, &spot)) abort();
+  os_unlock(&z_store->lock);
+  z_rots = (off_t)cas_data_off(z_store, spot.slot);
+  e.ops->close(e.ctx);
+}
+
+/* nbdserve_cas_pull and nbdserve_cas_repair, with a peer of these two ends */
+static int far_fetch(struct nbdserve_cas *st, const char *name, int in, int out,
+                     const char *from, nbdserve_progress_fn *progress,
+                     void *arg) {
+  struct nbdserve_peer peer = {
+      .in_fd = in, .out_fd = out, .progress = progress, .arg = arg};
+  return nbdserve_cas_pull(st, name, from, &peer);
+}
+
+static int far_mend(struct nbdserve_cas *st, int in, int out,
+                    nbdserve_damage_fn *each, nbdserve_progress_fn *progress,
+                    void *arg) {
+  struct nbdserve_peer peer = {.in_fd = in, .out_fd = out};
+  return nbdserve_cas_repair(st, &peer, each, progress, arg);
+}
+
+/* bit 0: to a repair; else to a pull.  bits 1, 2: 0: what it says is data; 1:
+ * data are changes of what an honest one would say; 2: of what it has, and the
+ * tree is computed anew above that; 3: of the tree, from level bit 3, 4 on */
+static int z_peer(const unsigned char *data, size_t size, unsigned last) {
+  struct far far;
+  struct far_talk t;
+  int in = os_nameless_file(NULL), out = open("/dev/null", O_WRONLY), err;
+  int repairs = last & 1, how = last >> 1 & 3;
+  uint64_t i;
+  if (!z_rots) z_find_slot();
+  far_make(&far, 4096, 1016, Z_FAR);
+  for (i = 0; i < Z_FAR; i++)
+    far.b[far.data + i] = (unsigned char)(repairs ? 'x' : 1 + i / 4096 % 17);
+  if (how == 2) z_patch(far.b + far.data, far.end - far.data, data, size);
+  far_seal(&far);
+  i = last >> 3 & 3;
+  if (how == 3)
+    z_patch(far_node(&far, (int)i, 0), 32 * far.count[i], data, size);
+  if (how == 3) far_raise(&far, (int)i);
+  z_say(&t, &far, repairs);
+  if (how == 1) z_patch(t.out, t.nout, data, size);
+  if (how == 1 && size % 4 == 3) t.nout = far_get(data + size - 3, 3) % t.nout;
+  if (in < 0 || out < 0) abort();
+  if (write(in, how ? t.out : data, how ? t.nout : size) < 0) abort();
+  lseek(in, 0, SEEK_SET);
+  if (repairs) {
+    if (pwrite(z_store->fd, "y", 1, z_rots + 9) != 1) abort();
+    err = far_mend(z_store, in, out, NULL, NULL, NULL);
+    z_repaired(err);
+  } else {
+    err = far_fetch(z_store, "p@s", in, out, "ab", NULL, NULL);
+    z_pulled(err);
+  }
+  close(in);
+  close(out);
+  free(t.out);
+  far_free(&far);
+  return 0;
+}
+#endif
+
 int LLVMFuzzerTestOneInput(const unsigned char *data, size_t size) {
   static const char *const names[] = {"file", "ram", "v", "temp"};
   int in = os_nameless_file(NULL), out = open("/dev/null", O_WRONLY);
@@ -25340,6 +27648,13 @@ int LLVMFuzzerTestOneInput(const unsigned char *data, size_t size) {
                                    .log_level = NBDSERVE_LOG_TRACE};
   struct nbdserve *s;
   if (!z_store) z_open_store();
+#if !NBDSERVE_NO_CAS && !NBDSERVE_NO_CLIENT
+  if (last >= 0xe0) {
+    close(in);
+    close(out);
+    return z_peer(data, size - 1, last);
+  }
+#endif
   z_default = names[last & 3];
   if (in < 0 || out < 0 || write(in, data, size) != (ssize_t)size) abort();
   lseek(in, 0, SEEK_SET);

@@ -409,8 +409,8 @@ static int os_pipe(int fd[2]) {
  * messages of generic netlink: netlink(7), <linux/genetlink.h> and
  * <linux/nbd-netlink.h>, of which not every libc comes with the latter two.
  *
- * One socket, although it could have several: with several it gives up a
- * request after 30 seconds, and the socket; with one it waits. */
+ * It gets one socket.  With several it gives up a request, and its socket,
+ * after 30 seconds; with one it waits for as long as the server takes. */
 
 /* What it can be told to do: NBD_CMD_... of <linux/nbd-netlink.h> */
 enum os_nbd_command {
@@ -430,14 +430,18 @@ struct os_nbd {
   uint64_t flags;      /* of the transmission */
   uint64_t patience;   /* seconds that it waits for another socket in place of
                           a dead one before requests fail */
-  const char *owner;   /* who may give it another socket */
+  const char *owner;   /* a name of what is served; only a server that gives the
+                          same one may replace the socket */
   int socket;
 };
 
 #if OS_LINUX && !NBDSERVE_NO_MAIN && !NBDSERVE_NO_THREADS
-/* What we do may be what frees memory for others: PR_SET_IO_FLUSHER lets this
- * thread, and those that it starts, not wait for that. */
-#define os_serve_writeback() ((void)prctl(57, 1, 0, 0, 0))
+/* The kernel may free memory by writing to our device.  If we waited for memory
+ * then, both would wait for ever: PR_SET_IO_FLUSHER keeps this thread, and
+ * those that it starts, from that.  Without CAP_SYS_RESOURCE it fails, and we
+ * go on. */
+#define OS_SET_IO_FLUSHER 57
+#define os_serve_writeback() ((void)prctl(OS_SET_IO_FLUSHER, 1, 0, 0, 0))
 
 /* A message.  Its numbers are in the byte order of this machine; behind it come
  * attributes, each 2 bytes of length, 2 of type, the value, and up to 3 bytes
@@ -457,11 +461,19 @@ enum {
   OS_MESSAGE_LEN = offsetof(struct os_message, attributes),
   OS_NETLINK_GENERIC = 16,
   OS_NETLINK_ERROR = 2,     /* type of the message that ends an answer */
-  OS_NETLINK_FLAGS = 1 + 4, /* it is a request, and wants an answer */
+  OS_NETLINK_FLAGS = 1 + 4, /* NLM_F_REQUEST and NLM_F_ACK */
   OS_NETLINK_CONTROL = 16,  /* the type that knows the numbers of others, */
   OS_GET_FAMILY = 3,        /* its command for that, and its attributes */
   OS_FAMILY_ID = 1,
-  OS_FAMILY_NAME = 2
+  OS_FAMILY_NAME = 2,
+  /* attributes of the commands of <linux/nbd-netlink.h> */
+  OS_NBD_INDEX = 1,
+  OS_NBD_SIZE = 2,
+  OS_NBD_BLOCK_SIZE = 3,
+  OS_NBD_FLAGS = 5,
+  OS_NBD_SOCKETS = 7, /* in it an item (1), and in that a descriptor (1) */
+  OS_NBD_PATIENCE = 8,
+  OS_NBD_BACKEND = 10
 };
 
 /* Begins a message. */
@@ -524,15 +536,15 @@ static int os_tell_nbd(enum os_nbd_command command, uint32_t index,
   os_add_attribute(&m, OS_FAMILY_NAME, "nbd", sizeof "nbd");
   int err = os_ask_kernel(fd, &m, OS_FAMILY_ID, &family);
   os_begin_message(&m, family, command);
-  os_add_attribute(&m, 1, &index, sizeof index);
+  os_add_attribute(&m, OS_NBD_INDEX, &index, sizeof index);
   if (nbd) {
-    os_add_attribute(&m, 2, &nbd->size, 8);
-    os_add_attribute(&m, 3, &nbd->block_size, 8);
-    os_add_attribute(&m, 5, &nbd->flags, 8);
+    os_add_attribute(&m, OS_NBD_SIZE, &nbd->size, 8);
+    os_add_attribute(&m, OS_NBD_BLOCK_SIZE, &nbd->block_size, 8);
+    os_add_attribute(&m, OS_NBD_FLAGS, &nbd->flags, 8);
     memcpy(item + 4, &nbd->socket, 4);
-    os_add_attribute(&m, 7, item, sizeof item);
-    os_add_attribute(&m, 8, &nbd->patience, 8);
-    os_add_attribute(&m, 10, nbd->owner, strlen(nbd->owner) + 1);
+    os_add_attribute(&m, OS_NBD_SOCKETS, item, sizeof item);
+    os_add_attribute(&m, OS_NBD_PATIENCE, &nbd->patience, 8);
+    os_add_attribute(&m, OS_NBD_BACKEND, nbd->owner, strlen(nbd->owner) + 1);
   }
   if (!err) err = os_ask_kernel(fd, &m, 0, &family);
   close(fd);
@@ -555,7 +567,7 @@ static int os_nbd_is_owned(uint32_t index, const char *owner) {
 #elif !NBDSERVE_NO_MAIN
 #define os_nbd_is_owned(index, owner) 0
 #define os_serve_writeback() ((void)0)
-/* This system has no such client, or it would wait for the only thread. */
+/* There is no such client on this system, or no thread to serve it. */
 #define os_tell_nbd(command, index, nbd) \
   ((void)(index), (void)(nbd), -EOPNOTSUPP)
 #endif
@@ -4544,7 +4556,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 enum {
   PEER_DEPTH = 16,     /* requests under way */
   PEER_MOST = 1 << 20, /* the longest request, bytes */
-  PEER_REPLIES = 64,   /* to the one option that we send, at most */
+  PEER_REPLIES = 64,   /* to GO, at most */
   PEER_PENDING = 1,    /* peer_part.err, until the reply has come */
   PEER_LOOK_MS = 200   /* until progress is asked again */
 };
@@ -4596,7 +4608,8 @@ static int peer_move(struct nbdserve_peer *p, int writes, unsigned char *data,
   return 0;
 }
 
-/* Takes a reply to GO, with len bytes of data.  0: there are more. */
+/* Looks at the data of a reply to GO, NBD_REP_INFO.  0, or -EPROTO: the export
+ * is not for us. */
 static int peer_take_info(struct nbdserve_peer *p, const unsigned char *data,
                           size_t len) {
   unsigned type = len >= 2 ? u_get16(data) : 0;
@@ -4647,8 +4660,10 @@ static int peer_enter(struct nbdserve_peer *p, const char *name) {
     err = peer_move(p, 0, b, len);
     if (err) break;
     b[len] = 0;
-    p->deadline = type == NBD_REP_ACK && p->size ? 0 : p->deadline;
-    if (!p->deadline) return 0;
+    if (type == NBD_REP_ACK && p->size) {
+      p->deadline = 0; /* from now on each message has stall_ms of its own */
+      return 0;
+    }
     if (type & NBD_REP_ERR_BIT)
       return peer_fail(p, -ENOENT, "the peer refuses %.90s: %.80s", name, b);
     if (type == NBD_REP_INFO) err = peer_take_info(p, b, len);
@@ -4656,8 +4671,8 @@ static int peer_enter(struct nbdserve_peer *p, const char *name) {
   return err ? err : peer_fail(p, -EPROTO, "the peer haggles out of order");
 }
 
-/* Sends a request, the i-th of its parts. */
-static int peer_send(struct nbdserve_peer *p, enum nbd_cmd cmd, size_t i,
+/* Sends a request, which the reply names by the cookie. */
+static int peer_send(struct nbdserve_peer *p, enum nbd_cmd cmd, size_t cookie,
                      struct peer_part *part) {
   unsigned char b[WIRE_REQUEST_LEN];
   assert(part->off % PEER_ALIGN == 0 && part->len % PEER_ALIGN == 0);
@@ -4665,7 +4680,7 @@ static int peer_send(struct nbdserve_peer *p, enum nbd_cmd cmd, size_t i,
   u_put32(b, NBD_REQUEST_MAGIC);
   u_put16(b + 4, 0);
   u_put16(b + 6, cmd);
-  u_put64(b + 8, i);
+  u_put64(b + 8, cookie);
   u_put64(b + 16, part->off);
   u_put32(b + 24, part->len);
   part->err = PEER_PENDING;
@@ -4674,8 +4689,9 @@ static int peer_send(struct nbdserve_peer *p, enum nbd_cmd cmd, size_t i,
                                      : peer_move(p, 1, part->data, part->len);
 }
 
-/* Does all of parts[0..n), which are READs or WRITEs.  Each gets its own error;
- * what is returned ends the connection. */
+/* Sends n requests and takes their replies, in whatever order these come.  A
+ * request that the peer refuses has its own part->err; the error that is
+ * returned is of the connection, which cannot be used any more. */
 static int peer_transfer(struct nbdserve_peer *p, enum nbd_cmd cmd,
                          struct peer_part *parts, size_t n) {
   unsigned char b[WIRE_SIMPLE_REPLY_LEN];
@@ -4706,7 +4722,8 @@ static int peer_error(struct nbdserve_peer *p, const struct peer_part *part) {
   return peer_fail(p, part->err, "the peer cannot read at %" PRIu64, part->off);
 }
 
-/* Takes leave, for what it is worth; what went wrong before is what counts. */
+/* Tells the peer that we are done.  If that fails it notices by itself; what
+ * went wrong before stays in `why`. */
 static void peer_leave(struct nbdserve_peer *p) {
   struct peer_part none = {.off = 0, .len = 0};
   unsigned char abort[16] = {0};
@@ -5817,7 +5834,7 @@ struct cas_block {
   int is_wanting;           /* it needs a slot */
   int is_trusted; /* the digest of its slot is known to fit the data */
   int is_known;   /* to be stored: only if its SHA-256 is `digest` */
-  int is_here;    /* to be pulled: data is there already */
+  int is_found;   /* to be pulled or mended: the peer need not be asked */
   int err;        /* 0 or -errno */
   int digest_err; /* 0 or -errno: its digest could not be read */
   unsigned char sum[CAS_DIGEST_LEN];    /* SHA-256 of data */
@@ -8547,14 +8564,15 @@ static int cas_seal_node(struct cas_sealer *sealer, struct cas_node *node,
 }
 
 /* The newest sealed snapshot of a volume, or of what that was made from, except
- * for one; or NULL. */
+ * for the one with an id; or NULL.  One that is all zeroes has no nodes to
+ * share.  The caller holds the lock until it is a client of the snapshot. */
 static struct cas_volume *cas_newest_sealed(const struct nbdserve_cas *st,
                                             const struct cas_volume *up,
-                                            const struct cas_volume *except) {
+                                            uint32_t except) {
   struct cas_volume *found = NULL;
   for (uint32_t i = 0; up && i < st->nvolumes; i++) {
     struct cas_volume *p = st->volumes[i];
-    if ((p->parent == up || p->id == up->now.made_from) && p != except &&
+    if ((p->parent == up || p->id == up->now.made_from) && p->id != except &&
         p->now.id && !p->is_staged && !u_is_zero(p->now.cid, CAS_DIGEST_LEN) &&
         *cas_digests(p) && *cas_root(p))
       found = p;
@@ -8570,7 +8588,7 @@ static void cas_use_base(struct cas_sealer *sealer) {
   os_lock(&st->lock);
   if (sealer->name)
     up = cas_find(st, sealer->name, strcspn(sealer->name, "@"), VIEW_NOW);
-  sealer->base = cas_newest_sealed(st, up, sealer->vol);
+  sealer->base = cas_newest_sealed(st, up, sealer->vol->id);
   if (sealer->base) {
     sealer->base->clients++;
     cas_share(cas_root(sealer->tree), *cas_digests(sealer->base));
@@ -8578,7 +8596,8 @@ static void cas_use_base(struct cas_sealer *sealer) {
   cas_unlock(st);
 }
 
-/* Makes ready to compute an id; cas_end_seal frees what that has made. */
+/* Makes ready to compute an id.  cas_end_seal frees what it has made, after an
+ * error, too. */
 static int cas_begin_seal(struct cas_sealer *sealer) {
   struct nbdserve_cas *st = sealer->vol->st;
   int err = cas_hide(st, NULL, INT64_MAX, &sealer->tree);
@@ -8588,7 +8607,8 @@ static int cas_begin_seal(struct cas_sealer *sealer) {
   return sealer->data ? 0 : -ENOMEM;
 }
 
-/* Computes a content id: of what has that size and block size, and d4[0]. */
+/* Computes the content id of a volume of that size, whose top digest, d4[0], is
+ * `digest`.  id may be digest. */
 static void cas_compute_id(const struct nbdserve_cas *st, uint64_t size,
                            const unsigned char digest[CAS_DIGEST_LEN],
                            unsigned char id[CAS_DIGEST_LEN]) {
@@ -8599,15 +8619,19 @@ static void cas_compute_id(const struct nbdserve_cas *st, uint64_t size,
   sha_256(st->hw, top, NULL, sizeof top, id, NULL);
 }
 
-/* Computes the content id of a volume, and the tree below. */
+/* Computes the tree of a volume in sealer->tree, and its id in the record of
+ * that.  The map of the volume must be clean and not change meanwhile: it is
+ * walked without the lock. */
 static int cas_seal_tree(struct cas_sealer *sealer) {
   unsigned char digest[CAS_DIGEST_LEN] = {0};
   struct cas_node *root = *cas_root(sealer->vol);
   struct cas_node *base = sealer->base ? *cas_root(sealer->base) : NULL;
   struct nbdserve_cas *st = sealer->vol->st;
   uint64_t len = st->max_blocks / st->fanout * st->bs * (CAS_LEVELS - 1);
+  /* A volume of zeroes has no tree: that of the base, which it began with,
+   * goes. */
   int err = root ? cas_seal_node(sealer, root, base, digest)
-                 : cas_discard(sealer->tree, 0, len); /* the base's */
+                 : cas_discard(sealer->tree, 0, len);
   cas_compute_id(st, sealer->vol->now.size, digest, sealer->tree->now.cid);
   return err;
 }
@@ -8790,8 +8814,9 @@ static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
 }
 
 #if !NBDSERVE_NO_CLIENT
-/* Enters an export that another store has for us, and reads its head, which
- * tells whether it is one and has blocks of our size. */
+/* Enters an export NAME/pull or /blocks of the peer, and reads its head: the
+ * peer may be any NBD server, which must not be written to, and a store may
+ * have blocks of another size. */
 static int cas_enter_store(struct nbdserve_cas *st, struct nbdserve_peer *peer,
                            const char *name, const char *magic,
                            unsigned char head[CAS_PAGE]) {
@@ -8812,8 +8837,8 @@ static int cas_enter_store(struct nbdserve_cas *st, struct nbdserve_peer *peer,
 }
 
 /* Mends what is still bad of blk[0..n) with what the peer's store has of the
- * same digests: see cas_wanted_read.  What it does not have stays bad.  Returns
- * what ends the connection. */
+ * same digests.  What it does not have stays bad.  Returns 0, or the error that
+ * has ended the connection. */
 static int cas_ask_peer(struct cas_verifier *v, struct cas_block *blk,
                         size_t n) {
   unsigned char digests[CAS_WANTED] = {0};
@@ -8822,8 +8847,8 @@ static int cas_ask_peer(struct cas_verifier *v, struct cas_block *blk,
   uint32_t bs = v->st->bs;
   size_t k = 0;
   for (size_t i = 0; i < n; i++) {
-    blk[i].is_here = !blk[i].err || blk[i].digest_err || !blk[i].slot;
-    if (blk[i].is_here) continue;
+    blk[i].is_found = !blk[i].err || blk[i].digest_err || !blk[i].slot;
+    if (blk[i].is_found) continue;
     memcpy(digests + k * CAS_DIGEST_LEN, blk[i].digest, CAS_DIGEST_LEN);
     parts[k] =
         (struct peer_part){CAS_FOUND + (uint64_t)k * bs, bs, blk[i].data, 0};
@@ -8837,7 +8862,7 @@ static int cas_ask_peer(struct cas_verifier *v, struct cas_block *blk,
   if (!err) err = peer_transfer(v->peer, NBD_CMD_READ, parts, k);
   const struct peer_part *part = parts;
   for (size_t i = 0; i < n && !err; i++) {
-    if (blk[i].is_here || (part++)->err) continue;
+    if (blk[i].is_found || (part++)->err) continue;
     sha_256(v->st->hw, blk[i].data, NULL, bs, blk[i].sum, NULL);
     if (memcmp(blk[i].sum, blk[i].digest, CAS_DIGEST_LEN) == 0)
       blk[i].err = cas_move_run(v->st, &blk[i], 1, CAS_DATA, OS_WRITE);
@@ -9000,7 +9025,7 @@ int nbdserve_cas_repair(struct nbdserve_cas *st, struct nbdserve_peer *peer,
 
 /* Removes a partial volume that no pull has gone on with for a week: an
  * nbdserve_list_fn. */
-static int cas_drop_partial(void *arg, const struct nbdserve_cas_info *info) {
+static int cas_expire_partial(void *arg, const struct nbdserve_cas_info *info) {
   if (info->partial && info->created + CAS_WEEK < (uint64_t)time(NULL))
     (void)!nbdserve_cas_rm(arg, info->name); /* or it is in use */
   return 0;
@@ -9011,7 +9036,7 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
                     nbdserve_progress_fn *progress, void *arg) {
   struct nbdserve_cas_stat stat;
   int err = st->readonly ? -EROFS : 0;
-  if (!err) nbdserve_cas_list(st, cas_drop_partial, st);
+  if (!err) nbdserve_cas_list(st, cas_expire_partial, st);
   if (!err) err = cas_checkpoint(st, NULL, UINT64_MAX);
   nbdserve_cas_stat(st, &stat);
   *bytes = stat.free;
@@ -9104,8 +9129,8 @@ struct cas_source {
   struct cas_layout at;
 };
 
-/* Reads *n bytes or less of the digests of blocks, from byte `in` of them on;
- * *n: how many. */
+/* Reads digests of blocks, d0, from its byte `in` on: *n bytes, or fewer, up to
+ * the end of a leaf.  Sets *n to their number. */
 static int cas_read_digests(struct cas_source *source, unsigned char *p,
                             uint64_t in, uint64_t *n) {
   struct nbdserve_cas *st = source->vol->st;
@@ -9150,7 +9175,7 @@ static int cas_source_read(void *ctx, void *buf, uint64_t off, uint64_t len,
       err = ex_batched_read(&source->data, p, off - at->data, n, 0);
     } else if (k == CAS_LEVELS) {
       memcpy(p, head + off, (size_t)n);
-    } else if (k > 0 && *cas_root(source->vol)) { /* 0.5: a tree of nothing */
+    } else if (k > 0 && *cas_root(source->vol)) { /* 0.5 kept one of zeroes */
       uint64_t in = region * (unsigned)(k - 1) + off - at->at[k];
       err = ex_batched_read(&source->tree, p, in, n, 0);
     } else if (k == 0) {
@@ -9228,7 +9253,8 @@ static int cas_box_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
                          uint32_t flags) {
   struct cas_box *box = ctx;
   (void)flags;
-  if (off < CAS_PAGE || off + len > CAS_FOUND) return -EINVAL;
+  if (off < CAS_PAGE || off >= CAS_FOUND || len > CAS_FOUND - off)
+    return -EINVAL;
   memcpy(box->front + off, buf, (size_t)len);
   return 0;
 }
@@ -9323,8 +9349,8 @@ struct cas_puller {
 #define CAS_KIDS_LEN(st) ((size_t)(st)->fanout * CAS_DIGEST_LEN)
 #define CAS_KIDS_ROOM(st) (CAS_KIDS_LEN(st) + (size_t)2 * PEER_ALIGN)
 
-/* Where the digests of a node's kids begin, which have that level, and how many
- * bytes there are of them. */
+/* Where, in NAME/pull, the digests of a node's kids begin, and how many bytes
+ * there are of them.  level: that of the kids' digests. */
 static uint64_t cas_kids_at(const struct cas_puller *p, int level,
                             uint32_t index, uint64_t *len) {
   uint64_t fanout = p->sealer.vol->st->fanout;
@@ -9334,9 +9360,9 @@ static uint64_t cas_kids_at(const struct cas_puller *p, int level,
   return p->at.at[level] + first * CAS_DIGEST_LEN;
 }
 
-/* Makes the READ of these. */
-static struct peer_part cas_ask_kids(const struct cas_puller *p, int level,
-                                     uint32_t index, unsigned char *room) {
+/* Makes the READ of the digests of a node's kids. */
+static struct peer_part cas_kids_request(const struct cas_puller *p, int level,
+                                         uint32_t index, unsigned char *room) {
   uint64_t len;
   uint64_t off = cas_kids_at(p, level, index, &len);
   uint64_t begin = off - off % PEER_ALIGN;
@@ -9345,12 +9371,12 @@ static struct peer_part cas_ask_kids(const struct cas_puller *p, int level,
   return (struct peer_part){begin, (uint32_t)len, room, 0};
 }
 
-/* Puts what has come of these to the front of its room, with zeroes for kids
- * that are not there, and tests it against the digest of the node; of the top
- * against the id. */
-static int cas_take_kids(struct cas_puller *p, int level, uint32_t index,
-                         const struct peer_part *part,
-                         const unsigned char digest[CAS_DIGEST_LEN]) {
+/* Puts the digests that have come for a node's kids to the front of their room,
+ * with zeroes for kids that are not there, and tests them against the digest of
+ * the node; those of the top against the id. */
+static int cas_check_kids(struct cas_puller *p, int level, uint32_t index,
+                          const struct peer_part *part,
+                          const unsigned char digest[CAS_DIGEST_LEN]) {
   const struct nbdserve_cas *st = p->sealer.vol->st;
   int is_top = level == CAS_LEVELS - 1;
   unsigned char *kids = part->data;
@@ -9368,8 +9394,9 @@ static int cas_take_kids(struct cas_puller *p, int level, uint32_t index,
   return peer_fail(p->peer, -EBADMSG, "the peer's tree does not fit the id");
 }
 
-/* Is there more room than others need, in the store and its file system?  If
- * not, a pull leaves it to them (1 %, and 64 MiB at least). */
+/* Is there room for another batch of blocks, in the store and its file system,
+ * besides 1 % of the space, or 64 MiB if that is more, which a pull leaves to
+ * others? */
 static int cas_has_room(struct nbdserve_cas *st) {
   struct nbdserve_cas_stat stat;
   struct statvfs fs;
@@ -9395,7 +9422,7 @@ static int cas_pull_blocks(struct cas_puller *p) {
     const struct cas_block *blk = &p->blocks[i];
     uint64_t off = p->at.data + blk->number * vol->st->bs;
     struct peer_part *last = n ? &p->parts[n - 1] : NULL;
-    if (blk->is_here) continue;
+    if (blk->is_found) continue;
     if (last && off == last->off + last->len && last->len < PEER_MOST &&
         blk->data == last->data + last->len)
       last->len += vol->st->bs;
@@ -9433,7 +9460,7 @@ static int cas_pull_block(struct cas_puller *p, uint64_t number,
                             .expected = CAS_ANY,
                             .is_known = 1};
   memcpy(blk->digest, digest, CAS_DIGEST_LEN);
-  blk->is_here = cas_get_block(vol->st, digest, blk->data) == 0;
+  blk->is_found = cas_get_block(vol->st, digest, blk->data) == 0;
   p->nblocks++;
   return (p->nblocks + 1) * bs > sizeof p->data ? cas_pull_blocks(p) : 0;
 }
@@ -9453,14 +9480,14 @@ static int cas_pull_leaves(struct cas_puller *p) {
     if (memcmp(sum, leaf->digest, sizeof sum) == 0)
       memcpy(leaf->wanted, leaf->own, CAS_KIDS_LEN(st));
     else
-      p->parts[n++] = cas_ask_kids(p, 0, leaf->index, leaf->wanted);
+      p->parts[n++] = cas_kids_request(p, 0, leaf->index, leaf->wanted);
   }
   int err = peer_transfer(p->peer, NBD_CMD_READ, p->parts, n);
   const struct peer_part *part = p->parts;
   for (size_t i = 0; i < p->nleaves && !err; i++) {
     const struct cas_leaf *leaf = &p->leaves[i];
     if (part < p->parts + n && part->data == leaf->wanted)
-      err = cas_take_kids(p, 0, leaf->index, part++, leaf->digest);
+      err = cas_check_kids(p, 0, leaf->index, part++, leaf->digest);
   }
   for (size_t i = 0; i < p->nleaves; i++) {
     const struct cas_leaf *leaf = &p->leaves[i];
@@ -9519,9 +9546,9 @@ static int cas_pull_node(struct cas_puller *p, int level, uint32_t index,
   unsigned char *kids = u_zalloc(CAS_KIDS_ROOM(st) + CAS_KIDS_LEN(st));
   if (!kids) return -ENOMEM;
   unsigned char *base = kids + CAS_KIDS_ROOM(st);
-  struct peer_part part = cas_ask_kids(p, level, index, kids);
+  struct peer_part part = cas_kids_request(p, level, index, kids);
   int err = peer_transfer(p->peer, NBD_CMD_READ, &part, 1);
-  if (!err) err = cas_take_kids(p, level, index, &part, digest);
+  if (!err) err = cas_check_kids(p, level, index, &part, digest);
   if (!err && has_base)
     err = cas_move_digests(&p->sealer, OS_READ, &node, base);
   for (uint32_t c = 0; c < st->fanout && !err; c++) {
@@ -9551,9 +9578,10 @@ static int cas_check_top(struct cas_puller *p, struct cas_volume *wanted) {
   int err = kids ? 0 : -ENOMEM;
   p->sealer.vol = wanted;
   if (!err && p->at.count[0]) {
-    struct peer_part part = cas_ask_kids(p, CAS_LEVELS - 1, 0, kids);
+    struct peer_part part = cas_kids_request(p, CAS_LEVELS - 1, 0, kids);
     err = peer_transfer(p->peer, NBD_CMD_READ, &part, 1);
-    if (!err) err = cas_take_kids(p, CAS_LEVELS - 1, 0, &part, wanted->now.cid);
+    if (!err)
+      err = cas_check_kids(p, CAS_LEVELS - 1, 0, &part, wanted->now.cid);
   }
   NBDSERVE_FREE(kids);
   return err;
@@ -9581,7 +9609,7 @@ static int cas_use_partial(struct nbdserve_cas *st, const char *name,
       (*out)->now.created = (uint64_t)time(NULL);
     }
     change.tree = cas_newest_sealed(
-        st, cas_find(st, name, strcspn(name, "@"), VIEW_NOW), NULL);
+        st, cas_find(st, name, strcspn(name, "@"), VIEW_NOW), 0);
     if (change.tree) change.tree->clients++;
     cas_unlock(st);
     if (!*out && !err) err = cas_apply(st, &change);
@@ -9590,7 +9618,9 @@ static int cas_use_partial(struct nbdserve_cas *st, const char *name,
   return err;
 }
 
-/* Pulls what has that id into its partial volume, and makes it the snapshot. */
+/* Pulls the blocks of an id into the partial volume.  When the id that was
+ * computed from them is the right one, the snapshot appears in one checkpoint;
+ * up to then all that came is in the partial volume, and survives there. */
 static int cas_pull_id(struct cas_puller *p, const unsigned char *id) {
   struct cas_volume *vol = p->sealer.vol;
   struct nbdserve_cas *st = vol->st;
@@ -9614,7 +9644,8 @@ static int cas_pull_id(struct cas_puller *p, const unsigned char *id) {
   return err;
 }
 
-/* Makes a snapshot of what has that id: of one that is here, or it is pulled. */
+/* Makes a snapshot of what has the id of `wanted`: of one that is here, or of
+ * what is pulled for it. */
 static int cas_pull_record(struct nbdserve_cas *st, const char *name,
                            struct nbdserve_peer *peer,
                            struct cas_volume *wanted) {
@@ -10757,7 +10788,7 @@ struct cli_option {
   T(BIND, 'i', "bind ADDR", "TCP address (default: the two of loopback)") \
   T(STDIN, 's', "stdin", "serve one client on standard input and output") \
   N(FD, 0, "fd N", 0, INT_MAX, "serve a listening or connected socket") \
-  T(CONNECT, 'c', "connect DEVICE", "serve this machine's kernel as /dev/nbdN") \
+  T(CONNECT, 'c', "connect DEVICE", "serve the kernel here as /dev/nbdN") \
   T(READ_ONLY, 'r', "read-only", "refuse writes") \
   T(EXPORT, 'e', "export NAME", "name of the export (default: any)") \
   T(DESCRIPTION, 'D', "description TEXT", "for clients that list the exports") \
@@ -11407,8 +11438,9 @@ static int cli_list_volumes(void *unused, nbdserve_emit_fn *emit, void *arg) {
   return nbdserve_cas_list(cli.cas, cli_emit_volume, &to);
 }
 
-/* serve: another process has a client, which is served here as long as that
- * process is there. */
+/* serve: serves a client whose streams another process has passed on, as long
+ * as that process is there.  The options of this server hold for it, but it
+ * gets all of the store, even if only a volume is served. */
 static int cli_do_serve(struct cli_job *job) {
   struct nbdserve_config config = cli.server->config;
   struct nbdserve *all; /* what we serve may be only a volume of the store */
@@ -11574,7 +11606,7 @@ static const struct cli_verb cli_verbs[] = {
      cli_do_verify, 0, 1, VERB_LONG | VERB_ROWS | VERB_PEER,
      NBDSERVE_CAS_REPAIR, 0},
 #if !NBDSERVE_NO_CLIENT
-    {"pull", "STORE::VOLUME@SNAP FROM", "copy a sealed snapshot of another store",
+    {"pull", "STORE::VOLUME@SNAP FROM", "get a sealed snapshot from elsewhere",
      cli_do_pull, 2, 2, VERB_LONG | VERB_PEER, 0, 0},
 #endif
     {"gc", "STORE", "give unused space back; print its bytes",
@@ -11931,9 +11963,9 @@ static int cli_say_where(const char *path, struct cli_job *job) {
   return CLI_IN_USE;
 }
 
-/* -s STORE::, and another process serves that store, to which we are connected:
- * that serves our client as well.  Options that it knows nothing of are
- * refused.  Returns the exit status. */
+/* Does -s STORE:: for a store that another process serves: we are connected to
+ * that process, and it serves our client, on our standard streams.  Options
+ * that it knows nothing of are refused.  Returns the exit status. */
 static int cli_pass_client(const char *path, struct cli_job *job) {
   cli_refuse(~(BIT(STDIN) | BIT(QUIET) | BIT(VERBOSE) | BIT(JSON)),
              "not for a store that another process serves:", path);
@@ -11972,13 +12004,13 @@ static void cli_choose_context(struct nbdserve_export *ex) {
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
   uint32_t how = opt[OPT_READ_ONLY].given ? NBDSERVE_CAS_READONLY : 0;
-  struct cli_job none = {.client = -1};
+  struct cli_job remote = {.client = -1};
   if (cli.cas && !cli_are_same(path, cli.store))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
-  int err = cli.cas ? 0 : cli_open_store(path, how | CAS_KICK_LATER, &none);
-  if (err && none.client >= 0 && opt[OPT_STDIN].given && !*name)
-    exit(cli_pass_client(path, &none));
-  if (err && none.client >= 0) exit(cli_say_where(path, &none));
+  int err = cli.cas ? 0 : cli_open_store(path, how | CAS_KICK_LATER, &remote);
+  if (err && remote.client >= 0 && opt[OPT_STDIN].given && !*name)
+    exit(cli_pass_client(path, &remote));
+  if (err && remote.client >= 0) exit(cli_say_where(path, &remote));
   if (err) return err;
   mode_t mask = umask(0177);
   if (!cli.ctl && !how && !NBDSERVE_NO_THREADS)
@@ -12260,9 +12292,10 @@ static uint64_t cli_options_of(const struct cli_verb *verb) {
   return allowed;
 }
 
-/* Finds out what peer a command is to talk to.  The last operand, the URI that
- * is returned, becomes the name in it, or goes if there is no need for a name;
- * where a command behind "--" is the peer it is a name already. */
+/* Finds out what peer a command is to talk to.  With a URI: returns it, and the
+ * name in it takes its place as the last operand (repair, which needs no name,
+ * loses the operand).  With a command behind "--" the last operand is that name
+ * already, and NULL is returned. */
 static const char *cli_take_peer(struct cli_job *job, struct cli_uri *uri) {
   int most = job->verb->max; /* operands, with that */
   const char *text = NULL;

@@ -437,8 +437,8 @@ NBDSERVE_API int nbdserve_cas_verify(struct nbdserve_cas *cas,
                                      nbdserve_damage_fn *each,
                                      nbdserve_progress_fn *progress, void *arg);
 
-/* The server at the other end of two streams, of which a store is to get
- * blocks.  Zero all but what you need to set. */
+/* A server from which a store gets blocks, at the other end of two streams.
+ * Zero all but what you need to set. */
 struct nbdserve_peer {
   int in_fd; /* sockets or pipes, maybe the same; they stay open */
   int out_fd;
@@ -446,7 +446,8 @@ struct nbdserve_peer {
                         120000 */
   nbdserve_progress_fn *progress;
   void *arg;     /* is passed to progress */
-  char why[200]; /* after an error: what is wrong with the server, or "" */
+  char why[200]; /* what is wrong with the server, if an error is the server's;
+                    else "" */
   /* These are for the library: keep them 0. */
   int64_t deadline;
   uint64_t size;
@@ -463,7 +464,9 @@ struct nbdserve_peer {
  * STORE::`) is asked for damaged blocks: what it has of the right SHA-256, in
  * whatever volume, is written where it belongs.  Further errors then as of
  * nbdserve_cas_pull; peer->progress and arg are set from those that are given
- * here. */
+ * here.  The peer mends in a first round, of which each is told nothing; the
+ * second is as without it, so progress begins anew.  Maps are not asked for: a
+ * pull gets them. */
 NBDSERVE_API int nbdserve_cas_repair(struct nbdserve_cas *cas,
                                      struct nbdserve_peer *peer,
                                      nbdserve_damage_fn *each,
@@ -477,12 +480,14 @@ NBDSERVE_API int nbdserve_cas_repair(struct nbdserve_cas *cas,
  * that only nbdserve_cas_list shows and NBDSERVE_CAS_RM removes, or
  * nbdserve_cas_gc after a week; the next pull of that id goes on with it.
  *
- * -EEXIST: there is such a snapshot, with other contents.  -EINVAL: no possible name, or the blocks
- * there have another size.  -ENOENT: the server has no such export, or it is
- * not sealed.  -EBADMSG: what comes is not what it should be.  -EPROTO: that is
- * no such server.  -ETIMEDOUT: it says nothing.  -EPIPE: it has hung up.
- * -EBUSY: another pull gets the same.  -ENOSPC: there is no space, or only 1 %
- * of it, 64 MiB at least, which is left to others.  -EIO: it cannot read it. */
+ * -EEXIST: there is such a snapshot, with other contents.  -EINVAL: no possible
+ * name, or the blocks there have another size.  -ENOENT: the server has no such
+ * export, or it is not sealed.  -EBADMSG: what comes is not what it should be.
+ * -EPROTO: that is no such server.  -ETIMEDOUT: it says nothing.  -EPIPE: it
+ * has hung up.  -EBUSY: another pull gets the same.  -ENOSPC: there is no
+ * space, or only 1 % of it, 64 MiB at least, which is left to others.
+ * -ECANCELED: progress has said so.  -EIO: it cannot read it, or we cannot
+ * store it.  With pipes ignore SIGPIPE. */
 NBDSERVE_API int nbdserve_cas_pull(struct nbdserve_cas *cas, const char *name,
                                    const char *from,
                                    struct nbdserve_peer *peer);
@@ -571,8 +576,9 @@ struct nbdserve_config {
   void (*after)(void *ctx, unsigned type, uint64_t off, uint64_t len, int err,
                 uint64_t ns);
   /* Called in a client's thread when it has entered an export, before its first
-   * request.  in_fd: where its requests come from.  info: what it was told or,
-   * if nbdserve_serve was given a name, has to be told.  May be NULL. */
+   * request.  in_fd: where its requests come from.  info: what it was told.  A
+   * client of nbdserve_serve with a name is told nothing by the server: whoever
+   * has passed the socket on has to tell it this.  May be NULL. */
   void (*entered)(void *ctx, int in_fd, const char *name,
                   const struct nbdserve_info *info);
   void *ctx; /* is passed to these functions */
@@ -642,7 +648,8 @@ NBDSERVE_API int nbdserve_run(struct nbdserve *s);
 NBDSERVE_API int nbdserve_serve(struct nbdserve *s, int in_fd, int out_fd,
                                 const char *name);
 
-/* Finds out what a client of an export gets to know now: whoever hands a socket
+/* Finds out what a client of an export (NULL or "": the default one) gets to
+ * know now: whoever hands a socket
  * to the kernel has to pass these numbers on.  The next client of that name may
  * be told something else, if the size changes or find gives another export;
  * config.entered has what it was told.  From any thread.  -ENOENT: there is no

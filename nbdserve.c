@@ -6569,7 +6569,7 @@ static int cas_stage_partial(struct nbdserve_cas *st,
 static int cas_stage_pulled(struct nbdserve_cas *st,
                             const struct cas_change *change) {
   struct cas_volume *from = change->vol;
-  struct cas_volume *snapshot;
+  struct cas_volume *snapshot = NULL;
   char name[CAS_PATH];
   snprintf(name, sizeof name, "%s", change->name);
   name[strcspn(name, "@")] = 0;
@@ -9689,7 +9689,7 @@ static int cas_pull_record(struct nbdserve_cas *st, const char *name,
 int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
                       const char *from, struct nbdserve_peer *peer) {
   struct cas_volume wanted = {.st = st};
-  struct cas_volume *there;
+  struct cas_volume *there = NULL;
   unsigned char head[CAS_PAGE] = {0};
   char export[WIRE_STRING_MAX + 8];
   char id[72];
@@ -9713,13 +9713,13 @@ int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
   if (!err && cas_is_id(from, "") &&
       strcmp(from, cas_spell_id(&wanted, id)) != 0)
     err = peer_fail(peer, -EBADMSG, "the peer has given another id");
-  int is_there = !err && cas_use(st, name, strlen(name), &there) == 0;
-  if (is_there) {
+  if (!err) (void)!cas_use(st, name, strlen(name), &there);
+  if (there) {
     if (memcmp(there->now.cid, wanted.now.cid, CAS_DIGEST_LEN) != 0)
       err = -EEXIST; /* else it was pulled before */
     cas_close(there);
   }
-  if (!err && !is_there) err = cas_pull_record(st, name, peer, &wanted);
+  if (!err && !there) err = cas_pull_record(st, name, peer, &wanted);
   peer_leave(peer);
   return err;
 }
@@ -12114,7 +12114,7 @@ struct cli_uri {
   char name[WIRE_STRING_MAX + 1]; /* of the export */
   char path[PATH_MAX];            /* of a unix socket; "": it is TCP */
   char host[256];
-  char port[16];
+  char port[24]; /* it has room for any number */
 };
 
 /* Copies what stands up to `end` to out[size], with bytes for each %XX.  False:
@@ -12509,9 +12509,10 @@ static void cli_add_target(char *text) {
   int is_own = opt[OPT_TEMPORARY].given || strncmp(path, "mem:", 4) == 0;
   if (!*cli.owner) /* the first target is what is connected */
     snprintf(cli.owner, sizeof cli.owner,
-             "nbdserve:%s::%s:" CLI_N "+" CLI_N ":%d:%u", real ? real : path,
-             colons ? name : "", opt[OPT_OFFSET].number, opt[OPT_SIZE].number,
-             is_own ? (int)getpid() : 0, opt[OPT_READ_ONLY].given);
+             "nbdserve:%.1900s::%.1900s:" CLI_N "+" CLI_N ":%d:%u",
+             real ? real : path, colons ? name : "", opt[OPT_OFFSET].number,
+             opt[OPT_SIZE].number, is_own ? (int)getpid() : 0,
+             opt[OPT_READ_ONLY].given);
   if (!ex.ops) return;
   assert(ex.ops->read && ex.ops->close);
   int err = nbdserve_add(cli.server, &ex);

@@ -35,17 +35,24 @@ CLANG_STRICT = -std=c99 -O2 -Weverything -Wno-padded -Wno-reserved-identifier \
   -Wno-disabled-macro-expansion -Wno-reserved-macro-identifier \
   -Wno-unreachable-code -Wno-unreachable-code-return \
   -Wno-declaration-after-statement -Werror
-SWITCHES = NO_MAIN NO_FLAT NO_CAS NO_HWSHA NO_SANDBOX NO_TCP NO_THREADS \
-  POSIX_ONLY
+SWITCHES = NO_MAIN NO_FLAT NO_CAS NO_CLIENT NO_HWSHA NO_SANDBOX NO_TCP \
+  NO_THREADS POSIX_ONLY
 
 # Which tests to run (see test.sh), where it is not all of them.  Compilers and
 # address errors may show in whatever runs the program or its functions, races
 # where there are several threads, a switch in what it takes out or replaces.
 TESTS =
 BUILT_TESTS = @config @platform @util @sha @wire @io @export @handshake \
-  @transmission @flat @cas @server @cli
+  @transmission @flat @peer @cas @server @cli
 SAN_TESTS = quick @platform @util @sha @wire @io @export @transmission @flat \
-  @cas @server $(CLI_TESTS)
+  @cas @server $(CLI_TESTS) $(PEER_TESTS) testPullsPeerMayLieAboutAnything \
+  testPullMayBeCutAfterEveryByte testPullRefusesATreeThatSealWouldNotMake \
+  testRepairWritesNothingThatAPeerMakesUp testBlocksExportBearsGarbage \
+  testPullBearsThatMemoryLacks testPullBearsThatACallFails
+# The same of @peer
+PEER_TESTS = testPullTakesAUriOrACommand testRepairGetsWhatAPeerHas \
+  testPartOfAPullIsNobodyElsesAndGoesAfterAWeek \
+  testPullOfWhatIsBeingRemovedBeginsAnew
 # Where all of @cli would take too long
 CLI_TESTS = testExitWithParent testForkReturnsWhenListening \
   testRunPassesTheStatusOn testSignalsEndItInOrder testSocketActivation \
@@ -77,17 +84,18 @@ TSAN_TESTS = quick @platform @io @export @transmission @flat @server \
   testReaderThatHasGoneEndsACommand \
   testSignalledServerServesItsCommandUntilItHasEnded \
   testTwoSignalsAtOnceLeaveTheCommandItsTime testForkReturnsWhenListening \
-  testRepairIsACommand
+  testRepairIsACommand $(PEER_TESTS) testRepairFromAPeerBesideClients \
+  testAnIdIsPulledByOneAtATime testStandardStreamsOfAStoreThatAnotherServes
 NO_CAS_TESTS = quick @config @export @flat
 NO_HWSHA_TESTS = quick @config @sha
 NO_TCP_TESTS = @config @util @server testBadAddressesSayWhatIsGood \
   testPassedSocketIsServed testSocketActivation testRunSetsTheVariables
 NO_THREADS_TESTS = quick @config @platform @io @export @transmission \
-  @server $(CLI_TESTS) testWithoutAThreadWhoAsksDoesTheWork \
+  @server $(CLI_TESTS) testPullTakesAUriOrACommand testWithoutAThreadWhoAsksDoesTheWork \
   testGcGivesSpaceBack \
   testDurableWritesToAVolumeSurviveKILL testNoPowerCutLosesWhatWasFlushed \
   testEverySystemCallMayFailOnce testFullStoreIsENOSPCForTheWriteOnly
-POSIX_ONLY_TESTS = @config @platform @io @flat @cas $(CLI_TESTS)
+POSIX_ONLY_TESTS = @config @platform @io @flat @cas $(CLI_TESTS) $(PEER_TESTS)
 # What may differ where bytes are in another order, size_t has 32 bits or char
 # has no sign: the hash, each kind of message, what lies in a store.  A minute.
 CROSS_TESTS = @sha @wire testHelloIsFixedNewstyleWithNoZeroes \
@@ -239,6 +247,7 @@ check-config: ## build with each switch of [1] by itself, test what it touches
 	    NO_FLAT) gone=' [Tt] .*flat' ;; \
 	    NO_CAS) gone=' [Tt] .*cas' tests='$(NO_CAS_TESTS)' ;; \
 	    NO_HWSHA) gone=' [Tt] sha_hw' tests='$(NO_HWSHA_TESTS)' ;; \
+	    NO_CLIENT) gone=' [Tt] peer_' ;; \
 	    NO_SANDBOX) gone=' [Tt] os_sandbox' ;; \
 	    NO_TCP) gone=' U inet_' tests='$(NO_TCP_TESTS)' ;; \
 	    NO_THREADS) gone=' U pthread_' tests='$(NO_THREADS_TESTS)' ;; \
@@ -247,7 +256,7 @@ check-config: ## build with each switch of [1] by itself, test what it touches
 	  esac; \
 	  if nm build/config-$$s.o | grep "$$gone"; then \
 	    echo "$$s leaves these symbols"; exit 1; fi; \
-	  case $$s in NO_MAIN | NO_FLAT | NO_SANDBOX) continue ;; esac; \
+	  case $$s in NO_MAIN | NO_FLAT | NO_SANDBOX | NO_CLIENT) continue ;; esac; \
 	  $(CC) -O1 -Wall -Wextra -Werror -DNBDSERVE_$$s -o build/config-$$s \
 	    nbdserve.c $(LDLIBS) || exit 1; \
 	  NBDSERVE=$$PWD/build/config-$$s SWITCH=$$s ./test.sh $$tests || exit 1; \

@@ -8751,7 +8751,8 @@ static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
   struct nbdserve_cas *st = v->st;
   struct cas_super super;
   struct cas_head any = {.magic = 0};
-  int nbad = first == 0 && (st->catalog_lost || st->is_short);
+  int is_short = st->readonly && st->is_short; /* repair has made do */
+  int nbad = first == 0 && (st->catalog_lost || is_short);
   os_lock(&st->ckpt);
   any.number = st->super.number;
   for (int i = 0; first == 0 && i < 2; i++) {

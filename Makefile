@@ -91,7 +91,8 @@ NO_HWSHA_TESTS = quick @config @sha
 NO_TCP_TESTS = @config @util @server testBadAddressesSayWhatIsGood \
   testPassedSocketIsServed testSocketActivation testRunSetsTheVariables
 NO_THREADS_TESTS = quick @config @platform @io @export @transmission \
-  @server $(CLI_TESTS) testPullTakesAUriOrACommand testWithoutAThreadWhoAsksDoesTheWork \
+  @server $(CLI_TESTS) testPullTakesAUriOrACommand \
+  testWithoutAThreadWhoAsksDoesTheWork \
   testGcGivesSpaceBack \
   testDurableWritesToAVolumeSurviveKILL testNoPowerCutLosesWhatWasFlushed \
   testEverySystemCallMayFailOnce testFullStoreIsENOSPCForTheWriteOnly

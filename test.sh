@@ -6547,8 +6547,10 @@ testDamagedStoresEndCommandsAndServersWith3() {
   for command in "verify $S" "list $S" "$S::" "repair $S"; do
     # shellcheck disable=SC2086
     cas 3 $command
-    says 'damaged; `nbdserve repair'
+    says 'damaged(; `nbdserve repair| beyond repair)'
   done
+  cas 3 repair --accept-loss "$S"
+  says 'damaged beyond repair'
 }
 testWhatIsNoStoreIsNotWaitedFor() {
   unless NO_CAS || return 0

@@ -6498,15 +6498,19 @@ static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
 struct cas_change {
   const struct nbdserve_cas_op *ops; /* [nops]: all of them or none */
   size_t nops;
-  size_t failed;           /* the one that is at fault */
-  uint32_t kept;           /* free pairs that it leaves alone */
-  struct cas_volume *vol;  /* or, with nops 0: what appears, or is sealed: */
-  struct cas_volume *tree; /* with the digests that this has as its data, and
-                               with its content id */
-  const char *name;        /* not NULL: a snapshot with the contents of vol, and
-                              that tree, appears; or, with vol NULL, a partial
-                              volume for that id, */
-  uint64_t size;           /* of that size */
+  size_t failed; /* the one that is at fault */
+  uint32_t kept; /* free pairs that it leaves alone */
+  /* With nops 0 it is one of three:
+   *   vol and tree           vol, a snapshot, is sealed
+   *   vol, tree and name     a snapshot appears, sealed, with vol's contents
+   *   name and size          a partial volume appears; tree, if there is one,
+   *                          is its base
+   * Of a seal, tree has the digests as its data, and the content id; of a base
+   * both maps are copied. */
+  struct cas_volume *vol;
+  struct cas_volume *tree;
+  const char *name;
+  uint64_t size; /* bytes */
 };
 
 /* From here on a volume has a record that holds when the checkpoint is
@@ -9103,7 +9107,8 @@ struct cas_layout {
   uint64_t end;
 };
 
-/* Lays out NAME/pull of a snapshot of a size, which is above 0. */
+/* Lays out NAME/pull of a snapshot of so many bytes.  With a size of 0 there is
+ * nothing behind the head. */
 static struct cas_layout cas_pull_layout(uint64_t bs, uint64_t size) {
   struct cas_layout l = {.end = CAS_PAGE};
   uint64_t blocks = size / bs + (size % bs != 0);
@@ -9152,7 +9157,9 @@ static int cas_read_digests(struct cas_source *source, unsigned char *p,
   return err;
 }
 
-/* ops->read of NAME/pull. */
+/* ops->read of NAME/pull: piece by piece, each from one part of the layout.
+ * What lies between the parts is zeroes.  A snapshot that is all zeroes has no
+ * tree; version 0.5 left its base's there, and that is not served. */
 static int cas_source_read(void *ctx, void *buf, uint64_t off, uint64_t len,
                            uint32_t flags) {
   struct cas_source *source = ctx;
@@ -9170,13 +9177,13 @@ static int cas_source_read(void *ctx, void *buf, uint64_t off, uint64_t len,
     int k = CAS_LEVELS; /* the head; or the level of digests */
     while (k > 0 && off >= at->at[k - 1])
       k--;
-    n = u_min(len, (k > 0 ? at->at[k - 1] : at->data) - off);
+    uint64_t end = k > 0 ? at->at[k - 1] : off < at->data ? at->data : at->end;
+    n = u_min(len, end - off);
     if (off >= at->data) {
-      n = len;
       err = ex_batched_read(&source->data, p, off - at->data, n, 0);
     } else if (k == CAS_LEVELS) {
       memcpy(p, head + off, (size_t)n);
-    } else if (k > 0 && *cas_root(source->vol)) { /* 0.5 kept one of zeroes */
+    } else if (k > 0 && *cas_root(source->vol)) {
       uint64_t in = region * (unsigned)(k - 1) + off - at->at[k];
       err = ex_batched_read(&source->tree, p, in, n, 0);
     } else if (k == 0) {
@@ -9275,13 +9282,12 @@ static int cas_open_box(struct nbdserve_cas *st, struct nbdserve_export *out) {
   box->st = st;
   cas_put_head(st, CAS_BLOCKS_MAGIC, box->front);
   os_lock(&st->lock);
-  while (st->filled < st->to_fill && (st->busy || st->readonly)) {
-    if (st->readonly) cas_fill_index(st);
-    if (st->readonly)
-      cas_yield(st);
-    else
-      cas_wait(st);
+  while (st->readonly && st->filled < st->to_fill) {
+    cas_fill_index(st);
+    cas_yield(st);
   }
+  while (st->busy && st->filled < st->to_fill)
+    cas_wait(st);
   cas_unlock(st);
   out->size = CAS_FOUND + CAS_BATCH * (uint64_t)st->bs;
   out->flags |= NBDSERVE_EXPORT_SERIAL;
@@ -9305,44 +9311,63 @@ int nbdserve_cas_volume(struct nbdserve_cas *st, const char *name,
 
 #if !NBDSERVE_NO_CLIENT
 /* ---- Blocks that travel: what is pulled ------------------------------------
- * What comes goes into a partial volume, whose name is the id.  It begins as a
- * copy of the base, the newest sealed snapshot of the same volume; one that a
- * pull has left behind, when it did not come to its end, is gone on with.
+ * What comes goes into a partial volume, ID/partial, which only this pull uses.
+ * It begins as a copy of the base, the newest sealed snapshot of the same
+ * volume.  If an earlier pull has left one behind, this one goes on with it.
  *
- * A pull walks through the tree of the id from the top.  Every node is compared
- * with the digest that the one above it has, before anything below is asked
- * for, so nothing gets into the map that was not checked:
+ * A pull walks through the tree of the id from the top.  Whatever comes from
+ * the peer is compared with the digest that the node above it has, before
+ * anything below it is asked for, so nothing gets into the map that was not
+ * checked.  What is done about a kid depends on its digest:
  *
- *   the digest is zero                     a hole
- *   the base has it at that place, and     that part is done
- *   the volume the base's node
- *   else                                   the kids are asked for
- *   a leaf, or block, has it already       that part is done
- *   the index finds a block with it        that is read, and compared
- *   else                                   the block is asked for
+ *   of a node
+ *     the base has the same at that      done: all below it is here
+ *     place, and the volume still has
+ *     the base's node there
+ *     it is zero                         the whole part becomes a hole
+ *     else                               the digests of its kids are fetched
+ *   of a leaf, that is a node whose kids are blocks
+ *     the volume's own blocks have it    done: an earlier pull got them
+ *     else                               the digests of its blocks are fetched
+ *   of a block
+ *     the volume's own block has it      done
+ *     it is zero                         the block becomes a hole
+ *     the index finds a block with it    that is read, and compared
+ *     else                               the block is fetched
  *
- * In the end the id is computed from the volume's own map, as seal does it, and
- * a snapshot with that map and id appears. */
+ * Leaves and blocks wait until there are enough of them, so that one round trip
+ * gets many.  In the end the id is computed from the volume's own map, as seal
+ * does it, and a snapshot with that map and id appears:
+ *
+ *   nbdserve_cas_pull     asks what the peer has, and tests the names
+ *   cas_pull_record       is it here?  Else, in the partial volume:
+ *   cas_pull_id             the walk, and the seal behind it
+ *     cas_pull_node           digests of nodes, from the top down
+ *     cas_pull_leaves         digests of blocks, CAS_LEAVES leaves at a time
+ *     cas_pull_blocks         blocks, 16 MiB at a time */
 
 /* A leaf that is to be pulled */
 struct cas_leaf {
   uint32_t index;
-  unsigned char digest[CAS_DIGEST_LEN];
-  unsigned char *wanted; /* the digests of its blocks, with room for */
-  unsigned char *own;    /* those of the blocks that are there */
+  int is_asked;                         /* the peer, for `wanted` */
+  unsigned char digest[CAS_DIGEST_LEN]; /* that it is to get */
+  /* One allocation has both of these: */
+  unsigned char *wanted; /* digests that its blocks are to have; a part of
+                            CAS_KIDS_ROOM */
+  unsigned char *own;    /* those that they have; CAS_KIDS_LEN */
 };
 
-/* While something is pulled */
+/* While something is pulled; about 17 MiB */
 struct cas_puller {
-  struct cas_sealer sealer; /* vol: the partial volume */
-  struct nbdserve_peer *peer;
-  struct cas_layout at;
+  struct cas_sealer sealer;   /* vol: the partial volume */
+  struct nbdserve_peer *peer; /* that has the snapshot */
+  struct cas_layout at;       /* where its NAME/pull has what */
   size_t nleaves;
   size_t nblocks;
   struct cas_leaf leaves[CAS_LEAVES];             /* [nleaves] are waiting */
   struct cas_block blocks[CAS_BLOCKS];            /* [nblocks] are waiting, */
   unsigned char data[CAS_BLOCKS * CAS_MIN_BLOCK]; /* with room for their data */
-  struct peer_part parts[CAS_BLOCKS];
+  struct peer_part parts[CAS_BLOCKS];             /* what is asked for them */
 };
 
 /* How many bytes the digests of a node's kids have, and with room for a READ
@@ -9466,7 +9491,9 @@ static int cas_pull_block(struct cas_puller *p, uint64_t number,
   return (p->nblocks + 1) * bs > sizeof p->data ? cas_pull_blocks(p) : 0;
 }
 
-/* Pulls the leaves that are waiting. */
+/* Pulls the leaves that are waiting, in three rounds: what has each, and what
+ * is it to have; the answers; its blocks.  On an error a few may stay waiting,
+ * and cas_pull_id frees them. */
 static int cas_pull_leaves(struct cas_puller *p) {
   struct nbdserve_cas *st = p->sealer.vol->st;
   size_t n = 0;
@@ -9478,16 +9505,17 @@ static int cas_pull_leaves(struct cas_puller *p) {
     if (bad) /* no block has such a digest: all are asked for again */
       memset(leaf->own, 255, CAS_KIDS_LEN(st));
     sha_256(st->hw, leaf->own, NULL, CAS_KIDS_LEN(st), sum, NULL);
-    if (memcmp(sum, leaf->digest, sizeof sum) == 0)
-      memcpy(leaf->wanted, leaf->own, CAS_KIDS_LEN(st));
-    else
+    leaf->is_asked = memcmp(sum, leaf->digest, sizeof sum) != 0;
+    if (leaf->is_asked)
       p->parts[n++] = cas_kids_request(p, 0, leaf->index, leaf->wanted);
+    else
+      memcpy(leaf->wanted, leaf->own, CAS_KIDS_LEN(st));
   }
   int err = peer_transfer(p->peer, NBD_CMD_READ, p->parts, n);
   const struct peer_part *part = p->parts;
   for (size_t i = 0; i < p->nleaves && !err; i++) {
     const struct cas_leaf *leaf = &p->leaves[i];
-    if (part < p->parts + n && part->data == leaf->wanted)
+    if (leaf->is_asked)
       err = cas_check_kids(p, 0, leaf->index, part++, leaf->digest);
   }
   for (size_t i = 0; i < p->nleaves; i++) {
@@ -9521,10 +9549,10 @@ static int cas_pull_leaf(struct cas_puller *p, uint32_t index,
   return is_enough ? cas_pull_leaves(p) : 0;
 }
 
-/* Does the volume have the base's node at the place of a node that has so many
- * blocks below it?  (locks) */
+/* Do the volume and its base share the node that begins at a block and has so
+ * many blocks below it?  (locks) */
 static int cas_has_base(const struct cas_puller *p, uint64_t block,
-                        uint64_t size) {
+                        uint64_t blocks) {
   struct nbdserve_cas *st = p->sealer.vol->st;
   uint64_t span = 0;
   if (!p->sealer.base) return 0;
@@ -9533,7 +9561,7 @@ static int cas_has_base(const struct cas_puller *p, uint64_t block,
                                cas_root(p->sealer.base)};
   int is_shared = cas_is_shared(st, root, block, &span);
   cas_unlock(st);
-  return is_shared && span >= size;
+  return is_shared && span >= blocks;
 }
 
 /* Pulls what is below a node, of a level above 0, with so many blocks below
@@ -9556,11 +9584,10 @@ static int cas_pull_node(struct cas_puller *p, int level, uint32_t index,
     uint32_t i = index * st->fanout + c;
     if (i >= p->at.count[level]) break;
     const unsigned char *kid = kids + c * CAS_DIGEST_LEN;
-    int is_zero = u_is_zero(kid, CAS_DIGEST_LEN);
     const unsigned char *theirs = base + c * CAS_DIGEST_LEN;
     int is_base = memcmp(kid, theirs, CAS_DIGEST_LEN) == 0;
     if (is_base && cas_has_base(p, i * size, size)) continue;
-    if (is_zero)
+    if (u_is_zero(kid, CAS_DIGEST_LEN))
       err = cas_discard(p->sealer.vol, i * size * st->bs, size * st->bs);
     else if (level > 1)
       err = cas_pull_node(p, level - 1, i, size / st->fanout,
@@ -9635,7 +9662,8 @@ static int cas_pull_id(struct cas_puller *p, const unsigned char *id) {
   while (p->nleaves > 0)
     NBDSERVE_FREE(p->leaves[--p->nleaves].wanted);
   if (!err) err = cas_clear_tail(vol); /* the base's, or what the peer says */
-  /* From here on none of its nodes is dirty, and could go as it is empty. */
+  /* A checkpoint frees nodes that are dirty and empty.  After this one none of
+   * the map is dirty, so none goes while cas_seal_tree walks through it. */
   if (!err) err = cas_checkpoint(st, NULL, UINT64_MAX);
   if (!err) err = cas_seal_tree(&p->sealer);
   if (!err && memcmp(p->sealer.tree->now.cid, id, CAS_DIGEST_LEN) != 0)
@@ -11964,9 +11992,10 @@ static int cli_say_where(const char *path, struct cli_job *job) {
   return CLI_IN_USE;
 }
 
-/* Does -s STORE:: for a store that another process serves: we are connected to
- * that process, and it serves our client, on our standard streams.  Options
- * that it knows nothing of are refused.  Returns the exit status. */
+/* Does -s STORE:: for a store that another process serves: that process serves
+ * our client, on our standard streams, and we wait until it has.  It knows
+ * nothing of most options, nor of other targets, so these are refused.  Returns
+ * the exit status. */
 static int cli_pass_client(const char *path, struct cli_job *job) {
   cli_refuse(~(BIT(STDIN) | BIT(QUIET) | BIT(VERBOSE) | BIT(JSON)),
              "not for a store that another process serves:", path);
@@ -12212,18 +12241,18 @@ static int cli_start_peer(pid_t *pid) {
   return fd[0];
 }
 
-/* Waits for the end of that command, whose streams are closed by now: after
- * five seconds it is told by SIGTERM, after ten by SIGKILL.  If the job has
- * succeeded (status) it should have done so, too. */
+/* Waits for the end of that command, whose streams are closed by now.  If it
+ * does not end within five seconds it gets SIGTERM, after ten SIGKILL.  When
+ * the job has succeeded (status is 0) but the command has not, we say that. */
 static void cli_end_peer(pid_t pid, int status) {
   int64_t begun = os_now_ms();
   int wait_status = 0;
   pid_t ended = pid;
-  for (int told = 0;
+  for (int stage = 0; /* of five seconds each */
        pid && (ended = waitpid(pid, &wait_status, WNOHANG)) == 0;) {
-    int seconds = (int)((os_now_ms() - begun) / 5000);
-    if (seconds > told) kill(pid, told ? SIGKILL : SIGTERM);
-    told = seconds;
+    int now = (int)((os_now_ms() - begun) / 5000);
+    if (now > stage) kill(pid, stage ? SIGKILL : SIGTERM);
+    stage = now;
     poll(NULL, 0, 20);
   }
   if (pid && ended == pid && !status && cli_exit_status(wait_status))
@@ -12315,7 +12344,7 @@ static const char *cli_take_peer(struct cli_job *job, struct cli_uri *uri) {
     if (most > 1 && !*uri->name) cli_usage("%s: no name behind it", text);
     cli.targets[most - 1] = uri->name;
   }
-  if (most == 1) cli.ntargets = 0;
+  if (most == 1) cli.ntargets = 0; /* repair: the URI was all there is */
   return text;
 }
 
@@ -12640,8 +12669,10 @@ enum {
   CLI_PATIENCE = 60
 };
 
-/* The thread that serves the kernel.  It ends the server: the device was
- * disconnected, by us or by somebody else. */
+/* The thread that serves the kernel.  When that has closed the connection the
+ * device was disconnected, by us or by somebody else, and the server ends.
+ * What was wrong with a request its answer has said; what could not be made
+ * durable cli_disconnect and nbdserve_run find. */
 static void *cli_serve_kernel(void *socket) {
   int fd = (int)(intptr_t)socket;
   os_serve_writeback();
@@ -12717,12 +12748,13 @@ static void cli_connect(void) {
 }
 
 /* Disconnects the kernel's device, after all that was written to it has come
- * here.  Unless it is forced, one that is in use stays, the first time. */
-static void cli_disconnect(int is_forced) {
+ * here: an error says that it has not.  Unless it is forced, one that is in use
+ * stays, the first time. */
+static int cli_disconnect(int is_forced) {
   const char *path = opt[OPT_CONNECT].text;
   sigset_t all;
   sigset_t before;
-  if (!cli.is_connected) return;
+  if (!cli.is_connected) return 0;
   int fd = open(path, O_RDONLY | O_EXCL | O_CLOEXEC);
   int is_first = !cli.refused_ms || os_now_ms() - cli.refused_ms < 500;
   if (fd < 0 && errno == EBUSY && !is_forced && is_first) {
@@ -12733,11 +12765,11 @@ static void cli_disconnect(int is_forced) {
     cli.refused_ms = os_now_ms();
     cli.stopping = cli.end_wanted = 0;
     sigprocmask(SIG_SETMASK, &before, NULL);
-    return;
+    return 0;
   }
   if (fd < 0) fd = open(path, O_RDONLY | O_CLOEXEC);
-  if (fsync(fd) < 0)
-    cli_say("%s: %s; written data may be lost", path, strerror(errno));
+  int lost = fd < 0 || fsync(fd) < 0 ? -errno : 0;
+  if (lost) cli_say("%s: %s; written data may be lost", path, strerror(-lost));
   close(fd);
   int err = os_tell_nbd(OS_NBD_DISCONNECT, cli.device, NULL);
   os_lock(&cli.server->lock);
@@ -12747,6 +12779,7 @@ static void cli_disconnect(int is_forced) {
   os_unlock(&cli.server->lock);
   if (err) cli_say("%s: not disconnected: %s", path, strerror(-err));
   nbdserve_stop(cli.server);
+  return lost;
 }
 
 /* ---- The command that is served (--run, --) ----------------------------- */
@@ -12992,7 +13025,7 @@ static int cli_serve(void) {
     run_err = nbdserve_run(cli.server);
     int is_last = run_err != -EINTR && opt[OPT_STATS].given;
     if (cli.stats_wanted || is_last) cli_print_stats();
-    if (cli.stopping) cli_disconnect(0);
+    if (cli.stopping && cli_disconnect(0)) err = -EIO;
     if (cli.end_wanted) nbdserve_unlisten(cli.server);
   } while (run_err == -EINTR);
   if (cli.child && !cli.end_wanted) raise(SIGTERM);
@@ -13024,15 +13057,14 @@ static void cli_close(void) {
   if (*cli.temp) unlink(cli.temp);
   os_remove_same(cli.ctl_path, &cli.ctl_st);
   if (!cli.server) return;
-  cli_disconnect(1);
+  int lost = cli_disconnect(1);
   nbdserve_stop(cli.server);
   int err = cli_wait_for_jobs(0, until);
   if (!err) nbdserve_free(cli.server);
   if (!err && cli.cas) err = nbdserve_cas_close(cli.cas);
   if (*cli.private_dir) rmdir(cli.private_dir);
-  if (!err) return;
-  cli_say("%s: not closed in order: %s", cli.store, strerror(-err));
-  _exit(CLI_FAILED);
+  if (err) cli_say("%s: not closed in order: %s", cli.store, strerror(-err));
+  if (err || lost) _exit(CLI_FAILED);
 }
 
 /* ---- The command line as a whole ---------------------------------------- */

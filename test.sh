@@ -10915,6 +10915,10 @@ static int s_end(struct served *v) {
 #include <stdlib.h>
 #include <string.h>
 
+/* The peer at these two ends, for nbdserve_cas_pull and nbdserve_cas_repair */
+#define FAR_PEER(in, out) \
+  (&(struct nbdserve_peer){.in_fd = (in), .out_fd = (out)})
+
 /* SHA-256; behind #include "nbdserve.c" */
 static void far_sum(const void *p, size_t n, unsigned char sum[32]);
 
@@ -15029,7 +15033,6 @@ static void g_gather(struct gathering *g, int most) {
 static size_t g_payload(const struct gathering *g, size_t i,
                         const unsigned char *p, unsigned type) {
   static const unsigned types[G_KINDS] = {0, 0x8002, 0x8001, 1, 2, 1, 0, 0};
-  int extended = g->r[i].mode == MODE_EXTENDED;
   enum g_kind kind = g->kind[i];
   size_t n;
   CHECK(type == types[kind]);
@@ -16046,22 +16049,6 @@ static void far_sum(const void *p, size_t n, unsigned char sum[32]) {
   sha_256(0, p, NULL, n, sum, NULL);
 }
 
-/* nbdserve_cas_pull and nbdserve_cas_repair, with a peer of these two ends */
-static int far_fetch(struct nbdserve_cas *st, const char *name, int in, int out,
-                     const char *from, nbdserve_progress_fn *progress,
-                     void *arg) {
-  struct nbdserve_peer peer = {
-      .in_fd = in, .out_fd = out, .progress = progress, .arg = arg};
-  return nbdserve_cas_pull(st, name, from, &peer);
-}
-
-static int far_mend(struct nbdserve_cas *st, int in, int out,
-                    nbdserve_damage_fn *each, nbdserve_progress_fn *progress,
-                    void *arg) {
-  struct nbdserve_peer peer = {.in_fd = in, .out_fd = out};
-  return nbdserve_cas_repair(st, &peer, each, progress, arg);
-}
-
 /* The store that pulls, and what went wrong with the peer */
 static struct nbdserve_cas *far_cas;
 static char far_why[200];
@@ -16369,8 +16356,9 @@ static void u_farstall(void) {
   for (i = 0; i < 2; i++) {
     struct far_end end = {.left = i ? 5000 : 0, .then = 1};
     int calls = 0, fd = far_start(&end, &far);
-    CHECK(far_fetch(far_cas, "v@s", fd, fd, "x", far_cancel, &calls) ==
-          -ECANCELED);
+    struct nbdserve_peer peer = {
+        .in_fd = fd, .out_fd = fd, .progress = far_cancel, .arg = &calls};
+    CHECK(nbdserve_cas_pull(far_cas, "v@s", "x", &peer) == -ECANCELED);
     CHECK(calls > 4 && calls < 20);
     far_stop(&end, fd);
     far_unharmed();
@@ -16447,14 +16435,16 @@ static void u_fargone(void) {
   }
   CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
   close(fd[0]);
-  CHECK(far_fetch(far_cas, "v@s", fd[1], fd[1], "x", NULL, NULL) == -EPIPE);
+  CHECK(nbdserve_cas_pull(far_cas, "v@s", "x", FAR_PEER(fd[1], fd[1])) ==
+        -EPIPE);
   close(fd[1]);
   signal(SIGPIPE, SIG_IGN); /* of pipes there is no other way */
   for (i = 0; i < 2; i++) {
     CHECK(pipe(in) == 0 && pipe(out) == 0);
     CHECK(write(in[1], "NBDMAGICIHAVEOPT\0\3", 18) == 18);
     close(i ? in[1] : out[0]);
-    CHECK(far_fetch(far_cas, "v@s", in[0], out[1], "x", NULL, NULL) == -EPIPE);
+    CHECK(nbdserve_cas_pull(far_cas, "v@s", "x", FAR_PEER(in[0], out[1])) ==
+          -EPIPE);
     close(i ? out[0] : in[1]);
     close(in[0]);
     close(out[1]);
@@ -16706,7 +16696,7 @@ static void u_farnames(void) {
   for (i = 0; i < COUNT(names); i++) {
     struct far_end end = {0};
     int fd = far_start(&end, &far), err;
-    err = far_fetch(far_cas, names[i], fd, fd, "x", NULL, NULL);
+    err = nbdserve_cas_pull(far_cas, names[i], "x", FAR_PEER(fd, fd));
     if (err != -EINVAL) fprintf(stderr, "'%s': %d\n", names[i], err);
     CHECK(err == -EINVAL);
     far_stop(&end, fd);
@@ -16717,7 +16707,7 @@ static void u_farnames(void) {
     struct far_end end = {0};
     int fd = far_start(&end, &far), err;
     name[i] = 0;
-    err = far_fetch(far_cas, "v@s", fd, fd, name, NULL, NULL);
+    err = nbdserve_cas_pull(far_cas, "v@s", name, FAR_PEER(fd, fd));
     CHECK(err == (i + 5 > 4096 ? -ENAMETOOLONG : 0));
     far_stop(&end, fd);
     if (!err) CHECK(nbdserve_cas_rm(far_cas, "v@s") == 0);
@@ -16725,8 +16715,9 @@ static void u_farnames(void) {
   }
   CHECK(nbdserve_cas_close(far_cas) == 0);
   far_cas = q_open(path, NBDSERVE_CAS_READONLY);
-  CHECK(far_fetch(far_cas, "w@s", -1, -1, "x", NULL, NULL) == -EROFS);
-  CHECK(far_mend(far_cas, -1, -1, NULL, NULL, NULL) == -EROFS);
+  CHECK(nbdserve_cas_pull(far_cas, "w@s", "x", FAR_PEER(-1, -1)) == -EROFS);
+  CHECK(nbdserve_cas_repair(far_cas, FAR_PEER(-1, -1), NULL, NULL, NULL) ==
+        -EROFS);
   CHECK(nbdserve_cas_close(far_cas) == 0);
   free(name);
   far_free(&far);
@@ -23853,22 +23844,6 @@ static struct n_far *n_choose(void) {
   return n;
 }
 
-/* nbdserve_cas_pull and nbdserve_cas_repair, with a peer of these two ends */
-static int far_fetch(struct nbdserve_cas *st, const char *name, int in, int out,
-                     const char *from, nbdserve_progress_fn *progress,
-                     void *arg) {
-  struct nbdserve_peer peer = {
-      .in_fd = in, .out_fd = out, .progress = progress, .arg = arg};
-  return nbdserve_cas_pull(st, name, from, &peer);
-}
-
-static int far_mend(struct nbdserve_cas *st, int in, int out,
-                    nbdserve_damage_fn *each, nbdserve_progress_fn *progress,
-                    void *arg) {
-  struct nbdserve_peer peer = {.in_fd = in, .out_fd = out};
-  return nbdserve_cas_repair(st, &peer, each, progress, arg);
-}
-
 /* Pulls it. */
 static int n_pull(void) {
   struct m_vol *v;
@@ -23899,7 +23874,7 @@ static int n_pull(void) {
   memcpy(change.name, name, sizeof name);
   if (v) change.kind = 0;
   n_count[0]++;
-  err = far_fetch(cas, name, D_PEER, D_PEER, from, NULL, NULL);
+  err = nbdserve_cas_pull(cas, name, from, FAR_PEER(D_PEER, D_PEER));
   d_full |= was_full;
   if (v) {
     int is_same = v->sealed && !strcmp(v->id, n_far->far.id);
@@ -23965,7 +23940,8 @@ static int n_mend(void) {
   memset(m_named, 0, sizeof m_named);
   free(n_keep);
   n_keep = far.b; /* a cut comes back without this frame */
-  err = far_mend(cas, D_PEER, D_PEER, m_damage, NULL, NULL);
+  err =
+      nbdserve_cas_repair(cas, FAR_PEER(D_PEER, D_PEER), m_damage, NULL, NULL);
   if (err && err != -EUCLEAN && lies) return 0;
   err = m_verified(err);
   if (err || lies) return err;
@@ -27315,7 +27291,7 @@ static void ck_volumes(struct nbdserve_cas *st, int is_forged) {
   for (at = 0; at < n; at++) {
     const struct cas_volume *vol = st->volumes[at], *other;
     const struct cas_record *facts = &vol->now;
-    const struct cas_node *node;
+    struct cas_node *node;
     ck.at = vol->id;
     CK(vol->st == st && vol->id > id && vol->id < st->next_id);
     id = vol->id;
@@ -27697,22 +27673,6 @@ static void z_find_slot(void) {
   e.ops->close(e.ctx);
 }
 
-/* nbdserve_cas_pull and nbdserve_cas_repair, with a peer of these two ends */
-static int far_fetch(struct nbdserve_cas *st, const char *name, int in, int out,
-                     const char *from, nbdserve_progress_fn *progress,
-                     void *arg) {
-  struct nbdserve_peer peer = {
-      .in_fd = in, .out_fd = out, .progress = progress, .arg = arg};
-  return nbdserve_cas_pull(st, name, from, &peer);
-}
-
-static int far_mend(struct nbdserve_cas *st, int in, int out,
-                    nbdserve_damage_fn *each, nbdserve_progress_fn *progress,
-                    void *arg) {
-  struct nbdserve_peer peer = {.in_fd = in, .out_fd = out};
-  return nbdserve_cas_repair(st, &peer, each, progress, arg);
-}
-
 /* bit 0: to a repair; else to a pull.  bits 1, 2: 0: what it says is data; 1:
  * data are changes of what an honest one would say; 2: of what it has, and the
  * tree is computed anew above that; 3: of the tree, from level bit 3, 4 on */
@@ -27740,10 +27700,10 @@ static int z_peer(const unsigned char *data, size_t size, unsigned last) {
   lseek(in, 0, SEEK_SET);
   if (repairs) {
     if (pwrite(z_store->fd, "y", 1, z_rots + 9) != 1) abort();
-    err = far_mend(z_store, in, out, NULL, NULL, NULL);
+    err = nbdserve_cas_repair(z_store, FAR_PEER(in, out), NULL, NULL, NULL);
     z_repaired(err);
   } else {
-    err = far_fetch(z_store, "p@s", in, out, "ab", NULL, NULL);
+    err = nbdserve_cas_pull(z_store, "p@s", "ab", FAR_PEER(in, out));
     z_pulled(err);
   }
   close(in);

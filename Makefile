@@ -206,7 +206,7 @@ check-cross: nbdserve ## build for TARGETS, test in qemu; with ZIG for SYSTEMS
 	    *) set -- $$t-linux-gnu-gcc qemu-$$t ;; \
 	  esac; \
 	  command -v $$1 >/dev/null || { echo "SKIP $$t: no $$1"; continue; }; \
-	  build $$t $$1 -static; \
+	  build $$t $$1 -static -Wl,--no-warnings; \
 	  program=$$PWD/build/nbdserve-$$t emulator=; \
 	  $$program --version >/dev/null 2>&1 || \
 	    emulator=$$(command -v $$2-static || command -v $$2) || \

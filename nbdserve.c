@@ -9200,7 +9200,7 @@ static void cas_source_close(void *ctx) {
   NBDSERVE_FREE(source);
 }
 
-/* Opens NAME/pull; the name has n bytes.  -ENODATA: NAME is not sealed. */
+/* Opens NAME/pull; the name has n bytes.  -EOPNOTSUPP: NAME is not sealed. */
 static int cas_open_source(struct nbdserve_cas *st, const char *name, size_t n,
                            struct nbdserve_export *out) {
   static const struct nbdserve_ops ops = {.read = cas_source_read,
@@ -9210,7 +9210,7 @@ static int cas_open_source(struct nbdserve_cas *st, const char *name, size_t n,
   int err = cas_use(st, name, n, &source->vol);
   if (!err && u_is_zero(source->vol->now.cid, CAS_DIGEST_LEN)) {
     cas_close(source->vol);
-    err = -ENODATA;
+    err = -EOPNOTSUPP;
   }
   if (err) {
     NBDSERVE_FREE(source);

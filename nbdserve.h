@@ -286,8 +286,9 @@ NBDSERVE_API int nbdserve_cas_close(struct nbdserve_cas *cas);
 /* Fills *out with a volume or snapshot, as nbdserve_flat_open does with a file.
  * It may be open many times, so the find callback may call this.  For other
  * stores there are two more exports: NAME/pull, all of a sealed snapshot
- * (-ENODATA: it is not), and /blocks, from which every block of the store can
- * be read that one knows the SHA-256 of.  -ENOENT: there is no such name. */
+ * (-EOPNOTSUPP: it is not sealed), and /blocks, from which every block of the
+ * store can be read that one knows the SHA-256 of.  -ENOENT: there is no such
+ * name. */
 NBDSERVE_API int nbdserve_cas_volume(struct nbdserve_cas *cas, const char *name,
                                      struct nbdserve_export *out);
 

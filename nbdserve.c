@@ -10422,6 +10422,101 @@ enum {
   CLI_BY_SIGNAL = 128 /* as a shell says it: plus the number of the signal */
 };
 
+/* ---- Options ------------------------------------------------------------
+ * opt[OPT_PORT] is what is known of an option, and what the command line says
+ * of it: cli_parse fills that in, and nobody changes it later.  What was not
+ * given is 0 or NULL, which is the default for nbdserve.h as well; where 0 is a
+ * value of its own (a port, a descriptor) `given` tells the difference. */
+
+struct cli_option {
+  /* What stands behind "-"; 0: there is no short form. */
+  char letter;
+  /* What stands behind "--".  If the option takes a value, a blank and what
+   * --help calls that follow: "port N". */
+  const char *name;
+  const char *help;
+  /* The range of an option that takes a number; max is 0: it takes none. */
+  uint64_t min;
+  uint64_t max;
+  /* How often the option was given.  A command behind "--" counts as --run. */
+  unsigned given;
+  /* The value as it was written; it stays in argv. */
+  const char *text;
+  /* The value of an option that takes a number; --connect: N of /dev/nbdN;
+   * --sandbox: SANDBOX_...; --without: bits of nbdserve_config.without */
+  uint64_t number;
+};
+
+/* clang-format off */
+
+/* The options, in the order of --help: T has a text as its value, or none, and
+ * N a number in that range.  This is a list of macros, so that it says
+ * all about an option in one place. */
+#define CLI_OPTIONS(T, N) \
+  T(NONE, 0, "", "") \
+  T(UNIX, 'U', "unix PATH", "listen on a unix socket (default: private)") \
+  N(PORT, 'p', "port N", 0, 65535, "listen on TCP (usual: 10809; 0: any)") \
+  T(BIND, 'i', "bind ADDR", "TCP address (default: the two of loopback)") \
+  T(STDIN, 's', "stdin", "serve one client on standard input and output") \
+  N(FD, 0, "fd N", 0, INT_MAX, "serve a listening or connected socket") \
+  T(CONNECT, 'c', "connect DEVICE", "serve the kernel here as /dev/nbdN") \
+  T(READ_ONLY, 'r', "read-only", "refuse writes") \
+  T(EXPORT, 'e', "export NAME", "name of the export (default: any)") \
+  T(DESCRIPTION, 'D', "description TEXT", "for clients that list the exports") \
+  N(OFFSET, 'o', "offset N", 0, INT64_MAX, "serve the target from byte N on") \
+  N(SIZE, 0, "size N", 1, INT64_MAX, "serve only N bytes of the target") \
+  T(BLOCK_SIZE, 'b', "block-size SIZES", "MIN:PREFERRED:MAX (1:4096:32M)") \
+  N(CREATE, 0, "create SIZE", 1, INT64_MAX, "make a missing target, sparse") \
+  T(CHANGES, 0, "changes SNAP", "the only bitmap offered: changed since SNAP") \
+  T(TEMPORARY, 'T', "temporary", "discard at exit what clients have written") \
+  T(CACHE, 0, "cache MODE", "writeback (default), writethrough or unsafe") \
+  N(THREADS, 't', "threads N", 1, 1024, "slow requests per client (16)") \
+  N(MAX_CONN, 'm', "max-conn N", 1, SRV_MAX_CONN, "clients at a time (128)") \
+  N(STALL, 0, "stall SEC", 1, 4000000, "end clients stalled midway (120)") \
+  T(ONCE, '1', "once", "exit when the last client has left") \
+  N(IDLE_EXIT, 0, "idle-exit SEC", 1, 4000000, "exit when unused for SEC") \
+  T(PARENT, 0, "exit-with-parent", "exit when the parent process ends") \
+  T(RUN, 0, "run CMD", "serve while a shell command runs ($uri, $nbd)") \
+  T(FORK, 0, "fork", "go into the background once it listens") \
+  T(PIDFILE, 'P', "pidfile FILE", "write the process id once it listens") \
+  N(READY_FD, 0, "ready-fd N", 3, INT_MAX, "write the URI once it listens") \
+  T(SANDBOX, 0, "sandbox MODE", "auto (default), off or require (see README)") \
+  T(QUIET, 'q', "quiet", "print errors only") \
+  T(VERBOSE, 'v', "verbose", "log clients; given twice: every request") \
+  T(STATS, 0, "stats", "print totals as JSON at exit (on SIGUSR1 always)") \
+  T(JSON, 0, "json", "print a command's output as JSON") \
+  T(WITHOUT, 0, "without LIST", "hide features from clients (see README)") \
+  T(FAULT, 0, "fault CMD:ERR:RATE", "make requests fail: write:EIO:0.1") \
+  T(DELAY, 0, "delay CMD:MS", "make requests wait: read:50 (see README)") \
+  T(DRY_RUN, 'n', "dry-run", "rollback, resize, rm: only check if possible") \
+  T(ACCEPT_LOSS, 0, "accept-loss", "repair: give up what cannot be read") \
+  T(NO_VERIFY, 0, "no-verify", "do not check a store's blocks when reading") \
+  T(VERSION, 'V', "version", "print the version and what it was built with") \
+  T(HELP, 'h', "help", "print this text")
+
+#define CLI_OPTION_ID(id, ...) OPT_##id,
+#define CLI_TEXT_ROW(id, letter, name, help) \
+  [OPT_##id] = {letter, name, help, 0, 0, 0, NULL, 0},
+#define CLI_NUMBER_ROW(id, letter, name, min, max, help) \
+  [OPT_##id] = {letter, name, help, min, max, 0, NULL, 0},
+#define BIT(id) (UINT64_C(1) << OPT_##id)
+
+/* OPT_NONE is no option, and never given. */
+enum cli_option_id { CLI_OPTIONS(CLI_OPTION_ID, CLI_OPTION_ID) OPT_COUNT };
+
+static struct cli_option opt[OPT_COUNT] = {
+    CLI_OPTIONS(CLI_TEXT_ROW, CLI_NUMBER_ROW)};
+
+/* clang-format on */
+
+STATIC_ASSERT(options_have_a_bit_each, OPT_COUNT <= 64);
+
+/* The name of an option, without what it takes, for "%.*s" in a message */
+#define CLI_NAME_LEN(id) (int)strcspn(opt[id].name, " ")
+#define CLI_NAME(id) CLI_NAME_LEN(id), opt[id].name
+
+/* ---- State --------------------------------------------------------------- */
+
 /* The state of the process.  What the options say is in `opt`. */
 static struct {
   /* ---- The command line without its options.  It stays where it is, in argv,
@@ -10430,7 +10525,6 @@ static struct {
   /* [NAME=]TARGET each, or a command on stores with its operands */
   char **targets;
   int ntargets;
-  int is_json; /* --json: messages, too */
   /* What stands behind "--", ended by NULL; or NULL */
   char **command;
 
@@ -10451,8 +10545,7 @@ static struct {
 
   /* ---- --connect: the kernel's device that a target is the disk of */
 
-  /* N of /dev/nbdN, and whose it is: the target */
-  uint32_t device;
+  /* Whose it is: the target */
   char owner[OS_NBD_OWNER]; /* one that is cut is still its own */
   /* The kernel has a socket, or is about to get it.  It is guarded by
    * server->lock; the signal handler reads it. */
@@ -10545,7 +10638,7 @@ static void OS_PRINTF(3, 4)
   strcpy(to, end);
   if (poll(&p, 1, 1000) > 0) (void)!write(fd, line, strlen(line));
 }
-#define cli_say(...) cli_say_to(2, cli.is_json, __VA_ARGS__)
+#define cli_say(...) cli_say_to(2, opt[OPT_JSON].given > 0, __VA_ARGS__)
 
 /* Writes a time, in seconds since 1970, as 2026-11-29T01:02:03Z.  It may come
  * from a file that anybody may have made: it may lie behind all years. */
@@ -10791,81 +10884,9 @@ static void cli_after(void *unused, unsigned type, uint64_t off, uint64_t len,
   os_unlock(&cli.server->lock);
 }
 
-/* ---- Options ------------------------------------------------------------ */
-
-struct cli_option {
-  /* What stands behind "-"; 0: there is no short form. */
-  char letter;
-  /* What stands behind "--".  If the option takes a value, a blank and what
-   * --help calls that follow: "port N". */
-  const char *name;
-  const char *help;
-  /* The range of an option that takes a number; max is 0: it takes none. */
-  uint64_t min;
-  uint64_t max;
-};
+/* ---- What options may say ----------------------------------------------- */
 
 /* clang-format off */
-
-/* The options, in the order of --help: T has a text as its value, or none, and
- * N a number in that range.  This is a list of macros, so that it says
- * all about an option in one place. */
-#define CLI_OPTIONS(T, N) \
-  T(NONE, 0, "", "") \
-  T(UNIX, 'U', "unix PATH", "listen on a unix socket (default: private)") \
-  N(PORT, 'p', "port N", 0, 65535, "listen on TCP (usual: 10809; 0: any)") \
-  T(BIND, 'i', "bind ADDR", "TCP address (default: the two of loopback)") \
-  T(STDIN, 's', "stdin", "serve one client on standard input and output") \
-  N(FD, 0, "fd N", 0, INT_MAX, "serve a listening or connected socket") \
-  T(CONNECT, 'c', "connect DEVICE", "serve the kernel here as /dev/nbdN") \
-  T(READ_ONLY, 'r', "read-only", "refuse writes") \
-  T(EXPORT, 'e', "export NAME", "name of the export (default: any)") \
-  T(DESCRIPTION, 'D', "description TEXT", "for clients that list the exports") \
-  N(OFFSET, 'o', "offset N", 0, INT64_MAX, "serve the target from byte N on") \
-  N(SIZE, 0, "size N", 1, INT64_MAX, "serve only N bytes of the target") \
-  T(BLOCK_SIZE, 'b', "block-size SIZES", "MIN:PREFERRED:MAX (1:4096:32M)") \
-  N(CREATE, 0, "create SIZE", 1, INT64_MAX, "make a missing target, sparse") \
-  T(CHANGES, 0, "changes SNAP", "the only bitmap offered: changed since SNAP") \
-  T(TEMPORARY, 'T', "temporary", "discard at exit what clients have written") \
-  T(CACHE, 0, "cache MODE", "writeback (default), writethrough or unsafe") \
-  N(THREADS, 't', "threads N", 1, 1024, "slow requests per client (16)") \
-  N(MAX_CONN, 'm', "max-conn N", 1, SRV_MAX_CONN, "clients at a time (128)") \
-  N(STALL, 0, "stall SEC", 1, 4000000, "end clients stalled midway (120)") \
-  T(ONCE, '1', "once", "exit when the last client has left") \
-  N(IDLE_EXIT, 0, "idle-exit SEC", 1, 4000000, "exit when unused for SEC") \
-  T(PARENT, 0, "exit-with-parent", "exit when the parent process ends") \
-  T(RUN, 0, "run CMD", "serve while a shell command runs ($uri, $nbd)") \
-  T(FORK, 0, "fork", "go into the background once it listens") \
-  T(PIDFILE, 'P', "pidfile FILE", "write the process id once it listens") \
-  N(READY_FD, 0, "ready-fd N", 3, INT_MAX, "write the URI once it listens") \
-  T(SANDBOX, 0, "sandbox MODE", "auto (default), off or require (see README)") \
-  T(QUIET, 'q', "quiet", "print errors only") \
-  T(VERBOSE, 'v', "verbose", "log clients; given twice: every request") \
-  T(STATS, 0, "stats", "print totals as JSON at exit (on SIGUSR1 always)") \
-  T(JSON, 0, "json", "print a command's output as JSON") \
-  T(WITHOUT, 0, "without LIST", "hide features from clients (see README)") \
-  T(FAULT, 0, "fault CMD:ERR:RATE", "make requests fail: write:EIO:0.1") \
-  T(DELAY, 0, "delay CMD:MS", "make requests wait: read:50 (see README)") \
-  T(DRY_RUN, 'n', "dry-run", "rollback, resize, rm: only check if possible") \
-  T(ACCEPT_LOSS, 0, "accept-loss", "repair: give up what cannot be read") \
-  T(NO_VERIFY, 0, "no-verify", "do not check a store's blocks when reading") \
-  T(VERSION, 'V', "version", "print the version and what it was built with") \
-  T(HELP, 'h', "help", "print this text")
-
-#define CLI_OPTION_ID(id, ...) OPT_##id,
-#define CLI_TEXT_ROW(id, letter, name, help) \
-  [OPT_##id] = {letter, name, help, 0, 0},
-#define CLI_NUMBER_ROW(id, letter, name, min, max, help) \
-  [OPT_##id] = {letter, name, help, min, max},
-#define BIT(id) (UINT64_C(1) << OPT_##id)
-
-/* OPT_NONE is no option, and never given. */
-enum cli_option_id { CLI_OPTIONS(CLI_OPTION_ID, CLI_OPTION_ID) OPT_COUNT };
-
-static const struct cli_option cli_options[OPT_COUNT] = {
-    CLI_OPTIONS(CLI_TEXT_ROW, CLI_NUMBER_ROW)};
-
-STATIC_ASSERT(options_have_a_bit_each, OPT_COUNT <= 64);
 
 /* A word that the value of an option may contain, and what it stands for.  In a
  * table of words the last name is NULL. */
@@ -10915,20 +10936,6 @@ static const struct cli_word cli_sandbox_modes[] = {
 
 /* clang-format on */
 
-/* What the options say: opt[OPT_PORT].number.  What was not given is 0 or NULL,
- * which is the default for nbdserve.h as well; where 0 is a value of its own (a
- * port, a descriptor) `given` tells the difference.  Nobody changes this after
- * cli_parse. */
-static struct {
-  /* How often the option was given.  A command behind "--" counts as --run. */
-  unsigned given;
-  /* The value as it was written; it stays in argv. */
-  const char *text;
-  /* The value of an option that takes a number; --sandbox: SANDBOX_...;
-   * --without: bits of nbdserve_config.without */
-  uint64_t number;
-} opt[OPT_COUNT];
-
 /* What all exports have in common: the sizes and flags that --block-size and
  * --cache say */
 static struct nbdserve_export cli_common;
@@ -10938,10 +10945,6 @@ static char cli_context[200];
 static const char *cli_contexts[2];
 
 /* ---- From argv to `opt` ---- */
-
-/* The name of an option, without what it takes, for "%.*s" in a message */
-#define CLI_NAME_LEN(id) (int)strcspn(cli_options[id].name, " ")
-#define CLI_NAME(id) CLI_NAME_LEN(id), cli_options[id].name
 
 /* Takes a word off the front of *text, the value of an option, and returns what
  * it stands for.  The word goes to a colon or comma, which is taken off, too,
@@ -11002,14 +11005,13 @@ static int cli_parse_fault(enum cli_option_id id, const char *value) {
  * ends the process.  A descriptor has to be open: a number that is free would
  * later be that of a file of our own, maybe of an image. */
 static void cli_set_option(enum cli_option_id id, const char *value) {
-  const struct cli_option *o = &cli_options[id];
+  const struct cli_option *o = &opt[id];
   uint64_t *n = &opt[id].number;
   size_t size;
   assert(id > OPT_NONE && id < OPT_COUNT && o->min <= o->max);
   assert(!o->max || value);
   opt[id].given++;
   opt[id].text = value;
-  if (id == OPT_JSON) cli.is_json = 1;
   if (o->max && (!u_parse_number(value, o->max, n) || *n < o->min))
     cli_usage("--%.*s %s: not a number from " CLI_N " to " CLI_N, CLI_NAME(id),
               value, o->min, o->max);
@@ -11017,12 +11019,9 @@ static void cli_set_option(enum cli_option_id id, const char *value) {
     cli_usage("--%.*s %s: not open", CLI_NAME(id), value);
   if (id == OPT_CACHE)
     cli_common.flags = cli_take_word(id, &value, cli_cache_modes);
-  if (id == OPT_CONNECT) {
-    size_t skip = strncmp(value, "/dev/nbd", 8) == 0 ? 8 : strlen(value);
-    if (!u_parse_number(value + skip, 65535, n))
-      cli_usage("--connect %s: not /dev/nbd and a number", value);
-    cli.device = (uint32_t)*n;
-  }
+  if (id == OPT_CONNECT && (strncmp(value, "/dev/nbd", 8) != 0 ||
+                            !u_parse_number(value + 8, 65535, n)))
+    cli_usage("--connect %s: not /dev/nbd and a number", value);
   if (id == OPT_SANDBOX) *n = cli_take_word(id, &value, cli_sandbox_modes);
   if (id == OPT_CHANGES) {
     snprintf(cli_context, sizeof cli_context, "qemu:dirty-bitmap:%s", value);
@@ -11061,17 +11060,17 @@ static void cli_parse(char **argv) {
       int len = is_letter ? 1 : (int)strcspn(p, "=");
       enum cli_option_id id = OPT_COUNT - 1;
       for (; id > OPT_NONE; id--) {
-        const struct cli_option *o = &cli_options[id];
+        const struct cli_option *o = &opt[id];
         if (is_letter && o->letter == *p) break;
         if (is_letter || len != CLI_NAME_LEN(id)) continue;
         if (memcmp(o->name, p, (size_t)len) == 0) break;
       }
       p += len;
-      int takes_value = strchr(cli_options[id].name, ' ') != NULL;
+      int takes_value = strchr(opt[id].name, ' ') != NULL;
       if (id == OPT_NONE) cli_usage("%s: unknown option (try --help)", text);
       if (takes_value) value = *p ? p + !is_letter : *++word;
       if (takes_value ? !value : !is_letter && *p)
-        cli_usage("--%s: %s", cli_options[id].name,
+        cli_usage("--%s: %s", opt[id].name,
                   takes_value ? "lacks its value" : "takes no value");
       cli_set_option(id, value);
     }
@@ -11084,8 +11083,8 @@ static void cli_exclude(enum cli_option_id id, uint64_t others,
                         const char *why) {
   for (int other = OPT_NONE + 1; other < OPT_COUNT; other++)
     if (opt[id].given && opt[other].given && others >> other & 1)
-      cli_usage("--%s: not together with --%s: %s", cli_options[id].name,
-                cli_options[other].name, why);
+      cli_usage("--%s: not together with --%s: %s", opt[id].name,
+                opt[other].name, why);
 }
 
 /* Refuses options, a BIT for each: to ignore one would not be what the user has
@@ -11131,7 +11130,7 @@ static int cli_end_output(void) {
 /* Prints what --help says about an option.  Those without a letter are
  * indented, so that all names are in one column. */
 static void cli_help_option(int id) {
-  const struct cli_option *o = &cli_options[id];
+  const struct cli_option *o = &opt[id];
   const char letter[] = {'-', o->letter, ',', '\0'};
   printf("  %3s --%-19s %s\n", o->letter ? letter : "", o->name, o->help);
 }
@@ -12669,6 +12668,9 @@ enum {
   CLI_PATIENCE = 60
 };
 
+/* N of /dev/nbdN */
+#define CLI_DEVICE ((uint32_t)opt[OPT_CONNECT].number)
+
 /* The thread that serves the kernel.  When that has closed the connection the
  * device was disconnected, by us or by somebody else, and the server ends.
  * What was wrong with a request its answer has said; what could not be made
@@ -12693,10 +12695,10 @@ static void *cli_serve_kernel(void *socket) {
 static void cli_give_socket(const struct os_nbd *nbd, int own) {
   const char *path = opt[OPT_CONNECT].text;
   struct pollfd p = {own, POLLIN, 0};
-  int err = os_tell_nbd(OS_NBD_CONNECT, cli.device, nbd);
+  int err = os_tell_nbd(OS_NBD_CONNECT, CLI_DEVICE, nbd);
   int is_taken = err == -EBUSY;
-  if (is_taken && os_nbd_is_owned(cli.device, nbd->owner))
-    err = os_tell_nbd(OS_NBD_RECONFIGURE, cli.device, nbd);
+  if (is_taken && os_nbd_is_owned(CLI_DEVICE, nbd->owner))
+    err = os_tell_nbd(OS_NBD_RECONFIGURE, CLI_DEVICE, nbd);
   close(nbd->socket);
   poll(&p, 1, 0);
   if (err || p.revents & POLLHUP) cli.is_connected = 0;
@@ -12771,7 +12773,7 @@ static int cli_disconnect(int is_forced) {
   int lost = fd < 0 || fsync(fd) < 0 ? -errno : 0;
   if (lost) cli_say("%s: %s; written data may be lost", path, strerror(-lost));
   close(fd);
-  int err = os_tell_nbd(OS_NBD_DISCONNECT, cli.device, NULL);
+  int err = os_tell_nbd(OS_NBD_DISCONNECT, CLI_DEVICE, NULL);
   os_lock(&cli.server->lock);
   while (!err && cli.is_connected)
     os_wait(&cli.server->lock);

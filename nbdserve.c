@@ -10512,8 +10512,8 @@ static struct cli_option opt[OPT_COUNT] = {
 STATIC_ASSERT(options_have_a_bit_each, OPT_COUNT <= 64);
 
 /* The name of an option, without what it takes, for "%.*s" in a message */
-#define CLI_NAME_LEN(id) (int)strcspn(opt[id].name, " ")
-#define CLI_NAME(id) CLI_NAME_LEN(id), opt[id].name
+#define CLI_NAME_LEN(id) strcspn(opt[id].name, " ")
+#define CLI_NAME(id) (int)CLI_NAME_LEN(id), opt[id].name
 
 /* ---- State --------------------------------------------------------------- */
 
@@ -10656,10 +10656,9 @@ static void cli_log(void *unused, int level, const char *message) {
   char now[40];
   (void)unused;
   (void)level;
-  if (isatty(2) || getenv("JOURNAL_STREAM"))
-    cli_say("%s", message);
-  else
-    cli_say("%s %s", cli_spell_time(time(NULL), now), message);
+  cli_spell_time(time(NULL), now);
+  if (isatty(2) || getenv("JOURNAL_STREAM")) *now = '\0';
+  cli_say("%s%s%s", now, *now ? " " : "", message);
 }
 
 /* Prints a message and ends the process, by way of cli_close.  These are macros
@@ -10826,9 +10825,10 @@ static int cli_is_store(const char *path) {
  * type it stands for each of them. */
 #define CLI_NTYPES (NBD_CMD_BLOCK_STATUS + 1)
 
-/* What --fault and --delay do to the requests of a type.  This is fixed before
- * the server is made, except for `sum`, which server->lock guards. */
-static struct cli_fault {
+/* What --fault and --delay do to the requests of a type, which is fixed before
+ * the server is made, and what --stats tells of them.  The counters are guarded
+ * by server->lock. */
+static struct cli_requests {
   /* The answer to requests that fail, -errno */
   int err;
   /* How many of a million requests fail */
@@ -10838,7 +10838,11 @@ static struct cli_fault {
   unsigned sum;
   /* How long each request waits before it is done */
   int delay_ms;
-} cli_faults[CLI_NTYPES];
+  /* How many have succeeded so far, and how long they have taken */
+  uint64_t succeeded;
+  uint64_t total_ns;
+  uint64_t max_ns;
+} cli_requests[CLI_NTYPES];
 
 /* The `before` function of the server: it is called for each request, in the
  * thread that is about to do it, and may wait there.  Which requests fail is
@@ -10846,7 +10850,7 @@ static struct cli_fault {
 static int cli_before(void *unused, unsigned type, uint64_t off, uint64_t len) {
   (void)unused;
   assert(type < CLI_NTYPES);
-  struct cli_fault *fault = &cli_faults[type];
+  struct cli_requests *fault = &cli_requests[type];
   if (fault->delay_ms) poll(NULL, 0, fault->delay_ms);
   os_lock(&cli.server->lock);
   fault->sum += fault->rate_ppm;
@@ -10861,14 +10865,6 @@ static int cli_before(void *unused, unsigned type, uint64_t off, uint64_t len) {
   return fails ? fault->err : 0;
 }
 
-/* --stats: how long the requests of a type have taken; server->lock guards
- * it. */
-static struct cli_latency {
-  uint64_t requests;
-  uint64_t total_ns;
-  uint64_t max_ns;
-} cli_latencies[CLI_NTYPES];
-
 /* The `after` function of the server. */
 static void cli_after(void *unused, unsigned type, uint64_t off, uint64_t len,
                       int err, uint64_t ns) {
@@ -10876,11 +10872,11 @@ static void cli_after(void *unused, unsigned type, uint64_t off, uint64_t len,
   (void)off;
   (void)len;
   if (type >= CLI_NTYPES || err) return;
-  struct cli_latency *latency = &cli_latencies[type];
+  struct cli_requests *done = &cli_requests[type];
   os_lock(&cli.server->lock);
-  latency->requests++;
-  latency->total_ns += ns;
-  if (ns > latency->max_ns) latency->max_ns = ns;
+  done->succeeded++;
+  done->total_ns += ns;
+  if (ns > done->max_ns) done->max_ns = ns;
   os_unlock(&cli.server->lock);
 }
 
@@ -10936,13 +10932,13 @@ static const struct cli_word cli_sandbox_modes[] = {
 
 /* clang-format on */
 
-/* What all exports have in common: the sizes and flags that --block-size and
- * --cache say */
+/* What all exports have in common: the sizes, flags and contexts that
+ * --block-size, --cache and --changes say */
 static struct nbdserve_export cli_common;
 
-/* --changes: the metadata contexts of volumes.  NULL: those that they have */
+/* --changes: the only metadata context of volumes, besides base:allocation */
 static char cli_context[200];
-static const char *cli_contexts[2];
+static const char *const cli_contexts[] = {cli_context, NULL};
 
 /* ---- From argv to `opt` ---- */
 
@@ -10994,9 +10990,9 @@ static int cli_parse_fault(enum cli_option_id id, const char *value) {
   if (!is_good || rest == value || *rest) return 0;
   for (uint32_t i = 0; i < CLI_NTYPES; i++) {
     if (type != i && type != CLI_NTYPES) continue;
-    if (is_fault) cli_faults[i].err = -(int)error;
-    if (is_fault) cli_faults[i].rate_ppm = (unsigned)(number * 1e6 + .999);
-    if (!is_fault) cli_faults[i].delay_ms = (int)(number + .999);
+    if (is_fault) cli_requests[i].err = -(int)error;
+    if (is_fault) cli_requests[i].rate_ppm = (unsigned)(number * 1e6 + .999);
+    if (!is_fault) cli_requests[i].delay_ms = (int)(number + .999);
   }
   return 1;
 }
@@ -11005,13 +11001,13 @@ static int cli_parse_fault(enum cli_option_id id, const char *value) {
  * ends the process.  A descriptor has to be open: a number that is free would
  * later be that of a file of our own, maybe of an image. */
 static void cli_set_option(enum cli_option_id id, const char *value) {
-  const struct cli_option *o = &opt[id];
-  uint64_t *n = &opt[id].number;
+  struct cli_option *o = &opt[id];
+  uint64_t *n = &o->number;
   size_t size;
   assert(id > OPT_NONE && id < OPT_COUNT && o->min <= o->max);
   assert(!o->max || value);
-  opt[id].given++;
-  opt[id].text = value;
+  o->given++;
+  o->text = value;
   if (o->max && (!u_parse_number(value, o->max, n) || *n < o->min))
     cli_usage("--%.*s %s: not a number from " CLI_N " to " CLI_N, CLI_NAME(id),
               value, o->min, o->max);
@@ -11025,7 +11021,7 @@ static void cli_set_option(enum cli_option_id id, const char *value) {
   if (id == OPT_SANDBOX) *n = cli_take_word(id, &value, cli_sandbox_modes);
   if (id == OPT_CHANGES) {
     snprintf(cli_context, sizeof cli_context, "qemu:dirty-bitmap:%s", value);
-    *cli_contexts = cli_context;
+    cli_common.contexts = cli_contexts;
     if (!ex_are_contexts(cli_contexts, &size))
       cli_usage("--changes %s: no snapshot can be called so", value);
   }
@@ -11033,8 +11029,8 @@ static void cli_set_option(enum cli_option_id id, const char *value) {
     *n |= cli_take_word(id, &value, cli_features);
   if ((id == OPT_BLOCK_SIZE && !cli_parse_sizes(value)) ||
       ((id == OPT_FAULT || id == OPT_DELAY) && !cli_parse_fault(id, value)))
-    cli_usage("--%.*s %s: not as in --%s: %s", CLI_NAME(id), opt[id].text,
-              o->name, o->help);
+    cli_usage("--%.*s %s: not as in --%s: %s", CLI_NAME(id), o->text, o->name,
+              o->help);
 }
 
 /* Parses the command line.  A word is a target, which may stand between
@@ -11049,27 +11045,25 @@ static void cli_set_option(enum cli_option_id id, const char *value) {
 static void cli_parse(char **argv) {
   cli.targets = argv;
   for (char **word = argv + 1; *word && !cli.command; word++) {
-    const char *text = *word;
+    int is_long = strncmp(*word, "--", 2) == 0;
+    /* What is left of the word; nothing is left of a target. */
+    const char *p = **word == '-' ? *word + 1 + is_long : "";
     const char *value = NULL;
-    int is_letter = text[0] == '-' && text[1] != '-';
     assert(cli.targets + cli.ntargets < word);
-    int is_target = text[0] != '-' || !text[1];
-    if (strcmp(text, "--") == 0) cli.command = word + 1;
-    if (is_target) cli.targets[cli.ntargets++] = *word;
-    for (const char *p = is_target ? "" : text + 2 - is_letter; *p && !value;) {
-      int len = is_letter ? 1 : (int)strcspn(p, "=");
+    if (!*p && is_long) cli.command = word + 1;
+    if (!*p && !is_long) cli.targets[cli.ntargets++] = *word;
+    while (*p && !value) {
+      size_t len = is_long ? strcspn(p, "=") : 1;
       enum cli_option_id id = OPT_COUNT - 1;
-      for (; id > OPT_NONE; id--) {
-        const struct cli_option *o = &opt[id];
-        if (is_letter && o->letter == *p) break;
-        if (is_letter || len != CLI_NAME_LEN(id)) continue;
-        if (memcmp(o->name, p, (size_t)len) == 0) break;
-      }
-      p += len;
+      for (; id > OPT_NONE; id--)
+        if (is_long ? len == CLI_NAME_LEN(id) && !strncmp(opt[id].name, p, len)
+                    : opt[id].letter == *p)
+          break;
+      if (id == OPT_NONE) cli_usage("%s: unknown option (try --help)", *word);
       int takes_value = strchr(opt[id].name, ' ') != NULL;
-      if (id == OPT_NONE) cli_usage("%s: unknown option (try --help)", text);
-      if (takes_value) value = *p ? p + !is_letter : *++word;
-      if (takes_value ? !value : !is_letter && *p)
+      p += len;
+      if (takes_value) value = *p ? p + is_long : *++word;
+      if (takes_value ? !value : is_long && *p)
         cli_usage("--%s: %s", opt[id].name,
                   takes_value ? "lacks its value" : "takes no value");
       cli_set_option(id, value);
@@ -11442,7 +11436,6 @@ static int cli_find_volume(void *unused, const char *name,
                            struct nbdserve_export *out) {
   (void)unused;
   *out = cli_common;
-  if (*cli_contexts) out->contexts = cli_contexts;
   return nbdserve_cas_volume(cli.cas, name, out);
 }
 
@@ -12006,9 +11999,8 @@ static int cli_pass_client(const char *path, struct cli_job *job) {
   return cli_run_remote(job, -1);
 }
 
-/* --changes: a volume gets only that context besides base:allocation.  It has
- * to be there. */
-static void cli_choose_context(struct nbdserve_export *ex) {
+/* --changes: ends the process if the volume has no such context. */
+static void cli_check_context(const struct nbdserve_export *ex) {
   char name[WIRE_STRING_MAX + 1];
   uint32_t number = 0;
   do
@@ -12017,7 +12009,6 @@ static void cli_choose_context(struct nbdserve_export *ex) {
   if (!number)
     cli_failed("--changes %s: no other snapshot of the target is called so",
                opt[OPT_CHANGES].text);
-  ex->contexts = cli_contexts;
 }
 
 /* Opens a volume or snapshot of a store.  Before it opens the store, if that is
@@ -12048,7 +12039,7 @@ static int cli_open_volume(const char *path, const char *name,
   if (cli.ctl > 0) lstat(cli.ctl_path, &cli.ctl_st);
   if (*name) {
     err = nbdserve_cas_volume(cli.cas, name, ex);
-    if (!err && *cli_contexts) cli_choose_context(ex);
+    if (!err && ex->contexts) cli_check_context(ex);
     return err;
   }
   cli.server->config.find = cli_find_volume;
@@ -12476,7 +12467,7 @@ static void cli_open_target(const char *text, const char *path,
     cli_usage("%s: no --offset, --size, --create or -T of a volume", text);
   if (volume && !*volume && opt[OPT_CONNECT].given)
     cli_usage("%s: --connect is for one of its volumes", text);
-  if (!volume && *cli_contexts)
+  if (!volume && cli_common.contexts)
     cli_usage("%s: --changes is for volumes of a store", text);
   if (opt[OPT_TEMPORARY].given && access(flat.dir, W_OK) < 0)
     cli_failed("%s: %s ($TMPDIR says where -T writes to)", flat.dir,
@@ -12976,13 +12967,13 @@ static void cli_print_stats(void) {
   os_lock(&cli.server->lock);
   for (const struct cli_word *type = cli_types; type->value < CLI_NTYPES;
        type++) {
-    const struct cli_latency *l = &cli_latencies[type->value];
-    if (!l->requests) continue;
+    const struct cli_requests *l = &cli_requests[type->value];
+    if (!l->succeeded) continue;
     n += (size_t)snprintf(types + n, sizeof types - n,
                           ",\"%s\":{\"requests\":" CLI_N ",\"mean_us\":" CLI_N
                           ",\"max_us\":" CLI_N "}",
-                          type->name, l->requests,
-                          l->total_ns / l->requests / 1000, l->max_ns / 1000);
+                          type->name, l->succeeded,
+                          l->total_ns / l->succeeded / 1000, l->max_ns / 1000);
     assert(n < sizeof types);
   }
   os_unlock(&cli.server->lock);

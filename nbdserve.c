@@ -9997,9 +9997,19 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
   return srv_add_listener(s, fd, 0, text);
 }
 
-/* Listens on both loopback addresses, at the same port.  A port that the kernel
- * picked for one may be taken on the other: then it picks another one. */
-static int srv_listen_localhost(struct nbdserve *s, uint64_t port) {
+/* Listens at HOST:PORT or [HOST]:PORT.  "localhost" is both loopback addresses,
+ * at the same port.  A port that the kernel picked for one may be taken on the
+ * other: then it picks another one. */
+static int srv_listen_tcp(struct nbdserve *s, const char *address) {
+  const char *colon = strrchr(address, ':');
+  uint64_t port = 0;
+  char host[64];
+  if (!colon || !u_parse_number(colon + 1, 65535, &port)) return -EINVAL;
+  int bracket = *address == '[' && colon[-1] == ']'; /* its length */
+  int len = (int)(colon - address) - 2 * bracket;
+  /* A host that is cut is none. */
+  snprintf(host, sizeof host, "%.*s", len, address + bracket);
+  if (strcmp(host, "localhost") != 0) return srv_listen_ip(s, host, &port);
   int err = -EADDRINUSE;
   for (int left = port ? 1 : 16; left > 0 && err == -EADDRINUSE; left--) {
     uint64_t picked = port;
@@ -10011,20 +10021,6 @@ static int srv_listen_localhost(struct nbdserve *s, uint64_t port) {
     srv_drop_listener(s); /* nothing half done */
   }
   return err;
-}
-
-/* Listens at HOST:PORT or [HOST]:PORT. */
-static int srv_listen_tcp(struct nbdserve *s, const char *address) {
-  const char *colon = strrchr(address, ':');
-  uint64_t port = 0;
-  char host[64];
-  if (!colon || !u_parse_number(colon + 1, 65535, &port)) return -EINVAL;
-  int bracket = *address == '[' && colon[-1] == ']'; /* its length */
-  int len = (int)(colon - address) - 2 * bracket;
-  /* A host that is cut is none. */
-  snprintf(host, sizeof host, "%.*s", len, address + bracket);
-  if (strcmp(host, "localhost") == 0) return srv_listen_localhost(s, port);
-  return srv_listen_ip(s, host, &port);
 }
 #else
 /* Without TCP there are no such addresses. */
@@ -10242,34 +10238,29 @@ int nbdserve_serve(struct nbdserve *s, int in, int out, const char *name) {
 
 /* ---- Stopping (S3) ------------------------------------------------------- */
 
-/* Shuts down all clients: SHUT_RD, no more requests are taken, or SHUT_RDWR,
- * nothing is sent any more, either.  Returns whether there are any. */
-static int srv_shutdown_clients(struct nbdserve *s, int how) {
-  os_lock(&s->lock);
-  int found = s->conns != NULL;
-  for (struct conn *c = s->conns; c; c = c->next) {
-    int looks = c->fd < 0 || (c->is_tcp && how == SHUT_RD); /* at the pipe */
-    if (!looks) shutdown(c->fd, how);
-  }
-  os_unlock(&s->lock);
-  return found;
-}
-
 /* Steps 1 and 3 to 7 of (S3).  0, or the error of a last flush. */
 static int srv_finish(struct nbdserve *s) {
   struct pollfd p = {.fd = s->noticed[0], .events = POLLIN};
+  int first = 0;
   nbdserve_unlisten(s);
   nbdserve_stop(s);
   assert(!s->nlisteners);
   int64_t end = io_grace_end(*s->stop);
   for (;;) {
+    /* Then nothing is sent to them any more, either. */
     int over = os_now_ms() >= end;
-    if (!srv_shutdown_clients(s, over ? SHUT_RDWR : SHUT_RD)) break;
+    os_lock(&s->lock);
+    int are_left = s->conns != NULL;
+    for (struct conn *c = s->conns; c; c = c->next) {
+      int looks = c->fd < 0 || (c->is_tcp && !over); /* at the stop pipe */
+      if (!looks) shutdown(c->fd, over ? SHUT_RDWR : SHUT_RD);
+    }
+    os_unlock(&s->lock);
+    if (!are_left) break;
     poll(&p, 1, over ? -1 : io_timeout(end)); /* until one has left */
     srv_take_pokes(s->noticed[0]);
   }
   s->finished = 1;
-  int first = 0;
   for (struct ex *ex = ex_next(s, NULL); ex; ex = ex_next(s, ex)) {
     int err = srv_last_flush(ex);
     if (!first) first = err;
@@ -10279,21 +10270,6 @@ static int srv_finish(struct nbdserve *s) {
 
 /* ---- Accepting ----------------------------------------------------------- */
 
-/* When nbdserve_run may end if nobody waits then, in os_now_ms.  *room: how
- * many clients may be accepted. */
-static int64_t srv_exit_time(struct nbdserve *s, int64_t now, int *room) {
-  const struct nbdserve_config *k = &s->config;
-  int64_t end = INT64_MAX;
-  os_lock(&s->lock);
-  if (!s->idle_since) s->idle_since = now; /* nobody has come yet */
-  if (!s->conns && k->idle_exit_ms) end = s->idle_since + k->idle_exit_ms;
-  if (!s->conns && s->totals.clients > 0 && (k->flags & NBDSERVE_CONFIG_ONCE))
-    end = now;
-  *room = (int)k->max_conn - (int)s->totals.clients_now;
-  os_unlock(&s->lock);
-  return end;
-}
-
 /* Accepts a client and starts its thread.  Returns 1, 0 if nobody was there
  * after all, or -errno if nobody can be served now. */
 static int srv_accept(struct nbdserve *s, int listener) {
@@ -10301,14 +10277,10 @@ static int srv_accept(struct nbdserve *s, int listener) {
   if (fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR) return 0;
   if (fd < 0) return fd;
   struct conn *c = srv_new_client(s, fd, fd, fd);
-  if (!c) {
-    close(fd);
-    return -ENOMEM;
-  }
-  int err = os_thread(srv_thread, c);
-  if (!err) return 1;
-  srv_free_client(c); /* closes fd */
-  return err;
+  int err = c ? os_thread(srv_thread, c) : -ENOMEM;
+  if (!c) close(fd);
+  if (c && err) srv_free_client(c); /* closes fd, too */
+  return err ? err : 1;
 }
 
 /* Says that somebody waits who cannot be served, if that was not said lately.
@@ -10324,39 +10296,46 @@ static void srv_tell_waiting(struct nbdserve *s, int err) {
 
 /* See nbdserve.h.  Rounds of: wait, look at each pipe, accept. */
 int nbdserve_run(struct nbdserve *s) {
+  const struct nbdserve_config *k = &s->config;
   struct pollfd p[SRV_OWN_FDS + SRV_LISTENERS + 1] = {
       {.fd = s->stop[0], .events = POLLIN},
       {.fd = s->wake[0], .events = POLLIN},
       {.fd = s->noticed[0], .events = POLLIN}};
   struct pollfd *l = p + SRV_OWN_FDS; /* the listeners */
   for (;;) {
-    int room;
     int64_t now = os_now_ms();
-    int64_t until = srv_exit_time(s, now, &room);
+    int64_t until = INT64_MAX; /* when we may end, if nobody waits then */
+    int n = s->nlisteners;
+    os_lock(&s->lock);
+    if (!s->idle_since) s->idle_since = now; /* nobody has come yet */
+    if (!s->conns && k->idle_exit_ms) until = s->idle_since + k->idle_exit_ms;
+    if (!s->conns && s->totals.clients > 0 && k->flags & NBDSERVE_CONFIG_ONCE)
+      until = now;
+    int room = (int)k->max_conn - (int)s->totals.clients_now;
+    os_unlock(&s->lock);
     /* When all slots are taken nobody is accepted, but that somebody waits is
      * worth a message now and then. */
     int listens = room > 0 || now >= s->tell_after;
-    for (int i = 0; i < s->nlisteners; i++)
-      l[i] = (struct pollfd){listens ? s->listeners[i].fd : -1, POLLIN, 0};
-    nfds_t n = (nfds_t)(SRV_OWN_FDS + s->nlisteners);
-    int r = poll(p, n, io_timeout(until));
+    /* The first is the one behind that which the last client came from, so that
+     * all get their share of the slots. */
+    for (int i = 0; i < n; i++) {
+      int fd = s->listeners[(s->turn + i) % n].fd;
+      l[i] = (struct pollfd){listens ? fd : -1, POLLIN, 0};
+    }
+    int r = poll(p, (nfds_t)(SRV_OWN_FDS + n), io_timeout(until));
     if (r < 0 && errno != EINTR) return -errno;
     if (r < 0) continue;
     if (p[0].revents) return srv_finish(s);
     if (p[1].revents) srv_take_pokes(s->wake[0]);
     if (p[1].revents) return -EINTR;
     if (p[2].revents) srv_take_pokes(s->noticed[0]);
-    /* Look first behind the listener that the last client came from, so that
-     * all get their share of the slots. */
     int i = 0;
-    while (i < s->nlisteners && !l[(s->turn + i) % s->nlisteners].revents)
+    while (i < n && !l[i].revents)
       i++;
-    if (i == s->nlisteners && until <= now) return srv_finish(s);
-    if (i == s->nlisteners) continue;
-    int which = (s->turn + i) % s->nlisteners;
-    assert(which >= 0 && which < s->nlisteners);
-    r = room > 0 ? srv_accept(s, s->listeners[which].fd) : 0;
-    if (r > 0) s->turn = which + 1;
+    if (i == n && until <= now) return srv_finish(s);
+    if (i == n) continue;
+    r = room > 0 ? srv_accept(s, l[i].fd) : 0;
+    if (r > 0) s->turn = (s->turn + i + 1) % n;
     if (room <= 0 || r < 0) srv_tell_waiting(s, r);
     /* No memory, no descriptors: do not spin. */
     if (r < 0) poll(p, 1, SRV_PAUSE_MS);
@@ -10368,9 +10347,8 @@ void nbdserve_free(struct nbdserve *s) {
   if (!s) return;
   if (!s->finished) srv_finish(s); /* nbdserve_run did not come to its end */
   assert(!s->conns && !s->nlisteners);
-  while (s->exports) {
-    struct ex *ex = s->exports;
-    s->exports = ex->next;
+  for (struct ex *next, *ex = s->exports; ex; ex = next) {
+    next = ex->next;
     ex_free(ex);
   }
   for (int i = 0; i < 2; i++) { /* -1, if nbdserve_new failed, does no harm */

@@ -385,9 +385,10 @@ static void os_set_fd_flags(int fd, int blocking) {
   fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
 
-/* Makes a channel that never blocks, to read from fd[0] and write to fd[1].  It
- * is a socket pair, because most systems can make that with FD_CLOEXEC at once.
- * After an error fd is as it was. */
+/* Makes a channel that never blocks: what is written to fd[1] is read from fd[0]
+ * and, apart from that, the other way round.  It is a socket pair, because most
+ * systems can make that with FD_CLOEXEC at once.  After an error fd is as it
+ * was. */
 static int os_pipe(int fd[2]) {
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0) return -errno;
   os_set_fd_flags(fd[0], O_NONBLOCK);
@@ -2082,11 +2083,13 @@ struct srv_listener {
 
 /* A server.  struct conn is in [8]. */
 struct nbdserve {
-  /* -- fixed after nbdserve_new (the command sets find and list later) */
+  /* -- fixed after nbdserve_new (the command sets find, list and lifeline
+   * later) */
   struct nbdserve_config config; /* defaults filled in */
-  int stop[2];    /* pipe: nbdserve_stop was called, and when: see struct io */
-  int wake[2];    /* pipe: nbdserve_wake was called, and nothing else */
-  int noticed[2]; /* pipe: a client has left; nbdserve_run looks around */
+  int lifeline;                  /* of all clients: see struct io */
+  int stop[2]; /* pipe: nbdserve_stop was called, and when: see struct io */
+  int wake[2]; /* two pipes, one each way: [0] is readable when nbdserve_wake
+                     was called, [1] when a client has left */
   /* -- the thread that calls nbdserve_run */
   struct srv_listener listeners[SRV_LISTENERS + 1];
   int nlisteners;
@@ -9795,8 +9798,9 @@ int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
  *           waited for without limit: nothing can end it.
  *        7. All exports are flushed.
  *        8. nbdserve_free closes them.
- * (S4) nbdserve_wake, nbdserve_stop and a client that leaves have a pipe each.
- *      That a pipe is readable says it all, so a full one loses nothing. */
+ * (S4) nbdserve_stop has a pipe, and nbdserve_wake and a client that leaves share
+ *      a pair of sockets, of which each uses one direction.  That such a pipe
+ *      is readable says it all, so a full one loses nothing. */
 
 enum {
   SRV_CONNECT = 0, /* what a socket is made for */
@@ -9847,10 +9851,8 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   s->config = k;
   memset(s->stop, -1, sizeof s->stop); /* all bits set: -1 */
   memset(s->wake, -1, sizeof s->wake);
-  memset(s->noticed, -1, sizeof s->noticed);
   int err = os_pipe(s->stop);
   if (!err) err = os_pipe(s->wake);
-  if (!err) err = os_pipe(s->noticed);
   if (!err) *out = s;
   s->finished = err != 0; /* then nothing has begun */
   if (err) nbdserve_free(s);
@@ -9924,20 +9926,6 @@ static int srv_socket(const union srv_address *a, socklen_t len, int listens) {
   return err;
 }
 
-/* Keeps other servers from looking at the sockets of a directory, for a second
- * at most: between bind() and listen() a socket refuses connections, and to
- * another server that comes just then it looks like a leftover.  The descriptor
- * that holds the lock, or a negative number. */
-static int srv_lock_dir(const char *path) {
-  int dir = os_open_dir(path);
-  for (int i = 0; dir >= 0 && i < 100; i++) {
-    /* Where there are no locks we go on without. */
-    if (flock(dir, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) break;
-    poll(NULL, 0, 10);
-  }
-  return dir;
-}
-
 /* Removes a unix socket on which nobody listens.  True: it is gone. */
 static int srv_remove_leftover(const union srv_address *a) {
   struct stat st;
@@ -9948,13 +9936,22 @@ static int srv_remove_leftover(const union srv_address *a) {
 }
 
 /* Makes a unix socket that listens at path, where a leftover is replaced, or is
- * connected to it.  A descriptor, or -errno. */
+ * connected to it.  A descriptor, or -errno.
+ *
+ * Between bind() and listen() a socket refuses connections, and to another
+ * server that comes just then it looks like a leftover.  So who wants to listen
+ * locks the directory, and waits for others for a second at most. */
 static int srv_unix_socket(const char *path, int listens) {
   union srv_address a = {.un = {.sun_family = AF_UNIX}};
   if (!*path) return -EINVAL;
   if (strlen(path) >= sizeof a.un.sun_path) return -ENAMETOOLONG;
   strcpy(a.un.sun_path, path);
-  int dir = listens ? srv_lock_dir(path) : -1;
+  int dir = listens ? os_open_dir(path) : -1;
+  for (int i = 0; dir >= 0 && i < 100; i++) {
+    /* Where there are no locks we go on without. */
+    if (flock(dir, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) break;
+    poll(NULL, 0, 10);
+  }
   int fd = srv_socket(&a, sizeof a.un, listens);
   if (fd == -EADDRINUSE && srv_remove_leftover(&a))
     fd = srv_socket(&a, sizeof a.un, listens);
@@ -9963,18 +9960,13 @@ static int srv_unix_socket(const char *path, int listens) {
 }
 
 #if !NBDSERVE_NO_TCP
-/* Where the bytes of an internet address stand. */
-static void *srv_ip(union srv_address *a) {
-  return a->sa.sa_family == AF_INET6 ? (void *)&a->in6.sin6_addr
-                                     : (void *)&a->in.sin_addr;
-}
-
 /* Writes an internet address to out[size], as people and URIs have it; another
  * address leaves it as it is. */
 static void srv_format_address(union srv_address *a, char *out, size_t size) {
   char host[INET6_ADDRSTRLEN];
   int is_v6 = a->sa.sa_family == AF_INET6;
-  if (inet_ntop(a->sa.sa_family, srv_ip(a), host, sizeof host))
+  const void *ip = is_v6 ? (void *)&a->in6.sin6_addr : &a->in.sin_addr;
+  if (inet_ntop(a->sa.sa_family, ip, host, sizeof host))
     snprintf(out, size, is_v6 ? "[%s]:%d" : "%s:%d", host,
              ntohs(a->in.sin_port));
 }
@@ -9988,7 +9980,8 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
   char text[64] = "";
   assert(*port <= 65535);
   a.sa.sa_family = is_v6 ? AF_INET6 : AF_INET;
-  if (inet_pton(a.sa.sa_family, host, srv_ip(&a)) != 1) return -EINVAL;
+  void *ip = is_v6 ? (void *)&a.in6.sin6_addr : &a.in.sin_addr;
+  if (inet_pton(a.sa.sa_family, host, ip) != 1) return -EINVAL;
   int fd = srv_socket(&a, len, SRV_LISTEN);
   if (fd < 0) return fd;
   getsockname(fd, &a.sa, &len);
@@ -10129,6 +10122,7 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   strcpy(c->peer, "this machine");
   srv_format_address(&a, c->peer, sizeof c->peer);
   c->io = (struct io){.in = in, .out = out, .stop = *s->stop};
+  c->io.lifeline = s->lifeline;
   c->io.stall_ms = s->config.stall_ms;
   /* See the table at the head of [6].  Without threads it is nbdserve_run that
    * serves: nobody would shut down. */
@@ -10165,8 +10159,8 @@ static void srv_free_client(struct conn *c) {
   os_monitor_free(&c->queue_lock);
   os_monitor_free(&c->send_lock);
   NBDSERVE_FREE(c);
-  srv_poke(s->noticed[1]);
-  os_unlock(&s->lock); /* (S2) */
+  srv_poke(s->wake[0]); /* [1] becomes readable */
+  os_unlock(&s->lock);  /* (S2) */
 }
 
 /* Flushes an export before it is closed, if it can have been written.  Nobody
@@ -10222,25 +10216,17 @@ static void *srv_thread(void *client) {
   return NULL;
 }
 
-/* Does nbdserve_serve.  lifeline: see struct io. */
-static int srv_serve_streams(struct nbdserve *s, int in, int out,
-                             const char *name, int lifeline) {
-  struct conn *c = srv_new_client(s, in, out, -1);
-  if (!c) return -ENOMEM;
-  c->io.lifeline = lifeline;
-  return srv_serve_client(c, name);
-}
-
 /* See nbdserve.h. */
 int nbdserve_serve(struct nbdserve *s, int in, int out, const char *name) {
-  return srv_serve_streams(s, in, out, name, 0);
+  struct conn *c = srv_new_client(s, in, out, -1);
+  return c ? srv_serve_client(c, name) : -ENOMEM;
 }
 
 /* ---- Stopping (S3) ------------------------------------------------------- */
 
 /* Steps 1 and 3 to 7 of (S3).  0, or the error of a last flush. */
 static int srv_finish(struct nbdserve *s) {
-  struct pollfd p = {.fd = s->noticed[0], .events = POLLIN};
+  struct pollfd p = {.fd = s->wake[1], .events = POLLIN};
   int first = 0;
   nbdserve_unlisten(s);
   nbdserve_stop(s);
@@ -10258,7 +10244,7 @@ static int srv_finish(struct nbdserve *s) {
     os_unlock(&s->lock);
     if (!are_left) break;
     poll(&p, 1, over ? -1 : io_timeout(end)); /* until one has left */
-    srv_take_pokes(s->noticed[0]);
+    srv_take_pokes(s->wake[1]);
   }
   s->finished = 1;
   for (struct ex *ex = ex_next(s, NULL); ex; ex = ex_next(s, ex)) {
@@ -10300,7 +10286,7 @@ int nbdserve_run(struct nbdserve *s) {
   struct pollfd p[SRV_OWN_FDS + SRV_LISTENERS + 1] = {
       {.fd = s->stop[0], .events = POLLIN},
       {.fd = s->wake[0], .events = POLLIN},
-      {.fd = s->noticed[0], .events = POLLIN}};
+      {.fd = s->wake[1], .events = POLLIN}};
   struct pollfd *l = p + SRV_OWN_FDS; /* the listeners */
   for (;;) {
     int64_t now = os_now_ms();
@@ -10328,7 +10314,7 @@ int nbdserve_run(struct nbdserve *s) {
     if (p[0].revents) return srv_finish(s);
     if (p[1].revents) srv_take_pokes(s->wake[0]);
     if (p[1].revents) return -EINTR;
-    if (p[2].revents) srv_take_pokes(s->noticed[0]);
+    if (p[2].revents) srv_take_pokes(s->wake[1]);
     int i = 0;
     while (i < n && !l[i].revents)
       i++;
@@ -10354,7 +10340,6 @@ void nbdserve_free(struct nbdserve *s) {
   for (int i = 0; i < 2; i++) { /* -1, if nbdserve_new failed, does no harm */
     close(s->stop[i]);
     close(s->wake[i]);
-    close(s->noticed[i]);
   }
   os_monitor_free(&s->lock);
   NBDSERVE_FREE(s);
@@ -11051,8 +11036,7 @@ static void cli_parse(char **argv) {
 }
 
 /* Refuses an option together with one of the others, a BIT for each. */
-static void cli_exclude(enum cli_option_id id, uint64_t others,
-                        const char *why) {
+static void cli_exclude(int id, uint64_t others, const char *why) {
   for (int other = OPT_NONE + 1; other < OPT_COUNT; other++)
     if (opt[id].given && opt[other].given && others >> other & 1)
       cli_usage("--%s: not together with --%s: %s", opt[id].name,
@@ -11448,7 +11432,8 @@ static int cli_do_serve(struct cli_job *job) {
   int err = nbdserve_new(&all, &config);
   if (err) return err;
   dup2(*cli.server->stop, *all->stop); /* it stops with the other one */
-  err = srv_serve_streams(all, job->fds.in, job->fds.out, NULL, job->client);
+  all->lifeline = job->client;
+  err = nbdserve_serve(all, job->fds.in, job->fds.out, NULL);
   nbdserve_free(all);
   return err;
 }

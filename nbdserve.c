@@ -10412,63 +10412,59 @@ struct cli_option {
 
 /* clang-format off */
 
-/* The options, in the order of --help: T has a text as its value, or none, and
- * N a number in that range.  This is a list of macros, so that it says
- * all about an option in one place. */
-#define CLI_OPTIONS(T, N) \
-  T(NONE, 0, "", "") \
-  T(UNIX, 'U', "unix PATH", "listen on a unix socket (default: private)") \
-  N(PORT, 'p', "port N", 0, 65535, "listen on TCP (usual: 10809; 0: any)") \
-  T(BIND, 'i', "bind ADDR", "TCP address (default: the two of loopback)") \
-  T(STDIN, 's', "stdin", "serve one client on standard input and output") \
-  N(FD, 0, "fd N", 0, INT_MAX, "serve a listening or connected socket") \
-  T(CONNECT, 'c', "connect DEVICE", "serve the kernel here as /dev/nbdN") \
-  T(READ_ONLY, 'r', "read-only", "refuse writes") \
-  T(EXPORT, 'e', "export NAME", "name of the export (default: any)") \
-  T(DESCRIPTION, 'D', "description TEXT", "for clients that list the exports") \
-  N(OFFSET, 'o', "offset N", 0, INT64_MAX, "serve the target from byte N on") \
-  N(SIZE, 0, "size N", 1, INT64_MAX, "serve only N bytes of the target") \
-  T(BLOCK_SIZE, 'b', "block-size SIZES", "MIN:PREFERRED:MAX (1:4096:32M)") \
-  N(CREATE, 0, "create SIZE", 1, INT64_MAX, "make a missing target, sparse") \
-  T(CHANGES, 0, "changes SNAP", "the only bitmap offered: changed since SNAP") \
-  T(TEMPORARY, 'T', "temporary", "discard at exit what clients have written") \
-  T(CACHE, 0, "cache MODE", "writeback (default), writethrough or unsafe") \
-  N(THREADS, 't', "threads N", 1, 1024, "slow requests per client (16)") \
-  N(MAX_CONN, 'm', "max-conn N", 1, SRV_MAX_CONN, "clients at a time (128)") \
-  N(STALL, 0, "stall SEC", 1, 4000000, "end clients stalled midway (120)") \
-  T(ONCE, '1', "once", "exit when the last client has left") \
-  N(IDLE_EXIT, 0, "idle-exit SEC", 1, 4000000, "exit when unused for SEC") \
-  T(PARENT, 0, "exit-with-parent", "exit when the parent process ends") \
-  T(RUN, 0, "run CMD", "serve while a shell command runs ($uri, $nbd)") \
-  T(FORK, 0, "fork", "go into the background once it listens") \
-  T(PIDFILE, 'P', "pidfile FILE", "write the process id once it listens") \
-  N(READY_FD, 0, "ready-fd N", 3, INT_MAX, "write the URI once it listens") \
-  T(SANDBOX, 0, "sandbox MODE", "auto (default), off or require (see README)") \
-  T(QUIET, 'q', "quiet", "print errors only") \
-  T(VERBOSE, 'v', "verbose", "log clients; given twice: every request") \
-  T(STATS, 0, "stats", "print totals as JSON at exit (on SIGUSR1 always)") \
-  T(JSON, 0, "json", "print a command's output as JSON") \
-  T(WITHOUT, 0, "without LIST", "hide features from clients (see README)") \
-  T(FAULT, 0, "fault CMD:ERR:RATE", "make requests fail: write:EIO:0.1") \
-  T(DELAY, 0, "delay CMD:MS", "make requests wait: read:50 (see README)") \
-  T(DRY_RUN, 'n', "dry-run", "rollback, resize, rm: only check if possible") \
-  T(ACCEPT_LOSS, 0, "accept-loss", "repair: give up what cannot be read") \
-  T(NO_VERIFY, 0, "no-verify", "do not check a store's blocks when reading") \
-  T(VERSION, 'V', "version", "print the version and what it was built with") \
-  T(HELP, 'h', "help", "print this text")
+/* The options, in the order of --help: what stands in struct cli_option, up to
+ * `help`, or to `max` if the option takes a number.  This is a list of macros,
+ * so that it says all about an option in one place. */
+#define CLI_OPTIONS(X) \
+  X(NONE, 0, "", "") \
+  X(UNIX, 'U', "unix PATH", "listen on a unix socket (default: private)") \
+  X(PORT, 'p', "port N", "listen on TCP (usual: 10809; 0: any)", 0, 65535) \
+  X(BIND, 'i', "bind ADDR", "TCP address (default: the two of loopback)") \
+  X(STDIN, 's', "stdin", "serve one client on standard input and output") \
+  X(FD, 0, "fd N", "serve a listening or connected socket", 0, INT_MAX) \
+  X(CONNECT, 'c', "connect DEVICE", "serve the kernel here as /dev/nbdN") \
+  X(READ_ONLY, 'r', "read-only", "refuse writes") \
+  X(EXPORT, 'e', "export NAME", "name of the export (default: any)") \
+  X(DESCRIPTION, 'D', "description TEXT", "for clients that list the exports") \
+  X(OFFSET, 'o', "offset N", "serve the target from byte N on", 0, INT64_MAX) \
+  X(SIZE, 0, "size N", "serve only N bytes of the target", 1, INT64_MAX) \
+  X(BLOCK_SIZE, 'b', "block-size SIZES", "MIN:PREFERRED:MAX (1:4096:32M)") \
+  X(CREATE, 0, "create SIZE", "make a missing target, sparse", 1, INT64_MAX) \
+  X(CHANGES, 0, "changes SNAP", "the only bitmap offered: changed since SNAP") \
+  X(TEMPORARY, 'T', "temporary", "discard at exit what clients have written") \
+  X(CACHE, 0, "cache MODE", "writeback (default), writethrough or unsafe") \
+  X(THREADS, 't', "threads N", "slow requests per client (16)", 1, 1024) \
+  X(MAX_CONN, 'm', "max-conn N", "clients at a time (128)", 1, SRV_MAX_CONN) \
+  X(STALL, 0, "stall SEC", "end clients stalled midway (120)", 1, 4000000) \
+  X(ONCE, '1', "once", "exit when the last client has left") \
+  X(IDLE_EXIT, 0, "idle-exit SEC", "exit when unused for SEC", 1, 4000000) \
+  X(PARENT, 0, "exit-with-parent", "exit when the parent process ends") \
+  X(RUN, 0, "run CMD", "serve while a shell command runs ($uri, $nbd)") \
+  X(FORK, 0, "fork", "go into the background once it listens") \
+  X(PIDFILE, 'P', "pidfile FILE", "write the process id once it listens") \
+  X(READY_FD, 0, "ready-fd N", "write the URI once it listens", 3, INT_MAX) \
+  X(SANDBOX, 0, "sandbox MODE", "auto (default), off or require (see README)") \
+  X(QUIET, 'q', "quiet", "print errors only") \
+  X(VERBOSE, 'v', "verbose", "log clients; given twice: every request") \
+  X(STATS, 0, "stats", "print totals as JSON at exit (on SIGUSR1 always)") \
+  X(JSON, 0, "json", "print a command's output as JSON") \
+  X(WITHOUT, 0, "without LIST", "hide features from clients (see README)") \
+  X(FAULT, 0, "fault CMD:ERR:RATE", "make requests fail: write:EIO:0.1") \
+  X(DELAY, 0, "delay CMD:MS", "make requests wait: read:50 (see README)") \
+  X(DRY_RUN, 'n', "dry-run", "rollback, resize, rm: only check if possible") \
+  X(ACCEPT_LOSS, 0, "accept-loss", "repair: give up what cannot be read") \
+  X(NO_VERIFY, 0, "no-verify", "do not check a store's blocks when reading") \
+  X(VERSION, 'V', "version", "print the version and what it was built with") \
+  X(HELP, 'h', "help", "print this text")
 
 #define CLI_OPTION_ID(id, ...) OPT_##id,
-#define CLI_TEXT_ROW(id, letter, name, help) \
-  [OPT_##id] = {letter, name, help, 0, 0, 0, NULL, 0},
-#define CLI_NUMBER_ROW(id, letter, name, min, max, help) \
-  [OPT_##id] = {letter, name, help, min, max, 0, NULL, 0},
+#define CLI_OPTION_ROW(id, ...) [OPT_##id] = {__VA_ARGS__, .given = 0},
 #define BIT(id) (UINT64_C(1) << OPT_##id)
 
 /* OPT_NONE is no option, and never given. */
-enum cli_option_id { CLI_OPTIONS(CLI_OPTION_ID, CLI_OPTION_ID) OPT_COUNT };
+enum cli_option_id { CLI_OPTIONS(CLI_OPTION_ID) OPT_COUNT };
 
-static struct cli_option opt[OPT_COUNT] = {
-    CLI_OPTIONS(CLI_TEXT_ROW, CLI_NUMBER_ROW)};
+static struct cli_option opt[OPT_COUNT] = {CLI_OPTIONS(CLI_OPTION_ROW)};
 
 /* clang-format on */
 

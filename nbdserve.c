@@ -9774,13 +9774,13 @@ int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
  * The life of a client, each step a function below or in the sections above:
  *
  *   srv_accept        takes its socket from the kernel
- *   srv_new_client    makes struct conn, puts it on the list
+ *   srv_new_conn      makes struct conn, puts it on the list
  *   srv_thread        the thread that all of the rest happens in
  *   hs_run            the handshake; hs_enter where there is none
  *   tx_run            its requests, to the last answer
  *   io_linger         waits until the answers have arrived, where it must
  *   ex_release        gives back the export
- *   srv_free_client   takes it off the list, closes its socket
+ *   srv_free_conn     takes it off the list, closes its socket
  *
  * (S1) A client is on s->conns while it is there, so that srv_finish finds it.
  * (S2) A client's thread leaves that list under s->lock, and touches s no more
@@ -9920,10 +9920,9 @@ static int srv_socket(const union srv_address *a, socklen_t len, int listens) {
   os_set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
   int r = listens ? bind(fd, &a->sa, len) : connect(fd, &a->sa, len);
   if (r == 0 && listens) r = listen(fd, 128);
-  if (r == 0) return fd;
-  int err = -errno;
-  close(fd);
-  return err;
+  int err = r < 0 ? -errno : 0;
+  if (err) close(fd);
+  return err ? err : fd;
 }
 
 /* Removes a unix socket on which nobody listens.  True: it is gone. */
@@ -10104,8 +10103,7 @@ void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
 
 /* Makes a client and registers it (S1).  fd: a socket that is closed in the
  * end, or -1.  NULL: no memory; all descriptors stay the caller's. */
-static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
-                                   int fd) {
+static struct conn *srv_new_conn(struct nbdserve *s, int in, int out, int fd) {
   union srv_address a = {.sa = {.sa_family = AF_UNSPEC}}; /* a pipe's */
   socklen_t len = sizeof a;
   struct conn *c = NBDSERVE_MALLOC(sizeof *c);
@@ -10139,7 +10137,7 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
 
 /* Takes a client off the list, closes its socket if it is ours, and frees
  * it. */
-static void srv_free_client(struct conn *c) {
+static void srv_free_conn(struct conn *c) {
   struct nbdserve *s = c->s;
   assert(!c->nworkers && !c->nhanded_over);
   os_lock(&s->lock);
@@ -10206,7 +10204,7 @@ static int srv_serve_client(struct conn *c, const char *name) {
       !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
   conn_log(c, is_usual ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING,
            "%d: gone: %s", c->id, err ? strerror(-err) : "disconnected");
-  srv_free_client(c);
+  srv_free_conn(c);
   return err == -ESHUTDOWN ? 0 : err;
 }
 
@@ -10218,7 +10216,7 @@ static void *srv_thread(void *client) {
 
 /* See nbdserve.h. */
 int nbdserve_serve(struct nbdserve *s, int in, int out, const char *name) {
-  struct conn *c = srv_new_client(s, in, out, -1);
+  struct conn *c = srv_new_conn(s, in, out, -1);
   return c ? srv_serve_client(c, name) : -ENOMEM;
 }
 
@@ -10237,10 +10235,10 @@ static int srv_finish(struct nbdserve *s) {
     int over = os_now_ms() >= end;
     os_lock(&s->lock);
     int are_left = s->conns != NULL;
-    for (struct conn *c = s->conns; c; c = c->next) {
-      int looks = c->fd < 0 || (c->is_tcp && !over); /* at the stop pipe */
-      if (!looks) shutdown(c->fd, over ? SHUT_RDWR : SHUT_RD);
-    }
+    /* The others look at the stop pipe. */
+    for (struct conn *c = s->conns; c; c = c->next)
+      if (c->fd >= 0 && (over || !c->is_tcp))
+        shutdown(c->fd, over ? SHUT_RDWR : SHUT_RD);
     os_unlock(&s->lock);
     if (!are_left) break;
     poll(&p, 1, over ? -1 : io_timeout(end)); /* until one has left */
@@ -10262,10 +10260,10 @@ static int srv_accept(struct nbdserve *s, int listener) {
   int fd = os_accept(listener);
   if (fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR) return 0;
   if (fd < 0) return fd;
-  struct conn *c = srv_new_client(s, fd, fd, fd);
+  struct conn *c = srv_new_conn(s, fd, fd, fd);
   int err = c ? os_thread(srv_thread, c) : -ENOMEM;
   if (!c) close(fd);
-  if (c && err) srv_free_client(c); /* closes fd, too */
+  if (c && err) srv_free_conn(c); /* closes fd, too */
   return err ? err : 1;
 }
 
@@ -10580,7 +10578,6 @@ STATIC_ASSERT(a_process_id_fits, sizeof(sig_atomic_t) >= sizeof(pid_t));
  * after a second the message is lost. */
 static void OS_PRINTF(3, 4)
     cli_say_to(int fd, int is_json, const char *fmt, ...) {
-  const char *end = is_json ? "\"}\n" : "\n";
   char text[PATH_MAX - 30];
   char line[PATH_MAX];
   struct pollfd p = {fd, POLLOUT, 0};
@@ -10588,13 +10585,12 @@ static void OS_PRINTF(3, 4)
   va_start(ap, fmt);
   vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
-  strcpy(line, is_json ? "{\"error\":\"" : "nbdserve: ");
-  char *to = line + strlen(line);
+  char *to = stpcpy(line, is_json ? "{\"error\":\"" : "nbdserve: ");
   for (const char *c = text; *c && to < line + sizeof line - 5; c++) {
     if (is_json && (*c == '"' || *c == '\\')) *to++ = '\\';
     *to++ = is_json && (unsigned char)*c < ' ' ? '?' : *c;
   }
-  strcpy(to, end);
+  strcpy(to, is_json ? "\"}\n" : "\n");
   if (poll(&p, 1, 1000) > 0) (void)!write(fd, line, strlen(line));
 }
 #define cli_say(...) cli_say_to(2, opt[OPT_JSON].given > 0, __VA_ARGS__)
@@ -10879,7 +10875,7 @@ static const struct cli_word cli_errors[] = {
     {"ENOTSUP", ENOTSUP},               {"ESHUTDOWN", ESHUTDOWN}, {NULL, 0}};
 
 /* --cache: flags of an export */
-static const struct cli_word cli_cache_modes[] = {
+static const struct cli_word cli_caches[] = {
     {"writeback", 0}, {"writethrough", NBDSERVE_EXPORT_WRITETHROUGH},
     {"unsafe", NBDSERVE_EXPORT_UNSAFE}, {NULL, 0}};
 
@@ -10972,8 +10968,7 @@ static void cli_set_option(enum cli_option_id id, const char *value) {
               value, o->min, o->max);
   if ((id == OPT_FD || id == OPT_READY_FD) && fcntl((int)*n, F_GETFD) < 0)
     cli_usage("--%.*s %s: not open", CLI_NAME(id), value);
-  if (id == OPT_CACHE)
-    cli_common.flags = cli_take_word(id, &value, cli_cache_modes);
+  if (id == OPT_CACHE) cli_common.flags = cli_take_word(id, &value, cli_caches);
   if (id == OPT_CONNECT && (strncmp(value, "/dev/nbd", 8) != 0 ||
                             !u_parse_number(value + 8, 65535, n)))
     cli_usage("--connect %s: not /dev/nbd and a number", value);
@@ -11297,12 +11292,11 @@ static int OS_PRINTF(2, 4) OS_PRINTF(3, 4)
   assert(job->verb->flags & VERB_ROWS || !job->nrows);
   row[0] = job->nrows++ ? ',' : '[';
   va_start(ap, json);
-  int n = vsnprintf(row + 1, sizeof row - 1, is_json ? json : text, ap);
+  vsnprintf(row + 1, sizeof row - 1, is_json ? json : text, ap);
   va_end(ap);
-  assert(n > 0 && n < (int)sizeof row - 1);
+  assert(strlen(row) > 1 && strlen(row) < sizeof row - 1);
   cli_hide_progress(job);
-  n += 1 - start;
-  job->lost = cli_write(job, job->fds.output, row + start, (size_t)n);
+  job->lost = cli_write(job, job->fds.output, row + start, strlen(row + start));
   return job->lost;
 }
 

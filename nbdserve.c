@@ -10982,7 +10982,8 @@ static void cli_set_option(enum cli_option_id id, const char *value) {
   while (id == OPT_WITHOUT && *value)
     *n |= cli_take_word(id, &value, cli_features);
   if ((id == OPT_BLOCK_SIZE && !cli_parse_sizes(value)) ||
-      ((id == OPT_FAULT || id == OPT_DELAY) && !cli_parse_fault(id, value)))
+      ((id == OPT_FAULT || id == OPT_DELAY) && !cli_parse_fault(id, value)) ||
+      ((id == OPT_CACHE || id == OPT_SANDBOX) && *value)) /* a second word */
     cli_usage("--%.*s %s: not as in --%s: %s", CLI_NAME(id), o->text, o->name,
               o->help);
 }

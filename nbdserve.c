@@ -10267,17 +10267,6 @@ static int srv_accept(struct nbdserve *s, int listener) {
   return err ? err : 1;
 }
 
-/* Says that somebody waits who cannot be served, if that was not said lately.
- * err: why accepting failed, or 0 when all slots are taken. */
-static void srv_tell_waiting(struct nbdserve *s, int err) {
-  int64_t now = os_now_ms();
-  if (now < s->tell_after) return;
-  s->tell_after = now + 60000;
-  u_log(&s->config, NBDSERVE_LOG_WARNING,
-        "%s; the next client has to wait (limit: %" PRIu32 ")",
-        err ? strerror(-err) : "all slots are taken", s->config.max_conn);
-}
-
 /* See nbdserve.h.  Rounds of: wait, look at each pipe, accept. */
 int nbdserve_run(struct nbdserve *s) {
   const struct nbdserve_config *k = &s->config;
@@ -10320,7 +10309,13 @@ int nbdserve_run(struct nbdserve *s) {
     if (i == n) continue;
     r = room > 0 ? srv_accept(s, l[i].fd) : 0;
     if (r > 0) s->turn = (s->turn + i + 1) % n;
-    if (room <= 0 || r < 0) srv_tell_waiting(s, r);
+    /* Somebody waits who cannot be served: that is said once a minute. */
+    if ((room <= 0 || r < 0) && os_now_ms() >= s->tell_after) {
+      s->tell_after = os_now_ms() + 60000;
+      u_log(k, NBDSERVE_LOG_WARNING,
+            "%s; the next client has to wait (limit: %" PRIu32 ")",
+            r < 0 ? strerror(-r) : "all slots are taken", k->max_conn);
+    }
     /* No memory, no descriptors: do not spin. */
     if (r < 0) poll(p, 1, SRV_PAUSE_MS);
   }
@@ -10414,7 +10409,6 @@ struct cli_option {
  * `help`, or to `max` if the option takes a number.  This is a list of macros,
  * so that it says all about an option in one place. */
 #define CLI_OPTIONS(X) \
-  X(NONE, 0, "", "") \
   X(UNIX, 'U', "unix PATH", "listen on a unix socket (default: private)") \
   X(PORT, 'p', "port N", "listen on TCP (usual: 10809; 0: any)", 0, 65535) \
   X(BIND, 'i', "bind ADDR", "TCP address (default: the two of loopback)") \
@@ -10459,7 +10453,6 @@ struct cli_option {
 #define CLI_OPTION_ROW(id, ...) [OPT_##id] = {__VA_ARGS__, .given = 0},
 #define BIT(id) (UINT64_C(1) << OPT_##id)
 
-/* OPT_NONE is no option, and never given. */
 enum cli_option_id { CLI_OPTIONS(CLI_OPTION_ID) OPT_COUNT };
 
 static struct cli_option opt[OPT_COUNT] = {CLI_OPTIONS(CLI_OPTION_ROW)};
@@ -10959,7 +10952,7 @@ static void cli_set_option(enum cli_option_id id, const char *value) {
   struct cli_option *o = &opt[id];
   uint64_t *n = &o->number;
   size_t size;
-  assert(id > OPT_NONE && id < OPT_COUNT && o->min <= o->max);
+  assert(id < OPT_COUNT && o->min <= o->max);
   assert(!o->max || value);
   o->given++;
   o->text = value;
@@ -11009,12 +11002,12 @@ static void cli_parse(char **argv) {
     if (!*p && !is_long) cli.targets[cli.ntargets++] = *word;
     while (*p && !value) {
       size_t len = is_long ? strcspn(p, "=") : 1;
-      enum cli_option_id id = OPT_COUNT - 1;
-      for (; id > OPT_NONE; id--)
+      enum cli_option_id id = 0;
+      for (; id < OPT_COUNT; id++)
         if (is_long ? len == CLI_NAME_LEN(id) && !strncmp(opt[id].name, p, len)
                     : opt[id].letter == *p)
           break;
-      if (id == OPT_NONE) cli_usage("%s: unknown option (try --help)", *word);
+      if (id == OPT_COUNT) cli_usage("%s: unknown option (try --help)", *word);
       int takes_value = strchr(opt[id].name, ' ') != NULL;
       p += len;
       if (takes_value) value = *p ? p + is_long : *++word;
@@ -11029,7 +11022,7 @@ static void cli_parse(char **argv) {
 
 /* Refuses an option together with one of the others, a BIT for each. */
 static void cli_exclude(int id, uint64_t others, const char *why) {
-  for (int other = OPT_NONE + 1; other < OPT_COUNT; other++)
+  for (int other = 0; other < OPT_COUNT; other++)
     if (opt[id].given && opt[other].given && others >> other & 1)
       cli_usage("--%s: not together with --%s: %s", opt[id].name,
                 opt[other].name, why);
@@ -11038,7 +11031,7 @@ static void cli_exclude(int id, uint64_t others, const char *why) {
 /* Refuses options, a BIT for each: to ignore one would not be what the user has
  * asked for. */
 static void cli_refuse(uint64_t options, const char *why, const char *what) {
-  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
+  for (int id = 0; id < OPT_COUNT; id++)
     if (opt[id].given && options >> id & 1)
       cli_usage("--%.*s: %s %s", CLI_NAME(id), why, what);
 }
@@ -12349,7 +12342,7 @@ static int cli_help_verb(const char *name) {
     cli_usage("help %s: no such command (--help lists them)", name);
   printf("usage: nbdserve [OPTION]... %s %s\n%s\n\n", name, verb->operands,
          verb->help);
-  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
+  for (int id = 0; id < OPT_COUNT; id++)
     if (cli_options_of(verb) >> id & 1) cli_help_option(id);
   return cli_end_output();
 }
@@ -13024,7 +13017,7 @@ static void cli_help(void) {
        "file:PATH (a file whatever its name looks like), STORE::VOLUME,\n"
        "STORE::VOLUME@SNAPSHOT or, for a whole store, STORE::.\n"
        "With CMD: serves while CMD runs; {} in an ARG becomes the URI.\n");
-  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
+  for (int id = 0; id < OPT_COUNT; id++)
     cli_help_option(id);
   cli_help_verbs();
   puts("\nNumbers take K, M, G, T, P and E (powers of 1024).  Once it\n"

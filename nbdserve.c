@@ -385,10 +385,10 @@ static void os_set_fd_flags(int fd, int blocking) {
   fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
 
-/* Makes a channel that never blocks: what is written to fd[1] is read from fd[0]
- * and, apart from that, the other way round.  It is a socket pair, because most
- * systems can make that with FD_CLOEXEC at once.  After an error fd is as it
- * was. */
+/* Makes a channel that never blocks: what is written to fd[1] is read from
+ * fd[0] and, apart from that, what is written to fd[0] from fd[1].  It is a
+ * socket pair, because most systems can make that with FD_CLOEXEC at once.
+ * After an error fd is as it was. */
 static int os_pipe(int fd[2]) {
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0) return -errno;
   os_set_fd_flags(fd[0], O_NONBLOCK);
@@ -2083,13 +2083,12 @@ struct srv_listener {
 
 /* A server.  struct conn is in [8]. */
 struct nbdserve {
-  /* -- fixed after nbdserve_new (the command sets find, list and lifeline
-   * later) */
+  /* -- fixed after nbdserve_new (the command sets find, list and lifeline) */
   struct nbdserve_config config; /* defaults filled in */
-  int lifeline;                  /* of all clients: see struct io */
-  int stop[2]; /* pipe: nbdserve_stop was called, and when: see struct io */
-  int wake[2]; /* two pipes, one each way: [0] is readable when nbdserve_wake
-                     was called, [1] when a client has left */
+  int lifeline; /* of all clients of nbdserve_serve: see struct io */
+  int stop[2];  /* pipe: nbdserve_stop was called, and when: see struct io */
+  int wake[2];  /* two pipes, one in each direction: [0] is readable when
+                   nbdserve_wake was called, [1] when a client has left */
   /* -- the thread that calls nbdserve_run */
   struct srv_listener listeners[SRV_LISTENERS + 1];
   int nlisteners;
@@ -9798,9 +9797,9 @@ int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
  *           waited for without limit: nothing can end it.
  *        7. All exports are flushed.
  *        8. nbdserve_free closes them.
- * (S4) nbdserve_stop has a pipe, and nbdserve_wake and a client that leaves share
- *      a pair of sockets, of which each uses one direction.  That such a pipe
- *      is readable says it all, so a full one loses nothing. */
+ * (S4) nbdserve_stop has a pipe.  nbdserve_wake and a client that leaves have
+ *      the two directions of another one, s->wake.  That a pipe is readable
+ *      says it all, so a full one loses nothing. */
 
 enum {
   SRV_CONNECT = 0, /* what a socket is made for */
@@ -10231,11 +10230,10 @@ static int srv_finish(struct nbdserve *s) {
   assert(!s->nlisteners);
   int64_t end = io_grace_end(*s->stop);
   for (;;) {
-    /* Then nothing is sent to them any more, either. */
-    int over = os_now_ms() >= end;
+    int over = os_now_ms() >= end; /* then nothing more is sent, either */
     os_lock(&s->lock);
     int are_left = s->conns != NULL;
-    /* The others look at the stop pipe. */
+    /* Those that are left out look at the stop pipe. */
     for (struct conn *c = s->conns; c; c = c->next)
       if (c->fd >= 0 && (over || !c->is_tcp))
         shutdown(c->fd, over ? SHUT_RDWR : SHUT_RD);

@@ -10712,7 +10712,6 @@ static void cli_catch_signals(void (*handler)(int)) {
                                 SIGCHLD, SIGALRM, SIGPIPE, SIGXFSZ};
   struct sigaction action = {.sa_handler = handler, .sa_flags = SA_RESTART};
   struct sigaction was;
-  sigset_t none;
   sigfillset(&action.sa_mask);
   for (size_t i = 0; i < COUNT_OF(signals); i++) {
     int sig = signals[i];
@@ -10721,8 +10720,7 @@ static void cli_catch_signals(void (*handler)(int)) {
     if (was.sa_handler != SIG_IGN || (sig != SIGHUP && sig != SIGINT))
       sigaction(sig, &action, NULL);
   }
-  sigemptyset(&none);
-  sigprocmask(SIG_SETMASK, &none, NULL);
+  sigprocmask(SIG_UNBLOCK, &action.sa_mask, NULL); /* all of them */
 }
 
 /* ---- Files that we make and remove -------------------------------------- */
@@ -11221,7 +11219,7 @@ static int cli_wait(const struct cli_job *job, int fd, short events, int ms) {
  * -errno: that of cli_wait if nobody takes it for --stall seconds (above 24
  * days ms is negative: for ever). */
 static int cli_move(const struct cli_job *job, int fd, short events,
-                    unsigned char *data, uint64_t *n) {
+                    unsigned char *buf, uint64_t *n) {
   int writes = events == POLLOUT;
   int ms = writes ? (int)cli.server->config.stall_ms : -1;
   size_t most = writes && lseek(fd, 0, SEEK_CUR) < 0 ? PIPE_BUF : IO_UNIT;
@@ -11229,9 +11227,8 @@ static int cli_move(const struct cli_job *job, int fd, short events,
   for (*n = 0; *n < wanted;) {
     int err = cli_wait(job, fd, events, ms);
     if (err) return err;
-    size_t left = (size_t)u_min(wanted - *n, most);
-    ssize_t some =
-        writes ? write(fd, data + *n, left) : read(fd, data + *n, left);
+    size_t len = (size_t)u_min(wanted - *n, most);
+    ssize_t some = writes ? write(fd, buf + *n, len) : read(fd, buf + *n, len);
     if (some == 0 && !writes) break;
     if (some < 0 && errno != EINTR && errno != EAGAIN) return -errno;
     if (some > 0) *n += (uint64_t)some;

@@ -10199,10 +10199,9 @@ static int srv_serve_client(struct conn *c, const char *name) {
   if (c->export && c->export->from_callback) srv_last_flush(c->export);
   hs_leave(c);
   hs_drop_contexts(c);
-  int is_usual =
-      !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
-  conn_log(c, is_usual ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING,
-           "%d: gone: %s", c->id, err ? strerror(-err) : "disconnected");
+  int is_ok = !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
+  conn_log(c, is_ok ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING, "%d: gone: %s",
+           c->id, err ? strerror(-err) : "disconnected");
   srv_free_conn(c);
   return err == -ESHUTDOWN ? 0 : err;
 }
@@ -10567,8 +10566,7 @@ STATIC_ASSERT(a_process_id_fits, sizeof(sig_atomic_t) >= sizeof(pid_t));
  * to do)", or that as the "error" of a JSON object.  What is too long for one
  * write is cut.  The descriptor may be a pipe that nobody reads, or a client's:
  * after a second the message is lost. */
-static void OS_PRINTF(3, 4)
-    cli_say_to(int fd, int is_json, const char *fmt, ...) {
+static void OS_PRINTF(3, 4) cli_say_to(int fd, int json, const char *fmt, ...) {
   char text[PATH_MAX - 30];
   char line[PATH_MAX];
   struct pollfd p = {fd, POLLOUT, 0};
@@ -10576,12 +10574,12 @@ static void OS_PRINTF(3, 4)
   va_start(ap, fmt);
   vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
-  char *to = stpcpy(line, is_json ? "{\"error\":\"" : "nbdserve: ");
+  char *to = stpcpy(line, json ? "{\"error\":\"" : "nbdserve: ");
   for (const char *c = text; *c && to < line + sizeof line - 5; c++) {
-    if (is_json && (*c == '"' || *c == '\\')) *to++ = '\\';
-    *to++ = is_json && (unsigned char)*c < ' ' ? '?' : *c;
+    if (json && (*c == '"' || *c == '\\')) *to++ = '\\';
+    *to++ = json && (unsigned char)*c < ' ' ? '?' : *c;
   }
-  strcpy(to, is_json ? "\"}\n" : "\n");
+  strcpy(to, json ? "\"}\n" : "\n");
   if (poll(&p, 1, 1000) > 0) (void)!write(fd, line, strlen(line));
 }
 #define cli_say(...) cli_say_to(2, opt[OPT_JSON].given > 0, __VA_ARGS__)

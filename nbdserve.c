@@ -385,8 +385,9 @@ static void os_set_fd_flags(int fd, int blocking) {
   fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
 
-/* Makes a channel that never blocks, to read from fd[0] and write to fd[1].  It
- * is a socket pair, because most systems can make that with FD_CLOEXEC at once.
+/* Makes a channel that never blocks: what is written to fd[1] is read from
+ * fd[0] and, apart from that, what is written to fd[0] from fd[1].  It is a
+ * socket pair, because most systems can make that with FD_CLOEXEC at once.
  * After an error fd is as it was. */
 static int os_pipe(int fd[2]) {
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0) return -errno;
@@ -2082,11 +2083,12 @@ struct srv_listener {
 
 /* A server.  struct conn is in [8]. */
 struct nbdserve {
-  /* -- fixed after nbdserve_new (the command sets find and list later) */
+  /* -- fixed after nbdserve_new (the command sets find, list and lifeline) */
   struct nbdserve_config config; /* defaults filled in */
-  int stop[2];    /* pipe: nbdserve_stop was called, and when: see struct io */
-  int wake[2];    /* pipe: nbdserve_wake was called, and nothing else */
-  int noticed[2]; /* pipe: a client has left; nbdserve_run looks around */
+  int lifeline; /* of all clients of nbdserve_serve: see struct io */
+  int stop[2];  /* pipe: nbdserve_stop was called, and when: see struct io */
+  int wake[2];  /* two pipes, one in each direction: [0] is readable when
+                   nbdserve_wake was called, [1] when a client has left */
   /* -- the thread that calls nbdserve_run */
   struct srv_listener listeners[SRV_LISTENERS + 1];
   int nlisteners;
@@ -9771,13 +9773,13 @@ int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
  * The life of a client, each step a function below or in the sections above:
  *
  *   srv_accept        takes its socket from the kernel
- *   srv_new_client    makes struct conn, puts it on the list
+ *   srv_new_conn      makes struct conn, puts it on the list
  *   srv_thread        the thread that all of the rest happens in
  *   hs_run            the handshake; hs_enter where there is none
  *   tx_run            its requests, to the last answer
  *   io_linger         waits until the answers have arrived, where it must
  *   ex_release        gives back the export
- *   srv_free_client   takes it off the list, closes its socket
+ *   srv_free_conn     takes it off the list, closes its socket
  *
  * (S1) A client is on s->conns while it is there, so that srv_finish finds it.
  * (S2) A client's thread leaves that list under s->lock, and touches s no more
@@ -9795,8 +9797,9 @@ int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
  *           waited for without limit: nothing can end it.
  *        7. All exports are flushed.
  *        8. nbdserve_free closes them.
- * (S4) nbdserve_wake, nbdserve_stop and a client that leaves have a pipe each.
- *      That a pipe is readable says it all, so a full one loses nothing. */
+ * (S4) nbdserve_stop has a pipe.  nbdserve_wake and a client that leaves have
+ *      the two directions of another one, s->wake.  That a pipe is readable
+ *      says it all, so a full one loses nothing. */
 
 enum {
   SRV_CONNECT = 0, /* what a socket is made for */
@@ -9847,10 +9850,8 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   s->config = k;
   memset(s->stop, -1, sizeof s->stop); /* all bits set: -1 */
   memset(s->wake, -1, sizeof s->wake);
-  memset(s->noticed, -1, sizeof s->noticed);
   int err = os_pipe(s->stop);
   if (!err) err = os_pipe(s->wake);
-  if (!err) err = os_pipe(s->noticed);
   if (!err) *out = s;
   s->finished = err != 0; /* then nothing has begun */
   if (err) nbdserve_free(s);
@@ -9918,24 +9919,9 @@ static int srv_socket(const union srv_address *a, socklen_t len, int listens) {
   os_set_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
   int r = listens ? bind(fd, &a->sa, len) : connect(fd, &a->sa, len);
   if (r == 0 && listens) r = listen(fd, 128);
-  if (r == 0) return fd;
-  int err = -errno;
-  close(fd);
-  return err;
-}
-
-/* Keeps other servers from looking at the sockets of a directory, for a second
- * at most: between bind() and listen() a socket refuses connections, and to
- * another server that comes just then it looks like a leftover.  The descriptor
- * that holds the lock, or a negative number. */
-static int srv_lock_dir(const char *path) {
-  int dir = os_open_dir(path);
-  for (int i = 0; dir >= 0 && i < 100; i++) {
-    /* Where there are no locks we go on without. */
-    if (flock(dir, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) break;
-    poll(NULL, 0, 10);
-  }
-  return dir;
+  int err = r < 0 ? -errno : 0;
+  if (err) close(fd);
+  return err ? err : fd;
 }
 
 /* Removes a unix socket on which nobody listens.  True: it is gone. */
@@ -9948,13 +9934,22 @@ static int srv_remove_leftover(const union srv_address *a) {
 }
 
 /* Makes a unix socket that listens at path, where a leftover is replaced, or is
- * connected to it.  A descriptor, or -errno. */
+ * connected to it.  A descriptor, or -errno.
+ *
+ * Between bind() and listen() a socket refuses connections, and to another
+ * server that comes just then it looks like a leftover.  So who wants to listen
+ * locks the directory, and waits for others for a second at most. */
 static int srv_unix_socket(const char *path, int listens) {
   union srv_address a = {.un = {.sun_family = AF_UNIX}};
   if (!*path) return -EINVAL;
   if (strlen(path) >= sizeof a.un.sun_path) return -ENAMETOOLONG;
   strcpy(a.un.sun_path, path);
-  int dir = listens ? srv_lock_dir(path) : -1;
+  int dir = listens ? os_open_dir(path) : -1;
+  for (int i = 0; dir >= 0 && i < 100; i++) {
+    /* Where there are no locks we go on without. */
+    if (flock(dir, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) break;
+    poll(NULL, 0, 10);
+  }
   int fd = srv_socket(&a, sizeof a.un, listens);
   if (fd == -EADDRINUSE && srv_remove_leftover(&a))
     fd = srv_socket(&a, sizeof a.un, listens);
@@ -9963,18 +9958,13 @@ static int srv_unix_socket(const char *path, int listens) {
 }
 
 #if !NBDSERVE_NO_TCP
-/* Where the bytes of an internet address stand. */
-static void *srv_ip(union srv_address *a) {
-  return a->sa.sa_family == AF_INET6 ? (void *)&a->in6.sin6_addr
-                                     : (void *)&a->in.sin_addr;
-}
-
 /* Writes an internet address to out[size], as people and URIs have it; another
  * address leaves it as it is. */
 static void srv_format_address(union srv_address *a, char *out, size_t size) {
   char host[INET6_ADDRSTRLEN];
   int is_v6 = a->sa.sa_family == AF_INET6;
-  if (inet_ntop(a->sa.sa_family, srv_ip(a), host, sizeof host))
+  const void *ip = is_v6 ? (void *)&a->in6.sin6_addr : &a->in.sin_addr;
+  if (inet_ntop(a->sa.sa_family, ip, host, sizeof host))
     snprintf(out, size, is_v6 ? "[%s]:%d" : "%s:%d", host,
              ntohs(a->in.sin_port));
 }
@@ -9988,7 +9978,8 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
   char text[64] = "";
   assert(*port <= 65535);
   a.sa.sa_family = is_v6 ? AF_INET6 : AF_INET;
-  if (inet_pton(a.sa.sa_family, host, srv_ip(&a)) != 1) return -EINVAL;
+  void *ip = is_v6 ? (void *)&a.in6.sin6_addr : &a.in.sin_addr;
+  if (inet_pton(a.sa.sa_family, host, ip) != 1) return -EINVAL;
   int fd = srv_socket(&a, len, SRV_LISTEN);
   if (fd < 0) return fd;
   getsockname(fd, &a.sa, &len);
@@ -9997,9 +9988,19 @@ static int srv_listen_ip(struct nbdserve *s, const char *host, uint64_t *port) {
   return srv_add_listener(s, fd, 0, text);
 }
 
-/* Listens on both loopback addresses, at the same port.  A port that the kernel
- * picked for one may be taken on the other: then it picks another one. */
-static int srv_listen_localhost(struct nbdserve *s, uint64_t port) {
+/* Listens at HOST:PORT or [HOST]:PORT.  "localhost" is both loopback addresses,
+ * at the same port.  A port that the kernel picked for one may be taken on the
+ * other: then it picks another one. */
+static int srv_listen_tcp(struct nbdserve *s, const char *address) {
+  const char *colon = strrchr(address, ':');
+  uint64_t port = 0;
+  char host[64];
+  if (!colon || !u_parse_number(colon + 1, 65535, &port)) return -EINVAL;
+  int bracket = *address == '[' && colon[-1] == ']'; /* its length */
+  int len = (int)(colon - address) - 2 * bracket;
+  /* A host that is cut is none. */
+  snprintf(host, sizeof host, "%.*s", len, address + bracket);
+  if (strcmp(host, "localhost") != 0) return srv_listen_ip(s, host, &port);
   int err = -EADDRINUSE;
   for (int left = port ? 1 : 16; left > 0 && err == -EADDRINUSE; left--) {
     uint64_t picked = port;
@@ -10011,20 +10012,6 @@ static int srv_listen_localhost(struct nbdserve *s, uint64_t port) {
     srv_drop_listener(s); /* nothing half done */
   }
   return err;
-}
-
-/* Listens at HOST:PORT or [HOST]:PORT. */
-static int srv_listen_tcp(struct nbdserve *s, const char *address) {
-  const char *colon = strrchr(address, ':');
-  uint64_t port = 0;
-  char host[64];
-  if (!colon || !u_parse_number(colon + 1, 65535, &port)) return -EINVAL;
-  int bracket = *address == '[' && colon[-1] == ']'; /* its length */
-  int len = (int)(colon - address) - 2 * bracket;
-  /* A host that is cut is none. */
-  snprintf(host, sizeof host, "%.*s", len, address + bracket);
-  if (strcmp(host, "localhost") == 0) return srv_listen_localhost(s, port);
-  return srv_listen_ip(s, host, &port);
 }
 #else
 /* Without TCP there are no such addresses. */
@@ -10115,8 +10102,7 @@ void nbdserve_stats(struct nbdserve *s, struct nbdserve_stats *out) {
 
 /* Makes a client and registers it (S1).  fd: a socket that is closed in the
  * end, or -1.  NULL: no memory; all descriptors stay the caller's. */
-static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
-                                   int fd) {
+static struct conn *srv_new_conn(struct nbdserve *s, int in, int out, int fd) {
   union srv_address a = {.sa = {.sa_family = AF_UNSPEC}}; /* a pipe's */
   socklen_t len = sizeof a;
   struct conn *c = NBDSERVE_MALLOC(sizeof *c);
@@ -10133,6 +10119,7 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
   strcpy(c->peer, "this machine");
   srv_format_address(&a, c->peer, sizeof c->peer);
   c->io = (struct io){.in = in, .out = out, .stop = *s->stop};
+  c->io.lifeline = s->lifeline;
   c->io.stall_ms = s->config.stall_ms;
   /* See the table at the head of [6].  Without threads it is nbdserve_run that
    * serves: nobody would shut down. */
@@ -10149,7 +10136,7 @@ static struct conn *srv_new_client(struct nbdserve *s, int in, int out,
 
 /* Takes a client off the list, closes its socket if it is ours, and frees
  * it. */
-static void srv_free_client(struct conn *c) {
+static void srv_free_conn(struct conn *c) {
   struct nbdserve *s = c->s;
   assert(!c->nworkers && !c->nhanded_over);
   os_lock(&s->lock);
@@ -10169,8 +10156,8 @@ static void srv_free_client(struct conn *c) {
   os_monitor_free(&c->queue_lock);
   os_monitor_free(&c->send_lock);
   NBDSERVE_FREE(c);
-  srv_poke(s->noticed[1]);
-  os_unlock(&s->lock); /* (S2) */
+  srv_poke(s->wake[0]); /* [1] becomes readable */
+  os_unlock(&s->lock);  /* (S2) */
 }
 
 /* Flushes an export before it is closed, if it can have been written.  Nobody
@@ -10212,11 +10199,10 @@ static int srv_serve_client(struct conn *c, const char *name) {
   if (c->export && c->export->from_callback) srv_last_flush(c->export);
   hs_leave(c);
   hs_drop_contexts(c);
-  int is_usual =
-      !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
-  conn_log(c, is_usual ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING,
-           "%d: gone: %s", c->id, err ? strerror(-err) : "disconnected");
-  srv_free_client(c);
+  int is_ok = !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
+  conn_log(c, is_ok ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING, "%d: gone: %s",
+           c->id, err ? strerror(-err) : "disconnected");
+  srv_free_conn(c);
   return err == -ESHUTDOWN ? 0 : err;
 }
 
@@ -10226,50 +10212,36 @@ static void *srv_thread(void *client) {
   return NULL;
 }
 
-/* Does nbdserve_serve.  lifeline: see struct io. */
-static int srv_serve_streams(struct nbdserve *s, int in, int out,
-                             const char *name, int lifeline) {
-  struct conn *c = srv_new_client(s, in, out, -1);
-  if (!c) return -ENOMEM;
-  c->io.lifeline = lifeline;
-  return srv_serve_client(c, name);
-}
-
 /* See nbdserve.h. */
 int nbdserve_serve(struct nbdserve *s, int in, int out, const char *name) {
-  return srv_serve_streams(s, in, out, name, 0);
+  struct conn *c = srv_new_conn(s, in, out, -1);
+  return c ? srv_serve_client(c, name) : -ENOMEM;
 }
 
 /* ---- Stopping (S3) ------------------------------------------------------- */
 
-/* Shuts down all clients: SHUT_RD, no more requests are taken, or SHUT_RDWR,
- * nothing is sent any more, either.  Returns whether there are any. */
-static int srv_shutdown_clients(struct nbdserve *s, int how) {
-  os_lock(&s->lock);
-  int found = s->conns != NULL;
-  for (struct conn *c = s->conns; c; c = c->next) {
-    int looks = c->fd < 0 || (c->is_tcp && how == SHUT_RD); /* at the pipe */
-    if (!looks) shutdown(c->fd, how);
-  }
-  os_unlock(&s->lock);
-  return found;
-}
-
 /* Steps 1 and 3 to 7 of (S3).  0, or the error of a last flush. */
 static int srv_finish(struct nbdserve *s) {
-  struct pollfd p = {.fd = s->noticed[0], .events = POLLIN};
+  struct pollfd p = {.fd = s->wake[1], .events = POLLIN};
+  int first = 0;
   nbdserve_unlisten(s);
   nbdserve_stop(s);
   assert(!s->nlisteners);
   int64_t end = io_grace_end(*s->stop);
   for (;;) {
-    int over = os_now_ms() >= end;
-    if (!srv_shutdown_clients(s, over ? SHUT_RDWR : SHUT_RD)) break;
+    int over = os_now_ms() >= end; /* then nothing more is sent, either */
+    os_lock(&s->lock);
+    int are_left = s->conns != NULL;
+    /* Those that are left out look at the stop pipe. */
+    for (struct conn *c = s->conns; c; c = c->next)
+      if (c->fd >= 0 && (over || !c->is_tcp))
+        shutdown(c->fd, over ? SHUT_RDWR : SHUT_RD);
+    os_unlock(&s->lock);
+    if (!are_left) break;
     poll(&p, 1, over ? -1 : io_timeout(end)); /* until one has left */
-    srv_take_pokes(s->noticed[0]);
+    srv_take_pokes(s->wake[1]);
   }
   s->finished = 1;
-  int first = 0;
   for (struct ex *ex = ex_next(s, NULL); ex; ex = ex_next(s, ex)) {
     int err = srv_last_flush(ex);
     if (!first) first = err;
@@ -10279,85 +10251,68 @@ static int srv_finish(struct nbdserve *s) {
 
 /* ---- Accepting ----------------------------------------------------------- */
 
-/* When nbdserve_run may end if nobody waits then, in os_now_ms.  *room: how
- * many clients may be accepted. */
-static int64_t srv_exit_time(struct nbdserve *s, int64_t now, int *room) {
-  const struct nbdserve_config *k = &s->config;
-  int64_t end = INT64_MAX;
-  os_lock(&s->lock);
-  if (!s->idle_since) s->idle_since = now; /* nobody has come yet */
-  if (!s->conns && k->idle_exit_ms) end = s->idle_since + k->idle_exit_ms;
-  if (!s->conns && s->totals.clients > 0 && (k->flags & NBDSERVE_CONFIG_ONCE))
-    end = now;
-  *room = (int)k->max_conn - (int)s->totals.clients_now;
-  os_unlock(&s->lock);
-  return end;
-}
-
 /* Accepts a client and starts its thread.  Returns 1, 0 if nobody was there
  * after all, or -errno if nobody can be served now. */
 static int srv_accept(struct nbdserve *s, int listener) {
   int fd = os_accept(listener);
   if (fd == -EAGAIN || fd == -ECONNABORTED || fd == -EINTR) return 0;
   if (fd < 0) return fd;
-  struct conn *c = srv_new_client(s, fd, fd, fd);
-  if (!c) {
-    close(fd);
-    return -ENOMEM;
-  }
-  int err = os_thread(srv_thread, c);
-  if (!err) return 1;
-  srv_free_client(c); /* closes fd */
-  return err;
-}
-
-/* Says that somebody waits who cannot be served, if that was not said lately.
- * err: why accepting failed, or 0 when all slots are taken. */
-static void srv_tell_waiting(struct nbdserve *s, int err) {
-  int64_t now = os_now_ms();
-  if (now < s->tell_after) return;
-  s->tell_after = now + 60000;
-  u_log(&s->config, NBDSERVE_LOG_WARNING,
-        "%s; the next client has to wait (limit: %" PRIu32 ")",
-        err ? strerror(-err) : "all slots are taken", s->config.max_conn);
+  struct conn *c = srv_new_conn(s, fd, fd, fd);
+  int err = c ? os_thread(srv_thread, c) : -ENOMEM;
+  if (!c) close(fd);
+  if (c && err) srv_free_conn(c); /* closes fd, too */
+  return err ? err : 1;
 }
 
 /* See nbdserve.h.  Rounds of: wait, look at each pipe, accept. */
 int nbdserve_run(struct nbdserve *s) {
+  const struct nbdserve_config *k = &s->config;
   struct pollfd p[SRV_OWN_FDS + SRV_LISTENERS + 1] = {
       {.fd = s->stop[0], .events = POLLIN},
       {.fd = s->wake[0], .events = POLLIN},
-      {.fd = s->noticed[0], .events = POLLIN}};
+      {.fd = s->wake[1], .events = POLLIN}};
   struct pollfd *l = p + SRV_OWN_FDS; /* the listeners */
   for (;;) {
-    int room;
     int64_t now = os_now_ms();
-    int64_t until = srv_exit_time(s, now, &room);
+    int64_t until = INT64_MAX; /* when we may end, if nobody waits then */
+    int n = s->nlisteners;
+    os_lock(&s->lock);
+    if (!s->idle_since) s->idle_since = now; /* nobody has come yet */
+    if (!s->conns && k->idle_exit_ms) until = s->idle_since + k->idle_exit_ms;
+    if (!s->conns && s->totals.clients > 0 && k->flags & NBDSERVE_CONFIG_ONCE)
+      until = now;
+    int room = (int)k->max_conn - (int)s->totals.clients_now;
+    os_unlock(&s->lock);
     /* When all slots are taken nobody is accepted, but that somebody waits is
      * worth a message now and then. */
     int listens = room > 0 || now >= s->tell_after;
-    for (int i = 0; i < s->nlisteners; i++)
-      l[i] = (struct pollfd){listens ? s->listeners[i].fd : -1, POLLIN, 0};
-    nfds_t n = (nfds_t)(SRV_OWN_FDS + s->nlisteners);
-    int r = poll(p, n, io_timeout(until));
+    /* The first is the one behind that which the last client came from, so that
+     * all get their share of the slots. */
+    for (int i = 0; i < n; i++) {
+      int fd = s->listeners[(s->turn + i) % n].fd;
+      l[i] = (struct pollfd){listens ? fd : -1, POLLIN, 0};
+    }
+    int r = poll(p, (nfds_t)(SRV_OWN_FDS + n), io_timeout(until));
     if (r < 0 && errno != EINTR) return -errno;
     if (r < 0) continue;
     if (p[0].revents) return srv_finish(s);
     if (p[1].revents) srv_take_pokes(s->wake[0]);
     if (p[1].revents) return -EINTR;
-    if (p[2].revents) srv_take_pokes(s->noticed[0]);
-    /* Look first behind the listener that the last client came from, so that
-     * all get their share of the slots. */
+    if (p[2].revents) srv_take_pokes(s->wake[1]);
     int i = 0;
-    while (i < s->nlisteners && !l[(s->turn + i) % s->nlisteners].revents)
+    while (i < n && !l[i].revents)
       i++;
-    if (i == s->nlisteners && until <= now) return srv_finish(s);
-    if (i == s->nlisteners) continue;
-    int which = (s->turn + i) % s->nlisteners;
-    assert(which >= 0 && which < s->nlisteners);
-    r = room > 0 ? srv_accept(s, s->listeners[which].fd) : 0;
-    if (r > 0) s->turn = which + 1;
-    if (room <= 0 || r < 0) srv_tell_waiting(s, r);
+    if (i == n && until <= now) return srv_finish(s);
+    if (i == n) continue;
+    r = room > 0 ? srv_accept(s, l[i].fd) : 0;
+    if (r > 0) s->turn = (s->turn + i + 1) % n;
+    /* Somebody waits who cannot be served: that is said once a minute. */
+    if ((room <= 0 || r < 0) && os_now_ms() >= s->tell_after) {
+      s->tell_after = os_now_ms() + 60000;
+      u_log(k, NBDSERVE_LOG_WARNING,
+            "%s; the next client has to wait (limit: %" PRIu32 ")",
+            r < 0 ? strerror(-r) : "all slots are taken", k->max_conn);
+    }
     /* No memory, no descriptors: do not spin. */
     if (r < 0) poll(p, 1, SRV_PAUSE_MS);
   }
@@ -10368,15 +10323,13 @@ void nbdserve_free(struct nbdserve *s) {
   if (!s) return;
   if (!s->finished) srv_finish(s); /* nbdserve_run did not come to its end */
   assert(!s->conns && !s->nlisteners);
-  while (s->exports) {
-    struct ex *ex = s->exports;
-    s->exports = ex->next;
+  for (struct ex *next, *ex = s->exports; ex; ex = next) {
+    next = ex->next;
     ex_free(ex);
   }
   for (int i = 0; i < 2; i++) { /* -1, if nbdserve_new failed, does no harm */
     close(s->stop[i]);
     close(s->wake[i]);
-    close(s->noticed[i]);
   }
   os_monitor_free(&s->lock);
   NBDSERVE_FREE(s);
@@ -10422,6 +10375,95 @@ enum {
   CLI_BY_SIGNAL = 128 /* as a shell says it: plus the number of the signal */
 };
 
+/* ---- Options ------------------------------------------------------------
+ * opt[OPT_PORT] is what is known of an option, and what the command line says
+ * of it: cli_parse fills that in, and nobody changes it later.  What was not
+ * given is 0 or NULL, which is the default for nbdserve.h as well; where 0 is a
+ * value of its own (a port, a descriptor) `given` tells the difference. */
+
+struct cli_option {
+  /* What stands behind "-"; 0: there is no short form. */
+  char letter;
+  /* What stands behind "--".  If the option takes a value, a blank and what
+   * --help calls that follow: "port N". */
+  const char *name;
+  const char *help;
+  /* The range of an option that takes a number; max is 0: it takes none. */
+  uint64_t min;
+  uint64_t max;
+  /* How often the option was given.  A command behind "--" counts as --run. */
+  unsigned given;
+  /* The value as it was written; it stays in argv. */
+  const char *text;
+  /* The value of an option that takes a number; --connect: N of /dev/nbdN;
+   * --sandbox: SANDBOX_...; --without: bits of nbdserve_config.without */
+  uint64_t number;
+};
+
+/* clang-format off */
+
+/* The options, in the order of --help: what stands in struct cli_option, up to
+ * `help`, or to `max` if the option takes a number.  This is a list of macros,
+ * so that it says all about an option in one place. */
+#define CLI_OPTIONS(X) \
+  X(UNIX, 'U', "unix PATH", "listen on a unix socket (default: private)") \
+  X(PORT, 'p', "port N", "listen on TCP (usual: 10809; 0: any)", 0, 65535) \
+  X(BIND, 'i', "bind ADDR", "TCP address (default: the two of loopback)") \
+  X(STDIN, 's', "stdin", "serve one client on standard input and output") \
+  X(FD, 0, "fd N", "serve a listening or connected socket", 0, INT_MAX) \
+  X(CONNECT, 'c', "connect DEVICE", "serve the kernel here as /dev/nbdN") \
+  X(READ_ONLY, 'r', "read-only", "refuse writes") \
+  X(EXPORT, 'e', "export NAME", "name of the export (default: any)") \
+  X(DESCRIPTION, 'D', "description TEXT", "for clients that list the exports") \
+  X(OFFSET, 'o', "offset N", "serve the target from byte N on", 0, INT64_MAX) \
+  X(SIZE, 0, "size N", "serve only N bytes of the target", 1, INT64_MAX) \
+  X(BLOCK_SIZE, 'b', "block-size SIZES", "MIN:PREFERRED:MAX (1:4096:32M)") \
+  X(CREATE, 0, "create SIZE", "make a missing target, sparse", 1, INT64_MAX) \
+  X(CHANGES, 0, "changes SNAP", "the only bitmap offered: changed since SNAP") \
+  X(TEMPORARY, 'T', "temporary", "discard at exit what clients have written") \
+  X(CACHE, 0, "cache MODE", "writeback (default), writethrough or unsafe") \
+  X(THREADS, 't', "threads N", "slow requests per client (16)", 1, 1024) \
+  X(MAX_CONN, 'm', "max-conn N", "clients at a time (128)", 1, SRV_MAX_CONN) \
+  X(STALL, 0, "stall SEC", "end clients stalled midway (120)", 1, 4000000) \
+  X(ONCE, '1', "once", "exit when the last client has left") \
+  X(IDLE_EXIT, 0, "idle-exit SEC", "exit when unused for SEC", 1, 4000000) \
+  X(PARENT, 0, "exit-with-parent", "exit when the parent process ends") \
+  X(RUN, 0, "run CMD", "serve while a shell command runs ($uri, $nbd)") \
+  X(FORK, 0, "fork", "go into the background once it listens") \
+  X(PIDFILE, 'P', "pidfile FILE", "write the process id once it listens") \
+  X(READY_FD, 0, "ready-fd N", "write the URI once it listens", 3, INT_MAX) \
+  X(SANDBOX, 0, "sandbox MODE", "auto (default), off or require (see README)") \
+  X(QUIET, 'q', "quiet", "print errors only") \
+  X(VERBOSE, 'v', "verbose", "log clients; given twice: every request") \
+  X(STATS, 0, "stats", "print totals as JSON at exit (on SIGUSR1 always)") \
+  X(JSON, 0, "json", "print a command's output as JSON") \
+  X(WITHOUT, 0, "without LIST", "hide features from clients (see README)") \
+  X(FAULT, 0, "fault CMD:ERR:RATE", "make requests fail: write:EIO:0.1") \
+  X(DELAY, 0, "delay CMD:MS", "make requests wait: read:50 (see README)") \
+  X(DRY_RUN, 'n', "dry-run", "rollback, resize, rm: only check if possible") \
+  X(ACCEPT_LOSS, 0, "accept-loss", "repair: give up what cannot be read") \
+  X(NO_VERIFY, 0, "no-verify", "do not check a store's blocks when reading") \
+  X(VERSION, 'V', "version", "print the version and what it was built with") \
+  X(HELP, 'h', "help", "print this text")
+
+#define CLI_OPTION_ID(id, ...) OPT_##id,
+#define CLI_OPTION_ROW(id, ...) [OPT_##id] = {__VA_ARGS__, .given = 0},
+#define BIT(id) (UINT64_C(1) << OPT_##id)
+
+enum cli_option_id { CLI_OPTIONS(CLI_OPTION_ID) OPT_COUNT };
+
+static struct cli_option opt[OPT_COUNT] = {CLI_OPTIONS(CLI_OPTION_ROW)};
+
+/* clang-format on */
+
+STATIC_ASSERT(options_have_a_bit_each, OPT_COUNT <= 64);
+
+/* The name of an option, without what it takes, for "%.*s" in a message */
+#define CLI_NAME_LEN(id) strcspn(opt[id].name, " ")
+#define CLI_NAME(id) (int)CLI_NAME_LEN(id), opt[id].name
+
+/* ---- State --------------------------------------------------------------- */
+
 /* The state of the process.  What the options say is in `opt`. */
 static struct {
   /* ---- The command line without its options.  It stays where it is, in argv,
@@ -10430,7 +10472,6 @@ static struct {
   /* [NAME=]TARGET each, or a command on stores with its operands */
   char **targets;
   int ntargets;
-  int is_json; /* --json: messages, too */
   /* What stands behind "--", ended by NULL; or NULL */
   char **command;
 
@@ -10451,8 +10492,7 @@ static struct {
 
   /* ---- --connect: the kernel's device that a target is the disk of */
 
-  /* N of /dev/nbdN, and whose it is: the target */
-  uint32_t device;
+  /* Whose it is: the target */
   char owner[OS_NBD_OWNER]; /* one that is cut is still its own */
   /* The kernel has a socket, or is about to get it.  It is guarded by
    * server->lock; the signal handler reads it. */
@@ -10526,9 +10566,7 @@ STATIC_ASSERT(a_process_id_fits, sizeof(sig_atomic_t) >= sizeof(pid_t));
  * to do)", or that as the "error" of a JSON object.  What is too long for one
  * write is cut.  The descriptor may be a pipe that nobody reads, or a client's:
  * after a second the message is lost. */
-static void OS_PRINTF(3, 4)
-    cli_say_to(int fd, int is_json, const char *fmt, ...) {
-  const char *end = is_json ? "\"}\n" : "\n";
+static void OS_PRINTF(3, 4) cli_say_to(int fd, int json, const char *fmt, ...) {
   char text[PATH_MAX - 30];
   char line[PATH_MAX];
   struct pollfd p = {fd, POLLOUT, 0};
@@ -10536,16 +10574,15 @@ static void OS_PRINTF(3, 4)
   va_start(ap, fmt);
   vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
-  strcpy(line, is_json ? "{\"error\":\"" : "nbdserve: ");
-  char *to = line + strlen(line);
+  char *to = stpcpy(line, json ? "{\"error\":\"" : "nbdserve: ");
   for (const char *c = text; *c && to < line + sizeof line - 5; c++) {
-    if (is_json && (*c == '"' || *c == '\\')) *to++ = '\\';
-    *to++ = is_json && (unsigned char)*c < ' ' ? '?' : *c;
+    if (json && (*c == '"' || *c == '\\')) *to++ = '\\';
+    *to++ = json && (unsigned char)*c < ' ' ? '?' : *c;
   }
-  strcpy(to, end);
+  strcpy(to, json ? "\"}\n" : "\n");
   if (poll(&p, 1, 1000) > 0) (void)!write(fd, line, strlen(line));
 }
-#define cli_say(...) cli_say_to(2, cli.is_json, __VA_ARGS__)
+#define cli_say(...) cli_say_to(2, opt[OPT_JSON].given > 0, __VA_ARGS__)
 
 /* Writes a time, in seconds since 1970, as 2026-11-29T01:02:03Z.  It may come
  * from a file that anybody may have made: it may lie behind all years. */
@@ -10563,10 +10600,9 @@ static void cli_log(void *unused, int level, const char *message) {
   char now[40];
   (void)unused;
   (void)level;
-  if (isatty(2) || getenv("JOURNAL_STREAM"))
-    cli_say("%s", message);
-  else
-    cli_say("%s %s", cli_spell_time(time(NULL), now), message);
+  cli_spell_time(time(NULL), now);
+  if (isatty(2) || getenv("JOURNAL_STREAM")) *now = '\0';
+  cli_say("%s%s%s", now, *now ? " " : "", message);
 }
 
 /* Prints a message and ends the process, by way of cli_close.  These are macros
@@ -10674,7 +10710,6 @@ static void cli_catch_signals(void (*handler)(int)) {
                                 SIGCHLD, SIGALRM, SIGPIPE, SIGXFSZ};
   struct sigaction action = {.sa_handler = handler, .sa_flags = SA_RESTART};
   struct sigaction was;
-  sigset_t none;
   sigfillset(&action.sa_mask);
   for (size_t i = 0; i < COUNT_OF(signals); i++) {
     int sig = signals[i];
@@ -10683,8 +10718,7 @@ static void cli_catch_signals(void (*handler)(int)) {
     if (was.sa_handler != SIG_IGN || (sig != SIGHUP && sig != SIGINT))
       sigaction(sig, &action, NULL);
   }
-  sigemptyset(&none);
-  sigprocmask(SIG_SETMASK, &none, NULL);
+  sigprocmask(SIG_UNBLOCK, &action.sa_mask, NULL); /* all of them */
 }
 
 /* ---- Files that we make and remove -------------------------------------- */
@@ -10733,9 +10767,10 @@ static int cli_is_store(const char *path) {
  * type it stands for each of them. */
 #define CLI_NTYPES (NBD_CMD_BLOCK_STATUS + 1)
 
-/* What --fault and --delay do to the requests of a type.  This is fixed before
- * the server is made, except for `sum`, which server->lock guards. */
-static struct cli_fault {
+/* What --fault and --delay do to the requests of a type, which is fixed before
+ * the server is made, and what --stats tells of them.  The counters are guarded
+ * by server->lock. */
+static struct cli_requests {
   /* The answer to requests that fail, -errno */
   int err;
   /* How many of a million requests fail */
@@ -10745,7 +10780,11 @@ static struct cli_fault {
   unsigned sum;
   /* How long each request waits before it is done */
   int delay_ms;
-} cli_faults[CLI_NTYPES];
+  /* How many have succeeded so far, and how long they have taken */
+  uint64_t succeeded;
+  uint64_t total_ns;
+  uint64_t max_ns;
+} cli_requests[CLI_NTYPES];
 
 /* The `before` function of the server: it is called for each request, in the
  * thread that is about to do it, and may wait there.  Which requests fail is
@@ -10753,7 +10792,7 @@ static struct cli_fault {
 static int cli_before(void *unused, unsigned type, uint64_t off, uint64_t len) {
   (void)unused;
   assert(type < CLI_NTYPES);
-  struct cli_fault *fault = &cli_faults[type];
+  struct cli_requests *fault = &cli_requests[type];
   if (fault->delay_ms) poll(NULL, 0, fault->delay_ms);
   os_lock(&cli.server->lock);
   fault->sum += fault->rate_ppm;
@@ -10768,14 +10807,6 @@ static int cli_before(void *unused, unsigned type, uint64_t off, uint64_t len) {
   return fails ? fault->err : 0;
 }
 
-/* --stats: how long the requests of a type have taken; server->lock guards
- * it. */
-static struct cli_latency {
-  uint64_t requests;
-  uint64_t total_ns;
-  uint64_t max_ns;
-} cli_latencies[CLI_NTYPES];
-
 /* The `after` function of the server. */
 static void cli_after(void *unused, unsigned type, uint64_t off, uint64_t len,
                       int err, uint64_t ns) {
@@ -10783,89 +10814,17 @@ static void cli_after(void *unused, unsigned type, uint64_t off, uint64_t len,
   (void)off;
   (void)len;
   if (type >= CLI_NTYPES || err) return;
-  struct cli_latency *latency = &cli_latencies[type];
+  struct cli_requests *done = &cli_requests[type];
   os_lock(&cli.server->lock);
-  latency->requests++;
-  latency->total_ns += ns;
-  if (ns > latency->max_ns) latency->max_ns = ns;
+  done->succeeded++;
+  done->total_ns += ns;
+  if (ns > done->max_ns) done->max_ns = ns;
   os_unlock(&cli.server->lock);
 }
 
-/* ---- Options ------------------------------------------------------------ */
-
-struct cli_option {
-  /* What stands behind "-"; 0: there is no short form. */
-  char letter;
-  /* What stands behind "--".  If the option takes a value, a blank and what
-   * --help calls that follow: "port N". */
-  const char *name;
-  const char *help;
-  /* The range of an option that takes a number; max is 0: it takes none. */
-  uint64_t min;
-  uint64_t max;
-};
+/* ---- What options may say ----------------------------------------------- */
 
 /* clang-format off */
-
-/* The options, in the order of --help: T has a text as its value, or none, and
- * N a number in that range.  This is a list of macros, so that it says
- * all about an option in one place. */
-#define CLI_OPTIONS(T, N) \
-  T(NONE, 0, "", "") \
-  T(UNIX, 'U', "unix PATH", "listen on a unix socket (default: private)") \
-  N(PORT, 'p', "port N", 0, 65535, "listen on TCP (usual: 10809; 0: any)") \
-  T(BIND, 'i', "bind ADDR", "TCP address (default: the two of loopback)") \
-  T(STDIN, 's', "stdin", "serve one client on standard input and output") \
-  N(FD, 0, "fd N", 0, INT_MAX, "serve a listening or connected socket") \
-  T(CONNECT, 'c', "connect DEVICE", "serve the kernel here as /dev/nbdN") \
-  T(READ_ONLY, 'r', "read-only", "refuse writes") \
-  T(EXPORT, 'e', "export NAME", "name of the export (default: any)") \
-  T(DESCRIPTION, 'D', "description TEXT", "for clients that list the exports") \
-  N(OFFSET, 'o', "offset N", 0, INT64_MAX, "serve the target from byte N on") \
-  N(SIZE, 0, "size N", 1, INT64_MAX, "serve only N bytes of the target") \
-  T(BLOCK_SIZE, 'b', "block-size SIZES", "MIN:PREFERRED:MAX (1:4096:32M)") \
-  N(CREATE, 0, "create SIZE", 1, INT64_MAX, "make a missing target, sparse") \
-  T(CHANGES, 0, "changes SNAP", "the only bitmap offered: changed since SNAP") \
-  T(TEMPORARY, 'T', "temporary", "discard at exit what clients have written") \
-  T(CACHE, 0, "cache MODE", "writeback (default), writethrough or unsafe") \
-  N(THREADS, 't', "threads N", 1, 1024, "slow requests per client (16)") \
-  N(MAX_CONN, 'm', "max-conn N", 1, SRV_MAX_CONN, "clients at a time (128)") \
-  N(STALL, 0, "stall SEC", 1, 4000000, "end clients stalled midway (120)") \
-  T(ONCE, '1', "once", "exit when the last client has left") \
-  N(IDLE_EXIT, 0, "idle-exit SEC", 1, 4000000, "exit when unused for SEC") \
-  T(PARENT, 0, "exit-with-parent", "exit when the parent process ends") \
-  T(RUN, 0, "run CMD", "serve while a shell command runs ($uri, $nbd)") \
-  T(FORK, 0, "fork", "go into the background once it listens") \
-  T(PIDFILE, 'P', "pidfile FILE", "write the process id once it listens") \
-  N(READY_FD, 0, "ready-fd N", 3, INT_MAX, "write the URI once it listens") \
-  T(SANDBOX, 0, "sandbox MODE", "auto (default), off or require (see README)") \
-  T(QUIET, 'q', "quiet", "print errors only") \
-  T(VERBOSE, 'v', "verbose", "log clients; given twice: every request") \
-  T(STATS, 0, "stats", "print totals as JSON at exit (on SIGUSR1 always)") \
-  T(JSON, 0, "json", "print a command's output as JSON") \
-  T(WITHOUT, 0, "without LIST", "hide features from clients (see README)") \
-  T(FAULT, 0, "fault CMD:ERR:RATE", "make requests fail: write:EIO:0.1") \
-  T(DELAY, 0, "delay CMD:MS", "make requests wait: read:50 (see README)") \
-  T(DRY_RUN, 'n', "dry-run", "rollback, resize, rm: only check if possible") \
-  T(ACCEPT_LOSS, 0, "accept-loss", "repair: give up what cannot be read") \
-  T(NO_VERIFY, 0, "no-verify", "do not check a store's blocks when reading") \
-  T(VERSION, 'V', "version", "print the version and what it was built with") \
-  T(HELP, 'h', "help", "print this text")
-
-#define CLI_OPTION_ID(id, ...) OPT_##id,
-#define CLI_TEXT_ROW(id, letter, name, help) \
-  [OPT_##id] = {letter, name, help, 0, 0},
-#define CLI_NUMBER_ROW(id, letter, name, min, max, help) \
-  [OPT_##id] = {letter, name, help, min, max},
-#define BIT(id) (UINT64_C(1) << OPT_##id)
-
-/* OPT_NONE is no option, and never given. */
-enum cli_option_id { CLI_OPTIONS(CLI_OPTION_ID, CLI_OPTION_ID) OPT_COUNT };
-
-static const struct cli_option cli_options[OPT_COUNT] = {
-    CLI_OPTIONS(CLI_TEXT_ROW, CLI_NUMBER_ROW)};
-
-STATIC_ASSERT(options_have_a_bit_each, OPT_COUNT <= 64);
 
 /* A word that the value of an option may contain, and what it stands for.  In a
  * table of words the last name is NULL. */
@@ -10903,7 +10862,7 @@ static const struct cli_word cli_errors[] = {
     {"ENOTSUP", ENOTSUP},               {"ESHUTDOWN", ESHUTDOWN}, {NULL, 0}};
 
 /* --cache: flags of an export */
-static const struct cli_word cli_cache_modes[] = {
+static const struct cli_word cli_caches[] = {
     {"writeback", 0}, {"writethrough", NBDSERVE_EXPORT_WRITETHROUGH},
     {"unsafe", NBDSERVE_EXPORT_UNSAFE}, {NULL, 0}};
 
@@ -10915,33 +10874,15 @@ static const struct cli_word cli_sandbox_modes[] = {
 
 /* clang-format on */
 
-/* What the options say: opt[OPT_PORT].number.  What was not given is 0 or NULL,
- * which is the default for nbdserve.h as well; where 0 is a value of its own (a
- * port, a descriptor) `given` tells the difference.  Nobody changes this after
- * cli_parse. */
-static struct {
-  /* How often the option was given.  A command behind "--" counts as --run. */
-  unsigned given;
-  /* The value as it was written; it stays in argv. */
-  const char *text;
-  /* The value of an option that takes a number; --sandbox: SANDBOX_...;
-   * --without: bits of nbdserve_config.without */
-  uint64_t number;
-} opt[OPT_COUNT];
-
-/* What all exports have in common: the sizes and flags that --block-size and
- * --cache say */
+/* What all exports have in common: the sizes, flags and contexts that
+ * --block-size, --cache and --changes say */
 static struct nbdserve_export cli_common;
 
-/* --changes: the metadata contexts of volumes.  NULL: those that they have */
+/* --changes: the only metadata context of volumes, besides base:allocation */
 static char cli_context[200];
-static const char *cli_contexts[2];
+static const char *const cli_contexts[] = {cli_context, NULL};
 
 /* ---- From argv to `opt` ---- */
-
-/* The name of an option, without what it takes, for "%.*s" in a message */
-#define CLI_NAME_LEN(id) (int)strcspn(cli_options[id].name, " ")
-#define CLI_NAME(id) CLI_NAME_LEN(id), cli_options[id].name
 
 /* Takes a word off the front of *text, the value of an option, and returns what
  * it stands for.  The word goes to a colon or comma, which is taken off, too,
@@ -10991,9 +10932,9 @@ static int cli_parse_fault(enum cli_option_id id, const char *value) {
   if (!is_good || rest == value || *rest) return 0;
   for (uint32_t i = 0; i < CLI_NTYPES; i++) {
     if (type != i && type != CLI_NTYPES) continue;
-    if (is_fault) cli_faults[i].err = -(int)error;
-    if (is_fault) cli_faults[i].rate_ppm = (unsigned)(number * 1e6 + .999);
-    if (!is_fault) cli_faults[i].delay_ms = (int)(number + .999);
+    if (is_fault) cli_requests[i].err = -(int)error;
+    if (is_fault) cli_requests[i].rate_ppm = (unsigned)(number * 1e6 + .999);
+    if (!is_fault) cli_requests[i].delay_ms = (int)(number + .999);
   }
   return 1;
 }
@@ -11002,40 +10943,36 @@ static int cli_parse_fault(enum cli_option_id id, const char *value) {
  * ends the process.  A descriptor has to be open: a number that is free would
  * later be that of a file of our own, maybe of an image. */
 static void cli_set_option(enum cli_option_id id, const char *value) {
-  const struct cli_option *o = &cli_options[id];
-  uint64_t *n = &opt[id].number;
+  struct cli_option *o = &opt[id];
+  uint64_t *n = &o->number;
   size_t size;
-  assert(id > OPT_NONE && id < OPT_COUNT && o->min <= o->max);
+  assert(id < OPT_COUNT && o->min <= o->max);
   assert(!o->max || value);
-  opt[id].given++;
-  opt[id].text = value;
-  if (id == OPT_JSON) cli.is_json = 1;
+  o->given++;
+  o->text = value;
   if (o->max && (!u_parse_number(value, o->max, n) || *n < o->min))
     cli_usage("--%.*s %s: not a number from " CLI_N " to " CLI_N, CLI_NAME(id),
               value, o->min, o->max);
   if ((id == OPT_FD || id == OPT_READY_FD) && fcntl((int)*n, F_GETFD) < 0)
     cli_usage("--%.*s %s: not open", CLI_NAME(id), value);
-  if (id == OPT_CACHE)
-    cli_common.flags = cli_take_word(id, &value, cli_cache_modes);
-  if (id == OPT_CONNECT) {
-    size_t skip = strncmp(value, "/dev/nbd", 8) == 0 ? 8 : strlen(value);
-    if (!u_parse_number(value + skip, 65535, n))
-      cli_usage("--connect %s: not /dev/nbd and a number", value);
-    cli.device = (uint32_t)*n;
-  }
+  if (id == OPT_CACHE) cli_common.flags = cli_take_word(id, &value, cli_caches);
+  if (id == OPT_CONNECT && (strncmp(value, "/dev/nbd", 8) != 0 ||
+                            !u_parse_number(value + 8, 65535, n)))
+    cli_usage("--connect %s: not /dev/nbd and a number", value);
   if (id == OPT_SANDBOX) *n = cli_take_word(id, &value, cli_sandbox_modes);
   if (id == OPT_CHANGES) {
     snprintf(cli_context, sizeof cli_context, "qemu:dirty-bitmap:%s", value);
-    *cli_contexts = cli_context;
+    cli_common.contexts = cli_contexts;
     if (!ex_are_contexts(cli_contexts, &size))
       cli_usage("--changes %s: no snapshot can be called so", value);
   }
   while (id == OPT_WITHOUT && *value)
     *n |= cli_take_word(id, &value, cli_features);
   if ((id == OPT_BLOCK_SIZE && !cli_parse_sizes(value)) ||
-      ((id == OPT_FAULT || id == OPT_DELAY) && !cli_parse_fault(id, value)))
-    cli_usage("--%.*s %s: not as in --%s: %s", CLI_NAME(id), opt[id].text,
-              o->name, o->help);
+      ((id == OPT_FAULT || id == OPT_DELAY) && !cli_parse_fault(id, value)) ||
+      ((id == OPT_CACHE || id == OPT_SANDBOX) && *value)) /* a second word */
+    cli_usage("--%.*s %s: not as in --%s: %s", CLI_NAME(id), o->text, o->name,
+              o->help);
 }
 
 /* Parses the command line.  A word is a target, which may stand between
@@ -11050,28 +10987,26 @@ static void cli_set_option(enum cli_option_id id, const char *value) {
 static void cli_parse(char **argv) {
   cli.targets = argv;
   for (char **word = argv + 1; *word && !cli.command; word++) {
-    const char *text = *word;
+    int is_long = strncmp(*word, "--", 2) == 0;
+    /* What is left of the word; nothing is left of a target. */
+    const char *p = **word == '-' ? *word + 1 + is_long : "";
     const char *value = NULL;
-    int is_letter = text[0] == '-' && text[1] != '-';
     assert(cli.targets + cli.ntargets < word);
-    int is_target = text[0] != '-' || !text[1];
-    if (strcmp(text, "--") == 0) cli.command = word + 1;
-    if (is_target) cli.targets[cli.ntargets++] = *word;
-    for (const char *p = is_target ? "" : text + 2 - is_letter; *p && !value;) {
-      int len = is_letter ? 1 : (int)strcspn(p, "=");
-      enum cli_option_id id = OPT_COUNT - 1;
-      for (; id > OPT_NONE; id--) {
-        const struct cli_option *o = &cli_options[id];
-        if (is_letter && o->letter == *p) break;
-        if (is_letter || len != CLI_NAME_LEN(id)) continue;
-        if (memcmp(o->name, p, (size_t)len) == 0) break;
-      }
+    if (!*p && is_long) cli.command = word + 1;
+    if (!*p && !is_long) cli.targets[cli.ntargets++] = *word;
+    while (*p && !value) {
+      size_t len = is_long ? strcspn(p, "=") : 1;
+      enum cli_option_id id = 0;
+      for (; id < OPT_COUNT; id++)
+        if (is_long ? len == CLI_NAME_LEN(id) && !strncmp(opt[id].name, p, len)
+                    : opt[id].letter == *p)
+          break;
+      if (id == OPT_COUNT) cli_usage("%s: unknown option (try --help)", *word);
+      int takes_value = strchr(opt[id].name, ' ') != NULL;
       p += len;
-      int takes_value = strchr(cli_options[id].name, ' ') != NULL;
-      if (id == OPT_NONE) cli_usage("%s: unknown option (try --help)", text);
-      if (takes_value) value = *p ? p + !is_letter : *++word;
-      if (takes_value ? !value : !is_letter && *p)
-        cli_usage("--%s: %s", cli_options[id].name,
+      if (takes_value) value = *p ? p + is_long : *++word;
+      if (takes_value ? !value : is_long && *p)
+        cli_usage("--%s: %s", opt[id].name,
                   takes_value ? "lacks its value" : "takes no value");
       cli_set_option(id, value);
     }
@@ -11080,18 +11015,17 @@ static void cli_parse(char **argv) {
 }
 
 /* Refuses an option together with one of the others, a BIT for each. */
-static void cli_exclude(enum cli_option_id id, uint64_t others,
-                        const char *why) {
-  for (int other = OPT_NONE + 1; other < OPT_COUNT; other++)
+static void cli_exclude(int id, uint64_t others, const char *why) {
+  for (int other = 0; other < OPT_COUNT; other++)
     if (opt[id].given && opt[other].given && others >> other & 1)
-      cli_usage("--%s: not together with --%s: %s", cli_options[id].name,
-                cli_options[other].name, why);
+      cli_usage("--%s: not together with --%s: %s", opt[id].name,
+                opt[other].name, why);
 }
 
 /* Refuses options, a BIT for each: to ignore one would not be what the user has
  * asked for. */
 static void cli_refuse(uint64_t options, const char *why, const char *what) {
-  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
+  for (int id = 0; id < OPT_COUNT; id++)
     if (opt[id].given && options >> id & 1)
       cli_usage("--%.*s: %s %s", CLI_NAME(id), why, what);
 }
@@ -11131,7 +11065,7 @@ static int cli_end_output(void) {
 /* Prints what --help says about an option.  Those without a letter are
  * indented, so that all names are in one column. */
 static void cli_help_option(int id) {
-  const struct cli_option *o = &cli_options[id];
+  const struct cli_option *o = &opt[id];
   const char letter[] = {'-', o->letter, ',', '\0'};
   printf("  %3s --%-19s %s\n", o->letter ? letter : "", o->name, o->help);
 }
@@ -11283,7 +11217,7 @@ static int cli_wait(const struct cli_job *job, int fd, short events, int ms) {
  * -errno: that of cli_wait if nobody takes it for --stall seconds (above 24
  * days ms is negative: for ever). */
 static int cli_move(const struct cli_job *job, int fd, short events,
-                    unsigned char *data, uint64_t *n) {
+                    unsigned char *buf, uint64_t *n) {
   int writes = events == POLLOUT;
   int ms = writes ? (int)cli.server->config.stall_ms : -1;
   size_t most = writes && lseek(fd, 0, SEEK_CUR) < 0 ? PIPE_BUF : IO_UNIT;
@@ -11291,9 +11225,8 @@ static int cli_move(const struct cli_job *job, int fd, short events,
   for (*n = 0; *n < wanted;) {
     int err = cli_wait(job, fd, events, ms);
     if (err) return err;
-    size_t left = (size_t)u_min(wanted - *n, most);
-    ssize_t some =
-        writes ? write(fd, data + *n, left) : read(fd, data + *n, left);
+    size_t len = (size_t)u_min(wanted - *n, most);
+    ssize_t some = writes ? write(fd, buf + *n, len) : read(fd, buf + *n, len);
     if (some == 0 && !writes) break;
     if (some < 0 && errno != EINTR && errno != EAGAIN) return -errno;
     if (some > 0) *n += (uint64_t)some;
@@ -11346,12 +11279,11 @@ static int OS_PRINTF(2, 4) OS_PRINTF(3, 4)
   assert(job->verb->flags & VERB_ROWS || !job->nrows);
   row[0] = job->nrows++ ? ',' : '[';
   va_start(ap, json);
-  int n = vsnprintf(row + 1, sizeof row - 1, is_json ? json : text, ap);
+  vsnprintf(row + 1, sizeof row - 1, is_json ? json : text, ap);
   va_end(ap);
-  assert(n > 0 && n < (int)sizeof row - 1);
+  assert(strlen(row) > 1 && strlen(row) < sizeof row - 1);
   cli_hide_progress(job);
-  n += 1 - start;
-  job->lost = cli_write(job, job->fds.output, row + start, (size_t)n);
+  job->lost = cli_write(job, job->fds.output, row + start, strlen(row + start));
   return job->lost;
 }
 
@@ -11443,7 +11375,6 @@ static int cli_find_volume(void *unused, const char *name,
                            struct nbdserve_export *out) {
   (void)unused;
   *out = cli_common;
-  if (*cli_contexts) out->contexts = cli_contexts;
   return nbdserve_cas_volume(cli.cas, name, out);
 }
 
@@ -11478,7 +11409,8 @@ static int cli_do_serve(struct cli_job *job) {
   int err = nbdserve_new(&all, &config);
   if (err) return err;
   dup2(*cli.server->stop, *all->stop); /* it stops with the other one */
-  err = srv_serve_streams(all, job->fds.in, job->fds.out, NULL, job->client);
+  all->lifeline = job->client;
+  err = nbdserve_serve(all, job->fds.in, job->fds.out, NULL);
   nbdserve_free(all);
   return err;
 }
@@ -12007,9 +11939,8 @@ static int cli_pass_client(const char *path, struct cli_job *job) {
   return cli_run_remote(job, -1);
 }
 
-/* --changes: a volume gets only that context besides base:allocation.  It has
- * to be there. */
-static void cli_choose_context(struct nbdserve_export *ex) {
+/* --changes: ends the process if the volume has no such context. */
+static void cli_check_context(const struct nbdserve_export *ex) {
   char name[WIRE_STRING_MAX + 1];
   uint32_t number = 0;
   do
@@ -12018,7 +11949,6 @@ static void cli_choose_context(struct nbdserve_export *ex) {
   if (!number)
     cli_failed("--changes %s: no other snapshot of the target is called so",
                opt[OPT_CHANGES].text);
-  ex->contexts = cli_contexts;
 }
 
 /* Opens a volume or snapshot of a store.  Before it opens the store, if that is
@@ -12049,7 +11979,7 @@ static int cli_open_volume(const char *path, const char *name,
   if (cli.ctl > 0) lstat(cli.ctl_path, &cli.ctl_st);
   if (*name) {
     err = nbdserve_cas_volume(cli.cas, name, ex);
-    if (!err && *cli_contexts) cli_choose_context(ex);
+    if (!err && ex->contexts) cli_check_context(ex);
     return err;
   }
   cli.server->config.find = cli_find_volume;
@@ -12405,7 +12335,7 @@ static int cli_help_verb(const char *name) {
     cli_usage("help %s: no such command (--help lists them)", name);
   printf("usage: nbdserve [OPTION]... %s %s\n%s\n\n", name, verb->operands,
          verb->help);
-  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
+  for (int id = 0; id < OPT_COUNT; id++)
     if (cli_options_of(verb) >> id & 1) cli_help_option(id);
   return cli_end_output();
 }
@@ -12477,7 +12407,7 @@ static void cli_open_target(const char *text, const char *path,
     cli_usage("%s: no --offset, --size, --create or -T of a volume", text);
   if (volume && !*volume && opt[OPT_CONNECT].given)
     cli_usage("%s: --connect is for one of its volumes", text);
-  if (!volume && *cli_contexts)
+  if (!volume && cli_common.contexts)
     cli_usage("%s: --changes is for volumes of a store", text);
   if (opt[OPT_TEMPORARY].given && access(flat.dir, W_OK) < 0)
     cli_failed("%s: %s ($TMPDIR says where -T writes to)", flat.dir,
@@ -12669,6 +12599,9 @@ enum {
   CLI_PATIENCE = 60
 };
 
+/* N of /dev/nbdN */
+#define CLI_DEVICE ((uint32_t)opt[OPT_CONNECT].number)
+
 /* The thread that serves the kernel.  When that has closed the connection the
  * device was disconnected, by us or by somebody else, and the server ends.
  * What was wrong with a request its answer has said; what could not be made
@@ -12693,10 +12626,10 @@ static void *cli_serve_kernel(void *socket) {
 static void cli_give_socket(const struct os_nbd *nbd, int own) {
   const char *path = opt[OPT_CONNECT].text;
   struct pollfd p = {own, POLLIN, 0};
-  int err = os_tell_nbd(OS_NBD_CONNECT, cli.device, nbd);
+  int err = os_tell_nbd(OS_NBD_CONNECT, CLI_DEVICE, nbd);
   int is_taken = err == -EBUSY;
-  if (is_taken && os_nbd_is_owned(cli.device, nbd->owner))
-    err = os_tell_nbd(OS_NBD_RECONFIGURE, cli.device, nbd);
+  if (is_taken && os_nbd_is_owned(CLI_DEVICE, nbd->owner))
+    err = os_tell_nbd(OS_NBD_RECONFIGURE, CLI_DEVICE, nbd);
   close(nbd->socket);
   poll(&p, 1, 0);
   if (err || p.revents & POLLHUP) cli.is_connected = 0;
@@ -12771,7 +12704,7 @@ static int cli_disconnect(int is_forced) {
   int lost = fd < 0 || fsync(fd) < 0 ? -errno : 0;
   if (lost) cli_say("%s: %s; written data may be lost", path, strerror(-lost));
   close(fd);
-  int err = os_tell_nbd(OS_NBD_DISCONNECT, cli.device, NULL);
+  int err = os_tell_nbd(OS_NBD_DISCONNECT, CLI_DEVICE, NULL);
   os_lock(&cli.server->lock);
   while (!err && cli.is_connected)
     os_wait(&cli.server->lock);
@@ -12974,13 +12907,13 @@ static void cli_print_stats(void) {
   os_lock(&cli.server->lock);
   for (const struct cli_word *type = cli_types; type->value < CLI_NTYPES;
        type++) {
-    const struct cli_latency *l = &cli_latencies[type->value];
-    if (!l->requests) continue;
+    const struct cli_requests *l = &cli_requests[type->value];
+    if (!l->succeeded) continue;
     n += (size_t)snprintf(types + n, sizeof types - n,
                           ",\"%s\":{\"requests\":" CLI_N ",\"mean_us\":" CLI_N
                           ",\"max_us\":" CLI_N "}",
-                          type->name, l->requests,
-                          l->total_ns / l->requests / 1000, l->max_ns / 1000);
+                          type->name, l->succeeded,
+                          l->total_ns / l->succeeded / 1000, l->max_ns / 1000);
     assert(n < sizeof types);
   }
   os_unlock(&cli.server->lock);
@@ -13077,7 +13010,7 @@ static void cli_help(void) {
        "file:PATH (a file whatever its name looks like), STORE::VOLUME,\n"
        "STORE::VOLUME@SNAPSHOT or, for a whole store, STORE::.\n"
        "With CMD: serves while CMD runs; {} in an ARG becomes the URI.\n");
-  for (int id = OPT_NONE + 1; id < OPT_COUNT; id++)
+  for (int id = 0; id < OPT_COUNT; id++)
     cli_help_option(id);
   cli_help_verbs();
   puts("\nNumbers take K, M, G, T, P and E (powers of 1024).  Once it\n"

@@ -8279,6 +8279,8 @@ testRefusedValuesAreToldWhatIsAllowed() {
 --ready-fd 2 from 3 to 2147483647$
 --block-size 1:2 not as in .* MIN:PREFERRED:MAX
 --cache maybe not one of: writeback writethrough unsafe$
+--cache unsafe,writeback not as in --cache MODE:
+--sandbox off:auto not as in --sandbox MODE:
 --sandbox 1 not one of: auto off require$
 --without flush,x flush fua trim zero df multi-conn .* extended
 --fault read:EX:1 not one of: EPERM .* ESHUTDOWN$

@@ -6217,30 +6217,6 @@ static void cas_unref(struct nbdserve_cas *st, struct cas_node *node) {
   cas_yield(st);
 }
 
-/* Gives copy, a new node, what node has below it; NULL: nothing, that is,
- * zeroes.  Everything below gains an edge (C13).  A node that is lost is its
- * own kid, as often as there is room. */
-static int cas_copy_below(struct nbdserve_cas *st, struct cas_node *node,
-                          struct cas_node *copy) {
-  int is_lost = node && node->slot == CAS_LOST;
-  uint32_t n = is_lost ? st->fanout : 0;
-  int err = 0;
-  assert(copy->refs == 1 && !copy->slot && !copy->nkids);
-  if (copy->level) {
-    if (node && !is_lost) n = node->nkids;
-    if (n) err = cas_enlarge(&copy->kid, &copy->nkids, n - 1);
-    for (uint32_t c = 0; c < n && !err; c++)
-      cas_share(&copy->kid[c], cas_kid(node, c));
-    return err;
-  }
-  err = cas_make_leaf(st, copy, NULL, is_lost ? CAS_LOST : 0);
-  if (err || !node || is_lost) return err;
-  assert(node->slots);
-  for (uint32_t c = 0; c < st->fanout; c++)
-    cas_hold(st, copy->slots[c] = node->slots[c]);
-  return 0;
-}
-
 /* Makes a node, which is to change, dirty, and puts its slots into a list. */
 static void cas_make_dirty(struct nbdserve_cas *st, struct cas_node *node,
                            uint32_t *list) {
@@ -6250,24 +6226,38 @@ static void cas_make_dirty(struct nbdserve_cas *st, struct cas_node *node,
 }
 
 /* Makes the node at *p, which is to change, or to be there, its parent's own
- * and dirty.  A leaf that is shared has to be in memory. */
+ * and dirty.  Of a node that others have, too, a copy gets what is below it,
+ * and all of that gains an edge (C13).  Where there is none, zeroes are below
+ * the new one.  A leaf that is shared has to be in memory.  What is lost is its
+ * own kid, as often as there is room (cas_kid), and the slots of a leaf. */
 static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
                    uint32_t index) {
   struct cas_node *node = *p;
+  int is_lost = node && node->slot == CAS_LOST;
+  int err = 0;
   assert(!st->is_ending);
-  assert(!node || node->slot == CAS_LOST ||
-         (node->level == level && node->index == index));
-  if (node && node->refs == 1 && node->slot != CAS_LOST) {
+  assert(!node || is_lost || (node->level == level && node->index == index));
+  if (node && node->refs == 1 && !is_lost) {
     cas_make_dirty(st, node, &st->retired);
     return 0;
   }
+  assert(!node || level < CAS_LEVELS); /* the catalog is not shared */
   struct cas_node *copy = cas_new_node(level, index, 0);
   if (!copy) return -ENOMEM;
-  assert(!node || level < CAS_LEVELS); /* the catalog is not shared */
   st->ndirty++;
-  int err = cas_copy_below(st, node, copy);
+  for (uint32_t c = 0; level > 0 && c < st->fanout && !err; c++) {
+    struct cas_node *kid = cas_kid(node, c);
+    if (kid) err = cas_enlarge(&copy->kid, &copy->nkids, c);
+    if (kid && !err) cas_share(&copy->kid[c], kid);
+  }
+  if (!level) err = cas_make_leaf(st, copy, NULL, is_lost ? CAS_LOST : 0);
+  assert(level || !node || is_lost || node->slots);
+  if (copy->slots && node && node->slots)
+    memcpy(copy->slots, node->slots, st->fanout * sizeof *copy->slots);
+  for (uint32_t c = 0; copy->slots && c < st->fanout; c++)
+    cas_hold(st, copy->slots[c]);
   if (err) {
-    cas_unref(st, copy);
+    cas_unref(st, copy); /* with the edges that it has got so far */
     return err;
   }
   if (node && --node->refs == 0) NBDSERVE_FREE(node); /* it was lost */
@@ -6275,34 +6265,35 @@ static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
   return 0;
 }
 
-/* Goes on from a node, which is its parent's own, to the kid with an index in
- * its level, and makes that own and dirty. */
-static int cas_own_kid(struct nbdserve_cas *st, struct cas_node ***p,
-                       uint64_t index) {
-  struct cas_node *node = **p;
-  uint32_t c = (uint32_t)(index % st->fanout);
-  assert(node->level && node->refs == 1 && !node->slot);
-  int err = cas_enlarge(&node->kid, &node->nkids, c);
-  if (err) return err;
-  *p = &node->kid[c];
-  return cas_own(st, *p, node->level - 1, (uint32_t)index);
+/* Makes all nodes on the way from a root, which is at *p, down to the one with
+ * an index in a level own and dirty; what is not there yet is made.  *out: that
+ * node.  After an error those above it may be dirty, which does no harm. */
+static int cas_own_path(struct nbdserve_cas *st, struct cas_node **p, int level,
+                        uint64_t index, struct cas_node **out) {
+  struct cas_node *up = NULL;
+  if (level != CAS_TOP && level != CAS_LEVELS - 1) { /* it is no root */
+    uint32_t c = (uint32_t)(index % st->fanout);
+    int err = cas_own_path(st, p, level + 1, index / st->fanout, &up);
+    if (!err) err = cas_enlarge(&up->kid, &up->nkids, c);
+    if (err) return err;
+    assert(up->refs == 1 && !up->slot);
+    p = &up->kid[c];
+  }
+  int err = cas_own(st, p, level, (uint32_t)index);
+  assert(err || level < CAS_LEVELS || !*out || *out == *p); /* it stays there */
+  if (!err) *out = *p;
+  return err;
 }
 
 /* Makes all nodes own and dirty from the catalog's root down to the page with
- * the record in a place, which is returned in *page; what is not there yet is
- * made. */
+ * the record in a place, which is returned in *page, and has room for the maps
+ * of all its records. */
 static int cas_own_record(struct nbdserve_cas *st, uint32_t place,
                           struct cas_node **page) {
-  struct cas_node **p = &st->catalog;
   uint32_t index = place / st->per_page;
-  int err = cas_own(st, p, CAS_TOP, 0);
-  if (!err) err = cas_own_kid(st, &p, index / st->fanout);
-  if (!err) err = cas_own_kid(st, &p, index);
-  if (!err && !(*p)->nkids)
-    err = cas_enlarge(&(*p)->kid, &(*p)->nkids, 2 * st->per_page - 1);
-  assert(err || !*page || *page == *p);
-  if (!err) *page = *p;
-  return err;
+  int err = cas_own_path(st, &st->catalog, CAS_LEVELS, index, page);
+  if (err) return err;
+  return cas_enlarge(&(*page)->kid, &(*page)->nkids, 2 * st->per_page - 1);
 }
 
 /* Makes all nodes on the way to a block of a volume own and dirty, and returns
@@ -6310,14 +6301,9 @@ static int cas_own_record(struct nbdserve_cas *st, uint32_t place,
 static int cas_own_leaf(struct cas_volume *vol, uint64_t block,
                         struct cas_node **leaf) {
   struct nbdserve_cas *st = vol->st;
-  struct cas_node **p = cas_root(vol);
-  uint64_t size = st->max_blocks / st->fanout; /* below a kid of *p */
   int err = cas_own_record(st, vol->place, &vol->page);
-  if (!err) err = cas_own(st, p, CAS_LEVELS - 1, 0);
-  for (; !err && (*p)->level > 0; size /= st->fanout)
-    err = cas_own_kid(st, &p, block / size);
-  *leaf = *p;
-  return err;
+  if (err) return err;
+  return cas_own_path(st, cas_root(vol), 0, block / st->fanout, leaf);
 }
 
 /* ---- Volumes and their names ------------------------------------------------

@@ -5625,13 +5625,16 @@ static void cas_hold(struct nbdserve_cas *st, uint32_t slot) {
 }
 
 /* One hold less.  After the last one the slot goes to a list that becomes free
- * later.  While the log is replayed it may yet come back: see cas_recover. */
+ * later; that of a page with its twin, which has the one hold of the pair.
+ * While the log is replayed a slot may yet come back: see cas_recover. */
 static void cas_drop(struct nbdserve_cas *st, uint32_t slot, uint32_t *list) {
   if (!slot || slot == CAS_LOST || st->is_ending) return;
   int32_t *refs = &CAS_AT(st, slot, refs);
   assert(*refs > 0);
   if (--*refs > 0) return;
   int is_page = CAS_AT(st, slot, tag) == TAG_PAGE;
+  int has_twin = is_page && slot % CAS_SEGMENT < CAS_TWIN;
+  assert(!is_page || list != &st->dropped);
   if (is_page) cas_segment(st, slot)->npages--;
   cas_unindex(st, slot);
   if (is_page) CAS_AT(st, slot, tag) = TAG_RETIRED;
@@ -5640,6 +5643,7 @@ static void cas_drop(struct nbdserve_cas *st, uint32_t slot, uint32_t *list) {
   CAS_AT(st, slot, link) = *list;
   *list = slot;
   st->nwaiting++;
+  if (has_twin) cas_drop(st, slot + CAS_TWIN, list);
 }
 
 /* May a slot hold a block?  Pages are none, nor is what was one until it is
@@ -5647,15 +5651,6 @@ static void cas_drop(struct nbdserve_cas *st, uint32_t slot, uint32_t *list) {
 static int cas_may_be_block(struct nbdserve_cas *st, uint32_t slot) {
   return slot < st->nslots && CAS_AT(st, slot, tag) != TAG_PAGE &&
          CAS_AT(st, slot, tag) != TAG_RETIRED;
-}
-
-/* Drops both slots of a page. */
-static void cas_drop_pair(struct nbdserve_cas *st, uint32_t slot,
-                          uint32_t *list) {
-  if (!slot || slot == CAS_LOST) return;
-  assert(slot % CAS_SEGMENT < CAS_TWIN);
-  cas_drop(st, slot, list);
-  cas_drop(st, slot + CAS_TWIN, list);
 }
 
 /* Frees a list of slots that nothing durable names any more; a long one in
@@ -5743,7 +5738,7 @@ static int cas_take_slot(struct nbdserve_cas *st, uint32_t *slot) {
   return 0;
 }
 
-/* Takes a pair of slots for a page. */
+/* Takes a pair of slots for a page, of which the first one gets the holds. */
 static void cas_hold_pair(struct nbdserve_cas *st, uint32_t slot) {
   assert(slot && slot % CAS_SEGMENT < CAS_TWIN);
   for (int i = 0; i < 2; i++, slot += CAS_TWIN) {
@@ -6167,11 +6162,10 @@ static int cas_read_leaf(struct nbdserve_cas *st, const struct cas_node *leaf,
   assert(slot && slot != CAS_LOST && CAS_AT(st, slot, tag) == TAG_PAGE);
   if (!*page) return -ENOMEM;
   cas_hold(st, slot); /* so that the pair is not taken meanwhile */
-  cas_hold(st, slot + CAS_TWIN);
   cas_unlock(st);
   int err = cas_read_page(st, slot, head, *page);
   os_lock(&st->lock);
-  cas_drop_pair(st, slot, &st->retired);
+  cas_drop(st, slot, &st->retired);
   return err ? -EIO : 0;
 }
 
@@ -6211,7 +6205,7 @@ static void cas_unref(struct nbdserve_cas *st, struct cas_node *node) {
     cas_drop(st, node->slots[c], &st->retired);
   cas_forget_leaf(st, node);
   if (!node->slot) st->ndirty--;
-  cas_drop_pair(st, node->slot, &st->retired);
+  cas_drop(st, node->slot, &st->retired);
   NBDSERVE_FREE(node->kid);
   NBDSERVE_FREE(node);
   cas_yield(st);
@@ -6221,7 +6215,7 @@ static void cas_unref(struct nbdserve_cas *st, struct cas_node *node) {
 static void cas_make_dirty(struct nbdserve_cas *st, struct cas_node *node,
                            uint32_t *list) {
   if (node->slot) st->ndirty++;
-  cas_drop_pair(st, node->slot, list);
+  cas_drop(st, node->slot, list);
   node->slot = 0;
 }
 
@@ -7805,7 +7799,7 @@ static int cas_load_page(struct nbdserve_cas *st, struct cas_node *node) {
     loader->nlost++;
   else
     loader->nunreadable++;
-  cas_drop_pair(st, node->slot, &st->retired);
+  cas_drop(st, node->slot, &st->retired);
   node->slot = is_map ? CAS_LOST : 0;
   if (!is_map) st->ndirty++;
   return 0;

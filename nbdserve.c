@@ -5158,8 +5158,7 @@ struct nbdserve_cas {
   unsigned char page[CAS_PAGE];       /* the log page that is being filled */
   uint32_t nlog;                      /* entries in it */
   uint32_t nwritten;                  /* of them are in the file, too */
-  uint32_t nmixed;                    /* blocks of 64 bytes in: */
-  uint32_t mixed[2][SHA_STATE_WORDS]; /* see cas_log_sum */
+  uint32_t mixed[2][SHA_STATE_WORDS]; /* nwritten of them: see cas_log_sum */
   uint64_t seq;                       /* number of that page */
   uint64_t durable; /* pages before that number are durable (C4) */
   uint64_t marked;  /* what the log says about that (C22) */
@@ -5255,27 +5254,30 @@ static void cas_fail(struct nbdserve_cas *st, int err) {
 
 /* Computes the sum of a log page with so many entries: the SHA-256 of these,
  * with zeroes up to a multiple of 64 bytes, of its head, and of the store's id.
- * mixed: the state after the first *nmixed blocks of 64 bytes; it goes on to
- * the last block that later entries do not change, so an entry costs two blocks
- * of SHA-256 and not all of its page. */
+ * mixed: the state after the whole blocks of 64 bytes which the first `had`
+ * entries fill, and then after those which all of them fill: later entries do
+ * not change these, so an entry costs two blocks of SHA-256 and not all of its
+ * page.  With `had` 0 it need not be set. */
 static void cas_log_sum(const struct nbdserve_cas *st, const unsigned char *p,
-                        uint32_t count, uint32_t mixed[2][SHA_STATE_WORDS],
-                        uint32_t *nmixed, unsigned char sum[CAS_DIGEST_LEN]) {
+                        uint32_t had, uint32_t count,
+                        uint32_t mixed[2][SHA_STATE_WORDS],
+                        unsigned char sum[CAS_DIGEST_LEN]) {
+  uint32_t from = had * CAS_ENTRY / SHA_BLOCK_LEN;
   uint32_t whole = count * CAS_ENTRY / SHA_BLOCK_LEN;
   uint32_t rest = count * CAS_ENTRY % SHA_BLOCK_LEN;
-  uint32_t nblocks = whole + (rest > 0);
-  unsigned char tail[SHA_BLOCK_LEN] = {0};
-  unsigned char end[CAS_HEAD + sizeof st->super.id];
+  uint32_t pad = rest ? SHA_BLOCK_LEN : 0; /* bytes of the last block, if any */
+  unsigned char tail[SHA_BLOCK_LEN + CAS_HEAD + sizeof st->super.id] = {0};
   uint32_t state[2][SHA_STATE_WORDS];
-  assert(*nmixed <= whole && count <= CAS_ENTRIES);
-  sha_mix(st->hw, mixed, p + *nmixed * SHA_BLOCK_LEN, NULL, whole - *nmixed);
-  *nmixed = whole;
+  assert(had <= count && count <= CAS_ENTRIES);
+  if (!had) sha_begin(mixed);
+  sha_mix(st->hw, mixed, p + from * SHA_BLOCK_LEN, NULL, whole - from);
   memcpy(state, mixed, sizeof state);
   memcpy(tail, p + whole * SHA_BLOCK_LEN, rest);
-  sha_mix(st->hw, state, tail, NULL, nblocks - whole);
-  memcpy(end, p + CAS_LOG_HEAD, CAS_HEAD);
-  memcpy(end + CAS_HEAD, st->super.id, sizeof st->super.id);
-  sha_end(st->hw, state, end, nblocks * SHA_BLOCK_LEN + sizeof end, sum);
+  memcpy(tail + pad, p + CAS_LOG_HEAD, CAS_HEAD);
+  memcpy(tail + pad + CAS_HEAD, st->super.id, sizeof st->super.id);
+  sha_mix(st->hw, state, tail, NULL, pad / SHA_BLOCK_LEN);
+  sha_end(st->hw, state, tail + pad,
+          whole * SHA_BLOCK_LEN + pad + CAS_HEAD + sizeof st->super.id, sum);
 }
 
 /* Writes the log page that is being filled, at its place.  A torn write loses
@@ -5291,7 +5293,7 @@ static void cas_log_write(struct nbdserve_cas *st) {
   assert(st->durable <= st->seq && st->marked <= st->durable);
   assert(st->seq - st->super.replay < st->super.log_pages);
   cas_encode(cas_log_sizes, &head, p + CAS_LOG_HEAD);
-  cas_log_sum(st, p, st->nlog, st->mixed, &st->nmixed, p + CAS_LOG_SUM);
+  cas_log_sum(st, p, st->nwritten, st->nlog, st->mixed, p + CAS_LOG_SUM);
   cas_fail(st, cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, st->seq)));
   st->nwritten = st->nlog;
   st->marked = st->durable;
@@ -5333,8 +5335,7 @@ static void cas_log_close(struct nbdserve_cas *st) {
   if (st->nwritten < st->nlog) cas_log_write(st);
   assert(st->failed || st->nwritten == st->nlog);
   memset(st->page, 0, CAS_PAGE);
-  st->nlog = st->nwritten = st->nmixed = 0;
-  sha_begin(st->mixed);
+  st->nlog = st->nwritten = 0;
   st->seq++;
 }
 
@@ -7866,7 +7867,6 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq,
   uint64_t off = cas_log_off(st, seq);
   uint32_t mixed[2][SHA_STATE_WORDS];
   unsigned char sum[CAS_DIGEST_LEN];
-  uint32_t nmixed = 0;
   assert(off + CAS_PAGE <= st->end); /* cas_open_super found slots behind it */
   if (cas_io(st, OS_READ, p, CAS_PAGE, off)) {
     st->log_unread = 1;
@@ -7879,8 +7879,7 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq,
   if (head->seq > st->loader->newest && head->seq < CAS_MAX_SEQ)
     st->loader->newest = head->seq;
   if (head->seq != seq) return 0;
-  sha_begin(mixed);
-  cas_log_sum(st, p, (uint32_t)head->count, mixed, &nmixed, sum);
+  cas_log_sum(st, p, 0, (uint32_t)head->count, mixed, sum);
   return memcmp(sum, p + CAS_LOG_SUM, sizeof sum) == 0;
 }
 
@@ -8137,7 +8136,6 @@ static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
                (st->hw && !(flags & NBDSERVE_CAS_NO_VERIFY));
   st->cache = (uint64_t)(o && o->cache_mib ? o->cache_mib : CAS_CACHE_MIB)
               << 20;
-  sha_begin(st->mixed);
   os_monitor_init(&st->ckpt);
   os_monitor_init(&st->lock);
   return st;

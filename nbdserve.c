@@ -5436,8 +5436,7 @@ static void cas_split_buckets(struct nbdserve_cas *st, uint32_t from) {
   }
 }
 
-/* Adds what is free in a segment to the totals (1), or takes it off (-1): what
- * changes a segment does so between these two. */
+/* Adds what is free in a segment to the totals (1), or takes it off (-1). */
 static void cas_count(struct nbdserve_cas *st, const struct cas_segment *seg,
                       int sign) {
   uint32_t times = (uint32_t)sign; /* unsigned: it wraps, and wraps back */
@@ -5449,34 +5448,32 @@ static void cas_count(struct nbdserve_cas *st, const struct cas_segment *seg,
     st->npending += times * seg->npairs;
 }
 
-/* Counts a slot, whose refs are 0, as free or as taken. */
-static void cas_set_free(struct nbdserve_cas *st, uint32_t slot, int is_free) {
+/* Sets what is known of the space of a segment, and counts so many more slots
+ * and pairs in it as free; fewer, if that is below 0. */
+static void cas_set_segment(struct nbdserve_cas *st, uint32_t slot,
+                            enum cas_space space, int nslots, int npairs) {
   struct cas_segment *seg = cas_segment(st, slot);
-  int is_pair = CAS_AT(st, slot ^ CAS_TWIN, refs) == 0;
-  int by = is_free ? 1 : -1;
-  assert(CAS_AT(st, slot, refs) == 0);
   cas_count(st, seg, -1);
-  seg->nfree = (uint16_t)(seg->nfree + by);
-  if (is_pair) seg->npairs = (uint16_t)(seg->npairs + by);
+  seg->space = (unsigned char)space;
+  seg->nfree = (uint16_t)(seg->nfree + nslots);
+  seg->npairs = (uint16_t)(seg->npairs + npairs);
   cas_count(st, seg, 1);
   assert(seg->nfree <= CAS_SEGMENT && 2 * seg->npairs <= seg->nfree);
 }
 
-/* Sets what is known of the space of a segment. */
-static void cas_set_space(struct nbdserve_cas *st, uint32_t slot,
-                          enum cas_space space) {
-  struct cas_segment *seg = cas_segment(st, slot);
-  assert(slot < st->nslots);
-  cas_count(st, seg, -1);
-  seg->space = (unsigned char)space;
-  cas_count(st, seg, 1);
+/* Counts a slot, whose refs are 0, as free (1) or as taken (-1). */
+static void cas_set_free(struct nbdserve_cas *st, uint32_t slot, int by) {
+  int npairs = CAS_AT(st, slot ^ CAS_TWIN, refs) == 0 ? by : 0;
+  assert(CAS_AT(st, slot, refs) == 0);
+  cas_set_segment(st, slot, cas_segment(st, slot)->space, by, npairs);
 }
 
 /* Changes what is known of the space of all segments of which `from` is. */
 static void cas_change_space(struct nbdserve_cas *st, enum cas_space from,
                              enum cas_space to) {
   for (uint32_t slot = 0; slot < st->nslots; slot += CAS_SEGMENT)
-    if (cas_segment(st, slot)->space == from) cas_set_space(st, slot, to);
+    if (cas_segment(st, slot)->space == from)
+      cas_set_segment(st, slot, to, 0, 0);
 }
 
 /* Something is free: where there was no space there may be some now. */
@@ -5495,12 +5492,9 @@ static int cas_extend(struct nbdserve_cas *st, uint32_t slot) {
       st->ngroups++;
       cas_split_buckets(st, st->nslots);
     }
-    struct cas_segment *seg = cas_segment(st, st->nslots);
-    seg->nfree = CAS_SEGMENT;
-    seg->npairs = CAS_TWIN;
-    cas_count(st, seg, 1);
+    cas_set_segment(st, st->nslots, SPACE_UNKNOWN, CAS_SEGMENT, CAS_TWIN);
     if (st->nslots > 0) continue;
-    cas_set_free(st, 0, 0);
+    cas_set_free(st, 0, -1);
     CAS_AT(st, 0, refs) = 1; /* that number means zeroes */
   }
   return 0;
@@ -5548,22 +5542,21 @@ static int cas_given_back(struct nbdserve_cas *st, uint32_t first) {
   return n;
 }
 
-/* Segments that were given back and have durable space again are like any
- * others: their digests say so from the next sync on, and until then pairs in
- * them do not count. */
-static void cas_clear_given(struct nbdserve_cas *st) {
+/* After a sync: the space of segments that it covers is durable.  Those that
+ * were given back before are like any others then: but their digests say so
+ * from the next sync on only, and until then pairs in them do not count. */
+static void cas_space_is_durable(struct nbdserve_cas *st) {
   unsigned char zeroes[CAS_DIGEST_LEN] = {0};
   for (uint32_t first = 0; first < st->nslots; first += CAS_SEGMENT) {
     struct cas_segment *seg = cas_segment(st, first);
-    int is_syncing = seg->space == SPACE_SYNCING;
-    if (!seg->is_given || (!is_syncing && seg->space != SPACE_DURABLE))
-      continue;
-    for (uint32_t x = first; x < first + CAS_SEGMENT; x++)
+    enum cas_space space = seg->is_given ? SPACE_WRITTEN : SPACE_DURABLE;
+    if (seg->space != SPACE_SYNCING && seg->space != SPACE_DURABLE) continue;
+    for (uint32_t x = first; seg->is_given && x < first + CAS_SEGMENT; x++)
       if (!CAS_AT(st, x, refs))
         (void)!cas_io(st, OS_WRITE, zeroes, sizeof zeroes,
                       cas_digest_off(st, x));
     seg->is_given = 0;
-    if (is_syncing) cas_set_space(st, first, SPACE_WRITTEN);
+    if (seg->space == SPACE_SYNCING) cas_set_segment(st, first, space, 0, 0);
   }
 }
 
@@ -5591,7 +5584,7 @@ static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
     err = cas_write_zeroes(st, first, off, end);
   enum cas_space space = is_durable ? SPACE_DURABLE : SPACE_WRITTEN;
   if (!err) err = cas_extend(st, first);
-  if (!err) cas_set_space(st, first, space);
+  if (!err) cas_set_segment(st, first, space, 0, 0);
   if (!err && ngiven) cas_segment(st, first)->is_given = 1;
   return err;
 }
@@ -5621,7 +5614,7 @@ static void cas_hold(struct nbdserve_cas *st, uint32_t slot) {
   if (!slot || slot == CAS_LOST) return;
   int32_t *refs = &CAS_AT(st, slot, refs);
   assert(*refs >= CAS_PENDING && *refs < INT32_MAX);
-  if (*refs == 0) cas_set_free(st, slot, 0);
+  if (*refs == 0) cas_set_free(st, slot, -1);
   *refs = *refs == CAS_PENDING ? 1 : *refs + 1;
 }
 
@@ -5787,10 +5780,7 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
     assert(st->durable <= seq && mine <= seq);
     st->durable = seq;          /* (C4) */
     cas_free_list(st, dropped); /* (C5) */
-    if (st->npending) {
-      cas_clear_given(st);
-      cas_change_space(st, SPACE_SYNCING, SPACE_DURABLE);
-    }
+    if (st->npending) cas_space_is_durable(st);
     if (dropped) cas_space_came(st);
   }
   st->syncing = 0;
@@ -5881,7 +5871,7 @@ static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
   assert(err && slot < st->nslots);
   os_lock(&st->lock);
   if (cas_segment(st, slot)->space != SPACE_BUSY)
-    cas_set_space(st, slot, space);
+    cas_set_segment(st, slot, space, 0, 0);
   cas_unlock(st);
 }
 
@@ -8010,7 +8000,7 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
       was == SPACE_SYNCING || was == SPACE_BUSY ||
       (was == SPACE_DURABLE && st->npairs < kept + seg->npairs))
     return 0;
-  cas_set_space(st, first, SPACE_BUSY);
+  cas_set_segment(st, first, SPACE_BUSY, 0, 0);
   for (uint32_t i = 0; i < CAS_SEGMENT; i++)
     is_free[i] = !CAS_AT(st, first + i, refs);
   cas_unlock(st);
@@ -8031,7 +8021,7 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
   }
   os_lock(&st->lock);
   assert(seg->space == SPACE_BUSY);
-  cas_set_space(st, first, was == SPACE_DURABLE ? SPACE_UNKNOWN : was);
+  cas_set_segment(st, first, was == SPACE_DURABLE ? SPACE_UNKNOWN : was, 0, 0);
   st->back_cursor = (uint32_t)u_min(st->back_cursor, first);
   return err;
 }

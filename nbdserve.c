@@ -4966,8 +4966,8 @@ static int cas_sum_page(int hw, unsigned char *p, size_t len,
 /* How much is done at a time, and what is kept free */
 enum {
   CAS_FILL = 128,     /* digests read in one call to fill the index */
-  CAS_BATCH = 256,    /* blocks that go through a request's steps together */
-  CAS_RUN = 256,      /* pieces in one call of os_transfer */
+  CAS_BATCH = 256,    /* blocks that go through a request's steps together, and
+                         pieces in one call of os_transfer */
   CAS_PORTION = 64,   /* pages that a checkpoint copies under one lock, leaves
                          that eviction looks at, places that a log tries */
   CAS_CANDIDATES = 2, /* slots of the index that a block is compared with */
@@ -5827,25 +5827,16 @@ struct cas_block {
   unsigned char digest[CAS_DIGEST_LEN]; /* what stands in the digest area */
 };
 
-/* How many blocks from blk on lie in a row, and have `what` to do. */
-static size_t cas_run_length(const struct cas_block *blk, size_t n, int what) {
-  size_t k = 0;
-  while (k < n && k < CAS_RUN && blk[k].todo & what && !blk[k].err &&
-         (!k || (blk[k].slot % CAS_SLOTS && blk[k].slot == blk->slot + k)))
-    k++;
-  return k;
-}
-
 #define CAS_ANNOUNCE (-1) /* says what will be read, instead of moving it */
 
 /* Moves the data or the digests of k blocks that lie in a row.  how: OS_WRITE,
  * OS_READ, CAS_ANNOUNCE or, where that is known, OS_READ_NOW. */
 static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
                         size_t k, int what, int how) {
-  struct iovec v[CAS_RUN];
+  struct iovec v[CAS_BATCH];
   uint64_t off = what == CAS_DATA ? cas_data_off(st, blk->slot)
                                   : cas_digest_off(st, blk->slot);
-  assert(k > 0 && k <= CAS_RUN);
+  assert(k > 0 && k <= CAS_BATCH);
   assert(!(how == OS_WRITE && st->readonly));
   for (size_t i = 0; i < k; i++) {
     unsigned char *digest = how == OS_WRITE ? blk[i].sum : blk[i].digest;
@@ -5875,16 +5866,20 @@ static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
   cas_unlock(st);
 }
 
-/* Moves what there is to do of `what`, in few calls.  What fails together is
- * tried again one by one, so only that fails which must.  how: OS_WRITE;
- * OS_READ: at the first piece that is not in memory all the rest is announced,
- * so that the medium brings it together; or OS_READ_NOW: what is not in memory
- * gets -EAGAIN, where that can be told.  (locks) */
+/* Moves what there is to do of `what`, in few calls: k blocks that lie in a row
+ * at a time.  What fails together is tried again one by one, so only that fails
+ * which must.  how: OS_WRITE; OS_READ: at the first piece that is not in memory
+ * all the rest is announced, so that the medium brings it together; or
+ * OS_READ_NOW: what is not in memory gets -EAGAIN, where that can be told.
+ * (locks) */
 static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
                      int what, int how) {
   int now = how == OS_READ && n > 1 ? OS_READ_NOW : how;
   for (size_t k; n > 0; blk += k, n -= k) {
-    k = cas_run_length(blk, n, what);
+    for (k = 0; k < n && k < CAS_BATCH; k++)
+      if (!(blk[k].todo & what) || blk[k].err ||
+          (k && (blk[k].slot % CAS_SLOTS == 0 || blk[k].slot != blk->slot + k)))
+        break;
     int err = k ? cas_move_run(st, blk, k, what, now) : 0;
     if (err && now != how) {
       now = how;
@@ -5898,7 +5893,7 @@ static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
       *(is_only_digest ? &blk[i].digest_err : &blk[i].err) = alone;
       if (alone && how == OS_WRITE) cas_pass_over(st, blk[i].slot, alone);
     }
-    if (!k) k = 1;
+    if (!k) k = 1; /* there is nothing to do of the first one */
   }
 }
 
@@ -5977,18 +5972,16 @@ static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
                          struct cas_head head, unsigned char *p) {
   struct cas_block copy[2] = {
       {.slot = slot, .data = p, .todo = CAS_BOTH},
-      {.slot = slot + CAS_TWIN, .data = p + st->bs, .todo = CAS_DIGEST}};
+      {.slot = slot + CAS_TWIN, .data = p + st->bs, .todo = CAS_BOTH}};
   uint64_t number[2] = {0, 0};
-  int rank[2];
+  int rank[2] = {0, 0};
   assert(slot % CAS_SEGMENT < CAS_TWIN);
-  cas_move(st, copy, 1, CAS_DATA, OS_READ);
-  cas_move(st, copy, 2, CAS_DIGEST, OS_READ);
-  rank[0] = cas_rank_copy(st, copy, 0, &head, number);
-  if (rank[0] == 3 && head.magic) return 0;
-  copy[1].todo = CAS_DATA;
-  cas_move(st, copy + 1, 1, CAS_DATA, OS_READ);
-  rank[1] = cas_rank_copy(st, copy, 1, &head, number + 1);
-  if (rank[0] == 3 && rank[1] == 3) return 0;
+  for (int i = 0; i < 2; i++) {
+    cas_move(st, copy + i, 1, CAS_DATA, OS_READ);
+    if (i == 0) cas_move(st, copy, 2, CAS_DIGEST, OS_READ);
+    rank[i] = cas_rank_copy(st, copy, i, &head, number + i);
+    if (rank[0] == 3 && (head.magic || rank[1] == 3)) return 0;
+  }
   if (rank[0] + rank[1] < 2)
     return copy[0].err || copy[1].err ? -EIO : -EUCLEAN;
   int i = rank[1] > rank[0] || (rank[1] == rank[0] && number[1] > number[0]);
@@ -5997,7 +5990,6 @@ static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
   copy[!i] = copy[i];
   copy[0].slot = slot;
   copy[1].slot = slot + CAS_TWIN;
-  copy[0].todo = copy[1].todo = CAS_BOTH;
   if (!st->readonly) cas_move_both(st, copy, 2, OS_WRITE);
   return 0;
 }

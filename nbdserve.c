@@ -5339,18 +5339,17 @@ static void cas_log_close(struct nbdserve_cas *st) {
   st->seq++;
 }
 
-/* Logs that a block of a volume is now in a slot or, with digest NULL, that
- * count of them are zeroes.  What is hidden is not logged: after a crash it is
- * not there. */
-static void cas_log(const struct cas_volume *vol, uint64_t block,
-                    uint64_t count, uint32_t slot,
-                    const unsigned char *digest) {
+/* Logs that a block of a volume is now in a slot, whose data has that digest;
+ * or, with slot 0, that n of them from it on are zeroes.  What is hidden is not
+ * logged: after a crash it is not there. */
+static void cas_log(const struct cas_volume *vol, uint64_t block, uint64_t n,
+                    uint32_t slot, const unsigned char *digest) {
   struct nbdserve_cas *st = vol->st;
   struct cas_entry entry = {.volume = vol->id, .slot = slot, .block = block};
   if (st->is_replaying || (!vol->now.id && !vol->is_staged)) return;
-  assert(!slot == !digest && slot != CAS_LOST && st->nlog < CAS_ENTRIES);
-  u_put64(entry.digest, count);
-  if (digest) memcpy(entry.digest, digest, CAS_DIGEST_LEN);
+  assert(slot != CAS_LOST && st->nlog < CAS_ENTRIES && (digest || !slot));
+  u_put64(entry.digest, n);
+  if (slot) memcpy(entry.digest, digest, CAS_DIGEST_LEN);
   cas_encode(cas_entry_sizes, &entry, st->page + st->nlog * CAS_ENTRY);
   if (++st->nlog == CAS_ENTRIES) cas_log_close(st);
 }
@@ -5428,10 +5427,9 @@ static void cas_split_buckets(struct nbdserve_cas *st, uint32_t from) {
     uint32_t *p = &CAS_AT(st, b - st->mask - 1, bucket);
     uint32_t slot = *p;
     *p = 0;
-    while (slot) {
-      uint32_t next = CAS_AT(st, slot, link);
+    for (uint32_t next; slot; slot = next) {
+      next = CAS_AT(st, slot, link);
       cas_index(st, slot, CAS_AT(st, slot, tag));
-      slot = next;
     }
   }
 }
@@ -5448,10 +5446,10 @@ static void cas_count(struct nbdserve_cas *st, const struct cas_segment *seg,
     st->npending += times * seg->npairs;
 }
 
-/* Sets what is known of the space of a segment, and counts so many more slots
- * and pairs in it as free; fewer, if that is below 0. */
-static void cas_set_segment(struct nbdserve_cas *st, uint32_t slot,
-                            enum cas_space space, int nslots, int npairs) {
+/* Sets what is known of the space of a slot's segment, and counts so many more
+ * slots and pairs in it as free; fewer, if that is below 0. */
+static void cas_adjust(struct nbdserve_cas *st, uint32_t slot,
+                       enum cas_space space, int nslots, int npairs) {
   struct cas_segment *seg = cas_segment(st, slot);
   cas_count(st, seg, -1);
   seg->space = (unsigned char)space;
@@ -5465,15 +5463,14 @@ static void cas_set_segment(struct nbdserve_cas *st, uint32_t slot,
 static void cas_set_free(struct nbdserve_cas *st, uint32_t slot, int by) {
   int npairs = CAS_AT(st, slot ^ CAS_TWIN, refs) == 0 ? by : 0;
   assert(CAS_AT(st, slot, refs) == 0);
-  cas_set_segment(st, slot, cas_segment(st, slot)->space, by, npairs);
+  cas_adjust(st, slot, cas_segment(st, slot)->space, by, npairs);
 }
 
 /* Changes what is known of the space of all segments of which `from` is. */
 static void cas_change_space(struct nbdserve_cas *st, enum cas_space from,
                              enum cas_space to) {
   for (uint32_t slot = 0; slot < st->nslots; slot += CAS_SEGMENT)
-    if (cas_segment(st, slot)->space == from)
-      cas_set_segment(st, slot, to, 0, 0);
+    if (cas_segment(st, slot)->space == from) cas_adjust(st, slot, to, 0, 0);
 }
 
 /* Something is free: where there was no space there may be some now. */
@@ -5492,7 +5489,7 @@ static int cas_extend(struct nbdserve_cas *st, uint32_t slot) {
       st->ngroups++;
       cas_split_buckets(st, st->nslots);
     }
-    cas_set_segment(st, st->nslots, SPACE_UNKNOWN, CAS_SEGMENT, CAS_TWIN);
+    cas_adjust(st, st->nslots, SPACE_UNKNOWN, CAS_SEGMENT, CAS_TWIN);
     if (st->nslots > 0) continue;
     cas_set_free(st, 0, -1);
     CAS_AT(st, 0, refs) = 1; /* that number means zeroes */
@@ -5556,7 +5553,7 @@ static void cas_space_is_durable(struct nbdserve_cas *st) {
         (void)!cas_io(st, OS_WRITE, zeroes, sizeof zeroes,
                       cas_digest_off(st, x));
     seg->is_given = 0;
-    if (seg->space == SPACE_SYNCING) cas_set_segment(st, first, space, 0, 0);
+    if (seg->space == SPACE_SYNCING) cas_adjust(st, first, space, 0, 0);
   }
 }
 
@@ -5584,7 +5581,7 @@ static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
     err = cas_write_zeroes(st, first, off, end);
   enum cas_space space = is_durable ? SPACE_DURABLE : SPACE_WRITTEN;
   if (!err) err = cas_extend(st, first);
-  if (!err) cas_set_segment(st, first, space, 0, 0);
+  if (!err) cas_adjust(st, first, space, 0, 0);
   if (!err && ngiven) cas_segment(st, first)->is_given = 1;
   return err;
 }
@@ -5698,28 +5695,25 @@ static uint32_t cas_search(struct nbdserve_cas *st, uint32_t *cursor,
   return best;
 }
 
-/* Chooses the segment to take slots for data from: one with much room, or a new
- * one at the file's end while that has little to spare, else what there is. */
-static void cas_choose_segment(struct nbdserve_cas *st, enum cas_need need) {
-  int has_spare = st->nfree > (st->nslots - st->nfree) / 10 + CAS_SLACK;
-  uint32_t enough = has_spare ? CAS_SEGMENT / 4 : CAS_SEGMENT * 3 / 4;
-  uint32_t rating = cas_search(st, &st->data_cursor, need, enough);
-  if (need == NEED_SLOT && !has_spare && rating < enough &&
-      !cas_give_space(st, st->nslots))
-    st->data_cursor = st->nslots - CAS_SEGMENT;
-}
-
 /* Takes a free slot for data; *slot gets it, and the caller the hold.  Pairs
- * that pages may need are not taken apart for it: -ENOSPC. */
+ * that pages may need are not taken apart for it: -ENOSPC.  At the end of each
+ * segment it chooses the next one: one with much room, or a new one at the
+ * file's end while the store has little to spare, else what there is. */
 static int cas_take_slot(struct nbdserve_cas *st, uint32_t *slot) {
   uint32_t *cursor = &st->data_cursor;
   int loose = cas_want_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN + 1) != 0;
+  enum cas_need need = loose ? NEED_LOOSE : NEED_SLOT;
   if (st->failed) return st->failed;
   if (loose && st->nfree == 2 * st->npairs) cas_give_space(st, st->nslots);
   if (st->nfree == (loose ? 2 * st->npairs : 0)) return -ENOSPC;
   for (;; ++*cursor) {
-    if (*cursor % CAS_SEGMENT == 0)
-      cas_choose_segment(st, loose ? NEED_LOOSE : NEED_SLOT);
+    if (*cursor % CAS_SEGMENT == 0) {
+      int has_spare = st->nfree > (st->nslots - st->nfree) / 10 + CAS_SLACK;
+      uint32_t enough = has_spare ? CAS_SEGMENT / 4 : CAS_SEGMENT * 3 / 4;
+      int makes_do = cas_search(st, cursor, need, enough) < enough;
+      if (makes_do && !has_spare && !loose && !cas_give_space(st, st->nslots))
+        *cursor = st->nslots - CAS_SEGMENT;
+    }
     const struct cas_segment *seg = cas_segment(st, *cursor);
     if (CAS_AT(st, *cursor, refs) || seg->space > SPACE_DURABLE) continue;
     if (!loose || seg->space != SPACE_DURABLE ||
@@ -5862,7 +5856,7 @@ static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
   assert(err && slot < st->nslots);
   os_lock(&st->lock);
   if (cas_segment(st, slot)->space != SPACE_BUSY)
-    cas_set_segment(st, slot, space, 0, 0);
+    cas_adjust(st, slot, space, 0, 0);
   cas_unlock(st);
 }
 
@@ -6069,12 +6063,12 @@ static void cas_evict_leaf(struct nbdserve_cas *st) {
     if (st->nleaves * (uint64_t)st->bs < st->cache) break;
     struct cas_node *leaf = st->leaves[st->hand];
     assert(leaf->slots && leaf->at == st->hand);
-    if (!leaf->is_used && leaf->slot && !leaf->is_given) {
-      cas_forget_leaf(st, leaf); /* another one is in its place */
-      continue;
-    }
+    int goes = !leaf->is_used && leaf->slot && !leaf->is_given;
     leaf->is_used = 0;
-    st->hand++;
+    if (goes)
+      cas_forget_leaf(st, leaf); /* another one is in its place */
+    else
+      st->hand++;
   }
   if (st->hand >= st->nleaves) st->hand = 0; /* before one is added there */
 }
@@ -7132,7 +7126,7 @@ static int cas_commit_block(struct cas_volume *vol, struct cas_block *blk) {
   assert(spot.leaf->slots[blk->number % st->fanout] == spot.slot);
   cas_drop(st, spot.slot, &st->dropped);
   spot.leaf->slots[blk->number % st->fanout] = blk->slot;
-  cas_log(vol, blk->number, 1, blk->slot, blk->slot ? blk->sum : NULL);
+  cas_log(vol, blk->number, 1, blk->slot, blk->sum);
   blk->slot = 0;
   return 0;
 }
@@ -7992,7 +7986,7 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
       was == SPACE_SYNCING || was == SPACE_BUSY ||
       (was == SPACE_DURABLE && st->npairs < kept + seg->npairs))
     return 0;
-  cas_set_segment(st, first, SPACE_BUSY, 0, 0);
+  cas_adjust(st, first, SPACE_BUSY, 0, 0);
   for (uint32_t i = 0; i < CAS_SEGMENT; i++)
     is_free[i] = !CAS_AT(st, first + i, refs);
   cas_unlock(st);
@@ -8013,7 +8007,7 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
   }
   os_lock(&st->lock);
   assert(seg->space == SPACE_BUSY);
-  cas_set_segment(st, first, was == SPACE_DURABLE ? SPACE_UNKNOWN : was, 0, 0);
+  cas_adjust(st, first, was == SPACE_DURABLE ? SPACE_UNKNOWN : was, 0, 0);
   st->back_cursor = (uint32_t)u_min(st->back_cursor, first);
   return err;
 }

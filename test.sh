@@ -19315,7 +19315,7 @@ static void i_passed(void) {
   CHECK(cas_checkpoint(i_cas, NULL, UINT64_MAX) == 0); /* frees some, but: */
   CHECK(cas_segment(i_cas, slot)->space == SPACE_BROKEN);
   os_lock(&i_cas->lock); /* if the last one is broken, what comes is not */
-  cas_set_segment(i_cas, i_cas->nslots - 1, SPACE_BROKEN, 0, 0);
+  cas_adjust(i_cas, i_cas->nslots - 1, SPACE_BROKEN, 0, 0);
   CHECK(cas_give_space(i_cas, i_cas->nslots) == 0);
   CHECK(cas_segment(i_cas, i_cas->nslots - 1)->space == SPACE_WRITTEN);
   cas_unlock(i_cas);
@@ -19954,7 +19954,7 @@ static void i_kept(void) {
   npairs = i_cas->npairs - i_cas->ndirty;
   for (x = 0; x < i_cas->nslots && !err; x += CAS_SEGMENT)
     if (cas_segment(i_cas, x)->space == SPACE_UNKNOWN)
-      cas_set_segment(i_cas, x, SPACE_FULL, 0, 0); /* as who writes finds out */
+      cas_adjust(i_cas, x, SPACE_FULL, 0, 0); /* as who writes finds out */
   cas_unlock(i_cas);
   CHECK(npairs >= CAS_RESERVE_PAIRS + CAS_TWIN);
   for (i = 5 * I_LEAF; i < 5 * I_LEAF + 100; i++)

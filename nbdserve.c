@@ -5479,11 +5479,11 @@ static void cas_space_came(struct nbdserve_cas *st) {
   cas_change_space(st, SPACE_FULL, SPACE_UNKNOWN);
 }
 
-/* Counts segments in until there is a slot. */
+/* Counts segments in until there is a slot, which may be in the file. */
 static int cas_extend(struct nbdserve_cas *st, uint32_t slot) {
   for (; st->nslots <= slot; st->nslots += CAS_SEGMENT) {
     if (st->nslots == st->ngroups * CAS_SLOTS) {
-      if (st->ngroups == CAS_GROUPS) return -ENOSPC;
+      assert(st->ngroups < CAS_GROUPS);
       st->groups[st->ngroups] = u_zalloc(sizeof(struct cas_group));
       if (!st->groups[st->ngroups]) return -ENOMEM;
       st->ngroups++;
@@ -5495,21 +5495,6 @@ static int cas_extend(struct nbdserve_cas *st, uint32_t slot) {
     CAS_AT(st, 0, refs) = 1; /* that number means zeroes */
   }
   return 0;
-}
-
-/* Writes zeroes to a new segment, from off to end, or to the free slots of one
- * that is there: where the file system cannot allocate space, or refuses to as
- * it is full. */
-static int cas_write_zeroes(struct nbdserve_cas *st, uint32_t first,
-                            uint64_t off, uint64_t end) {
-  unsigned char *zeroes = u_zalloc(st->bs);
-  int err = zeroes ? 0 : -ENOMEM;
-  if (first < st->nslots) off = cas_data_off(st, first);
-  for (uint32_t slot = first; off < end && !err; off += st->bs, slot++)
-    if (first >= st->nslots || !CAS_AT(st, slot, refs))
-      err = cas_io(st, OS_WRITE, zeroes, st->bs, off);
-  NBDSERVE_FREE(zeroes);
-  return err;
 }
 
 /* Does the file have room for a slot? */
@@ -5563,27 +5548,39 @@ static void cas_space_is_durable(struct nbdserve_cas *st) {
  * but at once while the store is opened: what recovery needs was durable
  * before. */
 static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
-  uint64_t off = cas_data_off(st, first);
-  uint64_t end = off + (uint64_t)CAS_SEGMENT * st->bs;
+  int is_new = first == st->nslots;
   int is_durable = !st->is_open || st->is_device;
   int err = 0;
   assert(!st->readonly && first % CAS_SEGMENT == 0 && first <= st->nslots);
-  if (end > (st->is_device ? st->end : INT64_MAX)) return -ENOSPC;
+  if (first / CAS_SLOTS == CAS_GROUPS)
+    return -ENOSPC; /* it has all there are */
+  uint64_t off = cas_data_off(st, first);
+  uint64_t end = off + (uint64_t)CAS_SEGMENT * st->bs;
+  if (st->is_device && end > st->end) return -ENOSPC;
   if (first % CAS_SLOTS == 0) off = cas_digest_off(st, first);
   if (first == 0) off = 0;
   if (!st->is_device) err = os_fallocate(st->fd, OS_ALLOCATE, off, end - off);
-  int ngiven = first < st->nslots ? cas_given_back(st, first) : 0;
-  /* A full file system may refuse even what is there.  It may be there only if
-   * it was at the last checkpoint and nothing was given back since.  Digests
-   * alone prove nothing: a power cut may have kept one, and not its space. */
-  int may_be_there = err == -ENOSPC && !ngiven && first < st->super.nslots;
-  if (err == -EOPNOTSUPP || may_be_there)
-    err = cas_write_zeroes(st, first, off, end);
-  enum cas_space space = is_durable ? SPACE_DURABLE : SPACE_WRITTEN;
+  int was_given = !is_new && cas_given_back(st, first) > 0;
+  /* Where the file system cannot allocate space zeroes are written: to all of
+   * what is new, or to slots that are free.  A full one may refuse even what is
+   * there.  It may be there only if it was at the last checkpoint and nothing
+   * was given back since.  Digests alone prove nothing: a power cut may have
+   * kept one, and not its space. */
+  if (err == -EOPNOTSUPP ||
+      (err == -ENOSPC && !was_given && first < st->super.nslots)) {
+    unsigned char *zeroes = u_zalloc(st->bs);
+    err = zeroes ? 0 : -ENOMEM;
+    if (!is_new) off = cas_data_off(st, first);
+    for (uint32_t slot = first; off < end && !err; off += st->bs, slot++)
+      if (is_new || !CAS_AT(st, slot, refs))
+        err = cas_io(st, OS_WRITE, zeroes, st->bs, off);
+    NBDSERVE_FREE(zeroes);
+  }
   if (!err) err = cas_extend(st, first);
-  if (!err) cas_adjust(st, first, space, 0, 0);
-  if (!err && ngiven) cas_segment(st, first)->is_given = 1;
-  return err;
+  if (err) return err;
+  cas_adjust(st, first, is_durable ? SPACE_DURABLE : SPACE_WRITTEN, 0, 0);
+  if (was_given) cas_segment(st, first)->is_given = 1;
+  return 0;
 }
 
 /* Are there free pairs for all that is dirty, and more?  If not, gives space to

@@ -5928,37 +5928,36 @@ static void cas_fetch(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
   }
 }
 
-/* How good is copy i of a page, and what is its *number?  0: it is not whole,
- * or not of a page with that head (of magic 0: any page), or of a checkpoint
- * that never became durable.  1: it is, by itself.  2 or 3: one digest or both
- * vouch for it, too; or there is no digest that can be read. */
-static int cas_rank_copy(struct nbdserve_cas *st, struct cas_block copy[2],
-                         int i, const struct cas_head *head, uint64_t *number) {
+/* Is a copy of a page, by itself, what its reader is after: whole, of a page
+ * with that head (of magic 0: of any page), and not of a checkpoint that never
+ * became durable?  *number: that of its checkpoint. */
+static int cas_is_page(struct nbdserve_cas *st, struct cas_block *copy,
+                       const struct cas_head *head, uint64_t *number) {
   struct cas_head own;
-  assert(!copy[i].todo || copy[i].data);
-  if (copy[i].err || !cas_sum_page(st->hw, copy[i].data, st->bs, copy[i].sum))
+  assert(copy->data);
+  if (copy->err || !cas_sum_page(st->hw, copy->data, st->bs, copy->sum))
     return 0;
-  cas_decode(cas_head_sizes, copy[i].data, &own);
+  cas_decode(cas_head_sizes, copy->data, &own);
   *number = own.number;
-  int fits = own.magic == CAS_MAP || own.magic == CAS_CAT;
-  if (head->magic)
-    fits = memcmp(&own, head, offsetof(struct cas_head, number)) == 0;
-  if (!fits || own.number > head->number) return 0;
-  if (copy[0].digest_err && copy[1].digest_err) return 2;
-  int rank = 1;
-  for (int k = 0; k < 2; k++)
-    rank += !copy[k].digest_err &&
-            memcmp(copy[i].sum, copy[k].digest, CAS_DIGEST_LEN) == 0;
-  return rank;
+  if (own.number > head->number) return 0;
+  if (!head->magic) return own.magic == CAS_MAP || own.magic == CAS_CAT;
+  return memcmp(&own, head, offsetof(struct cas_head, number)) == 0;
 }
 
 /* Reads the page in a slot to p, which has room for two, and its twin only if
  * the page does not fit both digests, or any page will do: then both are
- * checked.  Of the copies (C17) it takes one that a digest vouches for; if
- * there are two, or two that are whole but both digests are wrong, the newer
- * one.  Where one copy is damaged, both are written anew: if that fails, it is
- * tried again whenever the page is read.  head: see cas_rank_copy.  -EIO: no
- * copy is good, and one cannot be read; -EUCLEAN: both can.  (locks) */
+ * checked.  head: see cas_is_page.  Of the copies (C17) it takes the one with
+ * the higher rank or, if these are equal, the newer one:
+ *
+ *   0   it is no such page
+ *   1   it is, but no digest says so
+ *   2   one digest vouches for it, or no digest can be read
+ *   3   both vouch for it
+ *
+ * It takes none if there is one of rank 1 only.  Two of rank 1 are whole, but
+ * both digests are wrong.  Where one copy is damaged, both are written anew: if
+ * that fails, it is tried again whenever the page is read.  -EIO: no copy is
+ * good, and one cannot be read; -EUCLEAN: both can.  (locks) */
 static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
                          struct cas_head head, unsigned char *p) {
   struct cas_block copy[2] = {
@@ -5970,7 +5969,11 @@ static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
   for (int i = 0; i < 2; i++) {
     cas_move(st, copy + i, 1, CAS_DATA, OS_READ);
     if (i == 0) cas_move(st, copy, 2, CAS_DIGEST, OS_READ);
-    rank[i] = cas_rank_copy(st, copy, i, &head, number + i);
+    if (!cas_is_page(st, copy + i, &head, number + i)) continue;
+    rank[i] = copy[0].digest_err && copy[1].digest_err ? 2 : 1;
+    for (int k = 0; k < 2; k++)
+      rank[i] += !copy[k].digest_err &&
+                 memcmp(copy[i].sum, copy[k].digest, CAS_DIGEST_LEN) == 0;
     if (rank[0] == 3 && (head.magic || rank[1] == 3)) return 0;
   }
   if (rank[0] + rank[1] < 2)

@@ -18877,7 +18877,7 @@ static void i_offsets(void) {
       CHECK(cas_data_off(&st, first + 7) == off + 7 * st.bs);
       off += (uint64_t)CAS_SLOTS * st.bs - CAS_UNIT;
     }
-    st.nslots = (uint32_t)CAS_GROUPS * CAS_SLOTS; /* it has all that there may be */
+    st.nslots = (uint32_t)CAS_GROUPS * CAS_SLOTS; /* all that there may be */
     CHECK(cas_give_space(&st, st.nslots) == -ENOSPC);
   }
 }

@@ -6103,7 +6103,8 @@ struct cas_spot {
                             change one gives back as many pairs as it takes */
 };
 
-/* Follows a map to a block.  Returns the leaf if it has to be read first. */
+/* Follows a map to a block.  Returns the leaf if it has to be read first.  The
+ * map may be a leaf that stands alone: then the span is too long. */
 static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
                                  uint64_t block, struct cas_spot *spot) {
   uint64_t size = st->max_blocks; /* below node */
@@ -6121,7 +6122,7 @@ static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
     spot->slot = node ? CAS_LOST : 0;
     return NULL;
   }
-  assert(!node->level && size == st->fanout);
+  assert(!node->level);
   if (!node->slots) return node;
   node->is_used = 1;
   spot->leaf = node;
@@ -6129,38 +6130,31 @@ static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
   return NULL;
 }
 
-/* Reads the page of a leaf to *page, which is the caller's to free, even after
- * an error. (unlocks) */
-static int cas_read_leaf(struct nbdserve_cas *st, const struct cas_node *leaf,
-                         unsigned char **page) {
-  struct cas_head head = cas_head_of(st, leaf);
-  uint32_t slot = leaf->slot;
-  *page = NBDSERVE_MALLOC(2 * (size_t)st->bs);
-  assert(slot && slot != CAS_LOST && CAS_AT(st, slot, tag) == TAG_PAGE);
-  if (!*page) return -ENOMEM;
-  cas_hold(st, slot); /* so that the pair is not taken meanwhile */
-  cas_unlock(st);
-  int err = cas_read_page(st, slot, head, *page);
-  os_lock(&st->lock);
-  cas_drop(st, slot, &st->retired);
-  return err ? -EIO : 0;
-}
-
-/* Follows a map to a block, and reads the leaf if it is not in memory.
- * (unlocks, but not after the walk that succeeds) */
+/* Follows a map to a block, and reads the leaf if it is not in memory.  As that
+ * lets the lock go, it walks once more: only if there still is a leaf with the
+ * same page, what was read is what it has.  (unlocks, but not after the walk
+ * that succeeds) */
 static int cas_find_spot(struct nbdserve_cas *st, struct cas_node **root,
                          uint64_t block, struct cas_spot *spot) {
+  unsigned char *page = NULL;
   struct cas_node *leaf;
-  unsigned char *page;
   int err = 0;
   assert(block < st->max_blocks);
   while (!err && (leaf = cas_walk(st, *root, block, spot))) {
+    struct cas_head head = cas_head_of(st, leaf);
     uint32_t slot = leaf->slot;
-    err = cas_read_leaf(st, leaf, &page);
+    assert(slot && slot != CAS_LOST && CAS_AT(st, slot, tag) == TAG_PAGE);
+    if (!page) page = NBDSERVE_MALLOC(2 * (size_t)st->bs);
+    if (!page) return -ENOMEM;
+    cas_hold(st, slot); /* so that the pair is not taken meanwhile */
+    cas_unlock(st);
+    err = cas_read_page(st, slot, head, page) ? -EIO : 0;
+    os_lock(&st->lock);
+    cas_drop(st, slot, &st->retired);
     leaf = err ? NULL : cas_walk(st, *root, block, spot);
     if (leaf && leaf->slot == slot) err = cas_make_leaf(st, leaf, page, 0);
-    NBDSERVE_FREE(page);
   }
+  NBDSERVE_FREE(page);
   return err;
 }
 
@@ -6172,12 +6166,11 @@ static void cas_unref(struct nbdserve_cas *st, struct cas_node *node) {
   if (!node || --node->refs > 0) return;
   int is_stored = node->slot && node->slot != CAS_LOST;
   int is_away = !node->level && !node->slots && is_stored;
-  unsigned char *page = NULL;
+  struct cas_spot spot;
   for (uint32_t c = 0; c < node->nkids; c++)
     cas_unref(st, node->kid[c]);
-  if (is_away && !st->is_ending && !cas_read_leaf(st, node, &page))
-    cas_make_leaf(st, node, page, 0);
-  NBDSERVE_FREE(page);
+  if (is_away && !st->is_ending)
+    (void)!cas_find_spot(st, &node, 0, &spot); /* it is a map of one leaf */
   for (uint32_t c = 0; node->slots && c < st->fanout; c++)
     cas_drop(st, node->slots[c], &st->retired);
   cas_forget_leaf(st, node);

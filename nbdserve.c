@@ -6108,25 +6108,23 @@ struct cas_spot {
 static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
                                  uint64_t block, struct cas_spot *spot) {
   uint64_t size = st->max_blocks; /* below node */
+  int is_own = 1;
   assert(block < st->max_blocks);
-  *spot = (struct cas_spot){.gives_back = 1};
   while (node && node->slot != CAS_LOST) {
-    if (node->refs > 1) spot->gives_back = 0;
+    is_own &= node->refs == 1;
     if (!node->level) break;
     size /= st->fanout;
     node = cas_kid(node, block / size % st->fanout);
   }
-  spot->span = size - block % size;
-  if (!node || node->slot == CAS_LOST) {
-    spot->gives_back = 0;
-    spot->slot = node ? CAS_LOST : 0;
-    return NULL;
-  }
+  *spot = (struct cas_spot){.span = size - block % size};
+  if (node) spot->slot = CAS_LOST;
+  if (!node || node->slot == CAS_LOST) return NULL;
   assert(!node->level);
   if (!node->slots) return node;
   node->is_used = 1;
   spot->leaf = node;
   spot->slot = node->slots[block % st->fanout];
+  spot->gives_back = is_own;
   return NULL;
 }
 
@@ -6164,13 +6162,11 @@ static int cas_find_spot(struct nbdserve_cas *st, struct cas_node **root,
 static void cas_unref(struct nbdserve_cas *st, struct cas_node *node) {
   assert(!node || node->refs > 0);
   if (!node || --node->refs > 0) return;
-  int is_stored = node->slot && node->slot != CAS_LOST;
-  int is_away = !node->level && !node->slots && is_stored;
   struct cas_spot spot;
   for (uint32_t c = 0; c < node->nkids; c++)
     cas_unref(st, node->kid[c]);
-  if (is_away && !st->is_ending)
-    (void)!cas_find_spot(st, &node, 0, &spot); /* it is a map of one leaf */
+  if (!node->level && node->slot && !st->is_ending) /* a map of one leaf */
+    (void)!cas_find_spot(st, &node, 0, &spot);
   for (uint32_t c = 0; node->slots && c < st->fanout; c++)
     cas_drop(st, node->slots[c], &st->retired);
   cas_forget_leaf(st, node);
@@ -6231,7 +6227,8 @@ static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
 
 /* Makes all nodes on the way from a root, which is at *p, down to the one with
  * an index in a level own and dirty; what is not there yet is made.  *out: that
- * node.  After an error those above it may be dirty, which does no harm. */
+ * node; a page of records has room for both maps of each.  After an error nodes
+ * may be dirty that did not change, which does no harm. */
 static int cas_own_path(struct nbdserve_cas *st, struct cas_node **p, int level,
                         uint64_t index, struct cas_node **out) {
   struct cas_node *up = NULL;
@@ -6244,20 +6241,19 @@ static int cas_own_path(struct nbdserve_cas *st, struct cas_node **p, int level,
     p = &up->kid[c];
   }
   int err = cas_own(st, p, level, (uint32_t)index);
-  assert(err || level < CAS_LEVELS || !*out || *out == *p); /* it stays there */
-  if (!err) *out = *p;
-  return err;
+  if (err) return err;
+  assert(level < CAS_LEVELS || !*out || *out == *p); /* a page stays there */
+  *out = *p;
+  if (level != CAS_LEVELS) return 0;
+  return cas_enlarge(&(*p)->kid, &(*p)->nkids, 2 * st->per_page - 1);
 }
 
 /* Makes all nodes own and dirty from the catalog's root down to the page with
- * the record in a place, which is returned in *page, and has room for the maps
- * of all its records. */
+ * the record in a place, which is returned in *page. */
 static int cas_own_record(struct nbdserve_cas *st, uint32_t place,
                           struct cas_node **page) {
   uint32_t index = place / st->per_page;
-  int err = cas_own_path(st, &st->catalog, CAS_LEVELS, index, page);
-  if (err) return err;
-  return cas_enlarge(&(*page)->kid, &(*page)->nkids, 2 * st->per_page - 1);
+  return cas_own_path(st, &st->catalog, CAS_LEVELS, index, page);
 }
 
 /* Makes all nodes on the way to a block of a volume own and dirty, and returns

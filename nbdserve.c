@@ -4847,8 +4847,9 @@ enum {
 
 /* A slot whose contents were lost: reading is an error, writing heals. */
 #define CAS_LOST UINT32_MAX
-/* Kept for blocks that are known by their digest only; never written. */
-#define CAS_ABSENT (UINT32_MAX - 1)
+/* In files this number is kept for blocks that are known by their digest only,
+ * and never written; cas_block.expected: the map may have any slot. */
+#define CAS_ANY (UINT32_MAX - 1)
 
 struct cas_super {
   uint64_t magic; /* the bytes of CAS_MAGIC */
@@ -5309,17 +5310,17 @@ static int cas_unlock(struct nbdserve_cas *st) {
   return err;
 }
 
-/* Lets others have the lock for a moment.  To unlock it alone helps nobody: we
- * would have it again before a waiter wakes up.  So whenever the clock shows
- * another millisecond we sleep, too.  (unlocks) */
+/* Lets others have the lock for a moment, whenever the clock shows another
+ * millisecond.  To unlock it alone would help nobody: we would have it again
+ * before a waiter wakes up.  So we sleep, too.  (unlocks) */
 static void cas_yield(struct nbdserve_cas *st) {
   const struct timespec moment = {0, 1};
-  if (st->is_ending) return;
-  int sleeps = os_now_ms() != st->yielded_ms && !NBDSERVE_NO_THREADS;
+  if (NBDSERVE_NO_THREADS || st->is_ending || os_now_ms() == st->yielded_ms)
+    return;
   cas_unlock(st);
-  if (sleeps) nanosleep(&moment, NULL);
+  nanosleep(&moment, NULL);
   os_lock(&st->lock);
-  if (sleeps) st->yielded_ms = os_now_ms();
+  st->yielded_ms = os_now_ms();
 }
 
 /* Waits to be woken, as os_wait. */
@@ -5797,8 +5798,6 @@ enum {
   CAS_BOTH = CAS_DATA | CAS_DIGEST,
   CAS_UNCHECKED = 4 /* cas_read: the digest as it stands there */
 };
-
-#define CAS_ANY CAS_ABSENT /* cas_block.expected: the map may have any slot */
 
 /* A block, or a page, on its way between a request and the file */
 struct cas_block {

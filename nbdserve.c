@@ -5467,17 +5467,13 @@ static void cas_set_free(struct nbdserve_cas *st, uint32_t slot, int by) {
   cas_adjust(st, slot, cas_segment(st, slot)->space, by, npairs);
 }
 
-/* Changes what is known of the space of all segments of which `from` is. */
+/* Changes what is known of the space of all segments of which `from` is.  Those
+ * of which nothing is known then are looked at again by cas_want_pairs. */
 static void cas_change_space(struct nbdserve_cas *st, enum cas_space from,
                              enum cas_space to) {
+  if (to == SPACE_UNKNOWN) st->back_cursor = 0;
   for (uint32_t slot = 0; slot < st->nslots; slot += CAS_SEGMENT)
     if (cas_segment(st, slot)->space == from) cas_adjust(st, slot, to, 0, 0);
-}
-
-/* Something is free: where there was no space there may be some now. */
-static void cas_space_came(struct nbdserve_cas *st) {
-  st->back_cursor = 0;
-  cas_change_space(st, SPACE_FULL, SPACE_UNKNOWN);
 }
 
 /* Counts segments in until there is a slot, which may be in the file. */
@@ -5773,7 +5769,8 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
     st->durable = seq;          /* (C4) */
     cas_free_list(st, dropped); /* (C5) */
     if (st->npending) cas_space_is_durable(st);
-    if (dropped) cas_space_came(st);
+    /* Where there was no space there may be some now. */
+    if (dropped) cas_change_space(st, SPACE_FULL, SPACE_UNKNOWN);
   }
   st->syncing = 0;
   os_wake_all(&st->lock);
@@ -5848,11 +5845,10 @@ static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
  * sector there is no other segment's.  One that is being given back stays as it
  * is, and the failure is forgotten.  (locks) */
 static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
-  enum cas_space space = err == -ENOSPC ? SPACE_FULL : SPACE_BROKEN;
   assert(err && slot < st->nslots);
   os_lock(&st->lock);
   if (cas_segment(st, slot)->space != SPACE_BUSY)
-    cas_adjust(st, slot, space, 0, 0);
+    cas_adjust(st, slot, err == -ENOSPC ? SPACE_FULL : SPACE_BROKEN, 0, 0);
   cas_unlock(st);
 }
 
@@ -6078,9 +6074,8 @@ static int cas_make_leaf(struct nbdserve_cas *st, struct cas_node *leaf,
                          const unsigned char *page, uint32_t fill) {
   assert(!leaf->level && !leaf->slots);
   cas_evict_leaf(st);
-  int err = cas_enlarge(&st->leaves, &st->leaf_room, st->nleaves);
-  if (err) return err;
-  leaf->slots = NBDSERVE_MALLOC(st->fanout * sizeof *leaf->slots);
+  if (!cas_enlarge(&st->leaves, &st->leaf_room, st->nleaves))
+    leaf->slots = NBDSERVE_MALLOC(st->fanout * sizeof *leaf->slots);
   if (!leaf->slots) return -ENOMEM;
   for (uint32_t c = 0; c < st->fanout; c++) {
     uint32_t slot = page ? u_get32(page + CAS_HEAD + 4 * c) : fill;
@@ -6874,8 +6869,8 @@ static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
       cas_undo_cut(st, &cut);
     } else {
       st->super = cut.super;
-      cas_free_list(st, cut.retired); /* (C6) */
-      cas_space_came(st);
+      cas_free_list(st, cut.retired);                  /* (C6) */
+      cas_change_space(st, SPACE_FULL, SPACE_UNKNOWN); /* as after a sync */
     }
     for (uint32_t k = 0; k < cut.n; k++) {
       cut.writes[k].node->is_given = 0;

@@ -5549,8 +5549,7 @@ static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
   int is_durable = !st->is_open || st->is_device;
   int err = 0;
   assert(!st->readonly && first % CAS_SEGMENT == 0 && first <= st->nslots);
-  if (first / CAS_SLOTS == CAS_GROUPS)
-    return -ENOSPC; /* it has all there are */
+  if (first / CAS_SLOTS == CAS_GROUPS) return -ENOSPC; /* all are there */
   uint64_t off = cas_data_off(st, first);
   uint64_t end = off + (uint64_t)CAS_SEGMENT * st->bs;
   if (st->is_device && end > st->end) return -ENOSPC;
@@ -6111,7 +6110,7 @@ static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
     node = cas_kid(node, block / size % st->fanout);
   }
   *spot = (struct cas_spot){.span = size - block % size};
-  if (node) spot->slot = CAS_LOST;
+  if (node) spot->slot = CAS_LOST; /* unless it turns out to be a leaf */
   if (!node || node->slot == CAS_LOST) return NULL;
   assert(!node->level);
   if (!node->slots) return node;

@@ -6204,8 +6204,8 @@ static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
     if (kid && !err) cas_share(&copy->kid[c], kid);
   }
   if (!level) err = cas_make_leaf(st, copy, NULL, is_lost ? CAS_LOST : 0);
-  assert(level || !node || is_lost || node->slots);
-  if (copy->slots && node && node->slots)
+  assert(level || !node || is_lost || node->slots); /* eviction spared it */
+  if (copy->slots && node && !is_lost)
     memcpy(copy->slots, node->slots, st->fanout * sizeof *copy->slots);
   for (uint32_t c = 0; copy->slots && c < st->fanout; c++)
     cas_hold(st, copy->slots[c]);

@@ -5359,7 +5359,8 @@ static void cas_log(const struct cas_volume *vol, uint64_t block, uint64_t n,
  * Who holds a slot, and where free ones come from.  `refs` counts edges: leaves
  * in memory or on the medium that name the slot, and pins of calls that are
  * reading or writing it.  A block that the index finds gets one more edge, and
- * its data is there once.
+ * its data is there once.  Of the pair of a page the first slot has the holds;
+ * its twin has one, for as long as the first has any.
  *
  * Slots are found a segment at a time, as what is written together should lie
  * together.  A segment has nfree slots, of which some form pairs: x and its

@@ -4849,8 +4849,9 @@ enum {
 
 /* A slot whose contents were lost: reading is an error, writing heals. */
 #define CAS_LOST UINT32_MAX
-/* Kept for blocks that are known by their digest only; never written. */
-#define CAS_ABSENT (UINT32_MAX - 1)
+/* In files this number is kept for blocks that are known by their digest only,
+ * and never written; cas_block.expected: the map may have any slot. */
+#define CAS_ANY (UINT32_MAX - 1)
 
 struct cas_super {
   uint64_t magic; /* the bytes of CAS_MAGIC */
@@ -4968,8 +4969,8 @@ static int cas_sum_page(int hw, unsigned char *p, size_t len,
 /* How much is done at a time, and what is kept free */
 enum {
   CAS_FILL = 128,     /* digests read in one call to fill the index */
-  CAS_BATCH = 256,    /* blocks that go through a request's steps together */
-  CAS_RUN = 256,      /* pieces in one call of os_transfer */
+  CAS_BATCH = 256,    /* blocks that go through a request's steps together, and
+                         pieces in one call of os_transfer */
   CAS_PORTION = 64,   /* pages that a checkpoint copies under one lock, leaves
                          that eviction looks at, places that a log tries */
   CAS_CANDIDATES = 2, /* slots of the index that a block is compared with */
@@ -5160,8 +5161,7 @@ struct nbdserve_cas {
   unsigned char page[CAS_PAGE];       /* the log page that is being filled */
   uint32_t nlog;                      /* entries in it */
   uint32_t nwritten;                  /* of them are in the file, too */
-  uint32_t nmixed;                    /* blocks of 64 bytes in: */
-  uint32_t mixed[2][SHA_STATE_WORDS]; /* see cas_log_sum */
+  uint32_t mixed[2][SHA_STATE_WORDS]; /* nwritten of them: see cas_log_sum */
   uint64_t seq;                       /* number of that page */
   uint64_t durable; /* pages before that number are durable (C4) */
   uint64_t marked;  /* what the log says about that (C22) */
@@ -5257,27 +5257,30 @@ static void cas_fail(struct nbdserve_cas *st, int err) {
 
 /* Computes the sum of a log page with so many entries: the SHA-256 of these,
  * with zeroes up to a multiple of 64 bytes, of its head, and of the store's id.
- * mixed: the state after the first *nmixed blocks of 64 bytes; it goes on to
- * the last block that later entries do not change, so an entry costs two blocks
- * of SHA-256 and not all of its page. */
+ * mixed: the state after the whole blocks of 64 bytes which the first `had`
+ * entries fill, and then after those which all of them fill: later entries do
+ * not change these, so an entry costs two blocks of SHA-256 and not all of its
+ * page.  With `had` 0 it need not be set. */
 static void cas_log_sum(const struct nbdserve_cas *st, const unsigned char *p,
-                        uint32_t count, uint32_t mixed[2][SHA_STATE_WORDS],
-                        uint32_t *nmixed, unsigned char sum[CAS_DIGEST_LEN]) {
+                        uint32_t had, uint32_t count,
+                        uint32_t mixed[2][SHA_STATE_WORDS],
+                        unsigned char sum[CAS_DIGEST_LEN]) {
+  uint32_t from = had * CAS_ENTRY / SHA_BLOCK_LEN;
   uint32_t whole = count * CAS_ENTRY / SHA_BLOCK_LEN;
   uint32_t rest = count * CAS_ENTRY % SHA_BLOCK_LEN;
-  uint32_t nblocks = whole + (rest > 0);
-  unsigned char tail[SHA_BLOCK_LEN] = {0};
-  unsigned char end[CAS_HEAD + sizeof st->super.id];
+  uint32_t pad = rest ? SHA_BLOCK_LEN : 0; /* bytes of the last block, if any */
+  unsigned char tail[SHA_BLOCK_LEN + CAS_HEAD + sizeof st->super.id] = {0};
   uint32_t state[2][SHA_STATE_WORDS];
-  assert(*nmixed <= whole && count <= CAS_ENTRIES);
-  sha_mix(st->hw, mixed, p + *nmixed * SHA_BLOCK_LEN, NULL, whole - *nmixed);
-  *nmixed = whole;
+  assert(had <= count && count <= CAS_ENTRIES);
+  if (!had) sha_begin(mixed);
+  sha_mix(st->hw, mixed, p + from * SHA_BLOCK_LEN, NULL, whole - from);
   memcpy(state, mixed, sizeof state);
   memcpy(tail, p + whole * SHA_BLOCK_LEN, rest);
-  sha_mix(st->hw, state, tail, NULL, nblocks - whole);
-  memcpy(end, p + CAS_LOG_HEAD, CAS_HEAD);
-  memcpy(end + CAS_HEAD, st->super.id, sizeof st->super.id);
-  sha_end(st->hw, state, end, nblocks * SHA_BLOCK_LEN + sizeof end, sum);
+  memcpy(tail + pad, p + CAS_LOG_HEAD, CAS_HEAD);
+  memcpy(tail + pad + CAS_HEAD, st->super.id, sizeof st->super.id);
+  sha_mix(st->hw, state, tail, NULL, pad / SHA_BLOCK_LEN);
+  sha_end(st->hw, state, tail + pad,
+          whole * SHA_BLOCK_LEN + pad + CAS_HEAD + sizeof st->super.id, sum);
 }
 
 /* Writes the log page that is being filled, at its place.  A torn write loses
@@ -5293,7 +5296,7 @@ static void cas_log_write(struct nbdserve_cas *st) {
   assert(st->durable <= st->seq && st->marked <= st->durable);
   assert(st->seq - st->super.replay < st->super.log_pages);
   cas_encode(cas_log_sizes, &head, p + CAS_LOG_HEAD);
-  cas_log_sum(st, p, st->nlog, st->mixed, &st->nmixed, p + CAS_LOG_SUM);
+  cas_log_sum(st, p, st->nwritten, st->nlog, st->mixed, p + CAS_LOG_SUM);
   cas_fail(st, cas_io(st, OS_WRITE, p, CAS_PAGE, cas_log_off(st, st->seq)));
   st->nwritten = st->nlog;
   st->marked = st->durable;
@@ -5309,17 +5312,17 @@ static int cas_unlock(struct nbdserve_cas *st) {
   return err;
 }
 
-/* Lets others have the lock for a moment.  To unlock it alone helps nobody: we
- * would have it again before a waiter wakes up.  So whenever the clock shows
- * another millisecond we sleep, too.  (unlocks) */
+/* Lets others have the lock for a moment, whenever the clock shows another
+ * millisecond.  To unlock it alone would help nobody: we would have it again
+ * before a waiter wakes up.  So we sleep, too.  (unlocks) */
 static void cas_yield(struct nbdserve_cas *st) {
   const struct timespec moment = {0, 1};
-  if (st->is_ending) return;
-  int sleeps = os_now_ms() != st->yielded_ms && !NBDSERVE_NO_THREADS;
+  if (NBDSERVE_NO_THREADS || st->is_ending || os_now_ms() == st->yielded_ms)
+    return;
   cas_unlock(st);
-  if (sleeps) nanosleep(&moment, NULL);
+  nanosleep(&moment, NULL);
   os_lock(&st->lock);
-  if (sleeps) st->yielded_ms = os_now_ms();
+  st->yielded_ms = os_now_ms();
 }
 
 /* Waits to be woken, as os_wait. */
@@ -5335,23 +5338,21 @@ static void cas_log_close(struct nbdserve_cas *st) {
   if (st->nwritten < st->nlog) cas_log_write(st);
   assert(st->failed || st->nwritten == st->nlog);
   memset(st->page, 0, CAS_PAGE);
-  st->nlog = st->nwritten = st->nmixed = 0;
-  sha_begin(st->mixed);
+  st->nlog = st->nwritten = 0;
   st->seq++;
 }
 
-/* Logs that a block of a volume is now in a slot or, with digest NULL, that
- * count of them are zeroes.  What is hidden is not logged: after a crash it is
- * not there. */
-static void cas_log(const struct cas_volume *vol, uint64_t block,
-                    uint64_t count, uint32_t slot,
-                    const unsigned char *digest) {
+/* Logs that a block of a volume is now in a slot, whose data has that digest;
+ * or, with slot 0, that n of them from it on are zeroes.  What is hidden is not
+ * logged: after a crash it is not there. */
+static void cas_log(const struct cas_volume *vol, uint64_t block, uint64_t n,
+                    uint32_t slot, const unsigned char *digest) {
   struct nbdserve_cas *st = vol->st;
   struct cas_entry entry = {.volume = vol->id, .slot = slot, .block = block};
   if (st->is_replaying || (!vol->now.id && !vol->is_staged)) return;
-  assert(!slot == !digest && slot != CAS_LOST && st->nlog < CAS_ENTRIES);
-  u_put64(entry.digest, count);
-  if (digest) memcpy(entry.digest, digest, CAS_DIGEST_LEN);
+  assert(slot != CAS_LOST && st->nlog < CAS_ENTRIES && (digest || !slot));
+  u_put64(entry.digest, n);
+  if (slot) memcpy(entry.digest, digest, CAS_DIGEST_LEN);
   cas_encode(cas_entry_sizes, &entry, st->page + st->nlog * CAS_ENTRY);
   if (++st->nlog == CAS_ENTRIES) cas_log_close(st);
 }
@@ -5360,7 +5361,8 @@ static void cas_log(const struct cas_volume *vol, uint64_t block,
  * Who holds a slot, and where free ones come from.  `refs` counts edges: leaves
  * in memory or on the medium that name the slot, and pins of calls that are
  * reading or writing it.  A block that the index finds gets one more edge, and
- * its data is there once.
+ * its data is there once.  Of the pair of a page the first slot has the holds;
+ * its twin has one, for as long as the first has any.
  *
  * Slots are found a segment at a time, as what is written together should lie
  * together.  A segment has nfree slots, of which some form pairs: x and its
@@ -5429,16 +5431,14 @@ static void cas_split_buckets(struct nbdserve_cas *st, uint32_t from) {
     uint32_t *p = &CAS_AT(st, b - st->mask - 1, bucket);
     uint32_t slot = *p;
     *p = 0;
-    while (slot) {
-      uint32_t next = CAS_AT(st, slot, link);
+    for (uint32_t next; slot; slot = next) {
+      next = CAS_AT(st, slot, link);
       cas_index(st, slot, CAS_AT(st, slot, tag));
-      slot = next;
     }
   }
 }
 
-/* Adds what is free in a segment to the totals (1), or takes it off (-1): what
- * changes a segment does so between these two. */
+/* Adds what is free in a segment to the totals (1), or takes it off (-1). */
 static void cas_count(struct nbdserve_cas *st, const struct cas_segment *seg,
                       int sign) {
   uint32_t times = (uint32_t)sign; /* unsigned: it wraps, and wraps back */
@@ -5450,76 +5450,51 @@ static void cas_count(struct nbdserve_cas *st, const struct cas_segment *seg,
     st->npending += times * seg->npairs;
 }
 
-/* Counts a slot, whose refs are 0, as free or as taken. */
-static void cas_set_free(struct nbdserve_cas *st, uint32_t slot, int is_free) {
+/* Sets what is known of the space of a slot's segment, and counts so many more
+ * slots and pairs in it as free; fewer, if that is below 0. */
+static void cas_adjust(struct nbdserve_cas *st, uint32_t slot,
+                       enum cas_space space, int nslots, int npairs) {
   struct cas_segment *seg = cas_segment(st, slot);
-  int is_pair = CAS_AT(st, slot ^ CAS_TWIN, refs) == 0;
-  int by = is_free ? 1 : -1;
-  assert(CAS_AT(st, slot, refs) == 0);
   cas_count(st, seg, -1);
-  seg->nfree = (uint16_t)(seg->nfree + by);
-  if (is_pair) seg->npairs = (uint16_t)(seg->npairs + by);
+  seg->space = (unsigned char)space;
+  seg->nfree = (uint16_t)(seg->nfree + nslots);
+  seg->npairs = (uint16_t)(seg->npairs + npairs);
   cas_count(st, seg, 1);
   assert(seg->nfree <= CAS_SEGMENT && 2 * seg->npairs <= seg->nfree);
 }
 
-/* Sets what is known of the space of a segment. */
-static void cas_set_space(struct nbdserve_cas *st, uint32_t slot,
-                          enum cas_space space) {
-  struct cas_segment *seg = cas_segment(st, slot);
-  assert(slot < st->nslots);
-  cas_count(st, seg, -1);
-  seg->space = (unsigned char)space;
-  cas_count(st, seg, 1);
+/* Counts a slot, whose refs are 0, as free (1) or as taken (-1). */
+static void cas_set_free(struct nbdserve_cas *st, uint32_t slot, int by) {
+  int npairs = CAS_AT(st, slot ^ CAS_TWIN, refs) == 0 ? by : 0;
+  assert(CAS_AT(st, slot, refs) == 0);
+  cas_adjust(st, slot, cas_segment(st, slot)->space, by, npairs);
 }
 
-/* Changes what is known of the space of all segments of which `from` is. */
+/* Changes what is known of the space of all segments of which `from` is.  Those
+ * of which nothing is known then are looked at again by cas_want_pairs. */
 static void cas_change_space(struct nbdserve_cas *st, enum cas_space from,
                              enum cas_space to) {
+  if (to == SPACE_UNKNOWN) st->back_cursor = 0;
   for (uint32_t slot = 0; slot < st->nslots; slot += CAS_SEGMENT)
-    if (cas_segment(st, slot)->space == from) cas_set_space(st, slot, to);
+    if (cas_segment(st, slot)->space == from) cas_adjust(st, slot, to, 0, 0);
 }
 
-/* Something is free: where there was no space there may be some now. */
-static void cas_space_came(struct nbdserve_cas *st) {
-  st->back_cursor = 0;
-  cas_change_space(st, SPACE_FULL, SPACE_UNKNOWN);
-}
-
-/* Counts segments in until there is a slot. */
+/* Counts segments in until there is a slot, which may be in the file. */
 static int cas_extend(struct nbdserve_cas *st, uint32_t slot) {
   for (; st->nslots <= slot; st->nslots += CAS_SEGMENT) {
     if (st->nslots == st->ngroups * CAS_SLOTS) {
-      if (st->ngroups == CAS_GROUPS) return -ENOSPC;
+      assert(st->ngroups < CAS_GROUPS);
       st->groups[st->ngroups] = u_zalloc(sizeof(struct cas_group));
       if (!st->groups[st->ngroups]) return -ENOMEM;
       st->ngroups++;
       cas_split_buckets(st, st->nslots);
     }
-    struct cas_segment *seg = cas_segment(st, st->nslots);
-    seg->nfree = CAS_SEGMENT;
-    seg->npairs = CAS_TWIN;
-    cas_count(st, seg, 1);
+    cas_adjust(st, st->nslots, SPACE_UNKNOWN, CAS_SEGMENT, CAS_TWIN);
     if (st->nslots > 0) continue;
-    cas_set_free(st, 0, 0);
+    cas_set_free(st, 0, -1);
     CAS_AT(st, 0, refs) = 1; /* that number means zeroes */
   }
   return 0;
-}
-
-/* Writes zeroes to a new segment, from off to end, or to the free slots of one
- * that is there: where the file system cannot allocate space, or refuses to as
- * it is full. */
-static int cas_write_zeroes(struct nbdserve_cas *st, uint32_t first,
-                            uint64_t off, uint64_t end) {
-  unsigned char *zeroes = u_zalloc(st->bs);
-  int err = zeroes ? 0 : -ENOMEM;
-  if (first < st->nslots) off = cas_data_off(st, first);
-  for (uint32_t slot = first; off < end && !err; off += st->bs, slot++)
-    if (first >= st->nslots || !CAS_AT(st, slot, refs))
-      err = cas_io(st, OS_WRITE, zeroes, st->bs, off);
-  NBDSERVE_FREE(zeroes);
-  return err;
 }
 
 /* Does the file have room for a slot? */
@@ -5549,22 +5524,21 @@ static int cas_given_back(struct nbdserve_cas *st, uint32_t first) {
   return n;
 }
 
-/* Segments that were given back and have durable space again are like any
- * others: their digests say so from the next sync on, and until then pairs in
- * them do not count. */
-static void cas_clear_given(struct nbdserve_cas *st) {
+/* After a sync: the space of segments that it covers is durable.  Those that
+ * were given back before are like any others then: but their digests say so
+ * from the next sync on only, and until then pairs in them do not count. */
+static void cas_space_is_durable(struct nbdserve_cas *st) {
   unsigned char zeroes[CAS_DIGEST_LEN] = {0};
   for (uint32_t first = 0; first < st->nslots; first += CAS_SEGMENT) {
     struct cas_segment *seg = cas_segment(st, first);
-    int is_syncing = seg->space == SPACE_SYNCING;
-    if (!seg->is_given || (!is_syncing && seg->space != SPACE_DURABLE))
-      continue;
-    for (uint32_t x = first; x < first + CAS_SEGMENT; x++)
+    enum cas_space space = seg->is_given ? SPACE_WRITTEN : SPACE_DURABLE;
+    if (seg->space != SPACE_SYNCING && seg->space != SPACE_DURABLE) continue;
+    for (uint32_t x = first; seg->is_given && x < first + CAS_SEGMENT; x++)
       if (!CAS_AT(st, x, refs))
         (void)!cas_io(st, OS_WRITE, zeroes, sizeof zeroes,
                       cas_digest_off(st, x));
     seg->is_given = 0;
-    if (is_syncing) cas_set_space(st, first, SPACE_WRITTEN);
+    if (seg->space == SPACE_SYNCING) cas_adjust(st, first, space, 0, 0);
   }
 }
 
@@ -5574,27 +5548,38 @@ static void cas_clear_given(struct nbdserve_cas *st) {
  * but at once while the store is opened: what recovery needs was durable
  * before. */
 static int cas_give_space(struct nbdserve_cas *st, uint32_t first) {
-  uint64_t off = cas_data_off(st, first);
-  uint64_t end = off + (uint64_t)CAS_SEGMENT * st->bs;
+  int is_new = first == st->nslots;
   int is_durable = !st->is_open || st->is_device;
   int err = 0;
   assert(!st->readonly && first % CAS_SEGMENT == 0 && first <= st->nslots);
-  if (end > (st->is_device ? st->end : INT64_MAX)) return -ENOSPC;
+  if (first / CAS_SLOTS == CAS_GROUPS) return -ENOSPC; /* all are there */
+  uint64_t off = cas_data_off(st, first);
+  uint64_t end = off + (uint64_t)CAS_SEGMENT * st->bs;
+  if (st->is_device && end > st->end) return -ENOSPC;
   if (first % CAS_SLOTS == 0) off = cas_digest_off(st, first);
   if (first == 0) off = 0;
   if (!st->is_device) err = os_fallocate(st->fd, OS_ALLOCATE, off, end - off);
-  int ngiven = first < st->nslots ? cas_given_back(st, first) : 0;
-  /* A full file system may refuse even what is there.  It may be there only if
-   * it was at the last checkpoint and nothing was given back since.  Digests
-   * alone prove nothing: a power cut may have kept one, and not its space. */
-  int may_be_there = err == -ENOSPC && !ngiven && first < st->super.nslots;
-  if (err == -EOPNOTSUPP || may_be_there)
-    err = cas_write_zeroes(st, first, off, end);
-  enum cas_space space = is_durable ? SPACE_DURABLE : SPACE_WRITTEN;
+  int was_given = !is_new && cas_given_back(st, first) > 0;
+  /* Where the file system cannot allocate space zeroes are written: to all of
+   * what is new, or to slots that are free.  A full one may refuse even what is
+   * there.  It may be there only if it was at the last checkpoint and nothing
+   * was given back since.  Digests alone prove nothing: a power cut may have
+   * kept one, and not its space. */
+  if (err == -EOPNOTSUPP ||
+      (err == -ENOSPC && !was_given && first < st->super.nslots)) {
+    unsigned char *zeroes = u_zalloc(st->bs);
+    err = zeroes ? 0 : -ENOMEM;
+    if (!is_new) off = cas_data_off(st, first);
+    for (uint32_t slot = first; off < end && !err; off += st->bs, slot++)
+      if (is_new || !CAS_AT(st, slot, refs))
+        err = cas_io(st, OS_WRITE, zeroes, st->bs, off);
+    NBDSERVE_FREE(zeroes);
+  }
   if (!err) err = cas_extend(st, first);
-  if (!err) cas_set_space(st, first, space);
-  if (!err && ngiven) cas_segment(st, first)->is_given = 1;
-  return err;
+  if (err) return err;
+  cas_adjust(st, first, is_durable ? SPACE_DURABLE : SPACE_WRITTEN, 0, 0);
+  if (was_given) cas_segment(st, first)->is_given = 1;
+  return 0;
 }
 
 /* Are there free pairs for all that is dirty, and more?  If not, gives space to
@@ -5622,18 +5607,21 @@ static void cas_hold(struct nbdserve_cas *st, uint32_t slot) {
   if (!slot || slot == CAS_LOST) return;
   int32_t *refs = &CAS_AT(st, slot, refs);
   assert(*refs >= CAS_PENDING && *refs < INT32_MAX);
-  if (*refs == 0) cas_set_free(st, slot, 0);
+  if (*refs == 0) cas_set_free(st, slot, -1);
   *refs = *refs == CAS_PENDING ? 1 : *refs + 1;
 }
 
 /* One hold less.  After the last one the slot goes to a list that becomes free
- * later.  While the log is replayed it may yet come back: see cas_recover. */
+ * later; that of a page with its twin, which has the one hold of the pair.
+ * While the log is replayed a slot may yet come back: see cas_recover. */
 static void cas_drop(struct nbdserve_cas *st, uint32_t slot, uint32_t *list) {
   if (!slot || slot == CAS_LOST || st->is_ending) return;
   int32_t *refs = &CAS_AT(st, slot, refs);
   assert(*refs > 0);
   if (--*refs > 0) return;
   int is_page = CAS_AT(st, slot, tag) == TAG_PAGE;
+  int has_twin = is_page && slot % CAS_SEGMENT < CAS_TWIN;
+  assert(!is_page || list != &st->dropped);
   if (is_page) cas_segment(st, slot)->npages--;
   cas_unindex(st, slot);
   if (is_page) CAS_AT(st, slot, tag) = TAG_RETIRED;
@@ -5642,6 +5630,7 @@ static void cas_drop(struct nbdserve_cas *st, uint32_t slot, uint32_t *list) {
   CAS_AT(st, slot, link) = *list;
   *list = slot;
   st->nwaiting++;
+  if (has_twin) cas_drop(st, slot + CAS_TWIN, list);
 }
 
 /* May a slot hold a block?  Pages are none, nor is what was one until it is
@@ -5649,15 +5638,6 @@ static void cas_drop(struct nbdserve_cas *st, uint32_t slot, uint32_t *list) {
 static int cas_may_be_block(struct nbdserve_cas *st, uint32_t slot) {
   return slot < st->nslots && CAS_AT(st, slot, tag) != TAG_PAGE &&
          CAS_AT(st, slot, tag) != TAG_RETIRED;
-}
-
-/* Drops both slots of a page. */
-static void cas_drop_pair(struct nbdserve_cas *st, uint32_t slot,
-                          uint32_t *list) {
-  if (!slot || slot == CAS_LOST) return;
-  assert(slot % CAS_SEGMENT < CAS_TWIN);
-  cas_drop(st, slot, list);
-  cas_drop(st, slot + CAS_TWIN, list);
 }
 
 /* Frees a list of slots that nothing durable names any more; a long one in
@@ -5711,28 +5691,25 @@ static uint32_t cas_search(struct nbdserve_cas *st, uint32_t *cursor,
   return best;
 }
 
-/* Chooses the segment to take slots for data from: one with much room, or a new
- * one at the file's end while that has little to spare, else what there is. */
-static void cas_choose_segment(struct nbdserve_cas *st, enum cas_need need) {
-  int has_spare = st->nfree > (st->nslots - st->nfree) / 10 + CAS_SLACK;
-  uint32_t enough = has_spare ? CAS_SEGMENT / 4 : CAS_SEGMENT * 3 / 4;
-  uint32_t rating = cas_search(st, &st->data_cursor, need, enough);
-  if (need == NEED_SLOT && !has_spare && rating < enough &&
-      !cas_give_space(st, st->nslots))
-    st->data_cursor = st->nslots - CAS_SEGMENT;
-}
-
 /* Takes a free slot for data; *slot gets it, and the caller the hold.  Pairs
- * that pages may need are not taken apart for it: -ENOSPC. */
+ * that pages may need are not taken apart for it: -ENOSPC.  At the end of each
+ * segment it chooses the next one: one with much room, or a new one at the
+ * file's end while the store has little to spare, else what there is. */
 static int cas_take_slot(struct nbdserve_cas *st, uint32_t *slot) {
   uint32_t *cursor = &st->data_cursor;
   int loose = cas_want_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN + 1) != 0;
+  enum cas_need need = loose ? NEED_LOOSE : NEED_SLOT;
   if (st->failed) return st->failed;
   if (loose && st->nfree == 2 * st->npairs) cas_give_space(st, st->nslots);
   if (st->nfree == (loose ? 2 * st->npairs : 0)) return -ENOSPC;
   for (;; ++*cursor) {
-    if (*cursor % CAS_SEGMENT == 0)
-      cas_choose_segment(st, loose ? NEED_LOOSE : NEED_SLOT);
+    if (*cursor % CAS_SEGMENT == 0) {
+      int has_spare = st->nfree > (st->nslots - st->nfree) / 10 + CAS_SLACK;
+      uint32_t enough = has_spare ? CAS_SEGMENT / 4 : CAS_SEGMENT * 3 / 4;
+      int makes_do = cas_search(st, cursor, need, enough) < enough;
+      if (makes_do && !has_spare && !loose && !cas_give_space(st, st->nslots))
+        *cursor = st->nslots - CAS_SEGMENT;
+    }
     const struct cas_segment *seg = cas_segment(st, *cursor);
     if (CAS_AT(st, *cursor, refs) || seg->space > SPACE_DURABLE) continue;
     if (!loose || seg->space != SPACE_DURABLE ||
@@ -5745,7 +5722,7 @@ static int cas_take_slot(struct nbdserve_cas *st, uint32_t *slot) {
   return 0;
 }
 
-/* Takes a pair of slots for a page. */
+/* Takes a pair of slots for a page, of which the first one gets the holds. */
 static void cas_hold_pair(struct nbdserve_cas *st, uint32_t slot) {
   assert(slot && slot % CAS_SEGMENT < CAS_TWIN);
   for (int i = 0; i < 2; i++, slot += CAS_TWIN) {
@@ -5793,11 +5770,9 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
     assert(st->durable <= seq && mine <= seq);
     st->durable = seq;          /* (C4) */
     cas_free_list(st, dropped); /* (C5) */
-    if (st->npending) {
-      cas_clear_given(st);
-      cas_change_space(st, SPACE_SYNCING, SPACE_DURABLE);
-    }
-    if (dropped) cas_space_came(st);
+    if (st->npending) cas_space_is_durable(st);
+    /* Where there was no space there may be some now. */
+    if (dropped) cas_change_space(st, SPACE_FULL, SPACE_UNKNOWN);
   }
   st->syncing = 0;
   os_wake_all(&st->lock);
@@ -5823,8 +5798,6 @@ enum {
   CAS_UNCHECKED = 4 /* cas_read: the digest as it stands there */
 };
 
-#define CAS_ANY CAS_ABSENT /* cas_block.expected: the map may have any slot */
-
 /* A block, or a page, on its way between a request and the file */
 struct cas_block {
   uint64_t number;          /* of the block in its volume */
@@ -5843,25 +5816,16 @@ struct cas_block {
   unsigned char digest[CAS_DIGEST_LEN]; /* what stands in the digest area */
 };
 
-/* How many blocks from blk on lie in a row, and have `what` to do. */
-static size_t cas_run_length(const struct cas_block *blk, size_t n, int what) {
-  size_t k = 0;
-  while (k < n && k < CAS_RUN && blk[k].todo & what && !blk[k].err &&
-         (!k || (blk[k].slot % CAS_SLOTS && blk[k].slot == blk->slot + k)))
-    k++;
-  return k;
-}
-
 #define CAS_ANNOUNCE (-1) /* says what will be read, instead of moving it */
 
 /* Moves the data or the digests of k blocks that lie in a row.  how: OS_WRITE,
  * OS_READ, CAS_ANNOUNCE or, where that is known, OS_READ_NOW. */
 static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
                         size_t k, int what, int how) {
-  struct iovec v[CAS_RUN];
+  struct iovec v[CAS_BATCH];
   uint64_t off = what == CAS_DATA ? cas_data_off(st, blk->slot)
                                   : cas_digest_off(st, blk->slot);
-  assert(k > 0 && k <= CAS_RUN);
+  assert(k > 0 && k <= CAS_BATCH);
   assert(!(how == OS_WRITE && st->readonly));
   for (size_t i = 0; i < k; i++) {
     unsigned char *digest = how == OS_WRITE ? blk[i].sum : blk[i].digest;
@@ -5883,24 +5847,27 @@ static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
  * sector there is no other segment's.  One that is being given back stays as it
  * is, and the failure is forgotten.  (locks) */
 static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
-  enum cas_space space = err == -ENOSPC ? SPACE_FULL : SPACE_BROKEN;
   assert(err && slot < st->nslots);
   os_lock(&st->lock);
   if (cas_segment(st, slot)->space != SPACE_BUSY)
-    cas_set_space(st, slot, space);
+    cas_adjust(st, slot, err == -ENOSPC ? SPACE_FULL : SPACE_BROKEN, 0, 0);
   cas_unlock(st);
 }
 
-/* Moves what there is to do of `what`, in few calls.  What fails together is
- * tried again one by one, so only that fails which must.  how: OS_WRITE;
- * OS_READ: at the first piece that is not in memory all the rest is announced,
- * so that the medium brings it together; or OS_READ_NOW: what is not in memory
- * gets -EAGAIN, where that can be told.  (locks) */
+/* Moves what there is to do of `what`, in few calls: k blocks that lie in a row
+ * at a time.  What fails together is tried again one by one, so only that fails
+ * which must.  how: OS_WRITE; OS_READ: at the first piece that is not in memory
+ * all the rest is announced, so that the medium brings it together; or
+ * OS_READ_NOW: what is not in memory gets -EAGAIN, where that can be told.
+ * (locks) */
 static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
                      int what, int how) {
   int now = how == OS_READ && n > 1 ? OS_READ_NOW : how;
   for (size_t k; n > 0; blk += k, n -= k) {
-    k = cas_run_length(blk, n, what);
+    for (k = 0; k < n && k < CAS_BATCH; k++)
+      if (!(blk[k].todo & what) || blk[k].err ||
+          (k && (blk[k].slot % CAS_SLOTS == 0 || blk[k].slot != blk->slot + k)))
+        break;
     int err = k ? cas_move_run(st, blk, k, what, now) : 0;
     if (err && now != how) {
       now = how;
@@ -5914,7 +5881,7 @@ static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
       *(is_only_digest ? &blk[i].digest_err : &blk[i].err) = alone;
       if (alone && how == OS_WRITE) cas_pass_over(st, blk[i].slot, alone);
     }
-    if (!k) k = 1;
+    if (!k) k = 1; /* there is nothing to do of the first one */
   }
 }
 
@@ -5958,53 +5925,54 @@ static void cas_fetch(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
   }
 }
 
-/* How good is copy i of a page, and what is its *number?  0: it is not whole,
- * or not of a page with that head (of magic 0: any page), or of a checkpoint
- * that never became durable.  1: it is, by itself.  2 or 3: one digest or both
- * vouch for it, too; or there is no digest that can be read. */
-static int cas_rank_copy(struct nbdserve_cas *st, struct cas_block copy[2],
-                         int i, const struct cas_head *head, uint64_t *number) {
+/* Is a copy of a page, by itself, what its reader is after: whole, of a page
+ * with that head (of magic 0: of any page), and not of a checkpoint that never
+ * became durable?  *number: that of its checkpoint. */
+static int cas_is_page(struct nbdserve_cas *st, struct cas_block *copy,
+                       const struct cas_head *head, uint64_t *number) {
   struct cas_head own;
-  assert(!copy[i].todo || copy[i].data);
-  if (copy[i].err || !cas_sum_page(st->hw, copy[i].data, st->bs, copy[i].sum))
+  assert(copy->data);
+  if (copy->err || !cas_sum_page(st->hw, copy->data, st->bs, copy->sum))
     return 0;
-  cas_decode(cas_head_sizes, copy[i].data, &own);
+  cas_decode(cas_head_sizes, copy->data, &own);
   *number = own.number;
-  int fits = own.magic == CAS_MAP || own.magic == CAS_CAT;
-  if (head->magic)
-    fits = memcmp(&own, head, offsetof(struct cas_head, number)) == 0;
-  if (!fits || own.number > head->number) return 0;
-  if (copy[0].digest_err && copy[1].digest_err) return 2;
-  int rank = 1;
-  for (int k = 0; k < 2; k++)
-    rank += !copy[k].digest_err &&
-            memcmp(copy[i].sum, copy[k].digest, CAS_DIGEST_LEN) == 0;
-  return rank;
+  if (own.number > head->number) return 0;
+  if (!head->magic) return own.magic == CAS_MAP || own.magic == CAS_CAT;
+  return memcmp(&own, head, offsetof(struct cas_head, number)) == 0;
 }
 
 /* Reads the page in a slot to p, which has room for two, and its twin only if
  * the page does not fit both digests, or any page will do: then both are
- * checked.  Of the copies (C17) it takes one that a digest vouches for; if
- * there are two, or two that are whole but both digests are wrong, the newer
- * one.  Where one copy is damaged, both are written anew: if that fails, it is
- * tried again whenever the page is read.  head: see cas_rank_copy.  -EIO: no
- * copy is good, and one cannot be read; -EUCLEAN: both can.  (locks) */
+ * checked.  head: see cas_is_page.  Of the copies (C17) it takes the one with
+ * the higher rank or, if these are equal, the newer one:
+ *
+ *   0   it is no such page
+ *   1   it is, but no digest says so
+ *   2   one digest vouches for it, or no digest can be read
+ *   3   both vouch for it
+ *
+ * It takes none if there is one of rank 1 only.  Two of rank 1 are whole, but
+ * both digests are wrong.  Where one copy is damaged, both are written anew: if
+ * that fails, it is tried again whenever the page is read.  -EIO: no copy is
+ * good, and one cannot be read; -EUCLEAN: both can.  (locks) */
 static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
                          struct cas_head head, unsigned char *p) {
   struct cas_block copy[2] = {
       {.slot = slot, .data = p, .todo = CAS_BOTH},
-      {.slot = slot + CAS_TWIN, .data = p + st->bs, .todo = CAS_DIGEST}};
+      {.slot = slot + CAS_TWIN, .data = p + st->bs, .todo = CAS_BOTH}};
   uint64_t number[2] = {0, 0};
-  int rank[2];
+  int rank[2] = {0, 0};
   assert(slot % CAS_SEGMENT < CAS_TWIN);
-  cas_move(st, copy, 1, CAS_DATA, OS_READ);
-  cas_move(st, copy, 2, CAS_DIGEST, OS_READ);
-  rank[0] = cas_rank_copy(st, copy, 0, &head, number);
-  if (rank[0] == 3 && head.magic) return 0;
-  copy[1].todo = CAS_DATA;
-  cas_move(st, copy + 1, 1, CAS_DATA, OS_READ);
-  rank[1] = cas_rank_copy(st, copy, 1, &head, number + 1);
-  if (rank[0] == 3 && rank[1] == 3) return 0;
+  for (int i = 0; i < 2; i++) {
+    cas_move(st, copy + i, 1, CAS_DATA, OS_READ);
+    if (i == 0) cas_move(st, copy, 2, CAS_DIGEST, OS_READ);
+    if (!cas_is_page(st, copy + i, &head, number + i)) continue;
+    rank[i] = copy[0].digest_err && copy[1].digest_err ? 2 : 1;
+    for (int k = 0; k < 2; k++)
+      rank[i] += !copy[k].digest_err &&
+                 memcmp(copy[i].sum, copy[k].digest, CAS_DIGEST_LEN) == 0;
+    if (rank[0] == 3 && (head.magic || rank[1] == 3)) return 0;
+  }
   if (rank[0] + rank[1] < 2)
     return copy[0].err || copy[1].err ? -EIO : -EUCLEAN;
   int i = rank[1] > rank[0] || (rank[1] == rank[0] && number[1] > number[0]);
@@ -6013,7 +5981,6 @@ static int cas_read_page(struct nbdserve_cas *st, uint32_t slot,
   copy[!i] = copy[i];
   copy[0].slot = slot;
   copy[1].slot = slot + CAS_TWIN;
-  copy[0].todo = copy[1].todo = CAS_BOTH;
   if (!st->readonly) cas_move_both(st, copy, 2, OS_WRITE);
   return 0;
 }
@@ -6093,12 +6060,12 @@ static void cas_evict_leaf(struct nbdserve_cas *st) {
     if (st->nleaves * (uint64_t)st->bs < st->cache) break;
     struct cas_node *leaf = st->leaves[st->hand];
     assert(leaf->slots && leaf->at == st->hand);
-    if (!leaf->is_used && leaf->slot && !leaf->is_given) {
-      cas_forget_leaf(st, leaf); /* another one is in its place */
-      continue;
-    }
+    int goes = !leaf->is_used && leaf->slot && !leaf->is_given;
     leaf->is_used = 0;
-    st->hand++;
+    if (goes)
+      cas_forget_leaf(st, leaf); /* another one is in its place */
+    else
+      st->hand++;
   }
   if (st->hand >= st->nleaves) st->hand = 0; /* before one is added there */
 }
@@ -6109,9 +6076,8 @@ static int cas_make_leaf(struct nbdserve_cas *st, struct cas_node *leaf,
                          const unsigned char *page, uint32_t fill) {
   assert(!leaf->level && !leaf->slots);
   cas_evict_leaf(st);
-  int err = cas_enlarge(&st->leaves, &st->leaf_room, st->nleaves);
-  if (err) return err;
-  leaf->slots = NBDSERVE_MALLOC(st->fanout * sizeof *leaf->slots);
+  if (!cas_enlarge(&st->leaves, &st->leaf_room, st->nleaves))
+    leaf->slots = NBDSERVE_MALLOC(st->fanout * sizeof *leaf->slots);
   if (!leaf->slots) return -ENOMEM;
   for (uint32_t c = 0; c < st->fanout; c++) {
     uint32_t slot = page ? u_get32(page + CAS_HEAD + 4 * c) : fill;
@@ -6133,65 +6099,56 @@ struct cas_spot {
                             change one gives back as many pairs as it takes */
 };
 
-/* Follows a map to a block.  Returns the leaf if it has to be read first. */
+/* Follows a map to a block.  Returns the leaf if it has to be read first.  The
+ * map may be a leaf that stands alone: then the span is too long. */
 static struct cas_node *cas_walk(struct nbdserve_cas *st, struct cas_node *node,
                                  uint64_t block, struct cas_spot *spot) {
   uint64_t size = st->max_blocks; /* below node */
+  int is_own = 1;
   assert(block < st->max_blocks);
-  *spot = (struct cas_spot){.gives_back = 1};
   while (node && node->slot != CAS_LOST) {
-    if (node->refs > 1) spot->gives_back = 0;
+    is_own &= node->refs == 1;
     if (!node->level) break;
     size /= st->fanout;
     node = cas_kid(node, block / size % st->fanout);
   }
-  spot->span = size - block % size;
-  if (!node || node->slot == CAS_LOST) {
-    spot->gives_back = 0;
-    spot->slot = node ? CAS_LOST : 0;
-    return NULL;
-  }
-  assert(!node->level && size == st->fanout);
+  *spot = (struct cas_spot){.span = size - block % size};
+  if (node) spot->slot = CAS_LOST; /* unless it turns out to be a leaf */
+  if (!node || node->slot == CAS_LOST) return NULL;
+  assert(!node->level);
   if (!node->slots) return node;
   node->is_used = 1;
   spot->leaf = node;
   spot->slot = node->slots[block % st->fanout];
+  spot->gives_back = is_own;
   return NULL;
 }
 
-/* Reads the page of a leaf to *page, which is the caller's to free, even after
- * an error. (unlocks) */
-static int cas_read_leaf(struct nbdserve_cas *st, const struct cas_node *leaf,
-                         unsigned char **page) {
-  struct cas_head head = cas_head_of(st, leaf);
-  uint32_t slot = leaf->slot;
-  *page = NBDSERVE_MALLOC(2 * (size_t)st->bs);
-  assert(slot && slot != CAS_LOST && CAS_AT(st, slot, tag) == TAG_PAGE);
-  if (!*page) return -ENOMEM;
-  cas_hold(st, slot); /* so that the pair is not taken meanwhile */
-  cas_hold(st, slot + CAS_TWIN);
-  cas_unlock(st);
-  int err = cas_read_page(st, slot, head, *page);
-  os_lock(&st->lock);
-  cas_drop_pair(st, slot, &st->retired);
-  return err ? -EIO : 0;
-}
-
-/* Follows a map to a block, and reads the leaf if it is not in memory.
- * (unlocks, but not after the walk that succeeds) */
+/* Follows a map to a block, and reads the leaf if it is not in memory.  As that
+ * lets the lock go, it walks once more: only if there still is a leaf with the
+ * same page, what was read is what it has.  (unlocks, but not after the walk
+ * that succeeds) */
 static int cas_find_spot(struct nbdserve_cas *st, struct cas_node **root,
                          uint64_t block, struct cas_spot *spot) {
+  unsigned char *page = NULL;
   struct cas_node *leaf;
-  unsigned char *page;
   int err = 0;
   assert(block < st->max_blocks);
   while (!err && (leaf = cas_walk(st, *root, block, spot))) {
+    struct cas_head head = cas_head_of(st, leaf);
     uint32_t slot = leaf->slot;
-    err = cas_read_leaf(st, leaf, &page);
+    assert(slot && slot != CAS_LOST && CAS_AT(st, slot, tag) == TAG_PAGE);
+    if (!page) page = NBDSERVE_MALLOC(2 * (size_t)st->bs);
+    if (!page) return -ENOMEM;
+    cas_hold(st, slot); /* so that the pair is not taken meanwhile */
+    cas_unlock(st);
+    err = cas_read_page(st, slot, head, page) ? -EIO : 0;
+    os_lock(&st->lock);
+    cas_drop(st, slot, &st->retired);
     leaf = err ? NULL : cas_walk(st, *root, block, spot);
     if (leaf && leaf->slot == slot) err = cas_make_leaf(st, leaf, page, 0);
-    NBDSERVE_FREE(page);
   }
+  NBDSERVE_FREE(page);
   return err;
 }
 
@@ -6201,75 +6158,62 @@ static int cas_find_spot(struct nbdserve_cas *st, struct cas_node **root,
 static void cas_unref(struct nbdserve_cas *st, struct cas_node *node) {
   assert(!node || node->refs > 0);
   if (!node || --node->refs > 0) return;
-  int is_stored = node->slot && node->slot != CAS_LOST;
-  int is_away = !node->level && !node->slots && is_stored;
-  unsigned char *page = NULL;
+  struct cas_spot spot;
   for (uint32_t c = 0; c < node->nkids; c++)
     cas_unref(st, node->kid[c]);
-  if (is_away && !st->is_ending && !cas_read_leaf(st, node, &page))
-    cas_make_leaf(st, node, page, 0);
-  NBDSERVE_FREE(page);
+  if (!node->level && node->slot && !st->is_ending) /* a map of one leaf */
+    (void)!cas_find_spot(st, &node, 0, &spot);
   for (uint32_t c = 0; node->slots && c < st->fanout; c++)
     cas_drop(st, node->slots[c], &st->retired);
   cas_forget_leaf(st, node);
   if (!node->slot) st->ndirty--;
-  cas_drop_pair(st, node->slot, &st->retired);
+  cas_drop(st, node->slot, &st->retired);
   NBDSERVE_FREE(node->kid);
   NBDSERVE_FREE(node);
   cas_yield(st);
-}
-
-/* Gives copy, a new node, what node has below it; NULL: nothing, that is,
- * zeroes.  Everything below gains an edge (C13).  A node that is lost is its
- * own kid, as often as there is room. */
-static int cas_copy_below(struct nbdserve_cas *st, struct cas_node *node,
-                          struct cas_node *copy) {
-  int is_lost = node && node->slot == CAS_LOST;
-  uint32_t n = is_lost ? st->fanout : 0;
-  int err = 0;
-  assert(copy->refs == 1 && !copy->slot && !copy->nkids);
-  if (copy->level) {
-    if (node && !is_lost) n = node->nkids;
-    if (n) err = cas_enlarge(&copy->kid, &copy->nkids, n - 1);
-    for (uint32_t c = 0; c < n && !err; c++)
-      cas_share(&copy->kid[c], cas_kid(node, c));
-    return err;
-  }
-  err = cas_make_leaf(st, copy, NULL, is_lost ? CAS_LOST : 0);
-  if (err || !node || is_lost) return err;
-  assert(node->slots);
-  for (uint32_t c = 0; c < st->fanout; c++)
-    cas_hold(st, copy->slots[c] = node->slots[c]);
-  return 0;
 }
 
 /* Makes a node, which is to change, dirty, and puts its slots into a list. */
 static void cas_make_dirty(struct nbdserve_cas *st, struct cas_node *node,
                            uint32_t *list) {
   if (node->slot) st->ndirty++;
-  cas_drop_pair(st, node->slot, list);
+  cas_drop(st, node->slot, list);
   node->slot = 0;
 }
 
 /* Makes the node at *p, which is to change, or to be there, its parent's own
- * and dirty.  A leaf that is shared has to be in memory. */
+ * and dirty.  Of a node that others have, too, a copy gets what is below it,
+ * and all of that gains an edge (C13).  Where there is none, zeroes are below
+ * the new one.  A leaf that is shared has to be in memory.  What is lost is its
+ * own kid, as often as there is room (cas_kid), and the slots of a leaf. */
 static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
                    uint32_t index) {
   struct cas_node *node = *p;
+  int is_lost = node && node->slot == CAS_LOST;
+  int err = 0;
   assert(!st->is_ending);
-  assert(!node || node->slot == CAS_LOST ||
-         (node->level == level && node->index == index));
-  if (node && node->refs == 1 && node->slot != CAS_LOST) {
+  assert(!node || is_lost || (node->level == level && node->index == index));
+  if (node && node->refs == 1 && !is_lost) {
     cas_make_dirty(st, node, &st->retired);
     return 0;
   }
+  assert(!node || level < CAS_LEVELS); /* the catalog is not shared */
   struct cas_node *copy = cas_new_node(level, index, 0);
   if (!copy) return -ENOMEM;
-  assert(!node || level < CAS_LEVELS); /* the catalog is not shared */
   st->ndirty++;
-  int err = cas_copy_below(st, node, copy);
+  for (uint32_t c = 0; level > 0 && c < st->fanout && !err; c++) {
+    struct cas_node *kid = cas_kid(node, c);
+    if (kid) err = cas_enlarge(&copy->kid, &copy->nkids, c);
+    if (kid && !err) cas_share(&copy->kid[c], kid);
+  }
+  if (!level) err = cas_make_leaf(st, copy, NULL, is_lost ? CAS_LOST : 0);
+  assert(level || !node || is_lost || node->slots); /* eviction spared it */
+  if (copy->slots && node && !is_lost)
+    memcpy(copy->slots, node->slots, st->fanout * sizeof *copy->slots);
+  for (uint32_t c = 0; copy->slots && c < st->fanout; c++)
+    cas_hold(st, copy->slots[c]);
   if (err) {
-    cas_unref(st, copy);
+    cas_unref(st, copy); /* with the edges that it has got so far */
     return err;
   }
   if (node && --node->refs == 0) NBDSERVE_FREE(node); /* it was lost */
@@ -6277,34 +6221,35 @@ static int cas_own(struct nbdserve_cas *st, struct cas_node **p, int level,
   return 0;
 }
 
-/* Goes on from a node, which is its parent's own, to the kid with an index in
- * its level, and makes that own and dirty. */
-static int cas_own_kid(struct nbdserve_cas *st, struct cas_node ***p,
-                       uint64_t index) {
-  struct cas_node *node = **p;
-  uint32_t c = (uint32_t)(index % st->fanout);
-  assert(node->level && node->refs == 1 && !node->slot);
-  int err = cas_enlarge(&node->kid, &node->nkids, c);
+/* Makes all nodes on the way from a root, which is at *p, down to the one with
+ * an index in a level own and dirty; what is not there yet is made.  *out: that
+ * node; a page of records has room for both maps of each.  After an error nodes
+ * may be dirty that did not change, which does no harm. */
+static int cas_own_path(struct nbdserve_cas *st, struct cas_node **p, int level,
+                        uint64_t index, struct cas_node **out) {
+  struct cas_node *up = NULL;
+  if (level != CAS_TOP && level != CAS_LEVELS - 1) { /* it is no root */
+    uint32_t c = (uint32_t)(index % st->fanout);
+    int err = cas_own_path(st, p, level + 1, index / st->fanout, &up);
+    if (!err) err = cas_enlarge(&up->kid, &up->nkids, c);
+    if (err) return err;
+    assert(up->refs == 1 && !up->slot);
+    p = &up->kid[c];
+  }
+  int err = cas_own(st, p, level, (uint32_t)index);
   if (err) return err;
-  *p = &node->kid[c];
-  return cas_own(st, *p, node->level - 1, (uint32_t)index);
+  assert(level < CAS_LEVELS || !*out || *out == *p); /* a page stays there */
+  *out = *p;
+  if (level != CAS_LEVELS) return 0;
+  return cas_enlarge(&(*p)->kid, &(*p)->nkids, 2 * st->per_page - 1);
 }
 
 /* Makes all nodes own and dirty from the catalog's root down to the page with
- * the record in a place, which is returned in *page; what is not there yet is
- * made. */
+ * the record in a place, which is returned in *page. */
 static int cas_own_record(struct nbdserve_cas *st, uint32_t place,
                           struct cas_node **page) {
-  struct cas_node **p = &st->catalog;
   uint32_t index = place / st->per_page;
-  int err = cas_own(st, p, CAS_TOP, 0);
-  if (!err) err = cas_own_kid(st, &p, index / st->fanout);
-  if (!err) err = cas_own_kid(st, &p, index);
-  if (!err && !(*p)->nkids)
-    err = cas_enlarge(&(*p)->kid, &(*p)->nkids, 2 * st->per_page - 1);
-  assert(err || !*page || *page == *p);
-  if (!err) *page = *p;
-  return err;
+  return cas_own_path(st, &st->catalog, CAS_LEVELS, index, page);
 }
 
 /* Makes all nodes on the way to a block of a volume own and dirty, and returns
@@ -6312,14 +6257,9 @@ static int cas_own_record(struct nbdserve_cas *st, uint32_t place,
 static int cas_own_leaf(struct cas_volume *vol, uint64_t block,
                         struct cas_node **leaf) {
   struct nbdserve_cas *st = vol->st;
-  struct cas_node **p = cas_root(vol);
-  uint64_t size = st->max_blocks / st->fanout; /* below a kid of *p */
   int err = cas_own_record(st, vol->place, &vol->page);
-  if (!err) err = cas_own(st, p, CAS_LEVELS - 1, 0);
-  for (; !err && (*p)->level > 0; size /= st->fanout)
-    err = cas_own_kid(st, &p, block / size);
-  *leaf = *p;
-  return err;
+  if (err) return err;
+  return cas_own_path(st, cas_root(vol), 0, block / st->fanout, leaf);
 }
 
 /* ---- Volumes and their names ------------------------------------------------
@@ -6931,8 +6871,8 @@ static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
       cas_undo_cut(st, &cut);
     } else {
       st->super = cut.super;
-      cas_free_list(st, cut.retired); /* (C6) */
-      cas_space_came(st);
+      cas_free_list(st, cut.retired);                  /* (C6) */
+      cas_change_space(st, SPACE_FULL, SPACE_UNKNOWN); /* as after a sync */
     }
     for (uint32_t k = 0; k < cut.n; k++) {
       cut.writes[k].node->is_given = 0;
@@ -7171,7 +7111,7 @@ static int cas_commit_block(struct cas_volume *vol, struct cas_block *blk) {
   assert(spot.leaf->slots[blk->number % st->fanout] == spot.slot);
   cas_drop(st, spot.slot, &st->dropped);
   spot.leaf->slots[blk->number % st->fanout] = blk->slot;
-  cas_log(vol, blk->number, 1, blk->slot, blk->slot ? blk->sum : NULL);
+  cas_log(vol, blk->number, 1, blk->slot, blk->sum);
   blk->slot = 0;
   return 0;
 }
@@ -7821,7 +7761,7 @@ static int cas_load_page(struct nbdserve_cas *st, struct cas_node *node) {
     loader->nlost++;
   else
     loader->nunreadable++;
-  cas_drop_pair(st, node->slot, &st->retired);
+  cas_drop(st, node->slot, &st->retired);
   node->slot = is_map ? CAS_LOST : 0;
   if (!is_map) st->ndirty++;
   return 0;
@@ -7888,7 +7828,6 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq,
   uint64_t off = cas_log_off(st, seq);
   uint32_t mixed[2][SHA_STATE_WORDS];
   unsigned char sum[CAS_DIGEST_LEN];
-  uint32_t nmixed = 0;
   assert(off + CAS_PAGE <= st->end); /* cas_open_super found slots behind it */
   if (cas_io(st, OS_READ, p, CAS_PAGE, off)) {
     st->log_unread = 1;
@@ -7901,8 +7840,7 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq,
   if (head->seq > st->loader->newest && head->seq < CAS_MAX_SEQ)
     st->loader->newest = head->seq;
   if (head->seq != seq) return 0;
-  sha_begin(mixed);
-  cas_log_sum(st, p, (uint32_t)head->count, mixed, &nmixed, sum);
+  cas_log_sum(st, p, 0, (uint32_t)head->count, mixed, sum);
   return memcmp(sum, p + CAS_LOG_SUM, sizeof sum) == 0;
 }
 
@@ -8033,7 +7971,7 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
       was == SPACE_SYNCING || was == SPACE_BUSY ||
       (was == SPACE_DURABLE && st->npairs < kept + seg->npairs))
     return 0;
-  cas_set_space(st, first, SPACE_BUSY);
+  cas_adjust(st, first, SPACE_BUSY, 0, 0);
   for (uint32_t i = 0; i < CAS_SEGMENT; i++)
     is_free[i] = !CAS_AT(st, first + i, refs);
   cas_unlock(st);
@@ -8054,7 +7992,7 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
   }
   os_lock(&st->lock);
   assert(seg->space == SPACE_BUSY);
-  cas_set_space(st, first, was == SPACE_DURABLE ? SPACE_UNKNOWN : was);
+  cas_adjust(st, first, was == SPACE_DURABLE ? SPACE_UNKNOWN : was, 0, 0);
   st->back_cursor = (uint32_t)u_min(st->back_cursor, first);
   return err;
 }
@@ -8159,7 +8097,6 @@ static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
                (st->hw && !(flags & NBDSERVE_CAS_NO_VERIFY));
   st->cache = (uint64_t)(o && o->cache_mib ? o->cache_mib : CAS_CACHE_MIB)
               << 20;
-  sha_begin(st->mixed);
   os_monitor_init(&st->ckpt);
   os_monitor_init(&st->lock);
   return st;

@@ -2270,29 +2270,12 @@ static void ex_release(struct ex *ex) {
   if (ex->from_callback) ex_free(ex);
 }
 
-/* Finds out the size that an export has now; one that find gave keeps the size
- * that it came with.  0, or -EIO if the host's function gives no size. */
-static int ex_ask_size(struct ex *ex, uint64_t *size) {
-  struct nbdserve_export *e = &ex->pub;
-  os_lock(&ex->server->lock);
-  uint64_t now = e->size;
-  if (e->ops->size && !ex->from_callback) now = e->ops->size(e->ctx, now);
-  if (now <= INT64_MAX) e->size = now;
-  os_unlock(&ex->server->lock);
-  if (now > INT64_MAX)
-    return ex_lied(ex->server, e->name, "size", "returned more than INT64_MAX");
-  *size = now - now % e->min_block; /* no request reaches the rest */
-  return 0;
-}
-
-/* Finds the export that a client means, and its size now.  -ENOENT: there is
- * none; others: what the host's callbacks said.  ex_release gives it back.
+/* Finds the export that a client means.  -ENOENT: there is none; others: what
+ * the host's callbacks said.  ex_release gives it back.
  *
  * First comes an added export of that very name, then what the host's callback
- * knows, last an added one that serves names which no other has.  The size is
- * asked for anew each time, under s->lock: see ops->size in nbdserve.h. */
-static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
-                      uint64_t *size) {
+ * knows, last an added one that serves names which no other has. */
+static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out) {
   os_lock(&s->lock);
   struct ex *ex = *ex_by_name(s, name);
   /* For a name that no other has: the first one for the empty name, else one
@@ -2301,16 +2284,12 @@ static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
   while (fallback && *name && !(fallback->pub.flags & NBDSERVE_EXPORT_FALLBACK))
     fallback = fallback->next;
   os_unlock(&s->lock);
-  if (!ex) {
-    int err = ex_from_callback(s, name, &ex);
-    if (err && err != -ENOENT) return err;
-  }
-  if (!ex) ex = fallback;
-  if (!ex) return -ENOENT;
   *out = ex;
-  int err = ex_ask_size(ex, size);
-  assert(!err || !ex->from_callback); /* nothing to release */
-  return err;
+  if (ex) return 0;
+  int err = ex_from_callback(s, name, out);
+  if (err != -ENOENT) return err;
+  *out = fallback;
+  return fallback ? 0 : -ENOENT;
 }
 
 /* The name of the host's context of a number, from 1 on; "": it has fewer. */
@@ -2363,27 +2342,37 @@ static unsigned ex_transmission_flags(const struct ex *ex, enum wire_mode mode,
   return f | NBD_FLAG_HAS_FLAGS | (writable ? 0 : NBD_FLAG_READ_ONLY);
 }
 
-/* What a client gets to know of an export of that size, with such flags. */
-static struct nbdserve_info ex_info(const struct ex *ex, uint64_t size,
-                                    unsigned flags) {
-  const struct nbdserve_export *e = &ex->pub;
-  return (struct nbdserve_info){.size = size,
-                                .flags = flags,
-                                .min_block = e->min_block,
-                                .preferred_block = e->preferred_block,
-                                .max_request = e->max_request};
+/* Finds out what a client gets to know of an export now.  One that find gave
+ * keeps the size that it came with; of others the size is asked for anew each
+ * time, under s->lock: see ops->size in nbdserve.h.  0, or -EIO if the host's
+ * function gives no size. */
+static int ex_ask_info(struct ex *ex, enum wire_mode mode, int has_contexts,
+                       struct nbdserve_info *info) {
+  struct nbdserve_export *e = &ex->pub;
+  os_lock(&ex->server->lock);
+  uint64_t now = e->size;
+  if (e->ops->size && !ex->from_callback) now = e->ops->size(e->ctx, now);
+  if (now <= INT64_MAX) e->size = now;
+  os_unlock(&ex->server->lock);
+  if (now > INT64_MAX)
+    return ex_lied(ex->server, e->name, "size", "returned more than INT64_MAX");
+  info->size = now - now % e->min_block; /* no request reaches the rest */
+  info->flags = ex_transmission_flags(ex, mode, has_contexts);
+  info->min_block = e->min_block;
+  info->preferred_block = e->preferred_block;
+  info->max_request = e->max_request;
+  return 0;
 }
 
 /* See nbdserve.h. */
 int nbdserve_info(struct nbdserve *s, const char *name,
                   struct nbdserve_info *out) {
   struct ex *ex;
-  uint64_t size;
-  int err = ex_acquire(s, name ? name : "", &ex, &size);
+  int err = ex_acquire(s, name ? name : "", &ex);
   if (err) return err;
-  *out = ex_info(ex, size, ex_transmission_flags(ex, MODE_SIMPLE, 0));
+  err = ex_ask_info(ex, MODE_SIMPLE, 0, out);
   ex_release(ex);
-  return 0;
+  return err;
 }
 
 /* ---- Calling the backend ------------------------------------------------- */
@@ -2761,6 +2750,9 @@ STATIC_ASSERT(slots_fit, TX_SLOTS <= (int)CONN_WBUF);
 STATIC_ASSERT(head_fits,
               WIRE_EXT_CHUNK_LEN + (int)WIRE_OFFSET_LEN <= (int)TX_HEAD_ROOM);
 STATIC_ASSERT(piece_is_unit, (int)TX_PIECE == (int)IO_UNIT);
+STATIC_ASSERT(selected_contexts_fit,
+              WIRE_CONTEXTS *(WIRE_OPTION_REPLY_LEN + 4 + WIRE_STRING_MAX) <=
+                  (int)CONN_WBUF); /* see hs_opt_meta_context */
 
 struct conn {
   /* -- fixed */
@@ -2774,13 +2766,12 @@ struct conn {
   struct io io;      /* says itself who may touch what */
   /* -- negotiated */
   enum wire_mode mode;
-  int no_zeroes;     /* NBD_FLAG_NO_ZEROES: no padding, please */
-  struct ex *export; /* NULL: none so far */
-  uint64_t export_size;
+  int no_zeroes;             /* NBD_FLAG_NO_ZEROES: no padding, please */
+  struct ex *export;         /* NULL: none so far */
+  struct nbdserve_info info; /* what the client was told of it */
   struct ex *chosen; /* what the last SET_META_CONTEXT has found, or NULL, */
   struct wire_contexts contexts; /* and what is selected there, */
-  int has_contexts;              /* some are, and `chosen` is `export` */
-  unsigned transmission_flags;
+  int has_contexts; /* some are, and `export` was entered by that name */
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n); /* or NULL */
   /* -- the option that is being answered */
   uint32_t option;
@@ -2871,28 +2862,30 @@ static unsigned char *hs_reserve(struct conn *c, size_t len) {
   return p;
 }
 
-/* Begins a reply to the current option, with len bytes of data at the
- * result. */
-static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t len) {
+/* Begins a reply to the current option.  Its data are n bytes at the result,
+ * which the caller writes, and behind them the text. */
+static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t n,
+                               const char *text) {
+  size_t len = n + strlen(text);
   unsigned char *p = hs_reserve(c, WIRE_OPTION_REPLY_LEN + len);
   assert(len <= UINT32_MAX);
   u_put64(p, NBD_REP_MAGIC);
   u_put32(p + 8, c->option);
   u_put32(p + 12, type);
   u_put32(p + 16, (uint32_t)len);
+  memcpy(p + WIRE_OPTION_REPLY_LEN + n, text, len - n);
   return p + WIRE_OPTION_REPLY_LEN;
 }
 
 /* Answers the option with success. */
 static int hs_ack(struct conn *c) {
-  hs_reply(c, NBD_REP_ACK, 0);
+  hs_reply(c, NBD_REP_ACK, 0, "");
   return 0;
 }
 
 /* Answers the option with an error; haggling goes on. */
 static int hs_refuse(struct conn *c, uint32_t type, const char *why) {
-  size_t n = strlen(why);
-  memcpy(hs_reply(c, type, n), why, n);
+  hs_reply(c, type, 0, why);
   conn_log(c, NBDSERVE_LOG_INFO, "%d: option %" PRIu32 " refused: %s", c->id,
            c->option, why);
   return 0;
@@ -2900,24 +2893,25 @@ static int hs_refuse(struct conn *c, uint32_t type, const char *why) {
 
 /* ---- Reading an option's data -------------------------------------------- */
 
-/* Moves on in the option's data. */
-static void hs_advance(struct conn *c, size_t n) {
-  assert(n <= c->option_left);
+/* Takes n bytes off the option's data.  NULL: there are not so many. */
+static const unsigned char *hs_take(struct conn *c, size_t n) {
+  const unsigned char *p = c->option_data;
+  if (n > c->option_left) return NULL;
   c->option_data += n;
   c->option_left -= n;
+  return p;
 }
 
 /* Takes a string with its 32-bit length off the option's data and copies it to
  * out[WIRE_STRING_MAX + 1].  0, or the error to answer with. */
 static uint32_t hs_take_string(struct conn *c, char *out) {
-  if (c->option_left < 4) return NBD_REP_ERR_INVALID;
-  uint32_t n = u_get32(c->option_data);
-  hs_advance(c, 4);
-  if (n > c->option_left) return NBD_REP_ERR_INVALID;
+  const unsigned char *p = hs_take(c, 4);
+  size_t n = p ? u_get32(p) : 0;
+  if (p) p = hs_take(c, n);
+  if (!p) return NBD_REP_ERR_INVALID;
   if (n > WIRE_STRING_MAX) return NBD_REP_ERR_TOO_BIG;
-  memcpy(out, c->option_data, n);
+  memcpy(out, p, n);
   out[n] = 0;
-  hs_advance(c, n);
   return memchr(out, 0, n) ? NBD_REP_ERR_INVALID : 0; /* NAME NUL JUNK */
 }
 
@@ -2932,13 +2926,13 @@ static int hs_enter(struct conn *c, const char *name) {
   int is_chosen = c->chosen && strcmp(c->chosen_name, name) == 0;
   struct ex *ex = c->chosen;
   assert(!c->export);
-  int err = is_chosen ? ex_ask_size(ex, &c->export_size)
-                      : ex_acquire(c->s, name, &ex, &c->export_size);
+  int err = is_chosen ? 0 : ex_acquire(c->s, name, &ex);
+  if (err) return err;
+  c->has_contexts = is_chosen && c->contexts.n > 0;
+  err = ex_ask_info(ex, c->mode, c->has_contexts, &c->info);
+  assert(!err || !ex->from_callback); /* nothing to release */
   if (err) return err;
   c->export = ex;
-  assert(c->export_size % ex->pub.min_block == 0);
-  c->has_contexts = is_chosen && c->contexts.n > 0;
-  c->transmission_flags = ex_transmission_flags(ex, c->mode, c->has_contexts);
   /* `before` is asked for each request, so there is nothing to do together. */
   c->run_batch = c->s->config.before ? NULL : ex->pub.ops->run_batch;
   return 0;
@@ -2981,8 +2975,8 @@ static int hs_opt_export_name(struct conn *c) {
   int err = hs_enter(c, name);
   if (err) return err;
   unsigned char *p = memset(hs_reserve(c, len), 0, len);
-  u_put64(p, c->export_size);
-  u_put16(p + 8, c->transmission_flags);
+  u_put64(p, c->info.size);
+  u_put16(p + 8, c->info.flags);
   return 0;
 }
 
@@ -2990,14 +2984,14 @@ static int hs_opt_export_name(struct conn *c) {
  * is gone, and the rest is for nobody. */
 static int hs_list_one(void *conn, const char *name, const char *description) {
   struct conn *c = conn;
-  size_t n = name ? strlen(name) : 0;
-  size_t d = description ? strlen(description) : 0;
+  if (!name) name = "";
+  if (!description) description = "";
+  size_t n = strlen(name);
   /* The protocol has no longer strings, so it cannot be listed. */
-  if (n > WIRE_STRING_MAX || d > WIRE_STRING_MAX) return 0;
-  unsigned char *p = hs_reply(c, NBD_REP_SERVER, 4 + n + d);
+  if (n > WIRE_STRING_MAX || strlen(description) > WIRE_STRING_MAX) return 0;
+  unsigned char *p = hs_reply(c, NBD_REP_SERVER, 4 + n, description);
   u_put32(p, (uint32_t)n);
-  if (n) memcpy(p + 4, name, n);
-  if (d) memcpy(p + 4 + n, description, d);
+  memcpy(p + 4, name, n);
   return c->send_err;
 }
 
@@ -3020,29 +3014,22 @@ static int hs_opt_list(struct conn *c) {
   return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "the list is not complete");
 }
 
-/* Sends information that is a text. */
-static void hs_put_text(struct conn *c, enum nbd_info type, const char *text) {
-  size_t n = strlen(text);
-  unsigned char *p = hs_reply(c, NBD_REP_INFO, 2 + n);
-  u_put16(p, type);
-  memcpy(p + 2, text, n);
-}
-
 /* proto.md, NBD_INFO_...: sends what INFO and GO give.  EXPORT always; block
  * sizes also unasked if they are not what a client takes for granted. */
 static void hs_put_infos(struct conn *c, unsigned asked) {
   const struct nbdserve_export *e = &c->export->pub;
-  unsigned char *p = hs_reply(c, NBD_REP_INFO, 12);
+  unsigned char *p = hs_reply(c, NBD_REP_INFO, 12, "");
   u_put16(p, NBD_INFO_EXPORT);
-  u_put64(p + 2, c->export_size);
-  u_put16(p + 10, c->transmission_flags);
-  if (asked & 1u << NBD_INFO_NAME) hs_put_text(c, NBD_INFO_NAME, e->name);
+  u_put64(p + 2, c->info.size);
+  u_put16(p + 10, c->info.flags);
+  if (asked & 1u << NBD_INFO_NAME)
+    u_put16(hs_reply(c, NBD_REP_INFO, 2, e->name), NBD_INFO_NAME);
   if (asked & 1u << NBD_INFO_DESCRIPTION && *e->description)
-    hs_put_text(c, NBD_INFO_DESCRIPTION, e->description);
+    u_put16(hs_reply(c, NBD_REP_INFO, 2, e->description), NBD_INFO_DESCRIPTION);
   int is_default = e->min_block == 1 && e->max_request == EX_DEFAULT_MAX &&
                    e->preferred_block == EX_DEFAULT_BLOCK;
   if (is_default && !(asked & 1u << NBD_INFO_BLOCK_SIZE)) return;
-  p = hs_reply(c, NBD_REP_INFO, 14);
+  p = hs_reply(c, NBD_REP_INFO, 14, "");
   u_put16(p, NBD_INFO_BLOCK_SIZE);
   u_put32(p + 2, e->min_block);
   u_put32(p + 6, e->preferred_block);
@@ -3054,11 +3041,11 @@ static int hs_opt_go(struct conn *c) {
   char name[WIRE_STRING_MAX + 1];
   unsigned asked = 0; /* a bit for each enum nbd_info; others are ignored */
   uint32_t bad = hs_take_string(c, name);
-  const unsigned char *p = c->option_data;
-  if (!bad && (c->option_left < 2 || c->option_left != 2 + 2u * u_get16(p)))
+  const unsigned char *p = hs_take(c, 2); /* the number of types behind it */
+  if (!bad && (!p || c->option_left != 2u * u_get16(p)))
     bad = NBD_REP_ERR_INVALID;
   if (bad) return hs_refuse(c, bad, "malformed request for information");
-  for (p += 2; p < c->option_data + c->option_left; p += 2)
+  while ((p = hs_take(c, 2)) != NULL)
     if (u_get16(p) <= NBD_INFO_BLOCK_SIZE) asked |= 1u << u_get16(p);
   int err = hs_enter(c, name);
   if (err == -ENOENT)
@@ -3089,60 +3076,46 @@ static int hs_opt_mode(struct conn *c) {
 
 /* ---- Metadata contexts --------------------------------------------------- */
 
-/* The queries of an option for contexts, in its data: each of 4 bytes of length
- * and a string. */
-struct hs_queries {
-  const unsigned char *data;
-  uint32_t n;
-};
-
-/* Does one of the queries mean the context of that name?  For LIST one that
- * ends with a colon means all that begin with it, and no query at all means
- * every context. */
-static int hs_is_asked(const struct conn *c, const struct hs_queries *q,
+/* Does one of the queries mean the context of that name?  They were checked:
+ * their number in 4 bytes, then each with 4 bytes of length in front.  For LIST
+ * one that ends with a colon means all that begin with it, and no query at all
+ * means every context. */
+static int hs_is_asked(const struct conn *c, const unsigned char *queries,
                        const char *name) {
   int lists = c->option == NBD_OPT_LIST_META_CONTEXT;
-  const unsigned char *p = q->data;
+  uint32_t nqueries = u_get32(queries);
+  const unsigned char *p = queries + 4;
   size_t len = strlen(name);
-  for (uint32_t i = 0; i < q->n; i++) {
+  for (uint32_t i = 0; i < nqueries; i++) {
     size_t n = u_get32(p);
     int is_prefix = n <= len && memcmp(p + 4, name, n) == 0;
     if (is_prefix && n == len) return 1;
     if (is_prefix && lists && n && p[4 + n - 1] == ':') return 1;
     p += 4 + n;
   }
-  return lists && !q->n;
+  return lists && !nqueries;
 }
 
-/* Selects a context, which the backend keeps until hs_drop_contexts.  False: it
- * is gone by now, or there is no room. */
-static int hs_select(struct conn *c, uint32_t number) {
+/* Answers the option with the contexts of c->export that the queries mean, and
+ * SET selects them.  The backend keeps those until hs_drop_contexts; one that
+ * it does not have any more is left out.  False: there are too many. */
+static int hs_put_contexts(struct conn *c, const unsigned char *queries) {
   const struct nbdserve_export *e = &c->export->pub;
-  if (c->contexts.n == WIRE_CONTEXTS) return 0;
-  if (number && e->ops->use_context && e->ops->use_context(e->ctx, number, 1))
-    return 0;
-  c->contexts.number[c->contexts.n++] = number;
-  return 1;
-}
-
-/* Counts the contexts of c->export that the queries mean.  `answers`: the
- * option is answered with them, and SET selects them. */
-static unsigned hs_find_contexts(struct conn *c, const struct hs_queries *q,
-                                 int answers) {
   char name[WIRE_STRING_MAX + 1] = "base:allocation";
   int sets = c->option == NBD_OPT_SET_META_CONTEXT;
   uint32_t number = 0;
-  unsigned found = 0;
   do {
-    if (c->send_err || !hs_is_asked(c, q, name)) continue;
-    found++;
-    if (!answers || (sets && !hs_select(c, number))) continue;
-    size_t len = strlen(name);
-    unsigned char *p = hs_reply(c, NBD_REP_META_CONTEXT, 4 + len);
+    if (c->send_err || !hs_is_asked(c, queries, name)) continue;
+    if (sets) {
+      if (c->contexts.n == WIRE_CONTEXTS) return 0;
+      int is_kept = number && e->ops->use_context;
+      if (is_kept && e->ops->use_context(e->ctx, number, 1)) continue;
+      c->contexts.number[c->contexts.n++] = number;
+    }
+    unsigned char *p = hs_reply(c, NBD_REP_META_CONTEXT, 4, name);
     u_put32(p, sets ? wire_context_id(number) : 0); /* LIST: proto.md */
-    memcpy(p + 4, name, len);
   } while ((number = ex_next_context(c->export, number, name)) != 0);
-  return found;
+  return 1;
 }
 
 /* proto.md, NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT.  Each SET
@@ -3150,29 +3123,29 @@ static unsigned hs_find_contexts(struct conn *c, const struct hs_queries *q,
 static int hs_opt_meta_context(struct conn *c) {
   char name[WIRE_STRING_MAX + 1];
   char query[WIRE_STRING_MAX + 1];
-  int sets = c->option == NBD_OPT_SET_META_CONTEXT;
   if (c->mode == MODE_SIMPLE)
     return hs_refuse(c, NBD_REP_ERR_INVALID, "structured replies come first");
   uint32_t bad = hs_take_string(c, name);
-  if (!bad && c->option_left < 4) bad = NBD_REP_ERR_INVALID;
-  struct hs_queries q = {.n = bad ? 0 : u_get32(c->option_data)};
-  if (!bad) hs_advance(c, 4);
-  q.data = c->option_data;
-  for (uint32_t i = 0; i < q.n && !bad; i++)
+  const unsigned char *queries = hs_take(c, 4); /* from their number on */
+  if (!bad && !queries) bad = NBD_REP_ERR_INVALID;
+  for (uint32_t n = bad ? 0 : u_get32(queries); n > 0 && !bad; n--)
     bad = hs_take_string(c, query);
   if (!bad && c->option_left) bad = NBD_REP_ERR_INVALID;
   if (bad) return hs_refuse(c, bad, "malformed query for metadata contexts");
   if (hs_enter(c, name))
     return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
-  if (sets && hs_find_contexts(c, &q, 0) > WIRE_CONTEXTS) {
-    hs_leave(c);
-    return hs_refuse(c, NBD_REP_ERR_TOO_BIG, "too many contexts");
+  if (c->option == NBD_OPT_SET_META_CONTEXT) {
+    strcpy(c->chosen_name, name);
+    c->chosen = c->export;
   }
-  if (sets) strcpy(c->chosen_name, name);
-  if (sets) c->chosen = c->export;
-  hs_find_contexts(c, &q, 1);
+  int fits = hs_put_contexts(c, queries);
   hs_leave(c);
-  return hs_ack(c);
+  if (fits) return hs_ack(c);
+  /* proto.md: then nothing is selected.  The replies have not left yet: those
+   * to one option wait in wbuf, which so few do not fill. */
+  hs_drop_contexts(c);
+  c->wbuf_used = 0;
+  return hs_refuse(c, NBD_REP_ERR_TOO_BIG, "too many contexts");
 }
 
 /* A new option gets a row here.  ABORT is not in it: hs_option answers it
@@ -3226,27 +3199,21 @@ static int hs_option(struct conn *c) {
   return hs_options[option](c);
 }
 
-/* Greets the client and takes its flags.  0 or -errno. */
-static int hs_greet(struct conn *c) {
+/* The whole handshake: greets the client, takes its flags, and haggles until it
+ * enters an export.  0: c->export is entered; else see enum conn_step. */
+static int hs_run(struct conn *c) {
+  uint32_t known = NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES;
   unsigned char flags[4];
+  assert(!c->io.deadline && !c->export && !c->wbuf_used);
+  c->io.deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
   unsigned char *p = hs_reserve(c, 18);
   u_put64(p, NBD_INIT_MAGIC);
   u_put64(p + 8, NBD_OPTION_MAGIC);
-  u_put16(p + 16, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
-  int err = hs_send(c);
-  if (!err) err = io_recv_all(&c->io, flags, sizeof flags);
-  if (err) return err;
-  uint32_t known = NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES;
-  if (u_get32(flags) & ~known) return -EPROTO;
-  c->no_zeroes = (u_get32(flags) & NBD_FLAG_NO_ZEROES) != 0;
-  return 0;
-}
-
-/* The whole handshake.  0: c->export is entered; else see enum conn_step. */
-static int hs_run(struct conn *c) {
-  assert(!c->io.deadline && !c->export && !c->wbuf_used);
-  c->io.deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
-  int step = hs_greet(c);
+  u_put16(p + 16, known);
+  int step = hs_send(c);
+  if (!step) step = io_recv_all(&c->io, flags, sizeof flags);
+  if (!step && u_get32(flags) & ~known) step = -EPROTO;
+  c->no_zeroes = !step && u_get32(flags) & NBD_FLAG_NO_ZEROES;
   while (!step && !c->export) {
     step = hs_option(c);
     if (step >= 0 && hs_send(c)) step = c->send_err;
@@ -3937,19 +3904,18 @@ static int tx_validate(const struct conn *c, struct nbdserve_req *r) {
   if (r->flags & NBD_CMD_FLAG_FAST_ZERO) needed |= NBD_FLAG_SEND_FAST_ZERO;
   if (is_status && r->flags & NBD_CMD_FLAG_PAYLOAD_LEN)
     needed |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
-  unsigned lacking = needed & ~c->transmission_flags;
+  unsigned lacking = needed & ~c->info.flags;
   unsigned stray = r->flags & ~(unsigned)(cmd->flags | NBD_CMD_FLAG_FUA);
   if (c->mode != MODE_EXTENDED) stray |= r->flags & NBD_CMD_FLAG_PAYLOAD_LEN;
   int has_range = cmd->err_beyond != 0;
   if (stray & NBD_CMD_FLAG_PAYLOAD_LEN ||
       lacking & NBD_FLAG_BLOCK_STATUS_PAYLOAD)
     return tx_refuse(r, -EINVAL, "it takes no payload");
-  if (cmd->writes && (c->transmission_flags & NBD_FLAG_READ_ONLY))
+  if (cmd->writes && (c->info.flags & NBD_FLAG_READ_ONLY))
     return tx_refuse(r, -EPERM, "the export is read-only");
   if (r->type == NBD_CMD_WRITE && r->payload != r->len)
     return tx_refuse(r, -EINVAL, "NBD_CMD_FLAG_PAYLOAD_LEN is missing");
-  if (has_range &&
-      (r->off > c->export_size || r->len > c->export_size - r->off))
+  if (has_range && (r->off > c->info.size || r->len > c->info.size - r->off))
     return tx_refuse(r, cmd->err_beyond, "beyond the end of the export");
   if (is_status && !c->contexts.n)
     return tx_refuse(r, -EINVAL, "no metadata context was negotiated");
@@ -4083,8 +4049,8 @@ static int tx_run(struct conn *c) {
   int step;
   assert(c->export && !c->nbatch && !c->wbuf_used && !c->io.deadline);
   conn_log(c, NBDSERVE_LOG_INFO, "%d: export '%s', %" PRIu64 " bytes%s", c->id,
-           c->export->pub.name, c->export_size,
-           c->transmission_flags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
+           c->export->pub.name, c->info.size,
+           c->info.flags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
   do {
     step = tx_next_request(c);
     int err = step ? tx_run_batch(c) : 0; /* what came before is answered */
@@ -10195,11 +10161,8 @@ static int srv_serve_client(struct conn *c, const char *name) {
   os_unlock(&c->s->lock);
   conn_log(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, c->peer);
   int err = name ? hs_enter(c, name) : hs_run(c);
-  if (!err && k->entered) {
-    struct nbdserve_info info =
-        ex_info(c->export, c->export_size, c->transmission_flags);
-    k->entered(k->ctx, c->io.in, c->export->pub.name, &info);
-  }
+  if (!err && k->entered)
+    k->entered(k->ctx, c->io.in, c->export->pub.name, &c->info);
   if (!err) err = tx_run(c);
   assert(!c->nworkers && (err == CONN_LEFT || err < 0));
   /* Of a TCP socket of ours the last replies must arrive, if it is our side

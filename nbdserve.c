@@ -1609,7 +1609,7 @@ static uint32_t wire_context_id(uint32_t number) {
  *                 tx_run_requests: it was answered
  *   DONE          tx_refuse; tx_next_request, if      it is answered
  *                 there is nothing to do; tx_executed;
- *                 tx_flush
+ *                 tx_execute
  *
  * Until it is HANDED_OVER only the client's thread touches a request; the copy
  * belongs to the worker that takes it. */
@@ -3295,7 +3295,7 @@ static int hs_run(struct conn *c) {
  *      that was answered before it arrived, and more.
  * (T4) FLUSH (unless it came alone), TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS,
  *      READs in a batch that have to wait for the medium, and what
- *      tx_takes_long, may take as long as they like: nothing behind them
+ *      tx_dispatch copies, may take as long as they like: nothing behind them
  *      waits, up to the limit in tx_hand_over and while a worker can be had.
  *      What the client's thread does itself holds up the requests behind it:
  *      the rest of a batch, pieces, and a flush that came alone.  In a batch
@@ -3308,19 +3308,6 @@ static int hs_run(struct conn *c) {
  *      at most, until they are answered. */
 
 /* ---- Replies ------------------------------------------------------------- */
-
-/* Writes the payload of an error chunk.  Returns its length. */
-static size_t tx_put_error(unsigned char *p, const struct nbdserve_req *r) {
-  const char *text = r->refused ? r->refused : strerror(-r->err);
-  size_t n = (size_t)u_min(strlen(text), TX_ERROR_TEXT);
-  u_put32(p, wire_error(r));
-  u_put16(p + 4, (unsigned)n);
-  memcpy(p + WIRE_ERROR_LEN, text, n);
-  n += WIRE_ERROR_LEN;
-  if (!r->err_has_off) return n;
-  u_put64(p + n, r->err_off);
-  return n + WIRE_OFFSET_LEN;
-}
 
 /* Writes all of a reply but its data to p[TX_HEAD_MAX]: its mode, its outcome
  * and its command decide what it looks like.  Returns the number of bytes: 0
@@ -3342,8 +3329,18 @@ static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
   enum nbd_reply_type type = NBD_REPLY_TYPE_NONE;
   size_t n = 0; /* bytes of payload that are written here */
   if (r->err) {
-    type = r->err_has_off ? NBD_REPLY_TYPE_ERROR_OFFSET : NBD_REPLY_TYPE_ERROR;
-    n = tx_put_error(payload, r);
+    const char *text = r->refused ? r->refused : strerror(-r->err);
+    size_t len = (size_t)u_min(strlen(text), TX_ERROR_TEXT);
+    type = NBD_REPLY_TYPE_ERROR;
+    u_put32(payload, wire_error(r));
+    u_put16(payload + 4, (unsigned)len);
+    memcpy(payload + WIRE_ERROR_LEN, text, len);
+    n = WIRE_ERROR_LEN + len;
+    if (r->err_has_off) {
+      type = NBD_REPLY_TYPE_ERROR_OFFSET;
+      u_put64(payload + n, r->err_off);
+      n += WIRE_OFFSET_LEN;
+    }
   } else if (is_read && r->len) {
     type = NBD_REPLY_TYPE_OFFSET_DATA;
     u_put64(payload, r->off);
@@ -3519,32 +3516,29 @@ static void tx_executed(struct conn *c, struct nbdserve_req *r, int err) {
   req_set_state(r, owes_flush ? REQ_TO_FLUSH : REQ_DONE);
 }
 
-/* Flushes for all requests of a list, which are TO_FLUSH, in one go.  `before`
- * is asked for each FLUSH; one that it refuses takes no part. */
-static void tx_flush(struct conn *c, struct nbdserve_req *list) {
-  int wanted = 0;
-  for (struct nbdserve_req *r = list; r; r = r->next) {
-    assert(r->state == REQ_TO_FLUSH && !r->err);
-    if (r->type == NBD_CMD_FLUSH) r->err = ex_ask_before(c->export, r);
-    if (!r->err) wanted = 1;
-  }
-  int err = wanted ? ex_flush(c->export) : 0;
-  for (struct nbdserve_req *r = list; r; r = r->next) {
-    if (!r->err) r->err = err;
-    req_set_state(r, REQ_DONE);
-  }
-}
-
 /* Does a request, or a list of those that are TO_FLUSH, whatever is left to do:
- * DONE afterwards. */
-static void tx_execute(struct conn *c, struct nbdserve_req *r) {
+ * DONE afterwards.  One flush is enough for the list.  `before` is asked for
+ * each FLUSH; one that it refuses takes no part. */
+static void tx_execute(struct conn *c, struct nbdserve_req *list) {
+  struct nbdserve_req *r = list;
   if (r->state == REQ_TODO) {
     assert(!r->next);
     int err = ex_ask_before(c->export, r);
     if (!err) err = ex_execute(c->export, r);
     tx_executed(c, r, err);
   }
-  if (r->state == REQ_TO_FLUSH) tx_flush(c, r);
+  if (r->state == REQ_DONE) return;
+  int wanted = 0;
+  for (; r; r = r->next) {
+    assert(r->state == REQ_TO_FLUSH && !r->err);
+    if (r->type == NBD_CMD_FLUSH) r->err = ex_ask_before(c->export, r);
+    if (!r->err) wanted = 1;
+  }
+  int err = wanted ? ex_flush(c->export) : 0;
+  for (r = list; r; r = r->next) {
+    if (!r->err) r->err = err;
+    req_set_state(r, REQ_DONE);
+  }
 }
 
 /* ---- Workers ----------------------------------------------------------------
@@ -3625,15 +3619,9 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
   int flushes = r->state == REQ_TO_FLUSH;
   assert(flushes || r->state == REQ_TODO);
   if (most == 1) return 0; /* this thread does all itself */
-  struct nbdserve_req *copy = NBDSERVE_MALLOC(sizeof *copy);
-  if (!copy) return 0;
-  *copy = *r;
-  /* A request whose data lies in rbuf or wbuf was executed; it only owes a
-   * flush, which needs no data. */
-  if (!copy->owned) copy->buf = NULL;
   os_lock(&c->queue_lock);
   /* (T5): a request may own up to TX_PIECE bytes of data. */
-  tx_wait_for_workers(c, copy->owned ? most : 1024);
+  tx_wait_for_workers(c, r->owned ? most : 1024);
   /* Jobs that will wait are: each queued request, and all flushes together,
    * unless a flush is running, whose worker takes the next ones.  If these are
    * more than the workers that are idle, one is started. */
@@ -3642,38 +3630,34 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
   assert(c->nidle <= c->nworkers && c->nworkers <= most);
   if (jobs > c->nidle && c->nworkers < most && os_thread(tx_worker, c) == 0)
     c->nworkers++;
-  if (!c->nworkers) {
-    os_unlock(&c->queue_lock);
-    NBDSERVE_FREE(copy);
-    return 0;
+  struct nbdserve_req *copy = c->nworkers ? NBDSERVE_MALLOC(sizeof *r) : NULL;
+  if (copy) {
+    struct nbdserve_req **place = flushes ? &c->to_flush : c->queue_end;
+    *copy = *r;
+    /* A request whose data lies in rbuf or wbuf was executed; it only owes a
+     * flush, which needs no data. */
+    if (!copy->owned) copy->buf = NULL;
+    assert(flushes || !*place); /* flushes: in front, others: at the end */
+    copy->next = *place;
+    *place = copy;
+    if (!flushes) {
+      c->queue_end = &copy->next;
+      c->nqueue++;
+    }
+    c->nhanded_over++;
+    req_set_state(r, REQ_HANDED_OVER);
+    os_wake_one(&c->queue_lock); /* a worker: this thread does not wait */
   }
-  copy->next = flushes ? c->to_flush : NULL;
-  if (flushes) {
-    c->to_flush = copy;
-  } else {
-    *c->queue_end = copy;
-    c->queue_end = &copy->next;
-    c->nqueue++;
-  }
-  c->nhanded_over++;
-  os_wake_one(&c->queue_lock); /* a worker: this thread does not wait */
   os_unlock(&c->queue_lock);
-  req_set_state(r, REQ_HANDED_OVER);
-  return 1;
+  return copy != NULL;
 }
 
 /* ---- The batch ----------------------------------------------------------- */
 
-/* Hands over a READ of the batch that has to wait for the medium, with a buffer
- * of its own; or does it here, if there is no worker or no memory. */
-static void tx_read_later(struct conn *c, struct nbdserve_req *r) {
-  assert(r->type == NBD_CMD_READ);
-  r->may_wait = 1;
-  if (!tx_take_buffer(c, r) || !tx_hand_over(c, r)) tx_execute(c, r);
-}
-
 /* Does what is TODO of the batch, or hands over what is for workers (T4).
- * READs and WRITEs that stand in a row are done with one call of run_batch. */
+ * READs and WRITEs that stand in a row are done with one call of run_batch.  A
+ * READ among them that has to wait for the medium is handed over with a buffer
+ * of its own, or done here if there is no worker or no memory. */
 static void tx_run_requests(struct conn *c) {
   size_t i = 0;
   while (i < c->nbatch) {
@@ -3693,10 +3677,13 @@ static void tx_run_requests(struct conn *c) {
       i++;
     c->run_batch(c->export->pub.ctx, r, (size_t)(&c->batch[i] - r));
     for (; r < &c->batch[i]; r++) {
-      if (r->err == -EAGAIN && !r->may_wait)
-        tx_read_later(c, r);
-      else
+      if (r->err != -EAGAIN || r->may_wait) {
         tx_executed(c, r, r->err);
+        continue;
+      }
+      assert(r->type == NBD_CMD_READ);
+      r->may_wait = 1;
+      if (!tx_take_buffer(c, r) || !tx_hand_over(c, r)) tx_execute(c, r);
     }
   }
 }
@@ -3932,20 +3919,17 @@ static int tx_validate(const struct conn *c, struct nbdserve_req *r) {
   return 0;
 }
 
-/* Is a READ or WRITE handed over with its data?  On a host's backend, which may
- * take its time, each is; in a store a long WRITE, so that the data of several
- * is received, hashed and written at the same time. */
-static int tx_takes_long(const struct conn *c, const struct nbdserve_req *r) {
-  int is_long_write = r->type == NBD_CMD_WRITE && r->len > TX_IN_BATCH_MAX;
-  if (c->s->config.threads == 1 || r->len > TX_PIECE) return 0;
-  return !c->run_batch || (is_long_write && c->export->pub.ops->hashes);
-}
-
 /* Does a request, or sees to it that it is done later, as the table at the head
  * of the section says.  0, or -errno to close. */
 static int tx_dispatch(struct conn *c, struct nbdserve_req *r) {
   int moves_data = r->state == REQ_TODO && req_moves_data(r);
-  int is_copied = moves_data && tx_takes_long(c, r);
+  int is_long_write = r->type == NBD_CMD_WRITE && r->len > TX_IN_BATCH_MAX;
+  /* Is it handed over with its data?  On a host's backend, which may take its
+   * time, each READ and WRITE is; in a store a long WRITE, so that the data of
+   * several is received, hashed and written at the same time. */
+  int is_copied = moves_data && c->s->config.threads > 1 && r->len <= TX_PIECE;
+  if (c->run_batch && !(is_long_write && c->export->pub.ops->hashes))
+    is_copied = 0;
   uint64_t data = moves_data ? r->len : r->payload; /* of a READ, too */
   if (!is_copied && data <= TX_IN_BATCH_MAX) {
     r->buf = c->rbuf + c->rbuf_pos; /* the payload is all there */
@@ -3970,11 +3954,10 @@ static void tx_get_contexts(const struct conn *c, struct nbdserve_req *r,
   r->asked = (1u << selected->n) - 1;
   if (!r->payload) return;
   int bad = r->payload < 12 || r->payload % 4;
-  uint64_t n = bad ? 0 : (r->payload - 8) / 4;
-  if (n > selected->n) bad = 1;
+  if (r->payload > 8 + 4 * selected->n) bad = 1; /* nor is it all there */
   r->asked = 0;
-  for (uint64_t i = 0; i < n && !bad; i++) {
-    uint32_t id = u_get32(payload + 8 + 4 * i);
+  for (size_t i = 8; i < r->payload && !bad; i += 4) {
+    uint32_t id = u_get32(payload + i);
     unsigned k = 0;
     while (k < selected->n && wire_context_id(selected->number[k]) != id)
       k++;

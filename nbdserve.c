@@ -38,7 +38,7 @@
  *                               row of hs_options in [8]
  *   a command                   its number in enum nbd_cmd; a row of wire_cmds;
  *                               a case in ex_call [7]; a line in
- *                               ex_transmission_flags if clients must be told
+ *                               ex_ask_info if clients must be told
  *   a rule for requests         an `if` in tx_validate [9]
  *   a type of reply             its number in enum nbd_reply_type; when it is
  *                               sent and its head in tx_put_head, its data in
@@ -1600,7 +1600,7 @@ static uint32_t wire_context_id(uint32_t number) {
 /* The life of a request:
  *
  *   state         set by                              what comes next
- *   TODO          wire_get_request                    TO_FLUSH, HANDED_OVER,
+ *   TODO          tx_next_request                     TO_FLUSH, HANDED_OVER,
  *                                                     DONE
  *   TO_FLUSH      tx_next_request, for a FLUSH;       HANDED_OVER, DONE
  *                 tx_executed, for a write with FUA
@@ -1660,22 +1660,6 @@ static void req_set_state(struct nbdserve_req *r, enum req_state to) {
   assert(r->state == REQ_TODO || r->state == REQ_TO_FLUSH);
   assert(to > r->state);
   r->state = to;
-}
-
-/* Reads the head of a request, of which the caller has seen the magic. */
-static struct nbdserve_req wire_get_request(const unsigned char *p,
-                                            enum wire_mode mode) {
-  struct nbdserve_req r = {.mode = mode,
-                           .flags = u_get16(p + 4),
-                           .type = u_get16(p + 6),
-                           .cookie = u_get64(p + 8),
-                           .client_off = u_get64(p + 16)};
-  r.off = r.client_off;
-  r.len = mode == MODE_EXTENDED ? u_get64(p + 24) : u_get32(p + 24);
-  int has_payload = r.type == NBD_CMD_WRITE;
-  if (mode == MODE_EXTENDED) has_payload = r.flags & NBD_CMD_FLAG_PAYLOAD_LEN;
-  if (has_payload) r.payload = r.len;
-  return r;
 }
 
 /* ---- Replies (proto.md, Simple reply message, Structured reply chunk message,
@@ -1743,18 +1727,18 @@ static void wire_put_chunk(unsigned char *p, const struct nbdserve_req *r,
 /* What is true of each command: validation and dispatch read it here. */
 static const struct wire_cmd {
   const char *name;
-  uint16_t flags;      /* that it may carry, besides FUA, which any may */
+  uint16_t flags;      /* that it may carry, besides FUA, which any may, and
+                     PAYLOAD_LEN */
   uint16_t exposed_by; /* transmission flag that offers it; 0: always there */
   uint8_t writes;      /* refused on a read-only export */
-  uint8_t has_data;    /* moves data: the request has a buffer of len bytes */
   int err_beyond;      /* -errno of a range beyond the end (proto.md); 0:
                           offset and length mean nothing */
 } wire_cmds[] = {
     /* clang-format off */
     [NBD_CMD_READ] = {.name = "NBD_CMD_READ", .flags = NBD_CMD_FLAG_DF,
-        .has_data = 1, .err_beyond = -EINVAL},
-    [NBD_CMD_WRITE] = {.name = "NBD_CMD_WRITE", .writes = 1, .has_data = 1,
-        .flags = NBD_CMD_FLAG_PAYLOAD_LEN, .err_beyond = -ENOSPC},
+        .err_beyond = -EINVAL},
+    [NBD_CMD_WRITE] = {.name = "NBD_CMD_WRITE", .writes = 1,
+        .err_beyond = -ENOSPC},
     [NBD_CMD_DISC] = {.name = "NBD_CMD_DISC"},
     [NBD_CMD_FLUSH] = {.name = "NBD_CMD_FLUSH",
         .exposed_by = NBD_FLAG_SEND_FLUSH},
@@ -1766,8 +1750,7 @@ static const struct wire_cmd {
         .flags = NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
         .exposed_by = NBD_FLAG_SEND_WRITE_ZEROES, .err_beyond = -ENOSPC},
     [NBD_CMD_BLOCK_STATUS] = {.name = "NBD_CMD_BLOCK_STATUS",
-        .flags = NBD_CMD_FLAG_REQ_ONE | NBD_CMD_FLAG_PAYLOAD_LEN,
-        .err_beyond = -EINVAL},
+        .flags = NBD_CMD_FLAG_REQ_ONE, .err_beyond = -EINVAL},
     /* clang-format on */
 };
 
@@ -1776,10 +1759,10 @@ static const struct wire_cmd *wire_cmd(unsigned type) {
   return type < COUNT_OF(wire_cmds) ? &wire_cmds[type] : NULL;
 }
 
-/* Is it a READ or a WRITE that moves at least one byte? */
+/* Is it a READ or a WRITE that moves at least one byte?  These have a buffer of
+ * len bytes. */
 static int req_moves_data(const struct nbdserve_req *r) {
-  const struct wire_cmd *cmd = wire_cmd(r->type);
-  return cmd && cmd->has_data && r->len > 0;
+  return (r->type == NBD_CMD_READ || r->type == NBD_CMD_WRITE) && r->len > 0;
 }
 
 /* The error that is sent for a request (proto.md, Error values): no other
@@ -1968,16 +1951,6 @@ static int io_recv_all(struct io *io, unsigned char *p, size_t len) {
   return n ? (int)n : -EPIPE;
 }
 
-/* Writes to a pipe what it takes without waiting: PIPE_BUF bytes, if poll()
- * says that it is ready.  Bytes written, or -1 with errno. */
-static ssize_t io_write_pipe(int fd, const struct iovec *v) {
-  struct pollfd p = {.fd = fd, .events = POLLOUT};
-  if (poll(&p, 1, 0) > 0)
-    return write(fd, v->iov_base, (size_t)u_min(v->iov_len, PIPE_BUF));
-  errno = EAGAIN;
-  return -1;
-}
-
 /* Sends all of v[0..n), which it uses up, and behind it `spliced` bytes that a
  * pipe holds.  0, -ETIMEDOUT when the peer takes too long in total (I2), or
  * -errno.  Where os_splice waits in the kernel, that ends by the time limit of
@@ -1995,7 +1968,13 @@ static int io_send(const struct io *io, struct iovec *v, int n, int pipe,
     struct msghdr m = {.msg_iov = v, .msg_iovlen = (unsigned)n};
     ssize_t done = n > 0 ? sendmsg(io->out, &m, flags)
                          : os_splice(pipe, NULL, io->out, spliced);
-    if (done < 0 && errno == ENOTSOCK) done = io_write_pipe(io->out, v);
+    if (done < 0 && errno == ENOTSOCK) {
+      /* A pipe takes PIPE_BUF bytes without waiting if poll() says so. */
+      struct pollfd p = {.fd = io->out, .events = POLLOUT};
+      size_t len = (size_t)u_min(v->iov_len, PIPE_BUF);
+      errno = EAGAIN;
+      if (poll(&p, 1, 0) > 0) done = write(io->out, v->iov_base, len);
+    }
     assert(done <= (ssize_t)total);
     if (done >= 0 && n > 0)
       os_advance(&v, &n, (size_t)done);
@@ -2201,27 +2180,26 @@ static int ex_complete(struct nbdserve_export *e, size_t *contexts_size) {
 static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
                   struct ex **out) {
   struct nbdserve_export e = *from;
-  size_t contexts_size;
-  if (!ex_complete(&e, &contexts_size)) return -EINVAL;
-  size_t name_size = strlen(e.name) + 1;
-  size_t description_size = strlen(e.description) + 1;
-  struct ex *ex =
-      u_zalloc(sizeof *ex + name_size + description_size + contexts_size);
+  size_t size;
+  if (!ex_complete(&e, &size)) return -EINVAL;
+  size += strlen(e.name) + strlen(e.description) + 2;
+  struct ex *ex = u_zalloc(sizeof *ex + size);
   if (!ex) return -ENOMEM;
   os_monitor_init(&ex->serial);
   os_monitor_init(&ex->lock);
   assert(e.max_request > 0 && e.min_block <= e.preferred_block);
-  e.name = memcpy(ex->strings, e.name, name_size);
-  e.description =
-      memcpy(ex->strings + name_size, e.description, description_size);
-  char *end = ex->strings + name_size + description_size;
+  ex->server = s;
+  ex->pub = e;
+  ex->pub.name = ex->strings;
+  char *end = stpcpy(ex->strings, e.name) + 1;
+  ex->pub.description = end;
+  end = stpcpy(end, e.description) + 1;
+  ex->pub.contexts = NULL;
   ex->contexts = end;
   for (size_t i = 0; e.contexts && e.contexts[i]; i++)
-    end = strchr(strcpy(end, e.contexts[i]), 0) + 1;
-  e.contexts = NULL;
-  ex->pub = e;
-  ex->server = s;
-  assert(ex->pub.ops->read && ex->pub.size <= INT64_MAX && !ex->next);
+    end = stpcpy(end, e.contexts[i]) + 1;
+  assert(end < ex->strings + size && !*end && !ex->next);
+  assert(ex->pub.ops->read && ex->pub.size <= INT64_MAX);
   *out = ex;
   return 0;
 }
@@ -2292,14 +2270,6 @@ static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out) {
   return fallback ? 0 : -ENOENT;
 }
 
-/* The name of the host's context of a number, from 1 on; "": it has fewer. */
-static const char *ex_own_context(const struct ex *ex, uint32_t number) {
-  const char *name = ex->contexts;
-  while (*name && --number > 0)
-    name += strlen(name) + 1;
-  return name;
-}
-
 /* Puts the name of the metadata context that comes after `number` into
  * name[WIRE_STRING_MAX + 1], and returns its number; 0: there is no more.  A
  * backend of ours knows its contexts; if the host names some, only those
@@ -2307,48 +2277,31 @@ static const char *ex_own_context(const struct ex *ex, uint32_t number) {
 static uint32_t ex_next_context(const struct ex *ex, uint32_t number,
                                 char *name) {
   const struct nbdserve_ops *ops = ex->pub.ops;
+  const char *own = ex->contexts; /* the first one has the number 1 */
   if (!ops->next_context) {
-    strcpy(name, ex_own_context(ex, ++number));
-    return *name ? number : 0;
+    for (uint32_t i = 0; i < number && *own; i++)
+      own += strlen(own) + 1;
+    strcpy(name, own);
+    return *name ? number + 1 : 0;
   }
   while ((number = ops->next_context(ex->pub.ctx, number, name)) != 0) {
-    const char *own = ex->contexts;
-    while (*own && strcmp(own, name) != 0)
+    for (own = ex->contexts; *own && strcmp(own, name) != 0;)
       own += strlen(own) + 1;
     if (!*ex->contexts || *own) return number;
   }
   return 0;
 }
 
-/* The transmission flags for a client: each is set exactly when the thing works
- * on this export.  has_contexts: the client has selected some. */
-static unsigned ex_transmission_flags(const struct ex *ex, enum wire_mode mode,
-                                      int has_contexts) {
-  const struct nbdserve_config *k = &ex->server->config;
-  const struct nbdserve_ops *ops = ex->pub.ops;
-  int writable = !(ex->pub.flags & NBDSERVE_EXPORT_READONLY);
-  unsigned f = 0;
-  if (ex->pub.flags & NBDSERVE_EXPORT_ROTATIONAL) f |= NBD_FLAG_ROTATIONAL;
-  /* With a single slot a second connection would wait until the first ends. */
-  if ((ex->pub.flags & NBDSERVE_EXPORT_MULTI_CONN) && k->max_conn > 1)
-    f |= NBD_FLAG_CAN_MULTI_CONN;
-  if (ops->cache) f |= NBD_FLAG_SEND_CACHE;
-  if (mode != MODE_SIMPLE) f |= NBD_FLAG_SEND_DF;
-  if (mode == MODE_EXTENDED && has_contexts) f |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
-  if (writable) f |= NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
-  if (writable && ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
-  if (writable && ops->trim) f |= NBD_FLAG_SEND_TRIM;
-  f &= ~k->without;
-  return f | NBD_FLAG_HAS_FLAGS | (writable ? 0 : NBD_FLAG_READ_ONLY);
-}
-
-/* Finds out what a client gets to know of an export now.  One that find gave
+/* Finds out what a client gets to know of an export now.  Each transmission
+ * flag is set exactly when the thing works on this export.  One that find gave
  * keeps the size that it came with; of others the size is asked for anew each
- * time, under s->lock: see ops->size in nbdserve.h.  0, or -EIO if the host's
- * function gives no size. */
+ * time, under s->lock: see ops->size in nbdserve.h.  has_contexts: the client
+ * has selected some.  0, or -EIO if the host's function gives no size. */
 static int ex_ask_info(struct ex *ex, enum wire_mode mode, int has_contexts,
                        struct nbdserve_info *info) {
+  const struct nbdserve_config *k = &ex->server->config;
   struct nbdserve_export *e = &ex->pub;
+  int writable = !(e->flags & NBDSERVE_EXPORT_READONLY);
   os_lock(&ex->server->lock);
   uint64_t now = e->size;
   if (e->ops->size && !ex->from_callback) now = e->ops->size(e->ctx, now);
@@ -2357,10 +2310,22 @@ static int ex_ask_info(struct ex *ex, enum wire_mode mode, int has_contexts,
   if (now > INT64_MAX)
     return ex_lied(ex->server, e->name, "size", "returned more than INT64_MAX");
   info->size = now - now % e->min_block; /* no request reaches the rest */
-  info->flags = ex_transmission_flags(ex, mode, has_contexts);
   info->min_block = e->min_block;
   info->preferred_block = e->preferred_block;
   info->max_request = e->max_request;
+  uint32_t f = 0;
+  if (e->flags & NBDSERVE_EXPORT_ROTATIONAL) f |= NBD_FLAG_ROTATIONAL;
+  /* With a single slot a second connection would wait until the first ends. */
+  if (e->flags & NBDSERVE_EXPORT_MULTI_CONN && k->max_conn > 1)
+    f |= NBD_FLAG_CAN_MULTI_CONN;
+  if (e->ops->cache) f |= NBD_FLAG_SEND_CACHE;
+  if (mode != MODE_SIMPLE) f |= NBD_FLAG_SEND_DF;
+  if (mode == MODE_EXTENDED && has_contexts) f |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
+  if (writable) f |= NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
+  if (writable && e->ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
+  if (writable && e->ops->trim) f |= NBD_FLAG_SEND_TRIM;
+  f &= ~k->without;
+  info->flags = f | NBD_FLAG_HAS_FLAGS | (writable ? 0 : NBD_FLAG_READ_ONLY);
   return 0;
 }
 
@@ -2546,63 +2511,49 @@ int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
   return x->left == 0;
 }
 
-/* Adds the chunk of a context to the reply to r.  What a host does not describe
- * is data, but no other context may be left out: clean would be wrong. */
-static int ex_put_chunk(struct ex *ex, const struct nbdserve_req *r,
-                        struct nbdserve_extents *x) {
-  int extended = r->mode == MODE_EXTENDED;
-  size_t chunk = x->begin + x->each * x->n; /* behind the one before */
-  size_t head = extended ? 8 : 4;           /* what stands before the extents */
-  x->begin = chunk + wire_chunk_len(r->mode) + head;
-  x->left = r->len;
-  x->overhang = x->n = 0;
-  int err = ex_call(ex, r, x);
-  if (!err && x->lied)
-    err = ex_lied(ex->server, ex->pub.name, "extents",
-                  "gave a status that does not exist");
-  if (!err && !x->n && x->context)
-    err = ex_lied(ex->server, ex->pub.name, "extents", "gave no extent");
-  if (err) return err;
-  if (!x->n) nbdserve_extent(x, r->len, 0); /* proto.md: at least one */
-  assert(x->n > 0 && x->n <= x->max);
-  unsigned char *p = x->data + chunk;
-  wire_put_chunk(p, r,
-                 extended ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT
-                          : NBD_REPLY_TYPE_BLOCK_STATUS,
-                 head + x->each * x->n);
-  p += wire_chunk_len(r->mode);
-  u_put32(p, wire_context_id(x->context));
-  if (extended) u_put32(p + 4, x->n);
-  return 0;
-}
-
 /* Asks for the extents of a request, in each context that it asks for.  r->buf
- * becomes its reply, of r->data_len bytes, which the request owns. */
+ * becomes its reply, of r->data_len bytes, which the request owns.  What a host
+ * does not describe is data, but no other context may be left out: clean would
+ * be wrong. */
 static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
-  struct nbdserve_extents x = {.align = ex->pub.min_block,
-                               .each = WIRE_EXT_EXTENT_LEN};
+  int extended = r->mode == MODE_EXTENDED;
+  unsigned type =
+      extended ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT : NBD_REPLY_TYPE_BLOCK_STATUS;
+  struct nbdserve_extents x = {.align = ex->pub.min_block, .each = 8};
   unsigned nasked = 0;
-  int err = 0;
   assert(r->mode != MODE_SIMPLE && !r->owned && r->asked);
-  if (r->mode != MODE_EXTENDED) x.each /= 2;
-  uint32_t bits = r->asked;
-  do
-    nasked++;
-  while ((bits &= bits - 1) != 0);
+  if (extended) x.each = WIRE_EXT_EXTENT_LEN;
+  for (unsigned i = 0; i < r->contexts->n; i++)
+    nasked += r->asked >> i & 1;
   uint64_t most = ex->pub.max_request / WIRE_EXT_EXTENT_LEN;
   most = u_min(u_min(most, EX_EXTENTS / nasked), r->len / x.align + 1);
   x.max = r->flags & NBD_CMD_FLAG_REQ_ONE ? 1 : (unsigned)most;
-  size_t chunk_len = WIRE_EXT_CHUNK_LEN + 8 + x.each * x.max;
+  size_t fixed = extended ? 8 : 4; /* in front of a chunk's extents */
+  size_t chunk_len = wire_chunk_len(r->mode) + fixed + x.each * x.max;
   x.data = r->buf = r->owned = NBDSERVE_MALLOC(nasked * chunk_len);
   if (!x.data) return -ENOMEM;
-  for (unsigned i = 0; i < r->contexts->n && !err; i++) {
+  for (unsigned i = 0; r->asked >> i; i++) {
     if (!(r->asked >> i & 1)) continue;
+    size_t chunk = x.begin + x.each * x.n; /* behind the one before */
+    unsigned char *payload = x.data + chunk + wire_chunk_len(r->mode);
+    x.begin = chunk + wire_chunk_len(r->mode) + fixed;
     x.context = r->contexts->number[i];
-    r->more_chunks = --nasked > 0;
-    err = ex_put_chunk(ex, r, &x);
+    x.left = r->len;
+    x.overhang = x.n = 0;
+    int err = ex_call(ex, r, &x);
+    const char *lie = x.lied ? "gave a status that does not exist" : NULL;
+    if (!x.n && x.context) lie = "gave no extent";
+    if (!err && lie) err = ex_lied(ex->server, ex->pub.name, "extents", lie);
+    if (err) return err;
+    if (!x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
+    assert(x.n > 0 && x.n <= x.max);
+    r->more_chunks = r->asked >> i > 1;
+    wire_put_chunk(x.data + chunk, r, type, fixed + x.each * x.n);
+    u_put32(payload, wire_context_id(x.context));
+    if (extended) u_put32(payload + 4, x.n);
   }
-  if (!err) r->data_len = x.begin + x.each * x.n;
-  return err;
+  r->data_len = x.begin + x.each * x.n;
+  return 0;
 }
 
 /* ---- One request on a backend -------------------------------------------- */
@@ -2636,7 +2587,7 @@ static int ex_execute(struct ex *ex, struct nbdserve_req *r) {
   assert(r->off % ex->pub.min_block == 0); /* (E2) */
   assert(!wire_cmd(r->type)->writes ||
          !(ex->pub.flags & NBDSERVE_EXPORT_READONLY));
-  assert(r->buf || !wire_cmd(r->type)->has_data);
+  assert(r->buf || !req_moves_data(r));
   if (r->type == NBD_CMD_BLOCK_STATUS) return ex_block_status(ex, r);
   int err = ex_call(ex, r, NULL);
   if (err != -ENOTSUP || r->type != NBD_CMD_WRITE_ZEROES) return err;
@@ -3727,24 +3678,6 @@ static int tx_run_batch(struct conn *c) {
   return tx_answer(c, list);
 }
 
-/* Adds a request to the batch, which is run first if there is no room.  A READ
- * gets a slot in wbuf.  0, or -errno to close. */
-static int tx_add_to_batch(struct conn *c, const struct nbdserve_req *r) {
-  size_t slot = 0;
-  if (r->type == NBD_CMD_READ && r->state == REQ_TODO)
-    slot = wire_read_head_len(c->mode) + (size_t)r->len;
-  assert(slot <= TX_SLOTS);
-  if (c->nbatch == TX_BATCH || c->wbuf_used + slot > TX_SLOTS) {
-    int err = tx_run_batch(c);
-    if (err) return err;
-  }
-  struct nbdserve_req *place = &c->batch[c->nbatch++];
-  *place = *r;
-  c->wbuf_used += slot;
-  if (slot) place->buf = c->wbuf + c->wbuf_used - r->len;
-  return 0;
-}
-
 /* ---- What is not done in the batch ------------------------------------------
  * These run when the batch is done, so wbuf is free, and all of rbuf but the
  * payload of this request, of which the first bytes may have come. */
@@ -3889,14 +3822,13 @@ static int tx_validate(const struct conn *c, struct nbdserve_req *r) {
   if (r->flags & NBD_CMD_FLAG_FUA) needed |= NBD_FLAG_SEND_FUA;
   if (r->flags & NBD_CMD_FLAG_DF) needed |= NBD_FLAG_SEND_DF;
   if (r->flags & NBD_CMD_FLAG_FAST_ZERO) needed |= NBD_FLAG_SEND_FAST_ZERO;
-  if (is_status && r->flags & NBD_CMD_FLAG_PAYLOAD_LEN)
-    needed |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
   unsigned lacking = needed & ~c->info.flags;
-  unsigned stray = r->flags & ~(unsigned)(cmd->flags | NBD_CMD_FLAG_FUA);
-  if (c->mode != MODE_EXTENDED) stray |= r->flags & NBD_CMD_FLAG_PAYLOAD_LEN;
+  unsigned any = NBD_CMD_FLAG_FUA | NBD_CMD_FLAG_PAYLOAD_LEN;
+  unsigned stray = r->flags & ~(cmd->flags | any);
   int has_range = cmd->err_beyond != 0;
-  if (stray & NBD_CMD_FLAG_PAYLOAD_LEN ||
-      lacking & NBD_FLAG_BLOCK_STATUS_PAYLOAD)
+  int takes_payload = r->type == NBD_CMD_WRITE && c->mode == MODE_EXTENDED;
+  if (is_status) takes_payload = c->info.flags & NBD_FLAG_BLOCK_STATUS_PAYLOAD;
+  if (r->flags & NBD_CMD_FLAG_PAYLOAD_LEN && !takes_payload)
     return tx_refuse(r, -EINVAL, "it takes no payload");
   if (cmd->writes && (c->info.flags & NBD_FLAG_READ_ONLY))
     return tx_refuse(r, -EPERM, "the export is read-only");
@@ -3910,7 +3842,7 @@ static int tx_validate(const struct conn *c, struct nbdserve_req *r) {
   if (stray) return tx_refuse(r, -EINVAL, "flag does not apply");
   if (has_range && (r->off | r->len) & (e->min_block - 1))
     return tx_refuse(r, -EINVAL, "no multiple of the minimum block size");
-  if (cmd->has_data && r->len > e->max_request)
+  if (req_moves_data(r) && r->len > e->max_request)
     return tx_refuse(r, -EINVAL, "longer than the maximum payload size");
   if (is_status && !r->len)
     return tx_refuse(r, -EINVAL, "nothing to report on");
@@ -3931,13 +3863,23 @@ static int tx_dispatch(struct conn *c, struct nbdserve_req *r) {
   if (c->run_batch && !(is_long_write && c->export->pub.ops->hashes))
     is_copied = 0;
   uint64_t data = moves_data ? r->len : r->payload; /* of a READ, too */
-  if (!is_copied && data <= TX_IN_BATCH_MAX) {
+  int is_batched = !is_copied && data <= TX_IN_BATCH_MAX;
+  size_t slot = 0; /* of a READ in the batch: bytes of wbuf */
+  if (is_batched && moves_data && r->type == NBD_CMD_READ)
+    slot = wire_read_head_len(c->mode) + (size_t)r->len;
+  assert(slot <= TX_SLOTS);
+  /* To run the batch answers what came before, and frees rbuf and wbuf. */
+  int fits = c->nbatch < TX_BATCH && c->wbuf_used + slot <= TX_SLOTS;
+  int err = is_batched && fits ? 0 : tx_run_batch(c);
+  if (err) return err;
+  if (is_batched) {
     r->buf = c->rbuf + c->rbuf_pos; /* the payload is all there */
     c->rbuf_pos += (size_t)r->payload;
-    return tx_add_to_batch(c, r);
+    c->wbuf_used += slot;
+    if (slot) r->buf = c->wbuf + c->wbuf_used - r->len;
+    c->batch[c->nbatch++] = *r;
+    return 0;
   }
-  int err = tx_run_batch(c); /* answers what came before, and frees rbuf */
-  if (err) return err;
   if (!is_copied || !tx_take_buffer(c, r)) /* without memory, too */
     return r->payload ? tx_write_in_pieces(c, r) : tx_read_in_pieces(c, r);
   if (r->payload) err = tx_recv_payload(c, r->buf, (size_t)r->payload);
@@ -3976,11 +3918,17 @@ static int tx_next_request(struct conn *c) {
   size_t head = extended ? WIRE_EXT_REQUEST_LEN : WIRE_REQUEST_LEN;
   c->needed = head;
   if (here < head) return CONN_NEEDS_MORE;
-  struct nbdserve_req r = wire_get_request(p, c->mode);
+  struct nbdserve_req r = {.mode = c->mode, .cookie = u_get64(p + 8)};
+  r.flags = u_get16(p + 4);
+  r.type = u_get16(p + 6);
+  r.off = r.client_off = u_get64(p + 16);
+  r.len = extended ? u_get64(p + 24) : u_get32(p + 24);
+  int has_payload =
+      extended ? r.flags & NBD_CMD_FLAG_PAYLOAD_LEN : r.type == NBD_CMD_WRITE;
+  if (has_payload) r.payload = r.len;
   r.may_wait = r.type != NBD_CMD_READ || c->s->config.threads == 1;
   /* A longer payload is not even skipped. */
-  uint64_t most =
-      extended ? c->export->pub.max_request : (uint64_t)NBDSERVE_MAX_REQUEST;
+  uint64_t most = extended ? c->info.max_request : NBDSERVE_MAX_REQUEST;
   uint32_t magic = extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC;
   if (u_get32(p) != magic || r.payload > most) {
     conn_log(c, NBDSERVE_LOG_INFO, "%d: request magic 0x%08" PRIx32 "; closed",

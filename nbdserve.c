@@ -1856,29 +1856,38 @@ static int io_timeout(int64_t until) {
   return until < now ? 0 : (int)u_min((uint64_t)(until - now), INT_MAX);
 }
 
+/* Waits for a descriptor, `slice` milliseconds at most.  1: it is ready for the
+ * events; 0: it is not, or *stops has become 1: the server stops, or this
+ * client is to end; once it is 1, nobody looks there any more.  -ETIMEDOUT: the
+ * time `until` is over (0: without limit).  Or another -errno. */
+static int io_wait(const struct io *io, int fd, short events, int64_t until,
+                   int slice, int *stops) {
+  /* poll() skips a descriptor that is -1.  Of a pipe for replies it says when
+   * nobody reads it any more. */
+  struct pollfd p[] = {
+      {.fd = fd, .events = events},
+      {.fd = *stops ? -1 : io->stop, .events = POLLIN},
+      {.fd = *stops || !io->lifeline ? -1 : io->lifeline, .events = POLLIN},
+      {.fd = io->out == io->in ? -1 : io->out, .events = 0}};
+  int timeout = until ? io_timeout(until) : -1;
+  if (timeout == 0) return -ETIMEDOUT; /* even if it is ready */
+  if (poll(p, COUNT_OF(p), timeout < slice ? timeout : slice) < 0)
+    return errno == EINTR ? 0 : -errno;
+  if (p[3].revents & POLLERR) return -EPIPE;
+  if (p[1].revents || p[2].revents) *stops = 1;
+  return p[0].revents && !*stops;
+}
+
 /* Waits until there is something to receive.  -ETIMEDOUT: not until the time
  * `until` (0: without limit).  -ESHUTDOWN: all that had arrived when the server
  * stopped has been taken. */
 static int io_wait_input(struct io *io, int64_t until) {
-  /* Of a pipe for replies poll() says when nobody reads it any more. */
-  int replies = io->out == io->in ? -1 : io->out;
-  int lifeline = io->lifeline ? io->lifeline : -1;
-  struct pollfd p[4] = {{.fd = io->in, .events = POLLIN},
-                        {.fd = io->stop, .events = POLLIN},
-                        {.fd = replies, .events = 0},
-                        {.fd = lifeline, .events = POLLIN}};
   while (!io->stopping) {
-    int timeout = until ? io_timeout(until) : -1;
-    if (timeout == 0) return -ETIMEDOUT; /* even if there is something */
-    int r = poll(p, 4, timeout);
-    if (r < 0 && errno != EINTR) return -errno;
-    if (r <= 0) continue;
-    if (p[2].revents & POLLERR) return -EPIPE;
-    if (!p[1].revents && !p[3].revents) return 0;
+    int r = io_wait(io, io->in, POLLIN, until, INT_MAX, &io->stopping);
+    if (r) return r < 0 ? r : 0;
     int arrived = 0; /* until now: all that is still taken (I3) */
-    if (ioctl(io->in, FIONREAD, &arrived) == 0 && arrived > 0)
+    if (io->stopping && ioctl(io->in, FIONREAD, &arrived) == 0 && arrived > 0)
       io->arrived_left = (size_t)arrived;
-    io->stopping = 1;
   }
   return io->arrived_left > 0 ? 0 : -ESHUTDOWN;
 }
@@ -1892,22 +1901,14 @@ static int io_wait_input(struct io *io, int64_t until) {
  * stall_ms. */
 static int io_wait_ready(const struct io *io, int fd, short events,
                          int64_t until) {
-  int lifeline = io->lifeline ? io->lifeline : -1;
-  struct pollfd p[3] = {{.fd = fd, .events = events},
-                        {.fd = io->stop, .events = POLLIN},
-                        {.fd = lifeline, .events = POLLIN}};
   int slice = (int)u_min((uint64_t)io->stall_ms / 8 + 1, INT_MAX);
-  for (;;) {
-    int timeout = io_timeout(until);
-    if (timeout == 0) return -ETIMEDOUT; /* even if it is ready */
-    int r = poll(p, 3, timeout < slice ? timeout : slice);
-    if (r < 0 && errno != EINTR) return -errno;
-    if (r < 0) continue;
-    if (!p[1].revents && !p[2].revents) return 0;
-    p[1].fd = p[2].fd = -1; /* seen: poll skips a negative one */
+  int stops = 0;
+  int r = io_wait(io, fd, events, until, slice, &stops);
+  if (stops) {
     int64_t end = io_grace_end(io->stop);
-    if (end < until) until = end;
+    r = io_wait(io, fd, events, end < until ? end : until, slice, &stops);
   }
+  return r < 0 ? r : 0;
 }
 
 /* Receives at least `least` bytes, and up to `most`: if these are the same, the

@@ -1977,10 +1977,8 @@ static int io_send(const struct io *io, struct iovec *v, int n, int pipe,
       if (poll(&p, 1, 0) > 0) done = write(io->out, v->iov_base, len);
     }
     assert(done <= (ssize_t)total);
-    if (done >= 0 && n > 0)
-      os_advance(&v, &n, (size_t)done);
-    else if (done >= 0)
-      spliced -= (size_t)done;
+    if (done >= 0 && n == 0) spliced -= (size_t)done;
+    if (done >= 0 && n > 0) os_advance(&v, &n, (size_t)done);
     if (done >= 0 || errno == EINTR) continue;
     if (errno != EAGAIN && errno != EWOULDBLOCK) return -errno;
     if (!until) until = io_until(io, total);
@@ -2000,9 +1998,8 @@ static void io_linger(struct io *io) {
   if (shutdown(io->out, SHUT_WR) < 0) return;
   while (io_wait_ready(io, io->in, POLLIN, until) == 0) {
     ssize_t n = recv(io->in, waste, sizeof waste, MSG_DONTWAIT);
-    if (n == 0) return;
-    if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
-      return;
+    int again = errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR;
+    if (n == 0 || (n < 0 && !again)) return;
   }
 }
 
@@ -2223,26 +2220,6 @@ static struct ex *ex_next(struct nbdserve *s, const struct ex *ex) {
   return next;
 }
 
-/* Asks the host's find callback for an export.  -ENOENT: it knows none of that
- * name, or there is no callback; others: what it said, or -EIO if what it gave
- * is not a valid export.  The client owns the export. */
-static int ex_from_callback(struct nbdserve *s, const char *name,
-                            struct ex **out) {
-  const struct nbdserve_config *k = &s->config;
-  struct nbdserve_export e = {0};
-  if (!k->find) return -ENOENT;
-  int err = ex_believe(s, name, "find", k->find(k->ctx, name, &e));
-  if (err) return err;
-  if (!e.name) e.name = name;
-  err = ex_new(s, &e, out);
-  if (err == -EINVAL) err = ex_lied(s, name, "find", "gave a wrong export");
-  if (!err)
-    (*out)->from_callback = 1;
-  else if (e.ops && e.ops->close)
-    e.ops->close(e.ctx);
-  return err;
-}
-
 /* Gives back what ex_acquire gave; frees it if it was the client's (E1). */
 static void ex_release(struct ex *ex) {
   assert(ex);
@@ -2250,11 +2227,15 @@ static void ex_release(struct ex *ex) {
 }
 
 /* Finds the export that a client means.  -ENOENT: there is none; others: what
- * the host's callbacks said.  ex_release gives it back.
+ * the host's find callback said, or -EIO if what it gave is not a valid export.
+ * ex_release gives the export back.
  *
  * First comes an added export of that very name, then what the host's callback
- * knows, last an added one that serves names which no other has. */
+ * knows, which the client owns, last an added one that serves names which no
+ * other has. */
 static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out) {
+  const struct nbdserve_config *k = &s->config;
+  struct nbdserve_export e = {0};
   os_lock(&s->lock);
   struct ex *ex = *ex_by_name(s, name);
   /* For a name that no other has: the first one for the empty name, else one
@@ -2263,12 +2244,17 @@ static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out) {
   while (fallback && *name && !(fallback->pub.flags & NBDSERVE_EXPORT_FALLBACK))
     fallback = fallback->next;
   os_unlock(&s->lock);
-  *out = ex;
-  if (ex) return 0;
-  int err = ex_from_callback(s, name, out);
-  if (err != -ENOENT) return err;
-  *out = fallback;
-  return fallback ? 0 : -ENOENT;
+  int err = -ENOENT;
+  if (!ex && k->find)
+    err = ex_believe(s, name, "find", k->find(k->ctx, name, &e));
+  *out = ex ? ex : fallback;
+  if (err) return err == -ENOENT && *out ? 0 : err;
+  if (!e.name) e.name = name;
+  err = ex_new(s, &e, out);
+  if (err == -EINVAL) err = ex_lied(s, name, "find", "gave a wrong export");
+  if (err && e.ops && e.ops->close) e.ops->close(e.ctx);
+  if (!err) (*out)->from_callback = 1; /* (E1) */
+  return err;
 }
 
 /* Puts the name of the metadata context that comes after `number` into
@@ -2559,30 +2545,12 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
 
 /* ---- One request on a backend -------------------------------------------- */
 
-/* Does a WRITE_ZEROES by writing zeroes.  A range above 4 GiB is -EOVERFLOW: it
- * would take long, and nobody could cancel it.  The zeroes have the length of
- * one write, at most 1 MiB, and are written again and again.  With FUA each of
- * these writes has it. */
-static int ex_write_zeroes(struct ex *ex, const struct nbdserve_req *r) {
-  struct nbdserve_req w = {.type = NBD_CMD_WRITE,
-                           .flags = r->flags & NBD_CMD_FLAG_FUA,
-                           .off = r->off};
-  if (r->len > UINT32_MAX) return -EOVERFLOW;
-  uint64_t step = u_min(u_min(r->len, 1 << 20), ex->pub.max_request);
-  step -= step % ex->pub.min_block; /* r->len is a multiple, so is the rest */
-  assert(step > 0);
-  w.buf = u_zalloc((size_t)step);
-  int err = w.buf ? 0 : -ENOMEM;
-  for (uint64_t left = r->len; left > 0 && !err; left -= w.len) {
-    w.len = u_min(step, left);
-    err = ex_call(ex, &w, NULL);
-    w.off += w.len;
-  }
-  NBDSERVE_FREE(w.buf);
-  return err;
-}
-
-/* Does a request, without the flush that may have to follow.  0 or -errno. */
+/* Does a request, without the flush that may have to follow.  0 or -errno.
+ *
+ * A WRITE_ZEROES that the backend does not have is done by writing zeroes.  A
+ * range above 4 GiB is -EOVERFLOW then: it would take long, and nobody could
+ * cancel it.  The zeroes have the length of one write, at most 1 MiB, and are
+ * written again and again.  With FUA each of these writes has it. */
 static int ex_execute(struct ex *ex, struct nbdserve_req *r) {
   assert(r->len > 0 && r->off <= INT64_MAX && r->len <= INT64_MAX - r->off);
   assert(r->off % ex->pub.min_block == 0); /* (E2) */
@@ -2592,7 +2560,22 @@ static int ex_execute(struct ex *ex, struct nbdserve_req *r) {
   if (r->type == NBD_CMD_BLOCK_STATUS) return ex_block_status(ex, r);
   int err = ex_call(ex, r, NULL);
   if (err != -ENOTSUP || r->type != NBD_CMD_WRITE_ZEROES) return err;
-  return r->flags & NBD_CMD_FLAG_FAST_ZERO ? err : ex_write_zeroes(ex, r);
+  if (r->flags & NBD_CMD_FLAG_FAST_ZERO) return err;
+  if (r->len > UINT32_MAX) return -EOVERFLOW;
+  uint64_t step = u_min(u_min(r->len, 1 << 20), ex->pub.max_request);
+  step -= step % ex->pub.min_block; /* r->len is a multiple, so is the rest */
+  assert(step > 0);
+  struct nbdserve_req w = {.type = NBD_CMD_WRITE, .off = r->off};
+  w.flags = r->flags & NBD_CMD_FLAG_FUA;
+  w.buf = u_zalloc((size_t)step);
+  err = w.buf ? 0 : -ENOMEM;
+  for (uint64_t left = r->len; left > 0 && !err; left -= w.len) {
+    w.len = u_min(step, left);
+    err = ex_call(ex, &w, NULL);
+    w.off += w.len;
+  }
+  NBDSERVE_FREE(w.buf);
+  return err;
 }
 
 /* ---- nbdserve's own backends ----------------------------------------------
@@ -2966,29 +2949,9 @@ static int hs_opt_list(struct conn *c) {
   return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "the list is not complete");
 }
 
-/* proto.md, NBD_INFO_...: sends what INFO and GO give.  EXPORT always; block
- * sizes also unasked if they are not what a client takes for granted. */
-static void hs_put_infos(struct conn *c, unsigned asked) {
-  const struct nbdserve_export *e = &c->export->pub;
-  unsigned char *p = hs_reply(c, NBD_REP_INFO, 12, "");
-  u_put16(p, NBD_INFO_EXPORT);
-  u_put64(p + 2, c->info.size);
-  u_put16(p + 10, c->info.flags);
-  if (asked & 1u << NBD_INFO_NAME)
-    u_put16(hs_reply(c, NBD_REP_INFO, 2, e->name), NBD_INFO_NAME);
-  if (asked & 1u << NBD_INFO_DESCRIPTION && *e->description)
-    u_put16(hs_reply(c, NBD_REP_INFO, 2, e->description), NBD_INFO_DESCRIPTION);
-  int is_default = e->min_block == 1 && e->max_request == EX_DEFAULT_MAX &&
-                   e->preferred_block == EX_DEFAULT_BLOCK;
-  if (is_default && !(asked & 1u << NBD_INFO_BLOCK_SIZE)) return;
-  p = hs_reply(c, NBD_REP_INFO, 14, "");
-  u_put16(p, NBD_INFO_BLOCK_SIZE);
-  u_put32(p + 2, e->min_block);
-  u_put32(p + 6, e->preferred_block);
-  u_put32(p + 10, e->max_request);
-}
-
-/* proto.md, NBD_OPT_INFO and NBD_OPT_GO: the same, but GO enters the export. */
+/* proto.md, NBD_OPT_INFO and NBD_OPT_GO: the same, but GO enters the export.
+ * NBD_INFO_EXPORT is always sent; block sizes also unasked if they are not what
+ * a client takes for granted. */
 static int hs_opt_go(struct conn *c) {
   char name[WIRE_STRING_MAX + 1];
   unsigned asked = 0; /* a bit for each enum nbd_info; others are ignored */
@@ -3003,11 +2966,27 @@ static int hs_opt_go(struct conn *c) {
   if (err == -ENOENT)
     return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
   if (err) return hs_refuse(c, NBD_REP_ERR_UNKNOWN, strerror(-err));
-  hs_put_infos(c, asked);
+  const struct nbdserve_export *e = &c->export->pub;
+  unsigned char *info = hs_reply(c, NBD_REP_INFO, 12, "");
+  u_put16(info, NBD_INFO_EXPORT);
+  u_put64(info + 2, c->info.size);
+  u_put16(info + 10, c->info.flags);
+  if (asked & 1u << NBD_INFO_NAME)
+    u_put16(hs_reply(c, NBD_REP_INFO, 2, e->name), NBD_INFO_NAME);
+  if (asked & 1u << NBD_INFO_DESCRIPTION && *e->description)
+    u_put16(hs_reply(c, NBD_REP_INFO, 2, e->description), NBD_INFO_DESCRIPTION);
+  int asks_size = asked >> NBD_INFO_BLOCK_SIZE & 1;
+  if (asks_size || e->min_block > 1 || e->max_request != EX_DEFAULT_MAX ||
+      e->preferred_block != EX_DEFAULT_BLOCK) {
+    info = hs_reply(c, NBD_REP_INFO, 14, "");
+    u_put16(info, NBD_INFO_BLOCK_SIZE);
+    u_put32(info + 2, e->min_block);
+    u_put32(info + 6, e->preferred_block);
+    u_put32(info + 10, e->max_request);
+  }
   /* proto.md: a client that does not ask for block sizes might send unaligned
    * requests. */
-  int must_ask =
-      c->export->pub.min_block > 1 && !(asked & 1u << NBD_INFO_BLOCK_SIZE);
+  int must_ask = e->min_block > 1 && !asks_size;
   if (must_ask || c->option == NBD_OPT_INFO) hs_leave(c);
   if (!must_ask) return hs_ack(c);
   return hs_refuse(c, NBD_REP_ERR_BLOCK_SIZE_REQD, "ask for the block size");
@@ -3460,11 +3439,10 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list) {
 /* ---- Executing ----------------------------------------------------------- */
 
 /* Notes how a request went: DONE, or a flush is owed. */
-static void tx_executed(struct conn *c, struct nbdserve_req *r, int err) {
-  assert(r->state == REQ_TODO && err <= 0);
-  r->err = err;
+static void tx_executed(struct conn *c, struct nbdserve_req *r) {
+  assert(r->state == REQ_TODO && r->err <= 0);
   int is_native = (c->export->pub.flags & NBDSERVE_EXPORT_NATIVE_FUA) != 0;
-  int owes_flush = !err && !is_native && ex_wants_fua(c->export, r);
+  int owes_flush = !r->err && !is_native && ex_wants_fua(c->export, r);
   req_set_state(r, owes_flush ? REQ_TO_FLUSH : REQ_DONE);
 }
 
@@ -3475,9 +3453,9 @@ static void tx_execute(struct conn *c, struct nbdserve_req *list) {
   struct nbdserve_req *r = list;
   if (r->state == REQ_TODO) {
     assert(!r->next);
-    int err = ex_ask_before(c->export, r);
-    if (!err) err = ex_execute(c->export, r);
-    tx_executed(c, r, err);
+    r->err = ex_ask_before(c->export, r);
+    if (!r->err) r->err = ex_execute(c->export, r);
+    tx_executed(c, r);
   }
   if (r->state == REQ_DONE) return;
   int wanted = 0;
@@ -3630,7 +3608,7 @@ static void tx_run_requests(struct conn *c) {
     c->run_batch(c->export->pub.ctx, r, (size_t)(&c->batch[i] - r));
     for (; r < &c->batch[i]; r++) {
       if (r->err != -EAGAIN || r->may_wait) {
-        tx_executed(c, r, r->err);
+        tx_executed(c, r);
         continue;
       }
       assert(r->type == NBD_CMD_READ);
@@ -3706,7 +3684,7 @@ static int tx_finish(struct conn *c, struct nbdserve_req *r) {
 static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r) {
   struct nbdserve_req piece = *r;
   int is_refused = r->state == REQ_DONE;
-  int failed = is_refused ? r->err : ex_ask_before(c->export, r);
+  if (!is_refused) r->err = ex_ask_before(c->export, r);
   assert(is_refused || r->payload == r->len);
   piece.buf = c->wbuf;
   c->after_long_write = 1;
@@ -3714,10 +3692,10 @@ static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r) {
     piece.len = u_min(left, TX_PIECE);
     int err = tx_recv_payload(c, piece.buf, (size_t)piece.len);
     if (err) return err;
-    if (!failed) failed = ex_execute(c->export, &piece);
+    if (!r->err) r->err = ex_execute(c->export, &piece);
     piece.off += piece.len;
   }
-  if (!is_refused) tx_executed(c, r, failed);
+  if (!is_refused) tx_executed(c, r);
   return tx_finish(c, r);
 }
 

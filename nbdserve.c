@@ -34,7 +34,7 @@
  *   the format of a store, and what keeps it whole           end of nbdserve.h
  *
  * ---- Where to add ... -----------------------------------------------------
- *   an option of the handshake  its number in enum nbd_opt; a function and a
+ *   an option of the handshake  its number NBD_OPT_ in [5]; a function and a
  *                               row of hs_options in [8]
  *   a command                   its number in enum nbd_cmd; a row of wire_cmds;
  *                               a case in ex_call [7]; a line in
@@ -1421,15 +1421,14 @@ static void sha_256(int use_hw, const unsigned char *first,
 #define NBD_OPTION_MAGIC UINT64_C(0x49484156454f5054) /* "IHAVEOPT" */
 #define NBD_REP_MAGIC UINT64_C(0x0003e889045565a9)
 
-/* proto.md, Handshake flags, of the server, and Client flags */
-enum nbd_handshake_flag {
+/* The numbers of the handshake.  Those of error replies stand below. */
+enum nbd_handshake {
+  /* proto.md, Handshake flags, of the server, and Client flags */
   NBD_FLAG_FIXED_NEWSTYLE = 1 << 0, /* NBD_FLAG_C_... is the same */
-  NBD_FLAG_NO_ZEROES = 1 << 1
-};
+  NBD_FLAG_NO_ZEROES = 1 << 1,
 
-/* proto.md, Option types.  4 (PEEK_EXPORT) was withdrawn; 5 (STARTTLS) is
- * answered as an unknown option. */
-enum nbd_opt {
+  /* proto.md, Option types.  4 (PEEK_EXPORT) was withdrawn; 5 (STARTTLS) is
+   * answered as an unknown option. */
   NBD_OPT_EXPORT_NAME = 1,
   NBD_OPT_ABORT = 2,
   NBD_OPT_LIST = 3,
@@ -1438,15 +1437,19 @@ enum nbd_opt {
   NBD_OPT_STRUCTURED_REPLY = 8,
   NBD_OPT_LIST_META_CONTEXT = 9,
   NBD_OPT_SET_META_CONTEXT = 10,
-  NBD_OPT_EXTENDED_HEADERS = 11
-};
+  NBD_OPT_EXTENDED_HEADERS = 11,
 
-/* proto.md, Option reply types */
-enum nbd_rep {
+  /* proto.md, Option reply types */
   NBD_REP_ACK = 1,
   NBD_REP_SERVER = 2,
   NBD_REP_INFO = 3,
-  NBD_REP_META_CONTEXT = 4
+  NBD_REP_META_CONTEXT = 4,
+
+  /* proto.md, NBD_OPT_INFO and NBD_OPT_GO: types of information */
+  NBD_INFO_EXPORT = 0,
+  NBD_INFO_NAME = 1,
+  NBD_INFO_DESCRIPTION = 2,
+  NBD_INFO_BLOCK_SIZE = 3
 };
 
 /* proto.md, Option reply types, errors: bit 31 is set, which an enum of C99
@@ -1459,16 +1462,9 @@ enum nbd_rep {
 #define NBD_REP_ERR_TOO_BIG 0x80000009u
 #define NBD_REP_ERR_EXT_HEADER_REQD 0x8000000au
 
-/* proto.md, NBD_OPT_INFO and NBD_OPT_GO: types of information */
-enum nbd_info {
-  NBD_INFO_EXPORT = 0,
-  NBD_INFO_NAME = 1,
-  NBD_INFO_DESCRIPTION = 2,
-  NBD_INFO_BLOCK_SIZE = 3
-};
-
-/* proto.md, Transmission flags */
-enum nbd_transmission_flag {
+/* The numbers of transmission, but for commands and types of replies */
+enum nbd_transmission {
+  /* proto.md, Transmission flags */
   NBD_FLAG_HAS_FLAGS = 1 << 0,
   NBD_FLAG_READ_ONLY = 1 << 1,
   NBD_FLAG_SEND_FLUSH = 1 << 2,
@@ -1480,16 +1476,22 @@ enum nbd_transmission_flag {
   NBD_FLAG_CAN_MULTI_CONN = 1 << 8,
   NBD_FLAG_SEND_CACHE = 1 << 10,
   NBD_FLAG_SEND_FAST_ZERO = 1 << 11,
-  NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12
-};
+  NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12,
 
-/* proto.md, Transmission phase: first word of a request or reply */
-enum nbd_magic {
+  /* proto.md, Transmission phase: first word of a request or reply */
   NBD_REQUEST_MAGIC = 0x25609513,
   NBD_EXTENDED_REQUEST_MAGIC = 0x21e41c71,
   NBD_SIMPLE_REPLY_MAGIC = 0x67446698,
   NBD_STRUCTURED_REPLY_MAGIC = 0x668e33ef,
-  NBD_EXTENDED_REPLY_MAGIC = 0x6e8a278c
+  NBD_EXTENDED_REPLY_MAGIC = 0x6e8a278c,
+
+  /* proto.md, Command flags */
+  NBD_CMD_FLAG_FUA = 1 << 0,
+  NBD_CMD_FLAG_NO_HOLE = 1 << 1,
+  NBD_CMD_FLAG_DF = 1 << 2,
+  NBD_CMD_FLAG_REQ_ONE = 1 << 3,
+  NBD_CMD_FLAG_FAST_ZERO = 1 << 4,
+  NBD_CMD_FLAG_PAYLOAD_LEN = 1 << 5
 };
 
 /* proto.md, Request types */
@@ -1502,16 +1504,6 @@ enum nbd_cmd {
   NBD_CMD_CACHE = 5,
   NBD_CMD_WRITE_ZEROES = 6,
   NBD_CMD_BLOCK_STATUS = 7
-};
-
-/* proto.md, Command flags */
-enum nbd_cmd_flag {
-  NBD_CMD_FLAG_FUA = 1 << 0,
-  NBD_CMD_FLAG_NO_HOLE = 1 << 1,
-  NBD_CMD_FLAG_DF = 1 << 2,
-  NBD_CMD_FLAG_REQ_ONE = 1 << 3,
-  NBD_CMD_FLAG_FAST_ZERO = 1 << 4,
-  NBD_CMD_FLAG_PAYLOAD_LEN = 1 << 5
 };
 
 /* A backend's flags are the client's, bit for bit: ex_execute masks them. */
@@ -1559,13 +1551,13 @@ enum wire_mode {
  *   hello           OFFSET SIZE FIELD          the client's flags come back
  *                        0    8 NBD_INIT_MAGIC
  *                        8    8 NBD_OPTION_MAGIC
- *                       16    2 enum nbd_handshake_flag
+ *                       16    2 NBD_FLAG_FIXED_NEWSTYLE ...
  *   option               0    8 NBD_OPTION_MAGIC
- *                        8    4 enum nbd_opt
+ *                        8    4 NBD_OPT_...
  *                       12    4 length of the data behind it
  *   reply to one         0    8 NBD_REP_MAGIC
  *                        8    4 the option that is answered
- *                       12    4 enum nbd_rep, or NBD_REP_ERR_...
+ *                       12    4 NBD_REP_..., or NBD_REP_ERR_...
  *                       16    4 length of the data behind it
  */
 
@@ -1625,7 +1617,7 @@ enum req_state {
 struct nbdserve_req {
   /* -- the client's, fixed */
   uint16_t type;       /* enum nbd_cmd */
-  uint16_t flags;      /* enum nbd_cmd_flag */
+  uint16_t flags;      /* NBD_CMD_FLAG_... */
   enum wire_mode mode; /* the form of the reply */
   uint64_t cookie;     /* goes back as it came */
   uint64_t client_off; /* offset of the client's request */
@@ -2454,16 +2446,13 @@ unsigned nbdserve_extents_context(const struct nbdserve_extents *x) {
 static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
                           uint32_t status) {
   assert(len > 0 && len <= x->left && x->n <= x->max);
-  x->left -= len;
-  if (x->n && x->last_status == status) {
-    x->last_len += len;
-  } else if (x->n < x->max) {
-    x->n++;
-    x->last_len = len;
-    x->last_status = status;
-  } else {
-    x->left = 0;
-  }
+  int is_new = !x->n || x->last_status != status;
+  int fits = !is_new || x->n < x->max;
+  x->left = fits ? x->left - len : 0;
+  if (!fits) return;
+  x->last_len = is_new ? len : x->last_len + len;
+  x->last_status = status;
+  if (is_new) x->n++;
   unsigned char *p = x->data + x->begin + x->each * (x->n - 1);
   if (x->each == WIRE_EXT_EXTENT_LEN) {
     u_put64(p, x->last_len);
@@ -2595,10 +2584,9 @@ struct ex_batched {
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n);
 };
 
-#if !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS
 /* ops->read of a backend that has run_batch. */
-static int ex_batched_read(void *ctx, void *buf, uint64_t off, uint64_t len,
-                           uint32_t flags) {
+static inline int ex_batched_read(void *ctx, void *buf, uint64_t off,
+                                  uint64_t len, uint32_t flags) {
   struct nbdserve_req r = {
       .type = NBD_CMD_READ, .off = off, .len = len, .buf = buf, .may_wait = 1};
   (void)flags;
@@ -2607,8 +2595,8 @@ static int ex_batched_read(void *ctx, void *buf, uint64_t off, uint64_t len,
 }
 
 /* ops->write of a backend that has run_batch. */
-static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
-                            uint64_t len, uint32_t flags) {
+static inline int ex_batched_write(void *ctx, const void *buf, uint64_t off,
+                                   uint64_t len, uint32_t flags) {
   struct nbdserve_req r = {.type = NBD_CMD_WRITE, .off = off, .len = len};
   assert(!(flags & NBDSERVE_CMD_FUA)); /* not NATIVE_FUA: a flush follows */
   (void)flags;
@@ -2616,7 +2604,6 @@ static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
   ((struct ex_batched *)ctx)->run_batch(ctx, &r, 1);
   return r.err;
 }
-#endif
 
 /* ==== [8] HANDSHAKE (hs_) ================================================
  * Connections, and fixed newstyle negotiation (proto.md, Handshake and Option
@@ -2750,8 +2737,8 @@ struct conn {
 };
 
 /* Tells the host's log about a client; the text begins with its number. */
-#define conn_log(c, level, ...) \
-  u_log(&(c)->s->config, level, "client " __VA_ARGS__)
+#define conn_log(c, level, fmt, ...) \
+  u_log(&(c)->s->config, level, "client %d: " fmt, (c)->id, __VA_ARGS__)
 
 /* Sends the n pieces at v, and behind them `spliced` bytes that the pipe has,
  * in one go as far as other threads can see.  After the first error nothing is
@@ -2821,8 +2808,8 @@ static int hs_ack(struct conn *c) {
 /* Answers the option with an error; haggling goes on. */
 static int hs_refuse(struct conn *c, uint32_t type, const char *why) {
   hs_reply(c, type, 0, why);
-  conn_log(c, NBDSERVE_LOG_INFO, "%d: option %" PRIu32 " refused: %s", c->id,
-           c->option, why);
+  conn_log(c, NBDSERVE_LOG_INFO, "option %" PRIu32 " refused: %s", c->option,
+           why);
   return 0;
 }
 
@@ -2954,7 +2941,7 @@ static int hs_opt_list(struct conn *c) {
  * a client takes for granted. */
 static int hs_opt_go(struct conn *c) {
   char name[WIRE_STRING_MAX + 1];
-  unsigned asked = 0; /* a bit for each enum nbd_info; others are ignored */
+  unsigned asked = 0; /* a bit for each NBD_INFO_...; others are ignored */
   uint32_t bad = hs_take_string(c, name);
   const unsigned char *p = hs_take(c, 2); /* the number of types behind it */
   if (!bad && (!p || c->option_left != 2u * u_get16(p)))
@@ -3369,10 +3356,9 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
   if (nth_failure > EX_LOGGED) return;
   const char *outcome = "ok";
   if (r->err) outcome = r->refused ? r->refused : strerror(-r->err);
-  conn_log(c, level,
-           "%d: %s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64 ": %s%s",
-           c->id, cmd ? cmd->name : "?", r->type, r->flags, r->client_off,
-           r->len, outcome,
+  conn_log(c, level, "%s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64 ": %s%s",
+           cmd ? cmd->name : "?", r->type, r->flags, r->client_off, r->len,
+           outcome,
            nth_failure == EX_LOGGED ? "; further failures are not logged" : "");
 }
 
@@ -3730,47 +3716,44 @@ static size_t tx_splice(struct conn *c, const struct nbdserve_req *piece) {
   return n == len ? len : 0;
 }
 
-/* Reads a long READ piece by piece, up to the first error, and if `sends`,
- * sends each: as a chunk of a structured reply, or a part of a simple one.
- * Notes the outcome in the request.  0, or -errno to close. */
-static int tx_read_pieces(struct conn *c, struct nbdserve_req *r, int sends) {
+/* Does a long READ piece by piece, up to the first error, and sends each: as a
+ * chunk of a structured reply, or a part of a simple one.  The head of a simple
+ * reply claims success before the data comes, so all is read before, once, and
+ * nothing kept: what fails then can still be said.  If there are several
+ * pieces, an error says at which.  0, or -errno to close. */
+static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
+  int is_long = r->len > TX_PIECE;
+  int sends = r->mode != MODE_SIMPLE || !is_long;
   struct nbdserve_req piece = *r;
   req_set_state(&piece, REQ_DONE); /* tx_gather takes only these */
-  for (uint64_t left = r->len; left > 0; left -= piece.len) {
-    piece.len = u_min(left, TX_PIECE);
-    piece.more_chunks = piece.len < left;
-    /* proto.md: chunks should end at multiples of 512, where possible. */
-    if (piece.more_chunks) piece.len -= (piece.off + piece.len) % 512;
-    assert(piece.len > 0 && piece.len <= left);
-    r->err_off = piece.off;
-    size_t spliced = sends ? tx_splice(c, &piece) : 0;
-    piece.buf = spliced ? NULL : c->wbuf + TX_HEAD_ROOM;
-    r->err = spliced ? 0 : ex_execute(c->export, &piece);
-    /* A simple reply that has begun cannot be taken back (proto.md). */
-    int is_begun = sends && r->mode == MODE_SIMPLE && left < r->len;
-    if (r->err) return is_begun ? r->err : 0;
-    int err = sends ? tx_send_all(c, &piece, spliced) : 0;
-    if (err) return err;
-    piece.off += piece.len;
-  }
-  return 0;
-}
-
-/* Does a long READ.  The head of a simple reply claims success before the data
- * comes, so all is read before, once, and nothing kept: what fails then can
- * still be said.  If there are several pieces, an error says at which. */
-static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
-  r->err_has_off = r->len > TX_PIECE;
+  r->err_has_off = is_long;
   r->err_off = r->off;
   r->err = ex_ask_before(c->export, r);
-  if (!r->err && r->mode == MODE_SIMPLE && r->len > TX_PIECE) {
+  if (!sends && !r->err) {
     os_lock(&c->queue_lock);
     tx_wait_for_workers(c, 1); /* a simple reply is in one piece */
     os_unlock(&c->queue_lock);
-    tx_read_pieces(c, r, 0);
   }
-  int err = r->err ? 0 : tx_read_pieces(c, r, 1);
-  if (err) return err;
+  for (; sends <= 1 && !r->err; sends++) {
+    piece.off = r->off;
+    for (uint64_t left = r->len; left > 0 && !r->err; left -= piece.len) {
+      piece.len = u_min(left, TX_PIECE);
+      piece.more_chunks = piece.len < left;
+      /* proto.md: chunks should end at multiples of 512, where possible. */
+      if (piece.more_chunks) piece.len -= (piece.off + piece.len) % 512;
+      assert(piece.len > 0 && piece.len <= left);
+      r->err_off = piece.off;
+      size_t spliced = sends ? tx_splice(c, &piece) : 0;
+      piece.buf = spliced ? NULL : c->wbuf + TX_HEAD_ROOM;
+      r->err = spliced ? 0 : ex_execute(c->export, &piece);
+      int err = sends && !r->err ? tx_send_all(c, &piece, spliced) : 0;
+      /* A simple reply that has begun cannot be taken back (proto.md). */
+      int is_begun = sends && r->mode == MODE_SIMPLE && left < r->len;
+      if (r->err && is_begun) err = r->err;
+      if (err) return err;
+      piece.off += piece.len;
+    }
+  }
   req_set_state(r, REQ_DONE);
   if (r->err) return tx_answer(c, r);
   tx_account(c, r); /* all was sent */
@@ -3910,8 +3893,8 @@ static int tx_next_request(struct conn *c) {
   uint64_t most = extended ? c->info.max_request : NBDSERVE_MAX_REQUEST;
   uint32_t magic = extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC;
   if (u_get32(p) != magic || r.payload > most) {
-    conn_log(c, NBDSERVE_LOG_INFO, "%d: request magic 0x%08" PRIx32 "; closed",
-             c->id, u_get32(p));
+    conn_log(c, NBDSERVE_LOG_INFO, "request magic 0x%08" PRIx32 "; closed",
+             u_get32(p));
     return -EPROTO;
   }
   if (r.type == NBD_CMD_DISC) return CONN_LEFT;
@@ -3958,7 +3941,7 @@ static int tx_receive(struct conn *c) {
 static int tx_run(struct conn *c) {
   int step;
   assert(c->export && !c->nbatch && !c->wbuf_used && !c->io.deadline);
-  conn_log(c, NBDSERVE_LOG_INFO, "%d: export '%s', %" PRIu64 " bytes%s", c->id,
+  conn_log(c, NBDSERVE_LOG_INFO, "export '%s', %" PRIu64 " bytes%s",
            c->export->pub.name, c->info.size,
            c->info.flags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
   do {
@@ -10069,7 +10052,7 @@ static int srv_serve_client(struct conn *c, const char *name) {
   os_lock(&c->s->lock);
   c->id = (int)++c->s->totals.clients;
   os_unlock(&c->s->lock);
-  conn_log(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, c->peer);
+  conn_log(c, NBDSERVE_LOG_INFO, "connected from %s", c->peer);
   int err = name ? hs_enter(c, name) : hs_run(c);
   if (!err && k->entered)
     k->entered(k->ctx, c->io.in, c->export->pub.name, &c->info);
@@ -10087,8 +10070,8 @@ static int srv_serve_client(struct conn *c, const char *name) {
   hs_drop_contexts(c);
   int is_usual =
       !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
-  conn_log(c, is_usual ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING,
-           "%d: gone: %s", c->id, err ? strerror(-err) : "disconnected");
+  conn_log(c, is_usual ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING, "gone: %s",
+           err ? strerror(-err) : "disconnected");
   srv_free_client(c);
   return err == -ESHUTDOWN ? 0 : err;
 }

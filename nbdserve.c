@@ -1706,12 +1706,10 @@ static void wire_put_chunk(unsigned char *p, const struct nbdserve_req *r,
   u_put16(p + 4, r->err || !r->more_chunks); /* NBD_REPLY_FLAG_DONE */
   u_put16(p + 6, type);
   u_put64(p + 8, r->cookie);
-  if (extended) {
-    u_put64(p + 16, r->client_off);
-    u_put64(p + 24, len);
-  } else {
-    u_put32(p + 16, (uint32_t)len);
-  }
+  u_put32(p + 16, (uint32_t)len);
+  if (!extended) return;
+  u_put64(p + 16, r->client_off); /* in its place */
+  u_put64(p + 24, len);
 }
 
 /* ---- Commands and errors ------------------------------------------------ */
@@ -1726,23 +1724,21 @@ static const struct wire_cmd {
   int err_beyond;      /* -errno of a range beyond the end (proto.md); 0:
                           offset and length mean nothing */
 } wire_cmds[] = {
+#define WIRE_CMD(cmd, ...) [cmd] = {.name = #cmd, __VA_ARGS__}
     /* clang-format off */
-    [NBD_CMD_READ] = {.name = "NBD_CMD_READ", .flags = NBD_CMD_FLAG_DF,
-        .err_beyond = -EINVAL},
-    [NBD_CMD_WRITE] = {.name = "NBD_CMD_WRITE", .writes = 1,
-        .err_beyond = -ENOSPC},
-    [NBD_CMD_DISC] = {.name = "NBD_CMD_DISC"},
-    [NBD_CMD_FLUSH] = {.name = "NBD_CMD_FLUSH",
-        .exposed_by = NBD_FLAG_SEND_FLUSH},
-    [NBD_CMD_TRIM] = {.name = "NBD_CMD_TRIM",
-        .exposed_by = NBD_FLAG_SEND_TRIM, .writes = 1, .err_beyond = -EINVAL},
-    [NBD_CMD_CACHE] = {.name = "NBD_CMD_CACHE",
-        .exposed_by = NBD_FLAG_SEND_CACHE, .err_beyond = -EINVAL},
-    [NBD_CMD_WRITE_ZEROES] = {.name = "NBD_CMD_WRITE_ZEROES", .writes = 1,
+    WIRE_CMD(NBD_CMD_READ, .flags = NBD_CMD_FLAG_DF, .err_beyond = -EINVAL),
+    WIRE_CMD(NBD_CMD_WRITE, .writes = 1, .err_beyond = -ENOSPC),
+    WIRE_CMD(NBD_CMD_DISC, .writes = 0),
+    WIRE_CMD(NBD_CMD_FLUSH, .exposed_by = NBD_FLAG_SEND_FLUSH),
+    WIRE_CMD(NBD_CMD_TRIM, .writes = 1, .exposed_by = NBD_FLAG_SEND_TRIM,
+        .err_beyond = -EINVAL),
+    WIRE_CMD(NBD_CMD_CACHE, .exposed_by = NBD_FLAG_SEND_CACHE,
+        .err_beyond = -EINVAL),
+    WIRE_CMD(NBD_CMD_WRITE_ZEROES, .writes = 1,
         .flags = NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
-        .exposed_by = NBD_FLAG_SEND_WRITE_ZEROES, .err_beyond = -ENOSPC},
-    [NBD_CMD_BLOCK_STATUS] = {.name = "NBD_CMD_BLOCK_STATUS",
-        .flags = NBD_CMD_FLAG_REQ_ONE, .err_beyond = -EINVAL},
+        .exposed_by = NBD_FLAG_SEND_WRITE_ZEROES, .err_beyond = -ENOSPC),
+    WIRE_CMD(NBD_CMD_BLOCK_STATUS, .flags = NBD_CMD_FLAG_REQ_ONE,
+        .err_beyond = -EINVAL),
     /* clang-format on */
 };
 
@@ -1922,16 +1918,12 @@ static ssize_t io_recv(struct io *io, unsigned char *p, size_t least,
     if (io->stopping) room = (size_t)u_min(room, io->arrived_left);
     ssize_t n = recv(io->in, p + got, room, polls ? MSG_DONTWAIT : 0);
     if (n < 0 && errno == ENOTSOCK) n = read(io->in, p + got, room);
-    if (n > 0) {
-      got += (size_t)n;
-      if (io->stopping) io->arrived_left -= (size_t)n;
-    } else if (n == 0) {
-      return 0;
-    } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
-      io->arrived_left = 0; /* too slow, or another reader was faster */
-    } else if (errno != EINTR) {
-      return -errno;
-    }
+    int nothing = n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
+    if (n == 0) return 0;
+    if (n < 0 && !nothing && errno != EINTR) return -errno;
+    if (nothing) io->arrived_left = 0; /* or another reader was faster */
+    if (n > 0) got += (size_t)n;
+    if (n > 0 && io->stopping) io->arrived_left -= (size_t)n;
     if (got < least && os_now_ms() >= until) return -ETIMEDOUT;
   }
   return (ssize_t)got;
@@ -2654,7 +2646,7 @@ enum {
                          single chunk, and IO_UNIT */
   TX_BATCH = 128,       /* requests in a batch, at most */
   TX_HEADS = 32,        /* long heads that leave in one send, at most */
-  TX_FLUSHES = 64,      /* see tx_flush_alone */
+  TX_FLUSHES = 64,      /* see tx_flush */
   TX_SPARES = 16,       /* buffers that a client keeps */
   TX_IDLE_MS = 5000,    /* a worker without work ends after that */
   TX_ERROR_TEXT = 80,   /* bytes of an error's text that are sent */
@@ -2707,7 +2699,7 @@ struct conn {
   /* -- the batch */
   size_t nbatch;    /* requests in batch[] */
   size_t wbuf_used; /* bytes of slots, or of replies to options, in wbuf */
-  unsigned flushes_to_workers; /* so many of the next: see tx_flush_alone */
+  unsigned flushes_to_workers; /* so many of the next: see tx_flush */
   /* -- sending */
   struct os_monitor send_lock; /* held while io.out is written to */
   int send_err;                /* why nothing is sent any more */
@@ -3187,7 +3179,7 @@ static int hs_run(struct conn *c) {
  * client has asked for nothing else.
  *
  * A FLUSH is TO_FLUSH from the start.  When the batch's writes are done, the
- * client's thread does it if it is alone (tx_flush_alone); otherwise it joins
+ * client's thread does it if it is alone (tx_flush); otherwise it joins
  * c->to_flush, and one worker takes all requests that are there, calls ex_flush
  * once and answers them all.  ex_flush waits for a flush of the export
  * that begins after it was asked for.  A write's reply is sent only after the
@@ -3607,21 +3599,22 @@ static void tx_run_requests(struct conn *c) {
 /* Flushes for a request in this thread if the client has no other one under
  * way: to hand it over often costs more than the flush.  If another request has
  * arrived during the flush, and so was held up, the next flushes go to workers
- * (on a pipe nobody can look).  Returns false if there are others. */
-static int tx_flush_alone(struct conn *c, struct nbdserve_req *r) {
+ * (on a pipe nobody can look).  So does this one if there are others, and if
+ * there is a worker. */
+static void tx_flush(struct conn *c, struct nbdserve_req *r) {
   char byte;
   os_lock(&c->queue_lock);
-  unsigned nothers = c->nhanded_over;
+  int is_alone = !c->nhanded_over;
   os_unlock(&c->queue_lock);
+  if (c->nbatch > 1 || c->rbuf_pos < c->rbuf_end) is_alone = 0;
   if (c->flushes_to_workers) {
     c->flushes_to_workers--;
-    return 0;
+    is_alone = 0;
   }
-  if (nothers || c->nbatch > 1 || c->rbuf_pos < c->rbuf_end) return 0;
+  if (!is_alone && tx_hand_over(c, r)) return;
   tx_execute(c, r);
-  if (recv(c->io.in, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0)
+  if (is_alone && recv(c->io.in, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0)
     c->flushes_to_workers = TX_FLUSHES;
-  return 1;
 }
 
 /* Does the batch, or hands it over, and answers it.  0, or -errno to close. */
@@ -3632,8 +3625,7 @@ static int tx_run_batch(struct conn *c) {
   tx_run_requests(c);
   for (size_t i = 0; i < c->nbatch; i++) {
     struct nbdserve_req *r = &c->batch[i];
-    int owes_flush = r->state == REQ_TO_FLUSH && !tx_flush_alone(c, r);
-    if (owes_flush && !tx_hand_over(c, r)) tx_execute(c, r); /* (T3) */
+    if (r->state == REQ_TO_FLUSH) tx_flush(c, r); /* (T3) */
     if (r->state == REQ_HANDED_OVER) continue;
     *end = r;
     end = &r->next;

@@ -1598,7 +1598,7 @@ static uint32_t wire_context_id(uint32_t number) {
  *                 tx_executed, for a write with FUA
  *   HANDED_OVER   tx_hand_over: a worker has a copy,  nothing: this one is dead
  *                 in the state that this one had;
- *                 tx_run_requests: it was answered
+ *                 tx_run_batch: it was answered
  *   DONE          tx_refuse; tx_next_request, if      it is answered
  *                 there is nothing to do; tx_executed;
  *                 tx_execute
@@ -2423,8 +2423,7 @@ struct nbdserve_extents {
   size_t each;       /* bytes of an extent: 16 if it is extended, else 8 */
   uint64_t last_len; /* of the last extent so far */
   uint32_t last_status;
-  unsigned char *data; /* the reply, */
-  size_t begin;        /* and where the extents of this chunk begin */
+  unsigned char *data; /* where the extents of this chunk begin in the reply */
 };
 
 /* See nbdserve.h. */
@@ -2445,7 +2444,7 @@ static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
   x->last_len = is_new ? len : x->last_len + len;
   x->last_status = status;
   if (is_new) x->n++;
-  unsigned char *p = x->data + x->begin + x->each * (x->n - 1);
+  unsigned char *p = x->data + x->each * (x->n - 1);
   if (x->each == WIRE_EXT_EXTENT_LEN) {
     u_put64(p, x->last_len);
     u_put64(p + 8, x->last_status);
@@ -2496,15 +2495,14 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   uint64_t most = ex->pub.max_request / WIRE_EXT_EXTENT_LEN;
   most = u_min(u_min(most, EX_EXTENTS / nasked), r->len / x.align + 1);
   x.max = r->flags & NBD_CMD_FLAG_REQ_ONE ? 1 : (unsigned)most;
-  size_t fixed = extended ? 8 : 4; /* in front of a chunk's extents */
-  size_t chunk_len = wire_chunk_len(r->mode) + fixed + x.each * x.max;
-  x.data = r->buf = r->owned = NBDSERVE_MALLOC(nasked * chunk_len);
-  if (!x.data) return -ENOMEM;
+  size_t fixed = extended ? 8 : 4; /* what stands before the extents */
+  size_t head = wire_chunk_len(r->mode) + fixed;
+  r->buf = r->owned = NBDSERVE_MALLOC(nasked * (head + x.each * x.max));
+  if (!r->buf) return -ENOMEM;
+  unsigned char *chunk = r->buf;
   for (unsigned i = 0; r->asked >> i; i++) {
     if (!(r->asked >> i & 1)) continue;
-    size_t chunk = x.begin + x.each * x.n; /* behind the one before */
-    unsigned char *payload = x.data + chunk + wire_chunk_len(r->mode);
-    x.begin = chunk + wire_chunk_len(r->mode) + fixed;
+    x.data = chunk + head;
     x.context = r->contexts->number[i];
     x.left = r->len;
     x.overhang = x.n = 0;
@@ -2516,11 +2514,12 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
     if (!x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
     assert(x.n > 0 && x.n <= x.max);
     r->more_chunks = r->asked >> i > 1;
-    wire_put_chunk(x.data + chunk, r, type, fixed + x.each * x.n);
-    u_put32(payload, wire_context_id(x.context));
-    if (extended) u_put32(payload + 4, x.n);
+    wire_put_chunk(chunk, r, type, fixed + x.each * x.n);
+    u_put32(x.data - fixed, wire_context_id(x.context));
+    if (extended) u_put32(x.data - 4, x.n);
+    chunk = x.data + x.each * x.n;
   }
-  r->data_len = x.begin + x.each * x.n;
+  r->data_len = (size_t)(chunk - r->buf);
   return 0;
 }
 
@@ -2942,9 +2941,8 @@ static int hs_opt_go(struct conn *c) {
   while ((p = hs_take(c, 2)) != NULL)
     if (u_get16(p) <= NBD_INFO_BLOCK_SIZE) asked |= 1u << u_get16(p);
   int err = hs_enter(c, name);
-  if (err == -ENOENT)
-    return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
-  if (err) return hs_refuse(c, NBD_REP_ERR_UNKNOWN, strerror(-err));
+  const char *why = err == -ENOENT ? "no such export" : strerror(-err);
+  if (err) return hs_refuse(c, NBD_REP_ERR_UNKNOWN, why);
   const struct nbdserve_export *e = &c->export->pub;
   unsigned char *info = hs_reply(c, NBD_REP_INFO, 12, "");
   u_put16(info, NBD_INFO_EXPORT);
@@ -3562,11 +3560,36 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
 
 /* ---- The batch ----------------------------------------------------------- */
 
-/* Does what is TODO of the batch, or hands over what is for workers (T4).
+/* Flushes for a request in this thread if the client has no other one under
+ * way: to hand it over often costs more than the flush.  If another request has
+ * arrived during the flush, and so was held up, the next flushes go to workers
+ * (on a pipe nobody can look).  So does this one if there are others, and if
+ * there is a worker. */
+static void tx_flush(struct conn *c, struct nbdserve_req *r) {
+  char byte;
+  os_lock(&c->queue_lock);
+  int is_alone = !c->nhanded_over;
+  os_unlock(&c->queue_lock);
+  if (c->nbatch > 1 || c->rbuf_pos < c->rbuf_end) is_alone = 0;
+  if (c->flushes_to_workers) {
+    c->flushes_to_workers--;
+    is_alone = 0;
+  }
+  if (!is_alone && tx_hand_over(c, r)) return;
+  tx_execute(c, r);
+  if (is_alone && recv(c->io.in, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0)
+    c->flushes_to_workers = TX_FLUSHES;
+}
+
+/* Does the batch, or hands over what is for workers (T4), and answers the rest.
+ * 0, or -errno to close.
+ *
  * READs and WRITEs that stand in a row are done with one call of run_batch.  A
  * READ among them that has to wait for the medium is handed over with a buffer
  * of its own, or done here if there is no worker or no memory. */
-static void tx_run_requests(struct conn *c) {
+static int tx_run_batch(struct conn *c) {
+  struct nbdserve_req *list = NULL;
+  struct nbdserve_req **end = &list;
   size_t i = 0;
   while (i < c->nbatch) {
     struct nbdserve_req *r = &c->batch[i++];
@@ -3594,36 +3617,7 @@ static void tx_run_requests(struct conn *c) {
       if (!tx_take_buffer(c, r) || !tx_hand_over(c, r)) tx_execute(c, r);
     }
   }
-}
-
-/* Flushes for a request in this thread if the client has no other one under
- * way: to hand it over often costs more than the flush.  If another request has
- * arrived during the flush, and so was held up, the next flushes go to workers
- * (on a pipe nobody can look).  So does this one if there are others, and if
- * there is a worker. */
-static void tx_flush(struct conn *c, struct nbdserve_req *r) {
-  char byte;
-  os_lock(&c->queue_lock);
-  int is_alone = !c->nhanded_over;
-  os_unlock(&c->queue_lock);
-  if (c->nbatch > 1 || c->rbuf_pos < c->rbuf_end) is_alone = 0;
-  if (c->flushes_to_workers) {
-    c->flushes_to_workers--;
-    is_alone = 0;
-  }
-  if (!is_alone && tx_hand_over(c, r)) return;
-  tx_execute(c, r);
-  if (is_alone && recv(c->io.in, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0)
-    c->flushes_to_workers = TX_FLUSHES;
-}
-
-/* Does the batch, or hands it over, and answers it.  0, or -errno to close. */
-static int tx_run_batch(struct conn *c) {
-  struct nbdserve_req *list = NULL;
-  struct nbdserve_req **end = &list;
-  if (!c->nbatch) return 0;
-  tx_run_requests(c);
-  for (size_t i = 0; i < c->nbatch; i++) {
+  for (i = 0; i < c->nbatch; i++) {
     struct nbdserve_req *r = &c->batch[i];
     if (r->state == REQ_TO_FLUSH) tx_flush(c, r); /* (T3) */
     if (r->state == REQ_HANDED_OVER) continue;

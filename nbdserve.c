@@ -3004,49 +3004,44 @@ static int hs_is_asked(const struct conn *c, const unsigned char *queries,
   return lists && !nqueries;
 }
 
-/* Answers the option with the contexts of c->export that the queries mean, and
- * SET selects them.  The backend keeps those until hs_drop_contexts; one that
- * it does not have any more is left out.  False: there are too many. */
-static int hs_put_contexts(struct conn *c, const unsigned char *queries) {
-  const struct nbdserve_export *e = &c->export->pub;
-  char name[WIRE_STRING_MAX + 1] = "base:allocation";
-  int sets = c->option == NBD_OPT_SET_META_CONTEXT;
-  uint32_t number = 0;
-  do {
-    if (c->send_err || !hs_is_asked(c, queries, name)) continue;
-    if (sets) {
-      if (c->contexts.n == WIRE_CONTEXTS) return 0;
-      int is_kept = number && e->ops->use_context;
-      if (is_kept && e->ops->use_context(e->ctx, number, 1)) continue;
-      c->contexts.number[c->contexts.n++] = number;
-    }
-    unsigned char *p = hs_reply(c, NBD_REP_META_CONTEXT, 4, name);
-    u_put32(p, sets ? wire_context_id(number) : 0); /* LIST: proto.md */
-  } while ((number = ex_next_context(c->export, number, name)) != 0);
-  return 1;
-}
-
-/* proto.md, NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT.  Each SET
- * takes the place of the one before: hs_option has seen to that. */
+/* proto.md, NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT: answers with
+ * the contexts that the queries mean, and SET selects them.  Each SET takes the
+ * place of the one before: hs_option has seen to that.  The backend keeps what
+ * is selected until hs_drop_contexts. */
 static int hs_opt_meta_context(struct conn *c) {
-  char name[WIRE_STRING_MAX + 1];
-  char query[WIRE_STRING_MAX + 1];
+  char export_name[WIRE_STRING_MAX + 1];
+  char name[WIRE_STRING_MAX + 1]; /* of a query, then of a context */
+  int sets = c->option == NBD_OPT_SET_META_CONTEXT;
   if (c->mode == MODE_SIMPLE)
     return hs_refuse(c, NBD_REP_ERR_INVALID, "structured replies come first");
-  uint32_t bad = hs_take_string(c, name);
+  uint32_t bad = hs_take_string(c, export_name);
   const unsigned char *queries = hs_take(c, 4); /* from their number on */
   if (!bad && !queries) bad = NBD_REP_ERR_INVALID;
   for (uint32_t n = bad ? 0 : u_get32(queries); n > 0 && !bad; n--)
-    bad = hs_take_string(c, query);
+    bad = hs_take_string(c, name);
   if (!bad && c->option_left) bad = NBD_REP_ERR_INVALID;
   if (bad) return hs_refuse(c, bad, "malformed query for metadata contexts");
-  if (hs_enter(c, name))
+  if (hs_enter(c, export_name))
     return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
-  if (c->option == NBD_OPT_SET_META_CONTEXT) {
-    strcpy(c->chosen_name, name);
+  if (sets) {
+    strcpy(c->chosen_name, export_name);
     c->chosen = c->export;
   }
-  int fits = hs_put_contexts(c, queries);
+  const struct nbdserve_export *e = &c->export->pub;
+  uint32_t number = 0;
+  int fits = 1;
+  strcpy(name, "base:allocation"); /* which every export has */
+  do {
+    if (c->send_err || !hs_is_asked(c, queries, name)) continue;
+    fits = !sets || c->contexts.n < WIRE_CONTEXTS;
+    if (!fits) break;
+    int is_kept = sets && number && e->ops->use_context;
+    /* One that the backend does not have any more is left out. */
+    if (is_kept && e->ops->use_context(e->ctx, number, 1)) continue;
+    if (sets) c->contexts.number[c->contexts.n++] = number;
+    unsigned char *p = hs_reply(c, NBD_REP_META_CONTEXT, 4, name);
+    u_put32(p, sets ? wire_context_id(number) : 0); /* LIST: proto.md */
+  } while ((number = ex_next_context(c->export, number, name)) != 0);
   hs_leave(c);
   if (fits) return hs_ack(c);
   /* proto.md: then nothing is selected.  The replies have not left yet: those
@@ -3762,7 +3757,6 @@ static int tx_refuse(struct nbdserve_req *r, int err, const char *why) {
  * first that is broken counts.  A new rule goes here.  0, or -errno if the
  * request was refused. */
 static int tx_validate(const struct conn *c, struct nbdserve_req *r) {
-  const struct nbdserve_export *e = &c->export->pub;
   const struct wire_cmd *cmd = wire_cmd(r->type);
   if (!cmd) return tx_refuse(r, -EINVAL, "unknown command");
   int is_status = r->type == NBD_CMD_BLOCK_STATUS;
@@ -3788,9 +3782,9 @@ static int tx_validate(const struct conn *c, struct nbdserve_req *r) {
     return tx_refuse(r, -EINVAL, "no metadata context was negotiated");
   if (lacking) return tx_refuse(r, -EINVAL, "the export does not offer it");
   if (stray) return tx_refuse(r, -EINVAL, "flag does not apply");
-  if (has_range && (r->off | r->len) & (e->min_block - 1))
+  if (has_range && (r->off | r->len) & (c->info.min_block - 1))
     return tx_refuse(r, -EINVAL, "no multiple of the minimum block size");
-  if (req_moves_data(r) && r->len > e->max_request)
+  if (req_moves_data(r) && r->len > c->info.max_request)
     return tx_refuse(r, -EINVAL, "longer than the maximum payload size");
   if (is_status && !r->len)
     return tx_refuse(r, -EINVAL, "nothing to report on");

@@ -3004,10 +3004,10 @@ static int hs_is_asked(const struct conn *c, const unsigned char *queries,
   return lists && !nqueries;
 }
 
-/* proto.md, NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT: answers with
- * the contexts that the queries mean, and SET selects them.  Each SET takes the
- * place of the one before: hs_option has seen to that.  The backend keeps what
- * is selected until hs_drop_contexts. */
+/* proto.md, NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT.  The option
+ * is answered with the contexts that the queries mean, and SET selects them.
+ * Each SET takes the place of the one before: hs_option has seen to that.  The
+ * backend keeps what is selected until hs_drop_contexts. */
 static int hs_opt_meta_context(struct conn *c) {
   char export_name[WIRE_STRING_MAX + 1];
   char name[WIRE_STRING_MAX + 1]; /* of a query, then of a context */

@@ -2487,11 +2487,11 @@ static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
   unsigned type =
       extended ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT : NBD_REPLY_TYPE_BLOCK_STATUS;
   struct nbdserve_extents x = {.align = ex->pub.min_block, .each = 8};
-  unsigned nasked = 0;
+  unsigned nasked = 1;
   assert(r->mode != MODE_SIMPLE && !r->owned && r->asked);
   if (extended) x.each = WIRE_EXT_EXTENT_LEN;
-  for (unsigned i = 0; i < r->contexts->n; i++)
-    nasked += r->asked >> i & 1;
+  for (uint32_t more = r->asked & (r->asked - 1); more; more &= more - 1)
+    nasked++;
   uint64_t most = ex->pub.max_request / WIRE_EXT_EXTENT_LEN;
   most = u_min(u_min(most, EX_EXTENTS / nasked), r->len / x.align + 1);
   x.max = r->flags & NBD_CMD_FLAG_REQ_ONE ? 1 : (unsigned)most;
@@ -3106,7 +3106,7 @@ static int hs_option(struct conn *c) {
  * enters an export.  0: c->export is entered; else see enum conn_step. */
 static int hs_run(struct conn *c) {
   uint32_t known = NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES;
-  unsigned char flags[4];
+  unsigned char flags[4] = {0};
   assert(!c->io.deadline && !c->export && !c->wbuf_used);
   c->io.deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
   unsigned char *p = hs_reserve(c, 18);

@@ -34,11 +34,11 @@
  *   the format of a store, and what keeps it whole           end of nbdserve.h
  *
  * ---- Where to add ... -----------------------------------------------------
- *   an option of the handshake  its number in enum nbd_opt; a function and a
+ *   an option of the handshake  its number NBD_OPT_ in [5]; a function and a
  *                               row of hs_options in [8]
  *   a command                   its number in enum nbd_cmd; a row of wire_cmds;
  *                               a case in ex_call [7]; a line in
- *                               ex_transmission_flags if clients must be told
+ *                               ex_ask_info if clients must be told
  *   a rule for requests         an `if` in tx_validate [9]
  *   a type of reply             its number in enum nbd_reply_type; when it is
  *                               sent and its head in tx_put_head, its data in
@@ -1422,15 +1422,14 @@ static void sha_256(int use_hw, const unsigned char *first,
 #define NBD_OPTION_MAGIC UINT64_C(0x49484156454f5054) /* "IHAVEOPT" */
 #define NBD_REP_MAGIC UINT64_C(0x0003e889045565a9)
 
-/* proto.md, Handshake flags, of the server, and Client flags */
-enum nbd_handshake_flag {
+/* The numbers of the handshake.  Those of error replies stand below. */
+enum nbd_handshake {
+  /* proto.md, Handshake flags, of the server, and Client flags */
   NBD_FLAG_FIXED_NEWSTYLE = 1 << 0, /* NBD_FLAG_C_... is the same */
-  NBD_FLAG_NO_ZEROES = 1 << 1
-};
+  NBD_FLAG_NO_ZEROES = 1 << 1,
 
-/* proto.md, Option types.  4 (PEEK_EXPORT) was withdrawn; 5 (STARTTLS) is
- * answered as an unknown option. */
-enum nbd_opt {
+  /* proto.md, Option types.  4 (PEEK_EXPORT) was withdrawn; 5 (STARTTLS) is
+   * answered as an unknown option. */
   NBD_OPT_EXPORT_NAME = 1,
   NBD_OPT_ABORT = 2,
   NBD_OPT_LIST = 3,
@@ -1439,15 +1438,19 @@ enum nbd_opt {
   NBD_OPT_STRUCTURED_REPLY = 8,
   NBD_OPT_LIST_META_CONTEXT = 9,
   NBD_OPT_SET_META_CONTEXT = 10,
-  NBD_OPT_EXTENDED_HEADERS = 11
-};
+  NBD_OPT_EXTENDED_HEADERS = 11,
 
-/* proto.md, Option reply types */
-enum nbd_rep {
+  /* proto.md, Option reply types */
   NBD_REP_ACK = 1,
   NBD_REP_SERVER = 2,
   NBD_REP_INFO = 3,
-  NBD_REP_META_CONTEXT = 4
+  NBD_REP_META_CONTEXT = 4,
+
+  /* proto.md, NBD_OPT_INFO and NBD_OPT_GO: types of information */
+  NBD_INFO_EXPORT = 0,
+  NBD_INFO_NAME = 1,
+  NBD_INFO_DESCRIPTION = 2,
+  NBD_INFO_BLOCK_SIZE = 3
 };
 
 /* proto.md, Option reply types, errors: bit 31 is set, which an enum of C99
@@ -1460,16 +1463,9 @@ enum nbd_rep {
 #define NBD_REP_ERR_TOO_BIG 0x80000009u
 #define NBD_REP_ERR_EXT_HEADER_REQD 0x8000000au
 
-/* proto.md, NBD_OPT_INFO and NBD_OPT_GO: types of information */
-enum nbd_info {
-  NBD_INFO_EXPORT = 0,
-  NBD_INFO_NAME = 1,
-  NBD_INFO_DESCRIPTION = 2,
-  NBD_INFO_BLOCK_SIZE = 3
-};
-
-/* proto.md, Transmission flags */
-enum nbd_transmission_flag {
+/* The numbers of transmission, but for commands and types of replies */
+enum nbd_transmission {
+  /* proto.md, Transmission flags */
   NBD_FLAG_HAS_FLAGS = 1 << 0,
   NBD_FLAG_READ_ONLY = 1 << 1,
   NBD_FLAG_SEND_FLUSH = 1 << 2,
@@ -1481,16 +1477,22 @@ enum nbd_transmission_flag {
   NBD_FLAG_CAN_MULTI_CONN = 1 << 8,
   NBD_FLAG_SEND_CACHE = 1 << 10,
   NBD_FLAG_SEND_FAST_ZERO = 1 << 11,
-  NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12
-};
+  NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12,
 
-/* proto.md, Transmission phase: first word of a request or reply */
-enum nbd_magic {
+  /* proto.md, Transmission phase: first word of a request or reply */
   NBD_REQUEST_MAGIC = 0x25609513,
   NBD_EXTENDED_REQUEST_MAGIC = 0x21e41c71,
   NBD_SIMPLE_REPLY_MAGIC = 0x67446698,
   NBD_STRUCTURED_REPLY_MAGIC = 0x668e33ef,
-  NBD_EXTENDED_REPLY_MAGIC = 0x6e8a278c
+  NBD_EXTENDED_REPLY_MAGIC = 0x6e8a278c,
+
+  /* proto.md, Command flags */
+  NBD_CMD_FLAG_FUA = 1 << 0,
+  NBD_CMD_FLAG_NO_HOLE = 1 << 1,
+  NBD_CMD_FLAG_DF = 1 << 2,
+  NBD_CMD_FLAG_REQ_ONE = 1 << 3,
+  NBD_CMD_FLAG_FAST_ZERO = 1 << 4,
+  NBD_CMD_FLAG_PAYLOAD_LEN = 1 << 5
 };
 
 /* proto.md, Request types */
@@ -1503,16 +1505,6 @@ enum nbd_cmd {
   NBD_CMD_CACHE = 5,
   NBD_CMD_WRITE_ZEROES = 6,
   NBD_CMD_BLOCK_STATUS = 7
-};
-
-/* proto.md, Command flags */
-enum nbd_cmd_flag {
-  NBD_CMD_FLAG_FUA = 1 << 0,
-  NBD_CMD_FLAG_NO_HOLE = 1 << 1,
-  NBD_CMD_FLAG_DF = 1 << 2,
-  NBD_CMD_FLAG_REQ_ONE = 1 << 3,
-  NBD_CMD_FLAG_FAST_ZERO = 1 << 4,
-  NBD_CMD_FLAG_PAYLOAD_LEN = 1 << 5
 };
 
 /* A backend's flags are the client's, bit for bit: ex_execute masks them. */
@@ -1560,13 +1552,13 @@ enum wire_mode {
  *   hello           OFFSET SIZE FIELD          the client's flags come back
  *                        0    8 NBD_INIT_MAGIC
  *                        8    8 NBD_OPTION_MAGIC
- *                       16    2 enum nbd_handshake_flag
+ *                       16    2 NBD_FLAG_FIXED_NEWSTYLE ...
  *   option               0    8 NBD_OPTION_MAGIC
- *                        8    4 enum nbd_opt
+ *                        8    4 NBD_OPT_...
  *                       12    4 length of the data behind it
  *   reply to one         0    8 NBD_REP_MAGIC
  *                        8    4 the option that is answered
- *                       12    4 enum nbd_rep, or NBD_REP_ERR_...
+ *                       12    4 NBD_REP_..., or NBD_REP_ERR_...
  *                       16    4 length of the data behind it
  */
 
@@ -1601,16 +1593,16 @@ static uint32_t wire_context_id(uint32_t number) {
 /* The life of a request:
  *
  *   state         set by                              what comes next
- *   TODO          wire_get_request                    TO_FLUSH, HANDED_OVER,
+ *   TODO          tx_next_request                     TO_FLUSH, HANDED_OVER,
  *                                                     DONE
  *   TO_FLUSH      tx_next_request, for a FLUSH;       HANDED_OVER, DONE
  *                 tx_executed, for a write with FUA
  *   HANDED_OVER   tx_hand_over: a worker has a copy,  nothing: this one is dead
  *                 in the state that this one had;
- *                 tx_run_requests: it was answered
+ *                 tx_run_batch: it was answered
  *   DONE          tx_refuse; tx_next_request, if      it is answered
  *                 there is nothing to do; tx_executed;
- *                 tx_flush
+ *                 tx_execute
  *
  * Until it is HANDED_OVER only the client's thread touches a request; the copy
  * belongs to the worker that takes it. */
@@ -1626,7 +1618,7 @@ enum req_state {
 struct nbdserve_req {
   /* -- the client's, fixed */
   uint16_t type;       /* enum nbd_cmd */
-  uint16_t flags;      /* enum nbd_cmd_flag */
+  uint16_t flags;      /* NBD_CMD_FLAG_... */
   enum wire_mode mode; /* the form of the reply */
   uint64_t cookie;     /* goes back as it came */
   uint64_t client_off; /* offset of the client's request */
@@ -1661,22 +1653,6 @@ static void req_set_state(struct nbdserve_req *r, enum req_state to) {
   assert(r->state == REQ_TODO || r->state == REQ_TO_FLUSH);
   assert(to > r->state);
   r->state = to;
-}
-
-/* Reads the head of a request, of which the caller has seen the magic. */
-static struct nbdserve_req wire_get_request(const unsigned char *p,
-                                            enum wire_mode mode) {
-  struct nbdserve_req r = {.mode = mode,
-                           .flags = u_get16(p + 4),
-                           .type = u_get16(p + 6),
-                           .cookie = u_get64(p + 8),
-                           .client_off = u_get64(p + 16)};
-  r.off = r.client_off;
-  r.len = mode == MODE_EXTENDED ? u_get64(p + 24) : u_get32(p + 24);
-  int has_payload = r.type == NBD_CMD_WRITE;
-  if (mode == MODE_EXTENDED) has_payload = r.flags & NBD_CMD_FLAG_PAYLOAD_LEN;
-  if (has_payload) r.payload = r.len;
-  return r;
 }
 
 /* ---- Replies (proto.md, Simple reply message, Structured reply chunk message,
@@ -1731,12 +1707,10 @@ static void wire_put_chunk(unsigned char *p, const struct nbdserve_req *r,
   u_put16(p + 4, r->err || !r->more_chunks); /* NBD_REPLY_FLAG_DONE */
   u_put16(p + 6, type);
   u_put64(p + 8, r->cookie);
-  if (extended) {
-    u_put64(p + 16, r->client_off);
-    u_put64(p + 24, len);
-  } else {
-    u_put32(p + 16, (uint32_t)len);
-  }
+  u_put32(p + 16, (uint32_t)len);
+  if (!extended) return;
+  u_put64(p + 16, r->client_off); /* in its place */
+  u_put64(p + 24, len);
 }
 
 /* ---- Commands and errors ------------------------------------------------ */
@@ -1744,31 +1718,28 @@ static void wire_put_chunk(unsigned char *p, const struct nbdserve_req *r,
 /* What is true of each command: validation and dispatch read it here. */
 static const struct wire_cmd {
   const char *name;
-  uint16_t flags;      /* that it may carry, besides FUA, which any may */
+  uint16_t flags;      /* that it may carry, besides FUA, which any may, and
+                     PAYLOAD_LEN */
   uint16_t exposed_by; /* transmission flag that offers it; 0: always there */
   uint8_t writes;      /* refused on a read-only export */
-  uint8_t has_data;    /* moves data: the request has a buffer of len bytes */
   int err_beyond;      /* -errno of a range beyond the end (proto.md); 0:
                           offset and length mean nothing */
 } wire_cmds[] = {
+#define WIRE_CMD(cmd, ...) [cmd] = {.name = #cmd, __VA_ARGS__}
     /* clang-format off */
-    [NBD_CMD_READ] = {.name = "NBD_CMD_READ", .flags = NBD_CMD_FLAG_DF,
-        .has_data = 1, .err_beyond = -EINVAL},
-    [NBD_CMD_WRITE] = {.name = "NBD_CMD_WRITE", .writes = 1, .has_data = 1,
-        .flags = NBD_CMD_FLAG_PAYLOAD_LEN, .err_beyond = -ENOSPC},
-    [NBD_CMD_DISC] = {.name = "NBD_CMD_DISC"},
-    [NBD_CMD_FLUSH] = {.name = "NBD_CMD_FLUSH",
-        .exposed_by = NBD_FLAG_SEND_FLUSH},
-    [NBD_CMD_TRIM] = {.name = "NBD_CMD_TRIM",
-        .exposed_by = NBD_FLAG_SEND_TRIM, .writes = 1, .err_beyond = -EINVAL},
-    [NBD_CMD_CACHE] = {.name = "NBD_CMD_CACHE",
-        .exposed_by = NBD_FLAG_SEND_CACHE, .err_beyond = -EINVAL},
-    [NBD_CMD_WRITE_ZEROES] = {.name = "NBD_CMD_WRITE_ZEROES", .writes = 1,
+    WIRE_CMD(NBD_CMD_READ, .flags = NBD_CMD_FLAG_DF, .err_beyond = -EINVAL),
+    WIRE_CMD(NBD_CMD_WRITE, .writes = 1, .err_beyond = -ENOSPC),
+    WIRE_CMD(NBD_CMD_DISC, .writes = 0),
+    WIRE_CMD(NBD_CMD_FLUSH, .exposed_by = NBD_FLAG_SEND_FLUSH),
+    WIRE_CMD(NBD_CMD_TRIM, .writes = 1, .exposed_by = NBD_FLAG_SEND_TRIM,
+        .err_beyond = -EINVAL),
+    WIRE_CMD(NBD_CMD_CACHE, .exposed_by = NBD_FLAG_SEND_CACHE,
+        .err_beyond = -EINVAL),
+    WIRE_CMD(NBD_CMD_WRITE_ZEROES, .writes = 1,
         .flags = NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
-        .exposed_by = NBD_FLAG_SEND_WRITE_ZEROES, .err_beyond = -ENOSPC},
-    [NBD_CMD_BLOCK_STATUS] = {.name = "NBD_CMD_BLOCK_STATUS",
-        .flags = NBD_CMD_FLAG_REQ_ONE | NBD_CMD_FLAG_PAYLOAD_LEN,
-        .err_beyond = -EINVAL},
+        .exposed_by = NBD_FLAG_SEND_WRITE_ZEROES, .err_beyond = -ENOSPC),
+    WIRE_CMD(NBD_CMD_BLOCK_STATUS, .flags = NBD_CMD_FLAG_REQ_ONE,
+        .err_beyond = -EINVAL),
     /* clang-format on */
 };
 
@@ -1777,10 +1748,10 @@ static const struct wire_cmd *wire_cmd(unsigned type) {
   return type < COUNT_OF(wire_cmds) ? &wire_cmds[type] : NULL;
 }
 
-/* Is it a READ or a WRITE that moves at least one byte? */
+/* Is it a READ or a WRITE that moves at least one byte?  These have a buffer of
+ * len bytes. */
 static int req_moves_data(const struct nbdserve_req *r) {
-  const struct wire_cmd *cmd = wire_cmd(r->type);
-  return cmd && cmd->has_data && r->len > 0;
+  return (r->type == NBD_CMD_READ || r->type == NBD_CMD_WRITE) && r->len > 0;
 }
 
 /* The error that is sent for a request (proto.md, Error values): no other
@@ -1874,29 +1845,38 @@ static int io_timeout(int64_t until) {
   return until < now ? 0 : (int)u_min((uint64_t)(until - now), INT_MAX);
 }
 
+/* Waits for a descriptor, `slice` milliseconds at most.  1: it is ready for the
+ * events; 0: it is not, or *stops has become 1: the server stops, or this
+ * client is to end; once it is 1, nobody looks there any more.  -ETIMEDOUT: the
+ * time `until` is over (0: without limit).  Or another -errno. */
+static int io_wait(const struct io *io, int fd, short events, int64_t until,
+                   int slice, int *stops) {
+  /* poll() skips a descriptor that is -1.  Of a pipe for replies it says when
+   * nobody reads it any more. */
+  struct pollfd p[] = {
+      {.fd = fd, .events = events},
+      {.fd = *stops ? -1 : io->stop, .events = POLLIN},
+      {.fd = *stops || !io->lifeline ? -1 : io->lifeline, .events = POLLIN},
+      {.fd = io->out == io->in ? -1 : io->out, .events = 0}};
+  int timeout = until ? io_timeout(until) : -1;
+  if (timeout == 0) return -ETIMEDOUT; /* even if it is ready */
+  if (poll(p, COUNT_OF(p), timeout < slice ? timeout : slice) < 0)
+    return errno == EINTR ? 0 : -errno;
+  if (p[3].revents & POLLERR) return -EPIPE;
+  if (p[1].revents || p[2].revents) *stops = 1;
+  return p[0].revents && !*stops;
+}
+
 /* Waits until there is something to receive.  -ETIMEDOUT: not until the time
  * `until` (0: without limit).  -ESHUTDOWN: all that had arrived when the server
  * stopped has been taken. */
 static int io_wait_input(struct io *io, int64_t until) {
-  /* Of a pipe for replies poll() says when nobody reads it any more. */
-  int replies = io->out == io->in ? -1 : io->out;
-  int lifeline = io->lifeline ? io->lifeline : -1;
-  struct pollfd p[4] = {{.fd = io->in, .events = POLLIN},
-                        {.fd = io->stop, .events = POLLIN},
-                        {.fd = replies, .events = 0},
-                        {.fd = lifeline, .events = POLLIN}};
   while (!io->stopping) {
-    int timeout = until ? io_timeout(until) : -1;
-    if (timeout == 0) return -ETIMEDOUT; /* even if there is something */
-    int r = poll(p, 4, timeout);
-    if (r < 0 && errno != EINTR) return -errno;
-    if (r <= 0) continue;
-    if (p[2].revents & POLLERR) return -EPIPE;
-    if (!p[1].revents && !p[3].revents) return 0;
+    int r = io_wait(io, io->in, POLLIN, until, INT_MAX, &io->stopping);
+    if (r) return r < 0 ? r : 0;
     int arrived = 0; /* until now: all that is still taken (I3) */
-    if (ioctl(io->in, FIONREAD, &arrived) == 0 && arrived > 0)
+    if (io->stopping && ioctl(io->in, FIONREAD, &arrived) == 0 && arrived > 0)
       io->arrived_left = (size_t)arrived;
-    io->stopping = 1;
   }
   return io->arrived_left > 0 ? 0 : -ESHUTDOWN;
 }
@@ -1910,22 +1890,14 @@ static int io_wait_input(struct io *io, int64_t until) {
  * stall_ms. */
 static int io_wait_ready(const struct io *io, int fd, short events,
                          int64_t until) {
-  int lifeline = io->lifeline ? io->lifeline : -1;
-  struct pollfd p[3] = {{.fd = fd, .events = events},
-                        {.fd = io->stop, .events = POLLIN},
-                        {.fd = lifeline, .events = POLLIN}};
   int slice = (int)u_min((uint64_t)io->stall_ms / 8 + 1, INT_MAX);
-  for (;;) {
-    int timeout = io_timeout(until);
-    if (timeout == 0) return -ETIMEDOUT; /* even if it is ready */
-    int r = poll(p, 3, timeout < slice ? timeout : slice);
-    if (r < 0 && errno != EINTR) return -errno;
-    if (r < 0) continue;
-    if (!p[1].revents && !p[2].revents) return 0;
-    p[1].fd = p[2].fd = -1; /* seen: poll skips a negative one */
+  int stops = 0;
+  int r = io_wait(io, fd, events, until, slice, &stops);
+  if (stops) {
     int64_t end = io_grace_end(io->stop);
-    if (end < until) until = end;
+    r = io_wait(io, fd, events, end < until ? end : until, slice, &stops);
   }
+  return r < 0 ? r : 0;
 }
 
 /* Receives at least `least` bytes, and up to `most`: if these are the same, the
@@ -1947,16 +1919,12 @@ static ssize_t io_recv(struct io *io, unsigned char *p, size_t least,
     if (io->stopping) room = (size_t)u_min(room, io->arrived_left);
     ssize_t n = recv(io->in, p + got, room, polls ? MSG_DONTWAIT : 0);
     if (n < 0 && errno == ENOTSOCK) n = read(io->in, p + got, room);
-    if (n > 0) {
-      got += (size_t)n;
-      if (io->stopping) io->arrived_left -= (size_t)n;
-    } else if (n == 0) {
-      return 0;
-    } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
-      io->arrived_left = 0; /* too slow, or another reader was faster */
-    } else if (errno != EINTR) {
-      return -errno;
-    }
+    int nothing = n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
+    if (n == 0) return 0;
+    if (n < 0 && !nothing && errno != EINTR) return -errno;
+    if (nothing) io->arrived_left = 0; /* or another reader was faster */
+    if (n > 0) got += (size_t)n;
+    if (n > 0 && io->stopping) io->arrived_left -= (size_t)n;
     if (got < least && os_now_ms() >= until) return -ETIMEDOUT;
   }
   return (ssize_t)got;
@@ -1967,16 +1935,6 @@ static int io_recv_all(struct io *io, unsigned char *p, size_t len) {
   ssize_t n = len ? io_recv(io, p, len, len) : 1;
   if (n > 0) return 0;
   return n ? (int)n : -EPIPE;
-}
-
-/* Writes to a pipe what it takes without waiting: PIPE_BUF bytes, if poll()
- * says that it is ready.  Bytes written, or -1 with errno. */
-static ssize_t io_write_pipe(int fd, const struct iovec *v) {
-  struct pollfd p = {.fd = fd, .events = POLLOUT};
-  if (poll(&p, 1, 0) > 0)
-    return write(fd, v->iov_base, (size_t)u_min(v->iov_len, PIPE_BUF));
-  errno = EAGAIN;
-  return -1;
 }
 
 /* Sends all of v[0..n), which it uses up, and behind it `spliced` bytes that a
@@ -1996,12 +1954,16 @@ static int io_send(const struct io *io, struct iovec *v, int n, int pipe,
     struct msghdr m = {.msg_iov = v, .msg_iovlen = (unsigned)n};
     ssize_t done = n > 0 ? sendmsg(io->out, &m, flags)
                          : os_splice(pipe, NULL, io->out, spliced);
-    if (done < 0 && errno == ENOTSOCK) done = io_write_pipe(io->out, v);
+    if (done < 0 && errno == ENOTSOCK) {
+      /* A pipe takes PIPE_BUF bytes without waiting if poll() says so. */
+      struct pollfd p = {.fd = io->out, .events = POLLOUT};
+      size_t len = (size_t)u_min(v->iov_len, PIPE_BUF);
+      errno = EAGAIN;
+      if (poll(&p, 1, 0) > 0) done = write(io->out, v->iov_base, len);
+    }
     assert(done <= (ssize_t)total);
-    if (done >= 0 && n > 0)
-      os_advance(&v, &n, (size_t)done);
-    else if (done >= 0)
-      spliced -= (size_t)done;
+    if (done >= 0 && n == 0) spliced -= (size_t)done;
+    if (done >= 0 && n > 0) os_advance(&v, &n, (size_t)done);
     if (done >= 0 || errno == EINTR) continue;
     if (errno != EAGAIN && errno != EWOULDBLOCK) return -errno;
     if (!until) until = io_until(io, total);
@@ -2021,9 +1983,8 @@ static void io_linger(struct io *io) {
   if (shutdown(io->out, SHUT_WR) < 0) return;
   while (io_wait_ready(io, io->in, POLLIN, until) == 0) {
     ssize_t n = recv(io->in, waste, sizeof waste, MSG_DONTWAIT);
-    if (n == 0) return;
-    if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
-      return;
+    int again = errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR;
+    if (n == 0 || (n < 0 && !again)) return;
   }
 }
 
@@ -2203,27 +2164,26 @@ static int ex_complete(struct nbdserve_export *e, size_t *contexts_size) {
 static int ex_new(struct nbdserve *s, const struct nbdserve_export *from,
                   struct ex **out) {
   struct nbdserve_export e = *from;
-  size_t contexts_size;
-  if (!ex_complete(&e, &contexts_size)) return -EINVAL;
-  size_t name_size = strlen(e.name) + 1;
-  size_t description_size = strlen(e.description) + 1;
-  struct ex *ex =
-      u_zalloc(sizeof *ex + name_size + description_size + contexts_size);
+  size_t size;
+  if (!ex_complete(&e, &size)) return -EINVAL;
+  size += strlen(e.name) + strlen(e.description) + 2;
+  struct ex *ex = u_zalloc(sizeof *ex + size);
   if (!ex) return -ENOMEM;
   os_monitor_init(&ex->serial);
   os_monitor_init(&ex->lock);
   assert(e.max_request > 0 && e.min_block <= e.preferred_block);
-  e.name = memcpy(ex->strings, e.name, name_size);
-  e.description =
-      memcpy(ex->strings + name_size, e.description, description_size);
-  char *end = ex->strings + name_size + description_size;
+  ex->server = s;
+  ex->pub = e;
+  ex->pub.name = ex->strings;
+  char *end = stpcpy(ex->strings, e.name) + 1;
+  ex->pub.description = end;
+  end = stpcpy(end, e.description) + 1;
+  ex->pub.contexts = NULL;
   ex->contexts = end;
   for (size_t i = 0; e.contexts && e.contexts[i]; i++)
-    end = strchr(strcpy(end, e.contexts[i]), 0) + 1;
-  e.contexts = NULL;
-  ex->pub = e;
-  ex->server = s;
-  assert(ex->pub.ops->read && ex->pub.size <= INT64_MAX && !ex->next);
+    end = stpcpy(end, e.contexts[i]) + 1;
+  assert(end < ex->strings + size && !*end && !ex->next);
+  assert(ex->pub.ops->read && ex->pub.size <= INT64_MAX);
   *out = ex;
   return 0;
 }
@@ -2246,55 +2206,22 @@ static struct ex *ex_next(struct nbdserve *s, const struct ex *ex) {
   return next;
 }
 
-/* Asks the host's find callback for an export.  -ENOENT: it knows none of that
- * name, or there is no callback; others: what it said, or -EIO if what it gave
- * is not a valid export.  The client owns the export. */
-static int ex_from_callback(struct nbdserve *s, const char *name,
-                            struct ex **out) {
-  const struct nbdserve_config *k = &s->config;
-  struct nbdserve_export e = {0};
-  if (!k->find) return -ENOENT;
-  int err = ex_believe(s, name, "find", k->find(k->ctx, name, &e));
-  if (err) return err;
-  if (!e.name) e.name = name;
-  err = ex_new(s, &e, out);
-  if (err == -EINVAL) err = ex_lied(s, name, "find", "gave a wrong export");
-  if (!err)
-    (*out)->from_callback = 1;
-  else if (e.ops && e.ops->close)
-    e.ops->close(e.ctx);
-  return err;
-}
-
 /* Gives back what ex_acquire gave; frees it if it was the client's (E1). */
 static void ex_release(struct ex *ex) {
   assert(ex);
   if (ex->from_callback) ex_free(ex);
 }
 
-/* Finds out the size that an export has now; one that find gave keeps the size
- * that it came with.  0, or -EIO if the host's function gives no size. */
-static int ex_ask_size(struct ex *ex, uint64_t *size) {
-  struct nbdserve_export *e = &ex->pub;
-  os_lock(&ex->server->lock);
-  uint64_t now = e->size;
-  if (e->ops->size && !ex->from_callback) now = e->ops->size(e->ctx, now);
-  if (now <= INT64_MAX) e->size = now;
-  os_unlock(&ex->server->lock);
-  if (now > INT64_MAX)
-    return ex_lied(ex->server, e->name, "size", "returned more than INT64_MAX");
-  *size = now - now % e->min_block; /* no request reaches the rest */
-  return 0;
-}
-
-/* Finds the export that a client means, and its size now.  -ENOENT: there is
- * none; others: what the host's callbacks said.  ex_release gives it back.
+/* Finds the export that a client means.  -ENOENT: there is none; others: what
+ * the host's find callback said, or -EIO if what it gave is not a valid export.
+ * ex_release gives the export back.
  *
  * First comes an added export of that very name, then what the host's callback
- * knows, last an added one that serves names which no other has.  The size is
- * asked for anew each time, under s->lock: see ops->size in nbdserve.h. */
-static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
-                      uint64_t *size) {
+ * knows, which the client owns, last an added one that serves names which no
+ * other has. */
+static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out) {
+  const struct nbdserve_config *k = &s->config;
+  struct nbdserve_export e = {0};
   os_lock(&s->lock);
   struct ex *ex = *ex_by_name(s, name);
   /* For a name that no other has: the first one for the empty name, else one
@@ -2303,24 +2230,17 @@ static int ex_acquire(struct nbdserve *s, const char *name, struct ex **out,
   while (fallback && *name && !(fallback->pub.flags & NBDSERVE_EXPORT_FALLBACK))
     fallback = fallback->next;
   os_unlock(&s->lock);
-  if (!ex) {
-    int err = ex_from_callback(s, name, &ex);
-    if (err && err != -ENOENT) return err;
-  }
-  if (!ex) ex = fallback;
-  if (!ex) return -ENOENT;
-  *out = ex;
-  int err = ex_ask_size(ex, size);
-  assert(!err || !ex->from_callback); /* nothing to release */
+  int err = -ENOENT;
+  if (!ex && k->find)
+    err = ex_believe(s, name, "find", k->find(k->ctx, name, &e));
+  *out = ex ? ex : fallback;
+  if (err) return err == -ENOENT && *out ? 0 : err;
+  if (!e.name) e.name = name;
+  err = ex_new(s, &e, out);
+  if (err == -EINVAL) err = ex_lied(s, name, "find", "gave a wrong export");
+  if (err && e.ops && e.ops->close) e.ops->close(e.ctx);
+  if (!err) (*out)->from_callback = 1; /* (E1) */
   return err;
-}
-
-/* The name of the host's context of a number, from 1 on; "": it has fewer. */
-static const char *ex_own_context(const struct ex *ex, uint32_t number) {
-  const char *name = ex->contexts;
-  while (*name && --number > 0)
-    name += strlen(name) + 1;
-  return name;
 }
 
 /* Puts the name of the metadata context that comes after `number` into
@@ -2330,62 +2250,67 @@ static const char *ex_own_context(const struct ex *ex, uint32_t number) {
 static uint32_t ex_next_context(const struct ex *ex, uint32_t number,
                                 char *name) {
   const struct nbdserve_ops *ops = ex->pub.ops;
+  const char *own = ex->contexts; /* the first one has the number 1 */
   if (!ops->next_context) {
-    strcpy(name, ex_own_context(ex, ++number));
-    return *name ? number : 0;
+    for (uint32_t i = 0; i < number && *own; i++)
+      own += strlen(own) + 1;
+    strcpy(name, own);
+    return *name ? number + 1 : 0;
   }
   while ((number = ops->next_context(ex->pub.ctx, number, name)) != 0) {
-    const char *own = ex->contexts;
-    while (*own && strcmp(own, name) != 0)
+    for (own = ex->contexts; *own && strcmp(own, name) != 0;)
       own += strlen(own) + 1;
     if (!*ex->contexts || *own) return number;
   }
   return 0;
 }
 
-/* The transmission flags for a client: each is set exactly when the thing works
- * on this export.  has_contexts: the client has selected some. */
-static unsigned ex_transmission_flags(const struct ex *ex, enum wire_mode mode,
-                                      int has_contexts) {
+/* Finds out what a client gets to know of an export now.  Each transmission
+ * flag is set exactly when the thing works on this export.  One that find gave
+ * keeps the size that it came with; of others the size is asked for anew each
+ * time, under s->lock: see ops->size in nbdserve.h.  has_contexts: the client
+ * has selected some.  0, or -EIO if the host's function gives no size. */
+static int ex_ask_info(struct ex *ex, enum wire_mode mode, int has_contexts,
+                       struct nbdserve_info *info) {
   const struct nbdserve_config *k = &ex->server->config;
-  const struct nbdserve_ops *ops = ex->pub.ops;
-  int writable = !(ex->pub.flags & NBDSERVE_EXPORT_READONLY);
-  unsigned f = 0;
-  if (ex->pub.flags & NBDSERVE_EXPORT_ROTATIONAL) f |= NBD_FLAG_ROTATIONAL;
+  struct nbdserve_export *e = &ex->pub;
+  int writable = !(e->flags & NBDSERVE_EXPORT_READONLY);
+  os_lock(&ex->server->lock);
+  uint64_t now = e->size;
+  if (e->ops->size && !ex->from_callback) now = e->ops->size(e->ctx, now);
+  if (now <= INT64_MAX) e->size = now;
+  os_unlock(&ex->server->lock);
+  if (now > INT64_MAX)
+    return ex_lied(ex->server, e->name, "size", "returned more than INT64_MAX");
+  info->size = now - now % e->min_block; /* no request reaches the rest */
+  info->min_block = e->min_block;
+  info->preferred_block = e->preferred_block;
+  info->max_request = e->max_request;
+  uint32_t f = 0;
+  if (e->flags & NBDSERVE_EXPORT_ROTATIONAL) f |= NBD_FLAG_ROTATIONAL;
   /* With a single slot a second connection would wait until the first ends. */
-  if ((ex->pub.flags & NBDSERVE_EXPORT_MULTI_CONN) && k->max_conn > 1)
+  if (e->flags & NBDSERVE_EXPORT_MULTI_CONN && k->max_conn > 1)
     f |= NBD_FLAG_CAN_MULTI_CONN;
-  if (ops->cache) f |= NBD_FLAG_SEND_CACHE;
+  if (e->ops->cache) f |= NBD_FLAG_SEND_CACHE;
   if (mode != MODE_SIMPLE) f |= NBD_FLAG_SEND_DF;
   if (mode == MODE_EXTENDED && has_contexts) f |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
   if (writable) f |= NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;
-  if (writable && ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
-  if (writable && ops->trim) f |= NBD_FLAG_SEND_TRIM;
+  if (writable && e->ops->flush) f |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA;
+  if (writable && e->ops->trim) f |= NBD_FLAG_SEND_TRIM;
   f &= ~k->without;
-  return f | NBD_FLAG_HAS_FLAGS | (writable ? 0 : NBD_FLAG_READ_ONLY);
-}
-
-/* What a client gets to know of an export of that size, with such flags. */
-static struct nbdserve_info ex_info(const struct ex *ex, uint64_t size,
-                                    unsigned flags) {
-  const struct nbdserve_export *e = &ex->pub;
-  return (struct nbdserve_info){.size = size,
-                                .flags = flags,
-                                .min_block = e->min_block,
-                                .preferred_block = e->preferred_block,
-                                .max_request = e->max_request};
+  info->flags = f | NBD_FLAG_HAS_FLAGS | (writable ? 0 : NBD_FLAG_READ_ONLY);
+  return 0;
 }
 
 /* See nbdserve.h. */
 int nbdserve_info(struct nbdserve *s, const char *name,
                   struct nbdserve_info *out) {
   struct ex *ex;
-  uint64_t size;
-  int err = ex_acquire(s, name ? name : "", &ex, &size);
+  int err = ex_acquire(s, name ? name : "", &ex);
   if (err) return err;
-  *out = ex_info(ex, size, ex_transmission_flags(ex, MODE_SIMPLE, 0));
+  err = ex_ask_info(ex, MODE_SIMPLE, 0, out);
   ex_release(ex);
-  return 0;
+  return err;
 }
 
 /* ---- Calling the backend ------------------------------------------------- */
@@ -2500,8 +2425,7 @@ struct nbdserve_extents {
   size_t each;       /* bytes of an extent: 16 if it is extended, else 8 */
   uint64_t last_len; /* of the last extent so far */
   uint32_t last_status;
-  unsigned char *data; /* the reply, */
-  size_t begin;        /* and where the extents of this chunk begin */
+  unsigned char *data; /* where the extents of this chunk begin in the reply */
 };
 
 /* See nbdserve.h. */
@@ -2515,17 +2439,14 @@ unsigned nbdserve_extents_context(const struct nbdserve_extents *x) {
 static void ex_put_extent(struct nbdserve_extents *x, uint64_t len,
                           uint32_t status) {
   assert(len > 0 && len <= x->left && x->n <= x->max);
-  x->left -= len;
-  if (x->n && x->last_status == status) {
-    x->last_len += len;
-  } else if (x->n < x->max) {
-    x->n++;
-    x->last_len = len;
-    x->last_status = status;
-  } else {
-    x->left = 0;
-  }
-  unsigned char *p = x->data + x->begin + x->each * (x->n - 1);
+  int is_new = !x->n || x->last_status != status;
+  int fits = !is_new || x->n < x->max;
+  x->left = fits ? x->left - len : 0;
+  if (!fits) return;
+  x->last_len = is_new ? len : x->last_len + len;
+  x->last_status = status;
+  if (is_new) x->n++;
+  unsigned char *p = x->data + x->each * (x->n - 1);
   if (x->each == WIRE_EXT_EXTENT_LEN) {
     u_put64(p, x->last_len);
     u_put64(p + 8, x->last_status);
@@ -2559,81 +2480,77 @@ int nbdserve_extent(struct nbdserve_extents *x, uint64_t len, uint32_t status) {
   return x->left == 0;
 }
 
-/* Adds the chunk of a context to the reply to r.  What a host does not describe
- * is data, but no other context may be left out: clean would be wrong. */
-static int ex_put_chunk(struct ex *ex, const struct nbdserve_req *r,
-                        struct nbdserve_extents *x) {
-  int extended = r->mode == MODE_EXTENDED;
-  size_t chunk = x->begin + x->each * x->n; /* behind the one before */
-  size_t head = extended ? 8 : 4;           /* what stands before the extents */
-  x->begin = chunk + wire_chunk_len(r->mode) + head;
-  x->left = r->len;
-  x->overhang = x->n = 0;
-  int err = ex_call(ex, r, x);
-  if (!err && x->lied)
-    err = ex_lied(ex->server, ex->pub.name, "extents",
-                  "gave a status that does not exist");
-  if (!err && !x->n && x->context)
-    err = ex_lied(ex->server, ex->pub.name, "extents", "gave no extent");
-  if (err) return err;
-  if (!x->n) nbdserve_extent(x, r->len, 0); /* proto.md: at least one */
-  assert(x->n > 0 && x->n <= x->max);
-  unsigned char *p = x->data + chunk;
-  wire_put_chunk(p, r,
-                 extended ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT
-                          : NBD_REPLY_TYPE_BLOCK_STATUS,
-                 head + x->each * x->n);
-  p += wire_chunk_len(r->mode);
-  u_put32(p, wire_context_id(x->context));
-  if (extended) u_put32(p + 4, x->n);
-  return 0;
-}
-
 /* Asks for the extents of a request, in each context that it asks for.  r->buf
- * becomes its reply, of r->data_len bytes, which the request owns. */
+ * becomes its reply, of r->data_len bytes, which the request owns.  What a host
+ * does not describe is data, but no other context may be left out: clean would
+ * be wrong. */
 static int ex_block_status(struct ex *ex, struct nbdserve_req *r) {
-  struct nbdserve_extents x = {.align = ex->pub.min_block,
-                               .each = WIRE_EXT_EXTENT_LEN};
-  unsigned nasked = 0;
-  int err = 0;
+  int extended = r->mode == MODE_EXTENDED;
+  unsigned type =
+      extended ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT : NBD_REPLY_TYPE_BLOCK_STATUS;
+  struct nbdserve_extents x = {.align = ex->pub.min_block, .each = 8};
+  unsigned nasked = 1;
   assert(r->mode != MODE_SIMPLE && !r->owned && r->asked);
-  if (r->mode != MODE_EXTENDED) x.each /= 2;
-  uint32_t bits = r->asked;
-  do
+  if (extended) x.each = WIRE_EXT_EXTENT_LEN;
+  for (uint32_t more = r->asked & (r->asked - 1); more; more &= more - 1)
     nasked++;
-  while ((bits &= bits - 1) != 0);
   uint64_t most = ex->pub.max_request / WIRE_EXT_EXTENT_LEN;
   most = u_min(u_min(most, EX_EXTENTS / nasked), r->len / x.align + 1);
   x.max = r->flags & NBD_CMD_FLAG_REQ_ONE ? 1 : (unsigned)most;
-  size_t chunk_len = WIRE_EXT_CHUNK_LEN + 8 + x.each * x.max;
-  x.data = r->buf = r->owned = NBDSERVE_MALLOC(nasked * chunk_len);
-  if (!x.data) return -ENOMEM;
-  for (unsigned i = 0; i < r->contexts->n && !err; i++) {
+  size_t fixed = extended ? 8 : 4; /* what stands before the extents */
+  size_t head = wire_chunk_len(r->mode) + fixed;
+  r->buf = r->owned = NBDSERVE_MALLOC(nasked * (head + x.each * x.max));
+  if (!r->buf) return -ENOMEM;
+  unsigned char *chunk = r->buf;
+  for (unsigned i = 0; r->asked >> i; i++) {
     if (!(r->asked >> i & 1)) continue;
+    x.data = chunk + head;
     x.context = r->contexts->number[i];
-    r->more_chunks = --nasked > 0;
-    err = ex_put_chunk(ex, r, &x);
+    x.left = r->len;
+    x.overhang = x.n = 0;
+    int err = ex_call(ex, r, &x);
+    const char *lie = x.lied ? "gave a status that does not exist" : NULL;
+    if (!x.n && x.context) lie = "gave no extent";
+    if (!err && lie) err = ex_lied(ex->server, ex->pub.name, "extents", lie);
+    if (err) return err;
+    if (!x.n) nbdserve_extent(&x, r->len, 0); /* proto.md: at least one */
+    assert(x.n > 0 && x.n <= x.max);
+    r->more_chunks = r->asked >> i > 1;
+    wire_put_chunk(chunk, r, type, fixed + x.each * x.n);
+    u_put32(x.data - fixed, wire_context_id(x.context));
+    if (extended) u_put32(x.data - 4, x.n);
+    chunk = x.data + x.each * x.n;
   }
-  if (!err) r->data_len = x.begin + x.each * x.n;
-  return err;
+  r->data_len = (size_t)(chunk - r->buf);
+  return 0;
 }
 
 /* ---- One request on a backend -------------------------------------------- */
 
-/* Does a WRITE_ZEROES by writing zeroes.  A range above 4 GiB is -EOVERFLOW: it
- * would take long, and nobody could cancel it.  The zeroes have the length of
- * one write, at most 1 MiB, and are written again and again.  With FUA each of
- * these writes has it. */
-static int ex_write_zeroes(struct ex *ex, const struct nbdserve_req *r) {
-  struct nbdserve_req w = {.type = NBD_CMD_WRITE,
-                           .flags = r->flags & NBD_CMD_FLAG_FUA,
-                           .off = r->off};
+/* Does a request, without the flush that may have to follow.  0 or -errno.
+ *
+ * A WRITE_ZEROES that the backend does not have is done by writing zeroes.  A
+ * range above 4 GiB is -EOVERFLOW then: it would take long, and nobody could
+ * cancel it.  The zeroes have the length of one write, at most 1 MiB, and are
+ * written again and again.  With FUA each of these writes has it. */
+static int ex_execute(struct ex *ex, struct nbdserve_req *r) {
+  assert(r->len > 0 && r->off <= INT64_MAX && r->len <= INT64_MAX - r->off);
+  assert(r->off % ex->pub.min_block == 0); /* (E2) */
+  assert(!wire_cmd(r->type)->writes ||
+         !(ex->pub.flags & NBDSERVE_EXPORT_READONLY));
+  assert(r->buf || !req_moves_data(r));
+  if (r->type == NBD_CMD_BLOCK_STATUS) return ex_block_status(ex, r);
+  int err = ex_call(ex, r, NULL);
+  if (err != -ENOTSUP || r->type != NBD_CMD_WRITE_ZEROES) return err;
+  if (r->flags & NBD_CMD_FLAG_FAST_ZERO) return err;
   if (r->len > UINT32_MAX) return -EOVERFLOW;
   uint64_t step = u_min(u_min(r->len, 1 << 20), ex->pub.max_request);
   step -= step % ex->pub.min_block; /* r->len is a multiple, so is the rest */
   assert(step > 0);
+  struct nbdserve_req w = {.type = NBD_CMD_WRITE, .off = r->off};
+  w.flags = r->flags & NBD_CMD_FLAG_FUA;
   w.buf = u_zalloc((size_t)step);
-  int err = w.buf ? 0 : -ENOMEM;
+  err = w.buf ? 0 : -ENOMEM;
   for (uint64_t left = r->len; left > 0 && !err; left -= w.len) {
     w.len = u_min(step, left);
     err = ex_call(ex, &w, NULL);
@@ -2641,19 +2558,6 @@ static int ex_write_zeroes(struct ex *ex, const struct nbdserve_req *r) {
   }
   NBDSERVE_FREE(w.buf);
   return err;
-}
-
-/* Does a request, without the flush that may have to follow.  0 or -errno. */
-static int ex_execute(struct ex *ex, struct nbdserve_req *r) {
-  assert(r->len > 0 && r->off <= INT64_MAX && r->len <= INT64_MAX - r->off);
-  assert(r->off % ex->pub.min_block == 0); /* (E2) */
-  assert(!wire_cmd(r->type)->writes ||
-         !(ex->pub.flags & NBDSERVE_EXPORT_READONLY));
-  assert(r->buf || !wire_cmd(r->type)->has_data);
-  if (r->type == NBD_CMD_BLOCK_STATUS) return ex_block_status(ex, r);
-  int err = ex_call(ex, r, NULL);
-  if (err != -ENOTSUP || r->type != NBD_CMD_WRITE_ZEROES) return err;
-  return r->flags & NBD_CMD_FLAG_FAST_ZERO ? err : ex_write_zeroes(ex, r);
 }
 
 /* ---- nbdserve's own backends ----------------------------------------------
@@ -2673,10 +2577,9 @@ struct ex_batched {
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n);
 };
 
-#if !NBDSERVE_NO_FLAT || !NBDSERVE_NO_CAS
 /* ops->read of a backend that has run_batch. */
-static int ex_batched_read(void *ctx, void *buf, uint64_t off, uint64_t len,
-                           uint32_t flags) {
+static inline int ex_batched_read(void *ctx, void *buf, uint64_t off,
+                                  uint64_t len, uint32_t flags) {
   struct nbdserve_req r = {
       .type = NBD_CMD_READ, .off = off, .len = len, .buf = buf, .may_wait = 1};
   (void)flags;
@@ -2685,8 +2588,8 @@ static int ex_batched_read(void *ctx, void *buf, uint64_t off, uint64_t len,
 }
 
 /* ops->write of a backend that has run_batch. */
-static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
-                            uint64_t len, uint32_t flags) {
+static inline int ex_batched_write(void *ctx, const void *buf, uint64_t off,
+                                   uint64_t len, uint32_t flags) {
   struct nbdserve_req r = {.type = NBD_CMD_WRITE, .off = off, .len = len};
   assert(!(flags & NBDSERVE_CMD_FUA)); /* not NATIVE_FUA: a flush follows */
   (void)flags;
@@ -2694,7 +2597,6 @@ static int ex_batched_write(void *ctx, const void *buf, uint64_t off,
   ((struct ex_batched *)ctx)->run_batch(ctx, &r, 1);
   return r.err;
 }
-#endif
 
 /* ==== [8] HANDSHAKE (hs_) ================================================
  * Connections, and fixed newstyle negotiation (proto.md, Handshake and Option
@@ -2745,7 +2647,7 @@ enum {
                          single chunk, and IO_UNIT */
   TX_BATCH = 128,       /* requests in a batch, at most */
   TX_HEADS = 32,        /* long heads that leave in one send, at most */
-  TX_FLUSHES = 64,      /* see tx_flush_alone */
+  TX_FLUSHES = 64,      /* see tx_flush */
   TX_SPARES = 16,       /* buffers that a client keeps */
   TX_IDLE_MS = 5000,    /* a worker without work ends after that */
   TX_ERROR_TEXT = 80,   /* bytes of an error's text that are sent */
@@ -2763,6 +2665,9 @@ STATIC_ASSERT(slots_fit, TX_SLOTS <= (int)CONN_WBUF);
 STATIC_ASSERT(head_fits,
               WIRE_EXT_CHUNK_LEN + (int)WIRE_OFFSET_LEN <= (int)TX_HEAD_ROOM);
 STATIC_ASSERT(piece_is_unit, (int)TX_PIECE == (int)IO_UNIT);
+STATIC_ASSERT(selected_contexts_fit,
+              WIRE_CONTEXTS *(WIRE_OPTION_REPLY_LEN + 4 + WIRE_STRING_MAX) <=
+                  (int)CONN_WBUF); /* see hs_opt_meta_context */
 
 struct conn {
   /* -- fixed */
@@ -2776,13 +2681,12 @@ struct conn {
   struct io io;      /* says itself who may touch what */
   /* -- negotiated */
   enum wire_mode mode;
-  int no_zeroes;     /* NBD_FLAG_NO_ZEROES: no padding, please */
-  struct ex *export; /* NULL: none so far */
-  uint64_t export_size;
+  int no_zeroes;             /* NBD_FLAG_NO_ZEROES: no padding, please */
+  struct ex *export;         /* NULL: none so far */
+  struct nbdserve_info info; /* what the client was told of it */
   struct ex *chosen; /* what the last SET_META_CONTEXT has found, or NULL, */
   struct wire_contexts contexts; /* and what is selected there, */
-  int has_contexts;              /* some are, and `chosen` is `export` */
-  unsigned transmission_flags;
+  int has_contexts; /* some are, and `export` was entered by that name */
   void (*run_batch)(void *ctx, struct nbdserve_req *r, size_t n); /* or NULL */
   /* -- the option that is being answered */
   uint32_t option;
@@ -2796,7 +2700,7 @@ struct conn {
   /* -- the batch */
   size_t nbatch;    /* requests in batch[] */
   size_t wbuf_used; /* bytes of slots, or of replies to options, in wbuf */
-  unsigned flushes_to_workers; /* so many of the next: see tx_flush_alone */
+  unsigned flushes_to_workers; /* so many of the next: see tx_flush */
   /* -- sending */
   struct os_monitor send_lock; /* held while io.out is written to */
   int send_err;                /* why nothing is sent any more */
@@ -2826,8 +2730,8 @@ struct conn {
 };
 
 /* Tells the host's log about a client; the text begins with its number. */
-#define conn_log(c, level, ...) \
-  u_log(&(c)->s->config, level, "client " __VA_ARGS__)
+#define conn_log(c, level, fmt, ...) \
+  u_log(&(c)->s->config, level, "client %d: " fmt, (c)->id, __VA_ARGS__)
 
 /* Sends the n pieces at v, and behind them `spliced` bytes that the pipe has,
  * in one go as far as other threads can see.  After the first error nothing is
@@ -2873,53 +2777,56 @@ static unsigned char *hs_reserve(struct conn *c, size_t len) {
   return p;
 }
 
-/* Begins a reply to the current option, with len bytes of data at the
- * result. */
-static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t len) {
+/* Begins a reply to the current option.  Its data are n bytes at the result,
+ * which the caller writes, and behind them the text. */
+static unsigned char *hs_reply(struct conn *c, uint32_t type, size_t n,
+                               const char *text) {
+  size_t len = n + strlen(text);
   unsigned char *p = hs_reserve(c, WIRE_OPTION_REPLY_LEN + len);
   assert(len <= UINT32_MAX);
   u_put64(p, NBD_REP_MAGIC);
   u_put32(p + 8, c->option);
   u_put32(p + 12, type);
   u_put32(p + 16, (uint32_t)len);
+  memcpy(p + WIRE_OPTION_REPLY_LEN + n, text, len - n);
   return p + WIRE_OPTION_REPLY_LEN;
 }
 
 /* Answers the option with success. */
 static int hs_ack(struct conn *c) {
-  hs_reply(c, NBD_REP_ACK, 0);
+  hs_reply(c, NBD_REP_ACK, 0, "");
   return 0;
 }
 
 /* Answers the option with an error; haggling goes on. */
 static int hs_refuse(struct conn *c, uint32_t type, const char *why) {
-  size_t n = strlen(why);
-  memcpy(hs_reply(c, type, n), why, n);
-  conn_log(c, NBDSERVE_LOG_INFO, "%d: option %" PRIu32 " refused: %s", c->id,
-           c->option, why);
+  hs_reply(c, type, 0, why);
+  conn_log(c, NBDSERVE_LOG_INFO, "option %" PRIu32 " refused: %s", c->option,
+           why);
   return 0;
 }
 
 /* ---- Reading an option's data -------------------------------------------- */
 
-/* Moves on in the option's data. */
-static void hs_advance(struct conn *c, size_t n) {
-  assert(n <= c->option_left);
+/* Takes n bytes off the option's data.  NULL: there are not so many. */
+static const unsigned char *hs_take(struct conn *c, size_t n) {
+  const unsigned char *p = c->option_data;
+  if (n > c->option_left) return NULL;
   c->option_data += n;
   c->option_left -= n;
+  return p;
 }
 
 /* Takes a string with its 32-bit length off the option's data and copies it to
  * out[WIRE_STRING_MAX + 1].  0, or the error to answer with. */
 static uint32_t hs_take_string(struct conn *c, char *out) {
-  if (c->option_left < 4) return NBD_REP_ERR_INVALID;
-  uint32_t n = u_get32(c->option_data);
-  hs_advance(c, 4);
-  if (n > c->option_left) return NBD_REP_ERR_INVALID;
+  const unsigned char *p = hs_take(c, 4);
+  size_t n = p ? u_get32(p) : 0;
+  if (p) p = hs_take(c, n);
+  if (!p) return NBD_REP_ERR_INVALID;
   if (n > WIRE_STRING_MAX) return NBD_REP_ERR_TOO_BIG;
-  memcpy(out, c->option_data, n);
+  memcpy(out, p, n);
   out[n] = 0;
-  hs_advance(c, n);
   return memchr(out, 0, n) ? NBD_REP_ERR_INVALID : 0; /* NAME NUL JUNK */
 }
 
@@ -2934,13 +2841,13 @@ static int hs_enter(struct conn *c, const char *name) {
   int is_chosen = c->chosen && strcmp(c->chosen_name, name) == 0;
   struct ex *ex = c->chosen;
   assert(!c->export);
-  int err = is_chosen ? ex_ask_size(ex, &c->export_size)
-                      : ex_acquire(c->s, name, &ex, &c->export_size);
+  int err = is_chosen ? 0 : ex_acquire(c->s, name, &ex);
+  if (err) return err;
+  c->has_contexts = is_chosen && c->contexts.n > 0;
+  err = ex_ask_info(ex, c->mode, c->has_contexts, &c->info);
+  assert(!err || !ex->from_callback); /* nothing to release */
   if (err) return err;
   c->export = ex;
-  assert(c->export_size % ex->pub.min_block == 0);
-  c->has_contexts = is_chosen && c->contexts.n > 0;
-  c->transmission_flags = ex_transmission_flags(ex, c->mode, c->has_contexts);
   /* `before` is asked for each request, so there is nothing to do together. */
   c->run_batch = c->s->config.before ? NULL : ex->pub.ops->run_batch;
   return 0;
@@ -2983,8 +2890,8 @@ static int hs_opt_export_name(struct conn *c) {
   int err = hs_enter(c, name);
   if (err) return err;
   unsigned char *p = memset(hs_reserve(c, len), 0, len);
-  u_put64(p, c->export_size);
-  u_put16(p + 8, c->transmission_flags);
+  u_put64(p, c->info.size);
+  u_put16(p + 8, c->info.flags);
   return 0;
 }
 
@@ -2992,14 +2899,14 @@ static int hs_opt_export_name(struct conn *c) {
  * is gone, and the rest is for nobody. */
 static int hs_list_one(void *conn, const char *name, const char *description) {
   struct conn *c = conn;
-  size_t n = name ? strlen(name) : 0;
-  size_t d = description ? strlen(description) : 0;
+  if (!name) name = "";
+  if (!description) description = "";
+  size_t n = strlen(name);
   /* The protocol has no longer strings, so it cannot be listed. */
-  if (n > WIRE_STRING_MAX || d > WIRE_STRING_MAX) return 0;
-  unsigned char *p = hs_reply(c, NBD_REP_SERVER, 4 + n + d);
+  if (n > WIRE_STRING_MAX || strlen(description) > WIRE_STRING_MAX) return 0;
+  unsigned char *p = hs_reply(c, NBD_REP_SERVER, 4 + n, description);
   u_put32(p, (uint32_t)n);
-  if (n) memcpy(p + 4, name, n);
-  if (d) memcpy(p + 4 + n, description, d);
+  memcpy(p + 4, name, n);
   return c->send_err;
 }
 
@@ -3022,55 +2929,43 @@ static int hs_opt_list(struct conn *c) {
   return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "the list is not complete");
 }
 
-/* Sends information that is a text. */
-static void hs_put_text(struct conn *c, enum nbd_info type, const char *text) {
-  size_t n = strlen(text);
-  unsigned char *p = hs_reply(c, NBD_REP_INFO, 2 + n);
-  u_put16(p, type);
-  memcpy(p + 2, text, n);
-}
-
-/* proto.md, NBD_INFO_...: sends what INFO and GO give.  EXPORT always; block
- * sizes also unasked if they are not what a client takes for granted. */
-static void hs_put_infos(struct conn *c, unsigned asked) {
-  const struct nbdserve_export *e = &c->export->pub;
-  unsigned char *p = hs_reply(c, NBD_REP_INFO, 12);
-  u_put16(p, NBD_INFO_EXPORT);
-  u_put64(p + 2, c->export_size);
-  u_put16(p + 10, c->transmission_flags);
-  if (asked & 1u << NBD_INFO_NAME) hs_put_text(c, NBD_INFO_NAME, e->name);
-  if (asked & 1u << NBD_INFO_DESCRIPTION && *e->description)
-    hs_put_text(c, NBD_INFO_DESCRIPTION, e->description);
-  int is_default = e->min_block == 1 && e->max_request == EX_DEFAULT_MAX &&
-                   e->preferred_block == EX_DEFAULT_BLOCK;
-  if (is_default && !(asked & 1u << NBD_INFO_BLOCK_SIZE)) return;
-  p = hs_reply(c, NBD_REP_INFO, 14);
-  u_put16(p, NBD_INFO_BLOCK_SIZE);
-  u_put32(p + 2, e->min_block);
-  u_put32(p + 6, e->preferred_block);
-  u_put32(p + 10, e->max_request);
-}
-
-/* proto.md, NBD_OPT_INFO and NBD_OPT_GO: the same, but GO enters the export. */
+/* proto.md, NBD_OPT_INFO and NBD_OPT_GO: the same, but GO enters the export.
+ * NBD_INFO_EXPORT is always sent; block sizes also unasked if they are not what
+ * a client takes for granted. */
 static int hs_opt_go(struct conn *c) {
   char name[WIRE_STRING_MAX + 1];
-  unsigned asked = 0; /* a bit for each enum nbd_info; others are ignored */
+  unsigned asked = 0; /* a bit for each NBD_INFO_...; others are ignored */
   uint32_t bad = hs_take_string(c, name);
-  const unsigned char *p = c->option_data;
-  if (!bad && (c->option_left < 2 || c->option_left != 2 + 2u * u_get16(p)))
+  const unsigned char *p = hs_take(c, 2); /* the number of types behind it */
+  if (!bad && (!p || c->option_left != 2u * u_get16(p)))
     bad = NBD_REP_ERR_INVALID;
   if (bad) return hs_refuse(c, bad, "malformed request for information");
-  for (p += 2; p < c->option_data + c->option_left; p += 2)
+  while ((p = hs_take(c, 2)) != NULL)
     if (u_get16(p) <= NBD_INFO_BLOCK_SIZE) asked |= 1u << u_get16(p);
   int err = hs_enter(c, name);
-  if (err == -ENOENT)
-    return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
-  if (err) return hs_refuse(c, NBD_REP_ERR_UNKNOWN, strerror(-err));
-  hs_put_infos(c, asked);
+  const char *why = err == -ENOENT ? "no such export" : strerror(-err);
+  if (err) return hs_refuse(c, NBD_REP_ERR_UNKNOWN, why);
+  const struct nbdserve_export *e = &c->export->pub;
+  unsigned char *info = hs_reply(c, NBD_REP_INFO, 12, "");
+  u_put16(info, NBD_INFO_EXPORT);
+  u_put64(info + 2, c->info.size);
+  u_put16(info + 10, c->info.flags);
+  if (asked & 1u << NBD_INFO_NAME)
+    u_put16(hs_reply(c, NBD_REP_INFO, 2, e->name), NBD_INFO_NAME);
+  if (asked & 1u << NBD_INFO_DESCRIPTION && *e->description)
+    u_put16(hs_reply(c, NBD_REP_INFO, 2, e->description), NBD_INFO_DESCRIPTION);
+  int asks_size = asked >> NBD_INFO_BLOCK_SIZE & 1;
+  if (asks_size || e->min_block > 1 || e->max_request != EX_DEFAULT_MAX ||
+      e->preferred_block != EX_DEFAULT_BLOCK) {
+    info = hs_reply(c, NBD_REP_INFO, 14, "");
+    u_put16(info, NBD_INFO_BLOCK_SIZE);
+    u_put32(info + 2, e->min_block);
+    u_put32(info + 6, e->preferred_block);
+    u_put32(info + 10, e->max_request);
+  }
   /* proto.md: a client that does not ask for block sizes might send unaligned
    * requests. */
-  int must_ask =
-      c->export->pub.min_block > 1 && !(asked & 1u << NBD_INFO_BLOCK_SIZE);
+  int must_ask = e->min_block > 1 && !asks_size;
   if (must_ask || c->option == NBD_OPT_INFO) hs_leave(c);
   if (!must_ask) return hs_ack(c);
   return hs_refuse(c, NBD_REP_ERR_BLOCK_SIZE_REQD, "ask for the block size");
@@ -3091,90 +2986,71 @@ static int hs_opt_mode(struct conn *c) {
 
 /* ---- Metadata contexts --------------------------------------------------- */
 
-/* The queries of an option for contexts, in its data: each of 4 bytes of length
- * and a string. */
-struct hs_queries {
-  const unsigned char *data;
-  uint32_t n;
-};
-
-/* Does one of the queries mean the context of that name?  For LIST one that
- * ends with a colon means all that begin with it, and no query at all means
- * every context. */
-static int hs_is_asked(const struct conn *c, const struct hs_queries *q,
+/* Does one of the queries mean the context of that name?  They were checked:
+ * their number in 4 bytes, then each with 4 bytes of length in front.  For LIST
+ * one that ends with a colon means all that begin with it, and no query at all
+ * means every context. */
+static int hs_is_asked(const struct conn *c, const unsigned char *queries,
                        const char *name) {
   int lists = c->option == NBD_OPT_LIST_META_CONTEXT;
-  const unsigned char *p = q->data;
+  uint32_t nqueries = u_get32(queries);
+  const unsigned char *p = queries + 4;
   size_t len = strlen(name);
-  for (uint32_t i = 0; i < q->n; i++) {
+  for (uint32_t i = 0; i < nqueries; i++) {
     size_t n = u_get32(p);
     int is_prefix = n <= len && memcmp(p + 4, name, n) == 0;
     if (is_prefix && n == len) return 1;
     if (is_prefix && lists && n && p[4 + n - 1] == ':') return 1;
     p += 4 + n;
   }
-  return lists && !q->n;
+  return lists && !nqueries;
 }
 
-/* Selects a context, which the backend keeps until hs_drop_contexts.  False: it
- * is gone by now, or there is no room. */
-static int hs_select(struct conn *c, uint32_t number) {
-  const struct nbdserve_export *e = &c->export->pub;
-  if (c->contexts.n == WIRE_CONTEXTS) return 0;
-  if (number && e->ops->use_context && e->ops->use_context(e->ctx, number, 1))
-    return 0;
-  c->contexts.number[c->contexts.n++] = number;
-  return 1;
-}
-
-/* Counts the contexts of c->export that the queries mean.  `answers`: the
- * option is answered with them, and SET selects them. */
-static unsigned hs_find_contexts(struct conn *c, const struct hs_queries *q,
-                                 int answers) {
-  char name[WIRE_STRING_MAX + 1] = "base:allocation";
-  int sets = c->option == NBD_OPT_SET_META_CONTEXT;
-  uint32_t number = 0;
-  unsigned found = 0;
-  do {
-    if (c->send_err || !hs_is_asked(c, q, name)) continue;
-    found++;
-    if (!answers || (sets && !hs_select(c, number))) continue;
-    size_t len = strlen(name);
-    unsigned char *p = hs_reply(c, NBD_REP_META_CONTEXT, 4 + len);
-    u_put32(p, sets ? wire_context_id(number) : 0); /* LIST: proto.md */
-    memcpy(p + 4, name, len);
-  } while ((number = ex_next_context(c->export, number, name)) != 0);
-  return found;
-}
-
-/* proto.md, NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT.  Each SET
- * takes the place of the one before: hs_option has seen to that. */
+/* proto.md, NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT.  The option
+ * is answered with the contexts that the queries mean, and SET selects them.
+ * Each SET takes the place of the one before: hs_option has seen to that.  The
+ * backend keeps what is selected until hs_drop_contexts. */
 static int hs_opt_meta_context(struct conn *c) {
-  char name[WIRE_STRING_MAX + 1];
-  char query[WIRE_STRING_MAX + 1];
+  char export_name[WIRE_STRING_MAX + 1];
+  char name[WIRE_STRING_MAX + 1]; /* of a query, then of a context */
   int sets = c->option == NBD_OPT_SET_META_CONTEXT;
   if (c->mode == MODE_SIMPLE)
     return hs_refuse(c, NBD_REP_ERR_INVALID, "structured replies come first");
-  uint32_t bad = hs_take_string(c, name);
-  if (!bad && c->option_left < 4) bad = NBD_REP_ERR_INVALID;
-  struct hs_queries q = {.n = bad ? 0 : u_get32(c->option_data)};
-  if (!bad) hs_advance(c, 4);
-  q.data = c->option_data;
-  for (uint32_t i = 0; i < q.n && !bad; i++)
-    bad = hs_take_string(c, query);
+  uint32_t bad = hs_take_string(c, export_name);
+  const unsigned char *queries = hs_take(c, 4); /* from their number on */
+  if (!bad && !queries) bad = NBD_REP_ERR_INVALID;
+  for (uint32_t n = bad ? 0 : u_get32(queries); n > 0 && !bad; n--)
+    bad = hs_take_string(c, name);
   if (!bad && c->option_left) bad = NBD_REP_ERR_INVALID;
   if (bad) return hs_refuse(c, bad, "malformed query for metadata contexts");
-  if (hs_enter(c, name))
+  if (hs_enter(c, export_name))
     return hs_refuse(c, NBD_REP_ERR_UNKNOWN, "no such export");
-  if (sets && hs_find_contexts(c, &q, 0) > WIRE_CONTEXTS) {
-    hs_leave(c);
-    return hs_refuse(c, NBD_REP_ERR_TOO_BIG, "too many contexts");
+  if (sets) {
+    strcpy(c->chosen_name, export_name);
+    c->chosen = c->export;
   }
-  if (sets) strcpy(c->chosen_name, name);
-  if (sets) c->chosen = c->export;
-  hs_find_contexts(c, &q, 1);
+  const struct nbdserve_export *e = &c->export->pub;
+  uint32_t number = 0;
+  int fits = 1;
+  strcpy(name, "base:allocation"); /* which every export has */
+  do {
+    if (c->send_err || !hs_is_asked(c, queries, name)) continue;
+    fits = !sets || c->contexts.n < WIRE_CONTEXTS;
+    if (!fits) break;
+    int is_kept = sets && number && e->ops->use_context;
+    /* One that the backend does not have any more is left out. */
+    if (is_kept && e->ops->use_context(e->ctx, number, 1)) continue;
+    if (sets) c->contexts.number[c->contexts.n++] = number;
+    unsigned char *p = hs_reply(c, NBD_REP_META_CONTEXT, 4, name);
+    u_put32(p, sets ? wire_context_id(number) : 0); /* LIST: proto.md */
+  } while ((number = ex_next_context(c->export, number, name)) != 0);
   hs_leave(c);
-  return hs_ack(c);
+  if (fits) return hs_ack(c);
+  /* proto.md: then nothing is selected.  The replies have not left yet: those
+   * to one option wait in wbuf, which so few do not fill. */
+  hs_drop_contexts(c);
+  c->wbuf_used = 0;
+  return hs_refuse(c, NBD_REP_ERR_TOO_BIG, "too many contexts");
 }
 
 /* A new option gets a row here.  ABORT is not in it: hs_option answers it
@@ -3228,27 +3104,21 @@ static int hs_option(struct conn *c) {
   return hs_options[option](c);
 }
 
-/* Greets the client and takes its flags.  0 or -errno. */
-static int hs_greet(struct conn *c) {
-  unsigned char flags[4];
+/* The whole handshake: greets the client, takes its flags, and haggles until it
+ * enters an export.  0: c->export is entered; else see enum conn_step. */
+static int hs_run(struct conn *c) {
+  uint32_t known = NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES;
+  unsigned char flags[4] = {0};
+  assert(!c->io.deadline && !c->export && !c->wbuf_used);
+  c->io.deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
   unsigned char *p = hs_reserve(c, 18);
   u_put64(p, NBD_INIT_MAGIC);
   u_put64(p + 8, NBD_OPTION_MAGIC);
-  u_put16(p + 16, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
-  int err = hs_send(c);
-  if (!err) err = io_recv_all(&c->io, flags, sizeof flags);
-  if (err) return err;
-  uint32_t known = NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES;
-  if (u_get32(flags) & ~known) return -EPROTO;
-  c->no_zeroes = (u_get32(flags) & NBD_FLAG_NO_ZEROES) != 0;
-  return 0;
-}
-
-/* The whole handshake.  0: c->export is entered; else see enum conn_step. */
-static int hs_run(struct conn *c) {
-  assert(!c->io.deadline && !c->export && !c->wbuf_used);
-  c->io.deadline = os_now_ms() + c->s->config.handshake_ms; /* (H3) */
-  int step = hs_greet(c);
+  u_put16(p + 16, known);
+  int step = hs_send(c);
+  if (!step) step = io_recv_all(&c->io, flags, sizeof flags);
+  if (!step && u_get32(flags) & ~known) step = -EPROTO;
+  c->no_zeroes = !step && u_get32(flags) & NBD_FLAG_NO_ZEROES;
   while (!step && !c->export) {
     step = hs_option(c);
     if (step >= 0 && hs_send(c)) step = c->send_err;
@@ -3304,7 +3174,7 @@ static int hs_run(struct conn *c) {
  * client has asked for nothing else.
  *
  * A FLUSH is TO_FLUSH from the start.  When the batch's writes are done, the
- * client's thread does it if it is alone (tx_flush_alone); otherwise it joins
+ * client's thread does it if it is alone (tx_flush); otherwise it joins
  * c->to_flush, and one worker takes all requests that are there, calls ex_flush
  * once and answers them all.  ex_flush waits for a flush of the export
  * that begins after it was asked for.  A write's reply is sent only after the
@@ -3330,7 +3200,7 @@ static int hs_run(struct conn *c) {
  *      that was answered before it arrived, and more.
  * (T4) FLUSH (unless it came alone), TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS,
  *      READs in a batch that have to wait for the medium, and what
- *      tx_takes_long, may take as long as they like: nothing behind them
+ *      tx_dispatch copies, may take as long as they like: nothing behind them
  *      waits, up to the limit in tx_hand_over and while a worker can be had.
  *      What the client's thread does itself holds up the requests behind it:
  *      the rest of a batch, pieces, and a flush that came alone.  In a batch
@@ -3343,19 +3213,6 @@ static int hs_run(struct conn *c) {
  *      at most, until they are answered. */
 
 /* ---- Replies ------------------------------------------------------------- */
-
-/* Writes the payload of an error chunk.  Returns its length. */
-static size_t tx_put_error(unsigned char *p, const struct nbdserve_req *r) {
-  const char *text = r->refused ? r->refused : strerror(-r->err);
-  size_t n = (size_t)u_min(strlen(text), TX_ERROR_TEXT);
-  u_put32(p, wire_error(r));
-  u_put16(p + 4, (unsigned)n);
-  memcpy(p + WIRE_ERROR_LEN, text, n);
-  n += WIRE_ERROR_LEN;
-  if (!r->err_has_off) return n;
-  u_put64(p + n, r->err_off);
-  return n + WIRE_OFFSET_LEN;
-}
 
 /* Writes all of a reply but its data to p[TX_HEAD_MAX]: its mode, its outcome
  * and its command decide what it looks like.  Returns the number of bytes: 0
@@ -3377,8 +3234,18 @@ static size_t tx_put_head(unsigned char *p, const struct nbdserve_req *r) {
   enum nbd_reply_type type = NBD_REPLY_TYPE_NONE;
   size_t n = 0; /* bytes of payload that are written here */
   if (r->err) {
-    type = r->err_has_off ? NBD_REPLY_TYPE_ERROR_OFFSET : NBD_REPLY_TYPE_ERROR;
-    n = tx_put_error(payload, r);
+    const char *text = r->refused ? r->refused : strerror(-r->err);
+    size_t len = (size_t)u_min(strlen(text), TX_ERROR_TEXT);
+    type = NBD_REPLY_TYPE_ERROR;
+    u_put32(payload, wire_error(r));
+    u_put16(payload + 4, (unsigned)len);
+    memcpy(payload + WIRE_ERROR_LEN, text, len);
+    n = WIRE_ERROR_LEN + len;
+    if (r->err_has_off) {
+      type = NBD_REPLY_TYPE_ERROR_OFFSET;
+      u_put64(payload + n, r->err_off);
+      n += WIRE_OFFSET_LEN;
+    }
   } else if (is_read && r->len) {
     type = NBD_REPLY_TYPE_OFFSET_DATA;
     u_put64(payload, r->off);
@@ -3476,10 +3343,9 @@ static void tx_log(struct conn *c, const struct nbdserve_req *r) {
   if (nth_failure > EX_LOGGED) return;
   const char *outcome = "ok";
   if (r->err) outcome = r->refused ? r->refused : strerror(-r->err);
-  conn_log(c, level,
-           "%d: %s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64 ": %s%s",
-           c->id, cmd ? cmd->name : "?", r->type, r->flags, r->client_off,
-           r->len, outcome,
+  conn_log(c, level, "%s (%u) flags=0x%x off=%" PRIu64 " len=%" PRIu64 ": %s%s",
+           cmd ? cmd->name : "?", r->type, r->flags, r->client_off, r->len,
+           outcome,
            nth_failure == EX_LOGGED ? "; further failures are not logged" : "");
 }
 
@@ -3546,40 +3412,36 @@ static int tx_answer(struct conn *c, struct nbdserve_req *list) {
 /* ---- Executing ----------------------------------------------------------- */
 
 /* Notes how a request went: DONE, or a flush is owed. */
-static void tx_executed(struct conn *c, struct nbdserve_req *r, int err) {
-  assert(r->state == REQ_TODO && err <= 0);
-  r->err = err;
+static void tx_executed(struct conn *c, struct nbdserve_req *r) {
+  assert(r->state == REQ_TODO && r->err <= 0);
   int is_native = (c->export->pub.flags & NBDSERVE_EXPORT_NATIVE_FUA) != 0;
-  int owes_flush = !err && !is_native && ex_wants_fua(c->export, r);
+  int owes_flush = !r->err && !is_native && ex_wants_fua(c->export, r);
   req_set_state(r, owes_flush ? REQ_TO_FLUSH : REQ_DONE);
 }
 
-/* Flushes for all requests of a list, which are TO_FLUSH, in one go.  `before`
- * is asked for each FLUSH; one that it refuses takes no part. */
-static void tx_flush(struct conn *c, struct nbdserve_req *list) {
+/* Does a request, or a list of those that are TO_FLUSH, whatever is left to do:
+ * DONE afterwards.  One flush is enough for the list.  `before` is asked for
+ * each FLUSH; one that it refuses takes no part. */
+static void tx_execute(struct conn *c, struct nbdserve_req *list) {
+  struct nbdserve_req *r = list;
+  if (r->state == REQ_TODO) {
+    assert(!r->next);
+    r->err = ex_ask_before(c->export, r);
+    if (!r->err) r->err = ex_execute(c->export, r);
+    tx_executed(c, r);
+  }
+  if (r->state == REQ_DONE) return;
   int wanted = 0;
-  for (struct nbdserve_req *r = list; r; r = r->next) {
+  for (; r; r = r->next) {
     assert(r->state == REQ_TO_FLUSH && !r->err);
     if (r->type == NBD_CMD_FLUSH) r->err = ex_ask_before(c->export, r);
     if (!r->err) wanted = 1;
   }
   int err = wanted ? ex_flush(c->export) : 0;
-  for (struct nbdserve_req *r = list; r; r = r->next) {
+  for (r = list; r; r = r->next) {
     if (!r->err) r->err = err;
     req_set_state(r, REQ_DONE);
   }
-}
-
-/* Does a request, or a list of those that are TO_FLUSH, whatever is left to do:
- * DONE afterwards. */
-static void tx_execute(struct conn *c, struct nbdserve_req *r) {
-  if (r->state == REQ_TODO) {
-    assert(!r->next);
-    int err = ex_ask_before(c->export, r);
-    if (!err) err = ex_execute(c->export, r);
-    tx_executed(c, r, err);
-  }
-  if (r->state == REQ_TO_FLUSH) tx_flush(c, r);
 }
 
 /* ---- Workers ----------------------------------------------------------------
@@ -3660,15 +3522,9 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
   int flushes = r->state == REQ_TO_FLUSH;
   assert(flushes || r->state == REQ_TODO);
   if (most == 1) return 0; /* this thread does all itself */
-  struct nbdserve_req *copy = NBDSERVE_MALLOC(sizeof *copy);
-  if (!copy) return 0;
-  *copy = *r;
-  /* A request whose data lies in rbuf or wbuf was executed; it only owes a
-   * flush, which needs no data. */
-  if (!copy->owned) copy->buf = NULL;
   os_lock(&c->queue_lock);
   /* (T5): a request may own up to TX_PIECE bytes of data. */
-  tx_wait_for_workers(c, copy->owned ? most : 1024);
+  tx_wait_for_workers(c, r->owned ? most : 1024);
   /* Jobs that will wait are: each queued request, and all flushes together,
    * unless a flush is running, whose worker takes the next ones.  If these are
    * more than the workers that are idle, one is started. */
@@ -3677,39 +3533,60 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
   assert(c->nidle <= c->nworkers && c->nworkers <= most);
   if (jobs > c->nidle && c->nworkers < most && os_thread(tx_worker, c) == 0)
     c->nworkers++;
-  if (!c->nworkers) {
-    os_unlock(&c->queue_lock);
-    NBDSERVE_FREE(copy);
-    return 0;
+  struct nbdserve_req *copy = c->nworkers ? NBDSERVE_MALLOC(sizeof *r) : NULL;
+  if (copy) {
+    struct nbdserve_req **place = flushes ? &c->to_flush : c->queue_end;
+    *copy = *r;
+    /* A request whose data lies in rbuf or wbuf was executed; it only owes a
+     * flush, which needs no data. */
+    if (!copy->owned) copy->buf = NULL;
+    assert(flushes || !*place); /* flushes: in front, others: at the end */
+    copy->next = *place;
+    *place = copy;
+    if (!flushes) {
+      c->queue_end = &copy->next;
+      c->nqueue++;
+    }
+    c->nhanded_over++;
+    req_set_state(r, REQ_HANDED_OVER);
+    os_wake_one(&c->queue_lock); /* a worker: this thread does not wait */
   }
-  copy->next = flushes ? c->to_flush : NULL;
-  if (flushes) {
-    c->to_flush = copy;
-  } else {
-    *c->queue_end = copy;
-    c->queue_end = &copy->next;
-    c->nqueue++;
-  }
-  c->nhanded_over++;
-  os_wake_one(&c->queue_lock); /* a worker: this thread does not wait */
   os_unlock(&c->queue_lock);
-  req_set_state(r, REQ_HANDED_OVER);
-  return 1;
+  return copy != NULL;
 }
 
 /* ---- The batch ----------------------------------------------------------- */
 
-/* Hands over a READ of the batch that has to wait for the medium, with a buffer
- * of its own; or does it here, if there is no worker or no memory. */
-static void tx_read_later(struct conn *c, struct nbdserve_req *r) {
-  assert(r->type == NBD_CMD_READ);
-  r->may_wait = 1;
-  if (!tx_take_buffer(c, r) || !tx_hand_over(c, r)) tx_execute(c, r);
+/* Flushes for a request in this thread if the client has no other one under
+ * way: to hand it over often costs more than the flush.  If another request has
+ * arrived during the flush, and so was held up, the next flushes go to workers
+ * (on a pipe nobody can look).  So does this one if there are others, and if
+ * there is a worker. */
+static void tx_flush(struct conn *c, struct nbdserve_req *r) {
+  char byte;
+  os_lock(&c->queue_lock);
+  int is_alone = !c->nhanded_over;
+  os_unlock(&c->queue_lock);
+  if (c->nbatch > 1 || c->rbuf_pos < c->rbuf_end) is_alone = 0;
+  if (c->flushes_to_workers) {
+    c->flushes_to_workers--;
+    is_alone = 0;
+  }
+  if (!is_alone && tx_hand_over(c, r)) return;
+  tx_execute(c, r);
+  if (is_alone && recv(c->io.in, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0)
+    c->flushes_to_workers = TX_FLUSHES;
 }
 
-/* Does what is TODO of the batch, or hands over what is for workers (T4).
- * READs and WRITEs that stand in a row are done with one call of run_batch. */
-static void tx_run_requests(struct conn *c) {
+/* Does the batch, or hands over what is for workers (T4), and answers the rest.
+ * 0, or -errno to close.
+ *
+ * READs and WRITEs that stand in a row are done with one call of run_batch.  A
+ * READ among them that has to wait for the medium is handed over with a buffer
+ * of its own, or done here if there is no worker or no memory. */
+static int tx_run_batch(struct conn *c) {
+  struct nbdserve_req *list = NULL;
+  struct nbdserve_req **end = &list;
   size_t i = 0;
   while (i < c->nbatch) {
     struct nbdserve_req *r = &c->batch[i++];
@@ -3728,44 +3605,18 @@ static void tx_run_requests(struct conn *c) {
       i++;
     c->run_batch(c->export->pub.ctx, r, (size_t)(&c->batch[i] - r));
     for (; r < &c->batch[i]; r++) {
-      if (r->err == -EAGAIN && !r->may_wait)
-        tx_read_later(c, r);
-      else
-        tx_executed(c, r, r->err);
+      if (r->err != -EAGAIN || r->may_wait) {
+        tx_executed(c, r);
+        continue;
+      }
+      assert(r->type == NBD_CMD_READ);
+      r->may_wait = 1;
+      if (!tx_take_buffer(c, r) || !tx_hand_over(c, r)) tx_execute(c, r);
     }
   }
-}
-
-/* Flushes for a request in this thread if the client has no other one under
- * way: to hand it over often costs more than the flush.  If another request has
- * arrived during the flush, and so was held up, the next flushes go to workers
- * (on a pipe nobody can look).  Returns false if there are others. */
-static int tx_flush_alone(struct conn *c, struct nbdserve_req *r) {
-  char byte;
-  os_lock(&c->queue_lock);
-  unsigned nothers = c->nhanded_over;
-  os_unlock(&c->queue_lock);
-  if (c->flushes_to_workers) {
-    c->flushes_to_workers--;
-    return 0;
-  }
-  if (nothers || c->nbatch > 1 || c->rbuf_pos < c->rbuf_end) return 0;
-  tx_execute(c, r);
-  if (recv(c->io.in, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0)
-    c->flushes_to_workers = TX_FLUSHES;
-  return 1;
-}
-
-/* Does the batch, or hands it over, and answers it.  0, or -errno to close. */
-static int tx_run_batch(struct conn *c) {
-  struct nbdserve_req *list = NULL;
-  struct nbdserve_req **end = &list;
-  if (!c->nbatch) return 0;
-  tx_run_requests(c);
-  for (size_t i = 0; i < c->nbatch; i++) {
+  for (i = 0; i < c->nbatch; i++) {
     struct nbdserve_req *r = &c->batch[i];
-    int owes_flush = r->state == REQ_TO_FLUSH && !tx_flush_alone(c, r);
-    if (owes_flush && !tx_hand_over(c, r)) tx_execute(c, r); /* (T3) */
+    if (r->state == REQ_TO_FLUSH) tx_flush(c, r); /* (T3) */
     if (r->state == REQ_HANDED_OVER) continue;
     *end = r;
     end = &r->next;
@@ -3773,24 +3624,6 @@ static int tx_run_batch(struct conn *c) {
   c->nbatch = 0;
   c->wbuf_used = 0;
   return tx_answer(c, list);
-}
-
-/* Adds a request to the batch, which is run first if there is no room.  A READ
- * gets a slot in wbuf.  0, or -errno to close. */
-static int tx_add_to_batch(struct conn *c, const struct nbdserve_req *r) {
-  size_t slot = 0;
-  if (r->type == NBD_CMD_READ && r->state == REQ_TODO)
-    slot = wire_read_head_len(c->mode) + (size_t)r->len;
-  assert(slot <= TX_SLOTS);
-  if (c->nbatch == TX_BATCH || c->wbuf_used + slot > TX_SLOTS) {
-    int err = tx_run_batch(c);
-    if (err) return err;
-  }
-  struct nbdserve_req *place = &c->batch[c->nbatch++];
-  *place = *r;
-  c->wbuf_used += slot;
-  if (slot) place->buf = c->wbuf + c->wbuf_used - r->len;
-  return 0;
 }
 
 /* ---- What is not done in the batch ------------------------------------------
@@ -3820,7 +3653,7 @@ static int tx_finish(struct conn *c, struct nbdserve_req *r) {
 static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r) {
   struct nbdserve_req piece = *r;
   int is_refused = r->state == REQ_DONE;
-  int failed = is_refused ? r->err : ex_ask_before(c->export, r);
+  if (!is_refused) r->err = ex_ask_before(c->export, r);
   assert(is_refused || r->payload == r->len);
   piece.buf = c->wbuf;
   c->after_long_write = 1;
@@ -3828,10 +3661,10 @@ static int tx_write_in_pieces(struct conn *c, struct nbdserve_req *r) {
     piece.len = u_min(left, TX_PIECE);
     int err = tx_recv_payload(c, piece.buf, (size_t)piece.len);
     if (err) return err;
-    if (!failed) failed = ex_execute(c->export, &piece);
+    if (!r->err) r->err = ex_execute(c->export, &piece);
     piece.off += piece.len;
   }
-  if (!is_refused) tx_executed(c, r, failed);
+  if (!is_refused) tx_executed(c, r);
   return tx_finish(c, r);
 }
 
@@ -3866,47 +3699,44 @@ static size_t tx_splice(struct conn *c, const struct nbdserve_req *piece) {
   return n == len ? len : 0;
 }
 
-/* Reads a long READ piece by piece, up to the first error, and if `sends`,
- * sends each: as a chunk of a structured reply, or a part of a simple one.
- * Notes the outcome in the request.  0, or -errno to close. */
-static int tx_read_pieces(struct conn *c, struct nbdserve_req *r, int sends) {
+/* Does a long READ piece by piece, up to the first error, and sends each: as a
+ * chunk of a structured reply, or a part of a simple one.  The head of a simple
+ * reply claims success before the data comes, so all is read before, once, and
+ * nothing kept: what fails then can still be said.  If there are several
+ * pieces, an error says at which.  0, or -errno to close. */
+static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
+  int is_long = r->len > TX_PIECE;
+  int sends = r->mode != MODE_SIMPLE || !is_long;
   struct nbdserve_req piece = *r;
   req_set_state(&piece, REQ_DONE); /* tx_gather takes only these */
-  for (uint64_t left = r->len; left > 0; left -= piece.len) {
-    piece.len = u_min(left, TX_PIECE);
-    piece.more_chunks = piece.len < left;
-    /* proto.md: chunks should end at multiples of 512, where possible. */
-    if (piece.more_chunks) piece.len -= (piece.off + piece.len) % 512;
-    assert(piece.len > 0 && piece.len <= left);
-    r->err_off = piece.off;
-    size_t spliced = sends ? tx_splice(c, &piece) : 0;
-    piece.buf = spliced ? NULL : c->wbuf + TX_HEAD_ROOM;
-    r->err = spliced ? 0 : ex_execute(c->export, &piece);
-    /* A simple reply that has begun cannot be taken back (proto.md). */
-    int is_begun = sends && r->mode == MODE_SIMPLE && left < r->len;
-    if (r->err) return is_begun ? r->err : 0;
-    int err = sends ? tx_send_all(c, &piece, spliced) : 0;
-    if (err) return err;
-    piece.off += piece.len;
-  }
-  return 0;
-}
-
-/* Does a long READ.  The head of a simple reply claims success before the data
- * comes, so all is read before, once, and nothing kept: what fails then can
- * still be said.  If there are several pieces, an error says at which. */
-static int tx_read_in_pieces(struct conn *c, struct nbdserve_req *r) {
-  r->err_has_off = r->len > TX_PIECE;
+  r->err_has_off = is_long;
   r->err_off = r->off;
   r->err = ex_ask_before(c->export, r);
-  if (!r->err && r->mode == MODE_SIMPLE && r->len > TX_PIECE) {
+  if (!sends && !r->err) {
     os_lock(&c->queue_lock);
     tx_wait_for_workers(c, 1); /* a simple reply is in one piece */
     os_unlock(&c->queue_lock);
-    tx_read_pieces(c, r, 0);
   }
-  int err = r->err ? 0 : tx_read_pieces(c, r, 1);
-  if (err) return err;
+  for (; sends <= 1 && !r->err; sends++) {
+    piece.off = r->off;
+    for (uint64_t left = r->len; left > 0 && !r->err; left -= piece.len) {
+      piece.len = u_min(left, TX_PIECE);
+      piece.more_chunks = piece.len < left;
+      /* proto.md: chunks should end at multiples of 512, where possible. */
+      if (piece.more_chunks) piece.len -= (piece.off + piece.len) % 512;
+      assert(piece.len > 0 && piece.len <= left);
+      r->err_off = piece.off;
+      size_t spliced = sends ? tx_splice(c, &piece) : 0;
+      piece.buf = spliced ? NULL : c->wbuf + TX_HEAD_ROOM;
+      r->err = spliced ? 0 : ex_execute(c->export, &piece);
+      int err = sends && !r->err ? tx_send_all(c, &piece, spliced) : 0;
+      /* A simple reply that has begun cannot be taken back (proto.md). */
+      int is_begun = sends && r->mode == MODE_SIMPLE && left < r->len;
+      if (r->err && is_begun) err = r->err;
+      if (err) return err;
+      piece.off += piece.len;
+    }
+  }
   req_set_state(r, REQ_DONE);
   if (r->err) return tx_answer(c, r);
   tx_account(c, r); /* all was sent */
@@ -3929,7 +3759,6 @@ static int tx_refuse(struct nbdserve_req *r, int err, const char *why) {
  * first that is broken counts.  A new rule goes here.  0, or -errno if the
  * request was refused. */
 static int tx_validate(const struct conn *c, struct nbdserve_req *r) {
-  const struct nbdserve_export *e = &c->export->pub;
   const struct wire_cmd *cmd = wire_cmd(r->type);
   if (!cmd) return tx_refuse(r, -EINVAL, "unknown command");
   int is_status = r->type == NBD_CMD_BLOCK_STATUS;
@@ -3937,29 +3766,27 @@ static int tx_validate(const struct conn *c, struct nbdserve_req *r) {
   if (r->flags & NBD_CMD_FLAG_FUA) needed |= NBD_FLAG_SEND_FUA;
   if (r->flags & NBD_CMD_FLAG_DF) needed |= NBD_FLAG_SEND_DF;
   if (r->flags & NBD_CMD_FLAG_FAST_ZERO) needed |= NBD_FLAG_SEND_FAST_ZERO;
-  if (is_status && r->flags & NBD_CMD_FLAG_PAYLOAD_LEN)
-    needed |= NBD_FLAG_BLOCK_STATUS_PAYLOAD;
-  unsigned lacking = needed & ~c->transmission_flags;
-  unsigned stray = r->flags & ~(unsigned)(cmd->flags | NBD_CMD_FLAG_FUA);
-  if (c->mode != MODE_EXTENDED) stray |= r->flags & NBD_CMD_FLAG_PAYLOAD_LEN;
+  unsigned lacking = needed & ~c->info.flags;
+  unsigned any = NBD_CMD_FLAG_FUA | NBD_CMD_FLAG_PAYLOAD_LEN;
+  unsigned stray = r->flags & ~(cmd->flags | any);
   int has_range = cmd->err_beyond != 0;
-  if (stray & NBD_CMD_FLAG_PAYLOAD_LEN ||
-      lacking & NBD_FLAG_BLOCK_STATUS_PAYLOAD)
+  int takes_payload = r->type == NBD_CMD_WRITE && c->mode == MODE_EXTENDED;
+  if (is_status) takes_payload = c->info.flags & NBD_FLAG_BLOCK_STATUS_PAYLOAD;
+  if (r->flags & NBD_CMD_FLAG_PAYLOAD_LEN && !takes_payload)
     return tx_refuse(r, -EINVAL, "it takes no payload");
-  if (cmd->writes && (c->transmission_flags & NBD_FLAG_READ_ONLY))
+  if (cmd->writes && (c->info.flags & NBD_FLAG_READ_ONLY))
     return tx_refuse(r, -EPERM, "the export is read-only");
   if (r->type == NBD_CMD_WRITE && r->payload != r->len)
     return tx_refuse(r, -EINVAL, "NBD_CMD_FLAG_PAYLOAD_LEN is missing");
-  if (has_range &&
-      (r->off > c->export_size || r->len > c->export_size - r->off))
+  if (has_range && (r->off > c->info.size || r->len > c->info.size - r->off))
     return tx_refuse(r, cmd->err_beyond, "beyond the end of the export");
   if (is_status && !c->contexts.n)
     return tx_refuse(r, -EINVAL, "no metadata context was negotiated");
   if (lacking) return tx_refuse(r, -EINVAL, "the export does not offer it");
   if (stray) return tx_refuse(r, -EINVAL, "flag does not apply");
-  if (has_range && (r->off | r->len) & (e->min_block - 1))
+  if (has_range && (r->off | r->len) & (c->info.min_block - 1))
     return tx_refuse(r, -EINVAL, "no multiple of the minimum block size");
-  if (cmd->has_data && r->len > e->max_request)
+  if (req_moves_data(r) && r->len > c->info.max_request)
     return tx_refuse(r, -EINVAL, "longer than the maximum payload size");
   if (is_status && !r->len)
     return tx_refuse(r, -EINVAL, "nothing to report on");
@@ -3968,28 +3795,35 @@ static int tx_validate(const struct conn *c, struct nbdserve_req *r) {
   return 0;
 }
 
-/* Is a READ or WRITE handed over with its data?  On a host's backend, which may
- * take its time, each is; in a store a long WRITE, so that the data of several
- * is received, hashed and written at the same time. */
-static int tx_takes_long(const struct conn *c, const struct nbdserve_req *r) {
-  int is_long_write = r->type == NBD_CMD_WRITE && r->len > TX_IN_BATCH_MAX;
-  if (c->s->config.threads == 1 || r->len > TX_PIECE) return 0;
-  return !c->run_batch || (is_long_write && c->export->pub.ops->hashes);
-}
-
 /* Does a request, or sees to it that it is done later, as the table at the head
  * of the section says.  0, or -errno to close. */
 static int tx_dispatch(struct conn *c, struct nbdserve_req *r) {
   int moves_data = r->state == REQ_TODO && req_moves_data(r);
-  int is_copied = moves_data && tx_takes_long(c, r);
+  int is_long_write = r->type == NBD_CMD_WRITE && r->len > TX_IN_BATCH_MAX;
+  /* Is it handed over with its data?  On a host's backend, which may take its
+   * time, each READ and WRITE is; in a store a long WRITE, so that the data of
+   * several is received, hashed and written at the same time. */
+  int is_copied = moves_data && c->s->config.threads > 1 && r->len <= TX_PIECE;
+  if (c->run_batch && !(is_long_write && c->export->pub.ops->hashes))
+    is_copied = 0;
   uint64_t data = moves_data ? r->len : r->payload; /* of a READ, too */
-  if (!is_copied && data <= TX_IN_BATCH_MAX) {
+  int is_batched = !is_copied && data <= TX_IN_BATCH_MAX;
+  size_t slot = 0; /* of a READ in the batch: bytes of wbuf */
+  if (is_batched && moves_data && r->type == NBD_CMD_READ)
+    slot = wire_read_head_len(c->mode) + (size_t)r->len;
+  assert(slot <= TX_SLOTS);
+  /* To run the batch answers what came before, and frees rbuf and wbuf. */
+  int fits = c->nbatch < TX_BATCH && c->wbuf_used + slot <= TX_SLOTS;
+  int err = is_batched && fits ? 0 : tx_run_batch(c);
+  if (err) return err;
+  if (is_batched) {
     r->buf = c->rbuf + c->rbuf_pos; /* the payload is all there */
     c->rbuf_pos += (size_t)r->payload;
-    return tx_add_to_batch(c, r);
+    c->wbuf_used += slot;
+    if (slot) r->buf = c->wbuf + c->wbuf_used - r->len;
+    c->batch[c->nbatch++] = *r;
+    return 0;
   }
-  int err = tx_run_batch(c); /* answers what came before, and frees rbuf */
-  if (err) return err;
   if (!is_copied || !tx_take_buffer(c, r)) /* without memory, too */
     return r->payload ? tx_write_in_pieces(c, r) : tx_read_in_pieces(c, r);
   if (r->payload) err = tx_recv_payload(c, r->buf, (size_t)r->payload);
@@ -4006,11 +3840,10 @@ static void tx_get_contexts(const struct conn *c, struct nbdserve_req *r,
   r->asked = (1u << selected->n) - 1;
   if (!r->payload) return;
   int bad = r->payload < 12 || r->payload % 4;
-  uint64_t n = bad ? 0 : (r->payload - 8) / 4;
-  if (n > selected->n) bad = 1;
+  if (r->payload > 8 + 4 * selected->n) bad = 1; /* nor is it all there */
   r->asked = 0;
-  for (uint64_t i = 0; i < n && !bad; i++) {
-    uint32_t id = u_get32(payload + 8 + 4 * i);
+  for (size_t i = 8; i < r->payload && !bad; i += 4) {
+    uint32_t id = u_get32(payload + i);
     unsigned k = 0;
     while (k < selected->n && wire_context_id(selected->number[k]) != id)
       k++;
@@ -4029,15 +3862,21 @@ static int tx_next_request(struct conn *c) {
   size_t head = extended ? WIRE_EXT_REQUEST_LEN : WIRE_REQUEST_LEN;
   c->needed = head;
   if (here < head) return CONN_NEEDS_MORE;
-  struct nbdserve_req r = wire_get_request(p, c->mode);
+  struct nbdserve_req r = {.mode = c->mode, .cookie = u_get64(p + 8)};
+  r.flags = u_get16(p + 4);
+  r.type = u_get16(p + 6);
+  r.off = r.client_off = u_get64(p + 16);
+  r.len = extended ? u_get64(p + 24) : u_get32(p + 24);
+  int has_payload =
+      extended ? r.flags & NBD_CMD_FLAG_PAYLOAD_LEN : r.type == NBD_CMD_WRITE;
+  if (has_payload) r.payload = r.len;
   r.may_wait = r.type != NBD_CMD_READ || c->s->config.threads == 1;
   /* A longer payload is not even skipped. */
-  uint64_t most =
-      extended ? c->export->pub.max_request : (uint64_t)NBDSERVE_MAX_REQUEST;
+  uint64_t most = extended ? c->info.max_request : NBDSERVE_MAX_REQUEST;
   uint32_t magic = extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC;
   if (u_get32(p) != magic || r.payload > most) {
-    conn_log(c, NBDSERVE_LOG_INFO, "%d: request magic 0x%08" PRIx32 "; closed",
-             c->id, u_get32(p));
+    conn_log(c, NBDSERVE_LOG_INFO, "request magic 0x%08" PRIx32 "; closed",
+             u_get32(p));
     return -EPROTO;
   }
   if (r.type == NBD_CMD_DISC) return CONN_LEFT;
@@ -4084,9 +3923,9 @@ static int tx_receive(struct conn *c) {
 static int tx_run(struct conn *c) {
   int step;
   assert(c->export && !c->nbatch && !c->wbuf_used && !c->io.deadline);
-  conn_log(c, NBDSERVE_LOG_INFO, "%d: export '%s', %" PRIu64 " bytes%s", c->id,
-           c->export->pub.name, c->export_size,
-           c->transmission_flags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
+  conn_log(c, NBDSERVE_LOG_INFO, "export '%s', %" PRIu64 " bytes%s",
+           c->export->pub.name, c->info.size,
+           c->info.flags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
   do {
     step = tx_next_request(c);
     int err = step ? tx_run_batch(c) : 0; /* what came before is answered */
@@ -10117,13 +9956,10 @@ static int srv_serve_client(struct conn *c, const char *name) {
   os_lock(&c->s->lock);
   c->id = (int)++c->s->totals.clients;
   os_unlock(&c->s->lock);
-  conn_log(c, NBDSERVE_LOG_INFO, "%d: connected from %s", c->id, c->peer);
+  conn_log(c, NBDSERVE_LOG_INFO, "connected from %s", c->peer);
   int err = name ? hs_enter(c, name) : hs_run(c);
-  if (!err && k->entered) {
-    struct nbdserve_info info =
-        ex_info(c->export, c->export_size, c->transmission_flags);
-    k->entered(k->ctx, c->io.in, c->export->pub.name, &info);
-  }
+  if (!err && k->entered)
+    k->entered(k->ctx, c->io.in, c->export->pub.name, &c->info);
   if (!err) err = tx_run(c);
   assert(!c->nworkers && (err == CONN_LEFT || err < 0));
   /* Of a TCP socket of ours the last replies must arrive, if it is our side
@@ -10137,8 +9973,8 @@ static int srv_serve_client(struct conn *c, const char *name) {
   hs_leave(c);
   hs_drop_contexts(c);
   int is_ok = !err || err == -EPIPE || err == -ECONNRESET || err == -ESHUTDOWN;
-  conn_log(c, is_ok ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING, "%d: gone: %s",
-           c->id, err ? strerror(-err) : "disconnected");
+  conn_log(c, is_ok ? NBDSERVE_LOG_INFO : NBDSERVE_LOG_WARNING, "gone: %s",
+           err ? strerror(-err) : "disconnected");
   srv_free_conn(c);
   return err == -ESHUTDOWN ? 0 : err;
 }

@@ -722,12 +722,11 @@ static void os_advance(struct iovec **v, int *n, size_t done) {
  * Calls that a signal interrupts go on: a host may have handlers without
  * SA_RESTART. */
 
-/* What a call does.  OS_READ and OS_WRITE may be passed as the boolean
- * `writing`; OS_READ_NOW must not. */
+/* What os_transfer does.  The boolean `writing` says OS_WRITE or OS_READ. */
 enum {
   OS_READ = 0,
   OS_WRITE = 1,
-  OS_READ_NOW = 2 /* see os_read_now */
+  OS_READ_NOW = 2 /* reads if all of it is in memory: only if os_can_read_now */
 };
 
 #if !OS_LINUX && (defined __APPLE__ || NBDSERVE_POSIX_ONLY)
@@ -736,30 +735,44 @@ enum {
 #define pwritev(fd, v, n, off) pwrite(fd, (v)->iov_base, (v)->iov_len, off)
 #endif
 
+#if OS_LINUX && defined SYS_preadv2
+/* Reads what is in memory, with RWF_NOWAIT (8).  Not every libc has preadv2(2).
+ */
+#define os_preadv_now(fd, v, n, off) \
+  syscall(SYS_preadv2, fd, v, n, (long)(off), (long)((off) >> 32), 8)
+#else
+/* Here nobody can tell what is in memory. */
+#define os_preadv_now(fd, v, n, off) (errno = EOPNOTSUPP, -1)
+#endif
+
 /* Moves what one system call moves of v[0..n); as pread(2) and pwrite(2).  For
- * a single piece the plain calls are a little faster. */
-static ssize_t os_transfer_some(int fd, int writing, const struct iovec *v,
-                                int n, off_t off) {
+ * a single piece the plain calls are faster: 15 % of a read of 512 bytes that
+ * are in memory. */
+static ssize_t os_transfer_some(int fd, int how, const struct iovec *v, int n,
+                                off_t off) {
+  int writing = how == OS_WRITE;
+  if (how == OS_READ_NOW) return os_preadv_now(fd, v, n, off);
   if (n > 1) return writing ? pwritev(fd, v, n, off) : preadv(fd, v, n, off);
   return writing ? pwrite(fd, v->iov_base, v->iov_len, off)
                  : pread(fd, v->iov_base, v->iov_len, off);
 }
 
-/* Reads (OS_READ) or writes (OS_WRITE) all of v[0..n), which lies at off in one
- * piece.  Changes v.  No piece may be empty.
+/* Reads or writes all of v[0..n), which lies at off in one piece.  Changes v.
+ * No piece may be empty.
  *
  * The system may do less than it was asked to (at a signal, a full disk, or
  * after 2 GiB); what is left is asked for again until it is done or an error
  * tells why not.  After an error some of it may have been done.  -EIO: the file
- * ends before all was read. */
-static int os_transfer(int fd, int writing, struct iovec *v, int n,
-                       uint64_t off) {
-  assert(writing == OS_READ || writing == OS_WRITE);
+ * ends before all was read.  -EAGAIN, of OS_READ_NOW only, and its only error:
+ * the medium would have to be waited for, or asked what is wrong. */
+static int os_transfer(int fd, int how, struct iovec *v, int n, uint64_t off) {
+  assert(how == OS_READ || how == OS_WRITE || how == OS_READ_NOW);
   while (n > 0) {
     assert(v->iov_len > 0); /* else 0 would not mean the end of the file */
     assert(off <= INT64_MAX);
-    ssize_t done = os_transfer_some(fd, writing, v, n, (off_t)off);
+    ssize_t done = os_transfer_some(fd, how, v, n, (off_t)off);
     if (done < 0 && errno == EINTR) continue;
+    if (done <= 0 && how == OS_READ_NOW) return -EAGAIN;
     if (done < 0) return -errno;
     if (done == 0) return -EIO;
     off += (uint64_t)done;
@@ -768,31 +781,12 @@ static int os_transfer(int fd, int writing, struct iovec *v, int n,
   return 0;
 }
 
-#if OS_LINUX && defined SYS_preadv2
-/* Reads all of v[0..n) if it is in memory.  -EAGAIN: the medium would have to
- * be waited for; some of it may have been read.  Any other error: whether that
- * is so cannot be told here.  Not every libc has preadv2(2). */
-static int os_read_now(int fd, const struct iovec *v, int n, uint64_t off) {
-  const int nowait = 8; /* RWF_NOWAIT */
-  size_t len = 0;
-  for (int i = 0; i < n; i++)
-    len += v[i].iov_len;
-  long done =
-      syscall(SYS_preadv2, fd, v, n, (long)off, (long)(off >> 32), nowait);
-  if (done < 0 && errno != EINTR) return -errno;
-  return done == (long)len ? 0 : -EAGAIN;
-}
-#else
-/* Here nobody can tell. */
-#define os_read_now(fd, v, n, off) ((void)(fd), (void)(v), -EOPNOTSUPP)
-#endif
-
-/* Does os_read_now work with a file? */
+/* Does OS_READ_NOW work with a file?  A read of its first byte shows it, even
+ * if there is none. */
 static int os_can_read_now(int fd) {
   char byte;
   struct iovec v = {&byte, 1};
-  int err = os_read_now(fd, &v, 1, 0);
-  return !err || err == -EAGAIN;
+  return os_transfer_some(fd, OS_READ_NOW, &v, 1, 0) >= 0 || errno == EAGAIN;
 }
 
 #ifdef __APPLE__
@@ -4152,7 +4146,7 @@ struct flat {
   int fd;          /* the target; ours to close */
   int overlay_fd;  /* the overlay, ours to close; -1: writes go to the target */
   int follows_end; /* the export ends where the target ends, even if it grows */
-  int can_read_now; /* os_read_now works with the target */
+  int can_read_now; /* OS_READ_NOW works with the target */
   uint64_t offset;  /* bytes of the target in front of the export */
   uint64_t size;    /* bytes of the export when it was opened */
 
@@ -4249,19 +4243,16 @@ static int overlay_do(struct flat *f, const struct nbdserve_req *r) {
 static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
                          size_t nreqs) {
   struct iovec v[FLAT_MAX_IOV];
-  int writing = reqs->type == NBD_CMD_WRITE;
+  int how = reqs->type == NBD_CMD_WRITE ? OS_WRITE : OS_READ;
   assert(nreqs > 0 && nreqs <= FLAT_MAX_IOV);
   if (f->in_overlay) return overlay_do(f, reqs);
-  if (writing && flat_known(f, 0) & FLAT_FAILED) return -EIO; /* (F1) */
+  if (how == OS_WRITE && flat_known(f, 0) & FLAT_FAILED) return -EIO; /* (F1) */
   for (size_t i = 0; i < nreqs; i++) {
     v[i] = (struct iovec){reqs[i].buf, (size_t)reqs[i].len};
     assert(v[i].iov_len == reqs[i].len); /* there is a buffer of that size */
   }
-  if (!writing && !reqs->may_wait && f->can_read_now) {
-    int err = os_read_now(f->fd, v, (int)nreqs, f->offset + reqs->off);
-    if (!err || err == -EAGAIN) return err;
-  }
-  return os_transfer(f->fd, writing, v, (int)nreqs, f->offset + reqs->off);
+  if (how == OS_READ && !reqs->may_wait && f->can_read_now) how = OS_READ_NOW;
+  return os_transfer(f->fd, how, v, (int)nreqs, f->offset + reqs->off);
 }
 
 /* Is the page of the target at pos in memory, and not all zeroes?  Where nobody
@@ -4269,9 +4260,9 @@ static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
 static int flat_has_page(const struct flat *f, uint64_t pos) {
   unsigned char page[FLAT_PAGE];
   struct iovec v = {page, sizeof page};
-  int err = f->can_read_now ? os_read_now(f->fd, &v, 1, pos)
-                            : os_transfer(f->fd, OS_READ, &v, 1, pos);
-  return !err && !u_is_zero(page, sizeof page);
+  int how = f->can_read_now ? OS_READ_NOW : OS_READ;
+  if (os_transfer(f->fd, how, &v, 1, pos)) return 0;
+  return !u_is_zero(page, sizeof page);
 }
 
 /* ops->splice: moves what it can of a range to a pipe, without a copy, and
@@ -5082,7 +5073,7 @@ struct nbdserve_cas {
   int verify;          /* a block is checked when it is first read */
   int hw;              /* the processor computes SHA-256 */
   int is_device;       /* it cannot grow, and has all its space */
-  int can_read_now;    /* os_read_now works with the file */
+  int can_read_now;    /* OS_READ_NOW works with the file */
   int repair;          /* goes on behind a damaged part of the log */
   int accept_loss;     /* pages that cannot be read are given up */
   uint32_t bs;         /* bytes of a block */
@@ -5869,11 +5860,8 @@ static int cas_move_run(struct nbdserve_cas *st, struct cas_block *blk,
   if (how == CAS_ANNOUNCE)
     os_advise(st->fd, POSIX_FADV_WILLNEED, off, k * v->iov_len);
   if (how == CAS_ANNOUNCE) return 0;
-  if (how == OS_READ_NOW && st->can_read_now) {
-    int err = os_read_now(st->fd, v, (int)k, off);
-    if (!err || err == -EAGAIN) return err;
-  }
-  return os_transfer(st->fd, how == OS_WRITE, v, (int)k, off);
+  if (how == OS_READ_NOW && !st->can_read_now) how = OS_READ;
+  return os_transfer(st->fd, how, v, (int)k, off);
 }
 
 /* From now on nothing is taken from the segment of a slot that could not be

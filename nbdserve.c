@@ -182,34 +182,59 @@
 #elif defined __x86_64__
 #include <cpuid.h>
 #include <immintrin.h>
-#define OS_HWSHA 1
+#define OS_HWSHA __attribute__((target("sha,sse4.1")))
+#define OS_SHA_ORDER 3, 2, 7, 6, 1, 0, 5, 4 /* see sha_place */
 typedef __m128i os_words; /* four words of 32 bits, in one register */
 #define os_add_words _mm_add_epi32
-#define OS_SHA_ORDER 3, 2, 7, 6, 1, 0, 5, 4 /* see sha_place */
-#define OS_HWSHA_TARGET __attribute__((target("sha,sse4.1")))
+#define os_swap_words(v) \
+  _mm_shuffle_epi8(v, _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203))
+#define os_next_words(w) \
+  _mm_sha256msg2_epu32(os_add_words(_mm_sha256msg1_epu32((w)[0], (w)[1]), \
+                                    _mm_alignr_epi8((w)[3], (w)[2], 4)), \
+                       (w)[3])
 
-/* Does this processor have the SHA-256 instructions that [4] uses? */
+/* Does four rounds of SHA-256 on a state, whose words [4] calls A to H.  Each
+ * instruction does two, on the lower half of addend.  The old ABEF is the new
+ * CDGH, so the halves change places twice. */
+static inline OS_HWSHA void os_rounds(os_words *abef, os_words *cdgh,
+                                      os_words addend) {
+  *cdgh = _mm_sha256rnds2_epu32(*cdgh, *abef, addend);
+  addend = _mm_shuffle_epi32(addend, 14); /* the upper half */
+  *abef = _mm_sha256rnds2_epu32(*abef, *cdgh, addend);
+}
+
+/* Does this processor have the SHA-256 instructions that [4] uses?  Each that
+ * has them has SSE4.1, too. */
 static int os_has_hwsha(void) {
   unsigned ebx = 0; /* what the processor does not tell stays 0 */
-  unsigned ecx = 0;
   unsigned unused;
-  __get_cpuid(1, &unused, &unused, &ecx, &unused);
   __get_cpuid_count(7, 0, &unused, &ebx, &unused, &unused);
-  return (ecx & bit_SSE4_1) && (ebx & bit_SHA);
+  return (ebx & bit_SHA) != 0;
 }
 #elif defined __aarch64__ && !defined __AARCH64EB__ && defined __linux__ && \
     (!defined __clang__ || __clang_major__ >= 16)
 #include <arm_neon.h>
 #include <sys/auxv.h>
-#define OS_HWSHA 1
+#ifdef __clang__
+#define OS_HWSHA __attribute__((target("sha2")))
+#else
+#define OS_HWSHA __attribute__((target("+crypto")))
+#endif
+#define OS_SHA_ORDER 0, 1, 2, 3, 4, 5, 6, 7
 typedef uint32x4_t os_words;
 #define os_add_words vaddq_u32
-#define OS_SHA_ORDER 0, 1, 2, 3, 4, 5, 6, 7
-#ifdef __clang__
-#define OS_HWSHA_TARGET __attribute__((target("sha2")))
-#else
-#define OS_HWSHA_TARGET __attribute__((target("+crypto")))
-#endif
+#define os_swap_words(v) \
+  vreinterpretq_u32_u8(vrev32q_u8(vreinterpretq_u8_u32(v)))
+#define os_next_words(w) \
+  vsha256su1q_u32(vsha256su0q_u32((w)[0], (w)[1]), (w)[2], (w)[3])
+
+/* The same.  Here abef holds A, B, C, D, and cdgh E, F, G, H. */
+static inline OS_HWSHA void os_rounds(os_words *abef, os_words *cdgh,
+                                      os_words addend) {
+  os_words abcd = *abef;
+  *abef = vsha256hq_u32(abcd, *cdgh, addend);
+  *cdgh = vsha256h2q_u32(*cdgh, abcd, addend);
+}
 
 /* The same.  The kernel tells by bit 6 of AT_HWCAP. */
 static int os_has_hwsha(void) {
@@ -217,7 +242,6 @@ static int os_has_hwsha(void) {
 }
 #endif
 #ifndef OS_HWSHA
-#define OS_HWSHA 0
 #define os_has_hwsha() 0
 #define OS_SHA_ORDER 0, 1, 2, 3, 4, 5, 6, 7
 #endif
@@ -1202,7 +1226,7 @@ static void sha_portable(uint32_t *state, const unsigned char *blocks,
   }
 }
 
-#if OS_HWSHA
+#ifdef OS_HWSHA
 /* One of the two messages that the instructions work on.  All of it can
  * stay in registers: two lanes, the constants and what is in between fit into
  * the 16 that the processor has, or 32. */
@@ -1212,59 +1236,21 @@ struct sha_lane {
   os_words w[4]; /* 16 words of the message's schedule, the next ones first */
 };
 
-#ifdef __x86_64__
-/* Reverses the bytes of each word. */
-static inline OS_HWSHA_TARGET os_words sha_swap(os_words v) {
-  return _mm_shuffle_epi8(
-      v, _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203));
-}
-
 /* Does four rounds, k being their constants, and computes the four words of the
  * schedule that the rounds need 16 later.  The last four calls for a block
  * compute words in vain; a second loop without that was not faster. */
-static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
-                                                   os_words k) {
-  __m128i *w = lane->w;
-  __m128i addend = os_add_words(w[0], k);
-  /* Each of these does two rounds, on the lower half of addend.  The old ABEF
-   * is the new CDGH, so the halves change places twice. */
-  lane->cdgh = _mm_sha256rnds2_epu32(lane->cdgh, lane->abef, addend);
-  addend = _mm_shuffle_epi32(addend, 14); /* the upper half */
-  lane->abef = _mm_sha256rnds2_epu32(lane->abef, lane->cdgh, addend);
-  __m128i seven_back = _mm_alignr_epi8(w[3], w[2], 4);
-  __m128i sum = os_add_words(_mm_sha256msg1_epu32(w[0], w[1]), seven_back);
-  w[0] = w[1];
-  w[1] = w[2];
-  w[2] = w[3];
-  w[3] = _mm_sha256msg2_epu32(sum, w[2]);
-}
-
-#else
-/* The same. */
-static inline OS_HWSHA_TARGET os_words sha_swap(os_words v) {
-  return vreinterpretq_u32_u8(vrev32q_u8(vreinterpretq_u8_u32(v)));
-}
-
-/* Does four rounds, k being their constants, and computes the four words of the
- * schedule that the rounds need 16 later. */
-static inline OS_HWSHA_TARGET void sha_lane_rounds(struct sha_lane *lane,
-                                                   os_words k) {
+static inline OS_HWSHA void sha_lane_rounds(struct sha_lane *lane, os_words k) {
   os_words *w = lane->w;
-  os_words addend = os_add_words(w[0], k);
-  os_words abcd = lane->abef;
-  lane->abef = vsha256hq_u32(abcd, lane->cdgh, addend);
-  lane->cdgh = vsha256h2q_u32(lane->cdgh, abcd, addend);
-  os_words next = vsha256su1q_u32(vsha256su0q_u32(w[0], w[1]), w[2], w[3]);
+  os_rounds(&lane->abef, &lane->cdgh, os_add_words(w[0], k));
+  os_words next = os_next_words(w);
   w[0] = w[1];
   w[1] = w[2];
   w[2] = w[3];
   w[3] = next;
 }
 
-#endif
-
 /* Loads four words from anywhere. */
-static inline OS_HWSHA_TARGET os_words sha_load(const void *from) {
+static inline OS_HWSHA os_words sha_load(const void *from) {
   os_words v;
   memcpy(&v, from, sizeof v);
   return v;
@@ -1272,20 +1258,20 @@ static inline OS_HWSHA_TARGET os_words sha_load(const void *from) {
 
 /* Loads a state, and a block of the message, whose words are big-endian.  There
  * is no loop because gcc would keep an array that a loop indexes in memory. */
-static inline OS_HWSHA_TARGET void sha_lane_load(struct sha_lane *lane,
-                                                 const uint32_t *state,
-                                                 const unsigned char *block) {
+static inline OS_HWSHA void sha_lane_load(struct sha_lane *lane,
+                                          const uint32_t *state,
+                                          const unsigned char *block) {
   lane->abef = sha_load(state);
   lane->cdgh = sha_load(state + 4);
-  lane->w[0] = sha_swap(sha_load(block));
-  lane->w[1] = sha_swap(sha_load(block + 16));
-  lane->w[2] = sha_swap(sha_load(block + 32));
-  lane->w[3] = sha_swap(sha_load(block + 48));
+  lane->w[0] = os_swap_words(sha_load(block));
+  lane->w[1] = os_swap_words(sha_load(block + 16));
+  lane->w[2] = os_swap_words(sha_load(block + 32));
+  lane->w[3] = os_swap_words(sha_load(block + 48));
 }
 
 /* Adds what the rounds made of a state to it. */
-static inline OS_HWSHA_TARGET void sha_lane_save(const struct sha_lane *lane,
-                                                 uint32_t *state) {
+static inline OS_HWSHA void sha_lane_save(const struct sha_lane *lane,
+                                          uint32_t *state) {
   os_words abef = os_add_words(lane->abef, sha_load(state));
   os_words cdgh = os_add_words(lane->cdgh, sha_load(state + 4));
   memcpy(state, &abef, sizeof abef);
@@ -1295,10 +1281,9 @@ static inline OS_HWSHA_TARGET void sha_lane_save(const struct sha_lane *lane,
 /* Mixes nblocks blocks each into two states, with the instructions.  The lines
  * for the two lanes alternate, and the compiler keeps that order more or less;
  * the processor does the rest. */
-static OS_HWSHA_TARGET void sha_hw(uint32_t state[2][SHA_STATE_WORDS],
-                                   const unsigned char *first,
-                                   const unsigned char *second,
-                                   size_t nblocks) {
+static OS_HWSHA void sha_hw(uint32_t state[2][SHA_STATE_WORDS],
+                            const unsigned char *first,
+                            const unsigned char *second, size_t nblocks) {
   struct sha_lane lane;
   struct sha_lane other;
   for (size_t i = 0; i < nblocks; i++) {
@@ -1324,7 +1309,6 @@ static OS_HWSHA_TARGET void sha_hw(uint32_t state[2][SHA_STATE_WORDS],
 static void sha_mix(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
                     const unsigned char *first, const unsigned char *second,
                     size_t nblocks) {
-  assert(OS_HWSHA || !use_hw);
   if (use_hw) {
     sha_hw(state, first, second ? second : first, nblocks);
     return;
@@ -1333,35 +1317,7 @@ static void sha_mix(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
   if (second) sha_portable(state[1], second, nblocks);
 }
 
-/* Writes what comes behind the last whole block of a message, and returns how
- * many blocks that takes, 1 or 2:
- *
- *   the rest of the message, 0 to 63 bytes
- *   the byte 0x80
- *   zeroes, as few as it takes to fill the last block
- *   the length of the whole message in bits, 8 bytes
- *
- * last: where the rest stands; len: of the whole message. */
-static size_t sha_pad(unsigned char tail[2 * SHA_BLOCK_LEN],
-                      const unsigned char *last, size_t len) {
-  size_t rest = len % SHA_BLOCK_LEN;
-  size_t nblocks = rest + 1 + SHA_COUNT_LEN <= SHA_BLOCK_LEN ? 1 : 2;
-  size_t end = SHA_BLOCK_LEN * nblocks;
-  memset(tail, 0, end);
-  memcpy(tail, last, rest);
-  tail[rest] = 0x80;
-  assert(rest + 1 <= end - SHA_COUNT_LEN);
-  u_put64(tail + end - SHA_COUNT_LEN, (uint64_t)len * 8);
-  return nblocks;
-}
-
-/* Writes the digest that a state stands for, once all blocks are mixed in. */
-static void sha_put_digest(unsigned char digest[32], const uint32_t *state) {
-  for (int i = 0; i < SHA_STATE_WORDS; i++)
-    u_put32(digest + 4 * i, state[sha_place[i]]);
-}
-
-/* The state before a message. */
+/* The state before a message, twice */
 static void sha_begin(uint32_t state[2][SHA_STATE_WORDS]) {
   static const uint32_t start[SHA_STATE_WORDS] = {
       0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
@@ -1370,14 +1326,36 @@ static void sha_begin(uint32_t state[2][SHA_STATE_WORDS]) {
     state[0][sha_place[i]] = state[1][sha_place[i]] = start[i];
 }
 
-/* Writes the digest of a message of len bytes: its whole blocks are in the
- * state already, and what is left of it is at rest. */
+/* Writes the digest of a message, or those of two of the same length, whose
+ * whole blocks are in the state already; first and second are what is left.
+ * Behind that comes, in one more block or two:
+ *
+ *   the rest of the message, 0 to 63 bytes
+ *   the byte 0x80
+ *   zeroes, as few as it takes to fill the last block
+ *   the length of the whole message in bits, 8 bytes
+ *
+ * len: of a whole message.  second: NULL if there is only one. */
 static void sha_end(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
-                    const unsigned char *rest, size_t len,
-                    unsigned char digest[32]) {
-  unsigned char tail[2 * SHA_BLOCK_LEN];
-  sha_mix(use_hw, state, tail, NULL, sha_pad(tail, rest, len));
-  sha_put_digest(digest, state[0]);
+                    const unsigned char *first, const unsigned char *second,
+                    size_t len, unsigned char *first_digest,
+                    unsigned char *second_digest) {
+  const unsigned char *const rest[2] = {first, second};
+  unsigned char *const digest[2] = {first_digest, second_digest};
+  unsigned char tail[2][2 * SHA_BLOCK_LEN] = {{0}};
+  size_t n = len % SHA_BLOCK_LEN;
+  size_t nblocks = n + 1 + SHA_COUNT_LEN <= SHA_BLOCK_LEN ? 1 : 2;
+  size_t count_at = SHA_BLOCK_LEN * nblocks - SHA_COUNT_LEN;
+  assert(n < count_at && count_at <= sizeof *tail - SHA_COUNT_LEN);
+  for (int i = 0; i < 2 && rest[i]; i++) {
+    memcpy(tail[i], rest[i], n);
+    tail[i][n] = 0x80;
+    u_put64(tail[i] + count_at, (uint64_t)len * 8);
+  }
+  sha_mix(use_hw, state, tail[0], second ? tail[1] : NULL, nblocks);
+  for (int i = 0; i < 2 && rest[i]; i++)
+    for (int j = 0; j < SHA_STATE_WORDS; j++)
+      u_put32(digest[i] + 4 * j, state[i][sha_place[j]]);
 }
 
 /* Writes the digest of first[len] to first_digest and, if second is not NULL,
@@ -1387,20 +1365,14 @@ static void sha_end(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
 static void sha_256(int use_hw, const unsigned char *first,
                     const unsigned char *second, size_t len,
                     unsigned char *first_digest, unsigned char *second_digest) {
-  static const unsigned char nothing = 0;
   uint32_t state[2][SHA_STATE_WORDS];
-  unsigned char tail[2][2 * SHA_BLOCK_LEN];
   size_t whole = len - len % SHA_BLOCK_LEN;
-  assert(first || !len);
+  assert(first && first_digest);
   assert(second_digest || !second);
-  if (!len) first = &nothing; /* anything but NULL */
   sha_begin(state);
   sha_mix(use_hw, state, first, second, whole / SHA_BLOCK_LEN);
-  size_t ntail = sha_pad(tail[0], first + whole, len);
-  if (second) sha_pad(tail[1], second + whole, len);
-  sha_mix(use_hw, state, tail[0], second ? tail[1] : NULL, ntail);
-  sha_put_digest(first_digest, state[0]);
-  if (second) sha_put_digest(second_digest, state[1]);
+  sha_end(use_hw, state, first + whole, second ? second + whole : NULL, len,
+          first_digest, second_digest);
 }
 
 #endif /* !NBDSERVE_NO_CAS */
@@ -5266,7 +5238,8 @@ static void cas_log_sum(const struct nbdserve_cas *st, const unsigned char *p,
   sha_mix(st->hw, state, tail, NULL, nblocks - whole);
   memcpy(end, p + CAS_LOG_HEAD, CAS_HEAD);
   memcpy(end + CAS_HEAD, st->super.id, sizeof st->super.id);
-  sha_end(st->hw, state, end, nblocks * SHA_BLOCK_LEN + sizeof end, sum);
+  sha_end(st->hw, state, end, NULL, nblocks * SHA_BLOCK_LEN + sizeof end, sum,
+          NULL);
 }
 
 /* Writes the log page that is being filled, at its place.  A torn write loses

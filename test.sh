@@ -12992,9 +12992,6 @@ static void h_is(int hw, const char *text, size_t times, const char *want) {
 static void u_fips(void) { /* the examples of FIPS 180-4 */
   int hw;
   for (hw = 0; hw <= os_has_hwsha(); hw++) {
-    unsigned char nothing[32];
-    sha_256(hw, NULL, NULL, 0, nothing, NULL); /* needs no message */
-    CHECK(nothing[0] == 0xe3 && nothing[31] == 0x55);
     h_is(hw, "", 1,
          "e3b0c44298fc1c149afbf4c8996fb924"
          "27ae41e4649b934ca495991b7852b855");

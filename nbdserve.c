@@ -316,9 +316,8 @@ struct os_monitor {
 
 /* Makes a monitor, as POSIX allows it. */
 static void os_monitor_init(struct os_monitor *m) {
-  static const struct os_monitor fresh = {.mutex = PTHREAD_MUTEX_INITIALIZER,
-                                          .cond = PTHREAD_COND_INITIALIZER};
-  *m = fresh;
+  *m = (struct os_monitor){.mutex = PTHREAD_MUTEX_INITIALIZER,
+                           .cond = PTHREAD_COND_INITIALIZER};
 }
 
 /* Calls on a monitor that was made fail only if the caller is wrong. */
@@ -420,14 +419,6 @@ static int os_pipe(int fd[2]) {
   return 0;
 }
 
-#if OS_LINUX && !NBDSERVE_NO_MAIN
-/* Asks the system to send us SIGTERM when the thread that started us ends. */
-#define os_end_with_parent() (prctl(PR_SET_PDEATHSIG, SIGTERM) ? -errno : 0)
-#elif !NBDSERVE_NO_MAIN
-/* This system does not do that. */
-#define os_end_with_parent() (-EOPNOTSUPP)
-#endif
-
 /* ---- The kernel's client --------------------------------------------------
  * Linux has a client of its own, behind /dev/nbdN.  It is given a socket by
  * messages of generic netlink: netlink(7), <linux/genetlink.h> and
@@ -443,9 +434,7 @@ enum os_nbd_command {
   OS_NBD_RECONFIGURE = 3 /* gives it a socket in place of a dead one */
 };
 
-enum {
-  OS_NBD_OWNER = 4000 /* bytes of an owner's name, at most */
-};
+#define OS_NBD_OWNER 4000 /* bytes of an owner's name, at most */
 
 /* What it has to know to connect */
 struct os_nbd {
@@ -459,7 +448,10 @@ struct os_nbd {
   int socket;
 };
 
-#if OS_LINUX && !NBDSERVE_NO_MAIN && !NBDSERVE_NO_THREADS
+#if OS_LINUX && !NBDSERVE_NO_MAIN
+/* Asks the system to send us SIGTERM when the thread that started us ends. */
+#define os_end_with_parent() (prctl(PR_SET_PDEATHSIG, SIGTERM) ? -errno : 0)
+
 /* The kernel may free memory by writing to our device.  If we waited for memory
  * then, both would wait for ever: PR_SET_IO_FLUSHER keeps this thread, and
  * those that it starts, from that.  Without CAP_SYS_RESOURCE it fails, and we
@@ -478,7 +470,7 @@ struct os_message {
   unsigned char command;
   unsigned char version;
   uint16_t unused2;
-  unsigned char attributes[PATH_MAX + 4000];
+  unsigned char attributes[2 * OS_NBD_OWNER];
 };
 
 enum {
@@ -499,17 +491,6 @@ enum {
   OS_NBD_PATIENCE = 8,
   OS_NBD_BACKEND = 10
 };
-
-/* Begins a message. */
-static void os_begin_message(struct os_message *m, unsigned type,
-                             unsigned command) {
-  memset(m, 0, sizeof *m);
-  m->len = OS_MESSAGE_LEN;
-  m->type = (uint16_t)type;
-  m->flags = OS_NETLINK_FLAGS;
-  m->command = (unsigned char)command;
-  m->version = 1;
-}
 
 /* Adds an attribute to a message. */
 static void os_add_attribute(struct os_message *m, unsigned type,
@@ -551,15 +532,17 @@ static int os_ask_kernel(int fd, struct os_message *m, uint16_t type,
  * socket(2). */
 static int os_tell_nbd(enum os_nbd_command command, uint32_t index,
                        const struct os_nbd *nbd) {
+  struct os_message ask = {OS_MESSAGE_LEN, OS_NETLINK_CONTROL, OS_NETLINK_FLAGS,
+                           .command = OS_GET_FAMILY, .version = 1};
+  struct os_message m = {OS_MESSAGE_LEN, .flags = OS_NETLINK_FLAGS,
+                         .command = (unsigned char)command, .version = 1};
   uint16_t item[6] = {sizeof item, 1, sizeof item - 4, 1}; /* nested */
-  struct os_message m;
   uint16_t family = 0;
   int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, OS_NETLINK_GENERIC);
   if (fd < 0) return -errno;
-  os_begin_message(&m, OS_NETLINK_CONTROL, OS_GET_FAMILY);
-  os_add_attribute(&m, OS_FAMILY_NAME, "nbd", sizeof "nbd");
-  int err = os_ask_kernel(fd, &m, OS_FAMILY_ID, &family);
-  os_begin_message(&m, family, command);
+  os_add_attribute(&ask, OS_FAMILY_NAME, "nbd", sizeof "nbd");
+  int err = os_ask_kernel(fd, &ask, OS_FAMILY_ID, &family);
+  m.type = family;
   os_add_attribute(&m, OS_NBD_INDEX, &index, sizeof index);
   if (nbd) {
     os_add_attribute(&m, OS_NBD_SIZE, &nbd->size, 8);
@@ -589,9 +572,10 @@ static int os_nbd_is_owned(uint32_t index, const char *owner) {
   return strcmp(found, owner) == 0;
 }
 #elif !NBDSERVE_NO_MAIN
+/* This system does not do that, and has no such client. */
+#define os_end_with_parent() (-EOPNOTSUPP)
 #define os_nbd_is_owned(index, owner) 0
 #define os_serve_writeback() ((void)0)
-/* There is no such client on this system, or no thread to serve it. */
 #define os_tell_nbd(command, index, nbd) \
   ((void)(index), (void)(nbd), -EOPNOTSUPP)
 #endif

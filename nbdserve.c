@@ -139,9 +139,7 @@
 #elif defined __NetBSD__ && !defined _NETBSD_SOURCE
 #define _NETBSD_SOURCE 1
 #endif
-#ifndef _FILE_OFFSET_BITS
-#define _FILE_OFFSET_BITS 64
-#endif
+#define _FILE_OFFSET_BITS 64 /* as -D_FILE_OFFSET_BITS=64, which may be, too */
 
 #include "nbdserve.h"
 
@@ -268,9 +266,7 @@ STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 #define COUNT_OF(array) (sizeof(array) / sizeof *(array))
 
 #if defined __linux__ && !NBDSERVE_POSIX_ONLY
-#define OS_LINUX 1
-#else
-#define OS_LINUX 0
+#define OS_LINUX /* all that Linux has may be used */
 #endif
 #ifndef SOCK_CLOEXEC
 #define SOCK_CLOEXEC 0 /* os_set_fd_flags does it, a little later */
@@ -284,11 +280,9 @@ STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 #ifndef EUCLEAN
 #define EUCLEAN 117 /* as nbdserve.h says: Linux has it */
 #endif
-#ifdef __GNUC__ /* lets printf-like functions be checked */
+/* Lets compilers check the calls of a function like printf.  All that we know
+ * of take attributes, or have glibc take them away. */
 #define OS_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
-#else
-#define OS_PRINTF(fmt, args)
-#endif
 
 /* ---- Locks and threads --------------------------------------------------
  * A monitor is a mutex and a condition variable: os_wait gives the mutex back
@@ -434,7 +428,9 @@ enum os_nbd_command {
   OS_NBD_RECONFIGURE = 3 /* gives it a socket in place of a dead one */
 };
 
-#define OS_NBD_OWNER 4000 /* bytes of an owner's name, at most */
+enum {
+  OS_NBD_OWNER = 4000 /* bytes of an owner's name, at most */
+};
 
 /* What it has to know to connect */
 struct os_nbd {
@@ -448,7 +444,7 @@ struct os_nbd {
   int socket;
 };
 
-#if OS_LINUX && !NBDSERVE_NO_MAIN
+#if defined OS_LINUX && !NBDSERVE_NO_MAIN
 /* Asks the system to send us SIGTERM when the thread that started us ends. */
 #define os_end_with_parent() (prctl(PR_SET_PDEATHSIG, SIGTERM) ? -errno : 0)
 
@@ -576,12 +572,11 @@ static int os_nbd_is_owned(uint32_t index, const char *owner) {
 #define os_end_with_parent() (-EOPNOTSUPP)
 #define os_nbd_is_owned(index, owner) 0
 #define os_serve_writeback() ((void)0)
-#define os_tell_nbd(command, index, nbd) \
-  ((void)(index), (void)(nbd), -EOPNOTSUPP)
+#define os_tell_nbd(command, index, nbd) (-EOPNOTSUPP)
 #endif
 
-#if !NBDSERVE_NO_SANDBOX && OS_LINUX && !NBDSERVE_NO_MAIN && \
-    defined SYS_landlock_restrict_self
+#if defined OS_LINUX && defined SYS_landlock_restrict_self && \
+    !NBDSERVE_NO_SANDBOX && !NBDSERVE_NO_MAIN
 /* The version of Landlock.  -ENOSYS, -EOPNOTSUPP: this system has none. */
 static int os_sandbox_version(void) {
   int version = (int)syscall(SYS_landlock_create_ruleset, NULL, 0, 1);
@@ -633,7 +628,7 @@ static void os_remove_same(const char *path, const struct stat *own) {
  * sandbox may refuse accept4(2). */
 static int os_accept(int fd) {
   int client = -1;
-#if OS_LINUX
+#ifdef OS_LINUX
   client = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
   if (client >= 0) return client;
   if (errno != ENOSYS && errno != EPERM) return -errno;
@@ -671,7 +666,7 @@ static void os_setup_client(int fd) {
 #endif
 }
 
-#if OS_LINUX && defined SPLICE_F_NONBLOCK
+#if defined OS_LINUX && defined SPLICE_F_NONBLOCK
 /* Makes a pipe for os_splice, of what is to go to a socket: sending there waits
  * for a tenth of a second at most, as os_splice cannot be told not to wait.
  * Returns how many bytes the pipe holds, at most `most`, if each of its pages
@@ -695,17 +690,12 @@ static int os_splice_pipe(int fd[2], int most, int to) {
  * them: what is changed in a file meanwhile changes on its way, too.  *off: of
  * the file that they come from; NULL: they come from the pipe.  As read(2).  It
  * never waits for the pipe, but maybe for the other side. */
-static ssize_t os_splice(int from, uint64_t *off, int to, size_t len) {
-  loff_t at = off ? (loff_t)*off : 0;
-  ssize_t n = splice(from, off ? &at : NULL, to, NULL, len, SPLICE_F_NONBLOCK);
-  if (off) *off = (uint64_t)at;
-  return n;
-}
+#define os_splice(from, off, to, len) \
+  splice(from, (loff_t *)(off), to, NULL, len, SPLICE_F_NONBLOCK)
 #else
 /* This system moves no data without a copy. */
 #define os_splice_pipe(fd, most, to) ((void)(fd), -EOPNOTSUPP)
-#define os_splice(from, off, to, len) \
-  ((void)(from), (void)(off), (void)(to), (void)(len), (ssize_t)-1)
+#define os_splice(from, off, to, len) ((void)(from), (void)(to), (ssize_t)-1)
 #endif
 
 /* Removes the first `done` bytes from the pieces (*v)[0..*n). */
@@ -737,13 +727,13 @@ enum {
   OS_READ_NOW = 2 /* reads if all of it is in memory: only if os_can_read_now */
 };
 
-#if !OS_LINUX && (defined __APPLE__ || NBDSERVE_POSIX_ONLY)
+#if !defined OS_LINUX && (defined __APPLE__ || NBDSERVE_POSIX_ONLY)
 /* Where POSIX is all there is, one piece is moved at a time. */
 #define preadv(fd, v, n, off) pread(fd, (v)->iov_base, (v)->iov_len, off)
 #define pwritev(fd, v, n, off) pwrite(fd, (v)->iov_base, (v)->iov_len, off)
 #endif
 
-#if OS_LINUX && defined SYS_preadv2
+#if defined OS_LINUX && defined SYS_preadv2
 /* Reads what is in memory, with RWF_NOWAIT (8).  Not every libc has preadv2(2).
  */
 #define os_preadv_now(fd, v, n, off) \
@@ -824,7 +814,7 @@ enum {
   OS_ZERO_RANGE = 17 /* reads as zeroes and has space; same size */
 };
 
-#if OS_LINUX
+#ifdef OS_LINUX
 /* Changes the space behind a range.  -EINVAL: not at these boundaries, as for a
  * part of a device's sector.  -EOPNOTSUPP: this kind of file (ENODEV), its file
  * system or a sandbox (EPERM or ENOSYS) does not have that. */
@@ -859,8 +849,7 @@ static int os_ask_device(int fd, unsigned question) {
 #else
 /* On other systems nothing keeps all promises of os_fallocate, and there is
  * nobody to ask. */
-#define os_fallocate(fd, mode, off, len) \
-  ((void)(fd), (void)(mode), (void)(off), (void)(len), -EOPNOTSUPP)
+#define os_fallocate(fd, mode, off, len) ((void)(off), (void)(len), -EOPNOTSUPP)
 #define os_set_nocow(fd) ((void)(fd))
 #define os_ask_device(fd, question) ((void)(fd), 0)
 #endif
@@ -951,7 +940,7 @@ static inline int os_is_data(int fd, uint64_t off, uint64_t end,
  * look at why one has failed.  -errno: of the last one. */
 static int os_nameless_file(const char *dir) {
   char path[PATH_MAX];
-#if OS_LINUX && defined MFD_CLOEXEC && defined O_TMPFILE
+#if defined OS_LINUX && defined MFD_CLOEXEC && defined O_TMPFILE
   /* O_EXCL lets nobody give it a name.  Not every file system has that. */
   int made = dir ? open(dir, O_TMPFILE | O_EXCL | O_RDWR | O_CLOEXEC, 0600)
                  : memfd_create("nbdserve", MFD_CLOEXEC);
@@ -1293,12 +1282,9 @@ static OS_HWSHA void sha_hw(uint32_t state[2][SHA_STATE_WORDS],
 static void sha_mix(int use_hw, uint32_t state[2][SHA_STATE_WORDS],
                     const unsigned char *first, const unsigned char *second,
                     size_t nblocks) {
-  if (use_hw) {
-    sha_hw(state, first, second ? second : first, nblocks);
-    return;
-  }
-  sha_portable(state[0], first, nblocks);
-  if (second) sha_portable(state[1], second, nblocks);
+  if (use_hw) sha_hw(state, first, second ? second : first, nblocks);
+  if (!use_hw) sha_portable(state[0], first, nblocks);
+  if (!use_hw && second) sha_portable(state[1], second, nblocks);
 }
 
 /* The state before a message, twice */
@@ -4449,7 +4435,6 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   if (!options) options = &defaults;
   const char *file = strncmp(path, "mem:", 4) == 0 ? NULL : path;
   uint64_t create = options->create;
-  int writable = !options->flags;
   int is_new = 0;
   if (options->flags & ~(NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY))
     return -EINVAL;
@@ -4462,7 +4447,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
     os_monitor_init(&f->region[i]);
   f->own.run_batch = flat_batch;
   f->fd = f->overlay_fd = -1;
-  int err = flat_open_target(f, file, writable, create, &is_new);
+  int err = flat_open_target(f, file, !options->flags, create, &is_new);
   if (!err) err = flat_find_slice(f, options->offset, options->size);
   if (!err && (options->flags & NBDSERVE_FLAT_TEMPORARY))
     err = flat_make_overlay(f, options->dir, SIZE_MAX);
@@ -4645,10 +4630,8 @@ static int peer_transfer(struct nbdserve_peer *p, enum nbd_cmd cmd,
   size_t sent = 0;
   int err = 0;
   for (size_t done = 0; done < n && !err; done++) {
-    while (sent < n && sent - done < PEER_DEPTH && !err) {
+    for (; sent < n && sent - done < PEER_DEPTH && !err; sent++)
       err = peer_send(p, cmd, sent, &parts[sent]);
-      sent++;
-    }
     if (!err) err = peer_move(p, 0, b, sizeof b);
     if (err) return err;
     uint64_t cookie = u_get64(b + 8);
@@ -4669,20 +4652,20 @@ static int peer_error(struct nbdserve_peer *p, const struct peer_part *part) {
   return peer_fail(p, part->err, "the peer cannot read at %" PRIu64, part->off);
 }
 
-/* Tells the peer that we are done.  If that fails it notices by itself; what
- * went wrong before stays in `why`. */
-static void peer_leave(struct nbdserve_peer *p) {
+/* Tells the peer that we are done: in the handshake with an option, later with
+ * a request, and not at all if it has not even greeted us.  If that fails it
+ * notices by itself; what went wrong before stays in `why`, since all is done
+ * on a copy. */
+static void peer_leave(const struct nbdserve_peer *p) {
+  struct nbdserve_peer copy = *p;
   struct peer_part none = {.off = 0, .len = 0};
   unsigned char abort[16] = {0};
-  char why[sizeof p->why];
-  memcpy(why, p->why, sizeof why);
   u_put64(abort, NBD_OPTION_MAGIC);
   u_put32(abort + 8, NBD_OPT_ABORT);
   if (p->deadline)
-    (void)!peer_move(p, 1, abort, sizeof abort);
+    (void)!peer_move(&copy, 1, abort, sizeof abort);
   else if (p->size)
-    (void)!peer_send(p, NBD_CMD_DISC, 0, &none);
-  memcpy(p->why, why, sizeof why);
+    (void)!peer_send(&copy, NBD_CMD_DISC, 0, &none);
 }
 
 #endif /* !NBDSERVE_NO_CLIENT && !NBDSERVE_NO_CAS */

@@ -514,7 +514,7 @@ static int os_ask_kernel(int fd, struct os_message *m, uint16_t type,
     for (const unsigned char *p = m->attributes, *end = (unsigned char *)m + n;
          end - p > (ptrdiff_t)sizeof head; p += (*head + 3u) / 4 * 4) {
       memcpy(head, p, sizeof head);
-      if (*head < sizeof head) return -EPROTO;
+      assert(*head >= sizeof head); /* else the kernel would be wrong */
       if (head[1] == type) memcpy(value, p + sizeof head, sizeof *value);
     }
   }
@@ -627,13 +627,12 @@ static void os_remove_same(const char *path, const struct stat *own) {
 /* Takes the next client of a listening socket: a blocking socket, or -errno.  A
  * sandbox may refuse accept4(2). */
 static int os_accept(int fd) {
-  int client = -1;
 #ifdef OS_LINUX
-  client = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
-  if (client >= 0) return client;
+  int at_once = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
+  if (at_once >= 0) return at_once;
   if (errno != ENOSYS && errno != EPERM) return -errno;
 #endif
-  client = accept(fd, NULL, NULL);
+  int client = accept(fd, NULL, NULL);
   if (client < 0) return -errno;
   os_set_fd_flags(client, 0); /* BSDs copy flags */
   return client;
@@ -700,11 +699,8 @@ static int os_splice_pipe(int fd[2], int most, int to) {
 
 /* Removes the first `done` bytes from the pieces (*v)[0..*n). */
 static void os_advance(struct iovec **v, int *n, size_t done) {
-  while (*n > 0 && done >= (*v)->iov_len) {
+  for (; *n > 0 && done >= (*v)->iov_len; ++*v, --*n)
     done -= (*v)->iov_len;
-    ++*v;
-    --*n;
-  }
   if (!done) return;
   assert(*n > 0);
   (*v)->iov_base = (char *)(*v)->iov_base + done;
@@ -1017,11 +1013,9 @@ static int u_is_power_of_2(uint64_t v) {
  * and data that is not zero mostly shows it in its first word. */
 static int u_is_zero(const unsigned char *p, size_t n) {
   uint64_t v[4];
-  while (n >= sizeof v) {
+  for (; n >= sizeof v; p += sizeof v, n -= sizeof v) {
     memcpy(v, p, sizeof v);
     if (v[0] | v[1] | v[2] | v[3]) return 0;
-    p += sizeof v;
-    n -= sizeof v;
   }
   while (n > 0)
     if (p[--n]) return 0;
@@ -4070,7 +4064,7 @@ enum {
   FLAT_MAX_IOV = 64, /* neighbouring requests that go into one system call */
   FLAT_OVERLAY_BLOCK = 65536, /* bytes that come to the overlay as a whole */
   FLAT_REGIONS = 16,          /* of blocks, each with a lock */
-  FLAT_FAILED = 1 << 30       /* a sync has failed (F1) */
+  FLAT_FAILED = 1 << 30       /* in struct flat: a sync has failed (F1) */
 };
 
 /* An open export: nbdserve_flat_open makes it, flat_close frees it.
@@ -4092,43 +4086,30 @@ struct flat {
   uint64_t offset;  /* bytes of the target in front of the export */
   uint64_t size;    /* bytes of the export when it was opened */
 
-  struct os_monitor lock; /* guards known and in_overlay */
-  unsigned known;         /* FLAT_FAILED, and a bit for each mode of
-                             os_fallocate that is missing: see flat_known */
-  /* Bit N % 8 of byte N / 8: block N is in the overlay.  NULL: there is none;
+  /* What only becomes more: bits that are set for good, by flat_mark. */
+  struct os_monitor lock; /* guards them */
+  uint32_t known;         /* FLAT_FAILED, and 1 << mode for each mode that
+                             os_fallocate turned out to lack here (F2) */
+  /* Bit N % 32 of word N / 32: block N is in the overlay.  NULL: there is none;
    * else the export is temporary, and no request changes the target. */
-  unsigned char *in_overlay;
+  uint32_t *in_overlay;
   /* Block N is brought over under region[N % FLAT_REGIONS], so that of two
    * WRITEs to it none is lost. */
   struct os_monitor region[FLAT_REGIONS];
 };
 STATIC_ASSERT(modes_of_fallocate_have_bits, OS_ZERO_RANGE < 30);
 
-/* ---- What has failed before ---------------------------------------------- */
-
-/* What an export has learned so far, to which `learned` is added, for good:
- * FLAT_FAILED, and 1 << mode for each mode that os_fallocate lacks here (F2).
- * Takes the lock. */
-static unsigned flat_known(struct flat *f, unsigned learned) {
+/* Sets bits for good in f->known or in a word of f->in_overlay, and returns
+ * what is then set there; bits is 0 to look only.  Takes the lock. */
+static uint32_t flat_mark(struct flat *f, uint32_t *word, uint32_t bits) {
   os_lock(&f->lock);
-  f->known |= learned;
-  unsigned known = f->known;
+  *word |= bits;
+  bits = *word;
   os_unlock(&f->lock);
-  return known;
+  return bits;
 }
 
 /* ---- The overlay of a temporary export ---------------------------------- */
-
-/* Is a block in the overlay?  sets: from now on it is. */
-static int overlay_has(struct flat *f, uint64_t block, int sets) {
-  unsigned char *byte = &f->in_overlay[block / 8];
-  assert(block <= f->size / FLAT_OVERLAY_BLOCK);
-  os_lock(&f->lock);
-  if (sets) *byte |= (unsigned char)(1 << block % 8);
-  int has = *byte >> block % 8 & 1;
-  os_unlock(&f->lock);
-  return has;
-}
 
 /* Copies a block of the target to the overlay.  The last block of an export may
  * be shorter than the others.  The caller holds the lock of its region. */
@@ -4151,16 +4132,18 @@ static int overlay_do_piece(struct flat *f, int writing, void *buf,
                             uint64_t off, size_t len) {
   struct iovec v = {buf, len};
   uint64_t block = off / FLAT_OVERLAY_BLOCK;
+  uint32_t *word = &f->in_overlay[block / 32];
+  uint32_t bit = 1u << block % 32;
   int err = 0;
   assert(len > 0 && len <= FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK);
-  if (overlay_has(f, block, 0))
+  if (flat_mark(f, word, 0) & bit)
     return os_transfer(f->overlay_fd, writing, &v, 1, off);
   if (!writing) return os_transfer(f->fd, OS_READ, &v, 1, f->offset + off);
   os_lock(&f->region[block % FLAT_REGIONS]);
-  if (len < FLAT_OVERLAY_BLOCK && !overlay_has(f, block, 0))
+  if (len < FLAT_OVERLAY_BLOCK && !(flat_mark(f, word, 0) & bit))
     err = overlay_copy(f, block);
   if (!err) err = os_transfer(f->overlay_fd, OS_WRITE, &v, 1, off);
-  if (!err) overlay_has(f, block, 1);
+  if (!err) flat_mark(f, word, bit);
   os_unlock(&f->region[block % FLAT_REGIONS]);
   return err;
 }
@@ -4188,7 +4171,8 @@ static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
   int how = reqs->type == NBD_CMD_WRITE ? OS_WRITE : OS_READ;
   assert(nreqs > 0 && nreqs <= FLAT_MAX_IOV);
   if (f->in_overlay) return overlay_do(f, reqs);
-  if (how == OS_WRITE && flat_known(f, 0) & FLAT_FAILED) return -EIO; /* (F1) */
+  /* (F1) */
+  if (how == OS_WRITE && flat_mark(f, &f->known, 0) & FLAT_FAILED) return -EIO;
   for (size_t i = 0; i < nreqs; i++) {
     v[i] = (struct iovec){reqs[i].buf, (size_t)reqs[i].len};
     assert(v[i].iov_len == reqs[i].len); /* there is a buffer of that size */
@@ -4252,9 +4236,9 @@ static int flat_flush(void *ctx, uint32_t flags) {
   (void)flags;
   struct flat *f = ctx;
   if (f->in_overlay) return 0;
-  if (flat_known(f, 0) & FLAT_FAILED) return -EIO;
+  if (flat_mark(f, &f->known, 0) & FLAT_FAILED) return -EIO;
   int err = os_datasync(f->fd);
-  if (err) flat_known(f, FLAT_FAILED);
+  if (err) flat_mark(f, &f->known, FLAT_FAILED);
   return err;
 }
 
@@ -4264,11 +4248,11 @@ static int flat_flush(void *ctx, uint32_t flags) {
 static int flat_allocate(struct flat *f, int mode, uint64_t off, uint64_t len) {
   if (f->in_overlay) return -EOPNOTSUPP; /* the target stays */
   assert(mode >= 0 && mode <= OS_ZERO_RANGE);
-  unsigned known = flat_known(f, 0);
+  uint32_t known = flat_mark(f, &f->known, 0);
   if (known & FLAT_FAILED) return -EIO; /* (F1): it is a write */
   if (known & 1u << mode) return -EOPNOTSUPP;
   int err = os_fallocate(f->fd, mode, f->offset + off, len);
-  if (err == -EOPNOTSUPP) flat_known(f, 1u << mode); /* (F2) */
+  if (err == -EOPNOTSUPP) flat_mark(f, &f->known, 1u << mode); /* (F2) */
   return err == -EINVAL ? -EOPNOTSUPP : err;
 }
 
@@ -4419,7 +4403,7 @@ static int flat_find_slice(struct flat *f, uint64_t offset, uint64_t size) {
  * more bytes than `most`, which is what size_t holds: on a machine with
  * addresses of 32 bits a sparse file may well be too large. */
 static int flat_make_overlay(struct flat *f, const char *dir, size_t most) {
-  uint64_t len = f->size / FLAT_OVERLAY_BLOCK / 8 + 1;
+  uint64_t len = (f->size / FLAT_OVERLAY_BLOCK / 32 + 1) * sizeof(uint32_t);
   if (len > most) return -EFBIG;
   f->in_overlay = u_zalloc((size_t)len);
   if (!f->in_overlay) return -ENOMEM;

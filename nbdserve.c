@@ -4458,6 +4458,21 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
  * (proto.md, the same parts as in [8] and [9]).  Section [12] gets blocks from
  * other stores with it.
  *
+ * What travels, client to peer (>) and back (<):
+ *
+ *   handshake     < hello   > flags   > option GO   < replies to it, up to ACK
+ *   transmission  > up to PEER_DEPTH requests   < their replies, in any order
+ *   end           > NBD_CMD_DISC, or in the handshake NBD_OPT_ABORT
+ *
+ * The messages are drawn in [5].  A struct nbdserve_peer belongs to one call of
+ * the library at a time: nothing here is locked.  The state of its connection
+ * is in two members:
+ *
+ *   deadline      size         state
+ *   0             0            nothing has been sent
+ *   a time        0, or known  in the handshake, which ends at that time
+ *   0             known        in the transmission phase
+ *
  * (P1) Every wait ends: by the peer, by a time limit, or because `progress`
  *      says so, which is asked several times a second.
  * (P2) What a peer says is not believed: no length of it is allocated, no
@@ -4477,7 +4492,8 @@ enum {
   PEER_LOOK_MS = 200   /* until progress is asked again */
 };
 
-/* One READ or WRITE */
+/* One READ or WRITE.  Whoever asks for it owns the data; it must stay where it
+ * is until peer_transfer returns. */
 struct peer_part {
   uint64_t off;
   uint32_t len;
@@ -4485,7 +4501,8 @@ struct peer_part {
   int err; /* the answer: 0 or -EIO; or PEER_PENDING */
 };
 
-/* Notes what went wrong with a peer.  Returns err. */
+/* Notes what went wrong with a peer, for the one who called the library: there
+ * is nobody here to print it.  Returns err. */
 static int OS_PRINTF(3, 4)
     peer_fail(struct nbdserve_peer *p, int err, const char *fmt, ...) {
   va_list ap;
@@ -4497,7 +4514,10 @@ static int OS_PRINTF(3, 4)
   return err;
 }
 
-/* Sends (writes) or receives n bytes (P1). */
+/* Sends (writes) or receives n bytes (P1).  The time limit is that of the
+ * handshake or, later, one for this message alone.  Nothing is done that may
+ * block: a pipe, which knows no MSG_DONTWAIT, is written in pieces that fit
+ * where poll says that there is room. */
 static int peer_move(struct nbdserve_peer *p, int writes, unsigned char *data,
                      size_t n) {
   int64_t until = p->deadline ? p->deadline : os_now_ms() + p->stall_ms;
@@ -4524,24 +4544,14 @@ static int peer_move(struct nbdserve_peer *p, int writes, unsigned char *data,
   return 0;
 }
 
-/* Looks at the data of a reply to GO, NBD_REP_INFO.  0, or -EPROTO: the export
- * is not for us. */
-static int peer_take_info(struct nbdserve_peer *p, const unsigned char *data,
-                          size_t len) {
-  unsigned type = len >= 2 ? u_get16(data) : 0;
-  if (type == NBD_INFO_EXPORT && len == 12) {
-    p->size = u_get64(data + 2);
-    if (!p->size || p->size > INT64_MAX)
-      return peer_fail(p, -EPROTO, "the export has no size that can be");
-  }
-  if (type == NBD_INFO_BLOCK_SIZE && len == 14 &&
-      (u_get32(data + 2) > PEER_ALIGN || u_get32(data + 10) < PEER_MOST))
-    return peer_fail(p, -EPROTO, "the peer's block sizes are not for us");
-  return 0;
-}
-
-/* Does the handshake, and enters the export of that name.  0 or -errno: -ENOENT
- * if the peer refuses it. */
+/* Does the handshake, and enters the export of that name.  The option GO asks
+ * for one piece of information, the block sizes; the size of the export comes
+ * unasked.  Other pieces, and replies that are not known here, are passed over.
+ * The buffer holds each message that we send or want to look at, and the NUL
+ * behind an error's text.
+ *
+ * 0 or -errno: -ENOENT if the peer refuses the export, -EPROTO if it speaks
+ * another language or the export is not for us. */
 static int peer_enter(struct nbdserve_peer *p, const char *name) {
   unsigned char b[WIRE_OPTION_REPLY_LEN + WIRE_STRING_MAX + 32];
   size_t n = strlen(name);
@@ -4562,7 +4572,7 @@ static int peer_enter(struct nbdserve_peer *p, const char *name) {
   u_put32(b + 16, (uint32_t)(4 + n + 4));
   u_put32(b + 20, (uint32_t)n);
   memcpy(b + 24, name, n);
-  u_put16(b + 24 + n, 1); /* piece of information */
+  u_put16(b + 24 + n, 1); /* so many pieces of information */
   u_put16(b + 26 + n, NBD_INFO_BLOCK_SIZE);
   err = peer_move(p, 1, b, 28 + n);
   for (int i = 0; i < PEER_REPLIES && !err; i++) {
@@ -4582,20 +4592,28 @@ static int peer_enter(struct nbdserve_peer *p, const char *name) {
     }
     if (type & NBD_REP_ERR_BIT)
       return peer_fail(p, -ENOENT, "the peer refuses %.90s: %.80s", name, b);
-    if (type == NBD_REP_INFO) err = peer_take_info(p, b, len);
+    unsigned info = type == NBD_REP_INFO && len >= 2 ? u_get16(b) : UINT_MAX;
+    if (info == NBD_INFO_EXPORT && len == 12) {
+      p->size = u_get64(b + 2);
+      if (!p->size || p->size > INT64_MAX)
+        return peer_fail(p, -EPROTO, "the export has no size that can be");
+    }
+    if (info == NBD_INFO_BLOCK_SIZE && len == 14 &&
+        (u_get32(b + 2) > PEER_ALIGN || u_get32(b + 10) < PEER_MOST))
+      return peer_fail(p, -EPROTO, "the peer's block sizes are not for us");
   }
   return err ? err : peer_fail(p, -EPROTO, "the peer haggles out of order");
 }
 
-/* Sends a request, which the reply names by the cookie. */
+/* Sends a request, which the reply names by the cookie, and what a WRITE is to
+ * write. */
 static int peer_send(struct nbdserve_peer *p, enum nbd_cmd cmd, size_t cookie,
                      struct peer_part *part) {
   unsigned char b[WIRE_REQUEST_LEN];
   assert(part->off % PEER_ALIGN == 0 && part->len % PEER_ALIGN == 0);
   assert(part->len <= PEER_MOST);
   u_put32(b, NBD_REQUEST_MAGIC);
-  u_put16(b + 4, 0);
-  u_put16(b + 6, cmd);
+  u_put32(b + 4, cmd); /* and no flags in front of it */
   u_put64(b + 8, cookie);
   u_put64(b + 16, part->off);
   u_put32(b + 24, part->len);
@@ -4605,7 +4623,10 @@ static int peer_send(struct nbdserve_peer *p, enum nbd_cmd cmd, size_t cookie,
                                      : peer_move(p, 1, part->data, part->len);
 }
 
-/* Sends n requests and takes their replies, in whatever order these come.  A
+/* Sends n requests and takes their replies, in whatever order these come.  The
+ * cookie of a request is its index.  No reply comes twice, as that of a request
+ * that is no longer pending is refused; data comes only behind a READ that was
+ * done, and goes nowhere but to that request's own place (P2).  A
  * request that the peer refuses has its own part->err; the error that is
  * returned is of the connection, which cannot be used any more. */
 static int peer_transfer(struct nbdserve_peer *p, enum nbd_cmd cmd,

@@ -191,14 +191,14 @@ typedef __m128i os_words; /* four words of 32 bits, in one register */
                                     _mm_alignr_epi8((w)[3], (w)[2], 4)), \
                        (w)[3])
 
-/* Does four rounds of SHA-256 on a state, whose words [4] calls A to H.  Each
- * instruction does two, on the lower half of addend.  The old ABEF is the new
+/* Does four rounds of SHA-256 on a state, whose words [4] calls A to H.  add:
+ * the constants of the rounds plus the message's words.  Each instruction does
+ * two rounds, with the lower half of add.  The old ABEF is the new
  * CDGH, so the halves change places twice. */
-static inline OS_HWSHA void os_rounds(os_words *abef, os_words *cdgh,
-                                      os_words addend) {
-  *cdgh = _mm_sha256rnds2_epu32(*cdgh, *abef, addend);
-  addend = _mm_shuffle_epi32(addend, 14); /* the upper half */
-  *abef = _mm_sha256rnds2_epu32(*abef, *cdgh, addend);
+static OS_HWSHA void os_rounds(os_words *abef, os_words *cdgh, os_words add) {
+  *cdgh = _mm_sha256rnds2_epu32(*cdgh, *abef, add);
+  add = _mm_shuffle_epi32(add, 14); /* the upper half */
+  *abef = _mm_sha256rnds2_epu32(*abef, *cdgh, add);
 }
 
 /* Does this processor have the SHA-256 instructions that [4] uses?  Each that
@@ -227,11 +227,10 @@ typedef uint32x4_t os_words;
   vsha256su1q_u32(vsha256su0q_u32((w)[0], (w)[1]), (w)[2], (w)[3])
 
 /* The same.  Here abef holds A, B, C, D, and cdgh E, F, G, H. */
-static inline OS_HWSHA void os_rounds(os_words *abef, os_words *cdgh,
-                                      os_words addend) {
+static OS_HWSHA void os_rounds(os_words *abef, os_words *cdgh, os_words add) {
   os_words abcd = *abef;
-  *abef = vsha256hq_u32(abcd, *cdgh, addend);
-  *cdgh = vsha256h2q_u32(*cdgh, abcd, addend);
+  *abef = vsha256hq_u32(abcd, *cdgh, add);
+  *cdgh = vsha256h2q_u32(*cdgh, abcd, add);
 }
 
 /* The same.  The kernel tells by bit 6 of AT_HWCAP. */
@@ -742,8 +741,7 @@ enum {
 /* Moves what one system call moves of v[0..n); as pread(2) and pwrite(2).  For
  * a single piece the plain calls are faster: 15 % of a read of 512 bytes that
  * are in memory. */
-static ssize_t os_transfer_some(int fd, int how, const struct iovec *v, int n,
-                                off_t off) {
+static ssize_t os_move(int fd, int how, struct iovec *v, int n, off_t off) {
   int writing = how == OS_WRITE;
   if (how == OS_READ_NOW) return os_preadv_now(fd, v, n, off);
   if (n > 1) return writing ? pwritev(fd, v, n, off) : preadv(fd, v, n, off);
@@ -764,7 +762,7 @@ static int os_transfer(int fd, int how, struct iovec *v, int n, uint64_t off) {
   while (n > 0) {
     assert(v->iov_len > 0); /* else 0 would not mean the end of the file */
     assert(off <= INT64_MAX);
-    ssize_t done = os_transfer_some(fd, how, v, n, (off_t)off);
+    ssize_t done = os_move(fd, how, v, n, (off_t)off);
     if (done < 0 && errno == EINTR) continue;
     if (done <= 0 && how == OS_READ_NOW) return -EAGAIN;
     if (done < 0) return -errno;
@@ -780,7 +778,7 @@ static int os_transfer(int fd, int how, struct iovec *v, int n, uint64_t off) {
 static int os_can_read_now(int fd) {
   char byte;
   struct iovec v = {&byte, 1};
-  return os_transfer_some(fd, OS_READ_NOW, &v, 1, 0) >= 0 || errno == EAGAIN;
+  return os_move(fd, OS_READ_NOW, &v, 1, 0) >= 0 || errno == EAGAIN;
 }
 
 #ifdef __APPLE__
@@ -4124,39 +4122,38 @@ static int overlay_copy(struct flat *f, uint64_t block) {
   return os_transfer(f->overlay_fd, OS_WRITE, &out, 1, start);
 }
 
-/* Reads or writes len bytes at off, all in one block: a write in the overlay,
- * to which it brings the block first unless it fills it.  The block counts as
- * being there once all of that is done: who reads it until then reads what it
- * was before. */
-static int overlay_do_piece(struct flat *f, int writing, void *buf,
-                            uint64_t off, size_t len) {
-  struct iovec v = {buf, len};
+/* Reads or writes v, which lies at off, all in one block: a write in the
+ * overlay, to which it brings the block first unless it fills it.  The block
+ * counts as being there once all of that is done: who reads it until then reads
+ * what it was before. */
+static int overlay_move(struct flat *f, int how, struct iovec v, uint64_t off) {
   uint64_t block = off / FLAT_OVERLAY_BLOCK;
   uint32_t *word = &f->in_overlay[block / 32];
   uint32_t bit = 1u << block % 32;
   int err = 0;
-  assert(len > 0 && len <= FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK);
+  assert(v.iov_len > 0 && off < f->size);
+  assert(v.iov_len <= FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK);
   if (flat_mark(f, word, 0) & bit)
-    return os_transfer(f->overlay_fd, writing, &v, 1, off);
-  if (!writing) return os_transfer(f->fd, OS_READ, &v, 1, f->offset + off);
+    return os_transfer(f->overlay_fd, how, &v, 1, off);
+  if (how == OS_READ) return os_transfer(f->fd, how, &v, 1, f->offset + off);
   os_lock(&f->region[block % FLAT_REGIONS]);
-  if (len < FLAT_OVERLAY_BLOCK && !(flat_mark(f, word, 0) & bit))
+  if (v.iov_len < FLAT_OVERLAY_BLOCK && !(flat_mark(f, word, 0) & bit))
     err = overlay_copy(f, block);
-  if (!err) err = os_transfer(f->overlay_fd, OS_WRITE, &v, 1, off);
+  if (!err) err = os_transfer(f->overlay_fd, how, &v, 1, off);
   if (!err) flat_mark(f, word, bit);
   os_unlock(&f->region[block % FLAT_REGIONS]);
   return err;
 }
 
 /* Does a READ or WRITE block by block.  Returns 0 or the first error. */
-static int overlay_do(struct flat *f, const struct nbdserve_req *r) {
+static int overlay_do(struct flat *f, int how, const struct nbdserve_req *r) {
   int err = 0;
   assert(r->len <= f->size && r->off <= f->size - r->len);
   for (uint64_t done = 0, len; done < r->len && !err; done += len) {
     uint64_t off = r->off + done;
     len = u_min(FLAT_OVERLAY_BLOCK - off % FLAT_OVERLAY_BLOCK, r->len - done);
-    err = overlay_do_piece(f, r->type == NBD_CMD_WRITE, r->buf + done, off,
-                           (size_t)len);
+    struct iovec v = {r->buf + done, (size_t)len};
+    err = overlay_move(f, how, v, off);
   }
   return err;
 }
@@ -4170,7 +4167,7 @@ static int flat_transfer(struct flat *f, const struct nbdserve_req *reqs,
   struct iovec v[FLAT_MAX_IOV];
   int how = reqs->type == NBD_CMD_WRITE ? OS_WRITE : OS_READ;
   assert(nreqs > 0 && nreqs <= FLAT_MAX_IOV);
-  if (f->in_overlay) return overlay_do(f, reqs);
+  if (f->in_overlay) return overlay_do(f, how, reqs);
   /* (F1) */
   if (how == OS_WRITE && flat_mark(f, &f->known, 0) & FLAT_FAILED) return -EIO;
   for (size_t i = 0; i < nreqs; i++) {
@@ -4415,15 +4412,14 @@ static int flat_make_overlay(struct flat *f, const char *dir, size_t most) {
  * lock still keeps others from taking it (F4). */
 int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
                        struct nbdserve_export *out) {
-  static const struct nbdserve_flat defaults;
-  if (!options) options = &defaults;
+  struct nbdserve_flat o = {.flags = 0};
+  if (options) o = *options;
   const char *file = strncmp(path, "mem:", 4) == 0 ? NULL : path;
-  uint64_t create = options->create;
   int is_new = 0;
-  if (options->flags & ~(NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY))
+  if (o.flags & ~(NBDSERVE_FLAT_READONLY | NBDSERVE_FLAT_TEMPORARY))
     return -EINVAL;
-  if (!file && !u_parse_number(path + 4, INT64_MAX, &create)) return -EINVAL;
-  if (create > INT64_MAX) return -EINVAL;
+  if (!file && !u_parse_number(path + 4, INT64_MAX, &o.create)) return -EINVAL;
+  if (o.create > INT64_MAX) return -EINVAL;
   struct flat *f = u_zalloc(sizeof *f);
   if (!f) return -ENOMEM;
   os_monitor_init(&f->lock);
@@ -4431,10 +4427,10 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
     os_monitor_init(&f->region[i]);
   f->own.run_batch = flat_batch;
   f->fd = f->overlay_fd = -1;
-  int err = flat_open_target(f, file, !options->flags, create, &is_new);
-  if (!err) err = flat_find_slice(f, options->offset, options->size);
-  if (!err && (options->flags & NBDSERVE_FLAT_TEMPORARY))
-    err = flat_make_overlay(f, options->dir, SIZE_MAX);
+  int err = flat_open_target(f, file, !o.flags, o.create, &is_new);
+  if (!err) err = flat_find_slice(f, o.offset, o.size);
+  if (!err && (o.flags & NBDSERVE_FLAT_TEMPORARY))
+    err = flat_make_overlay(f, o.dir, SIZE_MAX);
   if (err) {
     if (is_new) os_remove_own_file(path, f->fd);
     flat_close(f);
@@ -4442,8 +4438,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
   }
   out->size = f->size;
   out->flags |= NBDSERVE_EXPORT_MULTI_CONN; /* fdatasync is for all writers */
-  if (options->flags & NBDSERVE_FLAT_READONLY)
-    out->flags |= NBDSERVE_EXPORT_READONLY;
+  if (o.flags & NBDSERVE_FLAT_READONLY) out->flags |= NBDSERVE_EXPORT_READONLY;
   if (os_is_rotational(f->fd)) out->flags |= NBDSERVE_EXPORT_ROTATIONAL;
   out->ops = &flat_ops;
   out->ctx = f;

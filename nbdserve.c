@@ -4100,6 +4100,7 @@ STATIC_ASSERT(modes_of_fallocate_have_bits, OS_ZERO_RANGE < 30);
 /* Sets bits for good in f->known or in a word of f->in_overlay, and returns
  * what is then set there; bits is 0 to look only.  Takes the lock. */
 static uint32_t flat_mark(struct flat *f, uint32_t *word, uint32_t bits) {
+  (void)f;
   os_lock(&f->lock);
   *word |= bits;
   bits = *word;

@@ -396,8 +396,7 @@ static int64_t os_now_ms(void) {
 /* Makes calls on fd wait (blocking is 0) or not (O_NONBLOCK), and keeps
  * programs that the host runs from inheriting it. */
 static void os_set_fd_flags(int fd, int blocking) {
-  int flags = fcntl(fd, F_GETFL) & ~O_NONBLOCK;
-  fcntl(fd, F_SETFL, flags | blocking);
+  fcntl(fd, F_SETFL, (fcntl(fd, F_GETFL) & ~O_NONBLOCK) | blocking);
   fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
 

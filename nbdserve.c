@@ -749,6 +749,18 @@ static ssize_t os_move(int fd, int how, struct iovec *v, int n, off_t off) {
                  : pread(fd, v->iov_base, v->iov_len, off);
 }
 
+#if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
+/* Tells the system what will be done with a range: POSIX_FADV_...  len 0: all
+ * up to the end. */
+static inline void os_advise(int fd, int advice, uint64_t off, uint64_t len) {
+  assert(off <= INT64_MAX && len <= INT64_MAX - off);
+  posix_fadvise(fd, (off_t)off, (off_t)len, advice);
+}
+#else
+/* This system cannot be told. */
+#define os_advise(fd, advice, off, len) ((void)(fd), (void)(off), (void)(len))
+#endif
+
 /* Reads or writes all of v[0..n), which lies at off in one piece.  Changes v.
  * No piece may be empty.
  *
@@ -756,7 +768,8 @@ static ssize_t os_move(int fd, int how, struct iovec *v, int n, off_t off) {
  * after 2 GiB); what is left is asked for again until it is done or an error
  * tells why not.  After an error some of it may have been done.  -EIO: the file
  * ends before all was read.  -EAGAIN, of OS_READ_NOW only, and its only error:
- * the medium would have to be waited for, or asked what is wrong. */
+ * the medium would have to be waited for, or asked what is wrong.  It is asked
+ * for all of it, so whoever comes back waits less. */
 static int os_transfer(int fd, int how, struct iovec *v, int n, uint64_t off) {
   assert(how == OS_READ || how == OS_WRITE || how == OS_READ_NOW);
   while (n > 0) {
@@ -764,7 +777,13 @@ static int os_transfer(int fd, int how, struct iovec *v, int n, uint64_t off) {
     assert(off <= INT64_MAX);
     ssize_t done = os_move(fd, how, v, n, (off_t)off);
     if (done < 0 && errno == EINTR) continue;
-    if (done <= 0 && how == OS_READ_NOW) return -EAGAIN;
+    if (done <= 0 && how == OS_READ_NOW) {
+      uint64_t len = 0;
+      for (; n > 0; n--)
+        len += v++->iov_len;
+      os_advise(fd, POSIX_FADV_WILLNEED, off, len);
+      return -EAGAIN;
+    }
     if (done < 0) return -errno;
     if (done == 0) return -EIO;
     off += (uint64_t)done;
@@ -846,18 +865,6 @@ static int os_ask_device(int fd, unsigned question) {
 #define os_fallocate(fd, mode, off, len) ((void)(off), (void)(len), -EOPNOTSUPP)
 #define os_set_nocow(fd) ((void)(fd))
 #define os_ask_device(fd, question) ((void)(fd), 0)
-#endif
-
-#if defined POSIX_FADV_WILLNEED && !NBDSERVE_POSIX_ONLY
-/* Tells the system what will be done with a range: POSIX_FADV_...  len 0: all
- * up to the end. */
-static inline void os_advise(int fd, int advice, uint64_t off, uint64_t len) {
-  assert(off <= INT64_MAX && len <= INT64_MAX - off);
-  posix_fadvise(fd, (off_t)off, (off_t)len, advice);
-}
-#else
-/* This system cannot be told. */
-#define os_advise(fd, advice, off, len) ((void)(fd), (void)(off), (void)(len))
 #endif
 
 /* Keeps other servers out, until fd is closed: a writer keeps out everybody, a
@@ -1572,7 +1579,9 @@ struct nbdserve_req {
   int err_has_off;           /* err_off is valid */
   uint64_t err_off;          /* where in the export err happened */
   struct nbdserve_req *next; /* in a list of requests that are answered, or
-                                wait for a worker */
+                                that one worker does */
+  struct nbdserve_req
+      *next_job; /* the first of the next such list in a queue */
 };
 
 /* Moves a request on in the table above. */
@@ -2575,9 +2584,11 @@ enum {
   TX_BATCH = 128,       /* requests in a batch, at most */
   TX_HEADS = 32,        /* long heads that leave in one send, at most */
   TX_FLUSHES = 64,      /* see tx_flush */
-  TX_SPARES = 16,       /* buffers that a client keeps */
-  TX_IDLE_MS = 5000,    /* a worker without work ends after that */
-  TX_ERROR_TEXT = 80,   /* bytes of an error's text that are sent */
+  TX_HANDED_OVER = 1024, /* requests with workers, at most */
+  TX_QUICK_NS = 50000,   /* a flush that takes less is not handed over */
+  TX_SPARES = 16,        /* buffers that a client keeps */
+  TX_IDLE_MS = 5000,     /* a worker without work ends after that */
+  TX_ERROR_TEXT = 80,    /* bytes of an error's text that are sent */
   TX_HEAD_ROOM = 64, /* bytes before a READ's data, for its head: 40 and more */
   TX_HEAD_MAX =      /* the longest reply without data: ERROR_OFFSET */
       WIRE_EXT_CHUNK_LEN + WIRE_ERROR_LEN + TX_ERROR_TEXT + WIRE_OFFSET_LEN,
@@ -2636,16 +2647,18 @@ struct conn {
   size_t pipe_room; /* bytes that it holds */
   /* -- queue */
   struct os_monitor queue_lock;
-  struct nbdserve_req *queue; /* each for one worker */
+  struct nbdserve_req *queue; /* lists, each for one worker */
   struct nbdserve_req **queue_end;
   struct nbdserve_req *to_flush; /* one worker takes all of them */
   int flush_at_work;             /* a worker took others and is not done */
+  int is_flush_quick;            /* the last flush was: see tx_flush */
   unsigned nqueue;
   unsigned nhanded_over; /* in both lists, and being done */
   unsigned nworkers;
   unsigned nidle;
   int closing;            /* DRAINING: no more work comes, workers end */
   int reader_waits;       /* the client's thread waits for a worker */
+  unsigned nbuffers;      /* that requests own */
   void *spare[TX_SPARES]; /* [nspares]: see tx_take_buffer */
   size_t nspares;
   unsigned nlogged; /* failed requests that were logged */
@@ -3081,10 +3094,12 @@ static int hs_run(struct conn *c) {
  *   TX_PIECE, into a store
  *   FLUSH, TRIM, CACHE,       a worker; FLUSH:   BLOCK_STATUS: a buffer of its
  *   WRITE_ZEROES,             after the batch's  own
- *   BLOCK_STATUS              writes, and alone:
- *                             client's thread
- *   READ of a batch that has  a worker           a buffer of its own
- *   to wait for the medium
+ *   BLOCK_STATUS              writes, and alone
+ *                             or quick: client's
+ *                             thread
+ *   READs of a batch that     a worker, all one  a buffer for all of them
+ *   have to wait for the      after the other
+ *   medium
  *
  *   tx_run_batch     does what has gathered, when rbuf holds no whole request
  *                    any more or the batch is full
@@ -3098,16 +3113,22 @@ static int hs_run(struct conn *c) {
  * that tx_answer gathers, and all replies of the batch leave in one sendmsg().
  * All of this happens in the client's thread.  A WRITE with FUA is TO_FLUSH
  * after pwrite: a worker flushes and answers, or the client's thread, if the
- * client has asked for nothing else.
+ * client has asked for nothing else or a flush takes no time.
  *
  * A FLUSH is TO_FLUSH from the start.  When the batch's writes are done, the
- * client's thread does it if it is alone (tx_flush); otherwise it joins
+ * client's thread does it if it is alone or quick (tx_flush); otherwise it joins
  * c->to_flush, and one worker takes all requests that are there, calls ex_flush
  * once and answers them all.  ex_flush waits for a flush of the export
  * that begins after it was asked for.  A write's reply is sent only after the
  * backend's write has returned.  So, whichever client sent the write: if its
  * reply was sent before the FLUSH was received, the write had returned before
  * the flush began, and is covered by it.
+ *
+ * A READ of 4 KiB that is not in memory: run_batch asks the medium for it and
+ * says -EAGAIN.  When all of the batch is asked for or done, the READs that wait
+ * go to one worker, and the others are answered.  The worker reads them in their
+ * order and answers what is there before it waits for the next one.  Meanwhile
+ * the client's thread takes the next requests.
  *
  * A client that never reads: who sends to it waits in poll() with send_lock
  * held, until the client takes something or its time is over (I2).  Then
@@ -3125,19 +3146,21 @@ static int hs_run(struct conn *c) {
  *      answered by a head alone, which stands with the other replies' heads.
  * (T3) A batch's writes are done before its flushes start: a flush covers all
  *      that was answered before it arrived, and more.
- * (T4) FLUSH (unless it came alone), TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS,
- *      READs in a batch that have to wait for the medium, and what
- *      tx_dispatch copies, may take as long as they like: nothing behind them
- *      waits, up to the limit in tx_hand_over and while a worker can be had.
- *      What the client's thread does itself holds up the requests behind it:
- *      the rest of a batch, pieces, and a flush that came alone.  In a batch
- *      these still wait there: READs of a part of a store's block, leaves that
- *      have to be read, and everything on a temporary export.
+ * (T4) FLUSH (unless it came alone, or the one before was quick), TRIM, CACHE,
+ *      WRITE_ZEROES, BLOCK_STATUS, READs in a batch that have to wait for the
+ *      medium, and what tx_dispatch copies, may take as long as they like:
+ *      nothing behind them waits, up to the limits in (T5) and while a worker
+ *      can be had; but of the READs of one batch that wait for the medium, one
+ *      may have to wait for those in front of it.  What the client's thread does
+ *      itself holds up the requests behind it: the rest of a batch, pieces, and
+ *      a flush that came alone, or took long after one that was quick.  In a
+ *      batch these still wait there: READs of a part of a store's block, leaves
+ *      that have to be read, and everything on a temporary export.
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
- *      that many requests with workers.  Those that hold data are not more than
- *      config.threads, with up to TX_PIECE bytes each; of the others as many
- *      are done at a time, and then hold the extents of a BLOCK_STATUS, 2 MiB
- *      at most, until they are answered. */
+ *      up to TX_HANDED_OVER requests with workers.  The buffers that these own
+ *      are not more than config.threads, with up to TX_PIECE bytes each.  Of
+ *      the other requests as many are done at a time, and then hold the extents
+ *      of a BLOCK_STATUS, 2 MiB at most, until they are answered. */
 
 /* ---- Replies ------------------------------------------------------------- */
 
@@ -3299,15 +3322,21 @@ static void tx_account(struct conn *c, const struct nbdserve_req *list) {
 }
 
 /* Gives a request that is handed over a buffer for its data, of TX_PIECE bytes
- * behind room for a head.  False: there is no memory.  A client keeps some: the
+ * behind room for a head.  Waits while as many are owned as there may be
+ * workers (T5).  False: there is no memory.  A client keeps some: the
  * system would have to clear each page of a new one.  What is not used is not
  * there, so all may have the same size. */
 static int tx_take_buffer(struct conn *c, struct nbdserve_req *r) {
   assert(!r->owned);
   os_lock(&c->queue_lock);
+  c->reader_waits = 1;
+  while (c->nbuffers >= c->s->config.threads) /* (T5) */
+    os_wait(&c->queue_lock);
+  c->reader_waits = 0;
   if (c->nspares > 0) r->owned = c->spare[--c->nspares];
-  os_unlock(&c->queue_lock);
   if (!r->owned) r->owned = NBDSERVE_MALLOC(TX_HEAD_ROOM + TX_PIECE);
+  if (r->owned) c->nbuffers++;
+  os_unlock(&c->queue_lock);
   if (r->owned) r->buf = (unsigned char *)r->owned + TX_HEAD_ROOM;
   return r->owned != NULL;
 }
@@ -3318,7 +3347,10 @@ static void tx_give_buffer(struct conn *c, const struct nbdserve_req *r) {
   if (!r->owned) return;
   os_lock(&c->queue_lock);
   assert(c->nspares <= TX_SPARES);
-  int is_kept = r->type != NBD_CMD_BLOCK_STATUS && c->nspares < TX_SPARES;
+  int is_counted = r->type != NBD_CMD_BLOCK_STATUS;
+  int is_kept = is_counted && c->nspares < TX_SPARES;
+  assert(!is_counted || c->nbuffers > 0);
+  if (is_counted) c->nbuffers--;
   if (is_kept) c->spare[c->nspares++] = r->owned;
   os_unlock(&c->queue_lock);
   if (!is_kept) NBDSERVE_FREE(r->owned);
@@ -3364,7 +3396,11 @@ static void tx_execute(struct conn *c, struct nbdserve_req *list) {
     if (r->type == NBD_CMD_FLUSH) r->err = ex_ask_before(c->export, r);
     if (!r->err) wanted = 1;
   }
+  uint64_t begun = os_now_ns();
   int err = wanted ? ex_flush(c->export) : 0;
+  os_lock(&c->queue_lock);
+  if (wanted) c->is_flush_quick = os_now_ns() - begun < TX_QUICK_NS;
+  os_unlock(&c->queue_lock);
   for (r = list; r; r = r->next) {
     if (!r->err) r->err = err;
     req_set_state(r, REQ_DONE);
@@ -3385,8 +3421,8 @@ static void tx_wait_for_workers(struct conn *c, unsigned most) {
   c->reader_waits = 0;
 }
 
-/* Takes what a worker does next, waiting for it: one request, or all that wait
- * for a flush, as a list.  NULL: there was nothing to do for TX_IDLE_MS, or the
+/* Takes what a worker does next, waiting for it: a list from the queue, or all
+ * that wait for a flush.  NULL: there was nothing to do for TX_IDLE_MS, or the
  * connection ends and there is nothing left; if flushes are left while another
  * worker flushes, that one takes them next.  (That the wait ends also helps
  * where the system loses a signal, which some versions of glibc do.)  The
@@ -3400,9 +3436,8 @@ static struct nbdserve_req *tx_take_work(struct conn *c) {
       c->to_flush = NULL;
       c->flush_at_work = 1;
     } else if (work) {
-      c->queue = work->next;
+      c->queue = work->next_job;
       if (!c->queue) c->queue_end = &c->queue;
-      work->next = NULL;
       c->nqueue--;
     }
     if (work) return work;
@@ -3411,6 +3446,27 @@ static struct nbdserve_req *tx_take_work(struct conn *c) {
     os_wait_ms(&c->queue_lock, TX_IDLE_MS);
     c->nidle--;
   }
+}
+
+/* Does and answers a list of READs that have to wait for the medium.  It has
+ * been asked for all of them, so mostly one wait brings several.  What is done
+ * is answered before the next wait. */
+static void tx_do_reads(struct conn *c, struct nbdserve_req *list) {
+  struct nbdserve_req *before = NULL;
+  for (struct nbdserve_req *r = list; r; before = r, r = r->next) {
+    assert(r->type == NBD_CMD_READ && c->run_batch);
+    c->run_batch(c->export->pub.ctx, r, 1);
+    if (r->err == -EAGAIN) {
+      if (before) before->next = NULL;
+      if (before) tx_answer(c, list);
+      if (before) before->next = r;
+      list = r;
+      r->may_wait = 1;
+      c->run_batch(c->export->pub.ctx, r, 1);
+    }
+    tx_executed(c, r);
+  }
+  tx_answer(c, list);
 }
 
 /* A worker of a client: does and answers what is handed over until the client
@@ -3422,8 +3478,12 @@ static void *tx_worker(void *conn) {
   while ((list = tx_take_work(c)) != NULL) {
     int flushes = list->state == REQ_TO_FLUSH;
     os_unlock(&c->queue_lock);
-    tx_execute(c, list);
-    tx_answer(c, list);
+    if (list->type == NBD_CMD_READ && c->run_batch) {
+      tx_do_reads(c, list);
+    } else {
+      tx_execute(c, list);
+      tx_answer(c, list);
+    }
     os_lock(&c->queue_lock);
     if (flushes) c->flush_at_work = 0;
     for (struct nbdserve_req *next; list; list = next) {
@@ -3441,18 +3501,29 @@ static void *tx_worker(void *conn) {
   return NULL;
 }
 
-/* Hands a request, which is TODO or TO_FLUSH, over to a worker: a copy of it,
- * and the buffer if the request owns it.  Waits while too many are handed over
- * (T5).  False: there is no worker, and the caller has to do it. */
-static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
+/* Hands a list of requests, which are TODO or TO_FLUSH, over to a worker:
+ * copies of them, and the buffers that they own.  Waits while too many are
+ * handed over (T5).  False: there is no worker or no memory, and the caller has
+ * to do them. */
+static int tx_hand_over(struct conn *c, struct nbdserve_req *list) {
   unsigned most = c->s->config.threads;
-  int flushes = r->state == REQ_TO_FLUSH;
-  assert(flushes || r->state == REQ_TODO);
+  int flushes = list->state == REQ_TO_FLUSH;
+  struct nbdserve_req *copies = NULL;
+  struct nbdserve_req **end = &copies;
+  struct nbdserve_req *r = list;
+  assert(flushes || list->state == REQ_TODO);
   if (most == 1) return 0; /* this thread does all itself */
+  for (; r && (*end = NBDSERVE_MALLOC(sizeof *r)) != NULL; r = r->next) {
+    **end = *r;
+    /* What a request wrote or read is in rbuf or wbuf, and done; it only owes a
+     * flush, which needs no data. */
+    if (flushes && !r->owned) (*end)->buf = NULL;
+    end = &(*end)->next;
+  }
+  *end = NULL;
   os_lock(&c->queue_lock);
-  /* (T5): a request may own up to TX_PIECE bytes of data. */
-  tx_wait_for_workers(c, r->owned ? most : 1024);
-  /* Jobs that will wait are: each queued request, and all flushes together,
+  tx_wait_for_workers(c, TX_HANDED_OVER);
+  /* Jobs that will wait are: each list in the queue, and all flushes together,
    * unless a flush is running, whose worker takes the next ones.  If these are
    * more than the workers that are idle, one is started. */
   unsigned jobs = c->nqueue + (flushes ? 0 : 1);
@@ -3460,97 +3531,125 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *r) {
   assert(c->nidle <= c->nworkers && c->nworkers <= most);
   if (jobs > c->nidle && c->nworkers < most && os_thread(tx_worker, c) == 0)
     c->nworkers++;
-  struct nbdserve_req *copy = c->nworkers ? NBDSERVE_MALLOC(sizeof *r) : NULL;
-  if (copy) {
-    struct nbdserve_req **place = flushes ? &c->to_flush : c->queue_end;
-    *copy = *r;
-    /* A request whose data lies in rbuf or wbuf was executed; it only owes a
-     * flush, which needs no data. */
-    if (!copy->owned) copy->buf = NULL;
-    assert(flushes || !*place); /* flushes: in front, others: at the end */
-    copy->next = *place;
-    *place = copy;
-    if (!flushes) {
-      c->queue_end = &copy->next;
-      c->nqueue++;
-    }
+  int is_taken = !r && c->nworkers > 0;
+  if (is_taken && flushes) {
+    *end = c->to_flush;
+    c->to_flush = copies;
+  } else if (is_taken) {
+    *c->queue_end = copies;
+    c->queue_end = &copies->next_job;
+    c->nqueue++;
+  }
+  for (r = list; is_taken && r; r = r->next) {
     c->nhanded_over++;
     req_set_state(r, REQ_HANDED_OVER);
-    os_wake_one(&c->queue_lock); /* a worker: this thread does not wait */
   }
+  if (is_taken) os_wake_one(&c->queue_lock); /* this thread does not wait */
   os_unlock(&c->queue_lock);
-  return copy != NULL;
+  for (struct nbdserve_req *next; !is_taken && copies; copies = next) {
+    next = copies->next;
+    NBDSERVE_FREE(copies);
+  }
+  return is_taken;
 }
 
 /* ---- The batch ----------------------------------------------------------- */
 
-/* Flushes for a request in this thread if the client has no other one under
- * way: to hand it over often costs more than the flush.  If another request has
- * arrived during the flush, and so was held up, the next flushes go to workers
- * (on a pipe nobody can look).  So does this one if there are others, and if
- * there is a worker. */
-static void tx_flush(struct conn *c, struct nbdserve_req *r) {
+/* Does the READs of the batch that have to wait for the medium: hands them over
+ * as one list, with a buffer for all of them, which the last one owns; or does
+ * and answers them here if there is no worker or no memory. */
+static void tx_read_later(struct conn *c, struct nbdserve_req *list,
+                          struct nbdserve_req *last) {
+  unsigned char *p = tx_take_buffer(c, last) ? last->owned : NULL;
+  for (struct nbdserve_req *r = list; p && r; r = r->next) {
+    r->buf = p + wire_read_head_len(c->mode);
+    p = r->buf + r->len;
+  }
+  assert(!p || p <= (unsigned char *)last->owned + TX_SLOTS);
+  if (p && tx_hand_over(c, list)) return;
+  tx_do_reads(c, list);
+  for (struct nbdserve_req *r = list; r; r = r->next)
+    r->state = REQ_HANDED_OVER;
+}
+
+/* Flushes for those of the batch that are TO_FLUSH, or hands them over: then
+ * they are HANDED_OVER.
+ *
+ * They are done here if the last flush took less time than a hand-over, or if
+ * the client has no other request under way.  If another one has arrived during
+ * such a flush, and so was held up, the next flushes go to workers, if there
+ * are any (on a pipe nobody can look). */
+static void tx_flush(struct conn *c, struct nbdserve_req *list) {
   char byte;
   os_lock(&c->queue_lock);
+  int is_quick = c->is_flush_quick;
   int is_alone = !c->nhanded_over;
   os_unlock(&c->queue_lock);
   if (c->nbatch > 1 || c->rbuf_pos < c->rbuf_end) is_alone = 0;
-  if (c->flushes_to_workers) {
+  if (!is_quick && c->flushes_to_workers) {
     c->flushes_to_workers--;
     is_alone = 0;
   }
-  if (!is_alone && tx_hand_over(c, r)) return;
-  tx_execute(c, r);
+  if (!is_quick && !is_alone && tx_hand_over(c, list)) return;
+  tx_execute(c, list);
   if (is_alone && recv(c->io.in, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0)
     c->flushes_to_workers = TX_FLUSHES;
 }
 
+/* A list, which a request is added to at the end */
+struct tx_list {
+  struct nbdserve_req *first;
+  struct nbdserve_req *last;
+};
+
+/* Adds a request to a list. */
+static void tx_add(struct tx_list *list, struct nbdserve_req *r) {
+  if (list->last) list->last->next = r;
+  if (!list->first) list->first = r;
+  list->last = r;
+  r->next = NULL;
+}
+
 /* Does the batch, or hands over what is for workers (T4), and answers the rest.
- * 0, or -errno to close.
- *
- * READs and WRITEs that stand in a row are done with one call of run_batch.  A
- * READ among them that has to wait for the medium is handed over with a buffer
- * of its own, or done here if there is no worker or no memory. */
+ * READs and WRITEs that stand in a row are done with one call of run_batch.  0,
+ * or -errno to close. */
 static int tx_run_batch(struct conn *c) {
-  struct nbdserve_req *list = NULL;
-  struct nbdserve_req **end = &list;
-  size_t i = 0;
-  while (i < c->nbatch) {
-    struct nbdserve_req *r = &c->batch[i++];
-    if (r->state != REQ_TODO) continue;
-    if (!c->run_batch || !req_moves_data(r)) {
-      if (!req_moves_data(r) && tx_hand_over(c, r)) continue;
-      tx_execute(c, r);
-      if (r->type != NBD_CMD_BLOCK_STATUS) continue;
+  struct tx_list waiting = {NULL, NULL};  /* READs, for the medium */
+  struct tx_list to_flush = {NULL, NULL}; /* (T3) */
+  struct tx_list done = {NULL, NULL};
+  struct nbdserve_req *end = c->batch + c->nbatch;
+  struct nbdserve_req *r = c->batch;
+  while (r < end) {
+    struct nbdserve_req *first = r++;
+    if (first->state != REQ_TODO) continue;
+    if (!c->run_batch || !req_moves_data(first)) {
+      if (!req_moves_data(first) && tx_hand_over(c, first)) continue;
+      tx_execute(c, first);
+      if (first->type != NBD_CMD_BLOCK_STATUS) continue;
       /* (T5): not many such replies wait for the end of the batch. */
-      tx_answer(c, r);
-      r->state = REQ_HANDED_OVER;
+      tx_answer(c, first);
+      first->state = REQ_HANDED_OVER;
       continue;
     }
-    while (i < c->nbatch && c->batch[i].state == REQ_TODO &&
-           req_moves_data(&c->batch[i]))
-      i++;
-    c->run_batch(c->export->pub.ctx, r, (size_t)(&c->batch[i] - r));
-    for (; r < &c->batch[i]; r++) {
-      if (r->err != -EAGAIN || r->may_wait) {
-        tx_executed(c, r);
-        continue;
-      }
-      assert(r->type == NBD_CMD_READ);
-      r->may_wait = 1;
-      if (!tx_take_buffer(c, r) || !tx_hand_over(c, r)) tx_execute(c, r);
+    while (r < end && r->state == REQ_TODO && req_moves_data(r))
+      r++;
+    c->run_batch(c->export->pub.ctx, first, (size_t)(r - first));
+    for (; first < r; first++) {
+      if (first->err == -EAGAIN && !first->may_wait)
+        tx_add(&waiting, first);
+      else
+        tx_executed(c, first);
     }
   }
-  for (i = 0; i < c->nbatch; i++) {
-    struct nbdserve_req *r = &c->batch[i];
-    if (r->state == REQ_TO_FLUSH) tx_flush(c, r); /* (T3) */
-    if (r->state == REQ_HANDED_OVER) continue;
-    *end = r;
-    end = &r->next;
-  }
+  if (waiting.first) tx_read_later(c, waiting.first, waiting.last);
+  for (r = c->batch; r < end; r++)
+    if (r->state == REQ_TO_FLUSH) tx_add(&to_flush, r);
+  if (to_flush.first) tx_flush(c, to_flush.first);
+  for (r = c->batch; r < end; r++)
+    if (r->state == REQ_DONE) tx_add(&done, r);
   c->nbatch = 0;
   c->wbuf_used = 0;
-  return tx_answer(c, list);
+  return tx_answer(c, done.first);
 }
 
 /* ---- What is not done in the batch ------------------------------------------
@@ -5625,14 +5724,15 @@ static void cas_pass_over(struct nbdserve_cas *st, uint32_t slot, int err) {
  * at a time.  What fails together is tried again one by one, so only that fails
  * which must.  how: OS_WRITE; OS_READ: at the first piece that is not in memory
  * all the rest is announced, so that the medium brings it together; or
- * OS_READ_NOW: what is not in memory gets -EAGAIN, where that can be told.
+ * OS_READ_NOW: what is not in memory gets -EAGAIN, where that can be told; a
+ * block that has it already because of its digest has its data asked for, too.
  * (locks) */
 static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
                      int what, int how) {
   int now = how == OS_READ && n > 1 ? OS_READ_NOW : how;
   for (size_t k; n > 0; blk += k, n -= k) {
     for (k = 0; k < n && k < CAS_BATCH; k++)
-      if (!(blk[k].todo & what) || blk[k].err ||
+      if (!(blk[k].todo & what) || (blk[k].err && blk[k].err != -EAGAIN) ||
           (k && (blk[k].slot % CAS_SLOTS == 0 || blk[k].slot != blk->slot + k)))
         break;
     int err = k ? cas_move_run(st, blk, k, what, now) : 0;

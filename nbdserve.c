@@ -8480,56 +8480,67 @@ void nbdserve_cas_stat(struct nbdserve_cas *st, struct nbdserve_cas_stat *out) {
 /* While a snapshot is sealed */
 struct cas_sealer {
   struct cas_volume *vol;  /* the snapshot, or a partial volume */
-  const char *name;        /* of the snapshot that this becomes, or NULL */
+  const char *name;        /* of the snapshot that is pulled, or NULL */
   struct cas_volume *tree; /* hidden: its digests, as data */
   struct cas_volume *base; /* that it begins with, or NULL; we are a client */
-  unsigned char *data;     /* [CAS_BATCH] blocks */
-  int checks_no_data;      /* the digests are those that are stored */
   nbdserve_progress_fn *progress;
   void *arg;
 };
 
-/* Reads or writes the digests of a node's kids in the tree. */
-static int cas_move_digests(struct cas_sealer *sealer, int writing,
-                            const struct cas_node *node,
-                            unsigned char *digests) {
-  struct nbdserve_cas *st = sealer->vol->st;
-  uint64_t region = st->max_blocks / st->fanout * st->bs;
-  uint64_t len = (uint64_t)st->fanout * CAS_DIGEST_LEN;
-  uint64_t off = region * (node->level - 1u) + node->index * len;
-  assert(node->level > 0);
-  return writing ? ex_batched_write(sealer->tree, digests, off, len, 0)
-                 : ex_batched_read(sealer->tree, digests, off, len, 0);
+/* How many bytes the digests of a node's kids have */
+#define CAS_KIDS_LEN(st) ((size_t)(st)->fanout * CAS_DIGEST_LEN)
+
+/* Where byte `in` of d(level) lies in a map with a tree. */
+static uint64_t cas_tree_off(const struct nbdserve_cas *st, int level,
+                             uint64_t in) {
+  assert(level > 0 && level <= CAS_LEVELS);
+  return st->max_blocks / st->fanout * st->bs * (unsigned)(level - 1) + in;
 }
 
-/* Gets the digests of the blocks of a leaf.  Those that were not read since the
- * store was opened are checked.  Nothing may be behind the end. */
-static int cas_digest_blocks(struct cas_sealer *sealer, uint32_t index,
-                             unsigned char *digests) {
-  struct cas_volume *vol = sealer->vol;
+/* Puts the digests of n blocks, from one on, over zeroes, which stay for holes.
+ * Blocks that were not read since the store was opened are checked, but not if
+ * `want` is CAS_DIGEST | CAS_UNCHECKED.  Nothing may be behind the end. */
+static int cas_digest_blocks(struct cas_volume *vol, int want, uint64_t first,
+                             uint64_t n, unsigned char *digests) {
   struct nbdserve_cas *st = vol->st;
   struct cas_block blk[CAS_BATCH];
-  uint64_t first = (uint64_t)index * st->fanout;
-  uint64_t size = vol->now.size;
-  int err = 0;
-  for (uint32_t c = 0; c < st->fanout && !err; c += CAS_BATCH) {
-    size_t n = (size_t)u_min(st->fanout - c, CAS_BATCH);
-    for (size_t i = 0; i < n; i++)
-      blk[i] = (struct cas_block){.number = first + c + i,
-                                  .data = sealer->data + i * st->bs};
-    cas_read(vol, blk, n,
-             sealer->checks_no_data ? CAS_DIGEST | CAS_UNCHECKED : CAS_DIGEST,
-             OS_READ);
-    cas_unpin(st, blk, n);
-    for (size_t i = 0; i < n; i++) {
-      if (blk[i].err || (blk[i].slot && blk[i].number >= cas_blocks(st, size)))
-        err = -EIO;
-      if (blk[i].slot)
-        memcpy(digests + (c + i) * CAS_DIGEST_LEN, blk[i].digest,
-               CAS_DIGEST_LEN);
+  unsigned char *data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
+  int err = data ? 0 : -ENOMEM;
+  for (size_t k; n > 0 && !err; first += k, n -= k) {
+    k = (size_t)u_min(n, CAS_BATCH);
+    for (size_t i = 0; i < k; i++)
+      blk[i] =
+          (struct cas_block){.number = first + i, .data = data + i * st->bs};
+    cas_read(vol, blk, k, want, OS_READ);
+    cas_unpin(st, blk, k);
+    for (size_t i = 0; i < k; i++, digests += CAS_DIGEST_LEN) {
+      int is_behind = blk[i].number >= cas_blocks(st, vol->now.size);
+      if (blk[i].err || (blk[i].slot && is_behind)) err = -EIO;
+      if (blk[i].slot) memcpy(digests, blk[i].digest, CAS_DIGEST_LEN);
     }
   }
+  NBDSERVE_FREE(data);
+  return err;
+}
+
+/* Gets what digests there are for the kids of a node: of a leaf, level 0, those
+ * of its blocks; of others, if has_base, those that the base's tree has; else
+ * zeroes. */
+static int cas_get_digests(const struct cas_sealer *sealer, int level,
+                           uint32_t index, int has_base,
+                           unsigned char *digests) {
+  struct cas_volume *vol = sealer->vol;
+  const struct nbdserve_cas *st = vol->st;
+  size_t len = CAS_KIDS_LEN(st);
+  uint64_t first = (uint64_t)index * st->fanout;
+  uint64_t size = vol->now.size;
+  memset(digests, 0, len);
+  if (level > 0 && has_base)
+    return ex_batched_read(sealer->tree, digests,
+                           cas_tree_off(st, level, index * len), len, 0);
+  if (level > 0) return 0;
   uint64_t done = u_min((first + st->fanout) * st->bs, size);
+  int err = cas_digest_blocks(vol, CAS_DIGEST, first, st->fanout, digests);
   if (!err && sealer->progress && sealer->progress(sealer->arg, done, size))
     err = -ECANCELED;
   return err;
@@ -8540,18 +8551,17 @@ static int cas_digest_blocks(struct cas_sealer *sealer, uint32_t index,
 static int cas_seal_node(struct cas_sealer *sealer, struct cas_node *node,
                          struct cas_node *base,
                          unsigned char digest[CAS_DIGEST_LEN]) {
-  size_t len = (size_t)sealer->vol->st->fanout * CAS_DIGEST_LEN;
-  unsigned char *digests = u_zalloc(len);
+  const struct nbdserve_cas *st = sealer->vol->st;
+  int level = node->level;
+  size_t len = CAS_KIDS_LEN(st);
+  unsigned char *digests = NBDSERVE_MALLOC(len);
   if (base && base->slot == CAS_LOST) base = NULL; /* who knows what it had */
   assert(!base || node->slot == CAS_LOST ||
-         (base->level == node->level && base->index == node->index));
+         (base->level == level && base->index == node->index));
   int err = digests ? 0 : -ENOMEM;
   if (!err && node->slot == CAS_LOST) err = -EIO;
-  if (!err && !node->level)
-    err = cas_digest_blocks(sealer, node->index, digests);
-  if (!err && node->level && base)
-    err = cas_move_digests(sealer, OS_READ, node, digests);
-  for (uint32_t c = 0; c < sealer->vol->st->fanout && !err; c++) {
+  if (!err) err = cas_get_digests(sealer, level, node->index, !!base, digests);
+  for (uint32_t c = 0; c < st->fanout && !err; c++) {
     struct cas_node *kid = cas_kid(node, c);
     struct cas_node *same = cas_kid(base, c);
     unsigned char *at = digests + c * CAS_DIGEST_LEN;
@@ -8559,56 +8569,40 @@ static int cas_seal_node(struct cas_sealer *sealer, struct cas_node *node,
     memset(at, 0, CAS_DIGEST_LEN);
     if (kid) err = cas_seal_node(sealer, kid, same, at);
   }
-  if (!err && node->level)
-    err = cas_move_digests(sealer, OS_WRITE, node, digests);
-  if (!err) sha_256(sealer->vol->st->hw, digests, NULL, len, digest, NULL);
+  if (!err && level > 0)
+    err = ex_batched_write(sealer->tree, digests,
+                           cas_tree_off(st, level, node->index * len), len, 0);
+  if (!err) sha_256(st->hw, digests, NULL, len, digest, NULL);
   if (!err && u_is_zero(digests, len)) memset(digest, 0, CAS_DIGEST_LEN);
   NBDSERVE_FREE(digests);
   return err;
 }
 
-/* The newest sealed snapshot of a volume, or of what that was made from, except
- * for the one with an id; or NULL.  One that is all zeroes has no nodes to
- * share.  The caller holds the lock until it is a client of the snapshot. */
-static struct cas_volume *cas_newest_sealed(const struct nbdserve_cas *st,
-                                            const struct cas_volume *up,
-                                            uint32_t except) {
-  struct cas_volume *found = NULL;
+/* Makes ready to compute the id of a snapshot: makes a hidden volume for its
+ * tree, and looks for the base, the newest sealed snapshot of the same volume or
+ * of what that was made from.  One that is all zeroes has no nodes to share.
+ * cas_end_seal frees what this has made, after an error, too. */
+static int cas_begin_seal(struct nbdserve_cas *st, struct cas_sealer *sealer) {
+  const char *name = sealer->name;
+  int err = cas_hide(st, NULL, INT64_MAX, &sealer->tree);
+  if (err) return err;
+  os_lock(&st->lock);
+  const struct cas_volume *up =
+      name ? cas_find(st, name, strcspn(name, "@"), VIEW_NOW)
+           : sealer->vol->parent;
   for (uint32_t i = 0; up && i < st->nvolumes; i++) {
     struct cas_volume *p = st->volumes[i];
-    if ((p->parent == up || p->id == up->now.made_from) && p->id != except &&
-        p->now.id && !p->is_staged && !u_is_zero(p->now.cid, CAS_DIGEST_LEN) &&
+    if ((p->parent == up || p->id == up->now.made_from) && p->now.id &&
+        !p->is_staged && !u_is_zero(p->now.cid, CAS_DIGEST_LEN) &&
         *cas_digests(p) && *cas_root(p))
-      found = p;
+      sealer->base = p;
   }
-  return found;
-}
-
-/* Finds the snapshot to begin with, becomes its client, and begins with its
- * tree; or finds none. */
-static void cas_use_base(struct cas_sealer *sealer) {
-  struct nbdserve_cas *st = sealer->vol->st;
-  struct cas_volume *up = sealer->vol->parent;
-  os_lock(&st->lock);
-  if (sealer->name)
-    up = cas_find(st, sealer->name, strcspn(sealer->name, "@"), VIEW_NOW);
-  sealer->base = cas_newest_sealed(st, up, sealer->vol->id);
   if (sealer->base) {
     sealer->base->clients++;
     cas_share(cas_root(sealer->tree), *cas_digests(sealer->base));
   }
   cas_unlock(st);
-}
-
-/* Makes ready to compute an id.  cas_end_seal frees what it has made, after an
- * error, too. */
-static int cas_begin_seal(struct cas_sealer *sealer) {
-  struct nbdserve_cas *st = sealer->vol->st;
-  int err = cas_hide(st, NULL, INT64_MAX, &sealer->tree);
-  if (err) return err;
-  cas_use_base(sealer);
-  sealer->data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
-  return sealer->data ? 0 : -ENOMEM;
+  return 0;
 }
 
 /* Computes the content id of a volume of that size, whose top digest, d4[0], is
@@ -8631,11 +8625,11 @@ static int cas_seal_tree(struct cas_sealer *sealer) {
   struct cas_node *root = *cas_root(sealer->vol);
   struct cas_node *base = sealer->base ? *cas_root(sealer->base) : NULL;
   struct nbdserve_cas *st = sealer->vol->st;
-  uint64_t len = st->max_blocks / st->fanout * st->bs * (CAS_LEVELS - 1);
   /* A volume of zeroes has no tree: that of the base, which it began with,
    * goes. */
-  int err = root ? cas_seal_node(sealer, root, base, digest)
-                 : cas_discard(sealer->tree, 0, len);
+  int err = root
+                ? cas_seal_node(sealer, root, base, digest)
+                : cas_discard(sealer->tree, 0, cas_tree_off(st, CAS_LEVELS, 0));
   cas_compute_id(st, sealer->vol->now.size, digest, sealer->tree->now.cid);
   return err;
 }
@@ -8643,31 +8637,28 @@ static int cas_seal_tree(struct cas_sealer *sealer) {
 /* Ends what cas_begin_seal has begun. */
 static void cas_end_seal(struct cas_sealer *sealer) {
   if (sealer->base) cas_close(sealer->base);
-  NBDSERVE_FREE(sealer->data);
   if (sealer->tree) cas_unhide(sealer->tree);
 }
 
-/* Seals a snapshot: gives it its content id and the tree, by a checkpoint. */
-static int cas_seal(struct cas_sealer *sealer) {
-  int err = cas_begin_seal(sealer);
-  struct cas_change change = {.vol = sealer->vol, .tree = sealer->tree};
-  if (!err) err = cas_seal_tree(sealer);
-  if (!err) err = cas_apply(sealer->vol->st, &change);
-  cas_end_seal(sealer);
-  return err;
-}
-
-/* See nbdserve.h. */
+/* See nbdserve.h.  The id and the tree come to the record by a checkpoint. */
 int nbdserve_cas_seal(struct nbdserve_cas *st, const char *name, char id[72],
                       nbdserve_progress_fn *progress, void *arg) {
   struct cas_sealer sealer = {.progress = progress, .arg = arg};
+  struct cas_change change = {.nops = 0};
   *id = 0;
   int err = cas_use(st, name, strlen(name), &sealer.vol);
   if (err) return err;
   os_lock(&st->lock);
   cas_spell_id(sealer.vol, id);
   cas_unlock(st);
-  if (!*id) err = sealer.vol->parent ? cas_seal(&sealer) : -EINVAL;
+  if (!*id) {
+    err = sealer.vol->parent ? cas_begin_seal(st, &sealer) : -EINVAL;
+    change.vol = sealer.vol;
+    change.tree = sealer.tree;
+    if (!err) err = cas_seal_tree(&sealer);
+    if (!err) err = cas_apply(st, &change);
+    cas_end_seal(&sealer);
+  }
   os_lock(&st->lock);
   if (!err) cas_spell_id(sealer.vol, id); /* from now on it is fixed */
   cas_unlock(st);
@@ -9090,40 +9081,46 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
  * Who writes SHA-256s into the 8192 bytes from 4096 on can read the blocks that
  * have them behind that, one after the other. */
 
-/* Makes a head. */
+/* Makes a head, over zeroes. */
 static void cas_put_head(const struct nbdserve_cas *st, const char *magic,
-                         unsigned char head[CAS_PAGE]) {
-  memset(head, 0, CAS_PAGE);
+                         unsigned char *head) {
   memcpy(head, magic, 8);
   u_put32(head + 8, 1);
   u_put32(head + 12, st->bs);
 }
 
-/* Where things are in NAME/pull */
+/* The parts of NAME/pull, from the last one to the first: blocks, d0 to d3, and
+ * the head */
+enum {
+  PART_BLOCKS,
+  PART_D0,
+  PART_HEAD = PART_D0 + CAS_LEVELS,
+  PART_COUNT
+};
+
+/* Where they begin, and how long they are, in bytes.  What lies between them is
+ * zeroes. */
 struct cas_layout {
-  uint64_t count[CAS_LEVELS]; /* nodes of d0 to d3, */
-  uint64_t at[CAS_LEVELS];    /* and where they begin */
-  uint64_t data;              /* where the blocks do */
+  uint64_t at[PART_COUNT];
+  uint64_t len[PART_COUNT];
   uint64_t end;
 };
 
 /* Lays out NAME/pull of a snapshot of so many bytes.  With a size of 0 there is
  * nothing behind the head. */
 static struct cas_layout cas_pull_layout(uint64_t bs, uint64_t size) {
-  struct cas_layout l = {.end = CAS_PAGE};
-  uint64_t blocks = size / bs + (size % bs != 0);
-  uint64_t n = blocks;
-  for (int k = 0; k < CAS_LEVELS; k++) {
-    l.count[k] = n;
+  uint64_t n = size / bs + (size % bs != 0);
+  struct cas_layout l = {.len = {n * bs}};
+  l.len[PART_HEAD] = CAS_PAGE;
+  for (int k = PART_D0; k < PART_HEAD; k++) {
+    l.len[k] = n * CAS_DIGEST_LEN;
     n = n / CAS_FANOUT(bs) + (n % CAS_FANOUT(bs) != 0);
   }
-  for (int k = CAS_LEVELS; k-- > 0;) {
-    uint64_t len = l.count[k] * CAS_DIGEST_LEN;
-    l.at[k] = l.end;
-    l.end += (len + CAS_PAGE - 1) / CAS_PAGE * CAS_PAGE;
+  for (int k = PART_COUNT; k-- > 0;) {
+    uint64_t unit = k == PART_BLOCKS ? IO_UNIT : CAS_PAGE;
+    l.at[k] = (l.end + unit - 1) / unit * unit;
+    l.end = l.at[k] + l.len[k];
   }
-  l.data = (l.end + IO_UNIT - 1) / IO_UNIT * IO_UNIT;
-  l.end = l.data + blocks * bs;
   return l;
 }
 
@@ -9133,61 +9130,43 @@ struct cas_source {
   struct cas_volume data; /* views of its two maps: they have no end */
   struct cas_volume tree;
   struct cas_layout at;
+  unsigned char head[CAS_PAGE];
 };
 
-/* Reads digests of blocks, d0, from its byte `in` on: *n bytes, or fewer, up to
- * the end of a leaf.  Sets *n to their number. */
-static int cas_read_digests(struct cas_source *source, unsigned char *p,
-                            uint64_t in, uint64_t *n) {
-  struct nbdserve_cas *st = source->vol->st;
-  uint64_t len = (uint64_t)st->fanout * CAS_DIGEST_LEN; /* of a leaf */
-  uint64_t index = in / len;
-  *n = u_min(*n, len - in % len);
-  if (index >= source->at.count[1]) return 0; /* behind the end */
-  struct cas_sealer sealer = {.vol = &source->data,
-                              .checks_no_data = 1, /* who pulls does */
-                              .data =
-                                  NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs)};
-  unsigned char *digests = u_zalloc((size_t)len);
-  int err = sealer.data && digests ? 0 : -ENOMEM;
-  if (!err) err = cas_digest_blocks(&sealer, (uint32_t)index, digests);
-  if (!err) memcpy(p, digests + in % len, (size_t)*n);
-  NBDSERVE_FREE(sealer.data);
-  NBDSERVE_FREE(digests);
-  return err;
-}
-
-/* ops->read of NAME/pull: piece by piece, each from one part of the layout.
- * What lies between the parts is zeroes.  A snapshot that is all zeroes has no
- * tree; version 0.5 left its base's there, and that is not served. */
+/* ops->read of NAME/pull: piece by piece, each from one part of the layout.  The
+ * digests of blocks are served as they stand there: who pulls checks the data.
+ * A snapshot that is all zeroes has no tree; version 0.5 left its base's there,
+ * and that is not served. */
 static int cas_source_read(void *ctx, void *buf, uint64_t off, uint64_t len,
                            uint32_t flags) {
   struct cas_source *source = ctx;
-  const struct nbdserve_cas *st = source->vol->st;
   const struct cas_layout *at = &source->at;
-  uint64_t region = st->max_blocks / st->fanout * st->bs;
-  unsigned char head[CAS_PAGE];
   unsigned char *p = memset(buf, 0, (size_t)len);
   int err = 0;
   (void)flags;
-  cas_put_head(st, CAS_PULL_MAGIC, head);
-  u_put64(head + 16, source->vol->now.size);
-  memcpy(head + 24, source->vol->now.cid, CAS_DIGEST_LEN);
   for (uint64_t n; len > 0 && !err; off += n, p += n, len -= n) {
-    int k = CAS_LEVELS; /* the head; or the level of digests */
-    while (k > 0 && off >= at->at[k - 1])
+    int k = PART_HEAD;
+    while (k > PART_BLOCKS && off >= at->at[k - 1])
       k--;
-    uint64_t end = k > 0 ? at->at[k - 1] : off < at->data ? at->data : at->end;
-    n = u_min(len, end - off);
-    if (off >= at->data) {
-      err = ex_batched_read(&source->data, p, off - at->data, n, 0);
-    } else if (k == CAS_LEVELS) {
-      memcpy(p, head + off, (size_t)n);
-    } else if (k > 0 && *cas_root(source->vol)) {
-      uint64_t in = region * (unsigned)(k - 1) + off - at->at[k];
-      err = ex_batched_read(&source->tree, p, in, n, 0);
-    } else if (k == 0) {
-      err = cas_read_digests(source, p, off - at->at[0], &n);
+    uint64_t in = off - at->at[k];
+    n = u_min(len, (k > PART_BLOCKS ? at->at[k - 1] : at->end) - off);
+    if (in >= at->len[k]) continue; /* behind it */
+    n = u_min(n, at->len[k] - in);
+    if (k == PART_HEAD) {
+      memcpy(p, source->head + in, (size_t)n);
+    } else if (k == PART_BLOCKS) {
+      err = ex_batched_read(&source->data, p, in, n, 0);
+    } else if (k == PART_D0) {
+      unsigned char digests[CAS_WANTED] = {0};
+      uint64_t skip = in % CAS_DIGEST_LEN;
+      n = u_min(n, CAS_WANTED - skip);
+      err = cas_digest_blocks(
+          &source->data, CAS_DIGEST | CAS_UNCHECKED, in / CAS_DIGEST_LEN,
+          (skip + n + CAS_DIGEST_LEN - 1) / CAS_DIGEST_LEN, digests);
+      memcpy(p, digests + skip, (size_t)n);
+    } else if (*cas_root(source->vol)) {
+      uint64_t in_tree = cas_tree_off(source->vol->st, k - PART_D0, in);
+      err = ex_batched_read(&source->tree, p, in_tree, n, 0);
     }
   }
   return err;
@@ -9223,6 +9202,9 @@ static int cas_open_source(struct nbdserve_cas *st, const char *name, size_t n,
   source->tree = source->data;
   source->tree.is_tree = 1;
   source->at = cas_pull_layout(st->bs, source->vol->now.size);
+  cas_put_head(st, CAS_PULL_MAGIC, source->head);
+  u_put64(source->head + 16, source->vol->now.size);
+  memcpy(source->head + 24, source->vol->now.cid, CAS_DIGEST_LEN);
   out->size = source->at.end;
   out->flags |= NBDSERVE_EXPORT_READONLY | NBDSERVE_EXPORT_MULTI_CONN;
   out->ops = &ops;
@@ -9335,89 +9317,127 @@ int nbdserve_cas_volume(struct nbdserve_cas *st, const char *name,
  *     the index finds a block with it    that is read, and compared
  *     else                               the block is fetched
  *
- * Leaves and blocks wait until there are enough of them, so that one round trip
+ * Nodes and blocks wait until there are enough of them, so that one round trip
  * gets many.  In the end the id is computed from the volume's own map, as seal
  * does it, and a snapshot with that map and id appears:
  *
  *   nbdserve_cas_pull     asks what the peer has, and tests the names
  *   cas_pull_record       is it here?  Else, in the partial volume:
  *   cas_pull_id             the walk, and the seal behind it
- *     cas_pull_node           digests of nodes, from the top down
- *     cas_pull_leaves         digests of blocks, CAS_LEAVES leaves at a time
+ *     cas_pull_nodes          the nodes of a level that are waiting
  *     cas_pull_blocks         blocks, 16 MiB at a time */
 
-/* A leaf that is to be pulled */
-struct cas_leaf {
-  uint32_t index;
-  int is_asked;                         /* the peer, for `wanted` */
-  unsigned char digest[CAS_DIGEST_LEN]; /* that it is to get */
-  /* One allocation has both of these: */
-  unsigned char *wanted; /* digests that its blocks are to have; a part of
-                            CAS_KIDS_ROOM */
-  unsigned char *own;    /* those that they have; CAS_KIDS_LEN */
+/* A node whose kids are to be pulled.  Its level is that of their digests: 0 is
+ * a leaf, whose kids are blocks. */
+struct cas_wanted {
+  uint32_t index; /* in its level */
+  int has_base;   /* the base has something there; else
+                                           its tree may have what an older one
+                                           had */
+  uint64_t off;   /* in NAME/pull, of its kids' digests, */
+  size_t len;     /* and how many bytes there are */
+  unsigned char digest[CAS_DIGEST_LEN]; /* of the node; of the top: the id */
 };
 
-/* While something is pulled; about 17 MiB */
+/* Room for the digests of a node's kids, at the largest block size; and for
+ * those of as many nodes as wait, with READs that begin and end at multiples of
+ * PEER_ALIGN */
+enum {
+  CAS_KIDS_MOST = CAS_FANOUT(65536) * CAS_DIGEST_LEN,
+  CAS_KIDS_ROOM = IO_UNIT + CAS_LEAVES * 2 * PEER_ALIGN
+};
+
+/* While something is pulled; mostly 20 MiB of it are touched */
 struct cas_puller {
-  struct cas_sealer sealer;   /* vol: the partial volume */
-  struct nbdserve_peer *peer; /* that has the snapshot */
-  struct cas_layout at;       /* where its NAME/pull has what */
-  size_t nleaves;
+  const struct cas_volume *wanted; /* its size and id are those of what comes */
+  struct cas_sealer sealer;        /* vol: the partial volume */
+  struct nbdserve_peer *peer;      /* that has the snapshot */
+  struct cas_layout at;            /* where its NAME/pull has what */
+  size_t nnodes[CAS_LEVELS];
   size_t nblocks;
-  struct cas_leaf leaves[CAS_LEAVES];             /* [nleaves] are waiting */
-  struct cas_block blocks[CAS_BLOCKS];            /* [nblocks] are waiting, */
-  unsigned char data[CAS_BLOCKS * CAS_MIN_BLOCK]; /* with room for their data */
-  struct peer_part parts[CAS_BLOCKS];             /* what is asked for them */
+  size_t nparts;
+  struct cas_wanted nodes[CAS_LEVELS][CAS_LEAVES]; /* [nnodes] are waiting */
+  unsigned char kids[CAS_LEVELS][CAS_KIDS_ROOM];   /* their kids' digests */
+  unsigned char own[CAS_LEVELS][CAS_KIDS_MOST];    /* what a node's kids have */
+  struct cas_block blocks[CAS_BLOCKS];             /* [nblocks] are waiting, */
+  unsigned char data[CAS_BLOCKS * CAS_MIN_BLOCK];  /* with room for data; */
+  struct peer_part parts[CAS_BLOCKS]; /* [nparts]: what the peer is asked for */
 };
 
-/* How many bytes the digests of a node's kids have, and with room for a READ
- * that begins and ends at multiples of PEER_ALIGN */
-#define CAS_KIDS_LEN(st) ((size_t)(st)->fanout * CAS_DIGEST_LEN)
-#define CAS_KIDS_ROOM(st) (CAS_KIDS_LEN(st) + (size_t)2 * PEER_ALIGN)
-
-/* Where, in NAME/pull, the digests of a node's kids begin, and how many bytes
- * there are of them.  level: that of the kids' digests. */
-static uint64_t cas_kids_at(const struct cas_puller *p, int level,
-                            uint32_t index, uint64_t *len) {
-  uint64_t fanout = p->sealer.vol->st->fanout;
-  uint64_t first = index * fanout;
-  assert(first < p->at.count[level]);
-  *len = u_min(fanout, p->at.count[level] - first) * CAS_DIGEST_LEN;
-  return p->at.at[level] + first * CAS_DIGEST_LEN;
+/* Where the digests are that the kids of a waiting node are to have. */
+static unsigned char *cas_kids(struct cas_puller *p, int level, size_t i) {
+  size_t room = CAS_KIDS_LEN(p->wanted->st) + (size_t)2 * PEER_ALIGN;
+  assert((i + 1) * room <= CAS_KIDS_ROOM);
+  return p->kids[level] + i * room;
 }
 
-/* Makes the READ of the digests of a node's kids. */
-static struct peer_part cas_kids_request(const struct cas_puller *p, int level,
-                                         uint32_t index, unsigned char *room) {
-  uint64_t len;
-  uint64_t off = cas_kids_at(p, level, index, &len);
-  uint64_t begin = off - off % PEER_ALIGN;
-  len += off - begin;
-  len += (PEER_ALIGN - len % PEER_ALIGN) % PEER_ALIGN;
-  return (struct peer_part){begin, (uint32_t)len, room, 0};
-}
-
-/* Puts the digests that have come for a node's kids to the front of their room,
- * with zeroes for kids that are not there, and tests them against the digest of
- * the node; those of the top against the id. */
-static int cas_check_kids(struct cas_puller *p, int level, uint32_t index,
-                          const struct peer_part *part,
-                          const unsigned char digest[CAS_DIGEST_LEN]) {
-  const struct nbdserve_cas *st = p->sealer.vol->st;
+/* Fetches the digests of the kids of all nodes of a level that are waiting, with
+ * zeroes for kids that are not there, and tests them against the digest of the
+ * node; those of the top against the id. */
+static int cas_fetch_kids(struct cas_puller *p, int level) {
+  const struct nbdserve_cas *st = p->wanted->st;
   int is_top = level == CAS_LEVELS - 1;
-  unsigned char *kids = part->data;
+  struct peer_part part[CAS_LEAVES];
   unsigned char sum[CAS_DIGEST_LEN];
-  uint64_t len;
-  int err = peer_error(p->peer, part);
-  if (err) return err;
-  uint64_t skip = cas_kids_at(p, level, index, &len) - part->off;
-  memmove(kids, kids + skip, (size_t)len);
-  memset(kids + len, 0, CAS_KIDS_LEN(st) - (size_t)len);
-  sha_256(st->hw, kids, NULL, CAS_KIDS_LEN(st), sum, NULL);
-  if (is_top && u_is_zero(kids, (size_t)len)) memset(sum, 0, sizeof sum);
-  if (is_top) cas_compute_id(st, p->sealer.vol->now.size, sum, sum);
-  if (memcmp(sum, digest, CAS_DIGEST_LEN) == 0) return 0;
-  return peer_fail(p->peer, -EBADMSG, "the peer's tree does not fit the id");
+  for (size_t i = 0; i < p->nnodes[level]; i++) {
+    const struct cas_wanted *node = &p->nodes[level][i];
+    uint64_t begin = node->off - node->off % PEER_ALIGN;
+    uint64_t len = node->off + node->len + PEER_ALIGN - 1 - begin;
+    part[i] = (struct peer_part){begin, (uint32_t)(len - len % PEER_ALIGN),
+                                 cas_kids(p, level, i), 0};
+  }
+  int err = peer_transfer(p->peer, NBD_CMD_READ, part, p->nnodes[level]);
+  for (size_t i = 0; i < p->nnodes[level] && !err; i++) {
+    const struct cas_wanted *node = &p->nodes[level][i];
+    unsigned char *kids = part[i].data;
+    err = peer_error(p->peer, &part[i]);
+    if (err) break;
+    memmove(kids, kids + (node->off - part[i].off), node->len);
+    memset(kids + node->len, 0, CAS_KIDS_LEN(st) - node->len);
+    sha_256(st->hw, kids, NULL, CAS_KIDS_LEN(st), sum, NULL);
+    if (is_top && u_is_zero(kids, node->len)) memset(sum, 0, sizeof sum);
+    if (is_top) cas_compute_id(st, p->wanted->now.size, sum, sum);
+    if (memcmp(sum, node->digest, CAS_DIGEST_LEN) != 0)
+      err = peer_fail(p->peer, -EBADMSG, "the peer's tree does not fit the id");
+  }
+  return err;
+}
+
+/* Gets, to p->own, what digests there are here for the kids of a node.  Of a
+ * leaf that cannot be read no block has such a digest: all are asked for. */
+static int cas_get_own(struct cas_puller *p, int level, uint32_t index,
+                       int has_base) {
+  unsigned char *own = p->own[level];
+  int err = cas_get_digests(&p->sealer, level, index, has_base, own);
+  if (err != -EIO || level > 0) return err;
+  memset(own, 255, CAS_KIDS_LEN(p->wanted->st));
+  return 0;
+}
+
+/* Notes that a node is waiting; but a leaf is done if what is here fits. */
+static int cas_want_node(struct cas_puller *p, int level, uint32_t index,
+                         int has_base, const unsigned char *digest) {
+  const struct nbdserve_cas *st = p->wanted->st;
+  size_t len = CAS_KIDS_LEN(st);
+  uint64_t done = index * (uint64_t)st->fanout * st->bs; /* of a leaf */
+  unsigned char sum[CAS_DIGEST_LEN];
+  if (level == 0) {
+    int err = cas_get_own(p, level, index, 0);
+    if (err) return err;
+    p->peer->done = u_min(done, p->peer->total);
+    sha_256(st->hw, p->own[level], NULL, len, sum, NULL);
+    if (memcmp(sum, digest, sizeof sum) == 0) return 0;
+  }
+  struct cas_wanted *node = &p->nodes[level][p->nnodes[level]++];
+  uint64_t in = index * (uint64_t)len; /* in d(level) */
+  assert(in < p->at.len[PART_D0 + level]);
+  *node = (struct cas_wanted){
+      .index = index,
+      .has_base = has_base,
+      .off = p->at.at[PART_D0 + level] + in,
+      .len = (size_t)u_min(len, p->at.len[PART_D0 + level] - in)};
+  memcpy(node->digest, digest, CAS_DIGEST_LEN);
+  return 0;
 }
 
 /* Is there room for another batch of blocks, in the store and its file system,
@@ -9442,118 +9462,54 @@ static int cas_has_room(struct nbdserve_cas *st) {
 /* Fetches the blocks that are waiting, and stores them. */
 static int cas_pull_blocks(struct cas_puller *p) {
   struct cas_volume *vol = p->sealer.vol;
-  size_t n = 0;
   if (!p->nblocks) return 0;
-  for (size_t i = 0; i < p->nblocks; i++) {
-    const struct cas_block *blk = &p->blocks[i];
-    uint64_t off = p->at.data + blk->number * vol->st->bs;
-    struct peer_part *last = n ? &p->parts[n - 1] : NULL;
-    if (blk->is_found) continue;
-    if (last && off == last->off + last->len && last->len < PEER_MOST &&
-        blk->data == last->data + last->len)
-      last->len += vol->st->bs;
-    else
-      p->parts[n++] = (struct peer_part){off, vol->st->bs, blk->data, 0};
-  }
   int err = cas_has_room(vol->st) ? 0 : -ENOSPC;
-  if (!err) err = peer_transfer(p->peer, NBD_CMD_READ, p->parts, n);
-  for (size_t i = 0; i < n && !err; i++)
+  if (!err) err = peer_transfer(p->peer, NBD_CMD_READ, p->parts, p->nparts);
+  for (size_t i = 0; i < p->nparts && !err; i++)
     err = peer_error(p->peer, &p->parts[i]);
-  for (size_t i = 0, k; i < p->nblocks && !err; i += k) {
-    k = (size_t)u_min(p->nblocks - i, CAS_BATCH);
-    cas_put(vol, p->blocks + i, k);
+  for (size_t i = 0, n; i < p->nblocks && !err; i += n) {
+    n = (size_t)u_min(p->nblocks - i, CAS_BATCH);
+    cas_put(vol, p->blocks + i, n);
     cas_kick(vol->st);
-    for (size_t j = i; j < i + k && !err; j++)
-      err = p->blocks[j].err;
+    for (size_t k = i; k < i + n && !err; k++)
+      err = p->blocks[k].err;
   }
-  p->nblocks = 0;
+  p->nblocks = p->nparts = 0;
   if (err == -EBADMSG)
     peer_fail(p->peer, err, "the peer's blocks do not fit their digests");
   return err;
 }
 
-/* Pulls one block, of which the digest is known: notes that it is waiting, or
- * makes it a hole. */
-static int cas_pull_block(struct cas_puller *p, uint64_t number,
-                          const unsigned char digest[CAS_DIGEST_LEN]) {
-  struct cas_volume *vol = p->sealer.vol;
-  uint32_t bs = vol->st->bs;
+/* Notes that a block is waiting, of which the digest is known.  If the index
+ * does not find it, the peer is asked for it; for those in a row together. */
+static int cas_want_block(struct cas_puller *p, uint64_t number,
+                          const unsigned char *digest) {
+  struct nbdserve_cas *st = p->wanted->st;
   struct cas_block *blk = &p->blocks[p->nblocks];
-  if (u_is_zero(digest, CAS_DIGEST_LEN))
-    return cas_discard(vol, number * bs, bs);
+  struct peer_part *last = &p->parts[p->nparts ? p->nparts - 1 : 0];
+  uint64_t off = p->at.at[PART_BLOCKS] + number * st->bs;
   *blk = (struct cas_block){.number = number,
-                            .data = p->data + p->nblocks * bs,
+                            .data = p->data + p->nblocks * st->bs,
                             .expected = CAS_ANY,
                             .is_known = 1};
   memcpy(blk->digest, digest, CAS_DIGEST_LEN);
-  blk->is_found = cas_get_block(vol->st, digest, blk->data) == 0;
   p->nblocks++;
-  return (p->nblocks + 1) * bs > sizeof p->data ? cas_pull_blocks(p) : 0;
-}
-
-/* Pulls the leaves that are waiting, in three rounds: what has each, and what
- * is it to have; the answers; its blocks.  On an error a few may stay waiting,
- * and cas_pull_id frees them. */
-static int cas_pull_leaves(struct cas_puller *p) {
-  struct nbdserve_cas *st = p->sealer.vol->st;
-  size_t n = 0;
-  for (size_t i = 0; i < p->nleaves; i++) {
-    struct cas_leaf *leaf = &p->leaves[i];
-    unsigned char sum[CAS_DIGEST_LEN];
-    int bad = cas_digest_blocks(&p->sealer, leaf->index, leaf->own);
-    if (bad == -ECANCELED) return bad;
-    if (bad) /* no block has such a digest: all are asked for again */
-      memset(leaf->own, 255, CAS_KIDS_LEN(st));
-    sha_256(st->hw, leaf->own, NULL, CAS_KIDS_LEN(st), sum, NULL);
-    leaf->is_asked = memcmp(sum, leaf->digest, sizeof sum) != 0;
-    if (leaf->is_asked)
-      p->parts[n++] = cas_kids_request(p, 0, leaf->index, leaf->wanted);
+  if (cas_get_block(st, digest, blk->data) != 0) {
+    int goes_on = p->nparts && off == last->off + last->len;
+    assert(!goes_on || blk->data == last->data + last->len);
+    if (goes_on && last->len < PEER_MOST)
+      last->len += st->bs;
     else
-      memcpy(leaf->wanted, leaf->own, CAS_KIDS_LEN(st));
+      p->parts[p->nparts++] = (struct peer_part){off, st->bs, blk->data, 0};
   }
-  int err = peer_transfer(p->peer, NBD_CMD_READ, p->parts, n);
-  const struct peer_part *part = p->parts;
-  for (size_t i = 0; i < p->nleaves && !err; i++) {
-    const struct cas_leaf *leaf = &p->leaves[i];
-    if (leaf->is_asked)
-      err = cas_check_kids(p, 0, leaf->index, part++, leaf->digest);
-  }
-  for (size_t i = 0; i < p->nleaves; i++) {
-    const struct cas_leaf *leaf = &p->leaves[i];
-    uint64_t first = (uint64_t)leaf->index * st->fanout;
-    for (uint32_t c = 0; c < st->fanout && !err; c++) {
-      const unsigned char *digest = leaf->wanted + c * CAS_DIGEST_LEN;
-      if (memcmp(digest, leaf->own + c * CAS_DIGEST_LEN, CAS_DIGEST_LEN) != 0)
-        err = cas_pull_block(p, first + c, digest);
-    }
-    NBDSERVE_FREE(leaf->wanted);
-  }
-  p->nleaves = 0;
-  return err ? err : cas_pull_blocks(p);
-}
-
-/* Notes that a leaf is waiting. */
-static int cas_pull_leaf(struct cas_puller *p, uint32_t index,
-                         const unsigned char digest[CAS_DIGEST_LEN]) {
-  struct nbdserve_cas *st = p->sealer.vol->st;
-  struct cas_leaf *leaf = &p->leaves[p->nleaves];
-  size_t len = CAS_KIDS_LEN(st);
-  leaf->index = index;
-  memcpy(leaf->digest, digest, CAS_DIGEST_LEN);
-  leaf->wanted = u_zalloc(CAS_KIDS_ROOM(st) + len);
-  if (!leaf->wanted) return -ENOMEM;
-  leaf->own = leaf->wanted + CAS_KIDS_ROOM(st);
-  p->nleaves++;
-  p->peer->done = u_min(index * (uint64_t)st->fanout * st->bs, p->peer->total);
-  int is_enough = p->nleaves == CAS_LEAVES || p->nleaves * len > IO_UNIT;
-  return is_enough ? cas_pull_leaves(p) : 0;
+  return (p->nblocks + 1) * st->bs > sizeof p->data ? cas_pull_blocks(p) : 0;
 }
 
 /* Do the volume and its base share the node that begins at a block and has so
  * many blocks below it?  (locks) */
 static int cas_has_base(const struct cas_puller *p, uint64_t block,
                         uint64_t blocks) {
-  struct nbdserve_cas *st = p->sealer.vol->st;
+  struct nbdserve_cas *st = p->wanted->st;
   uint64_t span = 0;
   if (!p->sealer.base) return 0;
   os_lock(&st->lock);
@@ -9564,120 +9520,106 @@ static int cas_has_base(const struct cas_puller *p, uint64_t block,
   return is_shared && span >= blocks;
 }
 
-/* Pulls what is below a node, of a level above 0, with so many blocks below
- * each kid.  digest: its own or, of the top, the id.  has_base: the base has
- * something there; else its tree may still have what an older one had. */
-static int cas_pull_node(struct cas_puller *p, int level, uint32_t index,
-                         uint64_t size, int has_base,
-                         const unsigned char digest[CAS_DIGEST_LEN]) {
-  struct nbdserve_cas *st = p->sealer.vol->st;
-  const struct cas_node node = {.level = (unsigned char)level, .index = index};
-  unsigned char *kids = u_zalloc(CAS_KIDS_ROOM(st) + CAS_KIDS_LEN(st));
-  if (!kids) return -ENOMEM;
-  unsigned char *base = kids + CAS_KIDS_ROOM(st);
-  struct peer_part part = cas_kids_request(p, level, index, kids);
-  int err = peer_transfer(p->peer, NBD_CMD_READ, &part, 1);
-  if (!err) err = cas_check_kids(p, level, index, &part, digest);
-  if (!err && has_base)
-    err = cas_move_digests(&p->sealer, OS_READ, &node, base);
-  for (uint32_t c = 0; c < st->fanout && !err; c++) {
-    uint32_t i = index * st->fanout + c;
-    if (i >= p->at.count[level]) break;
-    const unsigned char *kid = kids + c * CAS_DIGEST_LEN;
-    const unsigned char *theirs = base + c * CAS_DIGEST_LEN;
-    int is_base = memcmp(kid, theirs, CAS_DIGEST_LEN) == 0;
-    if (is_base && cas_has_base(p, i * size, size)) continue;
-    if (u_is_zero(kid, CAS_DIGEST_LEN))
-      err = cas_discard(p->sealer.vol, i * size * st->bs, size * st->bs);
-    else if (level > 1)
-      err = cas_pull_node(p, level - 1, i, size / st->fanout,
-                          !u_is_zero(theirs, CAS_DIGEST_LEN), kid);
-    else
-      err = cas_pull_leaf(p, i, kid);
+/* Pulls what is below the nodes of a level that are waiting, with so many blocks
+ * below each kid.  What is to be asked for is left waiting, until there is
+ * enough of it. */
+static int cas_pull_nodes(struct cas_puller *p, int level, uint64_t size) {
+  const struct nbdserve_cas *st = p->wanted->st;
+  size_t most = u_min(CAS_LEAVES, IO_UNIT / CAS_KIDS_LEN(st));
+  int err = cas_fetch_kids(p, level);
+  for (size_t i = 0; i < p->nnodes[level] && !err; i++) {
+    const struct cas_wanted *node = &p->nodes[level][i];
+    err = cas_get_own(p, level, node->index, node->has_base);
+    for (size_t at = 0; at < node->len && !err; at += CAS_DIGEST_LEN) {
+      const unsigned char *kid = cas_kids(p, level, i) + at;
+      const unsigned char *own = p->own[level] + at;
+      uint64_t c = (uint64_t)node->index * st->fanout + at / CAS_DIGEST_LEN;
+      int is_same = memcmp(kid, own, CAS_DIGEST_LEN) == 0;
+      if (is_same && (level == 0 || cas_has_base(p, c * size, size))) continue;
+      if (u_is_zero(kid, CAS_DIGEST_LEN)) {
+        err = cas_discard(p->sealer.vol, c * size * st->bs, size * st->bs);
+      } else if (level == 0) {
+        err = cas_want_block(p, c, kid);
+      } else {
+        int has_base = !u_is_zero(own, CAS_DIGEST_LEN);
+        err = cas_want_node(p, level - 1, (uint32_t)c, has_base, kid);
+        if (!err && p->nnodes[level - 1] == most)
+          err = cas_pull_nodes(p, level - 1, size / st->fanout);
+      }
+    }
   }
-  NBDSERVE_FREE(kids);
+  p->nnodes[level] = 0;
   return err;
 }
 
-/* Is the id that of what the peer says is at the top of its tree, and of that
- * size?  Only then there is anything to begin with. */
-static int cas_check_top(struct cas_puller *p, struct cas_volume *wanted) {
-  unsigned char *kids = u_zalloc(CAS_KIDS_ROOM(wanted->st));
-  int err = kids ? 0 : -ENOMEM;
-  p->sealer.vol = wanted;
-  if (!err && p->at.count[0]) {
-    struct peer_part part = cas_kids_request(p, CAS_LEVELS - 1, 0, kids);
-    err = peer_transfer(p->peer, NBD_CMD_READ, &part, 1);
-    if (!err)
-      err = cas_check_kids(p, CAS_LEVELS - 1, 0, &part, wanted->now.cid);
-  }
-  NBDSERVE_FREE(kids);
-  return err;
-}
-
-/* Uses the partial volume that is called `part`, or makes one, with the base's
- * contents.  -EBUSY: another pull does that. */
-static int cas_use_partial(struct nbdserve_cas *st, const char *name,
-                           const char *part, uint64_t size,
-                           struct cas_volume **out) {
-  struct cas_change change = {.name = part, .size = size};
+/* Uses the partial volume that is called `part`, which is made, with the base's
+ * contents, if it is not there.  -EBUSY: another pull uses it. */
+static int cas_use_partial(struct cas_puller *p, const char *part) {
+  struct nbdserve_cas *st = p->wanted->st;
+  struct cas_change change = {
+      .name = part, .size = p->wanted->now.size, .tree = p->sealer.base};
   int err = 0;
-  for (*out = NULL; !err && !*out;) {
+  while (!err && !p->sealer.vol) {
+    err = cas_apply(st, &change);
     os_lock(&st->lock);
-    for (;;) {
-      err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
-      *out = cas_find(st, part, strlen(part), VIEW_THEN);
-      if (err || !*out || !(*out)->is_staged) break;
-      cas_wait(st);
+    if (!err) err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
+    struct cas_volume *vol = cas_find(st, part, strlen(part), VIEW_THEN);
+    /* It may be gone by now, or about to go: then another one is made. */
+    if (!err && vol && !vol->is_staged) {
+      err = vol->clients ? -EBUSY : cas_own_record(st, vol->place, &vol->page);
+      if (!err) {
+        vol->clients = 1;
+        vol->now.created = (uint64_t)time(NULL);
+        p->sealer.vol = vol;
+      }
     }
-    if (*out && (*out)->clients) err = -EBUSY;
-    if (*out && !err) err = cas_own_record(st, (*out)->place, &(*out)->page);
-    if (*out && !err) {
-      (*out)->clients = 1;
-      (*out)->now.created = (uint64_t)time(NULL);
-    }
-    change.tree = cas_newest_sealed(
-        st, cas_find(st, name, strcspn(name, "@"), VIEW_NOW), 0);
-    if (change.tree) change.tree->clients++;
     cas_unlock(st);
-    if (!*out && !err) err = cas_apply(st, &change);
-    if (change.tree) cas_close(change.tree);
   }
   return err;
 }
 
-/* Pulls the blocks of an id into the partial volume.  When the id that was
- * computed from them is the right one, the snapshot appears in one checkpoint;
- * up to then all that came is in the partial volume, and survives there. */
-static int cas_pull_id(struct cas_puller *p, const unsigned char *id) {
-  struct cas_volume *vol = p->sealer.vol;
-  struct nbdserve_cas *st = vol->st;
-  struct cas_change change = {.vol = vol, .name = p->sealer.name};
-  int err = cas_begin_seal(&p->sealer);
-  change.tree = p->sealer.tree;
-  if (!err && p->at.count[0])
-    err = cas_pull_node(p, CAS_LEVELS - 1, 0, st->max_blocks / st->fanout,
-                        p->sealer.base != NULL, id);
-  if (!err) err = cas_pull_leaves(p);
-  while (p->nleaves > 0)
-    NBDSERVE_FREE(p->leaves[--p->nleaves].wanted);
-  if (!err) err = cas_clear_tail(vol); /* the base's, or what the peer says */
+/* Pulls the blocks of an id into the partial volume of that name.  When the id
+ * that was computed from them is the right one, the snapshot appears in one
+ * checkpoint; up to then all that came is in the partial volume, and survives
+ * there. */
+static int cas_pull_id(struct cas_puller *p, const char *part) {
+  const unsigned char *id = p->wanted->now.cid;
+  struct nbdserve_cas *st = p->wanted->st;
+  struct cas_sealer *sealer = &p->sealer;
+  uint64_t size = st->max_blocks; /* blocks below a node */
+  int top = CAS_LEVELS - 1;
+  int err = cas_begin_seal(st, sealer);
+  if (!err && p->at.len[PART_D0])
+    err = cas_want_node(p, top, 0, sealer->base != NULL, id);
+  /* Nothing is made before it is known that the id, and the size, are those of
+   * what the peer says is at the top of its tree. */
+  if (!err) err = cas_fetch_kids(p, top);
+  if (!err) err = cas_use_partial(p, part);
+  for (int level = top; level >= 0 && !err; level--) {
+    size /= st->fanout;
+    err = cas_pull_nodes(p, level, size);
+  }
+  if (!err) err = cas_pull_blocks(p);
+  if (!err) err = cas_clear_tail(sealer->vol); /* the base's, or the peer's */
   /* A checkpoint frees nodes that are dirty and empty.  After this one none of
    * the map is dirty, so none goes while cas_seal_tree walks through it. */
   if (!err) err = cas_checkpoint(st, NULL, UINT64_MAX);
-  if (!err) err = cas_seal_tree(&p->sealer);
-  if (!err && memcmp(p->sealer.tree->now.cid, id, CAS_DIGEST_LEN) != 0)
+  if (!err) err = cas_seal_tree(sealer);
+  if (!err && memcmp(sealer->tree->now.cid, id, CAS_DIGEST_LEN) != 0)
     err = peer_fail(p->peer, -EBADMSG, "the peer's tree is not that of the id");
+  struct cas_change change = {
+      .vol = sealer->vol, .tree = sealer->tree, .name = sealer->name};
   if (!err) err = cas_apply(st, &change);
-  cas_end_seal(&p->sealer);
+  cas_end_seal(sealer);
+  if (sealer->vol) cas_unhide(sealer->vol);
   return err;
 }
 
 /* Makes a snapshot of what has the id of `wanted`: of one that is here, or of
  * what is pulled for it. */
-static int cas_pull_record(struct nbdserve_cas *st, const char *name,
-                           struct nbdserve_peer *peer,
-                           struct cas_volume *wanted) {
+static int cas_pull_record(const char *name, struct nbdserve_peer *peer,
+                           const struct cas_volume *wanted) {
+  struct nbdserve_cas *st = wanted->st;
   struct cas_volume *there;
   char id[72];
   char part[sizeof id + sizeof CAS_PARTIAL];
@@ -9696,20 +9638,15 @@ static int cas_pull_record(struct nbdserve_cas *st, const char *name,
   }
   struct cas_puller *p = NBDSERVE_MALLOC(sizeof *p);
   if (!p) return -ENOMEM;
-  memset(p, 0, offsetof(struct cas_puller, leaves));
+  memset(p, 0, offsetof(struct cas_puller, nodes));
+  p->wanted = wanted;
   p->peer = peer;
   p->sealer.name = name;
   p->sealer.progress = peer->progress;
   p->sealer.arg = peer->arg;
   p->at = cas_pull_layout(st->bs, wanted->now.size);
   peer->total = wanted->now.size;
-  err = cas_check_top(p, wanted);
-  if (!err)
-    err = cas_use_partial(st, name, part, wanted->now.size, &p->sealer.vol);
-  if (!err) {
-    err = cas_pull_id(p, wanted->now.cid);
-    cas_unhide(p->sealer.vol);
-  }
+  err = cas_pull_id(p, part);
   NBDSERVE_FREE(p);
   return err;
 }
@@ -9748,7 +9685,7 @@ int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
       err = -EEXIST; /* else it was pulled before */
     cas_close(there);
   }
-  if (!err && !there) err = cas_pull_record(st, name, peer, &wanted);
+  if (!err && !there) err = cas_pull_record(name, peer, &wanted);
   peer_leave(peer);
   return err;
 }

@@ -5834,7 +5834,7 @@ struct cas_block {
   int is_wanting;           /* it needs a slot */
   int is_trusted; /* the digest of its slot is known to fit the data */
   int is_known;   /* to be stored: only if its SHA-256 is `digest` */
-  int is_found;   /* to be pulled or mended: the peer need not be asked */
+
   int err;        /* 0 or -errno */
   int digest_err; /* 0 or -errno: its digest could not be read */
   unsigned char sum[CAS_DIGEST_LEN];    /* SHA-256 of data */
@@ -8751,11 +8751,9 @@ static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
   os_lock(&st->ckpt);
   any.number = st->super.number;
   for (int i = 0; first == 0 && i < 2; i++) {
-    int err = cas_read_super(st, i, &super);
-    if (st->readonly)
-      nbad += err == -EINVAL; /* somebody else's: see (C8) */
-    else
-      nbad += err && cas_write_super(st, &st->super, i);
+    int err = cas_read_super(st, i, &super); /* -EINVAL: see (C8) */
+    nbad += st->readonly ? err == -EINVAL
+                         : err && cas_write_super(st, &st->super, i);
   }
   for (uint32_t slot = first; slot < first + CAS_TWIN; slot++) {
     os_lock(&st->lock);
@@ -8791,17 +8789,16 @@ static int cas_get_block(struct nbdserve_cas *st,
   return -ENOENT;
 }
 
-/* Mends a block: its digest from the data, if only the digest cannot be read;
- * or the data from another slot with the same digest.  This is the one
- * exception to (C1): what durable state names gets what it should have been. */
+/* Mends a block, if it is damaged: its digest from the data, if only the digest
+ * cannot be read; or the data from another slot with the same digest.  This is
+ * the one exception to (C1): what durable state names gets what it should have
+ * been. */
 static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
-  assert(blk->slot && !st->readonly);
-  if (blk->digest_err) {
-    if (!blk->err)
-      blk->digest_err = cas_move_run(st, blk, 1, CAS_DIGEST, OS_WRITE);
-    return;
-  }
-  if (cas_move_run(st, blk, 1, CAS_DIGEST, OS_READ)) return;
+  assert(!st->readonly);
+  if (blk->digest_err && !blk->err)
+    blk->digest_err = cas_move_run(st, blk, 1, CAS_DIGEST, OS_WRITE);
+  if (blk->digest_err || !blk->err || !blk->slot) return;
+  assert(blk->todo == CAS_BOTH); /* its digest was read */
   os_lock(&st->lock);
   cas_unindex(st, blk->slot);
   cas_unlock(st);
@@ -8840,15 +8837,15 @@ static int cas_ask_peer(struct cas_verifier *v, struct cas_block *blk,
   unsigned char digests[CAS_WANTED] = {0};
   struct peer_part ask = {CAS_PAGE, sizeof digests, digests, 0};
   struct peer_part parts[CAS_BATCH];
+  struct cas_block *bad[CAS_BATCH];
   uint32_t bs = v->st->bs;
   size_t k = 0;
-  for (size_t i = 0; i < n; i++) {
-    blk[i].is_found = !blk[i].err || blk[i].digest_err || !blk[i].slot;
-    if (blk[i].is_found) continue;
-    memcpy(digests + k * CAS_DIGEST_LEN, blk[i].digest, CAS_DIGEST_LEN);
-    parts[k] =
-        (struct peer_part){CAS_FOUND + (uint64_t)k * bs, bs, blk[i].data, 0};
-    k++;
+  for (; n > 0; blk++, n--) {
+    if (!blk->err || blk->digest_err || !blk->slot) continue;
+    uint64_t off = CAS_FOUND + (uint64_t)k * bs;
+    memcpy(digests + k * CAS_DIGEST_LEN, blk->digest, CAS_DIGEST_LEN);
+    parts[k] = (struct peer_part){off, bs, blk->data, 0};
+    bad[k++] = blk;
   }
   v->peer->done = v->done;
   v->peer->total = v->total;
@@ -8856,12 +8853,12 @@ static int cas_ask_peer(struct cas_verifier *v, struct cas_block *blk,
   if (!err && ask.err)
     err = peer_fail(v->peer, -EIO, "the peer takes no SHA-256s");
   if (!err) err = peer_transfer(v->peer, NBD_CMD_READ, parts, k);
-  const struct peer_part *part = parts;
-  for (size_t i = 0; i < n && !err; i++) {
-    if (blk[i].is_found || (part++)->err) continue;
-    sha_256(v->st->hw, blk[i].data, NULL, bs, blk[i].sum, NULL);
-    if (memcmp(blk[i].sum, blk[i].digest, CAS_DIGEST_LEN) == 0)
-      blk[i].err = cas_move_run(v->st, &blk[i], 1, CAS_DATA, OS_WRITE);
+  for (size_t i = 0; i < k && !err; i++) {
+    if (parts[i].err) continue;
+    blk = bad[i];
+    sha_256(v->st->hw, blk->data, NULL, bs, blk->sum, NULL);
+    if (memcmp(blk->sum, blk->digest, CAS_DIGEST_LEN) == 0)
+      blk->err = cas_move_run(v->st, blk, 1, CAS_DATA, OS_WRITE);
   }
   return err;
 }
@@ -8893,8 +8890,7 @@ static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
   cas_read(vol, blk, n, 0, OS_READ);
   cas_let_go(vol);
   for (size_t i = 0; i < n && v->mends; i++)
-    if ((blk[i].err || blk[i].digest_err) && blk[i].slot)
-      cas_mend(v->st, blk + i);
+    cas_mend(v->st, blk + i);
   if (v->peer && !v->stop) v->stop = cas_ask_peer(v, blk, n);
   for (size_t i = 0; i < n; i++) {
     const char *why = NULL;
@@ -8918,30 +8914,30 @@ static int cas_verify_step(struct cas_verifier *v) {
   os_lock(&st->lock);
   while ((vol = cas_volume_from(st, v->id)) && vol->is_staged)
     cas_wait(st);
-  if (vol && (vol->id != v->id || !v->block)) { /* another one, or the first */
+  if (!vol) {
+    cas_unlock(st);
+    return 0;
+  }
+  if (vol->id != v->id || !v->block) { /* another one, or the first */
     v->id = vol->id;
     v->block = 0;
     v->why = NULL;
     v->is_sound = 1;
   }
-  uint64_t end = vol ? cas_blocks(st, vol->now.size) : 0;
+  uint64_t size = vol->now.size;
+  uint64_t end = cas_blocks(st, size);
   uint64_t left = end - u_min(v->block, end); /* it may be smaller now */
+  int is_snapshot = vol->parent != NULL;
   struct cas_volume *sound = cas_by_id(st, v->sound);
-  int is_known = left && sound && sound->now.size >= vol->now.size;
-  if (is_known) {
-    struct cas_node **root[2] = {cas_root(sound), cas_root(vol)};
-    is_known = cas_is_shared(st, root, v->block, &n);
-    n = u_min(n, left);
-  }
-  uint64_t size = vol ? vol->now.size : 0;
-  int is_snapshot = vol && vol->parent;
-  if (vol) vol->pins++;
-  if (vol) cas_full_name(vol, name);
+  int is_known = left && sound && sound->now.size >= size;
+  struct cas_node **root[2] = {cas_root(is_known ? sound : vol), cas_root(vol)};
+  is_known = is_known && cas_is_shared(st, root, v->block, &n);
+  vol->pins++;
+  cas_full_name(vol, name);
   cas_unlock(st);
-  if (!vol) return 0;
   int kind = left && !is_known ? cas_next_run(vol, v->block, left, &n) : 0;
+  n = u_min(n, kind > 0 ? CAS_BATCH : left);
   if (kind > 0) {
-    n = u_min(n, CAS_BATCH);
     cas_verify_blocks(v, vol, name, (size_t)n);
   } else {
     cas_let_go(vol);
@@ -9331,11 +9327,11 @@ int nbdserve_cas_volume(struct nbdserve_cas *st, const char *name,
  * a leaf, whose kids are blocks. */
 struct cas_wanted {
   uint32_t index; /* in its level */
-  int has_base;   /* the base has something there; else
-                                           its tree may have what an older one
-                                           had */
+  int has_base;   /* the base has something there; else its tree may still have
+                     what an older one had */
   uint64_t off;   /* in NAME/pull, of its kids' digests, */
-  size_t len;     /* and how many bytes there are */
+  size_t len;     /* and how many bytes there are, */
+  unsigned char *kids;                  /* which come here */
   unsigned char digest[CAS_DIGEST_LEN]; /* of the node; of the top: the id */
 };
 
@@ -9356,20 +9352,13 @@ struct cas_puller {
   size_t nnodes[CAS_LEVELS];
   size_t nblocks;
   size_t nparts;
-  struct cas_wanted nodes[CAS_LEVELS][CAS_LEAVES]; /* [nnodes] are waiting */
-  unsigned char kids[CAS_LEVELS][CAS_KIDS_ROOM];   /* their kids' digests */
+  struct cas_wanted nodes[CAS_LEVELS][CAS_LEAVES]; /* [nnodes] are waiting, */
+  unsigned char kids[CAS_LEVELS][CAS_KIDS_ROOM];   /* with room for digests */
   unsigned char own[CAS_LEVELS][CAS_KIDS_MOST];    /* what a node's kids have */
   struct cas_block blocks[CAS_BLOCKS];             /* [nblocks] are waiting, */
   unsigned char data[CAS_BLOCKS * CAS_MIN_BLOCK];  /* with room for data; */
   struct peer_part parts[CAS_BLOCKS]; /* [nparts]: what the peer is asked for */
 };
-
-/* Where the digests are that the kids of a waiting node are to have. */
-static unsigned char *cas_kids(struct cas_puller *p, int level, size_t i) {
-  size_t room = CAS_KIDS_LEN(p->wanted->st) + (size_t)2 * PEER_ALIGN;
-  assert((i + 1) * room <= CAS_KIDS_ROOM);
-  return p->kids[level] + i * room;
-}
 
 /* Fetches the digests of the kids of all nodes of a level that are waiting, with
  * zeroes for kids that are not there, and tests them against the digest of the
@@ -9383,19 +9372,18 @@ static int cas_fetch_kids(struct cas_puller *p, int level) {
     const struct cas_wanted *node = &p->nodes[level][i];
     uint64_t begin = node->off - node->off % PEER_ALIGN;
     uint64_t len = node->off + node->len + PEER_ALIGN - 1 - begin;
-    part[i] = (struct peer_part){begin, (uint32_t)(len - len % PEER_ALIGN),
-                                 cas_kids(p, level, i), 0};
+    len -= len % PEER_ALIGN;
+    part[i] = (struct peer_part){begin, (uint32_t)len, node->kids, 0};
   }
   int err = peer_transfer(p->peer, NBD_CMD_READ, part, p->nnodes[level]);
   for (size_t i = 0; i < p->nnodes[level] && !err; i++) {
     const struct cas_wanted *node = &p->nodes[level][i];
-    unsigned char *kids = part[i].data;
     err = peer_error(p->peer, &part[i]);
     if (err) break;
-    memmove(kids, kids + (node->off - part[i].off), node->len);
-    memset(kids + node->len, 0, CAS_KIDS_LEN(st) - node->len);
-    sha_256(st->hw, kids, NULL, CAS_KIDS_LEN(st), sum, NULL);
-    if (is_top && u_is_zero(kids, node->len)) memset(sum, 0, sizeof sum);
+    memmove(node->kids, node->kids + (node->off - part[i].off), node->len);
+    memset(node->kids + node->len, 0, CAS_KIDS_LEN(st) - node->len);
+    sha_256(st->hw, node->kids, NULL, CAS_KIDS_LEN(st), sum, NULL);
+    if (is_top && u_is_zero(node->kids, node->len)) memset(sum, 0, sizeof sum);
     if (is_top) cas_compute_id(st, p->wanted->now.size, sum, sum);
     if (memcmp(sum, node->digest, CAS_DIGEST_LEN) != 0)
       err = peer_fail(p->peer, -EBADMSG, "the peer's tree does not fit the id");
@@ -9428,15 +9416,17 @@ static int cas_want_node(struct cas_puller *p, int level, uint32_t index,
     sha_256(st->hw, p->own[level], NULL, len, sum, NULL);
     if (memcmp(sum, digest, sizeof sum) == 0) return 0;
   }
-  struct cas_wanted *node = &p->nodes[level][p->nnodes[level]++];
+  size_t i = p->nnodes[level]++;
+  struct cas_wanted *node = &p->nodes[level][i];
   uint64_t in = index * (uint64_t)len; /* in d(level) */
-  assert(in < p->at.len[PART_D0 + level]);
-  *node = (struct cas_wanted){
-      .index = index,
-      .has_base = has_base,
-      .off = p->at.at[PART_D0 + level] + in,
-      .len = (size_t)u_min(len, p->at.len[PART_D0 + level] - in)};
+  node->index = index;
+  node->has_base = has_base;
+  node->off = p->at.at[PART_D0 + level] + in;
+  node->len = (size_t)u_min(len, p->at.len[PART_D0 + level] - in);
+  node->kids = p->kids[level] + i * (len + (size_t)2 * PEER_ALIGN);
   memcpy(node->digest, digest, CAS_DIGEST_LEN);
+  assert(i < CAS_LEAVES && in < p->at.len[PART_D0 + level]);
+  assert(i == 0 || (i + 1) * len <= IO_UNIT);
   return 0;
 }
 
@@ -9510,8 +9500,8 @@ static int cas_want_block(struct cas_puller *p, uint64_t number,
 static int cas_has_base(const struct cas_puller *p, uint64_t block,
                         uint64_t blocks) {
   struct nbdserve_cas *st = p->wanted->st;
-  uint64_t span = 0;
-  if (!p->sealer.base) return 0;
+  uint64_t span;
+  assert(p->sealer.base);
   os_lock(&st->lock);
   struct cas_node **root[2] = {cas_root(p->sealer.vol),
                                cas_root(p->sealer.base)};
@@ -9531,11 +9521,12 @@ static int cas_pull_nodes(struct cas_puller *p, int level, uint64_t size) {
     const struct cas_wanted *node = &p->nodes[level][i];
     err = cas_get_own(p, level, node->index, node->has_base);
     for (size_t at = 0; at < node->len && !err; at += CAS_DIGEST_LEN) {
-      const unsigned char *kid = cas_kids(p, level, i) + at;
+      const unsigned char *kid = node->kids + at;
       const unsigned char *own = p->own[level] + at;
       uint64_t c = (uint64_t)node->index * st->fanout + at / CAS_DIGEST_LEN;
-      int is_same = memcmp(kid, own, CAS_DIGEST_LEN) == 0;
-      if (is_same && (level == 0 || cas_has_base(p, c * size, size))) continue;
+      if (memcmp(kid, own, CAS_DIGEST_LEN) == 0 &&
+          (level == 0 || (node->has_base && cas_has_base(p, c * size, size))))
+        continue;
       if (u_is_zero(kid, CAS_DIGEST_LEN)) {
         err = cas_discard(p->sealer.vol, c * size * st->bs, size * st->bs);
       } else if (level == 0) {

@@ -7913,8 +7913,8 @@ static uint64_t cas_find_log_end(struct nbdserve_cas *st) {
   struct cas_log_head head;
   uint64_t end = st->super.replay;
   uint64_t gap = UINT64_MAX; /* the first page that is not valid */
-  for (uint64_t seq = st->super.replay;
-       seq - st->super.replay < st->super.log_pages; seq++) {
+  uint64_t past = end + st->super.log_pages;
+  for (uint64_t seq = end; seq < past; seq++) {
     if (!cas_log_read(st, seq, &head)) {
       gap = u_min(gap, seq);
       continue;
@@ -7985,9 +7985,8 @@ static int cas_redo(struct cas_volume *vol, struct cas_entry *entry,
   if (!slot) return cas_make_holes(vol, block, end);
   int is_slot = cas_is_in_file(st, slot);
   int err = is_slot ? cas_extend(st, slot) : 0;
-  if (err) return err;
   is_slot = is_slot && cas_may_be_block(st, slot);
-  if (!is_known && (!is_slot || !cas_confirm(st, entry))) return 0;
+  if (err || (!is_known && (!is_slot || !cas_confirm(st, entry)))) return err;
   struct cas_block blk = {
       .number = block, .slot = is_slot ? slot : CAS_LOST, .expected = CAS_ANY};
   cas_hold(st, blk.slot);
@@ -8548,9 +8547,8 @@ static int cas_get_digests(const struct cas_sealer *sealer, int level,
 
 /* Computes the digest of a node, of which base is the counterpart in the
  * snapshot whose tree this one begins with, or NULL. */
-static int cas_seal_node(struct cas_sealer *sealer, struct cas_node *node,
-                         struct cas_node *base,
-                         unsigned char digest[CAS_DIGEST_LEN]) {
+static int cas_seal_node(const struct cas_sealer *sealer, struct cas_node *node,
+                         struct cas_node *base, unsigned char *digest) {
   const struct nbdserve_cas *st = sealer->vol->st;
   int level = node->level;
   size_t len = CAS_KIDS_LEN(st);
@@ -8608,8 +8606,7 @@ static int cas_begin_seal(struct nbdserve_cas *st, struct cas_sealer *sealer) {
 /* Computes the content id of a volume of that size, whose top digest, d4[0], is
  * `digest`.  id may be digest. */
 static void cas_compute_id(const struct nbdserve_cas *st, uint64_t size,
-                           const unsigned char digest[CAS_DIGEST_LEN],
-                           unsigned char id[CAS_DIGEST_LEN]) {
+                           const unsigned char *digest, unsigned char *id) {
   unsigned char top[14 + 4 + 8 + CAS_DIGEST_LEN] = "nbdserve-cid-2";
   u_put32(top + 14, st->bs);
   u_put64(top + 18, size);
@@ -8705,10 +8702,12 @@ struct cas_verifier {
   nbdserve_damage_fn *each;
   nbdserve_progress_fn *progress;
   void *arg;
-  int mends;                  /* what can be mended is written anew */
-  struct nbdserve_peer *peer; /* that is asked for blocks, or NULL */
-  int found;                  /* something is damaged */
-  int stop;                   /* not 0: it ends, by this */
+  int mends; /* what can be mended is written anew */
+  /* Mends what is still bad of blk[0..n), with the help of the peer; or NULL. */
+  int (*ask)(struct cas_verifier *v, struct cas_block *blk, size_t n);
+  struct nbdserve_peer *peer;
+  int found;      /* something is damaged */
+  int stop;       /* not 0: it ends, by this */
   uint32_t id;    /* what comes next: of a volume, or of one above it, */
   uint64_t block; /* and from where on */
   uint64_t done;  /* bytes */
@@ -8766,12 +8765,12 @@ static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
     cas_tell(v, "", 0, 0, "a page of a map or the catalog is damaged");
 }
 
-/* Reads the block that has a digest, from wherever the index finds it.
- * -ENOENT: it finds none that is whole. */
-static int cas_get_block(struct nbdserve_cas *st,
-                         const unsigned char digest[CAS_DIGEST_LEN],
+/* Reads the block that has a digest, from wherever the index finds it; one that
+ * is to be mended may find itself first.  -ENOENT: it finds none that is
+ * whole. */
+static int cas_get_block(struct nbdserve_cas *st, const unsigned char *digest,
                          unsigned char *data) {
-  for (int skip = 0; skip < CAS_CANDIDATES; skip++) {
+  for (int skip = 0; skip <= CAS_CANDIDATES; skip++) {
     struct cas_block blk = {.data = data, .todo = CAS_BOTH};
     os_lock(&st->lock);
     blk.slot = cas_lookup(st, digest, skip);
@@ -8789,84 +8788,22 @@ static int cas_get_block(struct nbdserve_cas *st,
   return -ENOENT;
 }
 
-/* Mends a block, if it is damaged: its digest from the data, if only the digest
- * cannot be read; or the data from another slot with the same digest.  This is
- * the one exception to (C1): what durable state names gets what it should have
- * been. */
+/* Is the data of a block bad, while its digest, which was read, may be right? */
+static int cas_is_bad(const struct cas_block *blk) {
+  assert(!blk->err || !blk->slot || blk->todo == CAS_BOTH);
+  return blk->err && blk->slot && !blk->digest_err;
+}
+
+/* Mends a block: its digest from the data, if only the digest cannot be read;
+ * or the data from another slot with the same digest.  This is the one
+ * exception to (C1): what durable state names gets what it should have been. */
 static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
   assert(!st->readonly);
   if (blk->digest_err && !blk->err)
     blk->digest_err = cas_move_run(st, blk, 1, CAS_DIGEST, OS_WRITE);
-  if (blk->digest_err || !blk->err || !blk->slot) return;
-  assert(blk->todo == CAS_BOTH); /* its digest was read */
-  os_lock(&st->lock);
-  cas_unindex(st, blk->slot);
-  cas_unlock(st);
-  if (cas_get_block(st, blk->digest, blk->data) == 0)
+  if (cas_is_bad(blk) && !cas_get_block(st, blk->digest, blk->data))
     blk->err = cas_move_run(st, blk, 1, CAS_DATA, OS_WRITE);
 }
-
-#if !NBDSERVE_NO_CLIENT
-/* Enters an export NAME/pull or /blocks of the peer, and reads its head: the
- * peer may be any NBD server, which must not be written to, and a store may
- * have blocks of another size. */
-static int cas_enter_store(struct nbdserve_cas *st, struct nbdserve_peer *peer,
-                           const char *name, const char *magic,
-                           unsigned char head[CAS_PAGE]) {
-  struct peer_part part = {.len = CAS_PAGE, .data = head};
-  memset(head, 0, CAS_PAGE);
-  int err = peer_enter(peer, name);
-  if (!err && peer->size >= CAS_PAGE)
-    err = peer_transfer(peer, NBD_CMD_READ, &part, 1);
-  if (!err) err = peer_error(peer, &part);
-  if (err) return err;
-  if (memcmp(head, magic, 8) != 0 || u_get32(head + 8) != 1)
-    return peer_fail(peer, -EPROTO, "the peer's %.99s is not of a store", name);
-  if (u_get32(head + 12) != st->bs)
-    return peer_fail(peer, -EINVAL,
-                     "the peer's blocks have %" PRIu32 " bytes, not %" PRIu32,
-                     u_get32(head + 12), st->bs);
-  return 0;
-}
-
-/* Mends what is still bad of blk[0..n) with what the peer's store has of the
- * same digests.  What it does not have stays bad.  Returns 0, or the error that
- * has ended the connection. */
-static int cas_ask_peer(struct cas_verifier *v, struct cas_block *blk,
-                        size_t n) {
-  unsigned char digests[CAS_WANTED] = {0};
-  struct peer_part ask = {CAS_PAGE, sizeof digests, digests, 0};
-  struct peer_part parts[CAS_BATCH];
-  struct cas_block *bad[CAS_BATCH];
-  uint32_t bs = v->st->bs;
-  size_t k = 0;
-  for (; n > 0; blk++, n--) {
-    if (!blk->err || blk->digest_err || !blk->slot) continue;
-    uint64_t off = CAS_FOUND + (uint64_t)k * bs;
-    memcpy(digests + k * CAS_DIGEST_LEN, blk->digest, CAS_DIGEST_LEN);
-    parts[k] = (struct peer_part){off, bs, blk->data, 0};
-    bad[k++] = blk;
-  }
-  v->peer->done = v->done;
-  v->peer->total = v->total;
-  int err = k ? peer_transfer(v->peer, NBD_CMD_WRITE, &ask, 1) : 0;
-  if (!err && ask.err)
-    err = peer_fail(v->peer, -EIO, "the peer takes no SHA-256s");
-  if (!err) err = peer_transfer(v->peer, NBD_CMD_READ, parts, k);
-  for (size_t i = 0; i < k && !err; i++) {
-    if (parts[i].err) continue;
-    blk = bad[i];
-    sha_256(v->st->hw, blk->data, NULL, bs, blk->sum, NULL);
-    if (memcmp(blk->sum, blk->digest, CAS_DIGEST_LEN) == 0)
-      blk->err = cas_move_run(v->st, blk, 1, CAS_DATA, OS_WRITE);
-  }
-  return err;
-}
-#else
-/* Nobody is asked. */
-#define cas_ask_peer(v, blk, n) 0
-#define cas_repair_from(v, peer) ((void)(peer), -EOPNOTSUPP)
-#endif
 
 /* Takes a pin off a volume: it may go now. */
 static void cas_let_go(struct cas_volume *vol) {
@@ -8891,10 +8828,9 @@ static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
   cas_let_go(vol);
   for (size_t i = 0; i < n && v->mends; i++)
     cas_mend(v->st, blk + i);
-  if (v->peer && !v->stop) v->stop = cas_ask_peer(v, blk, n);
+  if (v->ask && !v->stop) v->stop = v->ask(v, blk, n);
   for (size_t i = 0; i < n; i++) {
-    const char *why = NULL;
-    if (blk[i].digest_err) why = "the digest cannot be read";
+    const char *why = blk[i].digest_err ? "the digest cannot be read" : NULL;
     if (blk[i].err)
       why = blk[i].slot ? "the data is not what it was"
                         : "the map cannot be read";
@@ -8982,12 +8918,67 @@ static int cas_verify(struct cas_verifier *v) {
 }
 
 #if !NBDSERVE_NO_CLIENT
+/* Enters an export NAME/pull or /blocks of the peer, and reads its head over
+ * zeroes: the peer may be any NBD server, which must not be written to, and a
+ * store may have blocks of another size. */
+static int cas_enter_store(struct nbdserve_cas *st, struct nbdserve_peer *peer,
+                           const char *name, const char *magic,
+                           unsigned char *head) {
+  struct peer_part part = {.len = CAS_PAGE, .data = head};
+  int err = peer_enter(peer, name);
+  if (!err && peer->size >= CAS_PAGE)
+    err = peer_transfer(peer, NBD_CMD_READ, &part, 1);
+  if (!err) err = peer_error(peer, &part);
+  if (err) return err;
+  if (memcmp(head, magic, 8) != 0 || u_get32(head + 8) != 1)
+    return peer_fail(peer, -EPROTO, "the peer's %.99s is not of a store", name);
+  if (u_get32(head + 12) != st->bs)
+    return peer_fail(peer, -EINVAL,
+                     "the peer's blocks have %" PRIu32 " bytes, not %" PRIu32,
+                     u_get32(head + 12), st->bs);
+  return 0;
+}
+
+/* Mends what is still bad of blk[0..n) with what the peer's store has of the
+ * same digests.  What it does not have stays bad.  Returns 0, or the error that
+ * has ended the connection. */
+static int cas_ask_peer(struct cas_verifier *v, struct cas_block *blk,
+                        size_t n) {
+  unsigned char digests[CAS_WANTED] = {0};
+  struct peer_part ask = {CAS_PAGE, sizeof digests, digests, 0};
+  struct peer_part parts[CAS_BATCH];
+  struct cas_block *bad[CAS_BATCH];
+  uint32_t bs = v->st->bs;
+  size_t k = 0;
+  for (; n > 0; blk++, n--) {
+    if (!cas_is_bad(blk)) continue;
+    uint64_t off = CAS_FOUND + (uint64_t)k * bs;
+    memcpy(digests + k * CAS_DIGEST_LEN, blk->digest, CAS_DIGEST_LEN);
+    parts[k] = (struct peer_part){off, bs, blk->data, 0};
+    bad[k++] = blk;
+  }
+  v->peer->done = v->done;
+  v->peer->total = v->total;
+  int err = k ? peer_transfer(v->peer, NBD_CMD_WRITE, &ask, 1) : 0;
+  if (!err && ask.err)
+    err = peer_fail(v->peer, -EIO, "the peer takes no SHA-256s");
+  if (!err) err = peer_transfer(v->peer, NBD_CMD_READ, parts, k);
+  for (size_t i = 0; i < k && !err; i++) {
+    if (parts[i].err) continue;
+    blk = bad[i];
+    sha_256(v->st->hw, blk->data, NULL, bs, blk->sum, NULL);
+    if (memcmp(blk->sum, blk->digest, CAS_DIGEST_LEN) == 0)
+      blk->err = cas_move_run(v->st, blk, 1, CAS_DATA, OS_WRITE);
+  }
+  return err;
+}
 /* Mends what it can with blocks of the store that a peer serves. */
 static int cas_repair_from(struct cas_verifier v, struct nbdserve_peer *peer) {
-  unsigned char head[CAS_PAGE];
+  unsigned char head[CAS_PAGE] = {0};
   peer->progress = v.progress;
   peer->arg = v.arg;
   v.peer = peer;
+  v.ask = cas_ask_peer;
   v.each = NULL;
   int err = cas_enter_store(v.st, peer, "/blocks", CAS_BLOCKS_MAGIC, head);
   if (!err && peer->size != CAS_FOUND + CAS_BATCH * (uint64_t)v.st->bs)
@@ -8996,6 +8987,8 @@ static int cas_repair_from(struct cas_verifier v, struct nbdserve_peer *peer) {
   peer_leave(peer);
   return err == -EUCLEAN ? 0 : err;
 }
+#else
+#define cas_repair_from(v, peer) ((void)(peer), -EOPNOTSUPP)
 #endif
 
 /* See nbdserve.h. */
@@ -9245,27 +9238,20 @@ static int cas_box_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
   return 0;
 }
 
-/* ops->close of /blocks. */
-static void cas_box_close(void *ctx) {
-  NBDSERVE_FREE(ctx);
-}
-
-/* Opens /blocks.  First the index has to know all that is there; that of a
- * store which is only read is not filled by anybody else. */
+/* Opens /blocks.  First the index has to know all that is there: cas_work, if it
+ * is about to fill it, gets help, and a store which is only read has none. */
 static int cas_open_box(struct nbdserve_cas *st, struct nbdserve_export *out) {
   static const struct nbdserve_ops ops = {
-      .read = cas_box_read, .write = cas_box_write, .close = cas_box_close};
+      .read = cas_box_read, .write = cas_box_write, .close = NBDSERVE_FREE};
   struct cas_box *box = u_zalloc(sizeof *box);
   if (!box) return -ENOMEM;
   box->st = st;
   cas_put_head(st, CAS_BLOCKS_MAGIC, box->front);
   os_lock(&st->lock);
-  while (st->readonly && st->filled < st->to_fill) {
+  while (st->filled < st->to_fill) {
     cas_fill_index(st);
     cas_yield(st);
   }
-  while (st->busy && st->filled < st->to_fill)
-    cas_wait(st);
   cas_unlock(st);
   out->size = CAS_FOUND + CAS_BATCH * (uint64_t)st->bs;
   out->flags |= NBDSERVE_EXPORT_SERIAL;
@@ -9391,17 +9377,6 @@ static int cas_fetch_kids(struct cas_puller *p, int level) {
   return err;
 }
 
-/* Gets, to p->own, what digests there are here for the kids of a node.  Of a
- * leaf that cannot be read no block has such a digest: all are asked for. */
-static int cas_get_own(struct cas_puller *p, int level, uint32_t index,
-                       int has_base) {
-  unsigned char *own = p->own[level];
-  int err = cas_get_digests(&p->sealer, level, index, has_base, own);
-  if (err != -EIO || level > 0) return err;
-  memset(own, 255, CAS_KIDS_LEN(p->wanted->st));
-  return 0;
-}
-
 /* Notes that a node is waiting; but a leaf is done if what is here fits. */
 static int cas_want_node(struct cas_puller *p, int level, uint32_t index,
                          int has_base, const unsigned char *digest) {
@@ -9410,11 +9385,11 @@ static int cas_want_node(struct cas_puller *p, int level, uint32_t index,
   uint64_t done = index * (uint64_t)st->fanout * st->bs; /* of a leaf */
   unsigned char sum[CAS_DIGEST_LEN];
   if (level == 0) {
-    int err = cas_get_own(p, level, index, 0);
-    if (err) return err;
+    int err = cas_get_digests(&p->sealer, level, index, 0, p->own[level]);
+    if (err && err != -EIO) return err;
     p->peer->done = u_min(done, p->peer->total);
     sha_256(st->hw, p->own[level], NULL, len, sum, NULL);
-    if (memcmp(sum, digest, sizeof sum) == 0) return 0;
+    if (!err && memcmp(sum, digest, sizeof sum) == 0) return 0;
   }
   size_t i = p->nnodes[level]++;
   struct cas_wanted *node = &p->nodes[level][i];
@@ -9516,24 +9491,31 @@ static int cas_has_base(const struct cas_puller *p, uint64_t block,
 static int cas_pull_nodes(struct cas_puller *p, int level, uint64_t size) {
   const struct nbdserve_cas *st = p->wanted->st;
   size_t most = u_min(CAS_LEAVES, IO_UNIT / CAS_KIDS_LEN(st));
+  unsigned char *own = p->own[level];
   int err = cas_fetch_kids(p, level);
   for (size_t i = 0; i < p->nnodes[level] && !err; i++) {
     const struct cas_wanted *node = &p->nodes[level][i];
-    err = cas_get_own(p, level, node->index, node->has_base);
+    int has_base = node->has_base;
+    err = cas_get_digests(&p->sealer, level, node->index, has_base, own);
+    if (err == -EIO && level == 0) {
+      memset(own, 255, CAS_KIDS_LEN(st)); /* no block has such a digest */
+      err = 0;
+    }
     for (size_t at = 0; at < node->len && !err; at += CAS_DIGEST_LEN) {
       const unsigned char *kid = node->kids + at;
-      const unsigned char *own = p->own[level] + at;
+      const unsigned char *own_kid = own + at;
       uint64_t c = (uint64_t)node->index * st->fanout + at / CAS_DIGEST_LEN;
-      if (memcmp(kid, own, CAS_DIGEST_LEN) == 0 &&
-          (level == 0 || (node->has_base && cas_has_base(p, c * size, size))))
-        continue;
+      int is_same = memcmp(kid, own_kid, CAS_DIGEST_LEN) == 0;
+      if (level > 0 && is_same)
+        is_same = has_base && cas_has_base(p, c * size, size);
+      if (is_same) continue;
       if (u_is_zero(kid, CAS_DIGEST_LEN)) {
         err = cas_discard(p->sealer.vol, c * size * st->bs, size * st->bs);
       } else if (level == 0) {
         err = cas_want_block(p, c, kid);
       } else {
-        int has_base = !u_is_zero(own, CAS_DIGEST_LEN);
-        err = cas_want_node(p, level - 1, (uint32_t)c, has_base, kid);
+        err = cas_want_node(p, level - 1, (uint32_t)c,
+                            !u_is_zero(own_kid, CAS_DIGEST_LEN), kid);
         if (!err && p->nnodes[level - 1] == most)
           err = cas_pull_nodes(p, level - 1, size / st->fanout);
       }

@@ -8529,17 +8529,17 @@ static int cas_get_digests(const struct cas_sealer *sealer, int level,
                            uint32_t index, int has_base,
                            unsigned char *digests) {
   struct cas_volume *vol = sealer->vol;
-  const struct nbdserve_cas *st = vol->st;
+  const struct nbdserve_cas *st = sealer->tree->st;
   size_t len = CAS_KIDS_LEN(st);
   uint64_t first = (uint64_t)index * st->fanout;
-  uint64_t size = vol->now.size;
   memset(digests, 0, len);
   if (level > 0 && has_base)
     return ex_batched_read(sealer->tree, digests,
                            cas_tree_off(st, level, index * len), len, 0);
   if (level > 0) return 0;
-  uint64_t done = u_min((first + st->fanout) * st->bs, size);
   int err = cas_digest_blocks(vol, CAS_DIGEST, first, st->fanout, digests);
+  uint64_t size = vol->now.size;
+  uint64_t done = u_min((first + st->fanout) * st->bs, size);
   if (!err && sealer->progress && sealer->progress(sealer->arg, done, size))
     err = -ECANCELED;
   return err;
@@ -9083,15 +9083,14 @@ static void cas_put_head(const struct nbdserve_cas *st, const char *magic,
 enum {
   PART_BLOCKS,
   PART_D0,
-  PART_HEAD = PART_D0 + CAS_LEVELS,
-  PART_COUNT
+  PART_HEAD = PART_D0 + CAS_LEVELS
 };
 
 /* Where they begin, and how long they are, in bytes.  What lies between them is
  * zeroes. */
 struct cas_layout {
-  uint64_t at[PART_COUNT];
-  uint64_t len[PART_COUNT];
+  uint64_t at[PART_HEAD + 1];
+  uint64_t len[PART_HEAD + 1];
   uint64_t end;
 };
 
@@ -9105,7 +9104,7 @@ static struct cas_layout cas_pull_layout(uint64_t bs, uint64_t size) {
     l.len[k] = n * CAS_DIGEST_LEN;
     n = n / CAS_FANOUT(bs) + (n % CAS_FANOUT(bs) != 0);
   }
-  for (int k = PART_COUNT; k-- > 0;) {
+  for (int k = PART_HEAD; k >= 0; k--) {
     uint64_t unit = k == PART_BLOCKS ? IO_UNIT : CAS_PAGE;
     l.at[k] = (l.end + unit - 1) / unit * unit;
     l.end = l.at[k] + l.len[k];
@@ -9312,20 +9311,19 @@ int nbdserve_cas_volume(struct nbdserve_cas *st, const char *name,
 /* A node whose kids are to be pulled.  Its level is that of their digests: 0 is
  * a leaf, whose kids are blocks. */
 struct cas_wanted {
-  uint32_t index; /* in its level */
-  int has_base;   /* the base has something there; else its tree may still have
-                     what an older one had */
-  uint64_t off;   /* in NAME/pull, of its kids' digests, */
-  size_t len;     /* and how many bytes there are, */
-  unsigned char *kids;                  /* which come here */
+  uint32_t index;                       /* in its level */
+  int has_base;                         /* the base has something there */
   unsigned char digest[CAS_DIGEST_LEN]; /* of the node; of the top: the id */
+  unsigned char *own; /* digests that its kids have here: see cas_get_digests */
+  unsigned char *kids; /* digests that they are to have, */
+  size_t skip;         /* behind so many bytes as they come; */
+  size_t len;          /* bytes of these, without kids that are not there */
 };
 
-/* Room for the digests of a node's kids, at the largest block size; and for
- * those of as many nodes as wait, with READs that begin and end at multiples of
- * PEER_ALIGN */
+/* Room for the digests of all kids of waiting nodes; and for READs of them,
+ * which begin and end at multiples of PEER_ALIGN */
 enum {
-  CAS_KIDS_MOST = CAS_FANOUT(65536) * CAS_DIGEST_LEN,
+  CAS_OWN_ROOM = IO_UNIT,
   CAS_KIDS_ROOM = IO_UNIT + CAS_LEAVES * 2 * PEER_ALIGN
 };
 
@@ -9335,42 +9333,37 @@ struct cas_puller {
   struct cas_sealer sealer;        /* vol: the partial volume */
   struct nbdserve_peer *peer;      /* that has the snapshot */
   struct cas_layout at;            /* where its NAME/pull has what */
+  size_t most;                     /* nodes of a level that wait */
   size_t nnodes[CAS_LEVELS];
   size_t nblocks;
   size_t nparts;
   struct cas_wanted nodes[CAS_LEVELS][CAS_LEAVES]; /* [nnodes] are waiting, */
-  unsigned char kids[CAS_LEVELS][CAS_KIDS_ROOM];   /* with room for digests */
-  unsigned char own[CAS_LEVELS][CAS_KIDS_MOST];    /* what a node's kids have */
-  struct cas_block blocks[CAS_BLOCKS];             /* [nblocks] are waiting, */
-  unsigned char data[CAS_BLOCKS * CAS_MIN_BLOCK];  /* with room for data; */
+  struct peer_part asks[CAS_LEVELS][CAS_LEAVES];   /* for these digests, */
+  unsigned char kids[CAS_LEVELS][CAS_KIDS_ROOM];   /* with room for them */
+  unsigned char own[CAS_LEVELS][CAS_OWN_ROOM];
+  struct cas_block blocks[CAS_BLOCKS];            /* [nblocks] are waiting, */
+  unsigned char data[CAS_BLOCKS * CAS_MIN_BLOCK]; /* with room for data; */
   struct peer_part parts[CAS_BLOCKS]; /* [nparts]: what the peer is asked for */
 };
 
 /* Fetches the digests of the kids of all nodes of a level that are waiting, with
  * zeroes for kids that are not there, and tests them against the digest of the
- * node; those of the top against the id. */
+ * node, which is no digest of zeroes; those of the top against the id. */
 static int cas_fetch_kids(struct cas_puller *p, int level) {
   const struct nbdserve_cas *st = p->wanted->st;
-  int is_top = level == CAS_LEVELS - 1;
-  struct peer_part part[CAS_LEAVES];
+  size_t n = p->nnodes[level];
   unsigned char sum[CAS_DIGEST_LEN];
-  for (size_t i = 0; i < p->nnodes[level]; i++) {
+  int err = peer_transfer(p->peer, NBD_CMD_READ, p->asks[level], n);
+  for (size_t i = 0; i < n && !err; i++) {
     const struct cas_wanted *node = &p->nodes[level][i];
-    uint64_t begin = node->off - node->off % PEER_ALIGN;
-    uint64_t len = node->off + node->len + PEER_ALIGN - 1 - begin;
-    len -= len % PEER_ALIGN;
-    part[i] = (struct peer_part){begin, (uint32_t)len, node->kids, 0};
-  }
-  int err = peer_transfer(p->peer, NBD_CMD_READ, part, p->nnodes[level]);
-  for (size_t i = 0; i < p->nnodes[level] && !err; i++) {
-    const struct cas_wanted *node = &p->nodes[level][i];
-    err = peer_error(p->peer, &part[i]);
+    err = peer_error(p->peer, &p->asks[level][i]);
     if (err) break;
-    memmove(node->kids, node->kids + (node->off - part[i].off), node->len);
+    memmove(node->kids, node->kids + node->skip, node->len);
     memset(node->kids + node->len, 0, CAS_KIDS_LEN(st) - node->len);
     sha_256(st->hw, node->kids, NULL, CAS_KIDS_LEN(st), sum, NULL);
-    if (is_top && u_is_zero(node->kids, node->len)) memset(sum, 0, sizeof sum);
-    if (is_top) cas_compute_id(st, p->wanted->now.size, sum, sum);
+    if (u_is_zero(node->kids, node->len)) memset(sum, 0, sizeof sum);
+    if (level == CAS_LEVELS - 1)
+      cas_compute_id(st, p->wanted->now.size, sum, sum);
     if (memcmp(sum, node->digest, CAS_DIGEST_LEN) != 0)
       err = peer_fail(p->peer, -EBADMSG, "the peer's tree does not fit the id");
   }
@@ -9382,26 +9375,32 @@ static int cas_want_node(struct cas_puller *p, int level, uint32_t index,
                          int has_base, const unsigned char *digest) {
   const struct nbdserve_cas *st = p->wanted->st;
   size_t len = CAS_KIDS_LEN(st);
-  uint64_t done = index * (uint64_t)st->fanout * st->bs; /* of a leaf */
-  unsigned char sum[CAS_DIGEST_LEN];
-  if (level == 0) {
-    int err = cas_get_digests(&p->sealer, level, index, 0, p->own[level]);
-    if (err && err != -EIO) return err;
-    p->peer->done = u_min(done, p->peer->total);
-    sha_256(st->hw, p->own[level], NULL, len, sum, NULL);
-    if (!err && memcmp(sum, digest, sizeof sum) == 0) return 0;
-  }
-  size_t i = p->nnodes[level]++;
+  size_t i = p->nnodes[level];
   struct cas_wanted *node = &p->nodes[level][i];
-  uint64_t in = index * (uint64_t)len; /* in d(level) */
+  unsigned char sum[CAS_DIGEST_LEN];
   node->index = index;
   node->has_base = has_base;
-  node->off = p->at.at[PART_D0 + level] + in;
+  memcpy(node->digest, digest, CAS_DIGEST_LEN);
+  node->own = p->own[level] + i * len;
+  int err = cas_get_digests(&p->sealer, level, index, has_base, node->own);
+  if (err && (err != -EIO || level > 0)) return err;
+  if (level == 0) {
+    uint64_t done = index * (uint64_t)st->fanout * st->bs;
+    p->peer->done = u_min(done, p->peer->total);
+    if (err) memset(node->own, 255, len); /* no block has such a digest */
+    sha_256(st->hw, node->own, NULL, len, sum, NULL);
+    if (memcmp(sum, digest, sizeof sum) == 0) return 0;
+  }
+  uint64_t in = index * (uint64_t)len; /* in d(level) */
+  uint64_t off = p->at.at[PART_D0 + level] + in;
+  node->skip = (size_t)(off % PEER_ALIGN);
   node->len = (size_t)u_min(len, p->at.len[PART_D0 + level] - in);
   node->kids = p->kids[level] + i * (len + (size_t)2 * PEER_ALIGN);
-  memcpy(node->digest, digest, CAS_DIGEST_LEN);
-  assert(i < CAS_LEAVES && in < p->at.len[PART_D0 + level]);
-  assert(i == 0 || (i + 1) * len <= IO_UNIT);
+  size_t n = (node->skip + node->len + PEER_ALIGN - 1) / PEER_ALIGN;
+  p->asks[level][i] = (struct peer_part){
+      off - node->skip, (uint32_t)(n * PEER_ALIGN), node->kids, 0};
+  p->nnodes[level]++;
+  assert(i < p->most && in < p->at.len[PART_D0 + level]);
   return 0;
 }
 
@@ -9490,24 +9489,16 @@ static int cas_has_base(const struct cas_puller *p, uint64_t block,
  * enough of it. */
 static int cas_pull_nodes(struct cas_puller *p, int level, uint64_t size) {
   const struct nbdserve_cas *st = p->wanted->st;
-  size_t most = u_min(CAS_LEAVES, IO_UNIT / CAS_KIDS_LEN(st));
-  unsigned char *own = p->own[level];
   int err = cas_fetch_kids(p, level);
   for (size_t i = 0; i < p->nnodes[level] && !err; i++) {
     const struct cas_wanted *node = &p->nodes[level][i];
-    int has_base = node->has_base;
-    err = cas_get_digests(&p->sealer, level, node->index, has_base, own);
-    if (err == -EIO && level == 0) {
-      memset(own, 255, CAS_KIDS_LEN(st)); /* no block has such a digest */
-      err = 0;
-    }
     for (size_t at = 0; at < node->len && !err; at += CAS_DIGEST_LEN) {
       const unsigned char *kid = node->kids + at;
-      const unsigned char *own_kid = own + at;
+      const unsigned char *own = node->own + at;
       uint64_t c = (uint64_t)node->index * st->fanout + at / CAS_DIGEST_LEN;
-      int is_same = memcmp(kid, own_kid, CAS_DIGEST_LEN) == 0;
+      int is_same = memcmp(kid, own, CAS_DIGEST_LEN) == 0;
       if (level > 0 && is_same)
-        is_same = has_base && cas_has_base(p, c * size, size);
+        is_same = node->has_base && cas_has_base(p, c * size, size);
       if (is_same) continue;
       if (u_is_zero(kid, CAS_DIGEST_LEN)) {
         err = cas_discard(p->sealer.vol, c * size * st->bs, size * st->bs);
@@ -9515,8 +9506,8 @@ static int cas_pull_nodes(struct cas_puller *p, int level, uint64_t size) {
         err = cas_want_block(p, c, kid);
       } else {
         err = cas_want_node(p, level - 1, (uint32_t)c,
-                            !u_is_zero(own_kid, CAS_DIGEST_LEN), kid);
-        if (!err && p->nnodes[level - 1] == most)
+                            !u_is_zero(own, CAS_DIGEST_LEN), kid);
+        if (!err && p->nnodes[level - 1] == p->most)
           err = cas_pull_nodes(p, level - 1, size / st->fanout);
       }
     }
@@ -9618,6 +9609,7 @@ static int cas_pull_record(const char *name, struct nbdserve_peer *peer,
   p->sealer.progress = peer->progress;
   p->sealer.arg = peer->arg;
   p->at = cas_pull_layout(st->bs, wanted->now.size);
+  p->most = (size_t)u_min(CAS_LEAVES, CAS_OWN_ROOM / CAS_KIDS_LEN(st));
   peer->total = wanted->now.size;
   err = cas_pull_id(p, part);
   NBDSERVE_FREE(p);

@@ -8706,11 +8706,12 @@ struct cas_verifier {
   /* Mends what is still bad of blk[0..n), with the help of the peer; or NULL. */
   int (*ask)(struct cas_verifier *v, struct cas_block *blk, size_t n);
   struct nbdserve_peer *peer;
-  int found;      /* something is damaged */
-  int stop;       /* not 0: it ends, by this */
-  uint32_t id;    /* what comes next: of a volume, or of one above it, */
-  uint64_t block; /* and from where on */
-  uint64_t done;  /* bytes */
+  int found;           /* something is damaged */
+  int stop;            /* not 0: it ends, by this */
+  char name[CAS_PATH]; /* of the volume that is being checked */
+  uint32_t id;         /* what comes next: of a volume, or of one above it, */
+  uint64_t block;      /* and from where on */
+  uint64_t done;       /* bytes */
   uint64_t total;
   unsigned char *data; /* [CAS_BATCH] blocks */
   uint64_t from;       /* of a range that is damaged, which is not told yet, */
@@ -8727,12 +8728,11 @@ static void cas_tell(struct cas_verifier *v, const char *name, uint64_t off,
   if (!v->stop && v->each) v->stop = v->each(v->arg, name, off, len, why);
 }
 
-/* Takes note of what a volume is from off on, NULL: whole; tells a range when
+/* Takes note of what the volume is from off on, NULL: whole; tells a range when
  * it ends. */
-static void cas_note(struct cas_verifier *v, const char *name, uint64_t off,
-                     const char *why) {
+static void cas_note(struct cas_verifier *v, uint64_t off, const char *why) {
   if (why == v->why) return;
-  if (v->why) cas_tell(v, name, v->from, off - v->from, v->why);
+  if (v->why) cas_tell(v, v->name, v->from, off - v->from, v->why);
   if (why) v->is_sound = 0;
   v->from = off;
   v->why = why;
@@ -8817,7 +8817,7 @@ static void cas_let_go(struct cas_volume *vol) {
 /* Checks the next n blocks of a volume, and takes its pin off once they are
  * read: a peer may take its time. */
 static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
-                              const char *name, size_t n) {
+                              size_t n) {
   struct cas_block blk[CAS_BATCH];
   uint64_t bs = v->st->bs;
   assert(n <= CAS_BATCH);
@@ -8834,7 +8834,7 @@ static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
     if (blk[i].err)
       why = blk[i].slot ? "the data is not what it was"
                         : "the map cannot be read";
-    cas_note(v, name, blk[i].number * bs, why);
+    cas_note(v, blk[i].number * bs, why);
   }
   cas_unpin(v->st, blk, n);
 }
@@ -8845,7 +8845,6 @@ static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
 static int cas_verify_step(struct cas_verifier *v) {
   struct nbdserve_cas *st = v->st;
   struct cas_volume *vol;
-  char name[CAS_PATH];
   uint64_t n = 0;
   os_lock(&st->lock);
   while ((vol = cas_volume_from(st, v->id)) && vol->is_staged)
@@ -8869,21 +8868,20 @@ static int cas_verify_step(struct cas_verifier *v) {
   struct cas_node **root[2] = {cas_root(is_known ? sound : vol), cas_root(vol)};
   is_known = is_known && cas_is_shared(st, root, v->block, &n);
   vol->pins++;
-  cas_full_name(vol, name);
+  cas_full_name(vol, v->name);
   cas_unlock(st);
   int kind = left && !is_known ? cas_next_run(vol, v->block, left, &n) : 0;
   n = u_min(n, kind > 0 ? CAS_BATCH : left);
   if (kind > 0) {
-    cas_verify_blocks(v, vol, name, (size_t)n);
+    cas_verify_blocks(v, vol, (size_t)n);
   } else {
     cas_let_go(vol);
-    cas_note(v, name, v->block * st->bs,
-             kind ? "the map cannot be read" : NULL);
+    cas_note(v, v->block * st->bs, kind ? "the map cannot be read" : NULL);
   }
   v->done += n * st->bs;
   v->block += n;
   if (n == left) {
-    cas_note(v, name, size, NULL);
+    cas_note(v, size, NULL);
     if (v->is_sound && is_snapshot) v->sound = v->id;
     v->block = 0;
     v->id++;
@@ -9160,10 +9158,10 @@ static int cas_source_read(void *ctx, void *buf, uint64_t off, uint64_t len,
   return err;
 }
 
-/* ops->close of NAME/pull. */
+/* ops->close of NAME/pull; also of one that could not be opened. */
 static void cas_source_close(void *ctx) {
   struct cas_source *source = ctx;
-  cas_close(source->vol);
+  if (source->vol) cas_close(source->vol);
   NBDSERVE_FREE(source);
 }
 
@@ -9175,12 +9173,9 @@ static int cas_open_source(struct nbdserve_cas *st, const char *name, size_t n,
   struct cas_source *source = u_zalloc(sizeof *source);
   if (!source) return -ENOMEM;
   int err = cas_use(st, name, n, &source->vol);
-  if (!err && u_is_zero(source->vol->now.cid, CAS_DIGEST_LEN)) {
-    cas_close(source->vol);
-    err = -ENODATA;
-  }
+  if (!err && u_is_zero(source->vol->now.cid, CAS_DIGEST_LEN)) err = -ENODATA;
   if (err) {
-    NBDSERVE_FREE(source);
+    cas_source_close(source);
     return err;
   }
   os_lock(&st->lock);
@@ -9302,7 +9297,8 @@ int nbdserve_cas_volume(struct nbdserve_cas *st, const char *name,
  * gets many.  In the end the id is computed from the volume's own map, as seal
  * does it, and a snapshot with that map and id appears:
  *
- *   nbdserve_cas_pull     asks what the peer has, and tests the names
+ *   nbdserve_cas_pull     tests the names
+ *   cas_pull_head         asks what the peer has
  *   cas_pull_record       is it here?  Else, in the partial volume:
  *   cas_pull_id             the walk, and the seal behind it
  *     cas_pull_nodes          the nodes of a level that are waiting
@@ -9329,11 +9325,11 @@ enum {
 
 /* While something is pulled; mostly 20 MiB of it are touched */
 struct cas_puller {
-  const struct cas_volume *wanted; /* its size and id are those of what comes */
-  struct cas_sealer sealer;        /* vol: the partial volume */
-  struct nbdserve_peer *peer;      /* that has the snapshot */
-  struct cas_layout at;            /* where its NAME/pull has what */
-  size_t most;                     /* nodes of a level that wait */
+  struct cas_volume wanted;   /* its size and id are those of what comes */
+  struct cas_sealer sealer;   /* vol: the partial volume */
+  struct nbdserve_peer *peer; /* that has the snapshot */
+  struct cas_layout at;       /* where its NAME/pull has what */
+  size_t most;                /* nodes of a level that wait */
   size_t nnodes[CAS_LEVELS];
   size_t nblocks;
   size_t nparts;
@@ -9350,7 +9346,7 @@ struct cas_puller {
  * zeroes for kids that are not there, and tests them against the digest of the
  * node, which is no digest of zeroes; those of the top against the id. */
 static int cas_fetch_kids(struct cas_puller *p, int level) {
-  const struct nbdserve_cas *st = p->wanted->st;
+  const struct nbdserve_cas *st = p->wanted.st;
   size_t n = p->nnodes[level];
   unsigned char sum[CAS_DIGEST_LEN];
   int err = peer_transfer(p->peer, NBD_CMD_READ, p->asks[level], n);
@@ -9363,7 +9359,7 @@ static int cas_fetch_kids(struct cas_puller *p, int level) {
     sha_256(st->hw, node->kids, NULL, CAS_KIDS_LEN(st), sum, NULL);
     if (u_is_zero(node->kids, node->len)) memset(sum, 0, sizeof sum);
     if (level == CAS_LEVELS - 1)
-      cas_compute_id(st, p->wanted->now.size, sum, sum);
+      cas_compute_id(st, p->wanted.now.size, sum, sum);
     if (memcmp(sum, node->digest, CAS_DIGEST_LEN) != 0)
       err = peer_fail(p->peer, -EBADMSG, "the peer's tree does not fit the id");
   }
@@ -9373,7 +9369,7 @@ static int cas_fetch_kids(struct cas_puller *p, int level) {
 /* Notes that a node is waiting; but a leaf is done if what is here fits. */
 static int cas_want_node(struct cas_puller *p, int level, uint32_t index,
                          int has_base, const unsigned char *digest) {
-  const struct nbdserve_cas *st = p->wanted->st;
+  const struct nbdserve_cas *st = p->wanted.st;
   size_t len = CAS_KIDS_LEN(st);
   size_t i = p->nnodes[level];
   struct cas_wanted *node = &p->nodes[level][i];
@@ -9448,7 +9444,7 @@ static int cas_pull_blocks(struct cas_puller *p) {
  * does not find it, the peer is asked for it; for those in a row together. */
 static int cas_want_block(struct cas_puller *p, uint64_t number,
                           const unsigned char *digest) {
-  struct nbdserve_cas *st = p->wanted->st;
+  struct nbdserve_cas *st = p->wanted.st;
   struct cas_block *blk = &p->blocks[p->nblocks];
   struct peer_part *last = &p->parts[p->nparts ? p->nparts - 1 : 0];
   uint64_t off = p->at.at[PART_BLOCKS] + number * st->bs;
@@ -9473,7 +9469,7 @@ static int cas_want_block(struct cas_puller *p, uint64_t number,
  * many blocks below it?  (locks) */
 static int cas_has_base(const struct cas_puller *p, uint64_t block,
                         uint64_t blocks) {
-  struct nbdserve_cas *st = p->wanted->st;
+  struct nbdserve_cas *st = p->wanted.st;
   uint64_t span;
   assert(p->sealer.base);
   os_lock(&st->lock);
@@ -9488,7 +9484,7 @@ static int cas_has_base(const struct cas_puller *p, uint64_t block,
  * below each kid.  What is to be asked for is left waiting, until there is
  * enough of it. */
 static int cas_pull_nodes(struct cas_puller *p, int level, uint64_t size) {
-  const struct nbdserve_cas *st = p->wanted->st;
+  const struct nbdserve_cas *st = p->wanted.st;
   int err = cas_fetch_kids(p, level);
   for (size_t i = 0; i < p->nnodes[level] && !err; i++) {
     const struct cas_wanted *node = &p->nodes[level][i];
@@ -9519,9 +9515,9 @@ static int cas_pull_nodes(struct cas_puller *p, int level, uint64_t size) {
 /* Uses the partial volume that is called `part`, which is made, with the base's
  * contents, if it is not there.  -EBUSY: another pull uses it. */
 static int cas_use_partial(struct cas_puller *p, const char *part) {
-  struct nbdserve_cas *st = p->wanted->st;
+  struct nbdserve_cas *st = p->wanted.st;
   struct cas_change change = {
-      .name = part, .size = p->wanted->now.size, .tree = p->sealer.base};
+      .name = part, .size = p->wanted.now.size, .tree = p->sealer.base};
   int err = 0;
   while (!err && !p->sealer.vol) {
     err = cas_apply(st, &change);
@@ -9547,8 +9543,8 @@ static int cas_use_partial(struct cas_puller *p, const char *part) {
  * checkpoint; up to then all that came is in the partial volume, and survives
  * there. */
 static int cas_pull_id(struct cas_puller *p, const char *part) {
-  const unsigned char *id = p->wanted->now.cid;
-  struct nbdserve_cas *st = p->wanted->st;
+  const unsigned char *id = p->wanted.now.cid;
+  struct nbdserve_cas *st = p->wanted.st;
   struct cas_sealer *sealer = &p->sealer;
   uint64_t size = st->max_blocks; /* blocks below a node */
   int top = CAS_LEVELS - 1;
@@ -9579,79 +9575,83 @@ static int cas_pull_id(struct cas_puller *p, const char *part) {
   return err;
 }
 
-/* Makes a snapshot of what has the id of `wanted`: of one that is here, or of
- * what is pulled for it. */
-static int cas_pull_record(const char *name, struct nbdserve_peer *peer,
-                           const struct cas_volume *wanted) {
-  struct nbdserve_cas *st = wanted->st;
+/* Makes the snapshot of what has the id that is wanted: of one that is here, or
+ * of what is pulled for it. */
+static int cas_pull_record(struct cas_puller *p) {
+  struct nbdserve_cas *st = p->wanted.st;
   struct cas_volume *there;
   char id[72];
   char part[sizeof id + sizeof CAS_PARTIAL];
-  cas_spell_id(wanted, id);
+  cas_spell_id(&p->wanted, id);
   snprintf(part, sizeof part, "%s" CAS_PARTIAL, id);
   int err = cas_use(st, id, strlen(id), &there);
-  if (!err) {
-    os_lock(&st->lock);
-    struct cas_volume tree = *there;
-    cas_unlock(st);
-    struct cas_change change = {.vol = there, .tree = &tree, .name = name};
-    tree.is_tree = 1;
-    err = cas_apply(st, &change);
-    cas_close(there);
-    return err;
-  }
-  struct cas_puller *p = NBDSERVE_MALLOC(sizeof *p);
-  if (!p) return -ENOMEM;
-  memset(p, 0, offsetof(struct cas_puller, nodes));
-  p->wanted = wanted;
-  p->peer = peer;
-  p->sealer.name = name;
-  p->sealer.progress = peer->progress;
-  p->sealer.arg = peer->arg;
-  p->at = cas_pull_layout(st->bs, wanted->now.size);
-  p->most = (size_t)u_min(CAS_LEAVES, CAS_OWN_ROOM / CAS_KIDS_LEN(st));
-  peer->total = wanted->now.size;
-  err = cas_pull_id(p, part);
-  NBDSERVE_FREE(p);
+  if (err) return cas_pull_id(p, part);
+  os_lock(&st->lock);
+  struct cas_volume tree = *there;
+  cas_unlock(st);
+  tree.is_tree = 1;
+  struct cas_change change = {
+      .vol = there, .tree = &tree, .name = p->sealer.name};
+  err = cas_apply(st, &change);
+  cas_close(there);
   return err;
+}
+
+/* Enters the export FROM/pull of the peer, and tests what its head says: that is
+ * the size and the id which are wanted. */
+static int cas_pull_head(struct cas_puller *p, const char *from) {
+  struct nbdserve_cas *st = p->wanted.st;
+  struct nbdserve_peer *peer = p->peer;
+  unsigned char head[CAS_PAGE] = {0};
+  char export[WIRE_STRING_MAX + 8];
+  char id[72];
+  snprintf(export, sizeof export, "%.*s/pull", WIRE_STRING_MAX, from);
+  int err = cas_enter_store(st, peer, export, CAS_PULL_MAGIC, head);
+  if (err == -ENOENT)
+    strncat(peer->why, " (only what is sealed can be pulled)",
+            sizeof peer->why - strlen(peer->why) - 1);
+  if (err) return err;
+  uint64_t size = u_get64(head + 16);
+  p->wanted.now.size = peer->total = size;
+  memcpy(p->wanted.now.cid, head + 24, CAS_DIGEST_LEN);
+  p->at = cas_pull_layout(st->bs, size);
+  if (!cas_is_size(st, size) || p->at.end != peer->size ||
+      cas_blocks(st, size) / st->fanout >= UINT32_MAX)
+    return peer_fail(peer, -EPROTO, "the peer's sizes make no sense");
+  if (cas_is_id(from, "") && strcmp(from, cas_spell_id(&p->wanted, id)) != 0)
+    return peer_fail(peer, -EBADMSG, "the peer has given another id");
+  return 0;
 }
 
 /* See nbdserve.h. */
 int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
                       const char *from, struct nbdserve_peer *peer) {
-  struct cas_volume wanted = {.st = st};
   struct cas_volume *there = NULL;
-  unsigned char head[CAS_PAGE] = {0};
-  char export[WIRE_STRING_MAX + 8];
-  char id[72];
   char up[CAS_PATH];
   const char *at = strchr(name, '@');
   *peer->why = 0;
   snprintf(up, sizeof up, "%.*s", at ? (int)(at - name) : 0, name);
   if (!at || !cas_is_name(at + 1) || !cas_is_name(up)) return -EINVAL;
   if (st->readonly) return -EROFS;
-  snprintf(export, sizeof export, "%.*s/pull", WIRE_STRING_MAX, from);
-  int err = cas_enter_store(st, peer, export, CAS_PULL_MAGIC, head);
-  wanted.now.size = u_get64(head + 16);
-  memcpy(wanted.now.cid, head + 24, CAS_DIGEST_LEN);
-  if (err == -ENOENT)
-    strncat(peer->why, " (only what is sealed can be pulled)",
-            sizeof peer->why - strlen(peer->why) - 1);
-  if (!err && (!cas_is_size(st, wanted.now.size) ||
-               cas_blocks(st, wanted.now.size) / st->fanout >= UINT32_MAX ||
-               cas_pull_layout(st->bs, wanted.now.size).end != peer->size))
-    err = peer_fail(peer, -EPROTO, "the peer's sizes make no sense");
-  if (!err && cas_is_id(from, "") &&
-      strcmp(from, cas_spell_id(&wanted, id)) != 0)
-    err = peer_fail(peer, -EBADMSG, "the peer has given another id");
+  struct cas_puller *p = NBDSERVE_MALLOC(sizeof *p);
+  if (!p) return -ENOMEM;
+  memset(p, 0, offsetof(struct cas_puller, nodes));
+  p->wanted.st = st;
+  p->peer = peer;
+  p->sealer.name = name;
+  p->sealer.progress = peer->progress;
+  p->sealer.arg = peer->arg;
+  p->most = (size_t)u_min(CAS_LEAVES, CAS_OWN_ROOM / CAS_KIDS_LEN(st));
+  int err = cas_pull_head(p, from);
   if (!err) (void)!cas_use(st, name, strlen(name), &there);
   if (there) {
-    if (memcmp(there->now.cid, wanted.now.cid, CAS_DIGEST_LEN) != 0)
+    if (memcmp(there->now.cid, p->wanted.now.cid, CAS_DIGEST_LEN) != 0)
       err = -EEXIST; /* else it was pulled before */
     cas_close(there);
   }
-  if (!err && !there) err = cas_pull_record(name, peer, &wanted);
+  if (!err && !there) err = cas_pull_record(p);
   peer_leave(peer);
+  NBDSERVE_FREE(p);
   return err;
 }
 #endif /* !NBDSERVE_NO_CLIENT */

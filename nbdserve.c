@@ -7876,7 +7876,25 @@ static int cas_load(struct nbdserve_cas *st) {
   return 0;
 }
 
-/* ---- Recovery: what the log says ----------------------------------------- */
+/* ---- Recovery: what the log says -------------------------------------------
+ * What stands in the file when a store is opened may have been left by a clean
+ * end, by kill -9, by a power cut, or by a failed sync. After the last of these
+ * it may be in memory only, though it can be read.  So recovery goes in steps,
+ * and may itself be cut off after each of them:
+ *
+ *   1.  Find the end of the log, and what of it is known to be durable.
+ *   2.  Renew both superblocks (C8).
+ *   3.  Replay the log.  What is not known to be durable is written once more,
+ *      data, digests and log pages, where it stands already.
+ *   4.  Sync.  From now on everything that the maps name is durable, so slots
+ *      that the log has dropped are free, and others may be taken (C10).
+ *   5.  Begin the log anew behind its end, and make a checkpoint.
+ *
+ * Until 4 no slot is taken, so what the last superblock and the log say stays
+ * as it is, and a second recovery finds the same.
+ *
+ * Read-only nothing is written: 2, 4 and 5 are left out, and the maps are in
+ * memory what they would be. */
 
 /* Reads a log page to st->page.  Returns whether it is valid and has that
  * number; one that cannot be read is none (C9). */
@@ -7894,8 +7912,9 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq,
   }
   cas_decode(cas_log_sizes, p + CAS_LOG_HEAD, head);
   if (head->magic != CAS_LOG || head->count > CAS_ENTRIES) return 0;
-  /* This counts pages with a wrong sum, too, so a number as high as CAS_MAX_SEQ
-   * is taken for rot. */
+  /* A page that is torn or rotten now may be whole when it is read next, so its
+   * number must not come again, either: this counts pages with a wrong sum,
+   * too.  A number as high as CAS_MAX_SEQ is taken for rot. */
   if (head->seq > st->loader->newest && head->seq < CAS_MAX_SEQ)
     st->loader->newest = head->seq;
   if (head->seq != seq) return 0;
@@ -7929,7 +7948,9 @@ static uint64_t cas_find_log_end(struct nbdserve_cas *st) {
 
 /* Writes anew, from the data, all digests in the same 4096 bytes as that of a
  * slot: a bad sector among them can be written only as a whole.  Only while the
- * store is opened, when nobody else writes there. */
+ * store is opened, when nobody else writes there.  A slot whose data cannot be
+ * read gets zeroes, which are the digest of nothing: reading it stays an
+ * error. */
 static void cas_rewrite_digests(struct nbdserve_cas *st, uint32_t slot) {
   unsigned char digests[CAS_PAGE] = {0};
   uint32_t n = CAS_DIGESTS;
@@ -7980,9 +8001,11 @@ static int cas_redo(struct cas_volume *vol, struct cas_entry *entry,
   uint64_t end = cas_blocks(st, vol->now.size);
   uint32_t slot = (uint32_t)entry->slot;
   assert(st->is_replaying);
-  if (block >= end) return 0;
+  if (block >= end) return 0; /* the volume became smaller after that */
   end = block + u_min(u_get64(entry->digest), end - block); /* of holes */
   if (!slot) return cas_make_holes(vol, block, end);
+  /* The store may have grown after the last superblock.  A slot for which the
+   * file has no room, or that holds a page by now, has lost the block. */
   int is_slot = cas_is_in_file(st, slot);
   int err = is_slot ? cas_extend(st, slot) : 0;
   is_slot = is_slot && cas_may_be_block(st, slot);
@@ -8030,6 +8053,9 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
       was == SPACE_SYNCING || was == SPACE_BUSY ||
       (was == SPACE_DURABLE && st->npairs < kept + seg->npairs))
     return 0;
+  /* While the segment is BUSY nothing is taken from it, so what is free stays
+   * free.  Slots that are in use may still get their data and digests from a
+   * request that took them before: only those of free slots are written. */
   cas_set_space(st, first, SPACE_BUSY);
   for (uint32_t i = 0; i < CAS_SEGMENT; i++)
     is_free[i] = !CAS_AT(st, first + i, refs);
@@ -8039,6 +8065,8 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
     memset(is_free, 0, sizeof is_free); /* they stay */
   for (uint32_t i = 0; i < CAS_SEGMENT && is_noted; i++)
     is_free[i] &= !memcmp(digest[i], cas_given, CAS_DIGEST_LEN);
+  /* Run by run: n slots from i on are free, and the one behind them, which may
+   * be the end, is not. */
   for (uint32_t i = 0, n; i < CAS_SEGMENT && !err; i += n + 1) {
     for (n = 0; is_free[i + n]; n++)
       memcpy(digest[i + n], cas_given, CAS_DIGEST_LEN);
@@ -8051,6 +8079,8 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
   }
   os_lock(&st->lock);
   assert(seg->space == SPACE_BUSY);
+  /* What was durable is so no more; cas_want_pairs may give it space again, and
+   * has to look here for that. */
   cas_set_space(st, first, was == SPACE_DURABLE ? SPACE_UNKNOWN : was);
   st->back_cursor = (uint32_t)u_min(st->back_cursor, first);
   return err;
@@ -8065,6 +8095,8 @@ static int cas_begin_log(struct nbdserve_cas *st, uint64_t end) {
   uint64_t n = st->super.log_pages;
   uint64_t first = end + n;
   uint64_t newest = st->loader->newest;
+  /* The number for the same place, a round or more later than any that was
+   * seen. */
   if (newest >= end) first += (newest - end) / n * n + n;
   /* With more, a page would take a place that the replay still needs. */
   uint64_t most = u_min(st->super.replay + n - end, CAS_PORTION);
@@ -8108,11 +8140,17 @@ static int cas_recover(struct nbdserve_cas *st) {
     CAS_AT(st, x, refs) = 0;
     cas_set_free(st, x, 1);
   }
-  /* Where the file ends is where a power cut has left it. */
+  /* The replay may have counted in segments behind those of the superblock.
+   * Where the file ends is where a power cut has left it, so they get their
+   * space again; of one that gets none the digests say that it was given
+   * back. */
   for (uint32_t x = (uint32_t)st->super.nslots;
        x < st->nslots && !st->readonly && !err; x += CAS_SEGMENT)
     if (cas_give_space(st, x)) cas_punch(st, x, 0);
   os_unlock(&st->lock);
+  /* With nothing to write, and no page in the log that could ever be taken for
+   * a new one, the log goes on as it is: to open a store that was closed costs
+   * no checkpoint. */
   int is_clean = end == st->super.replay && !st->log_unread && !st->is_short &&
                  !st->ndirty && !st->repair && st->loader->newest < end;
   if (err || st->readonly || is_clean) return err;
@@ -8122,7 +8160,9 @@ static int cas_recover(struct nbdserve_cas *st) {
   return cas_checkpoint(st, NULL, UINT64_MAX);
 }
 
-/* Frees a store; nothing is written. */
+/* Frees a store; nothing is written.  The nodes go with the catalog, of which
+ * all of them are below; is_ending keeps cas_unref from reading leaves and from
+ * dropping slots on the way. */
 static void cas_destroy(struct nbdserve_cas *st) {
   assert(!st->busy && !st->loader && !st->syncing);
   os_lock(&st->lock);
@@ -8162,7 +8202,9 @@ static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
   return st;
 }
 
-/* Opens and locks the store's file. */
+/* Opens and locks the store's file.  The lock is one of the open file, so it
+ * ends with the process, however that ends.  O_NONBLOCK: to open a FIFO by
+ * mistake does not hang. */
 static int cas_open_file(struct nbdserve_cas *st, const char *path, int flags) {
   struct stat file;
   st->fd = open(path, flags | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0666);
@@ -8215,7 +8257,8 @@ int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
   return 0;
 }
 
-/* See nbdserve.h. */
+/* See nbdserve.h. First cas_work has to end, which is told by `closing` and may
+ * be in the middle of a checkpoint.  A store that is clean needs no other. */
 int nbdserve_cas_close(struct nbdserve_cas *st) {
   os_lock(&st->lock);
   st->closing = 1;
@@ -8244,7 +8287,9 @@ static int cas_is_unused(struct nbdserve_cas *st) {
   return is_unused;
 }
 
-/* See nbdserve.h. */
+/* See nbdserve.h.  A new store is what a checkpoint makes of a superblock in
+ * memory and one segment with space: two superblocks and no page at all. A file
+ * that was made here goes again after an error. */
 int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   struct nbdserve_cas *st = cas_new(o);
   struct timespec t;
@@ -8278,8 +8323,22 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   return err;
 }
 
-/* ---- The public calls ---------------------------------------------------- */
+/* ---- The public calls -------------------------------------------------------
+ * Who uses a volume for longer than he holds the lock is its client: cas_use
+ * counts him in, and cas_close out again. A volume with clients is not removed,
+ * rolled back or resized (-EBUSY).
+ *
+ * A volume that is being filled, by an import or a seal, is hidden: it is in
+ * memory and in the list, but in no record of the catalog, and nothing of it is
+ * logged (C16).  So a crash leaves nothing of it but slots that nobody names.
+ *
+ *   cas_hide --> written as any other --> cas_apply --> cas_unhide: it stays
+ *                                    \--> cas_unhide: it goes
+ *
+ * Whatever calls back into the host does so without a lock. */
 
+/* All volumes and snapshots are served by these; one that is only read gets no
+ * request that writes. */
 static const struct nbdserve_ops cas_ops = {
     .read = ex_batched_read,
     .write = ex_batched_write,
@@ -8349,7 +8408,8 @@ static int cas_prepare_op(struct nbdserve_cas *st,
   return err == -EIO && !is_resize ? 0 : err;
 }
 
-/* See nbdserve.h. */
+/* See nbdserve.h.  The tails are cleared before the checkpoint that all changes
+ * share, as that is done by ordinary writes. */
 int nbdserve_cas_changes(struct nbdserve_cas *st,
                          const struct nbdserve_cas_op *ops, size_t n,
                          size_t *failed) {
@@ -8378,11 +8438,12 @@ int nbdserve_cas_change(struct nbdserve_cas *st, int verb, const char *name,
 }
 
 /* Makes a hidden volume, of which the caller is a client.  name: it is to have
- * that; NULL: it is never to be seen. */
+ * that, which is reserved from now on; NULL: it is never to be seen.  Before
+ * anything is written to it the index has to know what is here already. */
 static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
                     struct cas_volume **out) {
   if (st->readonly) return -EROFS;
-  os_lock(&st->lock); /* what is to be written may be there already */
+  os_lock(&st->lock);
   while (st->busy && st->filled < st->to_fill)
     cas_wait(st);
   int err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
@@ -8392,7 +8453,8 @@ static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
   return err;
 }
 
-/* Ends what cas_hide has begun.  Unless it is to be seen by now, it goes. */
+/* Ends what cas_hide has begun, or the use of a partial volume. Unless there is
+ * a record that has it by now, it goes. */
 static void cas_unhide(struct cas_volume *vol) {
   struct nbdserve_cas *st = vol->st;
   os_lock(&st->ckpt); /* to free its map */
@@ -8414,7 +8476,8 @@ int nbdserve_cas_begin(struct nbdserve_cas *st, const char *name, uint64_t size,
   return err;
 }
 
-/* See nbdserve.h. */
+/* See nbdserve.h.  What was written becomes durable by the same checkpoint that
+ * has the record, so there never is a volume with a part of it. */
 int nbdserve_cas_finish(struct nbdserve_cas *st, struct nbdserve_export *ex,
                         int keep) {
   struct cas_change change = {.vol = ex->ctx};
@@ -8428,7 +8491,8 @@ int nbdserve_cas_finish(struct nbdserve_cas *st, struct nbdserve_export *ex,
   return err;
 }
 
-/* See nbdserve.h. */
+/* See nbdserve.h.  It goes on from one id to the next, and holds nothing in
+ * between: ids only grow, so what comes meanwhile is listed, too. */
 int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
                       void *arg) {
   char name[CAS_PATH];
@@ -8473,8 +8537,23 @@ void nbdserve_cas_stat(struct nbdserve_cas *st, struct nbdserve_cas_stat *out) {
 /* ---- Content ids ----------------------------------------------------------
  * The tree of an id has the shape of the map: see the format.  What is sealed
  * keeps it in a map of its own, in which each level above the blocks has a
- * region.  A snapshot that is sealed after another one begins with that one's
- * tree, and computes only what lies below nodes that they do not share. */
+ * region. The digests of blocks, d0, are not in it: they are those of the slots
+ * that the blocks are in.
+ *
+ *   map of the snapshot             map with its tree
+ *   node of level 3                 d3, digests of the kids of this node
+ *   nodes of level 2                d2, of theirs
+ *   nodes of level 1                d1, digests of leaves
+ *   leaves, level 0                 -, digests of blocks: in the digest area
+ *
+ * A snapshot that is sealed after another one, its base, begins with that one's
+ * tree, and computes only what lies below nodes that they do not share.  What
+ * the tree has for nodes that are holes by now is not cleared, so a digest in
+ * it counts only where the map has something.
+ *
+ * While a tree is computed it is the data of a hidden volume (C16), which is
+ * written like any other.  The checkpoint that gives the snapshot its id makes
+ * the map of that volume the second one of the snapshot's record. */
 
 /* While a snapshot is sealed */
 struct cas_sealer {
@@ -8546,7 +8625,9 @@ static int cas_get_digests(const struct cas_sealer *sealer, int level,
 }
 
 /* Computes the digest of a node, of which base is the counterpart in the
- * snapshot whose tree this one begins with, or NULL. */
+ * snapshot whose tree this one begins with, or NULL.  A kid that both have is
+ * the same below, and its digest is in the tree already.  A snapshot's nodes do
+ * not change, so no lock is held but in what reads and writes blocks. */
 static int cas_seal_node(const struct cas_sealer *sealer, struct cas_node *node,
                          struct cas_node *base, unsigned char *digest) {
   const struct nbdserve_cas *st = sealer->vol->st;
@@ -8577,8 +8658,8 @@ static int cas_seal_node(const struct cas_sealer *sealer, struct cas_node *node,
 }
 
 /* Makes ready to compute the id of a snapshot: makes a hidden volume for its
- * tree, and looks for the base, the newest sealed snapshot of the same volume or
- * of what that was made from.  One that is all zeroes has no nodes to share.
+ * tree, and looks for the base, the newest sealed snapshot of the same volume
+ * or of what that was made from.  One that is all zeroes has no nodes to share.
  * cas_end_seal frees what this has made, after an error, too. */
 static int cas_begin_seal(struct nbdserve_cas *st, struct cas_sealer *sealer) {
   const char *name = sealer->name;
@@ -8616,7 +8697,8 @@ static void cas_compute_id(const struct nbdserve_cas *st, uint64_t size,
 
 /* Computes the tree of a volume in sealer->tree, and its id in the record of
  * that.  The map of the volume must be clean and not change meanwhile: it is
- * walked without the lock. */
+ * walked without the lock.  That of a snapshot never changes; of a partial
+ * volume we are the only client. */
 static int cas_seal_tree(struct cas_sealer *sealer) {
   unsigned char digest[CAS_DIGEST_LEN] = {0};
   struct cas_node *root = *cas_root(sealer->vol);
@@ -8637,7 +8719,9 @@ static void cas_end_seal(struct cas_sealer *sealer) {
   if (sealer->tree) cas_unhide(sealer->tree);
 }
 
-/* See nbdserve.h.  The id and the tree come to the record by a checkpoint. */
+/* See nbdserve.h.  The id and the tree come to the record by a checkpoint.  If
+ * somebody else has sealed the snapshot meanwhile, that holds (cas_stage), and
+ * it is the same id. */
 int nbdserve_cas_seal(struct nbdserve_cas *st, const char *name, char id[72],
                       nbdserve_progress_fn *progress, void *arg) {
   struct cas_sealer sealer = {.progress = progress, .arg = arg};
@@ -8664,7 +8748,17 @@ int nbdserve_cas_seal(struct nbdserve_cas *st, const char *name, char id[72],
 }
 
 /* ---- Checking, mending ------------------------------------------------------
- * What a snapshot shares with one that was found sound is not read again.
+ * Verify reads the superblocks and all pages, segment by segment, and then all
+ * blocks, volume by volume in the order of their ids.  What a snapshot shares
+ * with one that was found sound is not looked at again; what it shares with
+ * others, block by block, is not read again, as CAS_GOOD says that it was.
+ *
+ * What can be wrong with a block, and who mends it:
+ *
+ *   its digest cannot be read       it is computed from the data
+ *   the data does not fit it, or    another slot with the same digest, if the
+ *   cannot be read                  index knows one; else a peer; else nobody
+ *   a page of the map is lost       nobody: a pull of the id gets it
  *
  * Verify and repair run beside clients and changes.  They hold nothing from one
  * step to the next but the id of a volume and a block's number: a volume that
@@ -8696,14 +8790,15 @@ int nbdserve_cas_diff(struct nbdserve_cas *st, const char *a, const char *b,
   return err;
 }
 
-/* While a store is verified, or mended */
+/* While a store is verified, or mended: where it is, and what was found */
 struct cas_verifier {
   struct nbdserve_cas *st;
   nbdserve_damage_fn *each;
   nbdserve_progress_fn *progress;
   void *arg;
   int mends; /* what can be mended is written anew */
-  /* Mends what is still bad of blk[0..n), with the help of the peer; or NULL. */
+  /* Mends what is still bad of blk[0..n), with the help of the peer; or
+   * NULL. */
   int (*ask)(struct cas_verifier *v, struct cas_block *blk, size_t n);
   struct nbdserve_peer *peer;
   int found;           /* something is damaged */
@@ -8720,8 +8815,8 @@ struct cas_verifier {
   uint32_t sound;      /* id of the last snapshot that is whole, or 0 */
 };
 
-/* Tells what is damaged, len bytes at off of a volume, or a part of the
- * store. */
+/* Tells what is damaged, len bytes at off of a volume, or a part of the store.
+ * No lock is held: the host's function may call the store, or take its time. */
 static void cas_tell(struct cas_verifier *v, const char *name, uint64_t off,
                      uint64_t len, const char *why) {
   v->found = 1;
@@ -8738,9 +8833,12 @@ static void cas_note(struct cas_verifier *v, uint64_t off, const char *why) {
   v->why = why;
 }
 
-/* Checks the superblocks and, segment by segment, the pages, and mends those of
- * which one is damaged.  What opening the store has found counts, too.  No
- * checkpoint runs meanwhile, so all were written, and none is written over. */
+/* Checks the pages of a segment and, with the first one, the superblocks, and
+ * mends those of which one copy is damaged.  What opening the store has found
+ * counts, too.  No checkpoint runs meanwhile, so all pages were written, and
+ * none is written over.  The lock of checkpoints is given back after each
+ * segment, and before anybody is told: a snapshot waits for 256 pages at
+ * most. */
 static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
   struct nbdserve_cas *st = v->st;
   struct cas_super super;
@@ -8788,7 +8886,8 @@ static int cas_get_block(struct nbdserve_cas *st, const unsigned char *digest,
   return -ENOENT;
 }
 
-/* Is the data of a block bad, while its digest, which was read, may be right? */
+/* Is the data of a block bad, while its digest, which was read, may be right?
+ * Then the block is what has that digest, wherever it comes from. */
 static int cas_is_bad(const struct cas_block *blk) {
   assert(!blk->err || !blk->slot || blk->todo == CAS_BOTH);
   return blk->err && blk->slot && !blk->digest_err;
@@ -8805,7 +8904,9 @@ static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
     blk->err = cas_move_run(st, blk, 1, CAS_DATA, OS_WRITE);
 }
 
-/* Takes a pin off a volume: it may go now. */
+/* Takes a pin off a volume: it may go now.  A pin is what a client is, but who
+ * wants to change the volume waits for it, as it is gone in a moment, and does
+ * not get -EBUSY. */
 static void cas_let_go(struct cas_volume *vol) {
   struct nbdserve_cas *st = vol->st;
   os_lock(&st->lock);
@@ -8815,7 +8916,8 @@ static void cas_let_go(struct cas_volume *vol) {
 }
 
 /* Checks the next n blocks of a volume, and takes its pin off once they are
- * read: a peer may take its time. */
+ * read: a peer may take its time.  From then on the blocks themselves are held
+ * (cas_unpin), so the slots stay theirs even if the volume goes. */
 static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
                               size_t n) {
   struct cas_block blk[CAS_BATCH];
@@ -8853,7 +8955,9 @@ static int cas_verify_step(struct cas_verifier *v) {
     cas_unlock(st);
     return 0;
   }
-  if (vol->id != v->id || !v->block) { /* another one, or the first */
+  /* Another volume than last time, or the beginning of one.  If the last one
+   * has gone, a range of it that was damaged is of no interest any more. */
+  if (vol->id != v->id || !v->block) {
     v->id = vol->id;
     v->block = 0;
     v->why = NULL;
@@ -8864,6 +8968,7 @@ static int cas_verify_step(struct cas_verifier *v) {
   uint64_t left = end - u_min(v->block, end); /* it may be smaller now */
   int is_snapshot = vol->parent != NULL;
   struct cas_volume *sound = cas_by_id(st, v->sound);
+  /* A larger snapshot has all of its blocks checked that this one has. */
   int is_known = left && sound && sound->now.size >= size;
   struct cas_node **root[2] = {cas_root(is_known ? sound : vol), cas_root(vol)};
   is_known = is_known && cas_is_shared(st, root, v->block, &n);
@@ -8889,7 +8994,9 @@ static int cas_verify_step(struct cas_verifier *v) {
   return 1;
 }
 
-/* Checks everything, and mends what it can if it is told to. */
+/* Checks everything, and mends what it can if it is told to. Of a store that is
+ * only read, blocks which were found good since it was opened are not read
+ * again. */
 static int cas_verify(struct cas_verifier *v) {
   struct nbdserve_cas *st = v->st;
   v->data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
@@ -8938,7 +9045,9 @@ static int cas_enter_store(struct nbdserve_cas *st, struct nbdserve_peer *peer,
 }
 
 /* Mends what is still bad of blk[0..n) with what the peer's store has of the
- * same digests.  What it does not have stays bad.  Returns 0, or the error that
+ * same digests.  They are written to its letter box, and the blocks behind it
+ * read, so two round trips do for all.  What the peer does not have stays bad,
+ * and what it makes up does not fit the digest.  Returns 0, or the error that
  * has ended the connection. */
 static int cas_ask_peer(struct cas_verifier *v, struct cas_block *blk,
                         size_t n) {
@@ -9014,7 +9123,15 @@ static int cas_expire_partial(void *arg, const struct nbdserve_cas_info *info) {
   return 0;
 }
 
-/* See nbdserve.h. */
+/* See nbdserve.h.  Space is given back in two rounds with a sync between them:
+ *
+ *   1. the digests of free slots say that these are given back
+ *   2. what says so durably, and is free still, is punched out of the file
+ *
+ * A power cut in between leaves slots that are said to have no space, and have
+ * it: that costs nothing.  The other way round recovery would count on pairs
+ * that are not there (C18). If there are not enough free pairs for all that may
+ * have to be written, nothing is given back at all. */
 int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
                     nbdserve_progress_fn *progress, void *arg) {
   struct nbdserve_cas_stat stat;
@@ -9064,11 +9181,17 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
  * multiple of 4096 bytes on, and only what a snapshot of that size has of them.
  * From the next multiple of 1 MiB on come the blocks.
  *
+ *   0      4096                                   n * 1 MiB
+ *   | head | d3 | d2 | d1        | d0             | blocks                   |
+ *
+ * All of it is one export, because who pulls may have one connection only, and
+ * it is made while it is read: nothing of it is stored but the tree.
+ *
  * /blocks is a letter box of each client's own, with zeroes for size and id.
  * Who writes SHA-256s into the 8192 bytes from 4096 on can read the blocks that
  * have them behind that, one after the other. */
 
-/* Makes a head, over zeroes. */
+/* Makes a head, over zeroes; NAME/pull adds what it has of its own. */
 static void cas_put_head(const struct nbdserve_cas *st, const char *magic,
                          unsigned char *head) {
   memcpy(head, magic, 8);
@@ -9085,7 +9208,8 @@ enum {
 };
 
 /* Where they begin, and how long they are, in bytes.  What lies between them is
- * zeroes. */
+ * zeroes.  Who pulls computes it, too, from the size that the head says, and
+ * believes no other offset. */
 struct cas_layout {
   uint64_t at[PART_HEAD + 1];
   uint64_t len[PART_HEAD + 1];
@@ -9119,10 +9243,11 @@ struct cas_source {
   unsigned char head[CAS_PAGE];
 };
 
-/* ops->read of NAME/pull: piece by piece, each from one part of the layout.  The
- * digests of blocks are served as they stand there: who pulls checks the data.
- * A snapshot that is all zeroes has no tree; version 0.5 left its base's there,
- * and that is not served. */
+/* ops->read of NAME/pull: piece by piece, each from one part of the layout.
+ * Several threads may read at once; what they share is fixed.  The digests of
+ * blocks are served as they stand there: who pulls checks the data.  A snapshot
+ * that is all zeroes has no tree; version 0.5 left its base's there, and that
+ * is not served. */
 static int cas_source_read(void *ctx, void *buf, uint64_t off, uint64_t len,
                            uint32_t flags) {
   struct cas_source *source = ctx;
@@ -9165,7 +9290,9 @@ static void cas_source_close(void *ctx) {
   NBDSERVE_FREE(source);
 }
 
-/* Opens NAME/pull; the name has n bytes.  -ENODATA: NAME is not sealed. */
+/* Opens NAME/pull; the name has n bytes. -ENODATA: NAME is not sealed.  As long
+ * as it is open we are a client of the snapshot, so its maps stay; who reads
+ * the views of them finds zeroes behind the end. */
 static int cas_open_source(struct nbdserve_cas *st, const char *name, size_t n,
                            struct nbdserve_export *out) {
   static const struct nbdserve_ops ops = {.read = cas_source_read,
@@ -9201,7 +9328,9 @@ struct cas_box {
   unsigned char front[CAS_FOUND]; /* head and digests */
 };
 
-/* ops->read of /blocks: of blocks whole ones only. */
+/* ops->read of /blocks: of blocks whole ones only. The digests are whatever the
+ * client has written, so most of the time nothing may have them: that is -EIO,
+ * of the request. */
 static int cas_box_read(void *ctx, void *buf, uint64_t off, uint64_t len,
                         uint32_t flags) {
   struct cas_box *box = ctx;
@@ -9221,7 +9350,8 @@ static int cas_box_read(void *ctx, void *buf, uint64_t off, uint64_t len,
   return err == -ENOENT ? -EIO : err;
 }
 
-/* ops->write of /blocks: digests only. */
+/* ops->write of /blocks: digests only.  They are this client's, and are gone
+ * with it: nothing is written to the store. */
 static int cas_box_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
                          uint32_t flags) {
   struct cas_box *box = ctx;
@@ -9232,7 +9362,7 @@ static int cas_box_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
   return 0;
 }
 
-/* Opens /blocks.  First the index has to know all that is there: cas_work, if it
+/* Opens /blocks. First the index has to know all that is there: cas_work, if it
  * is about to fill it, gets help, and a store which is only read has none. */
 static int cas_open_box(struct nbdserve_cas *st, struct nbdserve_export *out) {
   static const struct nbdserve_ops ops = {
@@ -9294,8 +9424,23 @@ int nbdserve_cas_volume(struct nbdserve_cas *st, const char *name,
  *     else                               the block is fetched
  *
  * Nodes and blocks wait until there are enough of them, so that one round trip
- * gets many.  In the end the id is computed from the volume's own map, as seal
- * does it, and a snapshot with that map and id appears:
+ * gets many: for each level there is a list of nodes, of which the digests of
+ * their kids are fetched together, and what comes of these goes to the list
+ * below:
+ *
+ *   level 3: [top] --> level 2: [..] --> level 1: [..] --> 0: [..] --> blocks
+ *
+ * A list that is full is done at once, which may fill the one below, and so on;
+ * what is left at the end is done from the top on.  So memory is bounded, and
+ * blocks come in the order in which they lie in the export.
+ *
+ * Nothing else is noted about how far a pull has come. One that goes on with an
+ * earlier one walks through the tree anew, and finds that leaves have what they
+ * should: so a power cut, a removal or a gc in between does no harm.
+ *
+ * No lock is held while the peer is waited for (P3).  In the end the id is
+ * computed from the volume's own map, as seal does it, and a snapshot with that
+ * map and id appears:
  *
  *   nbdserve_cas_pull     tests the names
  *   cas_pull_head         asks what the peer has
@@ -9342,9 +9487,9 @@ struct cas_puller {
   struct peer_part parts[CAS_BLOCKS]; /* [nparts]: what the peer is asked for */
 };
 
-/* Fetches the digests of the kids of all nodes of a level that are waiting, with
- * zeroes for kids that are not there, and tests them against the digest of the
- * node, which is no digest of zeroes; those of the top against the id. */
+/* Fetches the digests of the kids of all nodes of a level that are waiting,
+ * with zeroes for kids that are not there, and tests them against the digest of
+ * the node, which is no digest of zeroes; those of the top against the id. */
 static int cas_fetch_kids(struct cas_puller *p, int level) {
   const struct nbdserve_cas *st = p->wanted.st;
   size_t n = p->nnodes[level];
@@ -9366,7 +9511,10 @@ static int cas_fetch_kids(struct cas_puller *p, int level) {
   return err;
 }
 
-/* Notes that a node is waiting; but a leaf is done if what is here fits. */
+/* Notes that a node is waiting, with what its kids have here already; but a
+ * leaf is done if all of that fits.  Of a leaf that cannot be read, or has
+ * something behind the end, nothing fits, and all of its blocks are asked
+ * for. */
 static int cas_want_node(struct cas_puller *p, int level, uint32_t index,
                          int has_base, const unsigned char *digest) {
   const struct nbdserve_cas *st = p->wanted.st;
@@ -9419,7 +9567,9 @@ static int cas_has_room(struct nbdserve_cas *st) {
   return left >= kept + CAS_BLOCKS * CAS_MIN_BLOCK;
 }
 
-/* Fetches the blocks that are waiting, and stores them. */
+/* Fetches the blocks that are waiting, and stores them.  cas_put compares each
+ * with its digest (is_known), those that the peer has sent as well as those
+ * that were here, so that nothing gets into the map that does not fit. */
 static int cas_pull_blocks(struct cas_puller *p) {
   struct cas_volume *vol = p->sealer.vol;
   if (!p->nblocks) return 0;
@@ -9480,9 +9630,9 @@ static int cas_has_base(const struct cas_puller *p, uint64_t block,
   return is_shared && span >= blocks;
 }
 
-/* Pulls what is below the nodes of a level that are waiting, with so many blocks
- * below each kid.  What is to be asked for is left waiting, until there is
- * enough of it. */
+/* Pulls what is below the nodes of a level that are waiting, with so many
+ * blocks below each kid.  What is to be asked for is left waiting, until there
+ * is enough of it. */
 static int cas_pull_nodes(struct cas_puller *p, int level, uint64_t size) {
   const struct nbdserve_cas *st = p->wanted.st;
   int err = cas_fetch_kids(p, level);
@@ -9492,6 +9642,9 @@ static int cas_pull_nodes(struct cas_puller *p, int level, uint64_t size) {
       const unsigned char *kid = node->kids + at;
       const unsigned char *own = node->own + at;
       uint64_t c = (uint64_t)node->index * st->fanout + at / CAS_DIGEST_LEN;
+      /* Digests of blocks are those of the volume's own. Others are the base's,
+       * and say something about the volume only where it still has the same
+       * node there. */
       int is_same = memcmp(kid, own, CAS_DIGEST_LEN) == 0;
       if (level > 0 && is_same)
         is_same = node->has_base && cas_has_base(p, c * size, size);
@@ -9512,8 +9665,10 @@ static int cas_pull_nodes(struct cas_puller *p, int level, uint64_t size) {
   return err;
 }
 
-/* Uses the partial volume that is called `part`, which is made, with the base's
- * contents, if it is not there.  -EBUSY: another pull uses it. */
+/* Uses the partial volume that is called `part`.  The change makes it, with the
+ * base's contents, unless it is there: then it changes nothing.  That somebody
+ * goes on with it is noted in its record, which the next checkpoint writes: gc
+ * removes it a week after that.  -EBUSY: another pull uses it. */
 static int cas_use_partial(struct cas_puller *p, const char *part) {
   struct nbdserve_cas *st = p->wanted.st;
   struct cas_change change = {
@@ -9597,8 +9752,8 @@ static int cas_pull_record(struct cas_puller *p) {
   return err;
 }
 
-/* Enters the export FROM/pull of the peer, and tests what its head says: that is
- * the size and the id which are wanted. */
+/* Enters the export FROM/pull of the peer, and tests what its head says: that
+ * is the size and the id which are wanted. */
 static int cas_pull_head(struct cas_puller *p, const char *from) {
   struct nbdserve_cas *st = p->wanted.st;
   struct nbdserve_peer *peer = p->peer;

@@ -3116,19 +3116,19 @@ static int hs_run(struct conn *c) {
  * client has asked for nothing else or a flush takes no time.
  *
  * A FLUSH is TO_FLUSH from the start.  When the batch's writes are done, the
- * client's thread does it if it is alone or quick (tx_flush); otherwise it joins
- * c->to_flush, and one worker takes all requests that are there, calls ex_flush
- * once and answers them all.  ex_flush waits for a flush of the export
+ * client's thread does it if it is alone or quick (tx_flush); otherwise it
+ * joins c->to_flush, and one worker takes all requests that are there, calls
+ * ex_flush once and answers them all.  ex_flush waits for a flush of the export
  * that begins after it was asked for.  A write's reply is sent only after the
  * backend's write has returned.  So, whichever client sent the write: if its
  * reply was sent before the FLUSH was received, the write had returned before
  * the flush began, and is covered by it.
  *
  * A READ of 4 KiB that is not in memory: run_batch asks the medium for it and
- * says -EAGAIN.  When all of the batch is asked for or done, the READs that wait
- * go to one worker, and the others are answered.  The worker reads them in their
- * order and answers what is there before it waits for the next one.  Meanwhile
- * the client's thread takes the next requests.
+ * says -EAGAIN.  When all of the batch is asked for or done, the READs that
+ * wait go to one worker, and the others are answered.  The worker reads them in
+ * their order and answers what is there before it waits for the next one.
+ * Meanwhile the client's thread takes the next requests.
  *
  * A client that never reads: who sends to it waits in poll() with send_lock
  * held, until the client takes something or its time is over (I2).  Then
@@ -3151,11 +3151,12 @@ static int hs_run(struct conn *c) {
  *      medium, and what tx_dispatch copies, may take as long as they like:
  *      nothing behind them waits, up to the limits in (T5) and while a worker
  *      can be had; but of the READs of one batch that wait for the medium, one
- *      may have to wait for those in front of it.  What the client's thread does
- *      itself holds up the requests behind it: the rest of a batch, pieces, and
- *      a flush that came alone, or took long after one that was quick.  In a
- *      batch these still wait there: READs of a part of a store's block, leaves
- *      that have to be read, and everything on a temporary export.
+ *      may have to wait for those in front of it.  What the client's thread
+ *      does itself holds up the requests behind it: the rest of a batch,
+ *      pieces, and a flush that came alone, or took long after one that was
+ *      quick.  In a batch these still wait there: READs of a part of a store's
+ *      block, leaves that have to be read, and everything on a temporary
+ *      export.
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
  *      up to TX_HANDED_OVER requests with workers.  The buffers that these own
  *      are not more than config.threads, with up to TX_PIECE bytes each.  Of
@@ -5678,7 +5679,7 @@ struct cas_block {
   int is_wanting;           /* it needs a slot */
   int is_trusted; /* the digest of its slot is known to fit the data */
   int is_known;   /* to be stored: only if its SHA-256 is `digest` */
-  int is_found;   /* to be pulled or mended: the peer need not be asked */
+
   int err;        /* 0 or -errno */
   int digest_err; /* 0 or -errno: its digest could not be read */
   unsigned char sum[CAS_DIGEST_LEN];    /* SHA-256 of data */
@@ -7685,7 +7686,25 @@ static int cas_load(struct nbdserve_cas *st) {
   return 0;
 }
 
-/* ---- Recovery: what the log says ----------------------------------------- */
+/* ---- Recovery: what the log says -------------------------------------------
+ * What stands in the file when a store is opened may have been left by a clean
+ * end, by kill -9, by a power cut, or by a failed sync. After the last of these
+ * it may be in memory only, though it can be read.  So recovery goes in steps,
+ * and may itself be cut off after each of them:
+ *
+ *   1.  Find the end of the log, and what of it is known to be durable.
+ *   2.  Renew both superblocks (C8).
+ *   3.  Replay the log.  What is not known to be durable is written once more,
+ *      data, digests and log pages, where it stands already.
+ *   4.  Sync.  From now on everything that the maps name is durable, so slots
+ *      that the log has dropped are free, and others may be taken (C10).
+ *   5.  Begin the log anew behind its end, and make a checkpoint.
+ *
+ * Until 4 no slot is taken, so what the last superblock and the log say stays
+ * as it is, and a second recovery finds the same.
+ *
+ * Read-only nothing is written: 2, 4 and 5 are left out, and the maps are in
+ * memory what they would be. */
 
 /* Reads a log page to st->page.  Returns whether it is valid and has that
  * number; one that cannot be read is none (C9). */
@@ -7702,8 +7721,9 @@ static int cas_log_read(struct nbdserve_cas *st, uint64_t seq,
   }
   cas_decode(cas_log_sizes, p + CAS_LOG_HEAD, head);
   if (head->magic != CAS_LOG || head->count > CAS_ENTRIES) return 0;
-  /* This counts pages with a wrong sum, too, so a number as high as CAS_MAX_SEQ
-   * is taken for rot. */
+  /* A page that is torn or rotten now may be whole when it is read next, so its
+   * number must not come again, either: this counts pages with a wrong sum,
+   * too.  A number as high as CAS_MAX_SEQ is taken for rot. */
   if (head->seq > st->loader->newest && head->seq < CAS_MAX_SEQ)
     st->loader->newest = head->seq;
   if (head->seq != seq) return 0;
@@ -7720,8 +7740,8 @@ static uint64_t cas_find_log_end(struct nbdserve_cas *st) {
   struct cas_log_head head;
   uint64_t end = st->super.replay;
   uint64_t gap = UINT64_MAX; /* the first page that is not valid */
-  for (uint64_t seq = st->super.replay;
-       seq - st->super.replay < st->super.log_pages; seq++) {
+  uint64_t past = end + st->super.log_pages;
+  for (uint64_t seq = end; seq < past; seq++) {
     if (!cas_log_read(st, seq, &head)) {
       gap = u_min(gap, seq);
       continue;
@@ -7736,7 +7756,9 @@ static uint64_t cas_find_log_end(struct nbdserve_cas *st) {
 
 /* Writes anew, from the data, all digests in the same 4096 bytes as that of a
  * slot: a bad sector among them can be written only as a whole.  Only while the
- * store is opened, when nobody else writes there. */
+ * store is opened, when nobody else writes there.  A slot whose data cannot be
+ * read gets zeroes, which are the digest of nothing: reading it stays an
+ * error. */
 static void cas_rewrite_digests(struct nbdserve_cas *st, uint32_t slot) {
   unsigned char digests[CAS_PAGE] = {0};
   uint32_t n = CAS_DIGESTS;
@@ -7787,14 +7809,15 @@ static int cas_redo(struct cas_volume *vol, struct cas_entry *entry,
   uint64_t end = cas_blocks(st, vol->now.size);
   uint32_t slot = (uint32_t)entry->slot;
   assert(st->is_replaying);
-  if (block >= end) return 0;
+  if (block >= end) return 0; /* the volume became smaller after that */
   end = block + u_min(u_get64(entry->digest), end - block); /* of holes */
   if (!slot) return cas_make_holes(vol, block, end);
+  /* The store may have grown after the last superblock.  A slot for which the
+   * file has no room, or that holds a page by now, has lost the block. */
   int is_slot = cas_is_in_file(st, slot);
   int err = is_slot ? cas_extend(st, slot) : 0;
-  if (err) return err;
   is_slot = is_slot && cas_may_be_block(st, slot);
-  if (!is_known && (!is_slot || !cas_confirm(st, entry))) return 0;
+  if (err || (!is_known && (!is_slot || !cas_confirm(st, entry)))) return err;
   struct cas_block blk = {
       .number = block, .slot = is_slot ? slot : CAS_LOST, .expected = CAS_ANY};
   cas_hold(st, blk.slot);
@@ -7838,6 +7861,9 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
       was == SPACE_SYNCING || was == SPACE_BUSY ||
       (was == SPACE_DURABLE && st->npairs < kept + seg->npairs))
     return 0;
+  /* While the segment is BUSY nothing is taken from it, so what is free stays
+   * free.  Slots that are in use may still get their data and digests from a
+   * request that took them before: only those of free slots are written. */
   cas_adjust(st, first, SPACE_BUSY, 0, 0);
   for (uint32_t i = 0; i < CAS_SEGMENT; i++)
     is_free[i] = !CAS_AT(st, first + i, refs);
@@ -7847,6 +7873,8 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
     memset(is_free, 0, sizeof is_free); /* they stay */
   for (uint32_t i = 0; i < CAS_SEGMENT && is_noted; i++)
     is_free[i] &= !memcmp(digest[i], cas_given, CAS_DIGEST_LEN);
+  /* Run by run: n slots from i on are free, and the one behind them, which may
+   * be the end, is not. */
   for (uint32_t i = 0, n; i < CAS_SEGMENT && !err; i += n + 1) {
     for (n = 0; is_free[i + n]; n++)
       memcpy(digest[i + n], cas_given, CAS_DIGEST_LEN);
@@ -7859,6 +7887,8 @@ static int cas_punch(struct nbdserve_cas *st, uint32_t first, int is_noted) {
   }
   os_lock(&st->lock);
   assert(seg->space == SPACE_BUSY);
+  /* What was durable is so no more; cas_want_pairs may give it space again, and
+   * has to look here for that. */
   cas_adjust(st, first, was == SPACE_DURABLE ? SPACE_UNKNOWN : was, 0, 0);
   st->back_cursor = (uint32_t)u_min(st->back_cursor, first);
   return err;
@@ -7873,6 +7903,8 @@ static int cas_begin_log(struct nbdserve_cas *st, uint64_t end) {
   uint64_t n = st->super.log_pages;
   uint64_t first = end + n;
   uint64_t newest = st->loader->newest;
+  /* The number for the same place, a round or more later than any that was
+   * seen. */
   if (newest >= end) first += (newest - end) / n * n + n;
   /* With more, a page would take a place that the replay still needs. */
   uint64_t most = u_min(st->super.replay + n - end, CAS_PORTION);
@@ -7916,11 +7948,17 @@ static int cas_recover(struct nbdserve_cas *st) {
     CAS_AT(st, x, refs) = 0;
     cas_set_free(st, x, 1);
   }
-  /* Where the file ends is where a power cut has left it. */
+  /* The replay may have counted in segments behind those of the superblock.
+   * Where the file ends is where a power cut has left it, so they get their
+   * space again; of one that gets none the digests say that it was given
+   * back. */
   for (uint32_t x = (uint32_t)st->super.nslots;
        x < st->nslots && !st->readonly && !err; x += CAS_SEGMENT)
     if (cas_give_space(st, x)) cas_punch(st, x, 0);
   os_unlock(&st->lock);
+  /* With nothing to write, and no page in the log that could ever be taken for
+   * a new one, the log goes on as it is: to open a store that was closed costs
+   * no checkpoint. */
   int is_clean = end == st->super.replay && !st->log_unread && !st->is_short &&
                  !st->ndirty && !st->repair && st->loader->newest < end;
   if (err || st->readonly || is_clean) return err;
@@ -7930,7 +7968,9 @@ static int cas_recover(struct nbdserve_cas *st) {
   return cas_checkpoint(st, NULL, UINT64_MAX);
 }
 
-/* Frees a store; nothing is written. */
+/* Frees a store; nothing is written.  The nodes go with the catalog, of which
+ * all of them are below; is_ending keeps cas_unref from reading leaves and from
+ * dropping slots on the way. */
 static void cas_destroy(struct nbdserve_cas *st) {
   assert(!st->busy && !st->loader && !st->syncing);
   os_lock(&st->lock);
@@ -7969,7 +8009,9 @@ static struct nbdserve_cas *cas_new(const struct nbdserve_cas_options *o) {
   return st;
 }
 
-/* Opens and locks the store's file. */
+/* Opens and locks the store's file.  The lock is one of the open file, so it
+ * ends with the process, however that ends.  O_NONBLOCK: to open a FIFO by
+ * mistake does not hang. */
 static int cas_open_file(struct nbdserve_cas *st, const char *path, int flags) {
   struct stat file;
   st->fd = open(path, flags | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0666);
@@ -8022,7 +8064,8 @@ int nbdserve_cas_open(const char *path, const struct nbdserve_cas_options *o,
   return 0;
 }
 
-/* See nbdserve.h. */
+/* See nbdserve.h. First cas_work has to end, which is told by `closing` and may
+ * be in the middle of a checkpoint.  A store that is clean needs no other. */
 int nbdserve_cas_close(struct nbdserve_cas *st) {
   os_lock(&st->lock);
   st->closing = 1;
@@ -8051,7 +8094,9 @@ static int cas_is_unused(struct nbdserve_cas *st) {
   return is_unused;
 }
 
-/* See nbdserve.h. */
+/* See nbdserve.h.  A new store is what a checkpoint makes of a superblock in
+ * memory and one segment with space: two superblocks and no page at all. A file
+ * that was made here goes again after an error. */
 int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   struct nbdserve_cas *st = cas_new(o);
   struct timespec t;
@@ -8085,8 +8130,22 @@ int nbdserve_cas_init(const char *path, const struct nbdserve_cas_options *o) {
   return err;
 }
 
-/* ---- The public calls ---------------------------------------------------- */
+/* ---- The public calls -------------------------------------------------------
+ * Who uses a volume for longer than he holds the lock is its client: cas_use
+ * counts him in, and cas_close out again. A volume with clients is not removed,
+ * rolled back or resized (-EBUSY).
+ *
+ * A volume that is being filled, by an import or a seal, is hidden: it is in
+ * memory and in the list, but in no record of the catalog, and nothing of it is
+ * logged (C16).  So a crash leaves nothing of it but slots that nobody names.
+ *
+ *   cas_hide --> written as any other --> cas_apply --> cas_unhide: it stays
+ *                                    \--> cas_unhide: it goes
+ *
+ * Whatever calls back into the host does so without a lock. */
 
+/* All volumes and snapshots are served by these; one that is only read gets no
+ * request that writes. */
 static const struct nbdserve_ops cas_ops = {
     .read = ex_batched_read,
     .write = ex_batched_write,
@@ -8156,7 +8215,8 @@ static int cas_prepare_op(struct nbdserve_cas *st,
   return err == -EIO && !is_resize ? 0 : err;
 }
 
-/* See nbdserve.h. */
+/* See nbdserve.h.  The tails are cleared before the checkpoint that all changes
+ * share, as that is done by ordinary writes. */
 int nbdserve_cas_changes(struct nbdserve_cas *st,
                          const struct nbdserve_cas_op *ops, size_t n,
                          size_t *failed) {
@@ -8185,11 +8245,12 @@ int nbdserve_cas_change(struct nbdserve_cas *st, int verb, const char *name,
 }
 
 /* Makes a hidden volume, of which the caller is a client.  name: it is to have
- * that; NULL: it is never to be seen. */
+ * that, which is reserved from now on; NULL: it is never to be seen.  Before
+ * anything is written to it the index has to know what is here already. */
 static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
                     struct cas_volume **out) {
   if (st->readonly) return -EROFS;
-  os_lock(&st->lock); /* what is to be written may be there already */
+  os_lock(&st->lock);
   while (st->busy && st->filled < st->to_fill)
     cas_wait(st);
   int err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
@@ -8199,7 +8260,8 @@ static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
   return err;
 }
 
-/* Ends what cas_hide has begun.  Unless it is to be seen by now, it goes. */
+/* Ends what cas_hide has begun, or the use of a partial volume. Unless there is
+ * a record that has it by now, it goes. */
 static void cas_unhide(struct cas_volume *vol) {
   struct nbdserve_cas *st = vol->st;
   os_lock(&st->ckpt); /* to free its map */
@@ -8221,7 +8283,8 @@ int nbdserve_cas_begin(struct nbdserve_cas *st, const char *name, uint64_t size,
   return err;
 }
 
-/* See nbdserve.h. */
+/* See nbdserve.h.  What was written becomes durable by the same checkpoint that
+ * has the record, so there never is a volume with a part of it. */
 int nbdserve_cas_finish(struct nbdserve_cas *st, struct nbdserve_export *ex,
                         int keep) {
   struct cas_change change = {.vol = ex->ctx};
@@ -8235,7 +8298,8 @@ int nbdserve_cas_finish(struct nbdserve_cas *st, struct nbdserve_export *ex,
   return err;
 }
 
-/* See nbdserve.h. */
+/* See nbdserve.h.  It goes on from one id to the next, and holds nothing in
+ * between: ids only grow, so what comes meanwhile is listed, too. */
 int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
                       void *arg) {
   char name[CAS_PATH];
@@ -8280,61 +8344,87 @@ void nbdserve_cas_stat(struct nbdserve_cas *st, struct nbdserve_cas_stat *out) {
 /* ---- Content ids ----------------------------------------------------------
  * The tree of an id has the shape of the map: see the format.  What is sealed
  * keeps it in a map of its own, in which each level above the blocks has a
- * region.  A snapshot that is sealed after another one begins with that one's
- * tree, and computes only what lies below nodes that they do not share. */
+ * region. The digests of blocks, d0, are not in it: they are those of the slots
+ * that the blocks are in.
+ *
+ *   map of the snapshot             map with its tree
+ *   node of level 3                 d3, digests of the kids of this node
+ *   nodes of level 2                d2, of theirs
+ *   nodes of level 1                d1, digests of leaves
+ *   leaves, level 0                 -, digests of blocks: in the digest area
+ *
+ * A snapshot that is sealed after another one, its base, begins with that one's
+ * tree, and computes only what lies below nodes that they do not share.  What
+ * the tree has for nodes that are holes by now is not cleared, so a digest in
+ * it counts only where the map has something.
+ *
+ * While a tree is computed it is the data of a hidden volume (C16), which is
+ * written like any other.  The checkpoint that gives the snapshot its id makes
+ * the map of that volume the second one of the snapshot's record. */
 
 /* While a snapshot is sealed */
 struct cas_sealer {
   struct cas_volume *vol;  /* the snapshot, or a partial volume */
-  const char *name;        /* of the snapshot that this becomes, or NULL */
+  const char *name;        /* of the snapshot that is pulled, or NULL */
   struct cas_volume *tree; /* hidden: its digests, as data */
   struct cas_volume *base; /* that it begins with, or NULL; we are a client */
-  unsigned char *data;     /* [CAS_BATCH] blocks */
-  int checks_no_data;      /* the digests are those that are stored */
   nbdserve_progress_fn *progress;
   void *arg;
 };
 
-/* Reads or writes the digests of a node's kids in the tree. */
-static int cas_move_digests(struct cas_sealer *sealer, int writing,
-                            const struct cas_node *node,
-                            unsigned char *digests) {
-  struct nbdserve_cas *st = sealer->vol->st;
-  uint64_t region = st->max_blocks / st->fanout * st->bs;
-  uint64_t len = (uint64_t)st->fanout * CAS_DIGEST_LEN;
-  uint64_t off = region * (node->level - 1u) + node->index * len;
-  assert(node->level > 0);
-  return writing ? ex_batched_write(sealer->tree, digests, off, len, 0)
-                 : ex_batched_read(sealer->tree, digests, off, len, 0);
+/* How many bytes the digests of a node's kids have */
+#define CAS_KIDS_LEN(st) ((size_t)(st)->fanout * CAS_DIGEST_LEN)
+
+/* Where byte `in` of d(level) lies in a map with a tree. */
+static uint64_t cas_tree_off(const struct nbdserve_cas *st, int level,
+                             uint64_t in) {
+  assert(level > 0 && level <= CAS_LEVELS);
+  return st->max_blocks / st->fanout * st->bs * (unsigned)(level - 1) + in;
 }
 
-/* Gets the digests of the blocks of a leaf.  Those that were not read since the
- * store was opened are checked.  Nothing may be behind the end. */
-static int cas_digest_blocks(struct cas_sealer *sealer, uint32_t index,
-                             unsigned char *digests) {
-  struct cas_volume *vol = sealer->vol;
+/* Puts the digests of n blocks, from one on, over zeroes, which stay for holes.
+ * Blocks that were not read since the store was opened are checked, but not if
+ * `want` is CAS_DIGEST | CAS_UNCHECKED.  Nothing may be behind the end. */
+static int cas_digest_blocks(struct cas_volume *vol, int want, uint64_t first,
+                             uint64_t n, unsigned char *digests) {
   struct nbdserve_cas *st = vol->st;
   struct cas_block blk[CAS_BATCH];
-  uint64_t first = (uint64_t)index * st->fanout;
-  uint64_t size = vol->now.size;
-  int err = 0;
-  for (uint32_t c = 0; c < st->fanout && !err; c += CAS_BATCH) {
-    size_t n = (size_t)u_min(st->fanout - c, CAS_BATCH);
-    for (size_t i = 0; i < n; i++)
-      blk[i] = (struct cas_block){.number = first + c + i,
-                                  .data = sealer->data + i * st->bs};
-    cas_read(vol, blk, n,
-             sealer->checks_no_data ? CAS_DIGEST | CAS_UNCHECKED : CAS_DIGEST,
-             OS_READ);
-    cas_unpin(st, blk, n);
-    for (size_t i = 0; i < n; i++) {
-      if (blk[i].err || (blk[i].slot && blk[i].number >= cas_blocks(st, size)))
-        err = -EIO;
-      if (blk[i].slot)
-        memcpy(digests + (c + i) * CAS_DIGEST_LEN, blk[i].digest,
-               CAS_DIGEST_LEN);
+  unsigned char *data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
+  int err = data ? 0 : -ENOMEM;
+  for (size_t k; n > 0 && !err; first += k, n -= k) {
+    k = (size_t)u_min(n, CAS_BATCH);
+    for (size_t i = 0; i < k; i++)
+      blk[i] =
+          (struct cas_block){.number = first + i, .data = data + i * st->bs};
+    cas_read(vol, blk, k, want, OS_READ);
+    cas_unpin(st, blk, k);
+    for (size_t i = 0; i < k; i++, digests += CAS_DIGEST_LEN) {
+      int is_behind = blk[i].number >= cas_blocks(st, vol->now.size);
+      if (blk[i].err || (blk[i].slot && is_behind)) err = -EIO;
+      if (blk[i].slot) memcpy(digests, blk[i].digest, CAS_DIGEST_LEN);
     }
   }
+  NBDSERVE_FREE(data);
+  return err;
+}
+
+/* Gets what digests there are for the kids of a node: of a leaf, level 0, those
+ * of its blocks; of others, if has_base, those that the base's tree has; else
+ * zeroes. */
+static int cas_get_digests(const struct cas_sealer *sealer, int level,
+                           uint32_t index, int has_base,
+                           unsigned char *digests) {
+  struct cas_volume *vol = sealer->vol;
+  const struct nbdserve_cas *st = sealer->tree->st;
+  size_t len = CAS_KIDS_LEN(st);
+  uint64_t first = (uint64_t)index * st->fanout;
+  memset(digests, 0, len);
+  if (level > 0 && has_base)
+    return ex_batched_read(sealer->tree, digests,
+                           cas_tree_off(st, level, index * len), len, 0);
+  if (level > 0) return 0;
+  int err = cas_digest_blocks(vol, CAS_DIGEST, first, st->fanout, digests);
+  uint64_t size = vol->now.size;
   uint64_t done = u_min((first + st->fanout) * st->bs, size);
   if (!err && sealer->progress && sealer->progress(sealer->arg, done, size))
     err = -ECANCELED;
@@ -8342,22 +8432,22 @@ static int cas_digest_blocks(struct cas_sealer *sealer, uint32_t index,
 }
 
 /* Computes the digest of a node, of which base is the counterpart in the
- * snapshot whose tree this one begins with, or NULL. */
-static int cas_seal_node(struct cas_sealer *sealer, struct cas_node *node,
-                         struct cas_node *base,
-                         unsigned char digest[CAS_DIGEST_LEN]) {
-  size_t len = (size_t)sealer->vol->st->fanout * CAS_DIGEST_LEN;
-  unsigned char *digests = u_zalloc(len);
+ * snapshot whose tree this one begins with, or NULL.  A kid that both have is
+ * the same below, and its digest is in the tree already.  A snapshot's nodes do
+ * not change, so no lock is held but in what reads and writes blocks. */
+static int cas_seal_node(const struct cas_sealer *sealer, struct cas_node *node,
+                         struct cas_node *base, unsigned char *digest) {
+  const struct nbdserve_cas *st = sealer->vol->st;
+  int level = node->level;
+  size_t len = CAS_KIDS_LEN(st);
+  unsigned char *digests = NBDSERVE_MALLOC(len);
   if (base && base->slot == CAS_LOST) base = NULL; /* who knows what it had */
   assert(!base || node->slot == CAS_LOST ||
-         (base->level == node->level && base->index == node->index));
+         (base->level == level && base->index == node->index));
   int err = digests ? 0 : -ENOMEM;
   if (!err && node->slot == CAS_LOST) err = -EIO;
-  if (!err && !node->level)
-    err = cas_digest_blocks(sealer, node->index, digests);
-  if (!err && node->level && base)
-    err = cas_move_digests(sealer, OS_READ, node, digests);
-  for (uint32_t c = 0; c < sealer->vol->st->fanout && !err; c++) {
+  if (!err) err = cas_get_digests(sealer, level, node->index, !!base, digests);
+  for (uint32_t c = 0; c < st->fanout && !err; c++) {
     struct cas_node *kid = cas_kid(node, c);
     struct cas_node *same = cas_kid(base, c);
     unsigned char *at = digests + c * CAS_DIGEST_LEN;
@@ -8365,63 +8455,46 @@ static int cas_seal_node(struct cas_sealer *sealer, struct cas_node *node,
     memset(at, 0, CAS_DIGEST_LEN);
     if (kid) err = cas_seal_node(sealer, kid, same, at);
   }
-  if (!err && node->level)
-    err = cas_move_digests(sealer, OS_WRITE, node, digests);
-  if (!err) sha_256(sealer->vol->st->hw, digests, NULL, len, digest, NULL);
+  if (!err && level > 0)
+    err = ex_batched_write(sealer->tree, digests,
+                           cas_tree_off(st, level, node->index * len), len, 0);
+  if (!err) sha_256(st->hw, digests, NULL, len, digest, NULL);
   if (!err && u_is_zero(digests, len)) memset(digest, 0, CAS_DIGEST_LEN);
   NBDSERVE_FREE(digests);
   return err;
 }
 
-/* The newest sealed snapshot of a volume, or of what that was made from, except
- * for the one with an id; or NULL.  One that is all zeroes has no nodes to
- * share.  The caller holds the lock until it is a client of the snapshot. */
-static struct cas_volume *cas_newest_sealed(const struct nbdserve_cas *st,
-                                            const struct cas_volume *up,
-                                            uint32_t except) {
-  struct cas_volume *found = NULL;
+/* Makes ready to compute the id of a snapshot: makes a hidden volume for its
+ * tree, and looks for the base, the newest sealed snapshot of the same volume
+ * or of what that was made from.  One that is all zeroes has no nodes to share.
+ * cas_end_seal frees what this has made, after an error, too. */
+static int cas_begin_seal(struct nbdserve_cas *st, struct cas_sealer *sealer) {
+  const char *name = sealer->name;
+  int err = cas_hide(st, NULL, INT64_MAX, &sealer->tree);
+  if (err) return err;
+  os_lock(&st->lock);
+  const struct cas_volume *up =
+      name ? cas_find(st, name, strcspn(name, "@"), VIEW_NOW)
+           : sealer->vol->parent;
   for (uint32_t i = 0; up && i < st->nvolumes; i++) {
     struct cas_volume *p = st->volumes[i];
-    if ((p->parent == up || p->id == up->now.made_from) && p->id != except &&
-        p->now.id && !p->is_staged && !u_is_zero(p->now.cid, CAS_DIGEST_LEN) &&
+    if ((p->parent == up || p->id == up->now.made_from) && p->now.id &&
+        !p->is_staged && !u_is_zero(p->now.cid, CAS_DIGEST_LEN) &&
         *cas_digests(p) && *cas_root(p))
-      found = p;
+      sealer->base = p;
   }
-  return found;
-}
-
-/* Finds the snapshot to begin with, becomes its client, and begins with its
- * tree; or finds none. */
-static void cas_use_base(struct cas_sealer *sealer) {
-  struct nbdserve_cas *st = sealer->vol->st;
-  struct cas_volume *up = sealer->vol->parent;
-  os_lock(&st->lock);
-  if (sealer->name)
-    up = cas_find(st, sealer->name, strcspn(sealer->name, "@"), VIEW_NOW);
-  sealer->base = cas_newest_sealed(st, up, sealer->vol->id);
   if (sealer->base) {
     sealer->base->clients++;
     cas_share(cas_root(sealer->tree), *cas_digests(sealer->base));
   }
   cas_unlock(st);
-}
-
-/* Makes ready to compute an id.  cas_end_seal frees what it has made, after an
- * error, too. */
-static int cas_begin_seal(struct cas_sealer *sealer) {
-  struct nbdserve_cas *st = sealer->vol->st;
-  int err = cas_hide(st, NULL, INT64_MAX, &sealer->tree);
-  if (err) return err;
-  cas_use_base(sealer);
-  sealer->data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
-  return sealer->data ? 0 : -ENOMEM;
+  return 0;
 }
 
 /* Computes the content id of a volume of that size, whose top digest, d4[0], is
  * `digest`.  id may be digest. */
 static void cas_compute_id(const struct nbdserve_cas *st, uint64_t size,
-                           const unsigned char digest[CAS_DIGEST_LEN],
-                           unsigned char id[CAS_DIGEST_LEN]) {
+                           const unsigned char *digest, unsigned char *id) {
   unsigned char top[14 + 4 + 8 + CAS_DIGEST_LEN] = "nbdserve-cid-2";
   u_put32(top + 14, st->bs);
   u_put64(top + 18, size);
@@ -8431,17 +8504,18 @@ static void cas_compute_id(const struct nbdserve_cas *st, uint64_t size,
 
 /* Computes the tree of a volume in sealer->tree, and its id in the record of
  * that.  The map of the volume must be clean and not change meanwhile: it is
- * walked without the lock. */
+ * walked without the lock.  That of a snapshot never changes; of a partial
+ * volume we are the only client. */
 static int cas_seal_tree(struct cas_sealer *sealer) {
   unsigned char digest[CAS_DIGEST_LEN] = {0};
   struct cas_node *root = *cas_root(sealer->vol);
   struct cas_node *base = sealer->base ? *cas_root(sealer->base) : NULL;
   struct nbdserve_cas *st = sealer->vol->st;
-  uint64_t len = st->max_blocks / st->fanout * st->bs * (CAS_LEVELS - 1);
   /* A volume of zeroes has no tree: that of the base, which it began with,
    * goes. */
-  int err = root ? cas_seal_node(sealer, root, base, digest)
-                 : cas_discard(sealer->tree, 0, len);
+  int err = root
+                ? cas_seal_node(sealer, root, base, digest)
+                : cas_discard(sealer->tree, 0, cas_tree_off(st, CAS_LEVELS, 0));
   cas_compute_id(st, sealer->vol->now.size, digest, sealer->tree->now.cid);
   return err;
 }
@@ -8449,31 +8523,30 @@ static int cas_seal_tree(struct cas_sealer *sealer) {
 /* Ends what cas_begin_seal has begun. */
 static void cas_end_seal(struct cas_sealer *sealer) {
   if (sealer->base) cas_close(sealer->base);
-  NBDSERVE_FREE(sealer->data);
   if (sealer->tree) cas_unhide(sealer->tree);
 }
 
-/* Seals a snapshot: gives it its content id and the tree, by a checkpoint. */
-static int cas_seal(struct cas_sealer *sealer) {
-  int err = cas_begin_seal(sealer);
-  struct cas_change change = {.vol = sealer->vol, .tree = sealer->tree};
-  if (!err) err = cas_seal_tree(sealer);
-  if (!err) err = cas_apply(sealer->vol->st, &change);
-  cas_end_seal(sealer);
-  return err;
-}
-
-/* See nbdserve.h. */
+/* See nbdserve.h.  The id and the tree come to the record by a checkpoint.  If
+ * somebody else has sealed the snapshot meanwhile, that holds (cas_stage), and
+ * it is the same id. */
 int nbdserve_cas_seal(struct nbdserve_cas *st, const char *name, char id[72],
                       nbdserve_progress_fn *progress, void *arg) {
   struct cas_sealer sealer = {.progress = progress, .arg = arg};
+  struct cas_change change = {.nops = 0};
   *id = 0;
   int err = cas_use(st, name, strlen(name), &sealer.vol);
   if (err) return err;
   os_lock(&st->lock);
   cas_spell_id(sealer.vol, id);
   cas_unlock(st);
-  if (!*id) err = sealer.vol->parent ? cas_seal(&sealer) : -EINVAL;
+  if (!*id) {
+    err = sealer.vol->parent ? cas_begin_seal(st, &sealer) : -EINVAL;
+    change.vol = sealer.vol;
+    change.tree = sealer.tree;
+    if (!err) err = cas_seal_tree(&sealer);
+    if (!err) err = cas_apply(st, &change);
+    cas_end_seal(&sealer);
+  }
   os_lock(&st->lock);
   if (!err) cas_spell_id(sealer.vol, id); /* from now on it is fixed */
   cas_unlock(st);
@@ -8482,7 +8555,17 @@ int nbdserve_cas_seal(struct nbdserve_cas *st, const char *name, char id[72],
 }
 
 /* ---- Checking, mending ------------------------------------------------------
- * What a snapshot shares with one that was found sound is not read again.
+ * Verify reads the superblocks and all pages, segment by segment, and then all
+ * blocks, volume by volume in the order of their ids.  What a snapshot shares
+ * with one that was found sound is not looked at again; what it shares with
+ * others, block by block, is not read again, as CAS_GOOD says that it was.
+ *
+ * What can be wrong with a block, and who mends it:
+ *
+ *   its digest cannot be read       it is computed from the data
+ *   the data does not fit it, or    another slot with the same digest, if the
+ *   cannot be read                  index knows one; else a peer; else nobody
+ *   a page of the map is lost       nobody: a pull of the id gets it
  *
  * Verify and repair run beside clients and changes.  They hold nothing from one
  * step to the next but the id of a volume and a block's number: a volume that
@@ -8514,19 +8597,23 @@ int nbdserve_cas_diff(struct nbdserve_cas *st, const char *a, const char *b,
   return err;
 }
 
-/* While a store is verified, or mended */
+/* While a store is verified, or mended: where it is, and what was found */
 struct cas_verifier {
   struct nbdserve_cas *st;
   nbdserve_damage_fn *each;
   nbdserve_progress_fn *progress;
   void *arg;
-  int mends;                  /* what can be mended is written anew */
-  struct nbdserve_peer *peer; /* that is asked for blocks, or NULL */
-  int found;                  /* something is damaged */
-  int stop;                   /* not 0: it ends, by this */
-  uint32_t id;    /* what comes next: of a volume, or of one above it, */
-  uint64_t block; /* and from where on */
-  uint64_t done;  /* bytes */
+  int mends; /* what can be mended is written anew */
+  /* Mends what is still bad of blk[0..n), with the help of the peer; or
+   * NULL. */
+  int (*ask)(struct cas_verifier *v, struct cas_block *blk, size_t n);
+  struct nbdserve_peer *peer;
+  int found;           /* something is damaged */
+  int stop;            /* not 0: it ends, by this */
+  char name[CAS_PATH]; /* of the volume that is being checked */
+  uint32_t id;         /* what comes next: of a volume, or of one above it, */
+  uint64_t block;      /* and from where on */
+  uint64_t done;       /* bytes */
   uint64_t total;
   unsigned char *data; /* [CAS_BATCH] blocks */
   uint64_t from;       /* of a range that is damaged, which is not told yet, */
@@ -8535,28 +8622,30 @@ struct cas_verifier {
   uint32_t sound;      /* id of the last snapshot that is whole, or 0 */
 };
 
-/* Tells what is damaged, len bytes at off of a volume, or a part of the
- * store. */
+/* Tells what is damaged, len bytes at off of a volume, or a part of the store.
+ * No lock is held: the host's function may call the store, or take its time. */
 static void cas_tell(struct cas_verifier *v, const char *name, uint64_t off,
                      uint64_t len, const char *why) {
   v->found = 1;
   if (!v->stop && v->each) v->stop = v->each(v->arg, name, off, len, why);
 }
 
-/* Takes note of what a volume is from off on, NULL: whole; tells a range when
+/* Takes note of what the volume is from off on, NULL: whole; tells a range when
  * it ends. */
-static void cas_note(struct cas_verifier *v, const char *name, uint64_t off,
-                     const char *why) {
+static void cas_note(struct cas_verifier *v, uint64_t off, const char *why) {
   if (why == v->why) return;
-  if (v->why) cas_tell(v, name, v->from, off - v->from, v->why);
+  if (v->why) cas_tell(v, v->name, v->from, off - v->from, v->why);
   if (why) v->is_sound = 0;
   v->from = off;
   v->why = why;
 }
 
-/* Checks the superblocks and, segment by segment, the pages, and mends those of
- * which one is damaged.  What opening the store has found counts, too.  No
- * checkpoint runs meanwhile, so all were written, and none is written over. */
+/* Checks the pages of a segment and, with the first one, the superblocks, and
+ * mends those of which one copy is damaged.  What opening the store has found
+ * counts, too.  No checkpoint runs meanwhile, so all pages were written, and
+ * none is written over.  The lock of checkpoints is given back after each
+ * segment, and before anybody is told: a snapshot waits for 256 pages at
+ * most. */
 static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
   struct nbdserve_cas *st = v->st;
   struct cas_super super;
@@ -8566,11 +8655,9 @@ static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
   os_lock(&st->ckpt);
   any.number = st->super.number;
   for (int i = 0; first == 0 && i < 2; i++) {
-    int err = cas_read_super(st, i, &super);
-    if (st->readonly)
-      nbad += err == -EINVAL; /* somebody else's: see (C8) */
-    else
-      nbad += err && cas_write_super(st, &st->super, i);
+    int err = cas_read_super(st, i, &super); /* -EINVAL: see (C8) */
+    nbad += st->readonly ? err == -EINVAL
+                         : err && cas_write_super(st, &st->super, i);
   }
   for (uint32_t slot = first; slot < first + CAS_TWIN; slot++) {
     os_lock(&st->lock);
@@ -8583,12 +8670,12 @@ static void cas_verify_pages(struct cas_verifier *v, uint32_t first) {
     cas_tell(v, "", 0, 0, "a page of a map or the catalog is damaged");
 }
 
-/* Reads the block that has a digest, from wherever the index finds it.
- * -ENOENT: it finds none that is whole. */
-static int cas_get_block(struct nbdserve_cas *st,
-                         const unsigned char digest[CAS_DIGEST_LEN],
+/* Reads the block that has a digest, from wherever the index finds it; one that
+ * is to be mended may find itself first.  -ENOENT: it finds none that is
+ * whole. */
+static int cas_get_block(struct nbdserve_cas *st, const unsigned char *digest,
                          unsigned char *data) {
-  for (int skip = 0; skip < CAS_CANDIDATES; skip++) {
+  for (int skip = 0; skip <= CAS_CANDIDATES; skip++) {
     struct cas_block blk = {.data = data, .todo = CAS_BOTH};
     os_lock(&st->lock);
     blk.slot = cas_lookup(st, digest, skip);
@@ -8606,87 +8693,27 @@ static int cas_get_block(struct nbdserve_cas *st,
   return -ENOENT;
 }
 
+/* Is the data of a block bad, while its digest, which was read, may be right?
+ * Then the block is what has that digest, wherever it comes from. */
+static int cas_is_bad(const struct cas_block *blk) {
+  assert(!blk->err || !blk->slot || blk->todo == CAS_BOTH);
+  return blk->err && blk->slot && !blk->digest_err;
+}
+
 /* Mends a block: its digest from the data, if only the digest cannot be read;
  * or the data from another slot with the same digest.  This is the one
  * exception to (C1): what durable state names gets what it should have been. */
 static void cas_mend(struct nbdserve_cas *st, struct cas_block *blk) {
-  assert(blk->slot && !st->readonly);
-  if (blk->digest_err) {
-    if (!blk->err)
-      blk->digest_err = cas_move_run(st, blk, 1, CAS_DIGEST, OS_WRITE);
-    return;
-  }
-  if (cas_move_run(st, blk, 1, CAS_DIGEST, OS_READ)) return;
-  os_lock(&st->lock);
-  cas_unindex(st, blk->slot);
-  cas_unlock(st);
-  if (cas_get_block(st, blk->digest, blk->data) == 0)
+  assert(!st->readonly);
+  if (blk->digest_err && !blk->err)
+    blk->digest_err = cas_move_run(st, blk, 1, CAS_DIGEST, OS_WRITE);
+  if (cas_is_bad(blk) && !cas_get_block(st, blk->digest, blk->data))
     blk->err = cas_move_run(st, blk, 1, CAS_DATA, OS_WRITE);
 }
 
-#if !NBDSERVE_NO_CLIENT
-/* Enters an export NAME/pull or /blocks of the peer, and reads its head: the
- * peer may be any NBD server, which must not be written to, and a store may
- * have blocks of another size. */
-static int cas_enter_store(struct nbdserve_cas *st, struct nbdserve_peer *peer,
-                           const char *name, const char *magic,
-                           unsigned char head[CAS_PAGE]) {
-  struct peer_part part = {.len = CAS_PAGE, .data = head};
-  memset(head, 0, CAS_PAGE);
-  int err = peer_enter(peer, name);
-  if (!err && peer->size >= CAS_PAGE)
-    err = peer_transfer(peer, NBD_CMD_READ, &part, 1);
-  if (!err) err = peer_error(peer, &part);
-  if (err) return err;
-  if (memcmp(head, magic, 8) != 0 || u_get32(head + 8) != 1)
-    return peer_fail(peer, -EPROTO, "the peer's %.99s is not of a store", name);
-  if (u_get32(head + 12) != st->bs)
-    return peer_fail(peer, -EINVAL,
-                     "the peer's blocks have %" PRIu32 " bytes, not %" PRIu32,
-                     u_get32(head + 12), st->bs);
-  return 0;
-}
-
-/* Mends what is still bad of blk[0..n) with what the peer's store has of the
- * same digests.  What it does not have stays bad.  Returns 0, or the error that
- * has ended the connection. */
-static int cas_ask_peer(struct cas_verifier *v, struct cas_block *blk,
-                        size_t n) {
-  unsigned char digests[CAS_WANTED] = {0};
-  struct peer_part ask = {CAS_PAGE, sizeof digests, digests, 0};
-  struct peer_part parts[CAS_BATCH];
-  uint32_t bs = v->st->bs;
-  size_t k = 0;
-  for (size_t i = 0; i < n; i++) {
-    blk[i].is_found = !blk[i].err || blk[i].digest_err || !blk[i].slot;
-    if (blk[i].is_found) continue;
-    memcpy(digests + k * CAS_DIGEST_LEN, blk[i].digest, CAS_DIGEST_LEN);
-    parts[k] =
-        (struct peer_part){CAS_FOUND + (uint64_t)k * bs, bs, blk[i].data, 0};
-    k++;
-  }
-  v->peer->done = v->done;
-  v->peer->total = v->total;
-  int err = k ? peer_transfer(v->peer, NBD_CMD_WRITE, &ask, 1) : 0;
-  if (!err && ask.err)
-    err = peer_fail(v->peer, -EIO, "the peer takes no SHA-256s");
-  if (!err) err = peer_transfer(v->peer, NBD_CMD_READ, parts, k);
-  const struct peer_part *part = parts;
-  for (size_t i = 0; i < n && !err; i++) {
-    if (blk[i].is_found || (part++)->err) continue;
-    sha_256(v->st->hw, blk[i].data, NULL, bs, blk[i].sum, NULL);
-    if (memcmp(blk[i].sum, blk[i].digest, CAS_DIGEST_LEN) == 0)
-      blk[i].err = cas_move_run(v->st, &blk[i], 1, CAS_DATA, OS_WRITE);
-  }
-  return err;
-}
-#else
-/* Nobody is asked. */
-#define cas_ask_peer(v, blk, n) 0
-#define cas_repair_from(v, peer) ((void)(peer), -EOPNOTSUPP)
-#endif
-
-/* Takes a pin off a volume: it may go now. */
+/* Takes a pin off a volume: it may go now.  A pin is what a client is, but who
+ * wants to change the volume waits for it, as it is gone in a moment, and does
+ * not get -EBUSY. */
 static void cas_let_go(struct cas_volume *vol) {
   struct nbdserve_cas *st = vol->st;
   os_lock(&st->lock);
@@ -8696,9 +8723,10 @@ static void cas_let_go(struct cas_volume *vol) {
 }
 
 /* Checks the next n blocks of a volume, and takes its pin off once they are
- * read: a peer may take its time. */
+ * read: a peer may take its time.  From then on the blocks themselves are held
+ * (cas_unpin), so the slots stay theirs even if the volume goes. */
 static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
-                              const char *name, size_t n) {
+                              size_t n) {
   struct cas_block blk[CAS_BATCH];
   uint64_t bs = v->st->bs;
   assert(n <= CAS_BATCH);
@@ -8708,16 +8736,14 @@ static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
   cas_read(vol, blk, n, 0, OS_READ);
   cas_let_go(vol);
   for (size_t i = 0; i < n && v->mends; i++)
-    if ((blk[i].err || blk[i].digest_err) && blk[i].slot)
-      cas_mend(v->st, blk + i);
-  if (v->peer && !v->stop) v->stop = cas_ask_peer(v, blk, n);
+    cas_mend(v->st, blk + i);
+  if (v->ask && !v->stop) v->stop = v->ask(v, blk, n);
   for (size_t i = 0; i < n; i++) {
-    const char *why = NULL;
-    if (blk[i].digest_err) why = "the digest cannot be read";
+    const char *why = blk[i].digest_err ? "the digest cannot be read" : NULL;
     if (blk[i].err)
       why = blk[i].slot ? "the data is not what it was"
                         : "the map cannot be read";
-    cas_note(v, name, blk[i].number * bs, why);
+    cas_note(v, blk[i].number * bs, why);
   }
   cas_unpin(v->st, blk, n);
 }
@@ -8728,45 +8754,46 @@ static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
 static int cas_verify_step(struct cas_verifier *v) {
   struct nbdserve_cas *st = v->st;
   struct cas_volume *vol;
-  char name[CAS_PATH];
   uint64_t n = 0;
   os_lock(&st->lock);
   while ((vol = cas_volume_from(st, v->id)) && vol->is_staged)
     cas_wait(st);
-  if (vol && (vol->id != v->id || !v->block)) { /* another one, or the first */
+  if (!vol) {
+    cas_unlock(st);
+    return 0;
+  }
+  /* Another volume than last time, or the beginning of one.  If the last one
+   * has gone, a range of it that was damaged is of no interest any more. */
+  if (vol->id != v->id || !v->block) {
     v->id = vol->id;
     v->block = 0;
     v->why = NULL;
     v->is_sound = 1;
   }
-  uint64_t end = vol ? cas_blocks(st, vol->now.size) : 0;
+  uint64_t size = vol->now.size;
+  uint64_t end = cas_blocks(st, size);
   uint64_t left = end - u_min(v->block, end); /* it may be smaller now */
+  int is_snapshot = vol->parent != NULL;
   struct cas_volume *sound = cas_by_id(st, v->sound);
-  int is_known = left && sound && sound->now.size >= vol->now.size;
-  if (is_known) {
-    struct cas_node **root[2] = {cas_root(sound), cas_root(vol)};
-    is_known = cas_is_shared(st, root, v->block, &n);
-    n = u_min(n, left);
-  }
-  uint64_t size = vol ? vol->now.size : 0;
-  int is_snapshot = vol && vol->parent;
-  if (vol) vol->pins++;
-  if (vol) cas_full_name(vol, name);
+  /* A larger snapshot has all of its blocks checked that this one has. */
+  int is_known = left && sound && sound->now.size >= size;
+  struct cas_node **root[2] = {cas_root(is_known ? sound : vol), cas_root(vol)};
+  is_known = is_known && cas_is_shared(st, root, v->block, &n);
+  vol->pins++;
+  cas_full_name(vol, v->name);
   cas_unlock(st);
-  if (!vol) return 0;
   int kind = left && !is_known ? cas_next_run(vol, v->block, left, &n) : 0;
+  n = u_min(n, kind > 0 ? CAS_BATCH : left);
   if (kind > 0) {
-    n = u_min(n, CAS_BATCH);
-    cas_verify_blocks(v, vol, name, (size_t)n);
+    cas_verify_blocks(v, vol, (size_t)n);
   } else {
     cas_let_go(vol);
-    cas_note(v, name, v->block * st->bs,
-             kind ? "the map cannot be read" : NULL);
+    cas_note(v, v->block * st->bs, kind ? "the map cannot be read" : NULL);
   }
   v->done += n * st->bs;
   v->block += n;
   if (n == left) {
-    cas_note(v, name, size, NULL);
+    cas_note(v, size, NULL);
     if (v->is_sound && is_snapshot) v->sound = v->id;
     v->block = 0;
     v->id++;
@@ -8774,7 +8801,9 @@ static int cas_verify_step(struct cas_verifier *v) {
   return 1;
 }
 
-/* Checks everything, and mends what it can if it is told to. */
+/* Checks everything, and mends what it can if it is told to. Of a store that is
+ * only read, blocks which were found good since it was opened are not read
+ * again. */
 static int cas_verify(struct cas_verifier *v) {
   struct nbdserve_cas *st = v->st;
   v->data = NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs);
@@ -8801,12 +8830,69 @@ static int cas_verify(struct cas_verifier *v) {
 }
 
 #if !NBDSERVE_NO_CLIENT
+/* Enters an export NAME/pull or /blocks of the peer, and reads its head over
+ * zeroes: the peer may be any NBD server, which must not be written to, and a
+ * store may have blocks of another size. */
+static int cas_enter_store(struct nbdserve_cas *st, struct nbdserve_peer *peer,
+                           const char *name, const char *magic,
+                           unsigned char *head) {
+  struct peer_part part = {.len = CAS_PAGE, .data = head};
+  int err = peer_enter(peer, name);
+  if (!err && peer->size >= CAS_PAGE)
+    err = peer_transfer(peer, NBD_CMD_READ, &part, 1);
+  if (!err) err = peer_error(peer, &part);
+  if (err) return err;
+  if (memcmp(head, magic, 8) != 0 || u_get32(head + 8) != 1)
+    return peer_fail(peer, -EPROTO, "the peer's %.99s is not of a store", name);
+  if (u_get32(head + 12) != st->bs)
+    return peer_fail(peer, -EINVAL,
+                     "the peer's blocks have %" PRIu32 " bytes, not %" PRIu32,
+                     u_get32(head + 12), st->bs);
+  return 0;
+}
+
+/* Mends what is still bad of blk[0..n) with what the peer's store has of the
+ * same digests.  They are written to its letter box, and the blocks behind it
+ * read, so two round trips do for all.  What the peer does not have stays bad,
+ * and what it makes up does not fit the digest.  Returns 0, or the error that
+ * has ended the connection. */
+static int cas_ask_peer(struct cas_verifier *v, struct cas_block *blk,
+                        size_t n) {
+  unsigned char digests[CAS_WANTED] = {0};
+  struct peer_part ask = {CAS_PAGE, sizeof digests, digests, 0};
+  struct peer_part parts[CAS_BATCH];
+  struct cas_block *bad[CAS_BATCH];
+  uint32_t bs = v->st->bs;
+  size_t k = 0;
+  for (; n > 0; blk++, n--) {
+    if (!cas_is_bad(blk)) continue;
+    uint64_t off = CAS_FOUND + (uint64_t)k * bs;
+    memcpy(digests + k * CAS_DIGEST_LEN, blk->digest, CAS_DIGEST_LEN);
+    parts[k] = (struct peer_part){off, bs, blk->data, 0};
+    bad[k++] = blk;
+  }
+  v->peer->done = v->done;
+  v->peer->total = v->total;
+  int err = k ? peer_transfer(v->peer, NBD_CMD_WRITE, &ask, 1) : 0;
+  if (!err && ask.err)
+    err = peer_fail(v->peer, -EIO, "the peer takes no SHA-256s");
+  if (!err) err = peer_transfer(v->peer, NBD_CMD_READ, parts, k);
+  for (size_t i = 0; i < k && !err; i++) {
+    if (parts[i].err) continue;
+    blk = bad[i];
+    sha_256(v->st->hw, blk->data, NULL, bs, blk->sum, NULL);
+    if (memcmp(blk->sum, blk->digest, CAS_DIGEST_LEN) == 0)
+      blk->err = cas_move_run(v->st, blk, 1, CAS_DATA, OS_WRITE);
+  }
+  return err;
+}
 /* Mends what it can with blocks of the store that a peer serves. */
 static int cas_repair_from(struct cas_verifier v, struct nbdserve_peer *peer) {
-  unsigned char head[CAS_PAGE];
+  unsigned char head[CAS_PAGE] = {0};
   peer->progress = v.progress;
   peer->arg = v.arg;
   v.peer = peer;
+  v.ask = cas_ask_peer;
   v.each = NULL;
   int err = cas_enter_store(v.st, peer, "/blocks", CAS_BLOCKS_MAGIC, head);
   if (!err && peer->size != CAS_FOUND + CAS_BATCH * (uint64_t)v.st->bs)
@@ -8815,6 +8901,8 @@ static int cas_repair_from(struct cas_verifier v, struct nbdserve_peer *peer) {
   peer_leave(peer);
   return err == -EUCLEAN ? 0 : err;
 }
+#else
+#define cas_repair_from(v, peer) ((void)(peer), -EOPNOTSUPP)
 #endif
 
 /* See nbdserve.h. */
@@ -8842,7 +8930,15 @@ static int cas_expire_partial(void *arg, const struct nbdserve_cas_info *info) {
   return 0;
 }
 
-/* See nbdserve.h. */
+/* See nbdserve.h.  Space is given back in two rounds with a sync between them:
+ *
+ *   1. the digests of free slots say that these are given back
+ *   2. what says so durably, and is free still, is punched out of the file
+ *
+ * A power cut in between leaves slots that are said to have no space, and have
+ * it: that costs nothing.  The other way round recovery would count on pairs
+ * that are not there (C18). If there are not enough free pairs for all that may
+ * have to be written, nothing is given back at all. */
 int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
                     nbdserve_progress_fn *progress, void *arg) {
   struct nbdserve_cas_stat stat;
@@ -8892,44 +8988,56 @@ int nbdserve_cas_gc(struct nbdserve_cas *st, uint64_t *bytes,
  * multiple of 4096 bytes on, and only what a snapshot of that size has of them.
  * From the next multiple of 1 MiB on come the blocks.
  *
+ *   0      4096                                   n * 1 MiB
+ *   | head | d3 | d2 | d1        | d0             | blocks                   |
+ *
+ * All of it is one export, because who pulls may have one connection only, and
+ * it is made while it is read: nothing of it is stored but the tree.
+ *
  * /blocks is a letter box of each client's own, with zeroes for size and id.
  * Who writes SHA-256s into the 8192 bytes from 4096 on can read the blocks that
  * have them behind that, one after the other. */
 
-/* Makes a head. */
+/* Makes a head, over zeroes; NAME/pull adds what it has of its own. */
 static void cas_put_head(const struct nbdserve_cas *st, const char *magic,
-                         unsigned char head[CAS_PAGE]) {
-  memset(head, 0, CAS_PAGE);
+                         unsigned char *head) {
   memcpy(head, magic, 8);
   u_put32(head + 8, 1);
   u_put32(head + 12, st->bs);
 }
 
-/* Where things are in NAME/pull */
+/* The parts of NAME/pull, from the last one to the first: blocks, d0 to d3, and
+ * the head */
+enum {
+  PART_BLOCKS,
+  PART_D0,
+  PART_HEAD = PART_D0 + CAS_LEVELS
+};
+
+/* Where they begin, and how long they are, in bytes.  What lies between them is
+ * zeroes.  Who pulls computes it, too, from the size that the head says, and
+ * believes no other offset. */
 struct cas_layout {
-  uint64_t count[CAS_LEVELS]; /* nodes of d0 to d3, */
-  uint64_t at[CAS_LEVELS];    /* and where they begin */
-  uint64_t data;              /* where the blocks do */
+  uint64_t at[PART_HEAD + 1];
+  uint64_t len[PART_HEAD + 1];
   uint64_t end;
 };
 
 /* Lays out NAME/pull of a snapshot of so many bytes.  With a size of 0 there is
  * nothing behind the head. */
 static struct cas_layout cas_pull_layout(uint64_t bs, uint64_t size) {
-  struct cas_layout l = {.end = CAS_PAGE};
-  uint64_t blocks = size / bs + (size % bs != 0);
-  uint64_t n = blocks;
-  for (int k = 0; k < CAS_LEVELS; k++) {
-    l.count[k] = n;
+  uint64_t n = size / bs + (size % bs != 0);
+  struct cas_layout l = {.len = {n * bs}};
+  l.len[PART_HEAD] = CAS_PAGE;
+  for (int k = PART_D0; k < PART_HEAD; k++) {
+    l.len[k] = n * CAS_DIGEST_LEN;
     n = n / CAS_FANOUT(bs) + (n % CAS_FANOUT(bs) != 0);
   }
-  for (int k = CAS_LEVELS; k-- > 0;) {
-    uint64_t len = l.count[k] * CAS_DIGEST_LEN;
-    l.at[k] = l.end;
-    l.end += (len + CAS_PAGE - 1) / CAS_PAGE * CAS_PAGE;
+  for (int k = PART_HEAD; k >= 0; k--) {
+    uint64_t unit = k == PART_BLOCKS ? IO_UNIT : CAS_PAGE;
+    l.at[k] = (l.end + unit - 1) / unit * unit;
+    l.end = l.at[k] + l.len[k];
   }
-  l.data = (l.end + IO_UNIT - 1) / IO_UNIT * IO_UNIT;
-  l.end = l.data + blocks * bs;
   return l;
 }
 
@@ -8939,74 +9047,59 @@ struct cas_source {
   struct cas_volume data; /* views of its two maps: they have no end */
   struct cas_volume tree;
   struct cas_layout at;
+  unsigned char head[CAS_PAGE];
 };
 
-/* Reads digests of blocks, d0, from its byte `in` on: *n bytes, or fewer, up to
- * the end of a leaf.  Sets *n to their number. */
-static int cas_read_digests(struct cas_source *source, unsigned char *p,
-                            uint64_t in, uint64_t *n) {
-  struct nbdserve_cas *st = source->vol->st;
-  uint64_t len = (uint64_t)st->fanout * CAS_DIGEST_LEN; /* of a leaf */
-  uint64_t index = in / len;
-  *n = u_min(*n, len - in % len);
-  if (index >= source->at.count[1]) return 0; /* behind the end */
-  struct cas_sealer sealer = {.vol = &source->data,
-                              .checks_no_data = 1, /* who pulls does */
-                              .data =
-                                  NBDSERVE_MALLOC(CAS_BATCH * (size_t)st->bs)};
-  unsigned char *digests = u_zalloc((size_t)len);
-  int err = sealer.data && digests ? 0 : -ENOMEM;
-  if (!err) err = cas_digest_blocks(&sealer, (uint32_t)index, digests);
-  if (!err) memcpy(p, digests + in % len, (size_t)*n);
-  NBDSERVE_FREE(sealer.data);
-  NBDSERVE_FREE(digests);
-  return err;
-}
-
 /* ops->read of NAME/pull: piece by piece, each from one part of the layout.
- * What lies between the parts is zeroes.  A snapshot that is all zeroes has no
- * tree; version 0.5 left its base's there, and that is not served. */
+ * Several threads may read at once; what they share is fixed.  The digests of
+ * blocks are served as they stand there: who pulls checks the data.  A snapshot
+ * that is all zeroes has no tree; version 0.5 left its base's there, and that
+ * is not served. */
 static int cas_source_read(void *ctx, void *buf, uint64_t off, uint64_t len,
                            uint32_t flags) {
   struct cas_source *source = ctx;
-  const struct nbdserve_cas *st = source->vol->st;
   const struct cas_layout *at = &source->at;
-  uint64_t region = st->max_blocks / st->fanout * st->bs;
-  unsigned char head[CAS_PAGE];
   unsigned char *p = memset(buf, 0, (size_t)len);
   int err = 0;
   (void)flags;
-  cas_put_head(st, CAS_PULL_MAGIC, head);
-  u_put64(head + 16, source->vol->now.size);
-  memcpy(head + 24, source->vol->now.cid, CAS_DIGEST_LEN);
   for (uint64_t n; len > 0 && !err; off += n, p += n, len -= n) {
-    int k = CAS_LEVELS; /* the head; or the level of digests */
-    while (k > 0 && off >= at->at[k - 1])
+    int k = PART_HEAD;
+    while (k > PART_BLOCKS && off >= at->at[k - 1])
       k--;
-    uint64_t end = k > 0 ? at->at[k - 1] : off < at->data ? at->data : at->end;
-    n = u_min(len, end - off);
-    if (off >= at->data) {
-      err = ex_batched_read(&source->data, p, off - at->data, n, 0);
-    } else if (k == CAS_LEVELS) {
-      memcpy(p, head + off, (size_t)n);
-    } else if (k > 0 && *cas_root(source->vol)) {
-      uint64_t in = region * (unsigned)(k - 1) + off - at->at[k];
-      err = ex_batched_read(&source->tree, p, in, n, 0);
-    } else if (k == 0) {
-      err = cas_read_digests(source, p, off - at->at[0], &n);
+    uint64_t in = off - at->at[k];
+    n = u_min(len, (k > PART_BLOCKS ? at->at[k - 1] : at->end) - off);
+    if (in >= at->len[k]) continue; /* behind it */
+    n = u_min(n, at->len[k] - in);
+    if (k == PART_HEAD) {
+      memcpy(p, source->head + in, (size_t)n);
+    } else if (k == PART_BLOCKS) {
+      err = ex_batched_read(&source->data, p, in, n, 0);
+    } else if (k == PART_D0) {
+      unsigned char digests[CAS_WANTED] = {0};
+      uint64_t skip = in % CAS_DIGEST_LEN;
+      n = u_min(n, CAS_WANTED - skip);
+      err = cas_digest_blocks(
+          &source->data, CAS_DIGEST | CAS_UNCHECKED, in / CAS_DIGEST_LEN,
+          (skip + n + CAS_DIGEST_LEN - 1) / CAS_DIGEST_LEN, digests);
+      memcpy(p, digests + skip, (size_t)n);
+    } else if (*cas_root(source->vol)) {
+      uint64_t in_tree = cas_tree_off(source->vol->st, k - PART_D0, in);
+      err = ex_batched_read(&source->tree, p, in_tree, n, 0);
     }
   }
   return err;
 }
 
-/* ops->close of NAME/pull. */
+/* ops->close of NAME/pull; also of one that could not be opened. */
 static void cas_source_close(void *ctx) {
   struct cas_source *source = ctx;
-  cas_close(source->vol);
+  if (source->vol) cas_close(source->vol);
   NBDSERVE_FREE(source);
 }
 
-/* Opens NAME/pull; the name has n bytes.  -EOPNOTSUPP: NAME is not sealed. */
+/* Opens NAME/pull; the name has n bytes.  -EOPNOTSUPP: NAME is not sealed.  As
+ * long as it is open we are a client of the snapshot, so its maps stay; who
+ * reads the views of them finds zeroes behind the end. */
 static int cas_open_source(struct nbdserve_cas *st, const char *name, size_t n,
                            struct nbdserve_export *out) {
   static const struct nbdserve_ops ops = {.read = cas_source_read,
@@ -9014,12 +9107,10 @@ static int cas_open_source(struct nbdserve_cas *st, const char *name, size_t n,
   struct cas_source *source = u_zalloc(sizeof *source);
   if (!source) return -ENOMEM;
   int err = cas_use(st, name, n, &source->vol);
-  if (!err && u_is_zero(source->vol->now.cid, CAS_DIGEST_LEN)) {
-    cas_close(source->vol);
+  if (!err && u_is_zero(source->vol->now.cid, CAS_DIGEST_LEN))
     err = -EOPNOTSUPP;
-  }
   if (err) {
-    NBDSERVE_FREE(source);
+    cas_source_close(source);
     return err;
   }
   os_lock(&st->lock);
@@ -9029,6 +9120,9 @@ static int cas_open_source(struct nbdserve_cas *st, const char *name, size_t n,
   source->tree = source->data;
   source->tree.is_tree = 1;
   source->at = cas_pull_layout(st->bs, source->vol->now.size);
+  cas_put_head(st, CAS_PULL_MAGIC, source->head);
+  u_put64(source->head + 16, source->vol->now.size);
+  memcpy(source->head + 24, source->vol->now.cid, CAS_DIGEST_LEN);
   out->size = source->at.end;
   out->flags |= NBDSERVE_EXPORT_READONLY | NBDSERVE_EXPORT_MULTI_CONN;
   out->ops = &ops;
@@ -9042,7 +9136,9 @@ struct cas_box {
   unsigned char front[CAS_FOUND]; /* head and digests */
 };
 
-/* ops->read of /blocks: of blocks whole ones only. */
+/* ops->read of /blocks: of blocks whole ones only. The digests are whatever the
+ * client has written, so most of the time nothing may have them: that is -EIO,
+ * of the request. */
 static int cas_box_read(void *ctx, void *buf, uint64_t off, uint64_t len,
                         uint32_t flags) {
   struct cas_box *box = ctx;
@@ -9062,7 +9158,8 @@ static int cas_box_read(void *ctx, void *buf, uint64_t off, uint64_t len,
   return err == -ENOENT ? -EIO : err;
 }
 
-/* ops->write of /blocks: digests only. */
+/* ops->write of /blocks: digests only.  They are this client's, and are gone
+ * with it: nothing is written to the store. */
 static int cas_box_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
                          uint32_t flags) {
   struct cas_box *box = ctx;
@@ -9073,27 +9170,20 @@ static int cas_box_write(void *ctx, const void *buf, uint64_t off, uint64_t len,
   return 0;
 }
 
-/* ops->close of /blocks. */
-static void cas_box_close(void *ctx) {
-  NBDSERVE_FREE(ctx);
-}
-
-/* Opens /blocks.  First the index has to know all that is there; that of a
- * store which is only read is not filled by anybody else. */
+/* Opens /blocks. First the index has to know all that is there: cas_work, if it
+ * is about to fill it, gets help, and a store which is only read has none. */
 static int cas_open_box(struct nbdserve_cas *st, struct nbdserve_export *out) {
   static const struct nbdserve_ops ops = {
-      .read = cas_box_read, .write = cas_box_write, .close = cas_box_close};
+      .read = cas_box_read, .write = cas_box_write, .close = NBDSERVE_FREE};
   struct cas_box *box = u_zalloc(sizeof *box);
   if (!box) return -ENOMEM;
   box->st = st;
   cas_put_head(st, CAS_BLOCKS_MAGIC, box->front);
   os_lock(&st->lock);
-  while (st->readonly && st->filled < st->to_fill) {
+  while (st->filled < st->to_fill) {
     cas_fill_index(st);
     cas_yield(st);
   }
-  while (st->busy && st->filled < st->to_fill)
-    cas_wait(st);
   cas_unlock(st);
   out->size = CAS_FOUND + CAS_BATCH * (uint64_t)st->bs;
   out->flags |= NBDSERVE_EXPORT_SERIAL;
@@ -9141,89 +9231,129 @@ int nbdserve_cas_volume(struct nbdserve_cas *st, const char *name,
  *     the index finds a block with it    that is read, and compared
  *     else                               the block is fetched
  *
- * Leaves and blocks wait until there are enough of them, so that one round trip
- * gets many.  In the end the id is computed from the volume's own map, as seal
- * does it, and a snapshot with that map and id appears:
+ * Nodes and blocks wait until there are enough of them, so that one round trip
+ * gets many: for each level there is a list of nodes, of which the digests of
+ * their kids are fetched together, and what comes of these goes to the list
+ * below:
  *
- *   nbdserve_cas_pull     asks what the peer has, and tests the names
+ *   level 3: [top] --> level 2: [..] --> level 1: [..] --> 0: [..] --> blocks
+ *
+ * A list that is full is done at once, which may fill the one below, and so on;
+ * what is left at the end is done from the top on.  So memory is bounded, and
+ * blocks come in the order in which they lie in the export.
+ *
+ * Nothing else is noted about how far a pull has come. One that goes on with an
+ * earlier one walks through the tree anew, and finds that leaves have what they
+ * should: so a power cut, a removal or a gc in between does no harm.
+ *
+ * No lock is held while the peer is waited for (P3).  In the end the id is
+ * computed from the volume's own map, as seal does it, and a snapshot with that
+ * map and id appears:
+ *
+ *   nbdserve_cas_pull     tests the names
+ *   cas_pull_head         asks what the peer has
  *   cas_pull_record       is it here?  Else, in the partial volume:
  *   cas_pull_id             the walk, and the seal behind it
- *     cas_pull_node           digests of nodes, from the top down
- *     cas_pull_leaves         digests of blocks, CAS_LEAVES leaves at a time
+ *     cas_pull_nodes          the nodes of a level that are waiting
  *     cas_pull_blocks         blocks, 16 MiB at a time */
 
-/* A leaf that is to be pulled */
-struct cas_leaf {
-  uint32_t index;
-  int is_asked;                         /* the peer, for `wanted` */
-  unsigned char digest[CAS_DIGEST_LEN]; /* that it is to get */
-  /* One allocation has both of these: */
-  unsigned char *wanted; /* digests that its blocks are to have; a part of
-                            CAS_KIDS_ROOM */
-  unsigned char *own;    /* those that they have; CAS_KIDS_LEN */
+/* A node whose kids are to be pulled.  Its level is that of their digests: 0 is
+ * a leaf, whose kids are blocks. */
+struct cas_wanted {
+  uint32_t index;                       /* in its level */
+  int has_base;                         /* the base has something there */
+  unsigned char digest[CAS_DIGEST_LEN]; /* of the node; of the top: the id */
+  unsigned char *own; /* digests that its kids have here: see cas_get_digests */
+  unsigned char *kids; /* digests that they are to have, */
+  size_t skip;         /* behind so many bytes as they come; */
+  size_t len;          /* bytes of these, without kids that are not there */
 };
 
-/* While something is pulled; about 17 MiB */
+/* Room for the digests of all kids of waiting nodes; and for READs of them,
+ * which begin and end at multiples of PEER_ALIGN */
+enum {
+  CAS_OWN_ROOM = IO_UNIT,
+  CAS_KIDS_ROOM = IO_UNIT + CAS_LEAVES * 2 * PEER_ALIGN
+};
+
+/* While something is pulled; mostly 20 MiB of it are touched */
 struct cas_puller {
+  struct cas_volume wanted;   /* its size and id are those of what comes */
   struct cas_sealer sealer;   /* vol: the partial volume */
   struct nbdserve_peer *peer; /* that has the snapshot */
   struct cas_layout at;       /* where its NAME/pull has what */
-  size_t nleaves;
+  size_t most;                /* nodes of a level that wait */
+  size_t nnodes[CAS_LEVELS];
   size_t nblocks;
-  struct cas_leaf leaves[CAS_LEAVES];             /* [nleaves] are waiting */
+  size_t nparts;
+  struct cas_wanted nodes[CAS_LEVELS][CAS_LEAVES]; /* [nnodes] are waiting, */
+  struct peer_part asks[CAS_LEVELS][CAS_LEAVES];   /* for these digests, */
+  unsigned char kids[CAS_LEVELS][CAS_KIDS_ROOM];   /* with room for them */
+  unsigned char own[CAS_LEVELS][CAS_OWN_ROOM];
   struct cas_block blocks[CAS_BLOCKS];            /* [nblocks] are waiting, */
-  unsigned char data[CAS_BLOCKS * CAS_MIN_BLOCK]; /* with room for their data */
-  struct peer_part parts[CAS_BLOCKS];             /* what is asked for them */
+  unsigned char data[CAS_BLOCKS * CAS_MIN_BLOCK]; /* with room for data; */
+  struct peer_part parts[CAS_BLOCKS]; /* [nparts]: what the peer is asked for */
 };
 
-/* How many bytes the digests of a node's kids have, and with room for a READ
- * that begins and ends at multiples of PEER_ALIGN */
-#define CAS_KIDS_LEN(st) ((size_t)(st)->fanout * CAS_DIGEST_LEN)
-#define CAS_KIDS_ROOM(st) (CAS_KIDS_LEN(st) + (size_t)2 * PEER_ALIGN)
-
-/* Where, in NAME/pull, the digests of a node's kids begin, and how many bytes
- * there are of them.  level: that of the kids' digests. */
-static uint64_t cas_kids_at(const struct cas_puller *p, int level,
-                            uint32_t index, uint64_t *len) {
-  uint64_t fanout = p->sealer.vol->st->fanout;
-  uint64_t first = index * fanout;
-  assert(first < p->at.count[level]);
-  *len = u_min(fanout, p->at.count[level] - first) * CAS_DIGEST_LEN;
-  return p->at.at[level] + first * CAS_DIGEST_LEN;
-}
-
-/* Makes the READ of the digests of a node's kids. */
-static struct peer_part cas_kids_request(const struct cas_puller *p, int level,
-                                         uint32_t index, unsigned char *room) {
-  uint64_t len;
-  uint64_t off = cas_kids_at(p, level, index, &len);
-  uint64_t begin = off - off % PEER_ALIGN;
-  len += off - begin;
-  len += (PEER_ALIGN - len % PEER_ALIGN) % PEER_ALIGN;
-  return (struct peer_part){begin, (uint32_t)len, room, 0};
-}
-
-/* Puts the digests that have come for a node's kids to the front of their room,
+/* Fetches the digests of the kids of all nodes of a level that are waiting,
  * with zeroes for kids that are not there, and tests them against the digest of
- * the node; those of the top against the id. */
-static int cas_check_kids(struct cas_puller *p, int level, uint32_t index,
-                          const struct peer_part *part,
-                          const unsigned char digest[CAS_DIGEST_LEN]) {
-  const struct nbdserve_cas *st = p->sealer.vol->st;
-  int is_top = level == CAS_LEVELS - 1;
-  unsigned char *kids = part->data;
+ * the node, which is no digest of zeroes; those of the top against the id. */
+static int cas_fetch_kids(struct cas_puller *p, int level) {
+  const struct nbdserve_cas *st = p->wanted.st;
+  size_t n = p->nnodes[level];
   unsigned char sum[CAS_DIGEST_LEN];
-  uint64_t len;
-  int err = peer_error(p->peer, part);
-  if (err) return err;
-  uint64_t skip = cas_kids_at(p, level, index, &len) - part->off;
-  memmove(kids, kids + skip, (size_t)len);
-  memset(kids + len, 0, CAS_KIDS_LEN(st) - (size_t)len);
-  sha_256(st->hw, kids, NULL, CAS_KIDS_LEN(st), sum, NULL);
-  if (is_top && u_is_zero(kids, (size_t)len)) memset(sum, 0, sizeof sum);
-  if (is_top) cas_compute_id(st, p->sealer.vol->now.size, sum, sum);
-  if (memcmp(sum, digest, CAS_DIGEST_LEN) == 0) return 0;
-  return peer_fail(p->peer, -EBADMSG, "the peer's tree does not fit the id");
+  int err = peer_transfer(p->peer, NBD_CMD_READ, p->asks[level], n);
+  for (size_t i = 0; i < n && !err; i++) {
+    const struct cas_wanted *node = &p->nodes[level][i];
+    err = peer_error(p->peer, &p->asks[level][i]);
+    if (err) break;
+    memmove(node->kids, node->kids + node->skip, node->len);
+    memset(node->kids + node->len, 0, CAS_KIDS_LEN(st) - node->len);
+    sha_256(st->hw, node->kids, NULL, CAS_KIDS_LEN(st), sum, NULL);
+    if (u_is_zero(node->kids, node->len)) memset(sum, 0, sizeof sum);
+    if (level == CAS_LEVELS - 1)
+      cas_compute_id(st, p->wanted.now.size, sum, sum);
+    if (memcmp(sum, node->digest, CAS_DIGEST_LEN) != 0)
+      err = peer_fail(p->peer, -EBADMSG, "the peer's tree does not fit the id");
+  }
+  return err;
+}
+
+/* Notes that a node is waiting, with what its kids have here already; but a
+ * leaf is done if all of that fits.  Of a leaf that cannot be read, or has
+ * something behind the end, nothing fits, and all of its blocks are asked
+ * for. */
+static int cas_want_node(struct cas_puller *p, int level, uint32_t index,
+                         int has_base, const unsigned char *digest) {
+  const struct nbdserve_cas *st = p->wanted.st;
+  size_t len = CAS_KIDS_LEN(st);
+  size_t i = p->nnodes[level];
+  struct cas_wanted *node = &p->nodes[level][i];
+  unsigned char sum[CAS_DIGEST_LEN];
+  node->index = index;
+  node->has_base = has_base;
+  memcpy(node->digest, digest, CAS_DIGEST_LEN);
+  node->own = p->own[level] + i * len;
+  int err = cas_get_digests(&p->sealer, level, index, has_base, node->own);
+  if (err && (err != -EIO || level > 0)) return err;
+  if (level == 0) {
+    uint64_t done = index * (uint64_t)st->fanout * st->bs;
+    p->peer->done = u_min(done, p->peer->total);
+    if (err) memset(node->own, 255, len); /* no block has such a digest */
+    sha_256(st->hw, node->own, NULL, len, sum, NULL);
+    if (memcmp(sum, digest, sizeof sum) == 0) return 0;
+  }
+  uint64_t in = index * (uint64_t)len; /* in d(level) */
+  uint64_t off = p->at.at[PART_D0 + level] + in;
+  node->skip = (size_t)(off % PEER_ALIGN);
+  node->len = (size_t)u_min(len, p->at.len[PART_D0 + level] - in);
+  node->kids = p->kids[level] + i * (len + (size_t)2 * PEER_ALIGN);
+  size_t n = (node->skip + node->len + PEER_ALIGN - 1) / PEER_ALIGN;
+  p->asks[level][i] = (struct peer_part){
+      off - node->skip, (uint32_t)(n * PEER_ALIGN), node->kids, 0};
+  p->nnodes[level]++;
+  assert(i < p->most && in < p->at.len[PART_D0 + level]);
+  return 0;
 }
 
 /* Is there room for another batch of blocks, in the store and its file system,
@@ -9245,123 +9375,61 @@ static int cas_has_room(struct nbdserve_cas *st) {
   return left >= kept + CAS_BLOCKS * CAS_MIN_BLOCK;
 }
 
-/* Fetches the blocks that are waiting, and stores them. */
+/* Fetches the blocks that are waiting, and stores them.  cas_put compares each
+ * with its digest (is_known), those that the peer has sent as well as those
+ * that were here, so that nothing gets into the map that does not fit. */
 static int cas_pull_blocks(struct cas_puller *p) {
   struct cas_volume *vol = p->sealer.vol;
-  size_t n = 0;
   if (!p->nblocks) return 0;
-  for (size_t i = 0; i < p->nblocks; i++) {
-    const struct cas_block *blk = &p->blocks[i];
-    uint64_t off = p->at.data + blk->number * vol->st->bs;
-    struct peer_part *last = n ? &p->parts[n - 1] : NULL;
-    if (blk->is_found) continue;
-    if (last && off == last->off + last->len && last->len < PEER_MOST &&
-        blk->data == last->data + last->len)
-      last->len += vol->st->bs;
-    else
-      p->parts[n++] = (struct peer_part){off, vol->st->bs, blk->data, 0};
-  }
   int err = cas_has_room(vol->st) ? 0 : -ENOSPC;
-  if (!err) err = peer_transfer(p->peer, NBD_CMD_READ, p->parts, n);
-  for (size_t i = 0; i < n && !err; i++)
+  if (!err) err = peer_transfer(p->peer, NBD_CMD_READ, p->parts, p->nparts);
+  for (size_t i = 0; i < p->nparts && !err; i++)
     err = peer_error(p->peer, &p->parts[i]);
-  for (size_t i = 0, k; i < p->nblocks && !err; i += k) {
-    k = (size_t)u_min(p->nblocks - i, CAS_BATCH);
-    cas_put(vol, p->blocks + i, k);
+  for (size_t i = 0, n; i < p->nblocks && !err; i += n) {
+    n = (size_t)u_min(p->nblocks - i, CAS_BATCH);
+    cas_put(vol, p->blocks + i, n);
     cas_kick(vol->st);
-    for (size_t j = i; j < i + k && !err; j++)
-      err = p->blocks[j].err;
+    for (size_t k = i; k < i + n && !err; k++)
+      err = p->blocks[k].err;
   }
-  p->nblocks = 0;
+  p->nblocks = p->nparts = 0;
   if (err == -EBADMSG)
     peer_fail(p->peer, err, "the peer's blocks do not fit their digests");
   return err;
 }
 
-/* Pulls one block, of which the digest is known: notes that it is waiting, or
- * makes it a hole. */
-static int cas_pull_block(struct cas_puller *p, uint64_t number,
-                          const unsigned char digest[CAS_DIGEST_LEN]) {
-  struct cas_volume *vol = p->sealer.vol;
-  uint32_t bs = vol->st->bs;
+/* Notes that a block is waiting, of which the digest is known.  If the index
+ * does not find it, the peer is asked for it; for those in a row together. */
+static int cas_want_block(struct cas_puller *p, uint64_t number,
+                          const unsigned char *digest) {
+  struct nbdserve_cas *st = p->wanted.st;
   struct cas_block *blk = &p->blocks[p->nblocks];
-  if (u_is_zero(digest, CAS_DIGEST_LEN))
-    return cas_discard(vol, number * bs, bs);
+  struct peer_part *last = &p->parts[p->nparts ? p->nparts - 1 : 0];
+  uint64_t off = p->at.at[PART_BLOCKS] + number * st->bs;
   *blk = (struct cas_block){.number = number,
-                            .data = p->data + p->nblocks * bs,
+                            .data = p->data + p->nblocks * st->bs,
                             .expected = CAS_ANY,
                             .is_known = 1};
   memcpy(blk->digest, digest, CAS_DIGEST_LEN);
-  blk->is_found = cas_get_block(vol->st, digest, blk->data) == 0;
   p->nblocks++;
-  return (p->nblocks + 1) * bs > sizeof p->data ? cas_pull_blocks(p) : 0;
-}
-
-/* Pulls the leaves that are waiting, in three rounds: what has each, and what
- * is it to have; the answers; its blocks.  On an error a few may stay waiting,
- * and cas_pull_id frees them. */
-static int cas_pull_leaves(struct cas_puller *p) {
-  struct nbdserve_cas *st = p->sealer.vol->st;
-  size_t n = 0;
-  for (size_t i = 0; i < p->nleaves; i++) {
-    struct cas_leaf *leaf = &p->leaves[i];
-    unsigned char sum[CAS_DIGEST_LEN];
-    int bad = cas_digest_blocks(&p->sealer, leaf->index, leaf->own);
-    if (bad == -ECANCELED) return bad;
-    if (bad) /* no block has such a digest: all are asked for again */
-      memset(leaf->own, 255, CAS_KIDS_LEN(st));
-    sha_256(st->hw, leaf->own, NULL, CAS_KIDS_LEN(st), sum, NULL);
-    leaf->is_asked = memcmp(sum, leaf->digest, sizeof sum) != 0;
-    if (leaf->is_asked)
-      p->parts[n++] = cas_kids_request(p, 0, leaf->index, leaf->wanted);
+  if (cas_get_block(st, digest, blk->data) != 0) {
+    int goes_on = p->nparts && off == last->off + last->len;
+    assert(!goes_on || blk->data == last->data + last->len);
+    if (goes_on && last->len < PEER_MOST)
+      last->len += st->bs;
     else
-      memcpy(leaf->wanted, leaf->own, CAS_KIDS_LEN(st));
+      p->parts[p->nparts++] = (struct peer_part){off, st->bs, blk->data, 0};
   }
-  int err = peer_transfer(p->peer, NBD_CMD_READ, p->parts, n);
-  const struct peer_part *part = p->parts;
-  for (size_t i = 0; i < p->nleaves && !err; i++) {
-    const struct cas_leaf *leaf = &p->leaves[i];
-    if (leaf->is_asked)
-      err = cas_check_kids(p, 0, leaf->index, part++, leaf->digest);
-  }
-  for (size_t i = 0; i < p->nleaves; i++) {
-    const struct cas_leaf *leaf = &p->leaves[i];
-    uint64_t first = (uint64_t)leaf->index * st->fanout;
-    for (uint32_t c = 0; c < st->fanout && !err; c++) {
-      const unsigned char *digest = leaf->wanted + c * CAS_DIGEST_LEN;
-      if (memcmp(digest, leaf->own + c * CAS_DIGEST_LEN, CAS_DIGEST_LEN) != 0)
-        err = cas_pull_block(p, first + c, digest);
-    }
-    NBDSERVE_FREE(leaf->wanted);
-  }
-  p->nleaves = 0;
-  return err ? err : cas_pull_blocks(p);
-}
-
-/* Notes that a leaf is waiting. */
-static int cas_pull_leaf(struct cas_puller *p, uint32_t index,
-                         const unsigned char digest[CAS_DIGEST_LEN]) {
-  struct nbdserve_cas *st = p->sealer.vol->st;
-  struct cas_leaf *leaf = &p->leaves[p->nleaves];
-  size_t len = CAS_KIDS_LEN(st);
-  leaf->index = index;
-  memcpy(leaf->digest, digest, CAS_DIGEST_LEN);
-  leaf->wanted = u_zalloc(CAS_KIDS_ROOM(st) + len);
-  if (!leaf->wanted) return -ENOMEM;
-  leaf->own = leaf->wanted + CAS_KIDS_ROOM(st);
-  p->nleaves++;
-  p->peer->done = u_min(index * (uint64_t)st->fanout * st->bs, p->peer->total);
-  int is_enough = p->nleaves == CAS_LEAVES || p->nleaves * len > IO_UNIT;
-  return is_enough ? cas_pull_leaves(p) : 0;
+  return (p->nblocks + 1) * st->bs > sizeof p->data ? cas_pull_blocks(p) : 0;
 }
 
 /* Do the volume and its base share the node that begins at a block and has so
  * many blocks below it?  (locks) */
 static int cas_has_base(const struct cas_puller *p, uint64_t block,
                         uint64_t blocks) {
-  struct nbdserve_cas *st = p->sealer.vol->st;
-  uint64_t span = 0;
-  if (!p->sealer.base) return 0;
+  struct nbdserve_cas *st = p->wanted.st;
+  uint64_t span;
+  assert(p->sealer.base);
   os_lock(&st->lock);
   struct cas_node **root[2] = {cas_root(p->sealer.vol),
                                cas_root(p->sealer.base)};
@@ -9370,192 +9438,183 @@ static int cas_has_base(const struct cas_puller *p, uint64_t block,
   return is_shared && span >= blocks;
 }
 
-/* Pulls what is below a node, of a level above 0, with so many blocks below
- * each kid.  digest: its own or, of the top, the id.  has_base: the base has
- * something there; else its tree may still have what an older one had. */
-static int cas_pull_node(struct cas_puller *p, int level, uint32_t index,
-                         uint64_t size, int has_base,
-                         const unsigned char digest[CAS_DIGEST_LEN]) {
-  struct nbdserve_cas *st = p->sealer.vol->st;
-  const struct cas_node node = {.level = (unsigned char)level, .index = index};
-  unsigned char *kids = u_zalloc(CAS_KIDS_ROOM(st) + CAS_KIDS_LEN(st));
-  if (!kids) return -ENOMEM;
-  unsigned char *base = kids + CAS_KIDS_ROOM(st);
-  struct peer_part part = cas_kids_request(p, level, index, kids);
-  int err = peer_transfer(p->peer, NBD_CMD_READ, &part, 1);
-  if (!err) err = cas_check_kids(p, level, index, &part, digest);
-  if (!err && has_base)
-    err = cas_move_digests(&p->sealer, OS_READ, &node, base);
-  for (uint32_t c = 0; c < st->fanout && !err; c++) {
-    uint32_t i = index * st->fanout + c;
-    if (i >= p->at.count[level]) break;
-    const unsigned char *kid = kids + c * CAS_DIGEST_LEN;
-    const unsigned char *theirs = base + c * CAS_DIGEST_LEN;
-    int is_base = memcmp(kid, theirs, CAS_DIGEST_LEN) == 0;
-    if (is_base && cas_has_base(p, i * size, size)) continue;
-    if (u_is_zero(kid, CAS_DIGEST_LEN))
-      err = cas_discard(p->sealer.vol, i * size * st->bs, size * st->bs);
-    else if (level > 1)
-      err = cas_pull_node(p, level - 1, i, size / st->fanout,
-                          !u_is_zero(theirs, CAS_DIGEST_LEN), kid);
-    else
-      err = cas_pull_leaf(p, i, kid);
+/* Pulls what is below the nodes of a level that are waiting, with so many
+ * blocks below each kid.  What is to be asked for is left waiting, until there
+ * is enough of it. */
+static int cas_pull_nodes(struct cas_puller *p, int level, uint64_t size) {
+  const struct nbdserve_cas *st = p->wanted.st;
+  int err = cas_fetch_kids(p, level);
+  for (size_t i = 0; i < p->nnodes[level] && !err; i++) {
+    const struct cas_wanted *node = &p->nodes[level][i];
+    for (size_t at = 0; at < node->len && !err; at += CAS_DIGEST_LEN) {
+      const unsigned char *kid = node->kids + at;
+      const unsigned char *own = node->own + at;
+      uint64_t c = (uint64_t)node->index * st->fanout + at / CAS_DIGEST_LEN;
+      /* Digests of blocks are those of the volume's own. Others are the base's,
+       * and say something about the volume only where it still has the same
+       * node there. */
+      int is_same = memcmp(kid, own, CAS_DIGEST_LEN) == 0;
+      if (level > 0 && is_same)
+        is_same = node->has_base && cas_has_base(p, c * size, size);
+      if (is_same) continue;
+      if (u_is_zero(kid, CAS_DIGEST_LEN)) {
+        err = cas_discard(p->sealer.vol, c * size * st->bs, size * st->bs);
+      } else if (level == 0) {
+        err = cas_want_block(p, c, kid);
+      } else {
+        err = cas_want_node(p, level - 1, (uint32_t)c,
+                            !u_is_zero(own, CAS_DIGEST_LEN), kid);
+        if (!err && p->nnodes[level - 1] == p->most)
+          err = cas_pull_nodes(p, level - 1, size / st->fanout);
+      }
+    }
   }
-  NBDSERVE_FREE(kids);
+  p->nnodes[level] = 0;
   return err;
 }
 
-/* Is the id that of what the peer says is at the top of its tree, and of that
- * size?  Only then there is anything to begin with. */
-static int cas_check_top(struct cas_puller *p, struct cas_volume *wanted) {
-  unsigned char *kids = u_zalloc(CAS_KIDS_ROOM(wanted->st));
-  int err = kids ? 0 : -ENOMEM;
-  p->sealer.vol = wanted;
-  if (!err && p->at.count[0]) {
-    struct peer_part part = cas_kids_request(p, CAS_LEVELS - 1, 0, kids);
-    err = peer_transfer(p->peer, NBD_CMD_READ, &part, 1);
-    if (!err)
-      err = cas_check_kids(p, CAS_LEVELS - 1, 0, &part, wanted->now.cid);
-  }
-  NBDSERVE_FREE(kids);
-  return err;
-}
-
-/* Uses the partial volume that is called `part`, or makes one, with the base's
- * contents.  -EBUSY: another pull does that. */
-static int cas_use_partial(struct nbdserve_cas *st, const char *name,
-                           const char *part, uint64_t size,
-                           struct cas_volume **out) {
-  struct cas_change change = {.name = part, .size = size};
+/* Uses the partial volume that is called `part`.  The change makes it, with the
+ * base's contents, unless it is there: then it changes nothing.  That somebody
+ * goes on with it is noted in its record, which the next checkpoint writes: gc
+ * removes it a week after that.  -EBUSY: another pull uses it. */
+static int cas_use_partial(struct cas_puller *p, const char *part) {
+  struct nbdserve_cas *st = p->wanted.st;
+  struct cas_change change = {
+      .name = part, .size = p->wanted.now.size, .tree = p->sealer.base};
   int err = 0;
-  for (*out = NULL; !err && !*out;) {
+  while (!err && !p->sealer.vol) {
+    err = cas_apply(st, &change);
     os_lock(&st->lock);
-    for (;;) {
-      err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
-      *out = cas_find(st, part, strlen(part), VIEW_THEN);
-      if (err || !*out || !(*out)->is_staged) break;
-      cas_wait(st);
+    if (!err) err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
+    struct cas_volume *vol = cas_find(st, part, strlen(part), VIEW_THEN);
+    /* It may be gone by now, or about to go: then another one is made. */
+    if (!err && vol && !vol->is_staged) {
+      err = vol->clients ? -EBUSY : cas_own_record(st, vol->place, &vol->page);
+      if (!err) {
+        vol->clients = 1;
+        vol->now.created = (uint64_t)time(NULL);
+        p->sealer.vol = vol;
+      }
     }
-    if (*out && (*out)->clients) err = -EBUSY;
-    if (*out && !err) err = cas_own_record(st, (*out)->place, &(*out)->page);
-    if (*out && !err) {
-      (*out)->clients = 1;
-      (*out)->now.created = (uint64_t)time(NULL);
-    }
-    change.tree = cas_newest_sealed(
-        st, cas_find(st, name, strcspn(name, "@"), VIEW_NOW), 0);
-    if (change.tree) change.tree->clients++;
     cas_unlock(st);
-    if (!*out && !err) err = cas_apply(st, &change);
-    if (change.tree) cas_close(change.tree);
   }
   return err;
 }
 
-/* Pulls the blocks of an id into the partial volume.  When the id that was
- * computed from them is the right one, the snapshot appears in one checkpoint;
- * up to then all that came is in the partial volume, and survives there. */
-static int cas_pull_id(struct cas_puller *p, const unsigned char *id) {
-  struct cas_volume *vol = p->sealer.vol;
-  struct nbdserve_cas *st = vol->st;
-  struct cas_change change = {.vol = vol, .name = p->sealer.name};
-  int err = cas_begin_seal(&p->sealer);
-  change.tree = p->sealer.tree;
-  if (!err && p->at.count[0])
-    err = cas_pull_node(p, CAS_LEVELS - 1, 0, st->max_blocks / st->fanout,
-                        p->sealer.base != NULL, id);
-  if (!err) err = cas_pull_leaves(p);
-  while (p->nleaves > 0)
-    NBDSERVE_FREE(p->leaves[--p->nleaves].wanted);
-  if (!err) err = cas_clear_tail(vol); /* the base's, or what the peer says */
+/* Pulls the blocks of an id into the partial volume of that name.  When the id
+ * that was computed from them is the right one, the snapshot appears in one
+ * checkpoint; up to then all that came is in the partial volume, and survives
+ * there. */
+static int cas_pull_id(struct cas_puller *p, const char *part) {
+  const unsigned char *id = p->wanted.now.cid;
+  struct nbdserve_cas *st = p->wanted.st;
+  struct cas_sealer *sealer = &p->sealer;
+  uint64_t size = st->max_blocks; /* blocks below a node */
+  int top = CAS_LEVELS - 1;
+  int err = cas_begin_seal(st, sealer);
+  if (!err && p->at.len[PART_D0])
+    err = cas_want_node(p, top, 0, sealer->base != NULL, id);
+  /* Nothing is made before it is known that the id, and the size, are those of
+   * what the peer says is at the top of its tree. */
+  if (!err) err = cas_fetch_kids(p, top);
+  if (!err) err = cas_use_partial(p, part);
+  for (int level = top; level >= 0 && !err; level--) {
+    size /= st->fanout;
+    err = cas_pull_nodes(p, level, size);
+  }
+  if (!err) err = cas_pull_blocks(p);
+  if (!err) err = cas_clear_tail(sealer->vol); /* the base's, or the peer's */
   /* A checkpoint frees nodes that are dirty and empty.  After this one none of
    * the map is dirty, so none goes while cas_seal_tree walks through it. */
   if (!err) err = cas_checkpoint(st, NULL, UINT64_MAX);
-  if (!err) err = cas_seal_tree(&p->sealer);
-  if (!err && memcmp(p->sealer.tree->now.cid, id, CAS_DIGEST_LEN) != 0)
+  if (!err) err = cas_seal_tree(sealer);
+  if (!err && memcmp(sealer->tree->now.cid, id, CAS_DIGEST_LEN) != 0)
     err = peer_fail(p->peer, -EBADMSG, "the peer's tree is not that of the id");
+  struct cas_change change = {
+      .vol = sealer->vol, .tree = sealer->tree, .name = sealer->name};
   if (!err) err = cas_apply(st, &change);
-  cas_end_seal(&p->sealer);
+  cas_end_seal(sealer);
+  if (sealer->vol) cas_unhide(sealer->vol);
   return err;
 }
 
-/* Makes a snapshot of what has the id of `wanted`: of one that is here, or of
- * what is pulled for it. */
-static int cas_pull_record(struct nbdserve_cas *st, const char *name,
-                           struct nbdserve_peer *peer,
-                           struct cas_volume *wanted) {
+/* Makes the snapshot of what has the id that is wanted: of one that is here, or
+ * of what is pulled for it. */
+static int cas_pull_record(struct cas_puller *p) {
+  struct nbdserve_cas *st = p->wanted.st;
   struct cas_volume *there;
   char id[72];
   char part[sizeof id + sizeof CAS_PARTIAL];
-  cas_spell_id(wanted, id);
+  cas_spell_id(&p->wanted, id);
   snprintf(part, sizeof part, "%s" CAS_PARTIAL, id);
   int err = cas_use(st, id, strlen(id), &there);
-  if (!err) {
-    os_lock(&st->lock);
-    struct cas_volume tree = *there;
-    cas_unlock(st);
-    struct cas_change change = {.vol = there, .tree = &tree, .name = name};
-    tree.is_tree = 1;
-    err = cas_apply(st, &change);
-    cas_close(there);
-    return err;
-  }
-  struct cas_puller *p = NBDSERVE_MALLOC(sizeof *p);
-  if (!p) return -ENOMEM;
-  memset(p, 0, offsetof(struct cas_puller, leaves));
-  p->peer = peer;
-  p->sealer.name = name;
-  p->sealer.progress = peer->progress;
-  p->sealer.arg = peer->arg;
-  p->at = cas_pull_layout(st->bs, wanted->now.size);
-  peer->total = wanted->now.size;
-  err = cas_check_top(p, wanted);
-  if (!err)
-    err = cas_use_partial(st, name, part, wanted->now.size, &p->sealer.vol);
-  if (!err) {
-    err = cas_pull_id(p, wanted->now.cid);
-    cas_unhide(p->sealer.vol);
-  }
-  NBDSERVE_FREE(p);
+  if (err) return cas_pull_id(p, part);
+  os_lock(&st->lock);
+  struct cas_volume tree = *there;
+  cas_unlock(st);
+  tree.is_tree = 1;
+  struct cas_change change = {
+      .vol = there, .tree = &tree, .name = p->sealer.name};
+  err = cas_apply(st, &change);
+  cas_close(there);
   return err;
+}
+
+/* Enters the export FROM/pull of the peer, and tests what its head says: that
+ * is the size and the id which are wanted. */
+static int cas_pull_head(struct cas_puller *p, const char *from) {
+  struct nbdserve_cas *st = p->wanted.st;
+  struct nbdserve_peer *peer = p->peer;
+  unsigned char head[CAS_PAGE] = {0};
+  char export[WIRE_STRING_MAX + 8];
+  char id[72];
+  snprintf(export, sizeof export, "%.*s/pull", WIRE_STRING_MAX, from);
+  int err = cas_enter_store(st, peer, export, CAS_PULL_MAGIC, head);
+  if (err == -ENOENT)
+    strncat(peer->why, " (only what is sealed can be pulled)",
+            sizeof peer->why - strlen(peer->why) - 1);
+  if (err) return err;
+  uint64_t size = u_get64(head + 16);
+  p->wanted.now.size = peer->total = size;
+  memcpy(p->wanted.now.cid, head + 24, CAS_DIGEST_LEN);
+  p->at = cas_pull_layout(st->bs, size);
+  if (!cas_is_size(st, size) || p->at.end != peer->size ||
+      cas_blocks(st, size) / st->fanout >= UINT32_MAX)
+    return peer_fail(peer, -EPROTO, "the peer's sizes make no sense");
+  if (cas_is_id(from, "") && strcmp(from, cas_spell_id(&p->wanted, id)) != 0)
+    return peer_fail(peer, -EBADMSG, "the peer has given another id");
+  return 0;
 }
 
 /* See nbdserve.h. */
 int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
                       const char *from, struct nbdserve_peer *peer) {
-  struct cas_volume wanted = {.st = st};
   struct cas_volume *there = NULL;
-  unsigned char head[CAS_PAGE] = {0};
-  char export[WIRE_STRING_MAX + 8];
-  char id[72];
   char up[CAS_PATH];
   const char *at = strchr(name, '@');
   *peer->why = 0;
   snprintf(up, sizeof up, "%.*s", at ? (int)(at - name) : 0, name);
   if (!at || !cas_is_name(at + 1) || !cas_is_name(up)) return -EINVAL;
   if (st->readonly) return -EROFS;
-  snprintf(export, sizeof export, "%.*s/pull", WIRE_STRING_MAX, from);
-  int err = cas_enter_store(st, peer, export, CAS_PULL_MAGIC, head);
-  wanted.now.size = u_get64(head + 16);
-  memcpy(wanted.now.cid, head + 24, CAS_DIGEST_LEN);
-  if (err == -ENOENT)
-    strncat(peer->why, " (only what is sealed can be pulled)",
-            sizeof peer->why - strlen(peer->why) - 1);
-  if (!err && (!cas_is_size(st, wanted.now.size) ||
-               cas_blocks(st, wanted.now.size) / st->fanout >= UINT32_MAX ||
-               cas_pull_layout(st->bs, wanted.now.size).end != peer->size))
-    err = peer_fail(peer, -EPROTO, "the peer's sizes make no sense");
-  if (!err && cas_is_id(from, "") &&
-      strcmp(from, cas_spell_id(&wanted, id)) != 0)
-    err = peer_fail(peer, -EBADMSG, "the peer has given another id");
+  struct cas_puller *p = NBDSERVE_MALLOC(sizeof *p);
+  if (!p) return -ENOMEM;
+  memset(p, 0, offsetof(struct cas_puller, nodes));
+  p->wanted.st = st;
+  p->peer = peer;
+  p->sealer.name = name;
+  p->sealer.progress = peer->progress;
+  p->sealer.arg = peer->arg;
+  p->most = (size_t)u_min(CAS_LEAVES, CAS_OWN_ROOM / CAS_KIDS_LEN(st));
+  int err = cas_pull_head(p, from);
   if (!err) (void)!cas_use(st, name, strlen(name), &there);
   if (there) {
-    if (memcmp(there->now.cid, wanted.now.cid, CAS_DIGEST_LEN) != 0)
+    if (memcmp(there->now.cid, p->wanted.now.cid, CAS_DIGEST_LEN) != 0)
       err = -EEXIST; /* else it was pulled before */
     cas_close(there);
   }
-  if (!err && !there) err = cas_pull_record(st, name, peer, &wanted);
+  if (!err && !there) err = cas_pull_record(p);
   peer_leave(peer);
+  NBDSERVE_FREE(p);
   return err;
 }
 #endif /* !NBDSERVE_NO_CLIENT */

@@ -11181,8 +11181,9 @@ enum cli_verb_flags {
   /* It gives a new name to something: each operand but the first. */
   VERB_NEW_NAME = 1 << 6,
   /* It may talk to another server: its last operand is the URI of that or, with
-   * a command behind "--" that speaks NBD on its standard streams, a name. */
-  VERB_PEER = 1 << 7
+   * a command behind "--" that speaks NBD on its standard streams, a name.
+   * Built without a client no command may. */
+  VERB_PEER = NBDSERVE_NO_CLIENT ? 0 : 1 << 7
 };
 
 #define CLI_VERSION (0x80000000u | NBDSERVE_VERSION_NUMBER)
@@ -11384,10 +11385,19 @@ static int cli_do_list(struct cli_job *job) {
 }
 
 /* seal: gives a snapshot its id and prints that.  Until it was sealed all of it
- * has to be read, which takes long. */
+ * has to be read, which takes long.
+ *
+ * pull: makes the snapshot of one that another store has, before that.  What
+ * was pulled is sealed already, and is not read again. */
 static int cli_do_seal(struct cli_job *job) {
+  const char *name = job->ops->name;
   char id[72];
-  int err = nbdserve_cas_seal(cli.cas, job->ops->name, id, cli_progress, job);
+  int err = 0;
+#if !NBDSERVE_NO_CLIENT
+  if (job->verb->flags & VERB_PEER)
+    err = nbdserve_cas_pull(cli.cas, name, job->ops->to, &job->peer);
+#endif
+  if (!err) err = nbdserve_cas_seal(cli.cas, name, id, cli_progress, job);
   if (err) return err;
   assert(strncmp(id, "sha256-", 7) == 0);
   return cli_row(job, "%s\n", "{\"id\":\"%s\"}\n", id);
@@ -11416,17 +11426,6 @@ static int cli_damage_row(void *arg, const char *name, uint64_t off,
                  ",\"why\":\"%s\"}\n",
                  name, off, len, why);
 }
-
-#if !NBDSERVE_NO_CLIENT
-/* pull: makes a snapshot of one that another store has, and prints its id */
-static int cli_do_pull(struct cli_job *job) {
-  const char *name = job->ops->name;
-  char id[72];
-  int err = nbdserve_cas_pull(cli.cas, name, job->ops->to, &job->peer);
-  if (!err) err = nbdserve_cas_seal(cli.cas, name, id, NULL, NULL);
-  return err ? err : cli_row(job, "%s\n", "{\"id\":\"%s\"}\n", id);
-}
-#endif
 
 /* verify: a row for each range that is damaged; the exit status tells, too.
  * repair: the same for what remains damaged. */
@@ -11632,11 +11631,11 @@ static const struct cli_verb cli_verbs[] = {
     {"verify", "STORE", "check all data; print what is damaged",
      cli_do_verify, 0, 0, VERB_LONG | VERB_ROWS, NBDSERVE_CAS_READONLY, 0},
     {"repair", "STORE [FROM]", "mend what it can; print what it cannot",
-     cli_do_verify, 0, 1, VERB_LONG | VERB_ROWS | VERB_PEER,
+     cli_do_verify, 0, !NBDSERVE_NO_CLIENT, VERB_LONG | VERB_ROWS | VERB_PEER,
      NBDSERVE_CAS_REPAIR, 0},
 #if !NBDSERVE_NO_CLIENT
     {"pull", "STORE::VOLUME@SNAP FROM", "get a sealed snapshot from elsewhere",
-     cli_do_pull, 2, 2, VERB_LONG | VERB_PEER, 0, 0},
+     cli_do_seal, 2, 2, VERB_LONG | VERB_PEER, 0, 0},
 #endif
     {"gc", "STORE", "give unused space back; print its bytes",
      cli_do_gc, 0, 0, VERB_LONG, 0, 0},
@@ -11720,13 +11719,13 @@ static const char *cli_why(const struct cli_verb *verb,
   if (err != -EINVAL) return strerror(-err);
   if (cli_is_id(verb, op->name))
     return "several snapshots have that id, or it cannot be used here";
+  if (verb->flags & VERB_PEER)
+    return "a snapshot is called VOLUME@NAME, each 1 to 166 bytes without "
+           "/ @ \" \\";
   if (change == NBDSERVE_CAS_ROLLBACK || verb->run == cli_do_seal)
     return "not a snapshot: that is VOLUME@NAME";
   if (change == NBDSERVE_CAS_RESIZE && at) return "a snapshot keeps its size";
   int is_snapshot = strchr(op->name, '@') && change != NBDSERVE_CAS_CLONE;
-  if (verb->flags & VERB_PEER)
-    return "a snapshot is called VOLUME@NAME, each 1 to 166 bytes without "
-           "/ @ \" \\";
   if ((change == NBDSERVE_CAS_SNAPSHOT || is_snapshot) && !at)
     return "a snapshot is called VOLUME@NAME";
   if (!cas_is_name(at ? at + 1 : name))
@@ -12136,11 +12135,11 @@ static int cli_open_file(const char *file, int writes) {
   return cli_new_file(real ? real : file, fd >= 0 ? &st : NULL);
 }
 
-#if !NBDSERVE_NO_CLIENT
 /* ---- The peer of a command ---- */
 
 /* An NBD URI (doc/uri.md of NetworkBlockDevice/nbd) */
 struct cli_uri {
+  const char *text;               /* all of it, for messages */
   char name[WIRE_STRING_MAX + 1]; /* of the export */
   char path[PATH_MAX];            /* of a unix socket; "": it is TCP */
   char host[256];
@@ -12191,6 +12190,7 @@ static void cli_parse_uri(const char *uri, struct cli_uri *u) {
                 (!*u->port || u_parse_number(u->port, 65535, &port)) && port;
     snprintf(u->port, sizeof u->port, CLI_N, port);
   }
+  u->text = uri;
   if (!is_good)
     cli_usage("%s: not as nbd://HOST[:PORT]/NAME or "
               "nbd+unix:///NAME?socket=PATH",
@@ -12199,7 +12199,7 @@ static void cli_parse_uri(const char *uri, struct cli_uri *u) {
 
 /* Connects to the server that a URI names, or ends the process.  Returns a
  * descriptor. */
-static int cli_connect_uri(const char *text, const struct cli_uri *u) {
+static int cli_connect_uri(const struct cli_uri *u) {
   int fd = -EAFNOSUPPORT;
   if (*u->path) fd = srv_unix_socket(u->path, SRV_CONNECT);
 #if !NBDSERVE_NO_TCP
@@ -12207,7 +12207,7 @@ static int cli_connect_uri(const char *text, const struct cli_uri *u) {
   struct addrinfo *all = NULL;
   const char *host = *u->host ? u->host : NULL; /* NULL: this machine */
   int err = *u->path ? 0 : getaddrinfo(host, u->port, &hints, &all);
-  if (err) cli_failed("%s: %s", text, gai_strerror(err));
+  if (err) cli_failed("%s: %s", u->text, gai_strerror(err));
   for (struct addrinfo *a = all; a && fd < 0; a = a->ai_next) {
     fd = socket(a->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd >= 0 && connect(fd, a->ai_addr, a->ai_addrlen) == 0) break;
@@ -12217,7 +12217,7 @@ static int cli_connect_uri(const char *text, const struct cli_uri *u) {
   }
   if (all) freeaddrinfo(all);
 #endif
-  if (fd < 0) cli_failed("%s: %s", text, strerror(-fd));
+  if (fd < 0) cli_failed("%s: %s", u->text, strerror(-fd));
   os_setup_client(fd);
   return fd;
 }
@@ -12245,29 +12245,16 @@ static int cli_start_peer(pid_t *pid) {
  * does not end within five seconds it gets SIGTERM, after ten SIGKILL.  When
  * the job has succeeded (status is 0) but the command has not, we say that. */
 static void cli_end_peer(pid_t pid, int status) {
-  int64_t begun = os_now_ms();
   int wait_status = 0;
-  pid_t ended = pid;
-  for (int stage = 0; /* of five seconds each */
-       pid && (ended = waitpid(pid, &wait_status, WNOHANG)) == 0;) {
-    int now = (int)((os_now_ms() - begun) / 5000);
-    if (now > stage) kill(pid, stage ? SIGKILL : SIGTERM);
-    stage = now;
+  for (int ms = 0; waitpid(pid, &wait_status, WNOHANG) == 0; ms += 20) {
+    if (ms == 5000) kill(pid, SIGTERM);
+    if (ms == 10000) kill(pid, SIGKILL);
     poll(NULL, 0, 20);
   }
-  if (pid && ended == pid && !status && cli_exit_status(wait_status))
-    cli_say("%s: has ended with status %d", *cli.command,
-            cli_exit_status(wait_status));
+  int its_status = cli_exit_status(wait_status);
+  if (!status && its_status)
+    cli_say("%s: has ended with status %d", *cli.command, its_status);
 }
-#else
-struct cli_uri {
-  char name[1];
-};
-#define cli_parse_uri(uri, u) ((void)(uri), (void)(u))
-#define cli_connect_uri(text, u) ((void)(u), -1)
-#define cli_start_peer(pid) ((void)(pid), -1)
-#define cli_end_peer(pid, status) ((void)(pid), (void)(status))
-#endif
 
 /* Does a command on a store, here or at its server, and returns the exit
  * status.  --accept-loss is for a store that cannot be opened without it, so
@@ -12278,18 +12265,20 @@ struct cli_uri {
  * made durable, where that can be (not in a pipe or terminal), and a regular
  * FILE appears. */
 static int cli_run_on_store(struct cli_job *job, const char *store,
-                            const char *last, const struct cli_uri *uri) {
+                            const struct cli_uri *uri) {
   unsigned flags = job->verb->flags;
   uint32_t how = job->verb->open;
+  const char *file = job->ops->to; /* if the command has one */
+  int has_peer = flags & VERB_PEER && job->request.peer;
   pid_t pid = 0;
-  if (flags & VERB_READS_FILE && cli_are_same(store, last))
-    cli_usage("%s: the store itself, which grows while it is read", last);
+  if (flags & VERB_READS_FILE && cli_are_same(store, file))
+    cli_usage("%s: the store itself, which grows while it is read", file);
   if (opt[OPT_ACCEPT_LOSS].given) how |= NBDSERVE_CAS_ACCEPT_LOSS;
   if (flags & (VERB_READS_FILE | VERB_WRITES_FILE))
-    job->fds.output = cli_open_file(last, !(flags & VERB_READS_FILE));
-  if (job->request.peer)
+    job->fds.output = cli_open_file(file, !(flags & VERB_READS_FILE));
+  if (has_peer)
     job->fds.in = job->fds.out =
-        cli.command ? cli_start_peer(&pid) : cli_connect_uri(last, uri);
+        cli.command ? cli_start_peer(&pid) : cli_connect_uri(uri);
   cli_catch_signals(cli_on_signal);
   int err = cli_open_store(store, how, job);
   if (err == -EBUSY && job->client == -EACCES)
@@ -12301,14 +12290,14 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
     cli_die(CLI_IN_USE, "%s: is being served; stop the server first", store);
   if (err != -EBUSY) cli_exit_if_error(err, store);
   int status = err ? cli_run_remote(job, -1) : cli_run_job(job);
-  if (job->request.peer) close(job->fds.in);
-  cli_end_peer(pid, status);
+  if (has_peer) close(job->fds.in);
+  if (pid) cli_end_peer(pid, status);
   if (status || !(flags & VERB_WRITES_FILE)) return status;
   err = os_datasync(job->fds.output);
-  if (err != -EINVAL && err != -ENOTSUP) cli_exit_if_error(err, last);
+  if (err != -EINVAL && err != -ENOTSUP) cli_exit_if_error(err, file);
   if (!*cli.temp) return status;
   cli_put_new_file();
-  cli_exit_if_error(os_sync_new_file(job->fds.output, cli.path), last);
+  cli_exit_if_error(os_sync_new_file(job->fds.output, cli.path), file);
   return status;
 }
 
@@ -12322,30 +12311,24 @@ static uint64_t cli_options_of(const struct cli_verb *verb) {
   return allowed;
 }
 
-/* Finds out what peer a command is to talk to.  With a URI: returns it, and the
- * name in it takes its place as the last operand (repair, which needs no name,
- * loses the operand).  With a command behind "--" the last operand is that name
- * already, and NULL is returned. */
-static const char *cli_take_peer(struct cli_job *job, struct cli_uri *uri) {
+/* Finds out what peer a command is to talk to.  With a URI: the name in it
+ * takes its place as the last operand (repair, which needs no name, loses the
+ * operand).  With a command behind "--" the last operand is that name
+ * already. */
+static void cli_take_peer(struct cli_job *job, struct cli_uri *uri) {
   int most = job->verb->max; /* operands, with that */
-  const char *text = NULL;
+  char **last = cli.ntargets ? &cli.targets[cli.ntargets - 1] : NULL;
   job->request.peer = cli.command || cli.ntargets == most;
   if (cli.command && !*cli.command) cli_usage("--: no command behind it");
-  if (cli.command && most == 1 && cli.ntargets)
-    cli_usage("%s: not together with a command", *cli.targets);
-  if (cli.command && cli.ntargets &&
-      strstr(cli.targets[cli.ntargets - 1], "://"))
-    cli_usage("%s: a name there, if there is a command",
-              cli.targets[cli.ntargets - 1]);
-  if (cli.ntargets != most) return NULL;
-  if (!cli.command) {
-    text = cli.targets[most - 1];
-    cli_parse_uri(text, uri);
-    if (most > 1 && !*uri->name) cli_usage("%s: no name behind it", text);
-    cli.targets[most - 1] = uri->name;
-  }
+  if (cli.command && most == 1 && last)
+    cli_usage("%s: not together with a command", *last);
+  if (cli.command && last && strstr(*last, "://"))
+    cli_usage("%s: a name there, if there is a command", *last);
+  if (cli.command || cli.ntargets != most) return;
+  cli_parse_uri(*last, uri);
+  if (most > 1 && !*uri->name) cli_usage("%s: no name behind it", *last);
+  *last = uri->name;
   if (most == 1) cli.ntargets = 0; /* repair: the URI was all there is */
-  return text;
 }
 
 /* If the command line is a command on a store: does it, and ends the process.
@@ -12359,8 +12342,7 @@ static void cli_run_verb(void) {
   struct nbdserve_cas_options options = {.flags = 0};
   const char *name = cli.ntargets ? *cli.targets : "";
   static struct cli_uri uri;
-  const char *last = NULL;
-  size_t length;
+  size_t length = 0;
   job.verb = cli_find_verb(name);
   if (!job.verb || !job.verb->help) return;
   job.request.json = opt[OPT_JSON].given != 0;
@@ -12369,28 +12351,29 @@ static void cli_run_verb(void) {
   cli.ntargets--;
   char *store = cli_take_store(job.verb);
   cli_refuse(~cli_options_of(job.verb), "not for the command", name);
-  if (job.verb->flags & VERB_PEER) last = cli_take_peer(&job, &uri);
+  if (job.verb->flags & VERB_PEER) cli_take_peer(&job, &uri);
   FILE *out = open_memstream(&job.operands, &length);
   for (int j = 0; out && j < cli.ntargets; j++) {
     const char *operand = cli.targets[j];
     if (j && !job.request.peer)
       operand = cli_same_store(store, operand, job.verb->flags);
     fwrite(operand, 1, strlen(operand) + 1, out);
-    if (!job.request.peer) last = operand;
   }
   int err = out && fclose(out) == 0 ? 0 : -ENOMEM;
   job.request.length = (uint32_t)length;
   if (!err) err = store ? cli_split_operands(&job) : -EINVAL;
   if (err == -EINVAL)
     cli_usage("usage: nbdserve %s %s", name, job.verb->operands);
-  if (err == -EDOM) cli_usage("%s %s: not a size", name, last);
-  cli_exit_if_error(err, name);
-  if (job.verb->run) exit(cli_run_on_store(&job, store, last, &uri));
+  if (err != -EDOM) cli_exit_if_error(err, name);
+  const char *size = *job.ops->to ? job.ops->to : job.ops->name;
+  if (err) cli_usage("%s %s: not a size", name, size);
+  if (job.verb->run) exit(cli_run_on_store(&job, store, &uri));
   options.block_size = (uint32_t)u_min(job.ops->size, UINT32_MAX);
-  err = last && !options.block_size ? -EINVAL
-                                    : nbdserve_cas_init(store, &options);
-  if (err == -EINVAL && last)
-    cli_usage("%s: not a block size (4K, 8K, 16K, 32K or 64K)", last);
+  /* 0 would be the default; 1 is refused. */
+  if (*size && !options.block_size) options.block_size = 1;
+  err = nbdserve_cas_init(store, &options);
+  if (err == -EINVAL && *size)
+    cli_usage("%s: not a block size (4K, 8K, 16K, 32K or 64K)", size);
   if (err == -EEXIST)
     cli_failed("%s: exists, and is no unused device: use another name", store);
   cli_exit_if_error(err, store);

@@ -11528,53 +11528,20 @@ static int cli_is_data(const struct nbdserve_export *v, uint64_t off,
   return !(x.last_status & NBDSERVE_EXTENT_ZERO);
 }
 
-/* Copies between FILE and a volume, IO_UNIT bytes at a time, which is a whole
- * number of blocks of every size.  What is written to FILE goes from front to
- * back, as it may be a pipe.  can_skip: holes are not copied, as the other side
- * is one hole already.  is_stream: FILE is a pipe that is read, so it has no
- * size, and its end becomes that of the volume. */
-static int cli_copy(struct cli_job *job, struct nbdserve_export *v,
-                    int can_skip, int is_stream) {
-  int file = job->fds.output;
-  int imports = (job->verb->flags & VERB_READS_FILE) != 0;
-  int is_data = 0;
-  uint64_t end = 0; /* of the data or hole that we are in */
-  uint64_t n = 0;
-  unsigned char *buffer = NBDSERVE_MALLOC(IO_UNIT);
-  int err = buffer ? 0 : -ENOMEM;
-  for (uint64_t off = 0; off < v->size && !err; off += n) {
-    if (off >= end)
-      is_data = imports ? os_is_data(file, off, v->size, &end)
-                        : cli_is_data(v, off, &end);
-    int is_skipped = can_skip && !is_data;
-    n = is_skipped ? end - off : u_min(end - off, IO_UNIT);
-    if (cli_progress(job, is_stream ? 0 : off, v->size)) err = -ECANCELED;
-    if (imports) lseek(file, (off_t)off, SEEK_SET); /* or it is a stream */
-    if (is_skipped && !imports) lseek(file, (off_t)n, SEEK_CUR);
-    if (is_skipped || err) continue;
-    uint64_t wanted = n;
-    err = imports ? cli_move(job, file, POLLIN, buffer, &n)
-                  : v->ops->read(v->ctx, buffer, off, n, 0);
-    if (!err && n < wanted && !is_stream) err = -EIO; /* it has been cut */
-    if (n < wanted) v->size = off + n;
-    if (err || !n) break;
-    err = imports ? v->ops->write(v->ctx, buffer, off, n, 0)
-                  : cli_write(job, file, buffer, n);
-  }
-  NBDSERVE_FREE(buffer);
-  assert(err <= 0);
-  return err;
-}
-
 /* export: writes a volume or snapshot to a FILE, which gets its size, or to
  * standard output, behind what may be there already.  Whoever gave the command
  * makes it durable: cli_run_on_store.
  *
- * import: makes a volume of a file, or of a pipe.  If that fails, at whatever
- * point, there is no volume afterwards.
+ * import: makes a volume of a file, or of a stream, as a pipe is: that has no
+ * size, and its end becomes that of the volume.  If an import fails, at
+ * whatever point, there is no volume afterwards.
  *
- * Holes are skipped in a new volume, and in a file that can be given its size;
- * not on standard output, where something may stand before. */
+ * Both copy IO_UNIT bytes at a time, which is a whole number of blocks of every
+ * size, from front to back.  Where can_skip is set, holes are not copied, as
+ * the other side is one hole already: a new volume, or a file that can be given
+ * its size.  Then the position in the file is that in the volume.  Standard
+ * output is another matter: something may stand before, and it may be a
+ * pipe. */
 static int cli_do_copy(struct cli_job *job) {
   const uint64_t most = UINT64_C(1) << 50; /* bytes of a volume */
   struct nbdserve_export v = {.name = NULL};
@@ -11583,18 +11550,43 @@ static int cli_do_copy(struct cli_job *job) {
   off_t size = imports ? lseek(file, 0, SEEK_END) : 0;
   int is_stream = size < 0;
   int can_skip = imports ? !is_stream : strcmp(job->ops->to, "-") != 0;
-  int err = imports ? nbdserve_cas_begin(cli.cas, job->ops->name,
-                                         is_stream ? most : (uint64_t)size, &v)
-                    : nbdserve_cas_volume(cli.cas, job->ops->name, &v);
+  int is_data = 0;
+  uint64_t end = 0; /* of the data or hole that we are in */
+  uint64_t n = 0;
+  unsigned char *buffer = NBDSERVE_MALLOC(IO_UNIT);
+  int err = buffer ? 0 : -ENOMEM;
+  if (!err)
+    err = imports ? nbdserve_cas_begin(cli.cas, job->ops->name,
+                                       is_stream ? most : (uint64_t)size, &v)
+                  : nbdserve_cas_volume(cli.cas, job->ops->name, &v);
   if (!err && !imports && can_skip && ftruncate(file, (off_t)v.size) < 0) {
     if (errno == EFBIG) err = -EFBIG; /* others: a device or pipe has no size */
     can_skip = 0;
   }
-  if (!err) err = cli_copy(job, &v, can_skip, is_stream);
+  for (uint64_t off = 0; off < v.size && !err; off += n) {
+    if (off >= end)
+      is_data = imports ? os_is_data(file, off, v.size, &end)
+                        : cli_is_data(&v, off, &end);
+    if (cli_progress(job, is_stream ? 0 : off, v.size)) err = -ECANCELED;
+    n = end - off;
+    if (err || (can_skip && !is_data)) continue;
+    uint64_t wanted = u_min(n, IO_UNIT);
+    n = wanted;
+    if (can_skip) lseek(file, (off_t)off, SEEK_SET);
+    err = imports ? cli_move(job, file, POLLIN, buffer, &n)
+                  : v.ops->read(v.ctx, buffer, off, n, 0);
+    if (!err && n < wanted && !is_stream) err = -EIO; /* it has been cut */
+    if (n < wanted) v.size = off + n;
+    if (err || !n) break;
+    err = imports ? v.ops->write(v.ctx, buffer, off, n, 0)
+                  : cli_write(job, file, buffer, n);
+  }
+  NBDSERVE_FREE(buffer);
+  assert(err <= 0);
   if (!err && is_stream && v.size == most) err = -EFBIG;
-  if (!imports && v.ops) v.ops->close(v.ctx);
-  int finish_err =
-      imports && v.ops ? nbdserve_cas_finish(cli.cas, &v, !err) : 0;
+  if (!v.ops) return err;
+  if (!imports) v.ops->close(v.ctx);
+  int finish_err = imports ? nbdserve_cas_finish(cli.cas, &v, !err) : 0;
   return err ? err : finish_err;
 }
 

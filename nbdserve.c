@@ -11144,7 +11144,7 @@ static void cli_help_option(int id) {
  *   us                        the server
  *   connect to STORE.ctl  ->  cli_control accepts, starts a thread for it
  *   the request,
- *   two descriptors,
+ *   its descriptors,
  *   the operands          ->  cli_serve_job: cli_run_job, with its output and
  *                             its messages going straight to these descriptors
  *   exit with the status  <-  a byte: the exit status
@@ -11215,13 +11215,14 @@ struct cli_job {
   size_t nops;
   /* Where it writes to */
   struct {
-    /* Rows.  For import and export: the FILE. */
+    /* Rows.  For import and export: the FILE; for serve: what the client
+     * gets. */
     int output;
     /* Messages and progress */
     int messages;
-    /* Streams from and to a peer; else any two that are open */
+    /* A socket to a peer; for serve: what the client sends; else any that is
+     * open */
     int in;
-    int out;
   } fds;
   /* The connection between server and client, for both; else -1 */
   int client;
@@ -11477,7 +11478,7 @@ static int cli_do_serve(struct cli_job *job) {
   int err = nbdserve_new(&all, &config);
   if (err) return err;
   dup2(*cli.server->stop, *all->stop); /* it stops with the other one */
-  err = srv_serve_streams(all, job->fds.in, job->fds.out, NULL, job->client);
+  err = srv_serve_streams(all, job->fds.in, job->fds.output, NULL, job->client);
   nbdserve_free(all);
   return err;
 }
@@ -11738,7 +11739,7 @@ static int cli_run_job(struct cli_job *job) {
   assert(job->nops > 0 && !job->nrows && !job->lost && !job->shown_ms);
   job->begun_ms = os_now_ms();
   job->peer = (struct nbdserve_peer){.in_fd = job->fds.in,
-                                     .out_fd = job->fds.out,
+                                     .out_fd = job->fds.in,
                                      .stall_ms = cli.server->config.stall_ms,
                                      .progress = cli_progress,
                                      .arg = job};
@@ -11763,11 +11764,11 @@ static int cli_run_job(struct cli_job *job) {
 
 /* ---- Commands over the control socket ----------------------------------- */
 
-/* Sends the request of a job to the other side of the connection, with its two
+/* Sends the request of a job to the other side of the connection, with its
  * descriptors, of which the server gets duplicates, or receives such a message.
  * What is received comes in one go.  Where no descriptor has come there stays
  * -1, as the system writes over what we have put into the message only what it
- * has got.  There is room for two: if somebody sends more, the system closes
+ * has got.  There is room for these: if somebody sends more, the system closes
  * the rest.  Returns 0 or -errno. */
 static int cli_pass(struct cli_job *job, int sends) {
   const socklen_t len = CMSG_LEN(sizeof job->fds);
@@ -11840,8 +11841,7 @@ static int cli_count(int jobs, int longs) {
  * request that makes no sense is dropped without an answer.  A client that has
  * gone needs none. */
 static void *cli_serve_job(void *client) {
-  struct cli_job job = {.fds = {-1, -1, -1, -1},
-                        .client = (int)(intptr_t)client};
+  struct cli_job job = {.fds = {-1, -1, -1}, .client = (int)(intptr_t)client};
   unsigned char status = CLI_FAILED;
   assert(job.client >= 0 && cli.cas);
   if (cli_receive(&job) == 0) {
@@ -11857,7 +11857,6 @@ static void *cli_serve_job(void *client) {
   close(job.fds.output); /* closing -1 does no harm */
   close(job.fds.messages);
   close(job.fds.in);
-  close(job.fds.out);
   close(job.client);
   NBDSERVE_FREE(job.operands);
   NBDSERVE_FREE(job.ops);
@@ -11945,13 +11944,15 @@ static int cli_open_store(const char *path, uint32_t flags,
   return 0;
 }
 
-/* Starts the thread that takes commands.  This comes after --fork and after the
+/* Starts the threads of a store that is served: what the store itself does in
+ * the background, and what takes commands.  This comes after --fork and after the
  * command was started: from now on the process makes no other one, which would
  * inherit the descriptors that come with commands.  Without the thread nobody
  * would answer at STORE.ctl, and a command would wait for ever; so the socket
  * is closed.  A read-only server takes no commands: next to it the store can be
  * opened by other readers. */
 static void cli_start_control(void) {
+  if (cli.cas) cas_kick(cli.cas);
   if (!cli.ctl) return;
   cli_count(1, 0); /* cli_control */
   int err = cli.ctl < 0 ? cli.ctl : os_thread(cli_control, NULL);
@@ -11973,29 +11974,25 @@ static int cli_first_volume(void *unused,
   return !info->partial;
 }
 
-/* Says where the store at path is served: by the process that we are connected
- * to.  Returns the exit status. */
-static int cli_say_where(const char *path, struct cli_job *job) {
-  job->verb = cli_find_verb("uri");
-  job->fds.output = job->fds.messages = 2;
-  cli_say("%s: in use by a server; stop or use it.  URI, process id:", path);
-  cli_run_remote(job, 2000); /* it may be stuck */
-  return CLI_IN_USE;
-}
-
-/* Does -s STORE:: for a store that another process serves: that process serves
- * our client, on our standard streams, and we wait until it has.  It knows
- * nothing of most options, nor of other targets, so these are refused.  Returns
- * the exit status. */
-static int cli_pass_client(const char *path, struct cli_job *job) {
-  cli_refuse(~(BIT(STDIN) | BIT(QUIET) | BIT(VERBOSE) | BIT(JSON)),
-             "not for a store that another process serves:", path);
-  if (cli.ntargets > 1) cli_usage("%s: another process serves it", path);
-  job->verb = cli_find_verb("serve");
-  job->fds.output = job->fds.messages = 2;
-  job->fds.in = 0;
-  job->fds.out = 1;
-  return cli_run_remote(job, -1);
+/* Ends the process when the store at path turns out to be served by another one,
+ * to which the job is connected.  For -s STORE:: that process serves our client,
+ * on our standard streams, and we wait until it has.  It knows nothing of most
+ * options, nor of other targets, so these are refused.  Otherwise it only says
+ * where it serves the store; it may be stuck, so we do not wait for long. */
+static void cli_turn_to_server(const char *path, const char *volume,
+                               struct cli_job *job) {
+  int passes = opt[OPT_STDIN].given && !*volume;
+  job->verb = cli_find_verb(passes ? "serve" : "uri");
+  job->fds.output = passes ? 1 : 2;
+  if (passes)
+    cli_refuse(~(BIT(STDIN) | BIT(QUIET) | BIT(VERBOSE) | BIT(JSON)),
+               "not for a store that another process serves:", path);
+  if (passes && cli.ntargets > 1)
+    cli_usage("%s: another process serves it", path);
+  if (!passes)
+    cli_say("%s: in use by a server; stop or use it.  URI, process id:", path);
+  int status = cli_run_remote(job, passes ? -1 : 2000);
+  exit(passes ? status : CLI_IN_USE);
 }
 
 /* --changes: a volume gets only that context besides base:allocation.  It has
@@ -12025,13 +12022,11 @@ static void cli_choose_context(struct nbdserve_export *ex) {
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
   uint32_t how = opt[OPT_READ_ONLY].given ? NBDSERVE_CAS_READONLY : 0;
-  struct cli_job remote = {.client = -1};
+  struct cli_job remote = {.fds = {1, 2, 0}, .client = -1};
   if (cli.cas && !cli_are_same(path, cli.store))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
   int err = cli.cas ? 0 : cli_open_store(path, how | CAS_KICK_LATER, &remote);
-  if (err && remote.client >= 0 && opt[OPT_STDIN].given && !*name)
-    exit(cli_pass_client(path, &remote));
-  if (err && remote.client >= 0) exit(cli_say_where(path, &remote));
+  if (remote.client >= 0) cli_turn_to_server(path, name, &remote);
   if (err) return err;
   mode_t mask = umask(0177);
   if (!cli.ctl && !how && !NBDSERVE_NO_THREADS)
@@ -12269,8 +12264,7 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
   if (flags & (VERB_READS_FILE | VERB_WRITES_FILE))
     job->fds.output = cli_open_file(file, !(flags & VERB_READS_FILE));
   if (has_peer)
-    job->fds.in = job->fds.out =
-        cli.command ? cli_start_peer(&pid) : cli_connect_uri(uri);
+    job->fds.in = cli.command ? cli_start_peer(&pid) : cli_connect_uri(uri);
   cli_catch_signals(cli_on_signal);
   int err = cli_open_store(store, how, job);
   if (err == -EBUSY && job->client == -EACCES)
@@ -12330,7 +12324,7 @@ static void cli_take_peer(struct cli_job *job, struct cli_uri *uri) {
  * The operands are put behind each other, as they go over the control
  * socket. */
 static void cli_run_verb(void) {
-  static struct cli_job job = {.fds = {1, 2, 0, 1}, .client = -1};
+  static struct cli_job job = {.fds = {1, 2, 0}, .client = -1};
   struct nbdserve_cas_options options = {.flags = 0};
   const char *name = cli.ntargets ? *cli.targets : "";
   static struct cli_uri uri;
@@ -12404,7 +12398,6 @@ static void cli_help_verbs(void) {
 #define cli_start_control() ((void)0)
 #define cli_open_volume(path, name, ex) (-EOPNOTSUPP)
 #define nbdserve_cas_close(cas) 0
-#define cas_kick(cas) ((void)(cas))
 #define cli_run_verb() ((void)0)
 #define cli_help_verb(name) ((void)(name), CLI_USAGE)
 #define cli_help_verbs() ((void)0)
@@ -13120,11 +13113,10 @@ int main(int argc, char **argv) {
   cli_listen();
   if (opt[OPT_CONNECT].given) cli_connect();
   cli_tell_ready();
-  /* All is open, and the command, which that must not bind, has started.  The
-   * threads of a store come behind it, so that it binds them. */
+  /* All is open, and the command, which that must not bind, has started.  It
+   * binds the threads of a store, which cli_start_control starts. */
   if (opt[OPT_SANDBOX].number != SANDBOX_OFF && !opt[OPT_CONNECT].given)
     cli_check_sandbox(os_sandbox());
-  if (cli.cas) cas_kick(cli.cas);
   return cli_serve();
 }
 

@@ -12124,15 +12124,6 @@ static int cli_open_file(const char *file, int writes) {
 
 /* ---- The peer of a command ---- */
 
-/* An NBD URI (doc/uri.md of NetworkBlockDevice/nbd) */
-struct cli_uri {
-  const char *text;               /* all of it, for messages */
-  char name[WIRE_STRING_MAX + 1]; /* of the export */
-  char path[PATH_MAX];            /* of a unix socket; "": it is TCP */
-  char host[256];
-  char port[24]; /* it has room for any number */
-};
-
 /* Copies what stands up to `end` to out[size], with bytes for each %XX.  False:
  * there is no room, or it is malformed. */
 static int cli_decode(const char *p, const char *end, char *out, size_t size) {
@@ -12151,50 +12142,55 @@ static int cli_decode(const char *p, const char *end, char *out, size_t size) {
   return p == end;
 }
 
-/* Takes a URI to pieces; one that is none ends the process. */
-static void cli_parse_uri(const char *uri, struct cli_uri *u) {
+/* Connects to the server that an NBD URI (doc/uri.md of NetworkBlockDevice/nbd)
+ * names, or ends the process.  name: gets the name of the export; needs_name: it
+ * must not be empty.  Returns a descriptor.
+ *
+ * The URI is read from front to back: p is at its host, slash at the end of
+ * that, and query at the "?", or at the end. */
+static int cli_connect_uri(const char *uri, char name[WIRE_STRING_MAX + 1],
+                           int needs_name) {
+  char path[PATH_MAX] = ""; /* of a unix socket; "": it is TCP */
+  char host[256] = "";      /* "": this machine */
+  char digits[24] = "";
+  uint64_t port = 10809; /* also if nothing stands behind the colon */
+  int fd = -EAFNOSUPPORT;
   int is_unix = strncmp(uri, "nbd+unix://", 11) == 0;
-  const char *p = uri + (is_unix ? 11 : 6); /* user and host */
+  const char *p = uri + (is_unix ? 11 : 6);
   int is_good = is_unix || strncmp(uri, "nbd://", 6) == 0;
   const char *slash = is_good ? p + strcspn(p, "/?") : uri;
   const char *query = slash + strcspn(slash, "?");
   const char *end = query + strlen(query);
-  is_good = is_good && !strpbrk(query, "&#") &&
-            cli_decode(slash + (*slash == '/'), query, u->name, sizeof u->name);
+  is_good =
+      is_good && !strpbrk(query, "&#") &&
+      cli_decode(slash + (*slash == '/'), query, name, WIRE_STRING_MAX + 1);
   if (is_unix) {
     is_good = is_good && slash == p && strncmp(query, "?socket=", 8) == 0 &&
-              cli_decode(query + 8, end, u->path, sizeof u->path) && *u->path;
+              cli_decode(query + 8, end, path, sizeof path) && *path;
   } else if (is_good) {
-    uint64_t port = 10809; /* also if nothing stands behind the colon */
     int bracket = *p == '[';
     const char *colon = p + strcspn(p, bracket ? "]/?" : ":/?");
     is_good = query == end && (!bracket || *colon == ']') &&
-              cli_decode(p + bracket, colon, u->host, sizeof u->host);
+              cli_decode(p + bracket, colon, host, sizeof host);
     colon += bracket;
     if (is_good && colon < slash)
       is_good = *colon == ':' &&
-                cli_decode(colon + 1, slash, u->port, sizeof u->port) &&
-                (!*u->port || u_parse_number(u->port, 65535, &port)) && port;
-    snprintf(u->port, sizeof u->port, CLI_N, port);
+                cli_decode(colon + 1, slash, digits, sizeof digits) &&
+                (!*digits || u_parse_number(digits, 65535, &port)) && port;
   }
-  u->text = uri;
   if (!is_good)
     cli_usage("%s: not as nbd://HOST[:PORT]/NAME or "
               "nbd+unix:///NAME?socket=PATH",
               uri);
-}
-
-/* Connects to the server that a URI names, or ends the process.  Returns a
- * descriptor. */
-static int cli_connect_uri(const struct cli_uri *u) {
-  int fd = -EAFNOSUPPORT;
-  if (*u->path) fd = srv_unix_socket(u->path, SRV_CONNECT);
+  if (needs_name && !*name) cli_usage("%s: no name behind it", uri);
+  if (is_unix) fd = srv_unix_socket(path, SRV_CONNECT);
 #if !NBDSERVE_NO_TCP
   struct addrinfo hints = {.ai_socktype = SOCK_STREAM};
   struct addrinfo *all = NULL;
-  const char *host = *u->host ? u->host : NULL; /* NULL: this machine */
-  int err = *u->path ? 0 : getaddrinfo(host, u->port, &hints, &all);
-  if (err) cli_failed("%s: %s", u->text, gai_strerror(err));
+  snprintf(digits, sizeof digits, CLI_N, port);
+  int err =
+      is_unix ? 0 : getaddrinfo(*host ? host : NULL, digits, &hints, &all);
+  if (err) cli_failed("%s: %s", uri, gai_strerror(err));
   for (struct addrinfo *a = all; a && fd < 0; a = a->ai_next) {
     fd = socket(a->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd >= 0 && connect(fd, a->ai_addr, a->ai_addrlen) == 0) break;
@@ -12204,7 +12200,7 @@ static int cli_connect_uri(const struct cli_uri *u) {
   }
   if (all) freeaddrinfo(all);
 #endif
-  if (fd < 0) cli_failed("%s: %s", u->text, strerror(-fd));
+  if (fd < 0) cli_failed("%s: %s", uri, strerror(-fd));
   os_setup_client(fd);
   return fd;
 }
@@ -12251,20 +12247,17 @@ static void cli_end_peer(pid_t pid, int status) {
  * to open a FIFO waits for its other side.  After an export what was written is
  * made durable, where that can be (not in a pipe or terminal), and a regular
  * FILE appears. */
-static int cli_run_on_store(struct cli_job *job, const char *store,
-                            const struct cli_uri *uri) {
+static int cli_run_on_store(struct cli_job *job, const char *store) {
   unsigned flags = job->verb->flags;
   uint32_t how = job->verb->open;
   const char *file = job->ops->to; /* if the command has one */
-  int has_peer = flags & VERB_PEER && job->request.peer;
   pid_t pid = 0;
   if (flags & VERB_READS_FILE && cli_are_same(store, file))
     cli_usage("%s: the store itself, which grows while it is read", file);
   if (opt[OPT_ACCEPT_LOSS].given) how |= NBDSERVE_CAS_ACCEPT_LOSS;
   if (flags & (VERB_READS_FILE | VERB_WRITES_FILE))
     job->fds.output = cli_open_file(file, !(flags & VERB_READS_FILE));
-  if (has_peer)
-    job->fds.in = cli.command ? cli_start_peer(&pid) : cli_connect_uri(uri);
+  if (cli.command) job->fds.in = cli_start_peer(&pid);
   cli_catch_signals(cli_on_signal);
   int err = cli_open_store(store, how, job);
   if (err == -EBUSY && job->client == -EACCES)
@@ -12276,7 +12269,7 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
     cli_die(CLI_IN_USE, "%s: is being served; stop the server first", store);
   if (err != -EBUSY) cli_exit_if_error(err, store);
   int status = err ? cli_run_remote(job, -1) : cli_run_job(job);
-  if (has_peer) close(job->fds.in);
+  if (job->request.peer) close(job->fds.in);
   if (pid) cli_end_peer(pid, status);
   if (status || !(flags & VERB_WRITES_FILE)) return status;
   err = os_datasync(job->fds.output);
@@ -12297,11 +12290,12 @@ static uint64_t cli_options_of(const struct cli_verb *verb) {
   return allowed;
 }
 
-/* Finds out what peer a command is to talk to.  With a URI: the name in it
- * takes its place as the last operand (repair, which needs no name, loses the
- * operand).  With a command behind "--" the last operand is that name
- * already. */
-static void cli_take_peer(struct cli_job *job, struct cli_uri *uri) {
+/* Finds out what peer a command is to talk to.  With a URI: connects to it, and
+ * the name in it takes its place as the last operand (repair, which needs no
+ * name, loses the operand).  With a command behind "--" the last operand is that
+ * name already; cli_run_on_store starts it. */
+static void cli_take_peer(struct cli_job *job) {
+  static char name[WIRE_STRING_MAX + 1];
   int most = job->verb->max; /* operands, with that */
   char **last = cli.ntargets ? &cli.targets[cli.ntargets - 1] : NULL;
   job->request.peer = cli.command || cli.ntargets == most;
@@ -12311,9 +12305,8 @@ static void cli_take_peer(struct cli_job *job, struct cli_uri *uri) {
   if (cli.command && last && strstr(*last, "://"))
     cli_usage("%s: a name there, if there is a command", *last);
   if (cli.command || cli.ntargets != most) return;
-  cli_parse_uri(*last, uri);
-  if (most > 1 && !*uri->name) cli_usage("%s: no name behind it", *last);
-  *last = uri->name;
+  job->fds.in = cli_connect_uri(*last, name, most > 1);
+  *last = name;
   if (most == 1) cli.ntargets = 0; /* repair: the URI was all there is */
 }
 
@@ -12327,7 +12320,6 @@ static void cli_run_verb(void) {
   static struct cli_job job = {.fds = {1, 2, 0}, .client = -1};
   struct nbdserve_cas_options options = {.flags = 0};
   const char *name = cli.ntargets ? *cli.targets : "";
-  static struct cli_uri uri;
   size_t length = 0;
   job.verb = cli_find_verb(name);
   if (!job.verb || !job.verb->help) return;
@@ -12337,7 +12329,7 @@ static void cli_run_verb(void) {
   cli.ntargets--;
   char *store = cli_take_store(job.verb);
   cli_refuse(~cli_options_of(job.verb), "not for the command", name);
-  if (job.verb->flags & VERB_PEER) cli_take_peer(&job, &uri);
+  if (store && job.verb->flags & VERB_PEER) cli_take_peer(&job);
   FILE *out = open_memstream(&job.operands, &length);
   for (int j = 0; out && j < cli.ntargets; j++) {
     const char *operand = cli.targets[j];
@@ -12353,7 +12345,7 @@ static void cli_run_verb(void) {
   if (err != -EDOM) cli_exit_if_error(err, name);
   const char *size = *job.ops->to ? job.ops->to : job.ops->name;
   if (err) cli_usage("%s %s: not a size", name, size);
-  if (job.verb->run) exit(cli_run_on_store(&job, store, &uri));
+  if (job.verb->run) exit(cli_run_on_store(&job, store));
   options.block_size = (uint32_t)u_min(job.ops->size, UINT32_MAX);
   /* 0 would be the default; 1 is refused. */
   if (*size && !options.block_size) options.block_size = 1;

@@ -12744,20 +12744,39 @@ static int cli_disconnect(int is_forced) {
 
 /* ---- The command that is served (--run, --) ----------------------------- */
 
-/* Becomes the command, with the URI, or else the device, in place of each {};
- * or says why not.  A shell command gets variables with the names that nbdkit
- * gives them, so that scripts can be used with both. */
-static void cli_exec_child(void) {
+/* Starts the command.  It is a child of the process, not the other way round,
+ * so that we can pass on its status.  The signals are blocked until its process
+ * id is known to the handler: it may have ended by then, and SIGCHLD be
+ * waiting.  If a signal has asked for the end already, there is nobody to serve
+ * the command, so it is not started: what never ran has not succeeded.
+ *
+ * The child becomes the command, with the URI, or else the device, in place of
+ * each {}; or says why not.  A shell command gets variables with the names that
+ * nbdkit gives them, so that scripts can be used with both.  The descriptors
+ * that we have opened close themselves in it. */
+static void cli_start_child(void) {
   const struct srv_listener *l = cli.server->listeners;
   char nbd[sizeof l->text + 16];
   const char *colon = strrchr(l->text, ':');
   const char *program = cli.command ? *cli.command : "/bin/sh";
   const char *device = opt[OPT_CONNECT].given ? opt[OPT_CONNECT].text : "";
   const char *place = *cli.uri ? cli.uri : device; /* that it uses */
+  sigset_t all;
+  assert(!cli.child);
+  if (!*place) cli_usage("no URI for the command to use");
+  sigfillset(&all);
+  sigprocmask(SIG_BLOCK, &all, NULL);
+  pid_t pid = cli.stopping ? -1 : fork();
+  if (pid < 0) cli.child_status = CLI_FAILED;
+  if (pid < 0 && !cli.stopping) cli_exit_if_error(-errno, "fork");
+  if (pid > 0) cli.child = pid;
+  if (pid != 0) sigprocmask(SIG_UNBLOCK, &all, NULL); /* as it was */
+  if (pid != 0) return;
+  cli_catch_signals(SIG_DFL); /* it must not run our handler */
   for (char **word = cli.command; word && *word; word++) {
     const char *text = *word;
     char *copy = u_zalloc(strlen(text) * (strlen(place) + 1) + 1);
-    if (!copy) return;
+    if (!copy) _exit(127);
     for (const char *hit = strstr(text, "{}"); hit; hit = strstr(text, "{}")) {
       strcat(strncat(copy, text, (size_t)(hit - text)), place);
       text = hit + 2;
@@ -12776,31 +12795,7 @@ static void cli_exec_child(void) {
   else
     execl(program, "sh", "-c", opt[OPT_RUN].text, (char *)NULL);
   cli_say("%s: %s", program, strerror(errno));
-}
-
-/* Starts the command.  It is a child of the process, not the other way round,
- * so that we can pass on its status.  The signals are blocked until its process
- * id is known to the handler: it may have ended by then, and SIGCHLD be
- * waiting.  If a signal has asked for the end already, there is nobody to serve
- * the command, so it is not started: what never ran has not succeeded.  The
- * descriptors that we have opened close themselves in it. */
-static void cli_start_child(void) {
-  sigset_t all;
-  assert(!cli.child);
-  if (!*cli.uri && !opt[OPT_CONNECT].given)
-    cli_usage("no URI for the command to use");
-  sigfillset(&all);
-  sigprocmask(SIG_BLOCK, &all, NULL);
-  pid_t pid = cli.stopping ? -1 : fork();
-  if (pid < 0) cli.child_status = CLI_FAILED;
-  if (pid < 0 && !cli.stopping) cli_exit_if_error(-errno, "fork");
-  if (pid == 0) {
-    cli_catch_signals(SIG_DFL); /* it must not run our handler */
-    cli_exec_child();
-    _exit(127); /* as a shell says it */
-  }
-  if (pid > 0) cli.child = pid;
-  sigprocmask(SIG_UNBLOCK, &all, NULL); /* as cli_catch_signals left it */
+  _exit(127); /* as a shell says it */
 }
 
 /* ---- Getting ready ------------------------------------------------------ */
@@ -12847,30 +12842,27 @@ static void cli_notify(void) {
   close(fd);
 }
 
-/* Ends the process unless the pidfile may take the place of the file at path:
- * of a symbolic link or a file that is empty or has a number, as one that was
- * left behind.  One that is locked belongs to a server that runs; anything else
- * may be an image that was named by mistake. */
-static void cli_check_pidfile(const char *path) {
-  char text[32] = "";
-  struct stat st;
-  if (lstat(path, &st) < 0 || S_ISLNK(st.st_mode)) return;
-  int is_small = S_ISREG(st.st_mode) && st.st_size < (off_t)sizeof text;
-  int fd = is_small ? open(path, O_RDONLY | O_CLOEXEC) : -1;
-  if (fd >= 0 && os_lock_file(fd, 1) == -EBUSY)
-    cli_die(CLI_IN_USE, "%s: the pidfile of a server that runs", path);
-  ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
-  close(fd);
-  if (n < 0 || strspn(text, "0123456789\n") != (size_t)st.st_size)
-    cli_failed("%s: exists and is not a pidfile; not replaced", path);
-}
-
-/* --pidfile: a symbolic link at its path is replaced, not followed.  The
- * descriptor stays open, for the lock and for os_remove_own_file: with it
+/* --pidfile: its path may be free, or that of a symbolic link, which is
+ * replaced, not followed, or of a file that is empty or has a number, as one
+ * that was left behind.  One that is locked belongs to a server that runs;
+ * anything else may be an image that was named by mistake.
+ *
+ * The descriptor stays open, for the lock and for os_remove_own_file: with it
  * closed, the inode number might become that of another server's pidfile. */
 static void cli_write_pidfile(const char *path) {
-  cli_check_pidfile(path);
+  char text[32] = "";
+  struct stat st;
   assert(!cli.pidfile);
+  if (lstat(path, &st) == 0 && !S_ISLNK(st.st_mode)) {
+    int is_small = S_ISREG(st.st_mode) && st.st_size < (off_t)sizeof text;
+    int fd = is_small ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+    if (fd >= 0 && os_lock_file(fd, 1) == -EBUSY)
+      cli_die(CLI_IN_USE, "%s: the pidfile of a server that runs", path);
+    ssize_t n = read(fd, text, sizeof text - 1);
+    close(fd); /* with -1 both fail */
+    if (n < 0 || strspn(text, "0123456789\n") != (size_t)st.st_size)
+      cli_failed("%s: exists and is not a pidfile; not replaced", path);
+  }
   cli.pidfile = cli_new_file(path, NULL);
   cli_exit_if_error(os_lock_file(cli.pidfile, 0), path);
   if (dprintf(cli.pidfile, "%ld\n", (long)getpid()) < 0)
@@ -13057,12 +13049,9 @@ static void cli_help(void) {
  * The words of --version tell what the build has; without stores --help
  * has none of their commands. */
 int main(int argc, char **argv) {
-  int fd = 0;
-  while (fd >= 0 && fd <= 2) {
-    fd = open("/dev/null", O_RDONLY);
-    if (fd < 0) fd = open("/", O_RDONLY); /* the root of a jail is empty */
-  }
-  if (fd > 2) close(fd);
+  for (int fd = 0; fd <= 2; fd++)
+    if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) < 0)
+      open("/", O_RDONLY); /* the root of a jail is empty */
   os_share_heap();
   atexit(cli_close);
   if (argc > 0) cli_parse(argv);

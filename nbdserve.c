@@ -10493,9 +10493,10 @@ static struct {
   int ready_pipe;
 
   /* ---- What the signal handler writes.  Others read it, and write to it only
-   * while the signals are blocked.  (The exception is stats_wanted, which is
-   * cleared before the totals are printed: a signal that comes in between gets
-   * them printed again.) */
+   * while the signals are blocked, with two exceptions.  stats_wanted is cleared
+   * before the totals are printed: a signal that comes in between gets them
+   * printed again.  cli_disconnect takes the end back when the device is in use;
+   * signals that come meanwhile are one with the signal that asked for it. */
 
   /* SIGUSR1 has come. */
   volatile sig_atomic_t stats_wanted;
@@ -12647,30 +12648,14 @@ static void *cli_serve_kernel(void *socket) {
   return NULL;
 }
 
-/* Gives the kernel its socket, the other end of which is `own`.  The device may
- * have been that of another process that served the same target and has died.
- * If that lives the kernel does not take ours, and says nothing. */
-static void cli_give_socket(const struct os_nbd *nbd, int own) {
-  const char *path = opt[OPT_CONNECT].text;
-  struct pollfd p = {own, POLLIN, 0};
-  int err = os_tell_nbd(OS_NBD_CONNECT, cli.device, nbd);
-  int is_taken = err == -EBUSY;
-  if (is_taken && os_nbd_is_owned(cli.device, nbd->owner))
-    err = os_tell_nbd(OS_NBD_RECONFIGURE, cli.device, nbd);
-  close(nbd->socket);
-  poll(&p, 1, 0);
-  if (err || p.revents & POLLHUP) cli.is_connected = 0;
-  if (is_taken && !cli.is_connected)
-    cli_die(CLI_IN_USE, "%s: in use (nbd-client -d %s frees it)", path, path);
-  if (err == -EPERM) cli_failed("%s: only root may connect it", path);
-  if (err == -ENOENT || err == -EPROTONOSUPPORT || err == -EAFNOSUPPORT)
-    cli_failed("%s: this kernel has no NBD client (modprobe nbd)", path);
-  cli_exit_if_error(err, path);
-}
-
 /* Connects the kernel's device, and returns when it can be used: opening it
  * finds its partitions.  From the start on signals leave the end to
- * cli_disconnect; if one has come before, there is nothing to connect. */
+ * cli_disconnect; if one has come before, there is nothing to connect.
+ *
+ * The kernel is given one end of the socket pair.  The device may have been that
+ * of another process that served the same target and has died.  If that lives
+ * the kernel does not take our socket, and says nothing; but our end hangs
+ * up. */
 static void cli_connect(void) {
   const char *path = opt[OPT_CONNECT].text;
   struct os_nbd nbd = {.owner = cli.owner, .patience = CLI_PATIENCE};
@@ -12698,12 +12683,24 @@ static void cli_connect(void) {
   if (cli.stopping) cli.is_connected = 0;
   if (cli.stopping) return;
   cli.njobs = 1;
-  int own = dup(fd[0]); /* the thread may close the other */
+  struct pollfd own = {dup(fd[0]), POLLIN, 0}; /* the thread may close fd[0] */
   err = os_thread(cli_serve_kernel, (void *)(intptr_t)fd[0]);
   if (err) cli.njobs = cli.is_connected = 0;
   cli_exit_if_error(err, "--connect");
-  cli_give_socket(&nbd, own);
-  close(own);
+  err = os_tell_nbd(OS_NBD_CONNECT, cli.device, &nbd);
+  int is_taken = err == -EBUSY;
+  if (is_taken && os_nbd_is_owned(cli.device, nbd.owner))
+    err = os_tell_nbd(OS_NBD_RECONFIGURE, cli.device, &nbd);
+  close(nbd.socket);
+  poll(&own, 1, 0);
+  close(own.fd);
+  if (err || own.revents & POLLHUP) cli.is_connected = 0;
+  if (is_taken && !cli.is_connected)
+    cli_die(CLI_IN_USE, "%s: in use (nbd-client -d %s frees it)", path, path);
+  if (err == -EPERM) cli_failed("%s: only root may connect it", path);
+  if (err == -ENOENT || err == -EPROTONOSUPPORT || err == -EAFNOSUPPORT)
+    cli_failed("%s: this kernel has no NBD client (modprobe nbd)", path);
+  cli_exit_if_error(err, path);
   close(open(path, O_RDONLY | O_CLOEXEC));
 }
 
@@ -12712,19 +12709,15 @@ static void cli_connect(void) {
  * stays, the first time. */
 static int cli_disconnect(int is_forced) {
   const char *path = opt[OPT_CONNECT].text;
-  sigset_t all;
-  sigset_t before;
   if (!cli.is_connected) return 0;
   int fd = open(path, O_RDONLY | O_EXCL | O_CLOEXEC);
   int is_first = !cli.refused_ms || os_now_ms() - cli.refused_ms < 500;
   if (fd < 0 && errno == EBUSY && !is_forced && is_first) {
     if (!cli.refused_ms)
       cli_say("%s: mounted or in use; end that, or ask again", path);
-    sigfillset(&all);
-    sigprocmask(SIG_BLOCK, &all, &before);
     cli.refused_ms = os_now_ms();
-    cli.stopping = cli.end_wanted = 0;
-    sigprocmask(SIG_SETMASK, &before, NULL);
+    cli.stopping = 0; /* first: the handler sets it behind end_wanted */
+    cli.end_wanted = 0;
     return 0;
   }
   if (fd < 0) fd = open(path, O_RDONLY | O_CLOEXEC);

@@ -11556,11 +11556,10 @@ static int cli_do_copy(struct cli_job *job) {
   uint64_t end = 0; /* of the data or hole that we are in */
   uint64_t n = 0;
   unsigned char *buffer = NBDSERVE_MALLOC(IO_UNIT);
-  int err = buffer ? 0 : -ENOMEM;
-  if (!err)
-    err = imports ? nbdserve_cas_begin(cli.cas, job->ops->name,
-                                       is_stream ? most : (uint64_t)size, &v)
-                  : nbdserve_cas_volume(cli.cas, job->ops->name, &v);
+  int err = imports ? nbdserve_cas_begin(cli.cas, job->ops->name,
+                                         is_stream ? most : (uint64_t)size, &v)
+                    : nbdserve_cas_volume(cli.cas, job->ops->name, &v);
+  if (!err && !buffer) err = -ENOMEM;
   if (!err && !imports && can_skip && ftruncate(file, (off_t)v.size) < 0) {
     if (errno == EFBIG) err = -EFBIG; /* others: a device or pipe has no size */
     can_skip = 0;
@@ -11907,6 +11906,7 @@ static int cli_open_store(const char *path, uint32_t flags,
                           struct cli_job *job) {
   struct nbdserve_cas_options options = {.flags = flags};
   int64_t until = os_now_ms() + 3000;
+  struct nbdserve_cas_stat found;
   struct stat st;
   struct stat ctl;
   assert(!cli.cas && job->client < 0);
@@ -11937,12 +11937,10 @@ static int cli_open_store(const char *path, uint32_t flags,
     cli_die(CLI_DAMAGED, "%s: damaged; `nbdserve repair %s%s` goes on", path,
             flags & NBDSERVE_CAS_REPAIR ? "--accept-loss " : "", path);
   assert(!err == !!cli.cas);
-  if (err) return err;
-  struct nbdserve_cas_stat stat;
-  nbdserve_cas_stat(cli.cas, &stat);
-  if (stat.damaged)
+  if (!err) nbdserve_cas_stat(cli.cas, &found);
+  if (!err && found.damaged)
     cli_say("%s: damaged, something may be missing (verify names it)", path);
-  return 0;
+  return err;
 }
 
 /* Starts the threads of a store that is served: what the store itself does in
@@ -11984,30 +11982,16 @@ static void cli_turn_to_server(const char *path, const char *volume,
                                struct cli_job *job) {
   int passes = opt[OPT_STDIN].given && !*volume;
   job->verb = cli_find_verb(passes ? "serve" : "uri");
-  job->fds.output = passes ? 1 : 2;
-  if (passes)
+  if (passes) {
     cli_refuse(~(BIT(STDIN) | BIT(QUIET) | BIT(VERBOSE) | BIT(JSON)),
                "not for a store that another process serves:", path);
-  if (passes && cli.ntargets > 1)
-    cli_usage("%s: another process serves it", path);
-  if (!passes)
-    cli_say("%s: in use by a server; stop or use it.  URI, process id:", path);
-  int status = cli_run_remote(job, passes ? -1 : 2000);
-  exit(passes ? status : CLI_IN_USE);
-}
-
-/* --changes: a volume gets only that context besides base:allocation.  It has
- * to be there. */
-static void cli_choose_context(struct nbdserve_export *ex) {
-  char name[WIRE_STRING_MAX + 1];
-  uint32_t number = 0;
-  do
-    number = ex->ops->next_context(ex->ctx, number, name);
-  while (number && strcmp(name, cli_context) != 0);
-  if (!number)
-    cli_failed("--changes %s: no other snapshot of the target is called so",
-               opt[OPT_CHANGES].text);
-  ex->contexts = cli_contexts;
+    if (cli.ntargets > 1) cli_usage("%s: another process serves it", path);
+    exit(cli_run_remote(job, -1));
+  }
+  cli_say("%s: in use by a server; stop or use it.  URI, process id:", path);
+  job->fds.output = 2; /* standard output is for our own URI */
+  cli_run_remote(job, 2000);
+  exit(CLI_IN_USE);
 }
 
 /* Opens a volume or snapshot of a store.  Before it opens the store, if that is
@@ -12017,6 +12001,9 @@ static void cli_choose_context(struct nbdserve_export *ex) {
  * socket, or the directory read-only) the store is served all the same, and
  * cli_start_control says what that means.
  *
+ * With --changes the volume gets only that context besides base:allocation, and
+ * it has to be there.
+ *
  * With the name "" the server finds and lists all that is in the store, also
  * what is made later, and *ex stays as it is.  If it is the only target, the
  * URI names its first volume. */
@@ -12024,6 +12011,8 @@ static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
   uint32_t how = opt[OPT_READ_ONLY].given ? NBDSERVE_CAS_READONLY : 0;
   struct cli_job remote = {.fds = {1, 2, 0}, .client = -1};
+  char context[WIRE_STRING_MAX + 1];
+  uint32_t number = 0;
   if (cli.cas && !cli_are_same(path, cli.store))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
   int err = cli.cas ? 0 : cli_open_store(path, how | CAS_KICK_LATER, &remote);
@@ -12034,14 +12023,21 @@ static int cli_open_volume(const char *path, const char *name,
     cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
   umask(mask);
   if (cli.ctl > 0) lstat(cli.ctl_path, &cli.ctl_st);
-  if (*name) {
-    err = nbdserve_cas_volume(cli.cas, name, ex);
-    if (!err && *cli_contexts) cli_choose_context(ex);
-    return err;
+  if (!*name) {
+    cli.server->config.find = cli_find_volume;
+    cli.server->config.list = cli_list_volumes;
+    if (cli.ntargets == 1) nbdserve_cas_list(cli.cas, cli_first_volume, NULL);
+    return 0;
   }
-  cli.server->config.find = cli_find_volume;
-  cli.server->config.list = cli_list_volumes;
-  if (cli.ntargets == 1) nbdserve_cas_list(cli.cas, cli_first_volume, NULL);
+  err = nbdserve_cas_volume(cli.cas, name, ex);
+  if (err || !*cli_contexts) return err;
+  ex->contexts = cli_contexts;
+  do
+    number = ex->ops->next_context(ex->ctx, number, context);
+  while (number && strcmp(context, cli_context) != 0);
+  if (!number)
+    cli_failed("--changes %s: no other snapshot of the target is called so",
+               opt[OPT_CHANGES].text);
   return 0;
 }
 
@@ -12128,13 +12124,11 @@ static int cli_open_file(const char *file, int writes) {
 /* Copies what stands up to `end` to out[size], with bytes for each %XX.  False:
  * there is no room, or it is malformed. */
 static int cli_decode(const char *p, const char *end, char *out, size_t size) {
-  unsigned byte;
   for (; p < end && size > 1; p++, size--) {
     *out = *p;
     if (*p == '%') {
       if (strspn(p + 1, "0123456789abcdefABCDEF") < 2) return 0;
-      sscanf(p + 1, "%2x", &byte);
-      *out = (char)byte;
+      sscanf(p + 1, "%2hhx", (unsigned char *)out);
       p += 2;
     }
     if (!*out++) return 0;
@@ -12225,21 +12219,6 @@ static int cli_start_peer(pid_t *pid) {
   return fd[0];
 }
 
-/* Waits for the end of that command, whose streams are closed by now.  If it
- * does not end within five seconds it gets SIGTERM, after ten SIGKILL.  When
- * the job has succeeded (status is 0) but the command has not, we say that. */
-static void cli_end_peer(pid_t pid, int status) {
-  int wait_status = 0;
-  for (int ms = 0; waitpid(pid, &wait_status, WNOHANG) == 0; ms += 20) {
-    if (ms == 5000) kill(pid, SIGTERM);
-    if (ms == 10000) kill(pid, SIGKILL);
-    poll(NULL, 0, 20);
-  }
-  int its_status = cli_exit_status(wait_status);
-  if (!status && its_status)
-    cli_say("%s: has ended with status %d", *cli.command, its_status);
-}
-
 /* Does a command on a store, here or at its server, and returns the exit
  * status.  --accept-loss is for a store that cannot be opened without it, so
  * there is no server to do that.
@@ -12247,11 +12226,16 @@ static void cli_end_peer(pid_t pid, int status) {
  * From where a FILE is open signals end the command in order, and not before:
  * to open a FIFO waits for its other side.  After an export what was written is
  * made durable, where that can be (not in a pipe or terminal), and a regular
- * FILE appears. */
+ * FILE appears.
+ *
+ * A peer that we have started ends when its streams are closed; one that does
+ * not within five seconds gets SIGTERM, after ten SIGKILL.  When our command
+ * has succeeded, but the peer has not, we say that. */
 static int cli_run_on_store(struct cli_job *job, const char *store) {
   unsigned flags = job->verb->flags;
   uint32_t how = job->verb->open;
   const char *file = job->ops->to; /* if the command has one */
+  int wait_status = 0;
   pid_t pid = 0;
   if (flags & VERB_READS_FILE && cli_are_same(store, file))
     cli_usage("%s: the store itself, which grows while it is read", file);
@@ -12271,7 +12255,14 @@ static int cli_run_on_store(struct cli_job *job, const char *store) {
   if (err != -EBUSY) cli_exit_if_error(err, store);
   int status = err ? cli_run_remote(job, -1) : cli_run_job(job);
   if (job->request.peer) close(job->fds.in);
-  if (pid) cli_end_peer(pid, status);
+  for (int ms = 0; pid && waitpid(pid, &wait_status, WNOHANG) == 0; ms += 20) {
+    if (ms == 5000) kill(pid, SIGTERM);
+    if (ms == 10000) kill(pid, SIGKILL);
+    poll(NULL, 0, 20);
+  }
+  int peer_status = cli_exit_status(wait_status);
+  if (!status && peer_status)
+    cli_say("%s: has ended with status %d", *cli.command, peer_status);
   if (status || !(flags & VERB_WRITES_FILE)) return status;
   err = os_datasync(job->fds.output);
   if (err != -EINVAL && err != -ENOTSUP) cli_exit_if_error(err, file);
@@ -12380,11 +12371,9 @@ static void cli_help_verbs(void) {
   for (size_t i = 0; i < COUNT_OF(cli_verbs) && cli_verbs[i].help; i++)
     printf("  %-9s %-23s %s\n", cli_verbs[i].name, cli_verbs[i].operands,
            cli_verbs[i].help);
-  puts(
-      "FROM is a URI, or NAME -- CMD, where CMD serves a store on its "
-      "standard\n"
-      "streams: pool::vm@2 vm@2 -- ssh HOST nbdserve -s pool::.  repair needs\n"
-      "no NAME.");
+  puts("FROM is a URI, or NAME -- CMD, where CMD serves a store on its "
+       "standard\nstreams: pool::vm@2 vm@2 -- ssh HOST nbdserve -s pool::.  "
+       "repair needs\nno NAME.");
 }
 
 #else /* NBDSERVE_NO_CAS: there are no commands, and no store can be opened. */
@@ -12410,8 +12399,7 @@ static void cli_help_verbs(void) {
  * where only a "=" is the matter. */
 
 #if NBDSERVE_NO_FLAT
-#define nbdserve_flat_open(path, options, ex) \
-  ((void)(path), (void)(options), (void)(ex), -EOPNOTSUPP)
+#define nbdserve_flat_open(path, options, ex) (-EOPNOTSUPP)
 #endif
 
 /* Opens a target, which is a volume if that is not NULL, at path.  If that
@@ -12447,6 +12435,7 @@ static void cli_open_target(const char *text, const char *path,
     cli_usage("%s: a store; serve %s:: or file:%s", text, text, text);
   int err = volume ? cli_open_volume(path, volume, ex)
                    : nbdserve_flat_open(path, &flat, ex);
+  const char *why = strerror(-err);
   if ((err == -EACCES || err == -EROFS) && !flat.flags)
     hint = " (-r serves it read-only)";
   if (err == -ENOENT && !volume && !flat.flags && !flat.create)
@@ -12454,15 +12443,14 @@ static void cli_open_target(const char *text, const char *path,
   if (err == -ENOENT && volume)
     cli_failed("%s: no such volume or snapshot (see list %s)", text, path);
   if (err == -EINVAL && !volume) {
-    const char *why = "neither a file nor a block device";
+    why = "neither a file nor a block device";
     if (flat.offset || flat.size) why = "--offset and --size reach beyond it";
     if (strncmp(path, "mem:", 4) == 0 &&
         !u_parse_number(path + 4, INT64_MAX, &flat.size))
       cli_usage("%s: not a size behind mem: (as in mem:1G)", text);
-    cli_failed("%s: %s", text, why);
   }
-  if (*hint) cli_failed("%s: %s%s", text, strerror(-err), hint);
-  cli_exit_if_error(err, text);
+  if (err == -EBUSY) cli_exit_if_error(err, text);
+  if (err) cli_failed("%s: %s%s", text, why, hint);
 }
 
 /* Opens a target and adds it to the server, which takes over what is behind the
@@ -12595,23 +12583,21 @@ static void cli_listen(void) {
   const char *host = opt[OPT_BIND].text ? opt[OPT_BIND].text : "localhost";
   int port = opt[OPT_PORT].given ? (int)opt[OPT_PORT].number : 10809;
   int wants_tcp = opt[OPT_PORT].given || opt[OPT_BIND].given;
+  int is_told = path || wants_tcp || opt[OPT_STDIN].given || opt[OPT_FD].given;
   char dir[CLI_PATH_MAX + 1];
   size_t n = path ? strlen(path) : 0;
-  if (opt[OPT_STDIN].given)
-    cli.client = 0;
-  else if (opt[OPT_FD].given)
-    cli_listen_at("fd:%d", (int)opt[OPT_FD].number);
-  else if (path ? strcmp(path, "-") == 0
-                : !wants_tcp && !cli.passed && !opt[OPT_CONNECT].given)
+  if (opt[OPT_STDIN].given) cli.client = 0;
+  if (opt[OPT_FD].given) cli_listen_at("fd:%d", (int)opt[OPT_FD].number);
+  for (int i = 0; i < cli.passed && !is_told; i++)
+    cli_listen_at("fd:%d", 3 + i);
+  if (path ? strcmp(path, "-") == 0
+           : !is_told && !cli.passed && !opt[OPT_CONNECT].given)
     cli_listen_privately();
   else if (path && *path != '/' && n + 1 < sizeof dir &&
            getcwd(dir, sizeof dir - n - 1))
     cli_listen_at("unix:%s/%s", dir, path);
   else if (path)
     cli_listen_at("unix:%s", path);
-  else
-    for (int i = 0; i < cli.passed && !wants_tcp; i++)
-      cli_listen_at("fd:%d", 3 + i);
   if (wants_tcp) cli_listen_at("tcp:%s:%d", host, port);
   if (wants_tcp && strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
       strncmp(host, "127.", 4) != 0 && !opt[OPT_QUIET].given)
@@ -12622,13 +12608,9 @@ static void cli_listen(void) {
 
 /* ---- The kernel's device (--connect) ---------------------------------------
  * The kernel is given one end of a socket pair, and a thread serves the other.
- * It keeps the device when this process dies: requests then wait for
- * CLI_PATIENCE seconds, in which a new server of the same target takes over
- * (OS_NBD_RECONFIGURE), and what is mounted notices nothing. */
-
-enum {
-  CLI_PATIENCE = 60
-};
+ * It keeps the device when this process dies: requests then wait for a minute,
+ * in which a new server of the same target takes over (OS_NBD_RECONFIGURE), and
+ * what is mounted notices nothing. */
 
 /* The thread that serves the kernel.  When that has closed the connection the
  * device was disconnected, by us or by somebody else, and the server ends.
@@ -12658,7 +12640,7 @@ static void *cli_serve_kernel(void *socket) {
  * up. */
 static void cli_connect(void) {
   const char *path = opt[OPT_CONNECT].text;
-  struct os_nbd nbd = {.owner = cli.owner, .patience = CLI_PATIENCE};
+  struct os_nbd nbd = {.owner = cli.owner, .patience = 60}; /* seconds */
   struct nbdserve_info info;
   struct stat st;
   int fd[2];
@@ -12917,14 +12899,13 @@ static void cli_print_stats(void) {
   cli.stats_wanted = 0;
   nbdserve_stats(cli.server, &s);
   os_lock(&cli.server->lock);
-  for (const struct cli_word *type = cli_types; type->value < CLI_NTYPES;
-       type++) {
-    const struct cli_latency *l = &cli_latencies[type->value];
+  for (const struct cli_word *t = cli_types; t->value < CLI_NTYPES; t++) {
+    const struct cli_latency *l = &cli_latencies[t->value];
     if (!l->requests) continue;
     n += (size_t)snprintf(types + n, sizeof types - n,
                           ",\"%s\":{\"requests\":" CLI_N ",\"mean_us\":" CLI_N
                           ",\"max_us\":" CLI_N "}",
-                          type->name, l->requests,
+                          t->name, l->requests,
                           l->total_ns / l->requests / 1000, l->max_ns / 1000);
     assert(n < sizeof types);
   }

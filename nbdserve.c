@@ -11591,7 +11591,9 @@ static int cli_do_copy(struct cli_job *job) {
   return err ? err : finish_err;
 }
 
-/* ---- The table ---- */
+/* ---- The table ----
+ * init comes first.  Where the names are in a command line they are commands,
+ * but for serve, which cli_turn_to_server sends. */
 
 /* clang-format off */
 static const struct cli_verb cli_verbs[] = {
@@ -11814,14 +11816,14 @@ static int cli_receive(struct cli_job *job) {
   int err = io_wait_input(&io, io.deadline);
   if (!err) err = cli_pass(job, 0);
   size_t length = job->request.length;
-  if (err || job->request.version != CLI_VERSION ||
-      job->request.verb >= COUNT_OF(cli_verbs) || length > 8 << 20)
-    return -EINVAL;
+  if (err || job->request.version != CLI_VERSION || length > 8 << 20 ||
+      !job->request.verb || job->request.verb >= COUNT_OF(cli_verbs))
+    return -EINVAL; /* 0: init, which is for no store that there is */
   job->verb = &cli_verbs[job->request.verb];
   job->operands = u_zalloc(length + 1);
-  if (!job->operands || !job->verb->run || job->fds.messages < 0)
-    return -EINVAL;
-  if (length) err = io_recv_all(&io, (unsigned char *)job->operands, length);
+  assert(job->verb->run);
+  if (!job->operands || job->fds.messages < 0) return -EINVAL;
+  err = io_recv_all(&io, (unsigned char *)job->operands, length);
   return err ? err : cli_split_operands(job);
 }
 
@@ -11902,9 +11904,8 @@ static int cli_are_same(const char *path, const char *other) {
  * everybody may make files a stranger who can read the store could lock it,
  * listen there, and get our descriptors.  A server runs as the owner of the
  * store, as ourselves, or as root. */
-static int cli_open_store(const char *path, uint32_t flags,
-                          struct cli_job *job) {
-  struct nbdserve_cas_options options = {.flags = flags};
+static int cli_open_store(const char *path, uint32_t how, struct cli_job *job) {
+  struct nbdserve_cas_options options = {.flags = how};
   int64_t until = os_now_ms() + 3000;
   struct nbdserve_cas_stat found;
   struct stat st;
@@ -11931,11 +11932,11 @@ static int cli_open_store(const char *path, uint32_t flags,
   if (err == -EOPNOTSUPP)
     cli_failed("%s: a store of another format version than 2", path);
   if (err == -EUCLEAN &&
-      flags & (NBDSERVE_CAS_ACCEPT_LOSS | NBDSERVE_CAS_READONLY))
+      how & (NBDSERVE_CAS_ACCEPT_LOSS | NBDSERVE_CAS_READONLY))
     cli_die(CLI_DAMAGED, "%s: damaged beyond repair", path);
   if (err == -EUCLEAN)
     cli_die(CLI_DAMAGED, "%s: damaged; `nbdserve repair %s%s` goes on", path,
-            flags & NBDSERVE_CAS_REPAIR ? "--accept-loss " : "", path);
+            how & NBDSERVE_CAS_REPAIR ? "--accept-loss " : "", path);
   assert(!err == !!cli.cas);
   if (!err) nbdserve_cas_stat(cli.cas, &found);
   if (!err && found.damaged)
@@ -11964,10 +11965,9 @@ static void cli_start_control(void) {
 
 /* Takes note of the first volume, for the URI: an nbdserve_list_fn that ends
  * the list. */
-static int cli_first_volume(void *unused,
-                            const struct nbdserve_cas_info *info) {
+static int cli_first_volume(void *arg, const struct nbdserve_cas_info *info) {
   static char name[WIRE_STRING_MAX];
-  (void)unused;
+  (void)arg;
   snprintf(name, sizeof name, "%s", info->name);
   if (!info->partial) cli.export_name = name;
   return !info->partial;
@@ -12977,7 +12977,6 @@ static int cli_serve(void) {
  * not end in time, the store stays open: opening it next time repairs what is
  * unfinished. */
 static void cli_close(void) {
-  int64_t until = os_now_ms() + IO_GRACE_MS;
   cli_catch_signals(SIG_IGN);
   if (cli.pidfile) os_remove_own_file(opt[OPT_PIDFILE].text, cli.pidfile);
   if (*cli.temp) unlink(cli.temp);
@@ -12985,7 +12984,7 @@ static void cli_close(void) {
   if (!cli.server) return;
   int lost = cli_disconnect(1);
   nbdserve_stop(cli.server);
-  int err = cli_wait_for_jobs(0, until);
+  int err = cli_wait_for_jobs(0, os_now_ms() + IO_GRACE_MS);
   if (!err) nbdserve_free(cli.server);
   if (!err && cli.cas) err = nbdserve_cas_close(cli.cas);
   if (*cli.private_dir) rmdir(cli.private_dir);

@@ -10493,10 +10493,11 @@ static struct {
   int ready_pipe;
 
   /* ---- What the signal handler writes.  Others read it, and write to it only
-   * while the signals are blocked, with two exceptions.  stats_wanted is cleared
-   * before the totals are printed: a signal that comes in between gets them
-   * printed again.  cli_disconnect takes the end back when the device is in use;
-   * signals that come meanwhile are one with the signal that asked for it. */
+   * while the signals are blocked, with two exceptions.  stats_wanted is
+   * cleared before the totals are printed: a signal that comes in between gets
+   * them printed again.  cli_disconnect takes the end back when the device is
+   * in use; signals that come meanwhile are one with the signal that asked for
+   * it. */
 
   /* SIGUSR1 has come. */
   volatile sig_atomic_t stats_wanted;
@@ -11945,12 +11946,12 @@ static int cli_open_store(const char *path, uint32_t how, struct cli_job *job) {
 }
 
 /* Starts the threads of a store that is served: what the store itself does in
- * the background, and what takes commands.  This comes after --fork and after the
- * command was started: from now on the process makes no other one, which would
- * inherit the descriptors that come with commands.  Without the thread nobody
- * would answer at STORE.ctl, and a command would wait for ever; so the socket
- * is closed.  A read-only server takes no commands: next to it the store can be
- * opened by other readers. */
+ * the background, and what takes commands.  This comes after --fork and after
+ * the command was started: from now on the process makes no other one, which
+ * would inherit the descriptors that come with commands.  Without the thread
+ * nobody would answer at STORE.ctl, and a command would wait for ever; so the
+ * socket is closed.  A read-only server takes no commands: next to it the store
+ * can be opened by other readers. */
 static void cli_start_control(void) {
   if (cli.cas) cas_kick(cli.cas);
   if (!cli.ctl) return;
@@ -11973,11 +11974,12 @@ static int cli_first_volume(void *arg, const struct nbdserve_cas_info *info) {
   return !info->partial;
 }
 
-/* Ends the process when the store at path turns out to be served by another one,
- * to which the job is connected.  For -s STORE:: that process serves our client,
- * on our standard streams, and we wait until it has.  It knows nothing of most
- * options, nor of other targets, so these are refused.  Otherwise it only says
- * where it serves the store; it may be stuck, so we do not wait for long. */
+/* Ends the process when the store at path turns out to be served by another
+ * one, to which the job is connected.  For -s STORE:: that process serves our
+ * client, on our standard streams, and we wait until it has.  It knows nothing
+ * of most options, nor of other targets, so these are refused.  Otherwise it
+ * only says where it serves the store; it may be stuck, so we do not wait for
+ * long. */
 static void cli_turn_to_server(const char *path, const char *volume,
                                struct cli_job *job) {
   int passes = opt[OPT_STDIN].given && !*volume;
@@ -12138,13 +12140,15 @@ static int cli_decode(const char *p, const char *end, char *out, size_t size) {
 }
 
 /* Connects to the server that an NBD URI (doc/uri.md of NetworkBlockDevice/nbd)
- * names, or ends the process.  name: gets the name of the export; needs_name: it
- * must not be empty.  Returns a descriptor.
+ * names, or ends the process.  The operand is the URI, and becomes the name of
+ * the export in it, which must not be empty if the command needs_name.  Returns
+ * a descriptor.
  *
  * The URI is read from front to back: p is at its host, slash at the end of
- * that, and query at the "?", or at the end. */
-static int cli_connect_uri(const char *uri, char name[WIRE_STRING_MAX + 1],
-                           int needs_name) {
+ * that, query at its "?", and what is missing is at its end. */
+static int cli_connect_uri(char **operand, int needs_name) {
+  static char name[WIRE_STRING_MAX + 1];
+  const char *uri = *operand;
   char path[PATH_MAX] = ""; /* of a unix socket; "": it is TCP */
   char host[256] = "";      /* "": this machine */
   char digits[24] = "";
@@ -12156,9 +12160,8 @@ static int cli_connect_uri(const char *uri, char name[WIRE_STRING_MAX + 1],
   const char *slash = is_good ? p + strcspn(p, "/?") : uri;
   const char *query = slash + strcspn(slash, "?");
   const char *end = query + strlen(query);
-  is_good =
-      is_good && !strpbrk(query, "&#") &&
-      cli_decode(slash + (*slash == '/'), query, name, WIRE_STRING_MAX + 1);
+  is_good = is_good && !strpbrk(query, "&#") &&
+            cli_decode(slash + (*slash == '/'), query, name, sizeof name);
   if (is_unix) {
     is_good = is_good && slash == p && strncmp(query, "?socket=", 8) == 0 &&
               cli_decode(query + 8, end, path, sizeof path) && *path;
@@ -12178,6 +12181,7 @@ static int cli_connect_uri(const char *uri, char name[WIRE_STRING_MAX + 1],
               "nbd+unix:///NAME?socket=PATH",
               uri);
   if (needs_name && !*name) cli_usage("%s: no name behind it", uri);
+  *operand = name;
   if (is_unix) fd = srv_unix_socket(path, SRV_CONNECT);
 #if !NBDSERVE_NO_TCP
   struct addrinfo hints = {.ai_socktype = SOCK_STREAM};
@@ -12284,10 +12288,9 @@ static uint64_t cli_options_of(const struct cli_verb *verb) {
 
 /* Finds out what peer a command is to talk to.  With a URI: connects to it, and
  * the name in it takes its place as the last operand (repair, which needs no
- * name, loses the operand).  With a command behind "--" the last operand is that
- * name already; cli_run_on_store starts it. */
+ * name, loses the operand).  With a command behind "--" the last operand is
+ * that name already; cli_run_on_store starts the command. */
 static void cli_take_peer(struct cli_job *job) {
-  static char name[WIRE_STRING_MAX + 1];
   int most = job->verb->max; /* operands, with that */
   char **last = cli.ntargets ? &cli.targets[cli.ntargets - 1] : NULL;
   job->request.peer = cli.command || cli.ntargets == most;
@@ -12297,8 +12300,7 @@ static void cli_take_peer(struct cli_job *job) {
   if (cli.command && last && strstr(*last, "://"))
     cli_usage("%s: a name there, if there is a command", *last);
   if (cli.command || cli.ntargets != most) return;
-  job->fds.in = cli_connect_uri(*last, name, most > 1);
-  *last = name;
+  job->fds.in = cli_connect_uri(last, most > 1);
   if (most == 1) cli.ntargets = 0; /* repair: the URI was all there is */
 }
 
@@ -12551,19 +12553,18 @@ static int cli_count_passed(void) {
 
 /* Listens on a private socket, in a directory that only its owner can enter.
  * The directory protects it; the mode, from the umask, is for those who look at
- * the socket alone.  A parent whose path is long is passed over: with what
- * comes behind it the path has to fit into the address of a socket on every
- * system. */
+ * the socket alone.  A parent whose path is long is passed over, as
+ * mkdtemp refuses a template that is cut: with what comes behind it the path
+ * has to fit into the address of a socket on every system. */
 static void cli_listen_privately(void) {
   const char *const parents[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"),
                                  "/tmp"};
   char *dir = cli.private_dir;
-  const size_t size = sizeof cli.private_dir;
   for (size_t i = 0; i < COUNT_OF(parents) && !*dir; i++) {
     /* What is not set or relative is passed over. */
     const char *parent = parents[i] && *parents[i] ? parents[i] : ".";
-    int n = snprintf(dir, size, "%s/nbdXXXXXX", parent);
-    if (*dir != '/' || n >= (int)size || !mkdtemp(dir)) *dir = '\0';
+    snprintf(dir, sizeof cli.private_dir, "%s/nbdXXXXXX", parent);
+    if (*dir != '/' || !mkdtemp(dir)) *dir = '\0';
   }
   if (!*dir) cli_failed("private socket: no directory for it (use -U)");
   mode_t mask = umask(0177);
@@ -12634,10 +12635,10 @@ static void *cli_serve_kernel(void *socket) {
  * finds its partitions.  From the start on signals leave the end to
  * cli_disconnect; if one has come before, there is nothing to connect.
  *
- * The kernel is given one end of the socket pair.  The device may have been that
- * of another process that served the same target and has died.  If that lives
- * the kernel does not take our socket, and says nothing; but our end hangs
- * up. */
+ * The kernel is given one end of the socket pair.  The device may have been
+ * that of another process that served the same target and has died.  If that
+ * lives the kernel does not take our socket, and says nothing; but our end
+ * hangs up. */
 static void cli_connect(void) {
   const char *path = opt[OPT_CONNECT].text;
   struct os_nbd nbd = {.owner = cli.owner, .patience = 60}; /* seconds */
@@ -12647,10 +12648,10 @@ static void cli_connect(void) {
   if (NBDSERVE_NO_THREADS) cli_failed("--connect: built without threads");
   if (stat(path, &st) < 0 || !S_ISBLK(st.st_mode))
     cli_failed("%s: no such device (modprobe nbd makes it)", path);
-  int err = nbdserve_info(cli.server, cli.export_name, &info);
-  if (!err && socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0)
-    err = -errno;
-  cli_exit_if_error(err, "--connect");
+  cli_exit_if_error(nbdserve_info(cli.server, cli.export_name, &info),
+                    "--connect");
+  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0)
+    cli_exit_if_error(-errno, "--connect");
   if (info.min_block > 4096 || info.max_request < 128 << 10)
     cli_usage("--connect: the kernel sends 512 bytes to 128K at a time");
   nbd.block_size = info.min_block < 512 ? 512 : info.min_block;
@@ -12666,7 +12667,7 @@ static void cli_connect(void) {
   if (cli.stopping) return;
   cli.njobs = 1;
   struct pollfd own = {dup(fd[0]), POLLIN, 0}; /* the thread may close fd[0] */
-  err = os_thread(cli_serve_kernel, (void *)(intptr_t)fd[0]);
+  int err = os_thread(cli_serve_kernel, (void *)(intptr_t)fd[0]);
   if (err) cli.njobs = cli.is_connected = 0;
   cli_exit_if_error(err, "--connect");
   err = os_tell_nbd(OS_NBD_CONNECT, cli.device, &nbd);

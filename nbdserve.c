@@ -11522,6 +11522,7 @@ static int cli_is_data(const struct nbdserve_export *v, uint64_t off,
                        uint64_t *end) {
   unsigned char extent[WIRE_EXT_EXTENT_LEN];
   struct nbdserve_extents x = {.align = 1, .max = 1, .each = sizeof extent};
+  assert(off < v->size);
   x.left = v->size - off;
   x.data = extent;
   *end = v->size;
@@ -11566,11 +11567,15 @@ static int cli_do_copy(struct cli_job *job) {
     can_skip = 0;
   }
   for (uint64_t off = 0; off < v.size && !err; off += n) {
+    /* Ask once for each run of data and each hole: some file systems take long
+     * to answer. */
     if (off >= end)
       is_data = imports ? os_is_data(file, off, v.size, &end)
                         : cli_is_data(&v, off, &end);
+    /* Of a stream nobody knows how much is left: it has no progress to show. */
     if (cli_progress(job, is_stream ? 0 : off, v.size)) err = -ECANCELED;
-    n = end - off;
+    assert(end > off);
+    n = end - off; /* a hole is skipped as a whole */
     if (err || (can_skip && !is_data)) continue;
     uint64_t wanted = u_min(n, IO_UNIT);
     n = wanted;
@@ -11585,8 +11590,9 @@ static int cli_do_copy(struct cli_job *job) {
   }
   NBDSERVE_FREE(buffer);
   assert(err <= 0);
+  /* A stream that fills the largest volume may go on behind it. */
   if (!err && is_stream && v.size == most) err = -EFBIG;
-  if (!v.ops) return err;
+  if (!v.ops) return err; /* it was not opened */
   if (!imports) v.ops->close(v.ctx);
   int finish_err = imports ? nbdserve_cas_finish(cli.cas, &v, !err) : 0;
   return err ? err : finish_err;
@@ -11659,7 +11665,16 @@ static int cli_compare_ops(const void *a, const void *b) {
 }
 
 /* Makes the ops of a job from its operands: one for each operand or, if the
- * command needs two, for the first with each of the others, or at least one.
+ * command needs two, for the first with each of the others, or at least one:
+ *
+ *   rm a b         a; b                  (what is a name and what is `to`)
+ *   clone a b c    a to b; a to c
+ *   resize a 1G    a to 1G, with 1G as the size
+ *   list           one op without a name
+ *
+ * Both sides do this: we, to tell of a mistake before the store is opened, and
+ * the server with what it was sent.
+ *
  * Returns 0 or -errno; the ops are freed with the job.  -EINVAL: too few or too
  * many operands.  -EDOM: the last one is not a size. */
 static int cli_split_operands(struct cli_job *job) {
@@ -11681,6 +11696,7 @@ static int cli_split_operands(struct cli_job *job) {
     if (!(verb->flags & VERB_SIZE) || !n) continue;
     if (!u_parse_number(p, INT64_MAX, &op->size)) return -EDOM;
   }
+  assert(job->nops > 0 && job->nops <= (size_t)n + 1);
   if (verb->change == NBDSERVE_CAS_RM) /* users need not think of the order */
     qsort(job->ops, job->nops, sizeof *job->ops, cli_compare_ops);
   return 0;
@@ -11692,7 +11708,9 @@ static int cli_is_id(const struct cli_verb *verb, const char *name) {
 }
 
 /* Turns the error of a command into a text.  nbdserve.h gives some of them a
- * meaning of their own. */
+ * meaning of their own.  -EINVAL says nothing but that a name or size cannot be
+ * right: what is wrong with it is found out here, from what the command is to
+ * do, and `name` is the one that it is about. */
 static const char *cli_why(const struct cli_verb *verb,
                            const struct nbdserve_cas_op *op, int err) {
   int change = verb->change;
@@ -11748,6 +11766,8 @@ static int cli_run_job(struct cli_job *job) {
                                      .arg = job};
   int err = job->verb->run(job);
   cli_hide_progress(job);
+  /* A list that has failed before its first row is no JSON at all; one that
+   * fails later is closed, and the exit status tells that it is not whole. */
   if (*end && !job->nrows) end = err ? "" : "[]\n";
   if (!job->lost) job->lost = cli_write(job, job->fds.output, end, strlen(end));
   if (job->lost) err = job->lost;
@@ -11807,8 +11827,10 @@ static int cli_run_remote(struct cli_job *job, int ms) {
   return status;
 }
 
-/* Receives a job, within IO_GRACE_MS.  Returns 0, or -errno if it makes no
- * sense: no system has command lines of more than 8 MiB. */
+/* Receives a job, within IO_GRACE_MS, so that somebody who connects and says
+ * nothing does not keep a thread.  Only the owner of the store and root can
+ * connect, but nothing of what they send is believed.  Returns 0, or -errno if
+ * it makes no sense: no system has command lines of more than 8 MiB. */
 static int cli_receive(struct cli_job *job) {
   struct io io = {.in = job->client, .out = job->client};
   io.stop = *cli.server->stop;
@@ -11848,6 +11870,8 @@ static void *cli_serve_job(void *client) {
   unsigned char status = CLI_FAILED;
   assert(job.client >= 0 && cli.cas);
   if (cli_receive(&job) == 0) {
+    /* It counts itself first: of two that come together as number 16 and 17 one
+     * is refused. */
     int is_long = (job.verb->flags & VERB_LONG) != 0;
     if (cli_count(0, is_long) <= 16 || !is_long)
       status = (unsigned char)cli_run_job(&job);
@@ -11920,6 +11944,7 @@ static int cli_open_store(const char *path, uint32_t how, struct cli_job *job) {
   snprintf(cli.ctl_path, sizeof cli.ctl_path, "%s.ctl", cli.store);
   do {
     err = nbdserve_cas_open(path, &options, &cli.cas);
+    /* An image that somebody serves is locked, too. */
     if (err == -EBUSY && !cli_is_store(path)) err = -EINVAL;
     if (err != -EBUSY) break;
     if (lstat(cli.ctl_path, &ctl) == 0 && ctl.st_uid != st.st_uid &&
@@ -11983,6 +12008,7 @@ static int cli_first_volume(void *arg, const struct nbdserve_cas_info *info) {
 static void cli_turn_to_server(const char *path, const char *volume,
                                struct cli_job *job) {
   int passes = opt[OPT_STDIN].given && !*volume;
+  assert(job->client >= 0 && !cli.cas);
   job->verb = cli_find_verb(passes ? "serve" : "uri");
   if (passes) {
     cli_refuse(~(BIT(STDIN) | BIT(QUIET) | BIT(VERBOSE) | BIT(JSON)),
@@ -12020,6 +12046,8 @@ static int cli_open_volume(const char *path, const char *name,
   int err = cli.cas ? 0 : cli_open_store(path, how | CAS_KICK_LATER, &remote);
   if (remote.client >= 0) cli_turn_to_server(path, name, &remote);
   if (err) return err;
+  /* Now the store is ours, so a STORE.ctl that is there is a leftover. */
+  assert(cli.cas && *cli.ctl_path);
   mode_t mask = umask(0177);
   if (!cli.ctl && !how && !NBDSERVE_NO_THREADS)
     cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
@@ -12034,6 +12062,7 @@ static int cli_open_volume(const char *path, const char *name,
   err = nbdserve_cas_volume(cli.cas, name, ex);
   if (err || !*cli_contexts) return err;
   ex->contexts = cli_contexts;
+  /* It must be one of those that the volume would have without that. */
   do
     number = ex->ops->next_context(ex->ctx, number, context);
   while (number && strcmp(context, cli_context) != 0);
@@ -12062,11 +12091,13 @@ static char *cli_take_store(const struct cli_verb *verb) {
   char *first = cli.ntargets ? *cli.targets : NULL;
   char *colons = first ? strstr(first, "::") : NULL;
   uint64_t size;
+  /* In `init 64K` the word would do as the path of a store, too. */
   int is_size = !verb->run && cli.ntargets == 1 && fallback &&
                 u_parse_number(first, INT64_MAX, &size);
   if (!first || (!colons && (verb->min || is_size))) return fallback;
   if (colons) *colons = '\0';
   if (colons) *cli.targets = colons + 2;
+  /* A name where the command takes none stays: it is one operand too many. */
   if (!colons || (!verb->min && !colons[2])) {
     cli.targets++;
     cli.ntargets--;
@@ -12109,7 +12140,7 @@ static int cli_open_file(const char *file, int writes) {
   if (writes && is_standard) return 1;
   int fd = is_standard ? 0 : open(file, how);
   if (fd < 0 && (!writes || errno != ENOENT)) cli_exit_if_error(-errno, file);
-  fstat(fd, &st);
+  fstat(fd, &st); /* with -1 it stays as it is */
   if (writes && fd >= 0) cli_exit_if_error(os_lock_file(fd, 0), file);
   if (writes && cli_is_store(file))
     cli_failed("%s: a store; remove it first, or take another file", file);
@@ -12208,6 +12239,7 @@ static int cli_connect_uri(char **operand, int needs_name) {
  * descriptor of them. */
 static int cli_start_peer(pid_t *pid) {
   int fd[2];
+  assert(cli.command && *cli.command);
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0)
     cli_exit_if_error(-errno, *cli.command);
   *pid = fork();
@@ -12241,6 +12273,7 @@ static int cli_run_on_store(struct cli_job *job, const char *store) {
   const char *file = job->ops->to; /* if the command has one */
   int wait_status = 0;
   pid_t pid = 0;
+  assert(job->nops > 0 && job->client < 0 && !cli.cas);
   if (flags & VERB_READS_FILE && cli_are_same(store, file))
     cli_usage("%s: the store itself, which grows while it is read", file);
   if (opt[OPT_ACCEPT_LOSS].given) how |= NBDSERVE_CAS_ACCEPT_LOSS;
@@ -12257,6 +12290,7 @@ static int cli_run_on_store(struct cli_job *job, const char *store) {
   if (err == -EBUSY && how & NBDSERVE_CAS_ACCEPT_LOSS)
     cli_die(CLI_IN_USE, "%s: is being served; stop the server first", store);
   if (err != -EBUSY) cli_exit_if_error(err, store);
+  /* With -EBUSY we are connected to the store's server. */
   int status = err ? cli_run_remote(job, -1) : cli_run_job(job);
   if (job->request.peer) close(job->fds.in);
   for (int ms = 0; pid && waitpid(pid, &wait_status, WNOHANG) == 0; ms += 20) {
@@ -12268,6 +12302,7 @@ static int cli_run_on_store(struct cli_job *job, const char *store) {
   if (!status && peer_status)
     cli_say("%s: has ended with status %d", *cli.command, peer_status);
   if (status || !(flags & VERB_WRITES_FILE)) return status;
+  /* The order: the data, then the name, then that the directory has it. */
   err = os_datasync(job->fds.output);
   if (err != -EINVAL && err != -ENOTSUP) cli_exit_if_error(err, file);
   if (!*cli.temp) return status;
@@ -12294,6 +12329,7 @@ static void cli_take_peer(struct cli_job *job) {
   int most = job->verb->max; /* operands, with that */
   char **last = cli.ntargets ? &cli.targets[cli.ntargets - 1] : NULL;
   job->request.peer = cli.command || cli.ntargets == most;
+  assert(most == 1 || most == 2);
   if (cli.command && !*cli.command) cli_usage("--: no command behind it");
   if (cli.command && most == 1 && last)
     cli_usage("%s: not together with a command", *last);
@@ -12420,6 +12456,7 @@ static void cli_open_target(const char *text, const char *path,
   flat.create = opt[OPT_CREATE].number;
   if (opt[OPT_READ_ONLY].given) flat.flags = NBDSERVE_FLAT_READONLY;
   if (opt[OPT_TEMPORARY].given) flat.flags = NBDSERVE_FLAT_TEMPORARY;
+  /* What makes no sense is refused before anything is opened or made. */
   if (!*path) cli_usage("a target without a name");
   if (volume && !*volume && cli.ntargets == 1 && (ex->name || ex->description))
     cli_usage("%s: no name or description for all of its volumes", text);
@@ -12437,6 +12474,7 @@ static void cli_open_target(const char *text, const char *path,
     cli_usage("%s: a store; serve %s:: or file:%s", text, text, text);
   int err = volume ? cli_open_volume(path, volume, ex)
                    : nbdserve_flat_open(path, &flat, ex);
+  /* What is wrong, and what may help: hints are for whoever did not know. */
   const char *why = strerror(-err);
   if ((err == -EACCES || err == -EROFS) && !flat.flags)
     hint = " (-r serves it read-only)";
@@ -12476,6 +12514,8 @@ static void cli_add_target(char *text) {
   /* The backend must not take the file mem:5 for memory. */
   const char *front = is_file && strncmp(rest, "mem:", 4) == 0 ? "./" : "";
   snprintf(path, sizeof path, "%s%s", front, rest);
+  /* What an export is called by itself: the volume, or the last part of a path.
+   * Of several exports each needs a name, a single one does not. */
   char *colons = is_file ? NULL : strstr(path, "::");
   const char *slash = strrchr(rest, '/');
   const char *name = slash ? slash + 1 : rest;
@@ -12485,8 +12525,10 @@ static void cli_add_target(char *text) {
   if (!ex.name) ex.flags |= NBDSERVE_EXPORT_FALLBACK;
   if (ex.name && cli.ntargets == 1) cli.export_name = ex.name;
   cli_open_target(text, path, colons ? name : NULL, &ex);
+  /* The owner of a kernel's device is whoever serves the same bytes: a new
+   * server of them may take it over.  *real stays.  What nobody else has,
+   * memory or an overlay, is nobody's to take over. */
   const char *real = opt[OPT_CONNECT].given ? realpath(path, NULL) : NULL;
-  /* *real stays.  What nobody else has is nobody's to take over. */
   int is_own = opt[OPT_TEMPORARY].given || strncmp(path, "mem:", 4) == 0;
   if (!*cli.owner) /* the first target is what is connected */
     snprintf(cli.owner, sizeof cli.owner,
@@ -12496,7 +12538,7 @@ static void cli_add_target(char *text) {
              opt[OPT_READ_ONLY].given);
   if (!ex.ops) return;
   assert(ex.ops->read && ex.ops->close);
-  int err = nbdserve_add(cli.server, &ex);
+  int err = nbdserve_add(cli.server, &ex); /* copies name and description */
   if (err) ex.ops->close(ex.ctx);
   if (err == -EEXIST) cli_usage("%s: that export name is taken", text);
   if (err == -EINVAL)
@@ -12587,6 +12629,7 @@ static void cli_listen(void) {
   int is_told = path || wants_tcp || opt[OPT_STDIN].given || opt[OPT_FD].given;
   char dir[CLI_PATH_MAX + 1];
   size_t n = path ? strlen(path) : 0;
+  assert(cli.client < 0 && !cli.server->nlisteners);
   if (opt[OPT_STDIN].given) cli.client = 0;
   if (opt[OPT_FD].given) cli_listen_at("fd:%d", (int)opt[OPT_FD].number);
   for (int i = 0; i < cli.passed && !is_told; i++)
@@ -12645,6 +12688,7 @@ static void cli_connect(void) {
   struct nbdserve_info info;
   struct stat st;
   int fd[2];
+  assert(!cli.is_connected && !cli.njobs);
   if (NBDSERVE_NO_THREADS) cli_failed("--connect: built without threads");
   if (stat(path, &st) < 0 || !S_ISBLK(st.st_mode))
     cli_failed("%s: no such device (modprobe nbd makes it)", path);
@@ -12665,6 +12709,7 @@ static void cli_connect(void) {
   cli.is_connected = 1; /* a signal that came before has set `stopping` */
   if (cli.stopping) cli.is_connected = 0;
   if (cli.stopping) return;
+  /* The thread comes first: the kernel may read once it has the socket. */
   cli.njobs = 1;
   struct pollfd own = {dup(fd[0]), POLLIN, 0}; /* the thread may close fd[0] */
   int err = os_thread(cli_serve_kernel, (void *)(intptr_t)fd[0]);
@@ -12684,7 +12729,7 @@ static void cli_connect(void) {
   if (err == -ENOENT || err == -EPROTONOSUPPORT || err == -EAFNOSUPPORT)
     cli_failed("%s: this kernel has no NBD client (modprobe nbd)", path);
   cli_exit_if_error(err, path);
-  close(open(path, O_RDONLY | O_CLOEXEC));
+  close(open(path, O_RDONLY | O_CLOEXEC)); /* it may have no partitions */
 }
 
 /* Disconnects the kernel's device, after all that was written to it has come
@@ -12693,6 +12738,7 @@ static void cli_connect(void) {
 static int cli_disconnect(int is_forced) {
   const char *path = opt[OPT_CONNECT].text;
   if (!cli.is_connected) return 0;
+  /* O_EXCL: the kernel refuses that while something is mounted from it. */
   int fd = open(path, O_RDONLY | O_EXCL | O_CLOEXEC);
   int is_first = !cli.refused_ms || os_now_ms() - cli.refused_ms < 500;
   if (fd < 0 && errno == EBUSY && !is_forced && is_first) {
@@ -12703,6 +12749,8 @@ static int cli_disconnect(int is_forced) {
     cli.end_wanted = 0;
     return 0;
   }
+  /* While the thread still serves it, what the kernel has not written yet is
+   * fetched, and made durable. */
   if (fd < 0) fd = open(path, O_RDONLY | O_CLOEXEC);
   int lost = fd < 0 || fsync(fd) < 0 ? -errno : 0;
   if (lost) cli_say("%s: %s; written data may be lost", path, strerror(-lost));
@@ -12784,10 +12832,10 @@ static void cli_fork(void) {
   int fd[2];
   char byte;
   int wait_status = 0;
-  assert(!cli.cas && !cli.server->nlisteners);
+  assert(!cli.cas && !cli.server->nlisteners && cli.ready_pipe < 0);
   pid_t pid = pipe(fd) < 0 ? -1 : fork();
   if (pid < 0 || (pid == 0 && setsid() < 0)) cli_exit_if_error(-errno, "fork");
-  close(fd[pid > 0]);
+  close(fd[pid > 0]); /* the parent reads, the child writes */
   cli.ready_pipe = fd[1];
   if (pid == 0) return;
   if (read(fd[0], &byte, 1) == 1) _exit(0);
@@ -12869,6 +12917,7 @@ static int cli_print_uris(int fd) {
  * there is nobody to tell. */
 static void cli_tell_ready(void) {
   int fd = (int)opt[OPT_READY_FD].number;
+  /* The pidfile comes first: it may fail, and nobody has been told by then. */
   if (opt[OPT_PIDFILE].given) cli_write_pidfile(opt[OPT_PIDFILE].text);
   cli_notify();
   assert(!opt[OPT_READY_FD].given || fd > 2);
@@ -12955,6 +13004,7 @@ static int cli_serve(void) {
     if (cli.stopping && cli_disconnect(0)) err = -EIO;
     if (cli.end_wanted) nbdserve_unlisten(cli.server);
   } while (run_err == -EINTR);
+  /* raise: the handler tells the command, and starts its ten seconds. */
   if (cli.child && !cli.end_wanted) raise(SIGTERM);
   while (cli.child && !cli.stopping)
     poll(NULL, 0, 100);

@@ -11999,14 +11999,14 @@ static int cli_first_volume(void *arg, const struct nbdserve_cas_info *info) {
   return !info->partial;
 }
 
-/* Ends the process when the store at path turns out to be served by another
- * one, to which the job is connected.  For -s STORE:: that process serves our
- * client, on our standard streams, and we wait until it has.  It knows nothing
- * of most options, nor of other targets, so these are refused.  Otherwise it
- * only says where it serves the store; it may be stuck, so we do not wait for
- * long. */
-static void cli_turn_to_server(const char *path, const char *volume,
-                               struct cli_job *job) {
+/* What is done when the store at path turns out to be served by another
+ * process, to which the job is connected.  For -s STORE:: that process serves
+ * our client, on our standard streams, and we wait until it has.  It knows
+ * nothing of most options, nor of other targets, so these are refused.
+ * Otherwise it only says where it serves the store; it may be stuck, so we do
+ * not wait for long.  Returns the exit status. */
+static int cli_turn_to_server(const char *path, const char *volume,
+                              struct cli_job *job) {
   int passes = opt[OPT_STDIN].given && !*volume;
   assert(job->client >= 0 && !cli.cas);
   job->verb = cli_find_verb(passes ? "serve" : "uri");
@@ -12014,12 +12014,12 @@ static void cli_turn_to_server(const char *path, const char *volume,
     cli_refuse(~(BIT(STDIN) | BIT(QUIET) | BIT(VERBOSE) | BIT(JSON)),
                "not for a store that another process serves:", path);
     if (cli.ntargets > 1) cli_usage("%s: another process serves it", path);
-    exit(cli_run_remote(job, -1));
+    return cli_run_remote(job, -1);
   }
   cli_say("%s: in use by a server; stop or use it.  URI, process id:", path);
   job->fds.output = 2; /* standard output is for our own URI */
   cli_run_remote(job, 2000);
-  exit(CLI_IN_USE);
+  return CLI_IN_USE;
 }
 
 /* Opens a volume or snapshot of a store.  Before it opens the store, if that is
@@ -12044,7 +12044,7 @@ static int cli_open_volume(const char *path, const char *name,
   if (cli.cas && !cli_are_same(path, cli.store))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
   int err = cli.cas ? 0 : cli_open_store(path, how | CAS_KICK_LATER, &remote);
-  if (remote.client >= 0) cli_turn_to_server(path, name, &remote);
+  if (remote.client >= 0) exit(cli_turn_to_server(path, name, &remote));
   if (err) return err;
   /* Now the store is ours, so a STORE.ctl that is there is a leftover. */
   assert(cli.cas && *cli.ctl_path);

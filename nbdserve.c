@@ -12311,13 +12311,15 @@ static int cli_run_on_store(struct cli_job *job, const char *store) {
   return status;
 }
 
-/* The options that a command takes, a BIT for each */
+/* The options that a command takes, a BIT for each.  A command behind "--" is
+ * noted as --run; that option itself is for servers. */
 static uint64_t cli_options_of(const struct cli_verb *verb) {
   uint64_t allowed =
       BIT(JSON) | BIT(NO_VERIFY) | BIT(STALL) | BIT(QUIET) | BIT(VERBOSE);
   if (verb->flags & VERB_DRY_RUN) allowed |= BIT(DRY_RUN);
   if (verb->open == NBDSERVE_CAS_REPAIR) allowed |= BIT(ACCEPT_LOSS);
-  if (verb->flags & VERB_PEER && cli.command) allowed |= BIT(RUN);
+  if (verb->flags & VERB_PEER && cli.command && !opt[OPT_RUN].text)
+    allowed |= BIT(RUN);
   return allowed;
 }
 

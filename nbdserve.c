@@ -10454,8 +10454,8 @@ static struct {
   /* N of /dev/nbdN, and whose it is: the target */
   uint32_t device;
   char owner[OS_NBD_OWNER]; /* one that is cut is still its own */
-  /* The kernel has a socket, or is about to get it.  It is guarded by
-   * server->lock; the signal handler reads it. */
+  /* The kernel has a socket, or is about to get it.  Whoever sees that this is
+   * over writes 0; the signal handler reads it. */
   volatile sig_atomic_t is_connected;
   /* When a signal came while the device was in use, in os_now_ms, or 0 */
   int64_t refused_ms;
@@ -11136,6 +11136,18 @@ static void cli_help_option(int id) {
   const struct cli_option *o = &cli_options[id];
   const char letter[] = {'-', o->letter, ',', '\0'};
   printf("  %3s --%-19s %s\n", o->letter ? letter : "", o->name, o->help);
+}
+
+/* Adds to the numbers of threads and of long commands, and returns how many
+ * long ones there are then.  Whoever waits for the end is woken. */
+static int cli_count(int jobs, int longs) {
+  os_lock(&cli.server->lock);
+  cli.njobs += jobs;
+  int nlong = cli.nlong += longs;
+  assert(cli.njobs >= 0 && nlong >= 0);
+  os_wake_all(&cli.server->lock);
+  os_unlock(&cli.server->lock);
+  return nlong;
 }
 
 /* ---- Commands on stores ----------------------------------------------------
@@ -11848,18 +11860,6 @@ static int cli_receive(struct cli_job *job) {
   if (!job->operands || job->fds.messages < 0) return -EINVAL;
   err = io_recv_all(&io, (unsigned char *)job->operands, length);
   return err ? err : cli_split_operands(job);
-}
-
-/* Adds to the numbers of threads and of long commands, and returns how many
- * long ones there are then.  Whoever waits for the end is woken. */
-static int cli_count(int jobs, int longs) {
-  os_lock(&cli.server->lock);
-  cli.njobs += jobs;
-  int nlong = cli.nlong += longs;
-  assert(cli.njobs >= 0 && nlong >= 0);
-  os_wake_all(&cli.server->lock);
-  os_unlock(&cli.server->lock);
-  return nlong;
 }
 
 /* The thread of a command; the argument is the number of the connection.  A
@@ -12667,12 +12667,9 @@ static void *cli_serve_kernel(void *socket) {
   os_serve_writeback();
   nbdserve_serve(cli.server, fd, fd, cli.export_name);
   close(fd);
+  cli.is_connected = 0; /* before cli_serve goes on, and would disconnect it */
   nbdserve_stop(cli.server);
-  os_lock(&cli.server->lock);
-  cli.is_connected = 0;
-  cli.njobs--;
-  os_wake_all(&cli.server->lock);
-  os_unlock(&cli.server->lock);
+  cli_count(-1, 0);
   return NULL;
 }
 
@@ -12758,11 +12755,7 @@ static int cli_disconnect(int is_forced) {
   if (lost) cli_say("%s: %s; written data may be lost", path, strerror(-lost));
   close(fd);
   int err = os_tell_nbd(OS_NBD_DISCONNECT, cli.device, NULL);
-  os_lock(&cli.server->lock);
-  while (!err && cli.is_connected)
-    os_wait(&cli.server->lock);
-  cli.is_connected = 0;
-  os_unlock(&cli.server->lock);
+  cli.is_connected = 0; /* what the kernel has sent by then is still done */
   if (err) cli_say("%s: not disconnected: %s", path, strerror(-err));
   nbdserve_stop(cli.server);
   return lost;

@@ -11200,7 +11200,9 @@ enum cli_verb_flags {
   VERB_PEER = NBDSERVE_NO_CLIENT ? 0 : 1 << 7
 };
 
-#define CLI_VERSION (0x80000000u | NBDSERVE_VERSION_NUMBER)
+/* The upper bits change when the request does, or its descriptors: also between
+ * two versions, while the next one is being made. */
+#define CLI_VERSION (0xC0000000u | NBDSERVE_VERSION_NUMBER)
 
 /* A command while it is being done, by whichever process */
 struct cli_job {

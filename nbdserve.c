@@ -10354,8 +10354,8 @@ static struct {
 
   /* Whose it is: the target */
   char owner[OS_NBD_OWNER]; /* one that is cut is still its own */
-  /* The kernel has a socket, or is about to get it.  It is guarded by
-   * server->lock; the signal handler reads it. */
+  /* The kernel has a socket, or is about to get it.  Whoever sees that this is
+   * over writes 0; the signal handler reads it. */
   volatile sig_atomic_t is_connected;
   /* When a signal came while the device was in use, in os_now_ms, or 0 */
   int64_t refused_ms;
@@ -10393,9 +10393,11 @@ static struct {
   int ready_pipe;
 
   /* ---- What the signal handler writes.  Others read it, and write to it only
-   * while the signals are blocked.  (The exception is stats_wanted, which is
+   * while the signals are blocked, with two exceptions.  stats_wanted is
    * cleared before the totals are printed: a signal that comes in between gets
-   * them printed again.) */
+   * them printed again.  cli_disconnect takes the end back when the device is
+   * in use; signals that come meanwhile are one with the signal that asked for
+   * it. */
 
   /* SIGUSR1 has come. */
   volatile sig_atomic_t stats_wanted;
@@ -10930,6 +10932,18 @@ static void cli_help_option(int id) {
   printf("  %3s --%-19s %s\n", o->letter ? letter : "", o->name, o->help);
 }
 
+/* Adds to the numbers of threads and of long commands, and returns how many
+ * long ones there are then.  Whoever waits for the end is woken. */
+static int cli_count(int jobs, int longs) {
+  os_lock(&cli.server->lock);
+  cli.njobs += jobs;
+  int nlong = cli.nlong += longs;
+  assert(cli.njobs >= 0 && nlong >= 0);
+  os_wake_all(&cli.server->lock);
+  os_unlock(&cli.server->lock);
+  return nlong;
+}
+
 /* ---- Commands on stores ----------------------------------------------------
  * A store can be open in one process only, and that process does the command.
  * Usually it is us: the store is opened, the command done, and that is all.  If
@@ -10938,7 +10952,7 @@ static void cli_help_option(int id) {
  *   us                        the server
  *   connect to STORE.ctl  ->  cli_control accepts, starts a thread for it
  *   the request,
- *   two descriptors,
+ *   its descriptors,
  *   the operands          ->  cli_serve_job: cli_run_job, with its output and
  *                             its messages going straight to these descriptors
  *   exit with the status  <-  a byte: the exit status
@@ -10975,11 +10989,14 @@ enum cli_verb_flags {
   /* It gives a new name to something: each operand but the first. */
   VERB_NEW_NAME = 1 << 6,
   /* It may talk to another server: its last operand is the URI of that or, with
-   * a command behind "--" that speaks NBD on its standard streams, a name. */
-  VERB_PEER = 1 << 7
+   * a command behind "--" that speaks NBD on its standard streams, a name.
+   * Built without a client no command may. */
+  VERB_PEER = NBDSERVE_NO_CLIENT ? 0 : 1 << 7
 };
 
-#define CLI_VERSION (0x80000000u | NBDSERVE_VERSION_NUMBER)
+/* The upper bits change when the request does, or its descriptors: also between
+ * two versions, while the next one is being made. */
+#define CLI_VERSION (0xC0000000u | NBDSERVE_VERSION_NUMBER)
 
 /* A command while it is being done, by whichever process */
 struct cli_job {
@@ -11008,13 +11025,14 @@ struct cli_job {
   size_t nops;
   /* Where it writes to */
   struct {
-    /* Rows.  For import and export: the FILE. */
+    /* Rows.  For import and export: the FILE; for serve: what the client
+     * gets. */
     int output;
     /* Messages and progress */
     int messages;
-    /* Streams from and to a peer; else any two that are open */
+    /* A socket to a peer; for serve: what the client sends; else any that is
+     * open */
     int in;
-    int out;
   } fds;
   /* The connection between server and client, for both; else -1 */
   int client;
@@ -11176,10 +11194,19 @@ static int cli_do_list(struct cli_job *job) {
 }
 
 /* seal: gives a snapshot its id and prints that.  Until it was sealed all of it
- * has to be read, which takes long. */
+ * has to be read, which takes long.
+ *
+ * pull: makes the snapshot of one that another store has, before that.  What
+ * was pulled is sealed already, and is not read again. */
 static int cli_do_seal(struct cli_job *job) {
+  const char *name = job->ops->name;
   char id[72];
-  int err = nbdserve_cas_seal(cli.cas, job->ops->name, id, cli_progress, job);
+  int err = 0;
+#if !NBDSERVE_NO_CLIENT
+  if (job->verb->flags & VERB_PEER)
+    err = nbdserve_cas_pull(cli.cas, name, job->ops->to, &job->peer);
+#endif
+  if (!err) err = nbdserve_cas_seal(cli.cas, name, id, cli_progress, job);
   if (err) return err;
   assert(strncmp(id, "sha256-", 7) == 0);
   return cli_row(job, "%s\n", "{\"id\":\"%s\"}\n", id);
@@ -11208,17 +11235,6 @@ static int cli_damage_row(void *arg, const char *name, uint64_t off,
                  ",\"why\":\"%s\"}\n",
                  name, off, len, why);
 }
-
-#if !NBDSERVE_NO_CLIENT
-/* pull: makes a snapshot of one that another store has, and prints its id */
-static int cli_do_pull(struct cli_job *job) {
-  const char *name = job->ops->name;
-  char id[72];
-  int err = nbdserve_cas_pull(cli.cas, name, job->ops->to, &job->peer);
-  if (!err) err = nbdserve_cas_seal(cli.cas, name, id, NULL, NULL);
-  return err ? err : cli_row(job, "%s\n", "{\"id\":\"%s\"}\n", id);
-}
-#endif
 
 /* verify: a row for each range that is damaged; the exit status tells, too.
  * repair: the same for what remains damaged. */
@@ -11270,7 +11286,7 @@ static int cli_do_serve(struct cli_job *job) {
   if (err) return err;
   dup2(*cli.server->stop, *all->stop); /* it stops with the other one */
   all->lifeline = job->client;
-  err = nbdserve_serve(all, job->fds.in, job->fds.out, NULL);
+  err = nbdserve_serve(all, job->fds.in, job->fds.output, NULL);
   nbdserve_free(all);
   return err;
 }
@@ -11312,6 +11328,7 @@ static int cli_is_data(const struct nbdserve_export *v, uint64_t off,
                        uint64_t *end) {
   unsigned char extent[WIRE_EXT_EXTENT_LEN];
   struct nbdserve_extents x = {.align = 1, .max = 1, .each = sizeof extent};
+  assert(off < v->size);
   x.left = v->size - off;
   x.data = extent;
   *end = v->size;
@@ -11321,53 +11338,20 @@ static int cli_is_data(const struct nbdserve_export *v, uint64_t off,
   return !(x.last_status & NBDSERVE_EXTENT_ZERO);
 }
 
-/* Copies between FILE and a volume, IO_UNIT bytes at a time, which is a whole
- * number of blocks of every size.  What is written to FILE goes from front to
- * back, as it may be a pipe.  can_skip: holes are not copied, as the other side
- * is one hole already.  is_stream: FILE is a pipe that is read, so it has no
- * size, and its end becomes that of the volume. */
-static int cli_copy(struct cli_job *job, struct nbdserve_export *v,
-                    int can_skip, int is_stream) {
-  int file = job->fds.output;
-  int imports = (job->verb->flags & VERB_READS_FILE) != 0;
-  int is_data = 0;
-  uint64_t end = 0; /* of the data or hole that we are in */
-  uint64_t n = 0;
-  unsigned char *buffer = NBDSERVE_MALLOC(IO_UNIT);
-  int err = buffer ? 0 : -ENOMEM;
-  for (uint64_t off = 0; off < v->size && !err; off += n) {
-    if (off >= end)
-      is_data = imports ? os_is_data(file, off, v->size, &end)
-                        : cli_is_data(v, off, &end);
-    int is_skipped = can_skip && !is_data;
-    n = is_skipped ? end - off : u_min(end - off, IO_UNIT);
-    if (cli_progress(job, is_stream ? 0 : off, v->size)) err = -ECANCELED;
-    if (imports) lseek(file, (off_t)off, SEEK_SET); /* or it is a stream */
-    if (is_skipped && !imports) lseek(file, (off_t)n, SEEK_CUR);
-    if (is_skipped || err) continue;
-    uint64_t wanted = n;
-    err = imports ? cli_move(job, file, POLLIN, buffer, &n)
-                  : v->ops->read(v->ctx, buffer, off, n, 0);
-    if (!err && n < wanted && !is_stream) err = -EIO; /* it has been cut */
-    if (n < wanted) v->size = off + n;
-    if (err || !n) break;
-    err = imports ? v->ops->write(v->ctx, buffer, off, n, 0)
-                  : cli_write(job, file, buffer, n);
-  }
-  NBDSERVE_FREE(buffer);
-  assert(err <= 0);
-  return err;
-}
-
 /* export: writes a volume or snapshot to a FILE, which gets its size, or to
  * standard output, behind what may be there already.  Whoever gave the command
  * makes it durable: cli_run_on_store.
  *
- * import: makes a volume of a file, or of a pipe.  If that fails, at whatever
- * point, there is no volume afterwards.
+ * import: makes a volume of a file, or of a stream, as a pipe is: that has no
+ * size, and its end becomes that of the volume.  If an import fails, at
+ * whatever point, there is no volume afterwards.
  *
- * Holes are skipped in a new volume, and in a file that can be given its size;
- * not on standard output, where something may stand before. */
+ * Both copy IO_UNIT bytes at a time, which is a whole number of blocks of every
+ * size, from front to back.  Where can_skip is set, holes are not copied, as
+ * the other side is one hole already: a new volume, or a file that can be given
+ * its size.  Then the position in the file is that in the volume.  Standard
+ * output is another matter: something may stand before, and it may be a
+ * pipe. */
 static int cli_do_copy(struct cli_job *job) {
   const uint64_t most = UINT64_C(1) << 50; /* bytes of a volume */
   struct nbdserve_export v = {.name = NULL};
@@ -11376,22 +11360,53 @@ static int cli_do_copy(struct cli_job *job) {
   off_t size = imports ? lseek(file, 0, SEEK_END) : 0;
   int is_stream = size < 0;
   int can_skip = imports ? !is_stream : strcmp(job->ops->to, "-") != 0;
+  int is_data = 0;
+  uint64_t end = 0; /* of the data or hole that we are in */
+  uint64_t n = 0;
+  unsigned char *buffer = NBDSERVE_MALLOC(IO_UNIT);
   int err = imports ? nbdserve_cas_begin(cli.cas, job->ops->name,
                                          is_stream ? most : (uint64_t)size, &v)
                     : nbdserve_cas_volume(cli.cas, job->ops->name, &v);
+  if (!err && !buffer) err = -ENOMEM;
   if (!err && !imports && can_skip && ftruncate(file, (off_t)v.size) < 0) {
     if (errno == EFBIG) err = -EFBIG; /* others: a device or pipe has no size */
     can_skip = 0;
   }
-  if (!err) err = cli_copy(job, &v, can_skip, is_stream);
+  for (uint64_t off = 0; off < v.size && !err; off += n) {
+    /* Ask once for each run of data and each hole: some file systems take long
+     * to answer. */
+    if (off >= end)
+      is_data = imports ? os_is_data(file, off, v.size, &end)
+                        : cli_is_data(&v, off, &end);
+    /* Of a stream nobody knows how much is left: it has no progress to show. */
+    if (cli_progress(job, is_stream ? 0 : off, v.size)) err = -ECANCELED;
+    assert(end > off);
+    n = end - off; /* a hole is skipped as a whole */
+    if (err || (can_skip && !is_data)) continue;
+    uint64_t wanted = u_min(n, IO_UNIT);
+    n = wanted;
+    if (can_skip) lseek(file, (off_t)off, SEEK_SET);
+    err = imports ? cli_move(job, file, POLLIN, buffer, &n)
+                  : v.ops->read(v.ctx, buffer, off, n, 0);
+    if (!err && n < wanted && !is_stream) err = -EIO; /* it has been cut */
+    if (n < wanted) v.size = off + n;
+    if (err || !n) break;
+    err = imports ? v.ops->write(v.ctx, buffer, off, n, 0)
+                  : cli_write(job, file, buffer, n);
+  }
+  NBDSERVE_FREE(buffer);
+  assert(err <= 0);
+  /* A stream that fills the largest volume may go on behind it. */
   if (!err && is_stream && v.size == most) err = -EFBIG;
-  if (!imports && v.ops) v.ops->close(v.ctx);
-  int finish_err =
-      imports && v.ops ? nbdserve_cas_finish(cli.cas, &v, !err) : 0;
+  if (!v.ops) return err; /* it was not opened */
+  if (!imports) v.ops->close(v.ctx);
+  int finish_err = imports ? nbdserve_cas_finish(cli.cas, &v, !err) : 0;
   return err ? err : finish_err;
 }
 
-/* ---- The table ---- */
+/* ---- The table ----
+ * init comes first.  Where the names are in a command line they are commands,
+ * but for serve, which cli_turn_to_server sends. */
 
 /* clang-format off */
 static const struct cli_verb cli_verbs[] = {
@@ -11424,11 +11439,11 @@ static const struct cli_verb cli_verbs[] = {
     {"verify", "STORE", "check all data; print what is damaged",
      cli_do_verify, 0, 0, VERB_LONG | VERB_ROWS, NBDSERVE_CAS_READONLY, 0},
     {"repair", "STORE [FROM]", "mend what it can; print what it cannot",
-     cli_do_verify, 0, 1, VERB_LONG | VERB_ROWS | VERB_PEER,
+     cli_do_verify, 0, !NBDSERVE_NO_CLIENT, VERB_LONG | VERB_ROWS | VERB_PEER,
      NBDSERVE_CAS_REPAIR, 0},
 #if !NBDSERVE_NO_CLIENT
     {"pull", "STORE::VOLUME@SNAP FROM", "get a sealed snapshot from elsewhere",
-     cli_do_pull, 2, 2, VERB_LONG | VERB_PEER, 0, 0},
+     cli_do_seal, 2, 2, VERB_LONG | VERB_PEER, 0, 0},
 #endif
     {"gc", "STORE", "give unused space back; print its bytes",
      cli_do_gc, 0, 0, VERB_LONG, 0, 0},
@@ -11456,7 +11471,16 @@ static int cli_compare_ops(const void *a, const void *b) {
 }
 
 /* Makes the ops of a job from its operands: one for each operand or, if the
- * command needs two, for the first with each of the others, or at least one.
+ * command needs two, for the first with each of the others, or at least one:
+ *
+ *   rm a b         a; b                  (what is a name and what is `to`)
+ *   clone a b c    a to b; a to c
+ *   resize a 1G    a to 1G, with 1G as the size
+ *   list           one op without a name
+ *
+ * Both sides do this: we, to tell of a mistake before the store is opened, and
+ * the server with what it was sent.
+ *
  * Returns 0 or -errno; the ops are freed with the job.  -EINVAL: too few or too
  * many operands.  -EDOM: the last one is not a size. */
 static int cli_split_operands(struct cli_job *job) {
@@ -11478,6 +11502,7 @@ static int cli_split_operands(struct cli_job *job) {
     if (!(verb->flags & VERB_SIZE) || !n) continue;
     if (!u_parse_number(p, INT64_MAX, &op->size)) return -EDOM;
   }
+  assert(job->nops > 0 && job->nops <= (size_t)n + 1);
   if (verb->change == NBDSERVE_CAS_RM) /* users need not think of the order */
     qsort(job->ops, job->nops, sizeof *job->ops, cli_compare_ops);
   return 0;
@@ -11489,7 +11514,9 @@ static int cli_is_id(const struct cli_verb *verb, const char *name) {
 }
 
 /* Turns the error of a command into a text.  nbdserve.h gives some of them a
- * meaning of their own. */
+ * meaning of their own.  -EINVAL says nothing but that a name or size cannot be
+ * right: what is wrong with it is found out here, from what the command is to
+ * do, and `name` is the one that it is about. */
 static const char *cli_why(const struct cli_verb *verb,
                            const struct nbdserve_cas_op *op, int err) {
   int change = verb->change;
@@ -11512,13 +11539,13 @@ static const char *cli_why(const struct cli_verb *verb,
   if (err != -EINVAL) return strerror(-err);
   if (cli_is_id(verb, op->name))
     return "several snapshots have that id, or it cannot be used here";
+  if (verb->flags & VERB_PEER)
+    return "a snapshot is called VOLUME@NAME, each 1 to 166 bytes without "
+           "/ @ \" \\";
   if (change == NBDSERVE_CAS_ROLLBACK || verb->run == cli_do_seal)
     return "not a snapshot: that is VOLUME@NAME";
   if (change == NBDSERVE_CAS_RESIZE && at) return "a snapshot keeps its size";
   int is_snapshot = strchr(op->name, '@') && change != NBDSERVE_CAS_CLONE;
-  if (verb->flags & VERB_PEER)
-    return "a snapshot is called VOLUME@NAME, each 1 to 166 bytes without "
-           "/ @ \" \\";
   if ((change == NBDSERVE_CAS_SNAPSHOT || is_snapshot) && !at)
     return "a snapshot is called VOLUME@NAME";
   if (!cas_is_name(at ? at + 1 : name))
@@ -11539,12 +11566,14 @@ static int cli_run_job(struct cli_job *job) {
   assert(job->nops > 0 && !job->nrows && !job->lost && !job->shown_ms);
   job->begun_ms = os_now_ms();
   job->peer = (struct nbdserve_peer){.in_fd = job->fds.in,
-                                     .out_fd = job->fds.out,
+                                     .out_fd = job->fds.in,
                                      .stall_ms = cli.server->config.stall_ms,
                                      .progress = cli_progress,
                                      .arg = job};
   int err = job->verb->run(job);
   cli_hide_progress(job);
+  /* A list that has failed before its first row is no JSON at all; one that
+   * fails later is closed, and the exit status tells that it is not whole. */
   if (*end && !job->nrows) end = err ? "" : "[]\n";
   if (!job->lost) job->lost = cli_write(job, job->fds.output, end, strlen(end));
   if (job->lost) err = job->lost;
@@ -11564,11 +11593,11 @@ static int cli_run_job(struct cli_job *job) {
 
 /* ---- Commands over the control socket ----------------------------------- */
 
-/* Sends the request of a job to the other side of the connection, with its two
+/* Sends the request of a job to the other side of the connection, with its
  * descriptors, of which the server gets duplicates, or receives such a message.
  * What is received comes in one go.  Where no descriptor has come there stays
  * -1, as the system writes over what we have put into the message only what it
- * has got.  There is room for two: if somebody sends more, the system closes
+ * has got.  There is room for these: if somebody sends more, the system closes
  * the rest.  Returns 0 or -errno. */
 static int cli_pass(struct cli_job *job, int sends) {
   const socklen_t len = CMSG_LEN(sizeof job->fds);
@@ -11604,8 +11633,10 @@ static int cli_run_remote(struct cli_job *job, int ms) {
   return status;
 }
 
-/* Receives a job, within IO_GRACE_MS.  Returns 0, or -errno if it makes no
- * sense: no system has command lines of more than 8 MiB. */
+/* Receives a job, within IO_GRACE_MS, so that somebody who connects and says
+ * nothing does not keep a thread.  Only the owner of the store and root can
+ * connect, but nothing of what they send is believed.  Returns 0, or -errno if
+ * it makes no sense: no system has command lines of more than 8 MiB. */
 static int cli_receive(struct cli_job *job) {
   struct io io = {.in = job->client, .out = job->client};
   io.stop = *cli.server->stop;
@@ -11614,38 +11645,27 @@ static int cli_receive(struct cli_job *job) {
   int err = io_wait_input(&io, io.deadline);
   if (!err) err = cli_pass(job, 0);
   size_t length = job->request.length;
-  if (err || job->request.version != CLI_VERSION ||
-      job->request.verb >= COUNT_OF(cli_verbs) || length > 8 << 20)
-    return -EINVAL;
+  if (err || job->request.version != CLI_VERSION || length > 8 << 20 ||
+      !job->request.verb || job->request.verb >= COUNT_OF(cli_verbs))
+    return -EINVAL; /* 0: init, which is for no store that there is */
   job->verb = &cli_verbs[job->request.verb];
   job->operands = u_zalloc(length + 1);
-  if (!job->operands || !job->verb->run || job->fds.messages < 0)
-    return -EINVAL;
-  if (length) err = io_recv_all(&io, (unsigned char *)job->operands, length);
+  assert(job->verb->run);
+  if (!job->operands || job->fds.messages < 0) return -EINVAL;
+  err = io_recv_all(&io, (unsigned char *)job->operands, length);
   return err ? err : cli_split_operands(job);
-}
-
-/* Adds to the numbers of threads and of long commands, and returns how many
- * long ones there are then.  Whoever waits for the end is woken. */
-static int cli_count(int jobs, int longs) {
-  os_lock(&cli.server->lock);
-  cli.njobs += jobs;
-  int nlong = cli.nlong += longs;
-  assert(cli.njobs >= 0 && nlong >= 0);
-  os_wake_all(&cli.server->lock);
-  os_unlock(&cli.server->lock);
-  return nlong;
 }
 
 /* The thread of a command; the argument is the number of the connection.  A
  * request that makes no sense is dropped without an answer.  A client that has
  * gone needs none. */
 static void *cli_serve_job(void *client) {
-  struct cli_job job = {.fds = {-1, -1, -1, -1},
-                        .client = (int)(intptr_t)client};
+  struct cli_job job = {.fds = {-1, -1, -1}, .client = (int)(intptr_t)client};
   unsigned char status = CLI_FAILED;
   assert(job.client >= 0 && cli.cas);
   if (cli_receive(&job) == 0) {
+    /* It counts itself first: of two that come together as number 16 and 17 one
+     * is refused. */
     int is_long = (job.verb->flags & VERB_LONG) != 0;
     if (cli_count(0, is_long) <= 16 || !is_long)
       status = (unsigned char)cli_run_job(&job);
@@ -11658,7 +11678,6 @@ static void *cli_serve_job(void *client) {
   close(job.fds.output); /* closing -1 does no harm */
   close(job.fds.messages);
   close(job.fds.in);
-  close(job.fds.out);
   close(job.client);
   NBDSERVE_FREE(job.operands);
   NBDSERVE_FREE(job.ops);
@@ -11704,10 +11723,10 @@ static int cli_are_same(const char *path, const char *other) {
  * everybody may make files a stranger who can read the store could lock it,
  * listen there, and get our descriptors.  A server runs as the owner of the
  * store, as ourselves, or as root. */
-static int cli_open_store(const char *path, uint32_t flags,
-                          struct cli_job *job) {
-  struct nbdserve_cas_options options = {.flags = flags};
+static int cli_open_store(const char *path, uint32_t how, struct cli_job *job) {
+  struct nbdserve_cas_options options = {.flags = how};
   int64_t until = os_now_ms() + 3000;
+  struct nbdserve_cas_stat found;
   struct stat st;
   struct stat ctl;
   assert(!cli.cas && job->client < 0);
@@ -11719,6 +11738,7 @@ static int cli_open_store(const char *path, uint32_t flags,
   snprintf(cli.ctl_path, sizeof cli.ctl_path, "%s.ctl", cli.store);
   do {
     err = nbdserve_cas_open(path, &options, &cli.cas);
+    /* An image that somebody serves is locked, too. */
     if (err == -EBUSY && !cli_is_store(path)) err = -EINVAL;
     if (err != -EBUSY) break;
     if (lstat(cli.ctl_path, &ctl) == 0 && ctl.st_uid != st.st_uid &&
@@ -11732,27 +11752,27 @@ static int cli_open_store(const char *path, uint32_t flags,
   if (err == -EOPNOTSUPP)
     cli_failed("%s: a store of another format version than 2", path);
   if (err == -EUCLEAN &&
-      flags & (NBDSERVE_CAS_ACCEPT_LOSS | NBDSERVE_CAS_READONLY))
+      how & (NBDSERVE_CAS_ACCEPT_LOSS | NBDSERVE_CAS_READONLY))
     cli_die(CLI_DAMAGED, "%s: damaged beyond repair", path);
   if (err == -EUCLEAN)
     cli_die(CLI_DAMAGED, "%s: damaged; `nbdserve repair %s%s` goes on", path,
-            flags & NBDSERVE_CAS_REPAIR ? "--accept-loss " : "", path);
+            how & NBDSERVE_CAS_REPAIR ? "--accept-loss " : "", path);
   assert(!err == !!cli.cas);
-  if (err) return err;
-  struct nbdserve_cas_stat stat;
-  nbdserve_cas_stat(cli.cas, &stat);
-  if (stat.damaged)
+  if (!err) nbdserve_cas_stat(cli.cas, &found);
+  if (!err && found.damaged)
     cli_say("%s: damaged, something may be missing (verify names it)", path);
-  return 0;
+  return err;
 }
 
-/* Starts the thread that takes commands.  This comes after --fork and after the
- * command was started: from now on the process makes no other one, which would
- * inherit the descriptors that come with commands.  Without the thread nobody
- * would answer at STORE.ctl, and a command would wait for ever; so the socket
- * is closed.  A read-only server takes no commands: next to it the store can be
- * opened by other readers. */
+/* Starts the threads of a store that is served: what the store itself does in
+ * the background, and what takes commands.  This comes after --fork and after
+ * the command was started: from now on the process makes no other one, which
+ * would inherit the descriptors that come with commands.  Without the thread
+ * nobody would answer at STORE.ctl, and a command would wait for ever; so the
+ * socket is closed.  A read-only server takes no commands: next to it the store
+ * can be opened by other readers. */
 static void cli_start_control(void) {
+  if (cli.cas) cas_kick(cli.cas);
   if (!cli.ctl) return;
   cli_count(1, 0); /* cli_control */
   int err = cli.ctl < 0 ? cli.ctl : os_thread(cli_control, NULL);
@@ -11765,50 +11785,35 @@ static void cli_start_control(void) {
 
 /* Takes note of the first volume, for the URI: an nbdserve_list_fn that ends
  * the list. */
-static int cli_first_volume(void *unused,
-                            const struct nbdserve_cas_info *info) {
+static int cli_first_volume(void *arg, const struct nbdserve_cas_info *info) {
   static char name[WIRE_STRING_MAX];
-  (void)unused;
+  (void)arg;
   snprintf(name, sizeof name, "%s", info->name);
   if (!info->partial) cli.export_name = name;
   return !info->partial;
 }
 
-/* Says where the store at path is served: by the process that we are connected
- * to.  Returns the exit status. */
-static int cli_say_where(const char *path, struct cli_job *job) {
-  job->verb = cli_find_verb("uri");
-  job->fds.output = job->fds.messages = 2;
-  cli_say("%s: in use by a server; stop or use it.  URI, process id:", path);
-  cli_run_remote(job, 2000); /* it may be stuck */
-  return CLI_IN_USE;
-}
-
-/* Does -s STORE:: for a store that another process serves: that process serves
+/* What is done when the store at path turns out to be served by another
+ * process, to which the job is connected.  For -s STORE:: that process serves
  * our client, on our standard streams, and we wait until it has.  It knows
- * nothing of most options, nor of other targets, so these are refused.  Returns
- * the exit status. */
-static int cli_pass_client(const char *path, struct cli_job *job) {
-  cli_refuse(~(BIT(STDIN) | BIT(QUIET) | BIT(VERBOSE) | BIT(JSON)),
-             "not for a store that another process serves:", path);
-  if (cli.ntargets > 1) cli_usage("%s: another process serves it", path);
-  job->verb = cli_find_verb("serve");
-  job->fds.output = job->fds.messages = 2;
-  job->fds.in = 0;
-  job->fds.out = 1;
-  return cli_run_remote(job, -1);
-}
-
-/* --changes: ends the process if the volume has no such context. */
-static void cli_check_context(const struct nbdserve_export *ex) {
-  char name[WIRE_STRING_MAX + 1];
-  uint32_t number = 0;
-  do
-    number = ex->ops->next_context(ex->ctx, number, name);
-  while (number && strcmp(name, cli_context) != 0);
-  if (!number)
-    cli_failed("--changes %s: no other snapshot of the target is called so",
-               opt[OPT_CHANGES].text);
+ * nothing of most options, nor of other targets, so these are refused.
+ * Otherwise it only says where it serves the store; it may be stuck, so we do
+ * not wait for long.  Returns the exit status. */
+static int cli_turn_to_server(const char *path, const char *volume,
+                              struct cli_job *job) {
+  int passes = opt[OPT_STDIN].given && !*volume;
+  assert(job->client >= 0 && !cli.cas);
+  job->verb = cli_find_verb(passes ? "serve" : "uri");
+  if (passes) {
+    cli_refuse(~(BIT(STDIN) | BIT(QUIET) | BIT(VERBOSE) | BIT(JSON)),
+               "not for a store that another process serves:", path);
+    if (cli.ntargets > 1) cli_usage("%s: another process serves it", path);
+    return cli_run_remote(job, -1);
+  }
+  cli_say("%s: in use by a server; stop or use it.  URI, process id:", path);
+  job->fds.output = 2; /* standard output is for our own URI */
+  cli_run_remote(job, 2000);
+  return CLI_IN_USE;
 }
 
 /* Opens a volume or snapshot of a store.  Before it opens the store, if that is
@@ -11818,33 +11823,45 @@ static void cli_check_context(const struct nbdserve_export *ex) {
  * socket, or the directory read-only) the store is served all the same, and
  * cli_start_control says what that means.
  *
+ * With --changes the volume gets only that context besides base:allocation, and
+ * it has to be there.
+ *
  * With the name "" the server finds and lists all that is in the store, also
  * what is made later, and *ex stays as it is.  If it is the only target, the
  * URI names its first volume. */
 static int cli_open_volume(const char *path, const char *name,
                            struct nbdserve_export *ex) {
   uint32_t how = opt[OPT_READ_ONLY].given ? NBDSERVE_CAS_READONLY : 0;
-  struct cli_job remote = {.client = -1};
+  struct cli_job remote = {.fds = {1, 2, 0}, .client = -1};
+  char context[WIRE_STRING_MAX + 1];
+  uint32_t number = 0;
   if (cli.cas && !cli_are_same(path, cli.store))
     cli_failed("%s: one store at a time: %s is open", path, cli.store);
   int err = cli.cas ? 0 : cli_open_store(path, how | CAS_KICK_LATER, &remote);
-  if (err && remote.client >= 0 && opt[OPT_STDIN].given && !*name)
-    exit(cli_pass_client(path, &remote));
-  if (err && remote.client >= 0) exit(cli_say_where(path, &remote));
+  if (remote.client >= 0) exit(cli_turn_to_server(path, name, &remote));
   if (err) return err;
+  /* Now the store is ours, so a STORE.ctl that is there is a leftover. */
+  assert(cli.cas && *cli.ctl_path);
   mode_t mask = umask(0177);
   if (!cli.ctl && !how && !NBDSERVE_NO_THREADS)
     cli.ctl = srv_unix_socket(cli.ctl_path, SRV_LISTEN);
   umask(mask);
   if (cli.ctl > 0) lstat(cli.ctl_path, &cli.ctl_st);
-  if (*name) {
-    err = nbdserve_cas_volume(cli.cas, name, ex);
-    if (!err && ex->contexts) cli_check_context(ex);
-    return err;
+  if (!*name) {
+    cli.server->config.find = cli_find_volume;
+    cli.server->config.list = cli_list_volumes;
+    if (cli.ntargets == 1) nbdserve_cas_list(cli.cas, cli_first_volume, NULL);
+    return 0;
   }
-  cli.server->config.find = cli_find_volume;
-  cli.server->config.list = cli_list_volumes;
-  if (cli.ntargets == 1) nbdserve_cas_list(cli.cas, cli_first_volume, NULL);
+  err = nbdserve_cas_volume(cli.cas, name, ex);
+  if (err || !ex->contexts) return err;
+  /* It must be one of those that the volume would have without that. */
+  do
+    number = ex->ops->next_context(ex->ctx, number, context);
+  while (number && strcmp(context, cli_context) != 0);
+  if (!number)
+    cli_failed("--changes %s: no other snapshot of the target is called so",
+               opt[OPT_CHANGES].text);
   return 0;
 }
 
@@ -11867,11 +11884,13 @@ static char *cli_take_store(const struct cli_verb *verb) {
   char *first = cli.ntargets ? *cli.targets : NULL;
   char *colons = first ? strstr(first, "::") : NULL;
   uint64_t size;
+  /* In `init 64K` the word would do as the path of a store, too. */
   int is_size = !verb->run && cli.ntargets == 1 && fallback &&
                 u_parse_number(first, INT64_MAX, &size);
   if (!first || (!colons && (verb->min || is_size))) return fallback;
   if (colons) *colons = '\0';
   if (colons) *cli.targets = colons + 2;
+  /* A name where the command takes none stays: it is one operand too many. */
   if (!colons || (!verb->min && !colons[2])) {
     cli.targets++;
     cli.ntargets--;
@@ -11914,7 +11933,7 @@ static int cli_open_file(const char *file, int writes) {
   if (writes && is_standard) return 1;
   int fd = is_standard ? 0 : open(file, how);
   if (fd < 0 && (!writes || errno != ENOENT)) cli_exit_if_error(-errno, file);
-  fstat(fd, &st);
+  fstat(fd, &st); /* with -1 it stays as it is */
   if (writes && fd >= 0) cli_exit_if_error(os_lock_file(fd, 0), file);
   if (writes && cli_is_store(file))
     cli_failed("%s: a store; remove it first, or take another file", file);
@@ -11926,27 +11945,16 @@ static int cli_open_file(const char *file, int writes) {
   return cli_new_file(real ? real : file, fd >= 0 ? &st : NULL);
 }
 
-#if !NBDSERVE_NO_CLIENT
 /* ---- The peer of a command ---- */
-
-/* An NBD URI (doc/uri.md of NetworkBlockDevice/nbd) */
-struct cli_uri {
-  char name[WIRE_STRING_MAX + 1]; /* of the export */
-  char path[PATH_MAX];            /* of a unix socket; "": it is TCP */
-  char host[256];
-  char port[24]; /* it has room for any number */
-};
 
 /* Copies what stands up to `end` to out[size], with bytes for each %XX.  False:
  * there is no room, or it is malformed. */
 static int cli_decode(const char *p, const char *end, char *out, size_t size) {
-  unsigned byte;
   for (; p < end && size > 1; p++, size--) {
     *out = *p;
     if (*p == '%') {
       if (strspn(p + 1, "0123456789abcdefABCDEF") < 2) return 0;
-      sscanf(p + 1, "%2x", &byte);
-      *out = (char)byte;
+      sscanf(p + 1, "%2hhx", (unsigned char *)out);
       p += 2;
     }
     if (!*out++) return 0;
@@ -11955,49 +11963,57 @@ static int cli_decode(const char *p, const char *end, char *out, size_t size) {
   return p == end;
 }
 
-/* Takes a URI to pieces; one that is none ends the process. */
-static void cli_parse_uri(const char *uri, struct cli_uri *u) {
+/* Connects to the server that an NBD URI (doc/uri.md of NetworkBlockDevice/nbd)
+ * names, or ends the process.  The operand is the URI, and becomes the name of
+ * the export in it, which must not be empty if the command needs_name.  Returns
+ * a descriptor.
+ *
+ * The URI is read from front to back: p is at its host, slash at the end of
+ * that, query at its "?", and what is missing is at its end. */
+static int cli_connect_uri(char **operand, int needs_name) {
+  static char name[WIRE_STRING_MAX + 1];
+  const char *uri = *operand;
+  char path[PATH_MAX] = ""; /* of a unix socket; "": it is TCP */
+  char host[256] = "";      /* "": this machine */
+  char digits[24] = "";
+  uint64_t port = 10809; /* also if nothing stands behind the colon */
+  int fd = -EAFNOSUPPORT;
   int is_unix = strncmp(uri, "nbd+unix://", 11) == 0;
-  const char *p = uri + (is_unix ? 11 : 6); /* user and host */
+  const char *p = uri + (is_unix ? 11 : 6);
   int is_good = is_unix || strncmp(uri, "nbd://", 6) == 0;
   const char *slash = is_good ? p + strcspn(p, "/?") : uri;
   const char *query = slash + strcspn(slash, "?");
   const char *end = query + strlen(query);
   is_good = is_good && !strpbrk(query, "&#") &&
-            cli_decode(slash + (*slash == '/'), query, u->name, sizeof u->name);
+            cli_decode(slash + (*slash == '/'), query, name, sizeof name);
   if (is_unix) {
     is_good = is_good && slash == p && strncmp(query, "?socket=", 8) == 0 &&
-              cli_decode(query + 8, end, u->path, sizeof u->path) && *u->path;
+              cli_decode(query + 8, end, path, sizeof path) && *path;
   } else if (is_good) {
-    uint64_t port = 10809; /* also if nothing stands behind the colon */
     int bracket = *p == '[';
     const char *colon = p + strcspn(p, bracket ? "]/?" : ":/?");
     is_good = query == end && (!bracket || *colon == ']') &&
-              cli_decode(p + bracket, colon, u->host, sizeof u->host);
+              cli_decode(p + bracket, colon, host, sizeof host);
     colon += bracket;
     if (is_good && colon < slash)
       is_good = *colon == ':' &&
-                cli_decode(colon + 1, slash, u->port, sizeof u->port) &&
-                (!*u->port || u_parse_number(u->port, 65535, &port)) && port;
-    snprintf(u->port, sizeof u->port, CLI_N, port);
+                cli_decode(colon + 1, slash, digits, sizeof digits) &&
+                (!*digits || u_parse_number(digits, 65535, &port)) && port;
   }
   if (!is_good)
     cli_usage("%s: not as nbd://HOST[:PORT]/NAME or "
               "nbd+unix:///NAME?socket=PATH",
               uri);
-}
-
-/* Connects to the server that a URI names, or ends the process.  Returns a
- * descriptor. */
-static int cli_connect_uri(const char *text, const struct cli_uri *u) {
-  int fd = -EAFNOSUPPORT;
-  if (*u->path) fd = srv_unix_socket(u->path, SRV_CONNECT);
+  if (needs_name && !*name) cli_usage("%s: no name behind it", uri);
+  *operand = name;
+  if (is_unix) fd = srv_unix_socket(path, SRV_CONNECT);
 #if !NBDSERVE_NO_TCP
   struct addrinfo hints = {.ai_socktype = SOCK_STREAM};
   struct addrinfo *all = NULL;
-  const char *host = *u->host ? u->host : NULL; /* NULL: this machine */
-  int err = *u->path ? 0 : getaddrinfo(host, u->port, &hints, &all);
-  if (err) cli_failed("%s: %s", text, gai_strerror(err));
+  snprintf(digits, sizeof digits, CLI_N, port);
+  int err =
+      is_unix ? 0 : getaddrinfo(*host ? host : NULL, digits, &hints, &all);
+  if (err) cli_failed("%s: %s", uri, gai_strerror(err));
   for (struct addrinfo *a = all; a && fd < 0; a = a->ai_next) {
     fd = socket(a->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd >= 0 && connect(fd, a->ai_addr, a->ai_addrlen) == 0) break;
@@ -12007,7 +12023,7 @@ static int cli_connect_uri(const char *text, const struct cli_uri *u) {
   }
   if (all) freeaddrinfo(all);
 #endif
-  if (fd < 0) cli_failed("%s: %s", text, strerror(-fd));
+  if (fd < 0) cli_failed("%s: %s", uri, strerror(-fd));
   os_setup_client(fd);
   return fd;
 }
@@ -12016,6 +12032,7 @@ static int cli_connect_uri(const char *text, const struct cli_uri *u) {
  * descriptor of them. */
 static int cli_start_peer(pid_t *pid) {
   int fd[2];
+  assert(cli.command && *cli.command);
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0)
     cli_exit_if_error(-errno, *cli.command);
   *pid = fork();
@@ -12031,34 +12048,6 @@ static int cli_start_peer(pid_t *pid) {
   return fd[0];
 }
 
-/* Waits for the end of that command, whose streams are closed by now.  If it
- * does not end within five seconds it gets SIGTERM, after ten SIGKILL.  When
- * the job has succeeded (status is 0) but the command has not, we say that. */
-static void cli_end_peer(pid_t pid, int status) {
-  int64_t begun = os_now_ms();
-  int wait_status = 0;
-  pid_t ended = pid;
-  for (int stage = 0; /* of five seconds each */
-       pid && (ended = waitpid(pid, &wait_status, WNOHANG)) == 0;) {
-    int now = (int)((os_now_ms() - begun) / 5000);
-    if (now > stage) kill(pid, stage ? SIGKILL : SIGTERM);
-    stage = now;
-    poll(NULL, 0, 20);
-  }
-  if (pid && ended == pid && !status && cli_exit_status(wait_status))
-    cli_say("%s: has ended with status %d", *cli.command,
-            cli_exit_status(wait_status));
-}
-#else
-struct cli_uri {
-  char name[1];
-};
-#define cli_parse_uri(uri, u) ((void)(uri), (void)(u))
-#define cli_connect_uri(text, u) ((void)(u), -1)
-#define cli_start_peer(pid) ((void)(pid), -1)
-#define cli_end_peer(pid, status) ((void)(pid), (void)(status))
-#endif
-
 /* Does a command on a store, here or at its server, and returns the exit
  * status.  --accept-loss is for a store that cannot be opened without it, so
  * there is no server to do that.
@@ -12066,20 +12055,24 @@ struct cli_uri {
  * From where a FILE is open signals end the command in order, and not before:
  * to open a FIFO waits for its other side.  After an export what was written is
  * made durable, where that can be (not in a pipe or terminal), and a regular
- * FILE appears. */
-static int cli_run_on_store(struct cli_job *job, const char *store,
-                            const char *last, const struct cli_uri *uri) {
+ * FILE appears.
+ *
+ * A peer that we have started ends when its streams are closed; one that does
+ * not within five seconds gets SIGTERM, after ten SIGKILL.  When our command
+ * has succeeded, but the peer has not, we say that. */
+static int cli_run_on_store(struct cli_job *job, const char *store) {
   unsigned flags = job->verb->flags;
   uint32_t how = job->verb->open;
+  const char *file = job->ops->to; /* if the command has one */
+  int wait_status = 0;
   pid_t pid = 0;
-  if (flags & VERB_READS_FILE && cli_are_same(store, last))
-    cli_usage("%s: the store itself, which grows while it is read", last);
+  assert(job->nops > 0 && job->client < 0 && !cli.cas);
+  if (flags & VERB_READS_FILE && cli_are_same(store, file))
+    cli_usage("%s: the store itself, which grows while it is read", file);
   if (opt[OPT_ACCEPT_LOSS].given) how |= NBDSERVE_CAS_ACCEPT_LOSS;
   if (flags & (VERB_READS_FILE | VERB_WRITES_FILE))
-    job->fds.output = cli_open_file(last, !(flags & VERB_READS_FILE));
-  if (job->request.peer)
-    job->fds.in = job->fds.out =
-        cli.command ? cli_start_peer(&pid) : cli_connect_uri(last, uri);
+    job->fds.output = cli_open_file(file, !(flags & VERB_READS_FILE));
+  if (cli.command) job->fds.in = cli_start_peer(&pid);
   cli_catch_signals(cli_on_signal);
   int err = cli_open_store(store, how, job);
   if (err == -EBUSY && job->client == -EACCES)
@@ -12090,52 +12083,56 @@ static int cli_run_on_store(struct cli_job *job, const char *store,
   if (err == -EBUSY && how & NBDSERVE_CAS_ACCEPT_LOSS)
     cli_die(CLI_IN_USE, "%s: is being served; stop the server first", store);
   if (err != -EBUSY) cli_exit_if_error(err, store);
+  /* With -EBUSY we are connected to the store's server. */
   int status = err ? cli_run_remote(job, -1) : cli_run_job(job);
   if (job->request.peer) close(job->fds.in);
-  cli_end_peer(pid, status);
+  for (int ms = 0; pid && waitpid(pid, &wait_status, WNOHANG) == 0; ms += 20) {
+    if (ms == 5000) kill(pid, SIGTERM);
+    if (ms == 10000) kill(pid, SIGKILL);
+    poll(NULL, 0, 20);
+  }
+  int peer_status = cli_exit_status(wait_status);
+  if (!status && peer_status)
+    cli_say("%s: has ended with status %d", *cli.command, peer_status);
   if (status || !(flags & VERB_WRITES_FILE)) return status;
+  /* The order: the data, then the name, then that the directory has it. */
   err = os_datasync(job->fds.output);
-  if (err != -EINVAL && err != -ENOTSUP) cli_exit_if_error(err, last);
+  if (err != -EINVAL && err != -ENOTSUP) cli_exit_if_error(err, file);
   if (!*cli.temp) return status;
   cli_put_new_file();
-  cli_exit_if_error(os_sync_new_file(job->fds.output, cli.path), last);
+  cli_exit_if_error(os_sync_new_file(job->fds.output, cli.path), file);
   return status;
 }
 
-/* The options that a command takes, a BIT for each */
+/* The options that a command takes, a BIT for each.  A command behind "--" is
+ * noted as --run; that option itself is for servers. */
 static uint64_t cli_options_of(const struct cli_verb *verb) {
   uint64_t allowed =
       BIT(JSON) | BIT(NO_VERIFY) | BIT(STALL) | BIT(QUIET) | BIT(VERBOSE);
   if (verb->flags & VERB_DRY_RUN) allowed |= BIT(DRY_RUN);
   if (verb->open == NBDSERVE_CAS_REPAIR) allowed |= BIT(ACCEPT_LOSS);
-  if (verb->flags & VERB_PEER && cli.command) allowed |= BIT(RUN);
+  if (verb->flags & VERB_PEER && cli.command && !opt[OPT_RUN].text)
+    allowed |= BIT(RUN);
   return allowed;
 }
 
-/* Finds out what peer a command is to talk to.  With a URI: returns it, and the
- * name in it takes its place as the last operand (repair, which needs no name,
- * loses the operand).  With a command behind "--" the last operand is that name
- * already, and NULL is returned. */
-static const char *cli_take_peer(struct cli_job *job, struct cli_uri *uri) {
+/* Finds out what peer a command is to talk to.  With a URI: connects to it, and
+ * the name in it takes its place as the last operand (repair, which needs no
+ * name, loses the operand).  With a command behind "--" the last operand is
+ * that name already; cli_run_on_store starts the command. */
+static void cli_take_peer(struct cli_job *job) {
   int most = job->verb->max; /* operands, with that */
-  const char *text = NULL;
+  char **last = cli.ntargets ? &cli.targets[cli.ntargets - 1] : NULL;
   job->request.peer = cli.command || cli.ntargets == most;
+  assert(most == 1 || most == 2);
   if (cli.command && !*cli.command) cli_usage("--: no command behind it");
-  if (cli.command && most == 1 && cli.ntargets)
-    cli_usage("%s: not together with a command", *cli.targets);
-  if (cli.command && cli.ntargets &&
-      strstr(cli.targets[cli.ntargets - 1], "://"))
-    cli_usage("%s: a name there, if there is a command",
-              cli.targets[cli.ntargets - 1]);
-  if (cli.ntargets != most) return NULL;
-  if (!cli.command) {
-    text = cli.targets[most - 1];
-    cli_parse_uri(text, uri);
-    if (most > 1 && !*uri->name) cli_usage("%s: no name behind it", text);
-    cli.targets[most - 1] = uri->name;
-  }
+  if (cli.command && most == 1 && last)
+    cli_usage("%s: not together with a command", *last);
+  if (cli.command && last && strstr(*last, "://"))
+    cli_usage("%s: a name there, if there is a command", *last);
+  if (cli.command || cli.ntargets != most) return;
+  job->fds.in = cli_connect_uri(last, most > 1);
   if (most == 1) cli.ntargets = 0; /* repair: the URI was all there is */
-  return text;
 }
 
 /* If the command line is a command on a store: does it, and ends the process.
@@ -12145,12 +12142,10 @@ static const char *cli_take_peer(struct cli_job *job, struct cli_uri *uri) {
  * The operands are put behind each other, as they go over the control
  * socket. */
 static void cli_run_verb(void) {
-  static struct cli_job job = {.fds = {1, 2, 0, 1}, .client = -1};
+  static struct cli_job job = {.fds = {1, 2, 0}, .client = -1};
   struct nbdserve_cas_options options = {.flags = 0};
   const char *name = cli.ntargets ? *cli.targets : "";
-  static struct cli_uri uri;
-  const char *last = NULL;
-  size_t length;
+  size_t length = 0;
   job.verb = cli_find_verb(name);
   if (!job.verb || !job.verb->help) return;
   job.request.json = opt[OPT_JSON].given != 0;
@@ -12159,28 +12154,29 @@ static void cli_run_verb(void) {
   cli.ntargets--;
   char *store = cli_take_store(job.verb);
   cli_refuse(~cli_options_of(job.verb), "not for the command", name);
-  if (job.verb->flags & VERB_PEER) last = cli_take_peer(&job, &uri);
+  if (store && job.verb->flags & VERB_PEER) cli_take_peer(&job);
   FILE *out = open_memstream(&job.operands, &length);
   for (int j = 0; out && j < cli.ntargets; j++) {
     const char *operand = cli.targets[j];
     if (j && !job.request.peer)
       operand = cli_same_store(store, operand, job.verb->flags);
     fwrite(operand, 1, strlen(operand) + 1, out);
-    if (!job.request.peer) last = operand;
   }
   int err = out && fclose(out) == 0 ? 0 : -ENOMEM;
   job.request.length = (uint32_t)length;
   if (!err) err = store ? cli_split_operands(&job) : -EINVAL;
   if (err == -EINVAL)
     cli_usage("usage: nbdserve %s %s", name, job.verb->operands);
-  if (err == -EDOM) cli_usage("%s %s: not a size", name, last);
-  cli_exit_if_error(err, name);
-  if (job.verb->run) exit(cli_run_on_store(&job, store, last, &uri));
+  if (err != -EDOM) cli_exit_if_error(err, name);
+  const char *size = *job.ops->to ? job.ops->to : job.ops->name;
+  if (err) cli_usage("%s %s: not a size", name, size);
+  if (job.verb->run) exit(cli_run_on_store(&job, store));
   options.block_size = (uint32_t)u_min(job.ops->size, UINT32_MAX);
-  err = last && !options.block_size ? -EINVAL
-                                    : nbdserve_cas_init(store, &options);
-  if (err == -EINVAL && last)
-    cli_usage("%s: not a block size (4K, 8K, 16K, 32K or 64K)", last);
+  /* 0 would be the default; 1 is refused. */
+  if (*size && !options.block_size) options.block_size = 1;
+  err = nbdserve_cas_init(store, &options);
+  if (err == -EINVAL && *size)
+    cli_usage("%s: not a block size (4K, 8K, 16K, 32K or 64K)", size);
   if (err == -EEXIST)
     cli_failed("%s: exists, and is no unused device: use another name", store);
   cli_exit_if_error(err, store);
@@ -12208,18 +12204,15 @@ static void cli_help_verbs(void) {
   for (size_t i = 0; i < COUNT_OF(cli_verbs) && cli_verbs[i].help; i++)
     printf("  %-9s %-23s %s\n", cli_verbs[i].name, cli_verbs[i].operands,
            cli_verbs[i].help);
-  puts(
-      "FROM is a URI, or NAME -- CMD, where CMD serves a store on its "
-      "standard\n"
-      "streams: pool::vm@2 vm@2 -- ssh HOST nbdserve -s pool::.  repair needs\n"
-      "no NAME.");
+  puts("FROM is a URI, or NAME -- CMD, where CMD serves a store on its "
+       "standard\nstreams: pool::vm@2 vm@2 -- ssh HOST nbdserve -s pool::.  "
+       "repair needs\nno NAME.");
 }
 
 #else /* NBDSERVE_NO_CAS: there are no commands, and no store can be opened. */
 #define cli_start_control() ((void)0)
 #define cli_open_volume(path, name, ex) (-EOPNOTSUPP)
 #define nbdserve_cas_close(cas) 0
-#define cas_kick(cas) ((void)(cas))
 #define cli_run_verb() ((void)0)
 #define cli_help_verb(name) ((void)(name), CLI_USAGE)
 #define cli_help_verbs() ((void)0)
@@ -12239,8 +12232,7 @@ static void cli_help_verbs(void) {
  * where only a "=" is the matter. */
 
 #if NBDSERVE_NO_FLAT
-#define nbdserve_flat_open(path, options, ex) \
-  ((void)(path), (void)(options), (void)(ex), -EOPNOTSUPP)
+#define nbdserve_flat_open(path, options, ex) (-EOPNOTSUPP)
 #endif
 
 /* Opens a target, which is a volume if that is not NULL, at path.  If that
@@ -12259,6 +12251,7 @@ static void cli_open_target(const char *text, const char *path,
   flat.create = opt[OPT_CREATE].number;
   if (opt[OPT_READ_ONLY].given) flat.flags = NBDSERVE_FLAT_READONLY;
   if (opt[OPT_TEMPORARY].given) flat.flags = NBDSERVE_FLAT_TEMPORARY;
+  /* What makes no sense is refused before anything is opened or made. */
   if (!*path) cli_usage("a target without a name");
   if (volume && !*volume && cli.ntargets == 1 && (ex->name || ex->description))
     cli_usage("%s: no name or description for all of its volumes", text);
@@ -12276,6 +12269,8 @@ static void cli_open_target(const char *text, const char *path,
     cli_usage("%s: a store; serve %s:: or file:%s", text, text, text);
   int err = volume ? cli_open_volume(path, volume, ex)
                    : nbdserve_flat_open(path, &flat, ex);
+  /* What is wrong, and what may help: hints are for whoever did not know. */
+  const char *why = strerror(-err);
   if ((err == -EACCES || err == -EROFS) && !flat.flags)
     hint = " (-r serves it read-only)";
   if (err == -ENOENT && !volume && !flat.flags && !flat.create)
@@ -12283,15 +12278,14 @@ static void cli_open_target(const char *text, const char *path,
   if (err == -ENOENT && volume)
     cli_failed("%s: no such volume or snapshot (see list %s)", text, path);
   if (err == -EINVAL && !volume) {
-    const char *why = "neither a file nor a block device";
+    why = "neither a file nor a block device";
     if (flat.offset || flat.size) why = "--offset and --size reach beyond it";
     if (strncmp(path, "mem:", 4) == 0 &&
         !u_parse_number(path + 4, INT64_MAX, &flat.size))
       cli_usage("%s: not a size behind mem: (as in mem:1G)", text);
-    cli_failed("%s: %s", text, why);
   }
-  if (*hint) cli_failed("%s: %s%s", text, strerror(-err), hint);
-  cli_exit_if_error(err, text);
+  if (err == -EBUSY) cli_exit_if_error(err, text);
+  if (err) cli_failed("%s: %s%s", text, why, hint);
 }
 
 /* Opens a target and adds it to the server, which takes over what is behind the
@@ -12315,6 +12309,8 @@ static void cli_add_target(char *text) {
   /* The backend must not take the file mem:5 for memory. */
   const char *front = is_file && strncmp(rest, "mem:", 4) == 0 ? "./" : "";
   snprintf(path, sizeof path, "%s%s", front, rest);
+  /* What an export is called by itself: the volume, or the last part of a path.
+   * Of several exports each needs a name, a single one does not. */
   char *colons = is_file ? NULL : strstr(path, "::");
   const char *slash = strrchr(rest, '/');
   const char *name = slash ? slash + 1 : rest;
@@ -12324,8 +12320,10 @@ static void cli_add_target(char *text) {
   if (!ex.name) ex.flags |= NBDSERVE_EXPORT_FALLBACK;
   if (ex.name && cli.ntargets == 1) cli.export_name = ex.name;
   cli_open_target(text, path, colons ? name : NULL, &ex);
+  /* The owner of a kernel's device is whoever serves the same bytes: a new
+   * server of them may take it over.  *real stays.  What nobody else has,
+   * memory or an overlay, is nobody's to take over. */
   const char *real = opt[OPT_CONNECT].given ? realpath(path, NULL) : NULL;
-  /* *real stays.  What nobody else has is nobody's to take over. */
   int is_own = opt[OPT_TEMPORARY].given || strncmp(path, "mem:", 4) == 0;
   if (!*cli.owner) /* the first target is what is connected */
     snprintf(cli.owner, sizeof cli.owner,
@@ -12335,7 +12333,7 @@ static void cli_add_target(char *text) {
              opt[OPT_READ_ONLY].given);
   if (!ex.ops) return;
   assert(ex.ops->read && ex.ops->close);
-  int err = nbdserve_add(cli.server, &ex);
+  int err = nbdserve_add(cli.server, &ex); /* copies name and description */
   if (err) ex.ops->close(ex.ctx);
   if (err == -EEXIST) cli_usage("%s: that export name is taken", text);
   if (err == -EINVAL)
@@ -12392,19 +12390,18 @@ static int cli_count_passed(void) {
 
 /* Listens on a private socket, in a directory that only its owner can enter.
  * The directory protects it; the mode, from the umask, is for those who look at
- * the socket alone.  A parent whose path is long is passed over: with what
- * comes behind it the path has to fit into the address of a socket on every
- * system. */
+ * the socket alone.  A parent whose path is long is passed over, as
+ * mkdtemp refuses a template that is cut: with what comes behind it the path
+ * has to fit into the address of a socket on every system. */
 static void cli_listen_privately(void) {
   const char *const parents[] = {getenv("XDG_RUNTIME_DIR"), getenv("TMPDIR"),
                                  "/tmp"};
   char *dir = cli.private_dir;
-  const size_t size = sizeof cli.private_dir;
   for (size_t i = 0; i < COUNT_OF(parents) && !*dir; i++) {
     /* What is not set or relative is passed over. */
     const char *parent = parents[i] && *parents[i] ? parents[i] : ".";
-    int n = snprintf(dir, size, "%s/nbdXXXXXX", parent);
-    if (*dir != '/' || n >= (int)size || !mkdtemp(dir)) *dir = '\0';
+    snprintf(dir, sizeof cli.private_dir, "%s/nbdXXXXXX", parent);
+    if (*dir != '/' || !mkdtemp(dir)) *dir = '\0';
   }
   if (!*dir) cli_failed("private socket: no directory for it (use -U)");
   mode_t mask = umask(0177);
@@ -12424,23 +12421,22 @@ static void cli_listen(void) {
   const char *host = opt[OPT_BIND].text ? opt[OPT_BIND].text : "localhost";
   int port = opt[OPT_PORT].given ? (int)opt[OPT_PORT].number : 10809;
   int wants_tcp = opt[OPT_PORT].given || opt[OPT_BIND].given;
+  int is_told = path || wants_tcp || opt[OPT_STDIN].given || opt[OPT_FD].given;
   char dir[CLI_PATH_MAX + 1];
   size_t n = path ? strlen(path) : 0;
-  if (opt[OPT_STDIN].given)
-    cli.client = 0;
-  else if (opt[OPT_FD].given)
-    cli_listen_at("fd:%d", (int)opt[OPT_FD].number);
-  else if (path ? strcmp(path, "-") == 0
-                : !wants_tcp && !cli.passed && !opt[OPT_CONNECT].given)
+  assert(cli.client < 0 && !cli.server->nlisteners);
+  if (opt[OPT_STDIN].given) cli.client = 0;
+  if (opt[OPT_FD].given) cli_listen_at("fd:%d", (int)opt[OPT_FD].number);
+  for (int i = 0; i < cli.passed && !is_told; i++)
+    cli_listen_at("fd:%d", 3 + i);
+  if (path ? strcmp(path, "-") == 0
+           : !is_told && !cli.passed && !opt[OPT_CONNECT].given)
     cli_listen_privately();
   else if (path && *path != '/' && n + 1 < sizeof dir &&
            getcwd(dir, sizeof dir - n - 1))
     cli_listen_at("unix:%s/%s", dir, path);
   else if (path)
     cli_listen_at("unix:%s", path);
-  else
-    for (int i = 0; i < cli.passed && !wants_tcp; i++)
-      cli_listen_at("fd:%d", 3 + i);
   if (wants_tcp) cli_listen_at("tcp:%s:%d", host, port);
   if (wants_tcp && strcmp(host, "localhost") != 0 && strcmp(host, "::1") != 0 &&
       strncmp(host, "127.", 4) != 0 && !opt[OPT_QUIET].given)
@@ -12451,13 +12447,9 @@ static void cli_listen(void) {
 
 /* ---- The kernel's device (--connect) ---------------------------------------
  * The kernel is given one end of a socket pair, and a thread serves the other.
- * It keeps the device when this process dies: requests then wait for
- * CLI_PATIENCE seconds, in which a new server of the same target takes over
- * (OS_NBD_RECONFIGURE), and what is mounted notices nothing. */
-
-enum {
-  CLI_PATIENCE = 60
-};
+ * It keeps the device when this process dies: requests then wait for a minute,
+ * in which a new server of the same target takes over (OS_NBD_RECONFIGURE), and
+ * what is mounted notices nothing. */
 
 /* N of /dev/nbdN */
 #define CLI_DEVICE ((uint32_t)opt[OPT_CONNECT].number)
@@ -12471,52 +12463,34 @@ static void *cli_serve_kernel(void *socket) {
   os_serve_writeback();
   nbdserve_serve(cli.server, fd, fd, cli.export_name);
   close(fd);
+  cli.is_connected = 0; /* before cli_serve goes on, and would disconnect it */
   nbdserve_stop(cli.server);
-  os_lock(&cli.server->lock);
-  cli.is_connected = 0;
-  cli.njobs--;
-  os_wake_all(&cli.server->lock);
-  os_unlock(&cli.server->lock);
+  cli_count(-1, 0);
   return NULL;
-}
-
-/* Gives the kernel its socket, the other end of which is `own`.  The device may
- * have been that of another process that served the same target and has died.
- * If that lives the kernel does not take ours, and says nothing. */
-static void cli_give_socket(const struct os_nbd *nbd, int own) {
-  const char *path = opt[OPT_CONNECT].text;
-  struct pollfd p = {own, POLLIN, 0};
-  int err = os_tell_nbd(OS_NBD_CONNECT, CLI_DEVICE, nbd);
-  int is_taken = err == -EBUSY;
-  if (is_taken && os_nbd_is_owned(CLI_DEVICE, nbd->owner))
-    err = os_tell_nbd(OS_NBD_RECONFIGURE, CLI_DEVICE, nbd);
-  close(nbd->socket);
-  poll(&p, 1, 0);
-  if (err || p.revents & POLLHUP) cli.is_connected = 0;
-  if (is_taken && !cli.is_connected)
-    cli_die(CLI_IN_USE, "%s: in use (nbd-client -d %s frees it)", path, path);
-  if (err == -EPERM) cli_failed("%s: only root may connect it", path);
-  if (err == -ENOENT || err == -EPROTONOSUPPORT || err == -EAFNOSUPPORT)
-    cli_failed("%s: this kernel has no NBD client (modprobe nbd)", path);
-  cli_exit_if_error(err, path);
 }
 
 /* Connects the kernel's device, and returns when it can be used: opening it
  * finds its partitions.  From the start on signals leave the end to
- * cli_disconnect; if one has come before, there is nothing to connect. */
+ * cli_disconnect; if one has come before, there is nothing to connect.
+ *
+ * The kernel is given one end of the socket pair.  The device may have been
+ * that of another process that served the same target and has died.  If that
+ * lives the kernel does not take our socket, and says nothing; but our end
+ * hangs up. */
 static void cli_connect(void) {
   const char *path = opt[OPT_CONNECT].text;
-  struct os_nbd nbd = {.owner = cli.owner, .patience = CLI_PATIENCE};
+  struct os_nbd nbd = {.owner = cli.owner, .patience = 60}; /* seconds */
   struct nbdserve_info info;
   struct stat st;
   int fd[2];
+  assert(!cli.is_connected && !cli.njobs);
   if (NBDSERVE_NO_THREADS) cli_failed("--connect: built without threads");
   if (stat(path, &st) < 0 || !S_ISBLK(st.st_mode))
     cli_failed("%s: no such device (modprobe nbd makes it)", path);
-  int err = nbdserve_info(cli.server, cli.export_name, &info);
-  if (!err && socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0)
-    err = -errno;
-  cli_exit_if_error(err, "--connect");
+  cli_exit_if_error(nbdserve_info(cli.server, cli.export_name, &info),
+                    "--connect");
+  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0)
+    cli_exit_if_error(-errno, "--connect");
   if (info.min_block > 4096 || info.max_request < 128 << 10)
     cli_usage("--connect: the kernel sends 512 bytes to 128K at a time");
   nbd.block_size = info.min_block < 512 ? 512 : info.min_block;
@@ -12530,14 +12504,27 @@ static void cli_connect(void) {
   cli.is_connected = 1; /* a signal that came before has set `stopping` */
   if (cli.stopping) cli.is_connected = 0;
   if (cli.stopping) return;
+  /* The thread comes first: the kernel may read once it has the socket. */
   cli.njobs = 1;
-  int own = dup(fd[0]); /* the thread may close the other */
-  err = os_thread(cli_serve_kernel, (void *)(intptr_t)fd[0]);
+  struct pollfd own = {dup(fd[0]), POLLIN, 0}; /* the thread may close fd[0] */
+  int err = os_thread(cli_serve_kernel, (void *)(intptr_t)fd[0]);
   if (err) cli.njobs = cli.is_connected = 0;
   cli_exit_if_error(err, "--connect");
-  cli_give_socket(&nbd, own);
-  close(own);
-  close(open(path, O_RDONLY | O_CLOEXEC));
+  err = os_tell_nbd(OS_NBD_CONNECT, CLI_DEVICE, &nbd);
+  int is_taken = err == -EBUSY;
+  if (is_taken && os_nbd_is_owned(CLI_DEVICE, nbd.owner))
+    err = os_tell_nbd(OS_NBD_RECONFIGURE, CLI_DEVICE, &nbd);
+  close(nbd.socket);
+  poll(&own, 1, 0);
+  close(own.fd);
+  if (err || own.revents & POLLHUP) cli.is_connected = 0;
+  if (is_taken && !cli.is_connected)
+    cli_die(CLI_IN_USE, "%s: in use (nbd-client -d %s frees it)", path, path);
+  if (err == -EPERM) cli_failed("%s: only root may connect it", path);
+  if (err == -ENOENT || err == -EPROTONOSUPPORT || err == -EAFNOSUPPORT)
+    cli_failed("%s: this kernel has no NBD client (modprobe nbd)", path);
+  cli_exit_if_error(err, path);
+  close(open(path, O_RDONLY | O_CLOEXEC)); /* it may have no partitions */
 }
 
 /* Disconnects the kernel's device, after all that was written to it has come
@@ -12545,31 +12532,26 @@ static void cli_connect(void) {
  * stays, the first time. */
 static int cli_disconnect(int is_forced) {
   const char *path = opt[OPT_CONNECT].text;
-  sigset_t all;
-  sigset_t before;
   if (!cli.is_connected) return 0;
+  /* O_EXCL: the kernel refuses that while something is mounted from it. */
   int fd = open(path, O_RDONLY | O_EXCL | O_CLOEXEC);
   int is_first = !cli.refused_ms || os_now_ms() - cli.refused_ms < 500;
   if (fd < 0 && errno == EBUSY && !is_forced && is_first) {
     if (!cli.refused_ms)
       cli_say("%s: mounted or in use; end that, or ask again", path);
-    sigfillset(&all);
-    sigprocmask(SIG_BLOCK, &all, &before);
     cli.refused_ms = os_now_ms();
-    cli.stopping = cli.end_wanted = 0;
-    sigprocmask(SIG_SETMASK, &before, NULL);
+    cli.stopping = 0; /* first: the handler sets it behind end_wanted */
+    cli.end_wanted = 0;
     return 0;
   }
+  /* While the thread still serves it, what the kernel has not written yet is
+   * fetched, and made durable. */
   if (fd < 0) fd = open(path, O_RDONLY | O_CLOEXEC);
   int lost = fd < 0 || fsync(fd) < 0 ? -errno : 0;
   if (lost) cli_say("%s: %s; written data may be lost", path, strerror(-lost));
   close(fd);
   int err = os_tell_nbd(OS_NBD_DISCONNECT, CLI_DEVICE, NULL);
-  os_lock(&cli.server->lock);
-  while (!err && cli.is_connected)
-    os_wait(&cli.server->lock);
-  cli.is_connected = 0;
-  os_unlock(&cli.server->lock);
+  cli.is_connected = 0; /* what the kernel has sent by then is still done */
   if (err) cli_say("%s: not disconnected: %s", path, strerror(-err));
   nbdserve_stop(cli.server);
   return lost;
@@ -12577,20 +12559,39 @@ static int cli_disconnect(int is_forced) {
 
 /* ---- The command that is served (--run, --) ----------------------------- */
 
-/* Becomes the command, with the URI, or else the device, in place of each {};
- * or says why not.  A shell command gets variables with the names that nbdkit
- * gives them, so that scripts can be used with both. */
-static void cli_exec_child(void) {
+/* Starts the command.  It is a child of the process, not the other way round,
+ * so that we can pass on its status.  The signals are blocked until its process
+ * id is known to the handler: it may have ended by then, and SIGCHLD be
+ * waiting.  If a signal has asked for the end already, there is nobody to serve
+ * the command, so it is not started: what never ran has not succeeded.
+ *
+ * The child becomes the command, with the URI, or else the device, in place of
+ * each {}; or says why not.  A shell command gets variables with the names that
+ * nbdkit gives them, so that scripts can be used with both.  The descriptors
+ * that we have opened close themselves in it. */
+static void cli_start_child(void) {
   const struct srv_listener *l = cli.server->listeners;
   char nbd[sizeof l->text + 16];
   const char *colon = strrchr(l->text, ':');
   const char *program = cli.command ? *cli.command : "/bin/sh";
   const char *device = opt[OPT_CONNECT].given ? opt[OPT_CONNECT].text : "";
   const char *place = *cli.uri ? cli.uri : device; /* that it uses */
+  sigset_t all;
+  assert(!cli.child);
+  if (!*place) cli_usage("no URI for the command to use");
+  sigfillset(&all);
+  sigprocmask(SIG_BLOCK, &all, NULL);
+  pid_t pid = cli.stopping ? -1 : fork();
+  if (pid < 0) cli.child_status = CLI_FAILED;
+  if (pid < 0 && !cli.stopping) cli_exit_if_error(-errno, "fork");
+  if (pid > 0) cli.child = pid;
+  if (pid != 0) sigprocmask(SIG_UNBLOCK, &all, NULL); /* as it was */
+  if (pid != 0) return;
+  cli_catch_signals(SIG_DFL); /* it must not run our handler */
   for (char **word = cli.command; word && *word; word++) {
     const char *text = *word;
     char *copy = u_zalloc(strlen(text) * (strlen(place) + 1) + 1);
-    if (!copy) return;
+    if (!copy) _exit(127);
     for (const char *hit = strstr(text, "{}"); hit; hit = strstr(text, "{}")) {
       strcat(strncat(copy, text, (size_t)(hit - text)), place);
       text = hit + 2;
@@ -12609,31 +12610,7 @@ static void cli_exec_child(void) {
   else
     execl(program, "sh", "-c", opt[OPT_RUN].text, (char *)NULL);
   cli_say("%s: %s", program, strerror(errno));
-}
-
-/* Starts the command.  It is a child of the process, not the other way round,
- * so that we can pass on its status.  The signals are blocked until its process
- * id is known to the handler: it may have ended by then, and SIGCHLD be
- * waiting.  If a signal has asked for the end already, there is nobody to serve
- * the command, so it is not started: what never ran has not succeeded.  The
- * descriptors that we have opened close themselves in it. */
-static void cli_start_child(void) {
-  sigset_t all;
-  assert(!cli.child);
-  if (!*cli.uri && !opt[OPT_CONNECT].given)
-    cli_usage("no URI for the command to use");
-  sigfillset(&all);
-  sigprocmask(SIG_BLOCK, &all, NULL);
-  pid_t pid = cli.stopping ? -1 : fork();
-  if (pid < 0) cli.child_status = CLI_FAILED;
-  if (pid < 0 && !cli.stopping) cli_exit_if_error(-errno, "fork");
-  if (pid == 0) {
-    cli_catch_signals(SIG_DFL); /* it must not run our handler */
-    cli_exec_child();
-    _exit(127); /* as a shell says it */
-  }
-  if (pid > 0) cli.child = pid;
-  sigprocmask(SIG_UNBLOCK, &all, NULL); /* as cli_catch_signals left it */
+  _exit(127); /* as a shell says it */
 }
 
 /* ---- Getting ready ------------------------------------------------------ */
@@ -12646,10 +12623,10 @@ static void cli_fork(void) {
   int fd[2];
   char byte;
   int wait_status = 0;
-  assert(!cli.cas && !cli.server->nlisteners);
+  assert(!cli.cas && !cli.server->nlisteners && cli.ready_pipe < 0);
   pid_t pid = pipe(fd) < 0 ? -1 : fork();
   if (pid < 0 || (pid == 0 && setsid() < 0)) cli_exit_if_error(-errno, "fork");
-  close(fd[pid > 0]);
+  close(fd[pid > 0]); /* the parent reads, the child writes */
   cli.ready_pipe = fd[1];
   if (pid == 0) return;
   if (read(fd[0], &byte, 1) == 1) _exit(0);
@@ -12680,30 +12657,27 @@ static void cli_notify(void) {
   close(fd);
 }
 
-/* Ends the process unless the pidfile may take the place of the file at path:
- * of a symbolic link or a file that is empty or has a number, as one that was
- * left behind.  One that is locked belongs to a server that runs; anything else
- * may be an image that was named by mistake. */
-static void cli_check_pidfile(const char *path) {
-  char text[32] = "";
-  struct stat st;
-  if (lstat(path, &st) < 0 || S_ISLNK(st.st_mode)) return;
-  int is_small = S_ISREG(st.st_mode) && st.st_size < (off_t)sizeof text;
-  int fd = is_small ? open(path, O_RDONLY | O_CLOEXEC) : -1;
-  if (fd >= 0 && os_lock_file(fd, 1) == -EBUSY)
-    cli_die(CLI_IN_USE, "%s: the pidfile of a server that runs", path);
-  ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
-  close(fd);
-  if (n < 0 || strspn(text, "0123456789\n") != (size_t)st.st_size)
-    cli_failed("%s: exists and is not a pidfile; not replaced", path);
-}
-
-/* --pidfile: a symbolic link at its path is replaced, not followed.  The
- * descriptor stays open, for the lock and for os_remove_own_file: with it
+/* --pidfile: its path may be free, or that of a symbolic link, which is
+ * replaced, not followed, or of a file that is empty or has a number, as one
+ * that was left behind.  One that is locked belongs to a server that runs;
+ * anything else may be an image that was named by mistake.
+ *
+ * The descriptor stays open, for the lock and for os_remove_own_file: with it
  * closed, the inode number might become that of another server's pidfile. */
 static void cli_write_pidfile(const char *path) {
-  cli_check_pidfile(path);
+  char text[32] = "";
+  struct stat st;
   assert(!cli.pidfile);
+  if (lstat(path, &st) == 0 && !S_ISLNK(st.st_mode)) {
+    int is_small = S_ISREG(st.st_mode) && st.st_size < (off_t)sizeof text;
+    int fd = is_small ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+    if (fd >= 0 && os_lock_file(fd, 1) == -EBUSY)
+      cli_die(CLI_IN_USE, "%s: the pidfile of a server that runs", path);
+    ssize_t n = read(fd, text, sizeof text - 1);
+    close(fd); /* with -1 both fail */
+    if (n < 0 || strspn(text, "0123456789\n") != (size_t)st.st_size)
+      cli_failed("%s: exists and is not a pidfile; not replaced", path);
+  }
   cli.pidfile = cli_new_file(path, NULL);
   cli_exit_if_error(os_lock_file(cli.pidfile, 0), path);
   if (dprintf(cli.pidfile, "%ld\n", (long)getpid()) < 0)
@@ -12734,6 +12708,7 @@ static int cli_print_uris(int fd) {
  * there is nobody to tell. */
 static void cli_tell_ready(void) {
   int fd = (int)opt[OPT_READY_FD].number;
+  /* The pidfile comes first: it may fail, and nobody has been told by then. */
   if (opt[OPT_PIDFILE].given) cli_write_pidfile(opt[OPT_PIDFILE].text);
   cli_notify();
   assert(!opt[OPT_READY_FD].given || fd > 2);
@@ -12765,14 +12740,13 @@ static void cli_print_stats(void) {
   cli.stats_wanted = 0;
   nbdserve_stats(cli.server, &s);
   os_lock(&cli.server->lock);
-  for (const struct cli_word *type = cli_types; type->value < CLI_NTYPES;
-       type++) {
-    const struct cli_requests *l = &cli_requests[type->value];
+  for (const struct cli_word *t = cli_types; t->value < CLI_NTYPES; t++) {
+    const struct cli_requests *l = &cli_requests[t->value];
     if (!l->succeeded) continue;
     n += (size_t)snprintf(types + n, sizeof types - n,
                           ",\"%s\":{\"requests\":" CLI_N ",\"mean_us\":" CLI_N
                           ",\"max_us\":" CLI_N "}",
-                          type->name, l->succeeded,
+                          t->name, l->succeeded,
                           l->total_ns / l->succeeded / 1000, l->max_ns / 1000);
     assert(n < sizeof types);
   }
@@ -12821,6 +12795,7 @@ static int cli_serve(void) {
     if (cli.stopping && cli_disconnect(0)) err = -EIO;
     if (cli.end_wanted) nbdserve_unlisten(cli.server);
   } while (run_err == -EINTR);
+  /* raise: the handler tells the command, and starts its ten seconds. */
   if (cli.child && !cli.end_wanted) raise(SIGTERM);
   while (cli.child && !cli.stopping)
     poll(NULL, 0, 100);
@@ -12844,7 +12819,6 @@ static int cli_serve(void) {
  * not end in time, the store stays open: opening it next time repairs what is
  * unfinished. */
 static void cli_close(void) {
-  int64_t until = os_now_ms() + IO_GRACE_MS;
   cli_catch_signals(SIG_IGN);
   if (cli.pidfile) os_remove_own_file(opt[OPT_PIDFILE].text, cli.pidfile);
   if (*cli.temp) unlink(cli.temp);
@@ -12852,7 +12826,7 @@ static void cli_close(void) {
   if (!cli.server) return;
   int lost = cli_disconnect(1);
   nbdserve_stop(cli.server);
-  int err = cli_wait_for_jobs(0, until);
+  int err = cli_wait_for_jobs(0, os_now_ms() + IO_GRACE_MS);
   if (!err) nbdserve_free(cli.server);
   if (!err && cli.cas) err = nbdserve_cas_close(cli.cas);
   if (*cli.private_dir) rmdir(cli.private_dir);
@@ -12890,12 +12864,9 @@ static void cli_help(void) {
  * The words of --version tell what the build has; without stores --help
  * has none of their commands. */
 int main(int argc, char **argv) {
-  int fd = 0;
-  while (fd >= 0 && fd <= 2) {
-    fd = open("/dev/null", O_RDONLY);
-    if (fd < 0) fd = open("/", O_RDONLY); /* the root of a jail is empty */
-  }
-  if (fd > 2) close(fd);
+  for (int fd = 0; fd <= 2; fd++)
+    if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) < 0)
+      open("/", O_RDONLY); /* the root of a jail is empty */
   os_share_heap();
   atexit(cli_close);
   if (argc > 0) cli_parse(argv);
@@ -12938,11 +12909,10 @@ int main(int argc, char **argv) {
   cli_listen();
   if (opt[OPT_CONNECT].given) cli_connect();
   cli_tell_ready();
-  /* All is open, and the command, which that must not bind, has started.  The
-   * threads of a store come behind it, so that it binds them. */
+  /* All is open, and the command, which that must not bind, has started.  It
+   * binds the threads of a store, which cli_start_control starts. */
   if (opt[OPT_SANDBOX].number != SANDBOX_OFF && !opt[OPT_CONNECT].given)
     cli_check_sandbox(os_sandbox());
-  if (cli.cas) cas_kick(cli.cas);
   return cli_serve();
 }
 

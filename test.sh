@@ -3554,6 +3554,8 @@ testPullTakesItsOperandsAndOptionsOnly() {
     cas 2 pull $option "$S::w@s" nbd://x/y
     says 'not for the command pull'
   done
+  cas 2 pull --run=false "$S::w@s" v@s -- false # neither is ignored
+  says '--run: not for the command pull'
   cas 0 --json pull "$S::w@s" v@s -- "$NBDSERVE" -s "$P::"
   assertEquals "{\"id\":\"$ID\"}" "$(cat "$T/out")"
 }

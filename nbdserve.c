@@ -7328,20 +7328,6 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   }
 }
 
-/* Counts how many blocks from a spot on, at most max, are like it: data or
- * not. */
-static uint64_t cas_run_of(struct nbdserve_cas *st, const struct cas_spot *spot,
-                           uint64_t block, uint64_t max) {
-  uint64_t first = block % st->fanout;
-  uint64_t n = 1;
-  assert(max > 0 && spot->span > 0);
-  max = u_min(spot->span, max);
-  if (!spot->leaf) return max;
-  while (n < max && !spot->leaf->slots[first + n] == !spot->slot)
-    n++;
-  return n;
-}
-
 /* Makes the blocks of a volume from one on, up to `to`, holes, and logs that,
  * leaf by leaf; in between others may have the lock.  (unlocks) */
 static int cas_make_holes(struct cas_volume *vol, uint64_t block, uint64_t to) {
@@ -7351,12 +7337,14 @@ static int cas_make_holes(struct cas_volume *vol, uint64_t block, uint64_t to) {
     int err = cas_prepare(vol, block, &spot);
     if (err) return err;
     end = u_min(block + st->fanout - block % st->fanout, to);
-    /* What is lost behind the end of the volume is left alone, like holes. */
+    /* What is lost becomes holes, too, so that it can be read again; but behind
+     * the end of the volume it is left alone, like holes. */
     int is_behind = block >= cas_blocks(st, vol->now.size);
-    int skips = !spot.leaf && (!spot.slot || is_behind);
-    if (skips) end = u_min(block + spot.span, to);
-    uint64_t n = end - block;
-    if (!skips && (spot.slot || cas_run_of(st, &spot, block, n) < n)) {
+    int has_any = !spot.leaf && spot.slot && !is_behind;
+    if (!spot.leaf && !has_any) end = u_min(block + spot.span, to);
+    for (uint64_t at = block; spot.leaf && at < end; at++)
+      has_any |= spot.leaf->slots[at % st->fanout] != 0;
+    if (has_any) { /* else nothing changes, and nothing need be logged */
       err = cas_own_leaf(vol, block, &spot.leaf);
       if (err) return err;
       assert(spot.leaf->refs == 1 && !spot.leaf->slot && spot.leaf->slots);
@@ -7364,7 +7352,7 @@ static int cas_make_holes(struct cas_volume *vol, uint64_t block, uint64_t to) {
         cas_drop(st, spot.leaf->slots[at % st->fanout], &st->dropped);
         spot.leaf->slots[at % st->fanout] = 0;
       }
-      cas_log(vol, block, n, 0, NULL);
+      cas_log(vol, block, end - block, 0, NULL);
     }
     cas_yield(st);
   }
@@ -7401,22 +7389,6 @@ static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   return cas_part(vol, 0, NULL, off + len - tail, tail);
 }
 
-/* Finds out about the blocks of a volume from one on: *n of them, at most max,
- * are holes (0), have data (1) or cannot be found (-EIO), as is returned.  In
- * between, others may have the lock. */
-static int cas_next_run(struct cas_volume *vol, uint64_t block, uint64_t max,
-                        uint64_t *n) {
-  struct nbdserve_cas *st = vol->st;
-  struct cas_spot spot;
-  os_lock(&st->lock);
-  int err = cas_find_spot(st, cas_root(vol), block, &spot);
-  *n = u_min(st->fanout - block % st->fanout, max);
-  if (!err) *n = cas_run_of(st, &spot, block, max);
-  cas_unlock(st);
-  if (err || (!spot.leaf && spot.slot)) return -EIO;
-  return spot.slot != 0;
-}
-
 /* ops->flush: one sync for all who wait. */
 static int cas_flush(void *ctx, uint32_t flags) {
   (void)flags;
@@ -7437,9 +7409,11 @@ static void cas_close(void *ctx) {
   cas_unlock(vol->st);
 }
 
-/* ---- What has changed -------------------------------------------------------
+/* ---- What has changed, and where data is -----------------------------------
  * Maps that share a node are the same below it, so to compare two volumes costs
- * what differs, not what there is. */
+ * what differs, not what there is.  Where a volume has data is the same
+ * question, with a volume of zeroes as the other one: both have no nodes where
+ * there are holes. */
 
 /* Do two maps share a node, of whatever level, above a block?  If so, *span:
  * for how many blocks from it on.  What is lost is not the same as itself. */
@@ -7469,21 +7443,26 @@ static int cas_slots_are_same(struct nbdserve_cas *st,
 }
 
 /* Are blocks of two volumes the same, from one on?  *span: for how many that is
- * known.  1 or 0, or -errno.  Behind its end a volume is all zeroes; where only
- * one ends inside a block, that is not the same unless it is a hole. */
+ * known.  1 or 0, or -EUCLEAN: a part of a map, which is the span, is lost, and
+ * so not the same as anything; or another -errno: a leaf cannot be read.
+ * vol[0] is NULL for a volume of zeroes, as long as the other one.
+ *
+ * Behind its end a volume is all zeroes; where only one ends inside a block,
+ * that is not the same unless it is a hole. */
 static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
                     uint64_t block, uint64_t *span) {
   struct cas_node *nothing = NULL;
-  struct cas_node **root[2];
+  struct cas_node **root[2] = {&nothing, &nothing};
   struct cas_spot spot[2] = {{.slot = 0}, {.slot = 0}};
+  uint64_t size[2];
   uint64_t max = UINT64_MAX;
   uint64_t n = st->fanout - block % st->fanout; /* if there is an error */
   int err = 0;
   os_lock(&st->lock);
   for (int i = 0; i < 2; i++) {
-    uint64_t size = vol[i]->now.size;
-    root[i] = block < cas_blocks(st, size) ? cas_root(vol[i]) : &nothing;
-    if (block <= size / st->bs) max = u_min(max, size / st->bs - block);
+    size[i] = vol[vol[i] ? i : 1]->now.size;
+    if (vol[i] && block < cas_blocks(st, size[i])) root[i] = cas_root(vol[i]);
+    if (block <= size[i] / st->bs) max = u_min(max, size[i] / st->bs - block);
   }
   int is_odd = max == 0; /* one ends here */
   if (is_odd) max = 1;
@@ -7495,11 +7474,13 @@ static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
     while (!err && cas_walk(st, *root[0], block, &spot[0]));
     if (!err) n = u_min(spot[0].span, spot[1].span);
     same = !err && cas_slots_are_same(st, spot, block);
-    if (is_odd && vol[0]->now.size != vol[1]->now.size) same &= !spot[0].slot;
+    if (is_odd && size[0] != size[1]) same &= !spot[0].slot;
     n = u_min(n, max);
     *span = err || !(spot[0].leaf || spot[1].leaf) ? n : 1;
     while (*span < n && cas_slots_are_same(st, spot, block + *span) == same)
       ++*span;
+    for (int i = 0; i < 2 && !err; i++)
+      if (!spot[i].leaf && spot[i].slot) err = -EUCLEAN;
   }
   cas_unlock(st);
   *span = u_min(*span, max);
@@ -7537,43 +7518,29 @@ static int cas_use_context(void *ctx, uint32_t number, int begins) {
   return vol ? 0 : -ENOENT;
 }
 
-/* Finds the snapshot in whose context extents of a volume are asked for, or
- * NULL.  -EINVAL: it is no context of this volume; a host's is not. */
-static int cas_context(struct cas_volume *vol,
-                       const struct nbdserve_extents *out,
-                       struct cas_volume **snapshot) {
-  uint32_t number = nbdserve_extents_context(out);
-  const struct cas_volume *up = vol->parent ? vol->parent : vol;
-  os_lock(&vol->st->lock);
-  *snapshot = number ? cas_by_id(vol->st, number) : NULL;
-  int is_good = !number || (*snapshot && (*snapshot)->parent == up);
-  cas_unlock(vol->st);
-  return is_good ? 0 : -EINVAL;
-}
-
-/* ops->extents: reports blocks as data and the rest as holes; or, in the
- * context of a snapshot, what may differ from that as dirty. */
+/* ops->extents: reports what differs from a volume of zeroes as data and the
+ * rest as holes; or, in the context of a snapshot, what may differ from that as
+ * dirty.  -EINVAL: the context is not of this volume; a host's is not. */
 static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                        struct nbdserve_extents *out) {
   (void)flags;
   struct cas_volume *vol = ctx;
   struct cas_volume *both[2] = {NULL, vol};
+  const struct cas_volume *up = vol->parent ? vol->parent : vol;
+  uint32_t number = nbdserve_extents_context(out);
   uint64_t bs = vol->st->bs;
   uint64_t end = off + len;
-  uint64_t n;
-  int err = cas_context(vol, out, &both[0]);
-  if (err) return err;
+  os_lock(&vol->st->lock);
+  if (number) both[0] = cas_by_id(vol->st, number);
+  int is_good = !number || (both[0] && both[0]->parent == up);
+  cas_unlock(vol->st);
+  if (!is_good) return -EINVAL;
   for (int is_enough = 0; off < end && !is_enough;) {
-    uint64_t blocks = cas_blocks(vol->st, end) - off / bs;
-    uint32_t status;
-    if (both[0])
-      status =
-          cas_same(vol->st, both, off / bs, &n) > 0 ? 0 : NBDSERVE_EXTENT_DIRTY;
-    else
-      status = cas_next_run(vol, off / bs, blocks, &n)
-                   ? 0
-                   : NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
-    uint64_t next = n < blocks ? (off / bs + n) * bs : end;
+    uint64_t n;
+    int is_same = cas_same(vol->st, both, off / bs, &n) > 0;
+    uint32_t status = is_same ? NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO : 0;
+    if (number) status = is_same ? 0 : NBDSERVE_EXTENT_DIRTY;
+    uint64_t next = u_min((off / bs + n) * bs, end);
     is_enough = nbdserve_extent(out, next - off, status);
     off = next;
   }
@@ -8696,7 +8663,7 @@ int nbdserve_cas_diff(struct nbdserve_cas *st, const char *a, const char *b,
   uint64_t blocks = cas_blocks(st, size);
   for (uint64_t block = 0; block < blocks && !err; block += span) {
     int same = cas_same(st, vol, block, &span);
-    if (same < 0) err = same;
+    if (same < 0 && same != -EUCLEAN) err = same; /* what is lost differs */
     if (same <= 0) continue;
     if (from < block) err = each(arg, from * st->bs, (block - from) * st->bs);
     from = block + span;
@@ -8948,14 +8915,15 @@ static int cas_verify_step(struct cas_verifier *v) {
   if (vol) cas_full_name(vol, name);
   cas_unlock(st);
   if (!vol) return 0;
-  int kind = left && !is_known ? cas_next_run(vol, v->block, left, &n) : 0;
-  if (kind > 0) {
+  struct cas_volume *both[2] = {NULL, vol}; /* where it has data */
+  int same = left && !is_known ? cas_same(st, both, v->block, &n) : 1;
+  if (same == 0) {
     n = u_min(n, CAS_BATCH);
     cas_verify_blocks(v, vol, name, (size_t)n);
   } else {
     cas_let_go(vol);
     cas_note(v, name, v->block * st->bs,
-             kind ? "the map cannot be read" : NULL);
+             same < 0 ? "the map cannot be read" : NULL);
   }
   v->done += n * st->bs;
   v->block += n;

@@ -5052,13 +5052,12 @@ struct cas_node {
 
 /* A volume or snapshot.  All its exports are this one struct.  It has two
  * records.  Where a record's id is 0 there is no such volume, not yet or no
- * more, for who goes by that record.  Its flags, levels and roots are set only
- * when it is encoded. */
+ * more, for who goes by that record.  Its roots are set only when it is
+ * encoded. */
 struct cas_volume {
   struct ex_batched own;     /* must come first */
   struct nbdserve_cas *st;   /* the store that it is in */
-  struct cas_volume *parent; /* the volume of a snapshot, else NULL; itself, of
-                                a snapshot whose volume is still looked for */
+  struct cas_volume *parent; /* the volume of a snapshot, else NULL */
   struct cas_node *page;     /* of level 4, with its record and maps */
   uint32_t place;            /* of its record in the catalog */
   uint32_t id;               /* unlike all others; in the order of coming */
@@ -5067,11 +5066,10 @@ struct cas_volume {
                                 filled: hidden, with its name reserved */
   uint64_t pins;             /* readers that are done in a moment */
   struct cas_record now;     /* what everybody sees */
-  struct cas_record then;    /* what a checkpoint that is being written says, */
-  int is_staged;             /* if this is set */
-  int is_partial;            /* it is being pulled; its name: ID/partial */
-  int is_tree;               /* a view of the map with the tree of its id */
-  int is_rolled_back;        /* staged: it gets another map, */
+  struct cas_record then; /* the same, unless this is set: what a checkpoint */
+  int is_staged;          /* that is being made or written says */
+  int is_tree;            /* a view of the map with the tree of its id */
+  int is_rolled_back;     /* staged: it gets another map, */
   struct cas_node *old_root; /* and had this one */
 };
 
@@ -6323,9 +6321,10 @@ static int cas_own_leaf(struct cas_volume *vol, uint64_t block,
 /* ---- Volumes and their names ------------------------------------------------
  * A change of the catalog is seen by all at once, when the checkpoint that has
  * it is durable, or never.  So a volume has its record twice: `now` is what
- * everybody sees, and `then` what it will be.  Several changes in one
- * checkpoint are tested one after the other against `then`; that is how
- * "snapshot A@x, rename A to B" fails or succeeds as a whole. */
+ * everybody sees, and `then` what it will be; they are the same while nothing is
+ * staged.  Several changes in one checkpoint are tested one after the other
+ * against `then`; that is how "snapshot A@x, rename A to B" fails or succeeds as
+ * a whole. */
 
 /* Which volumes a name may be that of */
 enum cas_view {
@@ -6333,12 +6332,6 @@ enum cas_view {
   VIEW_THEN,    /* those that are there when what is staged holds, */
   VIEW_RESERVED /* and those that are hidden */
 };
-
-/* What a volume is now, or will be when the checkpoint under way is durable. */
-static const struct cas_record *cas_record(const struct cas_volume *vol,
-                                           enum cas_view view) {
-  return view != VIEW_NOW && vol->is_staged ? &vol->then : &vol->now;
-}
 
 /* The full name, VOL or VOL@SNAP, in out. */
 static const char *cas_full_name(const struct cas_volume *vol,
@@ -6357,25 +6350,22 @@ static char *cas_spell_id(const struct cas_volume *vol, char id[72]) {
   return id;
 }
 
-/* Is the name of n bytes that of a volume or snapshot, or its content id? */
+/* Is the name of n bytes that of a volume or snapshot, or its content id?  Of a
+ * partial volume, whose name is ID/partial, only changes know. */
 static int cas_is_called(const struct cas_volume *vol, const char *name,
                          size_t n, enum cas_view view) {
-  const struct cas_record *record = cas_record(vol, view);
+  const struct cas_record *record = view == VIEW_NOW ? &vol->now : &vol->then;
   const char *at = memchr(name, '@', n);
+  const char *own = at ? at + 1 : name;
+  size_t len = n - (size_t)(own - name);
   char id[72];
   if (!record->id && !(view == VIEW_RESERVED && vol->clients)) return 0;
-  if (vol->is_partial && view == VIEW_NOW) return 0;
+  if (record->flags == CAS_IS_PARTIAL && view == VIEW_NOW) return 0;
   if (n == 71 && memcmp(name, "sha256-", 7) == 0)
     return memcmp(cas_spell_id(vol, id), name, n) == 0;
   if (!at != !vol->parent) return 0;
-  if (at) {
-    const char *up = cas_record(vol->parent, view)->name;
-    size_t len = (size_t)(at - name);
-    if (strncmp(up, name, len) != 0 || up[len]) return 0;
-    n -= len + 1;
-    name = at + 1;
-  }
-  return strncmp(record->name, name, n) == 0 && !record->name[n];
+  if (strncmp(record->name, own, len) != 0 || record->name[len]) return 0;
+  return !at || cas_is_called(vol->parent, name, (size_t)(at - name), view);
 }
 
 /* The volume or snapshot of that name, of n bytes, or content id, or NULL. */
@@ -6423,64 +6413,67 @@ static int cas_is_name(const char *p) {
   return n > 0 && n <= CAS_NAME && !*p;
 }
 
-/* Gives what is staged its name; -EEXIST: another one has it. */
-static int cas_give_name(struct nbdserve_cas *st, struct cas_volume *vol,
-                         const char *name) {
+/* Gives a record its name, if it may have that: with up, it is that of a
+ * snapshot of this volume.  -EEXIST: another one has the name. */
+static int cas_give_name(struct nbdserve_cas *st, const struct cas_volume *up,
+                         const char *name, struct cas_record *record) {
   const char *at = strchr(name, '@');
-  const char *part = at ? at + 1 : name;
-  size_t up = at ? (size_t)(at - name) : 0;
-  if (!cas_is_name(part) || strncmp(name, "sha256-", 7) == 0 ||
-      !at != !vol->parent ||
-      (at && vol->parent != cas_find(st, name, up, VIEW_THEN)))
+  const char *own = at ? at + 1 : name;
+  if (!cas_is_name(own) || strncmp(name, "sha256-", 7) == 0 || !at != !up ||
+      (at && !cas_is_called(up, name, (size_t)(at - name), VIEW_THEN)))
     return -EINVAL;
   if (cas_find(st, name, strlen(name), VIEW_RESERVED)) return -EEXIST;
-  memset(vol->then.name, 0, sizeof vol->then.name);
-  memcpy(vol->then.name, part, strlen(part));
+  strncpy(record->name, own, CAS_NAME); /* with zeroes behind it */
   return 0;
 }
 
 static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n);
 
-/* Gives a volume a place in the catalog, and in the list, behind all others. */
-static int cas_set_place(struct nbdserve_cas *st, struct cas_volume *vol,
-                         uint32_t place) {
-  int err = cas_enlarge(&st->by_place, &st->places, place);
-  if (!err) err = cas_enlarge(&st->volumes, &st->volume_room, st->nvolumes);
-  if (err) return err;
+/* Adds a volume with that record to the list, behind all others, and to the
+ * places of the catalog; NULL without memory.  If the record has no id, as
+ * nobody is to see the volume yet, the volume gets a new one. */
+static struct cas_volume *cas_add_volume(struct nbdserve_cas *st,
+                                         struct cas_node *page, uint32_t place,
+                                         const struct cas_record *record) {
+  struct cas_volume *vol = u_zalloc(sizeof *vol);
+  if (!vol || cas_enlarge(&st->by_place, &st->places, place) ||
+      cas_enlarge(&st->volumes, &st->volume_room, st->nvolumes)) {
+    NBDSERVE_FREE(vol);
+    return NULL;
+  }
   assert(!st->by_place[place]);
+  vol->own.run_batch = cas_batch;
+  vol->st = st;
+  vol->page = page;
+  vol->place = place;
+  vol->id = record->id ? (uint32_t)record->id : st->next_id++;
+  vol->now = vol->then = *record;
   st->by_place[place] = vol;
   st->volumes[st->nvolumes++] = vol;
-  vol->place = place;
-  vol->st = st;
-  vol->own.run_batch = cas_batch;
-  return 0;
+  return vol;
 }
 
 /* Makes a volume of a name, if that is not NULL, or a snapshot of its parent,
  * and finds a place for its record.  Its records have no id: nobody sees it. */
 static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
                      const char *name, uint64_t size, struct cas_volume **out) {
-  struct cas_volume *vol = u_zalloc(sizeof *vol);
+  struct cas_record record = {.flags = parent ? CAS_IS_SNAPSHOT : 0,
+                              .size = size,
+                              .levels = CAS_LEVELS,
+                              .created = (uint64_t)time(NULL)};
+  struct cas_node *page = NULL;
   uint32_t place = 0;
-  if (!vol) return -ENOMEM;
-  vol->parent = parent;
   while (place < st->places && st->by_place[place])
     place++;
   int is_full = place / st->per_page >= st->fanout * st->fanout ||
                 st->next_id == UINT32_MAX;
   int err = is_full ? -ENOSPC : 0;
-  if (!err && name) err = cas_give_name(st, vol, name);
-  if (!err) err = cas_own_record(st, place, &vol->page);
-  if (!err) err = cas_set_place(st, vol, place);
-  if (err) {
-    NBDSERVE_FREE(vol);
-    return err;
-  }
-  vol->id = st->next_id++;
-  vol->then.created = (uint64_t)time(NULL);
-  vol->then.size = size;
-  vol->now = vol->then;
-  *out = vol;
+  if (!err && name) err = cas_give_name(st, parent, name, &record);
+  if (!err) err = cas_own_record(st, place, &page);
+  if (err) return err;
+  *out = cas_add_volume(st, page, place, &record);
+  if (!*out) return -ENOMEM;
+  (*out)->parent = parent;
   return 0;
 }
 
@@ -6513,15 +6506,6 @@ struct cas_change {
   uint64_t size; /* bytes */
 };
 
-/* From here on a volume has a record that holds when the checkpoint is
- * durable: then it is there. */
-static void cas_begin_staging(struct cas_volume *vol) {
-  assert(vol->id && vol->st->by_place[vol->place] == vol);
-  if (!vol->is_staged) vol->then = vol->now;
-  vol->is_staged = 1;
-  vol->then.id = vol->id;
-}
-
 /* Takes volume i, which nobody uses, out of the list and the catalog, and frees
  * it with its maps.  (unlocks) */
 static void cas_leave(struct nbdserve_cas *st, uint32_t i) {
@@ -6543,10 +6527,10 @@ static void cas_leave(struct nbdserve_cas *st, uint32_t i) {
 static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
                          struct cas_volume *up, const char *name, uint64_t size,
                          struct cas_volume **out) {
-  if (from) size = cas_record(from, VIEW_THEN)->size;
-  int err = cas_enter(st, up, name, size, out);
+  int err = cas_enter(st, up, name, from ? from->then.size : size, out);
   if (err) return err;
-  cas_begin_staging(*out);
+  (*out)->is_staged = 1;
+  (*out)->then.id = (*out)->id; /* it is there when the checkpoint is durable */
   (*out)->then.made_from = up ? up->id : from ? from->id : 0;
   if (from) cas_share(cas_root(*out), *cas_root(from));
   return 0;
@@ -6561,7 +6545,7 @@ static int cas_stage_partial(struct nbdserve_cas *st,
   if (cas_find(st, name, strlen(name), VIEW_THEN)) return 0; /* by others */
   int err = cas_stage_new(st, change->tree, NULL, NULL, change->size, &vol);
   if (err) return err;
-  vol->is_partial = 1;
+  vol->then.flags = CAS_IS_PARTIAL;
   vol->then.size = change->size;
   strcpy(vol->then.name, name);
   return 0;
@@ -6583,10 +6567,10 @@ static int cas_stage_pulled(struct nbdserve_cas *st,
   if (err) return err;
   memcpy(snapshot->then.cid, change->tree->now.cid, CAS_DIGEST_LEN);
   cas_share(cas_digests(snapshot), *cas_root(change->tree));
-  if (!from->is_partial) return 0;
+  if (from->now.flags != CAS_IS_PARTIAL) return 0;
   while (from->pins)
     cas_wait(st);
-  cas_begin_staging(from);
+  from->is_staged = 1;
   from->then.id = 0;
   return cas_own_record(st, from->place, &from->page);
 }
@@ -6607,7 +6591,7 @@ static int cas_stage_op(struct nbdserve_cas *st,
   struct cas_volume *vol = cas_find(st, op->name, n, VIEW_THEN);
   if (verb == NBDSERVE_CAS_CREATE)
     return cas_stage_new(st, NULL, NULL, op->name, op->size, &new);
-  if (!vol || (vol->is_partial && !is_rm)) return -ENOENT;
+  if (!vol || (vol->then.flags == CAS_IS_PARTIAL && !is_rm)) return -ENOENT;
   if (verb == NBDSERVE_CAS_SNAPSHOT)
     return cas_stage_new(st, vol, vol, op->name, 0, &new);
   if (verb == NBDSERVE_CAS_CLONE)
@@ -6620,22 +6604,22 @@ static int cas_stage_op(struct nbdserve_cas *st,
   if (needs_closed && vol->clients) return -EBUSY;
   for (uint32_t i = 0; i < st->nvolumes; i++) {
     const struct cas_volume *p = st->volumes[i];
-    if (is_rm && p->parent == vol && cas_record(p, VIEW_THEN)->id)
-      return -ENOTEMPTY;
+    if (is_rm && p->parent == vol && p->then.id) return -ENOTEMPTY;
     if (p != snapshot && cas_is_called(p, op->name, n, VIEW_THEN))
       return -EINVAL; /* several have that id */
   }
-  cas_begin_staging(vol);
+  vol->is_staged = 1;
   if (is_rm) vol->then.id = 0;
   if (verb == NBDSERVE_CAS_RESIZE) vol->then.size = op->size;
-  int err = needs_closed ? 0 : cas_give_name(st, vol, op->to);
+  int err =
+      needs_closed ? 0 : cas_give_name(st, vol->parent, op->to, &vol->then);
   if (!err && !dry_run) err = cas_own_record(st, vol->place, &vol->page);
   if (err || verb != NBDSERVE_CAS_ROLLBACK) return err;
   if (vol->is_rolled_back) return -EINVAL; /* once in a change is enough */
   vol->is_rolled_back = 1;
   vol->old_root = *cas_root(vol);
   cas_share(cas_root(vol), *cas_root(snapshot));
-  vol->then.size = cas_record(snapshot, VIEW_THEN)->size;
+  vol->then.size = snapshot->then.size;
   return 0;
 }
 
@@ -6656,7 +6640,8 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   if (change->name)
     return vol ? cas_stage_pulled(st, change) : cas_stage_partial(st, change);
   if (!vol) return err;
-  cas_begin_staging(vol);
+  vol->is_staged = 1;
+  vol->then.id = vol->id; /* it may be hidden as yet */
   err = cas_own_record(st, vol->place, &vol->page);
   if (err) return err;
   if (!change->tree || *cas_digests(vol)) return 0; /* it is sealed by now */
@@ -6674,9 +6659,10 @@ static void cas_settle(struct nbdserve_cas *st, int is_durable) {
     if (!vol->is_staged) continue;
     assert(vol->page && vol->id);
     vol->is_staged = 0;
-    if (is_durable) {
-      vol->now = vol->then;
-    } else if (u_is_zero(vol->now.cid, CAS_DIGEST_LEN) && *cas_digests(vol)) {
+    if (is_durable) vol->now = vol->then;
+    vol->then = vol->now;
+    if (!is_durable && u_is_zero(vol->now.cid, CAS_DIGEST_LEN) &&
+        *cas_digests(vol)) {
       (*cas_digests(vol))->refs--; /* of the tree, which has it, too */
       *cas_digests(vol) = NULL;
     }
@@ -6726,18 +6712,16 @@ static void cas_encode_records(struct nbdserve_cas *st,
   uint32_t end = (uint32_t)u_min(first + st->per_page, st->places);
   for (uint32_t place = first; place < end; place++, p += CAS_RECORD) {
     const struct cas_volume *vol = st->by_place[place];
-    if (!vol || !cas_record(vol, VIEW_THEN)->id) continue;
-    struct cas_record record = *cas_record(vol, VIEW_THEN);
+    if (!vol || !vol->then.id) continue;
+    struct cas_record record = vol->then;
     const struct cas_node *root = *cas_root(vol);
     const struct cas_node *digests = *cas_digests(vol);
-    record.flags = vol->parent ? CAS_IS_SNAPSHOT : 0;
-    if (vol->is_partial) record.flags = CAS_IS_PARTIAL;
-    record.levels = CAS_LEVELS;
     record.root = root ? root->slot : 0;
     record.digests = digests ? digests->slot : 0;
     assert(vol->page == node && record.id == vol->id);
     assert((!root || root->slot) && (!digests || digests->slot));
-    assert(cas_is_name(record.name) != vol->is_partial);
+    assert(cas_is_name(record.name) != (record.flags == CAS_IS_PARTIAL));
+    assert((record.flags == CAS_IS_SNAPSHOT) == (vol->parent != NULL));
     cas_encode(cas_record_sizes, &record, p + CAS_HEAD);
   }
 }
@@ -6845,7 +6829,7 @@ static int cas_make_cut(struct nbdserve_cas *st, struct cas_change *change,
   cut->super.next_id = st->next_id;
   cut->super.ro_compat = 0;
   for (uint32_t i = 0; i < st->nvolumes; i++)
-    if (st->volumes[i]->is_partial && cas_record(st->volumes[i], VIEW_THEN)->id)
+    if (st->volumes[i]->then.id && st->volumes[i]->then.flags == CAS_IS_PARTIAL)
       cut->super.ro_compat = CAS_HAS_PARTIAL;
   cut->super.catalog = st->catalog ? st->catalog->slot : 0;
   return err ? err : st->failed;
@@ -7722,18 +7706,10 @@ static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
   if (is_partial && !(st->super.ro_compat & CAS_HAS_PARTIAL)) return -EUCLEAN;
   if (!is_named || !cas_is_size(st, record.size) || record.id >= st->next_id)
     return -EUCLEAN;
-  struct cas_volume *vol = u_zalloc(sizeof *vol);
-  if (!vol || cas_set_place(st, vol, page->index * st->per_page + c)) {
-    NBDSERVE_FREE(vol);
-    return -ENOMEM;
-  }
-  if (record.flags == CAS_IS_SNAPSHOT)
-    vol->parent = vol; /* which is looked for later */
-  vol->is_partial = is_partial;
-  vol->page = page;
-  vol->id = (uint32_t)record.id;
-  vol->now = record;
-  memset(vol->now.kept, 0, sizeof record.kept); /* as they are written */
+  memset(record.kept, 0, sizeof record.kept); /* as they are written */
+  const struct cas_volume *vol =
+      cas_add_volume(st, page, page->index * st->per_page + c, &record);
+  if (!vol) return -ENOMEM;
   int err = cas_load_node(st, (uint32_t)record.root, level, 0, cas_root(vol));
   if (err) return err;
   return cas_load_node(st, (uint32_t)record.digests, level, 0,
@@ -7807,11 +7783,12 @@ static int cas_order_volumes(struct nbdserve_cas *st) {
   for (uint32_t i = 0; i < n; i++) {
     struct cas_volume *vol = st->volumes[i];
     if (i && st->volumes[i - 1]->id == vol->id) return -EUCLEAN;
-    if (!vol->parent) continue;
+    if (vol->now.flags != CAS_IS_SNAPSHOT) continue;
     vol->parent = cas_by_id(st, vol->now.made_from);
-    if (vol->parent && !vol->parent->parent) continue;
+    if (vol->parent && vol->parent->now.flags != CAS_IS_SNAPSHOT) continue;
     st->loader->nunreadable++; /* its record is lost: a volume from now on */
     vol->parent = NULL;
+    vol->now.flags = vol->then.flags = 0;
     int err = cas_own_record(st, vol->place, &vol->page);
     if (err) return err;
   }
@@ -8385,10 +8362,11 @@ int nbdserve_cas_begin(struct nbdserve_cas *st, const char *name, uint64_t size,
 /* See nbdserve.h. */
 int nbdserve_cas_finish(struct nbdserve_cas *st, struct nbdserve_export *ex,
                         int keep) {
-  struct cas_change change = {.vol = ex->ctx};
-  assert(!change.vol->now.id && change.vol->clients == 1);
+  struct cas_volume *vol = ex->ctx;
+  struct cas_change change = {.vol = vol};
+  assert(!vol->now.id && vol->clients == 1);
   os_lock(&st->lock);
-  change.vol->now.size = u_min(change.vol->now.size, ex->size);
+  vol->now.size = vol->then.size = u_min(vol->now.size, ex->size);
   cas_unlock(st);
   int err = keep ? cas_clear_tail(ex->ctx) : 0;
   if (keep && !err) err = cas_apply(st, &change);
@@ -8412,7 +8390,8 @@ int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
                                      .created = vol->now.created,
                                      .clients = (uint32_t)vol->clients,
                                      .readonly = vol->parent != NULL,
-                                     .partial = vol->is_partial,
+                                     .partial =
+                                         vol->now.flags == CAS_IS_PARTIAL,
                                      .id = cas_spell_id(vol, id)};
     cas_unlock(st);
     r = each(arg, &info);
@@ -9602,7 +9581,7 @@ static int cas_use_partial(struct nbdserve_cas *st, const char *name,
     if (*out && !err) err = cas_own_record(st, (*out)->place, &(*out)->page);
     if (*out && !err) {
       (*out)->clients = 1;
-      (*out)->now.created = (uint64_t)time(NULL);
+      (*out)->now.created = (*out)->then.created = (uint64_t)time(NULL);
     }
     change.tree = cas_newest_sealed(
         st, cas_find(st, name, strcspn(name, "@"), VIEW_NOW), 0);

@@ -16085,7 +16085,7 @@ static int far_partial(const struct far *far) {
       vol = far_cas->volumes[i];
   os_unlock(&far_cas->lock);
   if (!vol) return -1;
-  CHECK(vol->is_partial && vol->now.size == far->size);
+  CHECK(vol->now.flags == CAS_IS_PARTIAL && vol->now.size == far->size);
   for (i = 0; i < far->blocks; i++) {
     CHECK(ex_batched_read(vol, b, i * 4096, u_min(4096, far->size - i * 4096),
                           0) == 0);
@@ -23433,7 +23433,7 @@ static void n_sound(void) {
   int i;
   for (at = 0; at < cas->nvolumes; at++) {
     struct cas_volume *vol = cas->volumes[at];
-    if (!vol->is_partial) continue;
+    if (vol->now.flags != CAS_IS_PARTIAL) continue;
     for (i = 0; i < NFARS && strcmp(vol->now.name, n_fars[i].far.part);)
       i++;
     if (i == NFARS) m_fail("a part of what nobody has pulled");
@@ -24200,15 +24200,15 @@ static void k_compare(struct nbdserve_cas *st) {
     const struct cas_volume *vol = st->volumes[at];
     int v = k_volume(vol->id);
     const struct cas_record *record = &k_vols[v < 0 ? 0 : v].record;
+    int is_partial;
     k_must((v < 0) == !vol->now.id, "a volume that is hidden, or not", vol->id);
     if (v < 0) continue;
     n--;
     /* When a part was gone on with last is written with the next change. */
-    k_must(record->flags == (vol->parent       ? CAS_IS_SNAPSHOT
-                             : vol->is_partial ? CAS_IS_PARTIAL
-                                               : 0) &&
+    is_partial = vol->now.flags == CAS_IS_PARTIAL;
+    k_must(record->flags == vol->now.flags &&
                record->size == vol->now.size && record->id == vol->now.id &&
-               (record->created == vol->now.created || vol->is_partial) &&
+               (record->created == vol->now.created || is_partial) &&
                record->made_from == vol->now.made_from &&
                record->levels == CAS_LEVELS &&
                !memcmp(record->cid, vol->now.cid, 32) &&
@@ -24218,7 +24218,7 @@ static void k_compare(struct nbdserve_cas *st) {
     k_memory(st, *cas_root(vol), k_mine);
     for (i = 0; i < k_blocks(v); i++)
       k_must(k_mine[i] == k_vols[v].slot[i] ||
-                 (vol->is_partial && !k_vols[v].slot[i]), /* it is adopted */
+                 (is_partial && !k_vols[v].slot[i]), /* it is adopted */
              "a block of a volume", i);
     for (; vol->parent && i < K_BLOCKS; i++)
       k_must(!k_mine[i], "a block behind the end of a snapshot", i);
@@ -27300,10 +27300,13 @@ static void ck_volumes(struct nbdserve_cas *st, int is_forged) {
     node = cas_kid(st->catalog, place / st->fanout);
     CK(node && vol->page == cas_kid(node, place % st->fanout));
     CK(!vol->is_staged && !vol->is_rolled_back && !vol->old_root);
+    CK((facts->flags == CAS_IS_SNAPSHOT) == (vol->parent != NULL));
+    CK(vol->then.id == facts->id && vol->then.size == facts->size);
+    CK(vol->then.flags == facts->flags && !strcmp(vol->then.name, facts->name));
     CK(!vol->pins && (facts->id == vol->id || !facts->id));
     CK(facts->id || vol->clients == 1);
     CK(cas_is_size(st, facts->size));
-    CK(vol->is_partial
+    CK(facts->flags == CAS_IS_PARTIAL
            ? cas_is_id(facts->name, CAS_PARTIAL) || !facts->id
            : cas_is_name(facts->name) || (!facts->id && !*facts->name));
     if (!is_forged && u_is_zero(facts->cid, CAS_DIGEST_LEN))

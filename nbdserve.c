@@ -5069,8 +5069,8 @@ struct cas_volume {
   struct cas_record then; /* the same, unless this is set: what a checkpoint */
   int is_staged;          /* that is being made or written says */
   int is_tree;            /* a view of the map with the tree of its id */
-  int is_rolled_back;     /* staged: it gets another map, */
-  struct cas_node *old_root; /* and had this one */
+  struct cas_node **edge; /* staged: to its map, or to the tree of its id: it */
+  struct cas_node *was;   /* was changed, and led here; else both are NULL */
 };
 
 struct nbdserve_cas {
@@ -6453,30 +6453,6 @@ static struct cas_volume *cas_add_volume(struct nbdserve_cas *st,
   return vol;
 }
 
-/* Makes a volume of a name, if that is not NULL, or a snapshot of its parent,
- * and finds a place for its record.  Its records have no id: nobody sees it. */
-static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
-                     const char *name, uint64_t size, struct cas_volume **out) {
-  struct cas_record record = {.flags = parent ? CAS_IS_SNAPSHOT : 0,
-                              .size = size,
-                              .levels = CAS_LEVELS,
-                              .created = (uint64_t)time(NULL)};
-  struct cas_node *page = NULL;
-  uint32_t place = 0;
-  while (place < st->places && st->by_place[place])
-    place++;
-  int is_full = place / st->per_page >= st->fanout * st->fanout ||
-                st->next_id == UINT32_MAX;
-  int err = is_full ? -ENOSPC : 0;
-  if (!err && name) err = cas_give_name(st, parent, name, &record);
-  if (!err) err = cas_own_record(st, place, &page);
-  if (err) return err;
-  *out = cas_add_volume(st, page, place, &record);
-  if (!*out) return -ENOMEM;
-  (*out)->parent = parent;
-  return 0;
-}
-
 /* ---- Changes of the catalog -------------------------------------------------
  *
  *   cas_stage    tests all changes, and makes their nodes dirty; on an error
@@ -6506,34 +6482,44 @@ struct cas_change {
   uint64_t size; /* bytes */
 };
 
-/* Takes volume i, which nobody uses, out of the list and the catalog, and frees
- * it with its maps.  (unlocks) */
-static void cas_leave(struct nbdserve_cas *st, uint32_t i) {
-  struct cas_volume *vol = st->volumes[i];
-  struct cas_node *root = *cas_root(vol);
-  struct cas_node *digests = *cas_digests(vol);
-  assert(!vol->clients && !vol->pins && !vol->is_staged);
-  for (st->nvolumes--; i < st->nvolumes; i++)
-    st->volumes[i] = st->volumes[i + 1];
-  st->by_place[vol->place] = NULL;
-  *cas_root(vol) = *cas_digests(vol) = NULL;
-  NBDSERVE_FREE(vol);
-  cas_unref(st, root);
-  cas_unref(st, digests);
-}
-
 /* Stages a new volume, or a snapshot of `up`, with the contents of `from` or,
- * if that is NULL, of that size and all zeroes. */
+ * if that is NULL, of that size and all zeroes; and finds a place for its
+ * record.  name: NULL, or it is tested that the volume may have it. */
 static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
                          struct cas_volume *up, const char *name, uint64_t size,
                          struct cas_volume **out) {
-  int err = cas_enter(st, up, name, from ? from->then.size : size, out);
+  struct cas_record record = {.flags = up ? CAS_IS_SNAPSHOT : 0,
+                              .size = from ? from->then.size : size,
+                              .levels = CAS_LEVELS,
+                              .created = (uint64_t)time(NULL),
+                              .made_from = from ? from->id : 0};
+  struct cas_node *page = NULL;
+  uint32_t place = 0;
+  if (up) record.made_from = up->id;
+  while (place < st->places && st->by_place[place])
+    place++;
+  int is_full = place / st->per_page >= st->fanout * st->fanout ||
+                st->next_id == UINT32_MAX;
+  int err = is_full ? -ENOSPC : 0;
+  if (!err && name) err = cas_give_name(st, up, name, &record);
+  if (!err) err = cas_own_record(st, place, &page);
   if (err) return err;
+  *out = cas_add_volume(st, page, place, &record);
+  if (!*out) return -ENOMEM;
+  (*out)->parent = up;
   (*out)->is_staged = 1;
   (*out)->then.id = (*out)->id; /* it is there when the checkpoint is durable */
-  (*out)->then.made_from = up ? up->id : from ? from->id : 0;
   if (from) cas_share(cas_root(*out), *cas_root(from));
   return 0;
+}
+
+/* Makes an edge of a volume that is staged lead to another node. */
+static void cas_stage_edge(struct cas_volume *vol, struct cas_node **edge,
+                           struct cas_node *node) {
+  assert(vol->is_staged && !vol->edge && !vol->was);
+  vol->edge = edge;
+  vol->was = *edge;
+  cas_share(edge, node);
 }
 
 /* Stages the partial volume change->name, unless it is there: of that size, and
@@ -6551,28 +6537,20 @@ static int cas_stage_partial(struct nbdserve_cas *st,
   return 0;
 }
 
-/* Stages the snapshot VOL@NAME, with the contents of change->vol, which are
- * those of its id; and VOL, with the same, if there is none.  If they were
- * pulled for that, change->vol goes. */
-static int cas_stage_pulled(struct nbdserve_cas *st,
-                            const struct cas_change *change) {
-  struct cas_volume *from = change->vol;
-  struct cas_volume *snapshot = NULL;
-  char name[CAS_PATH];
-  snprintf(name, sizeof name, "%s", change->name);
-  name[strcspn(name, "@")] = 0;
-  struct cas_volume *up = cas_find(st, name, strlen(name), VIEW_THEN);
-  int err = up ? 0 : cas_stage_new(st, from, NULL, name, 0, &up);
-  if (!err) err = cas_stage_new(st, from, up, change->name, 0, &snapshot);
-  if (err) return err;
-  memcpy(snapshot->then.cid, change->tree->now.cid, CAS_DIGEST_LEN);
-  cas_share(cas_digests(snapshot), *cas_root(change->tree));
-  if (from->now.flags != CAS_IS_PARTIAL) return 0;
+/* Stages the snapshot VOL@NAME, *out, with the contents of `from`, and VOL with
+ * the same, if there is none.  If they were pulled for that, `from` goes. */
+static int cas_stage_pulled(struct nbdserve_cas *st, struct cas_volume *from,
+                            const char *name, struct cas_volume **out) {
+  char up_name[CAS_PATH];
+  snprintf(up_name, sizeof up_name, "%.*s", (int)strcspn(name, "@"), name);
+  struct cas_volume *up = cas_find(st, up_name, strlen(up_name), VIEW_THEN);
+  int err = up ? 0 : cas_stage_new(st, from, NULL, up_name, 0, &up);
+  if (!err) err = cas_stage_new(st, from, up, name, 0, out);
+  if (err || from->now.flags != CAS_IS_PARTIAL) return err;
   while (from->pins)
     cas_wait(st);
-  from->is_staged = 1;
   from->then.id = 0;
-  return cas_own_record(st, from->place, &from->page);
+  return 0;
 }
 
 /* Stages one change.  Nothing is to be seen of it until cas_settle.
@@ -6615,10 +6593,8 @@ static int cas_stage_op(struct nbdserve_cas *st,
       needs_closed ? 0 : cas_give_name(st, vol->parent, op->to, &vol->then);
   if (!err && !dry_run) err = cas_own_record(st, vol->place, &vol->page);
   if (err || verb != NBDSERVE_CAS_ROLLBACK) return err;
-  if (vol->is_rolled_back) return -EINVAL; /* once in a change is enough */
-  vol->is_rolled_back = 1;
-  vol->old_root = *cas_root(vol);
-  cas_share(cas_root(vol), *cas_root(snapshot));
+  if (vol->edge) return -EINVAL; /* once in a change is enough */
+  cas_stage_edge(vol, cas_root(vol), *cas_root(snapshot));
   vol->then.size = snapshot->then.size;
   return 0;
 }
@@ -6628,6 +6604,7 @@ static int cas_stage_op(struct nbdserve_cas *st,
  * is kept for changes that give back what they take. (unlocks) */
 static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   struct cas_volume *vol = change->vol;
+  const struct cas_volume *tree = change->tree;
   int err = 0;
   change->kept = vol || change->name ? CAS_RESERVE_PAIRS : 0;
   for (size_t i = 0; i < change->nops && !err; i++) {
@@ -6637,16 +6614,15 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
     change->failed = i;
     err = cas_stage_op(st, change->ops + i);
   }
-  if (change->name)
-    return vol ? cas_stage_pulled(st, change) : cas_stage_partial(st, change);
-  if (!vol) return err;
+  if (!vol) return change->name ? cas_stage_partial(st, change) : err;
   vol->is_staged = 1;
   vol->then.id = vol->id; /* it may be hidden as yet */
   err = cas_own_record(st, vol->place, &vol->page);
-  if (err) return err;
-  if (!change->tree || *cas_digests(vol)) return 0; /* it is sealed by now */
-  memcpy(vol->then.cid, change->tree->now.cid, CAS_DIGEST_LEN);
-  cas_share(cas_digests(vol), *cas_root(change->tree));
+  if (!err && change->name)
+    err = cas_stage_pulled(st, vol, change->name, &vol); /* which is sealed */
+  if (err || !tree || *cas_digests(vol)) return err;     /* or it is by now */
+  memcpy(vol->then.cid, tree->now.cid, CAS_DIGEST_LEN);
+  cas_stage_edge(vol, cas_digests(vol), *cas_root(tree));
   return 0;
 }
 
@@ -6655,31 +6631,37 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
 static void cas_settle(struct nbdserve_cas *st, int is_durable) {
   for (uint32_t i = 0; i < st->nvolumes; i++) {
     struct cas_volume *vol = st->volumes[i];
-    struct cas_node *root = *cas_root(vol);
     if (!vol->is_staged) continue;
     assert(vol->page && vol->id);
-    vol->is_staged = 0;
     if (is_durable) vol->now = vol->then;
     vol->then = vol->now;
-    if (!is_durable && u_is_zero(vol->now.cid, CAS_DIGEST_LEN) &&
-        *cas_digests(vol)) {
-      (*cas_digests(vol))->refs--; /* of the tree, which has it, too */
-      *cas_digests(vol) = NULL;
+    vol->is_staged = 0;
+    if (vol->edge && !is_durable) {
+      struct cas_node *taken_back = *vol->edge;
+      *vol->edge = vol->was;
+      vol->was = taken_back;
     }
-    if (vol->is_rolled_back && !is_durable) {
-      *cas_root(vol) = vol->old_root;
-      vol->old_root = root;
-    }
-    vol->is_rolled_back = 0;
+    vol->edge = NULL;
   }
   os_wake_all(&st->lock);
   /* From the end: only who holds ckpt takes one out, others may add some. */
   for (uint32_t i = st->nvolumes; i-- > 0;) {
     struct cas_volume *vol = st->volumes[i];
-    struct cas_node *old_root = vol->old_root;
-    vol->old_root = NULL;
-    cas_unref(st, old_root);
-    if (!vol->now.id && !vol->clients) cas_leave(st, i);
+    struct cas_node *gone[3] = {vol->was, NULL, NULL};
+    vol->was = NULL;
+    if (!vol->now.id && !vol->clients) { /* the volume is, with its maps */
+      assert(!vol->pins && !vol->is_staged);
+      gone[1] = *cas_root(vol);
+      gone[2] = *cas_digests(vol);
+      *cas_root(vol) = *cas_digests(vol) = NULL;
+      st->by_place[vol->place] = NULL;
+      for (uint32_t k = i + 1; k < st->nvolumes; k++)
+        st->volumes[k - 1] = st->volumes[k];
+      st->nvolumes--;
+      NBDSERVE_FREE(vol);
+    }
+    for (int k = 0; k < 3; k++)
+      cas_unref(st, gone[k]);
   }
 }
 
@@ -8331,8 +8313,12 @@ static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
   while (st->busy && st->filled < st->to_fill)
     cas_wait(st);
   int err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
-  if (!err) err = cas_enter(st, NULL, name, size, out);
-  if (!err) (*out)->clients = 1;
+  if (!err) err = cas_stage_new(st, NULL, NULL, name, size, out);
+  if (!err) {
+    (*out)->clients = 1;
+    (*out)->is_staged = 0; /* it has no id in its record: nobody sees it */
+    (*out)->then = (*out)->now;
+  }
   cas_unlock(st);
   return err;
 }

@@ -27299,7 +27299,7 @@ static void ck_volumes(struct nbdserve_cas *st, int is_forged) {
     place = vol->place / st->per_page;
     node = cas_kid(st->catalog, place / st->fanout);
     CK(node && vol->page == cas_kid(node, place % st->fanout));
-    CK(!vol->is_staged && !vol->is_rolled_back && !vol->old_root);
+    CK(!vol->is_staged && !vol->edge && !vol->was);
     CK((facts->flags == CAS_IS_SNAPSHOT) == (vol->parent != NULL));
     CK(vol->then.id == facts->id && vol->then.size == facts->size);
     CK(vol->then.flags == facts->flags && !strcmp(vol->then.name, facts->name));

@@ -6474,8 +6474,7 @@ struct cas_change {
    *   vol, tree and name     a snapshot appears, sealed, with vol's contents
    *   name and size          a partial volume appears; tree, if there is one,
    *                          is its base
-   * Of a seal, tree has the digests as its data, and the content id; of a base
-   * both maps are copied. */
+   * Of a seal, tree has the digests as its data, and the content id. */
   struct cas_volume *vol;
   struct cas_volume *tree;
   const char *name;
@@ -6608,11 +6607,14 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   int err = 0;
   change->kept = vol || change->name ? CAS_RESERVE_PAIRS : 0;
   for (size_t i = 0; i < change->nops && !err; i++) {
-    uint32_t kept = change->ops[i].verb != NBDSERVE_CAS_RM ? CAS_FOR_RM : 0;
-    if (change->ops[i].verb < NBDSERVE_CAS_RENAME) kept = CAS_RESERVE_PAIRS;
+    int verb = change->ops[i].verb;
+    uint32_t kept = verb != NBDSERVE_CAS_RM ? CAS_FOR_RM : 0;
+    if (verb < NBDSERVE_CAS_RENAME) kept = CAS_RESERVE_PAIRS;
     if (kept > change->kept) change->kept = kept;
     change->failed = i;
     err = cas_stage_op(st, change->ops + i);
+    if (!err && i + 1 == change->nops && verb & NBDSERVE_CAS_DRY_RUN)
+      err = -ECANCELED; /* all of it could be done */
   }
   if (!vol) return change->name ? cas_stage_partial(st, change) : err;
   vol->is_staged = 1;
@@ -6687,13 +6689,25 @@ struct cas_cut {
   struct cas_super super;
 };
 
-/* Encodes the records of a page of the catalog as the checkpoint has them. */
-static void cas_encode_records(struct nbdserve_cas *st,
-                               const struct cas_node *node, unsigned char *p) {
-  uint32_t first = node->index * st->per_page;
-  uint32_t end = (uint32_t)u_min(first + st->per_page, st->places);
-  for (uint32_t place = first; place < end; place++, p += CAS_RECORD) {
-    const struct cas_volume *vol = st->by_place[place];
+/* Encodes a node as a page of the checkpoint that is being made; a leaf has to
+ * be in memory.  Records are those that hold when it is durable. */
+static void cas_encode_node(const struct nbdserve_cas *st,
+                            const struct cas_node *node, unsigned char *p) {
+  struct cas_head head = cas_head_of(st, node);
+  int has_records = node->level == CAS_LEVELS;
+  uint32_t first = node->index * st->per_page; /* the place of a record */
+  head.number = st->last_number;
+  assert(node->level || node->slots);
+  memset(p, 0, st->bs);
+  cas_encode(cas_head_sizes, &head, p);
+  p += CAS_HEAD;
+  for (uint32_t c = 0; !has_records && c < node->nkids; c++)
+    if (node->kid[c]) u_put32(p + 4 * c, node->kid[c]->slot);
+  for (uint32_t c = 0; node->slots && c < st->fanout; c++)
+    u_put32(p + 4 * c, node->slots[c]);
+  for (uint32_t c = 0; has_records && c < st->per_page; c++, p += CAS_RECORD) {
+    const struct cas_volume *vol =
+        first + c < st->places ? st->by_place[first + c] : NULL;
     if (!vol || !vol->then.id) continue;
     struct cas_record record = vol->then;
     const struct cas_node *root = *cas_root(vol);
@@ -6704,33 +6718,18 @@ static void cas_encode_records(struct nbdserve_cas *st,
     assert((!root || root->slot) && (!digests || digests->slot));
     assert(cas_is_name(record.name) != (record.flags == CAS_IS_PARTIAL));
     assert((record.flags == CAS_IS_SNAPSHOT) == (vol->parent != NULL));
-    cas_encode(cas_record_sizes, &record, p + CAS_HEAD);
+    cas_encode(cas_record_sizes, &record, p);
   }
 }
 
-/* Encodes a node as a page; a leaf has to be in memory. */
-static void cas_encode_node(struct nbdserve_cas *st,
-                            const struct cas_node *node, uint64_t number,
-                            unsigned char *p) {
-  struct cas_head head = cas_head_of(st, node);
-  assert(node->level || node->slots);
-  head.number = number;
-  memset(p, 0, st->bs);
-  cas_encode(cas_head_sizes, &head, p);
-  if (node->level == CAS_LEVELS) cas_encode_records(st, node, p);
-  for (uint32_t c = 0; node->level != CAS_LEVELS && c < node->nkids; c++)
-    if (node->kid[c]) u_put32(p + CAS_HEAD + 4 * c, node->kid[c]->slot);
-  for (uint32_t c = 0; node->slots && c < st->fanout; c++)
-    u_put32(p + CAS_HEAD + 4 * c, node->slots[c]);
-}
-
-/* Does a node have nothing below it? */
-static int cas_is_empty(struct nbdserve_cas *st, const struct cas_node *node) {
-  uint32_t first = node->index * st->per_page; /* place; of a catalog page */
+/* Does a node have nothing below it?  A page of the catalog has volumes, also
+ * those that have no maps. */
+static int cas_is_empty(const struct nbdserve_cas *st,
+                        const struct cas_node *node) {
   for (uint32_t c = 0; c < node->nkids; c++)
     if (node->kid[c]) return 0;
-  for (uint32_t c = 0; node->level == CAS_LEVELS && c < st->per_page; c++)
-    if (first + c < st->places && st->by_place[first + c]) return 0;
+  for (uint32_t i = 0; node->level == CAS_LEVELS && i < st->nvolumes; i++)
+    if (st->volumes[i]->page == node) return 0;
   return node->level ||
          u_is_zero((const unsigned char *)node->slots, st->fanout * 4);
 }
@@ -6756,7 +6755,7 @@ static int cas_cut_below(struct nbdserve_cas *st, struct cas_cut *cut,
   if (node->level) {
     write.page = NBDSERVE_MALLOC(st->bs);
     if (!write.page) return -ENOMEM;
-    cas_encode_node(st, node, cut->super.number, write.page);
+    cas_encode_node(st, node, write.page);
   }
   write.slot = node->slot = cas_take_pair(st);
   assert(CAS_AT(st, node->slot, refs) == 1 && st->ndirty > 0);
@@ -6766,23 +6765,6 @@ static int cas_cut_below(struct nbdserve_cas *st, struct cas_cut *cut,
   return 0;
 }
 
-/* Takes a cut back: what it made clean is dirty again, and its pairs, which
- * nothing durable names, are free. */
-static void cas_undo_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
-  uint32_t unused = 0;
-  uint32_t *end = &cut->retired;
-  for (uint32_t i = 0; i < cut->n; i++) {
-    struct cas_node *node = cut->writes[i].node;
-    if (node->slot == cut->writes[i].slot) /* else it has changed since */
-      cas_make_dirty(st, node, &unused);
-  }
-  cas_free_list(st, unused);
-  while (*end)
-    end = &CAS_AT(st, *end, link);
-  *end = st->retired;
-  st->retired = cut->retired;
-}
-
 /* Makes a cut, with a change if there is one.  First, while syncs may let the
  * lock go, it sees to it that there are pairs for all that is dirty; nothing
  * has changed if that fails. (unlocks) */
@@ -6790,9 +6772,6 @@ static int cas_make_cut(struct nbdserve_cas *st, struct cas_change *change,
                         struct cas_cut *cut) {
   int err = st->failed;
   if (!err && change) err = cas_stage(st, change);
-  if (!err && change && change->nops &&
-      change->ops->verb & NBDSERVE_CAS_DRY_RUN)
-    err = -ECANCELED; /* it could be done */
   if (err) return err;
   while ((err = cas_want_pairs(st, change ? change->kept : 0)) == -ENOSPC &&
          (st->dropped || st->npending))
@@ -6820,28 +6799,26 @@ static int cas_make_cut(struct nbdserve_cas *st, struct cas_change *change,
 /* Writes the pages of a cut, each to both of its slots. (unlocks) */
 static int cas_write_pages(struct nbdserve_cas *st, struct cas_cut *cut) {
   unsigned char *pages = NBDSERVE_MALLOC(CAS_PORTION * (size_t)st->bs);
-  struct cas_block blk[2 * CAS_PORTION];
+  struct cas_block blk[CAS_PORTION];
   int err = pages ? 0 : -ENOMEM;
   for (uint32_t first = 0; first < cut->n && !err; first += CAS_PORTION) {
     uint32_t n = (uint32_t)u_min(cut->n - first, CAS_PORTION);
     for (uint32_t i = 0; i < n; i++) {
       const struct cas_write *write = cut->writes + first + i;
-      unsigned char *page = write->page;
-      if (!page) page = pages + (size_t)i * st->bs;
-      if (!write->page)
-        cas_encode_node(st, write->node, cut->super.number, page);
-      blk[i] = (struct cas_block){
-          .slot = write->slot, .data = page, .todo = CAS_BOTH};
+      blk[i] = (struct cas_block){.slot = write->slot, .todo = CAS_BOTH};
+      blk[i].data = write->page ? write->page : pages + (size_t)i * st->bs;
+      if (!write->page) cas_encode_node(st, write->node, blk[i].data);
     }
     cas_unlock(st);
-    for (uint32_t i = 0; i < n; i++) {
+    for (uint32_t i = 0; i < n; i++)
       cas_sum_page(st->hw, blk[i].data, st->bs, blk[i].sum);
-      blk[n + i] = blk[i];
-      blk[n + i].slot += CAS_TWIN;
+    for (int copy = 0; copy < 2; copy++) {
+      cas_move_both(st, blk, n, OS_WRITE);
+      for (uint32_t i = 0; i < n; i++) {
+        if (blk[i].err) err = blk[i].err; /* then the other one is left out */
+        blk[i].slot += CAS_TWIN;
+      }
     }
-    cas_move_both(st, blk, 2 * n, OS_WRITE);
-    for (uint32_t i = 0; i < 2 * n; i++)
-      if (blk[i].err) err = blk[i].err;
     os_lock(&st->lock);
   }
   NBDSERVE_FREE(pages);
@@ -6875,6 +6852,33 @@ static int cas_write_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
   return err;
 }
 
+/* Ends a cut.  When it is durable, what the superblock before named is free.
+ * Else it is taken back: what it made clean is dirty again, and its slots, which
+ * nothing durable names, are free. (unlocks) */
+static void cas_end_cut(struct nbdserve_cas *st, struct cas_cut *cut,
+                        int is_durable) {
+  uint32_t unused = 0;
+  if (is_durable) st->super = cut->super;
+  for (uint32_t i = 0; i < cut->n; i++) {
+    struct cas_node *node = cut->writes[i].node;
+    node->is_given = 0;
+    if (!is_durable && node->slot == cut->writes[i].slot)
+      cas_make_dirty(st, node, &unused); /* else it has changed since */
+    NBDSERVE_FREE(cut->writes[i].page);
+  }
+  NBDSERVE_FREE(cut->writes);
+  cas_free_list(st, is_durable ? cut->retired : unused); /* (C6) */
+  if (is_durable) {
+    cas_space_came(st);
+    return;
+  }
+  uint32_t *end = &cut->retired;
+  while (*end)
+    end = &CAS_AT(st, *end, link);
+  *end = st->retired;
+  st->retired = cut->retired;
+}
+
 /* Writes all that is dirty, with a change of the catalog if there is one, so
  * that the log up to now is not needed any more.  After an error before the
  * superblocks nothing has changed; pages that could not be written are tried
@@ -6882,27 +6886,16 @@ static int cas_write_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
 static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
                           uint64_t since) {
   int err = 0;
-  int is_over = 0;
   os_lock(&st->ckpt);
   os_lock(&st->lock);
-  while (!is_over && st->super.number <= since) {
+  int is_over = st->super.number > since;
+  while (!is_over) {
     struct cas_cut cut = {.n = 0};
     err = cas_make_cut(st, change, &cut);
     is_over = err == -ENOMEM || !cut.n;
     if (!err) err = cas_write_cut(st, &cut);
     is_over |= !err || st->failed;
-    if (err) {
-      cas_undo_cut(st, &cut);
-    } else {
-      st->super = cut.super;
-      cas_free_list(st, cut.retired); /* (C6) */
-      cas_space_came(st);
-    }
-    for (uint32_t k = 0; k < cut.n; k++) {
-      cut.writes[k].node->is_given = 0;
-      NBDSERVE_FREE(cut.writes[k].page);
-    }
-    NBDSERVE_FREE(cut.writes);
+    cas_end_cut(st, &cut, !err);
     cas_settle(st, !err);
   }
   cas_unlock(st);

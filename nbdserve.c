@@ -6334,8 +6334,7 @@ enum cas_view {
 };
 
 /* The full name, VOL or VOL@SNAP, in out. */
-static const char *cas_full_name(const struct cas_volume *vol,
-                                 char out[CAS_PATH]) {
+static char *cas_full_name(const struct cas_volume *vol, char out[CAS_PATH]) {
   const char *up = vol->parent ? vol->parent->now.name : "";
   snprintf(out, CAS_PATH, "%s%s%s", up, vol->parent ? "@" : "", vol->now.name);
   return out;
@@ -6378,8 +6377,7 @@ static struct cas_volume *cas_find(struct nbdserve_cas *st, const char *name,
 }
 
 /* The first volume that anybody sees with an id from one on, or NULL. */
-static struct cas_volume *cas_volume_from(struct nbdserve_cas *st,
-                                          uint64_t id) {
+static struct cas_volume *cas_from_id(struct nbdserve_cas *st, uint64_t id) {
   uint32_t i = 0;
   for (uint32_t end = st->nvolumes; i < end;) { /* it is from i up to there */
     uint32_t middle = i + (end - i) / 2;
@@ -6395,7 +6393,7 @@ static struct cas_volume *cas_volume_from(struct nbdserve_cas *st,
 
 /* The volume or snapshot with an id that anybody sees, or NULL. */
 static struct cas_volume *cas_by_id(struct nbdserve_cas *st, uint64_t id) {
-  struct cas_volume *vol = cas_volume_from(st, id);
+  struct cas_volume *vol = cas_from_id(st, id);
   return vol && vol->id == id ? vol : NULL;
 }
 
@@ -6724,8 +6722,7 @@ static void cas_encode_node(const struct nbdserve_cas *st,
 
 /* Does a node have nothing below it?  A page of the catalog has volumes, also
  * those that have no maps. */
-static int cas_is_empty(const struct nbdserve_cas *st,
-                        const struct cas_node *node) {
+static int cas_is_empty(struct nbdserve_cas *st, const struct cas_node *node) {
   for (uint32_t c = 0; c < node->nkids; c++)
     if (node->kid[c]) return 0;
   for (uint32_t i = 0; node->level == CAS_LEVELS && i < st->nvolumes; i++)
@@ -6836,22 +6833,6 @@ static int cas_write_super(struct nbdserve_cas *st,
   return cas_io(st, OS_WRITE, p, sizeof p, (uint64_t)place * CAS_UNIT);
 }
 
-/* Writes a cut and makes it durable, in this order (C7): the pages; the first
- * superblock, while the second is still the old one; the second one, before
- * anything is free or answered.  If a superblock fails, nobody knows what is
- * there (C14). (unlocks) */
-static int cas_write_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
-  assert(cut->super.number > st->super.number && cut->super.replay <= st->seq);
-  int err = cas_write_pages(st, cut);
-  if (!err) err = cas_sync(st, 1);
-  for (int place = 0; place < 2 && !err; place++) {
-    err = cas_write_super(st, &cut->super, place);
-    cas_fail(st, err);
-    if (!err) err = cas_sync(st, 1);
-  }
-  return err;
-}
-
 /* Ends a cut.  When it is durable, what the superblock before named is free.
  * Else it is taken back: what it made clean is dirty again, and its slots, which
  * nothing durable names, are free. (unlocks) */
@@ -6880,9 +6861,12 @@ static void cas_end_cut(struct nbdserve_cas *st, struct cas_cut *cut,
 }
 
 /* Writes all that is dirty, with a change of the catalog if there is one, so
- * that the log up to now is not needed any more.  After an error before the
- * superblocks nothing has changed; pages that could not be written are tried
- * elsewhere.  since: does nothing if there was another one meanwhile. */
+ * that the log up to now is not needed any more.  The order (C7): the pages; the
+ * first superblock, while the second is still the old one; the second one,
+ * before anything is free or answered.  After an error before the superblocks
+ * nothing has changed; pages that could not be written are tried elsewhere.  If
+ * a superblock fails, nobody knows what is there (C14).  since: does nothing if
+ * there was another one meanwhile. */
 static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
                           uint64_t since) {
   int err = 0;
@@ -6893,7 +6877,14 @@ static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
     struct cas_cut cut = {.n = 0};
     err = cas_make_cut(st, change, &cut);
     is_over = err == -ENOMEM || !cut.n;
-    if (!err) err = cas_write_cut(st, &cut);
+    if (!err) err = cas_write_pages(st, &cut);
+    if (!err) err = cas_sync(st, 1);
+    for (int place = 0; place < 2 && !err; place++) {
+      assert(cut.super.number > st->super.number);
+      err = cas_write_super(st, &cut.super, place);
+      cas_fail(st, err);
+      if (!err) err = cas_sync(st, 1);
+    }
     is_over |= !err || st->failed;
     cas_end_cut(st, &cut, !err);
     cas_settle(st, !err);
@@ -7041,7 +7032,6 @@ static int cas_prepare(struct cas_volume *vol, uint64_t block,
   struct nbdserve_cas *st = vol->st;
   for (;;) {
     int err = cas_find_spot(st, cas_root(vol), block, spot);
-    if (!err) err = st->failed;
     if (err || st->is_replaying) return err;
     uint32_t kept = spot->gives_back ? CAS_FOR_RM : CAS_RESERVE_PAIRS;
     int is_full = st->seq - st->super.replay >= st->super.log_pages / 4 * 3;
@@ -7059,13 +7049,10 @@ static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
   assert(blk->is_wanting);
   blk->slot = skip < CAS_CANDIDATES ? cas_lookup(st, blk->sum, skip) : 0;
   blk->todo = blk->slot ? 0 : CAS_BOTH;
-  if (blk->slot) {
-    cas_hold(st, blk->slot);
-  } else {
-    int err = cas_take_slot(st, &blk->slot); /* with the hold */
-    if (err) return err;
-    cas_index(st, blk->slot, CAS_TAG(blk->sum));
-  }
+  cas_hold(st, blk->slot); /* if it is one of the index */
+  int err = blk->slot ? 0 : cas_take_slot(st, &blk->slot);
+  if (err) return err;
+  if (blk->todo) cas_index(st, blk->slot, CAS_TAG(blk->sum));
   blk->is_trusted = (CAS_AT(st, blk->slot, tag) & CAS_GOOD) != 0;
   return 0;
 }
@@ -7076,11 +7063,11 @@ static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk) {
   struct cas_block has = {.slot = blk->slot,
                           .data = NBDSERVE_MALLOC(st->bs),
                           .todo = blk->is_trusted ? CAS_DATA : CAS_BOTH};
+  memcpy(has.digest, blk->sum, CAS_DIGEST_LEN); /* unless it is read */
   if (has.data) cas_move_both(st, &has, 1, OS_READ);
   int is_same = has.data && !has.err && !has.digest_err &&
-                memcmp(has.data, blk->data, st->bs) == 0;
-  if (!blk->is_trusted)
-    is_same = is_same && memcmp(has.digest, blk->sum, CAS_DIGEST_LEN) == 0;
+                memcmp(has.data, blk->data, st->bs) == 0 &&
+                memcmp(has.digest, blk->sum, CAS_DIGEST_LEN) == 0;
   NBDSERVE_FREE(has.data);
   return is_same;
 }
@@ -7144,11 +7131,9 @@ static void cas_put(struct cas_volume *vol, struct cas_block *blk, size_t n) {
   }
   cas_hash(st, blk, n);
   for (size_t i = 0; i < n; i++) {
-    if (!blk[i].is_known ||
-        (blk[i].is_wanting &&
-         !memcmp(blk[i].sum, blk[i].digest, CAS_DIGEST_LEN)))
-      continue;
-    blk[i].is_wanting = blk[i].todo = 0;
+    int fits = memcmp(blk[i].sum, blk[i].digest, CAS_DIGEST_LEN) == 0;
+    if (!blk[i].is_known || (fits && blk[i].is_wanting)) continue;
+    blk[i].is_wanting = 0;
     blk[i].err = -EBADMSG;
   }
   cas_place_blocks(st, blk, n);
@@ -7210,28 +7195,26 @@ static void cas_unpin(struct nbdserve_cas *st, struct cas_block *blk,
 }
 
 /* READs, WRITEs or (buf is NULL) zeroes a part of one block.  What would not
- * change is not written. */
+ * change is not written: nothing is to be stored and logged for it. */
 static int cas_part(struct cas_volume *vol, int is_read, unsigned char *buf,
                     uint64_t off, uint64_t len) {
   struct nbdserve_cas *st = vol->st;
-  unsigned char *data = NBDSERVE_MALLOC(st->bs);
+  unsigned char *data = u_zalloc(2 * (size_t)st->bs); /* and zeroes */
   if (!data) return -ENOMEM;
   unsigned char *part = data + off % st->bs;
+  if (!buf) buf = data + st->bs;
   int err = -EAGAIN;
   assert(len < st->bs && off % st->bs + len <= st->bs);
   while (err == -EAGAIN) {
     struct cas_block blk = {.number = off / st->bs, .data = data};
     cas_read(vol, &blk, 1, CAS_DATA, OS_READ);
-    struct cas_block put = {.number = blk.number,
-                            .data = data,
-                            .expected = blk.slot}; /* pinned: it stays that */
+    struct cas_block put = blk;
+    put.expected = blk.slot; /* pinned: it stays that */
     err = blk.err == -EUCLEAN ? -EIO : blk.err;
     if (!err && is_read) {
       memcpy(buf, part, (size_t)len);
-    } else if (!err && (buf ? memcmp(part, buf, (size_t)len) != 0
-                            : !u_is_zero(part, (size_t)len))) {
-      memset(part, 0, (size_t)len);
-      if (buf) memcpy(part, buf, (size_t)len);
+    } else if (!err && memcmp(part, buf, (size_t)len) != 0) {
+      memcpy(part, buf, (size_t)len);
       cas_put(vol, &put, 1);
       err = put.err;
     }
@@ -7454,7 +7437,7 @@ static uint32_t cas_next_context(void *ctx, uint32_t number, char *name) {
   const struct cas_volume *other;
   os_lock(&vol->st->lock);
   do {
-    other = cas_volume_from(vol->st, number + UINT64_C(1));
+    other = cas_from_id(vol->st, number + UINT64_C(1));
     number = other ? other->id : 0;
   } while (other && (other == vol || other->parent != up));
   if (other) sprintf(name, "qemu:dirty-bitmap:%s", other->now.name);
@@ -7691,24 +7674,40 @@ static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
                        cas_digests(vol));
 }
 
-/* Puts what a page says into a node, and adds what is below to the nodes. */
-static int cas_load_below(struct nbdserve_cas *st, struct cas_node *node,
-                          const unsigned char *p) {
-  const unsigned char *at = p + CAS_HEAD;
+/* Reads the page of a node, puts what it says into the node, and adds what is
+ * below to the nodes.  A page that is wrong is lost (C21): so are the blocks
+ * below it, but nothing else.  Of the catalog the volumes below are left out,
+ * and what led to them is made anew. */
+static int cas_load_page(struct nbdserve_cas *st, struct cas_node *node) {
+  struct cas_loader *loader = st->loader;
+  const unsigned char *at = loader->data + CAS_HEAD;
+  int is_map = node->level < CAS_LEVELS;
   int has_records = node->level == CAS_LEVELS;
-  uint32_t n = has_records ? 2 * st->per_page : st->fanout;
-  int err = 0;
-  assert(st->loader && node->refs > 0 && !node->nkids);
+  uint32_t n = has_records ? 2 * st->per_page : st->fanout; /* kids */
+  int is_changed = 0;
+  int err = -EUCLEAN;
+  assert(node->refs > 0 && !node->nkids);
+  if (node->slot == CAS_LOST && is_map) return 0;
+  if (node->slot != CAS_LOST && (is_map || node->index < st->nslots))
+    err = cas_read_page(st, node->slot, cas_head_of(st, node), loader->data);
+  if (err) {
+    if (err == -EUCLEAN && is_map)
+      loader->nlost++;
+    else
+      loader->nunreadable++;
+    cas_drop_pair(st, node->slot, &st->retired);
+    node->slot = is_map ? CAS_LOST : 0;
+    if (!is_map) st->ndirty++;
+    return 0;
+  }
   if (!node->level) {
-    int is_changed = 0;
-    err = cas_make_leaf(st, node, p, 0);
-    for (uint32_t c = 0; c < st->fanout && !err; c++) {
+    err = cas_make_leaf(st, node, loader->data, 0);
+    for (uint32_t c = 0; c < n && !err; c++) {
       cas_hold(st, node->slots[c]);
       is_changed |= node->slots[c] != u_get32(at + 4 * c);
     }
-    if (!is_changed) return err;
-    st->loader->nlost++; /* a block is, and the page has to say so */
-    cas_make_dirty(st, node, &st->retired);
+    loader->nlost += is_changed != 0; /* a block is: the page has to say so */
+    if (is_changed) cas_make_dirty(st, node, &st->retired);
     return err;
   }
   while (!has_records && n > 0 && !u_get32(at + 4 * (n - 1)))
@@ -7722,27 +7721,6 @@ static int cas_load_below(struct nbdserve_cas *st, struct cas_node *node,
   return err;
 }
 
-/* Reads the page of a node.  One that is wrong is lost (C21): so are the blocks
- * below it, but nothing else.  Of the catalog the volumes below are left out,
- * and what led to them is made anew. */
-static int cas_load_page(struct nbdserve_cas *st, struct cas_node *node) {
-  struct cas_loader *loader = st->loader;
-  int is_map = node->level < CAS_LEVELS;
-  int err = -EUCLEAN;
-  if (node->slot == CAS_LOST && is_map) return 0;
-  if (node->slot != CAS_LOST && (is_map || node->index < st->nslots))
-    err = cas_read_page(st, node->slot, cas_head_of(st, node), loader->data);
-  if (!err) return cas_load_below(st, node, loader->data);
-  if (err == -EUCLEAN && is_map)
-    loader->nlost++;
-  else
-    loader->nunreadable++;
-  cas_drop_pair(st, node->slot, &st->retired);
-  node->slot = is_map ? CAS_LOST : 0;
-  if (!is_map) st->ndirty++;
-  return 0;
-}
-
 /* For qsort: the order of ids. */
 static int cas_compare_ids(const void *a, const void *b) {
   uint32_t x = (*(struct cas_volume *const *)a)->id;
@@ -7750,35 +7728,30 @@ static int cas_compare_ids(const void *a, const void *b) {
   return (x > y) - (x < y);
 }
 
-/* Puts the volumes into the order of their ids, which have to be different, and
- * finds the volume of each snapshot. */
-static int cas_order_volumes(struct nbdserve_cas *st) {
-  uint32_t n = st->nvolumes;
-  if (n) qsort(st->volumes, n, sizeof *st->volumes, cas_compare_ids);
-  for (uint32_t i = 0; i < n; i++) {
+/* Loads the catalog and all maps, level by level, and counts the holds on each
+ * slot.  Then the volumes come into the order of their ids, which have to be
+ * different, and each snapshot finds its volume.  If pages turn out to be lost,
+ * what leads to them is made dirty. */
+static int cas_load(struct nbdserve_cas *st) {
+  struct cas_loader *loader = st->loader;
+  uint32_t slot = (uint32_t)st->super.catalog;
+  int err = cas_load_node(st, slot, CAS_TOP, 0, &st->catalog);
+  for (uint32_t i = 0; i < loader->n && !err; i++)
+    err = cas_load_page(st, loader->nodes[i]);
+  if (err) return err;
+  if (st->nvolumes)
+    qsort(st->volumes, st->nvolumes, sizeof *st->volumes, cas_compare_ids);
+  for (uint32_t i = 0; i < st->nvolumes && !err; i++) {
     struct cas_volume *vol = st->volumes[i];
     if (i && st->volumes[i - 1]->id == vol->id) return -EUCLEAN;
     if (vol->now.flags != CAS_IS_SNAPSHOT) continue;
     vol->parent = cas_by_id(st, vol->now.made_from);
     if (vol->parent && vol->parent->now.flags != CAS_IS_SNAPSHOT) continue;
-    st->loader->nunreadable++; /* its record is lost: a volume from now on */
+    loader->nunreadable++; /* its record is lost: a volume from now on */
     vol->parent = NULL;
     vol->now.flags = vol->then.flags = 0;
-    int err = cas_own_record(st, vol->place, &vol->page);
-    if (err) return err;
+    err = cas_own_record(st, vol->place, &vol->page);
   }
-  return 0;
-}
-
-/* Loads the catalog and all maps, level by level, and counts the holds on each
- * slot.  If pages turn out to be lost, what leads to them is made dirty. */
-static int cas_load(struct nbdserve_cas *st) {
-  const struct cas_loader *loader = st->loader;
-  uint32_t slot = (uint32_t)st->super.catalog;
-  int err = cas_load_node(st, slot, CAS_TOP, 0, &st->catalog);
-  for (uint32_t i = 0; i < loader->n && !err; i++)
-    err = cas_load_page(st, loader->nodes[i]);
-  if (!err) err = cas_order_volumes(st);
   if (err) return err;
   int is_bad = loader->nunreadable || loader->nlost > CAS_MAX_LOST;
   if (is_bad && !st->readonly && !st->accept_loss) return -EUCLEAN;
@@ -8362,7 +8335,7 @@ int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
   int r = 0;
   os_lock(&st->lock);
   const struct cas_volume *vol;
-  while (!r && (vol = cas_volume_from(st, next))) {
+  while (!r && (vol = cas_from_id(st, next))) {
     next = vol->id + 1u;
     struct nbdserve_cas_info info = {.name = cas_full_name(vol, name),
                                      .size = vol->now.size,
@@ -8850,7 +8823,7 @@ static int cas_verify_step(struct cas_verifier *v) {
   char name[CAS_PATH];
   uint64_t n = 0;
   os_lock(&st->lock);
-  while ((vol = cas_volume_from(st, v->id)) && vol->is_staged)
+  while ((vol = cas_from_id(st, v->id)) && vol->is_staged)
     cas_wait(st);
   if (vol && (vol->id != v->id || !v->block)) { /* another one, or the first */
     v->id = vol->id;

@@ -6370,7 +6370,6 @@ static int cas_is_called(const struct cas_volume *vol, const char *name,
 /* The volume or snapshot of that name, of n bytes, or content id, or NULL. */
 static struct cas_volume *cas_find(struct nbdserve_cas *st, const char *name,
                                    size_t n, enum cas_view view) {
-  if (n >= CAS_PATH) return NULL;
   for (uint32_t i = 0; i < st->nvolumes; i++)
     if (cas_is_called(st->volumes[i], name, n, view)) return st->volumes[i];
   return NULL;
@@ -6647,12 +6646,11 @@ static void cas_settle(struct nbdserve_cas *st, int is_durable) {
   /* From the end: only who holds ckpt takes one out, others may add some. */
   for (uint32_t i = st->nvolumes; i-- > 0;) {
     struct cas_volume *vol = st->volumes[i];
-    struct cas_node *gone[3] = {vol->was, NULL, NULL};
+    struct cas_node *gone[] = {vol->was, *cas_root(vol), *cas_digests(vol)};
+    int is_gone = !vol->now.id && !vol->clients; /* with its maps */
     vol->was = NULL;
-    if (!vol->now.id && !vol->clients) { /* the volume is, with its maps */
+    if (is_gone) {
       assert(!vol->pins && !vol->is_staged);
-      gone[1] = *cas_root(vol);
-      gone[2] = *cas_digests(vol);
       *cas_root(vol) = *cas_digests(vol) = NULL;
       st->by_place[vol->place] = NULL;
       for (uint32_t k = i + 1; k < st->nvolumes; k++)
@@ -6660,7 +6658,7 @@ static void cas_settle(struct nbdserve_cas *st, int is_durable) {
       st->nvolumes--;
       NBDSERVE_FREE(vol);
     }
-    for (int k = 0; k < 3; k++)
+    for (int k = 0; k < (is_gone ? 3 : 1); k++)
       cas_unref(st, gone[k]);
   }
 }
@@ -6872,11 +6870,9 @@ static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
   int err = 0;
   os_lock(&st->ckpt);
   os_lock(&st->lock);
-  int is_over = st->super.number > since;
-  while (!is_over) {
+  while (st->super.number <= since) {
     struct cas_cut cut = {.n = 0};
     err = cas_make_cut(st, change, &cut);
-    is_over = err == -ENOMEM || !cut.n;
     if (!err) err = cas_write_pages(st, &cut);
     if (!err) err = cas_sync(st, 1);
     for (int place = 0; place < 2 && !err; place++) {
@@ -6885,9 +6881,9 @@ static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
       cas_fail(st, err);
       if (!err) err = cas_sync(st, 1);
     }
-    is_over |= !err || st->failed;
     cas_end_cut(st, &cut, !err);
     cas_settle(st, !err);
+    if (!err || err == -ENOMEM || !cut.n || st->failed) break;
   }
   cas_unlock(st);
   os_unlock(&st->ckpt);
@@ -7042,12 +7038,11 @@ static int cas_prepare(struct cas_volume *vol, uint64_t block,
   }
 }
 
-/* Chooses a slot for a block, which gets a hold on it: the skip-th that the
- * index has for its digest, or a free one. */
-static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
-                           int skip) {
+/* Chooses a slot for a block, which gets a hold on it: the nth, from 0 on,
+ * that the index has for its digest, or a free one. */
+static int cas_choose(struct nbdserve_cas *st, struct cas_block *blk, int nth) {
   assert(blk->is_wanting);
-  blk->slot = skip < CAS_CANDIDATES ? cas_lookup(st, blk->sum, skip) : 0;
+  blk->slot = nth < CAS_CANDIDATES ? cas_lookup(st, blk->sum, nth) : 0;
   blk->todo = blk->slot ? 0 : CAS_BOTH;
   cas_hold(st, blk->slot); /* if it is one of the index */
   int err = blk->slot ? 0 : cas_take_slot(st, &blk->slot);
@@ -7084,7 +7079,7 @@ static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
       if (!blk[i].is_wanting) continue;
       cas_drop(st, blk[i].slot, &st->dropped); /* of the round before */
       do
-        blk[i].err = cas_choose_slot(st, blk + i, round);
+        blk[i].err = cas_choose(st, blk + i, round);
       while (blk[i].err == -ENOSPC && cas_reclaim(st));
     }
     cas_unlock(st);
@@ -7562,34 +7557,34 @@ static int cas_lay_out(struct nbdserve_cas *st) {
  * other place has another version or, unless it is only read or repaired,
  * something that is not ours. */
 static int cas_open_super(struct nbdserve_cas *st) {
-  struct cas_super super[2];
+  struct cas_super *super = &st->super;
+  struct cas_super copy[2];
   int bad[2]; /* why: -errno */
   for (int i = 0; i < 2; i++)
-    bad[i] = cas_read_super(st, i, super + i);
+    bad[i] = cas_read_super(st, i, copy + i);
   if (bad[0] == -EOPNOTSUPP || bad[1] == -EOPNOTSUPP) return -EOPNOTSUPP;
-  int newer = !bad[1] && (bad[0] || super[1].number > super[0].number);
+  int newer = !bad[1] && (bad[0] || copy[1].number > copy[0].number);
   if (bad[newer])
     return bad[0] == -EUCLEAN || bad[1] == -EUCLEAN ? -EUCLEAN : -EINVAL;
-  st->super = super[newer];
-  if (cas_lay_out(st) || st->super.nslots < CAS_SEGMENT ||
-      st->super.nslots % CAS_SEGMENT ||
-      st->super.replay > UINT64_MAX - INT32_MAX ||
-      st->super.number > UINT64_MAX / 4 * 3)
+  *super = copy[newer];
+  if (cas_lay_out(st) || super->nslots < CAS_SEGMENT ||
+      super->nslots % CAS_SEGMENT || super->replay > UINT64_MAX - INT32_MAX ||
+      super->number > UINT64_MAX / 4 * 3)
     return -EUCLEAN;
   /* The last segment may be there in part: the rest of it was never used.  But
    * of a file that was cut short only whole segments count. */
-  while (!cas_is_in_file(st,
-                         st->super.nslots - (st->is_short ? 1 : CAS_SEGMENT))) {
-    st->super.nslots -= CAS_SEGMENT;
+  while (
+      !cas_is_in_file(st, super->nslots - (st->is_short ? 1 : CAS_SEGMENT))) {
+    super->nslots -= CAS_SEGMENT;
     st->is_short = 1;
-    if (!st->super.nslots || !(st->readonly || st->repair)) return -EUCLEAN;
+    if (!super->nslots || !(st->readonly || st->repair)) return -EUCLEAN;
   }
-  st->seq = st->durable = st->marked = st->super.replay;
-  st->next_id = (uint32_t)st->super.next_id;
-  st->last_number = super[!newer].number = st->super.number;
+  st->seq = st->durable = st->marked = super->replay;
+  st->next_id = (uint32_t)super->next_id;
+  st->last_number = copy[!newer].number = super->number;
   st->loader->older = !newer;
   st->loader->is_alike =
-      !bad[!newer] && memcmp(super, super + 1, sizeof *super) == 0;
+      !bad[!newer] && memcmp(copy, copy + 1, sizeof *copy) == 0;
   return bad[!newer] == -EINVAL && !st->repair && !st->readonly ? -EUCLEAN : 0;
 }
 
@@ -7691,10 +7686,9 @@ static int cas_load_page(struct nbdserve_cas *st, struct cas_node *node) {
   if (node->slot != CAS_LOST && (is_map || node->index < st->nslots))
     err = cas_read_page(st, node->slot, cas_head_of(st, node), loader->data);
   if (err) {
-    if (err == -EUCLEAN && is_map)
-      loader->nlost++;
-    else
-      loader->nunreadable++;
+    int is_lost = err == -EUCLEAN && is_map;
+    loader->nlost += is_lost;
+    loader->nunreadable += !is_lost;
     cas_drop_pair(st, node->slot, &st->retired);
     node->slot = is_map ? CAS_LOST : 0;
     if (!is_map) st->ndirty++;

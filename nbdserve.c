@@ -6518,21 +6518,6 @@ static void cas_stage_edge(struct cas_volume *vol, struct cas_node **edge,
   cas_share(edge, node);
 }
 
-/* Stages the partial volume change->name, unless it is there: of that size, and
- * with the contents of change->tree, if that is not NULL. */
-static int cas_stage_partial(struct nbdserve_cas *st,
-                             const struct cas_change *change) {
-  const char *name = change->name;
-  struct cas_volume *vol;
-  if (cas_find(st, name, strlen(name), VIEW_THEN)) return 0; /* by others */
-  int err = cas_stage_new(st, change->tree, NULL, NULL, change->size, &vol);
-  if (err) return err;
-  vol->then.flags = CAS_IS_PARTIAL;
-  vol->then.size = change->size;
-  strcpy(vol->then.name, name);
-  return 0;
-}
-
 /* Stages the snapshot VOL@NAME, *out, with the contents of `from`, and VOL with
  * the same, if there is none.  If they were pulled for that, `from` goes. */
 static int cas_stage_pulled(struct nbdserve_cas *st, struct cas_volume *from,
@@ -6600,9 +6585,10 @@ static int cas_stage_op(struct nbdserve_cas *st,
  * is kept for changes that give back what they take. (unlocks) */
 static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   struct cas_volume *vol = change->vol;
-  const struct cas_volume *tree = change->tree;
+  struct cas_volume *tree = change->tree;
+  const char *name = change->name;
   int err = 0;
-  change->kept = vol || change->name ? CAS_RESERVE_PAIRS : 0;
+  change->kept = vol || name ? CAS_RESERVE_PAIRS : 0;
   for (size_t i = 0; i < change->nops && !err; i++) {
     int verb = change->ops[i].verb;
     uint32_t kept = verb != NBDSERVE_CAS_RM ? CAS_FOR_RM : 0;
@@ -6613,13 +6599,20 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
     if (!err && i + 1 == change->nops && verb & NBDSERVE_CAS_DRY_RUN)
       err = -ECANCELED; /* all of it could be done */
   }
-  if (!vol) return change->name ? cas_stage_partial(st, change) : err;
+  if (!vol && name && !cas_find(st, name, strlen(name), VIEW_THEN)) {
+    err = cas_stage_new(st, tree, NULL, NULL, change->size, &vol);
+    if (err) return err;
+    vol->then.flags = CAS_IS_PARTIAL;
+    vol->then.size = change->size;
+    strcpy(vol->then.name, name);
+    return 0;
+  }
+  if (!vol) return err; /* or others have made that partial volume meanwhile */
   vol->is_staged = 1;
   vol->then.id = vol->id; /* it may be hidden as yet */
   err = cas_own_record(st, vol->place, &vol->page);
-  if (!err && change->name)
-    err = cas_stage_pulled(st, vol, change->name, &vol); /* which is sealed */
-  if (err || !tree || *cas_digests(vol)) return err;     /* or it is by now */
+  if (!err && name) err = cas_stage_pulled(st, vol, name, &vol);
+  if (err || !tree || *cas_digests(vol)) return err; /* or it is by now */
   memcpy(vol->then.cid, tree->now.cid, CAS_DIGEST_LEN);
   cas_stage_edge(vol, cas_digests(vol), *cas_root(tree));
   return 0;
@@ -6940,9 +6933,9 @@ static void cas_fill_index(struct nbdserve_cas *st) {
     return; /* what is not found is stored twice */
   for (uint32_t i = first ? 0 : 1; i < CAS_FILL; i++) {
     uint32_t slot = first + i;
-    int is_data = CAS_AT(st, slot, refs) > 0 &&
-                  !(CAS_AT(st, slot, tag) & ~CAS_GOOD); /* (C11) */
-    if (is_data && !u_is_zero(digest[i], CAS_DIGEST_LEN))
+    int is_free = CAS_AT(st, slot, refs) <= 0;
+    if (is_free || CAS_AT(st, slot, tag) & ~CAS_GOOD) continue; /* (C11) */
+    if (!u_is_zero(digest[i], CAS_DIGEST_LEN))
       cas_index(st, slot, CAS_TAG(digest[i]));
   }
 }
@@ -7150,8 +7143,7 @@ static void cas_put(struct cas_volume *vol, struct cas_block *blk, size_t n) {
 static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
                      int want, int how) {
   struct nbdserve_cas *st = vol->st;
-  int trusts =
-      (want == CAS_DATA && !st->verify) || want == (CAS_DIGEST | CAS_UNCHECKED);
+  int trusts = want == CAS_DATA ? !st->verify : want & CAS_UNCHECKED;
   want &= CAS_BOTH;
   struct cas_spot spot = {.slot = 0};
   os_lock(&st->lock);
@@ -7163,11 +7155,10 @@ static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
       blk[i].err = cas_find_spot(st, cas_root(vol), blk[i].number, &spot);
     if (!blk[i].err && spot.slot == CAS_LOST) blk[i].err = -EIO;
     blk[i].slot = blk[i].err ? 0 : spot.slot;
-    blk[i].todo = 0;
-    if (!blk[i].slot) continue;
-    int is_good = CAS_AT(st, spot.slot, tag) & CAS_GOOD && !st->failed;
-    blk[i].todo = is_good || trusts ? want : CAS_BOTH;
-    cas_hold(st, spot.slot);
+    assert(!blk[i].todo); /* so it stays 0, of a hole */
+    int is_good = CAS_AT(st, blk[i].slot, tag) & CAS_GOOD && !st->failed;
+    if (blk[i].slot) blk[i].todo = is_good || trusts ? want : CAS_BOTH;
+    cas_hold(st, blk[i].slot);
   }
   cas_unlock(st);
   cas_fetch(st, blk, n, how);
@@ -7372,11 +7363,10 @@ static int cas_is_shared(struct nbdserve_cas *st, struct cas_node **root[2],
  * maps?  What is lost is not the same as itself. */
 static int cas_slots_are_same(struct nbdserve_cas *st,
                               const struct cas_spot spot[2], uint64_t block) {
-  uint32_t slot[2];
-  for (int i = 0; i < 2; i++)
-    slot[i] =
-        spot[i].leaf ? spot[i].leaf->slots[block % st->fanout] : spot[i].slot;
-  return slot[0] == slot[1] && slot[0] != CAS_LOST;
+  uint64_t c = block % st->fanout;
+  uint32_t one = spot[0].leaf ? spot[0].leaf->slots[c] : spot[0].slot;
+  uint32_t other = spot[1].leaf ? spot[1].leaf->slots[c] : spot[1].slot;
+  return one == other && one != CAS_LOST;
 }
 
 /* Are blocks of two volumes the same, from one on?  *span: for how many that is
@@ -7390,10 +7380,9 @@ static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
                     uint64_t block, uint64_t *span) {
   struct cas_node *nothing = NULL;
   struct cas_node **root[2] = {&nothing, &nothing};
-  struct cas_spot spot[2] = {{.slot = 0}, {.slot = 0}};
+  struct cas_spot spot[2] = {{.span = UINT64_MAX}, {.span = UINT64_MAX}};
   uint64_t size[2];
   uint64_t max = UINT64_MAX;
-  uint64_t n = st->fanout - block % st->fanout; /* if there is an error */
   int err = 0;
   os_lock(&st->lock);
   for (int i = 0; i < 2; i++) {
@@ -7409,10 +7398,10 @@ static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
       for (int i = 0; i < 2 && !err; i++)
         err = cas_find_spot(st, root[i], block, &spot[i]);
     while (!err && cas_walk(st, *root[0], block, &spot[0]));
-    if (!err) n = u_min(spot[0].span, spot[1].span);
+    /* If there is an error, that is the span of the leaf which it is about. */
+    uint64_t n = u_min(u_min(spot[0].span, spot[1].span), max);
     same = !err && cas_slots_are_same(st, spot, block);
     if (is_odd && size[0] != size[1]) same &= !spot[0].slot;
-    n = u_min(n, max);
     *span = err || !(spot[0].leaf || spot[1].leaf) ? n : 1;
     while (*span < n && cas_slots_are_same(st, spot, block + *span) == same)
       ++*span;
@@ -7449,9 +7438,8 @@ static int cas_use_context(void *ctx, uint32_t number, int begins) {
   while ((vol = cas_by_id(st, number)) && begins && vol->is_staged)
     cas_wait(st);
   assert(vol || begins);
-  if (vol && begins) vol->clients++;
+  if (vol) vol->clients = begins ? vol->clients + 1 : vol->clients - 1;
   cas_unlock(st);
-  if (vol && !begins) cas_close(vol);
   return vol ? 0 : -ENOENT;
 }
 
@@ -7616,9 +7604,10 @@ static int cas_renew_supers(struct nbdserve_cas *st) {
 
 /* Adds an edge to the node whose page is in a slot, to *out.  What the page
  * says is read later.  Where no page can be, it is lost. */
-static int cas_load_node(struct nbdserve_cas *st, uint32_t slot, int level,
+static int cas_load_node(struct nbdserve_cas *st, uint64_t number, int level,
                          uint32_t index, struct cas_node **out) {
   struct cas_loader *loader = st->loader;
+  uint32_t slot = (uint32_t)number; /* that it has in the file: 4 bytes */
   int is_slot = slot < st->nslots && slot % CAS_SEGMENT < CAS_TWIN;
   if (!slot) return 0;
   if (is_slot && CAS_AT(st, slot, tag) == TAG_PAGE) {
@@ -7663,10 +7652,9 @@ static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
   const struct cas_volume *vol =
       cas_add_volume(st, page, page->index * st->per_page + c, &record);
   if (!vol) return -ENOMEM;
-  int err = cas_load_node(st, (uint32_t)record.root, level, 0, cas_root(vol));
+  int err = cas_load_node(st, record.root, level, 0, cas_root(vol));
   if (err) return err;
-  return cas_load_node(st, (uint32_t)record.digests, level, 0,
-                       cas_digests(vol));
+  return cas_load_node(st, record.digests, level, 0, cas_digests(vol));
 }
 
 /* Reads the page of a node, puts what it says into the node, and adds what is
@@ -7728,8 +7716,7 @@ static int cas_compare_ids(const void *a, const void *b) {
  * what leads to them is made dirty. */
 static int cas_load(struct nbdserve_cas *st) {
   struct cas_loader *loader = st->loader;
-  uint32_t slot = (uint32_t)st->super.catalog;
-  int err = cas_load_node(st, slot, CAS_TOP, 0, &st->catalog);
+  int err = cas_load_node(st, st->super.catalog, CAS_TOP, 0, &st->catalog);
   for (uint32_t i = 0; i < loader->n && !err; i++)
     err = cas_load_page(st, loader->nodes[i]);
   if (err) return err;

@@ -6321,10 +6321,25 @@ static int cas_own_leaf(struct cas_volume *vol, uint64_t block,
 /* ---- Volumes and their names ------------------------------------------------
  * A change of the catalog is seen by all at once, when the checkpoint that has
  * it is durable, or never.  So a volume has its record twice: `now` is what
- * everybody sees, and `then` what it will be; they are the same while nothing is
- * staged.  Several changes in one checkpoint are tested one after the other
- * against `then`; that is how "snapshot A@x, rename A to B" fails or succeeds as
- * a whole. */
+ * everybody sees, and `then` what it will be; they are the same while nothing
+ * is staged.  Several changes in one checkpoint are tested one after the other
+ * against `then`; that is how "snapshot A@x, rename A to B" fails or succeeds
+ * as a whole.
+ *
+ * All volumes are in one list, in the order of their ids.  The record says of
+ * which kind each is:
+ *
+ *   kind       flags             its name      who can find it
+ *   volume     0                 VOL           everybody
+ *   snapshot   CAS_IS_SNAPSHOT   VOL@NAME      everybody; if it is sealed, by
+ *                                              its content id, too
+ *   partial    CAS_IS_PARTIAL    ID/partial    the pull that fills it; changes,
+ *                                              to remove it
+ *   hidden     no id in either   VOL, or none  who fills it; nobody else, but
+ *              of its records                  the name is taken
+ *
+ * A place is where a record lies in the catalog: pages of per_page records, one
+ * behind the other.  Places are used again, ids never are. */
 
 /* Which volumes a name may be that of */
 enum cas_view {
@@ -6333,14 +6348,15 @@ enum cas_view {
   VIEW_RESERVED /* and those that are hidden */
 };
 
-/* The full name, VOL or VOL@SNAP, in out. */
+/* Writes the full name, VOL or VOL@SNAP, to out, and returns out. */
 static char *cas_full_name(const struct cas_volume *vol, char out[CAS_PATH]) {
   const char *up = vol->parent ? vol->parent->now.name : "";
   snprintf(out, CAS_PATH, "%s%s%s", up, vol->parent ? "@" : "", vol->now.name);
   return out;
 }
 
-/* Its "sha256-HEX", or "". */
+/* Writes the content id, "sha256-HEX", to id, or "" if the volume has none, and
+ * returns id. */
 static char *cas_spell_id(const struct cas_volume *vol, char id[72]) {
   const unsigned char *h = vol->now.cid;
   strcpy(id, u_is_zero(h, CAS_DIGEST_LEN) ? "" : "sha256-");
@@ -6375,7 +6391,9 @@ static struct cas_volume *cas_find(struct nbdserve_cas *st, const char *name,
   return NULL;
 }
 
-/* The first volume that anybody sees with an id from one on, or NULL. */
+/* The first volume that anybody sees with an id from one on, or NULL.  Who goes
+ * through all volumes, and lets the lock go in between, remembers the id and
+ * not a place in the list: volumes come and go meanwhile. */
 static struct cas_volume *cas_from_id(struct nbdserve_cas *st, uint64_t id) {
   uint32_t i = 0;
   for (uint32_t end = st->nvolumes; i < end;) { /* it is from i up to there */
@@ -6396,13 +6414,15 @@ static struct cas_volume *cas_by_id(struct nbdserve_cas *st, uint64_t id) {
   return vol && vol->id == id ? vol : NULL;
 }
 
-/* Is it the id of a snapshot, with a suffix behind it? */
+/* Is it the content id of a snapshot, with a suffix behind it? */
 static int cas_is_id(const char *p, const char *suffix) {
   return strncmp(p, "sha256-", 7) == 0 &&
          strspn(p + 7, "0123456789abcdef") == 64 && strcmp(p + 71, suffix) == 0;
 }
 
-/* May a volume or snapshot have that name? */
+/* May a volume or snapshot have that name (of a snapshot: the part behind the
+ * `@`)?  It is UTF-8; what could be taken for a content id is none, and neither
+ * is what would need escapes in messages, or ends a name elsewhere. */
 static int cas_is_name(const char *p) {
   size_t n = strncmp(p, "sha256-", 7) ? strlen(p) : 0;
   while (*p && u_utf8_len(p) && !strchr("/@\"\\", *p))
@@ -6420,7 +6440,8 @@ static int cas_give_name(struct nbdserve_cas *st, const struct cas_volume *up,
       (at && !cas_is_called(up, name, (size_t)(at - name), VIEW_THEN)))
     return -EINVAL;
   if (cas_find(st, name, strlen(name), VIEW_RESERVED)) return -EEXIST;
-  strncpy(record->name, own, CAS_NAME); /* with zeroes behind it */
+  /* With zeroes behind it: nothing of an older name gets into the file. */
+  strncpy(record->name, own, CAS_NAME);
   return 0;
 }
 
@@ -6458,7 +6479,19 @@ static struct cas_volume *cas_add_volume(struct nbdserve_cas *st,
  *   cas_settle   is_durable: `then` becomes `now`; else `then` is forgotten.
  *                What nobody has any more is freed.
  *
- * All of this is done by who holds ckpt, so there is one change at a time. */
+ * All of this is done by who holds ckpt, so there is one change at a time.  The
+ * life of a change:
+ *
+ *   volume       `now`        `then`       while the checkpoint is written
+ *   that comes   no id        its record   nobody finds it; its name is taken
+ *   that goes    its record   no id        it is found, but who wants to use it
+ *                                          waits for the end (is_staged)
+ *   else         as it was    as it is     the same
+ *                             to be
+ *
+ * The contents of a volume are not in its record, but below two edges of its
+ * page.  Where a change makes one of these lead elsewhere, it does so at once,
+ * as nobody uses the volume then, and remembers where it led (edge, was). */
 
 /* What a checkpoint is to change */
 struct cas_change {
@@ -6480,7 +6513,11 @@ struct cas_change {
 
 /* Stages a new volume, or a snapshot of `up`, with the contents of `from` or,
  * if that is NULL, of that size and all zeroes; and finds a place for its
- * record.  name: NULL, or it is tested that the volume may have it. */
+ * record.  name: NULL, or it is tested that the volume may have it.
+ *
+ * That costs the same whatever the size of `from`: the map of the new volume is
+ * one more edge to the same root, and nodes are copied when one of both changes
+ * (C13).  Nothing can fail once the volume is in the list. */
 static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
                          struct cas_volume *up, const char *name, uint64_t size,
                          struct cas_volume **out) {
@@ -6492,6 +6529,7 @@ static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
   struct cas_node *page = NULL;
   uint32_t place = 0;
   if (up) record.made_from = up->id;
+  /* The first place that is free: so the catalog has few pages. */
   while (place < st->places && st->by_place[place])
     place++;
   int is_full = place / st->per_page >= st->fanout * st->fanout ||
@@ -6502,6 +6540,7 @@ static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
   if (err) return err;
   *out = cas_add_volume(st, page, place, &record);
   if (!*out) return -ENOMEM;
+  assert(!up || !up->parent);
   (*out)->parent = up;
   (*out)->is_staged = 1;
   (*out)->then.id = (*out)->id; /* it is there when the checkpoint is durable */
@@ -6509,7 +6548,9 @@ static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
   return 0;
 }
 
-/* Makes an edge of a volume that is staged lead to another node. */
+/* Makes an edge of a volume that is staged lead to another node.  The edge to
+ * the node where it led is kept, and is taken off in cas_settle, or comes
+ * back. */
 static void cas_stage_edge(struct cas_volume *vol, struct cas_node **edge,
                            struct cas_node *node) {
   assert(vol->is_staged && !vol->edge && !vol->was);
@@ -6519,7 +6560,9 @@ static void cas_stage_edge(struct cas_volume *vol, struct cas_node **edge,
 }
 
 /* Stages the snapshot VOL@NAME, *out, with the contents of `from`, and VOL with
- * the same, if there is none.  If they were pulled for that, `from` goes. */
+ * the same, if there is none.  If they were pulled for that, `from` goes: it is
+ * the partial volume, whose blocks the snapshot has from now on.  Else `from`
+ * is a snapshot with the same id, which was here before. (unlocks) */
 static int cas_stage_pulled(struct nbdserve_cas *st, struct cas_volume *from,
                             const char *name, struct cas_volume **out) {
   char up_name[CAS_PATH];
@@ -6534,8 +6577,10 @@ static int cas_stage_pulled(struct nbdserve_cas *st, struct cas_volume *from,
   return 0;
 }
 
-/* Stages one change.  Nothing is to be seen of it until cas_settle.
- * (unlocks) */
+/* Stages one change.  Nothing is to be seen of it until cas_settle.  What would
+ * pull the ground from under a client's feet (ROLLBACK, RESIZE, RM) needs a
+ * volume that nobody uses; readers that are done in a moment, such as verify,
+ * are waited for.  (unlocks) */
 static int cas_stage_op(struct nbdserve_cas *st,
                         const struct nbdserve_cas_op *op) {
   int dry_run = op->verb & NBDSERVE_CAS_DRY_RUN;
@@ -6555,6 +6600,7 @@ static int cas_stage_op(struct nbdserve_cas *st,
     return cas_stage_new(st, vol, vol, op->name, 0, &new);
   if (verb == NBDSERVE_CAS_CLONE)
     return cas_stage_new(st, vol, NULL, op->to, 0, &new);
+  /* A rollback is found by its snapshot, and changes the volume of that. */
   struct cas_volume *snapshot = vol;
   if (verb == NBDSERVE_CAS_ROLLBACK) vol = vol->parent;
   if (!vol || (verb == NBDSERVE_CAS_RESIZE && vol->parent)) return -EINVAL;
@@ -6581,8 +6627,17 @@ static int cas_stage_op(struct nbdserve_cas *st,
 }
 
 /* Stages all of a change, in order: each is tested against what those before it
- * make of the catalog.  Adds up how many free pairs it leaves alone (C20): what
- * is kept for changes that give back what they take. (unlocks) */
+ * make of the catalog.  Finds out how many free pairs it leaves alone (C20):
+ * the strictest of its parts decides.
+ *
+ *   what comes into being           leaves the whole reserve
+ *   RENAME, ROLLBACK, RESIZE        give back what they take, so they may use
+ *                                   it, but not the last pairs
+ *   RM                              may use these, too: it is the way out of a
+ *                                   store that is full
+ *
+ * Without ops it is one of the other kinds of change: see struct cas_change.
+ * (unlocks) */
 static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   struct cas_volume *vol = change->vol;
   struct cas_volume *tree = change->tree;
@@ -6599,6 +6654,7 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
     if (!err && i + 1 == change->nops && verb & NBDSERVE_CAS_DRY_RUN)
       err = -ECANCELED; /* all of it could be done */
   }
+  /* A partial volume, with the contents of the base that it begins with. */
   if (!vol && name && !cas_find(st, name, strlen(name), VIEW_THEN)) {
     err = cas_stage_new(st, tree, NULL, NULL, change->size, &vol);
     if (err) return err;
@@ -6608,6 +6664,8 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
     return 0;
   }
   if (!vol) return err; /* or others have made that partial volume meanwhile */
+  /* A volume that was hidden appears, or a snapshot gets its id and its tree:
+   * its own, or the new one that is made of it. */
   vol->is_staged = 1;
   vol->then.id = vol->id; /* it may be hidden as yet */
   err = cas_own_record(st, vol->place, &vol->page);
@@ -6619,7 +6677,10 @@ static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
 }
 
 /* Ends what is staged: it holds from now on (is_durable), or never was.  Nobody
- * sees a part of it.  Then it frees what is gone.  (unlocks) */
+ * sees a part of it, as the lock is not let go before all of it is done.  Only
+ * then it frees what is gone, which takes time: volumes without an id that
+ * nobody uses, be it that they were removed, or hidden and given up, or staged
+ * and taken back; and what edges led to before.  (unlocks) */
 static void cas_settle(struct nbdserve_cas *st, int is_durable) {
   for (uint32_t i = 0; i < st->nvolumes; i++) {
     struct cas_volume *vol = st->volumes[i];
@@ -6661,13 +6722,28 @@ static void cas_settle(struct nbdserve_cas *st, int is_durable) {
  * down all pages but the leaves.  From then on nothing is dirty.  Leaves are
  * copied later, in portions, as they are then: if one has changed, the log
  * tells it once more.  Nodes are freed only by who holds ckpt, so none of them
- * vanishes meanwhile. */
+ * vanishes meanwhile.
+ *
+ *   under the lock        the lock is let go in between     under the lock
+ *   cas_make_cut          cas_write_pages, cas_sync,        cas_end_cut,
+ *                         cas_write_super, cas_sync, twice  cas_settle
+ *
+ *   nodes get slots,  ->  pages are written to both of  ->  slots that nothing
+ *   the log begins a      their slots, then one super-      names any more are
+ *   page, `retired`       block and the other one           free; so is the log
+ *   is set aside                                            before the cut
+ *
+ * What clients change meanwhile makes nodes dirty again, and is in log pages
+ * from the cut's on, so it belongs to the next checkpoint.  The slots that it
+ * retires are of pages that this one is writing; they wait for the next
+ * one, too. */
 
 /* A page that a checkpoint writes */
 struct cas_write {
   struct cas_node *node;
-  uint32_t slot;
-  unsigned char *page; /* NULL: a leaf */
+  uint32_t slot;       /* the first of its pair; the node has lost it when it
+                          has become dirty again */
+  unsigned char *page; /* as it was at the cut; NULL: a leaf */
 };
 
 /* What a cut has made */
@@ -6722,7 +6798,10 @@ static int cas_is_empty(struct nbdserve_cas *st, const struct cas_node *node) {
          u_is_zero((const unsigned char *)node->slots, st->fanout * 4);
 }
 
-/* Adds what is dirty from *at on down to a cut; what is empty goes. */
+/* Adds what is dirty from *at on down to a cut; what is empty goes.  Below a
+ * node that is clean nothing is dirty.  Kids come before their parent, so that
+ * the page of the parent can name their slots.  A node that is shared stays
+ * when it is empty: other edges lead to it. */
 static int cas_cut_below(struct nbdserve_cas *st, struct cas_cut *cut,
                          struct cas_node **at) {
   struct cas_node *node = *at;
@@ -6755,7 +6834,10 @@ static int cas_cut_below(struct nbdserve_cas *st, struct cas_cut *cut,
 
 /* Makes a cut, with a change if there is one.  First, while syncs may let the
  * lock go, it sees to it that there are pairs for all that is dirty; nothing
- * has changed if that fails. (unlocks) */
+ * has changed if that fails.  It must not make a checkpoint for that, as it is
+ * a part of one: that is why cas_apply does so, and why it is no cas_get_pairs.
+ * From the allocation on it does not let the lock go: what cas_cut_below finds
+ * dirty is what was counted. (unlocks) */
 static int cas_make_cut(struct nbdserve_cas *st, struct cas_change *change,
                         struct cas_cut *cut) {
   int err = st->failed;
@@ -6784,7 +6866,10 @@ static int cas_make_cut(struct nbdserve_cas *st, struct cas_change *change,
   return err ? err : st->failed;
 }
 
-/* Writes the pages of a cut, each to both of its slots. (unlocks) */
+/* Writes the pages of a cut, each to both of its slots (C17), a portion at a
+ * time: leaves are encoded under the lock, and hashed and written without it.
+ * The first copies of a portion are written before the second ones, so that
+ * they lie in a row.  (unlocks) */
 static int cas_write_pages(struct nbdserve_cas *st, struct cas_cut *cut) {
   unsigned char *pages = NBDSERVE_MALLOC(CAS_PORTION * (size_t)st->bs);
   struct cas_block blk[CAS_PORTION];
@@ -6813,7 +6898,8 @@ static int cas_write_pages(struct nbdserve_cas *st, struct cas_cut *cut) {
   return err;
 }
 
-/* Writes a superblock to its first or second place. */
+/* Writes a superblock to its first or second place.  Its 512 bytes have their
+ * own SHA-256; the rest of the place is zeroes. */
 static int cas_write_super(struct nbdserve_cas *st,
                            const struct cas_super *super, int place) {
   unsigned char p[CAS_PAGE] = {0};
@@ -6825,14 +6911,15 @@ static int cas_write_super(struct nbdserve_cas *st,
 }
 
 /* Ends a cut.  When it is durable, what the superblock before named is free.
- * Else it is taken back: what it made clean is dirty again, and its slots, which
- * nothing durable names, are free. (unlocks) */
+ * Else it is taken back: what it made clean is dirty again, and its slots,
+ * which nothing durable names, are free. (unlocks) */
 static void cas_end_cut(struct nbdserve_cas *st, struct cas_cut *cut,
                         int is_durable) {
   uint32_t unused = 0;
   if (is_durable) st->super = cut->super;
   for (uint32_t i = 0; i < cut->n; i++) {
     struct cas_node *node = cut->writes[i].node;
+    assert(node->is_given && cut->writes[i].slot);
     node->is_given = 0;
     if (!is_durable && node->slot == cut->writes[i].slot)
       cas_make_dirty(st, node, &unused); /* else it has changed since */
@@ -6844,6 +6931,8 @@ static void cas_end_cut(struct nbdserve_cas *st, struct cas_cut *cut,
     cas_space_came(st);
     return;
   }
+  /* What was retired before the cut is still named by the superblock, and waits
+   * for the next one, with what was retired since. */
   uint32_t *end = &cut->retired;
   while (*end)
     end = &CAS_AT(st, *end, link);
@@ -6852,8 +6941,8 @@ static void cas_end_cut(struct nbdserve_cas *st, struct cas_cut *cut,
 }
 
 /* Writes all that is dirty, with a change of the catalog if there is one, so
- * that the log up to now is not needed any more.  The order (C7): the pages; the
- * first superblock, while the second is still the old one; the second one,
+ * that the log up to now is not needed any more.  The order (C7): the pages;
+ * the first superblock, while the second is still the old one; the second one,
  * before anything is free or answered.  After an error before the superblocks
  * nothing has changed; pages that could not be written are tried elsewhere.  If
  * a superblock fails, nobody knows what is there (C14).  since: does nothing if
@@ -6870,12 +6959,15 @@ static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
     if (!err) err = cas_sync(st, 1);
     for (int place = 0; place < 2 && !err; place++) {
       assert(cut.super.number > st->super.number);
+      assert(cut.super.replay <= st->seq && cut.super.replay <= st->durable);
       err = cas_write_super(st, &cut.super, place);
       cas_fail(st, err);
       if (!err) err = cas_sync(st, 1);
     }
     cas_end_cut(st, &cut, !err);
     cas_settle(st, !err);
+    /* Once more, if it was pages that could not be written: the segments where
+     * they were are passed over now (C19). */
     if (!err || err == -ENOMEM || !cut.n || st->failed) break;
   }
   cas_unlock(st);
@@ -6909,7 +7001,10 @@ enum cas_job {
   JOB_MARK /* say in the log that all of it is durable, if that stays so */
 };
 
-/* The next of these. */
+/* The next of these.  A checkpoint is due when half of the log is used, so that
+ * it is done before the log is full and writers have to wait; when so much is
+ * dirty that it takes long; and when slots wait that it would free, where there
+ * are many or pairs are few. */
 static enum cas_job cas_next_job(const struct nbdserve_cas *st) {
   if (st->failed || st->readonly || st->closing) return JOB_NONE;
   if (st->seq - st->super.replay > st->super.log_pages / 2 ||
@@ -6923,7 +7018,10 @@ static enum cas_job cas_next_job(const struct nbdserve_cas *st) {
   return JOB_NONE;
 }
 
-/* Enters some slots into the index, by the digests in the file. */
+/* Enters some slots into the index, by the digests in the file, after the store
+ * was opened: that takes time, so requests come in between.  A digest may be
+ * wrong, or the slot may be written meanwhile: a hit is only a hint (C12).
+ * What is in the index, or holds a page, has a tag, and is left alone (C11). */
 static void cas_fill_index(struct nbdserve_cas *st) {
   unsigned char digest[CAS_FILL][CAS_DIGEST_LEN];
   uint32_t first = st->filled;
@@ -6934,7 +7032,7 @@ static void cas_fill_index(struct nbdserve_cas *st) {
   for (uint32_t i = first ? 0 : 1; i < CAS_FILL; i++) {
     uint32_t slot = first + i;
     int is_free = CAS_AT(st, slot, refs) <= 0;
-    if (is_free || CAS_AT(st, slot, tag) & ~CAS_GOOD) continue; /* (C11) */
+    if (is_free || CAS_AT(st, slot, tag) & ~CAS_GOOD) continue;
     if (!u_is_zero(digest[i], CAS_DIGEST_LEN))
       cas_index(st, slot, CAS_TAG(digest[i]));
   }
@@ -6992,10 +7090,24 @@ static void cas_kick(struct nbdserve_cas *st) {
  * map is looked at only in commit, so two writers of the same block are in some
  * order, and the later one wins.  A part of a block is read, changed and put;
  * `expected` makes commit refuse it if the block has changed meanwhile, and
- * then it is done again. */
+ * then it is done again.
+ *
+ * A READ pins the slots under the lock, reads without it, and takes the pins
+ * away: while there are pins nobody writes to these slots, whatever becomes of
+ * the block in between.
+ *
+ * Errors are those of single blocks, and a request gets the one of its last bad
+ * block:
+ *
+ *   -ENOSPC    no slot, or no pairs for the nodes that get dirty
+ *   -EIO       the medium, what is lost, or a store that has failed (C14)
+ *   -EUCLEAN   the data is not what its digest says; the client gets EIO
+ *   -EAGAIN    OS_READ_NOW: not in memory; commit: not what was expected
+ *   -EBADMSG   a pulled block is not what its digest in the tree says */
 
-/* Gets free what only waits to be: by a sync or, if that frees nothing, a
- * checkpoint.  Returns whether there was anything. (unlocks) */
+/* Gets free what only waits to be: by a sync (data that was dropped, and space
+ * that was given) or, if that frees nothing, a checkpoint (pages).  Returns
+ * whether there was anything, so that it makes sense to try again. (unlocks) */
 static int cas_reclaim(struct nbdserve_cas *st) {
   if (st->failed) return 0;
   if (st->dropped || st->npending) return !cas_sync(st, 1);
@@ -7032,7 +7144,9 @@ static int cas_prepare(struct cas_volume *vol, uint64_t block,
 }
 
 /* Chooses a slot for a block, which gets a hold on it: the nth, from 0 on,
- * that the index has for its digest, or a free one. */
+ * that the index has for its digest, or a free one, which enters the index at
+ * once: others may find it before it is written, and compare, in vain.
+ * todo: what is to be written, of a free one; else nothing. */
 static int cas_choose(struct nbdserve_cas *st, struct cas_block *blk, int nth) {
   assert(blk->is_wanting);
   blk->slot = nth < CAS_CANDIDATES ? cas_lookup(st, blk->sum, nth) : 0;
@@ -7046,7 +7160,9 @@ static int cas_choose(struct nbdserve_cas *st, struct cas_block *blk, int nth) {
 }
 
 /* Has the slot of a block, which the index has found, the same data, and a
- * digest that fits?  A hit is only a hint (C12). */
+ * digest that fits?  A hit is only a hint (C12).  The digest of a slot that was
+ * read or written since the store was opened is known to fit; of others it is
+ * read, too: a block must not come to lie where the digest is damaged. */
 static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk) {
   struct cas_block has = {.slot = blk->slot,
                           .data = NBDSERVE_MALLOC(st->bs),
@@ -7062,7 +7178,9 @@ static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk) {
 
 /* Gives slots to the blocks that want one, and holds on them.  The first rounds
  * try what the index knows; what cannot be written in one place is written to
- * another.  Blocks that still want one at the end have an error. */
+ * another, as cas_move has seen to it that the segment is passed over.  Blocks
+ * that still want one at the end have an error, and maybe a slot: with the
+ * hold. */
 static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
                              size_t n) {
   int is_over = 0;
@@ -7089,7 +7207,9 @@ static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
 }
 
 /* Enters a block that has its slot into the map and the log.  The hold passes
- * to the map; if it does not, it stays the block's. (unlocks) */
+ * to the map; if it does not, it stays the block's.  Between the last look at
+ * the map and the entry in the log the lock is not let go: so the log has the
+ * changes of a block in the order in which the map has had them. (unlocks) */
 static int cas_commit_block(struct cas_volume *vol, struct cas_block *blk) {
   struct nbdserve_cas *st = vol->st;
   struct cas_spot spot;
@@ -7109,7 +7229,8 @@ static int cas_commit_block(struct cas_volume *vol, struct cas_block *blk) {
 }
 
 /* Stores blocks.  Each gets its own error; -EAGAIN: the map does not have what
- * was expected. */
+ * was expected.  The entries are in the file when the lock is let go (C3); if
+ * that failed, so have all blocks: who knows what is there.  (locks) */
 static void cas_put(struct cas_volume *vol, struct cas_block *blk, size_t n) {
   struct nbdserve_cas *st = vol->st;
   for (size_t i = 0; i < n; i++) {
@@ -7139,7 +7260,8 @@ static void cas_put(struct cas_volume *vol, struct cas_block *blk, size_t n) {
 /* Pins the slots of blocks and reads what is wanted of each: CAS_DATA,
  * CAS_DIGEST or 0.  Of a block that is not known to be good it reads both and
  * checks them; but if only data is wanted, not without st->verify.  Each gets
- * its own error, as from cas_fetch.  how: OS_READ or OS_READ_NOW. */
+ * its own error, as from cas_fetch.  how: OS_READ or OS_READ_NOW.  todo is 0 at
+ * first, and tells cas_unpin what was read in the end.  (locks) */
 static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
                      int want, int how) {
   struct nbdserve_cas *st = vol->st;
@@ -7166,7 +7288,8 @@ static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
     if (!blk[i].slot && !blk[i].err) memset(blk[i].data, 0, st->bs);
 }
 
-/* Takes the pins away again.  What is bad is not used again: writing heals. */
+/* Takes the pins away again.  What is bad is not used again: writing heals.
+ * What was read with its digest, and fitted, is known to be good.  (locks) */
 static void cas_unpin(struct nbdserve_cas *st, struct cas_block *blk,
                       size_t n) {
   os_lock(&st->lock);
@@ -7225,7 +7348,10 @@ static void cas_do_blocks(struct cas_volume *vol, int how,
     if (blk->err) blk->req->err = blk->err == -EUCLEAN ? -EIO : blk->err;
 }
 
-/* READs and WRITEs: whole blocks together, parts of blocks one by one. */
+/* ops->run_batch: READs and WRITEs: whole blocks together, parts of blocks one
+ * by one.  Requests of one type that follow each other are done as if they were
+ * one; when the type changes, what was collected is done first, so that a READ
+ * behind a WRITE of the same connection finds it. */
 static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   struct cas_volume *vol = ctx;
   struct nbdserve_cas *st = vol->st;
@@ -7257,7 +7383,8 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
 }
 
 /* Makes the blocks of a volume from one on, up to `to`, holes, and logs that,
- * leaf by leaf; in between others may have the lock.  (unlocks) */
+ * leaf by leaf; in between others may have the lock.  What has no leaf, as it
+ * is a hole already, is passed over in one step, however large.  (unlocks) */
 static int cas_make_holes(struct cas_volume *vol, uint64_t block, uint64_t to) {
   struct nbdserve_cas *st = vol->st;
   struct cas_spot spot;
@@ -7287,7 +7414,8 @@ static int cas_make_holes(struct cas_volume *vol, uint64_t block, uint64_t to) {
   return st->failed;
 }
 
-/* Makes the whole blocks of a range holes.  (locks) */
+/* Makes the whole blocks of a range holes; blocks of which it has only a part
+ * stay as they are.  (locks) */
 static int cas_discard(struct cas_volume *vol, uint64_t off, uint64_t len) {
   struct nbdserve_cas *st = vol->st;
   os_lock(&st->lock);
@@ -7304,7 +7432,8 @@ static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   return err == -ENOSPC ? 0 : err;
 }
 
-/* ops->zero: whole blocks become holes, parts of blocks are written. */
+/* ops->zero: whole blocks become holes, parts of blocks are written: the one at
+ * the front (head), and, unless it is the same block, the one at the end. */
 static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   (void)flags;
   struct cas_volume *vol = ctx;
@@ -7317,7 +7446,8 @@ static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   return cas_part(vol, 0, NULL, off + len - tail, tail);
 }
 
-/* ops->flush: one sync for all who wait. */
+/* ops->flush: one sync for all who wait.  It covers what any client of the
+ * volume has been answered before, as that was in the file by then (C3). */
 static int cas_flush(void *ctx, uint32_t flags) {
   (void)flags;
   struct nbdserve_cas *st = ((struct cas_volume *)ctx)->st;
@@ -7341,7 +7471,16 @@ static void cas_close(void *ctx) {
  * Maps that share a node are the same below it, so to compare two volumes costs
  * what differs, not what there is.  Where a volume has data is the same
  * question, with a volume of zeroes as the other one: both have no nodes where
- * there are holes. */
+ * there are holes.
+ *
+ *   one volume      other volume     blocks are       known for
+ *   the same node, or none in both   the same         all below that node
+ *   none            a node           compared, slot   all in the leaf that are
+ *   a node          another one      by slot          alike in that
+ *   lost            anything         different        all that is lost
+ *
+ * As equal data has one slot, equal slots are equal data.  The other way round
+ * it is not sure: what was stored twice counts as different. */
 
 /* Do two maps share a node, of whatever level, above a block?  If so, *span:
  * for how many blocks from it on.  What is lost is not the same as itself. */
@@ -7375,7 +7514,8 @@ static int cas_slots_are_same(struct nbdserve_cas *st,
  * vol[0] is NULL for a volume of zeroes, as long as the other one.
  *
  * Behind its end a volume is all zeroes; where only one ends inside a block,
- * that is not the same unless it is a hole. */
+ * that is not the same unless it is a hole: what is behind the end, in the same
+ * block, is of no account for one and data for the other.  (locks) */
 static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
                     uint64_t block, uint64_t *span) {
   struct cas_node *nothing = NULL;
@@ -7384,6 +7524,7 @@ static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
   uint64_t size[2];
   uint64_t max = UINT64_MAX;
   int err = 0;
+  assert(vol[1] && block < st->max_blocks);
   os_lock(&st->lock);
   for (int i = 0; i < 2; i++) {
     size[i] = vol[vol[i] ? i : 1]->now.size;
@@ -7414,7 +7555,8 @@ static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
 }
 
 /* ops->next_context: what has changed since another snapshot of the same
- * volume.  The number of a context is the id of that. */
+ * volume.  The number of a context is the id of that; so contexts come in the
+ * order in which the snapshots were made. */
 static uint32_t cas_next_context(void *ctx, uint32_t number, char *name) {
   const struct cas_volume *vol = ctx;
   const struct cas_volume *up = vol->parent ? vol->parent : vol;
@@ -7429,8 +7571,8 @@ static uint32_t cas_next_context(void *ctx, uint32_t number, char *name) {
   return number;
 }
 
-/* ops->use_context: counts a client of that snapshot in, or out again.  One
- * that is staged may be about to go: that is waited for. */
+/* ops->use_context: counts a client of that snapshot in, or out again: what is
+ * selected stays.  One that is staged may be about to go: then it waits. */
 static int cas_use_context(void *ctx, uint32_t number, int begins) {
   struct nbdserve_cas *st = ((struct cas_volume *)ctx)->st;
   struct cas_volume *vol;
@@ -7482,7 +7624,20 @@ static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
  * Nothing that is read here is trusted: every number is tested against the size
  * of the file before it is used.  Damage costs what it hits.  A page of a map
  * becomes LOST: its blocks give EIO, a write heals them.  What is worse makes
- * the store read-only until the user decides (repair). */
+ * the store read-only until the user decides (repair).
+ *
+ *   what is damaged             what becomes of it
+ *   one superblock              it is written anew
+ *   one copy of a page          it is written anew: see cas_read_page
+ *   a page of a map, both       LOST, and written so (C21)
+ *   more than 8 of these, or    -EUCLEAN, until loss is accepted; a store that
+ *   a page of the catalog       is only read shows what is there
+ *   the volume of a snapshot    the same; the snapshot becomes a volume
+ *   a slot in a leaf that       that block is lost
+ *   cannot be one of data
+ *
+ * Level by level: all pages are known before the first leaf is looked at, so a
+ * leaf that names a page as the slot of a block is found out. */
 
 /* While a store is opened */
 struct cas_loader {
@@ -7603,7 +7758,9 @@ static int cas_renew_supers(struct nbdserve_cas *st) {
 }
 
 /* Adds an edge to the node whose page is in a slot, to *out.  What the page
- * says is read later.  Where no page can be, it is lost. */
+ * says is read later.  Where no page can be, it is lost: behind the end, in the
+ * second half of a segment, or where another page is that belongs elsewhere.
+ * Maps that share a page share the node: it is found by its slot. */
 static int cas_load_node(struct nbdserve_cas *st, uint64_t number, int level,
                          uint32_t index, struct cas_node **out) {
   struct cas_loader *loader = st->loader;
@@ -7633,7 +7790,9 @@ static int cas_load_node(struct nbdserve_cas *st, uint64_t number, int level,
   return 0;
 }
 
-/* Loads a record of the catalog. */
+/* Loads a record of the catalog: enters the volume into the list, and its two
+ * maps below the page.  -EOPNOTSUPP: it is of a kind that is not known;
+ * -EUCLEAN: it cannot be what any store has written. */
 static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
                            uint32_t c, const unsigned char *p) {
   struct cas_record record = {.id = 0};
@@ -7703,7 +7862,8 @@ static int cas_load_page(struct nbdserve_cas *st, struct cas_node *node) {
   return err;
 }
 
-/* For qsort: the order of ids. */
+/* For qsort: the order of ids.  Places of the catalog are used again, so they
+ * do not tell it. */
 static int cas_compare_ids(const void *a, const void *b) {
   uint32_t x = (*(struct cas_volume *const *)a)->id;
   uint32_t y = (*(struct cas_volume *const *)b)->id;

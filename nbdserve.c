@@ -7833,7 +7833,7 @@ static int cas_load_page(struct nbdserve_cas *st, struct cas_node *node) {
   if (node->slot != CAS_LOST && (is_map || node->index < st->nslots))
     err = cas_read_page(st, node->slot, cas_head_of(st, node), loader->data);
   if (err) {
-    int is_lost = err == -EUCLEAN && is_map;
+    uint32_t is_lost = err == -EUCLEAN && is_map;
     loader->nlost += is_lost;
     loader->nunreadable += !is_lost;
     cas_drop_pair(st, node->slot, &st->retired);

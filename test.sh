@@ -24206,8 +24206,8 @@ static void k_compare(struct nbdserve_cas *st) {
     n--;
     /* When a part was gone on with last is written with the next change. */
     is_partial = vol->now.flags == CAS_IS_PARTIAL;
-    k_must(record->flags == vol->now.flags &&
-               record->size == vol->now.size && record->id == vol->now.id &&
+    k_must(record->flags == vol->now.flags && record->size == vol->now.size &&
+               record->id == vol->now.id &&
                (record->created == vol->now.created || is_partial) &&
                record->made_from == vol->now.made_from &&
                record->levels == CAS_LEVELS &&

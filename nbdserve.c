@@ -4924,13 +4924,12 @@ struct cas_node {
 
 /* A volume or snapshot.  All its exports are this one struct.  It has two
  * records.  Where a record's id is 0 there is no such volume, not yet or no
- * more, for who goes by that record.  Its flags, levels and roots are set only
- * when it is encoded. */
+ * more, for who goes by that record.  Its roots are set only when it is
+ * encoded. */
 struct cas_volume {
   struct ex_batched own;     /* must come first */
   struct nbdserve_cas *st;   /* the store that it is in */
-  struct cas_volume *parent; /* the volume of a snapshot, else NULL; itself, of
-                                a snapshot whose volume is still looked for */
+  struct cas_volume *parent; /* the volume of a snapshot, else NULL */
   struct cas_node *page;     /* of level 4, with its record and maps */
   uint32_t place;            /* of its record in the catalog */
   uint32_t id;               /* unlike all others; in the order of coming */
@@ -4939,12 +4938,11 @@ struct cas_volume {
                                 filled: hidden, with its name reserved */
   uint64_t pins;             /* readers that are done in a moment */
   struct cas_record now;     /* what everybody sees */
-  struct cas_record then;    /* what a checkpoint that is being written says, */
-  int is_staged;             /* if this is set */
-  int is_partial;            /* it is being pulled; its name: ID/partial */
-  int is_tree;               /* a view of the map with the tree of its id */
-  int is_rolled_back;        /* staged: it gets another map, */
-  struct cas_node *old_root; /* and had this one */
+  struct cas_record then; /* the same, unless this is set: what a checkpoint */
+  int is_staged;          /* that is being made or written says */
+  int is_tree;            /* a view of the map with the tree of its id */
+  struct cas_node **edge; /* staged: to its map, or to the tree of its id: it */
+  struct cas_node *was;   /* was changed, and led here; else both are NULL */
 };
 
 struct nbdserve_cas {
@@ -6133,9 +6131,25 @@ static int cas_own_leaf(struct cas_volume *vol, uint64_t block,
 /* ---- Volumes and their names ------------------------------------------------
  * A change of the catalog is seen by all at once, when the checkpoint that has
  * it is durable, or never.  So a volume has its record twice: `now` is what
- * everybody sees, and `then` what it will be.  Several changes in one
- * checkpoint are tested one after the other against `then`; that is how
- * "snapshot A@x, rename A to B" fails or succeeds as a whole. */
+ * everybody sees, and `then` what it will be; they are the same while nothing
+ * is staged.  Several changes in one checkpoint are tested one after the other
+ * against `then`; that is how "snapshot A@x, rename A to B" fails or succeeds
+ * as a whole.
+ *
+ * All volumes are in one list, in the order of their ids.  The record says of
+ * which kind each is:
+ *
+ *   kind       flags             its name      who can find it
+ *   volume     0                 VOL           everybody
+ *   snapshot   CAS_IS_SNAPSHOT   VOL@NAME      everybody; if it is sealed, by
+ *                                              its content id, too
+ *   partial    CAS_IS_PARTIAL    ID/partial    the pull that fills it; changes,
+ *                                              to remove it
+ *   hidden     no id in either   VOL, or none  who fills it; nobody else, but
+ *              of its records                  the name is taken
+ *
+ * A place is where a record lies in the catalog: pages of per_page records, one
+ * behind the other.  Places are used again, ids never are. */
 
 /* Which volumes a name may be that of */
 enum cas_view {
@@ -6144,21 +6158,15 @@ enum cas_view {
   VIEW_RESERVED /* and those that are hidden */
 };
 
-/* What a volume is now, or will be when the checkpoint under way is durable. */
-static const struct cas_record *cas_record(const struct cas_volume *vol,
-                                           enum cas_view view) {
-  return view != VIEW_NOW && vol->is_staged ? &vol->then : &vol->now;
-}
-
-/* The full name, VOL or VOL@SNAP, in out. */
-static const char *cas_full_name(const struct cas_volume *vol,
-                                 char out[CAS_PATH]) {
+/* Writes the full name, VOL or VOL@SNAP, to out, and returns out. */
+static char *cas_full_name(const struct cas_volume *vol, char out[CAS_PATH]) {
   const char *up = vol->parent ? vol->parent->now.name : "";
   snprintf(out, CAS_PATH, "%s%s%s", up, vol->parent ? "@" : "", vol->now.name);
   return out;
 }
 
-/* Its "sha256-HEX", or "". */
+/* Writes the content id, "sha256-HEX", to id, or "" if the volume has none, and
+ * returns id. */
 static char *cas_spell_id(const struct cas_volume *vol, char id[72]) {
   const unsigned char *h = vol->now.cid;
   strcpy(id, u_is_zero(h, CAS_DIGEST_LEN) ? "" : "sha256-");
@@ -6167,39 +6175,36 @@ static char *cas_spell_id(const struct cas_volume *vol, char id[72]) {
   return id;
 }
 
-/* Is the name of n bytes that of a volume or snapshot, or its content id? */
+/* Is the name of n bytes that of a volume or snapshot, or its content id?  Of a
+ * partial volume, whose name is ID/partial, only changes know. */
 static int cas_is_called(const struct cas_volume *vol, const char *name,
                          size_t n, enum cas_view view) {
-  const struct cas_record *record = cas_record(vol, view);
+  const struct cas_record *record = view == VIEW_NOW ? &vol->now : &vol->then;
   const char *at = memchr(name, '@', n);
+  const char *own = at ? at + 1 : name;
+  size_t len = n - (size_t)(own - name);
   char id[72];
   if (!record->id && !(view == VIEW_RESERVED && vol->clients)) return 0;
-  if (vol->is_partial && view == VIEW_NOW) return 0;
+  if (record->flags == CAS_IS_PARTIAL && view == VIEW_NOW) return 0;
   if (n == 71 && memcmp(name, "sha256-", 7) == 0)
     return memcmp(cas_spell_id(vol, id), name, n) == 0;
   if (!at != !vol->parent) return 0;
-  if (at) {
-    const char *up = cas_record(vol->parent, view)->name;
-    size_t len = (size_t)(at - name);
-    if (strncmp(up, name, len) != 0 || up[len]) return 0;
-    n -= len + 1;
-    name = at + 1;
-  }
-  return strncmp(record->name, name, n) == 0 && !record->name[n];
+  if (strncmp(record->name, own, len) != 0 || record->name[len]) return 0;
+  return !at || cas_is_called(vol->parent, name, (size_t)(at - name), view);
 }
 
 /* The volume or snapshot of that name, of n bytes, or content id, or NULL. */
 static struct cas_volume *cas_find(struct nbdserve_cas *st, const char *name,
                                    size_t n, enum cas_view view) {
-  if (n >= CAS_PATH) return NULL;
   for (uint32_t i = 0; i < st->nvolumes; i++)
     if (cas_is_called(st->volumes[i], name, n, view)) return st->volumes[i];
   return NULL;
 }
 
-/* The first volume that anybody sees with an id from one on, or NULL. */
-static struct cas_volume *cas_volume_from(struct nbdserve_cas *st,
-                                          uint64_t id) {
+/* The first volume that anybody sees with an id from one on, or NULL.  Who goes
+ * through all volumes, and lets the lock go in between, remembers the id and
+ * not a place in the list: volumes come and go meanwhile. */
+static struct cas_volume *cas_from_id(struct nbdserve_cas *st, uint64_t id) {
   uint32_t i = 0;
   for (uint32_t end = st->nvolumes; i < end;) { /* it is from i up to there */
     uint32_t middle = i + (end - i) / 2;
@@ -6215,17 +6220,19 @@ static struct cas_volume *cas_volume_from(struct nbdserve_cas *st,
 
 /* The volume or snapshot with an id that anybody sees, or NULL. */
 static struct cas_volume *cas_by_id(struct nbdserve_cas *st, uint64_t id) {
-  struct cas_volume *vol = cas_volume_from(st, id);
+  struct cas_volume *vol = cas_from_id(st, id);
   return vol && vol->id == id ? vol : NULL;
 }
 
-/* Is it the id of a snapshot, with a suffix behind it? */
+/* Is it the content id of a snapshot, with a suffix behind it? */
 static int cas_is_id(const char *p, const char *suffix) {
   return strncmp(p, "sha256-", 7) == 0 &&
          strspn(p + 7, "0123456789abcdef") == 64 && strcmp(p + 71, suffix) == 0;
 }
 
-/* May a volume or snapshot have that name? */
+/* May a volume or snapshot have that name (of a snapshot: the part behind the
+ * `@`)?  It is UTF-8; what could be taken for a content id is none, and neither
+ * is what would need escapes in messages, or ends a name elsewhere. */
 static int cas_is_name(const char *p) {
   size_t n = strncmp(p, "sha256-", 7) ? strlen(p) : 0;
   while (*p && u_utf8_len(p) && !strchr("/@\"\\", *p))
@@ -6233,65 +6240,45 @@ static int cas_is_name(const char *p) {
   return n > 0 && n <= CAS_NAME && !*p;
 }
 
-/* Gives what is staged its name; -EEXIST: another one has it. */
-static int cas_give_name(struct nbdserve_cas *st, struct cas_volume *vol,
-                         const char *name) {
+/* Gives a record its name, if it may have that: with up, it is that of a
+ * snapshot of this volume.  -EEXIST: another one has the name. */
+static int cas_give_name(struct nbdserve_cas *st, const struct cas_volume *up,
+                         const char *name, struct cas_record *record) {
   const char *at = strchr(name, '@');
-  const char *part = at ? at + 1 : name;
-  size_t up = at ? (size_t)(at - name) : 0;
-  if (!cas_is_name(part) || strncmp(name, "sha256-", 7) == 0 ||
-      !at != !vol->parent ||
-      (at && vol->parent != cas_find(st, name, up, VIEW_THEN)))
+  const char *own = at ? at + 1 : name;
+  if (!cas_is_name(own) || strncmp(name, "sha256-", 7) == 0 || !at != !up ||
+      (at && !cas_is_called(up, name, (size_t)(at - name), VIEW_THEN)))
     return -EINVAL;
   if (cas_find(st, name, strlen(name), VIEW_RESERVED)) return -EEXIST;
-  memset(vol->then.name, 0, sizeof vol->then.name);
-  memcpy(vol->then.name, part, strlen(part));
+  /* With zeroes behind it: nothing of an older name gets into the file. */
+  strncpy(record->name, own, CAS_NAME);
   return 0;
 }
 
 static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n);
 
-/* Gives a volume a place in the catalog, and in the list, behind all others. */
-static int cas_set_place(struct nbdserve_cas *st, struct cas_volume *vol,
-                         uint32_t place) {
-  int err = cas_enlarge(&st->by_place, &st->places, place);
-  if (!err) err = cas_enlarge(&st->volumes, &st->volume_room, st->nvolumes);
-  if (err) return err;
+/* Adds a volume with that record to the list, behind all others, and to the
+ * places of the catalog; NULL without memory.  If the record has no id, as
+ * nobody is to see the volume yet, the volume gets a new one. */
+static struct cas_volume *cas_add_volume(struct nbdserve_cas *st,
+                                         struct cas_node *page, uint32_t place,
+                                         const struct cas_record *record) {
+  struct cas_volume *vol = u_zalloc(sizeof *vol);
+  if (!vol || cas_enlarge(&st->by_place, &st->places, place) ||
+      cas_enlarge(&st->volumes, &st->volume_room, st->nvolumes)) {
+    NBDSERVE_FREE(vol);
+    return NULL;
+  }
   assert(!st->by_place[place]);
+  vol->own.run_batch = cas_batch;
+  vol->st = st;
+  vol->page = page;
+  vol->place = place;
+  vol->id = record->id ? (uint32_t)record->id : st->next_id++;
+  vol->now = vol->then = *record;
   st->by_place[place] = vol;
   st->volumes[st->nvolumes++] = vol;
-  vol->place = place;
-  vol->st = st;
-  vol->own.run_batch = cas_batch;
-  return 0;
-}
-
-/* Makes a volume of a name, if that is not NULL, or a snapshot of its parent,
- * and finds a place for its record.  Its records have no id: nobody sees it. */
-static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
-                     const char *name, uint64_t size, struct cas_volume **out) {
-  struct cas_volume *vol = u_zalloc(sizeof *vol);
-  uint32_t place = 0;
-  if (!vol) return -ENOMEM;
-  vol->parent = parent;
-  while (place < st->places && st->by_place[place])
-    place++;
-  int is_full = place / st->per_page >= st->fanout * st->fanout ||
-                st->next_id == UINT32_MAX;
-  int err = is_full ? -ENOSPC : 0;
-  if (!err && name) err = cas_give_name(st, vol, name);
-  if (!err) err = cas_own_record(st, place, &vol->page);
-  if (!err) err = cas_set_place(st, vol, place);
-  if (err) {
-    NBDSERVE_FREE(vol);
-    return err;
-  }
-  vol->id = st->next_id++;
-  vol->then.created = (uint64_t)time(NULL);
-  vol->then.size = size;
-  vol->now = vol->then;
-  *out = vol;
-  return 0;
+  return vol;
 }
 
 /* ---- Changes of the catalog -------------------------------------------------
@@ -6302,7 +6289,19 @@ static int cas_enter(struct nbdserve_cas *st, struct cas_volume *parent,
  *   cas_settle   is_durable: `then` becomes `now`; else `then` is forgotten.
  *                What nobody has any more is freed.
  *
- * All of this is done by who holds ckpt, so there is one change at a time. */
+ * All of this is done by who holds ckpt, so there is one change at a time.  The
+ * life of a change:
+ *
+ *   volume       `now`        `then`       while the checkpoint is written
+ *   that comes   no id        its record   nobody finds it; its name is taken
+ *   that goes    its record   no id        it is found, but who wants to use it
+ *                                          waits for the end (is_staged)
+ *   else         as it was    as it is     the same
+ *                             to be
+ *
+ * The contents of a volume are not in its record, but below two edges of its
+ * page.  Where a change makes one of these lead elsewhere, it does so at once,
+ * as nobody uses the volume then, and remembers where it led (edge, was). */
 
 /* What a checkpoint is to change */
 struct cas_change {
@@ -6315,94 +6314,83 @@ struct cas_change {
    *   vol, tree and name     a snapshot appears, sealed, with vol's contents
    *   name and size          a partial volume appears; tree, if there is one,
    *                          is its base
-   * Of a seal, tree has the digests as its data, and the content id; of a base
-   * both maps are copied. */
+   * Of a seal, tree has the digests as its data, and the content id. */
   struct cas_volume *vol;
   struct cas_volume *tree;
   const char *name;
   uint64_t size; /* bytes */
 };
 
-/* From here on a volume has a record that holds when the checkpoint is
- * durable: then it is there. */
-static void cas_begin_staging(struct cas_volume *vol) {
-  assert(vol->id && vol->st->by_place[vol->place] == vol);
-  if (!vol->is_staged) vol->then = vol->now;
-  vol->is_staged = 1;
-  vol->then.id = vol->id;
-}
-
-/* Takes volume i, which nobody uses, out of the list and the catalog, and frees
- * it with its maps.  (unlocks) */
-static void cas_leave(struct nbdserve_cas *st, uint32_t i) {
-  struct cas_volume *vol = st->volumes[i];
-  struct cas_node *root = *cas_root(vol);
-  struct cas_node *digests = *cas_digests(vol);
-  assert(!vol->clients && !vol->pins && !vol->is_staged);
-  for (st->nvolumes--; i < st->nvolumes; i++)
-    st->volumes[i] = st->volumes[i + 1];
-  st->by_place[vol->place] = NULL;
-  *cas_root(vol) = *cas_digests(vol) = NULL;
-  NBDSERVE_FREE(vol);
-  cas_unref(st, root);
-  cas_unref(st, digests);
-}
-
 /* Stages a new volume, or a snapshot of `up`, with the contents of `from` or,
- * if that is NULL, of that size and all zeroes. */
+ * if that is NULL, of that size and all zeroes; and finds a place for its
+ * record.  name: NULL, or it is tested that the volume may have it.
+ *
+ * That costs the same whatever the size of `from`: the map of the new volume is
+ * one more edge to the same root, and nodes are copied when one of both changes
+ * (C13).  Nothing can fail once the volume is in the list. */
 static int cas_stage_new(struct nbdserve_cas *st, struct cas_volume *from,
                          struct cas_volume *up, const char *name, uint64_t size,
                          struct cas_volume **out) {
-  if (from) size = cas_record(from, VIEW_THEN)->size;
-  int err = cas_enter(st, up, name, size, out);
+  struct cas_record record = {.flags = up ? CAS_IS_SNAPSHOT : 0,
+                              .size = from ? from->then.size : size,
+                              .levels = CAS_LEVELS,
+                              .created = (uint64_t)time(NULL),
+                              .made_from = from ? from->id : 0};
+  struct cas_node *page = NULL;
+  uint32_t place = 0;
+  if (up) record.made_from = up->id;
+  /* The first place that is free: so the catalog has few pages. */
+  while (place < st->places && st->by_place[place])
+    place++;
+  int is_full = place / st->per_page >= st->fanout * st->fanout ||
+                st->next_id == UINT32_MAX;
+  int err = is_full ? -ENOSPC : 0;
+  if (!err && name) err = cas_give_name(st, up, name, &record);
+  if (!err) err = cas_own_record(st, place, &page);
   if (err) return err;
-  cas_begin_staging(*out);
-  (*out)->then.made_from = up ? up->id : from ? from->id : 0;
+  *out = cas_add_volume(st, page, place, &record);
+  if (!*out) return -ENOMEM;
+  assert(!up || !up->parent);
+  (*out)->parent = up;
+  (*out)->is_staged = 1;
+  (*out)->then.id = (*out)->id; /* it is there when the checkpoint is durable */
   if (from) cas_share(cas_root(*out), *cas_root(from));
   return 0;
 }
 
-/* Stages the partial volume change->name, unless it is there: of that size, and
- * with the contents of change->tree, if that is not NULL. */
-static int cas_stage_partial(struct nbdserve_cas *st,
-                             const struct cas_change *change) {
-  const char *name = change->name;
-  struct cas_volume *vol;
-  if (cas_find(st, name, strlen(name), VIEW_THEN)) return 0; /* by others */
-  int err = cas_stage_new(st, change->tree, NULL, NULL, change->size, &vol);
-  if (err) return err;
-  vol->is_partial = 1;
-  vol->then.size = change->size;
-  strcpy(vol->then.name, name);
+/* Makes an edge of a volume that is staged lead to another node.  The edge to
+ * the node where it led is kept, and is taken off in cas_settle, or comes
+ * back. */
+static void cas_stage_edge(struct cas_volume *vol, struct cas_node **edge,
+                           struct cas_node *node) {
+  assert(vol->is_staged && !vol->edge && !vol->was);
+  vol->edge = edge;
+  vol->was = *edge;
+  cas_share(edge, node);
+}
+
+/* Stages the snapshot VOL@NAME, *out, with the contents of `from`, and VOL with
+ * the same, if there is none.  If they were pulled for that, `from` goes: it is
+ * the partial volume, whose blocks the snapshot has from now on.  Else `from`
+ * is a snapshot with the same id, which was here before. (unlocks) */
+static int cas_stage_pulled(struct nbdserve_cas *st, struct cas_volume *from,
+                            const char *name, struct cas_volume **out) {
+  char up_name[CAS_PATH];
+  snprintf(up_name, sizeof up_name, "%.*s", (int)strcspn(name, "@"), name);
+  struct cas_volume *up = cas_find(st, up_name, strlen(up_name), VIEW_THEN);
+  int err = up ? 0 : cas_stage_new(st, from, NULL, up_name, 0, &up);
+  if (!err) err = cas_stage_new(st, from, up, name, 0, out);
+  if (err || from->now.flags != CAS_IS_PARTIAL) return err;
+  while (from->pins)
+    cas_wait(st);
+  from->then.id = 0;
   return 0;
 }
 
-/* Stages the snapshot VOL@NAME, with the contents of change->vol, which are
- * those of its id; and VOL, with the same, if there is none.  If they were
- * pulled for that, change->vol goes. */
-static int cas_stage_pulled(struct nbdserve_cas *st,
-                            const struct cas_change *change) {
-  struct cas_volume *from = change->vol;
-  struct cas_volume *snapshot = NULL;
-  char name[CAS_PATH];
-  snprintf(name, sizeof name, "%s", change->name);
-  name[strcspn(name, "@")] = 0;
-  struct cas_volume *up = cas_find(st, name, strlen(name), VIEW_THEN);
-  int err = up ? 0 : cas_stage_new(st, from, NULL, name, 0, &up);
-  if (!err) err = cas_stage_new(st, from, up, change->name, 0, &snapshot);
-  if (err) return err;
-  memcpy(snapshot->then.cid, change->tree->now.cid, CAS_DIGEST_LEN);
-  cas_share(cas_digests(snapshot), *cas_root(change->tree));
-  if (!from->is_partial) return 0;
-  while (from->pins)
-    cas_wait(st);
-  cas_begin_staging(from);
-  from->then.id = 0;
-  return cas_own_record(st, from->place, &from->page);
-}
-
-/* Stages one change.  Nothing is to be seen of it until cas_settle.
- * (unlocks) */
+/* Stages one change.  Nothing is to be seen of it until cas_settle.  What would
+ * pull the ground from under a client's feet (ROLLBACK, RESIZE, RM) needs a
+ * volume that nobody uses; readers that are done in a moment, such as verify,
+ * are waited for.  (unlocks) */
 static int cas_stage_op(struct nbdserve_cas *st,
                         const struct nbdserve_cas_op *op) {
   int dry_run = op->verb & NBDSERVE_CAS_DRY_RUN;
@@ -6417,11 +6405,12 @@ static int cas_stage_op(struct nbdserve_cas *st,
   struct cas_volume *vol = cas_find(st, op->name, n, VIEW_THEN);
   if (verb == NBDSERVE_CAS_CREATE)
     return cas_stage_new(st, NULL, NULL, op->name, op->size, &new);
-  if (!vol || (vol->is_partial && !is_rm)) return -ENOENT;
+  if (!vol || (vol->then.flags == CAS_IS_PARTIAL && !is_rm)) return -ENOENT;
   if (verb == NBDSERVE_CAS_SNAPSHOT)
     return cas_stage_new(st, vol, vol, op->name, 0, &new);
   if (verb == NBDSERVE_CAS_CLONE)
     return cas_stage_new(st, vol, NULL, op->to, 0, &new);
+  /* A rollback is found by its snapshot, and changes the volume of that. */
   struct cas_volume *snapshot = vol;
   if (verb == NBDSERVE_CAS_ROLLBACK) vol = vol->parent;
   if (!vol || (verb == NBDSERVE_CAS_RESIZE && vol->parent)) return -EINVAL;
@@ -6430,80 +6419,111 @@ static int cas_stage_op(struct nbdserve_cas *st,
   if (needs_closed && vol->clients) return -EBUSY;
   for (uint32_t i = 0; i < st->nvolumes; i++) {
     const struct cas_volume *p = st->volumes[i];
-    if (is_rm && p->parent == vol && cas_record(p, VIEW_THEN)->id)
-      return -ENOTEMPTY;
+    if (is_rm && p->parent == vol && p->then.id) return -ENOTEMPTY;
     if (p != snapshot && cas_is_called(p, op->name, n, VIEW_THEN))
       return -EINVAL; /* several have that id */
   }
-  cas_begin_staging(vol);
+  vol->is_staged = 1;
   if (is_rm) vol->then.id = 0;
   if (verb == NBDSERVE_CAS_RESIZE) vol->then.size = op->size;
-  int err = needs_closed ? 0 : cas_give_name(st, vol, op->to);
+  int err =
+      needs_closed ? 0 : cas_give_name(st, vol->parent, op->to, &vol->then);
   if (!err && !dry_run) err = cas_own_record(st, vol->place, &vol->page);
   if (err || verb != NBDSERVE_CAS_ROLLBACK) return err;
-  if (vol->is_rolled_back) return -EINVAL; /* once in a change is enough */
-  vol->is_rolled_back = 1;
-  vol->old_root = *cas_root(vol);
-  cas_share(cas_root(vol), *cas_root(snapshot));
-  vol->then.size = cas_record(snapshot, VIEW_THEN)->size;
+  if (vol->edge) return -EINVAL; /* once in a change is enough */
+  cas_stage_edge(vol, cas_root(vol), *cas_root(snapshot));
+  vol->then.size = snapshot->then.size;
   return 0;
 }
 
 /* Stages all of a change, in order: each is tested against what those before it
- * make of the catalog.  Adds up how many free pairs it leaves alone (C20): what
- * is kept for changes that give back what they take. (unlocks) */
+ * make of the catalog.  Finds out how many free pairs it leaves alone (C20):
+ * the strictest of its parts decides.
+ *
+ *   what comes into being           leaves the whole reserve
+ *   RENAME, ROLLBACK, RESIZE        give back what they take, so they may use
+ *                                   it, but not the last pairs
+ *   RM                              may use these, too: it is the way out of a
+ *                                   store that is full
+ *
+ * Without ops it is one of the other kinds of change: see struct cas_change.
+ * (unlocks) */
 static int cas_stage(struct nbdserve_cas *st, struct cas_change *change) {
   struct cas_volume *vol = change->vol;
+  struct cas_volume *tree = change->tree;
+  const char *name = change->name;
   int err = 0;
-  change->kept = vol || change->name ? CAS_RESERVE_PAIRS : 0;
+  change->kept = vol || name ? CAS_RESERVE_PAIRS : 0;
   for (size_t i = 0; i < change->nops && !err; i++) {
-    uint32_t kept = change->ops[i].verb != NBDSERVE_CAS_RM ? CAS_FOR_RM : 0;
-    if (change->ops[i].verb < NBDSERVE_CAS_RENAME) kept = CAS_RESERVE_PAIRS;
+    int verb = change->ops[i].verb;
+    uint32_t kept = verb != NBDSERVE_CAS_RM ? CAS_FOR_RM : 0;
+    if (verb < NBDSERVE_CAS_RENAME) kept = CAS_RESERVE_PAIRS;
     if (kept > change->kept) change->kept = kept;
     change->failed = i;
     err = cas_stage_op(st, change->ops + i);
+    if (!err && i + 1 == change->nops && verb & NBDSERVE_CAS_DRY_RUN)
+      err = -ECANCELED; /* all of it could be done */
   }
-  if (change->name)
-    return vol ? cas_stage_pulled(st, change) : cas_stage_partial(st, change);
-  if (!vol) return err;
-  cas_begin_staging(vol);
+  /* A partial volume, with the contents of the base that it begins with. */
+  if (!vol && name && !cas_find(st, name, strlen(name), VIEW_THEN)) {
+    err = cas_stage_new(st, tree, NULL, NULL, change->size, &vol);
+    if (err) return err;
+    vol->then.flags = CAS_IS_PARTIAL;
+    vol->then.size = change->size;
+    strcpy(vol->then.name, name);
+    return 0;
+  }
+  if (!vol) return err; /* or others have made that partial volume meanwhile */
+  /* A volume that was hidden appears, or a snapshot gets its id and its tree:
+   * its own, or the new one that is made of it. */
+  vol->is_staged = 1;
+  vol->then.id = vol->id; /* it may be hidden as yet */
   err = cas_own_record(st, vol->place, &vol->page);
-  if (err) return err;
-  if (!change->tree || *cas_digests(vol)) return 0; /* it is sealed by now */
-  memcpy(vol->then.cid, change->tree->now.cid, CAS_DIGEST_LEN);
-  cas_share(cas_digests(vol), *cas_root(change->tree));
+  if (!err && name) err = cas_stage_pulled(st, vol, name, &vol);
+  if (err || !tree || *cas_digests(vol)) return err; /* or it is by now */
+  memcpy(vol->then.cid, tree->now.cid, CAS_DIGEST_LEN);
+  cas_stage_edge(vol, cas_digests(vol), *cas_root(tree));
   return 0;
 }
 
 /* Ends what is staged: it holds from now on (is_durable), or never was.  Nobody
- * sees a part of it.  Then it frees what is gone.  (unlocks) */
+ * sees a part of it, as the lock is not let go before all of it is done.  Only
+ * then it frees what is gone, which takes time: volumes without an id that
+ * nobody uses, be it that they were removed, or hidden and given up, or staged
+ * and taken back; and what edges led to before.  (unlocks) */
 static void cas_settle(struct nbdserve_cas *st, int is_durable) {
   for (uint32_t i = 0; i < st->nvolumes; i++) {
     struct cas_volume *vol = st->volumes[i];
-    struct cas_node *root = *cas_root(vol);
     if (!vol->is_staged) continue;
     assert(vol->page && vol->id);
+    if (is_durable) vol->now = vol->then;
+    vol->then = vol->now;
     vol->is_staged = 0;
-    if (is_durable) {
-      vol->now = vol->then;
-    } else if (u_is_zero(vol->now.cid, CAS_DIGEST_LEN) && *cas_digests(vol)) {
-      (*cas_digests(vol))->refs--; /* of the tree, which has it, too */
-      *cas_digests(vol) = NULL;
+    if (vol->edge && !is_durable) {
+      struct cas_node *taken_back = *vol->edge;
+      *vol->edge = vol->was;
+      vol->was = taken_back;
     }
-    if (vol->is_rolled_back && !is_durable) {
-      *cas_root(vol) = vol->old_root;
-      vol->old_root = root;
-    }
-    vol->is_rolled_back = 0;
+    vol->edge = NULL;
   }
   os_wake_all(&st->lock);
   /* From the end: only who holds ckpt takes one out, others may add some. */
   for (uint32_t i = st->nvolumes; i-- > 0;) {
     struct cas_volume *vol = st->volumes[i];
-    struct cas_node *old_root = vol->old_root;
-    vol->old_root = NULL;
-    cas_unref(st, old_root);
-    if (!vol->now.id && !vol->clients) cas_leave(st, i);
+    struct cas_node *gone[] = {vol->was, *cas_root(vol), *cas_digests(vol)};
+    int is_gone = !vol->now.id && !vol->clients; /* with its maps */
+    vol->was = NULL;
+    if (is_gone) {
+      assert(!vol->pins && !vol->is_staged);
+      *cas_root(vol) = *cas_digests(vol) = NULL;
+      st->by_place[vol->place] = NULL;
+      for (uint32_t k = i + 1; k < st->nvolumes; k++)
+        st->volumes[k - 1] = st->volumes[k];
+      st->nvolumes--;
+      NBDSERVE_FREE(vol);
+    }
+    for (int k = 0; k < (is_gone ? 3 : 1); k++)
+      cas_unref(st, gone[k]);
   }
 }
 
@@ -6512,13 +6532,28 @@ static void cas_settle(struct nbdserve_cas *st, int is_durable) {
  * down all pages but the leaves.  From then on nothing is dirty.  Leaves are
  * copied later, in portions, as they are then: if one has changed, the log
  * tells it once more.  Nodes are freed only by who holds ckpt, so none of them
- * vanishes meanwhile. */
+ * vanishes meanwhile.
+ *
+ *   under the lock        the lock is let go in between     under the lock
+ *   cas_make_cut          cas_write_pages, cas_sync,        cas_end_cut,
+ *                         cas_write_super, cas_sync, twice  cas_settle
+ *
+ *   nodes get slots,  ->  pages are written to both of  ->  slots that nothing
+ *   the log begins a      their slots, then one super-      names any more are
+ *   page, `retired`       block and the other one           free; so is the log
+ *   is set aside                                            before the cut
+ *
+ * What clients change meanwhile makes nodes dirty again, and is in log pages
+ * from the cut's on, so it belongs to the next checkpoint.  The slots that it
+ * retires are of pages that this one is writing; they wait for the next
+ * one, too. */
 
 /* A page that a checkpoint writes */
 struct cas_write {
   struct cas_node *node;
-  uint32_t slot;
-  unsigned char *page; /* NULL: a leaf */
+  uint32_t slot;       /* the first of its pair; the node has lost it when it
+                          has become dirty again */
+  unsigned char *page; /* as it was at the cut; NULL: a leaf */
 };
 
 /* What a cut has made */
@@ -6529,57 +6564,54 @@ struct cas_cut {
   struct cas_super super;
 };
 
-/* Encodes the records of a page of the catalog as the checkpoint has them. */
-static void cas_encode_records(struct nbdserve_cas *st,
-                               const struct cas_node *node, unsigned char *p) {
-  uint32_t first = node->index * st->per_page;
-  uint32_t end = (uint32_t)u_min(first + st->per_page, st->places);
-  for (uint32_t place = first; place < end; place++, p += CAS_RECORD) {
-    const struct cas_volume *vol = st->by_place[place];
-    if (!vol || !cas_record(vol, VIEW_THEN)->id) continue;
-    struct cas_record record = *cas_record(vol, VIEW_THEN);
+/* Encodes a node as a page of the checkpoint that is being made; a leaf has to
+ * be in memory.  Records are those that hold when it is durable. */
+static void cas_encode_node(const struct nbdserve_cas *st,
+                            const struct cas_node *node, unsigned char *p) {
+  struct cas_head head = cas_head_of(st, node);
+  int has_records = node->level == CAS_LEVELS;
+  uint32_t first = node->index * st->per_page; /* the place of a record */
+  head.number = st->last_number;
+  assert(node->level || node->slots);
+  memset(p, 0, st->bs);
+  cas_encode(cas_head_sizes, &head, p);
+  p += CAS_HEAD;
+  for (uint32_t c = 0; !has_records && c < node->nkids; c++)
+    if (node->kid[c]) u_put32(p + 4 * c, node->kid[c]->slot);
+  for (uint32_t c = 0; node->slots && c < st->fanout; c++)
+    u_put32(p + 4 * c, node->slots[c]);
+  for (uint32_t c = 0; has_records && c < st->per_page; c++, p += CAS_RECORD) {
+    const struct cas_volume *vol =
+        first + c < st->places ? st->by_place[first + c] : NULL;
+    if (!vol || !vol->then.id) continue;
+    struct cas_record record = vol->then;
     const struct cas_node *root = *cas_root(vol);
     const struct cas_node *digests = *cas_digests(vol);
-    record.flags = vol->parent ? CAS_IS_SNAPSHOT : 0;
-    if (vol->is_partial) record.flags = CAS_IS_PARTIAL;
-    record.levels = CAS_LEVELS;
     record.root = root ? root->slot : 0;
     record.digests = digests ? digests->slot : 0;
     assert(vol->page == node && record.id == vol->id);
     assert((!root || root->slot) && (!digests || digests->slot));
-    assert(cas_is_name(record.name) != vol->is_partial);
-    cas_encode(cas_record_sizes, &record, p + CAS_HEAD);
+    assert(cas_is_name(record.name) != (record.flags == CAS_IS_PARTIAL));
+    assert((record.flags == CAS_IS_SNAPSHOT) == (vol->parent != NULL));
+    cas_encode(cas_record_sizes, &record, p);
   }
 }
 
-/* Encodes a node as a page; a leaf has to be in memory. */
-static void cas_encode_node(struct nbdserve_cas *st,
-                            const struct cas_node *node, uint64_t number,
-                            unsigned char *p) {
-  struct cas_head head = cas_head_of(st, node);
-  assert(node->level || node->slots);
-  head.number = number;
-  memset(p, 0, st->bs);
-  cas_encode(cas_head_sizes, &head, p);
-  if (node->level == CAS_LEVELS) cas_encode_records(st, node, p);
-  for (uint32_t c = 0; node->level != CAS_LEVELS && c < node->nkids; c++)
-    if (node->kid[c]) u_put32(p + CAS_HEAD + 4 * c, node->kid[c]->slot);
-  for (uint32_t c = 0; node->slots && c < st->fanout; c++)
-    u_put32(p + CAS_HEAD + 4 * c, node->slots[c]);
-}
-
-/* Does a node have nothing below it? */
+/* Does a node have nothing below it?  A page of the catalog has volumes, also
+ * those that have no maps. */
 static int cas_is_empty(struct nbdserve_cas *st, const struct cas_node *node) {
-  uint32_t first = node->index * st->per_page; /* place; of a catalog page */
   for (uint32_t c = 0; c < node->nkids; c++)
     if (node->kid[c]) return 0;
-  for (uint32_t c = 0; node->level == CAS_LEVELS && c < st->per_page; c++)
-    if (first + c < st->places && st->by_place[first + c]) return 0;
+  for (uint32_t i = 0; node->level == CAS_LEVELS && i < st->nvolumes; i++)
+    if (st->volumes[i]->page == node) return 0;
   return node->level ||
          u_is_zero((const unsigned char *)node->slots, st->fanout * 4);
 }
 
-/* Adds what is dirty from *at on down to a cut; what is empty goes. */
+/* Adds what is dirty from *at on down to a cut; what is empty goes.  Below a
+ * node that is clean nothing is dirty.  Kids come before their parent, so that
+ * the page of the parent can name their slots.  A node that is shared stays
+ * when it is empty: other edges lead to it. */
 static int cas_cut_below(struct nbdserve_cas *st, struct cas_cut *cut,
                          struct cas_node **at) {
   struct cas_node *node = *at;
@@ -6600,7 +6632,7 @@ static int cas_cut_below(struct nbdserve_cas *st, struct cas_cut *cut,
   if (node->level) {
     write.page = NBDSERVE_MALLOC(st->bs);
     if (!write.page) return -ENOMEM;
-    cas_encode_node(st, node, cut->super.number, write.page);
+    cas_encode_node(st, node, write.page);
   }
   write.slot = node->slot = cas_take_pair(st);
   assert(CAS_AT(st, node->slot, refs) == 1 && st->ndirty > 0);
@@ -6610,33 +6642,16 @@ static int cas_cut_below(struct nbdserve_cas *st, struct cas_cut *cut,
   return 0;
 }
 
-/* Takes a cut back: what it made clean is dirty again, and its pairs, which
- * nothing durable names, are free. */
-static void cas_undo_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
-  uint32_t unused = 0;
-  uint32_t *end = &cut->retired;
-  for (uint32_t i = 0; i < cut->n; i++) {
-    struct cas_node *node = cut->writes[i].node;
-    if (node->slot == cut->writes[i].slot) /* else it has changed since */
-      cas_make_dirty(st, node, &unused);
-  }
-  cas_free_list(st, unused);
-  while (*end)
-    end = &CAS_AT(st, *end, link);
-  *end = st->retired;
-  st->retired = cut->retired;
-}
-
 /* Makes a cut, with a change if there is one.  First, while syncs may let the
  * lock go, it sees to it that there are pairs for all that is dirty; nothing
- * has changed if that fails. (unlocks) */
+ * has changed if that fails.  It must not make a checkpoint for that, as it is
+ * a part of one: that is why cas_apply does so, and why it is no cas_get_pairs.
+ * From the allocation on it does not let the lock go: what cas_cut_below finds
+ * dirty is what was counted. (unlocks) */
 static int cas_make_cut(struct nbdserve_cas *st, struct cas_change *change,
                         struct cas_cut *cut) {
   int err = st->failed;
   if (!err && change) err = cas_stage(st, change);
-  if (!err && change && change->nops &&
-      change->ops->verb & NBDSERVE_CAS_DRY_RUN)
-    err = -ECANCELED; /* it could be done */
   if (err) return err;
   while ((err = cas_want_pairs(st, change ? change->kept : 0)) == -ENOSPC &&
          (st->dropped || st->npending))
@@ -6655,44 +6670,46 @@ static int cas_make_cut(struct nbdserve_cas *st, struct cas_change *change,
   cut->super.next_id = st->next_id;
   cut->super.ro_compat = 0;
   for (uint32_t i = 0; i < st->nvolumes; i++)
-    if (st->volumes[i]->is_partial && cas_record(st->volumes[i], VIEW_THEN)->id)
+    if (st->volumes[i]->then.id && st->volumes[i]->then.flags == CAS_IS_PARTIAL)
       cut->super.ro_compat = CAS_HAS_PARTIAL;
   cut->super.catalog = st->catalog ? st->catalog->slot : 0;
   return err ? err : st->failed;
 }
 
-/* Writes the pages of a cut, each to both of its slots. (unlocks) */
+/* Writes the pages of a cut, each to both of its slots (C17), a portion at a
+ * time: leaves are encoded under the lock, and hashed and written without it.
+ * The first copies of a portion are written before the second ones, so that
+ * they lie in a row.  (unlocks) */
 static int cas_write_pages(struct nbdserve_cas *st, struct cas_cut *cut) {
   unsigned char *pages = NBDSERVE_MALLOC(CAS_PORTION * (size_t)st->bs);
-  struct cas_block blk[2 * CAS_PORTION];
+  struct cas_block blk[CAS_PORTION];
   int err = pages ? 0 : -ENOMEM;
   for (uint32_t first = 0; first < cut->n && !err; first += CAS_PORTION) {
     uint32_t n = (uint32_t)u_min(cut->n - first, CAS_PORTION);
     for (uint32_t i = 0; i < n; i++) {
       const struct cas_write *write = cut->writes + first + i;
-      unsigned char *page = write->page;
-      if (!page) page = pages + (size_t)i * st->bs;
-      if (!write->page)
-        cas_encode_node(st, write->node, cut->super.number, page);
-      blk[i] = (struct cas_block){
-          .slot = write->slot, .data = page, .todo = CAS_BOTH};
+      blk[i] = (struct cas_block){.slot = write->slot, .todo = CAS_BOTH};
+      blk[i].data = write->page ? write->page : pages + (size_t)i * st->bs;
+      if (!write->page) cas_encode_node(st, write->node, blk[i].data);
     }
     cas_unlock(st);
-    for (uint32_t i = 0; i < n; i++) {
+    for (uint32_t i = 0; i < n; i++)
       cas_sum_page(st->hw, blk[i].data, st->bs, blk[i].sum);
-      blk[n + i] = blk[i];
-      blk[n + i].slot += CAS_TWIN;
+    for (int copy = 0; copy < 2; copy++) {
+      cas_move_both(st, blk, n, OS_WRITE);
+      for (uint32_t i = 0; i < n; i++) {
+        if (blk[i].err) err = blk[i].err; /* then the other one is left out */
+        blk[i].slot += CAS_TWIN;
+      }
     }
-    cas_move_both(st, blk, 2 * n, OS_WRITE);
-    for (uint32_t i = 0; i < 2 * n; i++)
-      if (blk[i].err) err = blk[i].err;
     os_lock(&st->lock);
   }
   NBDSERVE_FREE(pages);
   return err;
 }
 
-/* Writes a superblock to its first or second place. */
+/* Writes a superblock to its first or second place.  Its 512 bytes have their
+ * own SHA-256; the rest of the place is zeroes. */
 static int cas_write_super(struct nbdserve_cas *st,
                            const struct cas_super *super, int place) {
   unsigned char p[CAS_PAGE] = {0};
@@ -6703,51 +6720,65 @@ static int cas_write_super(struct nbdserve_cas *st,
   return cas_io(st, OS_WRITE, p, sizeof p, (uint64_t)place * CAS_UNIT);
 }
 
-/* Writes a cut and makes it durable, in this order (C7): the pages; the first
- * superblock, while the second is still the old one; the second one, before
- * anything is free or answered.  If a superblock fails, nobody knows what is
- * there (C14). (unlocks) */
-static int cas_write_cut(struct nbdserve_cas *st, struct cas_cut *cut) {
-  assert(cut->super.number > st->super.number && cut->super.replay <= st->seq);
-  int err = cas_write_pages(st, cut);
-  if (!err) err = cas_sync(st, 1);
-  for (int place = 0; place < 2 && !err; place++) {
-    err = cas_write_super(st, &cut->super, place);
-    cas_fail(st, err);
-    if (!err) err = cas_sync(st, 1);
+/* Ends a cut.  When it is durable, what the superblock before named is free.
+ * Else it is taken back: what it made clean is dirty again, and its slots,
+ * which nothing durable names, are free. (unlocks) */
+static void cas_end_cut(struct nbdserve_cas *st, struct cas_cut *cut,
+                        int is_durable) {
+  uint32_t unused = 0;
+  if (is_durable) st->super = cut->super;
+  for (uint32_t i = 0; i < cut->n; i++) {
+    struct cas_node *node = cut->writes[i].node;
+    assert(node->is_given && cut->writes[i].slot);
+    node->is_given = 0;
+    if (!is_durable && node->slot == cut->writes[i].slot)
+      cas_make_dirty(st, node, &unused); /* else it has changed since */
+    NBDSERVE_FREE(cut->writes[i].page);
   }
-  return err;
+  NBDSERVE_FREE(cut->writes);
+  cas_free_list(st, is_durable ? cut->retired : unused); /* (C6) */
+  if (is_durable) {
+    cas_change_space(st, SPACE_FULL, SPACE_UNKNOWN); /* as after a sync */
+    return;
+  }
+  /* What was retired before the cut is still named by the superblock, and waits
+   * for the next one, with what was retired since. */
+  uint32_t *end = &cut->retired;
+  while (*end)
+    end = &CAS_AT(st, *end, link);
+  *end = st->retired;
+  st->retired = cut->retired;
 }
 
 /* Writes all that is dirty, with a change of the catalog if there is one, so
- * that the log up to now is not needed any more.  After an error before the
- * superblocks nothing has changed; pages that could not be written are tried
- * elsewhere.  since: does nothing if there was another one meanwhile. */
+ * that the log up to now is not needed any more.  The order (C7): the pages;
+ * the first superblock, while the second is still the old one; the second one,
+ * before anything is free or answered.  After an error before the superblocks
+ * nothing has changed; pages that could not be written are tried elsewhere.  If
+ * a superblock fails, nobody knows what is there (C14).  since: does nothing if
+ * there was another one meanwhile. */
 static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
                           uint64_t since) {
   int err = 0;
-  int is_over = 0;
   os_lock(&st->ckpt);
   os_lock(&st->lock);
-  while (!is_over && st->super.number <= since) {
+  while (st->super.number <= since) {
     struct cas_cut cut = {.n = 0};
     err = cas_make_cut(st, change, &cut);
-    is_over = err == -ENOMEM || !cut.n;
-    if (!err) err = cas_write_cut(st, &cut);
-    is_over |= !err || st->failed;
-    if (err) {
-      cas_undo_cut(st, &cut);
-    } else {
-      st->super = cut.super;
-      cas_free_list(st, cut.retired);                  /* (C6) */
-      cas_change_space(st, SPACE_FULL, SPACE_UNKNOWN); /* as after a sync */
+    if (!err) err = cas_write_pages(st, &cut);
+    if (!err) err = cas_sync(st, 1);
+    for (int place = 0; place < 2 && !err; place++) {
+      assert(cut.super.number > st->super.number);
+      assert(cut.super.replay <= st->seq && cut.super.replay <= st->durable);
+      err = cas_write_super(st, &cut.super, place);
+      cas_fail(st, err);
+      if (!err) err = cas_sync(st, 1);
     }
-    for (uint32_t k = 0; k < cut.n; k++) {
-      cut.writes[k].node->is_given = 0;
-      NBDSERVE_FREE(cut.writes[k].page);
-    }
-    NBDSERVE_FREE(cut.writes);
+    cas_end_cut(st, &cut, !err);
     cas_settle(st, !err);
+    /* Once more, if it was pages that could not be written: the segments where
+     * they were are passed over now (C19). */
+    if (!err || err == -ENOMEM || !cut.n || st->failed) break;
   }
   cas_unlock(st);
   os_unlock(&st->ckpt);
@@ -6780,7 +6811,10 @@ enum cas_job {
   JOB_MARK /* say in the log that all of it is durable, if that stays so */
 };
 
-/* The next of these. */
+/* The next of these.  A checkpoint is due when half of the log is used, so that
+ * it is done before the log is full and writers have to wait; when so much is
+ * dirty that it takes long; and when slots wait that it would free, where there
+ * are many or pairs are few. */
 static enum cas_job cas_next_job(const struct nbdserve_cas *st) {
   if (st->failed || st->readonly || st->closing) return JOB_NONE;
   if (st->seq - st->super.replay > st->super.log_pages / 2 ||
@@ -6794,7 +6828,10 @@ static enum cas_job cas_next_job(const struct nbdserve_cas *st) {
   return JOB_NONE;
 }
 
-/* Enters some slots into the index, by the digests in the file. */
+/* Enters some slots into the index, by the digests in the file, after the store
+ * was opened: that takes time, so requests come in between.  A digest may be
+ * wrong, or the slot may be written meanwhile: a hit is only a hint (C12).
+ * What is in the index, or holds a page, has a tag, and is left alone (C11). */
 static void cas_fill_index(struct nbdserve_cas *st) {
   unsigned char digest[CAS_FILL][CAS_DIGEST_LEN];
   uint32_t first = st->filled;
@@ -6804,9 +6841,9 @@ static void cas_fill_index(struct nbdserve_cas *st) {
     return; /* what is not found is stored twice */
   for (uint32_t i = first ? 0 : 1; i < CAS_FILL; i++) {
     uint32_t slot = first + i;
-    int is_data = CAS_AT(st, slot, refs) > 0 &&
-                  !(CAS_AT(st, slot, tag) & ~CAS_GOOD); /* (C11) */
-    if (is_data && !u_is_zero(digest[i], CAS_DIGEST_LEN))
+    int is_free = CAS_AT(st, slot, refs) <= 0;
+    if (is_free || CAS_AT(st, slot, tag) & ~CAS_GOOD) continue;
+    if (!u_is_zero(digest[i], CAS_DIGEST_LEN))
       cas_index(st, slot, CAS_TAG(digest[i]));
   }
 }
@@ -6863,10 +6900,24 @@ static void cas_kick(struct nbdserve_cas *st) {
  * map is looked at only in commit, so two writers of the same block are in some
  * order, and the later one wins.  A part of a block is read, changed and put;
  * `expected` makes commit refuse it if the block has changed meanwhile, and
- * then it is done again. */
+ * then it is done again.
+ *
+ * A READ pins the slots under the lock, reads without it, and takes the pins
+ * away: while there are pins nobody writes to these slots, whatever becomes of
+ * the block in between.
+ *
+ * Errors are those of single blocks, and a request gets the one of its last bad
+ * block:
+ *
+ *   -ENOSPC    no slot, or no pairs for the nodes that get dirty
+ *   -EIO       the medium, what is lost, or a store that has failed (C14)
+ *   -EUCLEAN   the data is not what its digest says; the client gets EIO
+ *   -EAGAIN    OS_READ_NOW: not in memory; commit: not what was expected
+ *   -EBADMSG   a pulled block is not what its digest in the tree says */
 
-/* Gets free what only waits to be: by a sync or, if that frees nothing, a
- * checkpoint.  Returns whether there was anything. (unlocks) */
+/* Gets free what only waits to be: by a sync (data that was dropped, and space
+ * that was given) or, if that frees nothing, a checkpoint (pages).  Returns
+ * whether there was anything, so that it makes sense to try again. (unlocks) */
 static int cas_reclaim(struct nbdserve_cas *st) {
   if (st->failed) return 0;
   if (st->dropped || st->npending) return !cas_sync(st, 1);
@@ -6892,7 +6943,6 @@ static int cas_prepare(struct cas_volume *vol, uint64_t block,
   struct nbdserve_cas *st = vol->st;
   for (;;) {
     int err = cas_find_spot(st, cas_root(vol), block, spot);
-    if (!err) err = st->failed;
     if (err || st->is_replaying) return err;
     uint32_t kept = spot->gives_back ? CAS_FOR_RM : CAS_RESERVE_PAIRS;
     int is_full = st->seq - st->super.replay >= st->super.log_pages / 4 * 3;
@@ -6903,42 +6953,44 @@ static int cas_prepare(struct cas_volume *vol, uint64_t block,
   }
 }
 
-/* Chooses a slot for a block, which gets a hold on it: the skip-th that the
- * index has for its digest, or a free one. */
-static int cas_choose_slot(struct nbdserve_cas *st, struct cas_block *blk,
-                           int skip) {
+/* Chooses a slot for a block, which gets a hold on it: the nth, from 0 on,
+ * that the index has for its digest, or a free one, which enters the index at
+ * once: others may find it before it is written, and compare, in vain.
+ * todo: what is to be written, of a free one; else nothing. */
+static int cas_choose(struct nbdserve_cas *st, struct cas_block *blk, int nth) {
   assert(blk->is_wanting);
-  blk->slot = skip < CAS_CANDIDATES ? cas_lookup(st, blk->sum, skip) : 0;
+  blk->slot = nth < CAS_CANDIDATES ? cas_lookup(st, blk->sum, nth) : 0;
   blk->todo = blk->slot ? 0 : CAS_BOTH;
-  if (blk->slot) {
-    cas_hold(st, blk->slot);
-  } else {
-    int err = cas_take_slot(st, &blk->slot); /* with the hold */
-    if (err) return err;
-    cas_index(st, blk->slot, CAS_TAG(blk->sum));
-  }
+  cas_hold(st, blk->slot); /* if it is one of the index */
+  int err = blk->slot ? 0 : cas_take_slot(st, &blk->slot);
+  if (err) return err;
+  if (blk->todo) cas_index(st, blk->slot, CAS_TAG(blk->sum));
   blk->is_trusted = (CAS_AT(st, blk->slot, tag) & CAS_GOOD) != 0;
   return 0;
 }
 
 /* Has the slot of a block, which the index has found, the same data, and a
- * digest that fits?  A hit is only a hint (C12). */
+ * digest that fits?  A hit is only a hint (C12).  The digest of a slot that was
+ * read or written since the store was opened is known to fit; of others it is
+ * read, too: a block must not come to lie where the digest is damaged. */
 static int cas_is_same(struct nbdserve_cas *st, const struct cas_block *blk) {
   struct cas_block has = {.slot = blk->slot,
                           .data = NBDSERVE_MALLOC(st->bs),
                           .todo = blk->is_trusted ? CAS_DATA : CAS_BOTH};
+  memcpy(has.digest, blk->sum, CAS_DIGEST_LEN); /* unless it is read */
   if (has.data) cas_move_both(st, &has, 1, OS_READ);
   int is_same = has.data && !has.err && !has.digest_err &&
-                memcmp(has.data, blk->data, st->bs) == 0;
-  if (!blk->is_trusted)
-    is_same = is_same && memcmp(has.digest, blk->sum, CAS_DIGEST_LEN) == 0;
+                memcmp(has.data, blk->data, st->bs) == 0 &&
+                memcmp(has.digest, blk->sum, CAS_DIGEST_LEN) == 0;
   NBDSERVE_FREE(has.data);
   return is_same;
 }
 
 /* Gives slots to the blocks that want one, and holds on them.  The first rounds
  * try what the index knows; what cannot be written in one place is written to
- * another.  Blocks that still want one at the end have an error. */
+ * another, as cas_move has seen to it that the segment is passed over.  Blocks
+ * that still want one at the end have an error, and maybe a slot: with the
+ * hold. */
 static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
                              size_t n) {
   int is_over = 0;
@@ -6948,7 +7000,7 @@ static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
       if (!blk[i].is_wanting) continue;
       cas_drop(st, blk[i].slot, &st->dropped); /* of the round before */
       do
-        blk[i].err = cas_choose_slot(st, blk + i, round);
+        blk[i].err = cas_choose(st, blk + i, round);
       while (blk[i].err == -ENOSPC && cas_reclaim(st));
     }
     cas_unlock(st);
@@ -6965,7 +7017,9 @@ static void cas_place_blocks(struct nbdserve_cas *st, struct cas_block *blk,
 }
 
 /* Enters a block that has its slot into the map and the log.  The hold passes
- * to the map; if it does not, it stays the block's. (unlocks) */
+ * to the map; if it does not, it stays the block's.  Between the last look at
+ * the map and the entry in the log the lock is not let go: so the log has the
+ * changes of a block in the order in which the map has had them. (unlocks) */
 static int cas_commit_block(struct cas_volume *vol, struct cas_block *blk) {
   struct nbdserve_cas *st = vol->st;
   struct cas_spot spot;
@@ -6985,7 +7039,8 @@ static int cas_commit_block(struct cas_volume *vol, struct cas_block *blk) {
 }
 
 /* Stores blocks.  Each gets its own error; -EAGAIN: the map does not have what
- * was expected. */
+ * was expected.  The entries are in the file when the lock is let go (C3); if
+ * that failed, so have all blocks: who knows what is there.  (locks) */
 static void cas_put(struct cas_volume *vol, struct cas_block *blk, size_t n) {
   struct nbdserve_cas *st = vol->st;
   for (size_t i = 0; i < n; i++) {
@@ -6995,11 +7050,9 @@ static void cas_put(struct cas_volume *vol, struct cas_block *blk, size_t n) {
   }
   cas_hash(st, blk, n);
   for (size_t i = 0; i < n; i++) {
-    if (!blk[i].is_known ||
-        (blk[i].is_wanting &&
-         !memcmp(blk[i].sum, blk[i].digest, CAS_DIGEST_LEN)))
-      continue;
-    blk[i].is_wanting = blk[i].todo = 0;
+    int fits = memcmp(blk[i].sum, blk[i].digest, CAS_DIGEST_LEN) == 0;
+    if (!blk[i].is_known || (fits && blk[i].is_wanting)) continue;
+    blk[i].is_wanting = 0;
     blk[i].err = -EBADMSG;
   }
   cas_place_blocks(st, blk, n);
@@ -7017,12 +7070,12 @@ static void cas_put(struct cas_volume *vol, struct cas_block *blk, size_t n) {
 /* Pins the slots of blocks and reads what is wanted of each: CAS_DATA,
  * CAS_DIGEST or 0.  Of a block that is not known to be good it reads both and
  * checks them; but if only data is wanted, not without st->verify.  Each gets
- * its own error, as from cas_fetch.  how: OS_READ or OS_READ_NOW. */
+ * its own error, as from cas_fetch.  how: OS_READ or OS_READ_NOW.  todo is 0 at
+ * first, and tells cas_unpin what was read in the end.  (locks) */
 static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
                      int want, int how) {
   struct nbdserve_cas *st = vol->st;
-  int trusts =
-      (want == CAS_DATA && !st->verify) || want == (CAS_DIGEST | CAS_UNCHECKED);
+  int trusts = want == CAS_DATA ? !st->verify : want & CAS_UNCHECKED;
   want &= CAS_BOTH;
   struct cas_spot spot = {.slot = 0};
   os_lock(&st->lock);
@@ -7034,11 +7087,10 @@ static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
       blk[i].err = cas_find_spot(st, cas_root(vol), blk[i].number, &spot);
     if (!blk[i].err && spot.slot == CAS_LOST) blk[i].err = -EIO;
     blk[i].slot = blk[i].err ? 0 : spot.slot;
-    blk[i].todo = 0;
-    if (!blk[i].slot) continue;
-    int is_good = CAS_AT(st, spot.slot, tag) & CAS_GOOD && !st->failed;
-    blk[i].todo = is_good || trusts ? want : CAS_BOTH;
-    cas_hold(st, spot.slot);
+    assert(!blk[i].todo); /* so it stays 0, of a hole */
+    int is_good = CAS_AT(st, blk[i].slot, tag) & CAS_GOOD && !st->failed;
+    if (blk[i].slot) blk[i].todo = is_good || trusts ? want : CAS_BOTH;
+    cas_hold(st, blk[i].slot);
   }
   cas_unlock(st);
   cas_fetch(st, blk, n, how);
@@ -7046,7 +7098,8 @@ static void cas_read(struct cas_volume *vol, struct cas_block *blk, size_t n,
     if (!blk[i].slot && !blk[i].err) memset(blk[i].data, 0, st->bs);
 }
 
-/* Takes the pins away again.  What is bad is not used again: writing heals. */
+/* Takes the pins away again.  What is bad is not used again: writing heals.
+ * What was read with its digest, and fitted, is known to be good.  (locks) */
 static void cas_unpin(struct nbdserve_cas *st, struct cas_block *blk,
                       size_t n) {
   os_lock(&st->lock);
@@ -7061,28 +7114,26 @@ static void cas_unpin(struct nbdserve_cas *st, struct cas_block *blk,
 }
 
 /* READs, WRITEs or (buf is NULL) zeroes a part of one block.  What would not
- * change is not written. */
+ * change is not written: nothing is to be stored and logged for it. */
 static int cas_part(struct cas_volume *vol, int is_read, unsigned char *buf,
                     uint64_t off, uint64_t len) {
   struct nbdserve_cas *st = vol->st;
-  unsigned char *data = NBDSERVE_MALLOC(st->bs);
+  unsigned char *data = u_zalloc(2 * (size_t)st->bs); /* and zeroes */
   if (!data) return -ENOMEM;
   unsigned char *part = data + off % st->bs;
+  if (!buf) buf = data + st->bs;
   int err = -EAGAIN;
   assert(len < st->bs && off % st->bs + len <= st->bs);
   while (err == -EAGAIN) {
     struct cas_block blk = {.number = off / st->bs, .data = data};
     cas_read(vol, &blk, 1, CAS_DATA, OS_READ);
-    struct cas_block put = {.number = blk.number,
-                            .data = data,
-                            .expected = blk.slot}; /* pinned: it stays that */
+    struct cas_block put = blk;
+    put.expected = blk.slot; /* pinned: it stays that */
     err = blk.err == -EUCLEAN ? -EIO : blk.err;
     if (!err && is_read) {
       memcpy(buf, part, (size_t)len);
-    } else if (!err && (buf ? memcmp(part, buf, (size_t)len) != 0
-                            : !u_is_zero(part, (size_t)len))) {
-      memset(part, 0, (size_t)len);
-      if (buf) memcpy(part, buf, (size_t)len);
+    } else if (!err && memcmp(part, buf, (size_t)len) != 0) {
+      memcpy(part, buf, (size_t)len);
       cas_put(vol, &put, 1);
       err = put.err;
     }
@@ -7107,7 +7158,10 @@ static void cas_do_blocks(struct cas_volume *vol, int how,
     if (blk->err) blk->req->err = blk->err == -EUCLEAN ? -EIO : blk->err;
 }
 
-/* READs and WRITEs: whole blocks together, parts of blocks one by one. */
+/* ops->run_batch: READs and WRITEs: whole blocks together, parts of blocks one
+ * by one.  Requests of one type that follow each other are done as if they were
+ * one; when the type changes, what was collected is done first, so that a READ
+ * behind a WRITE of the same connection finds it. */
 static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   struct cas_volume *vol = ctx;
   struct nbdserve_cas *st = vol->st;
@@ -7138,22 +7192,9 @@ static void cas_batch(void *ctx, struct nbdserve_req *r, size_t n) {
   }
 }
 
-/* Counts how many blocks from a spot on, at most max, are like it: data or
- * not. */
-static uint64_t cas_run_of(struct nbdserve_cas *st, const struct cas_spot *spot,
-                           uint64_t block, uint64_t max) {
-  uint64_t first = block % st->fanout;
-  uint64_t n = 1;
-  assert(max > 0 && spot->span > 0);
-  max = u_min(spot->span, max);
-  if (!spot->leaf) return max;
-  while (n < max && !spot->leaf->slots[first + n] == !spot->slot)
-    n++;
-  return n;
-}
-
 /* Makes the blocks of a volume from one on, up to `to`, holes, and logs that,
- * leaf by leaf; in between others may have the lock.  (unlocks) */
+ * leaf by leaf; in between others may have the lock.  What has no leaf, as it
+ * is a hole already, is passed over in one step, however large.  (unlocks) */
 static int cas_make_holes(struct cas_volume *vol, uint64_t block, uint64_t to) {
   struct nbdserve_cas *st = vol->st;
   struct cas_spot spot;
@@ -7161,12 +7202,14 @@ static int cas_make_holes(struct cas_volume *vol, uint64_t block, uint64_t to) {
     int err = cas_prepare(vol, block, &spot);
     if (err) return err;
     end = u_min(block + st->fanout - block % st->fanout, to);
-    /* What is lost behind the end of the volume is left alone, like holes. */
+    /* What is lost becomes holes, too, so that it can be read again; but behind
+     * the end of the volume it is left alone, like holes. */
     int is_behind = block >= cas_blocks(st, vol->now.size);
-    int skips = !spot.leaf && (!spot.slot || is_behind);
-    if (skips) end = u_min(block + spot.span, to);
-    uint64_t n = end - block;
-    if (!skips && (spot.slot || cas_run_of(st, &spot, block, n) < n)) {
+    int has_any = !spot.leaf && spot.slot && !is_behind;
+    if (!spot.leaf && !has_any) end = u_min(block + spot.span, to);
+    for (uint64_t at = block; spot.leaf && at < end; at++)
+      has_any |= spot.leaf->slots[at % st->fanout] != 0;
+    if (has_any) { /* else nothing changes, and nothing need be logged */
       err = cas_own_leaf(vol, block, &spot.leaf);
       if (err) return err;
       assert(spot.leaf->refs == 1 && !spot.leaf->slot && spot.leaf->slots);
@@ -7174,14 +7217,15 @@ static int cas_make_holes(struct cas_volume *vol, uint64_t block, uint64_t to) {
         cas_drop(st, spot.leaf->slots[at % st->fanout], &st->dropped);
         spot.leaf->slots[at % st->fanout] = 0;
       }
-      cas_log(vol, block, n, 0, NULL);
+      cas_log(vol, block, end - block, 0, NULL);
     }
     cas_yield(st);
   }
   return st->failed;
 }
 
-/* Makes the whole blocks of a range holes.  (locks) */
+/* Makes the whole blocks of a range holes; blocks of which it has only a part
+ * stay as they are.  (locks) */
 static int cas_discard(struct cas_volume *vol, uint64_t off, uint64_t len) {
   struct nbdserve_cas *st = vol->st;
   os_lock(&st->lock);
@@ -7198,7 +7242,8 @@ static int cas_trim(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   return err == -ENOSPC ? 0 : err;
 }
 
-/* ops->zero: whole blocks become holes, parts of blocks are written. */
+/* ops->zero: whole blocks become holes, parts of blocks are written: the one at
+ * the front (head), and, unless it is the same block, the one at the end. */
 static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   (void)flags;
   struct cas_volume *vol = ctx;
@@ -7211,23 +7256,8 @@ static int cas_zero(void *ctx, uint64_t off, uint64_t len, uint32_t flags) {
   return cas_part(vol, 0, NULL, off + len - tail, tail);
 }
 
-/* Finds out about the blocks of a volume from one on: *n of them, at most max,
- * are holes (0), have data (1) or cannot be found (-EIO), as is returned.  In
- * between, others may have the lock. */
-static int cas_next_run(struct cas_volume *vol, uint64_t block, uint64_t max,
-                        uint64_t *n) {
-  struct nbdserve_cas *st = vol->st;
-  struct cas_spot spot;
-  os_lock(&st->lock);
-  int err = cas_find_spot(st, cas_root(vol), block, &spot);
-  *n = u_min(st->fanout - block % st->fanout, max);
-  if (!err) *n = cas_run_of(st, &spot, block, max);
-  cas_unlock(st);
-  if (err || (!spot.leaf && spot.slot)) return -EIO;
-  return spot.slot != 0;
-}
-
-/* ops->flush: one sync for all who wait. */
+/* ops->flush: one sync for all who wait.  It covers what any client of the
+ * volume has been answered before, as that was in the file by then (C3). */
 static int cas_flush(void *ctx, uint32_t flags) {
   (void)flags;
   struct nbdserve_cas *st = ((struct cas_volume *)ctx)->st;
@@ -7247,9 +7277,20 @@ static void cas_close(void *ctx) {
   cas_unlock(vol->st);
 }
 
-/* ---- What has changed -------------------------------------------------------
+/* ---- What has changed, and where data is -----------------------------------
  * Maps that share a node are the same below it, so to compare two volumes costs
- * what differs, not what there is. */
+ * what differs, not what there is.  Where a volume has data is the same
+ * question, with a volume of zeroes as the other one: both have no nodes where
+ * there are holes.
+ *
+ *   one volume      other volume     blocks are       known for
+ *   the same node, or none in both   the same         all below that node
+ *   none            a node           compared, slot   all in the leaf that are
+ *   a node          another one      by slot          alike in that
+ *   lost            anything         different        all that is lost
+ *
+ * As equal data has one slot, equal slots are equal data.  The other way round
+ * it is not sure: what was stored twice counts as different. */
 
 /* Do two maps share a node, of whatever level, above a block?  If so, *span:
  * for how many blocks from it on.  What is lost is not the same as itself. */
@@ -7271,29 +7312,34 @@ static int cas_is_shared(struct nbdserve_cas *st, struct cas_node **root[2],
  * maps?  What is lost is not the same as itself. */
 static int cas_slots_are_same(struct nbdserve_cas *st,
                               const struct cas_spot spot[2], uint64_t block) {
-  uint32_t slot[2];
-  for (int i = 0; i < 2; i++)
-    slot[i] =
-        spot[i].leaf ? spot[i].leaf->slots[block % st->fanout] : spot[i].slot;
-  return slot[0] == slot[1] && slot[0] != CAS_LOST;
+  uint64_t c = block % st->fanout;
+  uint32_t one = spot[0].leaf ? spot[0].leaf->slots[c] : spot[0].slot;
+  uint32_t other = spot[1].leaf ? spot[1].leaf->slots[c] : spot[1].slot;
+  return one == other && one != CAS_LOST;
 }
 
 /* Are blocks of two volumes the same, from one on?  *span: for how many that is
- * known.  1 or 0, or -errno.  Behind its end a volume is all zeroes; where only
- * one ends inside a block, that is not the same unless it is a hole. */
+ * known.  1 or 0, or -EUCLEAN: a part of a map, which is the span, is lost, and
+ * so not the same as anything; or another -errno: a leaf cannot be read.
+ * vol[0] is NULL for a volume of zeroes, as long as the other one.
+ *
+ * Behind its end a volume is all zeroes; where only one ends inside a block,
+ * that is not the same unless it is a hole: what is behind the end, in the same
+ * block, is of no account for one and data for the other.  (locks) */
 static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
                     uint64_t block, uint64_t *span) {
   struct cas_node *nothing = NULL;
-  struct cas_node **root[2];
-  struct cas_spot spot[2] = {{.slot = 0}, {.slot = 0}};
+  struct cas_node **root[2] = {&nothing, &nothing};
+  struct cas_spot spot[2] = {{.span = UINT64_MAX}, {.span = UINT64_MAX}};
+  uint64_t size[2];
   uint64_t max = UINT64_MAX;
-  uint64_t n = st->fanout - block % st->fanout; /* if there is an error */
   int err = 0;
+  assert(vol[1] && block < st->max_blocks);
   os_lock(&st->lock);
   for (int i = 0; i < 2; i++) {
-    uint64_t size = vol[i]->now.size;
-    root[i] = block < cas_blocks(st, size) ? cas_root(vol[i]) : &nothing;
-    if (block <= size / st->bs) max = u_min(max, size / st->bs - block);
+    size[i] = vol[vol[i] ? i : 1]->now.size;
+    if (vol[i] && block < cas_blocks(st, size[i])) root[i] = cas_root(vol[i]);
+    if (block <= size[i] / st->bs) max = u_min(max, size[i] / st->bs - block);
   }
   int is_odd = max == 0; /* one ends here */
   if (is_odd) max = 1;
@@ -7303,13 +7349,15 @@ static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
       for (int i = 0; i < 2 && !err; i++)
         err = cas_find_spot(st, root[i], block, &spot[i]);
     while (!err && cas_walk(st, *root[0], block, &spot[0]));
-    if (!err) n = u_min(spot[0].span, spot[1].span);
+    /* If there is an error, that is the span of the leaf which it is about. */
+    uint64_t n = u_min(u_min(spot[0].span, spot[1].span), max);
     same = !err && cas_slots_are_same(st, spot, block);
-    if (is_odd && vol[0]->now.size != vol[1]->now.size) same &= !spot[0].slot;
-    n = u_min(n, max);
+    if (is_odd && size[0] != size[1]) same &= !spot[0].slot;
     *span = err || !(spot[0].leaf || spot[1].leaf) ? n : 1;
     while (*span < n && cas_slots_are_same(st, spot, block + *span) == same)
       ++*span;
+    for (int i = 0; i < 2 && !err; i++)
+      if (!spot[i].leaf && spot[i].slot) err = -EUCLEAN;
   }
   cas_unlock(st);
   *span = u_min(*span, max);
@@ -7317,14 +7365,15 @@ static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
 }
 
 /* ops->next_context: what has changed since another snapshot of the same
- * volume.  The number of a context is the id of that. */
+ * volume.  The number of a context is the id of that; so contexts come in the
+ * order in which the snapshots were made. */
 static uint32_t cas_next_context(void *ctx, uint32_t number, char *name) {
   const struct cas_volume *vol = ctx;
   const struct cas_volume *up = vol->parent ? vol->parent : vol;
   const struct cas_volume *other;
   os_lock(&vol->st->lock);
   do {
-    other = cas_volume_from(vol->st, number + UINT64_C(1));
+    other = cas_from_id(vol->st, number + UINT64_C(1));
     number = other ? other->id : 0;
   } while (other && (other == vol || other->parent != up));
   if (other) sprintf(name, "qemu:dirty-bitmap:%s", other->now.name);
@@ -7332,8 +7381,8 @@ static uint32_t cas_next_context(void *ctx, uint32_t number, char *name) {
   return number;
 }
 
-/* ops->use_context: counts a client of that snapshot in, or out again.  One
- * that is staged may be about to go: that is waited for. */
+/* ops->use_context: counts a client of that snapshot in, or out again: what is
+ * selected stays.  One that is staged may be about to go: then it waits. */
 static int cas_use_context(void *ctx, uint32_t number, int begins) {
   struct nbdserve_cas *st = ((struct cas_volume *)ctx)->st;
   struct cas_volume *vol;
@@ -7341,49 +7390,34 @@ static int cas_use_context(void *ctx, uint32_t number, int begins) {
   while ((vol = cas_by_id(st, number)) && begins && vol->is_staged)
     cas_wait(st);
   assert(vol || begins);
-  if (vol && begins) vol->clients++;
+  if (vol) vol->clients = begins ? vol->clients + 1 : vol->clients - 1;
   cas_unlock(st);
-  if (vol && !begins) cas_close(vol);
   return vol ? 0 : -ENOENT;
 }
 
-/* Finds the snapshot in whose context extents of a volume are asked for, or
- * NULL.  -EINVAL: it is no context of this volume; a host's is not. */
-static int cas_context(struct cas_volume *vol,
-                       const struct nbdserve_extents *out,
-                       struct cas_volume **snapshot) {
-  uint32_t number = nbdserve_extents_context(out);
-  const struct cas_volume *up = vol->parent ? vol->parent : vol;
-  os_lock(&vol->st->lock);
-  *snapshot = number ? cas_by_id(vol->st, number) : NULL;
-  int is_good = !number || (*snapshot && (*snapshot)->parent == up);
-  cas_unlock(vol->st);
-  return is_good ? 0 : -EINVAL;
-}
-
-/* ops->extents: reports blocks as data and the rest as holes; or, in the
- * context of a snapshot, what may differ from that as dirty. */
+/* ops->extents: reports what differs from a volume of zeroes as data and the
+ * rest as holes; or, in the context of a snapshot, what may differ from that as
+ * dirty.  -EINVAL: the context is not of this volume; a host's is not. */
 static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
                        struct nbdserve_extents *out) {
   (void)flags;
   struct cas_volume *vol = ctx;
   struct cas_volume *both[2] = {NULL, vol};
+  const struct cas_volume *up = vol->parent ? vol->parent : vol;
+  uint32_t number = nbdserve_extents_context(out);
   uint64_t bs = vol->st->bs;
   uint64_t end = off + len;
-  uint64_t n;
-  int err = cas_context(vol, out, &both[0]);
-  if (err) return err;
+  os_lock(&vol->st->lock);
+  if (number) both[0] = cas_by_id(vol->st, number);
+  int is_good = !number || (both[0] && both[0]->parent == up);
+  cas_unlock(vol->st);
+  if (!is_good) return -EINVAL;
   for (int is_enough = 0; off < end && !is_enough;) {
-    uint64_t blocks = cas_blocks(vol->st, end) - off / bs;
-    uint32_t status;
-    if (both[0])
-      status =
-          cas_same(vol->st, both, off / bs, &n) > 0 ? 0 : NBDSERVE_EXTENT_DIRTY;
-    else
-      status = cas_next_run(vol, off / bs, blocks, &n)
-                   ? 0
-                   : NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO;
-    uint64_t next = n < blocks ? (off / bs + n) * bs : end;
+    uint64_t n;
+    int is_same = cas_same(vol->st, both, off / bs, &n) > 0;
+    uint32_t status = is_same ? NBDSERVE_EXTENT_HOLE | NBDSERVE_EXTENT_ZERO : 0;
+    if (number) status = is_same ? 0 : NBDSERVE_EXTENT_DIRTY;
+    uint64_t next = u_min((off / bs + n) * bs, end);
     is_enough = nbdserve_extent(out, next - off, status);
     off = next;
   }
@@ -7400,7 +7434,20 @@ static int cas_extents(void *ctx, uint64_t off, uint64_t len, uint32_t flags,
  * Nothing that is read here is trusted: every number is tested against the size
  * of the file before it is used.  Damage costs what it hits.  A page of a map
  * becomes LOST: its blocks give EIO, a write heals them.  What is worse makes
- * the store read-only until the user decides (repair). */
+ * the store read-only until the user decides (repair).
+ *
+ *   what is damaged             what becomes of it
+ *   one superblock              it is written anew
+ *   one copy of a page          it is written anew: see cas_read_page
+ *   a page of a map, both       LOST, and written so (C21)
+ *   more than 8 of these, or    -EUCLEAN, until loss is accepted; a store that
+ *   a page of the catalog       is only read shows what is there
+ *   the volume of a snapshot    the same; the snapshot becomes a volume
+ *   a slot in a leaf that       that block is lost
+ *   cannot be one of data
+ *
+ * Level by level: all pages are known before the first leaf is looked at, so a
+ * leaf that names a page as the slot of a block is found out. */
 
 /* While a store is opened */
 struct cas_loader {
@@ -7463,34 +7510,34 @@ static int cas_lay_out(struct nbdserve_cas *st) {
  * other place has another version or, unless it is only read or repaired,
  * something that is not ours. */
 static int cas_open_super(struct nbdserve_cas *st) {
-  struct cas_super super[2];
+  struct cas_super *super = &st->super;
+  struct cas_super copy[2];
   int bad[2]; /* why: -errno */
   for (int i = 0; i < 2; i++)
-    bad[i] = cas_read_super(st, i, super + i);
+    bad[i] = cas_read_super(st, i, copy + i);
   if (bad[0] == -EOPNOTSUPP || bad[1] == -EOPNOTSUPP) return -EOPNOTSUPP;
-  int newer = !bad[1] && (bad[0] || super[1].number > super[0].number);
+  int newer = !bad[1] && (bad[0] || copy[1].number > copy[0].number);
   if (bad[newer])
     return bad[0] == -EUCLEAN || bad[1] == -EUCLEAN ? -EUCLEAN : -EINVAL;
-  st->super = super[newer];
-  if (cas_lay_out(st) || st->super.nslots < CAS_SEGMENT ||
-      st->super.nslots % CAS_SEGMENT ||
-      st->super.replay > UINT64_MAX - INT32_MAX ||
-      st->super.number > UINT64_MAX / 4 * 3)
+  *super = copy[newer];
+  if (cas_lay_out(st) || super->nslots < CAS_SEGMENT ||
+      super->nslots % CAS_SEGMENT || super->replay > UINT64_MAX - INT32_MAX ||
+      super->number > UINT64_MAX / 4 * 3)
     return -EUCLEAN;
   /* The last segment may be there in part: the rest of it was never used.  But
    * of a file that was cut short only whole segments count. */
-  while (!cas_is_in_file(st,
-                         st->super.nslots - (st->is_short ? 1 : CAS_SEGMENT))) {
-    st->super.nslots -= CAS_SEGMENT;
+  while (
+      !cas_is_in_file(st, super->nslots - (st->is_short ? 1 : CAS_SEGMENT))) {
+    super->nslots -= CAS_SEGMENT;
     st->is_short = 1;
-    if (!st->super.nslots || !(st->readonly || st->repair)) return -EUCLEAN;
+    if (!super->nslots || !(st->readonly || st->repair)) return -EUCLEAN;
   }
-  st->seq = st->durable = st->marked = st->super.replay;
-  st->next_id = (uint32_t)st->super.next_id;
-  st->last_number = super[!newer].number = st->super.number;
+  st->seq = st->durable = st->marked = super->replay;
+  st->next_id = (uint32_t)super->next_id;
+  st->last_number = copy[!newer].number = super->number;
   st->loader->older = !newer;
   st->loader->is_alike =
-      !bad[!newer] && memcmp(super, super + 1, sizeof *super) == 0;
+      !bad[!newer] && memcmp(copy, copy + 1, sizeof *copy) == 0;
   return bad[!newer] == -EINVAL && !st->repair && !st->readonly ? -EUCLEAN : 0;
 }
 
@@ -7521,10 +7568,13 @@ static int cas_renew_supers(struct nbdserve_cas *st) {
 }
 
 /* Adds an edge to the node whose page is in a slot, to *out.  What the page
- * says is read later.  Where no page can be, it is lost. */
-static int cas_load_node(struct nbdserve_cas *st, uint32_t slot, int level,
+ * says is read later.  Where no page can be, it is lost: behind the end, in the
+ * second half of a segment, or where another page is that belongs elsewhere.
+ * Maps that share a page share the node: it is found by its slot. */
+static int cas_load_node(struct nbdserve_cas *st, uint64_t number, int level,
                          uint32_t index, struct cas_node **out) {
   struct cas_loader *loader = st->loader;
+  uint32_t slot = (uint32_t)number; /* that it has in the file: 4 bytes */
   int is_slot = slot < st->nslots && slot % CAS_SEGMENT < CAS_TWIN;
   if (!slot) return 0;
   if (is_slot && CAS_AT(st, slot, tag) == TAG_PAGE) {
@@ -7550,7 +7600,9 @@ static int cas_load_node(struct nbdserve_cas *st, uint32_t slot, int level,
   return 0;
 }
 
-/* Loads a record of the catalog. */
+/* Loads a record of the catalog: enters the volume into the list, and its two
+ * maps below the page.  -EOPNOTSUPP: it is of a kind that is not known;
+ * -EUCLEAN: it cannot be what any store has written. */
 static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
                            uint32_t c, const unsigned char *p) {
   struct cas_record record = {.id = 0};
@@ -7565,42 +7617,48 @@ static int cas_load_record(struct nbdserve_cas *st, struct cas_node *page,
   if (is_partial && !(st->super.ro_compat & CAS_HAS_PARTIAL)) return -EUCLEAN;
   if (!is_named || !cas_is_size(st, record.size) || record.id >= st->next_id)
     return -EUCLEAN;
-  struct cas_volume *vol = u_zalloc(sizeof *vol);
-  if (!vol || cas_set_place(st, vol, page->index * st->per_page + c)) {
-    NBDSERVE_FREE(vol);
-    return -ENOMEM;
-  }
-  if (record.flags == CAS_IS_SNAPSHOT)
-    vol->parent = vol; /* which is looked for later */
-  vol->is_partial = is_partial;
-  vol->page = page;
-  vol->id = (uint32_t)record.id;
-  vol->now = record;
-  memset(vol->now.kept, 0, sizeof record.kept); /* as they are written */
-  int err = cas_load_node(st, (uint32_t)record.root, level, 0, cas_root(vol));
+  memset(record.kept, 0, sizeof record.kept); /* as they are written */
+  const struct cas_volume *vol =
+      cas_add_volume(st, page, page->index * st->per_page + c, &record);
+  if (!vol) return -ENOMEM;
+  int err = cas_load_node(st, record.root, level, 0, cas_root(vol));
   if (err) return err;
-  return cas_load_node(st, (uint32_t)record.digests, level, 0,
-                       cas_digests(vol));
+  return cas_load_node(st, record.digests, level, 0, cas_digests(vol));
 }
 
-/* Puts what a page says into a node, and adds what is below to the nodes. */
-static int cas_load_below(struct nbdserve_cas *st, struct cas_node *node,
-                          const unsigned char *p) {
-  const unsigned char *at = p + CAS_HEAD;
+/* Reads the page of a node, puts what it says into the node, and adds what is
+ * below to the nodes.  A page that is wrong is lost (C21): so are the blocks
+ * below it, but nothing else.  Of the catalog the volumes below are left out,
+ * and what led to them is made anew. */
+static int cas_load_page(struct nbdserve_cas *st, struct cas_node *node) {
+  struct cas_loader *loader = st->loader;
+  const unsigned char *at = loader->data + CAS_HEAD;
+  int is_map = node->level < CAS_LEVELS;
   int has_records = node->level == CAS_LEVELS;
-  uint32_t n = has_records ? 2 * st->per_page : st->fanout;
-  int err = 0;
-  assert(st->loader && node->refs > 0 && !node->nkids);
+  uint32_t n = has_records ? 2 * st->per_page : st->fanout; /* kids */
+  int is_changed = 0;
+  int err = -EUCLEAN;
+  assert(node->refs > 0 && !node->nkids);
+  if (node->slot == CAS_LOST && is_map) return 0;
+  if (node->slot != CAS_LOST && (is_map || node->index < st->nslots))
+    err = cas_read_page(st, node->slot, cas_head_of(st, node), loader->data);
+  if (err) {
+    uint32_t is_lost = err == -EUCLEAN && is_map;
+    loader->nlost += is_lost;
+    loader->nunreadable += !is_lost;
+    cas_drop(st, node->slot, &st->retired);
+    node->slot = is_map ? CAS_LOST : 0;
+    if (!is_map) st->ndirty++;
+    return 0;
+  }
   if (!node->level) {
-    int is_changed = 0;
-    err = cas_make_leaf(st, node, p, 0);
-    for (uint32_t c = 0; c < st->fanout && !err; c++) {
+    err = cas_make_leaf(st, node, loader->data, 0);
+    for (uint32_t c = 0; c < n && !err; c++) {
       cas_hold(st, node->slots[c]);
       is_changed |= node->slots[c] != u_get32(at + 4 * c);
     }
-    if (!is_changed) return err;
-    st->loader->nlost++; /* a block is, and the page has to say so */
-    cas_make_dirty(st, node, &st->retired);
+    loader->nlost += is_changed != 0; /* a block is: the page has to say so */
+    if (is_changed) cas_make_dirty(st, node, &st->retired);
     return err;
   }
   while (!has_records && n > 0 && !u_get32(at + 4 * (n - 1)))
@@ -7614,62 +7672,37 @@ static int cas_load_below(struct nbdserve_cas *st, struct cas_node *node,
   return err;
 }
 
-/* Reads the page of a node.  One that is wrong is lost (C21): so are the blocks
- * below it, but nothing else.  Of the catalog the volumes below are left out,
- * and what led to them is made anew. */
-static int cas_load_page(struct nbdserve_cas *st, struct cas_node *node) {
-  struct cas_loader *loader = st->loader;
-  int is_map = node->level < CAS_LEVELS;
-  int err = -EUCLEAN;
-  if (node->slot == CAS_LOST && is_map) return 0;
-  if (node->slot != CAS_LOST && (is_map || node->index < st->nslots))
-    err = cas_read_page(st, node->slot, cas_head_of(st, node), loader->data);
-  if (!err) return cas_load_below(st, node, loader->data);
-  if (err == -EUCLEAN && is_map)
-    loader->nlost++;
-  else
-    loader->nunreadable++;
-  cas_drop(st, node->slot, &st->retired);
-  node->slot = is_map ? CAS_LOST : 0;
-  if (!is_map) st->ndirty++;
-  return 0;
-}
-
-/* For qsort: the order of ids. */
+/* For qsort: the order of ids.  Places of the catalog are used again, so they
+ * do not tell it. */
 static int cas_compare_ids(const void *a, const void *b) {
   uint32_t x = (*(struct cas_volume *const *)a)->id;
   uint32_t y = (*(struct cas_volume *const *)b)->id;
   return (x > y) - (x < y);
 }
 
-/* Puts the volumes into the order of their ids, which have to be different, and
- * finds the volume of each snapshot. */
-static int cas_order_volumes(struct nbdserve_cas *st) {
-  uint32_t n = st->nvolumes;
-  if (n) qsort(st->volumes, n, sizeof *st->volumes, cas_compare_ids);
-  for (uint32_t i = 0; i < n; i++) {
-    struct cas_volume *vol = st->volumes[i];
-    if (i && st->volumes[i - 1]->id == vol->id) return -EUCLEAN;
-    if (!vol->parent) continue;
-    vol->parent = cas_by_id(st, vol->now.made_from);
-    if (vol->parent && !vol->parent->parent) continue;
-    st->loader->nunreadable++; /* its record is lost: a volume from now on */
-    vol->parent = NULL;
-    int err = cas_own_record(st, vol->place, &vol->page);
-    if (err) return err;
-  }
-  return 0;
-}
-
 /* Loads the catalog and all maps, level by level, and counts the holds on each
- * slot.  If pages turn out to be lost, what leads to them is made dirty. */
+ * slot.  Then the volumes come into the order of their ids, which have to be
+ * different, and each snapshot finds its volume.  If pages turn out to be lost,
+ * what leads to them is made dirty. */
 static int cas_load(struct nbdserve_cas *st) {
-  const struct cas_loader *loader = st->loader;
-  uint32_t slot = (uint32_t)st->super.catalog;
-  int err = cas_load_node(st, slot, CAS_TOP, 0, &st->catalog);
+  struct cas_loader *loader = st->loader;
+  int err = cas_load_node(st, st->super.catalog, CAS_TOP, 0, &st->catalog);
   for (uint32_t i = 0; i < loader->n && !err; i++)
     err = cas_load_page(st, loader->nodes[i]);
-  if (!err) err = cas_order_volumes(st);
+  if (err) return err;
+  if (st->nvolumes)
+    qsort(st->volumes, st->nvolumes, sizeof *st->volumes, cas_compare_ids);
+  for (uint32_t i = 0; i < st->nvolumes && !err; i++) {
+    struct cas_volume *vol = st->volumes[i];
+    if (i && st->volumes[i - 1]->id == vol->id) return -EUCLEAN;
+    if (vol->now.flags != CAS_IS_SNAPSHOT) continue;
+    vol->parent = cas_by_id(st, vol->now.made_from);
+    if (vol->parent && vol->parent->now.flags != CAS_IS_SNAPSHOT) continue;
+    loader->nunreadable++; /* its record is lost: a volume from now on */
+    vol->parent = NULL;
+    vol->now.flags = vol->then.flags = 0;
+    err = cas_own_record(st, vol->place, &vol->page);
+  }
   if (err) return err;
   int is_bad = loader->nunreadable || loader->nlost > CAS_MAX_LOST;
   if (is_bad && !st->readonly && !st->accept_loss) return -EUCLEAN;
@@ -8254,8 +8287,12 @@ static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
   while (st->busy && st->filled < st->to_fill)
     cas_wait(st);
   int err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
-  if (!err) err = cas_enter(st, NULL, name, size, out);
-  if (!err) (*out)->clients = 1;
+  if (!err) err = cas_stage_new(st, NULL, NULL, name, size, out);
+  if (!err) {
+    (*out)->clients = 1;
+    (*out)->is_staged = 0; /* it has no id in its record: nobody sees it */
+    (*out)->then = (*out)->now;
+  }
   cas_unlock(st);
   return err;
 }
@@ -8287,10 +8324,11 @@ int nbdserve_cas_begin(struct nbdserve_cas *st, const char *name, uint64_t size,
  * has the record, so there never is a volume with a part of it. */
 int nbdserve_cas_finish(struct nbdserve_cas *st, struct nbdserve_export *ex,
                         int keep) {
-  struct cas_change change = {.vol = ex->ctx};
-  assert(!change.vol->now.id && change.vol->clients == 1);
+  struct cas_volume *vol = ex->ctx;
+  struct cas_change change = {.vol = vol};
+  assert(!vol->now.id && vol->clients == 1);
   os_lock(&st->lock);
-  change.vol->now.size = u_min(change.vol->now.size, ex->size);
+  vol->now.size = vol->then.size = u_min(vol->now.size, ex->size);
   cas_unlock(st);
   int err = keep ? cas_clear_tail(ex->ctx) : 0;
   if (keep && !err) err = cas_apply(st, &change);
@@ -8308,14 +8346,15 @@ int nbdserve_cas_list(struct nbdserve_cas *st, nbdserve_list_fn *each,
   int r = 0;
   os_lock(&st->lock);
   const struct cas_volume *vol;
-  while (!r && (vol = cas_volume_from(st, next))) {
+  while (!r && (vol = cas_from_id(st, next))) {
     next = vol->id + 1u;
     struct nbdserve_cas_info info = {.name = cas_full_name(vol, name),
                                      .size = vol->now.size,
                                      .created = vol->now.created,
                                      .clients = (uint32_t)vol->clients,
                                      .readonly = vol->parent != NULL,
-                                     .partial = vol->is_partial,
+                                     .partial =
+                                         vol->now.flags == CAS_IS_PARTIAL,
                                      .id = cas_spell_id(vol, id)};
     cas_unlock(st);
     r = each(arg, &info);
@@ -8585,7 +8624,7 @@ int nbdserve_cas_diff(struct nbdserve_cas *st, const char *a, const char *b,
   uint64_t blocks = cas_blocks(st, size);
   for (uint64_t block = 0; block < blocks && !err; block += span) {
     int same = cas_same(st, vol, block, &span);
-    if (same < 0) err = same;
+    if (same < 0 && same != -EUCLEAN) err = same; /* what is lost differs */
     if (same <= 0) continue;
     if (from < block) err = each(arg, from * st->bs, (block - from) * st->bs);
     from = block + span;
@@ -8756,7 +8795,7 @@ static int cas_verify_step(struct cas_verifier *v) {
   struct cas_volume *vol;
   uint64_t n = 0;
   os_lock(&st->lock);
-  while ((vol = cas_volume_from(st, v->id)) && vol->is_staged)
+  while ((vol = cas_from_id(st, v->id)) && vol->is_staged)
     cas_wait(st);
   if (!vol) {
     cas_unlock(st);
@@ -8782,13 +8821,14 @@ static int cas_verify_step(struct cas_verifier *v) {
   vol->pins++;
   cas_full_name(vol, v->name);
   cas_unlock(st);
-  int kind = left && !is_known ? cas_next_run(vol, v->block, left, &n) : 0;
-  n = u_min(n, kind > 0 ? CAS_BATCH : left);
-  if (kind > 0) {
+  struct cas_volume *both[2] = {NULL, vol}; /* where it has data */
+  int same = left && !is_known ? cas_same(st, both, v->block, &n) : 1;
+  if (same == 0) {
+    n = u_min(n, CAS_BATCH);
     cas_verify_blocks(v, vol, (size_t)n);
   } else {
     cas_let_go(vol);
-    cas_note(v, v->block * st->bs, kind ? "the map cannot be read" : NULL);
+    cas_note(v, v->block * st->bs, same < 0 ? "the map cannot be read" : NULL);
   }
   v->done += n * st->bs;
   v->block += n;
@@ -9492,7 +9532,7 @@ static int cas_use_partial(struct cas_puller *p, const char *part) {
       err = vol->clients ? -EBUSY : cas_own_record(st, vol->place, &vol->page);
       if (!err) {
         vol->clients = 1;
-        vol->now.created = (uint64_t)time(NULL);
+        vol->now.created = vol->then.created = (uint64_t)time(NULL);
         p->sealer.vol = vol;
       }
     }

@@ -127,6 +127,10 @@
 #define NBDSERVE_STACK 262144 /* bytes of stack of the library's threads */
 #endif
 
+#if NBDSERVE_NO_FLAT && NBDSERVE_NO_CAS && !NBDSERVE_NO_MAIN
+#error "the program needs a backend: files (NO_FLAT) or stores (NO_CAS)"
+#endif
+
 /* ==== [2] PLATFORM (os_) =================================================
  * Everything that differs between systems.  A call that a system lacks, or
  * that a sandbox forbids, ends in a portable way or in -EOPNOTSUPP; no other
@@ -3559,8 +3563,10 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *list) {
 /* Does the READs of the batch that have to wait for the medium: hands them over
  * as one list, with a buffer for all of them, which the last one owns; or does
  * and answers them here if there is no worker or no memory. */
-static void tx_read_later(struct conn *c, struct nbdserve_req *list,
-                          struct nbdserve_req *last) {
+static void tx_read_later(struct conn *c, struct nbdserve_req *list) {
+  struct nbdserve_req *last = list;
+  while (last->next)
+    last = last->next;
   unsigned char *p = tx_take_buffer(c, last) ? last->owned : NULL;
   for (struct nbdserve_req *r = list; p && r; r = r->next) {
     r->buf = p + wire_read_head_len(c->mode);
@@ -3597,60 +3603,52 @@ static void tx_flush(struct conn *c, struct nbdserve_req *list) {
     c->flushes_to_workers = TX_FLUSHES;
 }
 
-/* A list, which a request is added to at the end */
-struct tx_list {
-  struct nbdserve_req *first;
-  struct nbdserve_req *last;
-};
-
-/* Adds a request to a list. */
-static void tx_add(struct tx_list *list, struct nbdserve_req *r) {
-  if (list->last) list->last->next = r;
-  if (!list->first) list->first = r;
-  list->last = r;
-  r->next = NULL;
+/* The requests of the batch that are in a state, as a list. */
+static struct nbdserve_req *tx_pick(struct conn *c, enum req_state state) {
+  struct nbdserve_req *list = NULL;
+  struct nbdserve_req **end = &list;
+  for (size_t i = 0; i < c->nbatch; i++) {
+    if (c->batch[i].state != state) continue;
+    *end = &c->batch[i];
+    end = &c->batch[i].next;
+  }
+  *end = NULL;
+  return list;
 }
 
 /* Does the batch, or hands over what is for workers (T4), and answers the rest.
- * READs and WRITEs that stand in a row are done with one call of run_batch.  0,
- * or -errno to close. */
+ * READs and WRITEs that stand in a row are done with one call of run_batch.
+ * What is still TODO then are READs that have to wait for the medium.  0, or
+ * -errno to close. */
 static int tx_run_batch(struct conn *c) {
-  struct tx_list waiting = {NULL, NULL};  /* READs, for the medium */
-  struct tx_list to_flush = {NULL, NULL}; /* (T3) */
-  struct tx_list done = {NULL, NULL};
-  struct nbdserve_req *end = c->batch + c->nbatch;
-  struct nbdserve_req *r = c->batch;
-  while (r < end) {
-    struct nbdserve_req *first = r++;
-    if (first->state != REQ_TODO) continue;
-    if (!c->run_batch || !req_moves_data(first)) {
-      if (!req_moves_data(first) && tx_hand_over(c, first)) continue;
-      tx_execute(c, first);
-      if (first->type != NBD_CMD_BLOCK_STATUS) continue;
+  size_t i = 0;
+  while (i < c->nbatch) {
+    struct nbdserve_req *r = &c->batch[i++];
+    if (r->state != REQ_TODO) continue;
+    if (!c->run_batch || !req_moves_data(r)) {
+      if (!req_moves_data(r) && tx_hand_over(c, r)) continue;
+      tx_execute(c, r);
+      if (r->type != NBD_CMD_BLOCK_STATUS) continue;
       /* (T5): not many such replies wait for the end of the batch. */
-      tx_answer(c, first);
-      first->state = REQ_HANDED_OVER;
+      tx_answer(c, r);
+      r->state = REQ_HANDED_OVER;
       continue;
     }
-    while (r < end && r->state == REQ_TODO && req_moves_data(r))
-      r++;
-    c->run_batch(c->export->pub.ctx, first, (size_t)(r - first));
-    for (; first < r; first++) {
-      if (first->err == -EAGAIN && !first->may_wait)
-        tx_add(&waiting, first);
-      else
-        tx_executed(c, first);
-    }
+    while (i < c->nbatch && c->batch[i].state == REQ_TODO &&
+           req_moves_data(&c->batch[i]))
+      i++;
+    c->run_batch(c->export->pub.ctx, r, (size_t)(&c->batch[i] - r));
+    for (; r < &c->batch[i]; r++)
+      if (r->err != -EAGAIN || r->may_wait) tx_executed(c, r);
   }
-  if (waiting.first) tx_read_later(c, waiting.first, waiting.last);
-  for (r = c->batch; r < end; r++)
-    if (r->state == REQ_TO_FLUSH) tx_add(&to_flush, r);
-  if (to_flush.first) tx_flush(c, to_flush.first);
-  for (r = c->batch; r < end; r++)
-    if (r->state == REQ_DONE) tx_add(&done, r);
+  struct nbdserve_req *waiting = tx_pick(c, REQ_TODO);
+  if (waiting) tx_read_later(c, waiting);
+  struct nbdserve_req *to_flush = tx_pick(c, REQ_TO_FLUSH);
+  if (to_flush) tx_flush(c, to_flush); /* (T3) */
+  struct nbdserve_req *done = tx_pick(c, REQ_DONE);
   c->nbatch = 0;
   c->wbuf_used = 0;
-  return tx_answer(c, done.first);
+  return tx_answer(c, done);
 }
 
 /* ---- What is not done in the batch ------------------------------------------
@@ -12254,6 +12252,7 @@ static void cli_help_verbs(void) {
 #define cli_open_volume(path, name, ex) (-EOPNOTSUPP)
 #define nbdserve_cas_close(cas) 0
 #define cli_run_verb() ((void)0)
+#define cli_find_verb(name) ((void)(name), 0)
 #define cli_help_verb(name) ((void)(name), CLI_USAGE)
 #define cli_help_verbs() ((void)0)
 #endif
@@ -12913,6 +12912,8 @@ int main(int argc, char **argv) {
   const char *word = cli.ntargets == 1 ? *cli.targets : "";
   if (cli.ntargets == 2 && strcmp(*cli.targets, "help") == 0)
     return cli_help_verb(cli.targets[1]);
+  if (cli.ntargets && opt[OPT_HELP].given && cli_find_verb(*cli.targets))
+    return cli_help_verb(*cli.targets);
   if (strcmp(word, "help") == 0) opt[OPT_HELP].given = 1;
   if (strcmp(word, "version") == 0) opt[OPT_VERSION].given = 1;
   if (opt[OPT_HELP].given) cli_help();

@@ -1435,6 +1435,15 @@ testReadmeNamesEverySwitch() {
   assertTrue 'there are some' "[ $(wc -l <"$T/source") -ge 10 ]"
 }
 # A host's allocator is the only one, and its limits hold
+testAProgramWithoutAnyBackendIsNotCompiled() {
+  # shellcheck disable=SC2086
+  ! $CC -DNBDSERVE_NO_FLAT -DNBDSERVE_NO_CAS -c -o "$T/x.o" \
+    "$here/nbdserve.c" 2>"$T/out" || fail 'it was compiled'
+  assertContains "$(cat "$T/out")" 'the program needs a backend'
+  # shellcheck disable=SC2086
+  does $CC -DNBDSERVE_NO_FLAT -DNBDSERVE_NO_CAS -DNBDSERVE_NO_MAIN -c \
+    -o "$T/x.o" "$here/nbdserve.c"
+}
 testLimitsAndAllocatorMayBeSet() {
   cat >"$T/my.c" <<'END'
 #include <stdio.h>
@@ -7129,6 +7138,13 @@ testHelpOfACommandSaysWhatItTakes() {
   assertNotContains "$(cat "$T/out")" '--dry-run'
   cas 2 help nothing
   says 'help nothing: no such command'
+  cas 0 help rm
+  cp "$T/out" "$T/help"
+  for words in 'rm --help' '--help rm' 'rm -h a b'; do
+    # shellcheck disable=SC2086
+    cas 0 $words
+    assertEquals "$words" '' "$(diff "$T/help" "$T/out")"
+  done
 }
 testASecondServerIsToldWhereTheFirstOneIs() {
   store && unless NO_THREADS || return 0

@@ -5742,6 +5742,7 @@ static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
       int alone = k > 1 ? cas_move_run(st, blk + i, 1, what, now) : err;
       int is_only_digest =
           what == CAS_DIGEST && how != OS_WRITE && alone != -EAGAIN;
+      if (!alone) continue; /* an error it may have is its digest's */
       *(is_only_digest ? &blk[i].digest_err : &blk[i].err) = alone;
       if (alone && how == OS_WRITE) cas_pass_over(st, blk[i].slot, alone);
     }

@@ -3006,6 +3006,10 @@ testClientsThatVanishInAWriteLeaveNothingBehind() { unit cut; }
 testTransmissionCanBeEnteredAtOnce() { unit direct; }
 testRequestsBeyondTheMemoryAreDone() { unit memory; }
 testSlowFlushTrimOrReadHoldsNoReadsUp() { fault slow "$DISK"; }
+testReadsThatWaitForTheMediumAreAskedForAtOnce() {
+  unless NO_THREADS || return 0
+  fault awayreads "$DISK"
+}
 testLongSimpleReplyIsInOnePiece() { fault whole "$DISK"; }
 testLongWriteThatFailsHalfwayIsOneError() { fault halfway "$DISK"; }
 testMemoryRefusedIsNoCrash() { fault memory "$DISK"; }
@@ -17267,6 +17271,7 @@ static ssize_t fi_preadv(int fd, const struct iovec *v, int n, off_t off) {
 }
 
 static off_t fi_away, fi_away_end; /* what else is not in memory */
+static off_t fi_also_away;         /* a byte of which that is so, too, or 0 */
 
 static int fi_yields; /* who waits for a lock gets it when it is let go */
 
@@ -17282,6 +17287,7 @@ static long fi_syscall(long number, int fd, const struct iovec *v, int n,
   size_t len = fi_sum(v, n);
   if (!off && t_hold(&fi[PREAD].hold, -1)) return errno = EAGAIN, -1;
   if (off >= fi_away && off < fi_away_end) return errno = EAGAIN, -1;
+  if (fi_covers(off, len, fi_also_away)) return errno = EAGAIN, -1;
   if (fi_fails(PREAD, off, &len)) return -1;
   return syscall(number, fd, v, n, off, high, flags);
 }
@@ -17312,6 +17318,15 @@ static int fi_fdatasync(int fd) {
 static int fi_fallocate(int fd, int mode, off_t off, off_t len) {
   size_t n = (size_t)len;
   return fi_fails(FALLOCATE, off, &n) ? -1 : fallocate(fd, mode, off, len);
+}
+
+static int fi_advised; /* ranges that were asked for */
+
+static int fi_fadvise(int fd, off_t off, off_t len, int advice) {
+  pthread_mutex_lock(&fi_lock);
+  if (advice == POSIX_FADV_WILLNEED) fi_advised++;
+  pthread_mutex_unlock(&fi_lock);
+  return posix_fadvise(fd, off, len, advice);
 }
 
 static int fi_create(pthread_t *t, const pthread_attr_t *a, void *(*f)(void *),
@@ -17412,6 +17427,7 @@ static int fi_mkstemp(char *name) {
 #define syscall fi_syscall
 #define fdatasync fi_fdatasync
 #define fallocate fi_fallocate
+#define posix_fadvise fi_fadvise
 #define pthread_create fi_create
 #define pthread_mutex_unlock fi_unlock
 #define listen fi_listen
@@ -17653,6 +17669,72 @@ static void i_slow(void) {
     if (!i) CHECK(t_recv(&o.c, &r) && (uint32_t)r.cookie == 2 && !r.error);
   }
   o_close(&o);
+  free(r.data);
+}
+
+/* READs of a batch that are not in memory are asked for all at once, and one
+ * worker does them, in their order; the others are answered before.  What comes
+ * later waits for none of them.  Without memory they are done all the same.
+ * Block k of the file is full of the byte k + 1, and the blocks from 16 on are
+ * not in memory; nor is block 0, for which somebody would have to wait. */
+static void i_away_reads(void) {
+  enum {
+    BLOCK = 4096,
+    N = 24
+  };
+  static unsigned char all[N * 28], block[BLOCK];
+  struct one o;
+  struct t_reply r = {0};
+  int i, how, n, done, fd = open(path, O_RDWR), tells = os_can_read_now(fd);
+  for (i = 0; i < 32; i++) {
+    memset(block, i + 1, BLOCK);
+    CHECK(pwrite(fd, block, BLOCK, (off_t)i * BLOCK) == BLOCK);
+  }
+  close(fd);
+  fi_away = 16 * BLOCK;
+  fi_away_end = 32 * BLOCK;
+  /* Cookie i: block 30 - i, so no two make a run; but the last is block 0. */
+  for (i = 0; i < N; i++)
+    t_head(all + 28 * i, 0, READ, (uint32_t)i,
+           i < N - 1 ? (uint64_t)(30 - i) * BLOCK : 0, BLOCK);
+  for (how = 0; how < 2 && tells; how++) { /* simple and structured replies */
+    unsigned seen = 0;
+    i_open(&o, how);
+    fi[THREAD].calls = fi_advised = 0;
+    t_hold(&fi[PREAD].hold, 1);
+    CHECK(t_write(o.c.fd, all, sizeof all) == 0);
+    for (i = 0; i < N - 1; i++) {
+      CHECK(t_recv(&o.c, &r) && !r.error && r.done && r.len == BLOCK);
+      uint32_t k = (uint32_t)r.cookie;
+      CHECK(k < N - 1 && !(seen >> k & 1) && (k > 14) == (i < 8));
+      CHECK(k > 14 || k == (uint32_t)i - 8); /* in their order */
+      CHECK(r.data[0] == (char)(31 - k) && r.data[BLOCK - 1] == r.data[0]);
+      seen |= 1u << k;
+    }
+    CHECK(fi_calls(THREAD, 1) == 1 && fi_advised >= 16);
+    CHECK(t_do(&o.c, 0, READ, 20 * BLOCK, BLOCK, block) == 0 && *block == 21);
+    CHECK(t_do(&o.c, FUA, WRITE, 20 * BLOCK, BLOCK, block) == 0);
+    t_hold(&fi[PREAD].hold, 0);
+    CHECK(t_recv(&o.c, &r) && (uint32_t)r.cookie == N - 1 && !r.error);
+    CHECK(r.data[0] == 1 && r.data[BLOCK - 1] == 1);
+    o_close(&o);
+  }
+  for (n = 1, done = 0; !done; n++) {
+    i_open(&o, 1);
+    fi[MALLOC].calls = 0;
+    fi[MALLOC].bad = n;
+    CHECK(t_write(o.c.fd, all, sizeof all) == 0);
+    for (i = 0; i < N; i++) {
+      CHECK(t_recv(&o.c, &r) && !r.error && r.len == BLOCK);
+      uint32_t k = (uint32_t)r.cookie;
+      CHECK(r.data[7] == (char)(k == N - 1 ? 1 : 31 - k));
+    }
+    done = fi[MALLOC].calls < n;
+    fi[MALLOC].bad = 0;
+    o_close(&o);
+  }
+  fi_away = fi_away_end = 0;
+  CHECK(n > 3 || !tells);
   free(r.data);
 }
 
@@ -19032,7 +19114,19 @@ static void i_away(void) {
   fi_away_end = 19 << 20;
   cas_batch(i_volume.ctx, &r, 1);
   CHECK(r.err == (i_cas->can_read_now ? -EAGAIN : -EIO));
-  fi_away = fi_away_end = 0;
+  /* Nor is a sound one damaged whose data is there in a run that is not, while
+   * its digest is not in memory. */
+  CHECK(i_slot(2) == i_slot(1) + 1);
+  r.off = 4096;
+  r.len = 2 * 4096;
+  fi_away = i_digest_at(i_slot(1));
+  fi_away_end = fi_away + 64;
+  fi_also_away = i_slot_at(i_slot(1)) + 100;
+  cas_batch(i_volume.ctx, &r, 1);
+  CHECK(r.err == (i_cas->can_read_now ? -EAGAIN : 0));
+  r.off = 0;
+  r.len = 4096;
+  fi_away = fi_away_end = fi_also_away = 0;
   cas_batch(i_volume.ctx, &r, 1);
   r.may_wait = 1;
   if (r.err == -EAGAIN) cas_batch(i_volume.ctx, &r, 1);
@@ -21748,69 +21842,133 @@ static const struct {
   const char *name;
   void (*run)(void);
 } i_verbs[] = {
-    {"sync", i_sync},           {"shrunk", i_shrunk},
-    {"full", i_full},           {"short", i_short},
-    {"read", i_read},           {"halfway", i_halfway},
-    {"slow", i_slow},           {"whole", i_whole},
-    {"fallocate", i_fallocate}, {"fastzero", i_fastzero},
-    {"threads", i_threads},     {"stale", i_stale},
-    {"memory", i_memory},       {"readonly", i_readonly},
-    {"create", i_create},       {"syncrun", i_syncrun},
-    {"nameless", i_nameless},   {"fua", i_fua},
-    {"export", i_export},       {"loopbacks", i_loopbacks},
-    {"keepalive", i_keepalive}, {"scarce", i_scarce},
-    {"badlog", i_badlog},       {"slowgc", i_slowgc},
-    {"overlay", i_overlay},     {"rollback", i_rollback},
-    {"edges", i_edges},         {"listed", i_listed},
-    {"dryrun", i_dryrun},       {"cutshort", i_cutshort},
-    {"twice", i_twice},         {"failed", i_failed},
-    {"manylost", i_manylost},   {"lostpage", i_lostpage},
-    {"reread", i_reread},       {"nodigest", i_nodigest},
-    {"outdated", i_outdated},   {"oldcopy", i_oldcopy},
-    {"records", i_records},     {"hidden", i_hidden},
-    {"badsector", i_badsector}, {"device", i_device},
-    {"newlog", i_newlog},       {"refused", i_refused},
-    {"undone", i_undone},       {"reserve", i_reserve},
-    {"closing", i_closing},     {"nohole", i_nohole},
-    {"sector", i_sector},       {"inorder", i_inorder},
-    {"healed", i_healed},       {"shared", i_shared},
-    {"anew", i_anew},           {"misled", i_misled},
-    {"future", i_future},       {"gaps", i_gaps},
-    {"unread", i_unread},       {"passed", i_passed},
-    {"regained", i_regained},   {"newest", i_newest},
-    {"named", i_named},         {"unsealed", i_unsealed},
-    {"waiting", i_waiting},     {"prefix", i_prefix},
-    {"starved", i_starved},     {"starvedstore", i_starvedstore},
-    {"gcfails", i_gcfails},     {"mending", i_mending},
-    {"sealed", i_sealed},       {"freed", i_freed},
-    {"alone", i_alone},         {"zeroed", i_zeroed},
-    {"awhile", i_awhile},       {"checked", i_checked},
-    {"kept", i_kept},           {"trimmed", i_trimmed},
-    {"nowhere", i_nowhere},     {"offsets", i_offsets},
-    {"underway", i_underway},   {"woken", i_woken},
-    {"away", i_away},           {"seen", i_seen},
-    {"lossfull", i_lossfull},   {"halfthere", i_halfthere},
-    {"numbers", i_numbers},     {"confirm", i_confirm},
-    {"otherleaf", i_otherleaf}, {"nodigests", i_nodigests},
-    {"fields", i_fields},       {"tinylog", i_tinylog},
-    {"lastpage", i_lastpage},   {"removed", i_removed},
-    {"rotten", i_rotten},       {"alike", i_alike},
-    {"sealtwo", i_sealtwo},     {"noted", i_noted},
-    {"last", i_last},           {"one", i_one},
-    {"strict", i_strict},       {"idread", i_idread},
-    {"indexed", i_indexed},     {"notgood", i_notgood},
-    {"room", i_room},           {"pending", i_pending},
-    {"digests", i_digests},     {"group", i_group},
-    {"upper", i_upper},         {"letter", i_letter},
-    {"oddend", i_oddend},       {"lostbase", i_lostbase},
-    {"logfull", i_logfull},     {"notclean", i_notclean},
-    {"nogrowth", i_nogrowth},   {"unpinned", i_unpinned},
-    {"vouched", i_vouched},     {"beside", i_beside},
-    {"ahead", i_ahead},         {"again", i_again},
-    {"ended", i_ended},         {"places", i_places},
-    {"replaced", i_replaced},   {"format", i_format},
-    {"farmemory", i_farmemory}, {"farcalls", i_farcalls},
-    {"farmend", i_farmend},     {"farremoved", i_farremoved},
+    {"sync", i_sync},
+    {"shrunk", i_shrunk},
+    {"full", i_full},
+    {"short", i_short},
+    {"read", i_read},
+    {"halfway", i_halfway},
+    {"slow", i_slow},
+    {"whole", i_whole},
+    {"awayreads", i_away_reads},
+    {"fallocate", i_fallocate},
+    {"fastzero", i_fastzero},
+    {"threads", i_threads},
+    {"stale", i_stale},
+    {"memory", i_memory},
+    {"readonly", i_readonly},
+    {"create", i_create},
+    {"syncrun", i_syncrun},
+    {"nameless", i_nameless},
+    {"fua", i_fua},
+    {"export", i_export},
+    {"loopbacks", i_loopbacks},
+    {"keepalive", i_keepalive},
+    {"scarce", i_scarce},
+    {"badlog", i_badlog},
+    {"slowgc", i_slowgc},
+    {"overlay", i_overlay},
+    {"rollback", i_rollback},
+    {"edges", i_edges},
+    {"listed", i_listed},
+    {"dryrun", i_dryrun},
+    {"cutshort", i_cutshort},
+    {"twice", i_twice},
+    {"failed", i_failed},
+    {"manylost", i_manylost},
+    {"lostpage", i_lostpage},
+    {"reread", i_reread},
+    {"nodigest", i_nodigest},
+    {"outdated", i_outdated},
+    {"oldcopy", i_oldcopy},
+    {"records", i_records},
+    {"hidden", i_hidden},
+    {"badsector", i_badsector},
+    {"device", i_device},
+    {"newlog", i_newlog},
+    {"refused", i_refused},
+    {"undone", i_undone},
+    {"reserve", i_reserve},
+    {"closing", i_closing},
+    {"nohole", i_nohole},
+    {"sector", i_sector},
+    {"inorder", i_inorder},
+    {"healed", i_healed},
+    {"shared", i_shared},
+    {"anew", i_anew},
+    {"misled", i_misled},
+    {"future", i_future},
+    {"gaps", i_gaps},
+    {"unread", i_unread},
+    {"passed", i_passed},
+    {"regained", i_regained},
+    {"newest", i_newest},
+    {"named", i_named},
+    {"unsealed", i_unsealed},
+    {"waiting", i_waiting},
+    {"prefix", i_prefix},
+    {"starved", i_starved},
+    {"starvedstore", i_starvedstore},
+    {"gcfails", i_gcfails},
+    {"mending", i_mending},
+    {"sealed", i_sealed},
+    {"freed", i_freed},
+    {"alone", i_alone},
+    {"zeroed", i_zeroed},
+    {"awhile", i_awhile},
+    {"checked", i_checked},
+    {"kept", i_kept},
+    {"trimmed", i_trimmed},
+    {"nowhere", i_nowhere},
+    {"offsets", i_offsets},
+    {"underway", i_underway},
+    {"woken", i_woken},
+    {"away", i_away},
+    {"seen", i_seen},
+    {"lossfull", i_lossfull},
+    {"halfthere", i_halfthere},
+    {"numbers", i_numbers},
+    {"confirm", i_confirm},
+    {"otherleaf", i_otherleaf},
+    {"nodigests", i_nodigests},
+    {"fields", i_fields},
+    {"tinylog", i_tinylog},
+    {"lastpage", i_lastpage},
+    {"removed", i_removed},
+    {"rotten", i_rotten},
+    {"alike", i_alike},
+    {"sealtwo", i_sealtwo},
+    {"noted", i_noted},
+    {"last", i_last},
+    {"one", i_one},
+    {"strict", i_strict},
+    {"idread", i_idread},
+    {"indexed", i_indexed},
+    {"notgood", i_notgood},
+    {"room", i_room},
+    {"pending", i_pending},
+    {"digests", i_digests},
+    {"group", i_group},
+    {"upper", i_upper},
+    {"letter", i_letter},
+    {"oddend", i_oddend},
+    {"lostbase", i_lostbase},
+    {"logfull", i_logfull},
+    {"notclean", i_notclean},
+    {"nogrowth", i_nogrowth},
+    {"unpinned", i_unpinned},
+    {"vouched", i_vouched},
+    {"beside", i_beside},
+    {"ahead", i_ahead},
+    {"again", i_again},
+    {"ended", i_ended},
+    {"places", i_places},
+    {"replaced", i_replaced},
+    {"format", i_format},
+    {"farmemory", i_farmemory},
+    {"farcalls", i_farcalls},
+    {"farmend", i_farmend},
+    {"farremoved", i_farremoved},
     {"farsameid", i_farsameid},
 };
 

@@ -5729,7 +5729,8 @@ static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
   int now = how == OS_READ && n > 1 ? OS_READ_NOW : how;
   for (size_t k; n > 0; blk += k, n -= k) {
     for (k = 0; k < n && k < CAS_BATCH; k++)
-      if (!(blk[k].todo & what) || (blk[k].err && blk[k].err != -EAGAIN) ||
+      if (!(blk[k].todo & what) ||
+          (blk[k].err && !(how == OS_READ_NOW && blk[k].err == -EAGAIN)) ||
           (k && (blk[k].slot % CAS_SLOTS == 0 || blk[k].slot != blk->slot + k)))
         break;
     int err = k ? cas_move_run(st, blk, k, what, now) : 0;
@@ -5744,7 +5745,7 @@ static void cas_move(struct nbdserve_cas *st, struct cas_block *blk, size_t n,
           what == CAS_DIGEST && how != OS_WRITE && alone != -EAGAIN;
       if (!alone) continue; /* an error it may have is its digest's */
       *(is_only_digest ? &blk[i].digest_err : &blk[i].err) = alone;
-      if (alone && how == OS_WRITE) cas_pass_over(st, blk[i].slot, alone);
+      if (how == OS_WRITE) cas_pass_over(st, blk[i].slot, alone);
     }
     if (!k) k = 1; /* there is nothing to do of the first one */
   }
@@ -7117,10 +7118,10 @@ static void cas_unpin(struct nbdserve_cas *st, struct cas_block *blk,
 static int cas_part(struct cas_volume *vol, int is_read, unsigned char *buf,
                     uint64_t off, uint64_t len) {
   struct nbdserve_cas *st = vol->st;
-  unsigned char *data = u_zalloc(2 * (size_t)st->bs); /* and zeroes */
+  unsigned char *data = NBDSERVE_MALLOC(2 * (size_t)st->bs); /* and zeroes */
   if (!data) return -ENOMEM;
   unsigned char *part = data + off % st->bs;
-  if (!buf) buf = data + st->bs;
+  if (!buf) buf = memset(data + st->bs, 0, (size_t)len);
   int err = -EAGAIN;
   assert(len < st->bs && off % st->bs + len <= st->bs);
   while (err == -EAGAIN) {
@@ -7342,12 +7343,13 @@ static int cas_same(struct nbdserve_cas *st, struct cas_volume *vol[2],
   }
   int is_odd = max == 0; /* one ends here */
   if (is_odd) max = 1;
-  int same = !is_odd && cas_is_shared(st, root, block, span);
+  int first = vol[0] ? 0 : 1; /* of zeroes, spot[0] says all there is to say */
+  int same = !is_odd && !first && cas_is_shared(st, root, block, span);
   if (!same) {
     do /* until both leaves are in memory at once */
-      for (int i = 0; i < 2 && !err; i++)
+      for (int i = first; i < 2 && !err; i++)
         err = cas_find_spot(st, root[i], block, &spot[i]);
-    while (!err && cas_walk(st, *root[0], block, &spot[0]));
+    while (!err && !first && cas_walk(st, *root[0], block, &spot[0]));
     /* If there is an error, that is the span of the leaf which it is about. */
     uint64_t n = u_min(u_min(spot[0].span, spot[1].span), max);
     same = !err && cas_slots_are_same(st, spot, block);
@@ -7696,10 +7698,12 @@ static int cas_load(struct nbdserve_cas *st) {
     if (i && st->volumes[i - 1]->id == vol->id) return -EUCLEAN;
     if (vol->now.flags != CAS_IS_SNAPSHOT) continue;
     vol->parent = cas_by_id(st, vol->now.made_from);
-    if (vol->parent && vol->parent->now.flags != CAS_IS_SNAPSHOT) continue;
+    if (vol->parent && !vol->parent->now.flags) continue;
     loader->nunreadable++; /* its record is lost: a volume from now on */
     vol->parent = NULL;
     vol->now.flags = vol->then.flags = 0;
+    memset(vol->now.cid, 0, CAS_DIGEST_LEN); /* it can be written */
+    memset(vol->then.cid, 0, CAS_DIGEST_LEN);
     err = cas_own_record(st, vol->place, &vol->page);
   }
   if (err) return err;
@@ -8286,6 +8290,8 @@ static int cas_hide(struct nbdserve_cas *st, const char *name, uint64_t size,
   while (st->busy && st->filled < st->to_fill)
     cas_wait(st);
   int err = cas_get_pairs(st, CAS_RESERVE_PAIRS + CAS_MARGIN);
+  /* Of one that is about to go nobody knows yet whether it does. */
+  if (!err && name && cas_find(st, name, strlen(name), VIEW_NOW)) err = -EEXIST;
   if (!err) err = cas_stage_new(st, NULL, NULL, name, size, out);
   if (!err) {
     (*out)->clients = 1;
@@ -8817,6 +8823,7 @@ static int cas_verify_step(struct cas_verifier *v) {
   int is_known = left && sound && sound->now.size >= size;
   struct cas_node **root[2] = {cas_root(is_known ? sound : vol), cas_root(vol)};
   is_known = is_known && cas_is_shared(st, root, v->block, &n);
+  n = u_min(n, left);
   vol->pins++;
   cas_full_name(vol, v->name);
   cas_unlock(st);
@@ -9606,6 +9613,7 @@ static int cas_pull_head(struct cas_puller *p, const char *from) {
   struct nbdserve_peer *peer = p->peer;
   unsigned char head[CAS_PAGE] = {0};
   char export[WIRE_STRING_MAX + 8];
+  unsigned char none[CAS_DIGEST_LEN] = {0};
   char id[72];
   snprintf(export, sizeof export, "%.*s/pull", WIRE_STRING_MAX, from);
   int err = cas_enter_store(st, peer, export, CAS_PULL_MAGIC, head);
@@ -9620,6 +9628,10 @@ static int cas_pull_head(struct cas_puller *p, const char *from) {
   if (!cas_is_size(st, size) || p->at.end != peer->size ||
       cas_blocks(st, size) / st->fanout >= UINT32_MAX)
     return peer_fail(peer, -EPROTO, "the peer's sizes make no sense");
+  /* Of a size of 0 there is no top of a tree that could be tested later. */
+  cas_compute_id(st, 0, none, none);
+  if (!size && memcmp(none, p->wanted.now.cid, sizeof none) != 0)
+    return peer_fail(peer, -EBADMSG, "the peer's tree does not fit the id");
   if (cas_is_id(from, "") && strcmp(from, cas_spell_id(&p->wanted, id)) != 0)
     return peer_fail(peer, -EBADMSG, "the peer has given another id");
   return 0;

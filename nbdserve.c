@@ -1802,7 +1802,8 @@ static int io_wait(const struct io *io, int fd, short events, int64_t until,
   if (timeout == 0) return -ETIMEDOUT; /* even if it is ready */
   if (poll(p, COUNT_OF(p), timeout < slice ? timeout : slice) < 0)
     return errno == EINTR ? 0 : -errno;
-  if (p[3].revents & POLLERR) return -EPIPE;
+  /* Of a socket it says POLLHUP; then what has come in is still taken. */
+  if (p[3].revents & POLLERR || (p[3].revents && !p[0].revents)) return -EPIPE;
   if (p[1].revents || p[2].revents) *stops = 1;
   return p[0].revents && !*stops;
 }
@@ -3396,15 +3397,15 @@ static void tx_execute(struct conn *c, struct nbdserve_req *list) {
   }
   if (r->state == REQ_DONE) return;
   int wanted = 0;
+  uint64_t begun = os_now_ns(); /* `before` may take its time, too */
   for (; r; r = r->next) {
     assert(r->state == REQ_TO_FLUSH && !r->err);
     if (r->type == NBD_CMD_FLUSH) r->err = ex_ask_before(c->export, r);
     if (!r->err) wanted = 1;
   }
-  uint64_t begun = os_now_ns();
   int err = wanted ? ex_flush(c->export) : 0;
   os_lock(&c->queue_lock);
-  if (wanted) c->is_flush_quick = os_now_ns() - begun < TX_QUICK_NS;
+  c->is_flush_quick = wanted && os_now_ns() - begun < TX_QUICK_NS;
   os_unlock(&c->queue_lock);
   for (r = list; r; r = r->next) {
     if (!r->err) r->err = err;
@@ -3467,7 +3468,11 @@ static void tx_do_reads(struct conn *c, struct nbdserve_req *list) {
       if (before) before->next = r;
       list = r;
       r->may_wait = 1;
-      c->run_batch(c->export->pub.ctx, r, 1);
+      r->err = conn_send(c, NULL, 0, 0);
+      if (r->err)
+        r->refused = "the client is gone"; /* nobody waits for it */
+      else
+        c->run_batch(c->export->pub.ctx, r, 1);
     }
     tx_executed(c, r);
   }

@@ -3010,6 +3010,15 @@ testReadsThatWaitForTheMediumAreAskedForAtOnce() {
   unless NO_THREADS || return 0
   fault awayreads "$DISK"
 }
+testFlushThatIsAnnouncedSlowlyHoldsNothingUp() {
+  unless NO_THREADS || return 0
+  unit slowbefore
+}
+testWhoseReaderHasHungUpIsNotWaitedFor() { unit hangup; }
+testNothingIsReadForAClientThatIsGone() {
+  unless NO_THREADS || return 0
+  fault goneawayreads "$DISK"
+}
 testLongSimpleReplyIsInOnePiece() { fault whole "$DISK"; }
 testLongWriteThatFailsHalfwayIsOneError() { fault halfway "$DISK"; }
 testMemoryRefusedIsNoCrash() { fault memory "$DISK"; }
@@ -4191,6 +4200,10 @@ testPullSaysWhyAnExportIsTooSmall() {
 testPullOfSizesAroundBlocksAndLeaves() {
   unless NO_CAS && unless NO_CLIENT || return 0
   unit farsizes
+}
+testPeerThatSaysThereIsNothingIsBelievedOnlyOfNothing() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unit farempty
 }
 testPullRefusesNamesThatCannotBe() {
   unless NO_CAS && unless NO_CLIENT || return 0
@@ -5864,6 +5877,18 @@ testWhoWaitsForAVolumeThatIsRenamedIsWoken() {
 testAVolumeMayBeUsedAsSoonAsItIsThere() {
   unless NO_CAS && unless NO_THREADS || return 0
   fault seen "$T/pool"
+}
+testVerifyNeverTellsOfMoreThanThereIs() {
+  unless NO_CAS || return 0
+  fault bounded "$T/pool"
+}
+testANameThatIsGoingIsNotFreeYet() {
+  unless NO_CAS && unless NO_THREADS || return 0
+  fault going "$T/pool"
+}
+testASnapshotThatLostItsVolumeLosesItsId() {
+  unless NO_CAS || return 0
+  fault orphan "$T/pool"
 }
 testADamagedBlockIsNeverReadAsSound() {
   unless NO_CAS || return 0
@@ -12288,6 +12313,85 @@ static void u_before(void) {
     }
 }
 
+static void *h_serve(void *arg) {
+  struct served *v = arg;
+  v->result = nbdserve_serve(v->s, v->fd, v->result, NULL);
+  return NULL;
+}
+
+/* Requests come by a pipe that stays open, replies go to a socket whose other
+ * end is closed: there is no client any more. */
+static void u_hangup(void) {
+  struct nbdserve_config config = {0};
+  struct served v = {0};
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  unsigned char greeting[18], size[10];
+  int in[2], out[2];
+  config.version = NBDSERVE_VERSION_NUMBER;
+  CHECK(nbdserve_new(&v.s, &config) == 0 && nbdserve_add(v.s, &e) == 0);
+  CHECK(pipe(in) == 0 && socketpair(AF_UNIX, SOCK_STREAM, 0, out) == 0);
+  v.fd = in[0];
+  v.result = out[0];
+  CHECK(pthread_create(&v.thread, NULL, h_serve, &v) == 0);
+  CHECK(t_read(out[1], greeting, sizeof greeting) == sizeof greeting);
+  CHECK(write(in[1], "\0\0\0\3IHAVEOPT\0\0\0\1\0\0\0\0", 20) == 20);
+  CHECK(t_read(out[1], size, sizeof size) == sizeof size);
+  t_sleep(50);
+  close(out[1]);
+  s_end(&v);
+  close(in[0]);
+  close(in[1]);
+  close(out[0]);
+  nbdserve_free(v.s);
+}
+
+static int b_slow_flush(void *ctx, unsigned type, uint64_t off, uint64_t len) {
+  (void)off, (void)len;
+  if (type == FLUSH) {
+    while (t_hold(ctx, -1))
+      t_sleep(1);
+  }
+  return 0;
+}
+
+/* A flush that takes no time, but whose announcement does, holds nothing up:
+ * not after one that was done at once, either. */
+static void u_slow_before(void) {
+  struct nbdserve_config config = {0};
+  static struct t_reply reply;
+  struct ram *r = r_new(65536);
+  struct nbdserve_export e = r_export(r, 0);
+  struct served v = {0};
+  struct nbdserve *s;
+  struct t_conn c;
+  char b[512];
+  int i, k, hold = 0;
+  config.version = NBDSERVE_VERSION_NUMBER;
+  config.before = b_slow_flush;
+  config.ctx = &hold;
+  CHECK(nbdserve_new(&s, &config) == 0 && nbdserve_add(s, &e) == 0);
+  s_start(&v, s, &c);
+  CHECK(t_open(&c, c.fd, "", 0) == 0);
+  for (k = 0; k < 3; k++) {
+    t_hold(&hold, 1);
+    for (i = 0; i < 3; i++) /* not alone */
+      CHECK(t_send(&c, 0, FLUSH, (uint32_t)i, 0, 0, NULL) == 0);
+    t_sleep(100);
+    if (k > 0) {
+      CHECK(t_send(&c, 0, READ, 9, 0, 512, NULL) == 0);
+      CHECK(t_recv(&c, &reply) && (uint32_t)reply.cookie == 9);
+    }
+    t_hold(&hold, 0);
+    for (i = 0; i < 3; i++)
+      CHECK(t_recv(&c, &reply) && (uint32_t)reply.cookie < 3 && !reply.error);
+    CHECK(t_do(&c, 0, READ, 0, 512, b) == 0);
+  }
+  t_close(&c);
+  CHECK(s_end(&v) == 0);
+  nbdserve_free(s);
+}
+
 /* What depends on what was taken away is gone, too */
 static void u_dependent(void) {
   struct nbdserve_config config = {0};
@@ -16589,6 +16693,27 @@ static void u_fartail(void) {
 }
 
 /* An export that is too small to have a head is told of, too. */
+/* A size of 0 has no tree by which its id could be tested. */
+static void u_farempty(void) {
+  struct far far;
+  int is_zero, i;
+  far_store("farempty");
+  far_fill(&far, 5 * 4096, 17);
+  for (is_zero = 0; is_zero < 2; is_zero++) { /* its id, or one of zeroes */
+    struct far_lie lies[8] = {
+        {FAR_OPTION, 0, 22, 8, cas_pull_layout(4096, 0).end},
+        {FAR_ANSWER, 0, 32, 8, 0}};
+    struct far_end end = {.t = {.lies = lies}};
+    for (i = 0; i < 4 * is_zero; i++)
+      lies[2 + i] = (struct far_lie){FAR_ANSWER, 0, 40 + 8 * (size_t)i, 8, 0};
+    CHECK(far_pull(&end, &far, is_zero ? "x" : far.id, 5000) == -EBADMSG);
+    far_unharmed();
+  }
+  far_honest(&far);
+  far_free(&far);
+  CHECK(nbdserve_cas_close(far_cas) == 0);
+}
+
 static void u_farsmall(void) {
   static const uint64_t sizes[] = {1, 4095};
   struct far far;
@@ -17027,6 +17152,7 @@ static void u_farcut(void) {}
 static void u_fargone(void) {}
 static void u_farforged(void) {}
 static void u_fartail(void) {}
+static void u_farempty(void) {}
 static void u_farsmall(void) {}
 static void u_farsizes(void) {}
 static void u_farbusy(void) {}
@@ -17053,6 +17179,8 @@ static const struct {
     {"requests", u_requests},
     {"fua", u_fua},
     {"errors", u_errors},
+    {"slowbefore", u_slow_before},
+    {"hangup", u_hangup},
     {"dependent", u_dependent},
     {"missing", u_missing},
     {"flush", u_flush},
@@ -17133,6 +17261,7 @@ static const struct {
     {"fargone", u_fargone},
     {"farforged", u_farforged},
     {"fartail", u_fartail},
+    {"farempty", u_farempty},
     {"farsmall", u_farsmall},
     {"farsizes", u_farsizes},
     {"farbusy", u_farbusy},
@@ -17736,6 +17865,39 @@ static void i_away_reads(void) {
   fi_away = fi_away_end = 0;
   CHECK(n > 3 || !tells);
   free(r.data);
+}
+
+/* READs that would have to be waited for are not done for a client that has
+ * gone, as soon as that is known: no more than a few are. */
+static void i_gone_away_reads(void) {
+  enum {
+    BLOCK = 4096,
+    N = 100
+  };
+  static unsigned char all[N * 28];
+  struct one o;
+  int i, fd = open(path, O_RDWR), tells = os_can_read_now(fd);
+  CHECK(ftruncate(fd, 256 * BLOCK) == 0);
+  close(fd);
+  for (i = 0; i < N;
+       i++) /* the first one is block 0, which holds up the rest */
+    t_head(all + 28 * i, 0, READ, (uint32_t)i, 2u * (uint32_t)i * BLOCK, BLOCK);
+  i_open(&o, 0);
+  fi_away = BLOCK;
+  fi_away_end = 256 * BLOCK;
+  t_hold(&fi[PREAD].hold, 1);
+  CHECK(t_write(o.c.fd, all, sizeof all) == 0);
+  usleep(100000);
+  fi_calls(PREAD, 1);
+  shutdown(o.c.fd, SHUT_RDWR);
+  close(o.c.fd);
+  usleep(100000);
+  t_hold(&fi[PREAD].hold, 0);
+  s_end(&o.v);
+  CHECK(!tells || fi_calls(PREAD, 0) < 20);
+  nbdserve_free(o.s);
+  fi_away = fi_away_end = 0;
+  CHECK(truncate(path, 65536) == 0);
 }
 
 /* The data of a long simple reply is in one piece, whatever else gets ready
@@ -19092,6 +19254,77 @@ static void i_seen(void) {
   CHECK(pthread_join(use, NULL) == 0 && other.size == 4096);
   other.ops->close(other.ctx);
   CHECK(i_cas_close() == 0);
+}
+
+static int i_bounded(void *most, uint64_t done, uint64_t total) {
+  CHECK(done <= total);
+  if (done > *(uint64_t *)most) *(uint64_t *)most = done;
+  return 0;
+}
+
+/* What snapshots share is counted once for each, and not beyond their end. */
+static void i_bounded_all(void) {
+  uint64_t most = 0;
+  i_new(8, 0);
+  CHECK(i_put(0, 1) == 0 && i_put(I_LEAF, 2) == 0);
+  CHECK(nbdserve_cas_snapshot(i_cas, "v@a") == 0);
+  CHECK(nbdserve_cas_snapshot(i_cas, "v@b") == 0);
+  CHECK(nbdserve_cas_verify(i_cas, NULL, i_bounded, &most) == 0);
+  CHECK(most == 3 * 8 * (uint64_t)I_LEAF * 4096);
+  CHECK(i_cas_close() == 0);
+}
+
+static void *i_remove_v(void *unused) {
+  (void)unused;
+  return (void *)(intptr_t)nbdserve_cas_rm(i_cas, "w");
+}
+
+/* Nobody gets the name of a volume that is about to go: it may stay. */
+static void i_going(void) {
+  struct nbdserve_export mine = {0};
+  pthread_t rm;
+  void *err;
+  i_new(1, 0);
+  CHECK(nbdserve_cas_create(i_cas, "w", 4096) == 0);
+  t_hold(&fi[SYNC].hold, 1);
+  CHECK(pthread_create(&rm, NULL, i_remove_v, NULL) == 0);
+  usleep(100000);
+  CHECK(nbdserve_cas_begin(i_cas, "w", 4096, &mine) == -EEXIST);
+  t_hold(&fi[SYNC].hold, 0);
+  CHECK(pthread_join(rm, &err) == 0 && !err);
+  CHECK(nbdserve_cas_begin(i_cas, "w", 4096, &mine) == 0);
+  CHECK(nbdserve_cas_finish(i_cas, &mine, 1) == 0);
+  CHECK(i_cas_close() == 0);
+}
+
+/* A sealed snapshot whose volume's record is lost can be written from then on:
+ * it is not found by its id any more, nor does anything get that id. */
+static void i_orphan(void) {
+  struct nbdserve_export e = {0};
+  char id[72], other[72];
+  i_new(1, 0);
+  CHECK(i_put(0, 1) == 0);
+  CHECK(nbdserve_cas_snapshot(i_cas, "v@s") == 0);
+  CHECK(nbdserve_cas_seal(i_cas, "v@s", id, NULL, NULL) == 0);
+  os_lock(&i_cas->lock);
+  struct cas_volume *vol = cas_find(i_cas, "v@s", 3, VIEW_NOW);
+  vol->now.made_from = vol->then.made_from = 999999;
+  CHECK(cas_own_record(i_cas, vol->place, &vol->page) == 0);
+  cas_unlock(i_cas);
+  CHECK(cas_checkpoint(i_cas, NULL, UINT64_MAX) == 0);
+  i_volume.ops->close(i_volume.ctx);
+  i_volume.ctx = NULL;
+  CHECK(nbdserve_cas_close(i_cas) == 0);
+  struct nbdserve_cas_options o = {.flags = NBDSERVE_CAS_ACCEPT_LOSS};
+  CHECK(nbdserve_cas_open(path, &o, &i_cas) == 0);
+  CHECK(nbdserve_cas_volume(i_cas, id, &e) == -ENOENT);
+  CHECK(nbdserve_cas_volume(i_cas, "s", &e) == 0);
+  CHECK(e.ops->write(e.ctx, "two", 0, 4, 0) == 0);
+  e.ops->close(e.ctx);
+  CHECK(nbdserve_cas_snapshot(i_cas, "s@n") == 0);
+  CHECK(nbdserve_cas_seal(i_cas, "s@n", other, NULL, NULL) == 0);
+  CHECK(strcmp(id, other) != 0);
+  CHECK(nbdserve_cas_close(i_cas) == 0);
 }
 
 /* A damaged block is not read as sound because its data is in memory and its
@@ -21538,6 +21771,9 @@ static void i_offsets(void) {}
 static void i_underway(void) {}
 static void i_woken(void) {}
 static void i_away(void) {}
+static void i_bounded_all(void) {}
+static void i_going(void) {}
+static void i_orphan(void) {}
 static void i_seen(void) {}
 static void i_alone(void) {}
 static void i_zeroed(void) {}
@@ -21851,6 +22087,10 @@ static const struct {
     {"slow", i_slow},
     {"whole", i_whole},
     {"awayreads", i_away_reads},
+    {"goneawayreads", i_gone_away_reads},
+    {"bounded", i_bounded_all},
+    {"going", i_going},
+    {"orphan", i_orphan},
     {"fallocate", i_fallocate},
     {"fastzero", i_fastzero},
     {"threads", i_threads},

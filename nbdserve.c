@@ -6767,7 +6767,7 @@ static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
   int err = 0;
   os_lock(&st->ckpt);
   os_lock(&st->lock);
-  while (st->super.number <= since) {
+  for (int tries = 1; st->super.number <= since; tries++) {
     struct cas_cut cut = {.n = 0};
     err = cas_make_cut(st, change, &cut);
     if (!err) err = cas_write_pages(st, &cut);
@@ -6782,8 +6782,10 @@ static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
     cas_end_cut(st, &cut, !err);
     cas_settle(st, !err);
     /* Once more, if it was pages that could not be written: the segments where
-     * they were are passed over now (C19). */
+     * they were are passed over now (C19).  But not for ever: the next ones may
+     * be no better, and are new space each time. */
     if (!err || err == -ENOMEM || !cut.n || st->failed) break;
+    if (tries == CAS_TRIES) break;
   }
   cas_unlock(st);
   os_unlock(&st->ckpt);
@@ -8513,6 +8515,29 @@ static int cas_seal_node(const struct cas_sealer *sealer, struct cas_node *node,
   return err;
 }
 
+/* The tree of a volume's id as a volume of its own: see cas_root.  It is there
+ * as long as the volume is. */
+static struct cas_volume cas_tree_of(const struct cas_volume *vol) {
+  struct cas_volume tree = *vol;
+  tree.is_tree = 1;
+  tree.now.size = INT64_MAX;
+  return tree;
+}
+
+/* Is no page lost of a node, and of those below it? */
+static int cas_is_whole(const struct cas_node *node) {
+  int is_whole = !node || node->slot != CAS_LOST;
+  for (uint32_t c = 0; is_whole && node && c < node->nkids; c++)
+    is_whole = cas_is_whole(node->kid[c]);
+  return is_whole;
+}
+
+/* Is no page lost of a volume's map, and of the tree of its id?  Else neither a
+ * seal nor a pull shares anything of it: what they make is whole. */
+static int cas_has_all(const struct cas_volume *vol) {
+  return cas_is_whole(*cas_root(vol)) && cas_is_whole(*cas_digests(vol));
+}
+
 /* Makes ready to compute the id of a snapshot: makes a hidden volume for its
  * tree, and looks for the base, the newest sealed snapshot of the same volume
  * or of what that was made from.  One that is all zeroes has no nodes to share.
@@ -8525,11 +8550,11 @@ static int cas_begin_seal(struct nbdserve_cas *st, struct cas_sealer *sealer) {
   const struct cas_volume *up =
       name ? cas_find(st, name, strcspn(name, "@"), VIEW_NOW)
            : sealer->vol->parent;
-  for (uint32_t i = 0; up && i < st->nvolumes; i++) {
+  for (uint32_t i = st->nvolumes; up && !sealer->base && i-- > 0;) {
     struct cas_volume *p = st->volumes[i];
     if ((p->parent == up || p->id == up->now.made_from) && p->now.id &&
         !p->is_staged && !u_is_zero(p->now.cid, CAS_DIGEST_LEN) &&
-        *cas_digests(p) && *cas_root(p))
+        *cas_digests(p) && *cas_root(p) && cas_has_all(p))
       sealer->base = p;
   }
   if (sealer->base) {
@@ -8661,6 +8686,7 @@ struct cas_verifier {
   int stop;            /* not 0: it ends, by this */
   char name[CAS_PATH]; /* of the volume that is being checked */
   uint32_t id;         /* what comes next: of a volume, or of one above it, */
+  int is_tree;         /* its map or, behind that, the tree of its id, */
   uint64_t block;      /* and from where on */
   uint64_t done;       /* bytes */
   uint64_t total;
@@ -8680,8 +8706,10 @@ static void cas_tell(struct cas_verifier *v, const char *name, uint64_t off,
 }
 
 /* Takes note of what the volume is from off on, NULL: whole; tells a range when
- * it ends. */
+ * it ends.  The tree of an id is one range, which has no place. */
 static void cas_note(struct cas_verifier *v, uint64_t off, const char *why) {
+  if (v->is_tree) off = 0;
+  if (v->is_tree && why) why = "the tree of its id is damaged";
   if (why == v->why) return;
   if (v->why) cas_tell(v, v->name, v->from, off - v->from, v->why);
   if (why) v->is_sound = 0;
@@ -8771,18 +8799,19 @@ static void cas_let_go(struct cas_volume *vol) {
   cas_unlock(st);
 }
 
-/* Checks the next n blocks of a volume, and takes its pin off once they are
- * read: a peer may take its time.  From then on the blocks themselves are held
- * (cas_unpin), so the slots stay theirs even if the volume goes. */
+/* Checks the next n blocks of a volume's map, or of the tree of its id, and
+ * takes the volume's pin off once they are read: a peer may take its time.
+ * From then on the blocks themselves are held (cas_unpin), so the slots stay
+ * theirs even if the volume goes. */
 static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
-                              size_t n) {
+                              struct cas_volume *map, size_t n) {
   struct cas_block blk[CAS_BATCH];
   uint64_t bs = v->st->bs;
   assert(n <= CAS_BATCH);
   for (size_t i = 0; i < n; i++)
     blk[i] =
         (struct cas_block){.number = v->block + i, .data = v->data + i * bs};
-  cas_read(vol, blk, n, 0, OS_READ);
+  cas_read(map, blk, n, 0, OS_READ);
   cas_let_go(vol);
   for (size_t i = 0; i < n && v->mends; i++)
     cas_mend(v->st, blk + i);
@@ -8792,7 +8821,7 @@ static void cas_verify_blocks(struct cas_verifier *v, struct cas_volume *vol,
     if (blk[i].err)
       why = blk[i].slot ? "the data is not what it was"
                         : "the map cannot be read";
-    cas_note(v, blk[i].number * bs, why);
+    if (why || !v->is_tree) cas_note(v, blk[i].number * bs, why);
   }
   cas_unpin(v->st, blk, n);
 }
@@ -8813,42 +8842,51 @@ static int cas_verify_step(struct cas_verifier *v) {
   }
   /* Another volume than last time, or the beginning of one.  If the last one
    * has gone, a range of it that was damaged is of no interest any more. */
-  if (vol->id != v->id || !v->block) {
+  if (vol->id != v->id || (!v->block && !v->is_tree)) {
     v->id = vol->id;
+    v->is_tree = 0;
     v->block = 0;
     v->why = NULL;
     v->is_sound = 1;
   }
   uint64_t size = vol->now.size;
   uint64_t end = cas_blocks(st, size);
+  if (v->is_tree)
+    end =
+        *cas_digests(vol) ? st->max_blocks / st->fanout * (CAS_LEVELS - 1) : 0;
   uint64_t left = end - u_min(v->block, end); /* it may be smaller now */
   int is_snapshot = vol->parent != NULL;
   struct cas_volume *sound = cas_by_id(st, v->sound);
   /* A larger snapshot has all of its blocks checked that this one has. */
-  int is_known = left && sound && sound->now.size >= size;
-  struct cas_node **root[2] = {cas_root(is_known ? sound : vol), cas_root(vol)};
+  int is_known = left && sound && (v->is_tree || sound->now.size >= size);
+  if (!is_known) sound = vol;
+  struct cas_volume tree = cas_tree_of(vol);
+  struct cas_volume *map = v->is_tree ? &tree : vol;
+  struct cas_node **root[2] = {cas_root(sound), cas_root(map)};
+  if (v->is_tree) root[0] = cas_digests(sound);
   is_known = is_known && cas_is_shared(st, root, v->block, &n);
   n = u_min(n, left);
   vol->pins++;
   cas_full_name(vol, v->name);
   cas_unlock(st);
-  struct cas_volume *both[2] = {NULL, vol}; /* where it has data */
+  struct cas_volume *both[2] = {NULL, map}; /* where it has data */
   int same = left && !is_known ? cas_same(st, both, v->block, &n) : 1;
   if (same == 0) {
     n = u_min(n, CAS_BATCH);
-    cas_verify_blocks(v, vol, (size_t)n);
+    cas_verify_blocks(v, vol, map, (size_t)n);
   } else {
+    const char *why = same < 0 ? "the map cannot be read" : NULL;
     cas_let_go(vol);
-    cas_note(v, v->block * st->bs, same < 0 ? "the map cannot be read" : NULL);
+    if (why || !v->is_tree) cas_note(v, v->block * st->bs, why);
   }
-  v->done += n * st->bs;
+  if (!v->is_tree) v->done += n * st->bs;
   v->block += n;
-  if (n == left) {
-    cas_note(v, size, NULL);
-    if (v->is_sound && is_snapshot) v->sound = v->id;
-    v->block = 0;
-    v->id++;
-  }
+  if (n < left) return 1;
+  cas_note(v, size, NULL);
+  if (v->is_tree && v->is_sound && is_snapshot) v->sound = v->id;
+  if (v->is_tree) v->id++;
+  v->is_tree = !v->is_tree;
+  v->block = 0;
   return 1;
 }
 
@@ -9168,8 +9206,7 @@ static int cas_open_source(struct nbdserve_cas *st, const char *name, size_t n,
   source->data = *source->vol;
   cas_unlock(st);
   source->data.now.size = INT64_MAX;
-  source->tree = source->data;
-  source->tree.is_tree = 1;
+  source->tree = cas_tree_of(source->vol);
   source->at = cas_pull_layout(st->bs, source->vol->now.size);
   cas_put_head(st, CAS_PULL_MAGIC, source->head);
   u_put64(source->head + 16, source->vol->now.size);
@@ -9601,14 +9638,14 @@ static int cas_pull_record(struct cas_puller *p) {
   int err = cas_use(st, id, strlen(id), &there);
   if (err) return cas_pull_id(p, part);
   os_lock(&st->lock);
-  struct cas_volume tree = *there;
+  struct cas_volume tree = cas_tree_of(there);
+  int has_all = cas_has_all(there);
   cas_unlock(st);
-  tree.is_tree = 1;
   struct cas_change change = {
       .vol = there, .tree = &tree, .name = p->sealer.name};
-  err = cas_apply(st, &change);
+  if (has_all) err = cas_apply(st, &change);
   cas_close(there);
-  return err;
+  return has_all ? err : cas_pull_id(p, part);
 }
 
 /* Enters the export FROM/pull of the peer, and tests what its head says: that
@@ -9663,9 +9700,12 @@ int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
   p->most = (size_t)u_min(CAS_LEAVES, CAS_OWN_ROOM / CAS_KIDS_LEN(st));
   int err = cas_pull_head(p, from);
   if (!err) (void)!cas_use(st, name, strlen(name), &there);
-  if (there) {
+  if (there) { /* was it pulled before, and is it whole? */
+    os_lock(&st->lock);
+    if (!cas_has_all(there)) err = -EUCLEAN;
+    cas_unlock(st);
     if (memcmp(there->now.cid, p->wanted.now.cid, CAS_DIGEST_LEN) != 0)
-      err = -EEXIST; /* else it was pulled before */
+      err = -EEXIST;
     cas_close(there);
   }
   if (!err && !there) err = cas_pull_record(p);

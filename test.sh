@@ -453,7 +453,11 @@ slow_tests() {
 3900 testPullByAServerEndsWithItsCommandOrTheServer
 3000 testPullOfAnIncrementMovesWhatDiffers
 2800 testPullOnAFullDiskLeavesRoomForOthers
+4100 testWhatIsBelowLostPagesIsPulledByItsId
+3400 testRepairMendsPagesAndBlocksBesideClients
 2500 testGcRemovesAPartialThatIsAWeekOld
+2100 testRepairGoesOnWhenWhatItMendsIsRemoved
+1600 testPullsSealsCheckpointsAndVerifySideBySide
 2500 testPullThatIsEndedIsGoneOnWith
 4000 testStoreOnAFullExt4
 4000 testStoreOnAFullExt3
@@ -3918,15 +3922,19 @@ testPullOnAFullDiskLeavesRoomForOthers() {
 
 # ---- Repair from a peer -----------------------------------------------------
 
-# $S is a copy of $P, but in every 50th block a bit is wrong
-damaged_copy() {
-  peers 3000000 || return 1
-  cp "$P" "$S"
+# A bit of every 50th block of $S, whatever is in it
+flip_every_50th() {
   at=$((19 * 1048576 + 100))
   while [ $at -lt "$(wc -c <"$S")" ]; do
     flip $at
     at=$((at + 50 * 4096))
   done
+}
+# $S is a copy of $P, but in every 50th block a bit is wrong
+damaged_copy() {
+  peers 3000000 || return 1
+  cp "$P" "$S"
+  flip_every_50th
   cas 3 verify "$S"
   assertTrue 'some are damaged' "[ $(wc -l <"$T/out") -ge 10 ]"
 }
@@ -3962,6 +3970,169 @@ testRepairFromAPeerBesideClients() {
   same v "$T/in"
   stop TERM
   cas 0 verify "$S"
+}
+# $P and $S, which are the same: v, and v@s sealed, of 110 leaves with 16 blocks
+# in each.  LEAVES: their pages.
+leafy() {
+  unless NO_CAS && unless NO_CLIENT || return 1
+  S=$T/store P=$T/peer
+  noise $((110 * 65536)) >"$T/blocks"
+  truncate -s $((110 * 1016 * 4096)) "$T/in"
+  for i in $(seq 0 109); do
+    dd if="$T/blocks" of="$T/in" bs=4096 skip=$((i * 16)) \
+      seek=$((i * 1016 + i)) count=16 conv=notrunc 2>/dev/null
+  done
+  cas 0 init "$P"
+  cas 0 import "$P::v" "$T/in"
+  sealed v@s
+  cp "$P" "$S"
+  pages_of_first
+  LEAVES=''
+  for i in $(seq 0 109); do LEAVES="$LEAVES $(entry "${MAP##* }" "$i")"; done
+}
+# A bit of one copy of a page: of that which has one wrong already, if it is one
+# of every 50th block
+flip_one() { # page
+  page=$1 second=$(twin "$1")
+  case $((page % 50)),$((second % 50)) in
+    0,*) ;;
+    *,0 | *[13579],*) page=$second ;;
+  esac
+  flip $(($(slot "$page") + 300))
+}
+# Pages of a map are mended from their twins, some before the server has read
+# them, and some behind its back; blocks by the peer.
+testRepairMendsPagesAndBlocksBesideClients() {
+  unless NO_THREADS && leafy && build client || return 0
+  flip_every_50th
+  cas 3 verify "$S"
+  assertTrue 'some are damaged' "[ $(wc -l <"$T/out") -ge 30 ]"
+  checks && checked=1 || checked=0
+  LOG='client .: NBD_CMD_READ .*Input/output error'
+  i=0
+  for page in $MAP $LEAVES; do
+    [ $((i += 1)) -gt 50 ] || flip_one "$page"
+  done
+  cp "$T/in" "$T/v"
+  serve "$P::"
+  peer="nbd+unix:///?socket=$SOCK"
+  serve "$S::"
+  for page in $MAP $LEAVES; do
+    [ $((i -= 1)) -ge 50 ] || flip_one "$page"
+  done
+  "$W/client" mended "$SOCK" v v@s "$T/in" "$T/v" "$checked" >"$T/mended" 2>&1 &
+  clients=$!
+  await "grep -q damaged '$T/mended'"
+  cas 0 repair "$S" "$peer"
+  wait $clients
+  assertEquals "clients: $(tail -n 3 "$T/mended")" 0 $?
+  for page in $MAP $LEAVES; do
+    for copy in "$page" "$(twin "$page")"; do
+      cmp -s -n 4096 -i "$(slot "$copy")" "$S" "$P" ||
+        fail "a copy of page $page is not mended"
+    done
+  done
+  stop TERM
+  cas 0 verify "$S"
+  same v@s "$T/in"
+  same v "$T/v"
+}
+# No peer is asked for pages of a map: repair mends all else, and says what is
+# below those that are lost with their twins.  A pull of the id gets that, once
+# the snapshot that is damaged is gone; the volume is rolled back to it.
+testWhatIsBelowLostPagesIsPulledByItsId() {
+  unless NO_THREADS && leafy || return 0
+  flip_every_50th
+  cp "$S" "$T/damaged"
+  leaves=$(echo "$LEAVES" | cut -d' ' -f5,52,111) # the first field is empty
+  for lost in "$leaves" "${MAP##* }" "${MAP%% *}"; do
+    cp "$T/damaged" "$S"
+    told='v@s	0	457768960	the map cannot be read'
+    [ "$lost" != "$leaves" ] ||
+      told='v@s	12484608	4161536	the map cannot be read
+v@s	208076800	4161536	the map cannot be read
+v@s	453607424	4161536	the map cannot be read'
+    for page in $lost; do flip_both "$page" 300; done
+    serve "$S::"
+    cas 3 repair "$S" -- "$NBDSERVE" -s "$P::"
+    assertEquals 'of v' "$told" "$(sed -n 's/^v	/v@s	/p' "$T/out")"
+    assertEquals 'of v@s' "$told" "$(grep @ "$T/out")"
+    cas 1 export "$S::v@s" "$T/x"
+    says 'export v@s.*: Input/output error'
+    cas 0 rm "$S::v@s"
+    fetch 0 v@s "$ID"
+    assertEquals "$ID" "$(cat "$T/out")"
+    [ "$lost" != "$leaves" ] || moved $((3 * 65536 + 110 * 37000 + 100000))
+    cas 0 rollback "$S::v@s"
+    stop TERM
+    cas 0 verify "$S"
+    same v "$T/in"
+    same v@s "$T/in"
+  done
+}
+# The same id, or the next one, under another name: what is lost here is not
+# shared, but pulled.
+testPullSharesNothingOfWhatIsLost() {
+  leafy || return 0
+  leaves=$(echo "$LEAVES" | cut -d' ' -f5,111)
+  sound=$ID
+  cp "$T/in" "$T/new"
+  noise 4096 | dd of="$T/new" bs=4096 seek=5000 conv=notrunc 2>/dev/null
+  cas 0 import "$P::new" "$T/new"
+  sealed new@s
+  cp "$S" "$T/sound"
+  for lost in "$leaves" "${MAP##* }" "${MAP%% *}"; do
+    cp "$T/sound" "$S"
+    for page in $lost; do flip_both "$page" 300; done
+    cas 3 verify "$S"
+    told=$(cat "$T/out")
+    fetch 3 v@s v@s
+    says 'pull v@s v@s: the store is damaged'
+    fetch 0 w@s "$sound"
+    same w@s "$T/in"
+    fetch 0 v@new new@s
+    same v@new "$T/new"
+    fetch 0 v@t "$sound"
+    same v@t "$T/in"
+    cas 3 verify "$S"
+    assertEquals 'what was lost' "$told" "$(cat "$T/out")"
+    cas 0 rollback "$S::v@t"
+    cas 0 rm "$S::v@s"
+    cas 0 verify "$S"
+    same v "$T/in"
+  done
+}
+# The tree of an id is checked and mended as all else is.  While it is damaged
+# the snapshot can be read, but not be pulled.
+testTheTreeOfAnIdIsCheckedAndMended() {
+  peers 300000 || return 0
+  LOG='client 1: NBD_CMD_READ .*Input/output error'
+  cas 0 init "$T/third"
+  cp "$P" "$S"
+  pages_of_first
+  tree=$(word $(($(slot "$CATALOG") + 32 + 288 + 36))) # of the second record
+  for _ in 3 2 1; do tree="$tree $(entry "${tree##* }" 0)"; done
+  flip $(($(slot "$(entry "${tree##* }" 0)") + 5))
+  for page in $tree; do flip $(($(slot "$(twin "$page")") + 300)); done
+  reports 'v@s 0 0 the tree of its id is damaged'
+  cas 3 repair "$S"
+  cas 1 pull "$T/third::w@s" v@s -- "$NBDSERVE" -s "$S::"
+  says 'pull w@s v@s: the peer cannot read at'
+  same v@s "$T/in"
+  cas 0 repair "$S" -- "$NBDSERVE" -s "$P::"
+  cas 0 verify "$S"
+  for page in $tree; do
+    assertEquals "page $page" "$(block "$page")" "$(block "$(twin "$page")")"
+  done
+  cas 0 pull "$T/third::w@s" v@s -- "$NBDSERVE" -s "$S::"
+  assertEquals "$ID" "$(cat "$T/out")"
+  flip_both "${tree##* }" 300
+  loses 'v@s 0 0 the tree of its id is damaged'
+  cas 3 repair "$S" -- "$NBDSERVE" -s "$P::"
+  fetch 0 v@t "$ID"
+  cas 0 rm "$S::v@s"
+  cas 0 verify "$S"
+  same v@t "$T/in"
 }
 # Nothing waits for a peer that says nothing, not even what is being mended.
 testRepairFromASilentPeerHoldsNobodyUp() {
@@ -4245,6 +4416,24 @@ testPullOfWhatIsBeingRemovedBeginsAnew() {
 testPartOfAPullGoesThoughASnapshotHasItsId() {
   unless NO_CAS && unless NO_CLIENT || return 0
   fault farsameid "$T/pool"
+}
+testPullThatEndsWaitsForWhoVerifiesWhatItHas() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unless NO_THREADS || return 0
+  fault farpinned "$T/pool"
+}
+testPullSealsAMapThatACheckpointThinsOut() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  fault farthinned "$T/pool"
+}
+testPullsSealsCheckpointsAndVerifySideBySide() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  unless NO_THREADS || return 0
+  fault farbeside "$T/pool"
+}
+testRepairGoesOnWhenWhatItMendsIsRemoved() {
+  unless NO_CAS && unless NO_CLIENT || return 0
+  fault fargoes "$T/pool"
 }
 testNoPowerCutHarmsWhatIsPulledOrMended() {
   unless NO_CLIENT && simulates && build simulator || return 0
@@ -8797,87 +8986,127 @@ def refused(error, call, *args):
         assert False, (error, call, args)
 ' -c "$(cat)"
 }
+# The same changes of the same disk, with data, zeroes and discarded, bytes and
+# blocks; at grains of a block and of a cluster of QEMU's
 testChangedBlocksAreThoseOfAQcow2Bitmap() {
   needs qemu-img qemu-io qemu-nbd nbdinfo || return 0
   store || return 0
-  qemu-img create -q -f qcow2 "$T/q.qcow2" 4M
-  does qemu-img bitmap --add -g 4096 "$T/q.qcow2" b || return 0
-  cas 0 create "$S::v" 4M
-  cas 0 snapshot "$S::v@b"
-  serve "$S::v"
-  for range in '5000 10' '100000 9000' '2M 4096' '4190000 4304'; do
-    does qemu-io -f qcow2 -c "write -P 7 $range" "$T/q.qcow2" >/dev/null
-    does qemu-io -f raw -c "write -P 7 $range" "$URI" >/dev/null
+  head -c 6291456 /dev/zero | tr '\0' '\5' >"$T/in"
+  truncate -s 12M "$T/in"
+  for grain in 4096 65536; do
+    image=$T/$grain.qcow2 volume=v$grain
+    changes='write -P 7 5000 10;write -P 7 100000 9000;write -P 7 9M 4096
+write -z 4158k 64k;write -P 7 12578608 4304;discard 1536k 64k;write -z 1M 4096'
+    [ $grain = 4096 ] ||
+      changes='write -P 7 64k 64k;discard 1M 128k;write -z 4M 64k
+write -P 7 8M 1M;write -P 7 11M 1M'
+    does qemu-img convert -f raw -O qcow2 "$T/in" "$image"
+    does qemu-img bitmap --add -g $grain "$image" b || return 0
+    cas 0 import "$S::$volume" "$T/in"
+    cas 0 snapshot "$S::$volume@b"
+    serve "$S::$volume"
+    echo "$changes" | tr ';' '\n' >"$T/changes"
+    while read -r change; do
+      does qemu-io -d unmap -f qcow2 -c "$change" "$image" >/dev/null </dev/null
+      does qemu-io -d unmap -f raw -c "$change" "$URI" >/dev/null </dev/null
+    done <"$T/changes"
+    nbdinfo --map=qemu:dirty-bitmap:b "$URI" >"$T/ours"
+    qemu-nbd -r -t -f qcow2 -B b -k "$T/q$grain" "$image" &
+    peer=$!
+    await '[ -S "$T/q$grain" ]'
+    nbdinfo --map=qemu:dirty-bitmap:b "nbd+unix:///?socket=$T/q$grain" \
+      >"$T/theirs"
+    kill $peer
+    wait $peer 2>/dev/null
+    assertEquals "$(cat "$T/theirs")" "$(cat "$T/ours")"
+    ranges=$(wc -l <"$T/changes")
+    assertEquals 'ranges' "$ranges" "$(grep -c dirty "$T/ours")"
+    image=driver=nbd,server.type=unix,server.path=$SOCK,export=$volume
+    image=$image,x-dirty-bitmap=qemu:dirty-bitmap:b
+    qemu-img map --output=json --image-opts "$image" >"$T/map"
+    assertEquals 'no data' "$ranges" "$(grep -c '"data": false' "$T/map")"
+    stop TERM
   done
-  nbdinfo --map=qemu:dirty-bitmap:b "$URI" >"$T/ours"
-  qemu-nbd -r -t -f qcow2 -B b -k "$T/q" "$T/q.qcow2" &
-  peer=$!
-  await '[ -S "$T/q" ]'
-  nbdinfo --map=qemu:dirty-bitmap:b "nbd+unix:///?socket=$T/q" >"$T/theirs"
-  kill $peer
-  wait $peer 2>/dev/null
-  assertEquals "$(cat "$T/theirs")" "$(cat "$T/ours")"
-  assertEquals 'ranges' 4 "$(grep -c dirty "$T/ours")"
-  image=driver=nbd,server.type=unix,server.path=$SOCK
-  image=$image,x-dirty-bitmap=qemu:dirty-bitmap:b
-  qemu-img map --output=json --image-opts "$image" >"$T/map"
-  assertEquals 'dirty is no data' 4 "$(grep -c '"data": false' "$T/map")"
 }
+# Three increments, one after the other, into a file.  The volume is written
+# meanwhile, in any case between the answer of what has changed and the reads.
 testIncrementalBackupOfAVolumeThatIsBeingWritten() {
   has_nbdsh || return 0
   unless NO_THREADS || return 0 # two clients
   store || return 0
-  noise 3000000 >"$T/in"
+  noise 9000000 >"$T/in"
   cas 0 import "$S::v" "$T/in"
   cas 0 snapshot "$S::v@a"
   cas 0 export "$S::v@a" "$T/backup"
   serve "$S::"
   nbd_python <<END
-import subprocess, threading
+import subprocess, threading, time
 at = lambda name: "nbd+unix:///" + name + "?socket=$SOCK"
 other = nbd.NBD()
 other.connect_uri(at("v"))
+n = 0 # requests that were done,
+allowed = 0 # and may be: not all of the volume is to change in one round
 stop = False
 def write():
-    n = 0
+    global n
     while not stop:
-        other.pwrite(n.to_bytes(8, "big") * 1000, n * 77777 % 2900000)
-        n += 1
+        if n < allowed:
+            off = n * 77777 % 8900000
+            if n % 7 == 3: other.trim(8192, off // 4096 * 4096)
+            elif n % 7 == 5: other.zero(9000, off)
+            else: other.pwrite(n.to_bytes(8, "big") * 1000, off)
+            n += 1
+        time.sleep(0.001)
     other.flush()
+def await_writes():
+    global allowed
+    end = n + 5
+    allowed = max(allowed, end)
+    while n < end: time.sleep(0.001)
+def ask(name, size, *contexts):
+    h, got = nbd.NBD(), {}
+    for context in contexts: h.add_meta_context(context)
+    h.connect_uri(at(name))
+    h.block_status(size or h.get_size(), 0,
+                   lambda name, off, extents, err: got.update({name: extents}))
+    return h, got
 writer = threading.Thread(target=write)
 writer.start()
-subprocess.check_call(["$NBDSERVE", "snapshot", "$S::v@b"])
-for name in "base:allocation", "qemu:dirty-bitmap:a", "qemu:dirty-bitmap:b":
-    h.add_meta_context(name)
-h.connect_uri(at("v@b"))
-assert not h.can_meta_context("qemu:dirty-bitmap:b")
-got = {}
-h.block_status(h.get_size(), 0,
-               lambda name, off, extents, err: got.update({name: extents}))
-assert sorted(got) == ["base:allocation", "qemu:dirty-bitmap:a"], got
-off = 0
-extents = got["qemu:dirty-bitmap:a"]
-with open("$T/backup", "r+b") as backup:
-    for length, status in zip(extents[::2], extents[1::2]):
-        if status & 1:
-            backup.seek(off)
-            backup.write(h.pread(length, off))
-        off += length
-assert off == h.get_size()
-stop = True
-writer.join()
-live = nbd.NBD()
-for name in "base:allocation", "qemu:dirty-bitmap:a", "qemu:dirty-bitmap:b":
-    live.add_meta_context(name)
-live.connect_uri(at("v"))
-got = {}
-live.block_status(4096, 0,
-                  lambda name, off, extents, err: got.update({name: extents}))
+try:
+    for old, new in "ab", "bc", "cd":
+        allowed = n + 100
+        await_writes()
+        subprocess.check_call(["$NBDSERVE", "snapshot", "$S::v@" + new])
+        since, itself = ["qemu:dirty-bitmap:" + name for name in (old, new)]
+        h, got = ask("v@" + new, 0, "base:allocation", since, itself)
+        assert not h.can_meta_context(itself)
+        assert sorted(got) == ["base:allocation", since], got
+        await_writes()
+        off = copied = 0
+        with open("$T/backup", "r+b") as backup:
+            for length, status in zip(got[since][::2], got[since][1::2]):
+                if status & 1:
+                    backup.seek(off)
+                    backup.write(h.pread(length, off))
+                    copied += length
+                off += length
+        assert off == h.get_size() and 0 < copied < off // 2, copied
+finally:
+    stop = True
+    writer.join()
+live, got = ask("v", 4096, "base:allocation", since, itself)
 assert len(got) == 3, got
 END
-  same v@b "$T/backup"
+  same v@d "$T/backup"
   stop TERM
   cas 0 verify "$S"
+  cas 0 seal "$S::v@d"
+  id=$(cat "$T/out")
+  cas 0 init "$T/restored"
+  cas 0 import "$T/restored::w" "$T/backup"
+  cas 0 snapshot "$T/restored::w@d"
+  cas 0 seal "$T/restored::w@d"
+  assertEquals 'the id of what was restored' "$id" "$(cat "$T/out")"
 }
 testLibnbdReadsChunksAndExtents() {
   has_nbdsh || return 0
@@ -10729,6 +10958,51 @@ static void v_brim(char **a) /* ADDRESS NAME SHADOW STEP... */
           (unsigned long long)brim.top, brim.refused);
 }
 
+/* ---- a store that is being mended ---- */
+
+/* Looks at the blocks of a snapshot again and again, until none is damaged: EIO
+ * or, unless reads are checked, a bit that is wrong; else each is what it was.
+ * Meanwhile blocks of the volume are written, anywhere, and read. */
+static void v_mended(char **a) /* ADDRESS VOLUME SNAP FILE SHADOW CHECKED */
+{
+  unsigned char got[K_BLOCK], want[K_BLOCK];
+  int was = open(a[3], O_RDONLY), shadow = open(a[4], O_RDWR);
+  int64_t from = t_now();
+  struct t_conn v, snap;
+  off_t at;
+  int i, bad;
+  CHECK(was >= 0 && shadow >= 0);
+  CHECK(t_open(&v, c_connect(a[0]), a[1], 1) == 0);
+  CHECK(t_open(&snap, c_connect(a[0]), a[2], 1) == 0);
+  k.state = (uint64_t)t_now() << 16 ^ t_seed();
+  do {
+    bad = 0;
+    for (at = 0; (at = lseek(was, at, SEEK_DATA)) >= 0; at += K_BLOCK) {
+      uint64_t off = k_random((unsigned)(v.size / K_BLOCK)) * K_BLOCK;
+      int error = t_do(&snap, 0, READ, (uint64_t)at, K_BLOCK, got);
+      int wrong = 0;
+      CHECK(pread(was, want, K_BLOCK, at) == K_BLOCK);
+      for (i = 0; !error && i < K_BLOCK; i++)
+        wrong += got[i] != want[i];
+      CHECK(error == 0 || error == 5);
+      CHECK(!wrong || (wrong == 1 && !atoi(a[5])));
+      bad += error || wrong;
+      if (k_random(8)) continue;
+      for (i = 0; i < K_BLOCK; i++)
+        want[i] = (unsigned char)k_random(256);
+      CHECK(t_do(&v, 0, WRITE, off, K_BLOCK, want) == 0);
+      CHECK(pwrite(shadow, want, K_BLOCK, (off_t)off) == K_BLOCK);
+      if (!k_random(16)) CHECK(t_do(&v, 0, FLUSH, 0, 0, NULL) == 0);
+      CHECK(t_do(&v, 0, READ, off, K_BLOCK, got) == 0);
+      CHECK(!memcmp(got, want, K_BLOCK));
+    }
+    fprintf(stderr, "%d damaged\n", bad);
+    CHECK(t_now() - from < 60000);
+  } while (bad);
+  t_close(&v);
+  t_close(&snap);
+}
+
 /* ---- a server that is given its socket ---- */
 
 static void c_given(int server, int client, int activation, char **a) {
@@ -10911,7 +11185,7 @@ int main(int argc, char **argv) {
       {"half", v_half},     {"lost", v_lost},         {"full", v_full},
       {"each", v_each},     {"noise", v_noise},       {"slots", v_slots},
       {"stay", v_stay},     {"term", v_term},         {"magic", v_magic},
-      {"kills", v_kills},   {"brim", v_brim},
+      {"kills", v_kills},   {"brim", v_brim},         {"mended", v_mended},
   };
   int i;
   CHECK(argc > 2);
@@ -17294,7 +17568,8 @@ int main(int argc, char **argv) {
  * EINTR before every other call, EIO for what covers the file's byte bad, which
  * is good after that if once is set, or the byte also; if heals is set, a write
  * of all the 4096 bytes around bad makes it good; a call waits for the end of
- * hold, of reads those of byte 0. */
+ * hold, of reads those of byte 0 and those of one thread (fi_slow). */
+#include <malloc.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 
@@ -17330,9 +17605,22 @@ static int fi_calls(int f, int resets) {
   return n;
 }
 
+/* The thread of which all reads wait for the end of hold, if there is one */
+static pthread_t fi_slow;
+static int fi_is_slow;
+
+/* Does a call wait while that kind of calls is on hold? */
+static int fi_waits(int f, off_t off) {
+  int waits;
+  pthread_mutex_lock(&fi_lock);
+  waits = fi_is_slow && pthread_equal(fi_slow, pthread_self());
+  pthread_mutex_unlock(&fi_lock);
+  return waits || f != PREAD || !off;
+}
+
 static int fi_fails(int f, off_t off, size_t *len) {
   int err = 0;
-  while (t_hold(&fi[f].hold, -1) && (f != PREAD || !off))
+  while (t_hold(&fi[f].hold, -1) && fi_waits(f, off))
     usleep(1000);
   pthread_mutex_lock(&fi_lock);
   fi[f].calls++;
@@ -17507,8 +17795,13 @@ static void *fi_malloc(size_t n) {
   return p;
 }
 
+/* memset, of which a compiler does not know that it is in vain before free */
+static void *(*volatile fi_set)(void *, int, size_t) = memset;
+
+/* Who still uses what is free finds other contents. */
 static void fi_free(void *p) {
   if (p) fi_count(-1);
+  if (p) fi_set(p, 0x5a, malloc_usable_size(p));
   free(p);
 }
 
@@ -22063,6 +22356,255 @@ static void i_farsameid(void) {
   far_free(two);
   far_free(two + 1);
 }
+
+/* As far_two, but with three leaves: in the second snapshot the first one is
+ * empty, and there is less in the last one. */
+static void far_thinner(struct far two[2]) {
+  uint64_t i;
+  int k;
+  for (k = 0; k < 2; k++) {
+    far_make(two + k, 4096, 1016, 2046 * 4096 - 100);
+    for (i = k ? 1016 : 0; i < two->blocks; i += i % 1016 == 13 ? 1003 : 1)
+      far_put(far_block(two + k, i), 8, 1 + i);
+    if (k) far_put(far_block(two + k, 2034), 8, 0);
+    if (k) far_put(far_block(two + k, 2036), 8, 7777);
+    far_seal(two + k);
+  }
+}
+
+/* The volume, visible or not, that is called so in the record that it has now,
+ * or will have.  (locks) */
+static struct cas_volume *far_named(const char *name) {
+  uint32_t i;
+  for (i = 0; i < i_cas->nvolumes; i++)
+    if (!strcmp(i_cas->volumes[i]->then.name, name)) return i_cas->volumes[i];
+  return NULL;
+}
+
+/* Waits until a volume of that name has pins, or is staged. */
+static void far_await(const char *name, int staged) {
+  int i, there = 0;
+  for (i = 0; i < 2000 && !there; i++) {
+    const struct cas_volume *vol;
+    os_lock(&i_cas->lock);
+    vol = far_named(name);
+    there = vol && (staged ? vol->is_staged : vol->pins > 0);
+    os_unlock(&i_cas->lock);
+    usleep(5000);
+  }
+  CHECK(there);
+}
+
+/* Progress of a verify: what it reads behind the first leaf is on hold. */
+static int far_slows(void *arg, uint64_t done, uint64_t total) {
+  int *slows = arg;
+  (void)done, (void)total;
+  if (!*slows) return 0;
+  pthread_mutex_lock(&fi_lock);
+  fi_slow = pthread_self();
+  fi_is_slow = 1;
+  pthread_mutex_unlock(&fi_lock);
+  *slows = 0;
+  t_hold(&fi[PREAD].hold, 1);
+  return 0;
+}
+
+static int far_told(void *arg, const char *name, uint64_t off, uint64_t len,
+                    const char *why) {
+  (void)arg;
+  fprintf(stderr, "told: %s %llu %llu %s\n", name, (unsigned long long)off,
+          (unsigned long long)len, why);
+  return -EPROTO;
+}
+
+static void *far_verify(void *slows) {
+  return (void *)(intptr_t)nbdserve_cas_verify(i_cas, far_told, far_slows,
+                                               slows);
+}
+
+/* While verify reads what was pulled so far, which nobody else has, the pull
+ * comes to its end: what it has pulled into goes when verify has let go of it.
+ * Nothing is told. */
+static void i_farpinned(void) {
+  struct far two[2];
+  pthread_t verify, pull;
+  void *verified, *pulled;
+  struct nbdserve_export e = {0};
+  int slows = 1;
+  far_thinner(two);
+  far_new(two);
+  CHECK(far_pull("v@b", two + 1, 26000) == -EPIPE);
+  i_volume.ops->close(i_volume.ctx);
+  CHECK(nbdserve_cas_rm(i_cas, "v@a") == 0);
+  CHECK(nbdserve_cas_rm(i_cas, "v") == 0);
+  CHECK(pthread_create(&verify, NULL, far_verify, &slows) == 0);
+  far_await(two[1].part, 0);
+  CHECK(pthread_create(&pull, NULL, far_again, two + 1) == 0);
+  far_await("b", 1);
+  usleep(100000);
+  CHECK(nbdserve_cas_volume(i_cas, "v@b", &e) == -ENOENT);
+  far_await(two[1].part, 0);
+  t_hold(&fi[PREAD].hold, 0);
+  pthread_join(verify, &verified);
+  pthread_join(pull, &pulled);
+  CHECK((int)(intptr_t)verified == 0);
+  CHECK((int)(intptr_t)pulled == 0);
+  far_has("v@b", two + 1);
+  CHECK(nbdserve_cas_close(i_cas) == 0);
+  far_free(two);
+  far_free(two + 1);
+}
+
+/* Progress of a repair, before the last leaf and then while the peer is waited
+ * for: now v goes. */
+static int far_goes(void *arg, uint64_t done, uint64_t total) {
+  (void)total;
+  if (done == 1016 * 4096 && ++*(int *)arg == 2)
+    CHECK(nbdserve_cas_rm(i_cas, "v") == 0);
+  return 0;
+}
+
+/* A volume is removed while the peer is asked for its last blocks. */
+static void i_fargoes(void) {
+  struct far two[2];
+  struct far_end end = {.sleeps = 500};
+  struct nbdserve_peer peer = {.stall_ms = 20000};
+  unsigned char b[4096];
+  off_t pos;
+  int looks = 0, err;
+  far_two(two);
+  far_new(two);
+  CHECK(nbdserve_cas_rm(i_cas, "v@a") == 0);
+  i_volume.ops->close(i_volume.ctx);
+  for (pos = 0;; pos += 4096) {
+    i_peek(pos, b, sizeof b);
+    if (!memcmp(b, far_block(two, 1027), sizeof b)) break;
+  }
+  i_flip(pos + 100);
+  peer.in_fd = peer.out_fd = far_start(&end, two);
+  err = nbdserve_cas_repair(i_cas, &peer, far_told, far_goes, &looks);
+  far_stop(&end, peer.in_fd);
+  CHECK(err == 0 && looks > 1);
+  CHECK(nbdserve_cas_close(i_cas) == 0);
+  far_free(two);
+  far_free(two + 1);
+}
+
+/* Progress of a pull: there is a checkpoint when it seals the map and looks at
+ * the first leaf or, if that is not there any more, the last one; that it looks
+ * at for the second time, after it has found out what it lacks. */
+static int far_thins(void *arg, uint64_t done, uint64_t total) {
+  int *looks = arg;
+  if (done == 1016 * 4096 || (done && done == total && ++looks[0] > 1)) {
+    looks[1]++;
+    CHECK(cas_checkpoint(i_cas, NULL, UINT64_MAX) == 0);
+  }
+  return 0;
+}
+
+/* A leaf of which nothing is left goes with a checkpoint, but not while a pull
+ * seals the map. */
+static void i_farthinned(void) {
+  struct far two[2];
+  struct far_end end = {.left = SIZE_MAX};
+  struct nbdserve_peer peer = {.stall_ms = 20000, .progress = far_thins};
+  int looks[2] = {0, 0};
+  far_thinner(two);
+  far_new(two);
+  peer.arg = looks;
+  peer.in_fd = peer.out_fd = far_start(&end, two + 1);
+  CHECK(nbdserve_cas_pull(i_cas, "v@b", two[1].id, &peer) == 0);
+  far_stop(&end, peer.in_fd);
+  CHECK(looks[1] > 0);
+  far_has("v@b", two + 1);
+  CHECK(i_cas_close() == 0);
+  far_free(two);
+  far_free(two + 1);
+}
+
+/* Others, until the end of `on` */
+struct far_others {
+  int on; /* (t_hold) */
+  int rounds;
+};
+
+/* Verify tells nothing, whatever the others do. */
+static void *far_verifies(void *arg) {
+  struct far_others *o = arg;
+  for (; t_hold(&o->on, -1); o->rounds++)
+    CHECK(nbdserve_cas_verify(i_cas, far_told, NULL, NULL) == 0);
+  return NULL;
+}
+
+/* Checkpoints, one after the other */
+static void *far_cuts(void *arg) {
+  struct far_others *o = arg;
+  for (; t_hold(&o->on, -1); o->rounds++)
+    CHECK(cas_checkpoint(i_cas, NULL, UINT64_MAX) == 0);
+  return NULL;
+}
+
+/* Removes what may be the base of a seal or a pull. */
+static void far_remove(const char *name) {
+  int err;
+  while ((err = nbdserve_cas_rm(i_cas, name)) == -EBUSY)
+    usleep(1000);
+  CHECK(err == 0);
+}
+
+/* Snapshots of v, of which leaves come and go meanwhile, are sealed. */
+static void *far_seals(void *arg) {
+  struct far_others *o = arg;
+  char id[2][72];
+  for (; t_hold(&o->on, -1); o->rounds++) {
+    uint64_t leaf = (uint64_t)(o->rounds % 3) * 1016;
+    int i;
+    for (i = 0; i < 9; i++)
+      CHECK(i_put(leaf + (uint64_t)i, 1 + i) == 0);
+    CHECK(nbdserve_cas_snapshot(i_cas, "v@c") == 0);
+    CHECK(i_volume.ops->zero(i_volume.ctx, leaf * 4096, 9 * 4096, 0) == 0);
+    CHECK(nbdserve_cas_seal(i_cas, "v@c", id[0], NULL, NULL) == 0);
+    CHECK(nbdserve_cas_snapshot(i_cas, "v@d") == 0);
+    CHECK(nbdserve_cas_seal(i_cas, "v@d", id[1], NULL, NULL) == 0);
+    CHECK(strcmp(id[0], id[1]));
+    far_remove("v@c");
+    far_remove("v@d");
+  }
+  return NULL;
+}
+
+/* Pulls that come to their end, seals, checkpoints and a verify side by side */
+static void i_farbeside(void) {
+  static void *(*const all[])(void *) = {far_verifies, far_cuts, far_seals};
+  struct far_others o[3] = {{1, 0}, {1, 0}, {1, 0}};
+  pthread_t thread[3];
+  time_t from = time(NULL);
+  struct far two[2];
+  char id[72];
+  int i, k;
+  far_thinner(two);
+  far_new(two);
+  for (k = 0; k < 3; k++)
+    CHECK(pthread_create(thread + k, NULL, all[k], o + k) == 0);
+  for (i = 0; i < 30 && (i < 6 || time(NULL) - from < 10); i++) {
+    const char *name = i % 2 ? "v@b" : "w@b"; /* with a base, and without */
+    if (i % 3) CHECK(far_pull(name, two + 1, 26000) == -EPIPE);
+    CHECK(far_pull(name, two + 1, SIZE_MAX) == 0);
+    CHECK(nbdserve_cas_seal(i_cas, name, id, NULL, NULL) == 0);
+    CHECK(!strcmp(id, two[1].id));
+    far_remove(name);
+    if (i % 2 == 0) far_remove("w");
+  }
+  for (k = 0; k < 3; k++) {
+    t_hold(&o[k].on, 0);
+    pthread_join(thread[k], NULL);
+    CHECK(o[k].rounds > 0);
+  }
+  far_has("v@a", two);
+  CHECK(i_cas_close() == 0);
+  far_free(two);
+  far_free(two + 1);
+}
 #else
 static void far_sum(const void *p, size_t n, unsigned char sum[32]) {
   memset(sum, p && n ? 1 : 0, 32);
@@ -22072,6 +22614,10 @@ static void i_farcalls(void) {}
 static void i_farmend(void) {}
 static void i_farremoved(void) {}
 static void i_farsameid(void) {}
+static void i_farpinned(void) {}
+static void i_fargoes(void) {}
+static void i_farthinned(void) {}
+static void i_farbeside(void) {}
 #endif
 
 static const struct {
@@ -22210,6 +22756,10 @@ static const struct {
     {"farmend", i_farmend},
     {"farremoved", i_farremoved},
     {"farsameid", i_farsameid},
+    {"farpinned", i_farpinned},
+    {"fargoes", i_fargoes},
+    {"farthinned", i_farthinned},
+    {"farbeside", i_farbeside},
 };
 
 int main(int argc, char **argv) {

@@ -27,7 +27,8 @@
  *   [14] CLI           cli_       the command
  *
  * ---- Where to read about ... ----------------------------------------------
- *   the life of a request, its states, threads and buffers   head of [9]
+ *   the life of a request, threads and buffers               head of [9]
+ *   the states of a request                                  [5]
  *   what makes a FLUSH cover another client's WRITE          (E3) in [7], (T3)
  *   a client that never reads, or stops halfway              (I2) in [6], (T5)
  *   what happens when the server stops                       (S3) in [13]
@@ -57,9 +58,9 @@
  *               client it accepts      [9] until it has left   stopping
  *               (nbdserve_serve: it is
  *               the caller's own)
- *   worker      a client's thread,     tx_worker: one request  the client's
- *               when a request may     at a time               thread
- *               take long
+ *   worker      a client's thread,     tx_worker: one request  itself, if idle
+ *               when a request may     or list of requests at  for 5 s, or the
+ *               take long              a time                  client's thread
  *   store's     a request or command   cas_work: fills the     itself, when it
  *               that leaves work       index, checkpoints      is done
  *               behind
@@ -3147,13 +3148,13 @@ static int hs_run(struct conn *c) {
  * (T2) The buffer of a READ has room for the reply's head in front of the data,
  *      so that neither is ever copied.  Those of a batch lie side by side in
  *      wbuf, each in its slot, and neighbours leave as one piece.  A READ that
- *      failed or brought nothing but zeroes leaves its slot unused: it is
- *      answered by a head alone, which stands with the other replies' heads.
+ *      failed, or (but for simple replies) brought nothing but 512 zeroes or
+ *      more, is answered by a head alone, which stands with the other heads.
  * (T3) A batch's writes are done before its flushes start: a flush covers all
  *      that was answered before it arrived, and more.
  * (T4) FLUSH (unless it came alone, or the one before was quick), TRIM, CACHE,
  *      WRITE_ZEROES, BLOCK_STATUS, READs in a batch that have to wait for the
- *      medium, and what tx_dispatch copies, may take as long as they like:
+ *      medium, and what has a buffer of its own, may take as long as they like:
  *      nothing behind them waits, up to the limits in (T5) and while a worker
  *      can be had; but of the READs of one batch that wait for the medium, one
  *      may have to wait for those in front of it.  What the client's thread
@@ -3163,10 +3164,11 @@ static int hs_run(struct conn *c) {
  *      block, leaves that have to be read, and everything on a temporary
  *      export.
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
- *      up to TX_HANDED_OVER requests with workers.  The buffers that these own
- *      are not more than config.threads, with up to TX_PIECE bytes each.  Of
- *      the other requests as many are done at a time, and then hold the extents
- *      of a BLOCK_STATUS, 2 MiB at most, until they are answered. */
+ *      fewer than TX_HANDED_OVER + TX_BATCH requests with workers.  The buffers
+ *      that these own are not more than config.threads, with up to TX_PIECE
+ *      bytes each.  Of the other requests as many are done at a time, and then
+ *      hold the extents of a BLOCK_STATUS, 2 MiB at most, until they are
+ *      answered. */
 
 /* ---- Replies ------------------------------------------------------------- */
 
@@ -3430,8 +3432,8 @@ static void tx_wait_for_workers(struct conn *c, unsigned most) {
 /* Takes what a worker does next, waiting for it: a list from the queue, or all
  * that wait for a flush.  NULL: there was nothing to do for TX_IDLE_MS, or the
  * connection ends and there is nothing left; if flushes are left while another
- * worker flushes, that one takes them next.  (That the wait ends also helps
- * where the system loses a signal, which some versions of glibc do.)  The
+ * worker flushes, that one takes them next.  (The time limit also covers
+ * a wake-up that is lost, which is a bug of some versions of glibc.)  The
  * caller holds queue_lock. */
 static struct nbdserve_req *tx_take_work(struct conn *c) {
   int64_t until = os_now_ms() + TX_IDLE_MS;
@@ -3454,9 +3456,10 @@ static struct nbdserve_req *tx_take_work(struct conn *c) {
   }
 }
 
-/* Does and answers a list of READs that have to wait for the medium.  It has
- * been asked for all of them, so mostly one wait brings several.  What is done
- * is answered before the next wait. */
+/* Does and answers a list of READs that have to wait.  The medium has been
+ * asked for all of them, so mostly one wait brings several.  What is done is
+ * answered before the next wait; then the list is joined again, for the caller,
+ * who walks all of it. */
 static void tx_do_reads(struct conn *c, struct nbdserve_req *list) {
   struct nbdserve_req *before = NULL;
   for (struct nbdserve_req *r = list; r; before = r, r = r->next) {
@@ -3468,7 +3471,7 @@ static void tx_do_reads(struct conn *c, struct nbdserve_req *list) {
       if (before) before->next = r;
       list = r;
       r->may_wait = 1;
-      r->err = conn_send(c, NULL, 0, 0);
+      r->err = conn_send(c, NULL, 0, 0); /* it only tells */
       if (r->err)
         r->refused = "the client is gone"; /* nobody waits for it */
       else
@@ -3479,8 +3482,8 @@ static void tx_do_reads(struct conn *c, struct nbdserve_req *list) {
   tx_answer(c, list);
 }
 
-/* A worker of a client: does and answers what is handed over until the client
- * has gone. */
+/* A worker of a client: does and answers what is handed over, until there has
+ * been nothing for TX_IDLE_MS or the connection is closing. */
 static void *tx_worker(void *conn) {
   struct conn *c = conn;
   struct nbdserve_req *list;
@@ -3566,8 +3569,9 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *list) {
 /* ---- The batch ----------------------------------------------------------- */
 
 /* Does the READs of the batch that have to wait for the medium: hands them over
- * as one list, with a buffer for all of them, which the last one owns; or does
- * and answers them here if there is no worker or no memory. */
+ * as one list, with a buffer for all of them, which the last one owns, as it is
+ * answered last; or does and answers them here if there is no worker or no
+ * memory.  Either way the batch has nothing left to do for them. */
 static void tx_read_later(struct conn *c, struct nbdserve_req *list) {
   struct nbdserve_req *last = list;
   while (last->next)
@@ -3803,7 +3807,7 @@ static int tx_validate(const struct conn *c, struct nbdserve_req *r) {
   int takes_payload = r->type == NBD_CMD_WRITE && c->mode == MODE_EXTENDED;
   if (is_status) takes_payload = c->info.flags & NBD_FLAG_BLOCK_STATUS_PAYLOAD;
   if (r->flags & NBD_CMD_FLAG_PAYLOAD_LEN && !takes_payload)
-    return tx_refuse(r, -EINVAL, "it takes no payload");
+    return tx_refuse(r, -EINVAL, "the command takes no payload");
   if (cmd->writes && (c->info.flags & NBD_FLAG_READ_ONLY))
     return tx_refuse(r, -EPERM, "the export is read-only");
   if (r->type == NBD_CMD_WRITE && r->payload != r->len)
@@ -3812,7 +3816,7 @@ static int tx_validate(const struct conn *c, struct nbdserve_req *r) {
     return tx_refuse(r, cmd->err_beyond, "beyond the end of the export");
   if (is_status && !c->contexts.n)
     return tx_refuse(r, -EINVAL, "no metadata context was negotiated");
-  if (lacking) return tx_refuse(r, -EINVAL, "the export does not offer it");
+  if (lacking) return tx_refuse(r, -EINVAL, "the export does not offer this");
   if (stray) return tx_refuse(r, -EINVAL, "flag does not apply");
   if (has_range && (r->off | r->len) & (c->info.min_block - 1))
     return tx_refuse(r, -EINVAL, "no multiple of the minimum block size");
@@ -3833,11 +3837,12 @@ static int tx_dispatch(struct conn *c, struct nbdserve_req *r) {
   /* Is it handed over with its data?  On a host's backend, which may take its
    * time, each READ and WRITE is; in a store a long WRITE, so that the data of
    * several is received, hashed and written at the same time. */
-  int is_copied = moves_data && c->s->config.threads > 1 && r->len <= TX_PIECE;
+  int has_own_buffer =
+      moves_data && c->s->config.threads > 1 && r->len <= TX_PIECE;
   if (c->run_batch && !(is_long_write && c->export->pub.ops->hashes))
-    is_copied = 0;
+    has_own_buffer = 0;
   uint64_t data = moves_data ? r->len : r->payload; /* of a READ, too */
-  int is_batched = !is_copied && data <= TX_IN_BATCH_MAX;
+  int is_batched = !has_own_buffer && data <= TX_IN_BATCH_MAX;
   size_t slot = 0; /* of a READ in the batch: bytes of wbuf */
   if (is_batched && moves_data && r->type == NBD_CMD_READ)
     slot = wire_read_head_len(c->mode) + (size_t)r->len;
@@ -3854,7 +3859,7 @@ static int tx_dispatch(struct conn *c, struct nbdserve_req *r) {
     c->batch[c->nbatch++] = *r;
     return 0;
   }
-  if (!is_copied || !tx_take_buffer(c, r)) /* without memory, too */
+  if (!has_own_buffer || !tx_take_buffer(c, r)) /* or there is none */
     return r->payload ? tx_write_in_pieces(c, r) : tx_read_in_pieces(c, r);
   if (r->payload) err = tx_recv_payload(c, r->buf, (size_t)r->payload);
   if (!err) return tx_finish(c, r);
@@ -3901,7 +3906,7 @@ static int tx_next_request(struct conn *c) {
       extended ? r.flags & NBD_CMD_FLAG_PAYLOAD_LEN : r.type == NBD_CMD_WRITE;
   if (has_payload) r.payload = r.len;
   r.may_wait = r.type != NBD_CMD_READ || c->s->config.threads == 1;
-  /* A longer payload is not even skipped. */
+  /* A payload beyond the limit is not even skipped: the connection ends. */
   uint64_t most = extended ? c->info.max_request : NBDSERVE_MAX_REQUEST;
   uint32_t magic = extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC;
   if (u_get32(p) != magic || r.payload > most) {
@@ -6533,11 +6538,11 @@ static void cas_settle(struct nbdserve_cas *st, int is_durable) {
 }
 
 /* ---- Checkpoints ----------------------------------------------------------
- * The cut, under the lock, gives every dirty node a pair of slots and writes
- * down all pages but the leaves.  From then on nothing is dirty.  Leaves are
- * copied later, in portions, as they are then: if one has changed, the log
- * tells it once more.  Nodes are freed only by who holds ckpt, so none of them
- * vanishes meanwhile.
+ * The cut, under the lock, gives every dirty node a pair of slots and encodes
+ * all pages but those of leaves, in memory.  From then on nothing is dirty.
+ * Leaves are copied later, in portions, as they are then: if one has changed,
+ * the log tells it once more.  Nodes are freed only by who holds ckpt, so none
+ * of them vanishes meanwhile.
  *
  *   under the lock        the lock is let go in between     under the lock
  *   cas_make_cut          cas_write_pages, cas_sync,        cas_end_cut,
@@ -6550,8 +6555,8 @@ static void cas_settle(struct nbdserve_cas *st, int is_durable) {
  *
  * What clients change meanwhile makes nodes dirty again, and is in log pages
  * from the cut's on, so it belongs to the next checkpoint.  The slots that it
- * retires are of pages that this one is writing; they wait for the next
- * one, too. */
+ * retires are named by the superblock of this one; they wait for the next one,
+ * too. */
 
 /* A page that a checkpoint writes */
 struct cas_write {
@@ -6727,7 +6732,8 @@ static int cas_write_super(struct nbdserve_cas *st,
 
 /* Ends a cut.  When it is durable, what the superblock before named is free.
  * Else it is taken back: what it made clean is dirty again, and its slots,
- * which nothing durable names, are free. (unlocks) */
+ * which nothing durable names, are free; that of a node that has changed since
+ * is retired already, and waits. (unlocks) */
 static void cas_end_cut(struct nbdserve_cas *st, struct cas_cut *cut,
                         int is_durable) {
   uint32_t unused = 0;
@@ -6758,10 +6764,13 @@ static void cas_end_cut(struct nbdserve_cas *st, struct cas_cut *cut,
 /* Writes all that is dirty, with a change of the catalog if there is one, so
  * that the log up to now is not needed any more.  The order (C7): the pages;
  * the first superblock, while the second is still the old one; the second one,
- * before anything is free or answered.  After an error before the superblocks
- * nothing has changed; pages that could not be written are tried elsewhere.  If
- * a superblock fails, nobody knows what is there (C14).  since: does nothing if
- * there was another one meanwhile. */
+ * before anything is free or answered.  If memory, space
+ * or a page write fails, the cut is taken back, and the volumes are as before;
+ * after a page write it is tried again in other segments.  If a sync or a
+ * superblock fails, nobody knows what is in the file, so the store fails
+ * (C14).  since: the
+ * number of the superblock that the caller has seen: if there is a newer one by
+ * now, somebody else has done it; UINT64_MAX: a checkpoint in any case. */
 static int cas_checkpoint(struct nbdserve_cas *st, struct cas_change *change,
                           uint64_t since) {
   int err = 0;
@@ -6802,8 +6811,8 @@ static int cas_checkpoint_meanwhile(struct nbdserve_cas *st) {
   return err;
 }
 
-/* Makes a change of the catalog.  Before there is no space for it, what only
- * waits to be free is made so. */
+/* Makes a change of the catalog.  If there is no space for it, a checkpoint
+ * without it frees the retired slots, and the change is tried once more. */
 static int cas_apply(struct nbdserve_cas *st, struct cas_change *change) {
   int err = cas_checkpoint(st, change, UINT64_MAX);
   if (err != -ENOSPC || cas_checkpoint(st, NULL, UINT64_MAX)) return err;
@@ -6922,9 +6931,10 @@ static void cas_kick(struct nbdserve_cas *st) {
  *   -EAGAIN    OS_READ_NOW: not in memory; commit: not what was expected
  *   -EBADMSG   a pulled block is not what its digest in the tree says */
 
-/* Gets free what only waits to be: by a sync (data that was dropped, and space
- * that was given) or, if that frees nothing, a checkpoint (pages).  Returns
- * whether there was anything, so that it makes sense to try again. (unlocks) */
+/* Frees slots that only wait for something: by a sync, if dropped data or new
+ * space waits for one; else by a checkpoint, if retired pages wait for that.
+ * Returns whether something may be free now, so that the caller tries again.
+ * (unlocks) */
 static int cas_reclaim(struct nbdserve_cas *st) {
   if (st->failed) return 0;
   if (st->dropped || st->npending) return !cas_sync(st, 1);
@@ -9352,9 +9362,10 @@ struct cas_wanted {
   int has_base;                         /* the base has something there */
   unsigned char digest[CAS_DIGEST_LEN]; /* of the node; of the top: the id */
   unsigned char *own; /* digests that its kids have here: see cas_get_digests */
-  unsigned char *kids; /* digests that they are to have, */
-  size_t skip;         /* behind so many bytes as they come; */
-  size_t len;          /* bytes of these, without kids that are not there */
+  unsigned char *kids; /* digests that its kids have at the peer */
+  size_t skip; /* bytes in front of kids in the READ, which begins at a multiple
+                  of PEER_ALIGN */
+  size_t len;  /* bytes of kids: the last node of a level may have fewer */
 };
 
 /* Room for the digests of all kids of waiting nodes; and for READs of them,

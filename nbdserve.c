@@ -4982,6 +4982,8 @@ struct nbdserve_cas {
    * or other work has ended. */
   struct os_monitor lock;
   int syncing;       /* a sync is under way; a second one may miss its error */
+  uint64_t nsyncs;   /* syncs that have begun */
+  uint64_t nsynced;  /* the last of them that has ended */
   int failed;        /* -errno: nothing is written any more (C14) */
   int is_outdated;   /* the log follows a superblock that is gone */
   int is_short;      /* the file does not have all slots of the superblock */
@@ -5622,15 +5624,20 @@ static uint32_t cas_take_pair(struct nbdserve_cas *st) {
   return slot;
 }
 
-/* Makes all that was written so far durable; one caller syncs for those that
- * wait meanwhile, unless it is told to.  (unlocks) */
+/* Makes all that was written so far durable; one caller syncs for all that wait
+ * meanwhile.  Who only wants its log to be durable waits no longer than until
+ * that is so; others (always) for a sync that begins after the call.  (unlocks)
+ */
 static int cas_sync(struct nbdserve_cas *st, int always) {
   uint64_t mine = st->seq + (st->nlog > 0); /* behind the last entry */
-  while (st->syncing)
+  uint64_t begun = st->nsyncs; /* one that begins later is as good as ours */
+  while (st->syncing && (always ? st->nsynced <= begun : st->durable < mine))
     cas_wait(st);
-  if (st->failed || (!always && st->durable >= mine)) return st->failed;
+  int is_done = always ? st->nsynced > begun : st->durable >= mine;
+  if (st->failed || is_done) return st->failed;
   assert(!st->readonly && st->durable <= st->seq);
   st->syncing = 1;
+  st->nsyncs++;
   cas_log_close(st); /* (C13) */
   uint64_t seq = st->seq;
   /* What was dropped so far is free when the pages that say so, which are
@@ -5650,6 +5657,7 @@ static int cas_sync(struct nbdserve_cas *st, int always) {
     /* Where there was no space there may be some now. */
     if (dropped) cas_change_space(st, SPACE_FULL, SPACE_UNKNOWN);
   }
+  st->nsynced = st->nsyncs;
   st->syncing = 0;
   os_wake_all(&st->lock);
   return st->failed;

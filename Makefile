@@ -73,6 +73,11 @@ TSAN_TESTS = quick @platform @io @export @transmission @flat @server \
   testGcHoldsNobodyUpWhileItGivesSpaceBack testWhatIsTrueOnlyWhileASyncRuns \
   testWithoutAThreadWhoAsksDoesTheWork \
   testVerifyMissesNothingThatARollbackMoves \
+  testPullThatEndsWaitsForWhoVerifiesWhatItHas \
+  testPullSealsAMapThatACheckpointThinsOut \
+  testPullsSealsCheckpointsAndVerifySideBySide \
+  testRepairGoesOnWhenWhatItMendsIsRemoved \
+  testNoFlushOfAStoreWaitsForManySyncs testANameThatIsGoingIsNotFreeYet \
   testWritesThatAFullStoreRefusesDoNotSync testRunPassesTheStatusOn \
   testSignalsEndItInOrder testFaultsHitTheirShareOfTheirCommand \
   testDelayedRequestsWaitTogether testStatsAreWrittenAtExitAndOnUSR1 \

@@ -9224,7 +9224,7 @@ static int cas_open_source(struct nbdserve_cas *st, const char *name, size_t n,
   source->data = *source->vol;
   cas_unlock(st);
   source->data.now.size = INT64_MAX;
-  source->tree = cas_tree_of(source->vol);
+  source->tree = cas_tree_of(&source->data);
   source->at = cas_pull_layout(st->bs, source->vol->now.size);
   cas_put_head(st, CAS_PULL_MAGIC, source->head);
   u_put64(source->head + 16, source->vol->now.size);

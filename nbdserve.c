@@ -3161,8 +3161,8 @@ static int hs_run(struct conn *c) {
  *      does itself holds up the requests behind it: the rest of a batch,
  *      pieces, and a flush that came alone, or took long after one that was
  *      quick.  In a batch these still wait there: READs of a part of a store's
- *      block, leaves that have to be read, and everything on a temporary
- *      export.
+ *      block, leaves that have to be read, WRITEs for which a store has to sync
+ *      to get space, and everything on a temporary export.
  * (T5) Memory is bounded and nobody waits for it: a client has its buffers and
  *      fewer than TX_HANDED_OVER + TX_BATCH requests with workers.  The buffers
  *      that these own are not more than config.threads, with up to TX_PIECE

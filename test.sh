@@ -12643,6 +12643,7 @@ static void u_slow_before(void) {
   struct served v = {0};
   struct nbdserve *s;
   struct t_conn c;
+  unsigned char all[3 * 28];
   char b[512];
   int i, k, hold = 0;
   config.version = NBDSERVE_VERSION_NUMBER;
@@ -12653,8 +12654,9 @@ static void u_slow_before(void) {
   CHECK(t_open(&c, c.fd, "", 0) == 0);
   for (k = 0; k < 3; k++) {
     t_hold(&hold, 1);
-    for (i = 0; i < 3; i++) /* not alone */
-      CHECK(t_send(&c, 0, FLUSH, (uint32_t)i, 0, 0, NULL) == 0);
+    for (i = 0; i < 3; i++) /* one that comes alone may hold others up */
+      t_head(all + 28 * i, 0, FLUSH, (uint32_t)i, 0, 0);
+    CHECK(t_write(c.fd, all, sizeof all) == 0);
     t_sleep(100);
     if (k > 0) {
       CHECK(t_send(&c, 0, READ, 9, 0, 512, NULL) == 0);

@@ -8128,8 +8128,7 @@ testExportLeavesNoHalfFile() {
 testTERMEndsAnExportAndLeavesNoHalfFile() {
   unhurried || return 0
   store || return 0
-  much
-  cas 0 import "$S::v" "$W/much"
+  yes | head -c 1536M | does "$NBDSERVE" import "$S::v" - # for a second or so
   mkdir "$T/to"
   echo old >"$T/to/old"
   for how in alone served; do
@@ -8140,7 +8139,7 @@ testTERMEndsAnExportAndLeavesNoHalfFile() {
       assertEquals "$how $file" 1 $STATUS
       says 'export.*: .*ancel'
     done
-    assertEquals "$how" 'old old' "$(cat "$T/to/old") $(ls -A "$T/to")"
+    assertEquals "$how" 'old old' "$(head -c 4 "$T/to/old") $(ls -A "$T/to")"
   done
   JOB=${JOBS# } PID=${JOBS#*:} JOB=${JOB%:*}
 }

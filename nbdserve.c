@@ -6514,7 +6514,9 @@ static void cas_settle(struct nbdserve_cas *st, int is_durable) {
     struct cas_volume *vol = st->volumes[i];
     if (!vol->is_staged) continue;
     assert(vol->page && vol->id);
-    if (is_durable) vol->now = vol->then;
+    /* Clients read `now` without the lock: it is written only if it changes. */
+    if (is_durable && memcmp(&vol->now, &vol->then, sizeof vol->now) != 0)
+      vol->now = vol->then;
     vol->then = vol->now;
     vol->is_staged = 0;
     if (vol->edge && !is_durable) {
@@ -9214,21 +9216,22 @@ static int cas_open_source(struct nbdserve_cas *st, const char *name, size_t n,
   struct cas_source *source = u_zalloc(sizeof *source);
   if (!source) return -ENOMEM;
   int err = cas_use(st, name, n, &source->vol);
-  if (!err && u_is_zero(source->vol->now.cid, CAS_DIGEST_LEN))
+  os_lock(&st->lock);
+  if (!err) source->data = *source->vol;
+  cas_unlock(st);
+  if (!err && u_is_zero(source->data.now.cid, CAS_DIGEST_LEN))
     err = -EOPNOTSUPP;
   if (err) {
     cas_source_close(source);
     return err;
   }
-  os_lock(&st->lock);
-  source->data = *source->vol;
-  cas_unlock(st);
+  uint64_t size = source->data.now.size;
   source->data.now.size = INT64_MAX;
   source->tree = cas_tree_of(&source->data);
-  source->at = cas_pull_layout(st->bs, source->vol->now.size);
+  source->at = cas_pull_layout(st->bs, size);
   cas_put_head(st, CAS_PULL_MAGIC, source->head);
-  u_put64(source->head + 16, source->vol->now.size);
-  memcpy(source->head + 24, source->vol->now.cid, CAS_DIGEST_LEN);
+  u_put64(source->head + 16, size);
+  memcpy(source->head + 24, source->data.now.cid, CAS_DIGEST_LEN);
   out->size = source->at.end;
   out->flags |= NBDSERVE_EXPORT_READONLY | NBDSERVE_EXPORT_MULTI_CONN;
   out->ops = &ops;
@@ -9722,9 +9725,9 @@ int nbdserve_cas_pull(struct nbdserve_cas *st, const char *name,
   if (there) { /* was it pulled before, and is it whole? */
     os_lock(&st->lock);
     if (!cas_has_all(there)) err = -EUCLEAN;
-    cas_unlock(st);
     if (memcmp(there->now.cid, p->wanted.now.cid, CAS_DIGEST_LEN) != 0)
       err = -EEXIST;
+    cas_unlock(st);
     cas_close(there);
   }
   if (!err && !there) err = cas_pull_record(p);

@@ -12669,6 +12669,13 @@ static int cli_disconnect(int is_forced) {
   int lost = fd < 0 || fsync(fd) < 0 ? -errno : 0;
   if (lost) cli_say("%s: %s; written data may be lost", path, strerror(-lost));
   close(fd);
+  /* The kernel may have had nobody left to tell of an error. */
+  struct nbdserve_stats stats;
+  nbdserve_stats(cli.server, &stats);
+  if (!lost && stats.errors) {
+    lost = -EIO;
+    cli_say("%s: requests have failed; written data may be lost", path);
+  }
   int err = os_tell_nbd(OS_NBD_DISCONNECT, CLI_DEVICE, NULL);
   cli.is_connected = 0; /* what the kernel has sent by then is still done */
   if (err) cli_say("%s: not disconnected: %s", path, strerror(-err));

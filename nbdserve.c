@@ -3528,9 +3528,9 @@ static int tx_hand_over(struct conn *c, struct nbdserve_req *list) {
   if (most == 1) return 0; /* this thread does all itself */
   for (; r && (*end = NBDSERVE_MALLOC(sizeof *r)) != NULL; r = r->next) {
     **end = *r;
-    /* What a request wrote or read is in rbuf or wbuf, and done; it only owes a
-     * flush, which needs no data. */
-    if (flushes && !r->owned) (*end)->buf = NULL;
+    /* The READs of a list lie in the buffer of the last one.  Others that own
+     * none had their data in rbuf, and it is written; a flush needs none. */
+    if (r->type != NBD_CMD_READ && !r->owned) (*end)->buf = NULL;
     end = &(*end)->next;
   }
   *end = NULL;
@@ -5630,7 +5630,7 @@ static uint32_t cas_take_pair(struct nbdserve_cas *st) {
  */
 static int cas_sync(struct nbdserve_cas *st, int always) {
   uint64_t mine = st->seq + (st->nlog > 0); /* behind the last entry */
-  uint64_t begun = st->nsyncs; /* one that begins later is as good as ours */
+  uint64_t begun = st->nsyncs; /* a sync that begins later covers us, too */
   while (st->syncing && (always ? st->nsynced <= begun : st->durable < mine))
     cas_wait(st);
   int is_done = always ? st->nsynced > begun : st->durable >= mine;

@@ -427,11 +427,12 @@ NBDSERVE_API void nbdserve_cas_stat(struct nbdserve_cas *cas,
                                     struct nbdserve_cas_stat *out);
 
 /* Checks everything that is stored against its SHA-256, and calls each for what
- * is damaged: len bytes at off of the volume or snapshot name or, if len is 0
- * and name "", a part of the store; why says what is wrong.  It may call the
- * store.  If it returns a number that is not 0, the work ends with that.
- * Returns 0 if nothing is damaged, -EUCLEAN if something is.  Of what lies
- * twice one copy that is damaged is no damage: it is written anew. */
+ * is damaged: len bytes at off of the volume or snapshot name or, if len is 0,
+ * the tree of its id or, if name is "" as well, a part of the store; why says
+ * what is wrong.  It may call the store.  If it returns a number that is not 0,
+ * the work ends with that.  Returns 0 if nothing is damaged, -EUCLEAN if
+ * something is.  Of what lies twice one copy that is damaged is no damage: it
+ * is written anew. */
 typedef int nbdserve_damage_fn(void *arg, const char *name, uint64_t off,
                                uint64_t len, const char *why);
 NBDSERVE_API int nbdserve_cas_verify(struct nbdserve_cas *cas,
@@ -481,13 +482,14 @@ NBDSERVE_API int nbdserve_cas_repair(struct nbdserve_cas *cas,
  * that only nbdserve_cas_list shows and NBDSERVE_CAS_RM removes, or
  * nbdserve_cas_gc after a week; the next pull of that id goes on with it.
  *
- * -EEXIST: there is such a snapshot, with other contents.  -EINVAL: no possible
- * name, or the blocks there have another size.  -ENOENT: the server has no such
- * export, or it is not sealed.  -EBADMSG: what comes is not what it should be.
- * -EPROTO: that is no such server.  -ETIMEDOUT: it says nothing.  -EPIPE: it
- * has hung up.  -EBUSY: another pull gets the same.  -ENOSPC: there is no
- * space, or only 1 % of it, 64 MiB at least, which is left to others.
- * -ECANCELED: progress has said so.  -EIO: it cannot read it, or we cannot
+ * -EEXIST: there is such a snapshot, with other contents.  -EUCLEAN: there is
+ * such a snapshot, and a part of it is lost.  -EINVAL: no possible name, or the
+ * blocks there have another size.  -ENOENT: the server has no such export, or
+ * it is not sealed.  -EBADMSG: what comes is not what it should be.  -EPROTO:
+ * that is no such server.  -ETIMEDOUT: it says nothing.  -EPIPE: it has hung
+ * up.  -EBUSY: another pull gets the same.  -ENOSPC: there is no space, or only
+ * 1 % of it, 64 MiB at least, which is left to others.  -ECANCELED: progress
+ * has said so.  -EIO: it cannot read it, or we cannot
  * store it.  With pipes ignore SIGPIPE. */
 NBDSERVE_API int nbdserve_cas_pull(struct nbdserve_cas *cas, const char *name,
                                    const char *from,

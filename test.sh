@@ -968,6 +968,7 @@ is_variant() {
 unless() { # switch
   [ "$SWITCH" != "$1" ] || { skip "built with NBDSERVE_$1"; return 1; }
 }
+pulls() { unless NO_CAS && unless NO_CLIENT; }
 
 # What a test cannot do without: a tool, a /path, the rights of root, a terminal
 # from script(1), or a loopback interface that is up
@@ -3440,7 +3441,7 @@ testTemporaryExportsLeaveNoDescriptor() { unit closed; }
 # ==== [11] CLIENT (@peer) ====================================================
 
 testPullGetsASealedSnapshotFromAnotherStore() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   S=$T/store
   noise 3000000 >"$T/in"
   cas 0 init "$S"
@@ -4337,102 +4338,99 @@ assert h.pread(4096, 12288) == blocks[0]
 END
 }
 testPullsPeerMayLieAboutAnything() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   unit farlies
 }
 testPullTakesWhatIsOddButTrue() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   unit farodd
 }
 testPullWaitsForASilentPeerOnlySoLong() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   unit farstall
 }
 testPullMayBeCutAfterEveryByte() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   unit farcut
 }
 testPullsPeerMayHangUpOrBeGone() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   unit fargone
 }
 testPullRefusesATreeThatSealWouldNotMake() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   unit farforged
 }
 testPullRefusesWhatIsBehindTheEnd() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   unit fartail
 }
 testPullSaysWhyAnExportIsTooSmall() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   unit farsmall
 }
 testPullOfSizesAroundBlocksAndLeaves() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   unit farsizes
 }
 testPeerThatSaysThereIsNothingIsBelievedOnlyOfNothing() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   unit farempty
 }
 testPullRefusesNamesThatCannotBe() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   unit farnames
 }
 testRepairWritesNothingThatAPeerMakesUp() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   unit farrepair
 }
 testPullExportIsTheSameFromWhereverItIsRead() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   unit farserved
 }
 testBlocksExportBearsGarbage() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   unit farbox
 }
 testPartOfAPullIsNobodyElsesAndGoesAfterAWeek() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   unit farbusy
 }
 testPullBearsThatMemoryLacks() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   fault farmemory "$T/pool"
 }
 testPullBearsThatACallFails() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   fault farcalls "$T/pool"
 }
 testRepairFromAPeerBearsThatACallFails() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   fault farmend "$T/pool"
 }
 testPullOfWhatIsBeingRemovedBeginsAnew() {
-  unless NO_CAS && unless NO_CLIENT || return 0
-  unless NO_THREADS || return 0
+  pulls && unless NO_THREADS || return 0
   fault farremoved "$T/pool"
 }
 testPartOfAPullGoesThoughASnapshotHasItsId() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   fault farsameid "$T/pool"
 }
 testPullThatEndsWaitsForWhoVerifiesWhatItHas() {
-  unless NO_CAS && unless NO_CLIENT || return 0
-  unless NO_THREADS || return 0
+  pulls && unless NO_THREADS || return 0
   fault farpinned "$T/pool"
 }
 testPullSealsAMapThatACheckpointThinsOut() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   fault farthinned "$T/pool"
 }
 testPullsSealsCheckpointsAndVerifySideBySide() {
-  unless NO_CAS && unless NO_CLIENT || return 0
-  unless NO_THREADS || return 0
+  pulls && unless NO_THREADS || return 0
   fault farbeside "$T/pool"
 }
 testRepairGoesOnWhenWhatItMendsIsRemoved() {
-  unless NO_CAS && unless NO_CLIENT || return 0
+  pulls || return 0
   fault fargoes "$T/pool"
 }
 testNoPowerCutHarmsWhatIsPulledOrMended() {

@@ -6069,6 +6069,10 @@ testVerifyNeverTellsOfMoreThanThereIs() {
   unless NO_CAS || return 0
   fault bounded "$T/pool"
 }
+testACheckpointThatCannotBeWrittenIsGivenUp() {
+  unless NO_CAS || return 0
+  fault givenup "$T/pool"
+}
 testNoFlushOfAStoreWaitsForManySyncs() {
   unless NO_CAS && unless NO_THREADS || return 0
   fault flushes "$T/pool"
@@ -19598,6 +19602,23 @@ static void i_flush_storm(void) {
   CHECK(i_cas_close() == 0);
 }
 
+/* A medium that refuses all writes, but not the space for them: a change fails
+ * after a few tries, which take a few segments, and can be made again later. */
+static void i_given_up(void) {
+  struct stat before, after;
+  i_new(1, 0);
+  CHECK(i_volume.ops->flush(i_volume.ctx, 0) == 0);
+  CHECK(stat(path, &before) == 0);
+  fi[PWRITE].err = EIO;
+  fi[PWRITE].times = -1;
+  CHECK(nbdserve_cas_create(i_cas, "w", 4096) == -EIO);
+  fi[PWRITE].times = 0;
+  CHECK(stat(path, &after) == 0);
+  CHECK(after.st_size - before.st_size < 64 << 20);
+  CHECK(nbdserve_cas_create(i_cas, "w", 4096) == 0);
+  CHECK(i_cas_close() == 0);
+}
+
 static void *i_remove_v(void *unused) {
   (void)unused;
   return (void *)(intptr_t)nbdserve_cas_rm(i_cas, "w");
@@ -22096,6 +22117,7 @@ static void i_underway(void) {}
 static void i_woken(void) {}
 static void i_away(void) {}
 static void i_bounded_all(void) {}
+static void i_given_up(void) {}
 static void i_flush_storm(void) {}
 static void i_going(void) {}
 static void i_orphan(void) {}
@@ -22667,6 +22689,7 @@ static const struct {
     {"awayreads", i_away_reads},
     {"goneawayreads", i_gone_away_reads},
     {"bounded", i_bounded_all},
+    {"givenup", i_given_up},
     {"flushes", i_flush_storm},
     {"going", i_going},
     {"orphan", i_orphan},

@@ -4429,7 +4429,9 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 #endif
 
 enum {
-  PEER_DEPTH = 16,     /* requests under way */
+  /* Sent together: where poll says that there is room, a pipe takes them all. */
+  PEER_AT_ONCE = PIPE_BUF / WIRE_REQUEST_LEN,
+  PEER_DEPTH = 256,    /* requests under way */
   PEER_MOST = 1 << 20, /* the longest request, bytes */
   PEER_REPLIES = 64,   /* to GO, at most */
   PEER_PENDING = 1,    /* peer_part.err, until the reply has come */
@@ -4549,25 +4551,37 @@ static int peer_enter(struct nbdserve_peer *p, const char *name) {
   return err ? err : peer_fail(p, -EPROTO, "the peer haggles out of order");
 }
 
-/* Sends a request, which the reply names by the cookie, and what a WRITE is to
- * write. */
+/* Sends n requests together, which the replies name by the cookie and those that
+ * follow it, and what a WRITE, which is sent alone, is to write. */
 static int peer_send(struct nbdserve_peer *p, enum nbd_cmd cmd, size_t cookie,
-                     struct peer_part *part) {
-  unsigned char b[WIRE_REQUEST_LEN];
-  assert(part->off % PEER_ALIGN == 0 && part->len % PEER_ALIGN == 0);
-  assert(part->len <= PEER_MOST);
-  u_put32(b, NBD_REQUEST_MAGIC);
-  u_put32(b + 4, cmd); /* and no flags in front of it */
-  u_put64(b + 8, cookie);
-  u_put64(b + 16, part->off);
-  u_put32(b + 24, part->len);
-  part->err = PEER_PENDING;
-  int err = peer_move(p, 1, b, sizeof b);
-  return err || cmd != NBD_CMD_WRITE ? err
-                                     : peer_move(p, 1, part->data, part->len);
+                     struct peer_part *parts, size_t n) {
+  unsigned char heads[PEER_AT_ONCE * WIRE_REQUEST_LEN];
+  assert(n > 0 && n <= PEER_AT_ONCE && (n == 1 || cmd == NBD_CMD_READ));
+  for (size_t i = 0; i < n; i++) {
+    unsigned char *b = heads + i * WIRE_REQUEST_LEN;
+    assert((parts[i].off | parts[i].len) % PEER_ALIGN == 0);
+    assert(parts[i].len <= PEER_MOST);
+    u_put32(b, NBD_REQUEST_MAGIC);
+    u_put32(b + 4, cmd); /* and no flags in front of it */
+    u_put64(b + 8, cookie + i);
+    u_put64(b + 16, parts[i].off);
+    u_put32(b + 24, parts[i].len);
+    parts[i].err = PEER_PENDING;
+  }
+  int err = peer_move(p, 1, heads, n * WIRE_REQUEST_LEN);
+  if (err || cmd != NBD_CMD_WRITE) return err;
+  return peer_move(p, 1, parts->data, parts->len);
 }
 
-/* Sends n requests and takes their replies, in whatever order these come.  The
+/* May requests be sent without a wait for the peer, which may itself wait until
+ * we take its replies?  Then there is room for PEER_AT_ONCE of them. */
+static int peer_has_room(const struct nbdserve_peer *p) {
+  struct pollfd poller = {p->out_fd, POLLOUT, 0};
+  return poll(&poller, 1, 0) > 0;
+}
+
+/* Sends n requests, many at a time, as a peer far away is to have enough of
+ * them, and takes their replies, in whatever order these come.  The
  * cookie of a request is its index.  No reply comes twice, as that of a request
  * that is no longer pending is refused; data comes only behind a READ that was
  * done, and goes nowhere but to that request's own place (P2).  A
@@ -4577,10 +4591,14 @@ static int peer_transfer(struct nbdserve_peer *p, enum nbd_cmd cmd,
                          struct peer_part *parts, size_t n) {
   unsigned char b[WIRE_SIMPLE_REPLY_LEN];
   size_t sent = 0;
-  int err = 0;
-  for (size_t done = 0; done < n && !err; done++) {
-    for (; sent < n && sent - done < PEER_DEPTH && !err; sent++)
-      err = peer_send(p, cmd, sent, &parts[sent]);
+  for (size_t done = 0; done < n; done++) {
+    size_t more = (size_t)u_min(n - sent, PEER_AT_ONCE);
+    int err = 0;
+    if (sent == done ||
+        (more && sent + more - done <= PEER_DEPTH && peer_has_room(p))) {
+      err = peer_send(p, cmd, sent, &parts[sent], more);
+      sent += more;
+    }
     if (!err) err = peer_move(p, 0, b, sizeof b);
     if (err) return err;
     uint64_t cookie = u_get64(b + 8);
@@ -4591,8 +4609,9 @@ static int peer_transfer(struct nbdserve_peer *p, enum nbd_cmd cmd,
     part->err = u_get32(b + 4) ? -EIO : 0;
     if (!part->err && cmd == NBD_CMD_READ)
       err = peer_move(p, 0, part->data, part->len);
+    if (err) return err;
   }
-  return err;
+  return 0;
 }
 
 /* The error of a part without which nothing goes on. */
@@ -4614,7 +4633,7 @@ static void peer_leave(const struct nbdserve_peer *p) {
   if (p->deadline)
     (void)!peer_move(&copy, 1, abort, sizeof abort);
   else if (p->size)
-    (void)!peer_send(&copy, NBD_CMD_DISC, 0, &none);
+    (void)!peer_send(&copy, NBD_CMD_DISC, 0, &none, 1);
 }
 
 #endif /* !NBDSERVE_NO_CLIENT && !NBDSERVE_NO_CAS */

@@ -12093,8 +12093,7 @@ static int cli_connect_uri(char **operand, int needs_name) {
   const char *uri = *operand;
   char path[PATH_MAX] = ""; /* of a unix socket; "": it is TCP */
   char host[256] = "";      /* "": this machine */
-  char digits[24] = "";
-  uint64_t port = 10809; /* also if nothing stands behind the colon */
+  uint64_t port = 10809;    /* also if nothing stands behind the colon */
   int fd = -EAFNOSUPPORT;
   int is_unix = strncmp(uri, "nbd+unix://", 11) == 0;
   const char *p = uri + (is_unix ? 11 : 6);
@@ -12114,11 +12113,10 @@ static int cli_connect_uri(char **operand, int needs_name) {
               cli_decode(p + bracket, colon, host, sizeof host);
     colon += bracket;
     if (is_good && colon < slash)
-      is_good = *colon == ':' &&
-                cli_decode(colon + 1, slash, digits, sizeof digits) &&
-                (!*digits || u_parse_number(digits, 65535, &port)) && port;
+      is_good = *colon++ == ':' && colon + strspn(colon, "0123456789") == slash;
+    if (is_good && colon < slash) port = strtoull(colon, NULL, 10);
   }
-  if (!is_good)
+  if (!is_good || port < 1 || port > 65535)
     cli_usage("%s: not as nbd://HOST[:PORT]/NAME or "
               "nbd+unix:///NAME?socket=PATH",
               uri);
@@ -12128,6 +12126,7 @@ static int cli_connect_uri(char **operand, int needs_name) {
 #if !NBDSERVE_NO_TCP
   struct addrinfo hints = {.ai_socktype = SOCK_STREAM};
   struct addrinfo *all = NULL;
+  char digits[24];
   snprintf(digits, sizeof digits, CLI_N, port);
   int err =
       is_unix ? 0 : getaddrinfo(*host ? host : NULL, digits, &hints, &all);

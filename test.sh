@@ -239,7 +239,7 @@ lint() {
   n=$(($(sed -n 's/^code //p' "$scratch/figures") -
     $(sed -n 's/^lone //p' "$scratch/figures")))
   # The goal is 6500: until it is met, not one line more than there is now
-  [ $n -le 8780 ] || { echo "nbdserve.c: $n lines of code, over 8780"; bad=1; }
+  [ $n -le 8779 ] || { echo "nbdserve.c: $n lines of code, over 8779"; bad=1; }
   return $bad
 }
 case ${1-} in
@@ -3560,7 +3560,9 @@ testUrisThatNameNoServerAreRefused() {
     "nbd+unix:///v%0?socket=$SOCK" "nbd+unix:///v%00?socket=$SOCK" \
     "nbd+unix:///v@s?sock=$SOCK" "nbd+unix:///v@s?socket=$SOCK%" \
     "nbd+unix:///v@s?socket=$SOCK#x" "nbd+unix://x/v@s?socket=$SOCK" \
-    "nbd://localhost/v@s?socket=$SOCK" 'nbd://[::1]x/v@s' "$SOCK" v@s ''; do
+    "nbd://localhost/v@s?socket=$SOCK" 'nbd://[::1]x/v@s' "$SOCK" v@s '' \
+    nbd://localhost:0/v@s nbd://localhost:1K/v@s nbd://localhost:65536/v@s \
+    nbd://localhost:%31/v@s nbd://localhost:+1/v@s 'nbd://[::1]:1K/v@s'; do
     cas 2 pull "$S::w@s" "$uri"
     says ': not as nbd://HOST'
   done

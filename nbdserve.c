@@ -11338,8 +11338,13 @@ static int cli_range_row(void *arg, uint64_t off, uint64_t len) {
 
 /* diff: a row for each range in which two volumes or snapshots differ */
 static int cli_do_diff(struct cli_job *job) {
-  return nbdserve_cas_diff(cli.cas, job->ops->name, job->ops->to, cli_range_row,
-                           job);
+  struct nbdserve_cas_op *op = job->ops;
+  struct nbdserve_export v = {.name = NULL};
+  int err = nbdserve_cas_diff(cli.cas, op->name, op->to, cli_range_row, job);
+  if (err != -ENOENT || nbdserve_cas_volume(cli.cas, op->name, &v)) return err;
+  v.ops->close(v.ctx);
+  op->name = op->to; /* this one is missing: the message names it */
+  return err;
 }
 
 /* Prints what is damaged: an nbdserve_damage_fn.  Damage to the store itself
@@ -11699,7 +11704,8 @@ static int cli_run_job(struct cli_job *job) {
   assert(job->failed < job->nops);
   const struct nbdserve_cas_op *op = &job->ops[job->failed];
   const char *name = *op->name ? op->name : cli.store;
-  const char *to = flags & VERB_READS_FILE ? "" : op->to;
+  /* What is missing is the name. */
+  const char *to = flags & VERB_READS_FILE || err == -ENOENT ? "" : op->to;
   const char *why = cli_why(job->verb, op, err);
   if (*job->peer.why && err != -EUCLEAN) why = job->peer.why;
   if (!(err == -EUCLEAN && job->nrows) && job->lost != -EPIPE)

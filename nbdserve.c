@@ -10548,16 +10548,18 @@ STATIC_ASSERT(a_process_id_fits, sizeof(sig_atomic_t) >= sizeof(pid_t));
  * after a second the message is lost. */
 static void OS_PRINTF(3, 4) cli_say_to(int fd, int json, const char *fmt, ...) {
   char text[PATH_MAX - 30];
-  char line[PATH_MAX];
+  char line[2 * PATH_MAX];
   struct pollfd p = {fd, POLLOUT, 0};
   va_list ap;
   va_start(ap, fmt);
   vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
   char *to = stpcpy(line, json ? "{\"error\":\"" : "nbdserve: ");
-  for (const char *c = text; *c && to < line + sizeof line - 5; c++) {
+  for (char *c = text; *c && json; c += u_utf8_len(c))
+    if (!u_utf8_len(c)) *c = '?';
+  for (const char *c = text; *c; c++) {
     if (json && (*c == '"' || *c == '\\')) *to++ = '\\';
-    *to++ = json && (unsigned char)*c < ' ' ? '?' : *c;
+    *to++ = *c;
   }
   strcpy(to, json ? "\"}\n" : "\n");
   if (poll(&p, 1, 1000) > 0) (void)!write(fd, line, strlen(line));

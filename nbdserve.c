@@ -12060,7 +12060,7 @@ static int cli_open_file(const char *file, int writes) {
   int fd = is_standard ? 0 : open(file, how);
   if (fd < 0 && (!writes || errno != ENOENT)) cli_exit_if_error(-errno, file);
   fstat(fd, &st); /* with -1 it stays as it is */
-  if (writes && fd >= 0) cli_exit_if_error(os_lock_file(fd, 0), file);
+  if (fd >= 0) cli_exit_if_error(os_lock_file(fd, !writes), file);
   if (writes && cli_is_store(file))
     cli_failed("%s: a store; remove it first, or take another file", file);
   if (!writes && (S_ISCHR(st.st_mode) || S_ISDIR(st.st_mode)))

@@ -7456,6 +7456,18 @@ testImportDoesNotReadItsOwnStore() {
   names
   assertEquals 'a ' "$GOT"
 }
+testImportOfWhatIsBeingWrittenIsRefused() {
+  store || return 0
+  serve "$DISK"
+  cas 4 import "$S::v" "$DISK"
+  says "$DISK: in use by a server"
+  cas 4 import "$S::v" - <"$DISK"
+  says '^nbdserve: -: in use by a server'
+  stop TERM
+  serve -r "$DISK" # readers do not disturb each other
+  cas 0 import "$S::v" "$DISK"
+  cas 0 import "$S::w" - <"$DISK"
+}
 testTargetsWithoutANameAreRefused() {
   run -s ''
   assertEquals 2 "$STATUS"

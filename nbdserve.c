@@ -6419,6 +6419,7 @@ static int cas_stage_op(struct nbdserve_cas *st,
   if (verb < NBDSERVE_CAS_CREATE || verb > NBDSERVE_CAS_RM ||
       !cas_is_size(st, op->size) || (dry_run && !needs_closed))
     return -EINVAL;
+  if (is_rm) cas_yield(st); /* there may be thousands, and as many volumes */
   size_t n = strcspn(op->name, verb == NBDSERVE_CAS_SNAPSHOT ? "@" : "");
   struct cas_volume *vol = cas_find(st, op->name, n, VIEW_THEN);
   if (verb == NBDSERVE_CAS_CREATE)

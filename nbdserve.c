@@ -602,8 +602,18 @@ static int os_sandbox(void) {
   close(fd);
   return err;
 }
+#elif defined __OpenBSD__ && !NBDSERVE_POSIX_ONLY && !NBDSERVE_NO_SANDBOX && \
+    !NBDSERVE_NO_MAIN
+/* The same with pledge(2), which nobody has tried yet.  rpath: lstat(2), by
+ * which we know files to remove; so files may be read.  proc: to tell the
+ * command to end.  error: what else we might call fails with ENOSYS, and does
+ * not end the process. */
+#define os_sandbox_version() 0
+#define os_sandbox() \
+  (pledge("stdio rpath cpath inet unix recvfd proc error", NULL) ? -errno : 0)
 #elif !NBDSERVE_NO_MAIN
-/* OpenBSD and FreeBSD have the like; nobody has tried it there. */
+/* FreeBSD's cap_enter(2) would let us neither remove our sockets nor end the
+ * command. */
 #define os_sandbox_version() (-EOPNOTSUPP)
 #define os_sandbox() (-EOPNOTSUPP)
 #endif
@@ -6438,6 +6448,7 @@ static int cas_stage_op(struct nbdserve_cas *st,
   if (verb < NBDSERVE_CAS_CREATE || verb > NBDSERVE_CAS_RM ||
       !cas_is_size(st, op->size) || (dry_run && !needs_closed))
     return -EINVAL;
+  if (is_rm) cas_yield(st); /* there may be thousands, and as many volumes */
   size_t n = strcspn(op->name, verb == NBDSERVE_CAS_SNAPSHOT ? "@" : "");
   struct cas_volume *vol = cas_find(st, op->name, n, VIEW_THEN);
   if (verb == NBDSERVE_CAS_CREATE)
@@ -10567,16 +10578,18 @@ STATIC_ASSERT(a_process_id_fits, sizeof(sig_atomic_t) >= sizeof(pid_t));
  * after a second the message is lost. */
 static void OS_PRINTF(3, 4) cli_say_to(int fd, int json, const char *fmt, ...) {
   char text[PATH_MAX - 30];
-  char line[PATH_MAX];
+  char line[2 * PATH_MAX];
   struct pollfd p = {fd, POLLOUT, 0};
   va_list ap;
   va_start(ap, fmt);
   vsnprintf(text, sizeof text, fmt, ap);
   va_end(ap);
   char *to = stpcpy(line, json ? "{\"error\":\"" : "nbdserve: ");
-  for (const char *c = text; *c && to < line + sizeof line - 5; c++) {
+  for (char *c = text; *c && json; c += u_utf8_len(c))
+    if (!u_utf8_len(c)) *c = '?';
+  for (const char *c = text; *c; c++) {
     if (json && (*c == '"' || *c == '\\')) *to++ = '\\';
-    *to++ = json && (unsigned char)*c < ' ' ? '?' : *c;
+    *to++ = *c;
   }
   strcpy(to, json ? "\"}\n" : "\n");
   if (poll(&p, 1, 1000) > 0) (void)!write(fd, line, strlen(line));
@@ -11357,8 +11370,13 @@ static int cli_range_row(void *arg, uint64_t off, uint64_t len) {
 
 /* diff: a row for each range in which two volumes or snapshots differ */
 static int cli_do_diff(struct cli_job *job) {
-  return nbdserve_cas_diff(cli.cas, job->ops->name, job->ops->to, cli_range_row,
-                           job);
+  struct nbdserve_cas_op *op = job->ops;
+  struct nbdserve_export v = {.name = NULL};
+  int err = nbdserve_cas_diff(cli.cas, op->name, op->to, cli_range_row, job);
+  if (err != -ENOENT || nbdserve_cas_volume(cli.cas, op->name, &v)) return err;
+  v.ops->close(v.ctx);
+  op->name = op->to; /* this one is missing: the message names it */
+  return err;
 }
 
 /* Prints what is damaged: an nbdserve_damage_fn.  Damage to the store itself
@@ -11718,7 +11736,8 @@ static int cli_run_job(struct cli_job *job) {
   assert(job->failed < job->nops);
   const struct nbdserve_cas_op *op = &job->ops[job->failed];
   const char *name = *op->name ? op->name : cli.store;
-  const char *to = flags & VERB_READS_FILE ? "" : op->to;
+  /* What is missing is the name. */
+  const char *to = flags & VERB_READS_FILE || err == -ENOENT ? "" : op->to;
   const char *why = cli_why(job->verb, op, err);
   if (*job->peer.why && err != -EUCLEAN) why = job->peer.why;
   if (!(err == -EUCLEAN && job->nrows) && job->lost != -EPIPE)
@@ -12071,7 +12090,7 @@ static int cli_open_file(const char *file, int writes) {
   int fd = is_standard ? 0 : open(file, how);
   if (fd < 0 && (!writes || errno != ENOENT)) cli_exit_if_error(-errno, file);
   fstat(fd, &st); /* with -1 it stays as it is */
-  if (writes && fd >= 0) cli_exit_if_error(os_lock_file(fd, 0), file);
+  if (fd >= 0) cli_exit_if_error(os_lock_file(fd, !writes), file);
   if (writes && cli_is_store(file))
     cli_failed("%s: a store; remove it first, or take another file", file);
   if (!writes && (S_ISCHR(st.st_mode) || S_ISDIR(st.st_mode)))
@@ -12112,8 +12131,7 @@ static int cli_connect_uri(char **operand, int needs_name) {
   const char *uri = *operand;
   char path[PATH_MAX] = ""; /* of a unix socket; "": it is TCP */
   char host[256] = "";      /* "": this machine */
-  char digits[24] = "";
-  uint64_t port = 10809; /* also if nothing stands behind the colon */
+  uint64_t port = 10809;    /* also if nothing stands behind the colon */
   int fd = -EAFNOSUPPORT;
   int is_unix = strncmp(uri, "nbd+unix://", 11) == 0;
   const char *p = uri + (is_unix ? 11 : 6);
@@ -12133,11 +12151,10 @@ static int cli_connect_uri(char **operand, int needs_name) {
               cli_decode(p + bracket, colon, host, sizeof host);
     colon += bracket;
     if (is_good && colon < slash)
-      is_good = *colon == ':' &&
-                cli_decode(colon + 1, slash, digits, sizeof digits) &&
-                (!*digits || u_parse_number(digits, 65535, &port)) && port;
+      is_good = *colon++ == ':' && colon + strspn(colon, "0123456789") == slash;
+    if (is_good && colon < slash) port = strtoull(colon, NULL, 10);
   }
-  if (!is_good)
+  if (!is_good || port < 1 || port > 65535)
     cli_usage("%s: not as nbd://HOST[:PORT]/NAME or "
               "nbd+unix:///NAME?socket=PATH",
               uri);
@@ -12147,6 +12164,7 @@ static int cli_connect_uri(char **operand, int needs_name) {
 #if !NBDSERVE_NO_TCP
   struct addrinfo hints = {.ai_socktype = SOCK_STREAM};
   struct addrinfo *all = NULL;
+  char digits[24];
   snprintf(digits, sizeof digits, CLI_N, port);
   int err =
       is_unix ? 0 : getaddrinfo(*host ? host : NULL, digits, &hints, &all);

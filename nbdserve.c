@@ -544,10 +544,14 @@ static int os_tell_nbd(enum os_nbd_command command, uint32_t index,
   int err = os_ask_kernel(fd, &ask, OS_FAMILY_ID, &family);
   m.type = family;
   os_add_attribute(&m, OS_NBD_INDEX, &index, sizeof index);
-  if (nbd) {
+  /* Sizes would reach even a device that is not ours to take over: the kernel
+   * sets them before it looks for a dead socket. */
+  if (command == OS_NBD_CONNECT) {
     os_add_attribute(&m, OS_NBD_SIZE, &nbd->size, 8);
     os_add_attribute(&m, OS_NBD_BLOCK_SIZE, &nbd->block_size, 8);
     os_add_attribute(&m, OS_NBD_FLAGS, &nbd->flags, 8);
+  }
+  if (nbd) {
     memcpy(item + 4, &nbd->socket, 4);
     os_add_attribute(&m, OS_NBD_SOCKETS, item, sizeof item);
     os_add_attribute(&m, OS_NBD_PATIENCE, &nbd->patience, 8);
@@ -558,23 +562,17 @@ static int os_tell_nbd(enum os_nbd_command command, uint32_t index,
   return err;
 }
 
-/* Does the kernel say that the device has that owner?  It knows since Linux
- * 5.14.  A device without one is not ours to take over, and to reconfigure even
- * one that is alive would change its size. */
-static int os_nbd_is_owned(uint32_t index, const char *owner) {
+/* Does the device have an owner?  Linux knows since 5.14, and lets only that
+ * one reconfigure it.  A device without an owner is not ours to take over. */
+static int os_nbd_is_owned(uint32_t index) {
   char path[64];
-  char found[OS_NBD_OWNER + 1] = "";
   snprintf(path, sizeof path, "/sys/block/nbd%" PRIu32 "/backend", index);
-  int fd = open(path, O_RDONLY | O_CLOEXEC);
-  (void)!read(fd, found, sizeof found - 1);
-  close(fd);
-  found[strcspn(found, "\n")] = 0;
-  return strcmp(found, owner) == 0;
+  return access(path, F_OK) == 0;
 }
 #elif !NBDSERVE_NO_MAIN
 /* This system does not do that, and has no such client. */
 #define os_end_with_parent() (-EOPNOTSUPP)
-#define os_nbd_is_owned(index, owner) 0
+#define os_nbd_is_owned(index) 0
 #define os_serve_writeback() ((void)0)
 #define os_tell_nbd(command, index, nbd) (-EOPNOTSUPP)
 #endif
@@ -11469,11 +11467,13 @@ static int cli_do_stat(struct cli_job *job) {
 }
 
 /* uri: where the store is served, and by which process, which does this; if it
- * is done here, nobody serves it. */
+ * is done here, nobody serves it.  With --connect that may be the kernel's
+ * device alone. */
 static int cli_do_uri(struct cli_job *job) {
-  if (job->client < 0 || !*cli.uri) return -ENOTCONN;
+  const char *place = *cli.uri ? cli.uri : opt[OPT_CONNECT].text;
+  if (job->client < 0 || !place) return -ENOTCONN;
   return cli_row(job, "%s\t" CLI_N "\n",
-                 "{\"uri\":\"%s\",\"process\":" CLI_N "}\n", cli.uri,
+                 "{\"uri\":\"%s\",\"process\":" CLI_N "}\n", place,
                  (uint64_t)getpid());
 }
 
@@ -12477,16 +12477,17 @@ static void cli_add_target(char *text) {
   if (ex.name && cli.ntargets == 1) cli.export_name = ex.name;
   cli_open_target(text, path, colons ? name : NULL, &ex);
   /* The owner of a kernel's device is whoever serves the same bytes: a new
-   * server of them may take it over.  *real stays.  What nobody else has,
+   * server of them may take it over, if it takes the same requests: the device
+   * goes on with its block size and flags.  *real stays.  What nobody else has,
    * memory or an overlay, is nobody's to take over. */
   const char *real = opt[OPT_CONNECT].given ? realpath(path, NULL) : NULL;
   int is_own = opt[OPT_TEMPORARY].given || strncmp(path, "mem:", 4) == 0;
   if (!*cli.owner) /* the first target is what is connected */
     snprintf(cli.owner, sizeof cli.owner,
-             "nbdserve:%.1900s::%.1900s:" CLI_N "+" CLI_N ":%d:%u",
+             "nbdserve:%.1900s::%.1900s:" CLI_N "+" CLI_N ":%d:%u:%u",
              real ? real : path, colons ? name : "", opt[OPT_OFFSET].number,
              opt[OPT_SIZE].number, is_own ? (int)getpid() : 0,
-             opt[OPT_READ_ONLY].given);
+             opt[OPT_READ_ONLY].given, ex.min_block);
   if (!ex.ops) return;
   assert(ex.ops->read && ex.ops->close);
   int err = nbdserve_add(cli.server, &ex); /* copies name and description */
@@ -12625,6 +12626,33 @@ static void *cli_serve_kernel(void *socket) {
   return NULL;
 }
 
+/* Opens our own device, with flags besides O_RDONLY, and calls `use` with the
+ * descriptor.  0 or -errno.
+ *
+ * A process that waits for the device cannot be killed, and this one has to
+ * answer what it waits for.  So a child waits, which has let go of all that it
+ * has of us: when we are killed the kernel sees that its socket is dead, the
+ * lock of the target is free, and a new server takes over and sets the child
+ * free.  The child of a process with threads may call nothing but what a signal
+ * handler may, and signals are ours.  Locks and sockets are opened early:
+ * beyond the descriptors that it closes there are only clients. */
+static int cli_use_device(int flags, int (*use)(int)) {
+  int wait_status = 0;
+  sigset_t all;
+  sigfillset(&all);
+  sigprocmask(SIG_BLOCK, &all, NULL);
+  pid_t pid = fork();
+  if (pid == 0) {
+    for (int i = 0; i < 1 << 16; i++)
+      close(i);
+    int fd = open(opt[OPT_CONNECT].text, O_RDONLY | flags);
+    _exit(fd < 0 || use(fd) < 0 ? errno : 0);
+  }
+  sigprocmask(SIG_UNBLOCK, &all, NULL); /* as it was */
+  if (pid < 0 || waitpid(pid, &wait_status, 0) < 0) return -errno;
+  return -cli_exit_status(wait_status);
+}
+
 /* Connects the kernel's device, and returns when it can be used: opening it
  * finds its partitions.  From the start on signals leave the end to
  * cli_disconnect; if one has come before, there is nothing to connect.
@@ -12668,19 +12696,20 @@ static void cli_connect(void) {
   cli_exit_if_error(err, "--connect");
   err = os_tell_nbd(OS_NBD_CONNECT, CLI_DEVICE, &nbd);
   int is_taken = err == -EBUSY;
-  if (is_taken && os_nbd_is_owned(CLI_DEVICE, nbd.owner))
+  if (is_taken && os_nbd_is_owned(CLI_DEVICE))
     err = os_tell_nbd(OS_NBD_RECONFIGURE, CLI_DEVICE, &nbd);
   close(nbd.socket);
   poll(&own, 1, 0);
   close(own.fd);
   if (err || own.revents & POLLHUP) cli.is_connected = 0;
   if (is_taken && !cli.is_connected)
-    cli_die(CLI_IN_USE, "%s: in use (nbd-client -d %s frees it)", path, path);
+    cli_die(CLI_IN_USE, "%s: in use (umount and nbd-client -d %s free it)",
+            path, path);
   if (err == -EPERM) cli_failed("%s: only root may connect it", path);
   if (err == -ENOENT || err == -EPROTONOSUPPORT || err == -EAFNOSUPPORT)
     cli_failed("%s: this kernel has no NBD client (modprobe nbd)", path);
   cli_exit_if_error(err, path);
-  close(open(path, O_RDONLY | O_CLOEXEC)); /* it may have no partitions */
+  cli_use_device(0, close); /* it may have no partitions */
 }
 
 /* Disconnects the kernel's device, after all that was written to it has come
@@ -12689,10 +12718,12 @@ static void cli_connect(void) {
 static int cli_disconnect(int is_forced) {
   const char *path = opt[OPT_CONNECT].text;
   if (!cli.is_connected) return 0;
-  /* O_EXCL: the kernel refuses that while something is mounted from it. */
-  int fd = open(path, O_RDONLY | O_EXCL | O_CLOEXEC);
+  /* While the thread still serves it, what the kernel has not written yet is
+   * fetched, and made durable.  O_EXCL: the kernel refuses to open it while
+   * something is mounted from it. */
+  int lost = cli_use_device(O_EXCL, fsync);
   int is_first = !cli.refused_ms || os_now_ms() - cli.refused_ms < 500;
-  if (fd < 0 && errno == EBUSY && !is_forced && is_first) {
+  if (lost == -EBUSY && !is_forced && is_first) {
     if (!cli.refused_ms)
       cli_say("%s: mounted or in use; end that, or ask again", path);
     cli.refused_ms = os_now_ms();
@@ -12700,12 +12731,8 @@ static int cli_disconnect(int is_forced) {
     cli.end_wanted = 0;
     return 0;
   }
-  /* While the thread still serves it, what the kernel has not written yet is
-   * fetched, and made durable. */
-  if (fd < 0) fd = open(path, O_RDONLY | O_CLOEXEC);
-  int lost = fd < 0 || fsync(fd) < 0 ? -errno : 0;
+  if (lost == -EBUSY) lost = cli_use_device(0, fsync);
   if (lost) cli_say("%s: %s; written data may be lost", path, strerror(-lost));
-  close(fd);
   /* The kernel may have had nobody left to tell of an error. */
   struct nbdserve_stats stats;
   nbdserve_stats(cli.server, &stats);
@@ -12983,6 +13010,7 @@ static int cli_serve(void) {
  * unfinished. */
 static void cli_close(void) {
   cli_catch_signals(SIG_IGN);
+  signal(SIGCHLD, SIG_DFL); /* cli_disconnect wants to know how a child ends */
   if (cli.pidfile) os_remove_own_file(opt[OPT_PIDFILE].text, cli.pidfile);
   if (*cli.temp) unlink(cli.temp);
   os_remove_same(cli.ctl_path, &cli.ctl_st);

@@ -4437,7 +4437,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 #endif
 
 enum {
-  /* Sent together: where poll says that there is room, a pipe takes them all. */
+  /* Sent together: where poll says that there is room, a pipe takes all. */
   PEER_AT_ONCE = PIPE_BUF / WIRE_REQUEST_LEN,
   PEER_DEPTH = 256,    /* requests under way */
   PEER_MOST = 1 << 20, /* the longest request, bytes */
@@ -4559,8 +4559,8 @@ static int peer_enter(struct nbdserve_peer *p, const char *name) {
   return err ? err : peer_fail(p, -EPROTO, "the peer haggles out of order");
 }
 
-/* Sends n requests together, which the replies name by the cookie and those that
- * follow it, and what a WRITE, which is sent alone, is to write. */
+/* Sends n requests together, which the replies name by the cookie and those
+ * that follow it, and what a WRITE, which is sent alone, is to write. */
 static int peer_send(struct nbdserve_peer *p, enum nbd_cmd cmd, size_t cookie,
                      struct peer_part *parts, size_t n) {
   unsigned char heads[PEER_AT_ONCE * WIRE_REQUEST_LEN];
@@ -4588,13 +4588,13 @@ static int peer_has_room(const struct nbdserve_peer *p) {
   return poll(&poller, 1, 0) > 0;
 }
 
-/* Sends n requests, many at a time, as a peer far away is to have enough of
- * them, and takes their replies, in whatever order these come.  The
- * cookie of a request is its index.  No reply comes twice, as that of a request
- * that is no longer pending is refused; data comes only behind a READ that was
- * done, and goes nowhere but to that request's own place (P2).  A
- * request that the peer refuses has its own part->err; the error that is
- * returned is of the connection, which cannot be used any more. */
+/* Sends n requests, many at a time, so that a peer far away has enough of them,
+ * and takes their replies, in whatever order these come.  The cookie of a
+ * request is its index.  No reply comes twice, as that of a request that is no
+ * longer pending is refused; data comes only behind a READ that was done, and
+ * goes nowhere but to that request's own place (P2).  A request that the peer
+ * refuses has its own part->err; the error that is returned is of the
+ * connection, which cannot be used any more. */
 static int peer_transfer(struct nbdserve_peer *p, enum nbd_cmd cmd,
                          struct peer_part *parts, size_t n) {
   unsigned char b[WIRE_SIMPLE_REPLY_LEN];

@@ -4413,7 +4413,7 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
  * What travels, client to peer (>) and back (<):
  *
  *   handshake     < hello   > flags   > option GO   < replies to it, up to ACK
- *   transmission  > up to PEER_DEPTH requests   < their replies, in any order
+ *   transmission  > requests                    < their replies, in any order
  *   end           > NBD_CMD_DISC, or in the handshake NBD_OPT_ABORT
  *
  * The messages are drawn in [5].  A struct nbdserve_peer belongs to one call of
@@ -4439,7 +4439,6 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 enum {
   /* Sent together: where poll says that there is room, a pipe takes all. */
   PEER_AT_ONCE = PIPE_BUF / WIRE_REQUEST_LEN,
-  PEER_DEPTH = 256,    /* requests under way */
   PEER_MOST = 1 << 20, /* the longest request, bytes */
   PEER_REPLIES = 64,   /* to GO, at most */
   PEER_PENDING = 1,    /* peer_part.err, until the reply has come */
@@ -4588,8 +4587,8 @@ static int peer_has_room(const struct nbdserve_peer *p) {
   return poll(&poller, 1, 0) > 0;
 }
 
-/* Sends n requests, many at a time, so that a peer far away has enough of them,
- * and takes their replies, in whatever order these come.  The cookie of a
+/* Sends n requests, as fast as they go, so that a peer far away has enough of
+ * them, and takes their replies, in whatever order these come.  The cookie of a
  * request is its index.  No reply comes twice, as that of a request that is no
  * longer pending is refused; data comes only behind a READ that was done, and
  * goes nowhere but to that request's own place (P2).  A request that the peer
@@ -4602,8 +4601,7 @@ static int peer_transfer(struct nbdserve_peer *p, enum nbd_cmd cmd,
   for (size_t done = 0; done < n; done++) {
     size_t more = (size_t)u_min(n - sent, PEER_AT_ONCE);
     int err = 0;
-    if (sent == done ||
-        (more && sent + more - done <= PEER_DEPTH && peer_has_room(p))) {
+    if (sent == done || (more && peer_has_room(p))) {
       err = peer_send(p, cmd, sent, &parts[sent], more);
       sent += more;
     }

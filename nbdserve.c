@@ -4437,8 +4437,6 @@ int nbdserve_flat_open(const char *path, const struct nbdserve_flat *options,
 #endif
 
 enum {
-  /* Sent together: where poll says that there is room, a pipe takes all. */
-  PEER_AT_ONCE = PIPE_BUF / WIRE_REQUEST_LEN,
   PEER_MOST = 1 << 20, /* the longest request, bytes */
   PEER_REPLIES = 64,   /* to GO, at most */
   PEER_PENDING = 1,    /* peer_part.err, until the reply has come */
@@ -4558,30 +4556,26 @@ static int peer_enter(struct nbdserve_peer *p, const char *name) {
   return err ? err : peer_fail(p, -EPROTO, "the peer haggles out of order");
 }
 
-/* Sends n requests together, which the replies name by the cookie and those
- * that follow it, and what a WRITE, which is sent alone, is to write. */
+/* Sends a request, which the reply names by the cookie, and what a WRITE is to
+ * write. */
 static int peer_send(struct nbdserve_peer *p, enum nbd_cmd cmd, size_t cookie,
-                     struct peer_part *parts, size_t n) {
-  unsigned char heads[PEER_AT_ONCE * WIRE_REQUEST_LEN];
-  assert(n > 0 && n <= PEER_AT_ONCE && (n == 1 || cmd == NBD_CMD_READ));
-  for (size_t i = 0; i < n; i++) {
-    unsigned char *b = heads + i * WIRE_REQUEST_LEN;
-    assert((parts[i].off | parts[i].len) % PEER_ALIGN == 0);
-    assert(parts[i].len <= PEER_MOST);
-    u_put32(b, NBD_REQUEST_MAGIC);
-    u_put32(b + 4, cmd); /* and no flags in front of it */
-    u_put64(b + 8, cookie + i);
-    u_put64(b + 16, parts[i].off);
-    u_put32(b + 24, parts[i].len);
-    parts[i].err = PEER_PENDING;
-  }
-  int err = peer_move(p, 1, heads, n * WIRE_REQUEST_LEN);
-  if (err || cmd != NBD_CMD_WRITE) return err;
-  return peer_move(p, 1, parts->data, parts->len);
+                     struct peer_part *part) {
+  unsigned char b[WIRE_REQUEST_LEN];
+  assert(part->off % PEER_ALIGN == 0 && part->len % PEER_ALIGN == 0);
+  assert(part->len <= PEER_MOST);
+  u_put32(b, NBD_REQUEST_MAGIC);
+  u_put32(b + 4, cmd); /* and no flags in front of it */
+  u_put64(b + 8, cookie);
+  u_put64(b + 16, part->off);
+  u_put32(b + 24, part->len);
+  part->err = PEER_PENDING;
+  int err = peer_move(p, 1, b, sizeof b);
+  return err || cmd != NBD_CMD_WRITE ? err
+                                     : peer_move(p, 1, part->data, part->len);
 }
 
-/* May requests be sent without a wait for the peer, which may itself wait until
- * we take its replies?  Then there is room for PEER_AT_ONCE of them. */
+/* Is there room for another request, which is so short that poll says no less?
+ * If there is none, the peer may be waiting until we take its replies. */
 static int peer_has_room(const struct nbdserve_peer *p) {
   struct pollfd poller = {p->out_fd, POLLOUT, 0};
   return poll(&poller, 1, 0) > 0;
@@ -4598,12 +4592,11 @@ static int peer_transfer(struct nbdserve_peer *p, enum nbd_cmd cmd,
                          struct peer_part *parts, size_t n) {
   unsigned char b[WIRE_SIMPLE_REPLY_LEN];
   size_t sent = 0;
-  for (size_t done = 0; done < n; done++) {
-    size_t more = (size_t)u_min(n - sent, PEER_AT_ONCE);
-    int err = 0;
-    if (sent == done || (more && peer_has_room(p))) {
-      err = peer_send(p, cmd, sent, &parts[sent], more);
-      sent += more;
+  int err = 0;
+  for (size_t done = 0; done < n && !err; done++) {
+    while (sent < n && !err && (sent == done || peer_has_room(p))) {
+      err = peer_send(p, cmd, sent, &parts[sent]);
+      sent++;
     }
     if (!err) err = peer_move(p, 0, b, sizeof b);
     if (err) return err;
@@ -4615,9 +4608,8 @@ static int peer_transfer(struct nbdserve_peer *p, enum nbd_cmd cmd,
     part->err = u_get32(b + 4) ? -EIO : 0;
     if (!part->err && cmd == NBD_CMD_READ)
       err = peer_move(p, 0, part->data, part->len);
-    if (err) return err;
   }
-  return 0;
+  return err;
 }
 
 /* The error of a part without which nothing goes on. */
@@ -4639,7 +4631,7 @@ static void peer_leave(const struct nbdserve_peer *p) {
   if (p->deadline)
     (void)!peer_move(&copy, 1, abort, sizeof abort);
   else if (p->size)
-    (void)!peer_send(&copy, NBD_CMD_DISC, 0, &none, 1);
+    (void)!peer_send(&copy, NBD_CMD_DISC, 0, &none);
 }
 
 #endif /* !NBDSERVE_NO_CLIENT && !NBDSERVE_NO_CAS */
@@ -10574,11 +10566,11 @@ STATIC_ASSERT(a_process_id_fits, sizeof(sig_atomic_t) >= sizeof(pid_t));
  * after a second the message is lost. */
 static void OS_PRINTF(3, 4) cli_say_to(int fd, int json, const char *fmt, ...) {
   char text[PATH_MAX - 30];
-  char line[2 * PATH_MAX];
+  char line[PATH_MAX];
   struct pollfd p = {fd, POLLOUT, 0};
   va_list ap;
   va_start(ap, fmt);
-  vsnprintf(text, sizeof text, fmt, ap);
+  vsnprintf(text, sizeof text / (json ? 2 : 1), fmt, ap); /* room for '\\' */
   va_end(ap);
   char *to = stpcpy(line, json ? "{\"error\":\"" : "nbdserve: ");
   for (char *c = text; *c && json; c += u_utf8_len(c))
@@ -11369,7 +11361,9 @@ static int cli_do_diff(struct cli_job *job) {
   struct nbdserve_cas_op *op = job->ops;
   struct nbdserve_export v = {.name = NULL};
   int err = nbdserve_cas_diff(cli.cas, op->name, op->to, cli_range_row, job);
-  if (err != -ENOENT || nbdserve_cas_volume(cli.cas, op->name, &v)) return err;
+  if (err != -ENOENT || strchr(op->name, '/') ||
+      nbdserve_cas_volume(cli.cas, op->name, &v) != 0)
+    return err;
   v.ops->close(v.ctx);
   op->name = op->to; /* this one is missing: the message names it */
   return err;
@@ -12088,7 +12082,7 @@ static int cli_open_file(const char *file, int writes) {
   int fd = is_standard ? 0 : open(file, how);
   if (fd < 0 && (!writes || errno != ENOENT)) cli_exit_if_error(-errno, file);
   fstat(fd, &st); /* with -1 it stays as it is */
-  if (fd >= 0) cli_exit_if_error(os_lock_file(fd, !writes), file);
+  if (fd > 0) cli_exit_if_error(os_lock_file(fd, !writes), file);
   if (writes && cli_is_store(file))
     cli_failed("%s: a store; remove it first, or take another file", file);
   if (!writes && (S_ISCHR(st.st_mode) || S_ISDIR(st.st_mode)))
@@ -12482,10 +12476,11 @@ static void cli_add_target(char *text) {
   int is_own = opt[OPT_TEMPORARY].given || strncmp(path, "mem:", 4) == 0;
   if (!*cli.owner) /* the first target is what is connected */
     snprintf(cli.owner, sizeof cli.owner,
-             "nbdserve:%.1900s::%.1900s:" CLI_N "+" CLI_N ":%d:%u:%u",
+             "nbdserve:%.1900s::%.1900s:" CLI_N "+" CLI_N ":%d:%u:%u:" CLI_N,
              real ? real : path, colons ? name : "", opt[OPT_OFFSET].number,
              opt[OPT_SIZE].number, is_own ? (int)getpid() : 0,
-             opt[OPT_READ_ONLY].given, ex.min_block);
+             opt[OPT_READ_ONLY].given, ex.min_block > 512 ? ex.min_block : 512,
+             opt[OPT_WITHOUT].number);
   if (!ex.ops) return;
   assert(ex.ops->read && ex.ops->close);
   int err = nbdserve_add(cli.server, &ex); /* copies name and description */
@@ -12632,23 +12627,27 @@ static void *cli_serve_kernel(void *socket) {
  * has of us: when we are killed the kernel sees that its socket is dead, the
  * lock of the target is free, and a new server takes over and sets the child
  * free.  The child of a process with threads may call nothing but what a signal
- * handler may, and signals are ours.  Locks and sockets are opened early:
+ * handler may, and signals are ours; here they wait, too, so that nobody in
+ * a hurry ends us before the data is safe.  Locks and sockets are opened early:
  * beyond the descriptors that it closes there are only clients. */
 static int cli_use_device(int flags, int (*use)(int)) {
-  int wait_status = 0;
+  int status = 0;
   sigset_t all;
   sigfillset(&all);
   sigprocmask(SIG_BLOCK, &all, NULL);
   pid_t pid = fork();
-  if (pid == 0) {
-    for (int i = 0; i < 1 << 16; i++)
-      close(i);
-    int fd = open(opt[OPT_CONNECT].text, O_RDONLY | flags);
-    _exit(fd < 0 || use(fd) < 0 ? errno : 0);
+  for (int i = 0; pid == 0 && i < 1 << 16; i++)
+    close(i);
+  if (pid <= 0) { /* without a child we wait, rather than not at all */
+    int fd = open(opt[OPT_CONNECT].text, O_RDONLY | O_CLOEXEC | flags);
+    status = fd < 0 || use(fd) < 0 ? errno : 0;
+    if (pid == 0) _exit(status);
+    if (use != close) close(fd);
+  } else {
+    status = waitpid(pid, &status, 0) < 0 ? errno : cli_exit_status(status);
   }
   sigprocmask(SIG_UNBLOCK, &all, NULL); /* as it was */
-  if (pid < 0 || waitpid(pid, &wait_status, 0) < 0) return -errno;
-  return -cli_exit_status(wait_status);
+  return -status;
 }
 
 /* Connects the kernel's device, and returns when it can be used: opening it

@@ -536,7 +536,8 @@ static int os_tell_nbd(enum os_nbd_command command, uint32_t index,
                            .command = OS_GET_FAMILY, .version = 1};
   struct os_message m = {OS_MESSAGE_LEN, .flags = OS_NETLINK_FLAGS,
                          .command = (unsigned char)command, .version = 1};
-  uint16_t item[6] = {sizeof item, 1, sizeof item - 4, 1}; /* nested */
+  /* Attribute 1, which holds attribute 1, which holds the descriptor */
+  uint16_t item[6] = {sizeof item, 1, sizeof item - 4, 1};
   uint16_t family = 0;
   int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, OS_NETLINK_GENERIC);
   if (fd < 0) return -errno;
@@ -544,8 +545,8 @@ static int os_tell_nbd(enum os_nbd_command command, uint32_t index,
   int err = os_ask_kernel(fd, &ask, OS_FAMILY_ID, &family);
   m.type = family;
   os_add_attribute(&m, OS_NBD_INDEX, &index, sizeof index);
-  /* Sizes would reach even a device that is not ours to take over: the kernel
-   * sets them before it looks for a dead socket. */
+  /* Only here: when a device is taken over, the kernel would set them even if
+   * its old server lives, and our socket is refused. */
   if (command == OS_NBD_CONNECT) {
     os_add_attribute(&m, OS_NBD_SIZE, &nbd->size, 8);
     os_add_attribute(&m, OS_NBD_BLOCK_SIZE, &nbd->block_size, 8);
@@ -562,8 +563,9 @@ static int os_tell_nbd(enum os_nbd_command command, uint32_t index,
   return err;
 }
 
-/* Does the device have an owner?  Linux knows since 5.14, and lets only that
- * one reconfigure it.  A device without an owner is not ours to take over. */
+/* Does the device have an owner?  Linux has noted that since 5.14, and lets
+ * only a process that gives the same one reconfigure it.  A device without an
+ * owner is not ours to take over. */
 static int os_nbd_is_owned(uint32_t index) {
   char path[64];
   snprintf(path, sizeof path, "/sys/block/nbd%" PRIu32 "/backend", index);
@@ -589,7 +591,9 @@ static int os_sandbox_version(void) {
  * need: to open, make, rename or run files and, since Linux 6.7, to bind or
  * connect TCP sockets.  What is open stays open, and files may be removed. */
 static int os_sandbox(void) {
-  const uint64_t denied[] = {0x1fcf, 3}; /* LANDLOCK_ACCESS_FS_*, .._NET_* */
+  /* LANDLOCK_ACCESS_FS_*: bits 0 to 12, but not to remove files and
+   * directories; LANDLOCK_ACCESS_NET_*: bind and connect */
+  const uint64_t denied[] = {0x1fcf, 3};
   int version = os_sandbox_version();
   if (version < 0) return version;
   int fd = (int)syscall(SYS_landlock_create_ruleset, denied,
@@ -602,10 +606,10 @@ static int os_sandbox(void) {
 }
 #elif defined __OpenBSD__ && !NBDSERVE_POSIX_ONLY && !NBDSERVE_NO_SANDBOX && \
     !NBDSERVE_NO_MAIN
-/* The same with pledge(2), which nobody has tried yet.  rpath: lstat(2), by
- * which we know files to remove; so files may be read.  proc: to tell the
- * command to end.  error: what else we might call fails with ENOSYS, and does
- * not end the process. */
+/* With pledge(2): compiled, but never run.  Weaker than Landlock: files may be
+ * read, renamed and removed, and directories made.  rpath: lstat(2), by which
+ * we know files to remove.  proc: to tell the command to end.  error: what else
+ * we might call fails with ENOSYS, and does not end the process. */
 #define os_sandbox_version() 0
 #define os_sandbox() \
   (pledge("stdio rpath cpath inet unix recvfd proc error", NULL) ? -errno : 0)
@@ -4466,7 +4470,7 @@ static int OS_PRINTF(3, 4)
 }
 
 /* Sends (writes) or receives n bytes (P1).  The time limit is that of the
- * handshake or, later, one for this message alone.  Nothing is done that may
+ * handshake or, later, stall_ms for this call.  Nothing is done that may
  * block: a pipe, which knows no MSG_DONTWAIT, is written in pieces that fit
  * where poll says that there is room. */
 static int peer_move(struct nbdserve_peer *p, int writes, unsigned char *data,
@@ -4511,7 +4515,7 @@ static int peer_enter(struct nbdserve_peer *p, const char *name) {
   p->deadline = os_now_ms() + p->stall_ms;
   p->size = p->done = p->total = 0;
   *p->why = 0;
-  int err = peer_move(p, 0, b, 18);
+  int err = peer_move(p, OS_READ, b, 18);
   if (err) return err;
   unsigned flags = u_get16(b + 16);
   if (u_get64(b) != NBD_INIT_MAGIC || u_get64(b + 8) != NBD_OPTION_MAGIC ||
@@ -4525,16 +4529,16 @@ static int peer_enter(struct nbdserve_peer *p, const char *name) {
   memcpy(b + 24, name, n);
   u_put16(b + 24 + n, 1); /* so many pieces of information */
   u_put16(b + 26 + n, NBD_INFO_BLOCK_SIZE);
-  err = peer_move(p, 1, b, 28 + n);
+  err = peer_move(p, OS_WRITE, b, 28 + n);
   for (int i = 0; i < PEER_REPLIES && !err; i++) {
-    err = peer_move(p, 0, b, WIRE_OPTION_REPLY_LEN);
+    err = peer_move(p, OS_READ, b, WIRE_OPTION_REPLY_LEN);
     if (err) break;
     uint32_t type = u_get32(b + 12);
     uint32_t len = u_get32(b + 16);
     if (u_get64(b) != NBD_REP_MAGIC || u_get32(b + 8) != NBD_OPT_GO ||
         len > WIRE_STRING_MAX + 2)
       break;
-    err = peer_move(p, 0, b, len);
+    err = peer_move(p, OS_READ, b, len);
     if (err) break;
     b[len] = 0;
     if (type == NBD_REP_ACK && p->size) {
@@ -4569,36 +4573,39 @@ static int peer_send(struct nbdserve_peer *p, enum nbd_cmd cmd, size_t cookie,
   u_put64(b + 16, part->off);
   u_put32(b + 24, part->len);
   part->err = PEER_PENDING;
-  int err = peer_move(p, 1, b, sizeof b);
-  return err || cmd != NBD_CMD_WRITE ? err
-                                     : peer_move(p, 1, part->data, part->len);
+  int err = peer_move(p, OS_WRITE, b, sizeof b);
+  return err || cmd != NBD_CMD_WRITE
+             ? err
+             : peer_move(p, OS_WRITE, part->data, part->len);
 }
 
-/* Is there room for another request, which is so short that poll says no less?
- * If there is none, the peer may be waiting until we take its replies. */
+/* Does the peer's stream take another request at once?  If poll says that it is
+ * writable, these few bytes fit.  If it is not, the peer may be waiting for us
+ * to take its replies. */
 static int peer_has_room(const struct nbdserve_peer *p) {
   struct pollfd poller = {p->out_fd, POLLOUT, 0};
   return poll(&poller, 1, 0) > 0;
 }
 
 /* Sends n requests, as fast as they go, so that a peer far away has enough of
- * them, and takes their replies, in whatever order these come.  The cookie of a
- * request is its index.  No reply comes twice, as that of a request that is no
- * longer pending is refused; data comes only behind a READ that was done, and
- * goes nowhere but to that request's own place (P2).  A request that the peer
+ * them, and takes their replies, in whatever order these come; a WRITE goes
+ * alone.  The cookie of a request is its index.  A second reply to a request is
+ * refused; data follows only the reply to a READ that succeeded, and goes
+ * nowhere but to that request's own place (P2).  A request that the peer
  * refuses has its own part->err; the error that is returned is of the
  * connection, which cannot be used any more. */
 static int peer_transfer(struct nbdserve_peer *p, enum nbd_cmd cmd,
                          struct peer_part *parts, size_t n) {
   unsigned char b[WIRE_SIMPLE_REPLY_LEN];
   size_t sent = 0;
+  assert(n <= 1 || cmd == NBD_CMD_READ);
   int err = 0;
   for (size_t done = 0; done < n && !err; done++) {
     while (sent < n && !err && (sent == done || peer_has_room(p))) {
       err = peer_send(p, cmd, sent, &parts[sent]);
       sent++;
     }
-    if (!err) err = peer_move(p, 0, b, sizeof b);
+    if (!err) err = peer_move(p, OS_READ, b, sizeof b);
     if (err) return err;
     uint64_t cookie = u_get64(b + 8);
     if (u_get32(b) != NBD_SIMPLE_REPLY_MAGIC || cookie >= sent ||
@@ -4607,7 +4614,7 @@ static int peer_transfer(struct nbdserve_peer *p, enum nbd_cmd cmd,
     struct peer_part *part = &parts[cookie];
     part->err = u_get32(b + 4) ? -EIO : 0;
     if (!part->err && cmd == NBD_CMD_READ)
-      err = peer_move(p, 0, part->data, part->len);
+      err = peer_move(p, OS_READ, part->data, part->len);
   }
   return err;
 }
@@ -4629,7 +4636,7 @@ static void peer_leave(const struct nbdserve_peer *p) {
   u_put64(abort, NBD_OPTION_MAGIC);
   u_put32(abort + 8, NBD_OPT_ABORT);
   if (p->deadline)
-    (void)!peer_move(&copy, 1, abort, sizeof abort);
+    (void)!peer_move(&copy, OS_WRITE, abort, sizeof abort);
   else if (p->size)
     (void)!peer_send(&copy, NBD_CMD_DISC, 0, &none);
 }
@@ -10489,11 +10496,12 @@ static struct {
   /* ---- --connect: the kernel's device that a target is the disk of */
 
   /* Whose it is: the target */
-  char owner[OS_NBD_OWNER]; /* one that is cut is still its own */
+  char owner[OS_NBD_OWNER]; /* of a path only the first 1,900 bytes */
   /* The kernel has a socket, or is about to get it.  Whoever sees that this is
    * over writes 0; the signal handler reads it. */
   volatile sig_atomic_t is_connected;
-  /* When a signal came while the device was in use, in os_now_ms, or 0 */
+  /* When cli_disconnect last refused, in os_now_ms, or 0.  Signals within half
+   * a second of that count as the same one. */
   int64_t refused_ms;
 
   /* ---- What has to be removed at exit */
@@ -11356,7 +11364,10 @@ static int cli_range_row(void *arg, uint64_t off, uint64_t len) {
                  "{\"offset\":" CLI_N ",\"length\":" CLI_N "}\n", off, len);
 }
 
-/* diff: a row for each range in which two volumes or snapshots differ */
+/* diff: a row for each range in which two volumes or snapshots differ.  The
+ * library does not say which of the names is missing: if the first one can be
+ * opened, as no hidden export (with a "/"), it is the second, and the message
+ * is to name that. */
 static int cli_do_diff(struct cli_job *job) {
   struct nbdserve_cas_op *op = job->ops;
   struct nbdserve_export v = {.name = NULL};
@@ -11365,7 +11376,7 @@ static int cli_do_diff(struct cli_job *job) {
       nbdserve_cas_volume(cli.cas, op->name, &v) != 0)
     return err;
   v.ops->close(v.ctx);
-  op->name = op->to; /* this one is missing: the message names it */
+  op->name = op->to;
   return err;
 }
 
@@ -11458,9 +11469,9 @@ static int cli_do_stat(struct cli_job *job) {
                  s.block_size, s.stored, s.free, s.file, s.log);
 }
 
-/* uri: where the store is served, and by which process, which does this; if it
- * is done here, nobody serves it.  With --connect that may be the kernel's
- * device alone. */
+/* uri: where the store is served, and the server's process id.  The server runs
+ * this; if the command does (client < 0), nobody serves the store.  With
+ * --connect the place may be the device alone. */
 static int cli_do_uri(struct cli_job *job) {
   const char *place = *cli.uri ? cli.uri : opt[OPT_CONNECT].text;
   if (job->client < 0 || !place) return -ENOTCONN;
@@ -12073,7 +12084,8 @@ static const char *cli_same_store(const char *store, const char *operand,
  * are ours.  A regular FILE is written under another name until it is whole; a
  * symbolic link to one stays.  A FILE that is to be written may be a store,
  * this one perhaps, or an image that is being served: both are locked, and
- * nobody wants to lose them. */
+ * nobody wants to lose them.  One that is read is locked against writers; but
+ * not standard input, as that lock would be the caller's, too. */
 static int cli_open_file(const char *file, int writes) {
   struct stat st = {.st_mode = S_IFREG}; /* of a FILE that is to be made */
   int how = (writes ? O_WRONLY : O_RDONLY) | O_CLOEXEC | O_NOCTTY;
@@ -12117,7 +12129,7 @@ static int cli_decode(const char *p, const char *end, char *out, size_t size) {
  * a descriptor.
  *
  * The URI is read from front to back: p is at its host, slash at the end of
- * that, query at its "?", and what is missing is at its end. */
+ * that, query at its "?", or at the end of the URI. */
 static int cli_connect_uri(char **operand, int needs_name) {
   static char name[WIRE_STRING_MAX + 1];
   const char *uri = *operand;
@@ -12468,10 +12480,10 @@ static void cli_add_target(char *text) {
   if (!ex.name) ex.flags |= NBDSERVE_EXPORT_FALLBACK;
   if (ex.name && cli.ntargets == 1) cli.export_name = ex.name;
   cli_open_target(text, path, colons ? name : NULL, &ex);
-  /* The owner of a kernel's device is whoever serves the same bytes: a new
-   * server of them may take it over, if it takes the same requests: the device
-   * goes on with its block size and flags.  *real stays.  What nobody else has,
-   * memory or an overlay, is nobody's to take over. */
+  /* What a kernel's device is made of: a server of the same bytes may take it
+   * over, if it takes the same requests, as the device goes on with its block
+   * size and flags.  Memory and overlays die with us, so they have our process
+   * id.  `real` is never freed. */
   const char *real = opt[OPT_CONNECT].given ? realpath(path, NULL) : NULL;
   int is_own = opt[OPT_TEMPORARY].given || strncmp(path, "mem:", 4) == 0;
   if (!*cli.owner) /* the first target is what is connected */
@@ -12606,8 +12618,9 @@ static void cli_listen(void) {
 
 /* The thread that serves the kernel.  When that has closed the connection the
  * device was disconnected, by us or by somebody else, and the server ends.
- * What was wrong with a request its answer has said; what could not be made
- * durable cli_disconnect and nbdserve_run find. */
+ * What was wrong with a request its answer has said, and cli_close looks
+ * whether there was any; what could not be made durable cli_disconnect and
+ * nbdserve_run find. */
 static void *cli_serve_kernel(void *socket) {
   int fd = (int)(intptr_t)socket;
   os_serve_writeback();
@@ -12623,13 +12636,14 @@ static void *cli_serve_kernel(void *socket) {
  * descriptor.  0 or -errno.
  *
  * A process that waits for the device cannot be killed, and this one has to
- * answer what it waits for.  So a child waits, which has let go of all that it
- * has of us: when we are killed the kernel sees that its socket is dead, the
- * lock of the target is free, and a new server takes over and sets the child
- * free.  The child of a process with threads may call nothing but what a signal
- * handler may, and signals are ours; here they wait, too, so that nobody in
- * a hurry ends us before the data is safe.  Locks and sockets are opened early:
- * beyond the descriptors that it closes there are only clients. */
+ * answer what it waits for.  So a child waits, which has closed all that it has
+ * of us: if we are killed, our socket and lock go with us, a new server takes
+ * over, and the child's wait ends.  Its exit status is the errno.
+ *
+ * The child of a process with threads may call only what a signal handler may.
+ * Signals are blocked: our handler is not for the child, and nobody in a hurry
+ * ends us before the data is safe.  Locks and sockets were opened early, so
+ * descriptors that the loop leaves open can only be clients. */
 static int cli_use_device(int flags, int (*use)(int)) {
   int status = 0;
   sigset_t all;
@@ -12656,8 +12670,8 @@ static int cli_use_device(int flags, int (*use)(int)) {
  *
  * The kernel is given one end of the socket pair.  The device may have been
  * that of another process that served the same target and has died.  If that
- * lives the kernel does not take our socket, and says nothing; but our end
- * hangs up. */
+ * one is still alive, the kernel drops our socket without an error, and we see
+ * it hang up. */
 static void cli_connect(void) {
   const char *path = opt[OPT_CONNECT].text;
   struct os_nbd nbd = {.owner = cli.owner, .patience = 60}; /* seconds */
@@ -12673,7 +12687,7 @@ static void cli_connect(void) {
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) < 0)
     cli_exit_if_error(-errno, "--connect");
   if (info.min_block > 4096 || info.max_request < 128 << 10)
-    cli_usage("--connect: the kernel sends 512 bytes to 128K at a time");
+    cli_usage("--block-size: --connect needs MIN <= 4K and MAX >= 128K");
   nbd.block_size = info.min_block < 512 ? 512 : info.min_block;
   nbd.size = info.size - info.size % nbd.block_size;
   nbd.flags = info.flags;
@@ -12730,13 +12744,6 @@ static int cli_disconnect(int is_forced) {
   }
   if (lost == -EBUSY) lost = cli_use_device(0, fsync);
   if (lost) cli_say("%s: %s; written data may be lost", path, strerror(-lost));
-  /* The kernel may have had nobody left to tell of an error. */
-  struct nbdserve_stats stats;
-  nbdserve_stats(cli.server, &stats);
-  if (!lost && stats.errors) {
-    lost = -EIO;
-    cli_say("%s: requests have failed; written data may be lost", path);
-  }
   int err = os_tell_nbd(OS_NBD_DISCONNECT, CLI_DEVICE, NULL);
   cli.is_connected = 0; /* what the kernel has sent by then is still done */
   if (err) cli_say("%s: not disconnected: %s", path, strerror(-err));
@@ -13015,6 +13022,14 @@ static void cli_close(void) {
   int lost = cli_disconnect(1);
   nbdserve_stop(cli.server);
   int err = cli_wait_for_jobs(0, os_now_ms() + IO_GRACE_MS);
+  /* The kernel may have had nobody left to tell of an error. */
+  struct nbdserve_stats stats;
+  nbdserve_stats(cli.server, &stats);
+  if (opt[OPT_CONNECT].given && stats.errors && !lost) {
+    lost = -EIO;
+    cli_say("%s: a request has failed; written data may be lost",
+            opt[OPT_CONNECT].text);
+  }
   if (!err) nbdserve_free(cli.server);
   if (!err && cli.cas) err = nbdserve_cas_close(cli.cas);
   if (*cli.private_dir) rmdir(cli.private_dir);
@@ -13099,8 +13114,8 @@ int main(int argc, char **argv) {
   cli_listen();
   if (opt[OPT_CONNECT].given) cli_connect();
   cli_tell_ready();
-  /* All is open, and the command, which that must not bind, has started.  It
-   * binds the threads of a store, which cli_start_control starts. */
+  /* All is open.  The command has started already, so the sandbox does not bind
+   * it; the threads of a store, which cli_start_control starts, it does. */
   if (opt[OPT_SANDBOX].number != SANDBOX_OFF && !opt[OPT_CONNECT].given)
     cli_check_sandbox(os_sandbox());
   return cli_serve();

@@ -11739,8 +11739,9 @@ static int cli_run_job(struct cli_job *job) {
   assert(job->failed < job->nops);
   const struct nbdserve_cas_op *op = &job->ops[job->failed];
   const char *name = *op->name ? op->name : cli.store;
-  /* What is missing is the name. */
-  const char *to = flags & VERB_READS_FILE || err == -ENOENT ? "" : op->to;
+  /* What is missing here is the name; at a peer it is the other one. */
+  int is_missing = err == -ENOENT && !*job->peer.why;
+  const char *to = flags & VERB_READS_FILE || is_missing ? "" : op->to;
   const char *why = cli_why(job->verb, op, err);
   if (*job->peer.why && err != -EUCLEAN) why = job->peer.why;
   if (!(err == -EUCLEAN && job->nrows) && job->lost != -EPIPE)

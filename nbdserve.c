@@ -4469,26 +4469,26 @@ static int OS_PRINTF(3, 4)
   return err;
 }
 
-/* Sends (writes) or receives n bytes (P1).  The time limit is that of the
+/* Sends (writing) or receives n bytes (P1).  The time limit is that of the
  * handshake or, later, stall_ms for this call.  Nothing is done that may
  * block: a pipe, which knows no MSG_DONTWAIT, is written in pieces that fit
  * where poll says that there is room. */
-static int peer_move(struct nbdserve_peer *p, int writes, unsigned char *data,
+static int peer_move(struct nbdserve_peer *p, int writing, unsigned char *data,
                      size_t n) {
   int64_t until = p->deadline ? p->deadline : os_now_ms() + p->stall_ms;
-  int fd = writes ? p->out_fd : p->in_fd;
-  struct pollfd poller = {fd, writes ? POLLOUT : POLLIN, 0};
+  int fd = writing ? p->out_fd : p->in_fd;
+  struct pollfd poller = {fd, writing ? POLLOUT : POLLIN, 0};
   while (n > 0) {
     if (p->progress && p->progress(p->arg, p->done, p->total))
       return -ECANCELED;
     if (os_now_ms() >= until)
       return peer_fail(p, -ETIMEDOUT, "the peer says nothing any more");
     if (poll(&poller, 1, PEER_LOOK_MS) <= 0) continue;
-    ssize_t some = writes ? send(fd, data, n, MSG_DONTWAIT | MSG_NOSIGNAL)
-                          : recv(fd, data, n, MSG_DONTWAIT);
+    ssize_t some = writing ? send(fd, data, n, MSG_DONTWAIT | MSG_NOSIGNAL)
+                           : recv(fd, data, n, MSG_DONTWAIT);
     if (some < 0 && errno == ENOTSOCK)
-      some = writes ? write(fd, data, (size_t)u_min(n, PIPE_BUF))
-                    : read(fd, data, n);
+      some = writing ? write(fd, data, (size_t)u_min(n, PIPE_BUF))
+                     : read(fd, data, n);
     if (some == 0) return peer_fail(p, -EPIPE, "the peer has hung up");
     if (some < 0 && errno != EAGAIN && errno != EINTR)
       return peer_fail(p, -errno, "the peer is gone: %s", strerror(errno));
@@ -4598,8 +4598,8 @@ static int peer_transfer(struct nbdserve_peer *p, enum nbd_cmd cmd,
                          struct peer_part *parts, size_t n) {
   unsigned char b[WIRE_SIMPLE_REPLY_LEN];
   size_t sent = 0;
-  assert(n <= 1 || cmd == NBD_CMD_READ);
   int err = 0;
+  assert(n <= 1 || cmd == NBD_CMD_READ);
   for (size_t done = 0; done < n && !err; done++) {
     while (sent < n && !err && (sent == done || peer_has_room(p))) {
       err = peer_send(p, cmd, sent, &parts[sent]);

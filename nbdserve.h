@@ -444,8 +444,8 @@ NBDSERVE_API int nbdserve_cas_verify(struct nbdserve_cas *cas,
 struct nbdserve_peer {
   int in_fd; /* sockets or pipes, maybe the same; they stay open */
   int out_fd;
-  uint32_t stall_ms; /* for the handshake, and for each message after it; 0:
-                        120000 */
+  uint32_t stall_ms; /* for the handshake as a whole, and after it for each
+                        head or data of a message; 0: 120000 */
   nbdserve_progress_fn *progress;
   void *arg;     /* is passed to progress */
   char why[200]; /* what is wrong with the server, if an error is the server's;

@@ -398,6 +398,15 @@ static int64_t os_now_ms(void) {
   return (int64_t)(os_now_ns() / 1000000);
 }
 
+/* The processors that there are; 1 where that cannot be told. */
+static unsigned os_cpus(void) {
+  long n = 1;
+#ifdef _SC_NPROCESSORS_ONLN
+  n = sysconf(_SC_NPROCESSORS_ONLN);
+#endif
+  return n > 0 ? (unsigned)n : 1;
+}
+
 /* Makes calls on fd wait (blocking is 0) or not (O_NONBLOCK), and keeps
  * programs that the host runs from inheriting it. */
 static void os_set_fd_flags(int fd, int blocking) {
@@ -1225,13 +1234,13 @@ struct sha_lane {
   os_words w[4]; /* 16 words of the message's schedule, the next ones first */
 };
 
-/* Does four rounds, k being their constants, and computes the four words of the
- * schedule that the rounds need 16 later.  The last four calls for a block
- * compute words in vain; a second loop without that was not faster. */
-static inline OS_HWSHA void sha_lane_rounds(struct sha_lane *lane, os_words k) {
+/* Does four rounds, k being their constants.  more: computes the four words of
+ * the schedule that the rounds need 16 later, too. */
+static inline OS_HWSHA void sha_lane_rounds(struct sha_lane *lane, os_words k,
+                                            int more) {
   os_words *w = lane->w;
   os_rounds(&lane->abef, &lane->cdgh, os_add_words(w[0], k));
-  os_words next = os_next_words(w);
+  os_words next = more ? os_next_words(w) : w[0];
   w[0] = w[1];
   w[1] = w[2];
   w[2] = w[3];
@@ -1278,10 +1287,12 @@ static OS_HWSHA void sha_hw(uint32_t state[2][SHA_STATE_WORDS],
   for (size_t i = 0; i < nblocks; i++) {
     sha_lane_load(&lane, state[0], first + SHA_BLOCK_LEN * i);
     sha_lane_load(&other, state[1], second + SHA_BLOCK_LEN * i);
+    /* Unrolled, so that the last 16 rounds compute no words in vain. */
+#pragma GCC unroll 16
     for (int round = 0; round < SHA_ROUNDS; round += 4) {
       os_words k = sha_load(sha_k + round);
-      sha_lane_rounds(&lane, k);
-      sha_lane_rounds(&other, k);
+      sha_lane_rounds(&lane, k, round < SHA_ROUNDS - 16);
+      sha_lane_rounds(&other, k, round < SHA_ROUNDS - 16);
     }
     sha_lane_save(&lane, state[0]);
     sha_lane_save(&other, state[1]);
@@ -2000,6 +2011,7 @@ struct srv_listener {
 struct nbdserve {
   /* -- fixed after nbdserve_new (the command sets find, list and lifeline) */
   struct nbdserve_config config; /* defaults filled in */
+  unsigned cpus;                 /* see tx_is_halfway */
   int lifeline; /* of all clients of nbdserve_serve: see struct io */
   int stop[2];  /* pipe: nbdserve_stop was called, and when: see struct io */
   int wake[2];  /* two pipes, one in each direction: [0] is readable when
@@ -2016,6 +2028,7 @@ struct nbdserve {
   struct conn *conns; /* clients that are being served */
   unsigned nlies;     /* wrong results of the host's functions so far */
   int64_t idle_since; /* when the last client left; 0: never run */
+  unsigned rounds;    /* see tx_is_halfway */
   struct nbdserve_stats totals;
 };
 
@@ -2595,6 +2608,7 @@ enum {
   CONN_RBUF = 256 << 10,       /* bytes received at a time */
   HS_WITHOUT_OPTIONS = 16,     /* from this bit of config.without on: options */
   TX_IN_BATCH_MAX = 128 << 10, /* the longest READ or WRITE in a batch */
+  TX_SPLICE_MIN = 32 << 10,    /* the shortest READ that is spliced */
   TX_SLOTS = 288 << 10, /* bytes of a batch's slots: 64 READs of 4 KiB fit */
   TX_PIECE = 1 << 20,   /* longer ones are done in pieces of this size, which is
                          also the longest that a worker gets, the longest
@@ -2652,6 +2666,8 @@ struct conn {
   size_t rbuf_pos; /* rbuf[rbuf_pos..rbuf_end) is received and not looked at */
   size_t rbuf_end;
   size_t needed;        /* bytes that are to be there of the next request */
+  int is_past_half;     /* of rbuf: see tx_is_halfway, also for: */
+  unsigned rounds;      /* of all clients, when this one last had one */
   int after_long_write; /* another one is likely: see tx_receive */
   /* -- the batch */
   size_t nbatch;    /* requests in batch[] */
@@ -3103,8 +3119,9 @@ static int hs_run(struct conn *c) {
  *   READ, WRITE up to         client's thread,   WRITE: rbuf, where it came;
  *   TX_IN_BATCH_MAX           all of a batch     READ: a slot in wbuf
  *                             together
- *   longer READ, WRITE        client's thread    wbuf, in pieces; READ of
- *                                                a file: c->pipe
+ *   longer READ, WRITE        client's thread    wbuf, in pieces
+ *   READ from TX_SPLICE_MIN   client's thread    c->pipe, in pieces if it is
+ *   on, of a file, in memory                     longer than a batch's
  *   READ, WRITE up to         a worker           a buffer of its own
  *   TX_PIECE without
  *   run_batch; WRITE longer
@@ -3120,7 +3137,7 @@ static int hs_run(struct conn *c) {
  *   medium
  *
  *   tx_run_batch     does what has gathered, when rbuf holds no whole request
- *                    any more or the batch is full
+ *                    any more or the batch is full, and once halfway
  *   tx_answer        counts, logs, sends, frees, in whichever thread is done
  *
  * Without run_batch: on a host's backend, or with config.before.
@@ -3724,20 +3741,19 @@ static void tx_close_pipe(struct conn *c) {
 
 /* Moves the data of a piece to the pipe, if the backend can do that and it is
  * in memory: then it is sent without a copy, for a third of the time.  A copy
- * is faster for what goes in a batch, and over TCP, where it takes less than
- * half the time (loopback, Linux 6.18).  Returns its length, or 0: then the
- * piece is read like any other. */
+ * is faster for what is short, and mostly over TCP (loopback, Linux 6.18).
+ * Returns its length, or 0: then the piece is read like any other. */
 static size_t tx_splice(struct conn *c, const struct nbdserve_req *piece) {
   const struct nbdserve_ops *ops = c->export->pub.ops;
   size_t len = (size_t)piece->len;
   assert(piece->type == NBD_CMD_READ && len <= TX_PIECE);
-  if (!c->run_batch || !ops->splice || len <= TX_IN_BATCH_MAX) return 0;
+  if (!c->run_batch || !ops->splice || len < TX_SPLICE_MIN) return 0;
   /* A socket of the host's stays as it is, and its thread may take SIGPIPE. */
   if (c->fd < 0 || c->is_tcp) return 0;
   if (*c->pipe < 0) {
     int room = c->pipe_room ? -1 : os_splice_pipe(c->pipe, TX_PIECE, c->io.out);
     c->pipe_room = room > 0 ? (size_t)room : 1; /* 1: it is not tried again */
-    if (room <= TX_IN_BATCH_MAX) tx_close_pipe(c);
+    if (room < TX_SPLICE_MIN) tx_close_pipe(c);
   }
   if (len > c->pipe_room) return 0;
   size_t n = ops->splice(c->export->pub.ctx, c->pipe[1], piece->off, len);
@@ -3859,6 +3875,12 @@ static int tx_dispatch(struct conn *c, struct nbdserve_req *r) {
   if (is_batched && moves_data && r->type == NBD_CMD_READ)
     slot = wire_read_head_len(c->mode) + (size_t)r->len;
   assert(slot <= TX_SLOTS);
+  size_t spliced = slot ? tx_splice(c, r) : 0;
+  if (spliced) {
+    req_set_state(r, REQ_DONE);
+    tx_account(c, r);
+    return tx_send_all(c, r, spliced);
+  }
   /* To run the batch answers what came before, and frees rbuf and wbuf. */
   int fits = c->nbatch < TX_BATCH && c->wbuf_used + slot <= TX_SLOTS;
   int err = is_batched && fits ? 0 : tx_run_batch(c);
@@ -3963,7 +3985,29 @@ static int tx_receive(struct conn *c) {
   if (n < 0) return (int)n;
   assert((size_t)n <= room);
   c->rbuf_end += (size_t)n;
+  c->is_past_half = 0;
   return 0;
+}
+
+/* Is the batch to be done although there is more in rbuf?  Once in a round,
+ * halfway through what a recv() brought: so the client has something to do
+ * while the rest is done here, and sends more meanwhile.  Else one of the two
+ * always waits for the other.
+ *
+ * Not if other clients keep the processors busy: their rounds since our last
+ * one say how many there are, and each has two threads, the client's and ours.
+ * WRITEs into a store stay together, too: most of what they cost, a batch costs
+ * as a whole. */
+static int tx_is_halfway(struct conn *c) {
+  if (c->is_past_half || c->nbatch < 2 || c->rbuf_pos < c->rbuf_end / 2)
+    return 0;
+  c->is_past_half = 1;
+  os_lock(&c->s->lock);
+  unsigned busy = ++c->s->rounds - c->rounds; /* clients, with this one */
+  c->rounds = c->s->rounds;
+  os_unlock(&c->s->lock);
+  int is_write = c->batch[c->nbatch - 1].type == NBD_CMD_WRITE;
+  return 2 * busy <= c->s->cpus && !(is_write && c->export->pub.ops->hashes);
 }
 
 /* The transmission phase, to its end: CONN_LEFT or -errno. */
@@ -3975,7 +4019,8 @@ static int tx_run(struct conn *c) {
            c->info.flags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
   do {
     step = tx_next_request(c);
-    int err = step ? tx_run_batch(c) : 0; /* what came before is answered */
+    /* At the end of the phase, too, what came before is answered. */
+    int err = step || tx_is_halfway(c) ? tx_run_batch(c) : 0;
     if (err) step = err;
     if (step == CONN_NEEDS_MORE) step = tx_receive(c);
   } while (!step);
@@ -9854,6 +9899,7 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   if (!s) return -ENOMEM;
   os_monitor_init(&s->lock);
   s->config = k;
+  s->cpus = os_cpus();
   memset(s->stop, -1, sizeof s->stop); /* all bits set: -1 */
   memset(s->wake, -1, sizeof s->wake);
   int err = os_pipe(s->stop);

@@ -281,6 +281,9 @@ STATIC_ASSERT(off_t_has_64_bits, sizeof(off_t) >= 8);
 #ifndef MSG_MORE
 #define MSG_MORE 0 /* what follows leaves in a packet of its own */
 #endif
+#ifndef _SC_NPROCESSORS_ONLN
+#define _SC_NPROCESSORS_ONLN (-1) /* sysconf() does not know it either */
+#endif
 #ifndef EUCLEAN
 #define EUCLEAN 117 /* as nbdserve.h says: Linux has it */
 #endif
@@ -396,15 +399,6 @@ static uint64_t os_now_ns(void) {
 /* Milliseconds of the same clock. */
 static int64_t os_now_ms(void) {
   return (int64_t)(os_now_ns() / 1000000);
-}
-
-/* The processors that there are; 1 where that cannot be told. */
-static unsigned os_cpus(void) {
-  long n = 1;
-#ifdef _SC_NPROCESSORS_ONLN
-  n = sysconf(_SC_NPROCESSORS_ONLN);
-#endif
-  return n > 0 ? (unsigned)n : 1;
 }
 
 /* Makes calls on fd wait (blocking is 0) or not (O_NONBLOCK), and keeps
@@ -1234,8 +1228,8 @@ struct sha_lane {
   os_words w[4]; /* 16 words of the message's schedule, the next ones first */
 };
 
-/* Does four rounds, k being their constants.  more: computes the four words of
- * the schedule that the rounds need 16 later, too. */
+/* Does four rounds, k being their constants.  more: also computes the four words
+ * of the schedule for the rounds that come 16 later. */
 static inline OS_HWSHA void sha_lane_rounds(struct sha_lane *lane, os_words k,
                                             int more) {
   os_words *w = lane->w;
@@ -1276,9 +1270,9 @@ static inline OS_HWSHA void sha_lane_save(const struct sha_lane *lane,
   memcpy(state + 4, &cdgh, sizeof cdgh);
 }
 
-/* Mixes nblocks blocks each into two states, with the instructions.  The lines
- * for the two lanes alternate, and the compiler keeps that order more or less;
- * the processor does the rest. */
+/* Mixes nblocks blocks of each message into its state, with the instructions.
+ * The lines for the two lanes alternate, and the compiler keeps that order more
+ * or less: so there is always one that need not wait for the one before. */
 static OS_HWSHA void sha_hw(uint32_t state[2][SHA_STATE_WORDS],
                             const unsigned char *first,
                             const unsigned char *second, size_t nblocks) {
@@ -1287,7 +1281,7 @@ static OS_HWSHA void sha_hw(uint32_t state[2][SHA_STATE_WORDS],
   for (size_t i = 0; i < nblocks; i++) {
     sha_lane_load(&lane, state[0], first + SHA_BLOCK_LEN * i);
     sha_lane_load(&other, state[1], second + SHA_BLOCK_LEN * i);
-    /* Unrolled, so that the last 16 rounds compute no words in vain. */
+    /* Unrolled, so that the last 16 rounds compute no more words. */
 #pragma GCC unroll 16
     for (int round = 0; round < SHA_ROUNDS; round += 4) {
       os_words k = sha_load(sha_k + round);
@@ -2011,7 +2005,7 @@ struct srv_listener {
 struct nbdserve {
   /* -- fixed after nbdserve_new (the command sets find, list and lifeline) */
   struct nbdserve_config config; /* defaults filled in */
-  unsigned cpus;                 /* see tx_is_halfway */
+  long cpus;    /* processors of the system, or -1: see tx_answers_early */
   int lifeline; /* of all clients of nbdserve_serve: see struct io */
   int stop[2];  /* pipe: nbdserve_stop was called, and when: see struct io */
   int wake[2];  /* two pipes, one in each direction: [0] is readable when
@@ -2028,7 +2022,7 @@ struct nbdserve {
   struct conn *conns; /* clients that are being served */
   unsigned nlies;     /* wrong results of the host's functions so far */
   int64_t idle_since; /* when the last client left; 0: never run */
-  unsigned rounds;    /* see tx_is_halfway */
+  unsigned rounds;    /* of all clients: see tx_answers_early */
   struct nbdserve_stats totals;
 };
 
@@ -2596,7 +2590,7 @@ static inline int ex_batched_write(void *ctx, const void *buf, uint64_t off,
  *                       in the handshake, read by all
  *                       from TRANSMISSION on
  *   option, receiving,  the client's thread              -
- *   the batch
+ *   the batch, pipe
  *   sending             whoever answers a request        send_lock
  *   queue               the client's thread, workers     queue_lock
  *
@@ -2666,8 +2660,8 @@ struct conn {
   size_t rbuf_pos; /* rbuf[rbuf_pos..rbuf_end) is received and not looked at */
   size_t rbuf_end;
   size_t needed;        /* bytes that are to be there of the next request */
-  int is_past_half;     /* of rbuf: see tx_is_halfway, also for: */
-  unsigned rounds;      /* of all clients, when this one last had one */
+  int is_past_half;     /* of what recv() brought: see tx_answers_early */
+  unsigned rounds;      /* nbdserve.rounds as of this client's last one */
   int after_long_write; /* another one is likely: see tx_receive */
   /* -- the batch */
   size_t nbatch;    /* requests in batch[] */
@@ -2678,7 +2672,7 @@ struct conn {
   int send_err;                /* why nothing is sent any more */
   /* -- data on its way from the file to the socket: see tx_splice */
   int pipe[2];      /* [0] -1: there is none, as yet or for good */
-  size_t pipe_room; /* bytes that it holds */
+  size_t pipe_room; /* bytes that fit; 0: not tried yet; 1: given up */
   /* -- queue */
   struct os_monitor queue_lock;
   struct nbdserve_req *queue; /* lists, each for one worker */
@@ -2716,7 +2710,8 @@ struct conn {
 static int conn_send(struct conn *c, struct iovec *v, int n, size_t spliced) {
   os_lock(&c->send_lock);
   if (!c->send_err && (n || spliced)) {
-    c->send_err = io_send(&c->io, v, n, *c->pipe, spliced);
+    /* The pipe is the client's thread's, and only that splices. */
+    c->send_err = io_send(&c->io, v, n, spliced ? *c->pipe : -1, spliced);
     if (c->send_err) shutdown(c->io.out, SHUT_RDWR);
   }
   int err = c->send_err;
@@ -3119,9 +3114,9 @@ static int hs_run(struct conn *c) {
  *   READ, WRITE up to         client's thread,   WRITE: rbuf, where it came;
  *   TX_IN_BATCH_MAX           all of a batch     READ: a slot in wbuf
  *                             together
- *   longer READ, WRITE        client's thread    wbuf, in pieces
  *   READ from TX_SPLICE_MIN   client's thread    c->pipe, in pieces if it is
- *   on, of a file, in memory                     longer than a batch's
+ *   on, as tx_splice can                         longer than a batch's
+ *   other longer READ, WRITE  client's thread    wbuf, in pieces
  *   READ, WRITE up to         a worker           a buffer of its own
  *   TX_PIECE without
  *   run_batch; WRITE longer
@@ -3136,10 +3131,13 @@ static int hs_run(struct conn *c) {
  *   have to wait for the      after the other
  *   medium
  *
- *   tx_run_batch     does what has gathered, when rbuf holds no whole request
- *                    any more or the batch is full, and once halfway
+ *   tx_run_batch     does what has gathered: when rbuf holds no whole request
+ *                    any more, before one that cannot join the batch, and
+ *                    mostly once halfway (tx_answers_early)
  *   tx_answer        counts, logs, sends, frees, in whichever thread is done
  *
+ * Where two rows fit, the one with a worker counts; there are no workers if
+ * config.threads is 1.
  * Without run_batch: on a host's backend, or with config.before.
  *
  * A WRITE of 4 KiB to a file: recv() puts it into rbuf.  It goes into the
@@ -3739,10 +3737,11 @@ static void tx_close_pipe(struct conn *c) {
   c->pipe[0] = -1;
 }
 
-/* Moves the data of a piece to the pipe, if the backend can do that and it is
- * in memory: then it is sent without a copy, for a third of the time.  A copy
- * is faster for what is short, and mostly over TCP (loopback, Linux 6.18).
- * Returns its length, or 0: then the piece is read like any other. */
+/* Moves the data of a READ, or of a piece of it, to the pipe, if the backend can
+ * do that and the data is in memory.  From there it is sent without a copy, for
+ * a third of the time.  A copy is faster for short ones, and mostly over TCP
+ * (loopback, Linux 6.18).  Returns the length, or 0: then it is to be read.  If
+ * only a part can be moved, that was the last try of this client. */
 static size_t tx_splice(struct conn *c, const struct nbdserve_req *piece) {
   const struct nbdserve_ops *ops = c->export->pub.ops;
   size_t len = (size_t)piece->len;
@@ -3876,12 +3875,12 @@ static int tx_dispatch(struct conn *c, struct nbdserve_req *r) {
     slot = wire_read_head_len(c->mode) + (size_t)r->len;
   assert(slot <= TX_SLOTS);
   size_t spliced = slot ? tx_splice(c, r) : 0;
-  if (spliced) {
+  if (spliced) { /* it may overtake the batch (T1) */
     req_set_state(r, REQ_DONE);
     tx_account(c, r);
     return tx_send_all(c, r, spliced);
   }
-  /* To run the batch answers what came before, and frees rbuf and wbuf. */
+  /* When the batch is done, wbuf and what came in rbuf can be used again. */
   int fits = c->nbatch < TX_BATCH && c->wbuf_used + slot <= TX_SLOTS;
   int err = is_batched && fits ? 0 : tx_run_batch(c);
   if (err) return err;
@@ -3989,25 +3988,28 @@ static int tx_receive(struct conn *c) {
   return 0;
 }
 
-/* Is the batch to be done although there is more in rbuf?  Once in a round,
- * halfway through what a recv() brought: so the client has something to do
- * while the rest is done here, and sends more meanwhile.  Else one of the two
- * always waits for the other.
+/* Should the batch be done before rbuf is empty?  Once in a round, which is all
+ * that a recv() brought: halfway through it, so that the client has answers to
+ * work on while the rest is done here, and sends more meanwhile.  Otherwise the
+ * two would take turns, one always waiting for the other.
  *
- * Not if other clients keep the processors busy: their rounds since our last
- * one say how many there are, and each has two threads, the client's and ours.
- * WRITEs into a store stay together, too: most of what they cost, a batch costs
- * as a whole. */
-static int tx_is_halfway(struct conn *c) {
+ * Not if other clients keep the processors busy.  How many do is estimated from
+ * the rounds since our last one, and each takes two processors: one for the
+ * thread here, one for the client, which mostly is on this machine, too.  Nor
+ * are WRITEs into a store divided: most of what they cost, they cost once for
+ * all of a batch.  What moves no data is mostly done by workers. */
+static int tx_answers_early(struct conn *c) {
   if (c->is_past_half || c->nbatch < 2 || c->rbuf_pos < c->rbuf_end / 2)
     return 0;
+  const struct nbdserve_req *last = &c->batch[c->nbatch - 1];
+  if (!req_moves_data(last)) return 0;
   c->is_past_half = 1;
   os_lock(&c->s->lock);
   unsigned busy = ++c->s->rounds - c->rounds; /* clients, with this one */
   c->rounds = c->s->rounds;
   os_unlock(&c->s->lock);
-  int is_write = c->batch[c->nbatch - 1].type == NBD_CMD_WRITE;
-  return 2 * busy <= c->s->cpus && !(is_write && c->export->pub.ops->hashes);
+  if (last->type == NBD_CMD_WRITE && c->export->pub.ops->hashes) return 0;
+  return (long)busy <= c->s->cpus / 2;
 }
 
 /* The transmission phase, to its end: CONN_LEFT or -errno. */
@@ -4019,8 +4021,8 @@ static int tx_run(struct conn *c) {
            c->info.flags & NBD_FLAG_READ_ONLY ? ", read-only" : "");
   do {
     step = tx_next_request(c);
-    /* At the end of the phase, too, what came before is answered. */
-    int err = step || tx_is_halfway(c) ? tx_run_batch(c) : 0;
+    /* Also if nothing more can be taken from rbuf, or the phase ends. */
+    int err = step || tx_answers_early(c) ? tx_run_batch(c) : 0;
     if (err) step = err;
     if (step == CONN_NEEDS_MORE) step = tx_receive(c);
   } while (!step);
@@ -9899,7 +9901,7 @@ int nbdserve_new(struct nbdserve **out, const struct nbdserve_config *config) {
   if (!s) return -ENOMEM;
   os_monitor_init(&s->lock);
   s->config = k;
-  s->cpus = os_cpus();
+  s->cpus = sysconf(_SC_NPROCESSORS_ONLN);
   memset(s->stop, -1, sizeof s->stop); /* all bits set: -1 */
   memset(s->wake, -1, sizeof s->wake);
   int err = os_pipe(s->stop);

@@ -239,7 +239,7 @@ lint() {
   n=$(($(sed -n 's/^code //p' "$scratch/figures") -
     $(sed -n 's/^lone //p' "$scratch/figures")))
   # The goal is 6500: until it is met, not one line more than there is now
-  [ $n -le 8853 ] || { echo "nbdserve.c: $n lines of code, over 8853"; bad=1; }
+  [ $n -le 8851 ] || { echo "nbdserve.c: $n lines of code, over 8851"; bad=1; }
   return $bad
 }
 case ${1-} in
@@ -18174,7 +18174,7 @@ static void i_slow(void) {
 }
 
 /* What a server takes for the number of processors */
-static void i_set_cpus(struct nbdserve *s, unsigned n) {
+static void i_set_cpus(struct nbdserve *s, int n) {
   os_lock(&s->lock);
   s->cpus = n;
   os_unlock(&s->lock);
@@ -18189,7 +18189,7 @@ static void i_half(void) {
   unsigned char all[(N + 1) * 28 + 512] = {0};
   struct one o;
   struct t_reply r = {0};
-  for (unsigned cpus = 1; cpus <= 2; cpus++) {
+  for (int cpus = 1; cpus <= 2; cpus++) {
     struct pollfd p = {.events = POLLIN};
     uint32_t i;
     i_open(&o, 0);

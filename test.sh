@@ -4121,7 +4121,7 @@ testTheTreeOfAnIdIsCheckedAndMended() {
   reports 'v@s 0 0 the tree of its id is damaged'
   cas 3 repair "$S"
   cas 1 pull "$T/third::w@s" v@s -- "$NBDSERVE" -s "$S::"
-  says 'pull w@s v@s: the peer cannot read at'
+  says 'pull w@s v@s: the peer' # cannot read, or what it read does not fit
   same v@s "$T/in"
   cas 0 repair "$S" -- "$NBDSERVE" -s "$P::"
   cas 0 verify "$S"
@@ -10267,7 +10267,7 @@ static void v_limit(char **a) /* ADDRESS N */
 static void v_badinput(char **a) /* ADDRESS PID KIB ROUNDS FILE... */
 {
   int round, rounds = atoi(a[3]);
-  long before = 0;
+  long before = 0, after = 0;
   static struct t_conn c[128];
   char block[4096];
   int i;
@@ -10300,9 +10300,15 @@ static void v_badinput(char **a) /* ADDRESS PID KIB ROUNDS FILE... */
   }
   c_session(c_connect(a[0]), "", 0);
   c_session(c_connect(a[0]), "", 1);
-  printf("VmRSS from %ld to %ld KiB\n", before, c_memory(a[1], "VmRSS:"));
+  /* On a busy machine the server may still have some of the last clients. */
+  for (round = 0; round < 50; round++) {
+    after = c_memory(a[1], "VmRSS:");
+    if (after - before <= atol(a[2])) break;
+    t_sleep(100);
+  }
+  printf("VmRSS from %ld to %ld KiB\n", before, after);
   fflush(stdout);
-  CHECK(c_memory(a[1], "VmRSS:") - before <= atol(a[2]));
+  CHECK(after - before <= atol(a[2]));
 }
 
 static void v_compare(char **a) /* ADDRESS FILE OFFSET: what is served */

@@ -3186,7 +3186,8 @@ static int hs_run(struct conn *c) {
  *      can be had; but of the READs of one batch that wait for the medium, one
  *      may have to wait for those in front of it.  What the client's thread
  *      does itself holds up the requests behind it: the rest of a batch,
- *      pieces, and a flush that came alone, or took long after one that was
+ *      pieces, a READ that is spliced and has pages in its middle that are not
+ *      in memory, and a flush that came alone, or took long after one that was
  *      quick.  In a batch these still wait there: READs of a part of a store's
  *      block, leaves that have to be read, WRITEs for which a store has to sync
  *      to get space, and everything on a temporary export.
@@ -3628,7 +3629,8 @@ static void tx_flush(struct conn *c, struct nbdserve_req *list) {
   int is_quick = c->is_flush_quick;
   int is_alone = !c->nhanded_over;
   os_unlock(&c->queue_lock);
-  if (c->nbatch > 1 || c->rbuf_pos < c->rbuf_end) is_alone = 0;
+  if (c->nbatch > 1 || c->rbuf_pos < c->rbuf_end || c->is_past_half)
+    is_alone = 0;
   if (!is_quick && c->flushes_to_workers) {
     c->flushes_to_workers--;
     is_alone = 0;
@@ -3875,15 +3877,15 @@ static int tx_dispatch(struct conn *c, struct nbdserve_req *r) {
     slot = wire_read_head_len(c->mode) + (size_t)r->len;
   assert(slot <= TX_SLOTS);
   size_t spliced = slot ? tx_splice(c, r) : 0;
-  if (spliced) { /* it may overtake the batch (T1) */
+  /* When the batch is done, wbuf and what came in rbuf can be used again. */
+  int fits = c->nbatch < TX_BATCH && c->wbuf_used + slot <= TX_SLOTS;
+  int err = is_batched && fits && !spliced ? 0 : tx_run_batch(c);
+  if (err) return err;
+  if (spliced) {
     req_set_state(r, REQ_DONE);
     tx_account(c, r);
     return tx_send_all(c, r, spliced);
   }
-  /* When the batch is done, wbuf and what came in rbuf can be used again. */
-  int fits = c->nbatch < TX_BATCH && c->wbuf_used + slot <= TX_SLOTS;
-  int err = is_batched && fits ? 0 : tx_run_batch(c);
-  if (err) return err;
   if (is_batched) {
     r->buf = c->rbuf + c->rbuf_pos; /* the payload is all there */
     c->rbuf_pos += (size_t)r->payload;

@@ -2022,7 +2022,7 @@ struct nbdserve {
   struct conn *conns; /* clients that are being served */
   unsigned nlies;     /* wrong results of the host's functions so far */
   int64_t idle_since; /* when the last client left; 0: never run */
-  unsigned rounds;    /* of all clients: see tx_answers_early */
+  uint32_t rounds;    /* of all clients: see tx_answers_early */
   struct nbdserve_stats totals;
 };
 
@@ -2661,7 +2661,8 @@ struct conn {
   size_t rbuf_end;
   size_t needed;        /* bytes that are to be there of the next request */
   int is_past_half;     /* of what recv() brought: see tx_answers_early */
-  unsigned rounds;      /* nbdserve.rounds as of this client's last one */
+  uint32_t rounds;      /* nbdserve.rounds as of this client's last one */
+  uint64_t busy;        /* 8 times the clients that are busy, on average */
   int after_long_write; /* another one is likely: see tx_receive */
   /* -- the batch */
   size_t nbatch;    /* requests in batch[] */
@@ -3995,11 +3996,12 @@ static int tx_receive(struct conn *c) {
  * work on while the rest is done here, and sends more meanwhile.  Otherwise the
  * two would take turns, one always waiting for the other.
  *
- * Not if other clients keep the processors busy.  How many do is estimated from
- * the rounds since our last one, and each takes two processors: one for the
- * thread here, one for the client, which mostly is on this machine, too.  Nor
- * are WRITEs into a store divided: most of what they cost, they cost once for
- * all of a batch.  What moves no data is mostly done by workers. */
+ * Not if other clients keep the processors busy.  How many do is estimated: for
+ * each round of ours they have one, on the average of the last few.  And each
+ * takes two processors: one for the thread here, one for the client, which
+ * mostly is on this machine, too.  Nor are WRITEs into a store divided: most of
+ * what they cost, they cost once for all of a batch.  What moves no data is
+ * mostly done by workers. */
 static int tx_answers_early(struct conn *c) {
   if (c->is_past_half || c->nbatch < 2 || c->rbuf_pos < c->rbuf_end / 2)
     return 0;
@@ -4007,11 +4009,12 @@ static int tx_answers_early(struct conn *c) {
   if (!req_moves_data(last)) return 0;
   c->is_past_half = 1;
   os_lock(&c->s->lock);
-  unsigned busy = ++c->s->rounds - c->rounds; /* clients, with this one */
+  uint32_t rounds = ++c->s->rounds - c->rounds; /* with this one */
   c->rounds = c->s->rounds;
   os_unlock(&c->s->lock);
+  c->busy += u_min(rounds, 64) - c->busy / 8;
   if (last->type == NBD_CMD_WRITE && c->export->pub.ops->hashes) return 0;
-  return (long)busy <= c->s->cpus / 2;
+  return (long)(c->busy / 8) <= c->s->cpus / 2;
 }
 
 /* The transmission phase, to its end: CONN_LEFT or -errno. */

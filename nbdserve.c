@@ -1228,8 +1228,8 @@ struct sha_lane {
   os_words w[4]; /* 16 words of the message's schedule, the next ones first */
 };
 
-/* Does four rounds, k being their constants.  more: also computes the four words
- * of the schedule for the rounds that come 16 later. */
+/* Does four rounds, k being their constants.  more: also computes the four
+ * words of the schedule for the rounds that come 16 later. */
 static inline OS_HWSHA void sha_lane_rounds(struct sha_lane *lane, os_words k,
                                             int more) {
   os_words *w = lane->w;
@@ -2662,7 +2662,7 @@ struct conn {
   size_t needed;        /* bytes that are to be there of the next request */
   int is_past_half;     /* of what recv() brought: see tx_answers_early */
   uint32_t rounds;      /* nbdserve.rounds as of this client's last one */
-  uint64_t busy;        /* 8 times the clients that are busy, on average */
+  uint64_t busy;        /* 8 times the other clients that are, on average */
   int after_long_write; /* another one is likely: see tx_receive */
   /* -- the batch */
   size_t nbatch;    /* requests in batch[] */
@@ -3740,11 +3740,11 @@ static void tx_close_pipe(struct conn *c) {
   c->pipe[0] = -1;
 }
 
-/* Moves the data of a READ, or of a piece of it, to the pipe, if the backend can
- * do that and the data is in memory.  From there it is sent without a copy, for
- * a third of the time.  A copy is faster for short ones, and mostly over TCP
- * (loopback, Linux 6.18).  Returns the length, or 0: then it is to be read.  If
- * only a part can be moved, that was the last try of this client. */
+/* Moves the data of a READ, or of a piece of it, to the pipe, if the backend
+ * can do that and the data is in memory.  From there it is sent without a copy,
+ * for a third of the time.  A copy is faster for short ones, and mostly over
+ * TCP (loopback, Linux 6.18).  Returns the length, or 0: then it is to be read.
+ * If only a part can be moved, that was the last try of this client. */
 static size_t tx_splice(struct conn *c, const struct nbdserve_req *piece) {
   const struct nbdserve_ops *ops = c->export->pub.ops;
   size_t len = (size_t)piece->len;
@@ -4009,12 +4009,12 @@ static int tx_answers_early(struct conn *c) {
   if (!req_moves_data(last)) return 0;
   c->is_past_half = 1;
   os_lock(&c->s->lock);
-  uint32_t rounds = ++c->s->rounds - c->rounds; /* with this one */
-  c->rounds = c->s->rounds;
+  uint32_t others = c->s->rounds - c->rounds; /* rounds since our last one */
+  c->rounds = ++c->s->rounds;
   os_unlock(&c->s->lock);
-  c->busy += u_min(rounds, 64) - c->busy / 8;
+  c->busy += u_min(others, 64) - c->busy / 8;
   if (last->type == NBD_CMD_WRITE && c->export->pub.ops->hashes) return 0;
-  return (long)(c->busy / 8) <= c->s->cpus / 2;
+  return (long)(c->busy / 8) < c->s->cpus / 2;
 }
 
 /* The transmission phase, to its end: CONN_LEFT or -errno. */

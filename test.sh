@@ -9968,8 +9968,7 @@ static void v_pipeline(char **a) /* ADDRESS CONNECTIONS REQUESTS */
 }
 
 /* Slow flushes, a trim and a long read in flight at once: simple replies */
-/* One READ at a time, while a worker is about to answer something */
-/* READs that go another way than through the batch are answered in their turn */
+/* READs that go another way than through the batch get their answers in turn */
 static void v_turns(char **a) /* ADDRESS, of 16 MiB, in memory */
 {
   enum {
@@ -9993,6 +9992,7 @@ static void v_turns(char **a) /* ADDRESS, of 16 MiB, in memory */
   free(r.data);
 }
 
+/* One READ at a time, while a worker is about to answer something */
 static void v_lone(char **a) /* ADDRESS, of 16 MiB */
 {
   enum {

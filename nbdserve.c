@@ -2659,10 +2659,10 @@ struct conn {
   /* -- receiving */
   size_t rbuf_pos; /* rbuf[rbuf_pos..rbuf_end) is received and not looked at */
   size_t rbuf_end;
-  size_t needed;        /* bytes that are to be there of the next request */
-  int is_past_half;     /* of what recv() brought: see tx_answers_early */
-  uint32_t rounds;      /* nbdserve.rounds as of this client's last one */
-  uint64_t busy;        /* 8 times the other clients that are, on average */
+  size_t needed;    /* bytes that are to be there of the next request */
+  int is_past_half; /* of what recv() brought: see tx_answers_early */
+  uint32_t rounds;  /* nbdserve.rounds as of this client's last one */
+  uint64_t busy;    /* 8 times the other clients that are busy, on average */
   int after_long_write; /* another one is likely: see tx_receive */
   /* -- the batch */
   size_t nbatch;    /* requests in batch[] */
@@ -3138,8 +3138,8 @@ static int hs_run(struct conn *c) {
  *   tx_answer        counts, logs, sends, frees, in whichever thread is done
  *
  * Where two rows fit, the one with a worker counts; there are no workers if
- * config.threads is 1.
- * Without run_batch: on a host's backend, or with config.before.
+ * config.threads is 1.  Without run_batch: on a host's backend, or with
+ * config.before.
  *
  * A WRITE of 4 KiB to a file: recv() puts it into rbuf.  It goes into the
  * batch, and its r.buf points into rbuf, which nobody touches until the batch
@@ -3996,12 +3996,12 @@ static int tx_receive(struct conn *c) {
  * work on while the rest is done here, and sends more meanwhile.  Otherwise the
  * two would take turns, one always waiting for the other.
  *
- * Not if other clients keep the processors busy.  How many do is estimated: for
- * each round of ours they have one, on the average of the last few.  And each
- * takes two processors: one for the thread here, one for the client, which
- * mostly is on this machine, too.  Nor are WRITEs into a store divided: most of
- * what they cost, they cost once for all of a batch.  What moves no data is
- * mostly done by workers. */
+ * Not if other clients keep the processors busy.  How many do is estimated:
+ * each of them has a round for one of ours, on average, so the rounds between
+ * two of ours are counted.  And each takes two processors: one for its thread
+ * here, one for itself, as it mostly is on this machine, too.  Nor are WRITEs
+ * into a store divided: most of what they cost, they cost once for all of a
+ * batch.  What moves no data is mostly done by workers. */
 static int tx_answers_early(struct conn *c) {
   if (c->is_past_half || c->nbatch < 2 || c->rbuf_pos < c->rbuf_end / 2)
     return 0;
